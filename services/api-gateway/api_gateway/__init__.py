@@ -1,0 +1,1 @@
+"""The public REST API: checks tokens, publishes commands, proxies queries."""

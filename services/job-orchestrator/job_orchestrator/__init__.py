@@ -1,0 +1,1 @@
+"""Owns subnets, policies, jobs and chunks: the state machine, dispatch and leases."""

@@ -1,0 +1,1 @@
+"""Stores what was found and serves the views over it."""

@@ -1,0 +1,69 @@
+"""The error root: an error says what must happen next.
+
+A `PublicError` is an answer for the caller and carries its HTTP status. A `MessageError` is the message's own fault: the
+bus runtime sends the message to the dead-letter topic. A `DependencyError` is a bad day of something that we stand on:
+the bus runtime retries in place without committing, and HTTP answers 503.
+"""
+
+from __future__ import annotations
+
+
+class ScanfleetError(Exception):
+    """Root of every error that Scanfleet raises on purpose."""
+
+
+class PublicError(ScanfleetError):
+    """An answer to the caller: rendered as `{"error": message}` with `status`."""
+
+    status = 500
+
+    def __init__(self, message: str, *, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.headers = headers or {}
+
+
+class BadRequestError(PublicError):
+    status = 400
+
+
+class UnauthorizedError(PublicError):
+    """A missing or bad token; always says how to authenticate (RFC 6750)."""
+
+    status = 401
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers={"WWW-Authenticate": "Bearer"})
+
+
+class ForbiddenError(PublicError):
+    status = 403
+
+
+class NotFoundError(PublicError):
+    status = 404
+
+
+class ConflictError(PublicError):
+    status = 409
+
+
+class TooLargeError(PublicError):
+    status = 413
+
+
+class UnavailableError(PublicError):
+    """Something we need is away; the caller may repeat after `retry_after` seconds."""
+
+    status = 503
+
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+        super().__init__(message, headers={"Retry-After": str(retry_after)})
+
+
+class MessageError(ScanfleetError):
+    """This message can never be handled: dead-letter it and go on."""
+
+
+class DependencyError(ScanfleetError):
+    """A dependency is away or slow: retry in place, commit nothing, be unready."""

@@ -1,0 +1,61 @@
+"""Every message that crosses a service wall, each defined once."""
+
+from scanfleet.messages.base import Message
+from scanfleet.messages.chunks import (
+    ChunkClaimed,
+    ChunkFailed,
+    ChunkIncomplete,
+    ChunkMessage,
+    ChunkProgressed,
+    ChunkReleased,
+    ChunkScanned,
+    ChunkStored,
+    ScanChunk,
+    StopChunk,
+    Technique,
+    WorkerReady,
+)
+from scanfleet.messages.commands import CancelJob, CommandAccepted, CommandRejected, SubmitJobs
+from scanfleet.messages.jobs import (
+    Job,
+    JobCancelled,
+    JobCompleted,
+    JobCreated,
+    JobEvent,
+    JobFailed,
+    JobProgressed,
+    JobStarted,
+    JobStatus,
+)
+from scanfleet.messages.results import HostScanned, PortFound
+
+__all__ = [
+    "CancelJob",
+    "ChunkClaimed",
+    "ChunkFailed",
+    "ChunkIncomplete",
+    "ChunkMessage",
+    "ChunkProgressed",
+    "ChunkReleased",
+    "ChunkScanned",
+    "ChunkStored",
+    "CommandAccepted",
+    "CommandRejected",
+    "HostScanned",
+    "Job",
+    "JobCancelled",
+    "JobCompleted",
+    "JobCreated",
+    "JobEvent",
+    "JobFailed",
+    "JobProgressed",
+    "JobStarted",
+    "JobStatus",
+    "Message",
+    "PortFound",
+    "ScanChunk",
+    "StopChunk",
+    "SubmitJobs",
+    "Technique",
+    "WorkerReady",
+]

@@ -1,0 +1,36 @@
+"""What all messages share: frozen, versioned, carried by CloudEvents headers."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+from uuid import uuid4
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Message(BaseModel):
+    """A command or an event. Unknown fields are ignored, so that a contract can grow by optional fields."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    version: ClassVar[int] = 1
+    compact: ClassVar[bool] = False
+    """Leave out fields that hold their default: for messages that can come near the broker's size limit."""
+
+    traceparent: str | None = Field(default=None, exclude=True)
+    """W3C trace context; travels in the header of that name, never in the value."""
+
+    @property
+    def event_id(self) -> str:
+        """`ce_id`. Messages whose duplicates a reader must recognise derive it from what they say."""
+        return uuid4().hex
+
+    @property
+    def subject(self) -> str:
+        """`ce_subject`: what the message is about."""
+        raise NotImplementedError
+
+    @classmethod
+    def type_name(cls) -> str:
+        """`ce_type`, for example `scanfleet.JobCreated.v1`."""
+        return f"scanfleet.{cls.__name__}.v{cls.version}"

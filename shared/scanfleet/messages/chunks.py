@@ -1,0 +1,109 @@
+"""The talk about chunks between orchestrator, workers and result-store."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from scanfleet.messages.base import Message
+from scanfleet.outcomes import OutcomeMap
+from scanfleet.policy import ScanPolicy
+
+Technique = Literal["connect", "syn"]
+
+
+class WorkerReady(Message):
+    """A worker's credit: how many chunks it will run side by side; 0 when it is leaving."""
+
+    worker_id: str
+    slots: Annotated[int, Field(ge=0)]
+    raw: bool
+    """Whether it may send raw packets."""
+
+    @property
+    def subject(self) -> str:
+        return f"worker/{self.worker_id}"
+
+
+class ChunkMessage(Message):
+    job_id: int
+    chunk_id: str
+
+    @property
+    def subject(self) -> str:
+        return f"chunk/{self.chunk_id}"
+
+
+class _Fenced(ChunkMessage):
+    attempt: Annotated[int, Field(ge=1)]
+    worker_id: str
+    """With `attempt` the chunk's fencing token: only its current holder can change the chunk."""
+
+
+class ScanChunk(_Fenced):
+    """Scan the blanks of `outcomes`."""
+
+    user_id: int
+    first_address: str
+    outcomes: OutcomeMap
+    """One letter per address from `first_address` on; what has a letter is not scanned."""
+
+    policy: ScanPolicy
+    ports: str
+    """The chunk's part of the policy's ports, in the same syntax."""
+
+    lease_seconds: Annotated[float, Field(gt=0)]
+    estimate_seconds: Annotated[float, Field(ge=0)]
+
+
+class StopChunk(_Fenced):
+    """Kill this attempt's nmap; the chunk is cancelled or no longer yours."""
+
+    reason: str
+
+
+class ChunkClaimed(_Fenced):
+    """The scan has begun."""
+
+
+class _Mapped(_Fenced):
+    outcomes: OutcomeMap
+    """The whole map as far as Kafka has acknowledged the hosts in it."""
+
+
+class ChunkProgressed(_Mapped):
+    """Sent each second: the heartbeat that keeps the lease."""
+
+
+class ChunkReleased(_Mapped):
+    """Given back undone, through no fault of the chunk."""
+
+    reason: str
+    slot_seconds: Annotated[float, Field(ge=0)] = 0.0
+
+
+class ChunkScanned(_Mapped):
+    """Every address has a letter. Sent first to scan-results, then to scan-progress."""
+
+    slot_seconds: Annotated[float, Field(ge=0)]
+    technique: Technique
+
+
+class ChunkFailed(_Mapped):
+    """nmap failed; what it found before counts. Counts against the chunk."""
+
+    reason: str
+    slot_seconds: Annotated[float, Field(ge=0)] = 0.0
+
+
+class ChunkStored(ChunkMessage):
+    """Every host that the map calls answered, silent or timed out is readable; a fact, true for every attempt."""
+
+    outcomes: OutcomeMap
+
+
+class ChunkIncomplete(_Fenced):
+    """These addresses have a letter but no stored host: they are blank again."""
+
+    addresses: tuple[str, ...]

@@ -1,0 +1,77 @@
+"""Jobs as the world sees them, and the events of their life."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+
+from scanfleet.messages.base import Message
+
+
+class JobStatus(StrEnum):
+    PENDING = "pending"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Job(BaseModel):
+    """A job exactly as the public API shows it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: int
+    user_id: int
+    policy_id: int
+    subnet_id: int
+    status: JobStatus
+    start_time: AwareDatetime | None
+    end_time: AwareDatetime | None
+    created_at: AwareDatetime
+    updated_at: AwareDatetime
+
+
+class JobEvent(Message):
+    """A full snapshot of a job under its `seq`; a reader skips a `seq` that is not above its last."""
+
+    user_id: int
+    seq: Annotated[int, Field(ge=1)]
+    job: Job
+    progress: Annotated[int, Field(ge=0, le=100)]
+    machines_found: Annotated[int, Field(ge=0)]
+    error: str
+
+    @property
+    def event_id(self) -> str:
+        return f"job-{self.job.id}-{self.seq}"
+
+    @property
+    def subject(self) -> str:
+        return f"job/{self.job.id}"
+
+
+class JobCreated(JobEvent):
+    pass
+
+
+class JobStarted(JobEvent):
+    pass
+
+
+class JobProgressed(JobEvent):
+    """Sent at most once a second; the only event of a job that may be missing."""
+
+
+class JobCompleted(JobEvent):
+    pass
+
+
+class JobFailed(JobEvent):
+    pass
+
+
+class JobCancelled(JobEvent):
+    pass

@@ -1,0 +1,152 @@
+"""The topic registry: every topic, what it carries, how it is keyed, and who may touch it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final
+
+from scanfleet.messages.base import Message
+from scanfleet.messages.chunks import (
+    ChunkClaimed,
+    ChunkFailed,
+    ChunkIncomplete,
+    ChunkProgressed,
+    ChunkReleased,
+    ChunkScanned,
+    ChunkStored,
+    ScanChunk,
+    StopChunk,
+    WorkerReady,
+)
+from scanfleet.messages.commands import CancelJob, CommandAccepted, CommandRejected, SubmitJobs
+from scanfleet.messages.jobs import (
+    JobCancelled,
+    JobCompleted,
+    JobCreated,
+    JobFailed,
+    JobProgressed,
+    JobStarted,
+)
+from scanfleet.messages.results import HostScanned
+
+GATEWAY: Final = "api-gateway"
+ORCHESTRATOR: Final = "job-orchestrator"
+WORKER: Final = "scanner-worker"
+RESULT_STORE: Final = "result-store"
+
+PARTITIONS: Final = 12  # divides evenly among 1, 2, 3, 4, 6 or 12 replicas; never changes
+MAX_BYTES: Final = 1_000_000  # of one value, below the broker's default limit of 1 MiB for a record with its headers
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """One topic; `retention` is how long the broker keeps a record."""
+
+    name: str
+    key: str
+    messages: tuple[type[Message], ...]
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    retention: timedelta
+    public: bool = False
+    partitions: int = PARTITIONS
+
+    def key_of(self, message: Message) -> str:
+        """The record key: the same key keeps its order."""
+        return _KEYS[self.key](message)
+
+    @property
+    def dead_letter(self) -> str:
+        return f"{self.name}-dlq"
+
+
+# A message that is kept in a topic satisfies the attribute that its key names; the registry's test holds it to that.
+_KEYS: Final[dict[str, Callable[[Any], str]]] = {
+    "command id": lambda m: m.command_id,
+    "worker id": lambda m: m.worker_id,
+    "job id": lambda m: str(m.job_id),
+    "event's job id": lambda m: str(m.job.id),
+}
+
+DEAD_LETTER_RETENTION: Final = timedelta(days=14)  # a fortnight's holiday still leaves time to look
+
+SCAN_COMMANDS: Final = Topic(
+    name="scan-commands",
+    key="command id",
+    messages=(SubmitJobs, CancelJob),
+    producers=(GATEWAY,),
+    consumers=(ORCHESTRATOR,),
+    retention=timedelta(days=1),
+)
+SCAN_REPLIES: Final = Topic(
+    name="scan-replies",
+    key="command id",
+    messages=(CommandAccepted, CommandRejected),
+    producers=(ORCHESTRATOR,),
+    consumers=(GATEWAY,),
+    retention=timedelta(hours=1),
+)
+SCAN_WORKERS: Final = Topic(
+    name="scan-workers",
+    key="worker id",
+    messages=(WorkerReady,),
+    producers=(WORKER,),
+    consumers=(ORCHESTRATOR,),
+    retention=timedelta(hours=1),
+)
+SCAN_TASKS: Final = Topic(
+    name="scan-tasks",
+    key="worker id",
+    messages=(ScanChunk, StopChunk),
+    producers=(ORCHESTRATOR,),
+    consumers=(WORKER,),
+    retention=timedelta(hours=1),
+)
+SCAN_PROGRESS: Final = Topic(
+    name="scan-progress",
+    key="job id",
+    messages=(ChunkClaimed, ChunkProgressed, ChunkReleased, ChunkScanned, ChunkFailed),
+    producers=(WORKER, ORCHESTRATOR),
+    consumers=(ORCHESTRATOR,),
+    retention=timedelta(days=1),
+)
+SCAN_RESULTS: Final = Topic(
+    name="scan-results",
+    key="job id",
+    messages=(HostScanned, ChunkScanned),
+    # The orchestrator repeats a ChunkScanned whose answer never came.
+    producers=(WORKER, ORCHESTRATOR),
+    consumers=(RESULT_STORE,),
+    retention=timedelta(days=7),
+    public=True,
+)
+SCAN_STORED: Final = Topic(
+    name="scan-stored",
+    key="job id",
+    messages=(ChunkStored, ChunkIncomplete),
+    producers=(RESULT_STORE,),
+    consumers=(ORCHESTRATOR,),
+    retention=timedelta(days=1),
+)
+SCAN_EVENTS: Final = Topic(
+    name="scan-events",
+    key="event's job id",
+    messages=(JobCreated, JobStarted, JobProgressed, JobCompleted, JobFailed, JobCancelled),
+    producers=(ORCHESTRATOR,),
+    consumers=(GATEWAY,),
+    retention=timedelta(days=7),
+    public=True,
+)
+
+TOPICS: Final = (
+    SCAN_COMMANDS,
+    SCAN_REPLIES,
+    SCAN_WORKERS,
+    SCAN_TASKS,
+    SCAN_PROGRESS,
+    SCAN_RESULTS,
+    SCAN_STORED,
+    SCAN_EVENTS,
+)

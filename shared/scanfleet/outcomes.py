@@ -1,0 +1,82 @@
+"""The outcome map of a chunk: one letter per address, in address order.
+
+A map is a string, so that it reads the same in a message, in MongoDB and in a terminal. A letter once set stays; the map
+can be lost, repeated or reordered in any message without changing what it says.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from enum import StrEnum
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, summarize_address_range
+from typing import Annotated
+
+from pydantic import StringConstraints
+
+MAX_ADDRESSES = 1024  # of a chunk: a map stays a small part of a message, and a retry repeats little
+
+
+class Outcome(StrEnum):
+    """What became of one address."""
+
+    BLANK = "."
+    ANSWERED = "a"
+    SILENT = "s"
+    DOWN = "d"
+    TIMED_OUT = "t"
+    EXCLUDED = "x"
+    REFUSED = "r"
+
+
+OutcomeMap = Annotated[str, StringConstraints(pattern=r"^[.asdtxr]+$", max_length=MAX_ADDRESSES)]
+
+
+def merge(known: str, news: str) -> str:
+    """`known` with its blanks filled from `news`: the first letter stays.
+
+    Raises:
+        ValueError: the maps are of different chunks (their lengths differ).
+    """
+    if known == news or Outcome.BLANK not in known:
+        return known
+    return "".join(old if old != Outcome.BLANK else new for old, new in zip(known, news, strict=True))
+
+
+def done(outcomes: str) -> int:
+    """How many addresses have a letter."""
+    return len(outcomes) - outcomes.count(Outcome.BLANK)
+
+
+def counts(outcomes: str) -> Counter[Outcome]:
+    """Addresses by outcome."""
+    return Counter({Outcome(letter): n for letter, n in Counter(outcomes).items()})
+
+
+def address_at(first: str, index: int) -> IPv4Address | IPv6Address:
+    """The address that letter `index` of a map starting at `first` stands for."""
+    return ip_address(first) + index
+
+
+def index_of(first: str, address: str) -> int:
+    """The position of `address` in a map starting at `first`; may lie outside the map.
+
+    Raises:
+        ValueError: `address` is no address, or of the other family.
+    """
+    base, other = ip_address(first), ip_address(address)
+    if base.version != other.version:
+        raise ValueError(f"{address} is not of the family of {first}")
+    return int(other) - int(base)
+
+
+def networks(first: str, outcomes: str, letter: Outcome = Outcome.BLANK) -> Iterator[IPv4Network | IPv6Network]:
+    """The addresses that hold `letter`, as the fewest canonical networks, in order."""
+    base = ip_address(first)
+    index = outcomes.find(letter)
+    while index >= 0:
+        end = index
+        while end < len(outcomes) and outcomes[end] == letter:
+            end += 1
+        yield from summarize_address_range(base + index, base + end - 1)
+        index = outcomes.find(letter, end)

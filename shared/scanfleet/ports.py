@@ -1,0 +1,122 @@
+"""Which ports a policy probes: nmap's port syntax, or the N most common TCP ports.
+
+The text is parsed into numbers and written anew from them, so nothing that a user typed reaches a command line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+MAX_PORT = 65_535
+MAX_TEXT = 10_000  # characters: longer than any list a person writes, short enough to refuse at once
+MAX_TOP = 8_192  # top:N cannot be split, so it must fit in one chunk
+
+_TOP = re.compile(r"top:([1-9][0-9]{0,4})")
+_ITEM = re.compile(r"(?:([TU]):)?(?:([0-9]{1,5})|([0-9]{0,5})-([0-9]{0,5}))")
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class PortSet:
+    """Distinct ports as sorted, disjoint, inclusive ranges; `top` counts the most common TCP ports instead."""
+
+    tcp: tuple[Range, ...] = ()
+    udp: tuple[Range, ...] = ()
+    top: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> PortSet:
+        """Read `"22,80,8000-8100"`, `"T:80,U:53"`, `"-"` (1 to 65535) or `"top:100"`.
+
+        As in nmap, a `T:` or `U:` holds until the next one; ports before any are TCP.
+
+        Raises:
+            ValueError: the text is not of that syntax, or a number is not a port.
+        """
+        if len(text) > MAX_TEXT:
+            raise ValueError(f"ports must be at most {MAX_TEXT} characters")
+        if match := _TOP.fullmatch(text):
+            top = int(match[1])
+            if top > MAX_TOP:
+                raise ValueError(f"top:N takes at most {MAX_TOP} ports")
+            return cls(top=top)
+        found: dict[str, list[Range]] = {"T": [], "U": []}
+        protocol = "T"
+        for item in text.split(","):
+            match = _ITEM.fullmatch(item)
+            if match is None:
+                raise ValueError('ports must look like "22,80,8000-8100", "T:80,U:53" or "top:100"')
+            protocol = match[1] or protocol
+            first, last = (match[2], match[2]) if match[2] else (match[3] or "1", match[4] or str(MAX_PORT))
+            low, high = int(first), int(last)
+            if not 0 <= low <= high <= MAX_PORT:
+                raise ValueError(f"{item} is not a port or a range of ports from 0 to {MAX_PORT}")
+            found[protocol].append((low, high))
+        return cls(tcp=_disjoint(found["T"]), udp=_disjoint(found["U"]))
+
+    @property
+    def count(self) -> int:
+        """How many probes each address takes."""
+        return self.top or self.tcp_count + self.udp_count
+
+    @property
+    def tcp_count(self) -> int:
+        return self.top or _size(self.tcp)
+
+    @property
+    def udp_count(self) -> int:
+        return _size(self.udp)
+
+    def blocks(self, size: int) -> Iterator[PortSet]:
+        """This set cut into consecutive sets of at most `size` ports."""
+        if self.count <= size:
+            yield self
+            return
+        tcp: list[Range] = []
+        udp: list[Range] = []
+        room = size
+        for into, ranges in ((tcp, self.tcp), (udp, self.udp)):
+            for first, last in ranges:
+                low = first
+                while low <= last:
+                    high = min(last, low + room - 1)
+                    into.append((low, high))
+                    room -= high - low + 1
+                    low = high + 1
+                    if room == 0:
+                        yield PortSet(tuple(tcp), tuple(udp))
+                        tcp.clear()
+                        udp.clear()
+                        room = size
+        if tcp or udp:
+            yield PortSet(tuple(tcp), tuple(udp))
+
+    def __str__(self) -> str:
+        """The canonical text; `PortSet.parse(str(ports)) == ports`."""
+        if self.top:
+            return f"top:{self.top}"
+        parts = [_text(self.tcp, "T:" if self.udp else "")] if self.tcp else []
+        if self.udp:
+            parts.append(_text(self.udp, "U:"))
+        return ",".join(parts)
+
+
+def _disjoint(ranges: list[Range]) -> tuple[Range, ...]:
+    merged: list[Range] = []
+    for low, high in sorted(ranges):
+        if merged and low <= merged[-1][1] + 1:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], high))
+        else:
+            merged.append((low, high))
+    return tuple(merged)
+
+
+def _size(ranges: tuple[Range, ...]) -> int:
+    return sum(high - low + 1 for low, high in ranges)
+
+
+def _text(ranges: tuple[Range, ...], prefix: str) -> str:
+    return prefix + ",".join(f"{low}" if low == high else f"{low}-{high}" for low, high in ranges)
