@@ -86,6 +86,9 @@ class ChunkReleased(_Mapped):
 class ChunkScanned(_Mapped):
     """Every address has a letter. Sent first to scan-results, then to scan-progress."""
 
+    first_address: str
+    """The address of the map's first letter (as in ScanChunk): result-store knows the chunk by nothing else."""
+
     slot_seconds: Annotated[float, Field(ge=0)]
     technique: Technique
 
