@@ -1,0 +1,170 @@
+"""What may be scanned: how a network is written, which rules it must pass, and which of its addresses are left out.
+
+The rules fail closed: what no rule allows is refused. They are asked when a subnet is stored, when a job is made from it,
+and by the worker right before nmap starts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_address, ip_network
+from itertools import pairwise
+from typing import Final
+
+from scanfleet.outcomes import Outcome
+
+Network = IPv4Network | IPv6Network
+
+DEFAULT_MAX_ADDRESSES: Final = 65_536  # a /16: the largest private network that people hand out whole
+MAX_EXCLUDES: Final = 1_000  # of one subnet: its document stays small, and a person can still read it
+
+# Narrower than what `ipaddress` takes: no netmask, no zone, no leading zero in the prefix length.
+_NETWORK = re.compile(r"[0-9a-fA-F:.]{2,45}(/(0|[1-9][0-9]{0,2}))?")
+
+# Never scanned, whatever the lists say: nobody means these, and an attacker would.
+_NEVER: Final[tuple[tuple[Network, str], ...]] = (
+    (IPv4Network("0.0.0.0/8"), "unspecified addresses"),
+    (IPv4Network("169.254.0.0/16"), "link-local addresses and the metadata services among them"),
+    (IPv4Network("224.0.0.0/4"), "multicast addresses"),
+    (IPv4Network("240.0.0.0/4"), "reserved and broadcast addresses"),
+    (IPv6Network("::/128"), "unspecified addresses"),
+    (IPv6Network("fe80::/10"), "link-local addresses"),
+    (IPv6Network("ff00::/8"), "multicast addresses"),
+    # Metadata services that clouds keep outside the link-local networks: Alibaba, Azure, Oracle, AWS.
+    (IPv4Network("100.100.100.200/32"), "metadata services"),
+    (IPv4Network("168.63.129.16/32"), "metadata services"),
+    (IPv4Network("192.0.0.192/32"), "metadata services"),
+    (IPv6Network("fd00:ec2::254/128"), "metadata services"),
+    # They lead to IPv4 addresses too, but which ones depends on a translator or relay that we do not know.
+    (IPv6Network("64:ff9b:1::/48"), "local NAT64 addresses"),
+    (IPv6Network("2001::/32"), "Teredo addresses"),
+)
+
+# IPv6 addresses in which an IPv4 address follows the prefix; packets to them end at that IPv4 address.
+_EMBEDDING: Final = (
+    IPv6Network("::/96"),  # IPv4-compatible (RFC 4291)
+    IPv6Network("::ffff:0:0/96"),  # IPv4-mapped (RFC 4291)
+    IPv6Network("::ffff:0:0:0/96"),  # IPv4-translated (RFC 2765)
+    IPv6Network("64:ff9b::/96"),  # NAT64 (RFC 6052)
+    IPv6Network("2002::/16"),  # 6to4 (RFC 3056)
+)
+_LOOPBACK: Final = IPv6Network("::1/128")
+
+
+def parse_network(text: str) -> Network:
+    """Read a network such as `10.1.2.0/24` or `2001:db8::/64`; a single address is a /32 or /128.
+
+    Raises:
+        ValueError: it is written in any other way, or an address within the network stands for the network. The message
+            is fit for a user.
+    """
+    unreadable = f'{text[:50]!r} is not a network such as "10.1.2.0/24" or "2001:db8::/64"'
+    if _NETWORK.fullmatch(text) is None:
+        raise ValueError(unreadable)
+    try:
+        network = ip_network(text, strict=False)
+    except ValueError:
+        raise ValueError(unreadable) from None
+    if network.network_address != ip_address(text.partition("/")[0]):
+        raise ValueError(f"{text} has host bits set; the network is {network}")
+    return network
+
+
+@dataclass(frozen=True, slots=True)
+class TargetRules:
+    """The operator's word on what may be scanned."""
+
+    allowed: tuple[Network, ...]
+    denied: tuple[Network, ...] = ()
+    max_addresses: int = DEFAULT_MAX_ADDRESSES
+
+    def refusal(self, network: Network) -> str | None:
+        """The rule that forbids to scan `network`, as a sentence for the user; None when every address may be scanned.
+
+        Deny wins over allow, and several allowed networks together may cover one. An IPv6 network whose addresses embed
+        IPv4 addresses must be acceptable itself, and so must every IPv4 address that it embeds.
+        """
+        if network.num_addresses > self.max_addresses:
+            return f"{network} has {network.num_addresses} addresses; a subnet has at most {self.max_addresses}"
+        for never, what in _NEVER:
+            if network.overlaps(never):
+                return f"{network} overlaps {never}: {what} are never scanned"
+        for denied in self.denied:
+            if network.overlaps(denied):
+                return f"{network} overlaps {denied}, which this platform denies"
+        for embedded in _embedded(network):
+            if reason := self.refusal(embedded):
+                return f"{network} leads to IPv4 addresses: {reason}"
+        # Once collapsed, a union of networks covers another only if one of its members does.
+        family = [allowed for allowed in self.allowed if allowed.version == network.version]
+        union = collapse_addresses(family)  # type: ignore[type-var] # typed for one family, which these are
+        if not any(_within(network, allowed) for allowed in union):
+            return f"{network} is not within the networks that this platform allows"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A network to scan, less the `exclude` networks: disjoint, inside it, and not all of it."""
+
+    network: Network
+    exclude: tuple[Network, ...] = ()
+
+    @classmethod
+    def parse(cls, cidr: str, exclude: Iterable[str] = ()) -> Target:
+        """Read a subnet's texts; the order of `exclude` is kept.
+
+        Raises:
+            ValueError: a text is not a network, or the excluded networks are too many, overlap one another, lie outside
+                the network or leave nothing of it. The message is fit for a user.
+        """
+        network = parse_network(cidr)
+        excluded = tuple(map(parse_network, exclude))
+        if len(excluded) > MAX_EXCLUDES:
+            raise ValueError(f"at most {MAX_EXCLUDES} networks can be excluded from a subnet")
+        for inner in excluded:
+            if not _within(inner, network):
+                raise ValueError(f"{inner} cannot be excluded: it is not within {network}")
+        in_order = sorted(excluded, key=lambda inner: inner.network_address)
+        for left, right in pairwise(in_order):
+            if left.overlaps(right):
+                raise ValueError(f"{left} and {right} are both excluded and overlap")
+        target = cls(network, excluded)
+        if target.included == 0:
+            raise ValueError(f"every address of {network} is excluded")
+        return target
+
+    @property
+    def included(self) -> int:
+        """How many addresses are left to scan."""
+        return self.network.num_addresses - sum(inner.num_addresses for inner in self.exclude)
+
+    def outcomes(self, first: str, count: int) -> str:
+        """The outcome map of the `count` addresses from `first` on before any is scanned: excluded or blank."""
+        base = int(ip_address(first))
+        letters = Outcome.BLANK * count
+        for inner in self.exclude:
+            start = max(int(inner.network_address) - base, 0)
+            end = min(int(inner.broadcast_address) - base + 1, count)
+            if start < end:
+                letters = letters[:start] + Outcome.EXCLUDED * (end - start) + letters[end:]
+        return letters
+
+
+def _within(inner: Network, outer: Network) -> bool:
+    """Like `subnet_of`, which raises where the families differ."""
+    return inner.network_address in outer and inner.prefixlen >= outer.prefixlen
+
+
+def _embedded(network: Network) -> Iterable[IPv4Network]:
+    """The IPv4 networks that lie embedded in `network`: all of IPv4 where it holds a whole embedding prefix."""
+    if isinstance(network, IPv4Network) or network == _LOOPBACK:
+        return
+    for prefix in _EMBEDDING:
+        if network.overlaps(prefix):
+            inner = network if network.prefixlen > prefix.prefixlen else prefix
+            length = min(inner.prefixlen - prefix.prefixlen, 32)
+            first = int(inner.network_address) >> (128 - prefix.prefixlen - 32) & 0xFFFF_FFFF
+            yield IPv4Network((first >> (32 - length) << (32 - length), length))
