@@ -38,6 +38,8 @@ def merge(known: str, news: str) -> str:
     Raises:
         ValueError: the maps are of different chunks (their lengths differ).
     """
+    if len(known) != len(news):
+        raise ValueError(f"maps of {len(known)} and {len(news)} addresses are not of the same chunk")
     if known == news or Outcome.BLANK not in known:
         return known
     return "".join(old if old != Outcome.BLANK else new for old, new in zip(known, news, strict=True))

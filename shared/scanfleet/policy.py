@@ -9,15 +9,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, S
 
 from scanfleet.ports import PortSet
 
-MAX_SCRIPTS = 32
+# Of a category we take only the scripts that look at their target alone: none that sends packets elsewhere (broadcast,
+# external), guesses passwords, floods, exploits or leaves something behind.
+_CATEGORIES: Final = frozenset({"default", "safe", "discovery", "version"})
+_NOT_THESE: Final = "broadcast or brute or dos or exploit or external or fuzzer or intrusive or malware"
 
-# NSE categories and scripts that only look: nothing that logs in, floods, exploits or leaves something behind.
-ALLOWED_SCRIPTS: Final = frozenset(
+ALLOWED_SCRIPTS: Final = _CATEGORIES | frozenset(
     {
-        "default",
-        "safe",
-        "discovery",
-        "version",
         "banner",
         "http-title",
         "http-headers",
@@ -60,15 +58,23 @@ class ScanPolicy(BaseModel):
     service_detection: StrictBool
     version_intensity: Annotated[StrictInt, Field(ge=0, le=9)]
     os_detection: StrictBool
-    scripts: Annotated[tuple[Annotated[str, AfterValidator(_script)], ...], Field(max_length=MAX_SCRIPTS)]
+    scripts: Annotated[tuple[Annotated[str, AfterValidator(_script)], ...], Field(max_length=len(ALLOWED_SCRIPTS))]
     timing: Annotated[StrictInt, Field(ge=0, le=5)]
     max_rate: Annotated[StrictInt, Field(ge=1, le=10_000_000)] | None
+    """Packets a second; the limit is about what a link of 10 Gbit/s carries."""
+
     max_retries: Annotated[StrictInt, Field(ge=0, le=10)] | None
     host_timeout: Annotated[StrictInt, Field(ge=1, le=86_400)] | None
+    """Seconds, a day at most: a chunk cannot wait for one host for ever."""
 
     @property
     def port_set(self) -> PortSet:
         return PortSet.parse(self.ports)
+
+    @property
+    def script_selection(self) -> str:
+        """`scripts` as nmap's `--script` takes them; empty when there are none."""
+        return ",".join(f"({name} and not ({_NOT_THESE}))" if name in _CATEGORIES else name for name in self.scripts)
 
     @property
     def needs_raw(self) -> bool:
@@ -104,4 +110,4 @@ def fill_in(preset: Preset, given: dict[str, Any]) -> ScanPolicy:
     Raises:
         pydantic.ValidationError: a given value is not allowed.
     """
-    return ScanPolicy(preset=preset, **(PRESETS[preset] | given))
+    return ScanPolicy.model_validate(PRESETS[preset] | given | {"preset": preset})

@@ -31,7 +31,8 @@ class PortSet:
     def parse(cls, text: str) -> PortSet:
         """Read `"22,80,8000-8100"`, `"T:80,U:53"`, `"-"` (1 to 65535) or `"top:100"`.
 
-        As in nmap, a `T:` or `U:` holds until the next one; ports before any are TCP.
+        As in nmap, a `T:` or `U:` holds until the next one. Ports before any are TCP; where there are UDP ports too, nmap
+        would take them for both, which few people mean, so that is refused.
 
         Raises:
             ValueError: the text is not of that syntax, or a number is not a port.
@@ -55,7 +56,12 @@ class PortSet:
             if not 0 <= low <= high <= MAX_PORT:
                 raise ValueError(f"{item} is not a port or a range of ports from 0 to {MAX_PORT}")
             found[protocol].append((low, high))
-        return cls(tcp=_disjoint(found["T"]), udp=_disjoint(found["U"]))
+        if found["U"] and text[0] not in "TU":
+            raise ValueError('with UDP ports, TCP ports need "T:" before them, as in "T:80,U:53"')
+        ports = cls(tcp=_disjoint(found["T"]), udp=_disjoint(found["U"]))
+        if len(str(ports)) > MAX_TEXT:  # an open range is longer when written out; what we write we must read again
+            raise ValueError(f"ports must be at most {MAX_TEXT} characters")
+        return ports
 
     @property
     def count(self) -> int:
@@ -71,8 +77,8 @@ class PortSet:
         return _size(self.udp)
 
     def blocks(self, size: int) -> Iterator[PortSet]:
-        """This set cut into consecutive sets of at most `size` ports."""
-        if self.count <= size:
+        """This set cut into consecutive sets of at most `size` ports; a `top` set cannot be cut."""
+        if self.top or self.count <= size:
             yield self
             return
         tcp: list[Range] = []
