@@ -28,8 +28,9 @@ Document = dict[str, Any]
 Database = AsyncIOMotorDatabase[Document]
 Collection = AsyncIOMotorCollection[Document]
 
-TIMEOUT_MS: Final = 10_000  # for one operation with its retries: an election takes less, and callers retry anyway
-SELECTION_MS: Final = 3_000  # to find a primary: an HTTP caller gets its 503 while it still waits
+# For one operation with all its retries, the search for a primary among them: an HTTP caller gets its 503 while it still
+# waits, and a handler's batch is tried again anyway.
+TIMEOUT_MS: Final = 5_000
 
 DUPLICATE_KEY: Final = 11_000
 
@@ -75,7 +76,6 @@ def connect(uri: str, database: str) -> Database:
         journal=True,
         readConcernLevel="majority",
         timeoutMS=TIMEOUT_MS,
-        serverSelectionTimeoutMS=SELECTION_MS,
         retryWrites=True,
         retryReads=True,
         tz_aware=True,
