@@ -1,0 +1,74 @@
+"""Logs as JSON lines on standard output, one line an entry whatever a caller put into it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from typing import Any, Final
+
+import structlog
+
+from scanfleet.settings import CommonSettings
+
+# What looks like a credential is cut out of the finished line, so that no exception or library can leak one.
+_SECRETS: Final = re.compile(
+    r"eyJ[\w-]{5,}\.[\w-]+\.[\w-]*|(?<=[Bb]earer )[\w.~+/=-]{8,}|(?<=://)[^/\s:@\"]+:[^/\s@\"]+(?=@)"
+)
+
+
+def configure(service: str, settings: CommonSettings) -> None:
+    """Send every log of the process, those of libraries too, through one renderer.
+
+    Lines carry the service, the instance and whatever `structlog.contextvars` holds: `request_id` and `trace_id` for a
+    request, `job_id` where the work in hand is one job's.
+    """
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _origin(service, settings.instance),
+        structlog.processors.format_exc_info,
+    ]
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            structlog.stdlib.PositionalArgumentsFormatter(),
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, render],
+        ),
+    )
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(settings.log_level.upper())
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).handlers = []
+        logging.getLogger(name).propagate = True
+    # `scanfleet.service` writes an access line that knows the route and the request id.
+    logging.getLogger("uvicorn.access").handlers = []
+    # One line for each call that a service makes would only repeat the access line of the called.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def render(_logger: Any, _method: str, entry: structlog.typing.EventDict) -> str:
+    """One line of ASCII JSON: newlines and control characters are escaped, credentials are cut out."""
+    return _SECRETS.sub("[secret]", json.dumps(entry, default=repr))
+
+
+def _origin(service: str, instance: str) -> structlog.typing.Processor:
+    def add(_logger: Any, _method: str, entry: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        return {"service": service, "instance": instance, **entry}
+
+    return add

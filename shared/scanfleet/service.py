@@ -1,0 +1,277 @@
+"""One way to be a service: probes, metrics, request ids and one shape for every error.
+
+A service's `main.py` calls `create_app` with its routers and a lifespan that opens adapters and consumers, and is run by
+`uvicorn --factory <package>.main:create_app`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Annotated, Any, Final, cast
+from uuid import uuid4
+
+import structlog
+from fastapi import APIRouter, FastAPI, Path, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.telemetry import TelemetryConfig
+from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, generate_latest
+from pydantic import BeforeValidator
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.routing import Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from scanfleet import tracing
+from scanfleet.bus import Consumer
+from scanfleet.errors import DependencyError, PublicError, UnavailableError
+
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+Check = Callable[[], Awaitable[None]]
+
+MAX_ID: Final = 2**53 - 1  # the largest integer that JavaScript keeps exact
+MAX_BODY_BYTES: Final = 1 << 20  # the bus carries no larger message, and no honest request is a tenth of it
+CHECK_TIMEOUT_S: Final = 2.0  # of one readiness check: orchestrators ask every few seconds
+
+_DECIMAL: Final = re.compile(r"[1-9][0-9]{0,15}")
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_QUIET: Final = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few seconds: their access lines are noise
+_MAX_ERROR_CHARS: Final = 500  # an error may quote the caller, but not at length
+_MAX_ERRORS: Final = 5  # of one invalid request; enough to mend it in a few rounds
+
+# Off for now, on purpose: whatever else sets a provider or an environment variable would switch it on, and it exports
+# query strings and exception messages. Metrics come from here and traceparent is carried through by `tracing`.
+_TELEMETRY: Final[TelemetryConfig] = {
+    "tracing": False,
+    "metrics": False,
+    "logs": False,
+    "operation_spans": False,
+    "auto_configure": False,
+}
+
+
+def _decimal(text: str) -> str:
+    if _DECIMAL.fullmatch(text) is None:
+        raise ValueError("not an id")
+    return text
+
+
+PathId = Annotated[int, BeforeValidator(_decimal), Path(ge=1, le=MAX_ID)]
+"""An id in a path, in its one spelling; anything else there is a 404."""
+
+
+_requests = Counter("scanfleet_http_requests", "HTTP requests answered.", ["method", "route", "status"])
+_latency = Histogram("scanfleet_http_request_seconds", "Time to the end of the answer.", ["method", "route"])
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class Probes:
+    """What a service's health and readiness hang on; `create_app` makes it, the lifespan fills it."""
+
+    def __init__(self) -> None:
+        self._consumers: list[Consumer] = []
+        self._checks: dict[str, Check] = {}
+
+    def watch(self, consumer: Consumer) -> None:
+        """Be unhealthy when this loop has died, and unready while it is."""
+        self._consumers.append(consumer)
+
+    def depend(self, name: str, check: Check) -> None:
+        """Be unready while `check` raises or takes longer than `CHECK_TIMEOUT_S`."""
+        self._checks[name] = check
+
+    @property
+    def healthy(self) -> bool:
+        return all(consumer.alive for consumer in self._consumers)
+
+    async def missing(self) -> list[str]:
+        """The names of what is away, `consumer` for a loop that cannot go on; empty when ready."""
+        ready = all(consumer.alive and consumer.ready for consumer in self._consumers)
+        away = await asyncio.gather(*(self._away(name, check) for name, check in self._checks.items()))
+        return [name for name in away if name] + ([] if ready else ["consumer"])
+
+    @staticmethod
+    async def _away(name: str, check: Check) -> str | None:
+        try:
+            await asyncio.wait_for(check(), CHECK_TIMEOUT_S)
+        except (DependencyError, TimeoutError, OSError) as error:
+            _log.warning("dependency away", dependency=name, error=str(error))
+            return name
+        return None
+
+
+def create_app(
+    *,
+    name: str,
+    lifespan: Lifespan,
+    routers: Sequence[APIRouter] = (),
+    max_body_bytes: int = MAX_BODY_BYTES,
+    **documents: Any,
+) -> FastAPI:
+    """The ASGI application of a service.
+
+    Args:
+        name: the service's name, as in the architecture.
+        lifespan: opens adapters and consumers and closes them in reverse. `app.state.probes` is there to be filled.
+        routers: the service's own routes.
+        max_body_bytes: a request with more is answered 413.
+        documents: what FastAPI takes to describe the API (`title`, `openapi_url`, ...). Without it nothing is published.
+    """
+    app = FastAPI(
+        **({"title": name, "openapi_url": None} | documents),
+        lifespan=lifespan,
+        telemetry=_TELEMETRY,
+        redirect_slashes=False,  # a path with a slash too many is an unknown one, and a redirect would drop the body
+        middleware=[Middleware(_Front, max_body_bytes=max_body_bytes)],
+        exception_handlers={
+            PublicError: _public,
+            DependencyError: _dependency,
+            HTTPException: _http,
+            RequestValidationError: _invalid,
+        },
+    )
+    app.state.probes = Probes()
+    app.include_router(_probes)
+    for router in routers:
+        app.include_router(router)
+    return app
+
+
+def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
+    """The one shape of every error. ASCII only, so that no text a caller sent can break the encoding."""
+    return Response(json.dumps({"error": message}), status, headers, "application/json")
+
+
+_probes = APIRouter(include_in_schema=False)
+
+
+@_probes.get("/healthz")
+async def _healthz(request: Request) -> Response:
+    if not cast(Probes, request.app.state.probes).healthy:
+        return error_response(503, "a consumer loop has died")
+    return Response('{"status":"ok"}', media_type="application/json")
+
+
+@_probes.get("/readyz")
+async def _readyz(request: Request) -> Response:
+    if missing := await cast(Probes, request.app.state.probes).missing():
+        return error_response(503, f"away: {', '.join(missing)}")
+    return Response('{"status":"ok"}', media_type="application/json")
+
+
+@_probes.get("/metrics")
+async def _metrics() -> Response:
+    return Response(generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+async def _public(_request: Request, error: Exception) -> Response:
+    public = cast(PublicError, error)
+    return error_response(public.status, public.message, public.headers)
+
+
+async def _dependency(request: Request, error: Exception) -> Response:
+    _log.warning("dependency away", error=str(error))
+    return await _public(request, UnavailableError("a part of the service is away; try again"))
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    http = cast(HTTPException, error)
+    headers = dict(http.headers or {})
+    if http.status_code == 405:  # noqa: PLR2004 # the router names the methods of one route; others may share the path
+        headers["Allow"] = ", ".join(sorted(_allowed(request)))
+    return error_response(http.status_code, http.detail, headers)
+
+
+def _allowed(request: Request) -> set[str]:
+    return {
+        method
+        for method in _METHODS
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
+    }
+
+
+async def _invalid(_request: Request, error: Exception) -> Response:
+    problems = cast(RequestValidationError, error).errors()
+    if any(problem["loc"][0] == "path" for problem in problems):
+        return error_response(404, "Not Found")  # an id that cannot be one names nothing
+    text = "; ".join(_problem(problem) for problem in problems[:_MAX_ERRORS])
+    return error_response(400, text[:_MAX_ERROR_CHARS])
+
+
+def _problem(problem: dict[str, Any]) -> str:
+    where = ".".join(str(part) for part in problem["loc"] if part != "body")
+    what = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {what}" if where else what
+
+
+class _Front:
+    """What happens to every request first and last: its ids, its size limit, its metrics and its last resort."""
+
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+        self._too_large = f"a request has at most {max_body_bytes} bytes"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        request_id = headers.get(b"x-request-id", b"").decode("latin-1")
+        if _REQUEST_ID.fullmatch(request_id) is None:
+            request_id = uuid4().hex
+        traceparent = tracing.enter(headers.get(b"traceparent", b"").decode("latin-1"))
+        scope["request_id"] = request_id
+        started = time.perf_counter()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id, trace_id=tracing.trace_id(traceparent)):
+            try:
+                if int(headers.get(b"content-length", b"0")) > self._max_body_bytes:
+                    await error_response(413, self._too_large)(scope, receive, send_with_id)
+                else:
+                    await self._app(scope, self._limited(receive), send_with_id)
+            except Exception:
+                _log.exception("request failed", method=scope["method"], path=scope["path"])
+                if status:
+                    raise  # an answer is under way: the server must cut it off, so that it does not look whole
+                await error_response(500, "Internal Server Error")(scope, receive, send_with_id)
+            finally:
+                self._account(scope, status, time.perf_counter() - started)
+
+    def _limited(self, receive: Receive) -> Receive:
+        # The framework's own limit answers in plain text, whatever the handlers say.
+        left = self._max_body_bytes
+
+        async def limited() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise HTTPException(413, self._too_large)
+            return message
+
+        return limited
+
+    @staticmethod
+    def _account(scope: Scope, status: int, seconds: float) -> None:
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        route = getattr(scope.get("route"), "path", "none")
+        _requests.labels(method, route, status).inc()
+        _latency.labels(method, route).observe(seconds)
+        if route not in _QUIET:
+            _log.info("request", method=method, path=scope["path"], status=status, ms=round(seconds * 1000, 1))

@@ -1,0 +1,160 @@
+"""Settings in composable parts; each service's `settings.py` inherits the ones it needs.
+
+Every value comes from an environment variable, `SCANFLEET_` and the field's name; lists are separated by commas.
+"""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, HttpUrl, SecretStr, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from scanfleet.targets import DEFAULT_MAX_ADDRESSES, Network, TargetRules, parse_network
+
+Algorithm = Literal["RS256", "PS256", "ES256", "EdDSA"]
+
+
+def _split(value: object) -> object:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _network(value: object) -> object:
+    return parse_network(value) if isinstance(value, str) else value
+
+
+Networks = Annotated[tuple[Annotated[Network, BeforeValidator(_network)], ...], NoDecode, BeforeValidator(_split)]
+
+
+class _Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="SCANFLEET_", frozen=True, hide_input_in_errors=True)
+
+
+class CommonSettings(_Settings):
+    """What every service has."""
+
+    instance: str = Field(
+        default_factory=socket.gethostname,
+        pattern=r"^[A-Za-z0-9._-]{1,64}$",
+        description="Name of this process, unique among its service's replicas and the same after a restart.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info",
+        description="The least level that is logged.",
+    )
+
+
+class KafkaSettings(_Settings):
+    """The way to the bus."""
+
+    kafka: str = Field(
+        min_length=1,
+        description="Bootstrap servers as `host:port`, separated by commas.",
+    )
+    topic_prefix: str = Field(
+        "",
+        pattern=r"^[A-Za-z0-9._-]{0,64}$",
+        description="Put before the name of every topic and consumer group, so that several platforms can share a broker.",
+    )
+
+
+class MongoSettings(_Settings):
+    """The way to the service's own database."""
+
+    mongodb: str = Field(
+        min_length=1,
+        repr=False,  # it may hold a password
+        description="MongoDB connection URI of a replica set.",
+    )
+    database: str = Field(
+        pattern=r"^[A-Za-z0-9_-]{1,38}$",  # what MongoDB allows at most
+        description="Name of the service's database; no two services share one.",
+    )
+
+
+class AuthSettings(_Settings):
+    """Whose tokens are believed. Exactly one source of keys is set."""
+
+    jwt_issuer: str = Field(min_length=1, description="The only `iss` that is accepted.")
+    jwt_audience: str = Field(min_length=1, description="What `aud` must be or contain.")
+    jwt_jwks_url: HttpUrl | None = Field(
+        None,
+        description="Where the issuer publishes its public keys (JWKS); keys rotate without a restart.",
+    )
+    jwt_public_key_file: Path | None = Field(
+        None,
+        description="PEM file with the issuer's only public key, read once at start.",
+    )
+    jwt_development_secret: SecretStr | None = Field(
+        None,
+        min_length=32,  # HS256 needs a key as long as its hash (RFC 7518, 3.2)
+        description="Shared secret for HS256 tokens. For development only: whoever can verify a token can make one.",
+    )
+    jwt_algorithms: Annotated[tuple[Algorithm, ...], NoDecode, BeforeValidator(_split)] = Field(
+        ("RS256", "PS256", "ES256", "EdDSA"),
+        min_length=1,
+        description="Signature algorithms that are accepted; a key is only ever used with those made for its type.",
+    )
+    jwt_max_life_s: int = Field(
+        86_400,  # a token that was stolen is of no use tomorrow
+        ge=60,
+        description="Longest life (`exp` less `iat`) of a token in seconds; one made for longer is refused.",
+    )
+    jwt_leeway_s: int = Field(
+        10,  # clocks that NTP keeps differ by far less
+        ge=0,
+        le=60,
+        description="By how many seconds the issuer's clock may differ from ours.",
+    )
+    jwt_user_claim: str = Field(
+        "sub", min_length=1, description="Claim that holds the user id, an integer in a string."
+    )
+    jwt_roles_claim: str = Field("roles", min_length=1, description="Claim that holds the list of roles.")
+    jwt_admin_role: str = Field("admin", min_length=1, description="Role that makes an administrator.")
+    jwt_jwks_cooldown_s: int = Field(
+        10,  # soon enough for a new key, and no load for an issuer whatever kids callers invent
+        ge=1,
+        description="Shortest time in seconds between two fetches of the JWKS because of an unknown key id.",
+    )
+    jwt_jwks_max_age_s: int = Field(
+        300,  # a key that the issuer has withdrawn is believed for at most this long
+        ge=1,
+        description="Age in seconds after which the JWKS is fetched again.",
+    )
+
+    @model_validator(mode="after")
+    def _one_source_of_keys(self) -> Self:
+        if sum(source is not None for source in self._sources) != 1:
+            raise ValueError(
+                "set exactly one of SCANFLEET_JWT_JWKS_URL, SCANFLEET_JWT_PUBLIC_KEY_FILE and "
+                "SCANFLEET_JWT_DEVELOPMENT_SECRET",
+            )
+        return self
+
+    @property
+    def _sources(self) -> tuple[object, ...]:
+        return self.jwt_jwks_url, self.jwt_public_key_file, self.jwt_development_secret
+
+
+class TargetSettings(_Settings):
+    """What may be scanned."""
+
+    allowed_networks: Networks = Field(
+        (),
+        description="Networks that may be scanned, as CIDRs separated by commas. Nothing may be until they are named.",
+    )
+    denied_networks: Networks = Field(
+        (),
+        description="Networks that may not be scanned, whatever is allowed.",
+    )
+    max_addresses: int = Field(
+        DEFAULT_MAX_ADDRESSES,
+        ge=1,
+        description="The most addresses of one subnet.",
+    )
+
+    @property
+    def target_rules(self) -> TargetRules:
+        return TargetRules(self.allowed_networks, self.denied_networks, self.max_addresses)
