@@ -1,0 +1,77 @@
+"""Real Kafka and MongoDB for every test that asks: once a session, in containers or from this machine's binaries."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from testcontainers.community.kafka import KafkaContainer
+from testcontainers.core.container import DockerContainer
+
+from local import kafka as native_kafka
+from local import mongod as native_mongod
+from local import ports
+
+KAFKA_IMAGE = "confluentinc/cp-kafka:7.6.0"
+MONGODB_IMAGE = "mongo:7.0"
+STOP = 30  # seconds in which a server must end by itself
+
+
+@pytest.fixture(scope="session")
+def docker_answers() -> bool:
+    """Whether containers can be had; without an engine the same servers run natively."""
+    client = shutil.which("docker")
+    return client is not None and subprocess.run([client, "info"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture(scope="session")
+def kafka(docker_answers: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The bootstrap address of a real broker; each test takes a topic prefix of its own."""
+    if docker_answers:
+        with KafkaContainer(KAFKA_IMAGE).with_kraft() as container:
+            yield container.get_bootstrap_server()
+        return
+    folder = tmp_path_factory.mktemp("kafka")
+    port, controller_port = ports.choose(), ports.choose()
+    with _running(native_kafka.command(folder, port, controller_port), folder):
+        native_kafka.wait_until_up(f"127.0.0.1:{port}")
+        yield f"127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="session")
+def mongodb(docker_answers: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URI of a real replica set; each test takes a database name of its own."""
+    if docker_answers:
+        container = DockerContainer(MONGODB_IMAGE)
+        container.with_command(f"--replSet {native_mongod.REPLICA_SET} --bind_ip_all")
+        container.with_exposed_ports(27017)
+        with container:
+            address = f"{container.get_container_host_ip()}:{container.get_exposed_port(27017)}"
+            native_mongod.make_ready(address, member="127.0.0.1:27017")
+            yield native_mongod.uri(address)
+        return
+    folder = tmp_path_factory.mktemp("mongod")
+    port = ports.choose()
+    with _running(native_mongod.command(folder, port), folder):
+        native_mongod.make_ready(f"127.0.0.1:{port}")
+        yield native_mongod.uri(f"127.0.0.1:{port}")
+
+
+@contextmanager
+def _running(command: list[str], folder: Path) -> Iterator[None]:
+    """A server for the length of the block; it dies with us even if we are killed."""
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *command], stdout=log, stderr=subprocess.STDOUT)
+        try:
+            yield
+        finally:
+            server.terminate()
+            try:
+                server.wait(STOP)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
