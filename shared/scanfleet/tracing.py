@@ -7,7 +7,7 @@ import secrets
 from contextvars import ContextVar
 from typing import Final
 
-_TRACEPARENT: Final = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+TRACEPARENT: Final = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 _current: ContextVar[str | None] = ContextVar("traceparent", default=None)
 
@@ -17,7 +17,7 @@ def enter(header: str | None) -> str:
 
     No span is recorded, so the caller's span stays the parent of whatever is called next.
     """
-    if header is None or _TRACEPARENT.fullmatch(header) is None:
+    if header is None or TRACEPARENT.fullmatch(header) is None:
         header = f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-00"
     _current.set(header)
     return header

@@ -1,0 +1,125 @@
+"""How a message lies in a Kafka record: CloudEvents 1.0, binary content mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from pydantic import ValidationError
+
+from scanfleet import tracing
+from scanfleet.clock import utc_now
+from scanfleet.errors import MessageError
+from scanfleet.messages.base import Message
+from scanfleet.messages.topics import MAX_BYTES, Topic
+from scanfleet.tracing import TRACEPARENT
+
+Headers = Sequence[tuple[str, bytes | None]]
+
+CONTENT_TYPE: Final = "application/json"
+
+_READ: Final = frozenset({"content-type", "ce_specversion", "ce_type", "traceparent"})
+_REASON_LENGTH: Final = 500  # of a validation report: enough to see the fault, whatever a hostile value makes of it
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """A message as bytes: what a producer sends."""
+
+    key: bytes
+    value: bytes
+    headers: tuple[tuple[str, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RawRecord:
+    """A record as the broker gave it: nothing about it can be trusted yet."""
+
+    topic: str
+    """Without the configured prefix."""
+
+    partition: int
+    offset: int
+    timestamp: datetime
+    key: bytes | None
+    value: bytes | None
+    headers: Headers
+
+
+def encode(topic: Topic, message: Message, *, source: str) -> Envelope:
+    """The record that says `message` on `topic`; `source` is the service that says it.
+
+    It belongs to the message's own trace, else to the current one.
+
+    Raises:
+        MessageError: the message is not of this topic, or too large.
+    """
+    if type(message) not in topic.messages:
+        raise MessageError(f"{type(message).__name__} is not a message of {topic.name}")
+    value = message.model_dump_json(exclude_defaults=message.compact).encode()
+    if len(value) > MAX_BYTES:
+        raise MessageError(f"{type(message).__name__} has {len(value)} bytes; {MAX_BYTES} is the limit")
+    headers = [
+        ("content-type", CONTENT_TYPE),
+        ("ce_specversion", "1.0"),
+        ("ce_id", message.event_id),
+        ("ce_source", f"/scanfleet/{source}"),
+        ("ce_type", message.type_name()),
+        ("ce_time", utc_now().isoformat()),
+        ("ce_subject", message.subject),
+    ]
+    if traceparent := message.traceparent or tracing.current():
+        headers.append(("traceparent", traceparent))
+    return Envelope(topic.key_of(message).encode(), value, tuple((name, text.encode()) for name, text in headers))
+
+
+def decode(topic: Topic, record: RawRecord) -> Message:
+    """The message that `record` holds. A traceparent that is none is left out.
+
+    Raises:
+        MessageError: it holds no message of this topic; says why.
+    """
+    headers = {name: _text(name, value) for name, value in record.headers if name in _READ}
+    kinds = {kind.type_name(): kind for kind in topic.messages}
+    if headers.get("ce_specversion") != "1.0":
+        raise MessageError("no CloudEvents 1.0 record")
+    kind = kinds.get(headers.get("ce_type", ""))
+    if kind is None:
+        raise MessageError(f"no message of {topic.name}: ce_type is {headers.get('ce_type', '')[:_REASON_LENGTH]!r}")
+    if headers.get("content-type", "").split(";")[0].strip() != CONTENT_TYPE:
+        raise MessageError(f"content-type is not {CONTENT_TYPE}")
+    if record.value is None:
+        raise MessageError("no value")
+    if len(record.value) > MAX_BYTES:
+        raise MessageError(f"{len(record.value)} bytes; {MAX_BYTES} is the limit")
+    try:
+        message = kind.model_validate_json(record.value)
+    except ValidationError as error:
+        raise MessageError(f"no {kind.__name__}: {error}"[:_REASON_LENGTH]) from error
+    if record.key != topic.key_of(message).encode():
+        raise MessageError(f"the key is not the {topic.key}")  # such a record stands in the wrong order
+    traceparent = headers.get("traceparent", "")
+    # The header alone says it: a value of that name is somebody's unknown field.
+    return message.model_copy(update={"traceparent": traceparent if TRACEPARENT.fullmatch(traceparent) else None})
+
+
+def dead_letter_headers(record: RawRecord, *, group: str, reason: str) -> Headers:
+    """The record's own headers, and where it stood, who refused it and why."""
+    return (
+        *record.headers,
+        ("dlq_topic", record.topic.encode()),
+        ("dlq_partition", str(record.partition).encode()),
+        ("dlq_offset", str(record.offset).encode()),
+        ("dlq_timestamp", record.timestamp.isoformat().encode()),
+        ("dlq_group", group.encode()),
+        ("dlq_reason", reason[:_REASON_LENGTH].encode(errors="replace")),
+    )
+
+
+def _text(name: str, value: bytes | None) -> str:
+    try:
+        return (value or b"").decode()
+    except UnicodeDecodeError as error:
+        raise MessageError(f"header {name} is not text") from error

@@ -1,0 +1,1 @@
+"""What ships for testing: fakes at the ports that pass the same suites as the real parts."""

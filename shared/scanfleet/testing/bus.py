@@ -1,0 +1,232 @@
+"""The bus in memory: partitions, groups, tails, rebalances and dead letters, without a broker.
+
+It runs the very loop that Kafka's consumers run; only where records come from differs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import zlib
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Final
+
+from scanfleet.bus import Consumer, Handler
+from scanfleet.clock import utc_now
+from scanfleet.consumer import BatchDroppedError, ConsumerLoop, Listener
+from scanfleet.errors import DependencyError
+from scanfleet.messages import Message
+from scanfleet.messages.envelope import Headers, RawRecord, dead_letter_headers, decode, encode
+from scanfleet.messages.topics import Topic
+
+BATCH: Final = 500  # records of one poll, as in Kafka's consumers
+
+
+class MemoryBroker:
+    """The logs and groups that any number of `MemoryBus` share, each standing for one process."""
+
+    def __init__(self) -> None:
+        self.away = False
+        """Set to let every call fail as if the broker were gone."""
+
+        self._records: defaultdict[str, list[RawRecord]] = defaultdict(list)
+        self._partitions: defaultdict[tuple[str, int], list[RawRecord]] = defaultdict(list)
+        self._groups: defaultdict[tuple[str, str], _Group] = defaultdict(_Group)
+        self._news = asyncio.Event()
+
+    def check(self) -> None:
+        """Raise DependencyError while the broker is away."""
+        if self.away:
+            raise DependencyError("the broker is away")
+
+    def records(self, name: str) -> list[RawRecord]:
+        """All records of the topic `name`, dead-letter topics too, in the order of their arrival."""
+        return list(self._records[name])
+
+    def partition(self, topic: Topic, number: int) -> Sequence[RawRecord]:
+        return self._partitions[topic.name, number]
+
+    def append(
+        self,
+        name: str,
+        partition: int,
+        *,
+        key: bytes | None = None,
+        value: bytes | None = None,
+        headers: Headers = (),
+    ) -> None:
+        """Put any bytes at the end of a partition, as anybody with access could."""
+        log = self._partitions[name, partition]
+        record = RawRecord(name, partition, len(log), utc_now(), key, value, tuple(headers))
+        log.append(record)
+        self._records[name].append(record)
+        self.tell()
+
+    def group(self, topic: Topic, name: str) -> _Group:
+        return self._groups[topic.name, name]
+
+    def committed(self, topic: Topic, group: str) -> dict[int, int]:
+        """For each partition the offset that the group goes on from, where it has committed one."""
+        return dict(self.group(topic, group).offsets)
+
+    def tell(self) -> None:
+        """Wake whoever waits for news."""
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def news(self, seconds: float) -> None:
+        """Return when something was appended or assigned, or after `seconds`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._news.wait()
+
+
+class MemoryBus:
+    """A `scanfleet.bus.Bus`."""
+
+    def __init__(self, broker: MemoryBroker | None = None, *, source: str = "test") -> None:
+        self.broker = broker or MemoryBroker()
+        self._source = source
+
+    async def start(self) -> None:
+        self.broker.check()
+
+    async def stop(self) -> None:
+        """Every send was acknowledged at once: nothing is left to flush."""
+
+    @property
+    def alive(self) -> bool:
+        return True
+
+    @property
+    def ready(self) -> bool:
+        return not self.broker.away
+
+    async def publish(self, topic: Topic, messages: Iterable[Message]) -> None:
+        envelopes = [encode(topic, message, source=self._source) for message in messages]
+        self.broker.check()
+        for envelope in envelopes:
+            partition = zlib.crc32(envelope.key) % topic.partitions
+            self.broker.append(topic.name, partition, key=envelope.key, value=envelope.value, headers=envelope.headers)
+
+    def consume(self, topic: Topic, group: str, handler: Handler) -> Consumer:
+        return self._loop(topic, group, handler, _Member(self.broker, topic, group))
+
+    def tail(self, topic: Topic, handler: Handler) -> Consumer:
+        return self._loop(topic, f"{self._source}-tail", handler, _Tail(self.broker, topic))
+
+    def messages(self, topic: Topic) -> list[Message]:
+        """Everything sent to `topic`, in the order of its arrival."""
+        return [decode(topic, record) for record in self.broker.records(topic.name)]
+
+    def _loop(self, topic: Topic, group: str, handler: Handler, source: _Tail) -> ConsumerLoop:
+        async def dead_letter(record: RawRecord, reason: str) -> None:
+            self.broker.check()
+            headers = dead_letter_headers(record, group=group, reason=reason)
+            self.broker.append(topic.dead_letter, 0, key=record.key, value=record.value, headers=headers)
+
+        return ConsumerLoop(topic, group, handler, source, dead_letter)
+
+
+class _Tail:
+    """A `scanfleet.consumer.Source` of every partition, from the end."""
+
+    def __init__(self, broker: MemoryBroker, topic: Topic) -> None:
+        self._broker = broker
+        self._topic = topic
+        self._positions: dict[int, int] = {}
+
+    async def open(self, listener: Listener) -> None:
+        self._broker.check()
+        self._positions = self._ends(range(self._topic.partitions))
+        await listener.assigned(set(self._positions))
+
+    async def poll(self, seconds: float) -> Sequence[RawRecord]:
+        self._broker.check()
+        if not (records := self._take()):
+            await self._broker.news(seconds)
+            self._broker.check()
+            records = self._take()
+        return records
+
+    async def commit(self, offsets: Mapping[int, int]) -> None:
+        """A tail forgets."""
+
+    def positions(self) -> Mapping[int, int]:
+        return dict(self._positions)
+
+    async def ends(self) -> Mapping[int, int]:
+        self._broker.check()
+        return self._ends(self._positions)
+
+    async def close(self) -> None:
+        self._positions = {}
+
+    def _ends(self, partitions: Iterable[int]) -> dict[int, int]:
+        return {number: len(self._broker.partition(self._topic, number)) for number in partitions}
+
+    def _take(self) -> list[RawRecord]:
+        records: list[RawRecord] = []
+        for number, position in self._positions.items():
+            records += self._broker.partition(self._topic, number)[position : position + BATCH - len(records)]
+        for record in records:
+            self._positions[record.partition] = record.offset + 1
+        return records
+
+
+class _Member(_Tail):
+    """The same, as a member of a group: its share of the partitions, from what the group committed."""
+
+    def __init__(self, broker: MemoryBroker, topic: Topic, group: str) -> None:
+        super().__init__(broker, topic)
+        self._group = broker.group(topic, group)
+        self._generation = 0
+        self.listener: Listener
+
+    async def open(self, listener: Listener) -> None:
+        self._broker.check()
+        self.listener = listener
+        await self._group.change(self._topic.partitions, joins=self)
+
+    async def commit(self, offsets: Mapping[int, int]) -> None:
+        self._broker.check()
+        if self._generation != self._group.generation:
+            raise BatchDroppedError("the group has rebalanced")
+        self._group.offsets.update(offsets)
+
+    async def close(self) -> None:
+        await super().close()
+        await self._group.change(self._topic.partitions, leaves=self)
+
+    async def revoke(self) -> None:
+        partitions, self._positions = set(self._positions), {}
+        await self.listener.revoked(partitions)
+
+    async def assign(self, partitions: Collection[int]) -> None:
+        self._generation = self._group.generation
+        self._positions = {number: self._group.offsets.get(number, 0) for number in partitions}
+        self._broker.tell()
+        await self.listener.assigned(set(partitions))
+
+
+class _Group:
+    """Members and what they have committed; rebalances eagerly, by ranges, as Kafka's groups do."""
+
+    def __init__(self) -> None:
+        self.generation = 0
+        self.offsets: dict[int, int] = {}
+        self._members: list[_Member] = []
+        self._changing = asyncio.Lock()
+
+    async def change(self, partitions: int, *, joins: _Member | None = None, leaves: _Member | None = None) -> None:
+        async with self._changing:
+            if leaves in self._members:
+                self._members.remove(leaves)
+            await asyncio.gather(*(member.revoke() for member in self._members))
+            if joins is not None:
+                self._members.append(joins)
+            self.generation += 1
+            members = len(self._members)
+            for index, member in enumerate(self._members):
+                await member.assign(range(partitions * index // members, partitions * (index + 1) // members))
