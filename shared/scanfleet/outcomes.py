@@ -80,5 +80,5 @@ def networks(first: str, outcomes: str, letter: Outcome = Outcome.BLANK) -> Iter
         end = index
         while end < len(outcomes) and outcomes[end] == letter:
             end += 1
-        yield from summarize_address_range(base + index, base + end - 1)
+        yield from summarize_address_range(base + index, base + (end - 1))
         index = outcomes.find(letter, end)

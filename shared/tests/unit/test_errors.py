@@ -1,0 +1,39 @@
+"""Errors say what must happen next."""
+
+from __future__ import annotations
+
+import pytest
+
+from scanfleet import errors
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (errors.BadRequestError, 400),
+        (errors.UnauthorizedError, 401),
+        (errors.ForbiddenError, 403),
+        (errors.NotFoundError, 404),
+        (errors.ConflictError, 409),
+        (errors.TooLargeError, 413),
+        (errors.UnavailableError, 503),
+    ],
+)
+def test_an_answer_carries_its_status(error: type[errors.PublicError], status: int) -> None:
+    """Each public error is one HTTP status with the caller's message."""
+    answer = error("what is wrong")
+    assert (answer.status, answer.message, str(answer)) == (status, "what is wrong", "what is wrong")
+
+
+def test_an_answer_tells_how_to_go_on() -> None:
+    """401 says how to authenticate, and 503 when to come back."""
+    assert errors.UnauthorizedError("no token").headers == {"WWW-Authenticate": "Bearer"}
+    assert errors.UnavailableError("busy", retry_after=5).headers == {"Retry-After": "5"}
+    assert errors.NotFoundError("no such job").headers == {}
+
+
+def test_the_three_ways_to_go_on_are_apart() -> None:
+    """No error is at once an answer, a bad message and a bad day; all have one root."""
+    ways = (errors.PublicError, errors.MessageError, errors.DependencyError)
+    assert all(issubclass(way, errors.ScanfleetError) for way in ways)
+    assert not any(issubclass(one, other) for one in ways for other in ways if one is not other)

@@ -1,0 +1,109 @@
+"""The vocabulary of scan policies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from scanfleet.policy import ALLOWED_SCRIPTS, PRESETS, Preset, ScanPolicy, fill_in
+
+
+def test_every_preset_is_told_apart_and_complete() -> None:
+    """A preset needs nothing else, and no two scan alike."""
+    policies = [fill_in(preset, {}) for preset in Preset]
+    assert len({policy.model_dump_json(exclude={"preset"}) for policy in policies}) == len(Preset)
+    assert all(PRESETS[preset].keys() == ScanPolicy.model_fields.keys() - {"preset"} for preset in Preset)
+
+
+@pytest.mark.parametrize("preset", Preset)
+def test_what_is_given_wins_over_the_preset(preset: Preset) -> None:
+    """A given field replaces the preset's value and leaves the others."""
+    policy = fill_in(preset, {"ports": "22", "timing": 0})
+    assert policy == fill_in(preset, {}).model_copy(update={"ports": "22", "timing": 0})
+
+
+def test_a_policy_reads_back() -> None:
+    """The JSON of a policy is the policy."""
+    policy = fill_in(Preset.FULL, {"ports": "80,22,81", "max_rate": 100})
+    assert policy.ports == "22,80-81"
+    assert ScanPolicy.model_validate_json(policy.model_dump_json()) == policy
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"ports": "22 -oN x"},
+        {"ports": ""},
+        {"ports": 22},
+        {"ports": None},
+        {"technique": "-sS"},
+        {"technique": "udp"},
+        {"discovery": "arp"},
+        {"service_detection": "yes"},
+        {"service_detection": 1},
+        {"version_intensity": 10},
+        {"version_intensity": -1},
+        {"version_intensity": "7"},
+        {"version_intensity": True},
+        {"os_detection": None},
+        {"scripts": "default"},
+        {"scripts": ["vuln"]},
+        {"scripts": ["default,vuln"]},
+        {"scripts": ["default or vuln"]},
+        {"scripts": ["./x.nse"]},
+        {"scripts": ["http-*"]},
+        {"scripts": ["banner"] * 100_000},
+        {"timing": 6},
+        {"timing": 2.0},
+        {"max_rate": 0},
+        {"max_rate": 1.5},
+        {"max_rate": 10**30},
+        {"max_retries": 11},
+        {"host_timeout": 0},
+        {"host_timeout": "10; id"},
+        {"arguments": "-oN x"},
+        {"user_id": 1},
+        {"$set": {"timing": 5}},
+    ],
+)
+def test_refuses_what_is_not_in_the_vocabulary(given: dict[str, Any]) -> None:
+    """A value of another type, range or word, and any other field, is invalid."""
+    with pytest.raises(ValidationError):
+        fill_in(Preset.STANDARD, given)
+
+
+@pytest.mark.parametrize(
+    ("given", "needed"),
+    [
+        ({}, False),
+        ({"technique": "connect"}, False),
+        ({"technique": "syn"}, True),
+        ({"os_detection": True}, True),
+        ({"ports": "U:53"}, True),
+        ({"ports": "T:1-65535"}, False),
+    ],
+)
+def test_tells_what_needs_raw_packets(given: dict[str, Any], *, needed: bool) -> None:
+    """SYN by name, OS detection and UDP need them; nothing else does."""
+    assert fill_in(Preset.STANDARD, given).needs_raw is needed
+
+
+def test_a_named_script_is_passed_by_name() -> None:
+    """Names stand for themselves, in the user's order; no scripts is no selection."""
+    assert fill_in(Preset.QUICK, {"scripts": ["ssl-cert", "banner"]}).script_selection == "ssl-cert,banner"
+    assert fill_in(Preset.QUICK, {}).script_selection == ""
+
+
+def test_a_category_is_never_passed_bare() -> None:
+    """nmap's own categories hold scripts that send packets elsewhere, so each is narrowed."""
+    for name in ("default", "safe", "discovery", "version"):
+        selection = fill_in(Preset.QUICK, {"scripts": [name]}).script_selection
+        assert selection.startswith(f"({name} and not (")
+        assert all(word in selection for word in ("broadcast", "external", "intrusive"))
+
+
+def test_the_scripts_that_users_are_promised_are_allowed() -> None:
+    """The API names three at least."""
+    assert {"default", "safe", "banner"} <= ALLOWED_SCRIPTS

@@ -1,0 +1,146 @@
+"""Which ports a text names."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scanfleet.ports import MAX_PORT, MAX_TEXT, MAX_TOP, PortSet, Range
+
+PORT = st.integers(0, MAX_PORT)
+ITEM = PORT.map(str) | st.tuples(PORT, PORT).map(lambda ends: f"{min(ends)}-{max(ends)}")
+TEXT = st.lists(st.tuples(st.sampled_from("TU"), ITEM), min_size=1, max_size=12).map(
+    lambda items: ",".join(f"{protocol}:{item}" for protocol, item in items),
+)
+
+
+def numbers(ranges: tuple[Range, ...]) -> set[int]:
+    return {port for low, high in ranges for port in range(low, high + 1)}
+
+
+@pytest.mark.parametrize(
+    ("text", "tcp", "udp"),
+    [
+        ("22", ((22, 22),), ()),
+        ("22,80,8000-8100", ((22, 22), (80, 80), (8000, 8100)), ()),
+        ("80,22,22,81", ((22, 22), (80, 81)), ()),
+        ("T:80,U:53", ((80, 80),), ((53, 53),)),
+        ("U:53,161,T:80,443", ((80, 80), (443, 443)), ((53, 53), (161, 161))),
+        ("U:53", (), ((53, 53),)),
+        ("-", ((1, 65_535),), ()),
+        ("-100", ((1, 100),), ()),
+        ("65000-", ((65_000, 65_535),), ()),
+        ("0", ((0, 0),), ()),
+        ("0-65535", ((0, 65_535),), ()),
+        ("00080", ((80, 80),), ()),
+        ("T:-,U:-3", ((1, 65_535),), ((1, 3),)),
+        ("22,T:80", ((22, 22), (80, 80)), ()),
+    ],
+)
+def test_reads_the_syntax_of_nmap(text: str, tcp: tuple[Range, ...], udp: tuple[Range, ...]) -> None:
+    """Numbers, ranges, open ranges and protocol prefixes give sorted, disjoint ranges."""
+    assert PortSet.parse(text) == PortSet(tcp, udp)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        ",",
+        "22,",
+        ",22",
+        "22,,80",
+        "65536",
+        "100-50",
+        "1-2-3",
+        "000080",
+        "+80",
+        "-1-5",
+        "T:",
+        "T:U:5",
+        "t:80",
+        "S:80",
+        "P:1",
+        "http",
+        "http*",
+        "[1-80]",
+        "22, 80",
+        " 22",
+        "22\n",
+        "22\x00",
+        "٢٢",
+        "22 -oN x",
+        "22;id",
+        "$(id)",
+        "top:0",
+        "top:010",
+        "top:-1",
+        "top:",
+        "TOP:10",
+        "top:10,22",
+        f"top:{MAX_TOP + 1}",
+        "top:99999",
+    ],
+)
+def test_refuses_what_is_not_of_the_syntax(text: str) -> None:
+    """Anything else that nmap, a shell or a careless reader might take for ports is refused."""
+    with pytest.raises(ValueError, match=r"port|top:N"):
+        PortSet.parse(text)
+
+
+@pytest.mark.parametrize("text", ["53,U:161", "53,T:80,U:161"])
+def test_refuses_ports_of_no_protocol_beside_udp(text: str) -> None:
+    """nmap would probe the bare port by both protocols, so the user is asked to say which."""
+    with pytest.raises(ValueError, match='need "T:"'):
+        PortSet.parse(text)
+
+
+def test_refuses_a_text_that_is_too_long() -> None:
+    """The limit holds for the text as given and as written anew, so that what is stored can be read again."""
+    with pytest.raises(ValueError, match="at most"):
+        PortSet.parse("1," * MAX_TEXT + "1")
+    listed = ",".join(str(port) for port in range(10_001, 10_001 + 2 * 1_666, 2))
+    assert len(str(PortSet.parse(listed))) == MAX_TEXT - 5
+    with pytest.raises(ValueError, match="at most"):
+        PortSet.parse(f"{listed}-")  # one character more, and six when written anew
+
+
+@given(TEXT)
+def test_the_canonical_text_reads_back(text: str) -> None:
+    """Writing and reading again changes neither the ports nor the text."""
+    ports = PortSet.parse(text)
+    assert PortSet.parse(str(ports)) == ports
+    assert str(PortSet.parse(str(ports))) == str(ports)
+
+
+@given(TEXT)
+def test_counts_each_port_once(text: str) -> None:
+    """The counts are the numbers of distinct ports, however often they are named."""
+    ports = PortSet.parse(text)
+    assert ports.tcp_count == len(numbers(ports.tcp))
+    assert ports.udp_count == len(numbers(ports.udp))
+    assert ports.count == ports.tcp_count + ports.udp_count
+
+
+@given(TEXT, st.integers(1, 70_000))
+def test_blocks_hold_every_port_once_in_order(text: str, size: int) -> None:
+    """Blocks are full but for the last, are canonical, and together hold each port of the set exactly once."""
+    ports = PortSet.parse(text)
+    size = max(size, ports.count // 50 + 1)  # some fifty blocks show as much as a hundred thousand
+    blocks = list(ports.blocks(size))
+    assert [block.count for block in blocks[:-1]] == [size] * (len(blocks) - 1)
+    assert 0 < blocks[-1].count <= size
+    assert sum(block.count for block in blocks) == ports.count
+    assert set().union(*(numbers(block.tcp) for block in blocks)) == numbers(ports.tcp)
+    assert set().union(*(numbers(block.udp) for block in blocks)) == numbers(ports.udp)
+    assert all(PortSet.parse(str(block)) == block for block in blocks)
+
+
+@given(st.integers(1, MAX_TOP), st.integers(1, MAX_TOP))
+def test_the_most_common_ports_stay_together(top: int, size: int) -> None:
+    """`top:N` counts N TCP ports, reads back, and is one block whatever the size."""
+    ports = PortSet.parse(f"top:{top}")
+    assert (ports.count, ports.tcp_count, ports.udp_count) == (top, top, 0)
+    assert str(ports) == f"top:{top}"
+    assert list(ports.blocks(size)) == [ports]

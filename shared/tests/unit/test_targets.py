@@ -1,0 +1,312 @@
+"""What may be scanned: texts, rules, excludes."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scanfleet.targets import MAX_EXCLUDES, Network, Target, TargetRules, parse_network
+
+EVERYTHING = (IPv4Network("0.0.0.0/0"), IPv6Network("::/0"))
+
+
+def rules(*allowed: str, denied: tuple[str, ...] = (), max_addresses: int = 65_536) -> TargetRules:
+    return TargetRules(tuple(map(parse_network, allowed)), tuple(map(parse_network, denied)), max_addresses)
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> Network:
+    length = draw(st.integers(0, 32))
+    if draw(st.booleans()):
+        return IPv4Network((draw(st.integers(0, 2**32 - 1)) >> (32 - length) << (32 - length), length))
+    length = draw(st.integers(0, 128))
+    return IPv6Network((draw(st.integers(0, 2**128 - 1)) >> (128 - length) << (128 - length), length))
+
+
+@given(networks())
+def test_reads_what_ipaddress_writes(network: Network) -> None:
+    """Every network in its canonical spelling is read as itself."""
+    assert parse_network(str(network)) == network
+
+
+@pytest.mark.parametrize(
+    ("text", "network"),
+    [
+        ("127.0.0.1", "127.0.0.1/32"),
+        ("::1", "::1/128"),
+        ("2001:DB8:0::/48", "2001:db8::/48"),
+        ("::ffff:1.2.3.4", "::ffff:102:304/128"),
+        ("0.0.0.0/0", "0.0.0.0/0"),
+    ],
+)
+def test_reads_single_addresses_and_any_spelling_of_ipv6(text: str, network: str) -> None:
+    """A single address is the longest prefix, and IPv6, which nobody reads in two ways, may be spelled freely."""
+    assert parse_network(text) == parse_network(network)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "127.1",
+        "0x7f000001",
+        "0x7f.0.0.1",
+        "010.0.0.1",
+        "2130706433",
+        "1.2.3.4/33",
+        "1.2.3.0/24-5",
+        "1.2.3.1-5",
+        "1.2.3.*",
+        "1.2.3.0/024",
+        "1.2.3.0/+24",
+        "1.2.3.0/",
+        "1.2.3.0/255.255.255.0",
+        "1.2.3.0/0.0.0.255",
+        "1.2.3.4/32/32",
+        "1.2.3.4,1.2.3.5",
+        "1.2.3.4 1.2.3.5",
+        " 1.2.3.4",
+        "1.2.3.4\n",
+        "1.2.3.4\x00",
+        "1.2.3.4 -oN x",
+        "-iL",
+        "$(id)",
+        "localhost",
+        "\u0661.2.3.4",
+        "\uff11.2.3.4",
+        "::/129",
+        ":::",
+        "fe80::1%eth0",
+        "[::1]",
+        "::ffff:010.0.0.1",
+        "0" * 100_000,
+    ],
+)
+def test_refuses_odd_spellings(text: str) -> None:
+    """What some program somewhere might read as another network is refused, in a short message that shows the text."""
+    with pytest.raises(ValueError, match="is not a network such as") as refusal:
+        parse_network(text)
+    assert repr(text[:50]) in str(refusal.value)
+    assert len(str(refusal.value)) < 300
+
+
+@pytest.mark.parametrize(("text", "network"), [("10.0.0.1/24", "10.0.0.0/24"), ("2001:db8::1/64", "2001:db8::/64")])
+def test_names_the_network_of_an_address_with_host_bits(text: str, network: str) -> None:
+    """An address that stands for its network is refused with the network's own text."""
+    with pytest.raises(ValueError, match=f"host bits set; the network is {network}"):
+        parse_network(text)
+
+
+@given(st.text(max_size=60))
+def test_a_text_is_read_or_refused_as_a_value_error(text: str) -> None:
+    """No text raises anything but ValueError, and one that is read is plain ASCII without spaces."""
+    try:
+        parse_network(text)
+    except ValueError:
+        return
+    assert text.isascii()
+    assert not set(text) - set("0123456789abcdefABCDEF.:/")
+
+
+def test_nothing_is_allowed_by_default() -> None:
+    """An operator who names no networks has allowed none."""
+    assert rules().refusal(parse_network("127.0.0.1")) == (
+        "127.0.0.1/32 is not within the networks that this platform allows"
+    )
+
+
+def test_allows_what_lies_wholly_within() -> None:
+    """A network is allowed when all of it is, and refused when any of it is not."""
+    assert rules("10.0.0.0/8").refusal(parse_network("10.1.0.0/16")) is None
+    assert rules("10.0.0.0/8").refusal(parse_network("10.0.0.0/8").supernet()) is not None
+    assert rules("10.0.0.0/24").refusal(parse_network("10.0.0.0/23")) is not None
+    assert rules("::1").refusal(parse_network("0.0.0.1")) is not None
+
+
+def test_several_allowed_networks_cover_one_together() -> None:
+    """What two allowed networks cover between them is allowed, in any order and with overlaps."""
+    halves = rules("10.0.1.0/24", "::1", "10.0.0.0/25", "10.0.0.0/26", "10.0.0.128/25")
+    assert halves.refusal(parse_network("10.0.0.0/23")) is None
+    assert halves.refusal(parse_network("10.0.0.0/22")) is not None
+
+
+def test_deny_wins_over_allow() -> None:
+    """A network that touches a denied one is refused, and the refusal names the denied one."""
+    both = rules("10.0.0.0/8", denied=("10.0.5.0/24",))
+    assert both.refusal(parse_network("10.0.4.0/24")) is None
+    for touching in ("10.0.5.7", "10.0.5.0/24", "10.0.4.0/23"):
+        assert both.refusal(parse_network(touching)) == (
+            f"{parse_network(touching)} overlaps 10.0.5.0/24, which this platform denies"
+        )
+
+
+def test_a_network_has_a_size_limit() -> None:
+    """The largest network holds exactly the limit."""
+    small = rules("10.0.0.0/8", max_addresses=256)
+    assert small.refusal(parse_network("10.0.0.0/24")) is None
+    assert small.refusal(parse_network("10.0.0.0/23")) == "10.0.0.0/23 has 512 addresses; a subnet has at most 256"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0.0.0.0",
+        "0.1.2.3",
+        "169.254.169.254",
+        "169.254.0.0/16",
+        "169.0.0.0/8",
+        "224.0.0.1",
+        "239.255.255.250",
+        "240.0.0.1",
+        "255.255.255.255",
+        "100.100.100.200",
+        "168.63.129.16",
+        "192.0.0.192",
+        "::",
+        "::/127",
+        "fe80::1",
+        "fe80::/64",
+        "febf::1",
+        "ff02::1",
+        "fd00:ec2::254",
+        "2001:0:4136:e378:8000:63bf:3fff:fdd2",
+        "64:ff9b:1::7f00:1",
+    ],
+)
+def test_some_networks_are_never_scanned(text: str) -> None:
+    """Metadata, link-local, multicast, unspecified, reserved and unknowable addresses are refused though all is allowed."""
+    everything = TargetRules(EVERYTHING, max_addresses=2**128)
+    reason = everything.refusal(parse_network(text))
+    assert reason is not None
+    assert reason.endswith("are never scanned")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "::ffff:169.254.169.254",
+        "::ffff:a9fe:a9fe",
+        "::169.254.169.254",
+        "::ffff:0:169.254.169.254",
+        "64:ff9b::169.254.169.254",
+        "2002:a9fe:a9fe::1",
+        "2002:a9fe:a9fe::/48",
+        "::ffff:10.0.0.1",
+        "::ffff:0.0.0.0/96",
+        "::ffff:169.254.0.0/112",
+        "2002::/16",
+        "2002:a9fe::/32",
+        "::/64",
+        "2000::/3",
+        "::/0",
+    ],
+)
+def test_an_embedded_ipv4_address_must_be_acceptable_itself(text: str) -> None:
+    """An IPv6 network is refused if any IPv4 address that its packets may end at is refused."""
+    everything = TargetRules(EVERYTHING, (IPv4Network("10.0.0.0/8"),), max_addresses=2**128)
+    assert everything.refusal(parse_network(text)) is not None
+
+
+@pytest.mark.parametrize("text", ["::ffff:127.0.0.0/104", "64:ff9b::127.0.0.1", "2002:7f00:1::/48", "2002:7f00::/24"])
+def test_an_embedding_network_is_allowed_when_it_and_its_ipv4_are(text: str) -> None:
+    """Allowing the IPv6 network alone, or the IPv4 network alone, does not allow the embedding."""
+    network = parse_network(text)
+    limit = 2**128
+    assert rules("127.0.0.0/8", "::/0", max_addresses=limit).refusal(network) is None
+    assert rules("127.0.0.0/8", max_addresses=limit).refusal(network) is not None
+    assert rules("::/0", max_addresses=limit).refusal(network) == (
+        f"{network} leads to IPv4 addresses: "
+        f"{'127.0.0.0/8' if text.endswith(('/104', '/24')) else '127.0.0.1/32'} is not within the networks that this platform allows"
+    )
+
+
+def test_loopback_of_ipv6_embeds_nothing() -> None:
+    """::1 looks IPv4-compatible and is not."""
+    assert rules("::1").refusal(parse_network("::1")) is None
+
+
+@given(networks(), st.lists(networks(), max_size=4), st.lists(networks(), max_size=4), st.data())
+def test_a_network_is_allowed_only_if_each_address_is(
+    network: Network,
+    allowed: list[Network],
+    denied: list[Network],
+    data: st.DataObject,
+) -> None:
+    """No address of an allowed network is refused by itself."""
+    both = TargetRules((*allowed, *EVERYTHING), tuple(denied), max_addresses=2**128)
+    if both.refusal(network) is None:
+        inner = network[data.draw(st.integers(0, network.num_addresses - 1))]
+        assert both.refusal(parse_network(str(inner))) is None
+
+
+@given(
+    prefix=st.sampled_from(["::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "2002::/16"]),
+    address=st.ip_addresses(v=4),
+    tail=st.integers(0, 2**80 - 1),
+)
+def test_an_embedding_address_is_refused_whenever_its_ipv4_is(prefix: str, address: IPv4Address, tail: int) -> None:
+    """Writing an IPv4 address as IPv6 never gets it past the rules."""
+    outer = IPv6Network(prefix)
+    room = 96 - outer.prefixlen
+    embedding = outer[(int(address) << room) | (tail >> (80 - room))]
+    everything = TargetRules(EVERYTHING, (IPv4Network("10.0.0.0/8"), IPv4Network("0.0.0.0/5")))
+    if everything.refusal(IPv4Network(address)) is not None and embedding != ip_address("::1"):
+        assert everything.refusal(IPv6Network(embedding)) is not None
+
+
+def test_a_target_keeps_its_excludes_in_order() -> None:
+    """Excludes are made canonical and otherwise come back as they were given."""
+    target = Target.parse("10.0.0.0/28", ["10.0.0.9", "10.0.0.0/30"])
+    assert list(map(str, target.exclude)) == ["10.0.0.9/32", "10.0.0.0/30"]
+    assert target.included == 11
+
+
+@pytest.mark.parametrize(
+    ("exclude", "message"),
+    [
+        (["10.0.1.0"], "10.0.1.0/32 cannot be excluded: it is not within 10.0.0.0/24"),
+        (["10.0.0.0/23"], "10.0.0.0/23 cannot be excluded: it is not within 10.0.0.0/24"),
+        (["::1"], "::1/128 cannot be excluded: it is not within 10.0.0.0/24"),
+        (["10.0.0.8/30", "10.0.0.1", "10.0.0.9"], "10.0.0.8/30 and 10.0.0.9/32 are both excluded and overlap"),
+        (["10.0.0.0/24"], "every address of 10.0.0.0/24 is excluded"),
+        (["10.0.0.128/25", "10.0.0.0/25"], "every address of 10.0.0.0/24 is excluded"),
+        (["10.0.0.1", "nonsense"], "'nonsense' is not a network"),
+    ],
+)
+def test_a_target_refuses_senseless_excludes(exclude: list[str], message: str) -> None:
+    """What cannot be excluded, is excluded twice, or leaves nothing to scan is refused by name."""
+    with pytest.raises(ValueError, match=message):
+        Target.parse("10.0.0.0/24", exclude)
+
+
+def test_a_target_takes_a_bounded_number_of_excludes() -> None:
+    """One exclude more than the limit is refused."""
+    excludes = [f"10.0.{n >> 8}.{n & 255}" for n in range(MAX_EXCLUDES + 1)]
+    assert Target.parse("10.0.0.0/16", excludes[:-1]).included == 65_536 - MAX_EXCLUDES
+    with pytest.raises(ValueError, match=f"at most {MAX_EXCLUDES} networks"):
+        Target.parse("10.0.0.0/16", excludes)
+
+
+@given(st.data())
+def test_a_map_marks_exactly_the_excluded_addresses(data: st.DataObject) -> None:
+    """Letter by letter, an address is excluded in the map if and only if it lies in an excluded network."""
+    network = IPv4Network("10.0.0.0/26")
+    pieces = list(network.subnets(new_prefix=data.draw(st.integers(27, 32))))
+    exclude = data.draw(st.lists(st.sampled_from(pieces), unique=True, max_size=len(pieces) - 1))
+    target = Target.parse(str(network), map(str, exclude))
+    start = data.draw(st.integers(0, 63))
+    count = data.draw(st.integers(1, 64 - start))
+    first = network[start]
+    assert target.outcomes(str(first), count) == "".join(
+        "x" if any(first + index in inner for inner in exclude) else "." for index in range(count)
+    )
+    assert target.outcomes(str(network[0]), 64).count(".") == target.included
+
+
+def test_a_map_of_ipv6_marks_excluded_addresses() -> None:
+    """A slice in the middle of an IPv6 network sees the part of an exclude that reaches into it."""
+    target = Target.parse("2001:db8::/120", ["2001:db8::8/125", "2001:db8::20"])
+    assert target.outcomes("2001:db8::e", 20) == "xx................x."
