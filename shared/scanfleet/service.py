@@ -30,7 +30,6 @@ from scanfleet import tracing
 from scanfleet.bus import Consumer
 from scanfleet.errors import DependencyError, PublicError, UnavailableError
 
-
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 Check = Callable[[], Awaitable[None]]
 

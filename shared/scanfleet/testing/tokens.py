@@ -1,0 +1,68 @@
+"""An issuer of tokens for tests."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import jwt
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from scanfleet.auth import FixedKey, Key, TokenVerifier
+from scanfleet.settings import AuthSettings
+
+
+class Issuer:
+    """Makes good tokens, or bad ones by naming the claim or header to be wrong.
+
+    Attributes:
+        settings: believe this issuer, whose keys stand at `jwt_jwks_url`.
+    """
+
+    def __init__(self, kid: str = "key-1") -> None:
+        self.kid = kid
+        self.private_key = Ed25519PrivateKey.generate()
+        self.settings = AuthSettings(
+            jwt_issuer="https://issuer.test",
+            jwt_audience="scanfleet",
+            jwt_jwks_url="https://issuer.test/jwks",
+        )
+
+    @property
+    def verifier(self) -> TokenVerifier:
+        """Believes this issuer's key, without a network."""
+        return TokenVerifier(self.settings, FixedKey(Key(self.private_key.public_key(), ("EdDSA",))))
+
+    @property
+    def jwks(self) -> dict[str, Any]:
+        public = json.loads(jwt.get_algorithm_by_name("EdDSA").to_jwk(self.private_key.public_key()))
+        return {"keys": [{**public, "kid": self.kid, "use": "sig", "alg": "EdDSA"}]}
+
+    def claims(self, user_id: int = 7, *, admin: bool = False, **changed: Any) -> dict[str, Any]:
+        """The claims of a token that is good for five minutes; a changed one of None is left out."""
+        now = int(time.time())
+        claims = {
+            "iss": self.settings.jwt_issuer,
+            "aud": self.settings.jwt_audience,
+            "sub": str(user_id),
+            "iat": now,
+            "exp": now + 300,
+            "roles": ["admin"] if admin else [],
+        } | changed
+        return {name: value for name, value in claims.items() if value is not None}
+
+    def token(
+        self,
+        user_id: int = 7,
+        *,
+        admin: bool = False,
+        headers: dict[str, Any] | None = None,
+        **changed: Any,
+    ) -> str:
+        claims = self.claims(user_id, admin=admin, **changed)
+        return jwt.encode(claims, self.private_key, "EdDSA", headers={"kid": self.kid} | (headers or {}))
+
+    def bearer(self, user_id: int = 7, *, admin: bool = False) -> dict[str, str]:
+        """The header of a good request."""
+        return {"Authorization": f"Bearer {self.token(user_id, admin=admin)}"}
