@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 from typing import Any
@@ -60,9 +61,18 @@ class Issuer:
         headers: dict[str, Any] | None = None,
         **changed: Any,
     ) -> str:
-        claims = self.claims(user_id, admin=admin, **changed)
-        return jwt.encode(claims, self.private_key, "EdDSA", headers={"kid": self.kid} | (headers or {}))
+        return self.sign(json.dumps(self.claims(user_id, admin=admin, **changed)).encode(), headers)
+
+    def sign(self, payload: bytes, headers: dict[str, Any] | None = None) -> str:
+        """Sign whatever it is: libraries refuse to make most of the tokens that an attacker would."""
+        header = json.dumps({"alg": "EdDSA", "typ": "JWT", "kid": self.kid} | (headers or {})).encode()
+        signed = _segment(header) + b"." + _segment(payload)
+        return (signed + b"." + _segment(self.private_key.sign(signed))).decode()
 
     def bearer(self, user_id: int = 7, *, admin: bool = False) -> dict[str, str]:
         """The header of a good request."""
         return {"Authorization": f"Bearer {self.token(user_id, admin=admin)}"}
+
+
+def _segment(raw: bytes) -> bytes:
+    return base64.urlsafe_b64encode(raw).rstrip(b"=")

@@ -1,0 +1,509 @@
+"""What `scanfleet.auth` believes, and everything that it does not."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from pydantic import ValidationError
+
+from scanfleet.auth import MAX_TOKEN_CHARS, JwksKeys, Principal, TokenVerifier, open_verifier
+from scanfleet.errors import UnauthorizedError, UnavailableError
+from scanfleet.settings import AuthSettings
+from scanfleet.testing.tokens import Issuer
+
+NOBODY = "https://issuer.test/none"
+
+
+class Endpoint(httpx.AsyncBaseTransport):
+    """An issuer's JWKS endpoint that counts its calls and can be away."""
+
+    def __init__(self, document: object) -> None:
+        self.document = document
+        self.calls = 0
+        self.away = False
+        self.called = asyncio.Event()
+        self.open = asyncio.Event()
+        self.open.set()
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self.calls += 1
+        self.called.set()
+        await self.open.wait()
+        if self.away:
+            raise httpx.ConnectError("away", request=request)
+        return httpx.Response(200, json=self.document)
+
+
+class Time:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def segment(value: object) -> str:
+    raw = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+
+
+def hs256(header: dict[str, Any], claims: dict[str, Any], secret: bytes) -> str:
+    """An HS256 token made by hand: the library refuses to sign with a public key."""
+    signed = f"{segment(header)}.{segment(claims)}"
+    return f"{signed}.{segment(hmac.digest(secret, signed.encode(), hashlib.sha256))}"
+
+
+@pytest.fixture
+def issuer() -> Issuer:
+    return Issuer()
+
+
+@asynccontextmanager
+async def keys_of(endpoint: Endpoint, time: Time) -> AsyncIterator[JwksKeys]:
+    async with httpx.AsyncClient(transport=endpoint) as client:
+        yield JwksKeys(
+            client,
+            "https://issuer.test/jwks",
+            algorithms=("RS256", "PS256", "ES256", "EdDSA"),
+            cooldown_s=10,
+            max_age_s=300,
+            clock=time,
+        )
+
+
+async def test_a_good_token_names_its_user(issuer: Issuer) -> None:
+    """A token of the issuer's key and claims is its user's, who is no administrator."""
+    assert await issuer.verifier.verify(issuer.token(7)) == Principal(7, admin=False)
+
+
+async def test_a_role_makes_an_administrator(issuer: Issuer) -> None:
+    """A token whose roles hold admin is an administrator's."""
+    assert await issuer.verifier.verify(issuer.token(7, admin=True)) == Principal(7, admin=True)
+
+
+async def test_roles_may_be_absent(issuer: Issuer) -> None:
+    """A token without roles is an ordinary user's."""
+    assert await issuer.verifier.verify(issuer.token(7, roles=None)) == Principal(7, admin=False)
+
+
+async def test_an_audience_among_several(issuer: Issuer) -> None:
+    """A token made for several audiences is good if we are one of them."""
+    assert (await issuer.verifier.verify(issuer.token(aud=["other", "scanfleet"]))).user_id == 7
+
+
+async def test_claim_names_are_settings(issuer: Issuer) -> None:
+    """The user and the role are read from the claims that the settings name."""
+    settings = issuer.settings.model_copy(
+        update={"jwt_user_claim": "uid", "jwt_roles_claim": "groups", "jwt_admin_role": "root"},
+    )
+    verifier = TokenVerifier(settings, issuer.verifier._keys)
+    token = issuer.token(sub="someone", uid="9", groups=["root"])
+    assert await verifier.verify(token) == Principal(9, admin=True)
+
+
+BAD_CLAIMS: dict[str, dict[str, Any]] = {
+    "no exp": {"exp": None},
+    "no iat": {"iat": None},
+    "no sub": {"sub": None},
+    "no aud": {"aud": None},
+    "no iss": {"iss": None},
+    "another issuer": {"iss": "https://other.test"},
+    "a list of issuers": {"iss": ["https://issuer.test"]},
+    "another audience": {"aud": "other"},
+    "other audiences": {"aud": ["other", "another"]},
+    "no audience at all": {"aud": []},
+    "an audience of odd types": {"aud": [1, None]},
+    "nobody's audience": {"aud": {"scanfleet": 1}},
+    "an end beyond time": {"exp": 10**30},
+    "an end beyond floats": {"exp": 10**400},
+    "an infinite end": {"exp": float("inf")},
+    "an end that is no number": {"exp": float("nan")},
+    "an end in a string": {"exp": "4000000000"},
+    "an end in a list": {"exp": [4000000000]},
+    "an end of true": {"exp": True},
+    "long ago": {"iat": 1, "exp": 2},
+    "too long a life": {"iat": 1},
+    "made in the future": {"iat": 4_000_000_000, "exp": 4_000_000_100},
+    "not before later": {"nbf": 4_000_000_000},
+    "not before of true": {"nbf": True},
+    "user zero": {"sub": "0"},
+    "a negative user": {"sub": "-7"},
+    "a spaced user": {"sub": " 7"},
+    "a user with a newline": {"sub": "7\n"},
+    "a user in other digits": {"sub": "\u0667"},  # Arabic-Indic seven
+    "a padded user": {"sub": "07"},
+    "a user in words": {"sub": "seven"},
+    "a fractional user": {"sub": "7.0"},
+    "a user beyond JavaScript": {"sub": str(2**53)},
+    "an enormous user": {"sub": "9" * 5000},
+    "a role in a string": {"roles": "administrator, not admin"},
+    "roles in an object": {"roles": {"admin": True}},
+}
+
+
+@pytest.mark.parametrize("changed", BAD_CLAIMS.values(), ids=BAD_CLAIMS)
+async def test_bad_claims_are_refused(issuer: Issuer, changed: dict[str, Any]) -> None:
+    """A token that its issuer signed is still refused for what it claims."""
+    with pytest.raises(UnauthorizedError):
+        await issuer.verifier.verify(issuer.token(**changed))
+
+
+@pytest.mark.parametrize("sub", [7, True, 7.0, ["7"], {"7": 7}])
+async def test_a_user_is_a_string(issuer: Issuer, sub: object) -> None:
+    """A user id of any type but string is refused."""
+    token = issuer.token(sub=sub)
+    with pytest.raises(UnauthorizedError):
+        await issuer.verifier.verify(token)
+
+
+async def test_an_expired_token_is_told_so(issuer: Issuer) -> None:
+    """An expired token is refused with an error by which its owner can mend it."""
+    with pytest.raises(UnauthorizedError, match="expired") as caught:
+        await issuer.verifier.verify(issuer.token(iat=1_000_000, exp=1_000_300))
+    assert caught.value.headers == {"WWW-Authenticate": "Bearer"}
+
+
+JUNK: dict[str, str] = {
+    "nothing": "",
+    "a word": "junk",
+    "dots": "..",
+    "many dots": "a.b.c.d.e",
+    "no JSON": f"{segment(b'no json')}.{segment({})}.x",
+    "no UTF-8": f"{segment(bytes([0xFF, 0xFE]))}.{segment({})}.x",
+    "a header that is a list": f"{segment([])}.{segment({})}.x",
+    "a header that is null": f"{segment(None)}.{segment({})}.x",
+    "deep JSON": f"{segment(b'[' * 5000)}.{segment({})}.x",
+    "a deep kid": segment(b'{"kid":' + b"[" * 3000 + b"]" * 3000 + b"}") + ".e30.x",
+    "a huge number": segment(b'{"kid":' + b"9" * 5000 + b"}") + ".e30.x",
+    "not ASCII": "\u00e9\u00e9.\u00e9.\u00e9",
+    "a lone surrogate": "\ud800.a.b",
+    "NUL": "\0.\0.\0",
+}
+
+
+@pytest.mark.parametrize("token", JUNK.values(), ids=JUNK)
+async def test_junk_is_refused(issuer: Issuer, token: str) -> None:
+    """What is no token at all is refused like any bad one."""
+    with pytest.raises(UnauthorizedError):
+        await issuer.verifier.verify(token)
+
+
+async def test_a_deep_payload_is_refused(issuer: Issuer) -> None:
+    """A payload too deep to read is refused even if its signature is good."""
+    token = issuer.sign(b"[" * 3000)
+    with pytest.raises(UnauthorizedError):
+        await issuer.verifier.verify(token)
+
+
+async def test_a_huge_token_is_refused_at_once(issuer: Issuer) -> None:
+    """A token above the limit is refused, though its signature is good."""
+    token = issuer.token(padding="x" * MAX_TOKEN_CHARS)
+    with pytest.raises(UnauthorizedError):
+        await issuer.verifier.verify(token)
+
+
+BAD_HEADERS: dict[str, dict[str, Any]] = {
+    "a key of its own by URL": {"jku": "https://evil.test/jwks"},
+    "a key of its own": {"jwk": {"kty": "oct", "k": "AAAA"}},
+    "a certificate of its own by URL": {"x5u": "https://evil.test/"},
+    "a certificate of its own": {"x5c": ["AAAA"]},
+    "a critical extension": {"crit": ["exp"], "exp": 1},
+    "an empty critical list": {"crit": []},
+    "b64 of true": {"b64": True},
+    "compression": {"zip": "DEF"},
+}
+
+
+@pytest.mark.parametrize("headers", BAD_HEADERS.values(), ids=BAD_HEADERS)
+async def test_bad_headers_are_refused(issuer: Issuer, headers: dict[str, Any]) -> None:
+    """A header that names a key or changes what is signed is refused whoever signed it."""
+    with pytest.raises(UnauthorizedError):
+        await issuer.verifier.verify(issuer.token(headers=headers))
+
+
+@pytest.mark.parametrize("kid", [7, True, ["key-1"], {"key-1": 1}, None, 10**40])
+async def test_a_kid_of_another_type_is_refused(kid: object) -> None:
+    """A key id that is no string is refused, and no error of ours."""
+    issuer = Issuer()
+    document = {"keys": issuer.jwks["keys"] + Issuer("key-2").jwks["keys"]}
+    async with keys_of(Endpoint(document), Time()) as keys:
+        token = hs256({"alg": "EdDSA", "kid": kid}, issuer.claims(), b"secret")
+        with pytest.raises(UnauthorizedError):
+            await TokenVerifier(issuer.settings, keys).verify(token)
+
+
+async def test_an_unsigned_token_is_refused(issuer: Issuer) -> None:
+    """`alg: none` is refused in every spelling, with a signature or without."""
+    for alg in ("none", "None", "NONE", ""):
+        for signature in ("", "x"):
+            token = f"{segment({'alg': alg, 'kid': issuer.kid})}.{segment(issuer.claims())}.{signature}"
+            with pytest.raises(UnauthorizedError):
+                await issuer.verifier.verify(token)
+
+
+async def test_another_key_is_refused(issuer: Issuer) -> None:
+    """A token by another key under our key's id is refused."""
+    with pytest.raises(UnauthorizedError):
+        await issuer.verifier.verify(Issuer().token())
+
+
+async def test_a_public_key_is_no_secret(issuer: Issuer) -> None:
+    """An HS256 token signed with the published key, in any of its forms, is refused."""
+    public = issuer.private_key.public_key()
+    forms = (
+        public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
+        public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo),
+        public.public_bytes(Encoding.Raw, PublicFormat.Raw),
+        json.dumps(issuer.jwks["keys"][0]).encode(),
+    )
+    for secret in forms:
+        token = hs256({"alg": "HS256", "kid": issuer.kid}, issuer.claims(), secret)
+        with pytest.raises(UnauthorizedError):
+            await issuer.verifier.verify(token)
+
+
+PRIVATE_KEYS: dict[str, Callable[[], Any]] = {
+    "RS256": lambda: rsa.generate_private_key(65537, 2048),
+    "PS256": lambda: rsa.generate_private_key(65537, 2048),
+    "ES256": lambda: ec.generate_private_key(ec.SECP256R1()),
+    "EdDSA": ed25519.Ed25519PrivateKey.generate,
+}
+
+
+@pytest.mark.parametrize("algorithm", PRIVATE_KEYS)
+async def test_every_algorithm_from_a_jwks_and_from_a_file(algorithm: str, tmp_path: Path) -> None:
+    """Each algorithm works through a key set, with or without `alg`, and through a PEM file."""
+    issuer = Issuer()
+    private = PRIVATE_KEYS[algorithm]()
+    token = jwt.encode(issuer.claims(), private, algorithm, headers={"kid": "k"})
+    public = json.loads(jwt.get_algorithm_by_name(algorithm).to_jwk(private.public_key()))
+    for extra in ({}, {"alg": algorithm}):
+        async with keys_of(Endpoint({"keys": [{**public, "kid": "k", **extra}]}), Time()) as keys:
+            assert (await TokenVerifier(issuer.settings, keys).verify(token)).user_id == 7
+
+    pem = tmp_path / "key.pem"
+    pem.write_bytes(private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    settings = AuthSettings(
+        jwt_issuer=issuer.settings.jwt_issuer,
+        jwt_audience=issuer.settings.jwt_audience,
+        jwt_public_key_file=pem,
+    )
+    async with open_verifier(settings) as verifier:
+        assert (await verifier.verify(token)).user_id == 7
+
+
+async def test_an_algorithm_that_is_not_configured_is_refused(tmp_path: Path) -> None:
+    """A key of a type that the configured algorithms do not use stops the start."""
+    pem = tmp_path / "key.pem"
+    pem.write_bytes(Issuer().private_key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    settings = AuthSettings(jwt_issuer="i", jwt_audience="a", jwt_public_key_file=pem, jwt_algorithms=("ES256",))
+    with pytest.raises(ValueError, match="fits none"):
+        async with open_verifier(settings):
+            pass
+
+
+async def test_a_key_keeps_to_the_algorithm_it_was_published_for() -> None:
+    """An RSA key published for PS256 verifies no RS256 token."""
+    issuer = Issuer()
+    private = rsa.generate_private_key(65537, 2048)
+    public = json.loads(jwt.get_algorithm_by_name("PS256").to_jwk(private.public_key()))
+    async with keys_of(Endpoint({"keys": [{**public, "kid": "k", "alg": "PS256"}]}), Time()) as keys:
+        verifier = TokenVerifier(issuer.settings, keys)
+        with pytest.raises(UnauthorizedError):
+            await verifier.verify(jwt.encode(issuer.claims(), private, "RS256", headers={"kid": "k"}))
+
+
+async def test_a_short_rsa_key_is_refused() -> None:
+    """An RSA key below 2048 bits verifies nothing."""
+    issuer = Issuer()
+    private = rsa.generate_private_key(65537, 1024)  # noqa: S505 # that is the claim
+    public = json.loads(jwt.get_algorithm_by_name("RS256").to_jwk(private.public_key()))
+    with pytest.warns(jwt.warnings.InsecureKeyLengthWarning):
+        token = jwt.encode(issuer.claims(), private, "RS256", headers={"kid": "k"})
+    async with keys_of(Endpoint({"keys": [{**public, "kid": "k"}]}), Time()) as keys:
+        with pytest.raises(UnauthorizedError):
+            await TokenVerifier(issuer.settings, keys).verify(token)
+
+
+async def test_a_key_set_is_searched_for_signing_keys_only() -> None:
+    """Secrets, private keys, encryption keys and junk in a key set are passed over."""
+    issuer = Issuer()
+    good = issuer.jwks["keys"][0]
+    secret = {"kty": "oct", "k": segment(b"s" * 32), "kid": "secret"}
+    private = json.loads(jwt.get_algorithm_by_name("EdDSA").to_jwk(issuer.private_key)) | {"kid": "private"}
+    junk = [secret, private, {**good, "use": "enc", "kid": "enc"}, {**good, "kid": 7}, {"kty": "??"}, 7, None, {}]
+    async with keys_of(Endpoint({"keys": [*junk, good]}), Time()) as keys:
+        verifier = TokenVerifier(issuer.settings, keys)
+        assert (await verifier.verify(issuer.token())).user_id == 7
+        for kid in ("private", "enc"):
+            with pytest.raises(UnauthorizedError):
+                await verifier.verify(issuer.token(headers={"kid": kid}))
+        with pytest.raises(UnauthorizedError):
+            await verifier.verify(hs256({"alg": "HS256", "kid": "secret"}, issuer.claims(), b"s" * 32))
+
+
+async def test_a_token_without_kid_means_the_only_key() -> None:
+    """A token that names no key is tried with the only one there is, and refused if there are two."""
+    issuer, endpoint = Issuer(), Endpoint(None)
+    token = jwt.encode(issuer.claims(), issuer.private_key, "EdDSA")
+    endpoint.document = issuer.jwks
+    async with keys_of(endpoint, Time()) as keys:
+        assert (await TokenVerifier(issuer.settings, keys).verify(token)).user_id == 7
+    endpoint.document = {"keys": issuer.jwks["keys"] + Issuer("key-2").jwks["keys"]}
+    async with keys_of(endpoint, Time()) as keys:
+        with pytest.raises(UnauthorizedError):
+            await TokenVerifier(issuer.settings, keys).verify(token)
+
+
+async def test_unknown_kids_cost_one_fetch_per_cooldown() -> None:
+    """A thousand unknown key ids, `../../x` and long ones among them, lead to one fetch until the cooldown is over."""
+    issuer, time = Issuer(), Time()
+    endpoint = Endpoint(issuer.jwks)
+    async with keys_of(endpoint, time) as keys:
+        verifier = TokenVerifier(issuer.settings, keys)
+        await verifier.verify(issuer.token())
+        assert endpoint.calls == 1
+        time.now += 10
+        kids = ["../../x", "x" * 5000, *(f"unknown-{number}" for number in range(1000))]
+        answers = await asyncio.gather(
+            *(verifier.verify(issuer.token(headers={"kid": kid})) for kid in kids),
+            return_exceptions=True,
+        )
+        assert {type(answer) for answer in answers} == {UnauthorizedError}
+        assert endpoint.calls == 2
+
+
+async def test_known_keys_do_not_wait_for_unknown_ones() -> None:
+    """A fetch that hangs because of an unknown key id delays nobody whose key is known."""
+    issuer, time = Issuer(), Time()
+    endpoint = Endpoint(issuer.jwks)
+    async with keys_of(endpoint, time) as keys:
+        verifier = TokenVerifier(issuer.settings, keys)
+        await verifier.verify(issuer.token())
+        time.now += 10
+        endpoint.open.clear()
+        endpoint.called.clear()
+        unknown = asyncio.create_task(verifier.verify(issuer.token(headers={"kid": "unknown"})))
+        await endpoint.called.wait()
+        assert (await verifier.verify(issuer.token())).user_id == 7
+        assert not unknown.done()
+        endpoint.open.set()
+        with pytest.raises(UnauthorizedError):
+            await unknown
+
+
+async def test_keys_rotate_without_a_restart() -> None:
+    """After the cooldown a new key is accepted, and the old one is refused from then on."""
+    old, new, time = Issuer("old"), Issuer("new"), Time()
+    endpoint = Endpoint(old.jwks)
+    async with keys_of(endpoint, time) as keys:
+        verifier = TokenVerifier(old.settings, keys)
+        await verifier.verify(old.token())
+        endpoint.document = new.jwks
+        with pytest.raises(UnauthorizedError):
+            await verifier.verify(new.token())
+        time.now += 10
+        assert (await verifier.verify(new.token())).user_id == 7
+        with pytest.raises(UnauthorizedError):
+            await verifier.verify(old.token())
+
+
+async def test_withdrawn_keys_end_without_new_ones_in_use() -> None:
+    """A key that the issuer has withdrawn is refused once the key set has reached its age."""
+    old, new, time = Issuer("old"), Issuer("new"), Time()
+    endpoint = Endpoint(old.jwks)
+    async with keys_of(endpoint, time) as keys:
+        verifier = TokenVerifier(old.settings, keys)
+        await verifier.verify(old.token())
+        endpoint.document = new.jwks
+        time.now += 300
+        with pytest.raises(UnauthorizedError):
+            await verifier.verify(old.token())
+
+
+@pytest.mark.parametrize("document", [None, [], {"keys": 7}, {"keys": []}, {"keys": [{}]}])
+async def test_known_keys_outlive_the_endpoint(document: object) -> None:
+    """While the endpoint is away or answers junk, known keys work and unknown ones are refused."""
+    issuer, time = Issuer(), Time()
+    endpoint = Endpoint(issuer.jwks)
+    async with keys_of(endpoint, time) as keys:
+        verifier = TokenVerifier(issuer.settings, keys)
+        await verifier.verify(issuer.token())
+        endpoint.away = document is None
+        endpoint.document = document
+        time.now += 100_000
+        assert (await verifier.verify(issuer.token())).user_id == 7
+        with pytest.raises(UnauthorizedError):
+            await verifier.verify(issuer.token(headers={"kid": "unknown"}))
+
+
+async def test_without_any_key_no_token_is_judged() -> None:
+    """Before the first key set was had, the answer is 503 for all, and good as soon as the endpoint is back."""
+    issuer, time = Issuer(), Time()
+    endpoint = Endpoint(issuer.jwks)
+    endpoint.away = True
+    async with keys_of(endpoint, time) as keys:
+        verifier = TokenVerifier(issuer.settings, keys)
+        with pytest.raises(UnavailableError):
+            await verifier.verify(issuer.token())
+        endpoint.away = False
+        time.now += 1
+        assert (await verifier.verify(issuer.token())).user_id == 7
+
+
+async def test_first_callers_share_the_first_fetch() -> None:
+    """Callers that come during the first fetch wait for it instead of failing."""
+    issuer = Issuer()
+    endpoint = Endpoint(issuer.jwks)
+    async with keys_of(endpoint, Time()) as keys:
+        verifier = TokenVerifier(issuer.settings, keys)
+        callers = await asyncio.gather(*(verifier.verify(issuer.token(user)) for user in range(1, 6)))
+    assert [caller.user_id for caller in callers] == [1, 2, 3, 4, 5]
+    assert endpoint.calls == 1
+
+
+async def test_the_settings_lead_to_the_endpoint() -> None:
+    """With a JWKS URL in the settings, keys come from there."""
+    issuer = Issuer()
+    async with open_verifier(issuer.settings, transport=Endpoint(issuer.jwks)) as verifier:
+        assert (await verifier.verify(issuer.token())).user_id == 7
+
+
+async def test_the_development_secret_is_for_hs256_alone() -> None:
+    """With a development secret HS256 is accepted and nothing else is."""
+    issuer = Issuer()
+    secret = "for development only, and long enough"  # noqa: S105 # a made-up one
+    settings = AuthSettings(
+        jwt_issuer=issuer.settings.jwt_issuer,
+        jwt_audience=issuer.settings.jwt_audience,
+        jwt_development_secret=secret,
+    )
+    async with open_verifier(settings) as verifier:
+        assert (await verifier.verify(jwt.encode(issuer.claims(), secret, "HS256"))).user_id == 7
+        for token in (issuer.token(), jwt.encode(issuer.claims(), secret * 2, "HS512")):
+            with pytest.raises(UnauthorizedError):
+                await verifier.verify(token)
+
+
+def test_exactly_one_source_of_keys() -> None:
+    """Settings without a source of keys, with two, or with a short secret are refused."""
+    for sources in (
+        {},
+        {"jwt_jwks_url": NOBODY, "jwt_public_key_file": "key.pem"},
+        {"jwt_development_secret": "short"},
+    ):
+        with pytest.raises(ValidationError):
+            AuthSettings.model_validate({"jwt_issuer": "i", "jwt_audience": "a"} | sources)
