@@ -40,6 +40,38 @@ def _script(name: str) -> str:
     return name
 
 
+Ports = Annotated[
+    str,
+    AfterValidator(_ports),
+    Field(description='nmap\'s syntax ("22,80,8000-8100", "T:80,U:53"), or "top:100" for the most common TCP ports.'),
+]
+TcpTechnique = Annotated[
+    Literal["auto", "connect", "syn"],
+    Field(description="`auto` is SYN where the worker may send raw packets, else connect."),
+]
+Discovery = Annotated[Literal["default", "none"], Field(description="`none` takes every address as up.")]
+ServiceDetection = Annotated[StrictBool, Field(description="Ask open ports what runs on them.")]
+VersionIntensity = Annotated[StrictInt, Field(ge=0, le=9)]
+OsDetection = Annotated[StrictBool, Field(description="Needs a worker that may send raw packets.")]
+Scripts = Annotated[
+    tuple[Annotated[str, AfterValidator(_script)], ...],
+    Field(
+        max_length=len(ALLOWED_SCRIPTS),
+        description=f"NSE categories or scripts, of {', '.join(sorted(ALLOWED_SCRIPTS))}.",
+    ),
+]
+Timing = Annotated[StrictInt, Field(ge=0, le=5, description="nmap's timing template.")]
+MaxRate = Annotated[
+    Annotated[StrictInt, Field(ge=1, le=10_000_000)] | None,  # about what a link of 10 Gbit/s carries
+    Field(description="Packets a second."),
+]
+MaxRetries = Annotated[StrictInt, Field(ge=0, le=10)] | None
+HostTimeout = Annotated[
+    Annotated[StrictInt, Field(ge=1, le=86_400)] | None,  # a day: a chunk cannot wait for one host for ever
+    Field(description="Seconds after which nmap gives up on a host."),
+]
+
+
 class Preset(StrEnum):
     QUICK = "quick"
     STANDARD = "standard"
@@ -52,20 +84,17 @@ class ScanPolicy(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     preset: Preset
-    ports: Annotated[str, AfterValidator(_ports)]
-    technique: Literal["auto", "connect", "syn"]
-    discovery: Literal["default", "none"]
-    service_detection: StrictBool
-    version_intensity: Annotated[StrictInt, Field(ge=0, le=9)]
-    os_detection: StrictBool
-    scripts: Annotated[tuple[Annotated[str, AfterValidator(_script)], ...], Field(max_length=len(ALLOWED_SCRIPTS))]
-    timing: Annotated[StrictInt, Field(ge=0, le=5)]
-    max_rate: Annotated[StrictInt, Field(ge=1, le=10_000_000)] | None
-    """Packets a second; the limit is about what a link of 10 Gbit/s carries."""
-
-    max_retries: Annotated[StrictInt, Field(ge=0, le=10)] | None
-    host_timeout: Annotated[StrictInt, Field(ge=1, le=86_400)] | None
-    """Seconds, a day at most: a chunk cannot wait for one host for ever."""
+    ports: Ports
+    technique: TcpTechnique
+    discovery: Discovery
+    service_detection: ServiceDetection
+    version_intensity: VersionIntensity
+    os_detection: OsDetection
+    scripts: Scripts
+    timing: Timing
+    max_rate: MaxRate
+    max_retries: MaxRetries
+    host_timeout: HostTimeout
 
     @property
     def port_set(self) -> PortSet:

@@ -91,6 +91,8 @@ class ChunkScanned(_Mapped):
 
     slot_seconds: Annotated[float, Field(ge=0)]
     technique: Technique
+    reason: str = ""
+    """Why addresses were refused, if any were."""
 
 
 class ChunkFailed(_Mapped):

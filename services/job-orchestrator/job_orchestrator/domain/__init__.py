@@ -1,0 +1,1 @@
+"""What jobs, chunks and schedules are: rules only, no I/O."""

@@ -1,0 +1,192 @@
+"""A job and everything that can change it.
+
+The life of a job is `TABLE`. Every change of a job's status, progress or outbox is made by a function of this file, and each
+raises `seq`, so that readers of its events can tell new from old. Illegal changes raise and change nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Final, TypeVar
+
+from scanfleet.errors import ScanfleetError
+from scanfleet.messages import (
+    Job,
+    JobCancelled,
+    JobCompleted,
+    JobCreated,
+    JobEvent,
+    JobFailed,
+    JobProgressed,
+    JobStarted,
+    JobStatus,
+)
+from scanfleet.policy import ScanPolicy
+
+_E = TypeVar("_E", bound=JobEvent)
+
+
+class JobTrigger(StrEnum):
+    START = "start"
+    COMPLETE = "complete"
+    FAIL = "fail"
+    CANCEL = "cancel"
+
+
+TABLE: Final[dict[JobStatus, dict[JobTrigger, JobStatus]]] = {
+    JobStatus.PENDING: {
+        JobTrigger.START: JobStatus.RUNNING,
+        JobTrigger.FAIL: JobStatus.FAILED,
+        JobTrigger.CANCEL: JobStatus.CANCELLED,
+    },
+    JobStatus.RUNNING: {
+        JobTrigger.COMPLETE: JobStatus.COMPLETED,
+        JobTrigger.FAIL: JobStatus.FAILED,
+        JobTrigger.CANCEL: JobStatus.CANCELLED,
+    },
+    JobStatus.COMPLETED: {},
+    JobStatus.FAILED: {},
+    JobStatus.CANCELLED: {},
+}
+
+_EVENTS: Final[dict[JobTrigger, type[JobEvent]]] = {
+    JobTrigger.START: JobStarted,
+    JobTrigger.COMPLETE: JobCompleted,
+    JobTrigger.FAIL: JobFailed,
+    JobTrigger.CANCEL: JobCancelled,
+}
+
+
+class IllegalJobChangeError(ScanfleetError):
+    """This change is not in the table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """An event that is part of the job until the bus has acknowledged it; `at` is when it was added."""
+
+    event: JobEvent
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScanJob:
+    """A job with the snapshot that it lives on. `rev` rises with every stored change: the compare-and-set."""
+
+    id: int
+    user_id: int
+    policy_id: int
+    subnet_id: int
+    cidr: str
+    exclude: tuple[str, ...]
+    policy: ScanPolicy
+    addresses: int
+    excluded: int
+    ports: int
+    chunk_count: int
+    created_at: datetime
+    updated_at: datetime
+    command_id: str
+    status: JobStatus = JobStatus.PENDING
+    start_time: datetime | None = None
+    end_time: datetime | None = None
+    progress: int = 0
+    machines_found: int = 0
+    error: str = ""
+    seq: int = 0
+    rev: int = 0
+    cancel_command: str | None = None
+    settled: bool = False
+    """Terminal, and so is every chunk: nothing is left to reconcile."""
+    traceparent: str | None = None
+    outbox: tuple[Outgoing, ...] = ()
+
+    @property
+    def final(self) -> bool:
+        return not TABLE[self.status]
+
+    @property
+    def view(self) -> Job:
+        return Job(
+            id=self.id,
+            user_id=self.user_id,
+            policy_id=self.policy_id,
+            subnet_id=self.subnet_id,
+            status=self.status,
+            start_time=self.start_time,
+            end_time=self.end_time,
+            created_at=self.created_at,
+            updated_at=self.updated_at,
+        )
+
+
+def create(job: ScanJob) -> ScanJob:
+    """The job with its first event."""
+    return _say(job, JobCreated, job.created_at)
+
+
+def change(job: ScanJob, trigger: JobTrigger, now: datetime, **fields: Any) -> ScanJob:
+    """The job after `trigger`, with the event that tells of it in its outbox.
+
+    Args:
+        job: as it was read.
+        trigger: what happened.
+        now: UTC; no time of a job is ever before an earlier one of it.
+        fields: what else becomes true with it: `progress`, `machines_found`, `error`, `cancel_command`.
+
+    Raises:
+        IllegalJobChangeError: the table has no such change.
+    """
+    status = TABLE[job.status].get(trigger)
+    if status is None:
+        raise IllegalJobChangeError(f"cannot {trigger} job {job.id}: it is {job.status}")
+    now = max(now, job.updated_at)
+    if status is JobStatus.RUNNING:
+        fields["start_time"] = now
+    else:
+        fields["end_time"] = now
+    return _say(replace(job, status=status, updated_at=now, **fields), _EVENTS[trigger], now)
+
+
+def observe(job: ScanJob, progress: int, machines_found: int, now: datetime) -> tuple[ScanJob, JobProgressed] | None:
+    """The job with higher progress and the event for it, or None when there is nothing new to tell.
+
+    Only a running job with an empty outbox progresses, so no reader sees progress before the start or after the end.
+    """
+    progress = max(job.progress, min(progress, 99))
+    machines_found = max(job.machines_found, machines_found)
+    news = (progress, machines_found) != (job.progress, job.machines_found)
+    if job.status is not JobStatus.RUNNING or job.outbox or not news:
+        return None
+    changed = replace(
+        job,
+        progress=progress,
+        machines_found=machines_found,
+        updated_at=max(now, job.updated_at),
+        seq=job.seq + 1,
+    )
+    return changed, _event(changed, JobProgressed)
+
+
+def published(job: ScanJob, event_ids: set[str]) -> ScanJob:
+    """The job without the events that the bus has acknowledged."""
+    return replace(job, outbox=tuple(out for out in job.outbox if out.event.event_id not in event_ids))
+
+
+def _say(job: ScanJob, kind: type[JobEvent], now: datetime) -> ScanJob:
+    job = replace(job, seq=job.seq + 1)
+    return replace(job, outbox=(*job.outbox, Outgoing(_event(job, kind), now)))
+
+
+def _event(job: ScanJob, kind: type[_E]) -> _E:
+    return kind(
+        user_id=job.user_id,
+        seq=job.seq,
+        job=job.view,
+        progress=job.progress,
+        machines_found=job.machines_found,
+        error=job.error,
+        traceparent=job.traceparent,
+    )

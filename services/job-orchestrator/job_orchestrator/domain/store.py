@@ -1,0 +1,169 @@
+"""What the handlers need of a database: documents that change by compare-and-set on their `rev`, and the queries over them.
+
+`job_orchestrator.repository` is the real one, `job_orchestrator.testing` holds the in-memory one; both pass the same suite.
+Every method raises `DependencyError` when the database is away, and then anything that it was to write may be written.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Literal, Protocol
+
+from job_orchestrator.domain.chunk import Chunk, ChunkState
+from job_orchestrator.domain.fairness import Clock, Credit
+from job_orchestrator.domain.job import ScanJob
+from scanfleet.messages import JobStatus
+from scanfleet.policy import ScanPolicy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subnet:
+    id: int
+    user_id: int
+    name: str
+    cidr: str
+    exclude: tuple[str, ...]
+    created_at: datetime
+    updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    id: int
+    user_id: int
+    name: str
+    scan: ScanPolicy
+    created_at: datetime
+    updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """What was decided on one command id; the first insert stands.
+
+    `accepted` submits name all their jobs with their snapshots, so that anyone can finish making them.
+    """
+
+    id: str
+    user_id: int
+    state: Literal["accepted", "rejected", "expired"]
+    body: str = ""
+    """Hash of what was asked, to tell a repeat from another request under the same key."""
+    idempotency_key: str | None = None
+    jobs: tuple[ScanJob, ...] = ()
+    cancels: int | None = None
+    """The job that a cancel is about."""
+    status: int = 0
+    error: str = ""
+
+
+class Resources(Protocol):
+    """Subnets and policies: plain documents of one user each."""
+
+    async def add_subnet(self, subnet: Subnet) -> None: ...
+    async def subnets(self, user_id: int, ids: Collection[int]) -> list[Subnet]: ...
+    async def list_subnets(self, user_id: int, skip: int, limit: int) -> tuple[list[Subnet], int]: ...
+    async def replace_subnet(self, subnet: Subnet) -> bool: ...
+    async def delete_subnet(self, user_id: int, subnet_id: int) -> bool: ...
+
+    async def add_policy(self, policy: Policy) -> None: ...
+    async def policies(self, user_id: int, ids: Collection[int]) -> list[Policy]: ...
+    async def list_policies(self, user_id: int, skip: int, limit: int) -> tuple[list[Policy], int]: ...
+    async def replace_policy(self, policy: Policy) -> bool: ...
+    async def delete_policy(self, user_id: int, policy_id: int) -> bool: ...
+
+
+class Store(Resources, Protocol):
+    async def take_ids(self, name: str, count: int = 1) -> range:
+        """Fresh integers of the sequence `name`, from 1."""
+
+    # Commands
+
+    async def insert_commands(self, commands: Sequence[Command]) -> dict[str, Command]:
+        """Insert each unless its id or its user's idempotency key is there; answer what stands now, by the id asked."""
+
+    async def commands(self, ids: Collection[str]) -> dict[str, Command]: ...
+
+    async def commands_by_key(self, keys: Collection[tuple[int, str]]) -> dict[tuple[int, str], Command]: ...
+
+    async def reject_command(self, command_id: str, status: int, error: str) -> None:
+        """An accepted cancel that came too late."""
+
+    # Jobs
+
+    async def insert_jobs(self, jobs: Sequence[ScanJob]) -> None:
+        """Those that are there already stay as they are."""
+
+    async def jobs(self, ids: Collection[int]) -> dict[int, ScanJob]: ...
+
+    async def save_jobs(self, jobs: Sequence[ScanJob]) -> set[int]:
+        """Store each if its stored `rev` is still its `rev`, raised by one; answer the ids that lost the race."""
+
+    async def list_jobs(
+        self,
+        user_id: int,
+        statuses: Collection[JobStatus],
+        skip: int,
+        limit: int,
+    ) -> tuple[list[ScanJob], int]:
+        """Newest start first, pending before all, ties by id, newest first; and how many match."""
+
+    async def unsettled_jobs(self, after: int, limit: int) -> list[int]:
+        """Ids above `after`, in order, of jobs that are not final or have chunks that are not."""
+
+    async def jobs_with_old_events(self, before: datetime, limit: int) -> list[int]: ...
+
+    async def has_unfinished_jobs(self, subnet_id: int) -> bool: ...
+
+    # Chunks
+
+    async def insert_chunks(self, chunks: Sequence[Chunk]) -> None:
+        """Those that are there already stay as they are."""
+
+    async def chunks(self, ids: Collection[str]) -> dict[str, Chunk]: ...
+
+    async def job_chunks(self, job_id: int, states: Collection[ChunkState] | None = None) -> list[Chunk]:
+        """In order of their index."""
+
+    async def save_chunks(self, chunks: Sequence[Chunk]) -> set[str]:
+        """As `save_jobs`."""
+
+    async def chunk_states(self, job_ids: Collection[int]) -> dict[int, Counter[ChunkState]]: ...
+
+    async def watched_chunks(self, state: ChunkState, partitions: Collection[int]) -> list[Chunk]: ...
+
+    async def overdue_chunks(self, before: datetime, limit: int) -> list[Chunk]:
+        """Scanned, and result-store was not asked since `before`, or never."""
+
+    # Dispatch
+
+    async def waiting_users(self, *, raw: bool) -> list[int]:
+        """Users with queued chunks; without those chunks that need raw packets if not `raw`."""
+
+    async def queue(self, user_id: int, limit: int, *, raw: bool) -> list[Chunk]:
+        """The user's first `limit` queued chunks, by turn."""
+
+    async def first_turn(self, user_id: int) -> int:
+        """The lowest turn among the user's queued chunks, or 0."""
+
+    async def held(self, announced: Iterable[Credit]) -> list[Credit]:
+        """Each with what its worker holds now."""
+
+    async def clocks(self) -> dict[int, Clock]:
+        """The clocks of active users, after those without an open chunk were put to rest."""
+
+    async def wake_clocks(self, clocks: Iterable[Clock]) -> None: ...
+
+    async def charge(self, seconds: Mapping[int, float]) -> None:
+        """Add to the clocks of these users."""
+
+    async def seen_workers(self, workers: Iterable[Credit]) -> None:
+        """Note that these workers were heard of now, by the database's clock."""
+
+    async def raw_worker_seen(self, within: timedelta) -> bool: ...
+
+    async def queued_seconds(self) -> float:
+        """Estimated slot seconds of all queued chunks: what there is to scale on."""

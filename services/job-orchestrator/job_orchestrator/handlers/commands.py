@@ -1,0 +1,234 @@
+"""Commands from the gateway: one insert accepts, and whoever finds an accepted command can finish it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from typing import Final
+
+from job_orchestrator.domain import plan
+from job_orchestrator.domain.job import JobTrigger, ScanJob, create
+from job_orchestrator.domain.job import change as change_job
+from job_orchestrator.domain.store import Command, Policy, Store, Subnet
+from job_orchestrator.handlers.jobs import Jobs
+from scanfleet.bus import Publisher, Record
+from scanfleet.clock import utc_now
+from scanfleet.errors import MessageError
+from scanfleet.messages import CancelJob, CommandAccepted, CommandRejected, SubmitJobs
+from scanfleet.messages.topics import SCAN_REPLIES
+from scanfleet.targets import Target, TargetRules
+
+Reply = CommandAccepted | CommandRejected
+
+# By the broker's stamp. Nobody waits any more, and the caller may have asked again in other words. This is only tidy: what
+# makes a late command harmless is that the gateway's `expired` was inserted first.
+_TOO_OLD: Final = timedelta(seconds=60)
+
+
+class _RefusedError(Exception):
+    """The answer is 400 with this text."""
+
+
+class Commands:
+    """Handles scan-commands."""
+
+    def __init__(self, store: Store, publisher: Publisher, jobs: Jobs, rules: TargetRules) -> None:
+        self._store = store
+        self._publisher = publisher
+        self._jobs = jobs
+        self._rules = rules
+
+    async def handle(self, records: Sequence[Record]) -> None:
+        messages = {(message := _command(record)).command_id: message for record in records}
+        stands = await self._known(messages)
+        too_old = {_command(record).command_id for record in records if record.timestamp < utc_now() - _TOO_OLD}
+        new: list[Command] = []
+        submits: list[SubmitJobs] = []
+        for id_, message in messages.items():
+            if id_ in stands:
+                continue
+            if id_ in too_old:
+                new.append(Command(id=id_, user_id=message.user_id, state="expired"))
+            elif isinstance(message, CancelJob):
+                new.append(Command(id=id_, user_id=message.user_id, state="accepted", cancels=message.job_id))
+            else:
+                submits.append(message)
+        new += await self._decide(submits)
+        await self._finish(stands | await self._store.insert_commands(new), messages)
+
+    async def assigned(self, partitions: Collection[int]) -> None: ...
+
+    async def revoked(self, partitions: Collection[int]) -> None: ...
+
+    async def caught_up(self, partitions: Collection[int]) -> None: ...
+
+    async def expire(self, command_id: str, user_id: int) -> Reply | None:
+        """Make sure that the command will never be accepted; or, when it was, finish it and answer it.
+
+        Returns:
+            None when the command is expired and nothing can come of it any more.
+
+        Raises:
+            DependencyError: the outcome is unknown.
+        """
+        expired = Command(id=command_id, user_id=user_id, state="expired")
+        stands = (await self._store.insert_commands([expired]))[command_id]
+        if stands.state == "expired" or stands.user_id != user_id:
+            return None
+        return (await self._answers({command_id: stands}))[command_id]
+
+    async def _known(self, messages: Mapping[str, SubmitJobs | CancelJob]) -> dict[str, Command]:
+        """What already stands for these ids: their own command, or an earlier one under the same idempotency key."""
+        by_id = await self._store.commands(messages)
+        keys = {
+            id_: (message.user_id, message.idempotency_key)
+            for id_, message in messages.items()
+            if isinstance(message, SubmitJobs) and message.idempotency_key and id_ not in by_id
+        }
+        by_key = await self._store.commands_by_key(keys.values())
+        return by_id | {id_: by_key[key] for id_, key in keys.items() if key in by_key}
+
+    async def _finish(self, stands: Mapping[str, Command], messages: Mapping[str, SubmitJobs | CancelJob]) -> None:
+        mismatched = {
+            id_: CommandRejected(command_id=id_, status=400, error="Idempotency-Key was used for another request")
+            for id_, command in stands.items()
+            if isinstance(message := messages[id_], SubmitJobs) and command.id != id_ and command.body != _hash(message)
+        }
+        answers = mismatched | await self._answers(
+            {id_: command for id_, command in stands.items() if id_ not in mismatched and command.state != "expired"},
+        )
+        await self._publisher.publish(SCAN_REPLIES, answers.values())
+        touched = {
+            job_id
+            for id_ in answers.keys() - mismatched.keys()
+            for job_id in (*(job.id for job in stands[id_].jobs), *filter(None, [stands[id_].cancels]))
+        }
+        await self._jobs.relay(touched)
+        await self._jobs.reconcile(touched)
+
+    async def _answers(self, commands: Mapping[str, Command]) -> dict[str, Reply]:
+        """Finish each command, under the id that asks for it, and say what came of it."""
+        await self._store.insert_jobs([job for command in commands.values() for job in command.jobs])
+        answers: dict[str, Reply] = {}
+        for id_, command in commands.items():
+            if command.state == "rejected":
+                answers[id_] = CommandRejected(command_id=id_, status=command.status, error=command.error)
+            elif command.cancels is not None:
+                answers[id_] = await self._cancel(command)
+            else:
+                answers[id_] = CommandAccepted(command_id=id_, jobs=tuple(job.view for job in command.jobs))
+        return answers
+
+    async def _decide(self, submits: Sequence[SubmitJobs]) -> list[Command]:
+        """What to insert for each: accepted with all its jobs, or rejected; an idempotency key decides on insert."""
+        decided = await asyncio.gather(*(self._check(submit) for submit in submits))
+        wanted = sum(len(each) for each in decided if not isinstance(each, Command))
+        ids = iter(await self._store.take_ids("jobs", wanted)) if wanted else iter(())
+        return [
+            each if isinstance(each, Command) else _accepted(submit, [make(next(ids)) for make in each])
+            for submit, each in zip(submits, decided, strict=True)
+        ]
+
+    async def _check(self, submit: SubmitJobs) -> Command | list[Callable[[int], ScanJob]]:
+        """How to make each job once its id is known, or the rejection."""
+        policies, subnets = await asyncio.gather(
+            self._store.policies(submit.user_id, [submit.policy_id]),
+            self._store.subnets(submit.user_id, submit.subnet_ids),
+        )
+        try:
+            return [
+                _maker(submit, policy, subnet, self._rules) for policy, subnet in _resolved(submit, policies, subnets)
+            ]
+        except _RefusedError as refusal:
+            return Command(
+                id=submit.command_id,
+                user_id=submit.user_id,
+                state="rejected",
+                status=400,
+                error=str(refusal),
+            )
+
+    async def _cancel(self, command: Command) -> Reply:
+        """Cancel the job unless it has ended; a command that did it once is told so again."""
+        while True:
+            job = (await self._store.jobs([command.cancels or 0])).get(command.cancels or 0)
+            if job is None or job.user_id != command.user_id:
+                return await self._too_late(command, 404, "Job not found")
+            if job.cancel_command == command.id:
+                return CommandAccepted(command_id=command.id, jobs=(job.view,))
+            if job.final:
+                return await self._too_late(command, 400, f"Job is already {job.status}")
+            cancelled = change_job(job, JobTrigger.CANCEL, utc_now(), cancel_command=command.id)
+            if not await self._store.save_jobs([cancelled]):
+                return CommandAccepted(command_id=command.id, jobs=(cancelled.view,))
+
+    async def _too_late(self, command: Command, status: int, error: str) -> Reply:
+        await self._store.reject_command(command.id, status, error)
+        return CommandRejected(command_id=command.id, status=status, error=error)
+
+
+def _command(record: Record) -> SubmitJobs | CancelJob:
+    if not isinstance(record.message, SubmitJobs | CancelJob):
+        raise MessageError(f"{type(record.message).__name__} is no command")
+    return record.message
+
+
+def _accepted(submit: SubmitJobs, jobs: Iterable[ScanJob]) -> Command:
+    return Command(
+        id=submit.command_id,
+        user_id=submit.user_id,
+        state="accepted",
+        body=_hash(submit),
+        idempotency_key=submit.idempotency_key,
+        jobs=tuple(jobs),
+    )
+
+
+def _resolved(
+    submit: SubmitJobs,
+    policies: Sequence[Policy],
+    subnets: Sequence[Subnet],
+) -> list[tuple[Policy, Subnet]]:
+    if not policies:
+        raise _RefusedError(f"Policy {submit.policy_id} not found")
+    if len(set(submit.subnet_ids)) < len(submit.subnet_ids):
+        raise _RefusedError("The same subnet is given twice")
+    by_id = {subnet.id: subnet for subnet in subnets}
+    if missing := [str(id_) for id_ in submit.subnet_ids if id_ not in by_id]:
+        raise _RefusedError(f"Subnet {', '.join(missing[:10])} not found")
+    return [(policies[0], by_id[id_]) for id_ in submit.subnet_ids]
+
+
+def _maker(submit: SubmitJobs, policy: Policy, subnet: Subnet, rules: TargetRules) -> Callable[[int], ScanJob]:
+    target = Target.parse(subnet.cidr, subnet.exclude)
+    if refusal := rules.refusal(target.network):
+        raise _RefusedError(f"Subnet {subnet.id}: {refusal}")
+    planned = plan.plan(policy.scan, target)
+    now = utc_now()
+    bare = ScanJob(
+        id=0,
+        user_id=submit.user_id,
+        policy_id=policy.id,
+        subnet_id=subnet.id,
+        cidr=subnet.cidr,
+        exclude=subnet.exclude,
+        policy=policy.scan,
+        addresses=planned.addresses,
+        excluded=planned.excluded,
+        ports=planned.ports,
+        chunk_count=planned.chunk_count,
+        created_at=now,
+        updated_at=now,
+        command_id=submit.command_id,
+        traceparent=submit.traceparent,
+    )
+    return lambda id_: create(replace(bare, id=id_))
+
+
+def _hash(submit: SubmitJobs) -> str:
+    asked = json.dumps([submit.policy_id, submit.subnet_ids])
+    return hashlib.sha256(asked.encode()).hexdigest()

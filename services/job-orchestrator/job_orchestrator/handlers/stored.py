@@ -1,0 +1,59 @@
+"""What result-store says about the chunks that it checked."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
+
+from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState, incomplete, store
+from job_orchestrator.domain.store import Store
+from job_orchestrator.handlers.chunks import change
+from job_orchestrator.handlers.jobs import Jobs
+from scanfleet.bus import Record
+from scanfleet.errors import MessageError
+from scanfleet.messages import ChunkIncomplete, ChunkStored
+
+Verdict = ChunkStored | ChunkIncomplete
+
+
+class Stored:
+    """Handles scan-stored. `wake` is called when a chunk is queued again or a slot is free."""
+
+    def __init__(self, store: Store, jobs: Jobs, wake: Callable[[], None]) -> None:
+        self._store = store
+        self._jobs = jobs
+        self._wake = wake
+
+    async def handle(self, records: Sequence[Record]) -> None:
+        by_chunk: dict[str, list[Verdict]] = defaultdict(list)
+        for record in records:
+            verdict = _verdict(record)
+            by_chunk[verdict.chunk_id].append(verdict)
+
+        def decide(chunk: Chunk) -> Chunk:
+            for verdict in by_chunk[chunk.id]:
+                if isinstance(verdict, ChunkStored):
+                    chunk = store(chunk, verdict.outcomes)
+                else:
+                    chunk = incomplete(chunk, verdict.attempt, verdict.addresses)
+            return chunk
+
+        changed = await change(self._store, by_chunk, decide)
+        if any(each.moved and (each.before.state in HELD or each.after.state is ChunkState.QUEUED) for each in changed):
+            self._wake()
+        await self._jobs.reconcile({each.after.job_id for each in changed if each.moved})
+        await self._jobs.progress(
+            {each.after.job_id for each in changed if each.after.outcomes != each.before.outcomes}
+        )
+
+    async def assigned(self, partitions: Collection[int]) -> None: ...
+
+    async def revoked(self, partitions: Collection[int]) -> None: ...
+
+    async def caught_up(self, partitions: Collection[int]) -> None: ...
+
+
+def _verdict(record: Record) -> Verdict:
+    if not isinstance(record.message, ChunkStored | ChunkIncomplete):
+        raise MessageError(f"{type(record.message).__name__} is no word of result-store")
+    return record.message

@@ -1,0 +1,484 @@
+"""The orchestrator's documents in MongoDB: every query of the service is in this file."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from typing import Any, Final, TypeVar
+
+from pymongo import IndexModel, ReplaceOne, UpdateOne
+
+from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState
+from job_orchestrator.domain.fairness import Clock, Credit
+from job_orchestrator.domain.job import Outgoing, ScanJob
+from job_orchestrator.domain.store import Command, Policy, Subnet
+from scanfleet.messages import Job, JobEvent, JobStatus
+from scanfleet.messages.topics import SCAN_EVENTS
+from scanfleet.mongo import Collection as MongoCollection
+from scanfleet.mongo import Database, Document, Ids, bad_days, insert_missing
+from scanfleet.policy import ScanPolicy
+
+_Owned = TypeVar("_Owned", Subnet, Policy)
+_Revised = TypeVar("_Revised", ScanJob, Chunk)
+
+# Pending jobs have no start and come first: MongoDB sorts null last when descending, so they sort as if in the far future.
+_FAR_FUTURE: Final = datetime(9999, 1, 1, tzinfo=UTC)
+
+_INDEXES: Final = {
+    "subnets": [IndexModel([("user_id", 1), ("_id", -1)])],
+    "policies": [IndexModel([("user_id", 1), ("_id", -1)])],
+    "commands": [
+        IndexModel(
+            [("user_id", 1), ("idempotency_key", 1)],
+            unique=True,
+            partialFilterExpression={"idempotency_key": {"$type": "string"}},
+        ),
+        # An answer is asked for again within minutes or never; the keys that clients may repeat live as long.
+        IndexModel([("at", 1)], expireAfterSeconds=int(timedelta(days=7).total_seconds())),
+    ],
+    "jobs": [
+        IndexModel([("user_id", 1), ("sort_time", -1), ("_id", -1)]),
+        IndexModel([("user_id", 1), ("status", 1), ("sort_time", -1), ("_id", -1)]),
+        IndexModel([("settled", 1), ("_id", 1)], partialFilterExpression={"settled": False}),
+        IndexModel([("outbox.at", 1)], sparse=True),
+        IndexModel([("subnet_id", 1)], partialFilterExpression={"settled": False}),
+    ],
+    "chunks": [
+        IndexModel([("job_id", 1), ("state", 1), ("index", 1)]),
+        IndexModel([("state", 1), ("user_id", 1), ("turn", 1)]),
+        IndexModel([("worker_id", 1), ("state", 1)], partialFilterExpression={"held": True}),
+        IndexModel([("state", 1), ("partition", 1)], partialFilterExpression={"held": True}),
+        IndexModel([("scanned_at", 1)], partialFilterExpression={"state": ChunkState.SCANNED.value}),
+    ],
+    # A worker that was not heard of for an hour is gone: a new process has a new id.
+    "workers": [IndexModel([("seen", 1)], expireAfterSeconds=3_600)],
+}
+
+
+class MongoStore:
+    """`Store` on MongoDB.
+
+    Every stored change of a job or chunk replaces the document if its `rev` is still the one that was read.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._subnets = database["subnets"]
+        self._policies = database["policies"]
+        self._commands = database["commands"]
+        self._jobs = database["jobs"]
+        self._chunks = database["chunks"]
+        self._clocks = database["clocks"]
+        self._workers = database["workers"]
+        self._database = database
+        self._ids: dict[str, Ids] = {}
+
+    @bad_days()
+    async def prepare(self) -> None:
+        """Create the indexes that are missing."""
+        for name, indexes in _INDEXES.items():
+            await self._database[name].create_indexes(indexes)
+
+    async def take_ids(self, name: str, count: int = 1) -> range:
+        return await self._ids.setdefault(name, Ids(self._database, name)).take(count)
+
+    # Subnets and policies
+
+    async def add_subnet(self, subnet: Subnet) -> None:
+        await insert_missing(self._subnets, [_write(subnet)])
+
+    async def subnets(self, user_id: int, ids: Collection[int]) -> list[Subnet]:
+        return await _owned(self._subnets, _read_subnet, user_id, ids)
+
+    async def list_subnets(self, user_id: int, skip: int, limit: int) -> tuple[list[Subnet], int]:
+        return await _page(self._subnets, _read_subnet, user_id, skip, limit)
+
+    async def replace_subnet(self, subnet: Subnet) -> bool:
+        return await _replace(self._subnets, subnet)
+
+    async def delete_subnet(self, user_id: int, subnet_id: int) -> bool:
+        return await _delete(self._subnets, user_id, subnet_id)
+
+    async def add_policy(self, policy: Policy) -> None:
+        await insert_missing(self._policies, [_write_policy(policy)])
+
+    async def policies(self, user_id: int, ids: Collection[int]) -> list[Policy]:
+        return await _owned(self._policies, _read_policy, user_id, ids)
+
+    async def list_policies(self, user_id: int, skip: int, limit: int) -> tuple[list[Policy], int]:
+        return await _page(self._policies, _read_policy, user_id, skip, limit)
+
+    async def replace_policy(self, policy: Policy) -> bool:
+        return await _replace(self._policies, policy, _write_policy)
+
+    async def delete_policy(self, user_id: int, policy_id: int) -> bool:
+        return await _delete(self._policies, user_id, policy_id)
+
+    # Commands
+
+    async def insert_commands(self, commands: Sequence[Command]) -> dict[str, Command]:
+        taken = await insert_missing(self._commands, [_write_command(command) for command in commands])
+        stands = {command.id: command for command in commands}
+        if taken:
+            losers = [commands[index] for index in taken]
+            first = await self.commands([command.id for command in losers])
+            keys = [(command.user_id, command.idempotency_key) for command in losers if command.idempotency_key]
+            by_key = await self.commands_by_key(keys)
+            for loser in losers:
+                stands[loser.id] = first.get(loser.id) or by_key[loser.user_id, loser.idempotency_key or ""]
+        return stands
+
+    @bad_days()
+    async def commands(self, ids: Collection[str]) -> dict[str, Command]:
+        found = self._commands.find({"_id": {"$in": list(ids)}})
+        return {document["_id"]: _read_command(document) async for document in found}
+
+    @bad_days()
+    async def commands_by_key(self, keys: Collection[tuple[int, str]]) -> dict[tuple[int, str], Command]:
+        if not keys:
+            return {}
+        found = self._commands.find({"$or": [{"user_id": user, "idempotency_key": key} for user, key in keys]})
+        return {(each["user_id"], each["idempotency_key"]): _read_command(each) async for each in found}
+
+    @bad_days()
+    async def reject_command(self, command_id: str, status: int, error: str) -> None:
+        told = {"state": "rejected", "status": status, "error": error}
+        await self._commands.update_one({"_id": command_id, "state": "accepted"}, {"$set": told})
+
+    # Jobs
+
+    async def insert_jobs(self, jobs: Sequence[ScanJob]) -> None:
+        await insert_missing(self._jobs, [_write_job(job) for job in jobs])
+
+    @bad_days()
+    async def jobs(self, ids: Collection[int]) -> dict[int, ScanJob]:
+        return {each["_id"]: _read_job(each) async for each in self._jobs.find({"_id": {"$in": list(ids)}})}
+
+    async def save_jobs(self, jobs: Sequence[ScanJob]) -> set[int]:
+        return await _save(self._jobs, jobs, _write_job)
+
+    @bad_days()
+    async def list_jobs(
+        self,
+        user_id: int,
+        statuses: Collection[JobStatus],
+        skip: int,
+        limit: int,
+    ) -> tuple[list[ScanJob], int]:
+        wanted: Document = {"user_id": user_id}
+        if statuses:
+            wanted["status"] = {"$in": [status.value for status in statuses]}
+        newest = self._jobs.find(wanted).sort([("sort_time", -1), ("_id", -1)]).skip(skip).limit(limit)
+        return [_read_job(each) async for each in newest], await self._jobs.count_documents(wanted)
+
+    @bad_days()
+    async def unsettled_jobs(self, after: int, limit: int) -> list[int]:
+        found = self._jobs.find({"settled": False, "_id": {"$gt": after}}, {"_id": 1}).sort("_id", 1).limit(limit)
+        return [each["_id"] async for each in found]
+
+    @bad_days()
+    async def jobs_with_old_events(self, before: datetime, limit: int) -> list[int]:
+        found = self._jobs.find({"outbox.at": {"$lt": before}}, {"_id": 1}).limit(limit)
+        return [each["_id"] async for each in found]
+
+    @bad_days()
+    async def has_unfinished_jobs(self, subnet_id: int) -> bool:
+        unfinished = [JobStatus.PENDING.value, JobStatus.RUNNING.value]
+        wanted = {"subnet_id": subnet_id, "settled": False, "status": {"$in": unfinished}}
+        return await self._jobs.find_one(wanted, {"_id": 1}) is not None
+
+    # Chunks
+
+    async def insert_chunks(self, chunks: Sequence[Chunk]) -> None:
+        await insert_missing(self._chunks, [_write_chunk(chunk) for chunk in chunks])
+
+    async def chunks(self, ids: Collection[str]) -> dict[str, Chunk]:
+        return {chunk.id: chunk for chunk in await self._find_chunks({"_id": {"$in": list(ids)}})}
+
+    async def job_chunks(self, job_id: int, states: Collection[ChunkState] | None = None) -> list[Chunk]:
+        wanted: Document = {"job_id": job_id}
+        if states is not None:
+            wanted["state"] = {"$in": [state.value for state in states]}
+        return sorted(await self._find_chunks(wanted), key=lambda chunk: chunk.index)
+
+    async def save_chunks(self, chunks: Sequence[Chunk]) -> set[str]:
+        return await _save(self._chunks, chunks, _write_chunk)
+
+    @bad_days()
+    async def chunk_states(self, job_ids: Collection[int]) -> dict[int, Counter[ChunkState]]:
+        states: dict[int, Counter[ChunkState]] = {job_id: Counter() for job_id in job_ids}
+        groups = self._chunks.aggregate(
+            [
+                {"$match": {"job_id": {"$in": list(job_ids)}}},
+                {"$group": {"_id": {"job": "$job_id", "state": "$state"}, "n": {"$sum": 1}}},
+            ],
+        )
+        async for group in groups:
+            states[group["_id"]["job"]][ChunkState(group["_id"]["state"])] = group["n"]
+        return states
+
+    async def watched_chunks(self, state: ChunkState, partitions: Collection[int]) -> list[Chunk]:
+        return await self._find_chunks({"state": state.value, "partition": {"$in": list(partitions)}, "held": True})
+
+    async def overdue_chunks(self, before: datetime, limit: int) -> list[Chunk]:
+        asked = {"$or": [{"scanned_at": None}, {"scanned_at": {"$lt": before}}]}
+        return await self._find_chunks({"state": ChunkState.SCANNED.value} | asked, limit)
+
+    # Dispatch
+
+    @bad_days()
+    async def waiting_users(self, *, raw: bool) -> list[int]:
+        found: list[int] = await self._chunks.distinct("user_id", _queued(raw))
+        return found
+
+    @bad_days()
+    async def queue(self, user_id: int, limit: int, *, raw: bool) -> list[Chunk]:
+        found = self._chunks.find(_queued(raw) | {"user_id": user_id}).sort("turn", 1).limit(limit)
+        return [_read_chunk(each) async for each in found]
+
+    @bad_days()
+    async def first_turn(self, user_id: int) -> int:
+        first = await self._chunks.find_one(
+            {"state": ChunkState.QUEUED.value, "user_id": user_id},
+            {"turn": 1},
+            sort=[("turn", 1)],
+        )
+        return first["turn"] if first else 0
+
+    async def held(self, announced: Iterable[Credit]) -> list[Credit]:
+        by_worker = {credit.worker_id: credit for credit in announced}
+        wanted = {
+            "worker_id": {"$in": list(by_worker)},
+            "state": {"$in": [state.value for state in HELD]},
+            "held": True,
+        }
+        estimates: dict[str, list[float]] = {}
+        for chunk in await self._find_chunks(wanted):
+            estimates.setdefault(chunk.worker_id, []).append(chunk.estimate)
+        return [
+            replace(credit, held=len(mine), extra_seconds=sum(sorted(mine)[: max(0, len(mine) - credit.slots)]))
+            for credit in by_worker.values()
+            for mine in [estimates.get(credit.worker_id, [])]
+        ]
+
+    @bad_days()
+    async def clocks(self) -> dict[int, Clock]:
+        clocks = {each["_id"]: _read_clock(each) async for each in self._clocks.find({"active": True})}
+        busy = {"state": {"$in": [ChunkState.QUEUED.value, *(state.value for state in HELD)]}}
+        open_users = set(await self._chunks.distinct("user_id", busy)) if clocks else set()
+        if idle := [user for user in clocks if user not in open_users]:
+            await self._clocks.update_many({"_id": {"$in": idle}}, {"$set": {"active": False}})
+        active = {user: clock for user, clock in clocks.items() if user in open_users}
+        if new := open_users - set(active):
+            resting = self._clocks.find({"_id": {"$in": list(new)}})
+            active |= {each["_id"]: _read_clock(each) async for each in resting}
+        return active
+
+    @bad_days()
+    async def wake_clocks(self, clocks: Iterable[Clock]) -> None:
+        writes = [
+            UpdateOne({"_id": clock.user_id}, {"$max": {"time": clock.time}, "$set": {"active": True}}, upsert=True)
+            for clock in clocks
+        ]
+        if writes:
+            await self._clocks.bulk_write(writes, ordered=False)
+
+    @bad_days()
+    async def charge(self, seconds: Mapping[int, float]) -> None:
+        writes = [UpdateOne({"_id": user}, {"$inc": {"time": time}}, upsert=True) for user, time in seconds.items()]
+        if writes:
+            await self._clocks.bulk_write(writes, ordered=False)
+
+    @bad_days()
+    async def seen_workers(self, workers: Iterable[Credit]) -> None:
+        writes = [
+            UpdateOne(
+                {"_id": worker.worker_id},
+                {"$set": {"slots": worker.slots, "raw": worker.raw}, "$currentDate": {"seen": True}},
+                upsert=True,
+            )
+            for worker in workers
+        ]
+        if writes:
+            await self._workers.bulk_write(writes, ordered=False)
+
+    @bad_days()
+    async def raw_worker_seen(self, within: timedelta) -> bool:
+        since = {"$gt": ["$seen", {"$subtract": ["$$NOW", int(within.total_seconds() * 1_000)]}]}
+        return await self._workers.find_one({"raw": True, "slots": {"$gt": 0}, "$expr": since}) is not None
+
+    @bad_days()
+    async def queued_seconds(self) -> float:
+        groups = self._chunks.aggregate(
+            [
+                {"$match": {"state": ChunkState.QUEUED.value}},
+                {"$group": {"_id": None, "seconds": {"$sum": "$estimate"}}},
+            ],
+        )
+        return float(sum([each["seconds"] async for each in groups]))
+
+    @bad_days()
+    async def _find_chunks(self, wanted: Document, limit: int = 0) -> list[Chunk]:
+        return [_read_chunk(each) async for each in self._chunks.find(wanted).limit(limit)]
+
+
+def _queued(raw: bool) -> Document:  # a positional flag of this file alone
+    return {"state": ChunkState.QUEUED.value} | ({} if raw else {"needs_raw": False})
+
+
+@bad_days()
+async def _save(
+    collection: MongoCollection,
+    changed: Sequence[_Revised],
+    write: Callable[[_Revised], Document],
+) -> set[Any]:
+    if not changed:
+        return set()
+    writes = [ReplaceOne({"_id": each.id, "rev": each.rev}, write(replace(each, rev=each.rev + 1))) for each in changed]
+    result = await collection.bulk_write(writes, ordered=False)
+    if result.matched_count == len(changed):
+        return set()
+    # Which ones lost is not in the answer. A retried write can also find its own first try: then it did not lose.
+    ids = [each.id for each in changed]
+    stored = {each["_id"]: each async for each in collection.find({"_id": {"$in": ids}})}
+    return {each.id for each in changed if stored.get(each.id) != write(replace(each, rev=each.rev + 1))}
+
+
+@bad_days()
+async def _owned(
+    collection: MongoCollection,
+    read: Callable[[Document], _Owned],
+    user_id: int,
+    ids: Collection[int],
+) -> list[_Owned]:
+    return [read(each) async for each in collection.find({"user_id": user_id, "_id": {"$in": list(ids)}})]
+
+
+@bad_days()
+async def _page(
+    collection: MongoCollection,
+    read: Callable[[Document], _Owned],
+    user_id: int,
+    skip: int,
+    limit: int,
+) -> tuple[list[_Owned], int]:
+    wanted = {"user_id": user_id}
+    newest = collection.find(wanted).sort("_id", -1).skip(skip).limit(limit)
+    found, total = await asyncio.gather(newest.to_list(limit), collection.count_documents(wanted))
+    return [read(each) for each in found], total
+
+
+def _write(resource: Any) -> Document:
+    document = asdict(resource)
+    return {"_id": document.pop("id")} | document
+
+
+@bad_days()
+async def _replace(
+    collection: MongoCollection,
+    resource: _Owned,
+    write: Callable[[_Owned], Document] = _write,
+) -> bool:
+    wanted = {"_id": resource.id, "user_id": resource.user_id}
+    return (await collection.replace_one(wanted, write(resource))).matched_count == 1
+
+
+@bad_days()
+async def _delete(collection: MongoCollection, user_id: int, resource_id: int) -> bool:
+    return (await collection.delete_one({"_id": resource_id, "user_id": user_id})).deleted_count == 1
+
+
+# Documents hold what the dataclasses hold, under the same names; `id` is `_id`.
+
+
+def _known(kind: type, document: Document) -> Document:
+    return {name: document[name] for name in _names(kind) if name in document} | {"id": document["_id"]}
+
+
+@cache
+def _names(kind: Hashable) -> tuple[str, ...]:
+    return tuple(each.name for each in fields(cast("type[Any]", kind)) if each.name != "id")
+
+
+def _shallow(each: Any) -> Document:
+    return {"_id": each.id} | {name: getattr(each, name) for name in _names(type(each))}
+
+
+def _read_subnet(document: Document) -> Subnet:
+    return Subnet(**(_known(Subnet, document) | {"exclude": tuple(document["exclude"])}))
+
+
+def _write_policy(policy: Policy) -> Document:
+    return _shallow(policy) | {"scan": policy.scan.model_dump(mode="json")}
+
+
+def _read_policy(document: Document) -> Policy:
+    return Policy(**(_known(Policy, document) | {"scan": ScanPolicy.model_validate(document["scan"])}))
+
+
+def _write_job(job: ScanJob) -> Document:
+    document = _shallow(job) | {
+        "policy": job.policy.model_dump(mode="json"),
+        "status": job.status.value,
+        "sort_time": job.start_time or job.end_time or _FAR_FUTURE,
+    }
+    # An empty outbox is no field at all, so that the sparse index holds only jobs with something to say.
+    del document["outbox"]
+    if job.outbox:
+        document["outbox"] = [
+            {"type": type(out.event).__name__, "at": out.at, "event": out.event.model_dump(mode="python") | _plain(out)}
+            for out in job.outbox
+        ]
+    return document
+
+
+def _plain(out: Outgoing) -> Document:
+    return {"job": out.event.job.model_dump(mode="python") | {"status": out.event.job.status.value}}
+
+
+_EVENTS: Final = {kind.__name__: kind for kind in SCAN_EVENTS.messages if issubclass(kind, JobEvent)}
+
+
+def _read_job(document: Document) -> ScanJob:
+    trace = document.get("traceparent")
+    outbox = tuple(
+        Outgoing(
+            _EVENTS[each["type"]](**(each["event"] | {"job": Job(**each["event"]["job"]), "traceparent": trace})),
+            each["at"],
+        )
+        for each in document.get("outbox", ())
+    )
+    converted = {
+        "exclude": tuple(document["exclude"]),
+        "policy": ScanPolicy.model_validate(document["policy"]),
+        "status": JobStatus(document["status"]),
+        "outbox": outbox,
+    }
+    return ScanJob(**(_known(ScanJob, document) | converted))
+
+
+def _write_chunk(chunk: Chunk) -> Document:
+    # `held` marks the few chunks that the partial indexes for workers and watchers are about.
+    return _shallow(chunk) | {"state": chunk.state.value, "held": chunk.state in HELD}
+
+
+def _read_chunk(document: Document) -> Chunk:
+    return Chunk(**(_known(Chunk, document) | {"state": ChunkState(document["state"])}))
+
+
+def _write_command(command: Command) -> Document:
+    document = _shallow(command) | {"jobs": [_write_job(job) for job in command.jobs]}
+    if command.idempotency_key is None:
+        del document["idempotency_key"]
+    return document | {"at": datetime.now(UTC)}
+
+
+def _read_command(document: Document) -> Command:
+    return Command(**(_known(Command, document) | {"jobs": tuple(map(_read_job, document["jobs"]))}))
+
+
+def _read_clock(document: Document) -> Clock:
+    return Clock(document["_id"], document.get("time", 0.0), document.get("active", False))

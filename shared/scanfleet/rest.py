@@ -1,0 +1,212 @@
+"""The shapes of the public REST API, each once: the orchestrator reads and answers them, the gateway documents them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StrictInt
+
+from scanfleet import policy as vocabulary
+from scanfleet.messages import Job, JobStatus
+from scanfleet.messages.commands import MAX_SUBNETS
+from scanfleet.policy import Preset, ScanPolicy, fill_in
+from scanfleet.targets import MAX_EXCLUDES
+
+MAX_ID = 2**53 - 1  # the largest integer that JavaScript keeps exact
+MAX_PAGE = 1_000_000_000  # keeps what is skipped within a database's integers
+
+Id = Annotated[StrictInt, Field(ge=1, le=MAX_ID)]
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
+
+
+class _Body(BaseModel):
+    """What a caller sends: unknown fields are a mistake that we do not pass over."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Error(_Answer):
+    error: str
+
+
+class Done(_Answer):
+    message: str
+
+
+# Tasks
+
+
+class CreateJobs(_Body):
+    subnet_ids: Annotated[list[Id], Field(min_length=1, max_length=MAX_SUBNETS)]
+    policy_id: Id
+
+
+class JobsCreated(_Answer):
+    message: str
+    jobs: list[Job]
+
+
+class JobList(_Answer):
+    jobs: list[Job]
+    total: int
+    page: int
+    page_size: int
+
+
+class TaskProgress(_Answer):
+    status: JobStatus
+    progress: Annotated[int, Field(ge=0, le=100)]
+    machines_found: int
+    error: str
+
+
+class TaskStatus(_Answer):
+    job_id: str
+    status: TaskProgress
+    job: Job
+
+
+class Result(_Answer):
+    """One port that nmap found open or open|filtered."""
+
+    id: int
+    job_id: int
+    ip_address: str
+    port: int
+    protocol: str
+    service: str
+    version: str
+    os_info: str
+    status: str
+    banner: str
+    raw_data: str
+    created_at: AwareDatetime
+    updated_at: AwareDatetime
+
+
+class LedgerRequest(_Answer):
+    addresses: int
+    ports: int
+    probes: int
+
+
+class LedgerCounts(_Answer):
+    """Probes (addresses × ports) by outcome; they add up to `probes` of the request."""
+
+    answered: int
+    silent: int
+    down: int
+    timed_out: int
+    excluded: int
+    refused: int
+    cancelled: int
+    lost: int
+    waiting: int
+
+
+class LedgerEntry(_Answer):
+    """One address, for one block of ports, that was not probed to its end."""
+
+    address: str
+    ports: str
+    outcome: str
+    reason: str
+
+
+class LedgerPage(_Answer):
+    addresses: list[LedgerEntry]
+    total: int
+    page: int
+    page_size: int
+
+
+class Ledger(_Answer):
+    """What became of every probe of a job. It proves a job complete when it is `accounted`."""
+
+    job_id: int
+    status: JobStatus
+    accounted: bool
+    request: LedgerRequest
+    counts: LedgerCounts
+    not_probed: LedgerPage
+
+
+# Subnets
+
+
+class SubnetBody(_Body):
+    name: Name
+    cidr: Annotated[str, Field(max_length=50)]
+    exclude: Annotated[list[Annotated[str, Field(max_length=50)]], Field(max_length=MAX_EXCLUDES)] = []
+
+
+class Subnet(_Answer):
+    id: int
+    user_id: int
+    name: str
+    cidr: str
+    exclude: list[str]
+    created_at: AwareDatetime
+    updated_at: AwareDatetime
+
+
+class SubnetList(_Answer):
+    subnets: list[Subnet]
+    total: int
+    page: int
+    page_size: int
+
+
+# Policies
+
+
+def _preset_decides() -> Any:
+    """The default of a field that only `PolicyBody.scan` can know; a factory, so that no default is documented."""
+
+
+class PolicyBody(_Body):
+    """A policy; what is left out has the preset's value."""
+
+    name: Name
+    preset: Preset = Preset.STANDARD
+    ports: vocabulary.Ports = Field(default_factory=_preset_decides)
+    technique: vocabulary.TcpTechnique = Field(default_factory=_preset_decides)
+    discovery: vocabulary.Discovery = Field(default_factory=_preset_decides)
+    service_detection: vocabulary.ServiceDetection = Field(default_factory=_preset_decides)
+    version_intensity: vocabulary.VersionIntensity = Field(default_factory=_preset_decides)
+    os_detection: vocabulary.OsDetection = Field(default_factory=_preset_decides)
+    scripts: vocabulary.Scripts = Field(default_factory=_preset_decides)
+    timing: vocabulary.Timing = Field(default_factory=_preset_decides)
+    max_rate: vocabulary.MaxRate = Field(default_factory=_preset_decides)
+    max_retries: vocabulary.MaxRetries = Field(default_factory=_preset_decides)
+    host_timeout: vocabulary.HostTimeout = Field(default_factory=_preset_decides)
+
+    @property
+    def scan(self) -> ScanPolicy:
+        given = {name: getattr(self, name) for name in self.model_fields_set - {"name", "preset"}}
+        return fill_in(self.preset, given)
+
+
+class Policy(ScanPolicy):
+    id: int
+    user_id: int
+    name: str
+    created_at: AwareDatetime
+    updated_at: AwareDatetime
+
+
+class PolicyList(_Answer):
+    policies: list[Policy]
+    total: int
+    page: int
+    page_size: int
+
+
+# Paths and queries
+
+Page = Annotated[int, Field(ge=1, le=MAX_PAGE)]
+PageSize = Annotated[int, Field(ge=1, le=100)]
