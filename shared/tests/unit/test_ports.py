@@ -9,10 +9,16 @@ from hypothesis import strategies as st
 from scanfleet.ports import MAX_PORT, MAX_TEXT, MAX_TOP, PortSet, Range
 
 PORT = st.integers(0, MAX_PORT)
-ITEM = PORT.map(str) | st.tuples(PORT, PORT).map(lambda ends: f"{min(ends)}-{max(ends)}")
-TEXT = st.lists(st.tuples(st.sampled_from("TU"), ITEM), min_size=1, max_size=12).map(
-    lambda items: ",".join(f"{protocol}:{item}" for protocol, item in items),
+ITEMS = st.lists(
+    st.tuples(st.sampled_from("TU"), PORT, PORT).map(lambda i: (i[0], *sorted(i[1:]))), min_size=1, max_size=12
 )
+
+
+def written(items: list[tuple[str, int, int]]) -> str:
+    return ",".join(f"{protocol}:{low}" if low == high else f"{protocol}:{low}-{high}" for protocol, low, high in items)
+
+
+TEXT = ITEMS.map(written)
 
 
 def numbers(ranges: tuple[Range, ...]) -> set[int]:
@@ -114,13 +120,15 @@ def test_the_canonical_text_reads_back(text: str) -> None:
     assert str(PortSet.parse(str(ports))) == str(ports)
 
 
-@given(TEXT)
-def test_counts_each_port_once(text: str) -> None:
-    """The counts are the numbers of distinct ports, however often they are named."""
-    ports = PortSet.parse(text)
-    assert ports.tcp_count == len(numbers(ports.tcp))
-    assert ports.udp_count == len(numbers(ports.udp))
-    assert ports.count == ports.tcp_count + ports.udp_count
+@given(ITEMS)
+def test_counts_each_port_once(items: list[tuple[str, int, int]]) -> None:
+    """However often and in whatever order ports are named, each is there once, and no other."""
+    ports = PortSet.parse(written(items))
+    tcp, udp = (
+        set().union(*(range(low, high + 1) for named, low, high in items if named == protocol)) for protocol in "TU"
+    )
+    assert (numbers(ports.tcp), numbers(ports.udp)) == (tcp, udp)
+    assert (ports.tcp_count, ports.udp_count, ports.count) == (len(tcp), len(udp), len(tcp) + len(udp))
 
 
 @given(TEXT, st.integers(1, 70_000))

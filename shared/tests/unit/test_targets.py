@@ -198,6 +198,8 @@ def test_some_networks_are_never_scanned(text: str) -> None:
         "::ffff:0.0.0.0/96",
         "::ffff:169.254.0.0/112",
         "2002::/16",
+        "2002::/15",
+        "64:ff9b::/64",
         "2002:a9fe::/32",
         "::/64",
         "2000::/3",
