@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
-from functools import cache
 from typing import Any, Final, TypeVar
 
 from pymongo import IndexModel, ReplaceOne, UpdateOne
@@ -394,17 +393,12 @@ async def _delete(collection: MongoCollection, user_id: int, resource_id: int) -
 # Documents hold what the dataclasses hold, under the same names; `id` is `_id`.
 
 
-def _known(kind: type, document: Document) -> Document:
-    return {name: document[name] for name in _names(kind) if name in document} | {"id": document["_id"]}
-
-
-@cache
-def _names(kind: Hashable) -> tuple[str, ...]:
-    return tuple(each.name for each in fields(cast("type[Any]", kind)) if each.name != "id")
+def _known(kind: Any, document: Document) -> Document:
+    return {name: document[name] for name in kind.__slots__ if name in document} | {"id": document["_id"]}
 
 
 def _shallow(each: Any) -> Document:
-    return {"_id": each.id} | {name: getattr(each, name) for name in _names(type(each))}
+    return {"_id": each.id} | {name: getattr(each, name) for name in each.__slots__ if name != "id"}
 
 
 def _read_subnet(document: Document) -> Subnet:

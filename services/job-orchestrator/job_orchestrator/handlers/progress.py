@@ -30,6 +30,7 @@ from scanfleet.errors import MessageError
 from scanfleet.messages import ChunkClaimed, ChunkProgressed, StopChunk
 from scanfleet.messages.topics import SCAN_TASKS
 
+
 @dataclass
 class _Effects:
     """What the last decision on one chunk wants done beside storing it."""

@@ -1,0 +1,9 @@
+"""The queries of the public API, and what the gateway asks on the side."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from job_orchestrator.api import internal, policies, subnets, tasks
+
+ROUTERS: tuple[APIRouter, ...] = (tasks.router, subnets.router, policies.router, internal.router)

@@ -1,0 +1,88 @@
+"""Policies: plain resources of one user each."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from job_orchestrator.api.state import Handed, Paged, State
+from job_orchestrator.domain.store import Policy
+from scanfleet import rest
+from scanfleet.auth import Caller
+from scanfleet.clock import utc_now
+from scanfleet.errors import NotFoundError
+from scanfleet.service import PathId
+
+router = APIRouter(prefix="/api/v1/policy")
+
+
+@router.post("", status_code=201)
+async def create(body: rest.PolicyBody, caller: Caller, state: Handed) -> rest.Policy:
+    now = utc_now()
+    (id_,) = await state.store.take_ids("policies")
+    policy = Policy(
+        id=id_,
+        user_id=caller.user_id,
+        name=body.name,
+        scan=body.scan,
+        created_at=now,
+        updated_at=now,
+    )
+    await state.store.add_policy(policy)
+    return _view(policy)
+
+
+@router.get("")
+async def list_(caller: Caller, state: Handed, paged: Paged) -> rest.PolicyList:
+    found, total = await state.store.list_policies(caller.user_id, paged.skip, paged.page_size)
+    return rest.PolicyList(
+        policies=[_view(each) for each in found],
+        total=total,
+        page=paged.page,
+        page_size=paged.page_size,
+    )
+
+
+@router.get("/{policy_id}")
+async def read(policy_id: PathId, caller: Caller, state: Handed) -> rest.Policy:
+    return _view(await _mine(state, caller.user_id, policy_id))
+
+
+@router.put("/{policy_id}")
+async def replace(policy_id: PathId, body: rest.PolicyBody, caller: Caller, state: Handed) -> rest.Policy:
+    old = await _mine(state, caller.user_id, policy_id)
+    new = Policy(
+        id=old.id,
+        user_id=old.user_id,
+        name=body.name,
+        scan=body.scan,
+        created_at=old.created_at,
+        updated_at=max(utc_now(), old.updated_at),
+    )
+    if not await state.store.replace_policy(new):
+        raise NotFoundError("Policy not found")
+    return _view(new)
+
+
+@router.delete("/{policy_id}")
+async def delete(policy_id: PathId, caller: Caller, state: Handed) -> rest.Done:
+    if not await state.store.delete_policy(caller.user_id, policy_id):
+        raise NotFoundError("Policy not found")
+    return rest.Done(message="Policy deleted successfully")
+
+
+async def _mine(state: State, user_id: int, policy_id: int) -> Policy:
+    found = await state.store.policies(user_id, [policy_id])
+    if not found:
+        raise NotFoundError("Policy not found")
+    return found[0]
+
+
+def _view(policy: Policy) -> rest.Policy:
+    return rest.Policy(
+        id=policy.id,
+        user_id=policy.user_id,
+        name=policy.name,
+        created_at=policy.created_at,
+        updated_at=policy.updated_at,
+        **policy.scan.model_dump(),
+    )

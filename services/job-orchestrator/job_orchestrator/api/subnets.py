@@ -1,0 +1,108 @@
+"""Subnets: plain resources of one user each."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from job_orchestrator.api.state import Handed, Paged, State
+from job_orchestrator.domain.store import Subnet
+from scanfleet import rest
+from scanfleet.auth import Caller
+from scanfleet.clock import utc_now
+from scanfleet.errors import BadRequestError, ConflictError, NotFoundError
+from scanfleet.service import PathId
+from scanfleet.targets import Target, TargetRules
+
+router = APIRouter(prefix="/api/v1/subnet")
+
+
+@router.post("", status_code=201)
+async def create(body: rest.SubnetBody, caller: Caller, state: Handed) -> rest.Subnet:
+    cidr, exclude = _checked(body, state.rules)
+    now = utc_now()
+    (id_,) = await state.store.take_ids("subnets")
+    subnet = Subnet(
+        id=id_,
+        user_id=caller.user_id,
+        name=body.name,
+        cidr=cidr,
+        exclude=exclude,
+        created_at=now,
+        updated_at=now,
+    )
+    await state.store.add_subnet(subnet)
+    return _view(subnet)
+
+
+@router.get("")
+async def list_(caller: Caller, state: Handed, paged: Paged) -> rest.SubnetList:
+    found, total = await state.store.list_subnets(caller.user_id, paged.skip, paged.page_size)
+    return rest.SubnetList(
+        subnets=[_view(each) for each in found],
+        total=total,
+        page=paged.page,
+        page_size=paged.page_size,
+    )
+
+
+@router.get("/{subnet_id}")
+async def read(subnet_id: PathId, caller: Caller, state: Handed) -> rest.Subnet:
+    return _view(await _mine(state, caller.user_id, subnet_id))
+
+
+@router.put("/{subnet_id}")
+async def replace(subnet_id: PathId, body: rest.SubnetBody, caller: Caller, state: Handed) -> rest.Subnet:
+    old = await _mine(state, caller.user_id, subnet_id)
+    cidr, exclude = _checked(body, state.rules)
+    new = Subnet(
+        id=old.id,
+        user_id=old.user_id,
+        name=body.name,
+        cidr=cidr,
+        exclude=exclude,
+        created_at=old.created_at,
+        updated_at=max(utc_now(), old.updated_at),
+    )
+    if not await state.store.replace_subnet(new):
+        raise NotFoundError("Subnet not found")
+    return _view(new)
+
+
+@router.delete("/{subnet_id}")
+async def delete(subnet_id: PathId, caller: Caller, state: Handed) -> rest.Done:
+    await _mine(state, caller.user_id, subnet_id)
+    if await state.store.has_unfinished_jobs(subnet_id):
+        raise ConflictError("Subnet has unfinished jobs")
+    if not await state.store.delete_subnet(caller.user_id, subnet_id):
+        raise NotFoundError("Subnet not found")
+    return rest.Done(message="Subnet deleted successfully")
+
+
+async def _mine(state: State, user_id: int, subnet_id: int) -> Subnet:
+    found = await state.store.subnets(user_id, [subnet_id])
+    if not found:
+        raise NotFoundError("Subnet not found")
+    return found[0]
+
+
+def _checked(body: rest.SubnetBody, rules: TargetRules) -> tuple[str, tuple[str, ...]]:
+    """Network and exclusions in canonical spelling."""
+    try:
+        target = Target.parse(body.cidr, body.exclude)
+    except ValueError as error:
+        raise BadRequestError(str(error)) from error
+    if refusal := rules.refusal(target.network):
+        raise BadRequestError(refusal)
+    return str(target.network), tuple(str(network) for network in target.exclude)
+
+
+def _view(subnet: Subnet) -> rest.Subnet:
+    return rest.Subnet(
+        id=subnet.id,
+        user_id=subnet.user_id,
+        name=subnet.name,
+        cidr=subnet.cidr,
+        exclude=list(subnet.exclude),
+        created_at=subnet.created_at,
+        updated_at=subnet.updated_at,
+    )

@@ -1,0 +1,231 @@
+"""`Store` in memory, for tests without a database; it passes the same suite as the real one."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+
+from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState
+from job_orchestrator.domain.fairness import Clock, Credit
+from job_orchestrator.domain.job import ScanJob
+from job_orchestrator.domain.store import Command, Policy, Subnet
+from scanfleet.errors import DependencyError
+from scanfleet.messages import JobStatus
+
+_FAR_FUTURE = datetime(9999, 1, 1, tzinfo=UTC)
+_BUSY = HELD | {ChunkState.QUEUED}
+
+
+class MemoryStore:
+    """Set `away` to let every call fail as if the database were gone."""
+
+    def __init__(self) -> None:
+        self.away = False
+        self._ids: Counter[str] = Counter()
+        self._subnets: dict[int, Subnet] = {}
+        self._policies: dict[int, Policy] = {}
+        self._commands: dict[str, Command] = {}
+        self._jobs: dict[int, ScanJob] = {}
+        self._chunks: dict[str, Chunk] = {}
+        self._clocks: dict[int, Clock] = {}
+        self._workers: dict[str, tuple[Credit, float]] = {}
+
+    def __getattribute__(self, name: str) -> object:
+        if not name.startswith("_") and name != "away" and object.__getattribute__(self, "away"):
+            raise DependencyError("the database is away")
+        return object.__getattribute__(self, name)
+
+    async def take_ids(self, name: str, count: int = 1) -> range:
+        self._ids[name] += count
+        return range(self._ids[name] - count + 1, self._ids[name] + 1)
+
+    # Subnets and policies
+
+    async def add_subnet(self, subnet: Subnet) -> None:
+        self._subnets.setdefault(subnet.id, subnet)
+
+    async def subnets(self, user_id: int, ids: Collection[int]) -> list[Subnet]:
+        return [each for each in self._subnets.values() if each.user_id == user_id and each.id in ids]
+
+    async def list_subnets(self, user_id: int, skip: int, limit: int) -> tuple[list[Subnet], int]:
+        mine = sorted((s for s in self._subnets.values() if s.user_id == user_id), key=lambda s: -s.id)
+        return mine[skip : skip + limit], len(mine)
+
+    async def replace_subnet(self, subnet: Subnet) -> bool:
+        known = bool(await self.subnets(subnet.user_id, [subnet.id]))
+        if known:
+            self._subnets[subnet.id] = subnet
+        return known
+
+    async def delete_subnet(self, user_id: int, subnet_id: int) -> bool:
+        return bool(await self.subnets(user_id, [subnet_id])) and bool(self._subnets.pop(subnet_id))
+
+    async def add_policy(self, policy: Policy) -> None:
+        self._policies.setdefault(policy.id, policy)
+
+    async def policies(self, user_id: int, ids: Collection[int]) -> list[Policy]:
+        return [each for each in self._policies.values() if each.user_id == user_id and each.id in ids]
+
+    async def list_policies(self, user_id: int, skip: int, limit: int) -> tuple[list[Policy], int]:
+        mine = sorted((p for p in self._policies.values() if p.user_id == user_id), key=lambda p: -p.id)
+        return mine[skip : skip + limit], len(mine)
+
+    async def replace_policy(self, policy: Policy) -> bool:
+        known = bool(await self.policies(policy.user_id, [policy.id]))
+        if known:
+            self._policies[policy.id] = policy
+        return known
+
+    async def delete_policy(self, user_id: int, policy_id: int) -> bool:
+        return bool(await self.policies(user_id, [policy_id])) and bool(self._policies.pop(policy_id))
+
+    # Commands
+
+    async def insert_commands(self, commands: Sequence[Command]) -> dict[str, Command]:
+        stands: dict[str, Command] = {}
+        for command in commands:
+            key = (command.user_id, command.idempotency_key or "")
+            same_key = (await self.commands_by_key([key])).get(key) if command.idempotency_key else None
+            stands[command.id] = self._commands.get(command.id) or same_key or command
+            if stands[command.id] is command:
+                self._commands[command.id] = command
+        return stands
+
+    async def commands(self, ids: Collection[str]) -> dict[str, Command]:
+        return {id_: self._commands[id_] for id_ in ids if id_ in self._commands}
+
+    async def commands_by_key(self, keys: Collection[tuple[int, str]]) -> dict[tuple[int, str], Command]:
+        by_key = {(each.user_id, each.idempotency_key): each for each in self._commands.values()}
+        return {key: by_key[key] for key in keys if key in by_key}
+
+    async def reject_command(self, command_id: str, status: int, error: str) -> None:
+        command = self._commands[command_id]
+        if command.state == "accepted":
+            self._commands[command_id] = replace(command, state="rejected", status=status, error=error)
+
+    # Jobs
+
+    async def insert_jobs(self, jobs: Sequence[ScanJob]) -> None:
+        for job in jobs:
+            self._jobs.setdefault(job.id, job)
+
+    async def jobs(self, ids: Collection[int]) -> dict[int, ScanJob]:
+        return {id_: self._jobs[id_] for id_ in ids if id_ in self._jobs}
+
+    async def save_jobs(self, jobs: Sequence[ScanJob]) -> set[int]:
+        losers = {job.id for job in jobs if job.id not in self._jobs or self._jobs[job.id].rev != job.rev}
+        self._jobs |= {job.id: replace(job, rev=job.rev + 1) for job in jobs if job.id not in losers}
+        return losers
+
+    async def list_jobs(
+        self,
+        user_id: int,
+        statuses: Collection[JobStatus],
+        skip: int,
+        limit: int,
+    ) -> tuple[list[ScanJob], int]:
+        mine = [
+            job for job in self._jobs.values() if job.user_id == user_id and (not statuses or job.status in statuses)
+        ]
+        mine.sort(key=lambda job: (job.start_time or job.end_time or _FAR_FUTURE, job.id), reverse=True)
+        return mine[skip : skip + limit], len(mine)
+
+    async def unsettled_jobs(self, after: int, limit: int) -> list[int]:
+        return sorted(job.id for job in self._jobs.values() if job.id > after and not job.settled)[:limit]
+
+    async def jobs_with_old_events(self, before: datetime, limit: int) -> list[int]:
+        old = (job.id for job in self._jobs.values() if any(out.at < before for out in job.outbox))
+        return list(islice(old, limit))
+
+    async def has_unfinished_jobs(self, subnet_id: int) -> bool:
+        return any(job.subnet_id == subnet_id and not job.final for job in self._jobs.values())
+
+    # Chunks
+
+    async def insert_chunks(self, chunks: Sequence[Chunk]) -> None:
+        for chunk in chunks:
+            self._chunks.setdefault(chunk.id, chunk)
+
+    async def chunks(self, ids: Collection[str]) -> dict[str, Chunk]:
+        return {id_: self._chunks[id_] for id_ in ids if id_ in self._chunks}
+
+    async def job_chunks(self, job_id: int, states: Collection[ChunkState] | None = None) -> list[Chunk]:
+        mine = (c for c in self._chunks.values() if c.job_id == job_id and (states is None or c.state in states))
+        return sorted(mine, key=lambda chunk: chunk.index)
+
+    async def save_chunks(self, chunks: Sequence[Chunk]) -> set[str]:
+        losers = {chunk.id for chunk in chunks if self._chunks[chunk.id].rev != chunk.rev}
+        self._chunks |= {chunk.id: replace(chunk, rev=chunk.rev + 1) for chunk in chunks if chunk.id not in losers}
+        return losers
+
+    async def chunk_states(self, job_ids: Collection[int]) -> dict[int, Counter[ChunkState]]:
+        return {id_: Counter(c.state for c in self._chunks.values() if c.job_id == id_) for id_ in job_ids}
+
+    async def watched_chunks(self, state: ChunkState, partitions: Collection[int]) -> list[Chunk]:
+        return [chunk for chunk in self._chunks.values() if chunk.state is state and chunk.partition in partitions]
+
+    async def overdue_chunks(self, before: datetime, limit: int) -> list[Chunk]:
+        overdue = (
+            chunk
+            for chunk in self._chunks.values()
+            if chunk.state is ChunkState.SCANNED and (chunk.scanned_at is None or chunk.scanned_at < before)
+        )
+        return list(islice(overdue, limit))
+
+    # Dispatch
+
+    async def waiting_users(self, *, raw: bool) -> list[int]:
+        return sorted({chunk.user_id for chunk in self._queued(raw=raw)})
+
+    async def queue(self, user_id: int, limit: int, *, raw: bool) -> list[Chunk]:
+        mine = (chunk for chunk in self._queued(raw=raw) if chunk.user_id == user_id)
+        return sorted(mine, key=lambda chunk: chunk.turn)[:limit]
+
+    async def first_turn(self, user_id: int) -> int:
+        return min((chunk.turn for chunk in self._queued(raw=True) if chunk.user_id == user_id), default=0)
+
+    async def held(self, announced: Iterable[Credit]) -> list[Credit]:
+        filled: list[Credit] = []
+        for credit in announced:
+            mine = sorted(
+                chunk.estimate
+                for chunk in self._chunks.values()
+                if chunk.worker_id == credit.worker_id and chunk.state in HELD
+            )
+            extra = sum(mine[: max(0, len(mine) - credit.slots)])
+            filled.append(replace(credit, held=len(mine), extra_seconds=extra))
+        return filled
+
+    async def clocks(self) -> dict[int, Clock]:
+        busy = {chunk.user_id for chunk in self._chunks.values() if chunk.state in _BUSY}
+        for user, clock in self._clocks.items():
+            if user not in busy:
+                self._clocks[user] = replace(clock, active=False)
+        return {user: clock for user, clock in self._clocks.items() if user in busy}
+
+    async def wake_clocks(self, clocks: Iterable[Clock]) -> None:
+        for clock in clocks:
+            time_ = max(clock.time, self._clocks.get(clock.user_id, clock).time)
+            self._clocks[clock.user_id] = Clock(clock.user_id, time_, active=True)
+
+    async def charge(self, seconds: Mapping[int, float]) -> None:
+        for user, more in seconds.items():
+            clock = self._clocks.get(user, Clock(user))
+            self._clocks[user] = replace(clock, time=clock.time + more)
+
+    async def seen_workers(self, workers: Iterable[Credit]) -> None:
+        self._workers |= {worker.worker_id: (worker, time.monotonic()) for worker in workers}
+
+    async def raw_worker_seen(self, within: timedelta) -> bool:
+        since = time.monotonic() - within.total_seconds()
+        return any(worker.raw and worker.slots and seen > since for worker, seen in self._workers.values())
+
+    async def queued_seconds(self) -> float:
+        return sum(chunk.estimate for chunk in self._queued(raw=True))
+
+    def _queued(self, *, raw: bool) -> list[Chunk]:
+        return [c for c in self._chunks.values() if c.state is ChunkState.QUEUED and (raw or not c.needs_raw)]
