@@ -25,7 +25,7 @@ from scanfleet.errors import DependencyError, MessageError, ScanfleetError
 from scanfleet.messages.envelope import RawRecord, decode
 from scanfleet.messages.topics import Topic
 
-HURRY_SECONDS: Final = 20.0  # for a batch in hand at a rebalance: two thirds of the time that the broker gives
+HURRY_SECONDS: Final = 10.0  # for a batch in hand at a rebalance: a few slow writes
 FIRST_PAUSE: Final = 0.1  # seconds before the second try of a dependency: a blip costs no more
 LONGEST_PAUSE: Final = 5.0  # seconds between later tries: what is back is found soon, and not trampled
 LOOK_SECONDS: Final = 1.0  # between two looks at the ends of the partitions
@@ -75,7 +75,7 @@ class Source(Protocol):
             BatchDroppedError: the partitions are not ours any more.
         """
 
-    def positions(self) -> Mapping[int, int]:
+    async def positions(self) -> Mapping[int, int]:
         """For each assigned partition with a known position the offset that `poll` gives next."""
 
     async def ends(self) -> Mapping[int, int]:
@@ -212,7 +212,7 @@ class ConsumerLoop:
             self._broker_is(away=True, why=error)
             return
         self._broker_is(away=False)
-        positions = self._source.positions()
+        positions = await self._source.positions()
         self._lag.set(sum(max(0, end - positions.get(partition, end)) for partition, end in ends.items()))
         for partition, end in ends.items():
             # A target stands until it is reached: under steady traffic one that moves never would be.
@@ -226,8 +226,10 @@ class ConsumerLoop:
 
     async def _report(self) -> None:
         """Say which partitions were read to their end."""
+        if not self._targets:
+            return
         now = time.monotonic()
-        positions = self._source.positions()
+        positions = await self._source.positions()
         reached = {p for p, target in self._targets.items() if positions.get(p, -1) >= target.end}
         fresh = {p for p in reached if not self._targets.pop(p).stale(now)}
         if not fresh:

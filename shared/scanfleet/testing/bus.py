@@ -153,7 +153,7 @@ class _Tail:
     async def commit(self, offsets: Mapping[int, int]) -> None:
         """A tail forgets."""
 
-    def positions(self) -> Mapping[int, int]:
+    async def positions(self) -> Mapping[int, int]:
         return dict(self._positions)
 
     async def ends(self) -> Mapping[int, int]:

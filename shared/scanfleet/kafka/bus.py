@@ -1,0 +1,198 @@
+"""One process's connection to the bus: it publishes, and makes consumers.
+
+A send that was not acknowledged in time cannot be taken back: it stays in the producer, which repeats it without doubling
+it, and will arrive when the broker does. So `publish` gives up waiting and says so, and nothing new is sent before the old
+is acknowledged: memory stays bounded, and order stays. Only when the producer itself gives a send up is there nothing left
+to wait for. Its sequence is broken then, `alive` turns False, and the process has to be replaced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import Final, cast
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.errors import KafkaError
+
+from scanfleet.bus import Consumer, Handler
+from scanfleet.consumer import ConsumerLoop, Source
+from scanfleet.errors import DependencyError
+from scanfleet.kafka.broker import connect, depending
+from scanfleet.kafka.sources import Member, Tail
+from scanfleet.kafka.topics import DEAD_LETTER_BYTES
+from scanfleet.messages import Message
+from scanfleet.messages.envelope import Headers, RawRecord, dead_letter_headers, encode
+from scanfleet.messages.topics import Topic
+
+START_SECONDS: Final = 30.0  # for a broker that starts with us; it takes 3 to 10
+SEND_SECONDS: Final = 10.0  # until a caller hears that it was not acknowledged: a broker's restart fits in
+STOP_SECONDS: Final = 5.0  # to flush at the end: well within a supervisor's patience
+
+# The producer gives up a batch that is older than this when its partition has no leader, and drops a silent connection
+# after it: a broker that restarts is back sooner.
+PRODUCER_REQUEST_MS: Final = 60_000
+ENDS_REQUEST_MS: Final = 5_000  # a broker that does not say in this time where its logs end counts as away
+DEAD_LETTER_ROOM: Final = 64 * 1024  # for a dead letter's key and the headers that say where it is from
+BATCH_BYTES: Final = 256 * 1024  # what one partition sends in one round trip; a second of a busy worker's hosts
+
+_Outgoing = tuple[bytes, bytes | None, Headers]  # key, value, headers
+
+log = logging.getLogger(__name__)
+
+
+class KafkaBus:
+    """A `scanfleet.bus.Bus`.
+
+    Args:
+        bootstrap: brokers as `host:port`, separated by commas.
+        prefix: put before the name of every topic and group.
+        source: the service that speaks, for `ce_source`.
+        instance: this process, unique among the service's replicas and the same after a restart.
+    """
+
+    def __init__(self, *, bootstrap: str, prefix: str, source: str, instance: str) -> None:
+        self._bootstrap = bootstrap
+        self._prefix = prefix
+        self._source = source
+        self._instance = instance
+        self._producer: AIOKafkaProducer | None = None
+        self._ends: AIOKafkaConsumer | None = None
+        self._pending: set[asyncio.Future[object]] = set()  # sends that nobody waits for any more
+        self._fault: BaseException | None = None
+
+    async def start(self) -> None:
+        """Connect; waits for a broker that is still starting.
+
+        Raises:
+            DependencyError: there is none after `START_SECONDS`.
+        """
+        self._producer = AIOKafkaProducer(
+            bootstrap_servers=self._bootstrap,
+            client_id=self._instance,
+            acks="all",
+            enable_idempotence=True,
+            linger_ms=0,
+            max_batch_size=BATCH_BYTES,
+            max_request_size=DEAD_LETTER_BYTES,  # the sooner limit of ordinary messages is the envelope's
+            request_timeout_ms=PRODUCER_REQUEST_MS,
+        )
+        # A connection of its own: behind a consumer's long poll the answer would wait for the poll to end.
+        self._ends = AIOKafkaConsumer(
+            bootstrap_servers=self._bootstrap,
+            client_id=f"{self._instance}-ends",
+            request_timeout_ms=ENDS_REQUEST_MS,
+        )
+        try:
+            with depending(f"no broker at {self._bootstrap}"):
+                async with asyncio.timeout(START_SECONDS):
+                    await connect(self._ends.start)
+                    await connect(self._producer.start)
+        except DependencyError:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Flush and disconnect; says in the log what could not be flushed."""
+        for client in (self._producer, self._ends):
+            if client is None:
+                continue
+            try:
+                async with asyncio.timeout(STOP_SECONDS):
+                    await client.stop()
+            except TimeoutError:
+                log.error("gave up flushing: %d sends or more stay unacknowledged", len(self._pending))  # noqa: TRY400 # the trace says nothing more
+        self._producer = self._ends = None
+
+    @property
+    def alive(self) -> bool:
+        """False when a send was given up: the process must be replaced."""
+        return self._fault is None
+
+    @property
+    def ready(self) -> bool:
+        """False while sends are overdue."""
+        return self.alive and not self._pending
+
+    async def publish(self, topic: Topic, messages: Iterable[Message]) -> None:
+        envelopes = [encode(topic, message, source=self._source) for message in messages]
+        await self._send(topic.name, [(envelope.key, envelope.value, envelope.headers) for envelope in envelopes])
+
+    def consume(self, topic: Topic, group: str, handler: Handler) -> Consumer:
+        source = Member(
+            topic,
+            name=self._prefix + topic.name,
+            group=self._prefix + group,
+            instance=f"{self._instance}-{topic.name}",
+            bootstrap=self._bootstrap,
+            end_offsets=self._end_offsets,
+        )
+        return self._loop(topic, group, handler, source)
+
+    def tail(self, topic: Topic, handler: Handler) -> Consumer:
+        source = Tail(
+            topic,
+            name=self._prefix + topic.name,
+            client_id=f"{self._instance}-{topic.name}",
+            bootstrap=self._bootstrap,
+            end_offsets=self._end_offsets,
+        )
+        return self._loop(topic, f"{self._source}-tail", handler, source)
+
+    def _loop(self, topic: Topic, group: str, handler: Handler, source: Source) -> ConsumerLoop:
+        async def dead_letter(record: RawRecord, reason: str) -> None:
+            if _weight(record) > DEAD_LETTER_BYTES - DEAD_LETTER_ROOM:
+                record = replace(record, value=None, headers=())  # unpacked it fits nowhere: its origin leads to it
+            headers = dead_letter_headers(record, group=group, reason=reason)
+            # The client takes no record without key and value; a hostile one may have neither.
+            await self._send(topic.dead_letter, [(record.key or b"", record.value, headers)])
+
+        return ConsumerLoop(topic, group, handler, source, dead_letter)
+
+    async def _end_offsets(self, partitions: Collection[TopicPartition]) -> Mapping[TopicPartition, int]:
+        if self._ends is None:
+            raise RuntimeError("the bus is not started")
+        with depending("the broker does not say where its logs end"):
+            return cast(Mapping[TopicPartition, int], await self._ends.end_offsets(partitions))
+
+    async def _send(self, topic: str, records: Iterable[_Outgoing]) -> None:
+        """Send to `topic`, named without its prefix, and wait for every acknowledgement."""
+        if self._producer is None:
+            raise RuntimeError("the bus is not started")
+        acks: set[asyncio.Future[object]] = set()
+        try:
+            async with asyncio.timeout(SEND_SECONDS):
+                while self._pending:
+                    await asyncio.wait(self._pending)
+                self._check()
+                for key, value, headers in records:
+                    ack = await self._producer.send(self._prefix + topic, key=key, value=value, headers=list(headers))
+                    ack.add_done_callback(self._settled)
+                    acks.add(ack)
+                if acks:
+                    await asyncio.wait(acks)
+            for ack in acks:
+                ack.result()
+        except (TimeoutError, KafkaError) as error:
+            raise DependencyError(f"the broker did not acknowledge a message of {topic}: {error!r}") from error
+        finally:
+            self._pending.update(ack for ack in acks if not ack.done())
+
+    def _settled(self, ack: asyncio.Future[object]) -> None:
+        self._pending.discard(ack)
+        if not ack.cancelled() and (fault := ack.exception()) is not None and self._fault is None:
+            log.critical("the producer gave a send up; the process must be replaced", exc_info=fault)
+            self._fault = fault
+
+    def _check(self) -> None:
+        if self._fault is not None:
+            raise DependencyError(f"the producer gave a send up, and no order can be kept: {self._fault!r}")
+
+
+def _weight(record: RawRecord) -> int:
+    """An upper bound of the bytes that value and headers take."""
+    framing = 12  # of one header: two lengths
+    headers = sum(len(name.encode()) + len(value or b"") + framing for name, value in record.headers)
+    return len(record.value or b"") + headers

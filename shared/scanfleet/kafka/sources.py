@@ -1,0 +1,271 @@
+"""Where a loop gets its records from: Kafka consumers, as a tail and as a member of a group."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.coordinator.assignors.range import RangePartitionAssignor
+from aiokafka.errors import (
+    CommitFailedError,
+    CorruptRecordException,
+    IllegalStateError,
+    KafkaError,
+    UnsupportedCodecError,
+)
+
+from scanfleet.consumer import HURRY_SECONDS, BatchDroppedError, Listener
+from scanfleet.errors import DependencyError
+from scanfleet.kafka.broker import connect, depending
+from scanfleet.messages.envelope import RawRecord
+from scanfleet.messages.topics import Topic
+
+EndOffsets = Callable[[Collection[TopicPartition]], Awaitable[Mapping[TopicPartition, int]]]
+
+BATCH: Final = 500  # records of one poll: enough to share a round of writes, few enough to finish within a second
+BATCH_BYTES: Final = 16 * 1024 * 1024  # of one fetch: what a consumer may hold in memory beside the batch in hand
+POLL_MS: Final = (
+    250  # a fetch parked at the broker holds up the next one for a partition that was busy; idle, it costs 4 a second
+)
+OPEN_SECONDS: Final = 30.0  # to join a group, whose members may finish their batches first
+COMMIT_SECONDS: Final = 5.0  # the client would look for a lost coordinator for ever
+SESSION_MS: Final = 10_000  # after which a killed member's partitions go to another; a restart is back sooner
+HEARTBEAT_MS: Final = 1_000  # how soon a member hears of a rebalance
+REBALANCE_MS: Final = int(HURRY_SECONDS * 1500)  # half as long again as a batch in hand may take
+REQUEST_MS: Final = REBALANCE_MS + 5_000  # a join is answered when the rebalance is done
+MAX_POLL_MS: Final = (
+    2**31 - 1
+)  # a batch is retried for as long as it takes: leaving the group would only move the bad day
+
+# What the client raises on bytes that it cannot take apart. Whoever may write to a topic can write such.
+_UNREADABLE: Final = (
+    CorruptRecordException,
+    UnsupportedCodecError,
+    ValueError,
+    RuntimeError,
+    IndexError,
+    OverflowError,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Tail:
+    """A `scanfleet.consumer.Source`: every partition, from the end, no commits."""
+
+    def __init__(self, topic: Topic, *, name: str, client_id: str, bootstrap: str, end_offsets: EndOffsets) -> None:
+        self._topic = topic
+        self._name = name
+        self._client_id = client_id
+        self._bootstrap = bootstrap
+        self._end_offsets = end_offsets
+        self._consumer: AIOKafkaConsumer | None = None
+        self._suspicious = False
+
+    async def open(self, listener: Listener) -> None:
+        consumer = self._make(auto_offset_reset="latest")
+        partitions = [TopicPartition(self._name, number) for number in range(self._topic.partitions)]
+        with depending(f"no position in {self._name}; does it exist?"):
+            async with asyncio.timeout(OPEN_SECONDS):
+                await connect(consumer.start)
+                # Assigned by hand: a subscription would be made anew, from the end, whenever metadata change.
+                consumer.assign(partitions)
+                for partition in partitions:
+                    await consumer.position(partition)
+        await listener.assigned(_numbers(partitions))
+
+    async def poll(self, seconds: float) -> Sequence[RawRecord]:
+        before = await self._positions()
+        try:
+            if self._suspicious:
+                return await self._pick(before)
+            # The client waits without bound for a group that rebalances.
+            async with asyncio.timeout(seconds + 1):
+                batches = await self._client.getmany(timeout_ms=int(seconds * 1000), max_records=BATCH)
+        except TimeoutError:
+            return ()
+        except _UNREADABLE:
+            log.exception("an unreadable record in %s", self._name)
+            self._suspicious = True
+            await self._rewind(before)  # what the call had already taken from other partitions went with it
+            return ()
+        except KafkaError as error:
+            if not error.retriable:
+                raise
+            await self._rewind(before)
+            raise DependencyError(f"cannot read {self._name}: {error!r}") from error
+        return [self._raw(record) for records in batches.values() for record in records]
+
+    async def commit(self, offsets: Mapping[int, int]) -> None:
+        """A tail forgets."""
+
+    async def positions(self) -> Mapping[int, int]:
+        return {partition.partition: position for partition, position in (await self._positions()).items()}
+
+    async def ends(self) -> Mapping[int, int]:
+        ends = await self._end_offsets(self._client.assignment())
+        return {partition.partition: end for partition, end in ends.items()}
+
+    async def close(self) -> None:
+        if self._consumer is not None:
+            await self._consumer.stop()
+
+    @property
+    def _client(self) -> AIOKafkaConsumer:
+        if self._consumer is None:
+            raise RuntimeError("not open")
+        return self._consumer
+
+    def _make(self, **more: Any) -> AIOKafkaConsumer:
+        self._consumer = AIOKafkaConsumer(
+            bootstrap_servers=self._bootstrap,
+            client_id=self._client_id,
+            enable_auto_commit=False,
+            fetch_max_wait_ms=POLL_MS,
+            fetch_max_bytes=BATCH_BYTES,
+            request_timeout_ms=REQUEST_MS,
+            **more,
+        )
+        return self._consumer
+
+    async def _positions(self) -> dict[TopicPartition, int]:
+        found = {}
+        for partition in self._client.assignment():
+            # One that is not known yet would be waited for.
+            with contextlib.suppress(TimeoutError, IllegalStateError):
+                async with asyncio.timeout(0):
+                    found[partition] = await self._client.position(partition)
+        return found
+
+    async def _rewind(self, positions: Mapping[TopicPartition, int], /) -> None:
+        """Go back to `positions`, up to where all was handled."""
+        for partition, position in positions.items():
+            self._client.seek(partition, position)
+
+    async def _pick(self, positions: Mapping[TopicPartition, int]) -> list[RawRecord]:
+        """The next record of each partition, the unreadable ones in a form that will be dead-lettered."""
+        self._suspicious = False
+        picked = []
+        for partition, position in positions.items():
+            try:
+                batch = await self._client.getmany(partition, timeout_ms=2 * POLL_MS, max_records=1)
+            except _UNREADABLE as error:
+                self._suspicious = True  # the rest of its batch is
+                self._client.seek(partition, position + 1)
+                picked.append(_unreadable(self._topic, partition.partition, position, error))
+            else:
+                picked += [self._raw(record) for records in batch.values() for record in records]
+        return picked
+
+    def _raw(self, record: Any) -> RawRecord:
+        return RawRecord(
+            topic=self._topic.name,
+            partition=record.partition,
+            offset=record.offset,
+            timestamp=datetime.fromtimestamp(record.timestamp / 1000, UTC),
+            key=record.key,
+            value=record.value,
+            headers=record.headers,
+        )
+
+
+class Member(Tail):
+    """The same as a member of a group: its share of the partitions, from what the group committed."""
+
+    def __init__(self, topic: Topic, *, group: str, instance: str, **more: Any) -> None:
+        super().__init__(topic, client_id=instance, **more)
+        self._group = group
+        self._instance = instance
+        self._rebalance: _Rebalance
+
+    async def open(self, listener: Listener) -> None:
+        consumer = self._make(
+            auto_offset_reset="earliest",
+            group_id=self._group,
+            group_instance_id=self._instance,
+            partition_assignment_strategy=(RangePartitionAssignor,),
+            session_timeout_ms=SESSION_MS,
+            heartbeat_interval_ms=HEARTBEAT_MS,
+            rebalance_timeout_ms=REBALANCE_MS,
+            max_poll_interval_ms=MAX_POLL_MS,
+        )
+        self._rebalance = _Rebalance(listener)
+        consumer.subscribe([self._name], listener=self._rebalance)
+        with depending(f"cannot join {self._group}; does {self._name} exist?"):
+            async with asyncio.timeout(OPEN_SECONDS):
+                await connect(consumer.start)
+                await self._rebalance.told.wait()
+        self._rebalance.check()
+
+    async def poll(self, seconds: float) -> Sequence[RawRecord]:
+        self._rebalance.check()
+        records = await super().poll(seconds)
+        # The client assigns first and tells afterwards; a handler hears of its partitions before their records.
+        await self._rebalance.told.wait()
+        return records
+
+    async def commit(self, offsets: Mapping[int, int]) -> None:
+        positions = {TopicPartition(self._name, number): offset for number, offset in offsets.items()}
+        with depending(f"cannot commit to {self._group}"):
+            try:
+                async with asyncio.timeout(COMMIT_SECONDS):
+                    await self._client.commit(positions)
+            except (CommitFailedError, IllegalStateError) as error:
+                raise BatchDroppedError("the group has rebalanced") from error
+
+    async def close(self) -> None:
+        if self._consumer is not None and self._consumer._coordinator is not None:  # noqa: SLF001 # no public way to leave
+            # A static member would keep its partitions until its session ends. Its name is for restarts after a kill;
+            # who stops on purpose hands over at once.
+            self._consumer._coordinator._group_instance_id = None  # noqa: SLF001 # as above
+        await super().close()
+
+    async def _rewind(self, _positions: Mapping[TopicPartition, int], /) -> None:
+        """Go back to what is committed: there may have been a rebalance since those positions were ours."""
+        with contextlib.suppress(IllegalStateError):  # or there is one now, which does the same
+            for partition in self._client.assignment():
+                if (offset := await self._client.committed(partition)) is None:
+                    await self._client.seek_to_beginning(partition)
+                else:
+                    self._client.seek(partition, offset)
+
+
+class _Rebalance(ConsumerRebalanceListener):  # type: ignore[misc] # the client ships no types
+    """Passes on what the client tells; it would log and forget an error of the handler, which must end the loop."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._fault: Exception | None = None
+        self.told = asyncio.Event()
+
+    def check(self) -> None:
+        if self._fault is not None:
+            raise self._fault
+
+    async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
+        self.told.clear()
+        await self._tell(self._listener.revoked(_numbers(revoked)))
+
+    async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
+        await self._tell(self._listener.assigned(_numbers(assigned)))
+        self.told.set()
+
+    async def _tell(self, call: Awaitable[None]) -> None:
+        try:
+            await call
+        except Exception as error:  # noqa: BLE001 # whatever it is, `check` raises it in the loop
+            self._fault = error
+
+
+def _numbers(partitions: Iterable[TopicPartition]) -> set[int]:
+    return {partition.partition for partition in partitions}
+
+
+def _unreadable(topic: Topic, partition: int, offset: int, error: Exception) -> RawRecord:
+    headers = (("unreadable", repr(error).encode()),)
+    return RawRecord(topic.name, partition, offset, datetime.now(UTC), None, None, headers)

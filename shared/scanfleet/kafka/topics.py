@@ -1,0 +1,120 @@
+"""Making the topics of the registry, with their settings."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Final
+
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import NoError, TopicAlreadyExistsError, for_code
+from pydantic import Field
+
+from scanfleet.kafka.broker import connect, depending
+from scanfleet.messages.topics import DEAD_LETTER_RETENTION, TOPICS
+from scanfleet.settings import KafkaSettings
+
+# A record may be larger than our own limit: others can write too, and a compressed batch holds more than it weighs.
+DEAD_LETTER_BYTES: Final = 16 * 1024 * 1024
+
+
+class TopicSettings(KafkaSettings):
+    """How the broker keeps the topics."""
+
+    replication: int = Field(
+        1,
+        ge=1,
+        le=32_767,
+        description="Copies of each topic, when it is made. With three or more, one may be away.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One topic on the broker, its name with the prefix."""
+
+    name: str
+    partitions: int
+    configs: Mapping[str, str]
+
+
+def plans(settings: TopicSettings) -> list[Plan]:
+    """Every topic of the registry and its dead-letter topic."""
+    made = []
+    for topic in TOPICS:
+        name = settings.topic_prefix + topic.name
+        made.append(Plan(name, topic.partitions, _configs(topic.retention, settings.replication)))
+        letters = _configs(DEAD_LETTER_RETENTION, settings.replication) | {"max.message.bytes": str(DEAD_LETTER_BYTES)}
+        made.append(Plan(settings.topic_prefix + topic.dead_letter, 1, letters))
+    return made
+
+
+async def create_topics(settings: TopicSettings, *, limit: float = 60.0) -> None:
+    """Make what is missing, and give what is there its settings.
+
+    Args:
+        settings: broker, prefix and replication.
+        limit: seconds, for a broker that is still starting too.
+
+    Raises:
+        DependencyError: no broker answered in time.
+        RuntimeError: the broker refused; says why.
+    """
+    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka)
+    try:
+        with depending(f"no topics made at {settings.kafka}"):
+            async with asyncio.timeout(limit):
+                await connect(admin.start)
+                await _create(admin, plans(settings), settings.replication)
+    finally:
+        await admin.close()
+
+
+async def _create(admin: AIOKafkaAdminClient, wanted: list[Plan], replication: int) -> None:
+    response = await admin.create_topics(
+        [NewTopic(plan.name, plan.partitions, replication, topic_configs=dict(plan.configs)) for plan in wanted],
+    )
+    there = set()
+    for name, code, *message in response.topic_errors:
+        error = for_code(code)
+        if error is TopicAlreadyExistsError:
+            there.add(name)
+        elif error is not NoError:
+            raise RuntimeError(f"the broker does not make {name}: {error.__name__} {message}")
+    known = [plan for plan in wanted if plan.name in there]
+    if known:
+        await _conform(admin, known)
+
+
+async def _conform(admin: AIOKafkaAdminClient, plans: list[Plan]) -> None:
+    """Bring topics that were there already to their settings; the partitions they have are final."""
+    counts = {
+        found["topic"]: len(found["partitions"]) for found in await admin.describe_topics([p.name for p in plans])
+    }
+    for plan in plans:
+        if counts[plan.name] != plan.partitions:
+            raise RuntimeError(
+                f"{plan.name} has {counts[plan.name]} partitions, not {plan.partitions}: keys would lose their order. "
+                "Give the wider topic a new name.",
+            )
+    responses = await admin.alter_configs(
+        [ConfigResource(ConfigResourceType.TOPIC, plan.name, dict(plan.configs)) for plan in plans],
+    )
+    for response in responses:
+        for code, message, _, name in response.resources:
+            if for_code(code) is not NoError:
+                raise RuntimeError(f"the broker does not take the settings of {name}: {message}")
+
+
+def _configs(retention: timedelta, replication: int) -> dict[str, str]:
+    milliseconds = str(int(retention.total_seconds() * 1000))
+    return {
+        "cleanup.policy": "delete",
+        "retention.ms": milliseconds,
+        "segment.ms": milliseconds,  # only whole segments are deleted: nothing is kept for more than twice the retention
+        "message.timestamp.type": "LogAppendTime",  # the one clock that two readers share
+        "min.insync.replicas": str(max(1, replication - 1)),
+    }
