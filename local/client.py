@@ -1,0 +1,69 @@
+"""A caller of the public API, in the words of the story: `user.subnet(...)`, `user.scan(...)`, `user.finished(...)`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import httpx
+
+from local.wait import until
+
+FINAL: Final = frozenset({"completed", "failed", "cancelled"})
+
+
+class Client:
+    """One user of the gateway at `url`. Every method raises `httpx.HTTPStatusError` on an answer that is an error."""
+
+    def __init__(self, url: str, token: str) -> None:
+        self.http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=30)
+
+    def subnet(self, cidr: str, exclude: Sequence[str] = ()) -> int:
+        return self._made("/api/v1/subnet", {"name": cidr, "cidr": cidr, "exclude": list(exclude)})
+
+    def policy(self, **fields: Any) -> int:
+        return self._made("/api/v1/policy", {"name": "policy"} | fields)
+
+    def submit(self, subnet_ids: Sequence[int], policy_id: int, key: str | None = None) -> list[dict[str, Any]]:
+        """The jobs, one for each subnet."""
+        body = {"subnet_ids": list(subnet_ids), "policy_id": policy_id}
+        headers = {"Idempotency-Key": key} if key else {}
+        jobs: list[dict[str, Any]] = self._json("POST", "/api/v1/task", json=body, headers=headers)["jobs"]
+        return jobs
+
+    def scan(self, cidr: str, **policy: Any) -> int:
+        """The id of a new job that scans `cidr`."""
+        (job,) = self.submit([self.subnet(cidr)], self.policy(**policy))
+        job_id: int = job["id"]
+        return job_id
+
+    def task(self, job_id: int) -> dict[str, Any]:
+        return self._json("GET", f"/api/v1/task/{job_id}")
+
+    def status(self, job_id: int) -> str:
+        status: str = self.task(job_id)["status"]["status"]
+        return status
+
+    def finished(self, job_id: int, limit: float = 120.0) -> dict[str, Any]:
+        """The task once its job is final."""
+        until(lambda: self.status(job_id) in FINAL, limit, f"job {job_id} to be final")
+        return self.task(job_id)
+
+    def cancel(self, job_id: int) -> None:
+        self._json("POST", f"/api/v1/task/{job_id}/cancel")
+
+    def results(self, job_id: int) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self._json("GET", f"/api/v1/task/{job_id}/results")
+        return found
+
+    def ledger(self, job_id: int) -> dict[str, Any]:
+        return self._json("GET", f"/api/v1/task/{job_id}/ledger", params={"page_size": 1000})
+
+    def _made(self, path: str, body: dict[str, Any]) -> int:
+        made: int = self._json("POST", path, json=body)["id"]
+        return made
+
+    def _json(self, method: str, path: str, **request: Any) -> Any:
+        answer = self.http.request(method, path, **request)
+        answer.raise_for_status()
+        return answer.json()
