@@ -1,0 +1,116 @@
+"""Write the pages that are made from the code: `python docs/generate.py`.
+
+A test compares them with the code, so a page that has drifted is red until this is run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from enum import StrEnum
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic_settings import BaseSettings
+
+from job_orchestrator.domain import chunk, job
+
+FOLDER: Final = Path(__file__).parent
+HEAD: Final = "<!-- Written by `python docs/generate.py`; change the code, not this page. -->"
+
+
+def settings() -> str:
+    """Every setting of every service, under the class that defines it."""
+    lines = [
+        HEAD,
+        "# Settings",
+        "",
+        "Every setting is an environment variable, read once at start; a service does not start with a bad one.",
+    ]
+    by_service = {
+        file.parts[-3]: import_module(f"{file.parts[-2]}.settings").Settings
+        for file in sorted(FOLDER.parent.glob("services/*/*/settings.py"))
+    }
+    bases = dict.fromkeys(base for cls in by_service.values() for base in cls.__mro__ if issubclass(base, BaseSettings))
+    defining_classes = [cls for cls in bases if cls is not BaseSettings and cls.__annotations__]
+    for defining in sorted(defining_classes, key=lambda cls: cls in by_service.values()):  # what is shared comes first
+        services = [name for name, cls in by_service.items() if issubclass(cls, defining)]
+        title = services[0] if defining in by_service.values() else (defining.__doc__ or "").partition(".")[0]
+        lines += ["", f"## {title}", "", f"Read by {', '.join(services)}.", ""]
+        lines += ["| variable | value | default | meaning |", "|---|---|---|---|"]
+        lines += _rows(defining)
+    return "\n".join(lines) + "\n"
+
+
+def _rows(cls: type[BaseSettings]) -> Iterator[str]:
+    schema = cls.model_json_schema()
+    prefix = cls.model_config["env_prefix"].upper()
+    for name, field in cls.model_fields.items():
+        if name not in cls.__annotations__:
+            continue
+        of_field = schema["properties"][name]
+        if field.is_required():
+            default = "required"
+        elif field.default_factory is not None:
+            default = f"`{field.default_factory.__name__}()`"
+        elif field.default in (None, "", ()):
+            default = "none"
+        else:
+            value = of_field["default"]
+            default = f"`{','.join(value) if isinstance(value, list) else value}`"
+        yield f"| `{prefix}{name.upper()}` | {_value(of_field)} | {default} | {of_field['description']} |"
+
+
+def _value(schema: Mapping[str, Any]) -> str:
+    """A JSON Schema in words."""
+    if choices := [each for each in schema.get("anyOf", ()) if each.get("type") != "null"]:
+        return " or ".join(dict.fromkeys(map(_value, choices)))
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    if schema["type"] == "array":
+        return f"list of {_value(schema['items'])}"
+    kind = schema.get("format", schema["type"])
+    words = {"string": "text", "ipv4network": "CIDR", "ipv6network": "CIDR", "uri": "URL", "password": "secret"}
+    text = words.get(kind, kind)
+    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤"}
+    return ", ".join([text, *(f"{sign} {schema[bound]}" for bound, sign in bounds.items() if bound in schema)])
+
+
+def states() -> str:
+    """The lives of jobs and chunks, as diagrams."""
+    return f"""{HEAD}
+# States
+
+## A job
+
+{_diagram(job.TABLE)}
+
+## A chunk
+
+{_diagram(chunk.TABLE)}
+"""
+
+
+def _diagram(table: Mapping[Any, Mapping[Any, Any]]) -> str:
+    lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {next(iter(table))}"]
+    for state, ways in table.items():
+        for trigger, ends in ways.items():
+            lines += [f"    {state} --> {end}: {trigger}" for end in _ends(ends, table)]
+        if not ways:
+            lines.append(f"    {state} --> [*]")
+    return "\n".join([*lines, "```"])
+
+
+def _ends(ends: StrEnum | Collection[StrEnum], table: Mapping[Any, Any]) -> list[StrEnum]:
+    """In the table's order, since a set has none."""
+    return [state for state in table if state == ends or (not isinstance(ends, StrEnum) and state in ends)]
+
+
+PAGES: Final[dict[str, Callable[[], str]]] = {
+    "settings.md": settings,
+    "states.md": states,
+}
+
+if __name__ == "__main__":
+    for page, text in PAGES.items():
+        (FOLDER / page).write_text(text(), encoding="utf-8")
