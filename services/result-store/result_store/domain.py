@@ -1,21 +1,23 @@
-"""What counts as a result: the first host in the log, until its chunk is closed.
+"""What counts as a result: a function of the log alone, whoever reads it, in whatever batches, how often.
 
-A chunk is closed by a ChunkScanned whose every stored letter has its host; from then on its map says which of its hosts
-are results, and nothing that comes later, from whomever, changes that.
+Of the hosts with one chunk and address the first in the log is stored. A chunk is closed by the first ChunkScanned whose
+every claim of a host is borne out by a host that stands before it in the log. From then on its map says which hosts are
+results, so what comes later, from a superseded worker or a slow replica, adds nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from ipaddress import ip_address
-from typing import Final, TypedDict
+from typing import Final
 
 from scanfleet.bus import Record
 from scanfleet.errors import MessageError
 from scanfleet.messages import ChunkIncomplete, ChunkScanned, ChunkStored, HostScanned
 from scanfleet.outcomes import Outcome, address_at, index_of
+from scanfleet.rest import Result
 
 WITH_HOST: Final = frozenset({Outcome.ANSWERED, Outcome.SILENT, Outcome.TIMED_OUT})
 """The letters that claim a stored host."""
@@ -24,35 +26,25 @@ NEVER_PROBED: Final = frozenset({Outcome.EXCLUDED, Outcome.REFUSED})
 """The letters that no host can change: nothing was sent to these addresses."""
 
 
-class Result(TypedDict):
-    """One port as the public API shows it; times are RFC 3339 in UTC."""
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a record stands in its partition of the log."""
 
-    id: int
-    job_id: int
-    ip_address: str
-    port: int
-    protocol: str
-    service: str
-    version: str
-    os_info: str
-    status: str
-    banner: str
-    raw_data: str
-    created_at: str
-    updated_at: str
+    created_at: datetime
+    offset: int
+
+    def precedes(self, other: Place) -> bool:
+        # Offsets begin anew when a broker has lost its data, and two brokers' clocks may differ: either alone may err.
+        return self.offset < other.offset or self.created_at < other.created_at
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """A host, and where it stands in the log."""
-
     scanned: HostScanned
-    created_at: datetime
-    offset: int
+    place: Place
 
     def results(self, first_id: int) -> list[Result]:
         """Its results in port order, numbered from `first_id`."""
-        created_at = self.created_at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         return [
             Result(
                 id=result_id,
@@ -66,8 +58,8 @@ class Host:
                 status=found.status,
                 banner=found.banner,
                 raw_data=found.raw_data,
-                created_at=created_at,
-                updated_at=created_at,
+                created_at=self.place.created_at,
+                updated_at=self.place.created_at,
             )
             for result_id, found in enumerate(
                 sorted(self.scanned.ports, key=lambda each: (each.port, each.protocol)),
@@ -100,62 +92,60 @@ class ClosedChunk:
         )
 
 
-@dataclass(slots=True)
-class Round:
-    """A part of a batch in which every host precedes the ChunkScanned of its chunk."""
+@dataclass(frozen=True, slots=True)
+class StoredHost:
+    """As much of a stored host as closing its chunk takes."""
 
-    hosts: list[Host] = field(default_factory=list)
-    scanned: list[ChunkScanned] = field(default_factory=list)
+    address: str
+    outcome: Outcome
+    place: Place
+
+
+@dataclass(slots=True)
+class Batch:
+    """A batch of scan-results, each host once."""
+
+    hosts: dict[str, Host] = field(default_factory=dict)
+    """By event id; the first in the log."""
+
+    scanned: list[tuple[ChunkScanned, Place]] = field(default_factory=list)
+    """In log order for each chunk."""
 
     @property
     def chunk_ids(self) -> set[str]:
-        return {host.scanned.chunk_id for host in self.hosts} | {each.chunk_id for each in self.scanned}
+        return {host.scanned.chunk_id for host in self.hosts.values()} | {chunk.chunk_id for chunk, _ in self.scanned}
 
 
-def rounds(records: Sequence[Record]) -> list[Round]:
-    """Fold a batch into the fewest rounds that keep each chunk's order; most batches make one.
+def fold(records: Iterable[Record]) -> Batch:
+    """Sort a batch out.
 
     Raises:
-        MessageError: a message names an address that is none; nothing of the batch was done.
+        MessageError: a message names an address that is none.
     """
-    found: list[Round] = []
-    next_round: dict[str, int] = {}
+    batch = Batch()
     for record in records:
-        message = record.message
-        if not isinstance(message, HostScanned | ChunkScanned):
-            raise MessageError(f"{message.type_name()} does not belong on this topic")
-        number = next_round.get(message.chunk_id, 0)
-        if number == len(found):
-            found.append(Round())
-        if isinstance(message, HostScanned):
-            _check_addresses(message.address, 1)
-            found[number].hosts.append(Host(message, record.timestamp, record.offset))
-        else:
-            _check_addresses(message.first_address, len(message.outcomes))
-            found[number].scanned.append(message)
-            next_round[message.chunk_id] = number + 1
-    return found
+        place = Place(record.timestamp, record.offset)
+        match record.message:
+            case HostScanned() as host:
+                _check_addresses(host.address, 1)
+                batch.hosts.setdefault(host.event_id, Host(host, place))
+            case ChunkScanned() as chunk:
+                _check_addresses(chunk.first_address, len(chunk.outcomes))
+                batch.scanned.append((chunk, place))
+    return batch
 
 
-def firsts(hosts: Iterable[Host]) -> list[Host]:
-    """The first of the hosts that are the same."""
-    found: dict[str, Host] = {}
-    for host in hosts:
-        found.setdefault(host.scanned.event_id, host)
-    return list(found.values())
+def close(scanned: ChunkScanned, place: Place, stored: Iterable[StoredHost]) -> ClosedChunk | ChunkIncomplete:
+    """Close the chunk if no letter of its map is blank and each that claims a host has one in `stored` before `place`.
 
-
-def close(scanned: ChunkScanned, stored: Mapping[str, Outcome]) -> ClosedChunk | ChunkIncomplete:
-    """Close the chunk if every letter of its map that claims a host has one in `stored`, and none is blank.
-
-    A stored host is what became of its address, whatever the map says: an earlier attempt may have reported it.
+    Such a host is what became of its address, whatever the map says: an earlier attempt may have reported it.
     """
     letters = list(scanned.outcomes)
     held = set[int]()
-    for address, outcome in stored.items():
-        index = _index(scanned.first_address, address)
-        if 0 <= index < len(letters) and letters[index] not in NEVER_PROBED:
-            letters[index] = outcome
+    for host in stored:
+        index = _index(scanned.first_address, host.address)
+        if host.place.precedes(place) and 0 <= index < len(letters) and letters[index] not in NEVER_PROBED:
+            letters[index] = host.outcome
             held.add(index)
     missing = [
         index

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from typing import Final, Protocol
+from collections.abc import Collection, Sequence
+from typing import Protocol
 
 import structlog
 from prometheus_client import Counter
 
-from result_store.domain import ClosedChunk, Host, Round, close, firsts, rounds
+from result_store.domain import Batch, ClosedChunk, Host, StoredHost, close, fold
 from scanfleet.bus import Publisher, Record
 from scanfleet.messages import ChunkIncomplete, ChunkScanned, ChunkStored
 from scanfleet.messages.topics import SCAN_STORED
-from scanfleet.outcomes import Outcome
-
-GROUP: Final = "result-store"
 
 _hosts = Counter("scanfleet_results_hosts_stored", "Hosts stored.")
 _duplicates = Counter("scanfleet_results_duplicates", "Hosts that were stored already.")
-_dropped = Counter("scanfleet_results_dropped_after_close", "Hosts that came after their chunk was closed.")
+_late = Counter("scanfleet_results_late", "Hosts that came after their chunk was closed; no results, if they are new.")
 _closed = Counter("scanfleet_results_chunks_closed", "Chunks closed.")
 _incomplete = Counter("scanfleet_results_chunks_incomplete", "ChunkScanned whose hosts were not all stored.")
 
@@ -33,15 +30,15 @@ class Store(Protocol):
     """
 
     async def add(self, hosts: Sequence[Host]) -> int:
-        """Store each host whose (chunk, address) is not there yet, the first of equal ones; answer how many were new."""
+        """Store each host whose chunk and address are not there yet; answer how many were new."""
 
-    async def outcomes(self, chunk_ids: Iterable[str]) -> dict[str, dict[str, Outcome]]:
-        """The outcome of every stored host by address, for each of these chunks."""
+    async def stored(self, chunk_ids: Collection[str]) -> dict[str, list[StoredHost]]:
+        """The hosts of each of these chunks."""
 
     async def close(self, chunks: Sequence[ClosedChunk]) -> dict[str, ClosedChunk]:
         """Close these chunks; answer those that were closed before, as they were."""
 
-    async def closed(self, chunk_ids: Iterable[str]) -> dict[str, ClosedChunk]:
+    async def closed(self, chunk_ids: Collection[str]) -> dict[str, ClosedChunk]:
         """Those of these chunks that are closed."""
 
 
@@ -53,9 +50,15 @@ class ResultsHandler:
         self._publisher = publisher
 
     async def handle(self, records: Sequence[Record]) -> None:
-        answers = [answer for each in rounds(records) for answer in await self._answers(each)]
+        batch = fold(records)
+        closed = await self._store.closed(batch.chunk_ids)
+        new = await self._store.add(list(batch.hosts.values()))
+        answers = await self._answers(batch, closed)
         if answers:
             await self._publisher.publish(SCAN_STORED, answers)
+        _hosts.inc(new)
+        _duplicates.inc(len(records) - len(batch.scanned) - new)
+        _late.inc(sum(host.scanned.chunk_id in closed for host in batch.hosts.values()))
 
     async def assigned(self, partitions: Collection[int]) -> None:
         """Nothing is kept for a partition."""
@@ -66,32 +69,28 @@ class ResultsHandler:
     async def caught_up(self, partitions: Collection[int]) -> None:
         """Nothing waits for the end of the log."""
 
-    async def _answers(self, batch: Round) -> list[ChunkStored | ChunkIncomplete]:
-        closed = await self._store.closed(batch.chunk_ids)
-        await self._add([host for host in batch.hosts if host.scanned.chunk_id not in closed])
-        _dropped.inc(sum(host.scanned.chunk_id in closed for host in batch.hosts))
-        closed_now, incomplete = await self._close([each for each in batch.scanned if each.chunk_id not in closed])
-        closed |= closed_now
-        return [
-            closed[each.chunk_id].announcement(each) if each.chunk_id in closed else incomplete[each.chunk_id]
-            for each in batch.scanned
-        ]
-
-    async def _add(self, hosts: Sequence[Host]) -> None:
-        new = await self._store.add(firsts(hosts))
-        _hosts.inc(new)
-        _duplicates.inc(len(hosts) - new)
-
-    async def _close(
-        self, scanned: Sequence[ChunkScanned]
-    ) -> tuple[dict[str, ClosedChunk], dict[str, ChunkIncomplete]]:
-        stored = await self._store.outcomes(each.chunk_id for each in scanned)
-        verdicts = [close(each, stored[each.chunk_id]) for each in scanned]
-        closing = {each.chunk_id: each for each in verdicts if isinstance(each, ClosedChunk)}
-        incomplete = {each.chunk_id: each for each in verdicts if isinstance(each, ChunkIncomplete)}
+    async def _answers(
+        self,
+        batch: Batch,
+        closed: dict[str, ClosedChunk],
+    ) -> list[ChunkIncomplete | ChunkStored]:
+        """Close what can be closed, and answer every ChunkScanned."""
+        stored = await self._store.stored({each.chunk_id for each, _ in batch.scanned} - closed.keys())
+        closing: dict[str, ClosedChunk] = {}
+        incomplete: list[ChunkIncomplete] = []
+        complete: list[ChunkScanned] = []
+        for scanned, place in batch.scanned:
+            if scanned.chunk_id not in closed and scanned.chunk_id not in closing:
+                verdict = close(scanned, place, stored[scanned.chunk_id])
+                if isinstance(verdict, ChunkIncomplete):
+                    incomplete.append(verdict)
+                    continue
+                closing[scanned.chunk_id] = verdict
+            complete.append(scanned)
         before = await self._store.close(list(closing.values()))
+        final = closed | closing | before
         _closed.inc(len(closing) - len(before))
-        for each in incomplete.values():
+        for each in incomplete:
             _incomplete.inc()
             _log.warning(
                 "hosts missing",
@@ -101,4 +100,4 @@ class ResultsHandler:
                 worker_id=each.worker_id,
                 addresses=len(each.addresses),
             )
-        return closing | before, incomplete
+        return [*incomplete, *(final[each.chunk_id].announcement(each) for each in complete)]

@@ -1,4 +1,4 @@
-"""Hosts and closed chunks in MongoDB. Documents are inserted and never changed.
+"""Hosts and closed chunks in MongoDB, inserted and never changed, so every call may be repeated.
 
 - `hosts`: `_id` is `<chunk_id>/<address>`, so the first insert of a host is the only one. `first_id` is the id of its first
   result and is there only if it has one.
@@ -7,33 +7,35 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from typing import Any, Final
 
 from pymongo import ASCENDING
 
-from result_store.domain import ClosedChunk, Host, Result
+from result_store.domain import ClosedChunk, Host, Place, StoredHost
 from scanfleet.messages import HostScanned
-from scanfleet.mongo import Collection, Database, Document, Ids, bad_days, insert_missing
+from scanfleet.mongo import Database, Document, Ids, bad_days, insert_missing
 from scanfleet.outcomes import Outcome
+from scanfleet.rest import Result
 
 # Hosts held for one reader of results. A tarpit's host, every port of its chunk open, takes 3 MB decoded; a usual one 3 kB,
 # and asking more often than every 25 of them would be felt.
 PAGE: Final = 25
 
 _WITH_RESULTS: Final = {"first_id": {"$exists": True}}
+_OF_STORED: Final = dict.fromkeys(("chunk_id", "address", "outcome", "created_at", "offset"), True)
 
 
-class ResultRepository:
+class MongoStore:
     def __init__(self, database: Database) -> None:
-        self._hosts: Collection = database["hosts"]
-        self._chunks: Collection = database["chunks"]
+        self._hosts = database["hosts"]
+        self._chunks = database["chunks"]
         # Each batch takes its own ids in one write, so that they grow from one replica to the next.
         self._ids = Ids(database, "results")
 
     @bad_days()
-    async def create_indexes(self) -> None:
-        """Make what the queries need; does nothing the second time."""
+    async def prepare(self) -> None:
+        """Make the index that the queries need; does nothing the second time."""
         await self._hosts.create_index(
             [("job_id", ASCENDING), ("created_at", ASCENDING), ("offset", ASCENDING)],
             partialFilterExpression=_WITH_RESULTS,
@@ -54,34 +56,31 @@ class ResultRepository:
         return len(documents) - len(await insert_missing(self._hosts, documents))
 
     @bad_days()
-    async def outcomes(self, chunk_ids: Iterable[str]) -> dict[str, dict[str, Outcome]]:
-        """The outcome of every stored host by address, for each of these chunks."""
-        found: dict[str, dict[str, Outcome]] = {chunk_id: {} for chunk_id in chunk_ids}
+    async def stored(self, chunk_ids: Collection[str]) -> dict[str, list[StoredHost]]:
+        """The hosts of each of these chunks."""
+        found: dict[str, list[StoredHost]] = {chunk_id: [] for chunk_id in chunk_ids}
         if found:
             # "0" follows "/": these ranges hold the keys that begin with "<chunk_id>/", and need no index of their own.
             ranges = [{"_id": {"$gte": f"{chunk_id}/", "$lt": f"{chunk_id}0"}} for chunk_id in found]
             query = {"$or": ranges, "chunk_id": {"$in": list(found)}}
-            fields = {"_id": False, "chunk_id": True, "address": True, "outcome": True}
-            for host in await self._hosts.find(query, fields).to_list(None):
-                found[host["chunk_id"]][host["address"]] = Outcome(host["outcome"])
+            for host in await self._hosts.find(query, _OF_STORED).to_list(None):
+                place = Place(host["created_at"], host["offset"])
+                found[host["chunk_id"]].append(StoredHost(host["address"], Outcome(host["outcome"]), place))
         return found
 
     @bad_days()
     async def close(self, chunks: Sequence[ClosedChunk]) -> dict[str, ClosedChunk]:
         """Close these chunks; answer those that were closed before, as they were."""
         before = await insert_missing(self._chunks, [_chunk_document(chunk) for chunk in chunks])
-        return await self.closed(chunks[index].chunk_id for index in before)
+        return await self.closed([chunks[index].chunk_id for index in before])
 
     @bad_days()
-    async def closed(self, chunk_ids: Iterable[str]) -> dict[str, ClosedChunk]:
+    async def closed(self, chunk_ids: Collection[str]) -> dict[str, ClosedChunk]:
         """Those of these chunks that are closed."""
-        wanted = list(chunk_ids)
-        if not wanted:
+        if not chunk_ids:
             return {}
-        return {
-            document["_id"]: _chunk(document)
-            for document in await self._chunks.find({"_id": {"$in": wanted}}).to_list(None)
-        }
+        documents = await self._chunks.find({"_id": {"$in": list(chunk_ids)}}).to_list(None)
+        return {document["_id"]: _chunk(document) for document in documents}
 
     async def results(self, job_id: int, user_id: int | None) -> AsyncIterator[list[Result]]:
         """The job's results in order of creation, host by host; `user_id` limits them to that user's.
@@ -96,7 +95,7 @@ class ResultRepository:
             cursor = self._hosts.find(query, sort=[("created_at", ASCENDING), ("offset", ASCENDING)], batch_size=PAGE)
             try:
                 while page := await cursor.to_list(PAGE):
-                    # Asked after the hosts: a host that a slow replica added behind the close is in no final map.
+                    # A host that came after its chunk was closed is stored too; only the final map tells.
                     closed = await self.closed({document["chunk_id"] for document in page})
                     for document in page:
                         chunk = closed.get(document["chunk_id"])
@@ -109,14 +108,14 @@ class ResultRepository:
 def _host_document(host: Host) -> Document:
     return {
         "_id": host.scanned.event_id,
-        "created_at": host.created_at,
-        "offset": host.offset,
+        "created_at": host.place.created_at,
+        "offset": host.place.offset,
         **host.scanned.model_dump(exclude_defaults=True),
     }
 
 
 def _host(document: Mapping[str, Any]) -> Host:
-    return Host(HostScanned.model_validate(document), document["created_at"], document["offset"])
+    return Host(HostScanned.model_validate(document), Place(document["created_at"], document["offset"]))
 
 
 def _chunk_document(chunk: ClosedChunk) -> Document:

@@ -1,0 +1,48 @@
+"""Builds result-store: `uvicorn --factory result_store.main:create_app`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from fastapi import FastAPI
+
+from result_store.api import router
+from result_store.handlers import ResultsHandler
+from result_store.repository import MongoStore
+from result_store.settings import Settings
+from scanfleet import logging, mongo, service
+from scanfleet.auth import open_verifier
+from scanfleet.kafka import KafkaBus
+from scanfleet.messages.topics import RESULT_STORE, SCAN_RESULTS
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    settings = settings or Settings()
+    logging.configure(RESULT_STORE, settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            app.state.verifier = await stack.enter_async_context(open_verifier(settings))
+            database = mongo.connect(settings.mongodb, settings.database)
+            stack.callback(database.client.close)
+            app.state.probes.depend("mongodb", lambda: mongo.ping(database))
+            app.state.store = store = MongoStore(database)
+            await store.prepare()
+            bus = KafkaBus(
+                bootstrap=settings.kafka,
+                prefix=settings.topic_prefix,
+                source=RESULT_STORE,
+                instance=settings.instance,
+            )
+            await bus.start()
+            stack.push_async_callback(bus.stop)
+            consumer = bus.consume(SCAN_RESULTS, RESULT_STORE, ResultsHandler(store, bus))
+            await consumer.start()
+            stack.push_async_callback(consumer.stop)
+            for part in (bus, consumer):
+                app.state.probes.watch(part)
+            yield
+
+    return service.create_app(name=RESULT_STORE, lifespan=lifespan, routers=[router])
