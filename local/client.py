@@ -38,7 +38,8 @@ class Client:
         return job_id
 
     def task(self, job_id: int) -> dict[str, Any]:
-        return self._json("GET", f"/api/v1/task/{job_id}")
+        task: dict[str, Any] = self._json("GET", f"/api/v1/task/{job_id}")
+        return task
 
     def status(self, job_id: int) -> str:
         status: str = self.task(job_id)["status"]["status"]
@@ -57,7 +58,8 @@ class Client:
         return found
 
     def ledger(self, job_id: int) -> dict[str, Any]:
-        return self._json("GET", f"/api/v1/task/{job_id}/ledger", params={"page_size": 1000})
+        ledger: dict[str, Any] = self._json("GET", f"/api/v1/task/{job_id}/ledger", params={"page_size": 1000})
+        return ledger
 
     def _made(self, path: str, body: dict[str, Any]) -> int:
         made: int = self._json("POST", path, json=body)["id"]
