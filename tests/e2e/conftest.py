@@ -1,0 +1,68 @@
+"""One stack of real processes for the whole story, two of every service that may be doubled, and real servers to find."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from local import nmap
+from local.client import Client
+from local.stack import Stack
+
+REPLICAS = {"api-gateway": 2, "job-orchestrator": 2, "scanner-worker": 2, "result-store": 2}
+
+
+@pytest.fixture(scope="session")
+def stack(kafka: str, mongodb: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    stack = Stack(
+        tmp_path_factory.mktemp("stack"),
+        replicas=REPLICAS,
+        kafka_at=kafka,
+        mongodb_at=mongodb,
+        topic_prefix="e2e-",
+        database_prefix="e2e",
+    )
+    stack.up()
+    yield stack
+    stack.down()
+
+
+@pytest.fixture(scope="session")
+def user(stack: Stack) -> Client:
+    return Client(stack.url, stack.token(7))
+
+
+@pytest.fixture(scope="session")
+def stranger(stack: Stack) -> Client:
+    return Client(stack.url, stack.token(8))
+
+
+@pytest.fixture(scope="session")
+def admin(stack: Stack) -> Client:
+    return Client(stack.url, stack.token(9, admin=True))
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[nmap.OpenPorts]:
+    """Listening sockets on some addresses of 127.9.8.0/24; answers which."""
+    places = {(f"127.9.8.{host}", port) for host in (1, 7, 70, 130, 200, 254) for port in (8022, 8080)}
+    with ExitStack() as stack:
+        for place in places:
+            listener = stack.enter_context(socket.socket())
+            listener.bind(place)
+            listener.listen(1024)  # nobody accepts: the kernel shakes hands for us
+        yield places
+
+
+@pytest.fixture(scope="session")
+def running_nmaps(stack: Stack) -> Callable[[], list[int]]:
+    """The pids of the nmaps that the stack's workers run now."""
+
+    def find() -> list[int]:
+        workers = {each.pid for each in stack.processes() if each.pid and each.name.startswith("scanner-worker")}
+        return nmap.running_under(workers)
+
+    return find

@@ -1,0 +1,178 @@
+"""The main job, on real parts from end to end: register, scan, watch, cancel, read."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from local.client import FINAL, Client
+from local.nmap import OpenPorts, open_ports
+from local.stack import Stack
+from local.wait import until
+
+pytestmark = pytest.mark.e2e
+
+SUBNET = "127.9.8.0/24"
+PORTS = "8020-8090"
+SLOW = {"ports": "1-1000", "service_detection": False, "discovery": "none", "max_rate": 100}
+"""A /24 under this policy would take the better part of an hour."""
+
+
+def found(results: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    return [(each["ip_address"], each["port"]) for each in results]
+
+
+async def events(stack: Stack, job_id: int) -> list[tuple[str, dict[str, Any]]]:
+    """Type and value of every job event of the job, in the order of the log."""
+    consumer = AIOKafkaConsumer(bootstrap_servers=stack.kafka, enable_auto_commit=False)
+    await consumer.start()
+    try:
+        topic = "e2e-scan-events"
+        await consumer.topics()
+        parts = [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic) or ()]
+        consumer.assign(parts)
+        await consumer.seek_to_beginning(*parts)
+        ends = await consumer.end_offsets(parts)
+        read: list[tuple[str, dict[str, Any]]] = []
+        while any([await consumer.position(part) < ends[part] for part in parts]):
+            for batch in (await consumer.getmany(timeout_ms=500)).values():
+                read += [(dict(each.headers)["ce_type"].decode(), json.loads(each.value)) for each in batch]
+    finally:
+        await consumer.stop()
+    return [(kind.split(".")[1], value) for kind, value in read if value["job"]["id"] == job_id]
+
+
+def test_a_scan_finds_what_nmap_finds_and_accounts_for_every_probe(
+    user: Client,
+    servers: OpenPorts,
+) -> None:
+    """A completed scan's results are those of nmap itself, and its ledger adds up to the request."""
+    job_id = user.scan(SUBNET, ports=PORTS, service_detection=False)
+    task = user.finished(job_id)
+    assert task["status"] == {"status": "completed", "progress": 100, "machines_found": 256, "error": ""}
+    assert task["job"]["start_time"] <= task["job"]["end_time"]
+    results = user.results(job_id)
+    assert sorted(found(results)) == sorted(servers) == sorted(open_ports("-p", PORTS, SUBNET))
+    assert len({each["id"] for each in results}) == len(results)
+    ledger = user.ledger(job_id)
+    assert ledger["accounted"]
+    assert ledger["request"]["probes"] == 256 * 71 == sum(ledger["counts"].values()) == ledger["counts"]["answered"]
+
+
+async def test_the_events_of_a_job_tell_its_life_in_order(stack: Stack, user: Client) -> None:
+    """JobCreated, JobStarted and JobCompleted first appear in that order, under a rising `seq` without gaps."""
+    job_id = user.scan("127.9.8.0/26", ports=PORTS, service_detection=False)
+    await asyncio.to_thread(user.finished, job_id)
+
+    seen: list[tuple[str, dict[str, Any]]] = []
+    for _ in range(50):
+        seen = await events(stack, job_id)
+        if seen and seen[-1][0] == "JobCompleted":
+            break
+        await asyncio.sleep(0.1)
+    first = {value["seq"]: kind for kind, value in reversed(seen)}
+    assert [kind for _, kind in sorted(first.items()) if kind != "JobProgressed"] == [
+        "JobCreated",
+        "JobStarted",
+        "JobCompleted",
+    ]
+    assert list(dict.fromkeys(value["seq"] for _, value in seen)) == sorted(first)
+    assert seen[-1][1]["job"]["status"] == "completed"
+    assert {value["user_id"] for _, value in seen} == {7}
+
+
+def test_a_cancel_stops_the_packets(
+    user: Client,
+    running_nmaps: Callable[[], list[int]],
+) -> None:
+    """After a cancel no nmap of the job runs on, the job stays cancelled, and its ledger says what was not probed."""
+    job_id = user.scan(SUBNET, **SLOW)
+    until(lambda: user.status(job_id) == "running" and bool(running_nmaps()), 30, "the scan to run")
+    user.cancel(job_id)
+    until(lambda: not running_nmaps(), 10, "nmap to end")
+    task = user.task(job_id)
+    assert task["status"]["status"] == task["job"]["status"] == "cancelled"
+    assert task["job"]["end_time"] is not None
+    ledger = user.ledger(job_id)
+    assert ledger["counts"]["cancelled"] > 0
+    assert sum(ledger["counts"].values()) == ledger["request"]["probes"]
+    assert not ledger["accounted"]
+    with pytest.raises(httpx.HTTPStatusError, match="400"):
+        user.cancel(job_id)
+
+
+@pytest.mark.usefixtures("servers")
+def test_a_user_sees_only_what_is_theirs(user: Client, stranger: Client, admin: Client) -> None:
+    """A stranger gets 404 for everything and 403 for results; an administrator reads results but owns nothing."""
+    subnet_id, policy_id = user.subnet("127.9.8.1/32"), user.policy(ports="8022", service_detection=False)
+    (job,) = user.submit([subnet_id], policy_id)
+    user.finished(job["id"])
+    for path in (f"subnet/{subnet_id}", f"policy/{policy_id}", f"task/{job['id']}", f"task/{job['id']}/ledger"):
+        assert stranger.http.get(f"/api/v1/{path}").status_code == 404
+        assert admin.http.get(f"/api/v1/{path}").status_code == 404
+    assert stranger.http.post(f"/api/v1/task/{job['id']}/cancel").status_code == 404
+    assert stranger.http.get(f"/api/v1/task/{job['id']}/results").status_code == 403
+    assert stranger.http.get("/api/v1/task/999999999/results").status_code == 404
+    refused = stranger.http.post("/api/v1/task", json={"subnet_ids": [subnet_id], "policy_id": policy_id})
+    assert refused.status_code == 400
+    assert job["id"] not in {each["id"] for each in stranger.http.get("/api/v1/task").json()["jobs"]}
+    assert found(admin.results(job["id"])) == found(user.results(job["id"])) == [("127.9.8.1", 8022)]
+
+
+def test_two_workers_share_a_job(stack: Stack, user: Client, running_nmaps: Callable[[], list[int]]) -> None:
+    """While a job of several chunks runs, both workers scan."""
+    job_id = user.scan(SUBNET, **SLOW)
+
+    def both() -> bool:
+        busy = [process.name for process in stack.processes() if process.name.startswith("scanner-worker")]
+        return len(busy) == 2 and len(running_nmaps()) > 2
+
+    until(both, 30, "both workers to scan")
+    user.cancel(job_id)
+    until(lambda: not running_nmaps(), 10, "nmap to end")
+
+
+def test_a_worker_killed_in_mid_scan_costs_nothing(
+    stack: Stack,
+    user: Client,
+    servers: OpenPorts,
+    running_nmaps: Callable[[], list[int]],
+) -> None:
+    """kill -9 of a worker leaves no nmap behind, and the job completes with the same results, none of them twice."""
+    job_id = user.scan(SUBNET, ports=PORTS, service_detection=False, max_rate=1500)
+    until(lambda: bool(running_nmaps()), 30, "the scan to run")
+    stack.kill("scanner-worker-1")
+    task = user.finished(job_id)
+    assert task["status"]["status"] == "completed", task
+    assert sorted(found(user.results(job_id))) == sorted(servers)
+    assert user.ledger(job_id)["accounted"]
+    until(lambda: not running_nmaps(), 10, "nmap to end")
+    stack.wait_until_ready()
+
+
+@pytest.mark.parametrize("name", ["job-orchestrator-1", "result-store-1", "api-gateway-1"])
+def test_a_service_killed_in_mid_scan_costs_nothing(stack: Stack, user: Client, servers: OpenPorts, name: str) -> None:
+    """kill -9 of any other service during a scan changes neither its end nor its results."""
+    job_id = user.scan(SUBNET, ports=PORTS, service_detection=False, max_rate=1500)
+    until(lambda: user.status(job_id) == "running", 30, "the scan to run")
+    stack.kill(name)
+    stack.wait_until_ready()
+    task = user.finished(job_id)
+    assert task["status"]["status"] == "completed", task
+    assert sorted(found(user.results(job_id))) == sorted(servers)
+
+
+def test_pages_and_filters_of_the_task_list(user: Client) -> None:
+    """The list is paged, filtered by status in every spelling, and counts all that match."""
+    every = user.http.get("/api/v1/task", params={"page_size": 100}).json()
+    assert every["total"] == len(every["jobs"])
+    final = user.http.get("/api/v1/task?status=completed&status[]=failed&status=cancelled,completed&page_size=1").json()
+    assert final["total"] == sum(job["status"] in FINAL for job in every["jobs"])
+    assert final["jobs"] == [job for job in every["jobs"] if job["status"] in FINAL][:1]
+    assert user.http.get("/api/v1/task?status=nonsense").status_code == 400
