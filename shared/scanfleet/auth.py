@@ -25,7 +25,7 @@ from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from scanfleet.errors import UnauthorizedError, UnavailableError
-from scanfleet.service import MAX_ID
+from scanfleet.rest import MAX_ID
 from scanfleet.settings import AuthSettings
 
 MAX_TOKEN_CHARS: Final = 8_192  # what servers commonly take as one header; real tokens have a tenth of it
@@ -180,7 +180,7 @@ class TokenVerifier:
             algorithms=key.algorithms,
             audience=self._settings.jwt_audience,
             issuer=self._settings.jwt_issuer,
-            leeway=self._settings.jwt_leeway_s,
+            leeway=self._settings.jwt_leeway_seconds,
             options={"require": ["exp", "iat", "sub", "aud", "iss"], "enforce_minimum_key_length": True},
         )
 
@@ -188,7 +188,7 @@ class TokenVerifier:
         # The library takes numbers in strings and booleans for times; RFC 7519 does not.
         if not all(type(claims[name]) in (int, float) for name in ("exp", "iat", "nbf") if name in claims):
             raise jwt.DecodeError("a time that is no number")
-        if claims["exp"] - claims["iat"] > self._settings.jwt_max_life_s:
+        if claims["exp"] - claims["iat"] > self._settings.jwt_max_life_seconds:
             raise jwt.InvalidTokenError("made for longer than allowed")
         user = claims.get(self._settings.jwt_user_claim)
         if not isinstance(user, str) or _USER_ID.fullmatch(user) is None or int(user) > MAX_ID:
@@ -231,8 +231,8 @@ async def open_verifier(
                 client,
                 str(settings.jwt_jwks_url),
                 algorithms=settings.jwt_algorithms,
-                cooldown_s=settings.jwt_jwks_cooldown_s,
-                max_age_s=settings.jwt_jwks_max_age_s,
+                cooldown_s=settings.jwt_jwks_cooldown_seconds,
+                max_age_s=settings.jwt_jwks_max_age_seconds,
             )
             yield TokenVerifier(settings, keys)
 

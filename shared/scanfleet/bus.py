@@ -88,6 +88,14 @@ class Bus(Publisher, Protocol):
 
     async def stop(self) -> None: ...
 
+    @property
+    def alive(self) -> bool:
+        """False when what was sent can no longer be accounted for; the process must then be replaced."""
+
+    @property
+    def ready(self) -> bool:
+        """False while the broker is away."""
+
     def consume(self, topic: Topic, group: str, handler: Handler) -> Consumer:
         """A member of `group`: shares the topic's partitions, from the earliest record, with commits."""
 

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Annotated, Any, Final, cast
+from typing import Annotated, Any, Final, Protocol, cast
 from uuid import uuid4
 
 import structlog
@@ -27,13 +27,12 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from scanfleet import tracing
-from scanfleet.bus import Consumer
 from scanfleet.errors import DependencyError, PublicError, UnavailableError
+from scanfleet.rest import MAX_ID
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 Check = Callable[[], Awaitable[None]]
 
-MAX_ID: Final = 2**53 - 1  # the largest integer that JavaScript keeps exact
 MAX_BODY_BYTES: Final = 1 << 20  # the bus carries no larger message, and no honest request is a tenth of it
 CHECK_TIMEOUT_S: Final = 2.0  # of one readiness check: orchestrators ask every few seconds
 
@@ -71,16 +70,26 @@ _latency = Histogram("scanfleet_http_request_seconds", "Time to the end of the a
 _log = structlog.stdlib.get_logger(__name__)
 
 
+class Watched(Protocol):
+    """A bus, a consumer or a loop that works in the background."""
+
+    @property
+    def alive(self) -> bool: ...
+
+    @property
+    def ready(self) -> bool: ...
+
+
 class Probes:
     """What a service's health and readiness hang on; `create_app` makes it, the lifespan fills it."""
 
     def __init__(self) -> None:
-        self._consumers: list[Consumer] = []
+        self._watched: list[Watched] = []
         self._checks: dict[str, Check] = {}
 
-    def watch(self, consumer: Consumer) -> None:
-        """Be unhealthy when this loop has died, and unready while it is."""
-        self._consumers.append(consumer)
+    def watch(self, watched: Watched) -> None:
+        """Be unhealthy when this has died, and unready while it is."""
+        self._watched.append(watched)
 
     def depend(self, name: str, check: Check) -> None:
         """Be unready while `check` raises or takes longer than `CHECK_TIMEOUT_S`."""
@@ -88,13 +97,13 @@ class Probes:
 
     @property
     def healthy(self) -> bool:
-        return all(consumer.alive for consumer in self._consumers)
+        return all(watched.alive for watched in self._watched)
 
     async def missing(self) -> list[str]:
-        """The names of what is away, `consumer` for a loop that cannot go on; empty when ready."""
-        ready = all(consumer.alive and consumer.ready for consumer in self._consumers)
+        """The names of what is away, `bus` when something watched cannot go on; empty when ready."""
+        ready = all(watched.alive and watched.ready for watched in self._watched)
         away = await asyncio.gather(*(self._away(name, check) for name, check in self._checks.items()))
-        return [name for name in away if name] + ([] if ready else ["consumer"])
+        return [name for name in away if name] + ([] if ready else ["bus"])
 
     @staticmethod
     async def _away(name: str, check: Check) -> str | None:
@@ -154,7 +163,7 @@ _probes = APIRouter(include_in_schema=False)
 @_probes.get("/healthz")
 async def _healthz(request: Request) -> Response:
     if not cast(Probes, request.app.state.probes).healthy:
-        return error_response(503, "a consumer loop has died")
+        return error_response(503, "a loop has died")
     return Response('{"status":"ok"}', media_type="application/json")
 
 

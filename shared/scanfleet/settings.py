@@ -97,12 +97,12 @@ class AuthSettings(_Settings):
         min_length=1,
         description="Signature algorithms that are accepted; a key is only ever used with those made for its type.",
     )
-    jwt_max_life_s: int = Field(
+    jwt_max_life_seconds: int = Field(
         86_400,  # a token that was stolen is of no use tomorrow
         ge=60,
         description="Longest life (`exp` less `iat`) of a token in seconds; one made for longer is refused.",
     )
-    jwt_leeway_s: int = Field(
+    jwt_leeway_seconds: int = Field(
         10,  # clocks that NTP keeps differ by far less
         ge=0,
         le=60,
@@ -113,12 +113,12 @@ class AuthSettings(_Settings):
     )
     jwt_roles_claim: str = Field("roles", min_length=1, description="Claim that holds the list of roles.")
     jwt_admin_role: str = Field("admin", min_length=1, description="Role that makes an administrator.")
-    jwt_jwks_cooldown_s: int = Field(
+    jwt_jwks_cooldown_seconds: int = Field(
         10,  # soon enough for a new key, and no load for an issuer whatever kids callers invent
         ge=1,
         description="Shortest time in seconds between two fetches of the JWKS because of an unknown key id.",
     )
-    jwt_jwks_max_age_s: int = Field(
+    jwt_jwks_max_age_seconds: int = Field(
         300,  # a key that the issuer has withdrawn is believed for at most this long
         ge=1,
         description="Age in seconds after which the JWKS is fetched again.",

@@ -1,0 +1,9 @@
+"""The public REST API. What is not a command is answered by the services behind, and only documented here."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from api_gateway.api import policies, subnets, tasks
+
+ROUTERS: tuple[APIRouter, ...] = (tasks.router, subnets.router, policies.router)

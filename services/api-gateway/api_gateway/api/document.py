@@ -1,0 +1,62 @@
+"""Words of the OpenAPI document for what the gateway passes on without looking at it."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from pydantic import BaseModel, TypeAdapter
+
+from scanfleet import rest
+
+_REQUEST_ID: Final = {
+    "X-Request-ID": {"description": "Names this request in every log.", "schema": {"type": "string"}},
+}
+_ERRORS: Final[dict[int, str]] = {
+    400: "The request is malformed or invalid; the error says how.",
+    401: "There is no bearer token, or not a good one.",
+    403: "It belongs to another user.",
+    404: "There is no such thing, or it is not yours.",
+    409: "Its state does not allow this.",
+    413: "The body is too large.",
+    500: "A fault of the service.",
+    503: "A part of the service is away or busy; the request may be repeated.",
+}
+_HEADERS: Final[dict[int, dict[str, Any]]] = {
+    401: {"WWW-Authenticate": {"description": "How to authenticate.", "schema": {"type": "string"}}},
+    503: {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}},
+}
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The error answers of a route: the given ones, and those that any route can have."""
+    answers: dict[int | str, dict[str, Any]] = {
+        status: {"model": rest.Error, "description": _ERRORS[status], "headers": _REQUEST_ID | _HEADERS.get(status, {})}
+        for status in sorted({*statuses, 401, 500, 503})
+    }
+    # Named so that the framework does not document a 422, which is never sent.
+    answers["default"] = {"model": rest.Error, "description": "Any other error.", "headers": _REQUEST_ID}
+    return answers
+
+
+def body(model: type[BaseModel]) -> dict[str, Any]:
+    """A JSON body that another service reads. Its schema refers only to models that some answer of the API has too."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def paging(largest: Any = rest.PageSize, size: int = 10) -> list[dict[str, Any]]:
+    """The query parameters of a list."""
+    return [
+        query("page", {**_schema(rest.Page), "default": 1}, "Which page, the first being 1."),
+        query("page_size", {**_schema(largest), "default": size}, "How many on a page."),
+    ]
+
+
+def query(name: str, schema: dict[str, Any], description: str) -> dict[str, Any]:
+    """An optional query parameter."""
+    return {"name": name, "in": "query", "required": False, "schema": schema, "description": description}
+
+
+def _schema(type_: Any) -> dict[str, Any]:
+    return TypeAdapter(type_).json_schema()

@@ -1,0 +1,59 @@
+"""Policies: resources of job-orchestrator, passed on."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from api_gateway.api.document import body, errors, paging
+from api_gateway.api.state import Handed
+from scanfleet import rest
+from scanfleet.auth import Caller
+from scanfleet.service import PathId
+
+router = APIRouter(prefix="/api/v1/policy", tags=["policy"])
+
+
+@router.get(
+    "",
+    response_model=rest.PolicyList,
+    responses=errors(400),
+    openapi_extra={"parameters": paging()},
+)
+async def list_policies(request: Request, _caller: Caller, state: Handed) -> Response:
+    """All policies of the caller, newest first."""
+    return await state.orchestrator.forward(request)
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=rest.Policy,
+    responses=errors(400, 413),
+    openapi_extra=body(rest.PolicyBody),
+)
+async def create_policy(request: Request, _caller: Caller, state: Handed) -> Response:
+    """Create a policy."""
+    return await state.orchestrator.forward(request)
+
+
+@router.get("/{policy_id}", response_model=rest.Policy, responses=errors(404))
+async def read_policy(policy_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
+    """Read a policy."""
+    return await state.orchestrator.forward(request)
+
+
+@router.put(
+    "/{policy_id}",
+    response_model=rest.Policy,
+    responses=errors(400, 404, 413),
+    openapi_extra=body(rest.PolicyBody),
+)
+async def replace_policy(policy_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
+    """Replace a policy as a whole; jobs that were made from it keep it as it was."""
+    return await state.orchestrator.forward(request)
+
+
+@router.delete("/{policy_id}", response_model=rest.Done, responses=errors(404))
+async def delete_policy(policy_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
+    """Delete a policy."""
+    return await state.orchestrator.forward(request)

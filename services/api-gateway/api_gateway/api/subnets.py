@@ -1,0 +1,59 @@
+"""Subnets: resources of job-orchestrator, passed on."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from api_gateway.api.document import body, errors, paging
+from api_gateway.api.state import Handed
+from scanfleet import rest
+from scanfleet.auth import Caller
+from scanfleet.service import PathId
+
+router = APIRouter(prefix="/api/v1/subnet", tags=["subnet"])
+
+
+@router.get(
+    "",
+    response_model=rest.SubnetList,
+    responses=errors(400),
+    openapi_extra={"parameters": paging()},
+)
+async def list_subnets(request: Request, _caller: Caller, state: Handed) -> Response:
+    """All subnets of the caller, newest first."""
+    return await state.orchestrator.forward(request)
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=rest.Subnet,
+    responses=errors(400, 413),
+    openapi_extra=body(rest.SubnetBody),
+)
+async def create_subnet(request: Request, _caller: Caller, state: Handed) -> Response:
+    """Create a subnet."""
+    return await state.orchestrator.forward(request)
+
+
+@router.get("/{subnet_id}", response_model=rest.Subnet, responses=errors(404))
+async def read_subnet(subnet_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
+    """Read a subnet."""
+    return await state.orchestrator.forward(request)
+
+
+@router.put(
+    "/{subnet_id}",
+    response_model=rest.Subnet,
+    responses=errors(400, 404, 413),
+    openapi_extra=body(rest.SubnetBody),
+)
+async def replace_subnet(subnet_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
+    """Replace a subnet as a whole; jobs that were made from it keep it as it was."""
+    return await state.orchestrator.forward(request)
+
+
+@router.delete("/{subnet_id}", response_model=rest.Done, responses=errors(404, 409))
+async def delete_subnet(subnet_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
+    """Delete a subnet that no unfinished job scans."""
+    return await state.orchestrator.forward(request)

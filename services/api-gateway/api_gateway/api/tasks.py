@@ -1,0 +1,117 @@
+"""Scan jobs: made and cancelled by commands, everything else asked of the services that know."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+from uuid import uuid4
+
+from fastapi import APIRouter, Header, Request, Response
+
+from api_gateway.api.document import errors, paging, query
+from api_gateway.api.state import Handed
+from api_gateway.upstream import identity
+from scanfleet import rest, tracing
+from scanfleet.auth import Caller
+from scanfleet.messages import CancelJob, JobStatus, SubmitJobs
+from scanfleet.service import PathId
+
+router = APIRouter(prefix="/api/v1/task", tags=["task"])
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=255,
+        pattern=r"^[\x21-\x7e]+$",
+        description="Visible ASCII. The same key with the same body gives the same answer and creates nothing.",
+    ),
+]
+
+_STATUS: Final = query(
+    "status",
+    {"type": "array", "items": {"type": "string", "enum": list(JobStatus)}},
+    "Only jobs in one of these states; repeated, or separated by commas.",
+)
+_RESULT: Final = {"$ref": "#/components/schemas/Result"}
+_RESULTS: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "description": "The results in order of creation, streamed; how they are written is asked for by `Accept`.",
+        "model": list[rest.Result],
+        "content": {
+            "application/x-ndjson": {"schema": {**_RESULT, "description": "One result a line."}},
+            "text/csv": {
+                "schema": {"type": "string", "description": "RFC 4180, with the fields' names as its first line."}
+            },
+        },
+    },
+}
+
+
+@router.get(
+    "",
+    response_model=rest.JobList,
+    responses=errors(400),
+    openapi_extra={"parameters": [_STATUS, *paging()]},
+)
+async def list_tasks(request: Request, _caller: Caller, state: Handed) -> Response:
+    """All scan jobs of the caller, pending ones first, then the latest start first."""
+    return await state.orchestrator.forward(request)
+
+
+@router.post("", status_code=201, responses=errors(400, 413))
+async def create_tasks(
+    body: rest.CreateJobs,
+    request: Request,
+    caller: Caller,
+    state: Handed,
+    idempotency_key: IdempotencyKey = None,
+) -> rest.JobsCreated:
+    """Create one scan job for each subnet, all or none. Once this is answered the jobs can be read."""
+    command = SubmitJobs(
+        command_id=uuid4().hex,
+        user_id=caller.user_id,
+        policy_id=body.policy_id,
+        subnet_ids=tuple(body.subnet_ids),
+        idempotency_key=idempotency_key,
+        traceparent=tracing.current(),
+    )
+    jobs = await state.commands.send(command, identity(request))
+    return rest.JobsCreated(message="Scan jobs created successfully", jobs=list(jobs))
+
+
+@router.get("/{job_id}", response_model=rest.TaskStatus, responses=errors(404))
+async def read_task(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
+    """A scan job's state and progress as they are now."""
+    return await state.orchestrator.forward(request)
+
+
+@router.post("/{job_id}/cancel", responses=errors(400, 404))
+async def cancel_task(job_id: PathId, request: Request, caller: Caller, state: Handed) -> rest.Done:
+    """Cancel a scan job that is pending or running. What was found until then can be read."""
+    command = CancelJob(
+        command_id=uuid4().hex,
+        user_id=caller.user_id,
+        job_id=job_id,
+        traceparent=tracing.current(),
+    )
+    await state.commands.send(command, identity(request))
+    return rest.Done(message="Job cancelled successfully")
+
+
+@router.get("/{job_id}/results", responses=_RESULTS | errors(403, 404))
+async def read_results(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:
+    """All results of a scan job so far, for its owner and administrators."""
+    refusal = await state.orchestrator.refusal(request, job_id)
+    return refusal or await state.result_store.forward(request)
+
+
+@router.get(
+    "/{job_id}/ledger",
+    response_model=rest.Ledger,
+    responses=errors(400, 404),
+    openapi_extra={"parameters": paging()},
+)
+async def read_ledger(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
+    """What became of every probe of a scan job, and by name what was not probed."""
+    return await state.orchestrator.forward(request)

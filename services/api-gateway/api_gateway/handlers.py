@@ -1,0 +1,113 @@
+"""Commands: sent on the bus, answered by the reply that names them, and never left undecided if it can be helped."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
+
+import structlog
+
+from scanfleet.bus import Publisher, Record
+from scanfleet.errors import DependencyError, PublicError, UnavailableError
+from scanfleet.messages import CancelJob, CommandAccepted, CommandRejected, Job, SubmitJobs
+from scanfleet.messages.topics import SCAN_COMMANDS
+
+Reply = CommandAccepted | CommandRejected
+
+_log = structlog.get_logger()
+
+
+class Arbiter(Protocol):
+    """Decides what becomes of a command whose reply did not come."""
+
+    async def expire(self, command_id: str, headers: Mapping[str, str]) -> Reply | None:
+        """Call the command off, None when that was done; else the reply, for it had been decided before.
+
+        Args:
+            command_id: of the command.
+            headers: who asks, as HTTP headers.
+
+        Raises:
+            DependencyError: nobody could be asked.
+        """
+
+
+class Commands:
+    """Requests that wait for a reply. It handles all of scan-replies: the one that matters may be in any partition."""
+
+    def __init__(self, bus: Publisher, arbiter: Arbiter, *, reply_seconds: float, max_waiting: int) -> None:
+        self._bus = bus
+        self._arbiter = arbiter
+        self._reply_seconds = reply_seconds
+        self._max_waiting = max_waiting
+        self._waiting: dict[str, asyncio.Future[Reply]] = {}
+
+    async def handle(self, records: Sequence[Record]) -> None:
+        for record in records:
+            reply = record.message
+            if not isinstance(reply, (CommandAccepted, CommandRejected)):
+                continue  # a kind of reply that came after this version
+            waiting = self._waiting.get(reply.command_id)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(reply)
+
+    async def assigned(self, partitions: Collection[int]) -> None:
+        """Nothing is kept by partition."""
+
+    async def revoked(self, partitions: Collection[int]) -> None:
+        """Nothing is kept by partition."""
+
+    async def caught_up(self, partitions: Collection[int]) -> None:
+        """Whoever waits has a time limit of their own."""
+
+    async def send(self, command: SubmitJobs | CancelJob, headers: Mapping[str, str]) -> tuple[Job, ...]:
+        """The jobs that the command made or changed.
+
+        Args:
+            command: with an id that no other command has.
+            headers: the caller's, for whoever has to be asked if no reply comes.
+
+        Raises:
+            PublicError: the command was refused, called off, or, as the error then says, nobody knows.
+        """
+        if len(self._waiting) >= self._max_waiting:
+            raise UnavailableError("too many requests are waiting; try again")
+        reply = await self._ask(command) or await self._call_off(command.command_id, headers)
+        if isinstance(reply, CommandRejected):
+            raise _refusal(reply)
+        return reply.jobs
+
+    async def _ask(self, command: SubmitJobs | CancelJob) -> Reply | None:
+        """The reply, None if there was none in time."""
+        waiting: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._waiting[command.command_id] = waiting
+        try:
+            async with asyncio.timeout(self._reply_seconds):
+                await self._bus.publish(SCAN_COMMANDS, [command])
+                return await waiting
+        except (DependencyError, TimeoutError) as error:
+            _log.warning("no reply", command_id=command.command_id, error=repr(error))
+            return None
+        finally:
+            del self._waiting[command.command_id]
+
+    async def _call_off(self, command_id: str, headers: Mapping[str, str]) -> Reply:
+        try:
+            reply = await self._arbiter.expire(command_id, headers)
+        except DependencyError as error:
+            _log.warning("outcome unknown", command_id=command_id, error=str(error))
+            raise UnavailableError(
+                "the outcome of this request is unknown; repeat it, with the same Idempotency-Key if it creates something",
+            ) from error
+        if reply is None:
+            raise UnavailableError("the request was not carried out in time and will not be; try again")
+        return reply
+
+
+def _refusal(reply: CommandRejected) -> PublicError:
+    if reply.status == UnavailableError.status:
+        return UnavailableError(reply.error)
+    error = PublicError(reply.error)
+    error.status = reply.status
+    return error

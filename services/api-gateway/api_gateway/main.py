@@ -1,0 +1,104 @@
+"""Builds the gateway: `uvicorn --factory api_gateway.main:create_app`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import httpx
+from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse
+from starlette.staticfiles import StaticFiles
+
+from api_gateway.api import ROUTERS
+from api_gateway.api.state import State
+from api_gateway.handlers import Commands
+from api_gateway.settings import Settings
+from api_gateway.upstream import Orchestrator, Upstream, connect
+from scanfleet import logging, service
+from scanfleet.auth import open_verifier
+from scanfleet.bus import Bus
+from scanfleet.kafka import KafkaBus
+from scanfleet.messages.topics import GATEWAY, SCAN_REPLIES
+
+_DESCRIPTION = """\
+Scan networks as a service: register subnets and policies, create scan jobs, watch them run and read what was found.
+
+Every error of every kind is `{"error": "..."}`. Times are RFC 3339 in UTC."""
+
+
+def create_app(
+    settings: Settings | None = None,
+    *,
+    bus: Bus | None = None,
+    transport: httpx.AsyncBaseTransport | None = None,
+) -> FastAPI:
+    """The gateway.
+
+    Args:
+        settings: from the environment unless given.
+        bus: Kafka unless given.
+        transport: carries every HTTP call, over the network unless given.
+    """
+    settings = settings or Settings()
+    logging.configure(GATEWAY, settings)
+    bus = bus or KafkaBus(
+        bootstrap=settings.kafka,
+        prefix=settings.topic_prefix,
+        source=GATEWAY,
+        instance=settings.instance,
+    )
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            app.state.verifier = await stack.enter_async_context(open_verifier(settings, transport=transport))
+            clients = [
+                await stack.enter_async_context(connect(str(url), settings, transport))
+                for url in (settings.orchestrator_url, settings.result_store_url)
+            ]
+            orchestrator = Orchestrator(clients[0], stalled_seconds=settings.stalled_seconds)
+            result_store = Upstream(clients[1], stalled_seconds=settings.stalled_seconds)
+            await bus.start()
+            stack.push_async_callback(bus.stop)
+            commands = Commands(
+                bus,
+                orchestrator,
+                reply_seconds=settings.reply_seconds,
+                max_waiting=settings.max_waiting,
+            )
+            replies = bus.tail(SCAN_REPLIES, commands)
+            await replies.start()
+            stack.push_async_callback(replies.stop)
+            # Not the services behind: what one of them being away stops is answered 503, the rest goes on.
+            app.state.probes.watch(bus)
+            app.state.probes.watch(replies)
+            app.state.gateway = State(commands, orchestrator, result_store)
+            yield
+
+    app = service.create_app(
+        name=GATEWAY,
+        lifespan=lifespan,
+        routers=ROUTERS,
+        title="Scanfleet",
+        version="1",
+        description=_DESCRIPTION,
+        openapi_url="/openapi.json",
+        docs_url=None,  # ours needs no other host
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+    )
+    app.mount("/docs/assets", StaticFiles(packages=[("fastapi_swagger", "resources")]))
+    app.add_api_route("/docs", _docs, include_in_schema=False)
+    return app
+
+
+async def _docs() -> HTMLResponse:
+    return get_swagger_ui_html(
+        openapi_url="/openapi.json",
+        title="Scanfleet",
+        swagger_js_url="/docs/assets/swagger-ui-bundle.js",
+        swagger_css_url="/docs/assets/swagger-ui.css",
+        swagger_favicon_url="/docs/assets/favicon-32x32.png",
+    )

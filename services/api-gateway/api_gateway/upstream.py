@@ -1,0 +1,187 @@
+"""The services behind the gateway: their answers go to the client as they come, byte for byte."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Annotated, Final, Literal
+from urllib.parse import quote
+
+import httpx
+from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from starlette.types import Message, Receive, Scope, Send
+
+from api_gateway.settings import Settings
+from scanfleet import tracing
+from scanfleet.errors import BadRequestError, DependencyError
+from scanfleet.messages import CommandAccepted, CommandRejected, Job
+
+CONNECT_SECONDS: Final = 1.0  # the services are next door
+POOL_SECONDS: Final = 1.0  # to wait for a connection while all are in use; then it is better to say so
+KEEPALIVE_SECONDS: Final = 3.0  # shorter than the servers' 5 s, so that none closes what we are about to use
+
+_FORWARDED: Final = ("accept", "content-type")
+_RETURNED: Final = (
+    "content-type",
+    "content-length",
+    "retry-after",
+    "www-authenticate",
+    "vary",
+    "x-content-type-options",
+)
+_QUERY_SAFE: Final = "!$&'()*+,;=:@/?%-._~"  # what RFC 3986 allows in a query, and the sign of what is escaped already
+
+
+def identity(request: Request) -> dict[str, str]:
+    """Who asks and in which request and trace: the headers that go with every call."""
+    return {
+        "authorization": request.headers["authorization"],
+        "x-request-id": request.scope["request_id"],
+        "traceparent": tracing.current() or "",
+    }
+
+
+class Upstream:
+    """One service.
+
+    Args:
+        client: with the service's address as its base.
+        stalled_seconds: how long a client may take nothing of an answer.
+    """
+
+    def __init__(self, client: httpx.AsyncClient, *, stalled_seconds: float) -> None:
+        self._client = client
+        self._stalled_seconds = stalled_seconds
+
+    async def forward(self, request: Request) -> Response:
+        """The service's answer to the same request, whatever it is, as a stream.
+
+        Raises:
+            DependencyError: the service is away.
+        """
+        headers = identity(request) | {
+            name: ", ".join(request.headers.getlist(name)) for name in _FORWARDED if name in request.headers
+        }
+        # The path is one of our routes with ids in it, so only the query can hold what a URL may not.
+        query = quote(request.scope["query_string"], safe=_QUERY_SAFE)
+        target = request.scope["path"] + (f"?{query}" if query else "")
+        return _Relay(await self._send(request.method, target, headers, await request.body()), self._stalled_seconds)
+
+    async def ask(self, method: str, target: str, headers: Mapping[str, str]) -> httpx.Response:
+        """The whole answer to a question of our own.
+
+        Raises:
+            DependencyError: the service is away.
+        """
+        answer = await self._send(method, target, headers)
+        try:
+            await answer.aread()
+        except httpx.HTTPError as error:
+            raise DependencyError(f"{self._client.base_url}: {error!r}") from error
+        finally:
+            await answer.aclose()
+        return answer
+
+    async def _send(self, method: str, target: str, headers: Mapping[str, str], body: bytes = b"") -> httpx.Response:
+        try:
+            request = self._client.build_request(method, target, headers=headers, content=body or None)
+            return await self._client.send(request, stream=True)
+        except httpx.InvalidURL as error:
+            raise BadRequestError("the address is too long") from error
+        except httpx.HTTPError as error:
+            raise DependencyError(f"{self._client.base_url}: {error!r}") from error
+
+
+class Orchestrator(Upstream):
+    """job-orchestrator, and the questions that only it can answer."""
+
+    async def refusal(self, request: Request, job_id: int) -> Response | None:
+        """Why the caller may not read this job's results, as the answer to give; None if they may.
+
+        Raises:
+            DependencyError: the orchestrator is away.
+        """
+        answer = await self.ask("GET", f"/internal/jobs/{job_id}/owner", identity(request))
+        if answer.status_code == httpx.codes.OK:
+            return None
+        return Response(answer.content, answer.status_code, _returned(answer))
+
+    async def expire(self, command_id: str, headers: Mapping[str, str]) -> CommandAccepted | CommandRejected | None:
+        """See `api_gateway.handlers.Arbiter`."""
+        answer = await self.ask("POST", f"/internal/commands/{command_id}/expire", headers)
+        try:
+            verdict = _VERDICT.validate_json(answer.content)
+        except ValidationError as error:
+            raise DependencyError(f"the orchestrator answered {answer.status_code} and no verdict") from error
+        match verdict:
+            case _Expired():
+                return None
+            case _Accepted():
+                return CommandAccepted(command_id=command_id, jobs=verdict.jobs)
+            case _Rejected():
+                return CommandRejected(command_id=command_id, status=verdict.status, error=verdict.error)
+
+
+@asynccontextmanager
+async def connect(
+    url: str,
+    settings: Settings,
+    transport: httpx.AsyncBaseTransport | None = None,
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A pool of connections to the service at `url`."""
+    async with httpx.AsyncClient(
+        base_url=url,
+        # Answers pass through as they are, so nobody is asked to compress them.
+        headers={"accept-encoding": "identity", "user-agent": "scanfleet-api-gateway"},
+        timeout=httpx.Timeout(settings.upstream_seconds, connect=CONNECT_SECONDS, pool=POOL_SECONDS),
+        limits=httpx.Limits(max_connections=settings.upstream_connections, keepalive_expiry=KEEPALIVE_SECONDS),
+        transport=transport,
+        trust_env=False,  # tokens go to the services themselves, through nobody's proxy
+    ) as client:
+        yield client
+
+
+class _Relay(StreamingResponse):
+    """An answer under way. If the service fails the client's connection is cut, and if the client goes so does the service's."""
+
+    def __init__(self, answer: httpx.Response, stalled_seconds: float) -> None:
+        super().__init__(answer.aiter_raw(), answer.status_code, _returned(answer))
+        self._answer = answer
+        self._stalled_seconds = stalled_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(self._stalled_seconds):
+                await send(message)
+
+        try:
+            await super().__call__(scope, receive, send_in_time)
+        finally:
+            await self._answer.aclose()
+
+
+def _returned(answer: httpx.Response) -> dict[str, str]:
+    return {name: answer.headers[name] for name in _RETURNED if name in answer.headers}
+
+
+class _Expired(BaseModel):
+    state: Literal["expired"]
+
+
+class _Accepted(BaseModel):
+    state: Literal["accepted"]
+    jobs: tuple[Job, ...]
+
+
+class _Rejected(BaseModel):
+    state: Literal["rejected"]
+    status: int
+    error: str
+
+
+_VERDICT: Final[TypeAdapter[_Expired | _Accepted | _Rejected]] = TypeAdapter(
+    Annotated[_Expired | _Accepted | _Rejected, Field(discriminator="state")],
+)
