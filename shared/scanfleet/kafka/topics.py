@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
@@ -14,7 +14,7 @@ from aiokafka.errors import NoError, TopicAlreadyExistsError, for_code
 from pydantic import Field
 
 from scanfleet.kafka.broker import connect, depending
-from scanfleet.messages.topics import DEAD_LETTER_RETENTION, TOPICS
+from scanfleet.messages.topics import DEAD_LETTER_RETENTION, TOPICS, Topic
 from scanfleet.settings import KafkaSettings
 
 # A record may be larger than our own limit: others can write too, and a compressed batch holds more than it weighs.
@@ -41,10 +41,10 @@ class Plan:
     configs: Mapping[str, str]
 
 
-def plans(settings: TopicSettings) -> list[Plan]:
-    """Every topic of the registry and its dead-letter topic."""
+def plans(settings: TopicSettings, topics: Iterable[Topic]) -> list[Plan]:
+    """The topics and their dead-letter topics."""
     made = []
-    for topic in TOPICS:
+    for topic in topics:
         name = settings.topic_prefix + topic.name
         made.append(Plan(name, topic.partitions, _configs(topic.retention, settings.replication)))
         letters = _configs(DEAD_LETTER_RETENTION, settings.replication) | {"max.message.bytes": str(DEAD_LETTER_BYTES)}
@@ -52,11 +52,12 @@ def plans(settings: TopicSettings) -> list[Plan]:
     return made
 
 
-async def create_topics(settings: TopicSettings, *, limit: float = 60.0) -> None:
+async def create_topics(settings: TopicSettings, topics: Iterable[Topic] = TOPICS, *, limit: float = 60.0) -> None:
     """Make what is missing, and give what is there its settings.
 
     Args:
         settings: broker, prefix and replication.
+        topics: with their dead-letter topics.
         limit: seconds, for a broker that is still starting too.
 
     Raises:
@@ -68,7 +69,7 @@ async def create_topics(settings: TopicSettings, *, limit: float = 60.0) -> None
         with depending(f"no topics made at {settings.kafka}"):
             async with asyncio.timeout(limit):
                 await connect(admin.start)
-                await _create(admin, plans(settings), settings.replication)
+                await _create(admin, plans(settings, topics), settings.replication)
     finally:
         await admin.close()
 

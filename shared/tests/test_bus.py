@@ -1,0 +1,596 @@
+"""What the bus promises to services: one suite, held against Kafka and against memory."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Protocol, cast
+from uuid import uuid4
+
+import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from prometheus_client import REGISTRY
+
+from scanfleet import tracing
+from scanfleet.bus import Bus, Consumer, Record
+from scanfleet.clock import utc_now
+from scanfleet.consumer import STALE_SECONDS
+from scanfleet.errors import DependencyError, MessageError
+from scanfleet.kafka import KafkaBus
+from scanfleet.kafka.topics import TopicSettings, create_topics
+from scanfleet.messages import CancelJob, CommandRejected, WorkerReady
+from scanfleet.messages.envelope import Headers, RawRecord, encode
+from scanfleet.messages.topics import MAX_BYTES, SCAN_REPLIES, SCAN_WORKERS
+from scanfleet.testing.bus import MemoryBroker, MemoryBus
+
+GROUP = "test"
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+class Backend(Protocol):
+    """A broker, and what a test does to it behind the bus's back."""
+
+    async def bus(self, instance: str) -> Bus:
+        """A started bus, standing for another process."""
+
+    def put(self, partition: int, key: bytes | None, value: bytes | None, headers: Headers) -> None:
+        """Append any bytes to SCAN_WORKERS; returns when they are in the log, the event loop frozen until then."""
+
+    async def records(self, topic: str) -> list[RawRecord]:
+        """All that is in a topic."""
+
+    async def committed(self) -> Mapping[int, int]:
+        """What GROUP has committed in SCAN_WORKERS."""
+
+    async def close(self) -> None: ...
+
+
+class Memory:
+    def __init__(self) -> None:
+        self._broker = MemoryBroker()
+
+    async def bus(self, instance: str) -> Bus:
+        return MemoryBus(self._broker, source=instance)
+
+    def put(self, partition: int, key: bytes | None, value: bytes | None, headers: Headers) -> None:
+        self._broker.append(SCAN_WORKERS.name, partition, key=key, value=value, headers=headers)
+
+    async def records(self, topic: str) -> list[RawRecord]:
+        return self._broker.records(topic)
+
+    async def committed(self) -> Mapping[int, int]:
+        return self._broker.committed(SCAN_WORKERS, GROUP)
+
+    async def close(self) -> None: ...
+
+
+class Kafka:
+    def __init__(self, bootstrap: str, prefix: str) -> None:
+        self._bootstrap = bootstrap
+        self._prefix = prefix
+        self._buses: list[KafkaBus] = []
+
+    async def bus(self, instance: str) -> Bus:
+        bus = KafkaBus(bootstrap=self._bootstrap, prefix=self._prefix, source="test", instance=instance)
+        await bus.start()
+        self._buses.append(bus)
+        return bus
+
+    def put(self, partition: int, key: bytes | None, value: bytes | None, headers: Headers) -> None:
+        thread = threading.Thread(target=lambda: asyncio.run(self._put(partition, key, value, headers)))
+        thread.start()
+        thread.join()
+
+    async def _put(self, partition: int, key: bytes | None, value: bytes | None, headers: Headers) -> None:
+        # The codec lets a value in that is larger than a topic takes.
+        size = 4_000_000
+        producer = AIOKafkaProducer(
+            bootstrap_servers=self._bootstrap,
+            compression_type="lz4",
+            max_request_size=size,
+            max_batch_size=size,
+        )
+        async with producer:
+            # The client itself refuses a record without key and value, the broker does not.
+            await producer.send_and_wait(
+                self._prefix + SCAN_WORKERS.name,
+                partition=partition,
+                key=key if key is not None or value is not None else b"",
+                value=value,
+                headers=list(headers),
+            )
+
+    async def records(self, topic: str) -> list[RawRecord]:
+        found: list[RawRecord] = []
+        name = self._prefix + topic
+        async with AIOKafkaConsumer(name, bootstrap_servers=self._bootstrap, auto_offset_reset="earliest") as consumer:
+            ends = await consumer.end_offsets(consumer.assignment())
+            while any([await consumer.position(partition) < end for partition, end in ends.items()]):
+                for records in (await consumer.getmany(timeout_ms=1000)).values():
+                    found += [
+                        RawRecord(topic, r.partition, r.offset, utc_now(), r.key, r.value, r.headers) for r in records
+                    ]
+        return found
+
+    async def committed(self) -> Mapping[int, int]:
+        async with AIOKafkaConsumer(bootstrap_servers=self._bootstrap, group_id=self._prefix + GROUP) as consumer:
+            offsets = {
+                number: await consumer.committed(TopicPartition(self._prefix + SCAN_WORKERS.name, number))
+                for number in range(SCAN_WORKERS.partitions)
+            }
+        return {number: offset for number, offset in offsets.items() if offset is not None}
+
+    async def close(self) -> None:
+        for bus in self._buses:
+            await bus.stop()
+
+
+@pytest.fixture(params=["memory", pytest.param("kafka", marks=pytest.mark.integration)])
+async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
+    made: Backend
+    if request.param == "memory":
+        made = Memory()
+    else:
+        bootstrap, prefix = request.getfixturevalue("kafka"), f"{uuid4().hex}-"
+        settings = TopicSettings(kafka=bootstrap, topic_prefix=prefix)
+        await create_topics(settings, [SCAN_WORKERS, SCAN_REPLIES])
+        made = Kafka(bootstrap, prefix)
+    yield made
+    await made.close()
+
+
+class Recorder:
+    """A handler that keeps what it is told; `does` is called with each batch before it counts as handled."""
+
+    def __init__(self, does: Callable[[Sequence[Record]], object] = lambda _: None) -> None:
+        self._does = does
+        self.tries: list[Sequence[Record]] = []
+        self.handled: list[Record] = []
+        self.partitions: set[int] = set()
+        self.caught_up_after: list[tuple[set[int], int]] = []
+        """Partitions, and how many records had been handled by then."""
+
+    async def handle(self, records: Sequence[Record]) -> None:
+        self.tries.append(records)
+        result = self._does(records)
+        if asyncio.iscoroutine(result):
+            await result
+        self.handled += records
+
+    async def assigned(self, partitions: Collection[int]) -> None:
+        self.partitions |= set(partitions)
+
+    async def revoked(self, partitions: Collection[int]) -> None:
+        self.partitions -= set(partitions)
+
+    async def caught_up(self, partitions: Collection[int]) -> None:
+        self.caught_up_after.append((set(partitions), len(self.handled)))
+
+    @property
+    def numbers(self) -> list[int]:
+        """What the handled messages say."""
+        return [cast(WorkerReady, record.message).slots for record in self.handled]
+
+
+class Running:
+    """Consumers that are stopped at the end of the block, whatever happens in it."""
+
+    def __init__(self, *consumers: Consumer) -> None:
+        self._consumers = consumers
+
+    async def __aenter__(self) -> None:
+        for consumer in self._consumers:
+            await consumer.start()
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.gather(*(consumer.stop() for consumer in self._consumers))
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Return when `condition` holds."""
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 # what is waited for knows nothing of events
+            await asyncio.sleep(0.01)
+
+
+def ready(number: int, worker: str = "w") -> WorkerReady:
+    return WorkerReady(worker_id=worker, slots=number, raw=False)
+
+
+def workers(count: int) -> list[WorkerReady]:
+    """Messages of as many workers: they spread over the partitions."""
+    return [ready(number, worker=f"w{number}") for number in range(count)]
+
+
+def failing(error: Exception, when: Callable[[Sequence[Record]], bool]) -> Callable[[Sequence[Record]], None]:
+    def check(records: Sequence[Record]) -> None:
+        if when(records):
+            raise error
+
+    return check
+
+
+def names(records: Sequence[Record], number: int) -> bool:
+    return any(cast(WorkerReady, record.message).slots == number for record in records)
+
+
+def header(record: RawRecord, name: str) -> bytes | None:
+    return dict(record.headers)[name]
+
+
+async def test_a_member_handles_each_message_once_and_the_same_key_in_order(backend: Backend) -> None:
+    """A group handles each message once, equal to what was sent, and those of one key in the order of their sending."""
+    bus, recorder = await backend.bus("one"), Recorder()
+    sent = [ready(number, worker) for number in range(300) for worker in ("a", "b", "c")]
+    async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
+        for start in range(0, len(sent), 90):
+            await bus.publish(SCAN_WORKERS, sent[start : start + 90])
+        await until(lambda: len(recorder.handled) >= len(sent))
+    for worker in ("a", "b", "c"):
+        mine = [m for record in recorder.handled if (m := cast(WorkerReady, record.message)).worker_id == worker]
+        assert mine == [message for message in sent if message.worker_id == worker]
+
+
+async def test_a_record_says_where_it_stands_and_when_the_broker_took_it(backend: Backend) -> None:
+    """A record carries its topic without the prefix, its partition and offset, and the broker's own time in UTC."""
+    bus, recorder = await backend.bus("one"), Recorder()
+    before = datetime.now(UTC)
+    async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
+        await bus.publish(SCAN_WORKERS, [ready(1)])
+        await bus.publish(SCAN_WORKERS, [ready(2)])
+        await until(lambda: recorder.numbers == [1, 2])
+    first, second = recorder.handled
+    assert (first.topic, first.offset, second.offset) == ("scan-workers", 0, 1)
+    assert first.partition == second.partition
+    assert -1 < (first.timestamp - before).total_seconds() < 60
+    assert first.timestamp.tzinfo is UTC
+
+
+async def test_a_group_reads_from_the_earliest_record_and_goes_on_after_the_last_commit(backend: Backend) -> None:
+    """A new group begins with what was there before it, and its next member begins after what the last one committed."""
+    bus, first, second = await backend.bus("one"), Recorder(), Recorder()
+    await bus.publish(SCAN_WORKERS, [ready(1)])
+    async with Running(bus.consume(SCAN_WORKERS, GROUP, first)):
+        await until(lambda: first.numbers == [1])
+    await bus.publish(SCAN_WORKERS, [ready(2)])
+    async with Running(bus.consume(SCAN_WORKERS, GROUP, second)):
+        await until(lambda: second.numbers)
+    assert second.numbers == [2]
+
+
+async def test_two_members_share_the_partitions_and_lose_nothing_when_they_come_and_go(backend: Backend) -> None:
+    """Every record reaches a member, however the members change, and each partition is one member's at a time."""
+    one, two = await backend.bus("one"), await backend.bus("two")
+    a, b = Recorder(), Recorder()
+    consumer, other = one.consume(SCAN_WORKERS, GROUP, a), two.consume(SCAN_WORKERS, GROUP, b)
+
+    def seen() -> set[int]:
+        return set(a.numbers + b.numbers)
+
+    async with Running(consumer):
+        await one.publish(SCAN_WORKERS, workers(50))
+        async with Running(other):
+            await one.publish(SCAN_WORKERS, workers(100)[50:])
+            await until(lambda: a.partitions and b.partitions)
+            assert not a.partitions & b.partitions
+            assert len(a.partitions | b.partitions) == SCAN_WORKERS.partitions
+            await one.publish(SCAN_WORKERS, workers(150)[100:])
+            await until(lambda: seen() >= set(range(150)))
+            assert b.numbers
+        await one.publish(SCAN_WORKERS, workers(200)[150:])
+        await until(lambda: set(a.numbers) >= set(range(150, 200)))
+    assert seen() == set(range(200))
+
+
+async def test_a_batch_in_hand_at_a_rebalance_is_finished_and_committed(backend: Backend) -> None:
+    """A member that must hand over finishes its batch first, so that nobody else gets it again."""
+    one, two = await backend.bus("one"), await backend.bus("two")
+    go_on = asyncio.Event()
+    a, b = Recorder(lambda _: go_on.wait()), Recorder()
+    async with Running(one.consume(SCAN_WORKERS, GROUP, a)):
+        await one.publish(SCAN_WORKERS, workers(50))
+        await until(lambda: a.tries)
+        joining = asyncio.create_task(two.consume(SCAN_WORKERS, GROUP, b).start())
+        assert not b.handled
+        go_on.set()
+        await joining
+        await until(lambda: set(a.numbers + b.numbers) == set(range(50)))
+        assert Counter(a.numbers + b.numbers).most_common(1)[0][1] == 1
+
+
+async def test_a_batch_held_up_at_a_rebalance_is_dropped_and_comes_again(backend: Backend) -> None:
+    """A member that waits for a dependency hands over at once, uncommitted, and the records come again to whose they are."""
+    one, two = await backend.bus("one"), await backend.bus("two")
+    away = [True]
+    a = Recorder(failing(DependencyError("away"), lambda _: away[0]))
+    b = Recorder()
+    async with Running(one.consume(SCAN_WORKERS, GROUP, a)):
+        await one.publish(SCAN_WORKERS, workers(50))
+        await until(lambda: a.tries)
+        async with Running(two.consume(SCAN_WORKERS, GROUP, b)):
+            await until(lambda: b.partitions)
+            away[0] = False
+            await until(lambda: set(a.numbers + b.numbers) == set(range(50)))
+            assert b.numbers
+
+
+async def test_a_bad_day_is_retried_in_place(backend: Backend) -> None:
+    """While a dependency is away the batch is tried again, unready and uncommitted; then all is handled, none buried."""
+    bus = await backend.bus("one")
+    away: list[Exception] = [DependencyError("MongoDB is away")]
+    recorder = Recorder(lambda _: failing(away[0], lambda _: True)(()) if away else None)
+    consumer = bus.consume(SCAN_WORKERS, GROUP, recorder)
+    async with Running(consumer):
+        await until(lambda: recorder.caught_up_after)
+        assert consumer.ready
+        await bus.publish(SCAN_WORKERS, [ready(1), ready(2)])
+        await until(lambda: len(recorder.tries) >= 2)
+        assert consumer.alive
+        assert not consumer.ready
+        assert await backend.committed() == {}
+        away[0] = TimeoutError()
+        tries = len(recorder.tries)
+        await until(lambda: len(recorder.tries) > tries)
+        away.clear()
+        await until(lambda: recorder.numbers == [1, 2] and consumer.ready)
+    assert sum((await backend.committed()).values()) == 2
+    assert not await backend.records(SCAN_WORKERS.dead_letter)
+
+
+async def test_a_record_that_cannot_be_handled_is_buried_alone(backend: Backend) -> None:
+    """When a batch raises, its records are tried one by one; only the one that raises again becomes a dead letter."""
+    bus = await backend.bus("one")
+    recorder = Recorder(failing(ZeroDivisionError("a bug"), lambda records: names(records, 2)))
+    async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
+        await bus.publish(SCAN_WORKERS, [ready(number) for number in range(5)])
+        await until(lambda: set(recorder.numbers) == {0, 1, 3, 4})
+    (letter,) = await backend.records(SCAN_WORKERS.dead_letter)
+    assert letter.value == encode(SCAN_WORKERS, ready(2), source="test").value
+    assert b"a bug" in (header(letter, "dlq_reason") or b"")
+    assert sum((await backend.committed()).values()) == 5
+
+
+GOOD = encode(SCAN_WORKERS, ready(7), source="test")
+
+
+def without(name: str, **instead: bytes | None) -> Headers:
+    return [*((n, v) for n, v in GOOD.headers if n != name), *instead.items()]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "headers"),
+    [
+        pytest.param(GOOD.key, b"\x00\xff\xfe\x80random", GOOD.headers, id="random bytes"),
+        pytest.param(GOOD.key, b'{"worker_id": "w"}', GOOD.headers, id="wrong schema"),
+        pytest.param(GOOD.key, b"[" * 100_000, GOOD.headers, id="deep JSON"),
+        pytest.param(GOOD.key, b" " * 2_000_000 + GOOD.value, GOOD.headers, id="2 MB"),
+        pytest.param(GOOD.key, GOOD.value, without("ce_type", ce_type=b"scanfleet.Nonsense.v1"), id="unknown type"),
+        pytest.param(GOOD.key, GOOD.value, without("ce_type", ce_type=b"scanfleet.ScanChunk.v1"), id="another topic's"),
+        pytest.param(GOOD.key, GOOD.value, without("ce_type", ce_type=b"\xff"), id="type that is no text"),
+        pytest.param(GOOD.key, GOOD.value, without("ce_type", ce_type=None), id="null type"),
+        pytest.param(GOOD.key, GOOD.value, without("ce_specversion", ce_specversion=b"0.3"), id="other specversion"),
+        pytest.param(GOOD.key, GOOD.value, without("content-type"), id="no content type"),
+        pytest.param(GOOD.key, GOOD.value, (), id="no headers"),
+        pytest.param(GOOD.key, None, GOOD.headers, id="null value"),
+        pytest.param(b"", None, (), id="nothing at all"),
+        pytest.param(b"other", GOOD.value, GOOD.headers, id="wrong key"),
+        pytest.param(None, GOOD.value, GOOD.headers, id="null key"),
+    ],
+)
+async def test_poison_is_buried_with_its_origin_and_the_next_record_is_handled(
+    backend: Backend,
+    key: bytes | None,
+    value: bytes | None,
+    headers: Headers,
+) -> None:
+    """A record that is no message goes to the dead-letter topic whole, says where from and why, and holds up nothing."""
+    bus, recorder = await backend.bus("one"), Recorder()
+    async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
+        backend.put(3, GOOD.key, GOOD.value, GOOD.headers)
+        backend.put(3, key, value, headers)
+        backend.put(3, GOOD.key, GOOD.value, GOOD.headers)
+        await until(lambda: len(recorder.handled) == 2)
+    assert [record.offset for record in recorder.handled] == [0, 2]
+    (letter,) = await backend.records(SCAN_WORKERS.dead_letter)
+    assert letter.value == value
+    assert (letter.key or b"") == (key or b"")
+    assert [pair for pair in letter.headers if not pair[0].startswith("dlq_")] == list(headers)
+    assert header(letter, "dlq_topic") == b"scan-workers"
+    assert header(letter, "dlq_partition") == b"3"
+    assert header(letter, "dlq_offset") == b"1"
+    assert header(letter, "dlq_group") == GROUP.encode()
+    assert header(letter, "dlq_reason")
+    assert await backend.committed() == {3: 3}
+
+
+async def test_a_tail_buries_poison_too(backend: Backend) -> None:
+    """A topic that has no group has its dead letters all the same."""
+    bus, recorder = await backend.bus("one"), Recorder()
+    async with Running(bus.tail(SCAN_WORKERS, recorder)):
+        backend.put(0, None, b"junk", ())
+        await bus.publish(SCAN_WORKERS, [ready(1)])
+        await until(lambda: recorder.numbers == [1])
+        letters = await backend.records(SCAN_WORKERS.dead_letter)
+    assert [letter.value for letter in letters] == [b"junk"]
+
+
+async def test_a_tail_sees_all_that_is_sent_after_its_start_and_nothing_older(backend: Backend) -> None:
+    """Two tails both see every partition from the end on; a restarted one begins at the end again."""
+    bus, a, b, c = await backend.bus("one"), Recorder(), Recorder(), Recorder()
+    await bus.publish(SCAN_WORKERS, workers(20))
+    async with Running(bus.tail(SCAN_WORKERS, a), bus.tail(SCAN_WORKERS, b)):
+        assert a.partitions == set(range(SCAN_WORKERS.partitions))
+        await bus.publish(SCAN_WORKERS, workers(40)[20:])
+        await until(lambda: sorted(a.numbers) == sorted(b.numbers) == list(range(20, 40)))
+    async with Running(bus.tail(SCAN_WORKERS, c)):
+        await bus.publish(SCAN_WORKERS, [ready(99)])
+        await until(lambda: c.numbers)
+    assert c.numbers == [99]
+
+
+async def test_caught_up_is_said_of_every_partition_after_its_records_were_handled(backend: Backend) -> None:
+    """A partition is caught up only when all that stood in it was handled, and again and again while nothing comes."""
+    bus, recorder = await backend.bus("one"), Recorder()
+    await bus.publish(SCAN_WORKERS, workers(100))
+    async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
+        await until(
+            lambda: set().union(*(p for p, _ in recorder.caught_up_after)) == set(range(SCAN_WORKERS.partitions))
+        )
+        filled = {record.partition for record in recorder.handled}
+        for partition in filled:
+            first = next(handled for partitions, handled in recorder.caught_up_after if partition in partitions)
+            before = [record.partition for record in recorder.handled[:first]].count(partition)
+            assert before == [record.partition for record in recorder.handled].count(partition)
+        said = len(recorder.caught_up_after)
+        await until(lambda: len(recorder.caught_up_after) >= said + 2)
+
+
+async def test_caught_up_is_not_said_while_held_up(backend: Backend) -> None:
+    """A partition with a record that waits for a dependency is not caught up."""
+    bus = await backend.bus("one")
+    away = [True]
+    recorder = Recorder(failing(DependencyError("away"), lambda _: away[0]))
+    await bus.publish(SCAN_WORKERS, [ready(1)])
+    async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
+        await until(lambda: len(recorder.tries) >= 5)
+        away[0] = False
+        await until(lambda: recorder.numbers == [1])
+        mine = recorder.handled[0].partition
+        assert not [p for p, handled in recorder.caught_up_after if mine in p and handled == 0]
+        await until(lambda: [p for p, _ in recorder.caught_up_after if mine in p])
+
+
+async def test_caught_up_is_not_said_on_what_was_known_before_a_freeze(backend: Backend) -> None:
+    """A process that was frozen while others wrote reads what they wrote before it says that it has caught up."""
+    bus = await backend.bus("one")
+
+    def freeze(records: Sequence[Record]) -> None:
+        if names(records, 7):
+            backend.put(
+                records[0].partition, *((e := encode(SCAN_WORKERS, ready(8), source="x")).key, e.value, e.headers)
+            )
+            time.sleep(STALE_SECONDS + 0.5)  # stops the whole event loop, as SIGSTOP would
+
+    recorder = Recorder(freeze)
+    await bus.publish(SCAN_WORKERS, [ready(7)])
+    async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
+        await until(lambda: recorder.numbers == [7, 8])
+        mine = recorder.handled[0].partition
+        await until(lambda: [p for p, _ in recorder.caught_up_after if mine in p])
+    assert not [p for p, handled in recorder.caught_up_after if mine in p and handled < 2]
+
+
+async def test_a_stop_finishes_the_batch_in_hand_and_commits_it(backend: Backend) -> None:
+    """A clean stop lets the handler finish, commits just that, and leaves the rest to the next member."""
+    bus, go_on = await backend.bus("one"), asyncio.Event()
+    recorder, successor = Recorder(lambda _: go_on.wait()), Recorder()
+    consumer = bus.consume(SCAN_WORKERS, GROUP, recorder)
+    await consumer.start()
+    await bus.publish(SCAN_WORKERS, [ready(1)])
+    await until(lambda: recorder.tries)
+    stopping = asyncio.create_task(consumer.stop())
+    await bus.publish(SCAN_WORKERS, [ready(2)])
+    assert not stopping.done()
+    go_on.set()
+    await stopping
+    assert recorder.numbers == [1]
+    assert list((await backend.committed()).values()) == [1]
+    async with Running(bus.consume(SCAN_WORKERS, GROUP, successor)):
+        await until(lambda: successor.numbers)
+    assert successor.numbers == [2]
+
+
+async def test_a_stop_does_not_wait_for_a_dependency(backend: Backend) -> None:
+    """A member that is held up stops at once and commits nothing."""
+    bus = await backend.bus("one")
+    recorder = Recorder(failing(DependencyError("away"), lambda _: True))
+    consumer = bus.consume(SCAN_WORKERS, GROUP, recorder)
+    await consumer.start()
+    await bus.publish(SCAN_WORKERS, [ready(1)])
+    await until(lambda: len(recorder.tries) >= 3)
+    await consumer.stop()
+    assert await backend.committed() == {}
+
+
+async def test_a_member_that_stopped_leaves_its_partitions_to_the_others(backend: Backend) -> None:
+    """After a clean stop the others have all partitions, without waiting for a session to end."""
+    one, two = await backend.bus("one"), await backend.bus("two")
+    a, b = Recorder(), Recorder()
+    leaving = two.consume(SCAN_WORKERS, GROUP, b)
+    async with Running(one.consume(SCAN_WORKERS, GROUP, a)):
+        await leaving.start()
+        await until(lambda: len(a.partitions) < SCAN_WORKERS.partitions)
+        async with asyncio.timeout(8):  # a session lasts 10 seconds
+            await leaving.stop()
+            await until(lambda: len(a.partitions) == SCAN_WORKERS.partitions)
+
+
+async def test_an_error_outside_of_a_batch_ends_the_loop(backend: Backend) -> None:
+    """A handler that cannot even be told of its partitions is a fault of the process, which is then not alive."""
+
+    class Broken(Recorder):
+        async def caught_up(self, partitions: Collection[int]) -> None:
+            raise ZeroDivisionError(partitions)
+
+    bus = await backend.bus("one")
+    consumer = bus.consume(SCAN_WORKERS, GROUP, Broken())
+    async with Running(consumer):
+        await until(lambda: not consumer.alive)
+        assert not consumer.ready
+
+
+async def test_a_message_that_must_not_be_sent_stops_the_whole_batch(backend: Backend) -> None:
+    """A message too large, or not of the topic, is refused, and those beside it are not sent either."""
+    bus = await backend.bus("one")
+    large = CommandRejected(command_id="c", status=400, error="x" * MAX_BYTES)
+    small = CommandRejected(command_id="c", status=400, error="x")
+    with pytest.raises(MessageError, match="1000000 is the limit"):
+        await bus.publish(SCAN_REPLIES, [small, large])
+    with pytest.raises(MessageError, match="CancelJob is not a message of scan-replies"):
+        await bus.publish(SCAN_REPLIES, [small, CancelJob(command_id="c", user_id=1, job_id=1)])
+    assert not await backend.records(SCAN_REPLIES.name)
+
+
+async def test_a_message_as_large_as_allowed_arrives(backend: Backend) -> None:
+    """The size limit of a value leaves room for key and headers."""
+    bus, got = await backend.bus("one"), Recorder()
+    base = CommandRejected(command_id="c", status=400, error="")
+    room = MAX_BYTES - len(base.model_dump_json())
+    async with Running(bus.tail(SCAN_REPLIES, got)):
+        await bus.publish(SCAN_REPLIES, [base.model_copy(update={"error": "x" * room})] * 2)
+        await until(lambda: len(got.handled) == 2)
+
+
+async def test_a_trace_is_carried(backend: Backend) -> None:
+    """A message's traceparent arrives with it, else the one in whose course it was sent; a false one is left out."""
+    bus, recorder = await backend.bus("one"), Recorder()
+    async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
+        await bus.publish(SCAN_WORKERS, [ready(1).model_copy(update={"traceparent": TRACEPARENT})])
+        await bus.publish(SCAN_WORKERS, [ready(2)])
+        backend.put(0, GOOD.key, GOOD.value, [*GOOD.headers, ("traceparent", b"00-junk")])
+        current = tracing.enter(None)
+        await bus.publish(SCAN_WORKERS, [ready(3)])
+        await until(lambda: len(recorder.handled) == 4)
+    traces = {cast(WorkerReady, record.message).slots: record.message.traceparent for record in recorder.handled}
+    assert traces == {1: TRACEPARENT, 2: None, 7: None, 3: current}
+
+
+async def test_the_metrics_count_what_became_of_records(backend: Backend) -> None:
+    """Handled, failed and buried records are counted for each topic and group, and the lag is none when all is read."""
+    bus, group = await backend.bus("one"), uuid4().hex
+    recorder = Recorder(failing(ZeroDivisionError("a bug"), lambda records: names(records, 2)))
+
+    def metric(name: str) -> float | None:
+        return REGISTRY.get_sample_value(f"scanfleet_bus_{name}", {"topic": "scan-workers", "group": group})
+
+    async with Running(bus.consume(SCAN_WORKERS, group, recorder)):
+        await bus.publish(SCAN_WORKERS, [ready(number) for number in range(5)])
+        await until(lambda: metric("dead_lettered_total") == 1)
+        await until(lambda: metric("consumed_total") == 4)
+        assert cast(float, metric("failed_total")) >= 1
+        await until(lambda: metric("lag") == 0)
+        await until(lambda: metric("handling_seconds_count"))
