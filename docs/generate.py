@@ -14,6 +14,7 @@ from typing import Any, Final
 from pydantic_settings import BaseSettings
 
 from job_orchestrator.domain import chunk, job
+from scanfleet.kafka.topics import TopicSettings
 
 FOLDER: Final = Path(__file__).parent
 HEAD: Final = "<!-- Written by `python docs/generate.py`; change the code, not this page. -->"
@@ -27,16 +28,19 @@ def settings() -> str:
         "",
         "Every setting is an environment variable, read once at start; a service does not start with a bad one.",
     ]
-    by_service = {
+    by_service: dict[str, Any] = {
         file.parts[-3]: import_module(f"{file.parts[-2]}.settings").Settings
         for file in sorted(FOLDER.parent.glob("services/*/*/settings.py"))
-    }
+    } | {"create-topics": TopicSettings}
     bases = dict.fromkeys(base for cls in by_service.values() for base in cls.__mro__ if issubclass(base, BaseSettings))
     defining_classes = [cls for cls in bases if cls is not BaseSettings and cls.__annotations__]
     for defining in sorted(defining_classes, key=lambda cls: cls in by_service.values()):  # what is shared comes first
         services = [name for name, cls in by_service.items() if issubclass(cls, defining)]
-        title = services[0] if defining in by_service.values() else (defining.__doc__ or "").partition(".")[0]
-        lines += ["", f"## {title}", "", f"Read by {', '.join(services)}.", ""]
+        if defining in by_service.values():
+            lines += ["", f"## {services[0]}", ""]
+        else:
+            title = (defining.__doc__ or "").partition(".")[0]
+            lines += ["", f"## {title}", "", f"Read by {', '.join(services)}.", ""]
         lines += ["| variable | value | default | meaning |", "|---|---|---|---|"]
         lines += _rows(defining)
     return "\n".join(lines) + "\n"

@@ -1,0 +1,90 @@
+"""The rules of the house that no tool holds."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import subprocess
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+ROOT: Final = Path(__file__).parents[2]
+ADRS: Final = sorted((ROOT / "docs" / "adr").glob("[0-9]*.md"))
+
+# A home of somebody's, and the hosts that packages come from: both are the machine's business.
+_FOREIGN: Final = re.compile(
+    r"/(?:home|root|work|Users)/|\b(?:pypi\.org|pythonhosted\.org|repo1?\.maven\.|registry\.npmjs|docker\.io)",
+)
+_EXEMPTION: Final = re.compile(r"#\s*(?:ruff:\s*noqa|noqa|type:\s*ignore|mypy:|pragma:)")
+_REASONED: Final = re.compile(
+    r"# (?:noqa: [A-Z]+[0-9]+(?:, [A-Z]+[0-9]+)*|type: ignore\[[a-z-]+(?:, [a-z-]+)*\]) # \w.*"
+)
+_SENTENCE_END: Final = re.compile(r"[.!?](?=\s|$)")
+
+
+def committed(suffix: str = "") -> list[Path]:
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    return [path for name in names.decode().split("\0") if name.endswith(suffix) and (path := ROOT / name).is_file()]
+
+
+def test_no_file_knows_where_it_was_written() -> None:
+    """No committed file names a home folder or the host of a package registry."""
+    foreign = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in committed()
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1)
+        if _FOREIGN.search(line)
+    ]
+    assert foreign == []
+
+
+def test_every_exemption_has_its_reason_beside_it() -> None:
+    """An exemption from ruff or mypy names its rule and is followed by the reason."""
+    unreasoned = [
+        f"{path.relative_to(ROOT)}:{token.start[0]} {token.string}"
+        for path in committed(".py")
+        for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline)
+        if token.type == tokenize.COMMENT and _EXEMPTION.match(token.string) and not _REASONED.match(token.string)
+    ]
+    assert unreasoned == []
+
+
+def claims(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
+            yield node
+
+
+def test_every_test_states_its_claim() -> None:
+    """The docstring of every test is one sentence."""
+    silent = [
+        f"{path.relative_to(ROOT)}:{test.lineno} {test.name}"
+        for path in committed(".py")
+        if path.name.startswith("test_")
+        for test in claims(path)
+        if len(_SENTENCE_END.findall(ast.get_docstring(test) or "")) != 1
+    ]
+    assert silent == []
+
+
+def test_every_make_target_that_the_readme_names_exists() -> None:
+    """What the README says to type can be typed."""
+    named = set(re.findall(r"\bmake ([a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert named <= targets
+
+
+@pytest.mark.parametrize("page", ADRS, ids=lambda page: page.stem)
+def test_a_decision_is_one_page_in_the_index(page: Path) -> None:
+    """A decision has its three parts, in at most 60 lines, and the index names it by its title."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    number, title = page.name[:4], lines[0].removeprefix("# ")
+    assert title.startswith(f"{int(number)}. ")
+    assert [line for line in lines if line.startswith("## ")] == ["## Context", "## Decision", "## Consequences"]
+    assert len(lines) <= 60
+    assert f"- [{title}]({page.name})" in (page.parent / "README.md").read_text(encoding="utf-8").splitlines()
