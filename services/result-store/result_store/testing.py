@@ -1,0 +1,97 @@
+"""The store in memory, and logs to fill it with; it passes the same suite as the one in MongoDB."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+from result_store.domain import ClosedChunk, Host, StoredHost
+from scanfleet.bus import Record
+from scanfleet.messages import ChunkScanned, HostScanned, Message, PortFound
+from scanfleet.messages.topics import SCAN_RESULTS
+from scanfleet.outcomes import Outcome
+from scanfleet.rest import Result
+
+EPOCH: Final = datetime(2026, 1, 1, tzinfo=UTC)
+FIRST: Final = "127.9.8.0"
+
+
+class MemoryStore:
+    """A `result_store.handlers.Store` and a `result_store.api.Results`."""
+
+    def __init__(self) -> None:
+        self.hosts: dict[str, tuple[Host, int]] = {}
+        """With the id of its first result, by event id."""
+
+        self.chunks: dict[str, ClosedChunk] = {}
+        self._next_id = 1
+
+    async def add(self, hosts: Sequence[Host]) -> int:
+        before = len(self.hosts)
+        for host in hosts:
+            self.hosts.setdefault(host.scanned.event_id, (host, self._next_id))
+            self._next_id += len(host.scanned.ports)
+        return len(self.hosts) - before
+
+    async def stored(self, chunk_ids: Collection[str]) -> dict[str, list[StoredHost]]:
+        found: dict[str, list[StoredHost]] = {chunk_id: [] for chunk_id in chunk_ids}
+        for host, _ in self.hosts.values():
+            scanned = host.scanned
+            if scanned.chunk_id in found:
+                found[scanned.chunk_id].append(StoredHost(scanned.address, Outcome(scanned.outcome), host.place))
+        return found
+
+    async def close(self, chunks: Sequence[ClosedChunk]) -> dict[str, ClosedChunk]:
+        before = await self.closed([chunk.chunk_id for chunk in chunks])
+        self.chunks |= {chunk.chunk_id: chunk for chunk in chunks} | before
+        return before
+
+    async def closed(self, chunk_ids: Collection[str]) -> dict[str, ClosedChunk]:
+        return {chunk_id: self.chunks[chunk_id] for chunk_id in chunk_ids if chunk_id in self.chunks}
+
+    async def results(self, job_id: int, user_id: int | None) -> AsyncIterator[list[Result]]:
+        for host, first_id in sorted(
+            self.hosts.values(), key=lambda each: (each[0].place.created_at, each[0].place.offset)
+        ):
+            scanned = host.scanned
+            chunk = self.chunks.get(scanned.chunk_id)
+            if (
+                scanned.job_id == job_id
+                and user_id in (None, scanned.user_id)
+                and scanned.ports
+                and (chunk is None or chunk.counts(scanned.address))
+            ):
+                yield host.results(first_id)
+
+
+class Log:
+    """One partition of scan-results, as the broker would stamp it: a record every millisecond."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+    def append(self, *messages: Message) -> list[Record]:
+        """The records of these messages."""
+        start = len(self.records)
+        for offset, message in enumerate(messages, start):
+            timestamp = EPOCH + timedelta(milliseconds=offset)
+            self.records.append(Record(message, SCAN_RESULTS.name, 0, offset, timestamp))
+        return self.records[start:]
+
+
+def host(address: str = "127.9.8.1", *ports: int | PortFound, chunk_id: str = "1-0", **fields: object) -> HostScanned:
+    """A host of job 1 of user 7 that answered, with these open ports."""
+    found = tuple(PortFound(port=port) if isinstance(port, int) else port for port in ports)
+    defaults = {"job_id": 1, "user_id": 7, "attempt": 1, "worker_id": "w", "outcome": "a", "technique": "connect"}
+    return HostScanned.model_validate(
+        {**defaults, "chunk_id": chunk_id, "address": address, "ports": found, **fields},
+    )
+
+
+def scanned(outcomes: str, *, chunk_id: str = "1-0", **fields: object) -> ChunkScanned:
+    """The end of a chunk of job 1 whose map begins at `FIRST`."""
+    defaults = {"job_id": 1, "attempt": 1, "worker_id": "w", "slot_seconds": 1.0, "technique": "connect"}
+    return ChunkScanned.model_validate(
+        {**defaults, "first_address": FIRST, "chunk_id": chunk_id, "outcomes": outcomes, **fields},
+    )

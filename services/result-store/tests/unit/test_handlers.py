@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Iterable
+
+import pytest
+from prometheus_client import REGISTRY
+
+from result_store.domain import StoredHost
+from result_store.handlers import ResultsHandler
+from result_store.testing import Log, MemoryStore, host, scanned
+from scanfleet.errors import DependencyError
+from scanfleet.messages import ChunkIncomplete, ChunkStored, Message
+from scanfleet.messages.topics import SCAN_RESULTS, SCAN_STORED, Topic
+from scanfleet.testing.bus import MemoryBus
+
+GROUP = "result-store"
+
+
+class Answers:
+    """A publisher that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.sent: list[Message] = []
+        self.away = False
+
+    async def publish(self, topic: Topic, messages: Iterable[Message]) -> None:
+        if self.away:
+            raise DependencyError("the broker is away")
+        assert topic is SCAN_STORED
+        self.sent += messages
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore()
+
+
+@pytest.fixture
+def answers() -> Answers:
+    return Answers()
+
+
+@pytest.fixture
+def handler(store: MemoryStore, answers: Answers) -> ResultsHandler:
+    return ResultsHandler(store, answers)
+
+
+def stored(outcomes: str, chunk_id: str = "1-0") -> ChunkStored:
+    return ChunkStored(job_id=1, chunk_id=chunk_id, outcomes=outcomes)
+
+
+def metric(name: str) -> float:
+    return REGISTRY.get_sample_value(f"scanfleet_results_{name}_total") or 0.0
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 # the fakes have no event to wait for
+            await asyncio.sleep(0.01)
+
+
+async def test_hosts_and_their_end_in_one_batch_close_the_chunk(
+    handler: ResultsHandler,
+    store: MemoryStore,
+    answers: Answers,
+) -> None:
+    """A chunk whose hosts and end come in one batch is closed and announced with its map."""
+    await handler.handle(Log().append(host("127.9.8.0", 22), host("127.9.8.1", outcome="s"), scanned("asd")))
+    assert answers.sent == [stored("asd")]
+    assert store.chunks["1-0"].outcomes == "asd"
+    assert len(store.hosts) == 2
+
+
+async def test_hosts_alone_are_answered_by_nobody(handler: ResultsHandler, answers: Answers) -> None:
+    """Nothing is published for a batch without an end of a chunk."""
+    await handler.handle(Log().append(host()))
+    assert answers.sent == []
+
+
+async def test_missing_hosts_are_named(handler: ResultsHandler, store: MemoryStore, answers: Answers) -> None:
+    """A ChunkScanned that claims hosts that are not stored is answered with their addresses and its own token."""
+    await handler.handle(Log().append(host("127.9.8.0"), scanned("aa", attempt=2, worker_id="w-2")))
+    assert answers.sent == [
+        ChunkIncomplete(job_id=1, chunk_id="1-0", attempt=2, worker_id="w-2", addresses=("127.9.8.1",)),
+    ]
+    assert store.chunks == {}
+
+
+async def test_a_host_behind_the_end_in_one_batch_does_not_count(handler: ResultsHandler, answers: Answers) -> None:
+    """A host that follows its ChunkScanned in the same batch leaves that one incomplete, and the next one complete."""
+    await handler.handle(Log().append(scanned("a"), host("127.9.8.0"), scanned("a", attempt=2)))
+    assert [type(each) for each in answers.sent] == [ChunkIncomplete, ChunkStored]
+
+
+@pytest.mark.parametrize("together", [True, False])
+async def test_a_repeated_end_is_answered_again(
+    handler: ResultsHandler,
+    answers: Answers,
+    together: bool,
+) -> None:
+    """A ChunkScanned of a closed chunk is answered by the final map, whatever map it brings and in whatever batch."""
+    records = Log().append(host("127.9.8.0"), scanned("ad"), scanned("aa", attempt=2))
+    for batch in [records] if together else [records[:2], records[2:]]:
+        await handler.handle(batch)
+    assert answers.sent == [stored("ad"), stored("ad")]
+
+
+@pytest.mark.parametrize("together", [True, False])
+async def test_a_late_host_is_no_result(handler: ResultsHandler, store: MemoryStore, together: bool) -> None:
+    """A host that follows the end that closed its chunk is never listed, in one batch with it or in a later one."""
+    records = Log().append(host("127.9.8.0", 22), scanned("ad"), host("127.9.8.1", 80), host("127.9.8.0", 23))
+    for batch in [records] if together else [records[:2], records[2:]]:
+        await handler.handle(batch)
+    assert [result.port async for results in store.results(1, None) for result in results] == [22]
+
+
+async def test_a_late_host_of_another_replica_is_no_result(handler: ResultsHandler, store: MemoryStore) -> None:
+    """A host that a slow replica stores behind the close adds nothing to what can be read."""
+    records = Log().append(host("127.9.8.0", 22), scanned("ad"), host("127.9.8.1", 80))
+    await handler.handle(records[:2])
+    await ResultsHandler(store, Answers()).handle(records[2:])
+    assert [result.port async for results in store.results(1, None) for result in results] == [22]
+
+
+async def test_a_batch_that_comes_again_changes_nothing(
+    handler: ResultsHandler,
+    store: MemoryStore,
+    answers: Answers,
+) -> None:
+    """A redelivered batch leaves the store as it was and gives the same answers."""
+    records = Log().append(host("127.9.8.0", 22), host("127.9.8.1", 80), scanned("aa"))
+    await handler.handle(records)
+    before = dict(store.hosts), dict(store.chunks)
+    await handler.handle(records)
+    assert (store.hosts, store.chunks) == before
+    assert answers.sent == [stored("aa"), stored("aa")]
+
+
+async def test_a_crash_between_close_and_publish_is_made_good(
+    handler: ResultsHandler,
+    store: MemoryStore,
+    answers: Answers,
+) -> None:
+    """When the answer could not be published the batch fails, and its repetition publishes it."""
+    records = Log().append(host("127.9.8.0"), scanned("a"))
+    answers.away = True
+    with pytest.raises(DependencyError):
+        await handler.handle(records)
+    assert store.chunks
+    answers.away = False
+    await handler.handle(records)
+    assert answers.sent == [stored("a")]
+
+
+async def test_what_happens_is_counted(handler: ResultsHandler) -> None:
+    """Stored, duplicate and late hosts, closed and incomplete chunks each raise their counter."""
+    names = ("hosts_stored", "duplicates", "late", "chunks_closed", "chunks_incomplete")
+    before = [metric(name) for name in names]
+    records = Log().append(
+        host("127.9.8.0"), host("127.9.8.0", attempt=2), scanned("aa"), scanned("ad"), host("127.9.8.1")
+    )
+    await handler.handle(records[:4])
+    await handler.handle(records[4:])
+    assert [metric(name) - old for name, old in zip(names, before, strict=True)] == [2, 1, 1, 1, 1]
+
+
+class AwayStore(MemoryStore):
+    """Stores hosts, then fails, as many times as told: the moment between write and commit."""
+
+    def __init__(self, failures: int) -> None:
+        super().__init__()
+        self.failures = failures
+
+    async def stored(self, chunk_ids: Collection[str]) -> dict[str, list[StoredHost]]:
+        if self.failures:
+            self.failures -= 1
+            raise DependencyError("MongoDB is away")
+        return await super().stored(chunk_ids)
+
+
+async def run(store: MemoryStore, then: Callable[[MemoryBus], Awaitable[None]]) -> MemoryBus:
+    """The consumer at work on a bus, until `then` returns."""
+    bus = MemoryBus()
+    consumer = bus.consume(SCAN_RESULTS, GROUP, ResultsHandler(store, bus))
+    await consumer.start()
+    try:
+        await then(bus)
+    finally:
+        await consumer.stop()
+    return bus
+
+
+async def test_a_bad_day_commits_nothing_and_loses_nothing() -> None:
+    """While the store is away nothing is committed; when it is back the chunk is closed once."""
+    store = AwayStore(2)
+
+    async def story(bus: MemoryBus) -> None:
+        await bus.publish(SCAN_RESULTS, [host("127.9.8.0"), scanned("a")])
+        await until(lambda: store.failures < 2)
+        assert not any(bus.broker.committed(SCAN_RESULTS, GROUP).values())
+        await until(lambda: bool(bus.messages(SCAN_STORED)))
+
+    bus = await run(store, story)
+    assert bus.messages(SCAN_STORED) == [stored("a")]
+    assert len(store.hosts) == 1
+
+
+async def test_a_bad_message_stops_nobody() -> None:
+    """A host without a real address is dead-lettered, and its chunk is found incomplete while others close."""
+
+    async def story(bus: MemoryBus) -> None:
+        bad = host("not an address")
+        messages = [
+            bad,
+            host("127.9.8.0"),
+            scanned("aa"),
+            host("127.9.8.0", chunk_id="1-1"),
+            scanned("a", chunk_id="1-1"),
+        ]
+        await bus.publish(SCAN_RESULTS, messages)
+        await until(lambda: len(bus.messages(SCAN_STORED)) == 2)
+
+    bus = await run(MemoryStore(), story)
+    assert len(bus.broker.records(SCAN_RESULTS.dead_letter)) == 1
+    incomplete, whole = bus.messages(SCAN_STORED)
+    assert isinstance(incomplete, ChunkIncomplete)
+    assert incomplete.addresses == ("127.9.8.1",)
+    assert whole == stored("a", "1-1")
