@@ -141,16 +141,14 @@ class Target:
         """How many addresses are left to scan."""
         return self.network.num_addresses - sum(inner.num_addresses for inner in self.exclude)
 
-    def outcomes(self, first: str, count: int) -> str:
-        """The outcome map of the `count` addresses from `first` on before any is scanned: excluded or blank."""
-        base = int(ip_address(first))
-        letters = Outcome.BLANK * count
+    def outcomes(self) -> str:
+        """The network's outcome map before anything is scanned: each address excluded or blank."""
+        first = int(self.network.network_address)
+        letters = bytearray(Outcome.BLANK.encode() * self.network.num_addresses)
         for inner in self.exclude:
-            start = max(int(inner.network_address) - base, 0)
-            end = min(int(inner.broadcast_address) - base + 1, count)
-            if start < end:
-                letters = letters[:start] + Outcome.EXCLUDED * (end - start) + letters[end:]
-        return letters
+            start = int(inner.network_address) - first
+            letters[start : start + inner.num_addresses] = Outcome.EXCLUDED.encode() * inner.num_addresses
+        return letters.decode()
 
 
 def _within(inner: Network, outer: Network) -> bool:

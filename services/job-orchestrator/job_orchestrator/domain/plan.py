@@ -87,11 +87,11 @@ def chunks(job: ScanJob, turn: int) -> Iterator[Chunk]:
 def _slices(policy: ScanPolicy, target: Target) -> Iterator[tuple[str, str]]:
     """First address and outcome map of each run of addresses that has something to scan."""
     size = _slice_size(policy, target)
-    for offset in range(0, target.network.num_addresses, size):
-        first = str(target.network.network_address + offset)
-        outcomes = target.outcomes(first, min(size, target.network.num_addresses - offset))
+    whole = target.outcomes()
+    for offset in range(0, len(whole), size):
+        outcomes = whole[offset : offset + size]
         if Outcome.BLANK in outcomes:
-            yield first, outcomes
+            yield str(target.network.network_address + offset), outcomes
 
 
 def _slice_size(policy: ScanPolicy, target: Target) -> int:
