@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StrictInt
 
 from scanfleet import policy as vocabulary
+from scanfleet.clock import Time
 from scanfleet.messages import Job, JobStatus
 from scanfleet.messages.commands import MAX_SUBNETS
 from scanfleet.policy import Preset, ScanPolicy, fill_in
@@ -84,8 +85,8 @@ class Result(_Answer):
     status: str
     banner: str
     raw_data: str
-    created_at: AwareDatetime
-    updated_at: AwareDatetime
+    created_at: Time
+    updated_at: Time
 
 
 class LedgerRequest(_Answer):

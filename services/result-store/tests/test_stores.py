@@ -1,0 +1,170 @@
+"""One suite for both stores: the one in memory, and the one in MongoDB."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from uuid import uuid4
+
+import pytest
+
+from result_store.domain import ClosedChunk, Host, Place, fold
+from result_store.repository import PAGE, MongoStore
+from result_store.testing import EPOCH, Log, MemoryStore, host
+from scanfleet import mongo
+from scanfleet.messages import HostScanned, PortFound
+from scanfleet.outcomes import Outcome
+from scanfleet.rest import Result
+
+Store = MemoryStore | MongoStore
+
+
+@pytest.fixture(params=["memory", pytest.param("mongodb", marks=pytest.mark.integration)])
+async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
+    if request.param == "memory":
+        yield MemoryStore()
+        return
+    database = mongo.connect(request.getfixturevalue("mongodb"), f"results-{uuid4().hex[:12]}")
+    mongo_store = MongoStore(database)
+    await mongo_store.prepare()
+    yield mongo_store
+    await database.client.drop_database(database.name)
+    database.client.close()
+
+
+def hosts(*messages: HostScanned) -> list[Host]:
+    """These hosts as a log holds them, in order."""
+    return list(fold(Log().append(*messages)).hosts.values())
+
+
+async def listed(store: Store, job_id: int = 1, user_id: int | None = None) -> list[Result]:
+    return [result async for results in store.results(job_id, user_id) for result in results]
+
+
+def chunk(outcomes: str, chunk_id: str = "1-0") -> ClosedChunk:
+    return ClosedChunk(1, chunk_id, "127.9.8.0", outcomes)
+
+
+async def test_what_is_stored_reads_back(store: Store) -> None:
+    """A host's results come back with every field as it was reported, and the broker's stamp as their time."""
+    port = PortFound(
+        port=53,
+        protocol="udp",
+        status="open|filtered",
+        service="domain",
+        version="x 1",
+        os_info="Linux",
+        banner="<script>\x1b[2J\u202e\N{SNOWMAN}",
+        raw_data='<port protocol="udp"/>',
+    )
+    [stored] = hosts(host("127.9.8.1", port))
+    assert await store.add([stored]) == 1
+    assert await listed(store) == stored.results(1)
+
+
+async def test_the_first_of_equal_hosts_stays(store: Store) -> None:
+    """A host that is stored already is not counted as new and changes nothing."""
+    [first] = hosts(host("127.9.8.1", 22))
+    [second] = hosts(host("127.9.8.1", 80, attempt=2))
+    assert await store.add([first]) == 1
+    assert await store.add([second]) == 0
+    assert [result.port for result in await listed(store)] == [22]
+
+
+async def test_new_hosts_are_stored_among_old_ones(store: Store) -> None:
+    """A batch of which a part is stored already adds the other part."""
+    batch = hosts(*(host(f"127.9.8.{n}", 22) for n in range(6)))
+    assert await store.add(batch[::2]) == 3
+    assert await store.add(batch) == 3
+    assert [result.ip_address for result in await listed(store)] == [f"127.9.8.{n}" for n in range(6)]
+
+
+async def test_nothing_is_added_for_nothing(store: Store) -> None:
+    """Every call takes an empty batch."""
+    assert await store.add([]) == 0
+    assert await store.close([]) == {}
+    assert await store.closed(set()) == {}
+    assert await store.stored(set()) == {}
+
+
+async def test_ids_start_at_one_and_grow(store: Store) -> None:
+    """Each result has an id of its own; they start at 1, and those of a later batch are higher."""
+    await store.add(hosts(host("127.9.8.1", 22, 80), host("127.9.8.2"), host("127.9.8.3", 443)))
+    before = [result.id for result in await listed(store)]
+    await store.add(hosts(host("127.9.9.1", 22, chunk_id="2-0", job_id=2)))
+    [later] = await listed(store, 2)
+    assert before == [1, 2, 3]
+    assert later.id > 3
+
+
+async def test_results_are_ordered_by_creation(store: Store) -> None:
+    """Results come by the broker's stamp, then by place in the log, then by port, however they were stored."""
+    places = [Place(EPOCH.replace(minute=minute), offset) for minute, offset in [(2, 1), (1, 7), (1, 3)]]
+    unordered = [Host(host(f"127.9.8.{n}", 80, 22), place) for n, place in enumerate(places)]
+    await store.add(unordered)
+    found = [(result.ip_address[-1], result.port) for result in await listed(store)]
+    assert found == [("2", 22), ("2", 80), ("1", 22), ("1", 80), ("0", 22), ("0", 80)]
+
+
+async def test_hosts_with_nothing_open_are_stored_and_not_listed(store: Store) -> None:
+    """A host without ports counts for its chunk and has no result."""
+    await store.add(hosts(host("127.9.8.1", outcome="s")))
+    assert await listed(store) == []
+    [stored] = (await store.stored({"1-0"}))["1-0"]
+    assert (stored.address, stored.outcome, stored.place) == ("127.9.8.1", Outcome.SILENT, Place(EPOCH, 0))
+
+
+async def test_only_the_jobs_results_are_listed(store: Store) -> None:
+    """Another job's results are not listed."""
+    await store.add(hosts(host("127.9.8.1", 22), host("127.9.8.1", 80, chunk_id="2-0", job_id=2)))
+    assert [result.port for result in await listed(store, 2)] == [80]
+
+
+async def test_only_the_users_results_are_listed(store: Store) -> None:
+    """For a user only what is theirs is listed, for nobody in particular all."""
+    await store.add(hosts(host("127.9.8.1", 22, user_id=7), host("127.9.8.2", 80, user_id=8)))
+    assert [result.port for result in await listed(store, user_id=7)] == [22]
+    assert [result.port for result in await listed(store)] == [22, 80]
+
+
+async def test_results_go_on_beyond_a_page(store: Store) -> None:
+    """A job with more hosts than are held at once is listed whole and in order."""
+    count = 2 * PAGE + 1
+    await store.add(hosts(*(host(f"127.9.8.{n}", 22) for n in range(count))))
+    assert [result.ip_address for result in await listed(store)] == [f"127.9.8.{n}" for n in range(count)]
+
+
+async def test_a_closed_chunk_shows_what_its_map_claims(store: Store) -> None:
+    """Once a chunk is closed a host is listed only if the final map claims it; an open chunk shows all."""
+    await store.add(hosts(host("127.9.8.0", 22), host("127.9.8.1", 80), host("127.9.8.2", 443, chunk_id="1-1")))
+    assert [result.port for result in await listed(store)] == [22, 80, 443]
+    await store.close([chunk("ad")])
+    assert [result.port for result in await listed(store)] == [22, 443]
+
+
+async def test_a_chunk_is_closed_once(store: Store) -> None:
+    """The first map that a chunk is closed with stays, and whoever comes second is told of it."""
+    assert await store.close([chunk("ad"), chunk("ss", "1-1")]) == {}
+    assert await store.close([chunk("aa"), chunk("dd", "1-2")]) == {"1-0": chunk("ad")}
+    assert await store.closed({"1-0", "1-1", "1-2", "1-3"}) == {
+        "1-0": chunk("ad"),
+        "1-1": chunk("ss", "1-1"),
+        "1-2": chunk("dd", "1-2"),
+    }
+
+
+async def test_the_hosts_of_a_chunk_are_its_own(store: Store) -> None:
+    """Hosts are found by their own chunk, not by one whose id begins or sorts alike."""
+    ids = ["1-1", "1-10", "1-1/0", "1-1.", "1-2"]
+    await store.add(hosts(*(host(f"127.9.8.{n}", chunk_id=each) for n, each in enumerate(ids))))
+    found = await store.stored({"1-1", "1-2", "1-3"})
+    assert {key: [each.address for each in value] for key, value in found.items()} == {
+        "1-1": ["127.9.8.0"],
+        "1-2": ["127.9.8.4"],
+        "1-3": [],
+    }
+
+
+async def test_a_tarpit_fits(store: Store) -> None:
+    """A host with every port of its chunk open is stored and listed whole."""
+    await store.add(hosts(host("127.9.8.1", *range(1, 8193))))
+    assert [result.port for result in await listed(store)] == list(range(1, 8193))
