@@ -42,7 +42,10 @@ class Done(_Answer):
 
 
 class CreateJobs(_Body):
-    subnet_ids: Annotated[list[Id], Field(min_length=1, max_length=MAX_SUBNETS)]
+    subnet_ids: Annotated[
+        list[Id],
+        Field(min_length=1, max_length=MAX_SUBNETS, json_schema_extra={"uniqueItems": True}),
+    ]
     policy_id: Id
 
 

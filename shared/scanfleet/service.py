@@ -20,7 +20,7 @@ from fastapi import APIRouter, FastAPI, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.telemetry import TelemetryConfig
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, generate_latest
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import Match
@@ -60,7 +60,7 @@ def _decimal(text: str) -> str:
     return text
 
 
-PathId = Annotated[int, BeforeValidator(_decimal), Path(ge=1, le=MAX_ID)]
+PathId = Annotated[int, Field(ge=1, le=MAX_ID), BeforeValidator(_decimal), Path()]
 """An id in a path, in its one spelling; anything else there is a 404."""
 
 

@@ -87,6 +87,7 @@ def create_app(
         openapi_url="/openapi.json",
         docs_url=None,  # ours needs no other host
         redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
         swagger_ui_oauth2_redirect_url=None,
     )
     app.mount("/docs/assets", StaticFiles(packages=[("fastapi_swagger", "resources")]))

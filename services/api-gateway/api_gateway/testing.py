@@ -1,0 +1,162 @@
+"""The gateway with stand-ins for all that is around it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+
+from api_gateway.handlers import Reply
+from api_gateway.main import create_app
+from api_gateway.settings import Settings
+from scanfleet.bus import Bus, Record
+from scanfleet.clock import utc_now
+from scanfleet.messages import CancelJob, CommandAccepted, Job, JobStatus, SubmitJobs
+from scanfleet.messages.topics import ORCHESTRATOR, SCAN_COMMANDS, SCAN_REPLIES
+from scanfleet.testing.bus import MemoryBroker, MemoryBus
+from scanfleet.testing.tokens import Issuer
+
+Answer = Callable[[httpx.Request], httpx.Response]
+Command = SubmitJobs | CancelJob
+
+
+class Services(httpx.AsyncBaseTransport):
+    """Every HTTP server that the gateway knows, by host: `orchestrator`, `result-store` and the issuer."""
+
+    def __init__(self, issuer: Issuer) -> None:
+        self.requests: list[httpx.Request] = []
+        self.answers: dict[tuple[str, str], Answer] = {}
+        self.away: set[str] = set()
+        self.verdict: httpx.Response | None = None
+        """What the orchestrator answers when it is asked to call a command off, whichever."""
+
+        self._issuer = issuer
+
+    def on(self, method: str, url: str, answer: Answer | httpx.Response) -> None:
+        """Answer this from now on; whatever nothing was said about is a 404."""
+        self.answers[method, url] = (lambda _request: answer) if isinstance(answer, httpx.Response) else answer
+
+    def asked(self, host: str) -> list[httpx.Request]:
+        """What that host was asked."""
+        return [request for request in self.requests if request.url.host == host]
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if request.url.host == "issuer.test":
+            return httpx.Response(200, json=self._issuer.jwks)
+        self.requests.append(request)
+        if request.url.host in self.away:
+            raise httpx.ConnectError("refused", request=request)
+        if self.verdict and request.url.path.endswith("/expire"):
+            return _fresh(self.verdict)
+        path = str(request.url.copy_with(query=None))
+        answer = self.answers.get((request.method, path))
+        return _fresh(answer(request) if answer else httpx.Response(404, json={"error": "Not Found"}))
+
+
+def _fresh(answer: httpx.Response) -> httpx.Response:
+    """As from the network: not read yet."""
+    if not answer.is_closed:
+        return answer
+    return httpx.Response(answer.status_code, headers=answer.headers, stream=httpx.ByteStream(answer.content))
+
+
+class Replier:
+    """An orchestrator's side of the bus: answers each command as `reply` says, not at all if it says None."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.commands: list[Command] = []
+        self.reply: Callable[[Command], Awaitable[Sequence[Reply]]] = accept
+        self._bus = bus
+
+    async def handle(self, records: Sequence[Record]) -> None:
+        for record in records:
+            command = record.message
+            if isinstance(command, (SubmitJobs, CancelJob)):
+                self.commands.append(command)
+                await self._bus.publish(SCAN_REPLIES, await self.reply(command))
+
+    async def assigned(self, partitions: Collection[int]) -> None: ...
+
+    async def revoked(self, partitions: Collection[int]) -> None: ...
+
+    async def caught_up(self, partitions: Collection[int]) -> None: ...
+
+
+async def accept(command: Command) -> Sequence[Reply]:
+    """What an orchestrator that likes everything says."""
+    if isinstance(command, CancelJob):
+        return [CommandAccepted(command_id=command.command_id, jobs=(job(command.job_id, JobStatus.CANCELLED),))]
+    jobs = tuple(job(number, subnet_id=subnet) for number, subnet in enumerate(command.subnet_ids, 1))
+    return [CommandAccepted(command_id=command.command_id, jobs=jobs)]
+
+
+async def silence(_command: Command) -> Sequence[Reply]:
+    """What an orchestrator that is away says."""
+    return []
+
+
+def job(id_: int, status: JobStatus = JobStatus.PENDING, *, subnet_id: int = 5) -> Job:
+    now = utc_now()
+    return Job(
+        id=id_,
+        user_id=7,
+        policy_id=3,
+        subnet_id=subnet_id,
+        status=status,
+        start_time=None,
+        end_time=now if status is JobStatus.CANCELLED else None,
+        created_at=now,
+        updated_at=now,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A gateway that runs, and all that is around it."""
+
+    app: FastAPI
+    client: httpx.AsyncClient
+    services: Services
+    broker: MemoryBroker
+    replier: Replier
+    issuer: Issuer
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """Runs a gateway whose client has a token of user 7."""
+
+    issuer: Issuer = field(default_factory=Issuer)
+
+    @asynccontextmanager
+    async def run(self, **settings: Any) -> AsyncIterator[Running]:
+        broker = MemoryBroker()
+        services = Services(self.issuer)
+        app = create_app(self.settings(**settings), bus=MemoryBus(broker), transport=services)
+        bus = MemoryBus(broker, source=ORCHESTRATOR)
+        replier = Replier(bus)
+        commands = bus.consume(SCAN_COMMANDS, ORCHESTRATOR, replier)
+        client = httpx.AsyncClient(
+            transport=httpx.ASGITransport(app, raise_app_exceptions=False),
+            base_url="http://gateway",
+            headers=self.issuer.bearer(7),
+        )
+        async with app.router.lifespan_context(app), client:
+            await commands.start()
+            yield Running(app, client, services, broker, replier, self.issuer)
+            await commands.stop()
+
+    def settings(self, **changed: Any) -> Settings:
+        return Settings.model_validate(
+            self.issuer.settings.model_dump()
+            | {
+                "kafka": "kafka.test:9092",
+                "orchestrator_url": "http://orchestrator",
+                "result_store_url": "http://result-store",
+            }
+            | changed,
+        )

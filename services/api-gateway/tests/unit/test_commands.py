@@ -1,0 +1,303 @@
+"""Scan jobs are made and cancelled by commands; whatever goes wrong, the caller is told the truth."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import httpx
+import pytest
+
+from api_gateway.handlers import Reply
+from api_gateway.testing import Command, Gateway, Running, accept, job, silence
+from scanfleet.messages import CancelJob, CommandAccepted, CommandRejected, SubmitJobs
+
+BODY = {"subnet_ids": [5, 6], "policy_id": 3}
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+@pytest.fixture
+async def gateway() -> AsyncIterator[Running]:
+    async with Gateway().run() as running:
+        yield running
+
+
+@pytest.fixture
+async def hasty() -> AsyncIterator[Running]:
+    """A gateway that gives up on a reply at once, with an orchestrator that sends none."""
+    async with Gateway().run(reply_seconds=0.02) as running:
+        running.replier.reply = silence
+        yield running
+
+
+async def test_jobs_are_created_by_a_command(gateway: Running) -> None:
+    """A POST becomes one SubmitJobs of the token's user, and its reply the answer."""
+    headers = {"Idempotency-Key": "key-1", "traceparent": TRACEPARENT}
+    answer = await gateway.client.post("/api/v1/task", json=BODY, headers=headers)
+    assert answer.status_code == 201
+    assert answer.json()["message"] == "Scan jobs created successfully"
+    assert [(each["id"], each["subnet_id"]) for each in answer.json()["jobs"]] == [(1, 5), (2, 6)]
+    assert set(answer.json()["jobs"][0]) == {
+        *("id", "user_id", "policy_id", "subnet_id", "status"),
+        *("start_time", "end_time", "created_at", "updated_at"),
+    }
+    (command,) = gateway.replier.commands
+    assert isinstance(command, SubmitJobs)
+    assert (command.user_id, command.policy_id, command.subnet_ids) == (7, 3, (5, 6))
+    assert command.idempotency_key == "key-1"
+    assert command.traceparent == TRACEPARENT
+
+
+async def test_times_are_utc_with_a_z(gateway: Running) -> None:
+    """Times in an answer end in Z, and those that have not come are null."""
+    (first, _) = (await gateway.client.post("/api/v1/task", json=BODY)).json()["jobs"]
+    assert first["created_at"].endswith("Z")
+    assert first["start_time"] is None
+
+
+async def test_every_request_has_a_command_id_of_its_own(gateway: Running) -> None:
+    """Two requests under one request id and one key are two commands."""
+    headers = {"X-Request-ID": "same", "Idempotency-Key": "same"}
+    for _ in range(2):
+        await gateway.client.post("/api/v1/task", json=BODY, headers=headers)
+    first, second = gateway.replier.commands
+    assert first.command_id != second.command_id
+
+
+async def test_replies_find_their_requests(gateway: Running) -> None:
+    """Requests that wait at once each get the reply that names them, doubled and foreign ones around it or not."""
+    everyone_waits = asyncio.Barrier(3)
+
+    async def reply(command: Command) -> Sequence[Reply]:
+        assert isinstance(command, SubmitJobs)
+        mine = CommandAccepted(command_id=command.command_id, jobs=(job(command.subnet_ids[0] * 100),))
+        foreign = CommandAccepted(command_id="of-another-gateway", jobs=())
+        return [foreign, mine, mine]
+
+    async def post(subnet: int) -> object:
+        await everyone_waits.wait()
+        body = {"subnet_ids": [subnet], "policy_id": 3}
+        answer = await gateway.client.post("/api/v1/task", json=body)
+        return answer.json()["jobs"][0]["id"]
+
+    gateway.replier.reply = reply
+    assert await asyncio.gather(*(post(subnet) for subnet in (1, 2, 3))) == [100, 200, 300]
+
+
+@pytest.mark.parametrize("status", [400, 404, 409])
+async def test_a_refused_command_is_told(gateway: Running, status: int) -> None:
+    """What the orchestrator rejects is answered with its status and its words."""
+
+    async def reply(command: Command) -> Sequence[Reply]:
+        return [CommandRejected(command_id=command.command_id, status=status, error="subnet 5 does not exist")]
+
+    gateway.replier.reply = reply
+    answer = await gateway.client.post("/api/v1/task", json=BODY)
+    assert (answer.status_code, answer.json()) == (status, {"error": "subnet 5 does not exist"})
+
+
+async def test_a_refusal_to_repeat_says_when(gateway: Running) -> None:
+    """A rejection as unavailable tells the caller when to repeat."""
+
+    async def reply(command: Command) -> Sequence[Reply]:
+        return [CommandRejected(command_id=command.command_id, status=503, error="too old")]
+
+    gateway.replier.reply = reply
+    answer = await gateway.client.post("/api/v1/task", json=BODY)
+    assert answer.status_code == 503
+    assert int(answer.headers["Retry-After"]) >= 1
+
+
+async def test_without_a_reply_the_command_is_called_off(hasty: Running) -> None:
+    """When no reply comes the orchestrator is asked, as the caller, and a called-off command is a 503 to repeat."""
+    hasty.services.verdict = httpx.Response(200, json={"state": "expired"})
+    answer = await hasty.client.post("/api/v1/task", json=BODY, headers={"X-Request-ID": "r-1"})
+    assert answer.status_code == 503
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert "will not be" in answer.json()["error"]
+    (asked,) = hasty.services.asked("orchestrator")
+    (command,) = hasty.broker.records("scan-commands")
+    assert command.key is not None
+    assert (asked.method, asked.url.path) == ("POST", f"/internal/commands/{command.key.decode()}/expire")
+    assert asked.headers["authorization"] == hasty.client.headers["authorization"]
+    assert asked.headers["x-request-id"] == "r-1"
+
+
+async def test_a_command_that_was_accepted_meanwhile_is_told(hasty: Running) -> None:
+    """A command that cannot be called off because its jobs exist is answered 201 with them."""
+    jobs = [job(41).model_dump(mode="json")]
+    hasty.services.verdict = httpx.Response(200, json={"state": "accepted", "jobs": jobs})
+    answer = await hasty.client.post("/api/v1/task", json=BODY)
+    assert (answer.status_code, answer.json()["jobs"]) == (201, jobs)
+
+
+async def test_a_command_that_was_rejected_meanwhile_is_told(hasty: Running) -> None:
+    """A command that cannot be called off because it was rejected is answered with that."""
+    hasty.services.verdict = httpx.Response(200, json={"state": "rejected", "status": 400, "error": "no such policy"})
+    answer = await hasty.client.post("/api/v1/task", json=BODY)
+    assert (answer.status_code, answer.json()) == (400, {"error": "no such policy"})
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        httpx.Response(500, json={"error": "Internal Server Error"}),
+        httpx.Response(401, json={"error": "the token has expired"}),
+        httpx.Response(200, text="not JSON"),
+        httpx.Response(200, json={"state": "odd"}),
+        httpx.Response(200, json={"state": "accepted"}),
+    ],
+)
+async def test_an_unknown_outcome_is_called_so(hasty: Running, answer: httpx.Response | None) -> None:
+    """When nobody can say what became of a command the 503 says so and names the Idempotency-Key."""
+    if answer is None:
+        hasty.services.away.add("orchestrator")
+    else:
+        hasty.services.verdict = answer
+    response = await hasty.client.post("/api/v1/task", json=BODY)
+    assert response.status_code == 503
+    assert "Retry-After" in response.headers
+    assert "unknown" in response.json()["error"]
+    assert "Idempotency-Key" in response.json()["error"]
+
+
+async def test_a_broker_that_is_away_leaves_nothing_undecided(gateway: Running) -> None:
+    """A command that could not be published may yet arrive, so it is called off as well."""
+    gateway.services.verdict = httpx.Response(200, json={"state": "expired"})
+    gateway.broker.away = True
+    answer = await gateway.client.post("/api/v1/task", json=BODY)
+    gateway.broker.away = False
+    assert answer.status_code == 503
+    assert "will not be" in answer.json()["error"]
+
+
+async def test_waiting_requests_are_bounded() -> None:
+    """A request beyond the limit is told at once to come back, and those that wait are answered."""
+    async with Gateway().run(max_waiting=2) as gateway:
+        go = asyncio.Event()
+
+        async def reply(command: Command) -> Sequence[Reply]:
+            await go.wait()
+            return await accept(command)
+
+        gateway.replier.reply = reply
+        waiting = [asyncio.create_task(gateway.client.post("/api/v1/task", json=BODY)) for _ in range(2)]
+        while len(gateway.broker.records("scan-commands")) < 2:
+            await gateway.broker.news(1)
+        refused = await gateway.client.post("/api/v1/task", json=BODY)
+        assert refused.status_code == 503
+        assert "Retry-After" in refused.headers
+        go.set()
+        assert [(await each).status_code for each in waiting] == [201, 201]
+        assert (await gateway.client.post("/api/v1/task", json=BODY)).status_code == 201
+
+
+BAD_BODIES: dict[str, Any] = {
+    "no JSON": b"{",
+    "nothing": b"",
+    "not UTF-8": b'{"subnet_ids": [1], "policy_id": "\xff"}',
+    "a list": [BODY],
+    "a string": "text",
+    "null": None,
+    "deep": b"[" * 50_000,
+    "a number of 5000 digits": b'{"subnet_ids": [1], "policy_id": ' + b"9" * 5000 + b"}",
+    "not a number": b'{"subnet_ids": [NaN], "policy_id": 1}',
+    "no policy": {"subnet_ids": [1]},
+    "no subnets": {"policy_id": 1},
+    "empty subnets": {"subnet_ids": [], "policy_id": 1},
+    "too many subnets": {"subnet_ids": list(range(1, 1002)), "policy_id": 1},
+    "subnets in a string": {"subnet_ids": "1,2", "policy_id": 1},
+    "one subnet": {"subnet_ids": 1, "policy_id": 1},
+    "a subnet in a string": {"subnet_ids": ["1"], "policy_id": 1},
+    "a subnet of true": {"subnet_ids": [True], "policy_id": 1},
+    "a fractional subnet": {"subnet_ids": [1.0], "policy_id": 1},
+    "subnet zero": {"subnet_ids": [0], "policy_id": 1},
+    "a negative subnet": {"subnet_ids": [-1], "policy_id": 1},
+    "a subnet beyond JavaScript": {"subnet_ids": [2**53], "policy_id": 1},
+    "a policy in a string": {"subnet_ids": [1], "policy_id": "1"},
+    "a policy of null": {"subnet_ids": [1], "policy_id": None},
+    "an operator": {"subnet_ids": [1], "policy_id": {"$ne": ""}},
+    **{
+        f"the field {name}": BODY | {name: 1}
+        for name in ("user_id", "status", "attempt", "_id", "$set", "id", "__class__", "\ud800")
+    },
+}
+
+
+@pytest.mark.parametrize("body", BAD_BODIES.values(), ids=map(ascii, BAD_BODIES))
+async def test_bad_bodies_are_refused(gateway: Running, body: object) -> None:
+    """A body that is not exactly what the API takes is a 400 with an error, and no command is sent."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    answer = await gateway.client.post("/api/v1/task", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert set(answer.json()) == {"error"}
+    assert not gateway.broker.records("scan-commands")
+
+
+@pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded", "nonsense"])
+async def test_a_body_says_that_it_is_json(gateway: Running, content_type: str | None) -> None:
+    """A body of another content type, or of none, is a 400."""
+    headers = {"Content-Type": content_type} if content_type else {}
+    body = b'{"subnet_ids": [1], "policy_id": 1}'
+    answer = await gateway.client.post("/api/v1/task", content=body, headers=headers)
+    assert answer.status_code == 400
+
+
+@pytest.mark.parametrize("key", ["", " ", "a b", "x" * 256, "a\tb", "\u00e9".encode(), b"\x7f"], ids=ascii)
+async def test_bad_idempotency_keys_are_refused(gateway: Running, key: str | bytes) -> None:
+    """A key that is empty, too long or not visible ASCII is a 400, and no command is sent."""
+    raw = key.encode() if isinstance(key, str) else key
+    answer = await gateway.client.post("/api/v1/task", json=BODY, headers=[(b"Idempotency-Key", raw)])
+    assert answer.status_code == 400
+    assert not gateway.broker.records("scan-commands")
+
+
+async def test_the_longest_idempotency_key(gateway: Running) -> None:
+    """A key of 255 visible characters is taken as it is."""
+    key = ("".join(map(chr, range(0x21, 0x7F))) * 3)[:255]
+    answer = await gateway.client.post("/api/v1/task", json=BODY, headers={"Idempotency-Key": key})
+    assert answer.status_code == 201
+    (command,) = gateway.replier.commands
+    assert isinstance(command, SubmitJobs)
+    assert command.idempotency_key == key
+
+
+async def test_a_job_is_cancelled_by_a_command(gateway: Running) -> None:
+    """A cancel becomes one CancelJob of the token's user."""
+    answer = await gateway.client.post("/api/v1/task/41/cancel")
+    assert (answer.status_code, answer.json()) == (200, {"message": "Job cancelled successfully"})
+    (command,) = gateway.replier.commands
+    assert isinstance(command, CancelJob)
+    assert (command.user_id, command.job_id) == (7, 41)
+
+
+@pytest.mark.parametrize(
+    "id_",
+    [
+        "0",
+        "-1",
+        "+1",
+        "1.0",
+        "01",
+        "1e3",
+        "x",
+        "%20 1",
+        "1%00",
+        "\u0661",
+        str(2**53),
+        "9" * 5000,
+        "true",
+        "1;2",
+        "%2e%2e",
+    ],
+)
+async def test_an_id_that_cannot_be_one_is_not_found(gateway: Running, id_: str) -> None:
+    """A path whose id is not an integer in its one spelling is a 404, and nobody is asked."""
+    for method, path in (("POST", f"/api/v1/task/{id_}/cancel"), ("GET", f"/api/v1/task/{id_}")):
+        answer = await gateway.client.request(method, path)
+        assert (answer.status_code, answer.json()) == (404, {"error": "Not Found"})
+    assert not gateway.broker.records("scan-commands")
+    assert not gateway.services.requests

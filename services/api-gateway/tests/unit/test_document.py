@@ -1,0 +1,149 @@
+"""The OpenAPI document is true, full and readable without any other host."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+
+from api_gateway.testing import Gateway, Running
+
+PATHS = {
+    "/api/v1/task": {"get", "post"},
+    "/api/v1/task/{job_id}": {"get"},
+    "/api/v1/task/{job_id}/cancel": {"post"},
+    "/api/v1/task/{job_id}/results": {"get"},
+    "/api/v1/task/{job_id}/ledger": {"get"},
+    "/api/v1/subnet": {"get", "post"},
+    "/api/v1/subnet/{subnet_id}": {"get", "put", "delete"},
+    "/api/v1/policy": {"get", "post"},
+    "/api/v1/policy/{policy_id}": {"get", "put", "delete"},
+}
+
+
+@pytest.fixture
+async def gateway() -> AsyncIterator[Running]:
+    async with Gateway().run() as running:
+        yield running
+
+
+@pytest.fixture
+async def document(gateway: Running) -> dict[str, Any]:
+    answer = await gateway.client.get("/openapi.json")
+    content: dict[str, Any] = answer.json()
+    return content
+
+
+def operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for path, verbs in document["paths"].items():
+        for verb, operation in verbs.items():
+            yield path, verb, operation
+
+
+def test_every_route_is_there(document: dict[str, Any]) -> None:
+    """The document has every public path with every verb, and no other."""
+    assert {path: set(verbs) for path, verbs in document["paths"].items()} == PATHS
+
+
+def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
+    """Every schema that the document refers to is in it."""
+    for name in re.findall(r'"#/components/schemas/([^"]*)"', json.dumps(document)):
+        assert name in document["components"]["schemas"]
+    assert not re.search(r'"\$ref": "(?!#/components/schemas/)', json.dumps(document))
+
+
+def test_every_error_has_the_one_shape(document: dict[str, Any]) -> None:
+    """Every error that is documented is `{"error": string}`, none is a 422, and a token is always needed."""
+    assert "422" not in json.dumps(document)
+    error = document["components"]["schemas"]["Error"]
+    assert error["properties"]["error"]["type"] == "string"
+    for _, _, operation in operations(document):
+        assert operation["security"] == [{"bearer": []}]
+        assert {"401", "500", "503"} <= set(operation["responses"])
+        for status, answer in operation["responses"].items():
+            if status == "default" or int(status) >= 400:
+                assert answer["content"] == {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+
+
+def test_every_answer_has_a_schema(document: dict[str, Any]) -> None:
+    """Every success has a schema of its own, and every operation has words."""
+    for _, _, operation in operations(document):
+        assert operation["description"]
+        (success,) = (answer for status, answer in operation["responses"].items() if status in ("200", "201"))
+        assert success["content"]["application/json"]["schema"]
+
+
+def test_every_id_has_its_bounds(document: dict[str, Any]) -> None:
+    """Every path's parameter is documented as an integer with its bounds."""
+    for path, _, operation in operations(document):
+        documented = {p["name"]: p for p in operation.get("parameters", ()) if p["in"] == "path"}
+        assert set(documented) == set(re.findall(r"{(\w+)}", path))
+        for parameter in documented.values():
+            schema = parameter["schema"]
+            assert (schema["type"], schema["minimum"], schema["maximum"]) == ("integer", 1, 2**53 - 1)
+
+
+def test_bodies_and_queries(document: dict[str, Any]) -> None:
+    """What the gateway only passes on is documented as if it were read here: bodies, pages and states."""
+    for path in ("/api/v1/subnet", "/api/v1/policy"):
+        for verb, where in (("post", path), ("put", f"{path}/{{{path.rsplit('/', 1)[1]}_id}}")):
+            body = document["paths"][where][verb]["requestBody"]
+            schema = body["content"]["application/json"]["schema"]
+            assert body["required"]
+            assert "name" in schema["required"]
+            assert schema["additionalProperties"] is False
+    queries = {p["name"]: p["schema"] for p in document["paths"]["/api/v1/task"]["get"]["parameters"]}
+    assert (queries["page"]["minimum"], queries["page"]["default"]) == (1, 1)
+    assert (queries["page_size"]["minimum"], queries["page_size"]["maximum"], queries["page_size"]["default"]) == (
+        1,
+        100,
+        10,
+    )
+    assert queries["status"]["items"]["enum"] == ["pending", "running", "completed", "failed", "cancelled"]
+
+
+def test_results_come_in_three_ways(document: dict[str, Any]) -> None:
+    """Results are documented as JSON, NDJSON and CSV."""
+    content = document["paths"]["/api/v1/task/{job_id}/results"]["get"]["responses"]["200"]["content"]
+    assert set(content) == {"application/json", "application/x-ndjson", "text/csv"}
+
+
+async def test_the_page_needs_no_other_host(gateway: Running) -> None:
+    """The page at /docs and all that it loads come from the gateway itself."""
+    page = (await gateway.client.get("/docs")).text
+    assert not re.search(r"(?:src|href)\s*=\s*[\"'](?:https?:)?//", page)
+    for asset in re.findall(r"/docs/assets/[\w.-]+", page):
+        answer = await gateway.client.get(asset)
+        assert (answer.status_code, bool(answer.content)) == (200, True)
+    assert "/openapi.json" in page
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/nope", "/api/v1/task/", "/redoc", "/docs/assets/nope", "/internal/jobs/1/owner", "//"]
+)
+async def test_an_unknown_path_is_not_found(gateway: Running, path: str) -> None:
+    """A path that is not there is a 404 in the one shape, even one of the services behind."""
+    answer = await gateway.client.get(f"http://gateway{path}")
+    assert (answer.status_code, answer.json()) == (404, {"error": "Not Found"})
+
+
+async def test_a_wrong_verb_names_the_right_ones(gateway: Running) -> None:
+    """A verb that a path does not have is a 405 that names all those it has."""
+    for path, verbs in PATHS.items():
+        answer = await gateway.client.patch(re.sub(r"{\w+}", "1", path))
+        assert (answer.status_code, set(answer.json())) == (405, {"error"})
+        assert answer.headers["Allow"] == ", ".join(sorted(verb.upper() for verb in verbs))
+
+
+async def test_a_gateway_is_ready_with_its_bus(gateway: Running) -> None:
+    """The gateway is ready while its bus is, whatever the services behind do."""
+    gateway.services.away.update({"orchestrator", "result-store"})
+    assert (await gateway.client.get("/readyz")).status_code == 200
+    gateway.broker.away = True
+    answer = await gateway.client.get("/readyz")
+    gateway.broker.away = False
+    assert (answer.status_code, answer.json()) == (503, {"error": "away: bus"})
+    assert (await gateway.client.get("/healthz")).status_code == 200

@@ -1,0 +1,310 @@
+"""What other services answer passes through the gateway unchanged, as it comes, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from starlette.types import Message, Scope
+
+from api_gateway.testing import Gateway, Running
+
+OWNER = "http://orchestrator/internal/jobs/41/owner"
+RESULTS = "http://result-store/api/v1/task/41/results"
+
+PASSED_ON = [
+    ("GET", "/api/v1/task"),
+    ("GET", "/api/v1/task/41"),
+    ("GET", "/api/v1/task/41/ledger"),
+    *((verb, f"/api/v1/{kind}") for kind in ("subnet", "policy") for verb in ("GET", "POST")),
+    *((verb, f"/api/v1/{kind}/41") for kind in ("subnet", "policy") for verb in ("GET", "PUT", "DELETE")),
+]
+
+
+@pytest.fixture
+async def gateway() -> AsyncIterator[Running]:
+    async with Gateway().run() as running:
+        running.services.on("GET", OWNER, httpx.Response(200, json={"user_id": 7}))
+        yield running
+
+
+class Stream(httpx.AsyncByteStream):
+    """A body that comes piece by piece, each when `go` lets it, and may break off after the last."""
+
+    def __init__(self, *pieces: bytes, breaks: bool = False) -> None:
+        self.pieces = pieces
+        self.breaks = breaks
+        self.go = asyncio.Semaphore(0)
+        self.closed = asyncio.Event()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in self.pieces:
+            await self.go.acquire()
+            yield piece
+        if self.breaks:
+            raise httpx.RemoteProtocolError("peer closed connection without sending complete message body")
+
+    async def aclose(self) -> None:
+        self.closed.set()
+
+
+class Client:
+    """An ASGI client that sees every message of an answer as it comes, may take none, and may go away."""
+
+    def __init__(self, gateway: Running, path: str) -> None:
+        self.app = gateway.app
+        self.messages: asyncio.Queue[Message] = asyncio.Queue()
+        self.leaves = asyncio.Event()
+        self.takes = asyncio.Event()
+        self.takes.set()
+        headers = [(b"authorization", gateway.client.headers["authorization"].encode())]
+        self.scope: Scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},  # as uvicorn says
+            "http_version": "1.1",
+            "method": "GET",
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": headers,
+            "client": ("127.0.0.1", 1),
+            "server": ("gateway", 80),
+        }
+        self._asked = False
+
+    async def run(self) -> None:
+        await self.app(self.scope, self._receive, self._send)
+
+    async def _receive(self) -> Message:
+        if not self._asked:
+            self._asked = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        await self.leaves.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Message) -> None:
+        await self.takes.wait()
+        await self.messages.put(message)
+
+
+@pytest.mark.parametrize(("method", "path"), PASSED_ON)
+async def test_a_request_goes_to_the_same_path(gateway: Running, method: str, path: str) -> None:
+    """Every query and resource is asked of the orchestrator under its own path and verb, and its answer is the answer."""
+    body = b'{"as":  "it is"}'
+    gateway.services.on(method, f"http://orchestrator{path}", httpx.Response(409, content=body))
+    sent = b'{ "any": "thing" }' if method in ("POST", "PUT") else b""
+    answer = await gateway.client.request(method, path, content=sent, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.content) == (409, body)
+    (asked,) = gateway.services.requests
+    assert asked.content == sent
+
+
+async def test_what_goes_with_a_request(gateway: Running) -> None:
+    """The token, Accept, the content type, the request id, the trace and the query go on; nothing else does."""
+    traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    await gateway.client.get(
+        "/api/v1/task?status%5B%5D=running&status=a,b&page=2&x=%F0%9F%98%80",
+        headers={
+            "Accept": "application/json",
+            "X-Request-ID": "r-1",
+            "traceparent": traceparent,
+            "Cookie": "c=1",
+            "Connection": "keep-alive, X-Secret",
+            "X-Secret": "1",
+            "X-Forwarded-For": "1.2.3.4",
+            "X-User-Id": "1",
+            "Idempotency-Key": "k",
+            "Accept-Encoding": "gzip",
+            "Transfer-Encoding": "gzip",
+        },
+    )
+    (asked,) = gateway.services.requests
+    assert asked.url.raw_path == b"/api/v1/task?status%5B%5D=running&status=a,b&page=2&x=%F0%9F%98%80"
+    assert dict(asked.headers) == {
+        "host": "orchestrator",
+        "authorization": gateway.client.headers["authorization"],
+        "accept": "application/json",
+        "accept-encoding": "identity",
+        "user-agent": "scanfleet-api-gateway",
+        "connection": "keep-alive",
+        "x-request-id": "r-1",
+        "traceparent": traceparent,
+    }
+
+
+async def test_what_comes_back_with_an_answer(gateway: Running) -> None:
+    """The headers that a client needs come back; those of the connection and of the server do not."""
+    kept = {
+        "content-type": "text/csv; charset=utf-8",
+        "content-length": "2",
+        "retry-after": "3",
+        "www-authenticate": "Bearer",
+        "vary": "Accept",
+        "x-content-type-options": "nosniff",
+    }
+    dropped = {"server": "uvicorn", "set-cookie": "a=1", "x-request-id": "theirs", "x-internal": "1", "keep-alive": "5"}
+    gateway.services.on(
+        "GET", "http://orchestrator/api/v1/task", httpx.Response(503, content=b"[]", headers=kept | dropped)
+    )
+    answer = await gateway.client.get("/api/v1/task", headers={"X-Request-ID": "mine"})
+    assert dict(answer.headers) == kept | {"x-request-id": "mine"}
+
+
+@pytest.mark.parametrize(
+    "query", [b"status=\xff\xfe", b"a=\x01", b"a b", b"%zz", b"#", b"\xc3\xa9", b"&&&===???"], ids=repr
+)
+async def test_an_odd_query_is_passed_on_escaped(gateway: Running, query: bytes) -> None:
+    """A query with bytes that no URL may have reaches the orchestrator escaped, and breaks nothing."""
+    client = Client(gateway, "/api/v1/task")
+    client.scope["query_string"] = query
+    await client.run()
+    assert (await client.messages.get())["status"] == 404
+    (asked,) = gateway.services.requests
+    assert asked.url.query.isascii()
+
+
+async def test_a_query_beyond_reason_is_refused(gateway: Running) -> None:
+    """An address too long to pass on is a 400."""
+    client = Client(gateway, "/api/v1/task")
+    client.scope["query_string"] = b"x" * 100_000
+    await client.run()
+    assert (await client.messages.get())["status"] == 400
+
+
+@pytest.mark.parametrize(("method", "path"), PASSED_ON)
+async def test_a_service_that_is_away(gateway: Running, method: str, path: str) -> None:
+    """While the orchestrator is away its routes answer 503 with Retry-After."""
+    gateway.services.away.add("orchestrator")
+    answer = await gateway.client.request(method, path, json={})
+    assert answer.status_code == 503
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert set(answer.json()) == {"error"}
+
+
+async def test_results_of_the_owner(gateway: Running) -> None:
+    """Results are asked of result-store with the caller's Accept once the orchestrator agreed, as the caller."""
+    gateway.services.on("GET", RESULTS, httpx.Response(200, content=b'{"id":1}\n', headers={"Content-Type": "x/y"}))
+    answer = await gateway.client.get("/api/v1/task/41/results", headers={"Accept": "application/x-ndjson"})
+    assert (answer.status_code, answer.content, answer.headers["content-type"]) == (200, b'{"id":1}\n', "x/y")
+    owner, results = gateway.services.requests
+    assert (str(owner.url), str(results.url)) == (OWNER, RESULTS)
+    assert results.headers["accept"] == "application/x-ndjson"
+    for asked in (owner, results):
+        assert asked.headers["authorization"] == gateway.client.headers["authorization"]
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 503])
+async def test_results_of_others(gateway: Running, status: int) -> None:
+    """What the orchestrator says against reading a job's results is the answer, and result-store is not asked."""
+    refusal = httpx.Response(status, json={"error": "not yours"}, headers={"Retry-After": "1"} if status == 503 else {})
+    gateway.services.on("GET", OWNER, refusal)
+    answer = await gateway.client.get("/api/v1/task/41/results")
+    assert (answer.status_code, answer.json()) == (status, {"error": "not yours"})
+    assert ("Retry-After" in answer.headers) == (status == 503)
+    assert not gateway.services.asked("result-store")
+
+
+@pytest.mark.parametrize("host", ["orchestrator", "result-store"])
+async def test_results_while_a_service_is_away(gateway: Running, host: str) -> None:
+    """Results need both services; while one is away the answer is 503 with Retry-After."""
+    gateway.services.away.add(host)
+    answer = await gateway.client.get("/api/v1/task/41/results")
+    assert answer.status_code == 503
+    assert "Retry-After" in answer.headers
+
+
+async def test_results_are_never_gathered(gateway: Running) -> None:
+    """Each piece of a long answer reaches the client before the next one exists."""
+    stream = Stream(b"[1", b",2", b",3]")
+    gateway.services.on("GET", RESULTS, httpx.Response(200, stream=stream))
+    client = Client(gateway, "/api/v1/task/41/results")
+    task = asyncio.create_task(client.run())
+    assert (await client.messages.get())["status"] == 200
+    for piece in stream.pieces:
+        assert client.messages.empty()
+        stream.go.release()
+        assert await client.messages.get() == {"type": "http.response.body", "body": piece, "more_body": True}
+    assert await client.messages.get() == {"type": "http.response.body", "body": b"", "more_body": False}
+    await task
+    assert stream.closed.is_set()
+
+
+async def test_a_broken_answer_does_not_look_whole(gateway: Running) -> None:
+    """When the service fails in the middle of an answer the client's is cut off: its last piece never comes."""
+    stream = Stream(b"[1", breaks=True)
+    gateway.services.on("GET", RESULTS, httpx.Response(200, stream=stream))
+    client = Client(gateway, "/api/v1/task/41/results")
+    stream.go.release()
+    with pytest.raises(httpx.RemoteProtocolError):
+        await client.run()
+    sent = [client.messages.get_nowait() for _ in range(client.messages.qsize())]
+    assert [message.get("more_body") for message in sent] == [None, True]
+    assert stream.closed.is_set()
+
+
+async def test_a_client_that_leaves_ends_it_all(gateway: Running) -> None:
+    """When the client goes away in the middle of an answer the service's answer is closed."""
+    stream = Stream(b"[1", b",2]")
+    gateway.services.on("GET", RESULTS, httpx.Response(200, stream=stream))
+    client = Client(gateway, "/api/v1/task/41/results")
+    task = asyncio.create_task(client.run())
+    stream.go.release()
+    for _ in range(2):
+        await client.messages.get()
+    client.leaves.set()
+    await task
+    assert stream.closed.is_set()
+
+
+async def test_a_client_that_takes_nothing_is_cut_off() -> None:
+    """A client that stalls for too long loses its answer, and the service's answer is closed."""
+    async with Gateway().run(stalled_seconds=0.02) as gateway:
+        stream = Stream(b"[1", b",2]")
+        gateway.services.on("GET", OWNER, httpx.Response(200, json={"user_id": 7}))
+        gateway.services.on("GET", RESULTS, httpx.Response(200, stream=stream))
+        client = Client(gateway, "/api/v1/task/41/results")
+        task = asyncio.create_task(client.run())
+        await client.messages.get()
+        client.takes.clear()
+        stream.go.release()
+        with pytest.raises(TimeoutError):
+            await task
+        assert stream.closed.is_set()
+
+
+@pytest.mark.parametrize(("method", "path"), PASSED_ON)
+async def test_nothing_is_passed_on_without_a_token(gateway: Running, method: str, path: str) -> None:
+    """Without a good token nobody behind the gateway hears of a request."""
+    for authorization in (
+        "",
+        "Bearer",
+        "Bearer x",
+        "Basic dXNlcjpwYXNz",
+        f"Bearer {gateway.issuer.token(exp=1, iat=1)}",
+    ):
+        answer = await gateway.client.request(method, path, headers={"Authorization": authorization}, json={})
+        assert answer.status_code == 401
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert not gateway.services.requests
+
+
+async def test_a_body_too_large_stays_outside(gateway: Running) -> None:
+    """A body above the limit, announced or not, is a 413, and the orchestrator does not hear of it."""
+
+    async def unannounced() -> AsyncIterator[bytes]:
+        for _ in range(20):
+            yield b" " * 100_000
+
+    for content in (json.dumps({"name": "x" * 2_000_000}).encode(), unannounced()):
+        answer = await gateway.client.post(
+            "/api/v1/subnet",
+            content=content,
+            headers={"Content-Type": "application/json"},
+        )
+        assert (answer.status_code, set(answer.json())) == (413, {"error"})
+    assert not gateway.services.requests
