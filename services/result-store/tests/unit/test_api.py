@@ -29,7 +29,7 @@ ISSUER = Issuer()
 
 
 class AwayStore(MemoryStore):
-    async def results(self, job_id: int, user_id: int | None) -> AsyncIterator[list[Result]]:  # noqa: ARG002
+    async def results(self, job_id: int, user_id: int | None) -> AsyncIterator[list[Result]]:  # noqa: ARG002 # as in the store
         raise DependencyError("mongodb://secret-host is away")
         yield []
 
