@@ -34,6 +34,9 @@ share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
 # A first consumer need not wait for others that might come.
 group.initial.rebalance.delay.ms=0
+# A broker that comes back after a kill waits until its controller has given up the one before (9 s by default).
+broker.session.timeout.ms=3000
+broker.heartbeat.interval.ms=500
 # One broker serves a handful of groups; fifty partitions would only slow its start.
 offsets.topic.num.partitions=8
 """

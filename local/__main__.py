@@ -1,0 +1,69 @@
+"""The stack of this clone, in `.local/`: `python -m local up|down|status|logs|token|demo`."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+from local import demo
+from local.paths import STATE
+from local.stack import USUAL_PORTS, Stack, StackError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m local", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("up", help="start what does not run and return when everything is ready")
+    verbs.add_parser("down", help="stop everything; nothing is forgotten")
+    verbs.add_parser("status", help="a line for each process")
+    verbs.add_parser("logs", help="the end of each process's log")
+    verbs.add_parser("demo", help="scan real servers through the API and compare with plain nmap")
+    token = verbs.add_parser("token", help="print a token")
+    token.add_argument("--user", type=int, required=True)
+    token.add_argument("--admin", action="store_true")
+    arguments = parser.parse_args()
+
+    stack = Stack(STATE, usual_ports=USUAL_PORTS)
+    try:
+        match arguments.verb:
+            case "up":
+                up(stack)
+            case "down":
+                print("stopped" if stack.down() else "nothing was running")
+            case "status":
+                return status(stack)
+            case "logs":
+                logs = sorted((stack.folder / "logs").glob("*.log"))
+                return subprocess.run(["tail", "-n", "40", *logs], check=False).returncode
+            case "token":
+                print(stack.token(arguments.user, admin=arguments.admin))
+            case "demo":
+                return demo.run(stack)
+    except StackError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def up(stack: Stack) -> None:
+    started = stack.up()
+    print(f"{'started' if started else 'was running'}: {stack.url} (addresses in {stack.folder / 'stack.env'})")
+
+
+def status(stack: Stack) -> int:
+    """Print a line for each process: name, pid, state, address.
+
+    Returns:
+        The exit code: 1 unless every process is running.
+    """
+    processes = stack.processes()
+    for process in processes:
+        print(f"{process.name:<18} {process.pid or '-':>8} {process.state:<9} {stack.address(process.name)}")
+    if not processes:
+        print("nothing is running; `make up` starts the stack", file=sys.stderr)
+    return 0 if processes and all(process.running for process in processes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,321 @@
+"""A whole Scanfleet on this machine: Kafka, mongod and the four services as real processes in one folder."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import httpx
+
+from local import kafka, mongod, ports, tokens
+from local.supervisor import Process, Program, Supervisor
+from local.wait import until
+
+SERVERS: Final = ("kafka", "mongod")
+SERVICES: Final = {
+    "result-store": "result_store",
+    "job-orchestrator": "job_orchestrator",
+    "scanner-worker": "scanner_worker",
+    "api-gateway": "api_gateway",
+}
+"""Package of each service."""
+LOCAL_REPLICAS: Final = {"result-store": 1, "job-orchestrator": 1, "scanner-worker": 2, "api-gateway": 1}
+USUAL_PORTS: Final = {
+    "kafka": 9092,
+    "kafka-controller": 9093,
+    "mongod": 27017,
+    "api-gateway": 8080,
+    "job-orchestrator": 8081,
+    "result-store": 8082,
+    "scanner-worker-1": 8083,
+    "scanner-worker-2": 8084,
+}
+
+LEASE: Final = 10  # seconds: whoever develops will kill a worker and wait; nobody's network is that slow on loopback
+READY_LIMIT: Final = 60.0  # seconds until every service is ready; it takes about five
+CLOSE_LIMIT: Final = 5  # seconds that an open answer may go on when its service is told to stop
+LOG_TAIL: Final = 15  # lines of a log in an error: enough for a traceback's end
+
+
+class StackError(Exception):
+    """The stack is not as it should be; says what is wrong and shows the logs that tell why."""
+
+
+class Stack:
+    """The stack that lives in `folder`. Any number of objects and processes may speak of the same one."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        replicas: Mapping[str, int] = LOCAL_REPLICAS,
+        usual_ports: Mapping[str, int] | None = None,
+        kafka_at: str | None = None,
+        mongodb_at: str | None = None,
+        topic_prefix: str = "",
+        database_prefix: str = "scanfleet",
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
+        """Name a stack; nothing starts.
+
+        Args:
+            folder: its data, logs, ports and keys.
+            replicas: how many processes of each service. Replica n of the gateway asks replica n of the others.
+            usual_ports: by process, taken when free; the others are random.
+            kafka_at: bootstrap address of a broker that is already there; by default the stack runs its own.
+            mongodb_at: URI of a replica set that is already there; by default the stack runs its own.
+            topic_prefix: before the name of every topic.
+            database_prefix: before the name of every database.
+            settings: more environment variables for every service.
+        """
+        self.folder = folder.resolve()
+        self._replicas = replicas
+        self._usual_ports = usual_ports or {}
+        self._kafka_at = kafka_at
+        self._mongodb_at = mongodb_at
+        self._topic_prefix = topic_prefix
+        self._database_prefix = database_prefix
+        self._settings = settings or {}
+        self._supervisor = Supervisor(self.folder)
+
+    def up(self) -> bool:
+        """Start what does not run, and return when every service is ready.
+
+        Returns:
+            Whether the stack was down.
+
+        Raises:
+            StackError: a part did not become ready in time. What runs is left running, to be looked at.
+        """
+        with self._locked():
+            was_down = not self._supervisor.answers()
+            if was_down:
+                self._choose_ports()
+                self._supervisor.launch(self._programs())
+            try:
+                self._supervisor.start(self._servers)
+                if "mongod" in self._servers:
+                    mongod.make_ready(self.address("mongod"))
+                if "kafka" in self._servers:
+                    kafka.wait_until_up(self.kafka)
+            except Exception as error:
+                raise StackError(f"{error}{self._logs(self._servers)}") from error
+            self._create_topics()
+            self._supervisor.start(self._services)
+            self.wait_until_ready()
+            text = "".join(f"{name}={shlex.quote(value)}\n" for name, value in self.env.items())
+            (self.folder / "stack.env").write_text(text)
+        return was_down
+
+    def down(self) -> bool:
+        """Stop everything: the services first, so that they can finish what they hold.
+
+        Returns:
+            Whether there was anything to stop.
+        """
+        with self._locked():
+            if not self._supervisor.answers():
+                self._supervisor.kill()
+                return False
+            names = [process.name for process in self._supervisor.processes()]
+            self._supervisor.stop([name for name in names if name not in SERVERS])
+            self._supervisor.shut_down()
+            return True
+
+    def processes(self) -> list[Process]:
+        """What supervisord says of every process; empty when the stack is down."""
+        return self._supervisor.processes() if self._supervisor.answers() else []
+
+    def pid(self, name: str) -> int:
+        """The pid of the running process `name`.
+
+        Raises:
+            StackError: it does not run just now.
+        """
+        for process in self.processes():
+            if process.name == name and process.pid:
+                return process.pid
+        raise StackError(f"{name} is not running")
+
+    def kill(self, name: str, signal_number: int = signal.SIGKILL) -> None:
+        """Send a process a signal; when that ends it, it comes back by itself."""
+        os.kill(self.pid(name), signal_number)
+
+    def stop(self, name: str) -> None:
+        """End a process in good order; it stays away until `start`."""
+        self._supervisor.stop([name])
+
+    def start(self, name: str) -> None:
+        self._supervisor.start([name])
+
+    def wait_until_ready(self, limit: float = READY_LIMIT) -> None:
+        """Return when every service says that it is ready.
+
+        Raises:
+            StackError: one did not in time; names each and shows the end of its log.
+        """
+        unready: dict[str, str] = dict.fromkeys(self._services, "")
+
+        def ready() -> bool:
+            for name in list(unready):
+                try:
+                    answer = httpx.get(f"http://{self.address(name)}/readyz")
+                except httpx.HTTPError as error:
+                    unready[name] = f"does not answer ({error})"
+                    continue
+                if answer.is_success:
+                    del unready[name]
+                else:
+                    unready[name] = f"is not ready: {answer.text}"
+            return not unready
+
+        try:
+            until(ready, limit, f"{', '.join(unready)} to be ready")
+        except TimeoutError as error:
+            reasons = "".join(f"\n{name} {reason}" for name, reason in unready.items())
+            raise StackError(f"{error}{reasons}{self._logs(list(unready))}") from error
+
+    def address(self, name: str) -> str:
+        """`host:port` of a process."""
+        return f"127.0.0.1:{self._ports()[name]}"
+
+    @property
+    def url(self) -> str:
+        """Of the (first) gateway."""
+        return f"http://{self.address(self._names('api-gateway')[0])}"
+
+    @property
+    def kafka(self) -> str:
+        return self._kafka_at or self.address("kafka")
+
+    @property
+    def mongodb(self) -> str:
+        return self._mongodb_at or mongod.uri(self.address("mongod"))
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What a client of the stack must know, as environment variables."""
+        return {"SCANFLEET_URL": self.url, "SCANFLEET_KAFKA": self.kafka, "SCANFLEET_MONGODB": self.mongodb}
+
+    def token(self, user: int, *, admin: bool = False) -> str:
+        """A JWT that the services of this stack believe."""
+        return self._issuer.token(user, admin=admin)
+
+    @property
+    def _issuer(self) -> tokens.Issuer:
+        return tokens.Issuer(self.folder / "jwt")
+
+    @property
+    def _servers(self) -> list[str]:
+        elsewhere = {"kafka": self._kafka_at, "mongod": self._mongodb_at}
+        return [name for name in SERVERS if elsewhere[name] is None]
+
+    @property
+    def _services(self) -> list[str]:
+        return [name for service in SERVICES for name in self._names(service)]
+
+    def _names(self, service: str) -> list[str]:
+        count = self._replicas[service]
+        return [service] if count == 1 else [f"{service}-{number}" for number in range(1, count + 1)]
+
+    def _programs(self) -> Iterator[Program]:
+        if "kafka" in self._servers:
+            numbers = self._ports()
+            command = kafka.command(self.folder / "kafka", numbers["kafka"], numbers["kafka-controller"])
+            yield Program("kafka", command, autostart=True)
+        if "mongod" in self._servers:
+            command = mongod.command(self.folder / "mongod", self._ports()["mongod"])
+            yield Program("mongod", command, autostart=True)
+        for service, package in SERVICES.items():
+            for index, name in enumerate(self._names(service)):
+                host, port = self.address(name).split(":")
+                yield Program(
+                    name,
+                    [
+                        *(sys.executable, "-m", "uvicorn", "--factory", f"{package}.main:create_app"),
+                        *("--host", host, "--port", port),
+                        *("--timeout-graceful-shutdown", str(CLOSE_LIMIT)),
+                    ],
+                    self._environment(service, index, name),
+                )
+
+    def _environment(self, service: str, index: int, name: str) -> dict[str, str]:
+        def replica_url(other: str) -> str:
+            names = self._names(other)
+            return f"http://{self.address(names[index % len(names)])}"
+
+        variables = {
+            "SCANFLEET_INSTANCE": name,
+            "SCANFLEET_KAFKA": self.kafka,
+            "SCANFLEET_TOPIC_PREFIX": self._topic_prefix,
+            "SCANFLEET_JWT_ISSUER": tokens.ISSUER,
+            "SCANFLEET_JWT_AUDIENCE": tokens.AUDIENCE,
+            "SCANFLEET_JWT_PUBLIC_KEY_FILE": str(self._issuer.public_key_file),
+            "SCANFLEET_ALLOWED_NETWORKS": "127.0.0.0/8,::1/128",
+            "SCANFLEET_LEASE_SECONDS": str(LEASE),
+        }
+        if service in ("job-orchestrator", "result-store"):
+            variables["SCANFLEET_MONGODB"] = self.mongodb
+            variables["SCANFLEET_DATABASE"] = f"{self._database_prefix}_{SERVICES[service]}"
+        if service == "api-gateway":
+            variables["SCANFLEET_ORCHESTRATOR_URL"] = replica_url("job-orchestrator")
+            variables["SCANFLEET_RESULT_STORE_URL"] = replica_url("result-store")
+        if service == "result-store":
+            variables["SCANFLEET_ORCHESTRATOR_URL"] = replica_url("job-orchestrator")
+        return {**variables, **self._settings}
+
+    def _create_topics(self) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "scanfleet.kafka", "create-topics"],
+            env=os.environ | {"SCANFLEET_KAFKA": self.kafka, "SCANFLEET_TOPIC_PREFIX": self._topic_prefix},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise StackError(f"the topics could not be made:\n{done.stdout}{done.stderr}")
+
+    def _ports(self) -> dict[str, int]:
+        try:
+            numbers: dict[str, int] = json.loads((self.folder / "ports.json").read_text())
+        except FileNotFoundError:
+            return {}
+        return numbers
+
+    def _choose_ports(self) -> None:
+        """Keep every port of last time that is still free, so that clients find the stack where it was."""
+        servers = [*self._servers, *(["kafka-controller"] if "kafka" in self._servers else [])]
+        before = self._ports()
+        numbers: dict[str, int] = {}
+        for name in [*servers, *self._services]:
+            number = ports.choose(before.get(name, self._usual_ports.get(name)))
+            while number in numbers.values():
+                number = ports.choose()
+            numbers[name] = number
+        (self.folder / "ports.json").write_text(json.dumps(numbers, indent=2))
+
+    def _logs(self, names: list[str]) -> str:
+        """The ends of these processes' logs, as text to follow an error."""
+        text = ""
+        for name in names:
+            log = self.folder / "logs" / f"{name}.log"
+            lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+            text += f"\n--- the end of {log}\n" + "\n".join(lines[-LOG_TAIL:])
+        return text
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One `up` or `down` of a folder at a time: two brokers on one data folder would destroy it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield

@@ -1,0 +1,135 @@
+"""Real servers under supervisord."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pymongo import MongoClient
+
+from local import kafka, mongod, ports
+from local.supervisor import Program, Supervisor
+from local.wait import until
+
+pytestmark = pytest.mark.integration
+
+LIMIT = 60.0  # seconds until any of this has happened
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
+    found = Supervisor(tmp_path)
+    yield found
+    if found.answers():
+        found.shut_down()
+    else:
+        found.kill()
+
+
+def pid(supervisor: Supervisor, name: str) -> int:
+    return next(process.pid for process in supervisor.processes() if process.name == name)
+
+
+def comes_back(supervisor: Supervisor, name: str) -> None:
+    """Kill a process with -9 and wait for its successor."""
+    killed = pid(supervisor, name)
+    os.kill(killed, signal.SIGKILL)
+    until(lambda: pid(supervisor, name) not in (0, killed), LIMIT, f"{name} to come back")
+
+
+def is_gone(number: int) -> bool:
+    try:
+        return not Path(f"/proc/{number}/cmdline").read_bytes()  # empty once it has ended, whoever has yet to notice
+    except OSError:
+        return True
+
+
+def sleeper(name: str = "sleeper", **environment: str) -> Program:
+    return Program(name, [sys.executable, "-c", "import signal; signal.pause()"], environment, autostart=True)
+
+
+def test_a_killed_kafka_comes_back(supervisor: Supervisor, tmp_path: Path) -> None:
+    """A broker that was killed with -9 is started again on its data and answers clients."""
+    port = ports.choose()
+    supervisor.launch([Program("kafka", kafka.command(tmp_path / "kafka", port, ports.choose()), autostart=True)])
+    kafka.wait_until_up(f"127.0.0.1:{port}")
+    comes_back(supervisor, "kafka")
+    kafka.wait_until_up(f"127.0.0.1:{port}")
+
+
+def test_a_killed_mongod_comes_back(supervisor: Supervisor, tmp_path: Path) -> None:
+    """A mongod that was killed with -9 is started again with every acknowledged document."""
+    address = f"127.0.0.1:{ports.choose()}"
+    supervisor.launch([Program("mongod", mongod.command(tmp_path, int(address.split(":")[1])), autostart=True)])
+    mongod.make_ready(address)
+    with MongoClient[dict[str, int]](mongod.uri(address), w="majority", journal=True) as client:
+        client.kept.documents.insert_one({"_id": 1})
+        comes_back(supervisor, "mongod")
+        mongod.make_ready(address)
+        assert client.kept.documents.count_documents({}) == 1
+
+
+def test_a_replica_set_follows_its_port(supervisor: Supervisor, tmp_path: Path) -> None:
+    """A mongod whose port had to change becomes the primary of its old replica set."""
+    for _ in range(2):
+        port = ports.choose()
+        supervisor.launch([Program("mongod", mongod.command(tmp_path, port), autostart=True)])
+        mongod.make_ready(f"127.0.0.1:{port}")
+        supervisor.shut_down()
+
+
+def test_a_process_that_always_ends_is_always_started(supervisor: Supervisor, tmp_path: Path) -> None:
+    """A process that ends at once is started again and again, beyond what supervisord tries by default."""
+    ran = tmp_path / "ran"
+    supervisor.launch([Program("brief", ["sh", "-c", f"echo >> {ran}"], autostart=True)])
+    until(lambda: ran.exists() and len(ran.read_text()) > 4, LIMIT, "the fifth start")
+
+
+def test_orphans_are_cleared_away(supervisor: Supervisor, tmp_path: Path) -> None:
+    """When supervisord was killed with -9, the next launch ends the processes that it left behind."""
+    supervisor.launch([sleeper()])
+    until(lambda: pid(supervisor, "sleeper") != 0, LIMIT, "the process to start")
+    orphan = pid(supervisor, "sleeper")
+    os.kill(int((tmp_path / "supervisord.pid").read_text()), signal.SIGKILL)
+    until(lambda: not supervisor.answers(), LIMIT, "supervisord to end")
+    assert not is_gone(orphan)
+    supervisor.launch([])
+    assert is_gone(orphan)
+
+
+def test_a_hung_supervisor_is_replaced(supervisor: Supervisor, tmp_path: Path) -> None:
+    """A launch ends a supervisord of the same folder, and its processes, before it starts another."""
+    supervisor.launch([sleeper()])
+    first = pid(supervisor, "sleeper")
+    (tmp_path / "supervisor.sock").unlink()
+    supervisor.launch([sleeper()])
+    assert is_gone(first)
+
+
+def test_a_stale_pid_is_left_alone(supervisor: Supervisor, tmp_path: Path) -> None:
+    """A pid file that names another program's process costs that process nothing."""
+    (tmp_path / "supervisord.pid").write_text(str(os.getpid()))
+    supervisor.kill()
+
+
+def test_environment_arrives_unchanged(supervisor: Supervisor) -> None:
+    """Values with quotes, spaces, commas and percent signs reach the process as they are."""
+    value = """a 'quoted', "doubly" %(here)s & 100% = $HOME"""
+    supervisor.launch([sleeper(SCANFLEET_ODD=value)])
+    until(lambda: pid(supervisor, "sleeper") != 0, LIMIT, "the process to start")
+    environment = Path(f"/proc/{pid(supervisor, 'sleeper')}/environ")
+    until(lambda: f"SCANFLEET_ODD={value}".encode() in environment.read_bytes().split(b"\0"), LIMIT, "the variable")
+
+
+def test_a_folder_with_a_long_name_works(tmp_path: Path) -> None:
+    """A folder whose name is longer than a Unix socket's may be holds a supervisord all the same."""
+    folder = tmp_path / ("long" * 20)
+    folder.mkdir()
+    supervisor = Supervisor(folder)
+    supervisor.launch([sleeper()])
+    assert supervisor.answers()
+    supervisor.shut_down()

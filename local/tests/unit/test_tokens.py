@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import jwt
+
+from local import tokens
+
+
+def claims(issuer: tokens.Issuer, token: str) -> dict[str, object]:
+    key = issuer.public_key_file.read_bytes()
+    decoded: dict[str, object] = jwt.decode(
+        token,
+        key,
+        algorithms=["ES256"],
+        issuer=tokens.ISSUER,
+        audience=tokens.AUDIENCE,
+    )
+    return decoded
+
+
+def test_a_token_names_its_user(tmp_path: Path) -> None:
+    """A token is signed with the folder's key, names its user in `sub`, and gives no role."""
+    issuer = tokens.Issuer(tmp_path)
+    found = claims(issuer, issuer.token(7))
+    assert found["sub"] == "7"
+    assert "roles" not in found
+
+
+def test_an_administrators_token_says_so(tmp_path: Path) -> None:
+    """The token of an administrator holds the role `admin`."""
+    issuer = tokens.Issuer(tmp_path)
+    assert claims(issuer, issuer.token(7, admin=True))["roles"] == ["admin"]
+
+
+def test_keys_are_kept(tmp_path: Path) -> None:
+    """A token made before a restart is believed after it."""
+    token = tokens.Issuer(tmp_path).token(7)
+    assert claims(tokens.Issuer(tmp_path), token)["sub"] == "7"
+
+
+def test_the_private_key_is_private(tmp_path: Path) -> None:
+    """Nobody but its owner can read the private key."""
+    tokens.Issuer(tmp_path)
+    assert stat.S_IMODE((tmp_path / "private.pem").stat().st_mode) == 0o600
