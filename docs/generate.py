@@ -1,6 +1,6 @@
-"""Write the pages that are made from the code: `python docs/generate.py`.
+"""Write the pages and schemas that are made from the code: `python docs/generate.py`.
 
-A test compares them with the code, so a page that has drifted is red until this is run again.
+Tests compare them with the code, so what has drifted is red until this is run again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings
 
 from job_orchestrator.domain import chunk, job
 from scanfleet.kafka.topics import TopicSettings
+from scanfleet.messages import export
 
 FOLDER: Final = Path(__file__).parent
 HEAD: Final = "<!-- Written by `python docs/generate.py`; change the code, not this page. -->"
@@ -110,7 +111,13 @@ def _ends(ends: StrEnum | Collection[StrEnum], table: Mapping[Any, Any]) -> list
     return [state for state in table if state == ends or (not isinstance(ends, StrEnum) and state in ends)]
 
 
+def events() -> str:
+    """Topics and messages."""
+    return f"{HEAD}\n{export.page()}"
+
+
 PAGES: Final[dict[str, Callable[[], str]]] = {
+    "events.md": events,
     "settings.md": settings,
     "states.md": states,
 }
@@ -118,3 +125,5 @@ PAGES: Final[dict[str, Callable[[], str]]] = {
 if __name__ == "__main__":
     for page, text in PAGES.items():
         (FOLDER / page).write_text(text(), encoding="utf-8")
+    for name, schema in export.schemas().items():
+        (export.SCHEMAS / name).write_text(schema, encoding="utf-8")

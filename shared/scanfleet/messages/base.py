@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class Message(BaseModel):
     """A command or an event. Unknown fields are ignored, so that a contract can grow by optional fields."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
     version: ClassVar[int] = 1
     compact: ClassVar[bool] = False

@@ -1,0 +1,144 @@
+"""The contracts: examples, schemas, the registry, and the envelope as others read it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from datetime import UTC, timedelta
+from typing import Any
+
+import jsonschema
+import pytest
+from cloudevents.core.bindings.kafka import KafkaMessage, from_binary_event
+
+from scanfleet.clock import utc_now
+from scanfleet.messages import Message, export
+from scanfleet.messages.envelope import RawRecord, decode, encode
+from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, RESULT_STORE, TOPICS, WORKER, Topic
+
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+every_message = pytest.mark.parametrize("kind", export.messages(), ids=lambda kind: kind.__name__)
+every_topic = pytest.mark.parametrize("topic", TOPICS, ids=lambda topic: topic.name)
+every_pair = pytest.mark.parametrize(
+    ("topic", "kind"),
+    [pytest.param(topic, kind, id=f"{topic.name} {kind.__name__}") for topic in TOPICS for kind in topic.messages],
+)
+
+
+def example(kind: type[Message]) -> dict[str, Any]:
+    return dict(json.loads((export.EXAMPLES / export.file_name(kind)).read_text(encoding="utf-8")))
+
+
+def leaves(kind: type[Message]) -> Iterator[type[Message]]:
+    below = [sub for sub in kind.__subclasses__() if sub.__module__.startswith("scanfleet.")]
+    for sub in below:
+        yield from leaves(sub)
+    if not below:
+        yield kind
+
+
+def test_every_message_has_a_topic() -> None:
+    """A message that is defined is in the registry."""
+    assert set(leaves(Message)) == set(export.messages())
+
+
+@pytest.mark.parametrize("folder", [export.EXAMPLES, export.SCHEMAS], ids=lambda folder: folder.name)
+def test_every_message_has_its_example_and_schema(folder: Any) -> None:
+    """There is one file for each version of each message, and no other."""
+    assert {path.name for path in folder.iterdir()} == {export.file_name(kind) for kind in export.messages()}
+
+
+@every_message
+def test_an_example_comes_back_as_it_was(kind: type[Message]) -> None:
+    """The example of a message parses, and the message writes that very JSON."""
+    message = kind.model_validate_json(json.dumps(example(kind)))
+    assert json.loads(message.model_dump_json(exclude_defaults=message.compact)) == example(kind)
+
+
+@every_message
+def test_an_unknown_field_is_ignored(kind: type[Message]) -> None:
+    """A newer producer's optional field does not disturb an older reader."""
+    assert kind.model_validate(example(kind) | {"newer": 1}) == kind.model_validate(example(kind))
+
+
+@every_message
+def test_a_schema_is_that_of_its_message(kind: type[Message]) -> None:
+    """The committed schema is what the code says, and the example conforms to it."""
+    text = (export.SCHEMAS / export.file_name(kind)).read_text(encoding="utf-8")
+    assert text == export.schemas()[export.file_name(kind)]
+    jsonschema.Draft202012Validator.check_schema(json.loads(text))
+    jsonschema.Draft202012Validator(json.loads(text)).validate(example(kind))
+
+
+def test_topic_names_are_hyphenated_words_and_unique() -> None:
+    """No two topics share a name, and no topic has the name of another's dead letters."""
+    names = [name for topic in TOPICS for name in (topic.name, topic.dead_letter)]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"[a-z]+(-[a-z]+)+", name) for name in names)
+
+
+@every_topic
+def test_a_topic_names_services_and_is_kept(topic: Topic) -> None:
+    """A topic has messages, comes from and goes to services that there are, and keeps what it holds for a while."""
+    services = {GATEWAY, ORCHESTRATOR, WORKER, RESULT_STORE}
+    assert topic.messages
+    assert set(topic.producers) <= services
+    assert set(topic.consumers) <= services
+    assert topic.producers
+    assert topic.consumers
+    assert topic.retention >= timedelta(hours=1)
+    assert topic.partitions >= 1
+
+
+@every_pair
+def test_a_message_has_what_its_key_and_envelope_need(topic: Topic, kind: type[Message]) -> None:
+    """Key and subject of a message come from its own fields."""
+    message = kind.model_validate(example(kind))
+    assert topic.key_of(message)
+    assert re.fullmatch(r"[a-z]+/.+", message.subject)
+
+
+@every_pair
+def test_another_library_reads_our_events(topic: Topic, kind: type[Message]) -> None:
+    """The CloudEvents project's own reader finds in a record what was put there."""
+    message = kind.model_validate(example(kind) | {"traceparent": TRACEPARENT})
+    envelope = encode(topic, message, source="job-orchestrator")
+    event = from_binary_event(KafkaMessage(dict(envelope.headers), envelope.key, envelope.value))
+    assert event.get_specversion() == "1.0"
+    assert event.get_type() == f"scanfleet.{kind.__name__}.v1"
+    assert event.get_source() == "/scanfleet/job-orchestrator"
+    assert event.get_subject() == message.subject
+    assert event.get_id()
+    assert event.get_datacontenttype() == "application/json"
+    assert event.get_extension("partitionkey") == topic.key_of(message)
+    time = event.get_time()
+    assert time is not None
+    assert time.tzinfo is not None
+    assert time <= utc_now()
+    assert event.get_data() == example(kind)
+
+
+@every_pair
+def test_what_is_encoded_is_decoded(topic: Topic, kind: type[Message]) -> None:
+    """A message comes out of its record equal, its traceparent from the header and not from the value."""
+    message = kind.model_validate(example(kind) | {"traceparent": TRACEPARENT})
+    envelope = encode(topic, message, source="test")
+    assert TRACEPARENT.encode() not in envelope.value
+    record = RawRecord(topic.name, 0, 0, utc_now().astimezone(UTC), envelope.key, envelope.value, envelope.headers)
+    assert decode(topic, record) == message
+
+
+@pytest.mark.parametrize("name", ["SubmitJobs", "CancelJob", "JobCreated", "JobProgressed", "HostScanned"])
+def test_copies_of_a_message_can_be_told(name: str) -> None:
+    """Messages whose copies a reader must recognise have the same event id in every copy."""
+    (kind,) = (kind for kind in export.messages() if kind.__name__ == name)
+    assert kind.model_validate(example(kind)).event_id == kind.model_validate(example(kind)).event_id
+
+
+def test_a_host_is_the_same_event_in_every_attempt() -> None:
+    """Two attempts that find one address make one event id: the first in the log wins."""
+    (kind,) = (kind for kind in export.messages() if kind.__name__ == "HostScanned")
+    again = example(kind) | {"attempt": 2, "worker_id": "another"}
+    assert kind.model_validate(again).event_id == kind.model_validate(example(kind)).event_id
