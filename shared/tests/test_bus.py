@@ -16,9 +16,9 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from prometheus_client import REGISTRY
 
 from scanfleet import tracing
-from scanfleet.bus import Bus, Consumer, Record
+from scanfleet.bus import Bus, Record
 from scanfleet.clock import utc_now
-from scanfleet.consumer import STALE_SECONDS
+from scanfleet.consumer import STALE_SECONDS, ConsumerLoop
 from scanfleet.errors import DependencyError, MessageError
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings, create_topics
@@ -26,6 +26,7 @@ from scanfleet.messages import CancelJob, CommandRejected, WorkerReady
 from scanfleet.messages.envelope import Headers, RawRecord, encode
 from scanfleet.messages.topics import MAX_BYTES, SCAN_REPLIES, SCAN_WORKERS
 from scanfleet.testing.bus import MemoryBroker, MemoryBus
+from scanfleet.testing.consumers import Recorder, Running, until
 
 GROUP = "test"
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -143,58 +144,9 @@ async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
     await made.close()
 
 
-class Recorder:
-    """A handler that keeps what it is told; `does` is called with each batch before it counts as handled."""
-
-    def __init__(self, does: Callable[[Sequence[Record]], object] = lambda _: None) -> None:
-        self._does = does
-        self.tries: list[Sequence[Record]] = []
-        self.handled: list[Record] = []
-        self.partitions: set[int] = set()
-        self.caught_up_after: list[tuple[set[int], int]] = []
-        """Partitions, and how many records had been handled by then."""
-
-    async def handle(self, records: Sequence[Record]) -> None:
-        self.tries.append(records)
-        result = self._does(records)
-        if asyncio.iscoroutine(result):
-            await result
-        self.handled += records
-
-    async def assigned(self, partitions: Collection[int]) -> None:
-        self.partitions |= set(partitions)
-
-    async def revoked(self, partitions: Collection[int]) -> None:
-        self.partitions -= set(partitions)
-
-    async def caught_up(self, partitions: Collection[int]) -> None:
-        self.caught_up_after.append((set(partitions), len(self.handled)))
-
-    @property
-    def numbers(self) -> list[int]:
-        """What the handled messages say."""
-        return [cast(WorkerReady, record.message).slots for record in self.handled]
-
-
-class Running:
-    """Consumers that are stopped at the end of the block, whatever happens in it."""
-
-    def __init__(self, *consumers: Consumer) -> None:
-        self._consumers = consumers
-
-    async def __aenter__(self) -> None:
-        for consumer in self._consumers:
-            await consumer.start()
-
-    async def __aexit__(self, *_: object) -> None:
-        await asyncio.gather(*(consumer.stop() for consumer in self._consumers))
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Return when `condition` holds."""
-    async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110 # what is waited for knows nothing of events
-            await asyncio.sleep(0.01)
+def numbers(recorder: Recorder) -> list[int]:
+    """What the handled messages say."""
+    return [cast(WorkerReady, message).slots for message in recorder.messages]
 
 
 def ready(number: int, worker: str = "w") -> WorkerReady:
@@ -242,7 +194,7 @@ async def test_a_record_says_where_it_stands_and_when_the_broker_took_it(backend
     async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
         await bus.publish(SCAN_WORKERS, [ready(1)])
         await bus.publish(SCAN_WORKERS, [ready(2)])
-        await until(lambda: recorder.numbers == [1, 2])
+        await until(lambda: numbers(recorder) == [1, 2])
     first, second = recorder.handled
     assert (first.topic, first.offset, second.offset) == ("scan-workers", 0, 1)
     assert first.partition == second.partition
@@ -255,11 +207,11 @@ async def test_a_group_reads_from_the_earliest_record_and_goes_on_after_the_last
     bus, first, second = await backend.bus("one"), Recorder(), Recorder()
     await bus.publish(SCAN_WORKERS, [ready(1)])
     async with Running(bus.consume(SCAN_WORKERS, GROUP, first)):
-        await until(lambda: first.numbers == [1])
+        await until(lambda: numbers(first) == [1])
     await bus.publish(SCAN_WORKERS, [ready(2)])
     async with Running(bus.consume(SCAN_WORKERS, GROUP, second)):
-        await until(lambda: second.numbers)
-    assert second.numbers == [2]
+        await until(lambda: numbers(second))
+    assert numbers(second) == [2]
 
 
 async def test_two_members_share_the_partitions_and_lose_nothing_when_they_come_and_go(backend: Backend) -> None:
@@ -269,7 +221,7 @@ async def test_two_members_share_the_partitions_and_lose_nothing_when_they_come_
     consumer, other = one.consume(SCAN_WORKERS, GROUP, a), two.consume(SCAN_WORKERS, GROUP, b)
 
     def seen() -> set[int]:
-        return set(a.numbers + b.numbers)
+        return set(numbers(a) + numbers(b))
 
     async with Running(consumer):
         await one.publish(SCAN_WORKERS, workers(50))
@@ -280,9 +232,9 @@ async def test_two_members_share_the_partitions_and_lose_nothing_when_they_come_
             assert len(a.partitions | b.partitions) == SCAN_WORKERS.partitions
             await one.publish(SCAN_WORKERS, workers(150)[100:])
             await until(lambda: seen() >= set(range(150)))
-            assert b.numbers
+            assert numbers(b)
         await one.publish(SCAN_WORKERS, workers(200)[150:])
-        await until(lambda: set(a.numbers) >= set(range(150, 200)))
+        await until(lambda: set(numbers(a)) >= set(range(150, 200)))
     assert seen() == set(range(200))
 
 
@@ -291,15 +243,20 @@ async def test_a_batch_in_hand_at_a_rebalance_is_finished_and_committed(backend:
     one, two = await backend.bus("one"), await backend.bus("two")
     go_on = asyncio.Event()
     a, b = Recorder(lambda _: go_on.wait()), Recorder()
-    async with Running(one.consume(SCAN_WORKERS, GROUP, a)):
+    consumer = cast(ConsumerLoop, one.consume(SCAN_WORKERS, GROUP, a))
+    async with Running(consumer):
         await one.publish(SCAN_WORKERS, workers(50))
         await until(lambda: a.tries)
-        joining = asyncio.create_task(two.consume(SCAN_WORKERS, GROUP, b).start())
-        assert not b.handled
+        joining = two.consume(SCAN_WORKERS, GROUP, b)
+        started = asyncio.create_task(joining.start())
+        await until(consumer._hurry.is_set)
+        assert not started.done()
         go_on.set()
-        await joining
-        await until(lambda: set(a.numbers + b.numbers) == set(range(50)))
-        assert Counter(a.numbers + b.numbers).most_common(1)[0][1] == 1
+        await started
+        await two.publish(SCAN_WORKERS, workers(100)[50:])
+        await until(lambda: set(numbers(a) + numbers(b)) == set(range(100)))
+        await joining.stop()
+        assert set(Counter(numbers(a) + numbers(b)).values()) == {1}
 
 
 async def test_a_batch_held_up_at_a_rebalance_is_dropped_and_comes_again(backend: Backend) -> None:
@@ -314,8 +271,8 @@ async def test_a_batch_held_up_at_a_rebalance_is_dropped_and_comes_again(backend
         async with Running(two.consume(SCAN_WORKERS, GROUP, b)):
             await until(lambda: b.partitions)
             away[0] = False
-            await until(lambda: set(a.numbers + b.numbers) == set(range(50)))
-            assert b.numbers
+            await until(lambda: set(numbers(a) + numbers(b)) == set(range(50)))
+            assert numbers(b)
 
 
 async def test_a_bad_day_is_retried_in_place(backend: Backend) -> None:
@@ -336,7 +293,7 @@ async def test_a_bad_day_is_retried_in_place(backend: Backend) -> None:
         tries = len(recorder.tries)
         await until(lambda: len(recorder.tries) > tries)
         away.clear()
-        await until(lambda: recorder.numbers == [1, 2] and consumer.ready)
+        await until(lambda: numbers(recorder) == [1, 2] and consumer.ready)
     assert sum((await backend.committed()).values()) == 2
     assert not await backend.records(SCAN_WORKERS.dead_letter)
 
@@ -347,7 +304,7 @@ async def test_a_record_that_cannot_be_handled_is_buried_alone(backend: Backend)
     recorder = Recorder(failing(ZeroDivisionError("a bug"), lambda records: names(records, 2)))
     async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
         await bus.publish(SCAN_WORKERS, [ready(number) for number in range(5)])
-        await until(lambda: set(recorder.numbers) == {0, 1, 3, 4})
+        await until(lambda: set(numbers(recorder)) == {0, 1, 3, 4})
     (letter,) = await backend.records(SCAN_WORKERS.dead_letter)
     assert letter.value == encode(SCAN_WORKERS, ready(2), source="test").value
     assert b"a bug" in (header(letter, "dlq_reason") or b"")
@@ -413,7 +370,7 @@ async def test_a_tail_buries_poison_too(backend: Backend) -> None:
     async with Running(bus.tail(SCAN_WORKERS, recorder)):
         backend.put(0, None, b"junk", ())
         await bus.publish(SCAN_WORKERS, [ready(1)])
-        await until(lambda: recorder.numbers == [1])
+        await until(lambda: numbers(recorder) == [1])
         letters = await backend.records(SCAN_WORKERS.dead_letter)
     assert [letter.value for letter in letters] == [b"junk"]
 
@@ -425,11 +382,11 @@ async def test_a_tail_sees_all_that_is_sent_after_its_start_and_nothing_older(ba
     async with Running(bus.tail(SCAN_WORKERS, a), bus.tail(SCAN_WORKERS, b)):
         assert a.partitions == set(range(SCAN_WORKERS.partitions))
         await bus.publish(SCAN_WORKERS, workers(40)[20:])
-        await until(lambda: sorted(a.numbers) == sorted(b.numbers) == list(range(20, 40)))
+        await until(lambda: sorted(numbers(a)) == sorted(numbers(b)) == list(range(20, 40)))
     async with Running(bus.tail(SCAN_WORKERS, c)):
         await bus.publish(SCAN_WORKERS, [ready(99)])
-        await until(lambda: c.numbers)
-    assert c.numbers == [99]
+        await until(lambda: numbers(c))
+    assert numbers(c) == [99]
 
 
 async def test_caught_up_is_said_of_every_partition_after_its_records_were_handled(backend: Backend) -> None:
@@ -458,7 +415,7 @@ async def test_caught_up_is_not_said_while_held_up(backend: Backend) -> None:
     async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
         await until(lambda: len(recorder.tries) >= 5)
         away[0] = False
-        await until(lambda: recorder.numbers == [1])
+        await until(lambda: numbers(recorder) == [1])
         mine = recorder.handled[0].partition
         assert not [p for p, handled in recorder.caught_up_after if mine in p and handled == 0]
         await until(lambda: [p for p, _ in recorder.caught_up_after if mine in p])
@@ -478,7 +435,7 @@ async def test_caught_up_is_not_said_on_what_was_known_before_a_freeze(backend: 
     recorder = Recorder(freeze)
     await bus.publish(SCAN_WORKERS, [ready(7)])
     async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
-        await until(lambda: recorder.numbers == [7, 8])
+        await until(lambda: numbers(recorder) == [7, 8])
         mine = recorder.handled[0].partition
         await until(lambda: [p for p, _ in recorder.caught_up_after if mine in p])
     assert not [p for p, handled in recorder.caught_up_after if mine in p and handled < 2]
@@ -497,11 +454,11 @@ async def test_a_stop_finishes_the_batch_in_hand_and_commits_it(backend: Backend
     assert not stopping.done()
     go_on.set()
     await stopping
-    assert recorder.numbers == [1]
+    assert numbers(recorder) == [1]
     assert list((await backend.committed()).values()) == [1]
     async with Running(bus.consume(SCAN_WORKERS, GROUP, successor)):
-        await until(lambda: successor.numbers)
-    assert successor.numbers == [2]
+        await until(lambda: numbers(successor))
+    assert numbers(successor) == [2]
 
 
 async def test_a_stop_does_not_wait_for_a_dependency(backend: Backend) -> None:

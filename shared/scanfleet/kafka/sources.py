@@ -34,6 +34,7 @@ POLL_MS: Final = (
 )
 OPEN_SECONDS: Final = 30.0  # to join a group, whose members may finish their batches first
 COMMIT_SECONDS: Final = 5.0  # the client would look for a lost coordinator for ever
+PICK_MS: Final = 2 * POLL_MS  # for one record that is there: a fetch may have to end first
 SESSION_MS: Final = 10_000  # after which a killed member's partitions go to another; a restart is back sooner
 HEARTBEAT_MS: Final = 1_000  # how soon a member hears of a rebalance
 REBALANCE_MS: Final = int(HURRY_SECONDS * 1500)  # half as long again as a batch in hand may take
@@ -151,9 +152,11 @@ class Tail:
         """The next record of each partition, the unreadable ones in a form that will be dead-lettered."""
         self._suspicious = False
         picked = []
-        for partition, position in positions.items():
+        for partition, end in (await self._end_offsets(positions)).items():
+            if (position := positions[partition]) >= end:
+                continue
             try:
-                batch = await self._client.getmany(partition, timeout_ms=2 * POLL_MS, max_records=1)
+                batch = await self._client.getmany(partition, timeout_ms=PICK_MS, max_records=1)
             except _UNREADABLE as error:
                 self._suspicious = True  # the rest of its batch is
                 self._client.seek(partition, position + 1)

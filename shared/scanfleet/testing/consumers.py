@@ -1,0 +1,65 @@
+"""Consumers in a test: a handler that remembers, a block that they run for, and waiting for what they do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Sequence
+
+from scanfleet.bus import Consumer, Record
+from scanfleet.messages import Message
+
+PATIENCE = 30  # seconds that a test waits for a condition: far beyond any that comes true
+
+
+class Recorder:
+    """A handler that keeps what it is told; `does` is called with each batch before it counts as handled."""
+
+    def __init__(self, does: Callable[[Sequence[Record]], object] = lambda _: None) -> None:
+        self._does = does
+        self.tries: list[Sequence[Record]] = []
+        self.handled: list[Record] = []
+        self.partitions: set[int] = set()
+        self.caught_up_after: list[tuple[set[int], int]] = []
+        """Partitions, and how many records had been handled by then."""
+
+    async def handle(self, records: Sequence[Record]) -> None:
+        self.tries.append(records)
+        result = self._does(records)
+        if asyncio.iscoroutine(result):
+            await result
+        self.handled += records
+
+    async def assigned(self, partitions: Collection[int]) -> None:
+        self.partitions |= set(partitions)
+
+    async def revoked(self, partitions: Collection[int]) -> None:
+        self.partitions -= set(partitions)
+
+    async def caught_up(self, partitions: Collection[int]) -> None:
+        self.caught_up_after.append((set(partitions), len(self.handled)))
+
+    @property
+    def messages(self) -> list[Message]:
+        """What was handled."""
+        return [record.message for record in self.handled]
+
+
+class Running:
+    """Consumers that are stopped at the end of the block, whatever happens in it."""
+
+    def __init__(self, *consumers: Consumer) -> None:
+        self._consumers = consumers
+
+    async def __aenter__(self) -> None:
+        for consumer in self._consumers:
+            await consumer.start()
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.gather(*(consumer.stop() for consumer in self._consumers))
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Return when `condition` holds."""
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110 # what is waited for knows nothing of events
+            await asyncio.sleep(0.01)

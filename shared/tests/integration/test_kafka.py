@@ -1,0 +1,409 @@
+"""The bus against Kafka's own ways to fail: restarts, freezes, rebalances, records that the client cannot read."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections import Counter
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+from uuid import uuid4
+
+import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.record.util import calc_crc32c
+
+from local import kafka as native_kafka
+from local import ports
+from scanfleet.bus import Record
+from scanfleet.consumer import BatchDroppedError, ConsumerLoop
+from scanfleet.errors import DependencyError
+from scanfleet.kafka import KafkaBus
+from scanfleet.kafka.sources import Member
+from scanfleet.kafka.topics import DEAD_LETTER_BYTES, TopicSettings, create_topics
+from scanfleet.messages import WorkerReady
+from scanfleet.messages.envelope import encode
+from scanfleet.messages.topics import SCAN_WORKERS
+from scanfleet.testing.consumers import Recorder, Running, until
+
+pytestmark = pytest.mark.integration
+
+GROUP = "test"
+
+
+class Broker:
+    """A broker of one's own, to be killed and frozen."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        port, controller_port = ports.choose(), ports.choose()
+        self.bootstrap = f"127.0.0.1:{port}"
+        self._command = ["setpriv", "--pdeathsig", "KILL", *native_kafka.command(folder, port, controller_port)]
+        self._process: subprocess.Popen[bytes]
+
+    def start(self) -> None:
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=subprocess.STDOUT)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def freeze(self) -> None:
+        os.kill(self._process.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        os.kill(self._process.pid, signal.SIGCONT)
+
+
+@pytest.fixture(scope="module")
+def own_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    broker = Broker(tmp_path_factory.mktemp("kafka"))
+    broker.start()
+    native_kafka.wait_until_up(broker.bootstrap)
+    yield broker
+    broker.kill()
+
+
+class Bench:
+    """One topic under a prefix of its own, and buses that end with the test."""
+
+    def __init__(self, bootstrap: str, stack: AsyncExitStack) -> None:
+        self.settings = TopicSettings(kafka=bootstrap, topic_prefix=f"{uuid4().hex}-")
+        self.name = self.settings.topic_prefix + SCAN_WORKERS.name
+        self._stack = stack
+
+    async def bus(self, instance: str = "one") -> KafkaBus:
+        settings = self.settings
+        bus = KafkaBus(bootstrap=settings.kafka, prefix=settings.topic_prefix, source="test", instance=instance)
+        await bus.start()
+        self._stack.push_async_callback(bus.stop)
+        return bus
+
+
+@pytest.fixture
+async def bench(kafka: str) -> AsyncIterator[Bench]:
+    async with AsyncExitStack() as stack:
+        made = Bench(kafka, stack)
+        await create_topics(made.settings, [SCAN_WORKERS])
+        yield made
+
+
+@pytest.fixture
+async def own_bench(own_broker: Broker) -> AsyncIterator[Bench]:
+    async with AsyncExitStack() as stack:
+        made = Bench(own_broker.bootstrap, stack)
+        await create_topics(made.settings, [SCAN_WORKERS])
+        yield made
+
+
+def workers(numbers: Sequence[int]) -> list[WorkerReady]:
+    return [WorkerReady(worker_id=f"w{number}", slots=number, raw=False) for number in numbers]
+
+
+def numbers(recorder: Recorder) -> list[int]:
+    return [cast(WorkerReady, message).slots for message in recorder.messages]
+
+
+async def publish_through(bus: KafkaBus, number: int) -> int:
+    """Send one message until the broker is there to take it; answers how many times it was sent."""
+    tries = 0
+    async with asyncio.timeout(120):
+        while True:
+            tries += 1
+            try:
+                await bus.publish(SCAN_WORKERS, workers([number]))
+            except DependencyError:
+                continue
+            return tries
+
+
+async def test_a_tail_misses_nothing_once_it_has_started(bench: Bench) -> None:
+    """Whatever is sent after `start` returned is seen, two hundred times out of two hundred."""
+    bus = await bench.bus()
+    for number in range(200):
+        recorder = Recorder()
+        async with Running(bus.tail(SCAN_WORKERS, recorder)):
+            await bus.publish(SCAN_WORKERS, workers([number]))
+            await until(lambda: recorder.handled)  # noqa: B023 # called before the next turn
+        assert numbers(recorder) == [number]
+
+
+async def test_a_killed_broker_costs_nothing_but_time(own_broker: Broker, own_bench: Bench) -> None:
+    """A broker that is killed and comes back: every message is read by group and tail, unready meanwhile, alive all along."""
+    bus = await own_bench.bus()
+    member, tail = Recorder(), Recorder()
+    group, groupless = bus.consume(SCAN_WORKERS, GROUP, member), bus.tail(SCAN_WORKERS, tail)
+    async with Running(group, groupless):
+        await bus.publish(SCAN_WORKERS, workers(range(50)))
+        await until(lambda: len(member.handled) == len(tail.handled) == 50)
+        own_broker.kill()
+        await until(lambda: not group.ready and not groupless.ready)
+        meanwhile = asyncio.create_task(publish_through(bus, 50))
+        own_broker.start()
+        await meanwhile
+        await bus.publish(SCAN_WORKERS, workers(range(51, 100)))
+        for recorder in (member, tail):
+            await until(lambda: set(numbers(recorder)) == set(range(100)))  # noqa: B023 # called before the next turn
+        await until(lambda: group.ready and groupless.ready and bus.ready)
+        assert group.alive
+        assert groupless.alive
+        assert bus.alive
+
+
+async def test_a_send_that_timed_out_arrives_once_and_nothing_overtakes_it(
+    own_broker: Broker, own_bench: Bench
+) -> None:
+    """While the broker hangs a publish gives up in time and the next one waits; afterwards the log holds each once."""
+    bus, recorder = await own_bench.bus(), Recorder()
+    async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
+        await bus.publish(SCAN_WORKERS, workers([1]))
+        own_broker.freeze()
+        try:
+            with pytest.raises(DependencyError, match="did not acknowledge"):
+                await bus.publish(SCAN_WORKERS, workers([2]))
+            assert not bus.ready
+            assert bus.alive
+            waiting = asyncio.create_task(bus.publish(SCAN_WORKERS, workers([3])))
+        finally:
+            own_broker.thaw()
+        await waiting
+        await until(lambda: set(numbers(recorder)) == {1, 2, 3})
+        assert bus.ready
+        await bus.publish(SCAN_WORKERS, workers([4]))
+        await until(lambda: 4 in numbers(recorder))
+    sent = Counter(numbers(recorder))
+    assert sent == {1: 1, 2: 1, 3: 1, 4: 1}
+
+
+async def test_a_cancelled_publish_still_arrives(own_broker: Broker, own_bench: Bench) -> None:
+    """Who stops waiting for a publish takes nothing back, and what is sent next comes after it."""
+    bus, recorder = await own_bench.bus(), Recorder()
+    async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
+        await bus.publish(SCAN_WORKERS, workers([1]))
+        own_broker.freeze()
+        try:
+            publishing = asyncio.create_task(bus.publish(SCAN_WORKERS, workers([2])))
+            await until(lambda: bus._producer is not None and bus._producer._message_accumulator._pending_batches)
+            publishing.cancel()
+            await asyncio.gather(publishing, return_exceptions=True)
+            assert not bus.ready
+        finally:
+            own_broker.thaw()
+        await bus.publish(SCAN_WORKERS, workers([3]))
+        assert bus.ready
+        await until(lambda: sorted(numbers(recorder)) == [1, 2, 3])
+
+
+async def test_a_send_that_the_broker_refuses_for_good_ends_the_bus(bench: Bench) -> None:
+    """When the producer gives a send up the bus is dead, says so, and takes no more."""
+    bus = await bench.bus()
+    await configure(bench, **{"max.message.bytes": "100"})
+
+    async def publish_for_ever() -> None:  # a setting takes a moment to reach the log
+        while True:
+            await bus.publish(SCAN_WORKERS, workers([1]))
+
+    with pytest.raises(DependencyError, match="did not acknowledge"):
+        await publish_for_ever()
+    assert not bus.alive
+    await configure(bench, **{"max.message.bytes": "1000000"})
+    with pytest.raises(DependencyError, match="gave a send up"):
+        await bus.publish(SCAN_WORKERS, workers([2]))
+
+
+async def configure(bench: Bench, **configs: str) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=bench.settings.kafka)
+    try:
+        await admin.start()
+        await admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, bench.name, configs)])
+    finally:
+        await admin.close()
+
+
+async def test_a_commit_after_revocation_drops_the_batch(bench: Bench) -> None:
+    """A member whose partitions went to another while it was slow commits nothing: the other one has the records."""
+    one, two = await bench.bus("one"), await bench.bus("two")
+    freed = asyncio.Event()
+
+    async def hang(_: Sequence[Record]) -> None:
+        try:
+            await asyncio.Event().wait()  # until the rebalance has no more patience
+        finally:
+            freed.set()
+
+    slow, quick = Recorder(hang), Recorder()
+    async with Running(one.consume(SCAN_WORKERS, GROUP, slow)):
+        await one.publish(SCAN_WORKERS, workers(range(50)))
+        await until(lambda: slow.tries)
+        slow._does = lambda _: None
+        async with Running(two.consume(SCAN_WORKERS, GROUP, quick)):
+            assert freed.is_set()
+            await until(lambda: set(numbers(slow) + numbers(quick)) == set(range(50)))
+            assert quick.handled
+
+
+async def test_offsets_of_foreign_partitions_cannot_be_committed(bench: Bench) -> None:
+    """A commit for partitions that another member has says that the batch was dropped."""
+    bus, other = await bench.bus("one"), await bench.bus("two")
+
+    def member(instance: str) -> Member:
+        return Member(
+            SCAN_WORKERS,
+            name=bench.name,
+            group=bench.settings.topic_prefix + GROUP,
+            instance=instance,
+            bootstrap=bench.settings.kafka,
+            end_offsets=bus._end_offsets,
+        )
+
+    source, listener = member("one"), Listening()
+    await source.open(listener)
+    try:
+        await source.commit({0: 0, 11: 0})
+        async with Running(other.consume(SCAN_WORKERS, GROUP, Recorder())):
+            await until(lambda: 0 < len(listener.partitions) < SCAN_WORKERS.partitions)
+            lost = set(range(SCAN_WORKERS.partitions)) - listener.partitions
+            with pytest.raises(BatchDroppedError):
+                await source.commit(dict.fromkeys(lost, 0))
+    finally:
+        await source.close()
+
+
+class Listening:
+    def __init__(self) -> None:
+        self.partitions: set[int] = set()
+
+    async def assigned(self, partitions: Collection[int]) -> None:
+        self.partitions = set(partitions)
+
+    async def revoked(self, partitions: Collection[int]) -> None:
+        self.partitions -= set(partitions)
+
+
+async def test_a_killed_member_goes_on_under_its_name(bench: Bench) -> None:
+    """A member that comes back after a kill has its partitions at once: the group does not wait for its session to end."""
+    one, again = await bench.bus("one"), await bench.bus("one")
+    a, b = Recorder(), Recorder()
+    killed = cast(ConsumerLoop, one.consume(SCAN_WORKERS, GROUP, a))
+    await killed.start()
+    await until(lambda: a.caught_up_after)
+    # What a kill does: no word to the group, and no more heartbeats.
+    await cast(Member, killed._source)._client.stop()
+    async with asyncio.timeout(8), Running(again.consume(SCAN_WORKERS, GROUP, b)):  # a session lasts 10 seconds
+        await one.publish(SCAN_WORKERS, workers([1]))
+        await until(lambda: b.handled)
+    await killed.stop()
+
+
+@pytest.mark.parametrize("kind", ["group", "tail"])
+async def test_a_record_that_the_client_cannot_read_is_buried(bench: Bench, kind: str) -> None:
+    """A header whose name is no text breaks the client; its origin goes to the dead-letter topic, the rest is handled."""
+    bus, recorder = await bench.bus(), Recorder()
+    consumer = bus.consume(SCAN_WORKERS, GROUP, recorder) if kind == "group" else bus.tail(SCAN_WORKERS, recorder)
+    good = encode(SCAN_WORKERS, *workers([1]), source="test")
+    async with AIOKafkaProducer(bootstrap_servers=bench.settings.kafka) as producer, Running(consumer):
+
+        async def put(partition: int, *, readable: bool) -> None:
+            batch = producer.create_batch()
+            batch.append(key=good.key, value=good.value, timestamp=None, headers=[*good.headers, ("name", b"")])
+            if not readable:
+                data = bytearray(batch._build().replace(b"name", b"\xffame"))
+                data[17:21] = calc_crc32c(bytes(data[21:])).to_bytes(4, "big")  # where a batch keeps its checksum
+                batch._buffer = data
+            await (await producer.send_batch(batch, bench.name, partition=partition))
+
+        await put(3, readable=True)
+        await put(3, readable=False)
+        await put(3, readable=True)
+        await put(4, readable=True)
+        await until(lambda: len(recorder.handled) == 3)
+    assert {(record.partition, record.offset) for record in recorder.handled} == {(3, 0), (3, 2), (4, 0)}
+    (letter,) = await letters(bench)
+    assert dict(letter.headers)["dlq_offset"] == b"1"
+    assert b"utf-8" in dict(letter.headers)["unreadable"]
+
+
+async def letters(bench: Bench) -> list[Any]:
+    """What is in the dead-letter topic."""
+    name = bench.settings.topic_prefix + SCAN_WORKERS.dead_letter
+    async with AIOKafkaConsumer(
+        name,
+        bootstrap_servers=bench.settings.kafka,
+        auto_offset_reset="earliest",
+        max_partition_fetch_bytes=2 * DEAD_LETTER_BYTES,
+    ) as consumer:
+        partition = TopicPartition(name, 0)
+        end = (await consumer.end_offsets([partition]))[partition]
+        return [await consumer.getone() for _ in range(end)]
+
+
+async def test_a_record_larger_than_a_dead_letter_leaves_its_origin(bench: Bench) -> None:
+    """A record that unpacks to more than the dead-letter topic takes is buried without its value, and holds up nothing."""
+    bus, recorder = await bench.bus(), Recorder()
+    size = DEAD_LETTER_BYTES + 1
+    async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
+        async with AIOKafkaProducer(
+            bootstrap_servers=bench.settings.kafka,
+            compression_type="zstd",
+            max_request_size=2 * size,
+            max_batch_size=2 * size,
+        ) as producer:
+            await producer.send_and_wait(bench.name, key=b"w1", value=b" " * size, partition=0)
+        good = encode(SCAN_WORKERS, *workers([1]), source="test")
+        async with AIOKafkaProducer(bootstrap_servers=bench.settings.kafka) as producer:
+            await producer.send_and_wait(
+                bench.name,
+                key=good.key,
+                value=good.value,
+                headers=list(good.headers),
+                partition=0,
+            )
+        await until(lambda: recorder.handled)
+    (letter,) = await letters(bench)
+    assert letter.value is None
+    assert dict(letter.headers)["dlq_offset"] == b"0"
+
+
+async def test_topics_are_made_with_their_settings_and_made_again_in_vain(bench: Bench) -> None:
+    """Creating topics twice changes nothing, a setting that was changed comes back, and other partition counts are refused."""
+    wanted = {
+        "cleanup.policy": "delete",
+        "message.timestamp.type": "LogAppendTime",
+        "min.insync.replicas": "1",
+        "retention.ms": str(60 * 60 * 1000),
+    }
+    await create_topics(bench.settings)
+    assert (await settings_of(bench, bench.name)).items() >= wanted.items()
+    letters = await settings_of(bench, bench.settings.topic_prefix + SCAN_WORKERS.dead_letter)
+    assert letters["max.message.bytes"] == str(DEAD_LETTER_BYTES)
+    await configure(bench, **{"retention.ms": "1"})
+    await create_topics(bench.settings)
+    assert (await settings_of(bench, bench.name)).items() >= wanted.items()
+    with pytest.raises(RuntimeError, match="has 12 partitions, not 13"):
+        await create_topics(bench.settings, [replace(SCAN_WORKERS, partitions=13)])
+
+
+async def settings_of(bench: Bench, topic: str) -> dict[str, str]:
+    admin = AIOKafkaAdminClient(bootstrap_servers=bench.settings.kafka)
+    try:
+        await admin.start()
+        (response,) = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
+    finally:
+        await admin.close()
+    (found,) = response.resources
+    return {name: value for name, value, *_ in found[4]}
+
+
+async def test_topics_are_not_made_without_a_broker() -> None:
+    """Creating topics waits for a broker, but not for ever."""
+    nowhere = TopicSettings(kafka=f"127.0.0.1:{ports.choose()}")
+    with pytest.raises(DependencyError, match="no topics made"):
+        await create_topics(nowhere, limit=1)
