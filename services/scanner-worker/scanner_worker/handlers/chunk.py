@@ -1,0 +1,246 @@
+"""One chunk in this worker's hands, from its claim to its last words."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import structlog
+from prometheus_client import Counter
+
+from scanfleet import tracing
+from scanfleet.bus import Publisher
+from scanfleet.errors import DependencyError
+from scanfleet.messages import (
+    ChunkClaimed,
+    ChunkFailed,
+    ChunkProgressed,
+    ChunkReleased,
+    ChunkScanned,
+    HostScanned,
+    Message,
+    PortFound,
+    ScanChunk,
+)
+from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, Topic
+from scanfleet.outcomes import Outcome, index_of
+from scanfleet.ports import PortSet
+from scanfleet.targets import Network, TargetRules
+from scanner_worker.domain import (
+    REASON_CHARS,
+    Host,
+    ScanError,
+    arguments,
+    fit,
+    outcome,
+    permit,
+    services,
+    technique,
+)
+
+BEAT_S: Final = 1.0  # between two ChunkProgressed: a tenth of the shortest lease
+RETRY_S: Final = 0.5  # between two tries of a send; each try already waits for the broker
+FENCE: Final = 2 / 3  # of the lease, without an acknowledged heartbeat: nmap is gone before anybody takes over
+
+Found = list[tuple[Host, tuple[PortFound, ...]]]
+
+_addresses = Counter("scanfleet_worker_addresses", "Addresses done, by outcome.", ["outcome"])
+_ends = Counter("scanfleet_worker_chunks", "Chunks that ended here, by how.", ["end"])
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class Scanner(Protocol):
+    def scan(self, arguments: Sequence[str], services: Mapping[str, int], seconds: float) -> AsyncGenerator[Found]:
+        """Yield finished hosts with their open ports; once it is closed nothing runs any more.
+
+        Raises:
+            ScanError: the run does not count; the hosts that were yielded do.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What this worker can do and may do.
+
+    Attributes:
+        slots: how many chunks side by side.
+        raw: whether nmap may send raw packets here.
+        rules: what may be scanned.
+        time_factor: a scan may take its estimate times this, and
+        time_floor: at least so many seconds.
+    """
+
+    slots: int
+    raw: bool
+    rules: TargetRules
+    time_factor: float
+    time_floor: float
+
+
+class ChunkScan:
+    """Scans one chunk, and tells it."""
+
+    def __init__(self, chunk: ScanChunk, abilities: Abilities, scanner: Scanner, publisher: Publisher) -> None:
+        self._chunk = chunk
+        self._abilities = abilities
+        self._scanner = scanner
+        self._publisher = publisher
+        self._map = list(chunk.outcomes)
+        self._ports = PortSet.parse(chunk.ports)
+        self._technique = technique(chunk.policy, raw=abilities.raw)
+        self._doubt = ""
+        self._began = 0.0
+        self._fence: asyncio.Timeout | None = None
+        self._work: asyncio.Task[None] | None = None
+        self._stopped = ""
+
+    async def run(self) -> None:
+        """Return when the last words about the chunk are acknowledged."""
+        tracing.enter(self._chunk.traceparent)
+        with structlog.contextvars.bound_contextvars(job_id=self._chunk.job_id, chunk_id=self._chunk.chunk_id):
+            self._began = asyncio.get_running_loop().time()
+            await self._last_words(await self._outcome())
+
+    async def release(self, reason: str) -> None:
+        """Give the chunk back without having begun."""
+        tracing.enter(self._chunk.traceparent)
+        await self._last_words(ChunkReleased(**self._state, reason=reason))
+
+    def stop(self, reason: str) -> None:
+        """Kill nmap and give the chunk back, unless every address is done."""
+        self._stopped = self._stopped or reason
+        if self._work is not None:
+            self._work.cancel()
+
+    async def _outcome(self) -> Message:
+        permitted = permit(self._chunk, self._abilities.rules, raw=self._abilities.raw)
+        self._map = list(permitted.outcomes)
+        try:
+            if not self._stopped:
+                await self._hold_and_scan(permitted.targets)
+        except ScanError as error:
+            return ChunkFailed(**self._state, reason=str(error)[:REASON_CHARS], slot_seconds=self._slot_seconds)
+        except Exception as error:  # noqa: BLE001 # one strange host must not stop the others: the job is told, the log says all
+            _log.exception("scan failed by our own fault")
+            reason = f"the worker failed: {type(error).__name__}"
+            return ChunkFailed(**self._state, reason=reason, slot_seconds=self._slot_seconds)
+        if Outcome.BLANK in self._map:
+            return ChunkReleased(**self._state, reason=self._stopped, slot_seconds=self._slot_seconds)
+        return ChunkScanned(
+            **self._state,
+            first_address=self._chunk.first_address,
+            slot_seconds=self._slot_seconds,
+            technique=self._technique,
+            reason=permitted.reason[:REASON_CHARS],
+        )
+
+    async def _hold_and_scan(self, targets: Sequence[Network]) -> None:
+        """Scan for as long as the lease is ours; `_stopped` says why blanks are left."""
+        self._work = asyncio.create_task(self._scan(targets))
+        beating = asyncio.create_task(self._beat())
+        try:
+            async with asyncio.timeout(self._chunk.lease_seconds * FENCE) as self._fence:
+                await asyncio.wait((self._work, beating), return_when=asyncio.FIRST_COMPLETED)
+        except TimeoutError:
+            self._stopped = "the bus acknowledged no heartbeat in time"
+        finally:
+            tasks, self._work, self._fence = (self._work, beating), None, None
+            for task in tasks:
+                task.cancel()
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+        for end in ends:
+            if isinstance(end, Exception):
+                raise end
+
+    async def _scan(self, targets: Sequence[Network]) -> None:
+        chunk, abilities = self._chunk, self._abilities
+        await self._heartbeat(ChunkClaimed(**self._token))
+        if not targets:
+            return
+        found = self._scanner.scan(
+            arguments(chunk, targets, raw=abilities.raw),
+            services(self._ports),
+            max(abilities.time_floor, abilities.time_factor * chunk.estimate_seconds),
+        )
+        async with aclosing(found):
+            async for hosts in found:
+                await self._tell(hosts)
+        if blank := self._map.count(Outcome.BLANK):
+            raise ScanError(self._doubt or f"{blank} addresses are missing from what nmap wrote")
+
+    async def _tell(self, hosts: Found) -> None:
+        """Publish the hosts; only when they are acknowledged are their letters set."""
+        letters: dict[int, Outcome] = {}
+        messages: list[HostScanned] = []
+        for host, ports in hosts:
+            index = index_of(self._chunk.first_address, host.address)
+            if not 0 <= index < len(self._map):
+                raise ScanError(f"nmap reports {host.address}, which it was not asked for")
+            letter = outcome(host, self._ports.count)
+            if letter is Outcome.BLANK:
+                self._doubt = f"nmap accounts for {host.ports} of {self._ports.count} ports of {host.address}"
+            elif self._map[index] == Outcome.BLANK and index not in letters:
+                letters[index] = letter
+                if letter is not Outcome.DOWN:
+                    messages.append(self._host(host, letter, ports))
+        await self._publish(SCAN_RESULTS, messages)
+        for index, letter in letters.items():
+            self._map[index] = letter
+            _addresses.labels(letter.name.lower()).inc()
+
+    def _host(self, host: Host, letter: Outcome, ports: tuple[PortFound, ...]) -> HostScanned:
+        return fit(
+            HostScanned(
+                **self._token,
+                user_id=self._chunk.user_id,
+                address=host.address,
+                outcome=letter.value,
+                technique=self._technique,
+                ports=ports,
+            ),
+        )
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            await self._heartbeat(ChunkProgressed(**self._state))
+
+    async def _heartbeat(self, message: Message) -> None:
+        sent = asyncio.get_running_loop().time()
+        await self._publish(SCAN_PROGRESS, [message])
+        if self._fence is not None:
+            self._fence.reschedule(sent + self._chunk.lease_seconds * FENCE)
+
+    async def _last_words(self, words: Message) -> None:
+        if isinstance(words, ChunkScanned):
+            await self._publish(SCAN_RESULTS, [words])
+        await self._publish(SCAN_PROGRESS, [words])
+        _ends.labels(type(words).__name__.removeprefix("Chunk").lower()).inc()
+        _log.info("chunk ended", how=type(words).__name__, reason=getattr(words, "reason", ""))
+
+    async def _publish(self, topic: Topic, messages: Sequence[Message]) -> None:
+        # Again and again: each of these messages may be in the log twice, and a chunk without its last words waits for
+        # a lease to end. While nmap runs, the fence ends this.
+        while messages:
+            try:
+                await self._publisher.publish(topic, messages)
+            except DependencyError as error:
+                _log.warning("will send again", topic=topic.name, error=str(error))
+                await asyncio.sleep(RETRY_S)
+            else:
+                return
+
+    @property
+    def _slot_seconds(self) -> float:
+        return asyncio.get_running_loop().time() - self._began
+
+    @property
+    def _token(self) -> dict[str, Any]:
+        return self._chunk.model_dump(include={"job_id", "chunk_id", "attempt", "worker_id"})
+
+    @property
+    def _state(self) -> dict[str, Any]:
+        return {**self._token, "outcomes": "".join(self._map)}

@@ -1,0 +1,157 @@
+"""The worker as a whole: it announces its slots, fills them from its tasks, and leaves in good order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Collection, Coroutine, Sequence
+from typing import Final
+
+import structlog
+
+from scanfleet.bus import Publisher, Record
+from scanfleet.errors import DependencyError, MessageError
+from scanfleet.loop import Loop
+from scanfleet.messages import ScanChunk, StopChunk, WorkerReady
+from scanfleet.messages.topics import SCAN_WORKERS
+from scanner_worker.handlers.chunk import Abilities, ChunkScan, Scanner
+
+READY_S: Final = 2.0  # between two announcements: an orchestrator that starts knows its workers this soon
+START_S: Final = 2.0  # in which a chunk must find a slot here; another worker may have one free
+FLUSH_S: Final = 5.0  # for the last words of a worker that leaves
+SEEN: Final = 4_096  # tokens remembered, so that a task that comes twice is done once: minutes of the shortest chunks
+
+_LEAVING: Final = "the worker is leaving"
+
+_Token = tuple[str, int]
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class Worker:
+    """Handles scan-tasks, and announces itself on scan-workers."""
+
+    def __init__(self, worker_id: str, abilities: Abilities, scanner: Scanner, publisher: Publisher) -> None:
+        self._id = worker_id
+        self._abilities = abilities
+        self._scanner = scanner
+        self._publisher = publisher
+        self._leaving = False
+        self._waiting: OrderedDict[_Token, ChunkScan] = OrderedDict()
+        self._running: dict[_Token, ChunkScan] = {}
+        self._seen: OrderedDict[_Token, None] = OrderedDict()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._alive = True
+        self._announcing = Loop("announce", READY_S, self._announce)
+
+    async def start(self) -> None:
+        """Announce the worker; scan-tasks must already be listened to."""
+        await self._announcing.start()
+
+    async def stop(self, grace: float) -> None:
+        """Take no more, give back what waits, finish what can be finished in `grace` seconds, give back the rest."""
+        self._leaving = True
+        await self._announcing.stop()
+        for token in list(self._waiting):
+            self._give_back(token, _LEAVING)
+        try:
+            await self._announce()
+        except DependencyError as error:
+            _log.warning("left without a word", error=str(error))
+        await self._finished(grace)
+        for scan in self._running.values():
+            scan.stop(_LEAVING)
+        await self._finished(FLUSH_S)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def alive(self) -> bool:
+        """False when a chunk was dropped by a fault of ours: the process must be replaced."""
+        return self._alive and self._announcing.alive
+
+    @property
+    def ready(self) -> bool:
+        return self._announcing.ready
+
+    async def handle(self, records: Sequence[Record]) -> None:
+        for record in records:
+            task = record.message
+            if not isinstance(task, ScanChunk | StopChunk):
+                raise MessageError(f"{type(task).__name__} is no task")
+            if task.worker_id != self._id:
+                continue
+            if isinstance(task, ScanChunk):
+                self._take(task)
+            else:
+                # Of a chunk that is not here nothing is said: each such answer would bring another StopChunk.
+                self._end((task.chunk_id, task.attempt), task.reason)
+
+    async def assigned(self, partitions: Collection[int]) -> None:
+        """A worker reads every partition, for its own id alone."""
+
+    async def revoked(self, partitions: Collection[int]) -> None:
+        """Nothing here belongs to a partition."""
+
+    async def caught_up(self, partitions: Collection[int]) -> None:
+        """Nothing here waits for that."""
+
+    def _take(self, chunk: ScanChunk) -> None:
+        token = (chunk.chunk_id, chunk.attempt)
+        if token in self._seen:
+            return
+        self._seen[token] = None
+        if len(self._seen) > SEEN:
+            self._seen.popitem(last=False)
+        for older in [each for each in (*self._waiting, *self._running) if each[0] == token[0]]:
+            self._end(older, f"attempt {chunk.attempt} has begun")
+        self._waiting[token] = ChunkScan(chunk, self._abilities, self._scanner, self._publisher)
+        if self._leaving:
+            self._give_back(token, _LEAVING)
+        else:
+            self._fill()
+            asyncio.get_running_loop().call_later(START_S, self._give_back, token, "no slot was free in time")
+
+    def _end(self, token: _Token, reason: str) -> None:
+        if scan := self._running.get(token):
+            scan.stop(reason)
+        else:
+            self._give_back(token, reason)
+
+    def _give_back(self, token: _Token, reason: str) -> None:
+        if scan := self._waiting.pop(token, None):
+            self._spawn(scan.release(reason))
+
+    def _fill(self) -> None:
+        while self._waiting and len(self._running) < self._abilities.slots and not self._leaving:
+            token, scan = self._waiting.popitem(last=False)
+            self._running[token] = scan
+            self._spawn(self._run(token, scan))
+
+    async def _run(self, token: _Token, scan: ChunkScan) -> None:
+        try:
+            await scan.run()
+        finally:
+            del self._running[token]
+            self._fill()
+            self._announcing.wake()
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (fault := task.exception()):
+            self._alive = False
+            _log.error("a chunk was dropped", exc_info=fault)
+
+    async def _finished(self, seconds: float) -> None:
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=seconds)
+
+    async def _announce(self) -> None:
+        slots = 0 if self._leaving else self._abilities.slots
+        ready = WorkerReady(worker_id=self._id, slots=slots, raw=self._abilities.raw)
+        await self._publisher.publish(SCAN_WORKERS, [ready])

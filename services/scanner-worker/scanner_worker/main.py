@@ -1,0 +1,65 @@
+"""The scanner-worker: everything real is made here and handed in."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from secrets import token_hex
+
+from fastapi import FastAPI
+
+from scanfleet import logging, service
+from scanfleet.kafka import KafkaBus
+from scanfleet.messages import topics
+from scanner_worker.handlers.chunk import Abilities
+from scanner_worker.handlers.worker import Worker
+from scanner_worker.scanner.process import Limits, Nmap
+from scanner_worker.scanner.raw import may_send_raw, privileges
+from scanner_worker.settings import Settings
+
+
+def create_app() -> FastAPI:
+    """The service, for `uvicorn --factory`."""
+    settings = Settings()
+    logging.configure(topics.WORKER, settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        # Checked at start: a worker without nmap would fail every chunk that it is given.
+        program = shutil.which(settings.nmap)
+        if program is None:
+            raise RuntimeError(f"{settings.nmap} is not a program: install nmap, or name it in SCANFLEET_NMAP")
+        # The random part makes a restarted worker another one: nothing meant for the old one reaches it.
+        worker_id = f"{settings.instance}-{token_hex(4)}"
+        bus = KafkaBus(
+            bootstrap=settings.kafka,
+            prefix=settings.topic_prefix,
+            source=topics.WORKER,
+            instance=settings.instance,
+        )
+        nmap = Nmap(program, Limits(output=settings.max_output_bytes, host=settings.max_host_bytes))
+        abilities = Abilities(
+            slots=settings.slots,
+            raw=may_send_raw(privileges(program)),
+            rules=settings.target_rules,
+            time_factor=settings.scan_time_factor,
+            time_floor=settings.scan_time_floor_s,
+        )
+        worker = Worker(worker_id, abilities, nmap, bus)
+        tasks = bus.tail(topics.SCAN_TASKS, worker)
+        async with AsyncExitStack() as stack:
+            await nmap.start()
+            stack.push_async_callback(nmap.stop)
+            await bus.start()
+            stack.push_async_callback(bus.stop)
+            await tasks.start()
+            stack.push_async_callback(tasks.stop)
+            await worker.start()
+            # First to stop, while tasks are still listened to: a scan that is finishing can yet be cancelled.
+            stack.push_async_callback(worker.stop, settings.stop_grace_s)
+            for part in (bus, tasks, worker, nmap):
+                app.state.probes.watch(part)
+            yield
+
+    return service.create_app(name=topics.WORKER, lifespan=lifespan)

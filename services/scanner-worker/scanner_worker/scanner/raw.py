@@ -1,0 +1,60 @@
+"""Whether nmap, started by this process, may send raw packets."""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+NET_RAW: Final = 1 << 13  # CAP_NET_RAW
+
+_REVISIONS: Final = (0x02000000, 0x03000000)  # of the attribute; both begin with flags and the lower permitted set
+_EFFECTIVE: Final = 0x000001
+
+
+@dataclass(frozen=True, slots=True)
+class Privileges:
+    """What decides on a program's capabilities when it is started; sets are bit masks."""
+
+    root: bool
+    effective: int
+    ambient: int
+    bounding: int
+    no_new_privs: bool
+    file: bytes
+    """The program's `security.capability` attribute, empty when it has none."""
+
+
+def may_send_raw(mine: Privileges) -> bool:
+    """Root passes on what it has, others what is ambient; and the file itself may grant it (capabilities(7))."""
+    if not mine.bounding & NET_RAW:
+        return False
+    if mine.root:
+        return bool(mine.effective & NET_RAW)
+    return bool(mine.ambient & NET_RAW) or (not mine.no_new_privs and _granted(mine.file))
+
+
+def _granted(attribute: bytes) -> bool:
+    if len(attribute) < 2 * 4:
+        return False
+    flags, permitted = struct.unpack_from("<II", attribute)
+    return flags & ~_EFFECTIVE in _REVISIONS and bool(flags & _EFFECTIVE and permitted & NET_RAW)
+
+
+def privileges(program: str) -> Privileges:
+    """Those of this process, about to start `program`."""
+    status = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line)
+    try:
+        file = os.getxattr(program, "security.capability")
+    except OSError:
+        file = b""
+    return Privileges(
+        root=os.geteuid() == 0,
+        effective=int(status["CapEff"], 16),
+        ambient=int(status["CapAmb"], 16),
+        bounding=int(status["CapBnd"], 16),
+        no_new_privs=status["NoNewPrivs"] == "1",
+        file=file,
+    )

@@ -1,0 +1,217 @@
+"""nmap's XML, read while it comes.
+
+Only nmap writes it, but what it writes hangs on what strangers answer, so nothing is believed. expat checks every byte and
+calls nobody back for elements, which is what would cost time; hosts are then cut out of the same bytes by their tags, which
+is exact: in well-formed XML without comments, CDATA and processing instructions every `<` begins a tag.
+
+Memory holds one unfinished host and one unfinished token, both bounded.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Callable, Iterator
+from typing import Final
+from xml.parsers import expat
+
+from scanner_worker.domain import Host
+
+MAX_TOKEN: Final = 1 << 20  # one tag with its attributes; the longest real ones hold a script's output, some kilobytes
+MAX_DEPTH: Final = 64  # nmap's own nesting ends at about ten
+MAX_SKIPPED: Final = 3  # targets that nmap would not take, kept to say why
+
+_HOST_END: Final = b"</host>"
+_HOST: Final = re.compile(
+    rb'<host(| [^>]*)>\s*<status state="(\w+)" reason="([^"]*)"[^>]*>\s*<address addr="([^"]*)" addrtype="ipv[46]"',
+)
+_REASON: Final = re.compile(rb' reason="([^"]*)"')  # of the status, of a port's state, of ports that are summed up
+_SUMMED_UP: Final = re.compile(rb'<extraports state="[^"]*" count="(\d+)"')
+_SCAN_INFO: Final = re.compile(rb'<scaninfo type="\w+" protocol="(\w+)" numservices="(\d+)"')
+_FINISHED: Final = re.compile(rb'<finished [^>]*exit="(\w+)"')
+_SKIPPED: Final = re.compile(rb'<target specification="([^"]*)" status="skipped"')
+
+_CONTROLS: Final = bytes(n for n in range(0x20) if n not in b"\t\n\r")
+# As nmap writes references to what XML 1.0 does not call a character: control characters, surrogates, non-characters.
+_NO_CHARACTER: Final = re.compile(
+    rb"&#x0*([0-8b-cBCe-fE-F]|1[0-9a-fA-F]|[dD][89a-fA-F][0-9a-fA-F]{2}|[fF]{3}[e-fE-F]);"
+)
+_UNFINISHED_REFERENCE: Final = re.compile(rb"&[#0-9a-zA-Z]{0,12}\Z")
+
+
+class BadXmlError(Exception):
+    """nmap's output cannot be what it should be; hosts that were read before stand."""
+
+
+class Reader:
+    """Turns nmap's output, fed in pieces of any size, into finished hosts.
+
+    Attributes:
+        services: ports by protocol, as nmap announced before the first host.
+        skipped: the first few targets that nmap would not take; complete when closed.
+    """
+
+    def __init__(self, *, max_host_bytes: int) -> None:
+        self.services: dict[str, int] = {}
+        self.skipped: list[str] = []
+        self._max_host_bytes = max_host_bytes
+        self._text = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+        self._held = b""  # the beginning of a character reference
+        self._fed = 0
+        self._tags = _Tags()
+        self._rest = bytearray()  # what came after the last whole host
+        self._searched = 0  # how far `_rest` is known to hold no end of a host
+        self._finished = b""
+        self._parser = expat.ParserCreate("UTF-8")  # whatever encoding the document claims
+        self._parser.StartDoctypeDeclHandler = self._doctype
+        self._parser.EntityDeclHandler = _refuser("an entity declaration")
+        self._parser.StartElementHandler = self._root
+
+    def feed(self, data: bytes) -> Iterator[Host]:
+        """The hosts that `data` completes.
+
+        Raises:
+            BadXmlError: after the hosts that were whole before the fault.
+        """
+        data = self._valid(data)
+        before = self._fed
+        self._fed += len(data)
+        fault: str | None = None
+        try:
+            self._parser.Parse(data, False)
+        except (expat.ExpatError, BadXmlError) as error:
+            fault = str(error)
+            data = data[: max(self._parser.CurrentByteIndex - before, 0)]
+        fault = fault or self._excess(data, before)
+        self._rest += data
+        yield from self._hosts()
+        if fault is None and len(self._rest) > self._max_host_bytes:
+            fault = f"a host of more than {self._max_host_bytes} bytes"
+        if fault:
+            raise BadXmlError(f"nmap's output is not what nmap writes: {fault}")
+
+    def close(self) -> None:
+        """There is no more.
+
+        Raises:
+            BadXmlError: the document is cut off, or nmap itself says that it failed.
+        """
+        try:
+            self._parser.Parse(self._held, True)
+        except expat.ExpatError as error:
+            raise BadXmlError(f"nmap's output is cut off: {error}") from error
+        self._between(bytes(self._rest))
+        if self._finished != b"success":
+            raise BadXmlError("nmap does not say that it finished")
+
+    def _valid(self, data: bytes) -> bytes:
+        # Bytes and references that are no characters would end the document for expat; as text they harm nobody.
+        if self._held:
+            data, self._held = self._held + data, b""
+        if match := _UNFINISHED_REFERENCE.search(data, max(len(data) - 16, 0)):
+            data, self._held = data[: match.start()], match[0]
+        if not data.isascii() or self._text.getstate()[0]:
+            text = self._text.decode(data)
+            data = text.replace("\ufffe", "\\ufffe").replace("\uffff", "\\uffff").encode()
+        if len(data.translate(None, _CONTROLS)) != len(data):
+            for control in _CONTROLS:
+                data = data.replace(bytes((control,)), b"\\x%02x" % control)
+        return _NO_CHARACTER.sub(_escape, data)
+
+    def _excess(self, data: bytes, before: int) -> str | None:
+        if self._fed - self._parser.CurrentByteIndex > MAX_TOKEN:
+            return f"a tag or text of more than {MAX_TOKEN} bytes"
+        if self._tags.started is None:
+            return None
+        self._tags.count(data[max(self._tags.started - before, 0) :])
+        if self._tags.stray:
+            return "a bare > in a value"
+        if self._tags.depth > MAX_DEPTH:
+            return f"nested deeper than {MAX_DEPTH}"
+        return None
+
+    def _hosts(self) -> Iterator[Host]:
+        if self._rest.find(_HOST_END, self._searched) < 0:
+            self._searched = max(len(self._rest) - len(_HOST_END), 0)
+            return
+        *pieces, rest = bytes(self._rest).split(_HOST_END)
+        self._rest, self._searched = bytearray(rest), 0
+        for piece in pieces:
+            if head := _HOST.search(piece):
+                if head.start() > 1:  # more than the line break between two hosts
+                    self._between(piece[: head.start()])
+                yield _host(head, piece)
+
+    def _between(self, data: bytes) -> None:
+        for match in _SCAN_INFO.finditer(data):
+            self.services[match[1].decode()] = int(match[2])
+        for match in _SKIPPED.finditer(data):
+            if len(self.skipped) < MAX_SKIPPED:
+                self.skipped.append(match[1].decode())
+        if finished := _FINISHED.search(data):
+            self._finished = finished[1]
+
+    def _doctype(self, name: str, system: str | None, _public: str | None, internal: int) -> None:
+        if name != "nmaprun" or system or internal:
+            raise BadXmlError("a document type of its own")
+
+    def _root(self, name: str, _attributes: dict[str, str]) -> None:
+        if name != "nmaprun":
+            raise BadXmlError(f"<{name[:20]}> where <nmaprun> belongs")
+        self._tags.started = self._parser.CurrentByteIndex
+        self._parser.StartElementHandler = None
+        self._parser.CommentHandler = _refuser("a comment")
+        self._parser.ProcessingInstructionHandler = _refuser("a processing instruction")
+        self._parser.StartCdataSectionHandler = _refuser("a CDATA section")
+
+
+class _Tags:
+    """Counts tags, which gives the depth, at the speed of searching."""
+
+    def __init__(self) -> None:
+        self.started: int | None = None  # where the root element begins
+        self._opened = self._closed = self._ends = self._empty = 0
+        self._last = b""
+
+    def count(self, data: bytes) -> None:
+        # `</` and `/>` may lie across two pieces.
+        seam = self._last + data[:1]
+        self._last = data[-1:] or self._last
+        self._opened += data.count(b"<")
+        self._closed += data.count(b">")
+        self._ends += data.count(b"</") + (seam == b"</")
+        self._empty += data.count(b"/>") + (seam == b"/>")
+
+    @property
+    def depth(self) -> int:
+        return self._opened - 2 * self._ends - self._empty
+
+    @property
+    def stray(self) -> bool:
+        """Whether a `>` stands where no tag ends: nmap writes `&gt;`, and `/>` in a value would be counted for a tag."""
+        return self._closed > self._opened
+
+
+def _refuser(what: str) -> Callable[..., None]:
+    def refuse(*_: object) -> None:
+        raise BadXmlError(what)
+
+    return refuse
+
+
+def _escape(reference: re.Match[bytes]) -> bytes:
+    number = int(reference[1], 16)
+    return b"\\x%02x" % number if number <= 0xFF else b"\\u%04x" % number  # noqa: PLR2004 # as Python escapes them
+
+
+def _host(head: re.Match[bytes], piece: bytes) -> Host:
+    attributes, state, reason, address = head.groups()
+    return Host(
+        address.decode(),
+        state != b"down",
+        b' timedout="true"' in attributes,
+        piece.count(b"<port ") + sum(map(int, _SUMMED_UP.findall(piece))),
+        # An address that answered to discovery has answered, whatever its ports did.
+        set(_REASON.findall(piece)) if reason == b"user-set" else {reason},
+        piece,
+    )
