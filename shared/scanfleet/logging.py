@@ -43,7 +43,7 @@ def configure(service: str, settings: CommonSettings) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _Stdout()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -65,6 +65,17 @@ def configure(service: str, settings: CommonSettings) -> None:
 def render(_logger: Any, _method: str, entry: structlog.typing.EventDict) -> str:
     """One line of ASCII JSON: newlines and control characters are escaped, credentials are cut out."""
     return _SECRETS.sub("[secret]", json.dumps(entry, default=repr))
+
+
+class _Stdout(logging.Handler):
+    """Standard output as it is at the time: whoever captures it may have changed it since."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stdout.write(f"{self.format(record)}\n")
+            sys.stdout.flush()
+        except Exception:  # noqa: BLE001 # what every handler does: a line that cannot be written stops nobody's work
+            self.handleError(record)
 
 
 def _origin(service: str, instance: str) -> structlog.typing.Processor:

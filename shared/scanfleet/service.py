@@ -214,6 +214,8 @@ async def _invalid(_request: Request, error: Exception) -> Response:
 
 
 def _problem(problem: dict[str, Any]) -> str:
+    if problem["type"] == "json_invalid":
+        return f"the body is not JSON: {problem['ctx']['error']} at character {problem['loc'][-1]}"
     where = ".".join(str(part) for part in problem["loc"] if part != "body")
     what = problem["msg"].removeprefix("Value error, ")
     return f"{where}: {what}" if where else what

@@ -1,0 +1,297 @@
+"""What every service does the same way: ids, errors, limits, probes and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated
+
+import httpx
+import pytest
+from fastapi import APIRouter, FastAPI, Query, Request
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from scanfleet import logging, tracing
+from scanfleet.errors import ConflictError, DependencyError, MessageError, UnauthorizedError, UnavailableError
+from scanfleet.service import PathId, create_app
+from scanfleet.settings import CommonSettings
+
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+router = APIRouter(prefix="/thing")
+
+
+class Thing(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    size: Annotated[int, Field(ge=1)]
+
+
+@router.get("")
+async def list_things(page: Annotated[int, Query(ge=1)] = 1) -> int:
+    return page
+
+
+@router.post("")
+async def create_thing(body: Thing) -> int:
+    return body.size
+
+
+@router.put("")
+async def read_whole(request: Request) -> int:
+    return len(await request.body())
+
+
+@router.get("/{thing_id}")
+async def read_thing(thing_id: PathId) -> int:
+    return thing_id
+
+
+@router.get("/raise/{kind}")
+async def fail(kind: str) -> None:
+    raise {
+        "conflict": ConflictError("in use"),
+        "token": UnauthorizedError("no token"),
+        "away": UnavailableError("busy", retry_after=7),
+        "dependency": DependencyError("mongodb://user:password@host is away"),
+        "message": MessageError("internal"),
+        "bug": ZeroDivisionError("internal"),
+    }[kind]
+
+
+@router.get("/raise/late/bug")
+async def fail_late() -> StreamingResponse:
+    async def body() -> AsyncIterator[bytes]:
+        yield b"half"
+        raise ZeroDivisionError
+
+    return StreamingResponse(body())
+
+
+@router.get("/trace/current")
+async def trace() -> str | None:
+    return tracing.current()
+
+
+class Loop:
+    alive = True
+    ready = True
+
+
+@asynccontextmanager
+async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+    yield
+
+
+@pytest.fixture
+def app() -> FastAPI:
+    logging.configure("test", CommonSettings(instance="test"))
+    return create_app(name="test", lifespan=lifespan, routers=[router], max_body_bytes=1000)
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "error", "headers"),
+    [
+        ("conflict", 409, "in use", {}),
+        ("token", 401, "no token", {"WWW-Authenticate": "Bearer"}),
+        ("away", 503, "busy", {"Retry-After": "7"}),
+        ("dependency", 503, "a part of the service is away; try again", {"Retry-After": "1"}),
+        ("message", 500, "Internal Server Error", {}),
+        ("bug", 500, "Internal Server Error", {}),
+    ],
+)
+async def test_every_error_is_an_answer(
+    client: httpx.AsyncClient,
+    kind: str,
+    status: int,
+    error: str,
+    headers: dict[str, str],
+) -> None:
+    """An error is answered with its status and headers in the one shape, and what is internal stays inside."""
+    answer = await client.get(f"/thing/raise/{kind}")
+    assert (answer.status_code, answer.json()) == (status, {"error": error})
+    assert answer.headers["X-Request-ID"]
+    assert {name: answer.headers.get(name) for name in headers} == headers
+
+
+async def test_a_late_failure_is_not_hidden(app: FastAPI) -> None:
+    """A failure in the middle of an answer reaches the server, which cuts the connection."""
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        with pytest.raises(ZeroDivisionError):
+            await client.get("/thing/raise/late/bug")
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        (b"{", "JSON"),
+        (b"[" * 900, "body"),
+        (b'{"size": "1"}', "size: "),
+        (b'{"size": true}', "size: "),
+        (b'{"size": 1.0}', "size: "),
+        (b'{"size": NaN}', "size: "),
+        (b'{"size": 0}', "size: "),
+        (b'{"size": 1, "user_id": 2}', "user_id: "),
+        (b'{"size": 1, "\\ud800": 2}', ""),
+        (b"null", ""),
+        (b"\xff", ""),
+        (b"", ""),
+    ],
+)
+async def test_an_invalid_body_is_a_400(client: httpx.AsyncClient, body: bytes, error: str) -> None:
+    """An invalid body is a 400 that says where and how, never a 422 or a 500."""
+    answer = await client.post("/thing", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert error in answer.json()["error"]
+
+
+async def test_an_error_quotes_little(client: httpx.AsyncClient) -> None:
+    """However much is wrong with a request, its error stays short and plain ASCII."""
+    answer = await client.post("/thing", json={"\u202e" * 40 + str(number): 1 for number in range(5)})
+    assert answer.status_code == 400
+    assert len(answer.json()["error"]) <= 500
+    assert answer.content.isascii()
+
+
+async def test_an_invalid_query_is_a_400(client: httpx.AsyncClient) -> None:
+    """An invalid query parameter is a 400 that names it."""
+    for page in ("0", "x", "", "1.5", "9" * 5000):
+        answer = await client.get("/thing", params={"page": page})
+        assert answer.status_code == 400
+        assert "page" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("id_", ["0", "-1", "01", "1.0", "x", "%201", "\u0661", str(2**53), "9" * 5000])
+async def test_an_id_that_cannot_be_one_is_not_found(client: httpx.AsyncClient, id_: str) -> None:
+    """An id in a path that is not an integer in its one spelling is a 404."""
+    answer = await client.get(f"/thing/{id_}")
+    assert (answer.status_code, answer.json()) == (404, {"error": "Not Found"})
+
+
+async def test_ids_reach_up_to_what_javascript_keeps(client: httpx.AsyncClient) -> None:
+    """The first and the last id are ids."""
+    assert (await client.get("/thing/1")).json() == 1
+    assert (await client.get(f"/thing/{2**53 - 1}")).json() == 2**53 - 1
+
+
+async def test_unknown_paths_and_verbs(client: httpx.AsyncClient) -> None:
+    """An unknown path is a 404, and a wrong verb a 405 that names every right one."""
+    for path in ("/nope", "/thing/", "/docs", "/openapi.json"):
+        answer = await client.get(path)
+        assert (answer.status_code, answer.json()) == (404, {"error": "Not Found"})
+    answer = await client.delete("/thing")
+    assert (answer.status_code, answer.json()) == (405, {"error": "Method Not Allowed"})
+    assert answer.headers["Allow"] == "GET, POST, PUT"
+
+
+async def test_a_body_has_a_limit(client: httpx.AsyncClient) -> None:
+    """A body of the limit is read; one byte more is a 413, announced or not."""
+
+    async def pieces(count: int) -> AsyncIterator[bytes]:
+        for _ in range(count):
+            yield b"x" * 100
+
+    assert (await client.put("/thing", content=b"x" * 1000)).json() == 1000
+    assert (await client.put("/thing", content=pieces(10))).json() == 1000
+    for content in (b"x" * 1001, pieces(11)):
+        answer = await client.put("/thing", content=content)
+        assert (answer.status_code, answer.json()) == (413, {"error": "a request has at most 1000 bytes"})
+
+
+async def test_a_good_request_id_is_kept(client: httpx.AsyncClient) -> None:
+    """A request id of the allowed characters comes back with the answer."""
+    for request_id in ("a", "A-z_0.9", "x" * 64):
+        assert (await client.get("/thing", headers={"X-Request-ID": request_id})).headers["X-Request-ID"] == request_id
+
+
+@pytest.mark.parametrize("request_id", ["", " ", "a b", "x" * 65, "a\tb", "{}", "\u00e9", "a\x85b"])
+async def test_a_bad_request_id_is_replaced(client: httpx.AsyncClient, request_id: str) -> None:
+    """A request id of other characters or too long is replaced by one of ours."""
+    raw = [(b"X-Request-ID", request_id.encode("latin-1"))]
+    answer = await client.get("/thing", headers=raw)
+    assert re.fullmatch("[0-9a-f]{32}", answer.headers["X-Request-ID"])
+
+
+async def test_a_good_traceparent_is_continued(client: httpx.AsyncClient) -> None:
+    """A traceparent that can be parsed is what goes on from here."""
+    assert (await client.get("/thing/trace/current", headers={"traceparent": TRACEPARENT})).json() == TRACEPARENT
+
+
+@pytest.mark.parametrize(
+    "traceparent",
+    [
+        "",
+        "x",
+        TRACEPARENT.upper(),
+        TRACEPARENT + "-01",
+        TRACEPARENT[:-1],
+        "ff" + TRACEPARENT[2:],
+        "00-" + "0" * 32 + TRACEPARENT[35:],
+        TRACEPARENT[:36] + "0" * 16 + "-01",
+    ],
+)
+async def test_a_bad_traceparent_is_replaced(client: httpx.AsyncClient, traceparent: str) -> None:
+    """A traceparent that cannot be parsed is replaced by a new trace."""
+    current = (await client.get("/thing/trace/current", headers={"traceparent": traceparent})).json()
+    assert re.fullmatch("00-[0-9a-f]{32}-[0-9a-f]{16}-00", current)
+    assert current != traceparent
+
+
+async def test_health_is_that_of_the_loops(app: FastAPI, client: httpx.AsyncClient) -> None:
+    """A service is healthy until a loop that it watches dies."""
+    loop = Loop()
+    app.state.probes.watch(loop)
+    loop.ready = False
+    assert (await client.get("/healthz")).status_code == 200
+    loop.alive = False
+    answer = await client.get("/healthz")
+    assert (answer.status_code, set(answer.json())) == (503, {"error"})
+
+
+async def test_readiness_is_that_of_the_dependencies(app: FastAPI, client: httpx.AsyncClient) -> None:
+    """A service is unready while a loop is or a check fails, and says which, and ready again after."""
+    loop, away = Loop(), False
+
+    async def check() -> None:
+        if away:
+            raise DependencyError("mongodb is away")
+
+    app.state.probes.watch(loop)
+    app.state.probes.depend("mongodb", check)
+    assert (await client.get("/readyz")).status_code == 200
+    loop.ready, away = False, True
+    answer = await client.get("/readyz")
+    assert (answer.status_code, answer.json()) == (503, {"error": "away: mongodb, bus"})
+    loop.ready, away = True, False
+    assert (await client.get("/readyz")).status_code == 200
+
+
+async def test_a_check_that_hangs_is_a_failed_one(app: FastAPI, client: httpx.AsyncClient) -> None:
+    """A dependency that does not answer counts as away, so that the probe itself always answers."""
+
+    async def hang() -> None:
+        await asyncio.Event().wait()
+
+    app.state.probes.depend("mongodb", hang)
+    assert (await client.get("/readyz")).json() == {"error": "away: mongodb"}
+
+
+async def test_metrics_know_routes_and_not_paths(client: httpx.AsyncClient) -> None:
+    """Requests are counted by the route's template, so that no caller can make new series."""
+    for path in ("/thing/123", "/thing/456", "/never-heard-of"):
+        await client.get(path)
+    await client.request("BREW", "/thing")
+    metrics = (await client.get("/metrics")).text
+    assert 'scanfleet_http_requests_total{method="GET",route="/thing/{thing_id}",status="200"}' in metrics
+    assert 'method="other"' in metrics
+    assert not re.search("BREW|never-heard-of|/thing/123", metrics)
