@@ -198,7 +198,7 @@ async def _plain_nmap(port_list: str) -> tuple[list[Row], int]:
     output, _ = await nmap.communicate()
     if nmap.returncode != 0:
         raise StackError(f"nmap ended with exit code {nmap.returncode}")
-    hosts = ET.fromstring(output).findall("host")  # noqa: S314 - our own nmap on our own servers
+    hosts = ET.fromstring(output).findall("host")  # noqa: S314 # our own nmap on our own servers
     return sorted(row for host in hosts for row in _rows(host)), len(hosts)
 
 

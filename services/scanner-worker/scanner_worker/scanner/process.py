@@ -171,7 +171,7 @@ class _Run:
 
     def __init__(self, process: asyncio.subprocess.Process, mark: str, seconds: float) -> None:
         assert process.stdout is not None  # noqa: S101 # asked for as pipes
-        assert process.stderr is not None  # noqa: S101
+        assert process.stderr is not None  # noqa: S101 # the same
         self._process = process
         self._out, self._err = process.stdout, process.stderr
         self._mark = mark
