@@ -76,6 +76,7 @@ def connect(uri: str, database: str) -> Database:
         journal=True,
         readConcernLevel="majority",
         timeoutMS=TIMEOUT_MS,
+        serverSelectionTimeoutMS=TIMEOUT_MS,  # for what has no other limit: closing
         retryWrites=True,
         retryReads=True,
         tz_aware=True,

@@ -1,0 +1,91 @@
+"""A TCP proxy that stands between a service and what it depends on, and has bad days on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+_PIECE: Final = 1 << 16  # bytes moved at once
+
+
+class Proxy:
+    """Passes bytes to `host:port` and back until told otherwise.
+
+    Attributes:
+        port: where it listens, on 127.0.0.1.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._upstream = host, port
+        self._server: asyncio.Server | None = None
+        self._links: set[asyncio.Task[None]] = set()
+        self._open = asyncio.Event()
+        self._open.set()
+        self.port = 0
+
+    async def refuse(self) -> None:
+        """Cut every connection and refuse new ones, as a machine whose process has died."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        await self.cut()
+
+    def swallow(self) -> None:
+        """Take connections and bytes and answer nothing, as a machine that hangs."""
+        self._open.clear()
+
+    async def cut(self) -> None:
+        """Break the connections there are; new ones are taken."""
+        links = list(self._links)
+        for link in links:
+            link.cancel()
+        await asyncio.gather(*links, return_exceptions=True)
+
+    async def heal(self) -> None:
+        """Pass everything on again, on the same port."""
+        self._open.set()
+        if self._server is None:
+            self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
+            self.port = self._server.sockets[0].getsockname()[1]
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        link = asyncio.create_task(self._link(reader, writer))
+        self._links.add(link)
+        link.add_done_callback(self._links.discard)
+
+    async def _link(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        ends = [writer]
+        ways: list[asyncio.Task[None]] = []
+        try:
+            up_reader, up_writer = await asyncio.open_connection(*self._upstream)
+            ends.append(up_writer)
+            ways += [asyncio.create_task(self._pass(*way)) for way in ((reader, up_writer), (up_reader, writer))]
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        except OSError:
+            return  # nobody behind us: the caller sees its connection end
+        finally:
+            for way in ways:
+                way.cancel()
+            for end in ends:
+                end.transport.abort()
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while piece := await reader.read(_PIECE):
+                await self._open.wait()
+                writer.write(piece)
+                await writer.drain()
+
+
+@asynccontextmanager
+async def proxy(host: str, port: int) -> AsyncIterator[Proxy]:
+    """A healthy proxy to `host:port`."""
+    made = Proxy(host, port)
+    await made.heal()
+    try:
+        yield made
+    finally:
+        await made.refuse()
