@@ -46,7 +46,7 @@ def written(ranges: tuple[Range, ...]) -> str:
     return ",".join(f"{low}" if low == high else f"{low}-{high}" for low, high in ranges)
 
 
-@settings(max_examples=60, deadline=None)  # each example starts nmap twice
+@settings(max_examples=30, deadline=None)  # each example starts nmap twice
 @given(TEXT)
 def test_ports_mean_what_nmap_takes_them_for(text: str) -> None:
     """The user's text and our canonical text both name, to nmap, exactly the ports that we count."""
