@@ -134,6 +134,7 @@ class Gateway:
 
     @asynccontextmanager
     async def run(self, **settings: Any) -> AsyncIterator[Running]:
+        """On a bus in memory, with any setting changed."""
         broker = MemoryBroker()
         services = Services(self.issuer)
         app = create_app(self.settings(**settings), bus=MemoryBus(broker), transport=services)
