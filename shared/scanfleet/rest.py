@@ -214,3 +214,4 @@ class PolicyList(_Answer):
 
 Page = Annotated[int, Field(ge=1, le=MAX_PAGE)]
 PageSize = Annotated[int, Field(ge=1, le=100)]
+LedgerPageSize = Annotated[int, Field(ge=1, le=1_000)]  # addresses named on one page: a few hundred kilobytes

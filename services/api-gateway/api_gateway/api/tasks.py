@@ -110,7 +110,7 @@ async def read_results(job_id: PathId, request: Request, _caller: Caller, state:
     "/{job_id}/ledger",
     response_model=rest.Ledger,
     responses=errors(400, 404),
-    openapi_extra={"parameters": paging()},
+    openapi_extra={"parameters": paging(rest.LedgerPageSize, 100)},
 )
 async def read_ledger(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
     """What became of every probe of a scan job, and by name what was not probed."""
