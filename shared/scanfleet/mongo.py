@@ -51,6 +51,8 @@ _BAD_DAY_CODES: Final = frozenset(
         175,  # QueryPlanKilled: an index was dropped or the collection moved under the cursor
         189,  # PrimarySteppedDown
         202,  # NetworkInterfaceExceededTimeLimit
+        239,  # SnapshotTooOld: the server was busy for so long that it forgot the moment we asked for
+        246,  # SnapshotUnavailable: no majority yet
         262,  # ExceededTimeLimit
         9001,  # SocketException
         10_058,  # LegacyNotPrimary

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
 
 from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
+from job_orchestrator.domain.store import Store
 from job_orchestrator.handlers.commands import Commands
 from job_orchestrator.handlers.dispatch import Dispatcher
 from job_orchestrator.handlers.jobs import Jobs
@@ -19,12 +21,40 @@ from job_orchestrator.repository import MongoStore
 from job_orchestrator.settings import Settings
 from scanfleet import logging, mongo, service
 from scanfleet.auth import open_verifier
-from scanfleet.bus import Bus, Consumer, Handler
+from scanfleet.bus import Handler, Publisher
 from scanfleet.kafka import KafkaBus
 from scanfleet.loop import Loop
 from scanfleet.messages.topics import ORCHESTRATOR, SCAN_COMMANDS, SCAN_PROGRESS, SCAN_STORED, SCAN_WORKERS, Topic
+from scanfleet.targets import TargetRules
 
 _SWEEP_SECONDS = 1.0
+
+
+class Orchestrator:
+    """All that a replica does by itself, around one store and one bus."""
+
+    def __init__(
+        self,
+        store: Store,
+        publisher: Publisher,
+        *,
+        rules: TargetRules,
+        lease_seconds: float,
+        stored_seconds: float,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.dispatcher = Dispatcher(store, publisher, lease_seconds, monotonic=monotonic)
+        self.jobs = Jobs(store, publisher, self.dispatcher.wake, monotonic=monotonic)
+        self.commands = Commands(store, publisher, self.jobs, rules)
+        self.sweeper = Sweeper(store, publisher, self.jobs, stored_seconds, monotonic=monotonic)
+        self.progress = Progress(store, publisher, self.jobs, self.dispatcher.wake, lease_seconds, monotonic=monotonic)
+        self.handlers: dict[Topic, Handler] = {
+            SCAN_COMMANDS: self.commands,
+            SCAN_WORKERS: self.dispatcher,
+            SCAN_PROGRESS: self.progress,
+            SCAN_STORED: Stored(store, self.jobs, self.dispatcher.wake),
+        }
+        self.loops = (self.jobs.loop, self.dispatcher.loop, Loop("sweep", _SWEEP_SECONDS, self.sweeper.sweep))
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -50,27 +80,23 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             stack.push_async_callback(bus.stop)
             app.state.probes.watch(bus)
 
-            dispatcher = Dispatcher(store, bus, settings.lease_seconds)
-            jobs = Jobs(store, bus, dispatcher.wake)
-            commands = Commands(store, bus, jobs, settings.target_rules)
-            sweeper = Sweeper(store, bus, jobs, settings.stored_seconds)
-            app.state.orchestrator = State(store, commands, settings.target_rules)
-
-            handlers: dict[Topic, Handler] = {
-                SCAN_COMMANDS: commands,
-                SCAN_WORKERS: dispatcher,
-                SCAN_PROGRESS: Progress(store, bus, jobs, dispatcher.wake, settings.lease_seconds),
-                SCAN_STORED: Stored(store, jobs, dispatcher.wake),
-            }
-            for loop in (dispatcher.loop, Loop("sweep", _SWEEP_SECONDS, sweeper.sweep), *_consumers(bus, handlers)):
+            orchestrator = Orchestrator(
+                store,
+                bus,
+                rules=settings.target_rules,
+                lease_seconds=settings.lease_seconds,
+                stored_seconds=settings.stored_seconds,
+            )
+            app.state.orchestrator = State(store, orchestrator.commands, settings.target_rules)
+            # A group for each topic: no loop waits for another, and a rebalance of one leaves the others alone.
+            consumers = [
+                bus.consume(topic, f"{ORCHESTRATOR}-{topic.name}", handler)
+                for topic, handler in orchestrator.handlers.items()
+            ]
+            for loop in (*orchestrator.loops, *consumers):
                 await loop.start()
                 stack.push_async_callback(loop.stop)
                 app.state.probes.watch(loop)
             yield
 
     return service.create_app(name=ORCHESTRATOR, lifespan=lifespan, routers=ROUTERS)
-
-
-def _consumers(bus: Bus, handlers: dict[Topic, Handler]) -> list[Consumer]:
-    # A group for each topic: no loop waits for another, and a rebalance of one leaves the others alone.
-    return [bus.consume(topic, f"{ORCHESTRATOR}-{topic.name}", handler) for topic, handler in handlers.items()]

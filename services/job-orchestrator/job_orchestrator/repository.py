@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar
 
 from pymongo import IndexModel, ReplaceOne, UpdateOne
+from pymongo.read_concern import ReadConcern
 
 from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState
 from job_orchestrator.domain.fairness import Clock, Credit
 from job_orchestrator.domain.job import Outgoing, ScanJob
 from job_orchestrator.domain.store import Command, Policy, Subnet
+from scanfleet.clock import utc_now
 from scanfleet.messages import Job, JobEvent, JobStatus
 from scanfleet.messages.topics import SCAN_EVENTS
 from scanfleet.mongo import Collection as MongoCollection
@@ -26,6 +28,7 @@ _Revised = TypeVar("_Revised", ScanJob, Chunk)
 
 # Pending jobs have no start and come first: MongoDB sorts null last when descending, so they sort as if in the far future.
 _FAR_FUTURE: Final = datetime(9999, 1, 1, tzinfo=UTC)
+_BATCH: Final = 1_000  # documents read at once: about a megabyte, and 20 ms of turning them into chunks
 
 _INDEXES: Final = {
     "subnets": [IndexModel([("user_id", 1), ("_id", -1)])],
@@ -47,8 +50,10 @@ _INDEXES: Final = {
         IndexModel([("subnet_id", 1)], partialFilterExpression={"settled": False}),
     ],
     "chunks": [
-        IndexModel([("job_id", 1), ("state", 1), ("index", 1)]),
-        IndexModel([("state", 1), ("user_id", 1), ("turn", 1)]),
+        IndexModel([("job_id", 1), ("index", 1)]),
+        IndexModel([("job_id", 1), ("state", 1)]),
+        # With the estimate the queued seconds are summed from the index alone.
+        IndexModel([("state", 1), ("user_id", 1), ("needs_raw", 1), ("turn", 1), ("estimate", 1)]),
         IndexModel([("worker_id", 1), ("state", 1)], partialFilterExpression={"held": True}),
         IndexModel([("state", 1), ("partition", 1)], partialFilterExpression={"held": True}),
         IndexModel([("scanned_at", 1)], partialFilterExpression={"state": ChunkState.SCANNED.value}),
@@ -157,7 +162,7 @@ class MongoStore:
         return {each["_id"]: _read_job(each) async for each in self._jobs.find({"_id": {"$in": list(ids)}})}
 
     async def save_jobs(self, jobs: Sequence[ScanJob]) -> set[int]:
-        return await _save(self._jobs, jobs, _write_job)
+        return await _save(self._jobs, jobs, _write_job, _read_job)
 
     @bad_days()
     async def list_jobs(
@@ -197,19 +202,25 @@ class MongoStore:
     async def chunks(self, ids: Collection[str]) -> dict[str, Chunk]:
         return {chunk.id: chunk for chunk in await self._find_chunks({"_id": {"$in": list(ids)}})}
 
-    async def job_chunks(self, job_id: int, states: Collection[ChunkState] | None = None) -> list[Chunk]:
-        wanted: Document = {"job_id": job_id}
-        if states is not None:
-            wanted["state"] = {"$in": [state.value for state in states]}
-        return sorted(await self._find_chunks(wanted), key=lambda chunk: chunk.index)
+    async def job_chunks(self, job_id: int) -> AsyncIterator[Chunk]:
+        # The order of an index whose keys never change: no chunk is seen twice or missed because it moves meanwhile.
+        async with bad_days():
+            async for each in self._chunks.find({"job_id": job_id}).sort("index", 1).batch_size(_BATCH):
+                yield _read_chunk(each)
+
+    @bad_days()
+    async def chunks_in(self, job_id: int, states: Collection[ChunkState], limit: int) -> list[str]:
+        wanted = {"job_id": job_id, "state": {"$in": [state.value for state in states]}}
+        return [each["_id"] async for each in self._chunks.find(wanted, {"_id": 1}).limit(limit)]
 
     async def save_chunks(self, chunks: Sequence[Chunk]) -> set[str]:
-        return await _save(self._chunks, chunks, _write_chunk)
+        return await _save(self._chunks, chunks, _write_chunk, _read_chunk)
 
     @bad_days()
     async def chunk_states(self, job_ids: Collection[int]) -> dict[int, Counter[ChunkState]]:
         states: dict[int, Counter[ChunkState]] = {job_id: Counter() for job_id in job_ids}
-        groups = self._chunks.aggregate(
+        at_one_moment = self._chunks.with_options(read_concern=ReadConcern("snapshot"))
+        groups = at_one_moment.aggregate(
             [
                 {"$match": {"job_id": {"$in": list(job_ids)}}},
                 {"$group": {"_id": {"job": "$job_id", "state": "$state"}, "n": {"$sum": 1}}},
@@ -230,21 +241,17 @@ class MongoStore:
 
     @bad_days()
     async def waiting_users(self, *, raw: bool) -> list[int]:
-        found: list[int] = await self._chunks.distinct("user_id", _queued(raw))
+        found: list[int] = await self._chunks.distinct("user_id", _queued(raw=raw))
         return found
 
     @bad_days()
     async def queue(self, user_id: int, limit: int, *, raw: bool) -> list[Chunk]:
-        found = self._chunks.find(_queued(raw) | {"user_id": user_id}).sort("turn", 1).limit(limit)
+        found = self._chunks.find(_queued(raw=raw) | {"user_id": user_id}).sort("turn", 1).limit(limit)
         return [_read_chunk(each) async for each in found]
 
     @bad_days()
     async def first_turn(self, user_id: int) -> int:
-        first = await self._chunks.find_one(
-            {"state": ChunkState.QUEUED.value, "user_id": user_id},
-            {"turn": 1},
-            sort=[("turn", 1)],
-        )
+        first = await self._chunks.find_one(_queued(raw=True) | {"user_id": user_id}, {"turn": 1}, sort=[("turn", 1)])
         return first["turn"] if first else 0
 
     async def held(self, announced: Iterable[Credit]) -> list[Credit]:
@@ -267,7 +274,7 @@ class MongoStore:
     async def clocks(self) -> dict[int, Clock]:
         clocks = {each["_id"]: _read_clock(each) async for each in self._clocks.find({"active": True})}
         busy = {"state": {"$in": [ChunkState.QUEUED.value, *(state.value for state in HELD)]}}
-        open_users = set(await self._chunks.distinct("user_id", busy)) if clocks else set()
+        open_users = set(await self._chunks.distinct("user_id", busy))
         if idle := [user for user in clocks if user not in open_users]:
             await self._clocks.update_many({"_id": {"$in": idle}}, {"$set": {"active": False}})
         active = {user: clock for user, clock in clocks.items() if user in open_users}
@@ -324,8 +331,8 @@ class MongoStore:
         return [_read_chunk(each) async for each in self._chunks.find(wanted).limit(limit)]
 
 
-def _queued(raw: bool) -> Document:  # a positional flag of this file alone
-    return {"state": ChunkState.QUEUED.value} | ({} if raw else {"needs_raw": False})
+def _queued(*, raw: bool) -> Document:
+    return {"state": ChunkState.QUEUED.value, "needs_raw": {"$in": [False, True] if raw else [False]}}
 
 
 @bad_days()
@@ -333,17 +340,19 @@ async def _save(
     collection: MongoCollection,
     changed: Sequence[_Revised],
     write: Callable[[_Revised], Document],
+    read: Callable[[Document], _Revised],
 ) -> set[Any]:
     if not changed:
         return set()
-    writes = [ReplaceOne({"_id": each.id, "rev": each.rev}, write(replace(each, rev=each.rev + 1))) for each in changed]
+    new = [replace(each, rev=each.rev + 1) for each in changed]
+    writes = [ReplaceOne({"_id": each.id, "rev": each.rev - 1}, write(each)) for each in new]
     result = await collection.bulk_write(writes, ordered=False)
     if result.matched_count == len(changed):
         return set()
     # Which ones lost is not in the answer. A retried write can also find its own first try: then it did not lose.
-    ids = [each.id for each in changed]
-    stored = {each["_id"]: each async for each in collection.find({"_id": {"$in": ids}})}
-    return {each.id for each in changed if stored.get(each.id) != write(replace(each, rev=each.rev + 1))}
+    found = collection.find({"_id": {"$in": [each.id for each in new]}})
+    stored = {each["_id"]: read(each) async for each in found}
+    return {each.id for each in new if stored.get(each.id) != each}
 
 
 @bad_days()
@@ -464,14 +473,17 @@ def _read_chunk(document: Document) -> Chunk:
 
 
 def _write_command(command: Command) -> Document:
-    document = _shallow(command) | {"jobs": [_write_job(job) for job in command.jobs]}
+    # All jobs of a command have one policy. Once for each of a thousand it would not fit in a document.
+    jobs = [_write_job(job) for job in command.jobs]
+    document = _shallow(command) | {"jobs": jobs, "policy": [job.pop("policy") for job in jobs][:1], "at": utc_now()}
     if command.idempotency_key is None:
         del document["idempotency_key"]
-    return document | {"at": datetime.now(UTC)}
+    return document
 
 
 def _read_command(document: Document) -> Command:
-    return Command(**(_known(Command, document) | {"jobs": tuple(map(_read_job, document["jobs"]))}))
+    jobs = tuple(_read_job(job | {"policy": document["policy"][0]}) for job in document["jobs"])
+    return Command(**(_known(Command, document) | {"jobs": jobs}))
 
 
 def _read_clock(document: Document) -> Clock:

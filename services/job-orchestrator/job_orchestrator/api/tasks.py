@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
 from job_orchestrator.api.state import Handed, Paged, State
-from job_orchestrator.domain import ledger
+from job_orchestrator.domain import ledger, plan
+from job_orchestrator.domain.chunk import Chunk
 from job_orchestrator.domain.job import ScanJob
 from scanfleet import rest
 from scanfleet.auth import Caller
@@ -48,28 +49,42 @@ async def read_ledger(
     page_size: Annotated[int, Query(ge=1, le=_LEDGER_PAGE)] = 100,
 ) -> rest.Ledger:
     job = await _mine(state, caller.user_id, job_id)
-    chunks = await state.store.job_chunks(job.id)
-    counts = ledger.counts(job, ledger.tally(job.status, chunks))
-    skip = (page - 1) * page_size
-    named = islice(ledger.not_probed(job, chunks), skip, skip + page_size)
-    entries = [
-        rest.LedgerEntry(address=each.address, ports=each.ports, outcome=each.outcome, reason=each.reason)
-        for each in named
-    ]
-    probes = job.addresses * job.ports
+    tally, names = ledger.Tally(job), ledger.Names(job, (page - 1) * page_size, page_size)
+    async for chunk in _chunks(state, job):
+        tally.add(chunk)
+        names.add(chunk)
     return rest.Ledger(
         job_id=job.id,
         status=job.status,
-        accounted=sum(counts[name] for name in ledger.ACCOUNTED) == probes,
-        request=rest.LedgerRequest(addresses=job.addresses, ports=job.ports, probes=probes),
-        counts=rest.LedgerCounts(**counts),
+        accounted=tally.accounted,
+        request=rest.LedgerRequest(
+            addresses=job.addresses,
+            ports=job.ports,
+            probes=job.addresses * job.ports,
+        ),
+        counts=rest.LedgerCounts(**tally.counts),
         not_probed=rest.LedgerPage(
-            addresses=entries,
-            total=sum(1 for _ in ledger.not_probed(job, chunks)),
+            addresses=[
+                rest.LedgerEntry(address=each.address, ports=each.ports, outcome=each.outcome, reason=each.reason)
+                for each in names.page
+            ],
+            total=names.total,
             page=page,
             page_size=page_size,
         ),
     )
+
+
+async def _chunks(state: State, job: ScanJob) -> AsyncIterator[Chunk]:
+    """All that were planned, those too that are not made yet, or never will be because the job was cancelled."""
+    made = set[int]()
+    async for chunk in state.store.job_chunks(job.id):
+        made.add(chunk.index)
+        yield chunk
+    if len(made) < job.chunk_count:
+        for chunk in plan.chunks(job, turn=0):
+            if chunk.index not in made:
+                yield chunk
 
 
 async def _mine(state: State, user_id: int, job_id: int) -> ScanJob:

@@ -150,8 +150,7 @@ def dispatch(chunk: Chunk, worker_id: str, partition: int) -> Chunk:
 
 def holds(chunk: Chunk, report: WorkerReport) -> bool:
     """Whether the report comes under the token of a chunk that a worker holds now."""
-    token = (report.attempt, report.worker_id)
-    return chunk.state in HELD and token == (chunk.attempt, chunk.worker_id)
+    return chunk.state in HELD and _current(chunk, report)
 
 
 def hear(chunk: Chunk, report: WorkerReport, partition: int, now: datetime) -> Chunk:
@@ -185,8 +184,7 @@ def hear(chunk: Chunk, report: WorkerReport, partition: int, now: datetime) -> C
 
 def last_words(chunk: Chunk, report: WorkerReport) -> Chunk:
     """A cancelled chunk with the last map of its holder, so that the ledger knows what was done before the cancel."""
-    token = (report.attempt, report.worker_id)
-    mine = chunk.state is ChunkState.CANCELLED and token == (chunk.attempt, chunk.worker_id)
+    mine = chunk.state is ChunkState.CANCELLED and _current(chunk, report)
     if not mine or isinstance(report, ChunkClaimed):
         return chunk
     return replace(chunk, outcomes=_merged(chunk, report.outcomes))
@@ -194,8 +192,7 @@ def last_words(chunk: Chunk, report: WorkerReport) -> Chunk:
 
 def settle_charge(chunk: Chunk, report: WorkerReport) -> tuple[Chunk, float]:
     """The chunk with nothing charged, and by how many slot seconds its user's clock was wrong; once for each attempt."""
-    token = (report.attempt, report.worker_id)
-    if not isinstance(report, Ended) or not chunk.charged or token != (chunk.attempt, chunk.worker_id):
+    if not isinstance(report, Ended) or not chunk.charged or not _current(chunk, report):
         return chunk, 0.0
     return replace(chunk, charged=0.0), report.slot_seconds - chunk.charged
 
@@ -203,7 +200,7 @@ def settle_charge(chunk: Chunk, report: WorkerReport) -> tuple[Chunk, float]:
 def give_back(chunk: Chunk, reason: str) -> Chunk:
     """Queue the chunk again at no cost; with no blank left there is nothing to scan, only to check."""
     state = ChunkState.QUEUED if chunk.blank else ChunkState.SCANNED
-    return _move(chunk, ChunkTrigger.GIVE_BACK, state, reason=reason, scanned_at=None)
+    return _move(chunk, ChunkTrigger.GIVE_BACK, state, reason=reason, charged=0.0, scanned_at=None)
 
 
 def fault(chunk: Chunk, reason: str) -> Chunk:
@@ -239,9 +236,10 @@ def incomplete(chunk: Chunk, attempt: int, addresses: Iterable[str]) -> Chunk:
 def store(chunk: Chunk, outcomes: str) -> Chunk:
     """The chunk with the map that its stored hosts prove: a fact, whatever attempt it came from.
 
-    A final state stays; a cancelled chunk still learns its map, so that the ledger tells what can be read.
+    A final state stays; a cancelled chunk still learns its map, so that the ledger tells what can be read. A map that is
+    not of this chunk, or has a blank, proves nothing.
     """
-    if len(outcomes) != len(chunk.outcomes):
+    if _frame(outcomes) != _frame(chunk.outcomes) or Outcome.BLANK in outcomes:
         return chunk
     if chunk.state is ChunkState.CANCELLED:
         return replace(chunk, outcomes=outcomes)
@@ -254,8 +252,21 @@ def cancel(chunk: Chunk) -> Chunk:
     return _move(chunk, ChunkTrigger.CANCEL, ChunkState.CANCELLED)
 
 
+def _current(chunk: Chunk, report: WorkerReport) -> bool:
+    return (report.job_id, report.attempt, report.worker_id) == (chunk.job_id, chunk.attempt, chunk.worker_id)
+
+
 def _merged(chunk: Chunk, news: str) -> str:
-    return merge(chunk.outcomes, news) if len(news) == len(chunk.outcomes) else chunk.outcomes
+    """A map of another length, or one that leaves out other addresses, is not of this chunk and says nothing."""
+    return merge(chunk.outcomes, news) if _frame(news) == _frame(chunk.outcomes) else chunk.outcomes
+
+
+_FRAME: Final = str.maketrans({letter.value: Outcome.BLANK.value for letter in set(Outcome) - {Outcome.EXCLUDED}})
+
+
+def _frame(outcomes: str) -> str:
+    """Length and excluded places: what no scan of a chunk can change."""
+    return outcomes.translate(_FRAME)
 
 
 def _move(chunk: Chunk, trigger: ChunkTrigger, to: ChunkState, **fields: Any) -> Chunk:

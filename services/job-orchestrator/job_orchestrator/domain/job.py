@@ -85,6 +85,7 @@ class ScanJob:
     addresses: int
     excluded: int
     ports: int
+    chunk_addresses: int
     chunk_count: int
     created_at: datetime
     updated_at: datetime

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,6 +12,7 @@ from job_orchestrator.domain.job import ScanJob
 from scanfleet import outcomes
 from scanfleet.messages import JobStatus
 from scanfleet.outcomes import Outcome, address_at
+from scanfleet.targets import Target
 
 ANSWERED, SILENT, DOWN, TIMED_OUT = "answered", "silent", "down", "timed_out"
 EXCLUDED, REFUSED, CANCELLED, LOST, WAITING = "excluded", "refused", "cancelled", "lost", "waiting"
@@ -26,8 +27,11 @@ _OF_LETTER: Final = {
     Outcome.REFUSED: REFUSED,
 }
 ACCOUNTED: Final = (ANSWERED, SILENT, DOWN, TIMED_OUT, EXCLUDED)
-_PROBED: Final = frozenset({ANSWERED, SILENT})
+_SETTLED: Final = (ANSWERED, SILENT, DOWN, TIMED_OUT, REFUSED)
 _FAILING: Final = (REFUSED, LOST)
+_NAMED: Final = frozenset({DOWN, TIMED_OUT, REFUSED, CANCELLED, LOST})
+_REASONS: Final = 3  # in a job's error; more is for the ledger
+_MAX_ERROR: Final = 1_000  # characters: a reason can quote nmap at length
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,80 +44,101 @@ class NotProbed:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
 class Tally:
-    """What the chunks of a job say together."""
+    """What the chunks of a job say together. Chunk after chunk is added, so that a huge job need not be in memory.
 
-    probes: Counter[str]
-    """By name; excluded addresses are the job's to count."""
-    machines_found: int
-    failing: Counter[str]
-    """Addresses refused or lost, by name."""
-    reasons: tuple[str, ...]
+    An address counts once, however many port blocks it is in.
+    """
 
+    def __init__(self, job: ScanJob) -> None:
+        self._job = job
+        self._probes: Counter[str] = Counter()
+        self._answered = _Addresses()
+        self._failing = {name: _Addresses() for name in _FAILING}
+        self._reasons: dict[str, None] = {}
+        self.chunks: Counter[ChunkState] = Counter()
 
-def tally(status: JobStatus, chunks: Iterable[Chunk]) -> Tally:
-    """Fold a job's chunks; an address counts once, however many port blocks it is in."""
-    probes: Counter[str] = Counter()
-    reasons: dict[str, None] = {}
-    answered = _Addresses()
-    failing = {name: _Addresses() for name in _FAILING}
-    for chunk in chunks:
+    def add(self, chunk: Chunk) -> None:
+        self.chunks[chunk.state] += 1
         for letter, count in outcomes.counts(chunk.outcomes).items():
-            name = _name(letter, status, chunk)
-            probes[name] += count * chunk.port_count
+            name = _name(letter, self._job.status, chunk)
+            self._probes[name] += count * chunk.port_count
             if letter is Outcome.ANSWERED:
-                answered.add(chunk, letter)
-            elif name in failing:
-                failing[name].add(chunk, letter)
-                if chunk.reason:
-                    reasons[chunk.reason] = None
-    del probes[EXCLUDED]
-    return Tally(
-        probes=probes,
-        machines_found=answered.count,
-        failing=Counter({name: addresses.count for name, addresses in failing.items()}),
-        reasons=tuple(reasons),
-    )
+                self._answered.add(chunk, letter)
+            elif name in self._failing:
+                self._failing[name].add(chunk, letter)
+                if chunk.reason and len(self._reasons) < _REASONS:
+                    self._reasons[chunk.reason] = None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Probes by name. With every chunk of the plan added they sum up to the request."""
+        # What is excluded is the job's to count: no chunk is made of addresses that are all excluded.
+        return dict.fromkeys(NAMES, 0) | self._probes | {EXCLUDED: self._job.excluded * self._job.ports}
+
+    @property
+    def accounted(self) -> bool:
+        """Whether every probe of the request has an outcome."""
+        return sum(self.counts[name] for name in ACCOUNTED) == self._job.addresses * self._job.ports
+
+    @property
+    def machines_found(self) -> int:
+        """Addresses that answered on any port."""
+        return self._answered.count
+
+    @property
+    def progress(self) -> int:
+        """Per cent of the probes that have an outcome, rounded down, 99 until the job is complete."""
+        wanted = (self._job.addresses - self._job.excluded) * self._job.ports
+        settled = sum(self._probes[name] for name in _SETTLED)
+        return min(99, 100 * settled // wanted)
+
+    @property
+    def error(self) -> str:
+        """Why the job failed: how many addresses were not scanned, and the first reasons given; "" if none failed."""
+        counts = {name: addresses.count for name, addresses in self._failing.items() if addresses.count}
+        parts = [f"{count} {'address' if count == 1 else 'addresses'} {name}" for name, count in counts.items()]
+        text = ": ".join(filter(None, [" and ".join(parts), "; ".join(self._reasons)]))
+        return text[:_MAX_ERROR]
 
 
-def counts(job: ScanJob, tally: Tally) -> dict[str, int]:
-    """Probes by name; they add up to the request. What no chunk was made for yet waits, or was cancelled with the job."""
-    of = dict.fromkeys(NAMES, 0) | tally.probes
-    of[EXCLUDED] = job.excluded * job.ports
-    missing = job.addresses * job.ports - sum(of.values())
-    of[CANCELLED if job.status is JobStatus.CANCELLED else WAITING] += missing
-    return of
+class Names:
+    """One page of the addresses that were not probed to their end, and how many there are.
 
+    First those that the request excludes, then by chunk those that were refused, cancelled, lost, down or timed out.
+    """
 
-def progress(job: ScanJob, tally: Tally) -> int:
-    """Per cent of the probes that have an outcome, rounded down, 99 until the job is complete."""
-    wanted = (job.addresses - job.excluded) * job.ports
-    settled = sum(tally.probes[name] for name in (ANSWERED, SILENT, DOWN, TIMED_OUT, REFUSED))
-    return min(99, 100 * settled // wanted)
+    def __init__(self, job: ScanJob, skip: int, size: int) -> None:
+        self._job = job
+        self._skip = skip
+        self._size = size
+        self.page: list[NotProbed] = []
+        self.total = 0
+        for network in Target.parse(job.cidr, job.exclude).exclude:
+            first = str(network.network_address)
+            self._take(range(network.num_addresses), first, job.policy.ports, lambda _: (EXCLUDED, ""))
 
+    def add(self, chunk: Chunk) -> None:
+        names = {letter: _name(letter, self._job.status, chunk) for letter in set(chunk.outcomes)}
+        wanted = {letter for letter, name in names.items() if name in _NAMED}
+        if wanted:
+            places = [index for index, letter in enumerate(chunk.outcomes) if letter in wanted]
+            self._take(
+                places, chunk.first_address, chunk.ports, lambda index: _why(names[chunk.outcomes[index]], chunk)
+            )
 
-def error(tally: Tally) -> str:
-    """Why the job failed: how many addresses were not scanned, and the reasons given; "" if none failed."""
-    parts = [
-        f"{tally.failing[name]} {'address' if tally.failing[name] == 1 else 'addresses'} {name}"
-        for name in _FAILING
-        if tally.failing[name]
-    ]
-    if not parts:
-        return ""
-    text = f"{' and '.join(parts)}: {'; '.join(tally.reasons[:3])}" if tally.reasons else " and ".join(parts)
-    return text[:1_000]  # a reason can quote nmap at length
-
-
-def not_probed(job: ScanJob, chunks: Sequence[Chunk]) -> Iterator[NotProbed]:
-    """By name, in order: every address that was excluded, refused, cancelled, lost, down or timed out."""
-    for chunk in chunks:
-        for index, letter in enumerate(chunk.outcomes):
-            name = _name(letter, job.status, chunk)
-            if name not in _PROBED and name != WAITING:
-                reason = chunk.reason if name in _FAILING else ""
-                yield NotProbed(str(address_at(chunk.first_address, index)), chunk.ports, name, reason)
+    def _take(
+        self,
+        places: Sequence[int],
+        first: str,
+        ports: str,
+        why: Callable[[int], tuple[str, str]],
+    ) -> None:
+        """Those of the places after `first` that are on the page; counts all."""
+        start = max(0, self._skip - self.total)
+        for place in places[start : start + self._size - len(self.page)]:
+            self.page.append(NotProbed(str(address_at(first, place)), ports, *why(place)))
+        self.total += len(places)
 
 
 class _Addresses:
@@ -141,3 +166,7 @@ def _name(letter: str, status: JobStatus, chunk: Chunk) -> str:
     if chunk.state is ChunkState.FAILED:
         return LOST
     return CANCELLED if status is JobStatus.CANCELLED or chunk.state is ChunkState.CANCELLED else WAITING
+
+
+def _why(name: str, chunk: Chunk) -> tuple[str, str]:
+    return name, chunk.reason if name in _FAILING else ""

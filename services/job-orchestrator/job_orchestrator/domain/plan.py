@@ -31,11 +31,15 @@ _SHARES: Final = 16  # of a job, between these two: enough for a handful of work
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`chunk_count` is what the job promises; a chunk whose every address is excluded is never made."""
+    """What a job keeps of it, so that a release that cuts otherwise makes the same chunks of a job that it finds.
+
+    `chunk_count` is what the job promises; a chunk whose every address is excluded is never made.
+    """
 
     addresses: int
     excluded: int
     ports: int
+    chunk_addresses: int
     chunk_count: int
 
 
@@ -51,13 +55,13 @@ def estimate(policy: ScanPolicy, ports: PortSet, addresses: int) -> float:
 def plan(policy: ScanPolicy, target: Target) -> Plan:
     """What a job of this policy on this target will be."""
     ports = policy.port_set
-    blocks = sum(1 for _ in ports.blocks(MAX_PORTS))
-    slices = sum(1 for _ in _slices(policy, target))
+    size = _slice_size(policy, target)
     return Plan(
         addresses=target.network.num_addresses,
         excluded=target.network.num_addresses - target.included,
         ports=ports.count,
-        chunk_count=slices * blocks,
+        chunk_addresses=size,
+        chunk_count=sum(1 for _ in _slices(target, size)) * sum(1 for _ in ports.blocks(MAX_PORTS)),
     )
 
 
@@ -66,7 +70,8 @@ def chunks(job: ScanJob, turn: int) -> Iterator[Chunk]:
     target = Target.parse(job.cidr, job.exclude)
     blocks = list(job.policy.port_set.blocks(MAX_PORTS))
     index = 0
-    for first, outcomes in _slices(job.policy, target):
+    for offset, outcomes in _slices(target, job.chunk_addresses):
+        first = str(target.network.network_address + offset)
         for ports in blocks:
             yield Chunk(
                 id=f"{job.id}-{index}",
@@ -84,14 +89,13 @@ def chunks(job: ScanJob, turn: int) -> Iterator[Chunk]:
             index += 1
 
 
-def _slices(policy: ScanPolicy, target: Target) -> Iterator[tuple[str, str]]:
-    """First address and outcome map of each run of addresses that has something to scan."""
-    size = _slice_size(policy, target)
+def _slices(target: Target, size: int) -> Iterator[tuple[int, str]]:
+    """Offset and outcome map of each run of addresses that has something to scan."""
     whole = target.outcomes()
     for offset in range(0, len(whole), size):
         outcomes = whole[offset : offset + size]
         if Outcome.BLANK in outcomes:
-            yield str(target.network.network_address + offset), outcomes
+            yield offset, outcomes
 
 
 def _slice_size(policy: ScanPolicy, target: Target) -> int:

@@ -7,7 +7,7 @@ Every method raises `DependencyError` when the database is away, and then anythi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal, Protocol
@@ -125,13 +125,17 @@ class Store(Resources, Protocol):
 
     async def chunks(self, ids: Collection[str]) -> dict[str, Chunk]: ...
 
-    async def job_chunks(self, job_id: int, states: Collection[ChunkState] | None = None) -> list[Chunk]:
-        """In order of their index."""
+    def job_chunks(self, job_id: int) -> AsyncIterator[Chunk]:
+        """Each chunk that is there already once, in order of their index; a job can have hundreds of thousands."""
+
+    async def chunks_in(self, job_id: int, states: Collection[ChunkState], limit: int) -> list[str]:
+        """Ids of chunks in these states; one that moves meanwhile may be left out."""
 
     async def save_chunks(self, chunks: Sequence[Chunk]) -> set[str]:
         """As `save_jobs`."""
 
-    async def chunk_states(self, job_ids: Collection[int]) -> dict[int, Counter[ChunkState]]: ...
+    async def chunk_states(self, job_ids: Collection[int]) -> dict[int, Counter[ChunkState]]:
+        """How many chunks of each job are in each state, all at one moment."""
 
     async def watched_chunks(self, state: ChunkState, partitions: Collection[int]) -> list[Chunk]: ...
 
@@ -153,7 +157,7 @@ class Store(Resources, Protocol):
         """Each with what its worker holds now."""
 
     async def clocks(self) -> dict[int, Clock]:
-        """The clocks of active users, after those without an open chunk were put to rest."""
+        """The clocks of users with queued or held chunks, after all others were put to rest."""
 
     async def wake_clocks(self, clocks: Iterable[Clock]) -> None: ...
 

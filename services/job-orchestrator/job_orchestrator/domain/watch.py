@@ -1,36 +1,40 @@
-"""How long something may stay silent, on the monotonic clock of the one who watches it."""
+"""How long something may stay silent, as heard by the one who watches it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from job_orchestrator.domain.chunk import Chunk
 
+_LONGEST_LOOK: Final = 3.0  # seconds of silence that one look can add; looks are about a second apart
+
 
 class Watch:
-    """Deadlines of chunks under their current attempt. Time is handed in: seconds of any one monotonic clock.
+    """Silence of chunks under their current attempt, in seconds that were really listened to.
 
-    A chunk that was not seen before starts afresh, so a watcher that was away blames nobody for its own silence.
+    A watcher that is late, because it was slow, frozen or cut off, adds no more than one look's worth of silence, and a
+    chunk that it sees for the first time starts afresh: it blames nobody for its own absence.
     """
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._deadlines: dict[tuple[str, int], float] = {}
+        self._silence: dict[tuple[str, int], float] = {}
+        self._looked = float("inf")
 
-    def renew(self, chunk: Chunk, now: float) -> None:
-        self._deadlines[chunk.id, chunk.attempt] = now + self._seconds
+    def renew(self, chunk: Chunk) -> None:
+        """It gave a sign of life: its silence begins with the next look."""
+        self._silence.pop((chunk.id, chunk.attempt), None)
 
     def overdue(self, watched: Iterable[Chunk], now: float) -> list[Chunk]:
-        """Those of `watched` whose time is over. What is not in `watched` is forgotten."""
-        before, self._deadlines = self._deadlines, {}
-        late: list[Chunk] = []
-        for chunk in watched:
-            token = (chunk.id, chunk.attempt)
-            self._deadlines[token] = before.get(token, now + self._seconds)
-            if self._deadlines[token] < now:
-                late.append(chunk)
-        return late
+        """Look: those of `watched` that were silent for too long. What is not in `watched` is forgotten.
 
-    def forget(self) -> None:
-        """Start all afresh."""
-        self._deadlines.clear()
+        Args:
+            watched: what is to be heard of, after all that was said has been heard.
+            now: seconds of a monotonic clock.
+        """
+        listened = max(0.0, min(now - self._looked, _LONGEST_LOOK))
+        self._looked = now
+        chunks = {(chunk.id, chunk.attempt): chunk for chunk in watched}
+        self._silence = {token: self._silence[token] + listened if token in self._silence else 0.0 for token in chunks}
+        return [chunk for token, chunk in chunks.items() if self._silence[token] > self._seconds]

@@ -17,7 +17,7 @@ from job_orchestrator.domain.store import Command, Policy, Store, Subnet
 from job_orchestrator.handlers.jobs import Jobs
 from scanfleet.bus import Publisher, Record
 from scanfleet.clock import utc_now
-from scanfleet.errors import MessageError
+from scanfleet.errors import DependencyError, MessageError
 from scanfleet.messages import CancelJob, CommandAccepted, CommandRejected, SubmitJobs
 from scanfleet.messages.topics import SCAN_REPLIES
 from scanfleet.targets import Target, TargetRules
@@ -27,6 +27,8 @@ Reply = CommandAccepted | CommandRejected
 # By the broker's stamp. Nobody waits any more, and the caller may have asked again in other words. This is only tidy: what
 # makes a late command harmless is that the gateway's `expired` was inserted first.
 _TOO_OLD: Final = timedelta(seconds=60)
+_ROUNDS: Final = 50  # each lost race is a change of the job's, which has few
+_MAX_EXCLUDES: Final = 100_000  # of one command's subnets together: its document stays below the database's 16 MB
 
 
 class _RefusedError(Exception):
@@ -79,7 +81,9 @@ class Commands:
         stands = (await self._store.insert_commands([expired]))[command_id]
         if stands.state == "expired" or stands.user_id != user_id:
             return None
-        return (await self._answers({command_id: stands}))[command_id]
+        answer = (await self._answers({command_id: stands}))[command_id]
+        await self._follow(_jobs_of(stands))
+        return answer
 
     async def _known(self, messages: Mapping[str, SubmitJobs | CancelJob]) -> dict[str, Command]:
         """What already stands for these ids: their own command, or an earlier one under the same idempotency key."""
@@ -102,13 +106,12 @@ class Commands:
             {id_: command for id_, command in stands.items() if id_ not in mismatched and command.state != "expired"},
         )
         await self._publisher.publish(SCAN_REPLIES, answers.values())
-        touched = {
-            job_id
-            for id_ in answers.keys() - mismatched.keys()
-            for job_id in (*(job.id for job in stands[id_].jobs), *filter(None, [stands[id_].cancels]))
-        }
-        await self._jobs.relay(touched)
-        await self._jobs.reconcile(touched)
+        await self._follow({job_id for id_ in answers.keys() - mismatched.keys() for job_id in _jobs_of(stands[id_])})
+
+    async def _follow(self, job_ids: Collection[int]) -> None:
+        """Tell of what became of these jobs, and bring it about."""
+        await self._jobs.relay(job_ids)
+        await self._jobs.reconcile(job_ids)
 
     async def _answers(self, commands: Mapping[str, Command]) -> dict[str, Reply]:
         """Finish each command, under the id that asks for it, and say what came of it."""
@@ -139,10 +142,11 @@ class Commands:
             self._store.policies(submit.user_id, [submit.policy_id]),
             self._store.subnets(submit.user_id, submit.subnet_ids),
         )
+        makers = []
         try:
-            return [
-                _maker(submit, policy, subnet, self._rules) for policy, subnet in _resolved(submit, policies, subnets)
-            ]
+            for policy, subnet in _resolved(submit, policies, subnets):
+                makers.append(_maker(submit, policy, subnet, self._rules))
+                await asyncio.sleep(0)  # planning a large network takes 30 ms: others may go between
         except _RefusedError as refusal:
             return Command(
                 id=submit.command_id,
@@ -151,10 +155,11 @@ class Commands:
                 status=400,
                 error=str(refusal),
             )
+        return makers
 
     async def _cancel(self, command: Command) -> Reply:
         """Cancel the job unless it has ended; a command that did it once is told so again."""
-        while True:
+        for _ in range(_ROUNDS):
             job = (await self._store.jobs([command.cancels or 0])).get(command.cancels or 0)
             if job is None or job.user_id != command.user_id:
                 return await self._too_late(command, 404, "Job not found")
@@ -165,6 +170,7 @@ class Commands:
             cancelled = change_job(job, JobTrigger.CANCEL, utc_now(), cancel_command=command.id)
             if not await self._store.save_jobs([cancelled]):
                 return CommandAccepted(command_id=command.id, jobs=(cancelled.view,))
+        raise DependencyError(f"job {command.cancels} kept changing under us")
 
     async def _too_late(self, command: Command, status: int, error: str) -> Reply:
         await self._store.reject_command(command.id, status, error)
@@ -175,6 +181,10 @@ def _command(record: Record) -> SubmitJobs | CancelJob:
     if not isinstance(record.message, SubmitJobs | CancelJob):
         raise MessageError(f"{type(record.message).__name__} is no command")
     return record.message
+
+
+def _jobs_of(command: Command) -> set[int]:
+    return {job.id for job in command.jobs} | ({command.cancels} if command.cancels is not None else set())
 
 
 def _accepted(submit: SubmitJobs, jobs: Iterable[ScanJob]) -> Command:
@@ -200,6 +210,8 @@ def _resolved(
     by_id = {subnet.id: subnet for subnet in subnets}
     if missing := [str(id_) for id_ in submit.subnet_ids if id_ not in by_id]:
         raise _RefusedError(f"Subnet {', '.join(missing[:10])} not found")
+    if (excludes := sum(len(subnet.exclude) for subnet in subnets)) > _MAX_EXCLUDES:
+        raise _RefusedError(f"The subnets exclude {excludes} networks; those of one request at most {_MAX_EXCLUDES}")
     return [(policies[0], by_id[id_]) for id_ in submit.subnet_ids]
 
 
@@ -220,6 +232,7 @@ def _maker(submit: SubmitJobs, policy: Policy, subnet: Subnet, rules: TargetRule
         addresses=planned.addresses,
         excluded=planned.excluded,
         ports=planned.ports,
+        chunk_addresses=planned.chunk_addresses,
         chunk_count=planned.chunk_count,
         created_at=now,
         updated_at=now,

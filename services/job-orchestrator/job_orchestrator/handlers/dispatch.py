@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
 from job_orchestrator.domain import fairness
-from job_orchestrator.domain.chunk import Chunk, ChunkState, dispatch, give_back
+from job_orchestrator.domain.chunk import Chunk, ChunkState, cancel, dispatch, give_back
 from job_orchestrator.domain.fairness import Credit
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import Store
@@ -26,11 +26,10 @@ from scanfleet.messages.topics import SCAN_TASKS
 _UNCLAIMED_SECONDS: Final = 10.0  # a worker gives back after 2 what it cannot start; so long is silence
 _SILENT_SECONDS: Final = 7.0  # a worker announces itself every 2; three missed, and it is given no more
 _LOOK_SECONDS: Final = 0.1  # an idle worker's longest wait for a chunk that another replica queued
-_RAW_WORKER: Final = timedelta(
-    seconds=30
-)  # how long a raw worker is waited for before a chunk goes to one that must refuse
+_RAW_WORKER: Final = timedelta(seconds=30)  # unheard of: then a chunk that needs raw goes to one that must refuse it
 _EXTRA: Final = 16  # chunks that 2 seconds of work beyond the slots can hold, about; more are picked next time
 _USERS: Final = 64  # looked at in one round: the neediest
+_PICKS: Final = 128  # chunks in one round, so that a round reads some thousands at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,21 +41,32 @@ class _Announced:
 class Dispatcher:
     """Handles scan-workers, and fills the workers whose partitions this replica holds."""
 
-    def __init__(self, store: Store, publisher: Publisher, lease_seconds: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        publisher: Publisher,
+        lease_seconds: float,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._store = store
         self._publisher = publisher
+        self._monotonic = monotonic
         self._lease_seconds = lease_seconds
         self._workers: dict[str, _Announced] = {}
         self._caught_up: set[int] = set()
         self._unclaimed: dict[int, Watch] = {}
+        self._idle = False
+        self._woken = False
         self.loop = Loop("dispatch", _LOOK_SECONDS, self.fill)
 
     def wake(self) -> None:
         """There may be new work or a free slot."""
+        self._woken = True
         self.loop.wake()
 
     async def handle(self, records: Sequence[Record]) -> None:
-        now = time.monotonic()
+        now = self._monotonic()
         heard: dict[str, Credit] = {}
         for record in records:
             ready = record.message
@@ -77,6 +87,7 @@ class Dispatcher:
 
     async def caught_up(self, partitions: Collection[int]) -> None:
         """From now on the credits in these partitions are current; and queue again what nobody claimed."""
+        now = self._monotonic()
         self._caught_up |= set(partitions)
         waiting: dict[int, list[Chunk]] = defaultdict(list)
         for chunk in await self._store.watched_chunks(ChunkState.DISPATCHED, partitions):
@@ -85,7 +96,7 @@ class Dispatcher:
             chunk.id: chunk.attempt
             for partition in partitions
             if partition in self._unclaimed
-            for chunk in self._unclaimed[partition].overdue(waiting[partition], time.monotonic())
+            for chunk in self._unclaimed[partition].overdue(waiting[partition], now)
         }
 
         def take_back(chunk: Chunk) -> Chunk:
@@ -93,26 +104,38 @@ class Dispatcher:
                 return chunk
             return give_back(chunk, chunk.reason)
 
-        if late:
-            await change(self._store, late, take_back)
-            self.wake()
+        if not late:
+            return
+        refunds: dict[int, float] = defaultdict(float)
+        for each in await change(self._store, late, take_back):
+            if each.moved:
+                refunds[each.after.user_id] -= each.before.charged
+        await self._store.charge(refunds)
+        self.wake()
 
     async def fill(self) -> None:
         """Give queued chunks to workers until there is no chunk or no room.
 
+        Without news only idle workers are worth a look: a full one announces itself when it has room again.
+
         Raises:
             DependencyError: chunks may be dispatched whose message was not sent; they time out and go again.
         """
+        if not (self._woken or self._idle):
+            return
+        self._woken = False
         while await self._round():
             pass
 
     async def _round(self) -> bool:
-        silent = time.monotonic() - _SILENT_SECONDS
+        silent = self._monotonic() - _SILENT_SECONDS
         self._workers = {id_: each for id_, each in self._workers.items() if each.heard > silent}
         mine = [each.credit for each in self._workers.values() if each.credit.partition in self._caught_up]
-        if not any(credit.slots for credit in mine) or not await self._store.waiting_users(raw=True):
+        self._idle = any(credit.slots for credit in mine)
+        if not self._idle or not await self._store.waiting_users(raw=True):
             return False
         credits_ = await self._store.held(mine)
+        self._idle = any(credit.held < credit.slots for credit in credits_)
         raw_elsewhere = await self._store.raw_worker_seen(_RAW_WORKER)
         # While a raw worker lives, what needs one waits for it; when none does, the others may say no.
         given = await self._give([each for each in credits_ if each.raw or not raw_elsewhere], raw=True)
@@ -120,37 +143,58 @@ class Dispatcher:
         return bool(given)
 
     async def _give(self, credits_: Iterable[Credit], *, raw: bool) -> int:
-        workers = {credit.worker_id: credit for credit in credits_}
-        room = sum(max(0, credit.slots - credit.held) + _EXTRA for credit in workers.values() if credit.slots)
-        if not room:
+        """Answer how many chunks left the queue."""
+        workers = {credit.worker_id: credit for credit in credits_ if credit.slots}
+        if not workers:
             return 0
+        room = min(_PICKS, sum(max(0, credit.slots - credit.held) + _EXTRA for credit in workers.values()))
         clocks = fairness.wake(await self._store.clocks(), await self._store.waiting_users(raw=raw))
         neediest = sorted(clocks.values(), key=lambda clock: clock.time)[:_USERS]
-        queues = await asyncio.gather(*(self._store.queue(clock.user_id, room, raw=raw) for clock in neediest))
+        heads = await asyncio.gather(*(self._store.queue(clock.user_id, room, raw=raw) for clock in neediest))
+        jobs = await self._store.jobs({chunk.job_id for head in heads for chunk in head})
+        queues = {
+            clock.user_id: [chunk for chunk in head if not jobs[chunk.job_id].final]
+            for clock, head in zip(neediest, heads, strict=True)
+        }
         picked: list[Chunk] = []
-        for chunk in fairness.order(clocks, dict(zip((clock.user_id for clock in neediest), queues, strict=True))):
+        for chunk in fairness.order(clocks, queues):
             free = [credit for credit in workers.values() if fairness.room(credit, chunk)]
             if not free:
                 break
             worker = min(free, key=lambda credit: credit.held / credit.slots)
             workers[worker.worker_id] = fairness.give(worker, chunk)
             picked.append(dispatch(chunk, worker.worker_id, worker.partition))
-        return await self._send(picked, clocks.values())
+        over = [chunk.id for head in heads for chunk in head if jobs[chunk.job_id].final]
+        return await self._send(picked, jobs, clocks.values()) + await self._cancel(over)
 
-    async def _send(self, picked: Sequence[Chunk], clocks: Iterable[fairness.Clock]) -> int:
+    async def _send(
+        self,
+        picked: Sequence[Chunk],
+        jobs: Mapping[int, ScanJob],
+        clocks: Iterable[fairness.Clock],
+    ) -> int:
         if not picked:
             return 0
         losers = await self._store.save_chunks(picked)
         sent = [chunk for chunk in picked if chunk.id not in losers]
-        jobs = await self._store.jobs({chunk.job_id for chunk in sent})
-        tasks = [self._task(chunk, jobs[chunk.job_id]) for chunk in sent]
-        await self._publisher.publish(SCAN_TASKS, tasks)
+        await self._publisher.publish(SCAN_TASKS, [self._task(chunk, jobs[chunk.job_id]) for chunk in sent])
         charges: dict[int, float] = defaultdict(float)
         for chunk in sent:
             charges[chunk.user_id] += chunk.charged
         await self._store.wake_clocks(clocks)
         await self._store.charge(charges)
         return len(sent)
+
+    async def _cancel(self, over: Collection[str]) -> int:
+        """Chunks of a job that has ended: somebody was still making them when it did."""
+        if not over:
+            return 0
+        changed = await change(
+            self._store,
+            over,
+            lambda chunk: cancel(chunk) if chunk.state is ChunkState.QUEUED else chunk,
+        )
+        return sum(each.moved for each in changed)
 
     def _task(self, chunk: Chunk, job: ScanJob) -> ScanChunk:
         return ScanChunk(

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Final
 
 import structlog
 
-from job_orchestrator.domain import ledger, plan
-from job_orchestrator.domain.chunk import HELD, OPEN, ChunkState, cancel
+from job_orchestrator.domain import plan
+from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState, cancel
 from job_orchestrator.domain.job import JobTrigger, ScanJob, observe, published
 from job_orchestrator.domain.job import change as change_job
+from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.store import Store
 from job_orchestrator.handlers.chunks import change as change_chunks
 from job_orchestrator.handlers.chunks import stop
 from scanfleet.bus import Publisher
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError
+from scanfleet.loop import Loop
 from scanfleet.messages import JobProgressed, JobStatus
 from scanfleet.messages.topics import SCAN_EVENTS, SCAN_TASKS
 
@@ -28,7 +31,8 @@ _log = structlog.get_logger()
 _ROUNDS: Final = 50  # a job needs about five; more is other replicas winning every race
 _PROGRESS_SECONDS: Final = 1.0  # between two events of one job's progress
 _CHUNKS_A_SECOND: Final = 1_000  # read for progress at most, so that a huge job's progress does not cost a core
-_INSERT: Final = 1_000  # chunks in one write
+_PAGE: Final = 1_000  # chunks made or cancelled at once: about 100 ms, and then it is another job's turn
+_BULK_SECONDS: Final = 10.0  # between looks for bulk work; it is woken when there is some
 
 _BEGUN: Final = (ChunkState.RUNNING, ChunkState.SCANNED, ChunkState.STORED, ChunkState.FAILED)
 _DONE: Final = (ChunkState.STORED, ChunkState.FAILED, ChunkState.CANCELLED)
@@ -37,17 +41,31 @@ _DONE: Final = (ChunkState.STORED, ChunkState.FAILED, ChunkState.CANCELLED)
 class Jobs:
     """Drives jobs. Safe to call for any job at any time, on any replica.
 
+    What takes long, making and cancelling the chunks of large jobs, is done page by page by `loop`, so that no handler
+    waits for it and no small job waits for a large one.
+
     Args:
         store: where jobs and chunks are.
         publisher: for job events and stops.
         wake: called when there are new chunks to dispatch.
     """
 
-    def __init__(self, store: Store, publisher: Publisher, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        publisher: Publisher,
+        wake: Callable[[], None],
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._store = store
         self._publisher = publisher
         self._wake = wake
+        self._monotonic = monotonic
         self._next_progress: dict[int, float] = {}
+        self._bulky: set[int] = set()
+        self._plans: dict[int, Iterator[Chunk]] = {}
+        self.loop = Loop("bulk", _BULK_SECONDS, self.work)
 
     async def reconcile(self, job_ids: Collection[int]) -> None:
         """Bring these jobs to where their chunks say that they are.
@@ -61,16 +79,26 @@ class Jobs:
                 return
             jobs = await self._store.jobs(left)
             states = await self._store.chunk_states(left)
-            left, changed = set(), []
-            for job in jobs.values():
-                after = await self._step(job, states[job.id])
-                if after is None:
-                    left.add(job.id)
-                elif after != job:
-                    left.add(job.id)
-                    changed.append(after)
+            changed = [after for job in jobs.values() if (after := await self._step(job, states[job.id])) != job]
             await self._save(changed)
+            left = {job.id for job in changed}
         raise DependencyError(f"jobs kept changing under us: {sorted(left)[:5]}")
+
+    async def work(self) -> None:
+        """Make or cancel the next page of chunks of each job that was found to lack it.
+
+        Raises:
+            DependencyError: what is left undone is found again by `reconcile`.
+        """
+        wanted = set(self._bulky)
+        jobs = await self._store.jobs(wanted)
+        made = await self._make([job for job in jobs.values() if not job.final])
+        unmade = {job.id for job in jobs.values() if not job.final} - made
+        self._bulky -= wanted - unmade
+        await self.reconcile(wanted - unmade)
+        self._bulky -= made  # what a whole plan did not mend is not tried at once again
+        if self._bulky:
+            self.loop.wake()
 
     async def relay(self, job_ids: Collection[int]) -> None:
         """Publish what these jobs have in their outboxes, in order, and then empty them.
@@ -86,73 +114,91 @@ class Jobs:
         Raises:
             DependencyError: nothing is lost; the next second tells more.
         """
-        now = time.monotonic()
-        due = [job_id for job_id in job_ids if self._next_progress.get(job_id, 0.0) <= now]
-        events: list[JobProgressed] = []
+        now = self._monotonic()
+        self._next_progress = {id_: due for id_, due in self._next_progress.items() if due > now}
+        due = [job_id for job_id in job_ids if job_id not in self._next_progress]
+        seen: dict[int, tuple[ScanJob, JobProgressed]] = {}
         for job in (await self._store.jobs(due)).values() if due else ():
             if job.status is not JobStatus.RUNNING:
-                self._next_progress.pop(job.id, None)
                 continue
             self._next_progress[job.id] = now + max(_PROGRESS_SECONDS, job.chunk_count / _CHUNKS_A_SECOND)
-            tally = ledger.tally(job.status, await self._store.job_chunks(job.id))
-            seen = observe(job, ledger.progress(job, tally), tally.machines_found, utc_now())
-            if seen and not await self._store.save_jobs([seen[0]]):
-                events.append(seen[1])
-        if events:
-            await self._publisher.publish(SCAN_EVENTS, events)
+            tally = await self._tally(job)
+            if news := observe(job, tally.progress, tally.machines_found, utc_now()):
+                seen[job.id] = news
+        losers = await self._store.save_jobs([job for job, _ in seen.values()])
+        await self._publisher.publish(SCAN_EVENTS, [event for id_, (_, event) in seen.items() if id_ not in losers])
 
-    async def _step(self, job: ScanJob, states: Counter[ChunkState]) -> ScanJob | None:
-        """The job as it should be stored now, or None when only its chunks were changed."""
-        done = sum(states[state] for state in _DONE)
+    async def _step(self, job: ScanJob, states: Counter[ChunkState]) -> ScanJob:
+        """The job as it should be stored now."""
         if job.final:
-            if any(states[state] for state in OPEN):
-                await self._cancel_chunks(job)
-                return None
-            return replace(job, settled=True)
+            await self._cancel(job, states)
+            return replace(job, settled=not any(states[state] for state in OPEN))
         if states.total() < job.chunk_count:
-            await self._insert_chunks(job)
-            return None
+            self._is_bulky(job)
         if job.status is JobStatus.PENDING:
             begun = any(states[state] for state in _BEGUN)
             return change_job(job, JobTrigger.START, utc_now()) if begun else job
-        return await self._end(job) if done == job.chunk_count else job
-
-    async def _insert_chunks(self, job: ScanJob) -> None:
-        chunks = list(plan.chunks(job, await self._store.first_turn(job.user_id)))
-        for start in range(0, len(chunks), _INSERT):
-            await self._store.insert_chunks(chunks[start : start + _INSERT])
-        self._wake()
+        return await self._end(job) if sum(states[state] for state in _DONE) == job.chunk_count else job
 
     async def _end(self, job: ScanJob) -> ScanJob:
-        chunks = await self._store.job_chunks(job.id)
-        tally = ledger.tally(job.status, chunks)
-        counts = ledger.counts(job, tally)
-        proven = sum(counts[name] for name in ledger.ACCOUNTED) == job.addresses * job.ports
-        self._next_progress.pop(job.id, None)
-        if proven and all(chunk.state is ChunkState.STORED for chunk in chunks):
+        tally = await self._tally(job)
+        if tally.accounted and tally.chunks[ChunkState.STORED] == job.chunk_count:
             trigger, progress, error = JobTrigger.COMPLETE, 100, ""
         else:
-            trigger = JobTrigger.FAIL
-            progress, error = max(job.progress, ledger.progress(job, tally)), ledger.error(tally)
-        found = max(job.machines_found, tally.machines_found)
+            trigger, progress, error = JobTrigger.FAIL, max(job.progress, tally.progress), tally.error
         return change_job(
             replace(job, settled=True),
             trigger,
             utc_now(),
             progress=progress,
-            machines_found=found,
+            machines_found=max(job.machines_found, tally.machines_found),
             error=error,
         )
 
-    async def _cancel_chunks(self, job: ScanJob) -> None:
-        open_chunks = await self._store.job_chunks(job.id, OPEN)
-        changed = await change_chunks(
-            self._store,
-            [chunk.id for chunk in open_chunks],
-            lambda chunk: cancel(chunk) if chunk.state in OPEN else chunk,
-        )
-        stops = [stop(each.before, f"job {job.status}") for each in changed if each.moved and each.before.state in HELD]
-        await self._publisher.publish(SCAN_TASKS, stops)
+    async def _tally(self, job: ScanJob) -> Tally:
+        tally = Tally(job)
+        async for chunk in self._store.job_chunks(job.id):
+            tally.add(chunk)
+        return tally
+
+    def _is_bulky(self, job: ScanJob) -> None:
+        self._bulky.add(job.id)
+        self.loop.wake()
+
+    async def _make(self, jobs: Sequence[ScanJob]) -> set[int]:
+        """Store the next chunks of each job; answer the jobs that have all now."""
+        plans, self._plans = self._plans, {}  # if the insert fails they begin anew, and nothing is left out
+        batch: list[Chunk] = []
+        made: set[int] = set()
+        turns = {user_id: await self._store.first_turn(user_id) for user_id in {job.user_id for job in jobs}}
+        for job in jobs:
+            chunks = plans.get(job.id) or plan.chunks(job, turns[job.user_id])
+            share = -(-_PAGE // len(jobs))
+            page = list(islice(chunks, share))
+            batch += page
+            if len(page) < share:
+                made.add(job.id)
+            plans[job.id] = chunks
+        await self._store.insert_chunks(batch)
+        self._plans = {job.id: plans[job.id] for job in jobs if job.id not in made}
+        if batch:
+            self._wake()
+        return made
+
+    async def _cancel(self, job: ScanJob, states: Counter[ChunkState]) -> None:
+        """Cancel a page of the chunks that are not final, first those that send packets now."""
+        for kind in (HELD, OPEN - HELD):
+            count = sum(states[state] for state in kind)
+            if not count:
+                continue
+            changed = await change_chunks(
+                self._store,
+                await self._store.chunks_in(job.id, kind, _PAGE),
+                lambda chunk: cancel(chunk) if chunk.state in OPEN else chunk,
+            )
+            held = [each.before for each in changed if each.moved and each.before.state in HELD]
+            await self._publisher.publish(SCAN_TASKS, [stop(chunk, f"job {job.status}") for chunk in held])
+            self._is_bulky(job)  # it is settled only when a look finds none
 
     async def _save(self, jobs: list[ScanJob]) -> None:
         losers = await self._store.save_jobs(jobs)
@@ -165,7 +211,8 @@ class Jobs:
         sent = {job.id: {out.event.event_id for out in job.outbox} for job in jobs}
         left: Collection[ScanJob] = jobs
         for _ in range(_ROUNDS):
-            losers = await self._store.save_jobs([published(job, sent[job.id]) for job in left])
+            emptied = [(job, published(job, sent[job.id])) for job in left]
+            losers = await self._store.save_jobs([after for job, after in emptied if after != job])
             if not losers:
                 return
             left = (await self._store.jobs(losers)).values()

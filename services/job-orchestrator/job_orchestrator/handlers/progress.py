@@ -23,7 +23,7 @@ from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.watch import Watch
 from job_orchestrator.handlers.chunks import Changed, change, stop
 from job_orchestrator.handlers.jobs import Jobs
-from job_orchestrator.metrics import LEASES_EXPIRED, STALE_REPORTS
+from job_orchestrator.metrics import LEASES_EXPIRED, STALE_REPORTS, UNKNOWN_CHUNKS
 from scanfleet.bus import Publisher, Record
 from scanfleet.clock import utc_now
 from scanfleet.errors import MessageError
@@ -59,11 +59,14 @@ class Progress:
         jobs: Jobs,
         wake: Callable[[], None],
         lease_seconds: float,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._publisher = publisher
         self._jobs = jobs
         self._wake = wake
+        self._monotonic = monotonic
         self._leases: dict[int, Watch] = {}
         self._lease_seconds = lease_seconds
 
@@ -82,6 +85,9 @@ class Progress:
 
         changed = await change(self._store, by_chunk, decide)
         self._renew(changed, effects)
+        for id_ in by_chunk.keys() - effects.keys():
+            effects[id_] = _Effects([_stop(report, "no such chunk") for report, _ in by_chunk[id_] if _scans(report)])
+            UNKNOWN_CHUNKS.inc(len(by_chunk[id_]))
         STALE_REPORTS.inc(sum(each.stale for each in effects.values()))
         await self._publisher.publish(SCAN_TASKS, [stop for each in effects.values() for stop in each.stops])
         charges: dict[int, float] = defaultdict(float)
@@ -104,6 +110,7 @@ class Progress:
 
     async def caught_up(self, partitions: Collection[int]) -> None:
         """Judge the leases: only now is silence known to be the workers', not ours."""
+        now = self._monotonic()
         running: dict[int, list[Chunk]] = defaultdict(list)
         for chunk in await self._store.watched_chunks(ChunkState.RUNNING, partitions):
             running[chunk.partition].append(chunk)
@@ -111,7 +118,7 @@ class Progress:
             chunk.id: chunk.attempt
             for partition in partitions
             if partition in self._leases
-            for chunk in self._leases[partition].overdue(running[partition], time.monotonic())
+            for chunk in self._leases[partition].overdue(running[partition], now)
         }
         if not late:
             return
@@ -135,24 +142,30 @@ class Progress:
             return hear(chunk, report, partition, utc_now())
         if chunk.state in OPEN:
             effects.stale += 1
-        if isinstance(report, ChunkClaimed | ChunkProgressed):
-            effects.stops.append(
-                StopChunk(
-                    job_id=report.job_id,
-                    chunk_id=report.chunk_id,
-                    attempt=report.attempt,
-                    worker_id=report.worker_id,
-                    reason=f"the chunk is {chunk.state}, attempt {chunk.attempt}",
-                ),
-            )
+        if _scans(report):
+            effects.stops.append(_stop(report, f"the chunk is {chunk.state}, attempt {chunk.attempt}"))
         return last_words(chunk, report)
 
     def _renew(self, changed: Sequence[Changed], effects: dict[str, _Effects]) -> None:
-        now = time.monotonic()
         for each in changed:
             watch = self._leases.get(each.after.partition)
             if watch and effects[each.after.id].alive and each.after.state is ChunkState.RUNNING:
-                watch.renew(each.after, now)
+                watch.renew(each.after)
+
+
+def _scans(report: WorkerReport) -> bool:
+    """Whether its worker goes on scanning until it is told otherwise."""
+    return isinstance(report, ChunkClaimed | ChunkProgressed)
+
+
+def _stop(report: WorkerReport, reason: str) -> StopChunk:
+    return StopChunk(
+        job_id=report.job_id,
+        chunk_id=report.chunk_id,
+        attempt=report.attempt,
+        worker_id=report.worker_id,
+        reason=reason,
+    )
 
 
 def _report(record: Record) -> WorkerReport:

@@ -9,6 +9,7 @@ from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState, incomplete, s
 from job_orchestrator.domain.store import Store
 from job_orchestrator.handlers.chunks import change
 from job_orchestrator.handlers.jobs import Jobs
+from job_orchestrator.metrics import UNKNOWN_CHUNKS
 from scanfleet.bus import Record
 from scanfleet.errors import MessageError
 from scanfleet.messages import ChunkIncomplete, ChunkStored
@@ -32,6 +33,8 @@ class Stored:
 
         def decide(chunk: Chunk) -> Chunk:
             for verdict in by_chunk[chunk.id]:
+                if verdict.job_id != chunk.job_id:
+                    continue
                 if isinstance(verdict, ChunkStored):
                     chunk = store(chunk, verdict.outcomes)
                 else:
@@ -39,6 +42,7 @@ class Stored:
             return chunk
 
         changed = await change(self._store, by_chunk, decide)
+        UNKNOWN_CHUNKS.inc(len(by_chunk.keys() - {each.after.id for each in changed}))
         if any(each.moved and (each.before.state in HELD or each.after.state is ChunkState.QUEUED) for each in changed):
             self._wake()
         await self._jobs.reconcile({each.after.job_id for each in changed if each.moved})

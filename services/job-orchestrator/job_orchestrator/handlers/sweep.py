@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from typing import Final
@@ -11,6 +12,7 @@ from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.store import Store
 from job_orchestrator.handlers.chunks import change, scanned_again
 from job_orchestrator.handlers.jobs import Jobs
+from job_orchestrator.metrics import QUEUED_SECONDS
 from scanfleet.bus import Publisher
 from scanfleet.clock import utc_now
 from scanfleet.messages.topics import SCAN_RESULTS
@@ -30,10 +32,19 @@ class Sweeper:
         stored_seconds: how long a scanned chunk waits for result-store before it is asked again.
     """
 
-    def __init__(self, store: Store, publisher: Publisher, jobs: Jobs, stored_seconds: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        publisher: Publisher,
+        jobs: Jobs,
+        stored_seconds: float,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._store = store
         self._publisher = publisher
         self._jobs = jobs
+        self._monotonic = monotonic
         self._patience = timedelta(seconds=stored_seconds)
         self._reconciled = float("-inf")
 
@@ -45,9 +56,11 @@ class Sweeper:
         """
         await self._jobs.relay(await self._store.jobs_with_old_events(utc_now() - _OLD_EVENT, _PAGE))
         await self._ask_again()
-        if time.monotonic() - self._reconciled > _RECONCILE_SECONDS:
+        now = self._monotonic()
+        if now - self._reconciled > _RECONCILE_SECONDS:
             await self._reconcile_all()
-            self._reconciled = time.monotonic()
+            QUEUED_SECONDS.set(await self._store.queued_seconds())
+            self._reconciled = now
 
     async def _ask_again(self) -> None:
         overdue = await self._store.overdue_chunks(utc_now() - self._patience, _PAGE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice
@@ -153,12 +153,18 @@ class MemoryStore:
     async def chunks(self, ids: Collection[str]) -> dict[str, Chunk]:
         return {id_: self._chunks[id_] for id_ in ids if id_ in self._chunks}
 
-    async def job_chunks(self, job_id: int, states: Collection[ChunkState] | None = None) -> list[Chunk]:
-        mine = (c for c in self._chunks.values() if c.job_id == job_id and (states is None or c.state in states))
-        return sorted(mine, key=lambda chunk: chunk.index)
+    async def job_chunks(self, job_id: int) -> AsyncIterator[Chunk]:
+        for chunk in sorted((c for c in self._chunks.values() if c.job_id == job_id), key=lambda c: c.index):
+            yield chunk
+
+    async def chunks_in(self, job_id: int, states: Collection[ChunkState], limit: int) -> list[str]:
+        mine = (c.id for c in self._chunks.values() if c.job_id == job_id and c.state in states)
+        return list(islice(mine, limit))
 
     async def save_chunks(self, chunks: Sequence[Chunk]) -> set[str]:
-        losers = {chunk.id for chunk in chunks if self._chunks[chunk.id].rev != chunk.rev}
+        losers = {
+            chunk.id for chunk in chunks if chunk.id not in self._chunks or self._chunks[chunk.id].rev != chunk.rev
+        }
         self._chunks |= {chunk.id: replace(chunk, rev=chunk.rev + 1) for chunk in chunks if chunk.id not in losers}
         return losers
 

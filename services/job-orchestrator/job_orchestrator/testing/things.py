@@ -1,0 +1,69 @@
+"""Jobs and chunks as small as they can be."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from job_orchestrator.domain import plan
+from job_orchestrator.domain.chunk import Chunk
+from job_orchestrator.domain.job import ScanJob, create
+from scanfleet.policy import Preset, ScanPolicy, fill_in
+from scanfleet.targets import Target
+
+THEN: Final = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def scan_policy(**given: Any) -> ScanPolicy:
+    """Two ports, connect, unless said otherwise."""
+    return fill_in(Preset.QUICK, {"ports": "22,80"} | given)
+
+
+def scan_job(
+    id_: int = 1,
+    *,
+    user_id: int = 7,
+    cidr: str = "127.9.8.0/30",
+    exclude: tuple[str, ...] = (),
+    policy: ScanPolicy | None = None,
+    **changed: Any,
+) -> ScanJob:
+    """A new job as a command makes it."""
+    policy = policy or scan_policy()
+    planned = plan.plan(policy, Target.parse(cidr, exclude))
+    fields: dict[str, Any] = {
+        "id": id_,
+        "user_id": user_id,
+        "policy_id": 1,
+        "subnet_id": 1,
+        "cidr": cidr,
+        "exclude": exclude,
+        "policy": policy,
+        "addresses": planned.addresses,
+        "excluded": planned.excluded,
+        "ports": planned.ports,
+        "chunk_addresses": planned.chunk_addresses,
+        "chunk_count": planned.chunk_count,
+        "created_at": THEN,
+        "updated_at": THEN,
+        "command_id": f"command-{id_}",
+    }
+    return create(ScanJob(**(fields | changed)))
+
+
+def chunk(**changed: Any) -> Chunk:
+    """A queued chunk of four addresses and two ports."""
+    fields: dict[str, Any] = {
+        "id": "1-0",
+        "job_id": 1,
+        "user_id": 7,
+        "index": 0,
+        "turn": 0,
+        "first_address": "127.9.8.0",
+        "outcomes": "....",
+        "ports": "22,80",
+        "port_count": 2,
+        "estimate": 0.5,
+        "needs_raw": False,
+    }
+    return Chunk(**(fields | changed))

@@ -1,0 +1,336 @@
+"""A small world around real handlers: a bus in memory, scripted workers and a stand-in for result-store.
+
+Nothing runs by itself. A test delivers messages, lets time pass and breaks things where it wants to.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from typing import Any, Final
+from uuid import uuid4
+
+from job_orchestrator.domain.store import Policy, Store, Subnet
+from job_orchestrator.main import Orchestrator
+from job_orchestrator.testing.things import scan_policy
+from scanfleet.bus import Publisher, Record
+from scanfleet.clock import utc_now
+from scanfleet.messages import (
+    CancelJob,
+    ChunkClaimed,
+    ChunkFailed,
+    ChunkIncomplete,
+    ChunkProgressed,
+    ChunkReleased,
+    ChunkScanned,
+    ChunkStored,
+    Job,
+    JobEvent,
+    ScanChunk,
+    StopChunk,
+    SubmitJobs,
+    WorkerReady,
+)
+from scanfleet.messages.envelope import decode
+from scanfleet.messages.topics import (
+    SCAN_COMMANDS,
+    SCAN_EVENTS,
+    SCAN_PROGRESS,
+    SCAN_REPLIES,
+    SCAN_RESULTS,
+    SCAN_STORED,
+    SCAN_TASKS,
+    SCAN_WORKERS,
+    Topic,
+)
+from scanfleet.outcomes import Outcome
+from scanfleet.policy import ScanPolicy
+from scanfleet.targets import TargetRules, parse_network
+from scanfleet.testing.bus import MemoryBus
+
+RULES: Final = TargetRules((parse_network("127.0.0.0/8"),))
+_READ: Final = (SCAN_COMMANDS, SCAN_WORKERS, SCAN_PROGRESS, SCAN_STORED)
+_EVERY_PARTITION: Final = range(SCAN_PROGRESS.partitions)
+_STEPS: Final = 1_000  # in which a world comes to rest; one that does not goes in circles
+
+
+class _Deaf:
+    """A handler that is no owner of partitions."""
+
+    async def assigned(self, partitions: Collection[int]) -> None: ...
+
+    async def revoked(self, partitions: Collection[int]) -> None: ...
+
+    async def caught_up(self, partitions: Collection[int]) -> None: ...
+
+
+class Worker(_Deaf):
+    """A handler of scan-tasks that scans by magic. With `hold` it only notes what it was told.
+
+    Attributes:
+        letter: what becomes of every address.
+        tasks: what it was given, in order.
+        stops: what it was told to stop.
+    """
+
+    def __init__(self, publisher: Publisher, worker_id: str = "w-1", *, slots: int = 4, raw: bool = False) -> None:
+        self.publisher = publisher
+        self.worker_id = worker_id
+        self.slots = slots
+        self.raw = raw
+        self.hold = False
+        self.letter = "s"
+        self.tasks: list[ScanChunk] = []
+        self.stops: list[StopChunk] = []
+
+    async def announce(self) -> None:
+        ready = WorkerReady(worker_id=self.worker_id, slots=self.slots, raw=self.raw)
+        await self.publisher.publish(SCAN_WORKERS, [ready])
+
+    async def handle(self, records: Sequence[Record]) -> None:
+        for record in records:
+            match record.message:
+                case ScanChunk() as task if task.worker_id == self.worker_id:
+                    self.tasks.append(task)
+                    if not self.hold:
+                        await self.claim(task)
+                        await self.scanned(task)
+                        await self.announce()
+                case StopChunk() as stop if stop.worker_id == self.worker_id:
+                    self.stops.append(stop)
+
+    async def claim(self, task: ScanChunk) -> None:
+        await self.publisher.publish(SCAN_PROGRESS, [ChunkClaimed(**_token(task))])
+
+    async def progress(self, task: ScanChunk, outcomes: str) -> None:
+        await self.publisher.publish(SCAN_PROGRESS, [ChunkProgressed(**_token(task), outcomes=outcomes)])
+
+    async def release(self, task: ScanChunk, outcomes: str | None = None) -> None:
+        outcomes = outcomes or task.outcomes
+        released = ChunkReleased(**_token(task), outcomes=outcomes, reason="leaving", slot_seconds=0.1)
+        await self.publisher.publish(SCAN_PROGRESS, [released])
+
+    async def fail(self, task: ScanChunk, reason: str = "nmap died", outcomes: str | None = None) -> None:
+        outcomes = outcomes or task.outcomes
+        failed = ChunkFailed(**_token(task), outcomes=outcomes, reason=reason, slot_seconds=0.1)
+        await self.publisher.publish(SCAN_PROGRESS, [failed])
+
+    async def scanned(self, task: ScanChunk, outcomes: str | None = None) -> None:
+        """Tell result-store first, then the orchestrator."""
+        scanned = ChunkScanned(
+            **_token(task),
+            outcomes=outcomes or task.outcomes.replace(Outcome.BLANK, self.letter),
+            first_address=task.first_address,
+            slot_seconds=0.1,
+            technique="connect",
+        )
+        await self.publisher.publish(SCAN_RESULTS, [scanned])
+        await self.publisher.publish(SCAN_PROGRESS, [scanned])
+
+
+class ResultStore(_Deaf):
+    """A handler of scan-results that finds every host where the map says that it is.
+
+    Attributes:
+        missing: addresses by chunk that it misses, once.
+    """
+
+    def __init__(self, publisher: Publisher) -> None:
+        self._publisher = publisher
+        self._maps: dict[str, str] = {}
+        self.missing: dict[str, tuple[str, ...]] = {}
+
+    async def handle(self, records: Sequence[Record]) -> None:
+        for record in records:
+            if not isinstance(scanned := record.message, ChunkScanned):
+                continue
+            addresses = self.missing.pop(scanned.chunk_id, ())
+            answer: ChunkStored | ChunkIncomplete
+            if addresses:
+                answer = ChunkIncomplete(**_token(scanned), addresses=addresses)
+            else:
+                outcomes = self._maps.setdefault(scanned.chunk_id, scanned.outcomes)
+                answer = ChunkStored(job_id=scanned.job_id, chunk_id=scanned.chunk_id, outcomes=outcomes)
+            await self._publisher.publish(SCAN_STORED, [answer])
+
+
+class World:
+    """Replicas of the orchestrator on one store and one bus, a worker and a result-store.
+
+    Attributes:
+        now: the monotonic clock of all replicas.
+        workers: hear of every task.
+        results: hears of every result; None while it is down.
+    """
+
+    def __init__(self, store: Store, *, replicas: int = 1, bus: MemoryBus | None = None) -> None:
+        self.now = 1_000.0
+        self.store = store
+        self.bus = bus or MemoryBus()
+        self.worker = Worker(self.bus)
+        self.workers = [self.worker]
+        self.results: ResultStore | None = ResultStore(self.bus)
+        self._read: dict[str, int] = defaultdict(int)
+        self.replicas = [self.replica() for _ in range(replicas)]
+
+    def replica(self, store: Store | None = None, publisher: Publisher | None = None) -> Orchestrator:
+        """A new process, on doubles if they are given."""
+        return Orchestrator(
+            store or self.store,
+            publisher or self.bus,
+            rules=RULES,
+            lease_seconds=30.0,
+            stored_seconds=60.0,
+            monotonic=lambda: self.now,
+        )
+
+    @property
+    def only(self) -> Orchestrator:
+        (replica,) = self.replicas
+        return replica
+
+    async def start(self) -> None:
+        """Share the partitions out, as a rebalance does: all start afresh."""
+        for number, replica in enumerate(self.replicas):
+            for handler in replica.handlers.values():
+                await handler.revoked(_EVERY_PARTITION)
+                await handler.assigned(self._partitions(number))
+        await self.catch_up()
+
+    async def restart(self, number: int = 0) -> None:
+        """Another process takes the place of a replica that has died."""
+        self.replicas[number] = self.replica()
+        await self.start()
+
+    async def catch_up(self) -> None:
+        for number, replica in enumerate(self.replicas):
+            for handler in replica.handlers.values():
+                await handler.caught_up(self._partitions(number))
+
+    async def wait(self, seconds: int) -> None:
+        """Let time pass in which all is read as it comes, and workers announce themselves."""
+        for _ in range(seconds):
+            self.now += 1.0
+            for worker in self.workers:
+                await worker.announce()
+            await self.settle()
+            await self.catch_up()
+            for replica in self.replicas:
+                await replica.sweeper.sweep()
+            await self.settle()
+
+    async def settle(self) -> None:
+        """Deliver all messages and do all that they lead to, until there are none."""
+        for _ in range(_STEPS):
+            heard = await self.deliver()
+            for replica in self.replicas:
+                await replica.jobs.work()
+                await replica.dispatcher.fill()
+            if not heard and not self._waiting():
+                return
+        raise AssertionError("this world does not come to rest")
+
+    async def deliver(self) -> bool:
+        """Deliver once what was sent since the last time; answers whether there was anything."""
+        batches = {topic: self.take(topic) for topic in (*_READ, SCAN_TASKS, SCAN_RESULTS)}
+        for topic, records in batches.items():
+            await self.hand(topic, records)
+        return any(batches.values())
+
+    async def hand(self, topic: Topic, records: Sequence[Record]) -> None:
+        """Give these records to whom they concern, in one batch each."""
+        if not records:
+            return
+        if topic is SCAN_TASKS:
+            for worker in self.workers:
+                await worker.handle(records)
+        elif topic is SCAN_RESULTS:
+            if self.results:
+                await self.results.handle(records)
+        else:
+            for number, replica in enumerate(self.replicas):
+                if mine := [record for record in records if record.partition in self._partitions(number)]:
+                    await replica.handlers[topic].handle(mine)
+
+    def take(self, topic: Topic) -> list[Record]:
+        """What was sent to a topic since the last time."""
+        raw = self.bus.broker.records(topic.name)
+        new = raw[self._read[topic.name] :]
+        self._read[topic.name] = len(raw)
+        return [Record(decode(topic, r), r.topic, r.partition, r.offset, r.timestamp) for r in new]
+
+    def _waiting(self) -> bool:
+        return any(len(self.bus.broker.records(topic.name)) > self._read[topic.name] for topic in (*_READ, SCAN_TASKS))
+
+    def _partitions(self, number: int) -> range:
+        return _EVERY_PARTITION[number :: len(self.replicas)]
+
+    # What users do and see
+
+    async def add(self, *cidrs: str, user_id: int = 7, policy: ScanPolicy | None = None) -> tuple[int, list[int]]:
+        """A policy and subnets; answers their ids."""
+        now = utc_now()
+        (policy_id,) = await self.store.take_ids("policies")
+        ids = await self.store.take_ids("subnets", len(cidrs))
+        scan = policy or scan_policy()
+        common: dict[str, Any] = {"user_id": user_id, "name": "x", "created_at": now, "updated_at": now}
+        await self.store.add_policy(Policy(id=policy_id, scan=scan, **common))
+        for id_, cidr in zip(ids, cidrs, strict=True):
+            await self.store.add_subnet(Subnet(id=id_, cidr=cidr, exclude=(), **common))
+        return policy_id, list(ids)
+
+    async def submit(
+        self,
+        *cidrs: str,
+        user_id: int = 7,
+        policy: ScanPolicy | None = None,
+        key: str | None = None,
+    ) -> str:
+        """Send a submit for new subnets; answers its command id."""
+        policy_id, subnet_ids = await self.add(*(cidrs or ("127.9.8.0/30",)), user_id=user_id, policy=policy)
+        return await self.send(policy_id, subnet_ids, user_id=user_id, key=key)
+
+    async def send(
+        self,
+        policy_id: int,
+        subnet_ids: Sequence[int],
+        *,
+        user_id: int = 7,
+        key: str | None = None,
+    ) -> str:
+        command = SubmitJobs(
+            command_id=uuid4().hex,
+            user_id=user_id,
+            policy_id=policy_id,
+            subnet_ids=tuple(subnet_ids),
+            idempotency_key=key,
+        )
+        await self.bus.publish(SCAN_COMMANDS, [command])
+        return command.command_id
+
+    async def cancel(self, job_id: int, user_id: int = 7) -> str:
+        command = CancelJob(command_id=uuid4().hex, user_id=user_id, job_id=job_id)
+        await self.bus.publish(SCAN_COMMANDS, [command])
+        return command.command_id
+
+    def replies(self, command_id: str) -> list[Any]:
+        return [each for each in self.bus.messages(SCAN_REPLIES) if getattr(each, "command_id", "") == command_id]
+
+    def accepted(self, command_id: str) -> list[Job]:
+        """The jobs of the first reply."""
+        jobs: list[Job] = list(self.replies(command_id)[0].jobs)
+        return jobs
+
+    def events(self, job_id: int) -> list[JobEvent]:
+        """All events of a job as they were published, duplicates too."""
+        events = [each for each in self.bus.messages(SCAN_EVENTS) if isinstance(each, JobEvent)]
+        return [each for each in events if each.job.id == job_id]
+
+
+def _token(task: ScanChunk | ChunkScanned) -> dict[str, Any]:
+    return {
+        "job_id": task.job_id,
+        "chunk_id": task.chunk_id,
+        "attempt": task.attempt,
+        "worker_id": task.worker_id,
+    }
