@@ -128,6 +128,7 @@ class Stack:
                 return False
             names = [process.name for process in self._supervisor.processes()]
             self._supervisor.stop([name for name in names if name not in SERVERS])
+            self._supervisor.stop([name for name in names if name in SERVERS])
             self._supervisor.shut_down()
             return True
 
@@ -179,7 +180,7 @@ class Stack:
             return not unready
 
         try:
-            until(ready, limit, f"{', '.join(unready)} to be ready")
+            until(ready, limit, "every service to be ready")
         except TimeoutError as error:
             reasons = "".join(f"\n{name} {reason}" for name, reason in unready.items())
             raise StackError(f"{error}{reasons}{self._logs(list(unready))}") from error
@@ -269,8 +270,6 @@ class Stack:
         if service == "api-gateway":
             variables["SCANFLEET_ORCHESTRATOR_URL"] = replica_url("job-orchestrator")
             variables["SCANFLEET_RESULT_STORE_URL"] = replica_url("result-store")
-        if service == "result-store":
-            variables["SCANFLEET_ORCHESTRATOR_URL"] = replica_url("job-orchestrator")
         return {**variables, **self._settings}
 
     def _create_topics(self) -> None:

