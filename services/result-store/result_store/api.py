@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Final, Protocol, cast
 
@@ -32,8 +32,8 @@ _HEADERS: Final = {"Vary": "Accept", "X-Content-Type-Options": "nosniff"}
 
 
 class Results(Protocol):
-    def results(self, job_id: int, user_id: int | None) -> AsyncIterator[list[Result]]:
-        """The job's results in order of creation, in lists of any length; `user_id` limits them to that user's.
+    def results(self, job_id: int, user_id: int | None) -> AsyncIterator[Iterable[Result]]:
+        """The job's results in order of creation, host by host; `user_id` limits them to that user's.
 
         Raises:
             DependencyError: the store is away, maybe halfway.
@@ -96,7 +96,7 @@ def negotiate(accept: str) -> Format:
     return max((JSON, NDJSON, CSV), key=quality)
 
 
-async def write(form: Format, results: AsyncIterator[list[Result]]) -> AsyncIterator[bytes]:
+async def write(form: Format, results: AsyncIterator[Iterable[Result]]) -> AsyncIterator[bytes]:
     """The document in pieces of about `PIECE` bytes; at least one."""
     parts, size, between = [form.head], 0, ""
     async for some in results:

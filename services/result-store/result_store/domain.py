@@ -7,7 +7,7 @@ results, so what comes later, from a superseded worker or a slow replica, adds n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from ipaddress import ip_address
@@ -43,10 +43,11 @@ class Host:
     scanned: HostScanned
     place: Place
 
-    def results(self, first_id: int) -> list[Result]:
+    def results(self, first_id: int) -> Iterator[Result]:
         """Its results in port order, numbered from `first_id`."""
-        return [
-            Result(
+        ports = sorted(self.scanned.ports, key=lambda each: (each.port, each.protocol))
+        for result_id, found in enumerate(ports, first_id):
+            yield Result(
                 id=result_id,
                 job_id=self.scanned.job_id,
                 ip_address=self.scanned.address,
@@ -61,11 +62,6 @@ class Host:
                 created_at=self.place.created_at,
                 updated_at=self.place.created_at,
             )
-            for result_id, found in enumerate(
-                sorted(self.scanned.ports, key=lambda each: (each.port, each.protocol)),
-                first_id,
-            )
-        ]
 
 
 @dataclass(frozen=True, slots=True)

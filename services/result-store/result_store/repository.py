@@ -7,9 +7,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from bson import decode_iter
 from pymongo import ASCENDING
 
 from result_store.domain import ClosedChunk, Host, Place, StoredHost
@@ -18,9 +19,8 @@ from scanfleet.mongo import Database, Document, Ids, bad_days, insert_missing
 from scanfleet.outcomes import Outcome
 from scanfleet.rest import Result
 
-# Hosts held for one reader of results. A tarpit's host, every port of its chunk open, takes 3 MB decoded; a usual one 3 kB,
-# and asking more often than every 25 of them would be felt.
-PAGE: Final = 25
+# Hosts fetched at once for one reader of results. They wait undecoded, usually a kilobyte each and together at most 16 MB.
+PAGE: Final = 100
 
 _WITH_RESULTS: Final = {"first_id": {"$exists": True}}
 _OF_STORED: Final = dict.fromkeys(("chunk_id", "address", "outcome", "created_at", "offset"), True)
@@ -82,7 +82,7 @@ class MongoStore:
         documents = await self._chunks.find({"_id": {"$in": list(chunk_ids)}}).to_list(None)
         return {document["_id"]: _chunk(document) for document in documents}
 
-    async def results(self, job_id: int, user_id: int | None) -> AsyncIterator[list[Result]]:
+    async def results(self, job_id: int, user_id: int | None) -> AsyncIterator[Iterator[Result]]:
         """The job's results in order of creation, host by host; `user_id` limits them to that user's.
 
         Raises:
@@ -91,18 +91,23 @@ class MongoStore:
         query: Document = {"job_id": job_id, **_WITH_RESULTS}
         if user_id is not None:
             query["user_id"] = user_id
+        order = [("created_at", ASCENDING), ("offset", ASCENDING)]
         async with bad_days():
-            cursor = self._hosts.find(query, sort=[("created_at", ASCENDING), ("offset", ASCENDING)], batch_size=PAGE)
+            cursor = self._hosts.find_raw_batches(query, sort=order, batch_size=PAGE)
             try:
-                while page := await cursor.to_list(PAGE):
-                    # A host that came after its chunk was closed is stored too; only the final map tells.
-                    closed = await self.closed({document["chunk_id"] for document in page})
-                    for document in page:
+                async for page in cursor:
+                    # Decoded twice, so that never more than one host is, and a page takes one question.
+                    closed = await self.closed({document["chunk_id"] for document in self._decode(page)})
+                    for document in self._decode(page):
                         chunk = closed.get(document["chunk_id"])
+                        # A host that came after its chunk was closed is stored too; only the final map tells.
                         if chunk is None or chunk.counts(document["address"]):
                             yield _host(document).results(document["first_id"])
             finally:
                 await cursor.close()
+
+    def _decode(self, page: bytes) -> Iterator[Document]:
+        return decode_iter(page, self._hosts.codec_options)
 
 
 def _host_document(host: Host) -> Document:

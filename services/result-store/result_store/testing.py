@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -50,7 +50,7 @@ class MemoryStore:
     async def closed(self, chunk_ids: Collection[str]) -> dict[str, ClosedChunk]:
         return {chunk_id: self.chunks[chunk_id] for chunk_id in chunk_ids if chunk_id in self.chunks}
 
-    async def results(self, job_id: int, user_id: int | None) -> AsyncIterator[list[Result]]:
+    async def results(self, job_id: int, user_id: int | None) -> AsyncIterator[Iterable[Result]]:
         for host, first_id in sorted(
             self.hosts.values(), key=lambda each: (each[0].place.created_at, each[0].place.offset)
         ):

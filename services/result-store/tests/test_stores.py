@@ -58,7 +58,7 @@ async def test_what_is_stored_reads_back(store: Store) -> None:
     )
     [stored] = hosts(host("127.9.8.1", port))
     assert await store.add([stored]) == 1
-    assert await listed(store) == stored.results(1)
+    assert await listed(store) == list(stored.results(1))
 
 
 async def test_the_first_of_equal_hosts_stays(store: Store) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
 import httpx
@@ -29,7 +29,7 @@ ISSUER = Issuer()
 
 
 class AwayStore(MemoryStore):
-    async def results(self, job_id: int, user_id: int | None) -> AsyncIterator[list[Result]]:  # noqa: ARG002 # as in the store
+    async def results(self, job_id: int, user_id: int | None) -> AsyncIterator[Iterable[Result]]:  # noqa: ARG002 # as in the store
         raise DependencyError("mongodb://secret-host is away")
         yield []
 
@@ -295,7 +295,7 @@ async def test_an_answer_goes_out_in_pieces(form: Format) -> None:
     """A large answer is written in pieces of a bounded size, and reading one asks the store for no more than it takes."""
     asked = 0
 
-    async def endless() -> AsyncIterator[list[Result]]:
+    async def endless() -> AsyncIterator[Iterable[Result]]:
         nonlocal asked
         [one] = fold(Log().append(host("127.9.8.1", PortFound(port=80, raw_data="x" * 1000)))).hosts.values()
         while True:
