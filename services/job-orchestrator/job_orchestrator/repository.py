@@ -37,7 +37,7 @@ _INDEXES: Final = {
         IndexModel(
             [("user_id", 1), ("idempotency_key", 1)],
             unique=True,
-            partialFilterExpression={"idempotency_key": {"$type": "string"}},
+            partialFilterExpression={"idempotency_key": {"$exists": True}},
         ),
         # An answer is asked for again within minutes or never; the keys that clients may repeat live as long.
         IndexModel([("at", 1)], expireAfterSeconds=int(timedelta(days=7).total_seconds())),
@@ -58,8 +58,9 @@ _INDEXES: Final = {
         IndexModel([("state", 1), ("partition", 1)], partialFilterExpression={"held": True}),
         IndexModel([("scanned_at", 1)], partialFilterExpression={"state": ChunkState.SCANNED.value}),
     ],
+    "clocks": [IndexModel([("active", 1)], partialFilterExpression={"active": True})],
     # A worker that was not heard of for an hour is gone: a new process has a new id.
-    "workers": [IndexModel([("seen", 1)], expireAfterSeconds=3_600)],
+    "workers": [IndexModel([("seen", 1)], expireAfterSeconds=3_600), IndexModel([("raw", 1), ("slots", 1)])],
 }
 
 

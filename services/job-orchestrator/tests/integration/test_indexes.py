@@ -1,0 +1,116 @@
+"""The store's queries on a real planner."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from job_orchestrator.domain.chunk import HELD, ChunkState
+from job_orchestrator.domain.fairness import Clock, Credit
+from job_orchestrator.domain.store import Command
+from job_orchestrator.repository import MongoStore
+from job_orchestrator.testing import chunk, scan_job
+from job_orchestrator.testing.things import THEN
+from scanfleet.clock import utc_now
+from scanfleet.messages import JobStatus
+from scanfleet.mongo import Database
+
+pytestmark = pytest.mark.integration
+
+USERS = 20
+CHUNKS = 2_000  # a hundred for each user, most of them queued
+LATER = THEN + timedelta(seconds=1)
+
+
+async def _chunks_of_job(store: MongoStore) -> None:
+    assert len([each async for each in store.job_chunks(3)]) == CHUNKS // USERS
+
+
+# What each may look at: index keys or documents, whichever are more.
+QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
+    "commands": (lambda store: store.commands(["c-1", "c-2"]), 5),
+    "commands_by_key": (lambda store: store.commands_by_key([(7, "k-7"), (8, "k-8")]), 5),
+    "reject_command": (lambda store: store.reject_command("c-1", 400, ""), 2),
+    "jobs": (lambda store: store.jobs([1, 2, 3]), 6),
+    "list_jobs": (lambda store: store.list_jobs(7, set(), 0, 10), 20),
+    "list_jobs by status": (lambda store: store.list_jobs(7, {JobStatus.PENDING, JobStatus.RUNNING}, 0, 10), 20),
+    "unsettled_jobs": (lambda store: store.unsettled_jobs(10, 5), 10),
+    "jobs_with_old_events": (lambda store: store.jobs_with_old_events(THEN, 10), 5),
+    "has_unfinished_jobs": (lambda store: store.has_unfinished_jobs(3), 5),
+    "list_subnets": (lambda store: store.list_subnets(7, 0, 10), 5),
+    "list_policies": (lambda store: store.list_policies(7, 0, 10), 5),
+    "chunks": (lambda store: store.chunks(["3-0", "3-1"]), 5),
+    "job_chunks": (_chunks_of_job, 200),
+    "chunks_in": (lambda store: store.chunks_in(3, HELD, 5), 20),
+    "chunk_states": (lambda store: store.chunk_states([3, 4]), 220),
+    "watched_chunks": (lambda store: store.watched_chunks(ChunkState.RUNNING, [3, 4]), 25),
+    "overdue_chunks": (lambda store: store.overdue_chunks(LATER, 500), 50),
+    "waiting_users": (lambda store: store.waiting_users(raw=True), 4 * USERS),
+    "waiting_users, not raw": (lambda store: store.waiting_users(raw=False), 4 * USERS),
+    "queue": (lambda store: store.queue(3, 5, raw=True), 15),
+    "queue, not raw": (lambda store: store.queue(3, 5, raw=False), 15),
+    "first_turn": (lambda store: store.first_turn(3), 5),
+    "held": (lambda store: store.held([Credit("w-3", 2, raw=False, partition=1)]), 10),
+    "clocks": (lambda store: store.clocks(), 200),
+    "wake_clocks": (lambda store: store.wake_clocks([Clock(3)]), 2),
+    "charge": (lambda store: store.charge({3: 1.0}), 2),
+    "seen_workers": (lambda store: store.seen_workers([Credit("w-3", 2, raw=True, partition=1)]), 2),
+    "raw_worker_seen": (lambda store: store.raw_worker_seen(timedelta(minutes=1)), USERS),
+    "queued_seconds": (lambda store: store.queued_seconds(), CHUNKS),
+    "save_jobs": (lambda store: store.save_jobs([scan_job(3)]), 5),
+    "save_chunks": (lambda store: store.save_chunks([chunk(id="3-0", rev=99)]), 5),
+}
+
+
+@pytest.fixture
+async def filled(mongo_store: MongoStore) -> MongoStore:
+    states = [ChunkState.RUNNING, ChunkState.DISPATCHED, ChunkState.SCANNED, ChunkState.STORED]
+    for user in range(1, USERS + 1):
+        await mongo_store.insert_jobs([scan_job(user, user_id=user, subnet_id=user, settled=user > 15)])
+        await mongo_store.insert_chunks(
+            [
+                chunk(
+                    id=f"{user}-{n}",
+                    job_id=user,
+                    user_id=user,
+                    index=n,
+                    turn=n,
+                    state=states[n] if n < len(states) else ChunkState.QUEUED,
+                    partition=user % 12,
+                    worker_id=f"w-{user}",
+                    needs_raw=n % 2 == 0,
+                )
+                for n in range(CHUNKS // USERS)
+            ],
+        )
+        await mongo_store.insert_commands(
+            [Command(id=f"c-{user}", user_id=user, state="accepted", idempotency_key=f"k-{user}")],
+        )
+        await mongo_store.seen_workers([Credit(f"w-{user}", 2, raw=user % 2 == 0, partition=1)])
+        await mongo_store.wake_clocks([Clock(user, 1.0)])
+    return mongo_store
+
+
+async def test_every_query_has_its_index(filled: MongoStore, database: Database) -> None:
+    """No query scans a collection, and each looks at about as much as it answers, whatever else is there."""
+    wasteful: list[str] = []
+    for name, (ask, bound) in QUERIES.items():
+        before = utc_now()
+        await database.command("profile", 2)
+        await ask(filled)
+        await database.command("profile", 0)
+        operations = database["system.profile"].find(
+            {"ns": {"$ne": f"{database.name}.system.profile"}, "ts": {"$gte": before}}
+        )
+        seen = 0
+        async for each in operations:
+            looked = max(each.get("keysExamined", 0), each.get("docsExamined", 0))
+            if "COLLSCAN" in each.get("planSummary", "") or looked > bound:
+                wasteful.append(f"{name}: {looked} for {each.get('planSummary')}")
+            seen += "planSummary" in each
+        assert seen, name
+        await database["system.profile"].drop()
+    assert wasteful == []
