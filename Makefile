@@ -43,7 +43,7 @@ token: setup ## Print a token: make token USER=7 [ADMIN=1]
 	@$(BIN)/python -m local token --user '$(USER)' $(if $(ADMIN),--admin)
 
 bench: setup ## Measure the platform against plain nmap and other real alternatives
-	@$(BIN)/python -m bench
+	@for file in bench/*.py; do $(BIN)/python -m bench.$$(basename $$file .py); done
 
 fmt: setup ## Format the code
 	$(BIN)/ruff check --fix-only --quiet

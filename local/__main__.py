@@ -6,6 +6,8 @@ import argparse
 import subprocess
 import sys
 
+import httpx
+
 from local import demo
 from local.paths import STATE
 from local.stack import USUAL_PORTS, Stack, StackError
@@ -40,7 +42,7 @@ def main() -> int:
                 print(stack.token(arguments.user, admin=arguments.admin))
             case "demo":
                 return demo.run(stack)
-    except StackError as error:
+    except (StackError, TimeoutError, httpx.HTTPError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, closing
+import subprocess
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing, contextmanager
 from typing import Any, Final
 from xml.etree import ElementTree as ET
 
-import httpx
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from local import ports
-from local.stack import Stack, StackError
+from local.client import FINAL, Client
+from local.stack import Stack
+from local.wait import until
 
 SUBNET: Final = "127.9.8.0/24"
 USER: Final = 7
 SCAN_LIMIT: Final = 120.0  # seconds for the job; it takes about ten
-LOOK: Final = 0.25  # seconds between two looks at its progress
 IDLE: Final = 30.0  # seconds after which a server gives up on a silent client
 
 console = Console()
@@ -83,35 +83,35 @@ def run(stack: Stack) -> int:
     with console.status("starting the local stack"):
         started = stack.up()
     try:
-        return asyncio.run(_show(stack))
+        with real_servers() as numbers:
+            return _show(Client(stack.url, stack.token(USER)), ",".join(map(str, numbers)))
     finally:
         if started:
             with console.status("stopping the local stack"):
                 stack.down()
 
 
-async def _show(stack: Stack) -> int:
-    async with _servers() as (port_list, count):
-        console.print(f"{count} servers are listening in {SUBNET}, on the ports {port_list}")
-        headers = {"Authorization": f"Bearer {stack.token(USER)}"}
-        async with httpx.AsyncClient(base_url=stack.url, headers=headers) as client:
-            job_id = await _submit(client, port_list)
-            status = await _watch(client, job_id)
-            results = await _call(client, "GET", f"/api/v1/task/{job_id}/results")
-        found = sorted(
-            (result["ip_address"], *(result[name] for name in ("port", "protocol", "status", "service", "version")))
-            for result in results
-        )
-        _print_table(found)
-        plain, plain_up = await _plain_nmap(port_list)
-    matches = found == plain and status["machines_found"] == plain_up
+def _show(user: Client, port_list: str) -> int:
+    console.print(f"scanning {SUBNET} on the ports {port_list} through {user.http.base_url}")
+    job_id = user.scan(SUBNET, ports=port_list, technique="connect", service_detection=True, timing=4)
+    status = _watch(user, job_id)
     if status["error"]:
         console.print(f"the job failed: {status['error']}")
+    results = user.results(job_id)
+    found = sorted(
+        (result["ip_address"], *(result[name] for name in ("port", "protocol", "status", "service", "version")))
+        for result in results
+    )
+    _print_table(found)
+
+    plain, plain_up = _plain_nmap(port_list)
+    matches = found == plain and status["machines_found"] == plain_up
     if matches:
         console.print(f"plain nmap found the same: {plain_up} machines up, {len(plain)} open ports")
     else:
-        console.print(f"plain nmap differs: {plain_up} machines up; only in one of the two:")
+        console.print(f"plain nmap differs: it found {plain_up} machines up; only one of the two found:")
         _print_table(sorted(set(found) ^ set(plain)))
+    # Scripts read it, so it is one line whatever the terminal's width.
     summary = {
         "job_id": job_id,
         "status": status["status"],
@@ -119,24 +119,54 @@ async def _show(stack: Stack) -> int:
         "results": len(results),
         "matches_plain_nmap": matches,
     }
-    # Last, and as it is: scripts read it.
-    sys.stdout.flush()
     print(json.dumps(summary))
     return 0 if matches and status["status"] == "completed" else 1
 
 
-@asynccontextmanager
-async def _servers() -> AsyncIterator[tuple[str, int]]:
-    """The servers, listening: yields all their ports as nmap writes them, and how many servers there are."""
-    async with AsyncExitStack() as running:
-        numbers, count = [], 0
-        for usual, talk, hosts in SERVERS:
-            number = usual if all(ports.is_free(usual, host) for host in hosts) else ports.choose(host="0.0.0.0")
-            numbers.append(number)
-            for host in hosts:
-                await running.enter_async_context(await asyncio.start_server(_polite(talk), host, number))
-                count += 1
-        yield ",".join(map(str, sorted(numbers))), count
+def _watch(user: Client, job_id: int) -> dict[str, Any]:
+    """Show the job's progress until it is final, and return its last status."""
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task(f"job {job_id}", total=100)
+
+        def final() -> bool:
+            status = user.task(job_id)["status"]
+            text = f"job {job_id} {status['status']}, {status['machines_found']} machines found"
+            progress.update(bar, completed=status["progress"], description=text)
+            return status["status"] in FINAL
+
+        until(final, SCAN_LIMIT, f"job {job_id} to be final")
+    last: dict[str, Any] = user.task(job_id)["status"]
+    return last
+
+
+@contextmanager
+def real_servers() -> Iterator[list[int]]:
+    """The servers, listening, in a thread of their own; yields their ports."""
+    numbers = [
+        usual if all(ports.is_free(usual, host) for host in hosts) else ports.choose(host="0.0.0.0")  # on every address
+        for usual, _, hosts in SERVERS
+    ]
+    with asyncio.Runner() as runner:
+        running = runner.run(_listen(numbers))
+        loop = runner.get_loop()
+        thread = threading.Thread(target=loop.run_forever)
+        thread.start()
+        try:
+            yield numbers
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            for server in running:
+                server.close()
+
+
+async def _listen(numbers: list[int]) -> list[asyncio.Server]:
+    return [
+        await asyncio.start_server(_polite(talk), host, number)
+        for number, (_, talk, hosts) in zip(numbers, SERVERS, strict=True)
+        for host in hosts
+    ]
 
 
 def _polite(talk: Talk) -> Talk:
@@ -153,52 +183,13 @@ def _polite(talk: Talk) -> Talk:
     return talk_to_anyone
 
 
-async def _submit(client: httpx.AsyncClient, port_list: str) -> int:
-    subnet = await _call(client, "POST", "/api/v1/subnet", {"name": "demo", "cidr": SUBNET})
-    policy = await _call(
-        client,
-        "POST",
-        "/api/v1/policy",
-        {"name": "demo", "ports": port_list, "technique": "connect", "service_detection": True, "timing": 4},
-    )
-    created = await _call(client, "POST", "/api/v1/task", {"subnet_ids": [subnet["id"]], "policy_id": policy["id"]})
-    job_id: int = created["jobs"][0]["id"]
-    return job_id
-
-
-async def _watch(client: httpx.AsyncClient, job_id: int) -> dict[str, Any]:
-    """Show the job's progress until it has ended, and return its last status."""
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    deadline = time.monotonic() + SCAN_LIMIT
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(f"job {job_id}", total=100)
-        while True:
-            status: dict[str, Any] = (await _call(client, "GET", f"/api/v1/task/{job_id}"))["status"]
-            text = f"job {job_id} {status['status']}, {status['machines_found']} machines found"
-            progress.update(bar, completed=status["progress"], description=text)
-            if status["status"] in ("completed", "failed", "cancelled"):
-                return status
-            if time.monotonic() > deadline:
-                raise StackError(f"job {job_id} has not ended within {SCAN_LIMIT:g} s: {status}")
-            await asyncio.sleep(LOOK)
-
-
-async def _call(client: httpx.AsyncClient, method: str, path: str, body: object = None) -> Any:
-    answer = await client.request(method, path, json=body)
-    if not answer.is_success:
-        raise StackError(f"{method} {path} answered {answer.status_code}: {answer.text}")
-    return answer.json()
-
-
-async def _plain_nmap(port_list: str) -> tuple[list[Row], int]:
+def _plain_nmap(port_list: str) -> tuple[list[Row], int]:
     """The same arguments given to nmap itself: what is open, and how many machines are up."""
     argv = ["nmap", "-n", "-sT", "-sV", "--version-intensity", "7", "-T4", "-p", port_list, "-oX", "-", SUBNET]
-    console.print(f"comparing with [bold]{' '.join(argv)}[/bold]")
-    nmap = await asyncio.create_subprocess_exec(*argv, stdout=asyncio.subprocess.PIPE)
-    output, _ = await nmap.communicate()
-    if nmap.returncode != 0:
-        raise StackError(f"nmap ended with exit code {nmap.returncode}")
-    hosts = ET.fromstring(output).findall("host")  # noqa: S314 # our own nmap on our own servers
+    with console.status("comparing with plain nmap"):
+        done = subprocess.run(argv, stdout=subprocess.PIPE, check=True)
+    console.print(f"[bold]{' '.join(argv)}[/bold]")
+    hosts = ET.fromstring(done.stdout).findall("host")  # noqa: S314 - our own nmap on our own servers
     return sorted(row for host in hosts for row in _rows(host)), len(hosts)
 
 

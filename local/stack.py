@@ -43,7 +43,8 @@ USUAL_PORTS: Final = {
 LEASE: Final = 10  # seconds: whoever develops will kill a worker and wait; nobody's network is that slow on loopback
 READY_LIMIT: Final = 60.0  # seconds until every service is ready; it takes about five
 CLOSE_LIMIT: Final = 5  # seconds that an open answer may go on when its service is told to stop
-LOG_TAIL: Final = 15  # lines of a log in an error: enough for a traceback's end
+LOG_TAIL: Final = 10  # lines of a log in an error
+LOG_LINE: Final = 600  # characters of such a line: its end, where a traceback says what went wrong
 
 
 class StackError(Exception):
@@ -308,7 +309,7 @@ class Stack:
         for name in names:
             log = self.folder / "logs" / f"{name}.log"
             lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-            text += f"\n--- the end of {log}\n" + "\n".join(lines[-LOG_TAIL:])
+            text += f"\n--- the end of {log}\n" + "\n".join(line[-LOG_LINE:] for line in lines[-LOG_TAIL:])
         return text
 
     @contextmanager

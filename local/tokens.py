@@ -1,7 +1,11 @@
-"""A key pair of the stack's own, and tokens signed with it."""
+"""A key pair of the stack's own, and tokens signed with it.
+
+`python -m local.tokens FOLDER` makes the pair in a folder, and with `--user 7` prints a token.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import time
 from pathlib import Path
@@ -39,3 +43,18 @@ class Issuer:
         with os.fdopen(os.open(self._private_key_file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
             file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         self.public_key_file.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m local.tokens")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--user", type=int)
+    parser.add_argument("--admin", action="store_true")
+    arguments = parser.parse_args()
+    issuer = Issuer(arguments.folder)
+    if arguments.user is not None:
+        print(issuer.token(arguments.user, admin=arguments.admin))
+
+
+if __name__ == "__main__":
+    main()
