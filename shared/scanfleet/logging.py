@@ -60,6 +60,8 @@ def configure(service: str, settings: CommonSettings) -> None:
     logging.getLogger("uvicorn.access").handlers = []
     # One line for each call that a service makes would only repeat the access line of the called.
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # It says a hundred times a second that the broker is away; `scanfleet.consumer` says it once, and when it is back.
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
 
 
 def render(_logger: Any, _method: str, entry: structlog.typing.EventDict) -> str:

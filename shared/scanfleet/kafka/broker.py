@@ -11,7 +11,9 @@ from aiokafka.errors import KafkaError
 
 from scanfleet.errors import DependencyError
 
-RETRY_SECONDS: Final = 0.2  # between two looks for a broker that is not up yet
+BACKOFF_MS: Final = (
+    300  # between two tries of a client: a broker that is away costs little, one that is back is found soon
+)
 
 
 async def connect(start: Callable[[], Awaitable[None]]) -> None:
@@ -22,7 +24,7 @@ async def connect(start: Callable[[], Awaitable[None]]) -> None:
         except KafkaError as error:
             if not error.retriable:
                 raise
-            await asyncio.sleep(RETRY_SECONDS)
+            await asyncio.sleep(BACKOFF_MS / 1000)
         else:
             return
 

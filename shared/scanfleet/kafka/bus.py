@@ -20,7 +20,7 @@ from aiokafka.errors import KafkaError
 from scanfleet.bus import Consumer, Handler
 from scanfleet.consumer import ConsumerLoop, Source
 from scanfleet.errors import DependencyError
-from scanfleet.kafka.broker import connect, depending
+from scanfleet.kafka.broker import BACKOFF_MS, connect, depending
 from scanfleet.kafka.sources import Member, Tail
 from scanfleet.kafka.topics import DEAD_LETTER_BYTES
 from scanfleet.messages import Message
@@ -78,12 +78,14 @@ class KafkaBus:
             max_batch_size=BATCH_BYTES,
             max_request_size=DEAD_LETTER_BYTES,  # the sooner limit of ordinary messages is the envelope's
             request_timeout_ms=PRODUCER_REQUEST_MS,
+            retry_backoff_ms=BACKOFF_MS,
         )
         # A connection of its own: behind a consumer's long poll the answer would wait for the poll to end.
         self._ends = AIOKafkaConsumer(
             bootstrap_servers=self._bootstrap,
             client_id=f"{self._instance}-ends",
             request_timeout_ms=ENDS_REQUEST_MS,
+            retry_backoff_ms=BACKOFF_MS,
         )
         try:
             with depending(f"no broker at {self._bootstrap}"):

@@ -21,7 +21,7 @@ from aiokafka.errors import (
 
 from scanfleet.consumer import HURRY_SECONDS, BatchDroppedError, Listener
 from scanfleet.errors import DependencyError
-from scanfleet.kafka.broker import connect, depending
+from scanfleet.kafka.broker import BACKOFF_MS, connect, depending
 from scanfleet.messages.envelope import RawRecord
 from scanfleet.messages.topics import Topic
 
@@ -90,8 +90,8 @@ class Tail:
                 batches = await self._client.getmany(timeout_ms=int(seconds * 1000), max_records=BATCH)
         except TimeoutError:
             return ()
-        except _UNREADABLE:
-            log.exception("an unreadable record in %s", self._name)
+        except _UNREADABLE as error:
+            log.warning("an unreadable record in %s: %r", self._name, error)
             self._suspicious = True
             await self._rewind(before)  # what the call had already taken from other partitions went with it
             return ()
@@ -130,6 +130,7 @@ class Tail:
             fetch_max_wait_ms=POLL_MS,
             fetch_max_bytes=BATCH_BYTES,
             request_timeout_ms=REQUEST_MS,
+            retry_backoff_ms=BACKOFF_MS,
             **more,
         )
         return self._consumer

@@ -1,0 +1,167 @@
+"""The loop at moments that no broker can be brought to on purpose: its source is a script."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+from scanfleet.clock import utc_now
+from scanfleet.consumer import LOOK_SECONDS, ConsumerLoop, Listener
+from scanfleet.errors import DependencyError
+from scanfleet.messages import WorkerReady
+from scanfleet.messages.envelope import RawRecord, encode
+from scanfleet.messages.topics import SCAN_WORKERS
+from scanfleet.testing.consumers import Recorder, Running, until
+
+
+class Script:
+    """A source of one partition: `polls` says what each poll does; afterwards nothing comes."""
+
+    def __init__(self, polls: AsyncIterator[Sequence[RawRecord]]) -> None:
+        self._polls = polls
+        self.committed: list[Mapping[int, int]] = []
+        self.listener: Listener
+        self.end = 0
+
+    async def open(self, listener: Listener) -> None:
+        self.listener = listener
+        await listener.assigned({0})
+
+    async def poll(self, seconds: float) -> Sequence[RawRecord]:
+        try:
+            return await anext(self._polls)
+        except StopAsyncIteration:
+            await asyncio.sleep(seconds)
+            return ()
+
+    async def commit(self, offsets: Mapping[int, int]) -> None:
+        self.committed.append(offsets)
+
+    async def positions(self) -> Mapping[int, int]:
+        return {0: self.end}
+
+    async def ends(self) -> Mapping[int, int]:
+        return {0: self.end}
+
+    async def close(self) -> None: ...
+
+
+def record(offset: int, *, value: bytes | None = None) -> RawRecord:
+    envelope = encode(SCAN_WORKERS, WorkerReady(worker_id="w", slots=offset, raw=False), source="test")
+    value = envelope.value if value is None else value
+    return RawRecord(SCAN_WORKERS.name, 0, offset, utc_now(), envelope.key, value, envelope.headers)
+
+
+async def no_dead_letter(raw: RawRecord, reason: str) -> None:
+    raise AssertionError((raw, reason))
+
+
+async def test_records_polled_before_a_revocation_are_not_handled_after_it() -> None:
+    """A batch whose partitions are revoked between its poll and its turn belongs to somebody else."""
+
+    class Revoking(Script):
+        async def ends(self) -> Mapping[int, int]:
+            await self.listener.revoked({0})
+            await self.listener.assigned({0})
+            return await super().ends()
+
+    async def polls() -> AsyncIterator[Sequence[RawRecord]]:
+        yield [record(0)]
+        yield [record(1)]
+
+    script, recorder = Revoking(polls()), Recorder()
+    async with Running(ConsumerLoop(SCAN_WORKERS, "test", recorder, script, no_dead_letter)):
+        await until(lambda: script.committed)
+    assert [handled.offset for handled in recorder.handled] == [1]
+    assert script.committed == [{0: 2}]
+
+
+async def test_a_dead_letter_that_cannot_be_written_is_tried_again() -> None:
+    """Nothing is committed and nothing after it handled before a dead letter is safe."""
+    letters: list[int] = []
+    tries: list[int] = []
+
+    async def dead_letter(raw: RawRecord, _: str) -> None:
+        assert not script.committed
+        assert not recorder.handled
+        tries.append(raw.offset)
+        if len(tries) < 3:
+            raise DependencyError("the broker is away")
+        letters.append(raw.offset)
+
+    async def polls() -> AsyncIterator[Sequence[RawRecord]]:
+        yield [record(0, value=b"junk"), record(1)]
+
+    script, recorder = Script(polls()), Recorder()
+    consumer = ConsumerLoop(SCAN_WORKERS, "test", recorder, script, dead_letter)
+    async with Running(consumer):
+        await until(lambda: tries)
+        assert not consumer.ready
+        await until(lambda: script.committed)
+        assert consumer.ready
+    assert letters == [0]
+    assert [handled.offset for handled in recorder.handled] == [1]
+
+
+async def test_a_broker_that_is_away_makes_the_consumer_unready_until_it_is_back() -> None:
+    """A poll that finds no broker is repeated; the loop is alive, and ready again when the broker answers."""
+    back = asyncio.Event()
+
+    class Away(Script):
+        async def ends(self) -> Mapping[int, int]:
+            if not back.is_set():
+                raise DependencyError("away")
+            return await super().ends()
+
+    async def polls() -> AsyncIterator[Sequence[RawRecord]]:
+        yield []
+        await back.wait()
+        yield [record(0)]
+
+    script, recorder = Away(polls()), Recorder()
+    consumer = ConsumerLoop(SCAN_WORKERS, "test", recorder, script, no_dead_letter)
+    async with Running(consumer):
+        await until(lambda: not consumer.ready)
+        assert consumer.alive
+        back.set()
+        await until(lambda: consumer.ready and recorder.handled)
+
+
+async def test_a_caught_up_that_is_held_up_is_said_again() -> None:
+    """A handler that cannot act on being caught up for want of a dependency is told again, unready meanwhile."""
+    calls: list[bool] = []
+
+    class HeldUp(Recorder):
+        async def caught_up(self, _: object) -> None:
+            calls.append(consumer.ready)
+            if len(calls) < 2:
+                raise DependencyError("MongoDB is away")
+
+    async def polls() -> AsyncIterator[Sequence[RawRecord]]:
+        yield []
+
+    consumer = ConsumerLoop(SCAN_WORKERS, "test", HeldUp(), Script(polls()), no_dead_letter)
+    async with Running(consumer):
+        await until(lambda: len(calls) >= 2)
+        await until(lambda: consumer.ready)
+    assert calls[:2] == [True, False]
+
+
+async def test_steady_traffic_does_not_keep_a_partition_from_being_caught_up() -> None:
+    """What the broker named stands as the target while newer records come: a target that moves would never be met."""
+
+    class Growing(Script):
+        """Its end runs ahead of its position for ever."""
+
+        async def positions(self) -> Mapping[int, int]:
+            return {0: self.end - 1}
+
+    async def polls() -> AsyncIterator[Sequence[RawRecord]]:
+        while True:
+            await asyncio.sleep(LOOK_SECONDS * 1.1)  # so that there is a look in every turn
+            script.end += 1
+            yield [record(script.end)]
+
+    script, recorder = Growing(polls()), Recorder()
+    async with Running(ConsumerLoop(SCAN_WORKERS, "test", recorder, script, no_dead_letter)):
+        await until(lambda: recorder.caught_up_after)
