@@ -12,7 +12,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Final, NoReturn
 from xml.parsers import expat
 
 from scanner_worker.domain import Host
@@ -58,14 +58,19 @@ class Reader:
         self._text = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._held = b""  # the beginning of a character reference
         self._fed = 0
+        self._root_at: int | None = None
+        self._refused_at: int | None = None
         self._tags = _Tags()
         self._rest = bytearray()  # what came after the last whole host
         self._searched = 0  # how far `_rest` is known to hold no end of a host
         self._finished = b""
         self._parser = expat.ParserCreate("UTF-8")  # whatever encoding the document claims
         self._parser.StartDoctypeDeclHandler = self._doctype
-        self._parser.EntityDeclHandler = _refuser("an entity declaration")
+        self._parser.EntityDeclHandler = self._refuser("an entity declaration")
         self._parser.StartElementHandler = self._root
+        if hasattr(self._parser, "SetReparseDeferralEnabled"):
+            # Every byte is checked before hosts are cut out of it; what a long token costs is bounded by MAX_TOKEN.
+            self._parser.SetReparseDeferralEnabled(False)
 
     def feed(self, data: bytes) -> Iterator[Host]:
         """The hosts that `data` completes.
@@ -76,16 +81,16 @@ class Reader:
         data = self._valid(data)
         before = self._fed
         self._fed += len(data)
-        fault: str | None = None
-        try:
-            self._parser.Parse(data, False)
-        except (expat.ExpatError, BadXmlError) as error:
-            fault = str(error)
-            data = data[: max(self._parser.CurrentByteIndex - before, 0)]
-        fault = fault or self._excess(data, before)
+        fault = self._check(data)
+        if fault:
+            # After a handler has raised, expat goes on to the end of the piece.
+            at = self._parser.CurrentByteIndex if self._refused_at is None else self._refused_at
+            data = data[: max(at - before, 0)]
+        else:
+            fault = self._excess(data, before)
         self._rest += data
         yield from self._hosts()
-        if fault is None and len(self._rest) > self._max_host_bytes:
+        if not fault and len(self._rest) > self._max_host_bytes:
             fault = f"a host of more than {self._max_host_bytes} bytes"
         if fault:
             raise BadXmlError(f"nmap's output is not what nmap writes: {fault}")
@@ -118,17 +123,27 @@ class Reader:
                 data = data.replace(bytes((control,)), b"\\x%02x" % control)
         return _NO_CHARACTER.sub(_escape, data)
 
-    def _excess(self, data: bytes, before: int) -> str | None:
+    def _check(self, data: bytes) -> str:
+        try:
+            self._parser.Parse(data, False)
+        except (expat.ExpatError, BadXmlError) as error:
+            return str(error)
+        return ""
+
+    def _excess(self, data: bytes, before: int) -> str:
         if self._fed - self._parser.CurrentByteIndex > MAX_TOKEN:
             return f"a tag or text of more than {MAX_TOKEN} bytes"
-        if self._tags.started is None:
-            return None
-        self._tags.count(data[max(self._tags.started - before, 0) :])
+        if self._root_at is None:
+            return ""
+        if not self._tags.opened:
+            # The root's own tag has just ended, and may have begun in an earlier piece.
+            data = b"<>" + data[data.index(b">", max(self._root_at - before, 0)) + 1 :]
+        self._tags.count(data)
         if self._tags.stray:
             return "a bare > in a value"
         if self._tags.depth > MAX_DEPTH:
             return f"nested deeper than {MAX_DEPTH}"
-        return None
+        return ""
 
     def _hosts(self) -> Iterator[Host]:
         if self._rest.find(_HOST_END, self._searched) < 0:
@@ -153,50 +168,50 @@ class Reader:
 
     def _doctype(self, name: str, system: str | None, _public: str | None, internal: int) -> None:
         if name != "nmaprun" or system or internal:
-            raise BadXmlError("a document type of its own")
+            self._refuse("a document type of its own")
 
     def _root(self, name: str, _attributes: dict[str, str]) -> None:
         if name != "nmaprun":
-            raise BadXmlError(f"<{name[:20]}> where <nmaprun> belongs")
-        self._tags.started = self._parser.CurrentByteIndex
+            self._refuse(f"<{name[:20]}> where <nmaprun> belongs")
+        self._root_at = self._parser.CurrentByteIndex
         self._parser.StartElementHandler = None
-        self._parser.CommentHandler = _refuser("a comment")
-        self._parser.ProcessingInstructionHandler = _refuser("a processing instruction")
-        self._parser.StartCdataSectionHandler = _refuser("a CDATA section")
+        self._parser.CommentHandler = self._refuser("a comment")
+        self._parser.ProcessingInstructionHandler = self._refuser("a processing instruction")
+        self._parser.StartCdataSectionHandler = self._refuser("a CDATA section")
+
+    def _refuser(self, what: str) -> Callable[..., None]:
+        return lambda *_: self._refuse(what)
+
+    def _refuse(self, what: str) -> NoReturn:
+        self._refused_at = self._parser.CurrentByteIndex
+        raise BadXmlError(what)
 
 
 class _Tags:
     """Counts tags, which gives the depth, at the speed of searching."""
 
     def __init__(self) -> None:
-        self.started: int | None = None  # where the root element begins
-        self._opened = self._closed = self._ends = self._empty = 0
+        self.opened = 0
+        self._closed = self._ends = self._empty = 0
         self._last = b""
 
     def count(self, data: bytes) -> None:
         # `</` and `/>` may lie across two pieces.
         seam = self._last + data[:1]
         self._last = data[-1:] or self._last
-        self._opened += data.count(b"<")
+        self.opened += data.count(b"<")
         self._closed += data.count(b">")
         self._ends += data.count(b"</") + (seam == b"</")
         self._empty += data.count(b"/>") + (seam == b"/>")
 
     @property
     def depth(self) -> int:
-        return self._opened - 2 * self._ends - self._empty
+        return self.opened - 2 * self._ends - self._empty
 
     @property
     def stray(self) -> bool:
         """Whether a `>` stands where no tag ends: nmap writes `&gt;`, and `/>` in a value would be counted for a tag."""
-        return self._closed > self._opened
-
-
-def _refuser(what: str) -> Callable[..., None]:
-    def refuse(*_: object) -> None:
-        raise BadXmlError(what)
-
-    return refuse
+        return self._closed > self.opened
 
 
 def _escape(reference: re.Match[bytes]) -> bytes:

@@ -1,0 +1,59 @@
+"""What the worker's tests share: chunks to scan and recorded output of nmap."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scanfleet.messages import ScanChunk
+from scanfleet.policy import Preset, fill_in
+
+RECORDINGS = Path(__file__).parent / "recordings"
+
+
+@pytest.fixture
+def make_chunk() -> Callable[..., ScanChunk]:
+    """A chunk of the quick policy with `policy` changed and other fields replaced."""
+
+    def make(policy: dict[str, Any] | None = None, **fields: Any) -> ScanChunk:
+        asked = fill_in(Preset.QUICK, {"ports": "22,80"} | (policy or {}))
+        return ScanChunk.model_validate(
+            {
+                "job_id": 1,
+                "chunk_id": "1-0",
+                "attempt": 1,
+                "worker_id": "worker",
+                "user_id": 7,
+                "first_address": "127.9.1.0",
+                "outcomes": "....",
+                "policy": asked,
+                "ports": asked.ports,
+                "lease_seconds": 10.0,
+                "estimate_seconds": 1.0,
+            }
+            | fields,
+        )
+
+    return make
+
+
+@pytest.fixture
+def recording() -> Callable[[str], bytes]:
+    """What real nmap wrote; `recordings/record.sh` makes it anew."""
+    return lambda name: (RECORDINGS / f"{name}.xml").read_bytes()
+
+
+@pytest.fixture
+async def until() -> Callable[..., Awaitable[None]]:
+    """Wait until a condition holds; a test that waits in vain fails."""
+
+    async def wait(condition: Callable[[], object], seconds: float = 20) -> None:
+        async with asyncio.timeout(seconds):
+            while not condition():  # noqa: ASYNC110 # any condition, also of files and processes, which set no event
+                await asyncio.sleep(0.01)
+
+    return wait

@@ -1,0 +1,448 @@
+"""Real nmap against listeners of ours on the loopback network, and stand-ins for nmap at its worst."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import textwrap
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from ipaddress import ip_network
+from pathlib import Path
+
+import pytest
+
+from scanfleet.messages import ChunkFailed, ChunkReleased, ChunkScanned, HostScanned, Message, ScanChunk, StopChunk
+from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS
+from scanfleet.targets import TargetRules
+from scanfleet.testing.bus import MemoryBus
+from scanner_worker.handlers.chunk import Abilities
+from scanner_worker.handlers.worker import Worker
+from scanner_worker.scanner.process import Limits, Nmap
+from scanner_worker.scanner.raw import may_send_raw, privileges
+
+pytestmark = pytest.mark.integration
+
+MakeChunk = Callable[..., ScanChunk]
+Until = Callable[..., Awaitable[None]]
+MakeNmap = Callable[..., Awaitable[Nmap]]
+
+NMAP = "/usr/bin/nmap"
+RAW = may_send_raw(privileges(NMAP))
+LIMITS = Limits(output=16 << 20, host=4 << 20)
+# A scan that never ends by itself: every probe of the port waits a minute for the next.
+SLOW = ("-n", "-sT", "-Pn", "-p", "1-9", "--scan-delay", "60s", "-oX", "-", "--", "127.9.40.1/32")
+
+HEAD = """<?xml version="1.0"?>
+<!DOCTYPE nmaprun>
+<nmaprun scanner="nmap"><scaninfo type="syn" protocol="tcp" numservices="2" services="22,80"/>
+"""
+HOST = """<host><status state="up" reason="reset" reason_ttl="0"/>
+<address addr="127.9.1.{last}" addrtype="ipv4"/>
+<ports><extraports state="closed" count="2"><extrareasons reason="reset" count="2"/></extraports></ports></host>
+"""
+TAIL = '<runstats><finished exit="success"/></runstats></nmaprun>'
+
+
+def marked(nmap: Nmap) -> list[int]:
+    """Every process that `nmap` has started, or what those have, the guard left out."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            environ, line = (folder / "environ").read_bytes(), (folder / "cmdline").read_bytes()
+            if nmap._mark.encode() in environ or (nmap._mark.encode() in line and b"guard.py" not in line):
+                found.append(int(folder.name))
+    return found
+
+
+@pytest.fixture
+async def make_nmap() -> AsyncIterator[MakeNmap]:
+    """A started Nmap; whatever it has left at the end fails the test."""
+    made: list[Nmap] = []
+
+    async def make(program: str | Path = NMAP, limits: Limits = LIMITS) -> Nmap:
+        made.append(nmap := Nmap(str(program), limits))
+        await nmap.start()
+        return nmap
+
+    yield make
+    for nmap in made:
+        left = marked(nmap)
+        await nmap.stop()
+        assert left == []
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Callable[[str], Path]:
+    """A program in nmap's place, made of Python lines that find HEAD, TAIL and host(last) ready."""
+
+    def make(body: str) -> Path:
+        path = tmp_path / "nmap"
+        lines = (
+            f"#!{sys.executable} -I\n"
+            "import os, signal, subprocess, sys, time\n"
+            f"HEAD, HOST, TAIL = {HEAD!r}, {HOST!r}, {TAIL!r}\n"
+            "def write(*parts):\n    print(*parts, flush=True)\n"
+            "def host(last):\n    return HOST.format(last=last)\n"
+        )
+        path.write_text(lines + textwrap.dedent(body))
+        path.chmod(0o755)
+        return path
+
+    return make
+
+
+class Rig:
+    """A worker with real processes on a bus in memory."""
+
+    def __init__(self, nmap: Nmap, *, seconds: float, slots: int = 2) -> None:
+        self.bus = MemoryBus()
+        self.nmap = nmap
+        rules = TargetRules((ip_network("127.0.0.0/8"), ip_network("::1/128")))
+        self.worker = Worker("worker", Abilities(slots, RAW, rules, 1, seconds), nmap, self.bus)
+        self.tasks = self.bus.tail(SCAN_TASKS, self.worker)
+
+    async def send(self, *tasks: Message) -> None:
+        await self.bus.publish(SCAN_TASKS, tasks)
+
+    def hosts(self) -> dict[str, HostScanned]:
+        return {m.address: m for m in self.bus.messages(SCAN_RESULTS) if isinstance(m, HostScanned)}
+
+    def end(self) -> Message | None:
+        """The last words about a chunk."""
+        ends = (ChunkScanned, ChunkFailed, ChunkReleased)
+        return next((m for m in self.bus.messages(SCAN_PROGRESS) if isinstance(m, ends)), None)
+
+
+@contextlib.asynccontextmanager
+async def rigged(nmap: Nmap, seconds: float = 60, slots: int = 2) -> AsyncIterator[Rig]:
+    rig = Rig(nmap, seconds=seconds, slots=slots)
+    await rig.tasks.start()
+    await rig.worker.start()
+    try:
+        yield rig
+    finally:
+        await rig.worker.stop(0)
+        await rig.tasks.stop()
+
+
+@pytest.fixture
+def listeners() -> Iterator[Callable[..., int]]:
+    """Open a port on each address, the same on all, and answer which."""
+    with contextlib.ExitStack() as stack:
+
+        def listen(*addresses: str) -> int:
+            port = 0
+            for address in addresses:
+                family = socket.AF_INET6 if ":" in address else socket.AF_INET
+                port = stack.enter_context(socket.create_server((address, port), family=family)).getsockname()[1]
+            return port
+
+        yield listen
+
+
+async def test_a_whole_chunk_of_real_hosts(
+    make_chunk: MakeChunk,
+    make_nmap: MakeNmap,
+    listeners: Callable[..., int],
+    until: Until,
+) -> None:
+    """Real nmap over real listeners: every address has its letter, and open ports are exactly those that listen."""
+    port = listeners("127.9.41.3", "127.9.41.17")
+    chunk = make_chunk({"ports": f"{port},1-3"}, first_address="127.9.41.0", outcomes="." * 32)
+    async with rigged(await make_nmap()) as rig:
+        await rig.send(chunk)
+        await until(rig.end, 60)
+        scanned = rig.end()
+        assert isinstance(scanned, ChunkScanned)
+        assert (scanned.outcomes, scanned.technique) == ("a" * 32, "syn" if RAW else "connect")
+        assert scanned.slot_seconds > 0
+        found = {address: [each.port for each in host.ports] for address, host in rig.hosts().items() if host.ports}
+        assert found == {"127.9.41.3": [port], "127.9.41.17": [port]}
+        assert len(rig.hosts()) == 32
+
+
+async def test_ipv6(make_chunk: MakeChunk, make_nmap: MakeNmap, listeners: Callable[..., int], until: Until) -> None:
+    """An IPv6 chunk is scanned like any other."""
+    port = listeners("::1")
+    async with rigged(await make_nmap()) as rig:
+        await rig.send(make_chunk({"ports": str(port)}, first_address="::1", outcomes="."))
+        await until(rig.end, 60)
+        assert isinstance(rig.end(), ChunkScanned)
+        assert [each.port for each in rig.hosts()["::1"].ports] == [port]
+
+
+async def test_hosts_come_while_nmap_runs(make_chunk: MakeChunk, make_nmap: MakeNmap, until: Until) -> None:
+    """The hosts of a finished host group are published before the scan of the chunk has ended."""
+    chunk = make_chunk(
+        {"ports": "1-20", "max_rate": 600},
+        first_address="127.9.42.0",
+        outcomes="." * 256,
+    )
+    async with rigged(await make_nmap()) as rig:
+        await rig.send(chunk)
+        await until(rig.hosts, 60)
+        assert rig.end() is None
+        await until(rig.end, 60)
+        assert isinstance(rig.end(), ChunkScanned)
+
+
+async def test_a_resumed_chunk_scans_only_its_blanks(make_chunk: MakeChunk, make_nmap: MakeNmap, until: Until) -> None:
+    """What a first attempt finished is neither scanned nor reported again by the second."""
+    async with rigged(await make_nmap()) as rig:
+        await rig.send(make_chunk(attempt=2, first_address="127.9.43.0", outcomes="aa.d.s.."))
+        await until(rig.end, 60)
+        end = rig.end()
+        assert isinstance(end, ChunkScanned)
+        assert end.outcomes == "aaadasaa"
+        assert sorted(rig.hosts()) == ["127.9.43.2", "127.9.43.4", "127.9.43.6", "127.9.43.7"]
+
+
+async def test_a_cancelled_scan_is_gone_within_two_seconds(
+    make_chunk: MakeChunk,
+    make_nmap: MakeNmap,
+    until: Until,
+) -> None:
+    """StopChunk ends real nmap, all of it, in two seconds."""
+    chunk = make_chunk({"ports": "1-1000", "max_rate": 1}, first_address="127.9.44.0")
+    async with rigged(await make_nmap()) as rig:
+        await rig.send(chunk)
+        await until(lambda: marked(rig.nmap))
+        await rig.send(StopChunk(job_id=1, chunk_id="1-0", attempt=1, worker_id="worker", reason="cancelled"))
+        await until(lambda: rig.end() and not marked(rig.nmap), 2)
+        assert isinstance(rig.end(), ChunkReleased)
+
+
+FAILURES = {
+    "exits with 1": ("write(HEAD, host(0)); sys.exit('out of luck')", "exited with 1: out of luck", "a..."),
+    "is killed": ("write(HEAD, host(0)); os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV", "a..."),
+    "writes half": ("write(HEAD, host(0), host(1)[:60])", "cut off", "a..."),
+    "writes nothing": ("", "cut off", "...."),
+    "writes no XML": ("write('Nmap done!')", "not what nmap writes", "...."),
+    "leaves hosts out": ("write(HEAD, host(0), host(2), TAIL)", "2 addresses are missing", "a.a."),
+    "says that it failed": ("write(HEAD, host(0), TAIL.replace('success', 'error'))", "finished", "a..."),
+    "scans other ports": ("write(HEAD.replace('\"2\"', '\"1\"'), host(0))", "probes", "...."),
+    "hangs": ("write(HEAD, host(0)); time.sleep(600)", "stopped after 3 seconds", "a..."),
+    "ignores SIGTERM": (
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); write(HEAD, host(0)); time.sleep(600)",
+        "stopped after 3 seconds",
+        "a...",
+    ),
+    "forks and hangs": (
+        "for own in (True, False): subprocess.Popen(['sleep', '600'], start_new_session=own)\nwrite(HEAD, host(0)); time.sleep(600)",
+        "stopped after 3 seconds",
+        "a...",
+    ),
+    "leaves a child with its output": (
+        "write(HEAD, host(0)); subprocess.Popen(['sleep', '600'], start_new_session=True); sys.exit(3)",
+        "exited with 3",
+        "a...",
+    ),
+    "floods one host": (
+        "write(HEAD, host(0), '<host>')\nwhile True: write('<elem>x</elem>' * 5000)",
+        "host of more than",
+        "a...",
+    ),
+    "floods": (
+        "write(HEAD, host(0))\nwhile True: write('<taskprogress a=\"' + 'x' * 60000 + '\"/>', host(0))",
+        "wrote more than",
+        "a...",
+    ),
+    "floods its errors": (
+        "write(HEAD, host(0))\nfor _ in range(5000): print('e' * 20000, file=sys.stderr)\nsys.exit(1)",
+        "exited with 1: eee",
+        "a...",
+    ),
+    "declares entities": (
+        "write('<!DOCTYPE nmaprun [<!ENTITY a \"b\">]><nmaprun>', host(0))",
+        "not what nmap writes",
+        "....",
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "reason", "outcomes"), FAILURES.values(), ids=FAILURES.keys())
+async def test_a_bad_nmap_fails_the_chunk_with_a_reason(  # noqa: PLR0917 # pytest passes fixtures by name
+    make_chunk: MakeChunk,
+    make_nmap: MakeNmap,
+    stand_in: Callable[[str], Path],
+    until: Until,
+    body: str,
+    reason: str,
+    outcomes: str,
+) -> None:
+    """Whatever nmap does, its whole hosts are kept, the reason is told, nothing is left running, and the worker stays up."""
+    async with rigged(await make_nmap(stand_in(body)), seconds=3) as rig:
+        await rig.send(make_chunk())
+        await until(rig.end, 60)
+        failed = rig.end()
+        assert isinstance(failed, ChunkFailed)
+        assert (failed.outcomes, reason in failed.reason) == (outcomes, True), failed.reason
+        assert len(failed.reason) <= 500
+        await until(lambda: not marked(rig.nmap), 2)
+        assert rig.worker.alive
+
+
+async def test_a_child_left_behind_by_success_is_killed(
+    make_chunk: MakeChunk,
+    make_nmap: MakeNmap,
+    stand_in: Callable[[str], Path],
+    until: Until,
+) -> None:
+    """A run that succeeds counts, and what it left in its process group is killed."""
+    body = """
+        subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        write(HEAD, *map(host, range(4)), TAIL)
+    """
+    async with rigged(await make_nmap(stand_in(body))) as rig:
+        await rig.send(make_chunk())
+        await until(rig.end)
+        assert isinstance(rig.end(), ChunkScanned)
+        await until(lambda: not marked(rig.nmap), 2)
+
+
+async def test_nothing_of_ours_is_inherited(  # noqa: PLR0917 # pytest passes fixtures by name
+    make_chunk: MakeChunk,
+    make_nmap: MakeNmap,
+    stand_in: Callable[[str], Path],
+    until: Until,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """nmap gets a minimal environment, a home and folder of its own that is gone afterwards, and exactly our arguments."""
+    monkeypatch.setenv("NMAPDIR", "/elsewhere")
+    monkeypatch.setenv("SCANFLEET_KAFKA", "secret:9092")
+    body = f"""
+        open({str(tmp_path / "seen")!r}, "w").write(repr((dict(os.environ), os.getcwd(), sys.argv[1:])))
+        write(HEAD, *map(host, range(4)), TAIL)
+    """
+    async with rigged(await make_nmap(stand_in(body))) as rig:
+        await rig.send(make_chunk())
+        await until(rig.end)
+    environment, folder, argv = eval((tmp_path / "seen").read_text())  # noqa: S307 # written by our own stand-in
+    assert set(environment) <= {"PATH", "LC_ALL", "HOME", "TMPDIR", "SCANFLEET_MARK", "LC_CTYPE"}
+    assert environment["HOME"] == environment["TMPDIR"] == folder
+    assert not Path(folder).exists()  # noqa: ASYNC240 # a test may block
+    assert argv[argv.index("--") + 1 :] == ["127.9.1.0/30"]
+
+
+async def test_without_a_temporary_folder_the_chunk_fails_and_the_worker_stays(
+    make_chunk: MakeChunk,
+    make_nmap: MakeNmap,
+    until: Until,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """When no temporary folder can be made the chunk fails with that reason, and the next one is scanned."""
+    async with rigged(await make_nmap()) as rig:
+        monkeypatch.setattr("tempfile.tempdir", "/proc/nothing")
+        await rig.send(make_chunk())
+        await until(rig.end)
+        failed = rig.end()
+        assert isinstance(failed, ChunkFailed)
+        assert "could not be started" in failed.reason
+        monkeypatch.setattr("tempfile.tempdir", None)
+        await rig.send(make_chunk(chunk_id="1-1"))
+        await until(lambda: any(isinstance(m, ChunkScanned) for m in rig.bus.messages(SCAN_PROGRESS)), 60)
+
+
+async def test_a_program_that_is_none_fails_the_chunk(make_chunk: MakeChunk, make_nmap: MakeNmap, until: Until) -> None:
+    """A missing program is the chunk's failure, told with its reason."""
+    async with rigged(await make_nmap("/nowhere/nmap")) as rig:
+        await rig.send(make_chunk())
+        await until(rig.end)
+        assert isinstance(rig.end(), ChunkFailed)
+
+
+WORKER = """
+import asyncio, sys
+from scanner_worker.scanner.process import Limits, Nmap
+
+async def main():
+    nmap = Nmap(sys.argv[1], Limits(1 << 20, 1 << 20))
+    await nmap.start()
+    print(nmap._mark, flush=True)
+    async for _ in nmap.scan(sys.argv[2:], {"tcp": 9}, 600):
+        pass
+
+asyncio.run(main())
+"""
+
+
+async def start_scanning(program: str, *arguments: str, **options: object) -> tuple[asyncio.subprocess.Process, Nmap]:
+    """A process that scans as a worker does, and something to find its nmaps by."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", WORKER, program, *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        **options,  # type: ignore[arg-type]
+    )
+    assert process.stdout is not None
+    theirs = Nmap(program, LIMITS)
+    theirs._mark = (await process.stdout.readline()).decode().strip()
+    return process, theirs
+
+
+def guards(nmap: Nmap) -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            line = (folder / "cmdline").read_bytes()
+            if nmap._mark.encode() in line and b"guard.py" in line:
+                found.append(int(folder.name))
+    return found
+
+
+async def test_a_killed_worker_leaves_no_nmap(until: Until) -> None:
+    """kill -9 of a scanning worker: its nmap is gone at once, and so is the guard that saw to it."""
+    process, theirs = await start_scanning(NMAP, *SLOW)
+    await until(lambda: marked(theirs))
+    process.kill()
+    await process.wait()
+    await until(lambda: not marked(theirs), 3)
+    await until(lambda: not guards(theirs), 5)
+
+
+async def test_a_killed_workers_signals_do_not_reach_the_guard(until: Until) -> None:
+    """SIGTERM to everything of the worker's process group, then kill -9: nmap is gone all the same."""
+    process, theirs = await start_scanning(NMAP, *SLOW, start_new_session=True)
+    await until(lambda: marked(theirs))
+    for guard in guards(theirs):
+        os.kill(guard, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGKILL)
+    await process.wait()
+    await until(lambda: not marked(theirs), 3)
+
+
+async def test_a_killed_worker_leaves_nothing_that_nmap_forked(stand_in: Callable[[str], Path], until: Until) -> None:
+    """What nmap forked, into sessions of its own too, goes with it when the worker is killed."""
+    program = stand_in("""
+        subprocess.Popen(["sleep", "600"], start_new_session=True)
+        subprocess.Popen(["sleep", "600"])
+        time.sleep(600)
+    """)
+    process, theirs = await start_scanning(str(program), *SLOW)
+    await until(lambda: len(marked(theirs)) == 3)
+    process.kill()
+    await process.wait()
+    await until(lambda: not marked(theirs), 3)
+
+
+async def test_a_worker_killed_at_any_moment_leaves_no_nmap(until: Until) -> None:
+    """Killed right when it starts nmap, before it could know its process id, a worker still leaves nothing."""
+    for _ in range(4):
+        process, theirs = await start_scanning(NMAP, *SLOW)
+        process.kill()
+        await process.wait()
+        await until(lambda theirs=theirs: not guards(theirs), 5)
+        assert marked(theirs) == []
+
+
+async def test_without_its_guard_a_worker_is_unhealthy(make_nmap: MakeNmap, until: Until) -> None:
+    """A guard that died makes the process one to be replaced."""
+    nmap = await make_nmap()
+    assert nmap.alive
+    for guard in guards(nmap):
+        os.kill(guard, signal.SIGKILL)
+    await until(lambda: not nmap.alive)

@@ -1,0 +1,232 @@
+"""What a chunk means for nmap."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from ipaddress import ip_network
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scanfleet.messages import HostScanned, PortFound, ScanChunk
+from scanfleet.messages.topics import MAX_BYTES
+from scanfleet.outcomes import Outcome, networks
+from scanfleet.policy import ALLOWED_SCRIPTS, Preset, ScanPolicy, fill_in
+from scanfleet.targets import TargetRules
+from scanner_worker.domain import Host, arguments, fit, outcome, permit, printable, services, technique
+
+MakeChunk = Callable[..., ScanChunk]
+
+LOOPBACK = TargetRules(allowed=(ip_network("127.0.0.0/8"), ip_network("::1/128")))
+
+# Every shape that an argument before the targets may have.
+SHAPES = re.compile(
+    r"-v|-n|-oX|-|--stats-every|1s|--privileged|--unprivileged|-6|-Pn|-sS|-sT|-sU|-sV|-O|-p|--top-ports|-T[0-5]|--script"
+    r"|--version-intensity|--max-rate|--max-retries|--host-timeout|--min-hostgroup|--max-hostgroup"
+    r"|[0-9]{1,8}s?|(T:|U:)?[0-9]+(-[0-9]+)?(,(U:)?[0-9]+(-[0-9]+)?)*"
+    r"|(\([a-z]+ and not \([a-z ]+\)\)|[a-z-]+)(,(\([a-z]+ and not \([a-z ]+\)\)|[a-z-]+))*",
+)
+TARGET = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){3}/[0-9]{1,2}|[0-9a-f:]+/[0-9]{1,3}")
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> ScanPolicy:
+    given_fields = {
+        "ports": draw(st.sampled_from(["22", "1-100", "T:1-5,8080,U:53,67-69", "U:53", "top:100", "0", "-"])),
+        "technique": draw(st.sampled_from(["auto", "connect", "syn"])),
+        "discovery": draw(st.sampled_from(["default", "none"])),
+        "service_detection": draw(st.booleans()),
+        "version_intensity": draw(st.integers(0, 9)),
+        "os_detection": draw(st.booleans()),
+        "scripts": tuple(draw(st.lists(st.sampled_from(sorted(ALLOWED_SCRIPTS)), unique=True))),
+        "timing": draw(st.integers(0, 5)),
+        "max_rate": draw(st.none() | st.integers(1, 10_000_000)),
+        "max_retries": draw(st.none() | st.integers(0, 10)),
+        "host_timeout": draw(st.none() | st.integers(1, 86_400)),
+    }
+    return fill_in(draw(st.sampled_from(Preset)), given_fields)
+
+
+@given(
+    policy=policies(),
+    first=st.sampled_from(["127.9.0.3", "2001:db8::5"]),
+    outcomes=st.text(alphabet=".asd", min_size=1, max_size=64).filter(lambda text: "." in text),
+    raw=st.booleans(),
+)
+def test_arguments_have_no_other_shape(policy: ScanPolicy, first: str, outcomes: str, raw: bool) -> None:
+    """Whatever the policy and the blanks, nothing but known words, numbers, ports and canonical networks is passed on."""
+    chunk = ScanChunk(
+        job_id=1,
+        chunk_id="1-0",
+        attempt=1,
+        worker_id="w",
+        user_id=7,
+        first_address=first,
+        outcomes=outcomes,
+        policy=policy,
+        ports=policy.ports,
+        lease_seconds=10,
+        estimate_seconds=1,
+    )
+    targets = list(networks(first, outcomes))
+    argv = arguments(chunk, targets, raw=raw)
+    split = argv.index("--")
+    assert all(SHAPES.fullmatch(argument) for argument in argv[:split]), argv
+    assert argv[split + 1 :] == [str(network) for network in targets]
+    assert all(TARGET.fullmatch(target) for target in argv[split + 1 :])
+    assert len(set(argv[split + 1 :])) == len(targets)
+
+
+def test_arguments_say_what_the_policy_says(make_chunk: MakeChunk) -> None:
+    """Each field of a policy has its option, and a field that is not set has none."""
+    chunk = make_chunk(
+        {
+            "ports": "T:22,U:53",
+            "discovery": "none",
+            "service_detection": True,
+            "version_intensity": 3,
+            "os_detection": True,
+            "scripts": ("banner", "http-title"),
+            "timing": 2,
+            "max_rate": 100,
+            "max_retries": 1,
+            "host_timeout": 30,
+        },
+    )
+    line = " ".join(arguments(chunk, [ip_network("127.9.1.0/30")], raw=True))
+    assert "--privileged -Pn -sS -sU -p T:22,U:53 -sV --version-intensity 3 -O --script banner,http-title -T2" in line
+    assert "--max-rate 100 --max-retries 1 --host-timeout 30s" in line
+    plain = arguments(make_chunk({"service_detection": False}), [ip_network("::1/128")], raw=False)
+    assert {"--unprivileged", "-6", "-sT"} <= set(plain)
+    assert not {"-sV", "-O", "--script", "-Pn", "-sU", "--max-rate", "--max-retries", "--host-timeout"} & set(plain)
+
+
+def test_top_ports_are_counted_not_listed(make_chunk: MakeChunk) -> None:
+    """top:N becomes --top-ports N, and nmap is held to that number."""
+    chunk = make_chunk({"ports": "top:100"})
+    argv = arguments(chunk, [ip_network("127.9.1.0/30")], raw=True)
+    assert argv[argv.index("--top-ports") + 1] == "100"
+    assert "-p" not in argv
+    assert services(chunk.policy.port_set) == {"tcp": 100}
+
+
+def test_technique_auto_is_what_the_worker_can(make_chunk: MakeChunk) -> None:
+    """auto is SYN with raw packets and connect without; the others are themselves."""
+    auto, connect = make_chunk().policy, make_chunk({"technique": "connect"}).policy
+    assert (technique(auto, raw=True), technique(auto, raw=False)) == ("syn", "connect")
+    assert technique(connect, raw=True) == "connect"
+
+
+def test_refused_addresses_are_lettered_and_the_rest_scanned(make_chunk: MakeChunk) -> None:
+    """Only the addresses that the rules forbid are refused, with the rule as the reason."""
+    rules = TargetRules(allowed=LOOPBACK.allowed, denied=(ip_network("127.9.1.1/32"), ip_network("127.9.1.6/31")))
+    permitted = permit(make_chunk(outcomes="a......."), rules, raw=True)
+    assert permitted.outcomes == "ar....rr"
+    assert [str(network) for network in permitted.targets] == ["127.9.1.2/31", "127.9.1.4/31"]
+    assert "127.9.1.1/32" in permitted.reason
+
+
+def test_nothing_allowed_is_nothing_scanned(make_chunk: MakeChunk) -> None:
+    """Without an allowed network every blank is refused, and letters that were there stay."""
+    permitted = permit(make_chunk(outcomes=".a.d"), TargetRules(allowed=()), raw=True)
+    assert (permitted.outcomes, permitted.targets) == ("rard", ())
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [{"technique": "syn"}, {"os_detection": True}, {"ports": "U:53"}],
+    ids=["syn", "os detection", "udp"],
+)
+def test_what_needs_raw_packets_is_refused_without_them(make_chunk: MakeChunk, policy: dict[str, object]) -> None:
+    """A worker that may not send raw packets refuses what has no honest substitute, and says so."""
+    chunk = make_chunk(policy)
+    assert permit(chunk, LOOPBACK, raw=True).outcomes == "...."
+    permitted = permit(chunk, LOOPBACK, raw=False)
+    assert (permitted.outcomes, permitted.targets) == ("rrrr", ())
+    assert "raw packets" in permitted.reason
+
+
+def test_the_tcp_part_of_a_policy_with_udp_needs_no_raw_packets(make_chunk: MakeChunk) -> None:
+    """What counts is the chunk's own ports, not all of the policy's."""
+    chunk = make_chunk({"ports": "T:80,U:53"}, ports="80")
+    assert permit(chunk, LOOPBACK, raw=False).outcomes == "...."
+
+
+def host(*, ports: int = 2, reasons: set[bytes] = frozenset({b"reset"}), up: bool = True, late: bool = False) -> Host:  # type: ignore[assignment]
+    return Host("127.9.1.0", up, late, ports, reasons, b"")
+
+
+@pytest.mark.parametrize(
+    ("seen", "letter"),
+    [
+        (host(), Outcome.ANSWERED),
+        (host(reasons={b"user-set", b"syn-ack", b"no-response"}), Outcome.ANSWERED),
+        (host(reasons={b"echo-reply"}), Outcome.ANSWERED),
+        (host(reasons={b"user-set", b"no-response"}), Outcome.SILENT),
+        (host(reasons={b"user-set", b"host-unreach", b"net-unreach", b"time-exceeded"}), Outcome.SILENT),
+        (host(up=False, ports=0), Outcome.DOWN),
+        (host(late=True, ports=0), Outcome.TIMED_OUT),
+        (host(ports=1), Outcome.BLANK),
+        (host(ports=3), Outcome.BLANK),
+    ],
+)
+def test_letters(seen: Host, letter: Outcome) -> None:
+    """A host has a letter only if it accounts for every port, is down, or timed out."""
+    assert outcome(seen, 2) == letter
+
+
+def test_text_that_acts_is_escaped() -> None:
+    """Control characters, direction marks and what is no character are written as escapes, and nothing is dropped."""
+    assert printable("a\x1b[31m\u202eb\x00\x85\ud800\ufeff") == r"a\x1b[31m\u202eb\x00\x85\ud800\ufeff"
+    assert printable("<b>é 日本\nx", keep="\n") == "<b>é 日本\nx"
+    assert printable("a\nb") == r"a\nb"
+
+
+@given(st.text(alphabet=st.characters()))
+def test_printable_text_can_always_be_sent(text: str) -> None:
+    """Whatever text comes, its escaped form is valid UTF-8 without control characters."""
+    escaped = printable(text)
+    escaped.encode()
+    assert not any(ord(character) < 0x20 or 0x7F <= ord(character) < 0xA0 for character in escaped)
+
+
+def scanned(ports: int, **texts: str) -> HostScanned:
+    return HostScanned(
+        job_id=1,
+        chunk_id="1-0",
+        attempt=1,
+        worker_id="w",
+        user_id=7,
+        address="127.9.1.0",
+        outcome="a",
+        technique="syn",
+        ports=tuple(
+            PortFound(port=50_000 + number, protocol="udp", status="open|filtered", **texts) for number in range(ports)
+        ),
+    )
+
+
+def size(message: HostScanned) -> int:
+    return len(message.model_dump_json(exclude_defaults=True).encode())
+
+
+def test_raw_data_goes_first_then_banners() -> None:
+    """A host that is too large loses its raw data, then its banners, and says that it was trimmed."""
+    small = scanned(10, raw_data="<port/>", banner="hello")
+    assert fit(small) is small
+    without_raw = fit(scanned(100, raw_data="x" * 20_000, banner="hello"))
+    assert without_raw.trimmed
+    assert {(port.raw_data, port.banner) for port in without_raw.ports} == {("", "hello")}
+    without_banner = fit(scanned(100, raw_data="x" * 20_000, banner="é" * 20_000, version="1.0"))
+    assert {(port.raw_data, port.banner, port.version) for port in without_banner.ports} == {("", "", "1.0")}
+
+
+def test_every_port_of_a_tarpit_fits() -> None:
+    """8,192 open ports with all their texts still make one message, with every port in it."""
+    tarpit = fit(
+        scanned(8_192, raw_data="x" * 500, banner="b" * 100, version="é" * 80, os_info="o" * 80, service="s" * 60)
+    )
+    assert len(tarpit.ports) == 8_192
+    assert size(tarpit) <= MAX_BYTES

@@ -1,0 +1,36 @@
+"""Who may send raw packets."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import replace
+
+import pytest
+
+from scanner_worker.scanner.raw import NET_RAW, Privileges, may_send_raw
+
+NOBODY = Privileges(root=False, effective=0, ambient=0, bounding=NET_RAW, no_new_privs=False, file=b"")
+ROOT = replace(NOBODY, root=True, effective=NET_RAW)
+GRANTED = struct.pack("<IIIII", 0x02000001, NET_RAW, 0, 0, 0)  # as `setcap cap_net_raw+ep` writes it
+
+
+@pytest.mark.parametrize(
+    ("mine", "may"),
+    [
+        (ROOT, True),
+        (replace(ROOT, effective=0), False),
+        (replace(ROOT, bounding=0), False),
+        (NOBODY, False),
+        (replace(NOBODY, effective=NET_RAW), False),
+        (replace(NOBODY, ambient=NET_RAW), True),
+        (replace(NOBODY, file=GRANTED), True),
+        (replace(NOBODY, file=GRANTED, no_new_privs=True), False),
+        (replace(NOBODY, file=GRANTED, bounding=0), False),
+        (replace(NOBODY, file=struct.pack("<IIIII", 0x02000000, NET_RAW, 0, 0, 0)), False),
+        (replace(NOBODY, file=struct.pack("<IIIII", 0x02000001, 1, 0, 0, 0)), False),
+        (replace(NOBODY, file=b"\x01"), False),
+    ],
+)
+def test_raw_packets_need_a_way_to_the_capability(mine: Privileges, may: bool) -> None:
+    """Only what nmap itself would have after its start counts: root's own, ambient, or granted by its file."""
+    assert may_send_raw(mine) is may

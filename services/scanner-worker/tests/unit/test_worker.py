@@ -1,0 +1,403 @@
+"""A worker and its chunks, with a scripted scanner and the bus in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from ipaddress import ip_network
+
+import pytest
+
+from scanfleet.errors import DependencyError
+from scanfleet.messages import (
+    ChunkClaimed,
+    ChunkFailed,
+    ChunkProgressed,
+    ChunkReleased,
+    ChunkScanned,
+    HostScanned,
+    Message,
+    PortFound,
+    ScanChunk,
+    StopChunk,
+    WorkerReady,
+)
+from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS, SCAN_WORKERS, Topic
+from scanfleet.targets import TargetRules
+from scanfleet.testing.bus import MemoryBus
+from scanner_worker.domain import Host, ScanError
+from scanner_worker.handlers.chunk import Abilities, Found
+from scanner_worker.handlers.worker import Worker
+
+MakeChunk = Callable[..., ScanChunk]
+Until = Callable[..., Awaitable[None]]
+
+FOREVER = "forever"
+
+
+def host(address: str, *, up: bool = True, late: bool = False, ports: int = 2, reason: bytes = b"reset") -> Host:
+    return Host(address, up, late, ports, {reason}, b"")
+
+
+class ScriptedScanner:
+    """Yields what it was told to, raises it, or waits for ever; notes what it was asked and whether it was closed."""
+
+    def __init__(self, *script: Host | Exception | str) -> None:
+        self.script = script
+        self.asked: list[Sequence[str]] = []
+        self.closed = 0
+        self.running = 0
+        self.most = 0
+        self.gate = asyncio.Event()
+
+    async def scan(
+        self,
+        arguments: Sequence[str],
+        services: Mapping[str, int],  # noqa: ARG002 # the port's shape
+        seconds: float,  # noqa: ARG002
+    ) -> AsyncGenerator[Found]:
+        self.asked.append(arguments)
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            for step in self.script:
+                if isinstance(step, Host):
+                    yield [(step, (PortFound(port=22),))]
+                elif isinstance(step, Exception):
+                    raise step
+                else:
+                    await self.gate.wait()
+        finally:
+            self.closed += 1
+            self.running -= 1
+
+
+class Rig:
+    """A worker on its bus."""
+
+    def __init__(self, scanner: ScriptedScanner, *, slots: int, raw: bool) -> None:
+        rules = TargetRules((ip_network("127.0.0.0/8"),), (ip_network("127.9.9.9/32"),))
+        self.scanner = scanner
+        self.bus = MemoryBus()
+        self.worker = Worker("worker", Abilities(slots, raw, rules, 10, 60), scanner, self.bus)
+        self.tasks = self.bus.tail(SCAN_TASKS, self.worker)
+
+    async def send(self, *tasks: Message) -> None:
+        await self.bus.publish(SCAN_TASKS, tasks)
+
+    def said(self, topic: Topic, kind: type[Message]) -> list[Message]:
+        return [message for message in self.bus.messages(topic) if isinstance(message, kind)]
+
+    def progress(self) -> list[str]:
+        """The kinds of messages on scan-progress."""
+        return [type(message).__name__ for message in self.bus.messages(SCAN_PROGRESS)]
+
+    def last(self) -> Message:
+        return self.bus.messages(SCAN_PROGRESS)[-1]
+
+
+@asynccontextmanager
+async def rigged(*script: Host | Exception | str, slots: int = 2, raw: bool = True) -> AsyncIterator[Rig]:
+    rig = Rig(ScriptedScanner(*script), slots=slots, raw=raw)
+    await rig.tasks.start()
+    await rig.worker.start()
+    try:
+        yield rig
+    finally:
+        await rig.worker.stop(0)
+        await rig.tasks.stop()
+
+
+def hosts(*lasts: int) -> Iterable[Host]:
+    return [host(f"127.9.1.{last}") for last in lasts]
+
+
+async def test_a_worker_announces_itself(until: Until) -> None:
+    """At the start and every two seconds the orchestrator hears of the slots and of what the worker can do."""
+    async with rigged(slots=3, raw=False) as rig:
+        await until(lambda: len(rig.said(SCAN_WORKERS, WorkerReady)) >= 2)
+        ready = rig.said(SCAN_WORKERS, WorkerReady)[0]
+        assert (ready.worker_id, ready.slots, ready.raw) == ("worker", 3, False)  # type: ignore[attr-defined]
+
+
+async def test_a_whole_chunk(make_chunk: MakeChunk, until: Until) -> None:
+    """A chunk is claimed, each host but those down is published, and the full map goes to results before progress."""
+    script = [
+        host("127.9.1.0"),
+        host("127.9.1.1", up=False),
+        host("127.9.1.2", late=True),
+        host("127.9.1.3", reason=b"user-set"),
+    ]
+    async with rigged(*script) as rig:
+        await rig.send(make_chunk())
+        await until(lambda: isinstance(rig.last(), ChunkScanned) if rig.progress() else False)
+        assert rig.progress() == ["ChunkClaimed", "ChunkScanned"]
+        results = rig.bus.messages(SCAN_RESULTS)
+        assert [(m.address, m.outcome) for m in results if isinstance(m, HostScanned)] == [
+            ("127.9.1.0", "a"),
+            ("127.9.1.2", "t"),
+            ("127.9.1.3", "s"),
+        ]
+        scanned = results[-1]
+        assert isinstance(scanned, ChunkScanned)
+        assert (scanned.outcomes, scanned.first_address, scanned.technique) == ("adts", "127.9.1.0", "syn")
+        assert isinstance(host_scanned := results[0], HostScanned)
+        assert (host_scanned.user_id, host_scanned.attempt, host_scanned.ports) == (7, 1, (PortFound(port=22),))
+
+
+async def test_only_blanks_are_scanned(make_chunk: MakeChunk, until: Until) -> None:
+    """A retried chunk keeps its letters and passes only the addresses without one to nmap."""
+    async with rigged(*hosts(1, 0, 3)) as rig:
+        await rig.send(make_chunk(outcomes="a.d."))
+        await until(lambda: "ChunkScanned" in rig.progress())
+        argv = list(rig.scanner.asked[0])
+        assert argv[argv.index("--") + 1 :] == ["127.9.1.1/32", "127.9.1.3/32"]
+        assert [m.address for m in rig.bus.messages(SCAN_RESULTS) if isinstance(m, HostScanned)] == [
+            "127.9.1.1",
+            "127.9.1.3",
+        ]
+        assert rig.last().outcomes == "aada"  # type: ignore[attr-defined]
+
+
+async def test_a_task_for_another_worker_is_left_alone(make_chunk: MakeChunk, until: Until) -> None:
+    """A worker takes only what is addressed to its own id."""
+    async with rigged(*hosts(0, 1, 2, 3)) as rig:
+        await rig.send(make_chunk(worker_id="other", chunk_id="1-1"), make_chunk())
+        await until(lambda: "ChunkScanned" in rig.progress())
+        assert {m.chunk_id for m in rig.bus.messages(SCAN_PROGRESS)} == {"1-0"}  # type: ignore[attr-defined]
+
+
+async def test_a_task_that_comes_twice_is_done_once(make_chunk: MakeChunk, until: Until) -> None:
+    """A repeated ScanChunk of the same attempt changes nothing, before or after the scan."""
+    async with rigged(*hosts(0, 1, 2, 3)) as rig:
+        await rig.send(make_chunk(), make_chunk())
+        await until(lambda: "ChunkScanned" in rig.progress())
+        await rig.send(make_chunk(), make_chunk(chunk_id="1-1"))
+        await until(lambda: rig.progress().count("ChunkScanned") == 2)
+        assert len(rig.scanner.asked) == 2
+
+
+async def test_a_heartbeat_carries_the_whole_map(make_chunk: MakeChunk, until: Until) -> None:
+    """While a scan runs, each second says which addresses are done."""
+    async with rigged(*hosts(0, 2), FOREVER) as rig:
+        await rig.send(make_chunk())
+        await until(lambda: len(rig.said(SCAN_PROGRESS, ChunkProgressed)) >= 2)
+        assert rig.last().outcomes == "a.a."  # type: ignore[attr-defined]
+
+
+async def test_a_letter_is_set_only_after_the_host_is_acknowledged(make_chunk: MakeChunk, until: Until) -> None:
+    """While scan-results cannot be written, the map stays blank; when it can, the host arrives."""
+    async with rigged(*hosts(0), FOREVER) as rig:
+        publish, away = rig.bus.publish, True
+
+        async def without_results(topic: Topic, messages: Iterable[Message]) -> None:
+            if away and topic is SCAN_RESULTS:
+                raise DependencyError("away")
+            await publish(topic, messages)
+
+        rig.bus.publish = without_results  # type: ignore[method-assign] # the broker's fault, not the worker's inside
+        await rig.send(make_chunk())
+        await until(lambda: rig.said(SCAN_PROGRESS, ChunkProgressed))
+        assert rig.last().outcomes == "...."  # type: ignore[attr-defined]
+        away = False
+        await until(lambda: rig.last().outcomes == "a...")  # type: ignore[attr-defined]
+        assert len(rig.said(SCAN_RESULTS, HostScanned)) == 1
+
+
+async def test_slots_bound_what_runs_and_extra_chunks_wait(make_chunk: MakeChunk, until: Until) -> None:
+    """No more chunks run side by side than there are slots, and the rest follow as slots free."""
+    async with rigged(FOREVER, *hosts(0, 1, 2, 3), slots=2) as rig:
+        await rig.send(*(make_chunk(chunk_id=f"1-{number}") for number in range(6)))
+        await until(lambda: rig.scanner.running == 2)
+        rig.scanner.gate.set()
+        await until(lambda: rig.progress().count("ChunkScanned") == 6)
+        assert rig.scanner.most == 2
+
+
+async def test_a_chunk_that_finds_no_slot_is_given_back(make_chunk: MakeChunk, until: Until) -> None:
+    """What cannot be started in two seconds goes back untouched, unclaimed and at no cost."""
+    async with rigged(FOREVER, slots=1) as rig:
+        await rig.send(make_chunk(), make_chunk(chunk_id="1-1", outcomes="a..."))
+        await until(lambda: "ChunkReleased" in rig.progress())
+        released = rig.said(SCAN_PROGRESS, ChunkReleased)[0]
+        assert isinstance(released, ChunkReleased)
+        assert (released.chunk_id, released.outcomes, released.slot_seconds) == ("1-1", "a...", 0)
+        assert [m.chunk_id for m in rig.said(SCAN_PROGRESS, ChunkClaimed)] == ["1-0"]  # type: ignore[attr-defined]
+
+
+async def test_a_stop_kills_the_scan_and_tells_the_last_map(make_chunk: MakeChunk, until: Until) -> None:
+    """StopChunk of this token closes the scanner and gives the chunk back with what was done."""
+    async with rigged(*hosts(1), FOREVER) as rig:
+        await rig.send(make_chunk())
+        await until(lambda: rig.said(SCAN_RESULTS, HostScanned))
+        await rig.send(StopChunk(job_id=1, chunk_id="1-0", attempt=1, worker_id="worker", reason="cancelled"))
+        await until(lambda: "ChunkReleased" in rig.progress())
+        released = rig.last()
+        assert isinstance(released, ChunkReleased)
+        assert (released.outcomes, released.reason, rig.scanner.closed) == (".a..", "cancelled", 1)
+
+
+async def test_a_stop_of_another_attempt_or_chunk_is_not_answered(make_chunk: MakeChunk, until: Until) -> None:
+    """A StopChunk for what is not here neither stops anything nor is answered, which would go on for ever."""
+    async with rigged(FOREVER) as rig:
+        await rig.send(make_chunk(attempt=2))
+        await until(lambda: rig.scanner.asked)
+        await rig.send(
+            StopChunk(job_id=1, chunk_id="1-0", attempt=1, worker_id="worker", reason="old"),
+            StopChunk(job_id=1, chunk_id="9-9", attempt=1, worker_id="worker", reason="unknown"),
+        )
+        await until(lambda: rig.progress().count("ChunkProgressed") >= 2)
+        assert set(rig.progress()) == {"ChunkClaimed", "ChunkProgressed"}
+
+
+async def test_a_new_attempt_ends_the_old_one(make_chunk: MakeChunk, until: Until) -> None:
+    """When the same worker gets a chunk again, the earlier attempt stops."""
+    async with rigged(FOREVER) as rig:
+        await rig.send(make_chunk())
+        await until(lambda: rig.scanner.asked)
+        await rig.send(make_chunk(attempt=2))
+        await until(lambda: "ChunkReleased" in rig.progress())
+        assert [m.attempt for m in rig.said(SCAN_PROGRESS, ChunkReleased)] == [1]  # type: ignore[attr-defined]
+        await until(lambda: rig.scanner.running == 1)
+
+
+async def test_a_failed_run_keeps_its_hosts_and_says_why(make_chunk: MakeChunk, until: Until) -> None:
+    """Hosts before the failure count, and the reason of the failure is told."""
+    async with rigged(*hosts(0), ScanError("nmap exited with 1")) as rig:
+        await rig.send(make_chunk())
+        await until(lambda: "ChunkFailed" in rig.progress())
+        failed = rig.last()
+        assert isinstance(failed, ChunkFailed)
+        assert (failed.outcomes, failed.reason) == ("a...", "nmap exited with 1")
+
+
+async def test_a_missing_host_is_never_down(make_chunk: MakeChunk, until: Until) -> None:
+    """An address that nmap does not mention stays blank and fails the chunk, although the run succeeded."""
+    async with rigged(*hosts(0, 1, 3)) as rig:
+        await rig.send(make_chunk())
+        await until(lambda: "ChunkFailed" in rig.progress())
+        failed = rig.last()
+        assert isinstance(failed, ChunkFailed)
+        assert (failed.outcomes, failed.reason) == ("aa.a", "1 addresses are missing from what nmap wrote")
+
+
+async def test_ports_that_do_not_add_up_fail_the_chunk(make_chunk: MakeChunk, until: Until) -> None:
+    """A host that accounts for fewer ports than were asked for has no letter, and the reason names it."""
+    async with rigged(*hosts(0, 1, 2), host("127.9.1.3", ports=1)) as rig:
+        await rig.send(make_chunk())
+        await until(lambda: "ChunkFailed" in rig.progress())
+        assert "1 of 2 ports of 127.9.1.3" in rig.last().reason  # type: ignore[attr-defined]
+        assert len(rig.said(SCAN_RESULTS, HostScanned)) == 3
+
+
+async def test_a_host_that_was_not_asked_for_fails_the_chunk(make_chunk: MakeChunk, until: Until) -> None:
+    """What nmap says about other addresses is not believed."""
+    async with rigged(*hosts(9)) as rig:
+        await rig.send(make_chunk())
+        await until(lambda: "ChunkFailed" in rig.progress())
+        assert "127.9.1.9" in rig.last().reason  # type: ignore[attr-defined]
+        assert rig.bus.messages(SCAN_RESULTS) == []
+
+
+async def test_a_fault_of_ours_fails_the_chunk_only(make_chunk: MakeChunk, until: Until) -> None:
+    """An unexpected error while scanning is told as a failure, and the worker goes on."""
+    async with rigged(ValueError("oops")) as rig:
+        await rig.send(make_chunk())
+        await until(lambda: "ChunkFailed" in rig.progress())
+        assert "ValueError" in rig.last().reason  # type: ignore[attr-defined]
+        assert rig.worker.alive
+
+
+async def test_refused_targets_never_reach_nmap(make_chunk: MakeChunk, until: Until) -> None:
+    """Addresses that the rules forbid are refused with the reason, the others are scanned."""
+    async with rigged(host("127.9.9.8")) as rig:
+        await rig.send(make_chunk(first_address="127.9.9.8", outcomes=".."))
+        await until(lambda: "ChunkScanned" in rig.progress())
+        assert list(rig.scanner.asked[0])[-2:] == ["--", "127.9.9.8/32"]
+        scanned = rig.last()
+        assert isinstance(scanned, ChunkScanned)
+        assert scanned.outcomes == "ar"
+        assert "127.9.9.9/32" in scanned.reason
+
+
+async def test_a_chunk_of_refused_targets_starts_no_nmap(make_chunk: MakeChunk, until: Until) -> None:
+    """When everything is refused the chunk is scanned at once, without nmap."""
+    async with rigged() as rig:
+        await rig.send(make_chunk(first_address="10.0.0.0"))
+        await until(lambda: "ChunkScanned" in rig.progress())
+        assert (rig.last().outcomes, rig.scanner.asked) == ("rrrr", [])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("raw", "used", "option"), [(True, "syn", "-sS"), (False, "connect", "-sT")])
+async def test_the_result_says_which_technique_was_used(
+    make_chunk: MakeChunk,
+    until: Until,
+    raw: bool,
+    used: str,
+    option: str,
+) -> None:
+    """auto is SYN with raw packets, else connect, in the arguments and in every result."""
+    async with rigged(*hosts(0, 1, 2, 3), raw=raw) as rig:
+        await rig.send(make_chunk())
+        await until(lambda: "ChunkScanned" in rig.progress())
+        assert option in rig.scanner.asked[0]
+        assert {message.technique for message in rig.bus.messages(SCAN_RESULTS)} == {used}  # type: ignore[attr-defined]
+
+
+async def test_without_acknowledged_heartbeats_the_scan_ends_before_its_lease(
+    make_chunk: MakeChunk,
+    until: Until,
+) -> None:
+    """When the bus is away for two thirds of the lease nmap is gone, and the chunk is given back when it returns."""
+    async with rigged(*hosts(0), FOREVER) as rig:
+        await rig.send(make_chunk(lease_seconds=3.0))
+        await until(lambda: rig.said(SCAN_RESULTS, HostScanned))
+        began = asyncio.get_running_loop().time()
+        rig.bus.broker.away = True
+        await until(lambda: rig.scanner.closed)
+        assert asyncio.get_running_loop().time() - began < 3.0
+        rig.bus.broker.away = False
+        await until(lambda: "ChunkReleased" in rig.progress())
+        assert rig.last().outcomes == "a..."  # type: ignore[attr-defined]
+
+
+async def test_a_lease_that_is_acknowledged_lasts(make_chunk: MakeChunk, until: Until) -> None:
+    """Heartbeats that are acknowledged keep a scan alive well past one lease."""
+    async with rigged(FOREVER) as rig:
+        await rig.send(make_chunk(lease_seconds=2.0))
+        await until(lambda: rig.progress().count("ChunkProgressed") >= 4)
+        assert rig.scanner.running == 1
+
+
+async def test_leaving_finishes_what_can_be_finished(make_chunk: MakeChunk, until: Until) -> None:
+    """A worker that leaves announces no slots, takes nothing new, and lets a scan finish in the grace it has."""
+    async with rigged(*hosts(0, 1, 2, 3)) as rig:
+        await rig.send(make_chunk())
+        await until(lambda: rig.scanner.asked)
+        await rig.worker.stop(10)
+        assert rig.last().outcomes == "aaaa"  # type: ignore[attr-defined]
+        assert rig.bus.messages(SCAN_WORKERS)[-1].slots == 0  # type: ignore[attr-defined]
+        await rig.send(make_chunk(chunk_id="1-9"))
+        await until(lambda: "ChunkReleased" in rig.progress())
+
+
+async def test_leaving_without_time_gives_back_at_once(make_chunk: MakeChunk, until: Until) -> None:
+    """Without grace every chunk, running or waiting, is released with its map."""
+    async with rigged(*hosts(0), FOREVER, slots=1) as rig:
+        await rig.send(make_chunk(), make_chunk(chunk_id="1-1"))
+        await until(lambda: rig.said(SCAN_RESULTS, HostScanned))
+        await rig.worker.stop(0)
+        released = {m.chunk_id: m.outcomes for m in rig.said(SCAN_PROGRESS, ChunkReleased)}  # type: ignore[attr-defined]
+        assert released == {"1-0": "a...", "1-1": "...."}
+        assert rig.scanner.closed == 1
+
+
+async def test_the_trace_goes_on(make_chunk: MakeChunk, until: Until) -> None:
+    """Everything said about a chunk belongs to the trace of its task."""
+    trace = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
+    async with rigged(*hosts(0, 1, 2, 3)) as rig:
+        await rig.send(make_chunk().model_copy(update={"traceparent": trace}))
+        await until(lambda: "ChunkScanned" in rig.progress())
+        said = rig.bus.messages(SCAN_PROGRESS) + rig.bus.messages(SCAN_RESULTS)
+        assert {message.traceparent for message in said} == {trace}

@@ -1,0 +1,251 @@
+"""Reading nmap's XML while it comes, whatever it holds."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scanfleet.outcomes import Outcome
+from scanner_worker.domain import Host, outcome
+from scanner_worker.scanner.xml import MAX_TOKEN, BadXmlError, Reader
+
+Recording = Callable[[str], bytes]
+
+HEAD = b'<?xml version="1.0" encoding="UTF-8"?>\n<!DOCTYPE nmaprun>\n<nmaprun scanner="nmap">\n'
+TAIL = b'<runstats><finished time="1" exit="success"/><hosts up="1" down="0" total="1"/></runstats>\n</nmaprun>\n'
+MAX_HOST = 4 << 20
+
+
+def a_host(address: str = "127.9.1.1", inside: bytes = b"") -> bytes:
+    return (
+        b'<host starttime="1"><status state="up" reason="reset" reason_ttl="0"/>\n'
+        b'<address addr="%s" addrtype="ipv4"/>\n<ports>%s</ports>\n</host>\n' % (address.encode(), inside)
+    )
+
+
+def read(document: bytes, piece: int = 1 << 16) -> tuple[list[Host], str]:
+    """The hosts, and what was wrong."""
+    reader = Reader(max_host_bytes=MAX_HOST)
+    hosts: list[Host] = []
+    try:
+        for start in range(0, len(document), piece):
+            hosts.extend(reader.feed(document[start : start + piece]))
+        reader.close()
+    except BadXmlError as error:
+        return hosts, str(error)
+    return hosts, ""
+
+
+def letters(hosts: list[Host], ports: int) -> dict[str, Outcome]:
+    return {host.address: outcome(host, ports) for host in hosts}
+
+
+@pytest.mark.parametrize(
+    ("name", "ports", "expected"),
+    [
+        ("closed", 100, dict.fromkeys(("127.9.1.8", "127.9.1.9", "127.9.1.10", "127.9.1.11"), Outcome.ANSWERED)),
+        ("listed_closed", 10, dict.fromkeys(("127.9.1.8", "127.9.1.9"), Outcome.ANSWERED)),
+        ("many_open", 100, dict.fromkeys(("127.9.1.2", "127.9.1.3"), Outcome.ANSWERED)),
+        ("versions", 6, {"127.9.1.1": Outcome.ANSWERED}),
+        (
+            "silent",
+            100,
+            {"127.9.5.0": Outcome.SILENT, "127.9.5.1": Outcome.SILENT, "127.9.1.8": Outcome.ANSWERED},
+        ),
+        ("unreachable", 30, {"127.9.6.1": Outcome.SILENT}),
+        ("timed_out", 100, {"127.9.5.1": Outcome.TIMED_OUT, "127.9.1.8": Outcome.ANSWERED}),
+        (
+            "down",
+            2,
+            {"10.77.0.1": Outcome.ANSWERED} | {f"10.77.0.{last}": Outcome.DOWN for last in (8, 9, 10, 11)},
+        ),
+        ("udp", 60, {"127.9.5.1": Outcome.SILENT, "127.9.1.8": Outcome.ANSWERED}),
+        ("udp_listed", 6, {"127.9.5.1": Outcome.SILENT}),
+        ("os", 25, {"127.9.1.1": Outcome.ANSWERED}),
+        ("ipv6", 2, {"::1": Outcome.ANSWERED}),
+    ],
+)
+def test_real_hosts_get_their_letters(
+    recording: Recording, name: str, ports: int, expected: dict[str, Outcome]
+) -> None:
+    """What real nmap wrote about hosts of every kind is read as what they were."""
+    hosts, fault = read(recording(name))
+    assert fault == ""
+    assert letters(hosts, ports) == expected
+    assert set(letters(hosts, ports + 1).values()) <= {
+        Outcome.BLANK,
+        Outcome.DOWN,
+        Outcome.TIMED_OUT,
+    }
+
+
+def test_ports_are_announced_before_the_first_host(recording: Recording) -> None:
+    """The reader knows how many ports of each protocol nmap probes by the time it gives the first host."""
+    reader = Reader(max_host_bytes=MAX_HOST)
+    next(iter(reader.feed(recording("udp_listed"))))
+    assert reader.services == {"tcp": 1, "udp": 5}
+
+
+def test_skipped_targets_are_named(recording: Recording) -> None:
+    """Targets that nmap had no route to are no hosts, and the reader says which they were."""
+    reader = Reader(max_host_bytes=MAX_HOST)
+    assert [host.address for host in reader.feed(recording("skipped"))] == ["127.9.1.8"]
+    reader.close()
+    assert reader.skipped == ["10.88.0.0", "10.88.0.1"]
+
+
+@pytest.mark.parametrize("name", ["many_open", "versions", "down", "udp"])
+@pytest.mark.parametrize("piece", [1, 7, 64, 1000])
+def test_the_size_of_the_pieces_changes_nothing(recording: Recording, name: str, piece: int) -> None:
+    """A document read byte by byte gives the same hosts as one read at once."""
+    assert read(recording(name), piece) == read(recording(name))
+
+
+@pytest.mark.parametrize("name", ["closed", "versions", "down", "timed_out"])
+def test_a_cut_document_keeps_its_whole_hosts(recording: Recording, name: str) -> None:
+    """Cut at any byte, a document gives exactly the hosts that ended before the cut, and does not count as whole."""
+    document = recording(name)
+    whole, _ = read(document)
+    for cut in range(0, len(document.rstrip()), 3):
+        hosts, fault = read(document[:cut])
+        assert hosts == whole[: document[:cut].count(b"</host>")]
+        assert fault
+
+
+def test_hosts_before_damage_stand() -> None:
+    """Hosts that were whole before a malformed byte are kept, and the damage is told."""
+    hosts, fault = read(HEAD + a_host("127.9.1.1") + a_host("127.9.1.2") + b"<host><status <<<" + a_host("127.9.1.3"))
+    assert [host.address for host in hosts] == ["127.9.1.1", "127.9.1.2"]
+    assert fault
+
+
+def test_hints_are_no_hosts() -> None:
+    """nmap's early hint about a host is not taken for the host."""
+    hint = a_host("127.9.1.9").replace(b"<host ", b"<hosthint ").replace(b"</host>", b"</hosthint>")
+    hosts, fault = read(HEAD + hint + a_host("127.9.1.1") + TAIL)
+    assert ([host.address for host in hosts], fault) == (["127.9.1.1"], "")
+
+
+def test_only_success_is_success() -> None:
+    """A document that is whole but says that nmap failed does not count."""
+    assert read(HEAD + TAIL)[1] == ""
+    assert "finished" in read(HEAD + TAIL.replace(b"success", b"error"))[1]
+    assert "finished" in read(HEAD + b"</nmaprun>")[1]
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        b'<!DOCTYPE nmaprun [<!ENTITY a "x"><!ENTITY b "&a;&a;&a;">]><nmaprun>&b;</nmaprun>',
+        b'<!DOCTYPE nmaprun [<!ENTITY a "%s">]><nmaprun>%s</nmaprun>' % (b"x" * 50_000, b"&a;" * 50_000),
+        b'<!DOCTYPE nmaprun [<!ENTITY a SYSTEM "file:///etc/passwd">]><nmaprun>&a;</nmaprun>',
+        b'<!DOCTYPE nmaprun SYSTEM "file:///etc/passwd"><nmaprun/>',
+        b'<!DOCTYPE nmaprun [<!ATTLIST host a CDATA "x">]><nmaprun/>',
+        b"<!DOCTYPE other><nmaprun/>",
+        b"<other/>",
+        HEAD + b"&undefined;",
+        HEAD + b"<!-- " + a_host() + b" -->",
+        HEAD + b"<![CDATA[" + a_host() + b"]]>",
+        HEAD + b"<?php " + a_host() + b"?>",
+        HEAD + b'<host a="/>/>/>/>">',
+        HEAD + b"<a>" * 70_000,
+        HEAD + a_host(inside=b"<table>" * 20_000),
+        b"\xff\xfe<\x00n\x00m\x00a\x00p\x00r\x00u\x00n\x00>\x00",
+    ],
+    ids=[
+        "billion laughs",
+        "quadratic entities",
+        "external entity",
+        "external document type",
+        "default attributes",
+        "another document type",
+        "another root",
+        "undefined entity",
+        "comment",
+        "CDATA",
+        "instruction",
+        "bare >",
+        "deep nesting",
+        "deep nesting in a host",
+        "UTF-16",
+    ],
+)
+def test_hostile_documents_are_refused(document: bytes) -> None:
+    """What nmap never writes is refused with a reason, and no host comes of it."""
+    hosts, fault = read(document)
+    assert (hosts, bool(fault)) == ([], True)
+
+
+def fed(pieces: Iterator[bytes]) -> tuple[str, int]:
+    """What was wrong, and the most memory that reading took."""
+    reader = Reader(max_host_bytes=MAX_HOST)
+    tracemalloc.start()
+    fault = ""
+    try:
+        for piece in pieces:
+            for _ in reader.feed(piece):
+                pass
+    except BadXmlError as error:
+        fault = str(error)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return fault, peak
+
+
+def test_endless_things_end_in_bounded_memory() -> None:
+    """An endless attribute, text, host or nesting is given up, having taken no more than the limits allow."""
+    piece = 1 << 16
+
+    def endless(start: bytes, again: bytes) -> Iterator[bytes]:
+        yield HEAD + start
+        for _ in range(100 * (1 << 20) // piece):
+            yield again * (piece // len(again))
+
+    assert "bytes" in (ended := fed(endless(b'<host a="', b"x")))[0]
+    assert ended[1] < 4 * MAX_TOKEN
+    assert "host of more" in (ended := fed(endless(b"<host a='b'>", b"<elem>text</elem>")))[0]
+    assert ended[1] < 4 * MAX_HOST
+    assert "nested" in (ended := fed(endless(b"", b"<aaa>")))[0]
+    assert ended[1] < 4 * MAX_TOKEN
+
+
+def test_memory_does_not_grow_with_the_number_of_hosts() -> None:
+    """Sixteen times the hosts take no more memory to read."""
+
+    def hosts(number: int) -> Iterator[bytes]:
+        yield HEAD
+        for index in range(number):
+            yield a_host(f"10.0.{index >> 8}.{index & 255}", b'<port protocol="tcp" portid="1"/>' * 5)
+
+    few, many = fed(hosts(500))[1], fed(hosts(8_000))[1]
+    assert many < 2 * few
+
+
+def test_what_is_no_character_becomes_an_escape() -> None:
+    """References and bytes that XML does not allow are kept as escapes, so one strange banner does not cost a chunk."""
+    inside = (
+        b'<port protocol="tcp" portid="1"><x a="&#x1b;[31m &#xd800; &#xfffe; \x01 \xff\xe2\x80 &#xe9; &#xa;"/></port>'
+    )
+    for piece in (1, 5, 1000):
+        hosts, fault = read(HEAD + a_host(inside=inside) + TAIL, piece)
+        assert fault == ""
+        assert rb"\x1b[31m \ud800 \ufffe \x01 \xff\xe2\x80 &#xe9; &#xa;" in hosts[0].element
+
+
+@given(st.binary(max_size=300), st.integers(1, 50))
+def test_any_bytes_end_in_hosts_or_a_reason(noise: bytes, piece: int) -> None:
+    """Noise in the middle of a document never breaks the reader, nor the hosts before it."""
+    hosts, _ = read(HEAD + a_host("127.9.1.1") + noise + a_host("127.9.1.2") + TAIL, piece)
+    assert hosts[0].address == "127.9.1.1"
+
+
+@given(
+    st.lists(st.sampled_from([b"<", b">", b"/", b"host", b" ", b'"', b"=", b"<host>", b"</host>", b"&", b"#x1;", b"a"]))
+)
+def test_any_markup_ends_in_hosts_or_a_reason(parts: list[bytes]) -> None:
+    """No arrangement of markup raises anything but the reader's own error."""
+    read(HEAD + b"".join(parts))
