@@ -1,0 +1,125 @@
+"""The life of a job."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+
+from job_orchestrator.domain.job import (
+    TABLE,
+    IllegalJobChangeError,
+    JobTrigger,
+    ScanJob,
+    change,
+    observe,
+    published,
+)
+from job_orchestrator.testing import scan_job
+from job_orchestrator.testing.things import THEN
+from scanfleet.messages import JobCancelled, JobCompleted, JobFailed, JobProgressed, JobStarted, JobStatus
+
+LATER = THEN + timedelta(seconds=5)
+EVENTS = {
+    JobTrigger.START: JobStarted,
+    JobTrigger.COMPLETE: JobCompleted,
+    JobTrigger.FAIL: JobFailed,
+    JobTrigger.CANCEL: JobCancelled,
+}
+FINAL = (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED)
+
+
+def in_status(status: JobStatus) -> ScanJob:
+    """A job that got there by the table, its outbox empty."""
+    job = scan_job()
+    if status is not JobStatus.PENDING:
+        job = change(job, JobTrigger.START, THEN)
+    if status in FINAL:
+        trigger = next(trigger for trigger, end in TABLE[JobStatus.RUNNING].items() if end is status)
+        job = change(job, trigger, THEN)
+    return published(job, {out.event.event_id for out in job.outbox})
+
+
+@pytest.mark.parametrize("status", JobStatus)
+@pytest.mark.parametrize("trigger", JobTrigger)
+def test_the_table_decides_every_change(status: JobStatus, trigger: JobTrigger) -> None:
+    """A change in the table leads where it says, under the next seq with its event; any other raises."""
+    job = in_status(status)
+    if trigger not in TABLE[status]:
+        with pytest.raises(IllegalJobChangeError, match=f"it is {status}"):
+            change(job, trigger, LATER)
+        return
+    after = change(job, trigger, LATER)
+    assert after.status is TABLE[status][trigger]
+    assert after.seq == job.seq + 1
+    (out,) = after.outbox
+    assert type(out.event) is EVENTS[trigger]
+    assert (out.event.seq, out.event.job, out.at) == (after.seq, after.view, LATER)
+
+
+def test_the_table_is_the_published_graph() -> None:
+    """Jobs go from pending over running to an end, or from pending to failed or cancelled, and nowhere else."""
+    edges = {(start, end) for start, ways in TABLE.items() for end in ways.values()}
+    assert edges == {
+        (JobStatus.PENDING, JobStatus.RUNNING),
+        *((start, end) for start in (JobStatus.PENDING, JobStatus.RUNNING) for end in FINAL[1:]),
+        (JobStatus.RUNNING, JobStatus.COMPLETED),
+    }
+    assert {status for status in JobStatus if in_status(status).final} == set(FINAL)
+
+
+def test_a_new_job_tells_of_itself() -> None:
+    """A job begins pending, without times of its own, with its creation to be published under seq 1."""
+    job = scan_job(traceparent="00-" + "1" * 32 + "-" + "2" * 16 + "-01")
+    assert (job.status, job.seq, job.start_time, job.end_time, job.progress) == (JobStatus.PENDING, 1, None, None, 0)
+    (out,) = job.outbox
+    assert (out.event.event_id, out.event.traceparent) == ("job-1-1", job.traceparent)
+    assert out.event.job == job.view
+
+
+def test_times_are_set_when_they_happen_and_never_run_backwards() -> None:
+    """Start and end are the moments of their changes; a clock that went back is not followed."""
+    started = change(scan_job(), JobTrigger.START, LATER)
+    assert (started.start_time, started.end_time, started.updated_at) == (LATER, None, LATER)
+    ended = change(started, JobTrigger.COMPLETE, THEN)
+    assert (ended.start_time, ended.end_time, ended.updated_at) == (LATER, LATER, LATER)
+    never = change(scan_job(), JobTrigger.CANCEL, LATER)
+    assert (never.start_time, never.end_time) == (None, LATER)
+
+
+def test_events_wait_in_the_outbox_in_order() -> None:
+    """Unpublished events of several changes are all kept, in seq order, and only those named are removed."""
+    job = change(change(scan_job(), JobTrigger.START, LATER), JobTrigger.CANCEL, LATER)
+    assert [out.event.seq for out in job.outbox] == [1, 2, 3]
+    assert [out.event.seq for out in published(job, {"job-1-2", "job-9-1"}).outbox] == [1, 3]
+
+
+def test_progress_is_told_once_and_never_lowered() -> None:
+    """Higher progress or more machines are told under the next seq; less or the same is no news; 100 is completion's."""
+    running = in_status(JobStatus.RUNNING)
+    assert observe(running, 0, 0, LATER) is None
+    news = observe(running, 40, 3, LATER)
+    assert news is not None
+    job, event = news
+    assert (job.progress, job.machines_found, job.seq, job.updated_at) == (40, 3, running.seq + 1, LATER)
+    assert isinstance(event, JobProgressed)
+    assert (event.seq, event.progress, event.machines_found, event.job) == (job.seq, 40, 3, job.view)
+    assert job.outbox == ()
+    assert observe(job, 39, 2, LATER) is None
+    more = observe(job, 30, 4, LATER)
+    assert more is not None
+    assert (more[0].progress, more[0].machines_found) == (40, 4)
+    full = observe(job, 100, 3, LATER)
+    assert full is not None
+    assert full[0].progress == 99
+
+
+@pytest.mark.parametrize("status", set(JobStatus) - {JobStatus.RUNNING})
+def test_only_a_running_job_progresses(status: JobStatus) -> None:
+    """No progress is told before the start or after the end."""
+    assert observe(in_status(status), 40, 3, LATER) is None
+
+
+def test_no_progress_is_told_before_what_waits_in_the_outbox() -> None:
+    """While an event is unpublished there is no progress, so a reader cannot miss the event by its seq."""
+    assert observe(change(scan_job(), JobTrigger.START, LATER), 40, 3, LATER) is None
