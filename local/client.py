@@ -18,6 +18,9 @@ class Client:
     def __init__(self, url: str, token: str) -> None:
         self.http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=30)
 
+    def close(self) -> None:
+        self.http.close()
+
     def subnet(self, cidr: str, exclude: Sequence[str] = ()) -> int:
         return self._made("/api/v1/subnet", {"name": cidr, "cidr": cidr, "exclude": list(exclude)})
 

@@ -31,18 +31,24 @@ def stack(kafka: str, mongodb: str, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
-def user(stack: Stack) -> Client:
-    return Client(stack.url, stack.token(7))
+def user(stack: Stack) -> Iterator[Client]:
+    client = Client(stack.url, stack.token(7))
+    yield client
+    client.close()
 
 
 @pytest.fixture(scope="session")
-def stranger(stack: Stack) -> Client:
-    return Client(stack.url, stack.token(8))
+def stranger(stack: Stack) -> Iterator[Client]:
+    client = Client(stack.url, stack.token(8))
+    yield client
+    client.close()
 
 
 @pytest.fixture(scope="session")
-def admin(stack: Stack) -> Client:
-    return Client(stack.url, stack.token(9, admin=True))
+def admin(stack: Stack) -> Iterator[Client]:
+    client = Client(stack.url, stack.token(9, admin=True))
+    yield client
+    client.close()
 
 
 @pytest.fixture(scope="session")

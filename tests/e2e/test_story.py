@@ -15,6 +15,7 @@ from local.client import FINAL, Client
 from local.nmap import OpenPorts, open_ports
 from local.stack import Stack
 from local.wait import until
+from scanfleet.messages.topics import SCAN_EVENTS
 
 pytestmark = pytest.mark.e2e
 
@@ -33,9 +34,7 @@ async def events(stack: Stack, job_id: int) -> list[tuple[str, dict[str, Any]]]:
     consumer = AIOKafkaConsumer(bootstrap_servers=stack.kafka, enable_auto_commit=False)
     await consumer.start()
     try:
-        topic = "e2e-scan-events"
-        await consumer.topics()
-        parts = [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic) or ()]
+        parts = [TopicPartition(f"e2e-{SCAN_EVENTS.name}", number) for number in range(SCAN_EVENTS.partitions)]
         consumer.assign(parts)
         await consumer.seek_to_beginning(*parts)
         ends = await consumer.end_offsets(parts)
