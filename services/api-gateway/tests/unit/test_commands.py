@@ -84,6 +84,9 @@ async def test_replies_find_their_requests(gateway: Running) -> None:
 
     gateway.replier.reply = reply
     assert await asyncio.gather(*(post(subnet) for subnet in (1, 2, 3))) == [100, 200, 300]
+    gateway.replier.reply = accept
+    assert (await gateway.client.post("/api/v1/task", json=BODY)).status_code == 201
+    assert not gateway.broker.records("scan-replies-dlq")
 
 
 @pytest.mark.parametrize("status", [400, 404, 409])
