@@ -6,8 +6,8 @@ import asyncio
 import json
 import subprocess
 import threading
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 from xml.etree import ElementTree as ET
 
@@ -19,59 +19,16 @@ from local import ports
 from local.client import FINAL, Client
 from local.stack import Stack
 from local.wait import until
+from scanfleet.testing import targets
 
 SUBNET: Final = "127.9.8.0/24"
 USER: Final = 7
 SCAN_LIMIT: Final = 120.0  # seconds for the job; it takes about ten
-IDLE: Final = 30.0  # seconds after which a server gives up on a silent client
 
 console = Console()
 
-Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 Row = tuple[str, int, str, str, str, str]
 """Address, port, protocol, state, service, version."""
-
-
-def greeter(greeting: str, answer: str = "") -> Talk:
-    """A server that speaks first and gives every line the same answer."""
-
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(greeting.encode())
-        while await reader.readline():
-            writer.write(answer.encode())
-            await writer.drain()
-
-    return talk
-
-
-def responder(answer: str) -> Talk:
-    """A server that waits to be spoken to, answers once, and hangs up."""
-
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read(1024)
-        writer.write(answer.encode())
-
-    return talk
-
-
-HTTP: Final = responder(
-    "HTTP/1.1 200 OK\r\nServer: nginx/1.26.2\r\nContent-Type: text/plain\r\nContent-Length: 3\r\n"
-    "Connection: close\r\n\r\nok\n"
-)
-REDIS: Final = responder("$40\r\n# Server\r\nredis_version:7.2.5\r\nos:Linux\r\n\r\n")
-SSH: Final = greeter("SSH-2.0-OpenSSH_9.7p1 Debian-7\r\n")
-SMTP: Final = greeter("220 mail.example.org ESMTP Postfix\r\n", "250 mail.example.org\r\n")
-FTP: Final = greeter("220 (vsFTPd 3.0.5)\r\n", "530 Please login with USER and PASS.\r\n")
-
-SERVERS: Final = (
-    # Ports above 1023, so that the demo needs no rights. Servers that wait to be spoken to cost nmap six seconds in each
-    # group of hosts that has one, so theirs are the first 64 addresses: one group.
-    (2121, FTP, ("127.9.8.21",)),
-    (2222, SSH, ("127.9.8.1", "127.9.8.10", "127.9.8.200", "127.9.8.255")),
-    (2525, SMTP, ("127.9.8.125",)),
-    (6379, REDIS, ("127.9.8.10", "127.9.8.63")),
-    (8000, HTTP, ("127.9.8.0", "127.9.8.10", "127.9.8.42")),
-)
 
 
 def run(stack: Stack) -> int:
@@ -84,14 +41,20 @@ def run(stack: Stack) -> int:
         started = stack.up()
     try:
         with real_servers() as numbers:
-            return _show(Client(stack.url, stack.token(USER)), ",".join(map(str, numbers)))
+            return show(Client(stack.url, stack.token(USER)), numbers, nmap=["nmap"])
     finally:
         if started:
             with console.status("stopping the local stack"):
                 stack.down()
 
 
-def _show(user: Client, port_list: str) -> int:
+def show(user: Client, numbers: Iterable[int], nmap: Sequence[str]) -> int:
+    """Scan the servers, which listen on the ports `numbers`, and compare with what the command `nmap` finds.
+
+    Returns:
+        The exit code: 0 when the job completed and plain nmap agrees.
+    """
+    port_list = ",".join(map(str, numbers))
     console.print(f"scanning {SUBNET} on the ports {port_list} through {user.http.base_url}")
     job_id = user.scan(SUBNET, ports=port_list, technique="connect", service_detection=True, timing=4)
     status = _watch(user, job_id)
@@ -104,7 +67,7 @@ def _show(user: Client, port_list: str) -> int:
     )
     _print_table(found)
 
-    plain, plain_up = _plain_nmap(port_list)
+    plain, plain_up = _plain_nmap(nmap, port_list)
     matches = found == plain and status["machines_found"] == plain_up
     if matches:
         console.print(f"plain nmap found the same: {plain_up} machines up, {len(plain)} open ports")
@@ -145,10 +108,10 @@ def real_servers() -> Iterator[list[int]]:
     """The servers, listening, in a thread of their own; yields their ports."""
     numbers = [
         usual if all(ports.is_free(usual, host) for host in hosts) else ports.choose(host="0.0.0.0")  # on every address
-        for usual, _, hosts in SERVERS
+        for usual, _, hosts in targets.SERVERS
     ]
     with asyncio.Runner() as runner:
-        running = runner.run(_listen(numbers))
+        running = runner.run(targets.listen(numbers))
         loop = runner.get_loop()
         thread = threading.Thread(target=loop.run_forever)
         thread.start()
@@ -161,31 +124,9 @@ def real_servers() -> Iterator[list[int]]:
                 server.close()
 
 
-async def _listen(numbers: list[int]) -> list[asyncio.Server]:
-    return [
-        await asyncio.start_server(_polite(talk), host, number)
-        for number, (_, talk, hosts) in zip(numbers, SERVERS, strict=True)
-        for host in hosts
-    ]
-
-
-def _polite(talk: Talk) -> Talk:
-    """As `talk`, for clients that hang up as they like: scanners do."""
-
-    async def talk_to_anyone(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with closing(writer):
-            try:
-                async with asyncio.timeout(IDLE):
-                    await talk(reader, writer)
-            except (ConnectionError, TimeoutError, ValueError):  # a line too long is a ValueError
-                return
-
-    return talk_to_anyone
-
-
-def _plain_nmap(port_list: str) -> tuple[list[Row], int]:
+def _plain_nmap(nmap: Sequence[str], port_list: str) -> tuple[list[Row], int]:
     """The same arguments given to nmap itself: what is open, and how many machines are up."""
-    argv = ["nmap", "-n", "-sT", "-sV", "--version-intensity", "7", "-T4", "-p", port_list, "-oX", "-", SUBNET]
+    argv = [*nmap, "-n", "-sT", "-sV", "--version-intensity", "7", "-T4", "-p", port_list, "-oX", "-", SUBNET]
     with console.status("comparing with plain nmap"):
         done = subprocess.run(argv, stdout=subprocess.PIPE, check=True)
     console.print(f"[bold]{' '.join(argv)}[/bold]")
