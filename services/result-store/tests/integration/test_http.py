@@ -1,0 +1,95 @@
+"""Streams over a real HTTP server: what breaks must look broken, and who is slow must harm nobody."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from structlog.testing import capture_logs
+
+from result_store.api import PIECE, router
+from result_store.domain import fold
+from result_store.testing import Log, MemoryStore, host
+from scanfleet import service
+from scanfleet.errors import DependencyError
+from scanfleet.messages import PortFound
+from scanfleet.rest import Result
+from scanfleet.testing.tokens import Issuer
+
+pytestmark = pytest.mark.integration
+
+ISSUER = Issuer()
+PATH = "/api/v1/task/{}/results"
+LARGE = 100_000  # hosts of about a kilobyte: far more than all buffers on the way
+
+
+class EndlessStore(MemoryStore):
+    """Job 1 is large, job 2 breaks off after two pieces, job 3 is small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given = 0
+
+    async def results(self, job_id: int, user_id: int | None) -> AsyncIterator[Iterable[Result]]:  # noqa: ARG002
+        [one] = fold(Log().append(host("127.9.8.1", PortFound(port=80, raw_data="x" * 1000)))).hosts.values()
+        for number in range({1: LARGE, 2: 2 * PIECE // 1000, 3: 1}[job_id]):
+            self.given += 1
+            yield one.results(number)
+        if job_id == 2:
+            raise DependencyError("MongoDB went away")
+
+
+@asynccontextmanager
+async def served(store: MemoryStore) -> AsyncIterator[httpx.AsyncClient]:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.store = store
+        app.state.verifier = ISSUER.verifier
+        yield
+
+    app = service.create_app(name="result-store", lifespan=lifespan, routers=[router])
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    async with asyncio.timeout(10):
+        while not server.started:  # noqa: ASYNC110 # the server has no event to wait for
+            await asyncio.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    # Nothing is rendered: a test's default logger would print every local of every frame.
+    with capture_logs():
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=ISSUER.bearer()) as http:
+            yield http
+        server.should_exit = True
+        await serving
+
+
+@pytest.mark.parametrize("accept", ["application/json", "application/x-ndjson", "text/csv"])
+async def test_an_answer_that_breaks_does_not_look_whole(accept: str) -> None:
+    """When the store goes away in mid-stream the connection breaks before the end of the body, in every format."""
+    async with served(EndlessStore()) as http:
+        with pytest.raises(httpx.RemoteProtocolError):
+            await http.get(PATH.format(2), headers={"Accept": accept})
+        assert (await http.get(PATH.format(3))).status_code == 200
+
+
+async def test_who_reads_nothing_harms_nobody() -> None:
+    """For callers that do not read, only as much is fetched as fits on the way, and others are answered meanwhile."""
+    store = EndlessStore()
+    async with served(store) as http:
+        stalled = [http.stream("GET", PATH.format(1)) for _ in range(2)]
+        for each in stalled:
+            await each.__aenter__()
+        async with asyncio.timeout(30):
+            asked = -1
+            while store.given != asked:  # until the stalled get no more
+                asked = store.given + 10
+                for _ in range(10):
+                    assert (await http.get(PATH.format(3))).status_code == 200
+        assert store.given < LARGE
+        for each in stalled:
+            await each.__aexit__(None, None, None)

@@ -1,0 +1,131 @@
+"""What only the real MongoDB can show: indexes in use, bad days in the middle."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from uuid import uuid4
+
+import pytest
+from pymongo.uri_parser import parse_uri
+
+from result_store.domain import ClosedChunk, fold
+from result_store.handlers import ResultsHandler
+from result_store.repository import PAGE, MongoStore
+from result_store.testing import FIRST, Log, host, scanned
+from scanfleet import mongo
+from scanfleet.errors import DependencyError
+from scanfleet.messages.topics import SCAN_RESULTS, SCAN_STORED
+from scanfleet.mongo import Database
+from scanfleet.outcomes import address_at
+from scanfleet.testing.bus import MemoryBus
+from scanfleet.testing.proxy import proxy
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+async def database(mongodb: str) -> AsyncIterator[Database]:
+    database = mongo.connect(mongodb, f"results-{uuid4().hex[:12]}")
+    await MongoStore(database).prepare()
+    yield database
+    await database.client.drop_database(database.name)
+    database.client.close()
+
+
+async def fill(store: MongoStore, count: int) -> None:
+    await store.add(
+        list(fold(Log().append(*(host(str(address_at(FIRST, n)), 22) for n in range(count)))).hosts.values())
+    )
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 # what it waits for happens in another process
+            await asyncio.sleep(0.02)
+
+
+async def test_each_query_has_its_index(database: Database) -> None:
+    """Reading results, closing a chunk and asking for closed ones walk an index, and nothing is sorted in memory."""
+    store = MongoStore(database)
+    await fill(store, 5)
+    await store.close([ClosedChunk(1, "1-0", FIRST, "aaaaa")])
+    await database.command("profile", 2)
+    async for _ in store.results(1, 7):
+        pass
+    await store.stored({"1-0", "1-1"})
+    await store.closed({"1-0"})
+    await database.command("profile", 0)
+    profiled = await database["system.profile"].find({"op": "query"}).to_list(None)
+    assert {each["planSummary"] for each in profiled} == {
+        "IXSCAN { job_id: 1, created_at: 1, offset: 1 }",
+        "IXSCAN { _id: 1 }, IXSCAN { _id: 1 }",
+        "IXSCAN { _id: 1 }",
+    }
+    assert not any(each.get("hasSortStage") for each in profiled)
+
+
+async def test_the_index_is_made_once(database: Database) -> None:
+    """A second start finds the index and leaves it alone."""
+    before = await database["hosts"].index_information()
+    await MongoStore(database).prepare()
+    assert await database["hosts"].index_information() == before
+    assert set(before) == {"_id_", "job_id_1_created_at_1_offset_1"}
+
+
+async def test_a_store_that_goes_away_halfway_says_so(mongodb: str, database: Database) -> None:
+    """When MongoDB goes in the middle of reading, the reader gets a DependencyError and no end."""
+    await fill(MongoStore(database), 3 * PAGE)
+    [(address, port)] = parse_uri(mongodb)["nodelist"]
+    async with proxy(address, port) as between:
+        detour = mongo.connect(f"mongodb://127.0.0.1:{between.port}/?directConnection=true", database.name)
+        reading = MongoStore(detour).results(1, None)
+        await anext(reading)
+        await between.refuse()
+        for _ in range(PAGE - 1):
+            await anext(reading)
+        with pytest.raises(DependencyError):
+            await anext(reading)
+        await asyncio.to_thread(detour.client.close)
+
+
+async def test_a_reader_may_take_its_time(database: Database) -> None:
+    """A reader that pauses longer than an operation may take still gets the rest."""
+    await fill(MongoStore(database), 2 * PAGE)
+    ips = []
+    async for results in MongoStore(database).results(1, None):
+        ips += [result.ip_address for result in results]
+        if len(ips) == 1:
+            await asyncio.sleep(mongo.TIMEOUT_MS / 1000 + 0.5)  # the pause itself is the claim
+    assert len(ips) == 2 * PAGE
+
+
+async def test_results_flow_again_after_mongodb_was_away(mongodb: str, database: Database) -> None:
+    """Hosts and ends that come while MongoDB is away are stored and answered, once, when it is back."""
+    [(address, port)] = parse_uri(mongodb)["nodelist"]
+    async with proxy(address, port) as between:
+        detour = mongo.connect(f"mongodb://127.0.0.1:{between.port}/?directConnection=true", database.name)
+        bus = MemoryBus()
+        consumer = bus.consume(SCAN_RESULTS, "result-store", ResultsHandler(MongoStore(detour), bus))
+        await consumer.start()
+
+        async def chunk(number: int) -> None:
+            hosts = (host(str(address_at(FIRST, n)), 22, chunk_id=f"1-{number}") for n in range(10))
+            await bus.publish(SCAN_RESULTS, [*hosts, scanned("a" * 10, chunk_id=f"1-{number}")])
+
+        await chunk(0)
+        await until(lambda: len(bus.messages(SCAN_STORED)) == 1)
+        await between.refuse()
+        for number in range(1, 4):
+            await chunk(number)
+        await until(lambda: not consumer.ready)
+        assert consumer.alive
+        await between.heal()
+        await until(lambda: len(bus.messages(SCAN_STORED)) == 4)
+        await until(lambda: consumer.ready)
+        await consumer.stop()
+        await asyncio.to_thread(detour.client.close)
+    assert await database["hosts"].count_documents({}) == 40
+    assert await database["chunks"].distinct("_id") == ["1-0", "1-1", "1-2", "1-3"]
+    ids = [result.id async for results in MongoStore(database).results(1, None) for result in results]
+    assert len(set(ids)) == 40

@@ -1,0 +1,191 @@
+"""The whole service as a process of its own, over real Kafka and real MongoDB."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+from uuid import uuid4
+
+import httpx
+import jwt
+import pytest
+
+from local import ports
+from result_store.testing import FIRST, host, scanned
+from scanfleet import mongo
+from scanfleet.bus import Record
+from scanfleet.clock import utc_now
+from scanfleet.kafka import KafkaBus
+from scanfleet.kafka.topics import TopicSettings, create_topics
+from scanfleet.messages import ChunkStored, HostScanned
+from scanfleet.messages.topics import SCAN_RESULTS, SCAN_STORED
+from scanfleet.outcomes import address_at
+
+pytestmark = pytest.mark.integration
+
+SECRET = "only-for-this-test-and-32-characters-long"  # noqa: S105 # signs nothing but this test's tokens
+HOSTS = 200  # of a chunk
+
+
+class Stored:
+    """Keeps what result-store says."""
+
+    def __init__(self) -> None:
+        self.maps: dict[str, set[str]] = {}
+
+    async def handle(self, records: Sequence[Record]) -> None:
+        for record in records:
+            assert isinstance(record.message, ChunkStored)
+            self.maps.setdefault(record.message.chunk_id, set()).add(record.message.outcomes)
+
+    async def assigned(self, partitions: Collection[int]) -> None: ...
+
+    async def revoked(self, partitions: Collection[int]) -> None: ...
+
+    async def caught_up(self, partitions: Collection[int]) -> None: ...
+
+
+class Service:
+    """result-store as its supervisor runs it."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self._environment = environment
+        self.port = ports.choose()
+        self._process: Process | None = None
+
+    async def start(self) -> None:
+        command = (
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            sys.executable,
+            "-m",
+            "uvicorn",
+            "--factory",
+            "--port",
+            str(self.port),
+        )
+        self._process = await asyncio.create_subprocess_exec(
+            *command,
+            "result_store.main:create_app",
+            env={**os.environ, **self._environment},
+            stdout=asyncio.subprocess.DEVNULL,
+        )
+
+    async def end(self, number: signal.Signals) -> int:
+        """Send the signal; answers the exit code."""
+        assert self._process is not None
+        self._process.send_signal(number)
+        async with asyncio.timeout(30):
+            return await self._process.wait()
+
+
+@asynccontextmanager
+async def running(environment: dict[str, str]) -> AsyncIterator[Service]:
+    service = Service(environment)
+    await service.start()
+    try:
+        yield service
+    finally:
+        if service._process is not None and service._process.returncode is None:
+            service._process.kill()
+            await service._process.wait()
+
+
+def chunk(number: int) -> list[HostScanned]:
+    return [host(str(address_at(FIRST, n)), 22, 80, chunk_id=f"1-{number}") for n in range(HOSTS)]
+
+
+def bearer() -> dict[str, str]:
+    now = int(utc_now().timestamp())
+    claims = {"iss": "test", "aud": "scanfleet", "sub": "7", "iat": now, "exp": now + 300, "roles": []}
+    return {"Authorization": f"Bearer {jwt.encode(claims, SECRET, 'HS256')}"}
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(90):
+        while not await condition():  # noqa: ASYNC110 # what it waits for happens in other processes
+            await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def bus_of_a_worker(kafka: str, prefix: str) -> AsyncIterator[tuple[KafkaBus, Stored]]:
+    """What workers publish with, and what was said to scan-stored."""
+    bus = KafkaBus(bootstrap=kafka, prefix=prefix, source="scanner-worker", instance="test")
+    stored = Stored()
+    reader = bus.consume(SCAN_STORED, "test", stored)
+    await bus.start()
+    try:
+        await reader.start()
+        yield bus, stored
+    finally:
+        await reader.stop()
+        await bus.stop()
+
+
+@asynccontextmanager
+async def emptied(mongodb: str, name: str) -> AsyncIterator[mongo.Database]:
+    database = mongo.connect(mongodb, name)
+    try:
+        yield database
+    finally:
+        await database.client.drop_database(name)
+        database.client.close()
+
+
+async def test_killed_in_mid_batch_it_loses_and_doubles_nothing(kafka: str, mongodb: str) -> None:
+    """Killed again and again while it stores, result-store has each host once, each chunk closed, and says so when asked."""
+    name = f"rs-{uuid4().hex[:8]}"
+    prefix = f"{name}."
+    await create_topics(TopicSettings(kafka=kafka, topic_prefix=prefix))
+    environment = {
+        "SCANFLEET_INSTANCE": "result-store-1",
+        "SCANFLEET_KAFKA": kafka,
+        "SCANFLEET_TOPIC_PREFIX": prefix,
+        "SCANFLEET_MONGODB": mongodb,
+        "SCANFLEET_DATABASE": name,
+        "SCANFLEET_JWT_ISSUER": "test",
+        "SCANFLEET_JWT_AUDIENCE": "scanfleet",
+        "SCANFLEET_JWT_DEVELOPMENT_SECRET": SECRET,
+    }
+    async with (
+        emptied(mongodb, name) as database,
+        bus_of_a_worker(kafka, prefix) as (bus, stored),
+        running(environment) as service,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{service.port}", headers=bearer()) as http,
+    ):
+
+        async def ready() -> bool:
+            try:
+                return (await http.get("/readyz")).is_success
+            except httpx.TransportError:
+                return False
+
+        for number in range(4):
+            before = number * HOSTS
+
+            async def begun(before: int = before) -> bool:
+                return await database["hosts"].estimated_document_count() > before
+
+            await bus.publish(SCAN_RESULTS, [*chunk(number), scanned("a" * HOSTS, chunk_id=f"1-{number}")])
+            await until(begun)
+            await service.end(signal.SIGKILL)
+            await service.start()
+
+        async def all_closed() -> bool:
+            return len(stored.maps) == 4
+
+        await until(all_closed)
+        await until(ready)
+        results = (await http.get("/api/v1/task/1/results")).json()
+        assert await service.end(signal.SIGTERM) in {0, -signal.SIGTERM}  # the server ends as told, once it is clean
+        assert stored.maps == {f"1-{number}": {"a" * HOSTS} for number in range(4)}
+        assert await database["hosts"].count_documents({}) == 4 * HOSTS
+        assert len({result["id"] for result in results}) == len(results) == 4 * HOSTS * 2
+        times = [result["created_at"] for result in results]
+        assert times == sorted(times)
