@@ -1,0 +1,52 @@
+"""What is said to a service when it is deployed, judged by the service's own settings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings
+
+from scanfleet.kafka.topics import TopicSettings
+
+ROOT = Path(__file__).parents[2]
+
+Judge = Callable[[str, Mapping[str, str]], list[str]]
+
+
+def settings_of(service: str) -> type[BaseSettings]:
+    if service == "topics":
+        return TopicSettings
+    cls: type[BaseSettings] = import_module(f"{service.replace('-', '_')}.settings").Settings
+    return cls
+
+
+@pytest.fixture(scope="session")
+def known() -> frozenset[str]:
+    """Every variable that some service reads."""
+    services = [path.name for path in (ROOT / "services").iterdir()]
+    return frozenset(
+        f"SCANFLEET_{name.upper()}" for service in [*services, "topics"] for name in settings_of(service).model_fields
+    )
+
+
+@pytest.fixture(scope="session")
+def judge(known: frozenset[str]) -> Judge:
+    """What is wrong with a service's environment: names that nobody reads, what is missing, and bad values."""
+
+    def wrong(service: str, environment: Mapping[str, str]) -> list[str]:
+        ours = {name for name in environment if name.startswith("SCANFLEET_")}
+        found = [f"{service}: nobody reads {name}" for name in sorted(ours - known)]
+        with mock.patch.dict(os.environ, environment, clear=True):
+            try:
+                settings_of(service)()
+            except ValidationError as error:
+                found += [f"{service}: {problem['loc']} {problem['msg']}" for problem in error.errors()]
+        return found
+
+    return wrong

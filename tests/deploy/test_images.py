@@ -1,0 +1,34 @@
+"""What the images are made from."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+ROOT: Final = Path(__file__).parents[2]
+SERVICES: Final = sorted(path.name for path in (ROOT / "services").iterdir())
+
+
+def pins(name: str) -> set[str]:
+    return set(re.findall(r"^(\S+==\S+)", (ROOT / "requirements" / f"{name}.txt").read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_an_image_holds_what_was_tested(service: str) -> None:
+    """Every package of a service's lock is in the lock of the tests, in the same version."""
+    assert pins(service) - pins("dev") == set()
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_every_service_has_an_image(service: str) -> None:
+    """The Dockerfile says what the service needs beside Python."""
+    assert f"FROM python AS for-{service}\n" in (ROOT / "Dockerfile").read_text()
+
+
+@pytest.mark.parametrize("service", sorted(set(SERVICES) - {"scanner-worker"}))
+def test_only_the_worker_has_python_nmap(service: str) -> None:
+    """python-nmap, with its own licence, is in no other service's lock."""
+    assert not any(pin.startswith("python-nmap==") for pin in pins(service))
