@@ -8,7 +8,7 @@ from uuid import uuid4
 import pytest
 
 from job_orchestrator.repository import MongoStore
-from job_orchestrator.testing import MemoryStore
+from job_orchestrator.testing import MemoryStore, World
 from scanfleet import mongo
 from scanfleet.mongo import Database
 
@@ -36,3 +36,12 @@ def store(request: pytest.FixtureRequest) -> MemoryStore | MongoStore:
         return MemoryStore()
     mongo_store: MongoStore = request.getfixturevalue("mongo_store")
     return mongo_store
+
+
+@pytest.fixture
+async def world() -> World:
+    """One replica on memory, caught up, and a worker that it knows."""
+    world = World(MemoryStore())
+    await world.start()
+    await world.worker.announce()
+    return world

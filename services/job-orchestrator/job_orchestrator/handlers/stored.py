@@ -42,7 +42,8 @@ class Stored:
             return chunk
 
         changed = await change(self._store, by_chunk, decide)
-        UNKNOWN_CHUNKS.inc(len(by_chunk.keys() - {each.after.id for each in changed}))
+        unknown = by_chunk.keys() - {each.after.id for each in changed}
+        UNKNOWN_CHUNKS.inc(sum(len(by_chunk[id_]) for id_ in unknown))
         if any(each.moved and (each.before.state in HELD or each.after.state is ChunkState.QUEUED) for each in changed):
             self._wake()
         await self._jobs.reconcile({each.after.job_id for each in changed if each.moved})

@@ -1,0 +1,316 @@
+"""Commands: accepted once, answered always, finished by whoever finds them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+
+from job_orchestrator.domain.chunk import ChunkState
+from job_orchestrator.domain.store import Command, Subnet
+from job_orchestrator.testing import World, scan_policy
+from job_orchestrator.testing.things import THEN
+from scanfleet.bus import Record
+from scanfleet.errors import DependencyError
+from scanfleet.messages import CommandAccepted, CommandRejected, JobStatus
+from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_TASKS
+
+
+async def jobs_of(world: World, user_id: int = 7) -> list[int]:
+    jobs, _ = await world.store.list_jobs(user_id, set(), 0, 100)
+    return sorted(job.id for job in jobs)
+
+
+async def test_a_submit_makes_a_job_for_each_subnet(world: World) -> None:
+    """One reply names a pending job for each subnet, in the order asked for, and they are stored when it is sent."""
+    command = await world.submit("127.9.8.0/30", "127.9.9.0/30")
+    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+    (reply,) = world.replies(command)
+    assert isinstance(reply, CommandAccepted)
+    assert [(job.id, job.subnet_id, job.user_id, job.status) for job in reply.jobs] == [
+        (1, 1, 7, JobStatus.PENDING),
+        (2, 2, 7, JobStatus.PENDING),
+    ]
+    stored = await world.store.jobs([1, 2])
+    assert [stored[1].view, stored[2].view] == list(reply.jobs)
+    assert [event.seq for event in world.events(1)] == [1]
+
+
+async def test_a_job_lives_on_its_snapshot(world: World) -> None:
+    """Changing or deleting subnet and policy after the submit changes nothing of the job."""
+    command = await world.submit("127.9.8.0/30", policy=scan_policy(ports="22"))
+    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+    await world.store.delete_subnet(7, 1)
+    await world.store.delete_policy(7, 1)
+    await world.settle()
+    job = (await world.store.jobs([world.accepted(command)[0].id]))[1]
+    assert (job.status, job.cidr, job.policy.ports) == (JobStatus.COMPLETED, "127.9.8.0/30", "22")
+
+
+async def test_a_redelivered_command_is_answered_again_and_makes_nothing(world: World) -> None:
+    """The same record handled three times, alone or twice in a batch, leaves one set of jobs and the same answer."""
+    command = await world.submit("127.9.8.0/30", "127.9.9.0/30")
+    records = world.take(SCAN_COMMANDS)
+    await world.hand(SCAN_COMMANDS, records)
+    await world.hand(SCAN_COMMANDS, records + records)
+    await world.settle()
+    await world.hand(SCAN_COMMANDS, records)
+    assert await jobs_of(world) == [1, 2]
+    assert {tuple(job.id for job in reply.jobs) for reply in world.replies(command)} == {(1, 2)}
+    assert len(world.replies(command)) == 3
+
+
+async def test_a_key_makes_jobs_once(world: World) -> None:
+    """Commands under one key and body, in one batch or later, are all answered with the first one's jobs."""
+    policy_id, subnets = await world.add("127.9.8.0/30")
+    commands = [await world.send(policy_id, subnets, key="k") for _ in range(50)]
+    await world.settle()
+    commands.append(await world.send(policy_id, subnets, key="k"))
+    await world.settle()
+    assert await jobs_of(world) == [1]
+    assert {world.accepted(command)[0].id for command in commands} == {1}
+
+
+async def test_a_key_with_another_body_is_refused(world: World) -> None:
+    """The same key under another policy or subnet is a 400; under another user it is another key."""
+    policy_id, (one, other) = await world.add("127.9.8.0/30", "127.9.9.0/30")
+    await world.send(policy_id, [one], key="k")
+    mismatched = [await world.send(policy_id, [other], key="k"), await world.send(policy_id, [one, other], key="k")]
+    theirs = await world.submit("127.9.8.0/30", user_id=8, key="k")
+    await world.settle()
+    for command in mismatched:
+        (reply,) = world.replies(command)
+        assert isinstance(reply, CommandRejected)
+        assert (reply.status, "Idempotency-Key" in reply.error) == (400, True)
+    assert await jobs_of(world) == [1]
+    assert world.accepted(theirs)[0].user_id == 8
+
+
+async def test_a_refused_command_does_not_use_up_its_key(world: World) -> None:
+    """After a 400 the same key can be sent again once the request is right."""
+    policy_id, _ = await world.add()
+    first = await world.send(policy_id, [1], key="k")
+    await world.settle()
+    await world.add("127.9.8.0/30")
+    second = await world.send(policy_id, [1], key="k")
+    await world.settle()
+    assert isinstance(world.replies(first)[0], CommandRejected)
+    assert isinstance(world.replies(second)[0], CommandAccepted)
+
+
+@pytest.mark.parametrize(
+    ("policy", "subnets", "error"),
+    [
+        (99, [1], "Policy 99 not found"),
+        (2, [1], "Policy 2 not found"),
+        (1, [1, 99, 98], "Subnet 99, 98 not found"),
+        (1, [1, 2], "Subnet 2 not found"),
+        (1, [1, 1], "The same subnet is given twice"),
+        (1, [3], "Subnet 3: 10.0.0.0/30 is not within the networks that this platform allows"),
+    ],
+)
+async def test_all_is_checked_before_any_job_is_made(
+    world: World,
+    policy: int,
+    subnets: list[int],
+    error: str,
+) -> None:
+    """A policy or subnet that is unknown, another user's, given twice or denied is a 400 that names it; no job is made."""
+    await world.add("127.9.8.0/30")
+    await world.add("127.9.8.0/30", user_id=8)
+    await world.add("10.0.0.0/30")
+    command = await world.send(policy, subnets)
+    await world.settle()
+    assert world.replies(command) == [CommandRejected(command_id=command, status=400, error=error)]
+    assert await jobs_of(world) == []
+
+
+async def test_a_request_that_fits_no_document_is_refused(world: World) -> None:
+    """A thousand subnets with a thousand excludes each are a 400, not a fault."""
+    policy_id, _ = await world.add()
+    excludes = tuple(f"127.{n >> 8}.{n & 255}.1/32" for n in range(1_000))
+    for id_ in range(1, 102):
+        await world.store.add_subnet(
+            Subnet(
+                id=id_,
+                user_id=7,
+                name="x",
+                cidr="127.0.0.0/8",
+                exclude=excludes,
+                created_at=THEN,
+                updated_at=THEN,
+            ),
+        )
+    command = await world.send(policy_id, range(1, 102))
+    await world.settle()
+    (reply,) = world.replies(command)
+    assert isinstance(reply, CommandRejected)
+    assert (reply.status, "exclude 101000 networks" in reply.error) == (400, True)
+
+
+async def test_a_late_command_is_never_accepted(world: World) -> None:
+    """A command that stood in the log for more than a minute is expired: no jobs, no answer, not on redelivery either."""
+    command = await world.submit()
+    old = [replace(each, timestamp=each.timestamp - timedelta(seconds=61)) for each in world.take(SCAN_COMMANDS)]
+    await world.hand(SCAN_COMMANDS, old)
+    fresh = [replace(each, timestamp=each.timestamp + timedelta(seconds=61)) for each in old]
+    await world.hand(SCAN_COMMANDS, fresh)
+    await world.settle()
+    assert world.replies(command) == []
+    assert await jobs_of(world) == []
+
+
+async def test_a_redelivery_after_the_minute_is_answered(world: World) -> None:
+    """What was accepted in time stays accepted, however late its record comes again."""
+    command = await world.submit()
+    records = world.take(SCAN_COMMANDS)
+    await world.hand(SCAN_COMMANDS, records)
+    await world.hand(SCAN_COMMANDS, [replace(each, timestamp=each.timestamp - timedelta(hours=1)) for each in records])
+    assert [type(reply) for reply in world.replies(command)] == [CommandAccepted] * 2
+
+
+async def test_what_was_expired_first_is_never_accepted(world: World) -> None:
+    """After the gateway was told that a command is expired, its record makes no job and gets no answer."""
+    command = await world.submit()
+    assert await world.only.commands.expire(command, 7) is None
+    await world.settle()
+    assert world.replies(command) == []
+    assert await jobs_of(world) == []
+
+
+async def test_what_was_accepted_first_is_not_expired(world: World) -> None:
+    """Asking to expire an accepted or rejected command gives its answer, as often as asked, and the jobs go on."""
+    accepted = await world.submit()
+    rejected = await world.send(99, [1])
+    await world.settle()
+    for _ in range(2):
+        answer = await world.only.commands.expire(accepted, 7)
+        assert isinstance(answer, CommandAccepted)
+        assert [job.id for job in answer.jobs] == [1]
+        assert isinstance(await world.only.commands.expire(rejected, 7), CommandRejected)
+    assert (await world.store.jobs([1]))[1].status is JobStatus.COMPLETED
+
+
+async def test_expiring_finishes_what_was_half_accepted(world: World) -> None:
+    """A command accepted by a replica that died before it made the jobs is finished by the one that is asked."""
+    await world.submit()
+    await world.settle()
+    (job,) = (await world.store.jobs([1])).values()
+    half = Command(id="half", user_id=7, state="accepted", jobs=(replace(job, id=99, command_id="half"),))
+    await world.store.insert_commands([half])
+    answer = await world.only.commands.expire("half", 7)
+    assert isinstance(answer, CommandAccepted)
+    assert list(await world.store.jobs([99])) == [99]
+
+
+async def test_nobody_learns_of_another_users_command(world: World) -> None:
+    """Expiring another user's command tells nothing of it and changes nothing."""
+    command = await world.submit()
+    await world.settle()
+    assert await world.only.commands.expire(command, 8) is None
+    assert (await world.store.commands([command]))[command].state == "accepted"
+
+
+async def test_a_pending_job_is_cancelled(world: World) -> None:
+    """A cancel of a pending job ends it, without a start, and its chunks are never dispatched."""
+    world.workers = []
+    submitted = await world.submit()
+    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+    await world.only.jobs.work()
+    cancelled = await world.cancel(world.accepted(submitted)[0].id)
+    await world.settle()
+    (reply,) = world.replies(cancelled)
+    assert isinstance(reply, CommandAccepted)
+    job = (await world.store.jobs([1]))[1]
+    assert (job.status, job.start_time, job.settled) == (JobStatus.CANCELLED, None, True)
+    assert reply.jobs == (job.view,)
+    assert job.end_time is not None
+    assert (await world.store.chunk_states([1]))[1] == {ChunkState.CANCELLED: 1}
+    assert [type(event).__name__ for event in world.events(1)] == ["JobCreated", "JobCancelled"]
+    assert world.bus.messages(SCAN_TASKS) == []
+
+
+async def test_a_running_job_is_cancelled_and_its_workers_stopped(world: World) -> None:
+    """A cancel of a running job stops the holder of each chunk at once, and the last map is kept."""
+    world.worker.hold = True
+    await world.submit()
+    await world.settle()
+    (task,) = world.worker.tasks
+    await world.worker.claim(task)
+    await world.settle()
+    await world.cancel(1)
+    await world.settle()
+    assert [(stop.chunk_id, stop.attempt) for stop in world.worker.stops] == [(task.chunk_id, task.attempt)]
+    await world.worker.release(task, "as..")
+    await world.settle()
+    job = (await world.store.jobs([1]))[1]
+    assert (job.status, job.settled) == (JobStatus.CANCELLED, True)
+    [chunk] = [each async for each in world.store.job_chunks(1)]
+    assert (chunk.state, chunk.outcomes) == (ChunkState.CANCELLED, "as..")
+
+
+async def test_a_redelivered_cancel_is_told_accepted(world: World) -> None:
+    """The cancel that did it is told so on every redelivery; another one is told that the job is cancelled already."""
+    world.workers = []
+    await world.submit()
+    await world.settle()
+    first = await world.cancel(1)
+    records = world.take(SCAN_COMMANDS)
+    await world.hand(SCAN_COMMANDS, records)
+    await world.hand(SCAN_COMMANDS, records)
+    second = await world.cancel(1)
+    await world.settle()
+    assert [type(reply) for reply in world.replies(first)] == [CommandAccepted] * 2
+    assert world.replies(second) == [
+        CommandRejected(command_id=second, status=400, error="Job is already cancelled"),
+    ]
+
+
+async def test_a_job_that_has_ended_cannot_be_cancelled(world: World) -> None:
+    """A cancel after completion is a 400 that says so, for ever, and the job stays completed."""
+    await world.submit()
+    await world.settle()
+    late = await world.cancel(1)
+    records = world.take(SCAN_COMMANDS)
+    await world.hand(SCAN_COMMANDS, records)
+    await world.hand(SCAN_COMMANDS, records)
+    rejected = CommandRejected(command_id=late, status=400, error="Job is already completed")
+    assert world.replies(late) == [rejected, rejected]
+    assert (await world.store.jobs([1]))[1].status is JobStatus.COMPLETED
+
+
+async def test_only_the_owner_can_cancel(world: World) -> None:
+    """A cancel of another user's job, or of none, is a 404 and changes nothing."""
+    world.workers = []
+    await world.submit()
+    await world.settle()
+    for command in (await world.cancel(1, user_id=8), await world.cancel(99)):
+        await world.settle()
+        assert world.replies(command) == [CommandRejected(command_id=command, status=404, error="Job not found")]
+    assert (await world.store.jobs([1]))[1].status is JobStatus.PENDING
+
+
+async def test_a_command_is_not_lost_while_the_broker_is_away(world: World) -> None:
+    """When the reply cannot be sent the batch fails as a bad day, and handled again it is answered."""
+    command = await world.submit()
+    records: list[Record] = world.take(SCAN_COMMANDS)
+    world.bus.broker.away = True
+    with pytest.raises(DependencyError):
+        await world.hand(SCAN_COMMANDS, records)
+    world.bus.broker.away = False
+    await world.hand(SCAN_COMMANDS, records)
+    assert [job.id for job in world.accepted(command)] == [1]
+    assert await jobs_of(world) == [1]
+
+
+async def test_the_trace_of_a_request_goes_through(world: World) -> None:
+    """Events and tasks of a job carry the traceparent of the request that made it."""
+    trace = "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
+    await world.submit()
+    records = world.take(SCAN_COMMANDS)
+    traced = [replace(each, message=each.message.model_copy(update={"traceparent": trace})) for each in records]
+    await world.hand(SCAN_COMMANDS, traced)
+    await world.settle()
+    assert {event.traceparent for event in world.events(1)} == {trace}
+    assert {task.traceparent for task in world.worker.tasks} == {trace}

@@ -1,0 +1,293 @@
+"""Which worker gets what, and when."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from job_orchestrator.domain.chunk import Chunk, ChunkState
+from job_orchestrator.domain.fairness import Clock
+from job_orchestrator.domain.job import JobTrigger, change
+from job_orchestrator.testing import MemoryStore, Worker, World, chunk, scan_job, scan_policy
+from scanfleet.clock import utc_now
+from scanfleet.messages import ScanChunk, WorkerReady
+from scanfleet.messages.topics import SCAN_TASKS, SCAN_WORKERS
+
+
+async def chunk_of(world: World, chunk_id: str = "1-0") -> Chunk:
+    return (await world.store.chunks([chunk_id]))[chunk_id]
+
+
+def tasks(world: World) -> list[ScanChunk]:
+    return [each for each in world.bus.messages(SCAN_TASKS) if isinstance(each, ScanChunk)]
+
+
+async def queue(world: World, user: int, count: int, *, estimate: float = 5.0, needs_raw: bool = False) -> None:
+    """A job of a user with so many chunks."""
+    await world.store.insert_jobs([scan_job(user, user_id=user, chunk_count=count)])
+    await world.store.insert_chunks(
+        [
+            chunk(
+                id=f"{user}-{n}",
+                job_id=user,
+                user_id=user,
+                index=n,
+                turn=n,
+                estimate=estimate,
+                needs_raw=needs_raw,
+            )
+            for n in range(count)
+        ],
+    )
+
+
+@pytest.fixture
+def world() -> World:
+    """One replica whose worker only notes what it is given; the test starts it."""
+    world = World(MemoryStore())
+    world.worker.hold = True
+    return world
+
+
+async def test_a_task_says_all_that_a_worker_needs(world: World) -> None:
+    """A ScanChunk holds the chunk's addresses, map, ports, token, lease and the job's policy."""
+    await world.start()
+    await world.worker.announce()
+    await world.submit("127.9.8.0/30", policy=scan_policy(ports="22,80", max_rate=100))
+    await world.settle()
+    (task,) = world.worker.tasks
+    stored = await chunk_of(world)
+    assert (task.job_id, task.chunk_id, task.user_id) == (1, "1-0", 7)
+    assert (task.attempt, task.worker_id) == (stored.attempt, stored.worker_id) == (1, "w-1")
+    assert (task.first_address, task.outcomes, task.ports) == ("127.9.8.0", "....", "22,80")
+    assert (task.policy.max_rate, task.lease_seconds, task.estimate_seconds) == (100, 30.0, stored.estimate)
+
+
+async def test_a_worker_gets_no_more_than_its_slots(world: World) -> None:
+    """However many chunks wait, and however often it announces itself, a worker holds one for each slot."""
+    await world.start()
+    await queue(world, 7, 20)
+    for _ in range(3):
+        await world.worker.announce()
+        await world.settle()
+    assert len(tasks(world)) == 4
+
+
+async def test_tiny_chunks_are_sent_ahead(world: World) -> None:
+    """Of chunks far below a second a worker holds two seconds' work beyond its slots."""
+    await world.start()
+    await queue(world, 7, 40, estimate=0.2)
+    await world.worker.announce()
+    await world.settle()
+    assert len(tasks(world)) == 4 + 10
+
+
+async def test_a_leaving_worker_gets_nothing(world: World) -> None:
+    """A worker that announces no slots is given no chunk."""
+    world.worker.slots = 0
+    await world.start()
+    await queue(world, 7, 3)
+    await world.worker.announce()
+    await world.settle()
+    assert tasks(world) == []
+
+
+async def test_a_worker_that_fell_silent_gets_nothing(world: World) -> None:
+    """After seven seconds without an announcement a worker is given no more, and from its next one on it is again."""
+    await world.start()
+    await world.worker.announce()
+    await world.settle()
+    world.now += 8.0
+    await queue(world, 7, 1)
+    world.only.dispatcher.wake()
+    await world.settle()
+    assert tasks(world) == []
+    await world.worker.announce()
+    await world.settle()
+    assert len(tasks(world)) == 1
+
+
+async def test_nothing_is_given_before_the_announcements_are_current(world: World) -> None:
+    """A replica that has not read its partitions to their end gives nothing: what it knows may be long past."""
+    replica = world.only
+    for handler in replica.handlers.values():
+        await handler.assigned(range(12))
+    await queue(world, 7, 1)
+    await world.worker.announce()
+    await world.settle()
+    assert tasks(world) == []
+    await world.catch_up()
+    await world.worker.announce()
+    await world.settle()
+    assert len(tasks(world)) == 1
+
+
+async def test_a_replica_gives_nothing_to_workers_of_lost_partitions(world: World) -> None:
+    """After a revocation the workers of that partition are another replica's to fill."""
+    await world.start()
+    await world.worker.announce()
+    await world.settle()
+    await world.only.dispatcher.revoked(range(12))
+    await queue(world, 7, 1)
+    world.only.dispatcher.wake()
+    await world.settle()
+    assert tasks(world) == []
+
+
+async def test_what_nobody_claims_is_queued_again_at_no_cost(world: World) -> None:
+    """A task that is not claimed in ten seconds goes out again, without a failure, and its user is not charged for it."""
+    await world.start()
+    await queue(world, 7, 1)
+    await world.worker.announce()
+    await world.settle()
+    assert (await world.store.clocks())[7].time == 5.0
+    await world.wait(9)
+    assert len(world.worker.tasks) == 1
+    await world.wait(3)
+    assert [task.attempt for task in world.worker.tasks] == [1, 2]
+    assert (await chunk_of(world, "7-0")).failures == 0
+    assert (await world.store.clocks())[7].time == 5.0
+
+
+async def test_a_late_claim_of_what_was_taken_back_is_stopped(world: World) -> None:
+    """The worker that claims at last, under the old token, is told to stop."""
+    await world.start()
+    await queue(world, 7, 1)
+    await world.worker.announce()
+    await world.settle()
+    await world.wait(12)
+    await world.worker.claim(world.worker.tasks[0])
+    await world.settle()
+    assert [stop.attempt for stop in world.worker.stops] == [1]
+
+
+async def test_work_is_spread_over_workers(world: World) -> None:
+    """Chunks go to the worker with the most of its slots free."""
+    others = [Worker(world.bus, f"w-{n}", slots=4) for n in (2, 3)]
+    await world.start()
+    for worker in (world.worker, *others):
+        await worker.announce()
+    await world.settle()
+    await queue(world, 7, 6)
+    world.only.dispatcher.wake()
+    await world.settle()
+    assert Counter(task.worker_id for task in tasks(world)) == {"w-1": 2, "w-2": 2, "w-3": 2}
+
+
+async def test_users_share_the_slots(world: World) -> None:
+    """With two users waiting each gets half of the slots, though one has queued a hundred times as much."""
+    world.worker.slots = 10
+    await world.start()
+    await queue(world, 1, 500)
+    await queue(world, 2, 5)
+    await world.worker.announce()
+    await world.settle()
+    assert Counter(task.user_id for task in tasks(world)) == {1: 5, 2: 5}
+
+
+async def test_one_who_used_much_waits_for_one_who_used_little(world: World) -> None:
+    """Among active users the one with less slot time goes first, until they are level."""
+    world.worker.slots = 3
+    await world.start()
+    await queue(world, 1, 10)
+    await queue(world, 2, 10)
+    await world.store.wake_clocks([Clock(1, 10.0), Clock(2, 0.0)])
+    await world.worker.announce()
+    await world.settle()
+    assert [task.user_id for task in tasks(world)][:2] == [2, 2]
+
+
+async def test_the_clock_is_corrected_to_what_was_really_used(world: World) -> None:
+    """At the end of a chunk its user has paid the real slot seconds instead of the estimate, once."""
+    await world.start()
+    await queue(world, 7, 2)
+    world.worker.slots = 1
+    await world.worker.announce()
+    await world.settle()
+    (task,) = world.worker.tasks
+    for _ in range(3):
+        await world.worker.scanned(task)
+    await world.settle()
+    assert (await world.store.clocks())[7].time == pytest.approx(0.1 + 5.0)  # and the next one's estimate
+
+
+async def test_jobs_of_one_user_take_turns(world: World) -> None:
+    """A small job that comes after a large one of the same user is not last."""
+    world.worker.slots = 6
+    await world.start()
+    await world.submit("127.9.0.0/20", policy=scan_policy(ports="1-1000"))
+    await world.settle()
+    await world.submit("127.9.8.0/26", policy=scan_policy(ports="1-1000"))
+    await world.settle()
+    await world.worker.announce()
+    await world.settle()
+    assert {task.job_id for task in tasks(world)} == {1, 2}
+
+
+async def test_raw_chunks_wait_for_a_worker_that_may(world: World) -> None:
+    """While a raw worker lives, what needs raw packets goes to it alone, and the rest to anyone."""
+    raw = Worker(world.bus, "w-raw", slots=2, raw=True)
+    raw.hold = True
+    world.workers.append(raw)
+    await world.start()
+    await raw.announce()
+    await world.worker.announce()
+    await world.settle()
+    await queue(world, 7, 6, needs_raw=True)
+    await queue(world, 8, 2)
+    world.only.dispatcher.wake()
+    await world.settle()
+    by_worker = {worker.worker_id: {task.user_id for task in worker.tasks} for worker in world.workers}
+    assert by_worker["w-1"] <= {8}
+    assert len(raw.tasks) == 2
+    assert 7 not in by_worker["w-1"]
+
+
+async def test_without_a_raw_worker_raw_chunks_go_to_one_that_will_refuse(world: World) -> None:
+    """When no raw worker has been heard of, a job that needs one is not left waiting for ever."""
+    await world.start()
+    await queue(world, 7, 1, needs_raw=True)
+    await world.worker.announce()
+    await world.settle()
+    assert len(world.worker.tasks) == 1
+
+
+async def test_chunks_of_an_ended_job_are_cancelled_and_not_sent(world: World) -> None:
+    """Chunks that a slow replica inserts after their job was cancelled and settled are never scanned, nor left queued."""
+    ended = change(scan_job(1, chunk_count=30, settled=True), JobTrigger.CANCEL, utc_now())
+    await world.store.insert_jobs([ended])
+    await world.store.insert_chunks([chunk(id=f"1-{n}", index=n, turn=n) for n in range(30)])
+    await queue(world, 8, 1)
+    await world.start()
+    await world.worker.announce()
+    await world.settle()
+    assert [task.job_id for task in world.worker.tasks] == [8]
+    assert (await world.store.chunk_states([1]))[1] == {ChunkState.CANCELLED: 30}
+
+
+async def test_two_replicas_never_dispatch_a_chunk_twice() -> None:
+    """With workers of both replicas hungry at once every chunk goes to one of them."""
+    world = World(MemoryStore(), replicas=2)
+    world.workers = [Worker(world.bus, f"w-{n}", slots=8) for n in range(6)]
+    for worker in world.workers:
+        worker.hold = True
+    await queue(world, 7, 200, estimate=0.1)
+    await world.start()
+    for worker in world.workers:
+        await worker.announce()
+    await world.settle()
+    given = [(task.chunk_id, task.attempt) for task in tasks(world)]
+    assert len(given) == len(set(given)) > 100
+
+
+async def test_an_announcement_is_taken_as_it_stands(world: World) -> None:
+    """Of several announcements in a batch the last one counts."""
+    await world.start()
+    await queue(world, 7, 9)
+    await world.bus.publish(
+        SCAN_WORKERS,
+        [WorkerReady(worker_id="w-1", slots=slots, raw=False) for slots in (9, 5, 2)],
+    )
+    await world.settle()
+    assert len(tasks(world)) == 2

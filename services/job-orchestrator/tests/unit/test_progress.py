@@ -1,0 +1,321 @@
+"""Reports of workers, their leases, and what result-store says: who is believed, and what comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from prometheus_client import REGISTRY
+
+from job_orchestrator.domain.chunk import MAX_FAILURES, Chunk, ChunkState
+from job_orchestrator.testing import MemoryStore, Worker, World, scan_policy
+from scanfleet.messages import (
+    ChunkClaimed,
+    ChunkIncomplete,
+    ChunkProgressed,
+    ChunkScanned,
+    ChunkStored,
+    JobProgressed,
+    JobStatus,
+    ScanChunk,
+)
+from scanfleet.messages.topics import SCAN_EVENTS, SCAN_PROGRESS, SCAN_RESULTS, SCAN_STORED
+
+LEASE = 31  # seconds in which silence is found out: the lease and the look after it
+
+
+def counted(name: str) -> float:
+    return REGISTRY.get_sample_value(f"scanfleet_{name}_total") or 0.0
+
+
+async def chunk_of(world: World, chunk_id: str = "1-0") -> Chunk:
+    return (await world.store.chunks([chunk_id]))[chunk_id]
+
+
+async def status_of(world: World, job_id: int = 1) -> JobStatus:
+    return (await world.store.jobs([job_id]))[job_id].status
+
+
+@pytest.fixture
+async def task(world: World) -> ScanChunk:
+    """The only chunk of job 1, dispatched to a worker that does nothing by itself."""
+    world.worker.hold = True
+    await world.submit()
+    await world.settle()
+    return world.worker.tasks[0]
+
+
+async def claimed(world: World, task: ScanChunk) -> ScanChunk:
+    await world.worker.claim(task)
+    await world.settle()
+    return task
+
+
+async def test_a_claim_starts_the_job(world: World, task: ScanChunk) -> None:
+    """A job is pending while its chunks wait, and runs from the first claim."""
+    assert (await status_of(world), (await chunk_of(world)).state) == (JobStatus.PENDING, ChunkState.DISPATCHED)
+    await claimed(world, task)
+    assert (await status_of(world), (await chunk_of(world)).state) == (JobStatus.RUNNING, ChunkState.RUNNING)
+
+
+async def test_a_job_is_complete_only_when_all_is_stored(world: World, task: ScanChunk) -> None:
+    """A scanned job goes on running until result-store has said that every result is readable."""
+    world.results = None
+    await claimed(world, task)
+    await world.worker.scanned(task)
+    await world.settle()
+    assert (await status_of(world), (await chunk_of(world)).state) == (JobStatus.RUNNING, ChunkState.SCANNED)
+    await world.bus.publish(SCAN_STORED, [ChunkStored(job_id=1, chunk_id="1-0", outcomes="ssss")])
+    await world.settle()
+    assert await status_of(world) is JobStatus.COMPLETED
+
+
+async def test_stored_may_be_heard_before_scanned(world: World, task: ScanChunk) -> None:
+    """When result-store is faster than the worker's own word the job completes, and that word changes nothing."""
+    await claimed(world, task)
+    await world.bus.publish(SCAN_STORED, [ChunkStored(job_id=1, chunk_id="1-0", outcomes="asds")])
+    await world.settle()
+    assert await status_of(world) is JobStatus.COMPLETED
+    before = await chunk_of(world)
+    await world.worker.scanned(task, "asds")
+    await world.settle()
+    assert replace(await chunk_of(world), charged=before.charged, rev=before.rev) == before
+
+
+async def test_a_failed_chunk_fails_the_job(world: World, task: ScanChunk) -> None:
+    """After three failures the job has failed, with how many addresses are lost and why; what was found is counted."""
+    for number in range(MAX_FAILURES):
+        again = await claimed(world, world.worker.tasks[-1])
+        assert again.attempt == number + 1
+        await world.worker.fail(again, outcomes="a...")
+        await world.worker.announce()
+        await world.settle()
+    job = (await world.store.jobs([1]))[1]
+    assert (job.status, job.error) == (JobStatus.FAILED, "3 addresses lost: nmap died")
+    assert (job.machines_found, job.progress, job.settled) == (1, 25, True)
+    assert task.attempt == 1
+
+
+async def test_a_retry_scans_only_blanks(world: World, task: ScanChunk) -> None:
+    """The next attempt is given the map of the last, whatever ended it."""
+    await claimed(world, task)
+    await world.worker.progress(task, "ad..")
+    await world.settle()
+    await world.worker.release(task, "adt.")
+    await world.worker.announce()
+    await world.settle()
+    assert [each.outcomes for each in world.worker.tasks] == ["....", "adt."]
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+async def test_the_work_of_a_silent_worker_goes_to_another(replicas: int) -> None:
+    """After a lease without a sign of life the chunk is another worker's, and the silent one is told to stop."""
+    world = World(MemoryStore(), replicas=replicas)
+    dead, other = world.worker, Worker(world.bus, "w-2")
+    dead.hold = True
+    await world.start()
+    await dead.announce()
+    await world.submit()
+    await world.settle()
+    (task,) = dead.tasks
+    await claimed(world, task)
+    before = counted("leases_expired")
+    world.workers = [other]
+    await world.wait(LEASE - 3)
+    assert other.tasks == []
+    await world.wait(6)
+    world.workers = [dead, other]
+    await world.settle()
+    assert [(each.chunk_id, each.attempt) for each in other.tasks] == [(task.chunk_id, 2)]
+    assert counted("leases_expired") == before + 1
+    assert await status_of(world) is JobStatus.COMPLETED
+    assert (await chunk_of(world)).failures == 1
+
+
+async def test_a_heartbeat_keeps_the_lease(world: World, task: ScanChunk) -> None:
+    """A worker that says the same map each second is never taken for dead."""
+    await claimed(world, task)
+    for _ in range(2 * LEASE):
+        await world.worker.progress(task, "s...")
+        await world.wait(1)
+    assert ((await chunk_of(world)).state, (await chunk_of(world)).attempt) == (ChunkState.RUNNING, 1)
+
+
+async def test_a_replica_that_was_away_declares_nobody_dead(world: World, task: ScanChunk) -> None:
+    """After a restart, a rebalance or an hour of being frozen every lease starts afresh."""
+    await claimed(world, task)
+    await world.wait(LEASE - 5)
+    await world.start()
+    await world.wait(LEASE - 5)
+    await world.restart()
+    await world.wait(LEASE - 5)
+    world.now += 3_600.0
+    await world.catch_up()
+    assert (await chunk_of(world)).state is ChunkState.RUNNING
+
+
+async def test_three_lost_leases_fail_a_chunk(world: World, task: ScanChunk) -> None:
+    """Workers that die of a chunk, each after its claim, do not die of it for ever."""
+    await claimed(world, task)
+    for _ in range(MAX_FAILURES):
+        await world.wait(LEASE + 2)
+        await claimed(world, world.worker.tasks[-1])
+    job = (await world.store.jobs([1]))[1]
+    assert (job.status, job.error) == (JobStatus.FAILED, "4 addresses lost: worker w-1 fell silent")
+
+
+async def test_a_superseded_worker_changes_nothing_and_is_stopped(world: World, task: ScanChunk) -> None:
+    """Every claim and progress of an old token is answered with a stop, however often; nothing it says is taken."""
+    await claimed(world, task)
+    await world.wait(LEASE + 2)
+    assert world.worker.tasks[-1].attempt == 2
+    await claimed(world, world.worker.tasks[-1])
+    world.worker.stops.clear()
+    before, stale = await chunk_of(world), counted("stale_reports")
+    await world.worker.progress(task, "aaaa")
+    await world.worker.claim(task)
+    await world.worker.fail(task, outcomes="aaaa")
+    await world.worker.release(task, "aaaa")
+    await world.settle()
+    assert await chunk_of(world) == before
+    assert [stop.attempt for stop in world.worker.stops] == [1, 1]
+    assert counted("stale_reports") == stale + 4
+
+
+async def test_a_scan_of_a_superseded_worker_may_still_be_stored(world: World, task: ScanChunk) -> None:
+    """ChunkStored of the old attempt ends the chunk; the new one is stopped at its next sign of life."""
+    await claimed(world, task)
+    await world.wait(LEASE + 2)
+    new = world.worker.tasks[-1]
+    await world.worker.scanned(task, "asdt")
+    await world.settle()
+    assert await status_of(world) is JobStatus.COMPLETED
+    await world.worker.claim(new)
+    await world.settle()
+    assert world.worker.stops[-1].attempt == new.attempt
+    assert await status_of(world) is JobStatus.COMPLETED
+
+
+async def test_messages_about_unknown_chunks_are_dropped_and_counted(world: World) -> None:
+    """A forged or ancient message stops no partition: it is counted, and who scans for nobody is stopped."""
+    before = counted("unknown_chunks")
+    token = {"job_id": 9, "chunk_id": "9-9", "attempt": 1, "worker_id": "w-1"}
+    await world.bus.publish(
+        SCAN_PROGRESS,
+        [
+            ChunkClaimed(**token),
+            ChunkProgressed(**token, outcomes="aa"),
+            ChunkScanned(**token, outcomes="aa", first_address="127.0.0.1", slot_seconds=1, technique="syn"),
+        ],
+    )
+    await world.bus.publish(
+        SCAN_STORED,
+        [ChunkStored(job_id=9, chunk_id="9-9", outcomes="aa"), ChunkIncomplete(**token, addresses=("127.0.0.1",))],
+    )
+    await world.settle()
+    assert counted("unknown_chunks") == before + 5
+    assert [stop.chunk_id for stop in world.worker.stops] == ["9-9", "9-9"]
+
+
+async def test_a_message_that_names_another_job_is_not_believed(world: World, task: ScanChunk) -> None:
+    """A chunk is changed only under its own job's id: another would stand in another partition, out of order."""
+    before = await chunk_of(world)
+    forged = {"job_id": 2, "chunk_id": "1-0", "attempt": task.attempt, "worker_id": task.worker_id}
+    await world.bus.publish(SCAN_PROGRESS, [ChunkProgressed(**forged, outcomes="aaaa")])
+    await world.bus.publish(SCAN_STORED, [ChunkStored(job_id=2, chunk_id="1-0", outcomes="aaaa")])
+    await world.settle()
+    assert await chunk_of(world) == before
+
+
+async def test_lost_results_are_scanned_again(world: World, task: ScanChunk) -> None:
+    """What result-store misses is scanned by the next attempt, and only that; then the job completes."""
+    assert world.results is not None
+    world.results.missing["1-0"] = ("127.9.8.2",)
+    world.worker.hold = False
+    await claimed(world, task)
+    await world.worker.scanned(task, "aaaa")
+    await world.worker.announce()
+    await world.settle()
+    assert [each.outcomes for each in world.worker.tasks] == ["....", "aa.a"]
+    assert await status_of(world) is JobStatus.COMPLETED
+    assert (await chunk_of(world)).failures == 1
+
+
+async def test_a_redelivered_batch_changes_nothing(world: World, task: ScanChunk) -> None:
+    """Every report handled three times leaves the chunk, the events and the failures as handled once."""
+    await world.worker.claim(task)
+    await world.worker.progress(task, "a...")
+    await world.worker.fail(task, outcomes="as..")
+    records = world.take(SCAN_PROGRESS)
+    await world.hand(SCAN_PROGRESS, records)
+    chunk, events = await chunk_of(world), world.bus.messages(SCAN_EVENTS)
+    for _ in range(2):
+        await world.hand(SCAN_PROGRESS, records)
+    again = await chunk_of(world)
+    assert (again.state, again.outcomes, again.failures) == (chunk.state, chunk.outcomes, chunk.failures)
+    assert (chunk.state, chunk.outcomes, chunk.failures) == (ChunkState.QUEUED, "as..", 1)
+    assert world.bus.messages(SCAN_EVENTS) == events
+
+
+async def test_progress_is_told_at_most_once_a_second(world: World) -> None:
+    """Many reports within a second make one JobProgressed; the next second's tells all that came meanwhile."""
+    world.worker.hold = True
+    await world.submit("127.9.8.0/24", policy=scan_policy(ports="1-1000"))
+    await world.settle()
+    task = world.worker.tasks[0]
+    size = len(task.outcomes)
+    await world.worker.claim(task)
+    for done in range(1, 6):
+        await world.worker.progress(task, "a" * done + "." * (size - done))
+        await world.settle()
+    job = (await world.store.jobs([1]))[1]
+    progressed = [each for each in world.events(1) if isinstance(each, JobProgressed)]
+    assert [each.machines_found for each in progressed] == [1]
+    assert job.machines_found == 1
+    world.now += 1.1
+    await world.worker.progress(task, "a" * 6 + "." * (size - 6))
+    await world.settle()
+    assert [each.machines_found for each in world.events(1) if isinstance(each, JobProgressed)] == [1, 6]
+
+
+async def test_progress_stops_with_the_job(world: World, task: ScanChunk) -> None:
+    """After the end of a job no progress is stored or told, whatever its workers still say."""
+    await claimed(world, task)
+    await world.cancel(1)
+    await world.settle()
+    job, events = (await world.store.jobs([1]))[1], world.events(1)
+    world.now += 10.0
+    await world.worker.progress(task, "aaa.")
+    await world.settle()
+    assert (await world.store.jobs([1]))[1] == job
+    assert world.events(1) == events
+
+
+async def test_progress_is_stored_for_the_status(world: World, task: ScanChunk) -> None:
+    """What the events tell is what the job shows: per cent and machines, while it runs and after it has failed."""
+    await claimed(world, task)
+    await world.worker.progress(task, "as..")
+    await world.settle()
+    job = (await world.store.jobs([1]))[1]
+    assert (job.progress, job.machines_found) == (50, 1)
+
+
+async def test_refused_addresses_fail_the_job_with_the_reason(world: World, task: ScanChunk) -> None:
+    """A worker that may not do what a policy needs says why, and the job says it."""
+    await claimed(world, task)
+    refused = ChunkScanned(
+        job_id=1,
+        chunk_id="1-0",
+        attempt=1,
+        worker_id="w-1",
+        outcomes="rrrr",
+        first_address="127.9.8.0",
+        slot_seconds=0.0,
+        technique="connect",
+        reason="OS detection needs raw packets",
+    )
+    await world.bus.publish(SCAN_RESULTS, [refused])
+    await world.bus.publish(SCAN_PROGRESS, [refused])
+    await world.settle()
+    job = (await world.store.jobs([1]))[1]
+    assert (job.status, job.error) == (JobStatus.FAILED, "4 addresses refused: OS detection needs raw packets")

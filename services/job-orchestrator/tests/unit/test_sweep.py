@@ -1,0 +1,188 @@
+"""Repairs, and jobs that need many steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+
+from job_orchestrator.domain.chunk import ChunkState
+from job_orchestrator.domain.job import JobTrigger, change
+from job_orchestrator.testing import MemoryStore, World, chunk, scan_job, scan_policy
+from job_orchestrator.testing.things import THEN
+from scanfleet.clock import utc_now
+from scanfleet.errors import DependencyError
+from scanfleet.messages import ChunkScanned, JobStatus
+from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_RESULTS, SCAN_TASKS
+
+
+async def test_an_event_that_was_not_published_is(world: World) -> None:
+    """What stands in an outbox for five seconds is published in order by any replica, and removed."""
+    job = change(scan_job(9), JobTrigger.CANCEL, THEN)
+    await world.store.insert_jobs([job])
+    await world.only.sweeper.sweep()
+    assert [event.seq for event in world.events(9)] == [1, 2]
+    assert (await world.store.jobs([9]))[9].outbox == ()
+    await world.only.sweeper.sweep()
+    assert len(world.events(9)) == 2
+
+
+async def test_a_fresh_event_is_left_to_its_replica(world: World) -> None:
+    """An event younger than five seconds is not swept up: it would be published twice for nothing."""
+    await world.only.sweeper.sweep()
+    await world.store.insert_jobs([scan_job(9, created_at=utc_now())])
+    await world.only.sweeper.sweep()
+    assert world.events(9) == []
+
+
+async def test_a_scanned_chunk_is_asked_for_again(world: World) -> None:
+    """A chunk that waits for result-store for a minute has its ChunkScanned sent again, each minute."""
+    scanned = chunk(
+        id="9-0",
+        job_id=9,
+        state=ChunkState.SCANNED,
+        outcomes="asdt",
+        attempt=3,
+        worker_id="w-7",
+        technique="syn",
+        scanned_at=utc_now() - timedelta(seconds=61),
+    )
+    await world.store.insert_chunks([scanned, replace(scanned, id="9-1", index=1, scanned_at=utc_now())])
+    await world.only.sweeper.sweep()
+    await world.only.sweeper.sweep()
+    (asked,) = world.bus.messages(SCAN_RESULTS)
+    assert asked == ChunkScanned(
+        job_id=9,
+        chunk_id="9-0",
+        attempt=3,
+        worker_id="w-7",
+        first_address="127.9.8.0",
+        outcomes="asdt",
+        slot_seconds=0.0,
+        technique="syn",
+    )
+
+
+async def test_what_was_lost_on_the_way_to_the_store_is_made_good(world: World) -> None:
+    """A job whose ChunkScanned got lost completes after it was asked for again."""
+    await world.store.insert_jobs([replace(scan_job(9), status=JobStatus.RUNNING, outbox=())])
+    await world.store.insert_chunks(
+        [chunk(id="9-0", job_id=9, state=ChunkState.SCANNED, outcomes="asdt", attempt=1, worker_id="w")]
+    )
+    await world.wait(1)
+    assert (await world.store.jobs([9]))[9].status is JobStatus.COMPLETED
+
+
+async def test_an_unfinished_job_is_brought_to_its_end(world: World) -> None:
+    """A job whose last step nobody took, because its replica died, is ended by the next pass."""
+    await world.store.insert_jobs([replace(scan_job(9), status=JobStatus.RUNNING, outbox=())])
+    await world.store.insert_chunks([chunk(id="9-0", job_id=9, state=ChunkState.STORED, outcomes="asdt")])
+    await world.only.sweeper.sweep()
+    job = (await world.store.jobs([9]))[9]
+    assert (job.status, job.progress, job.machines_found, job.settled) == (JobStatus.COMPLETED, 100, 1, True)
+
+
+async def test_a_job_without_chunks_gets_them(world: World) -> None:
+    """A job of a replica that died right after accepting it is planned and scanned by another."""
+    await world.store.insert_jobs([scan_job(9, cidr="127.9.8.0/24")])
+    await world.wait(1)
+    assert (await world.store.jobs([9]))[9].status is JobStatus.COMPLETED
+
+
+async def test_open_chunks_of_an_ended_job_are_cancelled(world: World) -> None:
+    """A cancelled job that was left with open chunks, settled or not, is cleaned up, and their holders are stopped."""
+    ended = change(scan_job(9, chunk_count=2), JobTrigger.CANCEL, THEN)
+    await world.store.insert_jobs([ended])
+    await world.store.insert_chunks(
+        [
+            chunk(id="9-0", job_id=9, state=ChunkState.RUNNING, worker_id="w-1", attempt=1, partition=3),
+            chunk(id="9-1", job_id=9, index=1),
+        ],
+    )
+    await world.only.sweeper.sweep()
+    await world.settle()
+    assert (await world.store.chunk_states([9]))[9] == {ChunkState.CANCELLED: 2}
+    assert (await world.store.jobs([9]))[9].settled
+    assert [stop.chunk_id for stop in world.worker.stops] == ["9-0"]
+
+
+async def test_unfinished_jobs_are_looked_at_every_ten_seconds(world: World) -> None:
+    """Between two looks at all unfinished jobs lie ten seconds, whatever else is swept."""
+    await world.only.sweeper.sweep()
+    await world.store.insert_jobs([replace(scan_job(9), status=JobStatus.RUNNING, outbox=())])
+    await world.store.insert_chunks([chunk(id="9-0", job_id=9, state=ChunkState.STORED, outcomes="asdt")])
+    world.now += 9.0
+    await world.only.sweeper.sweep()
+    assert (await world.store.jobs([9]))[9].status is JobStatus.RUNNING
+    world.now += 2.0
+    await world.only.sweeper.sweep()
+    assert (await world.store.jobs([9]))[9].status is JobStatus.COMPLETED
+
+
+async def test_a_large_job_is_made_beside_small_ones(world: World) -> None:
+    """A job of ten thousand chunks runs from its first page on, and a small one does not wait for the last."""
+    world.worker.hold = True
+    large = await world.submit("127.8.0.0/16", policy=scan_policy(ports="1-5000"))
+    small = await world.submit("127.9.8.0/30", user_id=8)
+    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+    (large_job,), (small_job,) = world.accepted(large), world.accepted(small)
+    await world.only.jobs.work()
+    states = await world.store.chunk_states([large_job.id, small_job.id])
+    count = (await world.store.jobs([large_job.id]))[large_job.id].chunk_count
+    assert states[large_job.id].total() <= 1_000 < count
+    assert states[small_job.id].total() == 1
+    for _ in range(count // 500):
+        await world.only.jobs.work()
+    assert (await world.store.chunk_states([large_job.id]))[large_job.id].total() == count
+    assert len({each.id async for each in world.store.job_chunks(large_job.id)}) == count
+
+
+async def test_a_large_job_is_cancelled_while_it_is_made(world: World) -> None:
+    """A cancel in the middle of making thousands of chunks stops the making, and leaves none open."""
+    world.workers = []
+    await world.submit("127.8.0.0/16", policy=scan_policy(ports="1-5000"))
+    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+    for _ in range(3):
+        await world.only.jobs.work()
+    await world.cancel(1)
+    await world.settle()
+    for _ in range(10):
+        await world.only.jobs.work()
+    job = (await world.store.jobs([1]))[1]
+    states = (await world.store.chunk_states([1]))[1]
+    assert (job.status, job.settled) == (JobStatus.CANCELLED, True)
+    assert set(states) == {ChunkState.CANCELLED}
+    assert states.total() < job.chunk_count
+
+
+async def test_running_chunks_of_a_large_job_are_stopped_first(world: World) -> None:
+    """A cancel of a job with thousands of queued chunks stops those that send packets before it does anything else."""
+    await world.store.insert_jobs([replace(scan_job(9, chunk_count=5_001), status=JobStatus.RUNNING, outbox=())])
+    await world.store.insert_chunks([chunk(id=f"9-{n}", job_id=9, index=n) for n in range(5_000)])
+    held = chunk(id="9-5000", job_id=9, index=5_000, state=ChunkState.RUNNING, worker_id="w-1", attempt=1)
+    await world.store.insert_chunks([held])
+    await world.cancel(9)
+    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+    assert len(world.bus.messages(SCAN_TASKS)) == 1
+    assert (await world.store.chunks([held.id]))[held.id].state is ChunkState.CANCELLED
+
+
+async def test_making_chunks_goes_on_after_a_bad_day() -> None:
+    """When the database goes away between two pages, none is left out."""
+    store = MemoryStore()
+    world = World(store)
+    await world.start()
+    await world.submit("127.8.0.0/16", policy=scan_policy(ports="1-5000"))
+    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+    await world.only.jobs.work()
+    store.away = True
+    with pytest.raises(DependencyError):
+        await world.only.jobs.work()
+    store.away = False
+    await world.only.jobs.reconcile([1])
+    await world.settle()
+    job = (await store.jobs([1]))[1]
+    for _ in range(job.chunk_count // 500):
+        await world.only.jobs.work()
+    assert (await store.chunk_states([1]))[1].total() == job.chunk_count
