@@ -89,7 +89,11 @@ class Reader:
         else:
             fault = self._excess(data, before)
         self._rest += data
-        yield from self._hosts()
+        for piece in self._take():
+            if head := _HOST.search(piece):
+                if head.start() > 1:  # more than the line break between two hosts
+                    self._between(piece[: head.start()])
+                yield _host(head, piece)
         if not fault and len(self._rest) > self._max_host_bytes:
             fault = f"a host of more than {self._max_host_bytes} bytes"
         if fault:
@@ -145,17 +149,14 @@ class Reader:
             return f"nested deeper than {MAX_DEPTH}"
         return ""
 
-    def _hosts(self) -> Iterator[Host]:
+    def _take(self) -> list[bytes]:
+        """What there is up to each end of a host, without it."""
         if self._rest.find(_HOST_END, self._searched) < 0:
             self._searched = max(len(self._rest) - len(_HOST_END), 0)
-            return
+            return []
         *pieces, rest = bytes(self._rest).split(_HOST_END)
         self._rest, self._searched = bytearray(rest), 0
-        for piece in pieces:
-            if head := _HOST.search(piece):
-                if head.start() > 1:  # more than the line break between two hosts
-                    self._between(piece[: head.start()])
-                yield _host(head, piece)
+        return pieces
 
     def _between(self, data: bytes) -> None:
         for match in _SCAN_INFO.finditer(data):
@@ -221,12 +222,11 @@ def _escape(reference: re.Match[bytes]) -> bytes:
 
 def _host(head: re.Match[bytes], piece: bytes) -> Host:
     attributes, state, reason, address = head.groups()
-    return Host(
-        address.decode(),
-        state != b"down",
-        b' timedout="true"' in attributes,
-        piece.count(b"<port ") + sum(map(int, _SUMMED_UP.findall(piece))),
-        # An address that answered to discovery has answered, whatever its ports did.
-        set(_REASON.findall(piece)) if reason == b"user-set" else {reason},
-        piece,
-    )
+    if state == b"down":
+        return Host(address.decode(), False, False, 0, {reason}, piece)
+    ports = piece.count(b"<port ")
+    for count in _SUMMED_UP.findall(piece):
+        ports += int(count)
+    # An address that answered to discovery has answered, whatever its ports did.
+    reasons = {reason} if reason != b"user-set" else set(_REASON.findall(piece))
+    return Host(address.decode(), True, b' timedout="true"' in attributes, ports, reasons, piece)
