@@ -1,0 +1,228 @@
+"""The manifests of k8s/, built and judged without a cluster."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sysconfig
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import kubernetes_validate
+import pytest
+import yaml
+
+K8S: Final = Path(__file__).parents[2] / "k8s"
+KUBECTL: Final = Path(sysconfig.get_path("scripts")) / "kubectl"
+KUBERNETES: Final = "1.35"
+
+OVERLAYS: Final = sorted(path.name for path in (K8S / "overlays").iterdir())
+OPTIONAL: Final = ("hpa", "keda", "raw-packets")
+"""Components that an operator may add."""
+SERVICES: Final = ("api-gateway", "job-orchestrator", "scanner-worker", "result-store", "topics")
+FOREIGN: Final = {"keda.sh/v1alpha1/ScaledObject"}
+"""Kinds that Kubernetes itself does not know; their operators check them."""
+
+# As drawn in the architecture, and nothing else.
+FLOWS: Final = {
+    ("api-gateway", "job-orchestrator", 8080),
+    ("api-gateway", "result-store", 8080),
+    ("job-orchestrator", "mongodb", 27017),
+    ("result-store", "mongodb", 27017),
+    *((service, "kafka", 9092) for service in SERVICES),
+}
+
+Manifest = dict[str, Any]
+Judge = Callable[[str, Mapping[str, str]], list[str]]
+
+
+@cache
+def build(kustomization: Path) -> list[Manifest]:
+    done = subprocess.run([KUBECTL, "kustomize", kustomization], check=True, capture_output=True)
+    return list(yaml.safe_load_all(done.stdout))
+
+
+@pytest.fixture(scope="session", params=[*OVERLAYS, *(f"local+{component}" for component in OPTIONAL)])
+def variant(request: pytest.FixtureRequest) -> str:
+    """An overlay, or the local one with a component more."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="session")
+def manifests(variant: str, tmp_path_factory: pytest.TempPathFactory) -> list[Manifest]:
+    """What a variant builds."""
+    overlay, _, component = variant.partition("+")
+    if not component:
+        return build(K8S / "overlays" / overlay)
+    folder = tmp_path_factory.mktemp(component)
+    reach = os.path.relpath(K8S, folder)  # kustomize takes no absolute path
+    kustomization = {"resources": [f"{reach}/overlays/{overlay}"], "components": [f"{reach}/components/{component}"]}
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    return build(folder)
+
+
+def of_kind(manifests: list[Manifest], *kinds: str) -> list[Manifest]:
+    return [manifest for manifest in manifests if manifest["kind"] in kinds]
+
+
+def workloads(manifests: list[Manifest]) -> list[Manifest]:
+    return of_kind(manifests, "Deployment", "StatefulSet", "Job")
+
+
+def pod(workload: Manifest) -> Manifest:
+    template: Manifest = workload["spec"]["template"]
+    return template
+
+
+def containers(workload: Manifest) -> list[Manifest]:
+    spec = pod(workload)["spec"]
+    return [*spec.get("initContainers", ()), *spec["containers"]]
+
+
+def name_of(manifest: Manifest) -> str:
+    name: str = manifest["metadata"]["name"]
+    return name
+
+
+def test_what_is_built_is_what_kubernetes_takes(manifests: list[Manifest]) -> None:
+    """Every object fits its schema, without a field too many; what Kubernetes does not know is on the list of such."""
+    for manifest in manifests:
+        if f"{manifest['apiVersion']}/{manifest['kind']}" not in FOREIGN:
+            kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+
+
+def test_nothing_is_built_twice(manifests: list[Manifest]) -> None:
+    """No two objects are the same one, and all but the namespace are in it."""
+    ids = [(each["kind"], each["metadata"].get("namespace"), name_of(each)) for each in manifests]
+    assert len(ids) == len(set(ids))
+    assert {namespace for kind, namespace, _ in ids if kind != "Namespace"} == {"scanfleet"}
+
+
+def test_a_service_is_told_what_it_must_know_and_nothing_else(manifests: list[Manifest], judge: Judge) -> None:
+    """Every service starts with the variables it gets, and every variable is read by some service."""
+    ours = {name_of(each): environment(each, manifests) for each in workloads(manifests) if name_of(each) in SERVICES}
+    assert set(SERVICES) - ours.keys() <= {"topics"}
+    assert [wrong for service, variables in ours.items() for wrong in judge(service, variables)] == []
+
+
+def environment(workload: Manifest, manifests: list[Manifest]) -> dict[str, str]:
+    """A secret's value, which need not be here, is taken for a good one."""
+    (container,) = pod(workload)["spec"]["containers"]
+    variables: dict[str, str] = {}
+    for source in container.get("envFrom", ()):
+        (config,) = (
+            each for each in of_kind(manifests, "ConfigMap") if name_of(each) == source["configMapRef"]["name"]
+        )
+        variables |= config["data"]
+    return variables | {each["name"]: each.get("value", "secret") for each in container.get("env", ())}
+
+
+def test_a_pod_meets_the_restricted_standard(manifests: list[Manifest], variant: str) -> None:
+    """No container may be root, write to its filesystem, gain a right or have one, but a worker that sends raw packets."""
+    for workload in workloads(manifests):
+        security = pod(workload)["spec"]["securityContext"]
+        assert security["runAsNonRoot"] is True
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in containers(workload):
+            raw = variant == "local+raw-packets" and container["name"] == "scanner-worker"
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": raw,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]} | ({"add": ["NET_RAW"]} if raw else {}),
+            }
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & pod(workload)["spec"].keys()
+        assert all("hostPath" not in volume for volume in pod(workload)["spec"].get("volumes", ()))
+
+
+def test_a_namespace_enforces_what_its_pods_meet(manifests: list[Manifest], variant: str) -> None:
+    """The namespace takes restricted pods only, unless its workers send raw packets."""
+    (namespace,) = of_kind(manifests, "Namespace")
+    verb = "warn" if variant == "local+raw-packets" else "enforce"
+    labels = {name: value for name, value in namespace["metadata"]["labels"].items() if name.startswith("pod-security")}
+    assert labels == {f"pod-security.kubernetes.io/{verb}": "restricted"}
+
+
+def test_a_pod_can_do_nothing_to_the_cluster(manifests: list[Manifest]) -> None:
+    """Every pod has an account of its own, without a token."""
+    accounts = {name_of(each): each["automountServiceAccountToken"] for each in of_kind(manifests, "ServiceAccount")}
+    for workload in workloads(manifests):
+        spec = pod(workload)["spec"]
+        assert spec["serviceAccountName"] == name_of(workload)
+        assert spec["automountServiceAccountToken"] is accounts[name_of(workload)] is False
+
+
+def test_a_container_says_what_it_uses_and_how_it_is(manifests: list[Manifest]) -> None:
+    """Every container has requests and a limit of memory; one that stays is asked whether it started, lives and is ready."""
+    for workload in workloads(manifests):
+        for container in containers(workload):
+            assert container["resources"]["requests"].keys() == {"cpu", "memory"}
+            assert "memory" in container["resources"]["limits"]
+        if workload["kind"] != "Job":
+            for container in pod(workload)["spec"]["containers"]:
+                assert {"startupProbe", "livenessProbe", "readinessProbe"} <= container.keys()
+
+
+def test_labels_follow_the_convention(manifests: list[Manifest]) -> None:
+    """Everything says what it is part of, and every pod its name, by which it is selected."""
+    assert all(each["metadata"]["labels"]["app.kubernetes.io/part-of"] == "scanfleet" for each in manifests)
+    for workload in workloads(manifests):
+        labels = pod(workload)["metadata"]["labels"]
+        assert labels["app.kubernetes.io/name"] == workload["metadata"]["labels"]["app.kubernetes.io/name"]
+        if workload["kind"] != "Job":
+            assert workload["spec"]["selector"]["matchLabels"].items() <= labels.items()
+
+
+def test_a_service_that_stays_has_a_disruption_budget(manifests: list[Manifest]) -> None:
+    """A drain takes one pod of a service at a time, however many there are."""
+    budgets = {name_of(each): each["spec"]["maxUnavailable"] for each in of_kind(manifests, "PodDisruptionBudget")}
+    assert budgets == dict.fromkeys(set(SERVICES) - {"topics"}, 1)
+
+
+def test_names_outlive_a_restart_where_they_must(manifests: list[Manifest]) -> None:
+    """Whoever is a static member of a consumer group is a StatefulSet."""
+    kinds = {name_of(each): each["kind"] for each in workloads(manifests)}
+    assert {kinds["job-orchestrator"], kinds["result-store"]} == {"StatefulSet"}
+
+
+def test_exactly_the_flows_of_the_design_are_allowed(manifests: list[Manifest]) -> None:
+    """Between any two pods nothing passes but what both of their policies name, and that is what the architecture draws."""
+    pods = {name_of(each): pod(each)["metadata"]["labels"] for each in workloads(manifests)}
+    policies = of_kind(manifests, "NetworkPolicy")
+    allowed = {
+        (source, target, port)
+        for source in pods
+        for target in pods
+        for port in {port for _, _, port in FLOWS}
+        if passes(policies, "egress", pods[source], pods[target], port)
+        and passes(policies, "ingress", pods[target], pods[source], port)
+    }
+    assert allowed == {flow for flow in FLOWS if set(flow[:2]) <= pods.keys()}
+
+
+def passes(policies: list[Manifest], way: str, ours: Mapping[str, str], other: Mapping[str, str], port: int) -> bool:
+    """Whether a pod's policies let it talk that way to a pod of the same namespace; without a policy they would."""
+    holding = [
+        each["spec"]
+        for each in policies
+        if way.capitalize() in each["spec"]["policyTypes"] and selects(each["spec"]["podSelector"], ours)
+    ]
+    peers = "to" if way == "egress" else "from"
+    return not holding or any(
+        port in {each["port"] for each in rule.get("ports", [{"port": port}])}
+        and any(
+            "podSelector" in peer and "namespaceSelector" not in peer and selects(peer["podSelector"], other)
+            for peer in rule.get(peers, [{"podSelector": {}}])
+        )
+        for spec in holding
+        for rule in spec.get(way, ())
+    )
+
+
+def selects(selector: Manifest, labels: Mapping[str, str]) -> bool:
+    return selector.get("matchLabels", {}).items() <= labels.items() and all(
+        each["operator"] == "In" and labels.get(each["key"]) in each["values"]
+        for each in selector.get("matchExpressions", ())
+    )
