@@ -4,10 +4,11 @@ SHELL := bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 .DELETE_ON_ERROR:
-.PHONY: help setup packages demo test lint fmt up down status logs token bench lock
+.PHONY: help setup packages demo test lint fmt up down status logs token bench lock images compose-demo
 
 PYTHON ?= python3# makes the virtual environment; 3.11 or newer
 BIN := .venv/bin
+SERVICES := api-gateway job-orchestrator scanner-worker result-store
 
 # What is set up holds a stamp named after the content that it was set up from: another checkout sets up anew exactly what
 # differs, and nothing else ever does.
@@ -19,7 +20,7 @@ MONGOD := .local/tools/mongod/$(call stamp,requirements/mongod.txt)
 endif
 
 help: ## List the verbs
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: setup ## Scan a /24 of this machine through the API, show the results, compare them with plain nmap
 	@$(BIN)/python -m local demo
@@ -45,6 +46,12 @@ token: setup ## Print a token: make token USER=7 [ADMIN=1]
 bench: setup ## Measure the platform against plain nmap and other real alternatives
 	@for file in bench/*.py; do $(BIN)/python -m bench.$$(basename $$file .py); done
 
+images: ## Build the image of every service, scanfleet/<service>:dev; needs a Docker engine
+	docker compose build
+
+compose-demo: setup ## The demo on containers: docker-compose.yml; needs a Docker engine
+	@$(BIN)/python -m local.compose
+
 fmt: setup ## Format the code
 	$(BIN)/ruff check --fix-only --quiet
 	$(BIN)/ruff format
@@ -57,10 +64,14 @@ lint: setup ## Check style, types and the walls between the rooms
 	for tests in shared/tests services/*/tests; do $(BIN)/mypy $$tests; done
 	$(BIN)/lint-imports
 
-# Pins stay as they are while they fit; delete a requirements/*.txt to renew all of its pins.
+# Pins stay as they are while they fit; delete a requirements/*.txt to renew all of its pins. What an image is made from is the
+# part of dev.txt that its service needs.
+PIN := .local/tools/uv/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
+	--python-version 3.11
 lock: .local/tools/uv/bin/uv ## Pin what requirements/*.in ask for, with hashes for Python 3.11 to 3.13
-	for lock in requirements/*.txt; do $< pip compile --quiet --universal --generate-hashes --no-emit-index-url \
-		--no-header --python-version 3.11 $${lock%.txt}.in --output-file $$lock; done
+	cd requirements && for lock in dev mongod; do ../$(PIN) $$lock.in --output-file $$lock.txt; done
+	cd requirements && for service in $(SERVICES); do \
+		../$(PIN) $$service.in --constraint dev.txt --output-file $$service.txt; done
 
 # On standard error, so that `make token` prints a token and nothing else.
 setup: packages $(VENV) $(KAFKA) $(MONGOD) ## Install what is missing; all other verbs do so first
