@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 
 import pytest
 from prometheus_client import REGISTRY
 
-from result_store.domain import StoredHost
+from result_store.domain import ClosedChunk, StoredHost
 from result_store.handlers import ResultsHandler
 from result_store.testing import Log, MemoryStore, host, scanned
 from scanfleet.errors import DependencyError
@@ -121,6 +121,20 @@ async def test_a_late_host_of_another_replica_is_no_result(handler: ResultsHandl
     await handler.handle(records[:2])
     await ResultsHandler(store, Answers()).handle(records[2:])
     assert [result.port async for results in store.results(1, None) for result in results] == [22]
+
+
+class SlowStore(MemoryStore):
+    """Closes chunks on behalf of another replica just before it is asked to."""
+
+    async def close(self, chunks: Sequence[ClosedChunk]) -> dict[str, ClosedChunk]:
+        await super().close([ClosedChunk(1, "1-0", "127.9.8.0", "as")])
+        return await super().close(chunks)
+
+
+async def test_what_another_replica_has_closed_is_what_is_announced(answers: Answers) -> None:
+    """When two replicas close one chunk, both announce the map that is stored."""
+    await ResultsHandler(SlowStore(), answers).handle(Log().append(host("127.9.8.0"), scanned("ad")))
+    assert answers.sent == [stored("as")]
 
 
 async def test_a_batch_that_comes_again_changes_nothing(
