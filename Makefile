@@ -69,9 +69,9 @@ lint: setup ## Check style, types and the walls between the rooms
 PIN := .local/tools/uv/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
 	--python-version 3.11
 lock: .local/tools/uv/bin/uv ## Pin what requirements/*.in ask for, with hashes for Python 3.11 to 3.13
-	cd requirements && for lock in dev mongod; do ../$(PIN) $$lock.in --output-file $$lock.txt; done
-	cd requirements && for service in $(SERVICES); do \
-		../$(PIN) $$service.in --constraint dev.txt --output-file $$service.txt; done
+	for lock in dev mongod; do $(PIN) requirements/$$lock.in --output-file requirements/$$lock.txt; done
+	for service in $(SERVICES); do \
+		$(PIN) requirements/$$service.in --constraint requirements/dev.txt --output-file requirements/$$service.txt; done
 
 # On standard error, so that `make token` prints a token and nothing else.
 setup: packages $(VENV) $(KAFKA) $(MONGOD) ## Install what is missing; all other verbs do so first
