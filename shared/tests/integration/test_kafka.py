@@ -161,7 +161,7 @@ async def test_a_killed_broker_costs_nothing_but_time(own_broker: Broker, own_be
 async def test_a_send_that_timed_out_arrives_once_and_nothing_overtakes_it(
     own_broker: Broker, own_bench: Bench
 ) -> None:
-    """While the broker hangs a publish gives up in time and the next one waits; afterwards the log holds each once."""
+    """While the broker hangs a publish gives up in time and the next is held back; afterwards the log holds each once."""
     bus, recorder = await own_bench.bus(), Recorder()
     async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
         await bus.publish(SCAN_WORKERS, workers([1]))
@@ -172,6 +172,9 @@ async def test_a_send_that_timed_out_arrives_once_and_nothing_overtakes_it(
             assert not bus.ready
             assert bus.alive
             waiting = asyncio.create_task(bus.publish(SCAN_WORKERS, workers([3])))
+            assert not (await asyncio.wait([waiting], timeout=0.1))[0]
+            assert bus._producer is not None
+            assert not bus._producer._message_accumulator._batches  # where it would be, with all that come after it
         finally:
             own_broker.thaw()
         await waiting
@@ -295,8 +298,10 @@ async def test_a_killed_member_goes_on_under_its_name(bench: Bench) -> None:
     killed = cast(ConsumerLoop, one.consume(SCAN_WORKERS, GROUP, a))
     await killed.start()
     await until(lambda: a.caught_up_after)
-    # What a kill does: no word to the group, and no more heartbeats.
-    await cast(Member, killed._source)._client.stop()
+    # What a kill does: no word to the group (a member of no generation leaves none), and no more heartbeats.
+    client = cast(Member, killed._source)._client
+    client._coordinator.generation = -1
+    await client.stop()
     async with asyncio.timeout(8), Running(again.consume(SCAN_WORKERS, GROUP, b)):  # a session lasts 10 seconds
         await one.publish(SCAN_WORKERS, workers([1]))
         await until(lambda: b.handled)
