@@ -21,6 +21,7 @@ from scanfleet.targets import TargetRules
 from scanfleet.testing.bus import MemoryBus
 from scanner_worker.handlers.chunk import Abilities
 from scanner_worker.handlers.worker import Worker
+from scanner_worker.scanner import guard
 from scanner_worker.scanner.process import Limits, Nmap
 from scanner_worker.scanner.raw import may_send_raw, privileges
 
@@ -358,6 +359,7 @@ async def test_a_program_that_is_none_fails_the_chunk(make_chunk: MakeChunk, mak
 
 WORKER = """
 import asyncio, sys
+from scanner_worker.scanner import guard
 from scanner_worker.scanner.process import Limits, Nmap
 
 async def main():
@@ -408,8 +410,8 @@ async def test_a_killed_workers_signals_do_not_reach_the_guard(until: Until) -> 
     """SIGTERM to everything of the worker's process group, then kill -9: nmap is gone all the same."""
     process, theirs = await start_scanning(NMAP, *SLOW, start_new_session=True)
     await until(lambda: marked(theirs))
-    for guard in guards(theirs):
-        os.kill(guard, signal.SIGTERM)
+    for pid in guards(theirs):
+        os.kill(pid, signal.SIGTERM)
     os.killpg(process.pid, signal.SIGKILL)
     await process.wait()
     await until(lambda: not marked(theirs), 3)
@@ -439,10 +441,24 @@ async def test_a_worker_killed_at_any_moment_leaves_no_nmap(until: Until) -> Non
         assert marked(theirs) == []
 
 
+async def test_the_guard_knows_a_process_by_its_command_line_alone() -> None:
+    """A process whose environment says nothing, as one with capabilities looks to others, is killed by its own name."""
+    mark = f"mark-{os.getpid()}"
+    process = await asyncio.create_subprocess_exec(f"nmap-{mark}.", "600", executable="/bin/sleep", env={})
+    other = await asyncio.create_subprocess_exec("sleep", "600", env={})
+    try:
+        assert guard.kill_marked(f"{mark}.") == 1
+        assert await asyncio.wait_for(process.wait(), 5) == -signal.SIGKILL
+        assert other.returncode is None
+    finally:
+        other.kill()
+        await other.wait()
+
+
 async def test_without_its_guard_a_worker_is_unhealthy(make_nmap: MakeNmap, until: Until) -> None:
     """A guard that died makes the process one to be replaced."""
     nmap = await make_nmap()
     assert nmap.alive
-    for guard in guards(nmap):
-        os.kill(guard, signal.SIGKILL)
+    for pid in guards(nmap):
+        os.kill(pid, signal.SIGKILL)
     await until(lambda: not nmap.alive)
