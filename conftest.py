@@ -9,12 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from testcontainers.community.kafka import KafkaContainer
 from testcontainers.core.container import DockerContainer
 
 from local import kafka as native_kafka
 from local import mongod as native_mongod
 from local import ports
+
+# No test asserts on speed, and a machine that is busy with a broker is slow now and then.
+settings.register_profile("scanfleet", deadline=None)
+settings.load_profile("scanfleet")
 
 KAFKA_IMAGE = "confluentinc/cp-kafka:7.6.0"
 MONGODB_IMAGE = "mongo:7.0"

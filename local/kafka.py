@@ -59,7 +59,7 @@ def command(folder: Path, port: int, controller_port: int) -> list[str]:
     return [*_java(), "kafka.Kafka", str(properties)]
 
 
-def wait_until_up(bootstrap: str, limit: float = 60.0) -> None:
+def wait_until_up(bootstrap: str, limit: float = 120.0) -> None:
     """Return when the broker answers a client.
 
     Args:

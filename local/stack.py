@@ -41,7 +41,7 @@ USUAL_PORTS: Final = {
 }
 
 LEASE: Final = 10  # seconds: whoever develops will kill a worker and wait; nobody's network is that slow on loopback
-READY_LIMIT: Final = 60.0  # seconds until every service is ready; it takes about five
+READY_LIMIT: Final = 120.0  # seconds until every service is ready; it takes about five, on a busy machine many more
 CLOSE_LIMIT: Final = 5  # seconds that an open answer may go on when its service is told to stop
 LOG_TAIL: Final = 10  # lines of a log in an error
 LOG_LINE: Final = 600  # characters of such a line: its end, where a traceback says what went wrong

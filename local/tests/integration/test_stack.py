@@ -1,0 +1,136 @@
+"""A whole stack of real processes, treated badly."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from local import kafka
+from local.client import Client
+from local.stack import LOCAL_REPLICAS, Stack, StackError
+from local.wait import until
+
+pytestmark = pytest.mark.e2e
+
+LIMIT = 60.0  # seconds until any of this has happened
+NAMES = (
+    "kafka",
+    "mongod",
+    "result-store",
+    "job-orchestrator",
+    "scanner-worker-1",
+    "scanner-worker-2",
+    "api-gateway",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stack")
+
+
+@pytest.fixture
+def stack(folder: Path) -> Stack:
+    """The stack in `folder`, up; it stays up between the tests."""
+    found = Stack(folder)
+    found.up()
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stopped(folder: Path) -> Iterator[None]:
+    yield
+    Stack(folder).down()
+
+
+@pytest.fixture
+def user(stack: Stack) -> Iterator[Client]:
+    found = Client(stack.url, stack.token(7))
+    yield found
+    found.http.close()
+
+
+def scans(user: Client) -> bool:
+    """Whether a job runs to its end; until everything is back some of it may be unavailable."""
+    try:
+        job_id = user.scan("127.9.8.1/32", ports="8022", service_detection=False)
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+            raise
+        return False
+    status: str = user.finished(job_id)["status"]["status"]
+    return status == "completed"
+
+
+def pids(stack: Stack) -> dict[str, int]:
+    return {process.name: process.pid for process in stack.processes()}
+
+
+def test_it_is_seven_processes(stack: Stack) -> None:
+    """A stack is Kafka, mongod and the four services, two scanner-workers among them, all running."""
+    assert sorted(pids(stack)) == sorted(NAMES)
+    assert all(process.running for process in stack.processes())
+    assert sum(LOCAL_REPLICAS.values()) == len(NAMES) - 2
+
+
+def test_a_second_up_finds_the_first(stack: Stack, folder: Path) -> None:
+    """Bringing up a stack that is up starts nothing and says so."""
+    before = pids(stack)
+    assert not Stack(folder).up()
+    assert pids(stack) == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_killed_process_comes_back(stack: Stack, user: Client, name: str) -> None:
+    """Whatever is killed with -9 is started again, and then the stack scans as before."""
+    killed = stack.pid(name)
+    stack.kill(name)
+    until(lambda: pids(stack)[name] not in (0, killed), LIMIT, f"{name} to come back")
+    if name == "kafka":
+        kafka.wait_until_up(stack.kafka)
+    stack.wait_until_ready()
+    until(lambda: scans(user), LIMIT, "a scan to complete")
+
+
+def test_it_remembers(stack: Stack, user: Client, folder: Path) -> None:
+    """What was stored before `down` is there after `up`, at the same address and for the same token."""
+    subnet = user.subnet("127.9.8.0/24")
+    assert stack.down()
+    assert stack.processes() == []
+    assert not stack.down()
+    assert Stack(folder).up()
+    assert user.http.get(f"/api/v1/subnet/{subnet}").is_success
+
+
+def test_a_killed_supervisor_leaves_no_second_broker(stack: Stack, folder: Path) -> None:
+    """After supervisord itself was killed with -9, the next up ends what it left and starts anew."""
+    before = pids(stack)
+    os.kill(int((folder / "supervisord.pid").read_text()), signal.SIGKILL)
+    until(lambda: not stack.processes(), LIMIT, "supervisord to end")
+    assert stack.up()
+    assert set(pids(stack).values()).isdisjoint(before.values())
+    assert not any(Path(f"/proc/{pid}").exists() for pid in before.values())
+
+
+def test_its_addresses_are_shell_assignments(stack: Stack, folder: Path) -> None:
+    """A shell that sources `stack.env` knows where the gateway, Kafka and MongoDB are."""
+    script = '. "$1"; echo "$SCANFLEET_URL"; echo "$SCANFLEET_KAFKA"; echo "$SCANFLEET_MONGODB"'
+    told = subprocess.run(["sh", "-c", script, "-", folder / "stack.env"], capture_output=True, text=True, check=True)
+    assert told.stdout.splitlines() == [stack.url, stack.kafka, stack.mongodb]
+
+
+def test_what_is_not_ready_is_named(stack: Stack) -> None:
+    """Waiting for a stack that does not become ready ends in an error that names the service and shows its log."""
+    stack.stop("result-store")
+    try:
+        with pytest.raises(StackError, match=r"result-store does not answer(?s:.*)result-store\.log"):
+            stack.wait_until_ready(limit=1)
+    finally:
+        stack.start("result-store")
+    stack.wait_until_ready()
