@@ -24,6 +24,7 @@ from scanfleet.testing import targets
 SUBNET: Final = "127.9.8.0/24"
 USER: Final = 7
 SCAN_LIMIT: Final = 120.0  # seconds for the job; it takes about ten
+LOOK: Final = 0.2  # seconds between two looks at its progress: smooth for the eye
 
 console = Console()
 
@@ -98,7 +99,7 @@ def _watch(user: Client, job_id: int) -> dict[str, Any]:
             progress.update(bar, completed=status["progress"], description=text)
             return status["status"] in FINAL
 
-        until(final, SCAN_LIMIT, f"job {job_id} to be final")
+        until(final, SCAN_LIMIT, f"job {job_id} to be final", LOOK)
     last: dict[str, Any] = user.task(job_id)["status"]
     return last
 

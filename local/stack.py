@@ -42,6 +42,7 @@ USUAL_PORTS: Final = {
 
 LEASE: Final = 10  # seconds: whoever develops will kill a worker and wait; nobody's network is that slow on loopback
 READY_LIMIT: Final = 120.0  # seconds until every service is ready; it takes about five, on a busy machine many more
+ANSWER_LIMIT: Final = 5.0  # seconds for /readyz, longer than its own checks may take
 CLOSE_LIMIT: Final = 5  # seconds that an open answer may go on when its service is told to stop
 LOG_TAIL: Final = 10  # lines of a log in an error
 LOG_LINE: Final = 600  # characters of such a line: its end, where a traceback says what went wrong
@@ -167,21 +168,23 @@ class Stack:
         """
         unready: dict[str, str] = dict.fromkeys(self._services, "")
 
-        def ready() -> bool:
-            for name in list(unready):
-                try:
-                    answer = httpx.get(f"http://{self.address(name)}/readyz")
-                except httpx.HTTPError as error:
-                    unready[name] = f"does not answer ({error})"
-                    continue
-                if answer.is_success:
-                    del unready[name]
-                else:
-                    unready[name] = f"is not ready: {answer.text}"
+        def ready(name: str) -> bool:
+            try:
+                answer = client.get(f"http://{self.address(name)}/readyz")
+            except httpx.HTTPError as error:
+                unready[name] = f"does not answer ({error})"
+                return False
+            unready[name] = f"is not ready: {answer.text}"
+            return answer.is_success
+
+        def all_ready() -> bool:
+            for name in [name for name in unready if ready(name)]:
+                del unready[name]
             return not unready
 
         try:
-            until(ready, limit, "every service to be ready")
+            with httpx.Client(timeout=ANSWER_LIMIT) as client:
+                until(all_ready, limit, "every service to be ready")
         except TimeoutError as error:
             reasons = "".join(f"\n{name} {reason}" for name, reason in unready.items())
             raise StackError(f"{error}{reasons}{self._logs(list(unready))}") from error

@@ -6,16 +6,17 @@ import socket
 import time
 from collections.abc import Callable
 
-PAUSE = 0.05  # seconds between two looks: short beside any start, cheap beside any process
+PAUSE = 0.05  # seconds: short beside any start, cheap beside any process
 
 
-def until(condition: Callable[[], bool], limit: float, what: str) -> None:
+def until(condition: Callable[[], bool], limit: float, what: str, pause: float = PAUSE) -> None:
     """Return when `condition()` holds.
 
     Args:
-        condition: looked at every `PAUSE`.
+        condition: looked at again and again.
         limit: seconds.
         what: finishes the sentence "gave up waiting for …".
+        pause: seconds between two looks.
 
     Raises:
         TimeoutError: it did not hold in time.
@@ -24,7 +25,7 @@ def until(condition: Callable[[], bool], limit: float, what: str) -> None:
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"gave up waiting for {what} after {limit:g} s")
-        time.sleep(PAUSE)
+        time.sleep(pause)
 
 
 def listens(host: str, port: int, limit: float) -> None:
