@@ -45,7 +45,7 @@ def create_app() -> FastAPI:
             raw=may_send_raw(privileges(program)),
             rules=settings.target_rules,
             time_factor=settings.scan_time_factor,
-            time_floor=settings.scan_time_floor_s,
+            time_floor=settings.scan_time_floor_seconds,
         )
         worker = Worker(worker_id, abilities, nmap, bus)
         tasks = bus.tail(topics.SCAN_TASKS, worker)
@@ -59,7 +59,7 @@ def create_app() -> FastAPI:
             stack.push_async_callback(tasks.stop)
             await worker.start()
             # First to stop, while tasks are still listened to: a scan that is finishing can yet be cancelled.
-            stack.push_async_callback(worker.stop, settings.stop_grace_s)
+            stack.push_async_callback(worker.stop, settings.stop_grace_seconds)
             for part in (bus, tasks, worker, nmap):
                 app.state.probes.watch(part)
             yield

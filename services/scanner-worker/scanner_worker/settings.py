@@ -20,9 +20,9 @@ class Settings(CommonSettings, KafkaSettings, TargetSettings):
     scan_time_factor: float = Field(
         10.0,  # an estimate is a guess about a network that nobody has seen
         ge=1,
-        description="A scan is given up after its estimate times this, but not before `scan_time_floor_s`.",
+        description="A scan is given up after its estimate times this, but not before `scan_time_floor_seconds`.",
     )
-    scan_time_floor_s: float = Field(
+    scan_time_floor_seconds: float = Field(
         600.0,  # one host that drops everything takes nmap minutes, however small the chunk
         gt=0,
         description="Seconds that every scan may take, however short its estimate.",
@@ -37,7 +37,7 @@ class Settings(CommonSettings, KafkaSettings, TargetSettings):
         ge=1 << 16,
         description="Bytes that nmap may write about one host before it is stopped.",
     )
-    stop_grace_s: float = Field(
+    stop_grace_seconds: float = Field(
         20.0,  # of the 30 s between SIGTERM and SIGKILL that Kubernetes gives by default
         ge=0,
         description="Seconds that running scans may take to finish when the worker is told to stop; then they are given back.",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from ipaddress import ip_address
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
 from scanfleet.messages.base import Message
 from scanfleet.outcomes import OutcomeMap
-from scanfleet.policy import ScanPolicy
+from scanfleet.policy import Ports, ScanPolicy
 
+Address = Annotated[str, AfterValidator(lambda text: str(ip_address(text)))]
 Technique = Literal["connect", "syn"]
 
 
@@ -45,16 +47,22 @@ class ScanChunk(_Fenced):
     """Scan the blanks of `outcomes`."""
 
     user_id: int
-    first_address: str
+    first_address: Address
     outcomes: OutcomeMap
     """One letter per address from `first_address` on; what has a letter is not scanned."""
 
     policy: ScanPolicy
-    ports: str
+    ports: Ports
     """The chunk's part of the policy's ports, in the same syntax."""
 
     lease_seconds: Annotated[float, Field(gt=0)]
     estimate_seconds: Annotated[float, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _within_the_address_space(self) -> Self:
+        # Adding to an address raises past the end of its family.
+        _ = ip_address(self.first_address) + (len(self.outcomes) - 1)
+        return self
 
 
 class StopChunk(_Fenced):

@@ -100,7 +100,7 @@ async def deployed(kafka: str, until: Until) -> AsyncIterator[Deployed]:
         "SCANFLEET_INSTANCE": "scanner-worker-1",
         "SCANFLEET_ALLOWED_NETWORKS": "127.0.0.0/8",
         "SCANFLEET_SLOTS": "3",
-        "SCANFLEET_STOP_GRACE_S": "6",
+        "SCANFLEET_STOP_GRACE_SECONDS": "6",
     }
     bus = KafkaBus(bootstrap=kafka, prefix=prefix, source="test", instance="test")
     worker = Deployed(bus, environment, port)
