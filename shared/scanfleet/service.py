@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import signal
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Annotated, Any, Final, Protocol, cast
 from uuid import uuid4
 
@@ -34,6 +36,7 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 Check = Callable[[], Awaitable[None]]
 
 MAX_BODY_BYTES: Final = 1 << 20  # the bus carries no larger message, and no honest request is a tenth of it
+HEALTH_PERIOD_S: Final = 1.0  # between two looks at the loops; `/healthz` tells at once
 CHECK_TIMEOUT_S: Final = 2.0  # of one readiness check: orchestrators ask every few seconds
 
 _DECIMAL: Final = re.compile(r"[1-9][0-9]{0,15}")
@@ -134,7 +137,7 @@ def create_app(
     """
     app = FastAPI(
         **({"title": name, "openapi_url": None} | documents),
-        lifespan=lifespan,
+        lifespan=_watched(lifespan),
         telemetry=_TELEMETRY,
         redirect_slashes=False,  # a path with a slash too many is an unknown one, and a redirect would drop the body
         middleware=[Middleware(_Front, max_body_bytes=max_body_bytes)],
@@ -150,6 +153,35 @@ def create_app(
     for router in routers:
         app.include_router(router)
     return app
+
+
+def _watched(lifespan: Lifespan) -> Lifespan:
+    """The same lifespan in a process that ends when it can do no more good, so that its supervisor replaces it."""
+
+    @asynccontextmanager
+    async def watched(app: FastAPI) -> AsyncIterator[None]:
+        async with lifespan(app):
+            watching = asyncio.create_task(_end_when_unhealthy(app.state.probes))
+            try:
+                yield
+            finally:
+                watching.cancel()
+        _end_in_peace()
+
+    return watched
+
+
+async def _end_when_unhealthy(probes: Probes) -> None:
+    while probes.healthy:  # noqa: ASYNC110 # many parts are looked at, and none of them can tell that it died
+        await asyncio.sleep(HEALTH_PERIOD_S)
+    _log.critical("a consumer loop has died: this process ends, to be started anew")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _end_in_peace() -> None:
+    """Let a process that has stopped in good order end with 0: after the lifespan uvicorn raises its signal once more."""
+    if callable(signal.getsignal(signal.SIGTERM)):  # a server handles it; elsewhere it is not ours to block
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
 
 
 def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> Response:

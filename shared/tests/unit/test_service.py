@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated
@@ -256,6 +257,23 @@ async def test_health_is_that_of_the_loops(app: FastAPI, client: httpx.AsyncClie
     loop.alive = False
     answer = await client.get("/healthz")
     assert (answer.status_code, set(answer.json())) == (503, {"error"})
+
+
+async def test_a_process_with_a_dead_loop_ends(app: FastAPI) -> None:
+    """A service whose loop has died ends its own process, so that its supervisor starts another."""
+    loop, told, ended = Loop(), asyncio.get_running_loop(), asyncio.Event()
+    app.state.probes.watch(loop)
+    told.add_signal_handler(signal.SIGTERM, ended.set)
+    try:
+        async with app.router.lifespan_context(app):
+            await asyncio.sleep(0)
+            assert not ended.is_set()
+            loop.alive = False
+            async with asyncio.timeout(10):
+                await ended.wait()
+            told.remove_signal_handler(signal.SIGTERM)
+    finally:
+        told.remove_signal_handler(signal.SIGTERM)
 
 
 async def test_readiness_is_that_of_the_dependencies(app: FastAPI, client: httpx.AsyncClient) -> None:
