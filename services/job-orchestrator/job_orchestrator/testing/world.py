@@ -207,10 +207,10 @@ class World:
             for handler in replica.handlers.values():
                 await handler.caught_up(self._partitions(number))
 
-    async def wait(self, seconds: int) -> None:
-        """Let time pass in which all is read as it comes, and workers announce themselves."""
-        for _ in range(seconds):
-            self.now += 1.0
+    async def wait(self, looks: int, *, seconds: float = 1.0) -> None:
+        """Let time pass, so much between two looks, in which all is read as it comes and workers announce themselves."""
+        for _ in range(looks):
+            self.now += seconds
             for worker in self.workers:
                 await worker.announce()
             await self.settle()

@@ -1,0 +1,311 @@
+"""A replica that dies, or loses its database or broker, at any one moment: the outcome is the same.
+
+Every scenario is run once to count the calls on store and bus, then once for each of these calls and each way in which it
+can go wrong.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from datetime import datetime, timedelta
+from typing import Any, cast
+
+import pytest
+
+from job_orchestrator.domain.chunk import Chunk, ChunkState
+from job_orchestrator.domain.job import ScanJob
+from job_orchestrator.domain.ledger import Tally
+from job_orchestrator.domain.store import Store
+from job_orchestrator.main import Orchestrator
+from job_orchestrator.testing import MemoryStore, World, scan_policy
+from scanfleet.bus import Publisher, Record
+from scanfleet.errors import DependencyError
+from scanfleet.messages import CommandAccepted, JobEvent, JobProgressed, JobStatus, Message, ScanChunk
+from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_TASKS, Topic
+from scanfleet.testing.bus import MemoryBus
+
+
+class Killed(BaseException):
+    """The process is gone: no handler can catch this."""
+
+
+class Moment(enum.Enum):
+    """When a call goes wrong: after a part of its effect, or after all of it."""
+
+    HALF = "half"
+    AFTER = "after"
+
+
+class Fuse:
+    """Lets so many calls through, and breaks one."""
+
+    def __init__(
+        self, calls: float = float("inf"), moment: Moment = Moment.AFTER, error: type[BaseException] = Killed
+    ) -> None:
+        self.left = calls
+        self.calls = 0
+        self.moment = moment
+        self.error = error
+
+    async def call(self, method: Callable[..., Awaitable[Any]], arguments: list[Any], named: dict[str, Any]) -> Any:
+        self.calls += 1
+        self.left -= 1
+        if self.left != 0:
+            return await method(*arguments, **named)
+        if self.moment is Moment.HALF and arguments and isinstance(arguments[-1], Sequence):
+            arguments[-1] = arguments[-1][: len(arguments[-1]) // 2]
+        await method(*arguments, **named)
+        raise self.error(f"{getattr(method, '__name__', method)} broke")
+
+
+class FragileStore:
+    """A store behind a fuse."""
+
+    def __init__(self, store: MemoryStore, fuse: Fuse) -> None:
+        self._store = store
+        self._fuse = fuse
+
+    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
+        method = getattr(self._store, name)
+
+        async def call(*arguments: Any, **named: Any) -> Any:
+            return await self._fuse.call(method, list(arguments), named)
+
+        return call
+
+    async def job_chunks(self, job_id: int) -> AsyncIterator[Chunk]:
+        await self._fuse.call(self._store.chunks, [[]], {})  # stands for the first read
+        async for chunk in self._store.job_chunks(job_id):
+            yield chunk
+
+
+class FragileBus:
+    """A publisher behind the same fuse."""
+
+    def __init__(self, bus: MemoryBus, fuse: Fuse) -> None:
+        self._bus = bus
+        self._fuse = fuse
+
+    async def publish(self, topic: Topic, messages: Sequence[Message]) -> None:
+        await self._fuse.call(self._bus.publish, [topic, list(messages)], {})
+
+
+class ImpatientStore(MemoryStore):
+    """To whom every event is old, and every scanned chunk was asked for long ago."""
+
+    async def jobs_with_old_events(self, before: datetime, limit: int) -> list[int]:
+        return await super().jobs_with_old_events(before + timedelta(days=1), limit)
+
+    async def overdue_chunks(self, before: datetime, limit: int) -> list[Chunk]:
+        return await super().overdue_chunks(before + timedelta(days=1), limit)
+
+
+class CrashingWorld(World):
+    """Its replica works on doubles; what breaks in its hands is done again, by another process if it died."""
+
+    def __init__(self, fuse: Fuse) -> None:
+        store = ImpatientStore()
+        super().__init__(store)
+        self.fuse = fuse
+        self.broken = False
+        self.replicas = [
+            self.replica(cast(Store, FragileStore(store, fuse)), cast(Publisher, FragileBus(self.bus, fuse))),
+        ]
+
+    async def hand(self, topic: Topic, records: Sequence[Record]) -> None:
+        await self._again(lambda: super(CrashingWorld, self).hand(topic, records))
+
+    async def step(self, action: Callable[[Orchestrator], Awaitable[object]]) -> None:
+        await self._again(lambda: action(self.only))
+
+    async def settle(self) -> None:
+        for _ in range(1_000):
+            heard = await self.deliver()
+            await self.step(lambda replica: replica.jobs.work())
+            await self.step(lambda replica: replica.dispatcher.fill())
+            if not heard and not self._waiting():
+                return
+        raise AssertionError("this world does not come to rest")
+
+    async def start(self) -> None:
+        await self._again(super().start)
+
+    async def jobs(self) -> list[ScanJob]:
+        """All jobs; their ids may have gaps."""
+        found, _ = await self.store.list_jobs(7, set(), 0, 10)
+        return found
+
+    async def mend(self) -> None:
+        """If something broke, let pass the time in which it is mended: leases, dispatches, sweeps."""
+        if self.broken:
+            await self.wait(12, seconds=3.0)
+
+    async def wait(self, looks: int, *, seconds: float = 1.0) -> None:
+        for _ in range(looks):
+            self.now += seconds
+            for worker in self.workers:
+                await worker.announce()
+            await self.settle()
+            await self._again(self.catch_up)
+            await self.step(lambda replica: replica.sweeper.sweep())
+            await self.settle()
+
+    async def _again(self, action: Callable[[], Awaitable[object]]) -> None:
+        try:
+            await action()
+        except Killed:
+            self.broken = True
+            await self.restart()
+            await action()
+        except DependencyError:
+            self.broken = True
+            await action()
+
+
+Scenario = Callable[[CrashingWorld], Awaitable[None]]
+
+
+async def scan(world: CrashingWorld) -> None:
+    """Two jobs are submitted, scanned and completed."""
+    await world.start()
+    await world.worker.announce()
+    await world.submit("127.9.8.0/30", "127.9.9.0/31", policy=scan_policy(ports="1-3000"))
+    await world.settle()
+    await world.mend()
+    jobs = await world.jobs()
+    assert [job.status for job in jobs] == [JobStatus.COMPLETED] * 2
+    for job in jobs:
+        tally = Tally(job)
+        async for chunk in world.store.job_chunks(job.id):
+            tally.add(chunk)
+        assert tally.accounted
+        assert (tally.counts["silent"], job.settled) == (job.addresses * job.ports, True)
+
+
+async def lose(world: CrashingWorld) -> None:
+    """A worker fails a chunk, releases it, loses results of it, and gets it done at last."""
+    world.worker.hold = True
+    await world.start()
+    await world.worker.announce()
+    await world.submit()
+    await world.settle()
+    await world.mend()
+    await world.worker.claim(world.worker.tasks[-1])
+    await world.worker.fail(world.worker.tasks[-1], outcomes="a...")
+    await world.worker.announce()
+    await world.settle()
+    await world.mend()
+    await world.worker.release(world.worker.tasks[-1], "a.s.")
+    await world.worker.announce()
+    await world.settle()
+    await world.mend()
+    assert world.results is not None
+    world.results.missing[world.worker.tasks[-1].chunk_id] = ("127.9.8.1",)
+    await world.worker.scanned(world.worker.tasks[-1])
+    world.worker.hold = False
+    await world.worker.announce()
+    await world.settle()
+    await world.mend()
+    (job,) = await world.jobs()
+    assert (job.status, job.machines_found) == (JobStatus.COMPLETED, 1)
+
+
+async def cancel(world: CrashingWorld) -> None:
+    """A running job of several chunks is cancelled, and its worker told."""
+    world.worker.hold = True
+    await world.start()
+    await world.worker.announce()
+    await world.submit("127.9.8.0/24", policy=scan_policy(ports="1-3000"))
+    await world.settle()
+    await world.mend()
+    running = world.worker.tasks[-1]
+    await world.worker.claim(running)
+    await world.settle()
+    await world.cancel(running.job_id)
+    await world.settle()
+    await world.worker.progress(running, running.outcomes)
+    await world.settle()
+    await world.mend()
+    (job,) = await world.jobs()
+    states = (await world.store.chunk_states([job.id]))[job.id]
+    assert (job.status, job.settled, job.error) == (JobStatus.CANCELLED, True, "")
+    assert states == {ChunkState.CANCELLED: job.chunk_count}
+    assert (running.chunk_id, running.attempt) in {(stop.chunk_id, stop.attempt) for stop in world.worker.stops}
+
+
+async def fail(world: CrashingWorld) -> None:
+    """A job fails because three workers fail it, the last by falling silent."""
+    world.worker.hold = True
+    await world.start()
+    await world.worker.announce()
+    await world.submit()
+    await world.settle()
+    for _ in range(2):
+        await world.mend()
+        await world.worker.claim(world.worker.tasks[-1])
+        await world.worker.fail(world.worker.tasks[-1])
+        await world.worker.announce()
+        await world.settle()
+    await world.mend()
+    await world.worker.claim(world.worker.tasks[-1])
+    await world.wait(12, seconds=3.0)
+    await world.mend()
+    (job,) = await world.jobs()
+    assert (job.status, job.error) == (JobStatus.FAILED, "4 addresses lost: worker w-1 fell silent")
+
+
+def check(world: CrashingWorld) -> None:
+    """What every observer may rely on, whatever broke."""
+    events = [event for event in world.bus.messages(SCAN_EVENTS) if isinstance(event, JobEvent)]
+    for job_id in {event.job.id for event in events}:
+        mine = [event for event in events if event.job.id == job_id]
+        by_seq: dict[int, JobEvent] = {}
+        for event in mine:
+            first = by_seq.setdefault(event.seq, event)
+            assert first == event, "two events under one seq"
+        first_seen = [event for event in by_seq.values() if not isinstance(event, JobProgressed)]
+        assert [event.seq for event in first_seen] == sorted(event.seq for event in first_seen)
+        kinds = [type(event).__name__.removeprefix("Job") for event in first_seen]
+        assert kinds[0] == "Created"
+        assert kinds[1:-1] in (["Started"], [] if kinds[-1] == "Cancelled" else ["Started"])
+        assert kinds[-1].lower() == max(by_seq.values(), key=lambda event: event.seq).job.status
+        missing = set(range(1, max(by_seq) + 1)) - set(by_seq)
+        assert len(missing) <= 3, "only progress may be missing"
+    tasks = [each for each in world.bus.messages(SCAN_TASKS) if isinstance(each, ScanChunk)]
+    tokens = [(task.chunk_id, task.attempt) for task in tasks]
+    assert len(tokens) == len(set(tokens)), "one token was sent twice"
+
+
+# A kill before a call is a kill after the one before it.
+@pytest.mark.parametrize(("error", "moment"), [(Killed, Moment.AFTER), (DependencyError, Moment.HALF)])
+@pytest.mark.parametrize("scenario", [scan, lose, cancel, fail])
+async def test_any_one_break_changes_no_outcome(
+    scenario: Scenario,
+    error: type[BaseException],
+    moment: Moment,
+) -> None:
+    """Whichever call on store or bus breaks, and however, the jobs end as if nothing had, with every event in order."""
+    whole = CrashingWorld(Fuse())
+    await scenario(whole)
+    check(whole)
+    assert not whole.broken
+    for number in range(1, whole.fuse.calls + 1):
+        world = CrashingWorld(Fuse(number, moment, error))
+        await scenario(world)
+        check(world)
+
+
+async def test_every_reply_names_the_same_jobs() -> None:
+    """However often a submit is begun anew, all its replies name the same jobs, and there are no others."""
+    count = 40  # more calls than one submit takes
+    for moment in Moment:
+        for number in range(1, count):
+            world = CrashingWorld(Fuse(number, moment))
+            command = await world.submit("127.9.8.0/30", "127.9.9.0/30")
+            await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+            replies = world.replies(command)
+            assert replies
+            assert all(isinstance(reply, CommandAccepted) for reply in replies)
+            assert len({tuple(job.id for job in reply.jobs) for reply in replies}) == 1
+            assert sorted(job.id for job in await world.jobs()) == [job.id for job in replies[0].jobs]
