@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 
 from local import kafka
 from local.client import Client
+from local.paths import ROOT
 from local.stack import LOCAL_REPLICAS, Stack, StackError
 from local.wait import until
 
@@ -66,6 +68,19 @@ def scans(user: Client) -> bool:
         return False
     status: str = user.finished(job_id)["status"]["status"]
     return status == "completed"
+
+
+def test_the_readme_shows_what_works(stack: Stack, tmp_path: Path) -> None:
+    """Every line of the README's example runs on a new stack, and no answer is an error."""
+    (block,) = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / ".local").mkdir()
+    (tmp_path / ".local" / "stack.env").symlink_to(stack.folder / "stack.env")
+    # The verbs work on this clone's own stack, which is not ours to touch.
+    verbs = f'make() {{ [ "$1" = up ] || echo {stack.token(7)}; }}\n'
+    told = subprocess.run(["bash", "-euc", verbs + block], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert '{"error"' not in told.stdout
+    assert told.stdout.count('"127.9.8.0/24"') == 1
+    assert '"not_probed"' in told.stdout
 
 
 def pids(stack: Stack) -> dict[str, int]:
