@@ -21,6 +21,7 @@ class Proxy:
     def __init__(self, host: str, port: int) -> None:
         self._upstream = host, port
         self._server: asyncio.Server | None = None
+        self._refusing = False
         self._links: set[asyncio.Task[None]] = set()
         self._open = asyncio.Event()
         self._open.set()
@@ -28,10 +29,13 @@ class Proxy:
 
     async def refuse(self) -> None:
         """Cut every connection and refuse new ones, as a machine whose process has died."""
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+        self._refusing = True
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()
         await self.cut()
+        if server is not None:
+            await server.wait_closed()
 
     def swallow(self) -> None:
         """Take connections and bytes and answer nothing, as a machine that hangs."""
@@ -46,12 +50,16 @@ class Proxy:
 
     async def heal(self) -> None:
         """Pass everything on again, on the same port."""
+        self._refusing = False
         self._open.set()
         if self._server is None:
             self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
             self.port = self._server.sockets[0].getsockname()[1]
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._refusing:  # it came while we closed
+            writer.transport.abort()
+            return
         link = asyncio.create_task(self._link(reader, writer))
         self._links.add(link)
         link.add_done_callback(self._links.discard)
