@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from itertools import count
 from typing import Any, Final
-from uuid import uuid4
 
 from job_orchestrator.domain.store import Policy, Store, Subnet
 from job_orchestrator.main import Orchestrator
@@ -170,6 +170,7 @@ class World:
         self.worker = Worker(self.bus)
         self.workers = [self.worker]
         self.results: ResultStore | None = ResultStore(self.bus)
+        self._commands = count(1)
         self._read: dict[str, int] = defaultdict(int)
         self.replicas = [self.replica() for _ in range(replicas)]
 
@@ -299,7 +300,7 @@ class World:
         key: str | None = None,
     ) -> str:
         command = SubmitJobs(
-            command_id=uuid4().hex,
+            command_id=f"command-{next(self._commands)}",
             user_id=user_id,
             policy_id=policy_id,
             subnet_ids=tuple(subnet_ids),
@@ -309,7 +310,7 @@ class World:
         return command.command_id
 
     async def cancel(self, job_id: int, user_id: int = 7) -> str:
-        command = CancelJob(command_id=uuid4().hex, user_id=user_id, job_id=job_id)
+        command = CancelJob(command_id=f"command-{next(self._commands)}", user_id=user_id, job_id=job_id)
         await self.bus.publish(SCAN_COMMANDS, [command])
         return command.command_id
 

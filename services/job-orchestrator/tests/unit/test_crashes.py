@@ -138,8 +138,12 @@ class CrashingWorld(World):
 
     async def mend(self) -> None:
         """If something broke, let pass the time in which it is mended: leases, dispatches, sweeps."""
-        if self.broken:
-            await self.wait(12, seconds=3.0)
+        if not self.broken:
+            return
+        for _ in range(12):
+            await self.wait(1, seconds=3.0)
+            if not await self.store.unsettled_jobs(0, 1) and await self.jobs():
+                return
 
     async def wait(self, looks: int, *, seconds: float = 1.0) -> None:
         for _ in range(looks):

@@ -1,0 +1,396 @@
+"""Jobs and chunks under anything that can happen, in any order: what must always hold, holds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+from itertools import pairwise
+from typing import Any, TypeVar, cast
+from uuid import uuid4
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from job_orchestrator.domain import chunk as chunks_
+from job_orchestrator.domain import job as jobs_
+from job_orchestrator.domain import plan
+from job_orchestrator.domain.chunk import MAX_FAILURES, Chunk, ChunkState
+from job_orchestrator.domain.job import ScanJob
+from job_orchestrator.domain.ledger import Tally
+from job_orchestrator.domain.store import Store
+from job_orchestrator.repository import MongoStore
+from job_orchestrator.testing import MemoryStore, Worker, World, scan_policy
+from scanfleet import mongo
+from scanfleet.bus import Record
+from scanfleet.messages import ChunkIncomplete, ChunkScanned, ChunkStored, JobEvent, JobProgressed, JobStatus, ScanChunk
+from scanfleet.messages.topics import (
+    SCAN_COMMANDS,
+    SCAN_EVENTS,
+    SCAN_PROGRESS,
+    SCAN_RESULTS,
+    SCAN_STORED,
+    SCAN_TASKS,
+    SCAN_WORKERS,
+)
+
+_T = TypeVar("_T")
+
+TOPICS = (SCAN_COMMANDS, SCAN_WORKERS, SCAN_PROGRESS, SCAN_STORED, SCAN_TASKS, SCAN_RESULTS)
+REPLICAS = 2
+MOST_JOBS = 3  # few jobs with much life in them
+LOOKS = 100  # after the last fault: three leases and what is between them
+
+
+class Inspector:
+    """A store that lets no save pass that breaks a rule. To it every event is old, and no chunk was asked for lately."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def jobs_with_old_events(self, before: datetime, limit: int) -> list[int]:
+        return await self._store.jobs_with_old_events(before + timedelta(days=1), limit)
+
+    async def overdue_chunks(self, before: datetime, limit: int) -> list[Chunk]:
+        return await self._store.overdue_chunks(before + timedelta(days=1), limit)
+
+    async def save_jobs(self, jobs: Sequence[ScanJob]) -> set[int]:
+        before = await self._store.jobs([job.id for job in jobs])
+        losers = await self._store.save_jobs(jobs)
+        for after in jobs:
+            if after.id not in losers:
+                self._check_job(before[after.id], after)
+        return losers
+
+    async def save_chunks(self, chunks: Sequence[Chunk]) -> set[str]:
+        before = await self._store.chunks([chunk.id for chunk in chunks])
+        losers = await self._store.save_chunks(chunks)
+        for after in chunks:
+            if after.id not in losers:
+                self._check_chunk(before[after.id], after)
+        return losers
+
+    @staticmethod
+    def _check_job(before: ScanJob, after: ScanJob) -> None:
+        if before.status is not after.status:
+            assert after.status in jobs_.TABLE[before.status].values()
+        told: dict[str, Any] = {"outbox": (), "rev": 0, "settled": False}
+        if before.final:
+            assert replace(before, **told) == replace(after, **told), "a final job changed"
+        if replace(before, **told) != replace(after, **told):
+            assert after.seq > before.seq
+        assert after.progress >= before.progress
+        assert after.machines_found >= before.machines_found
+        assert after.end_time is None or after.end_time >= (after.start_time or after.created_at)
+        assert (after.progress == 100) is (after.status is JobStatus.COMPLETED)
+        assert bool(after.error) is (after.status is JobStatus.FAILED)
+
+    @staticmethod
+    def _check_chunk(before: Chunk, after: Chunk) -> None:
+        if before.state is not after.state:
+            assert any(after.state in ends for ends in chunks_.TABLE[before.state].values())
+        told: dict[str, Any]
+        if before.state in {ChunkState.STORED, ChunkState.FAILED}:
+            told = {"charged": 0.0, "rev": 0}
+            assert replace(before, **told) == replace(after, **told), "a final chunk changed"
+        assert after.attempt >= before.attempt
+        assert after.failures <= MAX_FAILURES
+        if after.state in {ChunkState.SCANNED, ChunkState.STORED}:
+            assert after.blank == 0
+
+
+class Life(RuleBasedStateMachine):
+    """Users, workers, result-store, broker and replicas do what they like; messages are lost, doubled and reordered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.pending: list[Record] = []
+        self.past: list[Record] = []
+        self.tasks: list[ScanChunk] = []
+        self.scanned: list[ChunkScanned] = []
+        self.world: World
+
+    def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        return self.runner.run(coroutine)
+
+    async def make_store(self) -> Store:
+        return MemoryStore()
+
+    async def drop_store(self) -> None: ...
+
+    @initialize()
+    def begin(self) -> None:
+        async def begin() -> None:
+            store = cast(Store, Inspector(await self.make_store()))
+            self.world = World(store, replicas=REPLICAS)
+            self.world.workers = [Worker(self.world.bus, f"w-{n}", slots=2) for n in range(2)]
+            await self.world.start()
+
+        self.run(begin())
+        self.submit(7, 2, "22")
+        self.announce(0)
+        self.announce(1)
+        self.go_on()
+
+    # Users
+
+    @rule(user=st.sampled_from([7, 8]), subnets=st.integers(1, 2), ports=st.sampled_from(["22", "1-4000"]))
+    def submit(self, user: int, subnets: int, ports: str) -> None:
+        if len(self.run(self.jobs())) > MOST_JOBS:
+            return
+        cidrs = ["127.9.8.0/31", "127.9.9.4/32"][:subnets]
+        self.run(self.world.submit(*cidrs, user_id=user, policy=scan_policy(ports=ports)))
+
+    @rule(data=st.data(), really=st.sampled_from([False, False, True]))
+    def cancel(self, data: st.DataObject, really: bool) -> None:
+        if really and (jobs := self.run(self.jobs())):
+            job = data.draw(st.sampled_from(jobs))
+            self.run(self.world.cancel(job.id, job.user_id))
+
+    # Broker
+
+    @rule(data=st.data())
+    def deliver(self, data: st.DataObject) -> None:
+        """Any of what is under way, in any order, some of it again."""
+        self.collect()
+        if not (records := self.pending + self.past):
+            return
+        chosen = data.draw(st.lists(st.sampled_from(range(len(records))), min_size=1, max_size=8))
+        self.hand([records[index] for index in chosen])
+
+    @rule()
+    def go_on(self) -> None:
+        """All that is under way arrives, and what comes of it."""
+        for _ in range(3):
+            self.collect()
+            self.hand(list(self.pending))
+            for number in range(REPLICAS):
+                self.act(number)
+        self.collect()
+
+    @rule(data=st.data())
+    def lose(self, data: st.DataObject) -> None:
+        """Anything but a command."""
+        self.collect()
+        lost = [record for record in self.pending if record.topic != SCAN_COMMANDS.name]
+        if lost:
+            self.pending.remove(data.draw(st.sampled_from(lost)))
+
+    # Workers and result-store
+
+    @rule(number=st.integers(0, 1))
+    def announce(self, number: int) -> None:
+        self.run(self.world.workers[number].announce())
+
+    @rule(
+        data=st.data(),
+        what=st.sampled_from(["claim", "progress", "scanned", "release", "fail"]),
+        letters=st.text("asdtr.", min_size=2, max_size=2),
+        heard=st.sampled_from([True, True, False]),
+    )
+    def work(self, data: st.DataObject, what: str, letters: str, heard: bool) -> None:
+        """A worker says something of any task that it ever got; the last ones are the likeliest to matter."""
+        if not self.tasks:
+            return
+        task = data.draw(st.sampled_from(self.tasks[-4:]) | st.sampled_from(self.tasks))
+        worker = self.world.workers[int(task.worker_id[-1])]
+        outcomes = "".join(news if known == "." else known for known, news in zip(task.outcomes, letters, strict=False))
+        said: dict[str, Callable[[], Awaitable[None]]] = {
+            "claim": lambda: worker.claim(task),
+            "progress": lambda: worker.progress(task, outcomes),
+            "scanned": lambda: worker.scanned(task, outcomes.replace(".", "s")),
+            "release": lambda: worker.release(task, outcomes),
+            "fail": lambda: worker.fail(task, outcomes=outcomes),
+        }
+
+        async def say() -> None:
+            await said[what]()
+
+        self.run(say())
+        if heard:
+            self.go_on()
+
+    @rule(data=st.data(), complete=st.booleans(), heard=st.booleans())
+    def store_results(self, data: st.DataObject, complete: bool, heard: bool) -> None:
+        if not self.scanned:
+            return
+        scanned = data.draw(st.sampled_from(self.scanned))
+        answer: ChunkStored | ChunkIncomplete
+        if complete:
+            answer = ChunkStored(job_id=scanned.job_id, chunk_id=scanned.chunk_id, outcomes=scanned.outcomes)
+        else:
+            answer = ChunkIncomplete(
+                job_id=scanned.job_id,
+                chunk_id=scanned.chunk_id,
+                attempt=scanned.attempt,
+                worker_id=scanned.worker_id,
+                addresses=(scanned.first_address,),
+            )
+        self.run(self.world.bus.publish(SCAN_STORED, [answer]))
+        if heard:
+            self.go_on()
+
+    # Time and replicas
+
+    @rule(looks=st.integers(1, 12))
+    def wait(self, looks: int) -> None:
+        async def wait() -> None:
+            for _ in range(looks):
+                self.world.now += 3.0
+                await self.world.catch_up()
+
+        self.run(wait())
+
+    @rule(number=st.integers(0, REPLICAS - 1))
+    def sweep(self, number: int) -> None:
+        self.run(self.world.replicas[number].sweeper.sweep())
+
+    @rule(number=st.integers(0, REPLICAS - 1))
+    def act(self, number: int) -> None:
+        """What a replica does by itself."""
+
+        async def act() -> None:
+            replica = self.world.replicas[number]
+            await replica.jobs.work()
+            await replica.dispatcher.fill()
+
+        self.run(act())
+
+    @rule(number=st.integers(0, REPLICAS - 1))
+    def restart(self, number: int) -> None:
+        self.run(self.world.restart(number))
+
+    # What always holds
+
+    @invariant()
+    def the_ledger_adds_up(self) -> None:
+        async def check() -> None:
+            for job in await self.jobs():
+                stored = {each.id: each async for each in self.world.store.job_chunks(job.id)}
+                planned = {each.id: each for each in plan.chunks(job, 0)}
+                assert stored.keys() <= planned.keys()
+                tally = Tally(job)
+                for each in (planned | stored).values():
+                    tally.add(each)
+                assert sum(tally.counts.values()) == job.addresses * job.ports
+                assert min(tally.counts.values()) >= 0
+                if job.status is JobStatus.COMPLETED:
+                    assert tally.accounted
+                    assert tally.chunks == {ChunkState.STORED: job.chunk_count}
+
+        if hasattr(self, "world"):
+            self.run(check())
+
+    @invariant()
+    def events_come_in_order(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        seen: dict[int, dict[int, JobEvent]] = {}
+        for event in self.world.bus.messages(SCAN_EVENTS):
+            assert isinstance(event, JobEvent)
+            first = seen.setdefault(event.job.id, {}).setdefault(event.seq, event)
+            assert first == event
+        for by_seq in seen.values():
+            lives = [event for event in by_seq.values() if not isinstance(event, JobProgressed)]
+            assert [event.seq for event in lives] == sorted(event.seq for event in lives)
+            statuses = [event.job.status for event in lives]
+            assert statuses[0] is JobStatus.PENDING
+            for before, after in pairwise(statuses):
+                assert after in jobs_.TABLE[before].values(), "an event is missing"
+
+    @invariant()
+    def no_token_is_given_twice(self) -> None:
+        if hasattr(self, "world"):
+            tasks = [each for each in self.world.bus.messages(SCAN_TASKS) if isinstance(each, ScanChunk)]
+            tokens = [(task.chunk_id, task.attempt) for task in tasks]
+            assert len(tokens) == len(set(tokens))
+
+    def teardown(self) -> None:
+        """With all parts back and nothing in the way, every job ends."""
+
+        async def heal() -> None:
+            await self.world.start()
+            await self.world.settle()
+            await self.world.wait(LOOKS, seconds=3.0)
+            for job in await self.jobs():
+                assert (job.final, job.settled, job.outbox) == (True, True, ())
+
+        try:
+            if hasattr(self, "world"):
+                self.collect()
+                self.hand(list(self.pending))
+                self.run(heal())
+                self.the_ledger_adds_up()
+                self.events_come_in_order()
+                self.run(self.drop_store())
+        finally:
+            self.runner.close()
+
+    async def jobs(self) -> list[ScanJob]:
+        found = [job for user in (7, 8) for job in (await self.world.store.list_jobs(user, set(), 0, 100))[0]]
+        return sorted(found, key=lambda job: job.id)
+
+    def collect(self) -> None:
+        """Note what was sent, as what is under way."""
+        for topic in TOPICS:
+            self.pending += self.world.take(topic)
+
+    def hand(self, records: Sequence[Record]) -> None:
+        for topic in TOPICS:
+            batch = [record for record in records if record.topic == topic.name]
+            if topic is SCAN_TASKS:
+                self.tasks += [each.message for each in batch if isinstance(each.message, ScanChunk)]
+            elif topic is SCAN_RESULTS:
+                self.scanned += [each.message for each in batch if isinstance(each.message, ChunkScanned)]
+            else:
+                self.run(self.world.hand(topic, batch))
+        for record in records:
+            if record in self.pending:
+                self.pending.remove(record)
+                self.past.append(record)
+
+
+def test_any_life_in_memory() -> None:
+    """No history of submits, reports, losses, restarts and cancels breaks a rule, and all jobs end when it is over."""
+    run_state_machine_as_test(
+        Life,
+        settings=settings(
+            max_examples=60,
+            stateful_step_count=60,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),  # a history is as long as it is
+        ),
+    )
+
+
+@pytest.mark.integration
+def test_any_life_on_mongodb(mongodb: str) -> None:
+    """The same rules hold on real documents."""
+
+    class LifeOnMongo(Life):
+        async def make_store(self) -> Store:
+            self.database = mongo.connect(mongodb, f"life-{uuid4().hex[:12]}")
+            store = MongoStore(self.database)
+            await store.prepare()
+            return store
+
+        async def drop_store(self) -> None:
+            await self.database.client.drop_database(self.database.name)
+            self.database.client.close()
+
+    run_state_machine_as_test(
+        LifeOnMongo,
+        settings=settings(
+            max_examples=5,
+            stateful_step_count=30,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),  # as above
+        ),
+    )
