@@ -1,0 +1,601 @@
+"""What the orchestrator serves of the public API, line by line, and what the gateway asks on the side."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from job_orchestrator.api import ROUTERS
+from job_orchestrator.api.state import State
+from job_orchestrator.domain.chunk import ChunkState
+from job_orchestrator.domain.job import JobTrigger, change
+from job_orchestrator.domain.store import Policy
+from job_orchestrator.testing import RULES, MemoryStore, World, chunk, scan_job, scan_policy
+from job_orchestrator.testing.things import THEN
+from scanfleet import service
+from scanfleet.messages.topics import SCAN_COMMANDS
+from scanfleet.testing.tokens import Issuer
+
+ISSUER = Issuer()
+JOB = ["id", "user_id", "policy_id", "subnet_id", "status", "start_time", "end_time", "created_at", "updated_at"]
+SUBNET = ["id", "user_id", "name", "cidr", "exclude", "created_at", "updated_at"]
+POLICY = {
+    "id",
+    "user_id",
+    "name",
+    "preset",
+    "ports",
+    "technique",
+    "discovery",
+    "service_detection",
+    "version_intensity",
+    "os_detection",
+    "scripts",
+    "timing",
+    "max_rate",
+    "max_retries",
+    "host_timeout",
+    "created_at",
+    "updated_at",
+}
+LATER = THEN + timedelta(seconds=5)
+
+
+class Api:
+    """Requests of one user after another."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://orchestrator")
+
+    async def __call__(
+        self,
+        request: str,
+        body: object = None,
+        *,
+        user: int = 7,
+        admin: bool = False,
+        status: int = 200,
+    ) -> Any:
+        """`request` is verb and path; the answer has this status, and if it is an error, the shape of one."""
+        method, path = request.split(" ")
+        bearer = ISSUER.bearer(user, admin=admin)
+        answer = await self._http.request(method, path, json=body, headers=bearer)
+        assert answer.status_code == status, answer.text
+        parsed = answer.json()
+        if status >= 400:
+            assert list(parsed) == ["error"]
+            assert isinstance(parsed["error"], str)
+            assert parsed["error"]
+        return parsed
+
+    async def raw(self, method: str, path: str, **how: Any) -> httpx.Response:
+        return await self._http.request(method, path, **how)
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore()
+
+
+@pytest.fixture
+def world(store: MemoryStore) -> World:
+    return World(store)
+
+
+@pytest.fixture
+def api(store: MemoryStore, world: World) -> Api:
+    @asynccontextmanager
+    async def nothing(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+
+    app = service.create_app(name="job-orchestrator", lifespan=nothing, routers=ROUTERS)
+    app.state.verifier = ISSUER.verifier
+    app.state.orchestrator = State(store, world.only.commands, RULES)
+    return Api(app)
+
+
+def times(answer: dict[str, Any]) -> None:
+    """Times are RFC 3339 in UTC with a Z."""
+    for name in ("created_at", "updated_at"):
+        assert answer[name].endswith("Z")
+        datetime.fromisoformat(answer[name])
+
+
+EVERY_ROUTE = [
+    ("GET", "/api/v1/task"),
+    ("GET", "/api/v1/task/1"),
+    ("GET", "/api/v1/task/1/ledger"),
+    *((verb, "/api/v1/subnet") for verb in ("GET", "POST")),
+    *((verb, "/api/v1/subnet/1") for verb in ("GET", "PUT", "DELETE")),
+    *((verb, "/api/v1/policy") for verb in ("GET", "POST")),
+    *((verb, "/api/v1/policy/1") for verb in ("GET", "PUT", "DELETE")),
+    ("GET", "/internal/jobs/1/owner"),
+    ("POST", "/internal/commands/c-1/expire"),
+]
+
+
+def test_every_route_is_known_here() -> None:
+    """The list of routes that these tests go through is what the service serves."""
+    served = {(verb, route.path) for router in ROUTERS for route in router.routes for verb in route.methods}  # type: ignore[attr-defined]
+    listed = {
+        (
+            verb,
+            path.replace("task/1", "task/{job_id}")
+            .replace("subnet/1", "subnet/{subnet_id}")
+            .replace("policy/1", "policy/{policy_id}")
+            .replace("jobs/1", "jobs/{job_id}")
+            .replace("c-1", "{command_id}"),
+        )
+        for verb, path in EVERY_ROUTE
+    }
+    assert served == listed
+
+
+@pytest.mark.parametrize(("method", "path"), EVERY_ROUTE)
+async def test_every_route_wants_a_good_token(api: Api, method: str, path: str) -> None:
+    """Without a token, with junk for one, or with an expired one the answer is 401 and says how to authenticate."""
+    expired = f"Bearer {ISSUER.token(exp=1)}"
+    for headers in ({}, {"Authorization": "Bearer junk"}, {"Authorization": expired}):
+        answer = await api.raw(method, path, headers=headers, json={})
+        assert answer.status_code == 401
+        assert answer.headers["WWW-Authenticate"].startswith("Bearer")
+        assert list(answer.json()) == ["error"]
+
+
+# Subnets
+
+
+async def test_a_subnet_goes_round(api: Api) -> None:
+    """What is posted is answered 201, read back the same, replaced, listed, and deleted with the documented message."""
+    made = await api("POST /api/v1/subnet", {"name": "lab", "cidr": "127.9.8.0/24"}, status=201)
+    assert list(made) == SUBNET
+    assert (made["id"], made["user_id"], made["name"], made["cidr"], made["exclude"]) == (
+        1,
+        7,
+        "lab",
+        "127.9.8.0/24",
+        [],
+    )
+    times(made)
+    assert await api("GET /api/v1/subnet/1") == made
+    body = {"name": "new", "cidr": "127.9.9.7", "exclude": []}
+    put = await api("PUT /api/v1/subnet/1", body)
+    assert (put["id"], put["name"], put["cidr"], put["created_at"]) == (1, "new", "127.9.9.7/32", made["created_at"])
+    assert put["updated_at"] >= made["updated_at"]
+    assert await api("GET /api/v1/subnet") == {"subnets": [put], "total": 1, "page": 1, "page_size": 10}
+    assert await api("DELETE /api/v1/subnet/1") == {"message": "Subnet deleted successfully"}
+    await api("GET /api/v1/subnet/1", status=404)
+
+
+async def test_networks_are_written_in_one_way(api: Api) -> None:
+    """Answers hold the canonical spelling of network and exclusions, of both families."""
+    made = await api(
+        "POST /api/v1/subnet",
+        {"name": "x", "cidr": "127.9.8.0/24", "exclude": ["127.9.8.1", "127.9.8.128/25"]},
+        status=201,
+    )
+    assert made["exclude"] == ["127.9.8.1/32", "127.9.8.128/25"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"name": "x"},
+        {"cidr": "127.9.8.0/24"},
+        {"name": "", "cidr": "127.9.8.0/24"},
+        {"name": "x\n", "cidr": "127.9.8.0/24"},
+        {"name": 1, "cidr": "127.9.8.0/24"},
+        {"name": "x", "cidr": 1},
+        {"name": "x", "cidr": "127.9.8.0/24", "exclude": "127.9.8.1"},
+        {"name": "x", "cidr": "127.9.8.0/24", "exclude": ["10.0.0.1"]},
+        {"name": "x", "cidr": "127.9.8.0/24", "exclude": ["127.9.8.0/24"]},
+        {"name": "x", "cidr": "127.9.8.0/24", "exclude": ["127.9.8.1"] * 1_001},
+        {"name": "x", "cidr": "127.9.8.1/24"},
+        {"name": "x", "cidr": "127.9.8.0/33"},
+        {"name": "x", "cidr": "127.1"},
+        {"name": "x", "cidr": "0x7f000001"},
+        {"name": "x", "cidr": "2130706433"},
+        {"name": "x", "cidr": "010.0.0.1"},
+        {"name": "x", "cidr": "127.0.0.1 -oN x"},
+        {"name": "x", "cidr": "127.0.0.1,--script,x"},
+        {"name": "x", "cidr": "10.0.0.0/24"},
+        {"name": "x", "cidr": "169.254.169.254"},
+        {"name": "x", "cidr": "::ffff:10.0.0.1"},
+        {"name": "x", "cidr": "127.0.0.0/8"},
+        {"name": "x", "cidr": {"$ne": ""}},
+        {"name": "x", "cidr": "127.9.8.0/24", "user_id": 8},
+        {"name": "x", "cidr": "127.9.8.0/24", "_id": 8},
+        {"name": "x", "cidr": "127.9.8.0/24", "$set": {}},
+        [],
+        "x",
+        None,
+    ],
+)
+async def test_a_bad_subnet_is_a_400(api: Api, body: object) -> None:
+    """What is missing, malformed, unknown, denied or too large is a 400 on POST and on PUT, and changes nothing."""
+    await api("POST /api/v1/subnet", body, status=400)
+    made = await api("POST /api/v1/subnet", {"name": "good", "cidr": "127.9.8.0/24"}, status=201)
+    await api(f"PUT /api/v1/subnet/{made['id']}", body, status=400)
+    assert await api(f"GET /api/v1/subnet/{made['id']}") == made
+
+
+async def test_a_subnet_with_unfinished_jobs_stays(api: Api, store: MemoryStore) -> None:
+    """Deleting a subnet while a job on it is not over is a 409; once it is over the subnet can go."""
+    await api("POST /api/v1/subnet", {"name": "x", "cidr": "127.9.8.0/30"}, status=201)
+    await store.insert_jobs([scan_job(1, subnet_id=1)])
+    await api("DELETE /api/v1/subnet/1", status=409)
+    job = (await store.jobs([1]))[1]
+    await store.save_jobs([change(job, JobTrigger.CANCEL, LATER)])
+    await api("DELETE /api/v1/subnet/1")
+
+
+# Policies
+
+
+async def test_a_policy_goes_round(api: Api) -> None:
+    """What is posted is answered 201 with every field, read back the same, replaced, listed and deleted."""
+    made = await api("POST /api/v1/policy", {"name": "lab"}, status=201)
+    assert set(made) == POLICY
+    assert (made["preset"], made["ports"], made["scripts"], made["max_rate"]) == ("standard", "top:1000", [], None)
+    times(made)
+    assert await api("GET /api/v1/policy/1") == made
+    put = await api("PUT /api/v1/policy/1", {"name": "new", "preset": "quick", "ports": "T:80,U:53"})
+    assert (put["id"], put["ports"], put["timing"], put["created_at"]) == (1, "T:80,U:53", 4, made["created_at"])
+    assert await api("GET /api/v1/policy") == {"policies": [put], "total": 1, "page": 1, "page_size": 10}
+    assert await api("DELETE /api/v1/policy/1") == {"message": "Policy deleted successfully"}
+    await api("GET /api/v1/policy/1", status=404)
+
+
+async def test_every_field_of_a_policy_can_be_given(api: Api) -> None:
+    """Each documented field is taken as it is, and answered so."""
+    given = {
+        "name": "all",
+        "preset": "full",
+        "ports": "22,80,8000-8100",
+        "technique": "connect",
+        "discovery": "none",
+        "service_detection": False,
+        "version_intensity": 3,
+        "os_detection": True,
+        "scripts": ["default", "safe", "banner"],
+        "timing": 2,
+        "max_rate": 100,
+        "max_retries": 0,
+        "host_timeout": 30,
+    }
+    made = await api("POST /api/v1/policy", given, status=201)
+    assert {name: made[name] for name in given} == given
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"name": ""},
+        {"preset": "slow"},
+        {"ports": ""},
+        {"ports": "1-70000"},
+        {"ports": "80 -oN x"},
+        {"ports": "http"},
+        {"ports": "top:0"},
+        {"ports": ",".join(["1"] * 10_000)},
+        {"technique": "xmas"},
+        {"discovery": "always"},
+        {"service_detection": "yes"},
+        {"service_detection": 1},
+        {"version_intensity": 10},
+        {"version_intensity": -1},
+        {"version_intensity": 1.5},
+        {"os_detection": None},
+        {"scripts": "default"},
+        {"scripts": ["exploit"]},
+        {"scripts": ["default", "../../x"]},
+        {"timing": 6},
+        {"timing": "4"},
+        {"max_rate": 0},
+        {"max_retries": 11},
+        {"host_timeout": 0},
+        {"arguments": "-oN x"},
+        {"user_id": 8},
+        {"id": 8},
+    ],
+)
+async def test_a_bad_policy_is_a_400(api: Api, wrong: dict[str, object]) -> None:
+    """A value that is not documented, a field that is unknown, and a type that is another are 400s."""
+    await api("POST /api/v1/policy", {"name": "x"} | wrong, status=400)
+
+
+# Both
+
+
+@pytest.mark.parametrize("kind", ["subnet", "policy"])
+async def test_resources_are_listed_by_page_newest_first(api: Api, kind: str) -> None:
+    """Lists hold the user's own, newest first, by pages of 10 unless told otherwise, and `total` counts all."""
+    plural = {"subnet": "subnets", "policy": "policies"}[kind]
+    body = {"name": "x"} | ({"cidr": "127.9.8.0/24"} if kind == "subnet" else {})
+    for _ in range(12):
+        await api(f"POST /api/v1/{kind}", body, status=201)
+    await api(f"POST /api/v1/{kind}", body, user=8, status=201)
+    first = await api(f"GET /api/v1/{kind}")
+    assert [each["id"] for each in first[plural]] == list(range(12, 2, -1))
+    assert {name: first[name] for name in ("total", "page", "page_size")} == {"total": 12, "page": 1, "page_size": 10}
+    third = await api(f"GET /api/v1/{kind}?page=3&page_size=5")
+    assert [each["id"] for each in third[plural]] == [2, 1]
+    assert (third["page"], third["page_size"]) == (3, 5)
+    assert (await api(f"GET /api/v1/{kind}?page=1000000000"))[plural] == []
+
+
+@pytest.mark.parametrize("kind", ["subnet", "policy", "task"])
+@pytest.mark.parametrize(
+    "query",
+    ["page=0", "page=-1", "page=x", "page=", "page=1.5", "page=99999999999999999999", "page_size=0", "page_size=101"],
+)
+async def test_a_page_that_cannot_be_is_a_400(api: Api, kind: str, query: str) -> None:
+    """`page` is from 1, `page_size` from 1 to 100, both integers."""
+    await api(f"GET /api/v1/{kind}?{query}", status=400)
+
+
+@pytest.mark.parametrize("kind", ["subnet", "policy"])
+async def test_another_users_resource_is_not_there(api: Api, kind: str) -> None:
+    """Reading, replacing or deleting what is another user's is a 404, for an administrator too, and changes nothing."""
+    body = {"name": "x"} | ({"cidr": "127.9.8.0/24"} if kind == "subnet" else {})
+    made = await api(f"POST /api/v1/{kind}", body, status=201)
+    for admin in (False, True):
+        await api(f"GET /api/v1/{kind}/1", user=8, admin=admin, status=404)
+        await api(f"PUT /api/v1/{kind}/1", body, user=8, admin=admin, status=404)
+        await api(f"DELETE /api/v1/{kind}/1", user=8, admin=admin, status=404)
+    assert await api(f"GET /api/v1/{kind}/1") == made
+
+
+@pytest.mark.parametrize("path", ["subnet/{}", "policy/{}", "task/{}", "task/{}/ledger"])
+@pytest.mark.parametrize("id_", ["x", "0", "-1", "1.0", "01", "99", str(2**53), "1" * 40, "%00", "null"])
+async def test_an_id_that_is_none_is_a_404(api: Api, path: str, id_: str) -> None:
+    """What is no integer from 1, or names nothing, is not found."""
+    await api(f"GET /api/v1/{path.format(id_)}", status=404)
+
+
+async def test_other_verbs_and_paths(api: Api) -> None:
+    """An unknown path is a 404, a verb that a path has not is a 405 that names those it has; both in the one shape."""
+    await api("GET /api/v1/tasks", status=404)
+    await api("GET /api/v1/subnet/", status=404)
+    await api("PATCH /api/v1/subnet/1", {}, status=405)
+    answer = await api.raw("PATCH", "/api/v1/subnet/1", headers=ISSUER.bearer())
+    assert answer.headers["Allow"] == "DELETE, GET, PUT"
+
+
+async def test_what_is_no_json_is_a_400(api: Api) -> None:
+    """A body that cannot be read is the caller's mistake."""
+    headers = ISSUER.bearer() | {"Content-Type": "application/json"}
+    for content in (b"{", b"\xff", b"", b"[" * 100_000):
+        answer = await api.raw("POST", "/api/v1/subnet", headers=headers, content=content)
+        assert (answer.status_code, list(answer.json())) == (400, ["error"])
+
+
+async def test_a_database_that_is_away_is_a_503(api: Api, store: MemoryStore) -> None:
+    """While MongoDB is away every route says so, and when to come again; nothing of it is told."""
+    store.away = True
+    for method, path in EVERY_ROUTE:
+        body = {"name": "x", "cidr": "127.9.8.0/24"} if "subnet" in path else {"name": "x"}
+        answer = await api.raw(method, path, headers=ISSUER.bearer(), json=body)
+        assert (answer.status_code, int(answer.headers["Retry-After"]) >= 1) == (503, True), path
+        assert "database" not in answer.json()["error"]
+
+
+# Tasks
+
+
+async def test_a_task_list_has_exactly_the_documented_shape(api: Api, store: MemoryStore) -> None:
+    """A job in the list has the documented fields in their order, times with a Z, and null where nothing happened."""
+    await store.insert_jobs([scan_job(1), change(scan_job(2), JobTrigger.START, LATER)])
+    answer = await api("GET /api/v1/task")
+    assert list(answer) == ["jobs", "total", "page", "page_size"]
+    pending, running = answer["jobs"]
+    assert list(pending) == list(running) == JOB
+    assert pending == {
+        "id": 1,
+        "user_id": 7,
+        "policy_id": 1,
+        "subnet_id": 1,
+        "status": "pending",
+        "start_time": None,
+        "end_time": None,
+        "created_at": "2026-01-01T00:00:00Z",
+        "updated_at": "2026-01-01T00:00:00Z",
+    }
+    assert (running["status"], running["start_time"], running["end_time"]) == ("running", "2026-01-01T00:00:05Z", None)
+
+
+async def test_tasks_are_ones_own_newest_start_first(api: Api, store: MemoryStore) -> None:
+    """Only the caller's jobs are listed, pending ones first, then by start, for an administrator too."""
+    await store.insert_jobs(
+        [
+            change(scan_job(1), JobTrigger.START, LATER),
+            scan_job(2),
+            change(scan_job(3), JobTrigger.START, LATER + timedelta(seconds=1)),
+            scan_job(4),
+            scan_job(5, user_id=8),
+        ],
+    )
+    answer = await api("GET /api/v1/task", admin=True)
+    assert [job["id"] for job in answer["jobs"]] == [4, 2, 3, 1]
+    assert answer["total"] == 4
+    page = await api("GET /api/v1/task?page=2&page_size=3")
+    assert ([job["id"] for job in page["jobs"]], page["total"], page["page"], page["page_size"]) == ([1], 4, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("query", "ids"),
+    [
+        ("", [1, 3, 2]),
+        ("status=pending", [1]),
+        ("status=running&status=pending", [1, 2]),
+        ("status[]=running&status[]=cancelled", [3, 2]),
+        ("status=running,cancelled", [3, 2]),
+        ("status=completed", []),
+    ],
+)
+async def test_tasks_are_filtered_by_status(api: Api, store: MemoryStore, query: str, ids: list[int]) -> None:
+    """`status` may be repeated, bracketed or separated by commas, and `total` counts what matches."""
+    started = change(scan_job(2), JobTrigger.START, LATER)
+    cancelled = change(scan_job(3), JobTrigger.CANCEL, LATER)
+    await store.insert_jobs([scan_job(1), started, cancelled])
+    answer = await api(f"GET /api/v1/task?{query}")
+    assert ([job["id"] for job in answer["jobs"]], answer["total"]) == (ids, len(ids))
+
+
+@pytest.mark.parametrize("query", ["status=done", "status=", "status=running,", "status[]=PENDING", "status=running,x"])
+async def test_an_unknown_status_is_a_400(api: Api, query: str) -> None:
+    """What is no job status is a mistake that is named."""
+    assert "status" in (await api(f"GET /api/v1/task?{query}", status=400))["error"]
+
+
+async def test_a_task_shows_its_status(api: Api, store: MemoryStore) -> None:
+    """The answer has the id as text, the live status with its four fields, and the job."""
+    running = change(scan_job(1), JobTrigger.START, LATER, progress=42, machines_found=17)
+    await store.insert_jobs([running])
+    assert await api("GET /api/v1/task/1") == {
+        "job_id": "1",
+        "status": {"status": "running", "progress": 42, "machines_found": 17, "error": ""},
+        "job": (await api("GET /api/v1/task"))["jobs"][0],
+    }
+    await store.save_jobs([change(running, JobTrigger.FAIL, LATER, error="1 address lost")])
+    assert (await api("GET /api/v1/task/1"))["status"] == {
+        "status": "failed",
+        "progress": 42,
+        "machines_found": 17,
+        "error": "1 address lost",
+    }
+
+
+async def test_another_users_task_is_not_there(api: Api, store: MemoryStore) -> None:
+    """Status and ledger of another user's job are a 404, for an administrator too."""
+    await store.insert_jobs([scan_job(1)])
+    for admin in (False, True):
+        await api("GET /api/v1/task/1", user=8, admin=admin, status=404)
+        await api("GET /api/v1/task/1/ledger", user=8, admin=admin, status=404)
+
+
+# The ledger
+
+
+async def test_a_ledger_accounts_for_every_probe(api: Api, store: MemoryStore) -> None:
+    """It shows the request, counts that add up to it, and by name what was not probed and why."""
+    job = scan_job(1, cidr="127.9.8.0/29", exclude=("127.9.8.7/32",), chunk_addresses=4, chunk_count=2)
+    await store.insert_jobs([change(job, JobTrigger.START, LATER)])
+    await store.insert_chunks(
+        [
+            chunk(state=ChunkState.STORED, outcomes="aasd"),
+            chunk(
+                id="1-1",
+                index=1,
+                first_address="127.9.8.4",
+                state=ChunkState.FAILED,
+                outcomes="t.rx",
+                reason="nmap died",
+            ),
+        ],
+    )
+    assert await api("GET /api/v1/task/1/ledger") == {
+        "job_id": 1,
+        "status": "running",
+        "accounted": False,
+        "request": {"addresses": 8, "ports": 2, "probes": 16},
+        "counts": {
+            "answered": 4,
+            "silent": 2,
+            "down": 2,
+            "timed_out": 2,
+            "excluded": 2,
+            "refused": 2,
+            "cancelled": 0,
+            "lost": 2,
+            "waiting": 0,
+        },
+        "not_probed": {
+            "addresses": [
+                {"address": "127.9.8.7", "ports": "22,80", "outcome": "excluded", "reason": ""},
+                {"address": "127.9.8.3", "ports": "22,80", "outcome": "down", "reason": ""},
+                {"address": "127.9.8.4", "ports": "22,80", "outcome": "timed_out", "reason": ""},
+                {"address": "127.9.8.5", "ports": "22,80", "outcome": "lost", "reason": "nmap died"},
+                {"address": "127.9.8.6", "ports": "22,80", "outcome": "refused", "reason": "nmap died"},
+            ],
+            "total": 5,
+            "page": 1,
+            "page_size": 100,
+        },
+    }
+    page = (await api("GET /api/v1/task/1/ledger?page=2&page_size=2"))["not_probed"]
+    assert [each["address"] for each in page["addresses"]] == ["127.9.8.4", "127.9.8.5"]
+    assert (page["total"], page["page"], page["page_size"]) == (5, 2, 2)
+    await api("GET /api/v1/task/1/ledger?page_size=1001", status=400)
+    await api("GET /api/v1/task/1/ledger?page=0", status=400)
+
+
+async def test_a_ledger_of_a_job_without_chunks_adds_up(api: Api, store: MemoryStore) -> None:
+    """Before its chunks are made all waits; cancelled before that, all is cancelled, and named."""
+    await store.insert_jobs([scan_job(1, exclude=("127.9.8.3/32",))])
+    waiting = await api("GET /api/v1/task/1/ledger")
+    assert (waiting["counts"]["waiting"], waiting["counts"]["excluded"], waiting["accounted"]) == (6, 2, False)
+    await store.save_jobs([change((await store.jobs([1]))[1], JobTrigger.CANCEL, LATER)])
+    cancelled = await api("GET /api/v1/task/1/ledger")
+    assert (cancelled["counts"]["cancelled"], cancelled["counts"]["excluded"]) == (6, 2)
+    assert [each["outcome"] for each in cancelled["not_probed"]["addresses"]] == ["excluded"] + ["cancelled"] * 3
+
+
+async def test_a_completed_ledger_is_accounted_for(api: Api, store: MemoryStore) -> None:
+    """When every chunk is stored and every probe has an outcome, the ledger says so."""
+    await store.insert_jobs([scan_job(1)])
+    await store.insert_chunks([chunk(state=ChunkState.STORED, outcomes="asdt")])
+    assert (await api("GET /api/v1/task/1/ledger"))["accounted"] is True
+
+
+# What the gateway asks
+
+
+async def test_results_may_be_read_by_owner_and_administrator(api: Api, store: MemoryStore) -> None:
+    """The owner and an administrator are told whose job it is; others get 403, and for a job that is none 404."""
+    await store.insert_jobs([scan_job(1)])
+    assert await api("GET /internal/jobs/1/owner") == {"user_id": 7}
+    assert await api("GET /internal/jobs/1/owner", user=8, admin=True) == {"user_id": 7}
+    await api("GET /internal/jobs/1/owner", user=8, status=403)
+    await api("GET /internal/jobs/2/owner", status=404)
+    await api("GET /internal/jobs/2/owner", user=8, admin=True, status=404)
+    await api("GET /internal/jobs/x/owner", status=404)
+
+
+async def test_a_command_is_decided_when_asked(api: Api, world: World) -> None:
+    """An unknown command is expired for good; one that was decided before is answered as it was."""
+    assert await api("POST /internal/commands/c-1/expire") == {"state": "expired"}
+    assert await api("POST /internal/commands/c-1/expire") == {"state": "expired"}
+    accepted = await world.submit()
+    refused = await world.send(99, [1])
+    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+    answer = await api(f"POST /internal/commands/{accepted}/expire")
+    assert answer == {"state": "accepted", "jobs": [job.model_dump(mode="json") for job in world.accepted(accepted)]}
+    assert list(answer["jobs"][0]) == JOB
+    assert await api(f"POST /internal/commands/{refused}/expire") == {
+        "state": "rejected",
+        "status": 400,
+        "error": "Policy 99 not found",
+    }
+    assert await api(f"POST /internal/commands/{accepted}/expire", user=8) == {"state": "expired"}
+
+
+@pytest.mark.parametrize("id_", ["a b", "a/b", "x" * 65, "$ne"])
+async def test_a_command_id_that_is_none_is_a_404(api: Api, id_: str) -> None:
+    """Ids of commands are short and plain."""
+    await api(f"POST /internal/commands/{id_.replace(' ', '%20')}/expire", status=404)
+
+
+async def test_policies_of_earlier_versions_are_still_shown(api: Api, store: MemoryStore) -> None:
+    """A stored policy is answered with its own values, not with the presets of today."""
+    old = Policy(id=5, user_id=7, name="old", scan=scan_policy(timing=1), created_at=THEN, updated_at=LATER)
+    await store.add_policy(old)
+    shown = await api("GET /api/v1/policy/5")
+    assert (shown["preset"], shown["timing"], shown["updated_at"]) == ("quick", 1, "2026-01-01T00:00:05Z")
