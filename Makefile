@@ -60,7 +60,7 @@ fmt: setup ## Format the code
 lint: setup ## Check style, types and the walls between the rooms
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy shared/scanfleet services/*/[a-z]*_[a-z]* conftest.py local $(wildcard tests bench)
+	$(BIN)/mypy shared/scanfleet services/*/[a-z]*_[a-z]* conftest.py local $(wildcard tests bench) k8s/generate.py
 	for tests in shared/tests services/*/tests; do $(BIN)/mypy $$tests; done
 	$(BIN)/lint-imports
 

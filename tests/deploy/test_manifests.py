@@ -14,15 +14,21 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from k8s import generate
+
 K8S: Final = Path(__file__).parents[2] / "k8s"
 KUBECTL: Final = Path(sysconfig.get_path("scripts")) / "kubectl"
 KUBERNETES: Final = "1.35"
 
 OVERLAYS: Final = sorted(path.name for path in (K8S / "overlays").iterdir())
-OPTIONAL: Final = ("hpa", "keda", "raw-packets")
+OPTIONAL: Final = ("hpa", "keda", "monitoring", "raw-packets")
 """Components that an operator may add."""
 SERVICES: Final = ("api-gateway", "job-orchestrator", "scanner-worker", "result-store", "topics")
-FOREIGN: Final = {"keda.sh/v1alpha1/ScaledObject"}
+FOREIGN: Final = {
+    "keda.sh/v1alpha1/ScaledObject",
+    "monitoring.coreos.com/v1/PodMonitor",
+    "monitoring.coreos.com/v1/PrometheusRule",
+}
 """Kinds that Kubernetes itself does not know; their operators check them."""
 
 # As drawn in the architecture, and nothing else.
@@ -200,6 +206,12 @@ def test_exactly_the_flows_of_the_design_are_allowed(manifests: list[Manifest]) 
         and passes(policies, "ingress", pods[target], pods[source], port)
     }
     assert allowed == {flow for flow in FLOWS if set(flow[:2]) <= pods.keys()}
+
+
+@pytest.mark.parametrize("file", generate.FILES)
+def test_what_is_made_from_elsewhere_says_the_same(file: str) -> None:
+    """What `python k8s/generate.py` would write is what is committed."""
+    assert (K8S / file).read_text(encoding="utf-8") == generate.text(file)
 
 
 def passes(policies: list[Manifest], way: str, ours: Mapping[str, str], other: Mapping[str, str], port: int) -> bool:
