@@ -26,9 +26,9 @@ FROM python AS build
 ARG SERVICE
 RUN python -m venv --without-pip /venv
 # By hash; compiled, since nothing can be written where it runs.
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/cache \
     --mount=type=bind,source=requirements/${SERVICE}.txt,target=/requirements.txt \
-    pip --python /venv/bin/python install --require-hashes --no-deps --requirement /requirements.txt
+    pip --cache-dir /cache --python /venv/bin/python install --require-hashes --no-deps --requirement /requirements.txt
 COPY shared services/${SERVICE} /app/
 RUN python -m compileall -q /app
 
