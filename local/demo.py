@@ -131,7 +131,7 @@ def _plain_nmap(nmap: Sequence[str], port_list: str) -> tuple[list[Row], int]:
     with console.status("comparing with plain nmap"):
         done = subprocess.run(argv, stdout=subprocess.PIPE, check=True)
     console.print(f"[bold]{' '.join(argv)}[/bold]")
-    hosts = ET.fromstring(done.stdout).findall("host")  # noqa: S314 - our own nmap on our own servers
+    hosts = ET.fromstring(done.stdout).findall("host")  # noqa: S314 # our own nmap on our own servers
     return sorted(row for host in hosts for row in _rows(host)), len(hosts)
 
 
