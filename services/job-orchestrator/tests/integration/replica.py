@@ -1,0 +1,66 @@
+"""A replica of the orchestrator in a process of its own, that can kill itself between two of its calls.
+
+Run as `python replica.py <kafka> <mongodb> <prefix> <instance> <event> <moment>`: it dies `before` or `after` the first
+event of that kind is published, which is after it was stored. Without the last two it lives until it is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Iterable
+
+from job_orchestrator.main import Orchestrator
+from job_orchestrator.repository import MongoStore
+from job_orchestrator.testing import RULES
+from scanfleet import mongo
+from scanfleet.kafka import KafkaBus
+from scanfleet.messages import Message
+from scanfleet.messages.topics import ORCHESTRATOR, Topic
+
+
+class Mortal:
+    """A publisher that does not survive one kind of event."""
+
+    def __init__(self, bus: KafkaBus, kind: str, moment: str) -> None:
+        self._bus = bus
+        self._kind = kind
+        self._moment = moment
+
+    async def publish(self, topic: Topic, messages: Iterable[Message]) -> None:
+        messages = list(messages)
+        fatal = any(type(message).__name__ == self._kind for message in messages)
+        if fatal and self._moment == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        await self._bus.publish(topic, messages)
+        if fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def main(kafka: str, mongodb: str, prefix: str, instance: str, *death: str) -> None:
+    kind, moment = death or ("", "")
+    store = MongoStore(mongo.connect(mongodb, prefix.strip("-")))
+    await store.prepare()
+    bus = KafkaBus(bootstrap=kafka, prefix=prefix, source=ORCHESTRATOR, instance=instance)
+    await bus.start()
+    orchestrator = Orchestrator(
+        store,
+        Mortal(bus, kind, moment),
+        rules=RULES,
+        lease_seconds=10.0,
+        stored_seconds=5.0,
+    )
+    consumers = [
+        bus.consume(topic, f"{ORCHESTRATOR}-{topic.name}", handler) for topic, handler in orchestrator.handlers.items()
+    ]
+    for loop in (*orchestrator.loops, *consumers):
+        await loop.start()
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))

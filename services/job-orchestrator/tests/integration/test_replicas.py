@@ -1,0 +1,293 @@
+"""Replicas side by side, on real Kafka and MongoDB, with scripted workers and a stand-in for result-store."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from job_orchestrator.domain.chunk import ChunkState
+from job_orchestrator.domain.job import ScanJob
+from job_orchestrator.domain.store import Policy, Subnet
+from job_orchestrator.main import create_app
+from job_orchestrator.repository import MongoStore
+from job_orchestrator.settings import Settings
+from job_orchestrator.testing import ResultStore, Worker, scan_policy
+from job_orchestrator.testing.things import THEN
+from scanfleet import mongo
+from scanfleet.bus import Handler, Record
+from scanfleet.kafka import KafkaBus
+from scanfleet.kafka.topics import TopicSettings, create_topics
+from scanfleet.loop import Loop
+from scanfleet.messages import (
+    CancelJob,
+    ChunkClaimed,
+    CommandAccepted,
+    CommandRejected,
+    JobEvent,
+    JobProgressed,
+    JobStatus,
+    Message,
+    ScanChunk,
+    SubmitJobs,
+)
+from scanfleet.messages.topics import (
+    SCAN_COMMANDS,
+    SCAN_EVENTS,
+    SCAN_PROGRESS,
+    SCAN_REPLIES,
+    SCAN_RESULTS,
+    SCAN_TASKS,
+    Topic,
+)
+
+pytestmark = pytest.mark.integration
+
+ENDED = {JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED}
+PATIENCE = 90  # seconds for what takes a few, on a machine that does much else
+
+
+class Listener:
+    """A handler that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+
+    async def handle(self, records: Sequence[Record]) -> None:
+        self.messages += [record.message for record in records]
+
+    async def assigned(self, partitions: Collection[int]) -> None: ...
+
+    async def revoked(self, partitions: Collection[int]) -> None: ...
+
+    async def caught_up(self, partitions: Collection[int]) -> None: ...
+
+
+class Platform:
+    """Everything around the replicas."""
+
+    def __init__(self, kafka: str, mongodb: str, stack: AsyncExitStack) -> None:
+        self.kafka = kafka
+        self.mongodb = mongodb
+        self.prefix = f"replicas{uuid4().hex[:8]}-"
+        self.stack = stack
+        self.database = mongo.connect(mongodb, self.prefix.strip("-"))
+        self.store = MongoStore(self.database)
+        self.bus = KafkaBus(bootstrap=kafka, prefix=self.prefix, source="test", instance="test")
+        self.events, self.tasks, self.replies, self.progress = Listener(), Listener(), Listener(), Listener()
+        self.workers = [Worker(self.bus, f"w-{n}", slots=3) for n in range(4)]
+
+    async def open(self) -> None:
+        await create_topics(TopicSettings(kafka=self.kafka, topic_prefix=self.prefix))
+        self.stack.callback(self.database.client.close)
+        await self.store.prepare()
+        self.stack.push_async_callback(self.database.client.drop_database, self.database.name)
+        await self.bus.start()
+        self.stack.push_async_callback(self.bus.stop)
+        listeners: list[tuple[Topic, Handler]] = [
+            (SCAN_EVENTS, self.events),
+            (SCAN_TASKS, self.tasks),
+            (SCAN_REPLIES, self.replies),
+            (SCAN_PROGRESS, self.progress),
+            (SCAN_RESULTS, ResultStore(self.bus)),
+            *((SCAN_TASKS, worker) for worker in self.workers),
+        ]
+        tails = [self.bus.tail(topic, handler) for topic, handler in listeners]
+        announcements = [Loop(worker.worker_id, 0.5, worker.announce) for worker in self.workers]
+        await asyncio.gather(*(each.start() for each in (*tails, *announcements)))
+        for each in (*announcements, *tails):
+            self.stack.push_async_callback(each.stop)
+        scan = scan_policy(ports="1-2000")
+        policy = Policy(id=1, user_id=7, name="x", scan=scan, created_at=THEN, updated_at=THEN)
+        await self.store.add_policy(policy)
+
+    async def replica(self, instance: str) -> None:
+        """One as it is really built."""
+        app = create_app(
+            Settings(
+                instance=instance,
+                kafka=self.kafka,
+                topic_prefix=self.prefix,
+                mongodb=self.mongodb,
+                database=self.database.name,
+                jwt_issuer="x",
+                jwt_audience="x",
+                jwt_development_secret="x" * 32,
+                allowed_networks="127.0.0.0/8",
+                lease_seconds=10.0,
+                stored_seconds=5.0,
+            ),
+        )
+        await self.stack.enter_async_context(app.router.lifespan_context(app))
+
+    async def process(self, instance: str, *death: str) -> asyncio.subprocess.Process:
+        """One in a process of its own, ready."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            Path(__file__).with_name("replica.py"),
+            self.kafka,
+            self.mongodb,
+            self.prefix,
+            instance,
+            *death,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        self.stack.push_async_callback(self.end, process)
+        assert process.stdout is not None
+        async with asyncio.timeout(PATIENCE):
+            assert await process.stdout.readline() == b"ready\n"
+        return process
+
+    @staticmethod
+    async def end(process: asyncio.subprocess.Process) -> None:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+    async def submit(self, count: int) -> list[str]:
+        """So many commands of one subnet each; answers their ids."""
+        ids = await self.store.take_ids("subnets", count)
+        for id_ in ids:
+            await self.store.add_subnet(
+                Subnet(
+                    id=id_,
+                    user_id=7,
+                    name="x",
+                    cidr="127.9.8.0/29",
+                    exclude=(),
+                    created_at=THEN,
+                    updated_at=THEN,
+                ),
+            )
+        commands = [SubmitJobs(command_id=f"s-{id_}", user_id=7, policy_id=1, subnet_ids=(id_,)) for id_ in ids]
+        await self.bus.publish(SCAN_COMMANDS, commands)
+        return [command.command_id for command in commands]
+
+    async def jobs(self) -> list[ScanJob]:
+        found, _ = await self.store.list_jobs(7, set(), 0, 1_000)
+        return found
+
+    async def until_ended(self, count: int) -> list[ScanJob]:
+        """All jobs, once there are so many and each is settled, with its last event heard."""
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                jobs = await self.jobs()
+                last = {event.job.id: event.job.status for event in self.heard_events() if event.job.status in ENDED}
+                if len(jobs) == count and all(job.settled and last.get(job.id) is job.status for job in jobs):
+                    return jobs
+                await asyncio.sleep(0.1)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                if condition():
+                    return
+                await asyncio.sleep(0.05)
+
+    def heard_events(self) -> list[JobEvent]:
+        return [event for event in self.events.messages if isinstance(event, JobEvent)]
+
+    def check_order(self) -> None:
+        """Life-cycle events first appear in seq order, none missing, and a duplicate is the same event."""
+        seen: dict[int, dict[int, JobEvent]] = defaultdict(dict)
+        for event in self.heard_events():
+            assert seen[event.job.id].setdefault(event.seq, event) == event
+        for by_seq in seen.values():
+            lives = [event for event in by_seq.values() if not isinstance(event, JobProgressed)]
+            assert [event.seq for event in lives] == sorted(event.seq for event in lives)
+            kinds = [type(event).__name__ for event in lives]
+            assert kinds[0] == "JobCreated"
+            assert kinds[1:-1] in (["JobStarted"], [] if kinds[-1] == "JobCancelled" else None)
+
+    def check_tokens(self) -> None:
+        """Nothing was claimed or given under one token twice."""
+        given = Counter((each.chunk_id, each.attempt) for each in self.tasks.messages if isinstance(each, ScanChunk))
+        claimed = Counter(
+            (each.chunk_id, each.attempt) for each in self.progress.messages if isinstance(each, ChunkClaimed)
+        )
+        assert set(given.values()) == {1}
+        assert set(claimed.values()) <= {1}
+
+
+@pytest.fixture
+async def platform(kafka: str, mongodb: str) -> AsyncIterator[Platform]:
+    async with AsyncExitStack() as stack:
+        platform = Platform(kafka, mongodb, stack)
+        await platform.open()
+        yield platform
+
+
+async def test_two_replicas_share_the_work(platform: Platform) -> None:
+    """Fifty jobs run to completion over two replicas: no chunk is given twice, and all events come in order."""
+    await asyncio.gather(platform.replica("one"), platform.replica("two"))
+    await platform.submit(50)
+    jobs = await platform.until_ended(50)
+    assert {job.status for job in jobs} == {JobStatus.COMPLETED}
+    platform.check_order()
+    platform.check_tokens()
+    states = await platform.store.chunk_states([job.id for job in jobs])
+    assert all(states[job.id] == {ChunkState.STORED: job.chunk_count} for job in jobs)
+
+
+async def test_cancel_against_completion_has_one_winner(platform: Platform) -> None:
+    """Jobs cancelled while they complete end once, and replies, events and documents agree on how."""
+    await asyncio.gather(platform.replica("one"), platform.replica("two"))
+    chance = random.Random(7)  # noqa: S311 # moments, not secrets
+    cancelled: set[int] = set()
+
+    async def cancel_soon(job_id: int) -> None:
+        await asyncio.sleep(chance.uniform(0, 0.3))  # somewhere in its life; any moment will do
+        await platform.bus.publish(SCAN_COMMANDS, [CancelJob(command_id=f"c-{job_id}", user_id=7, job_id=job_id)])
+
+    def submitted() -> set[int]:
+        replies = [each for each in platform.replies.messages if isinstance(each, CommandAccepted)]
+        return {job.id for each in replies if each.command_id.startswith("s-") for job in each.jobs}
+
+    for _ in range(8):
+        before = submitted()
+        await platform.submit(5)
+        await platform.until(lambda before=before: len(submitted()) == len(before) + 5)  # type: ignore[misc]
+        await asyncio.gather(*(cancel_soon(job_id) for job_id in submitted() - before))
+        cancelled |= submitted()
+    jobs = await platform.until_ended(40)
+    await platform.until(
+        lambda: len({each.command_id for each in platform.replies.messages if isinstance(each, Reply)}) == 80,
+    )
+    told = {each.command_id: each for each in platform.replies.messages if isinstance(each, Reply)}
+    for job in jobs:
+        ends = {event.seq for event in platform.heard_events() if event.job.id == job.id and event.job.status in ENDED}
+        assert len(ends) == 1
+        reply = told[f"c-{job.id}"]
+        if job.status is JobStatus.CANCELLED:
+            assert isinstance(reply, CommandAccepted)
+        else:
+            assert job.status is JobStatus.COMPLETED
+            assert isinstance(reply, CommandRejected)
+            assert reply.error == "Job is already completed"
+    platform.check_order()
+    platform.check_tokens()
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("kind", ["JobCreated", "JobStarted", "JobCompleted"])
+async def test_a_replica_killed_around_a_publish_loses_no_event(platform: Platform, kind: str, moment: str) -> None:
+    """After SIGKILL between the write and the publish, or before the outbox is emptied, another replica goes on."""
+    mortal = await platform.process("one", kind, moment)
+    await platform.submit(3)
+    async with asyncio.timeout(PATIENCE):
+        assert await mortal.wait() == -9
+    await platform.process("one")
+    jobs = await platform.until_ended(3)
+    assert {job.status for job in jobs} == {JobStatus.COMPLETED}
+    platform.check_order()
+    platform.check_tokens()
+
+
+Reply = CommandAccepted | CommandRejected
