@@ -4,7 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 .DELETE_ON_ERROR:
-.PHONY: help setup packages demo test lint fmt up down status logs token bench lock images compose-demo
+.PHONY: help setup packages demo test lint fmt up down status logs token bench lock images compose-demo compose-test
 
 PYTHON ?= python3# makes the virtual environment; 3.11 or newer
 BIN := .venv/bin
@@ -51,6 +51,9 @@ images: ## Build the image of every service, scanfleet/<service>:dev; needs a Do
 
 compose-demo: setup ## The demo on containers: docker-compose.yml; needs a Docker engine
 	@$(BIN)/python -m local.compose
+
+compose-test: setup ## Test the images and docker-compose.yml, from nothing; needs a Docker engine
+	$(BIN)/pytest -m compose
 
 fmt: setup ## Format the code
 	$(BIN)/ruff check --fix-only --quiet

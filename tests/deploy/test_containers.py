@@ -1,0 +1,90 @@
+"""The images and docker-compose.yml on a real engine: `make compose-test`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from typing import Any, Final
+
+import pytest
+
+from local import compose
+from local.client import Client
+from local.paths import ROOT
+from local.wait import until
+from scanfleet.testing import targets
+
+pytestmark = pytest.mark.compose
+
+SERVICES: Final = sorted(path.name for path in (ROOT / "services").iterdir())
+BASE: Final = "python:3.13-slim-trixie"
+MB: Final = 1_000_000
+OPEN: Final = {(host, port) for port, _, hosts in targets.SERVERS for host in hosts}
+
+CONNECT: Final[dict[str, Any]] = {"technique": "connect", "service_detection": False}
+
+
+def docker(*arguments: str) -> str:
+    return subprocess.run(["docker", *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+def inspect(name: str) -> dict[str, Any]:
+    (found,) = json.loads(docker("inspect", name))
+    return dict(found)
+
+
+def containers(service: str) -> list[str]:
+    return docker(*compose.COMPOSE[1:], "ps", "--quiet", service).split()
+
+
+@pytest.fixture(scope="module")
+def user() -> Iterator[Client]:
+    """A user of the platform in containers, with three workers and servers for them to find."""
+    assert not containers("api-gateway"), "the containers are in use: docker compose down"
+    docker(*compose.COMPOSE[1:], "up", "--build", "--wait", "--scale", "scanner-worker=3")
+    try:
+        client = Client(compose.URL, compose.token(7))
+        with client.http, compose.servers():
+            yield client
+    finally:
+        docker(*compose.COMPOSE[1:], "down", "--volumes")
+
+
+@pytest.mark.usefixtures("user")
+@pytest.mark.parametrize("service", SERVICES)
+def test_an_image_is_small(service: str) -> None:
+    """We add less than 120 MB to Python's own image, and 180 MB where nmap is in it."""
+    added = inspect(f"scanfleet/{service}:dev")["Size"] - inspect(BASE)["Size"]
+    assert added < (180 if service == "scanner-worker" else 120) * MB
+
+
+@pytest.mark.usefixtures("user")
+@pytest.mark.parametrize("service", SERVICES)
+def test_an_image_says_what_it_is(service: str) -> None:
+    """It has its labels, a user who is not root, and a health check."""
+    config = inspect(f"scanfleet/{service}:dev")["Config"]
+    assert config["Labels"]["org.opencontainers.image.title"] == f"scanfleet {service}"
+    assert config["User"] == "65532:65532"
+    assert config["Healthcheck"]["Test"][0] == "CMD"
+
+
+def test_a_scan_finds_what_is_there(user: Client) -> None:
+    """Three workers find every server and nothing else."""
+    job_id = user.scan("127.9.8.0/24", ports=",".join(map(str, targets.USUAL)), **CONNECT)
+    assert user.finished(job_id)["status"]["status"] == "completed"
+    assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == OPEN
+
+
+def test_a_worker_that_is_killed_costs_nothing_but_time(user: Client) -> None:
+    """With a worker killed in the middle every server is found, once, and every probe accounted for."""
+    job_id = user.scan("127.9.8.0/24", ports="2000-2600,6300-6400,8000", discovery="none", max_rate=2000, **CONNECT)
+    until(lambda: user.task(job_id)["status"]["progress"] > 0, 60, "the scan to be under way")
+    docker("kill", containers("scanner-worker")[-1])
+    assert user.finished(job_id, limit=300)["status"]["status"] == "completed"
+    found = [(each["ip_address"], each["port"]) for each in user.results(job_id)]
+    assert len(found) == len(set(found))
+    assert set(found) == OPEN
+    ledger = user.ledger(job_id)
+    assert ledger["accounted"]
+    assert ledger["counts"]["answered"] == ledger["request"]["probes"]
