@@ -272,17 +272,17 @@ class MongoStore:
         ]
 
     @bad_days()
-    async def clocks(self) -> dict[int, Clock]:
-        clocks = {each["_id"]: _read_clock(each) async for each in self._clocks.find({"active": True})}
+    async def clocks(self, users: Collection[int]) -> dict[int, Clock]:
+        found = self._clocks.find({"$or": [{"active": True}, {"_id": {"$in": list(users)}}]})
+        return {each["_id"]: _read_clock(each) async for each in found}
+
+    @bad_days()
+    async def rest_clocks(self) -> None:
+        active = [each["_id"] async for each in self._clocks.find({"active": True}, {"_id": 1})]
         busy = {"state": {"$in": [ChunkState.QUEUED.value, *(state.value for state in HELD)]}}
-        open_users = set(await self._chunks.distinct("user_id", busy))
-        if idle := [user for user in clocks if user not in open_users]:
-            await self._clocks.update_many({"_id": {"$in": idle}}, {"$set": {"active": False}})
-        active = {user: clock for user, clock in clocks.items() if user in open_users}
-        if new := open_users - set(active):
-            resting = self._clocks.find({"_id": {"$in": list(new)}})
-            active |= {each["_id"]: _read_clock(each) async for each in resting}
-        return active
+        idle = set(active) - set(await self._chunks.distinct("user_id", busy))
+        if idle:
+            await self._clocks.update_many({"_id": {"$in": list(idle)}}, {"$set": {"active": False}})
 
     @bad_days()
     async def wake_clocks(self, clocks: Iterable[Clock]) -> None:

@@ -443,30 +443,23 @@ async def test_held_counts_what_each_worker_has(store: Store) -> None:
     assert await store.held([one, three]) == [replace(one, held=3, extra_seconds=0.75), three]
 
 
-async def test_clocks_are_of_users_with_work(store: Store) -> None:
-    """A user without queued or held chunks is put to rest, but its time is kept."""
+async def test_clocks_rest_without_work(store: Store) -> None:
+    """A user without queued or held chunks is put to rest, but its time is kept; time is never set back by waking."""
     await store.insert_chunks([chunk(), chunk(id="2-0", job_id=2, user_id=8, state=ChunkState.RUNNING)])
     await store.wake_clocks([Clock(7, 5.0), Clock(8, 1.0), Clock(9, 2.0)])
-    assert await store.clocks() == {7: Clock(7, 5.0, active=True), 8: Clock(8, 1.0, active=True)}
+    await store.rest_clocks()
+    working = {7: Clock(7, 5.0, active=True), 8: Clock(8, 1.0, active=True)}
+    assert await store.clocks([]) == working
+    assert await store.clocks([9, 11]) == working | {9: Clock(9, 2.0, active=False)}
     await store.wake_clocks([Clock(7, 3.0)])
     await store.charge({7: 1.5, 8: -0.5, 10: 1.0})
-    await store.insert_chunks([chunk(id="3-0", job_id=3, user_id=9), chunk(id="4-0", job_id=4, user_id=10)])
-    assert await store.clocks() == {
+    assert await store.clocks([10]) == {
         7: Clock(7, 6.5, active=True),
         8: Clock(8, 0.5, active=True),
-        9: Clock(9, 2.0, active=False),
         10: Clock(10, 1.0, active=False),
     }
     await store.wake_clocks([])
     await store.charge({})
-
-
-async def test_the_times_of_resting_users_are_known_when_nobody_is_active(store: Store) -> None:
-    """The first user to come back after all were idle brings its own time with it."""
-    await store.wake_clocks([Clock(7, 5.0)])
-    assert await store.clocks() == {}
-    await store.insert_chunks([chunk()])
-    assert await store.clocks() == {7: Clock(7, 5.0, active=False)}
 
 
 async def test_a_raw_worker_is_seen_for_a_while(store: Store) -> None:

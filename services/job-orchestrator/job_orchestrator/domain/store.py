@@ -156,8 +156,11 @@ class Store(Resources, Protocol):
     async def held(self, announced: Iterable[Credit]) -> list[Credit]:
         """Each with what its worker holds now."""
 
-    async def clocks(self) -> dict[int, Clock]:
-        """The clocks of users with queued or held chunks, after all others were put to rest."""
+    async def clocks(self, users: Collection[int]) -> dict[int, Clock]:
+        """The clocks of these users, where they have one, and of all that are active."""
+
+    async def rest_clocks(self) -> None:
+        """Put to rest the clocks of users with neither queued nor held chunks."""
 
     async def wake_clocks(self, clocks: Iterable[Clock]) -> None: ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
@@ -29,6 +29,7 @@ _LOOK_SECONDS: Final = 0.1  # an idle worker's longest wait for a chunk that ano
 _RAW_WORKER: Final = timedelta(seconds=30)  # unheard of: then a chunk that needs raw goes to one that must refuse it
 _EXTRA: Final = 16  # chunks that 2 seconds of work beyond the slots can hold, about; more are picked next time
 _USERS: Final = 64  # looked at in one round: the neediest
+_REST_SECONDS: Final = 1.0  # between looks at who has become idle, and whether a raw worker lives
 _PICKS: Final = 128  # chunks in one round, so that a round reads some thousands at most
 
 
@@ -58,6 +59,8 @@ class Dispatcher:
         self._unclaimed: dict[int, Watch] = {}
         self._idle = False
         self._woken = False
+        self._rest_due = float("-inf")
+        self._raw_elsewhere = False
         self.loop = Loop("dispatch", _LOOK_SECONDS, self.fill)
 
     def wake(self) -> None:
@@ -128,73 +131,65 @@ class Dispatcher:
             pass
 
     async def _round(self) -> bool:
-        silent = self._monotonic() - _SILENT_SECONDS
-        self._workers = {id_: each for id_, each in self._workers.items() if each.heard > silent}
+        """Answer whether another look may find more to give."""
+        now = self._monotonic()
+        self._workers = {id_: each for id_, each in self._workers.items() if each.heard > now - _SILENT_SECONDS}
         mine = [each.credit for each in self._workers.values() if each.credit.partition in self._caught_up]
         self._idle = any(credit.slots for credit in mine)
-        if not self._idle or not await self._store.waiting_users(raw=True):
+        if not self._idle or not (users := await self._store.waiting_users(raw=True)):
             return False
+        if now >= self._rest_due:
+            await self._store.rest_clocks()
+            self._raw_elsewhere = await self._store.raw_worker_seen(_RAW_WORKER)
+            self._rest_due = now + _REST_SECONDS
         credits_ = await self._store.held(mine)
         self._idle = any(credit.held < credit.slots for credit in credits_)
-        raw_elsewhere = await self._store.raw_worker_seen(_RAW_WORKER)
-        # While a raw worker lives, what needs one waits for it; when none does, the others may say no.
-        given = await self._give([each for each in credits_ if each.raw or not raw_elsewhere], raw=True)
-        given += await self._give([each for each in credits_ if not each.raw and raw_elsewhere], raw=False)
-        return bool(given)
+        if not self._raw_elsewhere:  # then the others may say no
+            return await self._give(credits_, users, raw=True)
+        more = await self._give([each for each in credits_ if each.raw], users, raw=True)
+        users = await self._store.waiting_users(raw=False)
+        return await self._give([each for each in credits_ if not each.raw], users, raw=False) or more
 
-    async def _give(self, credits_: Iterable[Credit], *, raw: bool) -> int:
-        """Answer how many chunks left the queue."""
+    async def _give(self, credits_: Sequence[Credit], users: Collection[int], *, raw: bool) -> bool:
         workers = {credit.worker_id: credit for credit in credits_ if credit.slots}
-        if not workers:
-            return 0
+        if not workers or not users:
+            return False
         room = min(_PICKS, sum(max(0, credit.slots - credit.held) + _EXTRA for credit in workers.values()))
-        clocks = fairness.wake(await self._store.clocks(), await self._store.waiting_users(raw=raw))
+        known = await self._store.clocks(users)
+        clocks = fairness.wake(known, users)
         neediest = sorted(clocks.values(), key=lambda clock: clock.time)[:_USERS]
         heads = await asyncio.gather(*(self._store.queue(clock.user_id, room, raw=raw) for clock in neediest))
-        jobs = await self._store.jobs({chunk.job_id for head in heads for chunk in head})
-        queues = {
-            clock.user_id: [chunk for chunk in head if not jobs[chunk.job_id].final]
-            for clock, head in zip(neediest, heads, strict=True)
-        }
         picked: list[Chunk] = []
-        for chunk in fairness.order(clocks, queues):
+        for chunk in fairness.order(clocks, dict(zip((clock.user_id for clock in neediest), heads, strict=True))):
             free = [credit for credit in workers.values() if fairness.room(credit, chunk)]
-            if not free:
+            if not free or len(picked) == room:
                 break
             worker = min(free, key=lambda credit: credit.held / credit.slots)
             workers[worker.worker_id] = fairness.give(worker, chunk)
             picked.append(dispatch(chunk, worker.worker_id, worker.partition))
-        over = [chunk.id for head in heads for chunk in head if jobs[chunk.job_id].final]
-        return await self._send(picked, jobs, clocks.values()) + await self._cancel(over)
+        await self._store.wake_clocks([clock for clock in clocks.values() if clock != known.get(clock.user_id)])
+        return await self._send(picked) or len(picked) == room
 
-    async def _send(
-        self,
-        picked: Sequence[Chunk],
-        jobs: Mapping[int, ScanJob],
-        clocks: Iterable[fairness.Clock],
-    ) -> int:
+    async def _send(self, picked: Sequence[Chunk]) -> bool:
+        """Answer whether some were not sent, because of others or of a job that has ended."""
         if not picked:
-            return 0
-        losers = await self._store.save_chunks(picked)
-        sent = [chunk for chunk in picked if chunk.id not in losers]
+            return False
+        jobs = await self._store.jobs({chunk.job_id for chunk in picked})
+        over = [chunk.id for chunk in picked if jobs[chunk.job_id].final]
+        due = [chunk for chunk in picked if not jobs[chunk.job_id].final]
+        losers = await self._store.save_chunks(due)
+        sent = [chunk for chunk in due if chunk.id not in losers]
         await self._publisher.publish(SCAN_TASKS, [self._task(chunk, jobs[chunk.job_id]) for chunk in sent])
         charges: dict[int, float] = defaultdict(float)
         for chunk in sent:
             charges[chunk.user_id] += chunk.charged
-        await self._store.wake_clocks(clocks)
         await self._store.charge(charges)
-        return len(sent)
+        await self._cancel(over)
+        return len(sent) < len(picked)
 
-    async def _cancel(self, over: Collection[str]) -> int:
+    async def _cancel(self, over: Collection[str]) -> None:
         """Chunks of a job that has ended: somebody was still making them when it did."""
-        if not over:
-            return 0
-        changed = await change(
-            self._store,
-            over,
-            lambda chunk: cancel(chunk) if chunk.state is ChunkState.QUEUED else chunk,
-        )
-        return sum(each.moved for each in changed)
+        await change(self._store, over, lambda chunk: cancel(chunk) if chunk.state is ChunkState.QUEUED else chunk)
 
     def _task(self, chunk: Chunk, job: ScanJob) -> ScanChunk:
         return ScanChunk(

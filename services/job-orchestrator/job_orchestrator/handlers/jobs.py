@@ -17,8 +17,8 @@ from job_orchestrator.domain.job import JobTrigger, ScanJob, observe, published
 from job_orchestrator.domain.job import change as change_job
 from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.store import Store
+from job_orchestrator.handlers.chunks import Changed, stop
 from job_orchestrator.handlers.chunks import change as change_chunks
-from job_orchestrator.handlers.chunks import stop
 from scanfleet.bus import Publisher
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError
@@ -34,8 +34,8 @@ _CHUNKS_A_SECOND: Final = 1_000  # read for progress at most, so that a huge job
 _PAGE: Final = 1_000  # chunks made or cancelled at once: about 100 ms, and then it is another job's turn
 _BULK_SECONDS: Final = 10.0  # between looks for bulk work; it is woken when there is some
 
-_BEGUN: Final = (ChunkState.RUNNING, ChunkState.SCANNED, ChunkState.STORED, ChunkState.FAILED)
-_DONE: Final = (ChunkState.STORED, ChunkState.FAILED, ChunkState.CANCELLED)
+_BEGUN: Final = frozenset({ChunkState.RUNNING, ChunkState.SCANNED, ChunkState.STORED, ChunkState.FAILED})
+_DONE: Final = frozenset({ChunkState.STORED, ChunkState.FAILED, ChunkState.CANCELLED})
 
 
 class Jobs:
@@ -80,8 +80,8 @@ class Jobs:
             jobs = await self._store.jobs(left)
             states = await self._store.chunk_states(left)
             changed = [after for job in jobs.values() if (after := await self._step(job, states[job.id])) != job]
-            await self._save(changed)
-            left = {job.id for job in changed}
+            losers = await self._save(changed)
+            left = {job.id for job in changed if not job.settled or job.id in losers}
         raise DependencyError(f"jobs kept changing under us: {sorted(left)[:5]}")
 
     async def work(self) -> None:
@@ -99,6 +99,16 @@ class Jobs:
         self._bulky -= made  # what a whole plan did not mend is not tried at once again
         if self._bulky:
             self.loop.wake()
+
+    async def follow(self, changes: Iterable[Changed]) -> None:
+        """Bring about what follows from these changes of chunks, and tell of the progress.
+
+        Raises:
+            DependencyError: the next pass over all unfinished jobs does what is left.
+        """
+        changes = list(changes)
+        await self.reconcile({each.after.job_id for each in changes if _matters(each)})
+        await self.progress({each.after.job_id for each in changes if each.after.outcomes != each.before.outcomes})
 
     async def relay(self, job_ids: Collection[int]) -> None:
         """Publish what these jobs have in their outboxes, in order, and then empty them.
@@ -200,9 +210,10 @@ class Jobs:
             await self._publisher.publish(SCAN_TASKS, [stop(chunk, f"job {job.status}") for chunk in held])
             self._is_bulky(job)  # it is settled only when a look finds none
 
-    async def _save(self, jobs: list[ScanJob]) -> None:
+    async def _save(self, jobs: list[ScanJob]) -> set[int]:
         losers = await self._store.save_jobs(jobs)
         await self._publish([replace(job, rev=job.rev + 1) for job in jobs if job.id not in losers and job.outbox])
+        return losers
 
     async def _publish(self, jobs: Collection[ScanJob]) -> None:
         if not jobs:
@@ -218,3 +229,9 @@ class Jobs:
             left = (await self._store.jobs(losers)).values()
         # What is left in an outbox is published again by the sweep: twice is allowed, never is not.
         _log.warning("events stay in the outbox", jobs=sorted(losers)[:5])
+
+
+def _matters(changed: Changed) -> bool:
+    """Whether the job may start or end by this: what goes on between means nothing to it."""
+    before, after = changed.before.state, changed.after.state
+    return (after in _BEGUN and before not in _BEGUN) or (after in _DONE and before not in _DONE)

@@ -96,10 +96,7 @@ class Progress:
         await self._store.charge({user: seconds for user, seconds in charges.items() if seconds})
         if any(each.moved and each.before.state in HELD for each in changed):
             self._wake()
-        await self._jobs.reconcile({each.after.job_id for each in changed if each.moved})
-        await self._jobs.progress(
-            {each.after.job_id for each in changed if each.after.outcomes != each.before.outcomes}
-        )
+        await self._jobs.follow(changed)
 
     async def assigned(self, partitions: Collection[int]) -> None:
         self._leases |= {partition: Watch(self._lease_seconds) for partition in partitions}
@@ -132,7 +129,7 @@ class Progress:
         LEASES_EXPIRED.inc(len(changed))
         await self._publisher.publish(SCAN_TASKS, [stop(each.before, "lease expired") for each in changed])
         self._wake()
-        await self._jobs.reconcile({each.after.job_id for each in changed})
+        await self._jobs.follow(changed)
 
     def _hear(self, chunk: Chunk, report: WorkerReport, partition: int, effects: _Effects) -> Chunk:
         chunk, correction = settle_charge(chunk, report)

@@ -46,10 +46,7 @@ class Stored:
         UNKNOWN_CHUNKS.inc(sum(len(by_chunk[id_]) for id_ in unknown))
         if any(each.moved and (each.before.state in HELD or each.after.state is ChunkState.QUEUED) for each in changed):
             self._wake()
-        await self._jobs.reconcile({each.after.job_id for each in changed if each.moved})
-        await self._jobs.progress(
-            {each.after.job_id for each in changed if each.after.outcomes != each.before.outcomes}
-        )
+        await self._jobs.follow(changed)
 
     async def assigned(self, partitions: Collection[int]) -> None: ...
 

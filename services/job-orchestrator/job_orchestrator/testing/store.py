@@ -206,12 +206,12 @@ class MemoryStore:
             filled.append(replace(credit, held=len(mine), extra_seconds=extra))
         return filled
 
-    async def clocks(self) -> dict[int, Clock]:
+    async def clocks(self, users: Collection[int]) -> dict[int, Clock]:
+        return {user: clock for user, clock in self._clocks.items() if clock.active or user in users}
+
+    async def rest_clocks(self) -> None:
         busy = {chunk.user_id for chunk in self._chunks.values() if chunk.state in _BUSY}
-        for user, clock in self._clocks.items():
-            if user not in busy:
-                self._clocks[user] = replace(clock, active=False)
-        return {user: clock for user, clock in self._clocks.items() if user in busy}
+        self._clocks |= {user: replace(clock, active=False) for user, clock in self._clocks.items() if user not in busy}
 
     async def wake_clocks(self, clocks: Iterable[Clock]) -> None:
         for clock in clocks:

@@ -141,13 +141,13 @@ async def test_what_nobody_claims_is_queued_again_at_no_cost(world: World) -> No
     await queue(world, 7, 1)
     await world.worker.announce()
     await world.settle()
-    assert (await world.store.clocks())[7].time == 5.0
+    assert (await world.store.clocks([7]))[7].time == 5.0
     await world.wait(9)
     assert len(world.worker.tasks) == 1
     await world.wait(3)
     assert [task.attempt for task in world.worker.tasks] == [1, 2]
     assert (await chunk_of(world, "7-0")).failures == 0
-    assert (await world.store.clocks())[7].time == 5.0
+    assert (await world.store.clocks([7]))[7].time == 5.0
 
 
 async def test_a_late_claim_of_what_was_taken_back_is_stopped(world: World) -> None:
@@ -209,7 +209,7 @@ async def test_the_clock_is_corrected_to_what_was_really_used(world: World) -> N
     for _ in range(3):
         await world.worker.scanned(task)
     await world.settle()
-    assert (await world.store.clocks())[7].time == pytest.approx(0.1 + 5.0)  # and the next one's estimate
+    assert (await world.store.clocks([7]))[7].time == pytest.approx(0.1 + 5.0)  # and the next one's estimate
 
 
 async def test_jobs_of_one_user_take_turns(world: World) -> None:
