@@ -193,6 +193,12 @@ def test_names_outlive_a_restart_where_they_must(manifests: list[Manifest]) -> N
     assert {kinds["job-orchestrator"], kinds["result-store"]} == {"StatefulSet"}
 
 
+def test_nothing_passes_that_no_policy_names(manifests: list[Manifest]) -> None:
+    """One policy holds for every pod, in both ways, and allows nothing."""
+    nothing = {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    assert nothing in [policy["spec"] for policy in of_kind(manifests, "NetworkPolicy")]
+
+
 def test_exactly_the_flows_of_the_design_are_allowed(manifests: list[Manifest]) -> None:
     """Between any two pods nothing passes but what both of their policies name, and that is what the architecture draws."""
     pods = {name_of(each): pod(each)["metadata"]["labels"] for each in workloads(manifests)}
@@ -201,7 +207,7 @@ def test_exactly_the_flows_of_the_design_are_allowed(manifests: list[Manifest]) 
         (source, target, port)
         for source in pods
         for target in pods
-        for port in {port for _, _, port in FLOWS}
+        for port in {1, *(port for _, _, port in FLOWS)}
         if passes(policies, "egress", pods[source], pods[target], port)
         and passes(policies, "ingress", pods[target], pods[source], port)
     }
