@@ -350,7 +350,7 @@ async def test_chunks_are_counted_and_found_by_state(store: Store) -> None:
 
 async def test_counts_are_of_one_moment(store: Store) -> None:
     """However chunks move while they are counted, each is counted once."""
-    chunks = [chunk(id=f"1-{n}", index=n) for n in range(300)]
+    chunks = [chunk(id=f"1-{n}", index=n) for n in range(5_000)]  # so many that a count lets writes go between
     await store.insert_chunks(chunks)
     stop = asyncio.Event()
 
@@ -371,7 +371,7 @@ async def test_counts_are_of_one_moment(store: Store) -> None:
         totals.add(len(await all_chunks(store, 1)))
         await asyncio.sleep(0)
     await moving
-    assert totals == {300}
+    assert totals == {5_000}
 
 
 async def test_watched_chunks_are_those_of_state_and_partition(store: Store) -> None:
