@@ -166,7 +166,6 @@ def _watched(lifespan: Lifespan) -> Lifespan:
                 yield
             finally:
                 watching.cancel()
-        _end_in_peace()
 
     return watched
 
@@ -176,12 +175,6 @@ async def _end_when_unhealthy(probes: Probes) -> None:
         await asyncio.sleep(HEALTH_PERIOD_S)
     _log.critical("a consumer loop has died: this process ends, to be started anew")
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _end_in_peace() -> None:
-    """Let a process that has stopped in good order end with 0: after the lifespan uvicorn raises its signal once more."""
-    if callable(signal.getsignal(signal.SIGTERM)):  # a server handles it; elsewhere it is not ours to block
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
 
 
 def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from secrets import token_hex
@@ -49,6 +50,7 @@ def create_app() -> FastAPI:
         worker = Worker(worker_id, abilities, nmap, bus)
         tasks = bus.tail(topics.SCAN_TASKS, worker)
         async with AsyncExitStack() as stack:
+            stack.callback(_end_in_peace)
             await nmap.start()
             stack.push_async_callback(nmap.stop)
             await bus.start()
@@ -63,3 +65,9 @@ def create_app() -> FastAPI:
             yield
 
     return service.create_app(name=topics.WORKER, lifespan=lifespan)
+
+
+def _end_in_peace() -> None:
+    """Let a process that has stopped in good order end with 0: after the lifespan uvicorn raises its signal once more."""
+    if callable(signal.getsignal(signal.SIGTERM)):  # a server handles it; elsewhere it is not ours to block
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
