@@ -19,6 +19,7 @@ from scanfleet.settings import KafkaSettings
 
 # A record may be larger than our own limit: others can write too, and a compressed batch holds more than it weighs.
 DEAD_LETTER_BYTES: Final = 16 * 1024 * 1024
+LOOK_S: Final = 0.1  # between two looks at a broker that is catching up
 
 
 class TopicSettings(KafkaSettings):
@@ -90,11 +91,17 @@ async def _create(admin: AIOKafkaAdminClient, wanted: list[Plan], replication: i
         await _conform(admin, known)
 
 
+async def _counts(admin: AIOKafkaAdminClient, names: list[str]) -> dict[str, int]:
+    return {found["topic"]: len(found["partitions"]) for found in await admin.describe_topics(names)}
+
+
 async def _conform(admin: AIOKafkaAdminClient, plans: list[Plan]) -> None:
     """Bring topics that were there already to their settings; the partitions they have are final."""
-    counts = {
-        found["topic"]: len(found["partitions"]) for found in await admin.describe_topics([p.name for p in plans])
-    }
+    names = [plan.name for plan in plans]
+    counts = await _counts(admin, names)
+    while not all(counts.values()):  # the controller knows these topics; a broker may yet have to hear of them
+        await asyncio.sleep(LOOK_S)
+        counts = await _counts(admin, names)
     for plan in plans:
         if counts[plan.name] != plan.partitions:
             raise RuntimeError(
