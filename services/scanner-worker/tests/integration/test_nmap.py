@@ -378,7 +378,7 @@ async def start_scanning(program: str, *arguments: str, **options: object) -> tu
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", WORKER, program, *arguments),
         stdout=asyncio.subprocess.PIPE,
-        **options,  # type: ignore[arg-type]
+        **options,  # type: ignore[arg-type] # as the policy has them
     )
     assert process.stdout is not None
     theirs = Nmap(program, LIMITS)

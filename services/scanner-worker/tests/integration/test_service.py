@@ -78,7 +78,7 @@ class Deployed:
     @property
     def worker_id(self) -> str:
         """The id that it goes by now; empty before it is heard of."""
-        return self.workers.heard[-1].worker_id if self.workers.heard else ""  # type: ignore[attr-defined]
+        return self.workers.heard[-1].worker_id if self.workers.heard else ""  # type: ignore[attr-defined] # the test knows the message's kind
 
     async def give(self, *tasks: Message) -> None:
         await self.bus.publish(SCAN_TASKS, [task.model_copy(update={"worker_id": self.worker_id}) for task in tasks])
@@ -141,11 +141,11 @@ async def test_sigterm_finishes_what_it_can_and_gives_back_the_rest(
     """SIGTERM with chunks running: the one that can finish does, the others are given back, and the process ends with 0."""
     quick = make_chunk({"ports": "1-40", "max_rate": 80}, chunk_id="1-0", outcomes="....")
     await deployed.give(quick, make_chunk(SLOW, chunk_id="1-1"), make_chunk(SLOW, chunk_id="1-2"))
-    await until(lambda: len({m.chunk_id for m in deployed.said(ChunkProgressed)}) == 3, 30)  # type: ignore[attr-defined]
+    await until(lambda: len({m.chunk_id for m in deployed.said(ChunkProgressed)}) == 3, 30)  # type: ignore[attr-defined] # the test knows the message's kind
     deployed.process.send_signal(signal.SIGTERM)
     assert await asyncio.wait_for(deployed.process.wait(), 20) == 0
     await until(lambda: len(deployed.said(ChunkScanned, ChunkReleased, ChunkFailed)) == 3)
-    ends = {m.chunk_id: type(m) for m in deployed.said(ChunkScanned, ChunkReleased, ChunkFailed)}  # type: ignore[attr-defined]
+    ends = {m.chunk_id: type(m) for m in deployed.said(ChunkScanned, ChunkReleased, ChunkFailed)}  # type: ignore[attr-defined] # the test knows the message's kind
     assert ends == {"1-0": ChunkScanned, "1-1": ChunkReleased, "1-2": ChunkReleased}
     goodbye = deployed.workers.heard[-1]
     assert isinstance(goodbye, WorkerReady)
@@ -179,4 +179,4 @@ async def test_poison_does_not_stop_the_tasks(deployed: Deployed, make_chunk: Ma
     await deployed.bus.publish(SCAN_TASKS, [stop, make_chunk(worker_id="nobody")])
     await deployed.give(stop, make_chunk(chunk_id="1-7"))
     await until(lambda: deployed.said(ChunkScanned), 60)
-    assert {m.chunk_id for m in deployed.progress.heard} == {"1-7"}  # type: ignore[attr-defined]
+    assert {m.chunk_id for m in deployed.progress.heard} == {"1-7"}  # type: ignore[attr-defined] # the test knows the message's kind

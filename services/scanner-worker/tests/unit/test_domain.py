@@ -154,7 +154,7 @@ def test_the_tcp_part_of_a_policy_with_udp_needs_no_raw_packets(make_chunk: Make
     assert permit(chunk, LOOPBACK, raw=False).outcomes == "...."
 
 
-def host(*, ports: int = 2, reasons: set[bytes] = frozenset({b"reset"}), up: bool = True, late: bool = False) -> Host:  # type: ignore[assignment]
+def host(*, ports: int = 2, reasons: set[bytes] = frozenset({b"reset"}), up: bool = True, late: bool = False) -> Host:  # type: ignore[assignment] # a set as default would be shared
     return Host("127.9.1.0", up, late, ports, reasons, b"")
 
 

@@ -55,7 +55,7 @@ class ScriptedScanner:
         self,
         arguments: Sequence[str],
         services: Mapping[str, int],  # noqa: ARG002 # the port's shape
-        seconds: float,  # noqa: ARG002
+        seconds: float,  # noqa: ARG002 # the port's signature
     ) -> AsyncGenerator[Found]:
         self.asked.append(arguments)
         self.running += 1
@@ -118,7 +118,7 @@ async def test_a_worker_announces_itself(until: Until) -> None:
     async with rigged(slots=3, raw=False) as rig:
         await until(lambda: len(rig.said(SCAN_WORKERS, WorkerReady)) >= 2)
         ready = rig.said(SCAN_WORKERS, WorkerReady)[0]
-        assert (ready.worker_id, ready.slots, ready.raw) == ("worker", 3, False)  # type: ignore[attr-defined]
+        assert (ready.worker_id, ready.slots, ready.raw) == ("worker", 3, False)  # type: ignore[attr-defined] # the test knows the message's kind
 
 
 async def test_a_whole_chunk(make_chunk: MakeChunk, until: Until) -> None:
@@ -157,7 +157,7 @@ async def test_only_blanks_are_scanned(make_chunk: MakeChunk, until: Until) -> N
             "127.9.1.1",
             "127.9.1.3",
         ]
-        assert rig.last().outcomes == "aada"  # type: ignore[attr-defined]
+        assert rig.last().outcomes == "aada"  # type: ignore[attr-defined] # the test knows the message's kind
 
 
 async def test_a_task_for_another_worker_is_left_alone(make_chunk: MakeChunk, until: Until) -> None:
@@ -165,7 +165,7 @@ async def test_a_task_for_another_worker_is_left_alone(make_chunk: MakeChunk, un
     async with rigged(*hosts(0, 1, 2, 3)) as rig:
         await rig.send(make_chunk(worker_id="other", chunk_id="1-1"), make_chunk())
         await until(lambda: "ChunkScanned" in rig.progress())
-        assert {m.chunk_id for m in rig.bus.messages(SCAN_PROGRESS)} == {"1-0"}  # type: ignore[attr-defined]
+        assert {m.chunk_id for m in rig.bus.messages(SCAN_PROGRESS)} == {"1-0"}  # type: ignore[attr-defined] # the test knows the message's kind
 
 
 async def test_a_task_that_comes_twice_is_done_once(make_chunk: MakeChunk, until: Until) -> None:
@@ -183,7 +183,7 @@ async def test_a_heartbeat_carries_the_whole_map(make_chunk: MakeChunk, until: U
     async with rigged(*hosts(0, 2), FOREVER) as rig:
         await rig.send(make_chunk())
         await until(lambda: len(rig.said(SCAN_PROGRESS, ChunkProgressed)) >= 2)
-        assert rig.last().outcomes == "a.a."  # type: ignore[attr-defined]
+        assert rig.last().outcomes == "a.a."  # type: ignore[attr-defined] # the test knows the message's kind
 
 
 async def test_a_letter_is_set_only_after_the_host_is_acknowledged(make_chunk: MakeChunk, until: Until) -> None:
@@ -199,9 +199,9 @@ async def test_a_letter_is_set_only_after_the_host_is_acknowledged(make_chunk: M
         rig.bus.publish = without_results  # type: ignore[method-assign] # the broker's fault, not the worker's inside
         await rig.send(make_chunk())
         await until(lambda: rig.said(SCAN_PROGRESS, ChunkProgressed))
-        assert rig.last().outcomes == "...."  # type: ignore[attr-defined]
+        assert rig.last().outcomes == "...."  # type: ignore[attr-defined] # the test knows the message's kind
         away = False
-        await until(lambda: rig.last().outcomes == "a...")  # type: ignore[attr-defined]
+        await until(lambda: rig.last().outcomes == "a...")  # type: ignore[attr-defined] # the test knows the message's kind
         assert len(rig.said(SCAN_RESULTS, HostScanned)) == 1
 
 
@@ -223,7 +223,7 @@ async def test_a_chunk_that_finds_no_slot_is_given_back(make_chunk: MakeChunk, u
         released = rig.said(SCAN_PROGRESS, ChunkReleased)[0]
         assert isinstance(released, ChunkReleased)
         assert (released.chunk_id, released.outcomes, released.slot_seconds) == ("1-1", "a...", 0)
-        assert [m.chunk_id for m in rig.said(SCAN_PROGRESS, ChunkClaimed)] == ["1-0"]  # type: ignore[attr-defined]
+        assert [m.chunk_id for m in rig.said(SCAN_PROGRESS, ChunkClaimed)] == ["1-0"]  # type: ignore[attr-defined] # the test knows the message's kind
 
 
 async def test_a_stop_kills_the_scan_and_tells_the_last_map(make_chunk: MakeChunk, until: Until) -> None:
@@ -258,7 +258,7 @@ async def test_a_new_attempt_ends_the_old_one(make_chunk: MakeChunk, until: Unti
         await until(lambda: rig.scanner.asked)
         await rig.send(make_chunk(attempt=2))
         await until(lambda: "ChunkReleased" in rig.progress())
-        assert [m.attempt for m in rig.said(SCAN_PROGRESS, ChunkReleased)] == [1]  # type: ignore[attr-defined]
+        assert [m.attempt for m in rig.said(SCAN_PROGRESS, ChunkReleased)] == [1]  # type: ignore[attr-defined] # the test knows the message's kind
         await until(lambda: rig.scanner.running == 1)
 
 
@@ -287,7 +287,7 @@ async def test_ports_that_do_not_add_up_fail_the_chunk(make_chunk: MakeChunk, un
     async with rigged(*hosts(0, 1, 2), host("127.9.1.3", ports=1)) as rig:
         await rig.send(make_chunk())
         await until(lambda: "ChunkFailed" in rig.progress())
-        assert "1 of 2 ports of 127.9.1.3" in rig.last().reason  # type: ignore[attr-defined]
+        assert "1 of 2 ports of 127.9.1.3" in rig.last().reason  # type: ignore[attr-defined] # the test knows the message's kind
         assert len(rig.said(SCAN_RESULTS, HostScanned)) == 3
 
 
@@ -296,7 +296,7 @@ async def test_a_host_that_was_not_asked_for_fails_the_chunk(make_chunk: MakeChu
     async with rigged(*hosts(9)) as rig:
         await rig.send(make_chunk())
         await until(lambda: "ChunkFailed" in rig.progress())
-        assert "127.9.1.9" in rig.last().reason  # type: ignore[attr-defined]
+        assert "127.9.1.9" in rig.last().reason  # type: ignore[attr-defined] # the test knows the message's kind
         assert rig.bus.messages(SCAN_RESULTS) == []
 
 
@@ -305,7 +305,7 @@ async def test_a_fault_of_ours_fails_the_chunk_only(make_chunk: MakeChunk, until
     async with rigged(ValueError("oops")) as rig:
         await rig.send(make_chunk())
         await until(lambda: "ChunkFailed" in rig.progress())
-        assert "ValueError" in rig.last().reason  # type: ignore[attr-defined]
+        assert "ValueError" in rig.last().reason  # type: ignore[attr-defined] # the test knows the message's kind
         assert rig.worker.alive
 
 
@@ -326,7 +326,7 @@ async def test_a_chunk_of_refused_targets_starts_no_nmap(make_chunk: MakeChunk, 
     async with rigged() as rig:
         await rig.send(make_chunk(first_address="10.0.0.0"))
         await until(lambda: "ChunkScanned" in rig.progress())
-        assert (rig.last().outcomes, rig.scanner.asked) == ("rrrr", [])  # type: ignore[attr-defined]
+        assert (rig.last().outcomes, rig.scanner.asked) == ("rrrr", [])  # type: ignore[attr-defined] # the test knows the message's kind
 
 
 @pytest.mark.parametrize(("raw", "used", "option"), [(True, "syn", "-sS"), (False, "connect", "-sT")])
@@ -342,7 +342,7 @@ async def test_the_result_says_which_technique_was_used(
         await rig.send(make_chunk())
         await until(lambda: "ChunkScanned" in rig.progress())
         assert option in rig.scanner.asked[0]
-        assert {message.technique for message in rig.bus.messages(SCAN_RESULTS)} == {used}  # type: ignore[attr-defined]
+        assert {message.technique for message in rig.bus.messages(SCAN_RESULTS)} == {used}  # type: ignore[attr-defined] # the test knows the message's kind
 
 
 async def test_without_acknowledged_heartbeats_the_scan_ends_before_its_lease(
@@ -359,7 +359,7 @@ async def test_without_acknowledged_heartbeats_the_scan_ends_before_its_lease(
         assert asyncio.get_running_loop().time() - began < 3.0
         rig.bus.broker.away = False
         await until(lambda: "ChunkReleased" in rig.progress())
-        assert rig.last().outcomes == "a..."  # type: ignore[attr-defined]
+        assert rig.last().outcomes == "a..."  # type: ignore[attr-defined] # the test knows the message's kind
 
 
 async def test_a_lease_that_is_acknowledged_lasts(make_chunk: MakeChunk, until: Until) -> None:
@@ -376,8 +376,8 @@ async def test_leaving_finishes_what_can_be_finished(make_chunk: MakeChunk, unti
         await rig.send(make_chunk())
         await until(lambda: rig.scanner.asked)
         await rig.worker.stop(10)
-        assert rig.last().outcomes == "aaaa"  # type: ignore[attr-defined]
-        assert rig.bus.messages(SCAN_WORKERS)[-1].slots == 0  # type: ignore[attr-defined]
+        assert rig.last().outcomes == "aaaa"  # type: ignore[attr-defined] # the test knows the message's kind
+        assert rig.bus.messages(SCAN_WORKERS)[-1].slots == 0  # type: ignore[attr-defined] # the test knows the message's kind
         await rig.send(make_chunk(chunk_id="1-9"))
         await until(lambda: "ChunkReleased" in rig.progress())
 
@@ -388,7 +388,7 @@ async def test_leaving_without_time_gives_back_at_once(make_chunk: MakeChunk, un
         await rig.send(make_chunk(), make_chunk(chunk_id="1-1"))
         await until(lambda: rig.said(SCAN_RESULTS, HostScanned))
         await rig.worker.stop(0)
-        released = {m.chunk_id: m.outcomes for m in rig.said(SCAN_PROGRESS, ChunkReleased)}  # type: ignore[attr-defined]
+        released = {m.chunk_id: m.outcomes for m in rig.said(SCAN_PROGRESS, ChunkReleased)}  # type: ignore[attr-defined] # the test knows the message's kind
         assert released == {"1-0": "a...", "1-1": "...."}
         assert rig.scanner.closed == 1
 
