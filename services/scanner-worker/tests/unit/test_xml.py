@@ -199,6 +199,7 @@ def fed(pieces: Iterator[bytes]) -> tuple[str, int]:
 def test_endless_things_end_in_bounded_memory() -> None:
     """An endless attribute, text, host or nesting is given up, having taken no more than the limits allow."""
     piece = 1 << 16
+    copies = 8  # of a limit: a buffer grows by copying, and how much it takes ahead differs between Pythons
 
     def endless(start: bytes, again: bytes) -> Iterator[bytes]:
         yield HEAD + start
@@ -206,11 +207,11 @@ def test_endless_things_end_in_bounded_memory() -> None:
             yield again * (piece // len(again))
 
     assert "bytes" in (ended := fed(endless(b'<host a="', b"x")))[0]
-    assert ended[1] < 4 * MAX_TOKEN
+    assert ended[1] < copies * MAX_TOKEN
     assert "host of more" in (ended := fed(endless(b"<host a='b'>", b"<elem>text</elem>")))[0]
-    assert ended[1] < 4 * MAX_HOST
+    assert ended[1] < copies * MAX_HOST
     assert "nested" in (ended := fed(endless(b"", b"<aaa>")))[0]
-    assert ended[1] < 4 * MAX_TOKEN
+    assert ended[1] < copies * MAX_TOKEN
 
 
 def test_memory_does_not_grow_with_the_number_of_hosts() -> None:
