@@ -128,6 +128,16 @@ async def test_a_command_reads_back_whole(store: Store, given: Command) -> None:
     assert await store.commands(["c-1", "c-2"]) == {"c-1": given}
 
 
+async def test_the_largest_command_is_kept(store: Store) -> None:
+    """A thousand subnets with a hundred thousand excludes among them, of a policy as long as one can be, fit."""
+    excludes = tuple(f"2001:db8:aaaa:bbbb:cccc:dddd:eeee:{number:x}/128" for number in range(100))
+    ports = ",".join(str(port) for port in range(1, 4_000, 2))[:9_000].rpartition(",")[0]
+    one = replace(scan_job(1, policy=scan_policy(ports=ports)), exclude=excludes)
+    largest = command(jobs=tuple(replace(one, id=10**9 + number) for number in range(1_000)))
+    await store.insert_commands([largest])
+    assert await store.commands(["c-1"]) == {"c-1": largest}
+
+
 async def test_the_first_insert_of_a_command_stands(store: Store) -> None:
     """Of acceptance and expiry under one id the first stands, whichever it is, and both callers are told it."""
     accepted, expired = command(), command(state="expired", jobs=(), body="")
@@ -359,7 +369,8 @@ async def test_counts_are_of_one_moment(store: Store) -> None:
         try:
             for state in (ChunkState.RUNNING, ChunkState.DISPATCHED, ChunkState.STORED, ChunkState.QUEUED):
                 changed = [replace(each, state=state) for each in current.values()]
-                assert await store.save_chunks(changed) == set()
+                for start in range(0, len(changed), 500):
+                    assert await store.save_chunks(changed[start : start + 500]) == set()
                 current = {each.id: replace(each, rev=each.rev + 1) for each in changed}
         finally:
             stop.set()

@@ -122,16 +122,8 @@ class Chunk:
     rev: int = 0
 
     @property
-    def done(self) -> int:
-        """Addresses that were to be scanned and have a letter."""
-        return len(self.outcomes) - self.outcomes.count(Outcome.BLANK) - self.outcomes.count(Outcome.EXCLUDED)
-
-    @property
-    def answered(self) -> int:
-        return self.outcomes.count(Outcome.ANSWERED)
-
-    @property
     def blank(self) -> int:
+        """Addresses left to scan."""
         return self.outcomes.count(Outcome.BLANK)
 
 

@@ -1,12 +1,12 @@
-"""The orchestrator's documents in MongoDB: every query of the service is in this file."""
+"""Every query of the orchestrator, and the indexes that it needs."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import replace
+from datetime import datetime, timedelta
 from typing import Any, Final, TypeVar
 
 from pymongo import IndexModel, ReplaceOne, UpdateOne
@@ -14,20 +14,16 @@ from pymongo.read_concern import ReadConcern
 
 from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState
 from job_orchestrator.domain.fairness import Clock, Credit
-from job_orchestrator.domain.job import Outgoing, ScanJob
+from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import Command, Policy, Subnet
-from scanfleet.clock import utc_now
-from scanfleet.messages import Job, JobEvent, JobStatus
-from scanfleet.messages.topics import SCAN_EVENTS
+from job_orchestrator.repository import documents
+from scanfleet.messages import JobStatus
 from scanfleet.mongo import Collection as MongoCollection
 from scanfleet.mongo import Database, Document, Ids, bad_days, insert_missing
-from scanfleet.policy import ScanPolicy
 
 _Owned = TypeVar("_Owned", Subnet, Policy)
 _Revised = TypeVar("_Revised", ScanJob, Chunk)
 
-# Pending jobs have no start and come first: MongoDB sorts null last when descending, so they sort as if in the far future.
-_FAR_FUTURE: Final = datetime(9999, 1, 1, tzinfo=UTC)
 _BATCH: Final = 1_000  # documents read at once: about a megabyte, and 20 ms of turning them into chunks
 
 _INDEXES: Final = {
@@ -93,31 +89,31 @@ class MongoStore:
     # Subnets and policies
 
     async def add_subnet(self, subnet: Subnet) -> None:
-        await insert_missing(self._subnets, [_write(subnet)])
+        await insert_missing(self._subnets, [documents.write_subnet(subnet)])
 
     async def subnets(self, user_id: int, ids: Collection[int]) -> list[Subnet]:
-        return await _owned(self._subnets, _read_subnet, user_id, ids)
+        return await _owned(self._subnets, documents.read_subnet, user_id, ids)
 
     async def list_subnets(self, user_id: int, skip: int, limit: int) -> tuple[list[Subnet], int]:
-        return await _page(self._subnets, _read_subnet, user_id, skip, limit)
+        return await _page(self._subnets, documents.read_subnet, user_id, skip, limit)
 
     async def replace_subnet(self, subnet: Subnet) -> bool:
-        return await _replace(self._subnets, subnet)
+        return await _replace(self._subnets, documents.write_subnet(subnet))
 
     async def delete_subnet(self, user_id: int, subnet_id: int) -> bool:
         return await _delete(self._subnets, user_id, subnet_id)
 
     async def add_policy(self, policy: Policy) -> None:
-        await insert_missing(self._policies, [_write_policy(policy)])
+        await insert_missing(self._policies, [documents.write_policy(policy)])
 
     async def policies(self, user_id: int, ids: Collection[int]) -> list[Policy]:
-        return await _owned(self._policies, _read_policy, user_id, ids)
+        return await _owned(self._policies, documents.read_policy, user_id, ids)
 
     async def list_policies(self, user_id: int, skip: int, limit: int) -> tuple[list[Policy], int]:
-        return await _page(self._policies, _read_policy, user_id, skip, limit)
+        return await _page(self._policies, documents.read_policy, user_id, skip, limit)
 
     async def replace_policy(self, policy: Policy) -> bool:
-        return await _replace(self._policies, policy, _write_policy)
+        return await _replace(self._policies, documents.write_policy(policy))
 
     async def delete_policy(self, user_id: int, policy_id: int) -> bool:
         return await _delete(self._policies, user_id, policy_id)
@@ -125,7 +121,7 @@ class MongoStore:
     # Commands
 
     async def insert_commands(self, commands: Sequence[Command]) -> dict[str, Command]:
-        taken = await insert_missing(self._commands, [_write_command(command) for command in commands])
+        taken = await insert_missing(self._commands, [documents.write_command(command) for command in commands])
         stands = {command.id: command for command in commands}
         if taken:
             losers = [commands[index] for index in taken]
@@ -139,14 +135,14 @@ class MongoStore:
     @bad_days()
     async def commands(self, ids: Collection[str]) -> dict[str, Command]:
         found = self._commands.find({"_id": {"$in": list(ids)}})
-        return {document["_id"]: _read_command(document) async for document in found}
+        return {document["_id"]: documents.read_command(document) async for document in found}
 
     @bad_days()
     async def commands_by_key(self, keys: Collection[tuple[int, str]]) -> dict[tuple[int, str], Command]:
         if not keys:
             return {}
         found = self._commands.find({"$or": [{"user_id": user, "idempotency_key": key} for user, key in keys]})
-        return {(each["user_id"], each["idempotency_key"]): _read_command(each) async for each in found}
+        return {(each["user_id"], each["idempotency_key"]): documents.read_command(each) async for each in found}
 
     @bad_days()
     async def reject_command(self, command_id: str, status: int, error: str) -> None:
@@ -156,14 +152,14 @@ class MongoStore:
     # Jobs
 
     async def insert_jobs(self, jobs: Sequence[ScanJob]) -> None:
-        await insert_missing(self._jobs, [_write_job(job) for job in jobs])
+        await insert_missing(self._jobs, [documents.write_job(job) for job in jobs])
 
     @bad_days()
     async def jobs(self, ids: Collection[int]) -> dict[int, ScanJob]:
-        return {each["_id"]: _read_job(each) async for each in self._jobs.find({"_id": {"$in": list(ids)}})}
+        return {each["_id"]: documents.read_job(each) async for each in self._jobs.find({"_id": {"$in": list(ids)}})}
 
     async def save_jobs(self, jobs: Sequence[ScanJob]) -> set[int]:
-        return await _save(self._jobs, jobs, _write_job, _read_job)
+        return await _save(self._jobs, jobs, documents.write_job, documents.read_job)
 
     @bad_days()
     async def list_jobs(
@@ -177,7 +173,7 @@ class MongoStore:
         if statuses:
             wanted["status"] = {"$in": [status.value for status in statuses]}
         newest = self._jobs.find(wanted).sort([("sort_time", -1), ("_id", -1)]).skip(skip).limit(limit)
-        return [_read_job(each) async for each in newest], await self._jobs.count_documents(wanted)
+        return [documents.read_job(each) async for each in newest], await self._jobs.count_documents(wanted)
 
     @bad_days()
     async def unsettled_jobs(self, after: int, limit: int) -> list[int]:
@@ -198,7 +194,7 @@ class MongoStore:
     # Chunks
 
     async def insert_chunks(self, chunks: Sequence[Chunk]) -> None:
-        await insert_missing(self._chunks, [_write_chunk(chunk) for chunk in chunks])
+        await insert_missing(self._chunks, [documents.write_chunk(chunk) for chunk in chunks])
 
     async def chunks(self, ids: Collection[str]) -> dict[str, Chunk]:
         return {chunk.id: chunk for chunk in await self._find_chunks({"_id": {"$in": list(ids)}})}
@@ -207,7 +203,7 @@ class MongoStore:
         # The order of an index whose keys never change: no chunk is seen twice or missed because it moves meanwhile.
         async with bad_days():
             async for each in self._chunks.find({"job_id": job_id}).sort("index", 1).batch_size(_BATCH):
-                yield _read_chunk(each)
+                yield documents.read_chunk(each)
 
     @bad_days()
     async def chunks_in(self, job_id: int, states: Collection[ChunkState], limit: int) -> list[str]:
@@ -215,7 +211,7 @@ class MongoStore:
         return [each["_id"] async for each in self._chunks.find(wanted, {"_id": 1}).limit(limit)]
 
     async def save_chunks(self, chunks: Sequence[Chunk]) -> set[str]:
-        return await _save(self._chunks, chunks, _write_chunk, _read_chunk)
+        return await _save(self._chunks, chunks, documents.write_chunk, documents.read_chunk)
 
     @bad_days()
     async def chunk_states(self, job_ids: Collection[int]) -> dict[int, Counter[ChunkState]]:
@@ -248,7 +244,7 @@ class MongoStore:
     @bad_days()
     async def queue(self, user_id: int, limit: int, *, raw: bool) -> list[Chunk]:
         found = self._chunks.find(_queued(raw=raw) | {"user_id": user_id}).sort("turn", 1).limit(limit)
-        return [_read_chunk(each) async for each in found]
+        return [documents.read_chunk(each) async for each in found]
 
     @bad_days()
     async def first_turn(self, user_id: int) -> int:
@@ -274,7 +270,7 @@ class MongoStore:
     @bad_days()
     async def clocks(self, users: Collection[int]) -> dict[int, Clock]:
         found = self._clocks.find({"$or": [{"active": True}, {"_id": {"$in": list(users)}}]})
-        return {each["_id"]: _read_clock(each) async for each in found}
+        return {each["_id"]: documents.read_clock(each) async for each in found}
 
     @bad_days()
     async def rest_clocks(self) -> None:
@@ -329,7 +325,7 @@ class MongoStore:
 
     @bad_days()
     async def _find_chunks(self, wanted: Document, limit: int = 0) -> list[Chunk]:
-        return [_read_chunk(each) async for each in self._chunks.find(wanted).limit(limit)]
+        return [documents.read_chunk(each) async for each in self._chunks.find(wanted).limit(limit)]
 
 
 def _queued(*, raw: bool) -> Document:
@@ -380,112 +376,12 @@ async def _page(
     return [read(each) for each in found], total
 
 
-def _write(resource: Any) -> Document:
-    document = asdict(resource)
-    return {"_id": document.pop("id")} | document
-
-
 @bad_days()
-async def _replace(
-    collection: MongoCollection,
-    resource: _Owned,
-    write: Callable[[_Owned], Document] = _write,
-) -> bool:
-    wanted = {"_id": resource.id, "user_id": resource.user_id}
-    return (await collection.replace_one(wanted, write(resource))).matched_count == 1
+async def _replace(collection: MongoCollection, document: Document) -> bool:
+    wanted = {"_id": document["_id"], "user_id": document["user_id"]}
+    return (await collection.replace_one(wanted, document)).matched_count == 1
 
 
 @bad_days()
 async def _delete(collection: MongoCollection, user_id: int, resource_id: int) -> bool:
     return (await collection.delete_one({"_id": resource_id, "user_id": user_id})).deleted_count == 1
-
-
-# Documents hold what the dataclasses hold, under the same names; `id` is `_id`.
-
-
-def _known(kind: Any, document: Document) -> Document:
-    return {name: document[name] for name in kind.__slots__ if name in document} | {"id": document["_id"]}
-
-
-def _shallow(each: Any) -> Document:
-    return {"_id": each.id} | {name: getattr(each, name) for name in each.__slots__ if name != "id"}
-
-
-def _read_subnet(document: Document) -> Subnet:
-    return Subnet(**(_known(Subnet, document) | {"exclude": tuple(document["exclude"])}))
-
-
-def _write_policy(policy: Policy) -> Document:
-    return _shallow(policy) | {"scan": policy.scan.model_dump(mode="json")}
-
-
-def _read_policy(document: Document) -> Policy:
-    return Policy(**(_known(Policy, document) | {"scan": ScanPolicy.model_validate(document["scan"])}))
-
-
-def _write_job(job: ScanJob) -> Document:
-    document = _shallow(job) | {
-        "policy": job.policy.model_dump(mode="json"),
-        "status": job.status.value,
-        "sort_time": job.start_time or job.end_time or _FAR_FUTURE,
-    }
-    # An empty outbox is no field at all, so that the sparse index holds only jobs with something to say.
-    del document["outbox"]
-    if job.outbox:
-        document["outbox"] = [
-            {"type": type(out.event).__name__, "at": out.at, "event": out.event.model_dump(mode="python") | _plain(out)}
-            for out in job.outbox
-        ]
-    return document
-
-
-def _plain(out: Outgoing) -> Document:
-    return {"job": out.event.job.model_dump(mode="python") | {"status": out.event.job.status.value}}
-
-
-_EVENTS: Final = {kind.__name__: kind for kind in SCAN_EVENTS.messages if issubclass(kind, JobEvent)}
-
-
-def _read_job(document: Document) -> ScanJob:
-    trace = document.get("traceparent")
-    outbox = tuple(
-        Outgoing(
-            _EVENTS[each["type"]](**(each["event"] | {"job": Job(**each["event"]["job"]), "traceparent": trace})),
-            each["at"],
-        )
-        for each in document.get("outbox", ())
-    )
-    converted = {
-        "exclude": tuple(document["exclude"]),
-        "policy": ScanPolicy.model_validate(document["policy"]),
-        "status": JobStatus(document["status"]),
-        "outbox": outbox,
-    }
-    return ScanJob(**(_known(ScanJob, document) | converted))
-
-
-def _write_chunk(chunk: Chunk) -> Document:
-    # `held` marks the few chunks that the partial indexes for workers and watchers are about.
-    return _shallow(chunk) | {"state": chunk.state.value, "held": chunk.state in HELD}
-
-
-def _read_chunk(document: Document) -> Chunk:
-    return Chunk(**(_known(Chunk, document) | {"state": ChunkState(document["state"])}))
-
-
-def _write_command(command: Command) -> Document:
-    # All jobs of a command have one policy. Once for each of a thousand it would not fit in a document.
-    jobs = [_write_job(job) for job in command.jobs]
-    document = _shallow(command) | {"jobs": jobs, "policy": [job.pop("policy") for job in jobs][:1], "at": utc_now()}
-    if command.idempotency_key is None:
-        del document["idempotency_key"]
-    return document
-
-
-def _read_command(document: Document) -> Command:
-    jobs = tuple(_read_job(job | {"policy": document["policy"][0]}) for job in document["jobs"])
-    return Command(**(_known(Command, document) | {"jobs": jobs}))
-
-
-def _read_clock(document: Document) -> Clock:
-    return Clock(document["_id"], document.get("time", 0.0), document.get("active", False))

@@ -1,0 +1,7 @@
+"""The orchestrator's documents in MongoDB."""
+
+from __future__ import annotations
+
+from job_orchestrator.repository.store import MongoStore
+
+__all__ = ["MongoStore"]
