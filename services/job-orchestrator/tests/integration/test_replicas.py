@@ -12,8 +12,10 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
 
-from job_orchestrator.domain.chunk import ChunkState
+from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import Policy, Subnet
 from job_orchestrator.main import create_app
@@ -39,17 +41,21 @@ from scanfleet.messages import (
     SubmitJobs,
 )
 from scanfleet.messages.topics import (
+    ORCHESTRATOR,
     SCAN_COMMANDS,
     SCAN_EVENTS,
     SCAN_PROGRESS,
     SCAN_REPLIES,
     SCAN_RESULTS,
+    SCAN_STORED,
     SCAN_TASKS,
+    SCAN_WORKERS,
     Topic,
 )
 
 pytestmark = pytest.mark.integration
 
+READ = (SCAN_COMMANDS, SCAN_WORKERS, SCAN_PROGRESS, SCAN_STORED)
 ENDED = {JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED}
 PATIENCE = 90  # seconds for what takes a few, on a machine that does much else
 
@@ -82,6 +88,7 @@ class Platform:
         self.store = MongoStore(self.database)
         self.bus = KafkaBus(bootstrap=kafka, prefix=self.prefix, source="test", instance="test")
         self.events, self.tasks, self.replies, self.progress = Listener(), Listener(), Listener(), Listener()
+        self.said = Listener()
         self.workers = [Worker(self.bus, f"w-{n}", slots=3) for n in range(4)]
 
     async def open(self) -> None:
@@ -96,6 +103,7 @@ class Platform:
             (SCAN_TASKS, self.tasks),
             (SCAN_REPLIES, self.replies),
             (SCAN_PROGRESS, self.progress),
+            *((topic, self.said) for topic in READ),
             (SCAN_RESULTS, ResultStore(self.bus)),
             *((SCAN_TASKS, worker) for worker in self.workers),
         ]
@@ -174,6 +182,27 @@ class Platform:
         found, _ = await self.store.list_jobs(7, set(), 0, 1_000)
         return found
 
+    async def chunks(self, jobs: Sequence[ScanJob]) -> list[Chunk]:
+        return [each for job in jobs for each in [chunk async for chunk in self.store.job_chunks(job.id)]]
+
+    async def dead_letters(self) -> int:
+        """How many records the replicas have refused."""
+        reader = AIOKafkaConsumer(bootstrap_servers=self.kafka)
+        await reader.start()
+        try:
+            places = [TopicPartition(self.prefix + topic.dead_letter, 0) for topic in READ]
+            reader.assign(places)
+            await reader.seek_to_beginning(*places)
+            ends = await reader.end_offsets(places)
+            count = 0
+            while any([await reader.position(place) < end for place, end in ends.items()]):
+                for records in (await reader.getmany(timeout_ms=1_000)).values():
+                    groups = [dict(record.headers)["dlq_group"] for record in records]
+                    count += sum(group.startswith(ORCHESTRATOR.encode()) for group in groups)
+            return count
+        finally:
+            await reader.stop()
+
     async def until_ended(self, count: int) -> list[ScanJob]:
         """All jobs, once there are so many and each is settled, with its last event heard."""
         async with asyncio.timeout(PATIENCE):
@@ -190,6 +219,25 @@ class Platform:
                 if condition():
                     return
                 await asyncio.sleep(0.05)
+
+    async def until_read(self) -> None:
+        """Until the replicas have committed all that stands in the topics that they read."""
+        reader = AIOKafkaConsumer(bootstrap_servers=self.kafka)
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.kafka)
+        await asyncio.gather(reader.start(), admin.start())
+        try:
+            async with asyncio.timeout(PATIENCE):
+                for topic in READ:
+                    places = [TopicPartition(self.prefix + topic.name, number) for number in range(topic.partitions)]
+                    group = f"{self.prefix}{ORCHESTRATOR}-{topic.name}"
+                    while True:
+                        ends = await reader.end_offsets(places)
+                        committed = await admin.list_consumer_group_offsets(group)
+                        if all(committed[place].offset >= end for place, end in ends.items() if end):
+                            break
+                        await asyncio.sleep(0.1)
+        finally:
+            await asyncio.gather(reader.stop(), admin.close())
 
     def heard_events(self) -> list[JobEvent]:
         return [event for event in self.events.messages if isinstance(event, JobEvent)]
@@ -273,6 +321,39 @@ async def test_cancel_against_completion_has_one_winner(platform: Platform) -> N
             assert reply.error == "Job is already completed"
     platform.check_order()
     platform.check_tokens()
+
+
+async def test_poison_and_replays_change_nothing(platform: Platform) -> None:
+    """Junk in every partition of every topic read is dead-lettered, a replay of all that was said is without effect."""
+    await platform.replica("one")
+    producer = AIOKafkaProducer(bootstrap_servers=platform.kafka)
+    await producer.start()
+    platform.stack.push_async_callback(producer.stop)
+    junk = 0
+    for topic in READ:
+        for partition in range(topic.partitions):
+            for value, headers in (
+                (b"\xff", []),
+                (b"{}", [("ce_specversion", b"1.0"), ("ce_type", b"scanfleet.X.v1")]),
+            ):
+                await producer.send_and_wait(platform.prefix + topic.name, value, partition=partition, headers=headers)
+                junk += 1
+    await platform.submit(5)
+    await platform.until_ended(5)
+    before = await platform.jobs()
+    chunks = await platform.chunks(before)
+    await platform.until_read()
+    for topic in READ:
+        said = [each for each in platform.said.messages if type(each) in topic.messages]
+        await platform.bus.publish(topic, said + said)
+    await platform.submit(1)
+    await platform.until_ended(6)
+    await platform.until_read()
+    after = await platform.jobs()
+    assert [job for job in after if job in before] == before
+    assert await platform.chunks(before) == chunks
+    assert await platform.dead_letters() == junk
+    platform.check_order()
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
