@@ -29,6 +29,7 @@ from scanfleet.outcomes import address_at
 pytestmark = pytest.mark.integration
 
 SECRET = "only-for-this-test-and-32-characters-long"  # noqa: S105 # signs nothing but this test's tokens
+CHUNKS = 3  # each ends in a kill
 HOSTS = 200  # of a chunk
 
 
@@ -81,7 +82,7 @@ class Service:
         """Send the signal; answers the exit code."""
         assert self._process is not None
         self._process.send_signal(number)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             return await self._process.wait()
 
 
@@ -108,7 +109,7 @@ def bearer() -> dict[str, str]:
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(90):
+    async with asyncio.timeout(180):
         while not await condition():  # noqa: ASYNC110 # what it waits for happens in other processes
             await asyncio.sleep(0.005)
 
@@ -166,7 +167,7 @@ async def test_killed_in_mid_batch_it_loses_and_doubles_nothing(kafka: str, mong
             except httpx.TransportError:
                 return False
 
-        for number in range(4):
+        for number in range(CHUNKS):
             before = number * HOSTS
 
             async def begun(before: int = before) -> bool:
@@ -178,14 +179,14 @@ async def test_killed_in_mid_batch_it_loses_and_doubles_nothing(kafka: str, mong
             await service.start()
 
         async def all_closed() -> bool:
-            return len(stored.maps) == 4
+            return len(stored.maps) == CHUNKS
 
         await until(all_closed)
         await until(ready)
         results = (await http.get("/api/v1/task/1/results")).json()
         assert await service.end(signal.SIGTERM) in {0, -signal.SIGTERM}  # the server ends as told, once it is clean
-        assert stored.maps == {f"1-{number}": {"a" * HOSTS} for number in range(4)}
-        assert await database["hosts"].count_documents({}) == 4 * HOSTS
-        assert len({result["id"] for result in results}) == len(results) == 4 * HOSTS * 2
+        assert stored.maps == {f"1-{number}": {"a" * HOSTS} for number in range(CHUNKS)}
+        assert await database["hosts"].count_documents({}) == CHUNKS * HOSTS
+        assert len({result["id"] for result in results}) == len(results) == CHUNKS * HOSTS * 2
         times = [result["created_at"] for result in results]
         assert times == sorted(times)
