@@ -41,6 +41,7 @@ USUAL_PORTS: Final = {
 }
 
 LEASE: Final = 10  # seconds: whoever develops will kill a worker and wait; nobody's network is that slow on loopback
+WRITES: Final = 60_000  # a minute: tests and benchmarks are one user in a great hurry
 READY_LIMIT: Final = 120.0  # seconds until every service is ready; it takes about five, on a busy machine many more
 ANSWER_LIMIT: Final = 5.0  # seconds for /readyz, longer than its own checks may take
 CLOSE_LIMIT: Final = 5  # seconds that an open answer may go on when its service is told to stop
@@ -249,6 +250,7 @@ class Stack:
                         *(sys.executable, "-m", "uvicorn", "--factory", f"{package}.main:create_app"),
                         *("--host", host, "--port", port),
                         *("--timeout-graceful-shutdown", str(CLOSE_LIMIT)),
+                        "--no-proxy-headers",  # callers are on this machine, and a header that names another is a lie
                     ],
                     self._environment(service, index, name),
                 )
@@ -267,6 +269,7 @@ class Stack:
             "SCANFLEET_JWT_PUBLIC_KEY_FILE": str(self._issuer.public_key_file),
             "SCANFLEET_ALLOWED_NETWORKS": "127.0.0.0/8,::1/128",
             "SCANFLEET_LEASE_SECONDS": str(LEASE),
+            "SCANFLEET_WRITES_PER_MINUTE": str(WRITES),
         }
         if service in ("job-orchestrator", "result-store"):
             variables["SCANFLEET_MONGODB"] = self.mongodb

@@ -22,7 +22,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from fastapi import Depends, Request, Security
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.types import Receive, Scope, Send
 
 from scanfleet.errors import UnauthorizedError, UnavailableError
 from scanfleet.rest import MAX_ID
@@ -245,22 +247,40 @@ _bearer: Final = HTTPBearer(
 )
 
 
-async def authenticate(
-    request: Request,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
-) -> Principal:
-    """The caller of this request.
+class Guarded(APIRoute):
+    """A route that answers only to a good token, and reads nothing else of a request before that.
 
-    Raises:
-        UnauthorizedError: there is no bearer token, or not a good one.
+    The framework reads a body before it resolves a dependency: a caller without a token would be told what is wrong with it.
     """
-    if credentials is None:
-        raise UnauthorizedError("a bearer token is required")
-    return await cast(TokenVerifier, request.app.state.verifier).verify(credentials.credentials)
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] in (self.methods or ()):
+            scope["caller"] = await self._authenticate(Request(scope))
+            await self.serve(scope, receive, send)
+        else:
+            await super().handle(scope, receive, send)  # answers 405, whoever asks
+
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer the request of `scope["caller"]`, to the end of the answer; a subclass may refuse it."""
+        await super().handle(scope, receive, send)
+
+    @staticmethod
+    async def _authenticate(request: Request) -> Principal:
+        credentials = await _bearer(request)
+        if credentials is None:
+            raise UnauthorizedError("a bearer token is required")
+        return await cast(TokenVerifier, request.app.state.verifier).verify(credentials.credentials)
 
 
-Caller = Annotated[Principal, Depends(authenticate)]
-"""Declare a parameter of this type and the route answers only to a good token."""
+async def _caller(
+    request: Request,
+    _credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],  # for the OpenAPI document
+) -> Principal:
+    return cast(Principal, request.scope["caller"])
+
+
+Caller = Annotated[Principal, Depends(_caller)]
+"""The caller whom a `Guarded` route has let in; on any other route nobody is."""
 
 
 def _from_jwks(document: Any, allowed: tuple[str, ...]) -> dict[str | None, Key]:

@@ -7,6 +7,22 @@ the bus runtime retries in place without committing, and HTTP answers 503.
 
 from __future__ import annotations
 
+from enum import StrEnum
+
+
+class Rule(StrEnum):
+    """Why something was refused, in the words of the audit log."""
+
+    TOKEN = "token"  # noqa: S105 # a rule's name: there is no token, or not a good one
+    OWNER = "owner"
+    ROLE = "role"
+    REQUEST = "request"
+    TARGETS = "targets"
+    STATE = "state"
+    RATE = "rate"
+    CONCURRENCY = "concurrency"
+    MESSAGE = "message"
+
 
 class ScanfleetError(Exception):
     """Root of every error that Scanfleet raises on purpose."""
@@ -17,10 +33,27 @@ class PublicError(ScanfleetError):
 
     status = 500
 
-    def __init__(self, message: str, *, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        headers: dict[str, str] | None = None,
+        rule: Rule | None = None,
+        target: str = "",
+    ) -> None:
+        """Tell the caller `message`.
+
+        Args:
+            message: what the caller reads.
+            headers: that go with the answer.
+            rule: what was broken; such an error is a refusal, and the audit log tells of it.
+            target: what was asked for, when the path does not say it.
+        """
         super().__init__(message)
         self.message = message
         self.headers = headers or {}
+        self.rule = rule
+        self.target = target
 
 
 class BadRequestError(PublicError):
@@ -33,7 +66,7 @@ class UnauthorizedError(PublicError):
     status = 401
 
     def __init__(self, message: str) -> None:
-        super().__init__(message, headers={"WWW-Authenticate": "Bearer"})
+        super().__init__(message, headers={"WWW-Authenticate": "Bearer"}, rule=Rule.TOKEN)
 
 
 class ForbiddenError(PublicError):
@@ -50,6 +83,15 @@ class ConflictError(PublicError):
 
 class TooLargeError(PublicError):
     status = 413
+
+
+class TooManyRequestsError(PublicError):
+    """The caller asks more than their share; they may go on after `retry_after` seconds."""
+
+    status = 429
+
+    def __init__(self, message: str, *, retry_after: int = 1, rule: Rule) -> None:
+        super().__init__(message, headers={"Retry-After": str(retry_after)}, rule=rule)
 
 
 class UnavailableError(PublicError):

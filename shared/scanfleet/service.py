@@ -36,6 +36,7 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 Check = Callable[[], Awaitable[None]]
 
 MAX_BODY_BYTES: Final = 1 << 20  # the bus carries no larger message, and no honest request is a tenth of it
+MAX_BODY_S: Final = 10.0  # from the first look at a body to its end: 1 Mbit/s for the largest one
 HEALTH_PERIOD_S: Final = 1.0  # between two looks at the loops; `/healthz` tells at once
 CHECK_TIMEOUT_S: Final = 2.0  # of one readiness check: orchestrators ask every few seconds
 
@@ -124,6 +125,7 @@ def create_app(
     lifespan: Lifespan,
     routers: Sequence[APIRouter] = (),
     max_body_bytes: int = MAX_BODY_BYTES,
+    max_body_seconds: float = MAX_BODY_S,
     **documents: Any,
 ) -> FastAPI:
     """The ASGI application of a service.
@@ -133,6 +135,7 @@ def create_app(
         lifespan: opens adapters and consumers and closes them in reverse. `app.state.probes` is there to be filled.
         routers: the service's own routes.
         max_body_bytes: a request with more is answered 413.
+        max_body_seconds: one that takes longer to come is answered 408.
         documents: what FastAPI takes to describe the API (`title`, `openapi_url`, ...). Without it nothing is published.
     """
     app = FastAPI(
@@ -140,7 +143,7 @@ def create_app(
         lifespan=_watched(lifespan),
         telemetry=_TELEMETRY,
         redirect_slashes=False,  # a path with a slash too many is an unknown one, and a redirect would drop the body
-        middleware=[Middleware(_Front, max_body_bytes=max_body_bytes)],
+        middleware=[Middleware(_Front, max_body_bytes=max_body_bytes, max_body_seconds=max_body_seconds)],
         exception_handlers={
             PublicError: _public,
             DependencyError: _dependency,
@@ -249,9 +252,10 @@ def _problem(problem: dict[str, Any]) -> str:
 class _Front:
     """What happens to every request first and last: its ids, its size limit, its metrics and its last resort."""
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, max_body_seconds: float) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._max_body_seconds = max_body_seconds
         self._too_large = f"a request has at most {max_body_bytes} bytes"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -291,13 +295,24 @@ class _Front:
     def _limited(self, receive: Receive) -> Receive:
         # The framework's own limit answers in plain text, whatever the handlers say.
         left = self._max_body_bytes
+        until: float | None = None
+        ended = False
 
         async def limited() -> Message:
-            nonlocal left
-            message = await receive()
+            nonlocal left, until, ended
+            if ended:
+                return await receive()  # waits for the client to go
+            until = until or asyncio.get_running_loop().time() + self._max_body_seconds
+            try:
+                async with asyncio.timeout_at(until):
+                    message = await receive()
+            except TimeoutError:
+                # What comes after all is not a next request.
+                raise HTTPException(408, "the body came too slowly", {"Connection": "close"}) from None
             left -= len(message.get("body", b""))
             if left < 0:
                 raise HTTPException(413, self._too_large)
+            ended = not message.get("more_body", False)
             return message
 
         return limited

@@ -12,6 +12,7 @@ from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
 from api_gateway.api import ROUTERS
+from api_gateway.api.admission import Admission
 from api_gateway.api.state import State
 from api_gateway.handlers import Commands
 from api_gateway.settings import Settings
@@ -43,7 +44,12 @@ def create_app(
     """
     settings = settings or Settings()
     logging.configure(GATEWAY, settings)
-    bus = bus or KafkaBus(settings, source=GATEWAY, instance=settings.instance)
+    bus = bus or KafkaBus(
+        bootstrap=settings.kafka,
+        prefix=settings.topic_prefix,
+        source=GATEWAY,
+        instance=settings.instance,
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -85,6 +91,7 @@ def create_app(
         generate_unique_id_function=lambda route: route.name,
         swagger_ui_oauth2_redirect_url=None,
     )
+    app.state.admission = Admission(settings)
     app.mount("/docs/assets", StaticFiles(packages=[("fastapi_swagger", "resources")]))
     app.add_api_route("/docs", _docs, include_in_schema=False)
     return app

@@ -16,7 +16,7 @@ from typing import Annotated, Final, Protocol, cast
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import StreamingResponse
 
-from scanfleet.auth import Caller
+from scanfleet.auth import Caller, Guarded
 from scanfleet.rest import Result
 from scanfleet.service import PathId
 
@@ -116,7 +116,7 @@ def _store(request: Request) -> Results:
     return cast(Results, request.app.state.store)
 
 
-router = APIRouter()
+router = APIRouter(route_class=Guarded)
 
 
 @router.get("/api/v1/task/{job_id}/results")

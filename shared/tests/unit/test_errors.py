@@ -26,10 +26,19 @@ def test_an_answer_carries_its_status(error: type[errors.PublicError], status: i
 
 
 def test_an_answer_tells_how_to_go_on() -> None:
-    """401 says how to authenticate, and 503 when to come back."""
+    """401 says how to authenticate, and 429 and 503 when to come back."""
+    too_many = errors.TooManyRequestsError("slowly", retry_after=5, rule=errors.Rule.RATE)
+    assert (too_many.status, too_many.headers) == (429, {"Retry-After": "5"})
     assert errors.UnauthorizedError("no token").headers == {"WWW-Authenticate": "Bearer"}
     assert errors.UnavailableError("busy", retry_after=5).headers == {"Retry-After": "5"}
     assert errors.NotFoundError("no such job").headers == {}
+
+
+def test_a_refusal_names_its_rule() -> None:
+    """An error is a refusal when it names the rule that was broken; a missing token always does."""
+    assert errors.UnauthorizedError("no token").rule is errors.Rule.TOKEN
+    assert errors.ForbiddenError("not yours", rule=errors.Rule.OWNER).rule is errors.Rule.OWNER
+    assert errors.NotFoundError("no such job").rule is None
 
 
 def test_the_three_ways_to_go_on_are_apart() -> None:

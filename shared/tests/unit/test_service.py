@@ -16,9 +16,11 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from scanfleet import logging, tracing
+from scanfleet.auth import Caller, Guarded, Principal
 from scanfleet.errors import ConflictError, DependencyError, MessageError, UnauthorizedError, UnavailableError
 from scanfleet.service import PathId, create_app
 from scanfleet.settings import CommonSettings
+from scanfleet.testing.tokens import Issuer
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -77,6 +79,14 @@ async def trace() -> str | None:
     return tracing.current()
 
 
+guarded = APIRouter(prefix="/guarded", route_class=Guarded)
+
+
+@guarded.post("")
+async def create_guarded(body: Thing, caller: Caller) -> int:
+    return body.size + caller.user_id
+
+
 class Loop:
     alive = True
     ready = True
@@ -90,7 +100,7 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
 @pytest.fixture
 def app() -> FastAPI:
     logging.configure("test", CommonSettings(instance="test"))
-    return create_app(name="test", lifespan=lifespan, routers=[router], max_body_bytes=1000)
+    return create_app(name="test", lifespan=lifespan, routers=[router, guarded], max_body_bytes=1000)
 
 
 @pytest.fixture
@@ -207,6 +217,64 @@ async def test_a_body_has_a_limit(client: httpx.AsyncClient) -> None:
     for content in (b"x" * 1001, pieces(11)):
         answer = await client.put("/thing", content=content)
         assert (answer.status_code, answer.json()) == (413, {"error": "a request has at most 1000 bytes"})
+
+
+async def test_a_body_has_its_time(client: httpx.AsyncClient, app: FastAPI) -> None:
+    """A body that comes too slowly is a 408 that ends the connection."""
+    app.user_middleware[0].kwargs["max_body_seconds"] = 0.02
+
+    async def stalling() -> AsyncIterator[bytes]:
+        yield b"x"
+        await asyncio.Event().wait()
+
+    answer = await client.put("/thing", content=stalling())
+    assert (answer.status_code, answer.json()) == (408, {"error": "the body came too slowly"})
+    assert answer.headers["Connection"] == "close"
+
+
+class Counting:
+    """A verifier that notes what it is asked."""
+
+    def __init__(self, issuer: Issuer) -> None:
+        self._verifier = issuer.verifier
+        self.asked: list[str] = []
+
+    async def verify(self, token: str) -> Principal:
+        self.asked.append(token)
+        return await self._verifier.verify(token)
+
+
+async def test_a_token_comes_before_everything_else(client: httpx.AsyncClient, app: FastAPI) -> None:
+    """Without a good token the answer is 401 whatever the body is, and not a byte of it is read."""
+    app.state.verifier = Issuer().verifier
+
+    async def untouched() -> AsyncIterator[bytes]:
+        raise AssertionError("a body was read")
+        yield b""
+
+    for headers in ({}, {"Authorization": "Bearer x"}, {"Authorization": "Basic eDp5"}):
+        for content in (b"{", b"", untouched()):
+            answer = await client.post("/guarded", content=content, headers=headers)
+            assert (answer.status_code, set(answer.json())) == (401, {"error"})
+            assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert (await client.get("/guarded")).status_code == 405
+    assert (await client.get("/guarded/1")).status_code == 404
+
+
+async def test_a_token_is_verified_once(client: httpx.AsyncClient, app: FastAPI) -> None:
+    """A good token is verified once in a request, and the route hears whose it is."""
+    issuer = Issuer()
+    app.state.verifier = counting = Counting(issuer)
+    answer = await client.post("/guarded", json={"size": 3}, headers=issuer.bearer(7))
+    assert (answer.status_code, answer.json()) == (200, 10)
+    assert len(counting.asked) == 1
+
+
+async def test_a_route_without_a_guard_has_no_caller(client: httpx.AsyncClient, app: FastAPI) -> None:
+    """A route that asks for its caller and was forgotten to be guarded answers nobody."""
+    app.add_api_route("/forgotten", create_guarded, methods=["POST"])
+    answer = await client.post("/forgotten", json={"size": 3}, headers=Issuer().bearer(7))
+    assert answer.status_code == 500
 
 
 async def test_a_good_request_id_is_kept(client: httpx.AsyncClient) -> None:

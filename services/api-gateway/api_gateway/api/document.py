@@ -8,6 +8,9 @@ from pydantic import BaseModel, TypeAdapter
 
 from scanfleet import rest
 
+_RETRY_AFTER: Final = {
+    "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}},
+}
 _REQUEST_ID: Final = {
     "X-Request-ID": {"description": "Names this request in every log.", "schema": {"type": "string"}},
 }
@@ -18,12 +21,14 @@ _ERRORS: Final[dict[int, str]] = {
     404: "There is no such thing, or it is not yours.",
     409: "Its state does not allow this.",
     413: "The body is too large.",
+    429: "You ask more than your share, in a minute or at once; the request may be repeated.",
     500: "A fault of the service.",
     503: "A part of the service is away or busy; the request may be repeated.",
 }
 _HEADERS: Final[dict[int, dict[str, Any]]] = {
     401: {"WWW-Authenticate": {"description": "How to authenticate.", "schema": {"type": "string"}}},
-    503: {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}},
+    429: _RETRY_AFTER,
+    503: _RETRY_AFTER,
 }
 
 
@@ -31,7 +36,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The error answers of a route: the given ones, and those that any route can have."""
     answers: dict[int | str, dict[str, Any]] = {
         status: {"model": rest.Error, "description": _ERRORS[status], "headers": _REQUEST_ID | _HEADERS.get(status, {})}
-        for status in sorted({*statuses, 401, 500, 503})
+        for status in sorted({*statuses, 401, 429, 500, 503})
     }
     # Named so that the framework does not document a 422, which is never sent.
     answers["default"] = {"model": rest.Error, "description": "Any other error.", "headers": _REQUEST_ID}

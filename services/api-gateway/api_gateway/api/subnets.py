@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
+from api_gateway.api.admission import Route
 from api_gateway.api.document import body, errors, paging
 from api_gateway.api.state import Handed
 from scanfleet import rest
 from scanfleet.auth import Caller
 from scanfleet.service import PathId
 
-router = APIRouter(prefix="/api/v1/subnet", tags=["subnet"])
+router = APIRouter(prefix="/api/v1/subnet", tags=["subnet"], route_class=Route)
 
 
 @router.get(

@@ -7,6 +7,7 @@ from uuid import uuid4
 
 from fastapi import APIRouter, Header, Request, Response
 
+from api_gateway.api.admission import Route
 from api_gateway.api.document import errors, paging, query
 from api_gateway.api.state import Handed
 from api_gateway.upstream import identity
@@ -15,7 +16,7 @@ from scanfleet.auth import Caller
 from scanfleet.messages import CancelJob, JobStatus, SubmitJobs
 from scanfleet.service import PathId
 
-router = APIRouter(prefix="/api/v1/task", tags=["task"])
+router = APIRouter(prefix="/api/v1/task", tags=["task"], route_class=Route)
 
 IdempotencyKey = Annotated[
     str | None,

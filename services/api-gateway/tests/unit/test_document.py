@@ -62,7 +62,7 @@ def test_every_error_has_the_one_shape(document: dict[str, Any]) -> None:
     assert error["properties"]["error"]["type"] == "string"
     for _, _, operation in operations(document):
         assert operation["security"] == [{"bearer": []}]
-        assert {"401", "500", "503"} <= set(operation["responses"])
+        assert {"401", "429", "500", "503"} <= set(operation["responses"])
         for status, answer in operation["responses"].items():
             if status == "default" or int(status) >= 400:
                 assert answer["content"] == {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}

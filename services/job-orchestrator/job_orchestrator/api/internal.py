@@ -7,12 +7,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path
 
 from job_orchestrator.api.state import Handed
-from scanfleet.auth import Caller
+from scanfleet.auth import Caller, Guarded
 from scanfleet.errors import ForbiddenError, NotFoundError
 from scanfleet.messages import CommandAccepted
 from scanfleet.service import PathId
 
-router = APIRouter(prefix="/internal")
+router = APIRouter(prefix="/internal", route_class=Guarded)
 
 
 @router.get("/jobs/{job_id}/owner")

@@ -7,12 +7,12 @@ from fastapi import APIRouter
 from job_orchestrator.api.state import Handed, Paged, State
 from job_orchestrator.domain.store import Policy
 from scanfleet import rest
-from scanfleet.auth import Caller
+from scanfleet.auth import Caller, Guarded
 from scanfleet.clock import utc_now
 from scanfleet.errors import NotFoundError
 from scanfleet.service import PathId
 
-router = APIRouter(prefix="/api/v1/policy")
+router = APIRouter(prefix="/api/v1/policy", route_class=Guarded)
 
 
 @router.post("", status_code=201)

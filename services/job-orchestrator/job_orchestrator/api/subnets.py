@@ -7,13 +7,13 @@ from fastapi import APIRouter
 from job_orchestrator.api.state import Handed, Paged, State
 from job_orchestrator.domain.store import Subnet
 from scanfleet import rest
-from scanfleet.auth import Caller
+from scanfleet.auth import Caller, Guarded
 from scanfleet.clock import utc_now
 from scanfleet.errors import BadRequestError, ConflictError, NotFoundError
 from scanfleet.service import PathId
 from scanfleet.targets import Target, TargetRules
 
-router = APIRouter(prefix="/api/v1/subnet")
+router = APIRouter(prefix="/api/v1/subnet", route_class=Guarded)
 
 
 @router.post("", status_code=201)

@@ -12,12 +12,12 @@ from job_orchestrator.domain import ledger, plan
 from job_orchestrator.domain.chunk import Chunk
 from job_orchestrator.domain.job import ScanJob
 from scanfleet import rest
-from scanfleet.auth import Caller
+from scanfleet.auth import Caller, Guarded
 from scanfleet.errors import BadRequestError, NotFoundError
 from scanfleet.messages import JobStatus
 from scanfleet.service import PathId
 
-router = APIRouter(prefix="/api/v1/task")
+router = APIRouter(prefix="/api/v1/task", route_class=Guarded)
 
 _LEDGER_PAGE = 1_000  # addresses named on one page: a few hundred kilobytes
 

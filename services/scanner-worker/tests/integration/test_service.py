@@ -29,7 +29,6 @@ from scanfleet.messages import (
     WorkerReady,
 )
 from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS, SCAN_WORKERS
-from scanfleet.settings import KafkaSettings
 
 pytestmark = pytest.mark.integration
 
@@ -103,7 +102,7 @@ async def deployed(kafka: str, until: Until) -> AsyncIterator[Deployed]:
         "SCANFLEET_SLOTS": "3",
         "SCANFLEET_STOP_GRACE_SECONDS": "6",
     }
-    bus = KafkaBus(KafkaSettings(kafka=kafka, topic_prefix=prefix), source="test", instance="test")
+    bus = KafkaBus(bootstrap=kafka, prefix=prefix, source="test", instance="test")
     worker = Deployed(bus, environment, port)
     async with contextlib.AsyncExitStack() as stack:
         await bus.start()

@@ -1,0 +1,118 @@
+"""Nobody's requests cost others theirs: limits by the token's user, and by nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+import httpx
+import pytest
+
+from api_gateway.handlers import Reply
+from api_gateway.testing import Command, Gateway, Running, accept
+
+BODY = {"subnet_ids": [5], "policy_id": 3}
+
+
+@pytest.fixture
+async def gateway() -> AsyncIterator[Running]:
+    async with Gateway().run(writes_per_minute=5, reads_per_minute=7, requests_at_once_per_user=2) as running:
+        yield running
+
+
+async def post(gateway: Running, user_id: int = 7, **headers: str) -> httpx.Response:
+    return await gateway.client.post("/api/v1/task", json=BODY, headers=gateway.issuer.bearer(user_id) | headers)
+
+
+async def refused(gateway: Running, method: str, path: str, **headers: str) -> tuple[int, httpx.Response]:
+    """How many requests passed before the first 429, and that. At the turn of a minute one or two more may pass."""
+    for passed in range(10):
+        headers["X-Forwarded-For"] = headers["X-Real-IP"] = f"192.0.2.{passed}"
+        token = {"Authorization": f"Bearer {gateway.issuer.token(7, jti=str(passed))}"}
+        answer = await gateway.client.request(method, path, json=BODY, headers=token | headers)
+        if answer.status_code == 429:
+            return passed, answer
+    raise AssertionError("none was refused")
+
+
+@pytest.mark.proves("G11", "A18")
+async def test_a_user_who_asks_too_much_is_told_to_wait(gateway: Running) -> None:
+    """Beyond the limit of writes or of reads comes a 429 with Retry-After, and one kind says nothing about the other."""
+    for method, path, limit in (("POST", "/api/v1/task", 5), ("GET", "/api/v1/task/1", 7)):
+        passed, answer = await refused(gateway, method, path)
+        assert limit <= passed <= limit + 2
+        assert set(answer.json()) == {"error"}
+        assert 1 <= int(answer.headers["Retry-After"]) <= 60
+
+
+@pytest.mark.proves("A18")
+async def test_a_user_is_who_the_token_says(gateway: Running) -> None:
+    """Other tokens, addresses and headers of one user share one limit; another user has one of their own."""
+    passed, _ = await refused(gateway, "POST", "/api/v1/task", Forwarded="for=192.0.2.1", **{"X-User-Id": "8"})
+    assert passed <= 7
+    assert len(gateway.replier.commands) == passed
+    assert (await post(gateway, 8)).status_code == 201
+
+
+@pytest.mark.proves("A18")
+async def test_who_has_no_token_locks_nobody_out(gateway: Running) -> None:
+    """A flood of bad tokens in a user's name uses up nothing of that user's."""
+    for _ in range(20):
+        forged = gateway.issuer.token(7)[:-4] + "AAAA"
+        assert (await post(gateway, Authorization=f"Bearer {forged}")).status_code == 401
+    assert (await post(gateway)).status_code == 201
+
+
+@pytest.mark.proves("G11", "A16")
+async def test_requests_at_once_are_bounded_by_user() -> None:
+    """A user whose places are all taken is a 429 until one is free, while another user is served."""
+    async with Gateway().run(requests_at_once_per_user=2) as gateway:
+        go = asyncio.Event()
+
+        async def reply(command: Command) -> Sequence[Reply]:
+            if command.user_id == 7:
+                await go.wait()
+            return await accept(command)
+
+        gateway.replier.reply = reply
+        waiting = [asyncio.create_task(post(gateway)) for _ in range(2)]
+        while len(gateway.broker.records("scan-commands")) < 2:
+            await gateway.broker.news(1)
+        answer = await post(gateway)
+        assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
+        assert (await gateway.client.get("/api/v1/task", headers=gateway.issuer.bearer(8))).status_code == 404
+        go.set()
+        assert [(await each).status_code for each in waiting] == [201, 201]
+        assert (await post(gateway)).status_code == 201
+
+
+async def test_requests_at_once_are_bounded_overall() -> None:
+    """When all places are taken the next request of anybody is a 503 with Retry-After."""
+    async with Gateway().run(requests_at_once=1) as gateway:
+        go = asyncio.Event()
+
+        async def reply(command: Command) -> Sequence[Reply]:
+            await go.wait()
+            return await accept(command)
+
+        gateway.replier.reply = reply
+        waiting = asyncio.create_task(post(gateway))
+        while not gateway.broker.records("scan-commands"):
+            await gateway.broker.news(1)
+        answer = await post(gateway, 8)
+        assert (answer.status_code, "Retry-After" in answer.headers) == (503, True)
+        go.set()
+        assert (await waiting).status_code == 201
+
+
+@pytest.mark.proves("A7")
+async def test_a_token_comes_before_the_body(gateway: Running) -> None:
+    """Without a good token every route is a 401, whatever the body is; unknown paths and verbs stay 404 and 405."""
+    for authorization in ("", "Bearer x"):
+        headers = {"Authorization": authorization, "Content-Type": "application/json"}
+        for content in (b"{", b"[]", b"[" * 50_000, b"\xff"):
+            for method, path in (("POST", "/api/v1/task"), ("POST", "/api/v1/subnet"), ("PUT", "/api/v1/policy/1")):
+                answer = await gateway.client.request(method, path, content=content, headers=headers)
+                assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
+        assert (await gateway.client.get("/api/v1/nope", headers=headers)).status_code == 404
+        assert (await gateway.client.patch("/api/v1/task", headers=headers)).status_code == 405
