@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import ClassVar
 from uuid import uuid4
 
@@ -26,9 +27,9 @@ class Message(BaseModel):
         return uuid4().hex
 
     @property
+    @abstractmethod
     def subject(self) -> str:
         """`ce_subject`: what the message is about."""
-        raise NotImplementedError
 
     @classmethod
     def type_name(cls) -> str:
