@@ -45,7 +45,7 @@ class Orchestrator:
     ) -> None:
         self.dispatcher = Dispatcher(store, publisher, lease_seconds, monotonic=monotonic)
         self.jobs = Jobs(store, publisher, self.dispatcher.wake, monotonic=monotonic)
-        self.commands = Commands(store, publisher, self.jobs, rules)
+        self.commands = Commands(store, publisher, self.jobs, rules, monotonic=monotonic)
         self.sweeper = Sweeper(store, publisher, self.jobs, stored_seconds, monotonic=monotonic)
         self.progress = Progress(store, publisher, self.jobs, self.dispatcher.wake, lease_seconds, monotonic=monotonic)
         self.handlers: dict[Topic, Handler] = {

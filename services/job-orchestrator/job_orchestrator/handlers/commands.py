@@ -24,8 +24,8 @@ from scanfleet.targets import Target, TargetRules
 
 Reply = CommandAccepted | CommandRejected
 
-# By the broker's stamp. Nobody waits any more, and the caller may have asked again in other words. This is only tidy: what
-# makes a late command harmless is that the gateway's `expired` was inserted first.
+# Nobody waits any more, and the caller may have asked again in other words. This is only tidy: what makes a late command
+# harmless is that the gateway's `expired` was inserted first.
 _TOO_OLD: Final = timedelta(seconds=60)
 _ROUNDS: Final = 50  # each lost race is a change of the job's, which has few
 _MAX_EXCLUDES: Final = 100_000  # of one command's subnets together: its document stays below the database's 16 MB
@@ -38,16 +38,27 @@ class _RefusedError(Exception):
 class Commands:
     """Handles scan-commands."""
 
-    def __init__(self, store: Store, publisher: Publisher, jobs: Jobs, rules: TargetRules) -> None:
+    def __init__(
+        self,
+        store: Store,
+        publisher: Publisher,
+        jobs: Jobs,
+        rules: TargetRules,
+        *,
+        monotonic: Callable[[], float],
+    ) -> None:
         self._store = store
         self._publisher = publisher
         self._jobs = jobs
         self._rules = rules
+        self._monotonic = monotonic
+        self._caught_up: dict[int, float] = {}
+        """For each partition, when we had last read all that was in it."""
 
     async def handle(self, records: Sequence[Record]) -> None:
         messages = {(message := _command(record)).command_id: message for record in records}
         stands = await self._known(messages)
-        too_old = {_command(record).command_id for record in records if record.timestamp < utc_now() - _TOO_OLD}
+        too_old = {_command(record).command_id for record in records if self._too_old(record)}
         new: list[Command] = []
         submits: list[SubmitJobs] = []
         for id_, message in messages.items():
@@ -64,9 +75,12 @@ class Commands:
 
     async def assigned(self, partitions: Collection[int]) -> None: ...
 
-    async def revoked(self, partitions: Collection[int]) -> None: ...
+    async def revoked(self, partitions: Collection[int]) -> None:
+        for partition in partitions:
+            self._caught_up.pop(partition, None)
 
-    async def caught_up(self, partitions: Collection[int]) -> None: ...
+    async def caught_up(self, partitions: Collection[int]) -> None:
+        self._caught_up |= dict.fromkeys(partitions, self._monotonic())
 
     async def expire(self, command_id: str, user_id: int) -> Reply | None:
         """Make sure that the command will never be accepted; or, when it was, finish it and answer it.
@@ -84,6 +98,17 @@ class Commands:
         answer = (await self._answers({command_id: stands}))[command_id]
         await self._follow(_jobs_of(stands))
         return answer
+
+    def _too_old(self, record: Record) -> bool:
+        """Whether the command stood in the log for more than a minute.
+
+        It did not if all that came before it was read within that minute: that is certain, whatever the clocks say. How
+        long it stood there before we came, only the broker's stamp can tell, and only if our clock agrees with it.
+        """
+        caught_up = self._caught_up.get(record.partition)
+        if caught_up is not None and self._monotonic() - caught_up < _TOO_OLD.total_seconds():
+            return False
+        return record.timestamp < utc_now() - _TOO_OLD
 
     async def _known(self, messages: Mapping[str, SubmitJobs | CancelJob]) -> dict[str, Command]:
         """What already stands for these ids: their own command, or an earlier one under the same idempotency key."""

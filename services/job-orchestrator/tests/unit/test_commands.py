@@ -152,11 +152,31 @@ async def test_a_request_that_fits_no_document_is_refused(world: World) -> None:
 async def test_a_late_command_is_never_accepted(world: World) -> None:
     """A command that stood in the log for more than a minute is expired: no jobs, no answer, not on redelivery either."""
     command = await world.submit()
+    world.now += 61  # in which nothing was read
     old = [replace(each, timestamp=each.timestamp - timedelta(seconds=61)) for each in world.take(SCAN_COMMANDS)]
     await world.hand(SCAN_COMMANDS, old)
     fresh = [replace(each, timestamp=each.timestamp + timedelta(seconds=61)) for each in old]
     await world.hand(SCAN_COMMANDS, fresh)
     await world.settle()
+    assert world.replies(command) == []
+    assert await jobs_of(world) == []
+
+
+async def test_a_clock_that_is_wrong_refuses_nothing_that_was_waited_for(world: World) -> None:
+    """A replica that has read all within the last minute takes every new command, an hour old by its own clock or not."""
+    command = await world.submit()
+    records = [replace(each, timestamp=each.timestamp - timedelta(hours=1)) for each in world.take(SCAN_COMMANDS)]
+    world.now += 59
+    await world.hand(SCAN_COMMANDS, records)
+    assert isinstance(world.replies(command)[0], CommandAccepted)
+
+
+async def test_what_was_there_when_a_replica_came_is_as_old_as_its_stamp_says(world: World) -> None:
+    """After a rebalance that a replica has read a partition before proves nothing: an old command is expired."""
+    await world.only.commands.revoked(range(SCAN_COMMANDS.partitions))
+    command = await world.submit()
+    records = [replace(each, timestamp=each.timestamp - timedelta(hours=1)) for each in world.take(SCAN_COMMANDS)]
+    await world.hand(SCAN_COMMANDS, records)
     assert world.replies(command) == []
     assert await jobs_of(world) == []
 
