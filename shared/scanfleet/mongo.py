@@ -7,13 +7,15 @@ acknowledged survives any one machine, and no reader sees what may yet be undone
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC
 from typing import Any, Final
 
+import pymongo
 from motor.motor_asyncio import AsyncIOMotorClient, AsyncIOMotorCollection, AsyncIOMotorDatabase
-from pymongo import ReadPreference, ReturnDocument
+from pymongo import IndexModel, ReadPreference, ReturnDocument
 from pymongo.errors import (
     BulkWriteError,
     ConnectionFailure,
@@ -24,6 +26,8 @@ from pymongo.errors import (
 
 from scanfleet.errors import DependencyError
 
+log = logging.getLogger(__name__)
+
 Document = dict[str, Any]
 Database = AsyncIOMotorDatabase[Document]
 Collection = AsyncIOMotorCollection[Document]
@@ -32,7 +36,12 @@ Collection = AsyncIOMotorCollection[Document]
 # waits, and a handler's batch is tried again anyway.
 TIMEOUT_MS: Final = 5_000
 
+BUILD_SECONDS: Final = 3_600  # for an index over what a large platform has gathered; usually there is nothing to build
+
 DUPLICATE_KEY: Final = 11_000
+_NO_SUCH_INDEX: Final = 27
+_DEFINED_OTHERWISE: Final = frozenset({85, 86})  # an index of that name has other options, or other keys
+_BUILD_ABORTED: Final = 276
 
 # What the server answers on a bad day of its own; every other code says that the request is wrong, which is our bug.
 _BAD_DAY_CODES: Final = frozenset(
@@ -131,6 +140,48 @@ async def insert_missing(collection: Collection, documents: Sequence[Document]) 
             raise
         return {each["index"] for each in failed}
     return set()
+
+
+@bad_days()
+async def make_indexes(database: Database, indexes: Mapping[str, Sequence[IndexModel]]) -> None:
+    """Make these indexes, by collection; one that is there under another definition is dropped and built anew.
+
+    Meanwhile queries do without it. Indexes of other names are not ours and stay. A unique index keeps a promise, which
+    nothing would keep in between, so it is not replaced: a changed one needs another name.
+
+    Raises:
+        DependencyError: some of them may be made; call again.
+        ValueError: a unique index is there under another definition.
+    """
+    with pymongo.timeout(BUILD_SECONDS):
+        for name, models in indexes.items():
+            for model in models:
+                await _make_index(database[name], model)
+
+
+async def _make_index(collection: Collection, model: IndexModel) -> None:
+    while True:
+        try:
+            await collection.create_indexes([model])
+        except OperationFailure as error:
+            if error.code == _BUILD_ABORTED:  # by another replica that drops the same old one, a moment after we did
+                continue
+            if error.code not in _DEFINED_OTHERWISE:
+                raise
+            if model.document.get("unique"):
+                raise ValueError(f"{collection.name}: a unique index is not replaced: {error}") from error
+        else:
+            return
+        log.warning("index %s of %s has changed: it is built anew", model.document["name"], collection.name)
+        await _drop_index(collection, model.document["name"])
+
+
+async def _drop_index(collection: Collection, name: str) -> None:
+    try:
+        await collection.drop_index(name)
+    except OperationFailure as error:
+        if error.code != _NO_SUCH_INDEX:  # another replica was first
+            raise
 
 
 class Ids:

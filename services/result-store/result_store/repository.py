@@ -11,11 +11,11 @@ from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequen
 from typing import Any, Final
 
 from bson import decode_iter
-from pymongo import ASCENDING
+from pymongo import ASCENDING, IndexModel
 
 from result_store.domain import ClosedChunk, Host, Place, StoredHost
 from scanfleet.messages import HostScanned
-from scanfleet.mongo import Database, Document, Ids, bad_days, insert_missing
+from scanfleet.mongo import Database, Document, Ids, bad_days, insert_missing, make_indexes
 from scanfleet.outcomes import Outcome
 from scanfleet.rest import Result
 
@@ -23,23 +23,23 @@ from scanfleet.rest import Result
 PAGE: Final = 100
 
 _WITH_RESULTS: Final = {"first_id": {"$exists": True}}
+_INDEXES: Final = {
+    "hosts": [IndexModel([("job_id", 1), ("created_at", 1), ("offset", 1)], partialFilterExpression=_WITH_RESULTS)],
+}
 _OF_STORED: Final = dict.fromkeys(("chunk_id", "address", "outcome", "created_at", "offset"), True)
 
 
 class MongoStore:
     def __init__(self, database: Database) -> None:
+        self._database = database
         self._hosts = database["hosts"]
         self._chunks = database["chunks"]
         # Each batch takes its own ids in one write, so that they grow from one replica to the next.
         self._ids = Ids(database, "results")
 
-    @bad_days()
     async def prepare(self) -> None:
-        """Make the index that the queries need; does nothing the second time."""
-        await self._hosts.create_index(
-            [("job_id", ASCENDING), ("created_at", ASCENDING), ("offset", ASCENDING)],
-            partialFilterExpression=_WITH_RESULTS,
-        )
+        """Make the indexes what they are to be."""
+        await make_indexes(self._database, _INDEXES)
 
     @bad_days()
     async def add(self, hosts: Sequence[Host]) -> int:

@@ -3,17 +3,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 from uuid import uuid4
 
 import pytest
-from pymongo import ReadPreference
+from motor.motor_asyncio import AsyncIOMotorClient
+from pymongo import IndexModel, ReadPreference
 from pymongo.errors import BulkWriteError
 from pymongo.uri_parser import parse_uri
 
 from scanfleet import mongo
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError
-from scanfleet.mongo import TIMEOUT_MS, Database, Ids, insert_missing
+from scanfleet.mongo import TIMEOUT_MS, Database, Ids, insert_missing, make_indexes
 from scanfleet.testing.proxy import Proxy, proxy
 
 pytestmark = pytest.mark.integration
@@ -57,6 +59,58 @@ async def test_a_document_that_cannot_be_stored_is_no_duplicate(database: Databa
     """An error other than a taken key is raised, whatever else the batch holds."""
     with pytest.raises(BulkWriteError):
         await insert_missing(database["things"], [{"_id": 1}, {"_id": 1}, {"_id": [1]}])
+
+
+async def indexes_of(database: Database) -> dict[str, Any]:
+    return {name: dict(index) for name, index in (await database["things"].index_information()).items()}
+
+
+async def test_an_index_whose_definition_changed_is_built_anew(database: Database) -> None:
+    """Other options or other keys under the same name replace the index; what somebody else made stays as it is."""
+    await database["things"].create_index("theirs")
+    before = [IndexModel("at"), IndexModel("kind", name="named"), IndexModel("same")]
+    await make_indexes(database, {"things": before})
+    after = [
+        IndexModel("at", expireAfterSeconds=60),
+        IndexModel([("kind", 1), ("size", 1)], name="named", sparse=True),
+        IndexModel("same"),
+    ]
+    await make_indexes(database, {"things": after})
+    await make_indexes(database, {"things": after})
+    found = await indexes_of(database)
+    assert found.keys() == {"_id_", "theirs_1", "at_1", "named", "same_1"}
+    assert found["at_1"]["expireAfterSeconds"] == 60
+    assert (found["named"]["key"], found["named"]["sparse"]) == ([("kind", 1), ("size", 1)], True)
+
+
+async def test_a_unique_index_is_never_away(database: Database) -> None:
+    """A unique index that changed is refused, and the one that is there goes on to hold; so is a change to be unique."""
+    await make_indexes(database, {"things": [IndexModel("key", unique=True), IndexModel("plain")]})
+    for changed in (IndexModel("key", unique=True, sparse=True), IndexModel("plain", unique=True)):
+        with pytest.raises(ValueError, match="not replaced"):
+            await make_indexes(database, {"things": [changed]})
+    found = await indexes_of(database)
+    assert found["key_1"]["unique"]
+    assert "plain_1" in found
+
+
+async def test_replicas_that_start_together_agree_on_indexes(database: Database) -> None:
+    """Five replicas that find an old definition at the same time all start, and leave the new one."""
+    await make_indexes(database, {"things": [IndexModel("at")]})
+    await database["things"].insert_many([{"at": number} for number in range(5_000)])
+    changed = {"things": [IndexModel("at", sparse=True)]}
+    await asyncio.gather(*(make_indexes(database, changed) for _ in range(5)))
+    assert (await indexes_of(database))["at_1"]["sparse"]
+
+
+async def test_an_index_may_take_longer_than_other_operations(mongodb: str, database: Database) -> None:
+    """Building an index waits for as long as it takes, however short the limit of ordinary operations is."""
+    hasty: AsyncIOMotorClient[mongo.Document] = AsyncIOMotorClient(mongodb, timeoutMS=1)
+    try:
+        await make_indexes(hasty[database.name], {"things": [IndexModel("at")]})
+    finally:
+        hasty.close()
+    assert "at_1" in await indexes_of(database)
 
 
 @pytest.mark.parametrize("block", [1, 7])

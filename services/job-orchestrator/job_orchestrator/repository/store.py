@@ -19,7 +19,7 @@ from job_orchestrator.domain.store import Command, Policy, Subnet
 from job_orchestrator.repository import documents
 from scanfleet.messages import JobStatus
 from scanfleet.mongo import Collection as MongoCollection
-from scanfleet.mongo import Database, Document, Ids, bad_days, insert_missing
+from scanfleet.mongo import Database, Document, Ids, bad_days, insert_missing, make_indexes
 
 _Owned = TypeVar("_Owned", Subnet, Policy)
 _Revised = TypeVar("_Revised", ScanJob, Chunk)
@@ -77,11 +77,9 @@ class MongoStore:
         self._database = database
         self._ids: dict[str, Ids] = {}
 
-    @bad_days()
     async def prepare(self) -> None:
-        """Create the indexes that are missing."""
-        for name, indexes in _INDEXES.items():
-            await self._database[name].create_indexes(indexes)
+        """Make the indexes what they are to be."""
+        await make_indexes(self._database, _INDEXES)
 
     async def take_ids(self, name: str, count: int = 1) -> range:
         return await self._ids.setdefault(name, Ids(self._database, name)).take(count)
