@@ -4,7 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 .DELETE_ON_ERROR:
-.PHONY: help setup packages demo test lint fmt up down status logs token bench lock images compose-demo compose-test
+.PHONY: help setup packages demo test lint fmt up down status logs token soak bench lock images compose-demo compose-test
 
 PYTHON ?= python3# makes the virtual environment; 3.11 or newer
 BIN := .venv/bin
@@ -43,12 +43,14 @@ logs: setup ## The end of each process's log
 token: setup ## Print a token: make token USER=7 [ADMIN=1]
 	@$(BIN)/python -m local token --user '$(USER)' $(if $(ADMIN),--admin)
 
+soak: setup ## Load the platform while processes die, and find every promise kept: make soak MINUTES=10
+	@MINUTES='$(or $(MINUTES),10)' $(BIN)/pytest -q tests/faults/test_soak.py
+
 bench: setup ## Measure the platform against plain nmap and other real alternatives
 	@for file in bench/*.py; do $(BIN)/python -m bench.$$(basename $$file .py); done
 
 images: ## Build the image of every service, scanfleet/<service>:dev; needs a Docker engine
-	docker compose build --build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
-		--build-arg REVISION=$$(git rev-parse HEAD)
+	docker compose build
 
 compose-demo: setup ## The demo on containers: docker-compose.yml; needs a Docker engine
 	@$(BIN)/python -m local.compose

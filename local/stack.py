@@ -17,10 +17,8 @@ from typing import Final
 import httpx
 
 from local import kafka, mongod, ports, tokens
-from local.credentials import ADMIN, Credentials
 from local.supervisor import Process, Program, Supervisor
 from local.wait import until
-from scanfleet.settings import KafkaSettings
 
 SERVERS: Final = ("kafka", "mongod")
 SERVICES: Final = {
@@ -30,7 +28,6 @@ SERVICES: Final = {
     "api-gateway": "api_gateway",
 }
 """Package of each service."""
-WITH_DATABASE: Final = ("job-orchestrator", "result-store")
 LOCAL_REPLICAS: Final = {"result-store": 1, "job-orchestrator": 1, "scanner-worker": 2, "api-gateway": 1}
 USUAL_PORTS: Final = {
     "kafka": 9092,
@@ -70,7 +67,7 @@ class Stack:
         topic_prefix: str = "",
         database_prefix: str = "scanfleet",
         settings: Mapping[str, str] | None = None,
-        secured: bool = False,
+        settings_of: Mapping[str, Mapping[str, str | None]] | None = None,
     ) -> None:
         """Name a stack; nothing starts.
 
@@ -83,7 +80,7 @@ class Stack:
             topic_prefix: before the name of every topic.
             database_prefix: before the name of every database.
             settings: more environment variables for every service.
-            secured: its own Kafka and mongod are spoken to over TLS, ask each service who it is, and let it do what it must.
+            settings_of: more for one service, or for one process of it; those of None are left out.
         """
         self.folder = folder.resolve()
         self._replicas = replicas
@@ -93,7 +90,7 @@ class Stack:
         self._topic_prefix = topic_prefix
         self._database_prefix = database_prefix
         self._settings = settings or {}
-        self._credentials = Credentials(self.folder / "credentials") if secured else None
+        self._settings_of = settings_of or {}
         self._supervisor = Supervisor(self.folder)
 
     def up(self) -> bool:
@@ -113,16 +110,12 @@ class Stack:
             try:
                 self._supervisor.start(self._servers)
                 if "mongod" in self._servers:
-                    mongod.make_ready(self.address("mongod"), credentials=self._credentials)
+                    mongod.make_ready(self.address("mongod"))
                 if "kafka" in self._servers:
-                    kafka.wait_until_up(self.kafka, settings=self.kafka_settings())
+                    kafka.wait_until_up(self.kafka)
             except Exception as error:
                 raise StackError(f"{error}{self._logs(self._servers)}") from error
-            if self._credentials is not None:
-                databases = {service: self.database(service) for service in WITH_DATABASE}
-                mongod.make_users(self.address("mongod"), self._credentials, databases)
-                self._administer("create-acls")
-            self._administer("create-topics")
+            self._create_topics()
             self._supervisor.start(self._services)
             self.wait_until_ready()
             text = "".join(f"{name}={shlex.quote(value)}\n" for name, value in self.env.items())
@@ -207,7 +200,7 @@ class Stack:
     @property
     def url(self) -> str:
         """Of the (first) gateway."""
-        return f"http://{self.address(self._names('api-gateway')[0])}"
+        return f"http://{self.address(self.names('api-gateway')[0])}"
 
     @property
     def kafka(self) -> str:
@@ -215,32 +208,7 @@ class Stack:
 
     @property
     def mongodb(self) -> str:
-        """The URI of whoever may do everything."""
-        user = ADMIN if self._credentials else ""
-        return self._mongodb_at or mongod.uri(self.address("mongod"), user, credentials=self._credentials)
-
-    def mongodb_of(self, service: str) -> str:
-        """The URI of a service that has a database."""
-        if self._credentials is None:
-            return self.mongodb
-        return mongod.uri(self.address("mongod"), service, self.database(service), self._credentials)
-
-    def database(self, service: str) -> str:
-        """The name of a service's database."""
-        return f"{self._database_prefix}_{SERVICES[service]}"
-
-    def kafka_settings(self, service: str | None = None) -> KafkaSettings:
-        """The way to the bus of a service, or of whoever may do everything."""
-        if self._credentials is None:
-            return KafkaSettings(kafka=self.kafka, topic_prefix=self._topic_prefix)
-        user = ADMIN if service is None else self._topic_prefix + service
-        return KafkaSettings(
-            kafka=self.kafka,
-            kafka_ca_file=self._credentials.authority,
-            kafka_username=user,
-            kafka_password_file=self._credentials.password_file(user),
-            topic_prefix=self._topic_prefix,
-        )
+        return self._mongodb_at or mongod.uri(self.address("mongod"))
 
     @property
     def env(self) -> dict[str, str]:
@@ -262,28 +230,23 @@ class Stack:
 
     @property
     def _services(self) -> list[str]:
-        return [name for service in SERVICES for name in self._names(service)]
+        return [name for service in SERVICES for name in self.names(service)]
 
-    def _names(self, service: str) -> list[str]:
+    def names(self, service: str) -> list[str]:
+        """The processes of a service."""
         count = self._replicas[service]
         return [service] if count == 1 else [f"{service}-{number}" for number in range(1, count + 1)]
 
     def _programs(self) -> Iterator[Program]:
         if "kafka" in self._servers:
             numbers = self._ports()
-            command = kafka.command(
-                self.folder / "kafka",
-                numbers["kafka"],
-                numbers["kafka-controller"],
-                self._credentials,
-                [self._topic_prefix + service for service in SERVICES],
-            )
+            command = kafka.command(self.folder / "kafka", numbers["kafka"], numbers["kafka-controller"])
             yield Program("kafka", command, autostart=True)
         if "mongod" in self._servers:
-            command = mongod.command(self.folder / "mongod", self._ports()["mongod"], self._credentials)
+            command = mongod.command(self.folder / "mongod", self._ports()["mongod"])
             yield Program("mongod", command, autostart=True)
         for service, package in SERVICES.items():
-            for index, name in enumerate(self._names(service)):
+            for index, name in enumerate(self.names(service)):
                 host, port = self.address(name).split(":")
                 yield Program(
                     name,
@@ -298,12 +261,13 @@ class Stack:
 
     def _environment(self, service: str, index: int, name: str) -> dict[str, str]:
         def replica_url(other: str) -> str:
-            names = self._names(other)
+            names = self.names(other)
             return f"http://{self.address(names[index % len(names)])}"
 
         variables = {
             "SCANFLEET_INSTANCE": name,
-            **self._way_to_the_bus(service),
+            "SCANFLEET_KAFKA": self.kafka,
+            "SCANFLEET_TOPIC_PREFIX": self._topic_prefix,
             "SCANFLEET_JWT_ISSUER": tokens.ISSUER,
             "SCANFLEET_JWT_AUDIENCE": tokens.AUDIENCE,
             "SCANFLEET_JWT_PUBLIC_KEY_FILE": str(self._issuer.public_key_file),
@@ -311,32 +275,27 @@ class Stack:
             "SCANFLEET_LEASE_SECONDS": str(LEASE),
             "SCANFLEET_WRITES_PER_MINUTE": str(WRITES),
         }
-        if service in WITH_DATABASE:
-            variables["SCANFLEET_DATABASE"] = self.database(service)
-            uri = self.mongodb_of(service)
-            if self._credentials is None:
-                variables["SCANFLEET_MONGODB"] = uri
-            else:
-                variables["SCANFLEET_MONGODB_FILE"] = str(self._credentials.file(f"{service}-mongodb", uri))
+        if service in ("job-orchestrator", "result-store"):
+            variables["SCANFLEET_MONGODB"] = self.mongodb
+            variables["SCANFLEET_DATABASE"] = f"{self._database_prefix}_{SERVICES[service]}"
         if service == "api-gateway":
             variables["SCANFLEET_ORCHESTRATOR_URL"] = replica_url("job-orchestrator")
             variables["SCANFLEET_RESULT_STORE_URL"] = replica_url("result-store")
-        return {**variables, **self._settings}
+        more: dict[str, str | None] = {**variables, **self._settings}
+        for whose in (service, name):
+            more |= self._settings_of.get(whose, {})
+        return {variable: value for variable, value in more.items() if value is not None}
 
-    def _way_to_the_bus(self, service: str | None = None) -> dict[str, str]:
-        settings = self.kafka_settings(service).model_dump(mode="json", exclude_none=True)
-        return {f"SCANFLEET_{name.upper()}": value for name, value in settings.items()}
-
-    def _administer(self, command: str) -> None:
+    def _create_topics(self) -> None:
         done = subprocess.run(
-            [sys.executable, "-m", "scanfleet.kafka", command],
-            env=os.environ | self._way_to_the_bus(),
+            [sys.executable, "-m", "scanfleet.kafka", "create-topics"],
+            env=os.environ | {"SCANFLEET_KAFKA": self.kafka, "SCANFLEET_TOPIC_PREFIX": self._topic_prefix},
             capture_output=True,
             text=True,
             check=False,
         )
         if done.returncode != 0:
-            raise StackError(f"{command} failed:\n{done.stdout}{done.stderr}")
+            raise StackError(f"the topics could not be made:\n{done.stdout}{done.stderr}")
 
     def _ports(self) -> dict[str, int]:
         try:

@@ -25,7 +25,6 @@ from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.messages import CancelJob, CommandRejected, WorkerReady
 from scanfleet.messages.envelope import Headers, RawRecord, encode
 from scanfleet.messages.topics import MAX_BYTES, SCAN_REPLIES, SCAN_WORKERS
-from scanfleet.settings import KafkaSettings
 from scanfleet.testing.bus import MemoryBroker, MemoryBus
 from scanfleet.testing.consumers import Recorder, Running, until
 
@@ -77,9 +76,7 @@ class Kafka:
         self._buses: list[KafkaBus] = []
 
     async def bus(self, instance: str) -> Bus:
-        bus = KafkaBus(
-            KafkaSettings(kafka=self._bootstrap, topic_prefix=self._prefix), source="test", instance=instance
-        )
+        bus = KafkaBus(bootstrap=self._bootstrap, prefix=self._prefix, source="test", instance=instance)
         await bus.start()
         self._buses.append(bus)
         return bus
@@ -321,6 +318,7 @@ def without(name: str, **instead: bytes | None) -> Headers:
     return [*((n, v) for n, v in GOOD.headers if n != name), *instead.items()]
 
 
+@pytest.mark.proves("F12", "G9")
 @pytest.mark.parametrize(
     ("key", "value", "headers"),
     [

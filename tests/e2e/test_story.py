@@ -47,6 +47,7 @@ async def events(stack: Stack, job_id: int) -> list[tuple[str, dict[str, Any]]]:
     return [(kind.split(".")[1], value) for kind, value in read if value["job"]["id"] == job_id]
 
 
+@pytest.mark.proves("F22", "G16")
 def test_a_scan_finds_what_nmap_finds_and_accounts_for_every_probe(
     user: Client,
     servers: OpenPorts,
@@ -64,6 +65,7 @@ def test_a_scan_finds_what_nmap_finds_and_accounts_for_every_probe(
     assert ledger["request"]["probes"] == 256 * 71 == sum(ledger["counts"].values()) == ledger["counts"]["answered"]
 
 
+@pytest.mark.proves("F22", "G7")
 async def test_the_events_of_a_job_tell_its_life_in_order(stack: Stack, user: Client) -> None:
     """JobCreated, JobStarted and JobCompleted first appear in that order, under a rising `seq` without gaps."""
     job_id = user.scan("127.9.8.0/26", ports=PORTS, service_detection=False)
@@ -86,6 +88,7 @@ async def test_the_events_of_a_job_tell_its_life_in_order(stack: Stack, user: Cl
     assert {value["user_id"] for _, value in seen} == {7}
 
 
+@pytest.mark.proves("G8")
 def test_a_cancel_stops_the_packets(
     user: Client,
     running_nmaps: Callable[[], list[int]],
@@ -137,6 +140,7 @@ def test_two_workers_share_a_job(stack: Stack, user: Client, running_nmaps: Call
     until(lambda: not running_nmaps(), 10, "nmap to end")
 
 
+@pytest.mark.proves("F2", "G3")
 def test_a_worker_killed_in_mid_scan_costs_nothing(
     stack: Stack,
     user: Client,
@@ -155,6 +159,7 @@ def test_a_worker_killed_in_mid_scan_costs_nothing(
     stack.wait_until_ready()
 
 
+@pytest.mark.proves("G1", "G3")
 @pytest.mark.parametrize("name", ["job-orchestrator-1", "result-store-1", "api-gateway-1"])
 def test_a_service_killed_in_mid_scan_costs_nothing(stack: Stack, user: Client, servers: OpenPorts, name: str) -> None:
     """kill -9 of any other service during a scan changes neither its end nor its results."""

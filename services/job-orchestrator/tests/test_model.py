@@ -357,6 +357,7 @@ class Life(RuleBasedStateMachine):
                 self.past.append(record)
 
 
+@pytest.mark.proves("G1", "G2", "G4", "G5", "G6", "G7")
 def test_any_life_in_memory() -> None:
     """No history of submits, reports, losses, restarts and cancels breaks a rule, and all jobs end when it is over."""
     run_state_machine_as_test(
@@ -370,6 +371,7 @@ def test_any_life_in_memory() -> None:
     )
 
 
+@pytest.mark.proves("G1", "G2", "G4", "G5", "G6", "G7")
 @pytest.mark.integration
 def test_any_life_on_mongodb(mongodb: str) -> None:
     """The same rules hold on real documents."""

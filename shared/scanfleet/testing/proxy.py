@@ -25,6 +25,7 @@ class Proxy:
         self._links: set[asyncio.Task[None]] = set()
         self._open = asyncio.Event()
         self._open.set()
+        self._delay = 0.0
         self.port = 0
 
     async def refuse(self) -> None:
@@ -41,6 +42,10 @@ class Proxy:
         """Take connections and bytes and answer nothing, as a machine that hangs."""
         self._open.clear()
 
+    def delay(self, seconds: float) -> None:
+        """Keep every piece that goes either way for so long, as a network or a machine that has become slow."""
+        self._delay = seconds
+
     async def cut(self) -> None:
         """Break the connections there are; new ones are taken."""
         links = list(self._links)
@@ -51,6 +56,7 @@ class Proxy:
     async def heal(self) -> None:
         """Pass everything on again, on the same port."""
         self._refusing = False
+        self._delay = 0.0
         self._open.set()
         if self._server is None:
             self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
@@ -83,6 +89,7 @@ class Proxy:
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while piece := await reader.read(_PIECE):
+                await asyncio.sleep(self._delay)
                 await self._open.wait()
                 writer.write(piece)
                 await writer.drain()

@@ -26,7 +26,6 @@ from scanfleet.bus import Record
 from scanfleet.consumer import BatchDroppedError, ConsumerLoop
 from scanfleet.errors import DependencyError
 from scanfleet.kafka import KafkaBus
-from scanfleet.kafka.broker import access
 from scanfleet.kafka.sources import Member
 from scanfleet.kafka.topics import DEAD_LETTER_BYTES, TopicSettings, create_topics
 from scanfleet.messages import WorkerReady
@@ -83,7 +82,7 @@ class Bench:
 
     async def bus(self, instance: str = "one") -> KafkaBus:
         settings = self.settings
-        bus = KafkaBus(settings, source="test", instance=instance)
+        bus = KafkaBus(bootstrap=settings.kafka, prefix=settings.topic_prefix, source="test", instance=instance)
         await bus.start()
         self._stack.push_async_callback(bus.stop)
         return bus
@@ -159,6 +158,7 @@ async def test_a_killed_broker_costs_nothing_but_time(own_broker: Broker, own_be
         assert bus.alive
 
 
+@pytest.mark.proves("F15", "G7")
 async def test_a_send_that_timed_out_arrives_once_and_nothing_overtakes_it(
     own_broker: Broker, own_bench: Bench
 ) -> None:
@@ -264,7 +264,7 @@ async def test_offsets_of_foreign_partitions_cannot_be_committed(bench: Bench) -
             name=bench.name,
             group=bench.settings.topic_prefix + GROUP,
             instance=instance,
-            access=access(bench.settings),
+            bootstrap=bench.settings.kafka,
             end_offsets=bus._end_offsets,
         )
 
@@ -309,6 +309,7 @@ async def test_a_killed_member_goes_on_under_its_name(bench: Bench) -> None:
     await killed.stop()
 
 
+@pytest.mark.proves("F12", "G9")
 @pytest.mark.parametrize("kind", ["group", "tail"])
 async def test_a_record_that_the_client_cannot_read_is_buried(bench: Bench, kind: str) -> None:
     """A header whose name is no text breaks the client; its origin goes to the dead-letter topic, the rest is handled."""

@@ -167,6 +167,7 @@ async def test_nobody_there_is_a_bad_day(mongodb: str, database: Database, troub
         await mongo.ping(detour)
 
 
+@pytest.mark.proves("F7")
 async def test_a_cut_connection_costs_nothing(mongodb: str, database: Database) -> None:
     """A write that finds its connection cut is done once all the same, by the driver's own retry."""
     async with through_proxy(mongodb, database) as (between, detour):

@@ -52,7 +52,6 @@ from scanfleet.messages.topics import (
     SCAN_WORKERS,
     Topic,
 )
-from scanfleet.settings import KafkaSettings
 
 pytestmark = pytest.mark.integration
 
@@ -87,7 +86,7 @@ class Platform:
         self.stack = stack
         self.database = mongo.connect(mongodb, self.prefix.strip("-"))
         self.store = MongoStore(self.database)
-        self.bus = KafkaBus(KafkaSettings(kafka=kafka, topic_prefix=self.prefix), source="test", instance="test")
+        self.bus = KafkaBus(bootstrap=kafka, prefix=self.prefix, source="test", instance="test")
         self.events, self.tasks, self.replies, self.progress = Listener(), Listener(), Listener(), Listener()
         self.said = Listener()
         self.workers = [Worker(self.bus, f"w-{n}", slots=3) for n in range(4)]
@@ -273,6 +272,7 @@ async def platform(kafka: str, mongodb: str) -> AsyncIterator[Platform]:
         yield platform
 
 
+@pytest.mark.proves("F22", "G3", "G7")
 async def test_two_replicas_share_the_work(platform: Platform) -> None:
     """Fifty jobs run to completion over two replicas: no chunk is given twice, and all events come in order."""
     await asyncio.gather(platform.replica("one"), platform.replica("two"))
@@ -285,6 +285,7 @@ async def test_two_replicas_share_the_work(platform: Platform) -> None:
     assert all(states[job.id] == {ChunkState.STORED: job.chunk_count} for job in jobs)
 
 
+@pytest.mark.proves("F11", "F22", "G6", "G8")
 async def test_cancel_against_completion_has_one_winner(platform: Platform) -> None:
     """Jobs cancelled while they complete end once, and replies, events and documents agree on how."""
     await asyncio.gather(platform.replica("one"), platform.replica("two"))
@@ -324,6 +325,7 @@ async def test_cancel_against_completion_has_one_winner(platform: Platform) -> N
     platform.check_tokens()
 
 
+@pytest.mark.proves("F9", "F12", "G9")
 async def test_poison_and_replays_change_nothing(platform: Platform) -> None:
     """Junk in every partition of every topic read is dead-lettered, a replay of all that was said is without effect."""
     await platform.replica("one")
@@ -357,6 +359,7 @@ async def test_poison_and_replays_change_nothing(platform: Platform) -> None:
     platform.check_order()
 
 
+@pytest.mark.proves("F3", "F4", "G7")
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("kind", ["JobCreated", "JobStarted", "JobCompleted"])
 async def test_a_replica_killed_around_a_publish_loses_no_event(platform: Platform, kind: str, moment: str) -> None:

@@ -77,6 +77,7 @@ async def test_an_answer_that_breaks_does_not_look_whole(accept: str) -> None:
         assert (await http.get(PATH.format(3))).status_code == 200
 
 
+@pytest.mark.proves("F16", "G11")
 async def test_who_reads_nothing_harms_nobody() -> None:
     """For callers that do not read, only as much is fetched as fits on the way, and others are answered meanwhile."""
     store = EndlessStore()

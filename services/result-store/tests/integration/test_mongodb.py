@@ -100,6 +100,7 @@ async def test_a_reader_may_take_its_time(database: Database) -> None:
     assert len(ips) == 2 * PAGE
 
 
+@pytest.mark.proves("F6")
 async def test_results_flow_again_after_mongodb_was_away(mongodb: str, database: Database) -> None:
     """Hosts and ends that come while MongoDB is away are stored and answered, once, when it is back."""
     [(address, port)] = parse_uri(mongodb)["nodelist"]

@@ -25,7 +25,6 @@ from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.messages import ChunkStored, HostScanned
 from scanfleet.messages.topics import SCAN_RESULTS, SCAN_STORED
 from scanfleet.outcomes import address_at
-from scanfleet.settings import KafkaSettings
 
 pytestmark = pytest.mark.integration
 
@@ -118,7 +117,7 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
 @asynccontextmanager
 async def bus_of_a_worker(kafka: str, prefix: str) -> AsyncIterator[tuple[KafkaBus, Stored]]:
     """What workers publish with, and what was said to scan-stored."""
-    bus = KafkaBus(KafkaSettings(kafka=kafka, topic_prefix=prefix), source="scanner-worker", instance="test")
+    bus = KafkaBus(bootstrap=kafka, prefix=prefix, source="scanner-worker", instance="test")
     stored = Stored()
     reader = bus.consume(SCAN_STORED, "test", stored)
     await bus.start()
@@ -140,6 +139,7 @@ async def emptied(mongodb: str, name: str) -> AsyncIterator[mongo.Database]:
         database.client.close()
 
 
+@pytest.mark.proves("F5", "G3")
 async def test_killed_in_mid_batch_it_loses_and_doubles_nothing(kafka: str, mongodb: str) -> None:
     """Killed again and again while it stores, result-store has each host once, each chunk closed, and says so when asked."""
     name = f"rs-{uuid4().hex[:8]}"

@@ -202,6 +202,7 @@ async def test_hosts_come_while_nmap_runs(make_chunk: MakeChunk, make_nmap: Make
         assert isinstance(rig.end(), ChunkScanned)
 
 
+@pytest.mark.proves("F2", "G10")
 async def test_a_resumed_chunk_scans_only_its_blanks(make_chunk: MakeChunk, make_nmap: MakeNmap, until: Until) -> None:
     """What a first attempt finished is neither scanned nor reported again by the second."""
     async with rigged(await make_nmap()) as rig:
@@ -213,6 +214,7 @@ async def test_a_resumed_chunk_scans_only_its_blanks(make_chunk: MakeChunk, make
         assert sorted(rig.hosts()) == ["127.9.43.2", "127.9.43.4", "127.9.43.6", "127.9.43.7"]
 
 
+@pytest.mark.proves("G8")
 async def test_a_cancelled_scan_is_gone_within_two_seconds(
     make_chunk: MakeChunk,
     make_nmap: MakeNmap,
@@ -276,6 +278,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.proves("F20", "G16")
 @pytest.mark.parametrize(("body", "reason", "outcomes"), FAILURES.values(), ids=FAILURES.keys())
 async def test_a_bad_nmap_fails_the_chunk_with_a_reason(  # noqa: PLR0917 # pytest passes fixtures by name
     make_chunk: MakeChunk,
@@ -298,6 +301,7 @@ async def test_a_bad_nmap_fails_the_chunk_with_a_reason(  # noqa: PLR0917 # pyte
         assert rig.worker.alive
 
 
+@pytest.mark.proves("F20")
 async def test_a_child_left_behind_by_success_is_killed(
     make_chunk: MakeChunk,
     make_nmap: MakeNmap,
@@ -341,6 +345,7 @@ async def test_nothing_of_ours_is_inherited(  # noqa: PLR0917 # pytest passes fi
     assert argv[argv.index("--") + 1 :] == ["127.9.1.0/30"]
 
 
+@pytest.mark.proves("F21")
 async def test_without_a_temporary_folder_the_chunk_fails_and_the_worker_stays(
     make_chunk: MakeChunk,
     make_nmap: MakeNmap,
@@ -407,6 +412,7 @@ def guards(nmap: Nmap) -> list[int]:
     return found
 
 
+@pytest.mark.proves("F2", "G8")
 async def test_a_killed_worker_leaves_no_nmap(until: Until) -> None:
     """kill -9 of a scanning worker: its nmap is gone at once, and so is the guard that saw to it."""
     process, theirs = await start_scanning(NMAP, *SLOW)
@@ -428,6 +434,7 @@ async def test_a_killed_workers_signals_do_not_reach_the_guard(until: Until) -> 
     await until(lambda: not marked(theirs), 3)
 
 
+@pytest.mark.proves("F2", "F20")
 async def test_a_killed_worker_leaves_nothing_that_nmap_forked(stand_in: Callable[[str], Path], until: Until) -> None:
     """What nmap forked, into sessions of its own too, goes with it when the worker is killed."""
     program = stand_in("""
@@ -442,6 +449,7 @@ async def test_a_killed_worker_leaves_nothing_that_nmap_forked(stand_in: Callabl
     await until(lambda: not marked(theirs), 3)
 
 
+@pytest.mark.proves("F2")
 async def test_a_worker_killed_at_any_moment_leaves_no_nmap(until: Until) -> None:
     """Killed right when it starts nmap, before it could know its process id, a worker still leaves nothing."""
     for _ in range(4):

@@ -29,7 +29,6 @@ from scanfleet.messages import (
     WorkerReady,
 )
 from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS, SCAN_WORKERS
-from scanfleet.settings import KafkaSettings
 
 pytestmark = pytest.mark.integration
 
@@ -103,7 +102,7 @@ async def deployed(kafka: str, until: Until) -> AsyncIterator[Deployed]:
         "SCANFLEET_SLOTS": "3",
         "SCANFLEET_STOP_GRACE_SECONDS": "6",
     }
-    bus = KafkaBus(KafkaSettings(kafka=kafka, topic_prefix=prefix), source="test", instance="test")
+    bus = KafkaBus(bootstrap=kafka, prefix=prefix, source="test", instance="test")
     worker = Deployed(bus, environment, port)
     async with contextlib.AsyncExitStack() as stack:
         await bus.start()
@@ -134,6 +133,7 @@ async def test_a_chunk_over_real_kafka(deployed: Deployed, make_chunk: MakeChunk
     assert 'scanfleet_worker_addresses_total{outcome="answered"} 4.0' in (await deployed.probe("/metrics")).text
 
 
+@pytest.mark.proves("F14", "G10")
 async def test_sigterm_finishes_what_it_can_and_gives_back_the_rest(
     deployed: Deployed,
     make_chunk: MakeChunk,
@@ -164,6 +164,7 @@ async def test_a_restarted_worker_is_another_worker(deployed: Deployed, until: U
     assert deployed.worker_id.startswith("scanner-worker-1-")
 
 
+@pytest.mark.proves("F8", "G5")
 async def test_a_thawed_worker_ends_its_scan(deployed: Deployed, make_chunk: MakeChunk, until: Until) -> None:
     """Frozen past its lease and thawed, a worker kills its nmap by itself and gives the chunk back."""
     await deployed.give(make_chunk(SLOW, lease_seconds=3.0))

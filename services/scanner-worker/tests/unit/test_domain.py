@@ -49,6 +49,7 @@ def policies(draw: st.DrawFn) -> ScanPolicy:
     return fill_in(draw(st.sampled_from(Preset)), given_fields)
 
 
+@pytest.mark.proves("G12")
 @given(
     policy=policies(),
     first=st.sampled_from(["127.9.0.3", "2001:db8::5"]),

@@ -1,0 +1,153 @@
+"""What holds on a platform after whatever was done to it: one checker, the same for every fault.
+
+It sees what users see, the public API and the topics from their beginning, and the documents in MongoDB.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from itertools import pairwise
+from typing import Any, Final
+
+from job_orchestrator.domain.job import TABLE
+from local.client import FINAL
+from local.wait import until
+from scanfleet.messages import HostScanned, JobEvent, JobProgressed, JobStatus
+from scanfleet.messages.topics import SCAN_EVENTS, SCAN_RESULTS
+from scanfleet.outcomes import Outcome, index_of
+from tests.faults.kit import Document, Platform
+
+PATIENCE: Final = 180.0  # seconds for every job to end, on a machine that does much else
+PROBED: Final = ("answered", "silent", "down", "timed_out", "excluded")
+
+
+class Invariants:
+    """Checks a platform again and again, and remembers what was final."""
+
+    def __init__(self, platform: Platform) -> None:
+        self._platform = platform
+        self._final: dict[int, Document] = {}
+        self._results: dict[int, list[Any]] = {}
+
+    def check(self) -> None:
+        """Wait until all jobs have ended, and find every promise kept.
+
+        Raises:
+            AssertionError: one is not.
+            TimeoutError: a job does not end.
+        """
+        platform = self._platform
+        platform.stack.wait_until_ready()
+        until(lambda: not platform.jobs(settled=False), PATIENCE, "every job to end", 0.2)
+        until(lambda: not platform.jobs(outbox={"$exists": True}), PATIENCE, "every event to be published", 0.2)
+        until(lambda: not platform.nmaps(), PATIENCE, "every nmap to end")
+        platform.until_read()
+        jobs = {job["_id"]: job for job in platform.jobs()}
+        self._accepted_are_there(jobs)
+        self._final_stays(jobs)
+        self._events(jobs)
+        first = self._first_hosts()
+        for id_, job in jobs.items():
+            if id_ not in self._final:
+                self._one(job, first.get(id_, {}))
+        self._final = jobs
+
+    def _accepted_are_there(self, jobs: dict[int, Document]) -> None:
+        """What got its 201, and what an accepted command names, is a job, and no two jobs have one command's place."""
+        assert self._platform.acknowledged <= jobs.keys()
+        accepted = [job["_id"] for command in self._platform.commands(state="accepted") for job in command["jobs"]]
+        assert sorted(accepted) == sorted(jobs)
+        assert {job["status"] for job in jobs.values()} <= FINAL
+
+    def _final_stays(self, jobs: dict[int, Document]) -> None:
+        """What was final once is the same today, to the letter."""
+        for id_, before in self._final.items():
+            assert jobs[id_] == before
+        for id_, results in self._results.items():
+            assert self._stored(id_) == results
+
+    def _stored(self, job_id: int) -> list[Any]:
+        """Every result in the database; hosts that came after their chunk was closed are none."""
+        platform = self._platform
+        closed = {chunk["_id"]: chunk for chunk in platform.closed(job_id=job_id)}
+        shown = []
+        for host in sorted(platform.hosts(job_id=job_id), key=lambda host: str(host["_id"])):
+            chunk = closed.get(host["chunk_id"])
+            counts = (
+                chunk is None or chunk["outcomes"][index_of(chunk["first_address"], host["address"])] != Outcome.DOWN
+            )
+            if counts and "first_id" in host:
+                shown.append((host["address"], host["first_id"], host["ports"]))
+        return shown
+
+    def _events(self, jobs: dict[int, Document]) -> None:
+        """Life-cycle events first appear in `seq` order without a gap, along the published graph; a duplicate is equal."""
+        seen: dict[int, dict[int, tuple[str, JobEvent]]] = defaultdict(dict)
+        for said in self._platform.said(SCAN_EVENTS, JobEvent):
+            event = said.message
+            assert isinstance(event, JobEvent)
+            known = seen[event.job.id].setdefault(event.seq, (said.headers["ce_id"], event))
+            assert known == (said.headers["ce_id"], event.model_copy(update={"traceparent": known[1].traceparent}))
+        for id_, job in jobs.items():
+            events = [event for _, event in seen[id_].values()]  # in the order of their first appearance
+            lives = [event for event in events if not isinstance(event, JobProgressed)]
+            assert [event.seq for event in lives] == sorted(event.seq for event in lives), id_
+            if id_ in self._platform.forgotten:
+                continue
+            assert type(lives[0]).__name__ == "JobCreated", id_
+            assert (lives[0].seq, lives[0].job.status) == (1, JobStatus.PENDING), id_
+            states = [event.job.status for event in lives]
+            assert all(after in TABLE[before].values() for before, after in pairwise(states)), id_
+            assert states[-1] == job["status"], id_
+            assert lives[-1].seq == job["seq"], id_
+            progressed = [event for event in events if isinstance(event, JobProgressed)]
+            assert all(lives[0].seq < event.seq < job["seq"] for event in progressed), id_
+            assert len({event.seq for event in events}) == len(events) <= job["seq"], id_
+            assert {event.user_id for event in events} == {job["user_id"]}, id_
+
+    def _first_hosts(self) -> dict[int, dict[tuple[str, str], HostScanned]]:
+        """By job, the first word in the log about each address of each chunk."""
+        found: dict[int, dict[tuple[str, str], HostScanned]] = defaultdict(dict)
+        for said in self._platform.said(SCAN_RESULTS, HostScanned):
+            host = said.message
+            assert isinstance(host, HostScanned)
+            found[host.job_id].setdefault((host.chunk_id, host.address), host)
+        return found
+
+    def _one(self, job: Document, first: dict[tuple[str, str], HostScanned]) -> None:
+        """The API agrees with the documents, the ledger adds up, and no result is there twice."""
+        platform, id_ = self._platform, job["_id"]
+        user = platform.caller(job["user_id"])
+        try:
+            task, ledger, results = user.task(id_), user.ledger(id_), user.results(id_)
+        finally:
+            user.close()
+        assert task["status"]["status"] == task["job"]["status"] == job["status"], id_
+        assert task["job"]["end_time"] is not None, id_
+        counts = ledger["counts"]
+        assert sum(counts.values()) == ledger["request"]["probes"], id_
+        probed = sum(counts[name] for name in PROBED)
+        assert ledger["accounted"] == (probed == ledger["request"]["probes"]), id_
+        assert (task["status"]["progress"] == 100) == (job["status"] == "completed"), id_
+        assert (task["status"]["error"] != "") == (job["status"] == "failed"), id_
+        if job["status"] == "completed":
+            assert ledger["accounted"], id_
+            assert counts["lost"] == counts["cancelled"] == counts["refused"] == 0, id_
+        places = Counter((each["ip_address"], each["protocol"], each["port"]) for each in results)
+        assert set(places.values()) <= {1}, id_
+        assert len({each["id"] for each in results}) == len(results), id_
+        self._results[id_] = stored = self._stored(id_)
+        assert len(results) == sum(len(ports) for _, _, ports in stored), id_
+        chunks = platform.chunks(id_)
+        assert {chunk["state"] for chunk in chunks} <= {"stored", "failed", "cancelled"}, id_
+        answered = {
+            (chunk["first_address"], index)
+            for chunk in chunks
+            for index, letter in enumerate(chunk["outcomes"])
+            if letter == Outcome.ANSWERED
+        }
+        if job["status"] == "completed":
+            assert task["status"]["machines_found"] == len(answered), id_
+            told = {(host.address, port.protocol, port.port) for host in first.values() for port in host.ports}
+            if id_ not in platform.forgotten:
+                assert set(places) == told, id_

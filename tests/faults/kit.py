@@ -1,0 +1,516 @@
+"""A platform of real processes, two of every service, to be treated badly.
+
+Kafka and mongod are its own, and each service reaches them over lines of its own. The invariants of `invariants.py` hold
+on it after every fault, whatever was done before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from pymongo import MongoClient
+
+from local import kafka, mongod, nmap, ports
+from local.client import Client
+from local.stack import SERVICES, Stack
+from local.supervisor import Program, Supervisor
+from local.wait import until
+from scanfleet.errors import MessageError
+from scanfleet.kafka.topics import TopicSettings, create_topics
+from scanfleet.messages import Message
+from scanfleet.messages.envelope import RawRecord, decode
+from scanfleet.messages.topics import TOPICS, Topic
+from scanfleet.testing.tokens import Issuer
+from tests.faults.lines import Line, Lines
+
+LEASE: Final = 5  # seconds: more than a busy machine ever holds up a heartbeat, and not long to wait for
+SLOTS: Final = 3
+REPLICAS: Final = dict.fromkeys(SERVICES, 2)
+WITH_MONGODB: Final = ("job-orchestrator", "result-store")
+OFF: Final = 7_200  # seconds by which some clocks are wrong
+LIMIT: Final = 90.0  # seconds for what takes a few, on a machine that does much else
+
+PORTS: Final = "8020-8039"
+TINY: Final[Mapping[str, Any]] = {"ports": PORTS, "service_detection": False}
+"""A handful of addresses under this policy are done at once."""
+STEADY: Final[Mapping[str, Any]] = {**TINY, "max_rate": 550}
+"""A /25 under this policy is one chunk, five seconds long, whose hosts come in two groups."""
+ENDLESS: Final[Mapping[str, Any]] = {"ports": "1-1000", "service_detection": False, "max_rate": 50}
+"""A /24 under this policy would take the better part of two hours."""
+
+FULL: Final = ("mount", "-t", "tmpfs", "-o", "size=4k,nr_inodes=2", "tmpfs")
+"""A folder in which one thing can be made."""
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A message, and where it stands in its topic."""
+
+    message: Message
+    record: RawRecord
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {name: (value or b"").decode() for name, value in self.record.headers}
+
+
+class Caller(Client):
+    """A user of the platform, who remembers what was acknowledged."""
+
+    def __init__(self, url: str, token: str, acknowledged: set[int]) -> None:
+        super().__init__(url, token)
+
+        def remember(answer: httpx.Response) -> None:
+            if answer.request.method == "POST" and answer.request.url.path == "/api/v1/task" and answer.is_success:
+                acknowledged.update(job["id"] for job in json.loads(answer.read())["jobs"])
+
+        self.http.event_hooks["response"] = [remember]
+
+
+class Keys:
+    """An issuer of tokens whose key set is fetched over HTTP.
+
+    Attributes:
+        issuer: signs; may be replaced.
+        away: whether the endpoint answers 500.
+        asked: how often it was asked.
+    """
+
+    def __init__(self) -> None:
+        self.issuer = Issuer()
+        self.away = False
+        self.asked = 0
+        keys = self
+
+        class Endpoint(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                keys.asked += 1
+                body = json.dumps(keys.issuer.jwks).encode()
+                self.send_response(500 if keys.away else 200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *arguments: Any) -> None:
+                """Say nothing."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/"
+        threading.Thread(target=self._server.serve_forever, name="keys", daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def shifted(seconds: int) -> dict[str, str | None]:
+    """Settings of a process whose clock is off by so much; its monotonic clock is as it should be."""
+    (library,) = Path("/usr/lib").glob("*/faketime/libfaketime.so.1")
+    return {
+        "LD_PRELOAD": str(library),
+        "FAKETIME": f"{seconds:+d}",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "DONT_FAKE_MONOTONIC": "1",  # its name in older versions
+    }
+
+
+class Platform:
+    """Everything that a story about a fault needs.
+
+    The first worker's clock is two hours fast and the second gateway's two hours slow, all along: no test may notice.
+
+    Attributes:
+        stack: the eight services.
+        net: the start of all addresses that are scanned here, and nowhere else on this machine: `127.n`.
+        acknowledged: the ids of all jobs that a caller got a 201 for.
+        forgotten: jobs whose events were in a log that has been lost.
+        keys: whose tokens are believed.
+        temporary: the second worker's temporary folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._supervisor = Supervisor(folder / "servers")
+        self._lines = Lines()
+        self._numbers = {name: ports.choose() for name in ("kafka", "controller", "mongod", *SERVICES)}
+        self._to_kafka = {name: self._lines.open("127.0.0.1", self._numbers[name]) for name in SERVICES}
+        self._to_mongod = {name: self._lines.open("127.0.0.1", self._numbers["mongod"]) for name in WITH_MONGODB}
+        self._users = iter(range(100, 1_000_000))
+        self.kafka = f"127.0.0.1:{self._numbers['kafka']}"
+        self.net = f"127.{random.randint(64, 127)}"  # noqa: S311 # others may test on this machine too
+        self.acknowledged: set[int] = set()
+        self.forgotten: set[int] = set()
+        self.keys = Keys()
+        self.temporary = folder / "temporary"
+        self.temporary.mkdir(parents=True)
+        self.stack = Stack(
+            folder / "stack",
+            replicas=REPLICAS,
+            kafka_at=self.kafka,
+            mongodb_at=mongod.uri(f"127.0.0.1:{self._numbers['mongod']}"),
+            settings={
+                "SCANFLEET_LEASE_SECONDS": str(LEASE),
+                "SCANFLEET_STORED_SECONDS": "5",
+                "SCANFLEET_SLOTS": str(SLOTS),
+                "SCANFLEET_DENIED_NETWORKS": f"{self.net}.66.0/24",
+                "SCANFLEET_JWT_JWKS_URL": self.keys.url,
+                "SCANFLEET_JWT_JWKS_COOLDOWN_SECONDS": "1",
+            },
+            settings_of=self._settings_of(),
+        )
+        self.mongodb: MongoClient[Document] = MongoClient(self.stack.mongodb, tz_aware=True)
+
+    def up(self) -> None:
+        (self._folder / "servers").mkdir(parents=True, exist_ok=True)
+        self._supervisor.launch(
+            [
+                Program("kafka", self._kafka_command(), autostart=True),
+                Program("mongod", self._mongod_command(), autostart=True),
+            ],
+        )
+        mongod.make_ready(f"127.0.0.1:{self._numbers['mongod']}")
+        kafka.wait_until_up(self.kafka)
+        self.stack.up()
+
+    def down(self) -> None:
+        self.stack.down()
+        self.mongodb.close()
+        self._lines.close()
+        self.keys.close()
+        self._supervisor.shut_down()
+
+    # Who uses it
+
+    def caller(self, user: int | None = None, gateway: str = "api-gateway-1", *, token: str | None = None) -> Caller:
+        """A user whom nobody knows yet, or the one named."""
+        token = token or self.token(user or next(self._users))
+        return Caller(f"http://{self.stack.address(gateway)}", token, self.acknowledged)
+
+    def token(self, user: int, **changed: Any) -> str:
+        """A token that is good by either clock."""
+        now = int(time.time())
+        return self.keys.issuer.token(user, **({"iat": now - OFF - 60, "exp": now + OFF} | changed))
+
+    def network(self, bits: int) -> str:
+        """Addresses of ours to scan; tests may share them."""
+        return f"{self.net}.8.0/{bits}"
+
+    @contextmanager
+    def servers(self, hosts: Collection[int] = (1, 7, 70, 100), port: int = 8022) -> Iterator[nmap.OpenPorts]:
+        """Listening sockets in `network`; answers which."""
+        places = {(f"{self.net}.8.{host}", port) for host in hosts}
+        with ExitStack() as stack:
+            for place in places:
+                listener = stack.enter_context(socket.socket())
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(place)
+                listener.listen(1024)  # nobody accepts: the kernel shakes hands for us
+            yield places
+
+    # What can be done to it
+
+    def line(self, service: str, to: str) -> Line:
+        """Between every process of `service` and `kafka` or `mongod`."""
+        return (self._to_kafka if to == "kafka" else self._to_mongod)[service]
+
+    def lines(self, to: str) -> list[Line]:
+        """All of them."""
+        return list((self._to_kafka if to == "kafka" else self._to_mongod).values())
+
+    def pid(self, name: str) -> int:
+        """Of a service's process or of a server, once it runs."""
+        until(lambda: self.running(name) != 0, LIMIT, f"{name} to run")
+        return self.running(name)
+
+    def running(self, name: str) -> int:
+        """The pid of a process, 0 while there is none."""
+        processes = [*self._supervisor.processes(), *self.stack.processes()]
+        return next(process.pid for process in processes if process.name == name)
+
+    def names(self, service: str) -> list[str]:
+        return self.stack.names(service)
+
+    def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal; who ends by it is started again by a supervisor."""
+        os.kill(self.pid(name), number)
+
+    def stop_server(self, name: str) -> None:
+        self._supervisor.stop([name])
+
+    def start_server(self, name: str) -> None:
+        self._supervisor.start([name])
+        self.wait_for_servers()
+
+    def wait_for_servers(self) -> None:
+        """Return when Kafka and mongod answer."""
+        mongod.make_ready(f"127.0.0.1:{self._numbers['mongod']}")
+        kafka.wait_until_up(self.kafka)
+
+    def lose_the_log(self) -> None:
+        """Bring the broker back without anything that it ever held; somebody makes its topics again."""
+        self.stop_server("kafka")
+        self.forgotten |= {job["_id"] for job in self.jobs()}
+        shutil.rmtree(self._folder / "servers" / "kafka" / "data")
+        self._kafka_command()  # it formats the folder
+        self.start_server("kafka")
+        asyncio.run(create_topics(TopicSettings(kafka=self.kafka)))
+
+    @contextmanager
+    def no_disk(self, *, full: bool) -> Iterator[None]:
+        """The second worker's temporary folder is full, or not there at all, for the length of the block."""
+        if full and subprocess.run([*FULL, self.temporary], capture_output=True, check=False).returncode == 0:
+            try:
+                (self.temporary / "last").mkdir()
+                yield
+            finally:
+                subprocess.run(["umount", self.temporary], check=True)
+            return
+        self.temporary.rename(self.temporary.with_name("away"))  # who may not mount has only this
+        try:
+            yield
+        finally:
+            self.temporary.with_name("away").rename(self.temporary)
+
+    @staticmethod
+    def wait(seconds: float) -> None:
+        """Let a fault last; nothing else may wait for time."""
+        time.sleep(seconds)
+
+    @contextmanager
+    def failing(self, **data: Any) -> Iterator[None]:
+        """The failCommand of mongod, for the length of the block."""
+        mode = data.pop("mode", "alwaysOn")
+        self.mongodb.admin.command({"configureFailPoint": "failCommand", "mode": mode, "data": data})
+        try:
+            yield
+        finally:
+            self.mongodb.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
+
+    # What can be seen of it
+
+    def jobs(self, **query: Any) -> list[Document]:
+        return list(self.mongodb["scanfleet_job_orchestrator"]["jobs"].find(query))
+
+    def chunks(self, job_id: int) -> list[Document]:
+        found = self.mongodb["scanfleet_job_orchestrator"]["chunks"].find({"job_id": job_id})
+        return sorted(found, key=lambda chunk: chunk["index"])
+
+    def commands(self, **query: Any) -> list[Document]:
+        return list(self.mongodb["scanfleet_job_orchestrator"]["commands"].find(query))
+
+    def hosts(self, **query: Any) -> list[Document]:
+        return list(self.mongodb["scanfleet_result_store"]["hosts"].find(query))
+
+    def closed(self, **query: Any) -> list[Document]:
+        return list(self.mongodb["scanfleet_result_store"]["chunks"].find(query))
+
+    def holder(self, chunk: Document) -> str:
+        """The name of the process that a running chunk is with."""
+        return str(chunk["worker_id"]).rpartition("-")[0]
+
+    def nmaps(self) -> dict[int, str]:
+        """The command lines of all nmaps on this machine that scan addresses of ours, by pid."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has just ended
+                if (folder / "comm").read_text().strip() == "nmap":
+                    line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    if f" {self.net}." in line:
+                        found[int(folder.name)] = line
+        return found
+
+    def exits(self, name: str) -> list[int]:
+        """The exit codes of a process of the stack that has ended, in order."""
+        log = (self.stack.folder / "logs" / "supervisord.log").read_text()
+        return [int(code) for code in re.findall(rf"exited: {name} \(exit status (\d+);", log)]
+
+    def nmaps_of(self, name: str) -> list[int]:
+        return nmap.running_under([self.running(name)])
+
+    def metric(self, service: str, name: str) -> float:
+        """The sum of a metric's series over the processes of a service."""
+        total = 0.0
+        for process in self.names(service):
+            text = httpx.get(f"http://{self.stack.address(process)}/metrics", timeout=LIMIT).text
+            total += sum(float(value) for value in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
+        return total
+
+    def ready(self, name: str) -> bool:
+        """What /readyz says; no answer means no."""
+        try:
+            return httpx.get(f"http://{self.stack.address(name)}/readyz", timeout=LIMIT).is_success
+        except httpx.HTTPError:
+            return False
+
+    def records(self, topic: Topic, *, letters: bool = False) -> list[RawRecord]:
+        """All that stands in a topic, or in its dead-letter topic, partition by partition."""
+        name = topic.dead_letter if letters else topic.name
+        return asyncio.run(_read(self.kafka, name, 1 if letters else topic.partitions))
+
+    def said(self, topic: Topic, *kinds: type[Message]) -> list[Said]:
+        """The messages of a topic, without what is none."""
+        found = []
+        for record in self.records(topic):
+            with suppress(MessageError):
+                message = decode(topic, record)
+                if isinstance(message, kinds or Message):
+                    found.append(Said(message, record))
+        return found
+
+    def send(self, records: Sequence[tuple[str, int | None, bytes | None, bytes | None, Any]]) -> None:
+        """Write raw records: topic, partition or None, key, value, headers."""
+        asyncio.run(_write(self.kafka, records))
+
+    def behind(self, group: str, topic: Topic) -> int:
+        """How many records of the topic the group has not committed."""
+        return asyncio.run(_behind(self.kafka, group, topic))
+
+    def until_read(self) -> None:
+        """Return when the services have committed all that stands in the topics."""
+        for topic in TOPICS:
+            for service in topic.consumers:
+                if service in WITH_MONGODB:
+                    group = service if service == "result-store" else f"{service}-{topic.name}"
+                    until(lambda g=group, t=topic: self.behind(g, t) == 0, LIMIT, f"{group} to have read all", 0.2)  # type: ignore[misc] # mypy infers no type for a lambda with a default
+
+    def memory(self) -> dict[str, tuple[int, int]]:
+        """Resident kilobytes and open descriptors of every process of the services."""
+        found = {}
+        for process in self.stack.processes():
+            folder = Path(f"/proc/{process.pid}")
+            with suppress(OSError, AttributeError):  # it is just being started again
+                resident = re.search(r"VmRSS:\s+(\d+)", (folder / "status").read_text())
+                found[process.name] = int(resident[1]), len(list((folder / "fd").iterdir()))  # type: ignore[index] # suppressed
+        return found
+
+    def _settings_of(self) -> dict[str, dict[str, str | None]]:
+        found: dict[str, dict[str, str | None]] = {
+            "scanner-worker-1": {**shifted(OFF), "SCANFLEET_STOP_GRACE_SECONDS": "20"},
+            "scanner-worker-2": {"TMPDIR": str(self.temporary), "SCANFLEET_STOP_GRACE_SECONDS": "0"},
+            "api-gateway-2": shifted(-OFF),
+        }
+        for name, line in self._to_kafka.items():
+            found[name] = {"SCANFLEET_KAFKA": f"127.0.0.1:{line.port}", "SCANFLEET_JWT_PUBLIC_KEY_FILE": None}
+            found[name]["SCANFLEET_JWT_ISSUER"] = self.keys.issuer.settings.jwt_issuer
+        for name, line in self._to_mongod.items():
+            found[name]["SCANFLEET_MONGODB"] = mongod.uri(f"127.0.0.1:{line.port}")
+        return found
+
+    def _kafka_command(self) -> list[str]:
+        folder = self._folder / "servers" / "kafka"
+        command = kafka.command(folder, self._numbers["kafka"], self._numbers["controller"])
+        # Each service knows the broker by the address of its line; what stands last in the file counts.
+        names = {service: service.replace("-", "").upper() for service in SERVICES}
+        plain = f"PLAINTEXT://127.0.0.1:{self._numbers['kafka']}"
+        own = [f"{names[service]}://127.0.0.1:{self._numbers[service]}" for service in SERVICES]
+        told = [f"{names[service]}://127.0.0.1:{self._to_kafka[service].port}" for service in SERVICES]
+        controller = f"CONTROLLER://127.0.0.1:{self._numbers['controller']}"
+        protocols = ",".join(f"{name}:PLAINTEXT" for name in ("CONTROLLER", "PLAINTEXT", *names.values()))
+        with (folder / "server.properties").open("a") as properties:
+            properties.write(f"listeners={','.join([plain, *own, controller])}\n")
+            properties.write(f"advertised.listeners={','.join([plain, *told])}\n")
+            properties.write(f"listener.security.protocol.map={protocols}\n")
+            properties.write("inter.broker.listener.name=PLAINTEXT\n")
+        return command
+
+    def _mongod_command(self) -> list[str]:
+        command = mongod.command(self._folder / "servers" / "mongod", self._numbers["mongod"])
+        return [*command, "--setParameter", "enableTestCommands=1"]  # which failCommand is
+
+
+async def _read(bootstrap: str, name: str, partitions: int) -> list[RawRecord]:
+    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False)
+    await consumer.start()
+    try:
+        parts = [TopicPartition(name, number) for number in range(partitions)]
+        consumer.assign(parts)
+        await consumer.seek_to_beginning(*parts)
+        ends = await consumer.end_offsets(parts)
+        found = []
+        while any([await consumer.position(part) < ends[part] for part in parts]):
+            for batch in (await consumer.getmany(timeout_ms=500)).values():
+                found += [
+                    RawRecord(
+                        name,
+                        each.partition,
+                        each.offset,
+                        datetime.fromtimestamp(each.timestamp / 1000, UTC),
+                        each.key,
+                        each.value,
+                        each.headers,
+                    )
+                    for each in batch
+                ]
+    finally:
+        await consumer.stop()
+    return sorted(found, key=lambda record: (record.partition, record.offset))
+
+
+async def _write(
+    bootstrap: str,
+    records: Sequence[tuple[str, int | None, bytes | None, bytes | None, Any]],
+) -> None:
+    producer = AIOKafkaProducer(
+        bootstrap_servers=bootstrap,
+        max_request_size=1 << 24,
+        compression_type="gzip",  # the broker's limit is on what it stores
+    )
+    await producer.start()
+    try:
+        acks = [
+            await producer.send(topic, value=value, key=key, partition=partition, headers=list(headers))
+            for topic, partition, key, value, headers in records
+        ]
+        await asyncio.gather(*acks)
+    finally:
+        await producer.stop()
+
+
+async def _behind(bootstrap: str, group: str, topic: Topic) -> int:
+    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap)
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    await asyncio.gather(consumer.start(), admin.start())
+    try:
+        places = [TopicPartition(topic.name, number) for number in range(topic.partitions)]
+        ends = await consumer.end_offsets(places)
+        committed = await admin.list_consumer_group_offsets(group)
+        return sum(
+            max(0, end - max(0, committed[place].offset)) if place in committed else end for place, end in ends.items()
+        )
+    finally:
+        await asyncio.gather(consumer.stop(), admin.close())
+
+
+def caught(condition: Callable[[], Document | None], limit: float, what: str) -> Document:
+    """What `condition` answers, once it answers something."""
+    found: list[Document] = []
+
+    def look() -> bool:
+        if (seen := condition()) is not None:
+            found.append(seen)
+        return bool(found)
+
+    until(look, limit, what, pause=0.02)
+    return found[0]

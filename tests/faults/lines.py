@@ -1,0 +1,78 @@
+"""The lines between the parts: TCP proxies on a loop of their own, so that a test may block while they work."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from typing import Any, Final
+
+from scanfleet.testing.proxy import Proxy
+
+LIMIT: Final = 10.0  # seconds for a proxy to do as it is told
+
+
+class Line:
+    """One way from a service to what it depends on, to be spoiled and mended."""
+
+    def __init__(self, lines: Lines, host: str, port: int) -> None:
+        self._lines = lines
+        self._proxy = Proxy(host, port)
+        self.heal()
+        self.port = self._proxy.port
+
+    def refuse(self) -> None:
+        """Cut every connection and refuse new ones."""
+        self._lines.run(self._proxy.refuse())
+
+    def swallow(self) -> None:
+        """Take everything and answer nothing."""
+        self._lines.call(self._proxy.swallow)
+
+    def delay(self, seconds: float) -> None:
+        """Be so slow either way."""
+        self._lines.call(self._proxy.delay, seconds)
+
+    def cut(self) -> None:
+        """Break the connections there are."""
+        self._lines.run(self._proxy.cut())
+
+    def heal(self) -> None:
+        """Be a good line again."""
+        self._lines.run(self._proxy.heal())
+
+
+class Lines:
+    """Where lines live."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="lines", daemon=True)
+        self._thread.start()
+        self._open: list[Line] = []
+
+    def open(self, host: str, port: int) -> Line:
+        line = Line(self, host, port)
+        self._open.append(line)
+        return line
+
+    def close(self) -> None:
+        for line in self._open:
+            line.refuse()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(LIMIT)
+        self._loop.close()
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(LIMIT)
+
+    def call(self, function: Any, *arguments: Any) -> None:
+        done: Future[None] = Future()
+
+        def work() -> None:
+            function(*arguments)
+            done.set_result(None)
+
+        self._loop.call_soon_threadsafe(work)
+        done.result(LIMIT)

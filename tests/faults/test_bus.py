@@ -1,0 +1,183 @@
+"""A bus that lies, repeats itself, is away or has lost everything."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import defaultdict
+from time import monotonic as clock
+from typing import Any
+
+import pytest
+
+from local.wait import until
+from scanfleet.messages.envelope import RawRecord
+from scanfleet.messages.topics import (
+    SCAN_COMMANDS,
+    SCAN_PROGRESS,
+    SCAN_REPLIES,
+    SCAN_RESULTS,
+    SCAN_STORED,
+    SCAN_TASKS,
+    SCAN_WORKERS,
+    Topic,
+)
+from tests.faults.invariants import Invariants
+from tests.faults.kit import LEASE, LIMIT, STEADY, TINY, Caller, Document, Platform
+
+pytestmark = pytest.mark.e2e
+
+CONSUMED = (SCAN_COMMANDS, SCAN_REPLIES, SCAN_WORKERS, SCAN_TASKS, SCAN_PROGRESS, SCAN_RESULTS, SCAN_STORED)
+ENVELOPE = [("ce_specversion", b"1.0"), ("content-type", b"application/json")]
+
+
+def truth(platform: Platform) -> dict[str, list[Document]]:
+    """All documents that say what became of jobs."""
+    kinds = {"jobs": platform.jobs(), "hosts": platform.hosts(), "closed": platform.closed()}
+    kinds["chunks"] = [chunk for job in kinds["jobs"] for chunk in platform.chunks(job["_id"])]
+    kinds["commands"] = platform.commands()
+    return {kind: sorted(documents, key=lambda each: str(each["_id"])) for kind, documents in kinds.items()}
+
+
+@pytest.mark.proves("F9", "G3", "G6", "G7")
+def test_a_replay(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """All that was ever said, said three times more in any order between jobs, leaves every document as it was."""
+    with platform.servers():
+        for _ in range(3):
+            user.finished(user.scan(platform.network(25), **TINY))
+    invariants.check()
+    before = truth(platform)
+    chance = random.Random(9)  # noqa: S311 # an order, not a secret
+    for topic in CONSUMED:
+        by_key: dict[Any, list[Any]] = defaultdict(list)
+        for record in platform.records(topic):
+            if record.value is not None and record.key is not None and len(record.value) < 1_000_000:
+                by_key[record.key].append((topic.name, None, record.key, record.value, record.headers))
+        said = []
+        for _ in range(3):
+            queues = [list(records) for records in by_key.values()]
+            while queues:
+                queue = chance.choice(queues)
+                said.append(queue.pop(0))
+                queues = [each for each in queues if each]
+        platform.send(said)
+    platform.until_read()
+    assert truth(platform) == before
+    invariants.check()
+
+
+def poison(topic: Topic) -> list[tuple[bytes | None, list[tuple[str, bytes]]]]:
+    """Value and headers of records that nobody can want."""
+    kind = topic.messages[0].type_name().encode()
+    return [
+        (os.urandom(64), [*ENVELOPE, ("ce_type", kind)]),
+        (b'{"job_id": "x", "worker_id": 7}', [*ENVELOPE, ("ce_type", kind)]),
+        (b'{"x": "' + b"y" * 2_000_000 + b'"}', [*ENVELOPE, ("ce_type", kind)]),
+        (b"{}", [*ENVELOPE, ("ce_type", b"scanfleet.Nonsense.v1")]),
+        (b"{}", []),
+        (None, [*ENVELOPE, ("ce_type", kind)]),
+    ]
+
+
+def buried(platform: Platform, topic: Topic, count: int) -> list[RawRecord]:
+    """The dead letters of the topic, once there are so many."""
+    until(lambda: len(platform.records(topic, letters=True)) >= count, LIMIT, f"{count} dead letters of {topic.name}")
+    return platform.records(topic, letters=True)
+
+
+@pytest.mark.proves("F12", "G9")
+def test_poison_on_every_topic(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """Junk of six kinds in every partition of every topic: all dead letters that name their origin, and scans go on."""
+    before = {topic.name: len(platform.records(topic, letters=True)) for topic in CONSUMED}
+    sent: dict[str, int] = {}
+    for topic in CONSUMED:
+        records = [
+            (topic.name, partition, b"poison", value, headers)
+            for partition in range(topic.partitions)
+            for value, headers in poison(topic)
+        ]
+        sent[topic.name] = len(records)
+        platform.send(records)
+    assert user.finished(user.scan(platform.network(28), **TINY))["status"]["status"] == "completed"
+    for topic in CONSUMED:
+        readers = 2 if topic in (SCAN_REPLIES, SCAN_TASKS) else 1  # of a topic without a group each process reads all
+        letters = buried(platform, topic, before[topic.name] + readers * sent[topic.name])[before[topic.name] :]
+        headers = [dict(letter.headers) for letter in letters]
+        assert all(each["dlq_reason"] and each["dlq_topic"] == topic.name.encode() for each in headers)
+        assert len({(each["dlq_partition"], each["dlq_offset"]) for each in headers}) == sent[topic.name]
+    invariants.check()
+
+
+@pytest.mark.proves("F15", "G1", "G11")
+def test_a_broker_that_is_away_for_a_minute(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """Refused, then silent: a POST is a 503 within its bound, reads work, memory stays, and all goes on by itself."""
+    job_id = user.scan(platform.network(24), **STEADY)
+    before = platform.memory()
+
+    def away(seconds: float) -> None:
+        began = clock()
+        while clock() - began < seconds:
+            asked = clock()
+            answer = user.http.post("/api/v1/task", json=body, headers={"Idempotency-Key": f"{asked}"})
+            assert (answer.status_code, "retry-after" in answer.headers) == (503, True)
+            assert clock() - asked < 25  # its own 5 seconds, and those to find out what became of it
+            assert user.task(job_id)["job"]["id"] == job_id
+
+    body = {"subnet_ids": [user.subnet(platform.network(30))], "policy_id": user.policy(**TINY)}
+    lines = platform.lines("kafka")
+    try:
+        for line in lines:
+            line.refuse()
+        away(20)
+        for line in lines:
+            line.heal()
+            line.swallow()
+        away(45)
+        after = platform.memory()
+        for name in before.keys() & after.keys():
+            assert after[name][0] < before[name][0] + 64 * 1024, name
+    finally:
+        for line in lines:
+            line.heal()
+    platform.stack.wait_until_ready()
+    assert user.finished(job_id)["status"]["status"] == "completed"
+    assert user.finished(user.scan(platform.network(30), **TINY))["status"]["status"] == "completed"
+    invariants.check()
+
+
+@pytest.mark.proves("F17", "G4", "G6")
+def test_an_orchestrator_cut_off_from_the_broker(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """Longer than a lease away from the bus alone, orchestrators declare no worker dead and end no job twice."""
+    expired = platform.metric("job-orchestrator", "scanfleet_leases_expired_total")
+    with platform.servers() as servers:
+        job_id = user.scan(platform.network(23), **STEADY)
+        until(lambda: bool(platform.nmaps()), LIMIT, "the scan to run")
+        line = platform.line("job-orchestrator", "kafka")
+        line.swallow()
+        try:
+            platform.wait(1.5 * LEASE)
+        finally:
+            line.heal()
+        platform.stack.wait_until_ready()
+        assert user.finished(job_id)["status"]["status"] == "completed"
+        assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers
+    assert platform.metric("job-orchestrator", "scanfleet_leases_expired_total") == expired
+    assert {chunk["failures"] for chunk in platform.chunks(job_id)} == {0}
+    invariants.check()
+
+
+@pytest.mark.proves("F18", "G1")
+def test_a_log_that_is_lost(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """With the broker back without anything that it ever held, every unfinished job finishes, and new ones do."""
+    with platform.servers() as servers:
+        jobs = [user.scan(platform.network(24), **STEADY) for _ in range(3)]
+        until(lambda: any(platform.hosts(job_id=job_id) for job_id in jobs), LIMIT, "hosts to be stored")
+        platform.lose_the_log()
+        platform.stack.wait_until_ready()
+        for job_id in jobs:
+            assert user.finished(job_id, 180)["status"]["status"] == "completed"
+            assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers
+        job_id = user.scan(platform.network(25), **TINY)
+        assert user.finished(job_id)["status"]["status"] == "completed"
+        assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers
+    invariants.check()

@@ -1,0 +1,130 @@
+"""A database that dies, is away, cuts connections, hands over, or is slow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from threading import Event
+
+import httpx
+import pytest
+from pymongo.errors import AutoReconnect
+
+from local.wait import until
+from tests.faults.invariants import Invariants
+from tests.faults.kit import LIMIT, STEADY, TINY, WITH_MONGODB, Caller, Platform
+
+pytestmark = pytest.mark.e2e
+
+
+@contextmanager
+def load(platform: Platform, user: Caller, least: int = 3) -> Iterator[list[int]]:
+    """Small jobs, one after the other, until the end of the block and at least so many; answers the acknowledged ones."""
+    subnet, policy = user.subnet(platform.network(28)), user.policy(**TINY)
+    jobs: list[int] = []
+    enough = Event()
+
+    def work() -> None:
+        while not enough.is_set() or len(jobs) < least:
+            answer = user.http.post("/api/v1/task", json={"subnet_ids": [subnet], "policy_id": policy})
+            assert answer.status_code in {201, 503}
+            if answer.status_code == httpx.codes.CREATED:
+                jobs.append(answer.json()["jobs"][0]["id"])
+
+    with ThreadPoolExecutor() as threads:
+        working = threads.submit(work)
+        try:
+            until(lambda: bool(jobs) or working.done(), LIMIT, "the load to begin")
+            yield jobs
+        finally:
+            enough.set()
+        working.result()
+
+
+@pytest.mark.proves("F6", "G1")
+def test_a_mongod_killed_under_load(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """kill -9 of mongod loses nothing that was acknowledged."""
+    with load(platform, user) as jobs:
+        for _ in range(2):
+            gone = platform.pid("mongod")
+            before = len(jobs)
+            platform.kill("mongod")
+            until(lambda gone=gone: platform.running("mongod") not in (0, gone), LIMIT, "mongod to come back")  # type: ignore[misc] # mypy infers no type for a lambda with a default
+            platform.wait_for_servers()
+            until(lambda before=before: len(jobs) > before, LIMIT, "jobs to be accepted again")  # type: ignore[misc] # as above
+    for job_id in jobs:
+        assert user.finished(job_id)["status"]["status"] == "completed"
+    invariants.check()
+
+
+@pytest.mark.proves("F6", "G1", "G16")
+def test_a_mongod_that_is_away_while_results_flow(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """Away for twenty seconds in mid-scan: the services say so, no worker is blamed, and the scan completes in full."""
+    with platform.servers() as servers:
+        job_id = user.scan(platform.network(23), **STEADY)
+        until(lambda: bool(platform.hosts(job_id=job_id)), LIMIT, "hosts to be stored")
+        platform.stop_server("mongod")
+        try:
+            names = [name for service in WITH_MONGODB for name in platform.names(service)]
+            until(lambda: not any(map(platform.ready, names)), LIMIT, "all that need it to be unready")
+            assert user.http.get(f"/api/v1/task/{job_id}").status_code == httpx.codes.SERVICE_UNAVAILABLE
+            assert platform.ready("api-gateway-1")
+            platform.wait(20)
+        finally:
+            platform.start_server("mongod")
+        platform.stack.wait_until_ready()
+        assert user.finished(job_id)["status"]["status"] == "completed"
+        assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers
+    assert {chunk["failures"] for chunk in platform.chunks(job_id)} == {0}
+    invariants.check()
+
+
+@pytest.mark.proves("F7", "G3", "G6")
+def test_writes_whose_connection_is_cut(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """Writes that find their connection closed, before they were done or after, are applied once."""
+    writes = ["insert", "update", "findAndModify"]
+    with load(platform, user, 6) as jobs:
+        with platform.failing(failCommands=writes, closeConnection=True, mode={"activationProbability": 0.3}):
+            before = len(jobs)
+            until(lambda: len(jobs) > before + 2, LIMIT, "jobs to be accepted all the same")
+        for _ in range(5):
+            before = len(jobs)
+            for line in platform.lines("mongod"):
+                line.cut()  # whatever is on its way: commands, and answers to what was done
+            until(lambda before=before: len(jobs) > before, LIMIT, "jobs to be accepted again")  # type: ignore[misc] # mypy infers no type for a lambda with a default
+    for job_id in jobs:
+        assert user.finished(job_id)["status"]["status"] == "completed"
+    invariants.check()
+
+
+@pytest.mark.proves("F7", "G1", "G3")
+def test_a_primary_that_steps_down(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """A primary that hands over under load, for seconds without a successor, costs nothing but time."""
+    with load(platform, user) as jobs:
+        before = len(jobs)
+        with suppress(AutoReconnect):  # it may close the connection that asked for it
+            platform.mongodb.admin.command("replSetStepDown", 3, force=True)
+        platform.wait_for_servers()
+        until(lambda: len(jobs) > before, LIMIT, "jobs to be accepted again")
+    for job_id in jobs:
+        assert user.finished(job_id)["status"]["status"] == "completed"
+    invariants.check()
+
+
+@pytest.mark.proves("F16", "G11")
+def test_a_slow_database(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """With every answer of MongoDB half a second late scans complete, reads are answered, and no worker is blamed."""
+    expired = platform.metric("job-orchestrator", "scanfleet_leases_expired_total")
+    try:
+        for line in platform.lines("mongod"):
+            line.delay(0.25)
+        with platform.servers() as servers:
+            job_id = user.scan(platform.network(24), **STEADY)
+            assert user.finished(job_id)["status"]["status"] == "completed"
+            assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers
+    finally:
+        for line in platform.lines("mongod"):
+            line.heal()
+    assert platform.metric("job-orchestrator", "scanfleet_leases_expired_total") == expired
+    invariants.check()

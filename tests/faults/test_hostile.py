@@ -1,0 +1,194 @@
+"""Messages that nobody of ours sent, and servers that answer with poison."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from local.wait import until
+from scanfleet.messages import (
+    CancelJob,
+    ChunkProgressed,
+    ChunkScanned,
+    CommandRejected,
+    Message,
+    ScanChunk,
+    StopChunk,
+    SubmitJobs,
+    WorkerReady,
+)
+from scanfleet.messages.envelope import encode
+from scanfleet.messages.topics import (
+    SCAN_COMMANDS,
+    SCAN_PROGRESS,
+    SCAN_REPLIES,
+    SCAN_TASKS,
+    SCAN_WORKERS,
+    Topic,
+)
+from scanfleet.policy import Preset, fill_in
+from tests.faults.invariants import Invariants
+from tests.faults.kit import ENDLESS, LIMIT, TINY, Caller, Document, Platform, caught
+
+pytestmark = pytest.mark.e2e
+
+
+def forge(platform: Platform, topic: Topic, *messages: Message, key: bytes | None = None) -> None:
+    """Send what looks exactly like ours."""
+    made = [encode(topic, message, source="forger") for message in messages]
+    platform.send([(topic.name, None, key or each.key, each.value, each.headers) for each in made])
+
+
+def running(platform: Platform, job_id: int) -> Document:
+    """A chunk of the job that a worker has claimed."""
+    return caught(
+        lambda: next(iter(chunk for chunk in platform.chunks(job_id) if chunk["state"] == "running"), None),
+        LIMIT,
+        "a chunk to run",
+    )
+
+
+@pytest.mark.proves("A13", "G13")
+def test_forged_commands(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """Commands in the name of somebody who owns none of what they name are refused, and nothing comes of them."""
+    subnet, policy = user.subnet(platform.network(24)), user.policy(**ENDLESS)
+    (job,) = user.submit([subnet], policy)
+    running(platform, job["id"])
+    cancel = CancelJob(command_id=uuid4().hex, user_id=1, job_id=job["id"])
+    submit = SubmitJobs(command_id=uuid4().hex, user_id=1, policy_id=policy, subnet_ids=(subnet,))
+    forge(platform, SCAN_COMMANDS, cancel, submit)
+
+    def told() -> dict[str, int]:
+        replies = [each.message for each in platform.said(SCAN_REPLIES, CommandRejected)]
+        return {each.command_id: each.status for each in replies if isinstance(each, CommandRejected)}
+
+    until(lambda: {cancel.command_id, submit.command_id} <= told().keys(), LIMIT, "both to be refused")
+    assert (told()[cancel.command_id], told()[submit.command_id]) == (404, 400)
+    assert user.status(job["id"]) == "running"
+    user.cancel(job["id"])
+    invariants.check()
+
+
+@pytest.mark.proves("A13", "G5", "G6")
+def test_forged_reports(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """Reports under a stale attempt or of an unknown worker change nothing, and are counted and answered by a stop."""
+    job_id = user.scan(platform.network(24), **ENDLESS)
+    chunk = running(platform, job_id)
+    stale = platform.metric("job-orchestrator", "scanfleet_stale_reports_total")
+    token: dict[str, Any] = {"job_id": job_id, "chunk_id": chunk["_id"], "attempt": chunk["attempt"]}
+    done = "s" * len(chunk["outcomes"])
+    end = {"outcomes": done, "first_address": chunk["first_address"], "slot_seconds": 1.0, "technique": "connect"}
+    forge(
+        platform,
+        SCAN_PROGRESS,
+        ChunkScanned(**(token | {"attempt": chunk["attempt"] + 1}), worker_id=chunk["worker_id"], **end),
+        ChunkScanned(**token, worker_id="nobody", **end),
+        ChunkProgressed(**token, worker_id="nobody", outcomes=done),
+    )
+    until(
+        lambda: platform.metric("job-orchestrator", "scanfleet_stale_reports_total") >= stale + 3,
+        LIMIT,
+        "all three to be counted as stale",
+    )
+    stops = [each.message for each in platform.said(SCAN_TASKS, StopChunk)]
+    assert any(isinstance(stop, StopChunk) and stop.worker_id == "nobody" for stop in stops)
+    (now,) = [each for each in platform.chunks(job_id) if each["_id"] == chunk["_id"]]
+    assert (now["state"], now["attempt"], now["outcomes"]) == ("running", chunk["attempt"], chunk["outcomes"])
+    letters = len(platform.records(SCAN_PROGRESS, letters=True))
+    forge(platform, SCAN_PROGRESS, ChunkProgressed(**token, worker_id="nobody", outcomes=done), key=b"elsewhere")
+    until(lambda: len(platform.records(SCAN_PROGRESS, letters=True)) == letters + 1, LIMIT, "a dead letter")
+    user.cancel(job_id)
+    invariants.check()
+
+
+@pytest.mark.proves("A13", "G12")
+def test_a_forged_task(platform: Platform, invariants: Invariants) -> None:
+    """A worker that is told to scan what the rules deny starts no nmap, and says that it refused every address."""
+    last = max(platform.said(SCAN_WORKERS, WorkerReady), key=lambda said: said.record.timestamp).message
+    assert isinstance(last, WorkerReady)
+    task = ScanChunk(
+        job_id=999_999_999,
+        chunk_id="999999999-0",
+        attempt=1,
+        worker_id=last.worker_id,
+        user_id=1,
+        first_address=f"{platform.net}.66.1",
+        outcomes="....",
+        policy=fill_in(Preset.QUICK, dict(ENDLESS)),
+        ports="1-1000",
+        lease_seconds=30,
+        estimate_seconds=1,
+    )
+    forge(platform, SCAN_TASKS, task)
+
+    def answers() -> list[ChunkScanned]:
+        said = [each.message for each in platform.said(SCAN_PROGRESS, ChunkScanned)]
+        return [each for each in said if isinstance(each, ChunkScanned) and each.job_id == task.job_id]
+
+    seen: set[str] = set()
+
+    def answered() -> bool:
+        seen.update(platform.nmaps().values())
+        return bool(answers())
+
+    until(answered, LIMIT, "the worker to refuse")
+    (answer,) = answers()
+    assert answer.outcomes == "rrrr"
+    assert answer.reason
+    assert not seen
+    invariants.check()
+
+
+@contextmanager
+def speaker(place: tuple[str, int], words: bytes) -> Iterator[None]:
+    """A server that says `words` to everyone and hangs up."""
+    with socket.create_server(place) as listener:
+
+        def serve() -> None:
+            with suppress(OSError):  # closed: it is over
+                while True:
+                    with listener.accept()[0] as caller, suppress(OSError):
+                        caller.sendall(words)
+                        caller.settimeout(2)
+                        while caller.recv(1024):
+                            pass
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+@pytest.mark.proves("A15", "G16")
+def test_a_hostile_banner(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """A banner of markup, terminal escapes and direction marks is text in every format of the results."""
+    words = "SSH-2.0-<script>alert(1)</script> \x1b]0;owned\x07\x1b[31m \u202eexe.txt \x00\r\n".encode()
+    with speaker((f"{platform.net}.8.1", 8022), words):
+        job_id = user.scan(
+            platform.network(30),
+            **{**TINY, "ports": "8022", "service_detection": True, "scripts": ["banner"]},
+        )
+        assert user.finished(job_id)["status"]["status"] == "completed"
+    answers = {
+        kind: user.http.get(f"/api/v1/task/{job_id}/results", headers={"Accept": kind})
+        for kind in ("application/json", "application/x-ndjson", "text/csv")
+    }
+    for kind, answer in answers.items():
+        assert answer.headers["content-type"].startswith(kind)
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert "<script>alert(1)" in answer.text.replace("&lt;", "<").replace("\\u003c", "<")
+        assert not [letter for letter in answer.text if not letter.isprintable() and letter not in "\r\n"]
+    assert answers["application/json"].content.isascii()
+    (result,) = json.loads(answers["application/json"].content)
+    assert "\x1b" not in "".join(map(str, result.values()))
+    assert "\u202e" not in "".join(map(str, result.values()))
+    assert "script" in result["banner"]
+    invariants.check()

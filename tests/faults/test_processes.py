@@ -1,0 +1,229 @@
+"""Processes that are killed, frozen, told to stop, or come and go."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from local.wait import until
+from scanfleet.messages import ChunkClaimed, ChunkReleased, HostScanned, ScanChunk, SubmitJobs
+from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS
+from scanfleet.outcomes import Outcome
+from tests.faults.invariants import Invariants
+from tests.faults.kit import ENDLESS, LEASE, LIMIT, SLOTS, STEADY, TINY, Caller, Document, Platform, caught
+
+pytestmark = pytest.mark.e2e
+
+Spoken = TypeVar("Spoken", ChunkClaimed, ChunkReleased)
+
+
+@pytest.mark.proves("F1", "G1", "G2")
+def test_a_gateway_killed_before_its_answer_made_one_job(
+    platform: Platform, user: Caller, invariants: Invariants
+) -> None:
+    """Killed between publishing the command and answering, a gateway leaves one job, which the client's retry is told of."""
+    subnet, policy, key = user.subnet(platform.network(30)), user.policy(**TINY), uuid4().hex
+
+    def published() -> bool:
+        said = platform.said(SCAN_COMMANDS, SubmitJobs)
+        return any(isinstance(each.message, SubmitJobs) and each.message.idempotency_key == key for each in said)
+
+    for name in platform.names("job-orchestrator"):
+        platform.kill(name, signal.SIGSTOP)  # so that there is no reply yet
+    try:
+        with ThreadPoolExecutor() as threads:
+            asked = threads.submit(user.submit, [subnet], policy, key)
+            until(published, LIMIT, "the command to be published")
+            platform.kill("api-gateway-1")
+            with pytest.raises(httpx.TransportError):
+                asked.result()
+    finally:
+        for name in platform.names("job-orchestrator"):
+            platform.kill(name, signal.SIGCONT)
+    platform.stack.wait_until_ready()
+    (job,) = user.submit([subnet], policy, key)
+    listed = user.http.get("/api/v1/task").json()
+    assert [each["id"] for each in listed["jobs"]] == [job["id"]]
+    invariants.check()
+
+
+def halfway(platform: Platform, job_id: int) -> Document | None:
+    """A running chunk of the job of which some hosts are done and some are not."""
+    for chunk in platform.chunks(job_id):
+        if chunk["state"] == "running" and len(set(chunk["outcomes"])) > 1 and Outcome.BLANK in chunk["outcomes"]:
+            return chunk
+    return None
+
+
+@pytest.mark.proves("F2", "G3", "G4", "G16")
+def test_a_worker_killed_in_mid_scan(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """Killed halfway, a worker leaves no nmap, and the next attempt scans what was not done and nothing else."""
+    with platform.servers() as servers:
+        job_id = user.scan(platform.network(24), **STEADY)
+        chunk = caught(lambda: halfway(platform, job_id), LIMIT, "a chunk to be half done")
+        done = {index for index, letter in enumerate(chunk["outcomes"]) if letter != Outcome.BLANK}
+        nmaps = platform.nmaps_of(platform.holder(chunk))
+        platform.kill(platform.holder(chunk))
+        until(lambda: not set(nmaps) & platform.nmaps().keys(), 10, "the nmaps of a killed worker to end")
+        assert user.finished(job_id)["status"]["status"] == "completed"
+        assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers
+    attempts = [each.message for each in platform.said(SCAN_TASKS, ScanChunk)]
+    again = [task for task in attempts if isinstance(task, ScanChunk) and task.chunk_id == chunk["_id"]]
+    again = [task for task in again if task.attempt > chunk["attempt"]]
+    assert again
+    assert all(task.outcomes[index] != Outcome.BLANK for task in again for index in done)
+    hosts = [each.message for each in platform.said(SCAN_RESULTS, HostScanned)]
+    first = chunk["first_address"].rpartition(".")
+    base = int(first[2])
+    told = Counter(host.address for host in hosts if isinstance(host, HostScanned) and host.chunk_id == chunk["_id"])
+    assert {told[f"{first[0]}.{base + index}"] for index in done} == {1}
+    invariants.check()
+
+
+@pytest.mark.proves("F5", "G3", "G16")
+def test_a_result_store_killed_between_write_and_commit(
+    platform: Platform, user: Caller, invariants: Invariants
+) -> None:
+    """Killed after it has stored hosts and before it has committed them, result-store reads them again and has them once."""
+    with platform.servers() as servers:
+        platform.line("result-store", "kafka").delay(0.5)  # what it says to the broker takes so long
+        try:
+            job_id = user.scan(platform.network(25), **TINY)
+            until(lambda: bool(platform.hosts(job_id=job_id)), LIMIT, "hosts to be stored")
+            for name in platform.names("result-store"):
+                platform.kill(name)
+            assert platform.behind("result-store", SCAN_RESULTS) > 0
+            stored = platform.hosts(job_id=job_id)
+        finally:
+            platform.line("result-store", "kafka").heal()
+        platform.stack.wait_until_ready()
+        assert user.finished(job_id)["status"]["status"] == "completed"
+        assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers
+    assert [host for host in platform.hosts(job_id=job_id) if host in stored] == stored
+    invariants.check()
+
+
+@pytest.mark.proves("F8", "G4", "G5")
+def test_a_worker_frozen_past_its_lease(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """A worker that thaws after its lease has gone ends its nmap within a second or so, and what it says changes nothing."""
+    job_id = user.scan(platform.network(24), **ENDLESS)
+    chunk = caught(
+        lambda: next(iter(each for each in platform.chunks(job_id) if each["state"] == "running"), None),
+        LIMIT,
+        "a chunk to run",
+    )
+    frozen, stale = platform.holder(chunk), platform.metric("job-orchestrator", "scanfleet_stale_reports_total")
+    nmaps = set(platform.nmaps_of(frozen))
+    assert nmaps
+    platform.kill(frozen, signal.SIGSTOP)
+    try:
+        taken = caught(
+            lambda: next(
+                iter(
+                    each
+                    for each in platform.chunks(job_id)
+                    if each["_id"] == chunk["_id"]
+                    and each["state"] == "running"
+                    and platform.holder(each) not in ("", frozen)
+                ),
+                None,
+            ),
+            15 + LEASE,
+            "another worker to have the chunk",
+        )
+        hosts = platform.hosts(job_id=job_id)
+    finally:
+        platform.kill(frozen, signal.SIGCONT)
+    until(lambda: not nmaps & platform.nmaps().keys(), 5, "the thawed worker's nmaps to end")
+    until(
+        lambda: platform.metric("job-orchestrator", "scanfleet_stale_reports_total") > stale,
+        10,
+        "its report to be counted as stale",
+    )
+    (now,) = [each for each in platform.chunks(job_id) if each["_id"] == chunk["_id"]]
+    assert (now["state"], now["attempt"], now["worker_id"]) == ("running", taken["attempt"], taken["worker_id"])
+    assert now["failures"] == chunk["failures"] + 1
+    assert [host for host in platform.hosts(job_id=job_id) if host in hosts] == hosts
+    user.cancel(job_id)
+    invariants.check()
+
+
+@pytest.mark.proves("F10", "F22", "G3", "G10")
+def test_a_worker_that_comes_and_goes(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """While a worker joins and leaves again and again no lease is lost, no token used twice, and no host scanned again."""
+    expired = platform.metric("job-orchestrator", "scanfleet_leases_expired_total")
+    with platform.servers() as servers:
+        jobs = [user.scan(platform.network(21), **STEADY)]
+        comings = 0
+        while user.status(jobs[0]) != "completed":
+            until(
+                lambda: bool(platform.nmaps_of("scanner-worker-2")) or not platform.jobs(settled=False),
+                LIMIT,
+                "it to scan",
+            )
+            gone = platform.pid("scanner-worker-2")
+            platform.kill("scanner-worker-2", signal.SIGTERM)
+            until(lambda gone=gone: platform.running("scanner-worker-2") not in (0, gone), LIMIT, "it to come back")  # type: ignore[misc] # mypy infers no type for a lambda with a default
+            platform.stack.wait_until_ready()
+            comings += 1
+        assert comings > 1
+        for job_id in jobs:
+            assert user.finished(job_id)["status"]["status"] == "completed"
+            assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers
+    assert platform.metric("job-orchestrator", "scanfleet_leases_expired_total") == expired
+    claims = [each for each in spoken(platform, ChunkClaimed) if each.job_id in jobs]
+    releases = [each for each in spoken(platform, ChunkReleased) if each.job_id in jobs]
+    assert releases
+    assert max(Counter((each.chunk_id, each.attempt) for each in claims).values()) == 1
+    attempts = {chunk["_id"]: chunk["attempt"] for job_id in jobs for chunk in platform.chunks(job_id)}
+    assert attempts == {id_: 1 + sum(each.chunk_id == id_ for each in releases) for id_ in attempts}
+    assert_scanned_once(platform, jobs)
+    invariants.check()
+
+
+@pytest.mark.proves("F14", "G10")
+@pytest.mark.parametrize(("name", "finishes"), [("scanner-worker-1", True), ("scanner-worker-2", False)])
+def test_a_worker_told_to_stop(
+    platform: Platform, user: Caller, invariants: Invariants, name: str, *, finishes: bool
+) -> None:
+    """Told to stop with three chunks running a worker finishes them, or without time gives them back, and exits with 0."""
+    expired = platform.metric("job-orchestrator", "scanfleet_leases_expired_total")
+    other = {"scanner-worker-1": "scanner-worker-2", "scanner-worker-2": "scanner-worker-1"}[name]
+    platform.stack.stop(other)
+    try:
+        job_id = user.scan(platform.network(23), **STEADY)
+        until(lambda: len(platform.nmaps_of(name)) == SLOTS, LIMIT, "three chunks to run")
+        held = {chunk["_id"] for chunk in platform.chunks(job_id) if chunk["state"] == "running"}
+        gone = platform.pid(name)
+        platform.kill(name, signal.SIGTERM)
+        until(lambda: platform.running(name) not in (0, gone), LIMIT, "the worker to end and come back")
+    finally:
+        platform.stack.start(other)
+    assert user.finished(job_id)["status"]["status"] == "completed"
+    ends = {each.chunk_id for each in spoken(platform, ChunkReleased) if each.job_id == job_id}
+    assert held & ends == (set() if finishes else held)
+    assert platform.metric("job-orchestrator", "scanfleet_leases_expired_total") == expired
+    assert platform.exits(name)[-1] == 0
+    assert_scanned_once(platform, [job_id])
+    invariants.check()
+
+
+def spoken(platform: Platform, kind: type[Spoken]) -> list[Spoken]:
+    """What workers said of this kind."""
+    return [each.message for each in platform.said(SCAN_PROGRESS, kind) if isinstance(each.message, kind)]
+
+
+def assert_scanned_once(platform: Platform, jobs: Collection[int]) -> None:
+    """No address of these jobs was told of twice."""
+    hosts = [each.message for each in platform.said(SCAN_RESULTS, HostScanned)]
+    told = Counter(
+        (host.chunk_id, host.address) for host in hosts if isinstance(host, HostScanned) and host.job_id in jobs
+    )
+    assert set(told.values()) == {1}

@@ -1,0 +1,83 @@
+"""Requests that race: against themselves, and against the end of what they are about."""
+
+from __future__ import annotations
+
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from scanfleet.messages import JobEvent
+from scanfleet.messages.topics import SCAN_EVENTS
+from tests.faults.invariants import Invariants
+from tests.faults.kit import TINY, Caller, Platform
+
+pytestmark = pytest.mark.e2e
+
+AT_ONCE = 50
+
+
+@pytest.mark.proves("F13", "G2")
+def test_fifty_posts_under_one_key(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """They make one job, and all that are answered are told of it; another body is a 400, another user's a job of its own."""
+    subnet, policy, key = user.subnet(platform.network(30)), user.policy(**TINY), uuid4().hex
+    body = {"subnet_ids": [subnet], "policy_id": policy}
+    second = platform.caller(int(user.http.get(f"/api/v1/policy/{policy}").json()["user_id"]), "api-gateway-2")
+
+    def post(number: int) -> httpx.Response:
+        return (user, second)[number % 2].http.post("/api/v1/task", json=body, headers={"Idempotency-Key": key})
+
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        answers = list(threads.map(post, range(AT_ONCE)))
+    assert {answer.status_code for answer in answers} == {201}
+    assert len({answer.json()["jobs"][0]["id"] for answer in answers}) == 1
+    assert user.http.get("/api/v1/task").json()["total"] == 1
+    other = user.http.post(
+        "/api/v1/task",
+        json=body | {"subnet_ids": [user.subnet(platform.network(31))]},
+        headers={"Idempotency-Key": key},
+    )
+    assert other.status_code == 400
+    stranger = platform.caller()
+    (job,) = stranger.submit([stranger.subnet(platform.network(30))], stranger.policy(**TINY), key)
+    assert job["id"] != answers[0].json()["jobs"][0]["id"]
+    for each in (second, stranger):
+        each.close()
+    invariants.check()
+
+
+@pytest.mark.proves("F11", "G6", "G8")
+def test_cancel_against_completion(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """A job that is cancelled just when it completes does one of both, and answer, GET and events agree on which."""
+    subnet, policy = user.subnet(platform.network(30)), user.policy(**TINY)
+
+    def lived(job_id: int) -> float:
+        began = time.monotonic()
+        user.finished(job_id)
+        return time.monotonic() - began
+
+    usual = min(lived(user.submit([subnet], policy)[0]["id"]) for _ in range(3))
+    chance = random.Random(11)  # noqa: S311 # moments, not secrets
+
+    def race(_: int) -> tuple[int, httpx.Response, str]:
+        job_id = user.submit([subnet], policy)[0]["id"]
+        time.sleep(max(0.0, usual + chance.uniform(-0.15, 0.05)))  # the fault is the moment
+        answer = user.http.post(f"/api/v1/task/{job_id}/cancel")
+        return job_id, answer, user.finished(job_id)["status"]["status"]
+
+    with ThreadPoolExecutor(3) as threads:
+        races: list[tuple[int, httpx.Response, str]] = list(threads.map(race, range(40)))
+    ends: dict[int, Any] = {}
+    for said in platform.said(SCAN_EVENTS, JobEvent):
+        assert isinstance(said.message, JobEvent)
+        if said.message.job.end_time is not None:
+            ends.setdefault(said.message.job.id, set()).add(said.message.job.status)
+    for job_id, answer, status in races:
+        assert (answer.status_code, status) in {(200, "cancelled"), (400, "completed")}
+        assert user.status(job_id) == status
+        assert ends[job_id] == {status}
+    invariants.check()
