@@ -38,8 +38,10 @@ log = logging.getLogger(__name__)
 _LABELS: Final = ("topic", "group")
 _CONSUMED: Final = Counter("scanfleet_bus_consumed", "Records handled", _LABELS)
 _FAILED: Final = Counter("scanfleet_bus_failed", "Batches or records whose handling raised", _LABELS)
+_RETRIED: Final = Counter("scanfleet_bus_retried", "Tries that failed because something stood on is away", _LABELS)
 _DEAD_LETTERED: Final = Counter("scanfleet_bus_dead_lettered", "Records sent to the dead-letter topic", _LABELS)
-_LAG: Final = Gauge("scanfleet_bus_lag", "Records of the assigned partitions not yet handled", _LABELS)
+_LAG: Final = Gauge("scanfleet_bus_lag", "Records not yet handled; no number while it cannot be known", _LABELS)
+_IN_HAND: Final = Gauge("scanfleet_bus_in_hand_seconds", "Age of the batch in hand, 0 without one", _LABELS)
 _HANDLING: Final = Histogram("scanfleet_bus_handling_seconds", "Time to handle one batch, retries included", _LABELS)
 
 
@@ -118,9 +120,11 @@ class ConsumerLoop:
         self._name = f"{topic.name} ({group})"
         self._consumed = _CONSUMED.labels(topic.name, group)
         self._failed = _FAILED.labels(topic.name, group)
+        self._retried = _RETRIED.labels(topic.name, group)
         self._dead_lettered = _DEAD_LETTERED.labels(topic.name, group)
-        self._lag = _LAG.labels(topic.name, group)
         self._handling = _HANDLING.labels(topic.name, group)
+        self._labels = (topic.name, group)
+        self._taken: float | None = None  # when the batch in hand was, on the monotonic clock
         self._task: asyncio.Task[None] | None = None
         self._in_hand = asyncio.Lock()  # whoever holds it has the handler to himself
         self._hurry = asyncio.Event()
@@ -140,6 +144,7 @@ class ConsumerLoop:
         except BaseException:
             await self._source.close()
             raise
+        _IN_HAND.labels(*self._labels).set_function(self._in_hand_seconds)
         self._task = asyncio.create_task(self._run(), name=f"consumer of {self._name}")
 
     async def stop(self) -> None:
@@ -151,7 +156,8 @@ class ConsumerLoop:
             task.cancel()
         await asyncio.wait([task])
         await self._source.close()
-        self._lag.set(0)
+        for gauge in (_LAG, _IN_HAND):
+            gauge.remove(*self._labels)
 
     @property
     def alive(self) -> bool:
@@ -213,7 +219,9 @@ class ConsumerLoop:
             return
         self._broker_is(away=False)
         positions = await self._source.positions()
-        self._lag.set(sum(max(0, end - positions.get(partition, end)) for partition, end in ends.items()))
+        _LAG.labels(*self._labels).set(
+            sum(max(0, end - positions.get(partition, end)) for partition, end in ends.items())
+        )
         for partition, end in ends.items():
             # A target stands until it is reached: under steady traffic one that moves never would be.
             if partition not in self._targets or self._targets[partition].stale(now):
@@ -223,6 +231,15 @@ class ConsumerLoop:
         if away != self._broker_away:
             log.warning("the broker of %s is %s", self._name, f"away: {why!r}" if away else "back")
         self._broker_away = away
+        if away:
+            self._forget_lag()
+
+    def _forget_lag(self) -> None:
+        """The last one known would look like a reader that keeps up."""
+        _LAG.remove(*self._labels)
+
+    def _in_hand_seconds(self) -> float:
+        return 0.0 if self._taken is None else time.monotonic() - self._taken
 
     async def _report(self) -> None:
         """Say which partitions were read to their end."""
@@ -243,6 +260,7 @@ class ConsumerLoop:
 
     async def _finish(self, records: Sequence[RawRecord]) -> bool:
         """Handle and commit one batch; False when it was dropped."""
+        self._taken = time.monotonic()
         try:
             with self._handling.time():
                 async with asyncio.timeout(None) as self._deadline:
@@ -254,7 +272,7 @@ class ConsumerLoop:
             log.info("dropped %d records of %s uncommitted: %r", len(records), self._name, error)
             return False
         finally:
-            self._deadline = None
+            self._deadline = self._taken = None
             self._held_up = False
         return True
 
@@ -313,6 +331,8 @@ class ConsumerLoop:
                 await action()
             except _AWAY as error:
                 self._held_up = True
+                self._retried.inc()
+                self._forget_lag()
                 log.warning("%s is held up: %r", self._name, error)
             else:
                 self._held_up = False

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
+from uuid import uuid4
+
+from prometheus_client import REGISTRY
 
 from scanfleet.clock import utc_now
 from scanfleet.consumer import LOOK_SECONDS, ConsumerLoop, Listener
@@ -165,3 +168,42 @@ async def test_steady_traffic_does_not_keep_a_partition_from_being_caught_up() -
     script, recorder = Growing(polls()), Recorder()
     async with Running(ConsumerLoop(SCAN_WORKERS, "test", recorder, script, no_dead_letter)):
         await until(lambda: recorder.caught_up_after)
+
+
+async def test_numbers_that_nobody_refreshes_are_not_shown() -> None:
+    """Lag is told while it is known, and by no number while the broker or a dependency is away or the loop has stopped."""
+    group, away, broker_away = uuid4().hex, asyncio.Event(), asyncio.Event()
+
+    def metric(name: str) -> float | None:
+        return REGISTRY.get_sample_value(f"scanfleet_bus_{name}", {"topic": SCAN_WORKERS.name, "group": group})
+
+    class Away(Script):
+        async def ends(self) -> Mapping[int, int]:
+            if broker_away.is_set():
+                raise DependencyError("away")
+            return {0: self.end + 7}
+
+    def does(_: object) -> None:
+        if away.is_set():
+            raise DependencyError("MongoDB is away")
+
+    async def polls() -> AsyncIterator[Sequence[RawRecord]]:
+        yield []  # and there is a look
+        assert (metric("lag"), metric("in_hand_seconds")) == (7, 0)
+        away.set()
+        yield [record(0)]
+        while metric("lag") is None:
+            yield []
+            await asyncio.sleep(0.01)
+        broker_away.set()
+
+    recorder = Recorder(does)
+    async with Running(ConsumerLoop(SCAN_WORKERS, group, recorder, Away(polls()), no_dead_letter)):
+        await until(away.is_set)
+        await until(lambda: metric("retried_total"))
+        assert metric("lag") is None
+        assert (metric("in_hand_seconds") or 0.0) > 0
+        away.clear()
+        await until(broker_away.is_set)
+        await until(lambda: metric("lag") is None)
+    assert metric("lag") is metric("in_hand_seconds") is None
