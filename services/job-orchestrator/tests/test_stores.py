@@ -13,10 +13,11 @@ import pytest
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState, cancel, dispatch
 from job_orchestrator.domain.fairness import Clock, Credit
-from job_orchestrator.domain.job import JobTrigger, ScanJob, change, published
+from job_orchestrator.domain.job import JobTrigger, ScanJob, change, create, published
 from job_orchestrator.domain.store import Command, Policy, Store, Subnet
 from job_orchestrator.testing import chunk, scan_job, scan_policy
 from job_orchestrator.testing.things import THEN
+from scanfleet.clock import utc_now
 from scanfleet.messages import JobStatus
 
 LATER = THEN + timedelta(seconds=1)
@@ -432,7 +433,28 @@ async def test_the_queue_is_by_user_and_turn(store: Store) -> None:
     assert await store.queue(8, 10, raw=False) == []
     assert await store.first_turn(7) == 3
     assert await store.first_turn(9) == 0
-    assert await store.queued_seconds() == pytest.approx(4 * 0.5)
+
+
+async def test_a_census_counts_what_is_unfinished(store: Store) -> None:
+    """Jobs and chunks that are not final are counted by state, with the age of the oldest job and event, in seconds."""
+    nothing = await store.census()
+    assert (nothing.jobs, nothing.job_ages, nothing.chunks) == ({}, {}, {})
+    assert (nothing.queued_seconds, nothing.outbox_age) == (0.0, 0.0)
+    now = utc_now()
+    created = {1: timedelta(hours=2), 2: timedelta(hours=3), 3: timedelta(hours=1), 4: -timedelta(hours=1)}
+    jobs = [replace(scan_job(id_, created_at=now - age), outbox=()) for id_, age in created.items()]
+    running = replace(jobs[3], status=JobStatus.RUNNING)
+    said = create(replace(scan_job(5), outbox=(), created_at=now - timedelta(minutes=5)))
+    over = [replace(change(said, JobTrigger.CANCEL, now), id=id_, settled=id_ == 7) for id_ in (6, 7)]
+    await store.insert_jobs([*jobs[:3], running, *over])
+    await store.insert_chunks([chunk(id=f"1-{n}", index=n, state=state) for n, state in enumerate(ChunkState)])
+    await store.insert_chunks([chunk(id="2-0", job_id=2, user_id=8, needs_raw=True, estimate=4.0)])
+    census = await store.census()
+    assert census.jobs == {JobStatus.PENDING: 3, JobStatus.RUNNING: 1}
+    assert census.job_ages == {JobStatus.PENDING: pytest.approx(3 * 3_600, abs=60), JobStatus.RUNNING: 0.0}
+    assert census.chunks == dict.fromkeys(OPEN, 1) | {ChunkState.QUEUED: 2}
+    assert census.queued_seconds == pytest.approx(4.5)
+    assert census.outbox_age == pytest.approx(300, abs=60)
 
 
 async def test_held_counts_what_each_worker_has(store: Store) -> None:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.fairness import Clock, Credit
@@ -58,6 +58,23 @@ class Command:
     """The job that a cancel is about."""
     status: int = 0
     error: str = ""
+
+
+UNFINISHED: Final = (JobStatus.PENDING, JobStatus.RUNNING)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Census:
+    """How much there is of what is unfinished. Ages are in seconds by the database's clock."""
+
+    jobs: Counter[JobStatus]
+    job_ages: Mapping[JobStatus, float]
+    """Of the oldest job in each status, since it was created."""
+    chunks: Counter[ChunkState]
+    queued_seconds: float
+    """Estimated slot seconds of all queued chunks: what there is to scale on."""
+    outbox_age: float
+    """Of the oldest event that waits in an outbox; 0 when none does."""
 
 
 class Resources(Protocol):
@@ -172,5 +189,6 @@ class Store(Resources, Protocol):
 
     async def raw_worker_seen(self, within: timedelta) -> bool: ...
 
-    async def queued_seconds(self) -> float:
-        """Estimated slot seconds of all queued chunks: what there is to scale on."""
+    # What is going on
+
+    async def census(self) -> Census: ...

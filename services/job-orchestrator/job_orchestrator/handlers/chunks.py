@@ -8,6 +8,7 @@ from typing import Final
 
 from job_orchestrator.domain.chunk import Chunk
 from job_orchestrator.domain.store import Store
+from job_orchestrator.metrics import CHUNK_TRANSITIONS
 from scanfleet.errors import DependencyError
 from scanfleet.messages import ChunkScanned, StopChunk
 
@@ -39,7 +40,11 @@ async def change(store: Store, ids: Collection[str], decide: Callable[[Chunk], C
             return done
         changes = [Changed(chunk, decide(chunk)) for chunk in (await store.chunks(left)).values()]
         left = await store.save_chunks([each.after for each in changes if each.after != each.before])
-        done += [each for each in changes if each.before.id not in left]
+        stored = [each for each in changes if each.before.id not in left]
+        for each in stored:
+            if each.moved:
+                CHUNK_TRANSITIONS.labels(each.after.state).inc()
+        done += stored
     raise DependencyError(f"chunks kept changing under us: {sorted(left)[:5]}")
 
 

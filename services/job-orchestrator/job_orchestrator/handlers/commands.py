@@ -15,6 +15,7 @@ from job_orchestrator.domain.job import JobTrigger, ScanJob, create
 from job_orchestrator.domain.job import change as change_job
 from job_orchestrator.domain.store import Command, Policy, Store, Subnet
 from job_orchestrator.handlers.jobs import Jobs
+from job_orchestrator.metrics import job_came
 from scanfleet.bus import Publisher, Record
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError, MessageError
@@ -71,7 +72,10 @@ class Commands:
             else:
                 submits.append(message)
         new += await self._decide(submits)
-        await self._finish(stands | await self._store.insert_commands(new), messages)
+        decided = await self._store.insert_commands(new)
+        for job in (job for command in new if decided[command.id] is command for job in command.jobs):
+            job_came(job)
+        await self._finish(stands | decided, messages)
 
     async def assigned(self, partitions: Collection[int]) -> None: ...
 
@@ -194,6 +198,7 @@ class Commands:
                 return await self._too_late(command, 400, f"Job is already {job.status}")
             cancelled = change_job(job, JobTrigger.CANCEL, utc_now(), cancel_command=command.id)
             if not await self._store.save_jobs([cancelled]):
+                job_came(cancelled)
                 return CommandAccepted(command_id=command.id, jobs=(cancelled.view,))
         raise DependencyError(f"job {command.cancels} kept changing under us")
 

@@ -17,6 +17,7 @@ from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.watch import Watch
 from job_orchestrator.handlers.chunks import change
+from job_orchestrator.metrics import CHUNK_TRANSITIONS
 from scanfleet.bus import Publisher, Record
 from scanfleet.errors import MessageError
 from scanfleet.loop import Loop
@@ -179,6 +180,7 @@ class Dispatcher:
         due = [chunk for chunk in picked if not jobs[chunk.job_id].final]
         losers = await self._store.save_chunks(due)
         sent = [chunk for chunk in due if chunk.id not in losers]
+        CHUNK_TRANSITIONS.labels(ChunkState.DISPATCHED).inc(len(sent))
         await self._publisher.publish(SCAN_TASKS, [self._task(chunk, jobs[chunk.job_id]) for chunk in sent])
         charges: dict[int, float] = defaultdict(float)
         for chunk in sent:

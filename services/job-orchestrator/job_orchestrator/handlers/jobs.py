@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Final
 
@@ -19,6 +19,7 @@ from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.store import Store
 from job_orchestrator.handlers.chunks import Changed, stop
 from job_orchestrator.handlers.chunks import change as change_chunks
+from job_orchestrator.metrics import PROBES, job_came
 from scanfleet.bus import Publisher
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError
@@ -36,6 +37,15 @@ _BULK_SECONDS: Final = 10.0  # between looks for bulk work; it is woken when the
 
 _BEGUN: Final = frozenset({ChunkState.RUNNING, ChunkState.SCANNED, ChunkState.STORED, ChunkState.FAILED})
 _DONE: Final = frozenset({ChunkState.STORED, ChunkState.FAILED, ChunkState.CANCELLED})
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A job as it was read and as it should be stored, and at its end what became of its probes."""
+
+    before: ScanJob
+    after: ScanJob
+    ledger: Mapping[str, int] = field(default_factory=dict)
 
 
 class Jobs:
@@ -79,9 +89,10 @@ class Jobs:
                 return
             jobs = await self._store.jobs(left)
             states = await self._store.chunk_states(left)
-            changed = [after for job in jobs.values() if (after := await self._step(job, states[job.id])) != job]
+            steps = [await self._step(job, states[job.id]) for job in jobs.values()]
+            changed = [step for step in steps if step.after != step.before]
             losers = await self._save(changed)
-            left = {job.id for job in changed if not job.settled or job.id in losers}
+            left = {step.after.id for step in changed if not step.after.settled or step.after.id in losers}
         raise DependencyError(f"jobs kept changing under us: {sorted(left)[:5]}")
 
     async def work(self) -> None:
@@ -138,25 +149,25 @@ class Jobs:
         losers = await self._store.save_jobs([job for job, _ in seen.values()])
         await self._publisher.publish(SCAN_EVENTS, [event for id_, (_, event) in seen.items() if id_ not in losers])
 
-    async def _step(self, job: ScanJob, states: Counter[ChunkState]) -> ScanJob:
+    async def _step(self, job: ScanJob, states: Counter[ChunkState]) -> _Step:
         """The job as it should be stored now."""
         if job.final:
             await self._cancel(job, states)
-            return replace(job, settled=not any(states[state] for state in OPEN))
+            return _Step(job, replace(job, settled=not any(states[state] for state in OPEN)))
         if states.total() < job.chunk_count:
             self._is_bulky(job)
         if job.status is JobStatus.PENDING:
             begun = any(states[state] for state in _BEGUN)
-            return change_job(job, JobTrigger.START, utc_now()) if begun else job
-        return await self._end(job) if sum(states[state] for state in _DONE) == job.chunk_count else job
+            return _Step(job, change_job(job, JobTrigger.START, utc_now()) if begun else job)
+        return await self._end(job) if sum(states[state] for state in _DONE) == job.chunk_count else _Step(job, job)
 
-    async def _end(self, job: ScanJob) -> ScanJob:
+    async def _end(self, job: ScanJob) -> _Step:
         tally = await self._tally(job)
         if tally.accounted and tally.chunks[ChunkState.STORED] == job.chunk_count:
             trigger, progress, error = JobTrigger.COMPLETE, 100, ""
         else:
             trigger, progress, error = JobTrigger.FAIL, max(job.progress, tally.progress), tally.error
-        return change_job(
+        ended = change_job(
             replace(job, settled=True),
             trigger,
             utc_now(),
@@ -164,6 +175,7 @@ class Jobs:
             machines_found=max(job.machines_found, tally.machines_found),
             error=error,
         )
+        return _Step(job, ended, tally.counts)
 
     async def _tally(self, job: ScanJob) -> Tally:
         tally = Tally(job)
@@ -210,8 +222,14 @@ class Jobs:
             await self._publisher.publish(SCAN_TASKS, [stop(chunk, f"job {job.status}") for chunk in held])
             self._is_bulky(job)  # it is settled only when a look finds none
 
-    async def _save(self, jobs: list[ScanJob]) -> set[int]:
+    async def _save(self, steps: Sequence[_Step]) -> set[int]:
+        jobs = [step.after for step in steps]
         losers = await self._store.save_jobs(jobs)
+        for step in (step for step in steps if step.after.id not in losers):
+            if step.after.status is not step.before.status:
+                job_came(step.after)
+            for outcome, probes in step.ledger.items():
+                PROBES.labels(outcome).inc(probes)
         await self._publish([replace(job, rev=job.rev + 1) for job in jobs if job.id not in losers and job.outbox])
         return losers
 

@@ -12,13 +12,14 @@ from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.store import Store
 from job_orchestrator.handlers.chunks import change, scanned_again
 from job_orchestrator.handlers.jobs import Jobs
-from job_orchestrator.metrics import QUEUED_SECONDS
+from job_orchestrator.metrics import CENSUS
 from scanfleet.bus import Publisher
 from scanfleet.clock import utc_now
 from scanfleet.messages.topics import SCAN_RESULTS
 
 _OLD_EVENT: Final = timedelta(seconds=5)  # the replica that made it publishes it in milliseconds, if it lives
 _RECONCILE_SECONDS: Final = 10.0
+_CENSUS_SECONDS: Final = 10.0  # it reads an index of all that is unfinished
 _PAGE: Final = 500
 
 
@@ -47,6 +48,7 @@ class Sweeper:
         self._monotonic = monotonic
         self._patience = timedelta(seconds=stored_seconds)
         self._reconciled = float("-inf")
+        self._counted = float("-inf")
 
     async def sweep(self) -> None:
         """One pass; called about once a second.
@@ -57,9 +59,11 @@ class Sweeper:
         await self._jobs.relay(await self._store.jobs_with_old_events(utc_now() - _OLD_EVENT, _PAGE))
         await self._ask_again()
         now = self._monotonic()
+        if now - self._counted > _CENSUS_SECONDS:
+            self._counted = now  # also if it fails: a database in trouble is not asked more often
+            CENSUS.show(await self._store.census())
         if now - self._reconciled > _RECONCILE_SECONDS:
             await self._reconcile_all()
-            QUEUED_SECONDS.set(await self._store.queued_seconds())
             self._reconciled = now
 
     async def _ask_again(self) -> None:

@@ -12,10 +12,10 @@ from typing import Any, Final, TypeVar
 from pymongo import IndexModel, ReplaceOne, UpdateOne
 from pymongo.read_concern import ReadConcern
 
-from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState
+from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState
 from job_orchestrator.domain.fairness import Clock, Credit
 from job_orchestrator.domain.job import ScanJob
-from job_orchestrator.domain.store import Command, Policy, Subnet
+from job_orchestrator.domain.store import UNFINISHED, Census, Command, Policy, Subnet
 from job_orchestrator.repository import documents
 from scanfleet.messages import JobStatus
 from scanfleet.mongo import Collection as MongoCollection
@@ -41,14 +41,18 @@ _INDEXES: Final = {
     "jobs": [
         IndexModel([("user_id", 1), ("sort_time", -1), ("_id", -1)]),
         IndexModel([("user_id", 1), ("status", 1), ("sort_time", -1), ("_id", -1)]),
-        IndexModel([("settled", 1), ("_id", 1)], partialFilterExpression={"settled": False}),
+        # With status and age the unfinished jobs are counted from the index alone.
+        IndexModel(
+            [("settled", 1), ("_id", 1), ("status", 1), ("created_at", 1)],
+            partialFilterExpression={"settled": False},
+        ),
         IndexModel([("outbox.at", 1)], sparse=True),
         IndexModel([("subnet_id", 1)], partialFilterExpression={"settled": False}),
     ],
     "chunks": [
         IndexModel([("job_id", 1), ("index", 1)]),
         IndexModel([("job_id", 1), ("state", 1)]),
-        # With the estimate the queued seconds are summed from the index alone.
+        # With the estimate the chunks are counted and the queued seconds summed from the index alone.
         IndexModel([("state", 1), ("user_id", 1), ("needs_raw", 1), ("turn", 1), ("estimate", 1)]),
         IndexModel([("worker_id", 1), ("state", 1)], partialFilterExpression={"held": True}),
         IndexModel([("state", 1), ("partition", 1)], partialFilterExpression={"held": True}),
@@ -311,19 +315,49 @@ class MongoStore:
         since = {"$gt": ["$seen", {"$subtract": ["$$NOW", int(within.total_seconds() * 1_000)]}]}
         return await self._workers.find_one({"raw": True, "slots": {"$gt": 0}, "$expr": since}) is not None
 
+    # What is going on
+
     @bad_days()
-    async def queued_seconds(self) -> float:
-        groups = self._chunks.aggregate(
+    async def census(self) -> Census:
+        jobs = self._jobs.aggregate(
             [
-                {"$match": {"state": ChunkState.QUEUED.value}},
-                {"$group": {"_id": None, "seconds": {"$sum": "$estimate"}}},
+                {"$match": {"settled": False, "status": {"$in": [status.value for status in UNFINISHED]}}},
+                {"$group": {"_id": "$status", "n": {"$sum": 1}, "oldest": {"$min": "$created_at"}}},
+                {"$set": {"age": _age("$oldest")}},
             ],
         )
-        return float(sum([each["seconds"] async for each in groups]))
+        chunks = self._chunks.aggregate(
+            [
+                {"$match": {"state": {"$in": [state.value for state in OPEN]}}},
+                {"$group": {"_id": "$state", "n": {"$sum": 1}, "seconds": {"$sum": "$estimate"}}},
+            ],
+        )
+        unsent = self._jobs.aggregate(
+            [
+                {"$match": {"outbox.at": {"$exists": True}}},
+                {"$sort": {"outbox.at": 1}},
+                {"$limit": 1},
+                {"$project": {"age": _age({"$min": "$outbox.at"})}},
+            ],
+        )
+        by_status = {JobStatus(each["_id"]): each async for each in jobs}
+        by_state = {ChunkState(each["_id"]): each async for each in chunks}
+        return Census(
+            jobs=Counter({status: each["n"] for status, each in by_status.items()}),
+            job_ages={status: each["age"] for status, each in by_status.items()},
+            chunks=Counter({state: each["n"] for state, each in by_state.items()}),
+            queued_seconds=float(by_state.get(ChunkState.QUEUED, {}).get("seconds", 0.0)),
+            outbox_age=max([each["age"] async for each in unsent], default=0.0),
+        )
 
     @bad_days()
     async def _find_chunks(self, wanted: Document, limit: int = 0) -> list[Chunk]:
         return [documents.read_chunk(each) async for each in self._chunks.find(wanted).limit(limit)]
+
+
+def _age(time: Any) -> Document:
+    """Seconds from `time`, which somebody else's clock may have put into the future, to the database's now."""
+    return {"$max": [0.0, {"$divide": [{"$subtract": ["$$NOW", time]}, 1_000]}]}
 
 
 def _queued(*, raw: bool) -> Document:

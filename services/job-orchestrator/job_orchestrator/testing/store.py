@@ -9,10 +9,10 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 
-from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState
+from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState
 from job_orchestrator.domain.fairness import Clock, Credit
 from job_orchestrator.domain.job import ScanJob
-from job_orchestrator.domain.store import Command, Policy, Subnet
+from job_orchestrator.domain.store import UNFINISHED, Census, Command, Policy, Subnet
 from scanfleet.errors import DependencyError
 from scanfleet.messages import JobStatus
 
@@ -230,8 +230,23 @@ class MemoryStore:
         since = time.monotonic() - within.total_seconds()
         return any(worker.raw and worker.slots and seen > since for worker, seen in self._workers.values())
 
-    async def queued_seconds(self) -> float:
-        return sum(chunk.estimate for chunk in self._queued(raw=True))
+    async def census(self) -> Census:
+        jobs = [job for job in self._jobs.values() if job.status in UNFINISHED]
+        outgoing = [out.at for job in self._jobs.values() for out in job.outbox]
+        return Census(
+            jobs=Counter(job.status for job in jobs),
+            job_ages={
+                status: max(_age(job.created_at) for job in jobs if job.status is status)
+                for status in {job.status for job in jobs}
+            },
+            chunks=Counter(chunk.state for chunk in self._chunks.values() if chunk.state in OPEN),
+            queued_seconds=sum(chunk.estimate for chunk in self._queued(raw=True)),
+            outbox_age=max(map(_age, outgoing), default=0.0),
+        )
 
     def _queued(self, *, raw: bool) -> list[Chunk]:
         return [c for c in self._chunks.values() if c.state is ChunkState.QUEUED and (raw or not c.needs_raw)]
+
+
+def _age(time_: datetime) -> float:
+    return max(0.0, (datetime.now(UTC) - time_).total_seconds())

@@ -60,7 +60,7 @@ QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
     "charge": (lambda store: store.charge({3: 1.0}), 2),
     "seen_workers": (lambda store: store.seen_workers([Credit("w-3", 2, raw=True, partition=1)]), 2),
     "raw_worker_seen": (lambda store: store.raw_worker_seen(timedelta(minutes=1)), USERS),
-    "queued_seconds": (lambda store: store.queued_seconds(), CHUNKS),
+    "census": (lambda store: store.census(), CHUNKS),
     "save_jobs": (lambda store: store.save_jobs([scan_job(3)]), 5),
     "save_chunks": (lambda store: store.save_chunks([chunk(id="3-0", rev=99)]), 5),
 }

@@ -8,6 +8,7 @@ from collections.abc import Collection, Coroutine, Sequence
 from typing import Final
 
 import structlog
+from prometheus_client import Gauge
 
 from scanfleet.bus import Publisher, Record
 from scanfleet.errors import DependencyError, MessageError
@@ -22,6 +23,8 @@ FLUSH_S: Final = 5.0  # for the last words of a worker that leaves
 SEEN: Final = 4_096  # tokens remembered, so that a task that comes twice is done once: minutes of the shortest chunks
 
 _LEAVING: Final = "the worker is leaving"
+
+_slots = Gauge("scanfleet_worker_slots", "Chunks that are scanned side by side at most, 0 when leaving")
 
 _Token = tuple[str, int]
 _log = structlog.stdlib.get_logger(__name__)
@@ -153,5 +156,6 @@ class Worker:
 
     async def _announce(self) -> None:
         slots = 0 if self._leaving else self._abilities.slots
+        _slots.set(slots)
         ready = WorkerReady(worker_id=self._id, slots=slots, raw=self._abilities.raw)
         await self._publisher.publish(SCAN_WORKERS, [ready])

@@ -1,0 +1,131 @@
+"""What operators are told in numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+from prometheus_client import REGISTRY, CollectorRegistry
+
+from job_orchestrator.domain.chunk import ChunkState
+from job_orchestrator.domain.store import Census
+from job_orchestrator.metrics import CensusGauges
+from job_orchestrator.testing import MemoryStore, World, scan_job
+from scanfleet.clock import utc_now
+from scanfleet.errors import DependencyError
+from scanfleet.messages import JobStatus
+
+CENSUS = Census(
+    jobs=Counter({JobStatus.PENDING: 3}),
+    job_ages={JobStatus.PENDING: 40.0},
+    chunks=Counter({ChunkState.QUEUED: 5}),
+    queued_seconds=2.5,
+    outbox_age=0.25,
+)
+
+
+def counted(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(f"scanfleet_{name}", labels) or 0.0
+
+
+def test_a_census_is_shown_until_it_is_old() -> None:
+    """Its numbers, zeros too, are shown for half a minute, and then none: an old one is no number of now."""
+    now = 100.0
+    registry = CollectorRegistry()
+    gauges = CensusGauges(monotonic=lambda: now)
+    registry.register(gauges)
+
+    def shown(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(f"scanfleet_{name}", labels)
+
+    assert shown("queued_slot_seconds") is None
+    gauges.show(CENSUS)
+    now += 29.0
+    assert (shown("jobs", status="pending"), shown("jobs", status="running")) == (3.0, 0.0)
+    assert (shown("chunks", state="queued"), shown("chunks", state="scanned")) == (5.0, 0.0)
+    assert (shown("queued_slot_seconds"), shown("outbox_age_seconds")) == (2.5, 0.25)
+    assert shown("oldest_job_age_seconds", status="pending") == 40.0
+    now += 2.0
+    assert [sample for metric in registry.collect() for sample in metric.samples] == []
+
+
+async def test_the_sweep_takes_a_census_every_ten_seconds(world: World) -> None:
+    """What a scrape shows follows the database by ten seconds at most, and the database is not asked more often."""
+    await world.only.sweeper.sweep()
+    await world.store.insert_jobs([replace(scan_job(9, created_at=utc_now() - timedelta(hours=1)), outbox=())])
+    world.now += 9.0
+    await world.only.sweeper.sweep()
+    assert counted("jobs", status="pending") == 0
+    world.now += 2.0
+    await world.only.sweeper.sweep()
+    assert counted("jobs", status="pending") == 1
+    assert 3_600 <= counted("oldest_job_age_seconds", status="pending") < 3_700
+
+
+async def test_jobs_chunks_and_probes_are_counted_as_they_go(world: World) -> None:
+    """A scan is counted once at each status and state that it was stored in, with its probes by outcome and its times."""
+
+    def numbers() -> Counter[str]:
+        return Counter(
+            {f"{status} jobs": int(counted("job_transitions_total", status=status)) for status in JobStatus}
+            | {f"{state} chunks": int(counted("chunk_transitions_total", state=state)) for state in ChunkState}
+            | {
+                f"{outcome} probes": int(counted("job_probes_total", outcome=outcome))
+                for outcome in ("silent", "answered", "excluded", "lost")
+            }
+            | {"waits": int(counted("job_wait_seconds_count")), "runs": int(counted("job_run_seconds_count"))},
+        )
+
+    before = numbers()
+    await world.submit("127.9.8.0/30")
+    await world.wait(2)
+    await world.cancel(1)
+    await world.settle()
+    assert numbers() - before == {
+        "pending jobs": 1,
+        "running jobs": 1,
+        "completed jobs": 1,
+        "dispatched chunks": 1,
+        "scanned chunks": 1,
+        "stored chunks": 1,
+        "silent probes": 8,
+        "waits": 1,
+        "runs": 1,
+    }
+
+
+async def test_a_cancelled_job_is_counted_once(world: World) -> None:
+    """A cancel counts one job, however often it is delivered, and no probes."""
+    world.workers = []
+    await world.submit("127.9.8.0/30")
+    await world.settle()
+    before = counted("job_transitions_total", status="cancelled"), counted("job_probes_total", outcome="cancelled")
+    await world.cancel(1)
+    await world.cancel(1)
+    await world.wait(2)
+    after = counted("job_transitions_total", status="cancelled"), counted("job_probes_total", outcome="cancelled")
+    assert after == (before[0] + 1, before[1])
+
+
+class Refusing(MemoryStore):
+    """Takes no census."""
+
+    asked = 0
+
+    async def census(self) -> Census:
+        self.asked += 1
+        raise DependencyError("the database is away")
+
+
+async def test_a_database_in_trouble_is_not_asked_for_a_census_in_every_sweep() -> None:
+    """A census that fails is tried again ten seconds later, and the repairs go on meanwhile."""
+    store = Refusing()
+    world = World(store)
+    await store.insert_jobs([scan_job(9)])
+    with pytest.raises(DependencyError):
+        await world.only.sweeper.sweep()
+    await world.only.sweeper.sweep()
+    await world.settle()
+    assert (store.asked, (await store.chunk_states([9]))[9].total()) == (1, 1)
