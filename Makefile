@@ -53,7 +53,8 @@ bench: setup ## Measure the platform against plain nmap and other real alternati
 	@for file in bench/*.py; do $(BIN)/python -m bench.$$(basename $$file .py); done
 
 images: ## Build the image of every service, scanfleet/<service>:dev; needs a Docker engine
-	docker compose build
+	docker compose build --build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
+		--build-arg REVISION=$$(git rev-parse HEAD)
 
 compose-demo: setup ## The demo on containers: docker-compose.yml; needs a Docker engine
 	@$(BIN)/python -m local.compose

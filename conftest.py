@@ -23,6 +23,7 @@ settings.load_profile("scanfleet")
 
 KAFKA_IMAGE = "confluentinc/cp-kafka:7.6.0"
 MONGODB_IMAGE = "mongo:7.0"
+START = 120  # seconds that a container may take to be up on a busy machine
 STOP = 30  # seconds in which a server must end by itself
 
 
@@ -37,8 +38,11 @@ def docker_answers() -> bool:
 def kafka(docker_answers: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The bootstrap address of a real broker; each test takes a topic prefix of its own."""
     if docker_answers:
-        with KafkaContainer(KAFKA_IMAGE).with_kraft() as container:
-            yield container.get_bootstrap_server()
+        container = KafkaContainer(KAFKA_IMAGE).with_kraft()
+        try:
+            yield container.start(timeout=START).get_bootstrap_server()
+        finally:
+            container.stop()
         return
     folder = tmp_path_factory.mktemp("kafka")
     port, controller_port = ports.choose(), ports.choose()

@@ -8,21 +8,26 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
+from local.credentials import ADMIN, Credentials
 from local.paths import TOOLS
 from local.wait import listens
+from scanfleet.kafka.broker import access
+from scanfleet.settings import KafkaSettings
 
 PROPERTIES = """\
 process.roles=broker,controller
 node.id=1
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}
+listeners=BROKER://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}
+inter.broker.listener.name=BROKER
 controller.listener.names=CONTROLLER
 controller.quorum.bootstrap.servers=127.0.0.1:{controller_port}
-listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT
+listener.security.protocol.map=CONTROLLER:{protocol},BROKER:{protocol}
 log.dirs={data}
 # A topic that nobody declared is a bug, not a wish.
 auto.create.topics.enable=false
@@ -41,6 +46,25 @@ broker.heartbeat.interval.ms=500
 offsets.topic.num.partitions=8
 """
 
+# Over TLS, by password, and nobody may do what no ACL names. Broker and controller are the administrator to each other, by a
+# mechanism that needs no users in the very log that the controller keeps.
+SECURED = """\
+authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
+super.users=User:{admin}
+sasl.mechanism.inter.broker.protocol=SCRAM-SHA-512
+sasl.mechanism.controller.protocol=PLAIN
+listener.name.broker.sasl.enabled.mechanisms=SCRAM-SHA-512
+listener.name.broker.scram-sha-512.sasl.jaas.config=org.apache.kafka.common.security.scram.ScramLoginModule required \
+    username="{admin}" password="{password}";
+listener.name.controller.sasl.enabled.mechanisms=PLAIN
+listener.name.controller.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required \
+    username="{admin}" password="{password}" user_{admin}="{password}";
+ssl.keystore.type=PEM
+ssl.keystore.location={server}
+ssl.truststore.type=PEM
+ssl.truststore.location={authority}
+"""
+
 JAVA = (
     "java",
     "-Xmx512m",
@@ -51,26 +75,49 @@ JAVA = (
 )
 
 
-def command(folder: Path, port: int, controller_port: int) -> list[str]:
+def command(
+    folder: Path,
+    port: int,
+    controller_port: int,
+    credentials: Credentials | None = None,
+    users: Collection[str] = (),
+) -> list[str]:
     """The command that runs the broker in the foreground, its data under `folder`, which is formatted on first use.
+
+    With `credentials` it takes `users` and the administrator, each by its password, and lets them do what ACLs say.
 
     Raises:
         RuntimeError: the folder could not be formatted; says what Kafka said.
     """
     folder.mkdir(parents=True, exist_ok=True)
     properties = folder / "server.properties"
-    properties.write_text(PROPERTIES.format(port=port, controller_port=controller_port, data=folder / "data"))
+    text = PROPERTIES.format(
+        port=port,
+        controller_port=controller_port,
+        protocol="SASL_SSL" if credentials else "PLAINTEXT",
+        data=folder / "data",
+    )
+    if credentials is not None:
+        text += SECURED.format(
+            admin=ADMIN,
+            password=credentials.password(ADMIN),
+            server=credentials.server,
+            authority=credentials.authority,
+        )
+    properties.write_text(text)
     if not (folder / "data" / "meta.properties").exists():
-        _format(properties)
+        passwords = {user: credentials.password(user) for user in (ADMIN, *users)} if credentials else {}
+        _format(properties, passwords)
     return [*_java(), "kafka.Kafka", str(properties)]
 
 
-def wait_until_up(bootstrap: str, limit: float = 120.0) -> None:
+def wait_until_up(bootstrap: str, limit: float = 120.0, *, settings: KafkaSettings | None = None) -> None:
     """Return when the broker answers a client.
 
     Args:
         bootstrap: `host:port`.
         limit: seconds; a broker that recovers a large log after a kill takes its time.
+        settings: for a broker that asks who is there.
 
     Raises:
         TimeoutError: it did not answer in time.
@@ -79,13 +126,13 @@ def wait_until_up(bootstrap: str, limit: float = 120.0) -> None:
     host, port = bootstrap.rsplit(":", 1)
     # A client that finds no listener logs errors, so look before asking.
     listens(host, int(port), limit)
-    asyncio.run(_answers(bootstrap, deadline))
+    asyncio.run(_answers(settings or KafkaSettings(kafka=bootstrap), deadline))
 
 
-async def _answers(bootstrap: str, deadline: float) -> None:
+async def _answers(settings: KafkaSettings, deadline: float) -> None:
     async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
         while True:
-            client = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+            client = AIOKafkaAdminClient(**access(settings))
             try:
                 await client.start()
                 await client.list_topics()
@@ -101,10 +148,12 @@ def _java() -> list[str]:
     return [*JAVA, f"{TOOLS / 'kafka'}/*"]
 
 
-def _format(properties: Path) -> None:
+def _format(properties: Path, passwords: Mapping[str, str]) -> None:
     # The same id always: it only tells clusters apart that could meet, and this one is alone on loopback.
     argv = [*_java(), "kafka.tools.StorageTool", "format", "--standalone", "--ignore-formatted"]
     argv += ["--cluster-id", "c2NhbmZsZWV0LWxvY2FsLQ", "--config", str(properties)]
+    for name, password in passwords.items():
+        argv += ["--add-scram", f"SCRAM-SHA-512=[name={name},password={password}]"]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"Kafka could not format its data folder:\n{done.stdout}{done.stderr}")

@@ -17,8 +17,10 @@ from typing import Final
 import httpx
 
 from local import kafka, mongod, ports, tokens
+from local.credentials import ADMIN, Credentials
 from local.supervisor import Process, Program, Supervisor
 from local.wait import until
+from scanfleet.settings import KafkaSettings
 
 SERVERS: Final = ("kafka", "mongod")
 SERVICES: Final = {
@@ -28,6 +30,7 @@ SERVICES: Final = {
     "api-gateway": "api_gateway",
 }
 """Package of each service."""
+WITH_DATABASE: Final = ("job-orchestrator", "result-store")
 LOCAL_REPLICAS: Final = {"result-store": 1, "job-orchestrator": 1, "scanner-worker": 2, "api-gateway": 1}
 USUAL_PORTS: Final = {
     "kafka": 9092,
@@ -67,6 +70,7 @@ class Stack:
         topic_prefix: str = "",
         database_prefix: str = "scanfleet",
         settings: Mapping[str, str] | None = None,
+        secured: bool = False,
         settings_of: Mapping[str, Mapping[str, str | None]] | None = None,
     ) -> None:
         """Name a stack; nothing starts.
@@ -80,6 +84,7 @@ class Stack:
             topic_prefix: before the name of every topic.
             database_prefix: before the name of every database.
             settings: more environment variables for every service.
+            secured: its own Kafka and mongod are spoken to over TLS, ask each service who it is, and let it do what it must.
             settings_of: more for one service, or for one process of it; those of None are left out.
         """
         self.folder = folder.resolve()
@@ -90,6 +95,7 @@ class Stack:
         self._topic_prefix = topic_prefix
         self._database_prefix = database_prefix
         self._settings = settings or {}
+        self._credentials = Credentials(self.folder / "credentials") if secured else None
         self._settings_of = settings_of or {}
         self._supervisor = Supervisor(self.folder)
 
@@ -110,12 +116,16 @@ class Stack:
             try:
                 self._supervisor.start(self._servers)
                 if "mongod" in self._servers:
-                    mongod.make_ready(self.address("mongod"))
+                    mongod.make_ready(self.address("mongod"), credentials=self._credentials)
                 if "kafka" in self._servers:
-                    kafka.wait_until_up(self.kafka)
+                    kafka.wait_until_up(self.kafka, settings=self.kafka_settings())
             except Exception as error:
                 raise StackError(f"{error}{self._logs(self._servers)}") from error
-            self._create_topics()
+            if self._credentials is not None:
+                databases = {service: self.database(service) for service in WITH_DATABASE}
+                mongod.make_users(self.address("mongod"), self._credentials, databases)
+                self._administer("create-acls")
+            self._administer("create-topics")
             self._supervisor.start(self._services)
             self.wait_until_ready()
             text = "".join(f"{name}={shlex.quote(value)}\n" for name, value in self.env.items())
@@ -208,7 +218,32 @@ class Stack:
 
     @property
     def mongodb(self) -> str:
-        return self._mongodb_at or mongod.uri(self.address("mongod"))
+        """The URI of whoever may do everything."""
+        user = ADMIN if self._credentials else ""
+        return self._mongodb_at or mongod.uri(self.address("mongod"), user, credentials=self._credentials)
+
+    def mongodb_of(self, service: str) -> str:
+        """The URI of a service that has a database."""
+        if self._credentials is None:
+            return self.mongodb
+        return mongod.uri(self.address("mongod"), service, self.database(service), self._credentials)
+
+    def database(self, service: str) -> str:
+        """The name of a service's database."""
+        return f"{self._database_prefix}_{SERVICES[service]}"
+
+    def kafka_settings(self, service: str | None = None) -> KafkaSettings:
+        """The way to the bus of a service, or of whoever may do everything."""
+        if self._credentials is None:
+            return KafkaSettings(kafka=self.kafka, topic_prefix=self._topic_prefix)
+        user = ADMIN if service is None else self._topic_prefix + service
+        return KafkaSettings(
+            kafka=self.kafka,
+            kafka_ca_file=self._credentials.authority,
+            kafka_username=user,
+            kafka_password_file=self._credentials.password_file(user),
+            topic_prefix=self._topic_prefix,
+        )
 
     @property
     def env(self) -> dict[str, str]:
@@ -240,10 +275,16 @@ class Stack:
     def _programs(self) -> Iterator[Program]:
         if "kafka" in self._servers:
             numbers = self._ports()
-            command = kafka.command(self.folder / "kafka", numbers["kafka"], numbers["kafka-controller"])
+            command = kafka.command(
+                self.folder / "kafka",
+                numbers["kafka"],
+                numbers["kafka-controller"],
+                self._credentials,
+                [self._topic_prefix + service for service in SERVICES],
+            )
             yield Program("kafka", command, autostart=True)
         if "mongod" in self._servers:
-            command = mongod.command(self.folder / "mongod", self._ports()["mongod"])
+            command = mongod.command(self.folder / "mongod", self._ports()["mongod"], self._credentials)
             yield Program("mongod", command, autostart=True)
         for service, package in SERVICES.items():
             for index, name in enumerate(self.names(service)):
@@ -266,8 +307,7 @@ class Stack:
 
         variables = {
             "SCANFLEET_INSTANCE": name,
-            "SCANFLEET_KAFKA": self.kafka,
-            "SCANFLEET_TOPIC_PREFIX": self._topic_prefix,
+            **self._way_to_the_bus(service),
             "SCANFLEET_JWT_ISSUER": tokens.ISSUER,
             "SCANFLEET_JWT_AUDIENCE": tokens.AUDIENCE,
             "SCANFLEET_JWT_PUBLIC_KEY_FILE": str(self._issuer.public_key_file),
@@ -275,9 +315,13 @@ class Stack:
             "SCANFLEET_LEASE_SECONDS": str(LEASE),
             "SCANFLEET_WRITES_PER_MINUTE": str(WRITES),
         }
-        if service in ("job-orchestrator", "result-store"):
-            variables["SCANFLEET_MONGODB"] = self.mongodb
-            variables["SCANFLEET_DATABASE"] = f"{self._database_prefix}_{SERVICES[service]}"
+        if service in WITH_DATABASE:
+            variables["SCANFLEET_DATABASE"] = self.database(service)
+            uri = self.mongodb_of(service)
+            if self._credentials is None:
+                variables["SCANFLEET_MONGODB"] = uri
+            else:
+                variables["SCANFLEET_MONGODB_FILE"] = str(self._credentials.file(f"{service}-mongodb", uri))
         if service == "api-gateway":
             variables["SCANFLEET_ORCHESTRATOR_URL"] = replica_url("job-orchestrator")
             variables["SCANFLEET_RESULT_STORE_URL"] = replica_url("result-store")
@@ -286,16 +330,20 @@ class Stack:
             more |= self._settings_of.get(whose, {})
         return {variable: value for variable, value in more.items() if value is not None}
 
-    def _create_topics(self) -> None:
+    def _way_to_the_bus(self, service: str | None = None) -> dict[str, str]:
+        settings = self.kafka_settings(service).model_dump(mode="json", exclude_none=True)
+        return {f"SCANFLEET_{name.upper()}": value for name, value in settings.items()}
+
+    def _administer(self, command: str) -> None:
         done = subprocess.run(
-            [sys.executable, "-m", "scanfleet.kafka", "create-topics"],
-            env=os.environ | {"SCANFLEET_KAFKA": self.kafka, "SCANFLEET_TOPIC_PREFIX": self._topic_prefix},
+            [sys.executable, "-m", "scanfleet.kafka", command],
+            env=os.environ | self._way_to_the_bus(),
             capture_output=True,
             text=True,
             check=False,
         )
         if done.returncode != 0:
-            raise StackError(f"the topics could not be made:\n{done.stdout}{done.stderr}")
+            raise StackError(f"{command} failed:\n{done.stdout}{done.stderr}")
 
     def _ports(self) -> dict[str, int]:
         try:

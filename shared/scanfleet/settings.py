@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, cast
 
 from pydantic import BeforeValidator, Field, HttpUrl, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -26,6 +26,10 @@ def _network(value: object) -> object:
 
 
 Networks = Annotated[tuple[Annotated[Network, BeforeValidator(_network)], ...], NoDecode, BeforeValidator(_split)]
+
+
+def _secret(file: Path) -> str:
+    return file.read_text(encoding="utf-8").strip()  # an editor ends it with a newline
 
 
 class _Settings(BaseSettings):
@@ -53,25 +57,65 @@ class KafkaSettings(_Settings):
         min_length=1,
         description="Bootstrap servers as `host:port`, separated by commas.",
     )
+    kafka_ca_file: Path | None = Field(
+        None,
+        description="PEM file with the authorities that vouch for the brokers. With it all is said over TLS.",
+    )
+    kafka_username: str | None = Field(
+        None,
+        min_length=1,
+        description="Who we are to the brokers (SCRAM-SHA-512).",
+    )
+    kafka_password_file: Path | None = Field(
+        None,
+        description="File with the password of that name, read once at start.",
+    )
     topic_prefix: str = Field(
         "",
         pattern=r"^[A-Za-z0-9._-]{0,64}$",
         description="Put before the name of every topic and consumer group, so that several platforms can share a broker.",
     )
 
+    @model_validator(mode="after")
+    def _name_with_password(self) -> Self:
+        if (self.kafka_username is None) != (self.kafka_password_file is None):
+            raise ValueError("set both of SCANFLEET_KAFKA_USERNAME and SCANFLEET_KAFKA_PASSWORD_FILE, or neither")
+        return self
+
+    @property
+    def kafka_password(self) -> str | None:
+        """Raises: OSError: the file cannot be read."""
+        return _secret(self.kafka_password_file) if self.kafka_password_file else None
+
 
 class MongoSettings(_Settings):
-    """The way to the service's own database."""
+    """The way to the service's own database. Exactly one of the first two is set."""
 
-    mongodb: str = Field(
+    mongodb: str | None = Field(
+        None,
         min_length=1,
         repr=False,  # it may hold a password
         description="MongoDB connection URI of a replica set.",
+    )
+    mongodb_file: Path | None = Field(
+        None,
+        description="File with that URI, read once at start: for one that holds a password.",
     )
     database: str = Field(
         pattern=r"^[A-Za-z0-9_-]{1,38}$",  # what MongoDB allows at most
         description="Name of the service's database; no two services share one.",
     )
+
+    @model_validator(mode="after")
+    def _one_uri(self) -> Self:
+        if (self.mongodb is None) == (self.mongodb_file is None):
+            raise ValueError("set exactly one of SCANFLEET_MONGODB and SCANFLEET_MONGODB_FILE")
+        return self
+
+    @property
+    def mongodb_uri(self) -> str:
+        """Raises: OSError: the file cannot be read."""
+        return self.mongodb or _secret(cast(Path, self.mongodb_file))
 
 
 class AuthSettings(_Settings):

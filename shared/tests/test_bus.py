@@ -25,6 +25,7 @@ from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.messages import CancelJob, CommandRejected, WorkerReady
 from scanfleet.messages.envelope import Headers, RawRecord, encode
 from scanfleet.messages.topics import MAX_BYTES, SCAN_REPLIES, SCAN_WORKERS
+from scanfleet.settings import KafkaSettings
 from scanfleet.testing.bus import MemoryBroker, MemoryBus
 from scanfleet.testing.consumers import Recorder, Running, until
 
@@ -76,7 +77,9 @@ class Kafka:
         self._buses: list[KafkaBus] = []
 
     async def bus(self, instance: str) -> Bus:
-        bus = KafkaBus(bootstrap=self._bootstrap, prefix=self._prefix, source="test", instance=instance)
+        bus = KafkaBus(
+            KafkaSettings(kafka=self._bootstrap, topic_prefix=self._prefix), source="test", instance=instance
+        )
         await bus.start()
         self._buses.append(bus)
         return bus

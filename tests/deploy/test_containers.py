@@ -22,6 +22,24 @@ BASE: Final = "python:3.13-slim-trixie"
 MB: Final = 1_000_000
 OPEN: Final = {(host, port) for port, _, hosts in targets.SERVERS for host in hosts}
 
+# What a process inside can see: who runs what with which rights, and where something can be written.
+_LOOK_AROUND: Final = """
+import json, os, pathlib, re
+seen = {"users": set(), "rights": set(), "programs": set(), "writable": set()}
+for process in pathlib.Path("/proc").glob("[0-9]*"):
+    try:
+        status = (process / "status").read_text()
+    except OSError:
+        continue  # it has just ended
+    seen["programs"].add(re.search(r"Name:\\s+(.*)", status)[1])
+    seen["users"].update(map(int, re.search(r"Uid:(.*)", status)[1].split()))
+    seen["rights"].update(re.findall(r"Cap(?:Prm|Eff|Bnd):\\s+(.*)", status))
+for folder, _, _ in os.walk("/"):
+    if not folder.startswith(("/proc", "/sys", "/dev")) and os.access(folder, os.W_OK):
+        seen["writable"].add(folder.split("/")[1])
+print(json.dumps({name: sorted(values) for name, values in seen.items()}))
+"""
+
 CONNECT: Final[dict[str, Any]] = {"technique": "connect", "service_detection": False}
 
 
@@ -62,11 +80,25 @@ def test_an_image_is_small(service: str) -> None:
 @pytest.mark.usefixtures("user")
 @pytest.mark.parametrize("service", SERVICES)
 def test_an_image_says_what_it_is(service: str) -> None:
-    """It has its labels, a user who is not root, and a health check."""
+    """It has its labels, a user who is not root, and an entry and a health check that want no shell."""
     config = inspect(f"scanfleet/{service}:dev")["Config"]
+    ours = {f"org.opencontainers.image.{name}" for name in ("title", "description", "licenses", "version", "revision")}
+    assert ours <= config["Labels"].keys()
     assert config["Labels"]["org.opencontainers.image.title"] == f"scanfleet {service}"
     assert config["User"] == "65532:65532"
-    assert config["Healthcheck"]["Test"][0] == "CMD"
+    assert (config["Entrypoint"][0], config["Cmd"]) == ("uvicorn", None)
+    assert config["Healthcheck"]["Test"][:2] == ["CMD", "python"]
+
+
+@pytest.mark.usefixtures("user")
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_container_is_as_little_as_it_can_be(service: str) -> None:
+    """While it works it is not root, has no right, no shell and nothing to write to but the worker's /tmp."""
+    seen = json.loads(docker("exec", containers(service)[0], "python", "-c", _LOOK_AROUND))
+    assert seen["users"] == [65532]
+    assert seen["rights"] == ["0000000000000000"]
+    assert set(seen["programs"]) <= {"uvicorn", "python", "nmap"}
+    assert seen["writable"] == (["tmp"] if service == "scanner-worker" else [])
 
 
 def test_a_scan_finds_what_is_there(user: Client) -> None:

@@ -44,12 +44,7 @@ def create_app(
     """
     settings = settings or Settings()
     logging.configure(GATEWAY, settings)
-    bus = bus or KafkaBus(
-        bootstrap=settings.kafka,
-        prefix=settings.topic_prefix,
-        source=GATEWAY,
-        instance=settings.instance,
-    )
+    bus = bus or KafkaBus(settings, source=GATEWAY, instance=settings.instance)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -65,17 +65,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             app.state.verifier = await stack.enter_async_context(open_verifier(settings))
-            database = mongo.connect(settings.mongodb, settings.database)
+            database = mongo.connect(settings.mongodb_uri, settings.database)
             stack.callback(database.client.close)
             store = MongoStore(database)
             await store.prepare()
             app.state.probes.depend("mongodb", lambda: mongo.ping(database))
-            bus = KafkaBus(
-                bootstrap=settings.kafka,
-                prefix=settings.topic_prefix,
-                source=ORCHESTRATOR,
-                instance=settings.instance,
-            )
+            bus = KafkaBus(settings, source=ORCHESTRATOR, instance=settings.instance)
             await bus.start()
             stack.push_async_callback(bus.stop)
             app.state.probes.watch(bus)

@@ -33,12 +33,7 @@ def create_app() -> FastAPI:
             raise RuntimeError(f"{settings.nmap} is not a program: install nmap, or name it in SCANFLEET_NMAP")
         # The random part makes a restarted worker another one: nothing meant for the old one reaches it.
         worker_id = f"{settings.instance}-{token_hex(4)}"
-        bus = KafkaBus(
-            bootstrap=settings.kafka,
-            prefix=settings.topic_prefix,
-            source=topics.WORKER,
-            instance=settings.instance,
-        )
+        bus = KafkaBus(settings, source=topics.WORKER, instance=settings.instance)
         nmap = Nmap(program, Limits(output=settings.max_output_bytes, host=settings.max_host_bytes))
         abilities = Abilities(
             slots=settings.slots,

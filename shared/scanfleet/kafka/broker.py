@@ -1,19 +1,42 @@
-"""A broker that is away, in our words."""
+"""How a broker is reached, and what its being away is in our words."""
 
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 from aiokafka.errors import KafkaError
 
 from scanfleet.errors import DependencyError
+from scanfleet.settings import KafkaSettings
 
 BACKOFF_MS: Final = (
     300  # between two tries of a client: a broker that is away costs little, one that is back is found soon
 )
+
+
+def access(settings: KafkaSettings) -> dict[str, Any]:
+    """The keyword arguments by which every client finds the brokers, knows them and is known to them.
+
+    Raises:
+        OSError: a file that the settings name cannot be read.
+    """
+    arguments: dict[str, Any] = {"bootstrap_servers": settings.kafka}
+    protocol = "PLAINTEXT"
+    if settings.kafka_ca_file is not None:
+        protocol = "SSL"
+        arguments["ssl_context"] = ssl.create_default_context(cafile=settings.kafka_ca_file)
+    if settings.kafka_username is not None:
+        protocol = f"SASL_{protocol}"
+        arguments |= {
+            "sasl_mechanism": "SCRAM-SHA-512",
+            "sasl_plain_username": settings.kafka_username,
+            "sasl_plain_password": settings.kafka_password,
+        }
+    return {**arguments, "security_protocol": protocol}
 
 
 async def connect(start: Callable[[], Awaitable[None]]) -> None:

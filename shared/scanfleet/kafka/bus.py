@@ -20,12 +20,13 @@ from aiokafka.errors import KafkaError
 from scanfleet.bus import Consumer, Handler
 from scanfleet.consumer import ConsumerLoop, Source
 from scanfleet.errors import DependencyError
-from scanfleet.kafka.broker import BACKOFF_MS, connect, depending
+from scanfleet.kafka.broker import BACKOFF_MS, access, connect, depending
 from scanfleet.kafka.sources import Member, Tail
 from scanfleet.kafka.topics import DEAD_LETTER_BYTES
 from scanfleet.messages import Message
 from scanfleet.messages.envelope import Headers, RawRecord, dead_letter_headers, encode
 from scanfleet.messages.topics import Topic
+from scanfleet.settings import KafkaSettings
 
 START_SECONDS: Final = 30.0  # for a broker that starts with us; it takes 3 to 10
 SEND_SECONDS: Final = 10.0  # until a caller hears that it was not acknowledged: a broker's restart fits in
@@ -47,15 +48,17 @@ class KafkaBus:
     """A `scanfleet.bus.Bus`.
 
     Args:
-        bootstrap: brokers as `host:port`, separated by commas.
-        prefix: put before the name of every topic and group.
+        settings: where the brokers are, and what is put before the name of every topic and group.
         source: the service that speaks, for `ce_source`.
         instance: this process, unique among the service's replicas and the same after a restart.
+
+    Raises:
+        OSError: a file that the settings name cannot be read.
     """
 
-    def __init__(self, *, bootstrap: str, prefix: str, source: str, instance: str) -> None:
-        self._bootstrap = bootstrap
-        self._prefix = prefix
+    def __init__(self, settings: KafkaSettings, *, source: str, instance: str) -> None:
+        self._access = access(settings)
+        self._prefix = settings.topic_prefix
         self._source = source
         self._instance = instance
         self._producer: AIOKafkaProducer | None = None
@@ -70,7 +73,7 @@ class KafkaBus:
             DependencyError: there is none after `START_SECONDS`.
         """
         self._producer = AIOKafkaProducer(
-            bootstrap_servers=self._bootstrap,
+            **self._access,
             client_id=self._instance,
             acks="all",
             enable_idempotence=True,
@@ -82,13 +85,13 @@ class KafkaBus:
         )
         # A connection of its own: behind a consumer's long poll the answer would wait for the poll to end.
         self._ends = AIOKafkaConsumer(
-            bootstrap_servers=self._bootstrap,
+            **self._access,
             client_id=f"{self._instance}-ends",
             request_timeout_ms=ENDS_REQUEST_MS,
             retry_backoff_ms=BACKOFF_MS,
         )
         try:
-            with depending(f"no broker at {self._bootstrap}"):
+            with depending(f"no broker at {self._access['bootstrap_servers']}"):
                 async with asyncio.timeout(START_SECONDS):
                     await connect(self._ends.start)
                     await connect(self._producer.start)
@@ -128,7 +131,7 @@ class KafkaBus:
             name=self._prefix + topic.name,
             group=self._prefix + group,
             instance=f"{self._instance}-{topic.name}",
-            bootstrap=self._bootstrap,
+            access=self._access,
             end_offsets=self._end_offsets,
         )
         return self._loop(topic, group, handler, source)
@@ -138,7 +141,7 @@ class KafkaBus:
             topic,
             name=self._prefix + topic.name,
             client_id=f"{self._instance}-{topic.name}",
-            bootstrap=self._bootstrap,
+            access=self._access,
             end_offsets=self._end_offsets,
         )
         return self._loop(topic, f"{self._source}-tail", handler, source)

@@ -59,11 +59,13 @@ log = logging.getLogger(__name__)
 class Tail:
     """A `scanfleet.consumer.Source`: every partition, from the end, no commits."""
 
-    def __init__(self, topic: Topic, *, name: str, client_id: str, bootstrap: str, end_offsets: EndOffsets) -> None:
+    def __init__(
+        self, topic: Topic, *, name: str, client_id: str, access: Mapping[str, Any], end_offsets: EndOffsets
+    ) -> None:
         self._topic = topic
         self._name = name
         self._client_id = client_id
-        self._bootstrap = bootstrap
+        self._access = access
         self._end_offsets = end_offsets
         self._consumer: AIOKafkaConsumer | None = None
         self._suspicious = False
@@ -124,7 +126,7 @@ class Tail:
 
     def _make(self, **more: Any) -> AIOKafkaConsumer:
         self._consumer = AIOKafkaConsumer(
-            bootstrap_servers=self._bootstrap,
+            **self._access,
             client_id=self._client_id,
             enable_auto_commit=False,
             fetch_max_wait_ms=POLL_MS,

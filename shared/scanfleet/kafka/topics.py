@@ -13,7 +13,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import NoError, TopicAlreadyExistsError, for_code
 from pydantic import Field
 
-from scanfleet.kafka.broker import connect, depending
+from scanfleet.kafka.broker import access, connect, depending
 from scanfleet.messages.topics import DEAD_LETTER_RETENTION, TOPICS, Topic
 from scanfleet.settings import KafkaSettings
 
@@ -64,8 +64,9 @@ async def create_topics(settings: TopicSettings, topics: Iterable[Topic] = TOPIC
     Raises:
         DependencyError: no broker answered in time.
         RuntimeError: the broker refused; says why.
+        OSError: a file that the settings name cannot be read.
     """
-    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka)
+    admin = AIOKafkaAdminClient(**access(settings))
     try:
         with depending(f"no topics made at {settings.kafka}"):
             async with asyncio.timeout(limit):

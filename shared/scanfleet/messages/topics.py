@@ -108,7 +108,7 @@ SCAN_PROGRESS: Final = Topic(
     name="scan-progress",
     key="job id",
     messages=(ChunkClaimed, ChunkProgressed, ChunkReleased, ChunkScanned, ChunkFailed),
-    producers=(WORKER, ORCHESTRATOR),
+    producers=(WORKER,),
     consumers=(ORCHESTRATOR,),
     retention=timedelta(days=1),
 )

@@ -26,6 +26,7 @@ from scanfleet.bus import Record
 from scanfleet.consumer import BatchDroppedError, ConsumerLoop
 from scanfleet.errors import DependencyError
 from scanfleet.kafka import KafkaBus
+from scanfleet.kafka.broker import access
 from scanfleet.kafka.sources import Member
 from scanfleet.kafka.topics import DEAD_LETTER_BYTES, TopicSettings, create_topics
 from scanfleet.messages import WorkerReady
@@ -82,7 +83,7 @@ class Bench:
 
     async def bus(self, instance: str = "one") -> KafkaBus:
         settings = self.settings
-        bus = KafkaBus(bootstrap=settings.kafka, prefix=settings.topic_prefix, source="test", instance=instance)
+        bus = KafkaBus(settings, source="test", instance=instance)
         await bus.start()
         self._stack.push_async_callback(bus.stop)
         return bus
@@ -264,7 +265,7 @@ async def test_offsets_of_foreign_partitions_cannot_be_committed(bench: Bench) -
             name=bench.name,
             group=bench.settings.topic_prefix + GROUP,
             instance=instance,
-            bootstrap=bench.settings.kafka,
+            access=access(bench.settings),
             end_offsets=bus._end_offsets,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -50,7 +51,12 @@ def test_a_misspelt_network_stops_the_start(network: str) -> None:
         (KafkaSettings, {}),
         (KafkaSettings, {"kafka": ""}),
         (KafkaSettings, {"kafka": "h:1", "topic_prefix": "a/b"}),
+        (KafkaSettings, {"kafka": "h:1", "kafka_username": "u"}),
+        (KafkaSettings, {"kafka": "h:1", "kafka_password_file": "/secrets/password"}),
+        (KafkaSettings, {"kafka": "h:1", "kafka_username": "", "kafka_password_file": "/secrets/password"}),
         (MongoSettings, {"mongodb": "mongodb://h"}),
+        (MongoSettings, {"database": "d"}),
+        (MongoSettings, {"mongodb": "mongodb://h", "mongodb_file": "/secrets/uri", "database": "d"}),
         (MongoSettings, {"mongodb": "mongodb://h", "database": "a.b"}),
         (TargetSettings, {"max_addresses": 0}),
         (
@@ -70,6 +76,20 @@ def test_a_bad_setting_stops_the_start(settings: type[CommonSettings], values: d
     """A setting that is missing or cannot be right is refused."""
     with pytest.raises(ValidationError):
         settings.model_validate(values)
+
+
+def test_a_secret_is_read_from_its_file(tmp_path: Path) -> None:
+    """A file holds the secret, with or without the newline that an editor puts at its end, and is asked for when it is needed."""
+    for number, ending in enumerate(("", "\n", "\r\n")):
+        secret = tmp_path / str(number)
+        kafka = KafkaSettings(kafka="h:1", kafka_username="u", kafka_password_file=secret)
+        mongo = MongoSettings(mongodb_file=secret, database="d")
+        with pytest.raises(FileNotFoundError, match=str(secret)):
+            _ = kafka.kafka_password
+        secret.write_bytes(f"Sesame 99{ending}".encode())
+        assert (kafka.kafka_password, mongo.mongodb_uri) == ("Sesame 99", "Sesame 99")
+    assert KafkaSettings(kafka="h:1").kafka_password is None
+    assert MongoSettings(mongodb="mongodb://h", database="d").mongodb_uri == "mongodb://h"
 
 
 def test_secrets_do_not_show() -> None:

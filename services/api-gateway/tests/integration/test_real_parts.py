@@ -21,6 +21,7 @@ from api_gateway.testing import Gateway, Replier, Services
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, SCAN_COMMANDS, SCAN_REPLIES
+from scanfleet.settings import KafkaSettings
 from scanfleet.testing.bus import MemoryBus
 
 pytestmark = pytest.mark.integration
@@ -45,7 +46,7 @@ async def test_replies_cross_kafka(kafka: str) -> None:
     await create_topics(TopicSettings(kafka=kafka, topic_prefix=prefix), [SCAN_COMMANDS, SCAN_REPLIES])
 
     def bus(source: str, instance: str) -> KafkaBus:
-        return KafkaBus(bootstrap=kafka, prefix=prefix, source=source, instance=instance)
+        return KafkaBus(KafkaSettings(kafka=kafka, topic_prefix=prefix), source=source, instance=instance)
 
     gateway = Gateway()
     async with AsyncExitStack() as stack:

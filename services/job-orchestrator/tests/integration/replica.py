@@ -19,6 +19,7 @@ from scanfleet import mongo
 from scanfleet.kafka import KafkaBus
 from scanfleet.messages import Message
 from scanfleet.messages.topics import ORCHESTRATOR, Topic
+from scanfleet.settings import KafkaSettings
 
 
 class Mortal:
@@ -43,7 +44,7 @@ async def main(kafka: str, mongodb: str, prefix: str, instance: str, *death: str
     kind, moment = death or ("", "")
     store = MongoStore(mongo.connect(mongodb, prefix.strip("-")))
     await store.prepare()
-    bus = KafkaBus(bootstrap=kafka, prefix=prefix, source=ORCHESTRATOR, instance=instance)
+    bus = KafkaBus(KafkaSettings(kafka=kafka, topic_prefix=prefix), source=ORCHESTRATOR, instance=instance)
     await bus.start()
     orchestrator = Orchestrator(
         store,

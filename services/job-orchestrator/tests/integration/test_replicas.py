@@ -52,6 +52,7 @@ from scanfleet.messages.topics import (
     SCAN_WORKERS,
     Topic,
 )
+from scanfleet.settings import KafkaSettings
 
 pytestmark = pytest.mark.integration
 
@@ -86,7 +87,7 @@ class Platform:
         self.stack = stack
         self.database = mongo.connect(mongodb, self.prefix.strip("-"))
         self.store = MongoStore(self.database)
-        self.bus = KafkaBus(bootstrap=kafka, prefix=self.prefix, source="test", instance="test")
+        self.bus = KafkaBus(KafkaSettings(kafka=kafka, topic_prefix=self.prefix), source="test", instance="test")
         self.events, self.tasks, self.replies, self.progress = Listener(), Listener(), Listener(), Listener()
         self.said = Listener()
         self.workers = [Worker(self.bus, f"w-{n}", slots=3) for n in range(4)]

@@ -25,6 +25,7 @@ from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.messages import ChunkStored, HostScanned
 from scanfleet.messages.topics import SCAN_RESULTS, SCAN_STORED
 from scanfleet.outcomes import address_at
+from scanfleet.settings import KafkaSettings
 
 pytestmark = pytest.mark.integration
 
@@ -117,7 +118,7 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
 @asynccontextmanager
 async def bus_of_a_worker(kafka: str, prefix: str) -> AsyncIterator[tuple[KafkaBus, Stored]]:
     """What workers publish with, and what was said to scan-stored."""
-    bus = KafkaBus(bootstrap=kafka, prefix=prefix, source="scanner-worker", instance="test")
+    bus = KafkaBus(KafkaSettings(kafka=kafka, topic_prefix=prefix), source="scanner-worker", instance="test")
     stored = Stored()
     reader = bus.consume(SCAN_STORED, "test", stored)
     await bus.start()

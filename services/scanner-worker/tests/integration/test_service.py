@@ -29,6 +29,7 @@ from scanfleet.messages import (
     WorkerReady,
 )
 from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS, SCAN_WORKERS
+from scanfleet.settings import KafkaSettings
 
 pytestmark = pytest.mark.integration
 
@@ -102,7 +103,7 @@ async def deployed(kafka: str, until: Until) -> AsyncIterator[Deployed]:
         "SCANFLEET_SLOTS": "3",
         "SCANFLEET_STOP_GRACE_SECONDS": "6",
     }
-    bus = KafkaBus(bootstrap=kafka, prefix=prefix, source="test", instance="test")
+    bus = KafkaBus(KafkaSettings(kafka=kafka, topic_prefix=prefix), source="test", instance="test")
     worker = Deployed(bus, environment, port)
     async with contextlib.AsyncExitStack() as stack:
         await bus.start()

@@ -1,0 +1,60 @@
+"""Giving the services' users their rights."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import NoError, for_code
+from aiokafka.protocol.admin import CreateAclsRequest
+
+from scanfleet.kafka.broker import access, connect, depending
+from scanfleet.messages.acls import SERVICES, Acl, acls_of
+from scanfleet.settings import KafkaSettings
+
+# Kafka's numbers.
+_RESOURCES: Final = {"topic": 2, "group": 3}
+_PATTERNS: Final = {"topic": 3, "group": 4}  # literal, prefixed
+_OPERATIONS: Final = {"Read": 3, "Write": 4}
+_ALLOW: Final = 3
+
+
+async def create_acls(settings: KafkaSettings, *, limit: float = 60.0) -> None:
+    """Give the user of each service, which is named after it, its rights. None is taken away; again changes nothing.
+
+    Args:
+        settings: broker, prefix (of topics, groups and users) and who we are: one who may alter the cluster.
+        limit: seconds, for a broker that is still starting.
+
+    Raises:
+        DependencyError: no broker answered in time.
+        RuntimeError: the broker refused; says why.
+        OSError: a file that the settings name cannot be read.
+    """
+    admin = AIOKafkaAdminClient(**access(settings))
+    try:
+        with depending(f"no rights given at {settings.kafka}"):
+            async with asyncio.timeout(limit):
+                await connect(admin.start)
+                for service in SERVICES:
+                    for acl in acls_of(service):
+                        await _create(admin, acl, settings.topic_prefix)
+    finally:
+        await admin.close()
+
+
+async def _create(admin: AIOKafkaAdminClient, acl: Acl, prefix: str) -> None:
+    request = CreateAclsRequest(
+        _RESOURCES[acl.resource],
+        prefix + acl.name,
+        _PATTERNS[acl.resource],
+        f"User:{prefix}{acl.service}",
+        "*",  # from every host
+        _OPERATIONS[acl.operation],
+        _ALLOW,
+    )
+    response = await admin._send_request(request)  # noqa: SLF001 # the client knows this request and has no method for it
+    for code, message in response.creation_responses:
+        if (error := for_code(code)) is not NoError:
+            raise RuntimeError(f"the broker does not take {acl}: {error.__name__} {message}")

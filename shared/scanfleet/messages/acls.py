@@ -1,0 +1,37 @@
+"""What each service may do on the bus: it follows from the topic registry, and nothing else is allowed.
+
+To read or to write includes to describe, in Kafka, and who may write to a topic may be an idempotent producer (since 3.0).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, RESULT_STORE, TOPICS, WORKER
+
+SERVICES: Final = (GATEWAY, ORCHESTRATOR, WORKER, RESULT_STORE)
+MEMBERS: Final = (ORCHESTRATOR, RESULT_STORE)
+"""Who reads as a member of groups; the others read without one. The names of a service's groups begin with its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Acl:
+    """One thing that one service may do; names are without their prefix."""
+
+    service: str
+    operation: Literal["Read", "Write"]
+    resource: Literal["topic", "group"]
+    name: str
+    """Of a topic; of a group the beginning."""
+
+
+def acls_of(service: str) -> tuple[Acl, ...]:
+    """A service's rights: to write and to read its topics, to put aside what it cannot read, and to its groups."""
+    read = [topic for topic in TOPICS if service in topic.consumers]
+    return (
+        *(Acl(service, "Write", "topic", topic.name) for topic in TOPICS if service in topic.producers),
+        *(Acl(service, "Write", "topic", topic.dead_letter) for topic in read),
+        *(Acl(service, "Read", "topic", topic.name) for topic in read),
+        *([Acl(service, "Read", "group", service)] if service in MEMBERS else ()),
+    )
