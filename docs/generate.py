@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings
 from job_orchestrator.domain import chunk, job
 from scanfleet.kafka.topics import TopicSettings
 from scanfleet.messages import export
+from scanfleet.messages.acls import SERVICES, acls_of
 
 FOLDER: Final = Path(__file__).parent
 HEAD: Final = "<!-- Written by `python docs/generate.py`; change the code, not this page. -->"
@@ -116,8 +117,28 @@ def events() -> str:
     return f"{HEAD}\n{export.page()}"
 
 
+def security() -> str:
+    """The threat model, whose table of rights follows from the code."""
+    page = (FOLDER / "security.md").read_text(encoding="utf-8")
+    before, begin, rest = page.partition("<!-- rights: written by `python docs/generate.py` -->\n")
+    _, end, after = rest.partition("<!-- /rights -->")
+    return "".join([before, begin, *_rights(), end, after])
+
+
+def _rights() -> Iterator[str]:
+    yield "| service | writes | reads | in groups that begin with |\n|---|---|---|---|\n"
+    for service in SERVICES:
+        acls = acls_of(service)
+        cells = [
+            ", ".join(f"`{acl.name}`" for acl in acls if (acl.operation, acl.resource) == kind) or "none"
+            for kind in (("Write", "topic"), ("Read", "topic"), ("Read", "group"))
+        ]
+        yield f"| {service} | {' | '.join(cells)} |\n"
+
+
 PAGES: Final[dict[str, Callable[[], str]]] = {
     "events.md": events,
+    "security.md": security,
     "settings.md": settings,
     "states.md": states,
 }

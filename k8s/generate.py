@@ -11,8 +11,15 @@ from typing import Any, Final
 
 import yaml
 
+from scanfleet.kafka.topics import TopicSettings, plans
+from scanfleet.messages.acls import SERVICES, acls_of
+from scanfleet.messages.topics import TOPICS
+
 FOLDER: Final = Path(__file__).parent
 HEAD: Final = "# Written by `python k8s/generate.py`; change what it reads, not this file.\n"
+
+CLUSTER: Final = "scanfleet"
+PATTERNS: Final = {"topic": "literal", "group": "prefix"}
 
 Manifest = dict[str, Any]
 
@@ -28,8 +35,41 @@ def alerts() -> Iterator[Manifest]:
     }
 
 
+def topics() -> Iterator[Manifest]:
+    """The topics of the registry, for Strimzi."""
+    settings = TopicSettings(kafka=f"{CLUSTER}-kafka-bootstrap:9093", topic_prefix="", replication=3)
+    for plan in plans(settings, TOPICS):
+        spec = {"partitions": plan.partitions, "replicas": settings.replication, "config": dict(plan.configs)}
+        yield _of_cluster("KafkaTopic", plan.name, spec)
+
+
+def users() -> Iterator[Manifest]:
+    """A user for each service, with its rights, for Strimzi, which makes the password."""
+    for service in SERVICES:
+        acls = [
+            {
+                "resource": {"type": acl.resource, "name": acl.name, "patternType": PATTERNS[acl.resource]},
+                "operations": [acl.operation],
+            }
+            for acl in acls_of(service)
+        ]
+        spec = {"authentication": {"type": "scram-sha-512"}, "authorization": {"type": "simple", "acls": acls}}
+        yield _of_cluster("KafkaUser", service, spec)
+
+
+def _of_cluster(kind: str, name: str, spec: Manifest) -> Manifest:
+    return {
+        "apiVersion": "kafka.strimzi.io/v1",
+        "kind": kind,
+        "metadata": {"name": name, "labels": {"strimzi.io/cluster": CLUSTER}},
+        "spec": spec,
+    }
+
+
 FILES: Final[dict[str, Callable[[], Iterator[Manifest]]]] = {
     "components/monitoring/rules.yaml": alerts,
+    "overlays/production/topics.yaml": topics,
+    "overlays/production/users.yaml": users,
 }
 
 

@@ -36,6 +36,17 @@ def known() -> frozenset[str]:
 
 
 @pytest.fixture(scope="session")
+def reads() -> Callable[[str, str], bool]:
+    """Whether a service reads a variable; all may be told of it."""
+
+    def does(service: str, variable: str) -> bool:
+        ours = (ROOT / "services" / service).exists() or service == "topics"
+        return ours and variable.removeprefix("SCANFLEET_").lower() in settings_of(service).model_fields
+
+    return does
+
+
+@pytest.fixture(scope="session")
 def judge(known: frozenset[str]) -> Judge:
     """What is wrong with a service's environment: names that nobody reads, what is missing, and bad values."""
 

@@ -15,16 +15,22 @@ import pytest
 import yaml
 
 from k8s import generate
+from scanfleet.messages.topics import TOPICS
 
 K8S: Final = Path(__file__).parents[2] / "k8s"
 KUBECTL: Final = Path(sysconfig.get_path("scripts")) / "kubectl"
 KUBERNETES: Final = "1.35"
 
 OVERLAYS: Final = sorted(path.name for path in (K8S / "overlays").iterdir())
-OPTIONAL: Final = ("hpa", "keda", "monitoring", "raw-packets")
+OPTIONAL: Final = ("hpa", "ingress", "keda", "monitoring", "raw-packets")
 """Components that an operator may add."""
 SERVICES: Final = ("api-gateway", "job-orchestrator", "scanner-worker", "result-store", "topics")
 FOREIGN: Final = {
+    "cert-manager.io/v1/Certificate",
+    "kafka.strimzi.io/v1/Kafka",
+    "kafka.strimzi.io/v1/KafkaNodePool",
+    "kafka.strimzi.io/v1/KafkaTopic",
+    "kafka.strimzi.io/v1/KafkaUser",
     "keda.sh/v1alpha1/ScaledObject",
     "monitoring.coreos.com/v1/PodMonitor",
     "monitoring.coreos.com/v1/PrometheusRule",
@@ -42,6 +48,7 @@ FLOWS: Final = {
 
 Manifest = dict[str, Any]
 Judge = Callable[[str, Mapping[str, str]], list[str]]
+Reads = Callable[[str, str], bool]
 
 
 @cache
@@ -124,6 +131,82 @@ def environment(workload: Manifest, manifests: list[Manifest]) -> dict[str, str]
         )
         variables |= config["data"]
     return variables | {each["name"]: each.get("value", "secret") for each in container.get("env", ())}
+
+
+def test_a_secret_is_a_file(manifests: list[Manifest], reads: Reads) -> None:
+    """No secret is in the environment, and every file that a service is told of is in one of its volumes."""
+    for workload in workloads(manifests):
+        for container in containers(workload):
+            assert not [each for each in container.get("env", ()) if "secretKeyRef" in each.get("valueFrom", {})]
+            mounts = {mount["mountPath"] for mount in container.get("volumeMounts", ())}
+            files = {
+                value
+                for name, value in environment(workload, manifests).items()
+                if name.endswith("_FILE") and reads(name_of(workload), name)
+            }
+            assert {str(Path(file).parent) for file in files} <= mounts
+            volumes = {volume["name"] for volume in pod(workload)["spec"].get("volumes", ())}
+            claims = {claim["metadata"]["name"] for claim in workload["spec"].get("volumeClaimTemplates", ())}
+            assert {mount["name"] for mount in container.get("volumeMounts", ())} <= volumes | claims
+
+
+@pytest.fixture(scope="session")
+def production() -> list[Manifest]:
+    return build(K8S / "overlays" / "production")
+
+
+def test_production_survives_a_machine(production: list[Manifest]) -> None:
+    """Three gateways, two of each other service, each on different machines and in different zones as far as there are any."""
+    replicas = {name_of(each): each["spec"]["replicas"] for each in workloads(production)}
+    assert replicas == {"api-gateway": 3, "job-orchestrator": 2, "scanner-worker": 2, "result-store": 2}
+    for workload in workloads(production):
+        template = pod(workload)
+        (term,) = template["spec"]["affinity"]["podAntiAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+        (spread,) = template["spec"]["topologySpreadConstraints"]
+        assert term["podAffinityTerm"]["topologyKey"] == "kubernetes.io/hostname"
+        assert spread["topologyKey"] == "topology.kubernetes.io/zone"
+        for selecting in (term["podAffinityTerm"], spread):
+            assert selects(selecting["labelSelector"], template["metadata"]["labels"])
+            assert selecting["matchLabelKeys"] == ["app.kubernetes.io/name"]  # of the same service only
+
+
+def test_production_keeps_every_record_three_times(production: list[Manifest]) -> None:
+    """Three nodes hold each topic of the registry three times, and two of them must have it."""
+    (nodes,) = of_kind(production, "KafkaNodePool")
+    assert nodes["spec"]["replicas"] == 3
+    topics = of_kind(production, "KafkaTopic")
+    assert {name_of(topic) for topic in topics} == {name for each in TOPICS for name in (each.name, each.dead_letter)}
+    for topic in topics:
+        assert topic["spec"]["replicas"] == 3
+        assert topic["spec"]["config"]["min.insync.replicas"] == "2"
+
+
+def test_production_knows_who_is_there(production: list[Manifest]) -> None:
+    """The only listener asks for a password over TLS, each service has the user of its name, and may reach that listener."""
+    (cluster,) = of_kind(production, "Kafka")
+    (listener,) = cluster["spec"]["kafka"]["listeners"]
+    assert listener["tls"] is True
+    assert listener["authentication"] == {"type": "scram-sha-512"}
+    assert cluster["spec"]["kafka"]["authorization"] == {"type": "simple"}
+    owner = {"strimzi.io/cluster": name_of(cluster)}
+    for kind in ("KafkaNodePool", "KafkaTopic", "KafkaUser"):
+        assert all(owner.items() <= each["metadata"]["labels"].items() for each in of_kind(production, kind))
+    services = {name_of(each): each for each in workloads(production)}
+    assert {name_of(user) for user in of_kind(production, "KafkaUser")} == services.keys()
+    node = owner | {"app.kubernetes.io/name": "kafka"}  # as Strimzi labels them
+    policies = of_kind(production, "NetworkPolicy")
+    (inward,) = listener["networkPolicyPeers"]
+    for name, workload in services.items():
+        variables = environment(workload, production)
+        assert variables["SCANFLEET_KAFKA"] == f"{name_of(cluster)}-kafka-bootstrap:{listener['port']}"
+        assert variables["SCANFLEET_KAFKA_USERNAME"] == name
+        (kafka,) = (volume for volume in pod(workload)["spec"]["volumes"] if volume["name"] == "kafka")
+        secrets = {each["secret"]["name"] for each in kafka["projected"]["sources"]}
+        assert secrets == {name, f"{name_of(cluster)}-cluster-ca-cert"}  # as Strimzi names them
+        labels = pod(workload)["metadata"]["labels"]
+        assert passes(policies, "egress", labels, node, listener["port"])
+        assert not passes(policies, "egress", labels, node, 9092)
+        assert selects(inward["podSelector"], labels)
 
 
 def test_a_pod_meets_the_restricted_standard(manifests: list[Manifest], variant: str) -> None:
