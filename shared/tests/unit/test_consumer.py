@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from uuid import uuid4
 
+import pytest
 from prometheus_client import REGISTRY
 
 from scanfleet.clock import utc_now
@@ -207,3 +208,28 @@ async def test_numbers_that_nobody_refreshes_are_not_shown() -> None:
         await until(broker_away.is_set)
         await until(lambda: metric("lag") is None)
     assert metric("lag") is metric("in_hand_seconds") is None
+
+
+@pytest.mark.proves("F17", "G4")
+async def test_what_was_not_read_is_not_caught_up() -> None:
+    """While the position lies before the end that the broker named, nothing is caught up, however often one looks."""
+
+    class Behind(Script):
+        position, looks = 0, 0
+
+        async def positions(self) -> Mapping[int, int]:
+            return {0: self.position}
+
+        async def ends(self) -> Mapping[int, int]:
+            self.looks += 1
+            return {0: 5}
+
+    async def polls() -> AsyncIterator[Sequence[RawRecord]]:
+        yield ()
+
+    script, recorder = Behind(polls()), Recorder()
+    async with Running(ConsumerLoop(SCAN_WORKERS, "test", recorder, script, no_dead_letter)):
+        await until(lambda: script.looks > 2)
+        assert recorder.caught_up_after == []
+        script.position = 5
+        await until(lambda: recorder.caught_up_after)

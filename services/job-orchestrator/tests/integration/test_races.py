@@ -1,0 +1,90 @@
+"""Two replicas that change the same job at the same moment, on real documents."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import pytest
+
+from job_orchestrator.domain.chunk import ChunkState
+from job_orchestrator.domain.job import TABLE
+from job_orchestrator.repository import MongoStore
+from job_orchestrator.testing import World
+from scanfleet.bus import Handler, Record
+from scanfleet.clock import utc_now
+from scanfleet.messages import (
+    CancelJob,
+    ChunkScanned,
+    ChunkStored,
+    CommandAccepted,
+    CommandRejected,
+    JobEvent,
+    JobStatus,
+    Message,
+)
+from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES, SCAN_RESULTS, SCAN_STORED
+
+pytestmark = pytest.mark.integration
+
+RACES = 500
+AT_ONCE = 20
+MOMENT = 0.005  # seconds within which both happen
+STEP = 0.001  # by which the moment is sought: later when a cancel won, sooner when it lost
+
+
+Reply = CommandAccepted | CommandRejected
+
+
+async def soon(handler: Handler, message: Message, seconds: float) -> None:
+    await asyncio.sleep(seconds)
+    await handler.handle([Record(message, "", 0, 0, utc_now())])
+
+
+@pytest.mark.proves("F11", "G6", "G8")
+async def test_cancel_against_completion_five_hundred_times(mongo_store: MongoStore) -> None:
+    """Cancelled within five milliseconds of its completion a job ends once, and reply, events and document agree on how."""
+    world = World(mongo_store, replicas=2)
+    await world.start()
+    world.worker.slots, world.results = RACES, None
+    await world.worker.announce()
+    await world.submit(*["127.9.8.0/30"] * RACES)
+    await world.settle()
+    scanned = {each.job_id: each for each in world.bus.messages(SCAN_RESULTS) if isinstance(each, ChunkScanned)}
+    assert len(scanned) == RACES
+    chance = random.Random(5)  # noqa: S311 # moments, not secrets
+    stores, commands = world.replicas[0].handlers[SCAN_STORED], world.replicas[1].handlers[SCAN_COMMANDS]
+
+    lead = 0.0  # of the completion, which takes more steps
+
+    async def race(each: ChunkScanned) -> None:
+        nonlocal lead
+        stored = ChunkStored(job_id=each.job_id, chunk_id=each.chunk_id, outcomes=each.outcomes)
+        cancel = CancelJob(command_id=f"cancel-{each.job_id}", user_id=7, job_id=each.job_id)
+        moment = max(0.0, lead + chance.uniform(-MOMENT / 2, MOMENT / 2))
+        await asyncio.gather(soon(stores, stored, 0), soon(commands, cancel, moment))
+        (job,) = (await mongo_store.jobs([each.job_id])).values()
+        lead = max(0.0, lead + (STEP if job.status is JobStatus.CANCELLED else -STEP))
+
+    left: Sequence[ChunkScanned] = list(scanned.values())
+    while left:
+        await asyncio.gather(*map(race, left[:AT_ONCE]))
+        left = left[AT_ONCE:]
+    await world.settle()
+
+    replies = {each.command_id: each for each in world.bus.messages(SCAN_REPLIES) if isinstance(each, Reply)}
+    last: dict[int, dict[int, JobStatus]] = defaultdict(dict)
+    for event in world.bus.messages(SCAN_EVENTS):
+        if isinstance(event, JobEvent) and not TABLE[event.job.status]:
+            last[event.job.id][event.seq] = event.job.status
+    states = await mongo_store.chunk_states(scanned)
+    ends = Counter[JobStatus]()
+    for job in (await mongo_store.jobs(scanned)).values():
+        assert list(last[job.id].values()) == [job.status]
+        accepted = isinstance(replies[f"cancel-{job.id}"], CommandAccepted)
+        assert accepted == (job.status is JobStatus.CANCELLED)
+        assert states[job.id].keys() <= {ChunkState.STORED, ChunkState.CANCELLED}
+        ends[job.status] += 1
+    assert min(ends[status] for status in (JobStatus.COMPLETED, JobStatus.CANCELLED)) > RACES // 10, ends
