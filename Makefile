@@ -4,7 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 .DELETE_ON_ERROR:
-.PHONY: help setup packages demo test lint fmt up down status logs token soak bench lock images compose-demo compose-test
+.PHONY: help setup packages demo test lint fmt up down status logs token soak bench lock images compose-demo compose-test k8s-test
 
 PYTHON ?= python3# makes the virtual environment; 3.11 or newer
 BIN := .venv/bin
@@ -61,6 +61,15 @@ compose-demo: setup ## The demo on containers: docker-compose.yml; needs a Docke
 
 compose-test: setup ## Test the images and docker-compose.yml, from nothing; needs a Docker engine
 	$(BIN)/pytest -m compose
+
+# LOAD_IMAGES is a command that takes names of images and brings them to the cluster's nodes: 'kind load docker-image'.
+k8s-test: setup ## Test k8s/ on the cluster of the current kubeconfig, from nothing
+	@$(BIN)/kubectl get --raw /readyz >/dev/null 2>&1 || { echo 'no cluster answers: start one, or set KUBECONFIG' >&2; exit 1; }
+ifdef LOAD_IMAGES
+	$(MAKE) images
+	$(LOAD_IMAGES) $(SERVICES:%=scanfleet/%:dev)
+endif
+	$(BIN)/pytest -m k8s
 
 fmt: setup ## Format the code
 	$(BIN)/ruff check --fix-only --quiet

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from typing import Any, Final
 
+import httpx
 import pytest
 
 from local import compose
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.compose
 SERVICES: Final = sorted(path.name for path in (ROOT / "services").iterdir())
 BASE: Final = "python:3.13-slim-trixie"
 MB: Final = 1_000_000
+PROMETHEUS: Final = "http://127.0.0.1:9090"
 OPEN: Final = {(host, port) for port, _, hosts in targets.SERVERS for host in hosts}
 
 # What a process inside can see: who runs what with which rights, and where something can be written.
@@ -66,7 +68,7 @@ def user() -> Iterator[Client]:
         with client.http, compose.servers():
             yield client
     finally:
-        docker(*compose.COMPOSE[1:], "down", "--volumes")
+        docker(*compose.COMPOSE[1:], "--profile", "*", "down", "--volumes")
 
 
 @pytest.mark.usefixtures("user")
@@ -99,6 +101,33 @@ def test_a_container_is_as_little_as_it_can_be(service: str) -> None:
     assert seen["rights"] == ["0000000000000000"]
     assert set(seen["programs"]) <= {"uvicorn", "python", "nmap"}
     assert seen["writable"] == (["tmp"] if service == "scanner-worker" else [])
+
+
+@pytest.mark.usefixtures("user")
+def test_prometheus_asks_every_process_and_understands_every_rule() -> None:
+    """Each container of each service answers Prometheus, and every alert has been evaluated without an error."""
+    docker(*compose.COMPOSE[1:], "up", "--detach", "prometheus")
+    with httpx.Client(base_url=PROMETHEUS) as prometheus:
+
+        def asked() -> list[str]:
+            targets = prometheus.get("/api/v1/targets", params={"state": "active"}).json()["data"]["activeTargets"]
+            return sorted(target["labels"]["service"] for target in targets if target["health"] == "up")
+
+        def rules() -> list[str]:
+            groups = prometheus.get("/api/v1/rules").json()["data"]["groups"]
+            return [rule["health"] for group in groups for rule in group["rules"]]
+
+        def is_ready() -> bool:
+            try:
+                return prometheus.get("/-/ready").is_success
+            except httpx.TransportError:  # the engine listens for it before it does
+                return False
+
+        until(is_ready, 60, "Prometheus to be ready")
+        running = sorted(service for service in SERVICES for _ in containers(service))
+        until(lambda: asked() == running, 60, "Prometheus to ask everyone")
+        until(lambda: "unknown" not in rules(), 60, "every rule to be evaluated")
+        assert set(rules()) == {"ok"}
 
 
 def test_a_scan_finds_what_is_there(user: Client) -> None:

@@ -1,0 +1,409 @@
+"""The manifests on a real cluster, that of the current kubeconfig: `make k8s-test`.
+
+What is scanned is each worker pod's own loopback network, where the sidecar `scan-targets` listens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sysconfig
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+from xml.etree import ElementTree as ET
+
+import pytest
+import yaml
+
+from local import demo, ports, wait
+from local.client import Client
+from local.paths import ROOT
+from local.wait import until
+from scanfleet.testing import targets
+
+pytestmark = pytest.mark.k8s
+
+NAMESPACE: Final = "scanfleet"
+K8S: Final = ROOT / "k8s"
+TOOLS: Final = sysconfig.get_path("scripts")
+ENVIRONMENT: Final = os.environ | {"PATH": f"{TOOLS}:{os.environ['PATH']}"}
+PORT: Final = 8080  # of the gateway, as k8s/README.md forwards it
+LOOK: Final = 0.5  # seconds between two looks at the cluster: each is a process
+
+DEPLOY, REACH = (
+    block.strip().splitlines() for block in re.findall(r"```sh\n(.*?)```", (K8S / "README.md").read_text(), re.DOTALL)
+)
+"""What the README says to type: to deploy, and to reach what was deployed."""
+
+OPEN: Final = {(host, port) for port, _, hosts in targets.SERVERS for host in hosts}
+SUBNET: Final = "127.9.8.0/24"
+PORTS: Final = "2100-2250,2525,6379,8000"
+LONG: Final[dict[str, Any]] = {
+    # 256 addresses × 154 ports at 300 a second: 131 slot seconds in about 30 chunks, little of it work for a processor.
+    "ports": PORTS,
+    "technique": "connect",
+    "service_detection": False,
+    "discovery": "none",
+    "max_rate": 300,
+}
+FINISH: Final = 300.0  # seconds for such a scan, whatever happens to it
+
+SERVICES: Final = ("api-gateway", "job-orchestrator", "scanner-worker", "result-store")
+WORKLOADS: Final = (
+    "deployment/api-gateway",
+    "statefulset/job-orchestrator",
+    "deployment/scanner-worker",
+    "statefulset/result-store",
+)
+ADDRESSES: Final = {
+    "kafka": 9092,
+    "mongodb": 27017,
+    **dict.fromkeys(("api-gateway", "job-orchestrator", "result-store"), 80),
+}
+REACHES: Final[dict[str, set[str]]] = {
+    "api-gateway": {"kafka", "job-orchestrator", "result-store"},
+    "job-orchestrator": {"kafka", "mongodb"},
+    "scanner-worker": {"kafka"},
+    "result-store": {"kafka", "mongodb"},
+    "stranger": set(),
+}
+"""Who may speak to whom, as drawn in the architecture; a stranger is a pod that no policy names."""
+
+WANTS: Final = {
+    "keda": ("scaledobjects.keda.sh",),
+    "monitoring": ("podmonitors.monitoring.coreos.com", "prometheusrules.monitoring.coreos.com"),
+}
+"""Kinds that a component needs, whose operators a cluster may have."""
+
+_CONNECT: Final = """
+import socket, sys
+from concurrent.futures import ThreadPoolExecutor
+def open(target):
+    name, port = target.split(":")
+    address = socket.gethostbyname(name)
+    try:
+        with socket.create_connection((address, int(port)), timeout=3):
+            return name
+    except OSError:
+        return None
+with ThreadPoolExecutor() as threads:
+    print(*filter(None, threads.map(open, sys.argv[1:])))
+"""
+_METRICS: Final = """
+from urllib.request import urlopen
+print(urlopen("http://127.0.0.1:8080/metrics").read().decode())
+"""
+
+Manifest = dict[str, Any]
+
+
+def kubectl(*arguments: str, text: str | None = None) -> str:
+    return subprocess.run(
+        ["kubectl", "--namespace", NAMESPACE, *arguments],
+        check=True,
+        env=ENVIRONMENT,
+        input=text,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout.strip()
+
+
+def objects(*arguments: str) -> list[Manifest]:
+    items: list[Manifest] = json.loads(kubectl("get", "--output", "json", *arguments))["items"]
+    return items
+
+
+def pods(service: str) -> list[Manifest]:
+    """Its pods that are not on their way out."""
+    found = objects("pods", "--selector", f"app.kubernetes.io/name={service}")
+    return [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
+
+
+def is_ready(pod: Manifest) -> bool:
+    return any(each["type"] == "Ready" and each["status"] == "True" for each in pod["status"].get("conditions", ()))
+
+
+def in_pod(service: str, *argv: str) -> str:
+    """What a command says in a pod of a service."""
+    pod = next(pod for pod in pods(service) if is_ready(pod))
+    return kubectl("exec", pod["metadata"]["name"], "--container", service, "--", *argv)
+
+
+def metric(name: str) -> float:
+    """A number of the orchestrator's."""
+    found = re.search(rf"^{name} (\S+)$", in_pod("job-orchestrator", "python", "-c", _METRICS), re.MULTILINE)
+    assert found, name
+    return float(found[1])
+
+
+def scale(workload: str, replicas: int) -> None:
+    kubectl("scale", workload, f"--replicas={replicas}")
+    rolled_out(workload)
+
+
+def rolled_out(*workloads: str) -> None:
+    for workload in workloads:
+        kubectl("rollout", "status", "--timeout=5m", workload)
+
+
+def apply(folder: Path, *flags: str) -> str:
+    # By force, since whoever scales by hand becomes the owner of that number.
+    return kubectl("apply", "--server-side", "--force-conflicts", *flags, "--kustomize", str(folder))
+
+
+def variant(folder: Path, component: str, patches: Sequence[Manifest] = ()) -> Path:
+    """The local overlay with a component more, in a folder of its own."""
+    reach = os.path.relpath(K8S, folder)  # kustomize takes no absolute path
+    kustomization = {
+        "resources": [f"{reach}/overlays/local"],
+        "components": [f"{reach}/components/{component}"],
+        "patches": list(patches),
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    return folder
+
+
+def needs(*kinds: str) -> None:
+    """Skip on a cluster that does not know a kind, since an operator that is not there cannot be tried."""
+    for kind in kinds:
+        if not kubectl("get", "customresourcedefinition", kind, "--ignore-not-found"):
+            pytest.skip(f"this cluster has no {kind}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def deployed() -> Iterator[None]:
+    """Everything in the cluster, by the words of k8s/README.md."""
+    assert not kubectl("get", "namespace", NAMESPACE, "--ignore-not-found"), "the namespace is in use: delete it first"
+    try:
+        for command in DEPLOY:
+            subprocess.run(["bash", "-c", command], check=True, cwd=ROOT, env=ENVIRONMENT)
+        yield
+    finally:
+        kubectl("delete", "namespace", NAMESPACE, "--ignore-not-found", "--timeout=5m")
+
+
+@contextmanager
+def gateway() -> Iterator[Client]:
+    """A user at the gateway, for as long as its pod lives."""
+    assert ports.is_free(PORT)
+    forward, make_token = (shlex.split(command) for command in REACH)
+    token = subprocess.run(make_token, check=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    with subprocess.Popen(forward, env=ENVIRONMENT, stdout=subprocess.DEVNULL) as forwarding:
+        try:
+            wait.listens("127.0.0.1", PORT, 30)
+            client = Client(f"http://127.0.0.1:{PORT}", token)
+            with client.http:
+                yield client
+        finally:
+            forwarding.terminate()
+
+
+@pytest.fixture
+def user() -> Iterator[Client]:
+    with gateway() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def truth() -> set[tuple[str, int]]:
+    """What plain nmap finds in a worker's network namespace."""
+    xml = in_pod("scanner-worker", "nmap", "-n", "-Pn", "-sT", "-T4", "-p", PORTS, "-oX", "-", SUBNET)
+    found = {
+        (address.attrib["addr"], int(port.attrib["portid"]))
+        for host in ET.fromstring(xml).iterfind("host")  # noqa: S314 # our own nmap on our own servers
+        for address in host.iterfind("address")
+        for port in host.iterfind("ports/port")
+        if port.find("state[@state='open']") is not None
+    }
+    assert found == OPEN
+    return found
+
+
+@pytest.fixture
+def stranger() -> Iterator[Manifest]:
+    """A pod in the namespace that is none of ours; it meets the standard that the namespace enforces."""
+    name = "stranger"
+    manifest = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "labels": {"app.kubernetes.io/name": name}},
+        "spec": {
+            "automountServiceAccountToken": False,
+            "terminationGracePeriodSeconds": 0,
+            "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
+            "containers": [
+                {
+                    "name": name,
+                    "image": "scanfleet/scanner-worker:dev",
+                    "command": ["python", "-c", "import signal; signal.pause()"],
+                    "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+                }
+            ],
+        },
+    }
+    yield manifest
+    kubectl("delete", "pod", name, "--ignore-not-found")
+
+
+def started(user: Client, **policy: Any) -> int:
+    """A long scan that is under way."""
+    job_id = user.scan(SUBNET, **LONG | policy)
+    until(lambda: user.task(job_id)["status"]["progress"] > 0, 120, "the scan to be under way", LOOK)
+    return job_id
+
+
+def assert_as_found(user: Client, job_id: int, truth: set[tuple[str, int]]) -> None:
+    """The scan has found what plain nmap finds, each once, and every probe had its answer."""
+    assert user.finished(job_id, limit=FINISH)["status"]["status"] == "completed"
+    found = [(each["ip_address"], each["port"]) for each in user.results(job_id)]
+    assert len(found) == len(set(found))
+    assert set(found) == truth
+    ledger = user.ledger(job_id)
+    assert ledger["accounted"]
+    assert ledger["counts"]["answered"] == ledger["request"]["probes"]
+
+
+def test_a_scan_finds_what_plain_nmap_finds(user: Client) -> None:
+    """Through the gateway the same is found as by nmap alone in a worker's pod: machines, ports, services, versions."""
+    worker = pods("scanner-worker")[0]["metadata"]["name"]
+    nmap = ["kubectl", "--namespace", NAMESPACE, "exec", worker, "--container", "scanner-worker", "--", "nmap"]
+    assert demo.show(user, targets.USUAL, nmap) == 0
+
+
+def test_workers_come_and_go_during_a_scan(user: Client, truth: set[tuple[str, int]]) -> None:
+    """From one worker to three and back the scan loses nothing, and nobody waits for a lease."""
+    scale("deployment/scanner-worker", 1)
+    expired = metric("scanfleet_leases_expired_total")
+    job_id = started(user)
+    scale("deployment/scanner-worker", 3)
+    until(lambda: user.task(job_id)["status"]["progress"] >= 40, FINISH, "the scan to go on", LOOK)
+    kubectl("scale", "deployment/scanner-worker", "--replicas=1")
+    assert_as_found(user, job_id, truth)
+    until(lambda: len(pods("scanner-worker")) == 1, 60, "two workers to be gone", LOOK)
+    assert metric("scanfleet_leases_expired_total") == expired
+
+
+def test_a_worker_that_is_killed_costs_nothing_but_time(user: Client, truth: set[tuple[str, int]]) -> None:
+    """With a worker's pod killed in the middle of its chunks every server is found, once."""
+    scale("deployment/scanner-worker", 2)
+    job_id = started(user)
+    kubectl("delete", "pod", pods("scanner-worker")[0]["metadata"]["name"], "--grace-period=1")
+    assert_as_found(user, job_id, truth)
+
+
+def test_an_update_rolls_during_a_scan(truth: set[tuple[str, int]]) -> None:
+    """With every pod of every service replaced by a new one in the middle the results are the same."""
+    rolled_out(*WORKLOADS)
+    before = ids()
+    with gateway() as user:
+        job_id = started(user)
+        kubectl("rollout", "restart", *WORKLOADS)
+        rolled_out(*WORKLOADS)
+    assert not before & ids()
+    with gateway() as user:
+        assert_as_found(user, job_id, truth)
+
+
+def ids() -> set[str]:
+    return {pod["metadata"]["uid"] for service in SERVICES for pod in pods(service)}
+
+
+def test_without_a_broker_nothing_is_ready_and_nothing_is_restarted(user: Client) -> None:
+    """While Kafka is away all services say so by their readiness alone, and are back by themselves when it is."""
+    before = restarts()
+    scale("statefulset/kafka", 0)
+    until(lambda: not any(map(is_ready, all_pods())), 120, "no service to be ready", LOOK)
+    scale("statefulset/kafka", 1)
+    until(lambda: all(map(is_ready, all_pods())), 120, "every service to be ready", LOOK)
+    assert restarts() == before
+    job_id = user.scan(SUBNET, ports="2222", technique="connect", service_detection=False)
+    assert user.finished(job_id)["status"]["status"] == "completed"
+
+
+def all_pods() -> list[Manifest]:
+    return [pod for service in SERVICES for pod in pods(service)]
+
+
+def restarts() -> dict[str, int]:
+    return {
+        pod["metadata"]["name"]: sum(each["restartCount"] for each in pod["status"]["containerStatuses"])
+        for pod in all_pods()
+    }
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_service_reaches_what_the_design_draws_and_nothing_else(service: str) -> None:
+    """Of all that listens in the namespace a service's pod can open exactly its flows."""
+    assert reached_from(service) == REACHES[service]
+
+
+def test_a_pod_that_no_policy_names_reaches_nothing(stranger: Manifest) -> None:
+    """A pod without a service's labels can ask for names, and open nothing that they stand for."""
+    kubectl("apply", "--filename", "-", text=json.dumps(stranger))
+    kubectl("wait", "pod/stranger", "--for=condition=Ready", "--timeout=2m")
+    # A cluster may need a moment to hold its policies against a new pod.
+    until(lambda: not reached_from("stranger"), 30, "the policies to hold for a stranger")
+
+
+def reached_from(service: str) -> set[str]:
+    listening = (f"{name}:{port}" for name, port in ADDRESSES.items())
+    return set(in_pod(service, "python", "-c", _CONNECT, *listening).split())
+
+
+def test_a_pod_with_more_rights_is_refused(stranger: Manifest) -> None:
+    """The namespace takes a pod that meets the restricted standard, and not the same one with a right more."""
+    kubectl("apply", "--dry-run=server", "--filename", "-", text=json.dumps(stranger))
+    del stranger["spec"]["containers"][0]["securityContext"]["capabilities"]
+    with pytest.raises(subprocess.CalledProcessError):
+        kubectl("apply", "--dry-run=server", "--filename", "-", text=json.dumps(stranger))
+
+
+def test_no_pod_has_a_token_for_the_cluster() -> None:
+    """No token of an account is mounted into any pod."""
+    sources = [
+        source
+        for pod in objects("pods")
+        for volume in pod["spec"].get("volumes", ())
+        for source in volume.get("projected", {}).get("sources", ())
+    ]
+    assert not [source for source in sources if "serviceAccountToken" in source]
+
+
+def test_a_drain_takes_one_pod_of_a_service_at_a_time() -> None:
+    """Every budget has found its pods, and lets one of them go."""
+    until(lambda: {each["status"]["disruptionsAllowed"] for each in objects("pdb")} == {1}, 60, "the budgets", LOOK)
+    expected = {each["metadata"]["name"]: each["status"]["expectedPods"] for each in objects("pdb")}
+    assert expected == {service: len(pods(service)) for service in SERVICES}
+
+
+@pytest.mark.parametrize("component", ["hpa", "keda", "monitoring", "raw-packets"])
+def test_a_component_is_what_the_cluster_takes(component: str, tmp_path: Path) -> None:
+    """The API server takes every object of the local overlay with the component, through its own checks and webhooks."""
+    needs(*WANTS.get(component, ()))
+    apply(variant(tmp_path, component), "--dry-run=server")
+
+
+def test_workers_come_when_there_is_work_and_go_when_there_is_none(
+    tmp_path: Path, user: Client, truth: set[tuple[str, int]]
+) -> None:
+    """KEDA has no worker while nothing is queued, several for a scan, none after it; and the scan loses nothing."""
+    needs(*WANTS["keda"])
+    impatient = {
+        "target": {"kind": "ScaledObject"},
+        "patch": yaml.safe_dump([{"op": "replace", "path": "/spec/cooldownPeriod", "value": 10}]),
+    }
+    apply(variant(tmp_path, "keda", [impatient]))
+    try:
+        until(lambda: not pods("scanner-worker"), 120, "no worker to be left", LOOK)
+        job_id = user.scan(SUBNET, **LONG)
+        until(lambda: len(pods("scanner-worker")) > 1, 120, "workers to come", LOOK)
+        assert_as_found(user, job_id, truth)
+        until(lambda: not pods("scanner-worker"), 120, "all workers to go", LOOK)
+    finally:
+        kubectl("delete", "scaledobject", "--all")
+        apply(K8S / "overlays/local")
