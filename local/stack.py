@@ -295,7 +295,6 @@ class Stack:
                         *(sys.executable, "-m", "uvicorn", "--factory", f"{package}.main:create_app"),
                         *("--host", host, "--port", port),
                         *("--timeout-graceful-shutdown", str(CLOSE_LIMIT)),
-                        "--no-proxy-headers",  # callers are on this machine, and a header that names another is a lie
                     ],
                     self._environment(service, index, name),
                 )
@@ -322,6 +321,8 @@ class Stack:
                 variables["SCANFLEET_MONGODB"] = uri
             else:
                 variables["SCANFLEET_MONGODB_FILE"] = str(self._credentials.file(f"{service}-mongodb", uri))
+        # Callers are on this machine, and a header that names another is a lie; but the gateway's tells who called it.
+        variables["FORWARDED_ALLOW_IPS"] = "" if service == "api-gateway" else "127.0.0.1"
         if service == "api-gateway":
             variables["SCANFLEET_ORCHESTRATOR_URL"] = replica_url("job-orchestrator")
             variables["SCANFLEET_RESULT_STORE_URL"] = replica_url("result-store")

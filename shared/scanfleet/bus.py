@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
 from scanfleet.messages import Message
+from scanfleet.messages.envelope import RawRecord
 from scanfleet.messages.topics import Topic
+
+DeadLetterHearer = Callable[[RawRecord, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,9 @@ class Bus(Publisher, Protocol):
     @property
     def ready(self) -> bool:
         """False while the broker is away."""
+
+    def hear_dead_letters(self, hear: DeadLetterHearer) -> None:
+        """Call `hear` with each record that was dead-lettered from now on, and why."""
 
     def consume(self, topic: Topic, group: str, handler: Handler) -> Consumer:
         """A member of `group`: shares the topic's partitions, from the earliest record, with commits."""

@@ -32,6 +32,8 @@ class PublicError(ScanfleetError):
     """An answer to the caller: rendered as `{"error": message}` with `status`."""
 
     status = 500
+    rule: Rule | None = None
+    """What was broken; an error with a rule is a refusal, and the audit log tells of it."""
 
     def __init__(
         self,
@@ -46,31 +48,34 @@ class PublicError(ScanfleetError):
         Args:
             message: what the caller reads.
             headers: that go with the answer.
-            rule: what was broken; such an error is a refusal, and the audit log tells of it.
+            rule: what was broken, when it is not what this kind of error says by itself.
             target: what was asked for, when the path does not say it.
         """
         super().__init__(message)
         self.message = message
         self.headers = headers or {}
-        self.rule = rule
+        self.rule = rule or self.rule
         self.target = target
 
 
 class BadRequestError(PublicError):
     status = 400
+    rule = Rule.REQUEST
 
 
 class UnauthorizedError(PublicError):
     """A missing or bad token; always says how to authenticate (RFC 6750)."""
 
     status = 401
+    rule = Rule.TOKEN
 
     def __init__(self, message: str) -> None:
-        super().__init__(message, headers={"WWW-Authenticate": "Bearer"}, rule=Rule.TOKEN)
+        super().__init__(message, headers={"WWW-Authenticate": "Bearer"})
 
 
 class ForbiddenError(PublicError):
     status = 403
+    rule = Rule.OWNER
 
 
 class NotFoundError(PublicError):
@@ -79,6 +84,7 @@ class NotFoundError(PublicError):
 
 class ConflictError(PublicError):
     status = 409
+    rule = Rule.STATE
 
 
 class TooLargeError(PublicError):

@@ -8,7 +8,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StrictInt
 
 from scanfleet import policy as vocabulary
 from scanfleet.clock import Time
-from scanfleet.messages import Job, JobStatus
+from scanfleet.messages import AuditEntry, Job, JobStatus
 from scanfleet.messages.commands import MAX_SUBNETS
 from scanfleet.policy import Preset, ScanPolicy, fill_in
 from scanfleet.targets import MAX_EXCLUDES
@@ -205,6 +205,16 @@ class Policy(ScanPolicy):
 
 class PolicyList(_Answer):
     policies: list[Policy]
+    total: int
+    page: int
+    page_size: int
+
+
+# Audit
+
+
+class AuditList(_Answer):
+    entries: list[AuditEntry]
     total: int
     page: int
     page_size: int

@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Annotated, Any, Final, Protocol, cast
+from typing import Annotated, Any, Final, Literal, Protocol, cast
 from uuid import uuid4
 
 import structlog
@@ -29,7 +29,11 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from scanfleet import tracing
-from scanfleet.errors import DependencyError, PublicError, UnavailableError
+from scanfleet.audit import Refusals
+from scanfleet.auth import Principal
+from scanfleet.clock import utc_now
+from scanfleet.errors import DependencyError, PublicError, Rule, UnavailableError
+from scanfleet.messages import AuditEntry
 from scanfleet.rest import MAX_ID
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
@@ -45,6 +49,7 @@ _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _QUIET: Final = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few seconds: their access lines are noise
 _MAX_ERROR_CHARS: Final = 500  # an error may quote the caller, but not at length
+_MAX_TARGET_CHARS: Final = 200  # of an audit entry: a path that a caller made up may be long
 _MAX_ERRORS: Final = 5  # of one invalid request; enough to mend it in a few rounds
 
 # Off for now, on purpose: whatever else sets a provider or an environment variable would switch it on, and it exports
@@ -132,7 +137,8 @@ def create_app(
 
     Args:
         name: the service's name, as in the architecture.
-        lifespan: opens adapters and consumers and closes them in reverse. `app.state.probes` is there to be filled.
+        lifespan: opens adapters and consumers and closes them in reverse. `app.state.probes` is there to be filled, and
+            `app.state.refusals` to be told to the bus.
         routers: the service's own routes.
         max_body_bytes: a request with more is answered 413.
         max_body_seconds: one that takes longer to come is answered 408.
@@ -152,6 +158,7 @@ def create_app(
         },
     )
     app.state.probes = Probes()
+    app.state.refusals = Refusals(name)
     app.include_router(_probes)
     for router in routers:
         app.include_router(router)
@@ -207,8 +214,38 @@ async def _metrics() -> Response:
     return Response(generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-async def _public(_request: Request, error: Exception) -> Response:
+def source(request: Request) -> str:
+    """The address that the request came from, as the server knows it."""
+    return request.client.host if request.client else ""
+
+
+def audit_entry(
+    request: Request, decision: Literal["allowed", "refused"], *, rule: Rule | None = None, target: str = ""
+) -> AuditEntry:
+    """What the audit log is told of this request; its path is the target unless that is named."""
+    caller = cast(Principal | None, request.scope.get("caller"))
+    return AuditEntry(
+        id=uuid4().hex,
+        time=utc_now(),
+        service=cast(Refusals, request.app.state.refusals).service,
+        subject=str(caller.user_id) if caller else "",
+        source=source(request),
+        action=request.scope["route"].name,
+        target=(target or request.scope["path"])[:_MAX_TARGET_CHARS],
+        decision=decision,
+        rule=rule or "",
+        request_id=request.scope["request_id"],
+    )
+
+
+def _refused(request: Request, rule: Rule, target: str = "") -> None:
+    cast(Refusals, request.app.state.refusals).add(audit_entry(request, "refused", rule=rule, target=target))
+
+
+async def _public(request: Request, error: Exception) -> Response:
     public = cast(PublicError, error)
+    if public.rule is not None:
+        _refused(request, public.rule, public.target)
     return error_response(public.status, public.message, public.headers)
 
 
@@ -222,6 +259,8 @@ async def _http(request: Request, error: Exception) -> Response:
     headers = dict(http.headers or {})
     if http.status_code == 405:  # noqa: PLR2004 # the router names the methods of one route; others may share the path
         headers["Allow"] = ", ".join(sorted(_allowed(request)))
+    elif "caller" in request.scope:  # then a route was found, and what is wrong is the request
+        _refused(request, Rule.REQUEST)
     return error_response(http.status_code, http.detail, headers)
 
 
@@ -233,10 +272,12 @@ def _allowed(request: Request) -> set[str]:
     }
 
 
-async def _invalid(_request: Request, error: Exception) -> Response:
+async def _invalid(request: Request, error: Exception) -> Response:
     problems = cast(RequestValidationError, error).errors()
     if any(problem["loc"][0] == "path" for problem in problems):
         return error_response(404, "Not Found")  # an id that cannot be one names nothing
+    if "caller" in request.scope:
+        _refused(request, Rule.REQUEST)
     text = "; ".join(_problem(problem) for problem in problems[:_MAX_ERRORS])
     return error_response(400, text[:_MAX_ERROR_CHARS])
 

@@ -70,6 +70,7 @@ def create_app(
             # Not the services behind: what one of them being away stops is answered 503, the rest goes on.
             app.state.probes.watch(bus)
             app.state.probes.watch(replies)
+            app.state.probes.watch(await stack.enter_async_context(app.state.refusals.told_to(bus)))
             app.state.gateway = State(commands, orchestrator, result_store)
             yield
 

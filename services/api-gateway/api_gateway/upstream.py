@@ -18,6 +18,7 @@ from api_gateway.settings import Settings
 from scanfleet import tracing
 from scanfleet.errors import BadRequestError, DependencyError
 from scanfleet.messages import CommandAccepted, CommandRejected, Job
+from scanfleet.service import source
 
 CONNECT_SECONDS: Final = 1.0  # the services are next door
 POOL_SECONDS: Final = 1.0  # to wait for a connection while all are in use; then it is better to say so
@@ -36,9 +37,10 @@ _QUERY_SAFE: Final = "!$&'()*+,;=:@/?%-._~"  # what RFC 3986 allows in a query, 
 
 
 def identity(request: Request) -> dict[str, str]:
-    """Who asks and in which request and trace: the headers that go with every call."""
+    """Who asks, from where, and in which request and trace: the headers that go with every call."""
     return {
         "authorization": request.headers["authorization"],
+        "x-forwarded-for": source(request),
         "x-request-id": request.scope["request_id"],
         "traceparent": tracing.current() or "",
     }

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
 
 from fastapi import FastAPI
 
 from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
 from job_orchestrator.domain.store import Store
+from job_orchestrator.handlers.audit import Audit
 from job_orchestrator.handlers.commands import Commands
 from job_orchestrator.handlers.dispatch import Dispatcher
 from job_orchestrator.handlers.jobs import Jobs
@@ -24,7 +26,15 @@ from scanfleet.auth import open_verifier
 from scanfleet.bus import Handler, Publisher
 from scanfleet.kafka import KafkaBus
 from scanfleet.loop import Loop
-from scanfleet.messages.topics import ORCHESTRATOR, SCAN_COMMANDS, SCAN_PROGRESS, SCAN_STORED, SCAN_WORKERS, Topic
+from scanfleet.messages.topics import (
+    ORCHESTRATOR,
+    SCAN_AUDIT,
+    SCAN_COMMANDS,
+    SCAN_PROGRESS,
+    SCAN_STORED,
+    SCAN_WORKERS,
+    Topic,
+)
 from scanfleet.targets import TargetRules
 
 _SWEEP_SECONDS = 1.0
@@ -53,6 +63,7 @@ class Orchestrator:
             SCAN_WORKERS: self.dispatcher,
             SCAN_PROGRESS: self.progress,
             SCAN_STORED: Stored(store, self.jobs, self.dispatcher.wake),
+            SCAN_AUDIT: Audit(store),
         }
         self.loops = (self.jobs.loop, self.dispatcher.loop, Loop("sweep", _SWEEP_SECONDS, self.sweeper.sweep))
 
@@ -67,13 +78,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             app.state.verifier = await stack.enter_async_context(open_verifier(settings))
             database = mongo.connect(settings.mongodb_uri, settings.database)
             stack.callback(database.client.close)
-            store = MongoStore(database)
+            store = MongoStore(database, keep_audit=timedelta(days=settings.audit_days))
             await store.prepare()
             app.state.probes.depend("mongodb", lambda: mongo.ping(database))
             bus = KafkaBus(settings, source=ORCHESTRATOR, instance=settings.instance)
             await bus.start()
             stack.push_async_callback(bus.stop)
             app.state.probes.watch(bus)
+            app.state.probes.watch(await stack.enter_async_context(app.state.refusals.told_to(bus)))
 
             orchestrator = Orchestrator(
                 store,

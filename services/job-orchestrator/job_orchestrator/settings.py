@@ -18,3 +18,8 @@ class Settings(CommonSettings, KafkaSettings, MongoSettings, AuthSettings, Targe
         gt=0,
         description="How long in seconds a scanned chunk waits for result-store before it is asked again.",
     )
+    audit_days: int = Field(
+        365,  # an incident is often found months later; an entry has some 300 bytes
+        ge=1,
+        description="How many days an entry of the audit log is kept.",
+    )

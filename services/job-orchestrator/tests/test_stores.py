@@ -18,7 +18,7 @@ from job_orchestrator.domain.store import Command, Policy, Store, Subnet
 from job_orchestrator.testing import chunk, scan_job, scan_policy
 from job_orchestrator.testing.things import THEN
 from scanfleet.clock import utc_now
-from scanfleet.messages import JobStatus
+from scanfleet.messages import AuditEntry, JobStatus
 
 LATER = THEN + timedelta(seconds=1)
 
@@ -106,6 +106,48 @@ async def test_resources_are_listed_newest_first_by_page(store: Store) -> None:
     assert await store.list_subnets(9, 0, 10) == ([], 0)
 
 
+async def test_a_resource_of_anybody_is_known_to_exist(store: Store) -> None:
+    """A subnet or policy exists, whoever's it is, until it is deleted."""
+    await store.add_subnet(subnet(1))
+    await store.add_policy(policy(2))
+    assert [await store.exists("subnets", id_) for id_ in (1, 2)] == [True, False]
+    assert [await store.exists("policies", id_) for id_ in (1, 2)] == [False, True]
+    await store.delete_subnet(7, 1)
+    assert not await store.exists("subnets", 1)
+
+
+# The audit log
+
+
+def entry(id_: str, **changed: Any) -> AuditEntry:
+    fields: dict[str, Any] = {
+        "time": THEN,
+        "service": "job-orchestrator",
+        "subject": "7",
+        "source": "192.0.2.17",
+        "action": "create_subnet",
+        "target": "/api/v1/subnet/1",
+        "decision": "allowed",
+        "rule": "",
+        "request_id": "r-1",
+    }
+    return AuditEntry(id=id_, **(fields | changed))
+
+
+async def test_the_audit_log_is_read_newest_first_and_never_changed(store: Store) -> None:
+    """Entries come back whole, newest first, by page, subject and request; a second one of an id changes nothing."""
+    a, b = entry("a"), entry("b", subject="", rule="token", decision="refused", count=9, request_id="r-2")
+    c = entry("c", time=LATER, subject="8")
+    await store.add_audit([a, c])
+    await store.add_audit([b, entry("a", subject="9")])
+    assert await store.list_audit(0, 10) == ([c, b, a], 3)
+    assert await store.list_audit(1, 1) == ([b], 3)
+    assert await store.list_audit(0, 10, subject="7") == ([a], 1)
+    assert await store.list_audit(0, 10, subject="") == ([b], 1)
+    assert await store.list_audit(0, 10, subject="7", request_id="r-2") == ([], 0)
+    assert await store.list_audit(0, 10, request_id="r-1") == ([c, a], 2)
+
+
 # Commands
 
 
@@ -177,9 +219,10 @@ async def test_a_cancel_that_came_too_late_is_rejected_for_good(store: Store) ->
     """Rejecting changes an accepted command once; what was decided before stays."""
     cancel_ = command(jobs=(), cancels=3, body="")
     await store.insert_commands([cancel_])
-    await store.reject_command("c-1", 400, "too late")
-    await store.reject_command("c-1", 404, "other")
-    assert (await store.commands(["c-1"]))["c-1"] == replace(cancel_, state="rejected", status=400, error="too late")
+    await store.reject_command("c-1", 400, "too late", "state")
+    await store.reject_command("c-1", 404, "other", "owner")
+    rejected = replace(cancel_, state="rejected", status=400, error="too late", rule="state")
+    assert (await store.commands(["c-1"]))["c-1"] == rejected
 
 
 # Jobs

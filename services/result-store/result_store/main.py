@@ -36,7 +36,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             consumer = bus.consume(SCAN_RESULTS, RESULT_STORE, ResultsHandler(store, bus))
             await consumer.start()
             stack.push_async_callback(consumer.stop)
-            for part in (bus, consumer):
+            refusals = await stack.enter_async_context(app.state.refusals.told_to(bus))
+            for part in (bus, consumer, refusals):
                 app.state.probes.watch(part)
             yield
 

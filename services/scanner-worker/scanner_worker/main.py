@@ -50,6 +50,7 @@ def create_app() -> FastAPI:
             stack.push_async_callback(nmap.stop)
             await bus.start()
             stack.push_async_callback(bus.stop)
+            app.state.probes.watch(await stack.enter_async_context(app.state.refusals.told_to(bus)))
             await tasks.start()
             stack.push_async_callback(tasks.stop)
             await worker.start()

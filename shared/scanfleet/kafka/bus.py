@@ -17,7 +17,7 @@ from typing import Final, cast
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError
 
-from scanfleet.bus import Consumer, Handler
+from scanfleet.bus import Consumer, DeadLetterHearer, Handler
 from scanfleet.consumer import ConsumerLoop, Source
 from scanfleet.errors import DependencyError
 from scanfleet.kafka.broker import BACKOFF_MS, access, connect, depending
@@ -65,6 +65,7 @@ class KafkaBus:
         self._ends: AIOKafkaConsumer | None = None
         self._pending: set[asyncio.Future[object]] = set()  # sends that nobody waits for any more
         self._fault: BaseException | None = None
+        self._dead_letter_hearers: list[DeadLetterHearer] = []
 
     async def start(self) -> None:
         """Connect; waits for a broker that is still starting.
@@ -125,6 +126,9 @@ class KafkaBus:
         envelopes = [encode(topic, message, source=self._source) for message in messages]
         await self._send(topic.name, [(envelope.key, envelope.value, envelope.headers) for envelope in envelopes])
 
+    def hear_dead_letters(self, hear: DeadLetterHearer) -> None:
+        self._dead_letter_hearers.append(hear)
+
     def consume(self, topic: Topic, group: str, handler: Handler) -> Consumer:
         source = Member(
             topic,
@@ -153,6 +157,8 @@ class KafkaBus:
             headers = dead_letter_headers(record, group=group, reason=reason)
             # The client takes no record without key and value; a hostile one may have neither.
             await self._send(topic.dead_letter, [(record.key or b"", record.value, headers)])
+            for hear in self._dead_letter_hearers:
+                hear(record, reason)
 
         return ConsumerLoop(topic, group, handler, source, dead_letter)
 

@@ -1,5 +1,6 @@
 """Every message that crosses a service wall, each defined once."""
 
+from scanfleet.messages.audit import Audited, AuditEntry
 from scanfleet.messages.base import Message
 from scanfleet.messages.chunks import (
     ChunkClaimed,
@@ -30,6 +31,8 @@ from scanfleet.messages.jobs import (
 from scanfleet.messages.results import HostScanned, PortFound
 
 __all__ = [
+    "AuditEntry",
+    "Audited",
     "CancelJob",
     "ChunkClaimed",
     "ChunkFailed",

@@ -17,6 +17,10 @@ class _Command(Message):
     """Made by the gateway for each request; never the caller's own request id, which two callers may share."""
 
     user_id: Annotated[int, Field(ge=1)]
+    source: str = ""
+    """The address that the request came from."""
+
+    request_id: str = ""
 
     @property
     def event_id(self) -> str:
@@ -58,3 +62,5 @@ class CommandRejected(_Reply):
 
     status: Annotated[int, Field(ge=400, le=599)]
     error: str
+    rule: str = ""
+    """Which rule refused, for the audit log."""

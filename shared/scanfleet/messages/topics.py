@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
 
+from scanfleet.messages.audit import Audited
 from scanfleet.messages.base import Message
 from scanfleet.messages.chunks import (
     ChunkClaimed,
@@ -68,6 +69,7 @@ _KEYS: Final[dict[str, Callable[[Any], str]]] = {
     "worker id": lambda m: m.worker_id,
     "job id": lambda m: str(m.job_id),
     "event's job id": lambda m: str(m.job.id),
+    "entry's id": lambda m: m.entry.id,
 }
 
 DEAD_LETTER_RETENTION: Final = timedelta(days=14)  # a fortnight's holiday still leaves time to look
@@ -139,6 +141,15 @@ SCAN_EVENTS: Final = Topic(
     retention=timedelta(days=7),
     public=True,
 )
+SCAN_AUDIT: Final = Topic(
+    name="scan-audit",
+    key="entry's id",
+    messages=(Audited,),
+    producers=(GATEWAY, ORCHESTRATOR, WORKER, RESULT_STORE),
+    consumers=(ORCHESTRATOR,),
+    retention=timedelta(days=7),  # longer than any orchestrator is away
+    partitions=1,  # a few hundred a minute at most, by the bounds of `scanfleet.audit`
+)
 
 TOPICS: Final = (
     SCAN_COMMANDS,
@@ -149,4 +160,5 @@ TOPICS: Final = (
     SCAN_RESULTS,
     SCAN_STORED,
     SCAN_EVENTS,
+    SCAN_AUDIT,
 )

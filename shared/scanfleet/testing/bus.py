@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
-from scanfleet.bus import Consumer, Handler
+from scanfleet.bus import Consumer, DeadLetterHearer, Handler
 from scanfleet.clock import utc_now
 from scanfleet.consumer import BatchDroppedError, ConsumerLoop, Listener
 from scanfleet.errors import DependencyError
@@ -88,6 +88,7 @@ class MemoryBus:
     def __init__(self, broker: MemoryBroker | None = None, *, source: str = "test") -> None:
         self.broker = broker or MemoryBroker()
         self._source = source
+        self._dead_letter_hearers: list[DeadLetterHearer] = []
 
     async def start(self) -> None:
         self.broker.check()
@@ -110,6 +111,9 @@ class MemoryBus:
             partition = zlib.crc32(envelope.key) % topic.partitions
             self.broker.append(topic.name, partition, key=envelope.key, value=envelope.value, headers=envelope.headers)
 
+    def hear_dead_letters(self, hear: DeadLetterHearer) -> None:
+        self._dead_letter_hearers.append(hear)
+
     def consume(self, topic: Topic, group: str, handler: Handler) -> Consumer:
         return self._loop(topic, group, handler, _Member(self.broker, topic, group))
 
@@ -125,6 +129,8 @@ class MemoryBus:
             self.broker.check()
             headers = dead_letter_headers(record, group=group, reason=reason)
             self.broker.append(topic.dead_letter, 0, key=record.key, value=record.value, headers=headers)
+            for hear in self._dead_letter_hearers:
+                hear(record, reason)
 
         return ConsumerLoop(topic, group, handler, source, dead_letter)
 

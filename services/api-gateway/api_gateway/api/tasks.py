@@ -14,7 +14,7 @@ from api_gateway.upstream import identity
 from scanfleet import rest, tracing
 from scanfleet.auth import Caller
 from scanfleet.messages import CancelJob, JobStatus, SubmitJobs
-from scanfleet.service import PathId
+from scanfleet.service import PathId, source
 
 router = APIRouter(prefix="/api/v1/task", tags=["task"], route_class=Route)
 
@@ -72,6 +72,8 @@ async def create_tasks(
     command = SubmitJobs(
         command_id=uuid4().hex,
         user_id=caller.user_id,
+        source=source(request),
+        request_id=request.scope["request_id"],
         policy_id=body.policy_id,
         subnet_ids=tuple(body.subnet_ids),
         idempotency_key=idempotency_key,
@@ -93,6 +95,8 @@ async def cancel_task(job_id: PathId, request: Request, caller: Caller, state: H
     command = CancelJob(
         command_id=uuid4().hex,
         user_id=caller.user_id,
+        source=source(request),
+        request_id=request.scope["request_id"],
         job_id=job_id,
         traceparent=tracing.current(),
     )

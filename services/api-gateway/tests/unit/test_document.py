@@ -21,6 +21,7 @@ PATHS = {
     "/api/v1/subnet/{subnet_id}": {"get", "put", "delete"},
     "/api/v1/policy": {"get", "post"},
     "/api/v1/policy/{policy_id}": {"get", "put", "delete"},
+    "/api/v1/audit": {"get"},
 }
 
 

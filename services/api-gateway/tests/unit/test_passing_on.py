@@ -19,6 +19,7 @@ PASSED_ON = [
     ("GET", "/api/v1/task"),
     ("GET", "/api/v1/task/41"),
     ("GET", "/api/v1/task/41/ledger"),
+    ("GET", "/api/v1/audit"),
     *((verb, f"/api/v1/{kind}") for kind in ("subnet", "policy") for verb in ("GET", "POST")),
     *((verb, f"/api/v1/{kind}/41") for kind in ("subnet", "policy") for verb in ("GET", "PUT", "DELETE")),
 ]
@@ -105,7 +106,7 @@ async def test_a_request_goes_to_the_same_path(gateway: Running, method: str, pa
 
 
 async def test_what_goes_with_a_request(gateway: Running) -> None:
-    """The token, Accept, the content type, the request id, the trace and the query go on; nothing else does."""
+    """The token, Accept, the content type, the request id, the trace, the query and the true address go on; nothing else does."""
     traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     await gateway.client.get(
         "/api/v1/task?status%5B%5D=running&status=a,b&page=2&x=%F0%9F%98%80",
@@ -132,6 +133,7 @@ async def test_what_goes_with_a_request(gateway: Running) -> None:
         "accept-encoding": "identity",
         "user-agent": "scanfleet-api-gateway",
         "connection": "keep-alive",
+        "x-forwarded-for": "127.0.0.1",
         "x-request-id": "r-1",
         "traceparent": traceparent,
     }

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from job_orchestrator.api import internal, policies, subnets, tasks
+from job_orchestrator.api import audit, internal, policies, subnets, tasks
 
-ROUTERS: tuple[APIRouter, ...] = (tasks.router, subnets.router, policies.router, internal.router)
+ROUTERS: tuple[APIRouter, ...] = (tasks.router, subnets.router, policies.router, audit.router, internal.router)

@@ -6,23 +6,26 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path
 
-from job_orchestrator.api.state import Handed
+from job_orchestrator.api.state import Handed, Recorded
 from scanfleet.auth import Caller, Guarded
-from scanfleet.errors import ForbiddenError, NotFoundError
+from scanfleet.errors import ForbiddenError, NotFoundError, Rule
 from scanfleet.messages import CommandAccepted
 from scanfleet.service import PathId
 
 router = APIRouter(prefix="/internal", route_class=Guarded)
 
 
-@router.get("/jobs/{job_id}/owner")
-async def owner(job_id: PathId, caller: Caller, state: Handed) -> dict[str, int]:
+@router.get("/jobs/{job_id}/owner", name="read_results")
+async def owner(job_id: PathId, caller: Caller, state: Handed, record: Recorded) -> dict[str, int]:
     """Whose job it is, for those who may read its results."""
     job = (await state.store.jobs([job_id])).get(job_id)
     if job is None:
         raise NotFoundError("Job not found")
-    if job.user_id != caller.user_id and not caller.admin:
-        raise ForbiddenError("Job belongs to another user")
+    if job.user_id != caller.user_id:
+        results = f"/api/v1/task/{job_id}/results"
+        if not caller.admin:
+            raise ForbiddenError("Job belongs to another user", target=results)
+        await record(target=results, rule=Rule.ROLE)
     return {"user_id": job.user_id}
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from job_orchestrator.api.state import Handed, Paged, State
+from job_orchestrator.api.state import Handed, Paged, Recorded, State
 from job_orchestrator.domain.store import Policy
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded
 from scanfleet.clock import utc_now
-from scanfleet.errors import NotFoundError
+from scanfleet.errors import NotFoundError, Rule
 from scanfleet.service import PathId
 
 router = APIRouter(prefix="/api/v1/policy", route_class=Guarded)
 
 
 @router.post("", status_code=201)
-async def create(body: rest.PolicyBody, caller: Caller, state: Handed) -> rest.Policy:
+async def create_policy(body: rest.PolicyBody, caller: Caller, state: Handed, record: Recorded) -> rest.Policy:
     now = utc_now()
     (id_,) = await state.store.take_ids("policies")
     policy = Policy(
@@ -27,12 +27,13 @@ async def create(body: rest.PolicyBody, caller: Caller, state: Handed) -> rest.P
         created_at=now,
         updated_at=now,
     )
+    await record(target=f"/api/v1/policy/{id_}")
     await state.store.add_policy(policy)
     return _view(policy)
 
 
 @router.get("")
-async def list_(caller: Caller, state: Handed, paged: Paged) -> rest.PolicyList:
+async def list_policies(caller: Caller, state: Handed, paged: Paged) -> rest.PolicyList:
     found, total = await state.store.list_policies(caller.user_id, paged.skip, paged.page_size)
     return rest.PolicyList(
         policies=[_view(each) for each in found],
@@ -43,12 +44,14 @@ async def list_(caller: Caller, state: Handed, paged: Paged) -> rest.PolicyList:
 
 
 @router.get("/{policy_id}")
-async def read(policy_id: PathId, caller: Caller, state: Handed) -> rest.Policy:
+async def read_policy(policy_id: PathId, caller: Caller, state: Handed) -> rest.Policy:
     return _view(await _mine(state, caller.user_id, policy_id))
 
 
 @router.put("/{policy_id}")
-async def replace(policy_id: PathId, body: rest.PolicyBody, caller: Caller, state: Handed) -> rest.Policy:
+async def replace_policy(
+    policy_id: PathId, body: rest.PolicyBody, caller: Caller, state: Handed, record: Recorded
+) -> rest.Policy:
     old = await _mine(state, caller.user_id, policy_id)
     new = Policy(
         id=old.id,
@@ -58,13 +61,16 @@ async def replace(policy_id: PathId, body: rest.PolicyBody, caller: Caller, stat
         created_at=old.created_at,
         updated_at=max(utc_now(), old.updated_at),
     )
+    await record()
     if not await state.store.replace_policy(new):
         raise NotFoundError("Policy not found")
     return _view(new)
 
 
 @router.delete("/{policy_id}")
-async def delete(policy_id: PathId, caller: Caller, state: Handed) -> rest.Done:
+async def delete_policy(policy_id: PathId, caller: Caller, state: Handed, record: Recorded) -> rest.Done:
+    await _mine(state, caller.user_id, policy_id)
+    await record()
     if not await state.store.delete_policy(caller.user_id, policy_id):
         raise NotFoundError("Policy not found")
     return rest.Done(message="Policy deleted successfully")
@@ -73,7 +79,8 @@ async def delete(policy_id: PathId, caller: Caller, state: Handed) -> rest.Done:
 async def _mine(state: State, user_id: int, policy_id: int) -> Policy:
     found = await state.store.policies(user_id, [policy_id])
     if not found:
-        raise NotFoundError("Policy not found")
+        theirs = await state.store.exists("policies", policy_id)
+        raise NotFoundError("Policy not found", rule=Rule.OWNER if theirs else None)
     return found[0]
 
 

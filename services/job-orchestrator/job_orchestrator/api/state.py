@@ -10,6 +10,10 @@ from fastapi import Depends, Query, Request
 from job_orchestrator.domain.store import Store
 from job_orchestrator.handlers.commands import Commands
 from scanfleet import rest
+from scanfleet.audit import write_line
+from scanfleet.auth import Caller
+from scanfleet.errors import Rule
+from scanfleet.service import audit_entry
 from scanfleet.targets import TargetRules
 
 
@@ -26,6 +30,26 @@ def _state(request: Request) -> State:
 
 
 Handed = Annotated[State, Depends(_state)]
+
+
+@dataclass(frozen=True, slots=True)
+class Recorder:
+    """Writes into the audit log what a request is about to do. What could not be written down is not done."""
+
+    request: Request
+    store: Store
+
+    async def __call__(self, *, target: str = "", rule: Rule | None = None) -> None:
+        entry = audit_entry(self.request, "allowed", rule=rule, target=target)
+        await self.store.add_audit([entry])
+        write_line(entry)
+
+
+async def _recorder(request: Request, _caller: Caller, state: Handed) -> Recorder:
+    return Recorder(request, state.store)
+
+
+Recorded = Annotated[Recorder, Depends(_recorder)]
 
 
 @dataclass(frozen=True, slots=True)

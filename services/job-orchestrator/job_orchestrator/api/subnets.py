@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from job_orchestrator.api.state import Handed, Paged, State
+from job_orchestrator.api.state import Handed, Paged, Recorded, State
 from job_orchestrator.domain.store import Subnet
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded
 from scanfleet.clock import utc_now
-from scanfleet.errors import BadRequestError, ConflictError, NotFoundError
+from scanfleet.errors import BadRequestError, ConflictError, NotFoundError, Rule
 from scanfleet.service import PathId
 from scanfleet.targets import Target, TargetRules
 
@@ -17,7 +17,7 @@ router = APIRouter(prefix="/api/v1/subnet", route_class=Guarded)
 
 
 @router.post("", status_code=201)
-async def create(body: rest.SubnetBody, caller: Caller, state: Handed) -> rest.Subnet:
+async def create_subnet(body: rest.SubnetBody, caller: Caller, state: Handed, record: Recorded) -> rest.Subnet:
     cidr, exclude = _checked(body, state.rules)
     now = utc_now()
     (id_,) = await state.store.take_ids("subnets")
@@ -30,12 +30,13 @@ async def create(body: rest.SubnetBody, caller: Caller, state: Handed) -> rest.S
         created_at=now,
         updated_at=now,
     )
+    await record(target=f"/api/v1/subnet/{id_}")
     await state.store.add_subnet(subnet)
     return _view(subnet)
 
 
 @router.get("")
-async def list_(caller: Caller, state: Handed, paged: Paged) -> rest.SubnetList:
+async def list_subnets(caller: Caller, state: Handed, paged: Paged) -> rest.SubnetList:
     found, total = await state.store.list_subnets(caller.user_id, paged.skip, paged.page_size)
     return rest.SubnetList(
         subnets=[_view(each) for each in found],
@@ -46,12 +47,14 @@ async def list_(caller: Caller, state: Handed, paged: Paged) -> rest.SubnetList:
 
 
 @router.get("/{subnet_id}")
-async def read(subnet_id: PathId, caller: Caller, state: Handed) -> rest.Subnet:
+async def read_subnet(subnet_id: PathId, caller: Caller, state: Handed) -> rest.Subnet:
     return _view(await _mine(state, caller.user_id, subnet_id))
 
 
 @router.put("/{subnet_id}")
-async def replace(subnet_id: PathId, body: rest.SubnetBody, caller: Caller, state: Handed) -> rest.Subnet:
+async def replace_subnet(
+    subnet_id: PathId, body: rest.SubnetBody, caller: Caller, state: Handed, record: Recorded
+) -> rest.Subnet:
     old = await _mine(state, caller.user_id, subnet_id)
     cidr, exclude = _checked(body, state.rules)
     new = Subnet(
@@ -63,16 +66,18 @@ async def replace(subnet_id: PathId, body: rest.SubnetBody, caller: Caller, stat
         created_at=old.created_at,
         updated_at=max(utc_now(), old.updated_at),
     )
+    await record()
     if not await state.store.replace_subnet(new):
         raise NotFoundError("Subnet not found")
     return _view(new)
 
 
 @router.delete("/{subnet_id}")
-async def delete(subnet_id: PathId, caller: Caller, state: Handed) -> rest.Done:
+async def delete_subnet(subnet_id: PathId, caller: Caller, state: Handed, record: Recorded) -> rest.Done:
     await _mine(state, caller.user_id, subnet_id)
     if await state.store.has_unfinished_jobs(subnet_id):
         raise ConflictError("Subnet has unfinished jobs")
+    await record()
     if not await state.store.delete_subnet(caller.user_id, subnet_id):
         raise NotFoundError("Subnet not found")
     return rest.Done(message="Subnet deleted successfully")
@@ -81,7 +86,8 @@ async def delete(subnet_id: PathId, caller: Caller, state: Handed) -> rest.Done:
 async def _mine(state: State, user_id: int, subnet_id: int) -> Subnet:
     found = await state.store.subnets(user_id, [subnet_id])
     if not found:
-        raise NotFoundError("Subnet not found")
+        theirs = await state.store.exists("subnets", subnet_id)
+        raise NotFoundError("Subnet not found", rule=Rule.OWNER if theirs else None)
     return found[0]
 
 
@@ -90,9 +96,9 @@ def _checked(body: rest.SubnetBody, rules: TargetRules) -> tuple[str, tuple[str,
     try:
         target = Target.parse(body.cidr, body.exclude)
     except ValueError as error:
-        raise BadRequestError(str(error)) from error
+        raise BadRequestError(str(error), rule=Rule.TARGETS, target=body.cidr) from error
     if refusal := rules.refusal(target.network):
-        raise BadRequestError(refusal)
+        raise BadRequestError(refusal, rule=Rule.TARGETS, target=body.cidr)
     return str(target.network), tuple(str(network) for network in target.exclude)
 
 

@@ -13,23 +13,25 @@ from job_orchestrator.domain.chunk import Chunk
 from job_orchestrator.domain.job import ScanJob
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded
-from scanfleet.errors import BadRequestError, NotFoundError
+from scanfleet.errors import BadRequestError, NotFoundError, Rule
 from scanfleet.messages import JobStatus
 from scanfleet.service import PathId
 
 router = APIRouter(prefix="/api/v1/task", route_class=Guarded)
 
+_LIST_QUERY = {"status", "status[]", "page", "page_size"}
+_MAX_ERROR_CHARS = 200  # an error may quote the caller, but not at length
 _LEDGER_PAGE = 1_000  # addresses named on one page: a few hundred kilobytes
 
 
 @router.get("")
-async def list_(request: Request, caller: Caller, state: Handed, paged: Paged) -> rest.JobList:
+async def list_tasks(request: Request, caller: Caller, state: Handed, paged: Paged) -> rest.JobList:
     found, total = await state.store.list_jobs(caller.user_id, _statuses(request), paged.skip, paged.page_size)
     return rest.JobList(jobs=[job.view for job in found], total=total, page=paged.page, page_size=paged.page_size)
 
 
 @router.get("/{job_id}")
-async def read(job_id: PathId, caller: Caller, state: Handed) -> rest.TaskStatus:
+async def read_task(job_id: PathId, caller: Caller, state: Handed) -> rest.TaskStatus:
     job = await _mine(state, caller.user_id, job_id)
     progress = rest.TaskProgress(
         status=job.status,
@@ -90,12 +92,14 @@ async def _chunks(state: State, job: ScanJob) -> AsyncIterator[Chunk]:
 async def _mine(state: State, user_id: int, job_id: int) -> ScanJob:
     job = (await state.store.jobs([job_id])).get(job_id)
     if job is None or job.user_id != user_id:
-        raise NotFoundError("Job not found")
+        raise NotFoundError("Job not found", rule=Rule.OWNER if job else None)
     return job
 
 
 def _statuses(request: Request) -> set[JobStatus]:
     """`status=running&status=pending`, `status[]=running` or `status=running,pending`."""
+    if unknown := request.query_params.keys() - _LIST_QUERY:
+        raise BadRequestError(f"unknown in a query: {', '.join(sorted(unknown))}"[:_MAX_ERROR_CHARS])
     given = request.query_params.getlist("status") + request.query_params.getlist("status[]")
     names = [name for text in given for name in text.split(",")]
     try:

@@ -15,7 +15,7 @@ from typing import Final, Literal, Protocol
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.fairness import Clock, Credit
 from job_orchestrator.domain.job import ScanJob
-from scanfleet.messages import JobStatus
+from scanfleet.messages import AuditEntry, JobStatus
 from scanfleet.policy import ScanPolicy
 
 
@@ -58,6 +58,7 @@ class Command:
     """The job that a cancel is about."""
     status: int = 0
     error: str = ""
+    rule: str = ""
 
 
 UNFINISHED: Final = (JobStatus.PENDING, JobStatus.RUNNING)
@@ -80,6 +81,9 @@ class Census:
 class Resources(Protocol):
     """Subnets and policies: plain documents of one user each."""
 
+    async def exists(self, kind: Literal["subnets", "policies"], id_: int) -> bool:
+        """Whether anybody has one of this id."""
+
     async def add_subnet(self, subnet: Subnet) -> None: ...
     async def subnets(self, user_id: int, ids: Collection[int]) -> list[Subnet]: ...
     async def list_subnets(self, user_id: int, skip: int, limit: int) -> tuple[list[Subnet], int]: ...
@@ -93,7 +97,24 @@ class Resources(Protocol):
     async def delete_policy(self, user_id: int, policy_id: int) -> bool: ...
 
 
-class Store(Resources, Protocol):
+class Audit(Protocol):
+    """The audit log: entries are added, read, and forgotten by age; none is ever changed."""
+
+    async def add_audit(self, entries: Sequence[AuditEntry]) -> None:
+        """Those whose id is there already stay as they are."""
+
+    async def list_audit(
+        self,
+        skip: int,
+        limit: int,
+        *,
+        subject: str | None = None,
+        request_id: str | None = None,
+    ) -> tuple[list[AuditEntry], int]:
+        """Newest first, ties by id; and how many there are."""
+
+
+class Store(Resources, Audit, Protocol):
     async def take_ids(self, name: str, count: int = 1) -> range:
         """Fresh integers of the sequence `name`, from 1."""
 
@@ -106,7 +127,7 @@ class Store(Resources, Protocol):
 
     async def commands_by_key(self, keys: Collection[tuple[int, str]]) -> dict[tuple[int, str], Command]: ...
 
-    async def reject_command(self, command_id: str, status: int, error: str) -> None:
+    async def reject_command(self, command_id: str, status: int, error: str, rule: str) -> None:
         """An accepted cancel that came too late."""
 
     # Jobs

@@ -16,11 +16,12 @@ from job_orchestrator.domain.job import change as change_job
 from job_orchestrator.domain.store import Command, Policy, Store, Subnet
 from job_orchestrator.handlers.jobs import Jobs
 from job_orchestrator.metrics import job_came
+from scanfleet.audit import write_line
 from scanfleet.bus import Publisher, Record
 from scanfleet.clock import utc_now
-from scanfleet.errors import DependencyError, MessageError
-from scanfleet.messages import CancelJob, CommandAccepted, CommandRejected, SubmitJobs
-from scanfleet.messages.topics import SCAN_REPLIES
+from scanfleet.errors import DependencyError, MessageError, Rule
+from scanfleet.messages import AuditEntry, CancelJob, CommandAccepted, CommandRejected, SubmitJobs
+from scanfleet.messages.topics import ORCHESTRATOR, SCAN_REPLIES
 from scanfleet.targets import Target, TargetRules
 
 Reply = CommandAccepted | CommandRejected
@@ -33,7 +34,11 @@ _MAX_EXCLUDES: Final = 100_000  # of one command's subnets together: its documen
 
 
 class _RefusedError(Exception):
-    """The answer is 400 with this text."""
+    """The answer is 400 with this text, because of this rule."""
+
+    def __init__(self, text: str, rule: Rule = Rule.REQUEST) -> None:
+        super().__init__(text)
+        self.rule = rule
 
 
 class Commands:
@@ -127,14 +132,21 @@ class Commands:
 
     async def _finish(self, stands: Mapping[str, Command], messages: Mapping[str, SubmitJobs | CancelJob]) -> None:
         mismatched = {
-            id_: CommandRejected(command_id=id_, status=400, error="Idempotency-Key was used for another request")
+            id_: _rejected(id_, 400, "Idempotency-Key was used for another request", Rule.REQUEST)
             for id_, command in stands.items()
             if isinstance(message := messages[id_], SubmitJobs) and command.id != id_ and command.body != _hash(message)
         }
         answers = mismatched | await self._answers(
             {id_: command for id_, command in stands.items() if id_ not in mismatched and command.state != "expired"},
         )
-        await self._publisher.publish(SCAN_REPLIES, answers.values())
+        entries = [_audit_entry(messages[id_], answer) for id_, answer in answers.items()]
+        # Side by side: the caller waits for the reply. Both are done again should the batch come again.
+        await asyncio.gather(
+            self._publisher.publish(SCAN_REPLIES, answers.values()),
+            self._store.add_audit(entries),
+        )
+        for entry in entries:
+            write_line(entry)
         await self._follow({job_id for id_ in answers.keys() - mismatched.keys() for job_id in _jobs_of(stands[id_])})
 
     async def _follow(self, job_ids: Collection[int]) -> None:
@@ -148,7 +160,7 @@ class Commands:
         answers: dict[str, Reply] = {}
         for id_, command in commands.items():
             if command.state == "rejected":
-                answers[id_] = CommandRejected(command_id=id_, status=command.status, error=command.error)
+                answers[id_] = _rejected(id_, command.status, command.error, command.rule)
             elif command.cancels is not None:
                 answers[id_] = await self._cancel(command)
             else:
@@ -183,6 +195,7 @@ class Commands:
                 state="rejected",
                 status=400,
                 error=str(refusal),
+                rule=refusal.rule,
             )
         return makers
 
@@ -191,26 +204,52 @@ class Commands:
         for _ in range(_ROUNDS):
             job = (await self._store.jobs([command.cancels or 0])).get(command.cancels or 0)
             if job is None or job.user_id != command.user_id:
-                return await self._too_late(command, 404, "Job not found")
+                return await self._too_late(command, 404, "Job not found", Rule.OWNER if job else Rule.REQUEST)
             if job.cancel_command == command.id:
                 return CommandAccepted(command_id=command.id, jobs=(job.view,))
             if job.final:
-                return await self._too_late(command, 400, f"Job is already {job.status}")
+                return await self._too_late(command, 400, f"Job is already {job.status}", Rule.STATE)
             cancelled = change_job(job, JobTrigger.CANCEL, utc_now(), cancel_command=command.id)
             if not await self._store.save_jobs([cancelled]):
                 job_came(cancelled)
                 return CommandAccepted(command_id=command.id, jobs=(cancelled.view,))
         raise DependencyError(f"job {command.cancels} kept changing under us")
 
-    async def _too_late(self, command: Command, status: int, error: str) -> Reply:
-        await self._store.reject_command(command.id, status, error)
-        return CommandRejected(command_id=command.id, status=status, error=error)
+    async def _too_late(self, command: Command, status: int, error: str, rule: Rule) -> Reply:
+        await self._store.reject_command(command.id, status, error, rule)
+        return _rejected(command.id, status, error, rule)
 
 
 def _command(record: Record) -> SubmitJobs | CancelJob:
     if not isinstance(record.message, SubmitJobs | CancelJob):
         raise MessageError(f"{type(record.message).__name__} is no command")
     return record.message
+
+
+def _rejected(command_id: str, status: int, error: str, rule: str) -> CommandRejected:
+    return CommandRejected(command_id=command_id, status=status, error=error, rule=rule)
+
+
+def _audit_entry(message: SubmitJobs | CancelJob, answer: Reply) -> AuditEntry:
+    """The same for every copy of the command: the first stands."""
+    if isinstance(message, CancelJob):
+        action, target = "cancel_task", f"/api/v1/task/{message.job_id}"
+    elif isinstance(answer, CommandAccepted):
+        action, target = "create_tasks", f"/api/v1/task/{','.join(str(job.id) for job in answer.jobs)}"
+    else:
+        action, target = "create_tasks", f"/api/v1/subnet/{','.join(map(str, message.subnet_ids))}"
+    return AuditEntry(
+        id=message.command_id,
+        time=utc_now(),
+        service=ORCHESTRATOR,
+        subject=str(message.user_id),
+        source=message.source,
+        action=action,
+        target=target,
+        decision="allowed" if isinstance(answer, CommandAccepted) else "refused",
+        rule="" if isinstance(answer, CommandAccepted) else answer.rule,
+        request_id=message.request_id,
+    )
 
 
 def _jobs_of(command: Command) -> set[int]:
@@ -234,12 +273,12 @@ def _resolved(
     subnets: Sequence[Subnet],
 ) -> list[tuple[Policy, Subnet]]:
     if not policies:
-        raise _RefusedError(f"Policy {submit.policy_id} not found")
+        raise _RefusedError(f"Policy {submit.policy_id} not found", Rule.OWNER)
     if len(set(submit.subnet_ids)) < len(submit.subnet_ids):
         raise _RefusedError("The same subnet is given twice")
     by_id = {subnet.id: subnet for subnet in subnets}
     if missing := [str(id_) for id_ in submit.subnet_ids if id_ not in by_id]:
-        raise _RefusedError(f"Subnet {', '.join(missing[:10])} not found")
+        raise _RefusedError(f"Subnet {', '.join(missing[:10])} not found", Rule.OWNER)
     if (excludes := sum(len(subnet.exclude) for subnet in subnets)) > _MAX_EXCLUDES:
         raise _RefusedError(f"The subnets exclude {excludes} networks; those of one request at most {_MAX_EXCLUDES}")
     return [(policies[0], by_id[id_]) for id_ in submit.subnet_ids]
@@ -248,7 +287,7 @@ def _resolved(
 def _maker(submit: SubmitJobs, policy: Policy, subnet: Subnet, rules: TargetRules) -> Callable[[int], ScanJob]:
     target = Target.parse(subnet.cidr, subnet.exclude)
     if refusal := rules.refusal(target.network):
-        raise _RefusedError(f"Subnet {subnet.id}: {refusal}")
+        raise _RefusedError(f"Subnet {subnet.id}: {refusal}", Rule.TARGETS)
     planned = plan.plan(policy.scan, target)
     now = utc_now()
     bare = ScanJob(

@@ -10,7 +10,7 @@ from job_orchestrator.domain.fairness import Clock
 from job_orchestrator.domain.job import Outgoing, ScanJob
 from job_orchestrator.domain.store import Command, Policy, Subnet
 from scanfleet.clock import utc_now
-from scanfleet.messages import Job, JobEvent, JobStatus
+from scanfleet.messages import AuditEntry, Job, JobEvent, JobStatus
 from scanfleet.messages.topics import SCAN_EVENTS
 from scanfleet.mongo import Document
 from scanfleet.policy import ScanPolicy
@@ -105,6 +105,14 @@ def write_command(command: Command) -> Document:
 def read_command(document: Document) -> Command:
     jobs = tuple(read_job(job | {"policy": document["policy"][0]}) for job in document["jobs"])
     return Command(**(_known(Command, document) | {"jobs": jobs}))
+
+
+def write_audit(entry: AuditEntry) -> Document:
+    return {"_id": entry.id} | entry.model_dump(mode="python", exclude={"id"})
+
+
+def read_audit(document: Document) -> AuditEntry:
+    return AuditEntry.model_validate(document | {"id": document["_id"]})
 
 
 def read_clock(document: Document) -> Clock:

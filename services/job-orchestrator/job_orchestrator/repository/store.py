@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from pymongo import IndexModel, ReplaceOne, UpdateOne
 from pymongo.read_concern import ReadConcern
@@ -17,7 +17,8 @@ from job_orchestrator.domain.fairness import Clock, Credit
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import UNFINISHED, Census, Command, Policy, Subnet
 from job_orchestrator.repository import documents
-from scanfleet.messages import JobStatus
+from scanfleet.clock import utc_now
+from scanfleet.messages import AuditEntry, JobStatus
 from scanfleet.mongo import Collection as MongoCollection
 from scanfleet.mongo import Database, Document, Ids, bad_days, insert_missing, make_indexes
 
@@ -58,6 +59,13 @@ _INDEXES: Final = {
         IndexModel([("state", 1), ("partition", 1)], partialFilterExpression={"held": True}),
         IndexModel([("scanned_at", 1)], partialFilterExpression={"state": ChunkState.SCANNED.value}),
     ],
+    "audit": [
+        IndexModel([("time", -1), ("_id", -1)]),
+        IndexModel([("subject", 1), ("time", -1), ("_id", -1)]),
+        IndexModel([("request_id", 1)]),
+        # Each entry says itself when it is to be forgotten, so that the setting may change.
+        IndexModel([("forget_at", 1)], expireAfterSeconds=0),
+    ],
     "clocks": [IndexModel([("active", 1)], partialFilterExpression={"active": True})],
     # A worker that was not heard of for an hour is gone: a new process has a new id.
     "workers": [IndexModel([("seen", 1)], expireAfterSeconds=3_600), IndexModel([("raw", 1), ("slots", 1)])],
@@ -70,7 +78,9 @@ class MongoStore:
     Every stored change of a job or chunk replaces the document if its `rev` is still the one that was read.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, keep_audit: timedelta = timedelta(days=365)) -> None:
+        self._audit = database["audit"]
+        self._keep_audit = keep_audit
         self._subnets = database["subnets"]
         self._policies = database["policies"]
         self._commands = database["commands"]
@@ -89,6 +99,10 @@ class MongoStore:
         return await self._ids.setdefault(name, Ids(self._database, name)).take(count)
 
     # Subnets and policies
+
+    @bad_days()
+    async def exists(self, kind: Literal["subnets", "policies"], id_: int) -> bool:
+        return await self._database[kind].find_one({"_id": id_}, {"_id": 1}) is not None
 
     async def add_subnet(self, subnet: Subnet) -> None:
         await insert_missing(self._subnets, [documents.write_subnet(subnet)])
@@ -147,9 +161,34 @@ class MongoStore:
         return {(each["user_id"], each["idempotency_key"]): documents.read_command(each) async for each in found}
 
     @bad_days()
-    async def reject_command(self, command_id: str, status: int, error: str) -> None:
-        told = {"state": "rejected", "status": status, "error": error}
+    async def reject_command(self, command_id: str, status: int, error: str, rule: str) -> None:
+        told = {"state": "rejected", "status": status, "error": error, "rule": rule}
         await self._commands.update_one({"_id": command_id, "state": "accepted"}, {"$set": told})
+
+    # The audit log
+
+    async def add_audit(self, entries: Sequence[AuditEntry]) -> None:
+        forget_at = utc_now() + self._keep_audit
+        await insert_missing(
+            self._audit, [documents.write_audit(entry) | {"forget_at": forget_at} for entry in entries]
+        )
+
+    @bad_days()
+    async def list_audit(
+        self,
+        skip: int,
+        limit: int,
+        *,
+        subject: str | None = None,
+        request_id: str | None = None,
+    ) -> tuple[list[AuditEntry], int]:
+        asked = {"subject": subject, "request_id": request_id}
+        wanted: Document = {name: value for name, value in asked.items() if value is not None}
+        newest = self._audit.find(wanted).sort([("time", -1), ("_id", -1)]).skip(skip).limit(limit)
+        # All of a large collection are not counted one by one.
+        counted = self._audit.count_documents(wanted) if wanted else self._audit.estimated_document_count()
+        found, total = await asyncio.gather(newest.to_list(limit), counted)
+        return [documents.read_audit(each) for each in found], total
 
     # Jobs
 

@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequen
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice
+from typing import Literal
 
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState
 from job_orchestrator.domain.fairness import Clock, Credit
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import UNFINISHED, Census, Command, Policy, Subnet
 from scanfleet.errors import DependencyError
-from scanfleet.messages import JobStatus
+from scanfleet.messages import AuditEntry, JobStatus
 
 _FAR_FUTURE = datetime(9999, 1, 1, tzinfo=UTC)
 _BUSY = HELD | {ChunkState.QUEUED}
@@ -26,6 +27,7 @@ class MemoryStore:
     def __init__(self) -> None:
         self.away = False
         self._ids: Counter[str] = Counter()
+        self._audit: dict[str, AuditEntry] = {}
         self._subnets: dict[int, Subnet] = {}
         self._policies: dict[int, Policy] = {}
         self._commands: dict[str, Command] = {}
@@ -44,6 +46,9 @@ class MemoryStore:
         return range(self._ids[name] - count + 1, self._ids[name] + 1)
 
     # Subnets and policies
+
+    async def exists(self, kind: Literal["subnets", "policies"], id_: int) -> bool:
+        return id_ in (self._subnets if kind == "subnets" else self._policies)
 
     async def add_subnet(self, subnet: Subnet) -> None:
         self._subnets.setdefault(subnet.id, subnet)
@@ -102,10 +107,32 @@ class MemoryStore:
         by_key = {(each.user_id, each.idempotency_key): each for each in self._commands.values()}
         return {key: by_key[key] for key in keys if key in by_key}
 
-    async def reject_command(self, command_id: str, status: int, error: str) -> None:
+    async def reject_command(self, command_id: str, status: int, error: str, rule: str) -> None:
         command = self._commands[command_id]
         if command.state == "accepted":
-            self._commands[command_id] = replace(command, state="rejected", status=status, error=error)
+            self._commands[command_id] = replace(command, state="rejected", status=status, error=error, rule=rule)
+
+    # The audit log
+
+    async def add_audit(self, entries: Sequence[AuditEntry]) -> None:
+        for entry in entries:
+            self._audit.setdefault(entry.id, entry)
+
+    async def list_audit(
+        self,
+        skip: int,
+        limit: int,
+        *,
+        subject: str | None = None,
+        request_id: str | None = None,
+    ) -> tuple[list[AuditEntry], int]:
+        found = [
+            entry
+            for entry in self._audit.values()
+            if subject in (None, entry.subject) and request_id in (None, entry.request_id)
+        ]
+        found.sort(key=lambda entry: (entry.time, entry.id), reverse=True)
+        return found[skip : skip + limit], len(found)
 
     # Jobs
 

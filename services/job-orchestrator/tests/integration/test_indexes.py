@@ -15,7 +15,7 @@ from job_orchestrator.repository import MongoStore
 from job_orchestrator.testing import chunk, scan_job
 from job_orchestrator.testing.things import THEN
 from scanfleet.clock import utc_now
-from scanfleet.messages import JobStatus
+from scanfleet.messages import AuditEntry, JobStatus
 from scanfleet.mongo import Database
 
 pytestmark = pytest.mark.integration
@@ -33,7 +33,11 @@ async def _chunks_of_job(store: MongoStore) -> None:
 QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
     "commands": (lambda store: store.commands(["c-1", "c-2"]), 5),
     "commands_by_key": (lambda store: store.commands_by_key([(7, "k-7"), (8, "k-8")]), 5),
-    "reject_command": (lambda store: store.reject_command("c-1", 400, ""), 2),
+    "reject_command": (lambda store: store.reject_command("c-1", 400, "", ""), 2),
+    "list_audit": (lambda store: store.list_audit(0, 10), 20),
+    "list_audit by subject": (lambda store: store.list_audit(0, 10, subject="7"), 20),
+    "list_audit by request": (lambda store: store.list_audit(0, 10, request_id="r-7"), 20),
+    "exists": (lambda store: store.exists("subnets", 3), 2),
     "jobs": (lambda store: store.jobs([1, 2, 3]), 6),
     "list_jobs": (lambda store: store.list_jobs(7, set(), 0, 10), 20),
     "list_jobs by status": (lambda store: store.list_jobs(7, {JobStatus.PENDING, JobStatus.RUNNING}, 0, 10), 20),
@@ -89,6 +93,23 @@ async def filled(mongo_store: MongoStore) -> MongoStore:
         )
         await mongo_store.insert_commands(
             [Command(id=f"c-{user}", user_id=user, state="accepted", idempotency_key=f"k-{user}")],
+        )
+        await mongo_store.add_audit(
+            [
+                AuditEntry(
+                    id=f"{user}-{n}",
+                    time=utc_now(),
+                    service="job-orchestrator",
+                    subject=str(user),
+                    source="192.0.2.17",
+                    action="create_subnet",
+                    target="/api/v1/subnet/1",
+                    decision="allowed",
+                    rule="",
+                    request_id=f"r-{user}",
+                )
+                for n in range(10)
+            ],
         )
         await mongo_store.seen_workers([Credit(f"w-{user}", 2, raw=user % 2 == 0, partition=1)])
         await mongo_store.wake_clocks([Clock(user, 1.0)])

@@ -115,6 +115,7 @@ EVERY_ROUTE = [
     *((verb, "/api/v1/subnet/1") for verb in ("GET", "PUT", "DELETE")),
     *((verb, "/api/v1/policy") for verb in ("GET", "POST")),
     *((verb, "/api/v1/policy/1") for verb in ("GET", "PUT", "DELETE")),
+    ("GET", "/api/v1/audit"),
     ("GET", "/internal/jobs/1/owner"),
     ("POST", "/internal/commands/c-1/expire"),
 ]
@@ -382,12 +383,20 @@ async def test_a_database_that_is_away_is_a_503(api: Api, store: MemoryStore) ->
     store.away = True
     for method, path in EVERY_ROUTE:
         body = {"name": "x", "cidr": "127.9.8.0/24"} if "subnet" in path else {"name": "x"}
-        answer = await api.raw(method, path, headers=ISSUER.bearer(), json=body)
+        answer = await api.raw(method, path, headers=ISSUER.bearer(admin=True), json=body)
         assert (answer.status_code, int(answer.headers["Retry-After"]) >= 1) == (503, True), path
         assert "database" not in answer.json()["error"]
 
 
 # Tasks
+
+
+@pytest.mark.proves("A12")
+@pytest.mark.parametrize("query", ["status[$ne]=x", "status[$in][]=running", "$where=1", "user_id=8", "x" * 5_000])
+async def test_a_list_of_jobs_is_asked_in_known_words(api: Api, query: str) -> None:
+    """A query parameter that the document does not name is a 400, in a short message."""
+    answer = await api(f"GET /api/v1/task?{query}", status=400)
+    assert len(answer["error"]) <= 200
 
 
 async def test_a_task_list_has_exactly_the_documented_shape(api: Api, store: MemoryStore) -> None:

@@ -122,7 +122,9 @@ async def test_all_is_checked_before_any_job_is_made(
     await world.add("10.0.0.0/30")
     command = await world.send(policy, subnets)
     await world.settle()
-    assert world.replies(command) == [CommandRejected(command_id=command, status=400, error=error)]
+    (reply,) = world.replies(command)
+    assert isinstance(reply, CommandRejected)
+    assert (reply.status, reply.error) == (400, error)
     assert await jobs_of(world) == []
 
 
@@ -283,7 +285,7 @@ async def test_a_redelivered_cancel_is_told_accepted(world: World) -> None:
     await world.settle()
     assert [type(reply) for reply in world.replies(first)] == [CommandAccepted] * 2
     assert world.replies(second) == [
-        CommandRejected(command_id=second, status=400, error="Job is already cancelled"),
+        CommandRejected(command_id=second, status=400, error="Job is already cancelled", rule="state"),
     ]
 
 
@@ -295,7 +297,7 @@ async def test_a_job_that_has_ended_cannot_be_cancelled(world: World) -> None:
     records = world.take(SCAN_COMMANDS)
     await world.hand(SCAN_COMMANDS, records)
     await world.hand(SCAN_COMMANDS, records)
-    rejected = CommandRejected(command_id=late, status=400, error="Job is already completed")
+    rejected = CommandRejected(command_id=late, status=400, error="Job is already completed", rule="state")
     assert world.replies(late) == [rejected, rejected]
     assert (await world.store.jobs([1]))[1].status is JobStatus.COMPLETED
 
@@ -307,7 +309,7 @@ async def test_only_the_owner_can_cancel(world: World) -> None:
     await world.settle()
     for command in (await world.cancel(1, user_id=8), await world.cancel(99)):
         await world.settle()
-        assert world.replies(command) == [CommandRejected(command_id=command, status=404, error="Job not found")]
+        assert [(each.status, each.error) for each in world.replies(command)] == [(404, "Job not found")]
     assert (await world.store.jobs([1]))[1].status is JobStatus.PENDING
 
 

@@ -1,0 +1,69 @@
+"""What the gateway itself refuses reaches the audit log; what it carries out says where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from api_gateway.testing import Gateway, Running
+from scanfleet.messages import Audited, AuditEntry
+from scanfleet.messages.envelope import decode
+from scanfleet.messages.topics import SCAN_AUDIT
+from scanfleet.testing.bus import MemoryBus
+
+BODY = {"subnet_ids": [5], "policy_id": 3}
+
+pytestmark = pytest.mark.proves("G15")
+
+
+@pytest.fixture
+async def gateway() -> AsyncIterator[Running]:
+    async with Gateway().run(writes_per_minute=3) as running:
+        yield running
+
+
+async def told(gateway: Running) -> list[AuditEntry]:
+    await gateway.app.state.refusals.tell(MemoryBus(gateway.broker))
+    messages = [decode(SCAN_AUDIT, record) for record in gateway.broker.records("scan-audit")]
+    return [each.entry for each in messages if isinstance(each, Audited)]
+
+
+@pytest.mark.proves("A7", "A17")
+async def test_a_bad_token_is_written_down(gateway: Running) -> None:
+    """A request without a good token is an entry without a subject, with address, operation and request, not the token."""
+    headers = {
+        "Authorization": "Bearer eyJhbGciOiJub25lIn0.e30.",
+        "X-Request-ID": "r-1",
+        "X-Forwarded-For": "192.0.2.1",
+    }
+    await gateway.client.post("/api/v1/task", json=BODY, headers=headers)
+    (entry,) = await told(gateway)
+    assert (entry.service, entry.subject, entry.source) == ("api-gateway", "", "127.0.0.1")
+    assert (entry.action, entry.target, entry.request_id) == ("create_tasks", "/api/v1/task", "r-1")
+    assert (entry.decision, entry.rule, entry.count) == ("refused", "token", 1)
+    assert "eyJ" not in entry.model_dump_json()
+
+
+@pytest.mark.proves("A11", "A18")
+async def test_limits_and_malformed_requests_are_written_down(gateway: Running) -> None:
+    """A malformed request and one too many are entries of the user's with their rule; what is passed on is not told twice."""
+    await gateway.client.post("/api/v1/task", json=BODY | {"user_id": 1})
+    await gateway.client.get("/api/v1/subnet/1")
+    for _ in range(6):
+        await gateway.client.post("/api/v1/task", json=BODY)
+    entries = await told(gateway)
+    assert [entry.rule for entry in entries][:2] == ["request", "rate"]
+    assert {entry.rule for entry in entries[1:]} == {"rate"}
+    assert {(entry.subject, entry.action) for entry in entries} == {("7", "create_tasks")}
+
+
+async def test_a_command_says_where_it_came_from(gateway: Running) -> None:
+    """A command carries the caller's address and the request's id, for the entry that the orchestrator writes."""
+    await gateway.client.post("/api/v1/task", json=BODY, headers={"X-Request-ID": "r-1"})
+    await gateway.client.post("/api/v1/task/1/cancel", headers={"X-Request-ID": "r-2"})
+    assert [(each.source, each.request_id) for each in gateway.replier.commands] == [
+        ("127.0.0.1", "r-1"),
+        ("127.0.0.1", "r-2"),
+    ]
+    assert await told(gateway) == []

@@ -1,0 +1,30 @@
+"""The audit log, for administrators."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+
+from job_orchestrator.api.state import Handed, Paged
+from scanfleet import rest
+from scanfleet.auth import Caller, Guarded
+from scanfleet.errors import ForbiddenError, Rule
+
+router = APIRouter(prefix="/api/v1/audit", route_class=Guarded)
+
+Text = Annotated[str | None, Query(max_length=200)]
+
+
+@router.get("")
+async def list_audit(
+    caller: Caller,
+    state: Handed,
+    paged: Paged,
+    subject: Text = None,
+    request_id: Text = None,
+) -> rest.AuditList:
+    if not caller.admin:
+        raise ForbiddenError("The audit log is for administrators", rule=Rule.ROLE)
+    entries, total = await state.store.list_audit(paged.skip, paged.page_size, subject=subject, request_id=request_id)
+    return rest.AuditList(entries=entries, total=total, page=paged.page, page_size=paged.page_size)

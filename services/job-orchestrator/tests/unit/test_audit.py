@@ -1,0 +1,220 @@
+"""Whatever changes something is written down before it is done, and every refusal with the rule that was broken."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from job_orchestrator.api import ROUTERS
+from job_orchestrator.api.state import State
+from job_orchestrator.domain.job import JobTrigger, change
+from job_orchestrator.testing import RULES, World, scan_job
+from job_orchestrator.testing.things import THEN
+from scanfleet import service
+from scanfleet.errors import DependencyError
+from scanfleet.messages import Audited, AuditEntry
+from scanfleet.messages.topics import SCAN_AUDIT, SCAN_COMMANDS
+from scanfleet.testing.bus import MemoryBus
+from scanfleet.testing.tokens import Issuer
+
+ISSUER = Issuer()
+SUBNET = {"name": "lab", "cidr": "127.9.8.0/24"}
+
+pytestmark = pytest.mark.proves("G15")
+
+
+@pytest.fixture
+def app(world: World) -> FastAPI:
+    @asynccontextmanager
+    async def nothing(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+
+    app = service.create_app(name="job-orchestrator", lifespan=nothing, routers=ROUTERS)
+    app.state.verifier = ISSUER.verifier
+    app.state.orchestrator = State(world.store, world.only.commands, RULES)
+    return app
+
+
+class Caller:
+    """Asks, and answers with the status and the entries that were made of it."""
+
+    def __init__(self, app: FastAPI, world: World) -> None:
+        self._app = app
+        self._world = world
+        self._http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://orchestrator")
+
+    async def __call__(
+        self, request: str, body: object = None, *, user: int = 7, admin: bool = False
+    ) -> tuple[int, list[AuditEntry]]:
+        method, path = request.split(" ")
+        id_ = f"r-{method}-{path.replace('/', '.')}-{user}"[:64]
+        headers = {"X-Request-ID": id_} | (ISSUER.bearer(user, admin=admin) if user else {})
+        answer = await self._http.request(method, path, json=body, headers=headers)
+        bus = MemoryBus()
+        await self._app.state.refusals.tell(bus)
+        refused = [each.entry for each in bus.messages(SCAN_AUDIT) if isinstance(each, Audited)]
+        await self._world.store.add_audit(refused)
+        entries, _ = await self._world.store.list_audit(0, 100, request_id=id_)
+        assert {entry.service for entry in entries} <= {"job-orchestrator"}
+        assert {entry.source for entry in entries} <= {"127.0.0.1"}
+        return answer.status_code, entries
+
+
+@pytest.fixture
+def ask(app: FastAPI, world: World) -> Caller:
+    return Caller(app, world)
+
+
+def told(entries: list[AuditEntry]) -> list[tuple[str, str, str, str, str]]:
+    return [(each.subject, each.action, each.target, each.decision, each.rule) for each in entries]
+
+
+async def test_every_change_is_written_down(ask: Caller) -> None:
+    """Making, replacing and deleting a subnet or a policy is one entry each, with who and what."""
+    for kind, body in (("subnet", SUBNET), ("policy", {"name": "p"})):
+        path = f"/api/v1/{kind}"
+        for request, answer, action in (
+            (f"POST {path}", 201, f"create_{kind}"),
+            (f"PUT {path}/1", 200, f"replace_{kind}"),
+            (f"DELETE {path}/1", 200, f"delete_{kind}"),
+        ):
+            status, entries = await ask(request, None if "DELETE" in request else body)
+            assert (status, told(entries)) == (answer, [("7", action, f"{path}/1", "allowed", "")])
+
+
+@pytest.mark.parametrize("request_", ["POST /api/v1/subnet", "PUT /api/v1/subnet/1", "DELETE /api/v1/subnet/1"])
+async def test_what_cannot_be_written_down_is_not_done(
+    ask: Caller, world: World, monkeypatch: pytest.MonkeyPatch, request_: str
+) -> None:
+    """When the audit log cannot be written a change is a 503 and does not happen."""
+    await ask("POST /api/v1/subnet", SUBNET)
+    before = await world.store.list_subnets(7, 0, 10)
+
+    async def away(_entries: object) -> None:
+        raise DependencyError("no disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.store, "add_audit", away)
+        answer = await ask._http.request(*request_.split(" "), json=SUBNET | {"name": "new"}, headers=ISSUER.bearer(7))
+    assert answer.status_code == 503
+    assert await world.store.list_subnets(7, 0, 10) == before
+
+
+@pytest.mark.proves("A3", "A10")
+async def test_every_refusal_names_its_rule(ask: Caller, world: World) -> None:
+    """Another's things, refused targets, wrong roles, bad tokens and malformed requests are one entry each with the rule."""
+    await ask("POST /api/v1/subnet", SUBNET)
+    await ask("POST /api/v1/policy", {"name": "p"})
+    await world.store.insert_jobs([scan_job(5)])
+    metadata = {"name": "x", "cidr": "169.254.169.254/32"}
+    for request, body, user, status, expected in (
+        ("GET /api/v1/subnet/1", None, 8, 404, ("8", "read_subnet", "/api/v1/subnet/1", "refused", "owner")),
+        ("PUT /api/v1/subnet/1", SUBNET, 8, 404, ("8", "replace_subnet", "/api/v1/subnet/1", "refused", "owner")),
+        ("DELETE /api/v1/policy/1", None, 8, 404, ("8", "delete_policy", "/api/v1/policy/1", "refused", "owner")),
+        ("GET /api/v1/task/5", None, 8, 404, ("8", "read_task", "/api/v1/task/5", "refused", "owner")),
+        (
+            "GET /internal/jobs/5/owner",
+            None,
+            8,
+            403,
+            ("8", "read_results", "/api/v1/task/5/results", "refused", "owner"),
+        ),
+        ("POST /api/v1/subnet", metadata, 8, 400, ("8", "create_subnet", metadata["cidr"], "refused", "targets")),
+        ("PUT /api/v1/subnet/1", metadata, 7, 400, ("7", "replace_subnet", metadata["cidr"], "refused", "targets")),
+        ("POST /api/v1/policy", {"$set": 1}, 8, 400, ("8", "create_policy", "/api/v1/policy", "refused", "request")),
+        ("GET /api/v1/audit", None, 8, 403, ("8", "list_audit", "/api/v1/audit", "refused", "role")),
+        ("GET /api/v1/audit", None, 0, 401, ("", "list_audit", "/api/v1/audit", "refused", "token")),
+    ):
+        answered, entries = await ask(request, body, user=user)
+        assert (answered, told(entries)[:1]) == (status, [expected]), request
+
+
+async def test_what_is_not_there_is_no_refusal(ask: Caller) -> None:
+    """Asking for what nobody has is a 404 and no entry."""
+    for path in ("subnet/9", "policy/9", "task/9", "subnet/x"):
+        assert await ask(f"GET /api/v1/{path}") == (404, [])
+        assert await ask(f"DELETE /api/v1/{path}") in ((404, []), (405, []))
+
+
+async def test_an_administrator_who_reads_anothers_results_is_written_down(ask: Caller, world: World) -> None:
+    """Reading another's results as an administrator is an entry, reading one's own is none."""
+    await world.store.insert_jobs([scan_job(5)])
+    status, entries = await ask("GET /internal/jobs/5/owner", user=9, admin=True)
+    assert (status, told(entries)) == (200, [("9", "read_results", "/api/v1/task/5/results", "allowed", "role")])
+    assert await ask("GET /internal/jobs/5/owner", user=7) == (200, [])
+
+
+async def test_administrators_read_the_log_by_page(ask: Caller, app: FastAPI) -> None:
+    """The log is answered in the documented shape, newest first, by page, by subject and by request."""
+    for number in range(3):
+        await ask("POST /api/v1/subnet", SUBNET, user=number + 1)
+    http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://orchestrator")
+    bearer = ISSUER.bearer(9, admin=True)
+    answer = (await http.get("/api/v1/audit?page=2&page_size=2", headers=bearer)).json()
+    assert {name: answer[name] for name in ("total", "page", "page_size")} == {"total": 3, "page": 2, "page_size": 2}
+    (entry,) = answer["entries"]
+    assert entry["time"].endswith("Z")
+    assert list(entry) == list(AuditEntry.model_fields)
+    mine = (await http.get("/api/v1/audit?subject=2", headers=bearer)).json()
+    assert [each["subject"] for each in mine["entries"]] == ["2"]
+    one = (await http.get("/api/v1/audit?request_id=r-POST-.api.v1.subnet-3", headers=bearer)).json()
+    assert [each["subject"] for each in one["entries"]] == ["3"]
+
+
+async def commanded(world: World, *, user: int = 7) -> list[tuple[str, str, str, str, str]]:
+    records = world.take(SCAN_COMMANDS)
+    for _ in range(2):  # a redelivery changes nothing
+        await world.hand(SCAN_COMMANDS, records)
+    entries, _ = await world.store.list_audit(0, 100, subject=str(user))
+    return told(entries)
+
+
+async def test_every_command_is_written_down(world: World) -> None:
+    """A command that was carried out is one entry, however often it is delivered."""
+    await world.submit("127.9.8.0/30", "127.9.9.0/30")
+    assert await commanded(world) == [("7", "create_tasks", "/api/v1/task/1,2", "allowed", "")]
+    await world.cancel(1)
+    assert ("7", "cancel_task", "/api/v1/task/1", "allowed", "") in await commanded(world)
+
+
+@pytest.mark.proves("A10", "A13")
+async def test_every_refused_command_names_its_rule(world: World) -> None:
+    """Another's policy, subnet or job, a refused target and a job that has ended are refusals by their rule."""
+    policy_id, subnet_ids = await world.add("127.9.8.0/30")
+    await world.store.insert_jobs([scan_job(50), change(scan_job(51, user_id=11), JobTrigger.CANCEL, THEN)])
+
+    async def rules(user: int) -> Any:
+        return [(action, decision, rule) for _, action, _, decision, rule in await commanded(world, user=user)]
+
+    await world.send(policy_id, subnet_ids, user_id=8)
+    assert await rules(8) == [("create_tasks", "refused", "owner")]
+    await world.cancel(50, user_id=9)
+    assert await rules(9) == [("cancel_task", "refused", "owner")]
+    await world.submit("10.0.0.0/30", user_id=10)
+    assert await rules(10) == [("create_tasks", "refused", "targets")]
+    await world.cancel(51, user_id=11)
+    assert await rules(11) == [("cancel_task", "refused", "state")]
+
+
+async def test_what_services_refused_is_kept(world: World) -> None:
+    """What comes over scan-audit is in the log once, however often it is delivered."""
+    entry = AuditEntry(
+        id="a",
+        time=THEN,
+        service="api-gateway",
+        subject="",
+        source="192.0.2.17",
+        action="create_tasks",
+        target="/api/v1/task",
+        decision="refused",
+        rule="token",
+        request_id="r-1",
+    )
+    await world.bus.publish(SCAN_AUDIT, [Audited(entry=entry)] * 2)
+    await world.hand(SCAN_AUDIT, world.take(SCAN_AUDIT))
+    assert await world.store.list_audit(0, 10) == ([entry], 1)

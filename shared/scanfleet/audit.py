@@ -1,0 +1,133 @@
+"""What a process has refused: in its own log at once, in the audit log within a second or two.
+
+What was changed is not told here: job-orchestrator, where everything is changed, writes that down before it does it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Final
+from uuid import uuid4
+
+import structlog
+from prometheus_client import Counter as Metric
+
+from scanfleet.bus import Bus, Publisher
+from scanfleet.clock import utc_now
+from scanfleet.errors import DependencyError, Rule
+from scanfleet.loop import Loop
+from scanfleet.messages import Audited, AuditEntry
+from scanfleet.messages.envelope import RawRecord
+from scanfleet.messages.topics import SCAN_AUDIT
+
+TELL_S: Final = 1.0  # between two publications
+WINDOW_S: Final = 60.0  # in which refusals alike are counted
+SINGLES: Final = 100  # of one subject in a window that have an entry each; who has no name shares them with all such
+MERGED: Final = 1_000  # kinds of refusals above that, in a window; what is more is told without its circumstances
+WAITING: Final = 10_000  # entries while the bus is away: some megabytes
+
+_MAX_TARGET_CHARS: Final = 200  # a header may be long, and the dead letter holds it all
+
+_Kind = tuple[str, str, str, str]
+
+_lost = Metric("scanfleet_audit_lost", "Refusals that are in this process's log and will not be in the audit log.")
+_log = structlog.stdlib.get_logger("scanfleet.audit")
+
+
+def write_line(entry: AuditEntry) -> None:
+    """The entry as a line of this process's log."""
+    _log.info("audit", **entry.model_dump(mode="json", exclude={"service"}))
+
+
+class Refusals:
+    """Bounded in memory and in what it publishes, whatever is refused and however often.
+
+    Of each subject the first `SINGLES` of a window are entries of their own. What comes above is counted by subject, source,
+    action and rule, and told when the window ends.
+    """
+
+    def __init__(self, service: str, *, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self.service = service
+        self._monotonic = monotonic
+        self._window_end = monotonic() + WINDOW_S
+        self._singles: Counter[str] = Counter()
+        self._merged: dict[_Kind, AuditEntry] = {}
+        self._waiting: list[AuditEntry] = []
+
+    def add(self, entry: AuditEntry) -> None:
+        self._turn_window()
+        self._singles[entry.subject] += 1
+        if self._singles[entry.subject] <= SINGLES:
+            self._put(entry)
+            return
+        kind = (entry.subject, entry.source, entry.action, entry.rule)
+        if kind not in self._merged and len(self._merged) >= MERGED:
+            kind = ("", "", "", entry.rule)
+            entry = entry.model_copy(update={"subject": "", "source": "", "action": ""})
+        before = self._merged.get(kind)
+        self._merged[kind] = entry.model_copy(update={"count": before.count + 1}) if before else entry
+
+    def add_dead_letter(self, record: RawRecord, reason: str) -> None:
+        """A message that can never be handled: malformed, forged, or of a version that is not known here."""
+        claimed = {name: (value or b"").decode(errors="replace") for name, value in record.headers}
+        self.add(
+            AuditEntry(
+                id=uuid4().hex,
+                time=utc_now(),
+                service=self.service,
+                subject="",
+                source=f"{record.topic}/{record.partition}/{record.offset}",
+                action=f"consume {record.topic}",
+                target=f"{claimed.get('ce_subject', '')}: {reason}"[:_MAX_TARGET_CHARS],
+                decision="refused",
+                rule=Rule.MESSAGE,
+                request_id="",
+            ),
+        )
+
+    async def tell(self, publisher: Publisher) -> None:
+        """Publish what waits.
+
+        Raises:
+            DependencyError: it still waits; what arrived all the same has the same id the next time.
+        """
+        self._turn_window()
+        entries = self._waiting[:]
+        await publisher.publish(SCAN_AUDIT, [Audited(entry=entry) for entry in entries])
+        del self._waiting[: len(entries)]
+
+    @asynccontextmanager
+    async def told_to(self, bus: Bus) -> AsyncIterator[Loop]:
+        """Publish as things are refused, dead letters of the bus among them, and at the end what is left."""
+        bus.hear_dead_letters(self.add_dead_letter)
+        loop = Loop("audit", TELL_S, lambda: self.tell(bus))
+        await loop.start()
+        try:
+            yield loop
+        finally:
+            await loop.stop()
+            self._window_end = float("-inf")
+            try:
+                await self.tell(bus)
+            except DependencyError as error:
+                _lost.inc(len(self._waiting))
+                _log.error("refusals not told", entries=len(self._waiting), error=str(error))
+
+    def _turn_window(self) -> None:
+        if (now := self._monotonic()) < self._window_end:
+            return
+        for entry in self._merged.values():
+            self._put(entry)
+        self._merged.clear()
+        self._singles.clear()
+        self._window_end = now + WINDOW_S
+
+    def _put(self, entry: AuditEntry) -> None:
+        write_line(entry)
+        if len(self._waiting) < WAITING:
+            self._waiting.append(entry)
+        else:
+            _lost.inc(entry.count)

@@ -1,0 +1,55 @@
+"""What the audit log is told."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from scanfleet.clock import Time
+from scanfleet.messages.base import Message
+
+
+class AuditEntry(BaseModel):
+    """One thing that was done or refused, exactly as administrators read it."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+    id: str
+    time: Time
+    service: str
+    """Who decided."""
+
+    subject: str
+    """The user's id; empty when no good token said whose request it was."""
+
+    source: str
+    """The address that the request came from; of a message its topic, partition and offset."""
+
+    action: str
+    """The operation, by its name in the OpenAPI document; or that a message was consumed."""
+
+    target: str
+    """What it was done to, or would have been."""
+
+    decision: Literal["allowed", "refused"]
+    rule: str
+    """Which rule decided; empty when a user did what is theirs to do."""
+
+    request_id: str
+    count: Annotated[int, Field(ge=1)] = 1
+    """How many refusals alike this entry stands for; `target` and `request_id` are those of the last."""
+
+
+class Audited(Message):
+    """An entry for the audit log."""
+
+    entry: AuditEntry
+
+    @property
+    def event_id(self) -> str:
+        return self.entry.id
+
+    @property
+    def subject(self) -> str:
+        return f"audit/{self.entry.id}"

@@ -1,0 +1,142 @@
+"""Refusals reach the audit log, and however many there are, they fill nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from scanfleet import audit
+from scanfleet.audit import MERGED, SINGLES, WINDOW_S, Refusals
+from scanfleet.clock import utc_now
+from scanfleet.errors import DependencyError
+from scanfleet.messages import Audited, AuditEntry
+from scanfleet.messages.topics import SCAN_AUDIT, SCAN_WORKERS
+from scanfleet.testing.bus import MemoryBus
+
+
+class Time:
+    now = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def time() -> Time:
+    return Time()
+
+
+@pytest.fixture
+def refusals(time: Time) -> Refusals:
+    return Refusals("api-gateway", monotonic=time)
+
+
+@pytest.fixture
+def bus() -> MemoryBus:
+    return MemoryBus()
+
+
+def entry(number: int, **changed: Any) -> AuditEntry:
+    fields: dict[str, Any] = {
+        "time": utc_now(),
+        "service": "api-gateway",
+        "subject": "",
+        "source": "192.0.2.17",
+        "action": "create_tasks",
+        "target": "/api/v1/task",
+        "decision": "refused",
+        "rule": "token",
+        "request_id": f"r-{number}",
+    }
+    return AuditEntry(id=f"id-{number}", **(fields | changed))
+
+
+def told(bus: MemoryBus) -> list[AuditEntry]:
+    return [each.entry for each in bus.messages(SCAN_AUDIT) if isinstance(each, Audited)]
+
+
+async def test_refusals_are_told_one_by_one(refusals: Refusals, bus: MemoryBus) -> None:
+    """Each refusal is one entry, told once."""
+    entries = [entry(number) for number in range(3)]
+    for each in entries:
+        refusals.add(each)
+    await refusals.tell(bus)
+    await refusals.tell(bus)
+    assert told(bus) == entries
+
+
+async def test_a_flood_is_counted(refusals: Refusals, time: Time, bus: MemoryBus) -> None:
+    """Above its share a subject's refusals alike become one entry with their number at the window's end, others' do not."""
+    for number in range(SINGLES + 500):
+        refusals.add(entry(number))
+    refusals.add(entry(9_999, subject="7"))
+    await refusals.tell(bus)
+    assert len(told(bus)) == SINGLES + 1
+    time.now += WINDOW_S
+    await refusals.tell(bus)
+    last = told(bus)[-1]
+    assert (last.count, last.request_id, last.source) == (500, f"r-{SINGLES + 499}", "192.0.2.17")
+    assert sum(each.count for each in told(bus)) == SINGLES + 501
+    refusals.add(entry(10_000))
+    await refusals.tell(bus)
+    assert told(bus)[-1] == entry(10_000, time=told(bus)[-1].time)
+
+
+async def test_a_flood_from_everywhere_is_bounded(refusals: Refusals, time: Time, bus: MemoryBus) -> None:
+    """However many addresses a flood comes from, a window is a bounded number of entries, and all are counted."""
+    flood = SINGLES + 3 * MERGED
+    for number in range(flood):
+        refusals.add(entry(number, source=f"2001:db8::{number:x}"))
+    time.now += WINDOW_S
+    await refusals.tell(bus)
+    assert len(told(bus)) == SINGLES + MERGED + 1
+    assert sum(each.count for each in told(bus)) == flood
+
+
+async def test_what_could_not_be_told_waits(
+    refusals: Refusals, bus: MemoryBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the bus is away refusals wait, no more than fit, and are told when it is back."""
+    monkeypatch.setattr(audit, "WAITING", 3)
+    bus.broker.away = True
+    for number in range(5):
+        refusals.add(entry(number, subject=str(number)))
+    with pytest.raises(DependencyError):
+        await refusals.tell(bus)
+    bus.broker.away = False
+    await refusals.tell(bus)
+    assert [each.id for each in told(bus)] == ["id-0", "id-1", "id-2"]
+
+
+async def test_what_is_left_is_told_at_the_end(refusals: Refusals, bus: MemoryBus) -> None:
+    """A process that ends in good order tells what it has counted."""
+    async with refusals.told_to(bus):
+        for number in range(SINGLES + 2):
+            refusals.add(entry(number))
+    assert sum(each.count for each in told(bus)) == SINGLES + 2
+
+
+@pytest.mark.proves("G15", "A13")
+async def test_a_dead_letter_is_a_refusal(refusals: Refusals, bus: MemoryBus) -> None:
+    """A message that is no message is an entry that says where it stands."""
+
+    class Nobody:
+        async def handle(self, records: object) -> None: ...
+
+        async def assigned(self, partitions: object) -> None: ...
+
+        async def revoked(self, partitions: object) -> None: ...
+
+        async def caught_up(self, partitions: object) -> None: ...
+
+    consumer = bus.consume(SCAN_WORKERS, "group", Nobody())
+    async with refusals.told_to(bus):
+        await consumer.start()
+        bus.broker.append("scan-workers", 3, value=b"junk", headers=[("ce_subject", b"worker/w-1")])
+        while not bus.broker.records("scan-workers-dlq"):
+            await bus.broker.news(1)
+        await consumer.stop()
+    (entry,) = told(bus)
+    assert (entry.rule, entry.source, entry.action) == ("message", "scan-workers/3/0", "consume scan-workers")
+    assert entry.target.startswith("worker/w-1: no CloudEvents")
