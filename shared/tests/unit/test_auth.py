@@ -154,6 +154,7 @@ BAD_CLAIMS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.proves("A7", "G14")
 @pytest.mark.parametrize("changed", BAD_CLAIMS.values(), ids=BAD_CLAIMS)
 async def test_bad_claims_are_refused(issuer: Issuer, changed: dict[str, Any]) -> None:
     """A token that its issuer signed is still refused for what it claims."""
@@ -161,6 +162,7 @@ async def test_bad_claims_are_refused(issuer: Issuer, changed: dict[str, Any]) -
         await issuer.verifier.verify(issuer.token(**changed))
 
 
+@pytest.mark.proves("A7", "G14")
 @pytest.mark.parametrize("sub", [7, True, 7.0, ["7"], {"7": 7}])
 async def test_a_user_is_a_string(issuer: Issuer, sub: object) -> None:
     """A user id of any type but string is refused."""
@@ -169,6 +171,7 @@ async def test_a_user_is_a_string(issuer: Issuer, sub: object) -> None:
         await issuer.verifier.verify(token)
 
 
+@pytest.mark.proves("A7", "G14")
 async def test_an_expired_token_is_told_so(issuer: Issuer) -> None:
     """An expired token is refused with an error by which its owner can mend it."""
     with pytest.raises(UnauthorizedError, match="expired") as caught:
@@ -194,6 +197,7 @@ JUNK: dict[str, str] = {
 }
 
 
+@pytest.mark.proves("A7", "G14")
 @pytest.mark.parametrize("token", JUNK.values(), ids=JUNK)
 async def test_junk_is_refused(issuer: Issuer, token: str) -> None:
     """What is no token at all is refused like any bad one."""
@@ -201,6 +205,7 @@ async def test_junk_is_refused(issuer: Issuer, token: str) -> None:
         await issuer.verifier.verify(token)
 
 
+@pytest.mark.proves("A7", "G14")
 async def test_a_deep_payload_is_refused(issuer: Issuer) -> None:
     """A payload too deep to read is refused even if its signature is good."""
     token = issuer.sign(b"[" * 3000)
@@ -208,6 +213,7 @@ async def test_a_deep_payload_is_refused(issuer: Issuer) -> None:
         await issuer.verifier.verify(token)
 
 
+@pytest.mark.proves("A7", "G14")
 async def test_a_huge_token_is_refused_at_once(issuer: Issuer) -> None:
     """A token above the limit is refused, though its signature is good."""
     token = issuer.token(padding="x" * MAX_TOKEN_CHARS)
@@ -227,6 +233,7 @@ BAD_HEADERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.proves("A7", "G14")
 @pytest.mark.parametrize("headers", BAD_HEADERS.values(), ids=BAD_HEADERS)
 async def test_bad_headers_are_refused(issuer: Issuer, headers: dict[str, Any]) -> None:
     """A header that names a key or changes what is signed is refused whoever signed it."""
@@ -234,6 +241,7 @@ async def test_bad_headers_are_refused(issuer: Issuer, headers: dict[str, Any]) 
         await issuer.verifier.verify(issuer.token(headers=headers))
 
 
+@pytest.mark.proves("A7", "G14")
 @pytest.mark.parametrize("kid", [7, True, ["key-1"], {"key-1": 1}, None, 10**40])
 async def test_a_kid_of_another_type_is_refused(kid: object) -> None:
     """A key id that is no string is refused, and no error of ours."""
@@ -245,6 +253,7 @@ async def test_a_kid_of_another_type_is_refused(kid: object) -> None:
             await TokenVerifier(issuer.settings, keys).verify(token)
 
 
+@pytest.mark.proves("A7", "G14")
 async def test_an_unsigned_token_is_refused(issuer: Issuer) -> None:
     """`alg: none` is refused in every spelling, with a signature or without."""
     for alg in ("none", "None", "NONE", ""):
@@ -254,12 +263,14 @@ async def test_an_unsigned_token_is_refused(issuer: Issuer) -> None:
                 await issuer.verifier.verify(token)
 
 
+@pytest.mark.proves("A7", "G14")
 async def test_another_key_is_refused(issuer: Issuer) -> None:
     """A token by another key under our key's id is refused."""
     with pytest.raises(UnauthorizedError):
         await issuer.verifier.verify(Issuer().token())
 
 
+@pytest.mark.proves("A7", "G14")
 async def test_a_public_key_is_no_secret(issuer: Issuer) -> None:
     """An HS256 token signed with the published key, in any of its forms, is refused."""
     public = issuer.private_key.public_key()
@@ -305,6 +316,7 @@ async def test_every_algorithm_from_a_jwks_and_from_a_file(algorithm: str, tmp_p
         assert (await verifier.verify(token)).user_id == 7
 
 
+@pytest.mark.proves("A7", "G14")
 async def test_an_algorithm_that_is_not_configured_is_refused(tmp_path: Path) -> None:
     """A key of a type that the configured algorithms do not use stops the start."""
     pem = tmp_path / "key.pem"
@@ -315,6 +327,7 @@ async def test_an_algorithm_that_is_not_configured_is_refused(tmp_path: Path) ->
             pass
 
 
+@pytest.mark.proves("A7", "G14")
 async def test_a_key_keeps_to_the_algorithm_it_was_published_for() -> None:
     """An RSA key published for PS256 verifies no RS256 token."""
     issuer = Issuer()
@@ -368,6 +381,7 @@ async def test_a_token_without_kid_means_the_only_key() -> None:
             await TokenVerifier(issuer.settings, keys).verify(token)
 
 
+@pytest.mark.proves("A8", "G14")
 async def test_unknown_kids_cost_one_fetch_per_cooldown() -> None:
     """A thousand unknown key ids, `../../x` and long ones among them, lead to one fetch until the cooldown is over."""
     issuer, time = Issuer(), Time()
@@ -386,6 +400,7 @@ async def test_unknown_kids_cost_one_fetch_per_cooldown() -> None:
         assert endpoint.calls == 2
 
 
+@pytest.mark.proves("A8", "G14")
 async def test_known_keys_do_not_wait_for_unknown_ones() -> None:
     """A fetch that hangs because of an unknown key id delays nobody whose key is known."""
     issuer, time = Issuer(), Time()
@@ -405,6 +420,7 @@ async def test_known_keys_do_not_wait_for_unknown_ones() -> None:
             await unknown
 
 
+@pytest.mark.proves("A9", "G14")
 async def test_keys_rotate_without_a_restart() -> None:
     """After the cooldown a new key is accepted, and the old one is refused from then on."""
     old, new, time = Issuer("old"), Issuer("new"), Time()
@@ -421,6 +437,7 @@ async def test_keys_rotate_without_a_restart() -> None:
             await verifier.verify(old.token())
 
 
+@pytest.mark.proves("A9", "G14")
 async def test_withdrawn_keys_end_without_new_ones_in_use() -> None:
     """A key that the issuer has withdrawn is refused once the key set has reached its age."""
     old, new, time = Issuer("old"), Issuer("new"), Time()

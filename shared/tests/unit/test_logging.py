@@ -35,6 +35,7 @@ def lines(_restored: None, capsys: pytest.CaptureFixture[str]) -> Any:
     return read
 
 
+@pytest.mark.proves("A17")
 def test_an_entry_is_one_line(lines: Any) -> None:
     """Newlines, terminal escapes and other scripts in an entry stay on its one ASCII line."""
     hostile = 'a\nb\r\n{"level": "info"}\x1b[2J\u2028\u202e'
@@ -63,6 +64,7 @@ def test_the_level_is_a_setting(lines: Any) -> None:
     assert lines() == []
 
 
+@pytest.mark.proves("A17")
 def test_an_exception_is_on_its_line(lines: Any) -> None:
     """A traceback is part of its entry."""
     structlog.stdlib.get_logger("x").error("failed", exc_info=ValueError("two\nlines"))
@@ -70,6 +72,7 @@ def test_an_exception_is_on_its_line(lines: Any) -> None:
     assert "ValueError: two\nlines" in entry["exception"]
 
 
+@pytest.mark.proves("A17")
 @pytest.mark.parametrize(
     "text",
     [

@@ -31,6 +31,7 @@ def test_a_policy_reads_back() -> None:
     assert ScanPolicy.model_validate_json(policy.model_dump_json()) == policy
 
 
+@pytest.mark.proves("A2", "G12")
 @pytest.mark.parametrize(
     "given",
     [
@@ -96,6 +97,7 @@ def test_a_named_script_is_passed_by_name() -> None:
     assert fill_in(Preset.QUICK, {}).script_selection == ""
 
 
+@pytest.mark.proves("A2", "G12")
 def test_a_category_is_never_passed_bare() -> None:
     """nmap's own categories hold scripts that send packets elsewhere, so each is narrowed."""
     for name in ("default", "safe", "discovery", "version"):

@@ -205,6 +205,7 @@ async def test_unknown_paths_and_verbs(client: httpx.AsyncClient) -> None:
     assert answer.headers["Allow"] == "GET, POST, PUT"
 
 
+@pytest.mark.proves("A16")
 async def test_a_body_has_a_limit(client: httpx.AsyncClient) -> None:
     """A body of the limit is read; one byte more is a 413, announced or not."""
 
@@ -219,6 +220,7 @@ async def test_a_body_has_a_limit(client: httpx.AsyncClient) -> None:
         assert (answer.status_code, answer.json()) == (413, {"error": "a request has at most 1000 bytes"})
 
 
+@pytest.mark.proves("A16")
 async def test_a_body_has_its_time(client: httpx.AsyncClient, app: FastAPI) -> None:
     """A body that comes too slowly is a 408 that ends the connection."""
     app.user_middleware[0].kwargs["max_body_seconds"] = 0.02
@@ -244,6 +246,7 @@ class Counting:
         return await self._verifier.verify(token)
 
 
+@pytest.mark.proves("A7")
 async def test_a_token_comes_before_everything_else(client: httpx.AsyncClient, app: FastAPI) -> None:
     """Without a good token the answer is 401 whatever the body is, and not a byte of it is read."""
     app.state.verifier = Issuer().verifier
@@ -283,6 +286,7 @@ async def test_a_good_request_id_is_kept(client: httpx.AsyncClient) -> None:
         assert (await client.get("/thing", headers={"X-Request-ID": request_id})).headers["X-Request-ID"] == request_id
 
 
+@pytest.mark.proves("A17")
 @pytest.mark.parametrize("request_id", ["", " ", "a b", "x" * 65, "a\tb", "{}", "\u00e9", "a\x85b"])
 async def test_a_bad_request_id_is_replaced(client: httpx.AsyncClient, request_id: str) -> None:
     """A request id of other characters or too long is replaced by one of ours."""

@@ -47,6 +47,7 @@ def test_reads_single_addresses_and_any_spelling_of_ipv6(text: str, network: str
     assert parse_network(text) == parse_network(network)
 
 
+@pytest.mark.proves("A1", "A4", "G12")
 @pytest.mark.parametrize(
     "text",
     [
@@ -100,6 +101,7 @@ def test_names_the_network_of_an_address_with_host_bits(text: str, network: str)
         parse_network(text)
 
 
+@pytest.mark.proves("A1", "A4", "G12")
 @given(st.text(max_size=60))
 def test_a_text_is_read_or_refused_as_a_value_error(text: str) -> None:
     """No text raises anything but ValueError, and one that is read is plain ASCII without spaces."""
@@ -133,6 +135,7 @@ def test_several_allowed_networks_cover_one_together() -> None:
     assert halves.refusal(parse_network("10.0.0.0/22")) is not None
 
 
+@pytest.mark.proves("A3", "G12")
 def test_deny_wins_over_allow() -> None:
     """A network that touches a denied one is refused, and the refusal names the denied one."""
     both = rules("10.0.0.0/8", denied=("10.0.5.0/24",))
@@ -143,6 +146,7 @@ def test_deny_wins_over_allow() -> None:
         )
 
 
+@pytest.mark.proves("A5")
 def test_a_network_has_a_size_limit() -> None:
     """The largest network holds exactly the limit."""
     small = rules("10.0.0.0/8", max_addresses=256)
@@ -150,6 +154,7 @@ def test_a_network_has_a_size_limit() -> None:
     assert small.refusal(parse_network("10.0.0.0/23")) == "10.0.0.0/23 has 512 addresses; a subnet has at most 256"
 
 
+@pytest.mark.proves("A3", "G12")
 @pytest.mark.parametrize(
     "text",
     [
@@ -184,6 +189,7 @@ def test_some_networks_are_never_scanned(text: str) -> None:
     assert reason.endswith("are never scanned")
 
 
+@pytest.mark.proves("A3", "G12")
 @pytest.mark.parametrize(
     "text",
     [
@@ -244,6 +250,7 @@ def test_a_network_is_allowed_only_if_each_address_is(
         assert both.refusal(parse_network(str(inner))) is None
 
 
+@pytest.mark.proves("A3", "G12")
 @given(
     prefix=st.sampled_from(["::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "2002::/16"]),
     address=st.ip_addresses(v=4),
@@ -266,6 +273,7 @@ def test_a_target_keeps_its_excludes_in_order() -> None:
     assert target.included == 11
 
 
+@pytest.mark.proves("A5")
 @pytest.mark.parametrize(
     ("exclude", "message"),
     [
@@ -284,6 +292,7 @@ def test_a_target_refuses_senseless_excludes(exclude: list[str], message: str) -
         Target.parse("10.0.0.0/24", exclude)
 
 
+@pytest.mark.proves("A5")
 def test_a_target_takes_a_bounded_number_of_excludes() -> None:
     """One exclude more than the limit is refused."""
     excludes = [f"10.0.{n >> 8}.{n & 255}" for n in range(MAX_EXCLUDES + 1)]

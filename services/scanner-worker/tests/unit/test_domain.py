@@ -120,6 +120,7 @@ def test_technique_auto_is_what_the_worker_can(make_chunk: MakeChunk) -> None:
     assert technique(connect, raw=True) == "connect"
 
 
+@pytest.mark.proves("A3", "G12")
 def test_refused_addresses_are_lettered_and_the_rest_scanned(make_chunk: MakeChunk) -> None:
     """Only the addresses that the rules forbid are refused, with the rule as the reason."""
     rules = TargetRules(allowed=LOOPBACK.allowed, denied=(ip_network("127.9.1.1/32"), ip_network("127.9.1.6/31")))
@@ -129,6 +130,7 @@ def test_refused_addresses_are_lettered_and_the_rest_scanned(make_chunk: MakeChu
     assert "127.9.1.1/32" in permitted.reason
 
 
+@pytest.mark.proves("A3", "G12")
 def test_nothing_allowed_is_nothing_scanned(make_chunk: MakeChunk) -> None:
     """Without an allowed network every blank is refused, and letters that were there stay."""
     permitted = permit(make_chunk(outcomes=".a.d"), TargetRules(allowed=()), raw=True)

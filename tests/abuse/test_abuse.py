@@ -1,0 +1,481 @@
+"""What hostile callers send to a running platform: it is refused, nothing comes of it, and the audit log tells."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jwt
+import pytest
+
+from local import ports
+from local.client import Client
+from local.stack import Stack
+from local.tokens import AUDIENCE, ISSUER
+from local.wait import until
+
+pytestmark = [pytest.mark.e2e, pytest.mark.proves("G15")]
+
+Callers = Callable[[int], Client]
+Audited = Callable[[str], dict[str, Any]]
+Calls = Callable[[], list[list[str]]]
+
+INJECTIONS = (
+    "-oN /tmp/scanfleet-injected",
+    "127.0.0.1 -oN /tmp/scanfleet-injected",
+    "127.0.0.1,--script,x",
+    "$(touch /tmp/scanfleet-injected)",
+    "`touch /tmp/scanfleet-injected`",
+    "127.0.0.1\n-oN /tmp/scanfleet-injected",
+    "127.0.0.1\u0000",
+    "127.0.0.1;id",
+    "--",
+    "-iL/etc/passwd",
+    "\u0661\u0662\u0667.0.0.1",
+    "\uff11\uff12\uff17.0.0.1",
+)
+INJECTED = Path("/tmp/scanfleet-injected")  # noqa: S108 # what the injections name, and what must not come to be
+
+_OPTION = re.compile(
+    r"-(v|n|oX|6|Pn|sT|sS|sU|p|sV|O|T[0-5])|--(stats-every|privileged|unprivileged|top-ports|version-intensity|script"
+    r"|max-rate|max-retries|host-timeout|min-hostgroup|max-hostgroup)",
+)
+"""Every option that nmap may be given."""
+
+
+def refused(answer: httpx.Response, status: int, what: str = "") -> str:
+    """The id of a request that was refused as every request is; `what` was refused."""
+    assert answer.status_code == status, (what, answer.request.url, answer.text)
+    assert set(answer.json()) == {"error"}
+    return answer.headers["X-Request-ID"]
+
+
+def subnet(**changed: Any) -> dict[str, Any]:
+    return {"name": "abuse", "cidr": "127.9.8.0/30"} | changed
+
+
+def policy(**changed: Any) -> dict[str, Any]:
+    return {"name": "abuse", "preset": "quick", "ports": "8022"} | changed
+
+
+@pytest.mark.proves("A1", "G12")
+def test_no_option_is_injected_through_a_network(caller: Callers, audited: Audited) -> None:
+    """A network or an exclusion that is none is a 400 of the target rules, and no file comes of it."""
+    http = caller(11).http
+    bodies = [body for text in INJECTIONS for body in (subnet(cidr=text), subnet(exclude=[text]))]
+    for id_ in [refused(http.post("/api/v1/subnet", json=body), 400) for body in bodies]:
+        entry = audited(id_)
+        assert (entry["subject"], entry["action"], entry["decision"]) == ("11", "create_subnet", "refused")
+        assert (entry["rule"], entry["request_id"]) == ("targets", id_)
+    assert not INJECTED.exists()
+
+
+POLICIES: dict[str, Any] = {
+    **{f"ports {text!a}": policy(ports=text) for text in INJECTIONS},
+    **{f"scripts {text!a}": policy(scripts=[text]) for text in INJECTIONS},
+    "scripts with arguments": policy(scripts=["banner --script-args x=y"]),
+    "a script's path": policy(scripts=["./x.nse"]),
+    "an expression of scripts": policy(scripts=["not intrusive"]),
+    "timing": policy(timing="4 -oN x"),
+    "timing beyond": policy(timing=6),
+    "rate": policy(max_rate="1 -oN x"),
+    "rate of nothing": policy(max_rate=0),
+    "retries": policy(max_retries=11),
+    "host timeout": policy(host_timeout="1s -oN x"),
+    "technique": policy(technique="-sS"),
+    "a hundred thousand scripts": policy(scripts=["banner"] * 100_000),
+    "a hundred thousand ports": policy(ports=",".join(["1"] * 100_000)),
+    "a port beyond": policy(ports="65536"),
+    "ports by name": policy(ports="http*"),
+    "arguments": policy(arguments="-oN x"),
+}
+
+
+@pytest.mark.proves("A2", "G12")
+def test_no_option_is_injected_through_a_policy(caller: Callers, audited: Audited) -> None:
+    """A policy with a word that is not in the vocabulary, or with far too many, is a 400."""
+    http = caller(12).http
+    for id_ in [refused(http.post("/api/v1/policy", json=body), 400, what) for what, body in POLICIES.items()]:
+        entry = audited(id_)
+        assert (entry["action"], entry["rule"]) == ("create_policy", "request")
+    assert not INJECTED.exists()
+
+
+@pytest.mark.proves("A1", "A2", "G12")
+def test_nmap_is_called_with_allowed_words_alone(caller: Callers, nmap_calls: Calls) -> None:
+    """Of all that is asked nmap is given options of the allow-list, and behind `--` addresses in their one spelling."""
+    user = caller(13)
+    before = len(nmap_calls())
+    job = user.scan(
+        "127.9.8.0/30",
+        preset="quick",
+        ports="T:8022,8080-8081",
+        scripts=["banner"],
+        service_detection=True,
+        version_intensity=1,
+        timing=4,
+        max_rate=1000,
+        max_retries=1,
+        host_timeout=60,
+    )
+    assert user.finished(job)["status"]["status"] == "completed"
+    made = nmap_calls()[before:]
+    assert made
+    for call in made:
+        split = call.index("--")
+        for target in call[split + 1 :]:
+            assert str(ipaddress.ip_network(target)) in (target, f"{target}/32")
+        assert call[call.index("-oX") + 1] == "-"
+        for word in set(call[:split]) - {"-"}:
+            assert not word.startswith("-") or _OPTION.fullmatch(word), word
+
+
+INFRASTRUCTURE = (
+    "169.254.169.254",
+    "169.254.0.0/16",
+    "::ffff:169.254.169.254",
+    "64:ff9b::a9fe:a9fe",
+    "2002:a9fe:a9fe::/48",
+    "fd00:ec2::254",
+    "fe80::1",
+    "224.0.0.1",
+    "0.0.0.0",
+    "255.255.255.255",
+    "10.0.0.1",
+    "::ffff:10.0.0.1",
+    "100.100.100.200",
+)
+
+
+@pytest.mark.proves("A3", "G12")
+def test_infrastructure_is_no_target(caller: Callers, audited: Audited) -> None:
+    """Metadata services and what an operator has not named are a 400 in every spelling, with what was asked for in the log."""
+    http = caller(14).http
+    asked = {cidr: refused(http.post("/api/v1/subnet", json=subnet(cidr=cidr)), 400, cidr) for cidr in INFRASTRUCTURE}
+    for cidr, id_ in asked.items():
+        entry = audited(id_)
+        assert (entry["rule"], entry["target"], entry["source"]) == ("targets", cidr, "127.0.0.1")
+
+
+SPELLINGS = (
+    *("127.1", "0x7f000001", "2130706433", "010.0.0.1", "127.0.0.1/33", "127.9.8.0/24-5", "127.9.8.1-5"),
+    *("localhost", "", "127.9.8.1/255.255.255.252", "127.9.8.1/30", " 127.9.8.1"),
+)
+
+
+@pytest.mark.proves("A4")
+def test_an_address_has_one_spelling(caller: Callers, audited: Audited) -> None:
+    """What some program somewhere might read as another address is a 400."""
+    http = caller(15).http
+    for id_ in [refused(http.post("/api/v1/subnet", json=subnet(cidr=cidr)), 400, cidr) for cidr in SPELLINGS]:
+        assert audited(id_)["rule"] == "targets"
+
+
+SENSELESS = {
+    "too large": subnet(cidr="127.0.0.0/8"),
+    "all excluded": subnet(exclude=["127.9.8.0/30"]),
+    "overlapping": subnet(exclude=["127.9.8.0/31", "127.9.8.1"]),
+    "all excluded in parts": subnet(exclude=["127.9.8.0/31", "127.9.8.2/31"]),
+    "outside": subnet(exclude=["127.9.9.0/31"]),
+}
+
+
+@pytest.mark.proves("A5")
+def test_a_senseless_target_is_refused(caller: Callers, audited: Audited) -> None:
+    """A network that is too large, or whose exclusions overlap, lie outside or leave nothing, is a 400."""
+    http = caller(16).http
+    for id_ in [refused(http.post("/api/v1/subnet", json=body), 400, what) for what, body in SENSELESS.items()]:
+        assert audited(id_)["rule"] == "targets"
+
+
+def forged(stack: Stack) -> Iterator[tuple[str, str]]:
+    """Tokens that are almost good, by what is wrong with them."""
+    private = (stack.folder / "jwt" / "private.pem").read_bytes()
+    public = (stack.folder / "jwt" / "public.pem").read_bytes()
+    now = int(time.time())
+    good = {"iss": ISSUER, "aud": AUDIENCE, "sub": "17", "iat": now, "exp": now + 300}
+
+    def signed(changed: dict[str, Any], headers: dict[str, Any] | None = None) -> str:
+        claims = {name: value for name, value in (good | changed).items() if value is not None}
+        return jwt.encode(claims, private, algorithm="ES256", headers=headers)
+
+    yield "expired", signed({"iat": now - 400, "exp": now - 100})
+    yield "not yet", signed({"nbf": now + 300})
+    yield "for ever", signed({"exp": 10**30})
+    yield "another issuer", signed({"iss": "elsewhere"})
+    yield "another audience", signed({"aud": "elsewhere"})
+    yield "other audiences", signed({"aud": ["elsewhere", "and there"]})
+    for claim in ("exp", "iat", "iss", "aud", "sub"):
+        yield f"no {claim}", signed({claim: None})
+    yield "a user that is none", signed({"sub": "17; drop"})
+    yield "nine kilobytes", signed({"x": "x" * 9_000})
+    for header, value in (
+        ("jku", "http://127.0.0.1/"),
+        ("crit", ["x"]),
+        ("x5u", "http://127.0.0.1/"),
+        ("jwk", {"kty": "oct"}),
+    ):
+        yield header, signed({}, {header: value})
+    yield "none", jwt.encode(good, None, algorithm="none")  # type: ignore[arg-type] # no key is the point
+    yield "another key", jwt.encode(good, "x" * 32, algorithm="HS256")
+    encoded = signed({}).split(".")
+    hs256 = jwt.utils.base64url_encode(b'{"alg":"HS256","typ":"JWT"}').decode()
+    yield (
+        "its public key as a secret",
+        jwt.api_jws.PyJWS(algorithms=["HS256"]).encode(json.dumps(good).encode(), public[26:90], "HS256"),
+    )
+    yield "another header", f"{hs256}.{encoded[1]}.{encoded[2]}"
+    yield "deep", f"{jwt.utils.base64url_encode(b'[' * 3_000).decode()}.e30.x"
+    yield "junk", "a.b.c"
+    yield "no dots", "junk"
+
+
+@pytest.mark.proves("A7", "G14")
+def test_a_forged_token_is_nobodys(stack: Stack, audited: Audited) -> None:
+    """Every token that is not the issuer's own for us is a 401, never a 500, and no entry holds it."""
+    tokens = dict(forged(stack))
+    with httpx.Client(base_url=stack.url) as http:
+        answers = {
+            flaw: http.get("/api/v1/task", headers={"Authorization": f"Bearer {token}"})
+            for flaw, token in tokens.items()
+        }
+    for flaw, answer in answers.items():
+        entry = audited(refused(answer, 401, flaw))
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+        assert (entry["subject"], entry["rule"], entry["action"]) == ("", "token", "list_tasks")
+        assert tokens[flaw] not in json.dumps(entry)
+
+
+def operations(stack: Stack) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    document = httpx.get(f"{stack.url}/openapi.json").json()
+    for path, verbs in document["paths"].items():
+        for verb, operation in verbs.items():
+            yield verb.upper(), path, operation
+
+
+BODIES = {"subnet": subnet(name="taken"), "policy": policy(name="taken")}
+
+
+@pytest.mark.proves("A10", "G13")
+def test_another_users_things_are_not_there(stack: Stack, caller: Callers, audited: Audited) -> None:
+    """On every route of the document that names a thing, user B is told that user A's is not there, and nothing changes."""
+    mine, theirs = caller(20), caller(21)
+    subnet_id, policy_id = mine.subnet("127.9.8.0/30"), mine.policy(ports="8022", service_detection=False)
+    (job,) = mine.submit([subnet_id], policy_id, key="mine")
+    mine.finished(job["id"])
+    ids = {"subnet_id": subnet_id, "policy_id": policy_id, "job_id": job["id"]}
+
+    def seen() -> list[Any]:
+        paths = (
+            f"subnet/{subnet_id}",
+            f"policy/{policy_id}",
+            f"task/{job['id']}",
+            f"task/{job['id']}/results",
+            "subnet",
+            "policy",
+            "task",
+        )
+        return [mine.http.get(f"/api/v1/{path}").json() for path in paths]
+
+    before = seen()
+    tried = {}
+    for method, path, operation in operations(stack):
+        if "{" in path:
+            body = BODIES.get(path.split("/")[3]) if method == "PUT" else None
+            answer = theirs.http.request(method, path.format(**ids), json=body)
+            id_ = refused(answer, 403 if path.endswith("/results") else 404, f"{method} {path}")
+            tried[operation["operationId"]] = id_, path.format(**ids).removesuffix("/cancel")
+    assert len(tried) >= 10
+    for action, (id_, target) in tried.items():
+        entry = audited(id_)
+        assert (entry["subject"], entry["action"], entry["rule"], entry["target"]) == ("21", action, "owner", target)
+    for name, of in (("subnet", subnet_id), ("policy", policy_id)):
+        body = {
+            "subnet_ids": [of if name == "subnet" else theirs.subnet("127.9.8.0/30")],
+            "policy_id": of if name == "policy" else theirs.policy(),
+        }
+        assert audited(refused(theirs.http.post("/api/v1/task", json=body), 400))["rule"] == "owner"
+    for kind in ("subnets", "policies", "jobs"):
+        path = {"subnets": "subnet", "policies": "policy", "jobs": "task"}[kind]
+        assert {each["user_id"] for each in theirs.http.get(f"/api/v1/{path}").json()[kind]} <= {21}
+    assert audited(refused(theirs.http.get("/api/v1/audit"), 403))["rule"] == "role"
+    assert seen() == before
+
+
+@pytest.mark.proves("A7", "A10", "G13")
+def test_every_route_wants_a_token(stack: Stack, audited: Audited) -> None:
+    """Every operation of the document answers a caller without a token 401, with a malformed body too."""
+    asked = {}
+    with httpx.Client(base_url=stack.url, headers={"Content-Type": "application/json"}) as http:
+        for method, path, operation in operations(stack):
+            answer = http.request(method, re.sub(r"{\w+}", "1", path), content=b"{")
+            asked[operation["operationId"]] = refused(answer, 401, f"{method} {path}")
+    for action, id_ in asked.items():
+        entry = audited(id_)
+        assert (entry["action"], entry["rule"], entry["subject"]) == (action, "token", "")
+
+
+EXTRA = ({"user_id": 1}, {"status": "completed"}, {"attempt": 9}, {"_id": 1}, {"$set": {"user_id": 1}}, {"id": 1})
+
+
+@pytest.mark.proves("A11", "A12")
+def test_a_body_has_its_own_fields_alone(stack: Stack, caller: Callers, audited: Audited) -> None:
+    """A field that the document does not name is a 400 on every route that reads a body."""
+    http = caller(22).http
+    bodies = {"subnet": subnet(), "policy": policy(), "task": {"subnet_ids": [1], "policy_id": 1}}
+    asked = [
+        refused(http.request(method, re.sub(r"{\w+}", "1", path), json=bodies[path.split("/")[3]] | extra), 400, path)
+        for method, path, operation in operations(stack)
+        if "requestBody" in operation
+        for extra in EXTRA
+    ]
+    assert len(asked) >= 5 * len(EXTRA)
+    for id_ in asked:
+        assert audited(id_)["rule"] == "request"
+
+
+NOT_A_VALUE: dict[str, list[dict[str, Any]]] = {
+    "subnet": [subnet(name={"$ne": ""}), subnet(cidr={"$gt": ""}), subnet(exclude={"$ne": 1})],
+    "policy": [policy(name={"$ne": ""}), policy(ports={"$ne": ""}), policy(scripts={"$in": []})],
+    "task": [
+        {"subnet_ids": {"$ne": 0}, "policy_id": 1},
+        {"subnet_ids": [{"$ne": 0}], "policy_id": 1},
+        {"subnet_ids": [1], "policy_id": {"$ne": 0}},
+    ],
+}
+NOT_A_QUERY = (
+    *("status[$ne]=x", "status[$in][]=running", "status={$ne:1}", "page[$gt]=0", "page=$where", "page_size[]=1"),
+    "$where=1",
+)
+
+
+@pytest.mark.proves("A12")
+def test_no_operator_reaches_the_database(caller: Callers, audited: Audited) -> None:
+    """An operator where a value belongs, in a body, a query or a path, is a 400 or a 404, and finds nothing."""
+    http = caller(23).http
+    asked = [
+        refused(http.post(f"/api/v1/{kind}", json=body), 400, str(body))
+        for kind, bodies in NOT_A_VALUE.items()
+        for body in bodies
+    ]
+    asked += [refused(http.get(f"/api/v1/task?{query}"), 400, query) for query in NOT_A_QUERY]
+    for id_ in asked:
+        assert audited(id_)["rule"] == "request"
+    assert http.get("/api/v1/task/$ne").status_code == 404
+
+
+@pytest.mark.proves("A16", "G11")
+def test_slow_bodies_and_idle_connections_harm_nobody_else(stack: Stack, caller: Callers) -> None:
+    """While one user holds hundreds of connections that send nothing or never end, others are served, and theirs are bounded."""
+    host, port = stack.address("api-gateway").split(":")
+    slow = (
+        f"POST /api/v1/subnet HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {stack.token(24)}\r\n"
+        "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    ).encode()
+    with ExitStack() as opened:
+        for _ in range(200):
+            opened.enter_context(socket.create_connection((host, int(port))))
+        senders = [opened.enter_context(socket.create_connection((host, int(port)))) for _ in range(200)]
+        for sender in senders:
+            sender.settimeout(60)
+            sender.sendall(slow)
+        until(lambda: caller(24).http.get("/api/v1/task").status_code == 429, 30, "the slow user's places to be taken")
+        other = caller(25)
+        job = other.scan("127.9.8.0/30", ports="8022", service_detection=False)
+        assert other.finished(job)["status"]["status"] == "completed"
+        answers = [sender.recv(65_536).split(b" ", 2)[1] for sender in senders]
+    assert set(answers) == {b"408", b"429"}
+    assert answers.count(b"408") == 64
+    until(lambda: caller(24).http.get("/api/v1/task").status_code == 200, 30, "the slow user's places to be free")
+
+
+@pytest.mark.proves("A17")
+def test_logs_are_lines_of_json_without_tokens(stack: Stack, caller: Callers) -> None:
+    """Whatever a header or a path holds, every log stays one object a line, and no token is in any."""
+    token = stack.token(26)
+    host, port = stack.address("api-gateway").split(":")
+    for header in (
+        b'X-Request-ID: a\n{"forged": 1}',
+        b'traceparent: 00-x\r\n {"forged": 1}',
+        b"User-Agent: \x1b[2J\x00",
+    ):
+        with socket.create_connection((host, int(port))) as raw:
+            raw.sendall(
+                b"GET /api/v1/task/%0a%7b%22forged%22%3a1%7d HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer "
+                + token.encode()
+                + b"\r\n"
+                + header
+                + b"\r\n\r\n"
+            )
+            while raw.recv(65_536):
+                pass
+    httpx.get(f"{stack.url}/api/v1/task", headers={"Authorization": f"Bearer {token}x"})
+    caller(26).subnet("127.9.8.0/30")
+    signature = token.rsplit(".", 1)[1]
+    for log in (stack.folder / "logs").glob("*.log"):
+        for line in log.read_text().splitlines():
+            assert signature not in line
+            assert "eyJ" not in line
+            if log.name != "supervisord.log":
+                assert isinstance(json.loads(line), dict), line
+                assert not {"forged"} & json.loads(line).keys()
+
+
+@pytest.fixture
+def strict_gateway(stack: Stack) -> Iterator[str]:
+    """The address of one more replica of the gateway, which lets a user write 20 times a minute."""
+    environment = Path(f"/proc/{stack.pid('api-gateway')}/environ").read_text().rstrip("\0").split("\0")
+    variables = dict(each.split("=", 1) for each in environment)
+    variables |= {"SCANFLEET_INSTANCE": "strict", "SCANFLEET_WRITES_PER_MINUTE": "20"}
+    port = ports.choose()
+    command = [*(sys.executable, "-m", "uvicorn", "--factory", "api_gateway.main:create_app"), "--port", str(port)]
+    with (stack.folder / "logs" / "strict.log").open("wb") as log:
+        gateway = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            until(lambda: ready(url), 60, "the gateway to be ready")
+            yield url
+        finally:
+            gateway.terminate()
+            gateway.wait()
+
+
+def ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz").is_success
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.mark.proves("A18", "G11")
+def test_a_limit_is_the_users(strict_gateway: str, stack: Stack, audited: Audited) -> None:
+    """A user who writes too much is a 429 whatever token and address they come with, and reads on; others are served."""
+    with httpx.Client(base_url=strict_gateway) as http:
+
+        def write(user: int, number: int) -> httpx.Response:
+            headers = {
+                "Authorization": f"Bearer {stack.token(user, admin=number % 2 == 1)}",
+                "X-Forwarded-For": f"192.0.2.{number}",
+                "Forwarded": f"for=192.0.2.{number}",
+            }
+            return http.post("/api/v1/subnet", json=subnet(), headers=headers)
+
+        answers = [write(27, number) for number in range(50)]
+        statuses = [answer.status_code for answer in answers]
+        assert statuses[:20] == [201] * 20
+        assert set(statuses[24:]) == {429}  # at the turn of a minute a few more may pass
+        assert 1 <= int(answers[-1].headers["Retry-After"]) <= 60
+        entry = audited(refused(answers[-1], 429))
+        assert (entry["subject"], entry["rule"], entry["source"]) == ("27", "rate", "127.0.0.1")
+        assert http.get("/api/v1/task", headers={"Authorization": f"Bearer {stack.token(27)}"}).status_code == 200
+        assert write(28, 1).status_code == 201

@@ -1,0 +1,30 @@
+"""The running gateway answers as its own OpenAPI document says, whatever it is sent."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from local.stack import Stack
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.mark.proves("A2", "A11", "A12", "G13", "G14")
+@pytest.mark.parametrize("user", [None, 31], ids=["without a token", "with a token"])
+def test_every_answer_is_in_the_document(stack: Stack, tmp_path: Path, user: int | None) -> None:
+    """Of the requests that schemathesis makes from the document none is answered by a 5xx or by what is not in it."""
+    command = [
+        *(str(Path(sys.executable).parent / "schemathesis"), "run", f"{stack.url}/openapi.json"),
+        # Not that what fits the schema is accepted: no schema says which networks are allowed, or what the caller has.
+        *("--checks", "all", "--exclude-checks", "positive_data_acceptance", "--continue-on-failure", "--no-color"),
+        *("--generation-deterministic", "--generation-database", "none", "--max-examples", "10"),
+    ]
+    if user is not None:
+        command += ["--header", f"Authorization: Bearer {stack.token(user)}"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
