@@ -20,7 +20,7 @@ OURS: Final = {
     "result-store",
     "topics",
 }
-ONCE: Final = {"topics", "replica-set", "keys", "token"}
+ONCE: Final = {"topics", "rights", "users", "replica-set", "keys", "token"}
 
 Judge = Callable[[str, Mapping[str, str]], list[str]]
 
@@ -44,7 +44,9 @@ def test_a_container_has_no_more_rights_than_it_needs(service: str) -> None:
     assert container["cap_drop"] == ["ALL"]
     assert container["security_opt"] == ["no-new-privileges:true"]
     assert not {"privileged", "cap_add", "devices", "pid", "ipc"} & container.keys()
-    assert container.get("network_mode", "none") == "none"
+    administers = {"topics": "kafka", "rights": "kafka", "users": "kafka", "replica-set": "mongodb"}
+    mode = f"service:{administers[service]}" if service in administers else "none"
+    assert container.get("network_mode", "none") == mode
     assert {"cpus", "memory"} <= container["deploy"]["resources"]["limits"].keys()
 
 
@@ -52,6 +54,19 @@ def test_a_container_has_no_more_rights_than_it_needs(service: str) -> None:
 def test_a_container_writes_to_its_volumes_alone(service: str) -> None:
     """Its root filesystem is read-only."""
     assert SERVICES[service]["read_only"] is True
+
+
+@pytest.mark.parametrize("service", sorted(OURS - {"topics"}))
+def test_a_service_sees_its_own_secrets_alone(service: str) -> None:
+    """Secrets are files in a volume of the service's own, which only what makes them and the servers' users sees beside it."""
+    assert f"{service}:/secrets:ro" in SERVICES[service]["volumes"]
+    others = {
+        name for name, each in SERVICES.items() if any(v.startswith(f"{service}:") for v in each.get("volumes", ()))
+    }
+    assert others <= {service, "keys", "users", "replica-set"}
+    files = {value for name, value in environment(service).items() if name.endswith("_FILE")}
+    assert {str(Path(file).parent) for file in files} <= {"/secrets", "/jwt"}
+    assert not any("://" in value and "@" in value for value in environment(service).values())
 
 
 @pytest.mark.parametrize("service", sorted(SERVICES.keys() - ONCE))

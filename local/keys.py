@@ -1,0 +1,49 @@
+"""What docker-compose.yml starts from, made once: `python -m local.keys /jwt /secrets`.
+
+Each folder in `/secrets` is a volume that one service alone gets to see, so what is in it may be readable by whoever runs there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from secrets import token_hex
+from typing import Final
+
+from local.tokens import Issuer
+
+DATABASES: Final = {"job-orchestrator": "scanfleet_job_orchestrator", "result-store": "scanfleet_result_store"}
+
+
+def make(folder: Path) -> None:
+    """Put into each service's folder what is missing: passwords, a MongoDB URI, and for MongoDB the key of its members."""
+    for service in folder.iterdir():
+        if service.name == "mongodb":
+            _once(service / "key", token_hex(24))
+            _once(service / "password", token_hex(24))
+            continue
+        _once(service / "kafka-password", token_hex(24))
+        if database := DATABASES.get(service.name):
+            password = _once(service / "mongodb-password", token_hex(24))
+            uri = f"mongodb://{service.name}:{password}@mongodb/?replicaSet=scanfleet&authSource={database}"
+            _once(service / "mongodb", uri)
+
+
+def _once(file: Path, content: str) -> str:
+    """What the file holds: `content`, unless it is there already."""
+    if not file.exists():
+        file.write_text(content)
+    return file.read_text()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m local.keys", description=__doc__)
+    parser.add_argument("jwt", type=Path)
+    parser.add_argument("secrets", type=Path)
+    arguments = parser.parse_args()
+    Issuer(arguments.jwt)
+    make(arguments.secrets)
+
+
+if __name__ == "__main__":
+    main()
