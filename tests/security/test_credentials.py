@@ -30,17 +30,17 @@ LIMIT: Final = 60.0  # seconds until any of this has happened
 
 # As the architecture has it; the code derives the same from its registry of topics.
 MAY_WRITE: Final = {
-    GATEWAY: {"scan-commands", "scan-replies-dlq", "scan-events-dlq"},
+    GATEWAY: {"scan-commands", "scan-audit", "scan-replies-dlq", "scan-events-dlq"},
     ORCHESTRATOR: {
-        *("scan-replies", "scan-tasks", "scan-events", "scan-results"),
-        *("scan-commands-dlq", "scan-workers-dlq", "scan-progress-dlq", "scan-stored-dlq"),
+        *("scan-replies", "scan-tasks", "scan-events", "scan-results", "scan-audit"),
+        *("scan-commands-dlq", "scan-workers-dlq", "scan-progress-dlq", "scan-stored-dlq", "scan-audit-dlq"),
     },
-    WORKER: {"scan-workers", "scan-progress", "scan-results", "scan-tasks-dlq"},
-    RESULT_STORE: {"scan-stored", "scan-results-dlq"},
+    WORKER: {"scan-workers", "scan-progress", "scan-results", "scan-audit", "scan-tasks-dlq"},
+    RESULT_STORE: {"scan-stored", "scan-audit", "scan-results-dlq"},
 }
 MAY_READ: Final = {
     GATEWAY: {"scan-replies", "scan-events"},
-    ORCHESTRATOR: {"scan-commands", "scan-workers", "scan-progress", "scan-stored"},
+    ORCHESTRATOR: {"scan-commands", "scan-workers", "scan-progress", "scan-stored", "scan-audit"},
     WORKER: {"scan-tasks"},
     RESULT_STORE: {"scan-results"},
 }
