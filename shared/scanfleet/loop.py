@@ -17,14 +17,24 @@ _BACKOFF = 1.0  # seconds after a bad day: soon enough to be back when it is ove
 class Loop:
     """Calls `step` every so many seconds, and at once when woken; a step never overlaps with itself.
 
+    With `least`, so many seconds at least are between two steps: what comes meanwhile shares the next one.
+
     A `DependencyError` of a step is a bad day: the loop is unready and tries again. Any other error ends the loop, and the
     process must be replaced.
     """
 
-    def __init__(self, name: str, seconds: float, step: Callable[[], Awaitable[object]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        seconds: float,
+        step: Callable[[], Awaitable[object]],
+        *,
+        least: float = 0.0,
+    ) -> None:
         self._name = name
         self._seconds = seconds
         self._step = step
+        self._least = least
         self._woken = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._ready = True
@@ -67,6 +77,7 @@ class Loop:
             _log.warning("will try again", loop=self._name, error=str(error))
             await asyncio.sleep(_BACKOFF)
             return
+        await asyncio.sleep(self._least)
         try:
             async with asyncio.timeout(self._seconds):
                 await self._woken.wait()

@@ -14,6 +14,8 @@ from scanfleet.ports import PortSet
 _CATEGORIES: Final = frozenset({"default", "safe", "discovery", "version"})
 _NOT_THESE: Final = "broadcast or brute or dos or exploit or external or fuzzer or intrusive or malware"
 
+GROUP_HOSTS: Final = 64  # addresses that one nmap probes side by side at least, by its own choice too
+
 ALLOWED_SCRIPTS: Final = _CATEGORIES | frozenset(
     {
         "banner",

@@ -65,7 +65,7 @@ class Orchestrator:
             SCAN_STORED: Stored(store, self.jobs, self.dispatcher.wake),
             SCAN_AUDIT: Audit(store),
         }
-        self.loops = (self.jobs.loop, self.dispatcher.loop, Loop("sweep", _SWEEP_SECONDS, self.sweeper.sweep))
+        self.loops = (*self.jobs.loops, self.dispatcher.loop, Loop("sweep", _SWEEP_SECONDS, self.sweeper.sweep))
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:

@@ -11,14 +11,13 @@ from typing import Final, NamedTuple
 from scanfleet.messages import HostScanned, ScanChunk, Technique
 from scanfleet.messages.topics import MAX_BYTES
 from scanfleet.outcomes import Outcome, index_of, networks
-from scanfleet.policy import ScanPolicy
+from scanfleet.policy import GROUP_HOSTS, ScanPolicy
 from scanfleet.ports import PortSet
 from scanfleet.targets import Network, TargetRules
 
 REASON_CHARS: Final = 500  # of why a chunk failed: it becomes part of a job's `error`, which a person reads
 
 _GROUP_PROBES: Final = 1024  # probes of one host group at least, as nmap itself has it
-_GROUP_HOSTS: Final = 64  # hosts of one host group at least, as nmap itself has it
 
 # Reasons of nmap's that the address itself cannot have given: silence, and a router's word that nothing is there.
 _NOT_FROM_HOST: Final = frozenset({b"no-response", b"host-unreach", b"net-unreach", b"time-exceeded"})
@@ -107,7 +106,7 @@ def arguments(chunk: ScanChunk, targets: Sequence[Network], *, raw: bool) -> lis
     policy, ports = chunk.policy, PortSet.parse(chunk.ports)
     # nmap's own group size, but never the small first groups that it makes for impatient people: a group is written when
     # all of it is done, so it is the grain of streaming and resuming, and a smaller one only waits more often.
-    group = str(max(_GROUP_HOSTS, _GROUP_PROBES // ports.count))
+    group = str(max(GROUP_HOSTS, _GROUP_PROBES // ports.count))
     return [
         *("-v", "-n", "-oX", "-", "--stats-every", "1s"),
         # Left alone, nmap takes root for able and everyone else for not, whatever capabilities they have.

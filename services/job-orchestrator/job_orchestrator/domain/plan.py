@@ -9,7 +9,7 @@ from typing import Final
 from job_orchestrator.domain.chunk import Chunk
 from job_orchestrator.domain.job import ScanJob
 from scanfleet.outcomes import MAX_ADDRESSES, Outcome
-from scanfleet.policy import ScanPolicy
+from scanfleet.policy import GROUP_HOSTS, ScanPolicy
 from scanfleet.ports import PortSet
 from scanfleet.targets import Target
 
@@ -18,7 +18,15 @@ MAX_PORTS: Final = 8_192  # of a chunk: all of them open on one host still fit i
 # Slot seconds. They need not be right, only in proportion: they size chunks and order users, and a user's clock is
 # corrected to the real time at the end.
 _START: Final = 0.2  # nmap reading its tables
-_PER_SECOND: Final = 1_000  # TCP probes of one nmap on a network that answers some
+_PER_SECOND: Final = (1_000, 1_000, 1_000, 2_000, 4_000, 6_000)  # TCP probes by timing, on a network that answers some
+_DELAYS: Final = (
+    300.0,
+    15.0,
+    0.4,
+    0.0,
+    0.0,
+    0.0,
+)  # between two probes to one address by timing, as nmap's manual has it
 _UDP_PER_SECOND: Final = 50  # closed UDP ports answer at the rate that their host limits ICMP to
 _SERVICE: Final = 0.1  # of an address: version probes wait for banners
 _SCRIPTS: Final = 0.2
@@ -45,7 +53,15 @@ class Plan:
 
 def estimate(policy: ScanPolicy, ports: PortSet, addresses: int) -> float:
     """Slot seconds that one nmap will need for `addresses` × `ports`."""
-    rate = min(_PER_SECOND, policy.max_rate or _PER_SECOND)
+    # The slow timings wait between two probes to one address, and meanwhile probe the others of its host group.
+    groups = -(-addresses // GROUP_HOSTS)
+    return _work(policy, ports, addresses) + groups * ports.count * _DELAYS[policy.timing]
+
+
+def _work(policy: ScanPolicy, ports: PortSet, addresses: int) -> float:
+    """What of it grows with the addresses: all but the waiting of slow timings."""
+    fastest = _PER_SECOND[policy.timing]
+    rate = min(fastest, policy.max_rate or fastest)
     udp_rate = min(_UDP_PER_SECOND, rate)
     per_address = ports.tcp_count / rate + ports.udp_count / udp_rate
     per_address += _SERVICE * policy.service_detection + _SCRIPTS * bool(policy.scripts) + _OS * policy.os_detection
@@ -101,9 +117,8 @@ def _slices(target: Target, size: int) -> Iterator[tuple[int, str]]:
 def _slice_size(policy: ScanPolicy, target: Target) -> int:
     """Addresses of a chunk: the largest power of two that keeps it as long as it should be."""
     block = next(policy.port_set.blocks(MAX_PORTS))
-    whole = estimate(policy, block, target.included)
-    wanted = max(_SHORTEST, min(whole / _SHARES, _LONGEST))
+    wanted = max(_SHORTEST, min(_work(policy, block, target.included) / _SHARES, _LONGEST))
     size = 1
-    while size < MAX_ADDRESSES and estimate(policy, block, size * 2) <= wanted:
+    while size < MAX_ADDRESSES and _work(policy, block, size * 2) <= wanted:
         size *= 2
     return size

@@ -27,6 +27,8 @@ from scanfleet.messages.topics import SCAN_TASKS
 _UNCLAIMED_SECONDS: Final = 10.0  # a worker gives back after 2 what it cannot start; so long is silence
 _SILENT_SECONDS: Final = 7.0  # a worker announces itself every 2; three missed, and it is given no more
 _LOOK_SECONDS: Final = 0.1  # an idle worker's longest wait for a chunk that another replica queued
+_LEAST_SECONDS: Final = 0.025  # between two rounds: workers have as much in advance, and many small ends make one round
+_NOTED_SECONDS: Final = 5.0  # between two notes in the database that a worker was heard of
 _RAW_WORKER: Final = timedelta(seconds=30)  # unheard of: then a chunk that needs raw goes to one that must refuse it
 _EXTRA: Final = 16  # chunks that 2 seconds of work beyond the slots can hold, about; more are picked next time
 _USERS: Final = 64  # looked at in one round: the neediest
@@ -38,6 +40,7 @@ _PICKS: Final = 128  # chunks in one round, so that a round reads some thousands
 class _Announced:
     credit: Credit
     heard: float
+    noted: float
 
 
 class Dispatcher:
@@ -62,7 +65,7 @@ class Dispatcher:
         self._woken = False
         self._rest_due = float("-inf")
         self._raw_elsewhere = False
-        self.loop = Loop("dispatch", _LOOK_SECONDS, self.fill)
+        self.loop = Loop("dispatch", _LOOK_SECONDS, self.fill, least=_LEAST_SECONDS)
 
     def wake(self) -> None:
         """There may be new work or a free slot."""
@@ -77,8 +80,11 @@ class Dispatcher:
             if not isinstance(ready, WorkerReady):
                 raise MessageError(f"{type(ready).__name__} is no word of a worker")
             heard[ready.worker_id] = Credit(ready.worker_id, ready.slots, ready.raw, record.partition)
-        self._workers |= {worker_id: _Announced(credit, now) for worker_id, credit in heard.items()}
-        await self._store.seen_workers(heard.values())
+        news = [credit for credit in heard.values() if not self._is_noted(credit, now)]
+        await self._store.seen_workers(news)
+        for credit in heard.values():
+            noted = now if credit in news else self._workers[credit.worker_id].noted
+            self._workers[credit.worker_id] = _Announced(credit, now, noted)
         self.wake()
 
     async def assigned(self, partitions: Collection[int]) -> None:
@@ -130,6 +136,10 @@ class Dispatcher:
         self._woken = False
         while await self._round():
             pass
+
+    def _is_noted(self, credit: Credit, now: float) -> bool:
+        known = self._workers.get(credit.worker_id)
+        return known is not None and known.credit == credit and now - known.noted < _NOTED_SECONDS
 
     async def _round(self) -> bool:
         """Answer whether another look may find more to give."""

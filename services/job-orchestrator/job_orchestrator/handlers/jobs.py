@@ -30,7 +30,7 @@ from scanfleet.messages.topics import SCAN_EVENTS, SCAN_TASKS
 _log = structlog.get_logger()
 
 _ROUNDS: Final = 50  # a job needs about five; more is other replicas winning every race
-_PROGRESS_SECONDS: Final = 1.0  # between two events of one job's progress
+_PROGRESS_SECONDS: Final = 1.0  # between two looks at how far jobs are
 _CHUNKS_A_SECOND: Final = 1_000  # read for progress at most, so that a huge job's progress does not cost a core
 _PAGE: Final = 1_000  # chunks made or cancelled at once: about 100 ms, and then it is another job's turn
 _BULK_SECONDS: Final = 10.0  # between looks for bulk work; it is woken when there is some
@@ -51,8 +51,9 @@ class _Step:
 class Jobs:
     """Drives jobs. Safe to call for any job at any time, on any replica.
 
-    What takes long, making and cancelling the chunks of large jobs, is done page by page by `loop`, so that no handler
-    waits for it and no small job waits for a large one.
+    What takes long, making and cancelling the chunks of large jobs, is done page by page by a loop, so that no handler
+    waits for it and no small job waits for a large one. Another tells once a second how far jobs are; most short ones have
+    ended by then.
 
     Args:
         store: where jobs and chunks are.
@@ -72,10 +73,12 @@ class Jobs:
         self._publisher = publisher
         self._wake = wake
         self._monotonic = monotonic
+        self._further: set[int] = set()
         self._next_progress: dict[int, float] = {}
         self._bulky: set[int] = set()
         self._plans: dict[int, Iterator[Chunk]] = {}
-        self.loop = Loop("bulk", _BULK_SECONDS, self.work)
+        self._bulk = Loop("bulk", _BULK_SECONDS, self.work)
+        self.loops = (self._bulk, Loop("progress", _PROGRESS_SECONDS, self.progress))
 
     async def reconcile(self, job_ids: Collection[int]) -> None:
         """Bring these jobs to where their chunks say that they are.
@@ -91,8 +94,8 @@ class Jobs:
             states = await self._store.chunk_states(left)
             steps = [await self._step(job, states[job.id]) for job in jobs.values()]
             changed = [step for step in steps if step.after != step.before]
-            losers = await self._save(changed)
-            left = {step.after.id for step in changed if not step.after.settled or step.after.id in losers}
+            started = {step.after.id for step in changed if not step.after.final}
+            left = await self._save(changed) | {id_ for id_ in started if _is_over(jobs[id_], states[id_])}
         raise DependencyError(f"jobs kept changing under us: {sorted(left)[:5]}")
 
     async def work(self) -> None:
@@ -109,7 +112,7 @@ class Jobs:
         await self.reconcile(wanted - unmade)
         self._bulky -= made  # what a whole plan did not mend is not tried at once again
         if self._bulky:
-            self.loop.wake()
+            self._bulk.wake()
 
     async def follow(self, changes: Iterable[Changed]) -> None:
         """Bring about what follows from these changes of chunks, and tell of the progress.
@@ -119,7 +122,7 @@ class Jobs:
         """
         changes = list(changes)
         await self.reconcile({each.after.job_id for each in changes if _matters(each)})
-        await self.progress({each.after.job_id for each in changes if each.after.outcomes != each.before.outcomes})
+        self._further |= {each.after.job_id for each in changes if each.after.outcomes != each.before.outcomes}
 
     async def relay(self, job_ids: Collection[int]) -> None:
         """Publish what these jobs have in their outboxes, in order, and then empty them.
@@ -129,25 +132,32 @@ class Jobs:
         """
         await self._publish([job for job in (await self._store.jobs(job_ids)).values() if job.outbox])
 
-    async def progress(self, job_ids: Iterable[int]) -> None:
-        """Tell how far these jobs are, each at most once a second.
+    async def progress(self) -> None:
+        """Tell how far those jobs are that got further since they were last told of; called about once a second.
 
         Raises:
-            DependencyError: nothing is lost; the next second tells more.
+            DependencyError: nothing is lost; the next call tells more.
         """
         now = self._monotonic()
         self._next_progress = {id_: due for id_, due in self._next_progress.items() if due > now}
-        due = [job_id for job_id in job_ids if job_id not in self._next_progress]
+        due = self._further - self._next_progress.keys()
+        if not due:
+            return
+        untold: set[int] = set()
         seen: dict[int, tuple[ScanJob, JobProgressed]] = {}
-        for job in (await self._store.jobs(due)).values() if due else ():
+        for job in (await self._store.jobs(due)).values():
             if job.status is not JobStatus.RUNNING:
                 continue
-            self._next_progress[job.id] = now + max(_PROGRESS_SECONDS, job.chunk_count / _CHUNKS_A_SECOND)
+            if job.outbox:
+                untold.add(job.id)
+                continue
+            self._next_progress[job.id] = now + job.chunk_count / _CHUNKS_A_SECOND
             tally = await self._tally(job)
             if news := observe(job, tally.progress, tally.machines_found, utc_now()):
                 seen[job.id] = news
-        losers = await self._store.save_jobs([job for job, _ in seen.values()])
-        await self._publisher.publish(SCAN_EVENTS, [event for id_, (_, event) in seen.items() if id_ not in losers])
+        untold |= await self._store.save_jobs([job for job, _ in seen.values()])
+        self._further -= due - untold
+        await self._publisher.publish(SCAN_EVENTS, [event for id_, (_, event) in seen.items() if id_ not in untold])
 
     async def _step(self, job: ScanJob, states: Counter[ChunkState]) -> _Step:
         """The job as it should be stored now."""
@@ -159,7 +169,7 @@ class Jobs:
         if job.status is JobStatus.PENDING:
             begun = any(states[state] for state in _BEGUN)
             return _Step(job, change_job(job, JobTrigger.START, utc_now()) if begun else job)
-        return await self._end(job) if sum(states[state] for state in _DONE) == job.chunk_count else _Step(job, job)
+        return await self._end(job) if _is_over(job, states) else _Step(job, job)
 
     async def _end(self, job: ScanJob) -> _Step:
         tally = await self._tally(job)
@@ -185,7 +195,7 @@ class Jobs:
 
     def _is_bulky(self, job: ScanJob) -> None:
         self._bulky.add(job.id)
-        self.loop.wake()
+        self._bulk.wake()
 
     async def _make(self, jobs: Sequence[ScanJob]) -> set[int]:
         """Store the next chunks of each job; answer the jobs that have all now."""
@@ -247,6 +257,11 @@ class Jobs:
             left = (await self._store.jobs(losers)).values()
         # What is left in an outbox is published again by the sweep: twice is allowed, never is not.
         _log.warning("events stay in the outbox", jobs=sorted(losers)[:5])
+
+
+def _is_over(job: ScanJob, states: Counter[ChunkState]) -> bool:
+    """Whether every chunk of the plan is there and final."""
+    return sum(states[state] for state in _DONE) == job.chunk_count
 
 
 def _matters(changed: Changed) -> bool:

@@ -217,6 +217,7 @@ class World:
             await self.settle()
             await self.catch_up()
             for replica in self.replicas:
+                await replica.jobs.progress()
                 await replica.sweeper.sweep()
             await self.settle()
 

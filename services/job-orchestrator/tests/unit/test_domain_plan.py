@@ -146,18 +146,29 @@ def test_turns_begin_where_they_are_told() -> None:
         ({}, {"os_detection": True}),
         ({"ports": "1-30"}, {"ports": "U:1-30"}),
         ({"ports": "1-30"}, {"ports": "1-30", "max_rate": 10}),
+        ({"timing": 4}, {"timing": 3}),
+        ({"timing": 3}, {"timing": 2}),
     ],
 )
 def test_what_takes_longer_is_estimated_longer(less: dict[str, object], more: dict[str, object]) -> None:
-    """More ports, detection, scripts, UDP and lower rates raise the estimate, and so do more addresses."""
+    """More ports, detection, scripts, UDP, lower rates and slower timings raise the estimate, and so do more addresses."""
     one, other = scan_policy(**less), scan_policy(**more)
     assert plan.estimate(other, other.port_set, 10) > plan.estimate(one, one.port_set, 10)
     assert plan.estimate(one, one.port_set, 20) > plan.estimate(one, one.port_set, 10)
 
 
+@pytest.mark.parametrize(("timing", "delay"), [(0, 300.0), (1, 15.0), (2, 0.4)])
+def test_a_slow_timing_gets_the_time_that_it_waits(timing: int, delay: float) -> None:
+    """What nmap waits between two probes to one address is in the estimate, once for all that it probes side by side."""
+    policy = scan_policy(ports="1-100", timing=timing)
+    (chunk, *others) = planned(policy, Target.parse("127.9.8.0/27"))
+    assert not others
+    assert 100 * delay <= chunk.estimate <= 100 * delay + 30
+
+
 def test_planning_the_largest_job_makes_no_chunk() -> None:
     """A /16 with every port and a thousand excludes is planned from its map alone."""
     excludes = [f"127.9.{third}.{fourth}/32" for third in range(100) for fourth in range(1, 11)]
-    told = plan.plan(fill_in(Preset.FULL, {}), Target.parse("127.9.0.0/16", excludes))
+    told = plan.plan(fill_in(Preset.FULL, {"timing": 2}), Target.parse("127.9.0.0/16", excludes))
     assert (told.addresses, told.excluded, told.ports) == (65_536, 1_000, 65_535)
     assert told.chunk_count > 100_000

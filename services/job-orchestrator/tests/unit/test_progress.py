@@ -9,6 +9,7 @@ from prometheus_client import REGISTRY
 
 from job_orchestrator.domain.chunk import MAX_FAILURES, Chunk, ChunkState
 from job_orchestrator.testing import MemoryStore, Worker, World, scan_policy
+from scanfleet.errors import DependencyError
 from scanfleet.messages import (
     ChunkClaimed,
     ChunkIncomplete,
@@ -257,8 +258,8 @@ async def test_a_redelivered_batch_changes_nothing(world: World, task: ScanChunk
     assert world.bus.messages(SCAN_EVENTS) == events
 
 
-async def test_progress_is_told_at_most_once_a_second(world: World) -> None:
-    """Many reports within a second make one JobProgressed; the next second's tells all that came meanwhile."""
+async def test_one_look_tells_all_progress_since_the_last(world: World) -> None:
+    """Many reports between two looks make one JobProgressed, and a look without news makes none."""
     world.worker.hold = True
     await world.submit("127.9.8.0/24", policy=scan_policy(ports="1-1000"))
     await world.settle()
@@ -268,14 +269,38 @@ async def test_progress_is_told_at_most_once_a_second(world: World) -> None:
     for done in range(1, 6):
         await world.worker.progress(task, "a" * done + "." * (size - done))
         await world.settle()
+    await world.only.jobs.progress()
     job = (await world.store.jobs([1]))[1]
     progressed = [each for each in world.events(1) if isinstance(each, JobProgressed)]
-    assert [each.machines_found for each in progressed] == [1]
-    assert job.machines_found == 1
+    assert [each.machines_found for each in progressed] == [5]
+    assert job.machines_found == 5
     world.now += 1.1
+    await world.only.jobs.progress()
     await world.worker.progress(task, "a" * 6 + "." * (size - 6))
     await world.settle()
-    assert [each.machines_found for each in world.events(1) if isinstance(each, JobProgressed)] == [1, 6]
+    await world.only.jobs.progress()
+    assert [each.machines_found for each in world.events(1) if isinstance(each, JobProgressed)] == [5, 6]
+
+
+async def test_progress_that_could_not_be_told_is_told_later(task: ScanChunk, world: World) -> None:
+    """A look on a bad day loses nothing: the next one tells what it could not."""
+    await claimed(world, task)
+    await world.worker.progress(task, "as..")
+    await world.settle()
+    jobs = world.only.jobs
+    jobs._store, store = Broken(), jobs._store  # type: ignore[assignment] # it only has to be away
+    with pytest.raises(DependencyError):
+        await jobs.progress()
+    jobs._store = store
+    await jobs.progress()
+    assert (await world.store.jobs([1]))[1].progress == 50
+
+
+class Broken:
+    """A store that is away."""
+
+    async def jobs(self, _ids: object) -> None:
+        raise DependencyError("away")
 
 
 async def test_progress_stops_with_the_job(world: World, task: ScanChunk) -> None:
@@ -287,6 +312,7 @@ async def test_progress_stops_with_the_job(world: World, task: ScanChunk) -> Non
     world.now += 10.0
     await world.worker.progress(task, "aaa.")
     await world.settle()
+    await world.only.jobs.progress()
     assert (await world.store.jobs([1]))[1] == job
     assert world.events(1) == events
 
@@ -296,6 +322,7 @@ async def test_progress_is_stored_for_the_status(world: World, task: ScanChunk) 
     await claimed(world, task)
     await world.worker.progress(task, "as..")
     await world.settle()
+    await world.only.jobs.progress()
     job = (await world.store.jobs([1]))[1]
     assert (job.progress, job.machines_found) == (50, 1)
 

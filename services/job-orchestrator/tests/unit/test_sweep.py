@@ -189,7 +189,7 @@ async def test_making_chunks_goes_on_after_a_bad_day(lost: int) -> None:
     store = ForgetfulStore(lost)
     world = World(store)
     await world.start()
-    await world.submit("127.9.0.0/18", policy=scan_policy(ports="1-5000"))
+    await world.submit("127.9.0.0/18", policy=scan_policy(ports="1-5000", timing=2))
     await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
     for _ in range(lost - 1):
         await world.only.jobs.work()

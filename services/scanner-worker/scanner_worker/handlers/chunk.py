@@ -41,7 +41,8 @@ from scanner_worker.domain import (
     technique,
 )
 
-BEAT_S: Final = 1.0  # between two ChunkProgressed: a tenth of the shortest lease
+CLAIM_S: Final = 0.25  # of scanning before it is claimed: one that ends sooner says all with its end
+BEAT_S: Final = 1.0  # between two ChunkProgressed: a third of the shortest lease
 RETRY_S: Final = 0.5  # between two tries of a send; each try already waits for the broker
 FENCE: Final = 2 / 3  # of the lease, without an acknowledged heartbeat: nmap is gone before anybody takes over
 
@@ -157,7 +158,6 @@ class ChunkScan:
 
     async def _scan(self, targets: Sequence[Network]) -> None:
         chunk, abilities = self._chunk, self._abilities
-        await self._heartbeat(ChunkClaimed(**self._token))
         if not targets:
             return
         found = self._scanner.scan(
@@ -204,6 +204,8 @@ class ChunkScan:
         )
 
     async def _beat(self) -> None:
+        await asyncio.sleep(CLAIM_S)
+        await self._heartbeat(ChunkClaimed(**self._token))
         while True:
             await asyncio.sleep(BEAT_S)
             await self._heartbeat(ChunkProgressed(**self._state))
