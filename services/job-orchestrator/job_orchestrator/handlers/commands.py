@@ -78,9 +78,10 @@ class Commands:
                 submits.append(message)
         new += await self._decide(submits)
         decided = await self._store.insert_commands(new)
-        for job in (job for command in new if decided[command.id] is command for job in command.jobs):
+        fresh = [job for command in new if decided[command.id] is command for job in command.jobs]
+        for job in fresh:
             job_came(job)
-        await self._finish(stands | decided, messages)
+        await self._finish(stands | decided, messages, {job.id for job in fresh})
 
     async def assigned(self, partitions: Collection[int]) -> None: ...
 
@@ -105,7 +106,8 @@ class Commands:
         if stands.state == "expired" or stands.user_id != user_id:
             return None
         answer = (await self._answers({command_id: stands}))[command_id]
-        await self._follow(_jobs_of(stands))
+        await self._jobs.relay(_jobs_of(stands))
+        await self._jobs.reconcile(_jobs_of(stands))
         return answer
 
     def _too_old(self, record: Record) -> bool:
@@ -130,7 +132,12 @@ class Commands:
         by_key = await self._store.commands_by_key(keys.values())
         return by_id | {id_: by_key[key] for id_, key in keys.items() if key in by_key}
 
-    async def _finish(self, stands: Mapping[str, Command], messages: Mapping[str, SubmitJobs | CancelJob]) -> None:
+    async def _finish(
+        self,
+        stands: Mapping[str, Command],
+        messages: Mapping[str, SubmitJobs | CancelJob],
+        fresh: Collection[int],
+    ) -> None:
         mismatched = {
             id_: _rejected(id_, 400, "Idempotency-Key was used for another request", Rule.REQUEST)
             for id_, command in stands.items()
@@ -139,6 +146,7 @@ class Commands:
         answers = mismatched | await self._answers(
             {id_: command for id_, command in stands.items() if id_ not in mismatched and command.state != "expired"},
         )
+        self._jobs.make(fresh)
         entries = [_audit_entry(messages[id_], answer) for id_, answer in answers.items()]
         # Side by side: the caller waits for the reply. Both are done again should the batch come again.
         await asyncio.gather(
@@ -147,12 +155,9 @@ class Commands:
         )
         for entry in entries:
             write_line(entry)
-        await self._follow({job_id for id_ in answers.keys() - mismatched.keys() for job_id in _jobs_of(stands[id_])})
-
-    async def _follow(self, job_ids: Collection[int]) -> None:
-        """Tell of what became of these jobs, and bring it about."""
-        await self._jobs.relay(job_ids)
-        await self._jobs.reconcile(job_ids)
+        told = {job_id for id_ in answers.keys() - mismatched.keys() for job_id in _jobs_of(stands[id_])}
+        await self._jobs.relay(told)
+        await self._jobs.reconcile(told - set(fresh))
 
     async def _answers(self, commands: Mapping[str, Command]) -> dict[str, Reply]:
         """Finish each command, under the id that asks for it, and say what came of it."""

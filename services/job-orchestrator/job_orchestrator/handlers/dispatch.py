@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
@@ -149,17 +149,24 @@ class Dispatcher:
         self._idle = any(credit.slots for credit in mine)
         if not self._idle or not (users := await self._store.waiting_users(raw=True)):
             return False
-        if now >= self._rest_due:
-            await self._store.rest_clocks()
-            self._raw_elsewhere = await self._store.raw_worker_seen(_RAW_WORKER)
-            self._rest_due = now + _REST_SECONDS
-        credits_ = await self._store.held(mine)
+        credits_, _ = await asyncio.gather(self._store.held(mine), self._look_around(now))
         self._idle = any(credit.held < credit.slots for credit in credits_)
         if not self._raw_elsewhere:  # then the others may say no
             return await self._give(credits_, users, raw=True)
         more = await self._give([each for each in credits_ if each.raw], users, raw=True)
-        users = await self._store.waiting_users(raw=False)
-        return await self._give([each for each in credits_ if not each.raw], users, raw=False) or more
+        if not (others := [each for each in credits_ if not each.raw]):
+            return more
+        return await self._give(others, await self._store.waiting_users(raw=False), raw=False) or more
+
+    async def _look_around(self, now: float) -> None:
+        """Once a second: who has become idle, and whether a raw worker lives."""
+        if now < self._rest_due:
+            return
+        _, self._raw_elsewhere = await asyncio.gather(
+            self._store.rest_clocks(),
+            self._store.raw_worker_seen(_RAW_WORKER),
+        )
+        self._rest_due = now + _REST_SECONDS
 
     async def _give(self, credits_: Sequence[Credit], users: Collection[int], *, raw: bool) -> bool:
         workers = {credit.worker_id: credit for credit in credits_ if credit.slots}
@@ -178,14 +185,14 @@ class Dispatcher:
             worker = min(free, key=lambda credit: credit.held / credit.slots)
             workers[worker.worker_id] = fairness.give(worker, chunk)
             picked.append(dispatch(chunk, worker.worker_id, worker.partition))
-        await self._store.wake_clocks([clock for clock in clocks.values() if clock != known.get(clock.user_id)])
-        return await self._send(picked) or len(picked) == room
+        jobs, _ = await asyncio.gather(
+            self._store.jobs({chunk.job_id for chunk in picked}),
+            self._store.wake_clocks([clock for clock in clocks.values() if clock != known.get(clock.user_id)]),
+        )
+        return await self._send(picked, jobs) or len(picked) == room
 
-    async def _send(self, picked: Sequence[Chunk]) -> bool:
+    async def _send(self, picked: Sequence[Chunk], jobs: Mapping[int, ScanJob]) -> bool:
         """Answer whether some were not sent, because of others or of a job that has ended."""
-        if not picked:
-            return False
-        jobs = await self._store.jobs({chunk.job_id for chunk in picked})
         over = [chunk.id for chunk in picked if jobs[chunk.job_id].final]
         due = [chunk for chunk in picked if not jobs[chunk.job_id].final]
         losers = await self._store.save_chunks(due)

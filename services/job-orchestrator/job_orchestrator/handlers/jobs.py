@@ -98,6 +98,11 @@ class Jobs:
             left = await self._save(changed) | {id_ for id_ in started if _is_over(jobs[id_], states[id_])}
         raise DependencyError(f"jobs kept changing under us: {sorted(left)[:5]}")
 
+    def make(self, job_ids: Collection[int]) -> None:
+        """Have the chunks of these new jobs made at once; `reconcile` would find that they are missing, but later."""
+        self._bulky |= set(job_ids)
+        self._bulk.wake()
+
     async def work(self) -> None:
         """Make or cancel the next page of chunks of each job that was found to lack it.
 
@@ -165,7 +170,7 @@ class Jobs:
             await self._cancel(job, states)
             return _Step(job, replace(job, settled=not any(states[state] for state in OPEN)))
         if states.total() < job.chunk_count:
-            self._is_bulky(job)
+            self.make([job.id])
         if job.status is JobStatus.PENDING:
             begun = any(states[state] for state in _BEGUN)
             return _Step(job, change_job(job, JobTrigger.START, utc_now()) if begun else job)
@@ -192,10 +197,6 @@ class Jobs:
         async for chunk in self._store.job_chunks(job.id):
             tally.add(chunk)
         return tally
-
-    def _is_bulky(self, job: ScanJob) -> None:
-        self._bulky.add(job.id)
-        self._bulk.wake()
 
     async def _make(self, jobs: Sequence[ScanJob]) -> set[int]:
         """Store the next chunks of each job; answer the jobs that have all now."""
@@ -230,7 +231,7 @@ class Jobs:
             )
             held = [each.before for each in changed if each.moved and each.before.state in HELD]
             await self._publisher.publish(SCAN_TASKS, [stop(chunk, f"job {job.status}") for chunk in held])
-            self._is_bulky(job)  # it is settled only when a look finds none
+            self.make([job.id])  # it is settled only when a look finds none
 
     async def _save(self, steps: Sequence[_Step]) -> set[int]:
         jobs = [step.after for step in steps]
