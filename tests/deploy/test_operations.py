@@ -9,7 +9,7 @@ from typing import Final
 import pytest
 
 ROOT: Final = Path(__file__).parents[2]
-PAGES: Final = ("docs/operations.md", "docs/runbooks.md", "k8s/README.md")
+PAGES: Final = ("docs/operations.md", "docs/runbooks.md", "docs/security.md", "k8s/README.md")
 
 
 @pytest.mark.parametrize("page", PAGES)
