@@ -4,23 +4,106 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import sys
+from collections.abc import AsyncIterator, Iterable
 
+from scanfleet.errors import DependencyError
 from scanfleet.kafka.acls import create_acls
+from scanfleet.kafka.bus import KafkaBus
+from scanfleet.kafka.dead_letters import CannotReplayError, Letter, letter, letters, replay
 from scanfleet.kafka.topics import TopicSettings, create_topics
+from scanfleet.messages.topics import TOPICS, Topic
 from scanfleet.settings import KafkaSettings
 
+_NAME = "administrator"
 
-def main() -> None:
+
+def main() -> int:
+    asked = _parser().parse_args()
+    try:
+        return asyncio.run(_do(asked))
+    except (DependencyError, LookupError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    names = [topic.name for topic in TOPICS]
     parser = argparse.ArgumentParser(prog="python -m scanfleet.kafka", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True, metavar="command", dest="command")
     commands.add_parser("create-topics", help="make every topic, with its settings; again changes nothing")
     commands.add_parser("create-acls", help="give the user of each service its rights; again changes nothing")
-    match parser.parse_args().command:
+    list_ = commands.add_parser("list", help="a line for each dead letter")
+    list_.add_argument("topic", nargs="?", choices=names, metavar="TOPIC", help="where it was refused")
+    show = commands.add_parser("show", help="all that is in a dead letter")
+    show.add_argument("letter", metavar="LETTER", help="as `list` names it")
+    again = commands.add_parser("replay", help="send dead letters back to where they were refused; they stay")
+    which = again.add_mutually_exclusive_group(required=True)
+    which.add_argument("letters", nargs="*", default=[], metavar="LETTER")
+    which.add_argument("--all", choices=names, metavar="TOPIC", help="all that were refused there up to now")
+    return parser
+
+
+async def _do(asked: argparse.Namespace) -> int:
+    match asked.command:
         case "create-topics":
-            asyncio.run(create_topics(TopicSettings()))
+            await create_topics(TopicSettings())
         case "create-acls":
-            asyncio.run(create_acls(KafkaSettings()))
+            await create_acls(KafkaSettings())
+        case _:
+            bus = KafkaBus(KafkaSettings(), source=_NAME, instance=_NAME)
+            await bus.start()
+            try:
+                return await _with_letters(bus, asked)
+            finally:
+                await bus.stop()
+    return 0
+
+
+async def _with_letters(bus: KafkaBus, asked: argparse.Namespace) -> int:
+    match asked.command:
+        case "list":
+            await _list(bus, [topic for topic in TOPICS if asked.topic in (topic.name, None)])
+        case "show":
+            _say((await letter(bus, asked.letter)).lines())
+        case "replay":
+            return await _replay(bus, _these(bus, asked.letters) if asked.letters else _all(bus, asked.all))
+    return 0
+
+
+async def _list(bus: KafkaBus, topics: Iterable[Topic]) -> None:
+    for topic in topics:
+        async for each in letters(bus, topic):
+            _say([each.line()])
+
+
+async def _these(bus: KafkaBus, ids: Iterable[str]) -> AsyncIterator[Letter]:
+    for id_ in ids:
+        yield await letter(bus, id_)
+
+
+def _all(bus: KafkaBus, name: str) -> AsyncIterator[Letter]:
+    (topic,) = (topic for topic in TOPICS if topic.name == name)
+    return letters(bus, topic)
+
+
+async def _replay(bus: KafkaBus, chosen: AsyncIterator[Letter]) -> int:
+    refused = 0
+    async for each in chosen:
+        try:
+            await replay(bus, each)
+        except CannotReplayError as error:
+            refused += 1
+            _say([f"{each.id} was not sent: {error}"])
+        else:
+            _say([f"{each.id} was sent to {each.topic.name}"])
+    return min(refused, 1)
+
+
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        sys.stdout.write(f"{line}\n")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import AsyncGenerator, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Final, cast
 
@@ -21,15 +21,16 @@ from scanfleet.bus import Consumer, DeadLetterHearer, Handler
 from scanfleet.consumer import ConsumerLoop, Source
 from scanfleet.errors import DependencyError
 from scanfleet.kafka.broker import BACKOFF_MS, access, connect, depending
-from scanfleet.kafka.sources import Member, Tail
+from scanfleet.kafka.sources import Member, Past, Tail
 from scanfleet.kafka.topics import DEAD_LETTER_BYTES
 from scanfleet.messages import Message
-from scanfleet.messages.envelope import Headers, RawRecord, dead_letter_headers, encode
+from scanfleet.messages.envelope import Outgoing, RawRecord, dead_letter_headers, encode, weight
 from scanfleet.messages.topics import Topic
 from scanfleet.settings import KafkaSettings
 
 START_SECONDS: Final = 30.0  # for a broker that starts with us; it takes 3 to 10
 SEND_SECONDS: Final = 10.0  # until a caller hears that it was not acknowledged: a broker's restart fits in
+POLL_SECONDS: Final = 1.0  # between two looks whether a broker that says nothing is still there
 STOP_SECONDS: Final = 5.0  # to flush at the end: well within a supervisor's patience
 
 # The producer gives up a batch that is older than this when its partition has no leader, and drops a silent connection
@@ -38,8 +39,6 @@ PRODUCER_REQUEST_MS: Final = 60_000
 ENDS_REQUEST_MS: Final = 5_000  # a broker that does not say in this time where its logs end counts as away
 DEAD_LETTER_ROOM: Final = 64 * 1024  # for a dead letter's key and the headers that say where it is from
 BATCH_BYTES: Final = 256 * 1024  # what one partition sends in one round trip; a second of a busy worker's hosts
-
-_Outgoing = tuple[bytes, bytes | None, Headers]  # key, value, headers
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +123,7 @@ class KafkaBus:
 
     async def publish(self, topic: Topic, messages: Iterable[Message]) -> None:
         envelopes = [encode(topic, message, source=self._source) for message in messages]
-        await self._send(topic.name, [(envelope.key, envelope.value, envelope.headers) for envelope in envelopes])
+        await self.send(topic.name, [(envelope.key, envelope.value, envelope.headers) for envelope in envelopes])
 
     def hear_dead_letters(self, hear: DeadLetterHearer) -> None:
         self._dead_letter_hearers.append(hear)
@@ -150,13 +149,41 @@ class KafkaBus:
         )
         return self._loop(topic, f"{self._source}-tail", handler, source)
 
+    async def past(self, topic: Topic, first: int = 0) -> AsyncGenerator[RawRecord, None]:
+        """What is in `topic` up to where it ends now, each partition from offset `first` on; holds a few fetches in memory.
+
+        Raises:
+            DependencyError: the broker is away, maybe halfway.
+        """
+        source = Past(
+            topic,
+            name=self._prefix + topic.name,
+            client_id=f"{self._instance}-{topic.name}",
+            access=self._access,
+            end_offsets=self._end_offsets,
+        )
+        try:
+            await source.begin(first)
+            ends = await source.ends()
+            positions: Mapping[int, int] = {}
+            while any(positions.get(partition, 0) < end for partition, end in ends.items()):
+                records = await source.poll(POLL_SECONDS)
+                for record in records:
+                    if record.offset < ends[record.partition]:
+                        yield record
+                if not records:
+                    await source.ends()  # the client itself would wait for a broker for ever
+                positions = await source.positions()
+        finally:
+            await source.close()
+
     def _loop(self, topic: Topic, group: str, handler: Handler, source: Source) -> ConsumerLoop:
         async def dead_letter(record: RawRecord, reason: str) -> None:
-            if _weight(record) > DEAD_LETTER_BYTES - DEAD_LETTER_ROOM:
+            if weight(record) > DEAD_LETTER_BYTES - DEAD_LETTER_ROOM:
                 record = replace(record, value=None, headers=())  # unpacked it fits nowhere: its origin leads to it
             headers = dead_letter_headers(record, group=group, reason=reason)
             # The client takes no record without key and value; a hostile one may have neither.
-            await self._send(topic.dead_letter, [(record.key or b"", record.value, headers)])
+            await self.send(topic.dead_letter, [(record.key or b"", record.value, headers)])
             for hear in self._dead_letter_hearers:
                 hear(record, reason)
 
@@ -168,8 +195,12 @@ class KafkaBus:
         with depending("the broker does not say where its logs end"):
             return cast(Mapping[TopicPartition, int], await self._ends.end_offsets(partitions))
 
-    async def _send(self, topic: str, records: Iterable[_Outgoing]) -> None:
-        """Send to `topic`, named without its prefix, and wait for every acknowledgement."""
+    async def send(self, topic: str, records: Iterable[Outgoing]) -> None:
+        """Send any records to `topic`, named without its prefix, and wait for every acknowledgement.
+
+        Raises:
+            DependencyError: as `publish`.
+        """
         if self._producer is None:
             raise RuntimeError("the bus is not started")
         acks: set[asyncio.Future[object]] = set()
@@ -200,10 +231,3 @@ class KafkaBus:
     def _check(self) -> None:
         if self._fault is not None:
             raise DependencyError(f"the producer gave a send up, and no order can be kept: {self._fault!r}")
-
-
-def _weight(record: RawRecord) -> int:
-    """An upper bound of the bytes that value and headers take."""
-    framing = 12  # of one header: two lengths
-    headers = sum(len(name.encode()) + len(value or b"") + framing for name, value in record.headers)
-    return len(record.value or b"") + headers

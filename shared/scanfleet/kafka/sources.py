@@ -71,7 +71,10 @@ class Tail:
         self._suspicious = False
 
     async def open(self, listener: Listener) -> None:
-        consumer = self._make(auto_offset_reset="latest")
+        await listener.assigned(_numbers(await self._assign("latest")))
+
+    async def _assign(self, reset: str) -> list[TopicPartition]:
+        consumer = self._make(auto_offset_reset=reset)
         partitions = [TopicPartition(self._name, number) for number in range(self._topic.partitions)]
         with depending(f"no position in {self._name}; does it exist?"):
             async with asyncio.timeout(OPEN_SECONDS):
@@ -80,7 +83,7 @@ class Tail:
                 consumer.assign(partitions)
                 for partition in partitions:
                     await consumer.position(partition)
-        await listener.assigned(_numbers(partitions))
+        return partitions
 
     async def poll(self, seconds: float) -> Sequence[RawRecord]:
         before = await self._positions()
@@ -178,6 +181,15 @@ class Tail:
             value=record.value,
             headers=record.headers,
         )
+
+
+class Past(Tail):
+    """The same from an offset on, for whoever wants to see what is there."""
+
+    async def begin(self, first: int) -> None:
+        for partition in await self._assign("earliest"):
+            if first > await self._client.position(partition):
+                self._client.seek(partition, first)
 
 
 class Member(Tail):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -17,10 +17,13 @@ from scanfleet.messages.topics import MAX_BYTES, Topic
 from scanfleet.tracing import TRACEPARENT
 
 Headers = Sequence[tuple[str, bytes | None]]
+Outgoing = tuple[bytes, bytes | None, Headers]
+"""Key, value and headers of a record that is to be sent."""
 
 CONTENT_TYPE: Final = "application/json"
 
 _READ: Final = frozenset({"content-type", "ce_specversion", "ce_type", "traceparent"})
+_ADDED: Final = ("dlq_topic", "dlq_partition", "dlq_offset", "dlq_timestamp", "dlq_group", "dlq_reason")
 _REASON_LENGTH: Final = 500  # of a validation report: enough to see the fault, whatever a hostile value makes of it
 
 
@@ -107,15 +110,25 @@ def decode(topic: Topic, record: RawRecord) -> Message:
 
 def dead_letter_headers(record: RawRecord, *, group: str, reason: str) -> Headers:
     """The record's own headers, and where it stood, who refused it and why."""
-    return (
-        *record.headers,
-        ("dlq_topic", record.topic.encode()),
-        ("dlq_partition", str(record.partition).encode()),
-        ("dlq_offset", str(record.offset).encode()),
-        ("dlq_timestamp", record.timestamp.isoformat().encode()),
-        ("dlq_group", group.encode()),
-        ("dlq_reason", reason[:_REASON_LENGTH].encode(errors="replace")),
-    )
+    origin = record.topic, str(record.partition), str(record.offset), record.timestamp.isoformat()
+    values = (*origin, group, reason[:_REASON_LENGTH])
+    added = [(name, value.encode(errors="replace")) for name, value in zip(_ADDED, values, strict=True)]
+    return (*record.headers, *added)
+
+
+def split_dead_letter(headers: Headers) -> tuple[Headers, Mapping[str, bytes]]:
+    """The record's own headers, and what `dead_letter_headers` added at their end; nothing, if that is not its work."""
+    own, added = headers[: -len(_ADDED)], headers[-len(_ADDED) :]
+    if tuple(name for name, _ in added) != _ADDED:
+        return headers, {}
+    return own, {name: value or b"" for name, value in added}
+
+
+def weight(record: RawRecord) -> int:
+    """An upper bound of the bytes that value and headers take."""
+    framing = 12  # of one header: two lengths
+    headers = sum(len(name.encode()) + len(value or b"") + framing for name, value in record.headers)
+    return len(record.value or b"") + headers
 
 
 def _text(name: str, value: bytes | None) -> str:

@@ -47,7 +47,7 @@ Job events hold the whole job. Those that tell of its life first appear in the o
 skip a `seq` that is not above the last one that you have seen of a job. A late subscriber needs no history: what is older is in the API.
 
 A record that holds no message of its topic, or that cannot be handled, goes to `<topic>-dlq`, as it is and with these headers beside its own.
-Dead letters are kept for {DEAD_LETTER_RETENTION.days} days.
+Dead letters are kept for {DEAD_LETTER_RETENTION.days} days. One that an operator sends back keeps its own headers and gets another.
 
 | header | value |
 |---|---|
@@ -55,6 +55,7 @@ Dead letters are kept for {DEAD_LETTER_RETENTION.days} days.
 | `dlq_partition`, `dlq_offset`, `dlq_timestamp` | where there, and since when |
 | `dlq_group` | who refused it |
 | `dlq_reason` | why |
+| `dlq_replay_of` | the letter that this record was when it was sent back |
 """
 
 

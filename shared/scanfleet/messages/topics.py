@@ -137,7 +137,7 @@ SCAN_EVENTS: Final = Topic(
     key="event's job id",
     messages=(JobCreated, JobStarted, JobProgressed, JobCompleted, JobFailed, JobCancelled),
     producers=(ORCHESTRATOR,),
-    consumers=(GATEWAY,),
+    consumers=(GATEWAY, ORCHESTRATOR),  # which reads what it has said after its database was set back
     retention=timedelta(days=7),
     public=True,
 )

@@ -1,0 +1,219 @@
+"""What an operator does about dead letters, with the very commands, on a real broker and with letters of strangers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Final
+from uuid import uuid4
+
+import pytest
+from aiokafka import AIOKafkaProducer
+from aiokafka.record.util import calc_crc32c
+
+from scanfleet.bus import Record
+from scanfleet.kafka import KafkaBus
+from scanfleet.kafka.dead_letters import REPLAY, Letter, letter, letters
+from scanfleet.kafka.topics import DEAD_LETTER_BYTES, TopicSettings, create_topics
+from scanfleet.messages import WorkerReady
+from scanfleet.messages.envelope import Headers, RawRecord
+from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_WORKERS
+from scanfleet.testing.consumers import Recorder, Running, until
+
+pytestmark = pytest.mark.integration
+
+GROUP: Final = "test"
+HERE: Final = (SCAN_WORKERS, SCAN_COMMANDS)
+HOSTILE: Final = "\x1b]0;mine\x07 \u202eevil\u2028\n\r\t\x9b31m".encode() + b"\xff\x00"
+
+
+class Desk:
+    """An operator, and strangers who write whatever they like."""
+
+    def __init__(self, settings: TopicSettings, bus: KafkaBus) -> None:
+        self.settings = settings
+        self.bus = bus
+
+    async def types(self, *words: str) -> tuple[int, list[str]]:
+        """The exit code of `python -m scanfleet.kafka` with these words, and its lines, on standard error if on no other."""
+        done = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-m", "scanfleet.kafka", *words],
+            env=os.environ
+            | {"SCANFLEET_KAFKA": self.settings.kafka, "SCANFLEET_TOPIC_PREFIX": self.settings.topic_prefix},
+            capture_output=True,
+            check=False,
+        )
+        for text in (done.stdout, done.stderr):
+            assert text.decode().replace("\n", "").replace("\t", "").isprintable()
+        return done.returncode, (done.stdout or done.stderr).decode().splitlines()
+
+    async def put(self, topic: str, value: bytes | None, headers: Headers = (), key: bytes = b"k") -> None:
+        async with self._producer() as producer:
+            await producer.send_and_wait(self.settings.topic_prefix + topic, value, key, 0, headers=list(headers))
+
+    async def put_unreadable(self, topic: str) -> None:
+        """A record of which the client cannot take the header apart."""
+        async with self._producer(None) as producer:
+            batch = producer.create_batch()
+            batch.append(key=b"k", value=b"v", timestamp=None, headers=[("name", b"")])
+            data = bytearray(batch._build().replace(b"name", b"\xffame"))
+            data[17:21] = calc_crc32c(bytes(data[21:])).to_bytes(4, "big")  # where a batch keeps its checksum
+            batch._buffer = data
+            await (await producer.send_batch(batch, self.settings.topic_prefix + topic, partition=0))
+
+    @asynccontextmanager
+    async def _producer(self, compression: str | None = "lz4") -> AsyncIterator[AIOKafkaProducer]:
+        size = 2 * DEAD_LETTER_BYTES
+        async with AIOKafkaProducer(
+            bootstrap_servers=self.settings.kafka,
+            compression_type=compression,
+            max_request_size=size,
+            max_batch_size=size,
+        ) as producer:
+            yield producer
+
+    async def letters(self) -> list[Letter]:
+        return [each async for each in letters(self.bus, SCAN_WORKERS)]
+
+    async def records(self) -> list[RawRecord]:
+        """What is in the topics that services read."""
+        return [record for topic in HERE async for record in self.bus.past(topic)]
+
+
+@pytest.fixture
+async def desk(kafka: str) -> AsyncIterator[Desk]:
+    settings = TopicSettings(kafka=kafka, topic_prefix=f"{uuid4().hex}-")
+    await create_topics(settings, HERE)
+    bus = KafkaBus(settings, source="test", instance="test")
+    await bus.start()
+    yield Desk(settings, bus)
+    await bus.stop()
+
+
+def refuse(_: Sequence[Record]) -> None:
+    raise ValueError("not today")
+
+
+async def test_a_letter_goes_back_when_its_reader_is_mended(desk: Desk) -> None:
+    """A message that a faulty reader refused is listed with its origin, sent back as it was, handled, and still kept."""
+    message, reader = WorkerReady(worker_id="w-1", slots=3, raw=False), Recorder(refuse)
+    async with Running(desk.bus.consume(SCAN_WORKERS, GROUP, reader)):
+        await desk.bus.publish(SCAN_WORKERS, [message])
+        await until(lambda: len(reader.tries) == 2)  # with its batch, and alone
+        reader._does = lambda _: None
+        await asyncio.wait_for(_written(desk, 1), 30)
+        (only,) = await desk.letters()
+        (origin,) = [record for record in await desk.records() if record.topic == SCAN_WORKERS.name]
+
+        await create_topics(desk.settings)
+        code, (line,) = await desk.types("list")
+        assert code == 0
+        assert line.split("\t") == [
+            "scan-workers-dlq/0/0",
+            f"scan-workers/{origin.partition}/{origin.offset}",
+            GROUP,
+            line.split("\t")[3],
+            str(len(origin.value or b"")),
+            "-",
+            "ValueError('not today')",
+        ]
+        assert await desk.types("list", "scan-commands") == (0, [])
+
+        code, said = await desk.types("replay", only.id)
+        assert (code, said) == (0, ["scan-workers-dlq/0/0 was sent to scan-workers"])
+        await until(lambda: reader.handled)
+    assert reader.messages == [message]
+    first, again = [record for record in await desk.records() if record.topic == SCAN_WORKERS.name]
+    assert (again.partition, again.key, again.value) == (first.partition, first.key, first.value)
+    assert again.headers == (*first.headers, (REPLAY, only.id.encode()))
+    assert len(await desk.letters()) == 1
+
+
+async def _written(desk: Desk, count: int) -> None:
+    while len(await desk.letters()) < count:  # noqa: ASYNC110 # a broker tells nobody
+        await asyncio.sleep(0.05)
+
+
+async def test_a_letter_that_is_refused_again_says_whose_replay_it_is(desk: Desk) -> None:
+    """Poison that is sent back comes back as a letter that names the one before it, and only that."""
+    async with Running(desk.bus.consume(SCAN_WORKERS, GROUP, Recorder())):
+        await desk.put(SCAN_WORKERS.name, b"poison", [("theirs", b"1"), ("dlq_topic", b"scan-commands")])
+        await asyncio.wait_for(_written(desk, 1), 30)
+        assert (await desk.types("replay", "--all", "scan-workers"))[0] == 0
+        await asyncio.wait_for(_written(desk, 2), 30)
+        assert (await desk.types("replay", "scan-workers-dlq/0/1"))[0] == 0
+        await asyncio.wait_for(_written(desk, 3), 30)
+    _, lines = await desk.types("list", "scan-workers")
+    assert [line.split("\t")[5] for line in lines] == ["-", "scan-workers-dlq/0/0", "scan-workers-dlq/0/1"]
+    names = [name for name, _ in (await desk.letters())[2].record.headers]
+    assert names[:3] == ["theirs", "dlq_topic", REPLAY]
+    assert names.count(REPLAY) == 1
+
+
+def refused_by_a_reader(topic: str) -> list[tuple[str, bytes | None]]:
+    names = ("topic", "partition", "offset", "timestamp", "group", "reason")
+    return [(f"dlq_{name}", topic.encode() if name == "topic" else HOSTILE) for name in names]
+
+
+async def test_letters_of_strangers_are_shown_and_go_nowhere(desk: Desk) -> None:
+    """Anything among the dead letters is shown as text; what no reader put there or is no message stays, the rest is sent."""
+    here, topic = refused_by_a_reader("scan-workers"), SCAN_WORKERS.dead_letter
+    forged: list[tuple[bytes | None, list[tuple[str, bytes | None]], str]] = [
+        (HOSTILE, [], "no reader of scan-workers"),
+        (b"x", refused_by_a_reader("scan-commands"), "no reader of scan-workers"),
+        (b"x", refused_by_a_reader("__consumer_offsets"), "no reader of scan-workers"),
+        (b"x", refused_by_a_reader("scan-workers-dlq"), "no reader of scan-workers"),
+        (b"x", here[1:], "no reader of scan-workers"),
+        (b"x", [*here, (HOSTILE.decode(errors="replace"), HOSTILE)], "no reader of scan-workers"),
+        (None, here, "has no value"),
+        (b"x" * 8_000_000, here, "larger than any message"),
+        (b"x", [("big", b"x" * 1_100_000), *here], "larger than any message"),
+    ]
+    for value, headers, _ in forged:
+        await desk.put(topic, value, headers)
+    await desk.put_unreadable(topic)
+    await desk.put(topic, b"good", here)
+    before = await desk.records()
+
+    code, lines = await desk.types("list", "scan-workers")
+    assert code == 0
+    assert [line.split("\t")[0] for line in lines] == [f"{topic}/0/{n}" for n in range(len(forged) + 2)]
+    for number in (0, 5, len(forged)):
+        code, lines = await desk.types("show", f"{topic}/0/{number}")
+        assert code == 0
+        assert all(line.isprintable() for line in lines)
+    code, said = await desk.types("replay", "--all", "scan-workers")
+    assert code == 1
+    for (_, _, reason), line in zip(forged, said, strict=False):
+        assert "was not sent" in line
+        assert reason in line
+    assert "no reader of scan-workers" in said[-2]
+    assert said[-1].endswith("was sent to scan-workers")
+    (sent,) = [record for record in await desk.records() if record not in before]
+    assert (sent.topic, sent.key, sent.value) == ("scan-workers", b"k", b"good")
+
+
+async def test_what_is_in_a_letter_is_shown(desk: Desk) -> None:
+    """`show` tells key, headers and value, bytes that are no text escaped."""
+    await desk.put(SCAN_WORKERS.dead_letter, b'{"name": "caf\xc3\xa9\x1b[2J"}', [("h", b"\xff"), ("none", None)])
+    code, lines = await desk.types("show", "scan-workers-dlq/0/0")
+    assert code == 0
+    assert lines[0] == "letter: scan-workers-dlq/0/0"
+    assert lines[2:] == ["key: k", r"header h: \xff", "header none: -", r'value: {"name": "café\x1b[2J"}']
+
+
+async def test_a_letter_that_is_not_there_is_not_found(desk: Desk) -> None:
+    """An id that names no letter is an error, and no other letter is taken for it."""
+    for topic in (SCAN_WORKERS.dead_letter, SCAN_WORKERS.name, SCAN_COMMANDS.dead_letter):
+        await desk.put(topic, b"x")
+    for id_ in ("scan-workers-dlq/1/0", "scan-workers-dlq", "scan-workers/0/0", "x/0/0", "scan-workers-dlq/0/-1"):
+        with pytest.raises(LookupError, match=id_):
+            await letter(desk.bus, id_)
+    for verb in ("show", "replay"):
+        code, said = await desk.types(verb, "scan-workers-dlq/0/7")
+        assert (code, said[-1]) == (1, "there is no letter scan-workers-dlq/0/7")

@@ -1,0 +1,19 @@
+"""Letters as text."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scanfleet.kafka.dead_letters import printable
+
+
+@given(st.binary() | st.text().map(lambda text: text.encode(errors="surrogatepass")))
+def test_whatever_is_in_a_letter_is_one_line_of_plain_text(data: bytes) -> None:
+    """No byte reaches a terminal as anything but a character that it prints."""
+    assert printable(data).isprintable()
+
+
+def test_plain_text_stays_as_it_is() -> None:
+    """Letters of any script are shown as they are."""
+    assert printable("Grüße, 世界 {}\\".encode()) == "Grüße, 世界 {}\\"
