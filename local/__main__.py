@@ -1,10 +1,11 @@
-"""The stack of this clone, in `.local/`: `python -m local up|down|status|logs|token|demo`."""
+"""The stack of this clone, in `.local/`: `python -m local up|down|status|logs|token|demo|backup|restore`."""
 
 from __future__ import annotations
 
 import argparse
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 
@@ -21,30 +22,40 @@ def main() -> int:
     verbs.add_parser("status", help="a line for each process")
     verbs.add_parser("logs", help="the end of each process's log")
     verbs.add_parser("demo", help="scan real servers through the API and compare with plain nmap")
+    for verb, what in (("backup", "copy MongoDB's files while the stack runs"), ("restore", "go on from such a copy")):
+        verbs.add_parser(verb, help=what).add_argument("folder", type=Path)
     token = verbs.add_parser("token", help="print a token")
     token.add_argument("--user", type=int, required=True)
     token.add_argument("--admin", action="store_true")
     arguments = parser.parse_args()
 
-    stack = Stack(STATE, usual_ports=USUAL_PORTS)
     try:
-        match arguments.verb:
-            case "up":
-                up(stack)
-            case "down":
-                print("stopped" if stack.down() else "nothing was running")
-            case "status":
-                return status(stack)
-            case "logs":
-                logs = sorted((stack.folder / "logs").glob("*.log"))
-                return subprocess.run(["tail", "-n", "40", *logs], check=False).returncode
-            case "token":
-                print(stack.token(arguments.user, admin=arguments.admin))
-            case "demo":
-                return demo.run(stack)
+        return do(Stack(STATE, usual_ports=USUAL_PORTS), arguments)
     except (StackError, TimeoutError, httpx.HTTPError) as error:
         print(error, file=sys.stderr)
         return 1
+
+
+def do(stack: Stack, arguments: argparse.Namespace) -> int:
+    """Do what a verb says; answers the exit code."""
+    match arguments.verb:
+        case "up":
+            up(stack)
+        case "down":
+            print("stopped" if stack.down() else "nothing was running")
+        case "status":
+            return status(stack)
+        case "logs":
+            logs = sorted((stack.folder / "logs").glob("*.log"))
+            return subprocess.run(["tail", "-n", "40", *logs], check=False).returncode
+        case "token":
+            print(stack.token(arguments.user, admin=arguments.admin))
+        case "demo":
+            return demo.run(stack)
+        case "backup":
+            stack.backup(arguments.folder)
+        case "restore":
+            stack.restore(arguments.folder)
     return 0
 
 

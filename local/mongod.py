@@ -29,11 +29,10 @@ USER_EXISTS = 51_003
 
 def command(folder: Path, port: int, credentials: Credentials | None = None) -> list[str]:
     """The command that runs mongod in the foreground, its data under `folder`; with `credentials` it asks who is there."""
-    data = folder / "data"
-    data.mkdir(parents=True, exist_ok=True)
+    data(folder).mkdir(parents=True, exist_ok=True)
     return [
         shutil.which("mongod") or str(TOOLS / "mongod/fiftyone/db/bin/mongod"),
-        *("--dbpath", str(data)),
+        *("--dbpath", str(data(folder))),
         *("--port", str(port)),
         *("--bind_ip", "127.0.0.1"),
         *("--replSet", REPLICA_SET),
@@ -44,6 +43,11 @@ def command(folder: Path, port: int, credentials: Credentials | None = None) -> 
         "--quiet",
         *(_secured(credentials) if credentials else ()),
     ]
+
+
+def data(folder: Path) -> Path:
+    """Where its files are."""
+    return folder / "data"
 
 
 def _secured(credentials: Credentials) -> list[str]:

@@ -6,15 +6,17 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import httpx
+from pymongo import MongoClient
 
 from local import kafka, mongod, ports, tokens
 from local.credentials import ADMIN, Credentials
@@ -99,8 +101,11 @@ class Stack:
         self._settings_of = settings_of or {}
         self._supervisor = Supervisor(self.folder)
 
-    def up(self) -> bool:
+    def up(self, *, restored: bool = False) -> bool:
         """Start what does not run, and return when every service is ready.
+
+        Args:
+            restored: MongoDB was set back to a backup, and the services are to be told before they start.
 
         Returns:
             Whether the stack was down.
@@ -124,8 +129,10 @@ class Stack:
             if self._credentials is not None:
                 databases = {service: self.database(service) for service in WITH_DATABASE}
                 mongod.make_users(self.address("mongod"), self._credentials, databases)
-                self._administer("create-acls")
-            self._administer("create-topics")
+                self._run("scanfleet.kafka", "create-acls", environment=self._way_to_the_bus())
+            self._run("scanfleet.kafka", "create-topics", environment=self._way_to_the_bus())
+            for service in WITH_DATABASE if restored else ():
+                self._run(f"{SERVICES[service]}.restored", environment=self._environment(service, 0, service))
             self._supervisor.start(self._services)
             self.wait_until_ready()
             text = "".join(f"{name}={shlex.quote(value)}\n" for name, value in self.env.items())
@@ -147,6 +154,39 @@ class Stack:
             self._supervisor.stop([name for name in names if name in SERVERS])
             self._supervisor.shut_down()
             return True
+
+    def backup(self, folder: Path) -> None:
+        """Copy MongoDB's files to a new folder, of both databases at one moment. Everything runs on; writes wait.
+
+        Raises:
+            StackError: the stack has no MongoDB of its own.
+        """
+        files = self._mongodb_files
+        with MongoClient[dict[str, Any]](self.mongodb) as client:
+            client.admin.command("fsync", lock=True)
+            try:
+                # It notes how it fares even then, and its lock would speak of a crash.
+                shutil.copytree(files, folder, ignore=shutil.ignore_patterns("diagnostic.data", "mongod.lock"))
+            finally:
+                client.admin.command("fsyncUnlock")
+
+    def restore(self, folder: Path) -> None:
+        """Set MongoDB back to a backup and go on from there; Kafka stays as it is.
+
+        Raises:
+            StackError: the stack has no MongoDB of its own, or did not start; call again.
+        """
+        files = self._mongodb_files
+        self.down()
+        shutil.rmtree(files)
+        shutil.copytree(folder, files)
+        self.up(restored=True)
+
+    @property
+    def _mongodb_files(self) -> Path:
+        if self._mongodb_at is not None:
+            raise StackError("this stack has no MongoDB of its own")
+        return mongod.data(self.folder / "mongod")
 
     def processes(self) -> list[Process]:
         """What supervisord says of every process; empty when the stack is down."""
@@ -335,16 +375,17 @@ class Stack:
         settings = self.kafka_settings(service).model_dump(mode="json", exclude_none=True)
         return {f"SCANFLEET_{name.upper()}": value for name, value in settings.items()}
 
-    def _administer(self, command: str) -> None:
+    def _run(self, *module: str, environment: Mapping[str, str]) -> None:
+        """Run what runs once."""
         done = subprocess.run(
-            [sys.executable, "-m", "scanfleet.kafka", command],
-            env=os.environ | self._way_to_the_bus(),
+            [sys.executable, "-m", *module],
+            env=os.environ | environment,
             capture_output=True,
             text=True,
             check=False,
         )
         if done.returncode != 0:
-            raise StackError(f"{command} failed:\n{done.stdout}{done.stderr}")
+            raise StackError(f"{' '.join(module)} failed:\n{done.stdout}{done.stderr}")
 
     def _ports(self) -> dict[str, int]:
         try:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC
 from typing import Any, Final
@@ -221,6 +222,21 @@ class Ids:
                 self._left = range(last - size + 1, last + 1)
             taken, self._left = self._left[:count], self._left[count:]
             return taken
+
+
+@bad_days()
+async def advance_ids(database: Database, names: Iterable[str], above: int) -> None:
+    """Let these sequences go on above `above`, unless they are there already. No `Ids` may be in use."""
+    await database["counters"].update_one({"_id": "ids"}, {"$max": dict.fromkeys(names, above)}, upsert=True)
+
+
+def beyond() -> int:
+    """A number above all that any sequence has reached by now, for one that was set back and does not know how far it was.
+
+    It goes with the time: nothing counts on for as long as a hundred thousand a second on average, and no number reaches
+    2**53, where JavaScript ends, in the next two thousand years.
+    """
+    return int(time.time()) * 100_000
 
 
 def _is_bad_day(error: PyMongoError) -> bool:

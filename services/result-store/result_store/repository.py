@@ -22,6 +22,8 @@ from scanfleet.rest import Result
 # Hosts fetched at once for one reader of results. They wait undecoded, usually a kilobyte each and together at most 16 MB.
 PAGE: Final = 100
 
+SEQUENCE: Final = "results"
+
 _WITH_RESULTS: Final = {"first_id": {"$exists": True}}
 _INDEXES: Final = {
     "hosts": [IndexModel([("job_id", 1), ("created_at", 1), ("offset", 1)], partialFilterExpression=_WITH_RESULTS)],
@@ -35,7 +37,7 @@ class MongoStore:
         self._hosts = database["hosts"]
         self._chunks = database["chunks"]
         # Each batch takes its own ids in one write, so that they grow from one replica to the next.
-        self._ids = Ids(database, "results")
+        self._ids = Ids(database, SEQUENCE)
 
     async def prepare(self) -> None:
         """Make the indexes what they are to be."""

@@ -176,6 +176,16 @@ def published(job: ScanJob, event_ids: set[str]) -> ScanJob:
     return replace(job, outbox=tuple(out for out in job.outbox if out.event.event_id not in event_ids))
 
 
+def set_back(job: ScanJob, seq: int) -> ScanJob:
+    """An unfinished job after its database was set back to a backup; it goes on from what the backup says.
+
+    Args:
+        job: as it was read.
+        seq: not below any that it has reached since, so that nobody takes what it says next for old.
+    """
+    return replace(job, seq=max(job.seq, seq))
+
+
 def _say(job: ScanJob, kind: type[JobEvent], now: datetime) -> ScanJob:
     job = replace(job, seq=job.seq + 1)
     return replace(job, outbox=(*job.outbox, Outgoing(_event(job, kind), now)))

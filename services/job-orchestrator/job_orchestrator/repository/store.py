@@ -20,12 +20,14 @@ from job_orchestrator.repository import documents
 from scanfleet.clock import utc_now
 from scanfleet.messages import AuditEntry, JobStatus
 from scanfleet.mongo import Collection as MongoCollection
-from scanfleet.mongo import Database, Document, Ids, bad_days, insert_missing, make_indexes
+from scanfleet.mongo import Database, Document, Ids, advance_ids, bad_days, insert_missing, make_indexes
 
 _Owned = TypeVar("_Owned", Subnet, Policy)
 _Revised = TypeVar("_Revised", ScanJob, Chunk)
 
 _BATCH: Final = 1_000  # documents read at once: about a megabyte, and 20 ms of turning them into chunks
+
+SEQUENCES: Final = ("jobs", "subnets", "policies")
 
 _INDEXES: Final = {
     "subnets": [IndexModel([("user_id", 1), ("_id", -1)])],
@@ -95,6 +97,10 @@ class MongoStore:
         """Make the indexes what they are to be."""
         await make_indexes(self._database, _INDEXES)
 
+    async def advance_ids(self, above: int) -> None:
+        """Let every sequence go on above `above`. Nobody else may be taking ids."""
+        await advance_ids(self._database, SEQUENCES, above)
+
     async def take_ids(self, name: str, count: int = 1) -> range:
         return await self._ids.setdefault(name, Ids(self._database, name)).take(count)
 
@@ -152,6 +158,12 @@ class MongoStore:
     async def commands(self, ids: Collection[str]) -> dict[str, Command]:
         found = self._commands.find({"_id": {"$in": list(ids)}})
         return {document["_id"]: documents.read_command(document) async for document in found}
+
+    async def accepted_submits(self) -> AsyncIterator[Command]:
+        """Every command that made jobs."""
+        async with bad_days():
+            async for each in self._commands.find({"state": "accepted", "jobs": {"$ne": []}}):
+                yield documents.read_command(each)
 
     @bad_days()
     async def commands_by_key(self, keys: Collection[tuple[int, str]]) -> dict[tuple[int, str], Command]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -14,6 +15,7 @@ from job_orchestrator.domain.job import (
     change,
     observe,
     published,
+    set_back,
 )
 from job_orchestrator.testing import scan_job
 from job_orchestrator.testing.things import THEN
@@ -123,3 +125,11 @@ def test_only_a_running_job_progresses(status: JobStatus) -> None:
 def test_no_progress_is_told_before_what_waits_in_the_outbox() -> None:
     """While an event is unpublished there is no progress, so a reader cannot miss the event by its seq."""
     assert observe(change(scan_job(), JobTrigger.START, LATER), 40, 3, LATER) is None
+
+
+def test_a_job_that_was_set_back_goes_on_above_what_it_has_said() -> None:
+    """Its next word has a `seq` above the given one and above its own, and nothing else has changed."""
+    job = in_status(JobStatus.RUNNING)
+    assert change(set_back(job, 1_000), JobTrigger.COMPLETE, LATER).seq == 1_001
+    assert set_back(set_back(job, 1_000), 5) == set_back(job, 1_000)
+    assert replace(set_back(job, 1_000), seq=job.seq) == job

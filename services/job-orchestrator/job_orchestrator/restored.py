@@ -1,0 +1,105 @@
+"""`python -m job_orchestrator.restored`: once, before the orchestrator starts on a database that was set back to a backup.
+
+What was said since is not taken back: topics are full of it, and so are the memories of whoever read them. So numbers begin
+above all that were given out, and what the log says was cancelled is. docs/operations.md has all steps of a restore.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Final
+
+from job_orchestrator.domain.job import JobTrigger, change, set_back
+from job_orchestrator.repository import MongoStore
+from job_orchestrator.settings import Settings
+from scanfleet import mongo
+from scanfleet.clock import utc_now
+from scanfleet.errors import DependencyError, MessageError
+from scanfleet.kafka import KafkaBus
+from scanfleet.kafka.groups import move_group
+from scanfleet.messages import JobCancelled
+from scanfleet.messages.envelope import RawRecord, decode
+from scanfleet.messages.topics import (
+    ORCHESTRATOR,
+    SCAN_COMMANDS,
+    SCAN_EVENTS,
+    SCAN_PROGRESS,
+    SCAN_STORED,
+    SCAN_WORKERS,
+)
+
+_PAGE: Final = 100  # jobs at once
+
+
+def main() -> int:
+    try:
+        lines = asyncio.run(restored(Settings()))
+    except DependencyError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    sys.stdout.write(lines)
+    return 0
+
+
+async def restored(settings: Settings) -> str:
+    """Make a database that was set back fit for use; again does no harm. Answers what was done.
+
+    Raises:
+        DependencyError: Kafka or MongoDB is away, or an orchestrator still runs; call again.
+    """
+    # What waits in the log was said to another database: a chunk may be stored there whose results are not there now.
+    for topic in (SCAN_COMMANDS, SCAN_WORKERS, SCAN_PROGRESS, SCAN_STORED):
+        await move_group(settings, f"{ORCHESTRATOR}-{topic.name}", topic, "end")
+    above = mongo.beyond()
+    database = mongo.connect(settings.mongodb_uri, settings.database)
+    try:
+        store = MongoStore(database)
+        await store.advance_ids(above)
+        # Nobody sends them again, and the backup may have come between a command and the last of its jobs.
+        async for command in store.accepted_submits():
+            await store.insert_jobs(command.jobs)
+        unfinished, cancelled = await _resume(store, await _cancelled(settings), above)
+    finally:
+        database.client.close()
+    return f"ids go on above {above}\n{unfinished} unfinished jobs go on, {cancelled} were cancelled since the backup\n"
+
+
+async def _cancelled(settings: Settings) -> set[int]:
+    """Jobs of which the log says that they were cancelled."""
+    bus = KafkaBus(settings, source=ORCHESTRATOR, instance=settings.instance)
+    await bus.start()
+    try:
+        found = {_cancelled_by(record) async for record in bus.past(SCAN_EVENTS)}
+    finally:
+        await bus.stop()
+    return found - {0}
+
+
+def _cancelled_by(record: RawRecord) -> int:
+    if ("ce_type", JobCancelled.type_name().encode()) in record.headers:
+        try:
+            message = decode(SCAN_EVENTS, record)
+        except MessageError:
+            return 0  # not our words
+        if isinstance(message, JobCancelled):
+            return message.job.id
+    return 0
+
+
+async def _resume(store: MongoStore, cancelled: set[int], above: int) -> tuple[int, int]:
+    """Bring every unfinished job up to date; answers how many go on, and how many were cancelled."""
+    after, went_on, ended = 0, 0, 0
+    while ids := await store.unsettled_jobs(after, _PAGE):
+        jobs = [set_back(job, above) for job in (await store.jobs(ids)).values() if not job.final]
+        told = [change(job, JobTrigger.CANCEL, utc_now()) if job.id in cancelled else job for job in jobs]
+        if lost := await store.save_jobs(told):
+            raise DependencyError(f"somebody else changes jobs {sorted(lost)}: stop every orchestrator")
+        ended += sum(job.final for job in told)
+        went_on += sum(not job.final for job in told)
+        after = ids[-1]
+    return went_on, ended
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""Where a group of consumers goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final, Literal
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import CommitFailedError
+
+from scanfleet.errors import DependencyError
+from scanfleet.kafka.broker import BACKOFF_MS, access, connect, depending
+from scanfleet.messages.topics import Topic
+from scanfleet.settings import KafkaSettings
+
+MOVE_SECONDS: Final = 60.0  # for a broker that is still starting too
+
+
+async def move_group(settings: KafkaSettings, group: str, topic: Topic, to: Literal["beginning", "end"]) -> None:
+    """Let a group without members go on from the beginning or the end of a topic.
+
+    Raises:
+        DependencyError: the broker is away, or the group still has members.
+        OSError: a file that the settings name cannot be read.
+    """
+    partitions = [TopicPartition(settings.topic_prefix + topic.name, number) for number in range(topic.partitions)]
+    consumer = AIOKafkaConsumer(
+        **access(settings),
+        group_id=settings.topic_prefix + group,
+        enable_auto_commit=False,
+        retry_backoff_ms=BACKOFF_MS,
+    )
+    try:
+        with depending(f"{group} is not moved"):
+            async with asyncio.timeout(MOVE_SECONDS):
+                await connect(consumer.start)
+                consumer.assign(partitions)
+                places = consumer.beginning_offsets if to == "beginning" else consumer.end_offsets
+                await consumer.commit(await places(partitions))
+    except CommitFailedError as error:
+        raise DependencyError(f"{group} is not moved: it has members, stop them and wait ten seconds") from error
+    finally:
+        await consumer.stop()

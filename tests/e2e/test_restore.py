@@ -1,0 +1,114 @@
+"""MongoDB set back to a backup, while Kafka and whoever reads it know of everything since."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from local.client import FINAL, Client
+from local.stack import Stack
+from local.wait import until
+from scanfleet.kafka import KafkaBus
+from scanfleet.kafka.topics import TopicSettings
+from scanfleet.messages import JobEvent
+from scanfleet.messages.envelope import decode
+from scanfleet.messages.topics import SCAN_EVENTS
+
+pytestmark = pytest.mark.e2e
+
+PREFIX: Final = "restore-"
+QUICK: Final = {"ports": "8020-8090", "service_detection": False}
+SLOW: Final = QUICK | {"discovery": "none", "max_rate": 600}
+"""A /24 takes two slots a quarter of a minute."""
+ENDLESS: Final = {"ports": "1-1000", "service_detection": False, "discovery": "none", "max_rate": 100}
+
+
+@pytest.fixture
+def own_stack(kafka: str, tmp_path: Path) -> Iterator[Stack]:
+    """One of every service, on a MongoDB of its own that can be set back."""
+    replicas = dict.fromkeys(("api-gateway", "job-orchestrator", "scanner-worker", "result-store"), 1)
+    stack = Stack(tmp_path / "stack", replicas=replicas, kafka_at=kafka, topic_prefix=PREFIX)
+    stack.up()
+    yield stack
+    stack.down()
+
+
+@pytest.fixture
+def caller(own_stack: Stack) -> Iterator[Client]:
+    client = Client(own_stack.url, own_stack.token(7))
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def listeners() -> Iterator[None]:
+    with socket.create_server(("127.9.6.1", 8022)), socket.create_server(("127.9.6.200", 8080)):
+        yield
+
+
+def seen(caller: Client, job_id: int) -> tuple[Any, ...]:
+    """All that a user can read of a job."""
+    return caller.task(job_id), caller.results(job_id), caller.ledger(job_id)
+
+
+async def said(kafka: str) -> dict[tuple[int, int], JobEvent]:
+    """Every job event since the beginning, by partition and offset."""
+    bus = KafkaBus(TopicSettings(kafka=kafka, topic_prefix=PREFIX), source="test", instance="test")
+    await bus.start()
+    try:
+        messages = {(each.partition, each.offset): decode(SCAN_EVENTS, each) async for each in bus.past(SCAN_EVENTS)}
+    finally:
+        await bus.stop()
+    return {place: message for place, message in messages.items() if isinstance(message, JobEvent)}
+
+
+@pytest.mark.usefixtures("listeners")
+def test_a_restored_platform_tells_no_lies(own_stack: Stack, caller: Client, tmp_path: Path) -> None:
+    """What was finished reads the same, the rest is finished, no cancelled scan comes back, and no number is used twice."""
+    finished = caller.scan("127.9.6.0/26", **QUICK)
+    caller.finished(finished)
+    before = seen(caller, finished)
+    running, cancelled = caller.scan("127.9.6.0/24", **SLOW), caller.scan("127.9.6.0/24", **ENDLESS)
+    until(lambda: 0 < caller.task(running)["status"]["progress"] < 100, 60, "the scan to be under way")
+
+    own_stack.backup(tmp_path / "backup")
+    assert caller.status(running) not in FINAL
+
+    caller.cancel(cancelled)
+    since = caller.scan("127.9.6.0/26", **QUICK)
+    assert caller.finished(since)["status"]["status"] == "completed"
+    assert caller.finished(running)["status"]["status"] == "completed"
+    lost = caller.task(since)["job"], caller.results(since)
+    events = asyncio.run(said(own_stack.kafka))
+
+    own_stack.restore(tmp_path / "backup")
+
+    assert seen(caller, finished) == before
+    assert caller.finished(running)["status"]["status"] == "completed"
+    assert places(caller, running) == {("127.9.6.1", 8022), ("127.9.6.200", 8080)}
+    assert caller.ledger(running)["accounted"]
+    assert caller.finished(cancelled)["status"]["status"] == "cancelled"
+    assert caller.http.get(f"/api/v1/task/{since}").status_code == 404
+    assert caller.http.get(f"/api/v1/task/{since}/results").status_code == 404
+
+    fresh = caller.scan("127.9.6.0/26", **QUICK)
+    job = caller.finished(fresh)["job"]
+    assert min(job[name] - lost[0][name] for name in ("id", "subnet_id", "policy_id")) > 0
+    assert places(caller, fresh) == {("127.9.6.1", 8022)}
+    assert {each["id"] for each in caller.results(fresh)}.isdisjoint(each["id"] for each in lost[1])
+    everything = asyncio.run(said(own_stack.kafka))
+    meanings = {(event.event_id, event.model_dump_json()) for event in everything.values()}
+    assert len(meanings) == len({event_id for event_id, _ in meanings})
+    for job_id, status in ((running, "completed"), (cancelled, "cancelled"), (fresh, "completed")):
+        place, last = max(everything.items(), key=lambda item: (item[1].job.id == job_id, item[1].seq))
+        assert place not in events
+        assert last.job.status == status
+
+
+def places(caller: Client, job_id: int) -> set[tuple[str, int]]:
+    return {(each["ip_address"], each["port"]) for each in caller.results(job_id)}
