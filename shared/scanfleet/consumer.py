@@ -14,12 +14,14 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
+from scanfleet import tracing
 from scanfleet.bus import Handler, Record
 from scanfleet.errors import DependencyError, MessageError, ScanfleetError
 from scanfleet.messages.envelope import RawRecord, decode
@@ -288,13 +290,15 @@ class ConsumerLoop:
         if not batch:
             return
         try:
-            await self._give([record for _, record in batch])
+            with _about(batch[0][1]) if len(batch) == 1 else contextlib.nullcontext():
+                await self._give([record for _, record in batch])
         except BatchDroppedError:
             raise
         except Exception:
             log.exception("a batch of %s failed: trying its %d records one by one", self._name, len(batch))
             for raw, record in batch:
-                await self._isolate(raw, record)
+                with _about(record):
+                    await self._isolate(raw, record)
 
     async def _isolate(self, raw: RawRecord, record: Record) -> None:
         try:
@@ -342,3 +346,12 @@ class ConsumerLoop:
                     await self._hurry.wait()
             if self._hurry.is_set():
                 raise BatchDroppedError("no time to wait for a dependency")
+
+
+@contextlib.contextmanager
+def _about(record: Record) -> Iterator[None]:
+    """Let every line of the log say whose record is handled, and all that is sent belong to its trace."""
+    named = {name: getattr(record.message, name, None) for name in ("command_id", "job_id", "chunk_id")}
+    ids = {name: id_ for name, id_ in named.items() if id_ is not None}
+    with tracing.within(record.message.traceparent), structlog.contextvars.bound_contextvars(**ids):
+        yield

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import structlog
 
+from scanfleet import tracing
 from scanfleet.settings import CommonSettings
 
 # What looks like a credential is cut out of the finished line, so that no exception or library can leak one.
@@ -21,11 +22,12 @@ _SECRETS: Final = re.compile(
 def configure(service: str, settings: CommonSettings) -> None:
     """Send every log of the process, those of libraries too, through one renderer.
 
-    Lines carry the service, the instance and whatever `structlog.contextvars` holds: `request_id` and `trace_id` for a
-    request, `job_id` where the work in hand is one job's.
+    Lines carry the service, the instance, the `trace_id` if there is a trace, and whatever `structlog.contextvars` holds:
+    `request_id` for a request, `command_id`, `job_id` and `chunk_id` where the work in hand is one's alone.
     """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        _trace,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -78,6 +80,12 @@ class _Stdout(logging.Handler):
             sys.stdout.flush()
         except Exception:  # noqa: BLE001 # what every handler does: a line that cannot be written stops nobody's work
             self.handleError(record)
+
+
+def _trace(_logger: Any, _method: str, entry: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    if traceparent := tracing.current():
+        entry.setdefault("trace_id", tracing.trace_id(traceparent))
+    return entry
 
 
 def _origin(service: str, instance: str) -> structlog.typing.Processor:

@@ -52,8 +52,8 @@ _MAX_ERROR_CHARS: Final = 500  # an error may quote the caller, but not at lengt
 _MAX_TARGET_CHARS: Final = 200  # of an audit entry: a path that a caller made up may be long
 _MAX_ERRORS: Final = 5  # of one invalid request; enough to mend it in a few rounds
 
-# Off for now, on purpose: whatever else sets a provider or an environment variable would switch it on, and it exports
-# query strings and exception messages. Metrics come from here and traceparent is carried through by `tracing`.
+# Off, on purpose: whatever else sets a provider or an environment variable would switch it on, and it exports query
+# strings and exception messages. Metrics come from here and spans from `tracing`.
 _TELEMETRY: Final[TelemetryConfig] = {
     "tracing": False,
     "metrics": False,
@@ -176,6 +176,7 @@ def _watched(lifespan: Lifespan) -> Lifespan:
                 yield
             finally:
                 watching.cancel()
+                await tracing.stop()
 
     return watched
 
@@ -307,7 +308,12 @@ class _Front:
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")
         if _REQUEST_ID.fullmatch(request_id) is None:
             request_id = uuid4().hex
-        traceparent = tracing.enter(headers.get(b"traceparent", b"").decode("latin-1"))
+        traceparent = headers.get(b"traceparent", b"").decode("latin-1")
+        tracing_it = (
+            tracing.within(traceparent)
+            if scope["path"] in _QUIET
+            else tracing.span(scope["method"], traceparent, "server")
+        )
         scope["request_id"] = request_id
         started = time.perf_counter()
         status = 0
@@ -319,7 +325,7 @@ class _Front:
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=request_id, trace_id=tracing.trace_id(traceparent)):
+        with tracing_it as span, structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 if int(headers.get(b"content-length", b"0")) > self._max_body_bytes:
                     await error_response(413, self._too_large)(scope, receive, send_with_id)
@@ -331,7 +337,7 @@ class _Front:
                     raise  # an answer is under way: the server must cut it off, so that it does not look whole
                 await error_response(500, "Internal Server Error")(scope, receive, send_with_id)
             finally:
-                self._account(scope, status, time.perf_counter() - started)
+                self._account(scope, status, time.perf_counter() - started, span)
 
     def _limited(self, receive: Receive) -> Receive:
         # The framework's own limit answers in plain text, whatever the handlers say.
@@ -359,10 +365,15 @@ class _Front:
         return limited
 
     @staticmethod
-    def _account(scope: Scope, status: int, seconds: float) -> None:
+    def _account(scope: Scope, status: int, seconds: float, span: tracing.Span) -> None:
         method = scope["method"] if scope["method"] in _METHODS else "other"
         route = getattr(scope.get("route"), "path", "none")
         _requests.labels(method, route, status).inc()
         _latency.labels(method, route).observe(seconds)
+        if span.is_recording():
+            span.update_name(f"{method} {route}")
+            span.set_attributes(
+                {"http.request.method": method, "http.route": route, "http.response.status_code": status},
+            )
         if route not in _QUIET:
             _log.info("request", method=method, path=scope["path"], status=status, ms=round(seconds * 1000, 1))

@@ -48,6 +48,16 @@ class CommonSettings(_Settings):
         "info",
         description="The least level that is logged.",
     )
+    otlp_endpoint: HttpUrl | None = Field(
+        None,
+        description="OpenTelemetry collector that gets the traces, by OTLP over HTTP (usually on port 4318); without it there are none.",
+    )
+    otlp_ratio: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Share of the requests that are traced; one that comes with a `traceparent` says itself whether it is.",
+    )
 
 
 class KafkaSettings(_Settings):

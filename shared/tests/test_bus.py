@@ -533,8 +533,9 @@ async def test_a_trace_is_carried(backend: Backend) -> None:
         await bus.publish(SCAN_WORKERS, [ready(1).model_copy(update={"traceparent": TRACEPARENT})])
         await bus.publish(SCAN_WORKERS, [ready(2)])
         backend.put(0, GOOD.key, GOOD.value, [*GOOD.headers, ("traceparent", b"00-junk")])
-        current = tracing.enter(None)
-        await bus.publish(SCAN_WORKERS, [ready(3)])
+        with tracing.span("test", None):
+            current = tracing.current()
+            await bus.publish(SCAN_WORKERS, [ready(3)])
         await until(lambda: len(recorder.handled) == 4)
     traces = {cast(WorkerReady, record.message).slots: record.message.traceparent for record in recorder.handled}
     assert traces == {1: TRACEPARENT, 2: None, 7: None, 3: current}

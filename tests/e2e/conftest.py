@@ -11,12 +11,25 @@ import pytest
 from local import nmap
 from local.client import Client
 from local.stack import Stack
+from tests.e2e.collector import Collector, collecting
 
 REPLICAS = {"api-gateway": 2, "job-orchestrator": 2, "scanner-worker": 2, "result-store": 2}
 
 
 @pytest.fixture(scope="session")
-def stack(kafka: str, mongodb: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def collector() -> Iterator[Collector]:
+    """Gets the stack's traces, those that the caller asks for."""
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="session")
+def stack(
+    kafka: str,
+    mongodb: str,
+    collector: Collector,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Stack]:
     stack = Stack(
         tmp_path_factory.mktemp("stack"),
         replicas=REPLICAS,
@@ -24,6 +37,7 @@ def stack(kafka: str, mongodb: str, tmp_path_factory: pytest.TempPathFactory) ->
         mongodb_at=mongodb,
         topic_prefix="e2e-",
         database_prefix="e2e",
+        settings={"SCANFLEET_OTLP_ENDPOINT": collector.url, "SCANFLEET_OTLP_RATIO": "0"},
     )
     stack.up()
     yield stack

@@ -71,6 +71,7 @@ class Commands:
         Raises:
             PublicError: the command was refused, called off, or, as the error then says, nobody knows.
         """
+        structlog.contextvars.bind_contextvars(command_id=command.command_id)  # so that the access line names it
         if len(self._waiting) >= self._max_waiting:
             raise UnavailableError("too many requests are waiting; try again")
         reply = await self._ask(command) or await self._call_off(command.command_id, headers)
@@ -87,7 +88,7 @@ class Commands:
                 await self._bus.publish(SCAN_COMMANDS, [command])
                 return await waiting
         except (DependencyError, TimeoutError) as error:
-            _log.warning("no reply", command_id=command.command_id, error=repr(error))
+            _log.warning("no reply", error=repr(error))
             return None
         finally:
             del self._waiting[command.command_id]
@@ -96,7 +97,7 @@ class Commands:
         try:
             reply = await self._arbiter.expire(command_id, headers)
         except DependencyError as error:
-            _log.warning("outcome unknown", command_id=command_id, error=str(error))
+            _log.warning("outcome unknown", error=str(error))
             raise UnavailableError(
                 "the outcome of this request is unknown; repeat it, with the same Idempotency-Key if it creates something",
             ) from error

@@ -17,7 +17,7 @@ from api_gateway.api.state import State
 from api_gateway.handlers import Commands
 from api_gateway.settings import Settings
 from api_gateway.upstream import Orchestrator, Upstream, connect
-from scanfleet import logging, service
+from scanfleet import logging, service, tracing
 from scanfleet.auth import open_verifier
 from scanfleet.bus import Bus
 from scanfleet.kafka import KafkaBus
@@ -44,6 +44,7 @@ def create_app(
     """
     settings = settings or Settings()
     logging.configure(GATEWAY, settings)
+    tracing.configure(GATEWAY, settings)
     bus = bus or KafkaBus(settings, source=GATEWAY, instance=settings.instance)
 
     @asynccontextmanager

@@ -21,7 +21,7 @@ from job_orchestrator.handlers.stored import Stored
 from job_orchestrator.handlers.sweep import Sweeper
 from job_orchestrator.repository import MongoStore
 from job_orchestrator.settings import Settings
-from scanfleet import logging, mongo, service
+from scanfleet import logging, mongo, service, tracing
 from scanfleet.auth import open_verifier
 from scanfleet.bus import Handler, Publisher
 from scanfleet.kafka import KafkaBus
@@ -71,6 +71,7 @@ class Orchestrator:
 def create_app(settings: Settings | None = None) -> FastAPI:
     settings = settings or Settings()
     logging.configure(ORCHESTRATOR, settings)
+    tracing.configure(ORCHESTRATOR, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

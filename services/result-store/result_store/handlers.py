@@ -9,8 +9,9 @@ import structlog
 from prometheus_client import Counter
 
 from result_store.domain import Batch, ClosedChunk, Host, StoredHost, close, fold
+from scanfleet import tracing
 from scanfleet.bus import Publisher, Record
-from scanfleet.messages import ChunkIncomplete, ChunkScanned, ChunkStored
+from scanfleet.messages import ChunkIncomplete, ChunkMessage, ChunkScanned, ChunkStored
 from scanfleet.messages.topics import SCAN_STORED
 
 _hosts = Counter("scanfleet_results_hosts_stored", "Hosts stored.")
@@ -51,6 +52,10 @@ class ResultsHandler:
 
     async def handle(self, records: Sequence[Record]) -> None:
         batch = fold(records)
+        with tracing.spans("store results", _traces(records), "consumer", "scanfleet.chunk.id"):
+            await self._store_and_answer(records, batch)
+
+    async def _store_and_answer(self, records: Sequence[Record], batch: Batch) -> None:
         closed = await self._store.closed(batch.chunk_ids)
         new = await self._store.add(list(batch.hosts.values()))
         answers = await self._answers(batch, closed)
@@ -96,8 +101,15 @@ class ResultsHandler:
                 "hosts missing",
                 job_id=each.job_id,
                 chunk_id=each.chunk_id,
+                trace_id=each.traceparent and tracing.trace_id(each.traceparent),
                 attempt=each.attempt,
                 worker_id=each.worker_id,
                 addresses=len(each.addresses),
             )
         return [*incomplete, *(final[each.chunk_id].announcement(each) for each in complete)]
+
+
+def _traces(records: Sequence[Record]) -> dict[str, str | None]:
+    """Of each chunk, as its last record says it."""
+    messages = (record.message for record in records)
+    return {each.chunk_id: each.traceparent for each in messages if isinstance(each, ChunkMessage)}

@@ -11,7 +11,7 @@ from result_store.api import router
 from result_store.handlers import ResultsHandler
 from result_store.repository import MongoStore
 from result_store.settings import Settings
-from scanfleet import logging, mongo, service
+from scanfleet import logging, mongo, service, tracing
 from scanfleet.auth import open_verifier
 from scanfleet.kafka import KafkaBus
 from scanfleet.messages.topics import RESULT_STORE, SCAN_RESULTS
@@ -20,6 +20,7 @@ from scanfleet.messages.topics import RESULT_STORE, SCAN_RESULTS
 def create_app(settings: Settings | None = None) -> FastAPI:
     settings = settings or Settings()
     logging.configure(RESULT_STORE, settings)
+    tracing.configure(RESULT_STORE, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -10,7 +10,7 @@ from secrets import token_hex
 
 from fastapi import FastAPI
 
-from scanfleet import logging, service
+from scanfleet import logging, service, tracing
 from scanfleet.kafka import KafkaBus
 from scanfleet.messages import topics
 from scanner_worker.handlers.chunk import Abilities
@@ -24,6 +24,7 @@ def create_app() -> FastAPI:
     """The service, for `uvicorn --factory`."""
     settings = Settings()
     logging.configure(topics.WORKER, settings)
+    tracing.configure(topics.WORKER, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -7,14 +7,16 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from uuid import uuid4
 
 import pytest
+import structlog
 from prometheus_client import REGISTRY
 
+from scanfleet import tracing
 from scanfleet.clock import utc_now
 from scanfleet.consumer import LOOK_SECONDS, ConsumerLoop, Listener
 from scanfleet.errors import DependencyError
-from scanfleet.messages import WorkerReady
+from scanfleet.messages import ChunkStored, WorkerReady
 from scanfleet.messages.envelope import RawRecord, encode
-from scanfleet.messages.topics import SCAN_WORKERS
+from scanfleet.messages.topics import SCAN_STORED, SCAN_WORKERS
 from scanfleet.testing.consumers import Recorder, Running, until
 
 
@@ -169,6 +171,27 @@ async def test_steady_traffic_does_not_keep_a_partition_from_being_caught_up() -
     script, recorder = Growing(polls()), Recorder()
     async with Running(ConsumerLoop(SCAN_WORKERS, "test", recorder, script, no_dead_letter)):
         await until(lambda: recorder.caught_up_after)
+
+
+async def test_what_is_done_for_one_record_says_whose_it_is() -> None:
+    """While one record is handled every line of the log has its ids, and what is sent belongs to its trace."""
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
+    seen: list[tuple[dict[str, object], str | None]] = []
+
+    def does(_: object) -> None:
+        seen.append((structlog.contextvars.get_contextvars(), tracing.current()))
+
+    async def polls() -> AsyncIterator[Sequence[RawRecord]]:
+        stored = ChunkStored(job_id=41, chunk_id="41-7", outcomes="s", traceparent=trace)
+        envelope = encode(SCAN_STORED, stored, source="test")
+        one = RawRecord(SCAN_STORED.name, 0, 0, utc_now(), envelope.key, envelope.value, envelope.headers)
+        yield [one]
+        yield [one, one]
+
+    script = Script(polls())
+    async with Running(ConsumerLoop(SCAN_STORED, "test", Recorder(does), script, no_dead_letter)):
+        await until(lambda: len(script.committed) == 2)
+    assert seen == [({"job_id": 41, "chunk_id": "41-7"}, trace), ({}, None)]
 
 
 async def test_numbers_that_nobody_refreshes_are_not_shown() -> None:

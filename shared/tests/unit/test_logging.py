@@ -11,6 +11,7 @@ import pytest
 import structlog
 
 from scanfleet import logging as ours
+from scanfleet import tracing
 from scanfleet.settings import CommonSettings
 from scanfleet.testing.tokens import Issuer
 
@@ -47,13 +48,17 @@ def test_an_entry_is_one_line(lines: Any) -> None:
 
 
 def test_an_entry_says_where_it_is_from(lines: Any) -> None:
-    """An entry names its service, instance, logger and level, and the request in hand."""
-    structlog.contextvars.bind_contextvars(request_id="r-1", trace_id="t-1", job_id=41)
-    structlog.stdlib.get_logger("x.y").warning("event")
+    """An entry names its service, instance, logger and level, and the request and the trace in hand."""
+    with (
+        tracing.within("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
+        structlog.contextvars.bound_contextvars(request_id="r-1", job_id=41),
+    ):
+        structlog.stdlib.get_logger("x.y").warning("event")
     (entry,) = lines()
     assert (entry["service"], entry["instance"]) == ("test-service", "test-1")
     assert (entry["logger"], entry["level"]) == ("x.y", "warning")
-    assert (entry["request_id"], entry["trace_id"], entry["job_id"]) == ("r-1", "t-1", 41)
+    assert (entry["request_id"], entry["job_id"]) == ("r-1", 41)
+    assert entry["trace_id"] == "0af7651916cd43dd8448eb211c80319c"
     assert entry["timestamp"].endswith("Z")
 
 

@@ -16,6 +16,7 @@ from job_orchestrator.domain.job import change as change_job
 from job_orchestrator.domain.store import Command, Policy, Store, Subnet
 from job_orchestrator.handlers.jobs import Jobs
 from job_orchestrator.metrics import job_came
+from scanfleet import tracing
 from scanfleet.audit import write_line
 from scanfleet.bus import Publisher, Record
 from scanfleet.clock import utc_now
@@ -63,6 +64,16 @@ class Commands:
 
     async def handle(self, records: Sequence[Record]) -> None:
         messages = {(message := _command(record)).command_id: message for record in records}
+        traces = {id_: message.traceparent for id_, message in messages.items()}
+        with tracing.spans(
+            lambda id_: type(messages[id_]).__name__,
+            traces,
+            "consumer",
+            "scanfleet.command.id",
+        ):
+            await self._carry_out(records, messages)
+
+    async def _carry_out(self, records: Sequence[Record], messages: Mapping[str, SubmitJobs | CancelJob]) -> None:
         stands = await self._known(messages)
         too_old = {_command(record).command_id for record in records if self._too_old(record)}
         new: list[Command] = []

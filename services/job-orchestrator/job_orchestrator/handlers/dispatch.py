@@ -18,11 +18,13 @@ from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.watch import Watch
 from job_orchestrator.handlers.chunks import change
 from job_orchestrator.metrics import CHUNK_TRANSITIONS
+from scanfleet import tracing
 from scanfleet.bus import Publisher, Record
 from scanfleet.errors import MessageError
 from scanfleet.loop import Loop
 from scanfleet.messages import ScanChunk, WorkerReady
 from scanfleet.messages.topics import SCAN_TASKS
+from scanfleet.policy import ScanPolicy
 
 _UNCLAIMED_SECONDS: Final = 10.0  # a worker gives back after 2 what it cannot start; so long is silence
 _SILENT_SECONDS: Final = 7.0  # a worker announces itself every 2; three missed, and it is given no more
@@ -198,7 +200,10 @@ class Dispatcher:
         losers = await self._store.save_chunks(due)
         sent = [chunk for chunk in due if chunk.id not in losers]
         CHUNK_TRANSITIONS.labels(ChunkState.DISPATCHED).inc(len(sent))
-        await self._publisher.publish(SCAN_TASKS, [self._task(chunk, jobs[chunk.job_id]) for chunk in sent])
+        traces = {chunk.id: jobs[chunk.job_id].traceparent for chunk in sent}
+        with tracing.spans("dispatch chunk", traces, "producer", "scanfleet.chunk.id") as onward:
+            tasks = [self._task(chunk, jobs[chunk.job_id].policy, onward[chunk.id]) for chunk in sent]
+            await self._publisher.publish(SCAN_TASKS, tasks)
         charges: dict[int, float] = defaultdict(float)
         for chunk in sent:
             charges[chunk.user_id] += chunk.charged
@@ -210,7 +215,7 @@ class Dispatcher:
         """Chunks of a job that has ended: somebody was still making them when it did."""
         await change(self._store, over, lambda chunk: cancel(chunk) if chunk.state is ChunkState.QUEUED else chunk)
 
-    def _task(self, chunk: Chunk, job: ScanJob) -> ScanChunk:
+    def _task(self, chunk: Chunk, policy: ScanPolicy, traceparent: str | None) -> ScanChunk:
         return ScanChunk(
             job_id=chunk.job_id,
             chunk_id=chunk.id,
@@ -219,9 +224,9 @@ class Dispatcher:
             user_id=chunk.user_id,
             first_address=chunk.first_address,
             outcomes=chunk.outcomes,
-            policy=job.policy,
+            policy=policy,
             ports=chunk.ports,
             lease_seconds=self._lease_seconds,
             estimate_seconds=chunk.estimate,
-            traceparent=job.traceparent,
+            traceparent=traceparent,
         )

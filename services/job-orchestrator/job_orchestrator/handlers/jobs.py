@@ -20,6 +20,7 @@ from job_orchestrator.domain.store import Store
 from job_orchestrator.handlers.chunks import Changed, stop
 from job_orchestrator.handlers.chunks import change as change_chunks
 from job_orchestrator.metrics import PROBES, job_came
+from scanfleet import tracing
 from scanfleet.bus import Publisher
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError
@@ -247,7 +248,10 @@ class Jobs:
     async def _publish(self, jobs: Collection[ScanJob]) -> None:
         if not jobs:
             return
-        await self._publisher.publish(SCAN_EVENTS, [out.event for job in jobs for out in job.outbox])
+        news = {job.id: type(job.outbox[-1].event).__name__ for job in jobs}
+        traces = {job.id: job.traceparent for job in jobs}
+        with tracing.spans(news.__getitem__, traces, "producer", "scanfleet.job.id"):
+            await self._publisher.publish(SCAN_EVENTS, [out.event for job in jobs for out in job.outbox])
         sent = {job.id: {out.event.event_id for out in job.outbox} for job in jobs}
         left: Collection[ScanJob] = jobs
         for _ in range(_ROUNDS):

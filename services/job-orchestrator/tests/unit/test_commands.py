@@ -15,6 +15,7 @@ from scanfleet.bus import Record
 from scanfleet.errors import DependencyError
 from scanfleet.messages import CommandAccepted, CommandRejected, JobStatus
 from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_TASKS
+from scanfleet.testing.tracing import ids, recording
 
 
 async def jobs_of(world: World, user_id: int = 7) -> list[int]:
@@ -300,6 +301,23 @@ async def test_a_job_that_has_ended_cannot_be_cancelled(world: World) -> None:
     rejected = CommandRejected(command_id=late, status=400, error="Job is already completed", rule="state")
     assert world.replies(late) == [rejected, rejected]
     assert (await world.store.jobs([1]))[1].status is JobStatus.COMPLETED
+
+
+async def test_a_job_is_told_in_the_trace_of_its_request(world: World) -> None:
+    """The command, each dispatch and each life-cycle event are spans of the request's trace; a worker continues its dispatch."""
+    trace = "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
+    await world.submit()
+    records = world.take(SCAN_COMMANDS)
+    traced = [replace(each, message=each.message.model_copy(update={"traceparent": trace})) for each in records]
+    with recording() as exporter:
+        await world.hand(SCAN_COMMANDS, traced)
+        await world.settle()
+    spans = exporter.get_finished_spans()
+    assert {span.name for span in spans} == {"SubmitJobs", "JobCreated", "dispatch chunk", "JobStarted", "JobCompleted"}
+    assert {f"{span.parent.trace_id:032x}-{span.parent.span_id:016x}" for span in spans if span.parent} == {trace[3:-3]}
+    (dispatched,) = (span for span in spans if span.name == "dispatch chunk")
+    (task,) = world.worker.tasks
+    assert (task.traceparent or "")[36:52] == f"{ids(dispatched).span_id:016x}"
 
 
 async def test_only_the_owner_can_cancel(world: World) -> None:

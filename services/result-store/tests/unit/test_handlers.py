@@ -13,6 +13,7 @@ from scanfleet.errors import DependencyError
 from scanfleet.messages import ChunkIncomplete, ChunkStored, Message
 from scanfleet.messages.topics import SCAN_RESULTS, SCAN_STORED, Topic
 from scanfleet.testing.bus import MemoryBus
+from scanfleet.testing.tracing import ids, recording
 
 GROUP = "result-store"
 
@@ -241,3 +242,13 @@ async def test_a_bad_message_stops_nobody() -> None:
     assert isinstance(incomplete, ChunkIncomplete)
     assert incomplete.addresses == ("127.9.8.1",)
     assert whole == stored("a", "1-1")
+
+
+async def test_what_is_stored_is_told_in_the_trace_of_its_chunk(handler: ResultsHandler) -> None:
+    """A batch is a span in the trace of each chunk that it is about."""
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    with recording() as exporter:
+        await handler.handle(Log().append(host("127.9.8.0", 22, traceparent=trace), scanned("a", traceparent=trace)))
+    (span,) = exporter.get_finished_spans()
+    assert (span.name, dict(span.attributes or {})) == ("store results", {"scanfleet.chunk.id": "1-0"})
+    assert f"{ids(span).trace_id:032x}" == trace[3:35]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -100,15 +100,15 @@ class ChunkScan:
 
     async def run(self) -> None:
         """Return when the last words about the chunk are acknowledged."""
-        tracing.enter(self._chunk.traceparent)
-        with structlog.contextvars.bound_contextvars(job_id=self._chunk.job_id, chunk_id=self._chunk.chunk_id):
+        about = {"scanfleet.chunk.id": self._chunk.chunk_id}
+        with tracing.span("scan chunk", self._chunk.traceparent, "consumer", about), self._logged():
             self._began = asyncio.get_running_loop().time()
             await self._last_words(await self._outcome())
 
     async def release(self, reason: str) -> None:
         """Give the chunk back without having begun."""
-        tracing.enter(self._chunk.traceparent)
-        await self._last_words(ChunkReleased(**self._state, reason=reason))
+        with tracing.within(self._chunk.traceparent), self._logged():
+            await self._last_words(ChunkReleased(**self._state, reason=reason))
 
     def stop(self, reason: str) -> None:
         """Kill nmap and give the chunk back, unless every address is done."""
@@ -165,9 +165,10 @@ class ChunkScan:
             services(self._ports),
             max(abilities.time_floor, abilities.time_factor * chunk.estimate_seconds),
         )
-        async with aclosing(found):
-            async for hosts in found:
-                await self._tell(hosts)
+        with tracing.span("nmap", tracing.current()):
+            async with aclosing(found):
+                async for hosts in found:
+                    await self._tell(hosts)
         if blank := self._map.count(Outcome.BLANK):
             raise ScanError(self._doubt or f"{blank} addresses are missing from what nmap wrote")
 
@@ -234,6 +235,10 @@ class ChunkScan:
                 await asyncio.sleep(RETRY_S)
             else:
                 return
+
+    def _logged(self) -> AbstractContextManager[None]:
+        """Let every line of the log name the chunk."""
+        return structlog.contextvars.bound_contextvars(job_id=self._chunk.job_id, chunk_id=self._chunk.chunk_id)
 
     @property
     def _slot_seconds(self) -> float:

@@ -26,6 +26,7 @@ from scanfleet.messages import (
 from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS, SCAN_WORKERS, Topic
 from scanfleet.targets import TargetRules
 from scanfleet.testing.bus import MemoryBus
+from scanfleet.testing.tracing import ids, recording
 from scanner_worker.domain import Host, ScanError
 from scanner_worker.handlers.chunk import Abilities, Found
 from scanner_worker.handlers.worker import Worker
@@ -391,6 +392,23 @@ async def test_leaving_without_time_gives_back_at_once(make_chunk: MakeChunk, un
         released = {m.chunk_id: m.outcomes for m in rig.said(SCAN_PROGRESS, ChunkReleased)}  # type: ignore[attr-defined] # the test knows the message's kind
         assert released == {"1-0": "a...", "1-1": "...."}
         assert rig.scanner.closed == 1
+
+
+async def test_a_scan_is_told_in_its_trace(make_chunk: MakeChunk, until: Until) -> None:
+    """The scan of a chunk and its nmap are spans in the task's trace, and whoever hears of it continues from them."""
+    trace = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
+    with recording() as exporter:
+        async with rigged(*hosts(0, 1, 2, 3)) as rig:
+            await rig.send(make_chunk().model_copy(update={"traceparent": trace}))
+            await until(lambda: len(exporter.get_finished_spans()) == 2)
+        nmap, scan = exporter.get_finished_spans()
+        (told,) = rig.said(SCAN_RESULTS, ChunkScanned)
+    assert (nmap.name, scan.name, dict(scan.attributes or {})) == ("nmap", "scan chunk", {"scanfleet.chunk.id": "1-0"})
+    assert scan.parent is not None
+    assert nmap.parent is not None
+    assert f"{scan.parent.trace_id:032x}-{scan.parent.span_id:016x}" == trace[3:-3]
+    assert nmap.parent.span_id == ids(scan).span_id
+    assert (told.traceparent or "")[36:52] == f"{ids(scan).span_id:016x}"
 
 
 async def test_the_trace_goes_on(make_chunk: MakeChunk, until: Until) -> None:
