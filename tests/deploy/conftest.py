@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -61,3 +62,14 @@ def judge(known: frozenset[str]) -> Judge:
         return found
 
     return wrong
+
+
+@pytest.fixture(scope="session")
+def commands() -> dict[str, list[str]]:
+    """The commands in docs/operations.md, by title."""
+    text = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
+    return {
+        title: [line for block in re.findall(r"```sh\n(.*?)```", body, re.DOTALL) for line in block.splitlines()]
+        for title, body in sections.items()
+    }

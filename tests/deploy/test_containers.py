@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import httpx
@@ -149,3 +151,55 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(user: Client) -> None:
     ledger = user.ledger(job_id)
     assert ledger["accounted"]
     assert ledger["counts"]["answered"] == ledger["request"]["probes"]
+
+
+_POISON: Final = """
+import asyncio
+from scanfleet.kafka import KafkaBus
+from scanfleet.settings import KafkaSettings
+async def send():
+    bus = KafkaBus(KafkaSettings(), source="test", instance="test")
+    await bus.start()
+    await bus.send("scan-progress", [(b"k", b"poison", [])])
+    await bus.stop()
+asyncio.run(send())
+"""
+
+
+def types(command: str, folder: Path) -> str:
+    """What an operator's shell prints; the commands find the project's containers, and files are in `folder`."""
+    environment = os.environ | {"COMPOSE_FILE": str(ROOT / "docker-compose.yml")}
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return done.stdout
+
+
+@pytest.mark.usefixtures("user")
+def test_dead_letters_are_looked_after(commands: Mapping[str, list[str]], tmp_path: Path) -> None:
+    """The commands of the page list, show and replay a letter."""
+    list_, show, replay, replay_all = commands["Dead letters"]
+    docker(*compose.COMPOSE[1:], "run", "--rm", "-T", "--entrypoint", "python", "topics", "-c", _POISON)
+    until(lambda: "scan-progress-dlq/0/0" in types(list_, tmp_path), 60, "the letter to be there")
+    assert "value: poison" in types(show, tmp_path)
+    assert types(replay, tmp_path) == "scan-progress-dlq/0/0 was sent to scan-progress\n"
+    assert "scan-progress-dlq/0/0 was sent to scan-progress\n" in types(replay_all, tmp_path)
+
+
+def test_a_backup_is_restored(user: Client, commands: Mapping[str, list[str]], tmp_path: Path) -> None:
+    """The commands of the page copy the databases and set them back: a job from before reads the same, one since is gone."""
+    job_id = user.scan("127.9.8.0/28", ports="8000", **CONNECT)
+    user.finished(job_id)
+    before = user.task(job_id), user.results(job_id)
+    steps = commands["Back up and restore"]
+    for step in steps[:3]:
+        types(step, tmp_path)
+    since = user.scan("127.9.8.0/28", ports="8000", **CONNECT)
+    user.finished(since)
+    for step in steps[3:]:
+        types(step, tmp_path)
+    assert (user.task(job_id), user.results(job_id)) == before
+    assert user.http.get(f"/api/v1/task/{since}").status_code == 404
+    fresh = user.scan("127.9.8.0/28", ports="8000", **CONNECT)
+    assert fresh > since
+    assert user.finished(fresh)["status"]["status"] == "completed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -27,3 +28,12 @@ def test_a_page_names_files_that_there_are(page: str) -> None:
     named = re.findall(r"`((?:k8s|docs|observability|overlays|components)/[\w./-]+)`", text)
     missing = [str(each) for each in [*links, *named] if not ((ROOT / each).exists() or (ROOT / "k8s" / each).exists())]
     assert missing == []
+
+
+def test_every_command_is_run_by_a_test(commands: Mapping[str, list[str]]) -> None:
+    """Whatever stands in a block of commands is run on real containers, as it stands or by the same words."""
+    containers = (ROOT / "tests/deploy/test_containers.py").read_text(encoding="utf-8")
+    told = {title for title, lines in commands.items() if lines and f'commands["{title}"]' not in containers}
+    assert told == {"Deploy"}
+    assert commands["Deploy"] == ["SCANFLEET_ALLOWED_NETWORKS=192.0.2.0/24 docker compose up --wait"]
+    assert "${SCANFLEET_ALLOWED_NETWORKS:-" in (ROOT / "docker-compose.yml").read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Final, Literal
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -36,8 +37,13 @@ async def move_group(settings: KafkaSettings, group: str, topic: Topic, to: Lite
                 await connect(consumer.start)
                 consumer.assign(partitions)
                 places = consumer.beginning_offsets if to == "beginning" else consumer.end_offsets
-                await consumer.commit(await places(partitions))
-    except CommitFailedError as error:
-        raise DependencyError(f"{group} is not moved: it has members, stop them and wait ten seconds") from error
+                await _commit(consumer, await places(partitions))
     finally:
         await consumer.stop()
+
+
+async def _commit(consumer: AIOKafkaConsumer, offsets: Mapping[TopicPartition, int]) -> None:
+    try:
+        await consumer.commit(offsets)
+    except CommitFailedError as error:
+        raise DependencyError("the group has members: stop them, and wait ten seconds if they were killed") from error

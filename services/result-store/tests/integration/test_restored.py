@@ -1,0 +1,53 @@
+"""What result-store is told after its database was set back."""
+
+from __future__ import annotations
+
+from uuid import uuid4
+
+import pytest
+
+from result_store.restored import restored
+from result_store.settings import Settings
+from result_store.testing import host
+from scanfleet import mongo
+from scanfleet.errors import DependencyError
+from scanfleet.kafka import KafkaBus
+from scanfleet.kafka.topics import TopicSettings, create_topics
+from scanfleet.messages.topics import RESULT_STORE, SCAN_RESULTS
+from scanfleet.testing.consumers import Recorder, Running, until
+
+pytestmark = pytest.mark.integration
+
+
+async def test_a_database_that_was_set_back_goes_on_where_nothing_has_been(kafka: str, mongodb: str) -> None:
+    """What the log has is read again, new ids are above all that were given out, and a running result-store is refused."""
+    settings = Settings(
+        kafka=kafka,
+        topic_prefix=f"{uuid4().hex}-",
+        mongodb=mongodb,
+        database=f"restored-{uuid4().hex[:12]}",
+        jwt_issuer="x",
+        jwt_audience="x",
+        jwt_development_secret="x" * 32,
+    )
+    await create_topics(TopicSettings(kafka=kafka, topic_prefix=settings.topic_prefix), [SCAN_RESULTS])
+    bus, database = KafkaBus(settings, source="test", instance="test"), mongo.connect(mongodb, settings.database)
+    await bus.start()
+    try:
+        ids = mongo.Ids(database, "results")
+        before = await ids.take(7)
+        first, again = Recorder(), Recorder()
+        async with Running(bus.consume(SCAN_RESULTS, RESULT_STORE, first)):
+            await bus.publish(SCAN_RESULTS, [host("127.9.8.1", 22)])
+            await until(lambda: first.handled)
+            with pytest.raises(DependencyError, match="members"):
+                await restored(settings)
+        above = mongo.beyond()
+        await restored(settings)
+        assert (await ids.take()).start > above > before.stop
+        async with Running(bus.consume(SCAN_RESULTS, RESULT_STORE, again)):
+            await until(lambda: again.handled)
+    finally:
+        await bus.stop()
+        await database.client.drop_database(database.name)
+        database.client.close()
