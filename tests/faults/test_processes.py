@@ -17,7 +17,7 @@ from scanfleet.messages import ChunkClaimed, ChunkReleased, HostScanned, ScanChu
 from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS
 from scanfleet.outcomes import Outcome
 from tests.faults.invariants import Invariants
-from tests.faults.kit import ENDLESS, LEASE, LIMIT, SLOTS, STEADY, TINY, Caller, Document, Platform, caught
+from tests.faults.kit import ENDLESS, LIMIT, SLOTS, STEADY, TINY, Caller, Document, Platform, caught
 
 pytestmark = pytest.mark.e2e
 
@@ -135,7 +135,7 @@ def test_a_worker_frozen_past_its_lease(platform: Platform, user: Caller, invari
                 ),
                 None,
             ),
-            15 + LEASE,
+            LIMIT,  # the other's slots are taken for twenty seconds each
             "another worker to have the chunk",
         )
         hosts = platform.hosts(job_id=job_id)

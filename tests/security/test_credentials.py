@@ -34,13 +34,14 @@ MAY_WRITE: Final = {
     ORCHESTRATOR: {
         *("scan-replies", "scan-tasks", "scan-events", "scan-results", "scan-audit"),
         *("scan-commands-dlq", "scan-workers-dlq", "scan-progress-dlq", "scan-stored-dlq", "scan-audit-dlq"),
+        "scan-events-dlq",
     },
     WORKER: {"scan-workers", "scan-progress", "scan-results", "scan-audit", "scan-tasks-dlq"},
     RESULT_STORE: {"scan-stored", "scan-audit", "scan-results-dlq"},
 }
 MAY_READ: Final = {
     GATEWAY: {"scan-replies", "scan-events"},
-    ORCHESTRATOR: {"scan-commands", "scan-workers", "scan-progress", "scan-stored", "scan-audit"},
+    ORCHESTRATOR: {"scan-commands", "scan-workers", "scan-progress", "scan-stored", "scan-audit", "scan-events"},
     WORKER: {"scan-tasks"},
     RESULT_STORE: {"scan-results"},
 }
