@@ -68,23 +68,25 @@ class Proxy:
             return
         link = asyncio.create_task(self._link(reader, writer))
         self._links.add(link)
-        link.add_done_callback(self._links.discard)
+
+        def end(link: asyncio.Task[None]) -> None:  # also of one that was cancelled before its first step
+            self._links.discard(link)
+            writer.transport.abort()
+
+        link.add_done_callback(end)
 
     async def _link(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        ends = [writer]
-        ways: list[asyncio.Task[None]] = []
         try:
             up_reader, up_writer = await asyncio.open_connection(*self._upstream)
-            ends.append(up_writer)
-            ways += [asyncio.create_task(self._pass(*way)) for way in ((reader, up_writer), (up_reader, writer))]
-            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
         except OSError:
             return  # nobody behind us: the caller sees its connection end
+        ways = [asyncio.create_task(self._pass(*way)) for way in ((reader, up_writer), (up_reader, writer))]
+        try:
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for way in ways:
                 way.cancel()
-            for end in ends:
-                end.transport.abort()
+            up_writer.transport.abort()
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
