@@ -17,7 +17,7 @@ from scanfleet.messages import ChunkClaimed, ChunkReleased, HostScanned, ScanChu
 from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS
 from scanfleet.outcomes import Outcome
 from tests.faults.invariants import Invariants
-from tests.faults.kit import ENDLESS, LIMIT, SLOTS, STEADY, TINY, Caller, Document, Platform, caught
+from tests.faults.kit import ENDLESS, LEASE, LIMIT, SLOTS, STEADY, TINY, Caller, Document, Platform, caught
 
 pytestmark = pytest.mark.e2e
 
@@ -113,7 +113,8 @@ def test_a_result_store_killed_between_write_and_commit(
 @pytest.mark.proves("F8", "G4", "G5")
 def test_a_worker_frozen_past_its_lease(platform: Platform, user: Caller, invariants: Invariants) -> None:
     """A worker that thaws after its lease has gone ends its nmap within a second or so, and what it says changes nothing."""
-    job_id = user.scan(platform.network(24), **ENDLESS)
+    # One chunk for each worker, so that the other has a slot free; its nmap outlives the lease.
+    job_id = user.scan(platform.network(31), **{**ENDLESS, "max_rate": 20})
     chunk = caught(
         lambda: next(iter(each for each in platform.chunks(job_id) if each["state"] == "running"), None),
         LIMIT,
@@ -135,7 +136,7 @@ def test_a_worker_frozen_past_its_lease(platform: Platform, user: Caller, invari
                 ),
                 None,
             ),
-            LIMIT,  # the other's slots are taken for twenty seconds each
+            15 + LEASE,
             "another worker to have the chunk",
         )
         hosts = platform.hosts(job_id=job_id)

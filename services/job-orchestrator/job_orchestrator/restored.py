@@ -6,14 +6,13 @@ above all that were given out, and what the log says was cancelled is. docs/oper
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from typing import Final
 
 from job_orchestrator.domain.job import JobTrigger, change, set_back
 from job_orchestrator.repository import MongoStore
 from job_orchestrator.settings import Settings
-from scanfleet import mongo
+from scanfleet import command, mongo
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError, MessageError
 from scanfleet.kafka import KafkaBus
@@ -32,16 +31,6 @@ from scanfleet.messages.topics import (
 _PAGE: Final = 100  # jobs at once
 
 
-def main() -> int:
-    try:
-        lines = asyncio.run(restored(Settings()))
-    except DependencyError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    sys.stdout.write(lines)
-    return 0
-
-
 async def restored(settings: Settings) -> str:
     """Make a database that was set back fit for use; again does no harm. Answers what was done.
 
@@ -57,8 +46,8 @@ async def restored(settings: Settings) -> str:
         store = MongoStore(database)
         await store.advance_ids(above)
         # Nobody sends them again, and the backup may have come between a command and the last of its jobs.
-        async for command in store.accepted_submits():
-            await store.insert_jobs(command.jobs)
+        async for submit in store.accepted_submits():
+            await store.insert_jobs(submit.jobs)
         unfinished, cancelled = await _resume(store, await _cancelled(settings), above)
     finally:
         database.client.close()
@@ -102,4 +91,4 @@ async def _resume(store: MongoStore, cancelled: set[int], above: int) -> tuple[i
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(restored(Settings())))

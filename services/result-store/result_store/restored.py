@@ -6,25 +6,13 @@ the database already stays as it is. docs/operations.md has all steps of a resto
 
 from __future__ import annotations
 
-import asyncio
 import sys
 
 from result_store.repository import SEQUENCE
 from result_store.settings import Settings
-from scanfleet import mongo
-from scanfleet.errors import DependencyError
+from scanfleet import command, mongo
 from scanfleet.kafka.groups import move_group
 from scanfleet.messages.topics import RESULT_STORE, SCAN_RESULTS
-
-
-def main() -> int:
-    try:
-        lines = asyncio.run(restored(Settings()))
-    except DependencyError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    sys.stdout.write(lines)
-    return 0
 
 
 async def restored(settings: Settings) -> str:
@@ -44,4 +32,4 @@ async def restored(settings: Settings) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(restored(Settings())))

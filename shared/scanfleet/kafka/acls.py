@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Final
 
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import NoError, for_code
 from aiokafka.protocol.admin import CreateAclsRequest
 
-from scanfleet.kafka.broker import access, connect, depending
+from scanfleet.kafka.broker import administering
 from scanfleet.messages.acls import SERVICES, Acl, acls_of
 from scanfleet.settings import KafkaSettings
 
@@ -32,16 +31,10 @@ async def create_acls(settings: KafkaSettings, *, limit: float = 60.0) -> None:
         RuntimeError: the broker refused; says why.
         OSError: a file that the settings name cannot be read.
     """
-    admin = AIOKafkaAdminClient(**access(settings))
-    try:
-        with depending(f"no rights given at {settings.kafka}"):
-            async with asyncio.timeout(limit):
-                await connect(admin.start)
-                for service in SERVICES:
-                    for acl in acls_of(service):
-                        await _create(admin, acl, settings.topic_prefix)
-    finally:
-        await admin.close()
+    async with administering(settings, f"no rights given at {settings.kafka}", limit=limit) as admin:
+        for service in SERVICES:
+            for acl in acls_of(service):
+                await _create(admin, acl, settings.topic_prefix)
 
 
 async def _create(admin: AIOKafkaAdminClient, acl: Acl, prefix: str) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final
 
+from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from scanfleet.errors import DependencyError
@@ -59,3 +60,21 @@ def depending(on: str) -> Iterator[None]:
         yield
     except (KafkaError, TimeoutError) as error:
         raise DependencyError(f"{on}: {error!r}") from error
+
+
+@asynccontextmanager
+async def administering(settings: KafkaSettings, cannot: str, *, limit: float) -> AsyncIterator[AIOKafkaAdminClient]:
+    """A connected admin client; connecting, for a broker that is still starting too, and the block have `limit` seconds.
+
+    Raises:
+        DependencyError: no broker answered in time; says what it `cannot`.
+        OSError: a file that the settings name cannot be read.
+    """
+    admin = AIOKafkaAdminClient(**access(settings))
+    try:
+        with depending(cannot):
+            async with asyncio.timeout(limit):
+                await connect(admin.start)
+                yield admin
+    finally:
+        await admin.close()

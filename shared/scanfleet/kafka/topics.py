@@ -13,7 +13,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import NoError, TopicAlreadyExistsError, for_code
 from pydantic import Field
 
-from scanfleet.kafka.broker import access, connect, depending
+from scanfleet.kafka.broker import administering
 from scanfleet.messages.topics import DEAD_LETTER_RETENTION, TOPICS, Topic
 from scanfleet.settings import KafkaSettings
 
@@ -66,14 +66,8 @@ async def create_topics(settings: TopicSettings, topics: Iterable[Topic] = TOPIC
         RuntimeError: the broker refused; says why.
         OSError: a file that the settings name cannot be read.
     """
-    admin = AIOKafkaAdminClient(**access(settings))
-    try:
-        with depending(f"no topics made at {settings.kafka}"):
-            async with asyncio.timeout(limit):
-                await connect(admin.start)
-                await _create(admin, plans(settings, topics), settings.replication)
-    finally:
-        await admin.close()
+    async with administering(settings, f"no topics made at {settings.kafka}", limit=limit) as admin:
+        await _create(admin, plans(settings, topics), settings.replication)
 
 
 async def _create(admin: AIOKafkaAdminClient, wanted: list[Plan], replication: int) -> None:

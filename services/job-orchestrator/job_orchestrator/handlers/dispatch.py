@@ -187,10 +187,11 @@ class Dispatcher:
             worker = min(free, key=lambda credit: credit.held / credit.slots)
             workers[worker.worker_id] = fairness.give(worker, chunk)
             picked.append(dispatch(chunk, worker.worker_id, worker.partition))
-        jobs, _ = await asyncio.gather(
-            self._store.jobs({chunk.job_id for chunk in picked}),
-            self._store.wake_clocks([clock for clock in clocks.values() if clock != known.get(clock.user_id)]),
-        )
+        waking = self._store.wake_clocks([clock for clock in clocks.values() if clock != known.get(clock.user_id)])
+        if not picked:
+            await waking
+            return False
+        jobs, _ = await asyncio.gather(self._store.jobs({chunk.job_id for chunk in picked}), waking)
         return await self._send(picked, jobs) or len(picked) == room
 
     async def _send(self, picked: Sequence[Chunk], jobs: Mapping[int, ScanJob]) -> bool:
