@@ -60,6 +60,7 @@ class Dispatcher:
         self._publisher = publisher
         self._monotonic = monotonic
         self._lease_seconds = lease_seconds
+        self._silent_seconds = min(_SILENT_SECONDS, lease_seconds)  # whose lease was lost is not given the chunk again
         self._workers: dict[str, _Announced] = {}
         self._caught_up: set[int] = set()
         self._unclaimed: dict[int, Watch] = {}
@@ -146,7 +147,7 @@ class Dispatcher:
     async def _round(self) -> bool:
         """Answer whether another look may find more to give."""
         now = self._monotonic()
-        self._workers = {id_: each for id_, each in self._workers.items() if each.heard > now - _SILENT_SECONDS}
+        self._workers = {id_: each for id_, each in self._workers.items() if each.heard > now - self._silent_seconds}
         mine = [each.credit for each in self._workers.values() if each.credit.partition in self._caught_up]
         self._idle = any(credit.slots for credit in mine)
         if not self._idle or not (users := await self._store.waiting_users(raw=True)):

@@ -163,9 +163,17 @@ class World:
         results: hears of every result; None while it is down.
     """
 
-    def __init__(self, store: Store, *, replicas: int = 1, bus: MemoryBus | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        replicas: int = 1,
+        bus: MemoryBus | None = None,
+        lease_seconds: float = 30.0,
+    ) -> None:
         self.now = 1_000.0
         self.store = store
+        self.lease_seconds = lease_seconds
         self.bus = bus or MemoryBus()
         self.worker = Worker(self.bus)
         self.workers = [self.worker]
@@ -180,7 +188,7 @@ class World:
             store or self.store,
             publisher or self.bus,
             rules=RULES,
-            lease_seconds=30.0,
+            lease_seconds=self.lease_seconds,
             stored_seconds=60.0,
             monotonic=lambda: self.now,
         )

@@ -93,12 +93,15 @@ async def test_a_leaving_worker_gets_nothing(world: World) -> None:
     assert tasks(world) == []
 
 
-async def test_a_worker_that_fell_silent_gets_nothing(world: World) -> None:
-    """After seven seconds without an announcement a worker is given no more, and from its next one on it is again."""
+@pytest.mark.parametrize(("lease_seconds", "silent"), [(30.0, 8.0), (4.0, 5.0)])
+async def test_a_worker_that_fell_silent_gets_nothing(lease_seconds: float, silent: float) -> None:
+    """Silent for seven seconds, or for a lease, a worker is given no more, and from its next word on it is again."""
+    world = World(MemoryStore(), lease_seconds=lease_seconds)
+    world.worker.hold = True
     await world.start()
     await world.worker.announce()
     await world.settle()
-    world.now += 8.0
+    world.now += silent
     await queue(world, 7, 1)
     world.only.dispatcher.wake()
     await world.settle()
