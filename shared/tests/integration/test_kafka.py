@@ -137,6 +137,23 @@ async def test_a_tail_misses_nothing_once_it_has_started(bench: Bench) -> None:
         assert numbers(recorder) == [number]
 
 
+async def test_a_topic_that_was_lost_is_read_again_when_it_is_back(bench: Bench) -> None:
+    """A group whose topic was deleted, and which therefore shares out nothing, reads the new one from its beginning."""
+    bus, recorder = await bench.bus(), Recorder()
+    admin = AIOKafkaAdminClient(bootstrap_servers=bench.settings.kafka)
+    await admin.start()
+    try:
+        async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
+            await until(lambda: recorder.partitions)
+            await admin.delete_topics([bench.name])
+            await until(lambda: not recorder.partitions)
+            await create_topics(bench.settings, [SCAN_WORKERS])
+            await publish_through(bus, 1)
+            await until(lambda: numbers(recorder) == [1])
+    finally:
+        await admin.close()
+
+
 async def test_a_killed_broker_costs_nothing_but_time(own_broker: Broker, own_bench: Bench) -> None:
     """A broker that is killed and comes back: every message is read by group and tail, unready meanwhile, alive all along."""
     bus = await own_bench.bus()
