@@ -39,7 +39,7 @@ SESSION_MS: Final = 10_000  # after which a killed member's partitions go to ano
 HEARTBEAT_MS: Final = 1_000  # how soon a member hears of a rebalance
 REBALANCE_MS: Final = int(HURRY_SECONDS * 1500)  # half as long again as a batch in hand may take
 REQUEST_MS: Final = REBALANCE_MS + 5_000  # a join is answered when the rebalance is done
-METADATA_MS: Final = 5_000  # between two looks what topics there are: a member without partitions asks for no other reason
+METADATA_MS: Final = 5_000  # between two looks what topics there are: a member without partitions asks for nothing else
 MAX_POLL_MS: Final = (
     2**31 - 1
 )  # a batch is retried for as long as it takes: leaving the group would only move the bad day
