@@ -19,6 +19,7 @@ from local.client import FINAL, Client
 from local.demo import real_servers
 from local.paths import STATE
 from local.stack import USUAL_PORTS, Stack
+from local.wait import until
 
 SUBNET = "127.9.8.0/24"
 QUICK = {"ports": "top:100", "service_detection": False, "timing": 4}
@@ -93,9 +94,8 @@ def jobs_ratio(user: Client) -> float:
     hosts = [f"127.9.7.{number}" for number in range(1, JOBS + 1)]
     subnet_ids = [user.subnet(f"{host}/32") for host in hosts]
     begin = time.perf_counter()
-    jobs = user.submit(subnet_ids, policy_id)
-    for job in jobs:
-        user.finished(job["id"])
+    user.submit(subnet_ids, policy_id)
+    until(lambda: user.unfinished() == 0, 120, "all jobs to be final")
     middle = time.perf_counter()
     command = ["xargs", "-P4", "-n1", "nmap", *ONE_PORT_ARGUMENTS]
     subprocess.run(command, input="\n".join(hosts).encode(), stdout=subprocess.DEVNULL, check=True)

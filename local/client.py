@@ -48,6 +48,12 @@ class Client:
         status: str = self.task(job_id)["status"]["status"]
         return status
 
+    def unfinished(self) -> int:
+        """How many of the user's jobs are not final."""
+        asked = {"status": "pending,running", "page_size": 1}
+        total: int = self._json("GET", "/api/v1/task", params=asked)["total"]
+        return total
+
     def finished(self, job_id: int, limit: float = 120.0) -> dict[str, Any]:
         """The task once its job is final."""
         until(lambda: self.status(job_id) in FINAL, limit, f"job {job_id} to be final")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
@@ -56,8 +57,10 @@ class ResultsHandler:
             await self._store_and_answer(records, batch)
 
     async def _store_and_answer(self, records: Sequence[Record], batch: Batch) -> None:
-        closed = await self._store.closed(batch.chunk_ids)
-        new = await self._store.add(list(batch.hosts.values()))
+        closed, new = await asyncio.gather(
+            self._store.closed(batch.chunk_ids),
+            self._store.add(list(batch.hosts.values())),
+        )
         answers = await self._answers(batch, closed)
         if answers:
             await self._publisher.publish(SCAN_STORED, answers)

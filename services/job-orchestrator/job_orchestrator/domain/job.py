@@ -6,6 +6,7 @@ raises `seq`, so that readers of its events can tell new from old. Illegal chang
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
@@ -171,7 +172,7 @@ def observe(job: ScanJob, progress: int, machines_found: int, now: datetime) -> 
     return changed, _event(changed, JobProgressed)
 
 
-def published(job: ScanJob, event_ids: set[str]) -> ScanJob:
+def published(job: ScanJob, event_ids: AbstractSet[str]) -> ScanJob:
     """The job without the events that the bus has acknowledged."""
     return replace(job, outbox=tuple(out for out in job.outbox if out.event.event_id not in event_ids))
 

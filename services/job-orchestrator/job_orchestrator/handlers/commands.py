@@ -92,7 +92,7 @@ class Commands:
         fresh = [job for command in new if decided[command.id] is command for job in command.jobs]
         for job in fresh:
             job_came(job)
-        await self._finish(stands | decided, messages, {job.id for job in fresh})
+        await self._finish(stands | decided, messages, fresh)
 
     async def assigned(self, partitions: Collection[int]) -> None: ...
 
@@ -134,20 +134,22 @@ class Commands:
 
     async def _known(self, messages: Mapping[str, SubmitJobs | CancelJob]) -> dict[str, Command]:
         """What already stands for these ids: their own command, or an earlier one under the same idempotency key."""
-        by_id = await self._store.commands(messages)
         keys = {
             id_: (message.user_id, message.idempotency_key)
             for id_, message in messages.items()
-            if isinstance(message, SubmitJobs) and message.idempotency_key and id_ not in by_id
+            if isinstance(message, SubmitJobs) and message.idempotency_key
         }
-        by_key = await self._store.commands_by_key(keys.values())
-        return by_id | {id_: by_key[key] for id_, key in keys.items() if key in by_key}
+        by_id, by_key = await asyncio.gather(
+            self._store.commands(messages),
+            self._store.commands_by_key(keys.values()),
+        )
+        return {id_: by_key[key] for id_, key in keys.items() if key in by_key} | by_id
 
     async def _finish(
         self,
         stands: Mapping[str, Command],
         messages: Mapping[str, SubmitJobs | CancelJob],
-        fresh: Collection[int],
+        fresh: Collection[ScanJob],
     ) -> None:
         mismatched = {
             id_: _rejected(id_, 400, "Idempotency-Key was used for another request", Rule.REQUEST)
@@ -157,7 +159,7 @@ class Commands:
         answers = mismatched | await self._answers(
             {id_: command for id_, command in stands.items() if id_ not in mismatched and command.state != "expired"},
         )
-        self._jobs.make(fresh)
+        self._jobs.make([job.id for job in fresh])
         entries = [_audit_entry(messages[id_], answer) for id_, answer in answers.items()]
         # Side by side: the caller waits for the reply. Both are done again should the batch come again.
         await asyncio.gather(
@@ -166,9 +168,11 @@ class Commands:
         )
         for entry in entries:
             write_line(entry)
+        await self._jobs.tell(fresh)
         told = {job_id for id_ in answers.keys() - mismatched.keys() for job_id in _jobs_of(stands[id_])}
-        await self._jobs.relay(told)
-        await self._jobs.reconcile(told - set(fresh))
+        others = told - {job.id for job in fresh}
+        await self._jobs.relay(others)
+        await self._jobs.reconcile(others)
 
     async def _answers(self, commands: Mapping[str, Command]) -> dict[str, Reply]:
         """Finish each command, under the id that asks for it, and say what came of it."""
@@ -185,9 +189,14 @@ class Commands:
 
     async def _decide(self, submits: Sequence[SubmitJobs]) -> list[Command]:
         """What to insert for each: accepted with all its jobs, or rejected; an idempotency key decides on insert."""
-        decided = await asyncio.gather(*(self._check(submit) for submit in submits))
-        wanted = sum(len(each) for each in decided if not isinstance(each, Command))
-        ids = iter(await self._store.take_ids("jobs", wanted)) if wanted else iter(())
+        if not submits:
+            return []
+        # Taken while it is not known yet who will be rejected: some ids name no job.
+        decided, taken = await asyncio.gather(
+            asyncio.gather(*(self._check(submit) for submit in submits)),
+            self._store.take_ids("jobs", sum(len(submit.subnet_ids) for submit in submits)),
+        )
+        ids = iter(taken)
         return [
             each if isinstance(each, Command) else _accepted(submit, [make(next(ids)) for make in each])
             for submit, each in zip(submits, decided, strict=True)

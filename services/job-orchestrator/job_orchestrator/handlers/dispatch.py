@@ -12,7 +12,7 @@ from typing import Final
 
 from job_orchestrator.domain import fairness
 from job_orchestrator.domain.chunk import Chunk, ChunkState, cancel, dispatch, give_back
-from job_orchestrator.domain.fairness import Credit
+from job_orchestrator.domain.fairness import Clock, Credit
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.watch import Watch
@@ -152,14 +152,19 @@ class Dispatcher:
         self._idle = any(credit.slots for credit in mine)
         if not self._idle or not (users := await self._store.waiting_users(raw=True)):
             return False
-        credits_, _ = await asyncio.gather(self._store.held(mine), self._look_around(now))
+        credits_, known, _ = await asyncio.gather(
+            self._store.held(mine),
+            self._store.clocks(users),
+            self._look_around(now),
+        )
         self._idle = any(credit.held < credit.slots for credit in credits_)
         if not self._raw_elsewhere:  # then the others may say no
-            return await self._give(credits_, users, raw=True)
-        more = await self._give([each for each in credits_ if each.raw], users, raw=True)
+            return await self._give(credits_, users, known, raw=True)
+        more = await self._give([each for each in credits_ if each.raw], users, known, raw=True)
         if not (others := [each for each in credits_ if not each.raw]):
             return more
-        return await self._give(others, await self._store.waiting_users(raw=False), raw=False) or more
+        users = await self._store.waiting_users(raw=False)
+        return await self._give(others, users, await self._store.clocks(users), raw=False) or more
 
     async def _look_around(self, now: float) -> None:
         """Once a second: who has become idle, and whether a raw worker lives."""
@@ -171,12 +176,18 @@ class Dispatcher:
         )
         self._rest_due = now + _REST_SECONDS
 
-    async def _give(self, credits_: Sequence[Credit], users: Collection[int], *, raw: bool) -> bool:
+    async def _give(
+        self,
+        credits_: Sequence[Credit],
+        users: Collection[int],
+        known: Mapping[int, Clock],
+        *,
+        raw: bool,
+    ) -> bool:
         workers = {credit.worker_id: credit for credit in credits_ if credit.slots}
         if not workers or not users:
             return False
         room = min(_PICKS, sum(max(0, credit.slots - credit.held) + _EXTRA for credit in workers.values()))
-        known = await self._store.clocks(users)
         clocks = fairness.wake(known, users)
         neediest = sorted(clocks.values(), key=lambda clock: clock.time)[:_USERS]
         heads = await asyncio.gather(*(self._store.queue(clock.user_id, room, raw=raw) for clock in neediest))
@@ -205,11 +216,10 @@ class Dispatcher:
         traces = {chunk.id: jobs[chunk.job_id].traceparent for chunk in sent}
         with tracing.spans("dispatch chunk", traces, "producer", "scanfleet.chunk.id") as onward:
             tasks = [self._task(chunk, jobs[chunk.job_id].policy, onward[chunk.id]) for chunk in sent]
-            await self._publisher.publish(SCAN_TASKS, tasks)
-        charges: dict[int, float] = defaultdict(float)
-        for chunk in sent:
-            charges[chunk.user_id] += chunk.charged
-        await self._store.charge(charges)
+            charges: dict[int, float] = defaultdict(float)
+            for chunk in sent:
+                charges[chunk.user_id] += chunk.charged
+            await asyncio.gather(self._publisher.publish(SCAN_TASKS, tasks), self._store.charge(charges))
         await self._cancel(over)
         return len(sent) < len(picked)
 

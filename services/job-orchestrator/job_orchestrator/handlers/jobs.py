@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Final
-
-import structlog
 
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState, cancel
@@ -28,13 +27,13 @@ from scanfleet.loop import Loop
 from scanfleet.messages import JobProgressed, JobStatus
 from scanfleet.messages.topics import SCAN_EVENTS, SCAN_TASKS
 
-_log = structlog.get_logger()
-
 _ROUNDS: Final = 50  # a job needs about five; more is other replicas winning every race
 _PROGRESS_SECONDS: Final = 1.0  # between two looks at how far jobs are
 _CHUNKS_A_SECOND: Final = 1_000  # read for progress at most, so that a huge job's progress does not cost a core
 _PAGE: Final = 1_000  # chunks made or cancelled at once: about 100 ms, and then it is another job's turn
 _BULK_SECONDS: Final = 10.0  # between looks for bulk work; it is woken when there is some
+_EMPTY_SECONDS: Final = 1.0  # between looks for outboxes to empty; it is woken when there are some
+_LEAST_SECONDS: Final = 0.1  # between two rounds of emptying: no reader waits for it, and many jobs share one
 
 _BEGUN: Final = frozenset({ChunkState.RUNNING, ChunkState.SCANNED, ChunkState.STORED, ChunkState.FAILED})
 _DONE: Final = frozenset({ChunkState.STORED, ChunkState.FAILED, ChunkState.CANCELLED})
@@ -42,11 +41,16 @@ _DONE: Final = frozenset({ChunkState.STORED, ChunkState.FAILED, ChunkState.CANCE
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A job as it was read and as it should be stored, and at its end what became of its probes."""
+    """A job as it was read, what it came to be one after the other, and at its end what became of its probes."""
 
     before: ScanJob
-    after: ScanJob
+    stages: tuple[ScanJob, ...]
     ledger: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def after(self) -> ScanJob:
+        """The job as it should be stored."""
+        return self.stages[-1] if self.stages else self.before
 
 
 class Jobs:
@@ -54,7 +58,7 @@ class Jobs:
 
     What takes long, making and cancelling the chunks of large jobs, is done page by page by a loop, so that no handler
     waits for it and no small job waits for a large one. Another tells once a second how far jobs are; most short ones have
-    ended by then.
+    ended by then. A third takes out of the outboxes what was published, many jobs at once: until then it is known here.
 
     Args:
         store: where jobs and chunks are.
@@ -78,8 +82,11 @@ class Jobs:
         self._next_progress: dict[int, float] = {}
         self._bulky: set[int] = set()
         self._plans: dict[int, Iterator[Chunk]] = {}
+        self._sent: defaultdict[int, set[str]] = defaultdict(set)
+        """By job, the events in its outbox that the bus has acknowledged."""
         self._bulk = Loop("bulk", _BULK_SECONDS, self.work)
-        self.loops = (self._bulk, Loop("progress", _PROGRESS_SECONDS, self.progress))
+        self._emptying = Loop("outbox", _EMPTY_SECONDS, self.empty, least=_LEAST_SECONDS)
+        self.loops = (self._bulk, self._emptying, Loop("progress", _PROGRESS_SECONDS, self.progress))
 
     async def reconcile(self, job_ids: Collection[int]) -> None:
         """Bring these jobs to where their chunks say that they are.
@@ -91,12 +98,9 @@ class Jobs:
         for _ in range(_ROUNDS):
             if not left:
                 return
-            jobs = await self._store.jobs(left)
-            states = await self._store.chunk_states(left)
-            steps = [await self._step(job, states[job.id]) for job in jobs.values()]
-            changed = [step for step in steps if step.after != step.before]
-            started = {step.after.id for step in changed if not step.after.final}
-            left = await self._save(changed) | {id_ for id_ in started if _is_over(jobs[id_], states[id_])}
+            jobs, states = await asyncio.gather(self._store.jobs(left), self._store.chunk_states(left))
+            steps = [await self._step(self._unsent(job), states[job.id]) for job in jobs.values()]
+            left = await self._save([step for step in steps if step.stages])
         raise DependencyError(f"jobs kept changing under us: {sorted(left)[:5]}")
 
     def make(self, job_ids: Collection[int]) -> None:
@@ -131,12 +135,50 @@ class Jobs:
         self._further |= {each.after.job_id for each in changes if each.after.outcomes != each.before.outcomes}
 
     async def relay(self, job_ids: Collection[int]) -> None:
-        """Publish what these jobs have in their outboxes, in order, and then empty them.
+        """Publish what these jobs have in their outboxes.
 
         Raises:
-            DependencyError: events may be published and still be in the outbox; they will be published again.
+            DependencyError: some of it may be published; calling again publishes all of it.
         """
-        await self._publish([job for job in (await self._store.jobs(job_ids)).values() if job.outbox])
+        await self.tell((await self._store.jobs(job_ids)).values())
+
+    async def tell(self, jobs: Iterable[ScanJob]) -> None:
+        """Publish what is in the outboxes of these jobs as they are stored, in order, and have it taken out of them.
+
+        Raises:
+            DependencyError: some of it may be published; calling again publishes all of it.
+        """
+        full = [job for each in jobs if (job := self._unsent(each)).outbox]
+        if not full:
+            return
+        news = {job.id: type(job.outbox[-1].event).__name__ for job in full}
+        traces = {job.id: job.traceparent for job in full}
+        with tracing.spans(news.__getitem__, traces, "producer", "scanfleet.job.id"):
+            await self._publisher.publish(SCAN_EVENTS, [out.event for job in full for out in job.outbox])
+        for job in full:
+            self._sent[job.id] |= {out.event.event_id for out in job.outbox}
+        self._emptying.wake()
+
+    async def empty(self) -> None:
+        """Take out of the outboxes what was published.
+
+        Raises:
+            DependencyError: it is still there, and the next call takes it out; a replica that comes before publishes it again.
+        """
+        sent = {id_: frozenset(events) for id_, events in self._sent.items()}
+        left: Collection[int] = sent
+        for _ in range(_ROUNDS):
+            if not left:
+                break
+            jobs = await self._store.jobs(left)
+            emptied = [(job, published(job, sent[job.id])) for job in jobs.values()]
+            left = await self._store.save_jobs([after for before, after in emptied if after != before])
+        else:
+            raise DependencyError(f"outboxes kept changing under us: {sorted(left)[:5]}")
+        for id_, events in sent.items():
+            self._sent[id_] -= events
+            if not self._sent[id_]:
+                del self._sent[id_]
 
     async def progress(self) -> None:
         """Tell how far those jobs are that got further since they were last told of; called about once a second.
@@ -151,7 +193,8 @@ class Jobs:
             return
         untold: set[int] = set()
         seen: dict[int, tuple[ScanJob, JobProgressed]] = {}
-        for job in (await self._store.jobs(due)).values():
+        for each in (await self._store.jobs(due)).values():
+            job = self._unsent(each)
             if job.status is not JobStatus.RUNNING:
                 continue
             if job.outbox:
@@ -165,19 +208,31 @@ class Jobs:
         self._further -= due - untold
         await self._publisher.publish(SCAN_EVENTS, [event for id_, (_, event) in seen.items() if id_ not in untold])
 
+    def _unsent(self, job: ScanJob) -> ScanJob:
+        """The job without those events that are still in its outbox and were published."""
+        return published(job, self._sent[job.id]) if job.id in self._sent else job
+
     async def _step(self, job: ScanJob, states: Counter[ChunkState]) -> _Step:
-        """The job as it should be stored now."""
+        """What the job comes to be by its chunks, from its start to its end if it is over."""
         if job.final:
             await self._cancel(job, states)
-            return _Step(job, replace(job, settled=not any(states[state] for state in OPEN)))
+            settled = not any(states[state] for state in OPEN)
+            return _Step(job, () if settled is job.settled else (replace(job, settled=settled),))
         if states.total() < job.chunk_count:
             self.make([job.id])
-        if job.status is JobStatus.PENDING:
-            begun = any(states[state] for state in _BEGUN)
-            return _Step(job, change_job(job, JobTrigger.START, utc_now()) if begun else job)
-        return await self._end(job) if _is_over(job, states) else _Step(job, job)
+        if job.status is JobStatus.RUNNING:
+            started = job
+        elif any(states[state] for state in _BEGUN):
+            started = change_job(job, JobTrigger.START, utc_now())
+        else:
+            return _Step(job, ())
+        stages = () if started is job else (started,)
+        if not _is_over(job, states):
+            return _Step(job, stages)
+        ended, ledger = await self._end(started)
+        return _Step(job, (*stages, ended), ledger)
 
-    async def _end(self, job: ScanJob) -> _Step:
+    async def _end(self, job: ScanJob) -> tuple[ScanJob, Mapping[str, int]]:
         tally = await self._tally(job)
         if tally.accounted and tally.chunks[ChunkState.STORED] == job.chunk_count:
             trigger, progress, error = JobTrigger.COMPLETE, 100, ""
@@ -191,7 +246,7 @@ class Jobs:
             machines_found=max(job.machines_found, tally.machines_found),
             error=error,
         )
-        return _Step(job, ended, tally.counts)
+        return ended, tally.counts
 
     async def _tally(self, job: ScanJob) -> Tally:
         tally = Tally(job)
@@ -235,33 +290,16 @@ class Jobs:
             self.make([job.id])  # it is settled only when a look finds none
 
     async def _save(self, steps: Sequence[_Step]) -> set[int]:
-        jobs = [step.after for step in steps]
-        losers = await self._store.save_jobs(jobs)
-        for step in (step for step in steps if step.after.id not in losers):
-            if step.after.status is not step.before.status:
-                job_came(step.after)
+        losers = await self._store.save_jobs([step.after for step in steps])
+        saved = [step for step in steps if step.after.id not in losers]
+        for step in saved:
+            for before, stage in pairwise((step.before, *step.stages)):
+                if stage.status is not before.status:
+                    job_came(stage)
             for outcome, probes in step.ledger.items():
                 PROBES.labels(outcome).inc(probes)
-        await self._publish([replace(job, rev=job.rev + 1) for job in jobs if job.id not in losers and job.outbox])
+        await self.tell([step.after for step in saved])
         return losers
-
-    async def _publish(self, jobs: Collection[ScanJob]) -> None:
-        if not jobs:
-            return
-        news = {job.id: type(job.outbox[-1].event).__name__ for job in jobs}
-        traces = {job.id: job.traceparent for job in jobs}
-        with tracing.spans(news.__getitem__, traces, "producer", "scanfleet.job.id"):
-            await self._publisher.publish(SCAN_EVENTS, [out.event for job in jobs for out in job.outbox])
-        sent = {job.id: {out.event.event_id for out in job.outbox} for job in jobs}
-        left: Collection[ScanJob] = jobs
-        for _ in range(_ROUNDS):
-            emptied = [(job, published(job, sent[job.id])) for job in left]
-            losers = await self._store.save_jobs([after for job, after in emptied if after != job])
-            if not losers:
-                return
-            left = (await self._store.jobs(losers)).values()
-        # What is left in an outbox is published again by the sweep: twice is allowed, never is not.
-        _log.warning("events stay in the outbox", jobs=sorted(losers)[:5])
 
 
 def _is_over(job: ScanJob, states: Counter[ChunkState]) -> bool:

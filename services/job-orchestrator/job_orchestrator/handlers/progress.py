@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
@@ -93,10 +94,12 @@ class Progress:
         charges: dict[int, float] = defaultdict(float)
         for each in changed:
             charges[each.after.user_id] += effects[each.after.id].charge
-        await self._store.charge({user: seconds for user, seconds in charges.items() if seconds})
         if any(each.moved and each.before.state in HELD for each in changed):
             self._wake()
-        await self._jobs.follow(changed)
+        await asyncio.gather(
+            self._store.charge({user: seconds for user, seconds in charges.items() if seconds}),
+            self._jobs.follow(changed),
+        )
 
     async def assigned(self, partitions: Collection[int]) -> None:
         self._leases |= {partition: Watch(self._lease_seconds) for partition in partitions}

@@ -209,6 +209,8 @@ class MongoStore:
 
     @bad_days()
     async def jobs(self, ids: Collection[int]) -> dict[int, ScanJob]:
+        if not ids:
+            return {}
         return {each["_id"]: documents.read_job(each) async for each in self._jobs.find({"_id": {"$in": list(ids)}})}
 
     async def save_jobs(self, jobs: Sequence[ScanJob]) -> set[int]:
@@ -250,6 +252,8 @@ class MongoStore:
         await insert_missing(self._chunks, [documents.write_chunk(chunk) for chunk in chunks])
 
     async def chunks(self, ids: Collection[str]) -> dict[str, Chunk]:
+        if not ids:
+            return {}
         return {chunk.id: chunk for chunk in await self._find_chunks({"_id": {"$in": list(ids)}})}
 
     async def job_chunks(self, job_id: int) -> AsyncIterator[Chunk]:

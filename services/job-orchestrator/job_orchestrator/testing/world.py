@@ -236,6 +236,7 @@ class World:
             for replica in self.replicas:
                 await replica.jobs.work()
                 await replica.dispatcher.fill()
+                await replica.jobs.empty()
             if not heard and not self._waiting():
                 return
         raise AssertionError("this world does not come to rest")

@@ -14,7 +14,7 @@ from job_orchestrator.testing import MemoryStore, World, chunk, scan_job, scan_p
 from job_orchestrator.testing.things import THEN
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError
-from scanfleet.messages import ChunkScanned, JobStatus
+from scanfleet.messages import ChunkScanned, JobCancelled, JobCompleted, JobCreated, JobStarted, JobStatus
 from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_RESULTS, SCAN_TASKS
 
 
@@ -200,3 +200,48 @@ async def test_making_chunks_goes_on_after_a_bad_day(lost: int) -> None:
     for _ in range(job.chunk_count // 500):
         await world.only.jobs.work()
     assert (await store.chunk_states([1]))[1].total() == job.chunk_count > 2_000
+
+
+async def test_a_job_that_is_over_when_it_is_first_seen_to_run_is_one_change(world: World) -> None:
+    """A job whose chunks are all stored starts and ends in one save, and tells of both in order."""
+    job = replace(scan_job(9, chunk_count=1), outbox=())
+    await world.store.insert_jobs([job])
+    await world.store.insert_chunks([chunk(id="9-0", job_id=9, state=ChunkState.STORED, outcomes="a" * job.addresses)])
+    await world.only.jobs.reconcile([9])
+    ended = (await world.store.jobs([9]))[9]
+    assert (ended.status, ended.rev) == (JobStatus.COMPLETED, job.rev + 1)
+    assert [(type(each), each.job.status) for each in world.events(9)] == [
+        (JobStarted, JobStatus.RUNNING),
+        (JobCompleted, JobStatus.COMPLETED),
+    ]
+
+
+async def test_what_was_published_is_not_published_again(world: World) -> None:
+    """An event that is still in the outbox after the bus has acknowledged it is not sent with the next one."""
+    await world.submit()
+    await world.deliver()
+    assert [type(out.event) for out in (await world.store.jobs([1]))[1].outbox] == [JobCreated]
+    await world.cancel(1)
+    await world.deliver()
+    assert [type(each) for each in world.events(1)] == [JobCreated, JobCancelled]
+
+
+async def test_outboxes_are_emptied_together(world: World) -> None:
+    """One round takes what was published out of the outboxes of many jobs, and the next has nothing to do."""
+    jobs = [scan_job(id_) for id_ in (7, 8, 9)]
+    await world.store.insert_jobs(jobs)
+    await world.only.jobs.tell(jobs)
+    await world.only.jobs.empty()
+    assert [(job.outbox, job.rev) for job in (await world.store.jobs([7, 8, 9])).values()] == 3 * [((), 1)]
+    await world.only.jobs.empty()
+    assert {job.rev for job in (await world.store.jobs([7, 8, 9])).values()} == {1}
+
+
+async def test_an_event_that_comes_while_outboxes_are_emptied_stays(world: World) -> None:
+    """What is added to an outbox after its first event was published is left in it until it is published too."""
+    await world.store.insert_jobs([scan_job(9)])
+    await world.only.jobs.tell([scan_job(9)])
+    await world.store.save_jobs([change(scan_job(9), JobTrigger.CANCEL, THEN)])
+    await world.only.jobs.empty()
+    (left,) = (await world.store.jobs([9]))[9].outbox
+    assert isinstance(left.event, JobCancelled)
