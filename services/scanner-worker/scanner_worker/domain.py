@@ -6,16 +6,19 @@ import re
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Final, NamedTuple
 
 from scanfleet.messages import HostScanned, ScanChunk, Technique
 from scanfleet.messages.topics import MAX_BYTES
-from scanfleet.outcomes import Outcome, index_of, networks
+from scanfleet.outcomes import MAX_ADDRESSES, Outcome, index_of, networks
 from scanfleet.policy import GROUP_HOSTS, ScanPolicy
 from scanfleet.ports import PortSet
 from scanfleet.targets import Network, TargetRules
 
 REASON_CHARS: Final = 500  # of why a chunk failed: it becomes part of a job's `error`, which a person reads
+
+BATCH_SECONDS: Final = 5.0  # of estimates in one nmap with others: less than that, and starting nmap is felt
 
 _GROUP_PROBES: Final = 1024  # probes of one host group at least, as nmap itself has it
 
@@ -54,9 +57,36 @@ class Permitted:
     """What is left of a chunk when the rules were asked once more."""
 
     outcomes: str
-    targets: tuple[Network, ...]
     reason: str
     """Why addresses are refused; empty when none is."""
+
+
+def together(waiting: Sequence[ScanChunk]) -> Sequence[ScanChunk]:
+    """The first of `waiting`, and what one nmap can scan with it: chunks of the same user, policy and ports.
+
+    No address is there twice, and together they are no more than a chunk may be. One that was given back or has failed before
+    goes alone: a target that nmap cannot cope with takes nobody with it a second time.
+    """
+    first, *others = waiting
+    chosen, seconds, addresses = [first], first.estimate_seconds, len(first.outcomes)
+    for other in others:
+        longer, more = seconds + other.estimate_seconds, addresses + len(other.outcomes)
+        if longer <= BATCH_SECONDS and more <= MAX_ADDRESSES and all(_alike(each, other) for each in chosen):
+            chosen.append(other)
+            seconds, addresses = longer, more
+    return chosen
+
+
+def _alike(one: ScanChunk, other: ScanChunk) -> bool:
+    if one.attempt > 1 or other.attempt > 1:
+        return False
+    if (one.user_id, one.ports, one.policy) != (other.user_id, other.ports, other.policy):
+        return False
+    begins, other_begins = ip_address(one.first_address), ip_address(other.first_address)
+    if begins.version != other_begins.version:
+        return False
+    distance = int(other_begins) - int(begins)
+    return distance >= len(one.outcomes) or -distance >= len(other.outcomes)
 
 
 def permit(chunk: ScanChunk, rules: TargetRules, *, raw: bool) -> Permitted:
@@ -64,17 +94,17 @@ def permit(chunk: ScanChunk, rules: TargetRules, *, raw: bool) -> Permitted:
     # What counts is the chunk's own ports: the TCP part of a policy with UDP ports can be done without raw packets.
     here = chunk.policy.model_copy(update={"ports": chunk.ports})
     refused: list[Network] = []
-    targets: list[Network] = []
     reason = f"{_needs(here)} raw packets, which no worker here may send" if here.needs_raw and not raw else ""
     for network in networks(chunk.first_address, chunk.outcomes):
         for part, why in [(network, reason)] if here.needs_raw and not raw else _judged(network, rules):
-            (refused if why else targets).append(part)
-            reason = reason or why
+            if why:
+                refused.append(part)
+                reason = reason or why
     letters = list(chunk.outcomes)
     for network in refused:
         start = index_of(chunk.first_address, str(network.network_address))
         letters[start : start + network.num_addresses] = Outcome.REFUSED * network.num_addresses
-    return Permitted("".join(letters), tuple(targets), reason)
+    return Permitted("".join(letters), reason)
 
 
 def _needs(policy: ScanPolicy) -> str:

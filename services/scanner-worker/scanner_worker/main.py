@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from scanfleet import logging, service, tracing
 from scanfleet.kafka import KafkaBus
 from scanfleet.messages import topics
-from scanner_worker.handlers.chunk import Abilities
+from scanner_worker.handlers.batch import Abilities
 from scanner_worker.handlers.worker import Worker
 from scanner_worker.scanner.process import Limits, Nmap
 from scanner_worker.scanner.raw import may_send_raw, privileges

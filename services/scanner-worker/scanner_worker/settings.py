@@ -15,7 +15,7 @@ class Settings(CommonSettings, KafkaSettings, TargetSettings):
         2,  # an nmap mostly waits for the network, so two share a core well
         ge=1,
         le=256,
-        description="How many chunks are scanned side by side.",
+        description="How many nmaps run side by side. One scans a chunk, or several small ones that are alike.",
     )
     scan_time_factor: float = Field(
         10.0,  # an estimate is a guess about a network that nobody has seen

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, aclosing
-from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import structlog
 from prometheus_client import Counter
@@ -28,86 +27,43 @@ from scanfleet.messages import (
 from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, Topic
 from scanfleet.outcomes import Outcome, index_of
 from scanfleet.ports import PortSet
-from scanfleet.targets import Network, TargetRules
-from scanner_worker.domain import (
-    REASON_CHARS,
-    Host,
-    ScanError,
-    arguments,
-    fit,
-    outcome,
-    permit,
-    services,
-    technique,
-)
+from scanner_worker.domain import REASON_CHARS, Host, ScanError, fit, outcome, permit, technique
+from scanner_worker.handlers.batch import Abilities, Found, Share
 
 CLAIM_S: Final = 0.25  # of scanning before it is claimed: one that ends sooner says all with its end
 BEAT_S: Final = 1.0  # between two ChunkProgressed: a third of the shortest lease
 RETRY_S: Final = 0.5  # between two tries of a send; each try already waits for the broker
 FENCE: Final = 2 / 3  # of the lease, without an acknowledged heartbeat: nmap is gone before anybody takes over
 
-Found = list[tuple[Host, tuple[PortFound, ...]]]
-
 _addresses = Counter("scanfleet_worker_addresses", "Addresses done, by outcome.", ["outcome"])
 _ends = Counter("scanfleet_worker_chunks", "Chunks that ended here, by how.", ["end"])
 _log = structlog.stdlib.get_logger(__name__)
 
 
-class Scanner(Protocol):
-    def scan(self, arguments: Sequence[str], services: Mapping[str, int], seconds: float) -> AsyncGenerator[Found]:
-        """Yield finished hosts with their open ports; once it is closed nothing runs any more.
-
-        Raises:
-            ScanError: the run does not count; the hosts that were yielded do.
-        """
-
-
-@dataclass(frozen=True, slots=True)
-class Abilities:
-    """What this worker can do and may do.
-
-    Attributes:
-        slots: how many chunks side by side.
-        raw: whether nmap may send raw packets here.
-        rules: what may be scanned.
-        time_factor: a scan may take its estimate times this, and
-        time_floor: at least so many seconds.
-    """
-
-    slots: int
-    raw: bool
-    rules: TargetRules
-    time_factor: float
-    time_floor: float
-
-
 class ChunkScan:
     """Scans one chunk, and tells it."""
 
-    def __init__(self, chunk: ScanChunk, abilities: Abilities, scanner: Scanner, publisher: Publisher) -> None:
-        self._chunk = chunk
+    def __init__(self, chunk: ScanChunk, abilities: Abilities, publisher: Publisher) -> None:
+        self.chunk = chunk
         self._abilities = abilities
-        self._scanner = scanner
         self._publisher = publisher
         self._map = list(chunk.outcomes)
         self._ports = PortSet.parse(chunk.ports)
         self._technique = technique(chunk.policy, raw=abilities.raw)
         self._doubt = ""
-        self._began = 0.0
         self._fence: asyncio.Timeout | None = None
         self._work: asyncio.Task[None] | None = None
         self._stopped = ""
 
-    async def run(self) -> None:
+    async def run(self, share: Share) -> None:
         """Return when the last words about the chunk are acknowledged."""
-        about = {"scanfleet.chunk.id": self._chunk.chunk_id}
-        with tracing.span("scan chunk", self._chunk.traceparent, "consumer", about), self._logged():
-            self._began = asyncio.get_running_loop().time()
-            await self._last_words(await self._outcome())
+        about = {"scanfleet.chunk.id": self.chunk.chunk_id}
+        with tracing.span("scan chunk", self.chunk.traceparent, "consumer", about), self._logged():
+            await self._last_words(await self._outcome(share))
 
     async def release(self, reason: str) -> None:
         """Give the chunk back without having begun."""
-        with tracing.within(self._chunk.traceparent), self._logged():
+        with tracing.within(self.chunk.traceparent), self._logged():
             await self._last_words(ChunkReleased(**self._state, reason=reason))
 
     def stop(self, reason: str) -> None:
@@ -116,34 +72,35 @@ class ChunkScan:
         if self._work is not None:
             self._work.cancel()
 
-    async def _outcome(self) -> Message:
-        permitted = permit(self._chunk, self._abilities.rules, raw=self._abilities.raw)
-        self._map = list(permitted.outcomes)
+    async def _outcome(self, share: Share) -> Message:
         try:
-            if not self._stopped:
-                await self._hold_and_scan(permitted.targets)
+            async with share:
+                permitted = permit(self.chunk, self._abilities.rules, raw=self._abilities.raw)
+                self._map = list(permitted.outcomes)
+                if not self._stopped:
+                    await self._hold_and_scan(share)
         except ScanError as error:
-            return ChunkFailed(**self._state, reason=str(error)[:REASON_CHARS], slot_seconds=self._slot_seconds)
+            return ChunkFailed(**self._state, reason=str(error)[:REASON_CHARS], slot_seconds=share.seconds)
         except Exception as error:  # noqa: BLE001 # one strange host must not stop the others: the job is told, the log says all
             _log.exception("scan failed by our own fault")
             reason = f"the worker failed: {type(error).__name__}"
-            return ChunkFailed(**self._state, reason=reason, slot_seconds=self._slot_seconds)
+            return ChunkFailed(**self._state, reason=reason, slot_seconds=share.seconds)
         if Outcome.BLANK in self._map:
-            return ChunkReleased(**self._state, reason=self._stopped, slot_seconds=self._slot_seconds)
+            return ChunkReleased(**self._state, reason=self._stopped, slot_seconds=share.seconds)
         return ChunkScanned(
             **self._state,
-            first_address=self._chunk.first_address,
-            slot_seconds=self._slot_seconds,
+            first_address=self.chunk.first_address,
+            slot_seconds=share.seconds,
             technique=self._technique,
             reason=permitted.reason[:REASON_CHARS],
         )
 
-    async def _hold_and_scan(self, targets: Sequence[Network]) -> None:
+    async def _hold_and_scan(self, share: Share) -> None:
         """Scan for as long as the lease is ours; `_stopped` says why blanks are left."""
-        self._work = asyncio.create_task(self._scan(targets))
+        self._work = asyncio.create_task(self._scan(share))
         beating = asyncio.create_task(self._beat())
         try:
-            async with asyncio.timeout(self._chunk.lease_seconds * FENCE) as self._fence:
+            async with asyncio.timeout(self.chunk.lease_seconds * FENCE) as self._fence:
                 await asyncio.wait((self._work, beating), return_when=asyncio.FIRST_COMPLETED)
         except TimeoutError:
             self._stopped = "the bus acknowledged no heartbeat in time"
@@ -156,17 +113,11 @@ class ChunkScan:
             if isinstance(end, Exception):
                 raise end
 
-    async def _scan(self, targets: Sequence[Network]) -> None:
-        chunk, abilities = self._chunk, self._abilities
-        if not targets:
+    async def _scan(self, share: Share) -> None:
+        if Outcome.BLANK not in self._map:
             return
-        found = self._scanner.scan(
-            arguments(chunk, targets, raw=abilities.raw),
-            services(self._ports),
-            max(abilities.time_floor, abilities.time_factor * chunk.estimate_seconds),
-        )
         with tracing.span("nmap", tracing.current()):
-            async with aclosing(found):
+            async with aclosing(share.scan("".join(self._map))) as found:
                 async for hosts in found:
                     await self._tell(hosts)
         if blank := self._map.count(Outcome.BLANK):
@@ -177,9 +128,7 @@ class ChunkScan:
         letters: dict[int, Outcome] = {}
         messages: list[HostScanned] = []
         for host, ports in hosts:
-            index = index_of(self._chunk.first_address, host.address)
-            if not 0 <= index < len(self._map):
-                raise ScanError(f"nmap reports {host.address}, which it was not asked for")
+            index = index_of(self.chunk.first_address, host.address)
             letter = outcome(host, self._ports.count)
             if letter is Outcome.BLANK:
                 self._doubt = f"nmap accounts for {host.ports} of {self._ports.count} ports of {host.address}"
@@ -196,7 +145,7 @@ class ChunkScan:
         return fit(
             HostScanned(
                 **self._token,
-                user_id=self._chunk.user_id,
+                user_id=self.chunk.user_id,
                 address=host.address,
                 outcome=letter.value,
                 technique=self._technique,
@@ -215,7 +164,7 @@ class ChunkScan:
         sent = asyncio.get_running_loop().time()
         await self._publish(SCAN_PROGRESS, [message])
         if self._fence is not None:
-            self._fence.reschedule(sent + self._chunk.lease_seconds * FENCE)
+            self._fence.reschedule(sent + self.chunk.lease_seconds * FENCE)
 
     async def _last_words(self, words: Message) -> None:
         if isinstance(words, ChunkScanned):
@@ -238,15 +187,11 @@ class ChunkScan:
 
     def _logged(self) -> AbstractContextManager[None]:
         """Let every line of the log name the chunk."""
-        return structlog.contextvars.bound_contextvars(job_id=self._chunk.job_id, chunk_id=self._chunk.chunk_id)
-
-    @property
-    def _slot_seconds(self) -> float:
-        return asyncio.get_running_loop().time() - self._began
+        return structlog.contextvars.bound_contextvars(job_id=self.chunk.job_id, chunk_id=self.chunk.chunk_id)
 
     @property
     def _token(self) -> dict[str, Any]:
-        return self._chunk.model_dump(include={"job_id", "chunk_id", "attempt", "worker_id"})
+        return self.chunk.model_dump(include={"job_id", "chunk_id", "attempt", "worker_id"})
 
     @property
     def _state(self) -> dict[str, Any]:

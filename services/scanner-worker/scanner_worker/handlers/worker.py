@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Collection, Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from typing import Final
 
 import structlog
@@ -15,7 +15,9 @@ from scanfleet.errors import DependencyError, MessageError
 from scanfleet.loop import Loop
 from scanfleet.messages import ScanChunk, StopChunk, WorkerReady
 from scanfleet.messages.topics import SCAN_WORKERS
-from scanner_worker.handlers.chunk import Abilities, ChunkScan, Scanner
+from scanner_worker.domain import together
+from scanner_worker.handlers.batch import Abilities, Batch, Scanner
+from scanner_worker.handlers.chunk import ChunkScan
 
 READY_S: Final = 2.0  # between two announcements: an orchestrator that starts knows its workers this soon
 START_S: Final = 2.0  # in which a chunk must find a slot here; another worker may have one free
@@ -24,7 +26,7 @@ SEEN: Final = 4_096  # tokens remembered, so that a task that comes twice is don
 
 _LEAVING: Final = "the worker is leaving"
 
-_slots = Gauge("scanfleet_worker_slots", "Chunks that are scanned side by side at most, 0 when leaving")
+_slots = Gauge("scanfleet_worker_slots", "nmaps that run side by side at most, 0 when leaving")
 
 _Token = tuple[str, int]
 _log = structlog.stdlib.get_logger(__name__)
@@ -41,6 +43,7 @@ class Worker:
         self._leaving = False
         self._waiting: OrderedDict[_Token, ChunkScan] = OrderedDict()
         self._running: dict[_Token, ChunkScan] = {}
+        self._busy = 0  # slots
         self._seen: OrderedDict[_Token, None] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._alive = True
@@ -100,7 +103,7 @@ class Worker:
         """Nothing here waits for that."""
 
     def _take(self, chunk: ScanChunk) -> None:
-        token = (chunk.chunk_id, chunk.attempt)
+        token = _token(chunk)
         if token in self._seen:
             return
         self._seen[token] = None
@@ -108,7 +111,7 @@ class Worker:
             self._seen.popitem(last=False)
         for older in [each for each in (*self._waiting, *self._running) if each[0] == token[0]]:
             self._end(older, f"attempt {chunk.attempt} has begun")
-        self._waiting[token] = ChunkScan(chunk, self._abilities, self._scanner, self._publisher)
+        self._waiting[token] = ChunkScan(chunk, self._abilities, self._publisher)
         if self._leaving:
             self._give_back(token, _LEAVING)
         else:
@@ -126,18 +129,29 @@ class Worker:
             self._spawn(scan.release(reason))
 
     def _fill(self) -> None:
-        while self._waiting and len(self._running) < self._abilities.slots and not self._leaving:
-            token, scan = self._waiting.popitem(last=False)
-            self._running[token] = scan
-            self._spawn(self._run(token, scan))
+        while self._waiting and self._busy < self._abilities.slots and not self._leaving:
+            chosen = together([scan.chunk for scan in self._waiting.values()])
+            scans = {token: self._waiting.pop(token) for token in map(_token, chosen)}
+            self._running |= scans
+            self._busy += 1
+            self._spawn(self._run(scans))
 
-    async def _run(self, token: _Token, scan: ChunkScan) -> None:
+    async def _run(self, scans: Mapping[_Token, ChunkScan]) -> None:
+        """Scan these in one slot."""
+        batch = Batch([scan.chunk for scan in scans.values()], self._abilities, self._scanner)
+        members = (scan.run(share) for scan, share in zip(scans.values(), batch.shares, strict=True))
         try:
-            await scan.run()
+            # A fault of one does not end the others.
+            ends = await asyncio.gather(batch.run(), *members, return_exceptions=True)
         finally:
-            del self._running[token]
+            for token in scans:
+                del self._running[token]
+            self._busy -= 1
             self._fill()
             self._announcing.wake()
+        for end in ends:
+            if end is not None:
+                raise end
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
@@ -159,3 +173,7 @@ class Worker:
         _slots.set(slots)
         ready = WorkerReady(worker_id=self._id, slots=slots, raw=self._abilities.raw)
         await self._publisher.publish(SCAN_WORKERS, [ready])
+
+
+def _token(chunk: ScanChunk) -> _Token:
+    return chunk.chunk_id, chunk.attempt

@@ -14,7 +14,7 @@ from secrets import token_hex
 from typing import Final
 
 import structlog
-from prometheus_client import Gauge
+from prometheus_client import Counter, Gauge
 
 from scanfleet.messages import PortFound
 from scanner_worker.domain import Host, ScanError, printable
@@ -29,6 +29,7 @@ SAID: Final = 2_000  # bytes of standard error that are kept, the last ones: nma
 
 Found = list[tuple[Host, tuple[PortFound, ...]]]
 
+_starts = Counter("scanfleet_worker_nmap_starts", "nmap processes that were started; one scans several small chunks.")
 _running = Gauge("scanfleet_worker_nmap_running", "nmap processes that run now")
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -96,6 +97,7 @@ class Nmap:
             ScanError: the run does not count, hosts that were yielded before do; says why.
         """
         self._runs += 1
+        _starts.inc()
         mark = f"{self._mark}-{self._runs}."  # the dot: no mark begins another
         try:
             with tempfile.TemporaryDirectory(prefix="scanfleet-", ignore_cleanup_errors=True) as folder:

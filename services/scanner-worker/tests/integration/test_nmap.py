@@ -19,7 +19,7 @@ from scanfleet.messages import ChunkFailed, ChunkReleased, ChunkScanned, HostSca
 from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS
 from scanfleet.targets import TargetRules
 from scanfleet.testing.bus import MemoryBus
-from scanner_worker.handlers.chunk import Abilities
+from scanner_worker.handlers.batch import Abilities
 from scanner_worker.handlers.worker import Worker
 from scanner_worker.scanner import guard
 from scanner_worker.scanner.process import Limits, Nmap
@@ -111,6 +111,10 @@ class Rig:
 
     def hosts(self) -> dict[str, HostScanned]:
         return {m.address: m for m in self.bus.messages(SCAN_RESULTS) if isinstance(m, HostScanned)}
+
+    def scanned(self) -> dict[str, str]:
+        """The map of each chunk that was scanned."""
+        return {m.chunk_id: m.outcomes for m in self.bus.messages(SCAN_PROGRESS) if isinstance(m, ChunkScanned)}
 
     def end(self) -> Message | None:
         """The last words about a chunk."""
@@ -228,6 +232,130 @@ async def test_a_cancelled_scan_is_gone_within_two_seconds(
         await rig.send(StopChunk(job_id=1, chunk_id="1-0", attempt=1, worker_id="worker", reason="cancelled"))
         await until(lambda: rig.end() and not marked(rig.nmap), 2)
         assert isinstance(rig.end(), ChunkReleased)
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> tuple[Path, Callable[[], list[list[str]]]]:
+    """Real nmap that notes each of its starts, and the targets of each so far."""
+    program, starts = tmp_path / "recorded", tmp_path / "starts"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {starts}\nexec {NMAP} "$@"\n')
+    program.chmod(0o755)
+
+    def targets() -> list[list[str]]:
+        return [line.split(" -- ")[1].split() for line in starts.read_text().splitlines()] if starts.exists() else []
+
+    return program, targets
+
+
+@contextlib.asynccontextmanager
+async def busy(rig: Rig, make_chunk: MakeChunk, until: Until) -> AsyncIterator[None]:
+    """The only slot is taken meanwhile; then it is free, so that what was sent is begun at once."""
+    taking = make_chunk({"ports": "1-1000", "max_rate": 1}, chunk_id="9-0", first_address="127.9.45.0", outcomes=".")
+    await rig.send(taking)
+    await until(lambda: marked(rig.nmap))
+    yield
+    await rig.send(StopChunk(job_id=1, chunk_id="9-0", attempt=1, worker_id="worker", reason="over"))
+
+
+async def test_small_chunks_share_one_nmap(
+    make_chunk: MakeChunk,
+    make_nmap: MakeNmap,
+    recorded: tuple[Path, Callable[[], list[list[str]]]],
+    listeners: Callable[..., int],
+    until: Until,
+) -> None:
+    """Five chunks of one host that wait are one start of nmap, and each has the results that it has alone."""
+    port = listeners("127.9.46.1", "127.9.46.3")
+    program, starts = recorded
+    found: dict[str, dict[str, tuple[str, list[int]]]] = {}
+
+    def chunks(attempt: int) -> list[ScanChunk]:
+        fields = {"outcomes": ".", "attempt": attempt}
+        return [
+            make_chunk({"ports": f"{port},1"}, chunk_id=f"1-{last}", first_address=f"127.9.46.{last}", **fields)
+            for last in range(5)
+        ]
+
+    for how, attempt in (("together", 1), ("alone", 2)):
+        async with rigged(await make_nmap(program), slots=1) as rig:
+            before = len(starts())
+            async with busy(rig, make_chunk, until):
+                await rig.send(*chunks(attempt))
+            await until(lambda rig=rig: len(rig.scanned()) == 5, 60)
+            assert rig.scanned() == {f"1-{last}": "a" for last in range(5)}
+            found[how] = {a: (h.chunk_id, [p.port for p in h.ports]) for a, h in rig.hosts().items()}
+            assert len(starts()) - before == 1 + {"together": 1, "alone": 5}[how]
+    assert found["together"] == found["alone"]
+    assert found["together"]["127.9.46.1"] == ("1-1", [port])
+
+
+@pytest.mark.proves("G8")
+async def test_a_cancel_among_several_stops_its_packets_alone(
+    make_chunk: MakeChunk,
+    make_nmap: MakeNmap,
+    recorded: tuple[Path, Callable[[], list[list[str]]]],
+    listeners: Callable[..., int],
+    until: Until,
+) -> None:
+    """Two seconds after the cancel of one chunk no nmap has its targets; the others are scanned to their end, nothing twice."""
+    port = listeners("127.9.47.70", "127.9.48.5", "127.9.49.9")
+    program, starts = recorded
+    # A host group of 64 addresses takes two seconds.
+    policy = {"ports": f"{port},1-19", "max_rate": 640}
+    chunks = [
+        make_chunk(policy, chunk_id=f"1-{net}", first_address=f"127.9.{net}.64", outcomes="." * 64)
+        for net in (47, 48, 49)
+    ]
+    async with rigged(await make_nmap(program), slots=1) as rig:
+        async with busy(rig, make_chunk, until):
+            await rig.send(*chunks)
+        await until(lambda: len(rig.hosts()) == 64, 60)
+        await rig.send(StopChunk(job_id=1, chunk_id="1-48", attempt=1, worker_id="worker", reason="cancelled"))
+        await until(lambda: not any(b"127.9.48.64/26" in line(pid) for pid in marked(rig.nmap)), 2)
+        await until(lambda: len(rig.scanned()) == 2, 60)
+        assert rig.scanned() == {"1-47": "a" * 64, "1-49": "a" * 64}
+        released = [m for m in rig.bus.messages(SCAN_PROGRESS) if isinstance(m, ChunkReleased) and m.chunk_id == "1-48"]
+        assert [m.outcomes for m in released] == ["." * 64]
+        told = [m.address for m in rig.bus.messages(SCAN_RESULTS) if isinstance(m, HostScanned)]
+        assert len(set(told)) == len(told) == 128
+        assert {a: [p.port for p in h.ports] for a, h in rig.hosts().items() if h.ports} == {"127.9.47.70": [port]}
+    assert starts()[1:] == [["127.9.47.64/26", "127.9.48.64/26", "127.9.49.64/26"], ["127.9.49.64/26"]]
+
+
+def line(pid: int) -> bytes:
+    """The command line of a process, empty when it has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+@pytest.mark.proves("F20")
+async def test_an_nmap_that_dies_fails_those_it_had_not_done(
+    make_chunk: MakeChunk,
+    make_nmap: MakeNmap,
+    stand_in: Callable[[str], Path],
+    until: Until,
+) -> None:
+    """Of three chunks in one nmap that crashes, the one that it had written is scanned, and each of the others fails."""
+    body = """
+        if "127.9.1.1/32" not in sys.argv: time.sleep(600)
+        write(HEAD, host(1)); os.kill(os.getpid(), signal.SIGSEGV)
+    """
+    async with rigged(await make_nmap(stand_in(body)), slots=1) as rig:
+        async with busy(rig, make_chunk, until):
+            await rig.send(
+                *(make_chunk(chunk_id=f"1-{n}", first_address=f"127.9.1.{n}", outcomes=".") for n in (1, 2, 3)),
+            )
+
+        def failed() -> dict[str, str]:
+            said = rig.bus.messages(SCAN_PROGRESS)
+            return {m.chunk_id: m.reason for m in said if isinstance(m, ChunkFailed)}
+
+        await until(lambda: rig.scanned() and len(failed()) == 2, 60)
+        assert rig.scanned() == {"1-1": "a"}
+        assert set(failed()) == {"1-2", "1-3"}
+        assert all("SIGSEGV" in reason for reason in failed().values())
+        await until(lambda: not marked(rig.nmap), 2)
 
 
 FAILURES = {

@@ -15,7 +15,7 @@ from scanfleet.messages.topics import MAX_BYTES
 from scanfleet.outcomes import Outcome, networks
 from scanfleet.policy import ALLOWED_SCRIPTS, Preset, ScanPolicy, fill_in
 from scanfleet.targets import TargetRules
-from scanner_worker.domain import Host, arguments, fit, outcome, permit, printable, services, technique
+from scanner_worker.domain import Host, arguments, fit, outcome, permit, printable, services, technique, together
 
 MakeChunk = Callable[..., ScanChunk]
 
@@ -126,15 +126,14 @@ def test_refused_addresses_are_lettered_and_the_rest_scanned(make_chunk: MakeChu
     rules = TargetRules(allowed=LOOPBACK.allowed, denied=(ip_network("127.9.1.1/32"), ip_network("127.9.1.6/31")))
     permitted = permit(make_chunk(outcomes="a......."), rules, raw=True)
     assert permitted.outcomes == "ar....rr"
-    assert [str(network) for network in permitted.targets] == ["127.9.1.2/31", "127.9.1.4/31"]
+    assert [str(network) for network in networks("127.9.1.0", permitted.outcomes)] == ["127.9.1.2/31", "127.9.1.4/31"]
     assert "127.9.1.1/32" in permitted.reason
 
 
 @pytest.mark.proves("A3", "G12")
 def test_nothing_allowed_is_nothing_scanned(make_chunk: MakeChunk) -> None:
     """Without an allowed network every blank is refused, and letters that were there stay."""
-    permitted = permit(make_chunk(outcomes=".a.d"), TargetRules(allowed=()), raw=True)
-    assert (permitted.outcomes, permitted.targets) == ("rard", ())
+    assert permit(make_chunk(outcomes=".a.d"), TargetRules(allowed=()), raw=True).outcomes == "rard"
 
 
 @pytest.mark.parametrize(
@@ -147,7 +146,7 @@ def test_what_needs_raw_packets_is_refused_without_them(make_chunk: MakeChunk, p
     chunk = make_chunk(policy)
     assert permit(chunk, LOOPBACK, raw=True).outcomes == "...."
     permitted = permit(chunk, LOOPBACK, raw=False)
-    assert (permitted.outcomes, permitted.targets) == ("rrrr", ())
+    assert permitted.outcomes == "rrrr"
     assert "raw packets" in permitted.reason
 
 
@@ -155,6 +154,73 @@ def test_the_tcp_part_of_a_policy_with_udp_needs_no_raw_packets(make_chunk: Make
     """What counts is the chunk's own ports, not all of the policy's."""
     chunk = make_chunk({"ports": "T:80,U:53"}, ports="80")
     assert permit(chunk, LOOPBACK, raw=False).outcomes == "...."
+
+
+def test_chunks_that_are_alike_go_together(make_chunk: MakeChunk) -> None:
+    """Small chunks of one user's, policy and ports share one nmap, of whatever job, in the order in which they wait."""
+    chunks = [
+        make_chunk(job_id=number, first_address=f"127.9.{number}.0", chunk_id=f"{number}-0") for number in (3, 1, 2)
+    ]
+    assert together(chunks) == chunks
+    assert together(chunks[:1]) == chunks[:1]
+    assert together([make_chunk(first_address="127.9.1.4"), make_chunk()]) == [
+        make_chunk(first_address="127.9.1.4"),
+        make_chunk(),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("policy", "fields"),
+    [
+        ({}, {"user_id": 8}),
+        ({"timing": 3}, {}),
+        ({"ports": "22,80,443"}, {"ports": "22,80"}),
+        ({}, {"ports": "22"}),
+        ({}, {"first_address": "::1", "outcomes": "."}),
+        ({}, {"first_address": "127.9.1.3"}),
+        ({}, {"first_address": "127.9.0.253"}),
+        ({}, {"first_address": "127.9.1.0"}),
+        ({}, {"attempt": 2}),
+        ({}, {"estimate_seconds": 4.1}),
+        ({}, {"outcomes": "." * 1021}),
+    ],
+    ids=[
+        "another user",
+        "another policy",
+        "another policy with the same part of its ports",
+        "other ports",
+        "another family",
+        "an address twice, at its end",
+        "an address twice, at its beginning",
+        "the same addresses",
+        "a second attempt",
+        "too long",
+        "too many addresses",
+    ],
+)
+def test_what_is_not_alike_waits_for_its_own_nmap(
+    make_chunk: MakeChunk, policy: dict[str, object], fields: dict[str, object]
+) -> None:
+    """Whatever differs in what nmap or a user would notice keeps two chunks apart, and one that is alike still joins."""
+    first, alike = make_chunk(), make_chunk(first_address="127.9.7.0")
+    other = make_chunk(policy, **{"first_address": "127.9.2.0"} | fields)
+    assert together([first, other, alike]) == [first, alike]
+    assert together([other, first])[:2] == [other]
+
+
+def test_a_second_attempt_goes_alone(make_chunk: MakeChunk) -> None:
+    """Chunks that failed or were given back before are not joined to one another either."""
+    again = [make_chunk(attempt=2), make_chunk(attempt=2, first_address="127.9.2.0")]
+    assert together(again) == again[:1]
+
+
+def test_together_they_are_no_more_than_a_chunk(make_chunk: MakeChunk) -> None:
+    """As many are joined as make up the shortest chunk that is planned, and the next smaller one that fits."""
+    chunks = [
+        make_chunk(first_address=f"127.9.{number}.0", estimate_seconds=seconds)
+        for number, seconds in enumerate([2.0, 2.0, 2.0, 1.0, 0.5])
+    ]
+    assert together(chunks) == [chunks[0], chunks[1], chunks[3]]
 
 
 def host(*, ports: int = 2, reasons: set[bytes] = frozenset({b"reset"}), up: bool = True, late: bool = False) -> Host:  # type: ignore[assignment] # a set as default would be shared

@@ -28,13 +28,14 @@ from scanfleet.targets import TargetRules
 from scanfleet.testing.bus import MemoryBus
 from scanfleet.testing.tracing import ids, recording
 from scanner_worker.domain import Host, ScanError
-from scanner_worker.handlers.chunk import Abilities, Found
+from scanner_worker.handlers.batch import Abilities, Found
 from scanner_worker.handlers.worker import Worker
 
 MakeChunk = Callable[..., ScanChunk]
 Until = Callable[..., Awaitable[None]]
 
 FOREVER = "forever"
+ASKED = "asked"
 
 
 def host(address: str, *, up: bool = True, late: bool = False, ports: int = 2, reason: bytes = b"reset") -> Host:
@@ -42,7 +43,7 @@ def host(address: str, *, up: bool = True, late: bool = False, ports: int = 2, r
 
 
 class ScriptedScanner:
-    """Yields what it was told to, raises it, or waits for ever; notes what it was asked and whether it was closed."""
+    """Yields what it was told to, or what it was asked for, raises it, or waits for ever; notes what it was asked and whether it was closed."""
 
     def __init__(self, *script: Host | Exception | str) -> None:
         self.script = script
@@ -67,6 +68,9 @@ class ScriptedScanner:
                     yield [(step, (PortFound(port=22),))]
                 elif isinstance(step, Exception):
                     raise step
+                elif step == ASKED:
+                    for target in arguments[arguments.index("--") + 1 :]:
+                        yield [(host(str(address)), ()) for address in ip_network(target)]
                 else:
                     await self.gate.wait()
         finally:
@@ -214,6 +218,52 @@ async def test_slots_bound_what_runs_and_extra_chunks_wait(make_chunk: MakeChunk
         rig.scanner.gate.set()
         await until(lambda: rig.progress().count("ChunkScanned") == 6)
         assert rig.scanner.most == 2
+
+
+async def test_chunks_that_wait_and_are_alike_share_a_slot(make_chunk: MakeChunk, until: Until) -> None:
+    """A slot that frees takes all that wait and are alike, each to its own end; one that finds a slot waits for nobody."""
+    lasts = {"1-0": 0, "1-1": 4, "1-2": 8, "1-3": 12, "1-4": 16}
+    chunks = [make_chunk(chunk_id=id_, first_address=f"127.9.1.{last}", outcomes=".") for id_, last in lasts.items()]
+    chunks[4] = chunks[4].model_copy(update={"attempt": 2})
+    async with rigged(FOREVER, ASKED, slots=1) as rig:
+        await rig.send(*chunks)
+        await until(lambda: rig.scanner.asked)
+        rig.scanner.gate.set()
+        await until(lambda: rig.progress().count("ChunkScanned") == 5)
+        assert [[each.removesuffix("/32") for each in argv[argv.index("--") + 1 :]] for argv in rig.scanner.asked] == [
+            ["127.9.1.0"],
+            ["127.9.1.4", "127.9.1.8", "127.9.1.12"],
+            ["127.9.1.16"],
+        ]
+        assert {m.chunk_id for m in rig.said(SCAN_PROGRESS, ChunkScanned)} == set(lasts)  # type: ignore[attr-defined] # the test knows the message's kind
+        assert rig.scanner.most == 1
+
+
+async def test_several_chunks_in_one_nmap_take_one_slot(make_chunk: MakeChunk, until: Until) -> None:
+    """While one slot scans several chunks, the next one is still there for others."""
+    chunks = [make_chunk(chunk_id=f"1-{number}", first_address=f"127.9.{number}.0") for number in range(5)]
+    async with rigged(FOREVER, slots=2) as rig:
+        await rig.send(*chunks)
+        await until(lambda: len(rig.scanner.asked) == 2)
+        for number in (0, 1):
+            await rig.send(StopChunk(job_id=1, chunk_id=f"1-{number}", attempt=1, worker_id="worker", reason="over"))
+        await until(lambda: rig.scanner.closed == 2)
+        await rig.send(make_chunk(chunk_id="2-0"))
+        await until(lambda: rig.scanner.running == 2)
+        assert [len(argv) - argv.index("--") - 1 for argv in rig.scanner.asked] == [1, 1, 3, 1]
+
+
+async def test_leaving_gives_back_all_that_share_a_slot(make_chunk: MakeChunk, until: Until) -> None:
+    """Without grace nmap is killed once for all its chunks, and each is given back."""
+    chunks = [make_chunk(chunk_id=f"1-{number}", first_address=f"127.9.{number}.0") for number in range(3)]
+    async with rigged(FOREVER, slots=1) as rig:
+        await rig.send(*chunks)
+        await until(lambda: rig.scanner.asked)
+        await rig.send(StopChunk(job_id=1, chunk_id="1-0", attempt=1, worker_id="worker", reason="cancelled"))
+        await until(lambda: len(rig.scanner.asked) == 2)
+        await rig.worker.stop(0)
+        assert {m.chunk_id for m in rig.said(SCAN_PROGRESS, ChunkReleased)} == {"1-0", "1-1", "1-2"}  # type: ignore[attr-defined] # the test knows the message's kind
+        assert len(rig.scanner.asked) == rig.scanner.closed == 2
 
 
 async def test_a_chunk_that_finds_no_slot_is_given_back(make_chunk: MakeChunk, until: Until) -> None:

@@ -1,0 +1,192 @@
+"""One nmap for chunks that are alike: each has its own hosts of it, and may leave when it must."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Final, Protocol, Self
+
+import structlog
+
+from scanfleet.messages import PortFound, ScanChunk
+from scanfleet.outcomes import Outcome, index_of, networks
+from scanfleet.ports import PortSet
+from scanfleet.targets import Network, TargetRules
+from scanner_worker.domain import Host, ScanError, arguments, services
+
+_GIVEN: Final = Outcome.EXCLUDED  # in a share's map: nmap is done with it, and no later one is asked again
+
+Found = list[tuple[Host, tuple[PortFound, ...]]]
+
+
+class Scanner(Protocol):
+    def scan(self, arguments: Sequence[str], services: Mapping[str, int], seconds: float) -> AsyncGenerator[Found]:
+        """Yield finished hosts with their open ports; once it is closed nothing runs any more.
+
+        Raises:
+            ScanError: the run does not count; the hosts that were yielded do.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What this worker can do and may do.
+
+    Attributes:
+        slots: how many nmaps side by side.
+        raw: whether nmap may send raw packets here.
+        rules: what may be scanned.
+        time_factor: a scan may take its estimate times this, and
+        time_floor: at least so many seconds.
+    """
+
+    slots: int
+    raw: bool
+    rules: TargetRules
+    time_factor: float
+    time_floor: float
+
+
+class Batch:
+    """Scans chunks that are alike with one nmap, and with another one for the rest of them when one has left.
+
+    Attributes:
+        shares: one for each chunk, in their order. nmap starts when each has said what it wants, or has left.
+    """
+
+    def __init__(self, chunks: Sequence[ScanChunk], abilities: Abilities, scanner: Scanner) -> None:
+        self.shares = tuple(Share(self, chunk) for chunk in chunks)
+        self._abilities = abilities
+        self._scanner = scanner
+        self._chunk = chunks[0]  # its policy and ports are those of all
+        self._here = list(self.shares)
+        self._begun = asyncio.Event()
+        self._nmap: asyncio.Task[None] | None = None
+        self._spent = 0.0  # by each of those who are still here
+        self._since = asyncio.get_running_loop().time()
+
+    async def run(self) -> None:
+        """Return when nothing more comes for anybody; every share must be entered and left meanwhile."""
+        fault: BaseException | None = None
+        try:
+            await self._begun.wait()
+            with structlog.contextvars.bound_contextvars(chunk_ids=[share.chunk.chunk_id for share in self._here]):
+                fault = await self._scan()
+        finally:
+            for share in self._here:
+                share.end(fault)
+
+    def begin(self) -> None:
+        """Start nmap if nobody who is here has yet to say what it wants."""
+        if all(share.asks for share in self._here):
+            self._begun.set()
+
+    async def leave(self, share: Share) -> float:
+        """Return, when no packet goes to the share's addresses any more, its part of the slot's seconds."""
+        now = asyncio.get_running_loop().time()
+        self._spent += (now - self._since) / len(self._here)
+        self._since = now
+        self._here.remove(share)
+        spent = self._spent
+        self.begin()
+        if self._nmap is not None and (share.targets or not self._here):
+            self._nmap.cancel()
+            await asyncio.wait((self._nmap,))
+        return spent
+
+    async def _scan(self) -> BaseException | None:
+        """Run nmap until one has come to its end; answers what went wrong."""
+        abilities, now = self._abilities, asyncio.get_running_loop().time
+        deadline = now() + sum(
+            max(abilities.time_floor, abilities.time_factor * share.chunk.estimate_seconds) for share in self.shares
+        )
+        while targets := [network for share in self._here for network in share.targets]:
+            self._nmap = asyncio.create_task(self._run_nmap(targets, deadline - now()))
+            await asyncio.wait((self._nmap,))
+            if not self._nmap.cancelled():  # as it is by those who leave
+                return self._nmap.exception()
+        return None
+
+    async def _run_nmap(self, targets: Sequence[Network], seconds: float) -> None:
+        line = arguments(self._chunk, targets, raw=self._abilities.raw)
+        async with aclosing(self._scanner.scan(line, services(PortSet.parse(self._chunk.ports)), seconds)) as found:
+            async for hosts in found:
+                for share, own in self._sorted(hosts).items():
+                    if share in self._here:
+                        await share.give(own)
+
+    def _sorted(self, hosts: Found) -> Mapping[Share, Found]:
+        sorted_: defaultdict[Share, Found] = defaultdict(list)
+        for host, ports in hosts:
+            whose = next((share for share in self.shares if share.holds(host.address)), None)
+            if whose is None:
+                raise ScanError(f"nmap reports {host.address}, which it was not asked for")
+            sorted_[whose].append((host, ports))
+        return sorted_
+
+
+class Share:
+    """A chunk's part of a batch, to be left as a context in any case.
+
+    Attributes:
+        seconds: its part of the time in the slot, once it was left: together those of a batch are the whole.
+        asks: whether it has said what it wants.
+    """
+
+    def __init__(self, batch: Batch, chunk: ScanChunk) -> None:
+        self.chunk = chunk
+        self.seconds = 0.0
+        self.asks = False
+        self._batch = batch
+        self._map: list[str] = []
+        self._news: asyncio.Queue[Found | BaseException | None] = asyncio.Queue()
+        self._told = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._told.set()
+        self.seconds = await self._batch.leave(self)
+
+    async def scan(self, outcomes: str) -> AsyncGenerator[Found]:
+        """Yield the hosts of the blanks in `outcomes`, whatever nmap is done with.
+
+        Raises:
+            ScanError: nmap failed, and hosts are missing.
+        """
+        self._map = list(outcomes)
+        self.asks = True
+        self._batch.begin()
+        while True:
+            self._told.set()
+            news = await self._news.get()
+            if isinstance(news, list):
+                yield news
+            elif news is not None and Outcome.BLANK in self._map:
+                raise news
+            else:
+                return
+
+    @property
+    def targets(self) -> Sequence[Network]:
+        """What nmap has still to scan."""
+        return tuple(networks(self.chunk.first_address, "".join(self._map)))
+
+    def holds(self, address: str) -> bool:
+        return 0 <= index_of(self.chunk.first_address, address) < len(self.chunk.outcomes)
+
+    async def give(self, hosts: Found) -> None:
+        """Hand on hosts of ours; waits until those before are told, so that nmap gets no further ahead than that."""
+        await self._told.wait()
+        self._told.clear()
+        self._news.put_nowait(hosts)
+        for host, _ in hosts:
+            self._map[index_of(self.chunk.first_address, host.address)] = _GIVEN
+
+    def end(self, fault: BaseException | None) -> None:
+        """Nothing more comes."""
+        self._news.put_nowait(fault)
