@@ -21,9 +21,10 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurv
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
-from fastapi import Depends, Request, Security
+from fastapi import Request, Security
 from fastapi.routing import APIRoute
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
+from fastapi.security.base import SecurityBase
 from starlette.types import Receive, Scope, Send
 
 from scanfleet.errors import UnauthorizedError, UnavailableError
@@ -33,6 +34,7 @@ from scanfleet.settings import AuthSettings
 MAX_TOKEN_CHARS: Final = 8_192  # what servers commonly take as one header; real tokens have a tenth of it
 JWKS_TIMEOUT_S: Final = 2.0  # of one fetch: a caller waits for it
 MAX_JWKS_BYTES: Final = 1 << 20  # far more than any issuer has keys
+KNOWN_TOKENS: Final = 1_000  # verified ones that are remembered: a megabyte or two, 8 if all are as long as may be
 EMPTY_COOLDOWN_S: Final = 1.0  # between fetches while no key is known at all and every caller gets a 503
 
 _USER_ID: Final = re.compile(r"[1-9][0-9]{0,15}")
@@ -145,12 +147,23 @@ class JwksKeys:
         return httpx.Response(200, content=bytes(body)).json()
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What was found of a token, good until `until` (Unix time) as long as `kid` names the very same key."""
+
+    principal: Principal
+    kid: str | None
+    key: Key
+    until: int
+
+
 class TokenVerifier:
     """Turns a bearer token into a `Principal`, or refuses it."""
 
     def __init__(self, settings: AuthSettings, keys: Keys) -> None:
         self._settings = settings
         self._keys = keys
+        self._known: dict[str, _Known] = {}
 
     async def verify(self, token: str) -> Principal:
         """The caller whom the token names.
@@ -159,24 +172,29 @@ class TokenVerifier:
             UnauthorizedError: it is malformed, expired, made for longer than allowed, or not by and for whom it should be.
             UnavailableError: the keys to judge it by are not available.
         """
+        known = self._known.get(token)
+        # The key is asked for each time: when it is withdrawn, a token that was seen before ends as any other.
+        if known and await self._keys.find(known.kid) is known.key and time.time() < known.until:
+            return known.principal
         try:
-            return self._principal(await self._claims(token))
+            return await self._judge(token)
         except _UNREADABLE as error:
             # The class says enough; the text may quote the token.
             _log.warning("token refused", reason=type(error).__name__)
             expired = isinstance(error, jwt.ExpiredSignatureError)
             raise UnauthorizedError("the token has expired" if expired else "the token is not valid") from None
 
-    async def _claims(self, token: str) -> dict[str, Any]:
+    async def _judge(self, token: str) -> Principal:
         if len(token) > MAX_TOKEN_CHARS:
             raise jwt.DecodeError("too long")
         header = jwt.get_unverified_header(token)
         if not _FORBIDDEN_HEADERS.isdisjoint(header):
             raise jwt.InvalidTokenError("a header that is not allowed")
-        key = await self._keys.find(header.get("kid"))
+        kid = header.get("kid")
+        key = await self._keys.find(kid)
         if key is None:
             raise jwt.InvalidKeyError("unknown key")
-        return jwt.decode(
+        claims = jwt.decode(
             token,
             key.material,
             algorithms=key.algorithms,
@@ -185,6 +203,11 @@ class TokenVerifier:
             leeway=self._settings.jwt_leeway_seconds,
             options={"require": ["exp", "iat", "sub", "aud", "iss"], "enforce_minimum_key_length": True},
         )
+        principal = self._principal(claims)
+        if len(self._known) >= KNOWN_TOKENS:
+            del self._known[next(iter(self._known))]
+        self._known[token] = _Known(principal, kid, key, int(claims["exp"]))  # whole, as the library reads it
+        return principal
 
     def _principal(self, claims: Mapping[str, Any]) -> Principal:
         # The library takes numbers in strings and booleans for times; RFC 7519 does not.
@@ -272,14 +295,17 @@ class Guarded(APIRoute):
         return await cast(TokenVerifier, request.app.state.verifier).verify(credentials.credentials)
 
 
-async def _caller(
-    request: Request,
-    _credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],  # for the OpenAPI document
-) -> Principal:
-    return cast(Principal, request.scope["caller"])
+class _LetIn(SecurityBase):
+    """What the OpenAPI document says of a `Guarded` route, and whom that has let in."""
+
+    model = _bearer.model
+    scheme_name = _bearer.scheme_name
+
+    async def __call__(self, request: Request) -> Principal:
+        return cast(Principal, request.scope["caller"])
 
 
-Caller = Annotated[Principal, Depends(_caller)]
+Caller = Annotated[Principal, Security(_LetIn())]
 """The caller whom a `Guarded` route has let in; on any other route nobody is."""
 
 

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import hmac
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import ValidationError
 
-from scanfleet.auth import MAX_TOKEN_CHARS, JwksKeys, Principal, TokenVerifier, open_verifier
+from scanfleet.auth import KNOWN_TOKENS, MAX_TOKEN_CHARS, JwksKeys, Principal, TokenVerifier, open_verifier
 from scanfleet.errors import UnauthorizedError, UnavailableError
 from scanfleet.settings import AuthSettings
 from scanfleet.testing.tokens import Issuer
@@ -449,6 +450,50 @@ async def test_withdrawn_keys_end_without_new_ones_in_use() -> None:
         time.now += 300
         with pytest.raises(UnauthorizedError):
             await verifier.verify(old.token())
+
+
+@pytest.mark.proves("A9", "G14")
+@pytest.mark.parametrize("seconds", [10, 300])
+async def test_a_token_that_was_believed_ends_with_its_key(seconds: float) -> None:
+    """The very token that was good is refused once its key is known to be withdrawn, replaced under its id or not."""
+    for new in (Issuer("new"), Issuer("old")):
+        old, time = Issuer("old"), Time()
+        endpoint = Endpoint(old.jwks)
+        async with keys_of(endpoint, time) as keys:
+            verifier = TokenVerifier(old.settings, keys)
+            token = old.token()
+            for _ in range(2):
+                assert (await verifier.verify(token)).user_id == 7
+            endpoint.document = new.jwks
+            time.now += seconds
+            if seconds < 300:  # an unknown id makes it look before the keys are too old
+                with pytest.raises(UnauthorizedError):
+                    await verifier.verify(new.token(headers={"kid": "unknown"}))
+            with pytest.raises(UnauthorizedError):
+                await verifier.verify(token)
+
+
+async def test_a_token_that_was_believed_expires() -> None:
+    """The very token that was good is refused as expired from its `exp` on."""
+    issuer = Issuer()
+    verifier = TokenVerifier(issuer.settings.model_copy(update={"jwt_leeway_seconds": 0}), issuer.verifier._keys)
+    end = int(time.time()) + 2
+    token = issuer.token(exp=end)
+    assert (await verifier.verify(token)).user_id == 7
+    await asyncio.sleep(end - time.time() + 0.01)  # the time itself is what is waited for
+    with pytest.raises(UnauthorizedError, match="expired"):
+        await verifier.verify(token)
+
+
+async def test_only_so_many_tokens_are_remembered() -> None:
+    """However many good tokens there are, the memory of them is bounded, and all go on being good."""
+    issuer = Issuer()
+    verifier = issuer.verifier
+    tokens = [issuer.token(user) for user in range(1, KNOWN_TOKENS + 3)]
+    for user, token in enumerate(tokens, 1):
+        assert (await verifier.verify(token)).user_id == user
+    assert len(verifier._known) == KNOWN_TOKENS
+    assert (await verifier.verify(tokens[0])).user_id == 1
 
 
 @pytest.mark.parametrize("document", [None, [], {"keys": 7}, {"keys": []}, {"keys": [{}]}])
