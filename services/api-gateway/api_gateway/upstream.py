@@ -22,6 +22,7 @@ from scanfleet.service import source
 
 CONNECT_SECONDS: Final = 1.0  # the services are next door
 POOL_SECONDS: Final = 1.0  # to wait for a connection while all are in use; then it is better to say so
+SMALL_BYTES: Final = 1 << 16  # what one read of a connection brings; watching over a stream costs more than so little
 KEEPALIVE_SECONDS: Final = 3.0  # shorter than the servers' 5 s, so that none closes what we are about to use
 
 _FORWARDED: Final = ("accept", "content-type")
@@ -59,7 +60,7 @@ class Upstream:
         self._stalled_seconds = stalled_seconds
 
     async def forward(self, request: Request) -> Response:
-        """The service's answer to the same request, whatever it is, as a stream.
+        """The service's answer to the same request, whatever it is; as a stream unless it is small.
 
         Raises:
             DependencyError: the service is away.
@@ -70,7 +71,10 @@ class Upstream:
         # The path is one of our routes with ids in it, so only the query can hold what a URL may not.
         query = quote(request.scope["query_string"], safe=_QUERY_SAFE)
         target = request.scope["path"] + (f"?{query}" if query else "")
-        return _Relay(await self._send(request.method, target, headers, await request.body()), self._stalled_seconds)
+        answer = await self._send(request.method, target, headers, await request.body())
+        if int(answer.headers.get("content-length", SMALL_BYTES + 1)) > SMALL_BYTES:
+            return _Relay(answer, self._stalled_seconds)
+        return _Whole(await self._read(answer), self._stalled_seconds)
 
     async def ask(self, method: str, target: str, headers: Mapping[str, str]) -> httpx.Response:
         """The whole answer to a question of our own.
@@ -78,7 +82,9 @@ class Upstream:
         Raises:
             DependencyError: the service is away.
         """
-        answer = await self._send(method, target, headers)
+        return await self._read(await self._send(method, target, headers))
+
+    async def _read(self, answer: httpx.Response) -> httpx.Response:
         try:
             await answer.aread()
         except httpx.HTTPError as error:
@@ -144,6 +150,18 @@ async def connect(
         trust_env=False,  # tokens go to the services themselves, through nobody's proxy
     ) as client:
         yield client
+
+
+class _Whole(Response):
+    """A small answer, all of it here: there is nothing left to wait for but the client."""
+
+    def __init__(self, answer: httpx.Response, stalled_seconds: float) -> None:
+        super().__init__(answer.content, answer.status_code, _returned(answer))
+        self._stalled_seconds = stalled_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with asyncio.timeout(self._stalled_seconds):
+            await super().__call__(scope, receive, send)
 
 
 class _Relay(StreamingResponse):

@@ -11,6 +11,7 @@ import pytest
 from starlette.types import Message, Scope
 
 from api_gateway.testing import Gateway, Running
+from api_gateway.upstream import SMALL_BYTES
 
 OWNER = "http://orchestrator/internal/jobs/41/owner"
 RESULTS = "http://result-store/api/v1/task/41/results"
@@ -236,6 +237,33 @@ async def test_results_are_never_gathered(gateway: Running) -> None:
     assert stream.closed.is_set()
 
 
+async def test_a_long_answer_of_known_length_is_not_gathered(gateway: Running) -> None:
+    """An answer that says its length reaches the client piece by piece too if it is long."""
+    stream = Stream(b"x" * SMALL_BYTES, b"x")
+    headers = {"Content-Length": str(SMALL_BYTES + 1)}
+    gateway.services.on("GET", RESULTS, httpx.Response(200, stream=stream, headers=headers))
+    client = Client(gateway, "/api/v1/task/41/results")
+    task = asyncio.create_task(client.run())
+    stream.go.release()
+    assert (await client.messages.get())["status"] == 200
+    assert len((await client.messages.get())["body"]) == SMALL_BYTES
+    stream.go.release()
+    assert (await client.messages.get())["body"] == b"x"
+    await task
+    assert stream.closed.is_set()
+
+
+async def test_a_small_answer_that_breaks_off(gateway: Running) -> None:
+    """When the service fails in the middle of a small answer nothing of it is passed on: the answer is 503."""
+    stream = Stream(b"[1", breaks=True)
+    gateway.services.on("GET", RESULTS, httpx.Response(200, stream=stream, headers={"Content-Length": "4"}))
+    stream.go.release()
+    answer = await gateway.client.get("/api/v1/task/41/results")
+    assert (answer.status_code, set(answer.json())) == (503, {"error"})
+    assert "Retry-After" in answer.headers
+    assert stream.closed.is_set()
+
+
 async def test_a_broken_answer_does_not_look_whole(gateway: Running) -> None:
     """When the service fails in the middle of an answer the client's is cut off: its last piece never comes."""
     stream = Stream(b"[1", breaks=True)
@@ -277,6 +305,17 @@ async def test_a_client_that_takes_nothing_is_cut_off() -> None:
         with pytest.raises(TimeoutError):
             await task
         assert stream.closed.is_set()
+
+
+async def test_a_client_that_takes_nothing_of_a_small_answer_is_cut_off() -> None:
+    """A small answer that the client does not take is given up after the same time."""
+    async with Gateway().run(stalled_seconds=0.02) as gateway:
+        gateway.services.on("GET", "http://orchestrator/api/v1/task", httpx.Response(200, json=[]))
+        client = Client(gateway, "/api/v1/task")
+        client.takes.clear()
+        with pytest.raises(TimeoutError):
+            await client.run()
+        assert client.messages.empty()
 
 
 @pytest.mark.parametrize(("method", "path"), PASSED_ON)
