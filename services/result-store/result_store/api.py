@@ -112,7 +112,7 @@ async def write(form: Format, results: AsyncIterator[Iterable[Result]]) -> Async
     yield "".join(parts).encode()
 
 
-def _store(request: Request) -> Results:
+async def _store(request: Request) -> Results:  # a thread would run what is not async
     return cast(Results, request.app.state.store)
 
 

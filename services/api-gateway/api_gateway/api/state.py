@@ -18,7 +18,7 @@ class State:
     result_store: Upstream
 
 
-def _state(request: Request) -> State:
+async def _state(request: Request) -> State:  # a thread would run what is not async
     return cast(State, request.app.state.gateway)
 
 

@@ -24,7 +24,7 @@ class State:
     rules: TargetRules
 
 
-def _state(request: Request) -> State:
+async def _state(request: Request) -> State:  # a thread would run what is not async
     state: State = request.app.state.orchestrator
     return state
 
@@ -64,7 +64,10 @@ class Paging:
         return (self.page - 1) * self.page_size
 
 
-def _paging(page: Annotated[rest.Page, Query()] = 1, page_size: Annotated[rest.PageSize, Query()] = 10) -> Paging:
+async def _paging(
+    page: Annotated[rest.Page, Query()] = 1,
+    page_size: Annotated[rest.PageSize, Query()] = 10,
+) -> Paging:
     return Paging(page, page_size)
 
 
