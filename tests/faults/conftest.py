@@ -10,17 +10,50 @@ from tests.faults.invariants import Invariants
 from tests.faults.kit import Caller, Platform
 
 
-@pytest.fixture(scope="session")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    made = Platform(tmp_path_factory.mktemp("faults"))
-    made.up()
-    yield made
-    made.down()
+class Shared:
+    """Lends one platform to all tests until one of them fails: nobody knows what that leaves, and the next gets a new one."""
+
+    def __init__(self, session: pytest.Session, folders: pytest.TempPathFactory) -> None:
+        self._session = session
+        self._folders = folders
+        self._failures = 0
+        self._lent: tuple[Platform, Invariants] | None = None
+
+    def lend(self) -> tuple[Platform, Invariants]:
+        if self._spoilt:
+            self.close()
+        if self._lent is None:
+            self._failures = self._session.testsfailed
+            made = Platform(self._folders.mktemp("faults"))
+            self._lent = made, Invariants(made)
+            made.up()
+        return self._lent
+
+    def close(self) -> None:
+        if self._lent is not None:
+            (platform, _), self._lent = self._lent, None
+            (platform.discard if self._spoilt else platform.down)()
+
+    @property
+    def _spoilt(self) -> bool:
+        return self._session.testsfailed > self._failures
 
 
 @pytest.fixture(scope="session")
-def invariants(platform: Platform) -> Invariants:
-    return Invariants(platform)
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    found = Shared(request.session, tmp_path_factory)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def platform(shared: Shared) -> Platform:
+    return shared.lend()[0]
+
+
+@pytest.fixture
+def invariants(shared: Shared) -> Invariants:
+    return shared.lend()[1]
 
 
 @pytest.fixture

@@ -196,10 +196,19 @@ class Platform:
 
     def down(self) -> None:
         self.stack.down()
+        self._supervisor.shut_down()
+        self._close()
+
+    def discard(self) -> None:
+        """Kill all of it, whatever state it is in."""
+        Supervisor(self.stack.folder).kill()
+        self._supervisor.kill()
+        self._close()
+
+    def _close(self) -> None:
         self.mongodb.close()
         self._lines.close()
         self.keys.close()
-        self._supervisor.shut_down()
 
     # Who uses it
 
