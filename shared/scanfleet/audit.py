@@ -19,9 +19,9 @@ from scanfleet.bus import Bus, Publisher
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError, Rule
 from scanfleet.loop import Loop
-from scanfleet.messages import Audited, AuditEntry
+from scanfleet.messages import Audited, AuditEntry, ScanChunk
 from scanfleet.messages.envelope import RawRecord
-from scanfleet.messages.topics import SCAN_AUDIT
+from scanfleet.messages.topics import SCAN_AUDIT, SCAN_TASKS
 
 TELL_S: Final = 1.0  # between two publications
 WINDOW_S: Final = 60.0  # in which refusals alike are counted
@@ -73,20 +73,13 @@ class Refusals:
     def add_dead_letter(self, record: RawRecord, reason: str) -> None:
         """A message that can never be handled: malformed, forged, or of a version that is not known here."""
         claimed = {name: (value or b"").decode(errors="replace") for name, value in record.headers}
-        self.add(
-            AuditEntry(
-                id=uuid4().hex,
-                time=utc_now(),
-                service=self.service,
-                subject="",
-                source=f"{record.topic}/{record.partition}/{record.offset}",
-                action=f"consume {record.topic}",
-                target=f"{claimed.get('ce_subject', '')}: {reason}"[:_MAX_TARGET_CHARS],
-                decision="refused",
-                rule=Rule.MESSAGE,
-                request_id="",
-            ),
-        )
+        source = f"{record.topic}/{record.partition}/{record.offset}"
+        self._add_message(record.topic, source, "", f"{claimed.get('ce_subject', '')}: {reason}", Rule.MESSAGE)
+
+    def add_denied_chunk(self, chunk: ScanChunk, reason: str) -> None:
+        """A task to scan what must not be scanned: the rules have changed since its job was accepted, or it is forged."""
+        topic = SCAN_TASKS.name
+        self._add_message(topic, topic, str(chunk.user_id), f"{chunk.subject}: {reason}", Rule.TARGETS)
 
     async def tell(self, publisher: Publisher) -> None:
         """Publish what waits.
@@ -115,6 +108,22 @@ class Refusals:
             except DependencyError as error:
                 _lost.inc(len(self._waiting))
                 _log.error("refusals not told", entries=len(self._waiting), error=str(error))
+
+    def _add_message(self, topic: str, source: str, subject: str, target: str, rule: Rule) -> None:
+        self.add(
+            AuditEntry(
+                id=uuid4().hex,
+                time=utc_now(),
+                service=self.service,
+                subject=subject,
+                source=source,
+                action=f"consume {topic}",
+                target=target[:_MAX_TARGET_CHARS],
+                decision="refused",
+                rule=rule,
+                request_id="",
+            ),
+        )
 
     def _turn_window(self) -> None:
         if (now := self._monotonic()) < self._window_end:

@@ -108,9 +108,9 @@ def test_forged_reports(platform: Platform, user: Caller, invariants: Invariants
     invariants.check()
 
 
-@pytest.mark.proves("A13", "G12")
+@pytest.mark.proves("A13", "G12", "G15")
 def test_a_forged_task(platform: Platform, invariants: Invariants) -> None:
-    """A worker that is told to scan what the rules deny starts no nmap, and says that it refused every address."""
+    """A worker that is told to scan what the rules deny starts no nmap, and tells job and audit log that it refused."""
     last = max(platform.said(SCAN_WORKERS, WorkerReady), key=lambda said: said.record.timestamp).message
     assert isinstance(last, WorkerReady)
     task = ScanChunk(
@@ -143,6 +143,17 @@ def test_a_forged_task(platform: Platform, invariants: Invariants) -> None:
     assert answer.outcomes == "rrrr"
     assert answer.reason
     assert not seen
+    admin = platform.caller(token=platform.token(2, roles=["admin"]))
+
+    def audited() -> list[Document]:
+        found = admin.http.get("/api/v1/audit", params={"subject": "1"}).json()["entries"]
+        return [entry for entry in found if task.chunk_id in entry["target"]]
+
+    until(lambda: bool(audited()), LIMIT, "the refusal to be in the audit log")
+    (entry,) = audited()
+    assert (entry["service"], entry["decision"], entry["rule"]) == ("scanner-worker", "refused", "targets")
+    assert f"{platform.net}.66.0/24" in entry["target"]
+    admin.close()
     invariants.check()
 
 

@@ -60,6 +60,9 @@ class Permitted:
     reason: str
     """Why addresses are refused; empty when none is."""
 
+    denied: str
+    """Which rule forbids addresses; empty when they all may be scanned."""
+
 
 def together(waiting: Sequence[ScanChunk]) -> Sequence[ScanChunk]:
     """The first of `waiting`, and what one nmap can scan with it: chunks of the same user, policy and ports.
@@ -94,17 +97,18 @@ def permit(chunk: ScanChunk, rules: TargetRules, *, raw: bool) -> Permitted:
     # What counts is the chunk's own ports: the TCP part of a policy with UDP ports can be done without raw packets.
     here = chunk.policy.model_copy(update={"ports": chunk.ports})
     refused: list[Network] = []
-    reason = f"{_needs(here)} raw packets, which no worker here may send" if here.needs_raw and not raw else ""
+    unable = f"{_needs(here)} raw packets, which no worker here may send" if here.needs_raw and not raw else ""
+    denied = ""
     for network in networks(chunk.first_address, chunk.outcomes):
-        for part, why in [(network, reason)] if here.needs_raw and not raw else _judged(network, rules):
-            if why:
+        for part, why in _judged(network, rules):
+            if unable or why:
                 refused.append(part)
-                reason = reason or why
+            denied = denied or why
     letters = list(chunk.outcomes)
     for network in refused:
         start = index_of(chunk.first_address, str(network.network_address))
         letters[start : start + network.num_addresses] = Outcome.REFUSED * network.num_addresses
-    return Permitted("".join(letters), reason)
+    return Permitted("".join(letters), unable or denied, denied)
 
 
 def _needs(policy: ScanPolicy) -> str:

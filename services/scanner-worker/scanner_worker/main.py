@@ -43,7 +43,7 @@ def create_app() -> FastAPI:
             time_factor=settings.scan_time_factor,
             time_floor=settings.scan_time_floor_seconds,
         )
-        worker = Worker(worker_id, abilities, nmap, bus)
+        worker = Worker(worker_id, abilities, nmap, bus, app.state.refusals.add_denied_chunk)
         tasks = bus.tail(topics.SCAN_TASKS, worker)
         async with AsyncExitStack() as stack:
             stack.callback(_end_in_peace)

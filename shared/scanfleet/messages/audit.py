@@ -24,7 +24,7 @@ class AuditEntry(BaseModel):
     """The user's id; empty when no good token said whose request it was."""
 
     source: str
-    """The address that the request came from; of a message its topic, partition and offset."""
+    """The address that the request came from; of a message its topic, and of one that cannot be read its partition and offset."""
 
     action: str
     """The operation, by its name in the OpenAPI document; or that a message was consumed."""

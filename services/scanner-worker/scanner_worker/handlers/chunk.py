@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, aclosing
 from typing import Any, Final
 
@@ -35,6 +35,9 @@ BEAT_S: Final = 1.0  # between two ChunkProgressed: a third of the shortest leas
 RETRY_S: Final = 0.5  # between two tries of a send; each try already waits for the broker
 FENCE: Final = 2 / 3  # of the lease, without an acknowledged heartbeat: nmap is gone before anybody takes over
 
+Denied = Callable[[ScanChunk, str], None]
+"""Told of a chunk with addresses that may not be scanned, and of the rule that says so."""
+
 _addresses = Counter("scanfleet_worker_addresses", "Addresses done, by outcome.", ["outcome"])
 _ends = Counter("scanfleet_worker_chunks", "Chunks that ended here, by how.", ["end"])
 _log = structlog.stdlib.get_logger(__name__)
@@ -43,10 +46,11 @@ _log = structlog.stdlib.get_logger(__name__)
 class ChunkScan:
     """Scans one chunk, and tells it."""
 
-    def __init__(self, chunk: ScanChunk, abilities: Abilities, publisher: Publisher) -> None:
+    def __init__(self, chunk: ScanChunk, abilities: Abilities, publisher: Publisher, denied: Denied) -> None:
         self.chunk = chunk
         self._abilities = abilities
         self._publisher = publisher
+        self._denied = denied
         self._map = list(chunk.outcomes)
         self._ports = PortSet.parse(chunk.ports)
         self._technique = technique(chunk.policy, raw=abilities.raw)
@@ -77,6 +81,8 @@ class ChunkScan:
             async with share:
                 permitted = permit(self.chunk, self._abilities.rules, raw=self._abilities.raw)
                 self._map = list(permitted.outcomes)
+                if permitted.denied:
+                    self._denied(self.chunk, permitted.denied)
                 if not self._stopped:
                     await self._hold_and_scan(share)
         except ScanError as error:

@@ -17,7 +17,7 @@ from scanfleet.messages import ScanChunk, StopChunk, WorkerReady
 from scanfleet.messages.topics import SCAN_WORKERS
 from scanner_worker.domain import together
 from scanner_worker.handlers.batch import Abilities, Batch, Scanner
-from scanner_worker.handlers.chunk import ChunkScan
+from scanner_worker.handlers.chunk import ChunkScan, Denied
 
 READY_S: Final = 2.0  # between two announcements: an orchestrator that starts knows its workers this soon
 START_S: Final = 2.0  # in which a chunk must find a slot here; another worker may have one free
@@ -35,11 +35,19 @@ _log = structlog.stdlib.get_logger(__name__)
 class Worker:
     """Handles scan-tasks, and announces itself on scan-workers."""
 
-    def __init__(self, worker_id: str, abilities: Abilities, scanner: Scanner, publisher: Publisher) -> None:
+    def __init__(
+        self,
+        worker_id: str,
+        abilities: Abilities,
+        scanner: Scanner,
+        publisher: Publisher,
+        denied: Denied,
+    ) -> None:
         self._id = worker_id
         self._abilities = abilities
         self._scanner = scanner
         self._publisher = publisher
+        self._denied = denied
         self._leaving = False
         self._waiting: OrderedDict[_Token, ChunkScan] = OrderedDict()
         self._running: dict[_Token, ChunkScan] = {}
@@ -111,7 +119,7 @@ class Worker:
             self._seen.popitem(last=False)
         for older in [each for each in (*self._waiting, *self._running) if each[0] == token[0]]:
             self._end(older, f"attempt {chunk.attempt} has begun")
-        self._waiting[token] = ChunkScan(chunk, self._abilities, self._publisher)
+        self._waiting[token] = ChunkScan(chunk, self._abilities, self._publisher, self._denied)
         if self._leaving:
             self._give_back(token, _LEAVING)
         else:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from scanfleet.audit import Refusals
 from scanfleet.messages import ChunkFailed, ChunkReleased, ChunkScanned, HostScanned, Message, ScanChunk, StopChunk
 from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS
 from scanfleet.targets import TargetRules
@@ -103,7 +104,8 @@ class Rig:
         self.bus = MemoryBus()
         self.nmap = nmap
         rules = TargetRules((ip_network("127.0.0.0/8"), ip_network("::1/128")))
-        self.worker = Worker("worker", Abilities(slots, RAW, rules, 1, seconds), nmap, self.bus)
+        abilities = Abilities(slots, RAW, rules, 1, seconds)
+        self.worker = Worker("worker", abilities, nmap, self.bus, Refusals("scanner-worker").add_denied_chunk)
         self.tasks = self.bus.tail(SCAN_TASKS, self.worker)
 
     async def send(self, *tasks: Message) -> None:

@@ -95,7 +95,7 @@ class Rig:
         self.scanner = Stepping()
         self.bus = MemoryBus()
         self.batch = Batch(chunks, ABILITIES, self.scanner)
-        self.scans = [ChunkScan(chunk, ABILITIES, self.bus) for chunk in chunks]
+        self.scans = [ChunkScan(chunk, ABILITIES, self.bus, lambda *_: None) for chunk in chunks]
 
     async def run(self) -> None:
         members = (scan.run(share) for scan, share in zip(self.scans, self.batch.shares, strict=True))

@@ -9,8 +9,10 @@ from ipaddress import ip_network
 
 import pytest
 
+from scanfleet.audit import Refusals
 from scanfleet.errors import DependencyError
 from scanfleet.messages import (
+    Audited,
     ChunkClaimed,
     ChunkFailed,
     ChunkProgressed,
@@ -23,7 +25,7 @@ from scanfleet.messages import (
     StopChunk,
     WorkerReady,
 )
-from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS, SCAN_WORKERS, Topic
+from scanfleet.messages.topics import SCAN_AUDIT, SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS, SCAN_WORKERS, Topic
 from scanfleet.targets import TargetRules
 from scanfleet.testing.bus import MemoryBus
 from scanfleet.testing.tracing import ids, recording
@@ -85,7 +87,9 @@ class Rig:
         rules = TargetRules((ip_network("127.0.0.0/8"),), (ip_network("127.9.9.9/32"),))
         self.scanner = scanner
         self.bus = MemoryBus()
-        self.worker = Worker("worker", Abilities(slots, raw, rules, 10, 60), scanner, self.bus)
+        self.refusals = Refusals("scanner-worker")
+        abilities = Abilities(slots, raw, rules, 10, 60)
+        self.worker = Worker("worker", abilities, scanner, self.bus, self.refusals.add_denied_chunk)
         self.tasks = self.bus.tail(SCAN_TASKS, self.worker)
 
     async def send(self, *tasks: Message) -> None:
@@ -378,6 +382,29 @@ async def test_a_chunk_of_refused_targets_starts_no_nmap(make_chunk: MakeChunk, 
         await rig.send(make_chunk(first_address="10.0.0.0"))
         await until(lambda: "ChunkScanned" in rig.progress())
         assert (rig.last().outcomes, rig.scanner.asked) == ("rrrr", [])  # type: ignore[attr-defined] # the test knows the message's kind
+
+
+@pytest.mark.proves("A13", "G15")
+@pytest.mark.parametrize("policy", [{}, {"os_detection": True}], ids=["able", "unable"])
+async def test_a_denied_chunk_is_audited(make_chunk: MakeChunk, until: Until, policy: dict[str, object]) -> None:
+    """A chunk with addresses that the rules forbid has one audit entry, whatever else keeps it from being scanned."""
+    async with rigged(host("127.9.9.8"), raw=False) as rig:
+        await rig.send(make_chunk(policy, first_address="127.9.9.8", outcomes=".."))
+        await until(lambda: "ChunkScanned" in rig.progress())
+        await rig.refusals.tell(rig.bus)
+        (told,) = [each.entry for each in rig.bus.messages(SCAN_AUDIT) if isinstance(each, Audited)]
+        assert (told.service, told.subject, told.source) == ("scanner-worker", "7", "scan-tasks")
+        assert (told.action, told.decision, told.rule) == ("consume scan-tasks", "refused", "targets")
+        assert "127.9.9.9/32" in told.target
+
+
+async def test_what_cannot_be_done_here_is_no_refusal(make_chunk: MakeChunk, until: Until) -> None:
+    """A chunk that needs raw packets, where nobody may send them, breaks no rule and is not audited."""
+    async with rigged(raw=False) as rig:
+        await rig.send(make_chunk({"os_detection": True}))
+        await until(lambda: "ChunkScanned" in rig.progress())
+        await rig.refusals.tell(rig.bus)
+        assert rig.bus.messages(SCAN_AUDIT) == []
 
 
 @pytest.mark.parametrize(("raw", "used", "option"), [(True, "syn", "-sS"), (False, "connect", "-sT")])
