@@ -17,7 +17,9 @@ from xml.parsers import expat
 
 from scanner_worker.domain import Host
 
-MAX_TOKEN: Final = 1 << 20  # one tag with its attributes; the longest real ones hold a script's output, some kilobytes
+# One tag with its attributes; the longest real ones hold a script's output, some kilobytes. Two pieces below a power of two:
+# expat keeps an unfinished token in a buffer that doubles, and is not to double it for what is then refused.
+MAX_TOKEN: Final = (1 << 20) - (1 << 17)
 MAX_DEPTH: Final = 64  # nmap's own nesting ends at about ten
 MAX_SKIPPED: Final = 3  # targets that nmap would not take, kept to say why
 

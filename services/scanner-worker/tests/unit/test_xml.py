@@ -202,7 +202,7 @@ def fed(pieces: Iterator[bytes]) -> tuple[str, int]:
 def test_endless_things_end_in_bounded_memory() -> None:
     """An endless attribute, text, host or nesting is given up, having taken no more than the limits allow."""
     piece = 1 << 16
-    copies = 8  # of a limit: a buffer grows by copying, and how much it takes ahead differs between Pythons
+    copies = 4  # of a limit: a buffer grows by copying, and how much it takes ahead differs between Pythons
 
     def endless(start: bytes, again: bytes) -> Iterator[bytes]:
         yield HEAD + start
