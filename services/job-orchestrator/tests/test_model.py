@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from job_orchestrator.domain import chunk as chunks_
 from job_orchestrator.domain import job as jobs_
 from job_orchestrator.domain import plan
-from job_orchestrator.domain.chunk import MAX_FAILURES, Chunk, ChunkState
+from job_orchestrator.domain.chunk import HELD, MAX_FAILURES, Chunk, ChunkState, WorkerReport
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.store import Store
@@ -26,11 +26,24 @@ from job_orchestrator.repository import MongoStore
 from job_orchestrator.testing import MemoryStore, Worker, World, scan_policy
 from scanfleet import mongo
 from scanfleet.bus import Record
-from scanfleet.messages import ChunkIncomplete, ChunkScanned, ChunkStored, JobEvent, JobProgressed, JobStatus, ScanChunk
+from scanfleet.messages import (
+    ChunkClaimed,
+    ChunkIncomplete,
+    ChunkProgressed,
+    ChunkScanned,
+    ChunkStored,
+    CommandAccepted,
+    JobEvent,
+    JobProgressed,
+    JobStatus,
+    ScanChunk,
+    StopChunk,
+)
 from scanfleet.messages.topics import (
     SCAN_COMMANDS,
     SCAN_EVENTS,
     SCAN_PROGRESS,
+    SCAN_REPLIES,
     SCAN_RESULTS,
     SCAN_STORED,
     SCAN_TASKS,
@@ -115,6 +128,8 @@ class Life(RuleBasedStateMachine):
         self.past: list[Record] = []
         self.tasks: list[ScanChunk] = []
         self.scanned: list[ChunkScanned] = []
+        self.asked: list[tuple[str, int]] = []
+        self.expired: set[str] = set()
         self.world: World
 
     def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
@@ -146,13 +161,21 @@ class Life(RuleBasedStateMachine):
         if len(self.run(self.jobs())) > MOST_JOBS:
             return
         cidrs = ["127.9.8.0/31", "127.9.9.4/32"][:subnets]
-        self.run(self.world.submit(*cidrs, user_id=user, policy=scan_policy(ports=ports)))
+        command = self.run(self.world.submit(*cidrs, user_id=user, policy=scan_policy(ports=ports)))
+        self.asked.append((command, user))
 
     @rule(data=st.data(), really=st.sampled_from([False, False, True]))
     def cancel(self, data: st.DataObject, really: bool) -> None:
         if really and (jobs := self.run(self.jobs())):
             job = data.draw(st.sampled_from(jobs))
-            self.run(self.world.cancel(job.id, job.user_id))
+            self.asked.append((self.run(self.world.cancel(job.id, job.user_id)), job.user_id))
+
+    @rule(data=st.data(), number=st.integers(0, REPLICAS - 1))
+    def give_up(self, data: st.DataObject, number: int) -> None:
+        """The gateway heard no reply in time; most likely to the last command."""
+        command, user = data.draw(st.sampled_from(self.asked[-1:]) | st.sampled_from(self.asked))
+        if self.run(self.world.replicas[number].commands.expire(command, user)) is None:
+            self.expired.add(command)
 
     # Broker
 
@@ -312,6 +335,14 @@ class Life(RuleBasedStateMachine):
             tokens = [(task.chunk_id, task.attempt) for task in tasks]
             assert len(tokens) == len(set(tokens))
 
+    @invariant()
+    def nothing_comes_of_what_expired(self) -> None:
+        if hasattr(self, "world"):
+            jobs = self.run(self.jobs())
+            assert not self.expired & ({job.command_id for job in jobs} | {job.cancel_command for job in jobs})
+            replies = self.world.bus.messages(SCAN_REPLIES)
+            assert not self.expired & {each.command_id for each in replies if isinstance(each, CommandAccepted)}
+
     def teardown(self) -> None:
         """With all parts back and nothing in the way, every job ends."""
 
@@ -329,6 +360,7 @@ class Life(RuleBasedStateMachine):
                 self.run(heal())
                 self.the_ledger_adds_up()
                 self.events_come_in_order()
+                self.nothing_comes_of_what_expired()
                 self.run(self.drop_store())
         finally:
             self.runner.close()
@@ -349,12 +381,41 @@ class Life(RuleBasedStateMachine):
                 self.tasks += [each.message for each in batch if isinstance(each.message, ScanChunk)]
             elif topic is SCAN_RESULTS:
                 self.scanned += [each.message for each in batch if isinstance(each.message, ChunkScanned)]
+            elif topic is SCAN_PROGRESS:
+                self.run(self.hear(batch))
             else:
                 self.run(self.world.hand(topic, batch))
         for record in records:
             if record in self.pending:
                 self.pending.remove(record)
                 self.past.append(record)
+
+    async def hear(self, batch: Sequence[Record]) -> None:
+        """Hand reports over: one that is not of a chunk's holder changes no state, and who scans all the same is stopped."""
+        reports = [each.message for each in batch if isinstance(each.message, WorkerReport)]
+        before = await self.world.store.chunks({report.chunk_id for report in reports})
+        tasks = len(self.world.bus.messages(SCAN_TASKS))
+        await self.world.hand(SCAN_PROGRESS, batch)
+        for after in (await self.world.store.chunks(before)).values():
+            chunk = before[after.id]
+            current = token(chunk) in {token(report) for report in reports}
+            if current and chunk.state in HELD:
+                continue
+            free: dict[str, Any] = {"rev": 0}
+            if current:  # an end is charged once, and a cancelled chunk learns what was done before
+                free |= {"charged": 0.0} | ({"outcomes": ""} if chunk.state is ChunkState.CANCELLED else {})
+            cancelled = replace(chunk, state=ChunkState.CANCELLED)  # because of its job
+            assert replace(after, **free) in [replace(each, **free) for each in (chunk, cancelled)], "it counts"
+        sent = self.world.bus.messages(SCAN_TASKS)[tasks:]
+        stopped = {token(each) for each in sent if isinstance(each, StopChunk)}
+        held = {token(chunk) for chunk in before.values() if chunk.state in HELD}
+        scanning = {token(each) for each in reports if isinstance(each, ChunkClaimed | ChunkProgressed)}
+        assert scanning - held <= stopped
+
+
+def token(of: Chunk | WorkerReport | StopChunk) -> tuple[int, str, int, str]:
+    chunk_id = of.id if isinstance(of, Chunk) else of.chunk_id
+    return of.job_id, chunk_id, of.attempt, of.worker_id
 
 
 @pytest.mark.proves("G1", "G2", "G4", "G5", "G6", "G7")
