@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
+from collections.abc import Iterable
 
 import pytest
 
 from job_orchestrator.domain.chunk import Chunk, ChunkState
-from job_orchestrator.domain.fairness import Clock
+from job_orchestrator.domain.fairness import Clock, Credit
 from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator.testing import MemoryStore, Worker, World, chunk, scan_job, scan_policy
 from scanfleet.clock import utc_now
@@ -294,3 +296,59 @@ async def test_an_announcement_is_taken_as_it_stands(world: World) -> None:
     )
     await world.settle()
     assert len(tasks(world)) == 2
+
+
+class Noting(MemoryStore):
+    """Notes which workers it is told of, and when it is asked what they hold: once in each round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.rounds: list[float] = []
+
+    async def seen_workers(self, workers: Iterable[Credit]) -> None:
+        seen = list(workers)
+        self.seen += [worker.worker_id for worker in seen]
+        await super().seen_workers(seen)
+
+    async def held(self, announced: Iterable[Credit]) -> list[Credit]:
+        self.rounds.append(asyncio.get_running_loop().time())
+        return await super().held(announced)
+
+
+async def test_a_worker_is_noted_every_five_seconds_and_when_it_changes() -> None:
+    """Of a worker that says the same again and again the database is told every five seconds, of another word at once."""
+    world = World(store := Noting())
+    await world.start()
+    for _ in range(12):
+        await world.worker.announce()
+        await world.settle()
+        world.now += 1.0
+    assert len(store.seen) == 3
+    world.worker.slots = 1
+    await world.worker.announce()
+    await world.settle()
+    assert store.seen == ["w-1"] * 4
+
+
+async def test_rounds_keep_their_distance() -> None:
+    """However often it is woken, a dispatcher leaves 25 ms between two rounds, and the next sees all that came meanwhile."""
+    world = World(store := Noting())
+    world.worker.hold = True
+    world.worker.slots = 1
+    await world.start()
+    await queue(world, 7, 2)
+    await world.worker.announce()
+    await world.settle()
+    assert len(tasks(world)) == 1
+    store.rounds.clear()
+    dispatcher = world.only.dispatcher
+    await dispatcher.loop.start()
+    try:
+        async with asyncio.timeout(20):
+            while len(store.rounds) < 2:
+                dispatcher.wake()
+                await asyncio.sleep(0)
+    finally:
+        await dispatcher.loop.stop()
+    assert store.rounds[1] - store.rounds[0] >= 0.025
