@@ -30,7 +30,7 @@ from scanfleet.settings import KafkaSettings
 pytestmark = pytest.mark.integration
 
 SECRET = "only-for-this-test-and-32-characters-long"  # noqa: S105 # signs nothing but this test's tokens
-CHUNKS = 3  # each ends in a kill
+CHUNKS = 4  # each ends in a kill
 HOSTS = 200  # of a chunk
 
 

@@ -450,12 +450,14 @@ async def test_a_lease_that_is_acknowledged_lasts(make_chunk: MakeChunk, until: 
 
 async def test_leaving_finishes_what_can_be_finished(make_chunk: MakeChunk, until: Until) -> None:
     """A worker that leaves announces no slots, takes nothing new, and lets a scan finish in the grace it has."""
-    async with rigged(*hosts(0, 1, 2, 3)) as rig:
+    async with rigged(*hosts(0, 1), "until the gate opens", *hosts(2, 3)) as rig:
         await rig.send(make_chunk())
-        await until(lambda: rig.scanner.asked)
-        await rig.worker.stop(10)
+        await until(lambda: rig.said(SCAN_RESULTS, HostScanned))
+        leaving = asyncio.create_task(rig.worker.stop(20))
+        await until(lambda: rig.bus.messages(SCAN_WORKERS)[-1].slots == 0)  # type: ignore[attr-defined] # the test knows the message's kind
+        rig.scanner.gate.set()
+        await leaving
         assert rig.last().outcomes == "aaaa"  # type: ignore[attr-defined] # the test knows the message's kind
-        assert rig.bus.messages(SCAN_WORKERS)[-1].slots == 0  # type: ignore[attr-defined] # the test knows the message's kind
         await rig.send(make_chunk(chunk_id="1-9"))
         await until(lambda: "ChunkReleased" in rig.progress())
 
