@@ -27,6 +27,27 @@ START = 120  # seconds that a container may take to be up on a busy machine
 STOP = 30  # seconds in which a server must end by itself
 
 
+# What scans, or starts servers to be scanned: one after another, since each would find the others' servers.
+SCANNING = (
+    "local/tests",
+    "shared/tests/integration/test_nmap.py",
+    "services/api-gateway/tests/integration",
+    "services/scanner-worker/tests/integration",
+    "tests/abuse",
+    "tests/e2e",
+    "tests/faults",
+    "tests/security",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where tests run side by side those that scan stay together, and so do those of a file; the longest part goes first."""
+    for item in items:
+        path = str(item.path.relative_to(config.rootpath))
+        item.add_marker(pytest.mark.xdist_group("scanning" if path.startswith(SCANNING) else path))
+    items.sort(key=lambda item: not str(item.path.relative_to(config.rootpath)).startswith(SCANNING))
+
+
 @pytest.fixture(scope="session")
 def docker_answers() -> bool:
     """Whether containers can be had; without an engine the same servers run natively."""
