@@ -17,7 +17,7 @@ MAX_PORTS: Final = 8_192  # of a chunk: all of them open on one host still fit i
 
 # Slot seconds. They need not be right, only in proportion: they size chunks and order users, and a user's clock is
 # corrected to the real time at the end.
-_START: Final = 0.2  # nmap reading its tables
+_START: Final = 0.1  # nmap reading its tables; less where small chunks share one
 _PER_SECOND: Final = (1_000, 1_000, 1_000, 2_000, 4_000, 6_000)  # TCP probes by timing, on a network that answers some
 _DELAYS: Final = (
     300.0,

@@ -32,7 +32,7 @@ _LOOK_SECONDS: Final = 0.1  # an idle worker's longest wait for a chunk that ano
 _LEAST_SECONDS: Final = 0.025  # between two rounds: workers have as much in advance, and many small ends make one round
 _NOTED_SECONDS: Final = 5.0  # between two notes in the database that a worker was heard of
 _RAW_WORKER: Final = timedelta(seconds=30)  # unheard of: then a chunk that needs raw goes to one that must refuse it
-_EXTRA: Final = 16  # chunks that 2 seconds of work beyond the slots can hold, about; more are picked next time
+_EXTRA: Final = 20  # chunks that 2 seconds of work beyond the slots can hold, about; more are picked next time
 _USERS: Final = 64  # looked at in one round: the neediest
 _REST_SECONDS: Final = 1.0  # between looks at who has become idle, and whether a raw worker lives
 _PICKS: Final = 128  # chunks in one round, so that a round reads some thousands at most

@@ -116,7 +116,7 @@ def test_progress_is_told_once_and_never_lowered() -> None:
     assert full[0].progress == 99
 
 
-@pytest.mark.parametrize("status", set(JobStatus) - {JobStatus.RUNNING})
+@pytest.mark.parametrize("status", sorted(set(JobStatus) - {JobStatus.RUNNING}))
 def test_only_a_running_job_progresses(status: JobStatus) -> None:
     """No progress is told before the start or after the end."""
     assert observe(in_status(status), 40, 3, LATER) is None

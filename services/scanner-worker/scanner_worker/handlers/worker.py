@@ -100,6 +100,7 @@ class Worker:
             else:
                 # Of a chunk that is not here nothing is said: each such answer would bring another StopChunk.
                 self._end((task.chunk_id, task.attempt), task.reason)
+        self._fill()  # only now, so that what came together can be scanned together
 
     async def assigned(self, partitions: Collection[int]) -> None:
         """A worker reads every partition, for its own id alone."""
@@ -123,7 +124,6 @@ class Worker:
         if self._leaving:
             self._give_back(token, _LEAVING)
         else:
-            self._fill()
             asyncio.get_running_loop().call_later(START_S, self._give_back, token, "no slot was free in time")
 
     def _end(self, token: _Token, reason: str) -> None:

@@ -230,8 +230,9 @@ async def test_chunks_that_wait_and_are_alike_share_a_slot(make_chunk: MakeChunk
     chunks = [make_chunk(chunk_id=id_, first_address=f"127.9.1.{last}", outcomes=".") for id_, last in lasts.items()]
     chunks[4] = chunks[4].model_copy(update={"attempt": 2})
     async with rigged(FOREVER, ASKED, slots=1) as rig:
-        await rig.send(*chunks)
+        await rig.send(chunks[0])
         await until(lambda: rig.scanner.asked)
+        await rig.send(*chunks[1:])
         rig.scanner.gate.set()
         await until(lambda: rig.progress().count("ChunkScanned") == 5)
         assert [[each.removesuffix("/32") for each in argv[argv.index("--") + 1 :]] for argv in rig.scanner.asked] == [
@@ -243,11 +244,22 @@ async def test_chunks_that_wait_and_are_alike_share_a_slot(make_chunk: MakeChunk
         assert rig.scanner.most == 1
 
 
+async def test_chunks_that_come_together_and_are_alike_share_a_slot(make_chunk: MakeChunk, until: Until) -> None:
+    """Of alike chunks that come at once the first does not start alone, though more slots are free."""
+    chunks = [make_chunk(chunk_id=f"1-{number}", first_address=f"127.9.{number}.0") for number in range(3)]
+    async with rigged(FOREVER, slots=2) as rig:
+        await rig.send(*chunks)
+        await until(lambda: rig.scanner.asked)
+        assert [len(argv) - argv.index("--") - 1 for argv in rig.scanner.asked] == [3]
+
+
 async def test_several_chunks_in_one_nmap_take_one_slot(make_chunk: MakeChunk, until: Until) -> None:
     """While one slot scans several chunks, the next one is still there for others."""
     chunks = [make_chunk(chunk_id=f"1-{number}", first_address=f"127.9.{number}.0") for number in range(5)]
     async with rigged(FOREVER, slots=2) as rig:
-        await rig.send(*chunks)
+        await rig.send(chunks[0])
+        await rig.send(chunks[1])
+        await rig.send(*chunks[2:])
         await until(lambda: len(rig.scanner.asked) == 2)
         for number in (0, 1):
             await rig.send(StopChunk(job_id=1, chunk_id=f"1-{number}", attempt=1, worker_id="worker", reason="over"))
