@@ -257,10 +257,10 @@ async def test_several_chunks_in_one_nmap_take_one_slot(make_chunk: MakeChunk, u
     """While one slot scans several chunks, the next one is still there for others."""
     chunks = [make_chunk(chunk_id=f"1-{number}", first_address=f"127.9.{number}.0") for number in range(5)]
     async with rigged(FOREVER, slots=2) as rig:
-        await rig.send(chunks[0])
-        await rig.send(chunks[1])
+        for number in (0, 1):
+            await rig.send(chunks[number])
+            await until(lambda: len(rig.scanner.asked) == number + 1)  # noqa: B023 # called before the next turn
         await rig.send(*chunks[2:])
-        await until(lambda: len(rig.scanner.asked) == 2)
         for number in (0, 1):
             await rig.send(StopChunk(job_id=1, chunk_id=f"1-{number}", attempt=1, worker_id="worker", reason="over"))
         await until(lambda: rig.scanner.closed == 2)
