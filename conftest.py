@@ -40,6 +40,7 @@ SCANNING = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before the plugin that runs them side by side looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where tests run side by side those that scan stay together, and so do those of a file; the longest part goes first."""
     for item in items:

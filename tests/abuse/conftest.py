@@ -15,13 +15,13 @@ from local.stack import Stack
 from local.wait import until
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where each call of nmap is a line of JSON: its arguments."""
     return tmp_path_factory.mktemp("nmap") / "calls"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def recording_nmap(calls: Path) -> Path:
     """Notes its arguments, and is nmap."""
     program = calls.parent / "nmap"
@@ -36,7 +36,7 @@ def recording_nmap(calls: Path) -> Path:
     return program
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stack(kafka: str, mongodb: str, recording_nmap: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     stack = Stack(
         tmp_path_factory.mktemp("stack"),
@@ -52,7 +52,7 @@ def stack(kafka: str, mongodb: str, recording_nmap: Path, tmp_path_factory: pyte
     stack.down()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def caller(stack: Stack) -> Iterator[Callable[[int], Client]]:
     """A client of any user; each test has users of its own, and with them limits and entries of its own."""
     clients: dict[int, Client] = {}
@@ -67,7 +67,7 @@ def caller(stack: Stack) -> Iterator[Callable[[int], Client]]:
         client.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def audited(stack: Stack) -> Iterator[Callable[[str], dict[str, Any]]]:
     """The one entry of the audit log about a request, once it is there."""
     client = Client(stack.url, stack.token(99, admin=True))

@@ -16,14 +16,15 @@ from tests.e2e.collector import Collector, collecting
 REPLICAS = {"api-gateway": 2, "job-orchestrator": 2, "scanner-worker": 2, "result-store": 2}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def collector() -> Iterator[Collector]:
     """Gets the stack's traces, those that the caller asks for."""
     with collecting() as collector:
         yield collector
 
 
-@pytest.fixture(scope="session")
+# A stack that nobody uses any more would keep a core busy: it ends with the tests of this folder.
+@pytest.fixture(scope="package")
 def stack(
     kafka: str,
     mongodb: str,
@@ -44,28 +45,28 @@ def stack(
     stack.down()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def user(stack: Stack) -> Iterator[Client]:
     client = Client(stack.url, stack.token(7))
     yield client
     client.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stranger(stack: Stack) -> Iterator[Client]:
     client = Client(stack.url, stack.token(8))
     yield client
     client.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def admin(stack: Stack) -> Iterator[Client]:
     client = Client(stack.url, stack.token(9, admin=True))
     yield client
     client.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def servers() -> Iterator[nmap.OpenPorts]:
     """Listening sockets on some addresses of 127.9.8.0/24; answers which."""
     places = {(f"127.9.8.{host}", port) for host in (1, 7, 70, 130, 200, 254) for port in (8022, 8080)}
@@ -77,7 +78,7 @@ def servers() -> Iterator[nmap.OpenPorts]:
         yield places
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def running_nmaps(stack: Stack) -> Callable[[], list[int]]:
     """The pids of the nmaps that the stack's workers run now."""
 

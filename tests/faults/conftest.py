@@ -39,7 +39,7 @@ class Shared:
         return self._session.testsfailed > self._failures
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     found = Shared(request.session, tmp_path_factory)
     yield found

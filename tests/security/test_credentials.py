@@ -49,7 +49,7 @@ MAY_READ: Final = {
 EVERYTHING: Final = {topic.name for topic in TOPICS} | {topic.dead_letter for topic in TOPICS}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     stack = Stack(
         tmp_path_factory.mktemp("secured"),
