@@ -12,6 +12,8 @@ import pytest
 from hypothesis import settings
 from testcontainers.community.kafka import KafkaContainer
 from testcontainers.core.container import DockerContainer
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from local import kafka as native_kafka
 from local import mongod as native_mongod
@@ -40,13 +42,24 @@ SCANNING = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before the plugin that runs them side by side looks at the marks
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where tests run side by side those that scan stay together, and so do those of a file; the longest part goes first."""
-    for item in items:
-        path = str(item.path.relative_to(config.rootpath))
-        item.add_marker(pytest.mark.xdist_group("scanning" if path.startswith(SCANNING) else path))
-    items.sort(key=lambda item: not str(item.path.relative_to(config.rootpath)).startswith(SCANNING))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest part goes first."""
+    items.sort(key=lambda item: part(item.nodeid) != "scanning")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """Where tests run side by side the scanning ones stay together, and so do those of a file."""
+
+    class Parts(LoadScopeScheduling):  # type: ignore[misc] # the plugin ships no types
+        def _split_scope(self, nodeid: str) -> str:
+            return part(nodeid)
+
+    return Parts(config, log)
+
+
+def part(nodeid: str) -> str:
+    path = nodeid.split("::", maxsplit=1)[0]
+    return "scanning" if path.startswith(SCANNING) else path
 
 
 @pytest.fixture(scope="session")
