@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import httpx
@@ -58,6 +59,14 @@ class Client:
         """The task once its job is final."""
         until(lambda: self.status(job_id) in FINAL, limit, f"job {job_id} to be final")
         return self.task(job_id)
+
+    def watch(self, job_id: int) -> Iterator[dict[str, Any]]:
+        """The task in each state that the gateway tells of, until it tells no more."""
+        with self.http.stream("GET", f"/api/v1/task/{job_id}/events") as answer:
+            answer.raise_for_status()
+            for line in answer.iter_lines():
+                if line.startswith("data: "):
+                    yield json.loads(line.removeprefix("data: "))
 
     def cancel(self, job_id: int) -> None:
         self._json("POST", f"/api/v1/task/{job_id}/cancel")

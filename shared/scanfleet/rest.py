@@ -74,6 +74,13 @@ class TaskStatus(_Answer):
     job: Job
 
 
+class Snapshot(_Answer):
+    """A task as of one `seq` of its job: what a reader of job events goes on from. Not part of the public API."""
+
+    seq: int
+    task: TaskStatus
+
+
 class Result(_Answer):
     """One port that nmap found open or open|filtered."""
 

@@ -12,8 +12,9 @@ import os
 import re
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from types import FrameType
 from typing import Annotated, Any, Final, Literal, Protocol, cast
 from uuid import uuid4
 
@@ -186,6 +187,24 @@ async def _end_when_unhealthy(probes: Probes) -> None:
         await asyncio.sleep(HEALTH_PERIOD_S)
     _log.critical("a consumer loop has died: this process ends, to be started anew")
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def when_told_to_end(call: Callable[[], None]) -> Iterator[None]:
+    """Call this too when the process is told to end (SIGTERM), before the server waits for the answers under way to end."""
+    loop = asyncio.get_running_loop()
+    server = signal.getsignal(signal.SIGTERM)
+
+    def told(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(call)
+        if callable(server):
+            server(number, frame)
+
+    signal.signal(signal.SIGTERM, told)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, server)
 
 
 def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> Response:

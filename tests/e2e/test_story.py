@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -86,6 +87,36 @@ async def test_the_events_of_a_job_tell_its_life_in_order(stack: Stack, user: Cl
     assert list(dict.fromkeys(value["seq"] for _, value in seen)) == sorted(first)
     assert seen[-1][1]["job"]["status"] == "completed"
     assert {value["user_id"] for _, value in seen} == {7}
+
+
+def test_a_scan_is_watched_to_its_end(user: Client, stranger: Client) -> None:
+    """One stream tells a scan from its creation to its end, never backwards, and the last it tells is what a GET answers."""
+    job_id = user.scan(SUBNET, ports=PORTS, service_detection=False, max_rate=3000)
+    with pytest.raises(httpx.HTTPStatusError, match="404"):
+        next(stranger.watch(job_id))
+    told = list(user.watch(job_id))
+    order = ("pending", "running", "completed")
+    states = [(order.index(task["status"]["status"]), task["status"]["progress"]) for task in told]
+    assert states == sorted(states)
+    assert {status for status, _ in states} >= {1, 2}
+    assert told[-1] == user.task(job_id)
+    assert list(user.watch(job_id)) == told[-1:]
+
+
+def test_a_gateway_that_leaves_ends_its_streams(stack: Stack, user: Client) -> None:
+    """SIGTERM to a gateway ends its streams as whole answers, and asked again one begins with the state of then."""
+    job_id = user.scan(SUBNET, **SLOW)
+    watching = user.watch(job_id)
+    assert next(watching)["job"]["id"] == job_id
+    pid = stack.pid("api-gateway-1")
+    stack.kill("api-gateway-1", signal.SIGTERM)
+    assert {task["status"]["status"] for task in watching} <= {"pending", "running"}
+    until(lambda: pid not in {process.pid for process in stack.processes()}, 30, "the gateway to be gone")
+    stack.wait_until_ready()
+    user.cancel(job_id)
+    (last,) = user.watch(job_id)
+    assert last == user.task(job_id)
+    assert last["status"]["status"] == "cancelled"
 
 
 @pytest.mark.proves("G8")

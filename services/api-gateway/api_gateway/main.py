@@ -14,14 +14,15 @@ from starlette.staticfiles import StaticFiles
 from api_gateway.api import ROUTERS
 from api_gateway.api.admission import Admission
 from api_gateway.api.state import State
-from api_gateway.handlers import Commands
+from api_gateway.handlers.commands import Commands
+from api_gateway.handlers.events import Watches
 from api_gateway.settings import Settings
 from api_gateway.upstream import Orchestrator, Upstream, connect
 from scanfleet import logging, service, tracing
 from scanfleet.auth import open_verifier
 from scanfleet.bus import Bus
 from scanfleet.kafka import KafkaBus
-from scanfleet.messages.topics import GATEWAY, SCAN_REPLIES
+from scanfleet.messages.topics import GATEWAY, SCAN_EVENTS, SCAN_REPLIES
 
 _DESCRIPTION = """\
 Scan networks as a service: register subnets and policies, create scan jobs, watch them run and read what was found.
@@ -68,11 +69,17 @@ def create_app(
             replies = bus.tail(SCAN_REPLIES, commands)
             await replies.start()
             stack.push_async_callback(replies.stop)
+            watches = Watches()
+            events = bus.tail(SCAN_EVENTS, watches)
+            await events.start()
+            stack.push_async_callback(events.stop)
+            stack.enter_context(service.when_told_to_end(watches.end))
             # Not the services behind: what one of them being away stops is answered 503, the rest goes on.
             app.state.probes.watch(bus)
             app.state.probes.watch(replies)
+            app.state.probes.watch(events)
             app.state.probes.watch(await stack.enter_async_context(app.state.refusals.told_to(bus)))
-            app.state.gateway = State(commands, orchestrator, result_store)
+            app.state.gateway = State(commands, orchestrator, result_store, watches, events, settings)
             yield
 
     app = service.create_app(

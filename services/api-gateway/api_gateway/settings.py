@@ -52,6 +52,12 @@ class Settings(CommonSettings, KafkaSettings, AuthSettings):
         ge=1,
         description="The most connections to each service behind the gateway.",
     )
+    heartbeat_seconds: float = Field(
+        15.0,  # proxies cut what is idle for 30 to 60 s
+        gt=0,
+        description="How long in seconds a stream of job events may go without asking for the job's state, by which it "
+        "learns of events that it did not hear, and without a sign of life.",
+    )
     stalled_seconds: float = Field(
         60.0,
         gt=0,

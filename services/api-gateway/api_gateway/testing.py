@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -9,8 +10,9 @@ from typing import Any
 
 import httpx
 from fastapi import FastAPI
+from starlette.types import Message, Scope
 
-from api_gateway.handlers import Reply
+from api_gateway.handlers.commands import Reply
 from api_gateway.main import create_app
 from api_gateway.settings import Settings
 from scanfleet.bus import Bus, Record
@@ -62,6 +64,26 @@ def _fresh(answer: httpx.Response) -> httpx.Response:
     if not answer.is_closed:
         return answer
     return httpx.Response(answer.status_code, headers=answer.headers, stream=httpx.ByteStream(answer.content))
+
+
+class Stream(httpx.AsyncByteStream):
+    """A body that comes piece by piece, each when `go` lets it, and may break off after the last."""
+
+    def __init__(self, *pieces: bytes, breaks: bool = False) -> None:
+        self.pieces = pieces
+        self.breaks = breaks
+        self.go = asyncio.Semaphore(0)
+        self.closed = asyncio.Event()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in self.pieces:
+            await self.go.acquire()
+            yield piece
+        if self.breaks:
+            raise httpx.RemoteProtocolError("peer closed connection without sending complete message body")
+
+    async def aclose(self) -> None:
+        self.closed.set()
 
 
 class Replier:
@@ -124,6 +146,47 @@ class Running:
     broker: MemoryBroker
     replier: Replier
     issuer: Issuer
+
+
+class Client:
+    """An ASGI client that sees every message of an answer as it comes, may take none, and may go away."""
+
+    def __init__(self, gateway: Running, path: str) -> None:
+        self.app = gateway.app
+        self.messages: asyncio.Queue[Message] = asyncio.Queue()
+        self.leaves = asyncio.Event()
+        self.takes = asyncio.Event()
+        self.takes.set()
+        headers = [(b"authorization", gateway.client.headers["authorization"].encode())]
+        self.scope: Scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},  # as uvicorn says
+            "http_version": "1.1",
+            "method": "GET",
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": headers,
+            "client": ("127.0.0.1", 1),
+            "server": ("gateway", 80),
+        }
+        self._asked = False
+
+    async def run(self) -> None:
+        await self.app(self.scope, self._receive, self._send)
+
+    async def _receive(self) -> Message:
+        if not self._asked:
+            self._asked = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        await self.leaves.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Message) -> None:
+        await self.takes.wait()
+        await self.messages.put(message)
 
 
 @dataclass(frozen=True, slots=True)

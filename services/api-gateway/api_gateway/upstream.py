@@ -18,6 +18,7 @@ from api_gateway.settings import Settings
 from scanfleet import tracing
 from scanfleet.errors import BadRequestError, DependencyError
 from scanfleet.messages import CommandAccepted, CommandRejected, Job
+from scanfleet.rest import Snapshot
 from scanfleet.service import source
 
 CONNECT_SECONDS: Final = 1.0  # the services are next door
@@ -117,8 +118,26 @@ class Orchestrator(Upstream):
             return None
         return Response(answer.content, answer.status_code, _returned(answer))
 
+    async def latest(self, caller: Mapping[str, str], job_id: int) -> Snapshot | Response:
+        """The job as it is now, or why the caller may not watch it, as the answer to give.
+
+        Args:
+            caller: who asks, as HTTP headers.
+            job_id: of the job.
+
+        Raises:
+            DependencyError: the orchestrator is away.
+        """
+        answer = await self.ask("GET", f"/internal/jobs/{job_id}/latest", caller)
+        if answer.status_code != httpx.codes.OK:
+            return Response(answer.content, answer.status_code, _returned(answer))
+        try:
+            return Snapshot.model_validate_json(answer.content)
+        except ValidationError as error:
+            raise DependencyError("the orchestrator answered 200 and no state of a job") from error
+
     async def expire(self, command_id: str, headers: Mapping[str, str]) -> CommandAccepted | CommandRejected | None:
-        """See `api_gateway.handlers.Arbiter`."""
+        """See `api_gateway.handlers.commands.Arbiter`."""
         answer = await self.ask("POST", f"/internal/commands/{command_id}/expire", headers)
         try:
             verdict = _VERDICT.validate_json(answer.content)
@@ -152,6 +171,16 @@ async def connect(
         yield client
 
 
+def in_time(send: Send, seconds: float) -> Send:
+    """The same, raising TimeoutError at a client that takes nothing for so long."""
+
+    async def send_in_time(message: Message) -> None:
+        async with asyncio.timeout(seconds):
+            await send(message)
+
+    return send_in_time
+
+
 class _Whole(Response):
     """A small answer, all of it here: there is nothing left to wait for but the client."""
 
@@ -173,12 +202,8 @@ class _Relay(StreamingResponse):
         self._stalled_seconds = stalled_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_in_time(message: Message) -> None:
-            async with asyncio.timeout(self._stalled_seconds):
-                await send(message)
-
         try:
-            await super().__call__(scope, receive, send_in_time)
+            await super().__call__(scope, receive, in_time(send, self._stalled_seconds))
         finally:
             await self._answer.aclose()
 

@@ -7,8 +7,11 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
-from api_gateway.handlers import Commands
+from api_gateway.handlers.commands import Commands
+from api_gateway.handlers.events import Watches
+from api_gateway.settings import Settings
 from api_gateway.upstream import Orchestrator, Upstream
+from scanfleet.bus import Consumer
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +19,10 @@ class State:
     commands: Commands
     orchestrator: Orchestrator
     result_store: Upstream
+    watches: Watches
+    events: Consumer
+    """Tells the watches of job events."""
+    settings: Settings
 
 
 async def _state(request: Request) -> State:  # a thread would run what is not async

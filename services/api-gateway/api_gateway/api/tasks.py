@@ -9,6 +9,7 @@ from fastapi import APIRouter, Header, Request, Response
 
 from api_gateway.api.admission import Route
 from api_gateway.api.document import errors, paging, query
+from api_gateway.api.events import EventStream, Watched
 from api_gateway.api.state import Handed
 from api_gateway.upstream import identity
 from scanfleet import rest, tracing
@@ -43,6 +44,22 @@ _RESULTS: Final[dict[int | str, dict[str, Any]]] = {
             "application/x-ndjson": {"schema": {**_RESULT, "description": "One result a line."}},
             "text/csv": {
                 "schema": {"type": "string", "description": "RFC 4180, with the fields' names as its first line."}
+            },
+        },
+    },
+}
+_EVENTS: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "description": "The job's state as it is now, then each later one as it comes; the stream ends after a final one. "
+        "One that ends before was cut short: ask again, and it begins with the state of then.",
+        "content": {
+            "text/event-stream": {
+                "schema": {
+                    "type": "string",
+                    "description": "Server-Sent Events. `event` is the job's status, `data` is what a GET of the task "
+                    "answers, in one line, and `id` is the number of the state, which rises. A comment is a sign of life.",
+                },
+                "example": 'event: running\ndata: {"job_id":"1","status":{"status":"running",...},"job":{...}}\nid: 3\n\n',
             },
         },
     },
@@ -87,6 +104,16 @@ async def create_tasks(
 async def read_task(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
     """A scan job's state and progress as they are now."""
     return await state.orchestrator.forward(request)
+
+
+@router.get("/{job_id}/events", response_class=Response, responses=_EVENTS | errors(404))
+async def watch_task(job_id: PathId, request: Request, _caller: Caller, state: Handed, watch: Watched) -> Response:
+    """A scan job's states and progress as they come, as Server-Sent Events."""
+    now = await state.orchestrator.latest(identity(request), job_id)
+    if isinstance(now, Response):
+        return now
+    watch.begin(now)
+    return EventStream(watch, job_id, request, state)
 
 
 @router.post("/{job_id}/cancel", responses=errors(400, 404))

@@ -20,7 +20,7 @@ from api_gateway.main import create_app
 from api_gateway.testing import Gateway, Replier, Services
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings, create_topics
-from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, SCAN_COMMANDS, SCAN_REPLIES
+from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES
 from scanfleet.settings import KafkaSettings
 from scanfleet.testing.bus import MemoryBus
 
@@ -43,7 +43,7 @@ async def served(app: FastAPI) -> AsyncIterator[str]:
 async def test_replies_cross_kafka(kafka: str) -> None:
     """Requests to two gateways at once each get the reply to their own command, though both read all of them."""
     prefix = f"{uuid4().hex}."
-    await create_topics(TopicSettings(kafka=kafka, topic_prefix=prefix), [SCAN_COMMANDS, SCAN_REPLIES])
+    await create_topics(TopicSettings(kafka=kafka, topic_prefix=prefix), [SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES])
 
     def bus(source: str, instance: str) -> KafkaBus:
         return KafkaBus(KafkaSettings(kafka=kafka, topic_prefix=prefix), source=source, instance=instance)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 import httpx
 import pytest
 
-from api_gateway.handlers import Reply
+from api_gateway.handlers.commands import Reply
 from api_gateway.testing import Command, Gateway, Running, accept
 
 BODY = {"subnet_ids": [5], "policy_id": 3}

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from api_gateway.handlers import Reply
+from api_gateway.handlers.commands import Reply
 from api_gateway.testing import Command, Gateway, Running, accept, job, silence
 from scanfleet.messages import CancelJob, CommandAccepted, CommandRejected, SubmitJobs
 

@@ -14,6 +14,7 @@ from api_gateway.testing import Gateway, Running
 PATHS = {
     "/api/v1/task": {"get", "post"},
     "/api/v1/task/{job_id}": {"get"},
+    "/api/v1/task/{job_id}/events": {"get"},
     "/api/v1/task/{job_id}/cancel": {"post"},
     "/api/v1/task/{job_id}/results": {"get"},
     "/api/v1/task/{job_id}/ledger": {"get"},
@@ -71,10 +72,10 @@ def test_every_error_has_the_one_shape(document: dict[str, Any]) -> None:
 
 def test_every_answer_has_a_schema(document: dict[str, Any]) -> None:
     """Every success has a schema of its own, and every operation has words."""
-    for _, _, operation in operations(document):
+    for path, _, operation in operations(document):
         assert operation["description"]
         (success,) = (answer for status, answer in operation["responses"].items() if status in ("200", "201"))
-        assert success["content"]["application/json"]["schema"]
+        assert success["content"]["text/event-stream" if path.endswith("/events") else "application/json"]["schema"]
 
 
 def test_every_id_has_its_bounds(document: dict[str, Any]) -> None:
@@ -110,6 +111,13 @@ def test_results_come_in_three_ways(document: dict[str, Any]) -> None:
     """Results are documented as JSON, NDJSON and CSV."""
     content = document["paths"]["/api/v1/task/{job_id}/results"]["get"]["responses"]["200"]["content"]
     assert set(content) == {"application/json", "application/x-ndjson", "text/csv"}
+
+
+def test_events_come_as_a_stream(document: dict[str, Any]) -> None:
+    """A stream of events is documented as Server-Sent Events alone, with what may be said against it."""
+    answers = document["paths"]["/api/v1/task/{job_id}/events"]["get"]["responses"]
+    assert set(answers["200"]["content"]) == {"text/event-stream"}
+    assert set(answers) == {"200", "401", "404", "429", "500", "503", "default"}
 
 
 async def test_the_page_needs_no_other_host(gateway: Running) -> None:

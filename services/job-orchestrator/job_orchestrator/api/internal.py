@@ -7,6 +7,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path
 
 from job_orchestrator.api.state import Handed, Recorded
+from job_orchestrator.api.tasks import mine, task_status
+from scanfleet import rest
 from scanfleet.auth import Caller, Guarded
 from scanfleet.errors import ForbiddenError, NotFoundError, Rule
 from scanfleet.messages import CommandAccepted
@@ -27,6 +29,13 @@ async def owner(job_id: PathId, caller: Caller, state: Handed, record: Recorded)
             raise ForbiddenError("Job belongs to another user", target=results)
         await record(target=results, rule=Rule.ROLE)
     return {"user_id": job.user_id}
+
+
+@router.get("/jobs/{job_id}/latest", name="watch_task")
+async def latest(job_id: PathId, caller: Caller, state: Handed) -> rest.Snapshot:
+    """The job as it is now, for its owner, and the `seq` that its events go on from."""
+    job = await mine(state, caller.user_id, job_id, target=f"/api/v1/task/{job_id}/events")
+    return rest.Snapshot(seq=job.seq, task=task_status(job))
 
 
 @router.post("/commands/{command_id}/expire")

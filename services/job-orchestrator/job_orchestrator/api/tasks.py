@@ -32,14 +32,7 @@ async def list_tasks(request: Request, caller: Caller, state: Handed, paged: Pag
 
 @router.get("/{job_id}")
 async def read_task(job_id: PathId, caller: Caller, state: Handed) -> rest.TaskStatus:
-    job = await _mine(state, caller.user_id, job_id)
-    progress = rest.TaskProgress(
-        status=job.status,
-        progress=job.progress,
-        machines_found=job.machines_found,
-        error=job.error,
-    )
-    return rest.TaskStatus(job_id=str(job.id), status=progress, job=job.view)
+    return task_status(await mine(state, caller.user_id, job_id))
 
 
 @router.get("/{job_id}/ledger")
@@ -50,7 +43,7 @@ async def read_ledger(
     page: Annotated[rest.Page, Query()] = 1,
     page_size: Annotated[int, Query(ge=1, le=_LEDGER_PAGE)] = 100,
 ) -> rest.Ledger:
-    job = await _mine(state, caller.user_id, job_id)
+    job = await mine(state, caller.user_id, job_id)
     tally, names = ledger.Tally(job), ledger.Names(job, (page - 1) * page_size, page_size)
     async for chunk in _chunks(state, job):
         tally.add(chunk)
@@ -89,11 +82,27 @@ async def _chunks(state: State, job: ScanJob) -> AsyncIterator[Chunk]:
                 yield chunk
 
 
-async def _mine(state: State, user_id: int, job_id: int) -> ScanJob:
+async def mine(state: State, user_id: int, job_id: int, *, target: str = "") -> ScanJob:
+    """The user's own job.
+
+    Raises:
+        NotFoundError: there is none, or it is another's; `target` is what was asked for, when the path does not say it.
+    """
     job = (await state.store.jobs([job_id])).get(job_id)
     if job is None or job.user_id != user_id:
-        raise NotFoundError("Job not found", rule=Rule.OWNER if job else None)
+        raise NotFoundError("Job not found", rule=Rule.OWNER if job else None, target=target)
     return job
+
+
+def task_status(job: ScanJob) -> rest.TaskStatus:
+    """The job as its owner is shown it."""
+    progress = rest.TaskProgress(
+        status=job.status,
+        progress=job.progress,
+        machines_found=job.machines_found,
+        error=job.error,
+    )
+    return rest.TaskStatus(job_id=str(job.id), status=progress, job=job.view)
 
 
 def _statuses(request: Request) -> set[JobStatus]:

@@ -117,6 +117,7 @@ EVERY_ROUTE = [
     *((verb, "/api/v1/policy/1") for verb in ("GET", "PUT", "DELETE")),
     ("GET", "/api/v1/audit"),
     ("GET", "/internal/jobs/1/owner"),
+    ("GET", "/internal/jobs/1/latest"),
     ("POST", "/internal/commands/c-1/expire"),
 ]
 
@@ -576,6 +577,16 @@ async def test_results_may_be_read_by_owner_and_administrator(api: Api, store: M
     await api("GET /internal/jobs/2/owner", status=404)
     await api("GET /internal/jobs/2/owner", user=8, admin=True, status=404)
     await api("GET /internal/jobs/x/owner", status=404)
+
+
+async def test_a_job_is_watched_by_its_owner(api: Api, store: MemoryStore) -> None:
+    """The owner is told the task and the `seq` of its last event; for anybody else, an administrator too, it is a 404."""
+    job = scan_job(1, seq=3)
+    await store.insert_jobs([job])
+    assert await api("GET /internal/jobs/1/latest") == {"seq": job.seq, "task": await api("GET /api/v1/task/1")}
+    for admin in (False, True):
+        await api("GET /internal/jobs/1/latest", user=8, admin=admin, status=404)
+    await api("GET /internal/jobs/2/latest", status=404)
 
 
 async def test_a_command_is_decided_when_asked(api: Api, world: World) -> None:

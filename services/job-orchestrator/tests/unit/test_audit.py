@@ -124,6 +124,13 @@ async def test_every_refusal_names_its_rule(ask: Caller, world: World) -> None:
             403,
             ("8", "read_results", "/api/v1/task/5/results", "refused", "owner"),
         ),
+        (
+            "GET /internal/jobs/5/latest",
+            None,
+            8,
+            404,
+            ("8", "watch_task", "/api/v1/task/5/events", "refused", "owner"),
+        ),
         ("POST /api/v1/subnet", metadata, 8, 400, ("8", "create_subnet", metadata["cidr"], "refused", "targets")),
         ("PUT /api/v1/subnet/1", metadata, 7, 400, ("7", "replace_subnet", metadata["cidr"], "refused", "targets")),
         ("POST /api/v1/policy", {"$set": 1}, 8, 400, ("8", "create_policy", "/api/v1/policy", "refused", "request")),

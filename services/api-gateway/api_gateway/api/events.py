@@ -1,0 +1,100 @@
+"""A job's states as Server-Sent Events: what is true now, then every change, until the last."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+import structlog
+from fastapi import Depends, Request, Response
+from fastapi.responses import StreamingResponse
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from starlette.types import Receive, Scope, Send
+
+from api_gateway.api.state import Handed, State
+from api_gateway.handlers.events import FINAL, Watch
+from api_gateway.upstream import identity, in_time
+from scanfleet.errors import DependencyError, UnavailableError
+from scanfleet.rest import Snapshot
+from scanfleet.service import PathId
+
+_log = structlog.get_logger()
+
+
+async def _watched(job_id: PathId, state: Handed) -> AsyncIterator[Watch]:
+    if not state.events.ready:
+        raise UnavailableError("job events cannot be heard now; try again")
+    with state.watches.watch(job_id) as watch:
+        yield watch  # to the end of the answer
+
+
+Watched = Annotated[Watch, Depends(_watched)]
+"""Hears the events of the job in the path from before the route is called to the end of its answer."""
+
+
+class EventStream(StreamingResponse):
+    """States as they come, ended by a final one.
+
+    An event may be lost, the tail fall behind and a token run out, and all of it looks like silence. So every
+    `heartbeat_seconds` the orchestrator is asked again, in the caller's name, and what it says that was not heard is told.
+    If it does not say, or events cannot be heard, the stream ends, and the client's next request is told why.
+
+    Args:
+        watch: that has begun.
+        job_id: of the job.
+        request: that asked for the stream.
+        state: of the gateway.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, watch: Watch, job_id: int, request: Request, state: State) -> None:
+        super().__init__(self._told(), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        self._watch = watch
+        self._job_id = job_id
+        self._identity = identity(request)
+        self._state = state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await super().__call__(scope, receive, in_time(send, self._state.settings.stalled_seconds))
+
+    async def _told(self) -> AsyncIterator[bytes]:
+        time = asyncio.get_running_loop().time
+        until = time() + self._state.settings.heartbeat_seconds
+        while not self._watch.ended:
+            if time() >= until:
+                if (now := await self._ask()) is None:
+                    return
+                self._watch.hear(now)
+                until = time() + self._state.settings.heartbeat_seconds
+                yield KEEPALIVE_COMMENT
+            elif (snapshot := await self._watch.next(until)) is not None:
+                yield _event(snapshot)
+                if snapshot.task.status.status in FINAL:
+                    return
+
+    async def _ask(self) -> Snapshot | None:
+        """What the orchestrator says, None if it does not or would not be enough."""
+        if not self._state.events.ready:
+            _log.warning("stream ended: job events cannot be heard", job_id=self._job_id)
+            return None
+        try:
+            answer = await self._state.orchestrator.latest(self._identity, self._job_id)
+        except DependencyError as error:
+            _log.warning("stream ended: nobody knows the job's state", job_id=self._job_id, error=str(error))
+            return None
+        if isinstance(answer, Response):
+            _log.info(
+                "stream ended: the caller may not watch it any more", job_id=self._job_id, status=answer.status_code
+            )
+            return None
+        return answer
+
+
+def _event(snapshot: Snapshot) -> bytes:
+    return format_sse_event(
+        event=snapshot.task.status.status,
+        data_str=snapshot.task.model_dump_json(),
+        id=str(snapshot.seq),
+    )

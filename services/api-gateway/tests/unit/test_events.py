@@ -1,0 +1,385 @@
+"""A stream tells what is true when it begins and every change after it, ends with the job, and is never silent about an end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from types import FrameType
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client import REGISTRY
+
+from api_gateway.handlers.events import FINAL
+from api_gateway.testing import Client, Gateway, Running, Stream, job
+from scanfleet.messages import (
+    JobCancelled,
+    JobCompleted,
+    JobCreated,
+    JobEvent,
+    JobFailed,
+    JobProgressed,
+    JobStarted,
+    JobStatus,
+)
+from scanfleet.messages.topics import ORCHESTRATOR, SCAN_EVENTS
+from scanfleet.testing.bus import MemoryBus
+
+EVENTS = "/api/v1/task/41/events"
+LATEST = "http://orchestrator/internal/jobs/41/latest"
+LIMIT = 10.0  # seconds for what comes at once, so that what never comes is a failure
+
+PENDING, RUNNING, COMPLETED = JobStatus.PENDING, JobStatus.RUNNING, JobStatus.COMPLETED
+KINDS: dict[JobStatus, type[JobEvent]] = {
+    PENDING: JobCreated,
+    RUNNING: JobProgressed,
+    COMPLETED: JobCompleted,
+    JobStatus.FAILED: JobFailed,
+    JobStatus.CANCELLED: JobCancelled,
+}
+
+
+def task(status: JobStatus, progress: int = 0, job_id: int = 41) -> dict[str, Any]:
+    """What a GET of the task answers."""
+    state = {"status": status, "progress": progress, "machines_found": progress, "error": ""}
+    return {"job_id": str(job_id), "status": state, "job": SHOWN[status].model_dump(mode="json") | {"id": job_id}}
+
+
+SHOWN = {status: job(41, status) for status in JobStatus}
+
+
+def latest(seq: int, status: JobStatus, progress: int = 0, job_id: int = 41) -> httpx.Response:
+    """What the orchestrator says of the job."""
+    return httpx.Response(200, json={"seq": seq, "task": task(status, progress, job_id)})
+
+
+def event(seq: int, status: JobStatus, progress: int = 0, *, job_id: int = 41) -> JobEvent:
+    return (JobStarted if status is RUNNING and not progress else KINDS[status])(
+        user_id=7,
+        seq=seq,
+        job=SHOWN[status].model_copy(update={"id": job_id}),
+        progress=progress,
+        machines_found=progress,
+        error="",
+    )
+
+
+class Watcher:
+    """A client that reads a stream."""
+
+    def __init__(self, gateway: Running, job_id: int = 41) -> None:
+        self.job_id = job_id
+        self.client = Client(gateway, f"/api/v1/task/{job_id}/events")
+        self.running = asyncio.create_task(self.client.run())
+
+    async def status(self) -> int:
+        """Of the answer."""
+        async with asyncio.timeout(LIMIT):
+            status: int = (await self.client.messages.get())["status"]
+        return status
+
+    async def next(self) -> tuple[int, str, int] | str:
+        """Number, status and progress of the next state told; `heartbeat`; or `end`."""
+        async with asyncio.timeout(LIMIT):
+            message = await self.client.messages.get()
+        if not message["more_body"]:
+            return "end"
+        lines = message["body"].decode().splitlines()
+        if lines[0].startswith(":"):
+            return "heartbeat"
+        fields = dict(line.split(": ", 1) for line in lines if line)
+        data = json.loads(fields["data"])
+        assert data == task(JobStatus(fields["event"]), data["status"]["progress"], self.job_id)
+        return int(fields["id"]), fields["event"], data["status"]["progress"]
+
+    async def news(self) -> tuple[int, str, int] | str:
+        """The next that is no heartbeat."""
+        async with asyncio.timeout(LIMIT):
+            while (told := await self.next()) == "heartbeat":
+                pass
+        return told
+
+    async def rest(self) -> list[tuple[int, str, int] | str]:
+        """All up to the end, but for heartbeats."""
+        told = []
+        async with asyncio.timeout(LIMIT):
+            while (each := await self.next()) != "end":
+                if each != "heartbeat":
+                    told.append(each)
+            await self.running
+        return told
+
+
+def streams() -> float | None:
+    """How many are open."""
+    return REGISTRY.get_sample_value("scanfleet_gateway_streams")
+
+
+@pytest.fixture(autouse=True)
+def _none_is_left() -> Iterator[None]:
+    """However a stream ends, nobody watches for it any more."""
+    yield
+    assert streams() == 0
+
+
+@asynccontextmanager
+async def watched(**settings: Any) -> AsyncIterator[tuple[Running, MemoryBus]]:
+    """A gateway, and the bus on which an orchestrator tells of its jobs."""
+    async with Gateway().run(**settings) as gateway:
+        yield gateway, MemoryBus(gateway.broker, source=ORCHESTRATOR)
+
+
+@pytest.fixture
+async def running() -> AsyncIterator[tuple[Running, MemoryBus]]:
+    async with watched() as both:
+        yield both
+
+
+@pytest.mark.parametrize("final", sorted(FINAL))
+async def test_a_job_is_told_from_its_state_now_to_its_last(
+    running: tuple[Running, MemoryBus], final: JobStatus
+) -> None:
+    """First comes the job as it is, then each change in the shape of a GET, and after the final state the stream ends."""
+    gateway, bus = running
+    gateway.services.on("GET", LATEST, latest(1, PENDING))
+    watcher = Watcher(gateway)
+    start = await asyncio.wait_for(watcher.client.messages.get(), LIMIT)
+    headers = dict(start["headers"])
+    assert (start["status"], headers[b"content-type"]) == (200, b"text/event-stream; charset=utf-8")
+    assert headers[b"cache-control"] == b"no-store"
+    assert await watcher.next() == (1, "pending", 0)
+    await bus.publish(SCAN_EVENTS, [event(2, RUNNING)])
+    assert await watcher.next() == (2, "running", 0)
+    await bus.publish(SCAN_EVENTS, [event(3, RUNNING, 40)])
+    assert await watcher.next() == (3, "running", 40)
+    await bus.publish(SCAN_EVENTS, [event(4, final, 40)])
+    assert await watcher.rest() == [(4, final, 40)]
+
+
+async def test_a_stream_is_of_one_job(running: tuple[Running, MemoryBus]) -> None:
+    """Of several streams each tells of its own job, all that watch it."""
+    gateway, bus = running
+    gateway.services.on("GET", LATEST, latest(1, PENDING))
+    gateway.services.on("GET", LATEST.replace("41", "42"), latest(1, PENDING, job_id=42))
+    watchers = [Watcher(gateway), Watcher(gateway), Watcher(gateway, 42)]
+    for watcher in watchers:
+        assert await watcher.status() == 200
+        await watcher.next()
+    await bus.publish(SCAN_EVENTS, [event(2, COMPLETED, 10, job_id=42), event(3, COMPLETED, 20)])
+    assert [await watcher.rest() for watcher in watchers] == [
+        [(3, "completed", 20)],
+        [(3, "completed", 20)],
+        [(2, "completed", 10)],
+    ]
+
+
+@pytest.mark.parametrize("final", sorted(FINAL))
+async def test_a_finished_job_is_told_at_once(running: tuple[Running, MemoryBus], final: JobStatus) -> None:
+    """The stream of a finished job is its state, and its end."""
+    gateway, _ = running
+    gateway.services.on("GET", LATEST, latest(5, final, 40))
+    watcher = Watcher(gateway)
+    assert await watcher.status() == 200
+    assert await watcher.rest() == [(5, final, 40)]
+
+
+async def test_nothing_is_missed_while_the_state_is_asked_for(running: tuple[Running, MemoryBus]) -> None:
+    """What happens after the orchestrator has looked and before its answer is here is told; what it had seen is not."""
+    gateway, bus = running
+    gateway.services.on("GET", LATEST, latest(1, PENDING))
+    other = Watcher(gateway)
+    assert await other.status() == 200
+    await other.next()
+    answer = Stream(latest(3, RUNNING, 10).content)
+    asked = asyncio.Event()
+
+    def say(_request: httpx.Request) -> httpx.Response:
+        asked.set()
+        return httpx.Response(200, stream=answer)
+
+    gateway.services.on("GET", LATEST, say)
+    watcher = Watcher(gateway)
+    await asyncio.wait_for(asked.wait(), LIMIT)
+    await bus.publish(SCAN_EVENTS, [event(1, PENDING)])
+    for each in (event(2, RUNNING), event(3, RUNNING, 10), event(4, COMPLETED, 100)):
+        await bus.publish(SCAN_EVENTS, [each])
+        await other.next()  # so it was read
+    answer.go.release()
+    assert await watcher.status() == 200
+    assert await watcher.rest() == [(3, "running", 10), (4, "completed", 100)]
+    assert await other.rest() == []
+
+
+async def test_what_is_old_or_doubled_is_not_told(running: tuple[Running, MemoryBus]) -> None:
+    """Of events that come twice, late or out of order only those above the last are told: no state goes back."""
+    gateway, bus = running
+    gateway.services.on("GET", LATEST, latest(5, RUNNING, 50))
+    watcher = Watcher(gateway)
+    assert await watcher.status() == 200
+    assert await watcher.next() == (5, "running", 50)
+    await bus.publish(SCAN_EVENTS, [event(1, PENDING), event(4, RUNNING, 40), event(5, RUNNING, 50)])
+    await bus.publish(SCAN_EVENTS, [event(7, RUNNING, 70)])
+    assert await watcher.next() == (7, "running", 70)
+    await bus.publish(SCAN_EVENTS, [event(6, RUNNING, 60), event(7, RUNNING, 70), event(8, COMPLETED, 100)])
+    assert await watcher.rest() == [(8, "completed", 100)]
+
+
+@pytest.mark.proves("G11")
+async def test_a_slow_client_costs_little_and_gets_the_latest(running: tuple[Running, MemoryBus]) -> None:
+    """While a client takes nothing, progress replaces progress; then it is told the latest, and no status is left out."""
+    gateway, bus = running
+    gateway.services.on("GET", LATEST, latest(1, PENDING))
+    watcher, other = Watcher(gateway), Watcher(gateway)
+    for each in (watcher, other):
+        assert await each.status() == 200
+        assert await each.next() == (1, "pending", 0)
+    watcher.client.takes.clear()
+    await bus.publish(SCAN_EVENTS, [event(2, RUNNING)])
+    await other.next()  # and the slow one's is on its way
+    for progress in range(1, 100):
+        await bus.publish(SCAN_EVENTS, [event(2 + progress, RUNNING, progress)])
+        await other.next()
+    await bus.publish(SCAN_EVENTS, [event(102, COMPLETED, 100)])
+    assert await other.rest() == [(102, "completed", 100)]
+    watcher.client.takes.set()
+    assert await watcher.rest() == [(2, "running", 0), (101, "running", 99), (102, "completed", 100)]
+
+
+async def test_a_client_that_takes_nothing_is_cut_off() -> None:
+    """A stream whose client stalls for too long is given up."""
+    async with watched(stalled_seconds=0.02) as (gateway, bus):
+        gateway.services.on("GET", LATEST, latest(1, PENDING))
+        watcher = Watcher(gateway)
+        assert await watcher.status() == 200
+        await watcher.next()
+        watcher.client.takes.clear()
+        await bus.publish(SCAN_EVENTS, [event(2, RUNNING)])
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(watcher.running), LIMIT)
+        assert watcher.running.done()
+
+
+@pytest.mark.proves("A10", "G13")
+@pytest.mark.parametrize("status", [401, 403, 404, 503])
+async def test_who_may_not_watch_is_told_why(running: tuple[Running, MemoryBus], status: int) -> None:
+    """What the orchestrator says against watching a job is the answer, and no event is told."""
+    gateway, _ = running
+    headers = {"Retry-After": "1"} if status == 503 else {}
+    gateway.services.on("GET", LATEST, httpx.Response(status, json={"error": "not yours"}, headers=headers))
+    answer = await gateway.client.get(EVENTS)
+    assert (answer.status_code, answer.json()) == (status, {"error": "not yours"})
+    assert ("Retry-After" in answer.headers) == (status == 503)
+    (asked,) = gateway.services.requests
+    assert asked.headers["authorization"] == gateway.client.headers["authorization"]
+
+
+@pytest.mark.parametrize("content", [b"{}", b"no"])
+async def test_no_stream_begins_without_the_state(running: tuple[Running, MemoryBus], content: bytes) -> None:
+    """While the orchestrator is away, or says what is no state, the answer is 503 with Retry-After."""
+    gateway, _ = running
+    gateway.services.on("GET", LATEST, httpx.Response(200, content=content))
+    answers = [await gateway.client.get(EVENTS)]
+    gateway.services.away.add("orchestrator")
+    answers.append(await gateway.client.get(EVENTS))
+    assert [(answer.status_code, "Retry-After" in answer.headers) for answer in answers] == [(503, True)] * 2
+
+
+async def unready(gateway: Running) -> None:
+    """Take the broker away, and wait until it was noticed."""
+    gateway.broker.away = True
+    async with asyncio.timeout(LIMIT):
+        while gateway.app.state.gateway.events.ready:
+            gateway.broker.tell()
+            await asyncio.sleep(0.01)
+
+
+async def test_no_stream_begins_while_events_cannot_be_heard(running: tuple[Running, MemoryBus]) -> None:
+    """While the broker is away the answer is 503 with Retry-After, whatever the orchestrator could say."""
+    gateway, _ = running
+    gateway.services.on("GET", LATEST, latest(1, PENDING))
+    await unready(gateway)
+    answer = await gateway.client.get(EVENTS)
+    assert (answer.status_code, set(answer.json())) == (503, {"error"})
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert not gateway.services.requests
+
+
+@pytest.mark.parametrize("loss", ["broker", "orchestrator", "token"])
+async def test_a_stream_that_can_no_longer_know_ends(loss: str) -> None:
+    """When events cannot be heard, the orchestrator is away or the token has run out, a stream ends within a heartbeat."""
+    async with watched(heartbeat_seconds=0.02) as (gateway, _):
+        gateway.services.on("GET", LATEST, latest(2, RUNNING))
+        watcher = Watcher(gateway)
+        assert await watcher.status() == 200
+        assert await watcher.next() == (2, "running", 0)
+        assert await watcher.next() == "heartbeat"
+        if loss == "broker":
+            await unready(gateway)
+        elif loss == "orchestrator":
+            gateway.services.away.add("orchestrator")
+        else:
+            gateway.services.on("GET", LATEST, httpx.Response(401, json={"error": "expired"}))
+        assert await watcher.rest() == []
+
+
+async def test_an_event_that_is_lost_is_told_all_the_same() -> None:
+    """A state whose event never comes is told within a heartbeat, and once: no stream stays open after its job's end."""
+    async with watched(heartbeat_seconds=0.02) as (gateway, bus):
+        gateway.services.on("GET", LATEST, latest(2, RUNNING))
+        watcher = Watcher(gateway)
+        assert await watcher.status() == 200
+        assert await watcher.next() == (2, "running", 0)
+        gateway.services.on("GET", LATEST, latest(4, RUNNING, 40))
+        assert await watcher.news() == (4, "running", 40)
+        await bus.publish(SCAN_EVENTS, [event(3, RUNNING, 30), event(4, RUNNING, 40)])
+        gateway.services.on("GET", LATEST, latest(5, COMPLETED, 100))
+        assert await watcher.rest() == [(5, "completed", 100)]
+
+
+@pytest.mark.proves("G11")
+async def test_an_open_stream_is_a_request_under_way() -> None:
+    """A user has so many streams as requests at once, one more is a 429, and a client that goes makes room."""
+    async with watched(requests_at_once_per_user=2) as (gateway, _):
+        gateway.services.on("GET", LATEST, latest(1, PENDING))
+        watchers = [Watcher(gateway), Watcher(gateway)]
+        for watcher in watchers:
+            assert await watcher.status() == 200
+            await watcher.next()
+        assert streams() == 2
+        assert (await gateway.client.get(EVENTS)).status_code == 429
+        other = await gateway.client.get("/api/v1/task", headers=gateway.issuer.bearer(8))
+        assert other.status_code == 404  # not 429
+        watchers[0].client.leaves.set()
+        await asyncio.wait_for(watchers[0].running, LIMIT)
+        assert streams() == 1
+        assert (await gateway.client.get("/api/v1/task")).status_code == 404
+        watchers[1].client.leaves.set()
+        await asyncio.wait_for(watchers[1].running, LIMIT)
+
+
+async def test_streams_end_when_the_gateway_is_told_to() -> None:
+    """On SIGTERM the server is told as ever, open streams end as whole answers, and no new one begins."""
+    told = []
+
+    def server(number: int, _frame: FrameType | None) -> None:
+        told.append(number)
+
+    before = signal.signal(signal.SIGTERM, server)
+    try:
+        async with watched() as (gateway, _):
+            gateway.services.on("GET", LATEST, latest(1, PENDING))
+            watcher = Watcher(gateway)
+            assert await watcher.status() == 200
+            await watcher.next()
+            signal.raise_signal(signal.SIGTERM)
+            assert await watcher.rest() == []
+            answer = await asyncio.wait_for(gateway.client.get(EVENTS), LIMIT)
+            assert (answer.status_code, "Retry-After" in answer.headers) == (503, True)
+        assert told == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) is server
+    finally:
+        signal.signal(signal.SIGTERM, before)
