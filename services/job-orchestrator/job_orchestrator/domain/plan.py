@@ -34,7 +34,7 @@ _OS: Final = 0.1
 
 _SHORTEST: Final = 5.0  # of a planned chunk: less, and starting nmap is felt
 _LONGEST: Final = 30.0  # more, and a lost worker loses much
-_SHARES: Final = 16  # of a job, between these two: enough for a handful of workers to share it evenly
+_SHARES: Final = 16  # of a job at least, between these two: enough for a handful of workers to share it evenly
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +117,12 @@ def _slices(target: Target, size: int) -> Iterator[tuple[int, str]]:
 def _slice_size(policy: ScanPolicy, target: Target) -> int:
     """Addresses of a chunk: the largest power of two that keeps it as long as it should be."""
     block = next(policy.port_set.blocks(MAX_PORTS))
-    wanted = max(_SHORTEST, min(_work(policy, block, target.included) / _SHARES, _LONGEST))
+
+    def fits(size: int) -> bool:
+        seconds = _work(policy, block, size)
+        return seconds <= _SHORTEST or (seconds <= _LONGEST and size * _SHARES <= target.included)
+
     size = 1
-    while size < MAX_ADDRESSES and _work(policy, block, size * 2) <= wanted:
+    while size < MAX_ADDRESSES and fits(size * 2):
         size *= 2
     return size

@@ -172,3 +172,17 @@ def test_planning_the_largest_job_makes_no_chunk() -> None:
     told = plan.plan(fill_in(Preset.FULL, {"timing": 2}), Target.parse("127.9.0.0/16", excludes))
     assert (told.addresses, told.excluded, told.ports) == (65_536, 1_000, 65_535)
     assert told.chunk_count > 100_000
+
+
+@pytest.mark.parametrize(
+    ("cidr", "ports", "timing", "chunks"),
+    [
+        ("127.9.8.0/24", "top:1000", 3, 16),  # a chunk of 8 s
+        ("127.9.8.0/24", "top:100", 4, 2),  # of less than 5 s: more of them would only start nmap more often
+        ("127.9.0.0/16", "top:1000", 3, 2048),  # of 16 s: twice as much would be more than 30
+    ],
+)
+def test_a_job_is_shared_by_a_few_workers(cidr: str, ports: str, timing: int, chunks: int) -> None:
+    """A job makes sixteen chunks unless they would be shorter than 5 seconds or longer than 30."""
+    policy = scan_policy(ports=ports, timing=timing)
+    assert plan.plan(policy, Target.parse(cidr, ())).chunk_count == chunks
