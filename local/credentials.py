@@ -18,6 +18,18 @@ from cryptography.x509.oid import NameOID
 ADMIN: Final = "admin"
 LIFE: Final = timedelta(days=365)
 
+_USES: Final = (
+    "digital_signature",
+    "content_commitment",
+    "key_encipherment",
+    "data_encipherment",
+    "key_agreement",
+    "key_cert_sign",
+    "crl_sign",
+    "encipher_only",
+    "decipher_only",
+)
+
 
 class Credentials:
     """What is missing in `folder` is made on first use, for whoever made it alone to read."""
@@ -55,7 +67,10 @@ class Credentials:
         pem = server_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode() + server
         self.file(self.server.name, pem)
         is_authority = x509.BasicConstraints(ca=True, path_length=0)
-        self.authority.write_text(_certificate(authority, authority, own_key, own_key, is_authority))
+        # Python 3.13 and newer take no authority that does not say so.
+        may_vouch = x509.KeyUsage(**dict.fromkeys(_USES, False) | {"key_cert_sign": True})
+        certificate = _certificate(authority, authority, own_key, own_key, is_authority, may_vouch)
+        self.authority.write_text(certificate)
 
 
 def _name(text: str) -> x509.Name:
@@ -67,7 +82,7 @@ def _certificate(
     issuer: x509.Name,
     key: ec.EllipticCurvePrivateKey,
     issuer_key: ec.EllipticCurvePrivateKey,
-    extension: x509.ExtensionType,
+    *extensions: x509.ExtensionType,
 ) -> str:
     now = datetime.now(UTC)
     builder = (
@@ -78,8 +93,9 @@ def _certificate(
         .serial_number(x509.random_serial_number())
         .not_valid_before(now)
         .not_valid_after(now + LIFE)
-        .add_extension(extension, critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
     )
+    for extension in extensions:
+        builder = builder.add_extension(extension, critical=True)
     return builder.sign(issuer_key, hashes.SHA256()).public_bytes(Encoding.PEM).decode()
