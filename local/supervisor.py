@@ -117,13 +117,7 @@ class Supervisor:
         Raises:
             TimeoutError: they are still there.
         """
-        if (pid := self._pid()) is not None:
-            os.kill(pid, signal.SIGKILL)
-            until(lambda: self._pid() is None, START_LIMIT, f"supervisord {pid} to end")
-        for pid in self._orphans():
-            with suppress(ProcessLookupError):  # it has just ended by itself
-                os.kill(pid, signal.SIGKILL)
-        until(lambda: not self._orphans(), START_LIMIT, "the processes of an earlier supervisord to end")
+        until(self._nothing_left, START_LIMIT, "an earlier supervisord and its processes to end")
 
     def shut_down(self) -> None:
         """End supervisord and whatever still runs under it.
@@ -182,17 +176,26 @@ class Supervisor:
             arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         except (OSError, ValueError):
             return None
-        return pid if os.fsencode(self._config) in arguments else None
+        return pid if self._is_supervisord(arguments) else None
 
-    def _orphans(self) -> list[int]:
-        """The processes that a supervisord of this folder has started: it writes its address into their environment."""
-        mark = b"SUPERVISOR_SERVER_URL=unix://" + os.fsencode(self._socket)
-        found = []
+    def _is_supervisord(self, arguments: Sequence[bytes]) -> bool:
+        return b"supervisor.supervisord" in arguments and os.fsencode(self._config) in arguments
+
+    def _nothing_left(self) -> bool:
+        """Kill whatever is left of a supervisord of this folder, and say whether there was nothing.
+
+        Its address is in the environment of what it has started; what it has forked, and is not yet the program, has its
+        own command line.
+        """
+        address = b"SUPERVISOR_SERVER_URL=unix://" + os.fsencode(self._socket)
+        found = False
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # it has ended, or is another user's
-                if mark in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append(int(folder.name))
-        return found
+                arguments = (folder / "cmdline").read_bytes().split(b"\0")
+                if address in (folder / "environ").read_bytes().split(b"\0") or self._is_supervisord(arguments):
+                    found = True
+                    os.kill(int(folder.name), signal.SIGKILL)
+        return not found
 
     def _program(self, program: Program) -> str:
         variables = [f"{name}={value}" for name, value in program.environment.items()]

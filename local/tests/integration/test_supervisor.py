@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +100,14 @@ def test_orphans_are_cleared_away(supervisor: Supervisor, tmp_path: Path) -> Non
     assert not is_gone(orphan)
     supervisor.launch([])
     assert is_gone(orphan)
+
+
+def test_a_child_that_is_not_yet_its_program_is_cleared_away(supervisor: Supervisor, tmp_path: Path) -> None:
+    """A process that supervisord has forked but that has not yet become its program is ended as well."""
+    mark = ["supervisor.supervisord", "--configuration", str(tmp_path / "supervisord.conf")]
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", *mark]) as child:
+        supervisor.kill()
+        assert child.wait(LIMIT) == -signal.SIGKILL
 
 
 def test_a_hung_supervisor_is_replaced(supervisor: Supervisor, tmp_path: Path) -> None:
