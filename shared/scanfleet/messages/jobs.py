@@ -17,6 +17,11 @@ class JobStatus(StrEnum):
     FAILED = "failed"
     CANCELLED = "cancelled"
 
+    @property
+    def final(self) -> bool:
+        """Whether a job in it stays as it is for ever."""
+        return self in {JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED}
+
 
 class Job(BaseModel):
     """A job exactly as the public API shows it."""

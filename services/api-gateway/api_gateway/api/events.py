@@ -13,7 +13,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.types import Receive, Scope, Send
 
 from api_gateway.api.state import Handed, State
-from api_gateway.handlers.events import FINAL, Watch
+from api_gateway.handlers.events import Watch
 from api_gateway.upstream import identity, in_time
 from scanfleet.errors import DependencyError, UnavailableError
 from scanfleet.rest import Snapshot
@@ -71,7 +71,7 @@ class EventStream(StreamingResponse):
                 yield KEEPALIVE_COMMENT
             elif (snapshot := await self._watch.next(until)) is not None:
                 yield _event(snapshot)
-                if snapshot.task.status.status in FINAL:
+                if snapshot.task.status.status.final:
                     return
 
     async def _ask(self) -> Snapshot | None:

@@ -7,15 +7,12 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final
 
 from api_gateway.metrics import STREAMS
 from scanfleet.bus import Record
 from scanfleet.errors import UnavailableError
 from scanfleet.messages import JobEvent, JobStatus
 from scanfleet.rest import Snapshot, TaskProgress, TaskStatus
-
-FINAL: Final = frozenset({JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED})
 
 
 class Watch:

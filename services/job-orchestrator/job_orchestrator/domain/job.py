@@ -107,7 +107,7 @@ class ScanJob:
 
     @property
     def final(self) -> bool:
-        return not TABLE[self.status]
+        return self.status.final
 
     @property
     def view(self) -> Job:

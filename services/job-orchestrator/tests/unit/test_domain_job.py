@@ -67,6 +67,7 @@ def test_the_table_is_the_published_graph() -> None:
         *((start, end) for start in (JobStatus.PENDING, JobStatus.RUNNING) for end in FINAL[1:]),
         (JobStatus.RUNNING, JobStatus.COMPLETED),
     }
+    assert {status for status, ways in TABLE.items() if not ways} == set(FINAL)
     assert {status for status in JobStatus if in_status(status).final} == set(FINAL)
 
 
