@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from local.wait import until
-from scanfleet.messages import ChunkClaimed, ChunkReleased, HostScanned, ScanChunk, SubmitJobs
-from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS
+from scanfleet.messages import ChunkClaimed, ChunkReleased, HostScanned, JobCreated, ScanChunk, SubmitJobs
+from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS
 from scanfleet.outcomes import Outcome
 from tests.faults.invariants import Invariants
 from tests.faults.kit import ENDLESS, LEASE, LIMIT, SLOTS, STEADY, TINY, Caller, Document, Platform, caught
@@ -54,6 +54,50 @@ def test_a_gateway_killed_before_its_answer_made_one_job(
     (job,) = user.submit([subnet], policy, key)
     listed = user.http.get("/api/v1/task").json()
     assert [each["id"] for each in listed["jobs"]] == [job["id"]]
+    invariants.check()
+
+
+@pytest.mark.proves("F3", "F4", "G1", "G7")
+@pytest.mark.parametrize("published", [False, True])
+def test_orchestrators_killed_around_a_publish(
+    platform: Platform, user: Caller, invariants: Invariants, *, published: bool
+) -> None:
+    """All orchestrators die with an event in an outbox: it is told, or told again as the same, and the job goes on."""
+    subnet, policy, key = user.subnet(platform.network(30)), user.policy(**TINY), uuid4().hex
+    body = {"subnet_ids": [subnet], "policy_id": policy}
+    line = platform.line("job-orchestrator", "kafka")
+
+    def unsaid() -> Document | None:
+        return next(iter(platform.jobs(subnet_id=subnet, outbox={"$exists": True})), None)
+
+    def said() -> list[str]:
+        """The ids under which the job's creation was told."""
+        told = platform.said(SCAN_EVENTS, JobCreated)
+        return [each.headers["ce_id"] for each in told if each.record.key == str(job["_id"]).encode()]
+
+    line.delay(0.5)  # so that there is time between the write and the publish
+    try:
+        with ThreadPoolExecutor() as threads:
+            asked = threads.submit(user.http.post, "/api/v1/task", json=body, headers={"Idempotency-Key": key})
+            job = caught(unsaid, LIMIT, "a job to be written")
+            if published:
+                line.delay(5)  # it comes there, and the broker's word that it did does not come back
+                until(lambda: bool(said()), LIMIT, "its creation to be published")
+            line.swallow()
+            for name in platform.names("job-orchestrator"):
+                platform.kill(name)
+            assert unsaid() == job
+            assert len(said()) == published
+            asked.result()
+    finally:
+        line.cut()  # what the dead had sent, and nobody has got
+        line.heal()
+    platform.stack.wait_until_ready()
+    until(lambda: len(said()) > published, LIMIT, "its creation to be told")
+    assert len(set(said())) == 1
+    (again,) = user.submit([subnet], policy, key)
+    assert again["id"] == job["_id"]
+    assert user.finished(again["id"])["status"]["status"] == "completed"
     invariants.check()
 
 
