@@ -106,6 +106,14 @@ def test_a_container_is_as_little_as_it_can_be(service: str) -> None:
 
 
 @pytest.mark.usefixtures("user")
+def test_what_is_kept_has_a_name() -> None:
+    """Every volume of every container is a named one, so that coming and going leaves nothing behind."""
+    everything = docker(*compose.COMPOSE[1:], "ps", "--all", "--quiet").split()
+    mounted = {mount["Name"] for each in everything for mount in inspect(each)["Mounts"] if mount["Type"] == "volume"}
+    assert {name for name in mounted if not name.startswith("scanfleet_")} == set()
+
+
+@pytest.mark.usefixtures("user")
 def test_prometheus_asks_every_process_and_understands_every_rule() -> None:
     """Each container of each service answers Prometheus, and every alert has been evaluated without an error."""
     docker(*compose.COMPOSE[1:], "up", "--detach", "prometheus")
