@@ -130,15 +130,28 @@ def is_ready(pod: Manifest) -> bool:
 
 def in_pod(service: str, *argv: str) -> str:
     """What a command says in a pod of a service."""
-    pod = next(pod for pod in pods(service) if is_ready(pod))
-    return kubectl("exec", pod["metadata"]["name"], "--container", service, "--", *argv)
+    return exec_in(next(pod for pod in pods(service) if is_ready(pod)), service, *argv)
 
 
-def metric(name: str) -> float:
-    """A number of the orchestrator's."""
-    found = re.search(rf"^{name} (\S+)$", in_pod("job-orchestrator", "python", "-c", _METRICS), re.MULTILINE)
-    assert found, name
-    return float(found[1])
+def exec_in(pod: Manifest, container: str, *argv: str) -> str:
+    return kubectl("exec", pod["metadata"]["name"], "--container", container, "--", *argv)
+
+
+def metrics(service: str, name: str) -> list[float]:
+    """A number of each ready pod of a service."""
+    shown = [exec_in(pod, service, "python", "-c", _METRICS) for pod in pods(service) if is_ready(pod)]
+    return [float(value) for each in shown for value in re.findall(rf"^{name} (\S+)$", each, re.MULTILINE)]
+
+
+def expired() -> float:
+    """Leases of the only orchestrator that have expired."""
+    (count,) = metrics("job-orchestrator", "scanfleet_leases_expired_total")
+    return count
+
+
+def scanning() -> int:
+    """How many workers scan right now."""
+    return sum(nmaps > 0 for nmaps in metrics("scanner-worker", "scanfleet_worker_nmap_running"))
 
 
 def scale(workload: str, replicas: int) -> None:
@@ -278,14 +291,14 @@ def test_a_scan_finds_what_plain_nmap_finds(user: Client) -> None:
 def test_workers_come_and_go_during_a_scan(user: Client, truth: set[tuple[str, int]]) -> None:
     """From one worker to three and back the scan loses nothing, and nobody waits for a lease."""
     scale("deployment/scanner-worker", 1)
-    expired = metric("scanfleet_leases_expired_total")
+    before = expired()
     job_id = started(user)
     scale("deployment/scanner-worker", 3)
-    until(lambda: user.task(job_id)["status"]["progress"] >= 40, FINISH, "the scan to go on", LOOK)
+    until(lambda: scanning() == 3, 60, "three workers to scan", LOOK)
     kubectl("scale", "deployment/scanner-worker", "--replicas=1")
     assert_as_found(user, job_id, truth)
     until(lambda: len(pods("scanner-worker")) == 1, 60, "two workers to be gone", LOOK)
-    assert metric("scanfleet_leases_expired_total") == expired
+    assert expired() == before
 
 
 def test_a_worker_that_is_killed_costs_nothing_but_time(user: Client, truth: set[tuple[str, int]]) -> None:
