@@ -195,18 +195,19 @@ class Platform:
         self.stack.up()
 
     def down(self) -> None:
+        self.mongodb.close()  # while it can say goodbye: else it looks for the server for half a minute
         self.stack.down()
         self._supervisor.shut_down()
         self._close()
 
     def discard(self) -> None:
         """Kill all of it, whatever state it is in."""
+        self.mongodb.close()
         Supervisor(self.stack.folder).kill()
         self._supervisor.kill()
         self._close()
 
     def _close(self) -> None:
-        self.mongodb.close()
         self._lines.close()
         self.keys.close()
 

@@ -87,13 +87,14 @@ def test_orchestrators_killed_around_a_publish(
             for name in platform.names("job-orchestrator"):
                 platform.kill(name)
             assert unsaid() == job
-            assert len(said()) == published
+            before = len(said())
+            assert bool(before) is published
             asked.result()
     finally:
         line.cut()  # what the dead had sent, and nobody has got
         line.heal()
     platform.stack.wait_until_ready()
-    until(lambda: len(said()) > published, LIMIT, "its creation to be told")
+    until(lambda: len(said()) > before, LIMIT, "its creation to be told")
     assert len(set(said())) == 1
     (again,) = user.submit([subnet], policy, key)
     assert again["id"] == job["_id"]
