@@ -22,7 +22,7 @@ class Proxy:
         self._upstream = host, port
         self._server: asyncio.Server | None = None
         self._refusing = False
-        self._links: set[asyncio.Task[None]] = set()
+        self._links: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._open = asyncio.Event()
         self._open.set()
         self._delay = 0.0
@@ -48,10 +48,11 @@ class Proxy:
 
     async def cut(self) -> None:
         """Break the connections there are; new ones are taken."""
-        links = list(self._links)
+        links = dict(self._links)
         for link in links:
             link.cancel()
         await asyncio.gather(*links, return_exceptions=True)
+        await asyncio.gather(*map(_abort, links.values()))
 
     async def heal(self) -> None:
         """Pass everything on again, on the same port."""
@@ -67,10 +68,10 @@ class Proxy:
             writer.transport.abort()
             return
         link = asyncio.create_task(self._link(reader, writer))
-        self._links.add(link)
+        self._links[link] = writer
 
         def end(link: asyncio.Task[None]) -> None:  # also of one that was cancelled before its first step
-            self._links.discard(link)
+            del self._links[link]
             writer.transport.abort()
 
         link.add_done_callback(end)
@@ -86,7 +87,7 @@ class Proxy:
         finally:
             for way in ways:
                 way.cancel()
-            up_writer.transport.abort()
+            await _abort(up_writer)
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
@@ -95,6 +96,13 @@ class Proxy:
                 await self._open.wait()
                 writer.write(piece)
                 await writer.drain()
+
+
+async def _abort(writer: asyncio.StreamWriter) -> None:
+    """Return when the connection is gone: a loop that ends earlier would leave its socket open."""
+    writer.transport.abort()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
 
 
 @asynccontextmanager
