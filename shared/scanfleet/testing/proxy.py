@@ -33,6 +33,10 @@ class Proxy:
         self._refusing = True
         server, self._server = self._server, None
         if server is not None:
+            # A server that closes between accepting a connection and beginning it loses the socket: accept no more first.
+            for listening in server.sockets:
+                asyncio.get_running_loop().remove_reader(listening.fileno())
+            await asyncio.sleep(0)
             server.close()
         await self.cut()
         if server is not None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 
-from scanfleet.testing.proxy import Proxy
+import pytest
+
+from scanfleet.testing.proxy import Proxy, proxy
+
+LIMIT = 10.0  # seconds for what comes at once
 
 
 async def test_a_connection_that_is_cut_before_it_was_taken_up_is_closed() -> None:
@@ -13,7 +18,22 @@ async def test_a_connection_that_is_cut_before_it_was_taken_up_is_closed() -> No
     ours, theirs = socket.socketpair()
     with theirs:
         reader, writer = await asyncio.open_connection(sock=ours)
-        proxy = Proxy("127.0.0.1", 1)
-        proxy._accept(reader, writer)
-        await proxy.cut()
+        between = Proxy("127.0.0.1", 1)
+        between._accept(reader, writer)
+        await between.cut()
         assert writer.transport.is_closing()
+
+
+@pytest.mark.parametrize("steps", range(5))
+async def test_who_comes_while_it_begins_to_refuse_is_not_lost(steps: int) -> None:
+    """A connection that was accepted and not begun is closed like any other, at whatever step of the loop it stands."""
+    faults: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: faults.append(context))
+    async with proxy("127.0.0.1", 1) as between:
+        with socket.create_connection(("127.0.0.1", between.port), LIMIT) as caller:
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            await between.refuse()
+            with contextlib.suppress(ConnectionResetError):
+                assert await asyncio.to_thread(caller.recv, 1) == b""
+    assert not faults
