@@ -24,11 +24,11 @@ from local.stack import USUAL_PORTS, Stack
 from local.wait import until
 
 SUBNET = "127.9.8.0/24"
-QUICK = {"ports": "top:100", "service_detection": False, "timing": 4}
+QUICK = {"service_detection": False, "timing": 4}
 ROUNDS = 5
 POSTS = 50
 JOBS = 200
-ONE_PORT = {"ports": "8080", "service_detection": False, "timing": 4}
+ONE_PORT = QUICK | {"ports": "8080"}
 ONE_PORT_ARGUMENTS = ("-n", "-T4", "-p", "8080")
 
 
