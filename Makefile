@@ -29,7 +29,7 @@ demo: setup ## Scan a /24 of this machine through the API, show the results, com
 	@$(BIN)/python -m local demo
 
 test: lint $(PROMTOOL) ## Run every check and every test: static, unit, integration, end to end
-	$(BIN)/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder
 
 up: setup ## Start the local stack in the background, gateway on 127.0.0.1:8080; ready when this returns
 	@$(BIN)/python -m local up

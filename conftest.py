@@ -29,26 +29,30 @@ START = 120  # seconds that a container may take to be up on a busy machine
 STOP = 30  # seconds in which a server must end by itself
 
 
-# What scans, or starts servers to be scanned: one after another, since each would find the others' servers.
-SCANNING = (
-    "local/tests",
-    "shared/tests/integration/test_nmap.py",
-    "services/api-gateway/tests/integration",
-    "services/scanner-worker/tests/integration",
-    "tests/abuse",
-    "tests/e2e",
-    "tests/faults",
-    "tests/security",
-)
+# What scans, or starts servers to be scanned, goes one after another: each would find the others' servers. The faults have
+# addresses of their own, and much of their time they wait.
+PARTS = {
+    "faults": ("tests/faults",),
+    "scanning": (
+        "local/tests",
+        "shared/tests/integration/test_nmap.py",
+        "services/api-gateway/tests/integration",
+        "services/scanner-worker/tests/integration",
+        "tests/abuse",
+        "tests/e2e",
+        "tests/security",
+    ),
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest part goes first."""
-    items.sort(key=lambda item: part(item.nodeid) != "scanning")
+    """The longest parts go first."""
+    longest = list(PARTS)
+    items.sort(key=lambda item: longest.index(name) if (name := part(item.nodeid)) in PARTS else len(longest))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
-    """Where tests run side by side the scanning ones stay together, and so do those of a file."""
+    """Where tests run side by side those of a part stay together, and so do those of any other file."""
 
     class Parts(LoadScopeScheduling):  # type: ignore[misc] # the plugin ships no types
         def _split_scope(self, nodeid: str) -> str:
@@ -59,7 +63,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
 
 def part(nodeid: str) -> str:
     path = nodeid.split("::", maxsplit=1)[0]
-    return "scanning" if path.startswith(SCANNING) else path
+    return next((name for name, paths in PARTS.items() if path.startswith(paths)), path)
 
 
 @pytest.fixture(scope="session")
