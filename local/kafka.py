@@ -6,8 +6,10 @@ Nothing here starts or stops the broker for good: the stack hands `command` to i
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import time
+from base64 import urlsafe_b64encode
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -149,9 +151,10 @@ def _java() -> list[str]:
 
 
 def _format(properties: Path, passwords: Mapping[str, str]) -> None:
-    # The same id always: it only tells clusters apart that could meet, and this one is alone on loopback.
+    # An id that was never there: by it the services know a broker that has lost all that it held.
+    cluster_id = urlsafe_b64encode(b"scanflee" + os.urandom(8)).decode().rstrip("=")
     argv = [*_java(), "kafka.tools.StorageTool", "format", "--standalone", "--ignore-formatted"]
-    argv += ["--cluster-id", "c2NhbmZsZWV0LWxvY2FsLQ", "--config", str(properties)]
+    argv += ["--cluster-id", cluster_id, "--config", str(properties)]
     for name, password in passwords.items():
         argv += ["--add-scram", f"SCRAM-SHA-512=[name={name},password={password}]"]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)

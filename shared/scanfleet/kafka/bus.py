@@ -3,7 +3,8 @@
 A send that was not acknowledged in time cannot be taken back: it stays in the producer, which repeats it without doubling
 it, and will arrive when the broker does. So `publish` gives up waiting and says so, and nothing new is sent before the old
 is acknowledged: memory stays bounded, and order stays. Only when the producer itself gives a send up is there nothing left
-to wait for. Its sequence is broken then, `alive` turns False, and the process has to be replaced.
+to wait for: its sequence is broken. Nor is there where the brokers lost all that they held: they number producers anew then,
+and take what one says for another's. `alive` turns False, and the process has to be replaced.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Collection, Iterable, Mapping
 from dataclasses import replace
-from typing import Final, cast
+from typing import Any, Final, cast
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError
@@ -36,6 +37,9 @@ STOP_SECONDS: Final = 5.0  # to flush at the end: well within a supervisor's pat
 # The producer gives up a batch that is older than this when its partition has no leader, and drops a silent connection
 # after it: a broker that restarts is back sooner.
 PRODUCER_REQUEST_MS: Final = 60_000
+CLUSTER_MS: Final = (
+    1_000  # between two looks whether the brokers are still the same: for so long a stranger is not known
+)
 ENDS_REQUEST_MS: Final = 5_000  # a broker that does not say in this time where its logs end counts as away
 DEAD_LETTER_ROOM: Final = 64 * 1024  # for a dead letter's key and the headers that say where it is from
 BATCH_BYTES: Final = 256 * 1024  # what one partition sends in one round trip; a second of a busy worker's hosts
@@ -81,8 +85,10 @@ class KafkaBus:
             max_batch_size=BATCH_BYTES,
             max_request_size=DEAD_LETTER_BYTES,  # the sooner limit of ordinary messages is the envelope's
             request_timeout_ms=PRODUCER_REQUEST_MS,
+            metadata_max_age_ms=CLUSTER_MS,
             retry_backoff_ms=BACKOFF_MS,
         )
+        self._know_cluster(self._producer)
         # A connection of its own: behind a consumer's long poll the answer would wait for the poll to end.
         self._ends = AIOKafkaConsumer(
             **self._access,
@@ -113,7 +119,7 @@ class KafkaBus:
 
     @property
     def alive(self) -> bool:
-        """False when a send was given up: the process must be replaced."""
+        """False when a send was given up, or the brokers are others: the process must be replaced."""
         return self._fault is None
 
     @property
@@ -224,10 +230,28 @@ class KafkaBus:
 
     def _settled(self, ack: asyncio.Future[object]) -> None:
         self._pending.discard(ack)
-        if not ack.cancelled() and (fault := ack.exception()) is not None and self._fault is None:
-            log.critical("the producer gave a send up; the process must be replaced", exc_info=fault)
+        if not ack.cancelled() and (fault := ack.exception()) is not None:
+            self._fail(fault, "the producer gave a send up")
+
+    def _know_cluster(self, producer: AIOKafkaProducer) -> None:
+        """Fail when the brokers' cluster is not the first one any more, which each of their answers about topics says."""
+        cluster = producer.client.cluster
+        update = cluster.update_metadata  # the client keeps no cluster's id, and has no other place to hear of it
+        known: set[str] = set()
+
+        def updated(answer: Any) -> None:
+            known.add(answer.cluster_id)
+            if len(known) > 1:
+                self._fail(RuntimeError(f"the cluster {' is now '.join(known)}"), "the brokers lost what they held")
+            update(answer)
+
+        cluster.update_metadata = updated
+
+    def _fail(self, fault: BaseException, what: str) -> None:
+        if self._fault is None:
+            log.critical("%s; the process must be replaced", what, exc_info=fault)
             self._fault = fault
 
     def _check(self) -> None:
         if self._fault is not None:
-            raise DependencyError(f"the producer gave a send up, and no order can be kept: {self._fault!r}")
+            raise DependencyError(f"no order can be kept any more, the process must be replaced: {self._fault!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 from collections import Counter
@@ -44,18 +45,22 @@ class Broker:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        port, controller_port = ports.choose(), ports.choose()
-        self.bootstrap = f"127.0.0.1:{port}"
-        self._command = ["setpriv", "--pdeathsig", "KILL", *native_kafka.command(folder, port, controller_port)]
+        self._ports = ports.choose(), ports.choose()
+        self.bootstrap = f"127.0.0.1:{self._ports[0]}"
         self._process: subprocess.Popen[bytes]
 
     def start(self) -> None:
+        command = ["setpriv", "--pdeathsig", "KILL", *native_kafka.command(self._folder, *self._ports)]
         with (self._folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=subprocess.STDOUT)
+            self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+
+    def forget(self) -> None:
+        """Lose all that it holds, while it is not running."""
+        shutil.rmtree(self._folder / "data")
 
     def freeze(self) -> None:
         os.kill(self._process.pid, signal.SIGSTOP)
@@ -176,6 +181,19 @@ async def test_a_killed_broker_costs_nothing_but_time(own_broker: Broker, own_be
         assert bus.alive
 
 
+@pytest.mark.proves("F18", "G7")
+async def test_a_broker_that_lost_all_is_a_stranger(own_broker: Broker, own_bench: Bench) -> None:
+    """A broker back without anything takes a new producer for an old one of its number: every old one, idle too, has ended."""
+    bus = await own_bench.bus()
+    await bus.publish(SCAN_WORKERS, workers([1]))
+    own_broker.kill()
+    own_broker.forget()
+    own_broker.start()
+    await until(lambda: not bus.alive)
+    with pytest.raises(DependencyError, match="the process must be replaced"):
+        await bus.publish(SCAN_WORKERS, workers([2]))
+
+
 @pytest.mark.proves("F15", "G7")
 async def test_a_send_that_timed_out_arrives_once_and_nothing_overtakes_it(
     own_broker: Broker, own_bench: Bench
@@ -237,7 +255,7 @@ async def test_a_send_that_the_broker_refuses_for_good_ends_the_bus(bench: Bench
         await publish_for_ever()
     assert not bus.alive
     await configure(bench, **{"max.message.bytes": "1000000"})
-    with pytest.raises(DependencyError, match="gave a send up"):
+    with pytest.raises(DependencyError, match="must be replaced"):
         await bus.publish(SCAN_WORKERS, workers([2]))
 
 
