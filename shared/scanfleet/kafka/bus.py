@@ -237,12 +237,13 @@ class KafkaBus:
         """Fail when the brokers' cluster is not the first one any more, which each of their answers about topics says."""
         cluster = producer.client.cluster
         update = cluster.update_metadata  # the client keeps no cluster's id, and has no other place to hear of it
-        known: set[str] = set()
+        first: str | None = None
 
         def updated(answer: Any) -> None:
-            known.add(answer.cluster_id)
-            if len(known) > 1:
-                self._fail(RuntimeError(f"the cluster {' is now '.join(known)}"), "the brokers lost what they held")
+            nonlocal first
+            first = first or answer.cluster_id
+            if answer.cluster_id not in {None, first}:
+                self._fail(RuntimeError(f"cluster {answer.cluster_id} where {first} was"), "the brokers are others")
             update(answer)
 
         cluster.update_metadata = updated
