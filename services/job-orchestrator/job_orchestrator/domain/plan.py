@@ -32,7 +32,7 @@ _SERVICE: Final = 0.1  # of an address: version probes wait for banners
 _SCRIPTS: Final = 0.2
 _OS: Final = 0.1
 
-_SHORTEST: Final = 2.5  # of a planned chunk: less, and starting nmap is felt; more, and a quick /24 leaves slots idle
+_SHORTEST: Final = 5.0  # of a planned chunk: less, and starting nmap is felt
 _LONGEST: Final = 30.0  # more, and a lost worker loses much
 _SHARES: Final = 16  # of a job at least, between these two: enough for a handful of workers to share it evenly
 
