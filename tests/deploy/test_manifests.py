@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sysconfig
 from collections.abc import Callable, Mapping
@@ -295,6 +296,21 @@ def test_exactly_the_flows_of_the_design_are_allowed(manifests: list[Manifest]) 
         and passes(policies, "ingress", pods[target], pods[source], port)
     }
     assert allowed == {flow for flow in FLOWS if set(flow[:2]) <= pods.keys()}
+
+
+def test_whoever_scales_workers_asks_for_the_same() -> None:
+    """The autoscaler, the adapter's rule that the README shows for it, and KEDA go by one metric and one target."""
+    (autoscaler,) = yaml.safe_load_all((K8S / "components/hpa/autoscaler.yaml").read_text(encoding="utf-8"))
+    (asked,) = (each["external"] for each in autoscaler["spec"]["metrics"])
+    scaled, _ = yaml.safe_load_all((K8S / "components/keda/scaled-object.yaml").read_text(encoding="utf-8"))
+    (trigger,) = (each["metadata"] for each in scaled["spec"]["triggers"])
+    assert asked["metric"] == {"name": trigger["valueLocation"]}
+    assert asked["target"] == {"type": "AverageValue", "averageValue": trigger["targetValue"]}
+    blocks = re.findall(r"```yaml\n(.*?)```", (K8S / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (rules,) = (block["externalRules"] for block in map(yaml.safe_load, blocks) if "externalRules" in block)
+    (rule,) = rules
+    assert rule["seriesQuery"] == asked["metric"]["name"]
+    assert rule["metricsQuery"].startswith("max(")  # an autoscaler adds up whatever series it is given
 
 
 @pytest.mark.parametrize("file", generate.FILES)
