@@ -401,6 +401,20 @@ def test_a_component_is_what_the_cluster_takes(component: str, tmp_path: Path) -
     apply(variant(tmp_path, component), "--dry-run=server")
 
 
+def test_workers_scan_by_raw_packets_where_they_may(tmp_path: Path, user: Client, truth: set[tuple[str, int]]) -> None:
+    """A scan by SYN is refused by workers as they are, and with the component finds what plain nmap finds."""
+    syn = LONG | {"technique": "syn", "max_rate": 3000}
+    refused = user.finished(user.scan(SUBNET, **syn))["status"]
+    assert (refused["status"], "raw packets" in refused["error"]) == ("failed", True)
+    apply(variant(tmp_path, "raw-packets"))
+    try:
+        rolled_out("deployment/scanner-worker")
+        assert_as_found(user, user.scan(SUBNET, **syn), truth)
+    finally:
+        apply(K8S / "overlays/local")
+        rolled_out("deployment/scanner-worker")
+
+
 def test_workers_come_when_there_is_work_and_go_when_there_is_none(
     tmp_path: Path, user: Client, truth: set[tuple[str, int]]
 ) -> None:
