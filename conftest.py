@@ -30,7 +30,7 @@ STOP = 30  # seconds in which a server must end by itself
 
 
 # What scans, or starts servers to be scanned, goes one after another: each would find the others' servers. The faults have
-# addresses of their own, and much of their time they wait.
+# addresses of their own, and much of their time they wait. The third process has all the rest.
 PARTS = {
     "faults": ("tests/faults",),
     "scanning": (
@@ -47,8 +47,7 @@ PARTS = {
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest parts go first."""
-    longest = list(PARTS)
-    items.sort(key=lambda item: longest.index(name) if (name := part(item.nodeid)) in PARTS else len(longest))
+    items.sort(key=lambda item: [*PARTS, name := part(item.nodeid)].index(name))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:

@@ -151,7 +151,8 @@ def _java() -> list[str]:
 
 
 def _format(properties: Path, passwords: Mapping[str, str]) -> None:
-    # An id that was never there: by it the services know a broker that has lost all that it held.
+    # An id that was never there: by it the services know a broker that has lost all that it held. It begins with a letter,
+    # since the tool would take a minus for an option.
     cluster_id = urlsafe_b64encode(b"scanflee" + os.urandom(8)).decode().rstrip("=")
     argv = [*_java(), "kafka.tools.StorageTool", "format", "--standalone", "--ignore-formatted"]
     argv += ["--cluster-id", cluster_id, "--config", str(properties)]

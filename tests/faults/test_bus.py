@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from local.stack import SERVICES
 from local.wait import until
 from scanfleet.messages.envelope import RawRecord
 from scanfleet.messages.topics import (
@@ -170,14 +169,13 @@ def test_an_orchestrator_cut_off_from_the_broker(platform: Platform, user: Calle
 @pytest.mark.proves("F18", "G1")
 def test_a_log_that_is_lost(platform: Platform, user: Caller, invariants: Invariants) -> None:
     """With the broker back without anything, every process begins anew, every unfinished job finishes, and new ones do."""
-    names = [name for service in SERVICES for name in platform.names(service)]
     with platform.servers() as servers:
         jobs = [user.scan(platform.network(24), **STEADY) for _ in range(3)]
         until(lambda: any(platform.hosts(job_id=job_id) for job_id in jobs), LIMIT, "hosts to be stored")
-        before = {name: platform.pid(name) for name in names}
+        before = {each.name: platform.pid(each.name) for each in platform.stack.processes()}
         platform.lose_the_log()
-        for name in names:
-            until(lambda: platform.running(name) not in (0, before[name]), LIMIT, f"{name} to begin anew")  # noqa: B023 # called before the next turn
+        for name, pid in before.items():
+            until(lambda: platform.running(name) not in (0, pid), LIMIT, f"{name} to begin anew")  # noqa: B023 # called before the next turn
         platform.stack.wait_until_ready()
         for job_id in jobs:
             assert user.finished(job_id, 180)["status"]["status"] == "completed"

@@ -37,9 +37,7 @@ STOP_SECONDS: Final = 5.0  # to flush at the end: well within a supervisor's pat
 # The producer gives up a batch that is older than this when its partition has no leader, and drops a silent connection
 # after it: a broker that restarts is back sooner.
 PRODUCER_REQUEST_MS: Final = 60_000
-CLUSTER_MS: Final = (
-    1_000  # between two looks whether the brokers are still the same: for so long a stranger is not known
-)
+CLUSTER_MS: Final = 1_000  # between two looks whether the brokers are still the same
 ENDS_REQUEST_MS: Final = 5_000  # a broker that does not say in this time where its logs end counts as away
 DEAD_LETTER_ROOM: Final = 64 * 1024  # for a dead letter's key and the headers that say where it is from
 BATCH_BYTES: Final = 256 * 1024  # what one partition sends in one round trip; a second of a busy worker's hosts
