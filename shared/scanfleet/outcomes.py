@@ -27,9 +27,11 @@ class Outcome(StrEnum):
     TIMED_OUT = "t"
     EXCLUDED = "x"
     REFUSED = "r"
+    LOST = "l"
+    """Attempts failed on this address alone, as often as an address may fail."""
 
 
-OutcomeMap = Annotated[str, StringConstraints(pattern=r"^[.asdtxr]+$", max_length=MAX_ADDRESSES)]
+OutcomeMap = Annotated[str, StringConstraints(pattern=r"^[.asdtxrl]+$", max_length=MAX_ADDRESSES)]
 
 
 def merge(known: str, news: str) -> str:

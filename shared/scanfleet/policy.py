@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    model_validator,
+)
 
 from scanfleet.ports import PortSet
 
@@ -13,6 +22,8 @@ from scanfleet.ports import PortSet
 # external), guesses passwords, floods, exploits or leaves something behind.
 _CATEGORIES: Final = frozenset({"default", "safe", "discovery", "version"})
 _NOT_THESE: Final = "broadcast or brute or dos or exploit or external or fuzzer or intrusive or malware"
+
+HOST_TIMEOUT_SECONDS: Final = 900  # of a policy that names none: what ends a host that answers nothing
 
 GROUP_HOSTS: Final = 64  # addresses that one nmap probes side by side at least, by its own choice too
 
@@ -63,14 +74,34 @@ Scripts = Annotated[
     ),
 ]
 Timing = Annotated[StrictInt, Field(ge=0, le=5, description="nmap's timing template.")]
+_Rate = Annotated[StrictInt, Field(ge=1, le=10_000_000)]  # about what a link of 10 Gbit/s carries
 MaxRate = Annotated[
-    Annotated[StrictInt, Field(ge=1, le=10_000_000)] | None,  # about what a link of 10 Gbit/s carries
-    Field(description="Packets a second."),
+    _Rate | None,
+    Field(description="Packets a second of the whole job, whatever the number of workers."),
+]
+MinRate = Annotated[
+    _Rate | None,
+    Field(description="Probes a second of the whole job below which silence cannot slow it; null is the timing's own."),
+]
+MaxRttTimeout = Annotated[
+    Annotated[StrictInt, Field(ge=50, le=10_000)] | None,
+    Field(description="Milliseconds that nmap waits for an answer to a probe at most."),
 ]
 MaxRetries = Annotated[StrictInt, Field(ge=0, le=10)] | None
+
+
+def _host_timeout(value: Any) -> Any:
+    return HOST_TIMEOUT_SECONDS if value is None else value
+
+
 HostTimeout = Annotated[
-    Annotated[StrictInt, Field(ge=1, le=86_400)] | None,  # a day: a chunk cannot wait for one host for ever
-    Field(description="Seconds after which nmap gives up on a host."),
+    StrictInt,
+    BeforeValidator(_host_timeout, json_schema_input_type=int | None),
+    Field(
+        ge=1,
+        le=86_400,  # a day: a chunk cannot wait indefinitely for one host
+        description=f"Seconds after which nmap gives up on a host; null is {HOST_TIMEOUT_SECONDS}.",
+    ),
 ]
 
 
@@ -78,6 +109,7 @@ class Preset(StrEnum):
     QUICK = "quick"
     STANDARD = "standard"
     FULL = "full"
+    SWEEP = "sweep"
 
 
 class ScanPolicy(BaseModel):
@@ -95,8 +127,16 @@ class ScanPolicy(BaseModel):
     scripts: Scripts
     timing: Timing
     max_rate: MaxRate
+    min_rate: MinRate = None
+    max_rtt_timeout: MaxRttTimeout = None
     max_retries: MaxRetries
     host_timeout: HostTimeout
+
+    @model_validator(mode="after")
+    def _rates_in_order(self) -> Self:
+        if self.min_rate and self.max_rate and self.min_rate > self.max_rate:
+            raise ValueError(f"min_rate {self.min_rate} is above max_rate {self.max_rate}")
+        return self
 
     @property
     def port_set(self) -> PortSet:
@@ -123,8 +163,10 @@ _STANDARD: Final[dict[str, Any]] = {
     "scripts": (),
     "timing": 3,
     "max_rate": None,
+    "min_rate": None,
+    "max_rtt_timeout": None,
     "max_retries": None,
-    "host_timeout": None,
+    "host_timeout": HOST_TIMEOUT_SECONDS,
 }
 
 PRESETS: Final[dict[Preset, dict[str, Any]]] = {
@@ -132,6 +174,9 @@ PRESETS: Final[dict[Preset, dict[str, Any]]] = {
     Preset.STANDARD: _STANDARD,
     Preset.FULL: _STANDARD
     | {"ports": "1-65535", "version_intensity": 9, "scripts": ("default", "banner"), "timing": 4},
+    # For networks that are silent or sparsely used: every address is probed, and silence is not waited for.
+    Preset.SWEEP: _STANDARD
+    | {"ports": "top:100", "discovery": "none", "service_detection": False, "timing": 4, "max_retries": 1},
 }
 
 

@@ -193,6 +193,8 @@ class PolicyBody(_Body):
     scripts: vocabulary.Scripts = Field(default_factory=_preset_decides)
     timing: vocabulary.Timing = Field(default_factory=_preset_decides)
     max_rate: vocabulary.MaxRate = Field(default_factory=_preset_decides)
+    min_rate: vocabulary.MinRate = Field(default_factory=_preset_decides)
+    max_rtt_timeout: vocabulary.MaxRttTimeout = Field(default_factory=_preset_decides)
     max_retries: vocabulary.MaxRetries = Field(default_factory=_preset_decides)
     host_timeout: vocabulary.HostTimeout = Field(default_factory=_preset_decides)
 

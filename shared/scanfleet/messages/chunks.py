@@ -15,13 +15,23 @@ Address = Annotated[str, AfterValidator(lambda text: str(ip_address(text)))]
 Technique = Literal["connect", "syn"]
 
 
+def instance_of(worker_id: str) -> str:
+    """The worker's instance: its id without the last part, which each process draws anew."""
+    return worker_id.rpartition("-")[0] or worker_id
+
+
 class WorkerReady(Message):
-    """A worker's credit: how many chunks it will run side by side; 0 when it is leaving."""
+    """A worker's credit: how many chunks it will run side by side; 0 when it is leaving or cannot start nmap."""
 
     worker_id: str
     slots: Annotated[int, Field(ge=0)]
     raw: bool
     """Whether it may send raw packets."""
+
+    @property
+    def instance(self) -> str:
+        """Survives a restart of the worker's process; the rest of the id does not."""
+        return instance_of(self.worker_id)
 
     @property
     def subject(self) -> str:
@@ -57,6 +67,17 @@ class ScanChunk(_Fenced):
 
     lease_seconds: Annotated[float, Field(gt=0)]
     estimate_seconds: Annotated[float, Field(ge=0)]
+    failures: Annotated[int, Field(ge=0)] = 0
+    """Attempts that failed; a chunk that has failed shares no nmap."""
+
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Scan only the first so many blanks, then release the chunk; without it, all of them."""
+
+    max_rate: Annotated[int, Field(ge=1)] | None = None
+    """Packets a second of this nmap: its part of the policy's; without it, the policy's."""
+
+    min_rate: Annotated[int, Field(ge=1)] | None = None
+    """Probes a second of this nmap below which silence must not slow it."""
 
     @model_validator(mode="after")
     def _within_the_address_space(self) -> Self:

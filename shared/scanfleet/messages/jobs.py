@@ -48,6 +48,11 @@ class JobEvent(Message):
     progress: Annotated[int, Field(ge=0, le=100)]
     machines_found: Annotated[int, Field(ge=0)]
     error: str
+    eta_seconds: Annotated[float, Field(ge=0)] | None = None
+    """Seconds until the job is expected to end; null while unknown, and in its final events."""
+
+    waiting: str = ""
+    """Why no worker holds a chunk of the job, for example `no_raw_worker`; empty while one does."""
 
     @property
     def event_id(self) -> str:

@@ -36,6 +36,12 @@ class HostScanned(_Fenced):
 
     technique: Technique
     ports: tuple[PortFound, ...] = ()
+    open_filtered: str = ""
+    """UDP ports that are `open|filtered` and of which nothing else is known, as ranges in nmap's syntax ("1-52,54").
+
+    They are not in `ports`: a silent host would otherwise be thousands of equal objects.
+    """
+
     trimmed: bool = False
 
     @property

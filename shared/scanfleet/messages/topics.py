@@ -67,6 +67,7 @@ class Topic:
 _KEYS: Final[dict[str, Callable[[Any], str]]] = {
     "command id": lambda m: m.command_id,
     "worker id": lambda m: m.worker_id,
+    "worker instance": lambda m: m.instance,
     "job id": lambda m: str(m.job_id),
     "event's job id": lambda m: str(m.job.id),
     "entry's id": lambda m: m.entry.id,
@@ -92,7 +93,7 @@ SCAN_REPLIES: Final = Topic(
 )
 SCAN_WORKERS: Final = Topic(
     name="scan-workers",
-    key="worker id",
+    key="worker instance",  # a process and its successor keep their order: hearing of the new one proves the old one dead
     messages=(WorkerReady,),
     producers=(WORKER,),
     consumers=(ORCHESTRATOR,),

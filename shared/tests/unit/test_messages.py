@@ -52,9 +52,9 @@ def test_every_message_has_its_example_and_schema(folder: Any) -> None:
 
 @every_message
 def test_an_example_comes_back_as_it_was(kind: type[Message]) -> None:
-    """The example of a message parses, and the message writes that very JSON."""
+    """The example of a message parses, and the message writes that very JSON, but for fields that the contract gained."""
     message = kind.model_validate_json(json.dumps(example(kind)))
-    assert json.loads(message.model_dump_json(exclude_defaults=message.compact)) == example(kind)
+    assert json.loads(message.model_dump_json(exclude_unset=True)) == example(kind)
 
 
 @every_message
@@ -117,7 +117,7 @@ def test_another_library_reads_our_events(topic: Topic, kind: type[Message]) -> 
     assert time is not None
     assert time.tzinfo is not None
     assert time <= utc_now()
-    assert event.get_data() == example(kind)
+    assert kind.model_validate(event.get_data()) == kind.model_validate(example(kind))
 
 
 @every_pair

@@ -39,6 +39,8 @@ POLICY = {
     "scripts",
     "timing",
     "max_rate",
+    "min_rate",
+    "max_rtt_timeout",
     "max_retries",
     "host_timeout",
     "created_at",

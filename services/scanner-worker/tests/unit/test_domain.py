@@ -101,7 +101,8 @@ def test_arguments_say_what_the_policy_says(make_chunk: MakeChunk) -> None:
     assert "--max-rate 100 --max-retries 1 --host-timeout 30s" in line
     plain = arguments(make_chunk({"service_detection": False}), [ip_network("::1/128")], raw=False)
     assert {"--unprivileged", "-6", "-sT"} <= set(plain)
-    assert not {"-sV", "-O", "--script", "-Pn", "-sU", "--max-rate", "--max-retries", "--host-timeout"} & set(plain)
+    assert not {"-sV", "-O", "--script", "-Pn", "-sU", "--max-rate", "--max-retries"} & set(plain)
+    assert plain[plain.index("--host-timeout") + 1] == "900s"
 
 
 def test_top_ports_are_counted_not_listed(make_chunk: MakeChunk) -> None:
