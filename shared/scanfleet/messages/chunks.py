@@ -106,10 +106,12 @@ class ChunkProgressed(_Mapped):
 
 
 class ChunkReleased(_Mapped):
-    """Given back undone, through no fault of the chunk."""
+    """Released undone, through no fault of the chunk."""
 
     reason: str
     slot_seconds: Annotated[float, Field(ge=0)] = 0.0
+    too_slow: bool = False
+    """An attempt on several addresses ran out of its time: the next one should get half as many."""
 
 
 class ChunkScanned(_Mapped):
