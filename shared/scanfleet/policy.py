@@ -44,6 +44,13 @@ ALLOWED_SCRIPTS: Final = _CATEGORIES | frozenset(
 
 
 def _ports(text: str) -> str:
+    ports = PortSet.parse(text)
+    if ports.above:
+        raise ValueError('ports must look like "22,80,8000-8100", "T:80,U:53" or "top:100"')
+    return str(ports)
+
+
+def _chunk_ports(text: str) -> str:
     return str(PortSet.parse(text))
 
 
@@ -58,6 +65,8 @@ Ports = Annotated[
     AfterValidator(_ports),
     Field(description='nmap\'s syntax ("22,80,8000-8100", "T:80,U:53"), or "top:100" for the most common TCP ports.'),
 ]
+ChunkPorts = Annotated[str, AfterValidator(_chunk_ports)]
+"""A part of a policy's ports, which of `top:100` may be `top:51-100`."""
 TcpTechnique = Annotated[
     Literal["auto", "connect", "syn"],
     Field(description="`auto` is SYN where the worker may send raw packets, else connect."),
@@ -149,8 +158,12 @@ class ScanPolicy(BaseModel):
 
     @property
     def needs_raw(self) -> bool:
-        """Whether only a worker that may send raw packets can do this: nothing honest stands in for it."""
-        return self.technique == "syn" or self.os_detection or bool(self.port_set.udp)
+        """Whether only a worker that may send raw packets can do all of this: nothing honest stands in for it."""
+        return self.needs_raw_for(self.port_set)
+
+    def needs_raw_for(self, ports: PortSet) -> bool:
+        """The same of a part of the policy's ports."""
+        return (self.technique == "syn" and bool(ports.tcp_count)) or self.os_detection or bool(ports.udp_count)
 
 
 _STANDARD: Final[dict[str, Any]] = {

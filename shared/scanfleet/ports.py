@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 MAX_PORT = 65_535
 MAX_TEXT = 10_000  # characters: longer than any list a person writes, short enough to refuse at once
-MAX_TOP = 8_192  # top:N cannot be split, so it must fit in one chunk
+MAX_TOP = 8_192  # nmap itself knows how common about so many are
 
-_TOP = re.compile(r"top:([1-9][0-9]{0,4})")
+_TOP = re.compile(r"top:(?:([1-9][0-9]{0,4})-)?([1-9][0-9]{0,4})")
 _ITEM = re.compile(r"(?:([TU]):)?(?:([0-9]{1,5})|([0-9]{0,5})-([0-9]{0,5}))")
 
 Range = tuple[int, int]
@@ -26,10 +26,12 @@ class PortSet:
     tcp: tuple[Range, ...] = ()
     udp: tuple[Range, ...] = ()
     top: int = 0
+    above: int = 0
+    """Of a `top` set, how many of the most common ports it leaves out."""
 
     @classmethod
     def parse(cls, text: str) -> PortSet:
-        """Read `"22,80,8000-8100"`, `"T:80,U:53"`, `"-"` (1 to 65535) or `"top:100"`.
+        """Read `"22,80,8000-8100"`, `"T:80,U:53"`, `"-"` (1 to 65535), `"top:100"` or, as a part of it, `"top:51-100"`.
 
         As in nmap, a `T:` or `U:` holds until the next one. Ports before any are TCP; where there are UDP ports too, nmap
         would take them for both, which few people mean, so that is refused.
@@ -40,10 +42,10 @@ class PortSet:
         if len(text) > MAX_TEXT:
             raise ValueError(f"ports must be at most {MAX_TEXT} characters")
         if match := _TOP.fullmatch(text):
-            top = int(match[1])
-            if top > MAX_TOP:
+            first, last = int(match[1] or 1), int(match[2])
+            if not first <= last <= MAX_TOP:
                 raise ValueError(f"top:N takes at most {MAX_TOP} ports")
-            return cls(top=top)
+            return cls(top=last, above=first - 1)
         found: dict[str, list[Range]] = {"T": [], "U": []}
         protocol = "T"
         for item in text.split(","):
@@ -66,44 +68,29 @@ class PortSet:
     @property
     def count(self) -> int:
         """How many probes each address takes."""
-        return self.top or self.tcp_count + self.udp_count
+        return self.tcp_count + self.udp_count
 
     @property
     def tcp_count(self) -> int:
-        return self.top or _size(self.tcp)
+        return self.top - self.above if self.top else _size(self.tcp)
 
     @property
     def udp_count(self) -> int:
         return _size(self.udp)
 
     def blocks(self, size: int) -> Iterator[PortSet]:
-        """This set cut into consecutive sets of at most `size` ports; a `top` set cannot be cut."""
-        if self.top or self.count <= size:
-            yield self
+        """This set cut into sets of at most `size` ports of one protocol; a `top` set by how common they are."""
+        if self.top:
+            for above in range(self.above, self.top, size):
+                yield PortSet(top=min(self.top, above + size), above=above)
             return
-        tcp: list[Range] = []
-        udp: list[Range] = []
-        room = size
-        for into, ranges in ((tcp, self.tcp), (udp, self.udp)):
-            for first, last in ranges:
-                low = first
-                while low <= last:
-                    high = min(last, low + room - 1)
-                    into.append((low, high))
-                    room -= high - low + 1
-                    low = high + 1
-                    if room == 0:
-                        yield PortSet(tuple(tcp), tuple(udp))
-                        tcp.clear()
-                        udp.clear()
-                        room = size
-        if tcp or udp:
-            yield PortSet(tuple(tcp), tuple(udp))
+        yield from (PortSet(tcp=ranges) for ranges in _cut(self.tcp, size))
+        yield from (PortSet(udp=ranges) for ranges in _cut(self.udp, size))
 
     def __str__(self) -> str:
         """The canonical text; `PortSet.parse(str(ports)) == ports`."""
         if self.top:
-            return f"top:{self.top}"
+            return f"top:{self.above + 1}-{self.top}" if self.above else f"top:{self.top}"
         parts = [_text(self.tcp, "T:" if self.udp else "")] if self.tcp else []
         if self.udp:
             parts.append(_text(self.udp, "U:"))
@@ -118,6 +105,24 @@ def _disjoint(ranges: list[Range]) -> tuple[Range, ...]:
         else:
             merged.append((low, high))
     return tuple(merged)
+
+
+def _cut(ranges: tuple[Range, ...], size: int) -> Iterator[tuple[Range, ...]]:
+    """Consecutive parts with `size` ports each, the last with what is left."""
+    part: list[Range] = []
+    room = size
+    for first, last in ranges:
+        low = first
+        while low <= last:
+            high = min(last, low + room - 1)
+            part.append((low, high))
+            room -= high - low + 1
+            low = high + 1
+            if room == 0:
+                yield tuple(part)
+                part, room = [], size
+    if part:
+        yield tuple(part)
 
 
 def _size(ranges: tuple[Range, ...]) -> int:

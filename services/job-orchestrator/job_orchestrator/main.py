@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
 from job_orchestrator.domain.store import Store
+from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.audit import Audit
 from job_orchestrator.handlers.commands import Commands
 from job_orchestrator.handlers.dispatch import Dispatcher
@@ -38,6 +39,7 @@ from scanfleet.messages.topics import (
 from scanfleet.targets import TargetRules
 
 _SWEEP_SECONDS = 1.0
+_TIME_SECONDS = 1.0  # between two questions for the database's time; what the clocks drift apart meanwhile is nothing
 
 
 class Orchestrator:
@@ -49,23 +51,58 @@ class Orchestrator:
         publisher: Publisher,
         *,
         rules: TargetRules,
+        clock: PlatformTime,
         lease_seconds: float,
         stored_seconds: float,
+        raw_worker_seconds: float,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.dispatcher = Dispatcher(store, publisher, lease_seconds, monotonic=monotonic)
-        self.jobs = Jobs(store, publisher, self.dispatcher.wake, monotonic=monotonic)
-        self.commands = Commands(store, publisher, self.jobs, rules, monotonic=monotonic)
-        self.sweeper = Sweeper(store, publisher, self.jobs, stored_seconds, monotonic=monotonic)
-        self.progress = Progress(store, publisher, self.jobs, self.dispatcher.wake, lease_seconds, monotonic=monotonic)
+        self.jobs = Jobs(store, publisher, self._wake, clock, monotonic=monotonic)
+        self.commands = Commands(store, publisher, self.jobs, rules, clock, monotonic=monotonic)
+        self.progress = Progress(
+            store,
+            publisher,
+            self.jobs,
+            self._wake,
+            lease_seconds=lease_seconds,
+            stored_seconds=stored_seconds,
+            clock=clock,
+            monotonic=monotonic,
+        )
+        self.dispatcher = Dispatcher(
+            store,
+            publisher,
+            lease_seconds=lease_seconds,
+            clock=clock,
+            take_back=self.progress.take_back,
+            monotonic=monotonic,
+        )
+        self.sweeper = Sweeper(
+            store,
+            publisher,
+            self.jobs,
+            lambda: self.progress.partitions,
+            clock,
+            stored_seconds=stored_seconds,
+            raw_worker_seconds=raw_worker_seconds,
+            monotonic=monotonic,
+        )
         self.handlers: dict[Topic, Handler] = {
             SCAN_COMMANDS: self.commands,
             SCAN_WORKERS: self.dispatcher,
             SCAN_PROGRESS: self.progress,
-            SCAN_STORED: Stored(store, self.jobs, self.dispatcher.wake),
+            SCAN_STORED: Stored(store, self.jobs, self._wake, clock),
             SCAN_AUDIT: Audit(store),
         }
-        self.loops = (*self.jobs.loops, self.dispatcher.loop, Loop("sweep", _SWEEP_SECONDS, self.sweeper.sweep))
+        self.loops = (
+            Loop("time", _TIME_SECONDS, clock.refresh),
+            *self.jobs.loops,
+            self.dispatcher.loop,
+            Loop("sweep", _SWEEP_SECONDS, self.sweeper.sweep),
+        )
+
+    def _wake(self) -> None:
+        self.dispatcher.wake()
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -88,12 +125,16 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             app.state.probes.watch(bus)
             app.state.probes.watch(await stack.enter_async_context(app.state.refusals.told_to(bus)))
 
+            clock = PlatformTime(store.time)
+            await clock.refresh()
             orchestrator = Orchestrator(
                 store,
                 bus,
                 rules=settings.target_rules,
+                clock=clock,
                 lease_seconds=settings.lease_seconds,
                 stored_seconds=settings.stored_seconds,
+                raw_worker_seconds=settings.raw_worker_seconds,
             )
             app.state.orchestrator = State(store, orchestrator.commands, settings.target_rules)
             # A group for each topic: no loop waits for another, and a rebalance of one leaves the others alone.

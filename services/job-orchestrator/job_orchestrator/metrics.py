@@ -30,6 +30,15 @@ STALE_REPORTS: Final = Counter(
 UNKNOWN_CHUNKS: Final = Counter(
     "scanfleet_unknown_chunks_total", "Messages about chunks that there are not: forged, or older than the database."
 )
+UNREADABLE: Final = Counter(
+    "scanfleet_unreadable_documents_total",
+    "Documents that could not be read and were left out, by collection; the log names them.",
+    ["collection"],
+)
+SKIPPED_JOBS: Final = Counter(
+    "scanfleet_skipped_jobs_total",
+    "Times that a job was skipped because of a fault or an unreadable document; the log names it.",
+)
 CHUNK_TRANSITIONS: Final = Counter(
     "scanfleet_chunk_transitions_total", "Chunks stored in a new state; in queued, those that came back.", ["state"]
 )
@@ -45,6 +54,8 @@ _JOB_RUN: Final = Histogram("scanfleet_job_run_seconds", "From the start of a jo
 # Shown from the start: the first of its kind would otherwise be no increase to Prometheus.
 for _state in ChunkState:
     CHUNK_TRANSITIONS.labels(_state)
+for _collection in ("jobs", "chunks"):
+    UNREADABLE.labels(_collection)
 for _outcome in NAMES:
     PROBES.labels(_outcome)
 for _status in JobStatus:
@@ -97,8 +108,8 @@ _GAUGES: Final[dict[tuple[str, str], tuple[str, Callable[[Census], Mapping[str, 
         lambda census: {state: census.chunks[state] for state in ChunkState if state in OPEN},
     ),
     ("scanfleet_queued_slot_seconds", ""): (
-        "Estimated slot seconds of all queued chunks, whoever's: what to scale workers on",
-        lambda census: {"": census.queued_seconds},
+        "Slot seconds that all unfinished jobs are expected to take: what to scale workers on",
+        lambda census: {"": census.slot_seconds},
     ),
     ("scanfleet_outbox_age_seconds", ""): (
         "Since the oldest job event that is not yet published was made, 0 if there is none",

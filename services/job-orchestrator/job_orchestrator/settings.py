@@ -10,13 +10,18 @@ from scanfleet.settings import AuthSettings, CommonSettings, KafkaSettings, Mong
 class Settings(CommonSettings, KafkaSettings, MongoSettings, AuthSettings, TargetSettings):
     lease_seconds: float = Field(
         30.0,
-        ge=3.0,  # workers give a sign of life each second
-        description="How long in seconds a running chunk may be silent before another worker gets it.",
+        ge=3.0,  # workers report each second
+        description="Seconds that a dispatched or running chunk may go without a report before another worker gets it.",
     )
     stored_seconds: float = Field(
         60.0,
         gt=0,
         description="How long in seconds a scanned chunk waits for result-store before it is asked again.",
+    )
+    raw_worker_seconds: float = Field(
+        600.0,  # longer than it takes to start a pod on a new node
+        gt=0,
+        description="Seconds that a job waits for a worker that may send raw packets, when none is available; then it fails.",
     )
     audit_days: int = Field(
         365,  # an incident is often found months later; an entry has some 300 bytes

@@ -15,6 +15,7 @@ from scanfleet.messages.chunks import (
     StopChunk,
     Technique,
     WorkerReady,
+    instance_of,
 )
 from scanfleet.messages.commands import CancelJob, CommandAccepted, CommandRejected, SubmitJobs
 from scanfleet.messages.jobs import (
@@ -61,4 +62,5 @@ __all__ = [
     "SubmitJobs",
     "Technique",
     "WorkerReady",
+    "instance_of",
 ]

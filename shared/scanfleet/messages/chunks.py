@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from ipaddress import ip_address
 from typing import Annotated, Literal, Self
 
@@ -9,15 +10,18 @@ from pydantic import AfterValidator, Field, model_validator
 
 from scanfleet.messages.base import Message
 from scanfleet.outcomes import OutcomeMap
-from scanfleet.policy import Ports, ScanPolicy
+from scanfleet.policy import ChunkPorts, ScanPolicy
 
 Address = Annotated[str, AfterValidator(lambda text: str(ip_address(text)))]
 Technique = Literal["connect", "syn"]
 
 
+_PROCESS = re.compile(r"-[0-9a-f]{8}$")
+
+
 def instance_of(worker_id: str) -> str:
-    """The worker's instance: its id without the last part, which each process draws anew."""
-    return worker_id.rpartition("-")[0] or worker_id
+    """The worker's instance: its id without the eight digits that each process draws for itself."""
+    return _PROCESS.sub("", worker_id)
 
 
 class WorkerReady(Message):
@@ -62,7 +66,7 @@ class ScanChunk(_Fenced):
     """One letter per address from `first_address` on; what has a letter is not scanned."""
 
     policy: ScanPolicy
-    ports: Ports
+    ports: ChunkPorts
     """The chunk's part of the policy's ports, in the same syntax."""
 
     lease_seconds: Annotated[float, Field(gt=0)]

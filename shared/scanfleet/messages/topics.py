@@ -58,9 +58,28 @@ class Topic:
         """The record key: the same key keeps its order."""
         return _KEYS[self.key](message)
 
+    def partition_of(self, key: str) -> int:
+        """The partition of the records with this key."""
+        return (_murmur2(key.encode()) & 0x7FFF_FFFF) % self.partitions
+
     @property
     def dead_letter(self) -> str:
         return f"{self.name}-dlq"
+
+
+def _murmur2(data: bytes) -> int:
+    """The hash by which Kafka's clients choose a partition for a key, as Austin Appleby published it (seed 0x9747b28c)."""
+    multiplier, mask = 0x5BD1_E995, 0xFFFF_FFFF
+    hashed = 0x9747_B28C ^ len(data)
+    whole = len(data) & ~3
+    for start in range(0, whole, 4):
+        word = int.from_bytes(data[start : start + 4], "little") * multiplier & mask
+        word = (word ^ word >> 24) * multiplier & mask
+        hashed = hashed * multiplier & mask ^ word
+    if rest := data[whole:]:
+        hashed = (hashed ^ int.from_bytes(rest, "little")) * multiplier & mask
+    hashed = (hashed ^ hashed >> 13) * multiplier & mask
+    return hashed ^ hashed >> 15
 
 
 # A message that is kept in a topic satisfies the attribute that its key names; the registry's test holds it to that.

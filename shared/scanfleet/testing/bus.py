@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import zlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
@@ -108,7 +107,7 @@ class MemoryBus:
         envelopes = [encode(topic, message, source=self._source) for message in messages]
         self.broker.check()
         for envelope in envelopes:
-            partition = zlib.crc32(envelope.key) % topic.partitions
+            partition = topic.partition_of(envelope.key.decode())
             self.broker.append(topic.name, partition, key=envelope.key, value=envelope.value, headers=envelope.headers)
 
     def hear_dead_letters(self, hear: DeadLetterHearer) -> None:

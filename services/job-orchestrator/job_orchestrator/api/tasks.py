@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
 from job_orchestrator.api.state import Handed, Paged, State
-from job_orchestrator.domain import ledger, plan
-from job_orchestrator.domain.chunk import Chunk
+from job_orchestrator.domain import ledger
 from job_orchestrator.domain.job import ScanJob
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded
@@ -45,9 +43,11 @@ async def read_ledger(
 ) -> rest.Ledger:
     job = await mine(state, caller.user_id, job_id)
     tally, names = ledger.Tally(job), ledger.Names(job, (page - 1) * page_size, page_size)
-    async for chunk in _chunks(state, job):
-        tally.add(chunk)
+    async for chunk in state.store.job_chunks(job.id):
+        if chunk.index >= job.totals.done:
+            tally.add(chunk)
         names.add(chunk)
+    names.add_unmade()
     return rest.Ledger(
         job_id=job.id,
         status=job.status,
@@ -68,18 +68,6 @@ async def read_ledger(
             page_size=page_size,
         ),
     )
-
-
-async def _chunks(state: State, job: ScanJob) -> AsyncIterator[Chunk]:
-    """All that were planned, those too that are not made yet, or never will be because the job was cancelled."""
-    made = set[int]()
-    async for chunk in state.store.job_chunks(job.id):
-        made.add(chunk.index)
-        yield chunk
-    if len(made) < job.chunk_count:
-        for chunk in plan.chunks(job, turn=0):
-            if chunk.index not in made:
-                yield chunk
 
 
 async def mine(state: State, user_id: int, job_id: int, *, target: str = "") -> ScanJob:

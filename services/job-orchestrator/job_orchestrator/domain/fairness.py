@@ -1,82 +1,207 @@
 """Whose chunk is next: start-time fair queueing between users, by slot time.
 
-Every user has a virtual clock, charged with the estimate of each chunk at dispatch and corrected at its end. The user whose
-clock is behind goes first, and one who comes back from idle starts no further behind than the most needy active one, so
-nobody saves up time by waiting. After "Start-Time Fair Queuing" (Goyal, Vin, Cheng 1996).
+Every user has a virtual time in slot seconds: what their ended attempts took, and what the held ones have taken so far or
+are expected to. Who has least goes first. One global virtual time rises to the time of whoever is served, and a user who
+becomes active starts at it, so that idleness saves nothing up and history weighs nothing. Times are measured by the
+orchestrator. After "Start-Time Fair Queuing" (Goyal, Vin, Cheng 1996).
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict, deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Final
 
-from job_orchestrator.domain.chunk import Chunk
+from scanfleet.messages import instance_of
+
+AHEAD_SECONDS: Final = 2.0  # of work beyond a worker's slots, so that tiny chunks do not wait for the round trip
 
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """A user's virtual time in slot seconds; `active` while any chunk of theirs is queued or held."""
+    """A user's virtual time without what is held; `active` while any chunk of theirs is queued or held."""
 
     user_id: int
     time: float = 0.0
     active: bool = False
 
 
-def wake(clocks: Mapping[int, Clock], waiting: Iterable[int]) -> dict[int, Clock]:
-    """The clocks of the users that wait, those back from idle raised to the lowest active one."""
-    floor = min((clock.time for clock in clocks.values() if clock.active), default=0.0)
-    awake: dict[int, Clock] = {}
-    for user in waiting:
-        clock = clocks.get(user, Clock(user))
-        awake[user] = clock if clock.active else Clock(user, max(clock.time, floor), active=True)
-    return awake
+@dataclass(frozen=True, slots=True)
+class Clocks:
+    """The clocks of users, and the global virtual time."""
+
+    users: Mapping[int, Clock]
+    virtual: float = 0.0
 
 
-def order(clocks: Mapping[int, Clock], queues: Mapping[int, Sequence[Chunk]]) -> Iterable[Chunk]:
-    """The queued chunks in the order in which slots are due to them; each queue is in its user's own order."""
-    waiting = {user: deque(queue) for user, queue in queues.items() if queue}
-    heap = [(clocks[user].time, user) for user in waiting]
-    heapq.heapify(heap)
-    while heap:
-        time, user = heapq.heappop(heap)
-        chunk = waiting[user].popleft()
-        yield chunk
-        if waiting[user]:
-            heapq.heappush(heap, (time + chunk.estimate, user))
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A queued chunk, as far as its turn is decided."""
+
+    chunk_id: str
+    user_id: int
+    job_id: int
+    estimate: float
+    needs_raw: bool
+    failed_by: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A chunk that a worker holds."""
+
+    chunk_id: str
+    attempt: int
+    worker_id: str
+    user_id: int
+    job_id: int
+    partition: int
+    estimate: float
+    share: float
+    dispatched_at: datetime | None
+
+    @property
+    def instance(self) -> str:
+        return instance_of(self.worker_id)
 
 
 @dataclass(frozen=True, slots=True)
 class Credit:
-    """What one worker may be given: its slots, and what MongoDB says it holds already."""
+    """What one worker may be given: its slots, and what it holds already."""
 
     worker_id: str
+    instance: str
     slots: int
     raw: bool
     partition: int
     held: int = 0
-    extra_seconds: float = 0.0
+    ahead_seconds: float = 0.0
     """Estimated work beyond one chunk for each slot."""
 
 
-AHEAD_SECONDS = 2.0  # of work beyond a worker's slots, so that tiny chunks do not wait for the round trip
+def wake(clocks: Clocks, waiting: Iterable[int]) -> dict[int, Clock]:
+    """The clocks of the users that wait, those back from idle raised to the global virtual time."""
+    awake: dict[int, Clock] = {}
+    for user in waiting:
+        clock = clocks.users.get(user, Clock(user))
+        awake[user] = clock if clock.active else Clock(user, max(clock.time, clocks.virtual), active=True)
+    return awake
 
 
-def room(credit: Credit, chunk: Chunk) -> bool:
-    """Whether the worker should be given the chunk now."""
-    if credit.held < credit.slots:
-        return True
-    return credit.slots > 0 and credit.extra_seconds + chunk.estimate <= AHEAD_SECONDS
+def tags(clocks: Mapping[int, Clock], held: Iterable[Held], now: datetime) -> dict[int, float]:
+    """The virtual time of each user, with what they hold: as long as it takes, and at least as long as expected."""
+    times = {user: clock.time for user, clock in clocks.items()}
+    for each in held:
+        if each.user_id in times:
+            elapsed = (now - each.dispatched_at).total_seconds() if each.dispatched_at else 0.0
+            times[each.user_id] += max(each.share * elapsed, each.share * each.estimate)
+    return times
 
 
-def give(credit: Credit, chunk: Chunk) -> Credit:
-    extra = chunk.estimate if credit.held >= credit.slots else 0.0
-    return Credit(
-        credit.worker_id,
-        credit.slots,
-        credit.raw,
-        credit.partition,
-        credit.held + 1,
-        credit.extra_seconds + extra,
-    )
+def fill(credit: Credit, held: Iterable[Held]) -> Credit:
+    """The credit with what its worker holds."""
+    estimates = sorted(each.estimate for each in held)
+    beyond = estimates[: max(0, len(estimates) - credit.slots)]
+    return replace(credit, held=len(estimates), ahead_seconds=sum(beyond))
+
+
+def has_room(credit: Credit) -> bool:
+    return credit.held < credit.slots or (credit.slots > 0 and credit.ahead_seconds < AHEAD_SECONDS)
+
+
+class Round:
+    """Decides who gets what, chunk by chunk, among the workers that have room.
+
+    Args:
+        workers: that may be given chunks.
+        times: virtual times of the users that wait.
+        occupied: slots that each user's chunks occupy on these workers.
+        instances: every live worker instance, with whether it may send raw packets.
+    """
+
+    def __init__(
+        self,
+        workers: Iterable[Credit],
+        times: Mapping[int, float],
+        occupied: Mapping[int, float],
+        instances: Mapping[str, bool],
+    ) -> None:
+        self._workers = {worker.worker_id: worker for worker in workers}
+        self._times = dict(times)
+        self._occupied = defaultdict(float, occupied)
+        self._instances = instances
+        slots = sum(worker.slots for worker in self._workers.values())
+        users = len(self._times.keys() | {user for user, share in occupied.items() if share})
+        # While others wait, no user holds more than their share of the slots plus one.
+        self._most = slots / users + 1 if users > 1 else float("inf")
+        self.virtual = 0.0
+        """The highest virtual time that was served."""
+
+    def picks(self, queues: Mapping[int, Sequence[Candidate]]) -> Iterable[tuple[Candidate, Credit, float]]:
+        """The chunks in the order in which slots are due to them, each with its worker and its share of a slot.
+
+        Each queue is in its user's own order. What is left when all that wait have their shares goes to whoever has more.
+        """
+        left: defaultdict[int, deque[Candidate]] = defaultdict(deque)
+        yield from self._pass({user: deque(queue) for user, queue in queues.items() if queue}, left, self._most)
+        yield from self._pass(left, defaultdict(deque), float("inf"))
+
+    def _pass(
+        self,
+        queues: Mapping[int, deque[Candidate]],
+        left: defaultdict[int, deque[Candidate]],
+        most: float,
+    ) -> Iterable[tuple[Candidate, Credit, float]]:
+        heap = [(self._times[user], user) for user in queues]
+        heapq.heapify(heap)
+        while heap:
+            time, user = heapq.heappop(heap)
+            free = [worker for worker in self._workers.values() if has_room(worker)]
+            if not free:
+                return
+            candidate = queues[user].popleft()
+            able = [worker for worker in free if self._may_take(worker, candidate)]
+            if able and self._occupied[user] < most:
+                worker = min(able, key=lambda worker: worker.held / worker.slots)
+                share = self._give(worker, candidate)
+                self.virtual = max(self.virtual, time)
+                self._times[user] = time = time + candidate.estimate * share
+                yield candidate, worker, share
+            elif able:
+                left[user].append(candidate)
+            if queues[user]:
+                heapq.heappush(heap, (time, user))
+
+    def _may_take(self, worker: Credit, candidate: Candidate) -> bool:
+        """Whether the worker may be given the chunk: one that failed it only when no other live worker could take it."""
+        if candidate.needs_raw and not worker.raw:
+            return False
+        if worker.held >= worker.slots and worker.ahead_seconds + candidate.estimate > AHEAD_SECONDS:
+            return False
+        if worker.instance not in candidate.failed_by:
+            return True
+        able = {instance for instance, raw in self._instances.items() if raw or not candidate.needs_raw}
+        return able <= set(candidate.failed_by)
+
+    def _give(self, worker: Credit, candidate: Candidate) -> float:
+        ahead = candidate.estimate if worker.held >= worker.slots else 0.0
+        share = min(1.0, worker.slots / (worker.held + 1))
+        self._workers[worker.worker_id] = replace(
+            worker,
+            held=worker.held + 1,
+            ahead_seconds=worker.ahead_seconds + ahead,
+        )
+        self._occupied[candidate.user_id] += share
+        return share
+
+
+def occupied(held: Iterable[Held], workers: Collection[str]) -> Mapping[int, float]:
+    """Slots that each user's chunks occupy on these workers."""
+    slots: defaultdict[int, float] = defaultdict(float)
+    for each in held:
+        if each.worker_id in workers:
+            slots[each.user_id] += each.share
+    return slots

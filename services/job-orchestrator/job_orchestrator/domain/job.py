@@ -12,6 +12,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final, TypeVar
 
+from job_orchestrator.domain.totals import EMPTY, Totals
 from scanfleet.errors import ScanfleetError
 from scanfleet.messages import (
     Job,
@@ -87,16 +88,36 @@ class ScanJob:
     excluded: int
     ports: int
     chunk_addresses: int
+    chunk_ports: int
+    blocks: int
+    """Of ports, in which every address is scanned one after the other."""
     chunk_count: int
+    estimate: float
+    """Slot seconds for the whole job, as its policy is estimated."""
+    partition: int
+    """Of the topics that are keyed by job: the replica that owns it in scan-progress drives the job."""
     created_at: datetime
     updated_at: datetime
     command_id: str
+    blockwise: bool = True
+    """Chunks are numbered block by block; slice by slice in documents of release 0.1."""
+    turn: int = 0
+    """Of its first chunk, among the chunks of its user."""
+    made: int = 0
+    """Chunks that were made: those with an index below."""
+    totals: Totals = EMPTY
+    seconds_left: float = 0.0
+    """Slot seconds that the rest of the job is expected to take."""
+    """What the first chunks, which have all ended, came to."""
     status: JobStatus = JobStatus.PENDING
     start_time: datetime | None = None
     end_time: datetime | None = None
     progress: int = 0
     machines_found: int = 0
     error: str = ""
+    eta_seconds: float | None = None
+    waiting: str = ""
+    waiting_since: datetime | None = None
     seq: int = 0
     rev: int = 0
     cancel_command: str | None = None
@@ -108,6 +129,11 @@ class ScanJob:
     @property
     def final(self) -> bool:
         return self.status.final
+
+    @property
+    def pace(self) -> float | None:
+        """Slot seconds for one probe, as its finished chunks took; None while too little is known."""
+        return self.totals.pace
 
     @property
     def view(self) -> Job:
@@ -148,12 +174,19 @@ def change(job: ScanJob, trigger: JobTrigger, now: datetime, **fields: Any) -> S
     if status is JobStatus.RUNNING:
         fields["start_time"] = now
     else:
-        fields["end_time"] = now
+        fields |= {"end_time": now, "eta_seconds": None, "seconds_left": 0.0, "waiting": "", "waiting_since": None}
     return _say(replace(job, status=status, updated_at=now, **fields), _EVENTS[trigger], now)
 
 
-def observe(job: ScanJob, progress: int, machines_found: int, now: datetime) -> tuple[ScanJob, JobProgressed] | None:
-    """The job with higher progress and the event for it, or None when there is nothing new to tell.
+def observe(
+    job: ScanJob,
+    progress: int,
+    machines_found: int,
+    now: datetime,
+    *,
+    eta_seconds: float | None = None,
+) -> tuple[ScanJob, JobProgressed] | None:
+    """The job with higher progress and the event for it, or None when there is nothing new.
 
     Only a running job with an empty outbox progresses, so no reader sees progress before the start or after the end.
     """
@@ -162,13 +195,19 @@ def observe(job: ScanJob, progress: int, machines_found: int, now: datetime) -> 
     news = (progress, machines_found) != (job.progress, job.machines_found)
     if job.status is not JobStatus.RUNNING or job.outbox or not news:
         return None
-    changed = replace(
-        job,
-        progress=progress,
-        machines_found=machines_found,
-        updated_at=max(now, job.updated_at),
-        seq=job.seq + 1,
-    )
+    return _progressed(job, now, progress=progress, machines_found=machines_found, eta_seconds=eta_seconds, waiting="")
+
+
+def wait(job: ScanJob, reason: str, now: datetime) -> tuple[ScanJob, JobProgressed] | None:
+    """The job with why no worker can hold its chunks ("" when one can) and the event for it; None when that is not new."""
+    if job.final or job.outbox or job.waiting == reason:
+        return None
+    since = (job.waiting_since or now) if reason else None
+    return _progressed(job, now, waiting=reason, waiting_since=since)
+
+
+def _progressed(job: ScanJob, now: datetime, **fields: Any) -> tuple[ScanJob, JobProgressed]:
+    changed = replace(job, updated_at=max(now, job.updated_at), seq=job.seq + 1, **fields)
     return changed, _event(changed, JobProgressed)
 
 
@@ -200,5 +239,7 @@ def _event(job: ScanJob, kind: type[_E]) -> _E:
         progress=job.progress,
         machines_found=job.machines_found,
         error=job.error,
+        eta_seconds=job.eta_seconds,
+        waiting=job.waiting,
         traceparent=job.traceparent,
     )

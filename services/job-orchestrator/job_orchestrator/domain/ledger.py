@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.job import ScanJob
+from job_orchestrator.domain.totals import Totals
 from scanfleet import outcomes
-from scanfleet.messages import JobStatus
-from scanfleet.outcomes import Outcome, address_at
+from scanfleet.outcomes import Outcome, address_at, index_of
 from scanfleet.targets import Target
 
 ANSWERED, SILENT, DOWN, TIMED_OUT = "answered", "silent", "down", "timed_out"
@@ -30,6 +31,7 @@ _OF_LETTER: Final = {
 ACCOUNTED: Final = (ANSWERED, SILENT, DOWN, TIMED_OUT, EXCLUDED)
 _SETTLED: Final = (ANSWERED, SILENT, DOWN, TIMED_OUT, REFUSED)
 _FAILING: Final = (REFUSED, LOST)
+_DISTINCT: Final = (ANSWERED, REFUSED, LOST)  # counted as addresses too
 _NAMED: Final = frozenset({DOWN, TIMED_OUT, REFUSED, CANCELLED, LOST})
 _REASONS: Final = 3  # in a job's error; more is for the ledger
 _MAX_ERROR: Final = 1_000  # characters: a reason can quote nmap at length
@@ -46,67 +48,121 @@ class NotProbed:
 
 
 class Tally:
-    """What the chunks of a job say together. Chunk after chunk is added, so that a huge job need not be in memory.
+    """What the chunks of a job come to: what its totals have already, and then chunk by chunk.
 
-    An address counts once, however many port blocks it is in.
+    An address counts once, however many port blocks it is in. What is in no chunk that was added is still waiting, or was
+    cancelled with the job.
     """
 
-    def __init__(self, job: ScanJob) -> None:
+    def __init__(self, job: ScanJob, totals: Totals | None = None) -> None:
+        totals = job.totals if totals is None else totals
         self._job = job
-        self._probes: Counter[str] = Counter()
-        self._answered = _Addresses()
-        self._failing = {name: _Addresses() for name in _FAILING}
-        self._reasons: dict[str, None] = {}
-        self.chunks: Counter[ChunkState] = Counter()
+        self._done = totals.done
+        self._probes = Counter(totals.probes)
+        self._addresses = Counter(totals.addresses)
+        # Addresses are in several chunks where the ports are in several blocks.
+        self._several = job.blocks > 1
+        self._places = {name: int.from_bytes(bits, "little") for name, bits in totals.places.items()}
+        self._reasons = dict.fromkeys(totals.reasons)
+        self._seconds = totals.seconds
 
     def add(self, chunk: Chunk) -> None:
-        self.chunks[chunk.state] += 1
+        """Count a chunk that the totals do not hold."""
+        self._seconds += chunk.seconds
         for letter, count in outcomes.counts(chunk.outcomes).items():
-            name = _name(letter, self._job.status, chunk)
+            name = _name(letter, chunk)
+            if name in {WAITING, CANCELLED, EXCLUDED}:
+                continue  # they are what is left of the request
             self._probes[name] += count * chunk.port_count
-            if letter is Outcome.ANSWERED:
-                self._answered.add(chunk, letter)
-            elif name in self._failing:
-                self._failing[name].add(chunk, letter)
-                if chunk.reason and len(self._reasons) < _REASONS:
-                    self._reasons[chunk.reason] = None
+            if name in _DISTINCT:
+                self._distinct(name, letter, chunk, count)
+            if name in _FAILING and chunk.reason and len(self._reasons) < _REASONS:
+                self._reasons[chunk.reason] = None
+
+    def end(self, chunk: Chunk) -> None:
+        """Count a chunk that has ended: the next one by its index."""
+        self.add(chunk)
+        self._done = chunk.index + 1
+
+    @property
+    def totals(self) -> Totals:
+        """What the job should keep: every chunk so far has ended."""
+        size = -(-self._job.addresses // 8)
+        return Totals(
+            done=self._done,
+            probes=dict(self._probes),
+            addresses=dict(self._addresses),
+            places={name: bits.to_bytes(size, "little") for name, bits in self._places.items()},
+            reasons=tuple(self._reasons),
+            seconds=self._seconds,
+        )
 
     @property
     def counts(self) -> dict[str, int]:
-        """Probes by name. With every chunk of the plan added they sum up to the request."""
-        # What is excluded is the job's to count: no chunk is made of addresses that are all excluded.
-        return dict.fromkeys(NAMES, 0) | self._probes | {EXCLUDED: self._job.excluded * self._job.ports}
+        """Probes by name; they sum up to the request."""
+        counts = dict.fromkeys(NAMES, 0) | self._probes | {EXCLUDED: self._job.excluded * self._job.ports}
+        left = self._job.addresses * self._job.ports - sum(counts.values())
+        counts[CANCELLED if self._job.final else WAITING] += left
+        return counts
 
     @property
     def accounted(self) -> bool:
         """Whether every probe of the request has an outcome."""
-        return sum(self.counts[name] for name in ACCOUNTED) == self._job.addresses * self._job.ports
+        counts = self.counts
+        return sum(counts[name] for name in ACCOUNTED) == self._job.addresses * self._job.ports
 
     @property
     def machines_found(self) -> int:
         """Addresses that answered on any port."""
-        return self._answered.count
+        return self._addresses[ANSWERED]
 
     @property
     def progress(self) -> int:
         """Per cent of the probes that have an outcome, rounded down, 99 until the job is complete."""
-        wanted = (self._job.addresses - self._job.excluded) * self._job.ports
-        settled = sum(self._probes[name] for name in _SETTLED)
-        return min(99, 100 * settled // wanted)
+        return min(99, 100 * self._settled // self._wanted)
+
+    @property
+    def seconds_left(self) -> float:
+        """Slot seconds that what is left is expected to take."""
+        left = max(0, self._wanted - self._settled - self._probes[LOST])
+        pace = self._job.pace
+        return left * pace if pace is not None else self._job.estimate * left / self._wanted
 
     @property
     def error(self) -> str:
-        """Why the job failed: how many addresses were not scanned, and the first reasons given; "" if none failed."""
-        counts = {name: addresses.count for name, addresses in self._failing.items() if addresses.count}
+        """Why the job failed: how many addresses were not scanned, and the first reasons given."""
+        counts = {name: self._addresses[name] for name in _FAILING if self._addresses[name]}
         parts = [f"{count} {'address' if count == 1 else 'addresses'} {name}" for name, count in counts.items()]
         text = ": ".join(filter(None, [" and ".join(parts), "; ".join(self._reasons)]))
-        return text[:_MAX_ERROR]
+        return text[:_MAX_ERROR] or "the ledger does not account for every probe of the request"
+
+    @property
+    def _wanted(self) -> int:
+        return (self._job.addresses - self._job.excluded) * self._job.ports
+
+    @property
+    def _settled(self) -> int:
+        return sum(self._probes[name] for name in _SETTLED)
+
+    def _distinct(self, name: str, letter: str, chunk: Chunk, count: int) -> None:
+        if not self._several:
+            self._addresses[name] += count
+            return
+        network = self._job.cidr.partition("/")[0]
+        base = index_of(network, chunk.first_address)
+        bits = self._places.get(name, 0)
+        for place, each in enumerate(chunk.outcomes):
+            if each == letter or (name == LOST and _name(each, chunk) == LOST):
+                bits |= 1 << (base + place)
+        self._places[name] = bits
+        self._addresses[name] = bits.bit_count()
 
 
 class Names:
     """One page of the addresses that were not probed to their end, and how many there are.
 
-    First those that the request excludes, then by chunk those that were refused, cancelled, lost, down or timed out.
+    First those that the request excludes, then by chunk those that were refused, cancelled, lost, down or timed out, then
+    those of chunks that were never made because the job ended before.
     """
 
     def __init__(self, job: ScanJob, skip: int, size: int) -> None:
@@ -120,13 +176,26 @@ class Names:
             self._take(range(network.num_addresses), first, job.policy.ports, lambda _: (EXCLUDED, ""))
 
     def add(self, chunk: Chunk) -> None:
-        names = {letter: _name(letter, self._job.status, chunk) for letter in set(chunk.outcomes)}
+        names = {letter: _name(letter, chunk, cancelled=self._job.final) for letter in set(chunk.outcomes)}
         wanted = {letter for letter, name in names.items() if name in _NAMED}
         if wanted:
             places = [index for index, letter in enumerate(chunk.outcomes) if letter in wanted]
             self._take(
                 places, chunk.first_address, chunk.ports, lambda index: _why(names[chunk.outcomes[index]], chunk)
             )
+
+    def add_unmade(self) -> None:
+        """Count the chunks that were not made, all addresses of which a final job has cancelled."""
+        if not self._job.final:
+            return
+        first = plan.index_after(self._job, self._job.made, max(0, self._skip - self.total))
+        self.total += plan.blanks(self._job, self._job.made, first)
+        for chunk in plan.chunks(self._job, first, self._job.chunk_count):
+            if len(self.page) == self._size:
+                break
+            self.add(chunk)
+            first = chunk.index + 1
+        self.total += plan.blanks(self._job, first, self._job.chunk_count)
 
     def _take(
         self,
@@ -142,31 +211,12 @@ class Names:
         self.total += len(places)
 
 
-class _Addresses:
-    """Distinct addresses: a union of maps, taken letter by letter only where port blocks share a slice."""
-
-    def __init__(self) -> None:
-        self._maps: dict[str, list[tuple[str, Outcome]]] = defaultdict(list)
-
-    def add(self, chunk: Chunk, letter: Outcome) -> None:
-        self._maps[chunk.first_address].append((chunk.outcomes, letter))
-
-    @property
-    def count(self) -> int:
-        return sum(
-            maps[0][0].count(maps[0][1])
-            if len(maps) == 1
-            else len({index for text, letter in maps for index, each in enumerate(text) if each == letter})
-            for maps in self._maps.values()
-        )
-
-
-def _name(letter: str, status: JobStatus, chunk: Chunk) -> str:
+def _name(letter: str, chunk: Chunk, *, cancelled: bool = False) -> str:
     if letter != Outcome.BLANK:
         return _OF_LETTER[Outcome(letter)]
     if chunk.state is ChunkState.FAILED:
         return LOST
-    return CANCELLED if status is JobStatus.CANCELLED or chunk.state is ChunkState.CANCELLED else WAITING
+    return CANCELLED if cancelled or chunk.state is ChunkState.CANCELLED else WAITING
 
 
 def _why(name: str, chunk: Chunk) -> tuple[str, str]:

@@ -1,7 +1,8 @@
 """What the handlers need of a database: documents that change by compare-and-set on their `rev`, and the queries over them.
 
 `job_orchestrator.repository` is the real one, `job_orchestrator.testing` holds the in-memory one; both pass the same suite.
-Every method raises `DependencyError` when the database is away, and then anything that it was to write may be written.
+Every method raises `DependencyError` when the database is unavailable, and then anything that it was to write may be
+written. A document that cannot be read is logged, counted and left out of the answer, so that it stops nothing but itself.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from datetime import datetime, timedelta
 from typing import Final, Literal, Protocol
 
 from job_orchestrator.domain.chunk import Chunk, ChunkState
-from job_orchestrator.domain.fairness import Clock, Credit
+from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.domain.job import ScanJob
 from scanfleet.messages import AuditEntry, JobStatus
 from scanfleet.policy import ScanPolicy
@@ -72,10 +73,21 @@ class Census:
     job_ages: Mapping[JobStatus, float]
     """Of the oldest job in each status, since it was created."""
     chunks: Counter[ChunkState]
-    queued_seconds: float
-    """Estimated slot seconds of all queued chunks: what there is to scale on."""
+    slot_seconds: float
+    """Slot seconds that all unfinished jobs are expected to take: what there is to scale on."""
     outbox_age: float
     """Of the oldest event that waits in an outbox; 0 when none does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """The chunks of a job that have not ended, at one moment."""
+
+    open: int = 0
+    begun: bool = False
+    """Whether a worker has begun on one of them."""
+    lowest: int | None = None
+    """The first of them by index; None when there is none."""
 
 
 class Resources(Protocol):
@@ -115,6 +127,9 @@ class Audit(Protocol):
 
 
 class Store(Resources, Audit, Protocol):
+    async def time(self) -> datetime:
+        """The database's clock, UTC."""
+
     async def take_ids(self, name: str, count: int = 1) -> range:
         """Fresh integers of the sequence `name`, from 1."""
 
@@ -149,8 +164,13 @@ class Store(Resources, Audit, Protocol):
     ) -> tuple[list[ScanJob], int]:
         """Newest start first, pending before all, ties by id, newest first; and how many match."""
 
-    async def unsettled_jobs(self, after: int, limit: int) -> list[int]:
-        """Ids above `after`, in order, of jobs that are not final or have chunks that are not."""
+    async def unsettled_jobs(
+        self,
+        after: int,
+        limit: int,
+        partitions: Collection[int] | None = None,
+    ) -> list[int]:
+        """Ids above `after`, in order, of jobs that are not final or have chunks that are not; those in `partitions`."""
 
     async def jobs_with_old_events(self, before: datetime, limit: int) -> list[int]: ...
 
@@ -163,8 +183,11 @@ class Store(Resources, Audit, Protocol):
 
     async def chunks(self, ids: Collection[str]) -> dict[str, Chunk]: ...
 
-    def job_chunks(self, job_id: int) -> AsyncIterator[Chunk]:
-        """Each chunk that is there already once, in order of their index; a job can have hundreds of thousands."""
+    def job_chunks(self, job_id: int, first: int = 0, end: int | None = None) -> AsyncIterator[Chunk]:
+        """The chunks with an index from `first` up to `end`, in order; a job can have hundreds of thousands."""
+
+    async def active_chunks(self, job_id: int, first: int) -> list[Chunk]:
+        """The chunks from index `first` on that are not queued."""
 
     async def chunks_in(self, job_id: int, states: Collection[ChunkState], limit: int) -> list[str]:
         """Ids of chunks in these states; one that moves meanwhile may be left out."""
@@ -172,43 +195,54 @@ class Store(Resources, Audit, Protocol):
     async def save_chunks(self, chunks: Sequence[Chunk]) -> set[str]:
         """As `save_jobs`."""
 
-    async def chunk_states(self, job_ids: Collection[int]) -> dict[int, Counter[ChunkState]]:
-        """How many chunks of each job are in each state, all at one moment."""
+    async def standings(self, job_ids: Collection[int]) -> dict[int, Standing]:
+        """Of each job, all at one moment."""
 
-    async def watched_chunks(self, state: ChunkState, partitions: Collection[int]) -> list[Chunk]: ...
+    async def watched_chunks(self, partitions: Collection[int]) -> list[Held]:
+        """Chunks that workers hold, of jobs in these partitions."""
 
-    async def overdue_chunks(self, before: datetime, limit: int) -> list[Chunk]:
-        """Scanned, and result-store was not asked since `before`, or never."""
+    async def overdue_chunks(self, now: datetime, limit: int, partitions: Collection[int]) -> list[Chunk]:
+        """Scanned chunks of jobs in these partitions that result-store is to be asked about."""
 
     # Dispatch
 
-    async def waiting_users(self, *, raw: bool) -> list[int]:
-        """Users with queued chunks; without those chunks that need raw packets if not `raw`."""
+    async def waiting_users(self, now: datetime, *, raw: bool) -> list[int]:
+        """Users with queued chunks that may go; without those chunks that need raw packets if not `raw`."""
 
-    async def queue(self, user_id: int, limit: int, *, raw: bool) -> list[Chunk]:
-        """The user's first `limit` queued chunks, by turn."""
+    async def queue(
+        self,
+        user_id: int,
+        limit: int,
+        now: datetime,
+        *,
+        raw: bool,
+        skip: Collection[int] = (),
+    ) -> list[Candidate]:
+        """The user's first `limit` queued chunks that may go, by turn; without those of the jobs to `skip`."""
 
     async def first_turn(self, user_id: int) -> int:
         """The lowest turn among the user's queued chunks, or 0."""
 
-    async def held(self, announced: Iterable[Credit]) -> list[Credit]:
-        """Each with what its worker holds now."""
+    async def held(self) -> list[Held]:
+        """Every chunk that any worker holds."""
 
-    async def clocks(self, users: Collection[int]) -> dict[int, Clock]:
+    async def clocks(self, users: Collection[int]) -> Clocks:
         """The clocks of these users, where they have one, and of all that are active."""
 
     async def rest_clocks(self) -> None:
         """Put to rest the clocks of users with neither queued nor held chunks."""
 
-    async def wake_clocks(self, clocks: Iterable[Clock]) -> None: ...
+    async def wake_clocks(self, clocks: Iterable[Clock], virtual: float) -> None:
+        """Make these clocks active, and raise the global virtual time to `virtual`."""
 
     async def charge(self, seconds: Mapping[int, float]) -> None:
         """Add to the clocks of these users."""
 
     async def seen_workers(self, workers: Iterable[Credit]) -> None:
-        """Note that these workers were heard of now, by the database's clock."""
+        """Note that these workers announced themselves now, by the database's clock."""
 
-    async def raw_worker_seen(self, within: timedelta) -> bool: ...
+    async def live_workers(self, within: timedelta) -> list[Credit]:
+        """Workers with slots that announced themselves within a time; their partition is not known."""
 
     # What is going on
 

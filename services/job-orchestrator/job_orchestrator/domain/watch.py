@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from job_orchestrator.domain.chunk import Chunk
+from job_orchestrator.domain.fairness import Held
 
 _LONGEST_LOOK: Final = 3.0  # seconds of silence that one look can add; looks are about a second apart
 
@@ -23,18 +24,18 @@ class Watch:
         self._looked = float("inf")
 
     def renew(self, chunk: Chunk) -> None:
-        """It gave a sign of life: its silence begins with the next look."""
+        """Count its silence from the next look on: its worker reported."""
         self._silence.pop((chunk.id, chunk.attempt), None)
 
-    def overdue(self, watched: Iterable[Chunk], now: float) -> list[Chunk]:
+    def overdue(self, watched: Iterable[Held], now: float) -> list[Held]:
         """Look: those of `watched` that were silent for too long. What is not in `watched` is forgotten.
 
         Args:
-            watched: what is to be heard of, after all that was said has been heard.
+            watched: what workers hold, after all their reports were read.
             now: seconds of a monotonic clock.
         """
         listened = max(0.0, min(now - self._looked, _LONGEST_LOOK))
         self._looked = now
-        chunks = {(chunk.id, chunk.attempt): chunk for chunk in watched}
+        chunks = {(held.chunk_id, held.attempt): held for held in watched}
         self._silence = {token: self._silence[token] + listened if token in self._silence else 0.0 for token in chunks}
-        return [chunk for token, chunk in chunks.items() if self._silence[token] > self._seconds]
+        return [held for token, held in chunks.items() if self._silence[token] > self._seconds]

@@ -1,18 +1,20 @@
-"""Changing chunks: read, decide, compare-and-set, and again for those that somebody else changed meanwhile."""
+"""Changing chunks: read, decide, compare-and-set, and again for those that another replica changed meanwhile."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Final
 
-from job_orchestrator.domain.chunk import Chunk
+from job_orchestrator.domain.chunk import HELD, Chunk, elapsed
 from job_orchestrator.domain.store import Store
 from job_orchestrator.metrics import CHUNK_TRANSITIONS
 from scanfleet.errors import DependencyError
 from scanfleet.messages import ChunkScanned, StopChunk
 
-_ROUNDS: Final = 20  # each lost race is somebody else's progress; so many in a row is a database that lies
+_ROUNDS: Final = 20  # each lost race is another's progress; so many in a row are a fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +29,32 @@ class Changed:
         return self.before.state is not self.after.state
 
 
-async def change(store: Store, ids: Collection[str], decide: Callable[[Chunk], Chunk]) -> list[Changed]:
+async def change(
+    store: Store,
+    ids: Collection[str],
+    decide: Callable[[Chunk], Chunk],
+    now: datetime,
+    *,
+    charge: bool = True,
+) -> list[Changed]:
     """Apply `decide` to each chunk and store what it changed; `decide` runs again for a chunk that lost a race.
 
+    Args:
+        store: where the chunks are.
+        ids: of the chunks.
+        decide: answers the chunk as it should be.
+        now: platform time.
+        charge: whether users pay for attempts that end by it; not for those of lost workers.
+
     Raises:
-        DependencyError: the database is away.
+        DependencyError: the database is unavailable.
     """
     done: list[Changed] = []
     left = set(ids)
     for _ in range(_ROUNDS):
         if not left:
+            if charge:
+                await _charge(store, done, now)
             return done
         changes = [Changed(chunk, decide(chunk)) for chunk in (await store.chunks(left)).values()]
         left = await store.save_chunks([each.after for each in changes if each.after != each.before])
@@ -48,8 +66,17 @@ async def change(store: Store, ids: Collection[str], decide: Callable[[Chunk], C
     raise DependencyError(f"chunks kept changing under us: {sorted(left)[:5]}")
 
 
+async def _charge(store: Store, changed: Iterable[Changed], now: datetime) -> None:
+    """Let users pay for attempts that have ended, what they took by our own clock."""
+    seconds: defaultdict[int, float] = defaultdict(float)
+    for each in changed:
+        if each.before.state in HELD and each.after.state not in HELD:
+            seconds[each.after.user_id] += elapsed(each.before, now)
+    await store.charge(seconds)
+
+
 def stop(chunk: Chunk, reason: str) -> StopChunk:
-    """Tell the holder of this token to end its nmap."""
+    """The message that ends the nmap of this token's holder."""
     return StopChunk(
         job_id=chunk.job_id,
         chunk_id=chunk.id,
@@ -69,7 +96,7 @@ def scanned_again(chunks: Iterable[Chunk]) -> list[ChunkScanned]:
             worker_id=chunk.worker_id,
             first_address=chunk.first_address,
             outcomes=chunk.outcomes,
-            slot_seconds=0.0,  # the time was told once already, and a second telling charges nobody
+            slot_seconds=0.0,
             technique=chunk.technique or "connect",
         )
         for chunk in chunks

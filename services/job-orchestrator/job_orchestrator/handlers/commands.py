@@ -7,13 +7,14 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Final
 
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.job import JobTrigger, ScanJob, create
 from job_orchestrator.domain.job import change as change_job
 from job_orchestrator.domain.store import Command, Policy, Store, Subnet
+from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.jobs import Jobs
 from job_orchestrator.metrics import job_came
 from scanfleet import tracing
@@ -22,7 +23,7 @@ from scanfleet.bus import Publisher, Record
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError, MessageError, Rule
 from scanfleet.messages import AuditEntry, CancelJob, CommandAccepted, CommandRejected, SubmitJobs
-from scanfleet.messages.topics import ORCHESTRATOR, SCAN_REPLIES
+from scanfleet.messages.topics import ORCHESTRATOR, SCAN_PROGRESS, SCAN_REPLIES
 from scanfleet.targets import Target, TargetRules
 
 Reply = CommandAccepted | CommandRejected
@@ -51,6 +52,7 @@ class Commands:
         publisher: Publisher,
         jobs: Jobs,
         rules: TargetRules,
+        clock: PlatformTime,
         *,
         monotonic: Callable[[], float],
     ) -> None:
@@ -58,6 +60,7 @@ class Commands:
         self._publisher = publisher
         self._jobs = jobs
         self._rules = rules
+        self._clock = clock
         self._monotonic = monotonic
         self._caught_up: dict[int, float] = {}
         """For each partition, when we had last read all that was in it."""
@@ -130,7 +133,7 @@ class Commands:
         caught_up = self._caught_up.get(record.partition)
         if caught_up is not None and self._monotonic() - caught_up < _TOO_OLD.total_seconds():
             return False
-        return record.timestamp < utc_now() - _TOO_OLD
+        return record.timestamp < self._clock.now() - _TOO_OLD
 
     async def _known(self, messages: Mapping[str, SubmitJobs | CancelJob]) -> dict[str, Command]:
         """What already stands for these ids: their own command, or an earlier one under the same idempotency key."""
@@ -159,7 +162,7 @@ class Commands:
         answers = mismatched | await self._answers(
             {id_: command for id_, command in stands.items() if id_ not in mismatched and command.state != "expired"},
         )
-        self._jobs.make([job.id for job in fresh])
+        self._jobs.begin([job.id for job in fresh])
         entries = [_audit_entry(messages[id_], answer) for id_, answer in answers.items()]
         # Side by side: the caller waits for the reply. Both are done again should the batch come again.
         await asyncio.gather(
@@ -211,7 +214,7 @@ class Commands:
         makers = []
         try:
             for policy, subnet in _resolved(submit, policies, subnets):
-                makers.append(_maker(submit, policy, subnet, self._rules))
+                makers.append(_maker(submit, policy, subnet, self._rules, self._clock.now()))
                 await asyncio.sleep(0)  # planning a large network takes 30 ms: others may go between
         except _RefusedError as refusal:
             return Command(
@@ -234,7 +237,7 @@ class Commands:
                 return CommandAccepted(command_id=command.id, jobs=(job.view,))
             if job.final:
                 return await self._too_late(command, 400, f"Job is already {job.status}", Rule.STATE)
-            cancelled = change_job(job, JobTrigger.CANCEL, utc_now(), cancel_command=command.id)
+            cancelled = change_job(job, JobTrigger.CANCEL, self._clock.now(), cancel_command=command.id)
             if not await self._store.save_jobs([cancelled]):
                 job_came(cancelled)
                 return CommandAccepted(command_id=command.id, jobs=(cancelled.view,))
@@ -309,12 +312,17 @@ def _resolved(
     return [(policies[0], by_id[id_]) for id_ in submit.subnet_ids]
 
 
-def _maker(submit: SubmitJobs, policy: Policy, subnet: Subnet, rules: TargetRules) -> Callable[[int], ScanJob]:
+def _maker(
+    submit: SubmitJobs,
+    policy: Policy,
+    subnet: Subnet,
+    rules: TargetRules,
+    now: datetime,
+) -> Callable[[int], ScanJob]:
     target = Target.parse(subnet.cidr, subnet.exclude)
     if refusal := rules.refusal(target.network):
         raise _RefusedError(f"Subnet {subnet.id}: {refusal}", Rule.TARGETS)
     planned = plan.plan(policy.scan, target)
-    now = utc_now()
     bare = ScanJob(
         id=0,
         user_id=submit.user_id,
@@ -327,13 +335,18 @@ def _maker(submit: SubmitJobs, policy: Policy, subnet: Subnet, rules: TargetRule
         excluded=planned.excluded,
         ports=planned.ports,
         chunk_addresses=planned.chunk_addresses,
+        chunk_ports=planned.chunk_ports,
+        blocks=planned.blocks,
         chunk_count=planned.chunk_count,
+        estimate=planned.estimate,
+        seconds_left=planned.estimate,
+        partition=-1,
         created_at=now,
         updated_at=now,
         command_id=submit.command_id,
         traceparent=submit.traceparent,
     )
-    return lambda id_: create(replace(bare, id=id_))
+    return lambda id_: create(replace(bare, id=id_, partition=SCAN_PROGRESS.partition_of(str(id_))))
 
 
 def _hash(submit: SubmitJobs) -> str:

@@ -5,126 +5,144 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
-from job_orchestrator.domain import fairness
-from job_orchestrator.domain.chunk import Chunk, ChunkState, cancel, dispatch, give_back
-from job_orchestrator.domain.fairness import Clock, Credit
+import structlog
+
+from job_orchestrator.domain import fairness, plan
+from job_orchestrator.domain.chunk import Chunk, ChunkState, cancel, dispatch
+from job_orchestrator.domain.fairness import Candidate, Credit, Held
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import Store
-from job_orchestrator.domain.watch import Watch
+from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.chunks import change
-from job_orchestrator.metrics import CHUNK_TRANSITIONS
+from job_orchestrator.metrics import CHUNK_TRANSITIONS, SKIPPED_JOBS
 from scanfleet import tracing
 from scanfleet.bus import Publisher, Record
 from scanfleet.errors import MessageError
 from scanfleet.loop import Loop
 from scanfleet.messages import ScanChunk, WorkerReady
 from scanfleet.messages.topics import SCAN_TASKS
-from scanfleet.policy import ScanPolicy
+from scanfleet.ports import PortSet
 
-_UNCLAIMED_SECONDS: Final = 10.0  # a worker gives back after 2 what it cannot start; so long is silence
-_SILENT_SECONDS: Final = 7.0  # a worker announces itself every 2; three missed, and it is given no more
+LIVE: Final = timedelta(seconds=12)  # workers are noted every 5 seconds: who was not for so long is not waited for
+
+_SILENT_SECONDS: Final = 7.0  # a worker announces itself every 2; after three missed announcements it is given no more
 _LOOK_SECONDS: Final = 0.1  # an idle worker's longest wait for a chunk that another replica queued
 _LEAST_SECONDS: Final = 0.025  # between two rounds: workers have as much in advance, and many small ends make one round
-_NOTED_SECONDS: Final = 5.0  # between two notes in the database that a worker was heard of
-_RAW_WORKER: Final = timedelta(seconds=30)  # unheard of: then a chunk that needs raw goes to one that must refuse it
+_NOTED_SECONDS: Final = 5.0  # between two notes in the database that a worker announced itself
 _EXTRA: Final = 20  # chunks that 2 seconds of work beyond the slots can hold, about; more are picked next time
 _USERS: Final = 64  # looked at in one round: the neediest
-_REST_SECONDS: Final = 1.0  # between looks at who has become idle, and whether a raw worker lives
+_REST_SECONDS: Final = 1.0  # between looks at who has become idle, and which workers live
 _PICKS: Final = 128  # chunks in one round, so that a round reads some thousands at most
+_SKIP_SECONDS: Final = 60.0  # for which a job whose chunks cannot be dispatched is left alone
+
+_log = structlog.get_logger()
+
+_Pick = tuple[Candidate, Credit, float]
+"""A chunk, its worker, and the share of a slot that it will occupy."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Announced:
     credit: Credit
-    heard: float
+    at: float
     noted: float
 
 
 class Dispatcher:
-    """Handles scan-workers, and fills the workers whose partitions this replica holds."""
+    """Handles scan-workers, and fills the workers whose partitions this replica owns.
+
+    Args:
+        store: where jobs, chunks and clocks are.
+        publisher: for tasks.
+        lease_seconds: how long a chunk may go without a report of its worker.
+        clock: the platform's time.
+        take_back: requeues attempts, by chunk, whose worker is proven dead, with the reason.
+    """
 
     def __init__(
         self,
         store: Store,
         publisher: Publisher,
-        lease_seconds: float,
         *,
+        lease_seconds: float,
+        clock: PlatformTime,
+        take_back: Callable[[dict[str, int], str], Awaitable[None]],
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._publisher = publisher
+        self._clock = clock
+        self._take_back = take_back
         self._monotonic = monotonic
         self._lease_seconds = lease_seconds
-        self._silent_seconds = min(_SILENT_SECONDS, lease_seconds)  # whose lease was lost is not given the chunk again
+        self._silent_seconds = min(
+            _SILENT_SECONDS, lease_seconds
+        )  # a worker without leases is not given the chunk again
         self._workers: dict[str, _Announced] = {}
+        """By instance: a new process takes the place of the one before."""
         self._caught_up: set[int] = set()
-        self._unclaimed: dict[int, Watch] = {}
+        self._live: dict[str, Credit] = {}
+        self._skipped: dict[int, float] = {}
         self._idle = False
         self._woken = False
         self._rest_due = float("-inf")
-        self._raw_elsewhere = False
         self.loop = Loop("dispatch", _LOOK_SECONDS, self.fill, least=_LEAST_SECONDS)
 
     def wake(self) -> None:
-        """There may be new work or a free slot."""
+        """Look at once: there may be new work or a free slot."""
         self._woken = True
         self.loop.wake()
 
     async def handle(self, records: Sequence[Record]) -> None:
         now = self._monotonic()
-        heard: dict[str, Credit] = {}
+        announced: dict[str, Credit] = {}
         for record in records:
             ready = record.message
             if not isinstance(ready, WorkerReady):
-                raise MessageError(f"{type(ready).__name__} is no word of a worker")
-            heard[ready.worker_id] = Credit(ready.worker_id, ready.slots, ready.raw, record.partition)
-        news = [credit for credit in heard.values() if not self._is_noted(credit, now)]
+                raise MessageError(f"{type(ready).__name__} is not a worker's announcement")
+            announced[ready.instance] = Credit(
+                ready.worker_id, ready.instance, ready.slots, ready.raw, record.partition
+            )
+        news = [credit for credit in announced.values() if not self._is_noted(credit, now)]
         await self._store.seen_workers(news)
-        for credit in heard.values():
-            noted = now if credit in news else self._workers[credit.worker_id].noted
-            self._workers[credit.worker_id] = _Announced(credit, now, noted)
+        for instance, credit in announced.items():
+            noted = now if credit in news else self._workers[instance].noted
+            self._workers[instance] = _Announced(credit, now, noted)
         self.wake()
 
     async def assigned(self, partitions: Collection[int]) -> None:
-        self._unclaimed |= {partition: Watch(_UNCLAIMED_SECONDS) for partition in partitions}
+        """Nothing is known of these before they were read to their end."""
 
     async def revoked(self, partitions: Collection[int]) -> None:
         self._caught_up -= set(partitions)
-        for partition in partitions:
-            self._unclaimed.pop(partition, None)
-
-    async def caught_up(self, partitions: Collection[int]) -> None:
-        """From now on the credits in these partitions are current; and queue again what nobody claimed."""
-        now = self._monotonic()
-        self._caught_up |= set(partitions)
-        waiting: dict[int, list[Chunk]] = defaultdict(list)
-        for chunk in await self._store.watched_chunks(ChunkState.DISPATCHED, partitions):
-            waiting[chunk.partition].append(chunk)
-        late = {
-            chunk.id: chunk.attempt
-            for partition in partitions
-            if partition in self._unclaimed
-            for chunk in self._unclaimed[partition].overdue(waiting[partition], now)
+        self._workers = {
+            instance: each for instance, each in self._workers.items() if each.credit.partition not in partitions
         }
 
-        def take_back(chunk: Chunk) -> Chunk:
-            if chunk.state is not ChunkState.DISPATCHED or chunk.attempt != late[chunk.id]:
-                return chunk
-            return give_back(chunk, chunk.reason)
+    async def caught_up(self, partitions: Collection[int]) -> None:
+        """From now on the announcements in these partitions are current.
 
-        if not late:
+        The last one of an instance is of its living process: what another process of it holds is lost.
+        """
+        self._caught_up |= set(partitions)
+        living = {
+            instance: each.credit.worker_id
+            for instance, each in self._workers.items()
+            if each.credit.partition in self._caught_up
+        }
+        if not living:
             return
-        refunds: dict[int, float] = defaultdict(float)
-        for each in await change(self._store, late, take_back):
-            if each.moved:
-                refunds[each.after.user_id] -= each.before.charged
-        await self._store.charge(refunds)
-        self.wake()
+        lost = {
+            each.chunk_id: each.attempt
+            for each in await self._store.held()
+            if living.get(each.instance, each.worker_id) != each.worker_id
+        }
+        await self._take_back(lost, "another process has taken its place")
 
     async def fill(self) -> None:
         """Give queued chunks to workers until there is no chunk or no room.
@@ -132,7 +150,7 @@ class Dispatcher:
         Without news only idle workers are worth a look: a full one announces itself when it has room again.
 
         Raises:
-            DependencyError: chunks may be dispatched whose message was not sent; they time out and go again.
+            DependencyError: chunks may be dispatched whose message was not sent; their leases expire and they go again.
         """
         if not (self._woken or self._idle):
             return
@@ -141,93 +159,116 @@ class Dispatcher:
             pass
 
     def _is_noted(self, credit: Credit, now: float) -> bool:
-        known = self._workers.get(credit.worker_id)
+        known = self._workers.get(credit.instance)
         return known is not None and known.credit == credit and now - known.noted < _NOTED_SECONDS
 
     async def _round(self) -> bool:
         """Answer whether another look may find more to give."""
         now = self._monotonic()
-        self._workers = {id_: each for id_, each in self._workers.items() if each.heard > now - self._silent_seconds}
+        self._workers = {id_: each for id_, each in self._workers.items() if each.at > now - self._silent_seconds}
+        self._skipped = {job_id: until for job_id, until in self._skipped.items() if until > now}
         mine = [each.credit for each in self._workers.values() if each.credit.partition in self._caught_up]
         self._idle = any(credit.slots for credit in mine)
-        if not self._idle or not (users := await self._store.waiting_users(raw=True)):
+        if not self._idle:
             return False
-        credits_, known, _ = await asyncio.gather(
-            self._store.held(mine),
-            self._store.clocks(users),
-            self._look_around(now),
-        )
+        held, _ = await asyncio.gather(self._store.held(), self._look_around(now))
+        by_worker: defaultdict[str, list[Held]] = defaultdict(list)
+        for each in held:
+            by_worker[each.worker_id].append(each)
+        credits_ = [fairness.fill(credit, by_worker[credit.worker_id]) for credit in mine]
         self._idle = any(credit.held < credit.slots for credit in credits_)
-        if not self._raw_elsewhere:  # then the others may say no
-            return await self._give(credits_, users, known, raw=True)
-        more = await self._give([each for each in credits_ if each.raw], users, known, raw=True)
-        if not (others := [each for each in credits_ if not each.raw]):
-            return more
-        users = await self._store.waiting_users(raw=False)
-        return await self._give(others, users, await self._store.clocks(users), raw=False) or more
+        free = [credit for credit in credits_ if fairness.has_room(credit)]
+        # Workers that may send raw packets choose first among all chunks, so that the others leave them what only they can.
+        more = False
+        for raw in (True, False):
+            if workers := [credit for credit in free if credit.raw is raw]:
+                more = await self._give(workers, held, raw=raw) or more
+        return more
 
     async def _look_around(self, now: float) -> None:
-        """Once a second: who has become idle, and whether a raw worker lives."""
+        """Once a second: who has become idle, and which workers live."""
         if now < self._rest_due:
             return
-        _, self._raw_elsewhere = await asyncio.gather(
-            self._store.rest_clocks(),
-            self._store.raw_worker_seen(_RAW_WORKER),
-        )
+        _, live = await asyncio.gather(self._store.rest_clocks(), self._store.live_workers(LIVE))
+        self._live = {credit.instance: credit for credit in live}
         self._rest_due = now + _REST_SECONDS
 
-    async def _give(
-        self,
-        credits_: Sequence[Credit],
-        users: Collection[int],
-        known: Mapping[int, Clock],
-        *,
-        raw: bool,
-    ) -> bool:
-        workers = {credit.worker_id: credit for credit in credits_ if credit.slots}
-        if not workers or not users:
+    async def _give(self, workers: Sequence[Credit], held: Sequence[Held], *, raw: bool) -> bool:
+        now = self._clock.now()
+        users = await self._store.waiting_users(now, raw=raw)
+        if not users:
             return False
-        room = min(_PICKS, sum(max(0, credit.slots - credit.held) + _EXTRA for credit in workers.values()))
+        room = min(_PICKS, sum(max(0, credit.slots - credit.held) + _EXTRA for credit in workers))
+        known = await self._store.clocks(users)
         clocks = fairness.wake(known, users)
-        neediest = sorted(clocks.values(), key=lambda clock: clock.time)[:_USERS]
-        heads = await asyncio.gather(*(self._store.queue(clock.user_id, room, raw=raw) for clock in neediest))
-        picked: list[Chunk] = []
-        for chunk in fairness.order(clocks, dict(zip((clock.user_id for clock in neediest), heads, strict=True))):
-            free = [credit for credit in workers.values() if fairness.room(credit, chunk)]
-            if not free or len(picked) == room:
+        times = fairness.tags(clocks, held, now)
+        neediest = sorted(times, key=times.__getitem__)[:_USERS]
+        queues = await asyncio.gather(
+            *(self._store.queue(user, room, now, raw=raw, skip=self._skipped) for user in neediest)
+        )
+        occupied = fairness.occupied(held, {credit.worker_id for credit in workers})
+        instances = {credit.instance: credit.raw for credit in (*self._live.values(), *workers)}
+        round_ = fairness.Round(workers, {user: times[user] for user in neediest}, occupied, instances)
+        picks: list[_Pick] = []
+        for pick in round_.picks(dict(zip(neediest, queues, strict=True))):
+            picks.append(pick)
+            if len(picks) == room:
                 break
-            worker = min(free, key=lambda credit: credit.held / credit.slots)
-            workers[worker.worker_id] = fairness.give(worker, chunk)
-            picked.append(dispatch(chunk, worker.worker_id, worker.partition))
-        waking = self._store.wake_clocks([clock for clock in clocks.values() if clock != known.get(clock.user_id)])
-        if not picked:
-            await waking
+        woken = [clock for clock in clocks.values() if clock != known.users.get(clock.user_id)]
+        if woken or picks:
+            await self._store.wake_clocks(woken, max(known.virtual, round_.virtual))
+        if not picks:
             return False
-        jobs, _ = await asyncio.gather(self._store.jobs({chunk.job_id for chunk in picked}), waking)
-        return await self._send(picked, jobs) or len(picked) == room
+        return await self._send(picks) or len(picks) == room
 
-    async def _send(self, picked: Sequence[Chunk], jobs: Mapping[int, ScanJob]) -> bool:
-        """Answer whether some were not sent, because of others or of a job that has ended."""
-        over = [chunk.id for chunk in picked if jobs[chunk.job_id].final]
-        due = [chunk for chunk in picked if not jobs[chunk.job_id].final]
+    async def _send(self, picks: Sequence[_Pick]) -> bool:
+        """Answer whether some were not sent, because of another replica or of a job that has ended."""
+        now = self._clock.now()
+        jobs, chunks = await asyncio.gather(
+            self._store.jobs({candidate.job_id for candidate, _, _ in picks}),
+            self._store.chunks([candidate.chunk_id for candidate, _, _ in picks]),
+        )
+        over: list[str] = []
+        due: list[Chunk] = []
+        for candidate, worker, share in picks:
+            job, chunk = jobs.get(candidate.job_id), chunks.get(candidate.chunk_id)
+            if job is None or chunk is None:
+                self._skip(candidate)
+            elif job.final:
+                over.append(chunk.id)
+            elif chunk.state is ChunkState.QUEUED:
+                size = plan.attempt_size(job, chunk)
+                due.append(dispatch(chunk, worker.worker_id, now, size=size, share=share))
         losers = await self._store.save_chunks(due)
         sent = [chunk for chunk in due if chunk.id not in losers]
         CHUNK_TRANSITIONS.labels(ChunkState.DISPATCHED).inc(len(sent))
         traces = {chunk.id: jobs[chunk.job_id].traceparent for chunk in sent}
         with tracing.spans("dispatch chunk", traces, "producer", "scanfleet.chunk.id") as onward:
-            tasks = [self._task(chunk, jobs[chunk.job_id].policy, onward[chunk.id]) for chunk in sent]
-            charges: dict[int, float] = defaultdict(float)
-            for chunk in sent:
-                charges[chunk.user_id] += chunk.charged
-            await asyncio.gather(self._publisher.publish(SCAN_TASKS, tasks), self._store.charge(charges))
+            tasks = [self._task(chunk, jobs[chunk.job_id], onward[chunk.id]) for chunk in sent]
+            await self._publisher.publish(SCAN_TASKS, tasks)
         await self._cancel(over)
-        return len(sent) < len(picked)
+        return len(sent) < len(picks)
+
+    def _skip(self, candidate: Candidate) -> None:
+        """Leave a job alone whose documents cannot be read: the user's other jobs go on."""
+        self._skipped[candidate.job_id] = self._monotonic() + _SKIP_SECONDS
+        SKIPPED_JOBS.inc()
+        _log.error("job_skipped", job_id=candidate.job_id, chunk_id=candidate.chunk_id, cause="unreadable document")
 
     async def _cancel(self, over: Collection[str]) -> None:
-        """Chunks of a job that has ended: somebody was still making them when it did."""
-        await change(self._store, over, lambda chunk: cancel(chunk) if chunk.state is ChunkState.QUEUED else chunk)
+        """Cancel chunks of a job that has ended: another replica was still making them when it did."""
+        if over:
+            await change(
+                self._store,
+                over,
+                lambda chunk: cancel(chunk) if chunk.state is ChunkState.QUEUED else chunk,
+                self._clock.now(),
+            )
 
-    def _task(self, chunk: Chunk, policy: ScanPolicy, traceparent: str | None) -> ScanChunk:
+    def _task(self, chunk: Chunk, job: ScanJob, traceparent: str | None) -> ScanChunk:
+        ports = PortSet.parse(chunk.ports)
+        slots = sum(credit.slots for credit in self._live.values())
+        nmaps = max(1, min(plan.width(job.policy), slots, job.chunk_count))
         return ScanChunk(
             job_id=chunk.job_id,
             chunk_id=chunk.id,
@@ -236,9 +277,13 @@ class Dispatcher:
             user_id=chunk.user_id,
             first_address=chunk.first_address,
             outcomes=chunk.outcomes,
-            policy=policy,
+            policy=job.policy,
             ports=chunk.ports,
             lease_seconds=self._lease_seconds,
-            estimate_seconds=chunk.estimate,
+            estimate_seconds=plan.expected(job, ports, chunk.attempted),
+            failures=chunk.failures,
+            limit=chunk.attempted if chunk.attempted < chunk.blank else None,
+            max_rate=plan.nmap_rate(job.policy),
+            min_rate=plan.min_rate(job.policy, ports, nmaps),
             traceparent=traceparent,
         )

@@ -2,41 +2,51 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, pairwise
+from itertools import pairwise
+from types import MappingProxyType
 from typing import Final
+
+import structlog
 
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState, cancel
-from job_orchestrator.domain.job import JobTrigger, ScanJob, observe, published
+from job_orchestrator.domain.job import JobTrigger, ScanJob, observe, published, wait
 from job_orchestrator.domain.job import change as change_job
 from job_orchestrator.domain.ledger import Tally
-from job_orchestrator.domain.store import Store
+from job_orchestrator.domain.store import Standing, Store
+from job_orchestrator.domain.time import PlatformTime
+from job_orchestrator.domain.totals import EMPTY
 from job_orchestrator.handlers.chunks import Changed, stop
 from job_orchestrator.handlers.chunks import change as change_chunks
-from job_orchestrator.metrics import PROBES, job_came
+from job_orchestrator.metrics import PROBES, SKIPPED_JOBS, job_came
 from scanfleet import tracing
 from scanfleet.bus import Publisher
-from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError
 from scanfleet.loop import Loop
 from scanfleet.messages import JobProgressed, JobStatus
 from scanfleet.messages.topics import SCAN_EVENTS, SCAN_TASKS
 
 _ROUNDS: Final = 50  # a job needs about five; more is other replicas winning every race
-_PROGRESS_SECONDS: Final = 1.0  # between two looks at how far jobs are
-_CHUNKS_A_SECOND: Final = 1_000  # read for progress at most, so that a huge job's progress does not cost a core
-_PAGE: Final = 1_000  # chunks made or cancelled at once: about 100 ms, and then it is another job's turn
-_BULK_SECONDS: Final = 10.0  # between looks for bulk work; it is woken when there is some
+_PROGRESS_SECONDS: Final = 1.0  # between two looks at how far a job is
+_PAGE: Final = 1_000  # chunks counted or cancelled at once: about 50 ms, and then it is another job's turn
+_WORK_SECONDS: Final = 10.0  # between looks for work that was left; it is woken when there is some
 _EMPTY_SECONDS: Final = 1.0  # between looks for outboxes to empty; it is woken when there are some
 _LEAST_SECONDS: Final = 0.1  # between two rounds of emptying: no reader waits for it, and many jobs share one
+_STARTED: Final = 10_000  # jobs remembered as started, so that a claim of theirs costs no look
 
-_BEGUN: Final = frozenset({ChunkState.RUNNING, ChunkState.SCANNED, ChunkState.STORED, ChunkState.FAILED})
-_DONE: Final = frozenset({ChunkState.STORED, ChunkState.FAILED, ChunkState.CANCELLED})
+_BEGUN: Final = frozenset({ChunkState.RUNNING, ChunkState.SCANNED, ChunkState.STORED})
+_DONE: Final = frozenset(ChunkState) - OPEN
+
+_log = structlog.get_logger()
+
+Known = Mapping[str, Chunk]
+"""Chunks by id, as they were just stored."""
+
+_NOTHING: Final[Known] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +54,7 @@ class _Step:
     """A job as it was read, what it came to be one after the other, and at its end what became of its probes."""
 
     before: ScanJob
-    stages: tuple[ScanJob, ...]
+    stages: tuple[ScanJob, ...] = ()
     ledger: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -56,14 +66,16 @@ class _Step:
 class Jobs:
     """Drives jobs. Safe to call for any job at any time, on any replica.
 
-    What takes long, making and cancelling the chunks of large jobs, is done page by page by a loop, so that no handler
-    waits for it and no small job waits for a large one. Another tells once a second how far jobs are; most short ones have
-    ended by then. A third takes out of the outboxes what was published, many jobs at once: until then it is known here.
+    Chunks are made in a window ahead of dispatch, and counted into the job's totals in the order of their index as they
+    end. A loop goes on with what is too much for one step, so that no handler waits for it and no small job waits for a
+    large one. Another publishes once a second how far jobs are; most short ones have ended by then. A third takes out of
+    the outboxes what was published, many jobs at once: until then it is remembered here.
 
     Args:
         store: where jobs and chunks are.
         publisher: for job events and stops.
         wake: called when there are new chunks to dispatch.
+        clock: the platform's time.
     """
 
     def __init__(
@@ -71,25 +83,33 @@ class Jobs:
         store: Store,
         publisher: Publisher,
         wake: Callable[[], None],
+        clock: PlatformTime,
         *,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._publisher = publisher
         self._wake = wake
+        self._clock = clock
         self._monotonic = monotonic
         self._further: set[int] = set()
         self._next_progress: dict[int, float] = {}
-        self._bulky: set[int] = set()
-        self._plans: dict[int, Iterator[Chunk]] = {}
+        self._unfinished: set[int] = set()
+        self._started: dict[int, None] = {}
+        self._faulty: dict[int, int] = {}
+        """By job that raised a fault of ours, the `rev` that it raised it at."""
         self._sent: defaultdict[int, set[str]] = defaultdict(set)
         """By job, the events in its outbox that the bus has acknowledged."""
-        self._bulk = Loop("bulk", _BULK_SECONDS, self.work)
+        self._working = Loop("jobs", _WORK_SECONDS, self.work)
         self._emptying = Loop("outbox", _EMPTY_SECONDS, self.empty, least=_LEAST_SECONDS)
-        self.loops = (self._bulk, self._emptying, Loop("progress", _PROGRESS_SECONDS, self.progress))
+        self.loops = (self._working, self._emptying, Loop("progress", _PROGRESS_SECONDS, self.progress))
 
-    async def reconcile(self, job_ids: Collection[int]) -> None:
-        """Bring these jobs to where their chunks say that they are.
+    async def reconcile(self, job_ids: Collection[int], known: Known = _NOTHING) -> None:
+        """Bring these jobs to where their chunks are.
+
+        Args:
+            job_ids: of the jobs.
+            known: chunks that need not be read again.
 
         Raises:
             DependencyError: something is half done; calling again finishes it.
@@ -98,40 +118,45 @@ class Jobs:
         for _ in range(_ROUNDS):
             if not left:
                 return
-            jobs, states = await asyncio.gather(self._store.jobs(left), self._store.chunk_states(left))
-            steps = [await self._step(self._unsent(job), states[job.id]) for job in jobs.values()]
+            jobs = await self._store.jobs(left)
+            standings = await self._store.standings(jobs)  # after the jobs: what they have made is then open or over
+            steps = [await self._guarded(job, standings[job.id], known) for job in jobs.values()]
             left = await self._save([step for step in steps if step.stages])
-        raise DependencyError(f"jobs kept changing under us: {sorted(left)[:5]}")
+            known = {}  # what lost a race may have changed
+        raise DependencyError(f"jobs were changed by other replicas each time: {sorted(left)[:5]}")
 
-    def make(self, job_ids: Collection[int]) -> None:
-        """Have the chunks of these new jobs made at once; `reconcile` would find that they are missing, but later."""
-        self._bulky |= set(job_ids)
-        self._bulk.wake()
+    def begin(self, job_ids: Collection[int]) -> None:
+        """Have the first chunks of these new jobs made at once; `reconcile` would find that they are missing, but later."""
+        self._unfinished |= set(job_ids)
+        self._working.wake()
 
     async def work(self) -> None:
-        """Make or cancel the next page of chunks of each job that was found to lack it.
+        """Go on with the jobs that have more to do than fits into one step.
 
         Raises:
             DependencyError: what is left undone is found again by `reconcile`.
         """
-        wanted = set(self._bulky)
-        jobs = await self._store.jobs(wanted)
-        made = await self._make([job for job in jobs.values() if not job.final])
-        unmade = {job.id for job in jobs.values() if not job.final} - made
-        self._bulky -= wanted - unmade
-        await self.reconcile(wanted - unmade)
-        self._bulky -= made  # what a whole plan did not mend is not tried at once again
-        if self._bulky:
-            self._bulk.wake()
+        if wanted := self._unfinished:
+            self._unfinished = set()
+            await self.reconcile(wanted)
+        if self._unfinished:
+            self._working.wake()
 
     async def follow(self, changes: Iterable[Changed]) -> None:
-        """Bring about what follows from these changes of chunks, and tell of the progress.
+        """Bring about what follows from these changes of chunks, and publish the progress.
 
         Raises:
             DependencyError: the next pass over all unfinished jobs does what is left.
         """
         changes = list(changes)
-        await self.reconcile({each.after.job_id for each in changes if _matters(each)})
+        late: dict[int, int] = {}
+        for each in changes:
+            if each.before.state is ChunkState.CANCELLED:
+                late[each.after.job_id] = min(each.after.index, late.get(each.after.job_id, each.after.index))
+        if late:
+            await self._recount(late)
+        moved = {each.after.job_id for each in changes if self._matters(each)}
+        await self.reconcile(moved | late.keys(), {each.after.id: each.after for each in changes})
         self._further |= {each.after.job_id for each in changes if each.after.outcomes != each.before.outcomes}
 
     async def relay(self, job_ids: Collection[int]) -> None:
@@ -174,120 +199,207 @@ class Jobs:
             emptied = [(job, published(job, sent[job.id])) for job in jobs.values()]
             left = await self._store.save_jobs([after for before, after in emptied if after != before])
         else:
-            raise DependencyError(f"outboxes kept changing under us: {sorted(left)[:5]}")
+            raise DependencyError(f"outboxes were changed by other replicas each time: {sorted(left)[:5]}")
         for id_, events in sent.items():
             self._sent[id_] -= events
             if not self._sent[id_]:
                 del self._sent[id_]
 
     async def progress(self) -> None:
-        """Tell how far those jobs are that got further since they were last told of; called about once a second.
+        """Publish how far those jobs are that got further since the last time; called about once a second.
 
         Raises:
-            DependencyError: nothing is lost; the next call tells more.
+            DependencyError: nothing is lost; the next call publishes more.
         """
         now = self._monotonic()
         self._next_progress = {id_: due for id_, due in self._next_progress.items() if due > now}
         due = self._further - self._next_progress.keys()
         if not due:
             return
-        untold: set[int] = set()
+        unpublished: set[int] = set()
         seen: dict[int, tuple[ScanJob, JobProgressed]] = {}
         for each in (await self._store.jobs(due)).values():
             job = self._unsent(each)
             if job.status is not JobStatus.RUNNING:
                 continue
             if job.outbox:
-                untold.add(job.id)
+                unpublished.add(job.id)
                 continue
-            self._next_progress[job.id] = now + job.chunk_count / _CHUNKS_A_SECOND
-            tally = await self._tally(job)
-            if news := observe(job, tally.progress, tally.machines_found, utc_now()):
+            self._next_progress[job.id] = now + _PROGRESS_SECONDS
+            if news := await self._observe(job):
                 seen[job.id] = news
-        untold |= await self._store.save_jobs([job for job, _ in seen.values()])
-        self._further -= due - untold
-        await self._publisher.publish(SCAN_EVENTS, [event for id_, (_, event) in seen.items() if id_ not in untold])
+        unpublished |= await self._store.save_jobs([job for job, _ in seen.values()])
+        self._further -= due - unpublished
+        await self._publish({id_: news for id_, news in seen.items() if id_ not in unpublished})
+
+    async def show_waiting(self, reasons: Mapping[int, str]) -> None:
+        """Note and publish why these jobs cannot go on; "" for those that can again.
+
+        Raises:
+            DependencyError: the next look does it.
+        """
+        jobs = (await self._store.jobs(reasons)).values()
+        now = self._clock.now()
+        news = {job.id: each for job in jobs if (each := wait(self._unsent(job), reasons[job.id], now))}
+        losers = await self._store.save_jobs([job for job, _ in news.values()])
+        await self._publish({id_: each for id_, each in news.items() if id_ not in losers})
+
+    async def give_up(self, job_id: int, error: str) -> None:
+        """Fail a job that no worker can do, unless it has ended meanwhile; its chunks are cancelled.
+
+        Raises:
+            DependencyError: the next look does it.
+        """
+        job = (await self._store.jobs([job_id])).get(job_id)
+        if job is None or job.final:
+            return
+        failed = change_job(job, JobTrigger.FAIL, self._clock.now(), error=error)
+        if not await self._save([_Step(job, (failed,))]):
+            await self.reconcile([job_id])
+
+    async def _observe(self, job: ScanJob) -> tuple[ScanJob, JobProgressed] | None:
+        now = self._clock.now()
+        tally = Tally(job)
+        held = 0.0
+        for chunk in await self._store.active_chunks(job.id, job.totals.done):
+            tally.add(chunk)
+            held += chunk.share * (chunk.state in HELD)
+        left = tally.seconds_left
+        eta = round(left / max(1.0, held), 1) if job.pace is not None else None
+        job = replace(job, seconds_left=left)
+        return observe(job, tally.progress, tally.machines_found, now, eta_seconds=eta)
+
+    async def _publish(self, news: Mapping[int, tuple[ScanJob, JobProgressed]]) -> None:
+        await self._publisher.publish(SCAN_EVENTS, [event for _, event in news.values()])
 
     def _unsent(self, job: ScanJob) -> ScanJob:
         """The job without those events that are still in its outbox and were published."""
         return published(job, self._sent[job.id]) if job.id in self._sent else job
 
-    async def _step(self, job: ScanJob, states: Counter[ChunkState]) -> _Step:
+    def _matters(self, changed: Changed) -> bool:
+        """Whether the job may start, go on or end by this."""
+        before, after = changed.before.state, changed.after.state
+        if after in _DONE and before not in _DONE:
+            return True
+        return after in _BEGUN and before not in _BEGUN and changed.after.job_id not in self._started
+
+    async def _guarded(self, job: ScanJob, standing: Standing, known: Known) -> _Step:
+        """The job's step; none, with a line in the log, when the job raises a fault of ours, until it changes."""
+        if self._faulty.get(job.id) == job.rev:
+            return _Step(job)
+        try:
+            return await self._step(self._unsent(job), standing, known)
+        except DependencyError:
+            raise
+        except Exception as error:  # noqa: BLE001 # one job must not stop the others, whatever is wrong with it
+            self._faulty[job.id] = job.rev
+            SKIPPED_JOBS.inc()
+            _log.exception("job_skipped", job_id=job.id, cause=repr(error))
+            return _Step(job)
+
+    async def _step(self, job: ScanJob, standing: Standing, known: Known) -> _Step:
         """What the job comes to be by its chunks, from its start to its end if it is over."""
         if job.final:
-            await self._cancel(job, states)
-            settled = not any(states[state] for state in OPEN)
-            return _Step(job, () if settled is job.settled else (replace(job, settled=settled),))
-        if states.total() < job.chunk_count:
-            self.make([job.id])
-        if job.status is JobStatus.RUNNING:
-            started = job
-        elif any(states[state] for state in _BEGUN):
-            started = change_job(job, JobTrigger.START, utc_now())
-        else:
-            return _Step(job, ())
-        stages = () if started is job else (started,)
-        if not _is_over(job, states):
-            return _Step(job, stages)
-        ended, ledger = await self._end(started)
-        return _Step(job, (*stages, ended), ledger)
+            await self._cancel(job, standing)
+            counted = await self._count(job, standing, known)
+            after = replace(counted, settled=not standing.open and counted.totals.done == job.made)
+            return _Step(job, () if after == job else (after,))
+        started = job
+        if job.status is JobStatus.PENDING and (standing.begun or standing.open < job.made):
+            started = change_job(job, JobTrigger.START, self._clock.now(), waiting="", waiting_since=None)
+        if started.status is JobStatus.RUNNING:
+            self._remember(job.id)
+        counted = await self._count(started, standing, known)
+        if counted.totals.done == job.chunk_count:
+            ended, ledger = self._end(counted)
+            return _Step(job, (ended,) if started is job else (started, ended), ledger)
+        after = await self._make(counted, standing)
+        return _Step(job, () if after == job else (after,))
 
-    async def _end(self, job: ScanJob) -> tuple[ScanJob, Mapping[str, int]]:
-        tally = await self._tally(job)
-        if tally.accounted and tally.chunks[ChunkState.STORED] == job.chunk_count:
+    def _end(self, job: ScanJob) -> tuple[ScanJob, Mapping[str, int]]:
+        tally = Tally(job)
+        if tally.accounted:
             trigger, progress, error = JobTrigger.COMPLETE, 100, ""
         else:
             trigger, progress, error = JobTrigger.FAIL, max(job.progress, tally.progress), tally.error
         ended = change_job(
             replace(job, settled=True),
             trigger,
-            utc_now(),
+            self._clock.now(),
             progress=progress,
             machines_found=max(job.machines_found, tally.machines_found),
             error=error,
         )
         return ended, tally.counts
 
-    async def _tally(self, job: ScanJob) -> Tally:
+    async def _count(self, job: ScanJob, standing: Standing, known: Known) -> ScanJob:
+        """The job with those chunks in its totals that have ended, one after the other, up to the first that has not."""
+        first = job.totals.done
+        ended = job.made if standing.lowest is None else standing.lowest
+        end = min(ended, first + _PAGE)
+        if first >= end:
+            return job
         tally = Tally(job)
-        async for chunk in self._store.job_chunks(job.id):
-            tally.add(chunk)
-        return tally
+        done = first
+        async for chunk in self._chunks(job, first, end, known):
+            if chunk.index != done or chunk.state in OPEN:
+                break
+            tally.end(chunk)
+            done += 1
+        if done < end:  # release 0.1 stopped halfway through making them: those that are there stay as they are
+            await self._store.insert_chunks(list(plan.chunks(job, done, end)))
+        if done < ended:
+            self.begin([job.id])
+        counted = replace(job, totals=tally.totals)
+        return replace(counted, seconds_left=0.0 if job.final else Tally(counted).seconds_left)
 
-    async def _make(self, jobs: Sequence[ScanJob]) -> set[int]:
-        """Store the next chunks of each job; answer the jobs that have all now."""
-        plans, self._plans = self._plans, {}  # if the insert fails they begin anew, and nothing is left out
-        batch: list[Chunk] = []
-        made: set[int] = set()
-        turns = {user_id: await self._store.first_turn(user_id) for user_id in {job.user_id for job in jobs}}
-        for job in jobs:
-            chunks = plans.get(job.id) or plan.chunks(job, turns[job.user_id])
-            share = -(-_PAGE // len(jobs))
-            page = list(islice(chunks, share))
-            batch += page
-            if len(page) < share:
-                made.add(job.id)
-            plans[job.id] = chunks
-        await self._store.insert_chunks(batch)
-        self._plans = {job.id: plans[job.id] for job in jobs if job.id not in made}
-        if batch:
-            self._wake()
-        return made
+    async def _chunks(self, job: ScanJob, first: int, end: int, known: Known) -> AsyncIterator[Chunk]:
+        ids = [plan.chunk_id(job, index) for index in range(first, end)]
+        if all(id_ in known for id_ in ids):
+            for id_ in ids:
+                yield known[id_]
+            return
+        async for chunk in self._store.job_chunks(job.id, first, end):
+            yield chunk
 
-    async def _cancel(self, job: ScanJob, states: Counter[ChunkState]) -> None:
+    async def _make(self, job: ScanJob, standing: Standing) -> ScanJob:
+        """The job with its window of chunks filled up."""
+        end = plan.made_up_to(job, standing.open, standing.lowest)
+        if end == job.made:
+            return job
+        if not job.made:
+            job = replace(job, turn=await self._store.first_turn(job.user_id))
+        await self._store.insert_chunks(list(plan.chunks(job, job.made, end)))
+        self._wake()
+        return replace(job, made=end)
+
+    async def _cancel(self, job: ScanJob, standing: Standing) -> None:
         """Cancel a page of the chunks that are not final, first those that send packets now."""
+        if not standing.open:
+            return
+        now = self._clock.now()
         for kind in (HELD, OPEN - HELD):
-            count = sum(states[state] for state in kind)
-            if not count:
-                continue
             changed = await change_chunks(
                 self._store,
                 await self._store.chunks_in(job.id, kind, _PAGE),
                 lambda chunk: cancel(chunk) if chunk.state in OPEN else chunk,
+                now,
             )
             held = [each.before for each in changed if each.moved and each.before.state in HELD]
             await self._publisher.publish(SCAN_TASKS, [stop(chunk, f"job {job.status}") for chunk in held])
-            self.make([job.id])  # it is settled only when a look finds none
+        self.begin([job.id])  # it is settled only when a look finds none
+
+    async def _recount(self, late: Mapping[int, int]) -> None:
+        """Have the chunks of these jobs counted again from the first: a cancelled one, by its index, has got another map."""
+        jobs = await self._store.jobs(late)
+        again = [replace(job, totals=EMPTY, settled=False) for job in jobs.values() if job.totals.done > late[job.id]]
+        if await self._store.save_jobs(again):
+            raise DependencyError("a job was changed by another replica while its totals were reset")
+
+    def _remember(self, job_id: int) -> None:
+        self._started[job_id] = None
+        if len(self._started) > _STARTED:
+            del self._started[next(iter(self._started))]
 
     async def _save(self, steps: Sequence[_Step]) -> set[int]:
         losers = await self._store.save_jobs([step.after for step in steps])
@@ -300,14 +412,3 @@ class Jobs:
                 PROBES.labels(outcome).inc(probes)
         await self.tell([step.after for step in saved])
         return losers
-
-
-def _is_over(job: ScanJob, states: Counter[ChunkState]) -> bool:
-    """Whether every chunk of the plan is there and final."""
-    return sum(states[state] for state in _DONE) == job.chunk_count
-
-
-def _matters(changed: Changed) -> bool:
-    """Whether the job may start or end by this: what goes on between means nothing to it."""
-    before, after = changed.before.state, changed.after.state
-    return (after in _BEGUN and before not in _BEGUN) or (after in _DONE and before not in _DONE)

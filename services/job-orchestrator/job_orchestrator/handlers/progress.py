@@ -1,12 +1,12 @@
-"""What workers say about their chunks, and the leases of those that say nothing."""
+"""What workers report of their chunks, and the leases of those that report nothing."""
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 from job_orchestrator.domain.chunk import (
     HELD,
@@ -14,19 +14,19 @@ from job_orchestrator.domain.chunk import (
     Chunk,
     ChunkState,
     WorkerReport,
-    fault,
-    hear,
+    apply,
+    expire,
+    final_report,
     holds,
-    last_words,
-    settle_charge,
 )
+from job_orchestrator.domain.fairness import Held
 from job_orchestrator.domain.store import Store
+from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.watch import Watch
 from job_orchestrator.handlers.chunks import Changed, change, stop
 from job_orchestrator.handlers.jobs import Jobs
 from job_orchestrator.metrics import LEASES_EXPIRED, STALE_REPORTS, UNKNOWN_CHUNKS
 from scanfleet.bus import Publisher, Record
-from scanfleet.clock import utc_now
 from scanfleet.errors import MessageError
 from scanfleet.messages import ChunkClaimed, ChunkProgressed, StopChunk
 from scanfleet.messages.topics import SCAN_TASKS
@@ -37,20 +37,21 @@ class _Effects:
     """What the last decision on one chunk wants done beside storing it."""
 
     stops: list[StopChunk] = field(default_factory=list)
-    charge: float = 0.0
     alive: bool = False
     stale: int = 0
 
 
 class Progress:
-    """Handles scan-progress: this replica holds the leases of the jobs in its partitions.
+    """Handles scan-progress: this replica holds the leases of the jobs in its partitions, from dispatch to the end.
 
     Args:
         store: where chunks are.
         publisher: for stops.
-        jobs: told of every job whose chunks changed.
+        jobs: follows every change of a chunk.
         wake: called when a chunk is queued again or a slot is free.
-        lease_seconds: how long a running chunk may be silent.
+        lease_seconds: how long a chunk may go without a report of its worker.
+        stored_seconds: how long a scanned chunk waits for result-store before it is asked again.
+        clock: the platform's time.
     """
 
     def __init__(
@@ -59,92 +60,114 @@ class Progress:
         publisher: Publisher,
         jobs: Jobs,
         wake: Callable[[], None],
-        lease_seconds: float,
         *,
+        lease_seconds: float,
+        stored_seconds: float,
+        clock: PlatformTime,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._publisher = publisher
         self._jobs = jobs
         self._wake = wake
+        self._lease_seconds = lease_seconds
+        self._patience = timedelta(seconds=stored_seconds)
+        self._clock = clock
         self._monotonic = monotonic
         self._leases: dict[int, Watch] = {}
-        self._lease_seconds = lease_seconds
+        self._revoked: dict[int, Watch] = {}
+        """Until the next assignment: a partition that comes back keeps its leases."""
+
+    @property
+    def partitions(self) -> Collection[int]:
+        """Those that this replica owns."""
+        return self._leases.keys()
 
     async def handle(self, records: Sequence[Record]) -> None:
-        by_chunk: dict[str, list[tuple[WorkerReport, int]]] = defaultdict(list)
+        by_chunk: dict[str, list[WorkerReport]] = defaultdict(list)
         for record in records:
             report = _report(record)
-            by_chunk[report.chunk_id].append((report, record.partition))
+            by_chunk[report.chunk_id].append(report)
         effects: dict[str, _Effects] = {}
+        now = self._clock.now()
 
         def decide(chunk: Chunk) -> Chunk:
             effects[chunk.id] = _Effects()
-            for report, partition in by_chunk[chunk.id]:
-                chunk = self._hear(chunk, report, partition, effects[chunk.id])
+            for report in by_chunk[chunk.id]:
+                if holds(chunk, report):
+                    effects[chunk.id].alive = True
+                    chunk = apply(chunk, report, now, self._patience)
+                else:
+                    chunk = self._not_held(chunk, report, effects[chunk.id])
             return chunk
 
-        changed = await change(self._store, by_chunk, decide)
+        changed = await change(self._store, by_chunk, decide, now)
         self._renew(changed, effects)
         for id_ in by_chunk.keys() - effects.keys():
-            effects[id_] = _Effects([_stop(report, "no such chunk") for report, _ in by_chunk[id_] if _scans(report)])
+            effects[id_] = _Effects([_stop(report, "no such chunk") for report in by_chunk[id_] if _scans(report)])
             UNKNOWN_CHUNKS.inc(len(by_chunk[id_]))
         STALE_REPORTS.inc(sum(each.stale for each in effects.values()))
         await self._publisher.publish(SCAN_TASKS, [stop for each in effects.values() for stop in each.stops])
-        charges: dict[int, float] = defaultdict(float)
-        for each in changed:
-            charges[each.after.user_id] += effects[each.after.id].charge
         if any(each.moved and each.before.state in HELD for each in changed):
             self._wake()
-        await asyncio.gather(
-            self._store.charge({user: seconds for user, seconds in charges.items() if seconds}),
-            self._jobs.follow(changed),
-        )
+        await self._jobs.follow(changed)
 
     async def assigned(self, partitions: Collection[int]) -> None:
-        self._leases |= {partition: Watch(self._lease_seconds) for partition in partitions}
+        for partition in partitions:
+            if partition not in self._leases:
+                self._leases[partition] = self._revoked.get(partition) or Watch(self._lease_seconds)
+        self._revoked.clear()
 
     async def revoked(self, partitions: Collection[int]) -> None:
         for partition in partitions:
-            self._leases.pop(partition, None)
+            if watch := self._leases.pop(partition, None):
+                self._revoked[partition] = watch
 
     async def caught_up(self, partitions: Collection[int]) -> None:
         """Judge the leases: only now is silence known to be the workers', not ours."""
         now = self._monotonic()
-        running: dict[int, list[Chunk]] = defaultdict(list)
-        for chunk in await self._store.watched_chunks(ChunkState.RUNNING, partitions):
-            running[chunk.partition].append(chunk)
+        held: dict[int, list[Held]] = defaultdict(list)
+        for each in await self._store.watched_chunks(partitions):
+            held[each.partition].append(each)
         late = {
-            chunk.id: chunk.attempt
+            each.chunk_id: each.attempt
             for partition in partitions
             if partition in self._leases
-            for chunk in self._leases[partition].overdue(running[partition], now)
+            for each in self._leases[partition].overdue(held[partition], now)
         }
-        if not late:
+        await self.take_back(late, "its worker sent no report for a whole lease")
+
+    async def take_back(self, attempts: dict[str, int], reason: str) -> None:
+        """Requeue chunks whose workers are lost.
+
+        Args:
+            attempts: by chunk, the attempt that ends.
+            reason: why.
+
+        Raises:
+            DependencyError: the next look finds what is left.
+        """
+        if not attempts:
             return
+        now = self._clock.now()
 
-        def expire(chunk: Chunk) -> Chunk:
-            if chunk.state is not ChunkState.RUNNING or chunk.attempt != late[chunk.id]:
+        def lose(chunk: Chunk) -> Chunk:
+            if chunk.state not in HELD or chunk.attempt != attempts[chunk.id]:
                 return chunk
-            return fault(chunk, f"worker {chunk.worker_id} fell silent")
+            return expire(chunk, f"worker {chunk.worker_id}: {reason}", now)
 
-        changed = [each for each in await change(self._store, late, expire) if each.moved]
+        changed = [each for each in await change(self._store, attempts, lose, now, charge=False) if each.moved]
         LEASES_EXPIRED.inc(len(changed))
         await self._publisher.publish(SCAN_TASKS, [stop(each.before, "lease expired") for each in changed])
         self._wake()
         await self._jobs.follow(changed)
 
-    def _hear(self, chunk: Chunk, report: WorkerReport, partition: int, effects: _Effects) -> Chunk:
-        chunk, correction = settle_charge(chunk, report)
-        effects.charge += correction
-        if holds(chunk, report):
-            effects.alive = True
-            return hear(chunk, report, partition, utc_now())
+    def _not_held(self, chunk: Chunk, report: WorkerReport, effects: _Effects) -> Chunk:
         if chunk.state in OPEN:
             effects.stale += 1
         if _scans(report):
             effects.stops.append(_stop(report, f"the chunk is {chunk.state}, attempt {chunk.attempt}"))
-        return last_words(chunk, report)
+        return final_report(chunk, report)
 
     def _renew(self, changed: Sequence[Changed], effects: dict[str, _Effects]) -> None:
         for each in changed:
@@ -154,7 +177,7 @@ class Progress:
 
 
 def _scans(report: WorkerReport) -> bool:
-    """Whether its worker goes on scanning until it is told otherwise."""
+    """Whether its worker goes on scanning until it is stopped."""
     return isinstance(report, ChunkClaimed | ChunkProgressed)
 
 
@@ -170,5 +193,5 @@ def _stop(report: WorkerReport, reason: str) -> StopChunk:
 
 def _report(record: Record) -> WorkerReport:
     if not isinstance(record.message, WorkerReport):
-        raise MessageError(f"{type(record.message).__name__} is no report of a worker")
+        raise MessageError(f"{type(record.message).__name__} is not a worker's report")
     return record.message

@@ -1,4 +1,4 @@
-"""What result-store says about the chunks that it checked."""
+"""The verdicts of result-store on the chunks that it checked."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState, incomplete, store
 from job_orchestrator.domain.store import Store
+from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.chunks import change
 from job_orchestrator.handlers.jobs import Jobs
 from job_orchestrator.metrics import UNKNOWN_CHUNKS
@@ -20,16 +21,19 @@ Verdict = ChunkStored | ChunkIncomplete
 class Stored:
     """Handles scan-stored. `wake` is called when a chunk is queued again or a slot is free."""
 
-    def __init__(self, store: Store, jobs: Jobs, wake: Callable[[], None]) -> None:
+    def __init__(self, store: Store, jobs: Jobs, wake: Callable[[], None], clock: PlatformTime) -> None:
         self._store = store
         self._jobs = jobs
         self._wake = wake
+        self._clock = clock
 
     async def handle(self, records: Sequence[Record]) -> None:
         by_chunk: dict[str, list[Verdict]] = defaultdict(list)
         for record in records:
             verdict = _verdict(record)
             by_chunk[verdict.chunk_id].append(verdict)
+
+        now = self._clock.now()
 
         def decide(chunk: Chunk) -> Chunk:
             for verdict in by_chunk[chunk.id]:
@@ -38,10 +42,10 @@ class Stored:
                 if isinstance(verdict, ChunkStored):
                     chunk = store(chunk, verdict.outcomes)
                 else:
-                    chunk = incomplete(chunk, verdict.attempt, verdict.addresses)
+                    chunk = incomplete(chunk, verdict.attempt, verdict.addresses, now)
             return chunk
 
-        changed = await change(self._store, by_chunk, decide)
+        changed = await change(self._store, by_chunk, decide, now)
         unknown = by_chunk.keys() - {each.after.id for each in changed}
         UNKNOWN_CHUNKS.inc(sum(len(by_chunk[id_]) for id_ in unknown))
         if any(each.moved and (each.before.state in HELD or each.after.state is ChunkState.QUEUED) for each in changed):
@@ -57,5 +61,5 @@ class Stored:
 
 def _verdict(record: Record) -> Verdict:
     if not isinstance(record.message, ChunkStored | ChunkIncomplete):
-        raise MessageError(f"{type(record.message).__name__} is no word of result-store")
+        raise MessageError(f"{type(record.message).__name__} is not a verdict of result-store")
     return record.message

@@ -1,20 +1,22 @@
-"""Repairs: whatever is not yet as it should be is asked for again."""
+"""Repairs: whatever is not yet as it should be is asked for again, by the replica that owns the job's partition."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from typing import Final
 
-from job_orchestrator.domain.chunk import Chunk, ChunkState
+from job_orchestrator.domain import plan
+from job_orchestrator.domain.chunk import ask_again
+from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import Store
+from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.chunks import change, scanned_again
+from job_orchestrator.handlers.dispatch import LIVE
 from job_orchestrator.handlers.jobs import Jobs
 from job_orchestrator.metrics import CENSUS
 from scanfleet.bus import Publisher
-from scanfleet.clock import utc_now
 from scanfleet.messages.topics import SCAN_RESULTS
 
 _OLD_EVENT: Final = timedelta(seconds=5)  # the replica that made it publishes it in milliseconds, if it lives
@@ -24,13 +26,16 @@ _PAGE: Final = 500
 
 
 class Sweeper:
-    """Runs on every replica; two of them do no harm.
+    """Runs on every replica, for the jobs in its partitions; two of them do no harm.
 
     Args:
         store: where jobs and chunks are.
         publisher: for repeated requests to result-store.
         jobs: relays and reconciles.
+        partitions: answers those of scan-progress that this replica owns.
+        clock: the platform's time.
         stored_seconds: how long a scanned chunk waits for result-store before it is asked again.
+        raw_worker_seconds: how long a job waits for a worker that may send raw packets before it fails.
     """
 
     def __init__(
@@ -38,15 +43,21 @@ class Sweeper:
         store: Store,
         publisher: Publisher,
         jobs: Jobs,
-        stored_seconds: float,
+        partitions: Callable[[], Collection[int]],
+        clock: PlatformTime,
         *,
+        stored_seconds: float,
+        raw_worker_seconds: float,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._publisher = publisher
         self._jobs = jobs
+        self._partitions = partitions
+        self._clock = clock
         self._monotonic = monotonic
         self._patience = timedelta(seconds=stored_seconds)
+        self._raw_patience = timedelta(seconds=raw_worker_seconds)
         self._reconciled = float("-inf")
         self._counted = float("-inf")
 
@@ -56,7 +67,7 @@ class Sweeper:
         Raises:
             DependencyError: the next pass does what this one left.
         """
-        await self._jobs.relay(await self._store.jobs_with_old_events(utc_now() - _OLD_EVENT, _PAGE))
+        await self._jobs.relay(await self._store.jobs_with_old_events(self._clock.now() - _OLD_EVENT, _PAGE))
         await self._ask_again()
         now = self._monotonic()
         if now - self._counted > _CENSUS_SECONDS:
@@ -67,19 +78,43 @@ class Sweeper:
             self._reconciled = now
 
     async def _ask_again(self) -> None:
-        overdue = await self._store.overdue_chunks(utc_now() - self._patience, _PAGE)
+        now = self._clock.now()
+        overdue = await self._store.overdue_chunks(now, _PAGE, self._partitions())
         if not overdue:
             return
         await self._publisher.publish(SCAN_RESULTS, scanned_again(overdue))
-        now = utc_now()
-
-        def asked(chunk: Chunk) -> Chunk:
-            return replace(chunk, scanned_at=now) if chunk.state is ChunkState.SCANNED else chunk
-
-        await change(self._store, [chunk.id for chunk in overdue], asked)
+        ids = [chunk.id for chunk in overdue]
+        await change(self._store, ids, lambda chunk: ask_again(chunk, now, self._patience), now)
 
     async def _reconcile_all(self) -> None:
         after = 0
-        while page := await self._store.unsettled_jobs(after, _PAGE):
+        while page := await self._store.unsettled_jobs(after, _PAGE, self._partitions()):
             await self._jobs.reconcile(page)
+            await self._look_for_workers(page)
             after = page[-1]
+
+    async def _look_for_workers(self, job_ids: Collection[int]) -> None:
+        """Show why jobs wait that no worker holds a chunk of, and fail those that have waited too long."""
+        jobs = {id_: job for id_, job in (await self._store.jobs(job_ids)).items() if not job.final}
+        live = await self._store.live_workers(LIVE)
+        held = {each.job_id for each in await self._store.held()}
+        standings = await self._store.standings(jobs)
+        raw = any(worker.raw for worker in live)
+
+        def reason(job: ScanJob) -> str:
+            if job.id in held:
+                return ""
+            if not live:
+                return "no_worker"
+            return "no_raw_worker" if not raw and plan.needs_raw(job, standings[job.id].lowest) else ""
+
+        reasons = {id_: reason(job) for id_, job in jobs.items()}
+        await self._jobs.show_waiting({id_: why for id_, why in reasons.items() if why != jobs[id_].waiting})
+        since = self._clock.now() - self._raw_patience
+        for id_, job in jobs.items():
+            if reasons[id_] == job.waiting == "no_raw_worker" and job.waiting_since and job.waiting_since < since:
+                await self._jobs.give_up(
+                    id_,
+                    f"no worker that may send raw packets was available for {self._raw_patience.total_seconds():.0f} s: "
+                    "start one, or use a policy without SYN scans, UDP ports and OS detection",
+                )

@@ -6,12 +6,14 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState
-from job_orchestrator.domain.fairness import Clock
+from job_orchestrator.domain.fairness import Candidate, Clock, Credit, Held
 from job_orchestrator.domain.job import Outgoing, ScanJob
+from job_orchestrator.domain.plan import MAX_PORTS
 from job_orchestrator.domain.store import Command, Policy, Subnet
+from job_orchestrator.domain.totals import Totals
 from scanfleet.clock import utc_now
-from scanfleet.messages import AuditEntry, Job, JobEvent, JobStatus
-from scanfleet.messages.topics import SCAN_EVENTS
+from scanfleet.messages import AuditEntry, Job, JobEvent, JobStatus, instance_of
+from scanfleet.messages.topics import SCAN_EVENTS, SCAN_PROGRESS
 from scanfleet.mongo import Document
 from scanfleet.policy import ScanPolicy
 
@@ -46,6 +48,7 @@ def read_policy(document: Document) -> Policy:
 def write_job(job: ScanJob) -> Document:
     document = _shallow(job) | {
         "policy": job.policy.model_dump(mode="json"),
+        "totals": {name: getattr(job.totals, name) for name in Totals.__slots__},
         "status": job.status.value,
         "sort_time": job.start_time or job.end_time or _FAR_FUTURE,
     }
@@ -78,19 +81,89 @@ def read_job(document: Document) -> ScanJob:
     converted = {
         "exclude": tuple(document["exclude"]),
         "policy": ScanPolicy.model_validate(document["policy"]),
+        "totals": _totals(document.get("totals", {})),
         "status": JobStatus(document["status"]),
         "outbox": outbox,
     }
-    return ScanJob(**(_known(ScanJob, document) | converted))
+    old = _OLD_JOB | {
+        "made": document["chunk_count"],
+        "blocks": -(-document["ports"] // MAX_PORTS),
+        "partition": SCAN_PROGRESS.partition_of(str(document["_id"])),
+    }
+    return ScanJob(**(old | _known(ScanJob, document) | converted))
+
+
+# What a job of release 0.1 does not have: all of its chunks are there, slice by slice.
+_OLD_JOB: Final = {"chunk_ports": MAX_PORTS, "estimate": 0.0, "blockwise": False}
+
+
+def _totals(document: Document) -> Totals:
+    known = {name: document[name] for name in Totals.__slots__ if name in document}
+    return Totals(**(known | {"reasons": tuple(document.get("reasons", ()))}))
 
 
 def write_chunk(chunk: Chunk) -> Document:
-    # `held` marks the few chunks that the partial indexes for workers and watchers are about.
+    # `held` marks the few chunks that the partial index for leases and dispatch is about.
     return _shallow(chunk) | {"state": chunk.state.value, "held": chunk.state in HELD}
 
 
+# What never changes: a save leaves it out.
+JOB_CONSTANTS: Final = frozenset(
+    {"_id", "user_id", "policy_id", "subnet_id", "cidr", "exclude", "policy", "addresses", "excluded", "ports"}
+    | {"chunk_addresses", "chunk_ports", "blocks", "chunk_count", "estimate", "partition", "created_at", "command_id"}
+    | {"blockwise", "traceparent"}
+)
+CHUNK_CONSTANTS: Final = frozenset(
+    {"_id", "job_id", "user_id", "index", "turn", "partition", "first_address", "ports", "port_count", "needs_raw"}
+)
+
+
 def read_chunk(document: Document) -> Chunk:
-    return Chunk(**(_known(Chunk, document) | {"state": ChunkState(document["state"])}))
+    converted = {"state": ChunkState(document["state"]), "failed_by": tuple(document.get("failed_by", ()))}
+    return Chunk(**(_known(Chunk, document) | converted))
+
+
+def read_candidate(document: Document) -> Candidate:
+    return Candidate(
+        chunk_id=document["_id"],
+        user_id=document["user_id"],
+        job_id=document["job_id"],
+        estimate=document["estimate"],
+        needs_raw=document["needs_raw"],
+        failed_by=tuple(document.get("failed_by", ())),
+    )
+
+
+CANDIDATE: Final = dict.fromkeys(("user_id", "job_id", "estimate", "needs_raw", "failed_by"), 1)
+
+
+def read_held(document: Document) -> Held:
+    return Held(
+        chunk_id=document["_id"],
+        attempt=document["attempt"],
+        worker_id=document["worker_id"],
+        user_id=document["user_id"],
+        job_id=document["job_id"],
+        partition=document["partition"],
+        estimate=document["estimate"],
+        share=document.get("share", 1.0),
+        dispatched_at=document.get("dispatched_at"),
+    )
+
+
+HELD_FIELDS: Final = dict.fromkeys(
+    ("attempt", "worker_id", "user_id", "job_id", "partition", "estimate", "share", "dispatched_at"), 1
+)
+
+
+def read_worker(document: Document) -> Credit:
+    return Credit(
+        worker_id=document["_id"],
+        instance=instance_of(document["_id"]),
+        slots=document["slots"],
+        raw=document["raw"],
+        partition=-1,
+    )
 
 
 def write_command(command: Command) -> Document:

@@ -5,25 +5,34 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Final, Literal, TypeVar
 
-from pymongo import IndexModel, ReplaceOne, UpdateOne
+import structlog
+from pymongo import IndexModel, UpdateOne
 from pymongo.read_concern import ReadConcern
 
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState
-from job_orchestrator.domain.fairness import Clock, Credit
+from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.domain.job import ScanJob
-from job_orchestrator.domain.store import UNFINISHED, Census, Command, Policy, Subnet
+from job_orchestrator.domain.store import UNFINISHED, Census, Command, Policy, Standing, Subnet
+from job_orchestrator.metrics import UNREADABLE
 from job_orchestrator.repository import documents
 from scanfleet.clock import utc_now
 from scanfleet.messages import AuditEntry, JobStatus
+from scanfleet.messages.topics import SCAN_PROGRESS
 from scanfleet.mongo import Collection as MongoCollection
 from scanfleet.mongo import Database, Document, Ids, advance_ids, bad_days, insert_missing, make_indexes
 
 _Owned = TypeVar("_Owned", Subnet, Policy)
 _Revised = TypeVar("_Revised", ScanJob, Chunk)
+_Any = TypeVar("_Any")
+
+_log = structlog.get_logger()
+
+_VIRTUAL: Final = "virtual"  # the document of the global virtual time, among the users' clocks
 
 _BATCH: Final = 1_000  # documents read at once: about a megabyte, and 20 ms of turning them into chunks
 
@@ -46,7 +55,7 @@ _INDEXES: Final = {
         IndexModel([("user_id", 1), ("status", 1), ("sort_time", -1), ("_id", -1)]),
         # With status and age the unfinished jobs are counted from the index alone.
         IndexModel(
-            [("settled", 1), ("_id", 1), ("status", 1), ("created_at", 1)],
+            [("settled", 1), ("_id", 1), ("partition", 1), ("status", 1), ("created_at", 1), ("seconds_left", 1)],
             partialFilterExpression={"settled": False},
         ),
         IndexModel([("outbox.at", 1)], sparse=True),
@@ -54,12 +63,10 @@ _INDEXES: Final = {
     ],
     "chunks": [
         IndexModel([("job_id", 1), ("index", 1)]),
-        IndexModel([("job_id", 1), ("state", 1)]),
-        # With the estimate the chunks are counted and the queued seconds summed from the index alone.
-        IndexModel([("state", 1), ("user_id", 1), ("needs_raw", 1), ("turn", 1), ("estimate", 1)]),
-        IndexModel([("worker_id", 1), ("state", 1)], partialFilterExpression={"held": True}),
-        IndexModel([("state", 1), ("partition", 1)], partialFilterExpression={"held": True}),
-        IndexModel([("scanned_at", 1)], partialFilterExpression={"state": ChunkState.SCANNED.value}),
+        IndexModel([("job_id", 1), ("state", 1), ("index", 1)]),
+        IndexModel([("state", 1), ("user_id", 1), ("needs_raw", 1), ("turn", 1)]),
+        IndexModel([("partition", 1)], partialFilterExpression={"held": True}),
+        IndexModel([("partition", 1), ("ask_at", 1)], partialFilterExpression={"state": ChunkState.SCANNED.value}),
     ],
     "audit": [
         IndexModel([("time", -1), ("_id", -1)]),
@@ -70,14 +77,16 @@ _INDEXES: Final = {
     ],
     "clocks": [IndexModel([("active", 1)], partialFilterExpression={"active": True})],
     # A worker that was not heard of for an hour is gone: a new process has a new id.
-    "workers": [IndexModel([("seen", 1)], expireAfterSeconds=3_600), IndexModel([("raw", 1), ("slots", 1)])],
+    "workers": [
+        IndexModel([("seen", 1)], expireAfterSeconds=3_600),
+    ],
 }
 
 
 class MongoStore:
     """`Store` on MongoDB.
 
-    Every stored change of a job or chunk replaces the document if its `rev` is still the one that was read.
+    Every change of a job or chunk is stored only if the document's `rev` is still the one that was read.
     """
 
     def __init__(self, database: Database, *, keep_audit: timedelta = timedelta(days=365)) -> None:
@@ -94,12 +103,26 @@ class MongoStore:
         self._ids: dict[str, Ids] = {}
 
     async def prepare(self) -> None:
-        """Make the indexes what they are to be."""
+        """Make the indexes what they are to be, and bring unfinished jobs of release 0.1 up to date."""
         await make_indexes(self._database, _INDEXES)
+        await self._adopt()
+
+    @bad_days()
+    async def _adopt(self) -> None:
+        """Name the partition of unfinished jobs that were made before jobs had one."""
+        async for job in self._jobs.find({"settled": False, "partition": {"$exists": False}}, {"_id": 1}):
+            partition = {"$set": {"partition": SCAN_PROGRESS.partition_of(str(job["_id"]))}}
+            await self._chunks.update_many({"job_id": job["_id"]}, partition)
+            await self._jobs.update_one({"_id": job["_id"]}, partition)
 
     async def advance_ids(self, above: int) -> None:
         """Let every sequence go on above `above`. Nobody else may be taking ids."""
         await advance_ids(self._database, SEQUENCES, above)
+
+    @bad_days()
+    async def time(self) -> datetime:
+        now: datetime = (await self._database.command("hello"))["localTime"]
+        return now
 
     async def take_ids(self, name: str, count: int = 1) -> range:
         return await self._ids.setdefault(name, Ids(self._database, name)).take(count)
@@ -211,10 +234,11 @@ class MongoStore:
     async def jobs(self, ids: Collection[int]) -> dict[int, ScanJob]:
         if not ids:
             return {}
-        return {each["_id"]: documents.read_job(each) async for each in self._jobs.find({"_id": {"$in": list(ids)}})}
+        found = self._jobs.find({"_id": {"$in": list(ids)}})
+        return {job.id: job async for each in found if (job := _read(documents.read_job, each, "jobs")) is not None}
 
     async def save_jobs(self, jobs: Sequence[ScanJob]) -> set[int]:
-        return await _save(self._jobs, jobs, documents.write_job, documents.read_job)
+        return await _save(self._jobs, jobs, documents.write_job, documents.read_job, documents.JOB_CONSTANTS)
 
     @bad_days()
     async def list_jobs(
@@ -228,11 +252,20 @@ class MongoStore:
         if statuses:
             wanted["status"] = {"$in": [status.value for status in statuses]}
         newest = self._jobs.find(wanted).sort([("sort_time", -1), ("_id", -1)]).skip(skip).limit(limit)
-        return [documents.read_job(each) async for each in newest], await self._jobs.count_documents(wanted)
+        jobs = [job async for each in newest if (job := _read(documents.read_job, each, "jobs")) is not None]
+        return jobs, await self._jobs.count_documents(wanted)
 
     @bad_days()
-    async def unsettled_jobs(self, after: int, limit: int) -> list[int]:
-        found = self._jobs.find({"settled": False, "_id": {"$gt": after}}, {"_id": 1}).sort("_id", 1).limit(limit)
+    async def unsettled_jobs(
+        self,
+        after: int,
+        limit: int,
+        partitions: Collection[int] | None = None,
+    ) -> list[int]:
+        wanted: Document = {"settled": False, "_id": {"$gt": after}}
+        if partitions is not None:
+            wanted["partition"] = {"$in": list(partitions)}
+        found = self._jobs.find(wanted, {"_id": 1}).sort("_id", 1).limit(limit)
         return [each["_id"] async for each in found]
 
     @bad_days()
@@ -256,11 +289,26 @@ class MongoStore:
             return {}
         return {chunk.id: chunk for chunk in await self._find_chunks({"_id": {"$in": list(ids)}})}
 
-    async def job_chunks(self, job_id: int) -> AsyncIterator[Chunk]:
-        # The order of an index whose keys never change: no chunk is seen twice or missed because it moves meanwhile.
-        async with bad_days():
-            async for each in self._chunks.find({"job_id": job_id}).sort("index", 1).batch_size(_BATCH):
-                yield documents.read_chunk(each)
+    async def job_chunks(self, job_id: int, first: int = 0, end: int | None = None) -> AsyncIterator[Chunk]:
+        # Page by page, so that no stream shares one time limit, in the order of an index whose keys never change: no
+        # chunk is seen twice or missed because it moves meanwhile.
+        while end is None or first < end:
+            index = {"$gte": first} if end is None else {"$gte": first, "$lt": end}
+            page = await self._job_page({"job_id": job_id, "index": index})
+            for document in page:
+                if (chunk := _read(documents.read_chunk, document, "chunks")) is not None:
+                    yield chunk
+            if len(page) < _BATCH:
+                return
+            first = page[-1]["index"] + 1
+
+    @bad_days()
+    async def _job_page(self, wanted: Document) -> list[Document]:
+        return await self._chunks.find(wanted).sort("index", 1).to_list(_BATCH)
+
+    async def active_chunks(self, job_id: int, first: int) -> list[Chunk]:
+        queued = {"$ne": ChunkState.QUEUED.value}
+        return await self._find_chunks({"job_id": job_id, "index": {"$gte": first}, "state": queued})
 
     @bad_days()
     async def chunks_in(self, job_id: int, states: Collection[ChunkState], limit: int) -> list[str]:
@@ -268,66 +316,81 @@ class MongoStore:
         return [each["_id"] async for each in self._chunks.find(wanted, {"_id": 1}).limit(limit)]
 
     async def save_chunks(self, chunks: Sequence[Chunk]) -> set[str]:
-        return await _save(self._chunks, chunks, documents.write_chunk, documents.read_chunk)
+        return await _save(self._chunks, chunks, documents.write_chunk, documents.read_chunk, documents.CHUNK_CONSTANTS)
 
     @bad_days()
-    async def chunk_states(self, job_ids: Collection[int]) -> dict[int, Counter[ChunkState]]:
-        states: dict[int, Counter[ChunkState]] = {job_id: Counter() for job_id in job_ids}
+    async def standings(self, job_ids: Collection[int]) -> dict[int, Standing]:
+        # At one moment: a chunk that moves between two states would else be seen in neither.
         at_one_moment = self._chunks.with_options(read_concern=ReadConcern("snapshot"))
+        begun = {"$in": ["$state", [ChunkState.RUNNING.value, ChunkState.SCANNED.value]]}
         groups = at_one_moment.aggregate(
             [
-                {"$match": {"job_id": {"$in": list(job_ids)}}},
-                {"$group": {"_id": {"job": "$job_id", "state": "$state"}, "n": {"$sum": 1}}},
+                {"$match": {"job_id": {"$in": list(job_ids)}, "state": {"$in": [state.value for state in OPEN]}}},
+                {
+                    "$group": {
+                        "_id": "$job_id",
+                        "open": {"$sum": 1},
+                        "begun": {"$max": begun},
+                        "lowest": {"$min": "$index"},
+                    },
+                },
             ],
         )
-        async for group in groups:
-            states[group["_id"]["job"]][ChunkState(group["_id"]["state"])] = group["n"]
-        return states
+        found = {each["_id"]: Standing(each["open"], each["begun"], each["lowest"]) async for each in groups}
+        return {job_id: found.get(job_id, Standing()) for job_id in job_ids}
 
-    async def watched_chunks(self, state: ChunkState, partitions: Collection[int]) -> list[Chunk]:
-        return await self._find_chunks({"state": state.value, "partition": {"$in": list(partitions)}, "held": True})
+    @bad_days()
+    async def watched_chunks(self, partitions: Collection[int]) -> list[Held]:
+        found = self._chunks.find(
+            {"partition": {"$in": list(partitions)}, "held": True},
+            documents.HELD_FIELDS,
+        )
+        return [documents.read_held(each) async for each in found]
 
-    async def overdue_chunks(self, before: datetime, limit: int) -> list[Chunk]:
-        asked = {"$or": [{"scanned_at": None}, {"scanned_at": {"$lt": before}}]}
-        return await self._find_chunks({"state": ChunkState.SCANNED.value} | asked, limit)
+    async def overdue_chunks(self, now: datetime, limit: int, partitions: Collection[int]) -> list[Chunk]:
+        due = {"$or": [{"ask_at": None}, {"ask_at": {"$lt": now}}]}
+        mine = {"partition": {"$in": list(partitions)}}
+        return await self._find_chunks({"state": ChunkState.SCANNED.value} | mine | due, limit)
 
     # Dispatch
 
     @bad_days()
-    async def waiting_users(self, *, raw: bool) -> list[int]:
-        found: list[int] = await self._chunks.distinct("user_id", _queued(raw=raw))
+    async def waiting_users(self, now: datetime, *, raw: bool) -> list[int]:
+        found: list[int] = await self._chunks.distinct("user_id", _queued(now, raw=raw))
         return found
 
     @bad_days()
-    async def queue(self, user_id: int, limit: int, *, raw: bool) -> list[Chunk]:
-        found = self._chunks.find(_queued(raw=raw) | {"user_id": user_id}).sort("turn", 1).limit(limit)
-        return [documents.read_chunk(each) async for each in found]
+    async def queue(
+        self,
+        user_id: int,
+        limit: int,
+        now: datetime,
+        *,
+        raw: bool,
+        skip: Collection[int] = (),
+    ) -> list[Candidate]:
+        wanted = _queued(now, raw=raw) | {"user_id": user_id}
+        if skip:
+            wanted["job_id"] = {"$nin": list(skip)}
+        found = self._chunks.find(wanted, documents.CANDIDATE).sort("turn", 1).limit(limit)
+        return [documents.read_candidate(each) async for each in found]
 
     @bad_days()
     async def first_turn(self, user_id: int) -> int:
-        first = await self._chunks.find_one(_queued(raw=True) | {"user_id": user_id}, {"turn": 1}, sort=[("turn", 1)])
+        queued = {"state": ChunkState.QUEUED.value, "user_id": user_id}
+        first = await self._chunks.find_one(queued, {"turn": 1}, sort=[("turn", 1)])
         return first["turn"] if first else 0
 
-    async def held(self, announced: Iterable[Credit]) -> list[Credit]:
-        by_worker = {credit.worker_id: credit for credit in announced}
-        wanted = {
-            "worker_id": {"$in": list(by_worker)},
-            "state": {"$in": [state.value for state in HELD]},
-            "held": True,
-        }
-        estimates: dict[str, list[float]] = {}
-        for chunk in await self._find_chunks(wanted):
-            estimates.setdefault(chunk.worker_id, []).append(chunk.estimate)
-        return [
-            replace(credit, held=len(mine), extra_seconds=sum(sorted(mine)[: max(0, len(mine) - credit.slots)]))
-            for credit in by_worker.values()
-            for mine in [estimates.get(credit.worker_id, [])]
-        ]
+    @bad_days()
+    async def held(self) -> list[Held]:
+        return [documents.read_held(each) async for each in self._chunks.find({"held": True}, documents.HELD_FIELDS)]
 
     @bad_days()
-    async def clocks(self, users: Collection[int]) -> dict[int, Clock]:
-        found = self._clocks.find({"$or": [{"active": True}, {"_id": {"$in": list(users)}}]})
-        return {each["_id"]: documents.read_clock(each) async for each in found}
+    async def clocks(self, users: Collection[int]) -> Clocks:
+        found = self._clocks.find({"$or": [{"active": True}, {"_id": {"$in": [*users, _VIRTUAL]}}]})
+        by_id = {each["_id"]: each async for each in found}
+        virtual = by_id.pop(_VIRTUAL, {}).get("time", 0.0)
+        return Clocks({user: documents.read_clock(each) for user, each in by_id.items()}, virtual)
 
     @bad_days()
     async def rest_clocks(self) -> None:
@@ -338,13 +401,13 @@ class MongoStore:
             await self._clocks.update_many({"_id": {"$in": list(idle)}}, {"$set": {"active": False}})
 
     @bad_days()
-    async def wake_clocks(self, clocks: Iterable[Clock]) -> None:
+    async def wake_clocks(self, clocks: Iterable[Clock], virtual: float) -> None:
         writes = [
             UpdateOne({"_id": clock.user_id}, {"$max": {"time": clock.time}, "$set": {"active": True}}, upsert=True)
             for clock in clocks
         ]
-        if writes:
-            await self._clocks.bulk_write(writes, ordered=False)
+        writes.append(UpdateOne({"_id": _VIRTUAL}, {"$max": {"time": virtual}}, upsert=True))
+        await self._clocks.bulk_write(writes, ordered=False)
 
     @bad_days()
     async def charge(self, seconds: Mapping[int, float]) -> None:
@@ -366,9 +429,10 @@ class MongoStore:
             await self._workers.bulk_write(writes, ordered=False)
 
     @bad_days()
-    async def raw_worker_seen(self, within: timedelta) -> bool:
+    async def live_workers(self, within: timedelta) -> list[Credit]:
         since = {"$gt": ["$seen", {"$subtract": ["$$NOW", int(within.total_seconds() * 1_000)]}]}
-        return await self._workers.find_one({"raw": True, "slots": {"$gt": 0}, "$expr": since}) is not None
+        found = self._workers.find({"slots": {"$gt": 0}, "$expr": since})
+        return [documents.read_worker(each) async for each in found]
 
     # What is going on
 
@@ -377,14 +441,21 @@ class MongoStore:
         jobs = self._jobs.aggregate(
             [
                 {"$match": {"settled": False, "status": {"$in": [status.value for status in UNFINISHED]}}},
-                {"$group": {"_id": "$status", "n": {"$sum": 1}, "oldest": {"$min": "$created_at"}}},
+                {
+                    "$group": {
+                        "_id": "$status",
+                        "n": {"$sum": 1},
+                        "oldest": {"$min": "$created_at"},
+                        "seconds": {"$sum": "$seconds_left"},
+                    },
+                },
                 {"$set": {"age": _age("$oldest")}},
             ],
         )
         chunks = self._chunks.aggregate(
             [
                 {"$match": {"state": {"$in": [state.value for state in OPEN]}}},
-                {"$group": {"_id": "$state", "n": {"$sum": 1}, "seconds": {"$sum": "$estimate"}}},
+                {"$group": {"_id": "$state", "n": {"$sum": 1}}},
             ],
         )
         unsent = self._jobs.aggregate(
@@ -401,13 +472,14 @@ class MongoStore:
             jobs=Counter({status: each["n"] for status, each in by_status.items()}),
             job_ages={status: each["age"] for status, each in by_status.items()},
             chunks=Counter({state: each["n"] for state, each in by_state.items()}),
-            queued_seconds=float(by_state.get(ChunkState.QUEUED, {}).get("seconds", 0.0)),
+            slot_seconds=float(sum(each["seconds"] for each in by_status.values())),
             outbox_age=max([each["age"] async for each in unsent], default=0.0),
         )
 
     @bad_days()
     async def _find_chunks(self, wanted: Document, limit: int = 0) -> list[Chunk]:
-        return [documents.read_chunk(each) async for each in self._chunks.find(wanted).limit(limit)]
+        found = [_read(documents.read_chunk, each, "chunks") async for each in self._chunks.find(wanted).limit(limit)]
+        return [chunk for chunk in found if chunk is not None]
 
 
 def _age(time: Any) -> Document:
@@ -415,8 +487,19 @@ def _age(time: Any) -> Document:
     return {"$max": [0.0, {"$divide": [{"$subtract": ["$$NOW", time]}, 1_000]}]}
 
 
-def _queued(*, raw: bool) -> Document:
-    return {"state": ChunkState.QUEUED.value, "needs_raw": {"$in": [False, True] if raw else [False]}}
+def _queued(now: datetime, *, raw: bool) -> Document:
+    may_go = {"$or": [{"not_before": None}, {"not_before": {"$lte": now}}]}
+    return {"state": ChunkState.QUEUED.value, "needs_raw": {"$in": [False, True] if raw else [False]}} | may_go
+
+
+def _read(read: Callable[[Document], _Any], document: Document, collection: str) -> _Any | None:
+    """The document as `read` has it; None, with a line in the log, when it cannot be read."""
+    try:
+        return read(document)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        UNREADABLE.labels(collection).inc()
+        _log.error("unreadable_document", collection=collection, id=document.get("_id"), error=str(error)[:500])
+        return None
 
 
 @bad_days()
@@ -425,18 +508,29 @@ async def _save(
     changed: Sequence[_Revised],
     write: Callable[[_Revised], Document],
     read: Callable[[Document], _Revised],
+    constants: AbstractSet[str],
 ) -> set[Any]:
     if not changed:
         return set()
     new = [replace(each, rev=each.rev + 1) for each in changed]
-    writes = [ReplaceOne({"_id": each.id, "rev": each.rev - 1}, write(each)) for each in new]
-    result = await collection.bulk_write(writes, ordered=False)
+    result = await collection.bulk_write(
+        [UpdateOne({"_id": each.id, "rev": each.rev - 1}, _update(write(each), constants)) for each in new],
+        ordered=False,
+    )
     if result.matched_count == len(changed):
         return set()
     # Which ones lost is not in the answer. A retried write can also find its own first try: then it did not lose.
     found = collection.find({"_id": {"$in": [each.id for each in new]}})
     stored = {each["_id"]: read(each) async for each in found}
     return {each.id for each in new if stored.get(each.id) != each}
+
+
+def _update(document: Document, constants: AbstractSet[str]) -> Document:
+    """Set the fields that can change and no others: one that a newer release has added stays."""
+    update: Document = {"$set": {name: value for name, value in document.items() if name not in constants}}
+    if "rev" in document and "outbox" not in document and "seq" in document:
+        update["$unset"] = {"outbox": ""}
+    return update
 
 
 @bad_days()

@@ -11,9 +11,10 @@ from itertools import islice
 from typing import Literal
 
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState
-from job_orchestrator.domain.fairness import Clock, Credit
+from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.domain.job import ScanJob
-from job_orchestrator.domain.store import UNFINISHED, Census, Command, Policy, Subnet
+from job_orchestrator.domain.store import UNFINISHED, Census, Command, Policy, Standing, Subnet
+from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError
 from scanfleet.messages import AuditEntry, JobStatus
 
@@ -34,12 +35,16 @@ class MemoryStore:
         self._jobs: dict[int, ScanJob] = {}
         self._chunks: dict[str, Chunk] = {}
         self._clocks: dict[int, Clock] = {}
+        self._virtual = 0.0
         self._workers: dict[str, tuple[Credit, float]] = {}
 
     def __getattribute__(self, name: str) -> object:
         if not name.startswith("_") and name != "away" and object.__getattribute__(self, "away"):
-            raise DependencyError("the database is away")
+            raise DependencyError("the database is unavailable")
         return object.__getattribute__(self, name)
+
+    async def time(self) -> datetime:
+        return utc_now()
 
     async def take_ids(self, name: str, count: int = 1) -> range:
         self._ids[name] += count
@@ -161,8 +166,14 @@ class MemoryStore:
         mine.sort(key=lambda job: (job.start_time or job.end_time or _FAR_FUTURE, job.id), reverse=True)
         return mine[skip : skip + limit], len(mine)
 
-    async def unsettled_jobs(self, after: int, limit: int) -> list[int]:
-        return sorted(job.id for job in self._jobs.values() if job.id > after and not job.settled)[:limit]
+    async def unsettled_jobs(
+        self,
+        after: int,
+        limit: int,
+        partitions: Collection[int] | None = None,
+    ) -> list[int]:
+        unsettled = (job for job in self._jobs.values() if job.id > after and not job.settled)
+        return sorted(job.id for job in unsettled if partitions is None or job.partition in partitions)[:limit]
 
     async def jobs_with_old_events(self, before: datetime, limit: int) -> list[int]:
         old = (job.id for job in self._jobs.values() if any(out.at < before for out in job.outbox))
@@ -180,9 +191,13 @@ class MemoryStore:
     async def chunks(self, ids: Collection[str]) -> dict[str, Chunk]:
         return {id_: self._chunks[id_] for id_ in ids if id_ in self._chunks}
 
-    async def job_chunks(self, job_id: int) -> AsyncIterator[Chunk]:
+    async def job_chunks(self, job_id: int, first: int = 0, end: int | None = None) -> AsyncIterator[Chunk]:
         for chunk in sorted((c for c in self._chunks.values() if c.job_id == job_id), key=lambda c: c.index):
-            yield chunk
+            if first <= chunk.index and (end is None or chunk.index < end):
+                yield chunk
+
+    async def active_chunks(self, job_id: int, first: int) -> list[Chunk]:
+        return [chunk async for chunk in self.job_chunks(job_id, first) if chunk.state is not ChunkState.QUEUED]
 
     async def chunks_in(self, job_id: int, states: Collection[ChunkState], limit: int) -> list[str]:
         mine = (c.id for c in self._chunks.values() if c.job_id == job_id and c.state in states)
@@ -195,52 +210,67 @@ class MemoryStore:
         self._chunks |= {chunk.id: replace(chunk, rev=chunk.rev + 1) for chunk in chunks if chunk.id not in losers}
         return losers
 
-    async def chunk_states(self, job_ids: Collection[int]) -> dict[int, Counter[ChunkState]]:
-        return {id_: Counter(c.state for c in self._chunks.values() if c.job_id == id_) for id_ in job_ids}
+    async def standings(self, job_ids: Collection[int]) -> dict[int, Standing]:
+        standings: dict[int, Standing] = {}
+        for job_id in job_ids:
+            mine = [chunk for chunk in self._chunks.values() if chunk.job_id == job_id and chunk.state in OPEN]
+            standings[job_id] = Standing(
+                open=len(mine),
+                begun=any(chunk.state in {ChunkState.RUNNING, ChunkState.SCANNED} for chunk in mine),
+                lowest=min((chunk.index for chunk in mine), default=None),
+            )
+        return standings
 
-    async def watched_chunks(self, state: ChunkState, partitions: Collection[int]) -> list[Chunk]:
-        return [chunk for chunk in self._chunks.values() if chunk.state is state and chunk.partition in partitions]
+    async def watched_chunks(self, partitions: Collection[int]) -> list[Held]:
+        return [each for each in self._held() if each.partition in partitions]
 
-    async def overdue_chunks(self, before: datetime, limit: int) -> list[Chunk]:
+    async def overdue_chunks(self, now: datetime, limit: int, partitions: Collection[int]) -> list[Chunk]:
         overdue = (
             chunk
             for chunk in self._chunks.values()
-            if chunk.state is ChunkState.SCANNED and (chunk.scanned_at is None or chunk.scanned_at < before)
+            if chunk.state is ChunkState.SCANNED
+            and chunk.partition in partitions
+            and (chunk.ask_at is None or chunk.ask_at < now)
         )
         return list(islice(overdue, limit))
 
     # Dispatch
 
-    async def waiting_users(self, *, raw: bool) -> list[int]:
-        return sorted({chunk.user_id for chunk in self._queued(raw=raw)})
+    async def waiting_users(self, now: datetime, *, raw: bool) -> list[int]:
+        return sorted({chunk.user_id for chunk in self._queued(now, raw=raw)})
 
-    async def queue(self, user_id: int, limit: int, *, raw: bool) -> list[Chunk]:
-        mine = (chunk for chunk in self._queued(raw=raw) if chunk.user_id == user_id)
-        return sorted(mine, key=lambda chunk: chunk.turn)[:limit]
+    async def queue(
+        self,
+        user_id: int,
+        limit: int,
+        now: datetime,
+        *,
+        raw: bool,
+        skip: Collection[int] = (),
+    ) -> list[Candidate]:
+        mine = (c for c in self._queued(now, raw=raw) if c.user_id == user_id and c.job_id not in skip)
+        return [
+            Candidate(chunk.id, user_id, chunk.job_id, chunk.estimate, chunk.needs_raw, chunk.failed_by)
+            for chunk in sorted(mine, key=lambda chunk: chunk.turn)[:limit]
+        ]
 
     async def first_turn(self, user_id: int) -> int:
-        return min((chunk.turn for chunk in self._queued(raw=True) if chunk.user_id == user_id), default=0)
+        queued = (chunk for chunk in self._chunks.values() if chunk.state is ChunkState.QUEUED)
+        return min((chunk.turn for chunk in queued if chunk.user_id == user_id), default=0)
 
-    async def held(self, announced: Iterable[Credit]) -> list[Credit]:
-        filled: list[Credit] = []
-        for credit in announced:
-            mine = sorted(
-                chunk.estimate
-                for chunk in self._chunks.values()
-                if chunk.worker_id == credit.worker_id and chunk.state in HELD
-            )
-            extra = sum(mine[: max(0, len(mine) - credit.slots)])
-            filled.append(replace(credit, held=len(mine), extra_seconds=extra))
-        return filled
+    async def held(self) -> list[Held]:
+        return self._held()
 
-    async def clocks(self, users: Collection[int]) -> dict[int, Clock]:
-        return {user: clock for user, clock in self._clocks.items() if clock.active or user in users}
+    async def clocks(self, users: Collection[int]) -> Clocks:
+        known = {user: clock for user, clock in self._clocks.items() if clock.active or user in users}
+        return Clocks(known, self._virtual)
 
     async def rest_clocks(self) -> None:
         busy = {chunk.user_id for chunk in self._chunks.values() if chunk.state in _BUSY}
         self._clocks |= {user: replace(clock, active=False) for user, clock in self._clocks.items() if user not in busy}
 
-    async def wake_clocks(self, clocks: Iterable[Clock]) -> None:
+    async def wake_clocks(self, clocks: Iterable[Clock], virtual: float) -> None:
+        self._virtual = max(self._virtual, virtual)
         for clock in clocks:
             time_ = max(clock.time, self._clocks.get(clock.user_id, clock).time)
             self._clocks[clock.user_id] = Clock(clock.user_id, time_, active=True)
@@ -253,9 +283,11 @@ class MemoryStore:
     async def seen_workers(self, workers: Iterable[Credit]) -> None:
         self._workers |= {worker.worker_id: (worker, time.monotonic()) for worker in workers}
 
-    async def raw_worker_seen(self, within: timedelta) -> bool:
+    async def live_workers(self, within: timedelta) -> list[Credit]:
         since = time.monotonic() - within.total_seconds()
-        return any(worker.raw and worker.slots and seen > since for worker, seen in self._workers.values())
+        return [
+            replace(worker, partition=-1) for worker, seen in self._workers.values() if worker.slots and seen > since
+        ]
 
     async def census(self) -> Census:
         jobs = [job for job in self._jobs.values() if job.status in UNFINISHED]
@@ -267,12 +299,34 @@ class MemoryStore:
                 for status in {job.status for job in jobs}
             },
             chunks=Counter(chunk.state for chunk in self._chunks.values() if chunk.state in OPEN),
-            queued_seconds=sum(chunk.estimate for chunk in self._queued(raw=True)),
+            slot_seconds=sum(job.seconds_left for job in jobs),
             outbox_age=max(map(_age, outgoing), default=0.0),
         )
 
-    def _queued(self, *, raw: bool) -> list[Chunk]:
-        return [c for c in self._chunks.values() if c.state is ChunkState.QUEUED and (raw or not c.needs_raw)]
+    def _queued(self, now: datetime, *, raw: bool) -> list[Chunk]:
+        queued = (chunk for chunk in self._chunks.values() if chunk.state is ChunkState.QUEUED)
+        return [
+            chunk
+            for chunk in queued
+            if (raw or not chunk.needs_raw) and (chunk.not_before is None or chunk.not_before <= now)
+        ]
+
+    def _held(self) -> list[Held]:
+        return [
+            Held(
+                chunk_id=chunk.id,
+                attempt=chunk.attempt,
+                worker_id=chunk.worker_id,
+                user_id=chunk.user_id,
+                job_id=chunk.job_id,
+                partition=chunk.partition,
+                estimate=chunk.estimate,
+                share=chunk.share,
+                dispatched_at=chunk.dispatched_at,
+            )
+            for chunk in self._chunks.values()
+            if chunk.state in HELD
+        ]
 
 
 def _age(time_: datetime) -> float:

@@ -8,6 +8,7 @@ from typing import Any, Final
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import Chunk
 from job_orchestrator.domain.job import ScanJob, create
+from scanfleet.messages.topics import SCAN_PROGRESS
 from scanfleet.policy import Preset, ScanPolicy, fill_in
 from scanfleet.targets import Target
 
@@ -43,7 +44,12 @@ def scan_job(
         "excluded": planned.excluded,
         "ports": planned.ports,
         "chunk_addresses": planned.chunk_addresses,
+        "chunk_ports": planned.chunk_ports,
+        "blocks": planned.blocks,
         "chunk_count": planned.chunk_count,
+        "estimate": planned.estimate,
+        "seconds_left": planned.estimate,
+        "partition": SCAN_PROGRESS.partition_of(str(id_)),
         "created_at": THEN,
         "updated_at": THEN,
         "command_id": f"command-{id_}",
@@ -59,6 +65,7 @@ def chunk(**changed: Any) -> Chunk:
         "user_id": 7,
         "index": 0,
         "turn": 0,
+        "partition": SCAN_PROGRESS.partition_of("1"),
         "first_address": "127.9.8.0",
         "outcomes": "....",
         "ports": "22,80",

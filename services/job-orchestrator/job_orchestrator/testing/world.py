@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from datetime import datetime, timedelta
 from itertools import count
 from typing import Any, Final
 
 from job_orchestrator.domain.store import Policy, Store, Subnet
+from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.main import Orchestrator
 from job_orchestrator.testing.things import scan_policy
 from scanfleet.bus import Publisher, Record
@@ -51,6 +53,7 @@ from scanfleet.testing.bus import MemoryBus
 RULES: Final = TargetRules((parse_network("127.0.0.0/8"),))
 _READ: Final = (SCAN_COMMANDS, SCAN_WORKERS, SCAN_PROGRESS, SCAN_STORED)
 _EVERY_PARTITION: Final = range(SCAN_PROGRESS.partitions)
+_NOW: Final = 1_000.0  # when a world begins, on its monotonic clock
 _STEPS: Final = 1_000  # in which a world comes to rest; one that does not goes in circles
 
 
@@ -171,8 +174,10 @@ class World:
         bus: MemoryBus | None = None,
         lease_seconds: float = 30.0,
     ) -> None:
-        self.now = 1_000.0
+        self.now = _NOW
+        self._began = utc_now()
         self.store = store
+        self._clock = PlatformTime(self._time, lambda: self.now)
         self.lease_seconds = lease_seconds
         self.bus = bus or MemoryBus()
         self.worker = Worker(self.bus)
@@ -188,8 +193,10 @@ class World:
             store or self.store,
             publisher or self.bus,
             rules=RULES,
+            clock=self._clock,
             lease_seconds=self.lease_seconds,
             stored_seconds=60.0,
+            raw_worker_seconds=600.0,
             monotonic=lambda: self.now,
         )
 
@@ -199,12 +206,17 @@ class World:
         return replica
 
     async def start(self) -> None:
-        """Share the partitions out, as a rebalance does: all start afresh."""
+        """Share the partitions out, as a first rebalance does."""
+        await self._clock.refresh()
         for number, replica in enumerate(self.replicas):
             for handler in replica.handlers.values():
                 await handler.revoked(_EVERY_PARTITION)
                 await handler.assigned(self._partitions(number))
         await self.catch_up()
+
+    async def _time(self) -> datetime:
+        """The database's clock: it goes with `now`."""
+        return self._began + timedelta(seconds=self.now - _NOW)
 
     async def restart(self, number: int = 0) -> None:
         """Another process takes the place of a replica that has died."""
