@@ -94,12 +94,7 @@ class Orchestrator:
             SCAN_STORED: Stored(store, self.jobs, self._wake, clock),
             SCAN_AUDIT: Audit(store),
         }
-        self.loops = (
-            Loop("time", _TIME_SECONDS, clock.refresh),
-            *self.jobs.loops,
-            self.dispatcher.loop,
-            Loop("sweep", _SWEEP_SECONDS, self.sweeper.sweep),
-        )
+        self.loops = (*self.jobs.loops, self.dispatcher.loop, Loop("sweep", _SWEEP_SECONDS, self.sweeper.sweep))
 
     def _wake(self) -> None:
         self.dispatcher.wake()
@@ -142,7 +137,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 bus.consume(topic, f"{ORCHESTRATOR}-{topic.name}", handler)
                 for topic, handler in orchestrator.handlers.items()
             ]
-            for loop in (*orchestrator.loops, *consumers):
+            for loop in (Loop("time", _TIME_SECONDS, clock.refresh), *orchestrator.loops, *consumers):
                 await loop.start()
                 stack.push_async_callback(loop.stop)
                 app.state.probes.watch(loop)

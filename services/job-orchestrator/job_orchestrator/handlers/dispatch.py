@@ -142,7 +142,7 @@ class Dispatcher:
             for each in await self._store.held()
             if living.get(each.instance, each.worker_id) != each.worker_id
         }
-        await self._take_back(lost, "another process has taken its place")
+        await self._take_back(lost, "was replaced by another process")
 
     async def fill(self) -> None:
         """Give queued chunks to workers until there is no chunk or no room.

@@ -135,14 +135,14 @@ class Progress:
             if partition in self._leases
             for each in self._leases[partition].overdue(held[partition], now)
         }
-        await self.take_back(late, "its worker sent no report for a whole lease")
+        await self.take_back(late, "sent no report for a whole lease")
 
     async def take_back(self, attempts: dict[str, int], reason: str) -> None:
         """Requeue chunks whose workers are lost.
 
         Args:
             attempts: by chunk, the attempt that ends.
-            reason: why.
+            reason: what the workers did or what became of them.
 
         Raises:
             DependencyError: the next look finds what is left.
@@ -154,7 +154,7 @@ class Progress:
         def lose(chunk: Chunk) -> Chunk:
             if chunk.state not in HELD or chunk.attempt != attempts[chunk.id]:
                 return chunk
-            return expire(chunk, f"worker {chunk.worker_id}: {reason}", now)
+            return expire(chunk, f"worker {chunk.worker_id} {reason}", now)
 
         changed = [each for each in await change(self._store, attempts, lose, now, charge=False) if each.moved]
         LEASES_EXPIRED.inc(len(changed))

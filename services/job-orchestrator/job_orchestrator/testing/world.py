@@ -53,7 +53,7 @@ from scanfleet.testing.bus import MemoryBus
 RULES: Final = TargetRules((parse_network("127.0.0.0/8"),))
 _READ: Final = (SCAN_COMMANDS, SCAN_WORKERS, SCAN_PROGRESS, SCAN_STORED)
 _EVERY_PARTITION: Final = range(SCAN_PROGRESS.partitions)
-_NOW: Final = 1_000.0  # when a world begins, on its monotonic clock
+_NOW: Final = 1_000.0  # on its monotonic clock, when a world begins
 _STEPS: Final = 1_000  # in which a world comes to rest; one that does not goes in circles
 
 
@@ -157,6 +157,21 @@ class ResultStore(_Deaf):
             await self._publisher.publish(SCAN_STORED, [answer])
 
 
+class _Time(PlatformTime):
+    """The database's clock as it goes with a world's."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(self._never)
+        self._began = utc_now()
+        self._world = world
+
+    def now(self) -> datetime:
+        return self._began + timedelta(seconds=self._world.now - _NOW)
+
+    async def _never(self) -> datetime:
+        raise AssertionError("a world has no database to ask for its time")
+
+
 class World:
     """Replicas of the orchestrator on one store and one bus, a worker and a result-store.
 
@@ -175,9 +190,8 @@ class World:
         lease_seconds: float = 30.0,
     ) -> None:
         self.now = _NOW
-        self._began = utc_now()
         self.store = store
-        self._clock = PlatformTime(self._time, lambda: self.now)
+        self._clock = _Time(self)
         self.lease_seconds = lease_seconds
         self.bus = bus or MemoryBus()
         self.worker = Worker(self.bus)
@@ -207,16 +221,11 @@ class World:
 
     async def start(self) -> None:
         """Share the partitions out, as a first rebalance does."""
-        await self._clock.refresh()
         for number, replica in enumerate(self.replicas):
             for handler in replica.handlers.values():
                 await handler.revoked(_EVERY_PARTITION)
                 await handler.assigned(self._partitions(number))
         await self.catch_up()
-
-    async def _time(self) -> datetime:
-        """The database's clock: it goes with `now`."""
-        return self._began + timedelta(seconds=self.now - _NOW)
 
     async def restart(self, number: int = 0) -> None:
         """Another process takes the place of a replica that has died."""

@@ -249,7 +249,7 @@ async def test_a_pending_job_is_cancelled(world: World) -> None:
     assert (job.status, job.start_time, job.settled) == (JobStatus.CANCELLED, None, True)
     assert reply.jobs == (job.view,)
     assert job.end_time is not None
-    assert (await world.store.chunk_states([1]))[1] == {ChunkState.CANCELLED: 1}
+    assert [chunk.state async for chunk in world.store.job_chunks(1)] == [ChunkState.CANCELLED]
     assert [type(event).__name__ for event in world.events(1)] == ["JobCreated", "JobCancelled"]
     assert world.bus.messages(SCAN_TASKS) == []
 
