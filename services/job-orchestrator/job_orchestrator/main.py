@@ -57,13 +57,13 @@ class Orchestrator:
         raw_worker_seconds: float,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.jobs = Jobs(store, publisher, self._wake, clock, monotonic=monotonic)
+        self.jobs = Jobs(store, publisher, lambda: self.dispatcher.wake(made=True), clock, monotonic=monotonic)
         self.commands = Commands(store, publisher, self.jobs, rules, clock, monotonic=monotonic)
         self.progress = Progress(
             store,
             publisher,
             self.jobs,
-            self._wake,
+            lambda: self.dispatcher.wake(),  # noqa: PLW0108 # it is made below
             lease_seconds=lease_seconds,
             stored_seconds=stored_seconds,
             clock=clock,
@@ -91,13 +91,10 @@ class Orchestrator:
             SCAN_COMMANDS: self.commands,
             SCAN_WORKERS: self.dispatcher,
             SCAN_PROGRESS: self.progress,
-            SCAN_STORED: Stored(store, self.jobs, self._wake, clock),
+            SCAN_STORED: Stored(store, self.jobs, self.dispatcher.wake, clock),
             SCAN_AUDIT: Audit(store),
         }
         self.loops = (*self.jobs.loops, self.dispatcher.loop, Loop("sweep", _SWEEP_SECONDS, self.sweeper.sweep))
-
-    def _wake(self) -> None:
-        self.dispatcher.wake()
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:

@@ -34,7 +34,7 @@ _DISCOVERY_TRIES: Final = 8  # probes to an address that does not answer, of raw
 _SILENT_WAITS: Final = (300.0, 15.0, 1.0)  # seconds after each such probe of timings 0 to 2, which have one under way
 _DELAYS: Final = (300.0, 15.0, 0.4)  # seconds between two probes of these to an address that answers
 _SILENT_UDP_PER_SECOND: Final = (10, 10, 10, 10, 20, 37)  # probes by timing where no port answers
-_LIMITED_UDP_PER_SECOND: Final = 2  # closed ports of a host that limits ICMP, as Linux does
+_LIMITED_UDP_PER_SECOND: Final = 1  # closed ports of a host that limits ICMP, as Linux does
 
 # Slot seconds that are expected on a network that answers, until the job's own chunks have shown better.
 _START: Final = 0.1  # nmap reading its tables; less where small chunks share one

@@ -37,6 +37,7 @@ _NOTED_SECONDS: Final = 5.0  # between two notes in the database that a worker a
 _EXTRA: Final = 20  # chunks that 2 seconds of work beyond the slots can hold, about; more are picked next time
 _USERS: Final = 64  # looked at in one round: the neediest
 _REST_SECONDS: Final = 1.0  # between looks at who has become idle, and which workers live
+_AHEAD_SECONDS: Final = 1.0  # between looks for small chunks while every slot is taken, unless chunks were made
 _PICKS: Final = 128  # chunks in one round, so that a round reads some thousands at most
 _SKIP_SECONDS: Final = 60.0  # for which a job whose chunks cannot be dispatched is left alone
 
@@ -91,11 +92,14 @@ class Dispatcher:
         self._idle = False
         self._woken = False
         self._rest_due = float("-inf")
+        self._ahead_due = float("-inf")
         self.loop = Loop("dispatch", _LOOK_SECONDS, self.fill, least=_LEAST_SECONDS)
 
-    def wake(self) -> None:
-        """Look at once: there may be new work or a free slot."""
+    def wake(self, *, made: bool = False) -> None:
+        """Look at once: there may be new work, if chunks were `made`, or a free slot."""
         self._woken = True
+        if made:
+            self._ahead_due = float("-inf")
         self.loop.wake()
 
     async def handle(self, records: Sequence[Record]) -> None:
@@ -178,11 +182,15 @@ class Dispatcher:
         credits_ = [fairness.fill(credit, by_worker[credit.worker_id]) for credit in mine]
         self._idle = any(credit.held < credit.slots for credit in credits_)
         free = [credit for credit in credits_ if fairness.has_room(credit)]
+        if not self._idle and now < self._ahead_due:
+            return False  # nothing was small enough to be sent ahead, a moment ago
         # Workers that may send raw packets choose first among all chunks, so that the others leave them what only they can.
         more = False
         for raw in (True, False):
             if workers := [credit for credit in free if credit.raw is raw]:
                 more = await self._give(workers, held, raw=raw) or more
+        if not more:
+            self._ahead_due = now + _AHEAD_SECONDS
         return more
 
     async def _look_around(self, now: float) -> None:

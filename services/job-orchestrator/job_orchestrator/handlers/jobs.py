@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import MappingProxyType
@@ -226,8 +227,9 @@ class Jobs:
                 unpublished.add(job.id)
                 continue
             self._next_progress[job.id] = now + _PROGRESS_SECONDS
-            if news := await self._observe(job):
-                seen[job.id] = news
+            with self._isolated(job):
+                if news := await self._observe(job):
+                    seen[job.id] = news
         unpublished |= await self._store.save_jobs([job for job, _ in seen.values()])
         self._further -= due - unpublished
         await self._publish({id_: news for id_, news in seen.items() if id_ not in unpublished})
@@ -283,19 +285,27 @@ class Jobs:
             return True
         return after in _BEGUN and before not in _BEGUN and changed.after.job_id not in self._started
 
-    async def _guarded(self, job: ScanJob, standing: Standing, known: Known) -> _Step:
-        """The job's step; none, with a line in the log, when the job raises a fault of ours, until it changes."""
-        if self._faulty.get(job.id) == job.rev:
-            return _Step(job)
+    def faulty(self, job: ScanJob) -> bool:
+        """Whether the job, as it is, raised a fault of ours: it is skipped until it changes."""
+        return self._faulty.get(job.id) == job.rev
+
+    @contextmanager
+    def _isolated(self, job: ScanJob) -> Iterator[None]:
+        """Keep a fault that the job raises from the other jobs: it is logged, counted, and the job skipped."""
         try:
-            return await self._step(self._unsent(job), standing, known)
+            yield
         except DependencyError:
             raise
         except Exception as error:  # noqa: BLE001 # one job must not stop the others, whatever is wrong with it
             self._faulty[job.id] = job.rev
             SKIPPED_JOBS.inc()
             _log.exception("job_skipped", job_id=job.id, cause=repr(error))
-            return _Step(job)
+
+    async def _guarded(self, job: ScanJob, standing: Standing, known: Known) -> _Step:
+        if not self.faulty(job):
+            with self._isolated(job):
+                return await self._step(self._unsent(job), standing, known)
+        return _Step(job)
 
     async def _step(self, job: ScanJob, standing: Standing, known: Known) -> _Step:
         """What the job comes to be by its chunks, from its start to its end if it is over."""

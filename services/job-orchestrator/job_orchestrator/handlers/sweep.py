@@ -95,7 +95,8 @@ class Sweeper:
 
     async def _look_for_workers(self, job_ids: Collection[int]) -> None:
         """Show why jobs wait that no worker holds a chunk of, and fail those that have waited too long."""
-        jobs = {id_: job for id_, job in (await self._store.jobs(job_ids)).items() if not job.final}
+        found = await self._store.jobs(job_ids)
+        jobs = {id_: job for id_, job in found.items() if not job.final and not self._jobs.faulty(job)}
         live = await self._store.live_workers(LIVE)
         held = {each.job_id for each in await self._store.held()}
         standings = await self._store.standings(jobs)

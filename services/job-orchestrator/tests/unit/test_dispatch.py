@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
 from job_orchestrator.domain.chunk import Chunk, ChunkState
-from job_orchestrator.domain.fairness import Clock, Credit
+from job_orchestrator.domain.fairness import Clock, Credit, Held
 from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator.testing import MemoryStore, Worker, World, chunk, scan_job, scan_policy
 from scanfleet.clock import utc_now
-from scanfleet.messages import ScanChunk, WorkerReady
-from scanfleet.messages.topics import SCAN_TASKS, SCAN_WORKERS
+from scanfleet.messages import JobStatus, ScanChunk, WorkerReady
+from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_TASKS, SCAN_WORKERS
 
 
 async def chunk_of(world: World, chunk_id: str = "1-0") -> Chunk:
@@ -27,13 +28,14 @@ def tasks(world: World) -> list[ScanChunk]:
 
 async def queue(world: World, user: int, count: int, *, estimate: float = 5.0, needs_raw: bool = False) -> None:
     """A job of a user with so many chunks."""
-    await world.store.insert_jobs([scan_job(user, user_id=user, chunk_count=count)])
+    await world.store.insert_jobs([scan_job(user, user_id=user, chunk_count=count, made=count)])
     await world.store.insert_chunks(
         [
             chunk(
                 id=f"{user}-{n}",
                 job_id=user,
                 user_id=user,
+                partition=SCAN_PROGRESS.partition_of(str(user)),
                 index=n,
                 turn=n,
                 estimate=estimate,
@@ -140,31 +142,147 @@ async def test_a_replica_gives_nothing_to_workers_of_lost_partitions(world: Worl
     assert tasks(world) == []
 
 
-async def test_what_nobody_claims_is_queued_again_at_no_cost(world: World) -> None:
-    """A task that is not claimed in ten seconds goes out again, without a failure, and its user is not charged for it."""
+async def test_a_task_that_is_never_claimed_is_requeued_after_a_lease(world: World) -> None:
+    """One lease covers a chunk from its dispatch on, and a lost one costs its user nothing."""
     await world.start()
     await queue(world, 7, 1)
     await world.worker.announce()
     await world.settle()
-    assert (await world.store.clocks([7]))[7].time == 5.0
-    await world.wait(9)
+    await world.wait(29)
     assert len(world.worker.tasks) == 1
     await world.wait(3)
     assert [task.attempt for task in world.worker.tasks] == [1, 2]
-    assert (await chunk_of(world, "7-0")).failures == 0
-    assert (await world.store.clocks([7]))[7].time == 5.0
+    assert (await chunk_of(world, "7-0")).failures == 1
+    assert (await world.store.clocks([7])).users[7].time == 0.0
 
 
-async def test_a_late_claim_of_what_was_taken_back_is_stopped(world: World) -> None:
-    """The worker that claims at last, under the old token, is told to stop."""
+async def test_a_late_claim_of_a_requeued_chunk_is_stopped(world: World) -> None:
+    """The worker that claims at last, under the old token, is sent a StopChunk."""
     await world.start()
     await queue(world, 7, 1)
     await world.worker.announce()
     await world.settle()
-    await world.wait(12)
+    await world.wait(32)
+    world.worker.stops.clear()
     await world.worker.claim(world.worker.tasks[0])
     await world.settle()
     assert [stop.attempt for stop in world.worker.stops] == [1]
+
+
+@pytest.mark.proves("F25", "G17")
+async def test_a_chunk_that_a_worker_failed_goes_to_another(world: World) -> None:
+    """While another live worker could take it, a failed chunk is not given to the instance that failed it."""
+    other = Worker(world.bus, "w-2", slots=1)
+    other.hold = True
+    world.workers.append(other)
+    await world.start()
+    for worker in world.workers:
+        await worker.announce()
+    await world.settle()
+    await world.submit("127.9.8.1/32")
+    await world.settle()
+    (first,) = world.worker.tasks or other.tasks
+    holder = world.worker if world.worker.tasks else other
+    rest = other if holder is world.worker else world.worker
+    await holder.claim(first)
+    await holder.fail(first)
+    await world.wait(4)
+    assert [task.attempt for task in rest.tasks] == [2]
+    await rest.fail(rest.tasks[0])
+    await world.wait(8)
+    assert len(world.worker.tasks) + len(other.tasks) == 3  # nobody else is left
+
+
+@pytest.mark.proves("F25", "G17")
+async def test_a_broken_worker_among_good_ones_loses_nothing() -> None:
+    """One of ten workers fails whatever it gets, at once: a /20 completes all the same."""
+    world = World(MemoryStore())
+    world.workers = [Worker(world.bus, f"w-{n}", slots=2) for n in range(9)]
+    broken = Worker(world.bus, "w-broken", slots=2)
+    broken.hold = True
+    world.workers.append(broken)
+    await world.start()
+    await world.submit("127.9.0.0/20", policy=scan_policy(ports="1-1000"))
+    failed = 0
+    for _ in range(200):
+        for task in broken.tasks[failed:]:
+            failed += 1
+            await broken.fail(task, "exited with 1")
+        await world.wait(1)
+        if (await world.store.jobs([1]))[1].final:
+            break
+    assert (await world.store.jobs([1]))[1].status is JobStatus.COMPLETED
+    assert failed
+
+
+@pytest.mark.proves("F30", "G18")
+@pytest.mark.parametrize(("max_rate", "width"), [(100, 1), (1_000, 2), (1_700, 3)])
+async def test_the_rates_of_a_job_add_up_to_its_max_rate(world: World, max_rate: int, width: int) -> None:
+    """However many slots are free, the nmaps of a job that run at once share its `max_rate`."""
+    world.worker.slots = 20
+    await world.start()
+    await world.worker.announce()
+    await world.submit("127.9.0.0/20", policy=scan_policy(ports="1-1000", max_rate=max_rate))
+    await world.settle()
+    assert len(tasks(world)) == width
+    assert sum(task.max_rate or 0 for task in tasks(world)) <= max_rate
+    for number in range(1, 4):
+        done = tasks(world)[-1]
+        await world.worker.claim(done)
+        await world.worker.scanned(done)
+        await world.worker.announce()
+        await world.settle()
+        assert len(tasks(world)) == width + number
+
+
+@pytest.mark.proves("F30")
+async def test_two_port_blocks_of_an_address_are_never_scanned_at_once(world: World) -> None:
+    """All ports of one host are scanned block after block, however many slots are free."""
+    world.worker.slots = 20
+    await world.start()
+    await world.worker.announce()
+    await world.submit("127.9.8.1/32", policy=scan_policy(ports="1-65535"))
+    await world.settle()
+    for number in range(1, 9):
+        assert len(tasks(world)) == number
+        await world.worker.claim(tasks(world)[-1])
+        await world.worker.scanned(tasks(world)[-1])
+        await world.worker.announce()
+        await world.settle()
+    assert (await world.store.jobs([1]))[1].status is JobStatus.COMPLETED
+
+
+@pytest.mark.proves("F27", "G17")
+async def test_an_unreadable_job_keeps_no_other_from_being_dispatched(world: World) -> None:
+    """A chunk whose job cannot be read is skipped with a line in the log; the user's other chunks go on."""
+    await world.start()
+    await world.worker.announce()
+    await queue(world, 7, 2)
+    await world.store.insert_chunks([chunk(id="99-0", job_id=99, turn=-5)])
+    world.only.dispatcher.wake()
+    await world.settle()
+    assert [task.chunk_id for task in tasks(world)] == ["7-0", "7-1"]
+
+
+async def test_nothing_is_read_while_no_worker_has_room(world: World) -> None:
+    """With every worker full, a look reads what workers hold and no queue, however many users wait."""
+    await world.start()
+    for user in range(1, 9):
+        await queue(world, user, 5)
+    await world.worker.announce()
+    await world.settle()
+    reads: list[int] = []
+    store = world.store
+    count = store.queue
+
+    async def counted(user_id: int, *arguments: Any, **named: Any) -> Any:
+        reads.append(user_id)
+        return await count(user_id, *arguments, **named)
+
+    store.queue = counted  # type: ignore[method-assign] # counts what is read
+    await world.worker.announce()
+    await world.settle()
+    assert reads == []
 
 
 async def test_work_is_spread_over_workers(world: World) -> None:
@@ -197,24 +315,27 @@ async def test_one_who_used_much_waits_for_one_who_used_little(world: World) -> 
     await world.start()
     await queue(world, 1, 10)
     await queue(world, 2, 10)
-    await world.store.wake_clocks([Clock(1, 10.0), Clock(2, 0.0)])
+    await world.store.wake_clocks([Clock(1, 10.0), Clock(2, 0.0)], 0.0)
     await world.worker.announce()
     await world.settle()
     assert [task.user_id for task in tasks(world)][:2] == [2, 2]
 
 
-async def test_the_clock_is_corrected_to_what_was_really_used(world: World) -> None:
-    """At the end of a chunk its user has paid the real slot seconds instead of the estimate, once."""
+async def test_a_user_pays_what_the_orchestrator_measured_once(world: World) -> None:
+    """At the end of a chunk its user has paid the time since its dispatch, whatever the worker reports, and only once."""
     await world.start()
-    await queue(world, 7, 2)
+    await queue(world, 7, 1)
     world.worker.slots = 1
     await world.worker.announce()
     await world.settle()
     (task,) = world.worker.tasks
+    await world.worker.claim(task)
+    await world.settle()
+    world.now += 7.0
     for _ in range(3):
         await world.worker.scanned(task)
     await world.settle()
-    assert (await world.store.clocks([7]))[7].time == pytest.approx(0.1 + 5.0)  # and the next one's estimate
+    assert (await world.store.clocks([7])).users[7].time == pytest.approx(7.0)
 
 
 async def test_jobs_of_one_user_take_turns(world: World) -> None:
@@ -249,18 +370,46 @@ async def test_raw_chunks_wait_for_a_worker_that_may(world: World) -> None:
     assert 7 not in by_worker["w-1"]
 
 
-async def test_without_a_raw_worker_raw_chunks_go_to_one_that_will_refuse(world: World) -> None:
-    """When no raw worker has been heard of, a job that needs one is not left waiting for ever."""
+@pytest.mark.proves("F28")
+async def test_raw_chunks_never_go_to_a_plain_worker(world: World) -> None:
+    """When the last raw worker leaves, its job's chunks wait for another one, and the job shows it until it comes."""
+    raw = Worker(world.bus, "w-raw", slots=2, raw=True)
+    raw.hold = True
+    world.workers.append(raw)
     await world.start()
-    await queue(world, 7, 1, needs_raw=True)
-    await world.worker.announce()
-    await world.settle()
-    assert len(world.worker.tasks) == 1
+    await world.submit("127.9.0.0/24", policy=scan_policy(ports="1-1000", technique="syn"))
+    await world.wait(1)
+    assert len(raw.tasks) == 2
+    raw.slots = 0
+    for task in raw.tasks:
+        await raw.release(task)
+    await world.wait(15)
+    assert world.worker.tasks == []
+    job = (await world.store.jobs([1]))[1]
+    assert (job.waiting, job.error, job.final) == ("no_raw_worker", "", False)
+    assert world.events(1)[-1].waiting == "no_raw_worker"
+    raw.slots = 4
+    raw.hold = False
+    await world.wait(15)
+    job = (await world.store.jobs([1]))[1]
+    assert (job.status, job.waiting) == (JobStatus.COMPLETED, "")
+
+
+async def test_a_job_without_a_raw_worker_fails_after_a_while(world: World) -> None:
+    """A job that waited for a raw worker for as long as is set fails, with what to do in its error."""
+    await world.start()
+    await world.submit("127.9.8.0/30", policy=scan_policy(technique="syn"))
+    await world.wait(590)
+    assert not (await world.store.jobs([1]))[1].final
+    await world.wait(40)
+    job = (await world.store.jobs([1]))[1]
+    assert (job.status, job.settled) == (JobStatus.FAILED, True)
+    assert "no worker that may send raw packets was available for 600 s" in job.error
 
 
 async def test_chunks_of_an_ended_job_are_cancelled_and_not_sent(world: World) -> None:
     """Chunks that a slow replica inserts after their job was cancelled and settled are never scanned, nor left queued."""
-    ended = change(scan_job(1, chunk_count=30, settled=True), JobTrigger.CANCEL, utc_now())
+    ended = change(scan_job(1, chunk_count=30, made=30, settled=True), JobTrigger.CANCEL, utc_now())
     await world.store.insert_jobs([ended])
     await world.store.insert_chunks([chunk(id=f"1-{n}", index=n, turn=n) for n in range(30)])
     await queue(world, 8, 1)
@@ -268,7 +417,7 @@ async def test_chunks_of_an_ended_job_are_cancelled_and_not_sent(world: World) -
     await world.worker.announce()
     await world.settle()
     assert [task.job_id for task in world.worker.tasks] == [8]
-    assert (await world.store.chunk_states([1]))[1] == {ChunkState.CANCELLED: 30}
+    assert [each.state async for each in world.store.job_chunks(1)] == [ChunkState.CANCELLED] * 30
 
 
 async def test_two_replicas_never_dispatch_a_chunk_twice() -> None:
@@ -299,7 +448,7 @@ async def test_an_announcement_is_taken_as_it_stands(world: World) -> None:
 
 
 class Noting(MemoryStore):
-    """Notes which workers it is told of, and when it is asked what they hold: once in each round."""
+    """Notes which workers announced themselves, and when it is asked what they hold: once in each round."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -311,9 +460,9 @@ class Noting(MemoryStore):
         self.seen += [worker.worker_id for worker in seen]
         await super().seen_workers(seen)
 
-    async def held(self, announced: Iterable[Credit]) -> list[Credit]:
+    async def held(self) -> list[Held]:
         self.rounds.append(asyncio.get_running_loop().time())
-        return await super().held(announced)
+        return await super().held()
 
 
 async def test_a_worker_is_noted_every_five_seconds_and_when_it_changes() -> None:

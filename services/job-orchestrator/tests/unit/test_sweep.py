@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 
+from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.job import JobTrigger, change
+from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.testing import MemoryStore, World, chunk, scan_job, scan_policy
 from job_orchestrator.testing.things import THEN
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError
 from scanfleet.messages import ChunkScanned, JobCancelled, JobCompleted, JobCreated, JobStarted, JobStatus
 from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_RESULTS, SCAN_TASKS
+from scanfleet.policy import Preset, fill_in
 
 
 async def test_an_event_that_was_not_published_is(world: World) -> None:
@@ -38,18 +42,20 @@ async def test_a_fresh_event_is_left_to_its_replica(world: World) -> None:
 
 
 async def test_a_scanned_chunk_is_asked_for_again(world: World) -> None:
-    """A chunk that waits for result-store for a minute has its ChunkScanned sent again, each minute."""
+    """A chunk that waits for result-store has its ChunkScanned sent again when it is due, by the owner of its partition."""
     scanned = chunk(
         id="9-0",
         job_id=9,
+        partition=3,
         state=ChunkState.SCANNED,
         outcomes="asdt",
         attempt=3,
         worker_id="w-7",
         technique="syn",
-        scanned_at=utc_now() - timedelta(seconds=61),
+        ask_at=utc_now() - timedelta(seconds=1),
     )
-    await world.store.insert_chunks([scanned, replace(scanned, id="9-1", index=1, scanned_at=utc_now())])
+    later = replace(scanned, id="9-1", index=1, ask_at=utc_now() + timedelta(seconds=3_600))
+    await world.store.insert_chunks([scanned, later])
     await world.only.sweeper.sweep()
     await world.only.sweeper.sweep()
     (asked,) = world.bus.messages(SCAN_RESULTS)
@@ -67,7 +73,7 @@ async def test_a_scanned_chunk_is_asked_for_again(world: World) -> None:
 
 async def test_what_was_lost_on_the_way_to_the_store_is_made_good(world: World) -> None:
     """A job whose ChunkScanned got lost completes after it was asked for again."""
-    await world.store.insert_jobs([replace(scan_job(9), status=JobStatus.RUNNING, outbox=())])
+    await world.store.insert_jobs([replace(scan_job(9, made=1), status=JobStatus.RUNNING, outbox=())])
     await world.store.insert_chunks(
         [chunk(id="9-0", job_id=9, state=ChunkState.SCANNED, outcomes="asdt", attempt=1, worker_id="w")]
     )
@@ -77,7 +83,7 @@ async def test_what_was_lost_on_the_way_to_the_store_is_made_good(world: World) 
 
 async def test_an_unfinished_job_is_brought_to_its_end(world: World) -> None:
     """A job whose last step nobody took, because its replica died, is ended by the next pass."""
-    await world.store.insert_jobs([replace(scan_job(9), status=JobStatus.RUNNING, outbox=())])
+    await world.store.insert_jobs([replace(scan_job(9, made=1), status=JobStatus.RUNNING, outbox=())])
     await world.store.insert_chunks([chunk(id="9-0", job_id=9, state=ChunkState.STORED, outcomes="asdt")])
     await world.only.sweeper.sweep()
     job = (await world.store.jobs([9]))[9]
@@ -93,7 +99,7 @@ async def test_a_job_without_chunks_gets_them(world: World) -> None:
 
 async def test_open_chunks_of_an_ended_job_are_cancelled(world: World) -> None:
     """A cancelled job that was left with open chunks, settled or not, is cleaned up, and their holders are stopped."""
-    ended = change(scan_job(9, chunk_count=2), JobTrigger.CANCEL, THEN)
+    ended = change(scan_job(9, chunk_count=2, made=2), JobTrigger.CANCEL, THEN)
     await world.store.insert_jobs([ended])
     await world.store.insert_chunks(
         [
@@ -103,7 +109,7 @@ async def test_open_chunks_of_an_ended_job_are_cancelled(world: World) -> None:
     )
     await world.only.sweeper.sweep()
     await world.settle()
-    assert (await world.store.chunk_states([9]))[9] == {ChunkState.CANCELLED: 2}
+    assert [each.state async for each in world.store.job_chunks(9)] == [ChunkState.CANCELLED] * 2
     assert (await world.store.jobs([9]))[9].settled
     assert [stop.chunk_id for stop in world.worker.stops] == ["9-0"]
 
@@ -111,7 +117,7 @@ async def test_open_chunks_of_an_ended_job_are_cancelled(world: World) -> None:
 async def test_unfinished_jobs_are_looked_at_every_ten_seconds(world: World) -> None:
     """Between two looks at all unfinished jobs lie ten seconds, whatever else is swept."""
     await world.only.sweeper.sweep()
-    await world.store.insert_jobs([replace(scan_job(9), status=JobStatus.RUNNING, outbox=())])
+    await world.store.insert_jobs([replace(scan_job(9, made=1), status=JobStatus.RUNNING, outbox=())])
     await world.store.insert_chunks([chunk(id="9-0", job_id=9, state=ChunkState.STORED, outcomes="asdt")])
     world.now += 9.0
     await world.only.sweeper.sweep()
@@ -121,45 +127,79 @@ async def test_unfinished_jobs_are_looked_at_every_ten_seconds(world: World) -> 
     assert (await world.store.jobs([9]))[9].status is JobStatus.COMPLETED
 
 
-async def test_a_large_job_is_made_beside_small_ones(world: World) -> None:
-    """A job of ten thousand chunks runs from its first page on, and a small one does not wait for the last."""
+@pytest.mark.proves("F34", "G20")
+async def test_a_large_job_is_made_in_a_window(world: World) -> None:
+    """Of a job of 65,536 chunks at most a window is made ahead of dispatch, and all of it is scanned and counted once."""
     world.worker.hold = True
-    large = await world.submit("127.8.0.0/16", policy=scan_policy(ports="1-5000"))
+    large = await world.submit("127.8.0.0/16", policy=fill_in(Preset.FULL, {"service_detection": False, "scripts": ()}))
     small = await world.submit("127.9.8.0/30", user_id=8)
-    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+    await world.settle()
     (large_job,), (small_job,) = world.accepted(large), world.accepted(small)
-    await world.only.jobs.work()
-    states = await world.store.chunk_states([large_job.id, small_job.id])
-    count = (await world.store.jobs([large_job.id]))[large_job.id].chunk_count
-    assert states[large_job.id].total() <= 1_000 < count
-    assert states[small_job.id].total() == 1
-    for _ in range(count // 500):
-        await world.only.jobs.work()
-    assert (await world.store.chunk_states([large_job.id]))[large_job.id].total() == count
-    assert len({each.id async for each in world.store.job_chunks(large_job.id)}) == count
+    job = (await world.store.jobs([large_job.id]))[large_job.id]
+    assert job.chunk_count > 65_000
+    assert job.made == plan.WINDOW
+    assert (await world.store.jobs([small_job.id]))[small_job.id].made == 1
+    done = 0
+    while done < 2_000:
+        for task in world.worker.tasks[done:]:
+            done += 1
+            await world.worker.claim(task)
+            await world.worker.scanned(task)
+        await world.worker.announce()
+        await world.settle()
+    job = (await world.store.jobs([large_job.id]))[large_job.id]
+    standing = (await world.store.standings([job.id]))[job.id]
+    assert standing.open <= plan.WINDOW
+    assert job.totals.done == standing.lowest
+    assert sum(job.totals.probes.values()) == 4 * 8_192 * job.totals.done
 
 
-async def test_a_large_job_is_cancelled_while_it_is_made(world: World) -> None:
-    """A cancel in the middle of making thousands of chunks stops the making, and leaves none open."""
+async def test_a_large_job_is_cancelled_in_one_window(world: World) -> None:
+    """A cancel of a job of thousands of chunks cancels those that were made, and none is made afterwards."""
     world.workers = []
     await world.submit("127.8.0.0/16", policy=scan_policy(ports="1-5000"))
-    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
-    for _ in range(3):
-        await world.only.jobs.work()
+    await world.settle()
     await world.cancel(1)
     await world.settle()
-    for _ in range(10):
-        await world.only.jobs.work()
     job = (await world.store.jobs([1]))[1]
-    states = (await world.store.chunk_states([1]))[1]
     assert (job.status, job.settled) == (JobStatus.CANCELLED, True)
-    assert set(states) == {ChunkState.CANCELLED}
-    assert states.total() < job.chunk_count
+    assert [each.state async for each in world.store.job_chunks(1)] == [ChunkState.CANCELLED] * plan.WINDOW
+    assert Tally(job).counts["cancelled"] == job.addresses * job.ports
+
+
+async def test_three_replicas_make_each_chunk_once() -> None:
+    """Each chunk of a job is inserted by the replica that works on the job, and by no other."""
+    inserted: Counter[str] = Counter()
+
+    class Counting(MemoryStore):
+        async def insert_chunks(self, chunks: Sequence[Chunk]) -> None:
+            inserted.update(each.id for each in chunks)
+            await super().insert_chunks(chunks)
+
+    world = World(Counting(), replicas=3)
+    await world.start()
+    await world.worker.announce()
+    await world.submit("127.9.0.0/20", policy=scan_policy(ports="1-1000"))
+    await world.wait(40)
+    job = (await world.store.jobs([1]))[1]
+    assert job.status is JobStatus.COMPLETED
+    assert inserted.total() == len(inserted) == job.chunk_count
+
+
+@pytest.mark.proves("F27", "G17")
+async def test_a_faulty_job_stops_no_other(world: World) -> None:
+    """A job that raises a fault of ours is skipped with a line in the log until it changes; the others end."""
+    await world.store.insert_jobs([scan_job(8, cidr="127.9.8.0/30", chunk_addresses=0), scan_job(9)])
+    await world.wait(2)
+    assert (await world.store.jobs([9]))[9].status is JobStatus.COMPLETED
+    assert (await world.store.jobs([8]))[8].status is JobStatus.PENDING
 
 
 async def test_running_chunks_of_a_large_job_are_stopped_first(world: World) -> None:
     """A cancel of a job with thousands of queued chunks stops those that send packets at once, not when it gets there."""
-    await world.store.insert_jobs([replace(scan_job(9, chunk_count=5_001), status=JobStatus.RUNNING, outbox=())])
+    await world.store.insert_jobs(
+        [replace(scan_job(9, chunk_count=5_001, made=5_001), status=JobStatus.RUNNING, outbox=())]
+    )
     await world.store.insert_chunks([chunk(id=f"9-{n}", job_id=9, index=n) for n in range(5_000)])
     held = chunk(id="9-5000", job_id=9, index=5_000, state=ChunkState.RUNNING, worker_id="w-1", attempt=1)
     await world.store.insert_chunks([held])
@@ -179,32 +219,33 @@ class ForgetfulStore(MemoryStore):
     async def insert_chunks(self, chunks: Sequence[Chunk]) -> None:
         self.left -= 1
         if self.left == 0:
-            raise DependencyError("the database is away")
+            raise DependencyError("the database is unavailable")
         await super().insert_chunks(chunks)
 
 
 @pytest.mark.parametrize("lost", [1, 2, 3])
-async def test_making_chunks_goes_on_after_a_bad_day(lost: int) -> None:
-    """When a page of chunks cannot be stored none of them is left out in the end."""
+async def test_making_chunks_goes_on_after_a_failed_insert(lost: int) -> None:
+    """When chunks cannot be stored none of them is left out in the end."""
     store = ForgetfulStore(lost)
     world = World(store)
+    world.worker.slots = 100
     await world.start()
-    await world.submit("127.9.0.0/18", policy=scan_policy(ports="1-5000", timing=2))
-    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
-    for _ in range(lost - 1):
-        await world.only.jobs.work()
-    with pytest.raises(DependencyError):
-        await world.only.jobs.work()
-    await world.settle()
+    await world.worker.announce()
+    await world.submit("127.9.0.0/20", policy=scan_policy(ports="1-5000"))
+    for _ in range(100):
+        try:
+            await world.wait(1)
+        except DependencyError:
+            continue
+        if (await store.jobs([1]))[1].final:
+            break
     job = (await store.jobs([1]))[1]
-    for _ in range(job.chunk_count // 500):
-        await world.only.jobs.work()
-    assert (await store.chunk_states([1]))[1].total() == job.chunk_count > 2_000
+    assert (job.status, job.made) == (JobStatus.COMPLETED, job.chunk_count)
 
 
 async def test_a_job_that_is_over_when_it_is_first_seen_to_run_is_one_change(world: World) -> None:
     """A job whose chunks are all stored starts and ends in one save, and tells of both in order."""
-    job = replace(scan_job(9, chunk_count=1), outbox=())
+    job = replace(scan_job(9, chunk_count=1, made=1), outbox=())
     await world.store.insert_jobs([job])
     await world.store.insert_chunks([chunk(id="9-0", job_id=9, state=ChunkState.STORED, outcomes="a" * job.addresses)])
     await world.only.jobs.reconcile([9])
