@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from itertools import pairwise
@@ -22,6 +22,7 @@ from job_orchestrator.domain.chunk import HELD, MAX_FAILURES, Chunk, ChunkState,
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.store import Store
+from job_orchestrator.domain.totals import EMPTY
 from job_orchestrator.repository import MongoStore
 from job_orchestrator.testing import MemoryStore, Worker, World, scan_policy
 from scanfleet import mongo
@@ -70,8 +71,8 @@ class Inspector:
     async def jobs_with_old_events(self, before: datetime, limit: int) -> list[int]:
         return await self._store.jobs_with_old_events(before + timedelta(days=1), limit)
 
-    async def overdue_chunks(self, before: datetime, limit: int) -> list[Chunk]:
-        return await self._store.overdue_chunks(before + timedelta(days=1), limit)
+    async def overdue_chunks(self, now: datetime, limit: int, partitions: Collection[int]) -> list[Chunk]:
+        return await self._store.overdue_chunks(now + timedelta(days=1), limit, partitions)
 
     async def save_jobs(self, jobs: Sequence[ScanJob]) -> set[int]:
         before = await self._store.jobs([job.id for job in jobs])
@@ -96,10 +97,11 @@ class Inspector:
             if before.status is JobStatus.PENDING:  # a short job starts and ends in one save
                 ways |= set(jobs_.TABLE[JobStatus.RUNNING].values())
             assert after.status in ways
-        told: dict[str, Any] = {"outbox": (), "rev": 0, "settled": False}
+        internal: dict[str, Any] = {"outbox": (), "rev": 0, "settled": False, "totals": EMPTY, "seconds_left": 0.0}
         if before.final:
-            assert replace(before, **told) == replace(after, **told), "a final job changed"
-        if replace(before, **told) != replace(after, **told):
+            assert replace(before, **internal) == replace(after, **internal), "a final job changed"
+        internal |= {"made": 0, "turn": 0}
+        if replace(before, **internal) != replace(after, **internal):
             assert after.seq > before.seq
         assert after.progress >= before.progress
         assert after.machines_found >= before.machines_found
@@ -111,10 +113,8 @@ class Inspector:
     def _check_chunk(before: Chunk, after: Chunk) -> None:
         if before.state is not after.state:
             assert any(after.state in ends for ends in chunks_.TABLE[before.state].values())
-        told: dict[str, Any]
-        if before.state in {ChunkState.STORED, ChunkState.FAILED}:
-            told = {"charged": 0.0, "rev": 0}
-            assert replace(before, **told) == replace(after, **told), "a final chunk changed"
+        if before.state is ChunkState.STORED:
+            assert replace(before, rev=0) == replace(after, rev=0), "a final chunk changed"
         assert after.attempt >= before.attempt
         assert after.failures <= MAX_FAILURES
         if after.state in {ChunkState.SCANNED, ChunkState.STORED}:
@@ -300,16 +300,21 @@ class Life(RuleBasedStateMachine):
         async def check() -> None:
             for job in await self.jobs():
                 stored = {each.id: each async for each in self.world.store.job_chunks(job.id)}
-                planned = {each.id: each for each in plan.chunks(job, 0)}
-                assert stored.keys() <= planned.keys()
-                tally = Tally(job)
-                for each in (planned | stored).values():
-                    tally.add(each)
-                assert sum(tally.counts.values()) == job.addresses * job.ports
-                assert min(tally.counts.values()) >= 0
+                planned = [each.id for each in plan.chunks(job, 0, job.chunk_count)]
+                assert list(stored) == planned[: len(stored)]
+                whole, ended = Tally(job, EMPTY), Tally(job, EMPTY)
+                for each in stored.values():
+                    whole.add(each)
+                    if each.index < job.totals.done:
+                        ended.end(each)
+                assert sum(whole.counts.values()) == job.addresses * job.ports
+                assert min(whole.counts.values()) >= 0
+                if job.status is not JobStatus.CANCELLED or job.settled:
+                    assert ended.totals == job.totals
                 if job.status is JobStatus.COMPLETED:
-                    assert tally.accounted
-                    assert tally.chunks == {ChunkState.STORED: job.chunk_count}
+                    assert whole.accounted
+                    assert {each.state for each in stored.values()} == {ChunkState.STORED}
+                    assert len(stored) == job.chunk_count
 
         if hasattr(self, "world"):
             self.run(check())
@@ -405,8 +410,8 @@ class Life(RuleBasedStateMachine):
             if current and chunk.state in HELD:
                 continue
             free: dict[str, Any] = {"rev": 0}
-            if current:  # an end is charged once, and a cancelled chunk learns what was done before
-                free |= {"charged": 0.0} | ({"outcomes": ""} if chunk.state is ChunkState.CANCELLED else {})
+            if current and chunk.state is ChunkState.CANCELLED:  # it takes the map of what was done before
+                free["outcomes"] = ""
             cancelled = replace(chunk, state=ChunkState.CANCELLED)  # because of its job
             assert replace(after, **free) in [replace(each, **free) for each in (chunk, cancelled)], "it counts"
         sent = self.world.bus.messages(SCAN_TASKS)[tasks:]
