@@ -121,7 +121,8 @@ class MongoStore:
 
     @bad_days()
     async def time(self) -> datetime:
-        now: datetime = (await self._database.command("hello"))["localTime"]
+        hello = await self._database.command("hello", codec_options=self._database.codec_options)
+        now: datetime = hello["localTime"]
         return now
 
     async def take_ids(self, name: str, count: int = 1) -> range:
