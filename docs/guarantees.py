@@ -35,6 +35,9 @@ PROMISES: Final[Mapping[str, str]] = {
     "G14": "Only tokens of the configured issuer, audience and algorithms count, and keys rotate without a restart",
     "G15": "Every change and every refusal is in the audit log: who, from where, what, which rule, which request",
     "G16": "`completed` means that every probe of the request has its outcome in the ledger and every result can be read",
+    "G17": "A faulty worker, host, document or job affects nothing but itself",
+    "G18": "A job's packet rate never exceeds its `max_rate`, whatever the number of workers",
+    "G20": "The cost of a step does not grow with the size of a job or backlog; no user can exhaust the platform",
 }
 
 
@@ -101,6 +104,34 @@ FAULTS: Final[Mapping[str, Trial]] = {
     "F24": Trial(
         "mixed load with a random process killed every 10 s: `make soak MINUTES=10`, and a minute in `make test`",
         "every promise; memory and descriptors stay flat",
+    ),
+    "F25": Trial(
+        "a worker whose nmap cannot start, beside healthy ones",
+        "results as without it; the worker excludes itself, and nothing is lost",
+    ),
+    "F26": Trial(
+        "a host that crashes nmap, floods its output or breaks its XML, among others",
+        "that one address is lost or timed out; all others complete",
+    ),
+    "F27": Trial(
+        "one unreadable job or chunk, or a job that raises a fault",
+        "other jobs are unaffected; a counter and a line in the log name it",
+    ),
+    "F28": Trial(
+        "the only worker that may send raw packets drains, plain ones stay",
+        "its jobs wait and show why; nothing is refused or dead-lettered",
+    ),
+    "F29": Trial(
+        "rebalances in quick succession while a worker is dead; scan-progress unread for a minute",
+        "its work is reassigned within the bound; nothing is dispatched twice",
+    ),
+    "F30": Trial(
+        "`max_rate` and slow timings with many free slots",
+        "the rates of a job's nmaps add up to its `max_rate`, and no address is in two of them",
+    ),
+    "F34": Trial(
+        "a job of 65,536 chunks beside small ones",
+        "a window of its chunks exists at a time; each is made, scanned and counted once",
     ),
 }
 
