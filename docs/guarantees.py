@@ -35,6 +35,7 @@ PROMISES: Final[Mapping[str, str]] = {
     "G14": "Only tokens of the configured issuer, audience and algorithms count, and keys rotate without a restart",
     "G15": "Every change and every refusal is in the audit log: who, from where, what, which rule, which request",
     "G16": "`completed` means that every probe of the request has its outcome in the ledger and every result can be read",
+    "G17": "A faulty worker, host, document or job affects nothing but itself",
 }
 
 
@@ -92,7 +93,9 @@ FAULTS: Final[Mapping[str, Trial]] = {
         "nmap hangs, exits with 1, writes half a document or without end, ignores SIGTERM, forks",
         "it is stopped, whole hosts count, `error` says why, nothing is left running",
     ),
-    "F21": Trial("a worker has no disk for temporary files", "its chunks fail with a reason, and it stays up"),
+    "F21": Trial(
+        "a worker has no disk for temporary files", "its chunks are released, and it stays up and scans when there is room"
+    ),
     "F22": Trial("two of every service", "no chunk is claimed twice, order is kept"),
     "F23": Trial(
         "the JWKS endpoint is away, a key is rotated",
@@ -102,6 +105,11 @@ FAULTS: Final[Mapping[str, Trial]] = {
         "mixed load with a random process killed every 10 s: `make soak MINUTES=10`, and a minute in `make test`",
         "every promise; memory and descriptors stay flat",
     ),
+    "F25": Trial(
+        "a worker whose nmap cannot start, whose temporary folder is full, whose fork fails, beside healthy ones",
+        "results as without it; the worker excludes itself; nothing is lost",
+    ),
+    "F32": Trial("a worker is stopped with SIGSTOP while nmap runs", "no packet after two thirds of a lease plus 1 s"),
 }
 
 ABUSE: Final[Mapping[str, Trial]] = {

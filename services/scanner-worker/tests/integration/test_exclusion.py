@@ -98,7 +98,7 @@ def disk(
 
     @contextlib.contextmanager
     def full() -> Iterator[None]:
-        files = []
+        files: list[Path] = []
         with contextlib.suppress(OSError):
             while True:
                 file = tmp_path / str(len(files))
