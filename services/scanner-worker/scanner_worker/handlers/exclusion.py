@@ -13,7 +13,6 @@ from scanfleet.errors import DependencyError
 from scanner_worker.domain import CannotStartError
 
 FAILURES: Final = 3  # runs in a row that failed on different chunks: one bad chunk excludes no worker
-CHECK_S: Final = 10.0  # for a trial run, which takes a tenth of a second
 SHORTEST_S: Final = 1.0  # before the first trial run, doubled with each that follows
 LONGEST_S: Final = 60.0
 
@@ -100,10 +99,7 @@ class Exclusion:
 
     async def _try(self) -> None:
         try:
-            async with asyncio.timeout(CHECK_S):
-                await self._check()
-        except TimeoutError:
-            self.exclude(f"a trial run of nmap did not end within {CHECK_S:.0f} s")
+            await self._check()
         except CannotStartError as error:
             self.exclude(str(error))
         else:

@@ -29,6 +29,10 @@ MakeChunk = Callable[..., ScanChunk]
 Until = Callable[..., Awaitable[None]]
 
 NMAP = "/usr/bin/nmap"
+# As far as nmap gets before it sends anything.
+HEAD = """<?xml version="1.0"?>
+<!DOCTYPE nmaprun>
+<nmaprun scanner="nmap"><scaninfo type="connect" protocol="tcp" numservices="2" services="22,80"/>"""
 LIMITS = Limits(output=16 << 20, host=4 << 20, stall_seconds=60)
 
 
@@ -206,7 +210,7 @@ async def test_worker_whose_nmap_always_exits_with_1_takes_no_fourth_chunk(
     async with rigged(program) as rig:
         await until(lambda: rig.slots == 2)
         program.unlink()
-        program.write_text("#!/bin/sh\necho no luck >&2\nexit 1\n")
+        program.write_text(f"#!/bin/sh\necho '{HEAD}'\nexit 1\n")
         program.chmod(0o755)
         for number in range(3):
             await rig.bus.publish(SCAN_TASKS, [make_chunk(chunk_id=f"1-{number}")])
