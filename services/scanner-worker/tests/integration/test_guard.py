@@ -105,6 +105,15 @@ async def test_guard_spares_what_starts_after_the_worker_has_resumed(guarding: G
         assert process.returncode is None
 
 
+async def test_killing_stops_as_soon_as_the_worker_has_resumed(guarding: Guard) -> None:
+    """A look at the processes that is under way when the worker writes kills none of those it still finds."""
+    process = await guarding.start_marked()
+    assert guard.kill_marked(guarding.mark, unless=lambda: True) == 0
+    assert process.returncode is None
+    await asyncio.sleep(0.2)
+    assert process.returncode is None
+
+
 async def test_guard_applies_the_last_limit_written(guarding: Guard) -> None:
     """A shorter lease shortens the limit at once."""
     loop = asyncio.get_running_loop()
