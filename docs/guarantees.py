@@ -94,7 +94,8 @@ FAULTS: Final[Mapping[str, Trial]] = {
         "it is stopped, whole hosts count, `error` says why, nothing is left running",
     ),
     "F21": Trial(
-        "a worker has no disk for temporary files", "its chunks are released, and it stays up and scans when there is room"
+        "a worker has no disk for temporary files",
+        "its chunks are released, and it stays up and scans when there is room",
     ),
     "F22": Trial("two of every service", "no chunk is claimed twice, order is kept"),
     "F23": Trial(
