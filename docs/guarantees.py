@@ -22,8 +22,7 @@ PROMISES: Final[Mapping[str, str]] = {
     "G2": "One job at most for a user, an idempotency key and a subnet",
     "G3": "Work is done at least once, and its results count once: one record for a job, address, protocol and port",
     "G4": "The work of a dead or frozen worker goes to another, within a lease and a sweep",
-    "G5": "A superseded worker changes no state: it may be the first to tell of a host, never the second, and never after "
-    "its chunk is stored",
+    "G5": "A superseded worker changes no state: it may be the first to tell of a host, never the second, and never after its chunk is stored",
     "G6": "States move along the published graph alone, and final ones never change",
     "G7": "A job's life-cycle events first appear in the order of `seq`, none missing; a duplicate has the same id",
     "G8": "A cancelled job sends no more packets, or it was complete before: never both",
@@ -95,7 +94,10 @@ FAULTS: Final[Mapping[str, Trial]] = {
         "nmap hangs, exits with 1, writes half a document or without end, ignores SIGTERM, forks",
         "it is stopped, whole hosts count, `error` says why, nothing is left running",
     ),
-    "F21": Trial("a worker has no disk for temporary files", "its chunks fail with a reason, and it stays up"),
+    "F21": Trial(
+        "a worker has no disk for temporary files",
+        "its chunks are released, and it stays up and scans when there is room",
+    ),
     "F22": Trial("two of every service", "no chunk is claimed twice, order is kept"),
     "F23": Trial(
         "the JWKS endpoint is away, a key is rotated",
@@ -106,8 +108,8 @@ FAULTS: Final[Mapping[str, Trial]] = {
         "every promise; memory and descriptors stay flat",
     ),
     "F25": Trial(
-        "a worker whose nmap cannot start, beside healthy ones",
-        "results as without it; the worker excludes itself, and nothing is lost",
+        "a worker whose nmap cannot start, whose temporary folder is full, whose fork fails, beside healthy ones",
+        "results as without it; the worker excludes itself; nothing is lost",
     ),
     "F26": Trial(
         "a host that crashes nmap, floods its output or breaks its XML, among others",
@@ -129,6 +131,7 @@ FAULTS: Final[Mapping[str, Trial]] = {
         "`max_rate` and slow timings with many free slots",
         "the rates of a job's nmaps add up to its `max_rate`, and no address is in two of them",
     ),
+    "F32": Trial("a worker is stopped with SIGSTOP while nmap runs", "no packet after two thirds of a lease plus 1 s"),
     "F34": Trial(
         "a job of 65,536 chunks beside small ones",
         "a window of its chunks exists at a time; each is made, scanned and counted once",

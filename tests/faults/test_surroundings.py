@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 import httpx
 import pytest
 
+from local.client import FINAL
 from local.wait import until
 from scanfleet.messages import ChunkScanned
 from scanfleet.messages.topics import SCAN_PROGRESS
@@ -57,10 +58,10 @@ def test_a_token_from_the_future(platform: Platform) -> None:
 
 @pytest.mark.proves("F21", "G1")
 @pytest.mark.parametrize("trouble", ["gone", "full"])
-def test_a_worker_without_a_temporary_folder(
+def test_job_of_a_lone_worker_without_disk_completes_once_there_is_room(
     platform: Platform, user: Caller, invariants: Invariants, trouble: str
 ) -> None:
-    """Without a place for temporary files a worker fails its chunks with a reason, stays up, and scans when there is one."""
+    """Without a place for temporary files a worker is unready and stays up, its job waits, and completes when there is one."""
     platform.stack.stop("scanner-worker-1")
     try:
         until(lambda: platform.ready("scanner-worker-2"), LIMIT, "the second worker to be ready")
@@ -68,14 +69,37 @@ def test_a_worker_without_a_temporary_folder(
         pid = platform.pid("scanner-worker-2")
         with platform.no_disk(full=trouble == "full"):
             job_id = user.scan(platform.network(30), **TINY)
-            status = user.finished(job_id)["status"]
-        assert status["status"] == "failed"
-        assert user.ledger(job_id)["counts"]["lost"] == 4 * 20
-        assert "nmap could not be started" in " ".join(chunk["reason"] for chunk in platform.chunks(job_id))
-        assert user.finished(user.scan(platform.network(30), **TINY))["status"]["status"] == "completed"
+            until(lambda: not platform.ready("scanner-worker-2"), LIMIT, "the second worker to exclude itself")
+            platform.wait(5)  # many attempts of a worker that goes on taking chunks
+            assert user.status(job_id) not in FINAL
+        assert user.finished(job_id)["status"]["status"] == "completed"
+        assert {chunk["failures"] for chunk in platform.chunks(job_id)} == {0}
+        assert platform.ready("scanner-worker-2")
         assert platform.pid("scanner-worker-2") == pid
     finally:
         platform.stack.start("scanner-worker-1")
+    invariants.check()
+
+
+@pytest.mark.proves("F25", "G17")
+def test_worker_without_disk_beside_a_healthy_one_changes_no_result(
+    platform: Platform, user: Caller, invariants: Invariants
+) -> None:
+    """Of two workers one cannot start nmap: the job's results and ledger are those of two healthy ones, and no chunk has a failure."""
+    with platform.servers() as places, platform.no_disk(full=True):
+        jobs = [user.scan(platform.network(24), **TINY) for _ in range(6)]  # more than the healthy worker has slots
+        until(
+            lambda: platform.metric("scanner-worker", "scanfleet_worker_excluded") == 1,
+            LIMIT,
+            "the broken worker to exclude itself",
+        )
+        states = [user.finished(job_id)["status"]["status"] for job_id in jobs]
+    assert states == ["completed"] * len(jobs)
+    for job_id in jobs:
+        assert user.ledger(job_id)["counts"]["answered"] == 256 * 20
+        assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == places
+        assert {chunk["failures"] for chunk in platform.chunks(job_id)} == {0}
+    until(lambda: platform.ready("scanner-worker-2"), LIMIT, "the worker to be included again")
     invariants.check()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from ipaddress import ip_address
+from math import ceil
 from typing import Final, NamedTuple
 
 from scanfleet.messages import HostScanned, ScanChunk, Technique
@@ -34,6 +35,14 @@ _NO_TEXT: Final = re.compile(
 
 class ScanError(Exception):
     """A scan that does not count; says why to whoever owns the job."""
+
+
+class CannotStartError(Exception):
+    """nmap cannot be started here: the worker's failure, not the chunk's."""
+
+
+class KilledByGuardError(Exception):
+    """The guard killed nmap because this worker's event loop stood still: the worker's failure, not the chunk's."""
 
 
 class Host(NamedTuple):
@@ -64,31 +73,42 @@ class Permitted:
     """Which rule forbids addresses; empty when they all may be scanned."""
 
 
-def together(waiting: Sequence[ScanChunk]) -> Sequence[ScanChunk]:
-    """The first of `waiting`, and what one nmap can scan with it: chunks of the same user, policy and ports.
+def together(waiting: Sequence[ScanChunk], free_slots: int) -> Sequence[ScanChunk]:
+    """Choose the first of `waiting` and the chunks that share its nmap: same user, policy, ports and rates.
 
-    No address is there twice, and together they are no more than a chunk may be. One that was given back or has failed before
-    goes alone: a target that nmap cannot cope with takes nobody with it a second time.
+    Chunks that are alike are split evenly over the free slots, less one slot for each chunk of another kind that waits. No
+    address is in the choice twice, and together the chunks are no more than a chunk may be. A chunk that has failed or has
+    a limit shares no nmap: a target that nmap cannot bear must not fail the chunks of others a second time.
     """
     first, *others = waiting
+    alike = [other for other in others if _alike(first, other)]
+    slots = max(1, free_slots - (len(others) - len(alike)))
+    most = ceil((1 + len(alike)) / slots)
     chosen, seconds, addresses = [first], first.estimate_seconds, len(first.outcomes)
-    for other in others:
+    for other in alike:
         longer, more = seconds + other.estimate_seconds, addresses + len(other.outcomes)
-        if longer <= BATCH_SECONDS and more <= MAX_ADDRESSES and all(_alike(each, other) for each in chosen):
+        fits = len(chosen) < most and longer <= BATCH_SECONDS and more <= MAX_ADDRESSES
+        if fits and all(_disjoint(each, other) for each in chosen):
             chosen.append(other)
             seconds, addresses = longer, more
     return chosen
 
 
 def _alike(one: ScanChunk, other: ScanChunk) -> bool:
-    if one.attempt > 1 or other.attempt > 1:
+    if any(chunk.failures or chunk.limit for chunk in (one, other)):
         return False
-    if (one.user_id, one.ports, one.policy) != (other.user_id, other.ports, other.policy):
-        return False
-    begins, other_begins = ip_address(one.first_address), ip_address(other.first_address)
-    if begins.version != other_begins.version:
-        return False
-    distance = int(other_begins) - int(begins)
+    # Users are kept apart although sharing would save starts: whoever shares waits for the slowest host of the group, and
+    # fails with the host that crashes nmap, so one user's targets would delay and fail another's.
+    return _kind(one) == _kind(other)
+
+
+def _kind(chunk: ScanChunk) -> tuple[object, ...]:
+    family = ip_address(chunk.first_address).version
+    return family, chunk.user_id, chunk.ports, chunk.max_rate, chunk.min_rate, chunk.policy
+
+
+def _disjoint(one: ScanChunk, other: ScanChunk) -> bool:
+    distance = int(ip_address(other.first_address)) - int(ip_address(one.first_address))
     return distance >= len(one.outcomes) or -distance >= len(other.outcomes)
 
 

@@ -1,4 +1,4 @@
-"""The scanner-worker: everything real is made here and handed in."""
+"""The scanner-worker: everything real is made here and passed in."""
 
 from __future__ import annotations
 
@@ -28,25 +28,22 @@ def create_app() -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        # Checked at start: a worker without nmap would fail every chunk that it is given.
-        program = shutil.which(settings.nmap)
-        if program is None:
-            raise RuntimeError(f"{settings.nmap} is not a program: install nmap, or name it in SCANFLEET_NMAP")
+        program = shutil.which(settings.nmap) or settings.nmap  # without one the worker stays excluded and says so
         # The random part makes a restarted worker another one: nothing meant for the old one reaches it.
         worker_id = f"{settings.instance}-{token_hex(4)}"
         bus = KafkaBus(settings, source=topics.WORKER, instance=settings.instance)
-        nmap = Nmap(program, Limits(output=settings.max_output_bytes, host=settings.max_host_bytes))
+        limits = Limits(settings.max_output_bytes, settings.max_host_bytes, settings.stall_seconds)
+        nmap = Nmap(program, limits)
         abilities = Abilities(
             slots=settings.slots,
             raw=may_send_raw(privileges(program)),
             rules=settings.target_rules,
-            time_factor=settings.scan_time_factor,
-            time_floor=settings.scan_time_floor_seconds,
+            attempt_seconds=settings.attempt_seconds,
         )
         worker = Worker(worker_id, abilities, nmap, bus, app.state.refusals.add_denied_chunk)
         tasks = bus.tail(topics.SCAN_TASKS, worker)
         async with AsyncExitStack() as stack:
-            stack.callback(_end_in_peace)
+            stack.callback(_exit_with_0)
             await nmap.start()
             stack.push_async_callback(nmap.stop)
             await bus.start()
@@ -55,7 +52,8 @@ def create_app() -> FastAPI:
             await tasks.start()
             stack.push_async_callback(tasks.stop)
             await worker.start()
-            # First to stop, while tasks are still listened to: a scan that is finishing can yet be cancelled.
+            app.state.probes.depend("nmap", worker.exclusion.probe)
+            # First to stop, while tasks are still consumed: a scan that is finishing can yet be cancelled.
             stack.push_async_callback(worker.stop, settings.stop_grace_seconds)
             for part in (bus, tasks, worker, nmap):
                 app.state.probes.watch(part)
@@ -64,7 +62,9 @@ def create_app() -> FastAPI:
     return service.create_app(name=topics.WORKER, lifespan=lifespan)
 
 
-def _end_in_peace() -> None:
-    """Let a process that has stopped in good order end with 0: after the lifespan uvicorn raises its signal once more."""
-    if callable(signal.getsignal(signal.SIGTERM)):  # a server handles it; elsewhere it is not ours to block
+def _exit_with_0() -> None:
+    """Let a process that has shut down gracefully exit with 0: after the lifespan uvicorn raises its signal once more."""
+    if callable(
+        signal.getsignal(signal.SIGTERM)
+    ):  # only a server handles the signal, so only there it is ours to block
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})

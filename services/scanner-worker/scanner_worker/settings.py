@@ -1,4 +1,4 @@
-"""What the scanner-worker is told by its environment."""
+"""The settings of the scanner-worker."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ class Settings(CommonSettings, KafkaSettings, TargetSettings):
         le=256,
         description="How many nmaps run side by side. One scans a chunk, or several small ones that are alike.",
     )
-    scan_time_factor: float = Field(
-        10.0,  # an estimate is a guess about a network that nobody has seen
-        ge=1,
-        description="A scan is given up after its estimate times this, but not before `scan_time_floor_seconds`.",
-    )
-    scan_time_floor_seconds: float = Field(
-        600.0,  # one host that drops everything takes nmap minutes, however small the chunk
+    attempt_seconds: float = Field(
+        120.0,  # twice what a chunk is planned for; the next attempt gets half of the addresses
         gt=0,
-        description="Seconds that every scan may take, however short its estimate.",
+        description="Seconds that one nmap may scan more than one address; then the rest is released. A single address is "
+        "ended by the policy's host timeout.",
+    )
+    stall_seconds: float = Field(
+        300.0,  # nmap waits up to 15 s between two probes of timing 1, and repeats a lost one ten times
+        gt=0,
+        description="Seconds without progress after which nmap is stopped and the attempt fails.",
     )
     max_output_bytes: int = Field(
         256 << 20,  # four times what 1,024 addresses with a hundred talkative ports each have to say
@@ -40,5 +41,5 @@ class Settings(CommonSettings, KafkaSettings, TargetSettings):
     stop_grace_seconds: float = Field(
         20.0,  # of the 30 s between SIGTERM and SIGKILL that Kubernetes gives by default
         ge=0,
-        description="Seconds that running scans may take to finish when the worker is told to stop; then they are given back.",
+        description="Seconds that running scans may take to finish after SIGTERM; then they are released.",
     )

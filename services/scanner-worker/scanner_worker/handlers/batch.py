@@ -23,11 +23,23 @@ Found = list[tuple[Host, tuple[PortFound, ...]]]
 
 
 class Scanner(Protocol):
-    def scan(self, arguments: Sequence[str], services: Mapping[str, int], seconds: float) -> AsyncGenerator[Found]:
+    def scan(self, arguments: Sequence[str], services: Mapping[str, int]) -> AsyncGenerator[Found]:
         """Yield finished hosts with their open ports; once it is closed nothing runs any more.
 
         Raises:
             ScanError: the run does not count; the hosts that were yielded do.
+            CannotStartError: nmap cannot be started.
+            KilledByGuardError: the guard killed nmap.
+        """
+
+    def hold(self, seconds: float) -> None:
+        """Have every nmap killed once the event loop has stood still for `seconds`."""
+
+    async def check(self) -> None:
+        """Try nmap out without sending anything.
+
+        Raises:
+            CannotStartError: nmap cannot be used here; says why.
         """
 
 
@@ -39,26 +51,32 @@ class Abilities:
         slots: how many nmaps side by side.
         raw: whether nmap may send raw packets here.
         rules: what may be scanned.
-        time_factor: a scan may take its estimate times this, and
-        time_floor: at least so many seconds.
+        attempt_seconds: how long one nmap may scan more than one address.
     """
 
     slots: int
     raw: bool
     rules: TargetRules
-    time_factor: float
-    time_floor: float
+    attempt_seconds: float
+
+
+class TooSlowError(Exception):
+    """An attempt on several addresses ran out of its time."""
 
 
 class Batch:
     """Scans chunks that are alike with one nmap, and with another one for the rest of them when one has left.
 
     Attributes:
-        shares: one for each chunk, in their order. nmap starts when each has said what it wants, or has left.
+        shares: one for each chunk, in their order. nmap starts when each share asked for its addresses, or was left.
+        fault: what nmap failed with, or what ended it; None if it was not needed, was left by all, or finished.
+        finished: whether nmap came to a good end.
     """
 
     def __init__(self, chunks: Sequence[ScanChunk], abilities: Abilities, scanner: Scanner) -> None:
         self.shares = tuple(Share(self, chunk) for chunk in chunks)
+        self.fault: BaseException | None = None
+        self.finished = False
         self._abilities = abilities
         self._scanner = scanner
         self._chunk = chunks[0]  # its policy and ports are those of all
@@ -69,15 +87,14 @@ class Batch:
         self._since = asyncio.get_running_loop().time()
 
     async def run(self) -> None:
-        """Return when nothing more comes for anybody; every share must be entered and left meanwhile."""
-        fault: BaseException | None = None
+        """Return when no share gets any more hosts; every share must be entered and left meanwhile."""
         try:
             await self._begun.wait()
             with structlog.contextvars.bound_contextvars(chunk_ids=[share.chunk.chunk_id for share in self._here]):
-                fault = await self._scan()
+                self.fault = await self._scan()
         finally:
             for share in self._here:
-                share.end(fault)
+                share.end(self.fault)
 
     def begin(self) -> None:
         """Start nmap if nobody who is here has yet to say what it wants."""
@@ -99,20 +116,30 @@ class Batch:
 
     async def _scan(self) -> BaseException | None:
         """Run nmap until one has come to its end; answers what went wrong."""
-        abilities, now = self._abilities, asyncio.get_running_loop().time
-        deadline = now() + sum(
-            max(abilities.time_floor, abilities.time_factor * share.chunk.estimate_seconds) for share in self.shares
-        )
-        while targets := [network for share in self._here for network in share.targets]:
-            self._nmap = asyncio.create_task(self._run_nmap(targets, deadline - now()))
-            await asyncio.wait((self._nmap,))
-            if not self._nmap.cancelled():  # as it is by those who leave
+        loop, limit = asyncio.get_running_loop(), self._abilities.attempt_seconds
+        # nmap itself ends a single address after its host timeout, so that one costs no more than itself.
+        several = sum(network.num_addresses for network in self._targets()) > 1
+        deadline = loop.time() + limit
+        while targets := self._targets():
+            self._nmap = asyncio.create_task(self._run_nmap(targets))
+            await asyncio.wait((self._nmap,), timeout=max(deadline - loop.time(), 0) if several else None)
+            if not self._nmap.done():
+                self._nmap.cancel()
+                await asyncio.wait((self._nmap,))
+                return TooSlowError(
+                    f"nmap was stopped after {limit:g} s, the limit for more than one address (SCANFLEET_ATTEMPT_SECONDS)"
+                )
+            if not self._nmap.cancelled():  # as it is when a share with targets is left
+                self.finished = self._nmap.exception() is None
                 return self._nmap.exception()
         return None
 
-    async def _run_nmap(self, targets: Sequence[Network], seconds: float) -> None:
+    def _targets(self) -> list[Network]:
+        return [network for share in self._here for network in share.targets]
+
+    async def _run_nmap(self, targets: Sequence[Network]) -> None:
         line = arguments(self._chunk, targets, raw=self._abilities.raw)
-        async with aclosing(self._scanner.scan(line, services(PortSet.parse(self._chunk.ports)), seconds)) as found:
+        async with aclosing(self._scanner.scan(line, services(PortSet.parse(self._chunk.ports)))) as found:
             async for hosts in found:
                 for share, own in self._sorted(hosts).items():
                     if share in self._here:
@@ -157,6 +184,8 @@ class Share:
 
         Raises:
             ScanError: nmap failed, and hosts are missing.
+            TooSlowError: nmap took too long, and hosts are missing.
+            CannotStartError, KilledByGuardError: as the scanner raised them.
         """
         self._map = list(outcomes)
         self.asks = True

@@ -1,4 +1,4 @@
-"""One chunk in this worker's hands, from its claim to its last words."""
+"""One attempt on a chunk, from its claim to the report of its end."""
 
 from __future__ import annotations
 
@@ -27,13 +27,24 @@ from scanfleet.messages import (
 from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, Topic
 from scanfleet.outcomes import Outcome, index_of
 from scanfleet.ports import PortSet
-from scanner_worker.domain import REASON_CHARS, Host, ScanError, fit, outcome, permit, technique
-from scanner_worker.handlers.batch import Abilities, Found, Share
+from scanner_worker.domain import (
+    REASON_CHARS,
+    CannotStartError,
+    Host,
+    KilledByGuardError,
+    ScanError,
+    fit,
+    outcome,
+    permit,
+    technique,
+)
+from scanner_worker.handlers.batch import Abilities, Found, Share, TooSlowError
 
 CLAIM_S: Final = 0.25  # of scanning before it is claimed: one that ends sooner says all with its end
 BEAT_S: Final = 1.0  # between two ChunkProgressed: a third of the shortest lease
 RETRY_S: Final = 0.5  # between two tries of a send; each try already waits for the broker
-FENCE: Final = 2 / 3  # of the lease, without an acknowledged heartbeat: nmap is gone before anybody takes over
+FENCE: Final = 2 / 3  # of the lease, without an acknowledged heartbeat: nmap is gone before another worker takes over
+NOT_NOW: Final = Outcome.EXCLUDED  # for an address beyond the chunk's limit, in the map that nmap gets
 
 Denied = Callable[[ScanChunk, str], None]
 """Told of a chunk with addresses that may not be scanned, and of the rule that says so."""
@@ -44,7 +55,7 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 class ChunkScan:
-    """Scans one chunk, and tells it."""
+    """Scans one chunk and reports its hosts, its progress and its end."""
 
     def __init__(self, chunk: ScanChunk, abilities: Abilities, publisher: Publisher, denied: Denied) -> None:
         self.chunk = chunk
@@ -59,19 +70,21 @@ class ChunkScan:
         self._work: asyncio.Task[None] | None = None
         self._stopped = ""
 
-    async def run(self, share: Share) -> None:
-        """Return when the last words about the chunk are acknowledged."""
+    async def run(self, share: Share) -> Message:
+        """Answer how the chunk ended, once Kafka has acknowledged that."""
         about = {"scanfleet.chunk.id": self.chunk.chunk_id}
         with tracing.span("scan chunk", self.chunk.traceparent, "consumer", about), self._logged():
-            await self._last_words(await self._outcome(share))
+            end = await self._outcome(share)
+            await self._report_end(end)
+            return end
 
     async def release(self, reason: str) -> None:
-        """Give the chunk back without having begun."""
+        """Release the chunk without having begun."""
         with tracing.within(self.chunk.traceparent), self._logged():
-            await self._last_words(ChunkReleased(**self._state, reason=reason))
+            await self._report_end(self._released(reason))
 
     def stop(self, reason: str) -> None:
-        """Kill nmap and give the chunk back, unless every address is done."""
+        """Kill nmap and release the chunk, unless every address is done."""
         self._stopped = self._stopped or reason
         if self._work is not None:
             self._work.cancel()
@@ -85,14 +98,16 @@ class ChunkScan:
                     self._denied(self.chunk, permitted.denied)
                 if not self._stopped:
                     await self._hold_and_scan(share)
+        except (CannotStartError, KilledByGuardError, TooSlowError) as error:
+            return self._released(str(error), share.seconds, too_slow=isinstance(error, TooSlowError))
         except ScanError as error:
             return ChunkFailed(**self._state, reason=str(error)[:REASON_CHARS], slot_seconds=share.seconds)
-        except Exception as error:  # noqa: BLE001 # one strange host must not stop the others: the job is told, the log says all
-            _log.exception("scan failed by our own fault")
+        except Exception as error:  # noqa: BLE001 # one strange host must not stop the others; the log has the trace
+            _log.exception("the worker failed to scan a chunk")
             reason = f"the worker failed: {type(error).__name__}"
             return ChunkFailed(**self._state, reason=reason, slot_seconds=share.seconds)
         if Outcome.BLANK in self._map:
-            return ChunkReleased(**self._state, reason=self._stopped, slot_seconds=share.seconds)
+            return self._released(self._stopped, share.seconds)
         return ChunkScanned(
             **self._state,
             first_address=self.chunk.first_address,
@@ -122,11 +137,14 @@ class ChunkScan:
     async def _scan(self, share: Share) -> None:
         if Outcome.BLANK not in self._map:
             return
+        blanks = [index for index, letter in enumerate(self._map) if letter == Outcome.BLANK]
+        asked, later = blanks[: self.chunk.limit], set(blanks[self.chunk.limit :] if self.chunk.limit else ())
+        wanted = "".join(NOT_NOW if index in later else letter for index, letter in enumerate(self._map))
         with tracing.span("nmap", tracing.current()):
-            async with aclosing(share.scan("".join(self._map))) as found:
+            async with aclosing(share.scan(wanted)) as found:
                 async for hosts in found:
                     await self._tell(hosts)
-        if blank := self._map.count(Outcome.BLANK):
+        if blank := sum(self._map[index] == Outcome.BLANK for index in asked):
             raise ScanError(self._doubt or f"{blank} addresses are missing from what nmap wrote")
 
     async def _tell(self, hosts: Found) -> None:
@@ -172,16 +190,16 @@ class ChunkScan:
         if self._fence is not None:
             self._fence.reschedule(sent + self.chunk.lease_seconds * FENCE)
 
-    async def _last_words(self, words: Message) -> None:
-        if isinstance(words, ChunkScanned):
-            await self._publish(SCAN_RESULTS, [words])
-        await self._publish(SCAN_PROGRESS, [words])
-        _ends.labels(type(words).__name__.removeprefix("Chunk").lower()).inc()
-        _log.info("chunk ended", how=type(words).__name__, reason=getattr(words, "reason", ""))
+    async def _report_end(self, end: Message) -> None:
+        if isinstance(end, ChunkScanned):
+            await self._publish(SCAN_RESULTS, [end])
+        await self._publish(SCAN_PROGRESS, [end])
+        _ends.labels(type(end).__name__.removeprefix("Chunk").lower()).inc()
+        _log.info("chunk ended", how=type(end).__name__, reason=getattr(end, "reason", ""))
 
     async def _publish(self, topic: Topic, messages: Sequence[Message]) -> None:
-        # Again and again: each of these messages may be in the log twice, and a chunk without its last words waits for
-        # a lease to end. While nmap runs, the fence ends this.
+        # Without end: each of these messages may be in the log twice, and a chunk whose end is not reported waits for its
+        # lease to expire. While nmap runs, the fence ends this.
         while messages:
             try:
                 await self._publisher.publish(topic, messages)
@@ -194,6 +212,9 @@ class ChunkScan:
     def _logged(self) -> AbstractContextManager[None]:
         """Let every line of the log name the chunk."""
         return structlog.contextvars.bound_contextvars(job_id=self.chunk.job_id, chunk_id=self.chunk.chunk_id)
+
+    def _released(self, reason: str, seconds: float = 0.0, *, too_slow: bool = False) -> ChunkReleased:
+        return ChunkReleased(**self._state, reason=reason[:REASON_CHARS], slot_seconds=seconds, too_slow=too_slow)
 
     @property
     def _token(self) -> dict[str, Any]:

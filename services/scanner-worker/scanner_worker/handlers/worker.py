@@ -1,4 +1,4 @@
-"""The worker as a whole: it announces its slots, fills them from its tasks, and leaves in good order."""
+"""The worker as a whole: it announces its slots, fills them from its tasks, and shuts down gracefully."""
 
 from __future__ import annotations
 
@@ -13,27 +13,32 @@ from prometheus_client import Gauge
 from scanfleet.bus import Publisher, Record
 from scanfleet.errors import DependencyError, MessageError
 from scanfleet.loop import Loop
-from scanfleet.messages import ScanChunk, StopChunk, WorkerReady
+from scanfleet.messages import ChunkFailed, Message, ScanChunk, StopChunk, WorkerReady
 from scanfleet.messages.topics import SCAN_WORKERS
-from scanner_worker.domain import together
+from scanner_worker.domain import CannotStartError, together
 from scanner_worker.handlers.batch import Abilities, Batch, Scanner
-from scanner_worker.handlers.chunk import ChunkScan, Denied
+from scanner_worker.handlers.chunk import FENCE, ChunkScan, Denied
+from scanner_worker.handlers.exclusion import Exclusion
 
 READY_S: Final = 2.0  # between two announcements: an orchestrator that starts knows its workers this soon
 START_S: Final = 2.0  # in which a chunk must find a slot here; another worker may have one free
-FLUSH_S: Final = 5.0  # for the last words of a worker that leaves
-SEEN: Final = 4_096  # tokens remembered, so that a task that comes twice is done once: minutes of the shortest chunks
+FLUSH_S: Final = 5.0  # for the reports of a worker that shuts down
+SEEN: Final = 4_096  # chunks whose attempt is remembered, so that none is done twice: minutes of the shortest chunks
 
 _LEAVING: Final = "the worker is leaving"
 
-_slots = Gauge("scanfleet_worker_slots", "nmaps that run side by side at most, 0 when leaving")
+_slots = Gauge("scanfleet_worker_slots", "nmaps that run side by side at most, 0 when leaving or excluded")
 
 _Token = tuple[str, int]
 _log = structlog.stdlib.get_logger(__name__)
 
 
 class Worker:
-    """Handles scan-tasks, and announces itself on scan-workers."""
+    """Handles scan-tasks, and announces itself on scan-workers.
+
+    Attributes:
+        exclusion: whether nmap can be run here; while it cannot, the worker announces no slots and releases what it gets.
+    """
 
     def __init__(
         self,
@@ -52,25 +57,27 @@ class Worker:
         self._waiting: OrderedDict[_Token, ChunkScan] = OrderedDict()
         self._running: dict[_Token, ChunkScan] = {}
         self._busy = 0  # slots
-        self._seen: OrderedDict[_Token, None] = OrderedDict()
+        self._seen: OrderedDict[str, int] = OrderedDict()  # the newest attempt by chunk id
         self._tasks: set[asyncio.Task[None]] = set()
         self._alive = True
         self._announcing = Loop("announce", READY_S, self._announce)
+        self.exclusion = Exclusion(scanner.check, self._announcing.wake)
 
     async def start(self) -> None:
-        """Announce the worker; scan-tasks must already be listened to."""
+        """Try nmap and announce the worker; scan-tasks must already be consumed."""
+        await self.exclusion.start()
         await self._announcing.start()
 
     async def stop(self, grace: float) -> None:
-        """Take no more, give back what waits, finish what can be finished in `grace` seconds, give back the rest."""
+        """Release what waits, finish what can be finished in `grace` seconds, and release the rest."""
         self._leaving = True
+        await self.exclusion.stop()
         await self._announcing.stop()
-        for token in list(self._waiting):
-            self._give_back(token, _LEAVING)
+        self._fill()
         try:
             await self._announce()
         except DependencyError as error:
-            _log.warning("left without a word", error=str(error))
+            _log.warning("cannot announce that the worker leaves", error=str(error))
         await self._finished(grace)
         for scan in self._running.values():
             scan.stop(_LEAVING)
@@ -82,7 +89,7 @@ class Worker:
     @property
     def alive(self) -> bool:
         """False when a chunk was dropped by a fault of ours: the process must be replaced."""
-        return self._alive and self._announcing.alive
+        return self._alive and self._announcing.alive and self.exclusion.alive
 
     @property
     def ready(self) -> bool:
@@ -98,7 +105,7 @@ class Worker:
             if isinstance(task, ScanChunk):
                 self._take(task)
             else:
-                # Of a chunk that is not here nothing is said: each such answer would bring another StopChunk.
+                # A StopChunk for a chunk that is not here gets no answer: each one would bring another StopChunk.
                 self._end((task.chunk_id, task.attempt), task.reason)
         self._fill()  # only now, so that what came together can be scanned together
 
@@ -113,36 +120,51 @@ class Worker:
 
     def _take(self, chunk: ScanChunk) -> None:
         token = _token(chunk)
-        if token in self._seen:
+        # An older attempt may arrive late, from the producer of another orchestrator; it never displaces a newer one.
+        if chunk.attempt <= self._seen.get(chunk.chunk_id, 0):
             return
-        self._seen[token] = None
+        self._seen[chunk.chunk_id] = chunk.attempt
+        self._seen.move_to_end(chunk.chunk_id)
         if len(self._seen) > SEEN:
             self._seen.popitem(last=False)
-        for older in [each for each in (*self._waiting, *self._running) if each[0] == token[0]]:
+        for older in [each for each in (*self._waiting, *self._running) if each[0] == chunk.chunk_id]:
             self._end(older, f"attempt {chunk.attempt} has begun")
         self._waiting[token] = ChunkScan(chunk, self._abilities, self._publisher, self._denied)
-        if self._leaving:
-            self._give_back(token, _LEAVING)
-        else:
-            asyncio.get_running_loop().call_later(START_S, self._give_back, token, "no slot was free in time")
+        asyncio.get_running_loop().call_later(START_S, self._release, token, "no slot was free in time")
 
     def _end(self, token: _Token, reason: str) -> None:
         if scan := self._running.get(token):
             scan.stop(reason)
         else:
-            self._give_back(token, reason)
+            self._release(token, reason)
 
-    def _give_back(self, token: _Token, reason: str) -> None:
+    def _release(self, token: _Token, reason: str) -> None:
         if scan := self._waiting.pop(token, None):
             self._spawn(scan.release(reason))
 
+    @property
+    def _closed(self) -> str:
+        """Why no chunk may begin here; empty while chunks may."""
+        if self._leaving:
+            return _LEAVING
+        return self.exclusion.reason and f"the worker excluded itself: {self.exclusion.reason}"
+
     def _fill(self) -> None:
-        while self._waiting and self._busy < self._abilities.slots and not self._leaving:
-            chosen = together([scan.chunk for scan in self._waiting.values()])
+        if reason := self._closed:
+            for token in list(self._waiting):
+                self._release(token, reason)
+        while self._waiting and (free := self._abilities.slots - self._busy) > 0:
+            chosen = together([scan.chunk for scan in self._waiting.values()], free)
             scans = {token: self._waiting.pop(token) for token in map(_token, chosen)}
             self._running |= scans
             self._busy += 1
+            self._hold()
             self._spawn(self._run(scans))
+
+    def _hold(self) -> None:
+        # As the fence of each chunk, for the case that the event loop stands still and no fence can act.
+        if self._running:
+            self._scanner.hold(FENCE * min(scan.chunk.lease_seconds for scan in self._running.values()))
 
     async def _run(self, scans: Mapping[_Token, ChunkScan]) -> None:
         """Scan these in one slot."""
@@ -150,16 +172,28 @@ class Worker:
         members = (scan.run(share) for scan, share in zip(scans.values(), batch.shares, strict=True))
         try:
             # A fault of one does not end the others.
-            ends = await asyncio.gather(batch.run(), *members, return_exceptions=True)
+            fault, *ends = await asyncio.gather(batch.run(), *members, return_exceptions=True)
+            self._judge(batch, [end for end in ends if isinstance(end, Message)])
         finally:
             for token in scans:
                 del self._running[token]
             self._busy -= 1
+            self._hold()
             self._fill()
             self._announcing.wake()
-        for end in ends:
-            if end is not None:
+        for end in (fault, *ends):
+            if isinstance(end, BaseException):
                 raise end
+
+    def _judge(self, batch: Batch, ends: Sequence[Message]) -> None:
+        """Note what a run of nmap says about this machine."""
+        failed = [end for end in ends if isinstance(end, ChunkFailed)]
+        if isinstance(batch.fault, CannotStartError):
+            self.exclusion.exclude(str(batch.fault))
+        elif failed and len(failed) == len(ends):
+            self.exclusion.failed(failed[0].chunk_id, failed[0].reason)
+        elif batch.finished:
+            self.exclusion.succeeded()
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
@@ -177,7 +211,7 @@ class Worker:
             await asyncio.wait(self._tasks, timeout=seconds)
 
     async def _announce(self) -> None:
-        slots = 0 if self._leaving else self._abilities.slots
+        slots = 0 if self._closed else self._abilities.slots
         _slots.set(slots)
         ready = WorkerReady(worker_id=self._id, slots=slots, raw=self._abilities.raw)
         await self._publisher.publish(SCAN_WORKERS, [ready])

@@ -10,6 +10,7 @@ import socket
 import sys
 import textwrap
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from ipaddress import ip_network
 from pathlib import Path
 
@@ -34,7 +35,7 @@ MakeNmap = Callable[..., Awaitable[Nmap]]
 
 NMAP = "/usr/bin/nmap"
 RAW = may_send_raw(privileges(NMAP))
-LIMITS = Limits(output=16 << 20, host=4 << 20)
+LIMITS = Limits(output=16 << 20, host=4 << 20, stall_seconds=60)
 # A scan that never ends by itself: every probe of the port waits a minute for the next.
 SLOW = ("-n", "-sT", "-Pn", "-p", "1-9", "--scan-delay", "60s", "-oX", "-", "--", "127.9.40.1/32")
 
@@ -86,6 +87,8 @@ def stand_in(tmp_path: Path) -> Callable[[str], Path]:
         lines = (
             f"#!{sys.executable} -I\n"
             "import os, signal, subprocess, sys, time\n"
+            # A trial run, which has no targets, is real: these stand-ins are bad at scanning.
+            f"if '--' not in sys.argv: os.execv({NMAP!r}, sys.argv)\n"
             f"HEAD, HOST, TAIL = {HEAD!r}, {HOST!r}, {TAIL!r}\n"
             "def write(*parts):\n    print(*parts, flush=True)\n"
             "def host(last):\n    return HOST.format(last=last)\n"
@@ -100,11 +103,11 @@ def stand_in(tmp_path: Path) -> Callable[[str], Path]:
 class Rig:
     """A worker with real processes on a bus in memory."""
 
-    def __init__(self, nmap: Nmap, *, seconds: float, slots: int = 2) -> None:
+    def __init__(self, nmap: Nmap, *, slots: int = 2) -> None:
         self.bus = MemoryBus()
         self.nmap = nmap
         rules = TargetRules((ip_network("127.0.0.0/8"), ip_network("::1/128")))
-        abilities = Abilities(slots, RAW, rules, 1, seconds)
+        abilities = Abilities(slots, RAW, rules, attempt_seconds=60)
         self.worker = Worker("worker", abilities, nmap, self.bus, Refusals("scanner-worker").add_denied_chunk)
         self.tasks = self.bus.tail(SCAN_TASKS, self.worker)
 
@@ -125,8 +128,8 @@ class Rig:
 
 
 @contextlib.asynccontextmanager
-async def rigged(nmap: Nmap, seconds: float = 60, slots: int = 2) -> AsyncIterator[Rig]:
-    rig = Rig(nmap, seconds=seconds, slots=slots)
+async def rigged(nmap: Nmap, slots: int = 2) -> AsyncIterator[Rig]:
+    rig = Rig(nmap, slots=slots)
     await rig.tasks.start()
     await rig.worker.start()
     try:
@@ -244,7 +247,8 @@ def recorded(tmp_path: Path) -> tuple[Path, Callable[[], list[list[str]]]]:
     program.chmod(0o755)
 
     def targets() -> list[list[str]]:
-        return [line.split(" -- ")[1].split() for line in starts.read_text().splitlines()] if starts.exists() else []
+        lines = starts.read_text().splitlines() if starts.exists() else []
+        return [line.split(" -- ")[1].split() for line in lines if " -- " in line]  # trial runs have no targets
 
     return program, targets
 
@@ -271,18 +275,18 @@ async def test_small_chunks_share_one_nmap(
     program, starts = recorded
     found: dict[str, dict[str, tuple[str, list[int]]]] = {}
 
-    def chunks(attempt: int) -> list[ScanChunk]:
-        fields = {"outcomes": ".", "attempt": attempt}
+    def chunks(failures: int) -> list[ScanChunk]:
+        fields = {"outcomes": ".", "failures": failures}
         return [
             make_chunk({"ports": f"{port},1"}, chunk_id=f"1-{last}", first_address=f"127.9.46.{last}", **fields)
             for last in range(5)
         ]
 
-    for how, attempt in (("together", 1), ("alone", 2)):
+    for how, failures in (("together", 0), ("alone", 1)):
         async with rigged(await make_nmap(program), slots=1) as rig:
             before = len(starts())
             async with busy(rig, make_chunk, until):
-                await rig.send(*chunks(attempt))
+                await rig.send(*chunks(failures))
             await until(lambda rig=rig: len(rig.scanned()) == 5, 60)
             assert rig.scanned() == {f"1-{last}": "a" for last in range(5)}
             found[how] = {a: (h.chunk_id, [p.port for p in h.ports]) for a, h in rig.hosts().items()}
@@ -420,7 +424,7 @@ async def test_a_bad_nmap_fails_the_chunk_with_a_reason(  # noqa: PLR0917 # pyte
     outcomes: str,
 ) -> None:
     """Whatever nmap does, its whole hosts are kept, the reason is told, nothing is left running, and the worker stays up."""
-    async with rigged(await make_nmap(stand_in(body)), seconds=3) as rig:
+    async with rigged(await make_nmap(stand_in(body), replace(LIMITS, stall_seconds=3))) as rig:
         await rig.send(make_chunk())
         await until(rig.end, 60)
         failed = rig.end()
@@ -475,44 +479,16 @@ async def test_nothing_of_ours_is_inherited(  # noqa: PLR0917 # pytest passes fi
     assert argv[argv.index("--") + 1 :] == ["127.9.1.0/30"]
 
 
-@pytest.mark.proves("F21")
-async def test_without_a_temporary_folder_the_chunk_fails_and_the_worker_stays(
-    make_chunk: MakeChunk,
-    make_nmap: MakeNmap,
-    until: Until,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """When no temporary folder can be made the chunk fails with that reason, and the next one is scanned."""
-    async with rigged(await make_nmap()) as rig:
-        monkeypatch.setattr("tempfile.tempdir", "/proc/nothing")
-        await rig.send(make_chunk())
-        await until(rig.end)
-        failed = rig.end()
-        assert isinstance(failed, ChunkFailed)
-        assert "could not be started" in failed.reason
-        monkeypatch.setattr("tempfile.tempdir", None)
-        await rig.send(make_chunk(chunk_id="1-1"))
-        await until(lambda: any(isinstance(m, ChunkScanned) for m in rig.bus.messages(SCAN_PROGRESS)), 60)
-
-
-async def test_a_program_that_is_none_fails_the_chunk(make_chunk: MakeChunk, make_nmap: MakeNmap, until: Until) -> None:
-    """A missing program is the chunk's failure, told with its reason."""
-    async with rigged(await make_nmap("/nowhere/nmap")) as rig:
-        await rig.send(make_chunk())
-        await until(rig.end)
-        assert isinstance(rig.end(), ChunkFailed)
-
-
 WORKER = """
 import asyncio, sys
 from scanner_worker.scanner import guard
 from scanner_worker.scanner.process import Limits, Nmap
 
 async def main():
-    nmap = Nmap(sys.argv[1], Limits(1 << 20, 1 << 20))
+    nmap = Nmap(sys.argv[1], Limits(1 << 20, 1 << 20, 60))
     await nmap.start()
     print(nmap._mark, flush=True)
-    async for _ in nmap.scan(sys.argv[2:], {"tcp": 9}, 600):
+    async for _ in nmap.scan(sys.argv[2:], {"tcp": 9}):
         pass
 
 asyncio.run(main())

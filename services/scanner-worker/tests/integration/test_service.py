@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from uuid import uuid4
 
 import httpx
@@ -36,7 +40,8 @@ pytestmark = pytest.mark.integration
 MakeChunk = Callable[..., ScanChunk]
 Until = Callable[..., Awaitable[None]]
 
-SLOW = {"ports": "1-1000", "max_rate": 1}  # takes as long as nobody ends it
+SLOW = {"ports": "1-1000", "max_rate": 1}  # takes until it is stopped
+STEADY = {"ports": "1-1000", "max_rate": 100}  # sends all the time, for longer than a test lasts
 
 
 class Listener:
@@ -89,7 +94,13 @@ class Deployed:
 
 
 @pytest.fixture
-async def deployed(kafka: str, until: Until) -> AsyncIterator[Deployed]:
+def nmap() -> str:
+    """The worker's nmap; a test may replace it."""
+    return "nmap"
+
+
+@pytest.fixture
+async def deployed(kafka: str, until: Until, nmap: str) -> AsyncIterator[Deployed]:
     """A worker that has announced itself; the loopback network may be scanned."""
     prefix = f"test-{uuid4().hex[:8]}-"
     await create_topics(TopicSettings(kafka=kafka, topic_prefix=prefix))
@@ -101,6 +112,7 @@ async def deployed(kafka: str, until: Until) -> AsyncIterator[Deployed]:
         "SCANFLEET_INSTANCE": "scanner-worker-1",
         "SCANFLEET_ALLOWED_NETWORKS": "127.0.0.0/8",
         "SCANFLEET_SLOTS": "3",
+        "SCANFLEET_NMAP": nmap,
         "SCANFLEET_STOP_GRACE_SECONDS": "6",
     }
     bus = KafkaBus(KafkaSettings(kafka=kafka, topic_prefix=prefix), source="test", instance="test")
@@ -183,3 +195,67 @@ async def test_poison_does_not_stop_the_tasks(deployed: Deployed, make_chunk: Ma
     await deployed.give(stop, make_chunk(chunk_id="1-7"))
     await until(lambda: deployed.said(ChunkScanned), 60)
     assert {m.chunk_id for m in deployed.progress.heard} == {"1-7"}  # type: ignore[attr-defined] # the test knows the message's kind
+
+
+@contextlib.contextmanager
+def namespace(program: Path) -> Iterator[Callable[[], int]]:
+    """Make `program` an nmap in a network of its own, whose loopback is all it has; yield what counts the packets there."""
+    name = f"scanfleet-{uuid4().hex[:8]}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
+        program.write_text(f'#!/bin/sh\nexec {shutil.which("ip")} netns exec {name} /usr/bin/nmap "$@"\n')
+        program.chmod(0o755)
+
+        def packets() -> int:
+            shown = subprocess.run(
+                ["ip", "-n", name, "-s", "-j", "link", "show", "lo"], capture_output=True, check=True
+            ).stdout
+            return int(json.loads(shown)[0]["stats64"]["tx"]["packets"])
+
+        yield packets
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
+class TestStopped:
+    """A worker stopped with SIGSTOP while its nmap sends packets."""
+
+    @pytest.fixture
+    def counted(self, tmp_path: Path) -> Iterator[tuple[str, Callable[[], int]]]:
+        program = tmp_path / "nmap"
+        with namespace(program) as packets:
+            yield str(program), packets
+
+    @pytest.fixture
+    def nmap(self, counted: tuple[str, Callable[[], int]]) -> str:
+        return counted[0]
+
+    @pytest.mark.proves("F32", "F8", "G4", "G5")
+    async def test_stopped_worker_sends_no_packet_after_two_thirds_of_its_lease(
+        self,
+        deployed: Deployed,
+        counted: tuple[str, Callable[[], int]],
+        make_chunk: MakeChunk,
+        until: Until,
+    ) -> None:
+        """nmap goes on when its worker is stopped, until the guard kills it; the worker resumes and releases the chunk."""
+        lease, packets, loop = 6.0, counted[1], asyncio.get_running_loop()
+        await deployed.give(make_chunk(STEADY, lease_seconds=lease))
+        await until(lambda: deployed.said(ChunkProgressed) and packets() > 100, 30)
+        deployed.process.send_signal(signal.SIGSTOP)
+        stopped = last = loop.time()
+        try:
+            seen = packets()
+            while loop.time() < stopped + lease + 2:
+                if (now := packets()) != seen:
+                    seen, last = now, loop.time()
+                await asyncio.sleep(0.02)
+        finally:
+            deployed.process.send_signal(signal.SIGCONT)
+        assert 1 < last - stopped < lease * 2 / 3 + 1
+        await until(lambda: deployed.said(ChunkReleased, ChunkFailed), 10)
+        assert isinstance(deployed.said(ChunkReleased, ChunkFailed)[0], ChunkReleased)
+        await deployed.give(make_chunk(chunk_id="1-8", lease_seconds=lease))
+        await until(lambda: deployed.said(ChunkScanned), 60)

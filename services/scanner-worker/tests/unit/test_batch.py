@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 import pytest
@@ -25,7 +26,7 @@ from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, Topic
 from scanfleet.policy import Preset, fill_in
 from scanfleet.targets import TargetRules
 from scanfleet.testing.bus import MemoryBus
-from scanner_worker.domain import Host, ScanError, arguments, permit
+from scanner_worker.domain import CannotStartError, Host, KilledByGuardError, ScanError, arguments, permit
 from scanner_worker.handlers.batch import Abilities, Batch, Found
 from scanner_worker.handlers.chunk import ChunkScan
 
@@ -33,7 +34,7 @@ MakeChunk = Callable[..., ScanChunk]
 Until = Callable[..., Awaitable[None]]
 
 RULES = TargetRules((ip_network("127.0.0.0/8"), ip_network("::1/128")), (ip_network("127.9.9.9/32"),))
-ABILITIES = Abilities(slots=1, raw=True, rules=RULES, time_factor=10, time_floor=60)
+ABILITIES = Abilities(slots=1, raw=True, rules=RULES, attempt_seconds=60)
 
 
 def addresses(argv: Sequence[str]) -> list[str]:
@@ -46,7 +47,6 @@ class Stepping:
 
     def __init__(self) -> None:
         self.argvs: list[Sequence[str]] = []
-        self.seconds: list[float] = []
         self.runs: list[list[str]] = []
         self.running = 0
         self.most = 0
@@ -69,10 +69,8 @@ class Stepping:
         self,
         arguments: Sequence[str],
         services: Mapping[str, int],  # noqa: ARG002 # the port's signature
-        seconds: float,
     ) -> AsyncGenerator[Found]:
         self.argvs.append(arguments)
-        self.seconds.append(seconds)
         self.runs.append(yielded := [])
         self.running += 1
         self.most = max(self.most, self.running)
@@ -87,15 +85,19 @@ class Stepping:
             await asyncio.sleep(0)  # to be killed takes a moment
             self.running -= 1
 
+    def hold(self, seconds: float) -> None: ...
+
+    async def check(self) -> None: ...
+
 
 class Rig:
     """Chunks in one slot."""
 
-    def __init__(self, chunks: Sequence[ScanChunk]) -> None:
+    def __init__(self, chunks: Sequence[ScanChunk], abilities: Abilities = ABILITIES) -> None:
         self.scanner = Stepping()
         self.bus = MemoryBus()
-        self.batch = Batch(chunks, ABILITIES, self.scanner)
-        self.scans = [ChunkScan(chunk, ABILITIES, self.bus, lambda *_: None) for chunk in chunks]
+        self.batch = Batch(chunks, abilities, self.scanner)
+        self.scans = [ChunkScan(chunk, abilities, self.bus, lambda *_: None) for chunk in chunks]
 
     async def run(self) -> None:
         members = (scan.run(share) for scan, share in zip(self.scans, self.batch.shares, strict=True))
@@ -126,8 +128,8 @@ class Rig:
 
 
 @asynccontextmanager
-async def scanning(*chunks: ScanChunk) -> AsyncIterator[Rig]:
-    rig = Rig(chunks)
+async def scanning(*chunks: ScanChunk, abilities: Abilities = ABILITIES) -> AsyncIterator[Rig]:
+    rig = Rig(chunks, abilities)
     running = asyncio.create_task(rig.run())
     try:
         yield rig
@@ -314,12 +316,81 @@ async def test_a_slot_is_charged_once(make: MakeChunk, until: Until) -> None:
     assert seconds["1-2"] >= 0.2 / 3 + 0.2 / 2
 
 
-async def test_they_may_take_what_each_may(make: MakeChunk) -> None:
-    """One nmap for several chunks has as much time as they would have had one after another."""
-    async with scanning(make(1, estimate_seconds=1.0), make(2, estimate_seconds=20.0)) as rig:
+BRIEF = Abilities(slots=1, raw=True, rules=RULES, attempt_seconds=0.3)
+
+
+async def test_scan_of_several_addresses_past_its_time_is_released_as_too_slow(make: MakeChunk) -> None:
+    """nmap is stopped after the limit, once; what it had finished counts, and the rest is released with the limit as reason."""
+    async with scanning(make(1), make(2), make(3), abilities=BRIEF) as rig:
+        rig.scanner.let(3)
+    assert rig.ends() == {"1-1": (ChunkScanned, "aa"), "1-2": (ChunkReleased, "a."), "1-3": (ChunkReleased, "..")}
+    released = [m for m in rig.last_words() if isinstance(m, ChunkReleased)]
+    assert all(m.too_slow and "0.3 s" in m.reason for m in released)
+    assert (len(rig.scanner.asked), rig.scanner.running) == (1, 0)
+
+
+async def test_scan_of_several_addresses_has_one_time_limit_for_all_its_nmaps(make: MakeChunk, until: Until) -> None:
+    """A chunk that leaves starts another nmap for the rest, and the time of the first one counts."""
+    began = asyncio.get_running_loop().time()
+    async with scanning(make(1), make(2), abilities=replace(BRIEF, attempt_seconds=1.0)) as rig:
+        await asyncio.sleep(0.7)
+        rig.scans[0].stop("cancelled")
+        await until(lambda: len(rig.scanner.asked) == 2)
+    assert asyncio.get_running_loop().time() - began < 1.6
+    assert [m.too_slow for m in rig.last_words() if isinstance(m, ChunkReleased)] == [False, True]
+
+
+async def test_scan_of_a_single_address_has_no_time_limit(make: MakeChunk) -> None:
+    """One address, blank or within the chunk's limit, is scanned for as long as nmap takes."""
+    for chunk in (make(1, outcomes="a.d"), make(1, outcomes="...", limit=1)):
+        async with scanning(chunk, abilities=BRIEF) as rig:
+            await asyncio.sleep(1.0)
+            assert rig.scanner.running == 1
+            rig.scanner.let()
+        assert len(rig.scanner.asked) == len(rig.scanner.yielded) == 1
+
+
+async def test_chunk_with_a_limit_scans_that_many_blanks_and_is_released(make: MakeChunk) -> None:
+    """Of the blanks only the first `limit` reach nmap; the chunk is released without a reason, and is no slower than others."""
+    async with scanning(make(1, outcomes="a...d..", limit=3)) as rig:
         rig.scanner.let()
-    (seconds,) = rig.scanner.seconds
-    assert seconds == pytest.approx(60 + 200)
+    assert rig.scanner.asked == [["127.9.1.11", "127.9.1.12", "127.9.1.13"]]
+    (end,) = rig.last_words()
+    assert isinstance(end, ChunkReleased)
+    assert (end.outcomes, end.reason, end.too_slow) == ("aaaad..", "", False)
+
+
+async def test_chunk_with_a_limit_that_leaves_no_blank_is_scanned(make: MakeChunk) -> None:
+    """A limit that covers all the blanks changes nothing, and refused addresses do not count."""
+    async with scanning(make(1, first_address="127.9.9.8", outcomes="....", limit=3)) as rig:
+        rig.scanner.let()
+    assert rig.ends() == {"1-1": (ChunkScanned, "araa")}
+
+
+async def test_chunk_with_a_limit_fails_for_a_missing_address_within_it(make: MakeChunk) -> None:
+    """An address within the limit that nmap leaves out fails the chunk; addresses beyond it do not."""
+
+    class Silent(Stepping):
+        async def scan(self, *_: object) -> AsyncGenerator[Found]:
+            yield [(Host("127.9.1.10", True, False, 2, {b"reset"}, b""), ())]
+
+    rig = Rig([make(1, outcomes="....", limit=2)])
+    rig.batch = Batch([scan.chunk for scan in rig.scans], ABILITIES, Silent())
+    async with asyncio.timeout(20):
+        await rig.run()
+    (end,) = rig.last_words()
+    assert isinstance(end, ChunkFailed)
+    assert (end.outcomes, end.reason) == ("a...", "1 addresses are missing from what nmap wrote")
+
+
+@pytest.mark.parametrize("fault", [CannotStartError("no space left"), KilledByGuardError("stood still")])
+async def test_failure_of_the_worker_releases_its_chunks(make: MakeChunk, fault: Exception) -> None:
+    """What this machine is to blame for counts against no chunk, and the reason is reported."""
+    async with scanning(make(1), make(2)) as rig:
+        rig.scanner.fault = fault
+        rig.scanner.let()
+    assert rig.ends() == {"1-1": (ChunkReleased, ".."), "1-2": (ChunkReleased, "..")}
+    assert {(m.reason, m.too_slow) for m in rig.last_words() if isinstance(m, ChunkReleased)} == {(str(fault), False)}
 
 
 async def test_a_host_of_nobody_fails_them_all(make: MakeChunk) -> None:

@@ -158,16 +158,51 @@ def test_the_tcp_part_of_a_policy_with_udp_needs_no_raw_packets(make_chunk: Make
 
 
 def test_chunks_that_are_alike_go_together(make_chunk: MakeChunk) -> None:
-    """Small chunks of one user's, policy and ports share one nmap, of whatever job, in the order in which they wait."""
+    """Small chunks of one user, policy and ports share one nmap, of any job and attempt, in the order in which they wait."""
     chunks = [
-        make_chunk(job_id=number, first_address=f"127.9.{number}.0", chunk_id=f"{number}-0") for number in (3, 1, 2)
+        make_chunk(job_id=number, first_address=f"127.9.{number}.0", chunk_id=f"{number}-0", attempt=number)
+        for number in (3, 1, 2)
     ]
-    assert together(chunks) == chunks
-    assert together(chunks[:1]) == chunks[:1]
-    assert together([make_chunk(first_address="127.9.1.4"), make_chunk()]) == [
+    assert together(chunks, 1) == chunks
+    assert together(chunks[:1], 1) == chunks[:1]
+    assert together([make_chunk(first_address="127.9.1.4"), make_chunk()], 1) == [
         make_chunk(first_address="127.9.1.4"),
         make_chunk(),
     ]
+
+
+@pytest.mark.parametrize(
+    ("waiting", "free", "sizes"),
+    [
+        (18, 1, [18]),
+        (18, 2, [9, 9]),
+        (18, 16, [2, 2, *[1] * 14]),
+        (5, 16, [1] * 5),
+        (1, 1, [1]),
+        (60, 2, [20, 20]),  # 0.25 s each: no more than five seconds in one nmap
+    ],
+)
+def test_chunks_that_are_alike_are_split_evenly(
+    make_chunk: MakeChunk, waiting: int, free: int, sizes: list[int]
+) -> None:
+    """Each free slot gets its part of what waits, and no slot idles while another one has two chunks."""
+    left = [make_chunk(first_address=f"127.9.{n}.0", chunk_id=f"1-{n}", estimate_seconds=0.25) for n in range(waiting)]
+    taken = []
+    for slots in range(free, 0, -1):
+        if left:
+            chosen = together(left, slots)
+            taken.append(len(chosen))
+            left = [chunk for chunk in left if chunk not in chosen]
+    assert taken == sizes
+
+
+def test_chunks_that_are_alike_leave_a_slot_for_another_kind(make_chunk: MakeChunk) -> None:
+    """A chunk that cannot join those before it does not wait for them while a slot is free."""
+    alike = [make_chunk(first_address=f"127.9.{number}.0", estimate_seconds=0.2) for number in range(6)]
+    other = make_chunk(first_address="127.9.9.0", user_id=8)
+    assert together([*alike, other], 2) == alike
+    assert together([*alike, other], 3) == alike[:3]
+    assert together([*alike, other], 1) == alike
 
 
 @pytest.mark.parametrize(
@@ -181,7 +216,10 @@ def test_chunks_that_are_alike_go_together(make_chunk: MakeChunk) -> None:
         ({}, {"first_address": "127.9.1.3"}),
         ({}, {"first_address": "127.9.0.253"}),
         ({}, {"first_address": "127.9.1.0"}),
-        ({}, {"attempt": 2}),
+        ({}, {"failures": 1}),
+        ({}, {"limit": 1}),
+        ({}, {"max_rate": 100}),
+        ({}, {"min_rate": 500}),
         ({}, {"estimate_seconds": 4.1}),
         ({}, {"outcomes": "." * 1021}),
     ],
@@ -194,7 +232,10 @@ def test_chunks_that_are_alike_go_together(make_chunk: MakeChunk) -> None:
         "an address twice, at its end",
         "an address twice, at its beginning",
         "the same addresses",
-        "a second attempt",
+        "an attempt after a failure",
+        "a limit",
+        "another rate limit",
+        "another rate floor",
         "too long",
         "too many addresses",
     ],
@@ -205,14 +246,15 @@ def test_what_is_not_alike_waits_for_its_own_nmap(
     """Whatever differs in what nmap or a user would notice keeps two chunks apart, and one that is alike still joins."""
     first, alike = make_chunk(), make_chunk(first_address="127.9.7.0")
     other = make_chunk(policy, **{"first_address": "127.9.2.0"} | fields)
-    assert together([first, other, alike]) == [first, alike]
-    assert together([other, first])[:2] == [other]
+    assert together([first, other, alike], 1) == [first, alike]
+    assert together([other, first], 1) == [other]
 
 
-def test_a_second_attempt_goes_alone(make_chunk: MakeChunk) -> None:
-    """Chunks that failed or were given back before are not joined to one another either."""
-    again = [make_chunk(attempt=2), make_chunk(attempt=2, first_address="127.9.2.0")]
-    assert together(again) == again[:1]
+@pytest.mark.parametrize("field", ["failures", "limit"])
+def test_chunks_that_failed_go_alone(make_chunk: MakeChunk, field: str) -> None:
+    """Chunks that failed, or have a limit, are not joined to one another either."""
+    again = [make_chunk(**{field: 1}), make_chunk(**{field: 1}, first_address="127.9.2.0")]
+    assert together(again, 1) == again[:1]
 
 
 def test_together_they_are_no_more_than_a_chunk(make_chunk: MakeChunk) -> None:
@@ -221,7 +263,7 @@ def test_together_they_are_no_more_than_a_chunk(make_chunk: MakeChunk) -> None:
         make_chunk(first_address=f"127.9.{number}.0", estimate_seconds=seconds)
         for number, seconds in enumerate([2.0, 2.0, 2.0, 1.0, 0.5])
     ]
-    assert together(chunks) == [chunks[0], chunks[1], chunks[3]]
+    assert together(chunks, 1) == [chunks[0], chunks[1], chunks[3]]
 
 
 def host(*, ports: int = 2, reasons: set[bytes] = frozenset({b"reset"}), up: bool = True, late: bool = False) -> Host:  # type: ignore[assignment] # a set as default would be shared

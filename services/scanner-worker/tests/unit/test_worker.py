@@ -29,7 +29,7 @@ from scanfleet.messages.topics import SCAN_AUDIT, SCAN_PROGRESS, SCAN_RESULTS, S
 from scanfleet.targets import TargetRules
 from scanfleet.testing.bus import MemoryBus
 from scanfleet.testing.tracing import ids, recording
-from scanner_worker.domain import Host, ScanError
+from scanner_worker.domain import CannotStartError, Host, ScanError
 from scanner_worker.handlers.batch import Abilities, Found
 from scanner_worker.handlers.worker import Worker
 
@@ -54,12 +54,14 @@ class ScriptedScanner:
         self.running = 0
         self.most = 0
         self.gate = asyncio.Event()
+        self.held: list[float] = []
+        self.checks = 0
+        self.broken = ""
 
     async def scan(
         self,
         arguments: Sequence[str],
-        services: Mapping[str, int],  # noqa: ARG002 # the port's shape
-        seconds: float,  # noqa: ARG002 # the port's signature
+        services: Mapping[str, int],  # noqa: ARG002 # the port's signature
     ) -> AsyncGenerator[Found]:
         self.asked.append(arguments)
         self.running += 1
@@ -79,6 +81,14 @@ class ScriptedScanner:
             self.closed += 1
             self.running -= 1
 
+    def hold(self, seconds: float) -> None:
+        self.held.append(seconds)
+
+    async def check(self) -> None:
+        self.checks += 1
+        if self.broken:
+            raise CannotStartError(self.broken)
+
 
 class Rig:
     """A worker on its bus."""
@@ -88,7 +98,7 @@ class Rig:
         self.scanner = scanner
         self.bus = MemoryBus()
         self.refusals = Refusals("scanner-worker")
-        abilities = Abilities(slots, raw, rules, 10, 60)
+        abilities = Abilities(slots, raw, rules, attempt_seconds=60)
         self.worker = Worker("worker", abilities, scanner, self.bus, self.refusals.add_denied_chunk)
         self.tasks = self.bus.tail(SCAN_TASKS, self.worker)
 
@@ -109,10 +119,16 @@ class Rig:
 @asynccontextmanager
 async def rigged(*script: Host | Exception | str, slots: int = 2, raw: bool = True) -> AsyncIterator[Rig]:
     rig = Rig(ScriptedScanner(*script), slots=slots, raw=raw)
+    async with started(rig):
+        yield rig
+
+
+@asynccontextmanager
+async def started(rig: Rig) -> AsyncIterator[None]:
     await rig.tasks.start()
     await rig.worker.start()
     try:
-        yield rig
+        yield
     finally:
         await rig.worker.stop(0)
         await rig.tasks.stop()
@@ -228,7 +244,8 @@ async def test_chunks_that_wait_and_are_alike_share_a_slot(make_chunk: MakeChunk
     """A slot that frees takes all that wait and are alike, each to its own end; one that finds a slot waits for nobody."""
     lasts = {"1-0": 0, "1-1": 4, "1-2": 8, "1-3": 12, "1-4": 16}
     chunks = [make_chunk(chunk_id=id_, first_address=f"127.9.1.{last}", outcomes=".") for id_, last in lasts.items()]
-    chunks[4] = chunks[4].model_copy(update={"attempt": 2})
+    chunks[3] = chunks[3].model_copy(update={"attempt": 2})  # released before, which is no failure of its own
+    chunks[4] = chunks[4].model_copy(update={"attempt": 2, "failures": 1})
     async with rigged(FOREVER, ASKED, slots=1) as rig:
         await rig.send(chunks[0])
         await until(lambda: rig.scanner.asked)
@@ -244,29 +261,30 @@ async def test_chunks_that_wait_and_are_alike_share_a_slot(make_chunk: MakeChunk
         assert rig.scanner.most == 1
 
 
-async def test_chunks_that_come_together_and_are_alike_share_a_slot(make_chunk: MakeChunk, until: Until) -> None:
-    """Of alike chunks that come at once the first does not start alone, though more slots are free."""
-    chunks = [make_chunk(chunk_id=f"1-{number}", first_address=f"127.9.{number}.0") for number in range(3)]
-    async with rigged(FOREVER, slots=2) as rig:
+async def test_chunks_that_come_together_and_are_alike_are_split_over_the_free_slots(
+    make_chunk: MakeChunk, until: Until
+) -> None:
+    """Of alike chunks that come at once each free slot gets its part, so that no slot idles while another has them all."""
+    chunks = [make_chunk(chunk_id=f"1-{number}", first_address=f"127.9.{number}.0") for number in range(8)]
+    async with rigged(FOREVER, slots=3) as rig:
         await rig.send(*chunks)
-        await until(lambda: rig.scanner.asked)
-        assert [len(argv) - argv.index("--") - 1 for argv in rig.scanner.asked] == [3]
+        await until(lambda: rig.scanner.running == 3)
+        assert [len(argv) - argv.index("--") - 1 for argv in rig.scanner.asked] == [3, 3, 2]
 
 
 async def test_several_chunks_in_one_nmap_take_one_slot(make_chunk: MakeChunk, until: Until) -> None:
     """While one slot scans several chunks, the next one is still there for others."""
-    chunks = [make_chunk(chunk_id=f"1-{number}", first_address=f"127.9.{number}.0") for number in range(5)]
+    chunks = [make_chunk(chunk_id=f"1-{number}", first_address=f"127.9.{number}.0") for number in range(4)]
     async with rigged(FOREVER, slots=2) as rig:
-        for number in (0, 1):
-            await rig.send(chunks[number])
-            await until(lambda: len(rig.scanner.asked) == number + 1)  # noqa: B023 # called before the next turn
-        await rig.send(*chunks[2:])
-        for number in (0, 1):
-            await rig.send(StopChunk(job_id=1, chunk_id=f"1-{number}", attempt=1, worker_id="worker", reason="over"))
-        await until(lambda: rig.scanner.closed == 2)
+        await rig.send(chunks[0])
+        await until(lambda: rig.scanner.running == 1)
+        await rig.send(*chunks[1:])
+        await until(lambda: rig.scanner.running == 2)
+        await rig.send(StopChunk(job_id=1, chunk_id="1-0", attempt=1, worker_id="worker", reason="over"))
+        await until(lambda: rig.scanner.closed == 1)
         await rig.send(make_chunk(chunk_id="2-0"))
         await until(lambda: rig.scanner.running == 2)
-        assert [len(argv) - argv.index("--") - 1 for argv in rig.scanner.asked] == [1, 1, 3, 1]
+        assert [len(argv) - argv.index("--") - 1 for argv in rig.scanner.asked] == [1, 3, 1]
 
 
 async def test_leaving_gives_back_all_that_share_a_slot(make_chunk: MakeChunk, until: Until) -> None:
@@ -327,6 +345,34 @@ async def test_a_new_attempt_ends_the_old_one(make_chunk: MakeChunk, until: Unti
         await until(lambda: "ChunkReleased" in rig.progress())
         assert [m.attempt for m in rig.said(SCAN_PROGRESS, ChunkReleased)] == [1]  # type: ignore[attr-defined] # the test knows the message's kind
         await until(lambda: rig.scanner.running == 1)
+
+
+@pytest.mark.parametrize("begun", [True, False], ids=["running", "ended"])
+async def test_an_older_attempt_that_comes_late_changes_nothing(
+    make_chunk: MakeChunk, until: Until, begun: bool
+) -> None:
+    """A ScanChunk of a lower attempt neither stops the newer one nor starts, also after the newer one has ended."""
+    async with rigged(*([FOREVER] if begun else hosts(0, 1, 2, 3))) as rig:
+        await rig.send(make_chunk(attempt=3))
+        await until(lambda: rig.scanner.running == 1 if begun else "ChunkScanned" in rig.progress())
+        await rig.send(make_chunk(attempt=2), make_chunk(chunk_id="1-9", first_address="10.0.0.0"))
+        await until(lambda: [m for m in rig.said(SCAN_PROGRESS, ChunkScanned) if m.chunk_id == "1-9"])  # type: ignore[attr-defined] # the test knows the message's kind
+        assert len(rig.scanner.asked) == 1
+        assert rig.said(SCAN_PROGRESS, ChunkReleased) == []
+        assert rig.scanner.running == int(begun)
+
+
+async def test_the_guard_is_given_the_shortest_lease_of_what_runs(make_chunk: MakeChunk, until: Until) -> None:
+    """Two thirds of the shortest lease is the guard's limit, before each scan begins and when one ends."""
+    async with rigged(FOREVER, slots=2) as rig:
+        await rig.send(make_chunk(lease_seconds=30.0, failures=1))
+        await until(lambda: rig.scanner.running == 1)
+        await rig.send(make_chunk(chunk_id="1-1", lease_seconds=6.0, failures=1))
+        await until(lambda: rig.scanner.running == 2)
+        await rig.send(StopChunk(job_id=1, chunk_id="1-1", attempt=1, worker_id="worker", reason="over"))
+        await until(lambda: rig.scanner.closed == 1)
+        await until(lambda: len(rig.scanner.held) == 3)
+        assert rig.scanner.held == [20.0, 4.0, 20.0]
 
 
 async def test_a_failed_run_keeps_its_hosts_and_says_why(make_chunk: MakeChunk, until: Until) -> None:
@@ -458,6 +504,104 @@ async def test_a_lease_that_is_acknowledged_lasts(make_chunk: MakeChunk, until: 
         await rig.send(make_chunk(lease_seconds=2.0))
         await until(lambda: rig.progress().count("ChunkProgressed") >= 4)
         assert rig.scanner.running == 1
+
+
+def slots(rig: Rig) -> int:
+    """What the worker announced last."""
+    return rig.said(SCAN_WORKERS, WorkerReady)[-1].slots  # type: ignore[attr-defined, no-any-return] # the test knows the message's kind
+
+
+@pytest.mark.proves("F25", "G17")
+async def test_a_worker_that_cannot_start_nmap_excludes_itself_until_a_check_succeeds(
+    make_chunk: MakeChunk, until: Until
+) -> None:
+    """The chunk is released, no slot is announced, what comes or waits is released at once, and a check brings all back."""
+    async with rigged(CannotStartError("No space left on device"), slots=1) as rig:
+        await until(lambda: rig.said(SCAN_WORKERS, WorkerReady))
+        rig.scanner.broken = "No space left on device"
+        await rig.send(make_chunk(failures=1), make_chunk(chunk_id="1-1", failures=1))
+        await until(lambda: len(rig.said(SCAN_PROGRESS, ChunkReleased)) == 2)
+        await until(lambda: slots(rig) == 0)
+        with pytest.raises(DependencyError, match="No space left"):
+            await rig.worker.exclusion.probe()
+        await rig.send(make_chunk(chunk_id="1-2"))
+        await until(lambda: len(rig.said(SCAN_PROGRESS, ChunkReleased)) == 3)
+        assert set(rig.progress()) == {"ChunkReleased"}
+        assert all("No space left" in m.reason for m in rig.said(SCAN_PROGRESS, ChunkReleased))  # type: ignore[attr-defined] # the test knows the message's kind
+        assert (len(rig.scanner.asked), rig.worker.alive) == (1, True)
+        rig.scanner.broken, rig.scanner.script = "", (ASKED,)
+        await until(lambda: slots(rig) == 1)
+        await rig.worker.exclusion.probe()
+        await rig.send(make_chunk(chunk_id="1-3"))
+        await until(lambda: "ChunkScanned" in rig.progress())
+
+
+@pytest.mark.proves("F25", "G17")
+async def test_a_worker_that_excludes_itself_finishes_what_runs(make_chunk: MakeChunk, until: Until) -> None:
+    """A scan that runs beside the one that could not start goes on to its end."""
+    async with rigged(*hosts(0, 1), "until the gate opens", *hosts(2, 3)) as rig:
+        await rig.send(make_chunk(failures=1))
+        await until(lambda: rig.said(SCAN_RESULTS, HostScanned))
+        rig.scanner.broken = "Resource temporarily unavailable"
+        rig.scanner.script = (CannotStartError(rig.scanner.broken),)
+        await rig.send(make_chunk(chunk_id="1-1", failures=1))
+        await until(lambda: slots(rig) == 0)
+        assert rig.scanner.running == 1
+        rig.scanner.gate.set()
+        await until(lambda: "ChunkScanned" in rig.progress())
+        assert slots(rig) == 0
+
+
+@pytest.mark.proves("F25")
+async def test_a_worker_without_nmap_at_its_start_stays_up_and_announces_no_slots(
+    make_chunk: MakeChunk, until: Until
+) -> None:
+    """nmap missing or too old: alive, announced with 0 slots, and all that comes is released until a check succeeds."""
+    rig = Rig(ScriptedScanner(ASKED), slots=2, raw=True)
+    rig.scanner.broken = "nmap 7.80 is too old"
+    async with started(rig):
+        await until(lambda: rig.said(SCAN_WORKERS, WorkerReady))
+        assert (slots(rig), rig.worker.alive) == (0, True)
+        await rig.send(make_chunk())
+        await until(lambda: rig.progress() == ["ChunkReleased"])
+        rig.scanner.broken = ""
+        await until(lambda: slots(rig) == 2)
+
+
+@pytest.mark.proves("F25", "G17")
+async def test_a_worker_whose_nmap_fails_on_three_chunks_in_a_row_excludes_itself(
+    make_chunk: MakeChunk, until: Until
+) -> None:
+    """Each of the three counts against its chunk; the worker takes no fourth one before a check succeeds."""
+    async with rigged(ScanError("nmap exited with 1"), slots=1) as rig:
+        rig.scanner.broken = "nmap exited with 1"
+        for number in range(3):
+            await rig.send(make_chunk(chunk_id=f"1-{number}", failures=1))
+            await until(lambda: rig.progress().count("ChunkFailed") == number + 1)  # noqa: B023 # called before the next turn
+        await until(lambda: slots(rig) == 0)
+        await rig.send(make_chunk(chunk_id="1-3"))
+        await until(lambda: "ChunkReleased" in rig.progress())
+        assert len(rig.scanner.asked) == 3
+
+
+@pytest.mark.parametrize("ends", ["one chunk", "a success between", "one nmap"])
+async def test_failures_that_may_be_the_targets_do_not_exclude_the_worker(
+    make_chunk: MakeChunk, until: Until, ends: str
+) -> None:
+    """Three failures of one chunk, of chunks with a success between, or of chunks in one nmap say nothing about the machine."""
+    async with rigged(ScanError("nmap exited with 1"), slots=1) as rig:
+        if ends == "one nmap":
+            await rig.send(*(make_chunk(chunk_id=f"1-{n}", first_address=f"127.9.{n}.0") for n in range(4)))
+            await until(lambda: rig.progress().count("ChunkFailed") == 4)
+        for number in range(4 if ends == "a success between" else 3 if ends == "one chunk" else 0):
+            succeeds = ends == "a success between" and number == 2
+            rig.scanner.script = (ASKED,) if succeeds else (ScanError("nmap exited with 1"),)
+            chunk_id = "1-0" if ends == "one chunk" else f"1-{number}"
+            await rig.send(make_chunk(chunk_id=chunk_id, attempt=number + 1))
+            await until(lambda: len(rig.progress()) == number + 1)  # noqa: B023 # called before the next turn
+        announced = len(rig.said(SCAN_WORKERS, WorkerReady))
+        await until(lambda: len(rig.said(SCAN_WORKERS, WorkerReady)) >= announced + 2)
+        assert {m.slots for m in rig.said(SCAN_WORKERS, WorkerReady)} == {1}  # type: ignore[attr-defined] # the test knows the message's kind
 
 
 async def test_leaving_finishes_what_can_be_finished(make_chunk: MakeChunk, until: Until) -> None:

@@ -1,0 +1,227 @@
+"""A worker on a machine where nmap cannot run, with real faults: a full disk, no process, no nmap."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from ipaddress import ip_network
+from pathlib import Path
+
+import pytest
+
+from scanfleet.audit import Refusals
+from scanfleet.messages import ChunkFailed, ChunkReleased, ChunkScanned, ScanChunk, WorkerReady
+from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_TASKS, SCAN_WORKERS
+from scanfleet.targets import TargetRules
+from scanfleet.testing.bus import MemoryBus
+from scanner_worker.handlers.batch import Abilities
+from scanner_worker.handlers.worker import Worker
+from scanner_worker.scanner.process import Limits, Nmap
+
+pytestmark = [pytest.mark.integration, pytest.mark.skipif(os.geteuid() != 0, reason="mounts and limits need root")]
+
+MakeChunk = Callable[..., ScanChunk]
+Until = Callable[..., Awaitable[None]]
+
+NMAP = "/usr/bin/nmap"
+# As far as nmap gets before it sends anything.
+HEAD = """<?xml version="1.0"?>
+<!DOCTYPE nmaprun>
+<nmaprun scanner="nmap"><scaninfo type="connect" protocol="tcp" numservices="2" services="22,80"/>"""
+LIMITS = Limits(output=16 << 20, host=4 << 20, stall_seconds=60)
+
+
+class Rig:
+    """A worker with real nmap on a bus in memory."""
+
+    def __init__(self, program: str) -> None:
+        self.bus = MemoryBus()
+        self.nmap = Nmap(program, LIMITS)
+        abilities = Abilities(2, False, TargetRules((ip_network("127.0.0.0/8"),)), attempt_seconds=60)
+        self.worker = Worker("worker", abilities, self.nmap, self.bus, Refusals("scanner-worker").add_denied_chunk)
+        self.tasks = self.bus.tail(SCAN_TASKS, self.worker)
+
+    @property
+    def slots(self) -> int:
+        """What the worker announced last."""
+        ready = self.bus.messages(SCAN_WORKERS)
+        return ready[-1].slots if ready and isinstance(ready[-1], WorkerReady) else -1
+
+    def ends(self) -> list[ChunkScanned | ChunkFailed | ChunkReleased]:
+        kinds = ChunkScanned | ChunkFailed | ChunkReleased
+        return [message for message in self.bus.messages(SCAN_PROGRESS) if isinstance(message, kinds)]
+
+
+@contextlib.asynccontextmanager
+async def rigged(program: str | Path = NMAP) -> AsyncIterator[Rig]:
+    rig = Rig(str(program))
+    await rig.nmap.start()
+    await rig.tasks.start()
+    await rig.worker.start()
+    try:
+        yield rig
+    finally:
+        await rig.worker.stop(0)
+        await rig.tasks.stop()
+        await rig.nmap.stop()
+
+
+async def released_and_recovers(
+    rig: Rig, make_chunk: MakeChunk, until: Until, fault: contextlib.AbstractContextManager[object], reason: str
+) -> None:
+    """While the fault lasts, no chunk fails and no slot is announced; then the worker scans again by itself."""
+    await until(lambda: rig.slots == 2)
+    with fault:
+        await rig.bus.publish(SCAN_TASKS, [make_chunk()])
+        await until(rig.ends)
+        (end,) = rig.ends()
+        assert isinstance(end, ChunkReleased)
+        assert (end.outcomes, reason in end.reason) == ("....", True), end.reason
+        await until(lambda: rig.slots == 0)
+        await asyncio.sleep(2.5)  # two trial runs, of which none may succeed
+        assert rig.slots == 0
+        assert rig.worker.alive
+    await until(lambda: rig.slots == 2, 30)
+    await rig.bus.publish(SCAN_TASKS, [make_chunk(attempt=2)])
+    await until(lambda: isinstance(rig.ends()[-1], ChunkScanned), 60)
+    assert not any(isinstance(end, ChunkFailed) for end in rig.ends())
+
+
+@pytest.fixture
+def disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
+    """The temporary folder, on a disk of its own with room for two files, and what fills it."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k,nr_inodes=4", "tmpfs", tmp_path], check=True)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    @contextlib.contextmanager
+    def full() -> Iterator[None]:
+        files: list[Path] = []
+        with contextlib.suppress(OSError):
+            while True:
+                file = tmp_path / str(len(files))
+                file.touch()
+                files.append(file)
+        yield
+        for file in files:
+            file.unlink()
+
+    try:
+        yield full
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+@pytest.mark.proves("F21", "F25", "G17")
+async def test_worker_with_a_full_disk_releases_its_chunks_until_there_is_room(
+    make_chunk: MakeChunk,
+    until: Until,
+    disk: Callable[[], contextlib.AbstractContextManager[None]],
+) -> None:
+    """A disk without room for a temporary folder is the worker's failure, and costs a chunk nothing."""
+    async with rigged() as rig:
+        await released_and_recovers(rig, make_chunk, until, disk(), "No space left on device")
+
+
+@contextlib.contextmanager
+def no_descriptor() -> Iterator[None]:
+    """This process may open no further file or pipe, so that no process can be started."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.proves("F25", "G17")
+async def test_worker_without_descriptors_releases_its_chunks(make_chunk: MakeChunk, until: Until) -> None:
+    """Too many open files is the worker's failure."""
+    async with rigged() as rig:
+        await released_and_recovers(rig, make_chunk, until, no_descriptor(), "Too many open files")
+
+
+FORKLESS = """
+import asyncio, os, resource, sys
+from scanner_worker.domain import CannotStartError
+from scanner_worker.scanner.process import Limits, Nmap
+
+async def main():
+    nmap = Nmap(sys.argv[1], Limits(1 << 20, 1 << 20, 60))
+    await nmap.start()
+    os.setuid(65534)  # root's processes are not limited
+    await nmap.check()
+    resource.setrlimit(resource.RLIMIT_NPROC, (1, resource.getrlimit(resource.RLIMIT_NPROC)[1]))
+    for how in (nmap.check, lambda: anext(nmap.scan(["-V"], {}))):
+        try:
+            await how()
+        except CannotStartError as error:
+            print(error, flush=True)
+    resource.setrlimit(resource.RLIMIT_NPROC, (resource.getrlimit(resource.RLIMIT_NPROC)[1],) * 2)
+    await nmap.check()
+    await nmap.stop()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.proves("F25")
+async def test_fork_that_fails_is_the_workers_failure() -> None:
+    """EAGAIN at fork, from a real process limit, says that nmap cannot be started, in a scan and in a trial run."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", FORKLESS, NMAP), stdout=asyncio.subprocess.PIPE, cwd="/"
+    )
+    out, _ = await asyncio.wait_for(process.communicate(), 60)
+    lines = out.decode().splitlines()
+    assert process.returncode == 0
+    assert len(lines) == 2
+    assert all("Resource temporarily unavailable" in line for line in lines)
+
+
+@pytest.mark.proves("F25")
+async def test_worker_whose_nmap_is_missing_serves_once_it_is_installed(
+    make_chunk: MakeChunk, until: Until, tmp_path: Path
+) -> None:
+    """Without nmap the worker starts, announces no slots and says why; with it the worker scans, without a restart."""
+    program = tmp_path / "nmap"
+    async with rigged(program) as rig:
+        await until(lambda: rig.slots == 0)
+        assert "nmap" in rig.worker.exclusion.reason
+        assert rig.worker.alive
+        program.symlink_to(NMAP)
+        await until(lambda: rig.slots == 2, 30)
+        await rig.bus.publish(SCAN_TASKS, [make_chunk()])
+        await until(lambda: any(isinstance(end, ChunkScanned) for end in rig.ends()), 60)
+
+
+@pytest.mark.proves("F25", "G17")
+async def test_worker_whose_nmap_always_exits_with_1_takes_no_fourth_chunk(
+    make_chunk: MakeChunk, until: Until, tmp_path: Path
+) -> None:
+    """After three chunks in a row the worker announces no slots until nmap works again."""
+    program = tmp_path / "nmap"
+    program.symlink_to(NMAP)
+    async with rigged(program) as rig:
+        await until(lambda: rig.slots == 2)
+        program.unlink()
+        program.write_text(f"#!/bin/sh\necho '{HEAD}'\nexit 1\n")
+        program.chmod(0o755)
+        for number in range(3):
+            await rig.bus.publish(SCAN_TASKS, [make_chunk(chunk_id=f"1-{number}")])
+            await until(lambda: len(rig.ends()) == number + 1)  # noqa: B023 # called before the next turn
+        assert {type(end) for end in rig.ends()} == {ChunkFailed}
+        await until(lambda: rig.slots == 0)
+        await rig.bus.publish(SCAN_TASKS, [make_chunk(chunk_id="1-3")])
+        await until(lambda: len(rig.ends()) == 4)
+        assert isinstance(rig.ends()[-1], ChunkReleased)
+        program.unlink()
+        program.symlink_to(NMAP)
+        await until(lambda: rig.slots == 2, 30)
+        await rig.bus.publish(SCAN_TASKS, [make_chunk(chunk_id="1-3", attempt=2)])
+        await until(lambda: isinstance(rig.ends()[-1], ChunkScanned), 60)

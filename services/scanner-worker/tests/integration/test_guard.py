@@ -1,0 +1,176 @@
+"""The guard as a dead man's switch: what it kills when the worker's event loop stands still, and what it spares."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from uuid import uuid4
+
+import pytest
+
+from scanner_worker.domain import CannotStartError, KilledByGuardError, ScanError
+from scanner_worker.scanner import guard
+from scanner_worker.scanner.process import Limits, Nmap
+
+pytestmark = pytest.mark.integration
+
+Until = Callable[..., Awaitable[None]]
+
+NMAP = "/usr/bin/nmap"
+LIMITS = Limits(output=16 << 20, host=4 << 20, stall_seconds=60)
+# A scan that never ends by itself: every probe of the port waits a minute for the next.
+SLOW = ("-n", "-sT", "-Pn", "-p", "1-9", "--scan-delay", "60s", "-oX", "-", "--", "127.9.40.1/32")
+
+
+class Guard:
+    """A guard, and the processes that carry its mark."""
+
+    def __init__(self) -> None:
+        self.mark = f"mark-{uuid4().hex}"
+        self.process: asyncio.subprocess.Process
+        self.marked: list[asyncio.subprocess.Process] = []
+
+    async def start(self) -> None:
+        self.process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", guard.__file__, self.mark),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+        )
+
+    async def start_marked(self) -> asyncio.subprocess.Process:
+        self.marked.append(process := await asyncio.create_subprocess_exec("sleep", "600", env={"MARK": self.mark}))
+        return process
+
+    def write(self, limit: float) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(guard.NUMBER.pack(limit))
+
+    async def killed_at(self) -> float:
+        """When the guard says that it began to kill, by the clock of the event loop."""
+        assert self.process.stdout is not None
+        data = await asyncio.wait_for(self.process.stdout.readexactly(guard.NUMBER.size), 20)
+        return float(guard.NUMBER.unpack(data)[0])
+
+    async def stop(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        await asyncio.wait_for(self.process.wait(), 20)
+
+
+@pytest.fixture
+async def guarding() -> AsyncIterator[Guard]:
+    found = Guard()
+    await found.start()
+    yield found
+    await found.stop()
+    for process in found.marked:
+        assert await process.wait() == -signal.SIGKILL
+
+
+async def test_guard_kills_nothing_before_the_first_limit(guarding: Guard) -> None:
+    """A worker that has not scanned yet may take as long as it likes; the end of the worker kills all the same."""
+    process = await guarding.start_marked()
+    await asyncio.sleep(2)  # longer than any limit of these tests
+    assert process.returncode is None
+
+
+@pytest.mark.proves("F32", "G4")
+async def test_guard_kills_what_is_marked_once_no_limit_follows_in_time(guarding: Guard) -> None:
+    """As long as limits follow, marked processes live; the last limit after the last write, the guard kills them and says when."""
+    loop = asyncio.get_running_loop()
+    process = await guarding.start_marked()
+    for _ in range(6):
+        guarding.write(1.0)
+        last = loop.time()
+        await asyncio.sleep(0.3)
+    assert process.returncode is None
+    killed_at = await guarding.killed_at()
+    assert last + 0.9 < killed_at < last + 2.0
+    assert await asyncio.wait_for(process.wait(), 5) == -signal.SIGKILL
+
+
+async def test_guard_spares_what_starts_after_the_worker_has_resumed(guarding: Guard) -> None:
+    """The first limit after a silence ends the killing: what is started after it lives, however soon."""
+    for _ in range(3):
+        guarding.write(0.2)
+        await guarding.killed_at()
+        guarding.write(60.0)
+        process = await guarding.start_marked()
+        await asyncio.sleep(0.5)  # many looks of a guard that still kills
+        assert process.returncode is None
+
+
+async def test_killing_stops_as_soon_as_the_worker_has_resumed(guarding: Guard) -> None:
+    """A look at the processes that is under way when the worker writes kills none of those it still finds."""
+    process = await guarding.start_marked()
+    assert guard.kill_marked(guarding.mark, unless=lambda: True) == 0
+    assert process.returncode is None
+    await asyncio.sleep(0.2)
+    assert process.returncode is None
+
+
+async def test_guard_applies_the_last_limit_written(guarding: Guard) -> None:
+    """A shorter lease shortens the limit at once."""
+    loop = asyncio.get_running_loop()
+    guarding.write(60.0)
+    guarding.write(0.3)
+    last = loop.time()
+    assert await guarding.killed_at() < last + 2.0
+
+
+async def scan(nmap: Nmap, *arguments: str) -> None:
+    async with contextlib.aclosing(nmap.scan(arguments, {"tcp": 9})) as found:
+        async for _ in found:
+            pass
+
+
+@pytest.fixture
+async def nmap() -> AsyncIterator[Nmap]:
+    made = Nmap(NMAP, LIMITS)
+    await made.start()
+    yield made
+    await made.stop()
+
+
+def running(nmap: Nmap) -> bool:
+    """Whether an nmap of this one runs."""
+    return subprocess.run(["pgrep", "-f", f"^nmap-{nmap._mark}"], capture_output=True, check=False).returncode == 0
+
+
+def kill_from_outside(nmap: Nmap) -> None:
+    subprocess.run(["pkill", "-KILL", "-f", f"^nmap-{nmap._mark}"], check=True)
+
+
+@pytest.mark.proves("F32", "G17")
+async def test_blocked_event_loop_loses_its_nmap_and_knows_why(nmap: Nmap, until: Until) -> None:
+    """A loop that stands still for the limit finds its nmap killed by the guard, and the next scan runs."""
+    nmap.hold(2.0)
+    scanning = asyncio.create_task(scan(nmap, *SLOW))
+    await until(lambda: running(nmap))
+    time.sleep(3)  # noqa: ASYNC251 # the fault
+    assert not running(nmap)
+    with pytest.raises(KilledByGuardError):
+        await scanning
+    again = asyncio.create_task(scan(nmap, *SLOW))
+    await asyncio.sleep(3)  # more than the limit, with an event loop that runs
+    assert running(nmap)
+    again.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await again
+
+
+async def test_nmap_that_something_else_killed_is_no_work_of_the_guard(nmap: Nmap, until: Until) -> None:
+    """SIGKILL from the kernel or an operator is reported as such, also after the guard has killed earlier runs."""
+    nmap.hold(0.5)
+    time.sleep(1)  # noqa: ASYNC251 # the guard kills, and there is nothing yet
+    nmap.hold(60.0)
+    scanning = asyncio.create_task(scan(nmap, *SLOW))
+    await until(lambda: running(nmap))
+    kill_from_outside(nmap)
+    with pytest.raises((ScanError, CannotStartError), match="SIGKILL"):  # the latter before nmap has begun
+        await scanning
