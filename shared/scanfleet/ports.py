@@ -42,10 +42,10 @@ class PortSet:
         if len(text) > MAX_TEXT:
             raise ValueError(f"ports must be at most {MAX_TEXT} characters")
         if match := _TOP.fullmatch(text):
-            first, last = int(match[1] or 1), int(match[2])
-            if not first <= last <= MAX_TOP:
+            from_rank, to_rank = int(match[1] or 1), int(match[2])
+            if not from_rank <= to_rank <= MAX_TOP:
                 raise ValueError(f"top:N takes at most {MAX_TOP} ports")
-            return cls(top=last, above=first - 1)
+            return cls(top=to_rank, above=from_rank - 1)
         found: dict[str, list[Range]] = {"T": [], "U": []}
         protocol = "T"
         for item in text.split(","):

@@ -290,7 +290,7 @@ class Dispatcher:
             lease_seconds=self._lease_seconds,
             estimate_seconds=plan.expected(job, ports, chunk.attempted),
             failures=chunk.failures,
-            limit=chunk.attempted if chunk.attempted < chunk.blank else None,
+            limit=chunk.attempted if chunk.limit or chunk.attempted < chunk.blank else None,
             max_rate=plan.nmap_rate(job.policy),
             min_rate=plan.min_rate(job.policy, ports, nmaps),
             traceparent=traceparent,
