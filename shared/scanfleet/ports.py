@@ -14,6 +14,7 @@ MAX_TEXT = 10_000  # characters: longer than any list a person writes, short eno
 MAX_TOP = 8_192  # top:N cannot be split, so it must fit in one chunk
 
 _TOP = re.compile(r"top:([1-9][0-9]{0,4})")
+_RANGE = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 _ITEM = re.compile(r"(?:([TU]):)?(?:([0-9]{1,5})|([0-9]{0,5})-([0-9]{0,5}))")
 
 Range = tuple[int, int]
@@ -108,6 +109,26 @@ class PortSet:
         if self.udp:
             parts.append(_text(self.udp, "U:"))
         return ",".join(parts)
+
+
+def parse_ranges(text: str) -> tuple[Range, ...]:
+    """Read "1-52,54" as sorted, disjoint, inclusive ranges; nothing is no ports.
+
+    Raises:
+        ValueError: the text is not of that syntax, or a number is not a port.
+    """
+    ranges: list[Range] = []
+    for item in text.split(",") if text else ():
+        match = _RANGE.fullmatch(item)
+        if match is None or not int(match[1]) <= int(match[2] or match[1]) <= MAX_PORT:
+            raise ValueError(f"{item[:20]!r} is not a port or a range of ports from 0 to {MAX_PORT}")
+        ranges.append((int(match[1]), int(match[2] or match[1])))
+    return _disjoint(ranges)
+
+
+def ranges_text(ranges: tuple[Range, ...]) -> str:
+    """The canonical text; `parse_ranges(ranges_text(ranges)) == ranges` for ranges that are sorted and disjoint."""
+    return _text(ranges, "")
 
 
 def _disjoint(ranges: list[Range]) -> tuple[Range, ...]:
