@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 MAX_PORT = 65_535
 MAX_TEXT = 10_000  # characters: longer than any list a person writes, short enough to refuse at once
+MAX_RANGES_TEXT = 200_000  # characters: room for every other port
 MAX_TOP = 8_192  # top:N cannot be split, so it must fit in one chunk
 
 _TOP = re.compile(r"top:([1-9][0-9]{0,4})")
@@ -115,8 +116,10 @@ def parse_ranges(text: str) -> tuple[Range, ...]:
     """Read "1-52,54" as sorted, disjoint, inclusive ranges; nothing is no ports.
 
     Raises:
-        ValueError: the text is not of that syntax, or a number is not a port.
+        ValueError: the text is not of that syntax or too long, or a number is not a port.
     """
+    if len(text) > MAX_RANGES_TEXT:
+        raise ValueError(f"ranges of ports must be at most {MAX_RANGES_TEXT} characters")
     ranges: list[Range] = []
     for item in text.split(",") if text else ():
         match = _RANGE.fullmatch(item)

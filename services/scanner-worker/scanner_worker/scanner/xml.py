@@ -114,7 +114,7 @@ class Reader:
                 if head.start() > 1:  # more than the line break between two hosts
                     self._between(piece[: head.start()])
                 self.moves += 1
-                yield _host(head, piece)
+                yield _host(head, piece[head.start() :])
         self._drop_between()
         if not fault and len(self._rest) > self._max_host_bytes:
             fault = f"a host of more than {self._max_host_bytes} bytes"
