@@ -122,7 +122,6 @@ def test_arguments_say_what_the_policy_says(make_chunk: MakeChunk) -> None:
     assert plain[plain.index("--host-timeout") + 1] == "900s"
 
 
-@pytest.mark.proves("G18")
 @pytest.mark.parametrize(
     ("of_policy", "of_chunk", "line"),
     [
