@@ -21,9 +21,9 @@ from scanfleet.messages import ChunkFailed, ChunkReleased, ChunkScanned, HostSca
 from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS
 from scanfleet.targets import TargetRules
 from scanfleet.testing.bus import MemoryBus
+from scanner_worker.domain import CannotStartError, ScanError
 from scanner_worker.handlers.batch import Abilities
 from scanner_worker.handlers.worker import Worker
-from scanner_worker.domain import CannotStartError, ScanError
 from scanner_worker.scanner import guard, process
 from scanner_worker.scanner.process import Limits, Nmap
 from scanner_worker.scanner.raw import may_send_raw, privileges
