@@ -34,7 +34,8 @@ _HOST: Final = re.compile(
 _PORT: Final = re.compile(
     rb'<port protocol="(\w+)" portid="\d+"><state state="[^"]*" reason="([^"]*)"[^>]*?(?: reason_ip="([^"]*)")?/>',
 )
-_SUMMED_UP: Final = re.compile(rb'<extraports state="([^"]*)" count="(\d+)"[^>]*>(.*?)</extraports>', re.DOTALL)
+_SUMMED_UP: Final = re.compile(rb'<extraports state="([^"]*)" count="(\d+)"')
+_SILENT: Final = re.compile(rb'<extraports state="open\|filtered" [^>]*>(.*?)</extraports>', re.DOTALL)
 _SUMMED_UP_REASON: Final = re.compile(rb'<extrareasons reason="([^"]*)"')
 _NUMBERS: Final = re.compile(rb'proto="udp" ports="([0-9,-]+)"')
 _SCAN_INFO: Final = re.compile(rb'<scaninfo type="\w+" protocol="(\w+)" numservices="(\d+)"')
@@ -258,42 +259,48 @@ def _escape(reference: re.Match[bytes]) -> bytes:
 
 def _host(head: re.Match[bytes], piece: bytes) -> Host:
     attributes, state, reason, written = head.groups()
-    try:
-        # nmap and Python write an IPv4 address inside an IPv6 one differently.
-        address = str(ip_address(written.decode()))
-    except ValueError:
-        raise BadXmlError(f"{written[:50]!r} is not an address") from None
+    address = _canonical(written.decode())
     if state == b"down":
         return Host(address, False, False, 0, {reason}, piece)
-    summed_up = _SUMMED_UP.findall(piece)
     ports, silent = piece.count(b"<port "), ""
-    for group, count, inside in summed_up:
+    for group, count in _SUMMED_UP.findall(piece):
         if group == b"open|filtered":
             # Each of these ports is a result. Without its number it could not be one, so it is not accounted for.
-            silent, numbers = _silent(inside)
+            silent, numbers = _silent(piece)
             ports += numbers
         else:
             ports += int(count)
-    reasons = {reason} if reason in FROM_HOST else _reasons(written, piece, summed_up)
+    reasons = {reason} if reason in FROM_HOST else _reasons(written, piece)
     return Host(address, True, b' timedout="true"' in attributes, ports, reasons, piece, silent)
 
 
-def _silent(group: bytes) -> tuple[str, int]:
-    """The UDP ports that nmap sums up in `group`, canonical, and how many they are."""
+def _canonical(address: str) -> str:
+    # nmap and Python write an IPv4 address inside an IPv6 one differently. Other IPv4 addresses have one spelling.
+    if ":" not in address:
+        return address
     try:
-        ranges = parse_ranges(b",".join(_NUMBERS.findall(group)).decode())
+        return str(ip_address(address))
+    except ValueError:
+        raise BadXmlError(f"{address[:50]!r} is not an address") from None
+
+
+def _silent(piece: bytes) -> tuple[str, int]:
+    """The UDP ports that nmap sums up as open|filtered, canonical, and how many they are."""
+    numbers = [each for group in _SILENT.findall(piece) for each in _NUMBERS.findall(group)]
+    try:
+        ranges = parse_ranges(b",".join(numbers).decode())
     except ValueError as error:
         raise BadXmlError(str(error)) from error
     return ranges_text(ranges), sum(last - first + 1 for first, last in ranges)
 
 
-def _reasons(address: bytes, piece: bytes, summed_up: list[tuple[bytes, bytes, bytes]]) -> AbstractSet[bytes]:
+def _reasons(address: bytes, piece: bytes) -> AbstractSet[bytes]:
     """Why ports are in their states, without the reasons that another machine may have given.
 
     A firewall in between answers for a host with ICMP errors of its own. nmap names the sender of these, but not for ports
     that it sums up. A host sends "port unreachable" for its closed UDP ports, and many firewalls send it for everything.
     """
-    reasons = {reason for *_, inside in summed_up for reason in _SUMMED_UP_REASON.findall(inside)} - {_PORT_UNREACH}
+    reasons = set(_SUMMED_UP_REASON.findall(piece)) - {_PORT_UNREACH}
     reasons |= {
         reason
         for protocol, reason, sender in _PORT.findall(piece)
