@@ -146,7 +146,8 @@ class Nmap:
         try:
             async with asyncio.timeout(CHECK_S), self._started(_TRIAL) as run:
                 while data := await run.read():
-                    _whole(reader, data)
+                    if fault := _whole(reader, data)[1]:
+                        raise CannotStartError(f"a trial run of {self._program} failed: {fault}")
                 if code := await run.wait():
                     raise CannotStartError(f"{self._program} {_ended(code)}: {run.said}")
                 reader.close()
