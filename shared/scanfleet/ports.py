@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 MAX_PORT = 65_535
 MAX_TEXT = 10_000  # characters: longer than any list a person writes, short enough to refuse at once
+MAX_RANGES_TEXT = 200_000  # characters: room for every other port
 MAX_TOP = 8_192  # nmap itself knows how common about so many are
 
 _TOP = re.compile(r"top:(?:([1-9][0-9]{0,4})-)?([1-9][0-9]{0,4})")
+_RANGE = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 _ITEM = re.compile(r"(?:([TU]):)?(?:([0-9]{1,5})|([0-9]{0,5})-([0-9]{0,5}))")
 
 Range = tuple[int, int]
@@ -95,6 +97,28 @@ class PortSet:
         if self.udp:
             parts.append(_text(self.udp, "U:"))
         return ",".join(parts)
+
+
+def parse_ranges(text: str) -> tuple[Range, ...]:
+    """Read "1-52,54" as sorted, disjoint, inclusive ranges; nothing is no ports.
+
+    Raises:
+        ValueError: the text is not of that syntax or too long, or a number is not a port.
+    """
+    if len(text) > MAX_RANGES_TEXT:
+        raise ValueError(f"ranges of ports must be at most {MAX_RANGES_TEXT} characters")
+    ranges: list[Range] = []
+    for item in text.split(",") if text else ():
+        match = _RANGE.fullmatch(item)
+        if match is None or not int(match[1]) <= int(match[2] or match[1]) <= MAX_PORT:
+            raise ValueError(f"{item[:20]!r} is not a port or a range of ports from 0 to {MAX_PORT}")
+        ranges.append((int(match[1]), int(match[2] or match[1])))
+    return _disjoint(ranges)
+
+
+def ranges_text(ranges: tuple[Range, ...]) -> str:
+    """The canonical text; `parse_ranges(ranges_text(ranges)) == ranges` for ranges that are sorted and disjoint."""
+    return _text(ranges, "")
 
 
 def _disjoint(ranges: list[Range]) -> tuple[Range, ...]:

@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from heapq import merge
 from ipaddress import ip_address
 from typing import Final
 
 from scanfleet.bus import Record
 from scanfleet.errors import MessageError
-from scanfleet.messages import ChunkIncomplete, ChunkScanned, ChunkStored, HostScanned
+from scanfleet.messages import ChunkIncomplete, ChunkScanned, ChunkStored, HostScanned, PortFound
 from scanfleet.outcomes import Outcome, address_at, index_of
+from scanfleet.ports import Range, parse_ranges
 from scanfleet.rest import Result
 
 WITH_HOST: Final = frozenset({Outcome.ANSWERED, Outcome.SILENT, Outcome.TIMED_OUT})
@@ -43,10 +45,15 @@ class Host:
     scanned: HostScanned
     place: Place
 
+    @property
+    def result_count(self) -> int:
+        """How many results it has, and so how many ids they take."""
+        return len(self.scanned.ports) + sum(last - first + 1 for first, last in self._silent)
+
     def results(self, first_id: int) -> Iterator[Result]:
         """Its results in port order, numbered from `first_id`."""
-        ports = sorted(self.scanned.ports, key=lambda each: (each.port, each.protocol))
-        for result_id, found in enumerate(ports, first_id):
+        listed = sorted(self.scanned.ports, key=_order)
+        for result_id, found in enumerate(merge(listed, self._open_filtered(), key=_order), first_id):
             yield Result(
                 id=result_id,
                 job_id=self.scanned.job_id,
@@ -62,6 +69,20 @@ class Host:
                 created_at=self.place.created_at,
                 updated_at=self.place.created_at,
             )
+
+    @property
+    def _silent(self) -> tuple[Range, ...]:
+        return parse_ranges(self.scanned.open_filtered)
+
+    def _open_filtered(self) -> Iterator[PortFound]:
+        """The ports that the host holds as ranges, made one at a time."""
+        for first, last in self._silent:
+            for number in range(first, last + 1):
+                yield PortFound(port=number, protocol="udp", status="open|filtered")
+
+
+def _order(found: PortFound) -> tuple[int, str]:
+    return found.port, found.protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +137,7 @@ def fold(records: Iterable[Record]) -> Batch:
     """Sort a batch out.
 
     Raises:
-        MessageError: a message names an address that is none.
+        MessageError: a message names an address or ports that are none.
     """
     batch = Batch()
     for record in records:
@@ -124,6 +145,7 @@ def fold(records: Iterable[Record]) -> Batch:
         match record.message:
             case HostScanned() as host:
                 _check_addresses(host.address, 1)
+                _check_ports(host)
                 batch.hosts.setdefault(host.event_id, Host(host, place))
             case ChunkScanned() as chunk:
                 _check_addresses(chunk.first_address, len(chunk.outcomes))
@@ -180,3 +202,14 @@ def _check_addresses(first: str, count: int) -> None:
         raise MessageError(f"not {count} addresses from {first!r} on: {error}") from error
     if canonical != first or "%" in first:  # a host written in two ways would be two; an IPv6 zone may be any text
         raise MessageError(f"{first!r} is not a canonical address without zone")
+
+
+def _check_ports(host: HostScanned) -> None:
+    try:
+        silent = parse_ranges(host.open_filtered)
+    except ValueError as error:
+        raise MessageError(f"open_filtered of {host.address}: {error}") from error
+    numbers = {number for first, last in silent for number in range(first, last + 1)}
+    twice = [found.port for found in host.ports if found.protocol == "udp" and found.port in numbers]
+    if twice:
+        raise MessageError(f"{host.address} has the UDP port {twice[0]} in ports and in open_filtered")

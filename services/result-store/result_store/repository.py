@@ -46,14 +46,14 @@ class MongoStore:
     @bad_days()
     async def add(self, hosts: Sequence[Host]) -> int:
         """Store each host that is not there yet; answer how many were new."""
-        ports = sum(len(host.scanned.ports) for host in hosts)
-        next_id = (await self._ids.take(ports)).start if ports else 0
+        results = sum(host.result_count for host in hosts)
+        next_id = (await self._ids.take(results)).start if results else 0
         documents: list[Document] = []
         for host in hosts:
             document = _host_document(host)
-            if host.scanned.ports:
+            if host.result_count:
                 document["first_id"] = next_id
-                next_id += len(host.scanned.ports)
+                next_id += host.result_count
             documents.append(document)
         return len(documents) - len(await insert_missing(self._hosts, documents))
 

@@ -31,7 +31,7 @@ class MemoryStore:
         before = len(self.hosts)
         for host in hosts:
             self.hosts.setdefault(host.scanned.event_id, (host, self._next_id))
-            self._next_id += len(host.scanned.ports)
+            self._next_id += host.result_count
         return len(self.hosts) - before
 
     async def stored(self, chunk_ids: Collection[str]) -> dict[str, list[StoredHost]]:
@@ -59,7 +59,7 @@ class MemoryStore:
             if (
                 scanned.job_id == job_id
                 and user_id in (None, scanned.user_id)
-                and scanned.ports
+                and host.result_count
                 and (chunk is None or chunk.counts(scanned.address))
             ):
                 yield host.results(first_id)

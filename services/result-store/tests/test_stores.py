@@ -86,6 +86,32 @@ async def test_nothing_is_added_for_nothing(store: Store) -> None:
     assert await store.stored(set()) == {}
 
 
+async def test_results_open_filtered_ranges_are_single_ports_in_port_order(store: Store) -> None:
+    """Silent UDP ports that a host holds as ranges read back as one result each, among the others, with ids of their own."""
+    ports = PortFound(port=53), PortFound(port=54, protocol="udp", service="xns-ch"), PortFound(port=9000)
+    ranges, plain = hosts(host("127.9.8.1", *ports, open_filtered="52-53,9001"), host("127.9.8.2", 22))
+    assert await store.add([ranges, plain]) == 2
+    found = [(each.port, each.protocol, each.status, each.service) for each in await listed(store)]
+    assert found == [
+        (52, "udp", "open|filtered", ""),
+        (53, "tcp", "open", ""),
+        (53, "udp", "open|filtered", ""),
+        (54, "udp", "open", "xns-ch"),
+        (9000, "tcp", "open", ""),
+        (9001, "udp", "open|filtered", ""),
+        (22, "tcp", "open", ""),
+    ]
+    ids = [each.id for each in await listed(store)]
+    assert ids == list(range(ids[0], ids[0] + 7))
+    assert [each.id for each in await listed(store)] == ids
+
+
+async def test_results_host_with_ranges_alone_has_results(store: Store) -> None:
+    """A host that has nothing but silent UDP ports is listed too."""
+    assert await store.add(hosts(host("127.9.8.1", open_filtered="1-3"))) == 1
+    assert [each.port for each in await listed(store)] == [1, 2, 3]
+
+
 async def test_ids_start_at_one_and_grow(store: Store) -> None:
     """Each result has an id of its own; they start at 1, and those of a later batch are higher."""
     await store.add(hosts(host("127.9.8.1", 22, 80), host("127.9.8.2"), host("127.9.8.3", 443)))

@@ -24,9 +24,10 @@ class Settings(CommonSettings, KafkaSettings, TargetSettings):
         "ended by the policy's host timeout.",
     )
     stall_seconds: float = Field(
-        300.0,  # nmap waits up to 15 s between two probes of timing 1, and repeats a lost one ten times
+        300.0,  # nmap pauses for seconds at most, where its options do not ask for more
         gt=0,
-        description="Seconds without progress after which nmap is stopped and the attempt fails.",
+        description="Seconds without progress after which nmap is stopped and the attempt fails. At timings 0 and 1 it may "
+        "pause for two probes more; while it asks services and runs scripts, for the policy's host timeout more.",
     )
     max_output_bytes: int = Field(
         256 << 20,  # four times what 1,024 addresses with a hundred talkative ports each have to say

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scanfleet.ports import MAX_PORT, MAX_TEXT, MAX_TOP, PortSet, Range
+from scanfleet.ports import (
+    MAX_PORT,
+    MAX_RANGES_TEXT,
+    MAX_TEXT,
+    MAX_TOP,
+    PortSet,
+    Range,
+    parse_ranges,
+    ranges_text,
+)
 
 PORT = st.integers(0, MAX_PORT)
 ITEMS = st.lists(
@@ -152,3 +161,27 @@ def test_the_most_common_ports_stay_together(top: int, size: int) -> None:
     assert (ports.count, ports.tcp_count, ports.udp_count) == (top, top, 0)
     assert str(ports) == f"top:{top}"
     assert list(ports.blocks(size)) == [ports]
+
+
+@given(st.sets(st.integers(0, MAX_PORT), max_size=50))
+def test_ranges_of_any_ports_read_back(ports: set[int]) -> None:
+    """Ports written in any order are the same ranges, and their text is canonical."""
+    ranges = parse_ranges(",".join(map(str, ports)))
+    assert [port for first, last in ranges for port in range(first, last + 1)] == sorted(ports)
+    assert parse_ranges(ranges_text(ranges)) == ranges
+
+
+def test_ranges_text_of_every_other_port_is_within_the_limit() -> None:
+    """The longest ranges there are can be written and read."""
+    ranges = tuple((port, port) for port in range(0, MAX_PORT + 1, 2))
+    assert len(ranges_text(ranges)) <= MAX_RANGES_TEXT
+    assert parse_ranges(ranges_text(ranges)) == ranges
+
+
+@pytest.mark.parametrize(
+    "text", ["x", "-5", "5-", "7-6", "65536", "1,,2", ",", "1, 2", "1-2-3", "1," * MAX_RANGES_TEXT]
+)
+def test_parse_ranges_malformed_is_rejected(text: str) -> None:
+    """What is no list of ports and ranges is rejected."""
+    with pytest.raises(ValueError, match="port"):
+        parse_ranges(text)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+from collections import deque
 from datetime import timedelta
 
 import pytest
@@ -45,6 +47,25 @@ def test_an_address_in_no_canonical_form_is_the_messages_fault(address: str) -> 
         fold(Log().append(host(address)))
     with pytest.raises(MessageError):
         fold(Log().append(scanned("a", first_address=address)))
+
+
+@pytest.mark.proves("G9")
+@pytest.mark.parametrize("ranges", ["x", "1-", "5-4", "65536", "1,,2", "1" * 300_000, "53", "50-60"])
+def test_fold_bad_open_filtered_is_the_messages_fault(ranges: str) -> None:
+    """Ranges that are none, too long, or name a listed port again are rejected before anything is stored."""
+    with pytest.raises(MessageError):
+        fold(Log().append(host("127.9.8.1", PortFound(port=53, protocol="udp"), open_filtered=ranges)))
+
+
+def test_results_of_every_port_take_little_memory() -> None:
+    """A host with every UDP port silent is expanded one result at a time."""
+    [silent] = fold(Log().append(host("127.9.8.1", open_filtered="0-65535"))).hosts.values()
+    tracemalloc.start()
+    last = deque(silent.results(1), maxlen=1)[0]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (last.port, last.id, silent.result_count) == (65_535, 65_536, 65_536)
+    assert peak < 1 << 20
 
 
 def test_a_map_ends_within_its_family() -> None:

@@ -174,6 +174,7 @@ class ChunkScan:
                 outcome=letter.value,
                 technique=self._technique,
                 ports=ports,
+                open_filtered=host.open_filtered,
             ),
         )
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
+import re
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from secrets import token_hex
 from typing import Final
@@ -26,7 +29,20 @@ LOOK_S: Final = 1.0  # between two looks whether a silent nmap still lives
 BEAT_S: Final = 1.0  # between two writes to the guard
 END_S: Final = 5.0  # for nmap to end after its output, and for a killed one to be gone
 KILLS: Final = 20  # looks for what forks while it is being killed; a killed one may still be seen in a few
-SAID: Final = 2_000  # bytes of standard error that are kept, the last ones: nmap says at the end why it gives up
+SAID: Final = 2_000  # bytes of standard error that are kept, the last ones: nmap ends with why it gives up
+CHECK_S: Final = 30.0  # timeout of the trial run: nmap starts in a tenth of a second, and in some on a loaded machine
+
+MIN_VERSION: Final = (7, 92)  # older ones spell reasons and timeouts differently, and leave ports out of the XML
+_VERSION: Final = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})")
+
+# A run that touches nothing, but takes all that a scan takes: a process, a temporary folder, nmap and its libraries.
+_TRIAL: Final = ("-n", "-sL", "-oX", "-", "127.0.0.1")
+
+# Seconds between two probes of a host by timing template, where nmap may show no progress for so long.
+_PROBE_DELAYS: Final = {"-T0": 300.0, "-T1": 15.0}
+# Phases whose percentage counts whole services or scripts: a port that stays silent takes 510 s at intensity 9. The host
+# timeout ends these.
+_COARSE_TASKS: Final = frozenset({"Service scan", "NSE"})
 
 Found = list[tuple[Host, tuple[PortFound, ...]]]
 
@@ -37,7 +53,13 @@ _log = structlog.stdlib.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one nmap may write, in bytes, and how long it may make no progress."""
+    """What one nmap may take.
+
+    Attributes:
+        output: bytes that it may write, and
+        host: about one host.
+        stall_seconds: timeout of an nmap that shows no progress, beyond what its options explain.
+    """
 
     output: int
     host: int
@@ -104,26 +126,6 @@ class Nmap:
                 (self._killed_at,) = guard.NUMBER.unpack(data)
         return self._killed_at >= run.began
 
-    async def check(self) -> None:
-        """Start nmap without anything to scan.
-
-        Raises:
-            CannotStartError: nmap cannot be used here; says why.
-        """
-        try:
-            with tempfile.TemporaryDirectory(prefix="scanfleet-", ignore_cleanup_errors=True) as folder:
-                process = await asyncio.create_subprocess_exec(
-                    *(self._program, "-V"),
-                    stdout=asyncio.subprocess.DEVNULL,
-                    stderr=asyncio.subprocess.DEVNULL,
-                    cwd=folder,
-                )
-                code = await process.wait()
-        except OSError as error:
-            raise CannotStartError(f"nmap could not be started: {error}") from error
-        if code != 0:
-            raise CannotStartError(f"nmap -V {_ended(code)}")
-
     @property
     def alive(self) -> bool:
         """False when the guard has ended: the process must be replaced before an nmap can be orphaned."""
@@ -134,83 +136,139 @@ class Nmap:
     def ready(self) -> bool:
         return self.alive
 
-    async def scan(
-        self,
-        arguments: Sequence[str],
-        services: Mapping[str, int],
-    ) -> AsyncGenerator[Found]:
+    async def check(self) -> None:
+        """Run nmap without sending a packet, to see that it starts here and is recent enough.
+
+        Raises:
+            CannotStartError: it cannot be used; the message says why and what to do.
+        """
+        reader = Reader(max_host_bytes=self._limits.host)
+        try:
+            async with asyncio.timeout(CHECK_S), self._started(_TRIAL) as run:
+                while data := await run.read():
+                    if fault := _whole(reader, data)[1]:
+                        raise CannotStartError(f"a trial run of {self._program} failed: {fault}")
+                if code := await run.wait():
+                    raise CannotStartError(f"{self._program} {_ended(code)}: {run.said}")
+                reader.close()
+        except TimeoutError:
+            raise CannotStartError(f"a trial run of {self._program} did not end in {CHECK_S:.0f} seconds") from None
+        except (BadXmlError, ScanError) as error:
+            raise CannotStartError(f"a trial run of {self._program} failed: {error}") from error
+        found = _VERSION.match(reader.version)
+        if not found or (int(found[1]), int(found[2])) < MIN_VERSION:
+            raise CannotStartError(
+                f"{self._program} is nmap {printable(reader.version) or 'of an unknown version'}, and "
+                f"{'.'.join(map(str, MIN_VERSION))} is the oldest that works: install a newer one (Debian 12, Ubuntu 24.04 and "
+                "later have it), and name it in SCANFLEET_NMAP if it is not the first in PATH"
+            )
+
+    async def scan(self, arguments: Sequence[str], services: Mapping[str, int]) -> AsyncGenerator[Found]:
         """Run nmap and yield finished hosts with their open ports, whatever is ready at once.
 
         When the generator is closed, nothing that it started is left.
 
         Args:
             arguments: without the program.
-            services: how many ports of each protocol nmap must say that it probes.
+            services: how many ports of each protocol nmap must announce that it probes.
 
         Raises:
+            CannotStartError: nmap did not begin to scan, for a reason that lies in this worker.
             ScanError: the run does not count, hosts that were yielded before do; says why.
-            CannotStartError: nmap cannot be started.
             KilledByGuardError: the guard killed nmap, because this process stood still.
         """
+        async with self._started(arguments) as run, aclosing(self._read(run, arguments, services)) as found:
+            async for hosts in found:
+                yield hosts
+
+    @asynccontextmanager
+    async def _started(self, arguments: Sequence[str]) -> AsyncIterator[_Run]:
+        """Run nmap, and leave nothing of it."""
         self._runs += 1
         _starts.inc()
         mark = f"{self._mark}-{self._runs}."  # the dot: no mark begins another
         try:
-            with tempfile.TemporaryDirectory(prefix="scanfleet-", ignore_cleanup_errors=True) as folder:
-                starting = asyncio.create_task(self._start(arguments, mark, folder))
-                with _running.track_inprogress():
-                    try:
-                        # Shielded: a start that is cancelled halfway would leave a nmap that nobody knows.
-                        run = await asyncio.shield(starting)
-                        async for hosts in self._read(run, services):
-                            yield hosts
-                    finally:
-                        await (await starting).end()
+            folder = tempfile.TemporaryDirectory(prefix="scanfleet-", ignore_cleanup_errors=True)
         except OSError as error:
-            raise CannotStartError(f"nmap could not be started: {error}") from error
+            raise CannotStartError(f"no temporary folder can be made for nmap: {error}") from error
+        with folder:
+            starting = asyncio.create_task(self._start(arguments, mark, folder.name))
+            with _running.track_inprogress():
+                try:
+                    # Shielded: a start that is cancelled halfway would leave an nmap without an owner.
+                    yield await asyncio.shield(starting)
+                finally:
+                    with contextlib.suppress(CannotStartError):
+                        await (await starting).end()
 
     async def _start(self, arguments: Sequence[str], mark: str, folder: str) -> _Run:
         began = asyncio.get_running_loop().time()
         self._tell_guard()  # a guard that is killing for want of this spares what starts from here on
-        process = await asyncio.create_subprocess_exec(
-            f"nmap-{mark}",  # its own name for itself, by which the guard knows it when its environment is closed
-            *arguments,
-            executable=self._program,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,
-            cwd=folder,
-            # Nothing inherited: NMAPDIR and a .nmap in the home folder would bring other people's scripts and tables.
-            env={"PATH": os.defpath, "LC_ALL": "C", "HOME": folder, "TMPDIR": folder, "SCANFLEET_MARK": mark},
-        )
-        return _Run(process, mark, began, self._limits.stall_seconds)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                f"nmap-{mark}",  # its own name for itself, by which the guard knows it when its environment is closed
+                *arguments,
+                executable=self._program,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                start_new_session=True,
+                cwd=folder,
+                # Nothing inherited: NMAPDIR and a .nmap in the home folder would bring other people's scripts and tables.
+                env={"PATH": os.defpath, "LC_ALL": "C", "HOME": folder, "TMPDIR": folder, "SCANFLEET_MARK": mark},
+            )
+        except OSError as error:
+            raise CannotStartError(f"{self._program} cannot be started: {error}") from error
+        return _Run(process, mark, began)
 
-    async def _read(self, run: _Run, services: Mapping[str, int]) -> AsyncGenerator[Found]:
+    async def _read(
+        self,
+        run: _Run,
+        arguments: Sequence[str],
+        services: Mapping[str, int],
+    ) -> AsyncGenerator[Found]:
         reader = Reader(max_host_bytes=self._limits.host)
-        size = 0
-        while data := await run.read():
+        size = moves = 0
+        while data := await run.read(self._limits.stall_seconds + _pause(arguments, reader.task)):
             size += len(data)
             if size > self._limits.output:
                 raise ScanError(f"nmap wrote more than {self._limits.output} bytes")
             hosts, fault = _whole(reader, data)
+            if reader.moves != moves:
+                moves = reader.moves
+                run.moved()
             if hosts and reader.services != services:
                 raise ScanError(f"nmap probes {reader.services} ports where {dict(services)} were asked for")
             if hosts:
                 yield hosts
             if fault:
                 raise ScanError(fault)
+        await self._finish(run, reader)
+
+    async def _finish(self, run: _Run, reader: Reader) -> None:
+        """Raise unless nmap ended well, after its output has ended."""
         code = await run.wait()
         if code == -signal.SIGKILL and self._killed_by_guard(run):
             raise KilledByGuardError("the guard killed nmap, because the worker's event loop stood still")
+        # nmap announces its ports before it sends anything, so without them no target can be the cause.
+        failure = ScanError if reader.services else CannotStartError
         if code != 0:
-            raise ScanError(f"nmap {_ended(code)}: {run.said}")
+            raise failure(f"nmap {_ended(code)}: {run.said}")
         try:
             reader.close()
         except BadXmlError as error:
-            raise ScanError(f"{error}: {run.said}") from error
+            raise failure(f"{error}: {run.said}") from error
         if reader.skipped:
             raise ScanError(f"nmap did not take {', '.join(reader.skipped)}: {run.said}")
+
+
+def _pause(arguments: Sequence[str], task: str) -> float:
+    """How many seconds a healthy nmap with these arguments may go without progress in a phase, beyond the limit."""
+    # A silent host costs the wait for its answer and the delay before the next probe.
+    pause = 2 * max(delay for timing, delay in {"": 0.0, **_PROBE_DELAYS}.items() if timing in {"", *arguments})
+    if task in _COARSE_TASKS and "--host-timeout" in arguments:
+        pause += float(arguments[arguments.index("--host-timeout") + 1].removesuffix("s"))
+    return pause
 
 
 def _whole(reader: Reader, data: bytes) -> tuple[Found, str]:
@@ -229,16 +287,16 @@ def _ended(code: int) -> str:
 
 
 class _Run:
-    """A nmap that runs."""
+    """An nmap that runs."""
 
-    def __init__(self, process: asyncio.subprocess.Process, mark: str, began: float, stall_seconds: float) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, mark: str, began: float) -> None:
         assert process.stdout is not None  # noqa: S101 # asked for as pipes
         assert process.stderr is not None  # noqa: S101 # the same
         self._process = process
         self._out, self._err = process.stdout, process.stderr
         self._mark = mark
-        self._stall_seconds = stall_seconds
         self.began = began
+        self._waited = 0.0  # seconds of reading since nmap last moved; what the worker does in between is not nmap's
         self._said = b""
         self._listening = asyncio.create_task(self._listen())
 
@@ -248,19 +306,32 @@ class _Run:
         lines = self._said.decode(errors="backslashreplace").split("\n")
         return printable("; ".join(line.strip() for line in lines if line.strip())) or "it did not say why"
 
-    async def read(self) -> bytes:
-        """What nmap has written, empty at the end."""
-        deadline = asyncio.get_running_loop().time() + self._stall_seconds
+    async def read(self, patience: float = math.inf) -> bytes:
+        """What nmap has written, empty at the end.
+
+        Args:
+            patience: seconds of waiting since nmap last moved after which it is given up.
+
+        Raises:
+            ScanError: nmap stands still.
+        """
+        now = asyncio.get_running_loop().time
         while True:
-            left = deadline - asyncio.get_running_loop().time()
-            if left <= 0:
-                raise ScanError(f"nmap was stopped after {self._stall_seconds:.0f} seconds without output")
+            if self._waited >= patience:
+                raise ScanError(f"nmap made no progress for {patience:.0f} seconds and was stopped")
+            began = now()
             try:
-                async with asyncio.timeout(min(left, LOOK_S)):
+                async with asyncio.timeout(min(LOOK_S, patience)):
                     return await self._out.read(PIECE)
             except TimeoutError:
                 if self._process.returncode is not None:
                     self._kill()  # it is gone, and something that it forked holds on to its output
+            finally:
+                self._waited += min(now() - began, LOOK_S)  # no more: the whole worker may have been frozen meanwhile
+
+    def moved(self) -> None:
+        """nmap has made progress."""
+        self._waited = 0.0
 
     async def wait(self) -> int:
         """nmap's exit code, after its output has ended."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterator
 from html import unescape
 from typing import Any, Final
 
@@ -19,14 +19,13 @@ _PORT: Final = re.compile(
 )
 _OS: Final = re.compile(rb"<os>.*</os>", re.DOTALL)
 _OS_TYPE: Final = re.compile(rb'<service [^>]*ostype="([^"]*)"')
-_SUMMED_UP: Final = re.compile(rb'<extraports state="open\|filtered" [^>]*>(.*?)</extraports>', re.DOTALL)
-_NUMBERS: Final = re.compile(rb'proto="(tcp|udp)" ports="([0-9,-]+)"')
+_TLS: Final = re.compile(rb'<service [^>]*tunnel="ssl"')
 
 _LINES: Final = "\n\t"  # plain text in what may have several lines
 
 
 def ports(host: Host) -> tuple[PortFound, ...]:
-    """The ports of `host` that are `open` or `open|filtered`.
+    """The ports of `host` that are `open` or `open|filtered`, without those that nmap sums up: `host.open_filtered`.
 
     Raises:
         BadXmlError: python-nmap cannot read the host.
@@ -38,10 +37,6 @@ def ports(host: Host) -> tuple[PortFound, ...]:
     system = _best_match(viewed)
     found = [
         _port(viewed[protocol][number], protocol, number, system, raw) for (protocol, number), raw in listed.items()
-    ]
-    found += [
-        PortFound(port=number, protocol=protocol, status="open|filtered", os_info=system)
-        for protocol, number in _summed_up(host.element)
     ]
     return tuple(sorted(found, key=lambda port: (port.protocol, port.port)))
 
@@ -70,7 +65,7 @@ def _view(host: Host, listed: bytes) -> dict[str, Any]:
 
 def _best_match(viewed: dict[str, Any]) -> str:
     matches = viewed.get("osmatch", [])
-    return printable(max(matches, key=lambda match: int(match["accuracy"] or 0))["name"] or "") if matches else ""
+    return _text(max(matches, key=lambda match: int(match["accuracy"] or 0))["name"]) if matches else ""
 
 
 def _port(viewed: dict[str, Any], protocol: str, number: int, system: str, raw: bytes) -> PortFound:
@@ -78,26 +73,26 @@ def _port(viewed: dict[str, Any], protocol: str, number: int, system: str, raw: 
     if viewed["extrainfo"]:
         version = f"{version} ({viewed['extrainfo']})".lstrip()
     if not system and (own := _OS_TYPE.search(raw)):
-        system = printable(unescape(own[1].decode()))
+        system = _text(unescape(own[1].decode()))
+    # As nmap itself prints it: the service inside TLS.
+    service = "/".join(part for part in ("ssl", viewed["name"]) if part) if _TLS.search(raw) else viewed["name"]
     return PortFound.model_validate(
         {
             "port": number,
             "protocol": protocol,
             "status": viewed["state"],
-            "service": printable(viewed["name"] or ""),
-            "version": printable(version),
+            "service": _text(service),
+            "version": _text(version),
             "os_info": system,
-            "banner": printable(viewed.get("script", {}).get("banner") or "", keep=_LINES),
+            "banner": _text(viewed.get("script", {}).get("banner"), keep=_LINES),
             "raw_data": printable(raw.decode(), keep=_LINES),
         },
     )
 
 
-def _summed_up(element: bytes) -> Iterator[tuple[Any, int]]:
-    # Of more than 25 ports in one state nmap writes only the numbers; python-nmap does not read those.
-    for group in _SUMMED_UP.finditer(element):
-        for match in _NUMBERS.finditer(group[1]):
-            for part in match[2].decode().split(","):
-                first, _, last = part.partition("-")
-                for number in range(int(first), int(last or first) + 1):
-                    yield match[1].decode(), number
+def _text(written: str | None, *, keep: str = "") -> str:
+    """`written` as plain text. nmap writes UTF-8 as a reference for each byte, which reads as a character for each."""
+    text = written or ""
+    with contextlib.suppress(UnicodeError):
+        text = text.encode("latin-1").decode()
+    return printable(text, keep=keep)

@@ -12,26 +12,38 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
+from ipaddress import ip_address
 from typing import Final, NoReturn
 from xml.parsers import expat
 
-from scanner_worker.domain import Host
+from scanfleet.ports import parse_ranges, ranges_text
+from scanner_worker.domain import FROM_HOST, Host
 
 # One tag with its attributes; the longest real ones hold a script's output, some kilobytes. Two pieces below a power of two:
 # expat keeps an unfinished token in a buffer that doubles, and is not to double it for what is then refused.
 MAX_TOKEN: Final = (1 << 20) - (1 << 17)
 MAX_DEPTH: Final = 64  # nmap's own nesting ends at about ten
-MAX_SKIPPED: Final = 3  # targets that nmap would not take, kept to say why
+MAX_SKIPPED: Final = 3  # targets that nmap did not accept, kept for the error message
 
+_HOST_START: Final = re.compile(rb"<host[ >]")
 _HOST_END: Final = b"</host>"
 _HOST: Final = re.compile(
     rb'<host(| [^>]*)>\s*<status state="(\w+)" reason="([^"]*)"[^>]*>\s*<address addr="([^"]*)" addrtype="ipv[46]"',
 )
-_REASON: Final = re.compile(rb' reason="([^"]*)"')  # of the status, of a port's state, of ports that are summed up
-_SUMMED_UP: Final = re.compile(rb'<extraports state="[^"]*" count="(\d+)"')
+_PORT: Final = re.compile(
+    rb'<port protocol="(\w+)" portid="\d+"><state state="[^"]*" reason="([^"]*)"[^>]*?(?: reason_ip="([^"]*)")?/>',
+)
+_SUMMED_UP: Final = re.compile(rb'<extraports state="([^"]*)" count="(\d+)"')
+_SILENT: Final = re.compile(rb'<extraports state="open\|filtered" [^>]*>(.*?)</extraports>', re.DOTALL)
+_SUMMED_UP_REASON: Final = re.compile(rb'<extrareasons reason="([^"]*)"')
+_NUMBERS: Final = re.compile(rb'proto="udp" ports="([0-9,-]+)"')
 _SCAN_INFO: Final = re.compile(rb'<scaninfo type="\w+" protocol="(\w+)" numservices="(\d+)"')
 _FINISHED: Final = re.compile(rb'<finished [^>]*exit="(\w+)"')
 _SKIPPED: Final = re.compile(rb'<target specification="([^"]*)" status="skipped"')
+_TASK: Final = re.compile(rb'<task(begin|progress|end) task="([^"]*)" [^>]*?(?:percent="([^"]*)"[^>]*)?/>')
+
+_PORT_UNREACH: Final = b"port-unreach"
 
 _CONTROLS: Final = bytes(n for n in range(0x20) if n not in b"\t\n\r")
 # As nmap writes references to what XML 1.0 does not call a character: control characters, surrogates, non-characters.
@@ -49,13 +61,20 @@ class Reader:
     """Turns nmap's output, fed in pieces of any size, into finished hosts.
 
     Attributes:
+        version: nmap's own, as it wrote it; empty until the root element was read.
         services: ports by protocol, as nmap announced before the first host.
-        skipped: the first few targets that nmap would not take; complete when closed.
+        skipped: the first few targets that nmap did not accept; complete when closed.
+        task: the phase that nmap is in, by nmap's name for it ("Connect Scan", "NSE").
+        moves: grows whenever nmap moves: a task begins or ends, its percentage changes, a host is finished.
     """
 
     def __init__(self, *, max_host_bytes: int) -> None:
+        self.version = ""
         self.services: dict[str, int] = {}
         self.skipped: list[str] = []
+        self.task = ""
+        self.moves = 0
+        self._percent = b""
         self._max_host_bytes = max_host_bytes
         self._text = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._held = b""  # the beginning of a character reference
@@ -95,7 +114,9 @@ class Reader:
             if head := _HOST.search(piece):
                 if head.start() > 1:  # more than the line break between two hosts
                     self._between(piece[: head.start()])
-                yield _host(head, piece)
+                self.moves += 1
+                yield _host(head, piece[head.start() :])
+        self._drop_between()
         if not fault and len(self._rest) > self._max_host_bytes:
             fault = f"a host of more than {self._max_host_bytes} bytes"
         if fault:
@@ -160,12 +181,25 @@ class Reader:
         self._rest, self._searched = bytearray(rest), 0
         return pieces
 
+    def _drop_between(self) -> None:
+        """Read what is not part of a host at once: progress must be noticed, and would pile up while no host ends."""
+        start = _HOST_START.search(self._rest)
+        end = start.start() if start else self._rest.rfind(b">") + 1
+        if end:
+            self._between(bytes(self._rest[:end]))
+            del self._rest[:end]
+            self._searched = max(self._searched - end, 0)
+
     def _between(self, data: bytes) -> None:
         for match in _SCAN_INFO.finditer(data):
             self.services[match[1].decode()] = int(match[2])
         for match in _SKIPPED.finditer(data):
             if len(self.skipped) < MAX_SKIPPED:
                 self.skipped.append(match[1].decode())
+        for kind, task, percent in _TASK.findall(data):
+            if kind != b"progress" or percent != self._percent:
+                self.moves += 1
+            self.task, self._percent = task.decode(), percent
         if finished := _FINISHED.search(data):
             self._finished = finished[1]
 
@@ -173,9 +207,10 @@ class Reader:
         if name != "nmaprun" or system or internal:
             self._refuse("a document type of its own")
 
-    def _root(self, name: str, _attributes: dict[str, str]) -> None:
+    def _root(self, name: str, attributes: dict[str, str]) -> None:
         if name != "nmaprun":
             self._refuse(f"<{name[:20]}> where <nmaprun> belongs")
+        self.version = attributes.get("version", "")
         self._root_at = self._parser.CurrentByteIndex
         self._parser.StartElementHandler = None
         self._parser.CommentHandler = self._refuser("a comment")
@@ -223,12 +258,52 @@ def _escape(reference: re.Match[bytes]) -> bytes:
 
 
 def _host(head: re.Match[bytes], piece: bytes) -> Host:
-    attributes, state, reason, address = head.groups()
+    attributes, state, reason, written = head.groups()
+    address = _canonical(written.decode())
     if state == b"down":
-        return Host(address.decode(), False, False, 0, {reason}, piece)
-    ports = piece.count(b"<port ")
-    for count in _SUMMED_UP.findall(piece):
-        ports += int(count)
-    # An address that answered to discovery has answered, whatever its ports did.
-    reasons = {reason} if reason != b"user-set" else set(_REASON.findall(piece))
-    return Host(address.decode(), True, b' timedout="true"' in attributes, ports, reasons, piece)
+        return Host(address, False, False, 0, {reason}, piece)
+    ports, silent = piece.count(b"<port "), ""
+    for group, count in _SUMMED_UP.findall(piece):
+        if group == b"open|filtered":
+            # Each of these ports is a result. Without its number it could not be one, so it is not accounted for.
+            silent, numbers = _silent(piece)
+            ports += numbers
+        else:
+            ports += int(count)
+    reasons = {reason} if reason in FROM_HOST else _reasons(written, piece)
+    return Host(address, True, b' timedout="true"' in attributes, ports, reasons, piece, silent)
+
+
+def _canonical(address: str) -> str:
+    # nmap and Python write an IPv4 address inside an IPv6 one differently. Other IPv4 addresses have one spelling.
+    if ":" not in address:
+        return address
+    try:
+        return str(ip_address(address))
+    except ValueError:
+        raise BadXmlError(f"{address[:50]!r} is not an address") from None
+
+
+def _silent(piece: bytes) -> tuple[str, int]:
+    """The UDP ports that nmap sums up as open|filtered, canonical, and how many they are."""
+    numbers = [each for group in _SILENT.findall(piece) for each in _NUMBERS.findall(group)]
+    try:
+        ranges = parse_ranges(b",".join(numbers).decode())
+    except ValueError as error:
+        raise BadXmlError(str(error)) from error
+    return ranges_text(ranges), sum(last - first + 1 for first, last in ranges)
+
+
+def _reasons(address: bytes, piece: bytes) -> AbstractSet[bytes]:
+    """Why ports are in their states, without the reasons that another machine may have given.
+
+    A firewall in between answers for a host with ICMP errors of its own. nmap names the sender of these, but not for ports
+    that it sums up. A host sends "port unreachable" for its closed UDP ports, and many firewalls send it for everything.
+    """
+    reasons = set(_SUMMED_UP_REASON.findall(piece)) - {_PORT_UNREACH}
+    reasons |= {
+        reason
+        for protocol, reason, sender in _PORT.findall(piece)
+        if sender in {b"", address} and (reason != _PORT_UNREACH or protocol == b"udp")
+    }
+    return reasons

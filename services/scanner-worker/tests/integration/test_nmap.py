@@ -21,9 +21,10 @@ from scanfleet.messages import ChunkFailed, ChunkReleased, ChunkScanned, HostSca
 from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS
 from scanfleet.targets import TargetRules
 from scanfleet.testing.bus import MemoryBus
+from scanner_worker.domain import CannotStartError, ScanError
 from scanner_worker.handlers.batch import Abilities
 from scanner_worker.handlers.worker import Worker
-from scanner_worker.scanner import guard
+from scanner_worker.scanner import guard, process
 from scanner_worker.scanner.process import Limits, Nmap
 from scanner_worker.scanner.raw import may_send_raw, privileges
 
@@ -368,20 +369,24 @@ FAILURES = {
     "exits with 1": ("write(HEAD, host(0)); sys.exit('out of luck')", "exited with 1: out of luck", "a..."),
     "is killed": ("write(HEAD, host(0)); os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV", "a..."),
     "writes half": ("write(HEAD, host(0), host(1)[:60])", "cut off", "a..."),
-    "writes nothing": ("", "cut off", "...."),
     "writes no XML": ("write('Nmap done!')", "not what nmap writes", "...."),
     "leaves hosts out": ("write(HEAD, host(0), host(2), TAIL)", "2 addresses are missing", "a.a."),
     "says that it failed": ("write(HEAD, host(0), TAIL.replace('success', 'error'))", "finished", "a..."),
     "scans other ports": ("write(HEAD.replace('\"2\"', '\"1\"'), host(0))", "probes", "...."),
-    "hangs": ("write(HEAD, host(0)); time.sleep(600)", "stopped after 3 seconds", "a..."),
+    "hangs": ("write(HEAD, host(0)); time.sleep(600)", "no progress for 3 seconds", "a..."),
+    "stands still": (
+        'write(HEAD, host(0))\nwhile True: write(\'<taskprogress task="Connect Scan" time="1" percent="3.12"/>\'); time.sleep(0.2)',
+        "no progress for 3 seconds",
+        "a...",
+    ),
     "ignores SIGTERM": (
         "signal.signal(signal.SIGTERM, signal.SIG_IGN); write(HEAD, host(0)); time.sleep(600)",
-        "stopped after 3 seconds",
+        "no progress for 3 seconds",
         "a...",
     ),
     "forks and hangs": (
         "for own in (True, False): subprocess.Popen(['sleep', '600'], start_new_session=own)\nwrite(HEAD, host(0)); time.sleep(600)",
-        "stopped after 3 seconds",
+        "no progress for 3 seconds",
         "a...",
     ),
     "leaves a child with its output": (
@@ -435,6 +440,136 @@ async def test_a_bad_nmap_fails_the_chunk_with_a_reason(  # noqa: PLR0917 # pyte
         assert rig.worker.alive
 
 
+PROGRESS = """
+    write(HEAD)
+    for tenth in range(40):
+        write(f'<taskprogress task="Connect Scan" time="1" percent="{tenth / 10:.2f}" remaining="9" etc="1"/>')
+        time.sleep(0.1)
+    write(*map(host, range(4)), TAIL)
+"""
+
+
+async def test_scan_that_moves_is_not_stopped(
+    make_nmap: MakeNmap,
+    stand_in: Callable[[str], Path],
+) -> None:
+    """An nmap whose percentage grows may take longer than the limit for one that stands still."""
+    nmap = await make_nmap(stand_in(PROGRESS), replace(LIMITS, stall_seconds=2))
+    assert len([host async for hosts in nmap.scan(["--"], {"tcp": 2}) for host in hosts]) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "task", "stopped"),
+    [
+        (["-T4", "--host-timeout", "30s"], "Connect Scan", True),
+        (["-T4", "--host-timeout", "30s"], "NSE", False),
+        (["-T4", "--host-timeout", "30s"], "Service scan", False),
+        (["-T1", "--host-timeout", "30s"], "Connect Scan", False),
+        (["-T0", "--host-timeout", "30s"], "Ping Scan", False),
+    ],
+)
+async def test_scan_pauses_that_its_options_explain_are_not_a_standstill(
+    make_nmap: MakeNmap,
+    stand_in: Callable[[str], Path],
+    arguments: list[str],
+    task: str,
+    stopped: bool,
+) -> None:
+    """Beyond the limit, slow timings may wait for a probe, and services and scripts for the host timeout."""
+    body = f'write(HEAD, \'<taskbegin task="{task}" time="1"/>\'); time.sleep(3); write(*map(host, range(4)), TAIL)'
+    nmap = await make_nmap(stand_in(body), replace(LIMITS, stall_seconds=1))
+    with pytest.raises(ScanError, match="no progress for 1 seconds") if stopped else contextlib.nullcontext():
+        hosts = [host async for hosts in nmap.scan([*arguments, "--"], {"tcp": 2}) for host in hosts]
+        assert len(hosts) == 4
+
+
+@pytest.mark.proves("F20")
+async def test_scan_nmap_that_is_frozen_is_stopped(make_nmap: MakeNmap, until: Until) -> None:
+    """Real nmap that receives SIGSTOP makes no progress, and is killed after the limit."""
+    nmap = await make_nmap(NMAP, replace(LIMITS, stall_seconds=2))
+    line = ["-n", "-sT", "-Pn", "-p", "1-900", "--scan-delay", "100ms", "-oX", "-", "--stats-every", "1s", "127.9.40.1"]
+
+    async def scan() -> None:
+        async for _ in nmap.scan(line, {"tcp": 900}):
+            pass
+
+    scanning = asyncio.create_task(scan())
+    await until(lambda: marked(nmap))
+    await asyncio.sleep(3)  # longer than the limit: it moves
+    assert not scanning.done()
+    for pid in marked(nmap):
+        os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(ScanError, match="no progress for 2 seconds"):
+        await asyncio.wait_for(scanning, 20)
+
+
+@pytest.mark.proves("F25")
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("", "cut off"),
+        ("sys.exit('libpcap.so.0.8: cannot open shared object file')", "exited with 1: libpcap"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL"),
+    ],
+)
+async def test_scan_nmap_that_ends_before_it_begins_is_the_workers_failure(
+    make_nmap: MakeNmap, stand_in: Callable[[str], Path], body: str, reason: str
+) -> None:
+    """An nmap that ends before it has announced its ports has sent nothing, so the chunk cannot be the cause."""
+    nmap = await make_nmap(stand_in(body))
+    with pytest.raises(CannotStartError, match=reason):
+        await anext(nmap.scan(["--"], {"tcp": 2}))
+
+
+def trial(version: str, end: str = '<runstats><finished time="1" exit="success"/></runstats></nmaprun>') -> str:
+    """A script that writes what a trial run of this version does."""
+    return f"""echo '<?xml version="1.0"?><!DOCTYPE nmaprun><nmaprun version="{version}">{end}'"""
+
+
+@pytest.mark.proves("F25")
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        (trial("7.80"), r"nmap 7\.80.*7\.92 is the oldest.*Debian 12"),
+        (trial("7.91"), r"nmap 7\.91.*SCANFLEET_NMAP"),
+        (trial(""), "unknown version"),
+        (
+            trial("7.93", '<runstats><finished time="1" exit="error"/></runstats></nmaprun>'),
+            "does not say that it finished",
+        ),
+        (trial("7.93", ""), "cut off"),
+        ("echo Nmap 7.93", "not what nmap writes"),
+        ("true", "cut off"),
+        ("exit 1", "exited with 1"),
+        ("echo no libpcap >&2; exit 127", "exited with 127: no libpcap"),
+        ("exec sleep 60", "did not end in 1 seconds"),
+    ],
+)
+async def test_check_nmap_that_is_unusable_says_why(
+    make_nmap: MakeNmap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
+) -> None:
+    """An nmap that is too old, fails or hangs does not pass, and the message names the cause and what to do."""
+    monkeypatch.setattr(process, "CHECK_S", 1.0)
+    program = tmp_path / "nmap"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    with pytest.raises(CannotStartError, match=reason):
+        await (await make_nmap(program)).check()
+
+
+@pytest.mark.proves("F21", "F25")
+async def test_check_needs_what_a_scan_needs(make_nmap: MakeNmap, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real nmap passes; without a program or a temporary folder nothing does."""
+    nmap = await make_nmap()
+    await nmap.check()
+    monkeypatch.setattr("tempfile.tempdir", "/proc/nothing")
+    with pytest.raises(CannotStartError, match="temporary folder"):
+        await nmap.check()
+    monkeypatch.setattr("tempfile.tempdir", None)
+    with pytest.raises(CannotStartError, match="/nowhere/nmap cannot be started"):
+        await (await make_nmap("/nowhere/nmap")).check()
+
+
 @pytest.mark.proves("F20")
 async def test_a_child_left_behind_by_success_is_killed(
     make_chunk: MakeChunk,
@@ -481,7 +616,8 @@ async def test_nothing_of_ours_is_inherited(  # noqa: PLR0917 # pytest passes fi
 
 WORKER = """
 import asyncio, sys
-from scanner_worker.scanner import guard
+from scanner_worker.domain import CannotStartError, ScanError
+from scanner_worker.scanner import guard, process
 from scanner_worker.scanner.process import Limits, Nmap
 
 async def main():

@@ -24,8 +24,8 @@ LOOPBACK = TargetRules(allowed=(ip_network("127.0.0.0/8"), ip_network("::1/128")
 # Every shape that an argument before the targets may have.
 SHAPES = re.compile(
     r"-v|-n|-oX|-|--stats-every|1s|--privileged|--unprivileged|-6|-Pn|-sS|-sT|-sU|-sV|-O|-p|--top-ports|-T[0-5]|--script"
-    r"|--version-intensity|--max-rate|--max-retries|--host-timeout|--min-hostgroup|--max-hostgroup"
-    r"|[0-9]{1,8}s?|(T:|U:)?[0-9]+(-[0-9]+)?(,(U:)?[0-9]+(-[0-9]+)?)*"
+    r"|--version-intensity|--min-rate|--max-rate|--max-rtt-timeout|--max-retries|--host-timeout|--min-hostgroup|--max-hostgroup"
+    r"|[0-9]{1,8}m?s?|(T:|U:)?[0-9]+(-[0-9]+)?(,(U:)?[0-9]+(-[0-9]+)?)*"
     r"|(\([a-z]+ and not \([a-z ]+\)\)|[a-z-]+)(,(\([a-z]+ and not \([a-z ]+\)\)|[a-z-]+))*",
 )
 TARGET = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){3}/[0-9]{1,2}|[0-9a-f:]+/[0-9]{1,3}")
@@ -43,6 +43,7 @@ def policies(draw: st.DrawFn) -> ScanPolicy:
         "scripts": tuple(draw(st.lists(st.sampled_from(sorted(ALLOWED_SCRIPTS)), unique=True))),
         "timing": draw(st.integers(0, 5)),
         "max_rate": draw(st.none() | st.integers(1, 10_000_000)),
+        "max_rtt_timeout": draw(st.none() | st.integers(50, 10_000)),
         "max_retries": draw(st.none() | st.integers(0, 10)),
         "host_timeout": draw(st.none() | st.integers(1, 86_400)),
     }
@@ -55,8 +56,11 @@ def policies(draw: st.DrawFn) -> ScanPolicy:
     first=st.sampled_from(["127.9.0.3", "2001:db8::5"]),
     outcomes=st.text(alphabet=".asd", min_size=1, max_size=64).filter(lambda text: "." in text),
     raw=st.booleans(),
+    rates=st.tuples(*[st.none() | st.integers(1, 10_000_000)] * 2),
 )
-def test_arguments_have_no_other_shape(policy: ScanPolicy, first: str, outcomes: str, raw: bool) -> None:
+def test_arguments_have_no_other_shape(
+    policy: ScanPolicy, first: str, outcomes: str, raw: bool, rates: tuple[int | None, int | None]
+) -> None:
     """Whatever the policy and the blanks, nothing but known words, numbers, ports and canonical networks is passed on."""
     chunk = ScanChunk(
         job_id=1,
@@ -70,6 +74,8 @@ def test_arguments_have_no_other_shape(policy: ScanPolicy, first: str, outcomes:
         ports=policy.ports,
         lease_seconds=10,
         estimate_seconds=1,
+        min_rate=rates[0],
+        max_rate=rates[1],
     )
     targets = list(networks(first, outcomes))
     argv = arguments(chunk, targets, raw=raw)
@@ -92,17 +98,59 @@ def test_arguments_say_what_the_policy_says(make_chunk: MakeChunk) -> None:
             "scripts": ("banner", "http-title"),
             "timing": 2,
             "max_rate": 100,
+            "max_rtt_timeout": 250,
             "max_retries": 1,
             "host_timeout": 30,
         },
     )
     line = " ".join(arguments(chunk, [ip_network("127.9.1.0/30")], raw=True))
     assert "--privileged -Pn -sS -sU -p T:22,U:53 -sV --version-intensity 3 -O --script banner,http-title -T2" in line
-    assert "--max-rate 100 --max-retries 1 --host-timeout 30s" in line
+    assert "--max-rate 100 --max-rtt-timeout 250ms --max-retries 1 --host-timeout 30s" in line
     plain = arguments(make_chunk({"service_detection": False}), [ip_network("::1/128")], raw=False)
     assert {"--unprivileged", "-6", "-sT"} <= set(plain)
-    assert not {"-sV", "-O", "--script", "-Pn", "-sU", "--max-rate", "--max-retries"} & set(plain)
+    assert not {
+        "-sV",
+        "-O",
+        "--script",
+        "-Pn",
+        "-sU",
+        "--min-rate",
+        "--max-rate",
+        "--max-rtt-timeout",
+        "--max-retries",
+    } & set(plain)
     assert plain[plain.index("--host-timeout") + 1] == "900s"
+
+
+@pytest.mark.parametrize(
+    ("of_policy", "of_chunk", "line"),
+    [
+        (None, {"min_rate": 500}, "--min-rate 500"),
+        (None, {"min_rate": 500, "max_rate": 2_000}, "--min-rate 500 --max-rate 2000"),
+        (None, {"min_rate": 500, "max_rate": 20}, "--min-rate 20 --max-rate 20"),
+        (100, {"min_rate": 500, "max_rate": 20}, "--min-rate 20 --max-rate 20"),
+        (100, {"min_rate": 500}, "--min-rate 100 --max-rate 100"),
+        (100, {}, "--max-rate 100"),
+    ],
+)
+def test_arguments_rates_are_the_chunks(
+    make_chunk: MakeChunk, of_policy: int | None, of_chunk: dict[str, int], line: str
+) -> None:
+    """The chunk's share of the rate stands for the policy's, and the floor never lifts it."""
+    argv = arguments(make_chunk({"max_rate": of_policy}, **of_chunk), [ip_network("127.9.1.0/30")], raw=True)
+    assert f"-T4 {line} --host-timeout" in " ".join(argv)
+
+
+@pytest.mark.parametrize(
+    ("discovery", "ports", "group"),
+    [("default", "22,80", 512), ("default", "top:1000", 64), ("none", "22,80", 512), ("none", "top:1000", 8)],
+)
+def test_arguments_groups_of_silent_hosts_are_small(
+    make_chunk: MakeChunk, discovery: str, ports: str, group: int
+) -> None:
+    """Without discovery a group holds few addresses, so that a silent network is written and resumed in small steps."""
+    argv = arguments(make_chunk({"discovery": discovery, "ports": ports}), [ip_network("127.9.1.0/30")], raw=True)
+    assert f"--min-hostgroup {group} --max-hostgroup {group}" in " ".join(argv)
 
 
 def test_top_ports_are_counted_not_listed(make_chunk: MakeChunk) -> None:

@@ -14,8 +14,12 @@ from scanner_worker.scanner.xml import BadXmlError, Reader
 Recording = Callable[[str], bytes]
 
 
+def hosts(document: bytes) -> list[Host]:
+    return list(Reader(max_host_bytes=1 << 20).feed(document))
+
+
 def found(document: bytes) -> dict[str, tuple[PortFound, ...]]:
-    return {host.address: ports(host) for host in Reader(max_host_bytes=1 << 20).feed(document)}
+    return {host.address: ports(host) for host in hosts(document)}
 
 
 def test_services_versions_and_banners(recording: Recording) -> None:
@@ -55,25 +59,37 @@ def test_many_ports(recording: Recording) -> None:
     assert by_address["127.9.1.3"] == ()
 
 
-def test_ports_that_nmap_sums_up_are_listed_too(recording: Recording) -> None:
-    """open|filtered ports are results even where nmap writes only their numbers."""
-    summed_up = found(recording("udp"))["127.9.5.1"]
-    assert [port.port for port in summed_up] == list(range(1, 61))
-    assert {(port.protocol, port.status) for port in summed_up} == {("udp", "open|filtered")}
-    listed = found(recording("udp_listed"))["127.9.5.1"]
-    assert [(port.port, port.status, port.service) for port in listed[:2]] == [
+def test_ports_summed_up_silent_ports_are_ranges(recording: Recording) -> None:
+    """Silent UDP ports of which nmap writes only the numbers are no objects; those that it lists are."""
+    (silent,) = (host for host in hosts(recording("udp")) if host.address == "127.9.5.1")
+    assert (ports(silent), silent.open_filtered) == ((), "1-60")
+    (listed,) = hosts(recording("udp_listed"))
+    assert [(port.port, port.status, port.service) for port in ports(listed)[:2]] == [
         (1, "open|filtered", "tcpmux"),
         (2, "open|filtered", "compressnet"),
     ]
+    assert listed.open_filtered == ""
 
 
-def test_numbers_with_gaps() -> None:
-    """Summed-up ports are read as single numbers and ranges."""
-    element = (
-        b'<extraports state="open|filtered" count="4">\n'
-        b'<extrareasons reason="no-response" count="4" proto="udp" ports="5,7-8,20"/>\n</extraports>'
-    )
-    assert [port.port for port in ports(Host("::1", True, False, 4, set(), element))] == [5, 7, 8, 20]
+def service(attributes: bytes) -> PortFound:
+    """A port with this `<service>`."""
+    element = b'<port protocol="tcp" portid="1"><state state="open" reason="syn-ack"/><service %s/></port>' % attributes
+    (port,) = ports(Host("127.9.1.1", True, False, 1, set(), element))
+    return port
+
+
+def test_ports_service_inside_tls_says_so() -> None:
+    """A service inside TLS is written as nmap prints it, so that it differs from the plain one."""
+    assert service(b'name="http" product="nginx" tunnel="ssl" method="probed"').service == "ssl/http"
+    assert service(b'name="http" product="nginx" method="probed"').service == "http"
+    assert service(b'name="http" product=" tunnel=&quot;ssl&quot;" method="probed"').service == "http"
+
+
+def test_ports_utf8_written_byte_by_byte_is_text() -> None:
+    """nmap writes a reference for each byte of UTF-8; valid sequences become their characters, others stay."""
+    assert service(b'name="x" product="Gr&#xc3;&#xb6;&#xc3;&#x9f;e"').version == "Größe"
+    assert service(b'name="x" product="&#xe2;&#x80;&#xae;evil"').version == r"\u202eevil"
+    assert service(b'name="x" product="caf&#xe9; &#xc3;&#xb6;"').version == "café Ã¶"
 
 
 def test_a_host_that_cannot_be_read_is_said_not_quoted() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable, Iterator
+from ipaddress import ip_address
 
 import pytest
 from hypothesis import given
@@ -63,7 +64,14 @@ def letters(hosts: list[Host], ports: int) -> dict[str, Outcome]:
             2,
             {"10.77.0.1": Outcome.ANSWERED} | {f"10.77.0.{last}": Outcome.DOWN for last in (8, 9, 10, 11)},
         ),
-        ("udp", 60, {"127.9.5.1": Outcome.SILENT, "127.9.1.8": Outcome.ANSWERED}),
+        (
+            "udp",
+            60,
+            {"127.9.5.1": Outcome.SILENT, "127.9.1.8": Outcome.SILENT},
+        ),  # "port unreachable" of unknown senders
+        ("prohibited", 3, {"10.88.0.1": Outcome.SILENT, "127.9.1.8": Outcome.ANSWERED}),
+        ("prohibited_many", 60, {"10.88.0.1": Outcome.SILENT}),
+        ("prohibited_udp", 3, {"10.88.0.1": Outcome.SILENT, "127.9.1.8": Outcome.ANSWERED}),
         ("udp_listed", 6, {"127.9.5.1": Outcome.SILENT}),
         ("os", 25, {"127.9.1.1": Outcome.ANSWERED}),
         ("ipv6", 2, {"::1": Outcome.ANSWERED}),
@@ -88,6 +96,145 @@ def test_ports_are_announced_before_the_first_host(recording: Recording) -> None
     reader = Reader(max_host_bytes=MAX_HOST)
     next(iter(reader.feed(recording("udp_listed"))))
     assert reader.services == {"tcp": 1, "udp": 5}
+
+
+def with_reasons(*reasons: str) -> bytes:
+    """A host that nmap takes as up unasked, with a port for each protocol and reason ("tcp reset")."""
+    listed = "".join(
+        f'<port protocol="{protocol}" portid="{number}"><state state="x" reason="{reason}" reason_ttl="64" {sender.rstrip()}/></port>'
+        for number, (protocol, reason, sender) in enumerate((f"{each}  ".split(" ", 2) for each in reasons), start=1)
+    )
+    return HEAD + a_host(inside=listed.encode()).replace(b'reason="reset"', b'reason="user-set"', 1) + TAIL
+
+
+@pytest.mark.proves("G16")
+@pytest.mark.parametrize(
+    ("reason", "letter"),
+    [
+        ("tcp syn-ack", Outcome.ANSWERED),
+        ("tcp conn-refused", Outcome.ANSWERED),
+        ('tcp reset reason_ip="127.9.1.1"', Outcome.ANSWERED),
+        ('tcp reset reason_ip="10.0.0.1"', Outcome.SILENT),
+        ("udp udp-response", Outcome.ANSWERED),
+        ("udp port-unreach", Outcome.ANSWERED),
+        ('udp port-unreach reason_ip="10.0.0.1"', Outcome.SILENT),
+        ("tcp port-unreach", Outcome.SILENT),
+        ("tcp admin-prohibited", Outcome.SILENT),
+        ("tcp host-prohibited", Outcome.SILENT),
+        ("udp net-prohibited", Outcome.SILENT),
+        ("tcp host-unreach", Outcome.SILENT),
+        ("tcp no-responses", Outcome.SILENT),
+        ("tcp a-new-reason", Outcome.SILENT),
+    ],
+)
+def test_outcome_only_the_hosts_own_answer_counts(reason: str, letter: Outcome) -> None:
+    """A port's reason makes a host answered only if no other machine can have given it."""
+    hosts, fault = read(with_reasons("tcp no-response", reason))
+    assert (fault, letters(hosts, 2)) == ("", {"127.9.1.1": letter})
+
+
+def summed_up(state: str, count: int, *reasons: bytes) -> bytes:
+    group = b'<extraports state="%s" count="%d">\n%s\n</extraports>' % (state.encode(), count, b"\n".join(reasons))
+    return HEAD + a_host(inside=group).replace(b'reason="reset"', b'reason="user-set"', 1) + TAIL
+
+
+@pytest.mark.parametrize(
+    ("reason", "letter"),
+    [
+        (b"reset", Outcome.ANSWERED),
+        (b"conn-refused", Outcome.ANSWERED),
+        (b"port-unreach", Outcome.SILENT),
+        (b"admin-prohibited", Outcome.SILENT),
+        (b"no-responses", Outcome.SILENT),
+    ],
+)
+def test_outcome_summed_up_icmp_errors_do_not_count(reason: bytes, letter: Outcome) -> None:
+    """nmap does not write who sent the errors that it sums up, so they are no evidence of the host."""
+    hosts, _ = read(
+        summed_up("closed", 60, b'<extrareasons reason="%s" count="60" proto="tcp" ports="1-60"/>' % reason)
+    )
+    assert letters(hosts, 60) == {"127.9.1.1": letter}
+
+
+def test_open_filtered_is_canonical() -> None:
+    """Summed-up silent ports are read as sorted, disjoint ranges, of however many elements."""
+    document = summed_up(
+        "open|filtered",
+        5,
+        b'<extrareasons reason="no-response" count="4" proto="udp" ports="20,5,7-8"/>',
+        b'<extrareasons reason="admin-prohibited" count="1" proto="udp" ports="6"/>',
+    )
+    (host,), fault = read(document)
+    assert (host.open_filtered, host.ports, fault) == ("5-8,20", 5, "")
+
+
+@pytest.mark.proves("G16")
+@pytest.mark.parametrize("numbers", [b"", b'proto="udp" ports="1-4"', b'proto="tcp" ports="1-5"'])
+def test_open_filtered_without_numbers_leaves_the_host_blank(numbers: bytes) -> None:
+    """A host whose silent ports nmap counts but does not name is not done: its results would be missing."""
+    (host,), fault = read(summed_up("open|filtered", 5, b'<extrareasons reason="no-response" count="5" %s/>' % numbers))
+    assert (outcome(host, 5), fault) == (Outcome.BLANK, "")
+
+
+def test_addresses_are_canonical() -> None:
+    """An address is written as Python writes it, whatever spelling nmap has, and what is none is refused."""
+    hosts, _ = read(HEAD + a_host("::FFFF:127.0.0.1") + a_host("2001:DB8:0:0::1") + TAIL)
+    assert [host.address for host in hosts] == [str(ip_address("::ffff:127.0.0.1")), "2001:db8::1"]
+    hosts, fault = read(HEAD + a_host("127.9.1.1") + a_host("2001:db8::x") + TAIL)
+    assert ([host.address for host in hosts], "address" in fault) == (["127.9.1.1"], True)
+
+
+def task(kind: str, name: str, percent: str = "") -> bytes:
+    more = f' percent="{percent}" remaining="9" etc="1"' if percent else ""
+    return f'<task{kind} task="{name}" time="1795840069"{more}/>\n'.encode()
+
+
+def test_moves_grow_with_every_change_and_with_nothing_else() -> None:
+    """A task that begins or ends, a percentage that changes and a host are progress; the same percentage again is not."""
+    reader = Reader(max_host_bytes=MAX_HOST)
+    list(reader.feed(HEAD))
+    seen = []
+    for piece in (
+        task("begin", "Connect Scan"),
+        task("progress", "Connect Scan", "0.00"),
+        task("progress", "Connect Scan", "0.00"),
+        task("progress", "Connect Scan", "0.01"),
+        task("progress", "Connect Scan", "0.01") * 9,
+        task("end", "Connect Scan"),
+        task("begin", "NSE"),
+        b'<verbose level="1"/>\n',
+        a_host(),
+    ):
+        before = reader.moves
+        list(reader.feed(piece))
+        seen.append(reader.moves - before)
+    assert seen == [1, 1, 0, 1, 0, 1, 1, 0, 1]
+    assert reader.task == "NSE"
+
+
+def test_progress_of_real_nmap_is_noticed_as_it_comes(recording: Recording) -> None:
+    """Fed line by line, real output moves, and the reader knows nmap's version and phase."""
+    reader = Reader(max_host_bytes=MAX_HOST)
+    moves = []
+    for line in recording("silent").splitlines(keepends=True):
+        list(reader.feed(line))
+        moves.append(reader.moves)
+    assert reader.version == "7.93"
+    assert reader.task == "SYN Stealth Scan"
+    assert moves == sorted(moves)
+    assert moves[-1] >= 5
+
+
+def test_progress_does_not_pile_up() -> None:
+    """A day of progress without a finished host is neither kept nor taken for a host."""
+
+    def day() -> Iterator[bytes]:
+        yield HEAD + task("begin", "Ping Scan")
+        for second in range(86_400):
+            yield task("progress", "Ping Scan", f"{second / 864:.2f}")
+
+    reader_fault, peak = fed(day())
+    assert (reader_fault, peak < 1 << 20) == ("", True)
 
 
 def test_skipped_targets_are_named(recording: Recording) -> None:
