@@ -102,6 +102,10 @@ FAULTS: Final[Mapping[str, Trial]] = {
         "mixed load with a random process killed every 10 s: `make soak MINUTES=10`, and a minute in `make test`",
         "every promise; memory and descriptors stay flat",
     ),
+    "F33": Trial(
+        "every error code of MongoDB; Kafka or MongoDB missing for minutes at start; a partition without a leader",
+        "nothing is dead-lettered; services are unready, then ready by themselves",
+    ),
 }
 
 ABUSE: Final[Mapping[str, Trial]] = {
