@@ -102,6 +102,10 @@ FAULTS: Final[Mapping[str, Trial]] = {
         "mixed load with a random process killed every 10 s: `make soak MINUTES=10`, and a minute in `make test`",
         "every promise; memory and descriptors stay flat",
     ),
+    "F28": Trial(
+        "a rolling upgrade between two releases in both orders; fields that the other release does not know, everywhere",
+        "each reads what the other writes; jobs finish; nothing is refused or dead-lettered",
+    ),
     "F33": Trial(
         "every error code of MongoDB; Kafka or MongoDB missing for minutes at start; a partition without a leader",
         "nothing is dead-lettered; services are unready, then ready by themselves",

@@ -319,6 +319,6 @@ def test_arguments_of_a_policy_that_this_release_does_not_allow_fail_the_chunk(
     make_chunk: MakeChunk, field: dict[str, object]
 ) -> None:
     """A policy that was stored when more was allowed becomes no command line, and the reason names the field."""
-    chunk = make_chunk(policy=ScanPolicy.model_validate(field))
+    chunk = make_chunk().model_copy(update={"policy": ScanPolicy.model_validate(field)})
     with pytest.raises(ScanError, match=next(iter(field))):
         arguments(chunk, list(networks(chunk.first_address, chunk.outcomes)), raw=True)
