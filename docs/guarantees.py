@@ -71,7 +71,7 @@ FAULTS: Final[Mapping[str, Trial]] = {
     "F11": Trial("a cancel meets a completion within 5 ms, 500 times", "one final state, and events agree with GET"),
     "F12": Trial(
         "random bytes, a wrong schema, 2 MB, an unknown type, no headers, no value, in every topic that is read",
-        "dead letters that name their origin; the next record is handled",
+        "a dead letter that names its origin, or a counter where every process reads all; the next record is handled",
     ),
     "F13": Trial(
         "50 POSTs at once under one key; then another body; then another user", "one job; a 400; a job of its own"

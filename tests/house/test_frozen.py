@@ -15,7 +15,8 @@ RECORDS = sorted(path for path in ROOT.glob("s*/**/frozen.sha256") if ".venv" no
 @pytest.mark.parametrize("record", RECORDS, ids=lambda path: str(path.parent.relative_to(ROOT)))
 def test_files_of_a_published_release_are_unchanged(record: Path) -> None:
     """Each file in a release's folder has the hash that was recorded when it was published, and none is missing or added."""
-    recorded = dict(reversed(line.split("  ", 1)) for line in record.read_text(encoding="utf-8").splitlines())
+    lines = (line.split("  ", 1) for line in record.read_text(encoding="utf-8").splitlines())
+    recorded = {name: digest for digest, name in lines}
     present = {
         path.relative_to(record.parent).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(record.parent.glob("*/*.json"))

@@ -141,9 +141,9 @@ class KafkaBus:
             access=self._access,
             end_offsets=self._end_offsets,
         )
-        return self._loop(topic, group, handler, source)
+        return self._member(topic, group, handler, source)
 
-    def tail(self, topic: Topic, handler: Handler) -> Consumer:
+    def tail(self, topic: Topic, handler: Handler, *, key: str | None = None) -> Consumer:
         source = Tail(
             topic,
             name=self._prefix + topic.name,
@@ -151,7 +151,7 @@ class KafkaBus:
             access=self._access,
             end_offsets=self._end_offsets,
         )
-        return self._loop(topic, f"{self._source}-tail", handler, source)
+        return ConsumerLoop(topic, f"{self._source}-tail", handler, source, None, key=key)
 
     async def past(self, topic: Topic, first: int = 0) -> AsyncGenerator[RawRecord, None]:
         """What is in `topic` up to where it ends now, each partition from offset `first` on; holds a few fetches in memory.
@@ -181,7 +181,7 @@ class KafkaBus:
         finally:
             await source.close()
 
-    def _loop(self, topic: Topic, group: str, handler: Handler, source: Source) -> ConsumerLoop:
+    def _member(self, topic: Topic, group: str, handler: Handler, source: Source) -> ConsumerLoop:
         async def dead_letter(record: RawRecord, reason: str) -> None:
             if weight(record) > DEAD_LETTER_BYTES - DEAD_LETTER_ROOM:
                 record = replace(record, value=None, headers=())  # unpacked it fits nowhere: its origin leads to it
