@@ -98,9 +98,6 @@ async def dependency_errors() -> AsyncIterator[None]:
         raise DependencyError(f"MongoDB: {error}") from error
 
 
-bad_days = dependency_errors
-
-
 @dependency_errors()
 async def ping(database: Database) -> None:
     """Return when the primary has answered.

@@ -20,7 +20,7 @@ from job_orchestrator.repository import documents
 from scanfleet.clock import utc_now
 from scanfleet.messages import AuditEntry, JobStatus
 from scanfleet.mongo import Collection as MongoCollection
-from scanfleet.mongo import Database, Document, Ids, advance_ids, bad_days, insert_missing, make_indexes
+from scanfleet.mongo import Database, Document, Ids, advance_ids, dependency_errors, insert_missing, make_indexes
 
 _Owned = TypeVar("_Owned", Subnet, Policy)
 _Revised = TypeVar("_Revised", ScanJob, Chunk)
@@ -106,7 +106,7 @@ class MongoStore:
 
     # Subnets and policies
 
-    @bad_days()
+    @dependency_errors()
     async def exists(self, kind: Literal["subnets", "policies"], id_: int) -> bool:
         return await self._database[kind].find_one({"_id": id_}, {"_id": 1}) is not None
 
@@ -154,25 +154,25 @@ class MongoStore:
                 stands[loser.id] = first.get(loser.id) or by_key[loser.user_id, loser.idempotency_key or ""]
         return stands
 
-    @bad_days()
+    @dependency_errors()
     async def commands(self, ids: Collection[str]) -> dict[str, Command]:
         found = self._commands.find({"_id": {"$in": list(ids)}})
         return {document["_id"]: documents.read_command(document) async for document in found}
 
     async def accepted_submits(self) -> AsyncIterator[Command]:
         """Every command that made jobs."""
-        async with bad_days():
+        async with dependency_errors():
             async for each in self._commands.find({"state": "accepted", "jobs": {"$ne": []}}):
                 yield documents.read_command(each)
 
-    @bad_days()
+    @dependency_errors()
     async def commands_by_key(self, keys: Collection[tuple[int, str]]) -> dict[tuple[int, str], Command]:
         if not keys:
             return {}
         found = self._commands.find({"$or": [{"user_id": user, "idempotency_key": key} for user, key in keys]})
         return {(each["user_id"], each["idempotency_key"]): documents.read_command(each) async for each in found}
 
-    @bad_days()
+    @dependency_errors()
     async def reject_command(self, command_id: str, status: int, error: str, rule: str) -> None:
         told = {"state": "rejected", "status": status, "error": error, "rule": rule}
         await self._commands.update_one({"_id": command_id, "state": "accepted"}, {"$set": told})
@@ -185,7 +185,7 @@ class MongoStore:
             self._audit, [documents.write_audit(entry) | {"forget_at": forget_at} for entry in entries]
         )
 
-    @bad_days()
+    @dependency_errors()
     async def list_audit(
         self,
         skip: int,
@@ -207,7 +207,7 @@ class MongoStore:
     async def insert_jobs(self, jobs: Sequence[ScanJob]) -> None:
         await insert_missing(self._jobs, [documents.write_job(job) for job in jobs])
 
-    @bad_days()
+    @dependency_errors()
     async def jobs(self, ids: Collection[int]) -> dict[int, ScanJob]:
         if not ids:
             return {}
@@ -216,7 +216,7 @@ class MongoStore:
     async def save_jobs(self, jobs: Sequence[ScanJob]) -> set[int]:
         return await _save(self._jobs, jobs, documents.write_job, documents.read_job)
 
-    @bad_days()
+    @dependency_errors()
     async def list_jobs(
         self,
         user_id: int,
@@ -230,17 +230,17 @@ class MongoStore:
         newest = self._jobs.find(wanted).sort([("sort_time", -1), ("_id", -1)]).skip(skip).limit(limit)
         return [documents.read_job(each) async for each in newest], await self._jobs.count_documents(wanted)
 
-    @bad_days()
+    @dependency_errors()
     async def unsettled_jobs(self, after: int, limit: int) -> list[int]:
         found = self._jobs.find({"settled": False, "_id": {"$gt": after}}, {"_id": 1}).sort("_id", 1).limit(limit)
         return [each["_id"] async for each in found]
 
-    @bad_days()
+    @dependency_errors()
     async def jobs_with_old_events(self, before: datetime, limit: int) -> list[int]:
         found = self._jobs.find({"outbox.at": {"$lt": before}}, {"_id": 1}).limit(limit)
         return [each["_id"] async for each in found]
 
-    @bad_days()
+    @dependency_errors()
     async def has_unfinished_jobs(self, subnet_id: int) -> bool:
         unfinished = [JobStatus.PENDING.value, JobStatus.RUNNING.value]
         wanted = {"subnet_id": subnet_id, "settled": False, "status": {"$in": unfinished}}
@@ -258,11 +258,11 @@ class MongoStore:
 
     async def job_chunks(self, job_id: int) -> AsyncIterator[Chunk]:
         # The order of an index whose keys never change: no chunk is seen twice or missed because it moves meanwhile.
-        async with bad_days():
+        async with dependency_errors():
             async for each in self._chunks.find({"job_id": job_id}).sort("index", 1).batch_size(_BATCH):
                 yield documents.read_chunk(each)
 
-    @bad_days()
+    @dependency_errors()
     async def chunks_in(self, job_id: int, states: Collection[ChunkState], limit: int) -> list[str]:
         wanted = {"job_id": job_id, "state": {"$in": [state.value for state in states]}}
         return [each["_id"] async for each in self._chunks.find(wanted, {"_id": 1}).limit(limit)]
@@ -270,7 +270,7 @@ class MongoStore:
     async def save_chunks(self, chunks: Sequence[Chunk]) -> set[str]:
         return await _save(self._chunks, chunks, documents.write_chunk, documents.read_chunk)
 
-    @bad_days()
+    @dependency_errors()
     async def chunk_states(self, job_ids: Collection[int]) -> dict[int, Counter[ChunkState]]:
         states: dict[int, Counter[ChunkState]] = {job_id: Counter() for job_id in job_ids}
         at_one_moment = self._chunks.with_options(read_concern=ReadConcern("snapshot"))
@@ -293,17 +293,17 @@ class MongoStore:
 
     # Dispatch
 
-    @bad_days()
+    @dependency_errors()
     async def waiting_users(self, *, raw: bool) -> list[int]:
         found: list[int] = await self._chunks.distinct("user_id", _queued(raw=raw))
         return found
 
-    @bad_days()
+    @dependency_errors()
     async def queue(self, user_id: int, limit: int, *, raw: bool) -> list[Chunk]:
         found = self._chunks.find(_queued(raw=raw) | {"user_id": user_id}).sort("turn", 1).limit(limit)
         return [documents.read_chunk(each) async for each in found]
 
-    @bad_days()
+    @dependency_errors()
     async def first_turn(self, user_id: int) -> int:
         first = await self._chunks.find_one(_queued(raw=True) | {"user_id": user_id}, {"turn": 1}, sort=[("turn", 1)])
         return first["turn"] if first else 0
@@ -324,12 +324,12 @@ class MongoStore:
             for mine in [estimates.get(credit.worker_id, [])]
         ]
 
-    @bad_days()
+    @dependency_errors()
     async def clocks(self, users: Collection[int]) -> dict[int, Clock]:
         found = self._clocks.find({"$or": [{"active": True}, {"_id": {"$in": list(users)}}]})
         return {each["_id"]: documents.read_clock(each) async for each in found}
 
-    @bad_days()
+    @dependency_errors()
     async def rest_clocks(self) -> None:
         active = [each["_id"] async for each in self._clocks.find({"active": True}, {"_id": 1})]
         busy = {"state": {"$in": [ChunkState.QUEUED.value, *(state.value for state in HELD)]}}
@@ -337,7 +337,7 @@ class MongoStore:
         if idle:
             await self._clocks.update_many({"_id": {"$in": list(idle)}}, {"$set": {"active": False}})
 
-    @bad_days()
+    @dependency_errors()
     async def wake_clocks(self, clocks: Iterable[Clock]) -> None:
         writes = [
             UpdateOne({"_id": clock.user_id}, {"$max": {"time": clock.time}, "$set": {"active": True}}, upsert=True)
@@ -346,13 +346,13 @@ class MongoStore:
         if writes:
             await self._clocks.bulk_write(writes, ordered=False)
 
-    @bad_days()
+    @dependency_errors()
     async def charge(self, seconds: Mapping[int, float]) -> None:
         writes = [UpdateOne({"_id": user}, {"$inc": {"time": time}}, upsert=True) for user, time in seconds.items()]
         if writes:
             await self._clocks.bulk_write(writes, ordered=False)
 
-    @bad_days()
+    @dependency_errors()
     async def seen_workers(self, workers: Iterable[Credit]) -> None:
         writes = [
             UpdateOne(
@@ -365,14 +365,14 @@ class MongoStore:
         if writes:
             await self._workers.bulk_write(writes, ordered=False)
 
-    @bad_days()
+    @dependency_errors()
     async def raw_worker_seen(self, within: timedelta) -> bool:
         since = {"$gt": ["$seen", {"$subtract": ["$$NOW", int(within.total_seconds() * 1_000)]}]}
         return await self._workers.find_one({"raw": True, "slots": {"$gt": 0}, "$expr": since}) is not None
 
     # What is going on
 
-    @bad_days()
+    @dependency_errors()
     async def census(self) -> Census:
         jobs = self._jobs.aggregate(
             [
@@ -405,7 +405,7 @@ class MongoStore:
             outbox_age=max([each["age"] async for each in unsent], default=0.0),
         )
 
-    @bad_days()
+    @dependency_errors()
     async def _find_chunks(self, wanted: Document, limit: int = 0) -> list[Chunk]:
         return [documents.read_chunk(each) async for each in self._chunks.find(wanted).limit(limit)]
 
@@ -419,7 +419,7 @@ def _queued(*, raw: bool) -> Document:
     return {"state": ChunkState.QUEUED.value, "needs_raw": {"$in": [False, True] if raw else [False]}}
 
 
-@bad_days()
+@dependency_errors()
 async def _save(
     collection: MongoCollection,
     changed: Sequence[_Revised],
@@ -439,7 +439,7 @@ async def _save(
     return {each.id for each in new if stored.get(each.id) != each}
 
 
-@bad_days()
+@dependency_errors()
 async def _owned(
     collection: MongoCollection,
     read: Callable[[Document], _Owned],
@@ -449,7 +449,7 @@ async def _owned(
     return [read(each) async for each in collection.find({"user_id": user_id, "_id": {"$in": list(ids)}})]
 
 
-@bad_days()
+@dependency_errors()
 async def _page(
     collection: MongoCollection,
     read: Callable[[Document], _Owned],
@@ -463,12 +463,12 @@ async def _page(
     return [read(each) for each in found], total
 
 
-@bad_days()
+@dependency_errors()
 async def _replace(collection: MongoCollection, document: Document) -> bool:
     wanted = {"_id": document["_id"], "user_id": document["user_id"]}
     return (await collection.replace_one(wanted, document)).matched_count == 1
 
 
-@bad_days()
+@dependency_errors()
 async def _delete(collection: MongoCollection, user_id: int, resource_id: int) -> bool:
     return (await collection.delete_one({"_id": resource_id, "user_id": user_id})).deleted_count == 1
