@@ -25,6 +25,7 @@ settings.load_profile("scanfleet")
 
 KAFKA_IMAGE = "confluentinc/cp-kafka:7.6.0"
 MONGODB_IMAGE = "mongo:7.0"
+TEST_COMMANDS = ("--setParameter", "enableTestCommands=1")  # failCommand, which lets a server answer with any error
 START = 120  # seconds that a container may take to be up on a busy machine
 STOP = 30  # seconds in which a server must end by itself
 
@@ -94,7 +95,7 @@ def mongodb(docker_answers: bool, tmp_path_factory: pytest.TempPathFactory) -> I
     """The URI of a real replica set; each test takes a database name of its own."""
     if docker_answers:
         container = DockerContainer(MONGODB_IMAGE)
-        container.with_command(f"--replSet {native_mongod.REPLICA_SET} --bind_ip_all")
+        container.with_command(f"--replSet {native_mongod.REPLICA_SET} --bind_ip_all {' '.join(TEST_COMMANDS)}")
         container.with_exposed_ports(27017)
         with container:
             address = f"{container.get_container_host_ip()}:{container.get_exposed_port(27017)}"
@@ -103,7 +104,7 @@ def mongodb(docker_answers: bool, tmp_path_factory: pytest.TempPathFactory) -> I
         return
     folder = tmp_path_factory.mktemp("mongod")
     port = ports.choose()
-    with _running(native_mongod.command(folder, port), folder):
+    with _running([*native_mongod.command(folder, port), *TEST_COMMANDS], folder):
         native_mongod.make_ready(f"127.0.0.1:{port}")
         yield native_mongod.uri(f"127.0.0.1:{port}")
 

@@ -5,6 +5,7 @@ Tests compare them with the code, so what has drifted is red until this is run a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from enum import StrEnum
 from importlib import import_module
@@ -13,10 +14,13 @@ from typing import Any, Final
 
 from pydantic_settings import BaseSettings
 
+from api_gateway.main import create_app
+from api_gateway.testing import Gateway
 from job_orchestrator.domain import chunk, job
 from scanfleet.kafka.topics import TopicSettings
 from scanfleet.messages import export
 from scanfleet.messages.acls import SERVICES, acls_of
+from scanfleet.testing.bus import MemoryBus
 
 FOLDER: Final = Path(__file__).parent
 HEAD: Final = "<!-- Written by `python docs/generate.py`; change the code, not this page. -->"
@@ -136,8 +140,15 @@ def _rights() -> Iterator[str]:
         yield f"| {service} | {' | '.join(cells)} |\n"
 
 
+def openapi() -> str:
+    """The public API, as the gateway itself publishes it."""
+    app = create_app(Gateway().settings(), bus=MemoryBus())
+    return json.dumps(app.openapi(), indent=1) + "\n"
+
+
 PAGES: Final[dict[str, Callable[[], str]]] = {
     "events.md": events,
+    "openapi/current.json": openapi,
     "security.md": security,
     "settings.md": settings,
     "states.md": states,

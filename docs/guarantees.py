@@ -73,7 +73,7 @@ FAULTS: Final[Mapping[str, Trial]] = {
     "F11": Trial("a cancel meets a completion within 5 ms, 500 times", "one final state, and events agree with GET"),
     "F12": Trial(
         "random bytes, a wrong schema, 2 MB, an unknown type, no headers, no value, in every topic that is read",
-        "dead letters that name their origin; the next record is handled",
+        "a dead letter that names its origin, or a counter where every process reads all; the next record is handled",
     ),
     "F13": Trial(
         "50 POSTs at once under one key; then another body; then another user", "one job; a 400; a job of its own"
@@ -120,8 +120,8 @@ FAULTS: Final[Mapping[str, Trial]] = {
         "other jobs are unaffected; a counter and a line in the log name it",
     ),
     "F28": Trial(
-        "the only worker that may send raw packets drains, plain ones stay",
-        "its jobs wait and show why; nothing is refused or dead-lettered",
+        "a rolling upgrade between two releases in both orders; fields that the other release does not know, everywhere",
+        "each reads what the other writes; jobs finish; nothing is refused or dead-lettered",
     ),
     "F29": Trial(
         "rebalances in quick succession while a worker is dead; scan-progress unread for a minute",
@@ -132,6 +132,10 @@ FAULTS: Final[Mapping[str, Trial]] = {
         "the rates of a job's nmaps add up to its `max_rate`, and no address is in two of them",
     ),
     "F32": Trial("a worker is stopped with SIGSTOP while nmap runs", "no packet after two thirds of a lease plus 1 s"),
+    "F33": Trial(
+        "every error code of MongoDB; Kafka or MongoDB missing for minutes at start; a partition without a leader",
+        "nothing is dead-lettered; services are unready, then ready by themselves",
+    ),
     "F34": Trial(
         "a job of 65,536 chunks beside small ones",
         "a window of its chunks exists at a time; each is made, scanned and counted once",

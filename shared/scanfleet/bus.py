@@ -36,7 +36,8 @@ class Handler(Protocol):
     part. What `handle` raises says what happens next:
 
     - `DependencyError`: the same batch is handled again after a pause, without end, and the service is unready.
-    - anything else: the batch is handled again record by record, and the record that raises again is dead-lettered.
+    - anything else: the batch is handled again record by record, and the record that raises again is dead-lettered, or
+      skipped and counted by a reader without a group.
     """
 
     async def handle(self, records: Sequence[Record]) -> None: ...
@@ -105,5 +106,9 @@ class Bus(Publisher, Protocol):
     def consume(self, topic: Topic, group: str, handler: Handler) -> Consumer:
         """A member of `group`: shares the topic's partitions, from the earliest record, with commits."""
 
-    def tail(self, topic: Topic, handler: Handler) -> Consumer:
-        """A reader of every partition without a group, from the end, without commits."""
+    def tail(self, topic: Topic, handler: Handler, *, key: str | None = None) -> Consumer:
+        """A reader of every partition without a group, from the end, without commits.
+
+        What it cannot handle it skips and counts: other processes read the same records. With `key` it decodes and handles the
+        records of that key alone.
+        """

@@ -42,6 +42,7 @@ _CONSUMED: Final = Counter("scanfleet_bus_consumed", "Records handled", _LABELS)
 _FAILED: Final = Counter("scanfleet_bus_failed", "Batches or records whose handling raised", _LABELS)
 _RETRIED: Final = Counter("scanfleet_bus_retried", "Tries that failed because something stood on is away", _LABELS)
 _DEAD_LETTERED: Final = Counter("scanfleet_bus_dead_lettered", "Records sent to the dead-letter topic", _LABELS)
+_SKIPPED: Final = Counter("scanfleet_bus_skipped", "Records that a reader without a group cannot handle", _LABELS)
 _LAG: Final = Gauge("scanfleet_bus_lag", "Records not yet handled; no number while it cannot be known", _LABELS)
 _IN_HAND: Final = Gauge("scanfleet_bus_in_hand_seconds", "Age of the batch in hand, 0 without one", _LABELS)
 _HANDLING: Final = Histogram("scanfleet_bus_handling_seconds", "Time to handle one batch, retries included", _LABELS)
@@ -104,7 +105,14 @@ class _Target:
 class ConsumerLoop:
     """A `scanfleet.bus.Consumer`.
 
-    `dead_letter(record, reason)` returns when the record is safe, or raises DependencyError to be called again.
+    Args:
+        topic: what is read.
+        group: the name of the group, or of the reader without one; a label of metrics.
+        handler: gets the messages.
+        source: where the records come from.
+        dead_letter: `dead_letter(record, reason)` returns when the record is safe, or raises DependencyError to be called
+            again. A reader without a group has none: others read the same records, so it skips and counts instead.
+        key: read the records of this key alone; others are not even decoded.
     """
 
     def __init__(
@@ -113,9 +121,12 @@ class ConsumerLoop:
         group: str,
         handler: Handler,
         source: Source,
-        dead_letter: Callable[[RawRecord, str], Awaitable[None]],
+        dead_letter: Callable[[RawRecord, str], Awaitable[None]] | None,
+        *,
+        key: str | None = None,
     ) -> None:
         self._topic = topic
+        self._key = None if key is None else key.encode()
         self._handler = handler
         self._source = source
         self._dead_letter = dead_letter
@@ -124,6 +135,7 @@ class ConsumerLoop:
         self._failed = _FAILED.labels(topic.name, group)
         self._retried = _RETRIED.labels(topic.name, group)
         self._dead_lettered = _DEAD_LETTERED.labels(topic.name, group)
+        self._skipped = _SKIPPED.labels(topic.name, group)
         self._handling = _HANDLING.labels(topic.name, group)
         self._labels = (topic.name, group)
         self._taken: float | None = None  # when the batch in hand was, on the monotonic clock
@@ -281,6 +293,8 @@ class ConsumerLoop:
     async def _handle(self, records: Sequence[RawRecord]) -> None:
         batch: list[tuple[RawRecord, Record]] = []
         for raw in records:
+            if self._key not in {None, raw.key}:
+                continue
             try:
                 message = decode(self._topic, raw)
             except MessageError as error:
@@ -320,8 +334,13 @@ class ConsumerLoop:
         self._consumed.inc(len(records))
 
     async def _bury(self, raw: RawRecord, reason: str) -> None:
+        dead_letter = self._dead_letter
+        if dead_letter is None:
+            log.debug("skipped %s, partition %d, offset %d: %s", self._name, raw.partition, raw.offset, reason)
+            self._skipped.inc()
+            return
         log.error("dead letter from %s, partition %d, offset %d: %s", self._name, raw.partition, raw.offset, reason)
-        await self._persist(lambda: self._dead_letter(raw, reason))
+        await self._persist(lambda: dead_letter(raw, reason))
         self._dead_lettered.inc()
 
     async def _persist(self, action: Callable[[], Awaitable[None]]) -> None:

@@ -11,16 +11,21 @@ from scanfleet.errors import DependencyError
 
 _log = structlog.get_logger()
 
-_BACKOFF = 1.0  # seconds after a bad day: soon enough to be back when it is over, seldom enough to do no harm
+_BACKOFF = 1.0  # seconds after a failed dependency: soon enough once it is back, rare enough to do no harm
 
 
 class Loop:
     """Calls `step` every so many seconds, and at once when woken; a step never overlaps with itself.
 
-    With `least`, so many seconds at least are between two steps: what comes meanwhile shares the next one.
+    After a `DependencyError` the loop tries again. Any other error ends the loop, and the process must be replaced.
 
-    A `DependencyError` of a step is a bad day: the loop is unready and tries again. Any other error ends the loop, and the
-    process must be replaced.
+    Args:
+        name: of the loop, for the log.
+        seconds: between two steps.
+        step: is called.
+        least: seconds at least between two steps; what comes meanwhile shares the next one.
+        vital: whether the service is unready while steps raise `DependencyError`. A repair is not vital: what it repairs waits,
+            and the service goes on.
     """
 
     def __init__(
@@ -30,11 +35,13 @@ class Loop:
         step: Callable[[], Awaitable[object]],
         *,
         least: float = 0.0,
+        vital: bool = True,
     ) -> None:
         self._name = name
         self._seconds = seconds
         self._step = step
         self._least = least
+        self._vital = vital
         self._woken = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._ready = True
@@ -57,7 +64,7 @@ class Loop:
 
     @property
     def ready(self) -> bool:
-        return self._ready
+        return self._ready or not self._vital
 
     async def _run(self) -> None:
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -17,13 +18,7 @@ from typing import Any, Final
 import pymongo
 from motor.motor_asyncio import AsyncIOMotorClient, AsyncIOMotorCollection, AsyncIOMotorDatabase
 from pymongo import IndexModel, ReadPreference, ReturnDocument
-from pymongo.errors import (
-    BulkWriteError,
-    ConnectionFailure,
-    OperationFailure,
-    ProtocolError,
-    PyMongoError,
-)
+from pymongo.errors import BulkWriteError, OperationFailure, PyMongoError
 
 from scanfleet.errors import DependencyError
 
@@ -40,38 +35,26 @@ TIMEOUT_MS: Final = 5_000
 BUILD_SECONDS: Final = 3_600  # for an index over what a large platform has gathered; usually there is nothing to build
 
 DUPLICATE_KEY: Final = 11_000
+_NO_SUCH_COLLECTION: Final = 26
 _NO_SUCH_INDEX: Final = 27
 _DEFINED_OTHERWISE: Final = frozenset({85, 86})  # an index of that name has other options, or other keys
 _BUILD_ABORTED: Final = 276
+_VERSIONED: Final = re.compile(r"(.+)_v([1-9][0-9]*)")
 
-# What the server answers on a bad day of its own; every other code says that the request is wrong, which is our bug.
-_BAD_DAY_CODES: Final = frozenset(
+# Errors that name a document or a query: repeating it cannot succeed, and another one may. Any other error is the server's, its
+# codes of later versions included.
+DOCUMENT_CODES: Final = frozenset(
     {
-        6,  # HostUnreachable
-        7,  # HostNotFound
-        13,  # Unauthorized: a configuration that an operator mends, no fault of the message in hand
-        18,  # AuthenticationFailed: the same
-        43,  # CursorNotFound: the server was restarted under a cursor
-        50,  # MaxTimeMSExpired
-        64,  # WriteConcernFailed
-        89,  # NetworkTimeout
-        91,  # ShutdownInProgress
-        133,  # FailedToSatisfyReadPreference
-        134,  # ReadConcernMajorityNotAvailableYet
-        175,  # QueryPlanKilled: an index was dropped or the collection moved under the cursor
-        189,  # PrimarySteppedDown
-        202,  # NetworkInterfaceExceededTimeLimit
-        239,  # SnapshotTooOld: the server was busy for so long that it forgot the moment we asked for
-        246,  # SnapshotUnavailable: no majority yet
-        262,  # ExceededTimeLimit
-        9001,  # SocketException
-        10_058,  # LegacyNotPrimary
-        10_107,  # NotWritablePrimary
-        11_600,  # InterruptedAtShutdown
-        11_602,  # InterruptedDueToReplStateChange
-        13_435,  # NotPrimaryNoSecondaryOk
-        13_436,  # NotPrimaryOrSecondary
-        14_031,  # OutOfDiskSpace
+        2,  # BadValue
+        9,  # FailedToParse
+        14,  # TypeMismatch
+        22,  # InvalidBSON
+        53,  # InvalidIdField
+        DUPLICATE_KEY,
+        10_334,  # BSONObjectTooLarge
+        17_280,  # KeyTooLong, before version 4.2
+        17_419,  # an update would make the document too large
+        17_420,  # the same, of a replacement
     },
 )
 
@@ -98,23 +81,24 @@ def connect(uri: str, database: str) -> Database:
 
 
 @asynccontextmanager
-async def bad_days() -> AsyncIterator[None]:
-    """Turn a bad day of MongoDB into `DependencyError`; what is our own bug passes through.
+async def dependency_errors() -> AsyncIterator[None]:
+    """Turn the driver's errors into `DependencyError`, except those that name a document.
 
-    Decorates a coroutine function (`@bad_days()`) or wraps a part of one (`async with bad_days():`).
+    Decorates a coroutine function (`@dependency_errors()`) or wraps a part of one (`async with dependency_errors():`).
 
     Raises:
-        DependencyError: MongoDB is away, slow, changing its primary, full or closed to us.
+        DependencyError: MongoDB is unavailable, slow, full or rejects us; the same call may succeed later.
+        pymongo.errors.OperationFailure: the server rejects a document or a query (`DOCUMENT_CODES`).
     """
     try:
         yield
     except PyMongoError as error:
-        if _is_bad_day(error):
-            raise DependencyError(f"MongoDB: {error}") from error
-        raise
+        if _names_document(error):
+            raise
+        raise DependencyError(f"MongoDB: {error}") from error
 
 
-@bad_days()
+@dependency_errors()
 async def ping(database: Database) -> None:
     """Return when the primary has answered.
 
@@ -124,7 +108,7 @@ async def ping(database: Database) -> None:
     await database.command("ping")
 
 
-@bad_days()
+@dependency_errors()
 async def insert_missing(collection: Collection, documents: Sequence[Document]) -> set[int]:
     """Insert the documents whose unique keys are not there yet; answer the indexes of the others.
 
@@ -143,16 +127,20 @@ async def insert_missing(collection: Collection, documents: Sequence[Document]) 
     return set()
 
 
-@bad_days()
+@dependency_errors()
 async def make_indexes(database: Database, indexes: Mapping[str, Sequence[IndexModel]]) -> None:
-    """Make these indexes, by collection; one that is there under another definition is dropped and built anew.
+    """Make these indexes, by collection.
 
-    Meanwhile queries do without it. Indexes of other names are not ours and stay. A unique index keeps a promise, which
-    nothing would keep in between, so it is not replaced: a changed one needs another name.
+    The end of an index's name is its version: `queue_v2` replaces `queue_v1`, and a name without one is version 1. A changed
+    definition needs a higher version. Where a newer release has made a higher one, an older release makes and drops nothing.
+    Indexes of other names stay.
+
+    A new version is built before the old one is dropped, except where MongoDB allows only one of the two (equal keys, another
+    lifetime): queries do without it meanwhile. A unique index is never missing.
 
     Raises:
         DependencyError: some of them may be made; call again.
-        ValueError: a unique index is there under another definition.
+        ValueError: an index of that name and version has another definition, or a unique one stands in the way of its successor.
     """
     with pymongo.timeout(BUILD_SECONDS):
         for name, models in indexes.items():
@@ -161,28 +149,49 @@ async def make_indexes(database: Database, indexes: Mapping[str, Sequence[IndexM
 
 
 async def _make_index(collection: Collection, model: IndexModel) -> None:
+    base, version = _versioned(model.document["name"])
     while True:
+        present = [(*_versioned(name), name) for name in await _index_names(collection)]
+        others = {number: name for its_base, number, name in present if its_base == base and number != version}
+        if any(number > version for number in others):
+            return
         try:
             await collection.create_indexes([model])
         except OperationFailure as error:
-            if error.code == _BUILD_ABORTED:  # by another replica that drops the same old one, a moment after we did
+            if error.code == _BUILD_ABORTED:  # by another replica that drops the same old one
                 continue
             if error.code not in _DEFINED_OTHERWISE:
                 raise
-            if model.document.get("unique"):
-                raise ValueError(f"{collection.name}: a unique index is not replaced: {error}") from error
+            if not others or model.document.get("unique"):
+                raise ValueError(f"index {model.document['name']} of {collection.name}: {error}") from error
+            await _drop_indexes(collection, others.values())
         else:
+            await _drop_indexes(collection, others.values())
             return
-        log.warning("index %s of %s has changed: it is built anew", model.document["name"], collection.name)
-        await _drop_index(collection, model.document["name"])
 
 
-async def _drop_index(collection: Collection, name: str) -> None:
+def _versioned(name: str) -> tuple[str, int]:
+    match = _VERSIONED.fullmatch(name)
+    return (match[1], int(match[2])) if match else (name, 1)
+
+
+async def _index_names(collection: Collection) -> list[str]:
     try:
-        await collection.drop_index(name)
+        return [index["name"] async for index in collection.list_indexes()]
     except OperationFailure as error:
-        if error.code != _NO_SUCH_INDEX:  # another replica was first
+        if error.code != _NO_SUCH_COLLECTION:
             raise
+        return []
+
+
+async def _drop_indexes(collection: Collection, names: Iterable[str]) -> None:
+    for name in names:
+        log.warning("dropping index %s of %s, which a newer version replaces", name, collection.name)
+        try:
+            await collection.drop_index(name)
+        except OperationFailure as error:
+            if error.code != _NO_SUCH_INDEX:  # another replica was first
+                raise
 
 
 class Ids:
@@ -202,7 +211,7 @@ class Ids:
         self._left = range(0)
         self._lock = asyncio.Lock()
 
-    @bad_days()
+    @dependency_errors()
     async def take(self, count: int = 1) -> range:
         """`count` consecutive ids that nobody else gets.
 
@@ -224,7 +233,7 @@ class Ids:
             return taken
 
 
-@bad_days()
+@dependency_errors()
 async def advance_ids(database: Database, names: Iterable[str], above: int) -> None:
     """Let these sequences go on above `above`, unless they are there already. No `Ids` may be in use."""
     await database["counters"].update_one({"_id": "ids"}, {"$max": dict.fromkeys(names, above)}, upsert=True)
@@ -239,12 +248,10 @@ def beyond() -> int:
     return int(time.time()) * 100_000
 
 
-def _is_bad_day(error: PyMongoError) -> bool:
-    if error.timeout or isinstance(error, (ConnectionFailure, ProtocolError)):
-        return True
+def _names_document(error: PyMongoError) -> bool:
     if isinstance(error, BulkWriteError):
         codes = {each["code"] for each in error.details["writeErrors"]}
-        return codes <= _BAD_DAY_CODES | {DUPLICATE_KEY} and bool(
-            error.details["writeConcernErrors"] or codes & _BAD_DAY_CODES,
-        )
-    return isinstance(error, OperationFailure) and error.code in _BAD_DAY_CODES
+        if codes & DOCUMENT_CODES - {DUPLICATE_KEY}:
+            return True  # handled alone, each of the other documents meets its own error
+        return codes == {DUPLICATE_KEY} and not error.details["writeConcernErrors"]
+    return isinstance(error, OperationFailure) and error.code in DOCUMENT_CODES

@@ -1,4 +1,9 @@
-"""A scan policy: the typed, closed vocabulary in which users say how to scan."""
+"""A scan policy: how to scan, in three kinds of models.
+
+What a caller may send is strict (`scanfleet.rest.PolicyBody`). What is stored and sent (`ScanPolicy`) outlives the release that
+wrote it, so it takes words and numbers that this release does not know. What becomes a command line (`ExecutablePolicy`) is
+strict again: `executable` is the gate in front of it.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +18,11 @@ from pydantic import (
     Field,
     StrictBool,
     StrictInt,
+    ValidationError,
     model_validator,
 )
 
+from scanfleet.errors import ScanfleetError
 from scanfleet.ports import PortSet
 
 # Of a category we take only the scripts that look at their target alone: none that sends packets elsewhere (broadcast,
@@ -121,23 +128,60 @@ class Preset(StrEnum):
     SWEEP = "sweep"
 
 
-class ScanPolicy(BaseModel):
-    """How to scan, every field filled in. `ports` is kept in canonical form."""
+_Word = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$", max_length=64)]
+_Number = Annotated[StrictInt, Field(ge=0, le=2**31 - 1)]
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+
+class ScanPolicy(BaseModel):
+    """How to scan, as it is stored and sent: bounded, and readable by older and newer releases."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    preset: Annotated[Preset | _Word, Field(union_mode="left_to_right")] = Preset.STANDARD
+    ports: Ports = "top:1000"
+    technique: TcpTechnique | _Word = "auto"
+    discovery: Discovery | _Word = "default"
+    service_detection: ServiceDetection = True
+    version_intensity: VersionIntensity = 7
+    os_detection: OsDetection = False
+    scripts: Annotated[tuple[_Word, ...], Field(max_length=64, description="NSE categories or scripts.")] = ()
+    timing: Timing = 3
+    max_rate: Annotated[_Number | None, Field(description="Packets a second of the whole job.")] = None
+    min_rate: Annotated[_Number | None, Field(description="Probes a second of the whole job in silence.")] = None
+    max_rtt_timeout: Annotated[_Number | None, Field(description="Milliseconds to wait for an answer.")] = None
+    max_retries: _Number | None = None
+    host_timeout: Annotated[
+        _Number,
+        BeforeValidator(_host_timeout, json_schema_input_type=int | None),
+        Field(description="Seconds after which nmap gives up on a host."),
+    ] = HOST_TIMEOUT_SECONDS
+
+    @property
+    def port_set(self) -> PortSet:
+        return PortSet.parse(self.ports)
+
+    @property
+    def needs_raw(self) -> bool:
+        """Whether only a worker that may send raw packets can do all of this: nothing honest stands in for it."""
+        return self.needs_raw_for(self.port_set)
+
+    def needs_raw_for(self, ports: PortSet) -> bool:
+        """The same of a part of the policy's ports."""
+        return (self.technique == "syn" and bool(ports.tcp_count)) or self.os_detection or bool(ports.udp_count)
+
+
+class ExecutablePolicy(ScanPolicy):
+    """A policy that consists of what this release allows, and of nothing else."""
+
+    model_config = ConfigDict(extra="forbid")
 
     preset: Preset
-    ports: Ports
     technique: TcpTechnique
     discovery: Discovery
-    service_detection: ServiceDetection
-    version_intensity: VersionIntensity
-    os_detection: OsDetection
     scripts: Scripts
-    timing: Timing
     max_rate: MaxRate
-    min_rate: MinRate = None
-    max_rtt_timeout: MaxRttTimeout = None
+    min_rate: MinRate
+    max_rtt_timeout: MaxRttTimeout
     max_retries: MaxRetries
     host_timeout: HostTimeout
 
@@ -148,22 +192,26 @@ class ScanPolicy(BaseModel):
         return self
 
     @property
-    def port_set(self) -> PortSet:
-        return PortSet.parse(self.ports)
-
-    @property
     def script_selection(self) -> str:
         """`scripts` as nmap's `--script` takes them; empty when there are none."""
         return ",".join(f"({name} and not ({_NOT_THESE}))" if name in _CATEGORIES else name for name in self.scripts)
 
-    @property
-    def needs_raw(self) -> bool:
-        """Whether only a worker that may send raw packets can do all of this: nothing honest stands in for it."""
-        return self.needs_raw_for(self.port_set)
 
-    def needs_raw_for(self, ports: PortSet) -> bool:
-        """The same of a part of the policy's ports."""
-        return (self.technique == "syn" and bool(ports.tcp_count)) or self.os_detection or bool(ports.udp_count)
+class PolicyError(ScanfleetError):
+    """A policy asks for what this release does not allow; says what."""
+
+
+def executable(policy: ScanPolicy) -> ExecutablePolicy:
+    """Check a policy before it becomes a command line.
+
+    Raises:
+        PolicyError: it was stored by another release, which allowed more, or it is forged.
+    """
+    try:
+        return ExecutablePolicy.model_validate(policy.model_dump())
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, each['loc'])) or 'rates'}: {each['msg']}" for each in error.errors())
+        raise PolicyError(f"this worker does not execute the policy: {'; '.join(problems)}") from error
 
 
 _STANDARD: Final[dict[str, Any]] = {
@@ -199,4 +247,5 @@ def fill_in(preset: Preset, given: dict[str, Any]) -> ScanPolicy:
     Raises:
         pydantic.ValidationError: a given value is not allowed.
     """
-    return ScanPolicy.model_validate(PRESETS[preset] | given | {"preset": preset})
+    strict = ExecutablePolicy.model_validate(PRESETS[preset] | given | {"preset": preset})
+    return ScanPolicy.model_validate(strict.model_dump())

@@ -205,6 +205,8 @@ class PolicyBody(_Body):
 
 
 class Policy(ScanPolicy):
+    model_config = ConfigDict(json_schema_serialization_defaults_required=True)  # an answer has every field
+
     id: int
     user_id: int
     name: str

@@ -36,6 +36,7 @@ from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError, PublicError, Rule, UnavailableError
 from scanfleet.messages import AuditEntry
 from scanfleet.rest import MAX_ID
+from scanfleet.startup import Startup
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 Check = Callable[[], Awaitable[None]]
@@ -110,7 +111,7 @@ class Probes:
         return all(watched.alive for watched in self._watched)
 
     async def missing(self) -> list[str]:
-        """The names of what is away, `bus` when something watched cannot go on; empty when ready."""
+        """The names of what is unavailable, `bus` when something watched cannot go on; empty when ready."""
         ready = all(watched.alive and watched.ready for watched in self._watched)
         away = await asyncio.gather(*(self._away(name, check) for name, check in self._checks.items()))
         return [name for name in away if name] + ([] if ready else ["bus"])
@@ -138,19 +139,23 @@ def create_app(
 
     Args:
         name: the service's name, as in the architecture.
-        lifespan: opens adapters and consumers and closes them in reverse. `app.state.probes` is there to be filled, and
-            `app.state.refusals` to be told to the bus.
+        lifespan: opens adapters and consumers and closes them in reverse. `app.state.probes` is there to be filled,
+            `app.state.refusals` to be told to the bus, and `app.state.startup` to wait for dependencies.
         routers: the service's own routes.
         max_body_bytes: a request with more is answered 413.
         max_body_seconds: one that takes longer to come is answered 408.
         documents: what FastAPI takes to describe the API (`title`, `openapi_url`, ...). Without it nothing is published.
     """
+    startup = Startup()
     app = FastAPI(
         **({"title": name, "openapi_url": None} | documents),
         lifespan=_watched(lifespan),
         telemetry=_TELEMETRY,
         redirect_slashes=False,  # a path with a slash too many is an unknown one, and a redirect would drop the body
-        middleware=[Middleware(_Front, max_body_bytes=max_body_bytes, max_body_seconds=max_body_seconds)],
+        middleware=[
+            Middleware(_Front, max_body_bytes=max_body_bytes, max_body_seconds=max_body_seconds),
+            Middleware(_Opened, startup=startup),
+        ],
         exception_handlers={
             PublicError: _public,
             DependencyError: _dependency,
@@ -158,7 +163,9 @@ def create_app(
             RequestValidationError: _invalid,
         },
     )
+    app.state.startup = startup
     app.state.probes = Probes()
+    app.state.probes.watch(startup)
     app.state.refusals = Refusals(name)
     app.include_router(_probes)
     for router in routers:
@@ -171,7 +178,7 @@ def _watched(lifespan: Lifespan) -> Lifespan:
 
     @asynccontextmanager
     async def watched(app: FastAPI) -> AsyncIterator[None]:
-        async with lifespan(app):
+        async with cast(Startup, app.state.startup).opening(lifespan(app)):
             watching = asyncio.create_task(_end_when_unhealthy(app.state.probes))
             try:
                 yield
@@ -224,6 +231,8 @@ async def _healthz(request: Request) -> Response:
 
 @_probes.get("/readyz")
 async def _readyz(request: Request) -> Response:
+    if starting := cast(Startup, request.app.state.startup).missing:
+        return error_response(503, f"starting, waiting for {starting}")
     if missing := await cast(Probes, request.app.state.probes).missing():
         return error_response(503, f"away: {', '.join(missing)}")
     return Response('{"status":"ok"}', media_type="application/json")
@@ -308,6 +317,20 @@ def _problem(problem: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in problem["loc"] if part != "body")
     what = problem["msg"].removeprefix("Value error, ")
     return f"{where}: {what}" if where else what
+
+
+class _Opened:
+    """Answers 503 until the parts of the service are open."""
+
+    def __init__(self, app: ASGIApp, *, startup: Startup) -> None:
+        self._app = app
+        self._startup = startup
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in _QUIET and not self._startup.ready:
+            await error_response(503, "the service is starting; try again", {"Retry-After": "1"})(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
 
 class _Front:

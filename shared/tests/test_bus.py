@@ -134,12 +134,18 @@ class Kafka:
 
 
 @pytest.fixture(params=["memory", pytest.param("kafka", marks=pytest.mark.integration)])
-async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
+def bootstrap(request: pytest.FixtureRequest) -> str:
+    """Where Kafka is; empty for memory."""
+    return "" if request.param == "memory" else str(request.getfixturevalue("kafka"))
+
+
+@pytest.fixture
+async def backend(bootstrap: str) -> AsyncIterator[Backend]:
     made: Backend
-    if request.param == "memory":
+    if not bootstrap:
         made = Memory()
     else:
-        bootstrap, prefix = request.getfixturevalue("kafka"), f"{uuid4().hex}-"
+        prefix = f"{uuid4().hex}-"
         settings = TopicSettings(kafka=bootstrap, topic_prefix=prefix)
         await create_topics(settings, [SCAN_WORKERS, SCAN_REPLIES])
         made = Kafka(bootstrap, prefix)
@@ -368,15 +374,42 @@ async def test_poison_is_buried_with_its_origin_and_the_next_record_is_handled(
     assert await backend.committed() == {3: 3}
 
 
-async def test_a_tail_buries_poison_too(backend: Backend) -> None:
-    """A topic that has no group has its dead letters all the same."""
-    bus, recorder = await backend.bus("one"), Recorder()
+def skipped() -> float:
+    """How many records readers without a group have skipped in this process."""
+    samples = (sample for metric in REGISTRY.collect() for sample in metric.samples)
+    return sum(sample.value for sample in samples if sample.name == "scanfleet_bus_skipped_total")
+
+
+@pytest.mark.proves("F12")
+async def test_a_tail_skips_and_counts_what_it_cannot_handle(backend: Backend) -> None:
+    """A reader without a group passes over junk, unknown types and what its handler rejects, and dead-letters nothing."""
+
+    def reject(records: Sequence[Record]) -> None:
+        if any(record.message == ready(2) for record in records):
+            raise MessageError("no message for this reader")
+
+    bus, recorder = await backend.bus("one"), Recorder(reject)
+    before = skipped()
     async with Running(bus.tail(SCAN_WORKERS, recorder)):
         backend.put(0, None, b"junk", ())
+        backend.put(0, GOOD.key, b"{}", without("ce_type", ce_type=b"scanfleet.WorkerRetired.v1"))
+        await bus.publish(SCAN_WORKERS, [ready(2)])
         await bus.publish(SCAN_WORKERS, [ready(1)])
         await until(lambda: numbers(recorder) == [1])
-        letters = await backend.records(SCAN_WORKERS.dead_letter)
-    assert [letter.value for letter in letters] == [b"junk"]
+        await until(lambda: skipped() == before + 3)
+    assert not await backend.records(SCAN_WORKERS.dead_letter)
+
+
+async def test_a_tail_of_one_key_does_not_decode_other_records(backend: Backend) -> None:
+    """A reader of one key handles its records and does not even count what others have."""
+    bus, recorder = await backend.bus("one"), Recorder()
+    before = skipped()
+    async with Running(bus.tail(SCAN_WORKERS, recorder, key=SCAN_WORKERS.key_of(ready(1)))):
+        backend.put(0, b"somebody else", b"junk", ())
+        await bus.publish(SCAN_WORKERS, [ready(2, worker="another-1"), ready(1)])
+        await until(lambda: recorder.handled)
+    assert numbers(recorder) == [1]
+    assert skipped() == before
 
 
 async def test_a_tail_sees_all_that_is_sent_after_its_start_and_nothing_older(backend: Backend) -> None:

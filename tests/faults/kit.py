@@ -269,8 +269,8 @@ class Platform:
     def stop_server(self, name: str) -> None:
         self._supervisor.stop([name])
 
-    def start_server(self, name: str) -> None:
-        self._supervisor.start([name])
+    def start_servers(self, *names: str) -> None:
+        self._supervisor.start(list(names))
         self.wait_for_servers()
 
     def wait_for_servers(self) -> None:
@@ -284,7 +284,7 @@ class Platform:
         self.forgotten |= {job["_id"] for job in self.jobs()}
         shutil.rmtree(self._folder / "servers" / "kafka" / "data")
         self._kafka_command()  # it formats the folder
-        self.start_server("kafka")
+        self.start_servers("kafka")
         asyncio.run(create_topics(TopicSettings(kafka=self.kafka)))
 
     @contextmanager

@@ -72,7 +72,7 @@ def test_a_mongod_that_is_away_while_results_flow(platform: Platform, user: Call
             assert platform.ready("api-gateway-1")
             platform.wait(20)
         finally:
-            platform.start_server("mongod")
+            platform.start_servers("mongod")
         platform.stack.wait_until_ready()
         assert user.finished(job_id)["status"]["status"] == "completed"
         assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers

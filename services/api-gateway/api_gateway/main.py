@@ -23,6 +23,7 @@ from scanfleet.auth import open_verifier
 from scanfleet.bus import Bus
 from scanfleet.kafka import KafkaBus
 from scanfleet.messages.topics import GATEWAY, SCAN_EVENTS, SCAN_REPLIES
+from scanfleet.startup import Startup
 
 _DESCRIPTION = """\
 Scan networks as a service: register subnets and policies, create scan jobs, watch them run and read what was found.
@@ -50,6 +51,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        startup: Startup = app.state.startup
         async with AsyncExitStack() as stack:
             app.state.verifier = await stack.enter_async_context(open_verifier(settings, transport=transport))
             clients = [
@@ -58,7 +60,7 @@ def create_app(
             ]
             orchestrator = Orchestrator(clients[0], stalled_seconds=settings.stalled_seconds)
             result_store = Upstream(clients[1], stalled_seconds=settings.stalled_seconds)
-            await bus.start()
+            await startup.until_there("kafka", bus.start)
             stack.push_async_callback(bus.stop)
             commands = Commands(
                 bus,
@@ -67,11 +69,11 @@ def create_app(
                 max_waiting=settings.max_waiting,
             )
             replies = bus.tail(SCAN_REPLIES, commands)
-            await replies.start()
+            await startup.until_there("kafka", replies.start)
             stack.push_async_callback(replies.stop)
             watches = Watches()
             events = bus.tail(SCAN_EVENTS, watches)
-            await events.start()
+            await startup.until_there("kafka", events.start)
             stack.push_async_callback(events.stop)
             stack.enter_context(service.when_told_to_end(watches.end))
             # Not the services behind: what one of them being away stops is answered 503, the rest goes on.

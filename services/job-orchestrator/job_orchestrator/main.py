@@ -36,6 +36,7 @@ from scanfleet.messages.topics import (
     SCAN_WORKERS,
     Topic,
 )
+from scanfleet.startup import Startup
 from scanfleet.targets import TargetRules
 
 _SWEEP_SECONDS = 1.0
@@ -104,21 +105,22 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        startup: Startup = app.state.startup
         async with AsyncExitStack() as stack:
             app.state.verifier = await stack.enter_async_context(open_verifier(settings))
             database = mongo.connect(settings.mongodb_uri, settings.database)
             stack.callback(database.client.close)
             store = MongoStore(database, keep_audit=timedelta(days=settings.audit_days))
-            await store.prepare()
+            await startup.until_there("mongodb", store.prepare)
             app.state.probes.depend("mongodb", lambda: mongo.ping(database))
             bus = KafkaBus(settings, source=ORCHESTRATOR, instance=settings.instance)
-            await bus.start()
+            await startup.until_there("kafka", bus.start)
             stack.push_async_callback(bus.stop)
             app.state.probes.watch(bus)
             app.state.probes.watch(await stack.enter_async_context(app.state.refusals.told_to(bus)))
 
             clock = PlatformTime(store.time)
-            await clock.refresh()
+            await startup.until_there("mongodb", clock.refresh)
             orchestrator = Orchestrator(
                 store,
                 bus,
@@ -135,7 +137,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 for topic, handler in orchestrator.handlers.items()
             ]
             for loop in (Loop("time", _TIME_SECONDS, clock.refresh), *orchestrator.loops, *consumers):
-                await loop.start()
+                await startup.until_there("kafka", loop.start)
                 stack.push_async_callback(loop.stop)
                 app.state.probes.watch(loop)
             yield

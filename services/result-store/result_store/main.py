@@ -15,6 +15,7 @@ from scanfleet import logging, mongo, service, tracing
 from scanfleet.auth import open_verifier
 from scanfleet.kafka import KafkaBus
 from scanfleet.messages.topics import RESULT_STORE, SCAN_RESULTS
+from scanfleet.startup import Startup
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -24,18 +25,19 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        startup: Startup = app.state.startup
         async with AsyncExitStack() as stack:
             app.state.verifier = await stack.enter_async_context(open_verifier(settings))
             database = mongo.connect(settings.mongodb_uri, settings.database)
             stack.callback(database.client.close)
             app.state.probes.depend("mongodb", lambda: mongo.ping(database))
             app.state.store = store = MongoStore(database)
-            await store.prepare()
+            await startup.until_there("mongodb", store.prepare)
             bus = KafkaBus(settings, source=RESULT_STORE, instance=settings.instance)
-            await bus.start()
+            await startup.until_there("kafka", bus.start)
             stack.push_async_callback(bus.stop)
             consumer = bus.consume(SCAN_RESULTS, RESULT_STORE, ResultsHandler(store, bus))
-            await consumer.start()
+            await startup.until_there("kafka", consumer.start)
             stack.push_async_callback(consumer.stop)
             refusals = await stack.enter_async_context(app.state.refusals.told_to(bus))
             for part in (bus, consumer, refusals):

@@ -15,7 +15,7 @@ from pymongo import ASCENDING, IndexModel
 
 from result_store.domain import ClosedChunk, Host, Place, StoredHost
 from scanfleet.messages import HostScanned
-from scanfleet.mongo import Database, Document, Ids, bad_days, insert_missing, make_indexes
+from scanfleet.mongo import Database, Document, Ids, dependency_errors, insert_missing, make_indexes
 from scanfleet.outcomes import Outcome
 from scanfleet.rest import Result
 
@@ -43,7 +43,7 @@ class MongoStore:
         """Make the indexes what they are to be."""
         await make_indexes(self._database, _INDEXES)
 
-    @bad_days()
+    @dependency_errors()
     async def add(self, hosts: Sequence[Host]) -> int:
         """Store each host that is not there yet; answer how many were new."""
         results = sum(host.result_count for host in hosts)
@@ -57,7 +57,7 @@ class MongoStore:
             documents.append(document)
         return len(documents) - len(await insert_missing(self._hosts, documents))
 
-    @bad_days()
+    @dependency_errors()
     async def stored(self, chunk_ids: Collection[str]) -> dict[str, list[StoredHost]]:
         """The hosts of each of these chunks."""
         found: dict[str, list[StoredHost]] = {chunk_id: [] for chunk_id in chunk_ids}
@@ -70,13 +70,13 @@ class MongoStore:
                 found[host["chunk_id"]].append(StoredHost(host["address"], Outcome(host["outcome"]), place))
         return found
 
-    @bad_days()
+    @dependency_errors()
     async def close(self, chunks: Sequence[ClosedChunk]) -> dict[str, ClosedChunk]:
         """Close these chunks; answer those that were closed before, as they were."""
         before = await insert_missing(self._chunks, [_chunk_document(chunk) for chunk in chunks])
         return await self.closed([chunks[index].chunk_id for index in before])
 
-    @bad_days()
+    @dependency_errors()
     async def closed(self, chunk_ids: Collection[str]) -> dict[str, ClosedChunk]:
         """Those of these chunks that are closed."""
         if not chunk_ids:
@@ -94,7 +94,7 @@ class MongoStore:
         if user_id is not None:
             query["user_id"] = user_id
         order = [("created_at", ASCENDING), ("offset", ASCENDING)]
-        async with bad_days():
+        async with dependency_errors():
             cursor = self._hosts.find_raw_batches(query, sort=order, batch_size=PAGE)
             try:
                 async for page in cursor:

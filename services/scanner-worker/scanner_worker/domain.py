@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from scanfleet.messages import HostScanned, ScanChunk, Technique
 from scanfleet.messages.topics import MAX_BYTES
 from scanfleet.outcomes import MAX_ADDRESSES, Outcome, index_of, networks
-from scanfleet.policy import GROUP_HOSTS, ScanPolicy
+from scanfleet.policy import GROUP_HOSTS, ExecutablePolicy, PolicyError, ScanPolicy, executable
 from scanfleet.ports import PortSet
 from scanfleet.targets import Network, TargetRules
 
@@ -171,14 +171,19 @@ def _judged(network: Network, rules: TargetRules) -> Iterable[tuple[Network, str
 
 def technique(policy: ScanPolicy, *, raw: bool) -> Technique:
     """How TCP ports are probed: as the policy says; auto is SYN where raw packets may be sent."""
-    if policy.technique == "auto":
-        return "syn" if raw else "connect"
-    return policy.technique
+    return "syn" if policy.technique == "syn" or (policy.technique == "auto" and raw) else "connect"
+
+
+def _executable(chunk: ScanChunk) -> ExecutablePolicy:
+    try:
+        return executable(chunk.policy)
+    except PolicyError as error:
+        raise ScanError(str(error)) from error
 
 
 def arguments(chunk: ScanChunk, targets: Sequence[Network], *, raw: bool) -> list[str]:
     """nmap's arguments for `targets`, which are distinct and of one family. Made of numbers and fixed words alone."""
-    policy, ports = chunk.policy, PortSet.parse(chunk.ports)
+    policy, ports = _executable(chunk), PortSet.parse(chunk.ports)
     max_rate = chunk.max_rate or policy.max_rate
     min_rate = chunk.min_rate and min(chunk.min_rate, max_rate or chunk.min_rate)
     group = str(_group(policy, ports.count))

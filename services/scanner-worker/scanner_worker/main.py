@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from scanfleet import logging, service, tracing
 from scanfleet.kafka import KafkaBus
 from scanfleet.messages import topics
+from scanfleet.startup import Startup
 from scanner_worker.handlers.batch import Abilities
 from scanner_worker.handlers.worker import Worker
 from scanner_worker.scanner.process import Limits, Nmap
@@ -41,15 +42,16 @@ def create_app() -> FastAPI:
             attempt_seconds=settings.attempt_seconds,
         )
         worker = Worker(worker_id, abilities, nmap, bus, app.state.refusals.add_denied_chunk)
-        tasks = bus.tail(topics.SCAN_TASKS, worker)
+        tasks = bus.tail(topics.SCAN_TASKS, worker, key=worker_id)
+        startup: Startup = app.state.startup
         async with AsyncExitStack() as stack:
             stack.callback(_exit_with_0)
             await nmap.start()
             stack.push_async_callback(nmap.stop)
-            await bus.start()
+            await startup.until_there("kafka", bus.start)
             stack.push_async_callback(bus.stop)
             app.state.probes.watch(await stack.enter_async_context(app.state.refusals.told_to(bus)))
-            await tasks.start()
+            await startup.until_there("kafka", tasks.start)
             stack.push_async_callback(tasks.stop)
             await worker.start()
             app.state.probes.depend("nmap", worker.exclusion.probe)

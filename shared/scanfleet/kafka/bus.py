@@ -1,22 +1,28 @@
 """One process's connection to the bus: it publishes, and makes consumers.
 
 A send that was not acknowledged in time cannot be taken back: it stays in the producer, which repeats it without doubling
-it, and will arrive when the broker does. So `publish` gives up waiting and says so, and nothing new is sent before the old
-is acknowledged: memory stays bounded, and order stays. Only when the producer itself gives a send up is there nothing left
-to wait for: its sequence is broken. Nor is there where the brokers lost all that they held: they number producers anew then,
-and take what one says for another's. `alive` turns False, and the process has to be replaced.
+it, and will arrive when the broker does. So `publish` stops waiting and raises, and nothing new is sent to a partition before
+the old is acknowledged: memory stays bounded, and order stays. A partition without a leader holds up sends to itself alone.
+
+Only when the producer itself gives a send up is there nothing left to wait for: its sequence is broken. Nor is there where the
+brokers lost all that they held: they number producers from the start then, and take what one sends for another's. `alive` turns
+False, and the process has to be replaced.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Collection, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final, cast
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError
+from aiokafka.partitioner import DefaultPartitioner
 
 from scanfleet.bus import Consumer, DeadLetterHearer, Handler
 from scanfleet.consumer import ConsumerLoop, Source
@@ -34,8 +40,7 @@ SEND_SECONDS: Final = 10.0  # until a caller hears that it was not acknowledged:
 POLL_SECONDS: Final = 1.0  # between two looks whether a broker that says nothing is still there
 STOP_SECONDS: Final = 5.0  # to flush at the end: well within a supervisor's patience
 
-# The producer gives up a batch that is older than this when its partition has no leader, and drops a silent connection
-# after it: a broker that restarts is back sooner.
+# The producer drops a silent connection after this: a broker that restarts is back sooner.
 PRODUCER_REQUEST_MS: Final = 60_000
 CLUSTER_MS: Final = 1_000  # between two looks whether the brokers are still the same
 ENDS_REQUEST_MS: Final = 5_000  # a broker that does not say in this time where its logs end counts as away
@@ -43,6 +48,11 @@ DEAD_LETTER_ROOM: Final = 64 * 1024  # for a dead letter's key and the headers t
 BATCH_BYTES: Final = 256 * 1024  # what one partition sends in one round trip; a second of a busy worker's hosts
 
 log = logging.getLogger(__name__)
+
+_Place = tuple[str, int]
+"""A topic with its prefix, and a partition."""
+
+_partition_of: Final = DefaultPartitioner()
 
 
 class KafkaBus:
@@ -64,7 +74,9 @@ class KafkaBus:
         self._instance = instance
         self._producer: AIOKafkaProducer | None = None
         self._ends: AIOKafkaConsumer | None = None
-        self._pending: set[asyncio.Future[object]] = set()  # sends that nobody waits for any more
+        self._overdue: defaultdict[_Place, set[asyncio.Future[object]]] = defaultdict(
+            set
+        )  # sends that `publish` gave up
         self._fault: BaseException | None = None
         self._dead_letter_hearers: list[DeadLetterHearer] = []
 
@@ -86,6 +98,8 @@ class KafkaBus:
             metadata_max_age_ms=CLUSTER_MS,
             retry_backoff_ms=BACKOFF_MS,
         )
+        # A partition without a leader must not cost the process: sends to it wait, one batch of them, for as long as it takes.
+        self._producer._message_accumulator._batch_ttl = float("inf")  # noqa: SLF001 # the client ties it to the timeout of a request
         self._know_cluster(self._producer)
         # A connection of its own: behind a consumer's long poll the answer would wait for the poll to end.
         self._ends = AIOKafkaConsumer(
@@ -112,7 +126,7 @@ class KafkaBus:
                 async with asyncio.timeout(STOP_SECONDS):
                     await client.stop()
             except TimeoutError:
-                log.error("gave up flushing: %d sends or more stay unacknowledged", len(self._pending))  # noqa: TRY400 # the trace says nothing more
+                log.error("gave up flushing: %d sends or more stay unacknowledged", self._count_overdue())  # noqa: TRY400 # the trace says nothing more
         self._producer = self._ends = None
 
     @property
@@ -123,7 +137,7 @@ class KafkaBus:
     @property
     def ready(self) -> bool:
         """False while sends are overdue."""
-        return self.alive and not self._pending
+        return self.alive and not self._count_overdue()
 
     async def publish(self, topic: Topic, messages: Iterable[Message]) -> None:
         envelopes = [encode(topic, message, source=self._source) for message in messages]
@@ -141,9 +155,9 @@ class KafkaBus:
             access=self._access,
             end_offsets=self._end_offsets,
         )
-        return self._loop(topic, group, handler, source)
+        return self._member(topic, group, handler, source)
 
-    def tail(self, topic: Topic, handler: Handler) -> Consumer:
+    def tail(self, topic: Topic, handler: Handler, *, key: str | None = None) -> Consumer:
         source = Tail(
             topic,
             name=self._prefix + topic.name,
@@ -151,7 +165,7 @@ class KafkaBus:
             access=self._access,
             end_offsets=self._end_offsets,
         )
-        return self._loop(topic, f"{self._source}-tail", handler, source)
+        return ConsumerLoop(topic, f"{self._source}-tail", handler, source, None, key=key)
 
     async def past(self, topic: Topic, first: int = 0) -> AsyncGenerator[RawRecord, None]:
         """What is in `topic` up to where it ends now, each partition from offset `first` on; holds a few fetches in memory.
@@ -181,7 +195,7 @@ class KafkaBus:
         finally:
             await source.close()
 
-    def _loop(self, topic: Topic, group: str, handler: Handler, source: Source) -> ConsumerLoop:
+    def _member(self, topic: Topic, group: str, handler: Handler, source: Source) -> ConsumerLoop:
         async def dead_letter(record: RawRecord, reason: str) -> None:
             if weight(record) > DEAD_LETTER_BYTES - DEAD_LETTER_ROOM:
                 record = replace(record, value=None, headers=())  # unpacked it fits nowhere: its origin leads to it
@@ -207,27 +221,35 @@ class KafkaBus:
         """
         if self._producer is None:
             raise RuntimeError("the bus is not started")
-        acks: set[asyncio.Future[object]] = set()
+        producer, name = self._producer, self._prefix + topic
+        acks: defaultdict[_Place, set[asyncio.Future[object]]] = defaultdict(set)
         try:
             async with asyncio.timeout(SEND_SECONDS):
-                while self._pending:
-                    await asyncio.wait(self._pending)
+                partitions = sorted(await producer.partitions_for(name))
+                placed = [((name, _partition_of(record[0], partitions, partitions)), record) for record in records]
+                for place in {place for place, _ in placed}:
+                    while overdue := self._overdue[place]:
+                        await asyncio.wait(overdue)
                 self._check()
-                for key, value, headers in records:
-                    ack = await self._producer.send(self._prefix + topic, key=key, value=value, headers=list(headers))
-                    ack.add_done_callback(self._settled)
-                    acks.add(ack)
-                if acks:
-                    await asyncio.wait(acks)
-            for ack in acks:
+                for place, (key, value, headers) in placed:
+                    ack = await producer.send(name, partition=place[1], key=key, value=value, headers=list(headers))
+                    ack.add_done_callback(partial(self._settled, place))
+                    acks[place].add(ack)
+                for sent in acks.values():
+                    await asyncio.wait(sent)
+            for ack in itertools.chain.from_iterable(acks.values()):
                 ack.result()
         except (TimeoutError, KafkaError) as error:
             raise DependencyError(f"the broker did not acknowledge a message of {topic}: {error!r}") from error
         finally:
-            self._pending.update(ack for ack in acks if not ack.done())
+            for place, sent in acks.items():
+                self._overdue[place].update(ack for ack in sent if not ack.done())
 
-    def _settled(self, ack: asyncio.Future[object]) -> None:
-        self._pending.discard(ack)
+    def _count_overdue(self) -> int:
+        return sum(map(len, self._overdue.values()))
+
+    def _settled(self, place: _Place, ack: asyncio.Future[object]) -> None:
+        self._overdue[place].discard(ack)
         if not ack.cancelled() and (fault := ack.exception()) is not None:
             self._fail(fault, "the producer gave a send up")
 

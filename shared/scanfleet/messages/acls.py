@@ -27,11 +27,11 @@ class Acl:
 
 
 def acls_of(service: str) -> tuple[Acl, ...]:
-    """A service's rights: to write and to read its topics, to put aside what it cannot read, and to its groups."""
+    """A service's rights: to write and to read its topics, and as a member of groups to these and to dead letters."""
     read = [topic for topic in TOPICS if service in topic.consumers]
     return (
         *(Acl(service, "Write", "topic", topic.name) for topic in TOPICS if service in topic.producers),
-        *(Acl(service, "Write", "topic", topic.dead_letter) for topic in read),
+        *(Acl(service, "Write", "topic", topic.dead_letter) for topic in read if service in MEMBERS),
         *(Acl(service, "Read", "topic", topic.name) for topic in read),
         *([Acl(service, "Read", "group", service)] if service in MEMBERS else ()),
     )

@@ -1,6 +1,7 @@
 """The contracts for those who do not read Python: a JSON Schema for each message, and a page about all of them.
 
-Written by `python docs/generate.py`. The examples are not written but kept: they are what was once promised.
+Written by `python docs/generate.py`. The examples are written by hand: `current` shows every field that there is, and becomes
+a folder of its release's name when that is published. Such a folder is what was once promised, and never changes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from scanfleet.messages.base import Message
 from scanfleet.messages.topics import DEAD_LETTER_RETENTION, MAX_BYTES, TOPICS, Topic
 
 EXAMPLES: Final = Path(__file__).parent / "examples"
+CURRENT: Final = "current"
 SCHEMAS: Final = Path(__file__).parent / "schemas"
 
 _HOUR: Final = timedelta(hours=1)
@@ -86,7 +88,7 @@ def page() -> str:
         lines += ["", f"## {message.__name__}", ""]
         lines += [f"`{message.type_name()}` on {_on(message)}. {_flat(schema.get('description', ''))}".rstrip(), ""]
         lines += _fields(schema)
-        lines += ["", "```json", (EXAMPLES / file_name(message)).read_text(encoding="utf-8").rstrip(), "```"]
+        lines += ["", "```json", (EXAMPLES / CURRENT / file_name(message)).read_text(encoding="utf-8").rstrip(), "```"]
     lines += ["", "## Parts"]
     for name, schema in sorted(parts.items()):
         if "properties" in schema:

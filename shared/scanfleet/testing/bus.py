@@ -114,16 +114,16 @@ class MemoryBus:
         self._dead_letter_hearers.append(hear)
 
     def consume(self, topic: Topic, group: str, handler: Handler) -> Consumer:
-        return self._loop(topic, group, handler, _Member(self.broker, topic, group))
+        return self._member(topic, group, handler, _Member(self.broker, topic, group))
 
-    def tail(self, topic: Topic, handler: Handler) -> Consumer:
-        return self._loop(topic, f"{self._source}-tail", handler, _Tail(self.broker, topic))
+    def tail(self, topic: Topic, handler: Handler, *, key: str | None = None) -> Consumer:
+        return ConsumerLoop(topic, f"{self._source}-tail", handler, _Tail(self.broker, topic), None, key=key)
 
     def messages(self, topic: Topic) -> list[Message]:
         """Everything sent to `topic`, in the order of its arrival."""
         return [decode(topic, record) for record in self.broker.records(topic.name)]
 
-    def _loop(self, topic: Topic, group: str, handler: Handler, source: _Tail) -> ConsumerLoop:
+    def _member(self, topic: Topic, group: str, handler: Handler, source: _Tail) -> ConsumerLoop:
         async def dead_letter(record: RawRecord, reason: str) -> None:
             self.broker.check()
             headers = dead_letter_headers(record, group=group, reason=reason)

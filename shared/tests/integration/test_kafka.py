@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
@@ -19,6 +21,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.partitioner import DefaultPartitioner
 from aiokafka.record.util import calc_crc32c
 
 from local import kafka as native_kafka
@@ -114,6 +117,11 @@ def workers(numbers: Sequence[int]) -> list[WorkerReady]:
     return [WorkerReady(worker_id=f"w{number}", slots=number, raw=False) for number in numbers]
 
 
+def one_worker(numbers: Sequence[int]) -> list[WorkerReady]:
+    """Messages of one key."""
+    return [WorkerReady(worker_id="w", slots=number, raw=False) for number in numbers]
+
+
 def numbers(recorder: Recorder) -> list[int]:
     return [cast(WorkerReady, message).slots for message in recorder.messages]
 
@@ -201,14 +209,14 @@ async def test_a_send_that_timed_out_arrives_once_and_nothing_overtakes_it(
     """While the broker hangs a publish gives up in time and the next is held back; afterwards the log holds each once."""
     bus, recorder = await own_bench.bus(), Recorder()
     async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
-        await bus.publish(SCAN_WORKERS, workers([1]))
+        await bus.publish(SCAN_WORKERS, one_worker([1]))
         own_broker.freeze()
         try:
             with pytest.raises(DependencyError, match="did not acknowledge"):
-                await bus.publish(SCAN_WORKERS, workers([2]))
+                await bus.publish(SCAN_WORKERS, one_worker([2]))
             assert not bus.ready
             assert bus.alive
-            waiting = asyncio.create_task(bus.publish(SCAN_WORKERS, workers([3])))
+            waiting = asyncio.create_task(bus.publish(SCAN_WORKERS, one_worker([3])))
             assert not (await asyncio.wait([waiting], timeout=0.1))[0]
             assert bus._producer is not None
             assert not bus._producer._message_accumulator._batches  # where it would be, with all that come after it
@@ -217,10 +225,47 @@ async def test_a_send_that_timed_out_arrives_once_and_nothing_overtakes_it(
         await waiting
         await until(lambda: set(numbers(recorder)) == {1, 2, 3})
         assert bus.ready
-        await bus.publish(SCAN_WORKERS, workers([4]))
+        await bus.publish(SCAN_WORKERS, one_worker([4]))
         await until(lambda: 4 in numbers(recorder))
     sent = Counter(numbers(recorder))
     assert sent == {1: 1, 2: 1, 3: 1, 4: 1}
+
+
+@pytest.mark.proves("F33")
+async def test_a_partition_without_a_leader_holds_up_sends_to_itself_alone(bench: Bench) -> None:
+    """While one partition has no leader its sends wait and all others arrive, and afterwards each is in the log once."""
+    bus, recorder = await bench.bus(), Recorder()
+    held_up, other = ready_of(bench, 0), ready_of(bench, 1)
+    async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
+        await bus.publish(SCAN_WORKERS, [held_up(1), other(2)])
+        assert bus._producer is not None
+        cluster = bus._producer.client.cluster
+        leader_of, without = cluster.leader_for_partition, TopicPartition(bench.name, 0)
+        cluster.leader_for_partition = lambda place: -1 if place == without else leader_of(place)
+        with pytest.raises(DependencyError, match="did not acknowledge"):
+            await bus.publish(SCAN_WORKERS, [held_up(3)])
+        assert (bus.alive, bus.ready) == (True, False)
+        await bus.publish(SCAN_WORKERS, [other(4)])
+        await until(lambda: 4 in numbers(recorder))
+        waiting = asyncio.create_task(bus.publish(SCAN_WORKERS, [held_up(5)]))
+        assert not (await asyncio.wait([waiting], timeout=0.1))[0]
+        cluster.leader_for_partition = leader_of
+        await waiting
+        await until(lambda: 5 in numbers(recorder))
+        assert (bus.alive, bus.ready) == (True, True)
+    assert Counter(numbers(recorder)) == Counter([1, 2, 3, 4, 5])
+    assert [number for number in numbers(recorder) if number % 2] == [1, 3, 5]
+
+
+def ready_of(bench: Bench, partition: int) -> Callable[[int], WorkerReady]:
+    """Makes messages whose key belongs to this partition."""
+    names = (f"worker{number}-x" for number in itertools.count())
+    places = list(range(SCAN_WORKERS.partitions))
+    makers = (partial(WorkerReady, worker_id=name, raw=False) for name in names)
+    for make in makers:
+        if DefaultPartitioner()(SCAN_WORKERS.key_of(make(slots=1)).encode(), places, places) == partition:
+            return lambda number: make(slots=number)
+    raise AssertionError(bench)
 
 
 async def test_a_cancelled_publish_still_arrives(own_broker: Broker, own_bench: Bench) -> None:
@@ -348,7 +393,7 @@ async def test_a_killed_member_goes_on_under_its_name(bench: Bench) -> None:
 @pytest.mark.proves("F12", "G9")
 @pytest.mark.parametrize("kind", ["group", "tail"])
 async def test_a_record_that_the_client_cannot_read_is_buried(bench: Bench, kind: str) -> None:
-    """A header whose name is no text breaks the client; its origin goes to the dead-letter topic, the rest is handled."""
+    """A header whose name is no text breaks the client; a group dead-letters its origin, and the rest is handled."""
     bus, recorder = await bench.bus(), Recorder()
     consumer = bus.consume(SCAN_WORKERS, GROUP, recorder) if kind == "group" else bus.tail(SCAN_WORKERS, recorder)
     good = encode(SCAN_WORKERS, *workers([1]), source="test")
@@ -369,6 +414,8 @@ async def test_a_record_that_the_client_cannot_read_is_buried(bench: Bench, kind
         await put(4, readable=True)
         await until(lambda: len(recorder.handled) == 3)
     assert {(record.partition, record.offset) for record in recorder.handled} == {(3, 0), (3, 2), (4, 0)}
+    if kind == "tail":
+        return
     (letter,) = await letters(bench)
     assert dict(letter.headers)["dlq_offset"] == b"1"
     assert b"utf-8" in dict(letter.headers)["unreadable"]

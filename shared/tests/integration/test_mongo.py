@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 from uuid import uuid4
@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo import IndexModel, ReadPreference
-from pymongo.errors import BulkWriteError
+from pymongo.errors import BulkWriteError, OperationFailure
 from pymongo.uri_parser import parse_uri
 
 from scanfleet import mongo
@@ -19,6 +19,35 @@ from scanfleet.mongo import TIMEOUT_MS, Database, Ids, insert_missing, make_inde
 from scanfleet.testing.proxy import Proxy, proxy
 
 pytestmark = pytest.mark.integration
+
+_APP = "fails"  # the only client that a failpoint affects
+# A server that is made to answer with one of these ends: it needs details which a failpoint does not give.
+_DETAILED = {
+    65,
+    121,
+    150,
+    169,
+    227,
+    236,
+    249,
+    271,
+    283,
+    284,
+    330,
+    343,
+    346,
+    348,
+    351,
+    356,
+    359,
+    361,
+    381,
+    382,
+    409,
+    413,
+    435,
+    446,
+}
 
 
 @pytest.fixture
@@ -65,42 +94,67 @@ async def indexes_of(database: Database) -> dict[str, Any]:
     return {name: dict(index) for name, index in (await database["things"].index_information()).items()}
 
 
-async def test_an_index_whose_definition_changed_is_built_anew(database: Database) -> None:
-    """Other options or other keys under the same name replace the index; what somebody else made stays as it is."""
+def thing_indexes(*models: IndexModel) -> dict[str, list[IndexModel]]:
+    return {"things": list(models)}
+
+
+async def test_make_indexes_with_a_higher_version_replaces_the_older_one(database: Database) -> None:
+    """A higher version replaces its predecessors, with or without a version in their names, and leaves other indexes alone."""
     await database["things"].create_index("theirs")
-    before = [IndexModel("at"), IndexModel("kind", name="named"), IndexModel("same")]
-    await make_indexes(database, {"things": before})
-    after = [
-        IndexModel("at", expireAfterSeconds=60),
-        IndexModel([("kind", 1), ("size", 1)], name="named", sparse=True),
+    await make_indexes(
+        database, thing_indexes(IndexModel("at"), IndexModel("kind", name="named_v1"), IndexModel("same"))
+    )
+    after = thing_indexes(
+        IndexModel("at", name="at_1_v2", expireAfterSeconds=60),
+        IndexModel([("kind", 1), ("size", 1)], name="named_v3", sparse=True),
         IndexModel("same"),
-    ]
-    await make_indexes(database, {"things": after})
-    await make_indexes(database, {"things": after})
+    )
+    await make_indexes(database, after)
+    await make_indexes(database, after)
     found = await indexes_of(database)
-    assert found.keys() == {"_id_", "theirs_1", "at_1", "named", "same_1"}
-    assert found["at_1"]["expireAfterSeconds"] == 60
-    assert (found["named"]["key"], found["named"]["sparse"]) == ([("kind", 1), ("size", 1)], True)
+    assert found.keys() == {"_id_", "theirs_1", "at_1_v2", "named_v3", "same_1"}
+    assert found["at_1_v2"]["expireAfterSeconds"] == 60
+    assert (found["named_v3"]["key"], found["named_v3"]["sparse"]) == ([("kind", 1), ("size", 1)], True)
 
 
-async def test_a_unique_index_is_never_away(database: Database) -> None:
-    """A unique index that changed is refused, and the one that is there goes on to hold; so is a change to be unique."""
-    await make_indexes(database, {"things": [IndexModel("key", unique=True), IndexModel("plain")]})
+async def test_make_indexes_of_an_older_release_leaves_a_newer_version_alone(database: Database) -> None:
+    """An older replica that restarts neither builds its version again nor drops the newer one."""
+    newer = thing_indexes(IndexModel("at", name="at_1_v10", sparse=True))
+    await make_indexes(database, newer)
+    before = await indexes_of(database)
+    await make_indexes(database, thing_indexes(IndexModel("at", name="at_1_v9")))
+    assert await indexes_of(database) == before
+
+
+async def test_make_indexes_with_a_changed_definition_of_the_same_version_raises(database: Database) -> None:
+    """A changed definition under an unchanged name is an error, since older replicas would change it back."""
+    await make_indexes(database, thing_indexes(IndexModel("key", unique=True), IndexModel("plain")))
     for changed in (IndexModel("key", unique=True, sparse=True), IndexModel("plain", unique=True)):
-        with pytest.raises(ValueError, match="not replaced"):
-            await make_indexes(database, {"things": [changed]})
+        with pytest.raises(ValueError, match=r"index .*_1 of things"):
+            await make_indexes(database, thing_indexes(changed))
     found = await indexes_of(database)
     assert found["key_1"]["unique"]
     assert "plain_1" in found
 
 
+async def test_make_indexes_never_drops_a_unique_index_before_its_successor_is_built(database: Database) -> None:
+    """A unique index is replaced where MongoDB can hold both versions, and else stays."""
+    await make_indexes(database, thing_indexes(IndexModel("key", unique=True)))
+    with pytest.raises(ValueError, match="key_1_v2"):
+        await make_indexes(database, thing_indexes(IndexModel("key", name="key_1_v2", unique=True)))
+    assert (await indexes_of(database)).keys() == {"_id_", "key_1"}
+    longer = thing_indexes(IndexModel([("key", 1), ("more", 1)], name="key_1_v2", unique=True))
+    await make_indexes(database, longer)
+    assert (await indexes_of(database)).keys() == {"_id_", "key_1_v2"}
+
+
 async def test_replicas_that_start_together_agree_on_indexes(database: Database) -> None:
-    """Five replicas that find an old definition at the same time all start, and leave the new one."""
-    await make_indexes(database, {"things": [IndexModel("at")]})
+    """Five replicas that find an old version at the same time all start, and leave the new one."""
+    await make_indexes(database, thing_indexes(IndexModel("at")))
     await database["things"].insert_many([{"at": number} for number in range(5_000)])
-    changed = {"things": [IndexModel("at", sparse=True)]}
+    changed = thing_indexes(IndexModel("at", name="at_1_v2", expireAfterSeconds=60))
     await asyncio.gather(*(make_indexes(database, changed) for _ in range(5)))
-    assert (await indexes_of(database))["at_1"]["sparse"]
+    assert (await indexes_of(database)).keys() == {"_id_", "at_1_v2"}
 
 
 async def test_an_index_may_take_longer_than_other_operations(mongodb: str, database: Database) -> None:
@@ -150,7 +204,7 @@ async def through_proxy(mongodb: str, database: Database) -> AsyncIterator[tuple
 
 
 @pytest.mark.parametrize("trouble", ["refuse", "swallow"])
-async def test_nobody_there_is_a_bad_day(mongodb: str, database: Database, trouble: str) -> None:
+async def test_an_unreachable_server_raises_dependency_error(mongodb: str, database: Database, trouble: str) -> None:
     """With MongoDB gone or silent every call raises DependencyError in bounded time, and works again after it."""
     async with through_proxy(mongodb, database) as (between, detour):
         await mongo.ping(detour)
@@ -165,6 +219,88 @@ async def test_nobody_there_is_a_bad_day(mongodb: str, database: Database, troub
                 await insert_missing(detour["things"], [{"_id": 1}])
         await between.heal()
         await mongo.ping(detour)
+
+
+@asynccontextmanager
+async def failing(mongodb: str, code: int, **options: Any) -> AsyncIterator[None]:
+    """Let the server answer every `find` and `insert` with this error."""
+    client: AsyncIOMotorClient[mongo.Document] = AsyncIOMotorClient(mongodb)
+    fail = {"failCommands": ["find", "insert"], "errorCode": code, "appName": _APP, **options}
+    try:
+        await client.admin.command({"configureFailPoint": "failCommand", "mode": "alwaysOn", "data": fail})
+        yield
+    finally:
+        await client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
+        client.close()
+
+
+@pytest.fixture
+def hurried(mongodb: str, database: Database) -> Iterator[mongo.Collection]:
+    """The test's collection by a client that fails soon, and alone, with `failing`."""
+    client: AsyncIOMotorClient[mongo.Document] = AsyncIOMotorClient(
+        mongodb, appname=_APP, retryReads=False, retryWrites=False, heartbeatFrequencyMS=500
+    )
+    yield client[database.name]["things"]
+    client.close()
+
+
+@pytest.mark.proves("F33")
+@pytest.mark.parametrize("code", [365, 8000, 371, 100, 112, 24, 211, 292, 13_388, 11_601, 10_107, 91])
+async def test_an_error_of_the_server_raises_dependency_error(
+    mongodb: str, hurried: mongo.Collection, code: int
+) -> None:
+    """An answer of a server that is full, blocked or busy is a dependency's error to a read and to a write."""
+    async with failing(mongodb, code):
+        with pytest.raises(DependencyError):
+            await insert_missing(hurried, [{"_id": 1}])
+        with pytest.raises(DependencyError):
+            async with mongo.dependency_errors():
+                await hurried.find_one({"_id": 1})
+    assert await insert_missing(hurried, [{"_id": 1}]) == set()
+
+
+@pytest.mark.proves("F33")
+async def test_a_write_concern_error_raises_dependency_error(mongodb: str, hurried: mongo.Collection) -> None:
+    """A write that is not confirmed by a majority is a dependency's error, though it may be stored."""
+    concern = {"code": 100, "errmsg": "no majority"}
+    async with failing(mongodb, 0, writeConcernError=concern):
+        with pytest.raises(DependencyError):
+            await insert_missing(hurried, [{"_id": 1}])
+
+
+@pytest.mark.proves("F33")
+async def test_errors_of_the_server_table_raise_dependency_error_unless_they_name_a_document(
+    mongodb: str, hurried: mongo.Collection
+) -> None:
+    """Of all error codes that the server has a name for only those of the short list are passed through."""
+    passed, named = set[int](), 0
+    for code in [
+        *(set(range(1, 500)) - _DETAILED),
+        8000,
+        9001,
+        10_003,
+        10_334,
+        12_586,
+        12_587,
+        14_031,
+        17_280,
+        46_841,
+        50_768,
+    ]:
+        async with failing(mongodb, code):
+            try:
+                async with mongo.dependency_errors():
+                    await hurried.insert_one({"_id": code})
+            except DependencyError as error:
+                cause = error.__cause__
+            except OperationFailure as error:
+                passed.add(code)
+                cause = error
+        named += isinstance(cause, OperationFailure) and not str((cause.details or {})["codeName"]).startswith(
+            "Location"
+        )
+    assert passed == {code for code in mongo.DOCUMENT_CODES if code < 500} | {10_334, 17_280}
+    assert named > 300
 
 
 @pytest.mark.proves("F7")

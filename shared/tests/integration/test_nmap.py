@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scanfleet.policy import Preset, fill_in
+from scanfleet.policy import Preset, executable, fill_in
 from scanfleet.ports import MAX_PORT, MAX_TOP, PortSet, Range
 
 pytestmark = pytest.mark.integration
@@ -64,7 +64,7 @@ def test_nmap_knows_as_many_common_ports_as_may_be_asked_for() -> None:
 
 
 def categories(name: str) -> list[set[str]]:
-    selection = fill_in(Preset.QUICK, {"scripts": [name]}).script_selection
+    selection = executable(fill_in(Preset.QUICK, {"scripts": [name]})).script_selection
     return [set(line.split()[1:]) for line in nmap("--script-help", selection).splitlines() if "Categories: " in line]
 
 

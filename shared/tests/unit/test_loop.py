@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
+from scanfleet.errors import DependencyError
 from scanfleet.loop import Loop
+from scanfleet.testing.consumers import until
 
 
 async def test_what_comes_soon_after_a_step_shares_the_next_one() -> None:
@@ -28,3 +32,20 @@ async def test_what_comes_soon_after_a_step_shares_the_next_one() -> None:
     await loop.stop()
     assert len(begun) == 2
     assert begun[1] - begun[0] >= 0.1
+
+
+@pytest.mark.parametrize("vital", [True, False])
+async def test_loop_with_a_failed_dependency_is_unready_only_if_it_is_vital(*, vital: bool) -> None:
+    """A repair that cannot reach its database keeps trying, and leaves the service ready and alive."""
+    tries = 0
+
+    async def step() -> None:
+        nonlocal tries
+        tries += 1
+        raise DependencyError("MongoDB: no server")
+
+    loop = Loop("test", 60.0, step, vital=vital)
+    await loop.start()
+    await until(lambda: tries == 2)
+    assert (loop.alive, loop.ready) == (True, not vital)
+    await loop.stop()

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from datetime import UTC, timedelta
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -16,6 +17,7 @@ from scanfleet.clock import utc_now
 from scanfleet.messages import Message, export
 from scanfleet.messages.envelope import RawRecord, decode, encode
 from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, RESULT_STORE, TOPICS, WORKER, Topic
+from scanfleet.testing.contracts import with_unknown_fields
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -27,8 +29,24 @@ every_pair = pytest.mark.parametrize(
 )
 
 
+every_example = pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=f"{path.parent.name} {path.stem}") for path in sorted(export.EXAMPLES.glob("*/*.json"))],
+)
+
+
+def read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
 def example(kind: type[Message]) -> dict[str, Any]:
-    return dict(json.loads((export.EXAMPLES / export.file_name(kind)).read_text(encoding="utf-8")))
+    return read(export.EXAMPLES / export.CURRENT / export.file_name(kind))
+
+
+def kind_of(path: Path) -> type[Message]:
+    """The message that an example of any release is of; that it is still there is part of the contract."""
+    (kind,) = (kind for kind in export.messages() if export.file_name(kind) == path.name)
+    return kind
 
 
 def leaves(kind: type[Message]) -> Iterator[type[Message]]:
@@ -44,32 +62,48 @@ def test_every_message_has_a_topic() -> None:
     assert {leaf for kind in Message.__subclasses__() for leaf in leaves(kind)} == set(export.messages())
 
 
-@pytest.mark.parametrize("folder", [export.EXAMPLES, export.SCHEMAS], ids=lambda folder: folder.name)
+@pytest.mark.parametrize(
+    "folder", [export.EXAMPLES / export.CURRENT, export.SCHEMAS], ids=lambda folder: str(folder.name)
+)
 def test_every_message_has_its_example_and_schema(folder: Any) -> None:
     """There is one file for each version of each message, and no other."""
     assert {path.name for path in folder.iterdir()} == {export.file_name(kind) for kind in export.messages()}
 
 
-@every_message
-def test_an_example_comes_back_as_it_was(kind: type[Message]) -> None:
-    """The example of a message parses, and the message writes that very JSON, but for fields that the contract gained."""
-    message = kind.model_validate_json(json.dumps(example(kind)))
-    assert json.loads(message.model_dump_json(exclude_unset=True)) == example(kind)
+@every_example
+def test_an_example_of_any_release_is_read(path: Path) -> None:
+    """An example parses, whichever release published it, and the message writes that very JSON again."""
+    message = kind_of(path).model_validate_json(json.dumps(read(path)))
+    assert json.loads(message.model_dump_json(exclude_unset=True)) == read(path)
 
 
 @every_message
-def test_an_unknown_field_is_ignored(kind: type[Message]) -> None:
-    """A newer producer's optional field does not disturb an older reader."""
-    assert kind.model_validate(example(kind) | {"newer": 1}) == kind.model_validate(example(kind))
+def test_the_current_example_shows_every_field(kind: type[Message]) -> None:
+    """The example of the release in the making leaves no field out, at any depth."""
+    assert json.loads(kind.model_validate(example(kind)).model_dump_json()) == example(kind)
+
+
+@pytest.mark.proves("F28")
+@every_example
+def test_an_unknown_field_is_ignored_at_any_depth(path: Path) -> None:
+    """An optional field that a later release adds to a message, or to any part of one, leaves the message as it was."""
+    kind, known = kind_of(path), kind_of(path).model_validate(read(path))
+    (topic, *_) = (topic for topic in TOPICS if kind in topic.messages)
+    envelope = encode(topic, known, source="test")
+    for changed in with_unknown_fields(read(path)):
+        value = json.dumps(changed).encode()
+        record = RawRecord(topic.name, 0, 0, utc_now(), envelope.key, value, envelope.headers)
+        assert decode(topic, record) == known
 
 
 @every_message
 def test_a_schema_is_that_of_its_message(kind: type[Message]) -> None:
-    """The committed schema is what the code says, and the example conforms to it."""
+    """The committed schema is what the code says, and the examples of all releases conform to it."""
     text = (export.SCHEMAS / export.file_name(kind)).read_text(encoding="utf-8")
     assert text == export.schemas()[export.file_name(kind)]
     jsonschema.Draft202012Validator.check_schema(json.loads(text))
-    jsonschema.Draft202012Validator(json.loads(text)).validate(example(kind))
+    for path in export.EXAMPLES.glob(f"*/{export.file_name(kind)}"):
+        jsonschema.Draft202012Validator(json.loads(text)).validate(read(path))
 
 
 def test_topic_names_are_hyphenated_words_and_unique() -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pymongo import errors
 from pymongo.errors import BulkWriteError, OperationFailure, PyMongoError
 
 from scanfleet.errors import DependencyError
-from scanfleet.mongo import bad_days
+from scanfleet.mongo import DOCUMENT_CODES, DUPLICATE_KEY, dependency_errors
 
 
 def bulk(*codes: int, concern: bool = False) -> BulkWriteError:
@@ -23,23 +25,24 @@ def bulk(*codes: int, concern: bool = False) -> BulkWriteError:
         errors.AutoReconnect("cut"),
         errors.NetworkTimeout("slow"),
         errors.NotPrimaryError("stepped down"),
-        errors.ServerSelectionTimeoutError("nobody there"),
+        errors.ServerSelectionTimeoutError("no server found"),
         errors.WaitQueueTimeoutError("all connections busy"),
         errors.ExecutionTimeout("too slow", 50),
         errors.WTimeoutError("no majority", 64),
         errors.CursorNotFound("restarted", 43),
         errors.ProtocolError("half an answer"),
-        OperationFailure("not authorized", 13),
-        OperationFailure("disk full", 14_031),
+        errors.InvalidOperation("closed client"),
+        OperationFailure("an error without a code", None),
         bulk(11_000, concern=True),
+        bulk(concern=True),
         bulk(11_000, 91),
     ],
     ids=lambda error: type(error).__name__,
 )
-async def test_a_bad_day_is_a_dependencys(error: PyMongoError) -> None:
-    """What MongoDB or the way to it brings upon us becomes a DependencyError, with its cause."""
+async def test_dependency_errors_with_any_error_of_the_server_raises_dependency_error(error: PyMongoError) -> None:
+    """An error of MongoDB, or of the way to it, becomes a DependencyError with its cause."""
     with pytest.raises(DependencyError) as caught:
-        async with bad_days():
+        async with dependency_errors():
             raise error
     assert caught.value.__cause__ is error
 
@@ -48,33 +51,43 @@ async def test_a_bad_day_is_a_dependencys(error: PyMongoError) -> None:
     "error",
     [
         OperationFailure("bad value", 2),
-        OperationFailure("unknown operator", None),
         errors.DuplicateKeyError("taken", 11_000),
         errors.DocumentTooLarge("over 16 MB"),
-        errors.InvalidOperation("closed client"),
-        errors.ConfigurationError("no such option"),
+        OverflowError("an integer of more than 8 bytes"),
         bulk(11_000),
         bulk(2, 91),
+        bulk(2, concern=True),
     ],
     ids=lambda error: type(error).__name__,
 )
-async def test_our_own_bug_stays_what_it_is(error: PyMongoError) -> None:
-    """An error that repeating cannot mend passes through unchanged, so that it is not retried for ever."""
+async def test_dependency_errors_with_an_error_of_the_document_passes_it_through(error: Exception) -> None:
+    """An error that repeating cannot cure passes through unchanged, so that its message is dead-lettered."""
     with pytest.raises(type(error)) as caught:
-        async with bad_days():
+        async with dependency_errors():
             raise error
     assert caught.value is error
 
 
-async def test_a_decorated_method_translates_too() -> None:
-    """`bad_days` decorates a coroutine function, which then answers and raises as a block would."""
+@pytest.mark.proves("F33")
+@given(code=st.one_of(st.sampled_from(sorted(DOCUMENT_CODES)), st.integers(1, 20_000_000)))
+async def test_dependency_errors_with_any_code_passes_through_only_those_of_documents(code: int) -> None:
+    """Whatever code a server of any version answers with, only those of the short list blame the document."""
+    blames = code in DOCUMENT_CODES
+    for error in (OperationFailure("of a command", code), bulk(code), bulk(DUPLICATE_KEY, code)):
+        with pytest.raises(OperationFailure if blames else DependencyError):
+            async with dependency_errors():
+                raise error
 
-    @bad_days()
-    async def ask(*, away: bool) -> int:
-        if away:
+
+async def test_dependency_errors_decorates_a_method() -> None:
+    """`dependency_errors` decorates a coroutine function, which then answers and raises as a block would."""
+
+    @dependency_errors()
+    async def ask(*, unavailable: bool) -> int:
+        if unavailable:
             raise errors.AutoReconnect("cut")
         return 42
 
-    assert await ask(away=False) == 42
+    assert await ask(unavailable=False) == 42
     with pytest.raises(DependencyError):
-        await ask(away=True)
+        await ask(unavailable=True)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from scanfleet.policy import ALLOWED_SCRIPTS, PRESETS, Preset, ScanPolicy, fill_in
+from scanfleet.policy import ALLOWED_SCRIPTS, PRESETS, PolicyError, Preset, ScanPolicy, executable, fill_in
 
 
 def test_every_preset_is_told_apart_and_complete() -> None:
@@ -93,15 +93,15 @@ def test_tells_what_needs_raw_packets(given: dict[str, Any], *, needed: bool) ->
 
 def test_a_named_script_is_passed_by_name() -> None:
     """Names stand for themselves, in the user's order; no scripts is no selection."""
-    assert fill_in(Preset.QUICK, {"scripts": ["ssl-cert", "banner"]}).script_selection == "ssl-cert,banner"
-    assert fill_in(Preset.QUICK, {}).script_selection == ""
+    assert executable(fill_in(Preset.QUICK, {"scripts": ["ssl-cert", "banner"]})).script_selection == "ssl-cert,banner"
+    assert executable(fill_in(Preset.QUICK, {})).script_selection == ""
 
 
 @pytest.mark.proves("A2", "G12")
 def test_a_category_is_never_passed_bare() -> None:
     """nmap's own categories hold scripts that send packets elsewhere, so each is narrowed."""
     for name in ("default", "safe", "discovery", "version"):
-        selection = fill_in(Preset.QUICK, {"scripts": [name]}).script_selection
+        selection = executable(fill_in(Preset.QUICK, {"scripts": [name]})).script_selection
         assert selection.startswith(f"({name} and not (")
         assert all(word in selection for word in ("broadcast", "external", "intrusive"))
 
@@ -109,3 +109,64 @@ def test_a_category_is_never_passed_bare() -> None:
 def test_the_scripts_that_users_are_promised_are_allowed() -> None:
     """The API names three at least."""
     assert {"default", "safe", "banner"} <= ALLOWED_SCRIPTS
+
+
+OTHERS = {
+    "preset": "gentle",
+    "technique": "sctp",
+    "discovery": "arp",
+    "scripts": ["http-robots"],
+    "max_rate": 2_000_000_000,
+    "min_rate": 20_000_000,
+    "max_rtt_timeout": 60_000,
+    "max_retries": 50,
+    "host_timeout": 1_000_000,
+}
+"""What another release may allow and this one does not."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_stored_policy_of_another_release_is_read_and_not_executed(name: str) -> None:
+    """A value that only another release allows is read and written back, and stops in front of the command line."""
+    policy = ScanPolicy.model_validate({name: OTHERS[name]})
+    assert policy.model_dump(mode="json")[name] == OTHERS[name]
+    with pytest.raises(PolicyError, match=name):
+        executable(policy)
+
+
+def test_a_stored_policy_of_another_release_may_lack_fields_or_have_more() -> None:
+    """A missing field has its default and an unknown one is ignored, at no loss of the others."""
+    assert ScanPolicy.model_validate({}) == fill_in(Preset.STANDARD, {})
+    assert ScanPolicy.model_validate({"timing": 1, "colour": {"deep": [1]}}).timing == 1
+
+
+@pytest.mark.proves("A2", "G12")
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"scripts": ["a,b"]},
+        {"scripts": ["./x.nse"]},
+        {"scripts": ["http-*"]},
+        {"scripts": ["banner"] * 65},
+        {"scripts": ["b" * 65]},
+        {"technique": "-sS"},
+        {"preset": "quick --script"},
+        {"discovery": ""},
+        {"max_rate": 2**31},
+        {"max_rate": -1},
+        {"host_timeout": "10; id"},
+        {"ports": "22 -oN x"},
+        {"timing": 6},
+    ],
+)
+def test_a_stored_policy_is_bounded(forged: dict[str, Any]) -> None:
+    """Words, numbers and lists of a stored policy are bounded, whoever wrote them."""
+    with pytest.raises(ValidationError):
+        ScanPolicy.model_validate(forged)
+
+
+def test_an_executable_policy_has_its_rates_in_order() -> None:
+    """A floor above the ceiling is read and not executed."""
+    policy = ScanPolicy.model_validate({"min_rate": 200, "max_rate": 100})
+    with pytest.raises(PolicyError, match="above max_rate"):
+        executable(policy)

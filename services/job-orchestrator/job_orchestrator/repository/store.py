@@ -24,7 +24,7 @@ from scanfleet.clock import utc_now
 from scanfleet.messages import AuditEntry, JobStatus
 from scanfleet.messages.topics import SCAN_PROGRESS
 from scanfleet.mongo import Collection as MongoCollection
-from scanfleet.mongo import Database, Document, Ids, advance_ids, bad_days, insert_missing, make_indexes
+from scanfleet.mongo import Database, Document, Ids, advance_ids, dependency_errors, insert_missing, make_indexes
 
 _Owned = TypeVar("_Owned", Subnet, Policy)
 _Revised = TypeVar("_Revised", ScanJob, Chunk)
@@ -107,7 +107,7 @@ class MongoStore:
         await make_indexes(self._database, _INDEXES)
         await self._adopt()
 
-    @bad_days()
+    @dependency_errors()
     async def _adopt(self) -> None:
         """Name the partition of unfinished jobs that were made before jobs had one."""
         async for job in self._jobs.find({"settled": False, "partition": {"$exists": False}}, {"_id": 1}):
@@ -119,7 +119,7 @@ class MongoStore:
         """Let every sequence go on above `above`. Nobody else may be taking ids."""
         await advance_ids(self._database, SEQUENCES, above)
 
-    @bad_days()
+    @dependency_errors()
     async def time(self) -> datetime:
         hello = await self._database.command("hello", codec_options=self._database.codec_options)
         now: datetime = hello["localTime"]
@@ -130,7 +130,7 @@ class MongoStore:
 
     # Subnets and policies
 
-    @bad_days()
+    @dependency_errors()
     async def exists(self, kind: Literal["subnets", "policies"], id_: int) -> bool:
         return await self._database[kind].find_one({"_id": id_}, {"_id": 1}) is not None
 
@@ -178,25 +178,25 @@ class MongoStore:
                 stands[loser.id] = first.get(loser.id) or by_key[loser.user_id, loser.idempotency_key or ""]
         return stands
 
-    @bad_days()
+    @dependency_errors()
     async def commands(self, ids: Collection[str]) -> dict[str, Command]:
         found = self._commands.find({"_id": {"$in": list(ids)}})
         return {document["_id"]: documents.read_command(document) async for document in found}
 
     async def accepted_submits(self) -> AsyncIterator[Command]:
         """Every command that made jobs."""
-        async with bad_days():
+        async with dependency_errors():
             async for each in self._commands.find({"state": "accepted", "jobs": {"$ne": []}}):
                 yield documents.read_command(each)
 
-    @bad_days()
+    @dependency_errors()
     async def commands_by_key(self, keys: Collection[tuple[int, str]]) -> dict[tuple[int, str], Command]:
         if not keys:
             return {}
         found = self._commands.find({"$or": [{"user_id": user, "idempotency_key": key} for user, key in keys]})
         return {(each["user_id"], each["idempotency_key"]): documents.read_command(each) async for each in found}
 
-    @bad_days()
+    @dependency_errors()
     async def reject_command(self, command_id: str, status: int, error: str, rule: str) -> None:
         told = {"state": "rejected", "status": status, "error": error, "rule": rule}
         await self._commands.update_one({"_id": command_id, "state": "accepted"}, {"$set": told})
@@ -209,7 +209,7 @@ class MongoStore:
             self._audit, [documents.write_audit(entry) | {"forget_at": forget_at} for entry in entries]
         )
 
-    @bad_days()
+    @dependency_errors()
     async def list_audit(
         self,
         skip: int,
@@ -231,7 +231,7 @@ class MongoStore:
     async def insert_jobs(self, jobs: Sequence[ScanJob]) -> None:
         await insert_missing(self._jobs, [documents.write_job(job) for job in jobs])
 
-    @bad_days()
+    @dependency_errors()
     async def jobs(self, ids: Collection[int]) -> dict[int, ScanJob]:
         if not ids:
             return {}
@@ -241,7 +241,7 @@ class MongoStore:
     async def save_jobs(self, jobs: Sequence[ScanJob]) -> set[int]:
         return await _save(self._jobs, jobs, documents.write_job, documents.read_job, documents.JOB_CONSTANTS)
 
-    @bad_days()
+    @dependency_errors()
     async def list_jobs(
         self,
         user_id: int,
@@ -256,7 +256,7 @@ class MongoStore:
         jobs = [job async for each in newest if (job := _read(documents.read_job, each, "jobs")) is not None]
         return jobs, await self._jobs.count_documents(wanted)
 
-    @bad_days()
+    @dependency_errors()
     async def unsettled_jobs(
         self,
         after: int,
@@ -269,12 +269,12 @@ class MongoStore:
         found = self._jobs.find(wanted, {"_id": 1}).sort("_id", 1).limit(limit)
         return [each["_id"] async for each in found]
 
-    @bad_days()
+    @dependency_errors()
     async def jobs_with_old_events(self, before: datetime, limit: int) -> list[int]:
         found = self._jobs.find({"outbox.at": {"$lt": before}}, {"_id": 1}).limit(limit)
         return [each["_id"] async for each in found]
 
-    @bad_days()
+    @dependency_errors()
     async def has_unfinished_jobs(self, subnet_id: int) -> bool:
         unfinished = [JobStatus.PENDING.value, JobStatus.RUNNING.value]
         wanted = {"subnet_id": subnet_id, "settled": False, "status": {"$in": unfinished}}
@@ -303,7 +303,7 @@ class MongoStore:
                 return
             first = page[-1]["index"] + 1
 
-    @bad_days()
+    @dependency_errors()
     async def _job_page(self, wanted: Document) -> list[Document]:
         return await self._chunks.find(wanted).sort("index", 1).to_list(_BATCH)
 
@@ -311,7 +311,7 @@ class MongoStore:
         queued = {"$ne": ChunkState.QUEUED.value}
         return await self._find_chunks({"job_id": job_id, "index": {"$gte": first}, "state": queued})
 
-    @bad_days()
+    @dependency_errors()
     async def chunks_in(self, job_id: int, states: Collection[ChunkState], limit: int) -> list[str]:
         wanted = {"job_id": job_id, "state": {"$in": [state.value for state in states]}}
         return [each["_id"] async for each in self._chunks.find(wanted, {"_id": 1}).limit(limit)]
@@ -319,7 +319,7 @@ class MongoStore:
     async def save_chunks(self, chunks: Sequence[Chunk]) -> set[str]:
         return await _save(self._chunks, chunks, documents.write_chunk, documents.read_chunk, documents.CHUNK_CONSTANTS)
 
-    @bad_days()
+    @dependency_errors()
     async def standings(self, job_ids: Collection[int]) -> dict[int, Standing]:
         # At one moment: a chunk that moves between two states would else be seen in neither.
         at_one_moment = self._chunks.with_options(read_concern=ReadConcern("snapshot"))
@@ -340,7 +340,7 @@ class MongoStore:
         found = {each["_id"]: Standing(each["open"], each["begun"], each["lowest"]) async for each in groups}
         return {job_id: found.get(job_id, Standing()) for job_id in job_ids}
 
-    @bad_days()
+    @dependency_errors()
     async def watched_chunks(self, partitions: Collection[int]) -> list[Held]:
         found = self._chunks.find(
             {"partition": {"$in": list(partitions)}, "held": True},
@@ -355,12 +355,12 @@ class MongoStore:
 
     # Dispatch
 
-    @bad_days()
+    @dependency_errors()
     async def waiting_users(self, now: datetime, *, raw: bool) -> list[int]:
         found: list[int] = await self._chunks.distinct("user_id", _queued(now, raw=raw))
         return found
 
-    @bad_days()
+    @dependency_errors()
     async def queue(
         self,
         user_id: int,
@@ -376,24 +376,24 @@ class MongoStore:
         found = self._chunks.find(wanted, documents.CANDIDATE).sort("turn", 1).limit(limit)
         return [documents.read_candidate(each) async for each in found]
 
-    @bad_days()
+    @dependency_errors()
     async def first_turn(self, user_id: int) -> int:
         queued = {"state": ChunkState.QUEUED.value, "user_id": user_id}
         first = await self._chunks.find_one(queued, {"turn": 1}, sort=[("turn", 1)])
         return first["turn"] if first else 0
 
-    @bad_days()
+    @dependency_errors()
     async def held(self) -> list[Held]:
         return [documents.read_held(each) async for each in self._chunks.find({"held": True}, documents.HELD_FIELDS)]
 
-    @bad_days()
+    @dependency_errors()
     async def clocks(self, users: Collection[int]) -> Clocks:
         found = self._clocks.find({"$or": [{"active": True}, {"_id": {"$in": [*users, _VIRTUAL]}}]})
         by_id = {each["_id"]: each async for each in found}
         virtual = by_id.pop(_VIRTUAL, {}).get("time", 0.0)
         return Clocks({user: documents.read_clock(each) for user, each in by_id.items()}, virtual)
 
-    @bad_days()
+    @dependency_errors()
     async def rest_clocks(self) -> None:
         active = [each["_id"] async for each in self._clocks.find({"active": True}, {"_id": 1})]
         busy = {"state": {"$in": [ChunkState.QUEUED.value, *(state.value for state in HELD)]}}
@@ -401,7 +401,7 @@ class MongoStore:
         if idle:
             await self._clocks.update_many({"_id": {"$in": list(idle)}}, {"$set": {"active": False}})
 
-    @bad_days()
+    @dependency_errors()
     async def wake_clocks(self, clocks: Iterable[Clock], virtual: float) -> None:
         writes = [
             UpdateOne({"_id": clock.user_id}, {"$max": {"time": clock.time}, "$set": {"active": True}}, upsert=True)
@@ -410,13 +410,13 @@ class MongoStore:
         writes.append(UpdateOne({"_id": _VIRTUAL}, {"$max": {"time": virtual}}, upsert=True))
         await self._clocks.bulk_write(writes, ordered=False)
 
-    @bad_days()
+    @dependency_errors()
     async def charge(self, seconds: Mapping[int, float]) -> None:
         writes = [UpdateOne({"_id": user}, {"$inc": {"time": time}}, upsert=True) for user, time in seconds.items()]
         if writes:
             await self._clocks.bulk_write(writes, ordered=False)
 
-    @bad_days()
+    @dependency_errors()
     async def seen_workers(self, workers: Iterable[Credit]) -> None:
         writes = [
             UpdateOne(
@@ -429,7 +429,7 @@ class MongoStore:
         if writes:
             await self._workers.bulk_write(writes, ordered=False)
 
-    @bad_days()
+    @dependency_errors()
     async def live_workers(self, within: timedelta) -> list[Credit]:
         since = {"$gt": ["$seen", {"$subtract": ["$$NOW", int(within.total_seconds() * 1_000)]}]}
         found = self._workers.find({"slots": {"$gt": 0}, "$expr": since})
@@ -437,7 +437,7 @@ class MongoStore:
 
     # What is going on
 
-    @bad_days()
+    @dependency_errors()
     async def census(self) -> Census:
         jobs = self._jobs.aggregate(
             [
@@ -477,7 +477,7 @@ class MongoStore:
             outbox_age=max([each["age"] async for each in unsent], default=0.0),
         )
 
-    @bad_days()
+    @dependency_errors()
     async def _find_chunks(self, wanted: Document, limit: int = 0) -> list[Chunk]:
         found = [_read(documents.read_chunk, each, "chunks") async for each in self._chunks.find(wanted).limit(limit)]
         return [chunk for chunk in found if chunk is not None]
@@ -503,7 +503,7 @@ def _read(read: Callable[[Document], _Any], document: Document, collection: str)
         return None
 
 
-@bad_days()
+@dependency_errors()
 async def _save(
     collection: MongoCollection,
     changed: Sequence[_Revised],
@@ -534,7 +534,7 @@ def _update(document: Document, constants: AbstractSet[str]) -> Document:
     return update
 
 
-@bad_days()
+@dependency_errors()
 async def _owned(
     collection: MongoCollection,
     read: Callable[[Document], _Owned],
@@ -544,7 +544,7 @@ async def _owned(
     return [read(each) async for each in collection.find({"user_id": user_id, "_id": {"$in": list(ids)}})]
 
 
-@bad_days()
+@dependency_errors()
 async def _page(
     collection: MongoCollection,
     read: Callable[[Document], _Owned],
@@ -558,12 +558,12 @@ async def _page(
     return [read(each) for each in found], total
 
 
-@bad_days()
+@dependency_errors()
 async def _replace(collection: MongoCollection, document: Document) -> bool:
     wanted = {"_id": document["_id"], "user_id": document["user_id"]}
     return (await collection.replace_one(wanted, document)).matched_count == 1
 
 
-@bad_days()
+@dependency_errors()
 async def _delete(collection: MongoCollection, user_id: int, resource_id: int) -> bool:
     return (await collection.delete_one({"_id": resource_id, "user_id": user_id})).deleted_count == 1

@@ -15,7 +15,18 @@ from scanfleet.messages.topics import MAX_BYTES
 from scanfleet.outcomes import Outcome, networks
 from scanfleet.policy import ALLOWED_SCRIPTS, Preset, ScanPolicy, fill_in
 from scanfleet.targets import TargetRules
-from scanner_worker.domain import Host, arguments, fit, outcome, permit, printable, services, technique, together
+from scanner_worker.domain import (
+    Host,
+    ScanError,
+    arguments,
+    fit,
+    outcome,
+    permit,
+    printable,
+    services,
+    technique,
+    together,
+)
 
 MakeChunk = Callable[..., ScanChunk]
 
@@ -390,3 +401,14 @@ def test_every_port_of_a_tarpit_fits() -> None:
     )
     assert len(tarpit.ports) == 8_192
     assert size(tarpit) <= MAX_BYTES
+
+
+@pytest.mark.proves("A13", "G12")
+@pytest.mark.parametrize("field", [{"scripts": ["http-robots"]}, {"technique": "sctp"}, {"discovery": "arp"}])
+def test_arguments_of_a_policy_that_this_release_does_not_allow_fail_the_chunk(
+    make_chunk: MakeChunk, field: dict[str, object]
+) -> None:
+    """A policy that was stored when more was allowed becomes no command line, and the reason names the field."""
+    chunk = make_chunk().model_copy(update={"policy": ScanPolicy.model_validate(field)})
+    with pytest.raises(ScanError, match=next(iter(field))):
+        arguments(chunk, list(networks(chunk.first_address, chunk.outcomes)), raw=True)

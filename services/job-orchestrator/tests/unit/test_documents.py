@@ -1,0 +1,91 @@
+"""Documents that any release has written are read by this one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from bson import json_util
+
+from job_orchestrator.domain.chunk import ChunkState
+from job_orchestrator.domain.job import ScanJob
+from job_orchestrator.repository import documents
+from scanfleet.messages import JobCreated, JobStatus
+from scanfleet.testing.contracts import with_unknown_fields
+
+FOLDER: Final = Path(__file__).parents[1] / "documents"
+READERS: Final[dict[str, Callable[[Any], Any]]] = {
+    "audit": documents.read_audit,
+    "chunk": documents.read_chunk,
+    "clock": documents.read_clock,
+    "command": documents.read_command,
+    "job": documents.read_job,
+    "policy": documents.read_policy,
+    "subnet": documents.read_subnet,
+}
+
+every_document = pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=f"{path.parent.name} {path.stem}") for path in sorted(FOLDER.glob("*/*.json"))],
+)
+
+
+def stored(path: Path) -> Any:
+    return json_util.loads(path.read_text(encoding="utf-8"), json_options=json_util.JSONOptions(tz_aware=True))
+
+
+def reader(path: Path) -> Callable[[Any], Any]:
+    return READERS[path.stem.partition("-")[0]]
+
+
+@pytest.mark.proves("F28")
+@every_document
+def test_a_document_of_any_release_is_read(path: Path) -> None:
+    """A document is read, whichever release stored it, and fields that this release does not know change nothing."""
+    read = reader(path)
+    known = read(stored(path))
+    assert known.id == stored(path)["_id"] if hasattr(known, "id") else known.user_id == stored(path)["_id"]
+    for changed in with_unknown_fields(stored(path)):
+        assert read(changed) == known
+
+
+def job(name: str) -> ScanJob:
+    return documents.read_job(stored(FOLDER / "0.1.0" / f"{name}.json"))
+
+
+def test_jobs_of_the_first_release_keep_their_meaning() -> None:
+    """State, policy and waiting events of a job are those that were stored, and new fields have their defaults."""
+    pending, failed = job("job-pending"), job("job-failed")
+    assert (pending.status, pending.policy.scripts, pending.policy.min_rate) == (
+        JobStatus.PENDING,
+        ("default", "banner", "http-title"),
+        None,
+    )
+    (waiting,) = pending.outbox
+    assert isinstance(waiting.event, JobCreated)
+    assert waiting.event.traceparent == pending.traceparent
+    assert (failed.status, failed.settled, failed.error) == (
+        JobStatus.FAILED,
+        True,
+        "64 addresses were not scanned: nmap ended with exit code 1",
+    )
+
+
+def test_chunks_of_the_first_release_keep_their_meaning() -> None:
+    """A chunk's state, token and map are those that were stored."""
+    chunk = documents.read_chunk(stored(FOLDER / "0.1.0" / "chunk-running.json"))
+    assert (chunk.state, chunk.attempt, chunk.worker_id, chunk.outcomes) == (
+        ChunkState.RUNNING,
+        2,
+        "scanner-worker-1-3f9ac2",
+        "aads....",
+    )
+
+
+def test_a_job_whose_scripts_are_no_longer_allowed_is_read() -> None:
+    """A release that allows fewer scripts still reads and lists the jobs that were created with them."""
+    document = stored(FOLDER / "0.1.0" / "job-failed.json")
+    document["policy"]["scripts"] = ["default", "http-robots"]
+    assert documents.read_job(document).policy.scripts == ("default", "http-robots")

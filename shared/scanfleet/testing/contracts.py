@@ -1,0 +1,17 @@
+"""What a later release may do to a message or a stored document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+
+def with_unknown_fields(value: Any) -> Iterator[Any]:
+    """Yield copies of `value`, each with an unknown field in another one of its objects, at any depth."""
+    if isinstance(value, dict):
+        yield {**value, "added_by_a_later_release": {"deep": [1, None]}}
+        for name, part in value.items():
+            yield from ({**value, name: changed} for changed in with_unknown_fields(part))
+    elif isinstance(value, list):
+        for index, part in enumerate(value):
+            yield from ([*value[:index], changed, *value[index + 1 :]] for changed in with_unknown_fields(part))

@@ -1,0 +1,143 @@
+"""Services that start while a dependency is missing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import httpx
+import pytest
+from fastapi import APIRouter, FastAPI
+
+from scanfleet import logging
+from scanfleet.errors import DependencyError
+from scanfleet.service import create_app
+from scanfleet.settings import CommonSettings
+from scanfleet.startup import Startup
+from scanfleet.testing.consumers import until
+
+router = APIRouter()
+
+
+@router.get("/thing")
+async def read_thing() -> int:
+    return 1
+
+
+class Part:
+    """A part that opens once its dependency is there."""
+
+    def __init__(self) -> None:
+        self.there = asyncio.Event()
+        self.tries = 0
+        self.open = False
+
+    async def start(self) -> None:
+        self.tries += 1
+        if not self.there.is_set():
+            raise DependencyError("no broker at 127.0.0.1:1")
+        self.open = True
+
+    def stop(self) -> None:
+        self.open = False
+
+
+@asynccontextmanager
+async def running(first: Part, second: Part, *, fault: Exception | None = None) -> AsyncIterator[FastAPI]:
+    """A service of two parts, given no time to open them before it serves."""
+    logging.configure("test", CommonSettings(instance="test"))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            await app.state.startup.until_there("mongodb", first.start)
+            stack.callback(first.stop)
+            await app.state.startup.until_there("kafka", second.start)
+            stack.callback(second.stop)
+            if fault is not None:
+                raise fault
+            yield
+
+    app = create_app(name="test", lifespan=lifespan, routers=[router])
+    app.state.startup.patience_seconds = 0.05
+    async with app.router.lifespan_context(app):
+        yield app
+
+
+@asynccontextmanager
+async def asking(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        yield client
+
+
+@pytest.mark.proves("F33")
+async def test_startup_without_a_dependency_serves_probes_and_answers_503() -> None:
+    """The process is alive and unready and names what it waits for, requests are a 503, and all turns green by itself."""
+    first, second = Part(), Part()
+    first.there.set()
+    async with running(first, second) as app, asking(app) as client:
+        assert (await client.get("/healthz")).status_code == 200
+        answer = await client.get("/readyz")
+        assert (answer.status_code, answer.json()) == (503, {"error": "starting, waiting for kafka"})
+        answer = await client.get("/thing")
+        assert (answer.status_code, set(answer.json()), answer.headers["Retry-After"]) == (503, {"error"}, "1")
+        assert answer.headers["X-Request-ID"]
+        second.there.set()
+        await until(lambda: app.state.startup.ready)
+        assert (await client.get("/readyz")).status_code == 200
+        assert (await client.get("/thing")).status_code == 200
+        assert (first.tries, second.tries) == (1, 2)
+    assert not (first.open)
+    assert not (second.open)
+
+
+async def test_startup_with_everything_there_is_ready_at_once() -> None:
+    """A service whose dependencies are there serves only when it is ready."""
+    first, second = Part(), Part()
+    first.there.set()
+    second.there.set()
+    async with running(first, second) as app:
+        assert app.state.startup.ready
+
+
+async def test_startup_that_is_ended_while_it_waits_closes_what_is_open() -> None:
+    """A process that is stopped before everything is there closes its parts at once."""
+    first, second = Part(), Part()
+    first.there.set()
+    async with running(first, second):
+        assert first.open
+    assert not first.open
+
+
+async def test_startup_with_a_fault_fails_at_once() -> None:
+    """An error that waiting cannot cure ends the start, and closes what was open."""
+    first, second = Part(), Part()
+    first.there.set()
+    second.there.set()
+    service = running(first, second, fault=ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        await service.__aenter__()
+    assert not (first.open)
+    assert not (second.open)
+
+
+async def test_startup_with_a_late_fault_is_dead() -> None:
+    """An error after the service began to serve turns liveness red, so that the process is replaced."""
+    startup, late = Startup(patience_seconds=0.05), asyncio.Event()
+
+    @asynccontextmanager
+    async def parts() -> AsyncIterator[None]:
+        await late.wait()
+        raise ZeroDivisionError
+        yield
+
+    async def serve() -> None:
+        async with startup.opening(parts()):
+            assert (startup.alive, startup.ready) == (True, False)
+            late.set()
+            await until(lambda: not startup.alive)
+            assert not startup.ready
+
+    with pytest.raises(ZeroDivisionError):
+        await serve()

@@ -1,0 +1,61 @@
+"""A platform that starts before what it depends on."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import httpx
+import pytest
+
+from local.stack import SERVICES
+from local.wait import until
+from tests.faults.invariants import Invariants
+from tests.faults.kit import LIMIT, TINY, WITH_MONGODB, Caller, Platform
+
+pytestmark = pytest.mark.e2e
+
+MISSING: Final = 75.0  # seconds: far longer than any client of ours tries by itself
+
+
+@pytest.mark.proves("F33", "F6")
+def test_services_without_kafka_and_mongodb_at_start_wait_and_become_ready(
+    platform: Platform, user: Caller, invariants: Invariants
+) -> None:
+    """Processes that start while both servers are missing stay up, alive and unready, and become ready by themselves."""
+    subnet, policy = user.subnet(platform.network(30)), user.policy(**TINY)
+    names = [name for service in SERVICES for name in platform.names(service)]
+    platform.stop_server("kafka")
+    platform.stop_server("mongod")
+    try:
+        before = {name: platform.pid(name) for name in names}
+        for name in names:
+            platform.kill(name)
+        for name in names:
+            until(lambda: platform.running(name) not in (0, before[name]), LIMIT, f"{name} to start again")  # noqa: B023 # called before the next turn
+        pids = {name: platform.pid(name) for name in names}
+        for name in names:
+            until(lambda: answer(platform, name, "healthz") == (200, ""), LIMIT, f"{name} to serve")  # noqa: B023 # the same
+        platform.wait(MISSING)
+        for service in SERVICES:
+            for name in platform.names(service):
+                missing = "mongodb" if service in WITH_MONGODB else "kafka"
+                assert answer(platform, name, "readyz") == (503, f"starting, waiting for {missing}")
+                assert answer(platform, name, "healthz") == (200, "")
+        refused = user.http.post("/api/v1/task", json={"subnet_ids": [subnet], "policy_id": policy})
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+    finally:
+        platform.start_servers("mongod", "kafka")
+    platform.stack.wait_until_ready()
+    assert {name: platform.pid(name) for name in names} == pids
+    (job,) = user.submit([subnet], policy, None)
+    assert user.finished(job["id"])["status"]["status"] == "completed"
+    invariants.check()
+
+
+def answer(platform: Platform, name: str, probe: str) -> tuple[int, str]:
+    """Status and error of a probe; nothing while the process does not listen."""
+    try:
+        found = httpx.get(f"http://{platform.stack.address(name)}/{probe}", timeout=LIMIT)
+    except httpx.HTTPError:
+        return 0, ""
+    return found.status_code, found.json().get("error", "")

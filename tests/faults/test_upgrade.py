@@ -1,0 +1,119 @@
+"""Two releases side by side: this one, and a next one that has added a field to every contract."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from local.stack import SERVICES
+from local.wait import until
+from scanfleet.messages.topics import SCAN_TASKS, TOPICS
+from tests.faults.conftest import Shared
+from tests.faults.invariants import Invariants
+from tests.faults.kit import LIMIT, REPLICAS, STEADY, Platform
+
+pytestmark = pytest.mark.e2e
+
+ROOT: Final = Path(__file__).parents[2]
+FIELD: Final = "added_by_the_next_release"
+# Where a class's own fields begin: behind its docstring, and the configuration that may follow it.
+GROWN: Final = {
+    "scanfleet/policy.py": r"class ScanPolicy\(BaseModel\):.*?model_config = [^\n]*\n",
+    "scanfleet/messages/chunks.py": r'class ScanChunk\(_Fenced\):\n    """.*?"""\n',
+    "scanfleet/messages/jobs.py": r'class JobEvent\(Message\):\n    """.*?"""\n',
+    "scanfleet/messages/results.py": r'class HostScanned\(_Fenced\):\n    """.*?"""\n',
+    "job_orchestrator/domain/job.py": r'class ScanJob:\n    """.*?"""\n',
+    "job_orchestrator/domain/chunk.py": r'class Chunk:\n    """.*?"""\n',
+}
+
+
+def write_next_release(folder: Path) -> None:
+    """Copy the services and what they share, and add an optional field to documents and messages."""
+    for package in (ROOT / "shared/scanfleet", *ROOT.glob("services/*/*_*/")):
+        shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    for file, begins in GROWN.items():
+        path = folder / file
+        text, count = re.subn(
+            begins,
+            lambda match: f'{match[0]}\n    {FIELD}: str = "by default"\n',
+            path.read_text(encoding="utf-8"),
+            count=1,
+            flags=re.DOTALL,
+        )
+        assert count == 1, file
+        path.write_text(text, encoding="utf-8")
+
+
+class Rolling(Platform):
+    """A platform each of whose processes may run either release."""
+
+    def __init__(self, folder: Path) -> None:
+        self._releases = folder / "releases"
+        (self._releases / "this").mkdir(parents=True)  # empty: what is installed
+        write_next_release(self._releases / "next")
+        for name in self._names:
+            (self._releases / name).symlink_to("this")
+        super().__init__(folder)
+
+    @property
+    def _names(self) -> list[str]:
+        return [f"{service}-{number + 1}" for service in SERVICES for number in range(REPLICAS[service])]
+
+    def _settings_of(self) -> dict[str, dict[str, str | None]]:
+        found = super()._settings_of()
+        for name in self._names:
+            found.setdefault(name, {})["PYTHONPATH"] = str(self._releases / name)
+        return found
+
+    def change(self, name: str, release: str) -> None:
+        """Stop a process in good order, and start it again from `release`."""
+        self.stack.stop(name)
+        (self._releases / name).unlink()
+        (self._releases / name).symlink_to(release)
+        self.stack.start(name)
+        self.stack.wait_until_ready()
+
+
+@pytest.fixture
+def rolling(shared: Shared, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rolling]:
+    shared.close()  # one platform at a time is enough for a machine
+    platform = Rolling(tmp_path_factory.mktemp("upgrade"))
+    try:
+        platform.up()
+        yield platform
+    finally:
+        platform.discard()
+
+
+@pytest.mark.proves("F28", "G10")
+@pytest.mark.parametrize("services", [list(SERVICES), list(reversed(SERVICES))], ids=lambda names: names[0])
+def test_rolling_upgrade_and_rollback_during_scans_lose_nothing(rolling: Rolling, services: Iterable[str]) -> None:
+    """Process by process to the next release and back, scans complete, no record is dead-lettered, and no field is erased."""
+    user, invariants = rolling.caller(), Invariants(rolling)
+    names = [name for service in services for name in rolling.names(service)]
+    with rolling.servers() as servers:
+        jobs = [user.scan(rolling.network(24), **STEADY)]
+        for release in ("next", "this"):
+            for name in names:
+                rolling.change(name, release)
+                if user.status(jobs[-1]) == "completed":
+                    jobs.append(user.scan(rolling.network(24), **STEADY))
+            jobs.append(user.scan(rolling.network(24), **STEADY))  # all processes are of one release again
+            until(lambda: bool(rolling.nmaps()), LIMIT, "a scan to run")
+        for job_id in jobs:
+            assert user.finished(job_id)["status"]["status"] == "completed"
+            assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers
+    invariants.check()
+    assert {topic.name: len(rolling.records(topic, letters=True)) for topic in TOPICS} == {
+        topic.name: 0 for topic in TOPICS
+    }
+    assert any(FIELD.encode() in (record.value or b"") for record in rolling.records(SCAN_TASKS))
+    written = {job["_id"] for command in rolling.commands(state="accepted") for job in command["jobs"] if FIELD in job}
+    assert written
+    assert {job["_id"] for job in rolling.jobs() if FIELD in job} >= written
+    user.close()
