@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState, cancel, dispatch
-from job_orchestrator.domain.fairness import Clock, Credit
+from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change, create, published
-from job_orchestrator.domain.store import Command, Policy, Store, Subnet
+from job_orchestrator.domain.store import Command, Policy, Standing, Store, Subnet
+from job_orchestrator.domain.totals import Totals
+from job_orchestrator.metrics import UNREADABLE
+from job_orchestrator.repository import MongoStore, documents
 from job_orchestrator.testing import chunk, scan_job, scan_policy
 from job_orchestrator.testing.things import THEN
 from scanfleet.clock import utc_now
 from scanfleet.messages import AuditEntry, JobStatus
+from scanfleet.mongo import Database
 
 LATER = THEN + timedelta(seconds=1)
 
@@ -39,7 +43,7 @@ def policy(id_: int = 1, **changed: Any) -> Policy:
     fields: dict[str, Any] = {
         "user_id": 7,
         "name": "lab",
-        "scan": scan_policy(scripts=("banner", "default"), max_rate=100, host_timeout=None),
+        "scan": scan_policy(scripts=("banner", "default"), max_rate=100, min_rate=50, host_timeout=None),
         "created_at": THEN,
         "updated_at": LATER,
     }
@@ -232,6 +236,16 @@ def running(job: ScanJob, at: Any = LATER) -> ScanJob:
     return change(published(job, {out.event.event_id for out in job.outbox}), JobTrigger.START, at)
 
 
+TOTALS = Totals(
+    done=2,
+    probes={"answered": 3, "silent": 997},
+    addresses={"answered": 2},
+    places={"answered": b"\x03\x00"},
+    reasons=("nmap died",),
+    seconds=4.5,
+)
+
+
 async def test_a_job_reads_back_whole(store: Store) -> None:
     """Every field of a job is kept, its policy, times and outbox among them."""
     job = scan_job(
@@ -240,6 +254,13 @@ async def test_a_job_reads_back_whole(store: Store) -> None:
         policy=scan_policy(ports="T:1-9,U:53", scripts=("banner",), host_timeout=5),
         traceparent="00-" + "1" * 32 + "-" + "2" * 16 + "-01",
         cancel_command="c-2",
+        turn=4,
+        made=2,
+        totals=TOTALS,
+        seconds_left=2.5,
+        waiting="no_worker",
+        waiting_since=LATER,
+        eta_seconds=7.5,
     )
     job = change(job, JobTrigger.START, LATER)
     ended = change(job, JobTrigger.FAIL, LATER, progress=7, machines_found=3, error="nmap died")
@@ -319,6 +340,11 @@ async def test_unsettled_jobs_are_found_page_by_page(store: Store) -> None:
     assert await store.unsettled_jobs(0, 2) == [1, 3]
     assert await store.unsettled_jobs(3, 2) == [5, 6]
     assert await store.unsettled_jobs(6, 2) == []
+    mine = scan_job(3).partition
+    assert set(await store.unsettled_jobs(0, 10, [mine])) == {
+        id_ for id_ in (1, 3, 5, 6) if scan_job(id_).partition == mine
+    }
+    assert await store.unsettled_jobs(0, 10, []) == []
 
 
 async def test_jobs_with_old_events_are_found(store: Store) -> None:
@@ -355,9 +381,17 @@ async def test_a_chunk_reads_back_whole(store: Store) -> None:
             failures=1,
             reason="r",
             partition=3,
-            charged=1.5,
             technique="syn",
-            scanned_at=THEN,
+            reach=2,
+            share=0.25,
+            dispatched_at=THEN,
+            not_before=LATER,
+            limit=3,
+            failed_by=("w-1", "w-2"),
+            fruitless=4,
+            seconds=1.5,
+            ask_at=LATER,
+            asked=5,
             outcomes="a.xs",
             rev=5,
         )
@@ -379,31 +413,56 @@ async def test_inserting_chunks_again_changes_nothing(store: Store) -> None:
 async def test_saving_chunks_is_a_compare_and_set(store: Store) -> None:
     """Of two saves of one read of a chunk the second loses; the others of its batch do not."""
     await store.insert_chunks([chunk(), chunk(id="1-1", index=1)])
-    taken = dispatch(chunk(), "w-1", 3)
+    taken = dispatch(chunk(), "w-1", LATER, size=4, share=1.0)
     assert await store.save_chunks([taken]) == set()
-    beside = dispatch(chunk(id="1-1", index=1), "w-2", 4)
-    assert await store.save_chunks([dispatch(chunk(), "w-2", 4), beside]) == {"1-0"}
+    beside = dispatch(chunk(id="1-1", index=1), "w-2", LATER, size=4, share=0.5)
+    assert await store.save_chunks([dispatch(chunk(), "w-2", LATER, size=4, share=1.0), beside]) == {"1-0"}
     assert await store.chunks(["1-0", "1-1"]) == {"1-0": replace(taken, rev=1), "1-1": replace(beside, rev=1)}
     assert await store.save_chunks([chunk(id="9-9")]) == {"9-9"}
 
 
-async def test_chunks_are_counted_and_found_by_state(store: Store) -> None:
-    """States are counted for each job asked for, one without chunks too, and ids found up to the limit."""
+async def test_chunks_are_found_by_state(store: Store) -> None:
+    """Ids of a job's chunks in some states are found up to the limit, and chunks that are not queued from an index on."""
     states = [ChunkState.QUEUED, ChunkState.QUEUED, ChunkState.RUNNING, ChunkState.STORED]
-    await store.insert_chunks([chunk(id=f"1-{n}", index=n, state=state) for n, state in enumerate(states)])
-    await store.insert_chunks([chunk(id="3-0", job_id=3)])
-    counts = await store.chunk_states([1, 2])
-    assert counts == {
-        1: Counter({ChunkState.QUEUED: 2, ChunkState.RUNNING: 1, ChunkState.STORED: 1}),
-        2: Counter(),
-    }
+    chunks = [chunk(id=f"1-{n}", index=n, state=state) for n, state in enumerate(states)]
+    await store.insert_chunks([*chunks, chunk(id="3-0", job_id=3)])
     assert await store.chunks_in(1, HELD, 10) == ["1-2"]
     assert len(await store.chunks_in(1, OPEN, 2)) == 2
     assert set(await store.chunks_in(1, OPEN, 10)) == {"1-0", "1-1", "1-2"}
+    assert {each.id for each in await store.active_chunks(1, 0)} == {"1-2", "1-3"}
+    assert await store.active_chunks(1, 3) == [chunks[3]]
 
 
-async def test_counts_are_of_one_moment(store: Store) -> None:
-    """However chunks move while they are counted, each is counted once."""
+async def test_chunks_are_read_from_an_index_to_another(store: Store) -> None:
+    """A part of a job's chunks comes in order, from the first index up to the end."""
+    await store.insert_chunks([chunk(id=f"1-{n}", index=n) for n in range(6)])
+    assert [each.index async for each in store.job_chunks(1, 2, 5)] == [2, 3, 4]
+    assert [each.index async for each in store.job_chunks(1, 4)] == [4, 5]
+    assert [each.index async for each in store.job_chunks(1, 3, 3)] == []
+
+
+@pytest.mark.parametrize(
+    ("states", "standing"),
+    [
+        ([], Standing()),
+        ([ChunkState.STORED, ChunkState.CANCELLED, ChunkState.FAILED], Standing()),
+        ([ChunkState.STORED, ChunkState.QUEUED, ChunkState.DISPATCHED], Standing(2, begun=False, lowest=1)),
+        ([ChunkState.QUEUED, ChunkState.RUNNING], Standing(2, begun=True, lowest=0)),
+        ([ChunkState.STORED, ChunkState.STORED, ChunkState.SCANNED], Standing(1, begun=True, lowest=2)),
+    ],
+)
+async def test_standing_of_a_job_is_what_has_not_ended(
+    store: Store, states: list[ChunkState], standing: Standing
+) -> None:
+    """A job's standing counts its open chunks, with the first of them and whether one has begun."""
+    await store.insert_chunks([chunk(id=f"1-{n}", index=n, state=state) for n, state in enumerate(states)])
+    await store.insert_chunks([chunk(id="3-0", job_id=3)])
+    assert await store.standings([1, 2]) == {1: standing, 2: Standing()}
+    assert await store.standings([]) == {}
+
+
+async def test_standings_are_of_one_moment(store: Store) -> None:
+    """However chunks move between open states meanwhile, each is counted once."""
     chunks = [chunk(id=f"1-{n}", index=n) for n in range(5_000)]  # so many that a count lets writes go between
     await store.insert_chunks(chunks)
     stop = asyncio.Event()
@@ -411,7 +470,7 @@ async def test_counts_are_of_one_moment(store: Store) -> None:
     async def churn() -> None:
         current = {each.id: each for each in chunks}
         try:
-            for state in (ChunkState.RUNNING, ChunkState.DISPATCHED, ChunkState.STORED, ChunkState.QUEUED):
+            for state in (ChunkState.RUNNING, ChunkState.DISPATCHED, ChunkState.SCANNED, ChunkState.QUEUED):
                 changed = [replace(each, state=state) for each in current.values()]
                 for start in range(0, len(changed), 500):
                     assert await store.save_chunks(changed[start : start + 500]) == set()
@@ -422,67 +481,90 @@ async def test_counts_are_of_one_moment(store: Store) -> None:
     moving = asyncio.create_task(churn())
     totals = set()
     while not stop.is_set():
-        totals.add((await store.chunk_states([1]))[1].total())
-        totals.add(len(await all_chunks(store, 1)))
+        standing = (await store.standings([1]))[1]
+        totals.add((standing.open, standing.lowest))
+        totals.add((len(await all_chunks(store, 1)), 0))
         await asyncio.sleep(0)
     await moving
-    assert totals == {5_000}
+    assert totals == {(5_000, 0)}
 
 
-async def test_watched_chunks_are_those_of_state_and_partition(store: Store) -> None:
-    """A watcher is told of the chunks in its state and partitions alone."""
-    running_ = [
-        chunk(id=f"1-{n}", index=n, state=ChunkState.RUNNING, partition=partition) for n, partition in enumerate((3, 4))
+async def test_held_chunks_are_found_by_partition(store: Store) -> None:
+    """What workers hold, dispatched or running, is found for all, or for the partitions asked for."""
+    chunks = [
+        chunk(id=f"1-{n}", index=n, state=state, partition=partition, attempt=2, worker_id="w-1", share=0.5)
+        for n, (state, partition) in enumerate(
+            [(ChunkState.RUNNING, 3), (ChunkState.DISPATCHED, 4), (ChunkState.QUEUED, 3), (ChunkState.SCANNED, 3)]
+        )
     ]
-    await store.insert_chunks([*running_, chunk(id="1-2", index=2, state=ChunkState.DISPATCHED, partition=3)])
-    assert await store.watched_chunks(ChunkState.RUNNING, [3, 5]) == [running_[0]]
-    assert await store.watched_chunks(ChunkState.RUNNING, []) == []
+    chunks[0] = replace(chunks[0], dispatched_at=THEN)
+    await store.insert_chunks(chunks)
+    first = Held("1-0", 2, "w-1", 7, 1, 3, 0.5, 0.5, THEN)
+    second = Held("1-1", 2, "w-1", 7, 1, 4, 0.5, 0.5, None)
+    assert sorted(await store.held(), key=lambda each: each.chunk_id) == [first, second]
+    assert await store.watched_chunks([3, 5]) == [first]
+    assert await store.watched_chunks([]) == []
 
 
-async def test_overdue_chunks_are_scanned_and_were_not_asked_for_lately(store: Store) -> None:
-    """Overdue is a scanned chunk that was never asked for, or not since a time; up to a limit."""
+async def test_overdue_chunks_are_scanned_and_were_not_asked_about_lately(store: Store) -> None:
+    """Overdue is a scanned chunk of the partitions that is to be asked about at once, or since a time; up to a limit."""
     scanned = ChunkState.SCANNED
     await store.insert_chunks(
         [
-            chunk(id="1-0", index=0, state=scanned, scanned_at=None),
-            chunk(id="1-1", index=1, state=scanned, scanned_at=THEN),
-            chunk(id="1-2", index=2, state=scanned, scanned_at=LATER),
-            chunk(id="1-3", index=3, state=ChunkState.STORED, scanned_at=THEN),
+            chunk(id="1-0", index=0, state=scanned, partition=3, ask_at=None),
+            chunk(id="1-1", index=1, state=scanned, partition=3, ask_at=THEN),
+            chunk(id="1-2", index=2, state=scanned, partition=3, ask_at=LATER),
+            chunk(id="1-3", index=3, state=ChunkState.STORED, partition=3, ask_at=THEN),
+            chunk(id="1-4", index=4, state=scanned, partition=5, ask_at=THEN),
         ],
     )
-    assert {each.id for each in await store.overdue_chunks(LATER, 10)} == {"1-0", "1-1"}
-    assert len(await store.overdue_chunks(LATER, 1)) == 1
+    assert {each.id for each in await store.overdue_chunks(LATER, 10, [3])} == {"1-0", "1-1"}
+    assert {each.id for each in await store.overdue_chunks(LATER, 10, [3, 5])} == {"1-0", "1-1", "1-4"}
+    assert len(await store.overdue_chunks(LATER, 1, [3])) == 1
+    assert await store.overdue_chunks(LATER, 10, []) == []
 
 
 # Dispatch
 
 
 async def test_the_queue_is_by_user_and_turn(store: Store) -> None:
-    """A user's queued chunks come by turn, without those that need raw packets for a worker that has no right to."""
+    """A user's queued chunks come by turn, without those that need raw packets, pause, or are of jobs to skip."""
     await store.insert_chunks(
         [
-            chunk(id="1-0", turn=5),
+            chunk(id="1-0", turn=5, failed_by=("w-1",)),
             chunk(id="1-1", index=1, turn=3, needs_raw=True),
             chunk(id="1-2", index=2, turn=4),
             chunk(id="1-3", index=3, turn=1, state=ChunkState.RUNNING),
+            chunk(id="1-4", index=4, turn=6, not_before=LATER),
             chunk(id="2-0", job_id=2, user_id=8, turn=0, needs_raw=True),
+            chunk(id="3-0", job_id=3, user_id=9, turn=0, not_before=LATER),
         ],
     )
-    assert sorted(await store.waiting_users(raw=True)) == [7, 8]
-    assert await store.waiting_users(raw=False) == [7]
-    assert [each.id for each in await store.queue(7, 10, raw=True)] == ["1-1", "1-2", "1-0"]
-    assert [each.id for each in await store.queue(7, 10, raw=False)] == ["1-2", "1-0"]
-    assert [each.id for each in await store.queue(7, 1, raw=True)] == ["1-1"]
-    assert await store.queue(8, 10, raw=False) == []
+
+    async def ids(user: int, limit: int = 10, now: Any = THEN, *, raw: bool, skip: tuple[int, ...] = ()) -> list[str]:
+        return [each.chunk_id for each in await store.queue(user, limit, now, raw=raw, skip=skip)]
+
+    assert sorted(await store.waiting_users(THEN, raw=True)) == [7, 8]
+    assert await store.waiting_users(THEN, raw=False) == [7]
+    assert sorted(await store.waiting_users(LATER, raw=True)) == [7, 8, 9]
+    assert await ids(7, raw=True) == ["1-1", "1-2", "1-0"]
+    assert await ids(7, now=LATER, raw=True) == ["1-1", "1-2", "1-0", "1-4"]
+    assert await ids(7, raw=False) == ["1-2", "1-0"]
+    assert await ids(7, 1, raw=True) == ["1-1"]
+    assert await ids(7, raw=True, skip=(1,)) == []
+    assert await ids(8, raw=False) == []
+    assert (await store.queue(7, 10, THEN, raw=False))[1] == Candidate(
+        "1-0", 7, 1, 0.5, needs_raw=False, failed_by=("w-1",)
+    )
     assert await store.first_turn(7) == 3
-    assert await store.first_turn(9) == 0
+    assert await store.first_turn(99) == 0
 
 
 async def test_a_census_counts_what_is_unfinished(store: Store) -> None:
     """Jobs and chunks that are not final are counted by state, with the age of the oldest job and event, in seconds."""
     nothing = await store.census()
     assert (nothing.jobs, nothing.job_ages, nothing.chunks) == ({}, {}, {})
-    assert (nothing.queued_seconds, nothing.outbox_age) == (0.0, 0.0)
+    assert (nothing.slot_seconds, nothing.outbox_age) == (0.0, 0.0)
     now = utc_now()
     created = {1: timedelta(hours=2), 2: timedelta(hours=3), 3: timedelta(hours=1), 4: -timedelta(hours=1)}
     jobs = [replace(scan_job(id_, created_at=now - age), outbox=()) for id_, age in created.items()]
@@ -496,67 +578,167 @@ async def test_a_census_counts_what_is_unfinished(store: Store) -> None:
     assert census.jobs == {JobStatus.PENDING: 3, JobStatus.RUNNING: 1}
     assert census.job_ages == {JobStatus.PENDING: pytest.approx(3 * 3_600, abs=60), JobStatus.RUNNING: 0.0}
     assert census.chunks == dict.fromkeys(OPEN, 1) | {ChunkState.QUEUED: 2}
-    assert census.queued_seconds == pytest.approx(4.5)
+    assert census.slot_seconds == pytest.approx(sum(job.seconds_left for job in [*jobs[:3], running]))
     assert census.outbox_age == pytest.approx(300, abs=60)
 
 
-async def test_held_counts_what_each_worker_has(store: Store) -> None:
-    """A worker's credit is filled in with its dispatched and running chunks; work beyond its slots is the shortest."""
-    held = [
-        chunk(id=f"1-{n}", index=n, state=state, worker_id=worker, estimate=estimate)
-        for n, (state, worker, estimate) in enumerate(
-            [
-                (ChunkState.RUNNING, "w-1", 9.0),
-                (ChunkState.DISPATCHED, "w-1", 0.25),
-                (ChunkState.DISPATCHED, "w-1", 0.5),
-                (ChunkState.SCANNED, "w-1", 4.0),
-                (ChunkState.RUNNING, "w-2", 4.0),
-            ],
-        )
-    ]
-    await store.insert_chunks(held)
-    one, three = Credit("w-1", 1, raw=False, partition=2), Credit("w-3", 2, raw=True, partition=3)
-    assert await store.held([one, three]) == [replace(one, held=3, extra_seconds=0.75), three]
-
-
 async def test_clocks_rest_without_work(store: Store) -> None:
-    """A user without queued or held chunks is put to rest, but its time is kept; time is never set back by waking."""
+    """A user without queued or held chunks becomes idle and keeps its time; neither time nor virtual time falls."""
     await store.insert_chunks([chunk(), chunk(id="2-0", job_id=2, user_id=8, state=ChunkState.RUNNING)])
-    await store.wake_clocks([Clock(7, 5.0), Clock(8, 1.0), Clock(9, 2.0)])
+    await store.wake_clocks([Clock(7, 5.0), Clock(8, 1.0), Clock(9, 2.0)], 4.0)
     await store.rest_clocks()
     working = {7: Clock(7, 5.0, active=True), 8: Clock(8, 1.0, active=True)}
-    assert await store.clocks([]) == working
-    assert await store.clocks([9, 11]) == working | {9: Clock(9, 2.0, active=False)}
-    await store.wake_clocks([Clock(7, 3.0)])
-    await store.charge({7: 1.5, 8: -0.5, 10: 1.0})
-    assert await store.clocks([10]) == {
-        7: Clock(7, 6.5, active=True),
-        8: Clock(8, 0.5, active=True),
-        10: Clock(10, 1.0, active=False),
-    }
-    await store.wake_clocks([])
+    assert await store.clocks([]) == Clocks(working, 4.0)
+    assert await store.clocks([9, 11]) == Clocks(working | {9: Clock(9, 2.0, active=False)}, 4.0)
+    await store.wake_clocks([Clock(7, 3.0)], 3.0)
+    await store.charge({7: 1.5, 8: 0.5, 10: 1.0})
+    known = {7: Clock(7, 6.5, active=True), 8: Clock(8, 1.5, active=True), 10: Clock(10, 1.0, active=False)}
+    assert await store.clocks([10]) == Clocks(known, 4.0)
+    await store.wake_clocks([], 8.0)
     await store.charge({})
+    assert (await store.clocks([])).virtual == 8.0
 
 
-async def test_a_raw_worker_is_seen_for_a_while(store: Store) -> None:
-    """A raw worker with slots counts as seen within a time; one without slots, or not raw, does not."""
+def worker(name: str, slots: int = 2, *, raw: bool = False) -> Credit:
+    return Credit(f"{name}-0000000a", name, slots, raw=raw, partition=3)
+
+
+async def test_workers_are_live_for_a_while_after_their_announcement(store: Store) -> None:
+    """A worker with slots that announced itself within a time is live; one without slots is not."""
     minute = timedelta(minutes=1)
-    await store.seen_workers([Credit("w-1", 2, raw=False, partition=0), Credit("w-2", 0, raw=True, partition=0)])
-    assert not await store.raw_worker_seen(minute)
-    await store.seen_workers([Credit("w-3", 2, raw=True, partition=0)])
-    assert await store.raw_worker_seen(minute)
-    assert not await store.raw_worker_seen(timedelta(seconds=-1))
-    await store.seen_workers([Credit("w-3", 0, raw=True, partition=0)])
-    assert not await store.raw_worker_seen(minute)
+    await store.seen_workers([worker("w-1"), worker("w-2", 0), worker("w-3", raw=True)])
+    live = sorted(await store.live_workers(minute), key=lambda each: each.instance)
+    assert live == [replace(worker("w-1"), partition=-1), replace(worker("w-3", raw=True), partition=-1)]
+    assert await store.live_workers(timedelta(seconds=-1)) == []
+    await store.seen_workers([worker("w-3", 0, raw=True)])
+    assert [each.instance for each in await store.live_workers(minute)] == ["w-1"]
     await store.seen_workers([])
+
+
+async def test_time_is_the_databases(store: Store) -> None:
+    """The store answers its database's time, in UTC, and it does not go back."""
+    first, second = await store.time(), await store.time()
+    assert first.utcoffset() == timedelta(0)
+    assert first <= second
+    assert abs(second - utc_now()) < timedelta(minutes=1)
 
 
 async def test_plans_of_any_size_are_kept(store: Store) -> None:
     """All chunks of a job of thousands are stored once, though they are inserted twice."""
     job = scan_job(1, cidr="127.8.0.0/16", policy=scan_policy(ports="1-1000", timing=2))
-    chunks = list(plan.chunks(job, 0))
+    chunks = list(plan.chunks(job, 0, job.chunk_count))
     assert len(chunks) == job.chunk_count > 2_000
     await store.insert_chunks(chunks)
     await store.insert_chunks(chunks[:10])
     assert await all_chunks(store, 1) == chunks
     assert await store.save_chunks([cancel(each) for each in chunks]) == set()
+
+
+# Documents of other releases
+
+OLD_JOB_LACKS = {
+    "chunk_ports",
+    "blocks",
+    "estimate",
+    "partition",
+    "blockwise",
+    "turn",
+    "made",
+    "totals",
+    "seconds_left",
+    "eta_seconds",
+    "waiting",
+    "waiting_since",
+}
+OLD_CHUNK_LACKS = {
+    "reach",
+    "share",
+    "dispatched_at",
+    "not_before",
+    "limit",
+    "failed_by",
+    "fruitless",
+    "seconds",
+    "ask_at",
+    "asked",
+    "held",
+}
+
+
+async def insert_old(database: Database, job: ScanJob) -> None:
+    """A job with its chunks as release 0.1 wrote them."""
+    document = documents.write_job(job)
+    await database["jobs"].insert_one({name: document[name] for name in document if name not in OLD_JOB_LACKS})
+    for each in plan.chunks(replace(job, blockwise=False), 0, job.chunk_count):
+        lies = documents.write_chunk(each) | {"charged": 0.5, "scanned_at": None, "partition": -1}
+        await database["chunks"].insert_one({name: lies[name] for name in lies if name not in OLD_CHUNK_LACKS})
+
+
+@pytest.mark.integration
+async def test_documents_of_release_0_1_are_read_and_adopted(mongo_store: MongoStore, database: Database) -> None:
+    """A job without window, totals and partition has all of its chunks made; its partition is named in both documents."""
+    job = scan_job(1, policy=scan_policy(ports="1-20000"))
+    job = replace(job, chunk_ports=8_192, blocks=3, chunk_count=3)
+    await insert_old(database, job)
+    await insert_old(database, replace(job, id=2, settled=True))
+    old = (await mongo_store.jobs([1]))[1]
+    assert (old.made, old.blocks, old.chunk_ports, old.blockwise) == (3, 3, 8_192, False)
+    assert (old.partition, old.totals, old.waiting, old.eta_seconds) == (job.partition, Totals(), "", None)
+    assert await mongo_store.unsettled_jobs(0, 10, [job.partition]) == []
+    await mongo_store.prepare()
+    assert await mongo_store.unsettled_jobs(0, 10, [job.partition]) == [1]
+    chunks = await all_chunks(mongo_store, 1)
+    assert {each.partition for each in chunks} == {job.partition}
+    assert chunks == list(plan.chunks(old, 0, 3))
+    assert {each.partition for each in await all_chunks(mongo_store, 2)} == {-1}
+
+
+@pytest.mark.integration
+async def test_saves_keep_fields_of_newer_releases(mongo_store: MongoStore, database: Database) -> None:
+    """A field that this release does not know survives a save of the job or chunk, and hinders no reading."""
+    job, one = scan_job(1), chunk()
+    await mongo_store.insert_jobs([job])
+    await mongo_store.insert_chunks([one])
+    for name in ("jobs", "chunks"):
+        await database[name].update_one({}, {"$set": {"newer": {"deep": 1}}})
+    assert await mongo_store.save_jobs([running(job)]) == set()
+    assert await mongo_store.save_chunks([dispatch(one, "w-1", LATER, size=4, share=1.0)]) == set()
+    for name in ("jobs", "chunks"):
+        document = await database[name].find_one({})
+        assert document is not None
+        assert (document["newer"], document["rev"]) == ({"deep": 1}, 1)
+    emptied = published((await mongo_store.jobs([1]))[1], {"job-1-2"})
+    assert await mongo_store.save_jobs([emptied]) == set()
+    document = await database["jobs"].find_one({})
+    assert document is not None
+    assert "outbox" not in document
+    assert document["newer"] == {"deep": 1}
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("broken", [{"state": "unknown"}, {"failed_by": 7}])
+async def test_unreadable_chunks_are_left_out_counted_and_named(
+    mongo_store: MongoStore, database: Database, broken: dict[str, Any]
+) -> None:
+    """A chunk that cannot be read stops no other; it is counted, and the log names it."""
+    await mongo_store.insert_chunks([chunk(), chunk(id="1-1", index=1)])
+    await database["chunks"].update_one({"_id": "1-0"}, {"$set": broken})
+    before = UNREADABLE.labels("chunks")._value.get()
+    with capture_logs() as logs:
+        assert [each.id for each in await all_chunks(mongo_store, 1)] == ["1-1"]
+        assert set(await mongo_store.chunks(["1-0", "1-1"])) == {"1-1"}
+    assert UNREADABLE.labels("chunks")._value.get() == before + 2
+    assert {(line["event"], line["id"]) for line in logs} == {("unreadable_document", "1-0")}
+
+
+@pytest.mark.integration
+async def test_unreadable_jobs_are_left_out_counted_and_named(mongo_store: MongoStore, database: Database) -> None:
+    """A job whose policy no longer parses stops no other; it is counted, and the log names it."""
+    await mongo_store.insert_jobs([scan_job(1), scan_job(2)])
+    await database["jobs"].update_one({"_id": 1}, {"$set": {"policy.timing": "fast"}})
+    before = UNREADABLE.labels("jobs")._value.get()
+    with capture_logs() as logs:
+        assert set(await mongo_store.jobs([1, 2])) == {2}
+        assert [job.id for job in (await mongo_store.list_jobs(7, set(), 0, 10))[0]] == [2]
+    assert UNREADABLE.labels("jobs")._value.get() == before + 2
+    assert {(line["event"], line["id"]) for line in logs} == {("unreadable_document", 1)}

@@ -137,6 +137,8 @@ class Round:
         users = len(self._times.keys() | {user for user, share in occupied.items() if share})
         # While others wait, no user holds more than their share of the slots plus one.
         self._most = slots / users + 1 if users > 1 else float("inf")
+        self._reserved: set[str] = set()
+        """Workers whose next slot is due to a chunk that is too long to be given ahead."""
         self.virtual = 0.0
         """The highest virtual time that was served."""
 
@@ -159,12 +161,13 @@ class Round:
         heapq.heapify(heap)
         while heap:
             time, user = heapq.heappop(heap)
-            free = [worker for worker in self._workers.values() if has_room(worker)]
+            free = [each for each in self._workers.values() if has_room(each) and each.worker_id not in self._reserved]
             if not free:
                 return
             candidate = queues[user].popleft()
-            able = [worker for worker in free if self._may_take(worker, candidate)]
-            if able and self._occupied[user] < most:
+            able = [worker for worker in free if _in_time(worker, candidate) and self._may_take(worker, candidate)]
+            within = self._occupied[user] + 1 <= most
+            if able and within:
                 worker = min(able, key=lambda worker: worker.held / worker.slots)
                 share = self._give(worker, candidate)
                 self.virtual = max(self.virtual, time)
@@ -172,14 +175,14 @@ class Round:
                 yield candidate, worker, share
             elif able:
                 left[user].append(candidate)
+            elif within:  # short chunks of others given ahead would take each slot as it becomes free
+                self._reserved |= {worker.worker_id for worker in free if self._may_take(worker, candidate)}
             if queues[user]:
                 heapq.heappush(heap, (time, user))
 
     def _may_take(self, worker: Credit, candidate: Candidate) -> bool:
         """Whether the worker may be given the chunk: one that failed it only when no other live worker could take it."""
         if candidate.needs_raw and not worker.raw:
-            return False
-        if worker.held >= worker.slots and worker.ahead_seconds + candidate.estimate > AHEAD_SECONDS:
             return False
         if worker.instance not in candidate.failed_by:
             return True
@@ -196,6 +199,11 @@ class Round:
         )
         self._occupied[candidate.user_id] += share
         return share
+
+
+def _in_time(worker: Credit, candidate: Candidate) -> bool:
+    """Whether the worker has a slot for the chunk, or the chunk is short enough to be given ahead."""
+    return worker.held < worker.slots or worker.ahead_seconds + candidate.estimate <= AHEAD_SECONDS
 
 
 def occupied(held: Iterable[Held], workers: Collection[str]) -> Mapping[int, float]:

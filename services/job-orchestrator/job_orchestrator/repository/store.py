@@ -65,7 +65,7 @@ _INDEXES: Final = {
         IndexModel([("job_id", 1), ("index", 1)]),
         IndexModel([("job_id", 1), ("state", 1), ("index", 1)]),
         IndexModel([("state", 1), ("user_id", 1), ("needs_raw", 1), ("turn", 1)]),
-        IndexModel([("partition", 1)], partialFilterExpression={"held": True}),
+        IndexModel([("held", 1), ("partition", 1)], partialFilterExpression={"held": True}),
         IndexModel([("partition", 1), ("ask_at", 1)], partialFilterExpression={"state": ChunkState.SCANNED.value}),
     ],
     "audit": [
@@ -378,7 +378,7 @@ class MongoStore:
 
     @dependency_errors()
     async def first_turn(self, user_id: int) -> int:
-        queued = {"state": ChunkState.QUEUED.value, "user_id": user_id}
+        queued = {"state": ChunkState.QUEUED.value, "user_id": user_id, "needs_raw": {"$in": [False, True]}}
         first = await self._chunks.find_one(queued, {"turn": 1}, sort=[("turn", 1)])
         return first["turn"] if first else 0
 

@@ -1,7 +1,7 @@
 """A replica of the orchestrator in a process of its own, that can kill itself between two of its calls.
 
-Run as `python replica.py <kafka> <mongodb> <prefix> <instance> <event> <moment>`: it dies `before` or `after` the first
-event of that kind is published, which is after it was stored. Without the last two it lives until it is killed.
+Run as `python replica.py <kafka> <mongodb> <prefix> <instance> <event> <moment>`: it kills itself `before` or `after` the
+first event of that kind is published, which is after it was stored. Without the last two it runs until it is killed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterable
 
+from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.main import Orchestrator
 from job_orchestrator.repository import MongoStore
 from job_orchestrator.testing import RULES
@@ -23,7 +24,7 @@ from scanfleet.settings import KafkaSettings
 
 
 class Mortal:
-    """A publisher that does not survive one kind of event."""
+    """A publisher that kills its process at one kind of event."""
 
     def __init__(self, bus: KafkaBus, kind: str, moment: str) -> None:
         self._bus = bus
@@ -46,12 +47,16 @@ async def main(kafka: str, mongodb: str, prefix: str, instance: str, *death: str
     await store.prepare()
     bus = KafkaBus(KafkaSettings(kafka=kafka, topic_prefix=prefix), source=ORCHESTRATOR, instance=instance)
     await bus.start()
+    clock = PlatformTime(store.time)
+    await clock.refresh()
     orchestrator = Orchestrator(
         store,
         Mortal(bus, kind, moment),
         rules=RULES,
+        clock=clock,
         lease_seconds=10.0,
         stored_seconds=5.0,
+        raw_worker_seconds=600.0,
     )
     consumers = [
         bus.consume(topic, f"{ORCHESTRATOR}-{topic.name}", handler) for topic, handler in orchestrator.handlers.items()

@@ -29,6 +29,10 @@ async def _chunks_of_job(store: MongoStore) -> None:
     assert len([each async for each in store.job_chunks(3)]) == CHUNKS // USERS
 
 
+async def _part_of_job(store: MongoStore) -> None:
+    assert len([each async for each in store.job_chunks(3, 10, 20)]) == 10
+
+
 # What each may look at: index keys or documents, whichever are more.
 QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
     "commands": (lambda store: store.commands(["c-1", "c-2"]), 5),
@@ -41,6 +45,7 @@ QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
     "jobs": (lambda store: store.jobs([1, 2, 3]), 6),
     "list_jobs": (lambda store: store.list_jobs(7, set(), 0, 10), 20),
     "list_jobs by status": (lambda store: store.list_jobs(7, {JobStatus.PENDING, JobStatus.RUNNING}, 0, 10), 20),
+    "unsettled_jobs of partitions": (lambda store: store.unsettled_jobs(0, 5, [3, 4]), USERS),
     "unsettled_jobs": (lambda store: store.unsettled_jobs(10, 5), 10),
     "jobs_with_old_events": (lambda store: store.jobs_with_old_events(THEN, 10), 5),
     "has_unfinished_jobs": (lambda store: store.has_unfinished_jobs(3), 5),
@@ -49,21 +54,22 @@ QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
     "chunks": (lambda store: store.chunks(["3-0", "3-1"]), 5),
     "job_chunks": (_chunks_of_job, 200),
     "chunks_in": (lambda store: store.chunks_in(3, HELD, 5), 20),
-    "chunk_states": (lambda store: store.chunk_states([3, 4]), 220),
-    "watched_chunks": (lambda store: store.watched_chunks(ChunkState.RUNNING, [3, 4]), 25),
-    "overdue_chunks": (lambda store: store.overdue_chunks(LATER, 500), 50),
-    "waiting_users": (lambda store: store.waiting_users(raw=True), 4 * USERS),
-    "waiting_users, not raw": (lambda store: store.waiting_users(raw=False), 4 * USERS),
-    "queue": (lambda store: store.queue(3, 5, raw=True), 15),
-    "queue, not raw": (lambda store: store.queue(3, 5, raw=False), 15),
+    "job_chunks, a part": (_part_of_job, 30),
+    "active_chunks": (lambda store: store.active_chunks(3, 0), 120),
+    "standings": (lambda store: store.standings([3, 4]), 220),
+    "watched_chunks": (lambda store: store.watched_chunks([3, 4]), 25),
+    "overdue_chunks": (lambda store: store.overdue_chunks(LATER, 500, [3, 4]), 20),
+    "waiting_users": (lambda store: store.waiting_users(LATER, raw=True), CHUNKS),
+    "waiting_users, not raw": (lambda store: store.waiting_users(LATER, raw=False), CHUNKS),
+    "queue": (lambda store: store.queue(3, 5, LATER, raw=True), 15),
+    "queue, not raw": (lambda store: store.queue(3, 5, LATER, raw=False), 15),
     "first_turn": (lambda store: store.first_turn(3), 5),
-    "held": (lambda store: store.held([Credit("w-3", 2, raw=False, partition=1)]), 10),
+    "held": (lambda store: store.held(), 3 * USERS),
     "clocks": (lambda store: store.clocks([3, 99]), USERS + 5),
     "rest_clocks": (lambda store: store.rest_clocks(), 8 * USERS),
-    "wake_clocks": (lambda store: store.wake_clocks([Clock(3)]), 2),
+    "wake_clocks": (lambda store: store.wake_clocks([Clock(3)], 1.0), 2),
     "charge": (lambda store: store.charge({3: 1.0}), 2),
-    "seen_workers": (lambda store: store.seen_workers([Credit("w-3", 2, raw=True, partition=1)]), 2),
-    "raw_worker_seen": (lambda store: store.raw_worker_seen(timedelta(minutes=1)), USERS),
+    "seen_workers": (lambda store: store.seen_workers([Credit("w-3", "w-3", 2, raw=True, partition=1)]), 2),
     "census": (lambda store: store.census(), CHUNKS),
     "save_jobs": (lambda store: store.save_jobs([scan_job(3)]), 5),
     "save_chunks": (lambda store: store.save_chunks([chunk(id="3-0", rev=99)]), 5),
@@ -111,8 +117,8 @@ async def filled(mongo_store: MongoStore) -> MongoStore:
                 for n in range(10)
             ],
         )
-        await mongo_store.seen_workers([Credit(f"w-{user}", 2, raw=user % 2 == 0, partition=1)])
-        await mongo_store.wake_clocks([Clock(user, 1.0)])
+        await mongo_store.seen_workers([Credit(f"w-{user}", f"w-{user}", 2, raw=user % 2 == 0, partition=1)])
+        await mongo_store.wake_clocks([Clock(user, 1.0)], 1.0)
     return mongo_store
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from job_orchestrator.domain import chunk as rules
 from job_orchestrator.domain.chunk import (
     HELD,
     MAX_FAILURES,
+    MAX_FRUITLESS,
     OPEN,
     TABLE,
     Chunk,
@@ -20,15 +23,17 @@ from job_orchestrator.domain.chunk import (
     ChunkTrigger,
     IllegalChunkChangeError,
     WorkerReport,
+    apply,
+    ask_again,
     cancel,
     dispatch,
-    fault,
-    give_back,
-    hear,
+    elapsed,
+    expire,
+    fail,
+    final_report,
     holds,
     incomplete,
-    last_words,
-    settle_charge,
+    release,
     store,
 )
 from job_orchestrator.testing import chunk
@@ -37,12 +42,14 @@ from scanfleet.messages import ChunkClaimed, ChunkFailed, ChunkProgressed, Chunk
 
 FINAL = (ChunkState.STORED, ChunkState.FAILED, ChunkState.CANCELLED)
 NOT_FINAL = tuple(state for state in ChunkState if state not in FINAL)
-LETTERS = "asdtr"
+LETTERS = "asdtrl"
+PATIENCE = timedelta(seconds=60)
+NOW = THEN + timedelta(seconds=10)
 
 
 def in_state(state: ChunkState, **changed: Any) -> Chunk:
-    """A chunk under attempt 2 of worker w-1."""
-    fields = {"attempt": 2, "worker_id": "w-1", "partition": 5, "charged": 0.5}
+    """A chunk under attempt 2 of worker w-1 on all of its addresses, dispatched ten seconds before NOW."""
+    fields = {"attempt": 2, "worker_id": "w-1", "reach": 4, "dispatched_at": THEN}
     return chunk(state=state, **(fields | changed))
 
 
@@ -57,15 +64,19 @@ def report(kind: type[Any], outcomes: str = "as..", **changed: Any) -> Any:
     return kind(**(fields | changed))
 
 
+def after(held: Chunk, report_: WorkerReport) -> Chunk:
+    return apply(held, report_, NOW, PATIENCE)
+
+
 REPORTS = (ChunkClaimed, ChunkProgressed, ChunkReleased, ChunkScanned, ChunkFailed)
 
-# How each trigger is pulled, and the chunk it needs to end in each of the states that the table names.
-PULL = {
-    ChunkTrigger.DISPATCH: lambda c: dispatch(c, "w-2", 3),
-    ChunkTrigger.CLAIM: lambda c: hear(c, report(ChunkClaimed), 5, THEN),
-    ChunkTrigger.SCAN: lambda c: hear(c, report(ChunkScanned, "asdt"), 5, THEN),
-    ChunkTrigger.GIVE_BACK: lambda c: give_back(c, "r"),
-    ChunkTrigger.FAULT: lambda c: fault(c, "r"),
+# How each trigger is applied, and the chunks that lead to each of the states that the table names.
+APPLY = {
+    ChunkTrigger.DISPATCH: lambda c: dispatch(c, "w-2", NOW, size=4, share=1.0),
+    ChunkTrigger.CLAIM: lambda c: after(c, report(ChunkClaimed)),
+    ChunkTrigger.SCAN: lambda c: after(c, report(ChunkScanned, "asdt")),
+    ChunkTrigger.RELEASE: lambda c: release(c, NOW),
+    ChunkTrigger.FAIL: lambda c: fail(c, "r", NOW),
     ChunkTrigger.STORE: lambda c: rules._move(c, ChunkTrigger.STORE, ChunkState.STORED),
     ChunkTrigger.CANCEL: cancel,
 }
@@ -74,35 +85,51 @@ CHUNKS: list[dict[str, Any]] = [{}, {"outcomes": "asdt"}, {"failures": MAX_FAILU
 
 @pytest.mark.parametrize("state", ChunkState)
 @pytest.mark.parametrize("trigger", ChunkTrigger)
-def test_the_table_decides_every_change(state: ChunkState, trigger: ChunkTrigger) -> None:
-    """Pulling a trigger leads to the states that the table names, to all of them, and to no other; else it raises."""
+def test_table_decides_every_change(state: ChunkState, trigger: ChunkTrigger) -> None:
+    """A trigger leads to each of the states that the table names and to no other; where it names none, it raises."""
     ends = set[ChunkState]()
     for fields in CHUNKS:
         before = in_state(state, **fields)
         try:
-            ends.add(PULL[trigger](before).state)
+            ends.add(APPLY[trigger](before).state)
         except IllegalChunkChangeError as error:
             assert f"it is {state}" in str(error)  # noqa: PT017 # whether it raises is what is asked
     claimed_already = trigger is ChunkTrigger.CLAIM and state is ChunkState.RUNNING
     assert ends - ({state} if claimed_already else set()) == TABLE[state].get(trigger, frozenset())
 
 
-def test_the_states_are_sorted_into_open_held_and_final() -> None:
+def test_states_are_open_held_or_final() -> None:
     """Only final states have no way out, and workers hold what is dispatched or running."""
     assert set(NOT_FINAL) == OPEN
     assert {ChunkState.DISPATCHED, ChunkState.RUNNING} == HELD
 
 
-def test_a_dispatch_is_a_new_token() -> None:
-    """A dispatched chunk has the next attempt, its worker and partition, and its user is charged the estimate."""
-    sent = dispatch(chunk(attempt=4, worker_id="old"), "w-2", 3)
-    assert (sent.state, sent.attempt, sent.worker_id, sent.partition) == (ChunkState.DISPATCHED, 5, "w-2", 3)
-    assert sent.charged == sent.estimate
+def test_no_change_leads_to_failed() -> None:
+    """`failed` is read from documents of release 0.1 alone: a chunk that fails is stored with its addresses lost."""
+    assert ChunkState.FAILED not in {end for ways in TABLE.values() for ends in ways.values() for end in ends}
+
+
+def test_dispatch_makes_a_new_token() -> None:
+    """A dispatched chunk has the next attempt, its worker, its time and its share of a slot."""
+    sent = dispatch(chunk(attempt=4, worker_id="old", fruitless=3), "w-2", NOW, size=4, share=0.5)
+    assert (sent.state, sent.attempt, sent.worker_id) == (ChunkState.DISPATCHED, 5, "w-2")
+    assert (sent.dispatched_at, sent.share, sent.fruitless) == (NOW, 0.5, 4)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "size", "attempted"),
+    [("....", 4, 4), ("....", 2, 2), ("a.x.s..", 2, 2), ("a.x.", 9, 2), ("..a", 1, 1)],
+)
+def test_attempt_covers_the_first_blanks(outcomes: str, size: int, attempted: int) -> None:
+    """An attempt of a size is on so many blanks from the front, or on all where there are fewer."""
+    sent = dispatch(chunk(outcomes=outcomes), "w-1", NOW, size=size, share=1.0)
+    assert sent.attempted == attempted
+    assert outcomes[: sent.reach].count(".") == attempted
 
 
 @pytest.mark.parametrize("state", ChunkState)
 @pytest.mark.parametrize("kind", REPORTS)
-def test_only_the_current_token_of_a_held_chunk_is_heard(state: ChunkState, kind: type[WorkerReport]) -> None:
+def test_only_reports_of_the_current_token_of_a_held_chunk_count(state: ChunkState, kind: type[WorkerReport]) -> None:
     """A report counts if a worker holds the chunk and attempt, worker and job are the chunk's; no other does."""
     held = in_state(state)
     assert holds(held, report(kind)) is (state in HELD)
@@ -112,150 +139,351 @@ def test_only_the_current_token_of_a_held_chunk_is_heard(state: ChunkState, kind
 
 @pytest.mark.parametrize("state", sorted(HELD))
 @pytest.mark.parametrize("kind", [ChunkClaimed, ChunkProgressed])
-def test_any_sign_of_life_is_a_claim(state: ChunkState, kind: type[WorkerReport]) -> None:
-    """A dispatched chunk runs from its holder's first sign of life, in the partition where it was read."""
-    heard = hear(in_state(state, partition=3), report(kind), 5, THEN)
-    assert (heard.state, heard.partition) == (ChunkState.RUNNING, 5)
+def test_first_report_is_a_claim(state: ChunkState, kind: type[WorkerReport]) -> None:
+    """A dispatched chunk runs from its holder's first report on, in the partition of its job."""
+    changed = after(in_state(state, partition=3), report(kind))
+    assert (changed.state, changed.partition) == (ChunkState.RUNNING, 3)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in REPORTS if kind is not ChunkClaimed])
-def test_the_first_letter_stays(kind: type[WorkerReport]) -> None:
-    """Whatever a report's map says, letters that are set stay and blanks are filled."""
-    heard = hear(in_state(ChunkState.RUNNING, outcomes="d.x."), report(kind, "aaxa"), 5, THEN)
-    assert heard.outcomes == "daxa"
+def test_first_letter_stays(kind: type[WorkerReport]) -> None:
+    """Whatever a report's map contains, letters that are set stay and blanks are filled."""
+    assert after(in_state(ChunkState.RUNNING, outcomes="d.x."), report(kind, "aaxa")).outcomes == "daxa"
 
 
 @pytest.mark.parametrize("news", ["aaa", "aaaaa", "aaxa", "aaaa", "xxxx"])
-def test_a_map_of_another_chunk_says_nothing(news: str) -> None:
+def test_map_of_another_chunk_is_ignored(news: str) -> None:
     """A map of another length, or with other addresses excluded, is not merged."""
     held = in_state(ChunkState.RUNNING, outcomes="d..x")
-    assert hear(held, report(ChunkProgressed, news), 5, THEN).outcomes == "d..x"
+    assert after(held, report(ChunkProgressed, news)).outcomes == "d..x"
 
 
 @given(
     first=st.text(LETTERS + ".", min_size=4, max_size=4), news=st.lists(st.text(LETTERS + ".", min_size=4, max_size=4))
 )
-def test_no_order_of_reports_takes_a_letter_back(first: str, news: list[str]) -> None:
-    """A letter that is set is the same for ever."""
+def test_no_order_of_reports_changes_a_letter(first: str, news: list[str]) -> None:
+    """A letter that is set stays the same."""
     held = in_state(ChunkState.RUNNING, outcomes=first)
     for outcomes in news:
-        after = hear(held, report(ChunkProgressed, outcomes), 5, THEN)
-        assert all(new == old for old, new in zip(held.outcomes, after.outcomes, strict=True) if old != ".")
-        held = after
+        changed = after(held, report(ChunkProgressed, outcomes))
+        assert all(new == old for old, new in zip(held.outcomes, changed.outcomes, strict=True) if old != ".")
+        held = changed
 
 
 @pytest.mark.parametrize("state", sorted(HELD))
-def test_a_chunk_without_blanks_is_scanned(state: ChunkState) -> None:
-    """ChunkScanned of a full map ends the attempt; result-store was asked now, and how it was scanned is noted."""
-    heard = hear(in_state(state), report(ChunkScanned, "asdt"), 5, THEN)
-    assert (heard.state, heard.outcomes, heard.technique, heard.scanned_at) == (ChunkState.SCANNED, "asdt", "syn", THEN)
-    assert heard.failures == 0
+def test_chunk_without_blanks_is_scanned(state: ChunkState) -> None:
+    """ChunkScanned of a full map ends the attempt; result-store is asked again after its patience only."""
+    scanned = after(in_state(state), report(ChunkScanned, "asdt"))
+    assert (scanned.state, scanned.outcomes, scanned.technique) == (ChunkState.SCANNED, "asdt", "syn")
+    assert (scanned.ask_at, scanned.failures) == (NOW + PATIENCE, 0)
 
 
-def test_why_addresses_were_refused_is_kept() -> None:
-    """The reason of a ChunkScanned is the chunk's."""
-    heard = hear(in_state(ChunkState.RUNNING), report(ChunkScanned, "rrrr", reason="needs raw packets"), 5, THEN)
-    assert heard.reason == "needs raw packets"
+def test_reason_of_refused_addresses_is_kept() -> None:
+    """The reason of a ChunkScanned is the chunk's; without one the chunk keeps what it has."""
+    held = in_state(ChunkState.RUNNING, reason="before")
+    assert after(held, report(ChunkScanned, "rrrr", reason="needs raw packets")).reason == "needs raw packets"
+    assert after(held, report(ChunkScanned, "ssss")).reason == "before"
 
 
-def test_scanned_with_blanks_left_is_a_fault() -> None:
-    """A worker that calls a chunk scanned and leaves addresses out has failed once."""
-    heard = hear(in_state(ChunkState.RUNNING), report(ChunkScanned, "asd."), 5, THEN)
-    assert (heard.state, heard.outcomes, heard.failures) == (ChunkState.QUEUED, "asd.", 1)
+def test_scanned_with_blanks_left_is_a_failure() -> None:
+    """A worker that reports a chunk as scanned and leaves addresses out has failed once."""
+    changed = after(in_state(ChunkState.RUNNING), report(ChunkScanned, "asd."))
+    assert (changed.state, changed.outcomes, changed.failures) == (ChunkState.QUEUED, "asd.", 1)
 
 
 @pytest.mark.parametrize("state", sorted(HELD))
-def test_a_release_costs_nothing(state: ChunkState) -> None:
-    """A released chunk is queued again with what was done, without a failure, however often."""
-    held = in_state(state, failures=MAX_FAILURES - 1)
-    heard = hear(held, report(ChunkReleased), 5, THEN)
-    assert (heard.state, heard.outcomes, heard.failures) == (ChunkState.QUEUED, "as..", MAX_FAILURES - 1)
+def test_release_costs_nothing(state: ChunkState) -> None:
+    """A released chunk is queued again with what was done, without a failure, a pause or a smaller limit."""
+    held = in_state(state, outcomes="as..", failures=MAX_FAILURES - 1, failed_by=("w-0",))
+    changed = after(held, report(ChunkReleased))
+    assert (changed.state, changed.outcomes, changed.failures) == (ChunkState.QUEUED, "as..", MAX_FAILURES - 1)
+    assert (changed.not_before, changed.limit, changed.failed_by) == (None, 0, ("w-0",))
 
 
 @pytest.mark.parametrize("end", [ChunkReleased, ChunkFailed])
-def test_with_no_blank_left_there_is_nothing_to_scan_again(end: type[WorkerReport]) -> None:
-    """A chunk that was given up with every letter set is scanned, and result-store is to be asked at once."""
-    held = in_state(ChunkState.RUNNING, failures=MAX_FAILURES - 1, scanned_at=THEN)
-    heard = hear(held, report(end, "asdt"), 5, THEN)
-    assert (heard.state, heard.outcomes, heard.scanned_at) == (ChunkState.SCANNED, "asdt", None)
+def test_attempt_that_ends_without_blanks_is_checked_at_once(end: type[WorkerReport]) -> None:
+    """A chunk that was released or failed with every letter set is scanned, and result-store is asked at once."""
+    held = in_state(ChunkState.RUNNING, failures=MAX_FAILURES - 1, ask_at=NOW)
+    changed = after(held, report(end, "asdt"))
+    assert (changed.state, changed.outcomes, changed.ask_at) == (ChunkState.SCANNED, "asdt", None)
 
 
-def test_three_failures_make_a_chunk_failed() -> None:
-    """Failures queue a chunk again until the third, which ends it with its reason; the map is kept."""
-    held = in_state(ChunkState.RUNNING)
+# Failures
+
+
+def test_attempt_that_fails_is_narrowed_to_half() -> None:
+    """After a failure on several addresses the next attempt gets half of those left, two seconds later, uncounted."""
+    held = in_state(ChunkState.RUNNING, outcomes="." * 9, reach=9)
+    changed = after(held, report(ChunkFailed, "a" + "." * 8))
+    assert (changed.state, changed.limit, changed.failures) == (ChunkState.QUEUED, 4, 0)
+    assert (changed.failed_by, changed.not_before) == (("w-1",), NOW + timedelta(seconds=2))
+    assert changed.reason == "worker w-1: because"
+
+
+def test_failures_on_one_address_pause_longer_and_then_lose_it() -> None:
+    """An address that fails alone pauses 2 s and 4 s, and with the third failure is lost; the others are queued."""
+    held = in_state(ChunkState.RUNNING, reach=1)
+    pauses = []
     for number in range(1, MAX_FAILURES):
-        again = hear(held, report(ChunkFailed), 5, THEN)
-        assert (again.state, again.failures, again.reason) == (ChunkState.QUEUED, number, "because")
+        again = after(held, report(ChunkFailed, "...."))
+        assert (again.state, again.failures) == (ChunkState.QUEUED, number)
+        assert again.not_before is not None
+        pauses.append((again.not_before - NOW).total_seconds())
         held = replace(again, state=ChunkState.RUNNING)
-    failed = hear(held, report(ChunkFailed, "as.d", reason="at last"), 5, THEN)
-    assert (failed.state, failed.failures, failed.reason) == (ChunkState.FAILED, MAX_FAILURES, "at last")
-    assert failed.outcomes == "as.d"
+    lost = after(held, report(ChunkFailed, "....", reason="at last"))
+    assert pauses == [2, 4]
+    assert (lost.state, lost.outcomes, lost.reason) == (ChunkState.QUEUED, "l...", "worker w-1: at last")
+    assert (lost.failures, lost.failed_by, lost.limit, lost.not_before) == (0, (), 0, None)
+
+
+def test_last_address_that_fails_alone_leaves_the_chunk_scanned() -> None:
+    """With no other blank left the chunk is scanned, and result-store is asked about it at once."""
+    held = in_state(ChunkState.RUNNING, outcomes="asd.", failures=MAX_FAILURES - 1)
+    lost = after(held, report(ChunkFailed, "asd."))
+    assert (lost.state, lost.outcomes, lost.ask_at) == (ChunkState.SCANNED, "asdl", None)
+
+
+def run(left: Chunk, poison: Collection[int]) -> tuple[Chunk, int]:
+    """Attempts of a worker that finishes an attempt, or fails without any letter where a poisoned address is in it."""
+    for attempts in range(10_000):
+        if left.state is ChunkState.SCANNED:
+            return left, attempts
+        size = min(left.blank, left.limit or left.blank)
+        held = dispatch(left, "w-1", NOW, size=size, share=1.0)
+        tried = [place for place in range(held.reach) if held.outcomes[place] == "."]
+        token = {"attempt": held.attempt}
+        if set(tried) & set(poison):
+            left = after(held, report(ChunkFailed, held.outcomes, **token))
+            continue
+        done = "".join("s" if place in tried else letter for place, letter in enumerate(held.outcomes))
+        left = after(held, report(ChunkReleased if "." in done else ChunkScanned, done, **token))
+    raise AssertionError("the attempts do not end")
+
+
+@given(st.sets(st.integers(0, 63)))
+def test_hosts_that_nmap_cannot_bear_cost_themselves_alone(poison: set[int]) -> None:
+    """Whichever of 64 addresses end each nmap that scans them, only they are lost, after few attempts for each."""
+    scanned, attempts = run(chunk(outcomes="." * 64), poison)
+    assert [place for place, letter in enumerate(scanned.outcomes) if letter == "l"] == sorted(poison)
+    assert set(scanned.outcomes) <= {"s", "l"}
+    halvings = 6  # of 64 addresses down to one
+    assert attempts <= 1 + len(poison) * (3 * halvings + MAX_FAILURES)
+
+
+def test_attempt_that_is_too_slow_is_halved_at_no_cost() -> None:
+    """After an attempt that ran out of its time the next one gets half of what was left, at once and uncounted."""
+    held = in_state(ChunkState.RUNNING, outcomes="." * 9, reach=9)
+    changed = after(held, report(ChunkReleased, "a" + "." * 8, too_slow=True))
+    assert (changed.state, changed.limit, changed.failures, changed.not_before) == (ChunkState.QUEUED, 4, 0, None)
+    one = in_state(ChunkState.RUNNING, reach=1)
+    assert after(one, report(ChunkReleased, "....", too_slow=True)).limit == 1
+
+
+def test_limit_doubles_after_each_success_until_it_is_none() -> None:
+    """What was scanned in small parts is scanned in larger ones again, at last in one."""
+    left = chunk(outcomes="." * 32, limit=1)
+    limits = []
+    while left.limit:
+        held = dispatch(left, "w-1", NOW, size=left.limit, share=1.0)
+        done = "s" * held.reach + held.outcomes[held.reach :]
+        left = after(held, report(ChunkReleased, done, attempt=held.attempt))
+        limits.append(left.limit)
+    assert limits == [2, 4, 8, 16, 0]
+
+
+def test_release_before_the_limit_was_reached_keeps_it() -> None:
+    """A drain in the middle of a limited attempt proves nothing about a larger one."""
+    held = in_state(ChunkState.RUNNING, limit=2, reach=2)
+    assert after(held, report(ChunkReleased, "a...")).limit == 2
+
+
+def test_new_letters_reset_failures() -> None:
+    """Failures, failing instances and fruitless dispatches count since the last progress."""
+    held = in_state(ChunkState.RUNNING, failures=2, failed_by=("w-2", "w-3"), fruitless=9)
+    same = after(held, report(ChunkProgressed, "...."))
+    assert (same.failures, same.failed_by, same.fruitless) == (2, ("w-2", "w-3"), 9)
+    more = after(held, report(ChunkProgressed, "a..."))
+    assert (more.failures, more.failed_by, more.fruitless) == (0, (), 0)
+
+
+def test_dispatches_without_progress_count_as_failures() -> None:
+    """A chunk released 20 times without a letter has failed once, and after three times so its addresses are lost."""
+    left, dispatches = chunk(), 0
+    while left.state is not ChunkState.SCANNED:
+        assert dispatches < 1_000
+        left = release(dispatch(left, "w-1", NOW, size=4, share=1.0), NOW)
+        dispatches += 1
+        assert left.failures == dispatches // MAX_FRUITLESS % MAX_FAILURES
+    assert (left.outcomes, dispatches) == ("llll", MAX_FAILURES * MAX_FRUITLESS)
+    assert "no progress" in left.reason
+
+
+def test_lost_lease_counts_once_for_each_worker_instance() -> None:
+    """Leases lost by processes of one instance are one failure; three instances lose the addresses."""
+    left = chunk()
+    failures = []
+    for worker in ("w-1-00000001", "w-1-00000002", "w-2-00000001", "w-1-00000003", "w-3-00000001"):
+        left = expire(dispatch(left, worker, NOW, size=4, share=1.0), "no report", NOW)
+        failures.append(left.failures)
+        assert left.not_before is None
+    assert failures == [1, 1, 2, 2, 0]
+    assert (left.state, left.outcomes) == (ChunkState.SCANNED, "llll")
+
+
+def test_lost_leases_of_one_instance_are_bounded() -> None:
+    """A chunk that ends its only worker before the first report loses its addresses in the end."""
+    left, dispatches = chunk(), 0
+    while left.state is not ChunkState.SCANNED:
+        assert dispatches < 1_000
+        left = expire(dispatch(left, f"w-1-{dispatches:08x}", NOW, size=4, share=1.0), "no report", NOW)
+        dispatches += 1
+    assert (left.outcomes, dispatches) == ("llll", 1 + 2 * MAX_FRUITLESS)
+
+
+def test_lost_lease_after_the_last_letter_leaves_the_chunk_scanned() -> None:
+    """A chunk whose map was full when its worker was lost needs a check, not a scan."""
+    assert expire(in_state(ChunkState.RUNNING, outcomes="asdt"), "no report", NOW).state is ChunkState.SCANNED
+
+
+# Time
+
+
+@pytest.mark.parametrize("end", [ChunkReleased, ChunkScanned, ChunkFailed])
+@pytest.mark.parametrize(("claimed", "counted"), [(1.5, 1.5), (1e6, 5.0)])
+def test_slot_seconds_are_bounded_by_what_was_measured(end: type[Any], claimed: float, counted: float) -> None:
+    """An attempt takes at most the time since its dispatch, times its share, whatever its worker reports."""
+    held = in_state(ChunkState.RUNNING, share=0.5, seconds=2.0)
+    assert elapsed(held, NOW) == pytest.approx(5.0)
+    assert after(held, report(end, slot_seconds=claimed)).seconds == pytest.approx(2.0 + counted)
+
+
+def test_elapsed_is_never_negative() -> None:
+    """An attempt that was never dispatched, or in the future, has taken nothing."""
+    assert elapsed(chunk(), NOW) == 0.0
+    assert elapsed(in_state(ChunkState.RUNNING, dispatched_at=NOW + timedelta(seconds=1)), NOW) == 0.0
+
+
+def test_questions_to_result_store_double_their_pause_up_to_an_hour() -> None:
+    """Each repeated question waits twice as long as the one before, an hour at most, however often it is repeated."""
+    asked = in_state(ChunkState.SCANNED, outcomes="asdt")
+    pauses = []
+    for _ in range(100):
+        asked = ask_again(asked, NOW, PATIENCE)
+        assert asked.ask_at is not None
+        pauses.append((asked.ask_at - NOW).total_seconds())
+    assert pauses[:7] == [60, 120, 240, 480, 960, 1_920, 3_600]
+    assert set(pauses[7:]) == {3_600}
+
+
+@pytest.mark.parametrize("state", sorted(set(ChunkState) - {ChunkState.SCANNED}))
+def test_only_scanned_chunks_are_asked_about(state: ChunkState) -> None:
+    """A chunk that is not scanned is left as it is."""
+    assert ask_again(in_state(state), NOW, PATIENCE) == in_state(state)
+
+
+# Result-store
 
 
 @pytest.mark.parametrize("state", sorted(NOT_FINAL))
-def test_stored_is_a_fact_from_any_attempt(state: ChunkState) -> None:
+def test_stored_ends_a_chunk_whatever_attempt_it_came_from(state: ChunkState) -> None:
     """ChunkStored ends every chunk that is not final, with the map that the stored hosts prove."""
-    after = store(in_state(state, outcomes="s..x"), "asdx")
-    assert (after.state, after.outcomes) == (ChunkState.STORED, "asdx")
+    changed = store(in_state(state, outcomes="s..x"), "asdx")
+    assert (changed.state, changed.outcomes) == (ChunkState.STORED, "asdx")
 
 
 def test_stored_changes_no_final_state() -> None:
-    """A final chunk stays as it is; only a cancelled one still learns what can be read of it."""
+    """A final chunk stays as it is; only a cancelled one still takes the map of what can be read."""
     for state in (ChunkState.STORED, ChunkState.FAILED):
         assert store(in_state(state, outcomes="s..."), "asdt") == in_state(state, outcomes="s...")
-    after = store(in_state(ChunkState.CANCELLED, outcomes="s..."), "asdt")
-    assert (after.state, after.outcomes) == (ChunkState.CANCELLED, "asdt")
+    changed = store(in_state(ChunkState.CANCELLED, outcomes="s..."), "asdt")
+    assert (changed.state, changed.outcomes) == (ChunkState.CANCELLED, "asdt")
 
 
 @pytest.mark.parametrize("outcomes", ["asd", "asdtt", "asd.", "axdt", "asdt"])
-def test_a_map_that_cannot_be_the_chunks_stores_nothing(outcomes: str) -> None:
-    """A ChunkStored with blanks, or with another frame than the chunk's, is ignored."""
+def test_map_that_cannot_be_the_chunks_stores_nothing(outcomes: str) -> None:
+    """A ChunkStored with blanks, or with other addresses excluded than the chunk's, is ignored."""
     scanned = in_state(ChunkState.SCANNED, outcomes="asxt")
     assert store(scanned, outcomes) == scanned
 
 
 def test_missing_results_make_addresses_blank_again() -> None:
     """ChunkIncomplete blanks the addresses named and counts as a failure; excluded and foreign ones are left alone."""
-    scanned = in_state(ChunkState.SCANNED, outcomes="asxt", scanned_at=THEN)
-    after = incomplete(scanned, 2, ["127.9.8.1", "127.9.8.2", "127.9.8.9", "127.9.7.255"])
-    assert (after.state, after.outcomes, after.failures) == (ChunkState.QUEUED, "a.xt", 1)
-    assert "results" in after.reason
-    last = incomplete(replace(scanned, failures=MAX_FAILURES - 1), 2, ["127.9.8.0"])
-    assert (last.state, last.outcomes) == (ChunkState.FAILED, ".sxt")
+    scanned = in_state(ChunkState.SCANNED, outcomes="asxt", ask_at=NOW)
+    again = incomplete(scanned, 2, ["127.9.8.1", "127.9.8.2", "127.9.8.9", "127.9.7.255"], NOW)
+    assert (again.state, again.outcomes, again.failures) == (ChunkState.QUEUED, "a.xt", 1)
+    assert "results" in again.reason
+    last = incomplete(replace(scanned, failures=MAX_FAILURES - 1), 2, ["127.9.8.0"], NOW)
+    assert (last.state, last.outcomes) == (ChunkState.SCANNED, "lsxt")
 
 
-def test_word_of_missing_results_counts_only_for_the_scan_it_is_about() -> None:
-    """ChunkIncomplete of another attempt, of a chunk that is not scanned, or that names nothing, changes nothing."""
+@pytest.mark.parametrize("state", sorted(HELD))
+def test_missing_results_count_before_the_report_that_they_are_about(state: ChunkState) -> None:
+    """ChunkIncomplete that overtakes its ChunkScanned queues the chunk under the current attempt; the report is stale."""
+    again = incomplete(in_state(state), 2, ["127.9.8.1"], NOW)
+    assert (again.state, again.outcomes, again.failures) == (ChunkState.QUEUED, "....", 1)
+    assert not holds(again, report(ChunkScanned, "asdt"))
+
+
+def test_missing_results_count_for_their_attempt_alone() -> None:
+    """ChunkIncomplete of another attempt, of a chunk that is not being scanned, or that names nothing, changes nothing."""
     scanned = in_state(ChunkState.SCANNED, outcomes="asdt")
-    assert incomplete(scanned, 1, ["127.9.8.0"]) == scanned
-    assert incomplete(scanned, 2, []) == scanned
-    for state in set(ChunkState) - {ChunkState.SCANNED}:
+    assert incomplete(scanned, 1, ["127.9.8.0"], NOW) == scanned
+    assert incomplete(scanned, 3, ["127.9.8.0"], NOW) == scanned
+    assert incomplete(scanned, 2, [], NOW) == scanned
+    for state in set(ChunkState) - HELD - {ChunkState.SCANNED}:
         other = in_state(state, outcomes="asdt")
-        assert incomplete(other, 2, ["127.9.8.0"]) == other
+        assert incomplete(other, 2, ["127.9.8.0"], NOW) == other
 
 
-def test_a_cancelled_chunk_hears_the_last_words_of_its_holder() -> None:
-    """What was done before the cancel is in the ledger; strangers, claims and chunks that are not cancelled say nothing."""
+def test_cancelled_chunk_takes_the_final_report_of_its_holder() -> None:
+    """What was done before the cancel is in the ledger; other tokens, claims and states change nothing."""
     cancelled = cancel(in_state(ChunkState.RUNNING))
-    assert last_words(cancelled, report(ChunkReleased)).outcomes == "as.."
-    assert last_words(cancelled, report(ChunkReleased)).state is ChunkState.CANCELLED
-    assert last_words(cancelled, report(ChunkReleased, attempt=1)) == cancelled
-    assert last_words(cancelled, report(ChunkClaimed)) == cancelled
+    assert final_report(cancelled, report(ChunkReleased)).outcomes == "as.."
+    assert final_report(cancelled, report(ChunkReleased)).state is ChunkState.CANCELLED
+    assert final_report(cancelled, report(ChunkReleased, attempt=1)) == cancelled
+    assert final_report(cancelled, report(ChunkClaimed)) == cancelled
     queued = in_state(ChunkState.QUEUED)
-    assert last_words(queued, report(ChunkReleased)) == queued
+    assert final_report(queued, report(ChunkReleased)) == queued
 
 
-@pytest.mark.parametrize("state", ChunkState)
-@pytest.mark.parametrize("end", [ChunkReleased, ChunkScanned, ChunkFailed])
-def test_the_end_of_an_attempt_corrects_the_charge_once(state: ChunkState, end: type[WorkerReport]) -> None:
-    """Whatever became of the chunk meanwhile, its holder's end says what the attempt really took, and only once."""
-    settled, correction = settle_charge(in_state(state), report(end))
-    assert correction == pytest.approx(1.5 - 0.5)
-    assert settle_charge(settled, report(end)) == (settled, 0.0)
+# Any order
+
+MAPS = st.text(LETTERS + ".", min_size=4, max_size=4)
+STEPS = st.one_of(
+    st.tuples(st.just("dispatch"), st.sampled_from(["w-1", "w-2", "w-1-0000000a"]), st.integers(1, 4)),
+    st.tuples(st.just("report"), st.sampled_from(REPORTS), MAPS),
+    st.tuples(st.just("slow"), st.just(ChunkReleased), MAPS),
+    st.tuples(st.just("expire"), st.just(""), st.just("")),
+    st.tuples(st.just("incomplete"), st.just(""), st.sets(st.integers(0, 3))),
+)
 
 
-def test_only_an_end_of_the_current_token_corrects_the_charge() -> None:
-    """Signs of life and stale ends leave the charge alone."""
-    held = in_state(ChunkState.RUNNING)
-    for each in (report(ChunkClaimed), report(ChunkProgressed), report(ChunkScanned, attempt=1)):
-        assert settle_charge(held, each) == (held, 0.0)
+def step(left: Chunk, kind: str, what: Any, news: Any) -> Chunk:
+    token = {"attempt": left.attempt, "worker_id": left.worker_id}
+    match kind:
+        case "dispatch" if left.state is ChunkState.QUEUED:
+            return dispatch(left, what, NOW, size=news, share=1.0)
+        case "report" if left.state in HELD:
+            return after(left, report(what, news, **token))
+        case "slow" if left.state in HELD:
+            return after(left, report(what, news, too_slow=True, **token))
+        case "expire" if left.state in HELD:
+            return expire(left, "no report", NOW)
+        case "incomplete":
+            return incomplete(left, left.attempt, [f"127.9.8.{place}" for place in news], NOW)
+    return left
+
+
+@given(st.lists(STEPS, max_size=60))
+def test_chunk_is_consistent_in_any_order_of_events(steps: list[tuple[str, Any, Any]]) -> None:
+    """A queued chunk has something to scan, a scanned one nothing; attempts, limits and failures stay within bounds."""
+    left = chunk()
+    for kind, what, news in steps:
+        before, left = left, step(left, kind, what, news)
+        assert left.attempt >= before.attempt
+        assert left.state is not ChunkState.QUEUED or left.blank
+        assert left.state is not ChunkState.SCANNED or not left.blank
+        assert 0 <= left.failures < MAX_FAILURES
+        assert 0 <= left.fruitless <= MAX_FRUITLESS
+        assert 0 <= left.limit <= len(left.outcomes)
+        assert len(left.failed_by) == len(set(left.failed_by))

@@ -16,6 +16,7 @@ from job_orchestrator.domain.job import (
     observe,
     published,
     set_back,
+    wait,
 )
 from job_orchestrator.testing import scan_job
 from job_orchestrator.testing.things import THEN
@@ -71,7 +72,7 @@ def test_the_table_is_the_published_graph() -> None:
     assert {status for status in JobStatus if in_status(status).final} == set(FINAL)
 
 
-def test_a_new_job_tells_of_itself() -> None:
+def test_a_new_job_has_its_creation_to_publish() -> None:
     """A job begins pending, without times of its own, with its creation to be published under seq 1."""
     job = scan_job(traceparent="00-" + "1" * 32 + "-" + "2" * 16 + "-01")
     assert (job.status, job.seq, job.start_time, job.end_time, job.progress) == (JobStatus.PENDING, 1, None, None, 0)
@@ -128,9 +129,55 @@ def test_no_progress_is_told_before_what_waits_in_the_outbox() -> None:
     assert observe(change(scan_job(), JobTrigger.START, LATER), 40, 3, LATER) is None
 
 
-def test_a_job_that_was_set_back_goes_on_above_what_it_has_said() -> None:
-    """Its next word has a `seq` above the given one and above its own, and nothing else has changed."""
+def test_a_job_that_was_set_back_goes_on_above_its_published_seq() -> None:
+    """Its next event has a `seq` above the given one and above its own, and nothing else has changed."""
     job = in_status(JobStatus.RUNNING)
     assert change(set_back(job, 1_000), JobTrigger.COMPLETE, LATER).seq == 1_001
     assert set_back(set_back(job, 1_000), 5) == set_back(job, 1_000)
     assert replace(set_back(job, 1_000), seq=job.seq) == job
+
+
+def test_progress_carries_the_remaining_time_and_ends_waiting() -> None:
+    """Progress says how long the rest will take, null while that is unknown, and the job no longer waits."""
+    news = observe(replace(in_status(JobStatus.RUNNING), waiting="no_worker"), 40, 3, LATER, eta_seconds=12.5)
+    assert news is not None
+    assert (news[0].waiting, news[0].eta_seconds, news[1].eta_seconds, news[1].waiting) == ("", 12.5, 12.5, "")
+    unknown = observe(in_status(JobStatus.RUNNING), 40, 3, LATER)
+    assert unknown is not None
+    assert unknown[1].eta_seconds is None
+
+
+@pytest.mark.parametrize("status", [JobStatus.PENDING, JobStatus.RUNNING])
+def test_why_a_job_waits_is_published_once(status: JobStatus) -> None:
+    """A new reason raises `seq` and has an event, the same one does not; the wait began with the first."""
+    job = in_status(status)
+    assert wait(job, "", LATER) is None
+    news = wait(job, "no_worker", LATER)
+    assert news is not None
+    waiting, event = news
+    assert (waiting.waiting, waiting.waiting_since, waiting.seq) == ("no_worker", LATER, job.seq + 1)
+    assert (event.waiting, event.seq, event.job.status, event.error) == ("no_worker", waiting.seq, status, "")
+    assert wait(waiting, "no_worker", LATER) is None
+    other = wait(waiting, "no_raw_worker", LATER + timedelta(seconds=60))
+    assert other is not None
+    assert (other[0].waiting, other[0].waiting_since) == ("no_raw_worker", LATER)
+    over = wait(other[0], "", LATER + timedelta(seconds=90))
+    assert over is not None
+    assert (over[0].waiting, over[0].waiting_since, over[1].waiting) == ("", None, "")
+
+
+@pytest.mark.parametrize("status", FINAL)
+def test_a_job_that_has_ended_waits_for_nothing(status: JobStatus) -> None:
+    """Its end clears the reason, the remaining time and slot seconds, and no wait is published after it."""
+    job = replace(
+        in_status(JobStatus.RUNNING), waiting="no_worker", waiting_since=THEN, eta_seconds=9.0, seconds_left=9.0
+    )
+    trigger = next(trigger for trigger, end in TABLE[JobStatus.RUNNING].items() if end is status)
+    ended = change(job, trigger, LATER)
+    assert (ended.waiting, ended.waiting_since, ended.eta_seconds, ended.seconds_left) == ("", None, None, 0.0)
+    assert wait(in_status(status), "no_worker", LATER) is None
+
+
+def test_no_wait_is_published_before_an_event_in_the_outbox() -> None:
+    """While an event is unpublished no reason is published, so a reader cannot skip the event by its seq."""
+    assert wait(scan_job(), "no_worker", LATER) is None

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from ipaddress import IPv4Network, ip_address, ip_network
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -11,29 +16,43 @@ from hypothesis import strategies as st
 
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import Chunk
+from job_orchestrator.domain.job import ScanJob
+from job_orchestrator.domain.totals import Totals
 from job_orchestrator.testing import scan_job, scan_policy
 from scanfleet.outcomes import MAX_ADDRESSES, Outcome
 from scanfleet.policy import Preset, ScanPolicy, fill_in
 from scanfleet.ports import PortSet
 from scanfleet.targets import Target
 
-PORTS = ["80", "1-100", "T:1-20000,U:53", "1-65535", "top:1000", "U:1-30"]
+PORTS = ["80", "1-100", "T:1-20000,U:53", "1-65535", "top:1000", "top:8192", "U:1-30", "T:1-3000,U:1-3000"]
+LONGEST = 65.0  # seconds of an attempt on several addresses
+_FEW = 400  # chunks that are made quickly
 
 
 @st.composite
-def requests(draw: st.DrawFn) -> tuple[ScanPolicy, Target]:
-    policy = fill_in(
+def policies(draw: st.DrawFn) -> ScanPolicy:
+    max_rate = draw(st.sampled_from([None, 1, 499, 500, 1_000, 7_777, 10_000_000]))
+    min_rate = draw(st.sampled_from([None, 1, 300, 5_000]))
+    return fill_in(
         draw(st.sampled_from(Preset)),
         {
             "ports": draw(st.sampled_from(PORTS)),
+            "technique": draw(st.sampled_from(["auto", "connect", "syn"])),
+            "discovery": draw(st.sampled_from(["default", "none"])),
             "service_detection": draw(st.booleans()),
             "os_detection": draw(st.booleans()),
-            "max_rate": draw(st.sampled_from([None, 1, 500])),
+            "timing": draw(st.integers(0, 5)),
+            "host_timeout": draw(st.sampled_from([1, 60, 900, 86_400])),
+            "max_rate": max_rate,
+            "min_rate": min_rate if max_rate is None or min_rate is None or min_rate <= max_rate else None,
         },
     )
-    length = draw(st.integers(20, 32))
-    network = ip_network("127.9.0.0/16").network_address
-    whole = IPv4Network((int(network), length))
+
+
+@st.composite
+def targets(draw: st.DrawFn, lengths: st.SearchStrategy[int]) -> Target:
+    length = draw(lengths)
+    whole = IPv4Network((int(ip_network("127.9.0.0/16").network_address), length))
     excludable = [sub for new in range(length + 1, min(length + 6, 33)) for sub in whole.subnets(new_prefix=new)]
     chosen = draw(st.lists(st.sampled_from(excludable), max_size=6)) if excludable else []
     kept: list[IPv4Network] = []
@@ -42,99 +61,290 @@ def requests(draw: st.DrawFn) -> tuple[ScanPolicy, Target]:
             kept.append(each)
     if sum(each.num_addresses for each in kept) == whole.num_addresses:
         kept = []
-    return policy, Target(whole, tuple(kept))
+    return Target(whole, tuple(kept))
 
 
-def planned(policy: ScanPolicy, target: Target) -> list[Chunk]:
-    job = scan_job(cidr=str(target.network), exclude=tuple(map(str, target.exclude)), policy=policy)
-    return list(plan.chunks(job, 0))
+def job_of(policy: ScanPolicy, target: Target) -> ScanJob:
+    return scan_job(cidr=str(target.network), exclude=tuple(map(str, target.exclude)), policy=policy)
 
 
-@settings(max_examples=60, deadline=None)
-@given(requests())
-def test_the_plan_covers_the_request_and_nothing_else(request_: tuple[ScanPolicy, Target]) -> None:
-    """Every address that is not excluded is blank in one chunk for each port block, and the port blocks are the ports."""
-    policy, target = request_
-    chunks = planned(policy, target)
-    blocks: dict[str, set[str]] = {}
+@st.composite
+def jobs(draw: st.DrawFn) -> ScanJob:
+    """A job of at most some hundred chunks."""
+    policy = draw(policies())
+    job = job_of(policy, draw(targets(st.integers(23, 32))))
+    return job if job.chunk_count <= _FEW else job_of(policy, Target.parse("127.9.8.8/30", ["127.9.8.9/32"]))
+
+
+def made(job: ScanJob) -> list[Chunk]:
+    return list(plan.chunks(job, 0, min(job.chunk_count, _FEW)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(jobs())
+def test_plan_covers_the_request_and_nothing_else(job: ScanJob) -> None:
+    """Every address that is not excluded is blank in one chunk for each port block, and the blocks are the ports."""
+    chunks = made(job)
+    if len(chunks) < job.chunk_count:
+        return
+    blocks: defaultdict[str, set[str]] = defaultdict(set)
     for each in chunks:
-        addresses = blocks.setdefault(each.ports, set())
+        base = ip_address(each.first_address)
         for index, letter in enumerate(each.outcomes):
-            address = str(ip_address(each.first_address) + index)
+            address = str(base + index)
             if letter == Outcome.BLANK:
-                assert address not in addresses
-                addresses.add(address)
+                assert address not in blocks[each.ports]
+                blocks[each.ports].add(address)
             else:
                 assert letter == Outcome.EXCLUDED
+    target = Target.parse(job.cidr, job.exclude)
     wanted = {str(each) for each in target.network} - {str(each) for net in target.exclude for each in net}
     assert all(addresses == wanted for addresses in blocks.values())
-    sets = [PortSet.parse(text) for text in blocks]
-    if policy.port_set.top:
-        assert sets == [policy.port_set]
-    else:
-        probed = [("T", port) for each in sets for low, high in each.tcp for port in range(low, high + 1)]
-        probed += [("U", port) for each in sets for low, high in each.udp for port in range(low, high + 1)]
-        assert len(probed) == len(set(probed)) == policy.port_set.count
-        assert PortSet(*(policy.port_set.tcp, policy.port_set.udp)).count == len(probed)
+    assert len(blocks) == job.blocks
+    assert probed(PortSet.parse(text) for text in blocks) == probed([job.policy.port_set])
 
 
-@settings(max_examples=60, deadline=None)
-@given(requests())
-def test_chunks_have_fixed_ids_and_bounded_sizes(request_: tuple[ScanPolicy, Target]) -> None:
-    """A plan made again is the same, its ids count from 0, its size is what the job says, and no chunk is too large."""
-    policy, target = request_
-    chunks = planned(policy, target)
-    assert chunks == planned(policy, target)
+def probed(sets: Iterable[PortSet]) -> list[tuple[str, int]]:
+    """Each port that is probed, as often as it is; of `top` sets the ranks."""
+    found: list[tuple[str, int]] = []
+    for each in sets:
+        found += [("top", rank) for rank in range(each.above + 1, each.top + 1)]
+        found += [("T", port) for low, high in each.tcp for port in range(low, high + 1)]
+        found += [("U", port) for low, high in each.udp for port in range(low, high + 1)]
+    return sorted(found)
+
+
+@settings(max_examples=30, deadline=None)
+@given(jobs())
+def test_blocks_never_mix_protocols(job: ScanJob) -> None:
+    """A chunk has TCP ports or UDP ports, TCP first, and needs raw packets for its own ports alone."""
+    blocks = list(job.policy.port_set.blocks(job.chunk_ports))
+    assert all(not (each.tcp_count and each.udp_count) for each in blocks)
+    assert [bool(each.udp_count) for each in blocks] == sorted(bool(each.udp_count) for each in blocks)
+    assert len(blocks) == job.blocks
+    for each in plan.chunks(job, 0, min(job.chunk_count, 200)):
+        assert each.needs_raw == job.policy.needs_raw_for(PortSet.parse(each.ports))
+
+
+def test_top_ports_are_cut_by_rank() -> None:
+    """Blocks of top:N are runs of ranks, and together they are top:N."""
+    job = job_of(scan_policy(ports="top:1000", timing=1, host_timeout=900), Target.parse("127.9.8.8/32"))
+    blocks = [PortSet.parse(each.ports) for each in made(job)]
+    assert len(blocks) > 1
+    assert str(blocks[0]) == f"top:{job.chunk_ports}"
+    assert str(blocks[1]) == f"top:{job.chunk_ports + 1}-{2 * job.chunk_ports}"
+    assert (blocks[0].above, blocks[-1].top) == (0, 1_000)
+    assert all(one.top == other.above for one, other in pairwise(blocks))
+
+
+@settings(max_examples=50, deadline=None)
+@given(policies(), targets(st.integers(16, 32)))
+def test_chunks_are_short_even_where_nothing_answers(policy: ScanPolicy, target: Target) -> None:
+    """Several addresses take 65 s at most, one no more than that or most of its host timeout, unless it is one port."""
     told = plan.plan(policy, target)
-    assert [each.id for each in chunks] == [f"1-{index}" for index in range(told.chunk_count)]
-    assert [each.turn for each in chunks] == list(range(told.chunk_count))
-    assert told.addresses - told.excluded == target.included
+    for block in policy.port_set.blocks(told.chunk_ports):
+        if told.chunk_addresses > 1:
+            assert plan.longest(policy, block, told.chunk_addresses) <= LONGEST
+        elif told.chunk_ports > 1:
+            assert plan.longest(policy, block, 1) <= max(LONGEST, 0.7 * policy.host_timeout)
+
+
+@settings(max_examples=50, deadline=None)
+@given(policies())
+def test_rates_of_all_nmaps_stay_within_the_policys(policy: ScanPolicy) -> None:
+    """Width times the rate of one nmap is never above max_rate, and no floor is above the limit of its nmap."""
+    rate = plan.nmap_rate(policy)
+    assert (rate is None) is (policy.max_rate is None)
+    assert 1 <= plan.width(policy) <= plan.WINDOW
+    if policy.max_rate and rate:
+        assert rate >= 1
+        assert plan.width(policy) * rate <= policy.max_rate
+    for nmaps in (1, 3, plan.width(policy)):
+        for block in policy.port_set.blocks(plan.MAX_PORTS):
+            floor = plan.min_rate(policy, block, nmaps)
+            assert floor is None or 1 <= floor <= (rate or floor)
+
+
+@pytest.mark.parametrize("timing", range(6))
+def test_udp_has_no_rate_floor_of_its_timing(timing: int) -> None:
+    """Probes to UDP ports are never forced, since hosts limit their answers; a policy's min_rate is followed."""
+    ports = PortSet.parse("U:1-100")
+    assert plan.min_rate(scan_policy(ports="U:1-100", timing=timing), ports) is None
+    assert plan.min_rate(scan_policy(ports="U:1-100", timing=timing, min_rate=70), ports) == 70
+    assert plan.min_rate(scan_policy(timing=timing), PortSet.parse("1-100")) == plan.FLOORS[timing]
+
+
+def test_min_rate_is_the_whole_jobs() -> None:
+    """Nmaps that run side by side share the job's min_rate, one probe a second each at least."""
+    policy = scan_policy(min_rate=100)
+    assert [plan.min_rate(policy, policy.port_set, nmaps) for nmaps in (1, 4, 1_000)] == [100, 25, 1]
+
+
+@settings(max_examples=30, deadline=None)
+@given(jobs())
+def test_chunks_have_fixed_ids_and_bounded_sizes(job: ScanJob) -> None:
+    """A plan made again is the same, its ids count from 0, and no chunk is larger than the job's own sizes."""
+    chunks = made(job)
+    assert chunks == made(job)
+    assert [each.id for each in chunks] == [f"1-{index}" for index in range(len(chunks))]
+    assert [each.turn for each in chunks] == list(range(len(chunks)))
+    assert job.addresses - job.excluded == Target.parse(job.cidr, job.exclude).included
     for each in chunks:
-        assert 0 < len(each.outcomes) <= min(MAX_ADDRESSES, told.chunk_addresses)
-        assert 0 < each.port_count <= plan.MAX_PORTS
+        assert 0 < len(each.outcomes) <= min(MAX_ADDRESSES, job.chunk_addresses)
+        assert 0 < each.port_count <= job.chunk_ports <= plan.MAX_PORTS
         assert each.port_count == PortSet.parse(each.ports).count
         assert each.estimate > 0
-        assert each.needs_raw == policy.needs_raw
+        assert each.partition == job.partition
 
 
-@settings(max_examples=60, deadline=None)
-@given(requests())
-def test_chunks_take_about_five_to_thirty_seconds(request_: tuple[ScanPolicy, Target]) -> None:
-    """A chunk is longer than thirty seconds only if one address is, and no shorter than a job's sixteenth needs."""
-    policy, target = request_
-    for each in planned(policy, target):
-        assert each.estimate <= 30 or len(each.outcomes) == 1
+@settings(max_examples=30, deadline=None)
+@given(jobs())
+def test_chunks_take_about_five_to_thirty_seconds(job: ScanJob) -> None:
+    """A chunk is expected to take longer than thirty seconds only if one address does."""
+    assert all(each.estimate <= 30 or len(each.outcomes) == 1 for each in made(job))
+
+
+@settings(max_examples=30, deadline=None)
+@given(jobs(), st.data())
+def test_parts_of_the_plan_agree_with_the_whole(job: ScanJob, data: st.DataObject) -> None:
+    """Chunks made from any index to any other are those of the whole plan, and counts of blanks are theirs."""
+    chunks = made(job)
+    first = data.draw(st.integers(0, len(chunks)))
+    end = data.draw(st.integers(first, len(chunks)))
+    part = chunks[first:end]
+    assert list(plan.chunks(job, first, end)) == part
+    assert plan.blanks(job, first, end) == sum(each.blank for each in part)
+    wanted = data.draw(st.integers(0, 2_000))
+    after = plan.index_after(job, first, wanted)
+    if after < len(chunks):
+        assert sum(each.blank for each in chunks[first:after]) <= wanted
+    if wanted and after + 1 < len(chunks):
+        assert sum(each.blank for each in chunks[first : after + 1]) > wanted
+
+
+# The window
+
+
+@settings(max_examples=50, deadline=None)
+@given(jobs(), st.integers(1, 400), st.integers())
+def test_two_blocks_of_a_slice_are_never_open_together(job: ScanJob, burst: int, seed: int) -> None:
+    """However chunks end, no address is in two open chunks, no more than the width are open, and each is made once."""
+    chance = random.Random(seed)  # noqa: S311 # an order, not a secret
+    width = plan.width(job.policy)
+    open_: dict[int, Chunk] = {}
+    for _ in range(60):
+        end = plan.made_up_to(job, len(open_), min(open_, default=None))
+        assert job.made <= end <= job.chunk_count
+        open_ |= {each.index: each for each in plan.chunks(job, job.made, end)}
+        job = replace(job, made=end)
+        assert len(open_) <= width
+        slices = [each.first_address for each in open_.values()]
+        assert len(slices) == len(set(slices))
+        if not open_:
+            assert job.made == job.chunk_count
+            break
+        indices = sorted(open_)
+        chance.shuffle(indices)
+        for index in indices[:burst]:
+            del open_[index]
+
+
+def test_window_is_filled_again_as_chunks_end() -> None:
+    """The first window is as wide as it may be, and each chunk that ends makes room for one more."""
+    job = job_of(scan_policy(ports="1-1000", service_detection=True), Target.parse("127.9.0.0/16"))
+    assert job.chunk_count > 2 * plan.WINDOW
+    assert plan.made_up_to(job, 0, None) == plan.WINDOW
+    job = replace(job, made=plan.WINDOW)
+    assert plan.made_up_to(job, plan.WINDOW, 0) == plan.WINDOW
+    assert plan.made_up_to(job, plan.WINDOW - 3, 0) == plan.WINDOW + 3
+
+
+def test_one_chunk_that_stays_open_holds_the_window_back() -> None:
+    """However many others have ended, chunks are made no further than 4,096 past the first that is open."""
+    job = replace(job_of(scan_policy(ports="1-65535"), Target.parse("127.9.0.0/16")), made=4_090)
+    assert job.chunk_count > 10_000
+    assert plan.made_up_to(job, 1, 0) == min(4_096, job.chunk_count // job.blocks)
+
+
+@pytest.mark.parametrize(("max_rate", "width"), [(1, 1), (999, 1), (1_000, 2), (5_000, 10), (10_000_000, 256)])
+def test_rate_limits_the_width(max_rate: int, width: int) -> None:
+    """A job has one nmap for each 500 packets a second of its max_rate, one at least and a window at most."""
+    assert plan.width(scan_policy(max_rate=max_rate)) == width
+
+
+def test_rest_of_a_job_needs_raw_packets_once_its_tcp_ports_are_done() -> None:
+    """Chunks of TCP ports go first, so a job needs raw packets from its first UDP chunk on."""
+    job = job_of(scan_policy(ports="T:80,U:53"), Target.parse("127.9.8.0/30"))
+    assert [each.needs_raw for each in made(job)] == [False, True]
+    assert not plan.needs_raw(job, 0)
+    assert plan.needs_raw(job, 1)
+    assert plan.needs_raw(replace(job, made=2), None)
+
+
+# What is learned
+
+
+def test_finished_chunks_replace_the_estimate() -> None:
+    """With a thousand probes done, slot seconds per probe decide what chunks are expected to take, and attempts get."""
+    job = job_of(scan_policy(ports="1-100"), Target.parse("127.9.8.0/24"))
+    ports = job.policy.port_set
+    assert plan.expected(job, ports, 10) == plan.estimate(job.policy, ports, 10)
+    few = replace(job, totals=Totals(done=1, probes={"silent": 999}, seconds=99.9))
+    assert plan.expected(few, ports, 10) == plan.estimate(job.policy, ports, 10)
+    known = replace(job, totals=Totals(done=1, probes={"silent": 1_000}, seconds=10.0))
+    assert plan.expected(known, ports, 10) == pytest.approx(0.1 + 0.01 * 100 * 10)
+    chunk = made(known)[0]
+    assert plan.attempt_size(known, replace(chunk, outcomes="." * 128)) == 65
+    slow = replace(job, totals=Totals(done=1, probes={"silent": 1_000}, seconds=1e6))
+    assert plan.attempt_size(slow, chunk) == 1
+
+
+def test_attempt_is_as_large_as_the_chunks_limit() -> None:
+    """Without a limit an attempt gets all blanks, with one so many."""
+    job = job_of(scan_policy(), Target.parse("127.9.8.0/28"))
+    (chunk,) = made(job)
+    assert plan.attempt_size(job, chunk) == 16
+    assert plan.attempt_size(job, replace(chunk, limit=3)) == 3
+    assert plan.attempt_size(job, replace(chunk, limit=30)) == 16
+
+
+# Single plans
 
 
 def test_both_families_are_cut() -> None:
     """An IPv6 network is planned like an IPv4 one."""
-    chunks = planned(scan_policy(ports="1-1000"), Target.parse("::1/128"))
+    chunks = made(job_of(scan_policy(ports="1-1000"), Target.parse("::1/128")))
     assert [(each.first_address, each.outcomes) for each in chunks] == [("::1", ".")]
-    wide = planned(scan_policy(), Target.parse("2001:db8::/118"))
+    wide = made(job_of(scan_policy(), Target.parse("2001:db8::/118")))
     assert sum(len(each.outcomes) for each in wide) == 1024
     assert all(ip_address(each.first_address).version == 6 for each in wide)
 
 
-def test_a_slice_that_is_all_excluded_is_no_chunk() -> None:
-    """Nobody is sent to scan nothing, and ids still have no gaps."""
+def test_slice_that_is_all_excluded_makes_no_chunk() -> None:
+    """A slice without blanks is left out, and ids still have no gaps."""
     policy = scan_policy(ports="1-1000", service_detection=True)
-    half = Target.parse("127.9.0.0/20", ["127.9.0.0/21"])
-    chunks = planned(policy, half)
+    chunks = made(job_of(policy, Target.parse("127.9.0.0/20", ["127.9.0.0/21"])))
     assert {each.outcomes for each in chunks} == {Outcome.BLANK * len(chunks[0].outcomes)}
     assert sum(len(each.outcomes) for each in chunks) == 2048
     assert chunks[-1].id == f"1-{len(chunks) - 1}"
 
 
-def test_a_job_keeps_how_it_was_cut() -> None:
-    """The size of a chunk comes from the job, so a release that would cut otherwise makes the same chunks."""
-    job = replace(scan_job(cidr="127.9.8.0/29"), chunk_addresses=2)
-    assert [each.first_address for each in plan.chunks(job, 0)] == ["127.9.8.0", "127.9.8.2", "127.9.8.4", "127.9.8.6"]
+def test_job_keeps_how_it_was_cut() -> None:
+    """The sizes of a chunk come from the job, so a release that would cut otherwise makes the same chunks."""
+    job = replace(scan_job(cidr="127.9.8.0/29"), chunk_addresses=2, chunk_count=4)
+    addresses = ["127.9.8.0", "127.9.8.2", "127.9.8.4", "127.9.8.6"]
+    assert [each.first_address for each in plan.chunks(job, 0, 4)] == addresses
+    blockwise = replace(job, chunk_addresses=4, chunk_ports=1, blocks=2)
+    cut = [(each.first_address, each.ports) for each in plan.chunks(blockwise, 0, 4)]
+    assert cut == [("127.9.8.0", "22"), ("127.9.8.4", "22"), ("127.9.8.0", "80"), ("127.9.8.4", "80")]
+    old = [(each.first_address, each.ports) for each in plan.chunks(replace(blockwise, blockwise=False), 0, 4)]
+    assert old == [("127.9.8.0", "22"), ("127.9.8.0", "80"), ("127.9.8.4", "22"), ("127.9.8.4", "80")]
 
 
-def test_turns_begin_where_they_are_told() -> None:
-    """The first chunk has the turn given, and each next one the next."""
-    job = replace(scan_job(cidr="127.9.8.0/30"), chunk_addresses=1)
-    assert [each.turn for each in plan.chunks(job, 40)] == [40, 41, 42, 43]
+def test_turns_begin_at_the_jobs() -> None:
+    """The first chunk has the turn of its job, and each next one the next."""
+    job = replace(scan_job(cidr="127.9.8.0/30"), chunk_addresses=1, chunk_count=4, turn=40)
+    assert [each.turn for each in plan.chunks(job, 0, 4)] == [40, 41, 42, 43]
 
 
 @pytest.mark.parametrize(
@@ -158,31 +368,32 @@ def test_what_takes_longer_is_estimated_longer(less: dict[str, object], more: di
 
 
 @pytest.mark.parametrize(("timing", "delay"), [(0, 300.0), (1, 15.0), (2, 0.4)])
-def test_a_slow_timing_gets_the_time_that_it_waits(timing: int, delay: float) -> None:
+def test_slow_timing_is_estimated_with_its_waits(timing: int, delay: float) -> None:
     """What nmap waits between two probes to one address is in the estimate, once for all that it probes side by side."""
     policy = scan_policy(ports="1-100", timing=timing)
-    (chunk, *others) = planned(policy, Target.parse("127.9.8.0/27"))
-    assert not others
-    assert 100 * delay <= chunk.estimate <= 100 * delay + 30
+    assert 100 * delay <= plan.estimate(policy, policy.port_set, 32) <= 100 * delay + 30
 
 
-def test_planning_the_largest_job_makes_no_chunk() -> None:
-    """A /16 with every port and a thousand excludes is planned from its map alone."""
+@pytest.mark.parametrize(("cidr", "ports", "timing"), [("127.9.8.0/24", "top:1000", 3), ("127.9.8.0/24", "top:100", 4)])
+def test_job_is_shared_by_a_few_workers(cidr: str, ports: str, timing: int) -> None:
+    """A job makes sixteen chunks or more, unless they would be shorter than 5 seconds."""
+    policy = scan_policy(ports=ports, timing=timing)
+    told = plan.plan(policy, Target.parse(cidr, ()))
+    assert told.chunk_count >= 16 or plan.estimate(policy, policy.port_set, told.chunk_addresses) <= 5
+
+
+def test_largest_job_is_planned_and_begun_in_a_tenth_of_a_second() -> None:
+    """A /16 with every port at timing 0 and a thousand excludes is planned from its map alone, and so is its window."""
     excludes = [f"127.9.{third}.{fourth}/32" for third in range(100) for fourth in range(1, 11)]
-    told = plan.plan(fill_in(Preset.FULL, {"timing": 2}), Target.parse("127.9.0.0/16", excludes))
+    policy, target = fill_in(Preset.FULL, {"timing": 0}), Target.parse("127.9.0.0/16", excludes)
+    began = time.process_time()
+    told = plan.plan(policy, target)
+    planned = time.process_time()
+    assert planned - began < 0.1
     assert (told.addresses, told.excluded, told.ports) == (65_536, 1_000, 65_535)
     assert told.chunk_count > 100_000
-
-
-@pytest.mark.parametrize(
-    ("cidr", "ports", "timing", "chunks"),
-    [
-        ("127.9.8.0/24", "top:1000", 3, 16),  # a chunk of 8 s
-        ("127.9.8.0/24", "top:100", 4, 2),  # of less than 5 s: more of them would only start nmap more often
-        ("127.9.0.0/16", "top:1000", 3, 2048),  # of 16 s: twice as much would be more than 30
-    ],
-)
-def test_a_job_is_shared_by_a_few_workers(cidr: str, ports: str, timing: int, chunks: int) -> None:
-    """A job makes sixteen chunks unless they would be shorter than 5 seconds or longer than 30."""
-    policy = scan_policy(ports=ports, timing=timing)
-    assert plan.plan(policy, Target.parse(cidr, ())).chunk_count == chunks
+    job = job_of(policy, target)
+    began = time.process_time()
+    window = list(plan.chunks(job, 0, plan.made_up_to(job, 0, None)))
+    assert time.process_time() - began < 0.1
+    assert len(window) == plan.WINDOW

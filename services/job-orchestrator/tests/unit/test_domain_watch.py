@@ -1,41 +1,59 @@
-"""Silence, as one who listens now and then measures it."""
+"""Silence, as an observer that looks now and then measures it."""
 
 from __future__ import annotations
 
+from job_orchestrator.domain.fairness import Held
 from job_orchestrator.domain.watch import Watch
 from job_orchestrator.testing import chunk
+from job_orchestrator.testing.things import THEN
 
 LEASE = 10.0
-FIRST, SECOND = chunk(id="1-0", attempt=1), chunk(id="1-1", attempt=1)
 
 
-def look_on(watch: Watch, start: float, seconds: int, *, heard: bool = False) -> list[str]:
+def held(id_: str, attempt: int = 1) -> Held:
+    return Held(
+        chunk_id=id_,
+        attempt=attempt,
+        worker_id="w-1",
+        user_id=7,
+        job_id=1,
+        partition=0,
+        estimate=1.0,
+        share=1.0,
+        dispatched_at=THEN,
+    )
+
+
+FIRST, SECOND = held("1-0"), held("1-1")
+
+
+def look_on(watch: Watch, start: float, seconds: int, *, reporting: bool = False) -> list[str]:
     """Look each second, and stop at the first that is overdue."""
     for second in range(1, seconds + 1):
-        if heard:
-            watch.renew(FIRST)
+        if reporting:
+            watch.renew(chunk(id="1-0", attempt=1))
         if late := watch.overdue([FIRST], start + second):
-            return [each.id for each in late]
+            return [each.chunk_id for each in late]
     return []
 
 
 def test_silence_for_longer_than_the_lease_is_overdue() -> None:
-    """A chunk that says nothing is overdue after the lease, and not before it."""
+    """A chunk without a report is overdue after the lease, and not before it."""
     watch = Watch(LEASE)
     assert watch.overdue([FIRST], 100.0) == []
     assert look_on(watch, 100.0, 10) == []
     assert look_on(watch, 110.0, 1) == ["1-0"]
 
 
-def test_a_sign_of_life_starts_the_lease_anew() -> None:
-    """A chunk that is heard of between looks is never overdue, and from its last word on it has a whole lease."""
+def test_a_report_renews_the_lease() -> None:
+    """A chunk that is reported on between looks is never overdue, and after its last report it has a whole lease."""
     watch = Watch(LEASE)
-    assert look_on(watch, 0.0, 60, heard=True) == []
+    assert look_on(watch, 0.0, 60, reporting=True) == []
     assert look_on(watch, 60.0, 10) == []
     assert look_on(watch, 70.0, 1) == ["1-0"]
 
 
-def test_a_watcher_that_was_frozen_blames_nobody() -> None:
+def test_a_frozen_observer_expires_no_lease() -> None:
     """An hour between two looks adds a few seconds of silence, not an hour."""
     watch = Watch(LEASE)
     watch.overdue([FIRST], 0.0)
@@ -48,9 +66,9 @@ def test_what_is_seen_for_the_first_time_starts_afresh() -> None:
     """A chunk that turns up among silent ones, or under another attempt, has its whole lease."""
     watch = Watch(LEASE)
     look_on(watch, 0.0, 10)
-    again = chunk(id="1-0", attempt=2)
+    again = held("1-0", attempt=2)
     assert watch.overdue([again, SECOND], 12.0) == []
-    assert [each.id for each in watch.overdue([FIRST], 13.0)] == []
+    assert [each.chunk_id for each in watch.overdue([FIRST], 13.0)] == []
 
 
 def test_a_clock_that_stands_still_adds_no_silence() -> None:
@@ -64,6 +82,6 @@ def test_one_is_overdue_beside_one_that_is_not() -> None:
     watch = Watch(LEASE)
     late: set[str] = set()
     for second in range(12):
-        watch.renew(SECOND)
-        late |= {each.id for each in watch.overdue([FIRST, SECOND], float(second))}
+        watch.renew(chunk(id="1-1", attempt=1))
+        late |= {each.chunk_id for each in watch.overdue([FIRST, SECOND], float(second))}
     assert late == {"1-0"}

@@ -1,4 +1,4 @@
-"""What operators are told in numbers."""
+"""Metrics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CENSUS = Census(
     jobs=Counter({JobStatus.PENDING: 3}),
     job_ages={JobStatus.PENDING: 40.0},
     chunks=Counter({ChunkState.QUEUED: 5}),
-    queued_seconds=2.5,
+    slot_seconds=2.5,
     outbox_age=0.25,
 )
 
@@ -116,16 +116,17 @@ class Refusing(MemoryStore):
 
     async def census(self) -> Census:
         self.asked += 1
-        raise DependencyError("the database is away")
+        raise DependencyError("the database is unavailable")
 
 
 async def test_a_database_in_trouble_is_not_asked_for_a_census_in_every_sweep() -> None:
     """A census that fails is tried again ten seconds later, and the repairs go on meanwhile."""
     store = Refusing()
     world = World(store)
+    await world.start()
     await store.insert_jobs([scan_job(9)])
     with pytest.raises(DependencyError):
         await world.only.sweeper.sweep()
     await world.only.sweeper.sweep()
     await world.settle()
-    assert (store.asked, (await store.chunk_states([9]))[9].total()) == (1, 1)
+    assert (store.asked, (await store.standings([9]))[9].open) == (1, 1)

@@ -1,0 +1,39 @@
+"""The partition of a key."""
+
+from __future__ import annotations
+
+import pytest
+from aiokafka.partitioner import DefaultPartitioner, murmur2
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scanfleet.messages import topics
+from scanfleet.messages.topics import SCAN_AUDIT, SCAN_PROGRESS, TOPICS, Topic
+
+
+@given(st.text())
+def test_partition_of_a_key_is_the_producers(key: str) -> None:
+    """Whatever the key, the partition is the one that Kafka's client sends the record to."""
+    partitions = list(range(SCAN_PROGRESS.partitions))
+    assert SCAN_PROGRESS.partition_of(key) == DefaultPartitioner()(key.encode(), partitions, partitions)
+
+
+@given(st.binary(max_size=70))
+def test_hash_is_kafkas(data: bytes) -> None:
+    """The hash is the one of Kafka's clients, for keys of any length."""
+    assert topics._murmur2(data) & 0xFFFF_FFFF == murmur2(data) & 0xFFFF_FFFF
+
+
+def test_jobs_are_spread_over_all_partitions() -> None:
+    """Consecutive job ids use each partition about equally often."""
+    counts = [0] * SCAN_PROGRESS.partitions
+    for job_id in range(1, 12_001):
+        counts[SCAN_PROGRESS.partition_of(str(job_id))] += 1
+    assert min(counts) > 800
+
+
+@pytest.mark.parametrize("topic", TOPICS, ids=lambda topic: topic.name)
+def test_partition_is_one_of_the_topics(topic: Topic) -> None:
+    """A topic of one partition has all keys in it, and no partition is beyond the last."""
+    assert {topic.partition_of(str(number)) for number in range(200)} == set(range(topic.partitions))
+    assert SCAN_AUDIT.partition_of("any") == 0
