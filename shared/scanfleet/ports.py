@@ -89,6 +89,12 @@ class PortSet:
         yield from (PortSet(tcp=ranges) for ranges in _cut(self.tcp, size))
         yield from (PortSet(udp=ranges) for ranges in _cut(self.udp, size))
 
+    def without(self, others: PortSet) -> PortSet:
+        """The TCP ports of this set that are not in the other one."""
+        taken = {port for low, high in others.tcp for port in range(low, high + 1)}
+        left = (port for low, high in self.tcp for port in range(low, high + 1) if port not in taken)
+        return PortSet(tcp=_disjoint([(port, port) for port in left]))
+
     def __str__(self) -> str:
         """The canonical text; `PortSet.parse(str(ports)) == ports`."""
         if self.top:

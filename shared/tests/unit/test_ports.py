@@ -142,12 +142,14 @@ def test_counts_each_port_once(items: list[tuple[str, int, int]]) -> None:
 
 @given(TEXT, st.integers(1, 70_000))
 def test_blocks_hold_every_port_once_in_order(text: str, size: int) -> None:
-    """Blocks are full but for the last, are canonical, and together hold each port of the set exactly once."""
+    """Blocks of each protocol are full but for its last, are canonical, and hold each port of the set exactly once."""
     ports = PortSet.parse(text)
     size = max(size, ports.count // 50 + 1)  # some fifty blocks show as much as a hundred thousand
     blocks = list(ports.blocks(size))
-    assert [block.count for block in blocks[:-1]] == [size] * (len(blocks) - 1)
-    assert 0 < blocks[-1].count <= size
+    for of_protocol in ([b.tcp_count for b in blocks if b.tcp_count], [b.udp_count for b in blocks if b.udp_count]):
+        assert of_protocol[:-1] == [size] * (len(of_protocol) - 1)
+        assert all(0 < count <= size for count in of_protocol)
+    assert not any(block.tcp and block.udp for block in blocks)
     assert sum(block.count for block in blocks) == ports.count
     assert set().union(*(numbers(block.tcp) for block in blocks)) == numbers(ports.tcp)
     assert set().union(*(numbers(block.udp) for block in blocks)) == numbers(ports.udp)
@@ -155,12 +157,16 @@ def test_blocks_hold_every_port_once_in_order(text: str, size: int) -> None:
 
 
 @given(st.integers(1, MAX_TOP), st.integers(1, MAX_TOP))
-def test_the_most_common_ports_stay_together(top: int, size: int) -> None:
-    """`top:N` counts N TCP ports, reads back, and is one block whatever the size."""
+def test_the_most_common_ports_are_cut_by_rank(top: int, size: int) -> None:
+    """`top:N` counts N TCP ports, reads back, and its blocks are consecutive ranks that read back too."""
     ports = PortSet.parse(f"top:{top}")
     assert (ports.count, ports.tcp_count, ports.udp_count) == (top, top, 0)
     assert str(ports) == f"top:{top}"
-    assert list(ports.blocks(size)) == [ports]
+    size = max(size, top // 50 + 1)
+    blocks = list(ports.blocks(size))
+    assert sum(block.count for block in blocks) == top
+    assert [block.above for block in blocks] == [0, *(block.top for block in blocks[:-1])]
+    assert all(PortSet.parse(str(block)) == block for block in blocks)
 
 
 @given(st.sets(st.integers(0, MAX_PORT), max_size=50))

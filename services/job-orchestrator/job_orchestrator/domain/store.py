@@ -206,8 +206,8 @@ class Store(Resources, Audit, Protocol):
 
     # Dispatch
 
-    async def waiting_users(self, now: datetime, *, raw: bool) -> list[int]:
-        """Users with queued chunks that may go; without those chunks that need raw packets if not `raw`."""
+    async def waiting_users(self, *, raw: bool) -> list[int]:
+        """Users with queued chunks; without those chunks that need raw packets if not `raw`."""
 
     async def queue(
         self,

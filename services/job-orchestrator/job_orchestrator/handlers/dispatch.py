@@ -203,7 +203,7 @@ class Dispatcher:
 
     async def _give(self, workers: Sequence[Credit], held: Sequence[Held], *, raw: bool) -> bool:
         now = self._clock.now()
-        users = await self._store.waiting_users(now, raw=raw)
+        users = await self._store.waiting_users(raw=raw)
         if not users:
             return False
         room = min(_PICKS, sum(max(0, credit.slots - credit.held) + _EXTRA for credit in workers))
@@ -216,9 +216,10 @@ class Dispatcher:
         )
         occupied = fairness.occupied(held, {credit.worker_id for credit in workers})
         instances = {credit.instance: credit.raw for credit in (*self._live.values(), *workers)}
-        round_ = fairness.Round(workers, {user: times[user] for user in neediest}, occupied, instances)
+        waiting = {user: queue for user, queue in zip(neediest, queues, strict=True) if queue}
+        round_ = fairness.Round(workers, {user: times[user] for user in waiting}, occupied, instances)
         picks: list[_Pick] = []
-        for pick in round_.picks(dict(zip(neediest, queues, strict=True))):
+        for pick in round_.picks(waiting):
             picks.append(pick)
             if len(picks) == room:
                 break

@@ -356,8 +356,8 @@ class MongoStore:
     # Dispatch
 
     @dependency_errors()
-    async def waiting_users(self, now: datetime, *, raw: bool) -> list[int]:
-        found: list[int] = await self._chunks.distinct("user_id", _queued(now, raw=raw))
+    async def waiting_users(self, *, raw: bool) -> list[int]:
+        found: list[int] = await self._chunks.distinct("user_id", _queued(raw=raw))
         return found
 
     @dependency_errors()
@@ -370,7 +370,8 @@ class MongoStore:
         raw: bool,
         skip: Collection[int] = (),
     ) -> list[Candidate]:
-        wanted = _queued(now, raw=raw) | {"user_id": user_id}
+        may_go = {"$or": [{"not_before": None}, {"not_before": {"$lte": now}}]}
+        wanted = _queued(raw=raw) | {"user_id": user_id} | may_go
         if skip:
             wanted["job_id"] = {"$nin": list(skip)}
         found = self._chunks.find(wanted, documents.CANDIDATE).sort("turn", 1).limit(limit)
@@ -488,9 +489,8 @@ def _age(time: Any) -> Document:
     return {"$max": [0.0, {"$divide": [{"$subtract": ["$$NOW", time]}, 1_000]}]}
 
 
-def _queued(now: datetime, *, raw: bool) -> Document:
-    may_go = {"$or": [{"not_before": None}, {"not_before": {"$lte": now}}]}
-    return {"state": ChunkState.QUEUED.value, "needs_raw": {"$in": [False, True] if raw else [False]}} | may_go
+def _queued(*, raw: bool) -> Document:
+    return {"state": ChunkState.QUEUED.value, "needs_raw": {"$in": [False, True] if raw else [False]}}
 
 
 def _read(read: Callable[[Document], _Any], document: Document, collection: str) -> _Any | None:

@@ -236,8 +236,8 @@ class MemoryStore:
 
     # Dispatch
 
-    async def waiting_users(self, now: datetime, *, raw: bool) -> list[int]:
-        return sorted({chunk.user_id for chunk in self._queued(now, raw=raw)})
+    async def waiting_users(self, *, raw: bool) -> list[int]:
+        return sorted({chunk.user_id for chunk in self._queued(raw=raw)})
 
     async def queue(
         self,
@@ -248,7 +248,13 @@ class MemoryStore:
         raw: bool,
         skip: Collection[int] = (),
     ) -> list[Candidate]:
-        mine = (c for c in self._queued(now, raw=raw) if c.user_id == user_id and c.job_id not in skip)
+        mine = (
+            chunk
+            for chunk in self._queued(raw=raw)
+            if chunk.user_id == user_id
+            and chunk.job_id not in skip
+            and (chunk.not_before is None or chunk.not_before <= now)
+        )
         return [
             Candidate(chunk.id, user_id, chunk.job_id, chunk.estimate, chunk.needs_raw, chunk.failed_by)
             for chunk in sorted(mine, key=lambda chunk: chunk.turn)[:limit]
@@ -303,13 +309,9 @@ class MemoryStore:
             outbox_age=max(map(_age, outgoing), default=0.0),
         )
 
-    def _queued(self, now: datetime, *, raw: bool) -> list[Chunk]:
+    def _queued(self, *, raw: bool) -> list[Chunk]:
         queued = (chunk for chunk in self._chunks.values() if chunk.state is ChunkState.QUEUED)
-        return [
-            chunk
-            for chunk in queued
-            if (raw or not chunk.needs_raw) and (chunk.not_before is None or chunk.not_before <= now)
-        ]
+        return [chunk for chunk in queued if raw or not chunk.needs_raw]
 
     def _held(self) -> list[Held]:
         return [

@@ -17,6 +17,8 @@ from scanfleet.ports import PortSet
 from scanfleet.targets import Network, TargetRules
 from scanner_worker.domain import Host, ScanError, arguments, services
 
+SLACK_S: Final = 15.0  # for nmap to end a single address itself after its host timeout
+
 _GIVEN: Final = Outcome.EXCLUDED  # in a share's map: nmap is done with it, and no later one is asked again
 
 Found = list[tuple[Host, tuple[PortFound, ...]]]
@@ -30,6 +32,13 @@ class Scanner(Protocol):
             ScanError: the run does not count; the hosts that were yielded do.
             CannotStartError: nmap cannot be started.
             KilledByGuardError: the guard killed nmap.
+        """
+
+    async def ranked(self, ports: PortSet) -> PortSet:
+        """The TCP ports that a part of a `top` set stands for.
+
+        Raises:
+            ScanError, CannotStartError: as `scan`.
         """
 
     def hold(self, seconds: float) -> None:
@@ -117,29 +126,47 @@ class Batch:
     async def _scan(self) -> BaseException | None:
         """Run nmap until one has come to its end; answers what went wrong."""
         loop, limit = asyncio.get_running_loop(), self._abilities.attempt_seconds
-        # nmap itself ends a single address after its host timeout, so that one costs no more than itself.
         several = sum(network.num_addresses for network in self._targets()) > 1
+        if not several:
+            # nmap's own host timeout ends it, but does not count host discovery, which timing 0 can stretch beyond it.
+            limit = max(limit, self._chunk.policy.host_timeout + SLACK_S)
         deadline = loop.time() + limit
         while targets := self._targets():
             self._nmap = asyncio.create_task(self._run_nmap(targets))
-            await asyncio.wait((self._nmap,), timeout=max(deadline - loop.time(), 0) if several else None)
+            await asyncio.wait((self._nmap,), timeout=max(deadline - loop.time(), 0))
             if not self._nmap.done():
                 self._nmap.cancel()
                 await asyncio.wait((self._nmap,))
-                return TooSlowError(
-                    f"nmap was stopped after {limit:g} s, the limit for more than one address (SCANFLEET_ATTEMPT_SECONDS)"
-                )
+                if several:
+                    return TooSlowError(
+                        f"nmap was stopped after {limit:g} s, the limit for more than one address (SCANFLEET_ATTEMPT_SECONDS)"
+                    )
+                await self._time_out()
+                return None
             if not self._nmap.cancelled():  # as it is when a share with targets is left
                 self.finished = self._nmap.exception() is None
                 return self._nmap.exception()
         return None
 
+    async def _time_out(self) -> None:
+        """Report the address that is left as timed out."""
+        for share in self._here:
+            for network in share.targets:
+                address = str(network.network_address)
+                await share.give(
+                    [(Host(address, up=True, timed_out=True, ports=0, reasons=frozenset(), element=b""), ())]
+                )
+
     def _targets(self) -> list[Network]:
         return [network for share in self._here for network in share.targets]
 
     async def _run_nmap(self, targets: Sequence[Network]) -> None:
-        line = arguments(self._chunk, targets, raw=self._abilities.raw)
-        async with aclosing(self._scanner.scan(line, services(PortSet.parse(self._chunk.ports)))) as found:
+        chunk, ports = self._chunk, PortSet.parse(self._chunk.ports)
+        if ports.above:
+            ports = await self._scanner.ranked(ports)
+            chunk = chunk.model_copy(update={"ports": str(ports)})
+        line = arguments(chunk, targets, raw=self._abilities.raw)
+        async with aclosing(self._scanner.scan(line, services(ports))) as found:
             async for hosts in found:
                 for share, own in self._sorted(hosts).items():
                     if share in self._here:

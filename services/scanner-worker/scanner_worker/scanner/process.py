@@ -20,6 +20,7 @@ import structlog
 from prometheus_client import Counter, Gauge
 
 from scanfleet.messages import PortFound
+from scanfleet.ports import PortSet, parse_ranges
 from scanner_worker.domain import CannotStartError, Host, KilledByGuardError, ScanError, printable
 from scanner_worker.scanner import guard, view
 from scanner_worker.scanner.xml import BadXmlError, Reader
@@ -37,6 +38,10 @@ _VERSION: Final = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})")
 
 # A run that touches nothing, but takes all that a scan takes: a process, a temporary folder, nmap and its libraries.
 _TRIAL: Final = ("-n", "-sL", "-oX", "-", "127.0.0.1")
+
+# A run without targets, in which nmap lists the ports that it would probe.
+_NO_TARGETS: Final = ("-n", "-Pn", "-sT", "-oX", "-", "-iL", os.devnull)
+_SERVICES: Final = re.compile(rb'<scaninfo [^>]*protocol="tcp"[^>]* services="([0-9,-]+)"')
 
 # Seconds between two probes of a host by timing template, where nmap may show no progress for so long.
 _PROBE_DELAYS: Final = {"-T0": 300.0, "-T1": 15.0}
@@ -77,6 +82,7 @@ class Nmap:
         self._guard: asyncio.subprocess.Process | None = None
         self._limit = 0.0
         self._beating: asyncio.Task[None] | None = None
+        self._most_common: dict[int, PortSet] = {0: PortSet()}
         self._kills = -1  # the guard writes here when it kills
         self._killed_at = 0.0
 
@@ -162,6 +168,27 @@ class Nmap:
                 f"{'.'.join(map(str, MIN_VERSION))} is the oldest that works: install a newer one (Debian 12, Ubuntu 24.04 and "
                 "later have it), and name it in SCANFLEET_NMAP if it is not the first in PATH"
             )
+
+    async def ranked(self, ports: PortSet) -> PortSet:
+        """The TCP ports that a part of a `top` set stands for, by nmap's own table. Sends nothing.
+
+        Raises:
+            CannotStartError: nmap does not start here.
+            ScanError: nmap does not list them.
+        """
+        return (await self._common(ports.top)).without(await self._common(ports.above))
+
+    async def _common(self, count: int) -> PortSet:
+        if count not in self._most_common:
+            output = b""
+            async with self._started((*_NO_TARGETS, "--top-ports", str(count))) as run:
+                while data := await run.read():
+                    output += data
+            listed = _SERVICES.search(output)
+            if not listed:
+                raise ScanError(f"nmap does not list its {count} most common ports: {run.said}")
+            self._most_common[count] = PortSet(tcp=parse_ranges(listed[1].decode()))
+        return self._most_common[count]
 
     async def scan(self, arguments: Sequence[str], services: Mapping[str, int]) -> AsyncGenerator[Found]:
         """Run nmap and yield finished hosts with their open ports, whatever is ready at once.

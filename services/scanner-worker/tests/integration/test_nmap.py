@@ -19,6 +19,7 @@ import pytest
 from scanfleet.audit import Refusals
 from scanfleet.messages import ChunkFailed, ChunkReleased, ChunkScanned, HostScanned, Message, ScanChunk, StopChunk
 from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS
+from scanfleet.ports import PortSet
 from scanfleet.targets import TargetRules
 from scanfleet.testing.bus import MemoryBus
 from scanner_worker.domain import CannotStartError, ScanError
@@ -49,6 +50,20 @@ HOST = """<host><status state="up" reason="reset" reason_ttl="0"/>
 <ports><extraports state="closed" count="2"><extrareasons reason="reset" count="2"/></extraports></ports></host>
 """
 TAIL = '<runstats><finished exit="success"/></runstats></nmaprun>'
+
+
+async def test_parts_of_the_top_ports_are_the_top_ports(make_nmap: MakeNmap) -> None:
+    """The ports of consecutive ranks are distinct, and together they are those that nmap takes as most common."""
+    nmap = await make_nmap()
+    whole = await nmap.ranked(PortSet.parse("top:1-100"))
+    parts = [await nmap.ranked(part) for part in PortSet.parse("top:100").blocks(30)]
+    assert [part.count for part in parts] == [30, 30, 30, 10]
+    assert {port for part in parts for port in _ports(part)} == set(_ports(whole))
+    assert {80, 443, 22} <= set(_ports(parts[0]))
+
+
+def _ports(ports: PortSet) -> list[int]:
+    return [port for low, high in ports.tcp for port in range(low, high + 1)]
 
 
 def marked(nmap: Nmap) -> list[int]:

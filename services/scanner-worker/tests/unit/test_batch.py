@@ -24,9 +24,11 @@ from scanfleet.messages import (
 )
 from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, Topic
 from scanfleet.policy import Preset, fill_in
+from scanfleet.ports import PortSet
 from scanfleet.targets import TargetRules
 from scanfleet.testing.bus import MemoryBus
 from scanner_worker.domain import CannotStartError, Host, KilledByGuardError, ScanError, arguments, permit
+from scanner_worker.handlers import batch
 from scanner_worker.handlers.batch import Abilities, Batch, Found
 from scanner_worker.handlers.chunk import ChunkScan
 
@@ -84,6 +86,10 @@ class Stepping:
         finally:
             await asyncio.sleep(0)  # to be killed takes a moment
             self.running -= 1
+
+    async def ranked(self, ports: PortSet) -> PortSet:
+        """As if the most common port were 1, the next 2 and so on."""
+        return PortSet(tcp=((ports.above + 1, ports.top),))
 
     def hold(self, seconds: float) -> None: ...
 
@@ -340,7 +346,29 @@ async def test_scan_of_several_addresses_has_one_time_limit_for_all_its_nmaps(ma
     assert [m.too_slow for m in rig.last_words() if isinstance(m, ChunkReleased)] == [False, True]
 
 
-async def test_scan_of_a_single_address_has_no_time_limit(make: MakeChunk) -> None:
+async def test_scan_of_a_single_address_past_its_host_timeout_is_timed_out(
+    make: MakeChunk,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What nmap itself does not end, because its host timeout leaves out host discovery, the worker ends as timed out."""
+    monkeypatch.setattr(batch, "SLACK_S", 0.1)
+    async with scanning(make(1, outcomes="a.", policy={"host_timeout": 1}), abilities=BRIEF) as rig:
+        pass
+    assert rig.ends() == {"1-1": (ChunkScanned, "at")}
+    assert rig.hosts() == [("1-1", "127.9.1.11")]
+    assert rig.scanner.running == 0
+
+
+async def test_scan_of_a_part_of_the_top_ports_names_them(make: MakeChunk) -> None:
+    """nmap cannot be asked for the 51st to the 100th most common port: the worker looks up which ports these are."""
+    async with scanning(make(1, ports="top:51-100")) as rig:
+        rig.scanner.fault = ScanError("two ports are not fifty")
+        rig.scanner.let()
+    (argv,) = rig.scanner.argvs
+    assert argv[argv.index("-p") + 1] == "51-100"
+
+
+async def test_scan_of_a_single_address_is_not_bound_by_the_limit_for_several(make: MakeChunk) -> None:
     """One address, blank or within the chunk's limit, is scanned for as long as nmap takes."""
     for chunk in (make(1, outcomes="a.d"), make(1, outcomes="...", limit=1)):
         async with scanning(chunk, abilities=BRIEF) as rig:

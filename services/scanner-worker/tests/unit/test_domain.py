@@ -154,7 +154,7 @@ def test_arguments_rates_are_the_chunks(
 
 @pytest.mark.parametrize(
     ("discovery", "ports", "group"),
-    [("default", "22,80", 512), ("default", "top:1000", 64), ("none", "22,80", 512), ("none", "top:1000", 8)],
+    [("default", "22,80", 512), ("default", "top:1000", 64), ("none", "22,80", 512), ("none", "top:1000", 16)],
 )
 def test_arguments_groups_of_silent_hosts_are_small(
     make_chunk: MakeChunk, discovery: str, ports: str, group: int

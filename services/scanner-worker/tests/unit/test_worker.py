@@ -26,6 +26,7 @@ from scanfleet.messages import (
     WorkerReady,
 )
 from scanfleet.messages.topics import SCAN_AUDIT, SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS, SCAN_WORKERS, Topic
+from scanfleet.ports import PortSet
 from scanfleet.targets import TargetRules
 from scanfleet.testing.bus import MemoryBus
 from scanfleet.testing.tracing import ids, recording
@@ -80,6 +81,9 @@ class ScriptedScanner:
         finally:
             self.closed += 1
             self.running -= 1
+
+    async def ranked(self, ports: PortSet) -> PortSet:
+        return ports
 
     def hold(self, seconds: float) -> None:
         self.held.append(seconds)
