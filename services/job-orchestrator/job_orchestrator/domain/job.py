@@ -104,6 +104,8 @@ class ScanJob:
     """Terminal, and so is every chunk: nothing is left to reconcile."""
     traceparent: str | None = None
     outbox: tuple[Outgoing, ...] = ()
+    eta_seconds: float | None = None
+    waiting: str = ""
 
     @property
     def final(self) -> bool:

@@ -56,9 +56,23 @@ class Command:
     jobs: tuple[ScanJob, ...] = ()
     cancels: int | None = None
     """The job that a cancel is about."""
+    admin: bool = False
+    """The cancel is an administrator's, who may cancel another user's job."""
     status: int = 0
     error: str = ""
     rule: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenChunks:
+    """The chunks of one job that workers hold or could be given."""
+
+    queued: int = 0
+    queued_raw: int = 0
+    """Of the queued ones, those that need raw packets."""
+    queued_seconds: float = 0.0
+    """Estimated slot seconds of the queued ones."""
+    held: int = 0
 
 
 UNFINISHED: Final = (JobStatus.PENDING, JobStatus.RUNNING)
@@ -142,12 +156,12 @@ class Store(Resources, Audit, Protocol):
 
     async def list_jobs(
         self,
-        user_id: int,
+        user_id: int | None,
         statuses: Collection[JobStatus],
         skip: int,
         limit: int,
     ) -> tuple[list[ScanJob], int]:
-        """Newest start first, pending before all, ties by id, newest first; and how many match."""
+        """Newest start first, pending before all, ties by id, newest first; and how many match. None is every user."""
 
     async def unsettled_jobs(self, after: int, limit: int) -> list[int]:
         """Ids above `after`, in order, of jobs that are not final or have chunks that are not."""
@@ -155,6 +169,17 @@ class Store(Resources, Audit, Protocol):
     async def jobs_with_old_events(self, before: datetime, limit: int) -> list[int]: ...
 
     async def has_unfinished_jobs(self, subnet_id: int) -> bool: ...
+
+    async def unfinished_jobs(
+        self,
+        user_id: int,
+        limit: int,
+        *,
+        statuses: Collection[JobStatus] = UNFINISHED,
+        subnet_id: int | None = None,
+        policy_id: int | None = None,
+    ) -> list[int]:
+        """Ids of the user's unfinished jobs that match, in any order."""
 
     # Chunks
 
@@ -179,6 +204,8 @@ class Store(Resources, Audit, Protocol):
 
     async def overdue_chunks(self, before: datetime, limit: int) -> list[Chunk]:
         """Scanned, and result-store was not asked since `before`, or never."""
+
+    async def chunk_counts(self, job_id: int) -> OpenChunks: ...
 
     # Dispatch
 
@@ -209,6 +236,12 @@ class Store(Resources, Audit, Protocol):
         """Note that these workers were heard of now, by the database's clock."""
 
     async def raw_worker_seen(self, within: timedelta) -> bool: ...
+
+    async def live_workers(self, within: timedelta) -> list[tuple[bool, int]]:
+        """Of each worker that announced slots so lately: whether it may send raw packets, and its slots."""
+
+    async def queued_seconds(self) -> float:
+        """Estimated slot seconds of all queued chunks."""
 
     # What is going on
 

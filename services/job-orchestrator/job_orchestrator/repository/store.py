@@ -15,7 +15,7 @@ from pymongo.read_concern import ReadConcern
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState
 from job_orchestrator.domain.fairness import Clock, Credit
 from job_orchestrator.domain.job import ScanJob
-from job_orchestrator.domain.store import UNFINISHED, Census, Command, Policy, Subnet
+from job_orchestrator.domain.store import UNFINISHED, Census, Command, OpenChunks, Policy, Subnet
 from job_orchestrator.repository import documents
 from scanfleet.clock import utc_now
 from scanfleet.messages import AuditEntry, JobStatus
@@ -44,6 +44,7 @@ _INDEXES: Final = {
     "jobs": [
         IndexModel([("user_id", 1), ("sort_time", -1), ("_id", -1)]),
         IndexModel([("user_id", 1), ("status", 1), ("sort_time", -1), ("_id", -1)]),
+        IndexModel([("status", 1), ("sort_time", -1), ("_id", -1)]),  # for administrators, who list every user's
         # With status and age the unfinished jobs are counted from the index alone.
         IndexModel(
             [("settled", 1), ("_id", 1), ("status", 1), ("created_at", 1)],
@@ -219,12 +220,14 @@ class MongoStore:
     @bad_days()
     async def list_jobs(
         self,
-        user_id: int,
+        user_id: int | None,
         statuses: Collection[JobStatus],
         skip: int,
         limit: int,
     ) -> tuple[list[ScanJob], int]:
-        wanted: Document = {"user_id": user_id}
+        wanted: Document = {} if user_id is None else {"user_id": user_id}
+        if user_id is None:
+            statuses = statuses or tuple(JobStatus)  # the index begins with it
         if statuses:
             wanted["status"] = {"$in": [status.value for status in statuses]}
         newest = self._jobs.find(wanted).sort([("sort_time", -1), ("_id", -1)]).skip(skip).limit(limit)
@@ -245,6 +248,21 @@ class MongoStore:
         unfinished = [JobStatus.PENDING.value, JobStatus.RUNNING.value]
         wanted = {"subnet_id": subnet_id, "settled": False, "status": {"$in": unfinished}}
         return await self._jobs.find_one(wanted, {"_id": 1}) is not None
+
+    @bad_days()
+    async def unfinished_jobs(
+        self,
+        user_id: int,
+        limit: int,
+        *,
+        statuses: Collection[JobStatus] = UNFINISHED,
+        subnet_id: int | None = None,
+        policy_id: int | None = None,
+    ) -> list[int]:
+        wanted: Document = {"user_id": user_id, "status": {"$in": [status.value for status in statuses]}}
+        asked = {"subnet_id": subnet_id, "policy_id": policy_id}
+        wanted |= {name: value for name, value in asked.items() if value is not None}
+        return [each["_id"] async for each in self._jobs.find(wanted, {"_id": 1}).limit(limit)]
 
     # Chunks
 
@@ -290,6 +308,31 @@ class MongoStore:
     async def overdue_chunks(self, before: datetime, limit: int) -> list[Chunk]:
         asked = {"$or": [{"scanned_at": None}, {"scanned_at": {"$lt": before}}]}
         return await self._find_chunks({"state": ChunkState.SCANNED.value} | asked, limit)
+
+    @bad_days()
+    async def chunk_counts(self, job_id: int) -> OpenChunks:
+        states = [ChunkState.QUEUED.value, *(state.value for state in HELD)]
+        groups = self._chunks.aggregate(
+            [
+                {"$match": {"job_id": job_id, "state": {"$in": states}}},
+                {
+                    "$group": {
+                        "_id": {"$eq": ["$state", ChunkState.QUEUED.value]},
+                        "n": {"$sum": 1},
+                        "raw": {"$sum": {"$cond": ["$needs_raw", 1, 0]}},
+                        "seconds": {"$sum": "$estimate"},
+                    },
+                },
+            ],
+        )
+        found = {each["_id"]: each async for each in groups}
+        queued = found.get(True, {"n": 0, "raw": 0, "seconds": 0.0})
+        return OpenChunks(
+            queued=queued["n"],
+            queued_raw=queued["raw"],
+            queued_seconds=float(queued["seconds"]),
+            held=found[False]["n"] if False in found else 0,
+        )
 
     # Dispatch
 
@@ -369,6 +412,18 @@ class MongoStore:
     async def raw_worker_seen(self, within: timedelta) -> bool:
         since = {"$gt": ["$seen", {"$subtract": ["$$NOW", int(within.total_seconds() * 1_000)]}]}
         return await self._workers.find_one({"raw": True, "slots": {"$gt": 0}, "$expr": since}) is not None
+
+    @bad_days()
+    async def live_workers(self, within: timedelta) -> list[tuple[bool, int]]:
+        since = {"$gt": ["$seen", {"$subtract": ["$$NOW", int(within.total_seconds() * 1_000)]}]}
+        found = self._workers.find({"slots": {"$gt": 0}, "$expr": since}, {"raw": 1, "slots": 1})
+        return [(each["raw"], each["slots"]) async for each in found]
+
+    @bad_days()
+    async def queued_seconds(self) -> float:
+        queued = {"$match": {"state": ChunkState.QUEUED.value}}
+        total = self._chunks.aggregate([queued, {"$group": {"_id": None, "seconds": {"$sum": "$estimate"}}}])
+        return sum([float(each["seconds"]) async for each in total])
 
     # What is going on
 
