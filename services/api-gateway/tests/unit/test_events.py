@@ -390,7 +390,7 @@ async def test_a_client_that_saw_the_final_state_is_not_answered_again(
         answer = await gateway.client.get(EVENTS, headers={"Last-Event-ID": seen})
         assert (answer.status_code, answer.content) == (204, b"")
     for seen in ("4", "", "x", "-5", "5.0", "9" * 5_000, "\u0665".encode().decode("latin-1")):
-        answer = await gateway.client.get(EVENTS, headers={"Last-Event-ID": seen.encode("latin-1")})
+        answer = await gateway.client.get(EVENTS, headers=[(b"Last-Event-ID", seen.encode("latin-1"))])
         assert answer.status_code == 200
         assert f"event: {final}" in answer.text
 
