@@ -113,7 +113,13 @@ class Route(Guarded):
     lane: ClassVar[str] = "requests"
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        return super().matches(_as_get(scope) if scope["type"] == "http" and scope["method"] == "HEAD" else scope)
+        as_get = scope["type"] == "http" and scope["method"] == "HEAD"
+        match, child = super().matches(_as_get(scope) if as_get else scope)
+        # What cannot be an id names nothing, so that a word in its place is the path of another route alone.
+        ids = child.get("path_params", {}).values()
+        if not all(id_.isascii() and id_.isdigit() for id_ in ids):
+            return Match.NONE, {}
+        return match, child
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] != "HEAD" or "GET" not in (self.methods or ()):
