@@ -25,12 +25,13 @@ PROMISES: Final[Mapping[str, str]] = {
     "G5": "A superseded worker changes no state: it may be the first to tell of a host, never the second, and never after its chunk is stored",
     "G6": "States move along the published graph alone, and final ones never change",
     "G7": "A job's life-cycle events first appear in the order of `seq`, none missing; a duplicate has the same id",
-    "G8": "A cancelled job sends no more packets, or it was complete before: never both",
+    "G8": "Cancel stops packets (≤ 2 s local, ≤ 10 s guaranteed), or the job completed first; never both. No limit delays a "
+    "cancel",
     "G9": "A bad message never stops a partition",
     "G10": "A deploy or a scale-down loses no work and repeats no finished host",
     "G11": "Overload is answered by 429 or 503 with Retry-After, memory and queues are bounded, reads go on",
     "G12": "Nothing outside policy is ever passed to nmap",
-    "G13": "A caller sees and changes only what is theirs, on every route",
+    "G13": "Callers see and change only their own objects, on every route; administrators act under audit",
     "G14": "Only tokens of the configured issuer, audience and algorithms count, and keys rotate without a restart",
     "G15": "Every change and every refusal is in the audit log: who, from where, what, which rule, which request",
     "G16": "`completed` means that every probe of the request has its outcome in the ledger and every result can be read",
@@ -149,7 +150,7 @@ ABUSE: Final[Mapping[str, Trial]] = {
         "metadata services and our own infrastructure as targets, in IPv6 disguise too", "400, and in the audit log"
     ),
     "A4": Trial("addresses in spellings that programs read differently", "400"),
-    "A5": Trial("targets that are too large, overlap, or are excluded altogether", "400"),
+    "A5": Trial("targets that are too large or excluded altogether", "400"),
     "A7": Trial("forged, expired, confused and malformed tokens of every kind", "401, never 500"),
     "A8": Trial("a thousand unknown key ids a second", "one fetch of the keys for each cooldown; others are unharmed"),
     "A9": Trial("keys rotated during traffic", "old ones refused, new ones accepted, no restart"),
@@ -168,6 +169,10 @@ ABUSE: Final[Mapping[str, Trial]] = {
     "A16": Trial("slow bodies, hundreds of idle connections", "bounded for each user, others are served"),
     "A17": Trial("line breaks in headers, tokens in requests", "one JSON line in the log, and no token in it"),
     "A18": Trial("rate limits dodged by X-Forwarded-For and by many tokens of one user", "429 all the same"),
+    "A24": Trial(
+        "administrators acting on others' jobs; users trying the same",
+        "allowed with an audit entry; 404, or 403 for lists",
+    ),
 }
 
 KNOWN: Final = PROMISES.keys() | FAULTS.keys() | ABUSE.keys()

@@ -16,7 +16,7 @@ MAX_TOP = 8_192  # nmap itself knows how common about so many are
 
 _TOP = re.compile(r"top:(?:([1-9][0-9]{0,4})-)?([1-9][0-9]{0,4})")
 _RANGE = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
-_ITEM = re.compile(r"(?:([TU]):)?(?:([0-9]{1,5})|([0-9]{0,5})-([0-9]{0,5}))")
+_ITEM = re.compile(r"(?:([TUtu]):)?(?:([0-9]{1,5})|([0-9]{0,5})-([0-9]{0,5}))")
 
 Range = tuple[int, int]
 
@@ -36,13 +36,15 @@ class PortSet:
         """Read `"22,80,8000-8100"`, `"T:80,U:53"`, `"-"` (1 to 65535), `"top:100"` or, as a part of it, `"top:51-100"`.
 
         As in nmap, a `T:` or `U:` holds until the next one. Ports before any are TCP; where there are UDP ports too, nmap
-        would take them for both, which few people mean, so that is refused.
+        would take them for both, which few people mean, so that is refused. Spaces around an item and one comma at the end
+        are ignored, and `t:` is `T:`.
 
         Raises:
             ValueError: the text is not of that syntax, or a number is not a port.
         """
         if len(text) > MAX_TEXT:
             raise ValueError(f"ports must be at most {MAX_TEXT} characters")
+        text = text.strip(" ").removesuffix(",")
         if match := _TOP.fullmatch(text):
             from_rank, to_rank = int(match[1] or 1), int(match[2])
             if not from_rank <= to_rank <= MAX_TOP:
@@ -51,16 +53,19 @@ class PortSet:
         found: dict[str, list[Range]] = {"T": [], "U": []}
         protocol = "T"
         for item in text.split(","):
-            match = _ITEM.fullmatch(item)
+            match = _ITEM.fullmatch(item.strip(" "))
             if match is None:
-                raise ValueError('ports must look like "22,80,8000-8100", "T:80,U:53" or "top:100"')
-            protocol = match[1] or protocol
+                raise ValueError(
+                    'ports must look like "22,80,8000-8100", "T:80,U:53" or "top:100": numbers and ranges of numbers, '
+                    "not names of services and nothing in brackets"
+                )
+            protocol = (match[1] or protocol).upper()
             first, last = (match[2], match[2]) if match[2] else (match[3] or "1", match[4] or str(MAX_PORT))
             low, high = int(first), int(last)
             if not 0 <= low <= high <= MAX_PORT:
                 raise ValueError(f"{item} is not a port or a range of ports from 0 to {MAX_PORT}")
             found[protocol].append((low, high))
-        if found["U"] and text[0] not in "TU":
+        if found["U"] and text[0] not in "TUtu":
             raise ValueError('with UDP ports, TCP ports need "T:" before them, as in "T:80,U:53"')
         ports = cls(tcp=_disjoint(found["T"]), udp=_disjoint(found["U"]))
         if len(str(ports)) > MAX_TEXT:  # an open range is longer when written out; what we write we must read again

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StrictInt
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    model_validator,
+)
 
 from scanfleet import policy as vocabulary
 from scanfleet.clock import Time
@@ -21,7 +29,7 @@ Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f
 
 
 class _Body(BaseModel):
-    """What a caller sends: unknown fields are a mistake that we do not pass over."""
+    """What a caller sends; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,6 +55,43 @@ class CreateJobs(_Body):
         Field(min_length=1, max_length=MAX_SUBNETS, json_schema_extra={"uniqueItems": True}),
     ]
     policy_id: Id
+
+
+class CancelJobs(_Body):
+    """Which unfinished jobs to cancel: those that match every filter that is given, or all."""
+
+    status: (
+        Annotated[
+            list[Literal[JobStatus.PENDING, JobStatus.RUNNING]],
+            Field(min_length=1, max_length=2, description="Only jobs in one of these states."),
+        ]
+        | None
+    ) = None
+    subnet_id: Annotated[Id, Field(description="Only jobs of this subnet.")] | None = None
+    policy_id: Annotated[Id, Field(description="Only jobs of this policy.")] | None = None
+    all: Annotated[StrictBool, Field(description="Every unfinished job; goes with no filter.")] = False
+
+    @model_validator(mode="after")
+    def _says_which(self) -> Self:
+        filtered = any(each is not None for each in (self.status, self.subnet_id, self.policy_id))
+        if self.all and filtered:
+            raise ValueError('"all" goes with no filter')
+        if not self.all and not filtered:
+            raise ValueError('give a filter (status, subnet_id or policy_id), or {"all": true}')
+        return self
+
+
+class JobsCancelled(_Answer):
+    message: str
+    job_ids: list[int]
+
+
+class CancelledPage(_Answer):
+    """The jobs that one step of a cancel of many has cancelled. Not part of the public API."""
+
+    job_ids: list[int]
+    more: bool
+    """There may be further jobs that match."""
 
 
 class JobsCreated(_Answer):
@@ -144,6 +189,36 @@ class Ledger(_Answer):
     request: LedgerRequest
     counts: LedgerCounts
     not_probed: LedgerPage
+    eta_seconds: float | None
+    """Until the job is expected to end; null while unknown, and once it has ended."""
+
+
+class WaitingReason(_Answer):
+    kind: Literal["paused", "window", "blackout", "no_worker", "no_raw_worker", "budget", "overlap", "queue"]
+    until: Time | None
+    """When this reason ends; null while unknown."""
+
+    detail: str
+
+
+class Waiting(_Answer):
+    """Why a job does not progress."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    job_id: int
+    waiting: bool
+    """No worker holds a chunk of the job, and there is work left to give to one."""
+
+    since: Time | None
+    next_possible_start: Time | None
+    reasons: list[WaitingReason]
+    queued_chunks: int
+    held_chunks: int
+    """Chunks that workers have now."""
+
+    eta_seconds: float | None
+    """Until the job is expected to end; null while unknown, and once it has ended."""
 
 
 # Subnets
@@ -152,7 +227,13 @@ class Ledger(_Answer):
 class SubnetBody(_Body):
     name: Name
     cidr: Annotated[str, Field(max_length=50)]
-    exclude: Annotated[list[Annotated[str, Field(max_length=50)]], Field(max_length=MAX_EXCLUDES)] = []
+    exclude: Annotated[
+        list[Annotated[str, Field(max_length=50)]] | None,
+        Field(
+            max_length=MAX_EXCLUDES,
+            description="Networks to leave out; those outside the subnet have no effect, and the answer shows the others merged.",
+        ),
+    ] = []
 
 
 class Subnet(_Answer):

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_address, ip_network
-from itertools import pairwise
 from typing import Final
 
 from scanfleet.outcomes import Outcome
@@ -107,31 +106,30 @@ class TargetRules:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A network to scan, less the `exclude` networks: disjoint, inside it, and not all of it."""
+    """A network to scan, less the `exclude` networks: sorted, disjoint, as few as there can be, and not all of it."""
 
     network: Network
     exclude: tuple[Network, ...] = ()
 
     @classmethod
     def parse(cls, cidr: str, exclude: Iterable[str] = ()) -> Target:
-        """Read a subnet's texts; the order of `exclude` is kept.
+        """Read a subnet's texts. Exclusions outside the network have no effect, and those that overlap or touch are merged.
+
+        So one list of exclusions serves every subnet of a site.
 
         Raises:
-            ValueError: a text is not a network, or the excluded networks are too many, overlap one another, lie outside
-                the network or leave nothing of it. The message is fit for a user.
+            ValueError: a text is not a network, or the exclusions are too many or leave nothing of the network. The message
+                is fit for a user.
         """
         network = parse_network(cidr)
-        excluded = tuple(map(parse_network, exclude))
-        if len(excluded) > MAX_EXCLUDES:
-            raise ValueError(f"at most {MAX_EXCLUDES} networks can be excluded from a subnet")
-        for inner in excluded:
-            if not _within(inner, network):
-                raise ValueError(f"{inner} cannot be excluded: it is not within {network}")
-        in_order = sorted(excluded, key=lambda inner: inner.network_address)
-        for left, right in pairwise(in_order):
-            if left.overlaps(right):
-                raise ValueError(f"{left} and {right} are both excluded and overlap")
-        target = cls(network, excluded)
+        given = tuple(map(parse_network, exclude))
+        if len(given) > MAX_EXCLUDES:
+            raise ValueError(f"at most {MAX_EXCLUDES} networks can be excluded from a subnet, not {len(given)}")
+        if any(_within(network, outer) for outer in given):
+            raise ValueError(f"every address of {network} is excluded")
+        inside = [inner for inner in given if _within(inner, network)]
+        merged = tuple(collapse_addresses(inside))  # type: ignore[type-var] # typed for one family, which these are
+        target = cls(network, merged)
         if target.included == 0:
             raise ValueError(f"every address of {network} is excluded")
         return target

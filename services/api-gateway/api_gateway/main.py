@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import httpx
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
@@ -54,20 +54,17 @@ def create_app(
         startup: Startup = app.state.startup
         async with AsyncExitStack() as stack:
             app.state.verifier = await stack.enter_async_context(open_verifier(settings, transport=transport))
-            clients = [
+            # Cancels have connections of their own: queries that take all others do not delay them.
+            queries, cancels, results = [
                 await stack.enter_async_context(connect(str(url), settings, transport))
-                for url in (settings.orchestrator_url, settings.result_store_url)
+                for url in (settings.orchestrator_url, settings.orchestrator_url, settings.result_store_url)
             ]
-            orchestrator = Orchestrator(clients[0], stalled_seconds=settings.stalled_seconds)
-            result_store = Upstream(clients[1], stalled_seconds=settings.stalled_seconds)
+            orchestrator = Orchestrator(queries, stalled_seconds=settings.stalled_seconds)
+            canceller = Orchestrator(cancels, stalled_seconds=settings.stalled_seconds)
+            result_store = Upstream(results, stalled_seconds=settings.stalled_seconds)
             await startup.until_there("kafka", bus.start)
             stack.push_async_callback(bus.stop)
-            commands = Commands(
-                bus,
-                orchestrator,
-                reply_seconds=settings.reply_seconds,
-                max_waiting=settings.max_waiting,
-            )
+            commands = Commands(bus, reply_seconds=settings.reply_seconds)
             replies = bus.tail(SCAN_REPLIES, commands)
             await startup.until_there("kafka", replies.start)
             stack.push_async_callback(replies.stop)
@@ -76,12 +73,12 @@ def create_app(
             await startup.until_there("kafka", events.start)
             stack.push_async_callback(events.stop)
             stack.enter_context(service.when_told_to_end(watches.end))
-            # Not the services behind: what one of them being away stops is answered 503, the rest goes on.
+            # Not the services behind: while one of them is unavailable its routes answer 503, the others go on.
             app.state.probes.watch(bus)
             app.state.probes.watch(replies)
             app.state.probes.watch(events)
             app.state.probes.watch(await stack.enter_async_context(app.state.refusals.told_to(bus)))
-            app.state.gateway = State(commands, orchestrator, result_store, watches, events, settings)
+            app.state.gateway = State(commands, orchestrator, canceller, result_store, watches, events, settings)
             yield
 
     app = service.create_app(
@@ -99,11 +96,11 @@ def create_app(
     )
     app.state.admission = Admission(settings)
     app.mount("/docs/assets", StaticFiles(packages=[("fastapi_swagger", "resources")]))
-    app.add_api_route("/docs", _docs, include_in_schema=False)
+    app.add_route("/docs", _docs)
     return app
 
 
-async def _docs() -> HTMLResponse:
+async def _docs(_request: Request) -> HTMLResponse:
     return get_swagger_ui_html(
         openapi_url="/openapi.json",
         title="Scanfleet",

@@ -13,53 +13,73 @@ class Settings(CommonSettings, KafkaSettings, AuthSettings):
     reply_seconds: float = Field(
         5.0,
         gt=0,
-        description="How long in seconds a request waits for the reply to its command before the command is called off.",
-    )
-    max_waiting: int = Field(
-        1_000,  # far more than are answered in a second; each is a small object and an open connection
-        ge=1,
-        description="The most requests that wait for a reply at once; one more is answered 503.",
+        description="Seconds that a request waits for the reply to its command before the command is called off.",
     )
     writes_per_minute: int = Field(
-        600,  # ten jobs a second, from one user, for as long as they like
+        600,  # ten jobs a second, from one user, without a pause
         ge=1,
-        description="The most requests of one user a minute that may change something; one more is answered 429. "
-        "Each replica of the gateway counts its own.",
+        description="The most requests of one user a minute that may change something, cancels apart; one more is answered "
+        "429. Each replica of the gateway counts its own.",
     )
     reads_per_minute: int = Field(
-        60_000,  # many programs that poll in a tight loop; only against one that has gone mad
+        60_000,  # many programs that poll in a tight loop; only against a runaway one
         ge=1,
         description="The most other requests of one user a minute; likewise.",
     )
-    requests_at_once_per_user: int = Field(
-        64,  # below the connections to a service behind, so that nobody can take them all
+    cancels_per_minute: int = Field(
+        600,
         ge=1,
-        description="The most requests of one user under way at once, answers that are still read included; one more is "
-        "answered 429. Each replica counts its own.",
+        description="The most cancels of one user a minute, counted apart from all other requests; likewise.",
+    )
+    requests_at_once_per_user: int = Field(
+        64,  # below the connections to a service behind, so that one user cannot take them all
+        ge=1,
+        description="The most requests of one user under way at once, answers that are still read included, cancels and "
+        "event streams apart; one more is answered 429. Each replica counts its own.",
     )
     requests_at_once: int = Field(
-        1_000,  # with a body of the largest size each a gigabyte; all that is ordinary is a thousandth of that
+        1_000,  # with a body of the largest size each a gigabyte; ordinary use is a thousandth of that
         ge=1,
-        description="The most requests of all users under way at once; one more is answered 503.",
+        description="The most such requests of all users under way at once; one more is answered 503.",
+    )
+    cancels_at_once_per_user: int = Field(
+        16,
+        ge=1,
+        description="The most cancels of one user under way at once; one more is answered 429. Each replica counts its own.",
+    )
+    cancels_at_once: int = Field(
+        500,
+        ge=1,
+        description="The most cancels of all users under way at once; one more is answered 503.",
+    )
+    streams_at_once_per_user: int = Field(
+        64,
+        ge=1,
+        description="The most event streams of one user open at once; one more is answered 429. Each replica counts its own.",
+    )
+    streams_at_once: int = Field(
+        1_000,  # each asks the orchestrator for its job once a heartbeat: 70 small queries a second
+        ge=1,
+        description="The most event streams of all users open at once; one more is answered 503.",
     )
     upstream_seconds: float = Field(
         15.0,  # longer than the 10 s after which the services behind give up on their database
         gt=0,
-        description="How long in seconds a service behind the gateway may be silent before it counts as away.",
+        description="Seconds that a service behind the gateway may be silent before it counts as unavailable.",
     )
     upstream_connections: int = Field(
         500,  # half of all requests at once: those that wait for a reply to their command need none
         ge=1,
-        description="The most connections to each service behind the gateway.",
+        description="The most connections to each service behind the gateway; cancels have as many of their own.",
     )
     heartbeat_seconds: float = Field(
         15.0,  # proxies cut what is idle for 30 to 60 s
         gt=0,
-        description="How long in seconds a stream of job events may go without asking for the job's state, by which it "
-        "learns of events that it did not hear, and without a sign of life.",
+        description="Seconds between two looks of an event stream at its job's state, which find events that were lost, and "
+        "the most that it sends nothing.",
     )
     stalled_seconds: float = Field(
         60.0,
         gt=0,
-        description="How long in seconds a client may take nothing of an answer before it is cut off.",
+        description="Seconds that a client may take nothing of an answer before it is cut off.",
     )

@@ -18,7 +18,7 @@ from api_gateway.settings import Settings
 from scanfleet import tracing
 from scanfleet.errors import BadRequestError, DependencyError
 from scanfleet.messages import CommandAccepted, CommandRejected, Job
-from scanfleet.rest import Snapshot
+from scanfleet.rest import CancelJobs, CancelledPage, Snapshot
 from scanfleet.service import source
 
 CONNECT_SECONDS: Final = 1.0  # the services are next door
@@ -77,13 +77,13 @@ class Upstream:
             return _Relay(answer, self._stalled_seconds)
         return _Whole(await self._read(answer), self._stalled_seconds)
 
-    async def ask(self, method: str, target: str, headers: Mapping[str, str]) -> httpx.Response:
+    async def ask(self, method: str, target: str, headers: Mapping[str, str], body: bytes = b"") -> httpx.Response:
         """The whole answer to a question of our own.
 
         Raises:
-            DependencyError: the service is away.
+            DependencyError: the service is unavailable.
         """
-        return await self._read(await self._send(method, target, headers))
+        return await self._read(await self._send(method, target, headers, body))
 
     async def _read(self, answer: httpx.Response) -> httpx.Response:
         try:
@@ -135,6 +135,23 @@ class Orchestrator(Upstream):
             return Snapshot.model_validate_json(answer.content)
         except ValidationError as error:
             raise DependencyError("the orchestrator answered 200 and no state of a job") from error
+
+    async def cancel(self, caller: Mapping[str, str], wanted: CancelJobs) -> CancelledPage:
+        """Cancel a page of the caller's unfinished jobs that match.
+
+        Args:
+            caller: who asks, as HTTP headers.
+            wanted: which jobs.
+
+        Raises:
+            DependencyError: the orchestrator is unavailable; some of the page may be cancelled.
+        """
+        headers = {**caller, "content-type": "application/json"}
+        answer = await self.ask("POST", "/internal/jobs/cancel", headers, wanted.model_dump_json().encode())
+        try:
+            return CancelledPage.model_validate_json(answer.content)
+        except ValidationError as error:
+            raise DependencyError(f"the orchestrator answered {answer.status_code} and no cancelled jobs") from error
 
     async def expire(self, command_id: str, headers: Mapping[str, str]) -> CommandAccepted | CommandRejected | None:
         """See `api_gateway.handlers.commands.Arbiter`."""

@@ -14,7 +14,7 @@ from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState, cancel, dispatch
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change, create, published
-from job_orchestrator.domain.store import Command, Policy, Standing, Store, Subnet
+from job_orchestrator.domain.store import Command, OpenChunks, Policy, Standing, Store, Subnet
 from job_orchestrator.domain.totals import Totals
 from job_orchestrator.metrics import UNREADABLE
 from job_orchestrator.repository import MongoStore, documents
@@ -332,6 +332,29 @@ async def test_jobs_are_listed_by_start_pending_first(store: Store) -> None:
     assert await ids({JobStatus.RUNNING}) == ([5, 4, 2], 3)
     assert await ids({JobStatus.RUNNING, JobStatus.CANCELLED}, 1, 2) == ([3, 4], 4)
     assert await ids({JobStatus.FAILED}) == ([], 0)
+    everyone, total = await store.list_jobs(None, set(), 0, 3)
+    assert ([job.id for job in everyone], total) == ([7, 6, 1], 7)
+    pending, total = await store.list_jobs(None, {JobStatus.PENDING}, 0, 10)
+    assert ([job.id for job in pending], total) == ([7, 6, 1], 3)
+
+
+async def test_unfinished_jobs_are_found_by_filter(store: Store) -> None:
+    """Pending and running jobs of one user match by every filter that is given, at most so many."""
+    await store.insert_jobs(
+        [
+            scan_job(1),
+            running(scan_job(2, subnet_id=2)),
+            scan_job(3, subnet_id=2, policy_id=5),
+            change(scan_job(4, subnet_id=2), JobTrigger.CANCEL, LATER),
+            scan_job(5, user_id=8, subnet_id=2),
+        ]
+    )
+    assert sorted(await store.unfinished_jobs(7, 10)) == [1, 2, 3]
+    assert sorted(await store.unfinished_jobs(7, 10, subnet_id=2)) == [2, 3]
+    assert await store.unfinished_jobs(7, 10, subnet_id=2, statuses=[JobStatus.RUNNING]) == [2]
+    assert await store.unfinished_jobs(7, 10, subnet_id=2, policy_id=5) == [3]
+    assert await store.unfinished_jobs(7, 10, policy_id=6) == []
+    assert len(await store.unfinished_jobs(7, 2)) == 2
 
 
 async def test_unsettled_jobs_are_found_page_by_page(store: Store) -> None:
@@ -597,6 +620,23 @@ async def test_clocks_rest_without_work(store: Store) -> None:
     await store.wake_clocks([], 8.0)
     await store.charge({})
     assert (await store.clocks([])).virtual == 8.0
+
+
+async def test_open_chunks_of_a_job_are_counted(store: Store) -> None:
+    """Queued chunks, those of them that need raw packets, and held ones; no other job's, no ended ones."""
+    assert await store.chunk_counts(1) == OpenChunks()
+    await store.insert_chunks(
+        [
+            chunk(),
+            chunk(id="1-1", index=1, estimate=1.0, needs_raw=True),
+            chunk(id="1-2", index=2, state=ChunkState.DISPATCHED),
+            chunk(id="1-3", index=3, state=ChunkState.RUNNING),
+            chunk(id="1-4", index=4, state=ChunkState.SCANNED),
+            chunk(id="1-5", index=5, state=ChunkState.STORED),
+            chunk(id="2-0", job_id=2, estimate=4.0),
+        ]
+    )
+    assert await store.chunk_counts(1) == OpenChunks(queued=2, queued_raw=1, held=2)
 
 
 def worker(name: str, slots: int = 2, *, raw: bool = False) -> Credit:

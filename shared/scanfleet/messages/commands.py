@@ -40,7 +40,11 @@ class SubmitJobs(_Command):
 
 
 class CancelJob(_Command):
+    """Cancel one job."""
+
     job_id: int
+    admin: bool = False
+    """The caller's token is an administrator's: the job may be another user's."""
 
 
 class _Reply(Message):

@@ -51,6 +51,9 @@ def numbers(ranges: tuple[Range, ...]) -> set[int]:
         ("00080", ((80, 80),), ()),
         ("T:-,U:-3", ((1, 65_535),), ((1, 3),)),
         ("22,T:80", ((22, 22), (80, 80)), ()),
+        (" 22, 80 ,443, ", ((22, 22), (80, 80), (443, 443)), ()),
+        ("22,", ((22, 22),), ()),
+        ("t:80,u:53", ((80, 80),), ((53, 53),)),
     ],
 )
 def test_reads_the_syntax_of_nmap(text: str, tcp: tuple[Range, ...], udp: tuple[Range, ...]) -> None:
@@ -63,9 +66,13 @@ def test_reads_the_syntax_of_nmap(text: str, tcp: tuple[Range, ...], udp: tuple[
     [
         "",
         ",",
-        "22,",
         ",22",
+        "22,,",
+        ", ,",
         "22,,80",
+        "2 2",
+        "T: 80",
+        "ssh,80",
         "65536",
         "100-50",
         "1-2-3",
@@ -74,14 +81,11 @@ def test_reads_the_syntax_of_nmap(text: str, tcp: tuple[Range, ...], udp: tuple[
         "-1-5",
         "T:",
         "T:U:5",
-        "t:80",
         "S:80",
         "P:1",
         "http",
         "http*",
         "[1-80]",
-        "22, 80",
-        " 22",
         "22\n",
         "22\x00",
         "٢٢",
@@ -101,6 +105,13 @@ def test_reads_the_syntax_of_nmap(text: str, tcp: tuple[Range, ...], udp: tuple[
 def test_refuses_what_is_not_of_the_syntax(text: str) -> None:
     """Anything else that nmap, a shell or a careless reader might take for ports is refused."""
     with pytest.raises(ValueError, match=r"port|top:N"):
+        PortSet.parse(text)
+
+
+@pytest.mark.parametrize("text", ["ssh,80", "http*", "[1-1024]"])
+def test_a_refusal_says_what_is_accepted(text: str) -> None:
+    """A name of a service or a bracket gets the accepted forms, and what is not accepted."""
+    with pytest.raises(ValueError, match=r'"T:80,U:53" or "top:100".*not names of services and nothing in brackets'):
         PortSet.parse(text)
 
 

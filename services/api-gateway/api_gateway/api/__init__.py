@@ -6,4 +6,11 @@ from fastapi import APIRouter
 
 from api_gateway.api import audit, policies, subnets, tasks
 
-ROUTERS: tuple[APIRouter, ...] = (tasks.router, subnets.router, policies.router, audit.router)
+ROUTERS: tuple[APIRouter, ...] = (
+    tasks.router,
+    tasks.cancels,
+    tasks.streams,
+    subnets.router,
+    policies.router,
+    audit.router,
+)

@@ -1,7 +1,7 @@
-"""How much one user may ask, so that nobody's requests cost others theirs.
+"""How much each user may ask, so that one user's requests never delay another's.
 
-A user is who the token says, never an address or a header: another token or another address is no other user, and whoever
-has no good token uses up nobody's share.
+A user is who the token names, never an address or a header: another token or another address is no other user, and a
+caller without a good token uses up no user's share.
 """
 
 from __future__ import annotations
@@ -11,67 +11,191 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final, cast
+from typing import ClassVar, Final, cast
 
 from limits import RateLimitItemPerMinute
 from limits.aio.storage import MemoryStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
-from starlette.types import Receive, Scope, Send
+from starlette.routing import Match
+from starlette.types import Message, Receive, Scope, Send
 
 from api_gateway.settings import Settings
 from scanfleet.auth import Guarded, Principal
-from scanfleet.errors import Rule, TooManyRequestsError, UnavailableError
+from scanfleet.errors import BadRequestError, Rule, TooManyRequestsError, UnavailableError
 
-_READS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+_WITH_BODY: Final = frozenset({"POST", "PUT"})
 
 
-class Admission:
-    """Counts what each user asks of this replica: requests a minute, and requests at once."""
+class Places:
+    """Requests of one kind that are under way at once, by user and in all."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
-        self._reads = RateLimitItemPerMinute(settings.reads_per_minute, namespace="reads")
-        self._writes = RateLimitItemPerMinute(settings.writes_per_minute, namespace="writes")
-        self._at_once_per_user = settings.requests_at_once_per_user
-        self._at_once = settings.requests_at_once
-        self._running: Counter[int] = Counter()
+    def __init__(self, kind: str, per_user: int, total: int) -> None:
+        self._kind = kind
+        self._per_user = per_user
+        self._total = total
+        self._taken: Counter[int] = Counter()
 
     @asynccontextmanager
-    async def admit(self, user_id: int, method: str) -> AsyncIterator[None]:
+    async def take(self, user_id: int) -> AsyncIterator[None]:
         """Hold one of the user's places for the length of the block.
 
         Raises:
-            TooManyRequestsError: the user has none left, or has asked too much in the last minute.
+            TooManyRequestsError: the user has none left.
             UnavailableError: all users together have none left.
         """
-        await self._count(user_id, self._reads if method in _READS else self._writes)
-        if self._running[user_id] >= self._at_once_per_user:
-            raise TooManyRequestsError("too many requests of yours are under way", rule=Rule.CONCURRENCY)
-        if self._running.total() >= self._at_once:
-            raise UnavailableError("too many requests are under way; try again")
-        self._running[user_id] += 1
+        if self._taken[user_id] >= self._per_user:
+            raise TooManyRequestsError(
+                f"{self._per_user} of your {self._kind} are under way, which is the limit; let one end first",
+                rule=Rule.CONCURRENCY,
+            )
+        if self._taken.total() >= self._total:
+            raise UnavailableError(
+                f"{self._total} {self._kind} are under way, which is the limit of this replica; try again"
+            )
+        self._taken[user_id] += 1
         try:
             yield
         finally:
-            self._running[user_id] -= 1
-            if not self._running[user_id]:
-                del self._running[user_id]
+            self._taken[user_id] -= 1
+            if not self._taken[user_id]:
+                del self._taken[user_id]
+
+
+class Admission:
+    """Counts what each user asks of this replica: requests a minute, and requests at once.
+
+    Cancels and event streams are counted apart from all other requests, so that neither submits nor open streams delay a
+    cancel, and open streams leave the places of requests free.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
+        self._rates = {
+            name: RateLimitItemPerMinute(amount, namespace=name)
+            for name, amount in (
+                ("reads", settings.reads_per_minute),
+                ("writes", settings.writes_per_minute),
+                ("cancels", settings.cancels_per_minute),
+            )
+        }
+        self._places = {
+            "requests": Places("requests", settings.requests_at_once_per_user, settings.requests_at_once),
+            "cancels": Places("cancels", settings.cancels_at_once_per_user, settings.cancels_at_once),
+            "streams": Places("event streams", settings.streams_at_once_per_user, settings.streams_at_once),
+        }
+
+    @asynccontextmanager
+    async def admit(self, user_id: int, *, rate: str, lane: str) -> AsyncIterator[None]:
+        """Count the request against `rate`, and hold one of the user's places in `lane` for the length of the block.
+
+        Raises:
+            TooManyRequestsError: the user has no place left, or has asked too much in the last minute.
+            UnavailableError: all users together have no place left.
+        """
+        await self._count(user_id, self._rates[rate])
+        async with self._places[lane].take(user_id):
+            yield
 
     async def _count(self, user_id: int, limit: RateLimitItemPerMinute) -> None:
         if not await self._limiter.hit(limit, str(user_id)):
             free_at, _ = await self._limiter.get_window_stats(limit, str(user_id))
+            seconds = max(1, math.ceil(free_at - time.time()))
             raise TooManyRequestsError(
-                f"more than {limit.amount} {limit.namespace} a minute",
-                retry_after=max(1, math.ceil(free_at - time.time())),
+                f"more than {limit.amount} {limit.namespace} a minute, which is the limit; try again in {seconds} s",
+                retry_after=seconds,
                 rule=Rule.RATE,
             )
 
 
 class Route(Guarded):
-    """A route of the public API: it answers a good token within its user's limits."""
+    """A route of the public API: it answers a good token within its user's limits, and HEAD wherever it answers GET."""
+
+    lane: ClassVar[str] = "requests"
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        as_get = scope["type"] == "http" and scope["method"] == "HEAD"
+        match, child = super().matches(_as_get(scope) if as_get else scope)
+        # What cannot be an id names nothing, so that a word in its place is the path of another route alone.
+        ids = child.get("path_params", {}).values()
+        if not all(id_.isascii() and id_.isdigit() for id_ in ids):
+            return Match.NONE, {}
+        return match, child
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "HEAD" or "GET" not in (self.methods or ()):
+            await super().handle(scope, receive, send)
+            return
+        get = _as_get(scope)
+        try:
+            await super().handle(get, receive, _headers_alone(send))
+        except _HeadAnsweredError:
+            pass
+        finally:
+            if "caller" in get:
+                scope["caller"] = get["caller"]  # for the audit entry of a refusal
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         caller = cast(Principal, scope["caller"])
         admission = cast(Admission, scope["app"].state.admission)
-        async with admission.admit(caller.user_id, scope["method"]):
+        async with admission.admit(caller.user_id, rate=self._rate, lane=self.lane):
+            self._refuse_other_content(scope)
             await super().serve(scope, receive, send)
+
+    @property
+    def _rate(self) -> str:
+        return "reads" if self.methods == {"GET"} else "writes"
+
+    def _refuse_other_content(self, scope: Scope) -> None:
+        """Say what a body has to be: the framework would take any other for a text, and say what is wrong with that.
+
+        Raises:
+            BadRequestError: it is not JSON by its headers.
+        """
+        has_body = self.body_field is not None or "requestBody" in (self.openapi_extra or {})
+        if scope["method"] not in _WITH_BODY or not has_body:
+            return
+        headers = {name: value.decode("latin-1").lower() for name, value in scope["headers"]}
+        kind = headers.get(b"content-type", "").partition(";")[0].strip()
+        is_json = kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+        if not is_json:
+            raise BadRequestError('the body must be JSON, sent with the header "Content-Type: application/json"')
+        if headers.get(b"content-encoding", "identity") != "identity":
+            raise BadRequestError('the body must be JSON as it is, without the header "Content-Encoding"')
+
+
+class CancelRoute(Route):
+    """Stops packets: no limit of any other request delays it."""
+
+    lane = "cancels"
+
+    @property
+    def _rate(self) -> str:
+        return "cancels"
+
+
+class StreamRoute(Route):
+    """Answers for as long as a job runs."""
+
+    lane = "streams"
+
+
+class _HeadAnsweredError(Exception):
+    """The answer to a HEAD is complete; what would follow is not needed."""
+
+
+def _as_get(scope: Scope) -> Scope:
+    # A copy: the server decides by its own scope that the answer has no body.
+    return {**scope, "method": "GET"}
+
+
+def _headers_alone(send: Send) -> Send:
+    """The same for the start of an answer; its end comes right after, however long the body would be."""
+
+    async def send_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await send(message)
+        else:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            raise _HeadAnsweredError
+
+    return send_headers

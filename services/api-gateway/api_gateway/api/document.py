@@ -17,13 +17,13 @@ _REQUEST_ID: Final = {
 _ERRORS: Final[dict[int, str]] = {
     400: "The request is malformed or invalid; the error says how.",
     401: "There is no bearer token, or not a good one.",
-    403: "It belongs to another user.",
+    403: "It belongs to another user, or is for administrators.",
     404: "There is no such thing, or it is not yours.",
     409: "Its state does not allow this.",
     413: "The body is too large.",
-    429: "You ask more than your share, in a minute or at once; the request may be repeated.",
+    429: "A limit of the caller's is reached, of requests a minute or at once; the error names it.",
     500: "A fault of the service.",
-    503: "A part of the service is away or busy; the request may be repeated.",
+    503: "A part of the service is unavailable or busy; the request may be repeated.",
 }
 _HEADERS: Final[dict[int, dict[str, Any]]] = {
     401: {"WWW-Authenticate": {"description": "How to authenticate.", "schema": {"type": "string"}}},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Annotated
+from typing import Annotated, Final
 
 import structlog
 from fastapi import Depends, Request, Response
@@ -19,12 +19,14 @@ from scanfleet.errors import DependencyError, UnavailableError
 from scanfleet.rest import Snapshot
 from scanfleet.service import PathId
 
+_RETRY_MS: Final = 3_000  # after which a client connects again; a restarted gateway is back by then
+
 _log = structlog.get_logger()
 
 
 async def _watched(job_id: PathId, state: Handed) -> AsyncIterator[Watch]:
     if not state.events.ready:
-        raise UnavailableError("job events cannot be heard now; try again")
+        raise UnavailableError("job events cannot be read now; try again")
     with state.watches.watch(job_id) as watch:
         yield watch  # to the end of the answer
 
@@ -97,4 +99,5 @@ def _event(snapshot: Snapshot) -> bytes:
         event=snapshot.task.status.status,
         data_str=snapshot.task.model_dump_json(),
         id=str(snapshot.seq),
+        retry=_RETRY_MS,
     )

@@ -18,10 +18,12 @@ from scanfleet.bus import Consumer
 class State:
     commands: Commands
     orchestrator: Orchestrator
+    canceller: Orchestrator
+    """The same service over connections that nothing but cancels uses."""
     result_store: Upstream
     watches: Watches
     events: Consumer
-    """Tells the watches of job events."""
+    """Reads the job events for `watches`."""
     settings: Settings
 
 

@@ -1,13 +1,14 @@
-"""Scan jobs: made and cancelled by commands, everything else asked of the services that know."""
+"""Scan jobs: created and cancelled by commands, everything else is asked of the services behind."""
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Final
 from uuid import uuid4
 
 from fastapi import APIRouter, Header, Request, Response
 
-from api_gateway.api.admission import Route
+from api_gateway.api.admission import CancelRoute, Route, StreamRoute
 from api_gateway.api.document import errors, paging, query
 from api_gateway.api.events import EventStream, Watched
 from api_gateway.api.state import Handed
@@ -18,6 +19,8 @@ from scanfleet.messages import CancelJob, JobStatus, SubmitJobs
 from scanfleet.service import PathId, source
 
 router = APIRouter(prefix="/api/v1/task", tags=["task"], route_class=Route)
+cancels = APIRouter(prefix="/api/v1/task", tags=["task"], route_class=CancelRoute)
+streams = APIRouter(prefix="/api/v1/task", tags=["task"], route_class=StreamRoute)
 
 IdempotencyKey = Annotated[
     str | None,
@@ -30,10 +33,23 @@ IdempotencyKey = Annotated[
     ),
 ]
 
+LastEventId = Annotated[
+    str | None,
+    Header(
+        alias="Last-Event-ID", description="The `id` of the last event that was received; a browser sends it by itself."
+    ),
+]
+_EVENT_ID: Final = re.compile(r"[0-9]{1,16}")
+
 _STATUS: Final = query(
     "status",
     {"type": "array", "items": {"type": "string", "enum": list(JobStatus)}},
     "Only jobs in one of these states; repeated, or separated by commas.",
+)
+_USER_ID: Final = query(
+    "user_id",
+    {"anyOf": [{"type": "integer", "minimum": 1, "maximum": rest.MAX_ID}, {"const": "all"}]},
+    "For administrators: the jobs of this user, or of `all`; without it the caller's own.",
 )
 _RESULT: Final = {"$ref": "#/components/schemas/Result"}
 _RESULTS: Final[dict[int | str, dict[str, Any]]] = {
@@ -57,11 +73,16 @@ _EVENTS: Final[dict[int | str, dict[str, Any]]] = {
                 "schema": {
                     "type": "string",
                     "description": "Server-Sent Events. `event` is the job's status, `data` is what a GET of the task "
-                    "answers, in one line, and `id` is the number of the state, which rises. A comment is a sign of life.",
+                    "answers, in one line, `id` is the number of the state, which rises, and `retry` is when to connect "
+                    "again, in milliseconds. A comment is a heartbeat.",
                 },
-                "example": 'event: running\ndata: {"job_id":"1","status":{"status":"running",...},"job":{...}}\nid: 3\n\n',
+                "example": 'event: running\ndata: {"job_id":"1","status":{"status":"running",...},"job":{...}}\nid: 3\n'
+                "retry: 3000\n\n",
             },
         },
+    },
+    204: {
+        "description": "The job has ended, and `Last-Event-ID` says that its final state was received: do not ask again."
     },
 }
 
@@ -69,8 +90,8 @@ _EVENTS: Final[dict[int | str, dict[str, Any]]] = {
 @router.get(
     "",
     response_model=rest.JobList,
-    responses=errors(400),
-    openapi_extra={"parameters": [_STATUS, *paging()]},
+    responses=errors(400, 403),
+    openapi_extra={"parameters": [_STATUS, _USER_ID, *paging()]},
 )
 async def list_tasks(request: Request, _caller: Caller, state: Handed) -> Response:
     """All scan jobs of the caller, pending ones first, then the latest start first."""
@@ -85,7 +106,7 @@ async def create_tasks(
     state: Handed,
     idempotency_key: IdempotencyKey = None,
 ) -> rest.JobsCreated:
-    """Create one scan job for each subnet, all or none. Once this is answered the jobs can be read."""
+    """Create one scan job for each subnet, all or none. After the answer the jobs can be read."""
     command = SubmitJobs(
         command_id=uuid4().hex,
         user_id=caller.user_id,
@@ -96,7 +117,7 @@ async def create_tasks(
         idempotency_key=idempotency_key,
         traceparent=tracing.current(),
     )
-    jobs = await state.commands.send(command, identity(request))
+    jobs = await state.commands.send(command, state.orchestrator, identity(request))
     return rest.JobsCreated(message="Scan jobs created successfully", jobs=list(jobs))
 
 
@@ -106,28 +127,53 @@ async def read_task(job_id: PathId, request: Request, _caller: Caller, state: Ha
     return await state.orchestrator.forward(request)
 
 
-@router.get("/{job_id}/events", response_class=Response, responses=_EVENTS | errors(404))
-async def watch_task(job_id: PathId, request: Request, _caller: Caller, state: Handed, watch: Watched) -> Response:
+@streams.get("/{job_id}/events", response_class=Response, responses=_EVENTS | errors(404))
+async def watch_task(
+    job_id: PathId,
+    request: Request,
+    _caller: Caller,
+    state: Handed,
+    watch: Watched,
+    last_event_id: LastEventId = None,
+) -> Response:
     """A scan job's states and progress as they come, as Server-Sent Events."""
     now = await state.orchestrator.latest(identity(request), job_id)
     if isinstance(now, Response):
         return now
+    if now.task.status.status.final and _received(last_event_id) >= now.seq:
+        return Response(status_code=204)
     watch.begin(now)
     return EventStream(watch, job_id, request, state)
 
 
-@router.post("/{job_id}/cancel", responses=errors(400, 404))
+@cancels.post("/cancel", responses=errors(400, 413))
+async def cancel_tasks(body: rest.CancelJobs, request: Request, _caller: Caller, state: Handed) -> rest.JobsCancelled:
+    """Cancel all of the caller's pending and running scan jobs that match every filter, or `all`; safe to repeat."""
+    job_ids: list[int] = []
+    more = True
+    while more:
+        page = await state.canceller.cancel(identity(request), body)
+        job_ids += page.job_ids
+        more = page.more
+    return rest.JobsCancelled(
+        message=f"{len(job_ids)} job{'' if len(job_ids) == 1 else 's'} cancelled",
+        job_ids=job_ids,
+    )
+
+
+@cancels.post("/{job_id}/cancel", responses=errors(400, 404))
 async def cancel_task(job_id: PathId, request: Request, caller: Caller, state: Handed) -> rest.Done:
     """Cancel a scan job that is pending or running. What was found until then can be read."""
     command = CancelJob(
         command_id=uuid4().hex,
         user_id=caller.user_id,
+        admin=caller.admin,
         source=source(request),
         request_id=request.scope["request_id"],
         job_id=job_id,
         traceparent=tracing.current(),
     )
-    await state.commands.send(command, identity(request))
+    await state.commands.send(command, state.canceller, identity(request))
     return rest.Done(message="Job cancelled successfully")
 
 
@@ -147,3 +193,14 @@ async def read_results(job_id: PathId, request: Request, _caller: Caller, state:
 async def read_ledger(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
     """What became of every probe of a scan job, and by name what was not probed."""
     return await state.orchestrator.forward(request)
+
+
+@router.get("/{job_id}/waiting", response_model=rest.Waiting, responses=errors(404))
+async def read_waiting(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
+    """Why a scan job does not progress: what no worker is scanning now, and what it waits for."""
+    return await state.orchestrator.forward(request)
+
+
+def _received(last_event_id: str | None) -> int:
+    """The number of the last state that the client received; 0 when it does not say."""
+    return int(last_event_id) if last_event_id and _EVENT_ID.fullmatch(last_event_id) else 0

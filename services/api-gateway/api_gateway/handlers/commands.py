@@ -1,4 +1,4 @@
-"""Commands: sent on the bus, answered by the reply that names them, and never left undecided if it can be helped."""
+"""Commands: published on the bus, answered by the reply that names them, and decided even when no reply comes."""
 
 from __future__ import annotations
 
@@ -19,29 +19,28 @@ _log = structlog.get_logger()
 
 
 class Arbiter(Protocol):
-    """Decides what becomes of a command whose reply did not come."""
+    """Decides a command whose reply did not come."""
 
     async def expire(self, command_id: str, headers: Mapping[str, str]) -> Reply | None:
         """Call the command off, None when that was done; else the reply, for it had been decided before.
 
         Args:
             command_id: of the command.
-            headers: who asks, as HTTP headers.
+            headers: the caller's identity, as HTTP headers.
 
         Raises:
-            DependencyError: nobody could be asked.
+            DependencyError: the orchestrator is unavailable.
         """
 
 
 class Commands:
-    """Requests that wait for a reply. It handles all of scan-replies: the one that matters may be in any partition."""
+    """Requests that wait for a reply. It reads all of scan-replies: a reply may be in any partition."""
 
-    def __init__(self, bus: Publisher, arbiter: Arbiter, *, reply_seconds: float, max_waiting: int) -> None:
+    def __init__(self, bus: Publisher, *, reply_seconds: float) -> None:
         self._bus = bus
-        self._arbiter = arbiter
         self._reply_seconds = reply_seconds
-        self._max_waiting = max_waiting
         self._waiting: dict[str, asyncio.Future[Reply]] = {}
+        """As many as there may be requests at once."""
 
     async def handle(self, records: Sequence[Record]) -> None:
         for record in records:
@@ -59,22 +58,26 @@ class Commands:
         """Nothing is kept by partition."""
 
     async def caught_up(self, partitions: Collection[int]) -> None:
-        """Whoever waits has a time limit of their own."""
+        """Each request has its own time limit."""
 
-    async def send(self, command: SubmitJobs | CancelJob, headers: Mapping[str, str]) -> tuple[Job, ...]:
+    async def send(
+        self,
+        command: SubmitJobs | CancelJob,
+        arbiter: Arbiter,
+        headers: Mapping[str, str],
+    ) -> tuple[Job, ...]:
         """The jobs that the command made or changed.
 
         Args:
             command: with an id that no other command has.
-            headers: the caller's, for whoever has to be asked if no reply comes.
+            arbiter: is asked if no reply comes.
+            headers: the caller's identity, for the arbiter.
 
         Raises:
-            PublicError: the command was refused, called off, or, as the error then says, nobody knows.
+            PublicError: the command was refused or called off, or, as the error then says, its outcome is unknown.
         """
         structlog.contextvars.bind_contextvars(command_id=command.command_id)  # so that the access line names it
-        if len(self._waiting) >= self._max_waiting:
-            raise UnavailableError("too many requests are waiting; try again")
-        reply = await self._ask(command) or await self._call_off(command.command_id, headers)
+        reply = await self._ask(command) or await _call_off(command.command_id, arbiter, headers)
         if isinstance(reply, CommandRejected):
             raise _refusal(reply)
         return reply.jobs
@@ -93,17 +96,18 @@ class Commands:
         finally:
             del self._waiting[command.command_id]
 
-    async def _call_off(self, command_id: str, headers: Mapping[str, str]) -> Reply:
-        try:
-            reply = await self._arbiter.expire(command_id, headers)
-        except DependencyError as error:
-            _log.warning("outcome unknown", error=str(error))
-            raise UnavailableError(
-                "the outcome of this request is unknown; repeat it, with the same Idempotency-Key if it creates something",
-            ) from error
-        if reply is None:
-            raise UnavailableError("the request was not carried out in time and will not be; try again")
-        return reply
+
+async def _call_off(command_id: str, arbiter: Arbiter, headers: Mapping[str, str]) -> Reply:
+    try:
+        reply = await arbiter.expire(command_id, headers)
+    except DependencyError as error:
+        _log.warning("outcome unknown", error=str(error))
+        raise UnavailableError(
+            "the outcome of this request is unknown; repeat it, with the same Idempotency-Key if it creates something",
+        ) from error
+    if reply is None:
+        raise UnavailableError("the request was not carried out in time and will not be; try again")
+    return reply
 
 
 def _refusal(reply: CommandRejected) -> PublicError:

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from api_gateway.handlers.commands import Reply
-from api_gateway.testing import Command, Gateway, Running, accept
+from api_gateway.testing import Client, Command, Gateway, Running, Stream, accept
 
 BODY = {"subnet_ids": [5], "policy_id": 3}
 
@@ -42,6 +42,9 @@ async def test_a_user_who_asks_too_much_is_told_to_wait(gateway: Running) -> Non
         passed, answer = await refused(gateway, method, path)
         assert limit <= passed <= limit + 2
         assert set(answer.json()) == {"error"}
+        assert answer.json()["error"].startswith(
+            f"more than {limit} {'reads' if method == 'GET' else 'writes'} a minute"
+        )
         assert 1 <= int(answer.headers["Retry-After"]) <= 60
 
 
@@ -80,6 +83,7 @@ async def test_requests_at_once_are_bounded_by_user() -> None:
             await gateway.broker.news(1)
         answer = await post(gateway)
         assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
+        assert answer.json()["error"].startswith("2 of your requests are under way, which is the limit")
         assert (await gateway.client.get("/api/v1/task", headers=gateway.issuer.bearer(8))).status_code == 404
         go.set()
         assert [(await each).status_code for each in waiting] == [201, 201]
@@ -101,8 +105,62 @@ async def test_requests_at_once_are_bounded_overall() -> None:
             await gateway.broker.news(1)
         answer = await post(gateway, 8)
         assert (answer.status_code, "Retry-After" in answer.headers) == (503, True)
+        assert answer.json()["error"].startswith("1 requests are under way, which is the limit of this replica")
         go.set()
         assert (await waiting).status_code == 201
+
+
+@pytest.mark.proves("G8")
+async def test_no_other_limit_delays_a_cancel() -> None:
+    """With writes used up, and every place of requests and streams taken, a user's cancels are carried out at once."""
+    limits = {"writes_per_minute": 2, "requests_at_once_per_user": 1, "requests_at_once": 1, "streams_at_once": 1}
+    async with Gateway().run(**limits) as gateway:
+        await refused(gateway, "POST", "/api/v1/task")
+        owner = "http://orchestrator/internal/jobs/41/owner"
+        stream = Stream(b"[1", b"]")
+        gateway.services.on("GET", owner, httpx.Response(200, json={"user_id": 7}))
+        gateway.services.on("GET", "http://result-store/api/v1/task/41/results", httpx.Response(200, stream=stream))
+        gateway.services.on(
+            "POST",
+            "http://orchestrator/internal/jobs/cancel",
+            httpx.Response(200, json={"job_ids": [1], "more": False}),
+        )
+        reading = Client(gateway, "/api/v1/task/41/results")
+        running = asyncio.create_task(reading.run())
+        assert (await reading.messages.get())["status"] == 200
+        assert (await gateway.client.get("/api/v1/task")).status_code == 429
+        assert (await gateway.client.get("/api/v1/task", headers=gateway.issuer.bearer(8))).status_code == 503
+        assert (await gateway.client.post("/api/v1/task/41/cancel")).status_code == 200
+        assert (await gateway.client.post("/api/v1/task/cancel", json={"all": True})).status_code == 200
+        reading.leaves.set()
+        await running
+
+
+@pytest.mark.proves("G11")
+async def test_cancels_have_limits_of_their_own() -> None:
+    """A user's cancels are bounded by minute and at once, by limits that the answer names; other users' go on."""
+    async with Gateway().run(cancels_per_minute=3, cancels_at_once_per_user=1, cancels_at_once=1) as gateway:
+        go = asyncio.Event()
+
+        async def reply(command: Command) -> Sequence[Reply]:
+            await go.wait()
+            return await accept(command)
+
+        gateway.replier.reply = reply
+        waiting = asyncio.create_task(gateway.client.post("/api/v1/task/1/cancel"))
+        while not gateway.broker.records("scan-commands"):
+            await gateway.broker.news(1)
+        same = await gateway.client.post("/api/v1/task/2/cancel")
+        other = await gateway.client.post("/api/v1/task/2/cancel", headers=gateway.issuer.bearer(8))
+        go.set()
+        assert (await waiting).status_code == 200
+        assert (same.status_code, other.status_code) == (429, 503)
+        assert same.json()["error"].startswith("1 of your cancels are under way, which is the limit")
+        assert other.json()["error"].startswith("1 cancels are under way, which is the limit of this replica")
+        passed, answer = await refused(gateway, "POST", "/api/v1/task/3/cancel")
+        assert passed <= 5
+        assert answer.json()["error"].startswith("more than 3 cancels a minute")
+        assert (await post(gateway)).status_code == 201
 
 
 @pytest.mark.proves("A7")

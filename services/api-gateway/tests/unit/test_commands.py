@@ -177,27 +177,6 @@ async def test_a_broker_that_is_away_leaves_nothing_undecided(gateway: Running) 
     assert "will not be" in answer.json()["error"]
 
 
-async def test_waiting_requests_are_bounded() -> None:
-    """A request beyond the limit is told at once to come back, and those that wait are answered."""
-    async with Gateway().run(max_waiting=2) as gateway:
-        go = asyncio.Event()
-
-        async def reply(command: Command) -> Sequence[Reply]:
-            await go.wait()
-            return await accept(command)
-
-        gateway.replier.reply = reply
-        waiting = [asyncio.create_task(gateway.client.post("/api/v1/task", json=BODY)) for _ in range(2)]
-        while len(gateway.broker.records("scan-commands")) < 2:
-            await gateway.broker.news(1)
-        refused = await gateway.client.post("/api/v1/task", json=BODY)
-        assert refused.status_code == 503
-        assert "Retry-After" in refused.headers
-        go.set()
-        assert [(await each).status_code for each in waiting] == [201, 201]
-        assert (await gateway.client.post("/api/v1/task", json=BODY)).status_code == 201
-
-
 BAD_BODIES: dict[str, Any] = {
     "no JSON": b"{",
     "nothing": b"",
@@ -240,13 +219,31 @@ async def test_bad_bodies_are_refused(gateway: Running, body: object) -> None:
     assert not gateway.broker.records("scan-commands")
 
 
+@pytest.mark.parametrize("path", ["/api/v1/task", "/api/v1/task/cancel", "/api/v1/subnet"])
 @pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded", "nonsense"])
-async def test_a_body_says_that_it_is_json(gateway: Running, content_type: str | None) -> None:
-    """A body of another content type, or of none, is a 400."""
+async def test_a_body_says_that_it_is_json(gateway: Running, path: str, content_type: str | None) -> None:
+    """A body of another content type, or of none, is a 400 that says what to send, and goes nowhere."""
     headers = {"Content-Type": content_type} if content_type else {}
-    body = b'{"subnet_ids": [1], "policy_id": 1}'
-    answer = await gateway.client.post("/api/v1/task", content=body, headers=headers)
+    answer = await gateway.client.post(path, content=b'{"all": true}', headers=headers)
     assert answer.status_code == 400
+    assert '"Content-Type: application/json"' in answer.json()["error"]
+    assert not gateway.services.requests
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "Application/JSON; charset=utf-8", "application/x+json"])
+async def test_json_has_several_names(gateway: Running, content_type: str) -> None:
+    """JSON under any of its content types is read."""
+    headers = {"Content-Type": content_type}
+    answer = await gateway.client.post("/api/v1/task", content=json.dumps(BODY).encode(), headers=headers)
+    assert answer.status_code == 201
+
+
+async def test_a_compressed_body_is_refused(gateway: Running) -> None:
+    """A compressed body is a 400 that names the header."""
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    answer = await gateway.client.post("/api/v1/task", content=b"\x1f\x8b", headers=headers)
+    assert answer.status_code == 400
+    assert '"Content-Encoding"' in answer.json()["error"]
 
 
 @pytest.mark.parametrize("key", ["", " ", "a b", "x" * 256, "a\tb", "\u00e9".encode(), b"\x7f"], ids=ascii)
@@ -274,7 +271,57 @@ async def test_a_job_is_cancelled_by_a_command(gateway: Running) -> None:
     assert (answer.status_code, answer.json()) == (200, {"message": "Job cancelled successfully"})
     (command,) = gateway.replier.commands
     assert isinstance(command, CancelJob)
-    assert (command.user_id, command.job_id) == (7, 41)
+    assert (command.user_id, command.job_id, command.admin) == (7, 41, False)
+
+
+@pytest.mark.proves("A24", "G13")
+async def test_only_the_role_of_the_token_makes_a_cancel_an_administrators(gateway: Running) -> None:
+    """A CancelJob says `admin` for a token with that role, and nothing else in the request makes it so."""
+    for headers in (gateway.issuer.bearer(9, admin=True), {"X-Admin": "true", "Roles": "admin"}):
+        await gateway.client.post("/api/v1/task/41/cancel?admin=true", json={"admin": True}, headers=headers)
+    assert [each.admin for each in gateway.replier.commands if isinstance(each, CancelJob)] == [True, False]
+
+
+CANCEL = "http://orchestrator/internal/jobs/cancel"
+
+
+async def test_jobs_are_cancelled_page_by_page(gateway: Running) -> None:
+    """A cancel of many asks the orchestrator, in the caller's name, until no more match, and answers all that it did."""
+    pages = iter([{"job_ids": [1, 2], "more": True}, {"job_ids": [4], "more": False}])
+    gateway.services.on("POST", CANCEL, lambda _request: httpx.Response(200, json=next(pages)))
+    answer = await gateway.client.post("/api/v1/task/cancel", json={"status": ["pending"], "subnet_id": 5})
+    assert (answer.status_code, answer.json()) == (200, {"message": "3 jobs cancelled", "job_ids": [1, 2, 4]})
+    for asked in gateway.services.requests:
+        assert json.loads(asked.content) == {"status": ["pending"], "subnet_id": 5, "policy_id": None, "all": False}
+        assert asked.headers["authorization"] == gateway.client.headers["authorization"]
+    assert not gateway.broker.records("scan-commands")
+
+
+@pytest.mark.parametrize(("job_ids", "message"), [([], "0 jobs cancelled"), ([7], "1 job cancelled")])
+async def test_a_cancel_of_many_says_how_many(gateway: Running, job_ids: list[int], message: str) -> None:
+    """The message counts the jobs."""
+    gateway.services.on("POST", CANCEL, httpx.Response(200, json={"job_ids": job_ids, "more": False}))
+    answer = await gateway.client.post("/api/v1/task/cancel", json={"all": True})
+    assert answer.json() == {"message": message, "job_ids": job_ids}
+
+
+@pytest.mark.parametrize("body", [{}, {"all": True, "policy_id": 1}, {"status": ["failed"]}, {"user_id": 8}, [], None])
+async def test_a_cancel_of_many_names_what_it_means(gateway: Running, body: object) -> None:
+    """Without a filter or `all`, with both, or with another field, the answer is 400 and nobody is asked."""
+    answer = await gateway.client.post("/api/v1/task/cancel", json=body)
+    assert (answer.status_code, set(answer.json())) == (400, {"error"})
+    assert not gateway.services.requests
+
+
+@pytest.mark.parametrize("answer", [None, httpx.Response(503, json={"error": "x"}), httpx.Response(200, json={})])
+async def test_a_cancel_of_many_that_is_not_done_is_a_503(gateway: Running, answer: httpx.Response | None) -> None:
+    """While the orchestrator is unavailable, or answers no page, the caller is asked to repeat the request."""
+    if answer is None:
+        gateway.services.away.add("orchestrator")
+    else:
+        gateway.services.on("POST", CANCEL, answer)
+    response = await gateway.client.post("/api/v1/task/cancel", json={"all": True})
+    assert (response.status_code, "Retry-After" in response.headers) == (503, True)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,13 @@ from api_gateway.testing import Gateway, Running
 
 PATHS = {
     "/api/v1/task": {"get", "post"},
+    "/api/v1/task/cancel": {"post"},
     "/api/v1/task/{job_id}": {"get"},
     "/api/v1/task/{job_id}/events": {"get"},
     "/api/v1/task/{job_id}/cancel": {"post"},
     "/api/v1/task/{job_id}/results": {"get"},
     "/api/v1/task/{job_id}/ledger": {"get"},
+    "/api/v1/task/{job_id}/waiting": {"get"},
     "/api/v1/subnet": {"get", "post"},
     "/api/v1/subnet/{subnet_id}": {"get", "put", "delete"},
     "/api/v1/policy": {"get", "post"},
@@ -117,7 +119,8 @@ def test_events_come_as_a_stream(document: dict[str, Any]) -> None:
     """A stream of events is documented as Server-Sent Events alone, with what may be said against it."""
     answers = document["paths"]["/api/v1/task/{job_id}/events"]["get"]["responses"]
     assert set(answers["200"]["content"]) == {"text/event-stream"}
-    assert set(answers) == {"200", "401", "404", "429", "500", "503", "default"}
+    assert set(answers) == {"200", "204", "401", "404", "429", "500", "503", "default"}
+    assert "content" not in answers["204"]
 
 
 async def test_the_page_needs_no_other_host(gateway: Running) -> None:
@@ -144,7 +147,15 @@ async def test_a_wrong_verb_names_the_right_ones(gateway: Running) -> None:
     for path, verbs in PATHS.items():
         answer = await gateway.client.patch(re.sub(r"{\w+}", "1", path))
         assert (answer.status_code, set(answer.json())) == (405, {"error"})
-        assert answer.headers["Allow"] == ", ".join(sorted(verb.upper() for verb in verbs))
+        allowed = {verb.upper() for verb in verbs} | ({"HEAD"} if "get" in verbs else set())
+        assert answer.headers["Allow"] == ", ".join(sorted(allowed))
+
+
+@pytest.mark.parametrize("path", ["/openapi.json", "/docs", "/docs/assets/swagger-ui.css"])
+async def test_a_document_answers_head(gateway: Running, path: str) -> None:
+    """HEAD is answered as GET is, without a body."""
+    answer = await gateway.client.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
 
 
 async def test_a_gateway_is_ready_with_its_bus(gateway: Running) -> None:

@@ -341,24 +341,74 @@ async def test_an_event_that_is_lost_is_told_all_the_same() -> None:
 
 
 @pytest.mark.proves("G11")
-async def test_an_open_stream_is_a_request_under_way() -> None:
-    """A user has so many streams as requests at once, one more is a 429, and a client that goes makes room."""
-    async with watched(requests_at_once_per_user=2) as (gateway, _):
+async def test_streams_have_places_of_their_own() -> None:
+    """A user's streams are bounded by their own limit, which is named, and take no place of a request."""
+    async with watched(streams_at_once_per_user=2, requests_at_once_per_user=1, requests_at_once=1) as (gateway, _):
         gateway.services.on("GET", LATEST, latest(1, PENDING))
         watchers = [Watcher(gateway), Watcher(gateway)]
         for watcher in watchers:
             assert await watcher.status() == 200
             await watcher.next()
         assert streams() == 2
-        assert (await gateway.client.get(EVENTS)).status_code == 429
-        other = await gateway.client.get("/api/v1/task", headers=gateway.issuer.bearer(8))
-        assert other.status_code == 404  # not 429
+        refused = await asyncio.wait_for(gateway.client.get(EVENTS), LIMIT)
+        assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+        assert refused.json()["error"].startswith("2 of your event streams are under way, which is the limit")
+        assert (await gateway.client.get("/api/v1/task")).status_code == 404  # not 429
         watchers[0].client.leaves.set()
         await asyncio.wait_for(watchers[0].running, LIMIT)
         assert streams() == 1
-        assert (await gateway.client.get("/api/v1/task")).status_code == 404
-        watchers[1].client.leaves.set()
-        await asyncio.wait_for(watchers[1].running, LIMIT)
+        again = Watcher(gateway)
+        assert await again.status() == 200
+        for watcher in (watchers[1], again):
+            watcher.client.leaves.set()
+            await asyncio.wait_for(watcher.running, LIMIT)
+
+
+async def test_streams_are_bounded_overall() -> None:
+    """When all places of streams are taken the next stream of anyone is a 503 that names the limit; requests go on."""
+    async with watched(streams_at_once=1) as (gateway, _):
+        gateway.services.on("GET", LATEST, latest(1, PENDING))
+        watcher = Watcher(gateway)
+        assert await watcher.status() == 200
+        other = gateway.issuer.bearer(8)
+        refused = await asyncio.wait_for(gateway.client.get(EVENTS, headers=other), LIMIT)
+        assert (refused.status_code, "Retry-After" in refused.headers) == (503, True)
+        assert refused.json()["error"].startswith("1 event streams are under way, which is the limit of this replica")
+        assert (await gateway.client.get("/api/v1/task", headers=other)).status_code == 404
+        watcher.client.leaves.set()
+        await asyncio.wait_for(watcher.running, LIMIT)
+
+
+@pytest.mark.parametrize("final", FINAL)
+async def test_a_client_that_saw_the_final_state_is_not_answered_again(
+    running: tuple[Running, MemoryBus], final: JobStatus
+) -> None:
+    """Who comes back with the `id` of a final state gets a 204, which ends an EventSource; any other gets the state."""
+    gateway, _ = running
+    gateway.services.on("GET", LATEST, latest(5, final, 40))
+    for seen in ("5", "6", "0005"):
+        answer = await gateway.client.get(EVENTS, headers={"Last-Event-ID": seen})
+        assert (answer.status_code, answer.content) == (204, b"")
+    for seen in ("4", "", "x", "-5", "5.0", "9" * 5_000, "\u0665".encode().decode("latin-1")):
+        answer = await gateway.client.get(EVENTS, headers=[(b"Last-Event-ID", seen.encode("latin-1"))])
+        assert answer.status_code == 200
+        assert f"event: {final}" in answer.text
+
+
+async def test_a_client_that_returns_to_a_running_job_gets_its_state(running: tuple[Running, MemoryBus]) -> None:
+    """While a job runs a stream begins with its state, whatever the client saw, and says when to connect again."""
+    gateway, bus = running
+    gateway.services.on("GET", LATEST, latest(3, RUNNING))
+    client = Client(gateway, EVENTS)
+    client.scope["headers"] = [*client.scope["headers"], (b"last-event-id", b"3")]
+    task_ = asyncio.create_task(client.run())
+    async with asyncio.timeout(LIMIT):
+        assert (await client.messages.get())["status"] == 200
+        first = (await client.messages.get())["body"].decode()
+        await bus.publish(SCAN_EVENTS, [event(4, COMPLETED, 100)])
+        await task_
+    assert "id: 3\n" in first
+    assert "retry: 3000\n" in first
 
 
 async def test_streams_end_when_the_gateway_is_told_to() -> None:

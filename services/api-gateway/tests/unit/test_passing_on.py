@@ -19,6 +19,7 @@ PASSED_ON = [
     ("GET", "/api/v1/task"),
     ("GET", "/api/v1/task/41"),
     ("GET", "/api/v1/task/41/ledger"),
+    ("GET", "/api/v1/task/41/waiting"),
     ("GET", "/api/v1/audit"),
     *((verb, f"/api/v1/{kind}") for kind in ("subnet", "policy") for verb in ("GET", "POST")),
     *((verb, f"/api/v1/{kind}/41") for kind in ("subnet", "policy") for verb in ("GET", "PUT", "DELETE")),
@@ -42,6 +43,34 @@ async def test_a_request_goes_to_the_same_path(gateway: Running, method: str, pa
     assert (answer.status_code, answer.content) == (409, body)
     (asked,) = gateway.services.requests
     assert asked.content == sent
+
+
+@pytest.mark.parametrize("path", [path for method, path in PASSED_ON if method == "GET"])
+@pytest.mark.parametrize("status", [200, 404])
+async def test_head_is_answered_as_get_is(gateway: Running, path: str, status: int) -> None:
+    """HEAD asks as GET does, and answers its status and headers without a body."""
+    gateway.services.on("GET", f"http://orchestrator{path}", httpx.Response(status, json={"error": "x"}))
+    answer = await gateway.client.head(path, headers={"X-Request-ID": "same"})
+    get = await gateway.client.get(path, headers={"X-Request-ID": "same"})
+    assert (answer.status_code, answer.headers, answer.content) == (status, get.headers, b"")
+    assert {asked.method for asked in gateway.services.requests} == {"GET"}
+
+
+async def test_head_of_a_long_answer_reads_none_of_it(gateway: Running) -> None:
+    """HEAD of an answer that is streamed ends at its headers, and the service's answer is closed."""
+    stream = Stream(b"[1", b",2]")
+    gateway.services.on("GET", RESULTS, httpx.Response(200, stream=stream))
+    stream.go.release()
+    answer = await asyncio.wait_for(gateway.client.head("/api/v1/task/41/results"), 10)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert stream.closed.is_set()
+
+
+async def test_head_wants_a_token_as_get_does(gateway: Running) -> None:
+    """HEAD without a token is a 401, and on a route without GET a 405."""
+    answer = await gateway.client.head("/api/v1/task", headers={"Authorization": ""})
+    assert (answer.status_code, answer.content, answer.headers["WWW-Authenticate"]) == (401, b"", "Bearer")
+    assert (await gateway.client.head("/api/v1/task/41/cancel")).status_code == 405
 
 
 async def test_what_goes_with_a_request(gateway: Running) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 
-from job_orchestrator.api.state import Handed, Paged
+from job_orchestrator.api.state import Handed, Paged, only_known
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded
 from scanfleet.errors import ForbiddenError, Rule
@@ -18,6 +18,8 @@ Text = Annotated[str | None, Query(max_length=200)]
 
 @router.get("")
 async def list_audit(
+    *,
+    request: Request,
     caller: Caller,
     state: Handed,
     paged: Paged,
@@ -26,5 +28,6 @@ async def list_audit(
 ) -> rest.AuditList:
     if not caller.admin:
         raise ForbiddenError("The audit log is for administrators", rule=Rule.ROLE)
+    only_known(request, "subject", "request_id")
     entries, total = await state.store.list_audit(paged.skip, paged.page_size, subject=subject, request_id=request_id)
     return rest.AuditList(entries=entries, total=total, page=paged.page, page_size=paged.page_size)

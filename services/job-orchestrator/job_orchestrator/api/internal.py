@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Path
 
 from job_orchestrator.api.state import Handed, Recorded
-from job_orchestrator.api.tasks import mine, task_status
+from job_orchestrator.api.tasks import of_user, readable, task_status
+from job_orchestrator.domain.store import UNFINISHED
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded
-from scanfleet.errors import ForbiddenError, NotFoundError, Rule
+from scanfleet.errors import ForbiddenError, NotFoundError
 from scanfleet.messages import CommandAccepted
 from scanfleet.service import PathId
 
 router = APIRouter(prefix="/internal", route_class=Guarded)
 
+_CANCEL_PAGE: Final = 1_000  # jobs cancelled by one request: a second's work, which no time limit cuts
+
 
 @router.get("/jobs/{job_id}/owner", name="read_results")
 async def owner(job_id: PathId, caller: Caller, state: Handed, record: Recorded) -> dict[str, int]:
-    """Whose job it is, for those who may read its results."""
+    """Whose job it is, for callers who may read its results."""
     job = (await state.store.jobs([job_id])).get(job_id)
     if job is None:
         raise NotFoundError("Job not found")
@@ -27,15 +30,32 @@ async def owner(job_id: PathId, caller: Caller, state: Handed, record: Recorded)
         results = f"/api/v1/task/{job_id}/results"
         if not caller.admin:
             raise ForbiddenError("Job belongs to another user", target=results)
-        await record(target=results, rule=Rule.ROLE)
+        await record.reading(of_user(results, job))
     return {"user_id": job.user_id}
 
 
 @router.get("/jobs/{job_id}/latest", name="watch_task")
-async def latest(job_id: PathId, caller: Caller, state: Handed) -> rest.Snapshot:
-    """The job as it is now, for its owner, and the `seq` that its events go on from."""
-    job = await mine(state, caller.user_id, job_id, target=f"/api/v1/task/{job_id}/events")
+async def latest(job_id: PathId, caller: Caller, state: Handed, record: Recorded) -> rest.Snapshot:
+    """The job as it is now, and the `seq` that its events go on from."""
+    job = await readable(state, caller, job_id, record, target=f"/api/v1/task/{job_id}/events", streamed=True)
     return rest.Snapshot(seq=job.seq, task=task_status(job))
+
+
+@router.post("/jobs/cancel", name="cancel_tasks")
+async def cancel_page(body: rest.CancelJobs, caller: Caller, state: Handed, record: Recorded) -> rest.CancelledPage:
+    """Cancel a page of the caller's unfinished jobs that match; the caller asks again while there are more."""
+    job_ids = await state.store.unfinished_jobs(
+        caller.user_id,
+        _CANCEL_PAGE,
+        statuses=body.status or UNFINISHED,
+        subnet_id=body.subnet_id,
+        policy_id=body.policy_id,
+    )
+    await record.each(f"/api/v1/task/{job_id}" for job_id in job_ids)
+    return rest.CancelledPage(
+        job_ids=await state.commands.cancel(job_ids),
+        more=len(job_ids) == _CANCEL_PAGE,
+    )
 
 
 @router.post("/commands/{command_id}/expire")
@@ -44,7 +64,7 @@ async def expire(
     caller: Caller,
     state: Handed,
 ) -> dict[str, Any]:
-    """After this answer the command is decided: expired, or as told here."""
+    """After this answer the command is decided: expired, or as answered here."""
     reply = await state.commands.expire(command_id, caller.user_id)
     if reply is None:
         return {"state": "expired"}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
-from job_orchestrator.api.state import Handed, Paged, Recorded, State
+from job_orchestrator.api.state import Handed, Paged, Recorded, State, only_known
 from job_orchestrator.domain.store import Policy
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded
@@ -33,7 +33,8 @@ async def create_policy(body: rest.PolicyBody, caller: Caller, state: Handed, re
 
 
 @router.get("")
-async def list_policies(caller: Caller, state: Handed, paged: Paged) -> rest.PolicyList:
+async def list_policies(request: Request, caller: Caller, state: Handed, paged: Paged) -> rest.PolicyList:
+    only_known(request)
     found, total = await state.store.list_policies(caller.user_id, paged.skip, paged.page_size)
     return rest.PolicyList(
         policies=[_view(each) for each in found],

@@ -1,9 +1,11 @@
-"""What `main.py` hands to the routes."""
+"""What `main.py` hands to the routes, and what several of them share."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Final
 
 from fastapi import Depends, Query, Request
 
@@ -12,9 +14,12 @@ from job_orchestrator.handlers.commands import Commands
 from scanfleet import rest
 from scanfleet.audit import write_line
 from scanfleet.auth import Caller
-from scanfleet.errors import Rule
+from scanfleet.errors import BadRequestError, Rule
+from scanfleet.messages import AuditEntry
 from scanfleet.service import audit_entry
 from scanfleet.targets import TargetRules
+
+_MAX_ERROR_CHARS: Final = 200  # an error may quote the caller, but not at length
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +39,33 @@ Handed = Annotated[State, Depends(_state)]
 
 @dataclass(frozen=True, slots=True)
 class Recorder:
-    """Writes into the audit log what a request is about to do. What could not be written down is not done."""
+    """Writes into the audit log what a request is about to do. What could not be written is not done."""
 
     request: Request
     store: Store
 
     async def __call__(self, *, target: str = "", rule: Rule | None = None) -> None:
-        entry = audit_entry(self.request, "allowed", rule=rule, target=target)
-        await self.store.add_audit([entry])
-        write_line(entry)
+        await self._write(audit_entry(self.request, "allowed", rule=rule, target=target))
+
+    async def each(self, targets: Iterable[str]) -> None:
+        """Write an entry for each of many things that one request changes."""
+        await self._write(*(audit_entry(self.request, "allowed", target=target) for target in targets))
+
+    async def reading(self, target: str, *, streamed: bool = False) -> None:
+        """Write that an administrator reads what is another user's, once for all who poll.
+
+        It is one entry for an administrator, operation, target and minute, whichever replica answers; of a stream one for
+        each request and day.
+        """
+        entry = audit_entry(self.request, "allowed", rule=Rule.ROLE, target=target)
+        once = f"{entry.request_id} {entry.time:%F}" if streamed else f"{entry.time:%F %R}"
+        key = hashlib.sha256(f"{entry.subject} {entry.action} {entry.target} {once}".encode()).hexdigest()[:32]
+        await self._write(entry.model_copy(update={"id": key}))
+
+    async def _write(self, *entries: AuditEntry) -> None:
+        await self.store.add_audit(entries)
+        for entry in entries:
+            write_line(entry)
 
 
 async def _recorder(request: Request, _caller: Caller, state: Handed) -> Recorder:
@@ -62,6 +85,16 @@ class Paging:
     @property
     def skip(self) -> int:
         return (self.page - 1) * self.page_size
+
+
+def only_known(request: Request, *names: str) -> None:
+    """Refuse a query parameter of a list that is neither one of `names` nor of its paging.
+
+    Raises:
+        BadRequestError: there is one.
+    """
+    if unknown := request.query_params.keys() - {"page", "page_size", *names}:
+        raise BadRequestError(f"unknown in a query: {', '.join(sorted(unknown))}"[:_MAX_ERROR_CHARS])
 
 
 async def _paging(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
-from job_orchestrator.api.state import Handed, Paged, Recorded, State
+from job_orchestrator.api.state import Handed, Paged, Recorded, State, only_known
 from job_orchestrator.domain.store import Subnet
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded
@@ -36,7 +36,8 @@ async def create_subnet(body: rest.SubnetBody, caller: Caller, state: Handed, re
 
 
 @router.get("")
-async def list_subnets(caller: Caller, state: Handed, paged: Paged) -> rest.SubnetList:
+async def list_subnets(request: Request, caller: Caller, state: Handed, paged: Paged) -> rest.SubnetList:
+    only_known(request)
     found, total = await state.store.list_subnets(caller.user_id, paged.skip, paged.page_size)
     return rest.SubnetList(
         subnets=[_view(each) for each in found],
@@ -94,7 +95,7 @@ async def _mine(state: State, user_id: int, subnet_id: int) -> Subnet:
 def _checked(body: rest.SubnetBody, rules: TargetRules) -> tuple[str, tuple[str, ...]]:
     """Network and exclusions in canonical spelling."""
     try:
-        target = Target.parse(body.cidr, body.exclude)
+        target = Target.parse(body.cidr, body.exclude or ())
     except ValueError as error:
         raise BadRequestError(str(error), rule=Rule.TARGETS, target=body.cidr) from error
     if refusal := rules.refusal(target.network):

@@ -2,46 +2,65 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from datetime import timedelta
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
 
-from job_orchestrator.api.state import Handed, Paged, State
+from job_orchestrator.api.state import Handed, Paged, Recorded, Recorder, State, only_known
 from job_orchestrator.domain import ledger
 from job_orchestrator.domain.job import ScanJob
+from job_orchestrator.domain.store import OpenChunks
 from scanfleet import rest
-from scanfleet.auth import Caller, Guarded
-from scanfleet.errors import BadRequestError, NotFoundError, Rule
+from scanfleet.auth import Caller, Guarded, Principal
+from scanfleet.errors import BadRequestError, ForbiddenError, NotFoundError, Rule
 from scanfleet.messages import JobStatus
 from scanfleet.service import PathId
 
 router = APIRouter(prefix="/api/v1/task", route_class=Guarded)
 
-_LIST_QUERY = {"status", "status[]", "page", "page_size"}
-_MAX_ERROR_CHARS = 200  # an error may quote the caller, but not at length
 _LEDGER_PAGE = 1_000  # addresses named on one page: a few hundred kilobytes
+_ALL_USERS = "all"
+_WORKER_SILENT = timedelta(seconds=30)  # a worker announces itself every 2 s, which is stored every 5 s
 
 
 @router.get("")
-async def list_tasks(request: Request, caller: Caller, state: Handed, paged: Paged) -> rest.JobList:
-    found, total = await state.store.list_jobs(caller.user_id, _statuses(request), paged.skip, paged.page_size)
+async def list_tasks(
+    *,
+    request: Request,
+    caller: Caller,
+    state: Handed,
+    paged: Paged,
+    record: Recorded,
+    user_id: Annotated[str | None, Query(pattern=r"^(all|[1-9][0-9]{0,15})$")] = None,
+) -> rest.JobList:
+    only_known(request, "status", "status[]", "user_id")
+    statuses = _statuses(request)
+    whose = caller.user_id if user_id is None else None if user_id == _ALL_USERS else int(user_id)
+    if whose != caller.user_id:
+        if not caller.admin:
+            raise ForbiddenError("The jobs of other users are for administrators", rule=Rule.ROLE)
+        await record.reading(f"/api/v1/task?user_id={user_id}")
+    found, total = await state.store.list_jobs(whose, statuses, paged.skip, paged.page_size)
     return rest.JobList(jobs=[job.view for job in found], total=total, page=paged.page, page_size=paged.page_size)
 
 
 @router.get("/{job_id}")
-async def read_task(job_id: PathId, caller: Caller, state: Handed) -> rest.TaskStatus:
-    return task_status(await mine(state, caller.user_id, job_id))
+async def read_task(job_id: PathId, caller: Caller, state: Handed, record: Recorded) -> rest.TaskStatus:
+    return task_status(await readable(state, caller, job_id, record))
 
 
 @router.get("/{job_id}/ledger")
 async def read_ledger(
+    *,
     job_id: PathId,
     caller: Caller,
     state: Handed,
+    record: Recorded,
     page: Annotated[rest.Page, Query()] = 1,
     page_size: Annotated[int, Query(ge=1, le=_LEDGER_PAGE)] = 100,
 ) -> rest.Ledger:
-    job = await mine(state, caller.user_id, job_id)
+    job = await readable(state, caller, job_id, record)
     tally, names = ledger.Tally(job), ledger.Names(job, (page - 1) * page_size, page_size)
     async for chunk in state.store.job_chunks(job.id):
         if chunk.index >= job.totals.done:
@@ -67,23 +86,91 @@ async def read_ledger(
             page=page,
             page_size=page_size,
         ),
+        eta_seconds=_eta(job),
     )
 
 
-async def mine(state: State, user_id: int, job_id: int, *, target: str = "") -> ScanJob:
-    """The user's own job.
+@router.get("/{job_id}/waiting")
+async def read_waiting(job_id: PathId, caller: Caller, state: Handed, record: Recorded) -> rest.Waiting:
+    job = await readable(state, caller, job_id, record)
+    open_ = OpenChunks() if job.final else await state.store.chunk_counts(job_id)
+    waiting = not job.final and not open_.held and (open_.queued > 0 or job.status is JobStatus.PENDING)
+    return rest.Waiting(
+        job_id=job_id,
+        waiting=waiting,
+        since=(job.waiting_since or job.updated_at) if waiting else None,
+        next_possible_start=None,
+        reasons=await _reasons(state, job, open_) if waiting else [],
+        queued_chunks=open_.queued,
+        held_chunks=open_.held,
+        eta_seconds=_eta(job),
+    )
+
+
+async def _reasons(state: State, job: ScanJob, open_: OpenChunks) -> list[rest.WaitingReason]:
+    """Why no worker holds a chunk of the job."""
+    workers = await state.store.live_workers(_WORKER_SILENT)
+    unseen = f"has announced itself in the last {_WORKER_SILENT.total_seconds():.0f} s"
+    if not workers:
+        return [_reason("no_worker", f"no worker that takes work {unseen}; start a scanner-worker")]
+    reasons: list[rest.WaitingReason] = []
+    lacks_raw = not any(worker.raw for worker in workers)
+    if lacks_raw and open_.queued_raw:
+        detail = (
+            f"{open_.queued_raw} of {open_.queued} queued chunks need raw packets, and no worker that may send them"
+        )
+        reasons.append(_reason("no_raw_worker", f"{detail} {unseen}"))
+    if not lacks_raw or open_.queued_raw < open_.queued or not open_.queued:
+        ahead = max(0.0, await state.store.seconds_left() - job.seconds_left)
+        reasons.append(_reason("queue", f"{ahead:.0f} slot seconds of work are ahead"))
+    return reasons
+
+
+def _reason(kind: Literal["no_worker", "no_raw_worker", "queue"], detail: str) -> rest.WaitingReason:
+    return rest.WaitingReason(kind=kind, until=None, detail=detail)
+
+
+def _eta(job: ScanJob) -> float | None:
+    return None if job.final else job.eta_seconds
+
+
+async def readable(
+    state: State,
+    caller: Principal,
+    job_id: int,
+    record: Recorder,
+    *,
+    target: str = "",
+    streamed: bool = False,
+) -> ScanJob:
+    """The job, for its owner, and under audit for administrators.
+
+    Args:
+        state: where the job is.
+        caller: who asks.
+        job_id: of the job.
+        record: writes that an administrator reads another user's job.
+        target: what was asked for, when the path does not say it.
+        streamed: the answer is one of many that a stream asks for.
 
     Raises:
-        NotFoundError: there is none, or it is another's; `target` is what was asked for, when the path does not say it.
+        NotFoundError: there is none, or it is another user's.
     """
     job = (await state.store.jobs([job_id])).get(job_id)
-    if job is None or job.user_id != user_id:
+    if job is None or not (job.user_id == caller.user_id or caller.admin):
         raise NotFoundError("Job not found", rule=Rule.OWNER if job else None, target=target)
+    if job.user_id != caller.user_id:
+        await record.reading(of_user(target or record.request.scope["path"], job), streamed=streamed)
     return job
 
 
+def of_user(target: str, job: ScanJob) -> str:
+    """What an administrator acts on, as the audit log names it."""
+    return f"{target} of user {job.user_id}"
+
+
 def task_status(job: ScanJob) -> rest.TaskStatus:
-    """The job as its owner is shown it."""
+    """The job as the API shows it."""
     progress = rest.TaskProgress(
         status=job.status,
         progress=job.progress,
@@ -95,8 +182,6 @@ def task_status(job: ScanJob) -> rest.TaskStatus:
 
 def _statuses(request: Request) -> set[JobStatus]:
     """`status=running&status=pending`, `status[]=running` or `status=running,pending`."""
-    if unknown := request.query_params.keys() - _LIST_QUERY:
-        raise BadRequestError(f"unknown in a query: {', '.join(sorted(unknown))}"[:_MAX_ERROR_CHARS])
     given = request.query_params.getlist("status") + request.query_params.getlist("status[]")
     names = [name for text in given for name in text.split(",")]
     try:

@@ -57,9 +57,21 @@ class Command:
     jobs: tuple[ScanJob, ...] = ()
     cancels: int | None = None
     """The job that a cancel is about."""
+    admin: bool = False
+    """The cancel is an administrator's, who may cancel another user's job."""
     status: int = 0
     error: str = ""
     rule: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenChunks:
+    """The chunks of one job that workers hold or could be given."""
+
+    queued: int = 0
+    queued_raw: int = 0
+    """Of the queued ones, those that need raw packets."""
+    held: int = 0
 
 
 UNFINISHED: Final = (JobStatus.PENDING, JobStatus.RUNNING)
@@ -157,12 +169,12 @@ class Store(Resources, Audit, Protocol):
 
     async def list_jobs(
         self,
-        user_id: int,
+        user_id: int | None,
         statuses: Collection[JobStatus],
         skip: int,
         limit: int,
     ) -> tuple[list[ScanJob], int]:
-        """Newest start first, pending before all, ties by id, newest first; and how many match."""
+        """Newest start first, pending before all, ties by id, newest first; and how many match. None is every user."""
 
     async def unsettled_jobs(
         self,
@@ -175,6 +187,17 @@ class Store(Resources, Audit, Protocol):
     async def jobs_with_old_events(self, before: datetime, limit: int) -> list[int]: ...
 
     async def has_unfinished_jobs(self, subnet_id: int) -> bool: ...
+
+    async def unfinished_jobs(
+        self,
+        user_id: int,
+        limit: int,
+        *,
+        statuses: Collection[JobStatus] = UNFINISHED,
+        subnet_id: int | None = None,
+        policy_id: int | None = None,
+    ) -> list[int]:
+        """Ids of the user's unfinished jobs that match, in any order."""
 
     # Chunks
 
@@ -203,6 +226,8 @@ class Store(Resources, Audit, Protocol):
 
     async def overdue_chunks(self, now: datetime, limit: int, partitions: Collection[int]) -> list[Chunk]:
         """Scanned chunks of jobs in these partitions that result-store is to be asked about."""
+
+    async def chunk_counts(self, job_id: int) -> OpenChunks: ...
 
     # Dispatch
 
@@ -245,5 +270,8 @@ class Store(Resources, Audit, Protocol):
         """Workers with slots that announced themselves within a time; their partition is not known."""
 
     # What is going on
+
+    async def seconds_left(self) -> float:
+        """Slot seconds that all unfinished jobs are expected to take."""
 
     async def census(self) -> Census: ...

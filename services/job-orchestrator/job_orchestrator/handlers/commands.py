@@ -10,6 +10,8 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Final
 
+import structlog
+
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.job import JobTrigger, ScanJob, create
 from job_orchestrator.domain.job import change as change_job
@@ -22,11 +24,13 @@ from scanfleet.audit import write_line
 from scanfleet.bus import Publisher, Record
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError, MessageError, Rule
-from scanfleet.messages import AuditEntry, CancelJob, CommandAccepted, CommandRejected, SubmitJobs
+from scanfleet.messages import AuditEntry, CancelJob, CommandAccepted, CommandRejected, JobStatus, SubmitJobs
 from scanfleet.messages.topics import ORCHESTRATOR, SCAN_PROGRESS, SCAN_REPLIES
 from scanfleet.targets import Target, TargetRules
 
 Reply = CommandAccepted | CommandRejected
+
+_log = structlog.get_logger()
 
 # Nobody waits any more, and the caller may have asked again in other words. This is only tidy: what makes a late command
 # harmless is that the gateway's `expired` was inserted first.
@@ -87,7 +91,11 @@ class Commands:
             if id_ in too_old:
                 new.append(Command(id=id_, user_id=message.user_id, state="expired"))
             elif isinstance(message, CancelJob):
-                new.append(Command(id=id_, user_id=message.user_id, state="accepted", cancels=message.job_id))
+                new.append(
+                    Command(
+                        id=id_, user_id=message.user_id, state="accepted", cancels=message.job_id, admin=message.admin
+                    )
+                )
             else:
                 submits.append(message)
         new += await self._decide(submits)
@@ -123,6 +131,23 @@ class Commands:
         await self._jobs.relay(_jobs_of(stands))
         await self._jobs.reconcile(_jobs_of(stands))
         return answer
+
+    async def cancel(self, job_ids: Collection[int]) -> list[int]:
+        """Cancel those of these jobs that have not ended, and answer which they were.
+
+        Raises:
+            DependencyError: some are cancelled; calling again cancels the others.
+        """
+        before = await self._store.jobs(job_ids)
+        unfinished = [job.id for job in before.values() if not job.final]
+        ended = await self._end(dict.fromkeys(unfinished))
+        cancelled = sorted(job.id for job in ended.values() if job.status is JobStatus.CANCELLED)
+        try:
+            await self._jobs.relay(cancelled)
+        except DependencyError as error:  # the sweep publishes it
+            _log.warning("cancelled jobs are published late", jobs=len(cancelled), error=str(error))
+        self._jobs.begin(cancelled)
+        return cancelled
 
     def _too_old(self, record: Record) -> bool:
         """Whether the command stood in the log for more than a minute.
@@ -180,12 +205,14 @@ class Commands:
     async def _answers(self, commands: Mapping[str, Command]) -> dict[str, Reply]:
         """Finish each command, under the id that asks for it, and say what came of it."""
         await self._store.insert_jobs([job for command in commands.values() for job in command.jobs])
-        answers: dict[str, Reply] = {}
+        answers = await self._cancel(
+            [command for command in commands.values() if command.state == "accepted" and command.cancels is not None]
+        )
         for id_, command in commands.items():
+            if id_ in answers:
+                continue
             if command.state == "rejected":
                 answers[id_] = _rejected(id_, command.status, command.error, command.rule)
-            elif command.cancels is not None:
-                answers[id_] = await self._cancel(command)
             else:
                 answers[id_] = CommandAccepted(command_id=id_, jobs=tuple(job.view for job in command.jobs))
         return answers
@@ -227,21 +254,54 @@ class Commands:
             )
         return makers
 
-    async def _cancel(self, command: Command) -> Reply:
-        """Cancel the job unless it has ended; a command that did it once is told so again."""
+    async def _cancel(self, commands: Collection[Command]) -> dict[str, Reply]:
+        """Cancel the job of each command unless it has ended; a repeat of the command that did it is answered the same."""
+        if not commands:
+            return {}
+        jobs = await self._store.jobs({command.cancels or 0 for command in commands})
+        allowed = {
+            command.id: job.id
+            for command in commands
+            if (job := jobs.get(command.cancels or 0)) and (command.admin or job.user_id == command.user_id)
+        }
+        # The first of several commands for one job does it.
+        ended = await self._end({job_id: id_ for id_, job_id in reversed(allowed.items())})
+        answers: dict[str, Reply] = {}
+        for command in commands:
+            job = ended.get(allowed.get(command.id, 0))
+            if job is None:
+                rule = Rule.OWNER if jobs.get(command.cancels or 0) else Rule.REQUEST
+                answers[command.id] = await self._too_late(command, 404, "Job not found", rule)
+            elif job.cancel_command == command.id:
+                answers[command.id] = CommandAccepted(command_id=command.id, jobs=(job.view,))
+            else:
+                answers[command.id] = await self._too_late(command, 400, f"Job is already {job.status}", Rule.STATE)
+        return answers
+
+    async def _end(self, commands: Mapping[int, str | None]) -> dict[int, ScanJob]:
+        """Cancel those of these jobs that have not ended, each by its command if there is one; answer all as they ended.
+
+        Raises:
+            DependencyError: some are cancelled; calling again cancels the others.
+        """
+        ended: dict[int, ScanJob] = {}
+        left = set(commands)
         for _ in range(_ROUNDS):
-            job = (await self._store.jobs([command.cancels or 0])).get(command.cancels or 0)
-            if job is None or job.user_id != command.user_id:
-                return await self._too_late(command, 404, "Job not found", Rule.OWNER if job else Rule.REQUEST)
-            if job.cancel_command == command.id:
-                return CommandAccepted(command_id=command.id, jobs=(job.view,))
-            if job.final:
-                return await self._too_late(command, 400, f"Job is already {job.status}", Rule.STATE)
-            cancelled = change_job(job, JobTrigger.CANCEL, self._clock.now(), cancel_command=command.id)
-            if not await self._store.save_jobs([cancelled]):
-                job_came(cancelled)
-                return CommandAccepted(command_id=command.id, jobs=(cancelled.view,))
-        raise DependencyError(f"job {command.cancels} kept changing under us")
+            if not left:
+                return ended
+            jobs = await self._store.jobs(left)
+            ended |= {job.id: job for job in jobs.values() if job.final}
+            cancelled = {
+                job.id: change_job(job, JobTrigger.CANCEL, self._clock.now(), cancel_command=commands[job.id])
+                for job in jobs.values()
+                if not job.final
+            }
+            left = await self._store.save_jobs(list(cancelled.values()))
+            for job in cancelled.values():
+                if job.id not in left:
+                    job_came(job)
+                    ended[job.id] = job
+        raise DependencyError(f"jobs kept changing during a cancel: {sorted(left)[:5]}")
 
     async def _too_late(self, command: Command, status: int, error: str, rule: Rule) -> Reply:
         await self._store.reject_command(command.id, status, error, rule)
@@ -260,8 +320,11 @@ def _rejected(command_id: str, status: int, error: str, rule: str) -> CommandRej
 
 def _audit_entry(message: SubmitJobs | CancelJob, answer: Reply) -> AuditEntry:
     """The same for every copy of the command: the first stands."""
+    rule = "" if isinstance(answer, CommandAccepted) else answer.rule
     if isinstance(message, CancelJob):
         action, target = "cancel_task", f"/api/v1/task/{message.job_id}"
+        if isinstance(answer, CommandAccepted) and answer.jobs[0].user_id != message.user_id:
+            rule, target = Rule.ROLE, f"{target} of user {answer.jobs[0].user_id}"
     elif isinstance(answer, CommandAccepted):
         action, target = "create_tasks", f"/api/v1/task/{','.join(str(job.id) for job in answer.jobs)}"
     else:
@@ -275,7 +338,7 @@ def _audit_entry(message: SubmitJobs | CancelJob, answer: Reply) -> AuditEntry:
         action=action,
         target=target,
         decision="allowed" if isinstance(answer, CommandAccepted) else "refused",
-        rule="" if isinstance(answer, CommandAccepted) else answer.rule,
+        rule=rule,
         request_id=message.request_id,
     )
 

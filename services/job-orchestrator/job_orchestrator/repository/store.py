@@ -17,7 +17,7 @@ from pymongo.read_concern import ReadConcern
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.domain.job import ScanJob
-from job_orchestrator.domain.store import UNFINISHED, Census, Command, Policy, Standing, Subnet
+from job_orchestrator.domain.store import UNFINISHED, Census, Command, OpenChunks, Policy, Standing, Subnet
 from job_orchestrator.metrics import UNREADABLE
 from job_orchestrator.repository import documents
 from scanfleet.clock import utc_now
@@ -53,6 +53,7 @@ _INDEXES: Final = {
     "jobs": [
         IndexModel([("user_id", 1), ("sort_time", -1), ("_id", -1)]),
         IndexModel([("user_id", 1), ("status", 1), ("sort_time", -1), ("_id", -1)]),
+        IndexModel([("status", 1), ("sort_time", -1), ("_id", -1)]),  # for administrators, who list every user's
         # With status and age the unfinished jobs are counted from the index alone.
         IndexModel(
             [("settled", 1), ("_id", 1), ("partition", 1), ("status", 1), ("created_at", 1), ("seconds_left", 1)],
@@ -244,12 +245,14 @@ class MongoStore:
     @dependency_errors()
     async def list_jobs(
         self,
-        user_id: int,
+        user_id: int | None,
         statuses: Collection[JobStatus],
         skip: int,
         limit: int,
     ) -> tuple[list[ScanJob], int]:
-        wanted: Document = {"user_id": user_id}
+        wanted: Document = {} if user_id is None else {"user_id": user_id}
+        if user_id is None:
+            statuses = statuses or tuple(JobStatus)  # the index begins with it
         if statuses:
             wanted["status"] = {"$in": [status.value for status in statuses]}
         newest = self._jobs.find(wanted).sort([("sort_time", -1), ("_id", -1)]).skip(skip).limit(limit)
@@ -279,6 +282,21 @@ class MongoStore:
         unfinished = [JobStatus.PENDING.value, JobStatus.RUNNING.value]
         wanted = {"subnet_id": subnet_id, "settled": False, "status": {"$in": unfinished}}
         return await self._jobs.find_one(wanted, {"_id": 1}) is not None
+
+    @dependency_errors()
+    async def unfinished_jobs(
+        self,
+        user_id: int,
+        limit: int,
+        *,
+        statuses: Collection[JobStatus] = UNFINISHED,
+        subnet_id: int | None = None,
+        policy_id: int | None = None,
+    ) -> list[int]:
+        wanted: Document = {"user_id": user_id, "status": {"$in": [status.value for status in statuses]}}
+        asked = {"subnet_id": subnet_id, "policy_id": policy_id}
+        wanted |= {name: value for name, value in asked.items() if value is not None}
+        return [each["_id"] async for each in self._jobs.find(wanted, {"_id": 1}).limit(limit)]
 
     # Chunks
 
@@ -352,6 +370,29 @@ class MongoStore:
         due = {"$or": [{"ask_at": None}, {"ask_at": {"$lt": now}}]}
         mine = {"partition": {"$in": list(partitions)}}
         return await self._find_chunks({"state": ChunkState.SCANNED.value} | mine | due, limit)
+
+    @dependency_errors()
+    async def chunk_counts(self, job_id: int) -> OpenChunks:
+        states = [ChunkState.QUEUED.value, *(state.value for state in HELD)]
+        groups = self._chunks.aggregate(
+            [
+                {"$match": {"job_id": job_id, "state": {"$in": states}}},
+                {
+                    "$group": {
+                        "_id": {"$eq": ["$state", ChunkState.QUEUED.value]},
+                        "n": {"$sum": 1},
+                        "raw": {"$sum": {"$cond": ["$needs_raw", 1, 0]}},
+                    },
+                },
+            ],
+        )
+        found = {each["_id"]: each async for each in groups}
+        queued = found.get(True, {"n": 0, "raw": 0})
+        return OpenChunks(
+            queued=queued["n"],
+            queued_raw=queued["raw"],
+            held=found[False]["n"] if False in found else 0,
+        )
 
     # Dispatch
 
@@ -437,6 +478,14 @@ class MongoStore:
         return [documents.read_worker(each) async for each in found]
 
     # What is going on
+
+    @dependency_errors()
+    async def seconds_left(self) -> float:
+        unfinished = {"settled": False, "status": {"$in": [status.value for status in UNFINISHED]}}
+        total = self._jobs.aggregate(
+            [{"$match": unfinished}, {"$group": {"_id": None, "seconds": {"$sum": "$seconds_left"}}}],
+        )
+        return sum([float(each["seconds"]) async for each in total])
 
     @dependency_errors()
     async def census(self) -> Census:

@@ -13,7 +13,7 @@ from typing import Literal
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.domain.job import ScanJob
-from job_orchestrator.domain.store import UNFINISHED, Census, Command, Policy, Standing, Subnet
+from job_orchestrator.domain.store import UNFINISHED, Census, Command, OpenChunks, Policy, Standing, Subnet
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError
 from scanfleet.messages import AuditEntry, JobStatus
@@ -155,13 +155,15 @@ class MemoryStore:
 
     async def list_jobs(
         self,
-        user_id: int,
+        user_id: int | None,
         statuses: Collection[JobStatus],
         skip: int,
         limit: int,
     ) -> tuple[list[ScanJob], int]:
         mine = [
-            job for job in self._jobs.values() if job.user_id == user_id and (not statuses or job.status in statuses)
+            job
+            for job in self._jobs.values()
+            if user_id in (None, job.user_id) and (not statuses or job.status in statuses)
         ]
         mine.sort(key=lambda job: (job.start_time or job.end_time or _FAR_FUTURE, job.id), reverse=True)
         return mine[skip : skip + limit], len(mine)
@@ -181,6 +183,25 @@ class MemoryStore:
 
     async def has_unfinished_jobs(self, subnet_id: int) -> bool:
         return any(job.subnet_id == subnet_id and not job.final for job in self._jobs.values())
+
+    async def unfinished_jobs(
+        self,
+        user_id: int,
+        limit: int,
+        *,
+        statuses: Collection[JobStatus] = UNFINISHED,
+        subnet_id: int | None = None,
+        policy_id: int | None = None,
+    ) -> list[int]:
+        matching = (
+            job.id
+            for job in self._jobs.values()
+            if job.user_id == user_id
+            and job.status in statuses
+            and subnet_id in (None, job.subnet_id)
+            and policy_id in (None, job.policy_id)
+        )
+        return list(islice(matching, limit))
 
     # Chunks
 
@@ -233,6 +254,14 @@ class MemoryStore:
             and (chunk.ask_at is None or chunk.ask_at < now)
         )
         return list(islice(overdue, limit))
+
+    async def chunk_counts(self, job_id: int) -> OpenChunks:
+        queued = [chunk for chunk in self._queued(raw=True) if chunk.job_id == job_id]
+        return OpenChunks(
+            queued=len(queued),
+            queued_raw=sum(chunk.needs_raw for chunk in queued),
+            held=sum(chunk.job_id == job_id and chunk.state in HELD for chunk in self._chunks.values()),
+        )
 
     # Dispatch
 
@@ -294,6 +323,9 @@ class MemoryStore:
         return [
             replace(worker, partition=-1) for worker, seen in self._workers.values() if worker.slots and seen > since
         ]
+
+    async def seconds_left(self) -> float:
+        return sum(job.seconds_left for job in self._jobs.values() if job.status in UNFINISHED)
 
     async def census(self) -> Census:
         jobs = [job for job in self._jobs.values() if job.status in UNFINISHED]

@@ -340,8 +340,8 @@ class World:
         await self.bus.publish(SCAN_COMMANDS, [command])
         return command.command_id
 
-    async def cancel(self, job_id: int, user_id: int = 7) -> str:
-        command = CancelJob(command_id=f"command-{next(self._commands)}", user_id=user_id, job_id=job_id)
+    async def cancel(self, job_id: int, user_id: int = 7, *, admin: bool = False) -> str:
+        command = CancelJob(command_id=f"command-{next(self._commands)}", user_id=user_id, job_id=job_id, admin=admin)
         await self.bus.publish(SCAN_COMMANDS, [command])
         return command.command_id
 

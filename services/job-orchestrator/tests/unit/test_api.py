@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -14,11 +15,13 @@ from fastapi import FastAPI
 from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
 from job_orchestrator.domain.chunk import ChunkState
+from job_orchestrator.domain.fairness import Credit
 from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator.domain.store import Policy
 from job_orchestrator.testing import RULES, MemoryStore, World, chunk, scan_job, scan_policy
 from job_orchestrator.testing.things import THEN
 from scanfleet import service
+from scanfleet.clock import utc_now
 from scanfleet.messages.topics import SCAN_COMMANDS
 from scanfleet.testing.tokens import Issuer
 
@@ -113,6 +116,7 @@ EVERY_ROUTE = [
     ("GET", "/api/v1/task"),
     ("GET", "/api/v1/task/1"),
     ("GET", "/api/v1/task/1/ledger"),
+    ("GET", "/api/v1/task/1/waiting"),
     *((verb, "/api/v1/subnet") for verb in ("GET", "POST")),
     *((verb, "/api/v1/subnet/1") for verb in ("GET", "PUT", "DELETE")),
     *((verb, "/api/v1/policy") for verb in ("GET", "POST")),
@@ -120,6 +124,7 @@ EVERY_ROUTE = [
     ("GET", "/api/v1/audit"),
     ("GET", "/internal/jobs/1/owner"),
     ("GET", "/internal/jobs/1/latest"),
+    ("POST", "/internal/jobs/cancel"),
     ("POST", "/internal/commands/c-1/expire"),
 ]
 
@@ -177,14 +182,20 @@ async def test_a_subnet_goes_round(api: Api) -> None:
     await api("GET /api/v1/subnet/1", status=404)
 
 
-async def test_networks_are_written_in_one_way(api: Api) -> None:
-    """Answers hold the canonical spelling of network and exclusions, of both families."""
-    made = await api(
-        "POST /api/v1/subnet",
-        {"name": "x", "cidr": "127.9.8.0/24", "exclude": ["127.9.8.1", "127.9.8.128/25"]},
-        status=201,
-    )
-    assert made["exclude"] == ["127.9.8.1/32", "127.9.8.128/25"]
+@pytest.mark.parametrize(
+    ("exclude", "effective"),
+    [
+        (["127.9.8.128/25", "127.9.8.1"], ["127.9.8.1/32", "127.9.8.128/25"]),
+        (["10.0.0.0/8", "127.9.8.8/30", "127.9.8.9", "::1"], ["127.9.8.8/30"]),
+        (None, []),
+    ],
+)
+async def test_a_subnet_shows_its_effective_excludes(api: Api, exclude: object, effective: list[str]) -> None:
+    """POST and PUT answer the excluded networks canonical, sorted and reduced to those within the subnet."""
+    body = {"name": "x", "cidr": "127.9.8.0/24", "exclude": exclude}
+    made = await api("POST /api/v1/subnet", body, status=201)
+    assert made["exclude"] == effective
+    assert (await api("PUT /api/v1/subnet/1", body))["exclude"] == effective
 
 
 @pytest.mark.parametrize(
@@ -198,7 +209,7 @@ async def test_networks_are_written_in_one_way(api: Api) -> None:
         {"name": 1, "cidr": "127.9.8.0/24"},
         {"name": "x", "cidr": 1},
         {"name": "x", "cidr": "127.9.8.0/24", "exclude": "127.9.8.1"},
-        {"name": "x", "cidr": "127.9.8.0/24", "exclude": ["10.0.0.1"]},
+        {"name": "x", "cidr": "127.9.8.0/24", "exclude": ["10.0.0.0/33"]},
         {"name": "x", "cidr": "127.9.8.0/24", "exclude": ["127.9.8.0/24"]},
         {"name": "x", "cidr": "127.9.8.0/24", "exclude": ["127.9.8.1"] * 1_001},
         {"name": "x", "cidr": "127.9.8.1/24"},
@@ -385,7 +396,9 @@ async def test_a_database_that_is_away_is_a_503(api: Api, store: MemoryStore) ->
     """While MongoDB is away every route says so, and when to come again; nothing of it is told."""
     store.away = True
     for method, path in EVERY_ROUTE:
-        body = {"name": "x", "cidr": "127.9.8.0/24"} if "subnet" in path else {"name": "x"}
+        body: dict[str, Any] = {"name": "x", "cidr": "127.9.8.0/24"} if "subnet" in path else {"name": "x"}
+        if path.endswith("/cancel"):
+            body = {"all": True}
         answer = await api.raw(method, path, headers=ISSUER.bearer(admin=True), json=body)
         assert (answer.status_code, int(answer.headers["Retry-After"]) >= 1) == (503, True), path
         assert "database" not in answer.json()["error"]
@@ -395,10 +408,12 @@ async def test_a_database_that_is_away_is_a_503(api: Api, store: MemoryStore) ->
 
 
 @pytest.mark.proves("A12")
-@pytest.mark.parametrize("query", ["status[$ne]=x", "status[$in][]=running", "$where=1", "user_id=8", "x" * 5_000])
-async def test_a_list_of_jobs_is_asked_in_known_words(api: Api, query: str) -> None:
-    """A query parameter that the document does not name is a 400, in a short message."""
-    answer = await api(f"GET /api/v1/task?{query}", status=400)
+@pytest.mark.parametrize("path", ["task", "subnet", "policy", "audit"])
+@pytest.mark.parametrize("query", ["status[$ne]=x", "status[$in][]=running", "$where=1", "_=1", "x" * 5_000])
+async def test_an_unknown_query_parameter_is_a_400_on_every_list(api: Api, path: str, query: str) -> None:
+    """A query parameter that the document does not name is a 400 that names it, in a short message."""
+    answer = await api(f"GET /api/v1/{path}?{query}", admin=True, status=400)
+    assert answer["error"].startswith(f"unknown in a query: {query.split('=', maxsplit=1)[0]}"[:200])
     assert len(answer["error"]) <= 200
 
 
@@ -485,12 +500,192 @@ async def test_a_task_shows_its_status(api: Api, store: MemoryStore) -> None:
     }
 
 
-async def test_another_users_task_is_not_there(api: Api, store: MemoryStore) -> None:
-    """Status and ledger of another user's job are a 404, for an administrator too."""
+@pytest.mark.proves("A10", "A24", "G13")
+@pytest.mark.parametrize("path", ["/api/v1/task/1", "/api/v1/task/1/ledger", "/api/v1/task/1/waiting"])
+async def test_another_users_task_is_not_there(api: Api, store: MemoryStore, path: str) -> None:
+    """What a job shows its owner it shows an administrator, and to any other user it is a 404."""
     await store.insert_jobs([scan_job(1)])
+    await api(f"GET {path}", user=8, status=404)
+    assert await api(f"GET {path}", user=9, admin=True) == await api(f"GET {path}")
+
+
+@pytest.mark.proves("A24", "G13")
+async def test_an_administrator_lists_the_jobs_of_others(api: Api, store: MemoryStore) -> None:
+    """With `user_id` an administrator lists that user's jobs, or all; any other user gets a 403 except for their own."""
+    await store.insert_jobs([scan_job(1), scan_job(2, user_id=8), change(scan_job(3), JobTrigger.START, LATER)])
+
+    async def ids(query: str, *, user: int = 9, admin: bool = True) -> list[int]:
+        return [job["id"] for job in (await api(f"GET /api/v1/task{query}", user=user, admin=admin))["jobs"]]
+
+    assert await ids("?user_id=7") == [1, 3]
+    assert await ids("?user_id=8&status=running") == []
+    assert await ids("?user_id=all") == [2, 1, 3]
+    assert await ids("?user_id=all&status=running") == [3]
+    assert await ids("") == []
+    assert await ids("?user_id=8", user=8, admin=False) == [2]
+    for whose in ("7", "all"):
+        await api(f"GET /api/v1/task?user_id={whose}", user=8, status=403)
+    for whose in ("0", "x", "ALL", "", "7,8", "99999999999999999999"):
+        await api(f"GET /api/v1/task?user_id={whose}", user=9, admin=True, status=400)
+
+
+# Waiting
+
+
+async def waiting(api: Api) -> dict[str, Any]:
+    answer: dict[str, Any] = await api("GET /api/v1/task/1/waiting")
+    return answer
+
+
+async def kinds(api: Api) -> list[str]:
+    return [reason["kind"] for reason in (await waiting(api))["reasons"]]
+
+
+async def test_a_job_without_workers_says_so(api: Api, store: MemoryStore) -> None:
+    """While no worker takes work, a job that no worker holds a chunk of waits for one, since it last moved."""
+    await store.insert_jobs([scan_job(1)])
+    await store.insert_chunks([chunk()])
+    await store.seen_workers([Credit("leaving", 0, raw=True, partition=0)])
+    assert await waiting(api) == {
+        "job_id": 1,
+        "waiting": True,
+        "since": "2026-01-01T00:00:00.000Z",
+        "next_possible_start": None,
+        "reasons": [
+            {
+                "kind": "no_worker",
+                "until": None,
+                "detail": "no worker that takes work has announced itself in the last 30 s; start a scanner-worker",
+            }
+        ],
+        "queued_chunks": 1,
+        "held_chunks": 0,
+        "eta_seconds": None,
+    }
+
+
+async def test_a_job_that_needs_raw_packets_says_so(api: Api, store: MemoryStore) -> None:
+    """Queued chunks that need raw packets wait for a raw worker while only others live; what any may do is queued."""
+    await store.insert_jobs([scan_job(1)])
+    await store.insert_chunks([chunk(needs_raw=True)])
+    await store.seen_workers([Credit("plain", 2, raw=False, partition=0)])
+    (reason,) = (await waiting(api))["reasons"]
+    assert reason["kind"] == "no_raw_worker"
+    assert reason["detail"].startswith("1 of 1 queued chunks need raw packets, and no worker that may send them")
+    await store.insert_chunks([chunk(id="1-1", index=1)])
+    assert await kinds(api) == ["no_raw_worker", "queue"]
+    await store.seen_workers([Credit("raw", 2, raw=True, partition=0)])
+    assert await kinds(api) == ["queue"]
+
+
+async def test_a_job_in_the_queue_says_what_is_ahead(api: Api, store: MemoryStore) -> None:
+    """With workers alive a job waits for its turn, and is shown the queued work of others."""
+    await store.insert_jobs([scan_job(1), scan_job(2, user_id=8)])
+    await store.seen_workers([Credit("plain", 2, raw=False, partition=0)])
+    assert (await waiting(api))["reasons"][0]["detail"] == "0 slot seconds of work are ahead"  # no chunk is made yet
+    await store.insert_chunks([chunk(estimate=5.0), chunk(id="2-0", job_id=2, user_id=8, estimate=42.0)])
+    (reason,) = (await waiting(api))["reasons"]
+    assert (reason["kind"], reason["detail"]) == ("queue", "42 slot seconds of work are ahead")
+
+
+async def test_a_job_that_is_scanned_or_over_waits_for_nothing(api: Api, store: MemoryStore) -> None:
+    """While a worker holds a chunk, while only results are awaited, and once it is final, a job does not wait."""
+    running = change(scan_job(1), JobTrigger.START, LATER, eta_seconds=12.5)
+    await store.insert_jobs([running])
+    await store.insert_chunks([chunk(state=ChunkState.RUNNING), chunk(id="1-1", index=1)])
+    scanning = await waiting(api)
+    assert (scanning["waiting"], scanning["since"], scanning["reasons"]) == (False, None, [])
+    assert (scanning["queued_chunks"], scanning["held_chunks"], scanning["eta_seconds"]) == (1, 1, 12.5)
+    assert (await api("GET /api/v1/task/1/ledger"))["eta_seconds"] == 12.5
+    both = await store.chunks(["1-0", "1-1"])
+    await store.save_chunks([replace(each, state=ChunkState.SCANNED) for each in both.values()])
+    assert (await waiting(api))["waiting"] is False
+    await store.save_jobs([change(running, JobTrigger.CANCEL, LATER)])
+    over = await waiting(api)
+    assert (over["waiting"], over["reasons"], over["queued_chunks"], over["eta_seconds"]) == (False, [], 0, None)
+    assert (await api("GET /api/v1/task/1/ledger"))["eta_seconds"] is None
+
+
+# Cancels of many
+
+
+@pytest.mark.parametrize(
+    ("wanted", "cancelled"),
+    [
+        ({"all": True}, [1, 2, 3]),
+        ({"status": ["pending"]}, [1, 3]),
+        ({"status": ["running", "pending"], "subnet_id": 2}, [3]),
+        ({"policy_id": 5}, [2]),
+        ({"policy_id": 5, "subnet_id": None, "status": None, "all": False}, [2]),
+        ({"policy_id": 5, "status": ["pending"]}, []),
+    ],
+)
+async def test_jobs_are_cancelled_by_filter(
+    api: Api, world: World, store: MemoryStore, wanted: object, cancelled: list[int]
+) -> None:
+    """The caller's unfinished jobs that match every filter are cancelled, with their events; no other job changes."""
+    await store.insert_jobs(
+        [
+            scan_job(1),
+            change(scan_job(2, policy_id=5), JobTrigger.START, LATER),
+            scan_job(3, subnet_id=2),
+            change(scan_job(4, policy_id=5), JobTrigger.CANCEL, LATER),
+            scan_job(5, user_id=8, policy_id=5),
+        ]
+    )
+    before = await store.jobs(range(1, 6))
     for admin in (False, True):
-        await api("GET /api/v1/task/1", user=8, admin=admin, status=404)
-        await api("GET /api/v1/task/1/ledger", user=8, admin=admin, status=404)
+        answer = await api("POST /internal/jobs/cancel", wanted, admin=admin)
+        assert answer == {"job_ids": [] if admin else cancelled, "more": False}  # a repeat finds none
+    after = await store.jobs(range(1, 6))
+    assert [id_ for id_ in after if after[id_].status != before[id_].status] == cancelled
+    for id_ in cancelled:
+        assert (after[id_].status, world.events(id_)[-1].job.status) == ("cancelled", "cancelled")
+
+
+async def test_more_jobs_than_a_page_are_cancelled_in_steps(api: Api, store: MemoryStore) -> None:
+    """One request cancels a page of a thousand jobs and says that there may be more."""
+    await store.insert_jobs([scan_job(id_) for id_ in range(1, 1_003)])
+    first, second = [await api("POST /internal/jobs/cancel", {"all": True}) for _ in range(2)]
+    assert (len(first["job_ids"]), first["more"], len(second["job_ids"]), second["more"]) == (1_000, True, 2, False)
+    assert not await store.unfinished_jobs(7, 10)
+
+
+async def test_jobs_are_cancelled_while_the_bus_is_unavailable(api: Api, world: World, store: MemoryStore) -> None:
+    """Without the bus jobs are cancelled all the same, and their events are published once it is back."""
+    await store.insert_jobs([scan_job(1)])
+    world.bus.broker.away = True
+    assert (await api("POST /internal/jobs/cancel", {"all": True}))["job_ids"] == [1]
+    world.bus.broker.away = False
+    await world.only.jobs.relay(await store.jobs_with_old_events(utc_now() + timedelta(hours=1), 10))
+    assert world.events(1)[-1].job.status == "cancelled"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        [],
+        None,
+        {"all": False},
+        {"all": "yes"},
+        {"all": True, "subnet_id": 1},
+        {"status": []},
+        {"status": "pending"},
+        {"status": ["completed"]},
+        {"status": ["pending"] * 3},
+        {"subnet_id": 0},
+        {"subnet_id": "1"},
+        {"policy_id": {"$ne": 0}},
+        {"subnet_id": None},
+        {"all": True, "user_id": 8},
+    ],
+)
+async def test_a_cancel_of_many_names_what_it_means(api: Api, store: MemoryStore, body: object) -> None:
+    """Without a filter or `all`, with both, or with a value that is none, nothing is cancelled and the answer is 400."""
+    await store.insert_jobs([scan_job(1)])
+    await api("POST /internal/jobs/cancel", body, status=400)
+    assert await store.unfinished_jobs(7, 10) == [1]
 
 
 # The ledger
@@ -541,6 +736,7 @@ async def test_a_ledger_accounts_for_every_probe(api: Api, store: MemoryStore) -
             "page": 1,
             "page_size": 100,
         },
+        "eta_seconds": None,
     }
     page = (await api("GET /api/v1/task/1/ledger?page=2&page_size=2"))["not_probed"]
     assert [each["address"] for each in page["addresses"]] == ["127.9.8.4", "127.9.8.5"]
@@ -581,14 +777,16 @@ async def test_results_may_be_read_by_owner_and_administrator(api: Api, store: M
     await api("GET /internal/jobs/x/owner", status=404)
 
 
-async def test_a_job_is_watched_by_its_owner(api: Api, store: MemoryStore) -> None:
-    """The owner is told the task and the `seq` of its last event; for anybody else, an administrator too, it is a 404."""
+async def test_a_job_is_watched_by_owner_and_administrator(api: Api, store: MemoryStore) -> None:
+    """The answer is the task and the `seq` of its last event; for any other user it is a 404."""
     job = scan_job(1, seq=3)
     await store.insert_jobs([job])
-    assert await api("GET /internal/jobs/1/latest") == {"seq": job.seq, "task": await api("GET /api/v1/task/1")}
+    shown = {"seq": job.seq, "task": await api("GET /api/v1/task/1")}
+    assert await api("GET /internal/jobs/1/latest") == shown
+    assert await api("GET /internal/jobs/1/latest", user=9, admin=True) == shown
+    await api("GET /internal/jobs/1/latest", user=8, status=404)
     for admin in (False, True):
-        await api("GET /internal/jobs/1/latest", user=8, admin=admin, status=404)
-    await api("GET /internal/jobs/2/latest", status=404)
+        await api("GET /internal/jobs/2/latest", admin=admin, status=404)
 
 
 async def test_a_command_is_decided_when_asked(api: Api, world: World) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from typing import Any
 
 import httpx
@@ -148,12 +149,72 @@ async def test_what_is_not_there_is_no_refusal(ask: Caller) -> None:
         assert await ask(f"DELETE /api/v1/{path}") in ((404, []), (405, []))
 
 
-async def test_an_administrator_who_reads_anothers_results_is_written_down(ask: Caller, world: World) -> None:
-    """Reading another's results as an administrator is an entry, reading one's own is none."""
+READS = {
+    "GET /internal/jobs/5/owner": ("read_results", "/api/v1/task/5/results of user 7"),
+    "GET /internal/jobs/5/latest": ("watch_task", "/api/v1/task/5/events of user 7"),
+    "GET /api/v1/task/5": ("read_task", "/api/v1/task/5 of user 7"),
+    "GET /api/v1/task/5/ledger": ("read_ledger", "/api/v1/task/5/ledger of user 7"),
+    "GET /api/v1/task/5/waiting": ("read_waiting", "/api/v1/task/5/waiting of user 7"),
+    "GET /api/v1/task?user_id=7": ("list_tasks", "/api/v1/task?user_id=7"),
+    "GET /api/v1/task?user_id=all": ("list_tasks", "/api/v1/task?user_id=all"),
+}
+
+
+@pytest.mark.proves("A24", "G13")
+@pytest.mark.parametrize("request_", READS)
+async def test_an_administrator_who_reads_what_is_anothers_is_recorded(
+    ask: Caller, world: World, monkeypatch: pytest.MonkeyPatch, request_: str
+) -> None:
+    """Reads of another's job are one entry a minute that names job and owner, however often asked; one's own are none."""
     await world.store.insert_jobs([scan_job(5)])
-    status, entries = await ask("GET /internal/jobs/5/owner", user=9, admin=True)
-    assert (status, told(entries)) == (200, [("9", "read_results", "/api/v1/task/5/results", "allowed", "role")])
-    assert await ask("GET /internal/jobs/5/owner", user=7) == (200, [])
+    action, target = READS[request_]
+    times = [THEN, THEN + timedelta(seconds=59), THEN + timedelta(days=1)]
+    for now, entries in zip(times, (1, 1, 2), strict=True):
+        monkeypatch.setattr("scanfleet.service.utc_now", lambda now=now: now)
+        expected = [("9", action, target, "allowed", "role")] * entries
+        assert (await ask(request_, user=9, admin=True))[0] == 200
+        recorded, _ = await world.store.list_audit(0, 10)
+        assert told(recorded) == expected
+    if "all" not in request_:
+        assert await ask(request_, user=7) == (200, [])
+
+
+@pytest.mark.proves("A24", "G13")
+async def test_a_stream_of_an_administrator_is_recorded_once(
+    ask: Caller, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream that asks for the job's state for an hour is one entry; another stream has its own."""
+    await world.store.insert_jobs([scan_job(5)])
+    for minute in range(60):
+        monkeypatch.setattr("scanfleet.service.utc_now", lambda minute=minute: THEN + timedelta(minutes=minute))
+        await ask("GET /internal/jobs/5/latest", user=9, admin=True)
+    _, total = await world.store.list_audit(0, 10)
+    assert total == 1
+    headers = {"X-Request-ID": "another"} | ISSUER.bearer(9, admin=True)
+    await ask._http.get("/internal/jobs/5/latest", headers=headers)
+    _, total = await world.store.list_audit(0, 10)
+    assert total == 2
+
+
+async def test_a_cancel_of_many_is_an_entry_for_each_job(ask: Caller, world: World) -> None:
+    """Each job that a filter finds is recorded before it is cancelled; a request that finds none is no entry."""
+    await world.store.insert_jobs([scan_job(5), scan_job(6)])
+    status, entries = await ask("POST /internal/jobs/cancel", {"all": True})
+    assert status == 200
+    assert sorted(told(entries)) == [("7", "cancel_tasks", f"/api/v1/task/{id_}", "allowed", "") for id_ in (5, 6)]
+    assert await ask("POST /internal/jobs/cancel", {"all": True}, user=8) == (200, [])
+
+
+@pytest.mark.proves("A24", "G13")
+async def test_a_cancel_by_an_administrator_names_the_owner(world: World) -> None:
+    """An administrator's cancel of another's job is an entry by the rule `role`, of one's own it is an ordinary one."""
+    await world.store.insert_jobs([scan_job(5), scan_job(6, user_id=9)])
+    for job_id in (5, 6):
+        await world.cancel(job_id, user_id=9, admin=True)
+    assert sorted(await commanded(world, user=9)) == [
+        ("9", "cancel_task", "/api/v1/task/5 of user 7", "allowed", "role"),
+        ("9", "cancel_task", "/api/v1/task/6", "allowed", ""),
+    ]
 
 
 async def test_administrators_read_the_log_by_page(ask: Caller, app: FastAPI) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 
 from job_orchestrator.domain.chunk import ChunkState
+from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import Command, Subnet
-from job_orchestrator.testing import World, scan_policy
+from job_orchestrator.testing import World, scan_job, scan_policy
 from job_orchestrator.testing.things import THEN
 from scanfleet.bus import Record
 from scanfleet.errors import DependencyError
@@ -329,6 +331,51 @@ async def test_only_the_owner_can_cancel(world: World) -> None:
         await world.settle()
         assert [(each.status, each.error) for each in world.replies(command)] == [(404, "Job not found")]
     assert (await world.store.jobs([1]))[1].status is JobStatus.PENDING
+
+
+@pytest.mark.proves("A24", "G13")
+async def test_an_administrator_cancels_the_job_of_another_user(world: World) -> None:
+    """A cancel by an administrator's token ends any job, and is answered as to the owner; no job at all is a 404."""
+    world.workers = []
+    await world.submit()
+    await world.settle()
+    cancelled, unknown = await world.cancel(1, user_id=9, admin=True), await world.cancel(99, user_id=9, admin=True)
+    await world.settle()
+    assert world.accepted(cancelled)[0].status is JobStatus.CANCELLED
+    assert [each.status for each in world.replies(unknown)] == [404]
+    assert (await world.store.jobs([1]))[1].status is JobStatus.CANCELLED
+
+
+async def test_of_several_cancels_in_one_batch_the_first_ends_the_job(world: World) -> None:
+    """Cancels of one job that come together are answered as if one came after the other, and a stranger's never counts."""
+    world.workers = []
+    await world.submit()
+    await world.settle()
+    stranger, first, second = [await world.cancel(1, user_id=user) for user in (8, 7, 7)]
+    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+    assert [each.status for each in world.replies(stranger)] == [404]
+    assert world.accepted(first)[0].status is JobStatus.CANCELLED
+    assert [(each.status, each.error) for each in world.replies(second)] == [(400, "Job is already cancelled")]
+
+
+async def test_a_batch_of_cancels_costs_a_fixed_number_of_writes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred cancels are decided by as many saves of jobs as one, so that none waits behind the others."""
+    await world.store.insert_jobs([scan_job(id_) for id_ in range(1, 102)])
+    saves: list[int] = []
+    save_jobs = world.store.save_jobs
+
+    async def counted(jobs: Sequence[ScanJob]) -> set[int]:
+        saves.append(len(jobs))
+        return await save_jobs(jobs)
+
+    monkeypatch.setattr(world.store, "save_jobs", counted)
+    await world.cancel(101)
+    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+    alone = len(saves)
+    commands = [await world.cancel(id_) for id_ in range(1, 101)]
+    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+    assert len(saves) == 2 * alone
+    assert {world.accepted(command)[0].status for command in commands} == {JobStatus.CANCELLED}
 
 
 async def test_a_command_is_not_lost_while_the_broker_is_away(world: World) -> None:
