@@ -545,7 +545,7 @@ async def test_a_job_without_workers_says_so(api: Api, store: MemoryStore) -> No
     """While no worker takes work, a job that no worker holds a chunk of waits for one, since it last moved."""
     await store.insert_jobs([scan_job(1)])
     await store.insert_chunks([chunk()])
-    await store.seen_workers([Credit("leaving", 0, raw=True, partition=0)])
+    await store.seen_workers([Credit("leaving", "leaving", 0, raw=True, partition=0)])
     assert await waiting(api) == {
         "job_id": 1,
         "waiting": True,
@@ -568,22 +568,20 @@ async def test_a_job_that_needs_raw_packets_says_so(api: Api, store: MemoryStore
     """Queued chunks that need raw packets wait for a raw worker while only others live; what any may do is queued."""
     await store.insert_jobs([scan_job(1)])
     await store.insert_chunks([chunk(needs_raw=True)])
-    await store.seen_workers([Credit("plain", 2, raw=False, partition=0)])
+    await store.seen_workers([Credit("plain", "plain", 2, raw=False, partition=0)])
     (reason,) = (await waiting(api))["reasons"]
     assert reason["kind"] == "no_raw_worker"
     assert reason["detail"].startswith("1 of 1 queued chunks need raw packets, and no worker that may send them")
     await store.insert_chunks([chunk(id="1-1", index=1)])
     assert await kinds(api) == ["no_raw_worker", "queue"]
-    await store.seen_workers([Credit("raw", 2, raw=True, partition=0)])
+    await store.seen_workers([Credit("raw", "raw", 2, raw=True, partition=0)])
     assert await kinds(api) == ["queue"]
 
 
 async def test_a_job_in_the_queue_says_what_is_ahead(api: Api, store: MemoryStore) -> None:
     """With workers alive a job waits for its turn, and is shown the queued work of others."""
-    await store.insert_jobs([scan_job(1), scan_job(2, user_id=8)])
-    await store.seen_workers([Credit("plain", 2, raw=False, partition=0)])
-    assert (await waiting(api))["reasons"][0]["detail"] == "0 slot seconds of work are ahead"  # no chunk is made yet
-    await store.insert_chunks([chunk(estimate=5.0), chunk(id="2-0", job_id=2, user_id=8, estimate=42.0)])
+    await store.insert_jobs([scan_job(1, seconds_left=5.0), scan_job(2, user_id=8, seconds_left=42.0)])
+    await store.seen_workers([Credit("plain", "plain", 2, raw=False, partition=0)])
     (reason,) = (await waiting(api))["reasons"]
     assert (reason["kind"], reason["detail"]) == ("queue", "42 slot seconds of work are ahead")
 

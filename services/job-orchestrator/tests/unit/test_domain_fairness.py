@@ -328,7 +328,7 @@ class Fleet:
     clocks: Clocks = field(default_factory=lambda: Clocks({}))
     running: list[tuple[float, int, Held]] = field(default_factory=list)
     log: list[tuple[int, float, float]] = field(default_factory=list)
-    waits: Counter[int] = field(default_factory=Counter)
+    waits: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
     most: Counter[int] = field(default_factory=Counter)
     _since: dict[int, float] = field(default_factory=dict)
     _ids: Any = field(default_factory=count)
