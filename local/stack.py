@@ -243,6 +243,14 @@ class Stack:
             reasons = "".join(f"\n{name} {reason}" for name, reason in unready.items())
             raise StackError(f"{error}{reasons}{self._logs(list(unready))}") from error
 
+    def moved(self) -> dict[str, tuple[int, int]]:
+        """The usual port of each process that does not listen on it, and the port it listens on."""
+        return {
+            name: (self._usual_ports[name], port)
+            for name, port in self._ports().items()
+            if port != self._usual_ports.get(name, port)
+        }
+
     def address(self, name: str) -> str:
         """`host:port` of a process."""
         return f"127.0.0.1:{self._ports()[name]}"
