@@ -74,7 +74,8 @@ def create_app(
             await events.start()
             stack.push_async_callback(events.stop)
             stack.enter_context(service.when_told_to_end(watches.end))
-            # Not the services behind: what one of them being away stops is answered 503, the rest goes on.
+            app.state.probes.depend("job-orchestrator", orchestrator.reached)
+            app.state.probes.depend("result-store", result_store.reached)
             app.state.probes.watch(bus)
             app.state.probes.watch(replies)
             app.state.probes.watch(events)

@@ -7,6 +7,7 @@ import re
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import httpx
 import pytest
 
 from api_gateway.testing import Gateway, Running
@@ -147,10 +148,28 @@ async def test_a_wrong_verb_names_the_right_ones(gateway: Running) -> None:
         assert answer.headers["Allow"] == ", ".join(sorted(verb.upper() for verb in verbs))
 
 
-async def test_a_gateway_is_ready_with_its_bus(gateway: Running) -> None:
-    """The gateway is ready while its bus is, whatever the services behind do."""
+async def test_readiness_until_each_service_has_been_ready_is_503(gateway: Running) -> None:
+    """The gateway is unready until the orchestrator and result-store have each been ready once, over their own addresses."""
+    gateway.services.away.update({"orchestrator", "result-store"})
+    answer = await gateway.client.get("/readyz")
+    assert (answer.status_code, answer.json()) == (503, {"error": "away: job-orchestrator, result-store"})
+    gateway.services.away.clear()
+    gateway.services.on("GET", "http://orchestrator/readyz", httpx.Response(503, json={"error": "away: bus"}))
+    answer = await gateway.client.get("/readyz")
+    assert (answer.status_code, answer.json()) == (503, {"error": "away: job-orchestrator"})
+    gateway.services.on("GET", "http://orchestrator/readyz", httpx.Response(200, json={"status": "ok"}))
+    assert (await gateway.client.get("/readyz")).status_code == 200
+
+
+async def test_readiness_in_a_later_outage_behind_stays_200(gateway: Running) -> None:
+    """A service behind that becomes unavailable later leaves the gateway ready: it answers what it can, and 503 to the rest."""
+    assert (await gateway.client.get("/readyz")).status_code == 200
     gateway.services.away.update({"orchestrator", "result-store"})
     assert (await gateway.client.get("/readyz")).status_code == 200
+
+
+async def test_readiness_without_the_bus_is_503(gateway: Running) -> None:
+    """The gateway is unready, and healthy, while its bus is unavailable."""
     gateway.broker.away = True
     answer = await gateway.client.get("/readyz")
     gateway.broker.away = False
