@@ -130,6 +130,14 @@ ABUSE: Final[Mapping[str, Trial]] = {
     "A16": Trial("slow bodies, hundreds of idle connections", "bounded for each user, others are served"),
     "A17": Trial("line breaks in headers, tokens in requests", "one JSON line in the log, and no token in it"),
     "A18": Trial("rate limits dodged by X-Forwarded-For and by many tokens of one user", "429 all the same"),
+    "A19": Trial(
+        "endless or dripped headers, 64 kB paths, idle connections, without a token",
+        "414, 431 or closed in time; CPU time, memory and descriptors are bounded, others are served",
+    ),
+    "A29": Trial(
+        "terminal escapes, C1 and bidirectional characters in paths, names and errors",
+        "JSON and logs are printable ASCII",
+    ),
 }
 
 KNOWN: Final = PROMISES.keys() | FAULTS.keys() | ABUSE.keys()
