@@ -134,6 +134,10 @@ ABUSE: Final[Mapping[str, Trial]] = {
         "endless or dripped headers, 64 kB paths, idle connections, without a token",
         "414, 431 or closed in time; CPU time, memory and descriptors are bounded, others are served",
     ),
+    "A20": Trial(
+        "1 MB of unknown keys, deep or wide JSON, many at once",
+        "400 or 413 in bounded CPU time and memory; other users are served",
+    ),
     "A29": Trial(
         "terminal escapes, C1 and bidirectional characters in paths, names and errors",
         "JSON and logs are printable ASCII",

@@ -341,6 +341,7 @@ class Stack:
                     name,
                     [
                         *(sys.executable, "-m", "uvicorn", "--factory", f"{package}.main:create_app"),
+                        *("--http", "scanfleet.front:BoundedProtocol", "--no-server-header"),
                         *("--host", host, "--port", port),
                         *("--timeout-graceful-shutdown", str(CLOSE_LIMIT)),
                     ],

@@ -438,7 +438,10 @@ def strict_gateway(stack: Stack) -> Iterator[str]:
     variables = dict(each.split("=", 1) for each in environment)
     variables |= {"SCANFLEET_INSTANCE": "strict", "SCANFLEET_WRITES_PER_MINUTE": "20"}
     port = ports.choose()
-    command = [*(sys.executable, "-m", "uvicorn", "--factory", "api_gateway.main:create_app"), "--port", str(port)]
+    command = [
+        *(sys.executable, "-m", "uvicorn", "--factory", "api_gateway.main:create_app"),
+        *("--http", "scanfleet.front:BoundedProtocol", "--port", str(port)),
+    ]
     with (stack.folder / "logs" / "strict.log").open("wb") as log:
         gateway = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT)
         try:

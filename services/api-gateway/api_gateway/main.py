@@ -85,6 +85,7 @@ def create_app(
 
     app = service.create_app(
         name=GATEWAY,
+        settings=settings,
         lifespan=lifespan,
         routers=ROUTERS,
         title="Scanfleet",

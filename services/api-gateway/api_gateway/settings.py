@@ -58,8 +58,3 @@ class Settings(CommonSettings, KafkaSettings, AuthSettings):
         description="How long in seconds a stream of job events may go without asking for the job's state, by which it "
         "learns of events that it did not hear, and without a sign of life.",
     )
-    stalled_seconds: float = Field(
-        60.0,
-        gt=0,
-        description="How long in seconds a client may take nothing of an answer before it is cut off.",
-    )

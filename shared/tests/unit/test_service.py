@@ -8,6 +8,7 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -19,7 +20,7 @@ from scanfleet import logging, tracing
 from scanfleet.auth import Caller, Guarded, Principal
 from scanfleet.errors import ConflictError, DependencyError, MessageError, UnauthorizedError, UnavailableError
 from scanfleet.service import PathId, create_app
-from scanfleet.settings import CommonSettings
+from scanfleet.settings import CommonSettings, FrontSettings
 from scanfleet.testing.tokens import Issuer
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -53,6 +54,11 @@ async def read_thing(thing_id: PathId) -> int:
     return thing_id
 
 
+@router.get("/text/{text}")
+async def echo(text: str) -> dict[str, str]:
+    return {"text": text}
+
+
 @router.get("/raise/{kind}")
 async def fail(kind: str) -> None:
     raise {
@@ -70,6 +76,16 @@ async def fail_late() -> StreamingResponse:
     async def body() -> AsyncIterator[bytes]:
         yield b"half"
         raise ZeroDivisionError
+
+    return StreamingResponse(body())
+
+
+@router.get("/endless/stream")
+async def endless() -> StreamingResponse:
+    async def body() -> AsyncIterator[bytes]:
+        while True:
+            yield b"x"
+            await asyncio.sleep(0.01)
 
     return StreamingResponse(body())
 
@@ -100,7 +116,7 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
 @pytest.fixture
 def app() -> FastAPI:
     logging.configure("test", CommonSettings(instance="test"))
-    return create_app(name="test", lifespan=lifespan, routers=[router, guarded], max_body_bytes=1000)
+    return create_app(name="test", settings=FrontSettings(), lifespan=lifespan, routers=[router, guarded])
 
 
 @pytest.fixture
@@ -202,7 +218,53 @@ async def test_unknown_paths_and_verbs(client: httpx.AsyncClient) -> None:
         assert (answer.status_code, answer.json()) == (404, {"error": "Not Found"})
     answer = await client.delete("/thing")
     assert (answer.status_code, answer.json()) == (405, {"error": "Method Not Allowed"})
-    assert answer.headers["Allow"] == "GET, POST, PUT"
+    assert answer.headers["Allow"] == "GET, HEAD, POST, PUT"
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/thing", "/thing/1", "/thing/text/x", "/nope"])
+async def test_head_is_get_without_the_body(client: httpx.AsyncClient, path: str) -> None:
+    """HEAD works wherever GET does: the same status and headers, and no body."""
+    expected = await client.get(path)
+    answer = await client.head(path)
+    assert (answer.status_code, answer.content) == (expected.status_code, b"")
+    if path != "/metrics":  # which counts itself
+        assert answer.headers["Content-Length"] == expected.headers["Content-Length"]
+    assert answer.headers["Content-Type"] == expected.headers["Content-Type"]
+
+
+async def test_head_of_an_endless_answer_ends(client: httpx.AsyncClient) -> None:
+    """HEAD of a stream is answered with its headers, and the stream ends."""
+    async with asyncio.timeout(10):
+        answer = await client.head("/thing/endless/stream")
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
+async def test_head_without_a_get_is_405(client: httpx.AsyncClient) -> None:
+    """HEAD of a path that has no GET is a 405."""
+    assert (await client.head("/guarded")).status_code == 405
+
+
+@pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded", "nonsense"])
+async def test_body_of_another_content_type_is_refused_by_name(
+    client: httpx.AsyncClient, content_type: str | None
+) -> None:
+    """A JSON body that is not sent as JSON is a 400 that names the header to send."""
+    headers = {"Content-Type": content_type} if content_type else {}
+    answer = await client.post("/thing", content=b'{"size": 1}', headers=headers)
+    assert answer.status_code == 400
+    assert "Content-Type: application/json" in answer.json()["error"]
+
+
+@pytest.mark.proves("A29")
+async def test_json_is_printable_ascii(client: httpx.AsyncClient) -> None:
+    """Control, C1 and bidirectional characters come back as escapes, in answers and in errors."""
+    hostile = "\x00\x1b[31m\x7f\x9b31m\u202e\u2066\u2028\U0001f600"
+    for answer in (
+        await client.get(f"/thing/text/{quote(hostile)}"),
+        await client.post("/thing", json={hostile: 1, "size": 1}),
+    ):
+        assert re.fullmatch(rb"[\x20-\x7e]+", answer.content), answer.content
+    assert (await client.get(f"/thing/text/{quote(hostile)}")).json() == {"text": hostile}
 
 
 @pytest.mark.proves("A16")
@@ -211,13 +273,14 @@ async def test_a_body_has_a_limit(client: httpx.AsyncClient) -> None:
 
     async def pieces(count: int) -> AsyncIterator[bytes]:
         for _ in range(count):
-            yield b"x" * 100
+            yield b"x" * 1024
 
-    assert (await client.put("/thing", content=b"x" * 1000)).json() == 1000
-    assert (await client.put("/thing", content=pieces(10))).json() == 1000
-    for content in (b"x" * 1001, pieces(11)):
+    assert (await client.put("/thing", content=b"x" * 16_384)).json() == 16_384
+    assert (await client.put("/thing", content=pieces(16))).json() == 16_384
+    for content in (b"x" * 16_385, pieces(17)):
         answer = await client.put("/thing", content=content)
-        assert (answer.status_code, answer.json()) == (413, {"error": "a request has at most 1000 bytes"})
+        assert (answer.status_code, answer.json()) == (413, {"error": "the body has more than 16384 bytes"})
+        assert answer.headers["Connection"] == "close"
 
 
 @pytest.mark.proves("A16")
@@ -230,7 +293,7 @@ async def test_a_body_has_its_time(client: httpx.AsyncClient, app: FastAPI) -> N
         await asyncio.Event().wait()
 
     answer = await client.put("/thing", content=stalling())
-    assert (answer.status_code, answer.json()) == (408, {"error": "the body came too slowly"})
+    assert (answer.status_code, answer.json()) == (408, {"error": "the body arrived too slowly"})
     assert answer.headers["Connection"] == "close"
 
 

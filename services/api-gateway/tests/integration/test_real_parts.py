@@ -18,6 +18,7 @@ from fastapi.responses import StreamingResponse
 
 from api_gateway.main import create_app
 from api_gateway.testing import Gateway, Replier, Services
+from scanfleet.front import BoundedProtocol
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.integration
 async def served(app: FastAPI) -> AsyncIterator[str]:
     """The app on a port of its own; yields its address."""
     with socket.create_server(("127.0.0.1", 0)) as listening:  # so that who comes before the server is up can wait
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+        server = uvicorn.Server(uvicorn.Config(app, http=BoundedProtocol, log_config=None, timeout_graceful_shutdown=1))
         task = asyncio.create_task(server.serve(sockets=[listening]))
         try:
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"

@@ -19,6 +19,7 @@ from scanfleet import service
 from scanfleet.errors import DependencyError
 from scanfleet.messages import Audited, AuditEntry
 from scanfleet.messages.topics import SCAN_AUDIT, SCAN_COMMANDS
+from scanfleet.settings import FrontSettings
 from scanfleet.testing.bus import MemoryBus
 from scanfleet.testing.tokens import Issuer
 
@@ -34,7 +35,7 @@ def app(world: World) -> FastAPI:
     async def nothing(_app: FastAPI) -> AsyncIterator[None]:
         yield
 
-    app = service.create_app(name="job-orchestrator", lifespan=nothing, routers=ROUTERS)
+    app = service.create_app(name="job-orchestrator", settings=FrontSettings(), lifespan=nothing, routers=ROUTERS)
     app.state.verifier = ISSUER.verifier
     app.state.orchestrator = State(world.store, world.only.commands, RULES)
     return app
