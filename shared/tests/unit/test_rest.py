@@ -51,5 +51,5 @@ def test_largest_bodies_fit() -> None:
     network = "ffff:ffff:ffff:ffff:ffff:ffff:255.255.255.255/128"
     subnet = SubnetBody(name=name, cidr=network, exclude=[network] * 1_000)
     assert len(subnet.model_dump_json(ensure_ascii=True)) < BODY_LIMITS["/api/v1/subnet"]
-    ports = ",".join(f"{port}-{port + 1}" for port in range(10_000, 10_000 + 340 * 3, 3))[:4_000].rpartition(",")[0]
+    ports = ",".join(["1"] * 5_000)
     assert len(PolicyBody(name=name, ports=ports).model_dump_json(ensure_ascii=True)) < MAX_BODY_BYTES

@@ -289,7 +289,7 @@ async def test_every_field_of_a_policy_can_be_given(api: Api) -> None:
         {"ports": "80 -oN x"},
         {"ports": "http"},
         {"ports": "top:0"},
-        {"ports": ",".join(["1"] * 5_000)},
+        {"ports": ",".join(["1"] * 7_000)},
         {"technique": "xmas"},
         {"discovery": "always"},
         {"service_detection": "yes"},
