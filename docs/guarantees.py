@@ -142,6 +142,10 @@ ABUSE: Final[Mapping[str, Trial]] = {
         "terminal escapes, C1 and bidirectional characters in paths, names and errors",
         "JSON and logs are printable ASCII",
     ),
+    "A30": Trial(
+        "X-Forwarded-For made up by a caller, through no, one and two trusted proxies",
+        "the true source in the audit log",
+    ),
 }
 
 KNOWN: Final = PROMISES.keys() | FAULTS.keys() | ABUSE.keys()

@@ -341,7 +341,7 @@ class Stack:
                     name,
                     [
                         *(sys.executable, "-m", "uvicorn", "--factory", f"{package}.main:create_app"),
-                        *("--http", "scanfleet.front:BoundedProtocol", "--no-server-header"),
+                        *("--http", "scanfleet.front:BoundedProtocol", "--no-server-header", "--no-proxy-headers"),
                         *("--host", host, "--port", port),
                         *("--timeout-graceful-shutdown", str(CLOSE_LIMIT)),
                     ],
@@ -370,9 +370,9 @@ class Stack:
                 variables["SCANFLEET_MONGODB"] = uri
             else:
                 variables["SCANFLEET_MONGODB_FILE"] = str(self._credentials.file(f"{service}-mongodb", uri))
-        # Callers are on this machine, and a header that names another is a lie; but the gateway's tells who called it.
-        variables["FORWARDED_ALLOW_IPS"] = "" if service == "api-gateway" else "127.0.0.1"
-        if service == "api-gateway":
+        if service != "api-gateway":
+            variables["SCANFLEET_TRUSTED_PROXIES"] = "127.0.0.1/32"  # the gateway
+        else:
             variables["SCANFLEET_ORCHESTRATOR_URL"] = replica_url("job-orchestrator")
             variables["SCANFLEET_RESULT_STORE_URL"] = replica_url("result-store")
         more: dict[str, str | None] = {**variables, **self._settings}

@@ -38,6 +38,7 @@ from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError, PublicError, Rule, UnavailableError
 from scanfleet.front import Front
 from scanfleet.messages import AuditEntry
+from scanfleet.proxies import Proxies
 from scanfleet.rest import BODY_LIMITS, MAX_BODY_BYTES, MAX_ID
 from scanfleet.settings import FrontSettings
 
@@ -135,6 +136,7 @@ def create_app(
     settings: FrontSettings,
     lifespan: Lifespan,
     routers: Sequence[APIRouter] = (),
+    public: bool = False,
     max_body_seconds: float = MAX_BODY_S,
     **documents: Any,
 ) -> FastAPI:
@@ -146,6 +148,8 @@ def create_app(
         lifespan: opens adapters and consumers and closes them in reverse. `app.state.probes` is there to be filled, and
             `app.state.refusals` to be told to the bus.
         routers: the service's own routes.
+        public: anybody may call it, so that every request gets an id of ours. A service behind keeps the id that a trusted
+            proxy names, which for it is the gateway.
         max_body_seconds: a request whose body takes longer to arrive is answered 408.
         documents: what FastAPI takes to describe the API (`title`, `openapi_url`, ...). Without it nothing is published.
     """
@@ -155,7 +159,14 @@ def create_app(
         default_response_class=AsciiJSON,
         telemetry=_TELEMETRY,
         redirect_slashes=False,  # a path with a slash too many is an unknown one, and a redirect would drop the body
-        middleware=[Middleware(_Outermost, max_body_seconds=max_body_seconds)],
+        middleware=[
+            Middleware(
+                _Outermost,
+                proxies=Proxies(settings.trusted_proxies),
+                public=public,
+                max_body_seconds=max_body_seconds,
+            ),
+        ],
         exception_handlers={
             PublicError: _public,
             DependencyError: _dependency,
@@ -340,8 +351,10 @@ def _too_large(most: int) -> HTTPException:
 class _Outermost:
     """What happens to every request first and last: its ids, the limits of its body, HEAD, metrics, and unhandled errors."""
 
-    def __init__(self, app: ASGIApp, *, max_body_seconds: float) -> None:
+    def __init__(self, app: ASGIApp, *, proxies: Proxies, public: bool, max_body_seconds: float) -> None:
         self._app = app
+        self._proxies = proxies
+        self._public = public
         self._max_body_seconds = max_body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -349,10 +362,15 @@ class _Outermost:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        request_id = headers.get(b"x-request-id", b"").decode("latin-1")
-        if _REQUEST_ID.fullmatch(request_id) is None:
-            request_id = uuid4().hex
-        traceparent = headers.get(b"traceparent", b"").decode("latin-1")
+        peer, port = scope["client"] or ("", 0)
+        trusted = peer in self._proxies
+        if trusted:
+            forwarded = [value.decode("latin-1") for name, value in scope["headers"] if name == b"x-forwarded-for"]
+            scope["client"] = (self._proxies.source(peer, forwarded), port)
+        ids = self._ids(headers.get(b"x-request-id", b"").decode("latin-1"), trusted=trusted)
+        request_id = ids["request_id"]
+        # A stranger's flag would fill the collector, and a stranger's trace may be somebody else's.
+        traceparent = headers.get(b"traceparent", b"").decode("latin-1") if trusted else ""
         tracing_it = (
             tracing.within(traceparent)
             if scope["path"] in _QUIET
@@ -376,7 +394,7 @@ class _Outermost:
             elif not head:
                 await send(message)
 
-        with tracing_it as span, structlog.contextvars.bound_contextvars(request_id=request_id):
+        with tracing_it as span, structlog.contextvars.bound_contextvars(**ids):
             try:
                 await self._app(inner, self._limited(receive, headers, most), send_with_id)
             except ClientDisconnect:
@@ -388,6 +406,13 @@ class _Outermost:
                 await error_response(500, "Internal Server Error")(inner, receive, send_with_id)
             finally:
                 self._account(scope, inner.get("route"), status, time.perf_counter() - started, span)
+
+    def _ids(self, named: str, *, trusted: bool) -> dict[str, str]:
+        """What names the request in logs: an id that nobody else can choose, and beside it the one that the caller chose."""
+        known = _REQUEST_ID.fullmatch(named) is not None
+        if known and trusted and not self._public:
+            return {"request_id": named}
+        return {"request_id": uuid4().hex} | ({"client_request_id": named} if known else {})
 
     def _limited(self, receive: Receive, headers: Mapping[bytes, bytes], most: int) -> Receive:
         # The framework's own limit answers in plain text, whatever the handlers say.

@@ -62,6 +62,11 @@ class FrontSettings(_Settings):
         gt=0,
         description="How long in seconds a client may read nothing of an answer before its connection is closed.",
     )
+    trusted_proxies: Networks = Field(
+        (),
+        description="Networks of the proxies before the service. What they report is believed: the caller's address in "
+        "`X-Forwarded-For`, of which the last one outside these networks counts, and the trace in `traceparent`.",
+    )
 
 
 class CommonSettings(FrontSettings):

@@ -440,7 +440,7 @@ def strict_gateway(stack: Stack) -> Iterator[str]:
     port = ports.choose()
     command = [
         *(sys.executable, "-m", "uvicorn", "--factory", "api_gateway.main:create_app"),
-        *("--http", "scanfleet.front:BoundedProtocol", "--port", str(port)),
+        *("--http", "scanfleet.front:BoundedProtocol", "--no-proxy-headers", "--port", str(port)),
     ]
     with (stack.folder / "logs" / "strict.log").open("wb") as log:
         gateway = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT)

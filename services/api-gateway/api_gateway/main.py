@@ -88,6 +88,7 @@ def create_app(
         settings=settings,
         lifespan=lifespan,
         routers=ROUTERS,
+        public=True,
         title="Scanfleet",
         version="1",
         description=_DESCRIPTION,

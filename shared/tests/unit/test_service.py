@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from ipaddress import ip_network
 from typing import Annotated
 from urllib.parse import quote
 
@@ -21,6 +23,7 @@ from scanfleet.auth import Caller, Guarded, Principal
 from scanfleet.errors import ConflictError, DependencyError, MessageError, UnauthorizedError, UnavailableError
 from scanfleet.service import PathId, create_app
 from scanfleet.settings import CommonSettings, FrontSettings
+from scanfleet.targets import Network
 from scanfleet.testing.tokens import Issuer
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -113,17 +116,28 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     yield
 
 
+PROXY = ip_network("127.0.0.1")  # where the client of these tests is
+
+
 @pytest.fixture
 def app() -> FastAPI:
+    return make_app(proxies=[PROXY])
+
+
+def make_app(proxies: Sequence[Network] = (), *, public: bool = False) -> FastAPI:
     logging.configure("test", CommonSettings(instance="test"))
-    return create_app(name="test", settings=FrontSettings(), lifespan=lifespan, routers=[router, guarded])
+    settings = FrontSettings(trusted_proxies=tuple(proxies))
+    return create_app(name="test", settings=settings, lifespan=lifespan, routers=[router, guarded], public=public)
 
 
 @pytest.fixture
 async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with calling(app) as client:
         yield client
+
+
+def calling(app: FastAPI) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://test")
 
 
 @pytest.mark.parametrize(
@@ -343,10 +357,23 @@ async def test_a_route_without_a_guard_has_no_caller(client: httpx.AsyncClient, 
     assert answer.status_code == 500
 
 
-async def test_a_good_request_id_is_kept(client: httpx.AsyncClient) -> None:
+async def test_request_id_of_a_trusted_proxy_is_kept(client: httpx.AsyncClient) -> None:
     """A request id of the allowed characters comes back with the answer."""
     for request_id in ("a", "A-z_0.9", "x" * 64):
         assert (await client.get("/thing", headers={"X-Request-ID": request_id})).headers["X-Request-ID"] == request_id
+
+
+@pytest.mark.proves("A17")
+@pytest.mark.parametrize(("proxies", "public"), [([], False), ([], True), ([PROXY], True)])
+async def test_request_id_of_a_caller_is_kept_apart(
+    proxies: list[Network], *, public: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The id that a stranger chose, or anybody at the public service, is only logged beside the one that names the request."""
+    async with calling(make_app(proxies, public=public)) as client:
+        answer = await client.get("/thing", headers={"X-Request-ID": "theirs"})
+    (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert re.fullmatch("[0-9a-f]{32}", answer.headers["X-Request-ID"])
+    assert (line["request_id"], line["client_request_id"]) == (answer.headers["X-Request-ID"], "theirs")
 
 
 @pytest.mark.proves("A17")
@@ -356,6 +383,13 @@ async def test_a_bad_request_id_is_replaced(client: httpx.AsyncClient, request_i
     raw = [(b"X-Request-ID", request_id.encode("latin-1"))]
     answer = await client.get("/thing", headers=raw)
     assert re.fullmatch("[0-9a-f]{32}", answer.headers["X-Request-ID"])
+
+
+async def test_traceparent_of_a_stranger_is_replaced() -> None:
+    """Neither the trace of a caller nor its sampled flag is followed, unless a trusted proxy sends it."""
+    async with calling(make_app()) as client:
+        current = (await client.get("/thing/trace/current", headers={"traceparent": TRACEPARENT})).json()
+    assert current[3:35] != TRACEPARENT[3:35]
 
 
 async def test_a_good_traceparent_is_continued(client: httpx.AsyncClient) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from ipaddress import ip_network
 from typing import Any
 
 import httpx
@@ -35,7 +36,12 @@ def app(world: World) -> FastAPI:
     async def nothing(_app: FastAPI) -> AsyncIterator[None]:
         yield
 
-    app = service.create_app(name="job-orchestrator", settings=FrontSettings(), lifespan=nothing, routers=ROUTERS)
+    app = service.create_app(
+        name="job-orchestrator",
+        settings=FrontSettings(trusted_proxies=(ip_network("127.0.0.1"),)),
+        lifespan=nothing,
+        routers=ROUTERS,
+    )
     app.state.verifier = ISSUER.verifier
     app.state.orchestrator = State(world.store, world.only.commands, RULES)
     return app
