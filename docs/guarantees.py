@@ -106,7 +106,7 @@ FAULTS: Final[Mapping[str, Trial]] = {
 
 ABUSE: Final[Mapping[str, Trial]] = {
     "A1": Trial("options of nmap, shell and control characters smuggled in through any field", "400, nothing is run"),
-    "A2": Trial("the same through ports, timing, scripts and rates; 100,000 items", "400"),
+    "A2": Trial("the same through ports, timing, scripts and rates; 100,000 items", "400 or 413"),
     "A3": Trial(
         "metadata services and our own infrastructure as targets, in IPv6 disguise too", "400, and in the audit log"
     ),
