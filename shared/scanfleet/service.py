@@ -1,7 +1,7 @@
 """One way to be a service: probes, metrics, request ids and one shape for every error.
 
 A service's `main.py` calls `create_app` with its routers and a lifespan that opens adapters and consumers, and is run by
-`uvicorn --factory <package>.main:create_app`.
+`uvicorn --factory --http scanfleet.front:BoundedProtocol --no-proxy-headers <package>.main:create_app`.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def create_app(
         lifespan: opens adapters and consumers and closes them in reverse. `app.state.probes` is there to be filled, and
             `app.state.refusals` to be told to the bus.
         routers: the service's own routes.
-        public: anybody may call it, so that every request gets an id of ours. A service behind keeps the id that a trusted
+        public: anybody may call it, so that every request gets an id of our own. A service behind it keeps the id that a trusted
             proxy names, which for it is the gateway.
         max_body_seconds: a request whose body takes longer to arrive is answered 408.
         documents: what FastAPI takes to describe the API (`title`, `openapi_url`, ...). Without it nothing is published.
