@@ -44,7 +44,8 @@ WORKDIR /app
 USER 65532:65532
 EXPOSE 8080
 # After 5 seconds open answers are cut off, so that the rest of the patience a supervisor has is for work in hand.
-ENTRYPOINT ["uvicorn", "--factory", "--host", "0.0.0.0", "--port", "8080", "--timeout-graceful-shutdown", "5"]
+ENTRYPOINT ["uvicorn", "--factory", "--http", "scanfleet.front:BoundedProtocol", "--no-server-header", "--no-proxy-headers", \
+    "--host", "0.0.0.0", "--port", "8080", "--timeout-graceful-shutdown", "5"]
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s \
     CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8080/healthz', timeout=2)"]
 

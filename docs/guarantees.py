@@ -25,8 +25,7 @@ PROMISES: Final[Mapping[str, str]] = {
     "G5": "A superseded worker changes no state: it may be the first to tell of a host, never the second, and never after its chunk is stored",
     "G6": "States move along the published graph alone, and final ones never change",
     "G7": "A job's life-cycle events first appear in the order of `seq`, none missing; a duplicate has the same id",
-    "G8": "Cancel stops packets (≤ 2 s local, ≤ 10 s guaranteed), or the job completed first; never both. No limit delays a "
-    "cancel",
+    "G8": "Cancel stops packets (≤ 2 s local, ≤ 10 s guaranteed), or the job completed first; never both. No limit delays a cancel",
     "G9": "A bad message never stops a partition",
     "G10": "A deploy or a scale-down loses no work and repeats no finished host",
     "G11": "Overload is answered by 429 or 503 with Retry-After, memory and queues are bounded, reads go on",
@@ -145,7 +144,7 @@ FAULTS: Final[Mapping[str, Trial]] = {
 
 ABUSE: Final[Mapping[str, Trial]] = {
     "A1": Trial("options of nmap, shell and control characters smuggled in through any field", "400, nothing is run"),
-    "A2": Trial("the same through ports, timing, scripts and rates; 100,000 items", "400"),
+    "A2": Trial("the same through ports, timing, scripts and rates; 100,000 items", "400 or 413"),
     "A3": Trial(
         "metadata services and our own infrastructure as targets, in IPv6 disguise too", "400, and in the audit log"
     ),
@@ -169,9 +168,25 @@ ABUSE: Final[Mapping[str, Trial]] = {
     "A16": Trial("slow bodies, hundreds of idle connections", "bounded for each user, others are served"),
     "A17": Trial("line breaks in headers, tokens in requests", "one JSON line in the log, and no token in it"),
     "A18": Trial("rate limits dodged by X-Forwarded-For and by many tokens of one user", "429 all the same"),
+    "A19": Trial(
+        "endless or dripped headers, 64 kB paths, idle connections, without a token",
+        "414, 431 or closed in time; CPU time, memory and descriptors are bounded, others are served",
+    ),
+    "A20": Trial(
+        "1 MB of unknown keys, deep or wide JSON, many at once",
+        "400 or 413 in bounded CPU time and memory; other users are served",
+    ),
     "A24": Trial(
         "administrators acting on others' jobs; users trying the same",
         "allowed with an audit entry; 404, or 403 for lists",
+    ),
+    "A29": Trial(
+        "terminal escapes, C1 and bidirectional characters in paths, names and errors",
+        "JSON and logs are printable ASCII",
+    ),
+    "A30": Trial(
+        "X-Forwarded-For made up by a caller, through no, one and two trusted proxies",
+        "the true source in the audit log",
     ),
 }
 

@@ -61,6 +61,8 @@ def do(stack: Stack, arguments: argparse.Namespace) -> int:
 
 def up(stack: Stack) -> None:
     started = stack.up()
+    for name, (usual, port) in stack.moved().items():
+        print(f"port {usual} was taken: {name} listens on port {port}", file=sys.stderr)
     print(f"{'started' if started else 'was running'}: {stack.url} (addresses in {stack.folder / 'stack.env'})")
 
 

@@ -6,24 +6,34 @@ that is scanned leaves a container.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Final
 
-from local import demo
+from local import demo, ports
 from local.client import Client
 from local.paths import ROOT
 from scanfleet.testing import targets
 
-URL: Final = "http://127.0.0.1:8080"
+PORT: Final = int(os.environ.get("SCANFLEET_PORT") or 8080)
+"""Of the gateway on this machine, as docker-compose.yml publishes it."""
+URL: Final = f"http://127.0.0.1:{PORT}"
 COMPOSE: Final = ("docker", "compose", "--project-directory", str(ROOT))
 
 
 def main() -> int:
-    """Show the demo, and leave the containers as they were found: running or not."""
+    """Show the demo, and leave the containers as they were: running or stopped.
+
+    Returns:
+        The exit code.
+    """
     was_up = bool(_said("ps", "--quiet", "api-gateway"))
+    if not was_up and not ports.is_free(PORT):
+        print(f"port {PORT} of 127.0.0.1 is taken; stop what listens there, or set SCANFLEET_PORT", file=sys.stderr)
+        return 1
     subprocess.run([*COMPOSE, "up", "--wait", "--build", "--quiet-build"], check=True)
     try:
         with servers():

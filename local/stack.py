@@ -243,6 +243,14 @@ class Stack:
             reasons = "".join(f"\n{name} {reason}" for name, reason in unready.items())
             raise StackError(f"{error}{reasons}{self._logs(list(unready))}") from error
 
+    def moved(self) -> dict[str, tuple[int, int]]:
+        """The usual port of each process that does not listen on it, and the port it listens on."""
+        return {
+            name: (self._usual_ports[name], port)
+            for name, port in self._ports().items()
+            if port != self._usual_ports.get(name, port)
+        }
+
     def address(self, name: str) -> str:
         """`host:port` of a process."""
         return f"127.0.0.1:{self._ports()[name]}"
@@ -333,6 +341,7 @@ class Stack:
                     name,
                     [
                         *(sys.executable, "-m", "uvicorn", "--factory", f"{package}.main:create_app"),
+                        *("--http", "scanfleet.front:BoundedProtocol", "--no-server-header", "--no-proxy-headers"),
                         *("--host", host, "--port", port),
                         *("--timeout-graceful-shutdown", str(CLOSE_LIMIT)),
                     ],
@@ -361,9 +370,9 @@ class Stack:
                 variables["SCANFLEET_MONGODB"] = uri
             else:
                 variables["SCANFLEET_MONGODB_FILE"] = str(self._credentials.file(f"{service}-mongodb", uri))
-        # Callers are on this machine, and a header that names another is a lie; but the gateway's tells who called it.
-        variables["FORWARDED_ALLOW_IPS"] = "" if service == "api-gateway" else "127.0.0.1"
-        if service == "api-gateway":
+        if service != "api-gateway":
+            variables["SCANFLEET_TRUSTED_PROXIES"] = "127.0.0.1/32"  # the gateway
+        else:
             variables["SCANFLEET_ORCHESTRATOR_URL"] = replica_url("job-orchestrator")
             variables["SCANFLEET_RESULT_STORE_URL"] = replica_url("result-store")
         more: dict[str, str | None] = {**variables, **self._settings}

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sys
+import traceback
 from typing import Any, Final
 
 import structlog
@@ -13,10 +14,18 @@ import structlog
 from scanfleet import tracing
 from scanfleet.settings import CommonSettings
 
-# What looks like a credential is cut out of the finished line, so that no exception or library can leak one.
+# What looks like a credential, in text whose length is bounded. Each alternative is linear: it either fails within a few
+# characters, or takes the whole run (`++`) and never tries a part of it again. What `_cut` has cut short matches too.
 _SECRETS: Final = re.compile(
-    r"eyJ[\w-]{5,}\.[\w-]+\.[\w-]*|(?<=[Bb]earer )[\w.~+/=-]{8,}|(?<=://)[^/\s:@\"]+:[^/\s@\"]+(?=@)"
+    r"eyJ[\w-]{5,}+(?:\.[\w-]*+){0,2}|(?<=[Bb]earer )[\w.~+/=-]{8,}+|(?<=://)[^/\s:@\"]++:[^/\s@\"]++(?=@| \[\d+ characters cut)"
 )
+
+MAX_CHARS: Final = (
+    2_000  # of a value: an error with its cause; a longer one quotes what a caller or a scanned host sent
+)
+MAX_PATH_CHARS: Final = 200  # every path of the API is shorter
+MAX_TRACEBACK_CHARS: Final = 20_000  # some 200 frames
+_LIMITS: Final = {"path": MAX_PATH_CHARS, "exception": MAX_TRACEBACK_CHARS}
 
 
 def configure(service: str, settings: CommonSettings) -> None:
@@ -32,7 +41,7 @@ def configure(service: str, settings: CommonSettings) -> None:
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _origin(service, settings.instance),
-        structlog.processors.format_exc_info,
+        structlog.processors.ExceptionRenderer(_traceback),
     ]
     structlog.configure(
         processors=[
@@ -67,8 +76,29 @@ def configure(service: str, settings: CommonSettings) -> None:
 
 
 def render(_logger: Any, _method: str, entry: structlog.typing.EventDict) -> str:
-    """One line of ASCII JSON: newlines and control characters are escaped, credentials are cut out."""
-    return _SECRETS.sub("[secret]", json.dumps(entry, default=repr))
+    """One line of printable ASCII JSON: line breaks, control characters and everything beyond ASCII are escaped.
+
+    Each value is cut to its limit first and cleaned of credentials then, so that neither costs more than the limits allow.
+    """
+    bounded = {name: _clean(value, _LIMITS.get(name, MAX_CHARS)) for name, value in entry.items()}
+    return json.dumps(bounded).replace("\x7f", "\\u007f")  # the only control character that JSON leaves as it is
+
+
+def _clean(value: object, most: int) -> object:
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return _SECRETS.sub("[secret]", _cut(value if isinstance(value, str) else repr(value), most))
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]} [{len(text) - most} characters cut]"
+
+
+def _traceback(exc_info: structlog.typing.ExcInfo) -> str:
+    """The end of the traceback, which holds the error and the frames next to it; each error's own text is limited too."""
+    text = "".join(_cut(part, MAX_CHARS) for part in traceback.format_exception(*exc_info)).rstrip()
+    # From a line break on: half of a line could be half of a credential.
+    return text if len(text) <= MAX_TRACEBACK_CHARS else text[-MAX_TRACEBACK_CHARS:].partition("\n")[2]
 
 
 class _Stdout(logging.Handler):

@@ -13,6 +13,7 @@ from pydantic import (
     StrictInt,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from scanfleet import policy as vocabulary
 from scanfleet.clock import Time
@@ -22,6 +23,15 @@ from scanfleet.policy import Preset, ScanPolicy, fill_in
 from scanfleet.targets import MAX_EXCLUDES
 
 MAX_ID = 2**53 - 1  # the largest integer that JavaScript keeps exact
+MAX_BODY_BYTES = 16 * 1024  # of a request; the largest policy, with 10,000 characters of ports, takes 13 kB
+BODY_LIMITS = {
+    "/api/v1/task": 32 * 1024,  # 1,000 subnet ids of 17 digits
+    "/api/v1/subnet": 64 * 1024,  # 1,000 excluded IPv6 networks
+}
+"""Where, by prefix of the path, a larger body is allowed."""
+
+MAX_NAME_CHARS = 50  # of an unknown field in an error
+MAX_UNKNOWN = 5  # fields that an error names; enough to mend a request in a few rounds
 MAX_PAGE = 1_000_000_000  # keeps what is skipped within a database's integers
 
 Id = Annotated[StrictInt, Field(ge=1, le=MAX_ID)]
@@ -29,9 +39,19 @@ Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f
 
 
 class _Body(BaseModel):
-    """What a caller sends; unknown fields are refused."""
+    """What a caller sends. Unknown fields are refused before anything is validated, at the cost of one look at the keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, given: Any) -> Any:
+        fields = cls.model_fields
+        if isinstance(given, dict) and (unknown := [name for name in given if name not in fields]):
+            named = ", ".join(ascii(name[:MAX_NAME_CHARS])[1:-1] for name in unknown[:MAX_UNKNOWN])
+            more = f" and {len(unknown) - MAX_UNKNOWN} more" if len(unknown) > MAX_UNKNOWN else ""
+            raise PydanticCustomError("unknown_fields", "unknown fields: {named}{more}", {"named": named, "more": more})
+        return given
 
 
 class _Answer(BaseModel):

@@ -1,7 +1,7 @@
 """One way to be a service: probes, metrics, request ids and one shape for every error.
 
 A service's `main.py` calls `create_app` with its routers and a lifespan that opens adapters and consumers, and is run by
-`uvicorn --factory <package>.main:create_app`.
+`uvicorn --factory --http scanfleet.front:BoundedProtocol --no-proxy-headers <package>.main:create_app`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from types import FrameType
 from typing import Annotated, Any, Final, Literal, Protocol, cast
@@ -21,11 +21,13 @@ from uuid import uuid4
 import structlog
 from fastapi import APIRouter, FastAPI, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from fastapi.telemetry import TelemetryConfig
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, generate_latest
 from pydantic import BeforeValidator, Field
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -34,15 +36,17 @@ from scanfleet.audit import Refusals
 from scanfleet.auth import Principal
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError, PublicError, Rule, UnavailableError
+from scanfleet.front import Front
 from scanfleet.messages import AuditEntry
-from scanfleet.rest import MAX_ID
+from scanfleet.proxies import Proxies
+from scanfleet.rest import BODY_LIMITS, MAX_BODY_BYTES, MAX_ID
+from scanfleet.settings import FrontSettings
 from scanfleet.startup import Startup
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 Check = Callable[[], Awaitable[None]]
 
-MAX_BODY_BYTES: Final = 1 << 20  # the bus carries no larger message, and no honest request is a tenth of it
-MAX_BODY_S: Final = 10.0  # from the first look at a body to its end: 1 Mbit/s for the largest one
+MAX_BODY_S: Final = 10.0  # from the first look at a body to its end: 50 kbit/s for the largest one
 HEALTH_PERIOD_S: Final = 1.0  # between two looks at the loops; `/healthz` tells at once
 CHECK_TIMEOUT_S: Final = 2.0  # of one readiness check: orchestrators ask every few seconds
 
@@ -52,6 +56,7 @@ _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "O
 _QUIET: Final = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few seconds: their access lines are noise
 _MAX_ERROR_CHARS: Final = 500  # an error may quote the caller, but not at length
 _MAX_TARGET_CHARS: Final = 200  # of an audit entry: a path that a caller made up may be long
+_DISCONNECTED: Final = 499  # in logs and metrics, as proxies count it: there is no one to answer
 _MAX_ERRORS: Final = 5  # of one invalid request; enough to mend it in a few rounds
 
 # Off, on purpose: whatever else sets a provider or an environment variable would switch it on, and it exports query
@@ -129,9 +134,10 @@ class Probes:
 def create_app(
     *,
     name: str,
+    settings: FrontSettings,
     lifespan: Lifespan,
     routers: Sequence[APIRouter] = (),
-    max_body_bytes: int = MAX_BODY_BYTES,
+    public: bool = False,
     max_body_seconds: float = MAX_BODY_S,
     **documents: Any,
 ) -> FastAPI:
@@ -139,21 +145,29 @@ def create_app(
 
     Args:
         name: the service's name, as in the architecture.
+        settings: what clients may hold of the service.
         lifespan: opens adapters and consumers and closes them in reverse. `app.state.probes` is there to be filled,
-            `app.state.refusals` to be told to the bus, and `app.state.startup` to wait for dependencies.
+            `app.state.refusals` to be reported on the bus, and `app.state.startup` to wait for dependencies.
         routers: the service's own routes.
-        max_body_bytes: a request with more is answered 413.
-        max_body_seconds: one that takes longer to come is answered 408.
+        public: anybody may call it, so that every request gets an id of our own. A service behind it keeps the id that a trusted
+            proxy names, which for it is the gateway.
+        max_body_seconds: a request whose body takes longer to arrive is answered 408.
         documents: what FastAPI takes to describe the API (`title`, `openapi_url`, ...). Without it nothing is published.
     """
     startup = Startup()
     app = FastAPI(
         **({"title": name, "openapi_url": None} | documents),
-        lifespan=_watched(lifespan),
+        lifespan=_watched(lifespan, settings),
+        default_response_class=AsciiJSON,
         telemetry=_TELEMETRY,
         redirect_slashes=False,  # a path with a slash too many is an unknown one, and a redirect would drop the body
         middleware=[
-            Middleware(_Front, max_body_bytes=max_body_bytes, max_body_seconds=max_body_seconds),
+            Middleware(
+                _Outermost,
+                proxies=Proxies(settings.trusted_proxies),
+                public=public,
+                max_body_seconds=max_body_seconds,
+            ),
             Middleware(_Opened, startup=startup),
         ],
         exception_handlers={
@@ -173,15 +187,17 @@ def create_app(
     return app
 
 
-def _watched(lifespan: Lifespan) -> Lifespan:
-    """The same lifespan in a process that ends when it can do no more good, so that its supervisor replaces it."""
+def _watched(
+    lifespan: Lifespan, settings: FrontSettings
+) -> Callable[[FastAPI], AbstractAsyncContextManager[Mapping[str, Any]]]:
+    """The same lifespan with the limits of the server, in a process that ends when it is unhealthy, to be replaced."""
 
     @asynccontextmanager
-    async def watched(app: FastAPI) -> AsyncIterator[None]:
+    async def watched(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
         async with cast(Startup, app.state.startup).opening(lifespan(app)):
             watching = asyncio.create_task(_end_when_unhealthy(app.state.probes))
             try:
-                yield
+                yield {"front": Front(settings)}  # for every connection, by the server
             finally:
                 watching.cancel()
                 await tracing.stop()
@@ -214,9 +230,17 @@ def when_told_to_end(call: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, server)
 
 
+class AsciiJSON(JSONResponse):
+    """JSON of printable ASCII: control, C1 and bidirectional characters of callers and hosts arrive as escapes."""
+
+    def render(self, content: Any) -> bytes:
+        text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+        return text.replace("\x7f", "\\u007f").encode()  # the only control character that JSON leaves as it is
+
+
 def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
-    """The one shape of every error. ASCII only, so that no text a caller sent can break the encoding."""
-    return Response(json.dumps({"error": message}), status, headers, "application/json")
+    """The one shape of every error."""
+    return AsciiJSON({"error": message}, status, headers)
 
 
 _probes = APIRouter(include_in_schema=False)
@@ -287,7 +311,8 @@ async def _http(request: Request, error: Exception) -> Response:
     http = cast(HTTPException, error)
     headers = dict(http.headers or {})
     if http.status_code == 405:  # noqa: PLR2004 # the router names the methods of one route; others may share the path
-        headers["Allow"] = ", ".join(sorted(_allowed(request)))
+        allowed = _allowed(request)
+        headers["Allow"] = ", ".join(sorted(allowed | ({"HEAD"} if "GET" in allowed else set())))
     elif "caller" in request.scope:  # then a route was found, and what is wrong is the request
         _refused(request, Rule.REQUEST)
     return error_response(http.status_code, http.detail, headers)
@@ -307,8 +332,15 @@ async def _invalid(request: Request, error: Exception) -> Response:
         return error_response(404, "Not Found")  # an id that cannot be one names nothing
     if "caller" in request.scope:
         _refused(request, Rule.REQUEST)
+    if any(problem["loc"] == ("body",) for problem in problems) and not _is_json(request):
+        return error_response(400, "the body must be JSON: send it with Content-Type: application/json")
     text = "; ".join(_problem(problem) for problem in problems[:_MAX_ERRORS])
     return error_response(400, text[:_MAX_ERROR_CHARS])
+
+
+def _is_json(request: Request) -> bool:
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json"))
 
 
 def _problem(problem: dict[str, Any]) -> str:
@@ -333,24 +365,33 @@ class _Opened:
             await self._app(scope, receive, send)
 
 
-class _Front:
-    """What happens to every request first and last: its ids, its size limit, its metrics and its last resort."""
+def _too_large(most: int) -> HTTPException:
+    return HTTPException(413, f"the body has more than {most} bytes", {"Connection": "close"})
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int, max_body_seconds: float) -> None:
+
+class _Outermost:
+    """What happens to every request first and last: its ids, the limits of its body, HEAD, metrics, and unhandled errors."""
+
+    def __init__(self, app: ASGIApp, *, proxies: Proxies, public: bool, max_body_seconds: float) -> None:
         self._app = app
-        self._max_body_bytes = max_body_bytes
+        self._proxies = proxies
+        self._public = public
         self._max_body_seconds = max_body_seconds
-        self._too_large = f"a request has at most {max_body_bytes} bytes"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        request_id = headers.get(b"x-request-id", b"").decode("latin-1")
-        if _REQUEST_ID.fullmatch(request_id) is None:
-            request_id = uuid4().hex
-        traceparent = headers.get(b"traceparent", b"").decode("latin-1")
+        peer, port = scope["client"] or ("", 0)
+        trusted = peer in self._proxies
+        if trusted:
+            forwarded = [value.decode("latin-1") for name, value in scope["headers"] if name == b"x-forwarded-for"]
+            scope["client"] = (self._proxies.source(peer, forwarded), port)
+        ids = self._ids(headers.get(b"x-request-id", b"").decode("latin-1"), trusted=trusted)
+        request_id = ids["request_id"]
+        # A stranger's flag would fill the collector, and a stranger's trace may be somebody else's.
+        traceparent = headers.get(b"traceparent", b"").decode("latin-1") if trusted else ""
         tracing_it = (
             tracing.within(traceparent)
             if scope["path"] in _QUIET
@@ -359,57 +400,73 @@ class _Front:
         scope["request_id"] = request_id
         started = time.perf_counter()
         status = 0
+        most = next((most for prefix, most in BODY_LIMITS.items() if scope["path"].startswith(prefix)), MAX_BODY_BYTES)
+        head = scope["method"] == "HEAD"
+        inner = {**scope, "method": "GET"} if head else scope
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
-            await send(message)
+                await send(message)
+                if head:  # the answer is complete with its headers, and whatever produces its body is disconnected
+                    await send({"type": "http.response.body"})
+            elif not head:
+                await send(message)
 
-        with tracing_it as span, structlog.contextvars.bound_contextvars(request_id=request_id):
+        with tracing_it as span, structlog.contextvars.bound_contextvars(**ids):
             try:
-                if int(headers.get(b"content-length", b"0")) > self._max_body_bytes:
-                    await error_response(413, self._too_large)(scope, receive, send_with_id)
-                else:
-                    await self._app(scope, self._limited(receive), send_with_id)
+                await self._app(inner, self._limited(receive, headers, most), send_with_id)
+            except ClientDisconnect:
+                status = _DISCONNECTED
             except Exception:
                 _log.exception("request failed", method=scope["method"], path=scope["path"])
                 if status:
                     raise  # an answer is under way: the server must cut it off, so that it does not look whole
-                await error_response(500, "Internal Server Error")(scope, receive, send_with_id)
+                await error_response(500, "Internal Server Error")(inner, receive, send_with_id)
             finally:
-                self._account(scope, status, time.perf_counter() - started, span)
+                self._account(scope, inner.get("route"), status, time.perf_counter() - started, span)
 
-    def _limited(self, receive: Receive) -> Receive:
+    def _ids(self, named: str, *, trusted: bool) -> dict[str, str]:
+        """What names the request in logs: an id that nobody else can choose, and beside it the one that the caller chose."""
+        known = _REQUEST_ID.fullmatch(named) is not None
+        if known and trusted and not self._public:
+            return {"request_id": named}
+        return {"request_id": uuid4().hex} | ({"client_request_id": named} if known else {})
+
+    def _limited(self, receive: Receive, headers: Mapping[bytes, bytes], most: int) -> Receive:
         # The framework's own limit answers in plain text, whatever the handlers say.
-        left = self._max_body_bytes
+        announced = int(headers.get(b"content-length", b"0"))
+        left = most
         until: float | None = None
         ended = False
 
         async def limited() -> Message:
             nonlocal left, until, ended
             if ended:
-                return await receive()  # waits for the client to go
+                return await receive()  # waits until the client disconnects
+            if announced > most:
+                raise _too_large(most)
             until = until or asyncio.get_running_loop().time() + self._max_body_seconds
             try:
                 async with asyncio.timeout_at(until):
                     message = await receive()
             except TimeoutError:
-                # What comes after all is not a next request.
-                raise HTTPException(408, "the body came too slowly", {"Connection": "close"}) from None
+                # What arrives later is no next request.
+                raise HTTPException(408, "the body arrived too slowly", {"Connection": "close"}) from None
             left -= len(message.get("body", b""))
             if left < 0:
-                raise HTTPException(413, self._too_large)
+                raise _too_large(most)
             ended = not message.get("more_body", False)
             return message
 
         return limited
 
     @staticmethod
-    def _account(scope: Scope, status: int, seconds: float, span: tracing.Span) -> None:
+    def _account(scope: Scope, found: object, status: int, seconds: float, span: tracing.Span) -> None:
         method = scope["method"] if scope["method"] in _METHODS else "other"
-        route = getattr(scope.get("route"), "path", "none")
+        route = getattr(found, "path", "none")
         _requests.labels(method, route, status).inc()
         _latency.labels(method, route).observe(seconds)
         if span.is_recording():

@@ -36,7 +36,40 @@ class _Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="SCANFLEET_", frozen=True, hide_input_in_errors=True)
 
 
-class CommonSettings(_Settings):
+class FrontSettings(_Settings):
+    """What clients may hold of a service before it has looked at their requests."""
+
+    max_connections: int = Field(
+        2_000,  # twice the requests that a gateway serves at once; idle, each costs some 20 kB
+        ge=1,
+        description="The most connections of all clients. For one more, an idle connection of the client that has most is "
+        "closed; if none is idle, it is answered 503.",
+    )
+    max_connections_per_address: int = Field(
+        600,  # more than the 500 connections that a gateway opens to each service behind it
+        ge=1,
+        description="The most connections of one IPv4 address, or of one IPv6 /64 network; likewise. Behind a proxy, all "
+        "clients have the proxy's address.",
+    )
+    header_seconds: float = Field(
+        10.0,  # a client that is alive sends them in one packet
+        gt=0,
+        description="How long in seconds a new connection may take to send a whole request line and all headers, and a later "
+        "request of the same connection from its first byte on.",
+    )
+    stalled_seconds: float = Field(
+        60.0,  # proxies and phones that lose their network are back or gone sooner
+        gt=0,
+        description="How long in seconds a client may read nothing of an answer before its connection is closed.",
+    )
+    trusted_proxies: Networks = Field(
+        (),
+        description="Networks of the proxies before the service. What they report is believed: the caller's address in "
+        "`X-Forwarded-For`, of which the last one outside these networks counts, and the trace in `traceparent`.",
+    )
+
+
+class CommonSettings(FrontSettings):
     """What every service has."""
 
     instance: str = Field(

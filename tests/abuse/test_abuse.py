@@ -93,19 +93,27 @@ POLICIES: dict[str, Any] = {
     "retries": policy(max_retries=11),
     "host timeout": policy(host_timeout="1s -oN x"),
     "technique": policy(technique="-sS"),
-    "a hundred thousand scripts": policy(scripts=["banner"] * 100_000),
-    "a hundred thousand ports": policy(ports=",".join(["1"] * 100_000)),
+    "a thousand scripts": policy(scripts=["banner"] * 1_000),
+    "seven thousand ports": policy(ports=",".join(["1"] * 7_000)),
     "a port beyond": policy(ports="65536"),
     "ports by name": policy(ports="http*"),
     "arguments": policy(arguments="-oN x"),
 }
 
 
+LARGE_POLICIES: dict[str, Any] = {
+    "a hundred thousand scripts": policy(scripts=["banner"] * 100_000),
+    "a hundred thousand ports": policy(ports=",".join(["1"] * 100_000)),
+}
+
+
 @pytest.mark.proves("A2", "G12")
 def test_no_option_is_injected_through_a_policy(caller: Callers, audited: Audited) -> None:
-    """A policy with a word that is not in the vocabulary, or with far too many, is a 400."""
+    """A policy with a word that is not in the vocabulary, or with too many, is a 400; one that is too large is a 413."""
     http = caller(12).http
-    for id_ in [refused(http.post("/api/v1/policy", json=body), 400, what) for what, body in POLICIES.items()]:
+    asked = [refused(http.post("/api/v1/policy", json=body), 400, what) for what, body in POLICIES.items()]
+    asked += [refused(http.post("/api/v1/policy", json=body), 413, what) for what, body in LARGE_POLICIES.items()]
+    for id_ in asked:
         entry = audited(id_)
         assert (entry["action"], entry["rule"]) == ("create_policy", "request")
     assert not INJECTED.exists()
@@ -441,7 +449,10 @@ def strict_gateway(stack: Stack) -> Iterator[str]:
         "SCANFLEET_STREAMS_AT_ONCE_PER_USER": "2",
     }
     port = ports.choose()
-    command = [*(sys.executable, "-m", "uvicorn", "--factory", "api_gateway.main:create_app"), "--port", str(port)]
+    command = [
+        *(sys.executable, "-m", "uvicorn", "--factory", "api_gateway.main:create_app"),
+        *("--http", "scanfleet.front:BoundedProtocol", "--no-proxy-headers", "--port", str(port)),
+    ]
     with (stack.folder / "logs" / "strict.log").open("wb") as log:
         gateway = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT)
         try:

@@ -32,3 +32,14 @@ def test_every_service_has_an_image(service: str) -> None:
 def test_only_the_worker_has_python_nmap(service: str) -> None:
     """python-nmap, with its own licence, is in no other service's lock."""
     assert not any(pin.startswith("python-nmap==") for pin in pins(service))
+
+
+@pytest.mark.parametrize("file", ["Dockerfile", "local/stack.py"])
+def test_every_service_is_started_behind_the_bounded_front(file: str) -> None:
+    """Wherever uvicorn is started for a deployment, it gets the protocol that limits what a client may send."""
+    text = (ROOT / file).read_text()
+    assert (
+        len(re.findall(r'"--factory"', text))
+        == len(re.findall(r'"--http", "scanfleet.front:BoundedProtocol"', text))
+        == 1
+    )

@@ -39,6 +39,7 @@ def stack(
         topic_prefix="e2e-",
         database_prefix="e2e",
         settings={"SCANFLEET_OTLP_ENDPOINT": collector.url, "SCANFLEET_OTLP_RATIO": "0"},
+        settings_of={"api-gateway": {"SCANFLEET_TRUSTED_PROXIES": "127.0.0.1/32"}},  # whose sampled flags are obeyed
     )
     stack.up()
     yield stack

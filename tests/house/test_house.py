@@ -24,6 +24,8 @@ _EXEMPTION: Final = re.compile(r"#\s*(?:ruff:\s*noqa|noqa|type:\s*ignore|mypy:|p
 _REASONED: Final = re.compile(
     r"# (?:noqa: [A-Z]+[0-9]+(?:, [A-Z]+[0-9]+)*|type: ignore\[[a-z-]+(?:, [a-z-]+)*\]) # \w.*"
 )
+# In a pipeline with pipefail the command before one of these gets SIGPIPE, and the pipeline fails at random.
+_EXITS_EARLY: Final = re.compile(r"\|\s*(?:grep\s+(?:-\w*[qm]|--quiet|--max-count)|head\b)")
 _SENTENCE_END: Final = re.compile(r"[.!?](?=\s|$)")
 
 
@@ -41,6 +43,18 @@ def test_no_file_knows_where_it_was_written() -> None:
         if _FOREIGN.search(line)
     ]
     assert foreign == []
+
+
+def test_no_command_pipes_into_one_that_exits_early() -> None:
+    """No script, recipe, manifest or documented command pipes into `grep -q` or `head`, which fails at random with pipefail."""
+    early = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in committed()
+        if path.suffix in {"", ".md", ".sh", ".yml", ".yaml"} and path.name != "LICENSE"
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1)
+        if not line.lstrip().startswith("#") and _EXITS_EARLY.search(line)
+    ]
+    assert early == []
 
 
 def test_every_exemption_has_its_reason_beside_it() -> None:

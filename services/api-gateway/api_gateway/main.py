@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from base64 import b64encode
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from hashlib import sha256
+from typing import Final
 
 import httpx
 from fastapi import FastAPI, Request
@@ -29,6 +33,13 @@ _DESCRIPTION = """\
 Scan networks as a service: register subnets and policies, create scan jobs, watch them run and read what was found.
 
 Every error of every kind is `{"error": "..."}`. Times are RFC 3339 in UTC."""
+
+
+# The page's own scripts and requests, and nothing else: no other host, no frame. Swagger UI sets styles on its elements.
+_DOCS_POLICY: Final = (
+    "default-src 'none'; script-src 'self' {script}; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 def create_app(
@@ -73,7 +84,8 @@ def create_app(
             await startup.until_there("kafka", events.start)
             stack.push_async_callback(events.stop)
             stack.enter_context(service.when_told_to_end(watches.end))
-            # Not the services behind: while one of them is unavailable its routes answer 503, the others go on.
+            app.state.probes.depend("job-orchestrator", orchestrator.reached)
+            app.state.probes.depend("result-store", result_store.reached)
             app.state.probes.watch(bus)
             app.state.probes.watch(replies)
             app.state.probes.watch(events)
@@ -83,8 +95,10 @@ def create_app(
 
     app = service.create_app(
         name=GATEWAY,
+        settings=settings,
         lifespan=lifespan,
         routers=ROUTERS,
+        public=True,
         title="Scanfleet",
         version="1",
         description=_DESCRIPTION,
@@ -101,10 +115,14 @@ def create_app(
 
 
 async def _docs(_request: Request) -> HTMLResponse:
-    return get_swagger_ui_html(
+    page = get_swagger_ui_html(
         openapi_url="/openapi.json",
         title="Scanfleet",
         swagger_js_url="/docs/assets/swagger-ui-bundle.js",
         swagger_css_url="/docs/assets/swagger-ui.css",
         swagger_favicon_url="/docs/assets/favicon-32x32.png",
     )
+    (script,) = re.findall(rb"<script>(.*?)</script>", bytes(page.body), re.DOTALL)
+    digest = b64encode(sha256(script).digest()).decode()
+    page.headers["Content-Security-Policy"] = _DOCS_POLICY.format(script=f"'sha256-{digest}'")
+    return page

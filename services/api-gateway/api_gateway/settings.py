@@ -78,8 +78,3 @@ class Settings(CommonSettings, KafkaSettings, AuthSettings):
         description="Seconds between two looks of an event stream at its job's state, which find events that were lost, and "
         "the most that it sends nothing.",
     )
-    stalled_seconds: float = Field(
-        60.0,
-        gt=0,
-        description="Seconds that a client may take nothing of an answer before it is cut off.",
-    )

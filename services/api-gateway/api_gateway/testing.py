@@ -32,6 +32,8 @@ class Services(httpx.AsyncBaseTransport):
     def __init__(self, issuer: Issuer) -> None:
         self.requests: list[httpx.Request] = []
         self.answers: dict[tuple[str, str], Answer] = {}
+        for host in ("orchestrator", "result-store"):
+            self.on("GET", f"http://{host}/readyz", httpx.Response(200, json={"status": "ok"}))
         self.away: set[str] = set()
         self.verdict: httpx.Response | None = None
         """What the orchestrator answers when it is asked to call a command off, whichever."""

@@ -59,6 +59,23 @@ class Upstream:
     def __init__(self, client: httpx.AsyncClient, *, stalled_seconds: float) -> None:
         self._client = client
         self._stalled_seconds = stalled_seconds
+        self._reached = False
+
+    async def reached(self) -> None:
+        """Return if the service has been ready once since this process started.
+
+        Routes, names and network policies of a new cluster may take effect some seconds after every pod is ready, so a
+        gateway that has reached nothing yet cannot answer. Later outages are not looked at here: what needs the service is
+        answered 503 with the reason, and everything else is still answered.
+
+        Raises:
+            DependencyError: no answer so far has said that the service is ready.
+        """
+        if not self._reached:
+            answer = await self.ask("GET", "/readyz", {})
+            if answer.status_code != httpx.codes.OK:
+                raise DependencyError(f"{self._client.base_url} answered {answer.status_code} to GET /readyz")
+            self._reached = True
 
     async def forward(self, request: Request) -> Response:
         """The service's answer to the same request, whatever it is; as a stream unless it is small.

@@ -142,4 +142,4 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 app.state.probes.watch(loop)
             yield
 
-    return service.create_app(name=ORCHESTRATOR, lifespan=lifespan, routers=ROUTERS)
+    return service.create_app(name=ORCHESTRATOR, settings=settings, lifespan=lifespan, routers=ROUTERS)

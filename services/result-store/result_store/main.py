@@ -44,4 +44,4 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 app.state.probes.watch(part)
             yield
 
-    return service.create_app(name=RESULT_STORE, lifespan=lifespan, routers=[router])
+    return service.create_app(name=RESULT_STORE, settings=settings, lifespan=lifespan, routers=[router])

@@ -61,7 +61,7 @@ def create_app() -> FastAPI:
                 app.state.probes.watch(part)
             yield
 
-    return service.create_app(name=topics.WORKER, lifespan=lifespan)
+    return service.create_app(name=topics.WORKER, settings=settings, lifespan=lifespan)
 
 
 def _exit_with_0() -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import structlog
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from scanfleet import logging as ours
 from scanfleet import tracing
@@ -31,15 +35,17 @@ def lines(_restored: None, capsys: pytest.CaptureFixture[str]) -> Any:
     ours.configure("test-service", CommonSettings(instance="test-1", log_level="info"))
 
     def read() -> list[dict[str, Any]]:
-        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        text = capsys.readouterr().out
+        assert re.fullmatch(r"[\n\x20-\x7e]*", text)
+        return [json.loads(line) for line in text.splitlines()]
 
     return read
 
 
-@pytest.mark.proves("A17")
-def test_an_entry_is_one_line(lines: Any) -> None:
-    """Newlines, terminal escapes and other scripts in an entry stay on its one ASCII line."""
-    hostile = 'a\nb\r\n{"level": "info"}\x1b[2J\u2028\u202e'
+@pytest.mark.proves("A17", "A29")
+def test_entry_with_control_characters_is_one_printable_line(lines: Any) -> None:
+    """Line breaks, terminal escapes, C1 and bidirectional characters in an entry stay on its one printable ASCII line."""
+    hostile = 'a\nb\r\n{"level": "info"}\x1b[2J\x7f\x9b31m\u2028\u202e'
     structlog.get_logger("x").info("event", value=hostile)
     logging.getLogger("library").warning("from a library: %s", hostile)
     first, second = lines()
@@ -103,3 +109,73 @@ def test_credentials_are_cut_out(lines: Any, text: str) -> None:
         assert secret not in str(entry)
         assert token.split(".")[1] not in str(entry)
         assert "[secret]" in str(entry)
+
+
+def test_value_over_its_limit_is_cut(lines: Any) -> None:
+    """A path is cut at 200 characters, another value at 2,000 and a traceback at 20,000, of which the end is kept."""
+    log = structlog.stdlib.get_logger("x")
+    log.info("x" * 3_000, path="/" * 3_000, field="y" * 3_000, nested={"deep": ["z" * 3_000]})
+    try:
+        raise ExceptionGroup("many", [ValueError(f"{number} " + "w" * 3_000) for number in range(15)])  # noqa: TRY301 # only a raised one has a traceback
+    except ExceptionGroup:
+        log.exception("failed")
+    first, second = lines()
+    assert first["path"] == "/" * 200 + " [2800 characters cut]"
+    for name in ("event", "field"):
+        assert first[name] == first[name][0] * 2_000 + " [1000 characters cut]"
+    assert len(first["nested"]) < 2_050
+    assert len(second["exception"]) <= 20_000
+    assert "ValueError: 14 www" in second["exception"]
+
+
+@pytest.mark.proves("A17")
+@pytest.mark.parametrize("text", ["{token}", "Bearer opaque-token-{secret}", "mongodb://user:{secret}@host"])
+@pytest.mark.parametrize("kept", range(1, 12))
+def test_credential_across_the_limit_is_cut_out(lines: Any, text: str, kept: int) -> None:
+    """A credential that the limit of its value cuts in two leaves nothing of use in the log."""
+    hostile = text.format(token=Issuer().token(), secret="Sesame99-" * 30)
+    for before in (ours.MAX_CHARS - 15 - kept, ours.MAX_CHARS - 30 * kept):
+        structlog.stdlib.get_logger("x").info("event", field=" " * before + hostile)
+    for entry in lines():
+        assert "Sesame99" not in entry["field"]
+        assert not re.search(r"eyJ[\w-]{5}", entry["field"])
+
+
+PIECES = (
+    "eyJ",
+    "eyJaaaaa",
+    ".",
+    "-",
+    "a",
+    ":",
+    "@",
+    "/",
+    "://",
+    "://a:",
+    "Bearer ",
+    "bearer",
+    '"',
+    "\\",
+    "\n",
+    "\x00",
+    "\u202e",
+)
+SECONDS_PER_CHARACTER = 2e-7  # six values of each entry hold the text; ten times what they take on a quiet machine
+
+
+@pytest.mark.proves("A19")
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    unit=st.lists(st.sampled_from(PIECES), min_size=1, max_size=4).map("".join),
+    characters=st.sampled_from([2**16, 2**20]),
+)
+def test_rendering_costs_no_more_than_its_length(lines: Any, unit: str, characters: int) -> None:
+    """An entry of n characters, whatever they are, takes CPU time in proportion to n at most, and its line is bounded."""
+    text = unit * (characters // len(unit))
+    log = structlog.stdlib.get_logger("x")
+    started = time.process_time()
+    log.error(text, path=text, field=text, nested=[text], exc_info=ValueError(text))
+    logging.getLogger("library").error("%s", text)
+    spent = time.process_time() - started
+    assert sum(len(str(entry)) for entry in lines()) < 100_000
+    assert spent < 0.05 + SECONDS_PER_CHARACTER * 6 * len(text)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from ipaddress import ip_network
 from typing import Annotated
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -19,7 +22,8 @@ from scanfleet import logging, tracing
 from scanfleet.auth import Caller, Guarded, Principal
 from scanfleet.errors import ConflictError, DependencyError, MessageError, UnauthorizedError, UnavailableError
 from scanfleet.service import PathId, create_app
-from scanfleet.settings import CommonSettings
+from scanfleet.settings import CommonSettings, FrontSettings
+from scanfleet.targets import Network
 from scanfleet.testing.tokens import Issuer
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -53,6 +57,11 @@ async def read_thing(thing_id: PathId) -> int:
     return thing_id
 
 
+@router.get("/text/{text}")
+async def echo(text: str) -> dict[str, str]:
+    return {"text": text}
+
+
 @router.get("/raise/{kind}")
 async def fail(kind: str) -> None:
     raise {
@@ -70,6 +79,16 @@ async def fail_late() -> StreamingResponse:
     async def body() -> AsyncIterator[bytes]:
         yield b"half"
         raise ZeroDivisionError
+
+    return StreamingResponse(body())
+
+
+@router.get("/endless/stream")
+async def endless() -> StreamingResponse:
+    async def body() -> AsyncIterator[bytes]:
+        while True:
+            yield b"x"
+            await asyncio.sleep(0.01)
 
     return StreamingResponse(body())
 
@@ -97,17 +116,28 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     yield
 
 
+PROXY = ip_network("127.0.0.1")  # where the client of these tests is
+
+
 @pytest.fixture
 def app() -> FastAPI:
+    return make_app(proxies=[PROXY])
+
+
+def make_app(proxies: Sequence[Network] = (), *, public: bool = False) -> FastAPI:
     logging.configure("test", CommonSettings(instance="test"))
-    return create_app(name="test", lifespan=lifespan, routers=[router, guarded], max_body_bytes=1000)
+    settings = FrontSettings(trusted_proxies=tuple(proxies))
+    return create_app(name="test", settings=settings, lifespan=lifespan, routers=[router, guarded], public=public)
 
 
 @pytest.fixture
 async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with calling(app) as client:
         yield client
+
+
+def calling(app: FastAPI) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://test")
 
 
 @pytest.mark.parametrize(
@@ -202,7 +232,53 @@ async def test_unknown_paths_and_verbs(client: httpx.AsyncClient) -> None:
         assert (answer.status_code, answer.json()) == (404, {"error": "Not Found"})
     answer = await client.delete("/thing")
     assert (answer.status_code, answer.json()) == (405, {"error": "Method Not Allowed"})
-    assert answer.headers["Allow"] == "GET, POST, PUT"
+    assert answer.headers["Allow"] == "GET, HEAD, POST, PUT"
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/thing", "/thing/1", "/thing/text/x", "/nope"])
+async def test_head_is_get_without_the_body(client: httpx.AsyncClient, path: str) -> None:
+    """HEAD works wherever GET does: the same status and headers, and no body."""
+    expected = await client.get(path)
+    answer = await client.head(path)
+    assert (answer.status_code, answer.content) == (expected.status_code, b"")
+    if path != "/metrics":  # which counts itself
+        assert answer.headers["Content-Length"] == expected.headers["Content-Length"]
+    assert answer.headers["Content-Type"] == expected.headers["Content-Type"]
+
+
+async def test_head_of_an_endless_answer_ends(client: httpx.AsyncClient) -> None:
+    """HEAD of a stream is answered with its headers, and the stream ends."""
+    async with asyncio.timeout(10):
+        answer = await client.head("/thing/endless/stream")
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
+async def test_head_without_a_get_is_405(client: httpx.AsyncClient) -> None:
+    """HEAD of a path that has no GET is a 405."""
+    assert (await client.head("/guarded")).status_code == 405
+
+
+@pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded", "nonsense"])
+async def test_body_of_another_content_type_is_refused_by_name(
+    client: httpx.AsyncClient, content_type: str | None
+) -> None:
+    """A JSON body that is not sent as JSON is a 400 that names the header to send."""
+    headers = {"Content-Type": content_type} if content_type else {}
+    answer = await client.post("/thing", content=b'{"size": 1}', headers=headers)
+    assert answer.status_code == 400
+    assert "Content-Type: application/json" in answer.json()["error"]
+
+
+@pytest.mark.proves("A29")
+async def test_json_is_printable_ascii(client: httpx.AsyncClient) -> None:
+    """Control, C1 and bidirectional characters come back as escapes, in answers and in errors."""
+    hostile = "\x00\x1b[31m\x7f\x9b31m\u202e\u2066\u2028\U0001f600"
+    for answer in (
+        await client.get(f"/thing/text/{quote(hostile)}"),
+        await client.post("/thing", json={hostile: 1, "size": 1}),
+    ):
+        assert re.fullmatch(rb"[\x20-\x7e]+", answer.content), answer.content
+    assert (await client.get(f"/thing/text/{quote(hostile)}")).json() == {"text": hostile}
 
 
 @pytest.mark.proves("A16")
@@ -211,13 +287,14 @@ async def test_a_body_has_a_limit(client: httpx.AsyncClient) -> None:
 
     async def pieces(count: int) -> AsyncIterator[bytes]:
         for _ in range(count):
-            yield b"x" * 100
+            yield b"x" * 1024
 
-    assert (await client.put("/thing", content=b"x" * 1000)).json() == 1000
-    assert (await client.put("/thing", content=pieces(10))).json() == 1000
-    for content in (b"x" * 1001, pieces(11)):
+    assert (await client.put("/thing", content=b"x" * 16_384)).json() == 16_384
+    assert (await client.put("/thing", content=pieces(16))).json() == 16_384
+    for content in (b"x" * 16_385, pieces(17)):
         answer = await client.put("/thing", content=content)
-        assert (answer.status_code, answer.json()) == (413, {"error": "a request has at most 1000 bytes"})
+        assert (answer.status_code, answer.json()) == (413, {"error": "the body has more than 16384 bytes"})
+        assert answer.headers["Connection"] == "close"
 
 
 @pytest.mark.proves("A16")
@@ -230,7 +307,7 @@ async def test_a_body_has_its_time(client: httpx.AsyncClient, app: FastAPI) -> N
         await asyncio.Event().wait()
 
     answer = await client.put("/thing", content=stalling())
-    assert (answer.status_code, answer.json()) == (408, {"error": "the body came too slowly"})
+    assert (answer.status_code, answer.json()) == (408, {"error": "the body arrived too slowly"})
     assert answer.headers["Connection"] == "close"
 
 
@@ -280,10 +357,23 @@ async def test_a_route_without_a_guard_has_no_caller(client: httpx.AsyncClient, 
     assert answer.status_code == 500
 
 
-async def test_a_good_request_id_is_kept(client: httpx.AsyncClient) -> None:
+async def test_request_id_of_a_trusted_proxy_is_kept(client: httpx.AsyncClient) -> None:
     """A request id of the allowed characters comes back with the answer."""
     for request_id in ("a", "A-z_0.9", "x" * 64):
         assert (await client.get("/thing", headers={"X-Request-ID": request_id})).headers["X-Request-ID"] == request_id
+
+
+@pytest.mark.proves("A17")
+@pytest.mark.parametrize(("proxies", "public"), [([], False), ([], True), ([PROXY], True)])
+async def test_request_id_of_a_caller_is_kept_apart(
+    proxies: list[Network], *, public: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The id that a stranger chose, or anybody at the public service, is only logged beside the one that names the request."""
+    async with calling(make_app(proxies, public=public)) as client:
+        answer = await client.get("/thing", headers={"X-Request-ID": "theirs"})
+    (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert re.fullmatch("[0-9a-f]{32}", answer.headers["X-Request-ID"])
+    assert (line["request_id"], line["client_request_id"]) == (answer.headers["X-Request-ID"], "theirs")
 
 
 @pytest.mark.proves("A17")
@@ -293,6 +383,13 @@ async def test_a_bad_request_id_is_replaced(client: httpx.AsyncClient, request_i
     raw = [(b"X-Request-ID", request_id.encode("latin-1"))]
     answer = await client.get("/thing", headers=raw)
     assert re.fullmatch("[0-9a-f]{32}", answer.headers["X-Request-ID"])
+
+
+async def test_traceparent_of_a_stranger_is_replaced() -> None:
+    """Neither the trace of a caller nor its sampled flag is followed, unless a trusted proxy sends it."""
+    async with calling(make_app()) as client:
+        current = (await client.get("/thing/trace/current", headers={"traceparent": TRACEPARENT})).json()
+    assert current[3:35] != TRACEPARENT[3:35]
 
 
 async def test_a_good_traceparent_is_continued(client: httpx.AsyncClient) -> None:

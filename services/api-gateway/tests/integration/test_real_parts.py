@@ -18,6 +18,7 @@ from fastapi.responses import StreamingResponse
 
 from api_gateway.main import create_app
 from api_gateway.testing import Gateway, Replier, Services
+from scanfleet.front import BoundedProtocol
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES
@@ -28,10 +29,10 @@ pytestmark = pytest.mark.integration
 
 
 @asynccontextmanager
-async def served(app: FastAPI) -> AsyncIterator[str]:
+async def served(app: FastAPI, http: type[asyncio.Protocol] | str = BoundedProtocol) -> AsyncIterator[str]:
     """The app on a port of its own; yields its address."""
     with socket.create_server(("127.0.0.1", 0)) as listening:  # so that who comes before the server is up can wait
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+        server = uvicorn.Server(uvicorn.Config(app, http=http, log_config=None, timeout_graceful_shutdown=1))
         task = asyncio.create_task(server.serve(sockets=[listening]))
         try:
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -99,7 +100,7 @@ async def test_a_broken_answer_breaks_the_connection(tmp_path: Path) -> None:
 
         return StreamingResponse(body())
 
-    async with served(upstream) as behind:
+    async with served(upstream, "httptools") as behind:
         settings = gateway.settings(
             orchestrator_url=behind,
             result_store_url=behind,

@@ -37,10 +37,15 @@ async def test_a_bad_token_is_written_down(gateway: Running) -> None:
         "X-Request-ID": "r-1",
         "X-Forwarded-For": "192.0.2.1",
     }
-    await gateway.client.post("/api/v1/task", json=BODY, headers=headers)
+    answer = await gateway.client.post("/api/v1/task", json=BODY, headers=headers)
     (entry,) = await told(gateway)
     assert (entry.service, entry.subject, entry.source) == ("api-gateway", "", "127.0.0.1")
-    assert (entry.action, entry.target, entry.request_id) == ("create_tasks", "/api/v1/task", "r-1")
+    assert (entry.action, entry.target, entry.request_id) == (
+        "create_tasks",
+        "/api/v1/task",
+        answer.headers["X-Request-ID"],
+    )
+    assert entry.request_id != "r-1"
     assert (entry.decision, entry.rule, entry.count) == ("refused", "token", 1)
     assert "eyJ" not in entry.model_dump_json()
 
@@ -60,10 +65,32 @@ async def test_limits_and_malformed_requests_are_written_down(gateway: Running) 
 
 async def test_a_command_says_where_it_came_from(gateway: Running) -> None:
     """A command carries the caller's address and the request's id, for the entry that the orchestrator writes."""
-    await gateway.client.post("/api/v1/task", json=BODY, headers={"X-Request-ID": "r-1"})
-    await gateway.client.post("/api/v1/task/1/cancel", headers={"X-Request-ID": "r-2"})
+    answers = [
+        await gateway.client.post("/api/v1/task", json=BODY),
+        await gateway.client.post("/api/v1/task/1/cancel"),
+    ]
     assert [(each.source, each.request_id) for each in gateway.replier.commands] == [
-        ("127.0.0.1", "r-1"),
-        ("127.0.0.1", "r-2"),
+        ("127.0.0.1", answer.headers["X-Request-ID"]) for answer in answers
     ]
     assert await told(gateway) == []
+
+
+@pytest.mark.proves("A30", "G15")
+@pytest.mark.parametrize(
+    ("trusted", "forwarded", "source"),
+    [
+        ((), "192.0.2.1", "127.0.0.1"),
+        (("127.0.0.1/32",), "198.51.100.9, 192.0.2.1", "192.0.2.1"),
+        (("127.0.0.1/32", "10.0.0.0/8"), "198.51.100.9, 192.0.2.1, 10.0.0.2", "192.0.2.1"),
+    ],
+    ids=["no proxy", "one proxy", "two proxies"],
+)
+async def test_source_in_the_audit_log_is_the_true_one(trusted: tuple[str, ...], forwarded: str, source: str) -> None:
+    """A caller that makes up addresses is written down under its own, behind no, one and two trusted proxies."""
+    async with Gateway().run(trusted_proxies=trusted) as gateway:
+        headers = {"X-Forwarded-For": forwarded}
+        await gateway.client.get("/api/v1/task", headers=headers | {"Authorization": "Bearer x"})
+        await gateway.client.post("/api/v1/task", json=BODY, headers=headers)
+        (entry,) = await told(gateway)
+        (command,) = gateway.replier.commands
+    assert (entry.source, command.source) == (source, source)

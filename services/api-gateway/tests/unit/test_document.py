@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from base64 import b64encode
 from collections.abc import AsyncIterator, Iterator
+from hashlib import sha256
 from typing import Any
 
+import httpx
 import pytest
 
 from api_gateway.testing import Gateway, Running
@@ -145,10 +148,10 @@ async def test_an_unknown_path_is_not_found(gateway: Running, path: str) -> None
 async def test_a_wrong_verb_names_the_right_ones(gateway: Running) -> None:
     """A verb that a path does not have is a 405 that names all those it has."""
     for path, verbs in PATHS.items():
+        with_head = verbs | {"head"} if "get" in verbs else verbs
         answer = await gateway.client.patch(re.sub(r"{\w+}", "1", path))
         assert (answer.status_code, set(answer.json())) == (405, {"error"})
-        allowed = {verb.upper() for verb in verbs} | ({"HEAD"} if "get" in verbs else set())
-        assert answer.headers["Allow"] == ", ".join(sorted(allowed))
+        assert answer.headers["Allow"] == ", ".join(sorted(verb.upper() for verb in with_head))
 
 
 @pytest.mark.parametrize("path", ["/openapi.json", "/docs", "/docs/assets/swagger-ui.css"])
@@ -158,12 +161,43 @@ async def test_a_document_answers_head(gateway: Running, path: str) -> None:
     assert (answer.status_code, answer.content) == (200, b"")
 
 
-async def test_a_gateway_is_ready_with_its_bus(gateway: Running) -> None:
-    """The gateway is ready while its bus is, whatever the services behind do."""
+async def test_readiness_until_each_service_has_been_ready_is_503(gateway: Running) -> None:
+    """The gateway is unready until the orchestrator and result-store have each been ready once, over their own addresses."""
+    gateway.services.away.update({"orchestrator", "result-store"})
+    answer = await gateway.client.get("/readyz")
+    assert (answer.status_code, answer.json()) == (503, {"error": "away: job-orchestrator, result-store"})
+    gateway.services.away.clear()
+    gateway.services.on("GET", "http://orchestrator/readyz", httpx.Response(503, json={"error": "away: bus"}))
+    answer = await gateway.client.get("/readyz")
+    assert (answer.status_code, answer.json()) == (503, {"error": "away: job-orchestrator"})
+    gateway.services.on("GET", "http://orchestrator/readyz", httpx.Response(200, json={"status": "ok"}))
+    assert (await gateway.client.get("/readyz")).status_code == 200
+
+
+async def test_readiness_in_a_later_outage_behind_stays_200(gateway: Running) -> None:
+    """A service behind that becomes unavailable later leaves the gateway ready: it answers what it can, and 503 to the rest."""
+    assert (await gateway.client.get("/readyz")).status_code == 200
     gateway.services.away.update({"orchestrator", "result-store"})
     assert (await gateway.client.get("/readyz")).status_code == 200
+
+
+async def test_readiness_without_the_bus_is_503(gateway: Running) -> None:
+    """The gateway is unready, and healthy, while its bus is unavailable."""
     gateway.broker.away = True
     answer = await gateway.client.get("/readyz")
     gateway.broker.away = False
     assert (answer.status_code, answer.json()) == (503, {"error": "away: bus"})
     assert (await gateway.client.get("/healthz")).status_code == 200
+
+
+async def test_docs_page_runs_its_own_scripts_alone(gateway: Running) -> None:
+    """The policy of `/docs` admits its one inline script by its hash, its own files, no other host and no frame."""
+    answer = await gateway.client.get("/docs")
+    policy = dict(each.strip().split(" ", 1) for each in answer.headers["Content-Security-Policy"].split(";"))
+    (script,) = re.findall(r"<script>(.*?)</script>", answer.text, re.DOTALL)
+    digest = b64encode(sha256(script.encode()).digest()).decode()
+    assert policy["script-src"] == f"'self' 'sha256-{digest}'"
+    assert (policy["default-src"], policy["frame-ancestors"], policy["connect-src"]) == ("'none'", "'none'", "'self'")
+    for path in re.findall(r'(?:src|href)="([^"]+)"', answer.text):
+        assert path.startswith("/docs/assets/")
+        assert (await gateway.client.get(path)).status_code == 200

@@ -23,6 +23,7 @@ from job_orchestrator.testing.things import THEN
 from scanfleet import service
 from scanfleet.clock import utc_now
 from scanfleet.messages.topics import SCAN_COMMANDS
+from scanfleet.settings import FrontSettings
 from scanfleet.testing.tokens import Issuer
 
 ISSUER = Issuer()
@@ -99,7 +100,7 @@ def api(store: MemoryStore, world: World) -> Api:
     async def nothing(_app: FastAPI) -> AsyncIterator[None]:
         yield
 
-    app = service.create_app(name="job-orchestrator", lifespan=nothing, routers=ROUTERS)
+    app = service.create_app(name="job-orchestrator", settings=FrontSettings(), lifespan=nothing, routers=ROUTERS)
     app.state.verifier = ISSUER.verifier
     app.state.orchestrator = State(store, world.only.commands, RULES)
     return Api(app)
@@ -299,7 +300,7 @@ async def test_every_field_of_a_policy_can_be_given(api: Api) -> None:
         {"ports": "80 -oN x"},
         {"ports": "http"},
         {"ports": "top:0"},
-        {"ports": ",".join(["1"] * 10_000)},
+        {"ports": ",".join(["1"] * 7_000)},
         {"technique": "xmas"},
         {"discovery": "always"},
         {"service_detection": "yes"},
@@ -381,13 +382,13 @@ async def test_other_verbs_and_paths(api: Api) -> None:
     await api("GET /api/v1/subnet/", status=404)
     await api("PATCH /api/v1/subnet/1", {}, status=405)
     answer = await api.raw("PATCH", "/api/v1/subnet/1", headers=ISSUER.bearer())
-    assert answer.headers["Allow"] == "DELETE, GET, PUT"
+    assert answer.headers["Allow"] == "DELETE, GET, HEAD, PUT"
 
 
 async def test_what_is_no_json_is_a_400(api: Api) -> None:
     """A body that cannot be read is the caller's mistake."""
     headers = ISSUER.bearer() | {"Content-Type": "application/json"}
-    for content in (b"{", b"\xff", b"", b"[" * 100_000):
+    for content in (b"{", b"\xff", b"", b"[" * 60_000):
         answer = await api.raw("POST", "/api/v1/subnet", headers=headers, content=content)
         assert (answer.status_code, list(answer.json())) == (400, ["error"])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from ipaddress import ip_network
 from typing import Any
 
 import httpx
@@ -20,6 +21,7 @@ from scanfleet import service
 from scanfleet.errors import DependencyError
 from scanfleet.messages import Audited, AuditEntry
 from scanfleet.messages.topics import SCAN_AUDIT, SCAN_COMMANDS
+from scanfleet.settings import FrontSettings
 from scanfleet.testing.bus import MemoryBus
 from scanfleet.testing.tokens import Issuer
 
@@ -35,7 +37,12 @@ def app(world: World) -> FastAPI:
     async def nothing(_app: FastAPI) -> AsyncIterator[None]:
         yield
 
-    app = service.create_app(name="job-orchestrator", lifespan=nothing, routers=ROUTERS)
+    app = service.create_app(
+        name="job-orchestrator",
+        settings=FrontSettings(trusted_proxies=(ip_network("127.0.0.1"),)),
+        lifespan=nothing,
+        routers=ROUTERS,
+    )
     app.state.verifier = ISSUER.verifier
     app.state.orchestrator = State(world.store, world.only.commands, RULES)
     return app

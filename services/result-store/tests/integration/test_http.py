@@ -17,8 +17,10 @@ from result_store.domain import fold
 from result_store.testing import Log, MemoryStore, host
 from scanfleet import service
 from scanfleet.errors import DependencyError
+from scanfleet.front import BoundedProtocol
 from scanfleet.messages import PortFound
 from scanfleet.rest import Result
+from scanfleet.settings import FrontSettings
 from scanfleet.testing.tokens import Issuer
 
 pytestmark = pytest.mark.integration
@@ -52,8 +54,10 @@ async def served(store: MemoryStore) -> AsyncIterator[httpx.AsyncClient]:
         app.state.verifier = ISSUER.verifier
         yield
 
-    app = service.create_app(name="result-store", lifespan=lifespan, routers=[router])
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=1)
+    app = service.create_app(name="result-store", settings=FrontSettings(), lifespan=lifespan, routers=[router])
+    config = uvicorn.Config(
+        app, http=BoundedProtocol, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=1
+    )
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
     async with asyncio.timeout(10):

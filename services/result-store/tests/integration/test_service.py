@@ -69,6 +69,8 @@ class Service:
             "-m",
             "uvicorn",
             "--factory",
+            "--http",
+            "scanfleet.front:BoundedProtocol",
             "--port",
             str(self.port),
         )

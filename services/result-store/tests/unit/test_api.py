@@ -17,6 +17,7 @@ from scanfleet import service
 from scanfleet.errors import DependencyError
 from scanfleet.messages import HostScanned, PortFound
 from scanfleet.rest import Result
+from scanfleet.settings import FrontSettings
 from scanfleet.testing.tokens import Issuer
 
 FIELDS = [
@@ -39,7 +40,7 @@ def client(store: MemoryStore) -> httpx.AsyncClient:
     async def nothing(_app: FastAPI) -> AsyncIterator[None]:
         yield
 
-    app = service.create_app(name="result-store", lifespan=nothing, routers=[router])
+    app = service.create_app(name="result-store", settings=FrontSettings(), lifespan=nothing, routers=[router])
     app.state.store = store
     app.state.verifier = ISSUER.verifier
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://result-store")

@@ -73,7 +73,7 @@ class Deployed:
     async def start(self) -> None:
         self.process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "uvicorn", "--factory", "scanner_worker.main:create_app"),
-            *("--host", "127.0.0.1", "--port", str(self._port)),
+            *("--http", "scanfleet.front:BoundedProtocol", "--host", "127.0.0.1", "--port", str(self._port)),
             env=os.environ | self._environment,
         )
 

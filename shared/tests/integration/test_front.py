@@ -1,0 +1,389 @@
+"""The bounded front on real sockets, under uvicorn as it is deployed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pytest
+import uvicorn
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import StreamingResponse
+
+from scanfleet import front, service
+from scanfleet.front import BoundedProtocol
+from scanfleet.settings import FrontSettings
+
+pytestmark = pytest.mark.integration
+
+LIMIT: Final = 30.0  # seconds until any of this has happened
+HEAD: Final = b"GET /hello HTTP/1.1\r\nHost: x\r\n"
+CHUNKED: Final = b"PUT /thing HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+router = APIRouter()
+
+
+@router.get("/hello")
+async def hello(request: Request) -> int:
+    return len(request.headers)
+
+
+@router.put("/thing")
+async def read_whole(request: Request) -> int:
+    return len(await request.body())
+
+
+@router.get("/wait")
+async def wait(request: Request) -> None:
+    request.app.state.asked += 1
+    await request.app.state.answer.wait()
+
+
+@router.get("/large")
+async def large() -> StreamingResponse:
+    async def body() -> AsyncIterator[bytes]:
+        for _ in range(1_000):
+            yield b"x" * 65_536
+
+    return StreamingResponse(body())
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Connection:
+    """One connection of a client, byte by byte."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    def send(self, data: bytes) -> None:
+        self.writer.write(data)
+
+    async def answer(self) -> Answer:
+        async with asyncio.timeout(LIMIT):
+            head = (await self.reader.readuntil(b"\r\n\r\n")).decode()
+            line, *lines = head.rstrip().split("\r\n")
+            headers = dict(each.split(": ", 1) for each in lines)
+            body = await self.reader.readexactly(int(headers.get("content-length", 0)))
+        return Answer(int(line.split()[1]), headers, body)
+
+    async def ask(self, data: bytes) -> Answer:
+        self.send(data)
+        return await self.answer()
+
+    async def closed(self) -> bool:
+        """Whether the server closes the connection without a further byte."""
+        try:
+            async with asyncio.timeout(LIMIT):
+                return await self.reader.read() == b""
+        except ConnectionError:
+            return True
+
+    async def flood(self, piece: bytes) -> int:
+        """Send the same again and again until the server does not take it any more; answers the count of bytes."""
+        sent = 0
+        async with asyncio.timeout(LIMIT):
+            try:
+                while True:
+                    self.send(piece)
+                    await self.writer.drain()
+                    sent += len(piece)
+            except ConnectionError:
+                return sent
+
+
+class Served:
+    """A server, and the connections that a test opens to it."""
+
+    def __init__(self, app: FastAPI, server: uvicorn.Server, address: tuple[str, int]) -> None:
+        self.app = app
+        self._server = server
+        self._address = address
+        self.opened: list[Connection] = []
+
+    @property
+    def connections(self) -> int:
+        return len(self._server.server_state.connections)
+
+    async def connect(self, source: str = "127.0.0.1") -> Connection:
+        connection = Connection(*await asyncio.open_connection(*self._address, local_addr=(source, 0)))
+        self.opened.append(connection)
+        return connection
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(LIMIT):
+            while not condition():  # noqa: ASYNC110 # the server has no event to wait for
+                await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def serve(**settings: Any) -> AsyncIterator[Served]:
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+
+    app = service.create_app(name="test", settings=FrontSettings(**settings), lifespan=lifespan, routers=[router])
+    app.state.asked = 0
+    app.state.answer = asyncio.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = uvicorn.Server(
+            uvicorn.Config(app, http=BoundedProtocol, log_config=None, lifespan="on", timeout_graceful_shutdown=1)
+        )
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        served = Served(app, server, listening.getsockname())
+        try:
+            await served.until(lambda: server.started)
+            yield served
+        finally:
+            app.state.answer.set()
+            for connection in served.opened:
+                connection.writer.transport.abort()
+            server.should_exit = True
+            await serving
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Served]:
+    async with serve() as served:
+        yield served
+
+
+def lines(count: int, size: int = 1) -> bytes:
+    return b"".join(b"X-%03d: %b\r\n" % (number, b"v" * size) for number in range(count))
+
+
+@pytest.mark.proves("A19")
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET /" + b"x" * front.MAX_URL_BYTES + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
+        (HEAD + b"X: " + b"v" * front.MAX_HEADER_BYTES + b"\r\n\r\n", 431),
+        (HEAD + lines(front.MAX_HEADER_LINES) + b"\r\n", 431),
+        (HEAD + lines(50, 400) + b"\r\n", 431),
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
+        (b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"\r\n" * 20_000, 431),
+        (CHUNKED + b"1;" + b"x" * 40_000, 431),
+        (CHUNKED + b"0\r\n" + b"X: " + b"x" * 40_000, 431),
+    ],
+    ids=["url", "header", "lines", "headers", "nonsense", "length", "bytes", "line breaks", "chunk", "trailer"],
+)
+async def test_request_over_a_limit_is_refused_and_closed(served: Served, request_: bytes, status: int) -> None:
+    """What exceeds a limit, or is not HTTP, is answered once in the shape of every error, and the connection ends."""
+    connection = await served.connect()
+    answer = await connection.ask(request_)
+    assert (answer.status, list(answer.json)) == (status, ["error"])
+    assert (answer.headers["content-type"], answer.headers["connection"]) == ("application/json", "close")
+    assert await connection.closed()
+
+
+async def test_request_at_every_limit_is_served(served: Served) -> None:
+    """A request line, headers and a count of lines at their limits are served, and so is the next request."""
+    connection = await served.connect()
+    for _ in range(2):
+        url = b"GET /" + b"x" * (front.MAX_URL_BYTES - 1) + b" HTTP/1.1\r\nHost: x\r\n"
+        answer = await connection.ask(url + lines(front.MAX_HEADER_LINES - 1, 150) + b"\r\n")
+        assert (answer.status, answer.json) == (404, {"error": "Not Found"})
+    assert (await connection.ask(HEAD + lines(front.MAX_HEADER_LINES - 1) + b"\r\n")).json == front.MAX_HEADER_LINES
+
+
+@pytest.mark.proves("A19", "G11")
+@pytest.mark.parametrize(
+    ("begin", "piece"),
+    [
+        (b"GET /", b"x" * 4_096),
+        (HEAD + b"X: ", b"v" * 4_096),
+        (HEAD, b"X: v\r\n" * 1_000),
+        (CHUNKED + b"0\r\n", b"X: v\r\n" * 1_000),
+    ],
+    ids=["url", "header", "list", "trailers"],
+)
+async def test_endless_request_is_cut_off(served: Served, begin: bytes, piece: bytes) -> None:
+    """Whatever part of a request has no end, the server stops taking it after a bounded number of bytes."""
+    connection = await served.connect()
+    connection.send(begin)
+    room = 16 << 20  # in the buffers of both sockets
+    assert await connection.flood(piece) < front.LINGER_BYTES + room
+    await served.until(lambda: served.connections == 0)
+
+
+@pytest.mark.proves("A19")
+async def test_headers_that_drip_are_answered_408() -> None:
+    """A request whose headers are not complete in time is a 408, on a new connection and on one that was used before."""
+    async with serve(header_seconds=0.3) as served:
+        for before in (b"", HEAD + b"\r\n"):
+            connection = await served.connect()
+            if before:
+                assert (await connection.ask(before)).status == 200
+            answering = asyncio.create_task(connection.answer())
+            for byte in HEAD * 1_000:
+                connection.send(bytes([byte]))
+                await asyncio.sleep(0.02)
+                if answering.done():
+                    break
+            answer = await answering
+            assert (answer.status, list(answer.json)) == (408, ["error"])
+            assert await connection.closed()
+
+
+@pytest.mark.proves("A19")
+@pytest.mark.parametrize("before", [b"", b"\r\n"])
+async def test_connection_without_a_request_is_closed(before: bytes) -> None:
+    """A connection that sends nothing, or only line breaks, is closed without an answer."""
+    async with serve(header_seconds=0.1) as served:
+        connection = await served.connect()
+        connection.send(before)
+        assert await connection.closed()
+
+
+@pytest.mark.proves("A16")
+@pytest.mark.parametrize("announced", [True, False])
+async def test_client_that_sends_on_reads_its_413(served: Served, announced: bool) -> None:
+    """A client that sends all of a body that is too large before it reads still reads the 413, then the end."""
+    connection = await served.connect()
+    body = b"x" * (2 << 20)
+    if announced:
+        connection.send(b"PUT /thing HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    else:
+        connection.send(CHUNKED + b"%x\r\n" % len(body) + body + b"\r\n0\r\n\r\n")
+    await connection.writer.drain()
+    answer = await connection.answer()
+    assert (answer.status, answer.json) == (413, {"error": "the body has more than 16384 bytes"})
+    assert await connection.closed()
+
+
+@pytest.mark.proves("A16")
+async def test_client_that_sends_without_end_is_cut_off(served: Served) -> None:
+    """A body without end is read for a bounded number of bytes after its 413, and then reset."""
+    connection = await served.connect()
+    connection.send(CHUNKED)
+    room = 16 << 20  # in the buffers of both sockets
+    assert await connection.flood(b"4000\r\n" + b"x" * 16_384 + b"\r\n") < front.LINGER_BYTES + room
+    await served.until(lambda: served.connections == 0)
+
+
+async def test_early_answer_keeps_the_connection(served: Served) -> None:
+    """After an answer that came before the body was sent, the rest of the body is dropped and the next request is served."""
+    connection = await served.connect()
+    answer = await connection.ask(b"POST /nope HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n" + b"x" * 10)
+    assert answer.status == 404
+    connection.send(b"x" * 990)
+    assert (await connection.ask(HEAD + b"\r\n")).status == 200
+
+
+@pytest.mark.proves("A19")
+async def test_early_answer_to_a_body_that_never_ends_is_closed(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the rest of a body does not arrive after an early answer the connection is closed."""
+    monkeypatch.setattr(front, "LINGER_SECONDS", 0.1)
+    connection = await served.connect()
+    assert (await connection.ask(b"POST /nope HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")).status == 404
+    assert await connection.closed()
+
+
+async def test_trailers_are_no_headers(served: Served) -> None:
+    """A field after a chunked body is not added to the headers of the request."""
+    connection = await served.connect()
+    assert (await connection.ask(CHUNKED + b"1\r\nx\r\n0\r\nX-Forwarded-For: y\r\n\r\n")).json == 1
+    assert (await connection.ask(HEAD + b"\r\n")).json == 1
+
+
+async def test_upgrade_is_ignored(served: Served) -> None:
+    """A request for another protocol is answered as HTTP."""
+    connection = await served.connect()
+    upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    answer = await connection.ask(HEAD + upgrade)
+    assert (answer.status, answer.headers["connection"]) == (200, "close")
+
+
+@pytest.mark.proves("A19")
+async def test_pipelined_requests_are_answered_in_order_and_bounded(served: Served) -> None:
+    """A few requests at once are answered in order; a thousand at once are not kept."""
+    connection = await served.connect()
+    connection.send((HEAD + b"\r\n" + HEAD + b"X: y\r\n\r\n") * (front.MAX_PIPELINED // 2))
+    found = [(await connection.answer()).json for _ in range(front.MAX_PIPELINED)]
+    assert found == [1, 2] * (front.MAX_PIPELINED // 2)
+    connection.send((HEAD + b"\r\n") * 1_000)
+    await served.until(lambda: served.connections == 0)
+
+
+@pytest.mark.proves("A19")
+async def test_connections_of_one_address_are_bounded() -> None:
+    """At its limit an address loses its oldest idle connection to a new one; with none idle the new one is a 503."""
+    async with serve(max_connections_per_address=3) as served:
+        idle = await served.connect()
+        busy = [await served.connect() for _ in range(2)]
+        for connection in busy:
+            connection.send(b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\n")
+        await served.until(lambda: served.app.state.asked == 2)  # both
+        newest = await served.connect()
+        assert await idle.closed()
+        newest.send(b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\n")
+        await served.until(lambda: served.app.state.asked == 3)  # all three
+        refused = await served.connect()
+        answer = await refused.answer()
+        assert (answer.status, answer.json) == (503, {"error": "too many connections; try again"})
+        assert answer.headers["retry-after"] == "1"
+        assert await refused.closed()
+        other = await served.connect("127.0.0.2")
+        assert (await other.ask(HEAD + b"\r\n")).status == 200
+        served.app.state.answer.set()
+        assert {(await connection.answer()).status for connection in (*busy, newest)} == {200}
+        assert (await (await served.connect()).ask(HEAD + b"\r\n")).status == 200
+
+
+@pytest.mark.proves("A19")
+async def test_connections_of_all_addresses_are_bounded() -> None:
+    """At the limit of all connections a new client takes the place of the oldest idle one of who has most."""
+    async with serve(max_connections=10) as served:
+        many = [await served.connect("127.0.0.3") for _ in range(8)]
+        few = [await served.connect("127.0.0.2") for _ in range(2)]
+        await served.until(lambda: served.connections == 10)  # all
+        new = await served.connect()
+        assert (await new.ask(HEAD + b"\r\n")).status == 200
+        assert await many[0].closed()
+        for connection in (*many[1:], *few):
+            assert (await connection.ask(HEAD + b"\r\n")).status == 200
+
+
+@pytest.mark.proves("A19")
+async def test_client_that_reads_nothing_is_cut_off() -> None:
+    """A client that reads nothing of an answer for the set time loses its connection, and the answer ends."""
+    async with serve(stalled_seconds=0.3) as served:
+        connection = await served.connect()
+        connection.writer.transport.pause_reading()  # type: ignore[attr-defined] # it is a read transport too
+        connection.send(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+        await served.until(lambda: served.connections == 1)
+        await served.until(lambda: served.connections == 0)
+
+
+@pytest.mark.parametrize(
+    ("host", "client"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("", ""),
+    ],
+)
+def test_client_is_an_address_or_a_site(host: str, client: str) -> None:
+    """Connections are counted by IPv4 address, in either spelling, and by the /64 network of an IPv6 address."""
+    assert front._client(host) == client

@@ -1,0 +1,55 @@
+"""What the bodies of the public API refuse."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from pydantic import ValidationError
+
+from scanfleet.rest import BODY_LIMITS, MAX_BODY_BYTES, CreateJobs, PolicyBody, SubnetBody
+
+BODY = {"subnet_ids": [1], "policy_id": 1}
+
+
+def test_unknown_fields_are_refused_before_anything_is_validated() -> None:
+    """A body with unknown fields has one error, which names the first five of them, and none about the others."""
+    with pytest.raises(ValidationError) as caught:
+        CreateJobs.model_validate({f"x{number}": 1 for number in range(1, 8)} | {"policy_id": "wrong"})
+    (error,) = caught.value.errors()
+    assert error["msg"] == "unknown fields: x1, x2, x3, x4, x5 and 2 more"
+
+
+@pytest.mark.proves("A20")
+@pytest.mark.parametrize("name", ["\ud800", "\u202e" * 10, "\x1b[2J", "x" * 100_000])
+def test_unknown_field_is_named_in_short_ascii(name: str) -> None:
+    """The name of an unknown field is escaped and cut in the error."""
+    with pytest.raises(ValidationError) as caught:
+        SubnetBody.model_validate({name: 1})
+    text = str(caught.value.errors()[0]["msg"])
+    assert text.isascii()
+    assert text.isprintable()
+    assert len(text) < 500
+
+
+@pytest.mark.proves("A20")
+def test_unknown_fields_cost_no_more_than_a_look_at_each() -> None:
+    """100,000 unknown fields are refused in a small part of a second of CPU time, not validated one by one."""
+    fields = {str(number): 0 for number in range(100_000)}
+    started = time.process_time()
+    for body in (CreateJobs, PolicyBody, SubnetBody):
+        with pytest.raises(ValidationError):
+            body.model_validate(fields)
+    assert time.process_time() - started < 0.5
+
+
+def test_largest_bodies_fit() -> None:
+    """The largest body that each collection accepts is within its limit of bytes."""
+    task = CreateJobs(subnet_ids=list(range(2**53 - 1_000, 2**53)), policy_id=2**53 - 1)
+    assert len(task.model_dump_json()) < BODY_LIMITS["/api/v1/task"]
+    name = "\U0001f600" * 200
+    network = "ffff:ffff:ffff:ffff:ffff:ffff:255.255.255.255/128"
+    subnet = SubnetBody(name=name, cidr=network, exclude=[network] * 1_000)
+    assert len(subnet.model_dump_json(ensure_ascii=True)) < BODY_LIMITS["/api/v1/subnet"]
+    ports = ",".join(["1"] * 5_000)
+    assert len(PolicyBody(name=name, ports=ports).model_dump_json(ensure_ascii=True)) < MAX_BODY_BYTES
