@@ -32,7 +32,8 @@ PROMISES: Final[Mapping[str, str]] = {
     "G11": "Overload is answered by 429 or 503 with Retry-After, memory and queues are bounded, reads go on",
     "G12": "Nothing outside policy is ever passed to nmap",
     "G13": "A caller sees and changes only what is theirs, on every route",
-    "G14": "Only tokens of the configured issuer, audience and algorithms count, and keys rotate without a restart",
+    "G14": "Only tokens of the configured issuer, audience, type and algorithms are accepted; keys rotate and tokens are "
+    "revoked without restart",
     "G15": "Every change and every refusal is in the audit log: who, from where, what, which rule, which request",
     "G16": "`completed` means that every probe of the request has its outcome in the ledger and every result can be read",
 }
@@ -130,6 +131,10 @@ ABUSE: Final[Mapping[str, Trial]] = {
     "A16": Trial("slow bodies, hundreds of idle connections", "bounded for each user, others are served"),
     "A17": Trial("line breaks in headers, tokens in requests", "one JSON line in the log, and no token in it"),
     "A18": Trial("rate limits dodged by X-Forwarded-For and by many tokens of one user", "429 all the same"),
+    "A28": Trial(
+        "a withdrawn key while the JWKS cannot be fetched; another `typ`; `cnf`; a JWKS by http; a revoked token",
+        "refused, within the stated time",
+    ),
 }
 
 KNOWN: Final = PROMISES.keys() | FAULTS.keys() | ABUSE.keys()

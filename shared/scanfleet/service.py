@@ -33,8 +33,9 @@ from scanfleet import tracing
 from scanfleet.audit import Refusals
 from scanfleet.auth import Principal
 from scanfleet.clock import utc_now
-from scanfleet.errors import DependencyError, PublicError, Rule, UnavailableError
+from scanfleet.errors import ConfigurationError, DependencyError, PublicError, Rule, UnavailableError
 from scanfleet.messages import AuditEntry
+from scanfleet.messages.audit import MAX_REASON_CHARS
 from scanfleet.rest import MAX_ID
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
@@ -121,7 +122,7 @@ class Probes:
             await asyncio.wait_for(check(), CHECK_TIMEOUT_S)
         except (DependencyError, TimeoutError, OSError) as error:
             _log.warning("dependency away", dependency=name, error=str(error))
-            return name
+            return f"{name} ({error})" if isinstance(error, ConfigurationError) else name
         return None
 
 
@@ -240,7 +241,12 @@ def source(request: Request) -> str:
 
 
 def audit_entry(
-    request: Request, decision: Literal["allowed", "refused"], *, rule: Rule | None = None, target: str = ""
+    request: Request,
+    decision: Literal["allowed", "refused"],
+    *,
+    rule: Rule | None = None,
+    target: str = "",
+    reason: str = "",
 ) -> AuditEntry:
     """What the audit log is told of this request; its path is the target unless that is named."""
     caller = cast(Principal | None, request.scope.get("caller"))
@@ -254,18 +260,20 @@ def audit_entry(
         target=(target or request.scope["path"])[:_MAX_TARGET_CHARS],
         decision=decision,
         rule=rule or "",
+        reason=reason[:MAX_REASON_CHARS],
         request_id=request.scope["request_id"],
     )
 
 
-def _refused(request: Request, rule: Rule, target: str = "") -> None:
-    cast(Refusals, request.app.state.refusals).add(audit_entry(request, "refused", rule=rule, target=target))
+def _refused(request: Request, rule: Rule, target: str = "", reason: str = "") -> None:
+    entry = audit_entry(request, "refused", rule=rule, target=target, reason=reason)
+    cast(Refusals, request.app.state.refusals).add(entry)
 
 
 async def _public(request: Request, error: Exception) -> Response:
     public = cast(PublicError, error)
     if public.rule is not None:
-        _refused(request, public.rule, public.target)
+        _refused(request, public.rule, public.target, public.reason)
     return error_response(public.status, public.message, public.headers)
 
 

@@ -52,6 +52,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             app.state.verifier = await stack.enter_async_context(open_verifier(settings, transport=transport))
+            app.state.probes.depend("the issuer's keys", app.state.verifier.check)
             clients = [
                 await stack.enter_async_context(connect(str(url), settings, transport))
                 for url in (settings.orchestrator_url, settings.result_store_url)

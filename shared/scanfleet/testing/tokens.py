@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import time
 from typing import Any
 
+import httpx
 import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from scanfleet.auth import FixedKey, Key, TokenVerifier
+from scanfleet.auth import FixedKeys, Key, TokenVerifier
 from scanfleet.settings import AuthSettings
+
+
+class JwksEndpoint(httpx.AsyncBaseTransport):
+    """An issuer's JWKS endpoint.
+
+    Attributes:
+        answer: a document, or a whole answer.
+        calls: how often it was asked.
+        unavailable: whether connections are refused.
+        called: set at each call.
+        open: answers wait for it.
+    """
+
+    def __init__(self, answer: object) -> None:
+        self.answer = answer
+        self.calls = 0
+        self.unavailable = False
+        self.called = asyncio.Event()
+        self.open = asyncio.Event()
+        self.open.set()
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self.calls += 1
+        self.called.set()
+        await self.open.wait()
+        if self.unavailable:
+            raise httpx.ConnectError("refused", request=request)
+        return self.answer if isinstance(self.answer, httpx.Response) else httpx.Response(200, json=self.answer)
 
 
 class Issuer:
@@ -33,7 +63,7 @@ class Issuer:
     @property
     def verifier(self) -> TokenVerifier:
         """Believes this issuer's key, without a network."""
-        return TokenVerifier(self.settings, FixedKey(Key(self.private_key.public_key(), ("EdDSA",))))
+        return TokenVerifier(self.settings, FixedKeys(Key(self.private_key.public_key(), ("EdDSA", "Ed25519"))))
 
     @property
     def jwks(self) -> dict[str, Any]:

@@ -42,6 +42,7 @@ async def test_a_bad_token_is_written_down(gateway: Running) -> None:
     assert (entry.service, entry.subject, entry.source) == ("api-gateway", "", "127.0.0.1")
     assert (entry.action, entry.target, entry.request_id) == ("create_tasks", "/api/v1/task", "r-1")
     assert (entry.decision, entry.rule, entry.count) == ("refused", "token", 1)
+    assert entry.reason == "header kid and alg fit no key of the issuer"
     assert "eyJ" not in entry.model_dump_json()
 
 
