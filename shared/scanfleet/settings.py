@@ -248,6 +248,15 @@ class AuthSettings(_Settings):
         return self.jwt_jwks_url, self.jwt_public_key_file, self.jwt_development_secret
 
 
+class InternalTokenSettings(_Settings):
+    """Whose requests the services behind the gateway accept."""
+
+    internal_public_keys_file: Path = Field(
+        description="PEM file with the gateway's Ed25519 public key, read once at start; while the key is replaced, with the old "
+        "and the new one.",
+    )
+
+
 class TargetSettings(_Settings):
     """What may be scanned."""
 

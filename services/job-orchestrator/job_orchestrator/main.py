@@ -19,10 +19,10 @@ from job_orchestrator.handlers.jobs import Jobs
 from job_orchestrator.handlers.progress import Progress
 from job_orchestrator.handlers.stored import Stored
 from job_orchestrator.handlers.sweep import Sweeper
-from job_orchestrator.repository import MongoStore
+from job_orchestrator.repository import MongoAccess, MongoStore
 from job_orchestrator.settings import Settings
 from scanfleet import logging, mongo, service, tracing
-from scanfleet.auth import open_verifier
+from scanfleet.auth import InternalVerifier, read_public_keys
 from scanfleet.bus import Handler, Publisher
 from scanfleet.kafka import KafkaBus
 from scanfleet.loop import Loop
@@ -76,11 +76,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            app.state.verifier = await stack.enter_async_context(open_verifier(settings))
+            app.state.verifier = InternalVerifier(read_public_keys(settings.internal_public_keys_file), ORCHESTRATOR)
             database = mongo.connect(settings.mongodb_uri, settings.database)
             stack.callback(database.client.close)
             store = MongoStore(database, keep_audit=timedelta(days=settings.audit_days))
             await store.prepare()
+            app.state.access = access = MongoAccess(database)
+            await access.prepare()
             app.state.probes.depend("mongodb", lambda: mongo.ping(database))
             bus = KafkaBus(settings, source=ORCHESTRATOR, instance=settings.instance)
             await bus.start()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Collection
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 import jwt
 from jwt.algorithms import OKPAlgorithm
@@ -14,6 +16,7 @@ from scanfleet.auth.claims import Expected, check
 from scanfleet.auth.keys import Key, Keys
 from scanfleet.auth.principal import RefusedError
 
+KNOWN_TOKENS: Final = 1_000  # that are remembered, by their hashes: half a megabyte
 MAX_TRIES: Final = 4  # keys that may have signed one token: more than any issuer has at once for one algorithm
 
 # Headers by which a token names its own key or changes what is signed: no token that is accepted has a use for one.
@@ -22,53 +25,75 @@ _FORBIDDEN_HEADERS: Final = frozenset({"crit", "b64", "jku", "jwk", "x5u", "x5c"
 _UNREADABLE: Final = (jwt.PyJWTError, ValueError, TypeError, ArithmeticError, RecursionError)
 
 
+_Found = TypeVar("_Found")
+
+
 @dataclass(frozen=True, slots=True)
-class Token:
-    """A token that its issuer signed for us.
+class _Known(Generic[_Found]):
+    """What was found in a token, good until `until` (Unix time) as long as its header leads to the very same key."""
 
-    Attributes:
-        claims: all of them; the registered ones are checked.
-        key: by which it was signed.
-        kid: the key id that its header names.
-        algorithm: that its header names.
-    """
-
-    claims: dict[str, Any]
+    found: _Found
     key: Key
     kid: str | None
     algorithm: str
+    until: float
 
 
-class Reader:
-    """Reads tokens of one issuer for one audience.
+class Reader(Generic[_Found]):
+    """Reads tokens of one issuer for one audience, and remembers what it found in those that are in use.
 
     Args:
         keys: of the issuer.
         expected: what the registered claims must be.
         types: values of the header `typ` that are accepted; one without is too.
         max_chars: longest token.
+        judge: finds in the claims of a good token what its reader needs; raises RefusedError.
     """
 
-    def __init__(self, keys: Keys, expected: Expected, *, types: Collection[str], max_chars: int) -> None:
+    def __init__(
+        self,
+        keys: Keys,
+        expected: Expected,
+        *,
+        types: Collection[str],
+        max_chars: int,
+        judge: Callable[[Mapping[str, Any]], Awaitable[_Found]],
+    ) -> None:
         self._keys = keys
         self._expected = expected
         self._types = frozenset(type_.lower() for type_ in types)
         self._max_chars = max_chars
+        self._judge = judge
         self._signatures = jwt.PyJWS(options={"verify_signature": True, "enforce_minimum_key_length": True})
         self._signatures.register_algorithm("Ed25519", OKPAlgorithm())
+        self._known: dict[bytes, _Known[_Found]] = {}
 
-    async def read(self, text: str) -> Token:
-        """The token.
+    async def read(self, text: str) -> _Found:
+        """What `judge` finds.
 
         Raises:
-            RefusedError: it is malformed, expired, or not by and for whom it should be.
+            RefusedError: the token is malformed, expired, or not by and for whom it should be.
             UnavailableError: the issuer's keys are not known.
         """
+        digest = hashlib.sha256(text.encode(errors="surrogatepass")).digest()
+        known = self._known.get(digest)
+        # The key is asked for each time: when it is withdrawn, a token that was seen before ends as any other.
+        if known and time.time() < known.until and await self._is_current(known):
+            return known.found
+        known = await self._read(text)
+        if len(self._known) >= KNOWN_TOKENS:
+            del self._known[next(iter(self._known))]
+        self._known[digest] = known
+        return known.found
+
+    async def _is_current(self, known: _Known[_Found]) -> bool:
+        return any(key is known.key for key in await self._keys.find(known.kid, known.algorithm))
+
+    async def _read(self, text: str) -> _Known[_Found]:
         if len(text) > self._max_chars:
             raise RefusedError("token", f"has more than {self._max_chars} characters")
         try:
-            header = self._signatures.get_unverified_header(text)
-            kid, algorithm = self._check_header(header)
+            kid, algorithm = self._check_header(self._signatures.get_unverified_header(text))
             keys = await self._keys.find(kid, algorithm)
             payload, key = self._verify(text, keys)
             claims = json.loads(payload)
@@ -79,7 +104,7 @@ class Reader:
         if not isinstance(claims, dict):
             raise RefusedError("payload", "is not a JSON object")
         check(claims, self._expected)
-        return Token(claims, key, kid, algorithm)
+        return _Known(await self._judge(claims), key, kid, algorithm, claims["exp"])
 
     def _check_header(self, header: dict[str, Any]) -> tuple[str | None, str]:
         for name in sorted(_FORBIDDEN_HEADERS & header.keys()):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Protocol
 
 import httpx
 import structlog
@@ -17,11 +16,9 @@ from scanfleet.auth import claims
 from scanfleet.auth.claims import Expected
 from scanfleet.auth.keys import JWKS_TIMEOUT_S, FixedKeys, JwksKeys, Key, Keys, algorithms_of
 from scanfleet.auth.principal import Principal, RefusedError
-from scanfleet.auth.tokens import Reader, Token
+from scanfleet.auth.tokens import Reader
 from scanfleet.errors import ConfigurationError, DependencyError, UnauthorizedError
 from scanfleet.settings import AuthSettings
-
-KNOWN_TOKENS: Final = 1_000  # verified ones that are remembered, by their hashes: half a megabyte
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -55,14 +52,13 @@ class Revoked(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
-    """What was found of a token, good until `until` (Unix time) as long as its header leads to the very same key."""
+class _Found:
+    """The caller, and by what their token may be revoked."""
 
     principal: Principal
-    token: Token
     subject: str
     token_id: str
-    until: float
+    issued_at: float
 
 
 class TokenVerifier:
@@ -85,12 +81,13 @@ class TokenVerifier:
             max_life=settings.jwt_max_life_seconds,
             leeway=settings.jwt_leeway_seconds,
         )
-        self._reader = Reader(keys, expected, types=settings.jwt_types, max_chars=settings.jwt_max_chars)
+        self._reader = Reader(
+            keys, expected, types=settings.jwt_types, max_chars=settings.jwt_max_chars, judge=self._judge
+        )
         self._settings = settings
         self._keys = keys
-        self._users = users if settings.jwt_user_ids == "mapped" else None
+        self._users = users
         self._revoked = revoked
-        self._known: dict[bytes, _Known] = {}
 
     async def check(self) -> None:
         """Return if tokens can be judged; see `Keys.check`."""
@@ -98,53 +95,41 @@ class TokenVerifier:
 
     async def verify(self, text: str) -> Principal:
         """See `Verifier`."""
-        try:
-            known = await self._find(text)
-            self._check_revocation(known)
-        except RefusedError as error:
-            _log.warning("token refused", part=error.part, reason=error.reason)
-            raise UnauthorizedError(error.message, reason=str(error)) from None
-        return known.principal
+        with refusals():
+            found = await self._reader.read(text)
+            if self._revoked is not None and self._revoked.revokes(
+                token_id=found.token_id,
+                subject=found.subject,
+                user_id=found.principal.user_id,
+                issued_at=found.issued_at,
+            ):
+                raise RefusedError("token", "is revoked", message="the token has been revoked")
+            return found.principal
 
-    async def _find(self, text: str) -> _Known:
-        digest = hashlib.sha256(text.encode(errors="surrogatepass")).digest()
-        known = self._known.get(digest)
-        # The key is asked for each time: when it is withdrawn, a token that was seen before ends as any other.
-        if known and time.time() < known.until and await self._is_current(known.token):
-            return known
-        known = await self._judge(text)
-        if len(self._known) >= KNOWN_TOKENS:
-            del self._known[next(iter(self._known))]
-        self._known[digest] = known
-        return known
-
-    async def _is_current(self, token: Token) -> bool:
-        return any(key is token.key for key in await self._keys.find(token.kid, token.algorithm))
-
-    async def _judge(self, text: str) -> _Known:
-        token = await self._reader.read(text)
-        subject, token_id = claims.subject(token.claims), claims.token_id(token.claims)
-        if self._users is not None:
-            user_id = await self._users.user_id(self._settings.jwt_issuer, subject)
+    async def _judge(self, of_token: Mapping[str, Any]) -> _Found:
+        issuer, issued_at = self._settings.jwt_issuer, of_token["iat"]
+        subject, token_id = claims.subject(of_token), claims.token_id(of_token)
+        roles = claims.roles(of_token, self._settings.jwt_roles_claim)
+        if self._settings.jwt_user_ids == "claim":
+            user_id = claims.user_id(of_token, self._settings.jwt_user_claim)
+        elif self._users is None:
+            raise ConfigurationError("SCANFLEET_JWT_USER_IDS=mapped needs a service that assigns user ids")
         else:
-            user_id = claims.user_id(token.claims, self._settings.jwt_user_claim)
-        roles = claims.roles(token.claims, self._settings.jwt_roles_claim)
-        named = "\n".join((self._settings.jwt_issuer, subject, token_id, str(token.claims["iat"])))
-        principal = Principal(
-            user_id,
-            admin=self._settings.jwt_admin_role in roles,
-            token_hash=hashlib.sha256(named.encode()).hexdigest()[:16],
-        )
-        return _Known(principal, token, subject, token_id, token.claims["exp"])
+            user_id = await self._users.user_id(issuer, subject)
+        named = "\n".join((issuer, subject, token_id, str(issued_at)))
+        token_hash = hashlib.sha256(named.encode()).hexdigest()[:16]
+        principal = Principal(user_id, admin=self._settings.jwt_admin_role in roles, token_hash=token_hash)
+        return _Found(principal, subject, token_id, issued_at)
 
-    def _check_revocation(self, known: _Known) -> None:
-        if self._revoked is not None and self._revoked.revokes(
-            token_id=known.token_id,
-            subject=known.subject,
-            user_id=known.principal.user_id,
-            issued_at=known.token.claims["iat"],
-        ):
-            raise RefusedError("token", "is revoked", message="the token has been revoked")
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Log why a token is refused, and let the caller know that it is."""
+    try:
+        yield
+    except RefusedError as error:
+        _log.warning("token refused", part=error.part, reason=error.reason)
+        raise UnauthorizedError(error.message, reason=str(error)) from None
 
 
 @asynccontextmanager

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import ValidationError
 
 from scanfleet.auth import JwksKeys, Principal, TokenVerifier, open_verifier
-from scanfleet.auth.verifier import KNOWN_TOKENS
+from scanfleet.auth.tokens import KNOWN_TOKENS
 from scanfleet.errors import DependencyError, UnauthorizedError, UnavailableError
 from scanfleet.settings import AuthSettings
 from scanfleet.testing.tokens import Issuer, JwksEndpoint
@@ -475,7 +475,7 @@ async def test_only_so_many_tokens_are_remembered() -> None:
     tokens = [issuer.token(user) for user in range(1, KNOWN_TOKENS + 3)]
     for user, token in enumerate(tokens, 1):
         assert (await verifier.verify(token)).user_id == user
-    assert len(verifier._known) == KNOWN_TOKENS
+    assert len(verifier._reader._known) == KNOWN_TOKENS
     assert (await verifier.verify(tokens[0])).user_id == 1
 
 

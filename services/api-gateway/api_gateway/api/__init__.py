@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from api_gateway.api import audit, policies, subnets, tasks
+from api_gateway.api import audit, policies, revocations, subnets, tasks
 
-ROUTERS: tuple[APIRouter, ...] = (tasks.router, subnets.router, policies.router, audit.router)
+ROUTERS: tuple[APIRouter, ...] = (tasks.router, subnets.router, policies.router, audit.router, revocations.router)

@@ -11,7 +11,6 @@ from api_gateway.api.admission import Route
 from api_gateway.api.document import errors, paging, query
 from api_gateway.api.events import EventStream, Watched
 from api_gateway.api.state import Handed
-from api_gateway.upstream import identity
 from scanfleet import rest, tracing
 from scanfleet.auth import Caller
 from scanfleet.messages import CancelJob, JobStatus, SubmitJobs
@@ -96,7 +95,7 @@ async def create_tasks(
         idempotency_key=idempotency_key,
         traceparent=tracing.current(),
     )
-    jobs = await state.commands.send(command, identity(request))
+    jobs = await state.commands.send(command, state.orchestrator.identity(request))
     return rest.JobsCreated(message="Scan jobs created successfully", jobs=list(jobs))
 
 
@@ -109,7 +108,7 @@ async def read_task(job_id: PathId, request: Request, _caller: Caller, state: Ha
 @router.get("/{job_id}/events", response_class=Response, responses=_EVENTS | errors(404))
 async def watch_task(job_id: PathId, request: Request, _caller: Caller, state: Handed, watch: Watched) -> Response:
     """A scan job's states and progress as they come, as Server-Sent Events."""
-    now = await state.orchestrator.latest(identity(request), job_id)
+    now = await state.orchestrator.latest(state.orchestrator.identity(request), job_id)
     if isinstance(now, Response):
         return now
     watch.begin(now)
@@ -127,7 +126,7 @@ async def cancel_task(job_id: PathId, request: Request, caller: Caller, state: H
         job_id=job_id,
         traceparent=tracing.current(),
     )
-    await state.commands.send(command, identity(request))
+    await state.commands.send(command, state.orchestrator.identity(request))
     return rest.Done(message="Job cancelled successfully")
 
 

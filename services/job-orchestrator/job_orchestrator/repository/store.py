@@ -27,7 +27,7 @@ _Revised = TypeVar("_Revised", ScanJob, Chunk)
 
 _BATCH: Final = 1_000  # documents read at once: about a megabyte, and 20 ms of turning them into chunks
 
-SEQUENCES: Final = ("jobs", "subnets", "policies")
+SEQUENCES: Final = ("jobs", "subnets", "policies", "users", "revocations")
 
 _INDEXES: Final = {
     "subnets": [IndexModel([("user_id", 1), ("_id", -1)])],
