@@ -49,7 +49,8 @@ CHECK_TIMEOUT_S: Final = 2.0  # of one readiness check: orchestrators ask every 
 _DECIMAL: Final = re.compile(r"[1-9][0-9]{0,15}")
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_QUIET: Final = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few seconds: their access lines are noise
+# Asked every few seconds: their access lines are noise.
+_QUIET: Final = frozenset({"/healthz", "/readyz", "/metrics", "/internal/revocations"})
 _MAX_ERROR_CHARS: Final = 500  # an error may quote the caller, but not at length
 _MAX_TARGET_CHARS: Final = 200  # of an audit entry: a path that a caller made up may be long
 _MAX_ERRORS: Final = 5  # of one invalid request; enough to mend it in a few rounds

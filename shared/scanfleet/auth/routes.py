@@ -32,7 +32,8 @@ class Guarded(APIRoute):
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] in (self.methods or ()):
             scope["caller"] = caller = await self.authenticate(Request(scope))
-            structlog.contextvars.bind_contextvars(token_hash=caller.token_hash)  # so that the access line names it
+            if caller.token_hash:
+                structlog.contextvars.bind_contextvars(token_hash=caller.token_hash)  # so that the access line names it
             await self.serve(scope, receive, send)
         else:
             await super().handle(scope, receive, send)  # answers 405, whoever asks
