@@ -31,7 +31,7 @@ PROMISES: Final[Mapping[str, str]] = {
     "G11": "Overload is answered by 429 or 503 with Retry-After, memory and queues are bounded, reads go on",
     "G12": "Nothing outside policy is ever passed to nmap",
     "G13": "Callers see and change only their own objects, on every route; administrators act under audit",
-    "G14": "Only tokens of the configured issuer, audience and algorithms count, and keys rotate without a restart",
+    "G14": "Only tokens of the configured issuer, audience, type and algorithms are accepted; keys rotate and tokens are revoked without restart",
     "G15": "Every change and every refusal is in the audit log: who, from where, what, which rule, which request",
     "G16": "`completed` means that every probe of the request has its outcome in the ledger and every result can be read",
     "G17": "A faulty worker, host, document or job affects nothing but itself",
@@ -179,6 +179,10 @@ ABUSE: Final[Mapping[str, Trial]] = {
     "A24": Trial(
         "administrators acting on others' jobs; users trying the same",
         "allowed with an audit entry; 404, or 403 for lists",
+    ),
+    "A28": Trial(
+        "a withdrawn key while the JWKS cannot be fetched; another `typ`; `cnf`; a JWKS by http; a revoked token",
+        "refused, within the stated time",
     ),
     "A29": Trial(
         "terminal escapes, C1 and bidirectional characters in paths, names and errors",

@@ -356,14 +356,14 @@ class Stack:
         variables = {
             "SCANFLEET_INSTANCE": name,
             **self._way_to_the_bus(service),
-            "SCANFLEET_JWT_ISSUER": tokens.ISSUER,
-            "SCANFLEET_JWT_AUDIENCE": tokens.AUDIENCE,
-            "SCANFLEET_JWT_PUBLIC_KEY_FILE": str(self._issuer.public_key_file),
             "SCANFLEET_ALLOWED_NETWORKS": "127.0.0.0/8,::1/128",
             "SCANFLEET_LEASE_SECONDS": str(LEASE),
             "SCANFLEET_WRITES_PER_MINUTE": str(WRITES),
         }
+        key, public_keys = self.folder / "internal" / "private.pem", self.folder / "internal" / "public.pem"
+        tokens.make_internal_keys(key, public_keys)
         if service in WITH_DATABASE:
+            variables["SCANFLEET_INTERNAL_PUBLIC_KEYS_FILE"] = str(public_keys)
             variables["SCANFLEET_DATABASE"] = self.database(service)
             uri = self.mongodb_of(service)
             if self._credentials is None:
@@ -373,6 +373,12 @@ class Stack:
         if service != "api-gateway":
             variables["SCANFLEET_TRUSTED_PROXIES"] = "127.0.0.1/32"  # the gateway
         else:
+            variables |= {
+                "SCANFLEET_JWT_ISSUER": tokens.ISSUER,
+                "SCANFLEET_JWT_AUDIENCE": tokens.AUDIENCE,
+                "SCANFLEET_JWT_PUBLIC_KEY_FILE": str(self._issuer.public_key_file),
+                "SCANFLEET_INTERNAL_KEY_FILE": str(key),
+            }
             variables["SCANFLEET_ORCHESTRATOR_URL"] = replica_url("job-orchestrator")
             variables["SCANFLEET_RESULT_STORE_URL"] = replica_url("result-store")
         more: dict[str, str | None] = {**variables, **self._settings}

@@ -1,6 +1,6 @@
 """A key pair of the stack's own, and tokens signed with it.
 
-`python -m local.tokens FOLDER` makes the pair in a folder, and with `--user 7` prints a token.
+`python -m local.tokens FOLDER` makes the pair in a folder, and the gateway's pair beside it, and with `--user 7` prints a token.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Final
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 ISSUER: Final = "scanfleet-local"
@@ -38,11 +39,30 @@ class Issuer:
         return jwt.encode(claims, self._private_key_file.read_bytes(), algorithm="ES256")
 
     def _make_keys(self) -> None:
-        key = ec.generate_private_key(ec.SECP256R1())
-        self._private_key_file.unlink(missing_ok=True)
-        with os.fdopen(os.open(self._private_key_file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-            file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-        self.public_key_file.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+        _write_pair(ec.generate_private_key(ec.SECP256R1()), self._private_key_file, self.public_key_file)
+
+
+def make_internal_keys(private: Path, *public: Path, mode: int = 0o600) -> None:
+    """Make the pair by which the gateway signs the tokens for the services behind it, unless it is there.
+
+    Args:
+        private: file for the gateway.
+        public: files for the services, each with the public key.
+        mode: of the gateway's file.
+    """
+    if not all(file.exists() for file in (private, *public)):
+        _write_pair(Ed25519PrivateKey.generate(), private, *public, mode=mode)
+
+
+def _write_pair(
+    key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey, private: Path, *public: Path, mode: int = 0o600
+) -> None:
+    private.parent.mkdir(parents=True, exist_ok=True)
+    private.unlink(missing_ok=True)
+    with os.fdopen(os.open(private, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode), "wb") as opened:
+        opened.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    for file in public:
+        file.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
 
 
 def main() -> None:
@@ -52,6 +72,7 @@ def main() -> None:
     parser.add_argument("--admin", action="store_true")
     arguments = parser.parse_args()
     issuer = Issuer(arguments.folder)
+    make_internal_keys(arguments.folder / "internal.pem", arguments.folder / "internal-public.pem")
     if arguments.user is not None:
         print(issuer.token(arguments.user, admin=arguments.admin))
 

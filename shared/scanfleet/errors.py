@@ -42,6 +42,7 @@ class PublicError(ScanfleetError):
         headers: dict[str, str] | None = None,
         rule: Rule | None = None,
         target: str = "",
+        reason: str = "",
     ) -> None:
         """Tell the caller `message`.
 
@@ -50,12 +51,14 @@ class PublicError(ScanfleetError):
             headers: that go with the answer.
             rule: what was broken, when it is not what this kind of error says by itself.
             target: what was asked for, when the path does not say it.
+            reason: what the audit log says beyond the rule; the caller does not read it.
         """
         super().__init__(message)
         self.message = message
         self.headers = headers or {}
         self.rule = rule or self.rule
         self.target = target
+        self.reason = reason
 
 
 class BadRequestError(PublicError):
@@ -69,8 +72,8 @@ class UnauthorizedError(PublicError):
     status = 401
     rule = Rule.TOKEN
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, headers={"WWW-Authenticate": "Bearer"})
+    def __init__(self, message: str, *, reason: str = "") -> None:
+        super().__init__(message, headers={"WWW-Authenticate": "Bearer"}, reason=reason)
 
 
 class ForbiddenError(PublicError):
@@ -115,3 +118,7 @@ class MessageError(ScanfleetError):
 
 class DependencyError(ScanfleetError):
     """A dependency is away or slow: retry in place, commit nothing, be unready."""
+
+
+class ConfigurationError(DependencyError):
+    """A setting is wrong: retries do not help until an operator corrects it, so `/readyz` says what is wrong."""

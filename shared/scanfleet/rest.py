@@ -332,6 +332,71 @@ class AuditList(_Answer):
     page_size: int
 
 
+# Access
+
+Text = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$")]
+
+
+class RevocationBody(_Body):
+    """Which tokens to refuse: exactly one of `jti`, `sub` and `user_id`."""
+
+    jti: Text | None = None
+    """Of the one token."""
+
+    sub: Text | None = None
+    """The issuer's name of the user."""
+
+    user_id: Id | None = None
+    issued_before: AwareDatetime | None = None
+    """Of a user's tokens only those issued before; without it before now."""
+
+    @model_validator(mode="after")
+    def _one_of_three(self) -> Self:
+        if sum(each is not None for each in (self.jti, self.sub, self.user_id)) != 1:
+            raise ValueError("give exactly one of jti, sub and user_id")
+        if self.jti is not None and self.issued_before is not None:
+            raise ValueError("issued_before goes with sub or user_id")
+        if self.issued_before is not None and self.issued_before.year < 1970:  # noqa: PLR2004 # Unix time begins
+            raise ValueError("issued_before is before 1970")
+        return self
+
+
+class Revoked(_Answer):
+    """Tokens that are refused. Not part of the public API."""
+
+    jti: str | None
+    sub: str | None
+    user_id: int | None
+    issued_before: AwareDatetime | None
+
+
+class Revocation(Revoked):
+    id: int
+    created_by: int
+    created_at: AwareDatetime
+    expires_at: AwareDatetime
+
+
+class RevocationList(_Answer):
+    revocations: list[Revocation]
+    total: int
+    page: int
+    page_size: int
+
+
+class Subject(_Body):
+    """A user as an issuer names them. Not part of the public API."""
+
+    issuer: Annotated[str, Field(min_length=1, max_length=2_000)]
+    subject: Text
+
+
+class UserId(_Answer):
+    """Not part of the public API."""
+
+    user_id: Id
+
+
 # Paths and queries
 
 Page = Annotated[int, Field(ge=1, le=MAX_PAGE)]

@@ -35,9 +35,10 @@ from scanfleet import tracing
 from scanfleet.audit import Refusals
 from scanfleet.auth import Principal
 from scanfleet.clock import utc_now
-from scanfleet.errors import DependencyError, PublicError, Rule, UnavailableError
+from scanfleet.errors import ConfigurationError, DependencyError, PublicError, Rule, UnavailableError
 from scanfleet.front import Front
 from scanfleet.messages import AuditEntry
+from scanfleet.messages.audit import MAX_REASON_CHARS
 from scanfleet.proxies import Proxies
 from scanfleet.rest import BODY_LIMITS, MAX_BODY_BYTES, MAX_ID
 from scanfleet.settings import FrontSettings
@@ -53,7 +54,8 @@ CHECK_TIMEOUT_S: Final = 2.0  # of one readiness check: orchestrators ask every 
 _DECIMAL: Final = re.compile(r"[1-9][0-9]{0,15}")
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_QUIET: Final = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few seconds: their access lines are noise
+# Asked every few seconds: their access lines are noise.
+_QUIET: Final = frozenset({"/healthz", "/readyz", "/metrics", "/internal/revocations"})
 _MAX_ERROR_CHARS: Final = 500  # an error may quote the caller, but not at length
 _MAX_TARGET_CHARS: Final = 200  # of an audit entry: a path that a caller made up may be long
 _DISCONNECTED: Final = 499  # in logs and metrics, as proxies count it: there is no one to answer
@@ -127,7 +129,7 @@ class Probes:
             await asyncio.wait_for(check(), CHECK_TIMEOUT_S)
         except (DependencyError, TimeoutError, OSError) as error:
             _log.warning("dependency away", dependency=name, error=str(error))
-            return name
+            return f"{name} ({error})" if isinstance(error, ConfigurationError) else name
         return None
 
 
@@ -273,7 +275,12 @@ def source(request: Request) -> str:
 
 
 def audit_entry(
-    request: Request, decision: Literal["allowed", "refused"], *, rule: Rule | None = None, target: str = ""
+    request: Request,
+    decision: Literal["allowed", "refused"],
+    *,
+    rule: Rule | None = None,
+    target: str = "",
+    reason: str = "",
 ) -> AuditEntry:
     """What the audit log is told of this request; its path is the target unless that is named."""
     caller = cast(Principal | None, request.scope.get("caller"))
@@ -287,18 +294,20 @@ def audit_entry(
         target=(target or request.scope["path"])[:_MAX_TARGET_CHARS],
         decision=decision,
         rule=rule or "",
+        reason=reason[:MAX_REASON_CHARS],
         request_id=request.scope["request_id"],
     )
 
 
-def _refused(request: Request, rule: Rule, target: str = "") -> None:
-    cast(Refusals, request.app.state.refusals).add(audit_entry(request, "refused", rule=rule, target=target))
+def _refused(request: Request, rule: Rule, target: str = "", reason: str = "") -> None:
+    entry = audit_entry(request, "refused", rule=rule, target=target, reason=reason)
+    cast(Refusals, request.app.state.refusals).add(entry)
 
 
 async def _public(request: Request, error: Exception) -> Response:
     public = cast(PublicError, error)
     if public.rule is not None:
-        _refused(request, public.rule, public.target)
+        _refused(request, public.rule, public.target, public.reason)
     return error_response(public.status, public.message, public.headers)
 
 

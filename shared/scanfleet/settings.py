@@ -6,15 +6,21 @@ Every value comes from an environment variable, `SCANFLEET_` and the field's nam
 from __future__ import annotations
 
 import socket
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Literal, Self, cast
+from typing import Annotated, Final, Literal, Self, cast
 
-from pydantic import BeforeValidator, Field, HttpUrl, SecretStr, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, HttpUrl, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from scanfleet.targets import DEFAULT_MAX_ADDRESSES, Network, TargetRules, parse_network
 
 Algorithm = Literal["RS256", "PS256", "ES256", "EdDSA"]
+Claim = Annotated[str, Field(min_length=1, max_length=200)]
+"""The name of a claim, or a path to it."""
+
+MAX_LIFE_SECONDS: Final = 30 * 86_400
+"""Longest life that a token may be allowed; a revocation is kept for longer."""
 
 
 def _split(value: object) -> object:
@@ -26,6 +32,19 @@ def _network(value: object) -> object:
 
 
 Networks = Annotated[tuple[Annotated[Network, BeforeValidator(_network)], ...], NoDecode, BeforeValidator(_split)]
+
+
+def _https(url: HttpUrl) -> HttpUrl:
+    if url.scheme != "https" and not _is_loopback(url.host or ""):
+        raise ValueError("is not https: whoever is on the way could put in keys of their own")
+    return url
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _secret(file: Path) -> str:
@@ -162,13 +181,17 @@ class MongoSettings(_Settings):
 
 
 class AuthSettings(_Settings):
-    """Whose tokens are believed. Exactly one source of keys is set."""
+    """Which tokens of users are accepted. Exactly one source of keys is set."""
 
     jwt_issuer: str = Field(min_length=1, description="The only `iss` that is accepted.")
-    jwt_audience: str = Field(min_length=1, description="What `aud` must be or contain.")
-    jwt_jwks_url: HttpUrl | None = Field(
+    jwt_audience: str = Field(min_length=1, description="What the audience claim must be or contain.")
+    jwt_audience_claim: Claim = Field(
+        "aud", description="Claim that holds the audience; Cognito's access tokens have it in `client_id`."
+    )
+    jwt_jwks_url: Annotated[HttpUrl, AfterValidator(_https)] | None = Field(
         None,
-        description="Where the issuer publishes its public keys (JWKS); keys rotate without a restart.",
+        description="Where the issuer publishes its public keys (JWKS), by https unless it is on this machine; keys rotate "
+        "without a restart.",
     )
     jwt_public_key_file: Path | None = Field(
         None,
@@ -177,17 +200,30 @@ class AuthSettings(_Settings):
     jwt_development_secret: SecretStr | None = Field(
         None,
         min_length=32,  # HS256 needs a key as long as its hash (RFC 7518, 3.2)
-        description="Shared secret for HS256 tokens. For development only: whoever can verify a token can make one.",
+        description="Shared secret for HS256 tokens. For development only: every process that can verify a token can make one.",
     )
     jwt_algorithms: Annotated[tuple[Algorithm, ...], NoDecode, BeforeValidator(_split)] = Field(
         ("RS256", "PS256", "ES256", "EdDSA"),
         min_length=1,
-        description="Signature algorithms that are accepted; a key is only ever used with those made for its type.",
+        description="Signature algorithms that are accepted; a key is only ever used with those made for its type. `EdDSA` is "
+        "Ed25519, under either name.",
+    )
+    jwt_types: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
+        ("at+jwt", "JWT"),
+        description="Values of the header `typ` that are accepted, in any case; a token without `typ` is accepted too.",
+    )
+    jwt_max_chars: int = Field(
+        14_000,  # with 200 groups a token of Entra has 11,000; the rest of a request's 16 kB is for other headers
+        ge=1_000,
+        le=64_000,
+        description="The most characters of a token. All headers of a request have a limit of their own.",
     )
     jwt_max_life_seconds: int = Field(
         86_400,  # a token that was stolen is of no use tomorrow
         ge=60,
-        description="Longest life (`exp` less `iat`) of a token in seconds; one made for longer is refused.",
+        le=MAX_LIFE_SECONDS,
+        description="Longest life (`exp` less `iat`) of a token in seconds; one made for longer is refused. Entra issues some "
+        "for up to 28 hours.",
     )
     jwt_leeway_seconds: int = Field(
         10,  # clocks that NTP keeps differ by far less
@@ -195,20 +231,34 @@ class AuthSettings(_Settings):
         le=60,
         description="By how many seconds the issuer's clock may differ from ours.",
     )
-    jwt_user_claim: str = Field(
-        "sub", min_length=1, description="Claim that holds the user id, an integer in a string."
+    jwt_user_ids: Literal["claim", "mapped"] = Field(
+        "claim",
+        description="Where a user's id comes from: `claim` takes it from the token, `mapped` assigns one to each `sub`.",
     )
-    jwt_roles_claim: str = Field("roles", min_length=1, description="Claim that holds the list of roles.")
+    jwt_user_claim: Claim = Field(
+        "sub",
+        description="Claim that holds the user id with `claim`: an integer, or one in a string; a path works too.",
+    )
+    jwt_roles_claim: Claim = Field(
+        "roles",
+        description="Claim that holds the roles: a list, a string, the keys of an object, or the words of a `scope`. A path "
+        "leads to a nested one: `realm_access.roles`.",
+    )
     jwt_admin_role: str = Field("admin", min_length=1, description="Role that makes an administrator.")
     jwt_jwks_cooldown_seconds: int = Field(
         10,  # soon enough for a new key, and no load for an issuer whatever kids callers invent
         ge=1,
-        description="Shortest time in seconds between two fetches of the JWKS because of an unknown key id.",
+        description="Shortest time in seconds between two fetches of the JWKS.",
     )
     jwt_jwks_max_age_seconds: int = Field(
-        300,  # a key that the issuer has withdrawn is believed for at most this long
+        300,  # a key that the issuer has withdrawn is accepted for at most this long
         ge=1,
         description="Age in seconds after which the JWKS is fetched again.",
+    )
+    jwt_jwks_max_stale_seconds: int = Field(
+        14_400,  # an issuer's outage of an afternoon; whoever keeps a stolen key alive by blocking the fetch has no longer
+        ge=1,
+        description="Age in seconds at which keys end that cannot be fetched again. Then every request is answered 503.",
     )
 
     @model_validator(mode="after")
@@ -220,9 +270,24 @@ class AuthSettings(_Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _ages_in_order(self) -> Self:
+        if self.jwt_jwks_max_stale_seconds < self.jwt_jwks_max_age_seconds:
+            raise ValueError("SCANFLEET_JWT_JWKS_MAX_STALE_SECONDS is not below SCANFLEET_JWT_JWKS_MAX_AGE_SECONDS")
+        return self
+
     @property
     def _sources(self) -> tuple[object, ...]:
         return self.jwt_jwks_url, self.jwt_public_key_file, self.jwt_development_secret
+
+
+class InternalTokenSettings(_Settings):
+    """Whose requests the services behind the gateway accept."""
+
+    internal_public_keys_file: Path = Field(
+        description="PEM file with the gateway's Ed25519 public key, read once at start; while the key is replaced, with the old "
+        "and the new one.",
+    )
 
 
 class TargetSettings(_Settings):

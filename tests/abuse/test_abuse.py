@@ -225,7 +225,10 @@ def forged(stack: Stack) -> Iterator[tuple[str, str]]:
     for claim in ("exp", "iat", "iss", "aud", "sub"):
         yield f"no {claim}", signed({claim: None})
     yield "a user that is none", signed({"sub": "17; drop"})
-    yield "nine kilobytes", signed({"x": "x" * 9_000})
+    yield "fourteen kilobytes", signed({"x": "x" * 10_500})
+    yield "bound to a key", signed({"cnf": {"jkt": "x"}})
+    yield "a logout token", signed({}, {"typ": "logout+jwt"})
+    yield "an event", signed({"events": {"http://schemas.openid.net/event/backchannel-logout": {}}})
     for header, value in (
         ("jku", "http://127.0.0.1/"),
         ("crit", ["x"]),
@@ -247,7 +250,7 @@ def forged(stack: Stack) -> Iterator[tuple[str, str]]:
     yield "no dots", "junk"
 
 
-@pytest.mark.proves("A7", "G14")
+@pytest.mark.proves("A7", "A28", "G14")
 def test_a_forged_token_is_nobodys(stack: Stack, audited: Audited) -> None:
     """Every token that is not the issuer's own for us is a 401, never a 500, and no entry holds it."""
     tokens = dict(forged(stack))
@@ -260,7 +263,40 @@ def test_a_forged_token_is_nobodys(stack: Stack, audited: Audited) -> None:
         entry = audited(refused(answer, 401, flaw))
         assert answer.headers["WWW-Authenticate"] == "Bearer"
         assert (entry["subject"], entry["rule"], entry["action"]) == ("", "token", "list_tasks")
+        assert entry["reason"]
         assert tokens[flaw] not in json.dumps(entry)
+
+
+@pytest.mark.proves("A28", "G14")
+def test_a_revoked_token_is_refused_within_seconds(stack: Stack, caller: Callers, audited: Audited) -> None:
+    """What an administrator revokes is a 401 within five seconds, another user's token is not, and no user may revoke."""
+    bearer = {"Authorization": f"Bearer {stack.token(34)}"}
+    admin = {"Authorization": f"Bearer {stack.token(99, admin=True)}"}
+    with httpx.Client(base_url=stack.url) as http:
+        assert http.get("/api/v1/task", headers=bearer).status_code == 200
+        refused(http.post("/api/v1/revocation", json={"user_id": 34}, headers=bearer), 403)
+        made = http.post("/api/v1/revocation", json={"user_id": 34}, headers=admin)
+        assert made.status_code == 201
+        assert audited(made.headers["X-Request-ID"])["decision"] == "allowed"
+        until(lambda: http.get("/api/v1/task", headers=bearer).status_code == 401, 5, "the token to be refused")
+        assert audited(refused(http.get("/api/v1/task", headers=bearer), 401))["reason"] == "token is revoked"
+        assert caller(35).http.get("/api/v1/task").status_code == 200
+
+
+@pytest.mark.proves("A7", "G14")
+@pytest.mark.parametrize(
+    ("service", "path"),
+    [
+        ("job-orchestrator", "/api/v1/task"),
+        ("job-orchestrator", "/api/v1/audit"),
+        ("job-orchestrator", "/internal/revocations"),
+        ("result-store", "/api/v1/task/1/results"),
+    ],
+)
+def test_a_users_token_opens_no_service_behind(stack: Stack, service: str, path: str) -> None:
+    """A good token of a user's own, an administrator's too, is a 401 at a service behind the gateway."""
+    headers = {"Authorization": f"Bearer {stack.token(99, admin=True)}"}
+    refused(httpx.get(f"http://{stack.address(service)}{path}", headers=headers), 401)
 
 
 def operations(stack: Stack) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -18,15 +18,17 @@ from starlette.staticfiles import StaticFiles
 from api_gateway.api import ROUTERS
 from api_gateway.api.admission import Admission
 from api_gateway.api.state import State
+from api_gateway.auth import REFRESH_S, Revocations, UserIds
 from api_gateway.handlers.commands import Commands
 from api_gateway.handlers.events import Watches
 from api_gateway.settings import Settings
 from api_gateway.upstream import Orchestrator, Upstream, connect
 from scanfleet import logging, service, tracing
-from scanfleet.auth import open_verifier
+from scanfleet.auth import InternalTokens, TokenVerifier, open_verifier, read_private_key
 from scanfleet.bus import Bus
 from scanfleet.kafka import KafkaBus
-from scanfleet.messages.topics import GATEWAY, SCAN_EVENTS, SCAN_REPLIES
+from scanfleet.loop import Loop
+from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, RESULT_STORE, SCAN_EVENTS, SCAN_REPLIES
 from scanfleet.startup import Startup
 
 _DESCRIPTION = """\
@@ -64,15 +66,19 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         startup: Startup = app.state.startup
         async with AsyncExitStack() as stack:
-            app.state.verifier = await stack.enter_async_context(open_verifier(settings, transport=transport))
+            key = read_private_key(settings.internal_key_file)
             # Cancels have connections of their own: queries that take all others do not delay them.
             queries, cancels, results = [
                 await stack.enter_async_context(connect(str(url), settings, transport))
                 for url in (settings.orchestrator_url, settings.orchestrator_url, settings.result_store_url)
             ]
-            orchestrator = Orchestrator(queries, stalled_seconds=settings.stalled_seconds)
-            canceller = Orchestrator(cancels, stalled_seconds=settings.stalled_seconds)
-            result_store = Upstream(results, stalled_seconds=settings.stalled_seconds)
+            tokens = InternalTokens(key, ORCHESTRATOR)
+            orchestrator = Orchestrator(queries, tokens, stalled_seconds=settings.stalled_seconds)
+            canceller = Orchestrator(cancels, tokens, stalled_seconds=settings.stalled_seconds)
+            result_store = Upstream(
+                results, InternalTokens(key, RESULT_STORE), stalled_seconds=settings.stalled_seconds
+            )
+            app.state.verifier = await stack.enter_async_context(_open_verifier(app, settings, orchestrator, transport))
             await startup.until_there("kafka", bus.start)
             stack.push_async_callback(bus.stop)
             commands = Commands(bus, reply_seconds=settings.reply_seconds)
@@ -112,6 +118,26 @@ def create_app(
     app.mount("/docs/assets", StaticFiles(packages=[("fastapi_swagger", "resources")]))
     app.add_route("/docs", _docs)
     return app
+
+
+@asynccontextmanager
+async def _open_verifier(
+    app: FastAPI, settings: Settings, orchestrator: Orchestrator, transport: httpx.AsyncBaseTransport | None
+) -> AsyncIterator[TokenVerifier]:
+    """Who calls, by the token and by what the orchestrator knows."""
+    revocations = Revocations(orchestrator.revoked)
+    users = UserIds(orchestrator.user_id)
+    await revocations.refresh()  # without the list no request is answered
+    refreshing = Loop("revocations", REFRESH_S, revocations.refresh)
+    await refreshing.start()
+    try:
+        async with open_verifier(settings, users=users, revoked=revocations, transport=transport) as verifier:
+            app.state.probes.depend("the issuer's keys", verifier.check)
+            app.state.probes.depend("the revocations", revocations.check)
+            app.state.probes.watch(refreshing)
+            yield verifier
+    finally:
+        await refreshing.stop()
 
 
 async def _docs(_request: Request) -> HTMLResponse:

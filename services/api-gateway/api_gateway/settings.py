@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field, HttpUrl
 
 from scanfleet.settings import AuthSettings, CommonSettings, KafkaSettings
 
 
 class Settings(CommonSettings, KafkaSettings, AuthSettings):
+    internal_key_file: Path = Field(
+        description="PEM file with the Ed25519 key that signs the tokens for the services behind, read once at start."
+    )
     orchestrator_url: HttpUrl = Field(description="Where job-orchestrator answers queries.")
     result_store_url: HttpUrl = Field(description="Where result-store answers queries.")
     reply_seconds: float = Field(
         5.0,
         gt=0,
+        le=30,  # for as long an internal token is good in any case
         description="Seconds that a request waits for the reply to its command before the command is called off.",
     )
     writes_per_minute: int = Field(

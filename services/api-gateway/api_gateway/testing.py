@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -15,12 +17,14 @@ from starlette.types import Message, Scope
 from api_gateway.handlers.commands import Reply
 from api_gateway.main import create_app
 from api_gateway.settings import Settings
+from scanfleet.auth import Principal
 from scanfleet.bus import Bus, Record
 from scanfleet.clock import utc_now
 from scanfleet.messages import CancelJob, CommandAccepted, Job, JobStatus, SubmitJobs
-from scanfleet.messages.topics import ORCHESTRATOR, SCAN_COMMANDS, SCAN_REPLIES
+from scanfleet.messages.topics import ORCHESTRATOR, RESULT_STORE, SCAN_COMMANDS, SCAN_REPLIES
+from scanfleet.rest import Revoked
 from scanfleet.testing.bus import MemoryBroker, MemoryBus
-from scanfleet.testing.tokens import Issuer
+from scanfleet.testing.tokens import InternalKeys, Issuer
 
 Answer = Callable[[httpx.Request], httpx.Response]
 Command = SubmitJobs | CancelJob
@@ -35,6 +39,7 @@ class Services(httpx.AsyncBaseTransport):
         for host in ("orchestrator", "result-store"):
             self.on("GET", f"http://{host}/readyz", httpx.Response(200, json={"status": "ok"}))
         self.away: set[str] = set()
+        self.revoked: list[Revoked] = []
         self.verdict: httpx.Response | None = None
         """What the orchestrator answers when it is asked to call a command off, whichever."""
 
@@ -51,6 +56,8 @@ class Services(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         if request.url.host == "issuer.test":
             return httpx.Response(200, json=self._issuer.jwks)
+        if request.url.path == "/internal/revocations" and request.url.host not in self.away:
+            return httpx.Response(200, json=[each.model_dump(mode="json") for each in self.revoked])
         self.requests.append(request)
         if request.url.host in self.away:
             raise httpx.ConnectError("refused", request=request)
@@ -148,6 +155,12 @@ class Running:
     broker: MemoryBroker
     replier: Replier
     issuer: Issuer
+    internal: InternalKeys
+
+    async def caller(self, request: httpx.Request) -> Principal:
+        """In whose name a service was asked."""
+        audience = {"orchestrator": ORCHESTRATOR, "result-store": RESULT_STORE}[request.url.host]
+        return await self.internal.caller(audience, request.headers["authorization"])
 
 
 class Client:
@@ -200,9 +213,19 @@ class Gateway:
     @asynccontextmanager
     async def run(self, **settings: Any) -> AsyncIterator[Running]:
         """On a bus in memory, with any setting changed."""
+        with TemporaryDirectory() as folder:
+            async with self._run(InternalKeys(Path(folder)), settings) as running:
+                yield running
+
+    @asynccontextmanager
+    async def _run(self, internal: InternalKeys, settings: dict[str, Any]) -> AsyncIterator[Running]:
         broker = MemoryBroker()
         services = Services(self.issuer)
-        app = create_app(self.settings(**settings), bus=MemoryBus(broker), transport=services)
+        app = create_app(
+            self.settings(**{"internal_key_file": internal.key_file, **settings}),
+            bus=MemoryBus(broker),
+            transport=services,
+        )
         bus = MemoryBus(broker, source=ORCHESTRATOR)
         replier = Replier(bus)
         commands = bus.consume(SCAN_COMMANDS, ORCHESTRATOR, replier)
@@ -213,7 +236,7 @@ class Gateway:
         )
         async with app.router.lifespan_context(app), client:
             await commands.start()
-            yield Running(app, client, services, broker, replier, self.issuer)
+            yield Running(app, client, services, broker, replier, self.issuer, internal)
             await commands.stop()
 
     def settings(self, **changed: Any) -> Settings:
@@ -221,6 +244,7 @@ class Gateway:
             self.issuer.settings.model_dump()
             | {
                 "kafka": "kafka.test:9092",
+                "internal_key_file": "internal.pem",
                 "orchestrator_url": "http://orchestrator",
                 "result_store_url": "http://result-store",
             }

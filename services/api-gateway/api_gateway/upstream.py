@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -16,15 +16,18 @@ from starlette.types import Message, Receive, Scope, Send
 
 from api_gateway.settings import Settings
 from scanfleet import tracing
+from scanfleet.auth import THE_GATEWAY, InternalTokens
 from scanfleet.errors import BadRequestError, DependencyError
 from scanfleet.messages import CommandAccepted, CommandRejected, Job
-from scanfleet.rest import CancelJobs, CancelledPage, Snapshot
+from scanfleet.rest import CancelJobs, CancelledPage, Revoked, Snapshot, Subject, UserId
 from scanfleet.service import source
 
 CONNECT_SECONDS: Final = 1.0  # the services are next door
 POOL_SECONDS: Final = 1.0  # to wait for a connection while all are in use; then it is better to say so
 SMALL_BYTES: Final = 1 << 16  # what one read of a connection brings; watching over a stream costs more than so little
 KEEPALIVE_SECONDS: Final = 3.0  # shorter than the servers' 5 s, so that none closes what we are about to use
+
+_Answer = TypeVar("_Answer")
 
 _FORWARDED: Final = ("accept", "content-type")
 _RETURNED: Final = (
@@ -38,26 +41,18 @@ _RETURNED: Final = (
 _QUERY_SAFE: Final = "!$&'()*+,;=:@/?%-._~"  # what RFC 3986 allows in a query, and the sign of what is escaped already
 
 
-def identity(request: Request) -> dict[str, str]:
-    """Who asks, from where, and in which request and trace: the headers that go with every call."""
-    return {
-        "authorization": request.headers["authorization"],
-        "x-forwarded-for": source(request),
-        "x-request-id": request.scope["request_id"],
-        "traceparent": tracing.current() or "",
-    }
-
-
 class Upstream:
     """One service.
 
     Args:
         client: with the service's address as its base.
+        tokens: for this service.
         stalled_seconds: how long a client may take nothing of an answer.
     """
 
-    def __init__(self, client: httpx.AsyncClient, *, stalled_seconds: float) -> None:
+    def __init__(self, client: httpx.AsyncClient, tokens: InternalTokens, *, stalled_seconds: float) -> None:
         self._client = client
+        self._tokens = tokens
         self._stalled_seconds = stalled_seconds
         self._reached = False
 
@@ -77,13 +72,22 @@ class Upstream:
                 raise DependencyError(f"{self._client.base_url} answered {answer.status_code} to GET /readyz")
             self._reached = True
 
+    def identity(self, request: Request) -> dict[str, str]:
+        """Who asks, from where, and in which request and trace: the headers of a call that is made soon."""
+        return {
+            "authorization": self._tokens.bearer(request.scope["caller"]),
+            "x-forwarded-for": source(request),
+            "x-request-id": request.scope["request_id"],
+            "traceparent": tracing.current() or "",
+        }
+
     async def forward(self, request: Request) -> Response:
         """The service's answer to the same request, whatever it is; as a stream unless it is small.
 
         Raises:
             DependencyError: the service is away.
         """
-        headers = identity(request) | {
+        headers = self.identity(request) | {
             name: ", ".join(request.headers.getlist(name)) for name in _FORWARDED if name in request.headers
         }
         # The path is one of our routes with ids in it, so only the query can hold what a URL may not.
@@ -114,11 +118,16 @@ class Upstream:
     async def _send(self, method: str, target: str, headers: Mapping[str, str], body: bytes = b"") -> httpx.Response:
         try:
             request = self._client.build_request(method, target, headers=headers, content=body or None)
-            return await self._client.send(request, stream=True)
+            answer = await self._client.send(request, stream=True)
         except httpx.InvalidURL as error:
             raise BadRequestError("the address is too long") from error
         except httpx.HTTPError as error:
             raise DependencyError(f"{self._client.base_url}: {error!r}") from error
+        self._tokens.learn(answer.headers.get("date"))
+        if answer.status_code == httpx.codes.UNAUTHORIZED:  # it is the gateway that it does not believe, not the caller
+            await answer.aclose()
+            raise DependencyError(f"{self._client.base_url} refuses the gateway's token: compare the internal keys")
+        return answer
 
 
 class Orchestrator(Upstream):
@@ -130,7 +139,7 @@ class Orchestrator(Upstream):
         Raises:
             DependencyError: the orchestrator is away.
         """
-        answer = await self.ask("GET", f"/internal/jobs/{job_id}/owner", identity(request))
+        answer = await self.ask("GET", f"/internal/jobs/{job_id}/owner", self.identity(request))
         if answer.status_code == httpx.codes.OK:
             return None
         return Response(answer.content, answer.status_code, _returned(answer))
@@ -169,6 +178,27 @@ class Orchestrator(Upstream):
             return CancelledPage.model_validate_json(answer.content)
         except ValidationError as error:
             raise DependencyError(f"the orchestrator answered {answer.status_code} and no cancelled jobs") from error
+
+    async def user_id(self, issuer: str, subject: str) -> int:
+        """The id of this user, assigned the first time.
+
+        Raises:
+            DependencyError: the orchestrator is unavailable.
+        """
+        body = Subject(issuer=issuer, subject=subject).model_dump_json().encode()
+        return _parse(UserId, await self._ask_for_itself("POST", "/internal/users", body)).user_id
+
+    async def revoked(self) -> list[Revoked]:
+        """All that is revoked.
+
+        Raises:
+            DependencyError: the orchestrator is unavailable.
+        """
+        return _parse(list[Revoked], await self._ask_for_itself("GET", "/internal/revocations"))
+
+    async def _ask_for_itself(self, method: str, target: str, body: bytes = b"") -> httpx.Response:
+        headers = {"authorization": self._tokens.bearer(THE_GATEWAY), "content-type": "application/json"}
+        return await self._read(await self._send(method, target, headers, body))
 
     async def expire(self, command_id: str, headers: Mapping[str, str]) -> CommandAccepted | CommandRejected | None:
         """See `api_gateway.handlers.commands.Arbiter`."""
@@ -240,6 +270,15 @@ class _Relay(StreamingResponse):
             await super().__call__(scope, receive, in_time(send, self._stalled_seconds))
         finally:
             await self._answer.aclose()
+
+
+def _parse(kind: type[_Answer], answer: httpx.Response) -> _Answer:
+    try:
+        return TypeAdapter(kind).validate_json(answer.content)
+    except ValidationError as error:
+        raise DependencyError(
+            f"{answer.url} answered {answer.status_code} and something else than was asked"
+        ) from error
 
 
 def _returned(answer: httpx.Response) -> dict[str, str]:

@@ -20,10 +20,10 @@ from job_orchestrator.handlers.jobs import Jobs
 from job_orchestrator.handlers.progress import Progress
 from job_orchestrator.handlers.stored import Stored
 from job_orchestrator.handlers.sweep import Sweeper
-from job_orchestrator.repository import MongoStore
+from job_orchestrator.repository import MongoAccess, MongoStore
 from job_orchestrator.settings import Settings
 from scanfleet import logging, mongo, service, tracing
-from scanfleet.auth import open_verifier
+from scanfleet.auth import InternalVerifier, read_public_keys
 from scanfleet.bus import Handler, Publisher
 from scanfleet.kafka import KafkaBus
 from scanfleet.loop import Loop
@@ -107,11 +107,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         startup: Startup = app.state.startup
         async with AsyncExitStack() as stack:
-            app.state.verifier = await stack.enter_async_context(open_verifier(settings))
+            app.state.verifier = InternalVerifier(read_public_keys(settings.internal_public_keys_file), ORCHESTRATOR)
             database = mongo.connect(settings.mongodb_uri, settings.database)
             stack.callback(database.client.close)
             store = MongoStore(database, keep_audit=timedelta(days=settings.audit_days))
             await startup.until_there("mongodb", store.prepare)
+            app.state.access = access = MongoAccess(database)
+            await startup.until_there("mongodb", access.prepare)
             app.state.probes.depend("mongodb", lambda: mongo.ping(database))
             bus = KafkaBus(settings, source=ORCHESTRATOR, instance=settings.instance)
             await startup.until_there("kafka", bus.start)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from scanfleet.settings import AuthSettings, CommonSettings, KafkaSettings, MongoSettings, TargetSettings
+from scanfleet.settings import CommonSettings, InternalTokenSettings, KafkaSettings, MongoSettings, TargetSettings
 
 
-class Settings(CommonSettings, KafkaSettings, MongoSettings, AuthSettings, TargetSettings):
+class Settings(CommonSettings, KafkaSettings, MongoSettings, InternalTokenSettings, TargetSettings):
     lease_seconds: float = Field(
         30.0,
         ge=3.0,  # workers report each second

@@ -12,7 +12,7 @@ from result_store.handlers import ResultsHandler
 from result_store.repository import MongoStore
 from result_store.settings import Settings
 from scanfleet import logging, mongo, service, tracing
-from scanfleet.auth import open_verifier
+from scanfleet.auth import InternalVerifier, read_public_keys
 from scanfleet.kafka import KafkaBus
 from scanfleet.messages.topics import RESULT_STORE, SCAN_RESULTS
 from scanfleet.startup import Startup
@@ -27,7 +27,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         startup: Startup = app.state.startup
         async with AsyncExitStack() as stack:
-            app.state.verifier = await stack.enter_async_context(open_verifier(settings))
+            app.state.verifier = InternalVerifier(read_public_keys(settings.internal_public_keys_file), RESULT_STORE)
             database = mongo.connect(settings.mongodb_uri, settings.database)
             stack.callback(database.client.close)
             app.state.probes.depend("mongodb", lambda: mongo.ping(database))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from scanfleet.settings import AuthSettings, CommonSettings, KafkaSettings, MongoSettings
+from scanfleet.settings import CommonSettings, InternalTokenSettings, KafkaSettings, MongoSettings
 
 
-class Settings(CommonSettings, KafkaSettings, MongoSettings, AuthSettings):
+class Settings(CommonSettings, KafkaSettings, MongoSettings, InternalTokenSettings):
     """Every setting of result-store."""

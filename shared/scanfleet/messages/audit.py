@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from scanfleet.clock import Time
 from scanfleet.messages.base import Message
+
+MAX_REASON_CHARS: Final = 300
 
 
 class AuditEntry(BaseModel):
@@ -35,6 +37,9 @@ class AuditEntry(BaseModel):
     decision: Literal["allowed", "refused"]
     rule: str
     """Which rule decided; empty when a user did what is theirs to do."""
+
+    reason: Annotated[str, Field(max_length=MAX_REASON_CHARS)] = ""
+    """What was wrong, where the rule does not say it all: of a refused token the claim and why, never its value."""
 
     request_id: str
     count: Annotated[int, Field(ge=1)] = 1

@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import time
+from pathlib import Path
 from typing import Any
 
+import httpx
 import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from scanfleet.auth import FixedKey, Key, TokenVerifier
+from scanfleet.auth import FixedKeys, InternalTokens, InternalVerifier, Key, Principal, TokenVerifier
 from scanfleet.settings import AuthSettings
+
+
+class JwksEndpoint(httpx.AsyncBaseTransport):
+    """An issuer's JWKS endpoint.
+
+    Attributes:
+        answer: a document, or a whole answer.
+        calls: how often it was asked.
+        unavailable: whether connections are refused.
+        called: set at each call.
+        open: answers wait for it.
+    """
+
+    def __init__(self, answer: object) -> None:
+        self.answer = answer
+        self.calls = 0
+        self.unavailable = False
+        self.called = asyncio.Event()
+        self.open = asyncio.Event()
+        self.open.set()
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self.calls += 1
+        self.called.set()
+        await self.open.wait()
+        if self.unavailable:
+            raise httpx.ConnectError("refused", request=request)
+        return self.answer if isinstance(self.answer, httpx.Response) else httpx.Response(200, json=self.answer)
 
 
 class Issuer:
@@ -33,7 +65,7 @@ class Issuer:
     @property
     def verifier(self) -> TokenVerifier:
         """Believes this issuer's key, without a network."""
-        return TokenVerifier(self.settings, FixedKey(Key(self.private_key.public_key(), ("EdDSA",))))
+        return TokenVerifier(self.settings, FixedKeys(Key(self.private_key.public_key(), ("EdDSA", "Ed25519"))))
 
     @property
     def jwks(self) -> dict[str, Any]:
@@ -72,6 +104,36 @@ class Issuer:
     def bearer(self, user_id: int = 7, *, admin: bool = False) -> dict[str, str]:
         """The header of a good request."""
         return {"Authorization": f"Bearer {self.token(user_id, admin=admin)}"}
+
+
+class InternalKeys:
+    """The gateway's key pair, in two files.
+
+    Attributes:
+        key_file: for the gateway.
+        public_keys_file: for the services behind.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.private_key = Ed25519PrivateKey.generate()
+        self.key_file = folder / "internal.pem"
+        self.key_file.write_bytes(self.private_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        self.public_keys_file = folder / "internal-public.pem"
+        public_key = self.private_key.public_key()
+        self.public_keys_file.write_bytes(public_key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+
+    def bearer(self, audience: str, user_id: int = 7, *, admin: bool = False) -> dict[str, str]:
+        """The header of a request that the gateway makes for this user."""
+        return {"Authorization": InternalTokens(self.private_key, audience).bearer(Principal(user_id, admin=admin))}
+
+    async def caller(self, audience: str, authorization: str) -> Principal:
+        """Whose request this is to the service `audience`.
+
+        Raises:
+            UnauthorizedError: that service would not accept it.
+        """
+        verifier = InternalVerifier([self.private_key.public_key()], audience)
+        return await verifier.verify(authorization.removeprefix("Bearer "))
 
 
 def _segment(raw: bytes) -> bytes:

@@ -59,7 +59,7 @@ async def running(first: Part, second: Part, *, fault: Exception | None = None) 
                 raise fault
             yield
 
-    app = create_app(name="test", lifespan=lifespan, routers=[router])
+    app = create_app(name="test", settings=CommonSettings(instance="test"), lifespan=lifespan, routers=[router])
     app.state.startup.patience_seconds = 0.05
     async with app.router.lifespan_context(app):
         yield app

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from api_gateway.api import audit, policies, subnets, tasks
+from api_gateway.api import audit, policies, revocations, subnets, tasks
 
 ROUTERS: tuple[APIRouter, ...] = (
     tasks.router,
@@ -13,4 +13,5 @@ ROUTERS: tuple[APIRouter, ...] = (
     subnets.router,
     policies.router,
     audit.router,
+    revocations.router,
 )

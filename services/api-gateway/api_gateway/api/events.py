@@ -14,8 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 from api_gateway.api.state import Handed, State
 from api_gateway.handlers.events import Watch
-from api_gateway.upstream import identity, in_time
-from scanfleet.errors import DependencyError, UnavailableError
+from api_gateway.upstream import in_time
+from scanfleet.auth import authenticate
+from scanfleet.errors import DependencyError, PublicError, UnavailableError
 from scanfleet.rest import Snapshot
 from scanfleet.service import PathId
 
@@ -55,7 +56,7 @@ class EventStream(StreamingResponse):
         super().__init__(self._told(), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         self._watch = watch
         self._job_id = job_id
-        self._identity = identity(request)
+        self._request = request
         self._state = state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,7 +83,12 @@ class EventStream(StreamingResponse):
             _log.warning("stream ended: job events cannot be heard", job_id=self._job_id)
             return None
         try:
-            answer = await self._state.orchestrator.latest(self._identity, self._job_id)
+            await authenticate(self._request)  # until now it may have ended, or be revoked
+            caller = self._state.orchestrator.identity(self._request)
+            answer = await self._state.orchestrator.latest(caller, self._job_id)
+        except PublicError as error:
+            _log.info("stream ended: the token is no longer accepted", job_id=self._job_id, error=error.message)
+            return None
         except DependencyError as error:
             _log.warning("stream ended: nobody knows the job's state", job_id=self._job_id, error=str(error))
             return None

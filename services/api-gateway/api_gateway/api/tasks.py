@@ -12,7 +12,6 @@ from api_gateway.api.admission import CancelRoute, Route, StreamRoute
 from api_gateway.api.document import errors, paging, query
 from api_gateway.api.events import EventStream, Watched
 from api_gateway.api.state import Handed
-from api_gateway.upstream import identity
 from scanfleet import rest, tracing
 from scanfleet.auth import Caller
 from scanfleet.messages import CancelJob, JobStatus, SubmitJobs
@@ -117,7 +116,7 @@ async def create_tasks(
         idempotency_key=idempotency_key,
         traceparent=tracing.current(),
     )
-    jobs = await state.commands.send(command, state.orchestrator, identity(request))
+    jobs = await state.commands.send(command, state.orchestrator, state.orchestrator.identity(request))
     return rest.JobsCreated(message="Scan jobs created successfully", jobs=list(jobs))
 
 
@@ -137,7 +136,7 @@ async def watch_task(
     last_event_id: LastEventId = None,
 ) -> Response:
     """A scan job's states and progress as they come, as Server-Sent Events."""
-    now = await state.orchestrator.latest(identity(request), job_id)
+    now = await state.orchestrator.latest(state.orchestrator.identity(request), job_id)
     if isinstance(now, Response):
         return now
     if now.task.status.status.final and _received(last_event_id) >= now.seq:
@@ -152,7 +151,7 @@ async def cancel_tasks(body: rest.CancelJobs, request: Request, _caller: Caller,
     job_ids: list[int] = []
     more = True
     while more:
-        page = await state.canceller.cancel(identity(request), body)
+        page = await state.canceller.cancel(state.canceller.identity(request), body)
         job_ids += page.job_ids
         more = page.more
     return rest.JobsCancelled(
@@ -173,7 +172,7 @@ async def cancel_task(job_id: PathId, request: Request, caller: Caller, state: H
         job_id=job_id,
         traceparent=tracing.current(),
     )
-    await state.commands.send(command, state.canceller, identity(request))
+    await state.commands.send(command, state.canceller, state.canceller.identity(request))
     return rest.Done(message="Job cancelled successfully")
 
 

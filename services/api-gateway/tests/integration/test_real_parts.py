@@ -24,6 +24,7 @@ from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES
 from scanfleet.settings import KafkaSettings
 from scanfleet.testing.bus import MemoryBus
+from scanfleet.testing.tokens import InternalKeys
 
 pytestmark = pytest.mark.integration
 
@@ -41,7 +42,7 @@ async def served(app: FastAPI, http: type[asyncio.Protocol] | str = BoundedProto
             await task
 
 
-async def test_replies_cross_kafka(kafka: str) -> None:
+async def test_replies_cross_kafka(kafka: str, tmp_path: Path) -> None:
     """Requests to two gateways at once each get the reply to their own command, though both read all of them."""
     prefix = f"{uuid4().hex}."
     await create_topics(TopicSettings(kafka=kafka, topic_prefix=prefix), [SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES])
@@ -58,8 +59,13 @@ async def test_replies_cross_kafka(kafka: str) -> None:
         await commands.start()
         stack.push_async_callback(commands.stop)
         clients = []
+        keys = InternalKeys(tmp_path)
         for instance in ("g-1", "g-2"):
-            app = create_app(gateway.settings(), bus=bus(GATEWAY, instance), transport=Services(gateway.issuer))
+            app = create_app(
+                gateway.settings(internal_key_file=keys.key_file),
+                bus=bus(GATEWAY, instance),
+                transport=Services(gateway.issuer),
+            )
             await stack.enter_async_context(app.router.lifespan_context(app))
             client = httpx.AsyncClient(
                 transport=httpx.ASGITransport(app),
@@ -87,6 +93,10 @@ async def test_a_broken_answer_breaks_the_connection(tmp_path: Path) -> None:
     upstream = FastAPI()
     goes_on = asyncio.Event()
 
+    @upstream.get("/internal/revocations")
+    async def revocations() -> list[str]:
+        return []
+
     @upstream.get("/internal/jobs/41/owner")
     async def owner() -> dict[str, int]:
         return {"user_id": 7}
@@ -106,6 +116,7 @@ async def test_a_broken_answer_breaks_the_connection(tmp_path: Path) -> None:
             result_store_url=behind,
             jwt_jwks_url=None,
             jwt_public_key_file=pem,
+            internal_key_file=InternalKeys(tmp_path).key_file,
         )
         app = create_app(settings, bus=MemoryBus())
         async with served(app) as address, httpx.AsyncClient(base_url=address) as client:

@@ -12,6 +12,7 @@ import pytest
 
 from api_gateway.handlers.commands import Reply
 from api_gateway.testing import Command, Gateway, Running, accept, job, silence
+from scanfleet.auth import Principal
 from scanfleet.messages import CancelJob, CommandAccepted, CommandRejected, SubmitJobs
 
 BODY = {"subnet_ids": [5, 6], "policy_id": 3}
@@ -132,7 +133,7 @@ async def test_without_a_reply_the_command_is_called_off(hasty: Running) -> None
     (command,) = hasty.broker.records("scan-commands")
     assert command.key is not None
     assert (asked.method, asked.url.path) == ("POST", f"/internal/commands/{command.key.decode()}/expire")
-    assert asked.headers["authorization"] == hasty.client.headers["authorization"]
+    assert await hasty.caller(asked) == Principal(7)
     assert asked.headers["x-request-id"] == answer.headers["x-request-id"]
 
 

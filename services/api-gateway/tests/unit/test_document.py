@@ -28,6 +28,8 @@ PATHS = {
     "/api/v1/policy": {"get", "post"},
     "/api/v1/policy/{policy_id}": {"get", "put", "delete"},
     "/api/v1/audit": {"get"},
+    "/api/v1/revocation": {"get", "post"},
+    "/api/v1/revocation/{revocation_id}": {"delete"},
 }
 
 

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from job_orchestrator.api import audit, internal, policies, subnets, tasks
+from job_orchestrator.api import access, audit, internal, policies, subnets, tasks
 
-ROUTERS: tuple[APIRouter, ...] = (tasks.router, subnets.router, policies.router, audit.router, internal.router)
+ROUTERS: tuple[APIRouter, ...] = (
+    tasks.router,
+    subnets.router,
+    policies.router,
+    audit.router,
+    internal.router,
+    access.router,
+    access.internal,
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from job_orchestrator.repository.access import MongoAccess
 from job_orchestrator.repository.store import MongoStore
 
-__all__ = ["MongoStore"]
+__all__ = ["MongoAccess", "MongoStore"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from job_orchestrator.domain.access import Revocation
 from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState
 from job_orchestrator.domain.fairness import Candidate, Clock, Credit, Held
 from job_orchestrator.domain.job import Outgoing, ScanJob
@@ -190,3 +191,11 @@ def read_audit(document: Document) -> AuditEntry:
 
 def read_clock(document: Document) -> Clock:
     return Clock(document["_id"], document.get("time", 0.0), document.get("active", False))
+
+
+def write_revocation(revocation: Revocation) -> Document:
+    return _shallow(revocation)
+
+
+def read_revocation(document: Document) -> Revocation:
+    return Revocation(**_known(Revocation, document))

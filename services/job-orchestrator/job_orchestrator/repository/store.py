@@ -36,7 +36,7 @@ _VIRTUAL: Final = "virtual"  # the document of the global virtual time, among th
 
 _BATCH: Final = 1_000  # documents read at once: about a megabyte, and 20 ms of turning them into chunks
 
-SEQUENCES: Final = ("jobs", "subnets", "policies")
+SEQUENCES: Final = ("jobs", "subnets", "policies", "users", "revocations")
 
 _INDEXES: Final = {
     "subnets": [IndexModel([("user_id", 1), ("_id", -1)])],

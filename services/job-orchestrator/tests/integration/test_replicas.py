@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 import pytest
@@ -53,6 +54,7 @@ from scanfleet.messages.topics import (
     Topic,
 )
 from scanfleet.settings import KafkaSettings
+from scanfleet.testing.tokens import InternalKeys
 
 pytestmark = pytest.mark.integration
 
@@ -85,6 +87,7 @@ class Platform:
         self.mongodb = mongodb
         self.prefix = f"replicas{uuid4().hex[:8]}-"
         self.stack = stack
+        self.keys = InternalKeys(Path(stack.enter_context(TemporaryDirectory())))
         self.database = mongo.connect(mongodb, self.prefix.strip("-"))
         self.store = MongoStore(self.database)
         self.bus = KafkaBus(KafkaSettings(kafka=kafka, topic_prefix=self.prefix), source="test", instance="test")
@@ -126,9 +129,7 @@ class Platform:
                 topic_prefix=self.prefix,
                 mongodb=self.mongodb,
                 database=self.database.name,
-                jwt_issuer="x",
-                jwt_audience="x",
-                jwt_development_secret="x" * 32,
+                internal_public_keys_file=self.keys.public_keys_file,
                 allowed_networks="127.0.0.0/8",
                 lease_seconds=10.0,
                 stored_seconds=5.0,

@@ -18,7 +18,7 @@ from job_orchestrator.domain.chunk import ChunkState
 from job_orchestrator.domain.fairness import Credit
 from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator.domain.store import Policy
-from job_orchestrator.testing import RULES, MemoryStore, World, chunk, scan_job, scan_policy
+from job_orchestrator.testing import RULES, MemoryAccess, MemoryStore, World, chunk, scan_job, scan_policy
 from job_orchestrator.testing.things import THEN
 from scanfleet import service
 from scanfleet.clock import utc_now
@@ -103,6 +103,7 @@ def api(store: MemoryStore, world: World) -> Api:
     app = service.create_app(name="job-orchestrator", settings=FrontSettings(), lifespan=nothing, routers=ROUTERS)
     app.state.verifier = ISSUER.verifier
     app.state.orchestrator = State(store, world.only.commands, RULES)
+    app.state.access = MemoryAccess(store)
     return Api(app)
 
 
@@ -113,6 +114,7 @@ def times(answer: dict[str, Any]) -> None:
         datetime.fromisoformat(answer[name])
 
 
+FOR_THE_GATEWAY = [("GET", "/internal/revocations"), ("POST", "/internal/users")]  # in its own name: test_access.py
 EVERY_ROUTE = [
     ("GET", "/api/v1/task"),
     ("GET", "/api/v1/task/1"),
@@ -123,6 +125,9 @@ EVERY_ROUTE = [
     *((verb, "/api/v1/policy") for verb in ("GET", "POST")),
     *((verb, "/api/v1/policy/1") for verb in ("GET", "PUT", "DELETE")),
     ("GET", "/api/v1/audit"),
+    *((verb, "/api/v1/revocation") for verb in ("GET", "POST")),
+    ("DELETE", "/api/v1/revocation/1"),
+    *FOR_THE_GATEWAY,
     ("GET", "/internal/jobs/1/owner"),
     ("GET", "/internal/jobs/1/latest"),
     ("POST", "/internal/jobs/cancel"),
@@ -140,6 +145,7 @@ def test_every_route_is_known_here() -> None:
             .replace("subnet/1", "subnet/{subnet_id}")
             .replace("policy/1", "policy/{policy_id}")
             .replace("jobs/1", "jobs/{job_id}")
+            .replace("revocation/1", "revocation/{revocation_id}")
             .replace("c-1", "{command_id}"),
         )
         for verb, path in EVERY_ROUTE
@@ -396,8 +402,9 @@ async def test_what_is_no_json_is_a_400(api: Api) -> None:
 async def test_a_database_that_is_away_is_a_503(api: Api, store: MemoryStore) -> None:
     """While MongoDB is away every route says so, and when to come again; nothing of it is told."""
     store.away = True
-    for method, path in EVERY_ROUTE:
-        body: dict[str, Any] = {"name": "x", "cidr": "127.9.8.0/24"} if "subnet" in path else {"name": "x"}
+    for method, path in [each for each in EVERY_ROUTE if each not in FOR_THE_GATEWAY]:
+        body: dict[str, Any] = {"jti": "x"} if "revocation" in path else {"name": "x"}
+        body |= {"cidr": "127.9.8.0/24"} if "subnet" in path else {}
         if path.endswith("/cancel"):
             body = {"all": True}
         answer = await api.raw(method, path, headers=ISSUER.bearer(admin=True), json=body)

@@ -9,27 +9,26 @@ import sys
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from uuid import uuid4
 
 import httpx
-import jwt
 import pytest
 
 from local import ports
 from result_store.testing import FIRST, host, scanned
 from scanfleet import mongo
 from scanfleet.bus import Record
-from scanfleet.clock import utc_now
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.messages import ChunkStored, HostScanned
-from scanfleet.messages.topics import SCAN_RESULTS, SCAN_STORED
+from scanfleet.messages.topics import RESULT_STORE, SCAN_RESULTS, SCAN_STORED
 from scanfleet.outcomes import address_at
 from scanfleet.settings import KafkaSettings
+from scanfleet.testing.tokens import InternalKeys
 
 pytestmark = pytest.mark.integration
 
-SECRET = "only-for-this-test-and-32-characters-long"  # noqa: S105 # signs nothing but this test's tokens
 CHUNKS = 4  # each ends in a kill
 HOSTS = 200  # of a chunk
 
@@ -105,12 +104,6 @@ def chunk(number: int) -> list[HostScanned]:
     return [host(str(address_at(FIRST, n)), 22, 80, chunk_id=f"1-{number}") for n in range(HOSTS)]
 
 
-def bearer() -> dict[str, str]:
-    now = int(utc_now().timestamp())
-    claims = {"iss": "test", "aud": "scanfleet", "sub": "7", "iat": now, "exp": now + 300, "roles": []}
-    return {"Authorization": f"Bearer {jwt.encode(claims, SECRET, 'HS256')}"}
-
-
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(180):
         while not await condition():  # noqa: ASYNC110 # what it waits for happens in other processes
@@ -143,26 +136,25 @@ async def emptied(mongodb: str, name: str) -> AsyncIterator[mongo.Database]:
 
 
 @pytest.mark.proves("F5", "G3")
-async def test_killed_in_mid_batch_it_loses_and_doubles_nothing(kafka: str, mongodb: str) -> None:
+async def test_killed_in_mid_batch_it_loses_and_doubles_nothing(kafka: str, mongodb: str, tmp_path: Path) -> None:
     """Killed again and again while it stores, result-store has each host once, each chunk closed, and says so when asked."""
     name = f"rs-{uuid4().hex[:8]}"
     prefix = f"{name}."
     await create_topics(TopicSettings(kafka=kafka, topic_prefix=prefix))
+    keys = InternalKeys(tmp_path)
     environment = {
         "SCANFLEET_INSTANCE": "result-store-1",
         "SCANFLEET_KAFKA": kafka,
         "SCANFLEET_TOPIC_PREFIX": prefix,
         "SCANFLEET_MONGODB": mongodb,
         "SCANFLEET_DATABASE": name,
-        "SCANFLEET_JWT_ISSUER": "test",
-        "SCANFLEET_JWT_AUDIENCE": "scanfleet",
-        "SCANFLEET_JWT_DEVELOPMENT_SECRET": SECRET,
+        "SCANFLEET_INTERNAL_PUBLIC_KEYS_FILE": str(keys.public_keys_file),
     }
     async with (
         emptied(mongodb, name) as database,
         bus_of_a_worker(kafka, prefix) as (bus, stored),
         running(environment) as service,
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{service.port}", headers=bearer()) as http,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{service.port}") as http,
     ):
 
         async def ready() -> bool:
@@ -187,7 +179,7 @@ async def test_killed_in_mid_batch_it_loses_and_doubles_nothing(kafka: str, mong
 
         await until(all_closed)
         await until(ready)
-        results = (await http.get("/api/v1/task/1/results")).json()
+        results = (await http.get("/api/v1/task/1/results", headers=keys.bearer(RESULT_STORE))).json()
         assert await service.end(signal.SIGTERM) in {0, -signal.SIGTERM}  # the server ends as told, once it is clean
         assert stored.maps == {f"1-{number}": {"a" * HOSTS} for number in range(CHUNKS)}
         assert await database["hosts"].count_documents({}) == CHUNKS * HOSTS

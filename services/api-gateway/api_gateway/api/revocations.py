@@ -1,0 +1,46 @@
+"""Revoked tokens: kept by job-orchestrator, passed on; every gateway refuses them."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from api_gateway.api.admission import Route
+from api_gateway.api.document import body, errors, paging
+from api_gateway.api.state import Handed
+from scanfleet import rest
+from scanfleet.auth import Caller
+from scanfleet.service import PathId
+
+router = APIRouter(prefix="/api/v1/revocation", tags=["revocation"], route_class=Route)
+
+
+@router.get(
+    "",
+    response_model=rest.RevocationList,
+    responses=errors(400, 403),
+    openapi_extra={"parameters": paging()},
+)
+async def list_revocations(request: Request, _caller: Caller, state: Handed) -> Response:
+    """All revocations that are in force, newest first; for administrators."""
+    return await state.orchestrator.forward(request)
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=rest.Revocation,
+    responses=errors(400, 403, 409, 413),
+    openapi_extra=body(rest.RevocationBody),
+)
+async def create_revocation(request: Request, _caller: Caller, state: Handed) -> Response:
+    """Revoke one token, or all of a user's that were issued before a time; for administrators.
+
+    Every gateway refuses them within five seconds. A revocation ends by itself when no token can live that it is about.
+    """
+    return await state.orchestrator.forward(request)
+
+
+@router.delete("/{revocation_id}", response_model=rest.Done, responses=errors(403, 404))
+async def delete_revocation(revocation_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
+    """Accept the tokens of a revocation again; for administrators."""
+    return await state.orchestrator.forward(request)

@@ -1,0 +1,231 @@
+"""Who the caller is to the services behind, and which tokens are refused though they are good."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx
+import pytest
+
+from api_gateway.auth import MAX_STALE_S, MAX_USERS, Revocations, UserIds
+from api_gateway.testing import Gateway, Running
+from scanfleet.auth import Principal
+from scanfleet.errors import DependencyError, UnauthorizedError, UnavailableError
+from scanfleet.rest import Revoked
+
+TASKS = "http://orchestrator/api/v1/task"
+USERS = "http://orchestrator/internal/users"
+RESULTS = "/api/v1/task/41/results"
+UUID = "0f8fad5b-d9cb-469f-a165-70867728950e"
+
+
+@pytest.fixture
+async def gateway() -> AsyncIterator[Running]:
+    async with Gateway().run() as running:
+        running.services.on("GET", TASKS, httpx.Response(200, json={}))
+        yield running
+
+
+async def ask(gateway: Running, **claims: Any) -> httpx.Response:
+    """The caller's tasks, by a token with these claims."""
+    headers = {"Authorization": f"Bearer {gateway.issuer.token(**claims)}"}
+    return await gateway.client.get("/api/v1/task", headers=headers)
+
+
+def revoked(**changed: Any) -> Revoked:
+    return Revoked.model_validate({"jti": None, "sub": None, "user_id": None, "issued_before": None} | changed)
+
+
+async def revoke(gateway: Running, **changed: Any) -> None:
+    """Revoke, and let the gateway know."""
+    gateway.services.revoked.append(revoked(**changed))
+    await gateway.app.state.verifier._revoked.refresh()
+
+
+# Internal tokens
+
+
+async def test_a_service_gets_a_token_for_it_alone(gateway: Running) -> None:
+    """Each service gets a token of the gateway's for the same caller, which the other would not accept, and never the user's."""
+    gateway.services.on("GET", "http://orchestrator/internal/jobs/41/owner", httpx.Response(200, json={"user_id": 7}))
+    gateway.services.on("GET", f"http://result-store{RESULTS}", httpx.Response(200, json=[]))
+    headers = gateway.issuer.bearer(7, admin=True)
+    await gateway.client.get(RESULTS, headers=headers)
+    owner, results = gateway.services.requests
+    assert [await gateway.caller(asked) for asked in (owner, results)] == [Principal(7, admin=True)] * 2
+    assert headers["Authorization"] not in {owner.headers["authorization"], results.headers["authorization"]}
+    for audience, asked in (("result-store", owner), ("job-orchestrator", results)):
+        with pytest.raises(UnauthorizedError):
+            await gateway.internal.caller(audience, asked.headers["authorization"])
+
+
+async def test_a_service_that_does_not_believe_the_gateway_is_unavailable(gateway: Running) -> None:
+    """A 401 of a service is about the gateway's key, so the caller gets a 503."""
+    gateway.services.on("GET", TASKS, httpx.Response(401, json={"error": "the token is not valid"}))
+    answer = await ask(gateway)
+    assert answer.status_code == 503
+    assert "Retry-After" in answer.headers
+
+
+async def test_the_services_clock_counts() -> None:
+    """With its clock two hours behind, the gateway makes tokens that are good by the service's, once that has answered."""
+    async with Gateway().run() as gateway:
+        ahead = datetime.now(UTC) + timedelta(hours=2)
+        date = {"Date": ahead.strftime("%a, %d %b %Y %H:%M:%S GMT")}
+        gateway.services.on("GET", TASKS, httpx.Response(200, json={}, headers=date))
+        await ask(gateway)
+        await ask(gateway)
+        first, second = gateway.services.requests
+        assert await gateway.caller(first) == Principal(7)
+        with pytest.raises(UnauthorizedError) as caught:  # by a clock that is not the service's
+            await gateway.caller(second)
+        assert caught.value.reason == "iat is in the future"
+
+
+# Revocations
+
+
+@pytest.mark.proves("A28", "G14")
+@pytest.mark.parametrize(
+    "which",
+    [{"jti": "t-1"}, {"sub": "7", "issued_before": time.time() + 1}, {"user_id": 7, "issued_before": time.time() + 1}],
+)
+async def test_a_revoked_token_is_refused(gateway: Running, which: dict[str, Any]) -> None:
+    """A token that was accepted is a 401 once it is revoked, by its id, its subject or its user; another user's is not."""
+    issued = int(time.time()) - 60
+    assert (await ask(gateway, jti="t-1", iat=issued)).status_code == 200
+    await revoke(gateway, **which)
+    answer = await ask(gateway, jti="t-1", iat=issued)
+    assert (answer.status_code, answer.json()) == (401, {"error": "the token has been revoked"})
+    assert (await ask(gateway, user_id=8, jti="t-2")).status_code == 200
+    gateway.services.revoked.clear()
+    await gateway.app.state.verifier._revoked.refresh()
+    assert (await ask(gateway, jti="t-1", iat=issued)).status_code == 200
+
+
+@pytest.mark.proves("A28", "G14")
+async def test_a_token_that_was_issued_later_is_good(gateway: Running) -> None:
+    """Of a user whose tokens were revoked, those issued afterwards are accepted; of two revocations the later counts."""
+    now = int(time.time())
+    for before in (now - 30, now - 90):
+        await revoke(gateway, user_id=7, issued_before=before)
+    assert (await ask(gateway, iat=now - 30)).status_code == 200
+    assert (await ask(gateway, iat=now - 31)).status_code == 401
+
+
+@pytest.mark.proves("A28", "G14")
+async def test_the_list_is_read_again_within_seconds() -> None:
+    """What is revoked while the gateway runs is refused without anything else happening."""
+    async with Gateway().run() as gateway:
+        gateway.services.on("GET", TASKS, httpx.Response(200, json={}))
+        assert (await ask(gateway)).status_code == 200
+        gateway.services.revoked.append(revoked(jti="t-1"))
+        deadline = time.monotonic() + 5
+        while (await ask(gateway, jti="t-1")).status_code == 200:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.05)  # the client in memory never waits, and so would no loop run
+
+
+async def test_without_the_list_nobody_is_let_in() -> None:
+    """Until the list was read once every request is a 503, and the gateway is not ready."""
+    gateway = Gateway()
+    async with gateway.run() as running:
+        running.app.state.verifier._revoked._read_at = float("-inf")
+        running.services.away.add("orchestrator")
+        answer = await ask(running)
+        assert answer.status_code == 503
+        assert "Retry-After" in answer.headers
+        ready = await running.client.get("/readyz")
+        assert (ready.status_code, "the revocations" in ready.json()["error"]) == (503, True)
+
+
+async def test_a_list_outlives_an_outage_for_a_while() -> None:
+    """While it cannot be read again the list counts, until it is too old."""
+    now = 0.0
+    listed: list[Revoked] | None = [revoked(jti="t-1")]
+
+    async def ask_for() -> list[Revoked]:
+        if listed is None:
+            raise DependencyError("unavailable")
+        return listed
+
+    revocations = Revocations(ask_for, clock=lambda: now)
+    await revocations.refresh()
+    listed = None
+    now = MAX_STALE_S
+    await revocations.refresh()
+    one: dict[str, Any] = {"subject": "s", "user_id": 7, "issued_at": 1.0, "token_id": ""}
+    assert revocations.revokes(**one | {"token_id": "t-1"})
+    assert not revocations.revokes(**one)
+    now += 0.1
+    with pytest.raises(UnavailableError):
+        revocations.revokes(**one)
+
+
+# Mapped user ids
+
+
+@pytest.fixture
+async def mapped() -> AsyncIterator[Running]:
+    async with Gateway().run(jwt_user_ids="mapped") as running:
+        running.services.on("GET", TASKS, httpx.Response(200, json={}))
+        running.services.on("POST", USERS, httpx.Response(200, json={"user_id": 41}))
+        yield running
+
+
+async def test_a_mapped_user_has_the_assigned_id(mapped: Running) -> None:
+    """With mapped ids the services get the assigned id, which is asked for once; the gateway asks in its own name."""
+    for number in range(3):
+        assert (await ask(mapped, sub=UUID, jti=str(number))).status_code == 200
+    assigned, *asked = mapped.services.requests
+    assert assigned.content == f'{{"issuer":"{mapped.issuer.settings.jwt_issuer}","subject":"{UUID}"}}'.encode()
+    assert await mapped.caller(assigned) == Principal(0)
+    assert [await mapped.caller(each) for each in asked] == [Principal(41)] * 3
+
+
+async def test_a_mapped_user_commands_by_the_assigned_id(mapped: Running) -> None:
+    """A command of a mapped user carries the assigned id."""
+    headers = {"Authorization": f"Bearer {mapped.issuer.token(sub=UUID)}"}
+    answer = await mapped.client.post("/api/v1/task", json={"subnet_ids": [5], "policy_id": 3}, headers=headers)
+    assert answer.status_code == 201
+    assert [command.user_id for command in mapped.replier.commands] == [41]
+
+
+@pytest.mark.parametrize("answer", [httpx.Response(500), httpx.Response(200, json={"user_id": 0}), None])
+async def test_a_mapped_user_waits_for_an_id(mapped: Running, answer: httpx.Response | None) -> None:
+    """While no id can be had the answer is 503, and no service is asked in anybody's name."""
+    if answer is None:
+        mapped.services.away.add("orchestrator")
+    else:
+        mapped.services.on("POST", USERS, answer)
+    got = await ask(mapped, sub=UUID)
+    assert got.status_code == 503
+    assert "Retry-After" in got.headers
+    assert [asked.url.path for asked in mapped.services.requests] == ["/internal/users"]
+
+
+@pytest.mark.parametrize("sub", ["", "x" * 256, "a\nb", {}, ["a"], True])
+async def test_a_subject_that_cannot_be_mapped_is_refused(mapped: Running, sub: object) -> None:
+    """A subject that is no printable text of 1 to 255 characters is a 401, and gets no id."""
+    assert (await ask(mapped, sub=sub)).status_code == 401
+    assert not mapped.services.requests
+
+
+async def test_only_so_many_ids_are_kept() -> None:
+    """However many users there are, the memory of their ids is bounded."""
+    asked: list[str] = []
+
+    async def ask_for(_issuer: str, subject: str) -> int:
+        asked.append(subject)
+        return int(subject)
+
+    users = UserIds(ask_for)
+    for number in range(1, MAX_USERS + 3):
+        assert await users.user_id("i", str(number)) == number
+    assert len(users._known) == MAX_USERS
+    assert await users.user_id("i", "1") == 1
+    assert asked.count("1") == 2

@@ -1,0 +1,103 @@
+"""Revoked tokens, for administrators, and what the gateway asks to know who calls."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Annotated, Final
+
+from fastapi import APIRouter, Depends, Request
+
+from job_orchestrator.api.state import Paged, Recorded
+from job_orchestrator.domain.access import KEPT, MAX_REVOCATIONS, Access, Revocation
+from scanfleet import rest
+from scanfleet.auth import Caller, GatewayRoute, Guarded, Principal
+from scanfleet.clock import utc_now
+from scanfleet.errors import BadRequestError, ConflictError, ForbiddenError, NotFoundError, Rule
+from scanfleet.service import PathId
+
+_SKEW: Final = timedelta(seconds=60)  # by which a caller's clock may be ahead
+
+router = APIRouter(prefix="/api/v1/revocation", route_class=Guarded)
+internal = APIRouter(prefix="/internal", route_class=GatewayRoute)
+
+
+async def _access(request: Request) -> Access:
+    access: Access = request.app.state.access
+    return access
+
+
+Kept = Annotated[Access, Depends(_access)]
+
+
+async def _administrator(caller: Caller) -> Principal:
+    if not caller.admin:
+        raise ForbiddenError("Revocations are for administrators", rule=Rule.ROLE)
+    return caller
+
+
+Administrator = Annotated[Principal, Depends(_administrator)]
+
+
+@router.post("", status_code=201)
+async def create_revocation(
+    body: rest.RevocationBody, caller: Administrator, access: Kept, record: Recorded
+) -> rest.Revocation:
+    now = utc_now()
+    if body.issued_before is not None and body.issued_before > now + _SKEW:
+        raise BadRequestError("issued_before: is in the future")
+    id_ = await access.take_revocation_id()
+    revocation = Revocation(
+        id=id_,
+        jti=body.jti,
+        sub=body.sub,
+        user_id=body.user_id,
+        issued_before=None if body.jti is not None else body.issued_before or now,
+        created_by=caller.user_id,
+        created_at=now,
+        expires_at=now + KEPT,
+    )
+    await record(target=f"/api/v1/revocation/{id_}")
+    if not await access.add_revocation(revocation):
+        raise ConflictError(
+            f"There are {MAX_REVOCATIONS} revocations already; delete some, or revoke all of a user's tokens"
+        )
+    return _view(revocation)
+
+
+@router.get("")
+async def list_revocations(_caller: Administrator, access: Kept, paged: Paged) -> rest.RevocationList:
+    found = await access.revocations()
+    return rest.RevocationList(
+        revocations=[_view(each) for each in found[paged.skip : paged.skip + paged.page_size]],
+        total=len(found),
+        page=paged.page,
+        page_size=paged.page_size,
+    )
+
+
+@router.delete("/{revocation_id}")
+async def delete_revocation(revocation_id: PathId, _caller: Administrator, access: Kept, record: Recorded) -> rest.Done:
+    if all(each.id != revocation_id for each in await access.revocations()):
+        raise NotFoundError("Revocation not found")
+    await record()
+    await access.delete_revocation(revocation_id)
+    return rest.Done(message="Revocation deleted successfully")
+
+
+@internal.get("/revocations")
+async def revoked(access: Kept) -> list[rest.Revoked]:
+    """All that is revoked; asked every two seconds by every gateway."""
+    return [
+        rest.Revoked(jti=each.jti, sub=each.sub, user_id=each.user_id, issued_before=each.issued_before)
+        for each in await access.revocations()
+    ]
+
+
+@internal.post("/users")
+async def user_id(body: rest.Subject, access: Kept) -> rest.UserId:
+    """The id of this user; the first time one is assigned."""
+    return rest.UserId(user_id=await access.user_id(body.issuer, body.subject))
+
+
+def _view(each: Revocation) -> rest.Revocation:
+    return rest.Revocation(**{name: getattr(each, name) for name in rest.Revocation.model_fields})

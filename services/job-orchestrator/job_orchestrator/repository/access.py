@@ -1,0 +1,77 @@
+"""Users and revocations in MongoDB."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pymongo import IndexModel
+
+from job_orchestrator.domain.access import MAX_REVOCATIONS, Revocation
+from job_orchestrator.repository import documents
+from scanfleet.mongo import Database, Ids, advance_ids, dependency_errors, insert_missing, make_indexes
+
+_OWNED: Final = ("jobs", "subnets", "policies")
+
+_INDEXES: Final = {
+    "users": [IndexModel([("issuer", 1), ("subject", 1)], unique=True)],
+    "revocations": [IndexModel([("expires_at", 1)], expireAfterSeconds=0)],
+}
+
+
+class MongoAccess:
+    """`Access` on MongoDB."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._users = database["users"]
+        self._revocations = database["revocations"]
+        self._user_ids = Ids(database, "users")
+        self._revocation_ids = Ids(database, "revocations")
+
+    async def prepare(self) -> None:
+        """Create the indexes."""
+        await make_indexes(self._database, _INDEXES)
+
+    async def user_id(self, issuer: str, subject: str) -> int:
+        found = await self._find_user(issuer, subject)
+        if found is None:
+            await self._skip_claimed_ids()
+            (id_,) = await self._user_ids.take()
+            # The unique index decides between two first uses at once; the id of the other is never used.
+            await insert_missing(self._users, [{"_id": id_, "issuer": issuer, "subject": subject}])
+            found = await self._find_user(issuer, subject)
+        if found is None:
+            raise RuntimeError("a user was removed, which nothing does")
+        return found
+
+    @dependency_errors()
+    async def _find_user(self, issuer: str, subject: str) -> int | None:
+        found = await self._users.find_one({"issuer": issuer, "subject": subject}, {"_id": 1})
+        return found["_id"] if found else None
+
+    @dependency_errors()
+    async def _skip_claimed_ids(self) -> None:
+        """Begin above every id that tokens claimed until ids were assigned, so that nobody gets another's things."""
+        if await self._users.find_one({}, {"_id": 1}) is None:
+            owned = [await self._database[name].find_one({}, {"user_id": 1}, sort=[("user_id", -1)]) for name in _OWNED]
+            await advance_ids(self._database, ["users"], max((each["user_id"] for each in owned if each), default=0))
+
+    async def take_revocation_id(self) -> int:
+        (id_,) = await self._revocation_ids.take()
+        return id_
+
+    async def add_revocation(self, revocation: Revocation) -> bool:
+        async with dependency_errors():
+            if await self._revocations.count_documents({}) >= MAX_REVOCATIONS:
+                return False
+        await insert_missing(self._revocations, [documents.write_revocation(revocation)])
+        return True
+
+    @dependency_errors()
+    async def revocations(self) -> list[Revocation]:
+        newest = self._revocations.find().sort("_id", -1)
+        return [documents.read_revocation(each) async for each in newest]
+
+    @dependency_errors()
+    async def delete_revocation(self, id_: int) -> bool:
+        return (await self._revocations.delete_one({"_id": id_})).deleted_count == 1

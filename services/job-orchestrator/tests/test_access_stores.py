@@ -1,0 +1,105 @@
+"""Users and revocations, in memory and in MongoDB alike."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from job_orchestrator.domain.access import Access, Revocation
+from job_orchestrator.domain.store import Subnet
+from job_orchestrator.repository import MongoAccess, MongoStore
+from job_orchestrator.testing import MemoryAccess, MemoryStore
+from scanfleet.clock import utc_now
+from scanfleet.mongo import Database
+
+NOW = datetime(2026, 11, 28, 4, tzinfo=UTC)
+
+
+@pytest.fixture
+async def mongo_access(database: Database) -> MongoAccess:
+    access = MongoAccess(database)
+    await access.prepare()
+    return access
+
+
+@pytest.fixture(params=["memory", pytest.param("mongodb", marks=pytest.mark.integration)])
+def access(request: pytest.FixtureRequest) -> Access:
+    if request.param == "memory":
+        return MemoryAccess(MemoryStore())
+    mongo: MongoAccess = request.getfixturevalue("mongo_access")
+    return mongo
+
+
+def revocation(id_: int, **changed: Any) -> Revocation:
+    fields: dict[str, Any] = {
+        "jti": None,
+        "sub": None,
+        "user_id": 7,
+        "issued_before": NOW,
+        "created_by": 9,
+        "created_at": NOW,
+        "expires_at": utc_now().replace(microsecond=0) + timedelta(days=1),
+    }
+    return Revocation(id=id_, **(fields | changed))
+
+
+async def test_a_user_has_one_id(access: Access) -> None:
+    """A subject has the same id each time; another subject or issuer has another."""
+    first = await access.user_id("https://a.test", "x")
+    others = [await access.user_id(*each) for each in (("https://a.test", "X"), ("https://b.test", "x"))]
+    assert await access.user_id("https://a.test", "x") == first
+    assert len({first, *others}) == 3
+    assert min(first, *others) > 0
+
+
+async def test_first_uses_at_once_agree(access: Access) -> None:
+    """However many ask for a new user's id at once, all get the same."""
+    ids = await asyncio.gather(*(access.user_id("https://a.test", f"s-{n % 5}") for n in range(50)))
+    assert len(set(ids)) == 5
+    assert ids[:5] * 10 == ids
+
+
+async def test_revocations_are_listed_until_they_are_deleted(access: Access) -> None:
+    """What is added is listed whole, newest first, and deleted once; adding it again changes nothing."""
+    one = revocation(await access.take_revocation_id())
+    two = revocation(await access.take_revocation_id(), jti="t-1", user_id=None, issued_before=None)
+    for each in (one, two, one):
+        assert await access.add_revocation(each)
+    assert await access.revocations() == [two, one]
+    assert await access.delete_revocation(one.id)
+    assert not await access.delete_revocation(one.id)
+    assert await access.revocations() == [two]
+
+
+@pytest.mark.integration
+async def test_replicas_agree_on_a_new_user(database: Database) -> None:
+    """Two replicas that meet a new user at the same moment give one id."""
+    replicas = [MongoAccess(database) for _ in range(2)]
+    await replicas[0].prepare()
+    ids = await asyncio.gather(*(replicas[n % 2].user_id("https://a.test", f"s-{n // 10}") for n in range(50)))
+    assert [len(set(ids[n : n + 10])) for n in range(0, 50, 10)] == [1] * 5
+    assert len(set(ids)) == 5
+    assert await database["users"].count_documents({}) == 5
+
+
+@pytest.mark.integration
+async def test_assigned_ids_begin_above_claimed_ones(database: Database) -> None:
+    """On a platform where tokens claimed their users' ids before, no assigned id is one of those."""
+    store, access = MongoStore(database), MongoAccess(database)
+    await access.prepare()
+    subnet = Subnet(id=1, user_id=7_000, name="x", cidr="127.0.0.0/24", exclude=(), created_at=NOW, updated_at=NOW)
+    await store.add_subnet(subnet)
+    assert await access.user_id("https://a.test", "x") == 7_001
+    assert await access.user_id("https://a.test", "y") == 7_002
+
+
+@pytest.mark.integration
+async def test_revocations_end_by_themselves(database: Database) -> None:
+    """The database removes a revocation at the time that it names."""
+    access = MongoAccess(database)
+    await access.prepare()
+    indexes = await database["revocations"].index_information()
+    assert indexes["expires_at_1"]["expireAfterSeconds"] == 0

@@ -1,0 +1,176 @@
+"""Revocations, for administrators, and what the gateway asks in its own name."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from job_orchestrator.api import ROUTERS
+from job_orchestrator.api.state import State
+from job_orchestrator.domain import access
+from job_orchestrator.testing import RULES, MemoryAccess, MemoryStore, World
+from scanfleet import service
+from scanfleet.auth import InternalVerifier, read_public_keys
+from scanfleet.clock import utc_now
+from scanfleet.messages.topics import ORCHESTRATOR
+from scanfleet.settings import FrontSettings
+from scanfleet.testing.tokens import InternalKeys, Issuer
+
+PATH = "/api/v1/revocation"
+
+
+class Api:
+    """Requests that the gateway makes for users and for itself (user 0)."""
+
+    def __init__(self, app: FastAPI, keys: InternalKeys, store: MemoryStore) -> None:
+        self.store = store
+        self.keys = keys
+        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://orchestrator")
+
+    async def __call__(
+        self, method: str, path: str, user: int = 9, *, admin: bool = False, json: Any = None
+    ) -> httpx.Response:
+        headers = self.keys.bearer(ORCHESTRATOR, user, admin=admin)
+        return await self.http.request(method, path, headers=headers, json=json)
+
+
+@pytest.fixture
+async def api(tmp_path: Path) -> AsyncIterator[Api]:
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+
+    store = MemoryStore()
+    keys = InternalKeys(tmp_path)
+    app = service.create_app(name="job-orchestrator", settings=FrontSettings(), lifespan=lifespan, routers=ROUTERS)
+    app.state.verifier = InternalVerifier(read_public_keys(keys.public_keys_file), ORCHESTRATOR)
+    app.state.orchestrator = State(store, World(store).only.commands, RULES)
+    app.state.access = MemoryAccess(store)
+    running = Api(app, keys, store)
+    async with running.http:
+        yield running
+
+
+BODIES: dict[str, tuple[dict[str, Any], bool]] = {
+    "a token": ({"jti": "t-1"}, True),
+    "a subject": ({"sub": "0f8fad5b-d9cb"}, True),
+    "a user": ({"user_id": 7}, True),
+    "a time": ({"user_id": 7, "issued_before": "2026-11-28T04:00:00Z"}, True),
+    "nothing": ({}, False),
+    "only a time": ({"issued_before": "2026-11-28T04:00:00Z"}, False),
+    "two of three": ({"jti": "t-1", "sub": "s"}, False),
+    "a token and a time": ({"jti": "t-1", "issued_before": "2026-11-28T04:00:00Z"}, False),
+    "a time without a zone": ({"sub": "s", "issued_before": "2026-11-28T04:00:00"}, False),
+    "a time to come": ({"sub": "s", "issued_before": "9999-12-31T23:59:59-23:59"}, False),
+    "a time before all": ({"sub": "s", "issued_before": "0001-01-01T00:00:00+23:59"}, False),
+    "control characters": ({"sub": "s\u001b"}, False),
+    "an empty id": ({"jti": ""}, False),
+    "a long subject": ({"sub": "s" * 256}, False),
+    "a field too many": ({"jti": "t-1", "id": 1}, False),
+    "user zero": ({"user_id": 0}, False),
+}
+
+
+@pytest.mark.proves("A28", "G14")
+@pytest.mark.parametrize(("body", "good"), BODIES.values(), ids=BODIES)
+async def test_an_administrator_revokes(api: Api, body: dict[str, Any], *, good: bool) -> None:
+    """A revocation names a token, a subject or a user, is listed, told to the gateway, audited, and can be deleted."""
+    before = utc_now()
+    made = await api("POST", PATH, admin=True, json=body)
+    if not good:
+        assert made.status_code == 400, made.text
+        assert (await api("GET", PATH, admin=True)).json()["total"] == 0
+        return
+    assert made.status_code == 201
+    revocation = made.json()
+    assert {name: revocation[name] for name in body if name != "issued_before"} == {
+        name: value for name, value in body.items() if name != "issued_before"
+    }
+    assert (revocation["created_by"], revocation["issued_before"] is None) == (9, "jti" in body)
+    if "issued_before" not in body and "jti" not in body:
+        assert revocation["issued_before"] == revocation["created_at"] >= before.isoformat()[:19]
+    listed = (await api("GET", PATH, admin=True)).json()
+    assert listed == {"revocations": [revocation], "total": 1, "page": 1, "page_size": 10}
+    (told,) = (await api("GET", "/internal/revocations", 0)).json()
+    assert told == {name: revocation[name] for name in ("jti", "sub", "user_id", "issued_before")}
+    assert (await api("DELETE", f"{PATH}/{revocation['id']}", admin=True)).status_code == 200
+    assert (await api("DELETE", f"{PATH}/{revocation['id']}", admin=True)).status_code == 404
+    assert (await api("GET", "/internal/revocations", 0)).json() == []
+    entries, _ = await api.store.list_audit(0, 10)
+    assert sorted((entry.action, entry.target, entry.subject, entry.decision) for entry in entries) == [
+        ("create_revocation", f"{PATH}/1", "9", "allowed"),
+        ("delete_revocation", f"{PATH}/1", "9", "allowed"),
+    ]
+
+
+@pytest.mark.proves("A10", "G13")
+@pytest.mark.parametrize(("method", "path"), [("POST", PATH), ("GET", PATH), ("DELETE", f"{PATH}/1")])
+async def test_only_an_administrator_revokes(api: Api, method: str, path: str) -> None:
+    """Another user gets a 403, and nothing is revoked."""
+    answer = await api(method, path, json={"jti": "t-1"})
+    assert answer.status_code == 403
+    assert (await api("GET", "/internal/revocations", 0)).json() == []
+
+
+async def test_revocations_outlive_every_token(api: Api) -> None:
+    """A revocation ends after the longest life that any setting allows a token."""
+    made = (await api("POST", PATH, admin=True, json={"user_id": 7})).json()
+    ends = made["expires_at"]
+    assert ends > (utc_now() + timedelta(days=30)).isoformat()[:19]
+
+
+async def test_there_are_only_so_many_revocations(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the list is full the answer is 409, and nothing is added."""
+    monkeypatch.setattr("job_orchestrator.testing.access.MAX_REVOCATIONS", 2)
+    statuses = [(await api("POST", PATH, admin=True, json={"jti": str(number)})).status_code for number in range(3)]
+    assert statuses == [201, 201, 409]
+    assert access.MAX_REVOCATIONS == 1_000
+
+
+async def test_a_user_is_given_one_id(api: Api) -> None:
+    """Each issuer's subject has an id of its own, the same each time."""
+    named = [("https://a.test", "x"), ("https://a.test", "y"), ("https://b.test", "x"), ("https://a.test", "x")]
+    ids = [
+        (await api("POST", "/internal/users", 0, json={"issuer": issuer, "subject": subject})).json()["user_id"]
+        for issuer, subject in named
+    ]
+    assert ids[0] == ids[3]
+    assert len(set(ids)) == 3
+
+
+@pytest.mark.proves("G14")
+@pytest.mark.parametrize(("method", "path"), [("GET", "/internal/revocations"), ("POST", "/internal/users")])
+async def test_only_the_gateway_asks_for_itself(api: Api, method: str, path: str) -> None:
+    """A token of any user's does not open what the gateway asks in its own name, and the gateway's opens nothing of a user's."""
+    body = {"issuer": "i", "subject": "s"}
+    assert (await api(method, path, 9, admin=True, json=body)).status_code == 401
+    assert (await api(method, path, 0, json=body)).status_code == 200
+    assert (await api("GET", "/api/v1/task", 0)).status_code == 401
+    assert (await api("GET", PATH, 0, admin=True)).status_code == 401
+
+
+async def test_a_database_that_is_unavailable_is_a_503(api: Api) -> None:
+    """While MongoDB is unavailable the gateway's own requests are a 503."""
+    api.store.away = True
+    for method, path in (("GET", "/internal/revocations"), ("POST", "/internal/users")):
+        assert (await api(method, path, 0, json={"issuer": "i", "subject": "s"})).status_code == 503
+
+
+@pytest.mark.proves("A7", "G14")
+async def test_only_tokens_of_the_gateway_are_accepted(api: Api, tmp_path: Path) -> None:
+    """A user's own token, one for another service and one by another key are refused."""
+    (tmp_path / "other").mkdir()
+    for headers in (
+        Issuer().bearer(9),
+        api.keys.bearer("result-store", 9),
+        InternalKeys(tmp_path / "other").bearer(ORCHESTRATOR, 9),
+    ):
+        answer = await api.http.get("/api/v1/task", headers=headers)
+        assert answer.status_code == 401

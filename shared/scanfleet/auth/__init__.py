@@ -1,0 +1,31 @@
+"""Who is calling: bearer tokens (JWT), verified in one place."""
+
+from __future__ import annotations
+
+from scanfleet.auth.internal import THE_GATEWAY, InternalTokens, InternalVerifier, read_private_key, read_public_keys
+from scanfleet.auth.keys import FixedKeys, JwksKeys, Key, Keys
+from scanfleet.auth.principal import Principal
+from scanfleet.auth.routes import Caller, GatewayRoute, Guarded, authenticate
+from scanfleet.auth.verifier import Revoked, TokenVerifier, Users, Verifier, open_verifier
+
+__all__ = [
+    "THE_GATEWAY",
+    "Caller",
+    "FixedKeys",
+    "GatewayRoute",
+    "Guarded",
+    "InternalTokens",
+    "InternalVerifier",
+    "JwksKeys",
+    "Key",
+    "Keys",
+    "Principal",
+    "Revoked",
+    "TokenVerifier",
+    "Users",
+    "Verifier",
+    "authenticate",
+    "open_verifier",
+    "read_private_key",
+    "read_public_keys",
+]
