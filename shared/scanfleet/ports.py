@@ -87,12 +87,18 @@ class PortSet:
 
     def blocks(self, size: int) -> Iterator[PortSet]:
         """This set cut into sets of at most `size` ports of one protocol; a `top` set by how common they are."""
+        for number in range(-(-self.tcp_count // size) - (-self.udp_count // size)):
+            yield self.block(number, size)
+
+    def block(self, number: int, size: int) -> PortSet:
+        """One of the `blocks`, by its number from 0."""
         if self.top:
-            for above in range(self.above, self.top, size):
-                yield PortSet(top=min(self.top, above + size), above=above)
-            return
-        yield from (PortSet(tcp=ranges) for ranges in _cut(self.tcp, size))
-        yield from (PortSet(udp=ranges) for ranges in _cut(self.udp, size))
+            above = self.above + number * size
+            return PortSet(top=min(self.top, above + size), above=above)
+        of_tcp = -(-self.tcp_count // size)
+        if number < of_tcp:
+            return PortSet(tcp=_part(self.tcp, number * size, size))
+        return PortSet(udp=_part(self.udp, (number - of_tcp) * size, size))
 
     def without(self, others: PortSet) -> PortSet:
         """The TCP ports of this set that are not in the other one."""
@@ -142,22 +148,20 @@ def _disjoint(ranges: list[Range]) -> tuple[Range, ...]:
     return tuple(merged)
 
 
-def _cut(ranges: tuple[Range, ...], size: int) -> Iterator[tuple[Range, ...]]:
-    """Consecutive parts with `size` ports each, the last with what is left."""
+def _part(ranges: tuple[Range, ...], skip: int, size: int) -> tuple[Range, ...]:
+    """The `size` ports after the first `skip`, or as many as there are."""
     part: list[Range] = []
-    room = size
-    for first, last in ranges:
-        low = first
-        while low <= last:
-            high = min(last, low + room - 1)
-            part.append((low, high))
-            room -= high - low + 1
-            low = high + 1
-            if room == 0:
-                yield tuple(part)
-                part, room = [], size
-    if part:
-        yield tuple(part)
+    for low, high in ranges:
+        first = low + skip
+        skip = max(0, skip - (high - low + 1))
+        if first > high:
+            continue
+        last = min(high, first + size - 1)
+        part.append((first, last))
+        size -= last - first + 1
+        if size == 0:
+            break
+    return tuple(part)
 
 
 def _size(ranges: tuple[Range, ...]) -> int:

@@ -17,7 +17,7 @@ from limits import RateLimitItemPerMinute
 from limits.aio.storage import MemoryStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from starlette.routing import Match
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from api_gateway.settings import Settings
 from scanfleet.auth import Guarded, Principal
@@ -108,31 +108,17 @@ class Admission:
 
 
 class Route(Guarded):
-    """A route of the public API: it answers a good token within its user's limits, and HEAD wherever it answers GET."""
+    """A route of the public API: it answers a good token within its user's limits."""
 
     lane: ClassVar[str] = "requests"
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        as_get = scope["type"] == "http" and scope["method"] == "HEAD"
-        match, child = super().matches(_as_get(scope) if as_get else scope)
+        match, child = super().matches(scope)
         # What cannot be an id names nothing, so that a word in its place is the path of another route alone.
         ids = child.get("path_params", {}).values()
         if not all(id_.isascii() and id_.isdigit() for id_ in ids):
             return Match.NONE, {}
         return match, child
-
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["method"] != "HEAD" or "GET" not in (self.methods or ()):
-            await super().handle(scope, receive, send)
-            return
-        get = _as_get(scope)
-        try:
-            await super().handle(get, receive, _headers_alone(send))
-        except _HeadAnsweredError:
-            pass
-        finally:
-            if "caller" in get:
-                scope["caller"] = get["caller"]  # for the audit entry of a refusal
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         caller = cast(Principal, scope["caller"])
@@ -177,25 +163,3 @@ class StreamRoute(Route):
     """Answers for as long as a job runs."""
 
     lane = "streams"
-
-
-class _HeadAnsweredError(Exception):
-    """The answer to a HEAD is complete; what would follow is not needed."""
-
-
-def _as_get(scope: Scope) -> Scope:
-    # A copy: the server decides by its own scope that the answer has no body.
-    return {**scope, "method": "GET"}
-
-
-def _headers_alone(send: Send) -> Send:
-    """The same for the start of an answer; its end comes right after, however long the body would be."""
-
-    async def send_headers(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            await send(message)
-        else:
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-            raise _HeadAnsweredError
-
-    return send_headers

@@ -302,7 +302,7 @@ async def test_jobs_are_cancelled_page_by_page(gateway: Running) -> None:
     assert (answer.status_code, answer.json()) == (200, {"message": "3 jobs cancelled", "job_ids": [1, 2, 4]})
     for asked in gateway.services.requests:
         assert json.loads(asked.content) == {"status": ["pending"], "subnet_id": 5, "policy_id": None, "all": False}
-        assert asked.headers["authorization"] == gateway.client.headers["authorization"]
+        assert await gateway.caller(asked) == Principal(7)
     assert not gateway.broker.records("scan-commands")
 
 

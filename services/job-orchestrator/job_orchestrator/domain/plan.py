@@ -150,15 +150,15 @@ def made_up_to(job: ScanJob, open_: int, lowest: int | None) -> int:
 def chunks(job: ScanJob, first: int, end: int) -> Iterator[Chunk]:
     """The job's chunks from index `first` up to `end`, under their fixed ids."""
     slices = _slices(job.cidr, job.exclude, job.chunk_addresses)
-    blocks = _blocks(job.policy.ports, job.chunk_ports)
+    all_ports = job.policy.port_set
     first_address = parse_network(job.cidr).network_address
     for index in range(first, end):
         if job.blockwise:
             block, slice_ = divmod(index, len(slices))
         else:
-            slice_, block = divmod(index, len(blocks))
+            slice_, block = divmod(index, job.blocks)
         offset, outcomes = slices[slice_]
-        ports = blocks[block]
+        ports = all_ports.block(block, job.chunk_ports)
         blank = outcomes.count(Outcome.BLANK)
         yield Chunk(
             id=chunk_id(job, index),
@@ -236,7 +236,7 @@ def _block_size(policy: ScanPolicy, ports: PortSet) -> int:
 def _first_blocks(ports: PortSet, size: int) -> list[PortSet]:
     """The first block of each protocol; none is larger."""
     parts = (PortSet(tcp=ports.tcp, top=ports.top), PortSet(udp=ports.udp))
-    return [next(part.blocks(size)) for part in parts if part.count]
+    return [part.block(0, size) for part in parts if part.count]
 
 
 def _slice_size(policy: ScanPolicy, ports: PortSet, target: Target) -> int:
@@ -262,11 +262,6 @@ def _slices(cidr: str, exclude: tuple[str, ...], size: int) -> tuple[tuple[int, 
 def _sums(cidr: str, exclude: tuple[str, ...], size: int) -> tuple[int, ...]:
     """Addresses to scan before each slice, and in all."""
     return (0, *accumulate(outcomes.count(Outcome.BLANK) for _, outcomes in _slices(cidr, exclude, size)))
-
-
-@lru_cache(maxsize=64)
-def _blocks(ports: str, size: int) -> tuple[PortSet, ...]:
-    return tuple(PortSet.parse(ports).blocks(size))
 
 
 def _cut(target: Target, size: int) -> Iterator[tuple[int, str]]:
