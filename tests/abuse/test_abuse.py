@@ -48,7 +48,7 @@ INJECTED = Path("/tmp/scanfleet-injected")  # noqa: S108 # what the injections n
 
 _OPTION = re.compile(
     r"-(v|n|oX|6|Pn|sT|sS|sU|p|sV|O|T[0-5])|--(stats-every|privileged|unprivileged|top-ports|version-intensity|script"
-    r"|max-rate|max-retries|host-timeout|min-hostgroup|max-hostgroup)",
+    r"|min-rate|max-rate|max-rtt-timeout|max-retries|host-timeout|min-hostgroup|max-hostgroup)",
 )
 """Every option that nmap may be given."""
 
@@ -137,7 +137,8 @@ def test_nmap_is_called_with_allowed_words_alone(caller: Callers, nmap_calls: Ca
         host_timeout=60,
     )
     assert user.finished(job)["status"]["status"] == "completed"
-    made = nmap_calls()[before:]
+    trial = ["-n", "-sL", "-oX", "-", "127.0.0.1"]  # with which a worker tries nmap out, sending nothing
+    made = [call for call in nmap_calls()[before:] if call != trial]
     assert made
     for call in made:
         split = call.index("--")
@@ -306,6 +307,7 @@ def operations(stack: Stack) -> Iterator[tuple[str, str, dict[str, Any]]]:
             yield verb.upper(), path, operation
 
 
+FOR_ADMINISTRATORS = ("/api/v1/audit", "/api/v1/revocation")
 BODIES = {"subnet": subnet(name="taken"), "policy": policy(name="taken")}
 
 
@@ -333,7 +335,7 @@ def test_another_users_things_are_not_there(stack: Stack, caller: Callers, audit
     before = seen()
     tried = {}
     for method, path, operation in operations(stack):
-        if "{" in path:
+        if "{" in path and not path.startswith(FOR_ADMINISTRATORS):
             body = BODIES.get(path.split("/")[3]) if method == "PUT" else None
             answer = theirs.http.request(method, path.format(**ids), json=body)
             id_ = refused(answer, 403 if path.endswith("/results") else 404, f"{method} {path}")
@@ -379,7 +381,7 @@ def test_a_body_has_its_own_fields_alone(stack: Stack, caller: Callers, audited:
     asked = [
         refused(http.request(method, re.sub(r"{\w+}", "1", path), json=bodies[path.split("/")[3]] | extra), 400, path)
         for method, path, operation in operations(stack)
-        if "requestBody" in operation
+        if "requestBody" in operation and not path.startswith(FOR_ADMINISTRATORS)
         for extra in EXTRA
     ]
     assert len(asked) >= 5 * len(EXTRA)
