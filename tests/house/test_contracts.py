@@ -10,37 +10,28 @@ from pydantic import BaseModel
 
 from scanfleet.messages import Message, export
 
-# Formats whose texts the parser bounds: longer ones are none.
-BOUNDED_FORMATS = {"date-time"}
+RANGES = [{low, high} for low in ("minimum", "exclusiveMinimum") for high in ("maximum", "exclusiveMaximum")]
+LIMITS: dict[Any, list[set[str]]] = {
+    "string": [{"maxLength"}, {"format"}],  # the parser of a format bounds its texts
+    "integer": RANGES,
+    "number": RANGES,
+    "array": [{"maxItems"}],
+    "object": [{"properties"}],
+}
 
 
 def unbounded(schema: Any, where: str = "") -> Iterator[str]:
     """The places of a JSON schema that take a text, number, list or object without a maximum."""
-    if "$ref" in schema or "const" in schema or "enum" in schema:
+    if schema.keys() & {"$ref", "const", "enum"} or schema.get("type") in {"boolean", "null"}:
         return
-    if "anyOf" in schema:
-        for each in schema["anyOf"]:
-            yield from unbounded(each, where)
-        return
-    match schema.get("type"):
-        case "string" if "maxLength" not in schema and schema.get("format") not in BOUNDED_FORMATS:
-            yield f"{where}: a text without maxLength"
-        case "integer" | "number" as kind:
-            if not (
-                {"minimum", "exclusiveMinimum"} & schema.keys() and {"maximum", "exclusiveMaximum"} & schema.keys()
-            ):
-                yield f"{where}: {kind} without minimum and maximum"
-        case "array":
-            if "maxItems" not in schema:
-                yield f"{where}: a list without maxItems"
-            yield from unbounded(schema.get("items", {}), f"{where}[]")
-        case "object" if "properties" in schema:
-            for name, inner in schema["properties"].items():
-                yield from unbounded(inner, f"{where}.{name}")
-        case "string" | "boolean" | "null":
-            return
-        case other:
-            yield f"{where}: {other} of any size"
+    inner = {f"{where}.{name}": part for name, part in schema.get("properties", {}).items()}
+    inner |= {f"{where}[]": schema["items"]} if "items" in schema else {}
+    for place, part in inner.items():
+        yield from unbounded(part, place)
+    for each in schema.get("anyOf", ()):
+        yield from unbounded(each, where)
+    if "anyOf" not in schema and not any(limits <= schema.keys() for limits in LIMITS.get(schema.get("type"), ())):
+        yield f"{where}: {schema.get('type')} without a maximum"
 
 
 def unbounded_fields(model: type[BaseModel]) -> list[str]:

@@ -6,7 +6,7 @@ import re
 from ipaddress import ip_address
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import FailFast, Field, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
 from scanfleet.messages.base import Message
 from scanfleet.messages.fields import Address, ChunkId, Id, Number, Positive, Reason, Seconds, WorkerId
@@ -14,6 +14,7 @@ from scanfleet.outcomes import MAX_ADDRESSES, OutcomeMap
 from scanfleet.policy import ChunkPorts, ScanPolicy
 
 MAX_SLOTS: Final = 256  # of one worker
+MAX_EXCLUDED_CHARS: Final = 5 * MAX_ADDRESSES
 
 Technique = Literal["connect", "syn"]
 
@@ -59,6 +60,30 @@ class _Fenced(ChunkMessage):
     """With `attempt` the chunk's fencing token: only its current holder can change the chunk."""
 
 
+class Grant(BaseModel):
+    """What an attempt covers, signed by the orchestrator; see `scanfleet.grants`. The worker passes it on unchanged."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+    user_id: Id
+    first_address: Address
+    addresses: Annotated[int, Field(ge=1, le=MAX_ADDRESSES)]
+    """How many, from `first_address` on."""
+
+    excluded: Annotated[str, Field(pattern=r"^[0-9,-]*$", max_length=MAX_EXCLUDED_CHARS)] = ""
+    """Places from 0 of addresses that are not covered, as ranges: "0,4-7"."""
+
+    ports: ChunkPorts
+    signature: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{8}\.[A-Za-z0-9_-]{86}$", max_length=95)]
+    """The id of the key, a dot, and the Ed25519 signature of job, chunk, attempt, worker and all of the above (base64url)."""
+
+    @model_validator(mode="after")
+    def _within_the_address_space(self) -> Self:
+        # Adding to an address raises past the end of its family.
+        _ = ip_address(self.first_address) + (self.addresses - 1)
+        return self
+
+
 class ScanChunk(_Fenced):
     """Scan the blanks of `outcomes`."""
 
@@ -84,6 +109,9 @@ class ScanChunk(_Fenced):
 
     min_rate: Positive | None = None
     """Probes a second of this nmap below which silence must not slow it."""
+
+    grant: Grant | None = None
+    """What result-store accepts of this attempt."""
 
     @model_validator(mode="after")
     def _within_the_address_space(self) -> Self:
@@ -130,6 +158,9 @@ class ChunkScanned(_Mapped):
     technique: Technique
     reason: Reason = ""
     """Why addresses were refused, if any were."""
+
+    grant: Grant | None = None
+    """As in the ScanChunk; without it, result-store drops the message."""
 
 
 class ChunkFailed(_Mapped):

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
-from scanfleet.messages.chunks import Technique, _Fenced
+from scanfleet.messages.chunks import Grant, Technique, _Fenced
 from scanfleet.messages.fields import MAX_BYTES, Address, Id
 from scanfleet.ports import MAX_RANGES_TEXT
 
@@ -52,6 +52,8 @@ class HostScanned(_Fenced):
     """
 
     trimmed: bool = False
+    grant: Grant | None = None
+    """As in the ScanChunk; without it, result-store drops the message."""
 
     @property
     def event_id(self) -> str:

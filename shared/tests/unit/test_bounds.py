@@ -14,7 +14,7 @@ from scanfleet.messages import HostScanned, Message, PortFound, export
 from scanfleet.messages.envelope import RawRecord, decode, encode
 from scanfleet.messages.fields import MAX_BYTES
 from scanfleet.messages.results import MAX_FOUND
-from scanfleet.messages.topics import SCAN_RESULTS, TOPICS
+from scanfleet.messages.topics import SCAN_RESULTS, TOPICS, Topic
 from scanfleet.ports import MAX_RANGES_TEXT
 from scanfleet.testing.hostile import hostile_messages
 
@@ -23,6 +23,16 @@ CPU_SECONDS = 0.5  # for one record of 100 kB, on a loaded machine; a quadratic 
 
 def example(kind: type[Message]) -> Any:
     return json.loads((export.EXAMPLES / export.CURRENT / export.file_name(kind)).read_text(encoding="utf-8"))
+
+
+def outcome(topic: Topic, record: RawRecord) -> str:
+    """Why the record is refused; empty when it is accepted, and then it can be sent again."""
+    try:
+        message = decode(topic, record)
+    except MessageError as error:
+        return str(error)
+    encode(topic, message, source="test")
+    return ""
 
 
 @pytest.mark.proves("A21", "G9")
@@ -34,11 +44,9 @@ def test_decode_hostile_value_in_any_field_ends_in_bounded_time(kind: type[Messa
     for what, value in hostile_messages(example(kind)):
         record = RawRecord(topic.name, 0, 0, utc_now(), good.key, value, good.headers)
         began = time.process_time()
-        try:
-            encode(topic, decode(topic, record), source="test")
-        except MessageError as error:
-            assert len(str(error)) <= 600, what
+        reason = outcome(topic, record)
         assert time.process_time() - began < CPU_SECONDS, what
+        assert len(reason) <= 600, what
 
 
 def host(**fields: Any) -> HostScanned:
@@ -57,7 +65,18 @@ def test_host_scanned_largest_real_host_fits() -> None:
 
 @pytest.mark.proves("A21")
 @pytest.mark.parametrize(
-    "address", ["eyJ" * 300_000, "fe80::1%eth0", "2001:0db8::1", "127.0.0.1 ", "0x7f000001", "::ffff:127.0.0.01"]
+    "address",
+    [
+        "eyJ" * 300_000,
+        "fe80::1%eth0",
+        "2001:0db8::1",
+        "127.0.0.1 ",
+        "",
+        "::FFFF",
+        "127.9.8.1/32",
+        "0x7f000001",
+        "::ffff:127.0.0.01",
+    ],
 )
 def test_host_scanned_address_not_canonical_is_refused(address: str) -> None:
     """An address that is long, spelled in another way or has a zone is no address of a host."""
