@@ -119,7 +119,7 @@ def forgeries(host: HostScanned, end: ChunkScanned, others: HostScanned) -> list
     assert grant is not None
     elsewhere = str(ip_address(grant.first_address) + grant.addresses)
     all_down = "d" * len(end.outcomes)
-    hosts = [
+    hosts: list[dict[str, Any]] = [
         {"grant": None, "address": elsewhere},
         {"address": elsewhere},
         {"address": elsewhere, "chunk_id": f"{host.job_id}-made-up"},
@@ -131,7 +131,7 @@ def forgeries(host: HostScanned, end: ChunkScanned, others: HostScanned) -> list
         {"ports": backdoor},
         {"ports": backdoor, "grant": grant.model_copy(update={"ports": "4444"})},
     ]
-    ends = [
+    ends: list[dict[str, Any]] = [
         {"grant": None, "outcomes": all_down},
         {"job_id": others.job_id, "chunk_id": others.chunk_id, "outcomes": all_down},
         {"attempt": end.attempt + 1, "outcomes": all_down},
