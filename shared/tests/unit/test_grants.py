@@ -13,8 +13,13 @@ from scanfleet.messages import ChunkScanned, HostScanned, PortFound
 from scanfleet.messages.chunks import Grant
 from scanfleet.testing.grants import grants, signer
 
-TOKEN = {"job_id": 41, "chunk_id": "41-3", "attempt": 2, "worker_id": "w-1"}
-CHUNK = TOKEN | {"user_id": 7, "first_address": "127.9.8.0", "outcomes": "..x.", "ports": "T:22,80-90,U:53,60-69"}
+TOKEN: dict[str, Any] = {"job_id": 41, "chunk_id": "41-3", "attempt": 2, "worker_id": "w-1"}
+CHUNK: dict[str, Any] = TOKEN | {
+    "user_id": 7,
+    "first_address": "127.9.8.0",
+    "outcomes": "..x.",
+    "ports": "T:22,80-90,U:53,60-69",
+}
 
 
 def granted(**changed: Any) -> Grant:
