@@ -162,10 +162,11 @@ def test_results_forged_or_replayed_by_a_captured_worker_have_no_effect(
     theirs = next(each for each in said if isinstance(each, HostScanned) and each.job_id == others_id)
 
     def effects() -> list[Any]:
-        state = platform.mongodb["scanfleet_job_orchestrator"]
+        clocks = platform.mongodb["scanfleet_job_orchestrator"]["clocks"].find()
+        times = {each["_id"]: each["time"] for each in clocks}  # whether a user is active changes by itself
         documents = [platform.jobs(), platform.chunks(job_id), platform.chunks(others_id), platform.closed()]
         hosts = sorted(each["_id"] for each in platform.hosts())
-        return [*documents, hosts, list(state["clocks"].find()), user.results(job_id), other.results(others_id)]
+        return [*documents, hosts, times, user.results(job_id), other.results(others_id)]
 
     before, dropped = effects(), platform.metric("result-store", "scanfleet_results_uncovered_total")
     forged = forgeries(host, end, theirs)
