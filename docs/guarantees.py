@@ -36,6 +36,7 @@ PROMISES: Final[Mapping[str, str]] = {
     "G16": "`completed` means that every probe of the request has its outcome in the ledger and every result can be read",
     "G17": "A faulty worker, host, document or job affects nothing but itself",
     "G18": "A job's packet rate never exceeds its `max_rate`, whatever the number of workers",
+    "G19": "Results and ledger of a job come only from chunks that the orchestrator dispatched",
     "G20": "The cost of a step does not grow with the size of a job or backlog; no user can exhaust the platform",
 }
 
@@ -176,9 +177,17 @@ ABUSE: Final[Mapping[str, Trial]] = {
         "1 MB of unknown keys, deep or wide JSON, many at once",
         "400 or 413 in bounded CPU time and memory; other users are served",
     ),
+    "A21": Trial(
+        "valid JSON with hostile values (long strings, infinity, 64-bit overflow) in every field of every message",
+        "dead-lettered, or accepted, in bounded time; the next record is handled",
+    ),
     "A24": Trial(
         "administrators acting on others' jobs; users trying the same",
         "allowed with an audit entry; 404, or 403 for lists",
+    ),
+    "A25": Trial(
+        "forged or replayed HostScanned, ChunkScanned; `slot_seconds` of 1e999",
+        "no effect on any job, result, ledger or clock",
     ),
     "A28": Trial(
         "a withdrawn key while the JWKS cannot be fetched; another `typ`; `cnf`; a JWKS by http; a revoked token",

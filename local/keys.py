@@ -10,7 +10,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Final
 
-from local.tokens import Issuer, make_internal_keys
+from local.tokens import Issuer, make_signing_keys
 
 DATABASES: Final = {"job-orchestrator": "scanfleet_job_orchestrator", "result-store": "scanfleet_result_store"}
 
@@ -19,7 +19,9 @@ def make(folder: Path) -> None:
     """Put into each service's folder what is missing: passwords, keys, a MongoDB URI, for MongoDB the key of its members."""
     # A volume belongs to one service, which does not run as whoever makes this.
     services = (folder / service / "internal-public.pem" for service in DATABASES)
-    make_internal_keys(folder / "api-gateway" / "internal.pem", *services, mode=0o644)
+    make_signing_keys(folder / "api-gateway" / "internal.pem", *services, mode=0o644)
+    public = folder / "result-store" / "chunk-public.pem"
+    make_signing_keys(folder / "job-orchestrator" / "chunk.pem", public, mode=0o644)
     for service in folder.iterdir():
         if service.name == "mongodb":
             _once(service / "key", token_hex(24))

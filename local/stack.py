@@ -360,8 +360,8 @@ class Stack:
             "SCANFLEET_LEASE_SECONDS": str(LEASE),
             "SCANFLEET_WRITES_PER_MINUTE": str(WRITES),
         }
-        key, public_keys = self.folder / "internal" / "private.pem", self.folder / "internal" / "public.pem"
-        tokens.make_internal_keys(key, public_keys)
+        key, public_keys = self._signing_keys("internal")
+        chunk_key, chunk_public_keys = self._signing_keys("chunk")
         if service in WITH_DATABASE:
             variables["SCANFLEET_INTERNAL_PUBLIC_KEYS_FILE"] = str(public_keys)
             variables["SCANFLEET_DATABASE"] = self.database(service)
@@ -370,6 +370,10 @@ class Stack:
                 variables["SCANFLEET_MONGODB"] = uri
             else:
                 variables["SCANFLEET_MONGODB_FILE"] = str(self._credentials.file(f"{service}-mongodb", uri))
+        if service == "job-orchestrator":
+            variables["SCANFLEET_CHUNK_KEY_FILE"] = str(chunk_key)
+        if service == "result-store":
+            variables["SCANFLEET_CHUNK_PUBLIC_KEYS_FILE"] = str(chunk_public_keys)
         if service != "api-gateway":
             variables["SCANFLEET_TRUSTED_PROXIES"] = "127.0.0.1/32"  # the gateway
         else:
@@ -385,6 +389,12 @@ class Stack:
         for whose in (service, name):
             more |= self._settings_of.get(whose, {})
         return {variable: value for variable, value in more.items() if value is not None}
+
+    def _signing_keys(self, purpose: str) -> tuple[Path, Path]:
+        """The files with the private and the public key."""
+        private, public = self.folder / purpose / "private.pem", self.folder / purpose / "public.pem"
+        tokens.make_signing_keys(private, public)
+        return private, public
 
     def _way_to_the_bus(self, service: str | None = None) -> dict[str, str]:
         settings = self.kafka_settings(service).model_dump(mode="json", exclude_none=True)

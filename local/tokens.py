@@ -1,6 +1,6 @@
 """A key pair of the stack's own, and tokens signed with it.
 
-`python -m local.tokens FOLDER` makes the pair in a folder, and the gateway's pair beside it, and with `--user 7` prints a token.
+`python -m local.tokens FOLDER` makes the pair in a folder, and beside it those of the gateway and of job-orchestrator, and with `--user 7` prints a token.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Issuer:
         _write_pair(ec.generate_private_key(ec.SECP256R1()), self._private_key_file, self.public_key_file)
 
 
-def make_internal_keys(private: Path, *public: Path, mode: int = 0o600) -> None:
-    """Make the pair by which the gateway signs the tokens for the services behind it, unless it is there.
+def make_signing_keys(private: Path, *public: Path, mode: int = 0o600) -> None:
+    """Make the pair by which one service signs what others verify, unless it is there.
 
     Args:
-        private: file for the gateway.
-        public: files for the services, each with the public key.
-        mode: of the gateway's file.
+        private: file for the service that signs.
+        public: files for the services that verify, each with the public key.
+        mode: of the private file.
     """
     if not all(file.exists() for file in (private, *public)):
         _write_pair(Ed25519PrivateKey.generate(), private, *public, mode=mode)
@@ -72,7 +72,8 @@ def main() -> None:
     parser.add_argument("--admin", action="store_true")
     arguments = parser.parse_args()
     issuer = Issuer(arguments.folder)
-    make_internal_keys(arguments.folder / "internal.pem", arguments.folder / "internal-public.pem")
+    for pair in ("internal", "chunk"):
+        make_signing_keys(arguments.folder / f"{pair}.pem", arguments.folder / f"{pair}-public.pem")
     if arguments.user is not None:
         print(issuer.token(arguments.user, admin=arguments.admin))
 

@@ -15,7 +15,7 @@ from uuid import uuid4
 import structlog
 from prometheus_client import Counter as Metric
 
-from scanfleet.bus import Bus, Publisher
+from scanfleet.bus import Bus, Publisher, Record
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError, Rule
 from scanfleet.loop import Loop
@@ -80,6 +80,10 @@ class Refusals:
         """A task to scan what must not be scanned: the rules have changed since its job was accepted, or it is forged."""
         topic = SCAN_TASKS.name
         self._add_message(topic, topic, str(chunk.user_id), f"{chunk.subject}: {reason}", Rule.TARGETS)
+
+    def add_uncovered(self, record: Record, reason: str) -> None:
+        """A result that no grant of the orchestrator covers: its worker is forged, captured or of an old release."""
+        self._add_message(record.topic, record.topic, "", f"{record.message.subject}: {reason}", Rule.SIGNATURE)
 
     async def tell(self, publisher: Publisher) -> None:
         """Publish what waits.

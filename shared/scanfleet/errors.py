@@ -22,6 +22,7 @@ class Rule(StrEnum):
     RATE = "rate"
     CONCURRENCY = "concurrency"
     MESSAGE = "message"
+    SIGNATURE = "signature"
 
 
 class ScanfleetError(Exception):

@@ -15,6 +15,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     StrictBool,
     StrictInt,
@@ -23,7 +24,7 @@ from pydantic import (
 )
 
 from scanfleet.errors import ScanfleetError
-from scanfleet.ports import PortSet
+from scanfleet.ports import MAX_TEXT, PortSet
 
 # Of a category we take only the scripts that look at their target alone: none that sends packets elsewhere (broadcast,
 # external), guesses passwords, floods, exploits or leaves something behind.
@@ -70,9 +71,12 @@ def _script(name: str) -> str:
 Ports = Annotated[
     str,
     AfterValidator(_ports),
-    Field(description='nmap\'s syntax ("22,80,8000-8100", "T:80,U:53"), or "top:100" for the most common TCP ports.'),
+    Field(
+        json_schema_extra={"maxLength": MAX_TEXT},
+        description='nmap\'s syntax ("22,80,8000-8100", "T:80,U:53"), or "top:100" for the most common TCP ports.',
+    ),
 ]
-ChunkPorts = Annotated[str, AfterValidator(_chunk_ports)]
+ChunkPorts = Annotated[str, AfterValidator(_chunk_ports), Field(json_schema_extra={"maxLength": MAX_TEXT})]
 """A part of a policy's ports, which of `top:100` may be `top:51-100`."""
 TcpTechnique = Annotated[
     Literal["auto", "connect", "syn"],
@@ -144,7 +148,9 @@ class ScanPolicy(BaseModel):
     service_detection: ServiceDetection = True
     version_intensity: VersionIntensity = 7
     os_detection: OsDetection = False
-    scripts: Annotated[tuple[_Word, ...], Field(max_length=64, description="NSE categories or scripts.")] = ()
+    scripts: Annotated[
+        tuple[_Word, ...], Field(max_length=64, description="NSE categories or scripts."), FailFast()
+    ] = ()
     timing: Timing = 3
     max_rate: Annotated[_Number | None, Field(description="Packets a second of the whole job.")] = None
     min_rate: Annotated[_Number | None, Field(description="Probes a second of the whole job in silence.")] = None
@@ -152,7 +158,7 @@ class ScanPolicy(BaseModel):
     max_retries: _Number | None = None
     host_timeout: Annotated[
         _Number,
-        BeforeValidator(_host_timeout, json_schema_input_type=int | None),
+        BeforeValidator(_host_timeout, json_schema_input_type=_Number | None),
         Field(description="Seconds after which nmap gives up on a host."),
     ] = HOST_TIMEOUT_SECONDS
 

@@ -19,10 +19,10 @@ from scanfleet import policy as vocabulary
 from scanfleet.clock import Time
 from scanfleet.messages import AuditEntry, Job, JobStatus
 from scanfleet.messages.commands import MAX_SUBNETS
+from scanfleet.messages.fields import MAX_ID
 from scanfleet.policy import Preset, ScanPolicy, fill_in
 from scanfleet.targets import MAX_EXCLUDES
 
-MAX_ID = 2**53 - 1  # the largest integer that JavaScript keeps exact
 MAX_BODY_BYTES = 16 * 1024  # of a request; the largest policy, with 10,000 characters of ports, takes 13 kB
 BODY_LIMITS = {
     "/api/v1/task": 32 * 1024,  # 1,000 subnet ids of 17 digits

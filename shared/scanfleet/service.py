@@ -39,8 +39,9 @@ from scanfleet.errors import ConfigurationError, DependencyError, PublicError, R
 from scanfleet.front import Front
 from scanfleet.messages import AuditEntry
 from scanfleet.messages.audit import MAX_REASON_CHARS
+from scanfleet.messages.fields import MAX_ID
 from scanfleet.proxies import Proxies
-from scanfleet.rest import BODY_LIMITS, MAX_BODY_BYTES, MAX_ID
+from scanfleet.rest import BODY_LIMITS, MAX_BODY_BYTES
 from scanfleet.settings import FrontSettings
 from scanfleet.startup import Startup
 

@@ -24,7 +24,8 @@ from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.messages import CancelJob, CommandRejected, WorkerReady
 from scanfleet.messages.envelope import Headers, RawRecord, encode
-from scanfleet.messages.topics import MAX_BYTES, SCAN_REPLIES, SCAN_WORKERS
+from scanfleet.messages.fields import MAX_BYTES
+from scanfleet.messages.topics import SCAN_REPLIES, SCAN_WORKERS
 from scanfleet.settings import KafkaSettings
 from scanfleet.testing.bus import MemoryBroker, MemoryBus
 from scanfleet.testing.consumers import Recorder, Running, until

@@ -12,6 +12,8 @@ from typing import Any, Final
 from job_orchestrator.domain.job import TABLE
 from local.client import FINAL
 from local.wait import until
+from scanfleet.auth import read_public_keys
+from scanfleet.grants import Grants
 from scanfleet.messages import HostScanned, JobEvent, JobProgressed, JobStatus
 from scanfleet.messages.topics import SCAN_EVENTS, SCAN_RESULTS
 from scanfleet.outcomes import Outcome, index_of
@@ -106,12 +108,14 @@ class Invariants:
             assert {event.user_id for event in events} == {job["user_id"]}, id_
 
     def _first_hosts(self) -> dict[int, dict[tuple[str, str], HostScanned]]:
-        """By job, the first word in the log about each address of each chunk."""
+        """By job, the first word in the log about each address of each chunk that the orchestrator's signature covers."""
+        grants = Grants(read_public_keys(self._platform.stack.folder / "chunk" / "public.pem"))
         found: dict[int, dict[tuple[str, str], HostScanned]] = defaultdict(dict)
         for said in self._platform.said(SCAN_RESULTS, HostScanned):
             host = said.message
             assert isinstance(host, HostScanned)
-            found[host.job_id].setdefault((host.chunk_id, host.address), host)
+            if not grants.fault(host):
+                found[host.job_id].setdefault((host.chunk_id, host.address), host)
         return found
 
     def _one(self, job: Document, first: dict[tuple[str, str], HostScanned]) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
 from time import monotonic as clock
 from typing import Any
 
 import pytest
 
 from local.wait import until
-from scanfleet.messages.envelope import RawRecord
+from scanfleet.messages import WorkerReady, export
+from scanfleet.messages.envelope import RawRecord, encode
 from scanfleet.messages.topics import (
     SCAN_COMMANDS,
     SCAN_PROGRESS,
@@ -22,6 +26,7 @@ from scanfleet.messages.topics import (
     SCAN_WORKERS,
     Topic,
 )
+from scanfleet.testing.hostile import hostile_messages
 from tests.faults.invariants import Invariants
 from tests.faults.kit import LEASE, LIMIT, STEADY, TINY, Caller, Document, Platform
 
@@ -117,6 +122,48 @@ def test_poison_on_every_topic(platform: Platform, user: Caller, invariants: Inv
         LIMIT,
         "the gateways to have counted the junk",
     )
+    invariants.check()
+
+
+def cpu_seconds(platform: Platform) -> float:
+    """What the processes of all services have used so far."""
+    ticks = 0
+    for process in platform.stack.processes():
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def hostile(topic: Topic) -> Iterator[tuple[bytes, bytes, list[tuple[str, bytes]]]]:
+    """Key, value and headers: each message of the topic with a hostile value in place of each of its parts."""
+    for kind in topic.messages:
+        example = json.loads((export.EXAMPLES / export.CURRENT / export.file_name(kind)).read_text(encoding="utf-8"))
+        if kind is WorkerReady:
+            example["slots"] = 0  # what is accepted must not draw chunks to a worker that does not exist
+        good = encode(topic, kind.model_validate(example), source="forger")
+        for _, value in hostile_messages(example, size=20_000):
+            yield good.key, value, list(good.headers)
+
+
+@pytest.mark.proves("F12", "A21", "G9")
+def test_hostile_values_on_every_topic(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """Valid JSON with a hostile value in any field of any message costs bounded CPU time, and the records behind it are handled."""
+    platform.until_read()
+    began, count = cpu_seconds(platform), 0
+    before = {topic.name: len(platform.records(topic, letters=True)) for topic in CONSUMED}
+    for topic in CONSUMED:
+        records = [(topic.name, None, *each) for each in hostile(topic)]
+        count += len(records)
+        for first in range(0, len(records), 500):
+            platform.send(records[first : first + 500])
+    assert user.finished(user.scan(platform.network(28), **TINY))["status"]["status"] == "completed"
+    platform.until_read()
+    # Two replicas or more read a topic without a group, and each refused record is written to the log; a quadratic step on one
+    # value alone takes seconds.
+    assert cpu_seconds(platform) - began < 0.05 * count
+    for topic in CONSUMED:
+        if topic not in (SCAN_REPLIES, SCAN_TASKS):  # of which each process reads all
+            assert len(platform.records(topic, letters=True)) > before[topic.name]
     invariants.check()
 
 

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from ipaddress import ip_address
 from typing import Any
 from uuid import uuid4
 
@@ -16,9 +17,12 @@ from local.wait import until
 from scanfleet.messages import (
     CancelJob,
     ChunkProgressed,
+    ChunkReleased,
     ChunkScanned,
     CommandRejected,
+    HostScanned,
     Message,
+    PortFound,
     ScanChunk,
     StopChunk,
     SubmitJobs,
@@ -29,6 +33,7 @@ from scanfleet.messages.topics import (
     SCAN_COMMANDS,
     SCAN_PROGRESS,
     SCAN_REPLIES,
+    SCAN_RESULTS,
     SCAN_TASKS,
     SCAN_WORKERS,
     Topic,
@@ -105,6 +110,83 @@ def test_forged_reports(platform: Platform, user: Caller, invariants: Invariants
     forge(platform, SCAN_PROGRESS, ChunkProgressed(**token, worker_id="nobody", outcomes=done), key=b"elsewhere")
     until(lambda: len(platform.records(SCAN_PROGRESS, letters=True)) == letters + 1, LIMIT, "a dead letter")
     user.cancel(job_id)
+    invariants.check()
+
+
+def forgeries(host: HostScanned, end: ChunkScanned, others: HostScanned) -> list[Message]:
+    """What a captured worker may make of a host and an end that it was given, and of a host of another chunk."""
+    grant, backdoor = host.grant, (PortFound(port=4444, service="backdoor"),)
+    assert grant is not None
+    elsewhere = str(ip_address(grant.first_address) + grant.addresses)
+    all_down = "d" * len(end.outcomes)
+    hosts: list[dict[str, Any]] = [
+        {"grant": None, "address": elsewhere},
+        {"address": elsewhere},
+        {"address": elsewhere, "chunk_id": f"{host.job_id}-made-up"},
+        {"address": elsewhere, "grant": grant.model_copy(update={"addresses": 1_024})},
+        {"job_id": others.job_id, "chunk_id": others.chunk_id, "user_id": others.user_id, "address": elsewhere},
+        {"job_id": others.job_id, "user_id": others.user_id},
+        {"user_id": others.user_id},
+        {"attempt": host.attempt + 1},
+        {"ports": backdoor},
+        {"ports": backdoor, "grant": grant.model_copy(update={"ports": "4444"})},
+    ]
+    ends: list[dict[str, Any]] = [
+        {"grant": None, "outcomes": all_down},
+        {"job_id": others.job_id, "chunk_id": others.chunk_id, "outcomes": all_down},
+        {"attempt": end.attempt + 1, "outcomes": all_down},
+        {"first_address": elsewhere},
+        {"outcomes": "d"},
+    ]
+    return [
+        *(host.model_copy(update=changed) for changed in hosts),
+        *(end.model_copy(update=changed) for changed in ends),
+    ]
+
+
+@pytest.mark.proves("A25", "G19")
+def test_results_forged_or_replayed_by_a_captured_worker_have_no_effect(
+    platform: Platform, user: Caller, invariants: Invariants
+) -> None:
+    """Hosts and ends without a signature that covers them, replays, and infinite slot seconds leave results, ledger and clocks."""
+    with platform.servers():
+        job_id = user.scan(platform.network(24), **TINY)
+        assert user.finished(job_id)["status"]["status"] == "completed"
+        other = platform.caller()
+        others_id = other.scan(platform.network(25), **TINY)
+        assert other.finished(others_id)["status"]["status"] == "completed"
+    said = [each.message for each in platform.said(SCAN_RESULTS, HostScanned, ChunkScanned)]
+    mine = [each for each in said if isinstance(each, HostScanned | ChunkScanned) and each.job_id == job_id]
+    host = next(each for each in mine if isinstance(each, HostScanned) and each.ports)
+    end = next(each for each in mine if isinstance(each, ChunkScanned) and each.chunk_id == host.chunk_id)
+    theirs = next(each for each in said if isinstance(each, HostScanned) and each.job_id == others_id)
+
+    def effects() -> list[Any]:
+        clocks = platform.mongodb["scanfleet_job_orchestrator"]["clocks"].find()
+        times = {each["_id"]: each["time"] for each in clocks}  # whether a user is active changes by itself
+        documents = [platform.jobs(), platform.chunks(job_id), platform.chunks(others_id), platform.closed()]
+        hosts = sorted(each["_id"] for each in platform.hosts())
+        return [*documents, hosts, times, user.results(job_id), other.results(others_id)]
+
+    before, dropped = effects(), platform.metric("result-store", "scanfleet_results_uncovered_total")
+    forged = forgeries(host, end, theirs)
+    forge(platform, SCAN_RESULTS, *forged)
+    # Valid signatures, but of a chunk that is closed.
+    late = host.model_copy(update={"ports": (), "outcome": "s"})
+    forge(platform, SCAN_RESULTS, late, end.model_copy(update={"outcomes": "d" * len(end.outcomes)}), *mine)
+    chunk = platform.chunks(job_id)[0]
+    token = {"job_id": job_id, "chunk_id": chunk["_id"], "attempt": chunk["attempt"], "worker_id": chunk["worker_id"]}
+    released = ChunkReleased(**token, outcomes=chunk["outcomes"], reason="", slot_seconds=123_456_789)
+    made = encode(SCAN_PROGRESS, released, source="forger")
+    letters = len(platform.records(SCAN_PROGRESS, letters=True))
+    infinite = made.value.replace(b"123456789.0", b"1e999")
+    assert infinite != made.value
+    platform.send([(SCAN_PROGRESS.name, None, made.key, value, made.headers) for value in (made.value, infinite)])
+    platform.until_read()
+    assert effects() == before
+    assert platform.metric("result-store", "scanfleet_results_uncovered_total") == dropped + len(forged)
+    assert len(platform.records(SCAN_PROGRESS, letters=True)) == letters + 1
+    other.close()
     invariants.check()
 
 

@@ -23,8 +23,9 @@ from job_orchestrator.handlers.sweep import Sweeper
 from job_orchestrator.repository import MongoAccess, MongoStore
 from job_orchestrator.settings import Settings
 from scanfleet import logging, mongo, service, tracing
-from scanfleet.auth import InternalVerifier, read_public_keys
+from scanfleet.auth import InternalVerifier, read_private_key, read_public_keys
 from scanfleet.bus import Handler, Publisher
+from scanfleet.grants import Signer
 from scanfleet.kafka import KafkaBus
 from scanfleet.loop import Loop
 from scanfleet.messages.topics import (
@@ -52,6 +53,7 @@ class Orchestrator:
         publisher: Publisher,
         *,
         rules: TargetRules,
+        signer: Signer,
         clock: PlatformTime,
         lease_seconds: float,
         stored_seconds: float,
@@ -73,6 +75,7 @@ class Orchestrator:
         self.dispatcher = Dispatcher(
             store,
             publisher,
+            signer,
             lease_seconds=lease_seconds,
             clock=clock,
             take_back=self.progress.take_back,
@@ -84,6 +87,7 @@ class Orchestrator:
             self.jobs,
             lambda: self.progress.partitions,
             clock,
+            signer=signer,
             stored_seconds=stored_seconds,
             raw_worker_seconds=raw_worker_seconds,
             monotonic=monotonic,
@@ -108,6 +112,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         startup: Startup = app.state.startup
         async with AsyncExitStack() as stack:
             app.state.verifier = InternalVerifier(read_public_keys(settings.internal_public_keys_file), ORCHESTRATOR)
+            signer = Signer(read_private_key(settings.chunk_key_file))
             database = mongo.connect(settings.mongodb_uri, settings.database)
             stack.callback(database.client.close)
             store = MongoStore(database, keep_audit=timedelta(days=settings.audit_days))
@@ -127,6 +132,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 store,
                 bus,
                 rules=settings.target_rules,
+                signer=signer,
                 clock=clock,
                 lease_seconds=settings.lease_seconds,
                 stored_seconds=settings.stored_seconds,

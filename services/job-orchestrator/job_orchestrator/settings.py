@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 
 from scanfleet.settings import CommonSettings, InternalTokenSettings, KafkaSettings, MongoSettings, TargetSettings
 
 
 class Settings(CommonSettings, KafkaSettings, MongoSettings, InternalTokenSettings, TargetSettings):
+    chunk_key_file: Path = Field(
+        description="PEM file with the Ed25519 key that signs chunks, read once at start; result-store verifies by it what workers "
+        "report.",
+    )
     lease_seconds: float = Field(
         30.0,
         ge=3.0,  # workers report each second

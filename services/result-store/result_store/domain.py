@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from heapq import merge
-from ipaddress import ip_address
 from typing import Final
 
 from scanfleet.bus import Record
@@ -137,18 +136,16 @@ def fold(records: Iterable[Record]) -> Batch:
     """Sort a batch out.
 
     Raises:
-        MessageError: a message names an address or ports that are none.
+        MessageError: a message names ports that are none.
     """
     batch = Batch()
     for record in records:
         place = Place(record.timestamp, record.offset)
         match record.message:
             case HostScanned() as host:
-                _check_addresses(host.address, 1)
                 _check_ports(host)
                 batch.hosts.setdefault(host.event_id, Host(host, place))
             case ChunkScanned() as chunk:
-                _check_addresses(chunk.first_address, len(chunk.outcomes))
                 batch.scanned.append((chunk, place))
     return batch
 
@@ -192,16 +189,6 @@ def _index(first: str, address: str) -> int:
         return index_of(first, address)
     except ValueError:  # of the other family: in no map of this chunk
         return -1
-
-
-def _check_addresses(first: str, count: int) -> None:
-    try:
-        canonical = str(ip_address(first))
-        address_at(first, count - 1)
-    except ValueError as error:
-        raise MessageError(f"not {count} addresses from {first!r} on: {error}") from error
-    if canonical != first or "%" in first:  # a host written in two ways would be two; an IPv6 zone may be any text
-        raise MessageError(f"{first!r} is not a canonical address without zone")
 
 
 def _check_ports(host: HostScanned) -> None:

@@ -11,8 +11,11 @@ from prometheus_client import Counter
 
 from result_store.domain import Batch, ClosedChunk, Host, StoredHost, close, fold
 from scanfleet import tracing
+from scanfleet.audit import Refusals
 from scanfleet.bus import Publisher, Record
-from scanfleet.messages import ChunkIncomplete, ChunkMessage, ChunkScanned, ChunkStored
+from scanfleet.errors import MessageError
+from scanfleet.grants import Grants
+from scanfleet.messages import ChunkIncomplete, ChunkMessage, ChunkScanned, ChunkStored, HostScanned
 from scanfleet.messages.topics import SCAN_STORED
 
 _hosts = Counter("scanfleet_results_hosts_stored", "Hosts stored.")
@@ -20,6 +23,8 @@ _duplicates = Counter("scanfleet_results_duplicates", "Hosts that were stored al
 _late = Counter("scanfleet_results_late", "Hosts that came after their chunk was closed; no results, if they are new.")
 _closed = Counter("scanfleet_results_chunks_closed", "Chunks closed.")
 _incomplete = Counter("scanfleet_results_chunks_incomplete", "ChunkScanned whose hosts were not all stored.")
+
+_uncovered = Counter("scanfleet_results_uncovered", "Records dropped because no valid signature covers them.")
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -45,13 +50,25 @@ class Store(Protocol):
 
 
 class ResultsHandler:
-    """Makes hosts results, and answers a ChunkScanned by what is truly stored."""
+    """Makes hosts results, and answers a ChunkScanned by what is truly stored.
 
-    def __init__(self, store: Store, publisher: Publisher) -> None:
+    Args:
+        store: where hosts and closed chunks are.
+        publisher: for the answers.
+        grants: what the orchestrator signed; records that it does not cover have no effect.
+        refusals: where these are reported.
+    """
+
+    def __init__(self, store: Store, publisher: Publisher, grants: Grants, refusals: Refusals) -> None:
         self._store = store
         self._publisher = publisher
+        self._grants = grants
+        self._refusals = refusals
 
     async def handle(self, records: Sequence[Record]) -> None:
+        records = [record for record in records if self._covered(record)]
+        if not records:
+            return
         batch = fold(records)
         with tracing.spans("store results", _traces(records), "consumer", "scanfleet.chunk.id"):
             await self._store_and_answer(records, batch)
@@ -67,6 +84,15 @@ class ResultsHandler:
         _hosts.inc(new)
         _duplicates.inc(len(records) - len(batch.scanned) - new)
         _late.inc(sum(host.scanned.chunk_id in closed for host in batch.hosts.values()))
+
+    def _covered(self, record: Record) -> bool:
+        message = record.message
+        if not isinstance(message, HostScanned | ChunkScanned):
+            raise MessageError(f"{type(message).__name__} is no result")
+        if fault := self._grants.fault(message):
+            _uncovered.inc()
+            self._refusals.add_uncovered(record, fault)
+        return not fault
 
     async def assigned(self, partitions: Collection[int]) -> None:
         """Nothing is kept for a partition."""

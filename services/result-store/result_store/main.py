@@ -13,6 +13,7 @@ from result_store.repository import MongoStore
 from result_store.settings import Settings
 from scanfleet import logging, mongo, service, tracing
 from scanfleet.auth import InternalVerifier, read_public_keys
+from scanfleet.grants import Grants
 from scanfleet.kafka import KafkaBus
 from scanfleet.messages.topics import RESULT_STORE, SCAN_RESULTS
 from scanfleet.startup import Startup
@@ -28,6 +29,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         startup: Startup = app.state.startup
         async with AsyncExitStack() as stack:
             app.state.verifier = InternalVerifier(read_public_keys(settings.internal_public_keys_file), RESULT_STORE)
+            grants = Grants(read_public_keys(settings.chunk_public_keys_file))
             database = mongo.connect(settings.mongodb_uri, settings.database)
             stack.callback(database.client.close)
             app.state.probes.depend("mongodb", lambda: mongo.ping(database))
@@ -36,7 +38,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             bus = KafkaBus(settings, source=RESULT_STORE, instance=settings.instance)
             await startup.until_there("kafka", bus.start)
             stack.push_async_callback(bus.stop)
-            consumer = bus.consume(SCAN_RESULTS, RESULT_STORE, ResultsHandler(store, bus))
+            handler = ResultsHandler(store, bus, grants, app.state.refusals)
+            consumer = bus.consume(SCAN_RESULTS, RESULT_STORE, handler)
             await startup.until_there("kafka", consumer.start)
             stack.push_async_callback(consumer.stop)
             refusals = await stack.enter_async_context(app.state.refusals.told_to(bus))

@@ -117,7 +117,7 @@ def _host_document(host: Host) -> Document:
         "_id": host.scanned.event_id,
         "created_at": host.place.created_at,
         "offset": host.place.offset,
-        **host.scanned.model_dump(exclude_defaults=True),
+        **host.scanned.model_dump(exclude_defaults=True, exclude={"grant"}),
     }
 
 

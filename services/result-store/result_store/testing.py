@@ -7,11 +7,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from result_store.domain import ClosedChunk, Host, StoredHost
-from scanfleet.bus import Record
+from result_store.handlers import ResultsHandler, Store
+from scanfleet.audit import Refusals
+from scanfleet.bus import Publisher, Record
 from scanfleet.messages import ChunkScanned, HostScanned, Message, PortFound
-from scanfleet.messages.topics import SCAN_RESULTS
+from scanfleet.messages.topics import RESULT_STORE, SCAN_RESULTS
 from scanfleet.outcomes import Outcome
 from scanfleet.rest import Result
+from scanfleet.testing.grants import grants, signed
 
 EPOCH: Final = datetime(2026, 1, 1, tzinfo=UTC)
 FIRST: Final = "127.9.8.0"
@@ -65,6 +68,11 @@ class MemoryStore:
                 yield host.results(first_id)
 
 
+def handler(store: Store, publisher: Publisher) -> ResultsHandler:
+    """Accepts what `host` and `scanned` make."""
+    return ResultsHandler(store, publisher, grants(), Refusals(RESULT_STORE))
+
+
 class Log:
     """One partition of scan-results, as the broker would stamp it: a record every millisecond."""
 
@@ -84,14 +92,18 @@ def host(address: str = "127.9.8.1", *ports: int | PortFound, chunk_id: str = "1
     """A host of job 1 of user 7 that answered, with these open ports."""
     found = tuple(PortFound(port=port) if isinstance(port, int) else port for port in ports)
     defaults = {"job_id": 1, "user_id": 7, "attempt": 1, "worker_id": "w", "outcome": "a", "technique": "connect"}
-    return HostScanned.model_validate(
-        {**defaults, "chunk_id": chunk_id, "address": address, "ports": found, **fields},
+    return signed(
+        HostScanned.model_validate(
+            {**defaults, "chunk_id": chunk_id, "address": address, "ports": found, **fields},
+        )
     )
 
 
 def scanned(outcomes: str, *, chunk_id: str = "1-0", **fields: object) -> ChunkScanned:
     """The end of a chunk of job 1 whose map begins at `FIRST`."""
     defaults = {"job_id": 1, "attempt": 1, "worker_id": "w", "slot_seconds": 1.0, "technique": "connect"}
-    return ChunkScanned.model_validate(
-        {**defaults, "first_address": FIRST, "chunk_id": chunk_id, "outcomes": outcomes, **fields},
+    return signed(
+        ChunkScanned.model_validate(
+            {**defaults, "first_address": FIRST, "chunk_id": chunk_id, "outcomes": outcomes, **fields},
+        )
     )

@@ -11,7 +11,7 @@ from math import ceil
 from typing import Final, NamedTuple
 
 from scanfleet.messages import HostScanned, ScanChunk, Technique
-from scanfleet.messages.topics import MAX_BYTES
+from scanfleet.messages.fields import MAX_BYTES
 from scanfleet.outcomes import MAX_ADDRESSES, Outcome, index_of, networks
 from scanfleet.policy import GROUP_HOSTS, ExecutablePolicy, PolicyError, ScanPolicy, executable
 from scanfleet.ports import PortSet

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from scanfleet.auth.principal import RefusedError
-from scanfleet.rest import MAX_ID
+from scanfleet.messages.fields import MAX_ID
 
 MAX_SUBJECT_CHARS: Final = 255  # OpenID Connect Core, 2: a `sub` has no more
 

@@ -137,7 +137,7 @@ async def _judge(of_token: Mapping[str, Any]) -> Principal:
 
 
 def read_private_key(file: Path) -> Ed25519PrivateKey:
-    """The gateway's key.
+    """The key that signs internal tokens, or chunks.
 
     Raises:
         ValueError: the file holds no Ed25519 private key.
@@ -150,7 +150,7 @@ def read_private_key(file: Path) -> Ed25519PrivateKey:
 
 
 def read_public_keys(file: Path) -> list[Ed25519PublicKey]:
-    """The keys of the gateway that are accepted.
+    """The keys whose signatures are accepted.
 
     Raises:
         ValueError: the file holds anything but 1 to `MAX_TRIES` Ed25519 public keys.

@@ -8,8 +8,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from scanfleet.clock import Time
 from scanfleet.messages.base import Message
+from scanfleet.messages.fields import Positive, Word
 
 MAX_REASON_CHARS: Final = 300
+MAX_TARGET_CHARS: Final = 20_000  # a command names up to a thousand subnets or jobs
+MAX_NAME_CHARS: Final = 255  # of a user or a source
+
+Name = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
 
 
 class AuditEntry(BaseModel):
@@ -17,32 +22,32 @@ class AuditEntry(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
-    id: str
+    id: Word
     time: Time
-    service: str
+    service: Word
     """Who decided."""
 
-    subject: str
+    subject: Name
     """The user's id; empty when no good token said whose request it was."""
 
-    source: str
+    source: Name
     """The address that the request came from; of a message its topic, and of one that cannot be read its partition and offset."""
 
-    action: str
+    action: Word
     """The operation, by its name in the OpenAPI document; or that a message was consumed."""
 
-    target: str
+    target: Annotated[str, Field(max_length=MAX_TARGET_CHARS)]
     """What it was done to, or would have been."""
 
     decision: Literal["allowed", "refused"]
-    rule: str
+    rule: Word
     """Which rule decided; empty when a user did what is theirs to do."""
 
     reason: Annotated[str, Field(max_length=MAX_REASON_CHARS)] = ""
     """What was wrong, where the rule does not say it all: of a refused token the claim and why, never its value."""
 
-    request_id: str
-    count: Annotated[int, Field(ge=1)] = 1
+    request_id: Word
+    count: Positive = 1
     """How many refusals alike this entry stands for; `target` and `request_id` are those of the last."""
 
 

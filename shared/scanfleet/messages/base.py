@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Final
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field
+
+MAX_TRACEPARENT_CHARS: Final = 55
 
 
 class Message(BaseModel):
@@ -18,7 +20,7 @@ class Message(BaseModel):
     compact: ClassVar[bool] = False
     """Leave out fields that hold their default: for messages that can come near the broker's size limit."""
 
-    traceparent: str | None = Field(default=None, exclude=True)
+    traceparent: str | None = Field(default=None, exclude=True, max_length=MAX_TRACEPARENT_CHARS)
     """W3C trace context; travels in the header of that name, never in the value."""
 
     @property

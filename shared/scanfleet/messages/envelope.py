@@ -13,7 +13,8 @@ from scanfleet import tracing
 from scanfleet.clock import utc_now
 from scanfleet.errors import MessageError
 from scanfleet.messages.base import Message
-from scanfleet.messages.topics import MAX_BYTES, Topic
+from scanfleet.messages.fields import MAX_BYTES
+from scanfleet.messages.topics import Topic
 from scanfleet.tracing import TRACEPARENT
 
 Headers = Sequence[tuple[str, bytes | None]]

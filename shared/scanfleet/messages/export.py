@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from scanfleet.messages.base import Message
-from scanfleet.messages.topics import DEAD_LETTER_RETENTION, MAX_BYTES, TOPICS, Topic
+from scanfleet.messages.fields import MAX_BYTES
+from scanfleet.messages.topics import DEAD_LETTER_RETENTION, TOPICS, Topic
 
 EXAMPLES: Final = Path(__file__).parent / "examples"
 CURRENT: Final = "current"

@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from scanfleet.messages.base import Message
+from scanfleet.messages.fields import MAX_COUNT, MAX_ERROR_CHARS, Count, Id, Seconds, Word
 
 
 class JobStatus(StrEnum):
@@ -28,10 +29,10 @@ class Job(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    id: int
-    user_id: int
-    policy_id: int
-    subnet_id: int
+    id: Id
+    user_id: Id
+    policy_id: Id
+    subnet_id: Id
     status: JobStatus
     start_time: AwareDatetime | None
     end_time: AwareDatetime | None
@@ -42,16 +43,16 @@ class Job(BaseModel):
 class JobEvent(Message):
     """A full snapshot of a job under its `seq`; a reader skips a `seq` that is not above its last."""
 
-    user_id: int
-    seq: Annotated[int, Field(ge=1)]
+    user_id: Id
+    seq: Annotated[int, Field(ge=1, le=MAX_COUNT)]
     job: Job
     progress: Annotated[int, Field(ge=0, le=100)]
-    machines_found: Annotated[int, Field(ge=0)]
-    error: str
-    eta_seconds: Annotated[float, Field(ge=0)] | None = None
+    machines_found: Count
+    error: Annotated[str, Field(max_length=MAX_ERROR_CHARS)]
+    eta_seconds: Seconds | None = None
     """Seconds until the job is expected to end; null while unknown, and in its final events."""
 
-    waiting: str = ""
+    waiting: Word = ""
     """Why no worker holds a chunk of the job, for example `no_raw_worker`; empty while one does."""
 
     @property

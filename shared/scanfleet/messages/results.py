@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
-from scanfleet.messages.chunks import Technique, _Fenced
+from scanfleet.messages.chunks import Grant, Technique, _Fenced
+from scanfleet.messages.fields import MAX_BYTES, Address, Id
+from scanfleet.ports import MAX_RANGES_TEXT
+
+MAX_FOUND: Final = 8_192  # ports of one chunk
+MAX_LINE_CHARS: Final = 10_000
+MAX_TEXT_CHARS: Final = MAX_BYTES  # a longer text fits in no message
+
+Line = Annotated[str, Field(max_length=MAX_LINE_CHARS)]
+Lines = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 
 
 class PortFound(BaseModel):
@@ -17,11 +26,11 @@ class PortFound(BaseModel):
     port: Annotated[int, Field(ge=0, le=65_535)]
     protocol: Literal["tcp", "udp"] = "tcp"
     status: Literal["open", "open|filtered"] = "open"
-    service: str = ""
-    version: str = ""
-    os_info: str = ""
-    banner: str = ""
-    raw_data: str = ""
+    service: Line = ""
+    version: Line = ""
+    os_info: Line = ""
+    banner: Lines = ""
+    raw_data: Lines = ""
 
 
 class HostScanned(_Fenced):
@@ -29,20 +38,22 @@ class HostScanned(_Fenced):
 
     compact: ClassVar[bool] = True
 
-    user_id: int
-    address: str
+    user_id: Id
+    address: Address
     outcome: Literal["a", "s", "t"]
     """Answered, silent or timed out (see `scanfleet.outcomes`); a host that is down is only in the map."""
 
     technique: Technique
-    ports: tuple[PortFound, ...] = ()
-    open_filtered: str = ""
+    ports: Annotated[tuple[PortFound, ...], Field(max_length=MAX_FOUND), FailFast()] = ()
+    open_filtered: Annotated[str, Field(max_length=MAX_RANGES_TEXT)] = ""
     """UDP ports that are `open|filtered` and of which nothing else is known, as ranges in nmap's syntax ("1-52,54").
 
     They are not in `ports`: a silent host would otherwise be thousands of equal objects.
     """
 
     trimmed: bool = False
+    grant: Grant | None = None
+    """As in the ScanChunk; without it, result-store drops the message."""
 
     @property
     def event_id(self) -> str:

@@ -38,7 +38,6 @@ WORKER: Final = "scanner-worker"
 RESULT_STORE: Final = "result-store"
 
 PARTITIONS: Final = 12  # divides evenly among 1, 2, 3, 4, 6 or 12 replicas; never changes
-MAX_BYTES: Final = 1_000_000  # of one value, below the broker's default limit of 1 MiB for a record with its headers
 
 
 @dataclass(frozen=True, slots=True)

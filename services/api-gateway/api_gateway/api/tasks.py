@@ -15,6 +15,7 @@ from api_gateway.api.state import Handed
 from scanfleet import rest, tracing
 from scanfleet.auth import Caller
 from scanfleet.messages import CancelJob, JobStatus, SubmitJobs
+from scanfleet.messages.fields import MAX_ID
 from scanfleet.service import PathId, source
 
 router = APIRouter(prefix="/api/v1/task", tags=["task"], route_class=Route)
@@ -47,7 +48,7 @@ _STATUS: Final = query(
 )
 _USER_ID: Final = query(
     "user_id",
-    {"anyOf": [{"type": "integer", "minimum": 1, "maximum": rest.MAX_ID}, {"const": "all"}]},
+    {"anyOf": [{"type": "integer", "minimum": 1, "maximum": MAX_ID}, {"const": "all"}]},
     "For administrators: the jobs of this user, or of `all`; without it the caller's own.",
 )
 _RESULT: Final = {"$ref": "#/components/schemas/Result"}

@@ -12,7 +12,9 @@ from job_orchestrator.domain.chunk import HELD, Chunk, elapsed
 from job_orchestrator.domain.store import Store
 from job_orchestrator.metrics import CHUNK_TRANSITIONS
 from scanfleet.errors import DependencyError
+from scanfleet.grants import Signer
 from scanfleet.messages import ChunkScanned, StopChunk
+from scanfleet.messages.chunks import Grant
 
 _ROUNDS: Final = 20  # each lost race is another's progress; so many in a row are a fault
 
@@ -86,7 +88,21 @@ def stop(chunk: Chunk, reason: str) -> StopChunk:
     )
 
 
-def scanned_again(chunks: Iterable[Chunk]) -> list[ChunkScanned]:
+def granted(chunk: Chunk, signer: Signer) -> Grant:
+    """What the chunk's current attempt covers."""
+    return signer.grant(
+        job_id=chunk.job_id,
+        chunk_id=chunk.id,
+        attempt=chunk.attempt,
+        worker_id=chunk.worker_id,
+        user_id=chunk.user_id,
+        first_address=chunk.first_address,
+        outcomes=chunk.outcomes,
+        ports=chunk.ports,
+    )
+
+
+def scanned_again(chunks: Iterable[Chunk], signer: Signer) -> list[ChunkScanned]:
     """Ask result-store once more to check these chunks."""
     return [
         ChunkScanned(
@@ -98,6 +114,7 @@ def scanned_again(chunks: Iterable[Chunk]) -> list[ChunkScanned]:
             outcomes=chunk.outcomes,
             slot_seconds=0.0,
             technique=chunk.technique or "connect",
+            grant=granted(chunk, signer),
         )
         for chunk in chunks
     ]

@@ -18,11 +18,12 @@ from job_orchestrator.domain.fairness import Candidate, Credit, Held
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.time import PlatformTime
-from job_orchestrator.handlers.chunks import change
+from job_orchestrator.handlers.chunks import change, granted
 from job_orchestrator.metrics import CHUNK_TRANSITIONS, SKIPPED_JOBS
 from scanfleet import tracing
 from scanfleet.bus import Publisher, Record
 from scanfleet.errors import MessageError
+from scanfleet.grants import Signer
 from scanfleet.loop import Loop
 from scanfleet.messages import ScanChunk, WorkerReady
 from scanfleet.messages.topics import SCAN_TASKS
@@ -60,6 +61,7 @@ class Dispatcher:
     Args:
         store: where jobs, chunks and clocks are.
         publisher: for tasks.
+        signer: signs what each attempt covers.
         lease_seconds: how long a chunk may go without a report of its worker.
         clock: the platform's time.
         take_back: requeues attempts, by chunk, whose worker is proven dead, with the reason.
@@ -69,6 +71,7 @@ class Dispatcher:
         self,
         store: Store,
         publisher: Publisher,
+        signer: Signer,
         *,
         lease_seconds: float,
         clock: PlatformTime,
@@ -77,6 +80,7 @@ class Dispatcher:
     ) -> None:
         self._store = store
         self._publisher = publisher
+        self._signer = signer
         self._clock = clock
         self._take_back = take_back
         self._monotonic = monotonic
@@ -294,5 +298,6 @@ class Dispatcher:
             limit=chunk.attempted if chunk.limit or chunk.attempted < chunk.blank else None,
             max_rate=plan.nmap_rate(job.policy),
             min_rate=plan.min_rate(job.policy, ports, nmaps),
+            grant=granted(chunk, self._signer),
             traceparent=traceparent,
         )

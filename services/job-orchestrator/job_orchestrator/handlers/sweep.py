@@ -17,6 +17,7 @@ from job_orchestrator.handlers.dispatch import LIVE
 from job_orchestrator.handlers.jobs import Jobs
 from job_orchestrator.metrics import CENSUS
 from scanfleet.bus import Publisher
+from scanfleet.grants import Signer
 from scanfleet.messages.topics import SCAN_RESULTS
 
 _OLD_EVENT: Final = timedelta(seconds=5)  # the replica that made it publishes it in milliseconds, if it lives
@@ -34,6 +35,7 @@ class Sweeper:
         jobs: relays and reconciles.
         partitions: answers those of scan-progress that this replica owns.
         clock: the platform's time.
+        signer: signs the repeated requests.
         stored_seconds: how long a scanned chunk waits for result-store before it is asked again.
         raw_worker_seconds: how long a job waits for a worker that may send raw packets before it fails.
     """
@@ -46,12 +48,14 @@ class Sweeper:
         partitions: Callable[[], Collection[int]],
         clock: PlatformTime,
         *,
+        signer: Signer,
         stored_seconds: float,
         raw_worker_seconds: float,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._publisher = publisher
+        self._signer = signer
         self._jobs = jobs
         self._partitions = partitions
         self._clock = clock
@@ -82,7 +86,7 @@ class Sweeper:
         overdue = await self._store.overdue_chunks(now, _PAGE, self._partitions())
         if not overdue:
             return
-        await self._publisher.publish(SCAN_RESULTS, scanned_again(overdue))
+        await self._publisher.publish(SCAN_RESULTS, scanned_again(overdue, self._signer))
         ids = [chunk.id for chunk in overdue]
         await change(self._store, ids, lambda chunk: ask_again(chunk, now, self._patience), now)
 

@@ -49,6 +49,7 @@ from scanfleet.outcomes import Outcome
 from scanfleet.policy import ScanPolicy
 from scanfleet.targets import TargetRules, parse_network
 from scanfleet.testing.bus import MemoryBus
+from scanfleet.testing.grants import signer
 
 RULES: Final = TargetRules((parse_network("127.0.0.0/8"),))
 _READ: Final = (SCAN_COMMANDS, SCAN_WORKERS, SCAN_PROGRESS, SCAN_STORED)
@@ -126,6 +127,7 @@ class Worker(_Deaf):
             first_address=task.first_address,
             slot_seconds=0.1,
             technique="connect",
+            grant=task.grant,
         )
         await self.publisher.publish(SCAN_RESULTS, [scanned])
         await self.publisher.publish(SCAN_PROGRESS, [scanned])
@@ -207,6 +209,7 @@ class World:
             store or self.store,
             publisher or self.bus,
             rules=RULES,
+            signer=signer(),
             clock=self._clock,
             lease_seconds=self.lease_seconds,
             stored_seconds=60.0,

@@ -21,6 +21,7 @@ from scanfleet.kafka import KafkaBus
 from scanfleet.messages import Message
 from scanfleet.messages.topics import ORCHESTRATOR, Topic
 from scanfleet.settings import KafkaSettings
+from scanfleet.testing.grants import signer
 
 
 class Mortal:
@@ -53,6 +54,7 @@ async def main(kafka: str, mongodb: str, prefix: str, instance: str, *death: str
         store,
         Mortal(bus, kind, moment),
         rules=RULES,
+        signer=signer(),
         clock=clock,
         lease_seconds=10.0,
         stored_seconds=5.0,

@@ -54,6 +54,7 @@ from scanfleet.messages.topics import (
     Topic,
 )
 from scanfleet.settings import KafkaSettings
+from scanfleet.testing.grants import write_chunk_keys
 from scanfleet.testing.tokens import InternalKeys
 
 pytestmark = pytest.mark.integration
@@ -87,7 +88,9 @@ class Platform:
         self.mongodb = mongodb
         self.prefix = f"replicas{uuid4().hex[:8]}-"
         self.stack = stack
-        self.keys = InternalKeys(Path(stack.enter_context(TemporaryDirectory())))
+        folder = Path(stack.enter_context(TemporaryDirectory()))
+        self.keys = InternalKeys(folder)
+        self.chunk_key_file, _ = write_chunk_keys(folder)
         self.database = mongo.connect(mongodb, self.prefix.strip("-"))
         self.store = MongoStore(self.database)
         self.bus = KafkaBus(KafkaSettings(kafka=kafka, topic_prefix=self.prefix), source="test", instance="test")
@@ -130,6 +133,7 @@ class Platform:
                 mongodb=self.mongodb,
                 database=self.database.name,
                 internal_public_keys_file=self.keys.public_keys_file,
+                chunk_key_file=self.chunk_key_file,
                 allowed_networks="127.0.0.0/8",
                 lease_seconds=10.0,
                 stored_seconds=5.0,

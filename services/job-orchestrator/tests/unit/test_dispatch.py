@@ -14,8 +14,9 @@ from job_orchestrator.domain.fairness import Clock, Credit, Held
 from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator.testing import MemoryStore, Worker, World, chunk, scan_job, scan_policy
 from scanfleet.clock import utc_now
-from scanfleet.messages import JobStatus, ScanChunk, WorkerReady
+from scanfleet.messages import ChunkScanned, JobStatus, ScanChunk, WorkerReady
 from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_TASKS, SCAN_WORKERS
+from scanfleet.testing.grants import grants
 
 
 async def chunk_of(world: World, chunk_id: str = "1-0") -> Chunk:
@@ -66,6 +67,20 @@ async def test_a_task_says_all_that_a_worker_needs(world: World) -> None:
     assert (task.attempt, task.worker_id) == (stored.attempt, stored.worker_id) == (1, "w-1")
     assert (task.first_address, task.outcomes, task.ports) == ("127.9.8.0", "....", "22,80")
     assert (task.policy.max_rate, task.lease_seconds, task.estimate_seconds) == (100, 30.0, stored.estimate)
+
+
+@pytest.mark.proves("G19")
+async def test_fill_dispatched_chunk_carries_a_valid_grant(world: World) -> None:
+    """The grant of a dispatched chunk covers the end that its worker may report, and no other chunk's."""
+    await world.start()
+    await world.worker.announce()
+    await world.submit("127.9.8.0/30")
+    await world.settle()
+    (task,) = world.worker.tasks
+    token = task.model_dump(include={"job_id", "chunk_id", "attempt", "worker_id", "first_address"})
+    end = ChunkScanned(**token, outcomes="asdt", slot_seconds=1, technique="connect", grant=task.grant)
+    assert grants().fault(end) == ""
+    assert grants().fault(end.model_copy(update={"chunk_id": "1-1"})) != ""
 
 
 async def test_a_worker_gets_no_more_than_its_slots(world: World) -> None:

@@ -10,9 +10,8 @@ import pytest
 from pymongo.uri_parser import parse_uri
 
 from result_store.domain import ClosedChunk, fold
-from result_store.handlers import ResultsHandler
 from result_store.repository import PAGE, MongoStore
-from result_store.testing import FIRST, Log, host, scanned
+from result_store.testing import FIRST, Log, handler, host, scanned
 from scanfleet import mongo
 from scanfleet.errors import DependencyError
 from scanfleet.messages.topics import SCAN_RESULTS, SCAN_STORED
@@ -107,7 +106,7 @@ async def test_results_flow_again_after_mongodb_was_away(mongodb: str, database:
     async with proxy(address, port) as between:
         detour = mongo.connect(f"mongodb://127.0.0.1:{between.port}/?directConnection=true", database.name)
         bus = MemoryBus()
-        consumer = bus.consume(SCAN_RESULTS, "result-store", ResultsHandler(MongoStore(detour), bus))
+        consumer = bus.consume(SCAN_RESULTS, "result-store", handler(MongoStore(detour), bus))
         await consumer.start()
 
         async def chunk(number: int) -> None:

@@ -27,6 +27,7 @@ async def test_a_database_that_was_set_back_goes_on_where_nothing_has_been(kafka
         mongodb=mongodb,
         database=f"restored-{uuid4().hex[:12]}",
         internal_public_keys_file="unread.pem",
+        chunk_public_keys_file="unread.pem",
     )
     await create_topics(TopicSettings(kafka=kafka, topic_prefix=settings.topic_prefix), [SCAN_RESULTS])
     bus, database = KafkaBus(settings, source="test", instance="test"), mongo.connect(mongodb, settings.database)

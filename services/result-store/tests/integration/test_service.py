@@ -25,6 +25,7 @@ from scanfleet.messages import ChunkStored, HostScanned
 from scanfleet.messages.topics import RESULT_STORE, SCAN_RESULTS, SCAN_STORED
 from scanfleet.outcomes import address_at
 from scanfleet.settings import KafkaSettings
+from scanfleet.testing.grants import write_chunk_keys
 from scanfleet.testing.tokens import InternalKeys
 
 pytestmark = pytest.mark.integration
@@ -149,6 +150,7 @@ async def test_killed_in_mid_batch_it_loses_and_doubles_nothing(kafka: str, mong
         "SCANFLEET_MONGODB": mongodb,
         "SCANFLEET_DATABASE": name,
         "SCANFLEET_INTERNAL_PUBLIC_KEYS_FILE": str(keys.public_keys_file),
+        "SCANFLEET_CHUNK_PUBLIC_KEYS_FILE": str(write_chunk_keys(tmp_path)[1]),
     }
     async with (
         emptied(mongodb, name) as database,

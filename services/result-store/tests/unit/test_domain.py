@@ -38,21 +38,10 @@ def test_a_batch_names_its_chunks() -> None:
     assert batch.chunk_ids == {"1-0", "2-0"}
 
 
-@pytest.mark.parametrize(
-    "address", ["", "x", "127.9.8", "127.9.8.01", "::FFFF", "0:0::1", "fe80::1%eth0", "127.9.8.1/32"]
-)
-def test_an_address_in_no_canonical_form_is_the_messages_fault(address: str) -> None:
-    """A host or a map whose address is none, or not the one spelling of it, is refused before anything is stored."""
-    with pytest.raises(MessageError):
-        fold(Log().append(host(address)))
-    with pytest.raises(MessageError):
-        fold(Log().append(scanned("a", first_address=address)))
-
-
 @pytest.mark.proves("G9")
-@pytest.mark.parametrize("ranges", ["x", "1-", "5-4", "65536", "1,,2", "1" * 300_000, "53", "50-60"])
+@pytest.mark.parametrize("ranges", ["x", "1-", "5-4", "65536", "1,,2", "53", "50-60"])
 def test_fold_bad_open_filtered_is_the_messages_fault(ranges: str) -> None:
-    """Ranges that are none, too long, or name a listed port again are rejected before anything is stored."""
+    """Ranges that are none, or name a listed port again are rejected before anything is stored."""
     with pytest.raises(MessageError):
         fold(Log().append(host("127.9.8.1", PortFound(port=53, protocol="udp"), open_filtered=ranges)))
 
@@ -66,12 +55,6 @@ def test_results_of_every_port_take_little_memory() -> None:
     tracemalloc.stop()
     assert (last.port, last.id, silent.result_count) == (65_535, 65_536, 65_536)
     assert peak < 1 << 20
-
-
-def test_a_map_ends_within_its_family() -> None:
-    """A map that runs past the last address there is is refused."""
-    with pytest.raises(MessageError):
-        fold(Log().append(scanned("aa", first_address="255.255.255.255")))
 
 
 def test_a_chunk_closes_when_every_claim_is_borne_out() -> None:

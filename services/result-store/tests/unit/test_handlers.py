@@ -9,10 +9,13 @@ from prometheus_client import REGISTRY
 from result_store.domain import ClosedChunk, StoredHost
 from result_store.handlers import ResultsHandler
 from result_store.testing import Log, MemoryStore, host, scanned
+from result_store.testing import handler as results_handler
+from scanfleet.audit import SINGLES, Refusals
 from scanfleet.errors import DependencyError
-from scanfleet.messages import ChunkIncomplete, ChunkStored, Message
-from scanfleet.messages.topics import SCAN_RESULTS, SCAN_STORED, Topic
+from scanfleet.messages import Audited, ChunkIncomplete, ChunkStored, Message, PortFound
+from scanfleet.messages.topics import SCAN_AUDIT, SCAN_RESULTS, SCAN_STORED, Topic
 from scanfleet.testing.bus import MemoryBus
+from scanfleet.testing.grants import grants
 from scanfleet.testing.tracing import ids, recording
 
 GROUP = "result-store"
@@ -44,7 +47,7 @@ def answers() -> Answers:
 
 @pytest.fixture
 def handler(store: MemoryStore, answers: Answers) -> ResultsHandler:
-    return ResultsHandler(store, answers)
+    return results_handler(store, answers)
 
 
 def stored(outcomes: str, chunk_id: str = "1-0") -> ChunkStored:
@@ -120,7 +123,7 @@ async def test_a_late_host_of_another_replica_is_no_result(handler: ResultsHandl
     """A host that a slow replica stores behind the close adds nothing to what can be read."""
     records = Log().append(host("127.9.8.0", 22), scanned("ad"), host("127.9.8.1", 80))
     await handler.handle(records[:2])
-    await ResultsHandler(store, Answers()).handle(records[2:])
+    await results_handler(store, Answers()).handle(records[2:])
     assert [result.port async for results in store.results(1, None) for result in results] == [22]
 
 
@@ -134,7 +137,7 @@ class SlowStore(MemoryStore):
 
 async def test_what_another_replica_has_closed_is_what_is_announced(answers: Answers) -> None:
     """When two replicas close one chunk, both announce the map that is stored."""
-    await ResultsHandler(SlowStore(), answers).handle(Log().append(host("127.9.8.0"), scanned("ad")))
+    await results_handler(SlowStore(), answers).handle(Log().append(host("127.9.8.0"), scanned("ad")))
     assert answers.sent == [stored("as")]
 
 
@@ -197,7 +200,7 @@ class AwayStore(MemoryStore):
 async def run(store: MemoryStore, then: Callable[[MemoryBus], Awaitable[None]]) -> MemoryBus:
     """The consumer at work on a bus, until `then` returns."""
     bus = MemoryBus()
-    consumer = bus.consume(SCAN_RESULTS, GROUP, ResultsHandler(store, bus))
+    consumer = bus.consume(SCAN_RESULTS, GROUP, results_handler(store, bus))
     await consumer.start()
     try:
         await then(bus)
@@ -221,11 +224,11 @@ async def test_a_bad_day_commits_nothing_and_loses_nothing() -> None:
     assert len(store.hosts) == 1
 
 
-async def test_a_bad_message_stops_nobody() -> None:
-    """A host without a real address is dead-lettered, and its chunk is found incomplete while others close."""
+async def test_a_bad_message_affects_no_other() -> None:
+    """A host that has a port twice is dead-lettered, and its chunk is found incomplete while others close."""
 
     async def story(bus: MemoryBus) -> None:
-        bad = host("not an address")
+        bad = host("127.9.8.1", PortFound(port=53, protocol="udp"), open_filtered="53")
         messages = [
             bad,
             host("127.9.8.0"),
@@ -252,3 +255,26 @@ async def test_what_is_stored_is_told_in_the_trace_of_its_chunk(handler: Results
     (span,) = exporter.get_finished_spans()
     assert (span.name, dict(span.attributes or {})) == ("store results", {"scanfleet.chunk.id": "1-0"})
     assert f"{ids(span).trace_id:032x}" == trace[3:35]
+
+
+@pytest.mark.proves("A25", "G19")
+async def test_handle_uncovered_results_are_dropped_counted_and_audited(store: MemoryStore, answers: Answers) -> None:
+    """Results without a valid signature change nothing and get no answer; one audit entry for each kind says why."""
+    refusals = Refusals("result-store")
+    handler = ResultsHandler(store, answers, grants(), refusals)
+    before = metric("uncovered")
+    forged = [
+        host("127.9.8.1", 4444).model_copy(update={"user_id": 8}),
+        scanned("d").model_copy(update={"grant": None}),
+    ]
+    await handler.handle(Log().append(*forged * 500, host("127.9.8.0", 22), scanned("a")))
+    assert metric("uncovered") - before == 1_000
+    assert [each.scanned.address for each, _ in store.hosts.values()] == ["127.9.8.0"]
+    assert answers.sent == [stored("a")]
+    bus = MemoryBus()
+    await refusals.tell(bus)
+    entries = [each.entry for each in bus.messages(SCAN_AUDIT) if isinstance(each, Audited)]
+    assert {(entry.decision, entry.rule, entry.source) for entry in entries} == {
+        ("refused", "signature", "scan-results")
+    }
+    assert len(entries) <= SINGLES

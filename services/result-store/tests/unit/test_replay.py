@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from result_store.domain import ClosedChunk, Host
-from result_store.handlers import ResultsHandler
 from result_store.testing import FIRST, Log, MemoryStore, host, scanned
+from result_store.testing import handler as results_handler
 from scanfleet.bus import Record
 from scanfleet.errors import DependencyError
 from scanfleet.messages import ChunkIncomplete, ChunkStored, Message
@@ -87,7 +87,7 @@ class Sent:
 async def plainly(logs: list[list[Record]]) -> tuple[MemoryStore, Sent]:
     """Each record once, one by one, job by job."""
     store, sent = MemoryStore(), Sent()
-    handler = ResultsHandler(store, sent)
+    handler = results_handler(store, sent)
     for log in logs:
         for record in log:
             await handler.handle([record])
@@ -97,7 +97,7 @@ async def plainly(logs: list[list[Record]]) -> tuple[MemoryStore, Sent]:
 async def roughly(logs: list[list[Record]], chance: Random) -> tuple[MemoryStore, Sent]:
     """In any batches, jobs in any order, with failures, repetitions and a replica that thaws late."""
     store, sent = TornStore(chance), Sent()
-    handler = ResultsHandler(store, sent)
+    handler = results_handler(store, sent)
     committed = [0] * len(logs)
     while any(position < len(log) for position, log in zip(committed, logs, strict=True)):
         order = chance.sample(range(len(logs)), len(logs))

@@ -114,6 +114,7 @@ class ChunkScan:
             slot_seconds=share.seconds,
             technique=self._technique,
             reason=permitted.reason[:REASON_CHARS],
+            grant=self.chunk.grant,
         )
 
     async def _hold_and_scan(self, share: Share) -> None:
@@ -175,6 +176,7 @@ class ChunkScan:
                 technique=self._technique,
                 ports=ports,
                 open_filtered=host.open_filtered,
+                grant=self.chunk.grant,
             ),
         )
 

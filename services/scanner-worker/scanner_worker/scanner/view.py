@@ -10,6 +10,7 @@ from typing import Any, Final
 import nmap
 
 from scanfleet.messages import PortFound
+from scanfleet.messages.results import MAX_LINE_CHARS, MAX_TEXT_CHARS
 from scanner_worker.domain import Host, printable
 from scanner_worker.scanner.xml import BadXmlError
 
@@ -81,11 +82,11 @@ def _port(viewed: dict[str, Any], protocol: str, number: int, system: str, raw: 
             "port": number,
             "protocol": protocol,
             "status": viewed["state"],
-            "service": _text(service),
-            "version": _text(version),
-            "os_info": system,
-            "banner": _text(viewed.get("script", {}).get("banner"), keep=_LINES),
-            "raw_data": printable(raw.decode(), keep=_LINES),
+            "service": _text(service)[:MAX_LINE_CHARS],
+            "version": _text(version)[:MAX_LINE_CHARS],
+            "os_info": system[:MAX_LINE_CHARS],
+            "banner": _text(viewed.get("script", {}).get("banner"), keep=_LINES)[:MAX_TEXT_CHARS],
+            "raw_data": printable(raw.decode(), keep=_LINES)[:MAX_TEXT_CHARS],
         },
     )
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scanfleet.messages import HostScanned, PortFound, ScanChunk
-from scanfleet.messages.topics import MAX_BYTES
+from scanfleet.messages.fields import MAX_BYTES
 from scanfleet.outcomes import Outcome, networks
 from scanfleet.policy import ALLOWED_SCRIPTS, Preset, ScanPolicy, fill_in
 from scanfleet.targets import TargetRules

@@ -1,0 +1,160 @@
+"""Grants: with each chunk the orchestrator signs what its attempt covers, and workers pass that on with what they report.
+
+A worker can thereby claim only what it was given: job, chunk, attempt, worker, user, addresses and ports are under the
+signature, and result-store stores nothing that no valid signature covers.
+"""
+
+from __future__ import annotations
+
+import json
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from hashlib import sha256
+from typing import Final
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from scanfleet.messages import ChunkScanned, HostScanned
+from scanfleet.messages.chunks import Grant
+from scanfleet.outcomes import Outcome, index_of
+from scanfleet.ports import PortSet, Range, parse_ranges, ranges_text
+
+_CONTEXT: Final = "scanfleet.grant.v1"  # no signature for this purpose is one for another
+_KEY_ID_CHARS: Final = 8
+_VERIFIED: Final = 256  # grants remembered: the hosts of a chunk come together, and a grant has up to 14 kB
+
+
+class Signer:
+    """Signs grants with the orchestrator's key."""
+
+    def __init__(self, key: Ed25519PrivateKey) -> None:
+        self._key = key
+        self._key_id = _key_id(key.public_key())
+
+    def grant(
+        self,
+        *,
+        job_id: int,
+        chunk_id: str,
+        attempt: int,
+        worker_id: str,
+        user_id: int,
+        first_address: str,
+        outcomes: str,
+        ports: str,
+    ) -> Grant:
+        """The signed grant of an attempt on the addresses of a map; those excluded in it are not covered.
+
+        First address and ports are in canonical form, as the chunk has them: a reader verifies what it has parsed.
+        """
+        # Not validated, which would take longer than to sign: it is made of what the orchestrator itself has planned.
+        grant = Grant.model_construct(
+            user_id=user_id,
+            first_address=first_address,
+            addresses=len(outcomes),
+            excluded=_excluded(outcomes),
+            ports=ports,
+            signature="",
+        )
+        signature = self._key.sign(_signed_bytes(job_id, chunk_id, attempt, worker_id, grant))
+        text = urlsafe_b64encode(signature).rstrip(b"=").decode()
+        return grant.model_copy(update={"signature": f"{self._key_id}.{text}"})
+
+
+class Grants:
+    """Checks results against the grants that come with them.
+
+    Args:
+        keys: the orchestrator's public keys; several while one is replaced.
+    """
+
+    def __init__(self, keys: Sequence[Ed25519PublicKey]) -> None:
+        self._keys = {_key_id(key): key for key in keys}
+        # By the signed bytes, so that a chunk costs one verification, whatever the number of its hosts.
+        self._signed = lru_cache(maxsize=_VERIFIED)(self._verify)
+
+    def fault(self, message: HostScanned | ChunkScanned) -> str:
+        """Why the message is not covered by a grant of the orchestrator; empty when it is."""
+        grant = message.grant
+        if grant is None:
+            return "it is not signed"
+        fault = _host_fault(message, grant) if isinstance(message, HostScanned) else _map_fault(message, grant)
+        if fault:
+            return fault
+        signed = _signed_bytes(message.job_id, message.chunk_id, message.attempt, message.worker_id, grant)
+        return "" if self._signed(signed, grant.signature) else "its signature is not valid"
+
+    def _verify(self, signed: bytes, signature: str) -> bool:
+        key_id, _, text = signature.partition(".")
+        key = self._keys.get(key_id)
+        if key is None:
+            return False
+        try:
+            key.verify(urlsafe_b64decode(f"{text}=="), signed)
+        except InvalidSignature:
+            return False
+        return True
+
+
+def _key_id(key: Ed25519PublicKey) -> str:
+    return urlsafe_b64encode(sha256(key.public_bytes_raw()).digest()).decode()[:_KEY_ID_CHARS]
+
+
+def _signed_bytes(job_id: int, chunk_id: str, attempt: int, worker_id: str, grant: Grant) -> bytes:
+    # A list of numbers and texts in JSON has one meaning, so no two grants have the same bytes.
+    token = [_CONTEXT, job_id, chunk_id, attempt, worker_id]
+    covered = [grant.user_id, grant.first_address, grant.addresses, grant.excluded, grant.ports]
+    return json.dumps(token + covered, separators=(",", ":")).encode()
+
+
+def _excluded(outcomes: str) -> str:
+    if Outcome.EXCLUDED not in outcomes:
+        return ""
+    places = (place for place, letter in enumerate(outcomes) if letter == Outcome.EXCLUDED)
+    merged: list[Range] = []
+    for place in places:
+        if merged and merged[-1][1] == place - 1:
+            merged[-1] = (merged[-1][0], place)
+        else:
+            merged.append((place, place))
+    return ranges_text(tuple(merged))
+
+
+def _map_fault(scanned: ChunkScanned, grant: Grant) -> str:
+    if (scanned.first_address, len(scanned.outcomes)) != (grant.first_address, grant.addresses):
+        return "its map is not of the granted addresses"
+    if _excluded(scanned.outcomes) != grant.excluded:
+        return "its map excludes other addresses than the grant"
+    return ""
+
+
+def _host_fault(host: HostScanned, grant: Grant) -> str:
+    if host.user_id != grant.user_id:
+        return "its user is not the granted one"
+    try:
+        place = index_of(grant.first_address, host.address)
+        excluded, silent = parse_ranges(grant.excluded), parse_ranges(host.open_filtered)
+    except ValueError:
+        return "its address or ports are not of the granted kind"
+    if not 0 <= place < grant.addresses or _within([(place, place)], excluded):
+        return "its address is not granted"
+    ports = PortSet.parse(grant.ports)
+    tcp = {found.port for found in host.ports if found.protocol == "tcp"}
+    udp = [(found.port, found.port) for found in host.ports if found.protocol == "udp"]
+    # Which ports are the most common nmap alone knows: of these only the number is checked.
+    tcp_granted = len(tcp) <= ports.tcp_count if ports.top else _within([(port, port) for port in tcp], ports.tcp)
+    return "" if tcp_granted and _within((*udp, *silent), ports.udp) else "its ports are not granted"
+
+
+def _within(ranges: Iterable[Range], granted: Sequence[Range]) -> bool:
+    """Whether each range lies in one of `granted`, which are sorted and disjoint."""
+    rest = iter(granted)
+    current = next(rest, None)
+    for low, high in sorted(ranges):
+        while current is not None and current[1] < low:
+            current = next(rest, None)
+        if current is None or not current[0] <= low <= high <= current[1]:
+            return False
+    return True

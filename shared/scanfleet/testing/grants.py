@@ -1,0 +1,53 @@
+"""The orchestrator's key of tests, and results signed by it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+from scanfleet.grants import Grants, Signer
+from scanfleet.messages import ChunkScanned, HostScanned
+
+ALL_PORTS: Final = "T:0-65535,U:0-65535"
+
+_Result = TypeVar("_Result", HostScanned, ChunkScanned)
+
+
+def chunk_key() -> Ed25519PrivateKey:
+    """The same in every process of a test."""
+    return Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+
+
+def signer() -> Signer:
+    return Signer(chunk_key())
+
+
+def grants() -> Grants:
+    return Grants([chunk_key().public_key()])
+
+
+def signed(message: _Result, **covered: Any) -> _Result:
+    """The message with a grant that covers it, unless `covered` says otherwise."""
+    if isinstance(message, ChunkScanned):
+        about: dict[str, Any] = {
+            "user_id": 7,
+            "first_address": message.first_address,
+            "outcomes": message.outcomes,
+        }
+    else:
+        about = {"user_id": message.user_id, "first_address": message.address, "outcomes": "."}
+    token = message.model_dump(include={"job_id", "chunk_id", "attempt", "worker_id"})
+    grant = signer().grant(**(token | about | {"ports": ALL_PORTS} | covered))
+    return message.model_copy(update={"grant": grant})
+
+
+def write_chunk_keys(folder: Path) -> tuple[Path, Path]:
+    """The files with the private and the public key."""
+    private, public = folder / "chunk.pem", folder / "chunk-public.pem"
+    key = chunk_key()
+    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    return private, public
