@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from scanfleet.messages.base import Message
 from scanfleet.outcomes import OutcomeMap
-from scanfleet.policy import ChunkPorts, ScanPolicy
+from scanfleet.policy import MAX_SCRIPTS, ChunkPorts, ScanPolicy, ScriptName
 
 Address = Annotated[str, AfterValidator(lambda text: str(ip_address(text)))]
 Technique = Literal["connect", "syn"]
@@ -128,6 +128,12 @@ class ChunkScanned(_Mapped):
     technique: Technique
     reason: str = ""
     """Why addresses were refused, if any were."""
+
+    nmap: Annotated[str, Field(max_length=64)] = ""
+    """The version of the nmap that scanned; empty when there was nothing to scan."""
+
+    scripts: Annotated[tuple[ScriptName, ...], Field(max_length=2 * MAX_SCRIPTS)] = ()
+    """The NSE scripts that it had to run where they apply: the policy's, and those of service detection."""
 
 
 class ChunkFailed(_Mapped):
