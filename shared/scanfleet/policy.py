@@ -188,7 +188,7 @@ class ExecutablePolicy(ScanPolicy):
     preset: Preset
     technique: TcpTechnique
     discovery: Discovery
-    scripts: tuple[Annotated[ScriptName, AfterValidator(_script)], ...]
+    scripts: Annotated[tuple[Annotated[ScriptName, AfterValidator(_script)], ...], Field(max_length=MAX_SCRIPTS)]
     max_rate: MaxRate
     min_rate: MinRate
     max_rtt_timeout: MaxRttTimeout
