@@ -606,7 +606,8 @@ async def test_service_detection_runs_no_script_that_is_not_recorded(
     nmap = await make_nmap(scripts=ADMITTED_SCRIPTS | {"mqtt-subscribe"})
     recorded = scripts_of(make_chunk({"service_detection": True, "scripts": ["banner"]}).policy)
     assert recorded == ("banner", *sorted(VERSION_SCRIPTS))
-    _, output, _ = await nmap._output((*process._NO_TARGETS, "-d2", "-oN", "-", "-sV", "--script", "banner"))
+    without_targets = ("-n", "-Pn", "-sT", "-iL", os.devnull)
+    _, output, _ = await nmap._output((*without_targets, "-d2", "-sV", "--script", "banner"))
     assert sorted(re.findall(rb"NSE: Loaded '[^']*/([a-z-]+)\.nse'", output)) == [name.encode() for name in recorded]
 
 
