@@ -29,7 +29,7 @@ PROMISES: Final[Mapping[str, str]] = {
     "G9": "A bad message never stops a partition",
     "G10": "A deploy or a scale-down loses no work and repeats no finished host",
     "G11": "Overload is answered by 429 or 503 with Retry-After, memory and queues are bounded, reads go on",
-    "G12": "Nothing outside policy is ever passed to nmap",
+    "G12": "nmap sends packets only to addresses that policy allows, scripts included",
     "G13": "Callers see and change only their own objects, on every route; administrators act under audit",
     "G14": "Only tokens of the configured issuer, audience, type and algorithms are accepted; keys rotate and tokens are revoked without restart",
     "G15": "Every change and every refusal is in the audit log: who, from where, what, which rule, which request",
@@ -180,6 +180,10 @@ ABUSE: Final[Mapping[str, Trial]] = {
     "A21": Trial(
         "valid JSON with hostile values (long strings, infinity, 64-bit overflow) in every field of every message",
         "dead-lettered, or accepted, in bounded time; the next record is handled",
+    ),
+    "A23": Trial(
+        "every allowed script and preset against pages full of links, redirects and names",
+        "no packet to any other address, no DNS",
     ),
     "A24": Trial(
         "administrators acting on others' jobs; users trying the same",

@@ -7,6 +7,7 @@ strict again: `executable` is the gate in front of it.
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -20,35 +21,35 @@ from pydantic import (
     StrictBool,
     StrictInt,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 
 from scanfleet.errors import ScanfleetError
 from scanfleet.ports import MAX_TEXT, PortSet
 
-# Of a category we take only the scripts that look at their target alone: none that sends packets elsewhere (broadcast,
-# external), guesses passwords, floods, exploits or leaves something behind.
-_CATEGORIES: Final = frozenset({"default", "safe", "discovery", "version"})
-_NOT_THESE: Final = "broadcast or brute or dos or exploit or external or fuzzer or intrusive or malware"
-
 HOST_TIMEOUT_SECONDS: Final = 900  # of a policy that names none: what ends a host that answers nothing
+
+_MAX_PROBLEMS: Final = 5  # that an error names; enough to mend a policy in a few rounds
 
 GROUP_HOSTS: Final = 64  # addresses that one nmap probes side by side at least, by its own choice too
 
-ALLOWED_SCRIPTS: Final = _CATEGORIES | frozenset(
+VERSION_SCRIPTS: Final = frozenset({"fingerprint-strings", "http-server-header", "https-redirect", "snmp-info"})
+"""NSE scripts that are part of service detection, whether or not a policy names them."""
+
+ADMITTED_SCRIPTS: Final = VERSION_SCRIPTS | frozenset(
     {
         "banner",
-        "http-title",
+        "dns-nsid",
         "http-headers",
-        "http-server-header",
+        "http-title",
+        "smb-os-discovery",
         "ssh-hostkey",
         "ssl-cert",
         "ssl-enum-ciphers",
-        "dns-nsid",
-        "smb-os-discovery",
-        "snmp-info",
     },
 )
+"""NSE scripts that send packets to their target alone: tests/networks/test_scripts.py runs each against hostile servers."""
 
 
 def _ports(text: str) -> str:
@@ -62,9 +63,10 @@ def _chunk_ports(text: str) -> str:
     return str(PortSet.parse(text))
 
 
-def _script(name: str) -> str:
-    if name not in ALLOWED_SCRIPTS:
-        raise ValueError(f"script is not one of {', '.join(sorted(ALLOWED_SCRIPTS))}")
+def _script(name: str, info: ValidationInfo) -> str:
+    allowed = (info.context or {}).get("scripts", ADMITTED_SCRIPTS)
+    if name not in allowed:
+        raise ValueError(f"{name} is not one of the scripts that may run: {', '.join(sorted(allowed))}")
     return name
 
 
@@ -86,11 +88,13 @@ Discovery = Annotated[Literal["default", "none"], Field(description="`none` take
 ServiceDetection = Annotated[StrictBool, Field(description="Ask open ports what runs on them.")]
 VersionIntensity = Annotated[StrictInt, Field(ge=0, le=9)]
 OsDetection = Annotated[StrictBool, Field(description="Needs a worker that may send raw packets.")]
+ScriptName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$", max_length=64)]
+MAX_SCRIPTS: Final = 64
 Scripts = Annotated[
-    tuple[Annotated[str, AfterValidator(_script)], ...],
+    tuple[ScriptName, ...],
     Field(
-        max_length=len(ALLOWED_SCRIPTS),
-        description=f"NSE categories or scripts, of {', '.join(sorted(ALLOWED_SCRIPTS))}.",
+        max_length=MAX_SCRIPTS,
+        description=f"Names of NSE scripts, of {', '.join(sorted(ADMITTED_SCRIPTS))} and those that the operator allows; no categories.",
     ),
 ]
 Timing = Annotated[StrictInt, Field(ge=0, le=5, description="nmap's timing template.")]
@@ -149,7 +153,12 @@ class ScanPolicy(BaseModel):
     version_intensity: VersionIntensity = 7
     os_detection: OsDetection = False
     scripts: Annotated[
-        tuple[_Word, ...], Field(max_length=64, description="NSE categories or scripts."), FailFast()
+        tuple[ScriptName, ...],
+        Field(
+            max_length=MAX_SCRIPTS,
+            description="Names of NSE scripts; in a policy of an older release also categories, which do not run.",
+        ),
+        FailFast(),
     ] = ()
     timing: Timing = 3
     max_rate: Annotated[_Number | None, Field(description="Packets a second of the whole job.")] = None
@@ -184,7 +193,7 @@ class ExecutablePolicy(ScanPolicy):
     preset: Preset
     technique: TcpTechnique
     discovery: Discovery
-    scripts: Scripts
+    scripts: Annotated[tuple[Annotated[ScriptName, AfterValidator(_script)], ...], Field(max_length=MAX_SCRIPTS)]
     max_rate: MaxRate
     min_rate: MinRate
     max_rtt_timeout: MaxRttTimeout
@@ -197,27 +206,29 @@ class ExecutablePolicy(ScanPolicy):
             raise ValueError(f"min_rate {self.min_rate} is above max_rate {self.max_rate}")
         return self
 
-    @property
-    def script_selection(self) -> str:
-        """`scripts` as nmap's `--script` takes them; empty when there are none."""
-        return ",".join(f"({name} and not ({_NOT_THESE}))" if name in _CATEGORIES else name for name in self.scripts)
-
 
 class PolicyError(ScanfleetError):
     """A policy asks for what this release does not allow; says what."""
 
 
-def executable(policy: ScanPolicy) -> ExecutablePolicy:
-    """Check a policy before it becomes a command line.
+def executable(policy: ScanPolicy, scripts: AbstractSet[str] = ADMITTED_SCRIPTS) -> ExecutablePolicy:
+    """Check a policy before it becomes a command line, by the scripts that may run.
 
     Raises:
         PolicyError: it was stored by another release, which allowed more, or it is forged.
     """
+    return _strict(policy.model_dump(), scripts)
+
+
+def _strict(policy: dict[str, Any], scripts: AbstractSet[str]) -> ExecutablePolicy:
     try:
-        return ExecutablePolicy.model_validate(policy.model_dump())
+        return ExecutablePolicy.model_validate(policy, context={"scripts": scripts})
     except ValidationError as error:
-        problems = (f"{'.'.join(map(str, each['loc'])) or 'rates'}: {each['msg']}" for each in error.errors())
-        raise PolicyError(f"this worker does not execute the policy: {'; '.join(problems)}") from error
+        problems = (
+            f"{'.'.join(map(str, each['loc'])) or 'rates'}: {each['msg'].removeprefix('Value error, ')}"
+            for each in error.errors()[:_MAX_PROBLEMS]
+        )
+        raise PolicyError("; ".join(problems)) from error
 
 
 _STANDARD: Final[dict[str, Any]] = {
@@ -236,22 +247,31 @@ _STANDARD: Final[dict[str, Any]] = {
     "host_timeout": HOST_TIMEOUT_SECONDS,
 }
 
+_FULL_SCRIPTS: Final = (
+    "banner",
+    "http-headers",
+    "http-title",
+    "smb-os-discovery",
+    "snmp-info",
+    "ssh-hostkey",
+    "ssl-cert",
+)
+
 PRESETS: Final[dict[Preset, dict[str, Any]]] = {
     Preset.QUICK: _STANDARD | {"ports": "top:100", "service_detection": False, "timing": 4},
     Preset.STANDARD: _STANDARD,
-    Preset.FULL: _STANDARD
-    | {"ports": "1-65535", "version_intensity": 9, "scripts": ("default", "banner"), "timing": 4},
+    Preset.FULL: _STANDARD | {"ports": "1-65535", "version_intensity": 9, "scripts": _FULL_SCRIPTS, "timing": 4},
     # For networks that are silent or sparsely used: every address is probed, and silence is not waited for.
     Preset.SWEEP: _STANDARD
     | {"ports": "top:100", "discovery": "none", "service_detection": False, "timing": 4, "max_retries": 1},
 }
 
 
-def fill_in(preset: Preset, given: dict[str, Any]) -> ScanPolicy:
+def fill_in(preset: Preset, given: dict[str, Any], scripts: AbstractSet[str] = ADMITTED_SCRIPTS) -> ScanPolicy:
     """The policy with the fields in `given`, and the preset's value for every other.
 
     Raises:
-        pydantic.ValidationError: a given value is not allowed.
+        PolicyError: a given value is not allowed.
     """
-    strict = ExecutablePolicy.model_validate(PRESETS[preset] | given | {"preset": preset})
+    strict = _strict(PRESETS[preset] | given | {"preset": preset}, scripts)
     return ScanPolicy.model_validate(strict.model_dump())

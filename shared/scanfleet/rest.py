@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -17,10 +18,11 @@ from pydantic_core import PydanticCustomError
 
 from scanfleet import policy as vocabulary
 from scanfleet.clock import Time
+from scanfleet.errors import BadRequestError
 from scanfleet.messages import AuditEntry, Job, JobStatus
 from scanfleet.messages.commands import MAX_SUBNETS
 from scanfleet.messages.fields import MAX_ID
-from scanfleet.policy import Preset, ScanPolicy, fill_in
+from scanfleet.policy import PolicyError, Preset, ScanPolicy, fill_in
 from scanfleet.targets import MAX_EXCLUDES
 
 MAX_BODY_BYTES = 16 * 1024  # of a request; the largest policy, with 10,000 characters of ports, takes 13 kB
@@ -299,10 +301,17 @@ class PolicyBody(_Body):
     max_retries: vocabulary.MaxRetries = Field(default_factory=_preset_decides)
     host_timeout: vocabulary.HostTimeout = Field(default_factory=_preset_decides)
 
-    @property
-    def scan(self) -> ScanPolicy:
+    def scan(self, scripts: AbstractSet[str]) -> ScanPolicy:
+        """What is asked for, by the scripts that may run.
+
+        Raises:
+            BadRequestError: one of its values is not allowed, or two do not go together.
+        """
         given = {name: getattr(self, name) for name in self.model_fields_set - {"name", "preset"}}
-        return fill_in(self.preset, given)
+        try:
+            return fill_in(self.preset, given, scripts)
+        except PolicyError as error:
+            raise BadRequestError(str(error)) from error
 
 
 class Policy(ScanPolicy):

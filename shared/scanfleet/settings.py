@@ -13,6 +13,7 @@ from typing import Annotated, Final, Literal, Self, cast
 from pydantic import AfterValidator, BeforeValidator, Field, HttpUrl, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from scanfleet.policy import ADMITTED_SCRIPTS, ScriptName
 from scanfleet.targets import DEFAULT_MAX_ADDRESSES, Network, TargetRules, parse_network
 
 Algorithm = Literal["RS256", "PS256", "ES256", "EdDSA"]
@@ -306,7 +307,16 @@ class TargetSettings(_Settings):
         ge=1,
         description="The most addresses of one subnet.",
     )
+    scripts: Annotated[tuple[ScriptName, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (),
+        description="Names of further NSE scripts that policies may name; no categories. The workers' nmap must have them, and "
+        "[security.md](security.md#scripts) has the risk. Give the orchestrator and the workers the same names.",
+    )
 
     @property
     def target_rules(self) -> TargetRules:
         return TargetRules(self.allowed_networks, self.denied_networks, self.max_addresses)
+
+    @property
+    def allowed_scripts(self) -> frozenset[str]:
+        return ADMITTED_SCRIPTS.union(self.scripts)

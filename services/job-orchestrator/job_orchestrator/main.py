@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable
+from collections.abc import Set as AbstractSet
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 
@@ -37,6 +38,7 @@ from scanfleet.messages.topics import (
     SCAN_WORKERS,
     Topic,
 )
+from scanfleet.policy import ADMITTED_SCRIPTS
 from scanfleet.startup import Startup
 from scanfleet.targets import TargetRules
 
@@ -54,6 +56,7 @@ class Orchestrator:
         *,
         rules: TargetRules,
         signer: Signer,
+        scripts: AbstractSet[str] = ADMITTED_SCRIPTS,
         clock: PlatformTime,
         lease_seconds: float,
         stored_seconds: float,
@@ -61,7 +64,7 @@ class Orchestrator:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.jobs = Jobs(store, publisher, lambda: self.dispatcher.wake(made=True), clock, monotonic=monotonic)
-        self.commands = Commands(store, publisher, self.jobs, rules, clock, monotonic=monotonic)
+        self.commands = Commands(store, publisher, self.jobs, rules, clock, monotonic=monotonic, scripts=scripts)
         self.progress = Progress(
             store,
             publisher,
@@ -133,12 +136,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 bus,
                 rules=settings.target_rules,
                 signer=signer,
+                scripts=settings.allowed_scripts,
                 clock=clock,
                 lease_seconds=settings.lease_seconds,
                 stored_seconds=settings.stored_seconds,
                 raw_worker_seconds=settings.raw_worker_seconds,
             )
-            app.state.orchestrator = State(store, orchestrator.commands, settings.target_rules)
+            app.state.orchestrator = State(
+                store, orchestrator.commands, settings.target_rules, settings.allowed_scripts
+            )
             # A group for each topic: no loop waits for another, and a rebalance of one leaves the others alone.
             consumers = [
                 bus.consume(topic, f"{ORCHESTRATOR}-{topic.name}", handler)

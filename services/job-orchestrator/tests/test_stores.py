@@ -43,7 +43,7 @@ def policy(id_: int = 1, **changed: Any) -> Policy:
     fields: dict[str, Any] = {
         "user_id": 7,
         "name": "lab",
-        "scan": scan_policy(scripts=("banner", "default"), max_rate=100, min_rate=50, host_timeout=None),
+        "scan": scan_policy(scripts=("banner", "ssl-cert"), max_rate=100, min_rate=50, host_timeout=None),
         "created_at": THEN,
         "updated_at": LATER,
     }

@@ -13,7 +13,15 @@ from typing import Final, NamedTuple
 from scanfleet.messages import HostScanned, ScanChunk, Technique
 from scanfleet.messages.fields import MAX_BYTES
 from scanfleet.outcomes import MAX_ADDRESSES, Outcome, index_of, networks
-from scanfleet.policy import GROUP_HOSTS, ExecutablePolicy, PolicyError, ScanPolicy, executable
+from scanfleet.policy import (
+    ADMITTED_SCRIPTS,
+    GROUP_HOSTS,
+    VERSION_SCRIPTS,
+    ExecutablePolicy,
+    PolicyError,
+    ScanPolicy,
+    executable,
+)
 from scanfleet.ports import PortSet
 from scanfleet.targets import Network, TargetRules
 
@@ -174,16 +182,27 @@ def technique(policy: ScanPolicy, *, raw: bool) -> Technique:
     return "syn" if policy.technique == "syn" or (policy.technique == "auto" and raw) else "connect"
 
 
-def _executable(chunk: ScanChunk) -> ExecutablePolicy:
+def _executable(chunk: ScanChunk, scripts: AbstractSet[str]) -> ExecutablePolicy:
     try:
-        return executable(chunk.policy)
+        return executable(chunk.policy, scripts)
     except PolicyError as error:
-        raise ScanError(str(error)) from error
+        raise ScanError(f"this worker does not execute the policy, which must be changed: {error}") from error
 
 
-def arguments(chunk: ScanChunk, targets: Sequence[Network], *, raw: bool) -> list[str]:
-    """nmap's arguments for `targets`, which are distinct and of one family. Made of numbers and fixed words alone."""
-    policy, ports = _executable(chunk), PortSet.parse(chunk.ports)
+def scripts_of(policy: ScanPolicy) -> tuple[str, ...]:
+    """The NSE scripts that nmap runs for a policy."""
+    return tuple(sorted(VERSION_SCRIPTS.union(policy.scripts) if policy.service_detection else set(policy.scripts)))
+
+
+def arguments(
+    chunk: ScanChunk, targets: Sequence[Network], *, raw: bool, scripts: AbstractSet[str] = ADMITTED_SCRIPTS
+) -> list[str]:
+    """nmap's arguments for `targets`, which are distinct and of one family. Made of numbers and fixed words alone.
+
+    Raises:
+        ScanError: the policy has values that this worker does not execute, or a script that is not in `scripts`.
+    """
+    policy, ports = _executable(chunk, scripts), PortSet.parse(chunk.ports)
     max_rate = chunk.max_rate or policy.max_rate
     min_rate = chunk.min_rate and min(chunk.min_rate, max_rate or chunk.min_rate)
     group = str(_group(policy, ports.count))
@@ -198,7 +217,7 @@ def arguments(chunk: ScanChunk, targets: Sequence[Network], *, raw: bool) -> lis
         *(["--top-ports", str(ports.top)] if ports.top else ["-p", str(ports)]),
         *(["-sV", "--version-intensity", str(policy.version_intensity)] if policy.service_detection else []),
         *(["-O"] if policy.os_detection else []),
-        *(["--script", policy.script_selection] if policy.scripts else []),
+        *(["--script", ",".join(policy.scripts)] if policy.scripts else []),
         f"-T{policy.timing}",
         *_number("--min-rate", min_rate),
         *_number("--max-rate", max_rate),

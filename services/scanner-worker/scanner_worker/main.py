@@ -34,12 +34,13 @@ def create_app() -> FastAPI:
         worker_id = f"{settings.instance}-{token_hex(4)}"
         bus = KafkaBus(settings, source=topics.WORKER, instance=settings.instance)
         limits = Limits(settings.max_output_bytes, settings.max_host_bytes, settings.stall_seconds)
-        nmap = Nmap(program, limits)
+        nmap = Nmap(program, limits, settings.allowed_scripts)
         abilities = Abilities(
             slots=settings.slots,
             raw=may_send_raw(privileges(program)),
             rules=settings.target_rules,
             attempt_seconds=settings.attempt_seconds,
+            scripts=settings.allowed_scripts,
         )
         worker = Worker(worker_id, abilities, nmap, bus, app.state.refusals.add_denied_chunk)
         tasks = bus.tail(topics.SCAN_TASKS, worker, key=worker_id)

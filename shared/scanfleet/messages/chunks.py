@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 from scanfleet.messages.base import Message
 from scanfleet.messages.fields import Address, ChunkId, Id, Number, Positive, Reason, Seconds, WorkerId
 from scanfleet.outcomes import MAX_ADDRESSES, OutcomeMap
-from scanfleet.policy import ChunkPorts, ScanPolicy
+from scanfleet.policy import MAX_SCRIPTS, ChunkPorts, ScanPolicy, ScriptName
 
 MAX_SLOTS: Final = 256  # of one worker
 MAX_EXCLUDED_CHARS: Final = 5 * MAX_ADDRESSES
@@ -161,6 +161,12 @@ class ChunkScanned(_Mapped):
 
     grant: Grant | None = None
     """As in the ScanChunk; without it, result-store drops the message."""
+
+    nmap: Annotated[str, Field(max_length=64)] = ""
+    """The version of the nmap that scanned; empty when there was nothing to scan."""
+
+    scripts: Annotated[tuple[ScriptName, ...], Field(max_length=2 * MAX_SCRIPTS), FailFast()] = ()
+    """The NSE scripts that it had to run where they apply: the policy's, and those of service detection."""
 
 
 class ChunkFailed(_Mapped):

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scanfleet.policy import Preset, executable, fill_in
 from scanfleet.ports import MAX_PORT, MAX_TOP, PortSet, Range
 
 pytestmark = pytest.mark.integration
@@ -61,17 +60,3 @@ def test_nmap_knows_as_many_common_ports_as_may_be_asked_for() -> None:
     """The largest `top:N` is not silently fewer."""
     header = nmap("-v", "-oG", "-", "-sS", "--top-ports", str(MAX_TOP))
     assert f"TCP({MAX_TOP};" in header
-
-
-def categories(name: str) -> list[set[str]]:
-    selection = executable(fill_in(Preset.QUICK, {"scripts": [name]})).script_selection
-    return [set(line.split()[1:]) for line in nmap("--script-help", selection).splitlines() if "Categories: " in line]
-
-
-@pytest.mark.parametrize("name", ["default", "safe", "discovery", "version"])
-def test_scripts_of_a_category_act_on_their_target_alone(name: str) -> None:
-    """nmap selects scripts of the category, and none of those that send packets elsewhere or do harm."""
-    selected = categories(name)
-    assert len(selected) > 10
-    assert all(name in found for found in selected)
-    assert not any(found & {"broadcast", "external", "brute", "dos", "exploit", "intrusive"} for found in selected)

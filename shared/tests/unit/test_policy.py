@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from scanfleet.policy import ALLOWED_SCRIPTS, PRESETS, PolicyError, Preset, ScanPolicy, executable, fill_in
+from scanfleet.policy import (
+    ADMITTED_SCRIPTS,
+    PRESETS,
+    VERSION_SCRIPTS,
+    PolicyError,
+    Preset,
+    ScanPolicy,
+    executable,
+    fill_in,
+)
 
 
 def test_every_preset_is_told_apart_and_complete() -> None:
@@ -49,8 +58,11 @@ def test_a_policy_reads_back() -> None:
         {"version_intensity": "7"},
         {"version_intensity": True},
         {"os_detection": None},
-        {"scripts": "default"},
+        {"scripts": "banner"},
+        {"scripts": ["default"]},
+        {"scripts": ["safe"]},
         {"scripts": ["vuln"]},
+        {"scripts": ["http-grep"]},
         {"scripts": ["default,vuln"]},
         {"scripts": ["default or vuln"]},
         {"scripts": ["./x.nse"]},
@@ -71,7 +83,7 @@ def test_a_policy_reads_back() -> None:
 )
 def test_refuses_what_is_not_in_the_vocabulary(given: dict[str, Any]) -> None:
     """A value of another type, range or word, and any other field, is invalid."""
-    with pytest.raises(ValidationError):
+    with pytest.raises(PolicyError):
         fill_in(Preset.STANDARD, given)
 
 
@@ -91,24 +103,20 @@ def test_tells_what_needs_raw_packets(given: dict[str, Any], *, needed: bool) ->
     assert fill_in(Preset.STANDARD, given).needs_raw is needed
 
 
-def test_a_named_script_is_passed_by_name() -> None:
-    """Names stand for themselves, in the user's order; no scripts is no selection."""
-    assert executable(fill_in(Preset.QUICK, {"scripts": ["ssl-cert", "banner"]})).script_selection == "ssl-cert,banner"
-    assert executable(fill_in(Preset.QUICK, {})).script_selection == ""
+def test_scripts_that_users_are_promised_are_admitted() -> None:
+    """The API names these at least."""
+    promised = {"banner", "http-title", "ssl-cert", "ssh-hostkey", "smb-os-discovery", "snmp-info"}
+    assert promised | VERSION_SCRIPTS <= ADMITTED_SCRIPTS
 
 
-@pytest.mark.proves("A2", "G12")
-def test_a_category_is_never_passed_bare() -> None:
-    """nmap's own categories hold scripts that send packets elsewhere, so each is narrowed."""
-    for name in ("default", "safe", "discovery", "version"):
-        selection = executable(fill_in(Preset.QUICK, {"scripts": [name]})).script_selection
-        assert selection.startswith(f"({name} and not (")
-        assert all(word in selection for word in ("broadcast", "external", "intrusive"))
-
-
-def test_the_scripts_that_users_are_promised_are_allowed() -> None:
-    """The API names three at least."""
-    assert {"default", "safe", "banner"} <= ALLOWED_SCRIPTS
+def test_script_that_the_operator_allows_is_executed_and_no_other() -> None:
+    """A wider list admits its names, and what it lacks is refused with the names that it has."""
+    policy = fill_in(Preset.QUICK, {"scripts": ["http-grep"]}, {"http-grep"})
+    assert executable(policy, {"http-grep"}).scripts == ("http-grep",)
+    with pytest.raises(
+        PolicyError, match=r"scripts\.0: http-grep is not one of the scripts that may run: banner, dns-nsid"
+    ):
+        executable(policy)
 
 
 OTHERS = {

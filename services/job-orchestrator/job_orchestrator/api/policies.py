@@ -17,13 +17,14 @@ router = APIRouter(prefix="/api/v1/policy", route_class=Guarded)
 
 @router.post("", status_code=201)
 async def create_policy(body: rest.PolicyBody, caller: Caller, state: Handed, record: Recorded) -> rest.Policy:
+    scan = body.scan(state.scripts)
     now = utc_now()
     (id_,) = await state.store.take_ids("policies")
     policy = Policy(
         id=id_,
         user_id=caller.user_id,
         name=body.name,
-        scan=body.scan,
+        scan=scan,
         created_at=now,
         updated_at=now,
     )
@@ -58,7 +59,7 @@ async def replace_policy(
         id=old.id,
         user_id=old.user_id,
         name=body.name,
-        scan=body.scan,
+        scan=body.scan(state.scripts),
         created_at=old.created_at,
         updated_at=max(utc_now(), old.updated_at),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Annotated, Final
 
@@ -16,6 +17,7 @@ from scanfleet.audit import write_line
 from scanfleet.auth import Caller
 from scanfleet.errors import BadRequestError, Rule
 from scanfleet.messages import AuditEntry
+from scanfleet.policy import ADMITTED_SCRIPTS
 from scanfleet.service import audit_entry
 from scanfleet.targets import TargetRules
 
@@ -27,6 +29,7 @@ class State:
     store: Store
     commands: Commands
     rules: TargetRules
+    scripts: AbstractSet[str] = ADMITTED_SCRIPTS
 
 
 async def _state(request: Request) -> State:  # a thread would run what is not async

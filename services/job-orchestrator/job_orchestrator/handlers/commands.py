@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Final
@@ -26,6 +27,7 @@ from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError, MessageError, Rule
 from scanfleet.messages import AuditEntry, CancelJob, CommandAccepted, CommandRejected, JobStatus, SubmitJobs
 from scanfleet.messages.topics import ORCHESTRATOR, SCAN_PROGRESS, SCAN_REPLIES
+from scanfleet.policy import ADMITTED_SCRIPTS, PolicyError, executable
 from scanfleet.targets import Target, TargetRules
 
 Reply = CommandAccepted | CommandRejected
@@ -59,11 +61,13 @@ class Commands:
         clock: PlatformTime,
         *,
         monotonic: Callable[[], float],
+        scripts: AbstractSet[str] = ADMITTED_SCRIPTS,
     ) -> None:
         self._store = store
         self._publisher = publisher
         self._jobs = jobs
         self._rules = rules
+        self._scripts = scripts
         self._clock = clock
         self._monotonic = monotonic
         self._caught_up: dict[int, float] = {}
@@ -240,7 +244,7 @@ class Commands:
         )
         makers = []
         try:
-            for policy, subnet in _resolved(submit, policies, subnets):
+            for policy, subnet in _resolved(submit, policies, subnets, self._scripts):
                 makers.append(_maker(submit, policy, subnet, self._rules, self._clock.now()))
                 await asyncio.sleep(0)  # planning a large network takes 30 ms: others may go between
         except _RefusedError as refusal:
@@ -362,9 +366,14 @@ def _resolved(
     submit: SubmitJobs,
     policies: Sequence[Policy],
     subnets: Sequence[Subnet],
+    scripts: AbstractSet[str],
 ) -> list[tuple[Policy, Subnet]]:
     if not policies:
         raise _RefusedError(f"Policy {submit.policy_id} not found", Rule.OWNER)
+    try:
+        executable(policies[0].scan, scripts)
+    except PolicyError as error:
+        raise _RefusedError(f"Policy {submit.policy_id} must be changed before it can be used: {error}") from error
     if len(set(submit.subnet_ids)) < len(submit.subnet_ids):
         raise _RefusedError("The same subnet is given twice")
     by_id = {subnet.id: subnet for subnet in subnets}

@@ -131,6 +131,21 @@ async def test_all_is_checked_before_any_job_is_made(
     assert await jobs_of(world) == []
 
 
+@pytest.mark.proves("A23", "G12")
+async def test_policy_of_an_older_release_with_categories_is_refused(world: World) -> None:
+    """A stored policy that names a category of scripts makes no job, and the answer says what to change."""
+    await world.add("127.9.8.0/30")
+    (stored,) = await world.store.policies(7, [1])
+    await world.store.replace_policy(replace(stored, scan=stored.scan.model_copy(update={"scripts": ("default",)})))
+    command = await world.send(1, [1])
+    await world.settle()
+    (reply,) = world.replies(command)
+    assert isinstance(reply, CommandRejected)
+    assert reply.status == 400
+    assert "Policy 1 must be changed before it can be used: scripts.0: default is not one of the scripts" in reply.error
+    assert await jobs_of(world) == []
+
+
 async def test_a_request_that_fits_no_document_is_refused(world: World) -> None:
     """A thousand subnets with a thousand excludes each are a 400, not a fault."""
     policy_id, _ = await world.add()

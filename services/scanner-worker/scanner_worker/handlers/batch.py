@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final, Protocol, Self
@@ -13,6 +14,7 @@ import structlog
 
 from scanfleet.messages import PortFound, ScanChunk
 from scanfleet.outcomes import Outcome, index_of, networks
+from scanfleet.policy import ADMITTED_SCRIPTS
 from scanfleet.ports import PortSet
 from scanfleet.targets import Network, TargetRules
 from scanner_worker.domain import Host, ScanError, arguments, services
@@ -33,6 +35,10 @@ class Scanner(Protocol):
             CannotStartError: nmap cannot be started.
             KilledByGuardError: the guard killed nmap.
         """
+
+    @property
+    def version(self) -> str:
+        """nmap's, as it said last; empty while it has not been checked."""
 
     async def ranked(self, ports: PortSet) -> PortSet:
         """The TCP ports that a part of a `top` set stands for.
@@ -61,12 +67,14 @@ class Abilities:
         raw: whether nmap may send raw packets here.
         rules: what may be scanned.
         attempt_seconds: how long one nmap may scan more than one address.
+        scripts: the NSE scripts that a policy may name.
     """
 
     slots: int
     raw: bool
     rules: TargetRules
     attempt_seconds: float
+    scripts: AbstractSet[str] = ADMITTED_SCRIPTS
 
 
 class TooSlowError(Exception):
@@ -104,6 +112,11 @@ class Batch:
         finally:
             for share in self._here:
                 share.end(self.fault)
+
+    @property
+    def nmap(self) -> str:
+        """nmap's version."""
+        return self._scanner.version
 
     def begin(self) -> None:
         """Start nmap if nobody who is here has yet to say what it wants."""
@@ -165,7 +178,7 @@ class Batch:
         if ports.above:
             ports = await self._scanner.ranked(ports)
             chunk = chunk.model_copy(update={"ports": str(ports)})
-        line = arguments(chunk, targets, raw=self._abilities.raw)
+        line = arguments(chunk, targets, raw=self._abilities.raw, scripts=self._abilities.scripts)
         async with aclosing(self._scanner.scan(line, services(ports))) as found:
             async for hosts in found:
                 for share, own in self._sorted(hosts).items():
@@ -226,6 +239,11 @@ class Share:
                 raise news
             else:
                 return
+
+    @property
+    def nmap(self) -> str:
+        """The version of the nmap that scanned; empty when there was nothing to scan."""
+        return self._batch.nmap if self.asks else ""
 
     @property
     def targets(self) -> Sequence[Network]:

@@ -36,6 +36,7 @@ from scanner_worker.domain import (
     fit,
     outcome,
     permit,
+    scripts_of,
     technique,
 )
 from scanner_worker.handlers.batch import Abilities, Found, Share, TooSlowError
@@ -113,6 +114,8 @@ class ChunkScan:
             first_address=self.chunk.first_address,
             slot_seconds=share.seconds,
             technique=self._technique,
+            nmap=share.nmap,
+            scripts=scripts_of(self.chunk.policy) if share.nmap else (),
             reason=permitted.reason[:REASON_CHARS],
             grant=self.chunk.grant,
         )

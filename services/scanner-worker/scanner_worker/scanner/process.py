@@ -11,8 +11,10 @@ import signal
 import sys
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from secrets import token_hex
 from typing import Final
 
@@ -20,9 +22,10 @@ import structlog
 from prometheus_client import Counter, Gauge
 
 from scanfleet.messages import PortFound
+from scanfleet.policy import ADMITTED_SCRIPTS
 from scanfleet.ports import PortSet, parse_ranges
 from scanner_worker.domain import CannotStartError, Host, KilledByGuardError, ScanError, printable
-from scanner_worker.scanner import guard, view
+from scanner_worker.scanner import datadir, guard, view
 from scanner_worker.scanner.xml import BadXmlError, Reader
 
 PIECE: Final = 1 << 16  # bytes read at once: what a pipe holds
@@ -38,6 +41,10 @@ _VERSION: Final = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})")
 
 # A run that touches nothing, but takes all that a scan takes: a process, a temporary folder, nmap and its libraries.
 _TRIAL: Final = ("-n", "-sL", "-oX", "-", "127.0.0.1")
+
+# A run that lists scripts: each that is installed has an element.
+_HELP: Final = ("-oX", "-", "--script-help")
+_SCRIPT: Final = re.compile(rb'<script filename="[^"]*?([a-z0-9-]+)\.nse"')
 
 # A run without targets, in which nmap lists the ports that it would probe.
 _NO_TARGETS: Final = ("-n", "-Pn", "-sT", "-oX", "-", "-iL", os.devnull)
@@ -72,11 +79,17 @@ class Limits:
 
 
 class Nmap:
-    """Starts nmaps, and the guard that kills them when this process ends or stands still."""
+    """Starts nmaps, and the guard that kills them when this process ends or stands still.
 
-    def __init__(self, program: str, limits: Limits) -> None:
+    Attributes:
+        version: nmap's, as the newest run said; empty before the first one.
+    """
+
+    def __init__(self, program: str, limits: Limits, scripts: AbstractSet[str] = ADMITTED_SCRIPTS) -> None:
+        self.version = ""
         self._program = program
         self._limits = limits
+        self._scripts = scripts
         self._mark = f"scanfleet-{token_hex(16)}"
         self._runs = 0
         self._guard: asyncio.subprocess.Process | None = None
@@ -168,6 +181,22 @@ class Nmap:
                 f"{'.'.join(map(str, MIN_VERSION))} is the oldest that works: install a newer one (Debian 12, Ubuntu 24.04 and "
                 "later have it), and name it in SCANFLEET_NMAP if it is not the first in PATH"
             )
+        self.version = reader.version
+        await self._check_scripts()
+
+    async def _check_scripts(self) -> None:
+        try:
+            async with asyncio.timeout(CHECK_S):
+                code, output, said = await self._output((*_HELP, ",".join(sorted(self._scripts))))
+        except TimeoutError:
+            raise CannotStartError(f"{self._program} did not list its scripts in {CHECK_S:.0f} seconds") from None
+        if code:
+            raise CannotStartError(f"{self._program} does not list its scripts, it {_ended(code)}: {said}")
+        if missing := self._scripts - {name.decode() for name in _SCRIPT.findall(output)}:
+            raise CannotStartError(
+                f"{self._program} does not have the scripts {', '.join(sorted(missing))}: install nmap's scripts, and name "
+                "none in SCANFLEET_SCRIPTS that is not one of them"
+            )
 
     async def ranked(self, ports: PortSet) -> PortSet:
         """The TCP ports that a part of a `top` set stands for, by nmap's own table. Sends nothing.
@@ -180,15 +209,20 @@ class Nmap:
 
     async def _common(self, count: int) -> PortSet:
         if count not in self._most_common:
-            output = b""
-            async with self._started((*_NO_TARGETS, "--top-ports", str(count))) as run:
-                while data := await run.read():
-                    output += data
+            _, output, said = await self._output((*_NO_TARGETS, "--top-ports", str(count)))
             listed = _SERVICES.search(output)
             if not listed:
-                raise ScanError(f"nmap does not list its {count} most common ports: {run.said}")
+                raise ScanError(f"nmap does not list its {count} most common ports: {said}")
             self._most_common[count] = PortSet(tcp=parse_ranges(listed[1].decode()))
         return self._most_common[count]
+
+    async def _output(self, arguments: Sequence[str]) -> tuple[int, bytes, str]:
+        """The exit code, output and end of standard error of a run that sends nothing."""
+        output = b""
+        async with self._started(arguments) as run:
+            while data := await run.read():
+                output += data
+            return await run.wait(), output, run.said
 
     async def scan(self, arguments: Sequence[str], services: Mapping[str, int]) -> AsyncGenerator[Found]:
         """Run nmap and yield finished hosts with their open ports, whatever is ready at once.
@@ -219,6 +253,12 @@ class Nmap:
         except OSError as error:
             raise CannotStartError(f"no temporary folder can be made for nmap: {error}") from error
         with folder:
+            data = Path(folder.name, "data")  # of this run alone: nothing can change or remove it before
+            try:
+                datadir.write(data, self._scripts)
+            except OSError as error:
+                raise CannotStartError(f"nmap's data folder cannot be written: {error}") from error
+            arguments = ("--datadir", str(data), *arguments)
             starting = asyncio.create_task(self._start(arguments, mark, folder.name))
             with _running.track_inprogress():
                 try:
@@ -261,6 +301,7 @@ class Nmap:
             if size > self._limits.output:
                 raise ScanError(f"nmap wrote more than {self._limits.output} bytes")
             hosts, fault = _whole(reader, data)
+            self.version = reader.version or self.version
             if reader.moves != moves:
                 moves = reader.moves
                 run.moved()

@@ -96,8 +96,8 @@ async def released_and_recovers(
 def disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
-    """The temporary folder, on a disk of its own with room for two files, and what fills it."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k,nr_inodes=4", "tmpfs", tmp_path], check=True)
+    """The temporary folder, on a disk of its own with room for a few files, and what fills it."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=16", "tmpfs", tmp_path], check=True)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
     @contextlib.contextmanager

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
 import textwrap
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from ipaddress import ip_network
 from pathlib import Path
@@ -19,10 +21,11 @@ import pytest
 from scanfleet.audit import Refusals
 from scanfleet.messages import ChunkFailed, ChunkReleased, ChunkScanned, HostScanned, Message, ScanChunk, StopChunk
 from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS
+from scanfleet.policy import ADMITTED_SCRIPTS, VERSION_SCRIPTS
 from scanfleet.ports import PortSet
 from scanfleet.targets import TargetRules
 from scanfleet.testing.bus import MemoryBus
-from scanner_worker.domain import CannotStartError, ScanError
+from scanner_worker.domain import CannotStartError, ScanError, scripts_of
 from scanner_worker.handlers.batch import Abilities
 from scanner_worker.handlers.worker import Worker
 from scanner_worker.scanner import guard, process
@@ -82,8 +85,10 @@ async def make_nmap() -> AsyncIterator[MakeNmap]:
     """A started Nmap; whatever it has left at the end fails the test."""
     made: list[Nmap] = []
 
-    async def make(program: str | Path = NMAP, limits: Limits = LIMITS) -> Nmap:
-        made.append(nmap := Nmap(str(program), limits))
+    async def make(
+        program: str | Path = NMAP, limits: Limits = LIMITS, scripts: AbstractSet[str] = ADMITTED_SCRIPTS
+    ) -> Nmap:
+        made.append(nmap := Nmap(str(program), limits, scripts))
         await nmap.start()
         return nmap
 
@@ -583,6 +588,27 @@ async def test_check_needs_what_a_scan_needs(make_nmap: MakeNmap, monkeypatch: p
     monkeypatch.setattr("tempfile.tempdir", None)
     with pytest.raises(CannotStartError, match="/nowhere/nmap cannot be started"):
         await (await make_nmap("/nowhere/nmap")).check()
+
+
+@pytest.mark.parametrize("name", ["unheard-of", "default", "all"])
+async def test_check_nmap_without_an_allowed_script_says_which(make_nmap: MakeNmap, name: str) -> None:
+    """A name that is no script of the installed nmap, a category among them, is named with its setting."""
+    nmap = await make_nmap(scripts=ADMITTED_SCRIPTS | {name})
+    with pytest.raises(CannotStartError, match=f"does not have the scripts {name}: .*SCANFLEET_SCRIPTS"):
+        await nmap.check()
+
+
+@pytest.mark.proves("A23", "G12")
+async def test_service_detection_runs_no_script_that_is_not_recorded(
+    make_chunk: MakeChunk, make_nmap: MakeNmap
+) -> None:
+    """Of nmap's scripts for service detection those run that ChunkScanned names, whatever the operator allows."""
+    nmap = await make_nmap(scripts=ADMITTED_SCRIPTS | {"mqtt-subscribe"})
+    recorded = scripts_of(make_chunk({"service_detection": True, "scripts": ["banner"]}).policy)
+    assert recorded == ("banner", *sorted(VERSION_SCRIPTS))
+    without_targets = ("-n", "-Pn", "-sT", "-iL", os.devnull)
+    _, output, _ = await nmap._output((*without_targets, "-d2", "-sV", "--script", "banner"))
+    assert sorted(re.findall(rb"NSE: Loaded '[^']*/([a-z-]+)\.nse'", output)) == [name.encode() for name in recorded]
 
 
 @pytest.mark.proves("F20")

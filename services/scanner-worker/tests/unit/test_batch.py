@@ -47,6 +47,8 @@ def addresses(argv: Sequence[str]) -> list[str]:
 class Stepping:
     """Yields its targets in their order, each when it is let, and then fails if it is to."""
 
+    version = "7.95"
+
     def __init__(self) -> None:
         self.argvs: list[Sequence[str]] = []
         self.runs: list[list[str]] = []

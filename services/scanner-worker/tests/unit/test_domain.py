@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scanfleet.messages import HostScanned, PortFound, ScanChunk
 from scanfleet.messages.fields import MAX_BYTES
 from scanfleet.outcomes import Outcome, networks
-from scanfleet.policy import ALLOWED_SCRIPTS, Preset, ScanPolicy, fill_in
+from scanfleet.policy import ADMITTED_SCRIPTS, Preset, ScanPolicy, fill_in
 from scanfleet.targets import TargetRules
 from scanner_worker.domain import (
     Host,
@@ -51,7 +51,7 @@ def policies(draw: st.DrawFn) -> ScanPolicy:
         "service_detection": draw(st.booleans()),
         "version_intensity": draw(st.integers(0, 9)),
         "os_detection": draw(st.booleans()),
-        "scripts": tuple(draw(st.lists(st.sampled_from(sorted(ALLOWED_SCRIPTS)), unique=True))),
+        "scripts": tuple(draw(st.lists(st.sampled_from(sorted(ADMITTED_SCRIPTS)), unique=True))),
         "timing": draw(st.integers(0, 5)),
         "max_rate": draw(st.none() | st.integers(1, 10_000_000)),
         "max_rtt_timeout": draw(st.none() | st.integers(50, 10_000)),
@@ -404,7 +404,9 @@ def test_every_port_of_a_tarpit_fits() -> None:
 
 
 @pytest.mark.proves("A13", "G12")
-@pytest.mark.parametrize("field", [{"scripts": ["http-robots"]}, {"technique": "sctp"}, {"discovery": "arp"}])
+@pytest.mark.parametrize(
+    "field", [{"scripts": ["http-robots"]}, {"scripts": ["default"]}, {"technique": "sctp"}, {"discovery": "arp"}]
+)
 def test_arguments_of_a_policy_that_this_release_does_not_allow_fail_the_chunk(
     make_chunk: MakeChunk, field: dict[str, object]
 ) -> None:

@@ -48,6 +48,8 @@ def host(address: str, *, up: bool = True, late: bool = False, ports: int = 2, r
 class ScriptedScanner:
     """Yields what it was told to, or what it was asked for, raises it, or waits for ever; notes what it was asked and whether it was closed."""
 
+    version = "7.95"
+
     def __init__(self, *script: Host | Exception | str) -> None:
         self.script = script
         self.asked: list[Sequence[str]] = []
@@ -171,6 +173,7 @@ async def test_a_whole_chunk(make_chunk: MakeChunk, until: Until) -> None:
         scanned = results[-1]
         assert isinstance(scanned, ChunkScanned)
         assert (scanned.outcomes, scanned.first_address, scanned.technique) == ("adts", "127.9.1.0", "syn")
+        assert (scanned.nmap, scanned.scripts) == ("7.95", ())
         assert isinstance(host_scanned := results[0], HostScanned)
         assert (host_scanned.user_id, host_scanned.attempt, host_scanned.ports) == (7, 1, (PortFound(port=22),))
 

@@ -1,0 +1,33 @@
+"""nmap's data folder: which scripts there are, and an engine that confines them to the scanned addresses.
+
+nmap looks here first, and takes what is not here from its installation: the scripts and libraries themselves, probes,
+fingerprints.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Final
+
+from scanfleet.policy import VERSION_SCRIPTS
+
+_ENGINE: Final = Path(__file__).with_name("confined.lua")
+
+
+def write(folder: Path, scripts: AbstractSet[str]) -> None:
+    """Make `folder`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    (folder / "scripts").mkdir(parents=True)
+    shutil.copyfile(_ENGINE, folder / "nse_main.lua")
+    (folder / "scripts" / "script.db").write_text("".join(map(_entry, sorted(scripts))), encoding="ascii")
+
+
+def _entry(name: str) -> str:
+    # Service detection runs every script of the category "version", and nothing else selects by category.
+    categories = '"version"' if name in VERSION_SCRIPTS else ""
+    return f'Entry {{ filename = "{name}.nse", categories = {{ {categories} }} }}\n'
