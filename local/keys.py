@@ -20,6 +20,7 @@ def make(folder: Path) -> None:
     # A volume belongs to one service, which does not run as whoever makes this.
     services = (folder / service / "internal-public.pem" for service in DATABASES)
     make_internal_keys(folder / "api-gateway" / "internal.pem", *services, mode=0o644)
+    _once(folder / "job-orchestrator" / "audit-key", token_hex(24))
     for service in folder.iterdir():
         if service.name == "mongodb":
             _once(service / "key", token_hex(24))

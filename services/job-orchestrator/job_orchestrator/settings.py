@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 
 from scanfleet.settings import CommonSettings, InternalTokenSettings, KafkaSettings, MongoSettings, TargetSettings
 
 
-class Settings(CommonSettings, KafkaSettings, MongoSettings, InternalTokenSettings, TargetSettings):
+class AuditSettings(MongoSettings):
+    """Where the audit log is, and what signs it."""
+
+    audit_key_file: Path = Field(
+        description="Keys that sign the audit log, one a line of at least 32 characters, read once at start. The first signs; the "
+        "others verify what was signed before they were replaced.",
+    )
+    audit_days: int = Field(
+        365,  # an incident is often found months later; an entry has some 500 bytes
+        ge=1,
+        description="How many days an entry of the audit log is kept.",
+    )
+
+
+class Settings(CommonSettings, KafkaSettings, AuditSettings, InternalTokenSettings, TargetSettings):
     lease_seconds: float = Field(
         30.0,
         ge=3.0,  # workers report each second
@@ -22,9 +38,4 @@ class Settings(CommonSettings, KafkaSettings, MongoSettings, InternalTokenSettin
         600.0,  # longer than it takes to start a pod on a new node
         gt=0,
         description="Seconds that a job waits for a worker that may send raw packets, when none is available; then it fails.",
-    )
-    audit_days: int = Field(
-        365,  # an incident is often found months later; an entry has some 300 bytes
-        ge=1,
-        description="How many days an entry of the audit log is kept.",
     )
