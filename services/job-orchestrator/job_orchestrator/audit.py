@@ -10,6 +10,8 @@ from datetime import timedelta
 from getpass import getuser
 from uuid import uuid4
 
+import structlog
+
 from job_orchestrator.domain.chain import read_chain_keys
 from job_orchestrator.repository import MongoStore, Verification
 from job_orchestrator.settings import AuditSettings
@@ -44,6 +46,10 @@ def command_entry(action: str, target: str) -> AuditEntry:
 
 def main() -> int:
     asked = _parser().parse_args()
+    structlog.configure(
+        processors=[structlog.processors.JSONRenderer()],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),  # standard output is the export's
+    )
     try:
         return asyncio.run(_run(AuditSettings(), asked))
     except DependencyError as error:

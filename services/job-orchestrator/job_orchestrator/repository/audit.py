@@ -178,7 +178,7 @@ class MongoAudit:
         return self._keys.verify("block", content, block.get("mac"))
 
     async def adopt(self) -> int:
-        """Sign the entries of a release that signed none, as they are now; answer how many.
+        """Sign the entries of a release that signed none, as they are now; answer how many. What is no entry is left out.
 
         Raises:
             DependencyError: MongoDB is unavailable; call again.
@@ -186,6 +186,8 @@ class MongoAudit:
         count = 0
         async with dependency_errors():
             async for each in self._entries.find({"mac": {"$exists": False}}):
+                if _read(each) is None:
+                    continue
                 received_at = min(each["time"], utc_now())  # a stranger may have put any time there
                 signed = self._signed(each | {"received_at": received_at})
                 await self._entries.replace_one({"_id": each["_id"], "mac": {"$exists": False}}, signed)

@@ -206,7 +206,10 @@ async def test_verify_knows_what_was_forgotten_by_age(
     found = await mongo_store.verify()
     assert (found.findings, found.blocks, found.first, found.sealed) == ([], 1, 3, 1)
     monkeypatch.setattr(audit, "utc_now", lambda: begin)
-    assert (await mongo_store.verify()).findings[-1].startswith("block 2: removed before its time")
+    assert (await mongo_store.verify()).findings == [
+        "block 2: removed before its time, and every one before it that is not there",
+        "entry job-orchestrator/0: added, or its block removed: it is marked as of block 1, which is not there",
+    ]
 
 
 async def test_adopt_signs_the_entries_of_an_earlier_release(mongo_store: MongoStore, database: Database) -> None:
@@ -242,8 +245,7 @@ class Desk:
             text=True,
             check=False,
         )
-        assert done.stderr == ""
-        assert (done.stdout.replace("\n", "") or " ").isprintable()
+        assert f"{done.stdout} {done.stderr}".replace("\n", "").isprintable()
         return done.returncode, done.stdout.splitlines()
 
 
@@ -281,5 +283,4 @@ async def test_commands_verify_and_export(database: Database, mongodb: str, tmp_
     assert code == 2
     assert "entry job-orchestrator/0: changed" in lines
     assert [line for line in lines if line.startswith(r"entry \u001b[2J\u202e: added")]
-    code, (said,) = await desk.types("adopt")
-    assert (code, said) == (0, "1 entries were signed") or code == 1
+    assert await desk.types("adopt") == (0, ["0 entries were signed"])

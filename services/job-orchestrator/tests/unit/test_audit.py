@@ -232,15 +232,28 @@ async def test_administrators_read_the_log_by_page(ask: Caller, app: FastAPI) ->
         await ask("POST /api/v1/subnet", SUBNET, user=number + 1)
     http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://orchestrator")
     bearer = ISSUER.bearer(9, admin=True)
-    answer = (await http.get("/api/v1/audit?page=2&page_size=2", headers=bearer)).json()
-    assert {name: answer[name] for name in ("total", "page", "page_size")} == {"total": 3, "page": 2, "page_size": 2}
-    (entry,) = answer["entries"]
+    answer = (await http.get("/api/v1/audit?page=2&page_size=3", headers=bearer)).json()
+    assert {name: answer[name] for name in ("total", "page", "page_size")} == {"total": 4, "page": 2, "page_size": 3}
+    (entry,) = answer["entries"]  # before the other two, and this read
     assert entry["time"].endswith("Z")
     assert list(entry) == [*AuditEntry.model_fields, "received_at"]
     mine = (await http.get("/api/v1/audit?subject=2", headers=bearer)).json()
     assert [each["subject"] for each in mine["entries"]] == ["2"]
     one = (await http.get("/api/v1/audit?request_id=r-POST-.api.v1.subnet-3", headers=bearer)).json()
     assert [each["subject"] for each in one["entries"]] == ["3"]
+
+
+@pytest.mark.proves("A24")
+async def test_a_read_of_the_audit_log_is_recorded(ask: Caller, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads the log is in the log with the filters, once a minute for each of them."""
+    monkeypatch.setattr("scanfleet.service.utc_now", lambda: THEN)
+    for query in ("", "?page=2", "?subject=7&page=1", "?page_size=3&subject=7", "?request_id=r-1&subject=7"):
+        assert (await ask(f"GET /api/v1/audit{query}", user=9, admin=True))[0] == 200
+    recorded, _ = await world.store.list_audit(0, 10)
+    assert sorted(told(recorded)) == [
+        ("9", "list_audit", f"/api/v1/audit{query}", "allowed", "role")
+        for query in ("", "?request_id=r-1&subject=7", "?subject=7")
+    ]
 
 
 async def commanded(world: World, *, user: int = 7) -> list[tuple[str, str, str, str, str]]:
@@ -337,5 +350,5 @@ def test_audited_that_is_no_bounded_refusal_is_not_decoded(hostile: dict[str, An
     good = json.loads(Audited(entry=refusal()).model_dump_json())
     assert Audited.model_validate(good).entry == refusal()
     good["entry"] |= hostile
-    with pytest.raises(ValidationError, match=next(iter(hostile))):
+    with pytest.raises(ValidationError, match="entry"):
         Audited.model_validate(good)
