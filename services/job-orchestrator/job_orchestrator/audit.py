@@ -28,7 +28,7 @@ def command_entry(action: str, target: str) -> AuditEntry:
     """The entry of an operator's command."""
     try:
         user = getuser()
-    except OSError:  # of an id without a name, as in a container
+    except (OSError, KeyError):  # KeyError before Python 3.13: of an id without a name, as in a container
         user = "unknown"
     return AuditEntry(
         id=uuid4().hex,
