@@ -32,7 +32,7 @@ PROMISES: Final[Mapping[str, str]] = {
     "G12": "nmap sends packets only to addresses that policy allows, scripts included",
     "G13": "Callers see and change only their own objects, on every route; administrators act under audit",
     "G14": "Only tokens of the configured issuer, audience, type and algorithms are accepted; keys rotate and tokens are revoked without restart",
-    "G15": "Every change and every refusal is in the audit log: who, from where, what, which rule, which request",
+    "G15": "Every change and refusal is in a tamper-evident audit log: who, from where, what, which rule, which request",
     "G16": "`completed` means that every probe of the request has its outcome in the ledger and every result can be read",
     "G17": "A faulty worker, host, document or job affects nothing but itself",
     "G18": "A job's packet rate never exceeds its `max_rate`, whatever the number of workers",
@@ -192,6 +192,13 @@ ABUSE: Final[Mapping[str, Trial]] = {
     "A25": Trial(
         "forged or replayed HostScanned, ChunkScanned; `slot_seconds` of 1e999",
         "no effect on any job, result, ledger or clock",
+    ),
+    "A26": Trial(
+        "an audit entry changed, removed or added in the database, or sent by a service in the name of another",
+        "`verify` names it; over the bus each service adds refusals of its own only",
+    ),
+    "A27": Trial(
+        "a forged dead letter replayed by an administrator", "refused, unless the administrator names it as unverified"
     ),
     "A28": Trial(
         "a withdrawn key while the JWKS cannot be fetched; another `typ`; `cnf`; a JWKS by http; a revoked token",

@@ -22,6 +22,7 @@ def make(folder: Path) -> None:
     make_signing_keys(folder / "api-gateway" / "internal.pem", *services, mode=0o644)
     public = folder / "result-store" / "chunk-public.pem"
     make_signing_keys(folder / "job-orchestrator" / "chunk.pem", public, mode=0o644)
+    _once(folder / "job-orchestrator" / "audit-key", token_hex(24))
     for service in folder.iterdir():
         if service.name == "mongodb":
             _once(service / "key", token_hex(24))

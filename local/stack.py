@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Final
 
 import httpx
@@ -362,6 +363,8 @@ class Stack:
         }
         key, public_keys = self._signing_keys("internal")
         chunk_key, chunk_public_keys = self._signing_keys("chunk")
+        if service == "job-orchestrator":
+            variables["SCANFLEET_AUDIT_KEY_FILE"] = str(self._audit_key_file())
         if service in WITH_DATABASE:
             variables["SCANFLEET_INTERNAL_PUBLIC_KEYS_FILE"] = str(public_keys)
             variables["SCANFLEET_DATABASE"] = self.database(service)
@@ -395,6 +398,14 @@ class Stack:
         private, public = self.folder / purpose / "private.pem", self.folder / purpose / "public.pem"
         tokens.make_signing_keys(private, public)
         return private, public
+
+    def _audit_key_file(self) -> Path:
+        """What signs the audit log, made once."""
+        file = self.folder / "audit-key"
+        if not file.exists():
+            file.touch(0o600)
+            file.write_text(f"{token_hex(24)}\n")
+        return file
 
     def _way_to_the_bus(self, service: str | None = None) -> dict[str, str]:
         settings = self.kafka_settings(service).model_dump(mode="json", exclude_none=True)

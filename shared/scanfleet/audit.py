@@ -93,7 +93,7 @@ class Refusals:
         """
         self._turn_window()
         entries = self._waiting[:]
-        await publisher.publish(SCAN_AUDIT, [Audited(entry=entry) for entry in entries])
+        await publisher.publish(SCAN_AUDIT[self.service], [Audited(entry=entry) for entry in entries])
         del self._waiting[: len(entries)]
 
     @asynccontextmanager

@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 from scanfleet import policy as vocabulary
 from scanfleet.clock import Time
 from scanfleet.errors import BadRequestError
-from scanfleet.messages import AuditEntry, Job, JobStatus
+from scanfleet.messages import Job, JobStatus, audit
 from scanfleet.messages.commands import MAX_SUBNETS
 from scanfleet.messages.fields import MAX_ID
 from scanfleet.policy import PolicyError, Preset, ScanPolicy, fill_in
@@ -332,6 +332,13 @@ class PolicyList(_Answer):
 
 
 # Audit
+
+
+class AuditEntry(audit.AuditEntry):
+    """One thing that was done or refused."""
+
+    received_at: Time
+    """When it was recorded. The log is in this order: `time` may be whatever the service says."""
 
 
 class AuditList(_Answer):

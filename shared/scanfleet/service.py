@@ -237,8 +237,13 @@ class AsciiJSON(JSONResponse):
     """JSON of printable ASCII: control, C1 and bidirectional characters of callers and hosts arrive as escapes."""
 
     def render(self, content: Any) -> bytes:
-        text = json.dumps(content, allow_nan=False, separators=(",", ":"))
-        return text.replace("\x7f", "\\u007f").encode()  # the only control character that JSON leaves as it is
+        return ascii_json(content).encode()
+
+
+def ascii_json(content: Any) -> str:
+    """`content` as JSON of printable ASCII."""
+    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+    return text.replace("\x7f", "\\u007f")  # the only control character that JSON leaves as it is
 
 
 def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> Response:

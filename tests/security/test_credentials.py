@@ -31,18 +31,21 @@ LIMIT: Final = 60.0  # seconds until any of this has happened
 
 # As the architecture has it; the code derives the same from its registry of topics.
 MAY_WRITE: Final = {
-    GATEWAY: {"scan-commands", "scan-audit"},
+    GATEWAY: {"scan-commands", "scan-audit-api-gateway"},
     ORCHESTRATOR: {
-        *("scan-replies", "scan-tasks", "scan-events", "scan-results", "scan-audit"),
-        *("scan-commands-dlq", "scan-workers-dlq", "scan-progress-dlq", "scan-stored-dlq", "scan-audit-dlq"),
-        "scan-events-dlq",
+        *("scan-replies", "scan-tasks", "scan-events", "scan-results", "scan-audit-job-orchestrator"),
+        *("scan-commands-dlq", "scan-workers-dlq", "scan-progress-dlq", "scan-stored-dlq", "scan-events-dlq"),
+        *(f"scan-audit-{service}-dlq" for service in SERVICES),
     },
-    WORKER: {"scan-workers", "scan-progress", "scan-results", "scan-audit"},
-    RESULT_STORE: {"scan-stored", "scan-audit", "scan-results-dlq"},
+    WORKER: {"scan-workers", "scan-progress", "scan-results", "scan-audit-scanner-worker"},
+    RESULT_STORE: {"scan-stored", "scan-audit-result-store", "scan-results-dlq"},
 }
 MAY_READ: Final = {
     GATEWAY: {"scan-replies", "scan-events"},
-    ORCHESTRATOR: {"scan-commands", "scan-workers", "scan-progress", "scan-stored", "scan-audit", "scan-events"},
+    ORCHESTRATOR: {
+        *("scan-commands", "scan-workers", "scan-progress", "scan-stored", "scan-events"),
+        *(f"scan-audit-{service}" for service in SERVICES),
+    },
     WORKER: {"scan-tasks"},
     RESULT_STORE: {"scan-results"},
 }

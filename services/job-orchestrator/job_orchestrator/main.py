@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
+from job_orchestrator.domain.chain import read_chain_keys
 from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.audit import Audit
@@ -43,6 +44,7 @@ from scanfleet.startup import Startup
 from scanfleet.targets import TargetRules
 
 _SWEEP_SECONDS = 1.0
+_SEAL_SECONDS = 5.0  # for which an entry may be removed unnoticed
 _TIME_SECONDS = 1.0  # between two questions for the database's time; what the clocks drift apart meanwhile is nothing
 
 
@@ -100,7 +102,7 @@ class Orchestrator:
             SCAN_WORKERS: self.dispatcher,
             SCAN_PROGRESS: self.progress,
             SCAN_STORED: Stored(store, self.jobs, self.dispatcher.wake, clock),
-            SCAN_AUDIT: Audit(store),
+            **{topic: Audit(store, service) for service, topic in SCAN_AUDIT.items()},
         }
         self.loops = (*self.jobs.loops, self.dispatcher.loop, Loop("sweep", _SWEEP_SECONDS, self.sweeper.sweep))
 
@@ -118,7 +120,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             signer = Signer(read_private_key(settings.chunk_key_file))
             database = mongo.connect(settings.mongodb_uri, settings.database)
             stack.callback(database.client.close)
-            store = MongoStore(database, keep_audit=timedelta(days=settings.audit_days))
+            keys = read_chain_keys(settings.audit_key_file)
+            store = MongoStore(database, keys, keep_audit=timedelta(days=settings.audit_days))
             await startup.until_there("mongodb", store.prepare)
             app.state.access = access = MongoAccess(database)
             await startup.until_there("mongodb", access.prepare)
@@ -150,7 +153,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 bus.consume(topic, f"{ORCHESTRATOR}-{topic.name}", handler)
                 for topic, handler in orchestrator.handlers.items()
             ]
-            for loop in (Loop("time", _TIME_SECONDS, clock.refresh), *orchestrator.loops, *consumers):
+            seal = Loop("audit seal", _SEAL_SECONDS, store.seal, vital=False)
+            for loop in (Loop("time", _TIME_SECONDS, clock.refresh), seal, *orchestrator.loops, *consumers):
                 await startup.until_there("kafka", loop.start)
                 stack.push_async_callback(loop.stop)
                 app.state.probes.watch(loop)

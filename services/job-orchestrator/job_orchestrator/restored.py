@@ -7,8 +7,11 @@ above all that were given out, and what the log says was cancelled is. docs/oper
 from __future__ import annotations
 
 import sys
+from datetime import timedelta
 from typing import Final
 
+from job_orchestrator.audit import command_entry
+from job_orchestrator.domain.chain import read_chain_keys
 from job_orchestrator.domain.job import JobTrigger, change, set_back
 from job_orchestrator.repository import MongoStore
 from job_orchestrator.settings import Settings
@@ -43,7 +46,9 @@ async def restored(settings: Settings) -> str:
     above = mongo.beyond()
     database = mongo.connect(settings.mongodb_uri, settings.database)
     try:
-        store = MongoStore(database)
+        keys = read_chain_keys(settings.audit_key_file)
+        store = MongoStore(database, keys, keep_audit=timedelta(days=settings.audit_days))
+        await store.add_audit([command_entry("restore_database", settings.database)])
         await store.advance_ids(above)
         # Nobody sends them again, and the backup may have come between a command and the last of its jobs.
         async for submit in store.accepted_submits():

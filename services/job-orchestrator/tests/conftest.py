@@ -8,7 +8,7 @@ from uuid import uuid4
 import pytest
 
 from job_orchestrator.repository import MongoStore
-from job_orchestrator.testing import MemoryStore, World
+from job_orchestrator.testing import KEYS, MemoryStore, World
 from scanfleet import mongo
 from scanfleet.mongo import Database
 
@@ -24,7 +24,7 @@ async def database(mongodb: str) -> AsyncIterator[Database]:
 
 @pytest.fixture
 async def mongo_store(database: Database) -> MongoStore:
-    store = MongoStore(database)
+    store = MongoStore(database, KEYS)
     await store.prepare()
     return store
 

@@ -11,7 +11,7 @@ import pytest
 from job_orchestrator.domain.access import Access, Revocation
 from job_orchestrator.domain.store import Subnet
 from job_orchestrator.repository import MongoAccess, MongoStore
-from job_orchestrator.testing import MemoryAccess, MemoryStore
+from job_orchestrator.testing import KEYS, MemoryAccess, MemoryStore
 from scanfleet.clock import utc_now
 from scanfleet.mongo import Database
 
@@ -88,7 +88,7 @@ async def test_replicas_agree_on_a_new_user(database: Database) -> None:
 @pytest.mark.integration
 async def test_assigned_ids_begin_above_claimed_ones(database: Database) -> None:
     """On a platform where tokens claimed their users' ids before, no assigned id is one of those."""
-    store, access = MongoStore(database), MongoAccess(database)
+    store, access = MongoStore(database, KEYS), MongoAccess(database)
     await access.prepare()
     subnet = Subnet(id=1, user_id=7_000, name="x", cidr="127.0.0.0/24", exclude=(), created_at=NOW, updated_at=NOW)
     await store.add_subnet(subnet)

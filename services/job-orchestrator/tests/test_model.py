@@ -24,7 +24,7 @@ from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.totals import EMPTY
 from job_orchestrator.repository import MongoStore
-from job_orchestrator.testing import MemoryStore, Worker, World, scan_policy
+from job_orchestrator.testing import KEYS, MemoryStore, Worker, World, scan_policy
 from scanfleet import mongo
 from scanfleet.bus import Record
 from scanfleet.messages import (
@@ -448,7 +448,7 @@ def test_any_life_on_mongodb(mongodb: str) -> None:
     class LifeOnMongo(Life):
         async def make_store(self) -> Store:
             self.database = mongo.connect(mongodb, f"life-{uuid4().hex[:12]}")
-            store = MongoStore(self.database)
+            store = MongoStore(self.database, KEYS)
             await store.prepare()
             return store
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -18,8 +18,9 @@ from job_orchestrator.domain.store import Command, OpenChunks, Policy, Standing,
 from job_orchestrator.domain.totals import Totals
 from job_orchestrator.metrics import UNREADABLE
 from job_orchestrator.repository import MongoStore, documents
-from job_orchestrator.testing import chunk, scan_job, scan_policy
+from job_orchestrator.testing import MemoryStore, chunk, scan_job, scan_policy
 from job_orchestrator.testing.things import THEN
+from scanfleet import rest
 from scanfleet.clock import utc_now
 from scanfleet.messages import AuditEntry, JobStatus
 from scanfleet.mongo import Database
@@ -138,18 +139,43 @@ def entry(id_: str, **changed: Any) -> AuditEntry:
     return AuditEntry(id=id_, **(fields | changed))
 
 
-async def test_the_audit_log_is_read_newest_first_and_never_changed(store: Store) -> None:
-    """Entries come back whole, newest first, by page, subject and request; a second one of an id changes nothing."""
-    a, b = entry("a"), entry("b", subject="", rule="token", decision="refused", count=9, request_id="r-2")
-    c = entry("c", time=LATER, subject="8")
-    await store.add_audit([a, c])
-    await store.add_audit([b, entry("a", subject="9")])
+@pytest.mark.proves("G15", "A26")
+async def test_list_audit_is_ordered_by_the_time_received(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries come back whole, the last received first whatever time they claim; a second one of an id changes nothing."""
+    begin = utc_now()
+    added = [
+        entry("a", time=datetime(9999, 1, 1, tzinfo=UTC)),
+        entry("b", subject="", rule="token", decision="refused", count=9, request_id="r-2"),
+        entry("c", subject="8"),
+    ]
+    kept = []
+    for number, each in enumerate(added):
+        now = begin + timedelta(seconds=number)
+        monkeypatch.setattr(clock_of(store), lambda now=now: now)
+        await store.add_audit([each, entry("a", subject="9")])
+        kept.append(rest.AuditEntry(**each.model_dump() | {"id": f"job-orchestrator/{each.id}", "received_at": now}))
+    a, b, c = kept
     assert await store.list_audit(0, 10) == ([c, b, a], 3)
     assert await store.list_audit(1, 1) == ([b], 3)
     assert await store.list_audit(0, 10, subject="7") == ([a], 1)
     assert await store.list_audit(0, 10, subject="") == ([b], 1)
     assert await store.list_audit(0, 10, subject="7", request_id="r-2") == ([], 0)
     assert await store.list_audit(0, 10, request_id="r-1") == ([c, a], 2)
+
+
+async def test_add_audit_of_an_id_that_another_service_has_keeps_both(store: Store) -> None:
+    """Ids are in the namespace of their service: none suppresses the entry of another."""
+    await store.add_audit([entry("a", service="api-gateway", decision="refused")])
+    await store.add_audit([entry("a")])
+    entries, total = await store.list_audit(0, 10)
+    assert total == 2
+    assert {each.id for each in entries} == {"api-gateway/a", "job-orchestrator/a"}
+
+
+def clock_of(store: Store) -> str:
+    """The clock that stamps what it receives."""
+    memory = isinstance(store, MemoryStore)
+    return "job_orchestrator.testing.store.utc_now" if memory else "job_orchestrator.repository.audit.utc_now"
 
 
 # Commands

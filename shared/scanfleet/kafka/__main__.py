@@ -1,4 +1,4 @@
-"""What an administrator of the brokers does: `python -m scanfleet.kafka …`; settings come from the environment."""
+"""Administer the bus: `python -m scanfleet.kafka …`; settings come from the environment."""
 
 from __future__ import annotations
 
@@ -37,10 +37,19 @@ def _parser() -> argparse.ArgumentParser:
     list_.add_argument("topic", nargs="?", choices=names, metavar="TOPIC", help="where it was refused")
     show = commands.add_parser("show", help="all that is in a dead letter")
     show.add_argument("letter", metavar="LETTER", help="as `list` names it")
-    again = commands.add_parser("replay", help="send dead letters back to where they were refused; they stay")
+    again = commands.add_parser(
+        "replay",
+        help="send dead letters to the topic on which they were refused, if it still holds the same record; they stay",
+    )
     which = again.add_mutually_exclusive_group(required=True)
     which.add_argument("letters", nargs="*", default=[], metavar="LETTER")
     which.add_argument("--all", choices=names, metavar="TOPIC", help="all that were refused there up to now")
+    which.add_argument(
+        "--unverified",
+        action="append",
+        metavar="LETTER",
+        help="send this letter although nothing proves that it is no forgery; look at it first",
+    )
     return parser
 
 
@@ -67,7 +76,8 @@ async def _with_letters(bus: KafkaBus, asked: argparse.Namespace) -> int:
         case "show":
             _say((await letter(bus, asked.letter)).lines())
         case "replay":
-            return await _replay(bus, _these(bus, asked.letters) if asked.letters else _all(bus, asked.all))
+            chosen = _all(bus, asked.all) if asked.all else _these(bus, asked.letters or asked.unverified)
+            return await _replay(bus, chosen, verify=not asked.unverified)
     return 0
 
 
@@ -87,11 +97,11 @@ def _all(bus: KafkaBus, name: str) -> AsyncIterator[Letter]:
     return letters(bus, topic)
 
 
-async def _replay(bus: KafkaBus, chosen: AsyncIterator[Letter]) -> int:
+async def _replay(bus: KafkaBus, chosen: AsyncIterator[Letter], *, verify: bool) -> int:
     refused = 0
     async for each in chosen:
         try:
-            await replay(bus, each)
+            await replay(bus, each, verify=verify)
         except CannotReplayError as error:
             refused += 1
             _say([f"{each.id} was not sent: {error}"])

@@ -167,8 +167,12 @@ class KafkaBus:
         )
         return ConsumerLoop(topic, f"{self._source}-tail", handler, source, None, key=key)
 
-    async def past(self, topic: Topic, first: int = 0) -> AsyncGenerator[RawRecord, None]:
-        """What is in `topic` up to where it ends now, each partition from offset `first` on; holds a few fetches in memory.
+    async def past(
+        self, topic: Topic, first: int = 0, *, partition: int | None = None
+    ) -> AsyncGenerator[RawRecord, None]:
+        """Read what is in `topic` up to where it ends now, each partition from offset `first` on; hold a few fetches in memory.
+
+        With `partition` it reads that one alone.
 
         Raises:
             DependencyError: the broker is away, maybe halfway.
@@ -181,7 +185,7 @@ class KafkaBus:
             end_offsets=self._end_offsets,
         )
         try:
-            await source.begin(first)
+            await source.begin(first, range(topic.partitions) if partition is None else (partition,))
             ends = await source.ends()
             positions: Mapping[int, int] = {}
             while any(positions.get(partition, 0) < end for partition, end in ends.items()):

@@ -1,7 +1,8 @@
-"""Dead letters at an operator's desk: what there is, what is in one, and sending it back to where it was refused.
+"""Dead letters for operators: list them, show one, and replay them to the topic on which they were refused.
 
-All that a letter says may be a stranger's: it is shown as printable text only, and it is sent nowhere but to the topic
-whose dead letters it lies among. Nothing here removes a letter; that is left to the topic's retention.
+Any reader of a topic may write to its dead letters, so nothing in a letter is trusted. It is shown as printable text only, sent
+only to the topic that its dead-letter topic belongs to, and only if that topic still holds the same record where the letter says
+that it was. Nothing here removes a letter; the topic's retention does.
 """
 
 from __future__ import annotations
@@ -23,16 +24,19 @@ REPLAY: Final = "dlq_replay_of"
 # its reader for its size anyway.
 MOST_BYTES: Final = 1024 * 1024 - 1024
 _REASON_LENGTH: Final = 120  # of a line in the list
+_MAX_DIGITS: Final = 18  # of an offset, which has 64 bits
 
 
 class CannotReplayError(ScanfleetError):
-    """This letter cannot be sent back; says why."""
+    """The letter was not sent; says why."""
 
 
 class Broker(Protocol):
-    """What is needed of the bus."""
+    """The part of the bus that dead letters need."""
 
-    def past(self, topic: Topic, first: int = 0) -> AsyncGenerator[RawRecord, None]: ...
+    def past(
+        self, topic: Topic, first: int = 0, *, partition: int | None = None
+    ) -> AsyncGenerator[RawRecord, None]: ...
 
     async def send(self, topic: str, records: Iterable[Outgoing]) -> None: ...
 
@@ -78,11 +82,17 @@ class Letter:
             yield f"header {printable(name.encode())}: {printable(value)}"
         yield f"value: {printable(self.record.value)}"
 
+    def is_copy_of(self, record: RawRecord) -> bool:
+        """Whether it holds this record's key, value and headers, byte for byte."""
+        own, _ = split_dead_letter(self.record.headers)
+        copy = self.record.key or b"", self.record.value, tuple(own)
+        return copy == (record.key or b"", record.value, tuple(record.headers))
+
     def again(self) -> Outgoing:
-        """The record as it was, and a header that says where it has been.
+        """The record as it was, with a header that names this letter.
 
         Raises:
-            CannotReplayError: it is not known as it was, or may not go where it says that it is from.
+            CannotReplayError: the letter does not hold the record, or names another topic.
         """
         own, origin = split_dead_letter(self.record.headers)
         if origin.get("dlq_topic") != self.topic.name.encode():
@@ -99,7 +109,7 @@ async def letters(broker: Broker, topic: Topic) -> AsyncIterator[Letter]:
     """Those of `topic`, oldest first, up to the one that is the last now.
 
     Raises:
-        DependencyError: the broker is away.
+        DependencyError: the broker is unavailable.
     """
     async for record in broker.past(_dead(topic)):
         yield Letter(topic, record)
@@ -110,27 +120,57 @@ async def letter(broker: Broker, id_: str) -> Letter:
 
     Raises:
         LookupError: there is none.
-        DependencyError: the broker is away.
+        DependencyError: the broker is unavailable.
     """
     name, _, place = id_.partition("/")
     partition, _, offset = place.partition("/")
     topic = next((topic for topic in TOPICS if topic.dead_letter == name), None)
-    if topic is not None and partition == "0" and offset.isascii() and offset.isdigit():
-        async with aclosing(broker.past(_dead(topic), int(offset))) as records:
+    number = _number(offset.encode())
+    if topic is not None and partition == "0" and number is not None:
+        async with aclosing(broker.past(_dead(topic), number)) as records:
             first = await anext(records, None)
-        if first is not None and first.offset == int(offset):
+        if first is not None and first.offset == number:
             return Letter(topic, first)
     raise LookupError(f"there is no letter {id_}")
 
 
-async def replay(broker: Broker, letter: Letter) -> None:
-    """Send it back to the topic that it was refused on; returns when the broker has it.
+async def replay(broker: Broker, letter: Letter, *, verify: bool = True) -> None:
+    """Send it to the topic on which it was refused; return when the broker has acknowledged it.
+
+    With `verify` it is sent only if that topic still holds the same record at the letter's origin: whoever may write dead
+    letters could otherwise have an administrator send what they may not.
 
     Raises:
         CannotReplayError: it was not sent.
-        DependencyError: it may or may not have been sent. Twice does no harm: every reader knows what it has seen.
+        DependencyError: it may or may not have been sent. Twice does no harm: readers deduplicate.
     """
-    await broker.send(letter.topic.name, [letter.again()])
+    again = letter.again()
+    if verify:
+        await _verify(broker, letter)
+    await broker.send(letter.topic.name, [again])
+
+
+async def _verify(broker: Broker, letter: Letter) -> None:
+    """Compare the letter with the record that it says it is a copy of.
+
+    Raises:
+        CannotReplayError: the topic does not hold that record, or another one.
+        DependencyError: the broker is unavailable.
+    """
+    partition, offset = (_number(letter.origin.get(f"dlq_{part}")) for part in ("partition", "offset"))
+    if partition is None or offset is None or partition >= letter.topic.partitions:
+        raise CannotReplayError("it names no partition and offset that it was refused at; it may be forged")
+    origin = f"{letter.topic.name}/{partition}/{offset}"
+    async with aclosing(broker.past(letter.topic, offset, partition=partition)) as records:
+        record = await anext(records, None)
+    if record is None or record.offset != offset:
+        raise CannotReplayError(f"{origin} is not there (any more), so the letter cannot be verified")
+    if not letter.is_copy_of(record):
+        raise CannotReplayError(f"{origin} holds another record: the letter is forged")
+
+
+def _number(text: bytes | None) -> int | None:
+    return int(text) if text is not None and text.isdigit() and len(text) <= _MAX_DIGITS else None
 
 
 def printable(text: bytes | None) -> str:

@@ -72,11 +72,11 @@ class Tail:
         self._suspicious = False
 
     async def open(self, listener: Listener) -> None:
-        await listener.assigned(_numbers(await self._assign("latest")))
+        await listener.assigned(_numbers(await self._assign(range(self._topic.partitions), "latest")))
 
-    async def _assign(self, reset: str) -> list[TopicPartition]:
+    async def _assign(self, numbers: Iterable[int], reset: str) -> list[TopicPartition]:
         consumer = self._make(auto_offset_reset=reset)
-        partitions = [TopicPartition(self._name, number) for number in range(self._topic.partitions)]
+        partitions = [TopicPartition(self._name, number) for number in numbers]
         with depending(f"no position in {self._name}; does it exist?"):
             async with asyncio.timeout(OPEN_SECONDS):
                 await connect(consumer.start)
@@ -186,10 +186,10 @@ class Tail:
 
 
 class Past(Tail):
-    """The same from an offset on, for whoever wants to see what is there."""
+    """Some of the partitions from an offset on, up to wherever the reader stops."""
 
-    async def begin(self, first: int) -> None:
-        for partition in await self._assign("earliest"):
+    async def begin(self, first: int, partitions: Iterable[int]) -> None:
+        for partition in await self._assign(partitions, "earliest"):
             if first > await self._client.position(partition):
                 self._client.seek(partition, first)
 

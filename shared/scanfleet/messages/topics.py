@@ -160,15 +160,22 @@ SCAN_EVENTS: Final = Topic(
     retention=timedelta(days=7),
     public=True,
 )
-SCAN_AUDIT: Final = Topic(
-    name="scan-audit",
-    key="entry's id",
-    messages=(Audited,),
-    producers=(GATEWAY, ORCHESTRATOR, WORKER, RESULT_STORE),
-    consumers=(ORCHESTRATOR,),
-    retention=timedelta(days=7),  # longer than any orchestrator is away
-    partitions=1,  # a few hundred a minute at most, by the bounds of `scanfleet.audit`
-)
+
+
+def _audit(service: str) -> Topic:
+    return Topic(
+        name=f"scan-audit-{service}",
+        key="entry's id",
+        messages=(Audited,),
+        producers=(service,),
+        consumers=(ORCHESTRATOR,),
+        retention=timedelta(days=7),  # longer than any outage of the orchestrator
+        partitions=1,  # a few hundred a minute at most, by the bounds of `scanfleet.audit`
+    )
+
+
+SCAN_AUDIT: Final = {service: _audit(service) for service in (GATEWAY, ORCHESTRATOR, WORKER, RESULT_STORE)}
+"""By the service that may write to it: the topic says whose entry it is, not the entry."""
 
 TOPICS: Final = (
     SCAN_COMMANDS,
@@ -179,5 +186,5 @@ TOPICS: Final = (
     SCAN_RESULTS,
     SCAN_STORED,
     SCAN_EVENTS,
-    SCAN_AUDIT,
+    *SCAN_AUDIT.values(),
 )

@@ -155,14 +155,18 @@ async def test_a_letter_that_is_refused_again_says_whose_replay_it_is(desk: Desk
     assert names.count(REPLAY) == 1
 
 
-def refused_by_a_reader(topic: str) -> list[tuple[str, bytes | None]]:
+def refused_by_a_reader(topic: str, partition: bytes = b"0", offset: bytes = b"0") -> list[tuple[str, bytes | None]]:
     names = ("topic", "partition", "offset", "timestamp", "group", "reason")
-    return [(f"dlq_{name}", topic.encode() if name == "topic" else HOSTILE) for name in names]
+    known = {"topic": topic.encode(), "partition": partition, "offset": offset}
+    return [(f"dlq_{name}", known.get(name, HOSTILE)) for name in names]
 
 
-async def test_letters_of_strangers_are_shown_and_go_nowhere(desk: Desk) -> None:
-    """Anything among the dead letters is shown as text; what no reader put there or is no message stays, the rest is sent."""
+@pytest.mark.proves("A27")
+async def test_replay_of_forged_letters_sends_only_what_the_topic_holds(desk: Desk) -> None:
+    """Letters are shown as text; only a copy of the record at its origin is sent."""
     here, topic = refused_by_a_reader("scan-workers"), SCAN_WORKERS.dead_letter
+    own: list[tuple[str, bytes | None]] = [("own", b"1")]
+    await desk.put(SCAN_WORKERS.name, b"good", own)
     forged: list[tuple[bytes | None, list[tuple[str, bytes | None]], str]] = [
         (HOSTILE, [], "no reader of scan-workers"),
         (b"x", refused_by_a_reader("scan-commands"), "no reader of scan-workers"),
@@ -173,16 +177,25 @@ async def test_letters_of_strangers_are_shown_and_go_nowhere(desk: Desk) -> None
         (None, here, "has no value"),
         (b"x" * 8_000_000, here, "larger than any message"),
         (b"x", [("big", b"x" * 1_100_000), *here], "larger than any message"),
+        (b"bad", [*own, *here], "scan-workers/0/0 holds another record"),
+        (b"good", here, "scan-workers/0/0 holds another record"),
+        (b"good", [("own", b"2"), *here], "scan-workers/0/0 holds another record"),
+        (b"good", [*own, *refused_by_a_reader("scan-workers", b"1")], "scan-workers/1/0 is not there"),
+        (b"good", [*own, *refused_by_a_reader("scan-workers", b"0", b"7")], "scan-workers/0/7 is not there"),
+        (b"good", [*own, *refused_by_a_reader("scan-workers", b"12")], "no partition and offset"),
+        (b"good", [*own, *refused_by_a_reader("scan-workers", b"0", b"-1")], "no partition and offset"),
+        (b"good", [*own, *refused_by_a_reader("scan-workers", b"0", b"9" * 30)], "no partition and offset"),
     ]
     for value, headers, _ in forged:
         await desk.put(topic, value, headers)
     await desk.put_unreadable(topic)
-    await desk.put(topic, b"good", here)
+    await desk.put(topic, b"good", [*own, *here], key=b"another")
+    await desk.put(topic, b"good", [*own, *here])
     before = await desk.records()
 
     code, lines = await desk.types("list", "scan-workers")
     assert code == 0
-    assert [line.split("\t")[0] for line in lines] == [f"{topic}/0/{n}" for n in range(len(forged) + 2)]
+    assert [line.split("\t")[0] for line in lines] == [f"{topic}/0/{n}" for n in range(len(forged) + 3)]
     for number in (0, 5, len(forged)):
         code, lines = await desk.types("show", f"{topic}/0/{number}")
         assert code == 0
@@ -192,10 +205,27 @@ async def test_letters_of_strangers_are_shown_and_go_nowhere(desk: Desk) -> None
     for (_, _, reason), line in zip(forged, said, strict=False):
         assert "was not sent" in line
         assert reason in line
-    assert "no reader of scan-workers" in said[-2]
+    assert "no reader of scan-workers" in said[-3]
+    assert "holds another record" in said[-2]
     assert said[-1].endswith("was sent to scan-workers")
     (sent,) = [record for record in await desk.records() if record not in before]
-    assert (sent.topic, sent.key, sent.value) == ("scan-workers", b"k", b"good")
+    assert (sent.topic, sent.key, sent.value, sent.headers[0]) == ("scan-workers", b"k", b"good", ("own", b"1"))
+
+
+@pytest.mark.proves("A27")
+async def test_replay_unverified_sends_only_the_letter_that_is_named(desk: Desk) -> None:
+    """A letter whose record is gone is sent only by its own name; no option sends all of them unverified."""
+    topic = SCAN_WORKERS.dead_letter
+    for value in (b"one", b"two"):
+        await desk.put(topic, value, refused_by_a_reader("scan-workers"))
+    before = await desk.records()
+    assert (await desk.types("replay", f"{topic}/0/0", f"{topic}/0/1"))[0] == 1
+    assert (await desk.types("replay", "--all", "scan-workers", "--unverified", f"{topic}/0/0"))[0] == 2
+    assert (await desk.types("replay", "--unverified", "scan-workers"))[0] == 1
+    assert await desk.records() == before
+    assert (await desk.types("replay", "--unverified", f"{topic}/0/1"))[0] == 0
+    (sent,) = [record for record in await desk.records() if record not in before]
+    assert sent.value == b"two"
 
 
 async def test_what_is_in_a_letter_is_shown(desk: Desk) -> None:

@@ -11,7 +11,7 @@ from scanfleet.audit import MERGED, SINGLES, WINDOW_S, Refusals
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError
 from scanfleet.messages import Audited, AuditEntry
-from scanfleet.messages.topics import SCAN_AUDIT, SCAN_WORKERS
+from scanfleet.messages.topics import GATEWAY, SCAN_AUDIT, SCAN_WORKERS
 from scanfleet.testing.bus import MemoryBus
 
 
@@ -53,7 +53,7 @@ def entry(number: int, **changed: Any) -> AuditEntry:
 
 
 def told(bus: MemoryBus) -> list[AuditEntry]:
-    return [each.entry for each in bus.messages(SCAN_AUDIT) if isinstance(each, Audited)]
+    return [each.entry for each in bus.messages(SCAN_AUDIT[GATEWAY]) if isinstance(each, Audited)]
 
 
 async def test_refusals_are_told_one_by_one(refusals: Refusals, bus: MemoryBus) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scanfleet.messages import topics
-from scanfleet.messages.topics import SCAN_AUDIT, SCAN_PROGRESS, TOPICS, Topic
+from scanfleet.messages.topics import SCAN_PROGRESS, TOPICS, Topic
 
 
 @given(st.text())
@@ -36,4 +36,3 @@ def test_jobs_are_spread_over_all_partitions() -> None:
 def test_partition_is_one_of_the_topics(topic: Topic) -> None:
     """A topic of one partition has all keys in it, and no partition is beyond the last."""
     assert {topic.partition_of(str(number)) for number in range(200)} == set(range(topic.partitions))
-    assert SCAN_AUDIT.partition_of("any") == 0

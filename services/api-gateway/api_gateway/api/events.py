@@ -18,7 +18,7 @@ from api_gateway.upstream import in_time
 from scanfleet.auth import authenticate
 from scanfleet.errors import DependencyError, PublicError, UnavailableError
 from scanfleet.rest import Snapshot
-from scanfleet.service import PathId
+from scanfleet.service import PathId, ascii_json
 
 _RETRY_MS: Final = 3_000  # after which a client connects again; a restarted gateway is back by then
 
@@ -103,7 +103,7 @@ class EventStream(StreamingResponse):
 def _event(snapshot: Snapshot) -> bytes:
     return format_sse_event(
         event=snapshot.task.status.status,
-        data_str=snapshot.task.model_dump_json(),
+        data_str=ascii_json(snapshot.task.model_dump(mode="json")),
         id=str(snapshot.seq),
         retry=_RETRY_MS,
     )

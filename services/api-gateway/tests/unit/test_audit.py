@@ -9,7 +9,7 @@ import pytest
 from api_gateway.testing import Gateway, Running
 from scanfleet.messages import Audited, AuditEntry
 from scanfleet.messages.envelope import decode
-from scanfleet.messages.topics import SCAN_AUDIT
+from scanfleet.messages.topics import GATEWAY, SCAN_AUDIT
 from scanfleet.testing.bus import MemoryBus
 
 BODY = {"subnet_ids": [5], "policy_id": 3}
@@ -25,7 +25,7 @@ async def gateway() -> AsyncIterator[Running]:
 
 async def told(gateway: Running) -> list[AuditEntry]:
     await gateway.app.state.refusals.tell(MemoryBus(gateway.broker))
-    messages = [decode(SCAN_AUDIT, record) for record in gateway.broker.records("scan-audit")]
+    messages = [decode(SCAN_AUDIT[GATEWAY], record) for record in gateway.broker.records("scan-audit-api-gateway")]
     return [each.entry for each in messages if isinstance(each, Audited)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -161,6 +162,22 @@ async def test_a_job_is_told_from_its_state_now_to_its_last(
     assert await watcher.next() == (3, "running", 40)
     await bus.publish(SCAN_EVENTS, [event(4, final, 40)])
     assert await watcher.rest() == [(4, final, 40)]
+
+
+@pytest.mark.proves("A29")
+async def test_stream_of_a_hostile_error_is_printable_ascii(running: tuple[Running, MemoryBus]) -> None:
+    """Control, C1 and bidirectional characters of an error are escapes in an event, and read back as they were."""
+    gateway, _ = running
+    hostile = "\x1b[31m\x7f\x9b31m\u202e\u2066\u2028\r\nevent: completed"
+    failed = task(JobStatus.FAILED)
+    failed["status"]["error"] = hostile
+    gateway.services.on("GET", LATEST, httpx.Response(200, json={"seq": 5, "task": failed}))
+    client = Client(gateway, EVENTS)
+    await asyncio.wait_for(client.run(), LIMIT)
+    body = b"".join(client.messages.get_nowait().get("body", b"") for _ in range(client.messages.qsize()))
+    assert re.fullmatch(rb"[\x20-\x7e\n]+", body), body
+    (data,) = re.findall(rb"^data: (.*)$", body, re.MULTILINE)
+    assert json.loads(data)["status"]["error"] == hostile
 
 
 async def test_a_stream_is_of_one_job(running: tuple[Running, MemoryBus]) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
-from job_orchestrator.api.state import Handed, Paged, only_known
+from job_orchestrator.api.state import Handed, Paged, Recorded, only_known
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded
 from scanfleet.errors import ForbiddenError, Rule
@@ -23,11 +23,16 @@ async def list_audit(
     caller: Caller,
     state: Handed,
     paged: Paged,
+    record: Recorded,
     subject: Text = None,
     request_id: Text = None,
 ) -> rest.AuditList:
     if not caller.admin:
         raise ForbiddenError("The audit log is for administrators", rule=Rule.ROLE)
     only_known(request, "subject", "request_id")
+    asked = sorted(
+        f"{name}={value}" for name, value in request.query_params.items() if name in {"subject", "request_id"}
+    )
+    await record.reading("?".join(("/api/v1/audit", *filter(None, ["&".join(asked)]))))
     entries, total = await state.store.list_audit(paged.skip, paged.page_size, subject=subject, request_id=request_id)
     return rest.AuditList(entries=entries, total=total, page=paged.page, page_size=paged.page_size)

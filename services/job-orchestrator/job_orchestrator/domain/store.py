@@ -16,6 +16,7 @@ from typing import Final, Literal, Protocol
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.domain.job import ScanJob
+from scanfleet import rest
 from scanfleet.messages import AuditEntry, JobStatus
 from scanfleet.policy import ScanPolicy
 
@@ -125,7 +126,7 @@ class Audit(Protocol):
     """The audit log: entries are added, read, and forgotten by age; none is ever changed."""
 
     async def add_audit(self, entries: Sequence[AuditEntry]) -> None:
-        """Those whose id is there already stay as they are."""
+        """Stamp them with the time now; those whose service has one of the same id already stay as they are."""
 
     async def list_audit(
         self,
@@ -134,8 +135,8 @@ class Audit(Protocol):
         *,
         subject: str | None = None,
         request_id: str | None = None,
-    ) -> tuple[list[AuditEntry], int]:
-        """Newest first, ties by id; and how many there are."""
+    ) -> tuple[list[rest.AuditEntry], int]:
+        """The last received first, ties by id; and how many there are. An entry's id is `<service>/<id>`."""
 
 
 class Store(Resources, Audit, Protocol):

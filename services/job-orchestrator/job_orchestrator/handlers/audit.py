@@ -1,4 +1,4 @@
-"""What services have refused, into the audit log."""
+"""Stores the refusals of the services in the audit log."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ from scanfleet.messages import Audited
 
 
 class Audit:
-    """Handles scan-audit."""
+    """Handles the audit topic of one service.
 
-    def __init__(self, store: Store) -> None:
+    An entry is this service's whatever it says, since the broker lets no other write to the topic. Its id is in the service's
+    own namespace, so that it suppresses no entry of another.
+    """
+
+    def __init__(self, store: Store, service: str) -> None:
         self._store = store
+        self._service = service
 
     async def handle(self, records: Sequence[Record]) -> None:
-        await self._store.add_audit([_audited(record).entry for record in records])
+        entries = [_audited(record).entry for record in records]
+        await self._store.add_audit([entry.model_copy(update={"service": self._service}) for entry in entries])
 
     async def assigned(self, partitions: Collection[int]) -> None: ...
 
@@ -28,5 +34,5 @@ class Audit:
 
 def _audited(record: Record) -> Audited:
     if not isinstance(record.message, Audited):
-        raise MessageError(f"{type(record.message).__name__} is no entry of the audit log")
+        raise MessageError(f"{type(record.message).__name__} is not an entry of the audit log")
     return record.message

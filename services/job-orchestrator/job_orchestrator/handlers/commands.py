@@ -37,6 +37,7 @@ _log = structlog.get_logger()
 # Nobody waits any more, and the caller may have asked again in other words. This is only tidy: what makes a late command
 # harmless is that the gateway's `expired` was inserted first.
 _TOO_OLD: Final = timedelta(seconds=60)
+_MAX_NAMED_CHARS: Final = 200  # of what an audit entry takes over from a command
 _ROUNDS: Final = 50  # each lost race is a change of the job's, which has few
 _MAX_EXCLUDES: Final = 100_000  # of one command's subnets together: its document stays below the database's 16 MB
 
@@ -338,12 +339,12 @@ def _audit_entry(message: SubmitJobs | CancelJob, answer: Reply) -> AuditEntry:
         time=utc_now(),
         service=ORCHESTRATOR,
         subject=str(message.user_id),
-        source=message.source,
+        source=message.source[:_MAX_NAMED_CHARS],
         action=action,
         target=target,
         decision="allowed" if isinstance(answer, CommandAccepted) else "refused",
         rule=rule,
-        request_id=message.request_id,
+        request_id=message.request_id[:_MAX_NAMED_CHARS],
     )
 
 

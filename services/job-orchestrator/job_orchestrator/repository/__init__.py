@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from job_orchestrator.repository.access import MongoAccess
+from job_orchestrator.repository.audit import Exported, MongoAudit, Verification
 from job_orchestrator.repository.store import MongoStore
 
-__all__ = ["MongoAccess", "MongoStore"]
+__all__ = ["Exported", "MongoAccess", "MongoAudit", "MongoStore", "Verification"]

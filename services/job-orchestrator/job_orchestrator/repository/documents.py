@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, TypeVar
+
+import structlog
 
 from job_orchestrator.domain.access import Revocation
 from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState
@@ -12,6 +15,8 @@ from job_orchestrator.domain.job import Outgoing, ScanJob
 from job_orchestrator.domain.plan import MAX_PORTS
 from job_orchestrator.domain.store import Command, Policy, Subnet
 from job_orchestrator.domain.totals import Totals
+from job_orchestrator.metrics import UNREADABLE
+from scanfleet import rest
 from scanfleet.clock import utc_now
 from scanfleet.messages import AuditEntry, Job, JobEvent, JobStatus, instance_of
 from scanfleet.messages.topics import SCAN_EVENTS, SCAN_PROGRESS
@@ -20,6 +25,10 @@ from scanfleet.policy import ScanPolicy
 
 # Pending jobs have no start and come first: MongoDB sorts null last when descending, so they sort as if in the far future.
 _FAR_FUTURE: Final = datetime(9999, 1, 1, tzinfo=UTC)
+
+_Any = TypeVar("_Any")
+
+_log = structlog.get_logger()
 
 
 def _known(kind: Any, document: Document) -> Document:
@@ -181,12 +190,19 @@ def read_command(document: Document) -> Command:
     return Command(**(_known(Command, document) | {"jobs": jobs}))
 
 
-def write_audit(entry: AuditEntry) -> Document:
-    return {"_id": entry.id} | entry.model_dump(mode="python", exclude={"id"})
+def write_audit(entry: AuditEntry, received_at: datetime, forget_at: datetime) -> Document:
+    """Its id is in the namespace of the service that it is of."""
+    return {
+        "_id": f"{entry.service}/{entry.id}",
+        **entry.model_dump(mode="python", exclude={"id"}),
+        "received_at": received_at,
+        "forget_at": forget_at,
+    }
 
 
-def read_audit(document: Document) -> AuditEntry:
-    return AuditEntry.model_validate(document | {"id": document["_id"]})
+def read_audit(document: Document) -> rest.AuditEntry:
+    """Entries of release 0.1 have no time of their own at which they were received."""
+    return rest.AuditEntry.model_validate({"received_at": document["time"], **document, "id": document["_id"]})
 
 
 def read_clock(document: Document) -> Clock:
@@ -199,3 +215,13 @@ def write_revocation(revocation: Revocation) -> Document:
 
 def read_revocation(document: Document) -> Revocation:
     return Revocation(**_known(Revocation, document))
+
+
+def readable(read: Callable[[Document], _Any], document: Document, collection: str) -> _Any | None:
+    """The document as `read` has it; None, with a line in the log, when it cannot be read."""
+    try:
+        return read(document)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        UNREADABLE.labels(collection).inc()
+        _log.error("unreadable_document", collection=collection, id=document.get("_id"), error=str(error)[:500])
+        return None

@@ -14,21 +14,20 @@ import structlog
 from pymongo import IndexModel, UpdateOne
 from pymongo.read_concern import ReadConcern
 
+from job_orchestrator.domain.chain import ChainKeys
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import UNFINISHED, Census, Command, OpenChunks, Policy, Standing, Subnet
-from job_orchestrator.metrics import UNREADABLE
 from job_orchestrator.repository import documents
-from scanfleet.clock import utc_now
-from scanfleet.messages import AuditEntry, JobStatus
+from job_orchestrator.repository.audit import MongoAudit
+from scanfleet.messages import JobStatus
 from scanfleet.messages.topics import SCAN_PROGRESS
 from scanfleet.mongo import Collection as MongoCollection
 from scanfleet.mongo import Database, Document, Ids, advance_ids, dependency_errors, insert_missing, make_indexes
 
 _Owned = TypeVar("_Owned", Subnet, Policy)
 _Revised = TypeVar("_Revised", ScanJob, Chunk)
-_Any = TypeVar("_Any")
 
 _log = structlog.get_logger()
 
@@ -70,12 +69,14 @@ _INDEXES: Final = {
         IndexModel([("partition", 1), ("ask_at", 1)], partialFilterExpression={"state": ChunkState.SCANNED.value}),
     ],
     "audit": [
-        IndexModel([("time", -1), ("_id", -1)]),
-        IndexModel([("subject", 1), ("time", -1), ("_id", -1)]),
+        IndexModel([("received_at", -1), ("_id", -1)]),
+        IndexModel([("subject", 1), ("received_at", -1), ("_id", -1)]),
         IndexModel([("request_id", 1)]),
+        IndexModel([("block", 1), ("received_at", 1), ("_id", 1)]),
         # Each entry says itself when it is to be forgotten, so that the setting may change.
         IndexModel([("forget_at", 1)], expireAfterSeconds=0),
     ],
+    "audit_blocks": [IndexModel([("forget_at", 1)], expireAfterSeconds=0)],
     "clocks": [IndexModel([("active", 1)], partialFilterExpression={"active": True})],
     # A worker that was not heard of for an hour is gone: a new process has a new id.
     "workers": [
@@ -84,15 +85,14 @@ _INDEXES: Final = {
 }
 
 
-class MongoStore:
+class MongoStore(MongoAudit):
     """`Store` on MongoDB.
 
     Every change of a job or chunk is stored only if the document's `rev` is still the one that was read.
     """
 
-    def __init__(self, database: Database, *, keep_audit: timedelta = timedelta(days=365)) -> None:
-        self._audit = database["audit"]
-        self._keep_audit = keep_audit
+    def __init__(self, database: Database, keys: ChainKeys, *, keep_audit: timedelta = timedelta(days=365)) -> None:
+        super().__init__(database, keys, keep_audit)
         self._subnets = database["subnets"]
         self._policies = database["policies"]
         self._commands = database["commands"]
@@ -202,31 +202,6 @@ class MongoStore:
         told = {"state": "rejected", "status": status, "error": error, "rule": rule}
         await self._commands.update_one({"_id": command_id, "state": "accepted"}, {"$set": told})
 
-    # The audit log
-
-    async def add_audit(self, entries: Sequence[AuditEntry]) -> None:
-        forget_at = utc_now() + self._keep_audit
-        await insert_missing(
-            self._audit, [documents.write_audit(entry) | {"forget_at": forget_at} for entry in entries]
-        )
-
-    @dependency_errors()
-    async def list_audit(
-        self,
-        skip: int,
-        limit: int,
-        *,
-        subject: str | None = None,
-        request_id: str | None = None,
-    ) -> tuple[list[AuditEntry], int]:
-        asked = {"subject": subject, "request_id": request_id}
-        wanted: Document = {name: value for name, value in asked.items() if value is not None}
-        newest = self._audit.find(wanted).sort([("time", -1), ("_id", -1)]).skip(skip).limit(limit)
-        # All of a large collection are not counted one by one.
-        counted = self._audit.count_documents(wanted) if wanted else self._audit.estimated_document_count()
-        found, total = await asyncio.gather(newest.to_list(limit), counted)
-        return [documents.read_audit(each) for each in found], total
-
     # Jobs
 
     async def insert_jobs(self, jobs: Sequence[ScanJob]) -> None:
@@ -237,7 +212,11 @@ class MongoStore:
         if not ids:
             return {}
         found = self._jobs.find({"_id": {"$in": list(ids)}})
-        return {job.id: job async for each in found if (job := _read(documents.read_job, each, "jobs")) is not None}
+        return {
+            job.id: job
+            async for each in found
+            if (job := documents.readable(documents.read_job, each, "jobs")) is not None
+        }
 
     async def save_jobs(self, jobs: Sequence[ScanJob]) -> set[int]:
         return await _save(self._jobs, jobs, documents.write_job, documents.read_job, documents.JOB_CONSTANTS)
@@ -256,7 +235,9 @@ class MongoStore:
         if statuses:
             wanted["status"] = {"$in": [status.value for status in statuses]}
         newest = self._jobs.find(wanted).sort([("sort_time", -1), ("_id", -1)]).skip(skip).limit(limit)
-        jobs = [job async for each in newest if (job := _read(documents.read_job, each, "jobs")) is not None]
+        jobs = [
+            job async for each in newest if (job := documents.readable(documents.read_job, each, "jobs")) is not None
+        ]
         return jobs, await self._jobs.count_documents(wanted)
 
     @dependency_errors()
@@ -315,7 +296,7 @@ class MongoStore:
             index = {"$gte": first} if end is None else {"$gte": first, "$lt": end}
             page = await self._job_page({"job_id": job_id, "index": index})
             for document in page:
-                if (chunk := _read(documents.read_chunk, document, "chunks")) is not None:
+                if (chunk := documents.readable(documents.read_chunk, document, "chunks")) is not None:
                     yield chunk
             if len(page) < _BATCH:
                 return
@@ -529,7 +510,10 @@ class MongoStore:
 
     @dependency_errors()
     async def _find_chunks(self, wanted: Document, limit: int = 0) -> list[Chunk]:
-        found = [_read(documents.read_chunk, each, "chunks") async for each in self._chunks.find(wanted).limit(limit)]
+        found = [
+            documents.readable(documents.read_chunk, each, "chunks")
+            async for each in self._chunks.find(wanted).limit(limit)
+        ]
         return [chunk for chunk in found if chunk is not None]
 
 
@@ -540,16 +524,6 @@ def _age(time: Any) -> Document:
 
 def _queued(*, raw: bool) -> Document:
     return {"state": ChunkState.QUEUED.value, "needs_raw": {"$in": [False, True] if raw else [False]}}
-
-
-def _read(read: Callable[[Document], _Any], document: Document, collection: str) -> _Any | None:
-    """The document as `read` has it; None, with a line in the log, when it cannot be read."""
-    try:
-        return read(document)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        UNREADABLE.labels(collection).inc()
-        _log.error("unreadable_document", collection=collection, id=document.get("_id"), error=str(error)[:500])
-        return None
 
 
 @dependency_errors()

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from job_orchestrator.testing.access import MemoryAccess
 from job_orchestrator.testing.store import MemoryStore
-from job_orchestrator.testing.things import chunk, scan_job, scan_policy
+from job_orchestrator.testing.things import KEYS, chunk, scan_job, scan_policy
 from job_orchestrator.testing.world import RULES, ResultStore, Worker, World
 
-__all__ = ["RULES", "MemoryAccess", "MemoryStore", "ResultStore", "Worker", "World", "chunk", "scan_job", "scan_policy"]
+__all__ = [
+    "KEYS",
+    "RULES",
+    "MemoryAccess",
+    "MemoryStore",
+    "ResultStore",
+    "Worker",
+    "World",
+    "chunk",
+    "scan_job",
+    "scan_policy",
+]

@@ -14,6 +14,7 @@ from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import UNFINISHED, Census, Command, OpenChunks, Policy, Standing, Subnet
+from scanfleet import rest
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError
 from scanfleet.messages import AuditEntry, JobStatus
@@ -28,7 +29,7 @@ class MemoryStore:
     def __init__(self) -> None:
         self.away = False
         self._ids: Counter[str] = Counter()
-        self._audit: dict[str, AuditEntry] = {}
+        self._audit: dict[str, rest.AuditEntry] = {}
         self._subnets: dict[int, Subnet] = {}
         self._policies: dict[int, Policy] = {}
         self._commands: dict[str, Command] = {}
@@ -120,8 +121,11 @@ class MemoryStore:
     # The audit log
 
     async def add_audit(self, entries: Sequence[AuditEntry]) -> None:
+        now = utc_now()
         for entry in entries:
-            self._audit.setdefault(entry.id, entry)
+            id_ = f"{entry.service}/{entry.id}"
+            kept = rest.AuditEntry(**entry.model_dump() | {"id": id_, "received_at": now})
+            self._audit.setdefault(id_, kept)
 
     async def list_audit(
         self,
@@ -130,13 +134,13 @@ class MemoryStore:
         *,
         subject: str | None = None,
         request_id: str | None = None,
-    ) -> tuple[list[AuditEntry], int]:
+    ) -> tuple[list[rest.AuditEntry], int]:
         found = [
             entry
             for entry in self._audit.values()
             if subject in (None, entry.subject) and request_id in (None, entry.request_id)
         ]
-        found.sort(key=lambda entry: (entry.time, entry.id), reverse=True)
+        found.sort(key=lambda entry: (entry.received_at, entry.id), reverse=True)
         return found[skip : skip + limit], len(found)
 
     # Jobs

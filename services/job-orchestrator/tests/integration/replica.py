@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.main import Orchestrator
 from job_orchestrator.repository import MongoStore
-from job_orchestrator.testing import RULES
+from job_orchestrator.testing import KEYS, RULES
 from scanfleet import mongo
 from scanfleet.kafka import KafkaBus
 from scanfleet.messages import Message
@@ -44,7 +44,7 @@ class Mortal:
 
 async def main(kafka: str, mongodb: str, prefix: str, instance: str, *death: str) -> None:
     kind, moment = death or ("", "")
-    store = MongoStore(mongo.connect(mongodb, prefix.strip("-")))
+    store = MongoStore(mongo.connect(mongodb, prefix.strip("-")), KEYS)
     await store.prepare()
     bus = KafkaBus(KafkaSettings(kafka=kafka, topic_prefix=prefix), source=ORCHESTRATOR, instance=instance)
     await bus.start()

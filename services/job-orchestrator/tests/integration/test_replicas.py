@@ -22,7 +22,7 @@ from job_orchestrator.domain.store import Policy, Subnet
 from job_orchestrator.main import create_app
 from job_orchestrator.repository import MongoStore
 from job_orchestrator.settings import Settings
-from job_orchestrator.testing import ResultStore, Worker, scan_policy
+from job_orchestrator.testing import KEYS, ResultStore, Worker, scan_policy
 from job_orchestrator.testing.things import THEN
 from scanfleet import mongo
 from scanfleet.bus import Handler, Record
@@ -91,8 +91,10 @@ class Platform:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         self.keys = InternalKeys(folder)
         self.chunk_key_file, _ = write_chunk_keys(folder)
+        self.audit_key_file = folder / "audit-key"
+        self.audit_key_file.write_text("signs the audit log in tests alone".replace(" ", "-"))
         self.database = mongo.connect(mongodb, self.prefix.strip("-"))
-        self.store = MongoStore(self.database)
+        self.store = MongoStore(self.database, KEYS)
         self.bus = KafkaBus(KafkaSettings(kafka=kafka, topic_prefix=self.prefix), source="test", instance="test")
         self.events, self.tasks, self.replies, self.progress = Listener(), Listener(), Listener(), Listener()
         self.said = Listener()
@@ -134,6 +136,7 @@ class Platform:
                 database=self.database.name,
                 internal_public_keys_file=self.keys.public_keys_file,
                 chunk_key_file=self.chunk_key_file,
+                audit_key_file=self.audit_key_file,
                 allowed_networks="127.0.0.0/8",
                 lease_seconds=10.0,
                 stored_seconds=5.0,

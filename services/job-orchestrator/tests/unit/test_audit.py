@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import json
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from ipaddress import ip_network
@@ -11,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from pydantic import ValidationError
 
 from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
@@ -20,7 +22,7 @@ from job_orchestrator.testing.things import THEN
 from scanfleet import service
 from scanfleet.errors import DependencyError
 from scanfleet.messages import Audited, AuditEntry
-from scanfleet.messages.topics import SCAN_AUDIT, SCAN_COMMANDS
+from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, SCAN_AUDIT, SCAN_COMMANDS, WORKER
 from scanfleet.settings import FrontSettings
 from scanfleet.testing.bus import MemoryBus
 from scanfleet.testing.tokens import Issuer
@@ -58,14 +60,14 @@ class Caller:
 
     async def __call__(
         self, request: str, body: object = None, *, user: int = 7, admin: bool = False
-    ) -> tuple[int, list[AuditEntry]]:
+    ) -> tuple[int, Sequence[AuditEntry]]:
         method, path = request.split(" ")
         id_ = f"r-{method}-{path.replace('/', '.')}-{user}"[:64]
         headers = {"X-Request-ID": id_} | (ISSUER.bearer(user, admin=admin) if user else {})
         answer = await self._http.request(method, path, json=body, headers=headers)
         bus = MemoryBus()
         await self._app.state.refusals.tell(bus)
-        refused = [each.entry for each in bus.messages(SCAN_AUDIT) if isinstance(each, Audited)]
+        refused = [each.entry for each in bus.messages(SCAN_AUDIT[ORCHESTRATOR]) if isinstance(each, Audited)]
         await self._world.store.add_audit(refused)
         entries, _ = await self._world.store.list_audit(0, 100, request_id=id_)
         assert {entry.service for entry in entries} <= {"job-orchestrator"}
@@ -78,7 +80,7 @@ def ask(app: FastAPI, world: World) -> Caller:
     return Caller(app, world)
 
 
-def told(entries: list[AuditEntry]) -> list[tuple[str, str, str, str, str]]:
+def told(entries: Sequence[AuditEntry]) -> list[tuple[str, str, str, str, str]]:
     return [(each.subject, each.action, each.target, each.decision, each.rule) for each in entries]
 
 
@@ -230,15 +232,28 @@ async def test_administrators_read_the_log_by_page(ask: Caller, app: FastAPI) ->
         await ask("POST /api/v1/subnet", SUBNET, user=number + 1)
     http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://orchestrator")
     bearer = ISSUER.bearer(9, admin=True)
-    answer = (await http.get("/api/v1/audit?page=2&page_size=2", headers=bearer)).json()
-    assert {name: answer[name] for name in ("total", "page", "page_size")} == {"total": 3, "page": 2, "page_size": 2}
-    (entry,) = answer["entries"]
+    answer = (await http.get("/api/v1/audit?page=2&page_size=3", headers=bearer)).json()
+    assert {name: answer[name] for name in ("total", "page", "page_size")} == {"total": 4, "page": 2, "page_size": 3}
+    (entry,) = answer["entries"]  # before the other two, and this read
     assert entry["time"].endswith("Z")
-    assert list(entry) == list(AuditEntry.model_fields)
+    assert list(entry) == [*AuditEntry.model_fields, "received_at"]
     mine = (await http.get("/api/v1/audit?subject=2", headers=bearer)).json()
     assert [each["subject"] for each in mine["entries"]] == ["2"]
     one = (await http.get("/api/v1/audit?request_id=r-POST-.api.v1.subnet-3", headers=bearer)).json()
     assert [each["subject"] for each in one["entries"]] == ["3"]
+
+
+@pytest.mark.proves("A24")
+async def test_a_read_of_the_audit_log_is_recorded(ask: Caller, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads the log is in the log with the filters, once a minute for each of them."""
+    monkeypatch.setattr("scanfleet.service.utc_now", lambda: THEN)
+    for query in ("", "?page=2", "?subject=7&page=1", "?page_size=3&subject=7", "?request_id=r-1&subject=7"):
+        assert (await ask(f"GET /api/v1/audit{query}", user=9, admin=True))[0] == 200
+    recorded, _ = await world.store.list_audit(0, 10)
+    assert sorted(told(recorded)) == [
+        ("9", "list_audit", f"/api/v1/audit{query}", "allowed", "role")
+        for query in ("", "?request_id=r-1&subject=7", "?subject=7")
+    ]
 
 
 async def commanded(world: World, *, user: int = 7) -> list[tuple[str, str, str, str, str]]:
@@ -276,20 +291,64 @@ async def test_every_refused_command_names_its_rule(world: World) -> None:
     assert await rules(11) == [("cancel_task", "refused", "state")]
 
 
-async def test_what_services_refused_is_kept(world: World) -> None:
-    """What comes over scan-audit is in the log once, however often it is delivered."""
-    entry = AuditEntry(
-        id="a",
-        time=THEN,
-        service="api-gateway",
-        subject="",
-        source="192.0.2.17",
-        action="create_tasks",
-        target="/api/v1/task",
-        decision="refused",
-        rule="token",
-        request_id="r-1",
-    )
-    await world.bus.publish(SCAN_AUDIT, [Audited(entry=entry)] * 2)
-    await world.hand(SCAN_AUDIT, world.take(SCAN_AUDIT))
-    assert await world.store.list_audit(0, 10) == ([entry], 1)
+def refusal(**changed: Any) -> AuditEntry:
+    fields: dict[str, Any] = {
+        "id": "a",
+        "time": THEN,
+        "service": "api-gateway",
+        "subject": "",
+        "source": "192.0.2.17",
+        "action": "create_tasks",
+        "target": "/api/v1/task",
+        "decision": "refused",
+        "rule": "token",
+        "request_id": "r-1",
+    }
+    return AuditEntry(**fields | changed)
+
+
+async def test_refusal_that_is_delivered_twice_is_one_entry(world: World) -> None:
+    """What comes over an audit topic is in the log once, however often it is delivered."""
+    await world.bus.publish(SCAN_AUDIT[GATEWAY], [Audited(entry=refusal())] * 2)
+    await world.hand(SCAN_AUDIT[GATEWAY], world.take(SCAN_AUDIT[GATEWAY]))
+    entries, total = await world.store.list_audit(0, 10)
+    assert total == 1
+    assert entries[0].model_dump(exclude={"id", "received_at"}) == refusal().model_dump(exclude={"id"})
+
+
+@pytest.mark.proves("A26")
+async def test_refusal_in_the_name_of_another_service_is_its_writers(world: World) -> None:
+    """The topic says whose entry it is; an id of another service's entry suppresses nothing."""
+    await world.submit("127.9.8.0/30")
+    (command,) = world.take(SCAN_COMMANDS)
+    command_id = getattr(command.message, "command_id")  # noqa: B009 # of one of two messages
+    forged = refusal(id=command_id, service="job-orchestrator", subject="7")
+    await world.bus.publish(SCAN_AUDIT[WORKER], [Audited(entry=forged)])
+    await world.hand(SCAN_AUDIT[WORKER], world.take(SCAN_AUDIT[WORKER]))
+    await world.hand(SCAN_COMMANDS, [command])
+    entries, _ = await world.store.list_audit(0, 10, subject="7")
+    assert {(each.service, each.decision) for each in entries} == {
+        ("scanner-worker", "refused"),
+        ("job-orchestrator", "allowed"),
+    }
+
+
+@pytest.mark.proves("A26")
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        {"decision": "allowed"},
+        {"target": "x" * 301},
+        *({name: "x" * 201} for name in ("id", "service", "subject", "source", "action", "rule", "request_id")),
+        {"reason": "x" * 301},
+        {"count": 2**63},
+    ],
+    ids=lambda hostile: str(next(iter(hostile))),
+)
+def test_audited_that_is_no_bounded_refusal_is_not_decoded(hostile: dict[str, Any]) -> None:
+    """Only refusals come over the bus, and every text in them has a maximum."""
+    good = json.loads(Audited(entry=refusal()).model_dump_json())
+    assert Audited.model_validate(good).entry == refusal()
+    good["entry"] |= hostile
+    with pytest.raises(ValidationError, match="entry"):
+        Audited.model_validate(good)

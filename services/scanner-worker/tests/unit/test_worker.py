@@ -25,7 +25,7 @@ from scanfleet.messages import (
     StopChunk,
     WorkerReady,
 )
-from scanfleet.messages.topics import SCAN_AUDIT, SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS, SCAN_WORKERS, Topic
+from scanfleet.messages.topics import SCAN_AUDIT, SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS, SCAN_WORKERS, WORKER, Topic
 from scanfleet.ports import PortSet
 from scanfleet.targets import TargetRules
 from scanfleet.testing.bus import MemoryBus
@@ -457,7 +457,7 @@ async def test_a_denied_chunk_is_audited(make_chunk: MakeChunk, until: Until, po
         await rig.send(make_chunk(policy, first_address="127.9.9.8", outcomes=".."))
         await until(lambda: "ChunkScanned" in rig.progress())
         await rig.refusals.tell(rig.bus)
-        (told,) = [each.entry for each in rig.bus.messages(SCAN_AUDIT) if isinstance(each, Audited)]
+        (told,) = [each.entry for each in rig.bus.messages(SCAN_AUDIT[WORKER]) if isinstance(each, Audited)]
         assert (told.service, told.subject, told.source) == ("scanner-worker", "7", "scan-tasks")
         assert (told.action, told.decision, told.rule) == ("consume scan-tasks", "refused", "targets")
         assert "127.9.9.9/32" in told.target
@@ -469,7 +469,7 @@ async def test_what_cannot_be_done_here_is_no_refusal(make_chunk: MakeChunk, unt
         await rig.send(make_chunk({"os_detection": True}))
         await until(lambda: "ChunkScanned" in rig.progress())
         await rig.refusals.tell(rig.bus)
-        assert rig.bus.messages(SCAN_AUDIT) == []
+        assert rig.bus.messages(SCAN_AUDIT[WORKER]) == []
 
 
 @pytest.mark.parametrize(("raw", "used", "option"), [(True, "syn", "-sS"), (False, "connect", "-sT")])

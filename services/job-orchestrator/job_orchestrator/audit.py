@@ -1,0 +1,132 @@
+"""`python -m job_orchestrator.audit …`: verify, export or adopt the audit log; settings come from the environment."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from datetime import timedelta
+from getpass import getuser
+from uuid import uuid4
+
+import structlog
+
+from job_orchestrator.domain.chain import read_chain_keys
+from job_orchestrator.repository import MongoStore, Verification
+from job_orchestrator.settings import AuditSettings
+from scanfleet import mongo
+from scanfleet.clock import utc_now
+from scanfleet.errors import DependencyError
+from scanfleet.messages import AuditEntry
+from scanfleet.messages.topics import ORCHESTRATOR
+
+_TAMPERED = 2  # the exit code; 1 is a dependency's failure
+
+
+def command_entry(action: str, target: str) -> AuditEntry:
+    """The entry of an operator's command."""
+    try:
+        user = getuser()
+    except (OSError, KeyError):  # KeyError before Python 3.13: of an id without a name, as in a container
+        user = "unknown"
+    return AuditEntry(
+        id=uuid4().hex,
+        time=utc_now(),
+        service=ORCHESTRATOR,
+        subject="",
+        source=f"command line, system user {user}"[:200],
+        action=action,
+        target=target,
+        decision="allowed",
+        rule="operator",
+        request_id="",
+    )
+
+
+def main() -> int:
+    asked = _parser().parse_args()
+    structlog.configure(
+        processors=[structlog.processors.JSONRenderer()],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),  # standard output is the export's
+    )
+    try:
+        return asyncio.run(_run(AuditSettings(), asked))
+    except DependencyError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m job_orchestrator.audit", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command", dest="command")
+    verify = commands.add_parser("verify", help="name every entry that was changed, removed or added in the database")
+    verify.add_argument(
+        "--head", metavar="BLOCK/SIGNATURE", help="as an earlier verify or export printed it: it must still be there"
+    )
+    export = commands.add_parser("export", help="write the sealed entries as JSON lines, oldest first")
+    export.add_argument("--after", type=int, default=0, metavar="BLOCK", help="only those of the blocks above this one")
+    commands.add_parser("adopt", help="sign the entries of release 0.1, once after the upgrade")
+    return parser
+
+
+async def _run(settings: AuditSettings, asked: argparse.Namespace) -> int:
+    database = mongo.connect(settings.mongodb_uri, settings.database)
+    keep = timedelta(days=settings.audit_days)
+    store = MongoStore(database, read_chain_keys(settings.audit_key_file), keep_audit=keep)
+    try:
+        match asked.command:
+            case "verify":
+                return await _verify(store, asked.head)
+            case "export":
+                await _export(store, asked.after)
+            case "adopt":
+                adopted = await store.adopt()
+                await store.add_audit([command_entry("adopt_audit", f"{adopted} entries")])
+                sys.stdout.write(f"{adopted} entries were signed\n")
+    finally:
+        database.client.close()
+    return 0
+
+
+async def _verify(store: MongoStore, head: str | None) -> int:
+    found = await store.verify()
+    if head is not None:
+        await _verify_head(store, found, head)
+    for finding in found.findings:
+        sys.stdout.write(f"{_ascii(finding)}\n")
+    if found.more:
+        sys.stdout.write(f"{found.more} more\n")
+    forgotten = f", {found.forgotten} forgotten by age" if found.forgotten else ""
+    first = f", from block {found.first}" if found.first > 1 else ""
+    sys.stdout.write(
+        f"{found.blocks} blocks{first}; entries: {found.sealed} sealed{forgotten}, {found.waiting} not sealed yet; "
+        f"head {found.head[0]}/{_ascii(found.head[1])}\n",
+    )
+    return _TAMPERED if found.findings else 0
+
+
+async def _verify_head(store: MongoStore, found: Verification, head: str) -> None:
+    """Compare the chain with a head that was kept elsewhere."""
+    number, _, signature = head.partition("/")
+    block = int(number) if number.isascii() and number.isdigit() else 0
+    if 0 < block < found.first:
+        return  # it is forgotten, and the walk has found that it was its time
+    if await store.block_signature(block) != signature:
+        found.add(f"block {number}: removed or replaced: it is not the one of the head that was given")
+
+
+async def _export(store: MongoStore, after: int) -> None:
+    async for each in store.export(after):
+        entry = each.entry.model_dump(mode="json")
+        line = json.dumps(entry | {"block": each.block, "block_signature": each.block_signature})
+        sys.stdout.write(f"{line}\n".replace("\x7f", "\\u007f"))
+
+
+def _ascii(text: str) -> str:
+    """`text` as a terminal may show it: what is named may be a stranger's."""
+    return json.dumps(text)[1:-1].replace("\x7f", "\\u007f")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

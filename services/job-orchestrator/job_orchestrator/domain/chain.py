@@ -1,0 +1,64 @@
+"""Signatures of the audit log: with the database alone none can be made."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+MIN_KEY_CHARS: Final = 32
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND: Final = timedelta(milliseconds=1)
+
+
+class ChainKeys:
+    """Makes and verifies signatures (HMAC-SHA-256) of documents.
+
+    Args:
+        secrets: the first signs; the others verify what was signed before they were replaced.
+
+    Raises:
+        ValueError: there is none, or one is too short.
+    """
+
+    def __init__(self, secrets: Sequence[str]) -> None:
+        if not secrets or any(len(secret) < MIN_KEY_CHARS for secret in secrets):
+            raise ValueError(f"the audit log needs a key, of at least {MIN_KEY_CHARS} characters")
+        self._secrets = {hashlib.sha256(secret.encode()).hexdigest()[:8]: secret.encode() for secret in secrets}
+        self._signs = next(iter(self._secrets))
+
+    def sign(self, kind: str, content: Mapping[str, Any]) -> str:
+        """The signature of `content` as a document of this kind, with the id of the key."""
+        return self._sign(self._signs, kind, content)
+
+    def verify(self, kind: str, content: Mapping[str, Any], signature: object) -> bool:
+        """Whether one of the keys made `signature` of exactly this content."""
+        if not isinstance(signature, str):
+            return False
+        key, _, _ = signature.partition(":")
+        return key in self._secrets and hmac.compare_digest(self._sign(key, kind, content), signature)
+
+    def _sign(self, key: str, kind: str, content: Mapping[str, Any]) -> str:
+        text = json.dumps([kind, content], sort_keys=True, separators=(",", ":"), default=_plain)
+        return f"{key}:{hmac.new(self._secrets[key], text.encode(), hashlib.sha256).hexdigest()}"
+
+
+def read_chain_keys(file: Path) -> ChainKeys:
+    """The keys in `file`, one a line.
+
+    Raises:
+        ValueError: it holds none, or one is too short.
+        OSError: it cannot be read.
+    """
+    return ChainKeys(file.read_text(encoding="utf-8").split())
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, datetime):
+        return {"ms": (value - _EPOCH) // _MILLISECOND}  # what MongoDB keeps of it
+    return repr(value)  # of a type that no document of ours has

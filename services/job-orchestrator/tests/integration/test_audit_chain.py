@@ -1,0 +1,286 @@
+"""What was changed, removed or added in the audit log's collections is named, on a real MongoDB and with the very commands."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job_orchestrator.domain.chain import ChainKeys
+from job_orchestrator.repository import MongoStore, audit
+from job_orchestrator.testing import KEYS
+from scanfleet.clock import utc_now
+from scanfleet.messages import AuditEntry
+from scanfleet.mongo import Database
+
+pytestmark = pytest.mark.integration
+
+KEY = "signs-the-audit-log-of-one-test-alone"
+STRANGER = ChainKeys(["what a stranger signs with, not knowing the key"])
+
+Tamper = Callable[[Database], Awaitable[Any]]
+
+
+def entry(id_: int, **changed: Any) -> AuditEntry:
+    fields: dict[str, Any] = {
+        "time": utc_now(),
+        "service": "job-orchestrator",
+        "subject": "7",
+        "source": "192.0.2.17",
+        "action": "create_subnet",
+        "target": "/api/v1/subnet/1",
+        "decision": "allowed",
+        "rule": "",
+        "request_id": "r-1",
+    }
+    return AuditEntry(id=f"{id_}", **fields | changed)
+
+
+async def filled(store: MongoStore) -> None:
+    """Three blocks of two entries each, and an entry that is not sealed yet."""
+    for number in range(0, 6, 2):
+        await store.add_audit([entry(number), entry(number + 1)])
+        await store.seal()
+    await store.add_audit([entry(6)])
+
+
+async def forge(database: Database, block: int) -> None:
+    genuine = await database["audit"].find_one({"_id": "job-orchestrator/1"})
+    assert genuine is not None
+    forged = genuine | {"_id": "job-orchestrator/forged", "block": block}
+    await database["audit"].insert_one(forged)
+
+
+async def forge_signed(database: Database) -> None:
+    genuine = await database["audit"].find_one({"_id": "job-orchestrator/1"})
+    assert genuine is not None
+    content = {name: value for name, value in genuine.items() if name not in {"mac", "block"}}
+    content["_id"] = "job-orchestrator/forged"
+    await database["audit"].insert_one(content | {"mac": STRANGER.sign("entry", content), "block": 0})
+
+
+def change(collection: str, id_: object, **values: object) -> Tamper:
+    return lambda database: database[collection].update_one({"_id": id_}, {"$set": values})
+
+
+def remove(collection: str, *ids: object) -> Tamper:
+    return lambda database: database[collection].delete_many({"_id": {"$in": list(ids)}})
+
+
+async def test_verify_of_an_untouched_log_finds_nothing(mongo_store: MongoStore) -> None:
+    """Sealed entries and those that wait are counted, and the head is the last block's signature."""
+    await filled(mongo_store)
+    found = await mongo_store.verify()
+    assert (found.findings, found.blocks, found.sealed, found.waiting, found.first) == ([], 3, 6, 1, 1)
+    assert found.head == (3, await mongo_store.block_signature(3))
+
+
+@pytest.mark.proves("A26", "G15")
+@pytest.mark.parametrize(
+    ("tamper", "named"),
+    [
+        (change("audit", "job-orchestrator/2", subject="8"), "entry job-orchestrator/2: changed"),
+        (change("audit", "job-orchestrator/2", note="x"), "entry job-orchestrator/2: changed"),
+        (change("audit", "job-orchestrator/2", block=7), None),
+        (change("audit", "job-orchestrator/6", rule="x"), "entry job-orchestrator/6: added or changed"),
+        (change("audit", "job-orchestrator/6", block=2), "entry job-orchestrator/6: added: block 2"),
+        (change("audit", "job-orchestrator/6", block=-1), "entry job-orchestrator/6: added, or its block removed"),
+        (remove("audit", "job-orchestrator/3"), "entry job-orchestrator/3: removed"),
+        (lambda database: forge(database, 0), "entry job-orchestrator/forged: added or changed"),
+        (lambda database: forge(database, 1), "entry job-orchestrator/forged: added: block 1"),
+        (lambda database: forge(database, 9), "entry job-orchestrator/forged: added or changed"),
+        (forge_signed, "entry job-orchestrator/forged: added or changed"),
+        (change("audit_blocks", 2, sealed_at=utc_now() - timedelta(days=1)), "block 2: added or changed"),
+        (change("audit_blocks", 2, entries=[]), "block 2: added or changed"),
+        (remove("audit_blocks", 1), "block 1: removed before its time"),
+        (remove("audit_blocks", 2), "blocks 2 to 2: removed"),
+        (remove("audit_blocks", 3), "entry job-orchestrator/4: added, or its block removed"),
+        (remove("audit_blocks", 1, 2, 3), "entry job-orchestrator/0: added, or its block removed"),
+        (lambda database: database["audit_blocks"].insert_one({"_id": 4}), "block 4: added or changed"),
+        (lambda database: database["audit_blocks"].insert_one({"_id": "x"}), "block x: added"),
+    ],
+)
+async def test_verify_names_what_was_tampered_with(
+    mongo_store: MongoStore, database: Database, tamper: Tamper, named: str | None
+) -> None:
+    """Every change, removal and addition is named, also after the next entries were sealed."""
+    await filled(mongo_store)
+    await tamper(database)
+    before = await mongo_store.verify()
+    await mongo_store.seal()
+    await mongo_store.add_audit([entry(7)])
+    await mongo_store.seal()
+    after = await mongo_store.verify()
+    if named is None:  # the mark is not what proves: the block names the entry all the same
+        assert before.findings == after.findings == []
+        return
+    assert [finding for finding in before.findings if finding.startswith(named)], before.findings
+    if "audit_blocks" not in named and "block 3" not in named:
+        assert after.findings, "the next seal must not hide it"
+
+
+async def test_verify_with_an_earlier_head_notices_a_cut_chain(mongo_store: MongoStore, database: Database) -> None:
+    """A chain whose end was removed with its entries is whole in itself, and differs from the head that was kept."""
+    await filled(mongo_store)
+    head = (await mongo_store.verify()).head
+    await database["audit_blocks"].delete_one({"_id": 3})
+    await database["audit"].delete_many({"_id": {"$in": [f"job-orchestrator/{number}" for number in (4, 5)]}})
+    assert (await mongo_store.verify()).findings == []
+    assert await mongo_store.block_signature(head[0]) != head[1]
+    await mongo_store.seal()
+    assert await mongo_store.block_signature(head[0]) != head[1]
+
+
+async def test_seal_by_many_replicas_makes_one_chain(mongo_store: MongoStore, database: Database) -> None:
+    """Replicas that write and seal at the same time lose nothing, and no entry is in two blocks."""
+    replicas = [mongo_store, *(MongoStore(database, KEYS) for _ in range(3))]
+
+    async def work(number: int, store: MongoStore) -> None:
+        for each in range(20):
+            await store.add_audit([entry(100 * number + each)])
+            await store.seal()
+
+    await asyncio.gather(*(work(number, store) for number, store in enumerate(replicas)))
+    await mongo_store.seal()
+    found = await mongo_store.verify()
+    assert (found.findings, found.sealed, found.waiting) == ([], 80, 0)
+    exported = [each.entry.id async for each in mongo_store.export()]
+    assert len(exported) == len(set(exported)) == 80
+
+
+async def test_seal_after_a_death_between_block_and_marks_goes_on(
+    mongo_store: MongoStore, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica that dies when its block is written leaves a whole chain, and the next seals what came since only."""
+    await mongo_store.add_audit([entry(1)])
+
+    async def dies(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mongo_store, "_mark", dies)
+        with pytest.raises(asyncio.CancelledError):
+            await mongo_store.seal()
+    found = await mongo_store.verify()
+    assert (found.findings, found.sealed, found.waiting) == ([], 1, 0)
+    await mongo_store.add_audit([entry(2)])
+    await mongo_store.seal()
+    blocks = [[each["id"] for each in block["entries"]] async for block in database["audit_blocks"].find().sort("_id")]
+    assert blocks == [["job-orchestrator/1"], ["job-orchestrator/2"]]
+
+
+async def test_seal_makes_blocks_of_a_bounded_size(mongo_store: MongoStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backlog is sealed in one call, in blocks of at most so many entries."""
+    monkeypatch.setattr(audit, "MAX_BLOCK", 10)
+    await mongo_store.add_audit([entry(number) for number in range(25)])
+    await mongo_store.seal()
+    found = await mongo_store.verify()
+    assert (found.findings, found.blocks, found.sealed) == ([], 3, 25)
+
+
+@pytest.mark.proves("G15")
+async def test_verify_knows_what_was_forgotten_by_age(
+    database: Database, mongo_store: MongoStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entries and blocks that are gone because of their age are counted; one that is gone before its time is named."""
+    short = MongoStore(database, KEYS, keep_audit=timedelta(hours=1))
+    begin = utc_now()
+    for number, store in enumerate((short, short, mongo_store)):
+        await store.add_audit([entry(number)])
+        await store.seal()
+    later = begin + timedelta(hours=2)
+    monkeypatch.setattr(audit, "utc_now", lambda: later)
+    await database["audit"].delete_one({"_id": "job-orchestrator/1"})
+    found = await mongo_store.verify()
+    assert (found.findings, found.sealed, found.forgotten) == ([], 2, 1)
+    await database["audit_blocks"].delete_one({"_id": 1})  # its entry is not deleted yet
+    await database["audit_blocks"].delete_one({"_id": 2})
+    found = await mongo_store.verify()
+    assert (found.findings, found.blocks, found.first, found.sealed) == ([], 1, 3, 1)
+    monkeypatch.setattr(audit, "utc_now", lambda: begin)
+    assert (await mongo_store.verify()).findings == [
+        "block 2: removed before its time, and every one before it that is not there",
+        "entry job-orchestrator/0: added, or its block removed: it is marked as of block 1, which is not there",
+    ]
+
+
+async def test_adopt_signs_the_entries_of_an_earlier_release(mongo_store: MongoStore, database: Database) -> None:
+    """What release 0.1 wrote is named until an operator adopts it; then it is sealed, at no later time than now."""
+    old = entry(1).model_dump(exclude={"id"}) | {"forget_at": utc_now() + timedelta(days=365)}
+    far = old | {"time": utc_now() + timedelta(days=365_000)}
+    await database["audit"].insert_many([old | {"_id": "plain"}, far | {"_id": "far"}])
+    assert len((await mongo_store.verify()).findings) == 2
+    assert await mongo_store.adopt() == 2
+    await mongo_store.seal()
+    found = await mongo_store.verify()
+    assert (found.findings, found.sealed) == ([], 2)
+    entries, _ = await mongo_store.list_audit(0, 10)
+    assert all(each.received_at <= utc_now() for each in entries)
+
+
+class Desk:
+    """An operator at the command line."""
+
+    def __init__(self, mongodb: str, database: str, key_file: Path) -> None:
+        self._environment = {
+            "SCANFLEET_MONGODB": mongodb,
+            "SCANFLEET_DATABASE": database,
+            "SCANFLEET_AUDIT_KEY_FILE": str(key_file),
+        }
+
+    async def types(self, *words: str) -> tuple[int, list[str]]:
+        done = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-m", "job_orchestrator.audit", *words],
+            env=os.environ | self._environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert f"{done.stdout} {done.stderr}".replace("\n", "").isprintable()
+        return done.returncode, done.stdout.splitlines()
+
+
+@pytest.mark.proves("A26", "A29")
+async def test_commands_verify_and_export(database: Database, mongodb: str, tmp_path: Path) -> None:
+    """`verify` prints a head that it accepts later, and names a change with exit code 2; `export` goes on after a block."""
+    file = tmp_path / "audit-key"
+    file.write_text(KEY)
+    store = MongoStore(database, ChainKeys([KEY]))
+    await store.prepare()
+    desk = Desk(mongodb, database.name, file)
+    await filled(store)
+    await store.add_audit([entry(8, target="\x1b[31m\x9b31m\u202e\x7f")])
+    code, (summary,) = await desk.types("verify")
+    assert code == 0
+    assert summary.startswith("3 blocks; entries: 6 sealed, 2 not sealed yet; head 3/")
+    head = summary.rpartition(" ")[2]
+    await store.seal()
+    assert (await desk.types("verify", "--head", head))[0] == 0
+    assert (await desk.types("verify", "--head", head[:-1] + "x"))[0] == 2
+
+    code, lines = await desk.types("export", "--after", "3")
+    exported = [json.loads(line) for line in lines]
+    assert [(each["id"], each["block"]) for each in exported] == [
+        ("job-orchestrator/6", 4),
+        ("job-orchestrator/8", 4),
+    ]
+    assert exported[1]["target"] == "\x1b[31m\x9b31m\u202e\x7f"
+    assert {each["block_signature"] for each in exported} == {await store.block_signature(4)}
+    assert len((await desk.types("export"))[1]) == 8
+
+    await database["audit"].update_one({"_id": "job-orchestrator/0"}, {"$set": {"subject": "8"}})
+    await database["audit"].insert_one({"_id": "\x1b[2J\u202e"})
+    code, lines = await desk.types("verify")
+    assert code == 2
+    assert "entry job-orchestrator/0: changed" in lines
+    assert [line for line in lines if line.startswith(r"entry \u001b[2J\u202e: added")]
+    assert await desk.types("adopt") == (0, ["0 entries were signed"])

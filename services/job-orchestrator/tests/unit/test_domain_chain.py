@@ -1,0 +1,58 @@
+"""Signatures of the audit log."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job_orchestrator.domain.chain import ChainKeys, read_chain_keys
+
+OLD, NEW = "the old key of the audit log, 32 and more", "the new key of the audit log, 32 and more"
+CONTENT: dict[str, Any] = {"_id": "a/1", "time": datetime(2026, 1, 1, tzinfo=UTC), "count": 1, "none": None}
+
+
+def test_verify_of_changed_content_fails() -> None:
+    """A change, a removed or added field, another kind and another key make a signature void."""
+    keys = ChainKeys([NEW])
+    signature = keys.sign("entry", CONTENT)
+    assert keys.verify("entry", dict(reversed(CONTENT.items())), signature)
+    assert not keys.verify("block", CONTENT, signature)
+    for changed in (
+        {"count": 2},
+        {"count": "1"},
+        {"more": ""},
+        {"time": CONTENT["time"] + timedelta(milliseconds=1)},
+        {"none": b"bytes"},
+    ):
+        assert not keys.verify("entry", CONTENT | changed, signature)
+    assert not keys.verify("entry", {"_id": "a/1"}, signature)
+    assert not ChainKeys([OLD]).verify("entry", CONTENT, signature)
+    for junk in (None, 1, "", "x", signature + "0", signature[:-1], "00000000" + signature[8:]):
+        assert not keys.verify("entry", CONTENT, junk)
+
+
+def test_verify_after_a_rotation_accepts_both_keys() -> None:
+    """The first key signs; what a replaced one has signed is verified as long as it is in the file."""
+    before = ChainKeys([OLD]).sign("entry", CONTENT)
+    both = ChainKeys([NEW, OLD])
+    assert both.verify("entry", CONTENT, before)
+    assert both.sign("entry", CONTENT) == ChainKeys([NEW]).sign("entry", CONTENT)
+
+
+def test_sign_of_microseconds_is_that_of_what_mongodb_keeps() -> None:
+    """A time is signed to the millisecond, to which it reads back."""
+    keys = ChainKeys([NEW])
+    time = datetime(2026, 1, 1, 0, 0, 0, 123_999, UTC)
+    assert keys.sign("entry", {"t": time}) == keys.sign("entry", {"t": time.replace(microsecond=123_000)})
+
+
+@pytest.mark.parametrize("text", ["", "\n", "short", f"{'x' * 40}\nshort\n"])
+def test_read_chain_keys_of_a_missing_or_short_key_fails(tmp_path: Path, text: str) -> None:
+    """A file without a key, or with one that is too short, is refused."""
+    file = tmp_path / "audit-key"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="at least 32 characters"):
+        read_chain_keys(file)
