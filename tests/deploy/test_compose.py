@@ -125,7 +125,8 @@ def test_prometheus_shares_a_network_with_each_service_it_asks() -> None:
 def test_each_user_of_the_bus_has_its_quotas() -> None:
     """What makes the users limits their rates too."""
     (script,) = SERVICES["users"]["command"]
-    assert dict(re.findall(r"echo (\w+_byte_rate)=(\d+)", script)) == {name: str(rate) for name, rate in QUOTAS.items()}
+    assert "--entity-default" in script
+    assert dict(re.findall(r"(\w+_byte_rate)=(\d+)", script)) == {name: str(rate) for name, rate in QUOTAS.items()}
 
 
 def test_every_volume_that_is_used_is_named() -> None:
