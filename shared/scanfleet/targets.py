@@ -7,7 +7,7 @@ and by the worker right before nmap starts.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_address, ip_network
 from typing import Final
@@ -17,7 +17,7 @@ from scanfleet.outcomes import Outcome
 Network = IPv4Network | IPv6Network
 
 DEFAULT_MAX_ADDRESSES: Final = 65_536  # a /16: the largest private network that people hand out whole
-MAX_EXCLUDES: Final = 1_000  # of one subnet: its document stays small, and a person can still read it
+_LONGEST_WITH_BROADCAST: Final = 30  # prefix length: a /31 is a link between two hosts (RFC 3021)
 
 # Narrower than what `ipaddress` takes: no netmask, no zone, no leading zero in the prefix length.
 _NETWORK = re.compile(r"[0-9a-fA-F:.]{2,45}(/(0|[1-9][0-9]{0,2}))?")
@@ -31,11 +31,15 @@ _NEVER: Final[tuple[tuple[Network, str], ...]] = (
     (IPv6Network("::/128"), "unspecified addresses"),
     (IPv6Network("fe80::/10"), "link-local addresses"),
     (IPv6Network("ff00::/8"), "multicast addresses"),
-    # Metadata services that clouds keep outside the link-local networks: Alibaba, Azure, Oracle, AWS.
+    # Metadata services that clouds keep outside the link-local networks: Alibaba, Azure, Oracle, AWS and its EKS, Google,
+    # Scaleway.
     (IPv4Network("100.100.100.200/32"), "metadata services"),
     (IPv4Network("168.63.129.16/32"), "metadata services"),
     (IPv4Network("192.0.0.192/32"), "metadata services"),
     (IPv6Network("fd00:ec2::254/128"), "metadata services"),
+    (IPv6Network("fd00:ec2::23/128"), "metadata services"),
+    (IPv6Network("fd20:ce::254/128"), "metadata services"),
+    (IPv6Network("fd00:42::42/128"), "metadata services"),
     # They lead to IPv4 addresses too, but which ones depends on a translator or relay that we do not know.
     (IPv6Network("64:ff9b:1::/48"), "local NAT64 addresses"),
     (IPv6Network("2001::/32"), "Teredo addresses"),
@@ -49,7 +53,11 @@ _EMBEDDING: Final = (
     IPv6Network("64:ff9b::/96"),  # NAT64 (RFC 6052)
     IPv6Network("2002::/16"),  # 6to4 (RFC 3056)
 )
+_ISATAP: Final = (0x0000_5EFE, 0x0200_5EFE)  # followed by an IPv4 address, in the lower half of any address (RFC 5214)
 _LOOPBACK: Final = IPv6Network("::1/128")
+
+NAT64_LENGTHS: Final = frozenset({32, 40, 48, 56, 64, 96})
+"""Prefix lengths of a site's own NAT64 (RFC 6052)."""
 
 
 def parse_network(text: str) -> Network:
@@ -78,6 +86,8 @@ class TargetRules:
     allowed: tuple[Network, ...]
     denied: tuple[Network, ...] = ()
     max_addresses: int = DEFAULT_MAX_ADDRESSES
+    nat64: tuple[IPv6Network, ...] = ()
+    """Prefixes of the site's NAT64, of a length in `NAT64_LENGTHS`."""
 
     def refusal(self, network: Network) -> str | None:
         """The rule that forbids to scan `network`, as a sentence for the user; None when every address may be scanned.
@@ -93,7 +103,7 @@ class TargetRules:
         for denied in self.denied:
             if network.overlaps(denied):
                 return f"{network} overlaps {denied}, which this platform denies"
-        for embedded in _embedded(network):
+        for embedded in _embedded(network, self.nat64):
             if reason := self.refusal(embedded):
                 return f"{network} leads to IPv4 addresses: {reason}"
         # Once collapsed, a union of networks covers another only if one of its members does.
@@ -118,13 +128,10 @@ class Target:
         So one list of exclusions serves every subnet of a site.
 
         Raises:
-            ValueError: a text is not a network, or the exclusions are too many or leave nothing of the network. The message
-                is fit for a user.
+            ValueError: a text is not a network, or the exclusions leave nothing of the network. The message is fit for a user.
         """
         network = parse_network(cidr)
         given = tuple(map(parse_network, exclude))
-        if len(given) > MAX_EXCLUDES:
-            raise ValueError(f"at most {MAX_EXCLUDES} networks can be excluded from a subnet, not {len(given)}")
         if any(_within(network, outer) for outer in given):
             raise ValueError(f"every address of {network} is excluded")
         inside = [inner for inner in given if _within(inner, network)]
@@ -138,6 +145,23 @@ class Target:
     def included(self) -> int:
         """How many addresses are left to scan."""
         return self.network.num_addresses - sum(inner.num_addresses for inner in self.exclude)
+
+    def without_broadcast(self) -> Target:
+        """The target with the network's broadcast address excluded, which would multiply a raw packet by the hosts that answer.
+
+        Loopback networks have none, nor has a /31 or /32.
+
+        Raises:
+            ValueError: it is all that was left. The message is fit for a user.
+        """
+        network = self.network
+        if isinstance(network, IPv6Network) or network.is_loopback or network.prefixlen > _LONGEST_WITH_BROADCAST:
+            return self
+        exclude = collapse_addresses((*self.exclude, IPv4Network(network.broadcast_address)))  # type: ignore[type-var] # as above
+        target = Target(network, tuple(exclude))
+        if target.included == 0:
+            raise ValueError(f"every address of {network} but its broadcast address is excluded")
+        return target
 
     def outcomes(self) -> str:
         """The network's outcome map before anything is scanned: each address excluded or blank."""
@@ -154,13 +178,27 @@ def _within(inner: Network, outer: Network) -> bool:
     return inner.network_address in outer and inner.prefixlen >= outer.prefixlen
 
 
-def _embedded(network: Network) -> Iterable[IPv4Network]:
+def _embedded(network: Network, nat64: Iterable[IPv6Network]) -> Iterable[IPv4Network]:
     """The IPv4 networks that lie embedded in `network`: all of IPv4 where it holds a whole embedding prefix."""
     if isinstance(network, IPv4Network) or network == _LOOPBACK:
         return
-    for prefix in _EMBEDDING:
+    for prefix in (*_EMBEDDING, *nat64):
         if network.overlaps(prefix):
-            inner = network if network.prefixlen > prefix.prefixlen else prefix
-            length = min(inner.prefixlen - prefix.prefixlen, 32)
-            first = int(inner.network_address) >> (128 - prefix.prefixlen - 32) & 0xFFFF_FFFF
-            yield IPv4Network((first >> (32 - length) << (32 - length), length))
+            yield _read(network, [bit for bit in range(prefix.prefixlen, 128) if bit not in _U_OCTET][:32])
+    # Of the half of the identifier before the IPv4 address, these bits are the same in all addresses.
+    fixed = min(max(network.prefixlen - 64, 0), 32)
+    half = int(network.network_address) >> 32 & 0xFFFF_FFFF
+    if any(half >> (32 - fixed) == isatap >> (32 - fixed) for isatap in _ISATAP):
+        yield _read(network, range(96, 128))
+
+
+_U_OCTET: Final = range(64, 72)  # no embedded address has bits here (RFC 6052)
+
+
+def _read(network: IPv6Network, bits: Sequence[int]) -> IPv4Network:
+    """The IPv4 network whose address lies in these 32 bits of `network`; 0 is the first."""
+    length = sum(bit < network.prefixlen for bit in bits)
+    address = 0
+    for bit in bits:
+        address = address << 1 | (int(network.network_address) >> (127 - bit) & 1)
+    return IPv4Network((address >> (32 - length) << (32 - length), length))

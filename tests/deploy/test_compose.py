@@ -10,6 +10,8 @@ from typing import Any, Final
 import pytest
 import yaml
 
+from scanfleet.messages.acls import QUOTAS
+
 ROOT: Final = Path(__file__).parents[2]
 COMPOSE: Final[dict[str, Any]] = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
 SERVICES: Final[dict[str, dict[str, Any]]] = COMPOSE["services"]
@@ -92,6 +94,39 @@ def test_only_the_gateway_and_the_observers_have_a_way_out() -> None:
     outward = {name for name, network in COMPOSE["networks"].items() if not (network or {}).get("internal")}
     out = {name for name, service in SERVICES.items() if outward & set(service.get("networks", ()))}
     assert out == {"api-gateway", "prometheus", "grafana"}
+
+
+CONNECTIONS: Final = {
+    *(frozenset({service, "kafka"}) for service in OURS - {"topics"}),
+    *(frozenset({service, "mongodb"}) for service in ("job-orchestrator", "result-store")),
+    *(frozenset({"api-gateway", service}) for service in ("job-orchestrator", "result-store")),
+}
+
+
+def test_a_network_is_one_connection() -> None:
+    """Two parts share a network exactly if one connects to the other; only those that observe are on several others'."""
+    members = {
+        network: {name for name, each in SERVICES.items() if network in each.get("networks", ())}
+        for network in COMPOSE["networks"].keys() - {"edge"}
+    }
+    assert {frozenset(each - {"prometheus"}) for each in members.values()} == CONNECTIONS
+    assert len(members) == len(CONNECTIONS)
+
+
+def test_prometheus_shares_a_network_with_each_service_it_asks() -> None:
+    """Every service that Prometheus scrapes can be reached by it."""
+    config = yaml.safe_load((ROOT / "observability/prometheus/prometheus.yml").read_text(encoding="utf-8"))
+    asked = {name for job in config["scrape_configs"] for each in job["dns_sd_configs"] for name in each["names"]}
+    ours = set(SERVICES["prometheus"]["networks"])
+    assert asked == OURS - {"topics"}
+    assert all(ours & set(SERVICES[name]["networks"]) for name in asked)
+
+
+def test_each_user_of_the_bus_has_its_quotas() -> None:
+    """What makes the users limits their rates too."""
+    (script,) = SERVICES["users"]["command"]
+    assert "--entity-default" in script
+    assert dict(re.findall(r"(\w+_byte_rate)=(\d+)", script)) == {name: str(rate) for name, rate in QUOTAS.items()}
 
 
 def test_every_volume_that_is_used_is_named() -> None:

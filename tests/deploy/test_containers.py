@@ -26,6 +26,16 @@ MB: Final = 1_000_000
 PROMETHEUS: Final = "http://127.0.0.1:9090"
 OPEN: Final = {(host, port) for port, _, hosts in targets.SERVERS for host in hosts}
 
+# Programs that install others or give their caller another user's rights.
+_TOOLS: Final = """
+import importlib.util, json, os, pathlib, shutil
+tools = [name for name in ("apt", "apt-get", "pip", "pip3") if shutil.which(name)]
+modules = [name for name in ("pip", "ensurepip") if importlib.util.find_spec(name)]
+files = [os.path.join(folder, name) for folder, _, names in os.walk("/usr") for name in names]
+setuid = [file for file in files if not os.path.islink(file) and os.stat(file).st_mode & 0o6000]
+print(json.dumps([*tools, *modules, *setuid]))
+"""
+
 # What a process inside can see: who runs what with which rights, and where something can be written.
 _LOOK_AROUND: Final = """
 import json, os, pathlib, re
@@ -71,6 +81,14 @@ def user() -> Iterator[Client]:
             yield client
     finally:
         docker(*compose.COMPOSE[1:], "--profile", "*", "down", "--volumes")
+
+
+@pytest.mark.usefixtures("user")
+@pytest.mark.parametrize("service", SERVICES)
+def test_an_image_holds_no_tool_of_an_intruder(service: str) -> None:
+    """An image has no pip, no apt and no setuid program."""
+    found = docker("run", "--rm", "--entrypoint", "python", f"scanfleet/{service}:dev", "-c", _TOOLS)
+    assert json.loads(found) == []
 
 
 @pytest.mark.usefixtures("user")

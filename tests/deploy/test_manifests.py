@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from k8s import generate
+from scanfleet.messages.acls import QUOTAS
 from scanfleet.messages.topics import TOPICS
 
 K8S: Final = Path(__file__).parents[2] / "k8s"
@@ -182,6 +183,22 @@ def test_production_keeps_every_record_three_times(production: list[Manifest]) -
         assert topic["spec"]["config"]["min.insync.replicas"] == "2"
 
 
+def test_production_bounds_what_a_user_of_the_bus_can_fill(production: list[Manifest]) -> None:
+    """Each user has quotas, and all topics at their limits fit on each node's disk, with a quarter to spare."""
+    assert all(
+        name.endswith("ByteRate") for user in of_kind(production, "KafkaUser") for name in user["spec"]["quotas"]
+    )
+    assert {len(user["spec"]["quotas"]) for user in of_kind(production, "KafkaUser")} == {len(QUOTAS)}
+    (nodes,) = of_kind(production, "KafkaNodePool")
+    (volume,) = nodes["spec"]["storage"]["volumes"]
+    full = sum(
+        topic["spec"]["partitions"] * (int(config["retention.bytes"]) + int(config["segment.bytes"]))
+        for topic in of_kind(production, "KafkaTopic")
+        for config in (topic["spec"]["config"],)
+    )
+    assert full < 0.75 * int(volume["size"].removesuffix("Gi")) * 2**30
+
+
 def test_production_knows_who_is_there(production: list[Manifest]) -> None:
     """The only listener asks for a password over TLS, each service has the user of its name, and may reach that listener."""
     (cluster,) = of_kind(production, "Kafka")
@@ -230,9 +247,35 @@ def test_a_pod_meets_the_restricted_standard(manifests: list[Manifest], variant:
 def test_a_namespace_enforces_what_its_pods_meet(manifests: list[Manifest], variant: str) -> None:
     """The namespace takes restricted pods only, unless its workers send raw packets."""
     (namespace,) = of_kind(manifests, "Namespace")
-    verb = "warn" if variant == "local+raw-packets" else "enforce"
+    verbs = ("audit", "warn") if variant == "local+raw-packets" else ("audit", "enforce", "warn")
     labels = {name: value for name, value in namespace["metadata"]["labels"].items() if name.startswith("pod-security")}
-    assert labels == {f"pod-security.kubernetes.io/{verb}": "restricted"}
+    assert labels == {f"pod-security.kubernetes.io/{verb}": "restricted" for verb in verbs}
+
+
+def test_a_namespace_is_bounded(manifests: list[Manifest]) -> None:
+    """What the workloads may use at their limits, with twice the replicas during an update, is within the quota."""
+    (quota,) = of_kind(manifests, "ResourceQuota")
+    memory = sum(
+        2 * workload["spec"].get("replicas", 1) * _mebibytes(container["resources"]["limits"]["memory"])
+        for workload in workloads(manifests)
+        for container in containers(workload)
+    )
+    assert memory < _mebibytes(quota["spec"]["hard"]["limits.memory"])
+    assert quota["spec"]["hard"]["services.nodeports"] == "0"
+
+
+def _mebibytes(text: str) -> int:
+    return int(text[:-2]) * {"Mi": 1, "Gi": 1024}[text[-2:]]
+
+
+def test_production_opens_no_way_out(production: list[Manifest]) -> None:
+    """Services reach nothing outside the cluster until a site names its issuer, its MongoDB and the networks to scan."""
+    services = {name_of(each) for each in workloads(production)}
+    for policy in of_kind(production, "NetworkPolicy"):
+        for rule in policy["spec"].get("egress", ()):
+            strimzi = policy["spec"]["podSelector"] == {"matchLabels": {"strimzi.io/cluster": "scanfleet"}}
+            assert rule.get("to") or strimzi, name_of(policy)  # Strimzi's own pods ask Kubernetes, wherever it is
+    assert {name_of(each) for each in of_kind(production, "NetworkPolicy")} >= {"issuer", "state"} | services
 
 
 def test_a_pod_can_do_nothing_to_the_cluster(manifests: list[Manifest]) -> None:

@@ -16,7 +16,7 @@ PAGES: Final = ("docs/operations.md", "docs/runbooks.md", "docs/security.md", "k
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_names_settings_that_there_are(page: str, known: frozenset[str]) -> None:
     """Every setting on the page is one that some service reads."""
-    named = set(re.findall(r"\bSCANFLEET_[A-Z_]+", (ROOT / page).read_text(encoding="utf-8")))
+    named = set(re.findall(r"\bSCANFLEET_[A-Z0-9_]+", (ROOT / page).read_text(encoding="utf-8")))
     assert named <= known
 
 

@@ -2,7 +2,8 @@ r"""The results of a task, streamed as JSON, NDJSON or CSV.
 
 JSON and NDJSON hold every text exactly, written in ASCII, so that no escape sequence or right-to-left override acts on
 the terminal of whoever looks at them. CSV is for spreadsheets and people: RFC 4180, one line a record; what does not print
-is written as an escape (`\n`, `\x1b`, `\u202e`), and a text that a spreadsheet would take for a formula gets a leading `'`.
+is written as an escape (`\n`, `\t`, `\x1b`, `\u202e`). A `'` comes before each part of a text that a spreadsheet would take for
+a formula: at its start, and after `;` and `|`, which separate cells in the spreadsheets of many languages.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from scanfleet.service import PathId
 
 PIECE: Final = 1 << 16  # characters that go out at once: what a server buffers before it waits for the reader
 
-_FORMULA: Final = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # and their full-width forms
+# A sign of a formula or its full-width form, where a cell may begin. Spreadsheets drop spaces and quotes before it.
+_FORMULA: Final = re.compile(r"""(^|[;|])(?=[ "]*[=+\-@\uff1d\uff0b\uff0d\uff20])""")
 _RANGE: Final = re.compile(
     r"([\w.+*-]+/[\w.+*-]+)(?:;(?!q=)[^;]*)*(?:;q=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?))?", re.ASCII
 )
@@ -70,7 +72,7 @@ def _cell(value: object) -> object:
         return value
     if not value.isprintable():
         value = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
-    return f"'{value}" if value.startswith(_FORMULA) else value
+    return _FORMULA.sub(r"\1'", value)
 
 
 def _json_row(result: Result) -> str:

@@ -14,11 +14,14 @@ from aiokafka.errors import NoError, TopicAlreadyExistsError, for_code
 from pydantic import Field
 
 from scanfleet.kafka.broker import administering
-from scanfleet.messages.topics import DEAD_LETTER_RETENTION, TOPICS, Topic
+from scanfleet.messages.topics import DEAD_LETTER_RETENTION, DEAD_LETTER_RETENTION_BYTES, TOPICS, Topic
 from scanfleet.settings import KafkaSettings
 
 # A record may be larger than our own limit: others can write too, and a compressed batch holds more than it weighs.
 DEAD_LETTER_BYTES: Final = 16 * 1024 * 1024
+SEGMENT_BYTES: Final = (
+    64 * 1024 * 1024
+)  # a partition holds this much more than its limit: only whole segments are deleted
 LOOK_S: Final = 0.1  # between two looks at a broker that is catching up
 
 
@@ -47,8 +50,11 @@ def plans(settings: TopicSettings, topics: Iterable[Topic]) -> list[Plan]:
     made = []
     for topic in topics:
         name = settings.topic_prefix + topic.name
-        made.append(Plan(name, topic.partitions, _configs(topic.retention, settings.replication)))
-        letters = _configs(DEAD_LETTER_RETENTION, settings.replication) | {"max.message.bytes": str(DEAD_LETTER_BYTES)}
+        made.append(
+            Plan(name, topic.partitions, _configs(topic.retention, topic.retention_bytes, settings.replication))
+        )
+        letters = _configs(DEAD_LETTER_RETENTION, DEAD_LETTER_RETENTION_BYTES, settings.replication)
+        letters["max.message.bytes"] = str(DEAD_LETTER_BYTES)
         made.append(Plan(settings.topic_prefix + topic.dead_letter, 1, letters))
     return made
 
@@ -112,11 +118,13 @@ async def _conform(admin: AIOKafkaAdminClient, plans: list[Plan]) -> None:
                 raise RuntimeError(f"the broker does not take the settings of {name}: {message}")
 
 
-def _configs(retention: timedelta, replication: int) -> dict[str, str]:
+def _configs(retention: timedelta, retention_bytes: int, replication: int) -> dict[str, str]:
     milliseconds = str(int(retention.total_seconds() * 1000))
     return {
         "cleanup.policy": "delete",
         "retention.ms": milliseconds,
+        "retention.bytes": str(retention_bytes),  # of a partition: whoever may write to a topic cannot fill the disk
+        "segment.bytes": str(SEGMENT_BYTES),
         "segment.ms": milliseconds,  # only whole segments are deleted: nothing is kept for more than twice the retention
         "message.timestamp.type": "LogAppendTime",  # the one clock that two readers share
         "min.insync.replicas": str(max(1, replication - 1)),

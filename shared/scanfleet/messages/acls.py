@@ -8,11 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, RESULT_STORE, TOPICS, WORKER
+from scanfleet.messages.topics import GATEWAY, MIB, ORCHESTRATOR, RESULT_STORE, TOPICS, WORKER
 
 SERVICES: Final = (GATEWAY, ORCHESTRATOR, WORKER, RESULT_STORE)
 MEMBERS: Final = (ORCHESTRATOR, RESULT_STORE)
 """Who reads as a member of groups; the others read without one. The names of a service's groups begin with its own."""
+
+QUOTAS: Final = {"producer_byte_rate": 16 * MIB, "consumer_byte_rate": 64 * MIB}
+"""Bytes a second of each service at each broker, all its processes together: the broker delays what goes beyond.
+
+Ten times what a busy platform of 20 workers needs, and too little to slow the others of one that is taken over.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,11 +38,12 @@ WORKER: Final = "scanner-worker"
 RESULT_STORE: Final = "result-store"
 
 PARTITIONS: Final = 12  # divides evenly among 1, 2, 3, 4, 6 or 12 replicas; never changes
+MIB: Final = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """One topic; `retention` is how long the broker keeps a record."""
+    """One topic; the broker keeps a record for `retention`, and `retention_bytes` of each partition."""
 
     name: str
     key: str
@@ -52,6 +53,7 @@ class Topic:
     retention: timedelta
     public: bool = False
     partitions: int = PARTITIONS
+    retention_bytes: int = 256 * MIB
 
     def key_of(self, message: Message) -> str:
         """The record key: the same key keeps its order."""
@@ -92,6 +94,7 @@ _KEYS: Final[dict[str, Callable[[Any], str]]] = {
 }
 
 DEAD_LETTER_RETENTION: Final = timedelta(days=14)  # a fortnight's holiday still leaves time to look
+DEAD_LETTER_RETENTION_BYTES: Final = 256 * MIB
 
 SCAN_COMMANDS: Final = Topic(
     name="scan-commands",
@@ -132,6 +135,7 @@ SCAN_PROGRESS: Final = Topic(
     producers=(WORKER,),
     consumers=(ORCHESTRATOR,),
     retention=timedelta(days=1),
+    retention_bytes=1024 * MIB,
 )
 SCAN_RESULTS: Final = Topic(
     name="scan-results",
@@ -142,6 +146,7 @@ SCAN_RESULTS: Final = Topic(
     consumers=(RESULT_STORE,),
     retention=timedelta(days=7),
     public=True,
+    retention_bytes=2048 * MIB,  # of hosts of 1 kB, 25 million: result-store has long been woken for
 )
 SCAN_STORED: Final = Topic(
     name="scan-stored",
@@ -159,6 +164,7 @@ SCAN_EVENTS: Final = Topic(
     consumers=(GATEWAY, ORCHESTRATOR),  # which reads what it has said after its database was set back
     retention=timedelta(days=7),
     public=True,
+    retention_bytes=512 * MIB,
 )
 
 
@@ -170,6 +176,7 @@ def _audit(service: str) -> Topic:
         producers=(service,),
         consumers=(ORCHESTRATOR,),
         retention=timedelta(days=7),  # longer than any outage of the orchestrator
+        retention_bytes=1024 * MIB,
         partitions=1,  # a few hundred a minute at most, by the bounds of `scanfleet.audit`
     )
 

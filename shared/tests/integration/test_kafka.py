@@ -469,6 +469,7 @@ async def test_topics_are_made_with_their_settings_and_made_again_in_vain(bench:
         "message.timestamp.type": "LogAppendTime",
         "min.insync.replicas": "1",
         "retention.ms": str(60 * 60 * 1000),
+        "retention.bytes": str(SCAN_WORKERS.retention_bytes),
     }
     await create_topics(bench.settings)
     assert (await settings_of(bench, bench.name)).items() >= wanted.items()

@@ -7,7 +7,7 @@ import time
 import pytest
 from pydantic import ValidationError
 
-from scanfleet.rest import BODY_LIMITS, MAX_BODY_BYTES, CreateJobs, PolicyBody, SubnetBody
+from scanfleet.rest import BODY_LIMITS, MAX_BODY_BYTES, MAX_EXCLUDES, CreateJobs, PolicyBody, SubnetBody
 
 BODY = {"subnet_ids": [1], "policy_id": 1}
 
@@ -43,13 +43,22 @@ def test_unknown_fields_cost_no_more_than_a_look_at_each() -> None:
     assert time.process_time() - started < 0.5
 
 
+@pytest.mark.proves("A5")
+def test_subnet_with_too_many_excludes_is_refused() -> None:
+    """A subnet takes the limit of excludes, and not one more."""
+    body = {"name": "x", "cidr": "10.0.0.0/16", "exclude": ["10.0.0.1"] * MAX_EXCLUDES}
+    SubnetBody.model_validate(body)
+    with pytest.raises(ValidationError, match=f"at most {MAX_EXCLUDES} items"):
+        SubnetBody.model_validate(body | {"exclude": ["10.0.0.1"] * (MAX_EXCLUDES + 1)})
+
+
 def test_largest_bodies_fit() -> None:
     """The largest body that each collection accepts is within its limit of bytes."""
     task = CreateJobs(subnet_ids=list(range(2**53 - 1_000, 2**53)), policy_id=2**53 - 1)
     assert len(task.model_dump_json()) < BODY_LIMITS["/api/v1/task"]
     name = "\U0001f600" * 200
     network = "ffff:ffff:ffff:ffff:ffff:ffff:255.255.255.255/128"
-    subnet = SubnetBody(name=name, cidr=network, exclude=[network] * 1_000)
+    subnet = SubnetBody(name=name, cidr=network, exclude=[network] * MAX_EXCLUDES)
     assert len(subnet.model_dump_json(ensure_ascii=True)) < BODY_LIMITS["/api/v1/subnet"]
     ports = ",".join(["1"] * 5_000)
     assert len(PolicyBody(name=name, ports=ports).model_dump_json(ensure_ascii=True)) < MAX_BODY_BYTES

@@ -28,11 +28,18 @@ def test_nothing_may_be_scanned_by_default() -> None:
 def test_rules_are_made_of_the_settings() -> None:
     """Allowed and denied networks and the size limit make the rules."""
     settings = TargetSettings.model_validate(
-        {"allowed_networks": "127.0.0.0/8", "denied_networks": "127.1.0.0/16", "max_addresses": 256},
+        {
+            "allowed_networks": "127.0.0.0/8,2001:db8::/32",
+            "denied_networks": "127.1.0.0/16",
+            "max_addresses": 256,
+            "nat64_prefixes": "2001:db8:64::/96, 2001:db8:65::/64",
+        },
     )
     assert settings.target_rules.refusal(IPv4Network("127.9.8.0/24")) is None
     assert settings.target_rules.refusal(IPv4Network("127.1.0.0/24"))
     assert settings.target_rules.refusal(IPv4Network("127.9.0.0/16"))
+    assert settings.target_rules.refusal(IPv6Network("2001:db8:64::7f09:0/120")) is None
+    assert settings.target_rules.refusal(IPv6Network("2001:db8:64::7f01:0/120"))
 
 
 @pytest.mark.parametrize("network", ["127.0.0.1/8", "127.1", "0x7f000001", "localhost", "127.0.0.0/33", "2130706433"])
@@ -59,6 +66,8 @@ def test_a_misspelt_network_stops_the_start(network: str) -> None:
         (MongoSettings, {"mongodb": "mongodb://h", "mongodb_file": "/secrets/uri", "database": "d"}),
         (MongoSettings, {"mongodb": "mongodb://h", "database": "a.b"}),
         (TargetSettings, {"max_addresses": 0}),
+        (TargetSettings, {"nat64_prefixes": "2001:db8::/65"}),
+        (TargetSettings, {"nat64_prefixes": "192.0.2.0/24"}),
         (
             AuthSettings,
             {"jwt_issuer": "i", "jwt_audience": "a", "jwt_jwks_url": "https://i/", "jwt_algorithms": "HS256"},

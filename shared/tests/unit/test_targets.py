@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scanfleet.targets import MAX_EXCLUDES, Network, Target, TargetRules, parse_network
+from scanfleet.targets import NAT64_LENGTHS, Network, Target, TargetRules, parse_network
 
 EVERYTHING = (IPv4Network("0.0.0.0/0"), IPv6Network("::/0"))
 
@@ -177,6 +178,10 @@ def test_a_network_has_a_size_limit() -> None:
         "febf::1",
         "ff02::1",
         "fd00:ec2::254",
+        "fd00:ec2::23",
+        "fd20:ce::254",
+        "fd00:42::42",
+        "fd00::/16",
         "2001:0:4136:e378:8000:63bf:3fff:fdd2",
         "64:ff9b:1::7f00:1",
     ],
@@ -200,6 +205,12 @@ def test_some_networks_are_never_scanned(text: str) -> None:
         "64:ff9b::169.254.169.254",
         "2002:a9fe:a9fe::1",
         "2002:a9fe:a9fe::/48",
+        "2001:db8::5efe:169.254.169.254",
+        "2001:db8::200:5efe:169.254.169.254",
+        "2001:db8::5efe:10.0.0.0/120",
+        "2001:db8::5efe:0:0/96",
+        "2001:db8::5e00:0:0/88",
+        "2001:db8::/64",
         "::ffff:10.0.0.1",
         "::ffff:0.0.0.0/96",
         "::ffff:169.254.0.0/112",
@@ -218,7 +229,10 @@ def test_an_embedded_ipv4_address_must_be_acceptable_itself(text: str) -> None:
     assert everything.refusal(parse_network(text)) is not None
 
 
-@pytest.mark.parametrize("text", ["::ffff:127.0.0.0/104", "64:ff9b::127.0.0.1", "2002:7f00:1::/48", "2002:7f00::/24"])
+@pytest.mark.parametrize(
+    "text",
+    ["::ffff:127.0.0.0/104", "64:ff9b::127.0.0.1", "2002:7f00:1::/96", "2001:db8::200:5efe:127.0.0.0/104"],
+)
 def test_an_embedding_network_is_allowed_when_it_and_its_ipv4_are(text: str) -> None:
     """Allowing the IPv6 network alone, or the IPv4 network alone, does not allow the embedding."""
     network = parse_network(text)
@@ -227,7 +241,7 @@ def test_an_embedding_network_is_allowed_when_it_and_its_ipv4_are(text: str) -> 
     assert rules("127.0.0.0/8", max_addresses=limit).refusal(network) is not None
     assert rules("::/0", max_addresses=limit).refusal(network) == (
         f"{network} leads to IPv4 addresses: "
-        f"{'127.0.0.0/8' if text.endswith(('/104', '/24')) else '127.0.0.1/32'} is not within the networks that this platform allows"
+        f"{'127.0.0.0/8' if text.endswith('/104') else '127.0.0.1/32'} is not within the networks that this platform allows"
     )
 
 
@@ -264,6 +278,50 @@ def test_an_embedding_address_is_refused_whenever_its_ipv4_is(prefix: str, addre
     everything = TargetRules(EVERYTHING, (IPv4Network("10.0.0.0/8"), IPv4Network("0.0.0.0/5")))
     if everything.refusal(IPv4Network(address)) is not None and embedding != ip_address("::1"):
         assert everything.refusal(IPv6Network(embedding)) is not None
+
+
+@pytest.mark.proves("A3", "G12")
+@given(
+    subnet=st.integers(0, 2**64 - 1),
+    identifier=st.sampled_from([0x0000_5EFE, 0x0200_5EFE]),
+    address=st.ip_addresses(v=4),
+)
+def test_an_isatap_address_is_refused_whenever_its_ipv4_is(subnet: int, identifier: int, address: IPv4Address) -> None:
+    """The IPv4 address at the end of an ISATAP identifier never gets past the rules, whatever network it is in."""
+    embedding = IPv6Network((subnet << 64) | (identifier << 32) | int(address))
+    everything = TargetRules(EVERYTHING, (IPv4Network("10.0.0.0/8"), IPv4Network("0.0.0.0/5")))
+    if everything.refusal(IPv4Network(address)) is not None:
+        assert everything.refusal(embedding) is not None
+
+
+_RFC_6052 = [  # the table of its section 2.4: 192.0.2.33 below each prefix
+    ("2001:db8::/32", "2001:db8:c000:221::"),
+    ("2001:db8:100::/40", "2001:db8:1c0:2:21::"),
+    ("2001:db8:122::/48", "2001:db8:122:c000:2:2100::"),
+    ("2001:db8:122:300::/56", "2001:db8:122:3c0:0:221::"),
+    ("2001:db8:122:344::/64", "2001:db8:122:344:c0:2:2100::"),
+    ("2001:db8:122:344::/96", "2001:db8:122:344::192.0.2.33"),
+]
+
+
+@pytest.mark.proves("A3", "G12")
+@pytest.mark.parametrize(("prefix", "text"), _RFC_6052)
+def test_an_address_below_the_sites_nat64_prefix_leads_to_its_ipv4(prefix: str, text: str) -> None:
+    """A named NAT64 prefix of each length makes its addresses as forbidden as the IPv4 addresses behind them."""
+    allowed = (IPv6Network("2001:db8::/32"), IPv4Network("192.0.0.0/16"))
+    network = parse_network(text)
+    site = TargetRules(allowed, (IPv4Network("192.0.2.33/32"),), nat64=(IPv6Network(prefix),))
+    assert site.refusal(network) == (
+        f"{network} leads to IPv4 addresses: 192.0.2.33/32 overlaps 192.0.2.33/32, which this platform denies"
+    )
+    assert replace(site, denied=()).refusal(network) is None
+    assert replace(site, denied=(), allowed=allowed[:1]).refusal(network) is not None
+    assert replace(site, nat64=()).refusal(network) is None
+
+
+def test_nat64_lengths_are_those_of_the_rfc() -> None:
+    """A setting takes the lengths that RFC 6052 defines."""
+    assert {IPv6Network(prefix).prefixlen for prefix, _ in _RFC_6052} == NAT64_LENGTHS
 
 
 @pytest.mark.parametrize(
@@ -316,13 +374,27 @@ def test_a_target_refuses_senseless_excludes(exclude: list[str], message: str) -
         Target.parse("10.0.0.0/24", exclude)
 
 
-@pytest.mark.proves("A5")
-def test_a_target_takes_a_bounded_number_of_excludes() -> None:
-    """One exclude more than the limit is refused."""
-    excludes = [f"10.0.{n >> 7}.{(n & 127) * 2}" for n in range(MAX_EXCLUDES + 1)]
-    assert Target.parse("10.0.0.0/16", excludes[:-1]).included == 65_536 - MAX_EXCLUDES
-    with pytest.raises(ValueError, match=f"at most {MAX_EXCLUDES} networks"):
-        Target.parse("10.0.0.0/16", excludes)
+@pytest.mark.parametrize(
+    ("cidr", "exclude", "effective"),
+    [
+        ("10.0.0.0/24", [], ["10.0.0.255/32"]),
+        ("10.0.0.0/30", ["10.0.0.2"], ["10.0.0.2/31"]),
+        ("10.0.0.0/30", ["10.0.0.3"], ["10.0.0.3/32"]),
+        ("10.0.0.0/31", [], []),
+        ("10.0.0.7", [], []),
+        ("127.0.0.0/24", [], []),
+        ("2001:db8::/120", [], []),
+    ],
+)
+def test_without_broadcast_leaves_out_the_last_address(cidr: str, exclude: list[str], effective: list[str]) -> None:
+    """The last address of an IPv4 network is excluded, except of loopback networks, links and single addresses."""
+    assert list(map(str, Target.parse(cidr, exclude).without_broadcast().exclude)) == effective
+
+
+def test_without_broadcast_of_all_that_is_left_is_refused() -> None:
+    """A target that consists of the broadcast address alone is refused by name."""
+    with pytest.raises(ValueError, match=r"every address of 10\.0\.0\.0/30 but its broadcast address is excluded"):
+        Target.parse("10.0.0.0/30", ["10.0.0.0/31", "10.0.0.2"]).without_broadcast()
 
 
 @given(st.data())

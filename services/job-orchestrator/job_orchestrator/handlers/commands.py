@@ -395,6 +395,10 @@ def _maker(
     target = Target.parse(subnet.cidr, subnet.exclude)
     if refusal := rules.refusal(target.network):
         raise _RefusedError(f"Subnet {subnet.id}: {refusal}", Rule.TARGETS)
+    try:
+        target = target.without_broadcast()
+    except ValueError as error:
+        raise _RefusedError(f"Subnet {subnet.id}: {error}", Rule.TARGETS) from error
     planned = plan.plan(policy.scan, target)
     bare = ScanJob(
         id=0,
@@ -402,7 +406,7 @@ def _maker(
         policy_id=policy.id,
         subnet_id=subnet.id,
         cidr=subnet.cidr,
-        exclude=subnet.exclude,
+        exclude=tuple(map(str, target.exclude)),
         policy=policy.scan,
         addresses=planned.addresses,
         excluded=planned.excluded,

@@ -190,9 +190,11 @@ class World:
         replicas: int = 1,
         bus: MemoryBus | None = None,
         lease_seconds: float = 30.0,
+        rules: TargetRules = RULES,
     ) -> None:
         self.now = _NOW
         self.store = store
+        self.rules = rules
         self._clock = _Time(self)
         self.lease_seconds = lease_seconds
         self.bus = bus or MemoryBus()
@@ -208,7 +210,7 @@ class World:
         return Orchestrator(
             store or self.store,
             publisher or self.bus,
-            rules=RULES,
+            rules=self.rules,
             signer=signer(),
             clock=self._clock,
             lease_seconds=self.lease_seconds,

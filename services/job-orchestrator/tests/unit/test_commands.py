@@ -11,12 +11,13 @@ import pytest
 from job_orchestrator.domain.chunk import ChunkState
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import Command, Subnet
-from job_orchestrator.testing import World, scan_job, scan_policy
+from job_orchestrator.testing import MemoryStore, World, scan_job, scan_policy
 from job_orchestrator.testing.things import THEN
 from scanfleet.bus import Record
 from scanfleet.errors import DependencyError
 from scanfleet.messages import CommandAccepted, CommandRejected, JobStatus
 from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_TASKS
+from scanfleet.targets import TargetRules, parse_network
 from scanfleet.testing.tracing import ids, recording
 
 
@@ -144,6 +145,19 @@ async def test_policy_of_an_older_release_with_categories_is_refused(world: Worl
     assert reply.status == 400
     assert "Policy 1 must be changed before it can be used: scripts.0: default is not one of the scripts" in reply.error
     assert await jobs_of(world) == []
+
+
+async def test_a_job_leaves_out_the_broadcast_address_of_its_subnet() -> None:
+    """The job excludes one address more than its subnet, which stays as its owner wrote it, and the plan counts it."""
+    world = World(MemoryStore(), rules=TargetRules((parse_network("10.0.0.0/8"),)))
+    await world.start()
+    command = await world.submit("10.0.0.0/29")
+    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+    (accepted,) = world.accepted(command)
+    job = (await world.store.jobs([accepted.id]))[accepted.id]
+    assert (job.exclude, job.addresses, job.excluded) == (("10.0.0.7/32",), 8, 1)
+    (subnet,) = await world.store.subnets(7, [job.subnet_id])
+    assert subnet.exclude == ()
 
 
 async def test_a_request_that_fits_no_document_is_refused(world: World) -> None:

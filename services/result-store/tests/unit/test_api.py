@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 from fastapi import FastAPI
+from hypothesis import given
+from hypothesis import strategies as st
 
 from result_store.api import CSV, JSON, NDJSON, PIECE, Format, negotiate, router, write
 from result_store.domain import ClosedChunk, fold
@@ -236,14 +238,48 @@ async def test_csv_is_one_line_of_printable_text_a_result() -> None:
     )
 
 
-@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\N{FULLWIDTH EQUALS SIGN}"])
-async def test_csv_holds_no_formula(start: str) -> None:
-    """A text that a spreadsheet would calculate gets an apostrophe in CSV, and is left alone in JSON."""
-    text = f'{start}HYPERLINK("http://127.0.0.1")'
+_SIGNS = ["=", "+", "-", "@", "\N{FULLWIDTH EQUALS SIGN}"]
+
+
+@pytest.mark.parametrize("sign", _SIGNS)
+@pytest.mark.parametrize(
+    ("before", "written"),
+    [
+        ("", "'"),
+        (" ", "' "),
+        ('"', "'\""),
+        ("x;", "x;'"),
+        ("x|", "x|'"),
+        ("x;  ", "x;'  "),
+        ('x;"', "x;'\""),
+        (";", ";'"),
+    ],
+)
+async def test_csv_holds_no_formula(before: str, written: str, sign: str) -> None:
+    """What a spreadsheet would calculate, whichever separator it uses, gets an apostrophe in CSV and none in JSON."""
+    formula = f'{sign}HYPERLINK("http://127.0.0.1")'
+    store = await store_of(host("127.9.8.1", PortFound(port=80, banner=before + formula)))
+    [_, row] = csv.reader(io.StringIO((await get(store, accept="text/csv")).text))
+    assert row[FIELDS.index("banner")] == written + formula
+    assert (await get(store)).json()[0]["banner"] == before + formula
+
+
+@pytest.mark.parametrize("text", ["a=b", "x; y=1", "C++", "SSH-2.0-OpenSSH_9.2", "a|b", "root@host", "1 - 2; 3 - 4"])
+async def test_csv_leaves_plain_text_alone(text: str) -> None:
+    """A sign within a cell, which no spreadsheet calculates, gets no apostrophe."""
     store = await store_of(host("127.9.8.1", PortFound(port=80, banner=text)))
     [_, row] = csv.reader(io.StringIO((await get(store, accept="text/csv")).text))
-    assert row[FIELDS.index("banner")] == f"'{text}"
-    assert (await get(store)).json()[0]["banner"] == text
+    assert row[FIELDS.index("banner")] == text
+
+
+@given(st.text(alphabet=" \";|,\t\r\n=+-@x'", max_size=30))
+async def test_csv_cell_never_begins_as_a_formula(text: str) -> None:
+    """No separator that a spreadsheet may use leaves a cell that begins with the sign of a formula."""
+    store = await store_of(host("127.9.8.1", PortFound(port=80, banner=text)))
+    response = await get(store, accept="text/csv")
+    for separator in ",;|\t":
+        for row in csv.reader(io.StringIO(response.text, newline=""), delimiter=separator):
+            assert not [cell for cell in row if cell.lstrip(' "').startswith(tuple(_SIGNS))]
 
 
 @pytest.mark.parametrize(("accept", "empty"), [("application/x-ndjson", ""), ("text/csv", ",".join(FIELDS) + "\r\n")])

@@ -1,0 +1,1 @@
+"""What Scanfleet is made from: the packages of its locks, their licences and their known vulnerabilities."""

@@ -1,0 +1,65 @@
+"""`python -m supply licences|sbom FOLDER|audit [--advisories ZIP] [--required]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from supply import licences, sbom
+from supply.audit import NotAuditedError, audit
+from supply.locks import SERVICES
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m supply", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("licences", help="list the licences of each image; fail on one that is not allowed")
+    verbs.add_parser("sbom", help="write a CycloneDX document for each image").add_argument("folder", type=Path)
+    audited = verbs.add_parser("audit", help="fail on a vulnerable package that a release fixes")
+    audited.add_argument(
+        "--advisories", type=Path, help="PyPI advisories in OSV's format, a zip file; without it, OSV is asked"
+    )
+    audited.add_argument("--required", action="store_true", help="fail when the advisories cannot be read")
+    arguments = parser.parse_args()
+    match arguments.verb:
+        case "licences":
+            return _licences()
+        case "sbom":
+            return _sbom(arguments.folder)
+        case _:
+            return _audit(arguments.advisories, required=arguments.required)
+
+
+def _licences() -> int:
+    for service in SERVICES:
+        print(f"{service}: {licences.expression(service)}")
+    problems = licences.problems()
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _sbom(folder: Path) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
+    for service in SERVICES:
+        file = folder / f"{service}.cdx.json"
+        file.write_text(sbom.document(service), encoding="utf-8")
+        print(file)
+    return 0
+
+
+def _audit(advisories: Path | None, *, required: bool) -> int:
+    try:
+        findings, audited = audit(advisories)
+    except NotAuditedError as error:
+        print(f"NOT AUDITED: {error}", file=sys.stderr)
+        return 1 if required else 0
+    for finding in findings:
+        print(finding)
+    print(f"{audited} packages audited, {len(findings)} findings")
+    return 1 if any(finding.fixed for finding in findings) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Which licences the images and the tools are under, and which are allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, metadata
+from typing import Final
+
+from license_expression import get_spdx_licensing
+
+from supply.locks import SERVICES, Package, packages
+
+ALLOWED: Final = frozenset(
+    {"Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "ISC", "MIT", "MIT-0", "MPL-2.0", "PSF-2.0"},
+)
+"""For every image: their terms are met by passing on the texts that the packages hold."""
+
+EXCEPTIONS: Final = {
+    "scanner-worker": frozenset(
+        {"python-nmap"}
+    ),  # GPL-3: so the image as a whole is under it too; NOTICE says what follows
+    "dev": frozenset({"python-nmap", "supervisor"}),  # for development only, never passed on
+}
+"""Packages of a lock that may have another licence."""
+
+BESIDE: Final = {"scanner-worker": {"nmap": "LicenseRef-NPSL"}}
+"""What an image holds beside its lock and its base image, by licence."""
+
+_OURS: Final = "Apache-2.0"
+
+# How packages name a licence that they have not written as an SPDX expression yet.
+_SPELLINGS: Final = {
+    "3-Clause BSD License": "BSD-3-Clause",
+    "Apache": "Apache-2.0",
+    "Apache 2": "Apache-2.0",
+    "Apache 2.0": "Apache-2.0",
+    "Apache Software License": "Apache-2.0",
+    "BSD 2-Clause License": "BSD-2-Clause",
+    "BSD-derived (http://www.repoze.org/LICENSE.txt)": "LicenseRef-repoze",
+    "MIT License": "MIT",
+    "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
+    "PSFL": "PSF-2.0",
+    "gpl-3.0.txt": "GPL-3.0-or-later",
+}
+
+_LONGEST: Final = 200  # characters of an expression; some packages write the whole text of the licence instead
+
+_LICENSING: Final = get_spdx_licensing()
+
+
+class UnknownLicenceError(Exception):
+    """A package names no licence that is known here. Says which package, and what it names."""
+
+
+@cache
+def licence(package: Package) -> str:
+    """The package's licence as an SPDX expression, from the metadata of the version that is installed.
+
+    A lock may pin another version for the Python of the images; the licence is taken to be the same.
+
+    Raises:
+        UnknownLicenceError: it is not installed, or names no licence that is known here.
+    """
+    try:
+        data = metadata(package.name)
+    except PackageNotFoundError:
+        raise UnknownLicenceError(f"{package.name} is not installed: run `make setup`") from None
+    classifiers = [
+        each.rpartition(" :: ")[2] for each in data.get_all("Classifier") or () if each.startswith("License ::")
+    ]
+    named = [text for text in (data["License-Expression"], data["License"], *classifiers) if text]
+    for text in named:
+        expression: str = _SPELLINGS.get(text.strip(), text.strip())
+        if expression.startswith("LicenseRef-") or (
+            len(expression) <= _LONGEST and not _LICENSING.validate(expression).errors
+        ):
+            return expression
+    raise UnknownLicenceError(f"{package.name} {package.version} names no licence that is known here: {named!r:.200}")
+
+
+def allowed(expression: str) -> bool:
+    """Whether the terms of `expression` can be met by accepting allowed licences alone."""
+    parsed = _LICENSING.parse(expression)
+    choice = {each: _LICENSING.TRUE if str(each) in ALLOWED else _LICENSING.FALSE for each in parsed.symbols}
+    return bool(parsed.subs(choice, simplify=True) == _LICENSING.TRUE)
+
+
+def expression(service: str) -> str:
+    """The licence of a service's image, as an SPDX expression: of our code, its packages, and what is beside them."""
+    every = [_OURS, *map(licence, packages(service)), *BESIDE.get(service, {}).values()]
+    whole = " AND ".join(f"({each})" for each in dict.fromkeys(every))
+    return str(_LICENSING.parse(whole).simplify())
+
+
+def problems(
+    licence_of: Callable[[Package], str] = licence, exceptions: Mapping[str, frozenset[str]] = EXCEPTIONS
+) -> list[str]:
+    """What is not allowed: a sentence for each package of a lock."""
+    found = []
+    for lock in (*SERVICES, "dev"):
+        for package in packages(lock):
+            try:
+                named = licence_of(package)
+            except UnknownLicenceError as error:
+                found.append(f"{lock}: {error}")
+                continue
+            if not allowed(named) and package.name not in exceptions.get(lock, ()):
+                found.append(f"{lock}: {package.name} is under {named}, which is not among the allowed licences")
+    return found

@@ -1,0 +1,51 @@
+"""A CycloneDX document of each image: our service, the packages of its lock, and what is installed beside them."""
+
+from __future__ import annotations
+
+from uuid import NAMESPACE_URL, uuid5
+
+from cyclonedx.model.bom import Bom
+from cyclonedx.model.component import Component, ComponentType
+from cyclonedx.model.license import LicenseExpression
+from cyclonedx.output.json import JsonV1Dot6
+from packageurl import PackageURL
+
+from supply.licences import BESIDE, expression, licence
+from supply.locks import ROOT, packages
+
+
+def document(service: str) -> str:
+    """The image of `service` in CycloneDX 1.6. What its base image holds is in that image's own document, not here."""
+    image = Component(
+        name=f"scanfleet/{service}",
+        type=ComponentType.CONTAINER,
+        bom_ref=service,
+        licenses=[LicenseExpression(expression(service))],
+    )
+    parts = [
+        Component(
+            name=package.name,
+            version=package.version,
+            type=ComponentType.LIBRARY,
+            purl=(purl := PackageURL("pypi", name=package.name, version=package.version)),
+            bom_ref=str(purl),
+            licenses=[LicenseExpression(licence(package))],
+        )
+        for package in packages(service)
+    ]
+    parts += [
+        # The version is the base image's distribution's, known when the image is built.
+        Component(
+            name=name,
+            type=ComponentType.APPLICATION,
+            purl=(purl := PackageURL("deb", "debian", name)),
+            bom_ref=str(purl),
+            licenses=[LicenseExpression(terms)],
+        )
+        for name, terms in BESIDE.get(service, {}).items()
+    ]
+    lock = (ROOT / "requirements" / f"{service}.txt").read_bytes()
+    bom = Bom(components=parts, serial_number=uuid5(NAMESPACE_URL, lock.decode()))
+    bom.metadata.component = image
+    bom.register_dependency(image, parts)
+    return JsonV1Dot6(bom).output_as_string(indent=2) + "\n"

@@ -1,0 +1,68 @@
+"""Which licences are let into an image."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from supply import licences
+from supply.locks import ROOT, SERVICES, Package
+
+
+def test_problems_of_the_locks_are_none() -> None:
+    """Every package of every lock has a licence that is allowed there."""
+    assert licences.problems() == []
+
+
+def test_problems_name_a_package_with_another_licence() -> None:
+    """A licence beyond the list is a problem of each lock that has the package, except where it is excepted by name."""
+    found = licences.problems(exceptions={"dev": licences.EXCEPTIONS["dev"]})
+    assert found == ["scanner-worker: python-nmap is under GPL-3.0-or-later, which is not among the allowed licences"]
+
+
+def test_problems_name_a_package_without_a_known_licence() -> None:
+    """A package whose licence cannot be told is a problem, not a pass."""
+
+    def unknown(package: Package) -> str:
+        if package.name == "motor":
+            raise licences.UnknownLicenceError("motor names none")
+        return "MIT"
+
+    assert licences.problems(unknown) == [
+        f"{lock}: motor names none" for lock in ("job-orchestrator", "result-store", "dev")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("expression", "allowed"),
+    [
+        ("MIT", True),
+        ("GPL-3.0-only", False),
+        ("MIT OR GPL-3.0-only", True),
+        ("MIT AND GPL-3.0-only", False),
+        ("(MIT OR GPL-3.0-only) AND Apache-2.0", True),
+        ("LicenseRef-NPSL", False),
+        ("GPL-2.0-only WITH Classpath-exception-2.0", False),
+    ],
+)
+def test_allowed_needs_a_choice_of_allowed_licences(expression: str, allowed: bool) -> None:
+    """Of alternatives one must be allowed, of parts each."""
+    assert licences.allowed(expression) is allowed
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_expression_is_the_label_of_the_image(service: str) -> None:
+    """Each image is labelled with the licences of all that it holds beside its base image."""
+    stage = (ROOT / "Dockerfile").read_text().partition(f"FROM python AS for-{service}\n")[2].partition("FROM ")[0]
+    assert re.findall(r'^LABEL org\.opencontainers\.image\.licenses="(.*)"$', stage, re.MULTILINE) == [
+        licences.expression(service),
+    ]
+
+
+def test_notice_names_what_is_not_allowed_elsewhere() -> None:
+    """NOTICE explains each part of an image whose licence is an exception."""
+    notice = (ROOT / "NOTICE").read_text()
+    for service in SERVICES:
+        for part in (*licences.EXCEPTIONS.get(service, ()), *licences.BESIDE.get(service, ())):
+            assert re.search(rf"^{part}\b", notice, re.MULTILINE), part

@@ -1,0 +1,68 @@
+"""The verbs of the Makefile, and what `make setup` installs unseen."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from hashlib import file_digest
+from typing import Final
+
+from supply.locks import ROOT, SERVICES
+
+MAKEFILE: Final = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_licences_verb_lists_every_image() -> None:
+    """`make licences` prints a line for each image."""
+    run = make("licences")
+    assert run.returncode == 0
+    assert [line.partition(":")[0] for line in run.stdout.splitlines()] == list(SERVICES)
+
+
+def test_sbom_verb_writes_a_document_of_each_image() -> None:
+    """`make sbom` prints the files that it writes, each a CycloneDX document."""
+    run = make("sbom")
+    assert run.returncode == 0
+    documents = [json.loads((ROOT / line).read_text(encoding="utf-8")) for line in run.stdout.splitlines()]
+    assert [document["metadata"]["component"]["bom-ref"] for document in documents] == list(SERVICES)
+    assert {document["bomFormat"] for document in documents} == {"CycloneDX"}
+
+
+def test_audit_verb_fails_without_advisories_that_are_required() -> None:
+    """`make audit` passes its options on."""
+    run = make("audit", "ADVISORIES=missing.zip", "REQUIRED=1")
+    assert run.returncode != 0
+    assert "NOT AUDITED: missing.zip cannot be read" in run.stderr
+
+
+def test_ci_runs_the_verbs() -> None:
+    """What holds at the desk holds in CI."""
+    lines = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
+    assert {"make test", "make sbom", "make audit"} <= set(lines)
+
+
+def test_kafka_is_what_its_checksums_say() -> None:
+    """Each jar of the local Kafka has the checksum of local/kafka.sha256, which `make setup` compares, and there is no other."""
+    expected = {}
+    for line in (ROOT / "local/kafka.sha256").read_text(encoding="utf-8").splitlines():
+        checksum, name = line.split("  ")
+        expected[name] = checksum
+    found = {}
+    for jar in (ROOT / ".local/tools/kafka").glob("*.jar"):
+        with jar.open("rb") as file:
+            found[jar.name] = file_digest(file, "sha256").hexdigest()
+    assert found == expected
+    assert "sha256sum --check --strict --quiet '$(CURDIR)/local/kafka.sha256'" in MAKEFILE
+
+
+def test_every_python_package_is_installed_by_hash() -> None:
+    """No recipe installs a package by its name alone; only our own project, which is no package, has no hash."""
+    recipes = re.sub(r"\\\n\s*", " ", MAKEFILE).splitlines()
+    installs = [line for line in recipes if re.search(r"pip install", line)]
+    assert len(installs) == 4
+    assert [line for line in installs if "--require-hashes" not in line and "--no-deps" not in line] == []
