@@ -35,6 +35,7 @@ PROMISES: Final[Mapping[str, str]] = {
     "G14": "Only tokens of the configured issuer, audience and algorithms count, and keys rotate without a restart",
     "G15": "Every change and every refusal is in the audit log: who, from where, what, which rule, which request",
     "G16": "`completed` means that every probe of the request has its outcome in the ledger and every result can be read",
+    "G18": "A job's packet rate never exceeds its `max_rate`, whatever the number of workers",
 }
 
 
@@ -101,6 +102,14 @@ FAULTS: Final[Mapping[str, Trial]] = {
     "F24": Trial(
         "mixed load with a random process killed every 10 s: `make soak MINUTES=10`, and a minute in `make test`",
         "every promise; memory and descriptors stay flat",
+    ),
+    "F30": Trial(
+        "`max_rate` and timings 0 to 2 with many free slots",
+        "packets counted in a namespace: rate and one-chunk-per-address hold",
+    ),
+    "F31": Trial(
+        "networks that drop 75 %, everything, or lose 2 % at random; hosts that answer ping only; rate-limited ICMP",
+        "jobs complete; recall ≥ 99 %",
     ),
 }
 
