@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import time
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -18,6 +20,7 @@ pytestmark = pytest.mark.e2e
 QUICK: Final[dict[str, Any]] = {"preset": "quick", "discovery": "none"}
 SERVICES: Final = (22, 80, 443)
 LIMIT: Final = 240.0  # seconds for what takes at most one minute on a machine that has nothing else to do
+PLAIN: Final = ("nmap", "-n", "-Pn", "-T4", "--top-ports", "100")
 FASTER: Final = 10  # times than plain nmap, at least
 RECALL: Final = 0.99
 
@@ -42,33 +45,31 @@ def completed(user: Client, job_id: int, limit: float = LIMIT) -> dict[str, int]
 
 
 @pytest.mark.proves("F31")
-@pytest.mark.parametrize(
-    ("net", "bits"),
-    [("10.77.1", 26), pytest.param("10.77.19", 24, marks=pytest.mark.networks)],
-)
 def test_scan_of_mostly_silent_network_is_ten_times_faster_than_nmap(
-    user: Client, network: Network, net: str, bits: int
+    user: Client, network: Network, tmp_path: Path
 ) -> None:
-    """A network of which three quarters drop everything is scanned at ten times the speed of nmap, and all is found."""
-    addresses = 2 ** (32 - bits)
-    network.ask(f"ip daddr {net}.{addresses // 4}-{net}.{addresses - 1} drop")
-    servers = network.serve(places(net, range(addresses // 4)))
+    """A /24 of which three quarters drop everything is scanned at ten times the speed of nmap, and no open port is missed."""
+    network.ask("ip daddr 10.77.1.64-10.77.1.255 drop")
+    servers = network.serve(places("10.77.1", range(64)))
+    report = tmp_path / "plain.xml"
     plain = subprocess.Popen(
-        network.command("nmap", "-n", "-Pn", "-T4", "--top-ports", "100", f"{net}.0/{bits}"),
+        network.command(*PLAIN, "--stats-every", "1s", "-oX", str(report), "10.77.1.0/24"),
         stdout=subprocess.DEVNULL,
     )
-    begin = time.monotonic()
     try:
-        counts = completed(user, job_id := user.scan(f"{net}.0/{bits}", **QUICK))
+        begin = time.monotonic()
+        counts = completed(user, job_id := user.scan("10.77.1.0/24", **QUICK))
         seconds = time.monotonic() - begin
-        assert len(found(user, job_id) & servers) >= RECALL * len(servers)
-        assert found(user, job_id) <= servers
-        assert (counts["answered"], counts["silent"]) == (addresses // 4 * 100, addresses * 3 // 4 * 100)
-        with pytest.raises(subprocess.TimeoutExpired):
-            plain.wait(FASTER * seconds - (time.monotonic() - begin))
+        assert plain.poll() is None
+        # nmap's estimate is of the 64 addresses that it probes at the time; it has three times as many that are silent.
+        remaining = int(re.findall(rb'<taskprogress .*remaining="(\d+)"', report.read_bytes())[-1])
     finally:
         plain.kill()
         plain.wait()
+    assert seconds + remaining > FASTER * seconds
+    assert len(found(user, job_id) & servers) >= RECALL * len(servers)
+    assert found(user, job_id) <= servers
+    assert (counts["answered"], counts["silent"]) == (64 * 100, 192 * 100)
 
 
 @pytest.mark.proves("F31")
