@@ -1,4 +1,4 @@
-"""A mostly silent network through the platform beside plain nmap, in namespaces of this machine.
+"""A mostly silent network through the platform beside plain nmap, in network namespaces.
 
 Three quarters of a /24 drop everything, and its first /26 has three open ports on each address. Prints one line of JSON:
   silent_ratio   the sweep of a hundred ports through the platform / plain nmap with the same ports and timing (wall time,
@@ -23,7 +23,7 @@ from local.stack import Stack
 SUBNET: Final = "10.77.1.0/24"
 SERVERS: Final = {(f"10.77.1.{host}", port) for host in range(64) for port in (22, 80, 443)}
 PLAIN: Final = ("nmap", "-n", "-Pn", "-T4", "--top-ports", "100", SUBNET)
-PATIENCE: Final = 10
+TIMES: Final = 10
 LIMIT: Final = 600.0  # seconds for the platform
 
 
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def measure(network: Network, folder: Path) -> dict[str, float]:
-    network.ask("ip daddr 10.77.1.64-10.77.1.255 drop")
+    network.filter_input("ip daddr 10.77.1.64-10.77.1.255 drop")
     network.serve(SERVERS)
     settings = {"SCANFLEET_ALLOWED_NETWORKS": NETWORK, "SCANFLEET_NMAP": network.nmap(folder)}
     stack = Stack(folder / "stack", settings=settings)
@@ -58,7 +58,7 @@ def measure(network: Network, folder: Path) -> dict[str, float]:
     begin = time.perf_counter()
     plain = subprocess.Popen(network.command(*PLAIN), stdout=subprocess.DEVNULL)
     try:
-        plain.wait(PATIENCE * seconds)
+        plain.wait(TIMES * seconds)
     except subprocess.TimeoutExpired:
         plain.kill()
         plain.wait()

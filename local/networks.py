@@ -1,6 +1,6 @@
-"""Networks of this machine's own: two namespaces joined by a cable, one to scan from and one to be scanned.
+"""Two network namespaces joined by a veth pair, one to scan from and one to be scanned.
 
-The scanning side has a route to the other side alone, so whatever runs there reaches no address that was not made for it.
+The scanning side has a route to the scanned side only, so nothing that runs there can reach any other address.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from local.nmap import OpenPorts
 NETWORK: Final = "10.77.0.0/16"
 """The addresses of the scanned side: each answers as a Linux host does, unless a rule says otherwise."""
 
-# Addresses that only the two ends of the cable have; the kernel's benchmarking network is on no real link.
+# Of the veth pair, from the network that is reserved for benchmarks (RFC 2544).
 _SCANNER: Final = "198.18.0.1"
 _SCANNED: Final = "198.18.0.2"
 
@@ -44,7 +44,7 @@ _SO_TIMESTAMPNS: Final = 35
 _ETH_P_IP: Final = 0x0800
 _ETH_P_ALL: Final = 0x0003
 _HEADERS: Final = 14 + 60 + 4  # bytes that a packet's addresses and ports are in: Ethernet, the longest IPv4, ports
-_LOOK_S: Final = 0.2  # between two looks of a thread whether it is to end
+_CHECK_S: Final = 0.2  # between two checks of a thread whether it must end
 
 _T = TypeVar("_T")
 
@@ -73,11 +73,11 @@ class Network:
             for namespace in (self._scanner, self._scanned):
                 _run("ip", "netns", "add", namespace)
                 stack.callback(_run, "ip", "netns", "delete", namespace)
-            self._ip(self._scanner, "link", "add", "cable", "type", "veth", "peer", "cable", "netns", self._scanned)
+            self._ip(self._scanner, "link", "add", "link0", "type", "veth", "peer", "link0", "netns", self._scanned)
             for namespace, address in ((self._scanner, _SCANNER), (self._scanned, _SCANNED)):
-                self._ip(namespace, "address", "add", f"{address}/30", "dev", "cable")
+                self._ip(namespace, "address", "add", f"{address}/30", "dev", "link0")
                 self._ip(namespace, "link", "set", "lo", "up")
-                self._ip(namespace, "link", "set", "cable", "up")
+                self._ip(namespace, "link", "set", "link0", "up")
             self._ip(self._scanner, "route", "add", NETWORK, "via", _SCANNED)
             self._ip(self._scanned, "route", "add", "local", NETWORK, "dev", "lo")
             self._nft(_RULES)
@@ -98,16 +98,16 @@ class Network:
         program.chmod(0o755)
         return str(program)
 
-    def ask(self, rule: str) -> None:
-        """Judge packets that come to the scanned side by an nftables rule: `ip daddr 10.77.1.0/24 drop`."""
+    def filter_input(self, rule: str) -> None:
+        """Add an nftables rule for packets that reach the scanned side: `ip daddr 10.77.1.0/24 drop`."""
         self._nft(f"add rule inet rules input {rule}\n")
 
-    def answer(self, rule: str) -> None:
-        """Judge packets that the scanned side sends by an nftables rule."""
+    def filter_output(self, rule: str) -> None:
+        """Add an nftables rule for packets that the scanned side sends."""
         self._nft(f"add rule inet rules output {rule}\n")
 
     def route(self, kind: str, network: str) -> None:
-        """Have the scanned side route `network` nowhere: `prohibit`, `unreachable` or `blackhole`."""
+        """Make the scanned side a router without a way to `network`: `prohibit`, `unreachable` or `blackhole`."""
         self._ip(self._scanned, "route", "add", kind, network)
 
     def serve(self, places: Collection[tuple[str, int]], banner: bytes = b"") -> OpenPorts:
@@ -126,13 +126,13 @@ class Network:
 
     @contextmanager
     def capture(self) -> Iterator[list[Packet]]:
-        """The packets that leave the scanning side, by the kernel's time stamps; complete when the block has ended."""
+        """The packets that leave the scanning side, with the kernel's time stamps; complete when the block has ended."""
 
         def tap() -> socket.socket:
             found = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
             found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 24)
             found.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
-            found.settimeout(_LOOK_S)
+            found.settimeout(_CHECK_S)
             return found
 
         packets: list[Packet] = []
@@ -186,7 +186,7 @@ def _serve(listeners: Sequence[socket.socket], banner: bytes, ending: threading.
             stack.enter_context(listener)
             selector.register(listener, selectors.EVENT_READ, listener)
         while not ending.is_set():
-            for key, _ in selector.select(_LOOK_S):
+            for key, _ in selector.select(_CHECK_S):
                 connection, _ = key.data.accept()
                 if banner:
                     with connection, suppress(OSError):

@@ -1,4 +1,4 @@
-"""One stack whose nmaps run in a network of the tests' own, while everything else of it runs outside."""
+"""One stack whose nmaps run in a network that the tests make; all else of it runs outside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The networks that other tests rely on are closed, and what is counted in them is counted right."""
+"""The networks of the other tests are closed, and their packets are counted right."""
 
 from __future__ import annotations
 

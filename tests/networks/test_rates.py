@@ -1,4 +1,4 @@
-"""How fast a job may send is the job's to say, whatever the number of slots: packets are counted where they leave."""
+"""A job's limits on its rate hold whatever the number of slots: packets are counted where they leave."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LIMIT: Final = 240.0  # seconds for what takes at most one minute on a machine t
 
 @pytest.mark.proves("F30", "G18")
 def test_job_never_sends_faster_than_its_max_rate(user: Client, network: Network) -> None:
-    """A job with eight slots to choose from sends at most its `max_rate` in any second."""
+    """A job that could use eight slots sends at most its `max_rate` in any second."""
     with network.capture() as packets:
         job_id = user.scan("10.77.40.0/24", **PLAIN, ports="1-5", max_rate=RATE)
         assert user.finished(job_id, LIMIT)["status"]["status"] == "completed"

@@ -1,4 +1,4 @@
-"""Networks that answer little, late or not at all are scanned to the end, in time, and nothing open is missed."""
+"""Networks that answer little or not at all are scanned completely, in bounded time, and no open port is missed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_scan_of_mostly_silent_network_is_ten_times_faster_than_nmap(
     user: Client, network: Network, tmp_path: Path
 ) -> None:
     """A /24 of which three quarters drop everything is scanned at ten times the speed of nmap, and no open port is missed."""
-    network.ask("ip daddr 10.77.1.64-10.77.1.255 drop")
+    network.filter_input("ip daddr 10.77.1.64-10.77.1.255 drop")
     servers = network.serve(places("10.77.1", range(64)))
     report = tmp_path / "plain.xml"
     plain = subprocess.Popen(
@@ -75,8 +75,8 @@ def test_scan_of_mostly_silent_network_is_ten_times_faster_than_nmap(
 @pytest.mark.proves("F31")
 def test_scan_finds_all_open_ports_where_packets_are_lost(user: Client, network: Network) -> None:
     """With two packets of a hundred lost each way, at random, at least 99 of a hundred open ports are found."""
-    network.ask("ip daddr 10.77.2.0/26 numgen random mod 100 < 2 drop")
-    network.answer("ip saddr 10.77.2.0/26 numgen random mod 100 < 2 drop")
+    network.filter_input("ip daddr 10.77.2.0/26 numgen random mod 100 < 2 drop")
+    network.filter_output("ip saddr 10.77.2.0/26 numgen random mod 100 < 2 drop")
     servers = network.serve(places("10.77.2", range(64)))
     job_id = user.scan("10.77.2.0/26", **QUICK)
     assert completed(user, job_id)["answered"] == 64 * 100
@@ -89,9 +89,9 @@ def test_scan_finds_all_open_ports_where_answers_are_limited(user: Client, netwo
     """Hosts that refuse closed ports at a limited rate, by RST or by ICMP, hide no open port."""
     net = {"resets": "10.77.3", "unreachable": "10.77.4"}[limited]
     if limited == "resets":
-        network.answer(f"ip saddr {net}.0/27 tcp flags & rst == rst limit rate over 200/second drop")
+        network.filter_output(f"ip saddr {net}.0/27 tcp flags & rst == rst limit rate over 200/second drop")
     else:  # the kernel limits ICMP errors by itself, to one a second for each destination
-        network.ask(f"ip daddr {net}.0/27 tcp dport != {{ 22, 80, 443 }} reject with icmp port-unreachable")
+        network.filter_input(f"ip daddr {net}.0/27 tcp dport != {{ 22, 80, 443 }} reject with icmp port-unreachable")
     servers = network.serve(places(net, range(32)))
     job_id = user.scan(f"{net}.0/27", **QUICK)
     assert completed(user, job_id)["answered"] == 32 * 100
@@ -101,7 +101,7 @@ def test_scan_finds_all_open_ports_where_answers_are_limited(user: Client, netwo
 @pytest.mark.proves("F31")
 def test_scan_of_host_that_answers_ping_only_completes(user: Client, network: Network) -> None:
     """A host that answers pings and drops all else is silent on each of its ports."""
-    network.ask("ip daddr 10.77.5.1 ip protocol tcp drop")
+    network.filter_input("ip daddr 10.77.5.1 ip protocol tcp drop")
     job_id = user.scan("10.77.5.1/32", preset="full", ports="1-4096")
     counts = completed(user, job_id)
     assert counts["answered"] + counts["silent"] == 4096
@@ -110,7 +110,7 @@ def test_scan_of_host_that_answers_ping_only_completes(user: Client, network: Ne
 
 @pytest.mark.proves("F31")
 def test_udp_scan_of_linux_host_completes(user: Client) -> None:
-    """A Linux host refuses closed UDP ports once a second; nmap may lose patience with some, and calls none of them open."""
+    """A Linux host refuses closed UDP ports once a second; nmap may give up on some, and reports none of them open."""
     job_id = user.scan("10.77.6.1/32", ports="U:1-40", service_detection=False)
     assert completed(user, job_id)["answered"] == 40
     assert {each["status"] for each in user.results(job_id)} <= {"open|filtered"}
@@ -135,7 +135,7 @@ def test_tarpit_costs_itself_only(user: Client, network: Network) -> None:
 @pytest.mark.proves("F31")
 def test_standard_scan_of_silent_network_completes_in_fifteen_minutes(user: Client, network: Network) -> None:
     """A /27 of which nothing answers is scanned for a thousand ports within 15 minutes."""
-    network.ask("ip daddr 10.77.20.0/27 drop")
+    network.filter_input("ip daddr 10.77.20.0/27 drop")
     assert completed(user, user.scan("10.77.20.0/27", preset="standard", discovery="none"), 900)["silent"] == 32_000
 
 
@@ -143,7 +143,7 @@ def test_standard_scan_of_silent_network_completes_in_fifteen_minutes(user: Clie
 @pytest.mark.proves("F31")
 def test_full_scan_of_host_that_answers_ping_only_completes(user: Client, network: Network) -> None:
     """All ports of a host that answers pings and drops all else are silent."""
-    network.ask("ip daddr 10.77.21.1 ip protocol tcp drop")
+    network.filter_input("ip daddr 10.77.21.1 ip protocol tcp drop")
     counts = completed(user, user.scan("10.77.21.1/32", preset="full"), 1_800)
     assert counts["answered"] + counts["silent"] == 65_535
 
@@ -151,7 +151,7 @@ def test_full_scan_of_host_that_answers_ping_only_completes(user: Client, networ
 @pytest.mark.networks
 @pytest.mark.proves("F31")
 def test_udp_scan_of_two_thousand_ports_completes(user: Client) -> None:
-    """A Linux host refuses 2,000 closed UDP ports at one a second, and none is missed or called open."""
+    """A Linux host refuses 2,000 closed UDP ports at one a second, and none is missed or reported open."""
     job_id = user.scan("10.77.22.1/32", ports="U:1-2000", service_detection=False)
     assert completed(user, job_id, 3_600)["answered"] == 2_000
     assert {each["status"] for each in user.results(job_id)} <= {"open|filtered"}
@@ -161,7 +161,7 @@ def test_udp_scan_of_two_thousand_ports_completes(user: Client) -> None:
 @pytest.mark.proves("F31")
 def test_polite_scan_of_empty_network_makes_progress(user: Client, network: Network) -> None:
     """At timing 1 each address that does not exist takes two minutes, and the ledger counts it when it is done."""
-    network.ask("ip daddr 10.77.23.0/24 drop")
+    network.filter_input("ip daddr 10.77.23.0/24 drop")
     job_id = user.scan("10.77.23.0/24", ports="22,80,443", timing=1, service_detection=False)
 
     def down() -> int:
