@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from local.networks import Network, Packet, busiest_second, by_address, shortest_gap
+from local.networks import Network, Packet, busiest_second, by_address, gaps
 
 pytestmark = pytest.mark.integration
 
@@ -45,6 +45,6 @@ def test_busiest_second_is_found_wherever_it_begins() -> None:
     assert busiest_second([packet(at) for at in (0.0, 0.9, 1.0, 1.1, 1.89, 5.0)]) == 4
 
 
-def test_shortest_gap_is_that_of_one_address() -> None:
+def test_gaps_are_those_of_each_address() -> None:
     """Packets to different addresses may leave together."""
-    assert shortest_gap([packet(0, "a"), packet(0, "b"), packet(3, "a"), packet(1, "b"), packet(9, "b")]) == 1
+    assert gaps([packet(0, "a"), packet(0, "b"), packet(3, "a"), packet(1, "b"), packet(9, "b")]) == [1, 3, 8]
