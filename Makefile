@@ -4,7 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 .DELETE_ON_ERROR:
-.PHONY: help setup packages demo test lint fmt up down status logs token soak bench lock licences sbom audit images compose-demo compose-test k8s-test
+.PHONY: help setup packages demo test lint fmt up down status logs token soak networks bench lock licences sbom audit images compose-demo compose-test k8s-test
 
 PYTHON ?= python3# makes the virtual environment; 3.11 or newer
 BIN := .venv/bin
@@ -48,6 +48,9 @@ token: setup ## Print a token: make token USER=7 [ADMIN=1]
 
 soak: setup ## Load the platform while processes die, and find every promise kept: make soak MINUTES=10
 	@MINUTES='$(or $(MINUTES),10)' $(BIN)/pytest -q tests/faults/test_soak.py
+
+networks: setup ## Scan networks that take minutes to an hour, in namespaces of this machine; needs root
+	$(BIN)/pytest -q -m networks tests/networks
 
 bench: setup ## Measure the platform against plain nmap and other real alternatives
 	@for file in bench/*.py; do $(BIN)/python -m bench.$$(basename $$file .py); done

@@ -30,10 +30,11 @@ START = 120  # seconds that a container may take to be up on a busy machine
 STOP = 30  # seconds in which a server must end by itself
 
 
-# What scans, or starts servers to be scanned, goes one after another: each would find the others' servers. The faults have
-# addresses of their own, and much of their time they wait. The third process has all the rest.
+# What scans, or starts servers to be scanned, goes one after another: each would find the others' servers. The faults and the
+# networks have addresses of their own, and much of their time they wait. The third process has all the rest.
 PARTS = {
     "faults": ("tests/faults",),
+    "networks": ("tests/networks",),
     "scanning": (
         "local/tests",
         "shared/tests/integration/test_nmap.py",

@@ -129,8 +129,12 @@ FAULTS: Final[Mapping[str, Trial]] = {
         "its work is reassigned within the bound; nothing is dispatched twice",
     ),
     "F30": Trial(
-        "`max_rate` and slow timings with many free slots",
-        "the rates of a job's nmaps add up to its `max_rate`, and no address is in two of them",
+        "`max_rate` and timings 0 to 2 with many free slots",
+        "packets counted in a namespace: rate and one-chunk-per-address hold",
+    ),
+    "F31": Trial(
+        "networks that drop 75 %, everything, or lose 2 % at random; hosts that answer ping only; rate-limited ICMP",
+        "jobs complete; recall ≥ 99 %",
     ),
     "F32": Trial("a worker is stopped with SIGSTOP while nmap runs", "no packet after two thirds of a lease plus 1 s"),
     "F33": Trial(

@@ -168,15 +168,15 @@ def busiest_second(packets: Sequence[Packet]) -> int:
     return most
 
 
-def shortest_gap(packets: Sequence[Packet]) -> float:
-    """The least number of seconds between two packets to the same address."""
+def gaps(packets: Sequence[Packet]) -> list[float]:
+    """Seconds between each two successive packets to the same address."""
     last: dict[str, float] = {}
-    gaps = []
+    found = []
     for packet in sorted(packets, key=lambda packet: packet.at):
         if packet.address in last:
-            gaps.append(packet.at - last[packet.address])
+            found.append(packet.at - last[packet.address])
         last[packet.address] = packet.at
-    return min(gaps)
+    return found
 
 
 def by_address(packets: Sequence[Packet]) -> Counter[str]:

@@ -13,7 +13,7 @@ from result_store.testing import handler as results_handler
 from scanfleet.audit import SINGLES, Refusals
 from scanfleet.errors import DependencyError
 from scanfleet.messages import Audited, ChunkIncomplete, ChunkStored, Message, PortFound
-from scanfleet.messages.topics import SCAN_AUDIT, SCAN_RESULTS, SCAN_STORED, Topic
+from scanfleet.messages.topics import RESULT_STORE, SCAN_AUDIT, SCAN_RESULTS, SCAN_STORED, Topic
 from scanfleet.testing.bus import MemoryBus
 from scanfleet.testing.grants import grants
 from scanfleet.testing.tracing import ids, recording
@@ -273,7 +273,7 @@ async def test_handle_uncovered_results_are_dropped_counted_and_audited(store: M
     assert answers.sent == [stored("a")]
     bus = MemoryBus()
     await refusals.tell(bus)
-    entries = [each.entry for each in bus.messages(SCAN_AUDIT) if isinstance(each, Audited)]
+    entries = [each.entry for each in bus.messages(SCAN_AUDIT[RESULT_STORE]) if isinstance(each, Audited)]
     assert {(entry.decision, entry.rule, entry.source) for entry in entries} == {
         ("refused", "signature", "scan-results")
     }

@@ -1,0 +1,53 @@
+"""A job's limits on its rate hold whatever the number of slots: packets are counted where they leave."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+import pytest
+
+from local.client import Client
+from local.networks import Network, busiest_second, by_address, gaps
+
+pytestmark = pytest.mark.e2e
+
+PLAIN: Final[dict[str, Any]] = {"service_detection": False, "discovery": "none"}
+RATE: Final = 100
+BURST: Final = 1.15  # nmap alone exceeds its own limit by so much within one second
+LIMIT: Final = 240.0  # seconds for what takes at most one minute on a machine that has nothing else to do
+
+
+@pytest.mark.proves("F30", "G18")
+def test_job_never_sends_faster_than_its_max_rate(user: Client, network: Network) -> None:
+    """A job that could use eight slots sends at most its `max_rate` in any second."""
+    with network.capture() as packets:
+        job_id = user.scan("10.77.40.0/24", **PLAIN, ports="1-5", max_rate=RATE)
+        assert user.finished(job_id, LIMIT)["status"]["status"] == "completed"
+    sent = [packet for packet in packets if packet.address.startswith("10.77.40.")]
+    assert set(by_address(sent)) == {f"10.77.40.{host}" for host in range(256)}
+    assert busiest_second(sent) <= math.ceil(RATE * BURST)
+
+
+@pytest.mark.proves("F30")
+def test_polite_job_probes_an_address_once_at_a_time(user: Client, network: Network) -> None:
+    """At timing 2 no two probes reach an address within 0.4 seconds, in however many chunks it is scanned."""
+    with network.capture() as packets:
+        # So short a timeout cuts the ports into several chunks.
+        job_id = user.scan("10.77.41.1/32", **PLAIN, ports="1-50", timing=2, host_timeout=60)
+        assert user.finished(job_id, LIMIT)["status"]["status"] == "completed"
+    sent = [packet for packet in packets if packet.address == "10.77.41.1"]
+    assert {packet.port for packet in sent} == set(range(1, 51))
+    assert min(gaps(sent)) >= 0.35
+
+
+@pytest.mark.networks
+@pytest.mark.proves("F30")
+def test_sneaky_job_probes_an_address_once_at_a_time(user: Client, network: Network) -> None:
+    """At timing 1 an address gets a probe each 15 seconds, and one sooner only where its next chunk begins."""
+    with network.capture() as packets:
+        job_id = user.scan("10.77.42.0/30", **PLAIN, ports="1-40", timing=1)
+        assert user.finished(job_id, 1_800)["status"]["status"] == "completed"
+    sent = [packet for packet in packets if packet.address.startswith("10.77.42.")]
+    assert set(by_address(sent).values()) == {40}
+    assert sum(gap < 14 for gap in gaps(sent)) <= len(by_address(sent))  # each has two chunks

@@ -1,0 +1,174 @@
+"""Networks that answer little or not at all are scanned completely, in bounded time, and no open port is missed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from local.client import Client
+from local.networks import Network
+from local.nmap import OpenPorts
+from local.wait import until
+
+pytestmark = pytest.mark.e2e
+
+QUICK: Final[dict[str, Any]] = {"preset": "quick", "discovery": "none"}
+SERVICES: Final = (22, 80, 443)
+LIMIT: Final = 240.0  # seconds for what takes at most one minute on a machine that has nothing else to do
+PLAIN: Final = ("nmap", "-n", "-Pn", "-T4", "--top-ports", "100")
+FASTER: Final = 10  # times than plain nmap, at least
+RECALL: Final = 0.99
+
+
+def places(net: str, hosts: range) -> OpenPorts:
+    return {(f"{net}.{host}", port) for host in hosts for port in SERVICES}
+
+
+def found(user: Client, job_id: int) -> OpenPorts:
+    return {(each["ip_address"], each["port"]) for each in user.results(job_id)}
+
+
+def completed(user: Client, job_id: int, limit: float = LIMIT) -> dict[str, int]:
+    """The counts of the ledger of a job that must complete with an outcome for each probe."""
+    task = user.finished(job_id, limit)
+    assert task["status"]["status"] == "completed", task["status"]["error"]
+    ledger = user.ledger(job_id)
+    assert ledger["accounted"]
+    counts: dict[str, int] = ledger["counts"]
+    assert counts["lost"] == counts["waiting"] == counts["cancelled"] == 0
+    return counts
+
+
+@pytest.mark.proves("F31")
+def test_scan_of_mostly_silent_network_is_ten_times_faster_than_nmap(
+    user: Client, network: Network, tmp_path: Path
+) -> None:
+    """A /24 of which three quarters drop everything is scanned at ten times the speed of nmap, and no open port is missed."""
+    network.filter_input("ip daddr 10.77.1.64-10.77.1.255 drop")
+    servers = network.serve(places("10.77.1", range(64)))
+    report = tmp_path / "plain.xml"
+    plain = subprocess.Popen(
+        network.command(*PLAIN, "--stats-every", "1s", "-oX", str(report), "10.77.1.0/24"),
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        begin = time.monotonic()
+        counts = completed(user, job_id := user.scan("10.77.1.0/24", **QUICK))
+        seconds = time.monotonic() - begin
+        assert plain.poll() is None
+        # nmap's estimate is of the 64 addresses that it probes at the time; it has three times as many that are silent.
+        remaining = int(re.findall(rb'<taskprogress .*remaining="(\d+)"', report.read_bytes())[-1])
+    finally:
+        plain.kill()
+        plain.wait()
+    assert seconds + remaining > FASTER * seconds
+    assert len(found(user, job_id) & servers) >= RECALL * len(servers)
+    assert found(user, job_id) <= servers
+    assert (counts["answered"], counts["silent"]) == (64 * 100, 192 * 100)
+
+
+@pytest.mark.proves("F31")
+def test_scan_finds_all_open_ports_where_packets_are_lost(user: Client, network: Network) -> None:
+    """With two packets of a hundred lost each way, at random, at least 99 of a hundred open ports are found."""
+    network.filter_input("ip daddr 10.77.2.0/26 numgen random mod 100 < 2 drop")
+    network.filter_output("ip saddr 10.77.2.0/26 numgen random mod 100 < 2 drop")
+    servers = network.serve(places("10.77.2", range(64)))
+    job_id = user.scan("10.77.2.0/26", **QUICK)
+    assert completed(user, job_id)["answered"] == 64 * 100
+    assert len(found(user, job_id) & servers) >= RECALL * len(servers)
+
+
+@pytest.mark.proves("F31")
+@pytest.mark.parametrize("limited", ["resets", "unreachable"])
+def test_scan_finds_all_open_ports_where_answers_are_limited(user: Client, network: Network, limited: str) -> None:
+    """Hosts that refuse closed ports at a limited rate, by RST or by ICMP, hide no open port."""
+    net = {"resets": "10.77.3", "unreachable": "10.77.4"}[limited]
+    if limited == "resets":
+        network.filter_output(f"ip saddr {net}.0/27 tcp flags & rst == rst limit rate over 200/second drop")
+    else:  # the kernel limits ICMP errors by itself, to one a second for each destination
+        network.filter_input(f"ip daddr {net}.0/27 tcp dport != {{ 22, 80, 443 }} reject with icmp port-unreachable")
+    servers = network.serve(places(net, range(32)))
+    job_id = user.scan(f"{net}.0/27", **QUICK)
+    assert completed(user, job_id)["answered"] == 32 * 100
+    assert len(found(user, job_id) & servers) >= RECALL * len(servers)
+
+
+@pytest.mark.proves("F31")
+def test_scan_of_host_that_answers_ping_only_completes(user: Client, network: Network) -> None:
+    """A host that answers pings and drops all else is silent on each of its ports."""
+    network.filter_input("ip daddr 10.77.5.1 ip protocol tcp drop")
+    job_id = user.scan("10.77.5.1/32", preset="full", ports="1-4096")
+    counts = completed(user, job_id)
+    assert counts["answered"] + counts["silent"] == 4096
+    assert found(user, job_id) == set()
+
+
+@pytest.mark.proves("F31")
+def test_udp_scan_of_linux_host_completes(user: Client) -> None:
+    """A Linux host refuses closed UDP ports once a second; nmap may give up on some, and reports none of them open."""
+    job_id = user.scan("10.77.6.1/32", ports="U:1-40", service_detection=False)
+    assert completed(user, job_id)["answered"] == 40
+    assert {each["status"] for each in user.results(job_id)} <= {"open|filtered"}
+
+
+@pytest.mark.proves("F31")
+def test_tarpit_costs_itself_only(user: Client, network: Network) -> None:
+    """A host that accepts every connection and never speaks is timed out, and the hosts beside it are scanned whole."""
+    network.serve({("10.77.7.1", port) for port in range(1000, 1040)})
+    servers = network.serve({(f"10.77.7.{host}", 22) for host in (0, 2, 3)}, b"SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n")
+    job_id = user.scan("10.77.7.0/30", ports="22,1000-1039", host_timeout=20)
+    counts = completed(user, job_id)
+    assert (counts["answered"], counts["timed_out"]) == (3 * 41, 41)
+    results = user.results(job_id)
+    assert {(each["ip_address"], each["port"]) for each in results if each["ip_address"] != "10.77.7.1"} == servers
+    assert {each["service"] for each in results if each["port"] == 22} == {"ssh"}
+    (entry,) = user.ledger(job_id)["not_probed"]["addresses"]
+    assert (entry["address"], entry["outcome"]) == ("10.77.7.1", "timed_out")
+
+
+@pytest.mark.networks
+@pytest.mark.proves("F31")
+def test_standard_scan_of_silent_network_completes_in_fifteen_minutes(user: Client, network: Network) -> None:
+    """A /27 of which nothing answers is scanned for a thousand ports within 15 minutes."""
+    network.filter_input("ip daddr 10.77.20.0/27 drop")
+    assert completed(user, user.scan("10.77.20.0/27", preset="standard", discovery="none"), 900)["silent"] == 32_000
+
+
+@pytest.mark.networks
+@pytest.mark.proves("F31")
+def test_full_scan_of_host_that_answers_ping_only_completes(user: Client, network: Network) -> None:
+    """All ports of a host that answers pings and drops all else are silent."""
+    network.filter_input("ip daddr 10.77.21.1 ip protocol tcp drop")
+    counts = completed(user, user.scan("10.77.21.1/32", preset="full"), 1_800)
+    assert counts["answered"] + counts["silent"] == 65_535
+
+
+@pytest.mark.networks
+@pytest.mark.proves("F31")
+def test_udp_scan_of_two_thousand_ports_completes(user: Client) -> None:
+    """A Linux host refuses 2,000 closed UDP ports at one a second, and none is missed or reported open."""
+    job_id = user.scan("10.77.22.1/32", ports="U:1-2000", service_detection=False)
+    assert completed(user, job_id, 3_600)["answered"] == 2_000
+    assert {each["status"] for each in user.results(job_id)} <= {"open|filtered"}
+
+
+@pytest.mark.networks
+@pytest.mark.proves("F31")
+def test_polite_scan_of_empty_network_makes_progress(user: Client, network: Network) -> None:
+    """At timing 1 each address that does not exist takes two minutes, and the ledger counts it when it is done."""
+    network.filter_input("ip daddr 10.77.23.0/24 drop")
+    job_id = user.scan("10.77.23.0/24", ports="22,80,443", timing=1, service_detection=False)
+
+    def down() -> int:
+        counts: dict[str, Any] = user.ledger(job_id)["counts"]
+        return int(counts["down"])
+
+    until(lambda: down() >= 2 * 3, 600, "two addresses to be found down")
+    until(lambda: down() >= 12 * 3, 600, "twelve addresses to be found down")
+    user.cancel(job_id)
+    assert user.finished(job_id)["status"]["status"] == "cancelled"
