@@ -24,7 +24,7 @@ def write(folder: Path, scripts: AbstractSet[str]) -> None:
     """
     (folder / "scripts").mkdir(parents=True)
     shutil.copyfile(_ENGINE, folder / "nse_main.lua")
-    (folder / "scripts" / "script.db").write_text("".join(map(_entry, sorted(scripts))), encoding="ascii")
+    (folder / "scripts" / "script.db").write_text("".join(map(_entry, sorted(scripts))), encoding="utf-8")
 
 
 def _entry(name: str) -> str:
