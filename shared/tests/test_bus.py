@@ -187,7 +187,7 @@ def header(record: RawRecord, name: str) -> bytes | None:
 async def test_a_member_handles_each_message_once_and_the_same_key_in_order(backend: Backend) -> None:
     """A group handles each message once, equal to what was sent, and those of one key in the order of their sending."""
     bus, recorder = await backend.bus("one"), Recorder()
-    sent = [ready(number, worker) for number in range(300) for worker in ("a", "b", "c")]
+    sent = [ready(number, worker) for number in range(250) for worker in ("a", "b", "c")]
     async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
         for start in range(0, len(sent), 90):
             await bus.publish(SCAN_WORKERS, sent[start : start + 90])
