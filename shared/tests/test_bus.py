@@ -541,7 +541,7 @@ async def test_an_error_outside_of_a_batch_ends_the_loop(backend: Backend) -> No
 async def test_a_message_that_must_not_be_sent_stops_the_whole_batch(backend: Backend) -> None:
     """A message too large, or not of the topic, is refused, and those beside it are not sent either."""
     bus = await backend.bus("one")
-    large = CommandRejected(command_id="c", status=400, error="x" * MAX_BYTES)
+    large = CommandRejected(command_id="c", status=400, error="x").model_copy(update={"error": "x" * MAX_BYTES})
     small = CommandRejected(command_id="c", status=400, error="x")
     with pytest.raises(MessageError, match="1000000 is the limit"):
         await bus.publish(SCAN_REPLIES, [small, large])
@@ -552,12 +552,11 @@ async def test_a_message_that_must_not_be_sent_stops_the_whole_batch(backend: Ba
 
 async def test_a_message_as_large_as_allowed_arrives(backend: Backend) -> None:
     """The size limit of a value leaves room for key and headers."""
-    bus, got = await backend.bus("one"), Recorder()
+    bus = await backend.bus("one")
     base = CommandRejected(command_id="c", status=400, error="")
     room = MAX_BYTES - len(base.model_dump_json())
-    async with Running(bus.tail(SCAN_REPLIES, got)):
-        await bus.publish(SCAN_REPLIES, [base.model_copy(update={"error": "x" * room})] * 2)
-        await until(lambda: len(got.handled) == 2)
+    await bus.publish(SCAN_REPLIES, [base.model_copy(update={"error": "x" * room})] * 2)
+    assert len(await backend.records(SCAN_REPLIES.name)) == 2
 
 
 async def test_a_trace_is_carried(backend: Backend) -> None:

@@ -225,6 +225,7 @@ class KafkaBus:
         """
         if self._producer is None:
             raise RuntimeError("the bus is not started")
+        self._check()
         producer, name = self._producer, self._prefix + topic
         acks: defaultdict[_Place, set[asyncio.Future[object]]] = defaultdict(set)
         try:

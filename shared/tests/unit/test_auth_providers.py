@@ -39,7 +39,7 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], list[dic
     "Keycloak": (
         {"typ": "JWT", "kid": "k1"},
         {
-            "exp": NOW + 300,
+            "exp": NOW + 3_600,  # Keycloak gives 300 s; the tests of one run take longer
             "iat": NOW,
             "jti": "onrtro:0d1e7c4f-0a2f-4d8e-9c0b-3f1c2b7a5d11",
             "iss": "https://id.example.com/realms/example",
