@@ -251,20 +251,22 @@ def test_a_worker_told_to_stop(
     other = {"scanner-worker-1": "scanner-worker-2", "scanner-worker-2": "scanner-worker-1"}[name]
     platform.stack.stop(other)
     try:
-        job_id = user.scan(platform.network(23), **STEADY)
+        # The rate of each job is enough for one chunk at a time.
+        jobs = [user.scan(platform.network(24), **STEADY) for _ in range(SLOTS)]
         until(lambda: len(platform.nmaps_of(name)) == SLOTS, LIMIT, "three chunks to run")
-        held = {chunk["_id"] for chunk in platform.chunks(job_id) if chunk["state"] == "running"}
+        held = {chunk["_id"] for job_id in jobs for chunk in platform.chunks(job_id) if chunk["state"] == "running"}
         gone = platform.pid(name)
         platform.kill(name, signal.SIGTERM)
         until(lambda: platform.running(name) not in (0, gone), LIMIT, "the worker to end and come back")
     finally:
         platform.stack.start(other)
-    assert user.finished(job_id)["status"]["status"] == "completed"
-    ends = {each.chunk_id for each in spoken(platform, ChunkReleased) if each.job_id == job_id}
+    for job_id in jobs:
+        assert user.finished(job_id)["status"]["status"] == "completed"
+    ends = {each.chunk_id for each in spoken(platform, ChunkReleased) if each.job_id in jobs}
     assert held & ends == (set() if finishes else held)
     assert platform.metric("job-orchestrator", "scanfleet_leases_expired_total") == expired
     assert platform.exits(name)[-1] == 0
-    assert_scanned_once(platform, [job_id])
+    assert_scanned_once(platform, jobs)
     invariants.check()
 
 
