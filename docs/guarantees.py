@@ -35,7 +35,7 @@ PROMISES: Final[Mapping[str, str]] = {
     "G15": "Every change and refusal is in a tamper-evident audit log: who, from where, what, which rule, which request",
     "G16": "`completed` means that every probe of the request has its outcome in the ledger and every result can be read",
     "G17": "A faulty worker, host, document or job affects nothing but itself",
-    "G18": "A job's packet rate never exceeds its `max_rate`, whatever the number of workers",
+    "G18": "A job's probe rate in discovery and port scan never exceeds its `max_rate`, whatever the number of workers; service detection and scripts are not limited",
     "G19": "Results and ledger of a job come only from chunks that the orchestrator dispatched",
     "G20": "The cost of a step does not grow with the size of a job or backlog; no user can exhaust the platform",
 }
