@@ -17,7 +17,7 @@ DATABASES: Final = {"job-orchestrator": "scanfleet_job_orchestrator", "result-st
 
 def make(folder: Path) -> None:
     """Put into each service's folder what is missing: passwords, keys, a MongoDB URI, for MongoDB the key of its members."""
-    # A volume belongs to one service, which does not run as whoever makes this.
+    # A volume belongs to one service, which does not run as the user who creates this.
     services = (folder / service / "internal-public.pem" for service in DATABASES)
     make_signing_keys(folder / "api-gateway" / "internal.pem", *services, mode=0o644)
     public = folder / "result-store" / "chunk-public.pem"

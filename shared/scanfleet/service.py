@@ -444,7 +444,7 @@ class _Outermost:
                 self._account(scope, inner.get("route"), status, time.perf_counter() - started, span)
 
     def _ids(self, named: str, *, trusted: bool) -> dict[str, str]:
-        """What names the request in logs: an id that nobody else can choose, and beside it the one that the caller chose."""
+        """What names the request in logs: an id that no client can choose, and beside it the one that the caller chose."""
         known = _REQUEST_ID.fullmatch(named) is not None
         if known and trusted and not self._public:
             return {"request_id": named}

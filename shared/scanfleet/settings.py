@@ -46,7 +46,7 @@ Nat64Prefix = Annotated[IPv6Network, BeforeValidator(_network), AfterValidator(_
 
 def _https(url: HttpUrl) -> HttpUrl:
     if url.scheme != "https" and not _is_loopback(url.host or ""):
-        raise ValueError("is not https: whoever is on the way could put in keys of their own")
+        raise ValueError("is not https: an attacker on the network path could replace the keys")
     return url
 
 
@@ -266,7 +266,7 @@ class AuthSettings(_Settings):
         description="Age in seconds after which the JWKS is fetched again.",
     )
     jwt_jwks_max_stale_seconds: int = Field(
-        14_400,  # an issuer's outage of an afternoon; whoever keeps a stolen key alive by blocking the fetch has no longer
+        14_400,  # an issuer's outage of an afternoon; an attacker who blocks the fetch to keep a stolen key valid gets no longer
         ge=1,
         description="Age in seconds at which keys end that cannot be fetched again. Then every request is answered 503.",
     )

@@ -126,7 +126,7 @@ def together(waiting: Sequence[ScanChunk], free_slots: int) -> Sequence[ScanChun
 def _alike(one: ScanChunk, other: ScanChunk) -> bool:
     if any(chunk.failures or chunk.limit for chunk in (one, other)):
         return False
-    # Users are kept apart although sharing would save starts: whoever shares waits for the slowest host of the group, and
+    # Users are kept apart although sharing would save starts: a chunk that shares waits for the slowest host of the group, and
     # fails with the host that crashes nmap, so one user's targets would delay and fail another's.
     return _kind(one) == _kind(other)
 

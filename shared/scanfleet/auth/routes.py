@@ -36,7 +36,7 @@ class Guarded(APIRoute):
                 structlog.contextvars.bind_contextvars(token_hash=caller.token_hash)  # so that the access line names it
             await self.serve(scope, receive, send)
         else:
-            await super().handle(scope, receive, send)  # answers 405, whoever asks
+            await super().handle(scope, receive, send)  # answers 405, with or without a token
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the request of `scope["caller"]`, to the end of the answer; a subclass may refuse it."""

@@ -137,7 +137,7 @@ async def letter(broker: Broker, id_: str) -> Letter:
 async def replay(broker: Broker, letter: Letter, *, verify: bool = True) -> None:
     """Send it to the topic on which it was refused; return when the broker has acknowledged it.
 
-    With `verify` it is sent only if that topic still holds the same record at the letter's origin: whoever may write dead
+    With `verify` it is sent only if that topic still holds the same record at the letter's origin: a client that may write dead
     letters could otherwise have an administrator send what they may not.
 
     Raises:

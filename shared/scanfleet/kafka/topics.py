@@ -123,7 +123,7 @@ def _configs(retention: timedelta, retention_bytes: int, replication: int) -> di
     return {
         "cleanup.policy": "delete",
         "retention.ms": milliseconds,
-        "retention.bytes": str(retention_bytes),  # of a partition: whoever may write to a topic cannot fill the disk
+        "retention.bytes": str(retention_bytes),  # of a partition: a client with write access cannot fill the disk
         "segment.bytes": str(SEGMENT_BYTES),
         "segment.ms": milliseconds,  # only whole segments are deleted: nothing is kept for more than twice the retention
         "message.timestamp.type": "LogAppendTime",  # the one clock that two readers share

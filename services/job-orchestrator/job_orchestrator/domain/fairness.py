@@ -1,7 +1,7 @@
 """Whose chunk is next: start-time fair queueing between users, by slot time.
 
 Every user has a virtual time in slot seconds: what their ended attempts took, and what the held ones have taken so far or
-are expected to. Who has least goes first. One global virtual time rises to the time of whoever is served, and a user who
+are expected to. Who has least goes first. One global virtual time rises to the time of the user being served, and a user who
 becomes active starts at it, so that idleness saves nothing up and history weighs nothing. Times are measured by the
 orchestrator. After "Start-Time Fair Queuing" (Goyal, Vin, Cheng 1996).
 """
@@ -145,7 +145,7 @@ class Round:
     def picks(self, queues: Mapping[int, Sequence[Candidate]]) -> Iterable[tuple[Candidate, Credit, float]]:
         """The chunks in the order in which slots are due to them, each with its worker and its share of a slot.
 
-        Each queue is in its user's own order. What is left when all that wait have their shares goes to whoever has more.
+        Each queue is in its user's own order. What is left when all that wait have their shares goes to users with more work.
         """
         left: defaultdict[int, deque[Candidate]] = defaultdict(deque)
         yield from self._pass({user: deque(queue) for user, queue in queues.items() if queue}, left, self._most)

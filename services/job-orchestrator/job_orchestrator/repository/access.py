@@ -51,7 +51,7 @@ class MongoAccess:
 
     @dependency_errors()
     async def _skip_claimed_ids(self) -> None:
-        """Begin above every id that tokens claimed until ids were assigned, so that nobody gets another's things."""
+        """Begin above every id that tokens claimed until ids were assigned, so that no user gets another's resources."""
         if await self._users.find_one({}, {"_id": 1}) is None:
             owned = [await self._database[name].find_one({}, {"user_id": 1}, sort=[("user_id", -1)]) for name in _OWNED]
             await advance_ids(self._database, ["users"], max((each["user_id"] for each in owned if each), default=0))

@@ -31,7 +31,7 @@ REJECTED: Final = -1
 _OUTSIDE: Final = frozenset({"mac", "block"})  # what an entry's signature does not cover
 
 _NUMBERED: Final = {"_id": {"$gte": 1}}
-"""Blocks whose key is a number: whoever has the database may have put others beside them."""
+"""Blocks whose key is a number: anyone with access to the database may have added others."""
 
 _log = structlog.get_logger()
 
