@@ -68,7 +68,13 @@ class Network:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        """Raises: OSError: namespaces need root, iproute2 and nftables, and something is missing."""
+        """Create both namespaces, their link and the rules.
+
+        Raises:
+            FileNotFoundError: iproute2, nftables or util-linux is not installed.
+            PermissionError: the kernel does not let this process create namespaces.
+            OSError: a command failed for another reason.
+        """
         with ExitStack() as stack:
             for namespace in (self._scanner, self._scanned):
                 _run("ip", "netns", "add", namespace)
@@ -250,4 +256,6 @@ def _path(program: str) -> str:
 def _run(program: str, *arguments: str, text: str | None = None) -> None:
     done = subprocess.run([_path(program), *arguments], input=text, text=True, capture_output=True, check=False)
     if done.returncode != 0:
-        raise OSError(f"{program} {' '.join(arguments)} failed: {done.stderr.strip()}")
+        refused = "not permitted" in done.stderr or "Permission denied" in done.stderr
+        error = PermissionError if refused else OSError
+        raise error(f"{program} {' '.join(arguments)} failed: {done.stderr.strip()}")
