@@ -101,7 +101,9 @@ Timing = Annotated[StrictInt, Field(ge=0, le=5, description="nmap's timing templ
 _Rate = Annotated[StrictInt, Field(ge=1, le=10_000_000)]  # about what a link of 10 Gbit/s carries
 MaxRate = Annotated[
     _Rate | None,
-    Field(description="Packets a second of the whole job, whatever the number of workers."),
+    Field(
+        description="Probes a second of discovery and port scan of the whole job; service detection and scripts are not limited."
+    ),
 ]
 MinRate = Annotated[
     _Rate | None,
@@ -161,7 +163,9 @@ class ScanPolicy(BaseModel):
         FailFast(),
     ] = ()
     timing: Timing = 3
-    max_rate: Annotated[_Number | None, Field(description="Packets a second of the whole job.")] = None
+    max_rate: Annotated[
+        _Number | None, Field(description="Probes a second of discovery and port scan of the whole job.")
+    ] = None
     min_rate: Annotated[_Number | None, Field(description="Probes a second of the whole job in silence.")] = None
     max_rtt_timeout: Annotated[_Number | None, Field(description="Milliseconds to wait for an answer.")] = None
     max_retries: _Number | None = None

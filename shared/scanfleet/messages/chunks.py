@@ -105,7 +105,7 @@ class ScanChunk(_Fenced):
     """Scan only the first so many blanks, then release the chunk; without it, all of them."""
 
     max_rate: Positive | None = None
-    """Packets a second of this nmap: its part of the policy's; without it, the policy's."""
+    """Probes a second of this nmap: its part of the policy's; without it, the policy's."""
 
     min_rate: Positive | None = None
     """Probes a second of this nmap below which silence must not slow it."""

@@ -103,7 +103,7 @@ def width(policy: ScanPolicy) -> int:
 
 
 def nmap_rate(policy: ScanPolicy) -> int | None:
-    """Packets a second of each nmap of a job with a `max_rate`."""
+    """Probes a second of each nmap of a job with a `max_rate`."""
     return policy.max_rate // width(policy) if policy.max_rate else None
 
 
