@@ -212,6 +212,18 @@ def test_dead_letters_are_looked_after(commands: Mapping[str, list[str]], tmp_pa
     assert "scan-progress-dlq/0/0 was sent to scan-progress\n" in types(replay_all, tmp_path)
 
 
+def test_audit_log_is_verified_and_exported(user: Client, commands: Mapping[str, list[str]], tmp_path: Path) -> None:
+    """The commands of the page verify the log, export it, and find a head that was kept."""
+    verify, export, verify_head = commands["The audit log"]
+    user.scan("127.9.8.0/28", ports="8000", **CONNECT)
+    until(lambda: " 0 blocks" not in f" {types(verify, tmp_path)}", 60, "the first block to be sealed")
+    head = types(verify, tmp_path).strip().rpartition("head ")[2]
+    types(export.replace("--after 1200", "--after 0"), tmp_path)
+    entries = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert "create_tasks" in {each["action"] for each in entries}
+    assert "removed or replaced" not in types(verify_head.replace("1250/4f0c1d2e:9b…", head), tmp_path)
+
+
 def test_a_backup_is_restored(user: Client, commands: Mapping[str, list[str]], tmp_path: Path) -> None:
     """The commands of the page copy the databases and set them back: a job from before reads the same, one since is gone."""
     job_id = user.scan("127.9.8.0/28", ports="8000", **CONNECT)

@@ -6,7 +6,7 @@ import asyncio
 import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +25,7 @@ from local.stack import Stack
 from scanfleet.kafka.broker import access
 from scanfleet.messages.acls import MEMBERS, SERVICES, acls_of
 from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, RESULT_STORE, SCAN_EVENTS, TOPICS, WORKER
+from scanfleet.testing.consumers import until
 
 PREFIX: Final = "secured-"
 LIMIT: Final = 60.0  # seconds until any of this has happened
@@ -164,12 +165,23 @@ async def test_who_has_no_credentials_is_let_nothing(stack: Stack, change: str) 
         "plaintext": {"security_protocol": "SASL_PLAINTEXT"},
         "authority": {"ssl_context": ssl.create_default_context()},
     }
+    before = sockets()
     client = AIOKafkaProducer(**ours | other[change], request_timeout_ms=2_000)
     try:
         with pytest.raises(KafkaConnectionError):
             await client.start()
     finally:
         await client.stop()
+    await until(lambda: not sockets() - before)  # aiokafka does not wait for its TLS connections to close
+
+
+def sockets() -> set[str]:
+    """List the sockets that this process has open."""
+    links = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the descriptor of the listing itself
+            links.append(str(descriptor.readlink()))
+    return {link for link in links if link.startswith("socket:")}
 
 
 def mongo(uri: str) -> MongoClient[dict[str, Any]]:

@@ -180,7 +180,7 @@ async def test_a_chunk_is_closed_once(store: Store) -> None:
 
 async def test_the_hosts_of_a_chunk_are_its_own(store: Store) -> None:
     """Hosts are found by their own chunk, not by one whose id begins or sorts alike."""
-    ids = ["1-1", "1-10", "1-1/0", "1-1.", "1-2"]
+    ids = ["1-1", "1-10", "1-1-0", "1-1.", "1-2"]
     await store.add(hosts(*(host(f"127.9.8.{n}", chunk_id=each) for n, each in enumerate(ids))))
     found = await store.stored({"1-1", "1-2", "1-3"})
     assert {key: [each.address for each in value] for key, value in found.items()} == {

@@ -90,15 +90,12 @@ async def test_the_services_clock_counts() -> None:
 
 
 @pytest.mark.proves("A28", "G14")
-@pytest.mark.parametrize(
-    "which",
-    [{"jti": "t-1"}, {"sub": "7", "issued_before": time.time() + 1}, {"user_id": 7, "issued_before": time.time() + 1}],
-)
-async def test_a_revoked_token_is_refused(gateway: Running, which: dict[str, Any]) -> None:
+@pytest.mark.parametrize("which", [{"jti": "t-1"}, {"sub": "7"}, {"user_id": 7}], ids=["jti", "sub", "user_id"])
+async def test_revoked_token_is_rejected(gateway: Running, which: dict[str, Any]) -> None:
     """A token that was accepted is a 401 once it is revoked, by its id, its subject or its user; another user's is not."""
     issued = int(time.time()) - 60
     assert (await ask(gateway, jti="t-1", iat=issued)).status_code == 200
-    await revoke(gateway, **which)
+    await revoke(gateway, **which, **({} if "jti" in which else {"issued_before": issued + 1}))
     answer = await ask(gateway, jti="t-1", iat=issued)
     assert (answer.status_code, answer.json()) == (401, {"error": "the token has been revoked"})
     assert (await ask(gateway, user_id=8, jti="t-2")).status_code == 200

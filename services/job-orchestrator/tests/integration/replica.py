@@ -12,6 +12,8 @@ import signal
 import sys
 from collections.abc import Iterable
 
+import structlog
+
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.main import Orchestrator
 from job_orchestrator.repository import MongoStore
@@ -71,4 +73,6 @@ async def main(kafka: str, mongodb: str, prefix: str, instance: str, *death: str
 
 
 if __name__ == "__main__":
+    # Standard output carries only the readiness line; the test does not drain it.
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     asyncio.run(main(*sys.argv[1:]))

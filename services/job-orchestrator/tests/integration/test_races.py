@@ -25,6 +25,7 @@ from scanfleet.messages import (
     JobStatus,
     Message,
 )
+from scanfleet.messages.chunks import MAX_SLOTS
 from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES, SCAN_RESULTS, SCAN_STORED
 
 pytestmark = pytest.mark.integration
@@ -48,7 +49,7 @@ async def test_cancel_against_completion_five_hundred_times(mongo_store: MongoSt
     """Cancelled within five milliseconds of its completion a job ends once, and reply, events and document agree on how."""
     world = World(mongo_store, replicas=2)
     await world.start()
-    world.worker.slots, world.results = RACES, None
+    world.worker.slots, world.results = MAX_SLOTS, None
     await world.worker.announce()
     await world.submit(*["127.9.8.0/30"] * RACES)
     await world.settle()
