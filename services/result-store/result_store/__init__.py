@@ -1,1 +1,1 @@
-"""Stores what was found and serves the views over it."""
+"""Store scan results and serve the views over them."""

@@ -1,9 +1,9 @@
 r"""The results of a task, streamed as JSON, NDJSON or CSV.
 
 JSON and NDJSON hold every text exactly, written in ASCII, so that no escape sequence or right-to-left override acts on
-the terminal of whoever looks at them. CSV is for spreadsheets and people: RFC 4180, one line a record; what does not print
-is written as an escape (`\n`, `\t`, `\x1b`, `\u202e`). A `'` comes before each part of a text that a spreadsheet would take for
-a formula: at its start, and after `;` and `|`, which separate cells in the spreadsheets of many languages.
+a reader's terminal. CSV is for spreadsheets and people: RFC 4180, one line per record; unprintable characters are written
+as escapes (`\n`, `\t`, `\x1b`, `\u202e`). An apostrophe precedes each part of a text that a spreadsheet would evaluate as a
+formula: at the start of the text, and after `;` and `|`, which separate cells in some locales.
 """
 
 from __future__ import annotations
@@ -21,30 +21,32 @@ from scanfleet.auth import Caller, Guarded
 from scanfleet.rest import Result
 from scanfleet.service import PathId
 
-PIECE: Final = 1 << 16  # characters that go out at once: what a server buffers before it waits for the reader
+PIECE: Final = (
+    1 << 16
+)  # characters per chunk of the response: as much as the server buffers before it waits for the reader
 
-# A sign of a formula or its full-width form, where a cell may begin. Spreadsheets drop spaces and quotes before it.
+# A formula prefix or its full-width form where a cell may begin. Spreadsheets drop spaces and quotes before it.
 _FORMULA: Final = re.compile(r"""(^|[;|])(?=[ "]*[=+\-@\uff1d\uff0b\uff0d\uff20])""")
 _RANGE: Final = re.compile(
     r"([\w.+*-]+/[\w.+*-]+)(?:;(?!q=)[^;]*)*(?:;q=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?))?", re.ASCII
 )
 
-# A banner may hold HTML: no browser is to guess that the answer is a page.
+# A banner may contain HTML: browsers must not sniff the response as a page.
 _HEADERS: Final = {"Vary": "Accept", "X-Content-Type-Options": "nosniff"}
 
 
 class Results(Protocol):
     def results(self, job_id: int, user_id: int | None) -> AsyncIterator[Iterable[Result]]:
-        """The job's results in order of creation, host by host; `user_id` limits them to that user's.
+        """Yield the job's results in order of creation, host by host; `user_id` limits them to that user's.
 
         Raises:
-            DependencyError: the store is away, maybe halfway.
+            DependencyError: the store is unavailable; it can fail after some results were yielded.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How a list of results is written."""
+    """An export format: how a list of results is serialized."""
 
     media_type: str
     head: str
@@ -54,7 +56,7 @@ class Format:
 
 
 class _Line:
-    """What `csv` takes for a file; its writer answers what this writes."""
+    """A file for `csv.writer` whose `write` returns the line, so that `writerow` returns it too."""
 
     def write(self, text: str) -> str:
         return text
@@ -85,7 +87,7 @@ CSV: Final = Format("text/csv", ",".join(Result.model_fields) + "\r\n", _csv_row
 
 
 def negotiate(accept: str) -> Format:
-    """The format that an Accept header likes best; JSON if it likes none, or several equally."""
+    """Return the format with the highest quality in an Accept header; JSON if none is acceptable or several are equal."""
     liked: dict[str, float] = {}
     for item in accept.lower().split(","):
         if match := _RANGE.fullmatch(re.sub(r"\s", "", item)):
@@ -99,7 +101,7 @@ def negotiate(accept: str) -> Format:
 
 
 async def write(form: Format, results: AsyncIterator[Iterable[Result]]) -> AsyncIterator[bytes]:
-    """The document in pieces of about `PIECE` bytes; at least one."""
+    """Yield the document in pieces of about `PIECE` bytes; at least one."""
     parts, size, between = [form.head], 0, ""
     async for some in results:
         for result in some:
@@ -128,13 +130,13 @@ async def results(
     request: Request,
     store: Annotated[Results, Depends(_store)],
 ) -> StreamingResponse:
-    """The task's results in order of creation, as far as they are the caller's.
+    """Stream the task's results in order of creation, limited to those that the caller owns.
 
-    Whether the task exists and whose it is only the orchestrator knows; the gateway asks it first.
+    Only the orchestrator stores whether the task exists and who owns it; the gateway asks the orchestrator first.
     """
     form = negotiate(",".join(request.headers.getlist("accept")))
     pieces = write(form, store.results(job_id, None if caller.admin else caller.user_id))
-    first = await anext(pieces)  # a store that is away now is a 503; later it can only be a broken answer
+    first = await anext(pieces)  # if the store is unavailable now, the response is a 503; later it can only be cut off
 
     async def body() -> AsyncIterator[bytes]:
         yield first

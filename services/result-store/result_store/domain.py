@@ -1,8 +1,9 @@
-"""What counts as a result: a function of the log alone, whoever reads it, in whatever batches, how often.
+"""Decide which hosts are results, as a function of the log alone.
 
-Of the hosts with one chunk and address the first in the log is stored. A chunk is closed by the first ChunkScanned whose
-every claim of a host is borne out by a host that stands before it in the log. From then on its map says which hosts are
-results, so what comes later, from a superseded worker or a slow replica, adds nothing.
+The decision does not depend on which replica reads the log, how it is cut into batches, or how often it is read. Of several
+hosts with the same chunk and address, the first in the log is stored. A chunk is closed by the first ChunkScanned for which
+every host that its map claims precedes it in the log. From then on this map decides which hosts are results, so later
+messages from a superseded worker or a slow replica add nothing.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ from scanfleet.ports import Range, parse_ranges
 from scanfleet.rest import Result
 
 WITH_HOST: Final = frozenset({Outcome.ANSWERED, Outcome.SILENT, Outcome.TIMED_OUT})
-"""The letters that claim a stored host."""
+"""The outcome codes that claim a stored host."""
 
 NEVER_PROBED: Final = frozenset({Outcome.EXCLUDED, Outcome.REFUSED})
-"""The letters that no host can change: nothing was sent to these addresses."""
+"""The outcome codes that no host can change: no packet was sent to these addresses."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a record stands in its partition of the log."""
+    """Position of a record in its partition of the log."""
 
     created_at: datetime
     offset: int
 
     def precedes(self, other: Place) -> bool:
-        # Offsets begin anew when a broker has lost its data, and two brokers' clocks may differ: either alone may err.
+        # Offsets restart at 0 when a broker has lost its data, and brokers' clocks may differ: neither alone is reliable.
         return self.offset < other.offset or self.created_at < other.created_at
 
 
@@ -46,11 +47,11 @@ class Host:
 
     @property
     def result_count(self) -> int:
-        """How many results it has, and so how many ids they take."""
+        """Number of results of this host, and therefore of ids that it needs."""
         return len(self.scanned.ports) + sum(last - first + 1 for first, last in self._silent)
 
     def results(self, first_id: int) -> Iterator[Result]:
-        """Its results in port order, numbered from `first_id`."""
+        """Yield the host's results in port order, numbered from `first_id`."""
         listed = sorted(self.scanned.ports, key=_order)
         for result_id, found in enumerate(merge(listed, self._open_filtered(), key=_order), first_id):
             yield Result(
@@ -74,7 +75,7 @@ class Host:
         return parse_ranges(self.scanned.open_filtered)
 
     def _open_filtered(self) -> Iterator[PortFound]:
-        """The ports that the host holds as ranges, made one at a time."""
+        """Expand the port ranges of the host one port at a time."""
         for first, last in self._silent:
             for number in range(first, last + 1):
                 yield PortFound(port=number, protocol="udp", status="open|filtered")
@@ -86,7 +87,7 @@ def _order(found: PortFound) -> tuple[int, str]:
 
 @dataclass(frozen=True, slots=True)
 class ClosedChunk:
-    """A chunk whose results are complete; `outcomes` is its final map."""
+    """A chunk whose results are complete; `outcomes` is its final outcome map."""
 
     job_id: int
     chunk_id: str
@@ -94,12 +95,12 @@ class ClosedChunk:
     outcomes: str
 
     def counts(self, address: str) -> bool:
-        """Whether the chunk's host of this address is a result."""
+        """Return whether the chunk's host at this address is a result."""
         index = _index(self.first_address, address)
         return 0 <= index < len(self.outcomes) and self.outcomes[index] in WITH_HOST
 
     def announcement(self, scanned: ChunkScanned) -> ChunkStored:
-        """The answer to any ChunkScanned of this chunk."""
+        """Build the reply to any ChunkScanned of this chunk."""
         return ChunkStored(
             traceparent=scanned.traceparent,
             job_id=self.job_id,
@@ -110,7 +111,7 @@ class ClosedChunk:
 
 @dataclass(frozen=True, slots=True)
 class StoredHost:
-    """As much of a stored host as closing its chunk takes."""
+    """The fields of a stored host that `close` needs."""
 
     address: str
     outcome: Outcome
@@ -119,13 +120,13 @@ class StoredHost:
 
 @dataclass(slots=True)
 class Batch:
-    """A batch of scan-results, each host once."""
+    """A batch of scan-results, deduplicated by host."""
 
     hosts: dict[str, Host] = field(default_factory=dict)
-    """By event id; the first in the log."""
+    """By event id; the first one in the log."""
 
     scanned: list[tuple[ChunkScanned, Place]] = field(default_factory=list)
-    """In log order for each chunk."""
+    """In log order within each chunk."""
 
     @property
     def chunk_ids(self) -> set[str]:
@@ -133,10 +134,10 @@ class Batch:
 
 
 def fold(records: Iterable[Record]) -> Batch:
-    """Sort a batch out.
+    """Collect the hosts and ChunkScanned messages of some records into a batch.
 
     Raises:
-        MessageError: a message names ports that are none.
+        MessageError: a message contains invalid or duplicate ports.
     """
     batch = Batch()
     for record in records:
@@ -151,9 +152,9 @@ def fold(records: Iterable[Record]) -> Batch:
 
 
 def close(scanned: ChunkScanned, place: Place, stored: Iterable[StoredHost]) -> ClosedChunk | ChunkIncomplete:
-    """Close the chunk if no letter of its map is blank and each that claims a host has one in `stored` before `place`.
+    """Close the chunk if no code of its map is blank and each that claims a host has one in `stored` before `place`.
 
-    Such a host is what became of its address, whatever the map says: an earlier attempt may have reported it.
+    The outcome of such a host overrides the code in the map: an earlier attempt may have reported the host.
     """
     letters = list(scanned.outcomes)
     held = set[int]()
@@ -187,7 +188,7 @@ def close(scanned: ChunkScanned, place: Place, stored: Iterable[StoredHost]) -> 
 def _index(first: str, address: str) -> int:
     try:
         return index_of(first, address)
-    except ValueError:  # of the other family: in no map of this chunk
+    except ValueError:  # the other address family: not in this chunk's map
         return -1
 
 

@@ -1,4 +1,4 @@
-"""scan-results in, hosts and closed chunks to the store, scan-stored out."""
+"""Consume scan-results, store hosts and closed chunks, and publish to scan-stored."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from scanfleet.messages import ChunkIncomplete, ChunkMessage, ChunkScanned, Chun
 from scanfleet.messages.topics import SCAN_STORED
 
 _hosts = Counter("scanfleet_results_hosts_stored", "Hosts stored.")
-_duplicates = Counter("scanfleet_results_duplicates", "Hosts that were stored already.")
-_late = Counter("scanfleet_results_late", "Hosts that came after their chunk was closed; no results, if they are new.")
+_duplicates = Counter("scanfleet_results_duplicates", "Hosts that were already stored.")
+_late = Counter("scanfleet_results_late", "Hosts received after their chunk was closed; new ones are not results.")
 _closed = Counter("scanfleet_results_chunks_closed", "Chunks closed.")
 _incomplete = Counter("scanfleet_results_chunks_incomplete", "ChunkScanned whose hosts were not all stored.")
 
@@ -30,33 +30,33 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 class Store(Protocol):
-    """Hosts and closed chunks; what is there never changes, so every call may be repeated.
+    """Store of hosts and closed chunks. Documents never change after insertion, so every call is idempotent.
 
     Raises:
-        DependencyError: from every method, when the store is away.
+        DependencyError: from every method, if the store is unavailable.
     """
 
     async def add(self, hosts: Sequence[Host]) -> int:
-        """Store each host whose chunk and address are not there yet; answer how many were new."""
+        """Store each host whose chunk and address are not stored yet; return the number of new hosts."""
 
     async def stored(self, chunk_ids: Collection[str]) -> dict[str, list[StoredHost]]:
-        """The hosts of each of these chunks."""
+        """Return the hosts of each of these chunks."""
 
     async def close(self, chunks: Sequence[ClosedChunk]) -> dict[str, ClosedChunk]:
-        """Close these chunks; answer those that were closed before, as they were."""
+        """Close these chunks; return those that were already closed, as they are stored."""
 
     async def closed(self, chunk_ids: Collection[str]) -> dict[str, ClosedChunk]:
-        """Those of these chunks that are closed."""
+        """Return those of these chunks that are closed."""
 
 
 class ResultsHandler:
-    """Makes hosts results, and answers a ChunkScanned by what is truly stored.
+    """Stores hosts, and replies to each ChunkScanned from what is stored.
 
     Args:
-        store: where hosts and closed chunks are.
-        publisher: for the answers.
-        grants: what the orchestrator signed; records that it does not cover have no effect.
-        refusals: where these are reported.
+        store: stores hosts and closed chunks.
+        publisher: publishes the replies.
+        grants: verifies the orchestrator's signatures; records without a valid one are dropped.
+        refusals: collects the audit entries of dropped records.
     """
 
     def __init__(self, store: Store, publisher: Publisher, grants: Grants, refusals: Refusals) -> None:
@@ -88,27 +88,27 @@ class ResultsHandler:
     def _covered(self, record: Record) -> bool:
         message = record.message
         if not isinstance(message, HostScanned | ChunkScanned):
-            raise MessageError(f"{type(message).__name__} is no result")
+            raise MessageError(f"unexpected message type {type(message).__name__} on scan-results")
         if fault := self._grants.fault(message):
             _uncovered.inc()
             self._refusals.add_uncovered(record, fault)
         return not fault
 
     async def assigned(self, partitions: Collection[int]) -> None:
-        """Nothing is kept for a partition."""
+        """Do nothing: the handler has no state per partition."""
 
     async def revoked(self, partitions: Collection[int]) -> None:
-        """Nothing is kept for a partition."""
+        """Do nothing: the handler has no state per partition."""
 
     async def caught_up(self, partitions: Collection[int]) -> None:
-        """Nothing waits for the end of the log."""
+        """Do nothing: the handler does not wait for the end of the log."""
 
     async def _answers(
         self,
         batch: Batch,
         closed: dict[str, ClosedChunk],
     ) -> list[ChunkIncomplete | ChunkStored]:
-        """Close what can be closed, and answer every ChunkScanned."""
+        """Close the chunks that are complete, and build a reply to every ChunkScanned."""
         stored = await self._store.stored({each.chunk_id for each, _ in batch.scanned} - closed.keys())
         closing: dict[str, ClosedChunk] = {}
         incomplete: list[ChunkIncomplete] = []
@@ -139,6 +139,6 @@ class ResultsHandler:
 
 
 def _traces(records: Sequence[Record]) -> dict[str, str | None]:
-    """Of each chunk, as its last record says it."""
+    """Map each chunk id to the traceparent of its last record."""
     messages = (record.message for record in records)
     return {each.chunk_id: each.traceparent for each in messages if isinstance(each, ChunkMessage)}

@@ -1,4 +1,4 @@
-"""Builds result-store: `uvicorn --factory result_store.main:create_app`."""
+"""Build result-store: `uvicorn --factory result_store.main:create_app`."""
 
 from __future__ import annotations
 

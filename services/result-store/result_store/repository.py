@@ -1,8 +1,8 @@
-"""Hosts and closed chunks in MongoDB, inserted and never changed, so every call may be repeated.
+"""Store hosts and closed chunks in MongoDB. Documents are inserted and never changed, so every call is idempotent.
 
-- `hosts`: `_id` is `<chunk_id>/<address>`, so the first insert of a host is the only one. `first_id` is the id of its first
-  result and is there only if it has one.
-- `chunks`: `_id` is the chunk's id; one that is here is closed.
+- `hosts`: `_id` is `<chunk_id>/<address>`, so only the first insert of a host succeeds. `first_id` is the id of its first
+result; hosts without results do not have the field.
+- `chunks`: `_id` is the chunk's id. The collection holds closed chunks only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scanfleet.mongo import Database, Document, Ids, dependency_errors, insert_m
 from scanfleet.outcomes import Outcome
 from scanfleet.rest import Result
 
-# Hosts fetched at once for one reader of results. They wait undecoded, usually a kilobyte each and together at most 16 MB.
+# Hosts fetched at once for one reader of results. They are held undecoded, usually a kilobyte each and at most 16 MB together.
 PAGE: Final = 100
 
 SEQUENCE: Final = "results"
@@ -36,16 +36,16 @@ class MongoStore:
         self._database = database
         self._hosts = database["hosts"]
         self._chunks = database["chunks"]
-        # Each batch takes its own ids in one write, so that they grow from one replica to the next.
+        # Each batch allocates its ids in one write, so that ids increase across replicas.
         self._ids = Ids(database, SEQUENCE)
 
     async def prepare(self) -> None:
-        """Make the indexes what they are to be."""
+        """Create the indexes, and replace older versions of them."""
         await make_indexes(self._database, _INDEXES)
 
     @dependency_errors()
     async def add(self, hosts: Sequence[Host]) -> int:
-        """Store each host that is not there yet; answer how many were new."""
+        """Store each host that is not stored yet; return the number of new hosts."""
         results = sum(host.result_count for host in hosts)
         next_id = (await self._ids.take(results)).start if results else 0
         documents: list[Document] = []
@@ -59,10 +59,10 @@ class MongoStore:
 
     @dependency_errors()
     async def stored(self, chunk_ids: Collection[str]) -> dict[str, list[StoredHost]]:
-        """The hosts of each of these chunks."""
+        """Return the hosts of each of these chunks."""
         found: dict[str, list[StoredHost]] = {chunk_id: [] for chunk_id in chunk_ids}
         if found:
-            # "0" follows "/": these ranges hold the keys that begin with "<chunk_id>/", and need no index of their own.
+            # "0" follows "/": these ranges select the keys that begin with "<chunk_id>/", and need no additional index.
             ranges = [{"_id": {"$gte": f"{chunk_id}/", "$lt": f"{chunk_id}0"}} for chunk_id in found]
             query = {"$or": ranges, "chunk_id": {"$in": list(found)}}
             for host in await self._hosts.find(query, _OF_STORED).to_list(None):
@@ -72,23 +72,23 @@ class MongoStore:
 
     @dependency_errors()
     async def close(self, chunks: Sequence[ClosedChunk]) -> dict[str, ClosedChunk]:
-        """Close these chunks; answer those that were closed before, as they were."""
+        """Close these chunks; return those that were already closed, as they are stored."""
         before = await insert_missing(self._chunks, [_chunk_document(chunk) for chunk in chunks])
         return await self.closed([chunks[index].chunk_id for index in before])
 
     @dependency_errors()
     async def closed(self, chunk_ids: Collection[str]) -> dict[str, ClosedChunk]:
-        """Those of these chunks that are closed."""
+        """Return those of these chunks that are closed."""
         if not chunk_ids:
             return {}
         documents = await self._chunks.find({"_id": {"$in": list(chunk_ids)}}).to_list(None)
         return {document["_id"]: _chunk(document) for document in documents}
 
     async def results(self, job_id: int, user_id: int | None) -> AsyncIterator[Iterator[Result]]:
-        """The job's results in order of creation, host by host; `user_id` limits them to that user's.
+        """Yield the job's results in order of creation, host by host; `user_id` limits them to that user's.
 
         Raises:
-            DependencyError: the store is away, maybe halfway.
+            DependencyError: the store is unavailable; it can fail after some results were yielded.
         """
         query: Document = {"job_id": job_id, **_WITH_RESULTS}
         if user_id is not None:
@@ -98,11 +98,11 @@ class MongoStore:
             cursor = self._hosts.find_raw_batches(query, sort=order, batch_size=PAGE)
             try:
                 async for page in cursor:
-                    # Decoded twice, so that never more than one host is, and a page takes one question.
+                    # Decoded twice, so that at most one host is decoded at a time, and a page needs one query for closed chunks.
                     closed = await self.closed({document["chunk_id"] for document in self._decode(page)})
                     for document in self._decode(page):
                         chunk = closed.get(document["chunk_id"])
-                        # A host that came after its chunk was closed is stored too; only the final map tells.
+                        # A host that arrived after its chunk was closed is stored too; only the final map tells them apart.
                         if chunk is None or chunk.counts(document["address"]):
                             yield _host(document).results(document["first_id"])
             finally:

@@ -1,7 +1,8 @@
-"""`python -m result_store.restored`: once, before result-store starts on a database that was set back to a backup.
+"""`python -m result_store.restored`: run once before result-store starts on a database that was restored from a backup.
 
-It reads scan-results anew, as far as Kafka keeps it: what was found since the backup is found again there, and what is in
-the database already stays as it is. docs/operations.md has all steps of a restore.
+It moves the consumer group to the beginning of scan-results, as far as Kafka retains it. Results that are newer than the
+backup are stored again from the log; those already in the database do not change. docs/operations.md has all steps of a
+restore.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from scanfleet.messages.topics import RESULT_STORE, SCAN_RESULTS
 
 
 async def restored(settings: Settings) -> str:
-    """Make a database that was set back fit for use; again does no harm. Answers what was done.
+    """Prepare a restored database for use and return a summary. Idempotent.
 
     Raises:
-        DependencyError: Kafka or MongoDB is away, or a result-store still runs; call again.
+        DependencyError: Kafka or MongoDB is unavailable, or a result-store still runs; call again.
     """
     await move_group(settings, RESULT_STORE, SCAN_RESULTS, "beginning")
     above = mongo.beyond()
@@ -28,7 +29,7 @@ async def restored(settings: Settings) -> str:
         await mongo.advance_ids(database, [SEQUENCE], above)
     finally:
         database.client.close()
-    return f"ids go on above {above}\n{SCAN_RESULTS.name} is read from its beginning\n"
+    return f"new ids start above {above}\n{SCAN_RESULTS.name} will be read from its beginning\n"
 
 
 if __name__ == "__main__":

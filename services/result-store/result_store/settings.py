@@ -1,4 +1,4 @@
-"""What result-store is told by its environment."""
+"""Settings of result-store, read from the environment."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from scanfleet.settings import CommonSettings, InternalTokenSettings, KafkaSetti
 
 
 class Settings(CommonSettings, KafkaSettings, MongoSettings, InternalTokenSettings):
-    """Every setting of result-store."""
+    """All settings of result-store."""
 
     chunk_public_keys_file: Path = Field(
-        description="PEM file with job-orchestrator's Ed25519 public key, by which results are verified, read once at start; for "
-        "as long as scan-results is kept after the key was replaced, with the old and the new one.",
+        description="PEM file with job-orchestrator's Ed25519 public key, which verifies results. Read once at start. After a key "
+        "rotation it holds the old and the new key for the retention time of scan-results.",
     )

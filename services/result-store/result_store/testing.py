@@ -1,4 +1,4 @@
-"""The store in memory, and logs to fill it with; it passes the same suite as the one in MongoDB."""
+"""An in-memory store, which passes the same suite as the one in MongoDB, and builders of logs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self.hosts: dict[str, tuple[Host, int]] = {}
-        """With the id of its first result, by event id."""
+        """Each host with the id of its first result, by event id."""
 
         self.chunks: dict[str, ClosedChunk] = {}
         self._next_id = 1
@@ -69,18 +69,18 @@ class MemoryStore:
 
 
 def handler(store: Store, publisher: Publisher) -> ResultsHandler:
-    """Accepts what `host` and `scanned` make."""
+    """Return a handler that accepts the messages of `host` and `scanned`."""
     return ResultsHandler(store, publisher, grants(), Refusals(RESULT_STORE))
 
 
 class Log:
-    """One partition of scan-results, as the broker would stamp it: a record every millisecond."""
+    """One partition of scan-results, stamped as a broker would: one record per millisecond."""
 
     def __init__(self) -> None:
         self.records: list[Record] = []
 
     def append(self, *messages: Message) -> list[Record]:
-        """The records of these messages."""
+        """Append these messages and return their records."""
         start = len(self.records)
         for offset, message in enumerate(messages, start):
             timestamp = EPOCH + timedelta(milliseconds=offset)
@@ -89,7 +89,7 @@ class Log:
 
 
 def host(address: str = "127.9.8.1", *ports: int | PortFound, chunk_id: str = "1-0", **fields: object) -> HostScanned:
-    """A host of job 1 of user 7 that answered, with these open ports."""
+    """Return a host of job 1 of user 7 that answered, with these open ports."""
     found = tuple(PortFound(port=port) if isinstance(port, int) else port for port in ports)
     defaults = {"job_id": 1, "user_id": 7, "attempt": 1, "worker_id": "w", "outcome": "a", "technique": "connect"}
     return signed(
@@ -100,7 +100,7 @@ def host(address: str = "127.9.8.1", *ports: int | PortFound, chunk_id: str = "1
 
 
 def scanned(outcomes: str, *, chunk_id: str = "1-0", **fields: object) -> ChunkScanned:
-    """The end of a chunk of job 1 whose map begins at `FIRST`."""
+    """Return the ChunkScanned of a chunk of job 1 whose map begins at `FIRST`."""
     defaults = {"job_id": 1, "attempt": 1, "worker_id": "w", "slot_seconds": 1.0, "technique": "connect"}
     return signed(
         ChunkScanned.model_validate(

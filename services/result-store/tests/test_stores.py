@@ -1,4 +1,4 @@
-"""One suite for both stores: the one in memory, and the one in MongoDB."""
+"""One suite for both stores: in memory and in MongoDB."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
 
 
 def hosts(*messages: HostScanned) -> list[Host]:
-    """These hosts as a log holds them, in order."""
+    """Return these hosts with their places in a log, in order."""
     return list(fold(Log().append(*messages)).hosts.values())
 
 
@@ -44,8 +44,8 @@ def chunk(outcomes: str, chunk_id: str = "1-0") -> ClosedChunk:
     return ClosedChunk(1, chunk_id, "127.9.8.0", outcomes)
 
 
-async def test_what_is_stored_reads_back(store: Store) -> None:
-    """A host's results come back with every field as it was reported, and the broker's stamp as their time."""
+async def test_results_return_stored_fields(store: Store) -> None:
+    """A host's results have every field as it was reported, and the broker's timestamp as their time."""
     port = PortFound(
         port=53,
         protocol="udp",
@@ -61,8 +61,8 @@ async def test_what_is_stored_reads_back(store: Store) -> None:
     assert await listed(store) == list(stored.results(1))
 
 
-async def test_the_first_of_equal_hosts_stays(store: Store) -> None:
-    """A host that is stored already is not counted as new and changes nothing."""
+async def test_add_existing_host_is_ignored(store: Store) -> None:
+    """A host that is already stored is not counted as new and changes nothing."""
     [first] = hosts(host("127.9.8.1", 22))
     [second] = hosts(host("127.9.8.1", 80, attempt=2))
     assert await store.add([first]) == 1
@@ -70,24 +70,24 @@ async def test_the_first_of_equal_hosts_stays(store: Store) -> None:
     assert [result.port for result in await listed(store)] == [22]
 
 
-async def test_new_hosts_are_stored_among_old_ones(store: Store) -> None:
-    """A batch of which a part is stored already adds the other part."""
+async def test_add_partly_stored_batch_adds_new_hosts(store: Store) -> None:
+    """A batch that is partly stored adds its remaining hosts."""
     batch = hosts(*(host(f"127.9.8.{n}", 22) for n in range(6)))
     assert await store.add(batch[::2]) == 3
     assert await store.add(batch) == 3
     assert [result.ip_address for result in await listed(store)] == [f"127.9.8.{n}" for n in range(6)]
 
 
-async def test_nothing_is_added_for_nothing(store: Store) -> None:
-    """Every call takes an empty batch."""
+async def test_store_empty_batch_is_accepted(store: Store) -> None:
+    """Every method accepts an empty batch."""
     assert await store.add([]) == 0
     assert await store.close([]) == {}
     assert await store.closed(set()) == {}
     assert await store.stored(set()) == {}
 
 
-async def test_results_open_filtered_ranges_are_single_ports_in_port_order(store: Store) -> None:
-    """Silent UDP ports that a host holds as ranges read back as one result each, among the others, with ids of their own."""
+async def test_results_open_filtered_ranges_are_expanded_in_port_order(store: Store) -> None:
+    """Silent UDP ports stored as ranges are listed as one result each, in port order, with consecutive ids."""
     ports = PortFound(port=53), PortFound(port=54, protocol="udp", service="xns-ch"), PortFound(port=9000)
     ranges, plain = hosts(host("127.9.8.1", *ports, open_filtered="52-53,9001"), host("127.9.8.2", 22))
     assert await store.add([ranges, plain]) == 2
@@ -106,14 +106,14 @@ async def test_results_open_filtered_ranges_are_single_ports_in_port_order(store
     assert [each.id for each in await listed(store)] == ids
 
 
-async def test_results_host_with_ranges_alone_has_results(store: Store) -> None:
-    """A host that has nothing but silent UDP ports is listed too."""
+async def test_results_host_with_only_ranges_is_listed(store: Store) -> None:
+    """A host with only silent UDP ports is listed too."""
     assert await store.add(hosts(host("127.9.8.1", open_filtered="1-3"))) == 1
     assert [each.port for each in await listed(store)] == [1, 2, 3]
 
 
-async def test_ids_start_at_one_and_grow(store: Store) -> None:
-    """Each result has an id of its own; they start at 1, and those of a later batch are higher."""
+async def test_results_ids_start_at_one_and_increase(store: Store) -> None:
+    """Ids are unique and start at 1, and those of a later batch are higher."""
     await store.add(hosts(host("127.9.8.1", 22, 80), host("127.9.8.2"), host("127.9.8.3", 443)))
     before = [result.id for result in await listed(store)]
     await store.add(hosts(host("127.9.9.1", 22, chunk_id="2-0", job_id=2)))
@@ -123,7 +123,7 @@ async def test_ids_start_at_one_and_grow(store: Store) -> None:
 
 
 async def test_results_are_ordered_by_creation(store: Store) -> None:
-    """Results come by the broker's stamp, then by place in the log, then by port, however they were stored."""
+    """Results are ordered by broker timestamp, then log offset, then port, regardless of insertion order."""
     places = [Place(EPOCH.replace(minute=minute), offset) for minute, offset in [(2, 1), (1, 7), (1, 3)]]
     unordered = [Host(host(f"127.9.8.{n}", 80, 22), place) for n, place in enumerate(places)]
     await store.add(unordered)
@@ -131,44 +131,44 @@ async def test_results_are_ordered_by_creation(store: Store) -> None:
     assert found == [("2", 22), ("2", 80), ("1", 22), ("1", 80), ("0", 22), ("0", 80)]
 
 
-async def test_hosts_with_nothing_open_are_stored_and_not_listed(store: Store) -> None:
-    """A host without ports counts for its chunk and has no result."""
+async def test_results_host_without_ports_is_not_listed(store: Store) -> None:
+    """A host without ports counts towards its chunk and has no result."""
     await store.add(hosts(host("127.9.8.1", outcome="s")))
     assert await listed(store) == []
     [stored] = (await store.stored({"1-0"}))["1-0"]
     assert (stored.address, stored.outcome, stored.place) == ("127.9.8.1", Outcome.SILENT, Place(EPOCH, 0))
 
 
-async def test_only_the_jobs_results_are_listed(store: Store) -> None:
+async def test_results_other_jobs_are_not_listed(store: Store) -> None:
     """Another job's results are not listed."""
     await store.add(hosts(host("127.9.8.1", 22), host("127.9.8.1", 80, chunk_id="2-0", job_id=2)))
     assert [result.port for result in await listed(store, 2)] == [80]
 
 
-async def test_only_the_users_results_are_listed(store: Store) -> None:
-    """For a user only what is theirs is listed, for nobody in particular all."""
+async def test_results_user_filter_limits_the_list(store: Store) -> None:
+    """With a user id only that user's results are listed, without one all of them."""
     await store.add(hosts(host("127.9.8.1", 22, user_id=7), host("127.9.8.2", 80, user_id=8)))
     assert [result.port for result in await listed(store, user_id=7)] == [22]
     assert [result.port for result in await listed(store)] == [22, 80]
 
 
-async def test_results_go_on_beyond_a_page(store: Store) -> None:
-    """A job with more hosts than are held at once is listed whole and in order."""
+async def test_results_span_several_pages(store: Store) -> None:
+    """A job with more hosts than a page is listed completely and in order."""
     count = 2 * PAGE + 1
     await store.add(hosts(*(host(f"127.9.8.{n}", 22) for n in range(count))))
     assert [result.ip_address for result in await listed(store)] == [f"127.9.8.{n}" for n in range(count)]
 
 
-async def test_a_closed_chunk_shows_what_its_map_claims(store: Store) -> None:
-    """Once a chunk is closed a host is listed only if the final map claims it; an open chunk shows all."""
+async def test_results_closed_chunk_lists_claimed_hosts(store: Store) -> None:
+    """A host of a closed chunk is listed only if the final map claims it; all hosts of an open chunk are listed."""
     await store.add(hosts(host("127.9.8.0", 22), host("127.9.8.1", 80), host("127.9.8.2", 443, chunk_id="1-1")))
     assert [result.port for result in await listed(store)] == [22, 80, 443]
     await store.close([chunk("ad")])
     assert [result.port for result in await listed(store)] == [22, 443]
 
 
-async def test_a_chunk_is_closed_once(store: Store) -> None:
-    """The first map that a chunk is closed with stays, and whoever comes second is told of it."""
+async def test_close_closed_chunk_returns_the_first_map(store: Store) -> None:
+    """The first map that closes a chunk is kept, and a later `close` returns it."""
     assert await store.close([chunk("ad"), chunk("ss", "1-1")]) == {}
     assert await store.close([chunk("aa"), chunk("dd", "1-2")]) == {"1-0": chunk("ad")}
     assert await store.closed({"1-0", "1-1", "1-2", "1-3"}) == {
@@ -178,8 +178,8 @@ async def test_a_chunk_is_closed_once(store: Store) -> None:
     }
 
 
-async def test_the_hosts_of_a_chunk_are_its_own(store: Store) -> None:
-    """Hosts are found by their own chunk, not by one whose id begins or sorts alike."""
+async def test_stored_matches_the_exact_chunk_id(store: Store) -> None:
+    """Hosts are found by their exact chunk id, not by one with the same prefix or an adjacent sort key."""
     ids = ["1-1", "1-10", "1-1-0", "1-1.", "1-2"]
     await store.add(hosts(*(host(f"127.9.8.{n}", chunk_id=each) for n, each in enumerate(ids))))
     found = await store.stored({"1-1", "1-2", "1-3"})
@@ -190,7 +190,7 @@ async def test_the_hosts_of_a_chunk_are_its_own(store: Store) -> None:
     }
 
 
-async def test_a_tarpit_fits(store: Store) -> None:
-    """A host with every port of its chunk open is stored and listed whole."""
+async def test_add_host_with_all_ports_open_is_stored(store: Store) -> None:
+    """A host with every port of its chunk open is stored and listed completely."""
     await store.add(hosts(host("127.9.8.1", *range(1, 8193))))
     assert [result.port for result in await listed(store)] == list(range(1, 8193))

@@ -42,7 +42,7 @@ def reader(path: Path) -> Callable[[Any], Any]:
 
 @pytest.mark.proves("F28")
 @every_document
-def test_a_document_of_any_release_is_read(path: Path) -> None:
+def test_documents_of_earlier_releases_are_read(path: Path) -> None:
     """A document is read, whichever release stored it, and fields that this release does not know change nothing."""
     read = reader(path)
     known = read(stored(path))

@@ -1,4 +1,4 @@
-"""Streams over a real HTTP server: what breaks must look broken, and who is slow must harm nobody."""
+"""Stream results over a real HTTP server: interrupted responses and slow readers."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ pytestmark = pytest.mark.integration
 
 ISSUER = Issuer()
 PATH = "/api/v1/task/{}/results"
-LARGE = 100_000  # hosts of about a kilobyte: far more than all buffers on the way
+LARGE = 100_000  # hosts of about a kilobyte: far more than all buffers between server and client hold
 
 
 class EndlessStore(MemoryStore):
-    """Job 1 is large, job 2 breaks off after two pieces, job 3 is small."""
+    """Job 1 is large, job 2 fails after two pieces, job 3 is small."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class EndlessStore(MemoryStore):
             self.given += 1
             yield one.results(number)
         if job_id == 2:
-            raise DependencyError("MongoDB went away")
+            raise DependencyError("MongoDB is unavailable")
 
 
 @asynccontextmanager
@@ -64,7 +64,7 @@ async def served(store: MemoryStore) -> AsyncIterator[httpx.AsyncClient]:
         while not server.started:  # noqa: ASYNC110 # the server has no event to wait for
             await asyncio.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    # Nothing is rendered: a test's default logger would print every local of every frame.
+    # Render nothing: structlog's default logger would print every local of every frame.
     with capture_logs():
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=ISSUER.bearer()) as http:
             yield http
@@ -73,8 +73,8 @@ async def served(store: MemoryStore) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.mark.parametrize("accept", ["application/json", "application/x-ndjson", "text/csv"])
-async def test_an_answer_that_breaks_does_not_look_whole(accept: str) -> None:
-    """When the store goes away in mid-stream the connection breaks before the end of the body, in every format."""
+async def test_stream_store_failure_breaks_the_connection(accept: str) -> None:
+    """If the store fails in mid-stream, the connection closes before the end of the body, in every format."""
     async with served(EndlessStore()) as http:
         with pytest.raises(httpx.RemoteProtocolError):
             await http.get(PATH.format(2), headers={"Accept": accept})
@@ -82,8 +82,8 @@ async def test_an_answer_that_breaks_does_not_look_whole(accept: str) -> None:
 
 
 @pytest.mark.proves("F16", "G11")
-async def test_who_reads_nothing_harms_nobody() -> None:
-    """For callers that do not read, only as much is fetched as fits on the way, and others are answered meanwhile."""
+async def test_stream_stalled_readers_do_not_block_others() -> None:
+    """For clients that do not read, the server fetches only what the buffers hold, and serves others meanwhile."""
     store = EndlessStore()
     async with served(store) as http:
         stalled = [http.stream("GET", PATH.format(1)) for _ in range(2)]
@@ -91,7 +91,7 @@ async def test_who_reads_nothing_harms_nobody() -> None:
             await each.__aenter__()
         async with asyncio.timeout(30):
             asked = -1
-            while store.given != asked:  # until the stalled get no more
+            while store.given != asked:  # until the stalled clients receive no more
                 asked = store.given + 10
                 for _ in range(10):
                     assert (await http.get(PATH.format(3))).status_code == 200

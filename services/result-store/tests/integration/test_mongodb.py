@@ -1,4 +1,4 @@
-"""What only the real MongoDB can show: indexes in use, bad days in the middle."""
+"""Properties that need a real MongoDB: index usage and failures in mid-operation."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ async def fill(store: MongoStore, count: int) -> None:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(60):
-        while not condition():  # noqa: ASYNC110 # what it waits for happens in another process
+        while not condition():  # noqa: ASYNC110 # the condition changes in another process
             await asyncio.sleep(0.02)
 
 
-async def test_each_query_has_its_index(database: Database) -> None:
-    """Reading results, closing a chunk and asking for closed ones walk an index, and nothing is sorted in memory."""
+async def test_queries_use_an_index(database: Database) -> None:
+    """Reading results, closing a chunk and querying closed chunks use an index, without an in-memory sort."""
     store = MongoStore(database)
     await fill(store, 5)
     await store.close([ClosedChunk(1, "1-0", FIRST, "aaaaa")])
@@ -64,16 +64,16 @@ async def test_each_query_has_its_index(database: Database) -> None:
     assert not any(each.get("hasSortStage") for each in profiled)
 
 
-async def test_the_index_is_made_once(database: Database) -> None:
-    """A second start finds the index and leaves it alone."""
+async def test_prepare_existing_index_is_kept(database: Database) -> None:
+    """A second start finds the index and does not rebuild it."""
     before = await database["hosts"].index_information()
     await MongoStore(database).prepare()
     assert await database["hosts"].index_information() == before
     assert set(before) == {"_id_", "job_id_1_created_at_1_offset_1"}
 
 
-async def test_a_store_that_goes_away_halfway_says_so(mongodb: str, database: Database) -> None:
-    """When MongoDB goes in the middle of reading, the reader gets a DependencyError and no end."""
+async def test_results_mongodb_failure_in_mid_read_raises(mongodb: str, database: Database) -> None:
+    """If MongoDB stops while results are read, the reader gets a DependencyError instead of the end of the stream."""
     await fill(MongoStore(database), 3 * PAGE)
     [(address, port)] = parse_uri(mongodb)["nodelist"]
     async with proxy(address, port) as between:
@@ -88,20 +88,20 @@ async def test_a_store_that_goes_away_halfway_says_so(mongodb: str, database: Da
         await asyncio.to_thread(detour.client.close)
 
 
-async def test_a_reader_may_take_its_time(database: Database) -> None:
-    """A reader that pauses longer than an operation may take still gets the rest."""
+async def test_results_slow_reader_gets_all_results(database: Database) -> None:
+    """A reader that pauses for longer than the operation timeout still gets the remaining results."""
     await fill(MongoStore(database), 2 * PAGE)
     ips = []
     async for results in MongoStore(database).results(1, None):
         ips += [result.ip_address for result in results]
         if len(ips) == 1:
-            await asyncio.sleep(mongo.TIMEOUT_MS / 1000 + 0.5)  # the pause itself is the claim
+            await asyncio.sleep(mongo.TIMEOUT_MS / 1000 + 0.5)  # the pause itself is under test
     assert len(ips) == 2 * PAGE
 
 
 @pytest.mark.proves("F6")
-async def test_results_flow_again_after_mongodb_was_away(mongodb: str, database: Database) -> None:
-    """Hosts and ends that come while MongoDB is away are stored and answered, once, when it is back."""
+async def test_consumer_recovers_after_mongodb_outage(mongodb: str, database: Database) -> None:
+    """Messages that arrive while MongoDB is unavailable are stored and answered exactly once after it recovers."""
     [(address, port)] = parse_uri(mongodb)["nodelist"]
     async with proxy(address, port) as between:
         detour = mongo.connect(f"mongodb://127.0.0.1:{between.port}/?directConnection=true", database.name)

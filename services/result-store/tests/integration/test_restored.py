@@ -1,4 +1,4 @@
-"""What result-store is told after its database was set back."""
+"""Run `result_store.restored` on a restored database."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from scanfleet.testing.consumers import Recorder, Running, until
 pytestmark = pytest.mark.integration
 
 
-async def test_a_database_that_was_set_back_goes_on_where_nothing_has_been(kafka: str, mongodb: str) -> None:
-    """What the log has is read again, new ids are above all that were given out, and a running result-store is refused."""
+async def test_restored_log_is_replayed_and_ids_advance(kafka: str, mongodb: str) -> None:
+    """The log is read again, new ids exceed all earlier ones, and the command fails while a result-store runs."""
     settings = Settings(
         kafka=kafka,
         topic_prefix=f"{uuid4().hex}-",

@@ -1,4 +1,4 @@
-"""The whole service as a process of its own, over real Kafka and real MongoDB."""
+"""Run the whole service as a separate process, with real Kafka and MongoDB."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from scanfleet.testing.tokens import InternalKeys
 
 pytestmark = pytest.mark.integration
 
-CHUNKS = 4  # each ends in a kill
-HOSTS = 200  # of a chunk
+CHUNKS = 4  # the service is killed once per chunk
+HOSTS = 200  # per chunk
 
 
 class Stored:
-    """Keeps what result-store says."""
+    """Keeps the messages that result-store publishes."""
 
     def __init__(self) -> None:
         self.maps: dict[str, set[str]] = {}
@@ -53,7 +53,7 @@ class Stored:
 
 
 class Service:
-    """result-store as its supervisor runs it."""
+    """A result-store process, as a supervisor runs it."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self._environment = environment
@@ -82,7 +82,7 @@ class Service:
         )
 
     async def end(self, number: signal.Signals) -> int:
-        """Send the signal; answers the exit code."""
+        """Send the signal; return the exit code."""
         assert self._process is not None
         self._process.send_signal(number)
         async with asyncio.timeout(60):
@@ -107,13 +107,13 @@ def chunk(number: int) -> list[HostScanned]:
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(180):
-        while not await condition():  # noqa: ASYNC110 # what it waits for happens in other processes
+        while not await condition():  # noqa: ASYNC110 # the condition changes in other processes
             await asyncio.sleep(0.005)
 
 
 @asynccontextmanager
 async def bus_of_a_worker(kafka: str, prefix: str) -> AsyncIterator[tuple[KafkaBus, Stored]]:
-    """What workers publish with, and what was said to scan-stored."""
+    """Yield the bus that workers publish with, and the messages on scan-stored."""
     bus = KafkaBus(KafkaSettings(kafka=kafka, topic_prefix=prefix), source="scanner-worker", instance="test")
     stored = Stored()
     reader = bus.consume(SCAN_STORED, "test", stored)
@@ -137,8 +137,8 @@ async def emptied(mongodb: str, name: str) -> AsyncIterator[mongo.Database]:
 
 
 @pytest.mark.proves("F5", "G3")
-async def test_killed_in_mid_batch_it_loses_and_doubles_nothing(kafka: str, mongodb: str, tmp_path: Path) -> None:
-    """Killed again and again while it stores, result-store has each host once, each chunk closed, and says so when asked."""
+async def test_service_killed_in_mid_batch_stores_each_host_once(kafka: str, mongodb: str, tmp_path: Path) -> None:
+    """After repeated kills while storing, each host is stored once, each chunk is closed, and each ChunkScanned is answered."""
     name = f"rs-{uuid4().hex[:8]}"
     prefix = f"{name}."
     await create_topics(TopicSettings(kafka=kafka, topic_prefix=prefix))
@@ -182,7 +182,10 @@ async def test_killed_in_mid_batch_it_loses_and_doubles_nothing(kafka: str, mong
         await until(all_closed)
         await until(ready)
         results = (await http.get("/api/v1/task/1/results", headers=keys.bearer(RESULT_STORE))).json()
-        assert await service.end(signal.SIGTERM) in {0, -signal.SIGTERM}  # the server ends as told, once it is clean
+        assert await service.end(signal.SIGTERM) in {
+            0,
+            -signal.SIGTERM,
+        }  # uvicorn re-raises the signal after a graceful shutdown
         assert stored.maps == {f"1-{number}": {"a" * HOSTS} for number in range(CHUNKS)}
         assert await database["hosts"].count_documents({}) == CHUNKS * HOSTS
         assert len({result["id"] for result in results}) == len(results) == CHUNKS * HOSTS * 2

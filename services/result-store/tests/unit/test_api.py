@@ -31,9 +31,9 @@ HOSTILE = "<script>alert(1)</script>\x1b[2J\x1b]0;pwned\x07\u202e\r\n\"quoted\",
 ISSUER = Issuer()
 
 
-class AwayStore(MemoryStore):
+class UnavailableStore(MemoryStore):
     async def results(self, job_id: int, user_id: int | None) -> AsyncIterator[Iterable[Result]]:  # noqa: ARG002 # as in the store
-        raise DependencyError("mongodb://secret-host is away")
+        raise DependencyError("mongodb://secret-host is unavailable")
         yield []
 
 
@@ -67,8 +67,8 @@ async def get(
         return await http.get(path, headers=headers)
 
 
-async def test_a_result_has_exactly_the_public_fields() -> None:
-    """A result shows each field of the API, in its order, and no other."""
+async def test_results_have_exactly_the_public_fields() -> None:
+    """A result has exactly the fields of the API, in the documented order."""
     port = PortFound(
         port=22,
         service="ssh",
@@ -99,14 +99,14 @@ async def test_a_result_has_exactly_the_public_fields() -> None:
     }
 
 
-async def test_what_nmap_did_not_say_is_empty() -> None:
-    """Text that is unknown is an empty string, never null and never left out."""
+async def test_results_unknown_text_is_empty() -> None:
+    """Unknown text is an empty string, never null and never omitted."""
     [result] = (await get(await store_of(host("127.9.8.1", 22)))).json()
     assert [result[name] for name in ("service", "version", "os_info", "banner", "raw_data")] == [""] * 5
 
 
-async def test_results_come_by_time_of_creation() -> None:
-    """Results are listed in the order in which the log holds their hosts."""
+async def test_results_are_in_log_order() -> None:
+    """Results are listed in the order of their hosts in the log."""
     response = await get(await store_of(host("127.9.8.9", 80), host("127.9.8.1", 443, 22)))
     found = [(each["ip_address"], each["port"]) for each in response.json()]
     assert found == [("127.9.8.9", 80), ("127.9.8.1", 22), ("127.9.8.1", 443)]
@@ -114,26 +114,26 @@ async def test_results_come_by_time_of_creation() -> None:
     assert times == sorted(times)
 
 
-async def test_ids_are_numbers_from_one() -> None:
+async def test_results_ids_start_at_one() -> None:
     """Ids are distinct integers that start at 1."""
     response = await get(await store_of(host("127.9.8.1", 22, 80), host("127.9.8.2", 22)))
     assert [each["id"] for each in response.json()] == [1, 2, 3]
 
 
-async def test_udp_and_undecided_ports_are_results() -> None:
+async def test_results_include_udp_and_open_filtered_ports() -> None:
     """A port that is open or open|filtered is a result, for TCP and UDP."""
     found = PortFound(port=53, protocol="udp", status="open|filtered")
     [result] = (await get(await store_of(host("127.9.8.1", found)))).json()
     assert (result["protocol"], result["status"]) == ("udp", "open|filtered")
 
 
-async def test_a_task_without_results_has_an_empty_list() -> None:
-    """Nothing found yet is `[]`, whoever knows whether the task exists."""
+async def test_results_of_empty_task_are_an_empty_list() -> None:
+    """A task without results, or an unknown task, is `[]`."""
     assert (await get(MemoryStore())).text == "[]"
 
 
-async def test_a_host_that_came_too_late_is_not_shown() -> None:
-    """A host that a closed chunk does not claim is in no answer."""
+async def test_results_late_host_is_not_listed() -> None:
+    """A host that a closed chunk does not claim is in no response."""
     store = await store_of(host("127.9.8.0", 22), host("127.9.8.1", 80))
     await store.close([ClosedChunk(1, "1-0", "127.9.8.0", "ad")])
     assert [each["port"] for each in (await get(store)).json()] == [22]
@@ -142,19 +142,19 @@ async def test_a_host_that_came_too_late_is_not_shown() -> None:
 @pytest.mark.parametrize(
     "job_id", ["x", "0", "-1", "1.5", "1e3", "01", "+1", "%201", "9" * 30, "9007199254740992", "$ne"]
 )
-async def test_an_id_that_cannot_be_one_is_unknown(job_id: str) -> None:
-    """A path whose id is no id is a 404 with an error."""
+async def test_results_invalid_id_returns_404(job_id: str) -> None:
+    """A path with an invalid id is a 404 with an error."""
     response = await get(MemoryStore(), f"/api/v1/task/{job_id}/results")
     assert (response.status_code, list(response.json())) == (404, ["error"])
 
 
-async def test_the_largest_id_is_one() -> None:
-    """An id up to 2^53 - 1 is looked up."""
+async def test_results_largest_id_is_valid() -> None:
+    """The largest valid id, 2^53 - 1, is looked up."""
     assert (await get(MemoryStore(), f"/api/v1/task/{2**53 - 1}/results")).text == "[]"
 
 
-async def test_without_a_token_nothing_is_shown() -> None:
-    """A request without a token, or with a bad one, is a 401 that says how to authenticate."""
+async def test_results_without_token_returns_401() -> None:
+    """A request without a token, or with an invalid one, is a 401 with WWW-Authenticate."""
     async with client(await store_of(host("127.9.8.1", 22))) as http:
         for headers in ({}, {"Authorization": "Bearer junk"}):
             response = await http.get("/api/v1/task/1/results", headers=headers)
@@ -163,39 +163,39 @@ async def test_without_a_token_nothing_is_shown() -> None:
             assert list(response.json()) == ["error"]
 
 
-async def test_users_see_only_their_own() -> None:
-    """Results that belong to another user are not shown, whoever let the request through."""
+async def test_results_of_other_users_are_not_listed() -> None:
+    """Results of another user are not returned, even if the gateway forwards the request."""
     store = await store_of(host("127.9.8.1", 22, user_id=7), host("127.9.8.2", 80, user_id=8))
     assert [each["port"] for each in (await get(store, user=7)).json()] == [22]
     assert [each["port"] for each in (await get(store, user=8)).json()] == [80]
     assert (await get(store, user=9)).json() == []
 
 
-async def test_an_administrator_sees_all() -> None:
-    """An administrator is shown every result of the task."""
+async def test_results_administrator_sees_all() -> None:
+    """An administrator gets every result of the task."""
     store = await store_of(host("127.9.8.1", 22, user_id=7), host("127.9.8.2", 80, user_id=8))
     assert [each["port"] for each in (await get(store, user=1, admin=True)).json()] == [22, 80]
 
 
 @pytest.mark.parametrize("query", ["user_id=8", "user_id[$ne]=7", "admin=true", "job_id=2"])
-async def test_nothing_in_the_query_widens_the_view(query: str) -> None:
-    """No query parameter changes whose results are shown."""
+async def test_results_query_parameters_do_not_widen_access(query: str) -> None:
+    """No query parameter changes whose results are returned."""
     store = await store_of(host("127.9.8.1", 22, user_id=7), host("127.9.8.2", 80, user_id=8))
     response = await get(store, f"/api/v1/task/1/results?{query}")
     assert [each["port"] for each in response.json()] == [22]
 
 
-async def test_a_store_that_is_away_is_a_503() -> None:
-    """When nothing could be read yet the answer is a 503 with Retry-After, and tells no internals."""
-    response = await get(AwayStore())
+async def test_results_store_unavailable_returns_503() -> None:
+    """If the store fails before the first result, the response is a 503 with Retry-After and without internal details."""
+    response = await get(UnavailableStore())
     assert response.status_code == 503
     assert "retry-after" in response.headers
     assert list(response.json()) == ["error"]
     assert "secret-host" not in response.text
 
 
-async def test_json_is_text_for_every_terminal() -> None:
-    """Hostile text comes back exactly, from a document of printable ASCII that no browser takes for a page."""
+async def test_json_hostile_text_is_ascii() -> None:
+    """Hostile text round-trips exactly, in a document of printable ASCII that browsers do not render as a page."""
     response = await get(await store_of(host("127.9.8.1", PortFound(port=80, banner=HOSTILE))))
     assert response.json()[0]["banner"] == HOSTILE
     assert response.content.isascii()
@@ -205,7 +205,7 @@ async def test_json_is_text_for_every_terminal() -> None:
 
 
 async def test_ndjson_has_a_result_on_each_line() -> None:
-    """Each line of NDJSON is one result, as JSON shows it, whatever text it holds."""
+    """Each line of NDJSON is one result, equal to its JSON form, whatever text it contains."""
     store = await store_of(host("127.9.8.1", PortFound(port=80, banner=HOSTILE), 443))
     response = await get(store, accept="application/x-ndjson")
     assert response.headers["content-type"] == "application/x-ndjson"
@@ -214,7 +214,7 @@ async def test_ndjson_has_a_result_on_each_line() -> None:
 
 
 async def test_csv_is_a_table_with_a_header() -> None:
-    """CSV names its columns, ends lines with CRLF, quotes as RFC 4180 says, and holds what JSON holds."""
+    """CSV has a header, CRLF line ends and RFC 4180 quoting, and the same values as JSON."""
     port = PortFound(port=80, version='Apache "2.4", (Debian)', service="http")
     store = await store_of(host("127.9.8.1", port, 443))
     response = await get(store, accept="text/csv")
@@ -226,8 +226,8 @@ async def test_csv_is_a_table_with_a_header() -> None:
     assert '"Apache ""2.4"", (Debian)"' in response.text
 
 
-async def test_csv_is_one_line_of_printable_text_a_result() -> None:
-    """What does not print is written as an escape in CSV, so neither a terminal nor a line-wise reader is misled."""
+async def test_csv_unprintable_text_is_escaped() -> None:
+    """Unprintable characters are escaped in CSV, so that neither terminals nor line-based readers misread it."""
     response = await get(await store_of(host("127.9.8.1", PortFound(port=80, banner=HOSTILE))), accept="text/csv")
     lines = response.text.split("\r\n")
     assert len(lines) == 3
@@ -255,8 +255,8 @@ _SIGNS = ["=", "+", "-", "@", "\N{FULLWIDTH EQUALS SIGN}"]
         (";", ";'"),
     ],
 )
-async def test_csv_holds_no_formula(before: str, written: str, sign: str) -> None:
-    """What a spreadsheet would calculate, whichever separator it uses, gets an apostrophe in CSV and none in JSON."""
+async def test_csv_formula_gets_an_apostrophe(before: str, written: str, sign: str) -> None:
+    """Text that a spreadsheet would evaluate as a formula, with any separator, gets an apostrophe in CSV and none in JSON."""
     formula = f'{sign}HYPERLINK("http://127.0.0.1")'
     store = await store_of(host("127.9.8.1", PortFound(port=80, banner=before + formula)))
     [_, row] = csv.reader(io.StringIO((await get(store, accept="text/csv")).text))
@@ -265,16 +265,16 @@ async def test_csv_holds_no_formula(before: str, written: str, sign: str) -> Non
 
 
 @pytest.mark.parametrize("text", ["a=b", "x; y=1", "C++", "SSH-2.0-OpenSSH_9.2", "a|b", "root@host", "1 - 2; 3 - 4"])
-async def test_csv_leaves_plain_text_alone(text: str) -> None:
-    """A sign within a cell, which no spreadsheet calculates, gets no apostrophe."""
+async def test_csv_plain_text_is_unchanged(text: str) -> None:
+    """A formula prefix inside a cell, which no spreadsheet evaluates, gets no apostrophe."""
     store = await store_of(host("127.9.8.1", PortFound(port=80, banner=text)))
     [_, row] = csv.reader(io.StringIO((await get(store, accept="text/csv")).text))
     assert row[FIELDS.index("banner")] == text
 
 
 @given(st.text(alphabet=" \";|,\t\r\n=+-@x'", max_size=30))
-async def test_csv_cell_never_begins_as_a_formula(text: str) -> None:
-    """No separator that a spreadsheet may use leaves a cell that begins with the sign of a formula."""
+async def test_csv_cell_never_begins_with_a_formula(text: str) -> None:
+    """No cell begins with a formula prefix, whichever separator a spreadsheet uses."""
     store = await store_of(host("127.9.8.1", PortFound(port=80, banner=text)))
     response = await get(store, accept="text/csv")
     for separator in ",;|\t":
@@ -283,8 +283,8 @@ async def test_csv_cell_never_begins_as_a_formula(text: str) -> None:
 
 
 @pytest.mark.parametrize(("accept", "empty"), [("application/x-ndjson", ""), ("text/csv", ",".join(FIELDS) + "\r\n")])
-async def test_no_results_are_an_empty_document(accept: str, empty: str) -> None:
-    """Without results NDJSON is empty and CSV has its header alone."""
+async def test_export_without_results_is_an_empty_document(accept: str, empty: str) -> None:
+    """Without results NDJSON is empty and CSV has only its header."""
     assert (await get(MemoryStore(), accept=accept)).text == empty
 
 
@@ -314,13 +314,13 @@ async def test_no_results_are_an_empty_document(accept: str, empty: str) -> None
         (",;/,q=1,text/csv/x," + "a" * 9_000, JSON),
     ],
 )
-def test_the_format_is_what_the_caller_likes_best(accept: str, form: Format) -> None:
-    """The most specific range of Accept gives a format its quality, the highest wins, and JSON when none is liked."""
+def test_negotiate_highest_quality_wins(accept: str, form: Format) -> None:
+    """The most specific range of Accept sets a format's quality, the highest wins, and JSON is the default."""
     assert negotiate(accept) is form
 
 
-async def test_several_accept_headers_are_one() -> None:
-    """A list that was split over several header lines is read whole."""
+async def test_negotiate_several_accept_headers_are_joined() -> None:
+    """Several Accept headers are read as one list."""
     async with client(MemoryStore()) as http:
         headers = [*ISSUER.bearer().items(), ("Accept", "application/json;q=0.1"), ("Accept", "text/csv")]
         response = await http.get("/api/v1/task/1/results", headers=headers)
@@ -328,8 +328,8 @@ async def test_several_accept_headers_are_one() -> None:
 
 
 @pytest.mark.parametrize("form", [JSON, NDJSON, CSV])
-async def test_an_answer_goes_out_in_pieces(form: Format) -> None:
-    """A large answer is written in pieces of a bounded size, and reading one asks the store for no more than it takes."""
+async def test_write_pieces_are_bounded(form: Format) -> None:
+    """A large response is written in pieces of bounded size, and each piece reads only the hosts that it needs."""
     asked = 0
 
     async def endless() -> AsyncIterator[Iterable[Result]]:
@@ -346,8 +346,8 @@ async def test_an_answer_goes_out_in_pieces(form: Format) -> None:
         assert asked <= number * (PIECE // 1000 + 1)
 
 
-async def test_the_time_is_the_brokers() -> None:
-    """Both times are the broker's stamp in UTC to the millisecond, with a Z."""
+async def test_results_times_are_the_brokers() -> None:
+    """Both times are the broker's timestamp in UTC with milliseconds and a Z."""
     store = await store_of(host(), host("127.9.8.2", 22))
     [result] = (await get(store)).json()
     assert result["created_at"] == result["updated_at"] == "2026-01-01T00:00:00.001Z"

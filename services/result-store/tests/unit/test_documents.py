@@ -1,4 +1,4 @@
-"""Documents that any release has written are read by this one."""
+"""This release reads the documents that earlier releases wrote."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def read(path: Path, document: Any) -> Any:
 
 @pytest.mark.proves("F28")
 @every_document
-def test_a_document_of_any_release_is_read(path: Path) -> None:
-    """A document is read, whichever release stored it, and fields that this release does not know change nothing."""
+def test_documents_of_earlier_releases_are_read(path: Path) -> None:
+    """A document of any release is read, and unknown fields are ignored."""
     known = read(path, stored(path))
     for changed in with_unknown_fields(stored(path)):
         assert read(path, changed) == known
 
 
-def test_a_host_of_the_first_release_has_its_results() -> None:
-    """Ports, texts and numbers of results are those that were stored."""
+def test_host_of_first_release_has_its_results() -> None:
+    """Ports, texts and ids of results are those that were stored."""
     document = stored(FOLDER / "0.1.0" / "host.json")
     results = list(repository._host(document).results(document["first_id"]))
     assert [(each.id, each.port, each.service, each.protocol) for each in results] == [
@@ -46,7 +46,7 @@ def test_a_host_of_the_first_release_has_its_results() -> None:
     ]
 
 
-def test_a_closed_chunk_of_the_first_release_has_its_map() -> None:
+def test_closed_chunk_of_first_release_has_its_map() -> None:
     """The final map of a chunk is the one that was stored."""
     chunk = repository._chunk(stored(FOLDER / "0.1.0" / "chunk.json"))
     assert (chunk.chunk_id, chunk.first_address, chunk.outcomes) == ("41-0", "127.9.8.0", "aadsddta")

@@ -22,7 +22,7 @@ GROUP = "result-store"
 
 
 class Answers:
-    """A publisher that keeps what it is given."""
+    """A publisher that keeps the published messages."""
 
     def __init__(self) -> None:
         self.sent: list[Message] = []
@@ -30,7 +30,7 @@ class Answers:
 
     async def publish(self, topic: Topic, messages: Iterable[Message]) -> None:
         if self.away:
-            raise DependencyError("the broker is away")
+            raise DependencyError("the broker is unavailable")
         assert topic is SCAN_STORED
         self.sent += messages
 
@@ -64,26 +64,26 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_hosts_and_their_end_in_one_batch_close_the_chunk(
+async def test_handle_hosts_and_end_in_one_batch_closes_the_chunk(
     handler: ResultsHandler,
     store: MemoryStore,
     answers: Answers,
 ) -> None:
-    """A chunk whose hosts and end come in one batch is closed and announced with its map."""
+    """A chunk whose hosts and ChunkScanned arrive in one batch is closed and announced with its map."""
     await handler.handle(Log().append(host("127.9.8.0", 22), host("127.9.8.1", outcome="s"), scanned("asd")))
     assert answers.sent == [stored("asd")]
     assert store.chunks["1-0"].outcomes == "asd"
     assert len(store.hosts) == 2
 
 
-async def test_hosts_alone_are_answered_by_nobody(handler: ResultsHandler, answers: Answers) -> None:
-    """Nothing is published for a batch without an end of a chunk."""
+async def test_handle_hosts_without_end_publishes_nothing(handler: ResultsHandler, answers: Answers) -> None:
+    """Nothing is published for a batch without a ChunkScanned."""
     await handler.handle(Log().append(host()))
     assert answers.sent == []
 
 
-async def test_missing_hosts_are_named(handler: ResultsHandler, store: MemoryStore, answers: Answers) -> None:
-    """A ChunkScanned that claims hosts that are not stored is answered with their addresses and its own token."""
+async def test_handle_missing_hosts_are_reported(handler: ResultsHandler, store: MemoryStore, answers: Answers) -> None:
+    """A ChunkScanned that claims hosts that are not stored gets a ChunkIncomplete with their addresses and its own token."""
     await handler.handle(Log().append(host("127.9.8.0"), scanned("aa", attempt=2, worker_id="w-2")))
     assert answers.sent == [
         ChunkIncomplete(job_id=1, chunk_id="1-0", attempt=2, worker_id="w-2", addresses=("127.9.8.1",)),
@@ -91,19 +91,19 @@ async def test_missing_hosts_are_named(handler: ResultsHandler, store: MemorySto
     assert store.chunks == {}
 
 
-async def test_a_host_behind_the_end_in_one_batch_does_not_count(handler: ResultsHandler, answers: Answers) -> None:
-    """A host that follows its ChunkScanned in the same batch leaves that one incomplete, and the next one complete."""
+async def test_handle_host_after_its_end_does_not_count(handler: ResultsHandler, answers: Answers) -> None:
+    """A host that follows its ChunkScanned in the same batch does not complete that one but the next."""
     await handler.handle(Log().append(scanned("a"), host("127.9.8.0"), scanned("a", attempt=2)))
     assert [type(each) for each in answers.sent] == [ChunkIncomplete, ChunkStored]
 
 
 @pytest.mark.parametrize("together", [True, False])
-async def test_a_repeated_end_is_answered_again(
+async def test_handle_repeated_end_is_answered_with_the_final_map(
     handler: ResultsHandler,
     answers: Answers,
     together: bool,
 ) -> None:
-    """A ChunkScanned of a closed chunk is answered by the final map, whatever map it brings and in whatever batch."""
+    """A ChunkScanned of a closed chunk is answered with the final map, whatever its own map and batch."""
     records = Log().append(host("127.9.8.0"), scanned("ad"), scanned("aa", attempt=2))
     for batch in [records] if together else [records[:2], records[2:]]:
         await handler.handle(batch)
@@ -111,16 +111,16 @@ async def test_a_repeated_end_is_answered_again(
 
 
 @pytest.mark.parametrize("together", [True, False])
-async def test_a_late_host_is_no_result(handler: ResultsHandler, store: MemoryStore, together: bool) -> None:
-    """A host that follows the end that closed its chunk is never listed, in one batch with it or in a later one."""
+async def test_handle_late_host_is_not_listed(handler: ResultsHandler, store: MemoryStore, together: bool) -> None:
+    """A host that follows the ChunkScanned that closed its chunk is never listed, in the same batch or a later one."""
     records = Log().append(host("127.9.8.0", 22), scanned("ad"), host("127.9.8.1", 80), host("127.9.8.0", 23))
     for batch in [records] if together else [records[:2], records[2:]]:
         await handler.handle(batch)
     assert [result.port async for results in store.results(1, None) for result in results] == [22]
 
 
-async def test_a_late_host_of_another_replica_is_no_result(handler: ResultsHandler, store: MemoryStore) -> None:
-    """A host that a slow replica stores behind the close adds nothing to what can be read."""
+async def test_handle_late_host_of_another_replica_is_not_listed(handler: ResultsHandler, store: MemoryStore) -> None:
+    """A host that a slow replica stores after the close is not listed."""
     records = Log().append(host("127.9.8.0", 22), scanned("ad"), host("127.9.8.1", 80))
     await handler.handle(records[:2])
     await results_handler(store, Answers()).handle(records[2:])
@@ -128,25 +128,25 @@ async def test_a_late_host_of_another_replica_is_no_result(handler: ResultsHandl
 
 
 class SlowStore(MemoryStore):
-    """Closes chunks on behalf of another replica just before it is asked to."""
+    """Closes chunks on behalf of another replica just before each close."""
 
     async def close(self, chunks: Sequence[ClosedChunk]) -> dict[str, ClosedChunk]:
         await super().close([ClosedChunk(1, "1-0", "127.9.8.0", "as")])
         return await super().close(chunks)
 
 
-async def test_what_another_replica_has_closed_is_what_is_announced(answers: Answers) -> None:
-    """When two replicas close one chunk, both announce the map that is stored."""
+async def test_handle_concurrent_close_announces_the_stored_map(answers: Answers) -> None:
+    """If two replicas close one chunk, both announce the stored map."""
     await results_handler(SlowStore(), answers).handle(Log().append(host("127.9.8.0"), scanned("ad")))
     assert answers.sent == [stored("as")]
 
 
-async def test_a_batch_that_comes_again_changes_nothing(
+async def test_handle_redelivered_batch_is_idempotent(
     handler: ResultsHandler,
     store: MemoryStore,
     answers: Answers,
 ) -> None:
-    """A redelivered batch leaves the store as it was and gives the same answers."""
+    """A redelivered batch does not change the store and publishes the same replies."""
     records = Log().append(host("127.9.8.0", 22), host("127.9.8.1", 80), scanned("aa"))
     await handler.handle(records)
     before = dict(store.hosts), dict(store.chunks)
@@ -155,12 +155,12 @@ async def test_a_batch_that_comes_again_changes_nothing(
     assert answers.sent == [stored("aa"), stored("aa")]
 
 
-async def test_a_crash_between_close_and_publish_is_made_good(
+async def test_handle_publish_failure_is_repaired_by_redelivery(
     handler: ResultsHandler,
     store: MemoryStore,
     answers: Answers,
 ) -> None:
-    """When the answer could not be published the batch fails, and its repetition publishes it."""
+    """If the reply cannot be published, the batch fails and its redelivery publishes the reply."""
     records = Log().append(host("127.9.8.0"), scanned("a"))
     answers.away = True
     with pytest.raises(DependencyError):
@@ -171,8 +171,8 @@ async def test_a_crash_between_close_and_publish_is_made_good(
     assert answers.sent == [stored("a")]
 
 
-async def test_what_happens_is_counted(handler: ResultsHandler) -> None:
-    """Stored, duplicate and late hosts, closed and incomplete chunks each raise their counter."""
+async def test_handle_outcomes_are_counted(handler: ResultsHandler) -> None:
+    """Stored, duplicate and late hosts, closed and incomplete chunks each increment their counter."""
     names = ("hosts_stored", "duplicates", "late", "chunks_closed", "chunks_incomplete")
     before = [metric(name) for name in names]
     records = Log().append(
@@ -183,8 +183,8 @@ async def test_what_happens_is_counted(handler: ResultsHandler) -> None:
     assert [metric(name) - old for name, old in zip(names, before, strict=True)] == [2, 1, 1, 1, 1]
 
 
-class AwayStore(MemoryStore):
-    """Stores hosts, then fails, as many times as told: the moment between write and commit."""
+class UnavailableStore(MemoryStore):
+    """Stores hosts and then fails, `failures` times: between the write and the commit."""
 
     def __init__(self, failures: int) -> None:
         super().__init__()
@@ -193,12 +193,12 @@ class AwayStore(MemoryStore):
     async def stored(self, chunk_ids: Collection[str]) -> dict[str, list[StoredHost]]:
         if self.failures:
             self.failures -= 1
-            raise DependencyError("MongoDB is away")
+            raise DependencyError("MongoDB is unavailable")
         return await super().stored(chunk_ids)
 
 
 async def run(store: MemoryStore, then: Callable[[MemoryBus], Awaitable[None]]) -> MemoryBus:
-    """The consumer at work on a bus, until `then` returns."""
+    """Run the consumer on a bus until `then` returns."""
     bus = MemoryBus()
     consumer = bus.consume(SCAN_RESULTS, GROUP, results_handler(store, bus))
     await consumer.start()
@@ -209,9 +209,9 @@ async def run(store: MemoryStore, then: Callable[[MemoryBus], Awaitable[None]]) 
     return bus
 
 
-async def test_a_bad_day_commits_nothing_and_loses_nothing() -> None:
-    """While the store is away nothing is committed; when it is back the chunk is closed once."""
-    store = AwayStore(2)
+async def test_consumer_store_outage_commits_and_loses_nothing() -> None:
+    """While the store is unavailable nothing is committed; after it recovers the chunk is closed once."""
+    store = UnavailableStore(2)
 
     async def story(bus: MemoryBus) -> None:
         await bus.publish(SCAN_RESULTS, [host("127.9.8.0"), scanned("a")])
@@ -224,8 +224,8 @@ async def test_a_bad_day_commits_nothing_and_loses_nothing() -> None:
     assert len(store.hosts) == 1
 
 
-async def test_a_bad_message_affects_no_other() -> None:
-    """A host that has a port twice is dead-lettered, and its chunk is found incomplete while others close."""
+async def test_consumer_invalid_message_affects_no_other() -> None:
+    """A host with a duplicate port is dead-lettered, its chunk is reported incomplete, and other chunks close."""
 
     async def story(bus: MemoryBus) -> None:
         bad = host("127.9.8.1", PortFound(port=53, protocol="udp"), open_filtered="53")
@@ -247,8 +247,8 @@ async def test_a_bad_message_affects_no_other() -> None:
     assert whole == stored("a", "1-1")
 
 
-async def test_what_is_stored_is_told_in_the_trace_of_its_chunk(handler: ResultsHandler) -> None:
-    """A batch is a span in the trace of each chunk that it is about."""
+async def test_handle_span_belongs_to_the_chunks_trace(handler: ResultsHandler) -> None:
+    """Storing a batch is a span in the trace of each of its chunks."""
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     with recording() as exporter:
         await handler.handle(Log().append(host("127.9.8.0", 22, traceparent=trace), scanned("a", traceparent=trace)))
@@ -259,7 +259,7 @@ async def test_what_is_stored_is_told_in_the_trace_of_its_chunk(handler: Results
 
 @pytest.mark.proves("A25", "G19")
 async def test_handle_uncovered_results_are_dropped_counted_and_audited(store: MemoryStore, answers: Answers) -> None:
-    """Results without a valid signature change nothing and get no answer; one audit entry for each kind says why."""
+    """Results without a valid signature are dropped without a reply; one audit entry per kind has the reason."""
     refusals = Refusals("result-store")
     handler = ResultsHandler(store, answers, grants(), refusals)
     before = metric("uncovered")

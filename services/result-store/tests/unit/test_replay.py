@@ -1,4 +1,4 @@
-"""The store is a function of the log, whatever happens to those who read it."""
+"""The store's content is a function of the log, whatever batches, failures and redeliveries occur."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from scanfleet.outcomes import address_at
 ADDRESSES = 3
 JOBS = 3
 
-# An event of a chunk: a host (which address, outcome, port, attempt; one address lies outside the map), or an end's map.
+# An event of a chunk: a host (address, outcome, ports, attempt; one address is outside the map), or a ChunkScanned's map.
 hosts = st.tuples(st.integers(0, ADDRESSES), st.sampled_from("ast"), st.sampled_from([(), (80,)]), st.integers(1, 3))
 maps = st.text("asd.x", min_size=ADDRESSES, max_size=ADDRESSES)
 events = st.tuples(st.integers(0, 1), hosts | maps)
@@ -30,7 +30,7 @@ events = st.tuples(st.integers(0, 1), hosts | maps)
 
 @st.composite
 def recordings(draw: st.DrawFn) -> list[list[Record]]:
-    """A partition for each of some jobs of two chunks, hosts and ends in any order that workers can bring about."""
+    """Draw a partition for each of some jobs of two chunks, with hosts and ChunkScanned messages in any possible order."""
     logs = []
     for job_id in range(1, draw(st.integers(1, JOBS)) + 1):
         log = Log()
@@ -47,7 +47,7 @@ def recordings(draw: st.DrawFn) -> list[list[Record]]:
 
 
 class TornStore(MemoryStore):
-    """Fails when told, with a part of the write done at once, a part done by a frozen replica later, and a part never."""
+    """Fails at random: a part of the write is done at once, a part later by a frozen replica, and a part never."""
 
     def __init__(self, chance: Random) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Sent:
 
 
 async def plainly(logs: list[list[Record]]) -> tuple[MemoryStore, Sent]:
-    """Each record once, one by one, job by job."""
+    """Handle each record once, one at a time, job by job."""
     store, sent = MemoryStore(), Sent()
     handler = results_handler(store, sent)
     for log in logs:
@@ -95,7 +95,7 @@ async def plainly(logs: list[list[Record]]) -> tuple[MemoryStore, Sent]:
 
 
 async def roughly(logs: list[list[Record]], chance: Random) -> tuple[MemoryStore, Sent]:
-    """In any batches, jobs in any order, with failures, repetitions and a replica that thaws late."""
+    """Handle random batches of the jobs in random order, with failures, redeliveries and a replica that resumes late."""
     store, sent = TornStore(chance), Sent()
     handler = results_handler(store, sent)
     committed = [0] * len(logs)
@@ -107,7 +107,7 @@ async def roughly(logs: list[list[Record]], chance: Random) -> tuple[MemoryStore
             await handler.handle(batch)
         except DependencyError:
             continue
-        if chance.random() < 0.5:  # else it dies before the commit
+        if chance.random() < 0.5:  # else the replica crashes before the commit
             committed = reach
         if chance.random() < 0.5:
             await store.thaw()
@@ -116,7 +116,7 @@ async def roughly(logs: list[list[Record]], chance: Random) -> tuple[MemoryStore
 
 
 async def readable(store: MemoryStore) -> list[list[dict[str, Any]]]:
-    """All results of every job in order, but for their ids."""
+    """Return all results of every job in order, without their ids."""
     return [
         [result.model_dump(exclude={"id"}) async for results in store.results(job_id, None) for result in results]
         for job_id in range(1, JOBS + 1)
@@ -129,8 +129,8 @@ def announced(sent: Sent) -> set[str]:
 
 @settings(max_examples=400, deadline=None)
 @given(recordings(), st.integers(0, 1_000_000))
-def test_any_replay_gives_the_same_database(logs: list[list[Record]], seed: int) -> None:
-    """However a log is cut, mixed between jobs, repeated and interrupted, the same is stored, read and announced."""
+def test_replay_any_order_gives_the_same_database(logs: list[list[Record]], seed: int) -> None:
+    """However a log is batched, interleaved, redelivered and interrupted, the stored, read and announced data are the same."""
 
     async def story() -> None:
         plain, plain_sent = await plainly(logs)
@@ -147,8 +147,8 @@ def test_any_replay_gives_the_same_database(logs: list[list[Record]], seed: int)
 
 @settings(max_examples=100, deadline=None)
 @given(recordings())
-def test_a_closed_chunk_is_whole(logs: list[list[Record]]) -> None:
-    """In every closed chunk no letter is blank, each claim of a host has its one, and no other host is a result."""
+def test_replay_closed_chunk_is_complete(logs: list[list[Record]]) -> None:
+    """In every closed chunk no code is blank, each claim has its host, and no other host is a result."""
 
     async def story() -> None:
         store, sent = await plainly(logs)
