@@ -234,6 +234,10 @@ ABUSE: Final[Mapping[str, Trial]] = {
         "X-Forwarded-For invented by a caller, through no, one and two trusted proxies",
         "the true source in the audit log",
     ),
+    "A31": Trial(
+        "the session cookie sent by another site or frame, stolen, changed, of another key or 9 kB large; markup in what was found",
+        "401, and the page runs nothing of it",
+    ),
 }
 
 KNOWN: Final = PROMISES.keys() | FAULTS.keys() | ABUSE.keys()

@@ -10,6 +10,8 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Final
 
+from cryptography.fernet import Fernet
+
 from local.tokens import Issuer, make_signing_keys
 
 DATABASES: Final = {"job-orchestrator": "scanfleet_job_orchestrator", "result-store": "scanfleet_result_store"}
@@ -23,6 +25,7 @@ def make(folder: Path) -> None:
     public = folder / "result-store" / "chunk-public.pem"
     make_signing_keys(folder / "job-orchestrator" / "chunk.pem", public, mode=0o644)
     _once(folder / "job-orchestrator" / "audit-key", token_hex(24))
+    _once(folder / "api-gateway" / "session-keys", Fernet.generate_key().decode())
     for service in folder.iterdir():
         if service.name == "mongodb":
             _once(service / "key", token_hex(24))

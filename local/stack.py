@@ -17,6 +17,7 @@ from secrets import token_hex
 from typing import Any, Final
 
 import httpx
+from cryptography.fernet import Fernet
 from pymongo import MongoClient
 
 from local import kafka, mongod, ports, tokens
@@ -364,7 +365,7 @@ class Stack:
         key, public_keys = self._signing_keys("internal")
         chunk_key, chunk_public_keys = self._signing_keys("chunk")
         if service == "job-orchestrator":
-            variables["SCANFLEET_AUDIT_KEY_FILE"] = str(self._audit_key_file())
+            variables["SCANFLEET_AUDIT_KEY_FILE"] = str(self._secret_file("audit-key", token_hex(24)))
         if service in WITH_DATABASE:
             variables["SCANFLEET_INTERNAL_PUBLIC_KEYS_FILE"] = str(public_keys)
             variables["SCANFLEET_DATABASE"] = self.database(service)
@@ -385,6 +386,7 @@ class Stack:
                 "SCANFLEET_JWT_AUDIENCE": tokens.AUDIENCE,
                 "SCANFLEET_JWT_PUBLIC_KEY_FILE": str(self._issuer.public_key_file),
                 "SCANFLEET_INTERNAL_KEY_FILE": str(key),
+                "SCANFLEET_SESSION_KEYS_FILE": str(self._secret_file("session-keys", Fernet.generate_key().decode())),
             }
             variables["SCANFLEET_ORCHESTRATOR_URL"] = replica_url("job-orchestrator")
             variables["SCANFLEET_RESULT_STORE_URL"] = replica_url("result-store")
@@ -399,12 +401,12 @@ class Stack:
         tokens.make_signing_keys(private, public)
         return private, public
 
-    def _audit_key_file(self) -> Path:
-        """What signs the audit log, made once."""
-        file = self.folder / "audit-key"
+    def _secret_file(self, name: str, secret: str) -> Path:
+        """A file with a secret that is made once."""
+        file = self.folder / name
         if not file.exists():
             file.touch(0o600)
-            file.write_text(f"{token_hex(24)}\n")
+            file.write_text(f"{secret}\n")
         return file
 
     def _way_to_the_bus(self, service: str | None = None) -> dict[str, str]:

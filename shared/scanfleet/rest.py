@@ -400,6 +400,11 @@ class RevocationList(_Answer):
     page_size: int
 
 
+class SessionEnded(_Answer):
+    logout_url: str | None
+    """Where the issuer ends its own session; null if it has no such address."""
+
+
 class Subject(_Body):
     """A user as an issuer names them. Not part of the public API."""
 

@@ -15,8 +15,9 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
-from api_gateway.api import ROUTERS
+from api_gateway.api import ROUTERS, page
 from api_gateway.api.admission import Admission
+from api_gateway.api.session import Sessions
 from api_gateway.api.state import State
 from api_gateway.auth import REFRESH_S, Revocations, UserIds
 from api_gateway.handlers.commands import Commands
@@ -115,6 +116,8 @@ def create_app(
         swagger_ui_oauth2_redirect_url=None,
     )
     app.state.admission = Admission(settings)
+    app.state.sessions = Sessions.open(settings)
+    page.serve(app)
     app.mount("/docs/assets", StaticFiles(packages=[("fastapi_swagger", "resources")]))
     app.add_route("/docs", _docs)
     return app

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, HttpUrl
+from pydantic import AfterValidator, Field, HttpUrl
 
 from scanfleet.settings import AuthSettings, CommonSettings, KafkaSettings
+
+
+def _origin(url: HttpUrl) -> HttpUrl:
+    if url.path not in (None, "/") or url.query is not None or url.fragment is not None:
+        raise ValueError("must be a scheme, a host and at most a port")
+    return url
 
 
 class Settings(CommonSettings, KafkaSettings, AuthSettings):
@@ -83,4 +90,14 @@ class Settings(CommonSettings, KafkaSettings, AuthSettings):
         gt=0,
         description="Seconds between two looks of an event stream at its job's state, which find events that were lost, and "
         "the most that it sends nothing.",
+    )
+    session_keys_file: Path | None = Field(
+        None,
+        description="File with the Fernet keys that encrypt browser sessions, one on a line, the newest first, read once at start; "
+        "every replica has the same. Without it nobody can sign in to the page.",
+    )
+    public_url: Annotated[HttpUrl, AfterValidator(_origin)] | None = Field(
+        None,
+        description="The address that browsers use for the gateway (`https://scanfleet.example.com`). Without it the page's "
+        "requests must come from the host that their `Host` header names.",
     )

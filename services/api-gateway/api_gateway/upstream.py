@@ -179,6 +179,16 @@ class Orchestrator(Upstream):
         except ValidationError as error:
             raise DependencyError(f"the orchestrator answered {answer.status_code} and no cancelled jobs") from error
 
+    async def record_session(self, caller: Mapping[str, str], what: Literal["create", "refresh", "end"]) -> None:
+        """Record in the audit log what happens to the caller's browser session, before it does.
+
+        Raises:
+            DependencyError: it is not recorded.
+        """
+        answer = await self.ask("POST", f"/internal/session/{what}", caller)
+        if answer.status_code != httpx.codes.NO_CONTENT:
+            raise DependencyError(f"the orchestrator answered {answer.status_code} to a session's record")
+
     async def user_id(self, issuer: str, subject: str) -> int:
         """The id of this user, assigned the first time.
 

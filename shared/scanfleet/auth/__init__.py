@@ -5,7 +5,7 @@ from __future__ import annotations
 from scanfleet.auth.internal import THE_GATEWAY, InternalTokens, InternalVerifier, read_private_key, read_public_keys
 from scanfleet.auth.keys import FixedKeys, JwksKeys, Key, Keys
 from scanfleet.auth.principal import Principal
-from scanfleet.auth.routes import Caller, GatewayRoute, Guarded, authenticate
+from scanfleet.auth.routes import Caller, GatewayRoute, Guarded, Sessions, authenticate, bearer_token
 from scanfleet.auth.verifier import Revoked, TokenVerifier, Users, Verifier, open_verifier
 
 __all__ = [
@@ -21,10 +21,12 @@ __all__ = [
     "Keys",
     "Principal",
     "Revoked",
+    "Sessions",
     "TokenVerifier",
     "Users",
     "Verifier",
     "authenticate",
+    "bearer_token",
     "open_verifier",
     "read_private_key",
     "read_public_keys",

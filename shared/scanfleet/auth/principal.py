@@ -16,6 +16,9 @@ class Principal:
     token_hash: str = field(default="", compare=False)
     """Names the caller's token in the logs of every service without holding any of it."""
 
+    expires_at: float = field(default=0.0, compare=False)
+    """When the token ends, in Unix time; 0 in an internal token."""
+
 
 class RefusedError(Exception):
     """A token is refused.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, cast
+from typing import Annotated, Final, Protocol, cast
 
 import structlog
 from fastapi import Request, Security
@@ -55,12 +55,32 @@ class Guarded(APIRoute):
         return caller
 
 
+class Sessions(Protocol):
+    """Browser sessions: a token in a cookie, for requests that carry no `Authorization` header."""
+
+    def token(self, request: Request) -> str | None:
+        """The token in the request's cookie; None if there is no cookie.
+
+        Raises:
+            UnauthorizedError: the cookie is not valid, or another site may have made the request.
+        """
+
+
 async def authenticate(request: Request) -> Principal:
     """The caller of any kind; raises as `Guarded.authenticate`."""
-    credentials = await _bearer(request)
-    if credentials is None:
+    token = await bearer_token(request)
+    if token is None:
+        sessions: Sessions | None = getattr(request.app.state, "sessions", None)  # only the gateway has them
+        token = sessions.token(request) if sessions else None
+    if token is None:
         raise UnauthorizedError("a bearer token is required", reason="token is missing")
-    return await cast(Verifier, request.app.state.verifier).verify(credentials.credentials)
+    return await cast(Verifier, request.app.state.verifier).verify(token)
+
+
+async def bearer_token(request: Request) -> str | None:
+    """The token in the `Authorization` header; None if there is none."""
+    credentials = await _bearer(request)
+    return credentials.credentials if credentials else None
 
 
 class GatewayRoute(Guarded):

@@ -118,7 +118,12 @@ class TokenVerifier:
             user_id = await self._users.user_id(issuer, subject)
         named = "\n".join((issuer, subject, token_id, str(issued_at)))
         token_hash = hashlib.sha256(named.encode(errors="surrogatepass")).hexdigest()[:16]
-        principal = Principal(user_id, admin=self._settings.jwt_admin_role in roles, token_hash=token_hash)
+        principal = Principal(
+            user_id,
+            admin=self._settings.jwt_admin_role in roles,
+            token_hash=token_hash,
+            expires_at=float(of_token["exp"]),
+        )
         return _Found(principal, subject, token_id, issued_at)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from api_gateway.api import audit, policies, revocations, subnets, tasks
+from api_gateway.api import audit, policies, revocations, session, subnets, tasks
 
 ROUTERS: tuple[APIRouter, ...] = (
     tasks.router,
@@ -14,4 +14,5 @@ ROUTERS: tuple[APIRouter, ...] = (
     policies.router,
     audit.router,
     revocations.router,
+    session.router,
 )

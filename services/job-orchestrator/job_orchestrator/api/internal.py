@@ -71,3 +71,11 @@ async def expire(
     if isinstance(reply, CommandAccepted):
         return {"state": "accepted", "jobs": [job.model_dump(mode="json") for job in reply.jobs]}
     return {"state": "rejected", "status": reply.status, "error": reply.error}
+
+
+@router.post("/session/create", name="create_session", status_code=204)
+@router.post("/session/refresh", name="refresh_session", status_code=204)
+@router.post("/session/end", name="end_session", status_code=204)
+async def record_session(_caller: Caller, record: Recorded) -> None:
+    """Record in the audit log what the gateway is about to do to the caller's browser session."""
+    await record(target="/api/v1/session")

@@ -1,0 +1,144 @@
+"""Browser sessions: the user's token in an encrypted cookie that scripts cannot read.
+
+The gateway keeps nothing but its keys. A cookie is sent by the browser with every request to this host, whichever site made
+it, so a request is accepted by its cookie alone only if the browser says that the page itself made it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import zlib
+from http.cookies import SimpleCookie
+from pathlib import Path
+from typing import Any, Final, Self
+
+from cryptography.fernet import Fernet, InvalidToken, MultiFernet
+from fastapi import APIRouter, Request, Response
+
+from api_gateway.api.admission import Route
+from api_gateway.api.document import errors
+from api_gateway.api.state import Handed
+from api_gateway.settings import Settings
+from scanfleet import rest
+from scanfleet.auth import Caller, bearer_token
+from scanfleet.errors import BadRequestError, NotFoundError, UnauthorizedError
+
+COOKIE: Final = "__Host-session"  # the prefix binds it to this host, path / and https
+MAX_COOKIE_BYTES: Final = 3_800  # browsers drop a cookie above 4,096 bytes, its name and attributes included
+
+_SAFE: Final = frozenset({"GET", "HEAD"})
+
+router = APIRouter(prefix="/api/v1/session", tags=["session"], route_class=Route)
+
+
+class Sessions:
+    """Makes and reads session cookies.
+
+    Args:
+        keys: Fernet keys, the newest first: it encrypts, all decrypt.
+        origin: the only `Origin` of the page; by default that of the request's `Host` header.
+
+    Raises:
+        ValueError: a key is malformed, or there is none.
+    """
+
+    def __init__(self, keys: list[str], origin: str | None = None) -> None:
+        self._fernet = MultiFernet([Fernet(key) for key in keys])
+        self._origin = origin
+
+    @classmethod
+    def open(cls, settings: Settings) -> Self | None:
+        """The sessions that the settings describe; None when they are off.
+
+        Raises:
+            ValueError: the file holds no valid keys.
+            OSError: it cannot be read.
+        """
+        if settings.session_keys_file is None:
+            return None
+        origin = str(settings.public_url).rstrip("/") if settings.public_url else None
+        try:
+            return cls(_keys(settings.session_keys_file), origin)
+        except ValueError as error:
+            raise ValueError(
+                f"{settings.session_keys_file} does not hold Fernet keys (32 bytes, URL-safe base64), one on a line"
+            ) from error
+
+    def cookie(self, token: str, expires_at: float) -> str:
+        """The value of the `Set-Cookie` header that begins or replaces a session.
+
+        Args:
+            token: the user's access token, verified.
+            expires_at: when it ends, in Unix time; the cookie ends with it.
+
+        Raises:
+            BadRequestError: a browser would not keep so large a cookie.
+        """
+        packed = zlib.compress(json.dumps({"access": token}).encode(), level=9)
+        value = self._fernet.encrypt(packed).decode()
+        if len(value) > MAX_COOKIE_BYTES:
+            raise BadRequestError(
+                f"the issuer's token is too large for a session ({len(value)} bytes encrypted, at most {MAX_COOKIE_BYTES})"
+            )
+        return _set_cookie(value, max_age=max(1, int(expires_at - time.time())))
+
+    def token(self, request: Request) -> str | None:
+        """See `scanfleet.auth.Sessions`."""
+        value = request.cookies.get(COOKIE)
+        if value is None:
+            return None
+        if request.headers.get("sec-fetch-site") != "same-origin":
+            raise UnauthorizedError("a bearer token is required", reason="session cookie of a request by another site")
+        if request.method not in _SAFE and not self._is_own(request):
+            raise UnauthorizedError("a bearer token is required", reason="session cookie with a foreign Origin")
+        try:
+            opened: dict[str, Any] = json.loads(zlib.decompress(self._fernet.decrypt(value)))
+        except InvalidToken:  # whatever decrypts is what `cookie` has made
+            raise UnauthorizedError("the session is not valid; sign in again", reason="session is malformed") from None
+        return str(opened["access"])
+
+    def _is_own(self, request: Request) -> bool:
+        origin = request.headers.get("origin", "")
+        if self._origin is not None:
+            return origin == self._origin
+        scheme, _, host = origin.partition("://")
+        return scheme in {"http", "https"} and host == request.headers.get("host")
+
+
+@router.post("", status_code=204, response_class=Response, responses=errors(400, 404))
+async def create_session(request: Request, caller: Caller, state: Handed) -> Response:
+    """Begin a browser session with the bearer token of this request; it ends when the token does."""
+    sessions = _sessions(request)
+    token = await bearer_token(request)
+    if token is None:  # it is a session already
+        raise UnauthorizedError("a bearer token is required", reason="token is missing")
+    cookie = sessions.cookie(token, caller.expires_at)
+    await state.orchestrator.record_session(state.orchestrator.identity(request), "create")
+    return Response(status_code=204, headers={"Set-Cookie": cookie, "Cache-Control": "no-store"})
+
+
+@router.delete("", responses=errors(404))
+async def end_session(request: Request, response: Response, _caller: Caller, state: Handed) -> rest.SessionEnded:
+    """End the browser session."""
+    _sessions(request)
+    await state.orchestrator.record_session(state.orchestrator.identity(request), "end")
+    response.headers["Set-Cookie"] = _set_cookie("", max_age=0)
+    return rest.SessionEnded(logout_url=None)
+
+
+def _sessions(request: Request) -> Sessions:
+    sessions: Sessions | None = request.app.state.sessions
+    if sessions is None:
+        raise NotFoundError("browser sessions are off: whoever runs Scanfleet must set SCANFLEET_SESSION_KEYS_FILE")
+    return sessions
+
+
+def _keys(file: Path) -> list[str]:
+    return file.read_text(encoding="ascii").split()
+
+
+def _set_cookie(value: str, *, max_age: int) -> str:
+    cookie: SimpleCookie = SimpleCookie({COOKIE: value})
+    cookie[COOKIE] |= {"path": "/", "secure": True, "httponly": True, "samesite": "Strict", "max-age": max_age}
+    return cookie[COOKIE].OutputString()

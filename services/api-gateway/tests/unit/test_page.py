@@ -1,0 +1,81 @@
+"""How the gateway serves the page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from api_gateway.api import page
+from scanfleet.service import error_response
+
+HTML = {"Accept": "text/html,application/xhtml+xml"}
+
+
+async def miss(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return error_response(error.status_code, "no")
+
+
+@pytest.fixture
+async def client(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "index.html").write_text("<!doctype html>the page")
+    (tmp_path / "assets" / "main-ABC.js").write_text("1")
+    app = FastAPI(exception_handlers={HTTPException: miss})
+    page.serve(app, tmp_path)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+        yield client
+
+
+@pytest.mark.proves("A31")
+async def test_page_every_answer_is_confined(client: httpx.AsyncClient) -> None:
+    """Files, the fallback and misses under /app forbid frames, inline code, other hosts and every feature."""
+    for path in ("/app/", "/app/jobs/41", "/app/assets/main-ABC.js", "/app/assets/none.js"):
+        headers = (await client.get(path, headers=HTML)).headers
+        policy = headers["Content-Security-Policy"]
+        for part in ("default-src 'none'", "frame-ancestors 'none'", "base-uri 'none'", "trusted-types 'none'"):
+            assert part in policy
+        assert "unsafe" not in policy
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Cross-Origin-Opener-Policy"] == headers["Cross-Origin-Resource-Policy"] == "same-origin"
+        assert headers["Referrer-Policy"] == "no-referrer"
+        assert "camera=()" in headers["Permissions-Policy"]
+
+
+async def test_page_path_of_the_page_is_its_index(client: httpx.AsyncClient) -> None:
+    """A navigation below /app is answered by the index; anything else that is no file is a 404 in the usual shape."""
+    assert (await client.get("/app/jobs/41", headers=HTML)).text == "<!doctype html>the page"
+    miss = await client.get("/app/jobs/41", headers={"Accept": "application/json"})
+    assert (miss.status_code, json.loads(miss.text)) == (404, {"error": "no"})
+    assert (await client.get("/app/../../etc/passwd", headers={"Accept": "*/*"})).status_code == 404
+    assert (await client.get("/app/%2e%2e/%2e%2e/etc/passwd")).status_code == 404
+
+
+async def test_page_hashed_files_are_kept_and_the_index_is_not(client: httpx.AsyncClient) -> None:
+    """Browsers keep hashed files, and ask for everything else each time."""
+    kept = (await client.get("/app/assets/main-ABC.js")).headers["Cache-Control"]
+    assert kept == "public, max-age=31536000, immutable"
+    for path in ("/app/", "/app/jobs", "/app/assets/none.js"):
+        assert (await client.get(path, headers=HTML)).headers["Cache-Control"] == "no-cache"
+
+
+async def test_page_root_leads_browsers_to_it(client: httpx.AsyncClient) -> None:
+    """A browser that asks for / or /app is led to /app/ on the same host; any other client gets a 404."""
+    for path in ("/", "/app"):
+        answer = await client.get(path, headers=HTML)
+        assert (answer.status_code, answer.headers["Location"]) == (303, "/app/")
+        assert (await client.get(path)).status_code == 404
+
+
+async def test_page_that_is_not_built_is_a_404(tmp_path: Path) -> None:
+    """A gateway without the built files serves everything else."""
+    app = FastAPI(redirect_slashes=False)
+    page.serve(app, tmp_path)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+        assert (await client.get("/app/", headers=HTML)).status_code == 404
