@@ -1,1 +1,1 @@
-"""Runs nmap on the chunks that it is given and turns its XML into events."""
+"""Run nmap on dispatched chunks and publish its XML output as events."""

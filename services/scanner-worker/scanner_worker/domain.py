@@ -1,4 +1,4 @@
-"""What a chunk means for nmap: which addresses may be scanned, the command line, and the letter of each host."""
+"""Translate a chunk for nmap: the permitted addresses, the command line, and the outcome code of each host."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from scanfleet.policy import (
 from scanfleet.ports import PortSet
 from scanfleet.targets import Network, TargetRules
 
-REASON_CHARS: Final = 500  # of why a chunk failed: it becomes part of a job's `error`, which a person reads
+REASON_CHARS: Final = 500  # maximum length of a failure reason, which becomes part of the job's `error`
 
-BATCH_SECONDS: Final = 5.0  # of estimates in one nmap with others: less than that, and starting nmap is felt
+BATCH_SECONDS: Final = 5.0  # estimated seconds per shared nmap: with less, the start of nmap dominates
 
-_GROUP_PROBES: Final = 1024  # probes of one host group at least, as nmap itself has it
+_GROUP_PROBES: Final = 1024  # minimum number of probes in a host group, as in nmap itself
 
-_SILENT_GROUP_HOSTS: Final = 16  # of a group of addresses that may all be silent
+_SILENT_GROUP_HOSTS: Final = 16  # size of a host group whose addresses may all be silent
 
 FROM_HOST: Final = frozenset(
     {
@@ -47,25 +47,25 @@ FROM_HOST: Final = frozenset(
         b"port-unreach",
     },
 )
-"""nmap's reasons that only the address itself can have given: a closed list, of nmap 7.92 and newer."""
+"""nmap's reasons that only the address itself can cause: a closed list for nmap 7.92 and newer."""
 
-# What is no plain text: it acts on a terminal or a page (control characters, C1 among them, separators, zero-width and
-# direction marks) or is no character at all (surrogates, non-characters).
+# Characters that are not plain text: they affect a terminal or a page (control characters including C1, separators,
+# zero-width and direction marks), or they are invalid (surrogates, non-characters).
 _NO_TEXT: Final = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\uffff]",
 )
 
 
 class ScanError(Exception):
-    """nmap crashed, stood still or wrote malformed output: counts against the chunk. Says why to the job's owner."""
+    """nmap crashed, stalled or wrote malformed output. Counts against the chunk; the job's owner sees the message."""
 
 
 class CannotStartError(Exception):
-    """This worker cannot start nmap: a failure of the worker, whatever the chunk. Says why, and what to do."""
+    """This worker cannot start nmap: a failure of the worker, not of the chunk. The message has the cause and the remedy."""
 
 
 class KilledByGuardError(Exception):
-    """The guard killed nmap because this worker's event loop stood still: the worker's failure, not the chunk's."""
+    """The guard killed nmap because this worker's event loop was blocked: a failure of the worker, not of the chunk."""
 
 
 class Host(NamedTuple):
@@ -75,39 +75,39 @@ class Host(NamedTuple):
     up: bool
     timed_out: bool
     ports: int
-    """How many ports it accounts for, listed and summed up."""
+    """Number of ports that it accounts for, listed individually or summarized."""
 
     reasons: AbstractSet[bytes]
-    """Why nmap gives the host or its ports their states, without reasons that another machine may have given."""
+    """nmap's reasons for the states of the host and its ports, without those that another machine may have caused."""
 
     element: bytes
-    """As nmap wrote it, but for the end tag: UTF-8 that holds well-formed elements and no other markup.
+    """The element as nmap wrote it, without the end tag: UTF-8 with well-formed elements and no other markup.
 
-    Host scripts (`<hostscript>`), OS matches and other details of the host are in here; only ports are read from it so far.
+    It includes host scripts (`<hostscript>`), OS matches and other details of the host; only ports are read from it so far.
     """
 
     open_filtered: str = ""
-    """The silent UDP ports that nmap sums up, as in HostScanned."""
+    """The silent UDP ports that nmap summarizes, as in HostScanned."""
 
 
 @dataclass(frozen=True, slots=True)
 class Permitted:
-    """What is left of a chunk when the rules were asked once more."""
+    """The result of checking a chunk against the worker's target rules."""
 
     outcomes: str
     reason: str
-    """Why addresses are refused; empty when none is."""
+    """Why addresses are refused; empty if none is."""
 
     denied: str
-    """Which rule forbids addresses; empty when they all may be scanned."""
+    """The rule that forbids addresses; empty if all of them may be scanned."""
 
 
 def together(waiting: Sequence[ScanChunk], free_slots: int) -> Sequence[ScanChunk]:
-    """Choose the first of `waiting` and the chunks that share its nmap: same user, policy, ports and rates.
+    """Choose the first of `waiting` and the chunks that can share its nmap: same user, policy, ports and rates.
 
-    Chunks that are alike are split evenly over the free slots, less one slot for each chunk of another kind that waits. No
-    address is in the choice twice, and together the chunks are no more than a chunk may be. A chunk that has failed or has
-    a limit shares no nmap: a target that nmap cannot bear must not fail the chunks of others a second time.
+    Compatible chunks are split evenly over the free slots, less one slot for each waiting chunk of another kind. No address
+    is chosen twice, and together the chunks do not exceed the maximum size of a chunk. A chunk that has failed or has a
+    limit does not share an nmap: a target that crashes nmap must not fail other chunks a second time.
     """
     first, *others = waiting
     alike = [other for other in others if _alike(first, other)]
@@ -126,8 +126,8 @@ def together(waiting: Sequence[ScanChunk], free_slots: int) -> Sequence[ScanChun
 def _alike(one: ScanChunk, other: ScanChunk) -> bool:
     if any(chunk.failures or chunk.limit for chunk in (one, other)):
         return False
-    # Users are kept apart although sharing would save starts: a chunk that shares waits for the slowest host of the group, and
-    # fails with the host that crashes nmap, so one user's targets would delay and fail another's.
+    # Chunks of different users are not combined although that would save starts: a shared nmap waits for the slowest host of
+    # its group and fails with any host that crashes it, so one user's targets would delay and fail another's.
     return _kind(one) == _kind(other)
 
 
@@ -142,22 +142,22 @@ def _disjoint(one: ScanChunk, other: ScanChunk) -> bool:
 
 
 def permit(chunk: ScanChunk, rules: TargetRules, *, raw: bool) -> Permitted:
-    """Refuse what may not be scanned, address by address, and everything if it cannot be done here."""
-    # What counts is the chunk's own ports: the TCP part of a policy with UDP ports can be done without raw packets.
+    """Refuse each address that may not be scanned, or all of them if this worker cannot execute the policy."""
+    # Only the chunk's own ports count: the TCP part of a policy with UDP ports does not need raw packets.
     here = chunk.policy.model_copy(update={"ports": chunk.ports})
     refused: list[Network] = []
-    unable = f"{_needs(here)} raw packets, which no worker here may send" if here.needs_raw and not raw else ""
+    unable = f"{_needs(here)} raw packets, which this worker may not send" if here.needs_raw and not raw else ""
     denied = ""
     for network in networks(chunk.first_address, chunk.outcomes):
         for part, why in _judged(network, rules):
             if unable or why:
                 refused.append(part)
             denied = denied or why
-    letters = list(chunk.outcomes)
+    codes = list(chunk.outcomes)
     for network in refused:
         start = index_of(chunk.first_address, str(network.network_address))
-        letters[start : start + network.num_addresses] = Outcome.REFUSED * network.num_addresses
-    return Permitted("".join(letters), unable or denied, denied)
+        codes[start : start + network.num_addresses] = Outcome.REFUSED * network.num_addresses
+    return Permitted("".join(codes), unable or denied, denied)
 
 
 def _needs(policy: ScanPolicy) -> str:
@@ -178,7 +178,7 @@ def _judged(network: Network, rules: TargetRules) -> Iterable[tuple[Network, str
 
 
 def technique(policy: ScanPolicy, *, raw: bool) -> Technique:
-    """How TCP ports are probed: as the policy says; auto is SYN where raw packets may be sent."""
+    """Return the TCP technique of the policy; auto is SYN if raw packets may be sent, else connect."""
     return "syn" if policy.technique == "syn" or (policy.technique == "auto" and raw) else "connect"
 
 
@@ -190,17 +190,17 @@ def _executable(chunk: ScanChunk, scripts: AbstractSet[str]) -> ExecutablePolicy
 
 
 def scripts_of(policy: ScanPolicy) -> tuple[str, ...]:
-    """The NSE scripts that nmap runs for a policy."""
+    """Return the NSE scripts that nmap runs for a policy."""
     return tuple(sorted(VERSION_SCRIPTS.union(policy.scripts) if policy.service_detection else set(policy.scripts)))
 
 
 def arguments(
     chunk: ScanChunk, targets: Sequence[Network], *, raw: bool, scripts: AbstractSet[str] = ADMITTED_SCRIPTS
 ) -> list[str]:
-    """nmap's arguments for `targets`, which are distinct and of one family. Made of numbers and fixed words alone.
+    """Build nmap's arguments for `targets`, which are distinct and of one family. They consist of numbers and fixed words.
 
     Raises:
-        ScanError: the policy has values that this worker does not execute, or a script that is not in `scripts`.
+        ScanError: the policy has values that this worker does not support, or a script that is not in `scripts`.
     """
     policy, ports = _executable(chunk, scripts), PortSet.parse(chunk.ports)
     max_rate = chunk.max_rate or policy.max_rate
@@ -208,7 +208,7 @@ def arguments(
     group = str(_group(policy, ports.count))
     return [
         *("-v", "-n", "-oX", "-", "--stats-every", "1s"),
-        # Left alone, nmap takes root for able and everyone else for not, whatever capabilities they have.
+        # By default nmap assumes that only root is privileged, regardless of capabilities.
         "--privileged" if raw else "--unprivileged",
         *(["-6"] if targets[0].version == 6 else []),  # noqa: PLR2004 # IPv6
         *(["-Pn"] if policy.discovery == "none" else []),
@@ -232,12 +232,13 @@ def arguments(
 
 
 def _group(policy: ScanPolicy, ports: int) -> int:
-    """How many addresses nmap probes side by side.
+    """Return the size of nmap's host groups: how many addresses it probes in parallel.
 
-    nmap writes a group when all of it is done, so it is the grain of streaming and resuming. With discovery a group holds
-    hosts that answered, and nmap's own size serves best, but never the small first groups that it makes by default. Without,
-    a whole group may be silent, and a small one keeps what an interrupted attempt loses small: a silent /26 with 100 ports
-    at 2,000 probes a second takes 11.5 s in groups of 8 and 7.4 s in one of 64; of 16, little more than that.
+    nmap writes a group when all of it is finished, so the group is the unit of streaming and resuming. With discovery a group
+    contains hosts that answered, and nmap's own size works best, but not the small first groups that it makes by default.
+    Without discovery a whole group may be silent, and a small group limits how much an interrupted attempt loses: a silent
+    /26 with 100 ports at 2,000 probes per second takes 11.5 s in groups of 8, 7.4 s in one group of 64, and little more than
+    that in groups of 16.
     """
     hosts = _SILENT_GROUP_HOSTS if policy.discovery == "none" else GROUP_HOSTS
     return max(hosts, _GROUP_PROBES // ports)
@@ -251,25 +252,25 @@ def _number(option: str, value: int | None, unit: str = "") -> list[str]:
 
 
 def services(ports: PortSet) -> dict[str, int]:
-    """What nmap must say that it probes: `<scaninfo numservices>` by protocol."""
+    """Return the port counts that nmap must announce, by protocol: `<scaninfo numservices>`."""
     counts = {"tcp": ports.tcp_count, "udp": ports.udp_count}
     return {protocol: count for protocol, count in counts.items() if count}
 
 
 def outcome(host: Host, ports: int) -> Outcome:
-    """The letter of a host of a chunk of `ports`; blank when its ports do not add up."""
+    """Return the outcome of a host in a chunk of `ports` ports; blank if it does not account for all of them."""
     if not host.up:
         return Outcome.DOWN
     if host.timed_out:
         return Outcome.TIMED_OUT
     if host.ports != ports:
         return Outcome.BLANK
-    # With discovery off nmap takes every address as up, "user-set"; then only a port can have answered.
+    # Without discovery nmap reports every address as up, "user-set"; then only a port can have answered.
     return Outcome.ANSWERED if host.reasons & FROM_HOST else Outcome.SILENT
 
 
 def printable(text: str, *, keep: str = "") -> str:
-    r"""`text` with all that is no plain text written as an escape (`\x1b`, `\u202e`), except the characters to `keep`."""
+    r"""Return `text` with characters that are not plain text escaped (`\x1b`, `\u202e`), except those in `keep`."""
 
     def escape(match: re.Match[str]) -> str:
         return match[0] if match[0] in keep else match[0].encode("unicode_escape").decode()
@@ -278,7 +279,7 @@ def printable(text: str, *, keep: str = "") -> str:
 
 
 def fit(host: HostScanned, limit: int = MAX_BYTES) -> HostScanned:
-    """`host` within the bus's size limit, with all its ports: their texts go first."""
+    """Return `host` trimmed to the size limit of a message: texts are dropped, ports are kept."""
     for field in _EXPENDABLE:
         if len(host.model_dump_json(exclude_defaults=True)) <= limit:
             break

@@ -1,4 +1,4 @@
-"""The scanner-worker: everything real is made here and passed in."""
+"""Build scanner-worker: create its dependencies and pass them in."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ from scanner_worker.settings import Settings
 
 
 def create_app() -> FastAPI:
-    """The service, for `uvicorn --factory`."""
+    """Create the service, for `uvicorn --factory`."""
     settings = Settings()
     logging.configure(topics.WORKER, settings)
     tracing.configure(topics.WORKER, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        program = shutil.which(settings.nmap) or settings.nmap  # without one the worker stays excluded and says so
-        # The random part makes a restarted worker another one: nothing meant for the old one reaches it.
+        program = (
+            shutil.which(settings.nmap) or settings.nmap
+        )  # without nmap the worker stays excluded and logs the cause
+        # The random part gives a restarted worker a new id, so that no task for the old process reaches it.
         worker_id = f"{settings.instance}-{token_hex(4)}"
         bus = KafkaBus(settings, source=topics.WORKER, instance=settings.instance)
         limits = Limits(settings.max_output_bytes, settings.max_host_bytes, settings.stall_seconds)
@@ -56,7 +58,7 @@ def create_app() -> FastAPI:
             stack.push_async_callback(tasks.stop)
             await worker.start()
             app.state.probes.depend("nmap", worker.exclusion.probe)
-            # First to stop, while tasks are still consumed: a scan that is finishing can yet be cancelled.
+            # Stopped first, while tasks are still consumed, so that a scan that is finishing can still be cancelled.
             stack.push_async_callback(worker.stop, settings.stop_grace_seconds)
             for part in (bus, tasks, worker, nmap):
                 app.state.probes.watch(part)
@@ -66,8 +68,8 @@ def create_app() -> FastAPI:
 
 
 def _exit_with_0() -> None:
-    """Let a process that has shut down gracefully exit with 0: after the lifespan uvicorn raises its signal once more."""
+    """Exit with 0 after a graceful shutdown: after the lifespan uvicorn raises the received signal again."""
     if callable(
         signal.getsignal(signal.SIGTERM)
-    ):  # only a server handles the signal, so only there it is ours to block
+    ):  # only uvicorn installs a handler for the signal; block it only in that case
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})

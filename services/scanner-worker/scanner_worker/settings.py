@@ -1,4 +1,4 @@
-"""The settings of the scanner-worker."""
+"""Settings of scanner-worker, read from the environment."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from scanfleet.settings import CommonSettings, KafkaSettings, TargetSettings
 
 
 class Settings(CommonSettings, KafkaSettings, TargetSettings):
-    """Every setting of the scanner-worker."""
+    """All settings of scanner-worker."""
 
-    nmap: str = Field("nmap", min_length=1, description="The nmap program: a path, or a name to look for in PATH.")
+    nmap: str = Field("nmap", min_length=1, description="Path of the nmap program, or its name in PATH.")
     slots: int = Field(
-        2,  # an nmap mostly waits for the network, so two share a core well
+        2,  # nmap mostly waits for the network, so two processes can share a core
         ge=1,
         le=256,
-        description="How many nmaps run side by side. One scans a chunk, or several small ones that are alike.",
+        description="Maximum number of concurrent nmap processes. One process scans a chunk or several small compatible chunks.",
     )
     attempt_seconds: float = Field(
-        120.0,  # twice what a chunk is planned for; the next attempt gets half of the addresses
+        120.0,  # twice the planned duration of a chunk; the next attempt gets half of the addresses
         gt=0,
-        description="Seconds that one nmap may scan more than one address; then the rest is released. A single address is "
-        "ended by the policy's host timeout.",
+        description="Timeout in seconds of one nmap with more than one address; then the remaining addresses are released. A "
+        "single address is limited by the policy's host timeout.",
     )
     stall_seconds: float = Field(
-        300.0,  # nmap pauses for seconds at most, where its options do not ask for more
+        300.0,  # nmap pauses for seconds at most, unless its options require more
         gt=0,
-        description="Seconds without progress after which nmap is stopped and the attempt fails. At timings 0 and 1 it may "
-        "pause for two probes more; while it asks services and runs scripts, for the policy's host timeout more.",
+        description="Timeout in seconds of an nmap without progress; then it is stopped and the attempt fails. At timings 0 and 1 "
+        "the delay of two probes is added; during service detection and scripts, the policy's host timeout.",
     )
     max_output_bytes: int = Field(
-        256 << 20,  # four times what 1,024 addresses with a hundred talkative ports each have to say
+        256 << 20,  # four times the output for 1,024 addresses with a hundred open ports and long banners each
         ge=1 << 16,
-        description="Bytes that one nmap may write before it is stopped.",
+        description="Maximum bytes of output of one nmap; then it is stopped and the attempt fails.",
     )
     max_host_bytes: int = Field(
         32 << 20,  # 8,192 open ports with 4 KB of service and script output each
         ge=1 << 16,
-        description="Bytes that nmap may write about one host before it is stopped.",
+        description="Maximum bytes of output about one host; then nmap is stopped and the attempt fails.",
     )
     stop_grace_seconds: float = Field(
-        20.0,  # of the 30 s between SIGTERM and SIGKILL that Kubernetes gives by default
+        20.0,  # of the 30 s between SIGTERM and SIGKILL, Kubernetes' default
         ge=0,
-        description="Seconds that running scans may take to finish after SIGTERM; then they are released.",
+        description="Timeout in seconds for running scans to finish after SIGTERM; then they are released.",
     )

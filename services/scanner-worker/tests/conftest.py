@@ -1,4 +1,4 @@
-"""What the worker's tests share: chunks to scan and recorded output of nmap."""
+"""Fixtures of the worker's tests: chunks to scan and recorded output of nmap."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RECORDINGS = Path(__file__).parent / "recordings"
 
 @pytest.fixture
 def make_chunk() -> Callable[..., ScanChunk]:
-    """A chunk of the quick policy with `policy` changed and other fields replaced."""
+    """Return a factory of chunks with the quick policy, updated with `policy`, and other fields replaced."""
 
     def make(policy: dict[str, Any] | None = None, **fields: Any) -> ScanChunk:
         asked = fill_in(Preset.QUICK, {"ports": "22,80"} | (policy or {}))
@@ -43,13 +43,13 @@ def make_chunk() -> Callable[..., ScanChunk]:
 
 @pytest.fixture
 def recording() -> Callable[[str], bytes]:
-    """What real nmap wrote; `recordings/record.sh` makes it anew."""
+    """Return a function that reads recorded output of real nmap; `recordings/record.sh` records it again."""
     return lambda name: (RECORDINGS / f"{name}.xml").read_bytes()
 
 
 @pytest.fixture
 async def until() -> Callable[..., Awaitable[None]]:
-    """Wait until a condition holds; a test that waits in vain fails."""
+    """Return a function that waits until a condition holds and fails the test after a timeout."""
 
     async def wait(condition: Callable[[], object], seconds: float = 20) -> None:
         async with asyncio.timeout(seconds):

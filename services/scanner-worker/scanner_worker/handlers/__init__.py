@@ -1,1 +1,1 @@
-"""What a worker does with its tasks."""
+"""Handle scan tasks: claim, scan and report chunks."""

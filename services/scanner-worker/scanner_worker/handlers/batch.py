@@ -1,4 +1,4 @@
-"""One nmap for chunks that are alike: each has its own hosts of it, and may leave when it must."""
+"""Scan compatible chunks with one nmap: each chunk receives its own hosts and can leave at any time."""
 
 from __future__ import annotations
 
@@ -19,54 +19,56 @@ from scanfleet.ports import PortSet
 from scanfleet.targets import Network, TargetRules
 from scanner_worker.domain import Host, ScanError, arguments, services
 
-SLACK_S: Final = 15.0  # for nmap to end a single address itself after its host timeout
+SLACK_S: Final = 15.0  # extra time in which nmap applies its host timeout to a single address itself
 
-_GIVEN: Final = Outcome.EXCLUDED  # in a share's map: nmap is done with it, and no later one is asked again
+_FINISHED: Final = (
+    Outcome.EXCLUDED
+)  # marks an address in a share's map as finished, so that no later nmap scans it again
 
 Found = list[tuple[Host, tuple[PortFound, ...]]]
 
 
 class Scanner(Protocol):
     def scan(self, arguments: Sequence[str], services: Mapping[str, int]) -> AsyncGenerator[Found]:
-        """Yield finished hosts with their open ports; once it is closed nothing runs any more.
+        """Yield finished hosts with their open ports. After the generator is closed, no process is left.
 
         Raises:
-            ScanError: the run does not count; the hosts that were yielded do.
+            ScanError: the run failed; the hosts that were yielded are valid.
             CannotStartError: nmap cannot be started.
             KilledByGuardError: the guard killed nmap.
         """
 
     @property
     def version(self) -> str:
-        """nmap's, as it said last; empty while it has not been checked."""
+        """nmap's version in its last run; empty before the first check."""
 
     async def ranked(self, ports: PortSet) -> PortSet:
-        """The TCP ports that a part of a `top` set stands for.
+        """Return the TCP ports that a part of a `top` set stands for.
 
         Raises:
             ScanError, CannotStartError: as `scan`.
         """
 
     def hold(self, seconds: float) -> None:
-        """Have every nmap killed once the event loop has stood still for `seconds`."""
+        """Have every nmap killed if the event loop is blocked for `seconds`."""
 
     async def check(self) -> None:
-        """Try nmap out without sending anything.
+        """Run nmap once without sending packets.
 
         Raises:
-            CannotStartError: nmap cannot be used here; says why.
+            CannotStartError: nmap cannot be used here; the message has the cause.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Abilities:
-    """What this worker can do and may do.
+    """The capabilities and limits of this worker.
 
     Attributes:
-        slots: how many nmaps side by side.
-        raw: whether nmap may send raw packets here.
-        rules: what may be scanned.
-        attempt_seconds: how long one nmap may scan more than one address.
+        slots: maximum number of concurrent nmap processes.
+        raw: whether nmap may send raw packets.
+        rules: which targets may be scanned.
+        attempt_seconds: timeout of one nmap with more than one address.
         scripts: the NSE scripts that a policy may name.
     """
 
@@ -78,16 +80,16 @@ class Abilities:
 
 
 class TooSlowError(Exception):
-    """An attempt on several addresses ran out of its time."""
+    """An attempt on several addresses exceeded its timeout."""
 
 
 class Batch:
-    """Scans chunks that are alike with one nmap, and with another one for the rest of them when one has left.
+    """Scans compatible chunks with one nmap; when a chunk leaves early, another nmap scans the remaining addresses.
 
     Attributes:
-        shares: one for each chunk, in their order. nmap starts when each share asked for its addresses, or was left.
-        fault: what nmap failed with, or what ended it; None if it was not needed, was left by all, or finished.
-        finished: whether nmap came to a good end.
+        shares: one per chunk, in order. nmap starts once each share has either requested its addresses or left.
+        fault: the error that ended nmap; None if nmap finished, was not needed, or all shares left.
+        finished: whether nmap finished successfully.
     """
 
     def __init__(self, chunks: Sequence[ScanChunk], abilities: Abilities, scanner: Scanner) -> None:
@@ -96,21 +98,21 @@ class Batch:
         self.finished = False
         self._abilities = abilities
         self._scanner = scanner
-        self._chunk = chunks[0]  # its policy and ports are those of all
-        self._here = list(self.shares)
-        self._begun = asyncio.Event()
+        self._chunk = chunks[0]  # all chunks have the same policy and ports
+        self._active = list(self.shares)
+        self._started = asyncio.Event()
         self._nmap: asyncio.Task[None] | None = None
-        self._spent = 0.0  # by each of those who are still here
+        self._spent = 0.0  # seconds charged so far to each share that has not left
         self._since = asyncio.get_running_loop().time()
 
     async def run(self) -> None:
-        """Return when no share gets any more hosts; every share must be entered and left meanwhile."""
+        """Run until no share receives any more hosts; meanwhile every share must be entered and left."""
         try:
-            await self._begun.wait()
-            with structlog.contextvars.bound_contextvars(chunk_ids=[share.chunk.chunk_id for share in self._here]):
+            await self._started.wait()
+            with structlog.contextvars.bound_contextvars(chunk_ids=[share.chunk.chunk_id for share in self._active]):
                 self.fault = await self._scan()
         finally:
-            for share in self._here:
+            for share in self._active:
                 share.end(self.fault)
 
     @property
@@ -118,30 +120,30 @@ class Batch:
         """nmap's version."""
         return self._scanner.version
 
-    def begin(self) -> None:
-        """Start nmap if nobody who is here has yet to say what it wants."""
-        if all(share.asks for share in self._here):
-            self._begun.set()
+    def start_if_ready(self) -> None:
+        """Start nmap if every remaining share has requested its addresses."""
+        if all(share.requested for share in self._active):
+            self._started.set()
 
     async def leave(self, share: Share) -> float:
-        """Return, when no packet goes to the share's addresses any more, its part of the slot's seconds."""
+        """Remove the share; return its part of the slot's seconds once no packet is sent to its addresses any more."""
         now = asyncio.get_running_loop().time()
-        self._spent += (now - self._since) / len(self._here)
+        self._spent += (now - self._since) / len(self._active)
         self._since = now
-        self._here.remove(share)
+        self._active.remove(share)
         spent = self._spent
-        self.begin()
-        if self._nmap is not None and (share.targets or not self._here):
+        self.start_if_ready()
+        if self._nmap is not None and (share.targets or not self._active):
             self._nmap.cancel()
             await asyncio.wait((self._nmap,))
         return spent
 
     async def _scan(self) -> BaseException | None:
-        """Run nmap until one has come to its end; answers what went wrong."""
+        """Run nmap, again after a share has left, until a run ends by itself; return its error or None."""
         loop, limit = asyncio.get_running_loop(), self._abilities.attempt_seconds
         several = sum(network.num_addresses for network in self._targets()) > 1
         if not several:
-            # nmap's own host timeout ends it, but does not count host discovery, which timing 0 can stretch beyond it.
+            # nmap applies its own host timeout, but without host discovery, which can take longer than that at timing 0.
             limit = max(limit, self._chunk.policy.host_timeout + SLACK_S)
         deadline = loop.time() + limit
         while targets := self._targets():
@@ -152,26 +154,26 @@ class Batch:
                 await asyncio.wait((self._nmap,))
                 if several:
                     return TooSlowError(
-                        f"nmap was stopped after {limit:g} s, the limit for more than one address (SCANFLEET_ATTEMPT_SECONDS)"
+                        f"nmap was stopped after {limit:g} s, the timeout for more than one address (SCANFLEET_ATTEMPT_SECONDS)"
                     )
                 await self._time_out()
                 return None
-            if not self._nmap.cancelled():  # as it is when a share with targets is left
+            if not self._nmap.cancelled():  # it is cancelled if a share with remaining targets leaves
                 self.finished = self._nmap.exception() is None
                 return self._nmap.exception()
         return None
 
     async def _time_out(self) -> None:
-        """Report the address that is left as timed out."""
-        for share in self._here:
+        """Report the remaining address as timed out."""
+        for share in self._active:
             for network in share.targets:
                 address = str(network.network_address)
-                await share.give(
+                await share.put(
                     [(Host(address, up=True, timed_out=True, ports=0, reasons=frozenset(), element=b""), ())]
                 )
 
     def _targets(self) -> list[Network]:
-        return [network for share in self._here for network in share.targets]
+        return [network for share in self._active for network in share.targets]
 
     async def _run_nmap(self, targets: Sequence[Network]) -> None:
         chunk, ports = self._chunk, PortSet.parse(self._chunk.ports)
@@ -182,85 +184,85 @@ class Batch:
         async with aclosing(self._scanner.scan(line, services(ports))) as found:
             async for hosts in found:
                 for share, own in self._sorted(hosts).items():
-                    if share in self._here:
-                        await share.give(own)
+                    if share in self._active:
+                        await share.put(own)
 
     def _sorted(self, hosts: Found) -> Mapping[Share, Found]:
         sorted_: defaultdict[Share, Found] = defaultdict(list)
         for host, ports in hosts:
             whose = next((share for share in self.shares if share.holds(host.address)), None)
             if whose is None:
-                raise ScanError(f"nmap reports {host.address}, which it was not asked for")
+                raise ScanError(f"nmap reported {host.address}, which is not one of its targets")
             sorted_[whose].append((host, ports))
         return sorted_
 
 
 class Share:
-    """A chunk's part of a batch, to be left as a context in any case.
+    """A chunk's part of a batch: a context manager that leaves the batch on exit.
 
     Attributes:
-        seconds: its part of the time in the slot, once it was left: together those of a batch are the whole.
-        asks: whether it has said what it wants.
+        seconds: its part of the time in the slot, set on exit; the parts of a batch add up to the whole time.
+        requested: whether it has requested its addresses.
     """
 
     def __init__(self, batch: Batch, chunk: ScanChunk) -> None:
         self.chunk = chunk
         self.seconds = 0.0
-        self.asks = False
+        self.requested = False
         self._batch = batch
         self._map: list[str] = []
-        self._news: asyncio.Queue[Found | BaseException | None] = asyncio.Queue()
-        self._told = asyncio.Event()
+        self._queue: asyncio.Queue[Found | BaseException | None] = asyncio.Queue()
+        self._consumed = asyncio.Event()
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._told.set()
+        self._consumed.set()
         self.seconds = await self._batch.leave(self)
 
     async def scan(self, outcomes: str) -> AsyncGenerator[Found]:
-        """Yield the hosts of the blanks in `outcomes`, whatever nmap is done with.
+        """Yield the hosts of the blanks in `outcomes` as nmap finishes them.
 
         Raises:
             ScanError: nmap failed, and hosts are missing.
-            TooSlowError: nmap took too long, and hosts are missing.
+            TooSlowError: nmap exceeded its timeout, and hosts are missing.
             CannotStartError, KilledByGuardError: as the scanner raised them.
         """
         self._map = list(outcomes)
-        self.asks = True
-        self._batch.begin()
+        self.requested = True
+        self._batch.start_if_ready()
         while True:
-            self._told.set()
-            news = await self._news.get()
-            if isinstance(news, list):
-                yield news
-            elif news is not None and Outcome.BLANK in self._map:
-                raise news
+            self._consumed.set()
+            item = await self._queue.get()
+            if isinstance(item, list):
+                yield item
+            elif item is not None and Outcome.BLANK in self._map:
+                raise item
             else:
                 return
 
     @property
     def nmap(self) -> str:
-        """The version of the nmap that scanned; empty when there was nothing to scan."""
-        return self._batch.nmap if self.asks else ""
+        """The version of the nmap that scanned; empty if there was nothing to scan."""
+        return self._batch.nmap if self.requested else ""
 
     @property
     def targets(self) -> Sequence[Network]:
-        """What nmap has still to scan."""
+        """The networks that nmap has still to scan."""
         return tuple(networks(self.chunk.first_address, "".join(self._map)))
 
     def holds(self, address: str) -> bool:
         return 0 <= index_of(self.chunk.first_address, address) < len(self.chunk.outcomes)
 
-    async def give(self, hosts: Found) -> None:
-        """Hand on hosts of ours; waits until those before are told, so that nmap gets no further ahead than that."""
-        await self._told.wait()
-        self._told.clear()
-        self._news.put_nowait(hosts)
+    async def put(self, hosts: Found) -> None:
+        """Queue hosts of this share, after the previous ones were consumed: backpressure for reading nmap's output."""
+        await self._consumed.wait()
+        self._consumed.clear()
+        self._queue.put_nowait(hosts)
         for host, _ in hosts:
-            self._map[index_of(self.chunk.first_address, host.address)] = _GIVEN
+            self._map[index_of(self.chunk.first_address, host.address)] = _FINISHED
 
     def end(self, fault: BaseException | None) -> None:
-        """Nothing more comes."""
-        self._news.put_nowait(fault)
+        """Mark the end of the share's hosts, with the error that ended nmap."""
+        self._queue.put_nowait(fault)

@@ -1,4 +1,4 @@
-"""One attempt on a chunk, from its claim to the report of its end."""
+"""Run one attempt on a chunk, from its claim to its final report."""
 
 from __future__ import annotations
 
@@ -41,22 +41,24 @@ from scanner_worker.domain import (
 )
 from scanner_worker.handlers.batch import Abilities, Found, Share, TooSlowError
 
-CLAIM_S: Final = 0.25  # of scanning before it is claimed: one that ends sooner says all with its end
-BEAT_S: Final = 1.0  # between two ChunkProgressed: a third of the shortest lease
-RETRY_S: Final = 0.5  # between two tries of a send; each try already waits for the broker
-FENCE: Final = 2 / 3  # of the lease, without an acknowledged heartbeat: nmap is gone before another worker takes over
-NOT_NOW: Final = Outcome.EXCLUDED  # for an address beyond the chunk's limit, in the map that nmap gets
+CLAIM_S: Final = 0.25  # delay before a claim is published; a shorter scan publishes only its final report
+BEAT_S: Final = 1.0  # interval of ChunkProgressed: a third of the shortest lease
+RETRY_S: Final = 0.5  # delay between attempts to publish; each attempt already waits for the broker
+FENCE: Final = (
+    2 / 3
+)  # fraction of the lease without an acknowledged heartbeat after which nmap is stopped: before the chunk is reassigned
+NOT_NOW: Final = Outcome.EXCLUDED  # code of an address beyond the chunk's limit, in the map that nmap gets
 
 Denied = Callable[[ScanChunk, str], None]
-"""Told of a chunk with addresses that may not be scanned, and of the rule that says so."""
+"""Called with a chunk that has forbidden addresses, and with the rule that forbids them."""
 
-_addresses = Counter("scanfleet_worker_addresses", "Addresses done, by outcome.", ["outcome"])
-_ends = Counter("scanfleet_worker_chunks", "Chunks that ended here, by how.", ["end"])
+_addresses = Counter("scanfleet_worker_addresses", "Addresses finished, by outcome.", ["outcome"])
+_ends = Counter("scanfleet_worker_chunks", "Chunk attempts finished on this worker, by result.", ["end"])
 _log = structlog.stdlib.get_logger(__name__)
 
 
 class ChunkScan:
-    """Scans one chunk and reports its hosts, its progress and its end."""
+    """Scans one chunk and reports its hosts, its progress and its result."""
 
     def __init__(self, chunk: ScanChunk, abilities: Abilities, publisher: Publisher, denied: Denied) -> None:
         self.chunk = chunk
@@ -66,13 +68,13 @@ class ChunkScan:
         self._map = list(chunk.outcomes)
         self._ports = PortSet.parse(chunk.ports)
         self._technique = technique(chunk.policy, raw=abilities.raw)
-        self._doubt = ""
+        self._mismatch = ""
         self._fence: asyncio.Timeout | None = None
         self._work: asyncio.Task[None] | None = None
         self._stopped = ""
 
     async def run(self, share: Share) -> Message:
-        """Answer how the chunk ended, once Kafka has acknowledged that."""
+        """Scan the chunk; return its final report once Kafka has acknowledged it."""
         about = {"scanfleet.chunk.id": self.chunk.chunk_id}
         with tracing.span("scan chunk", self.chunk.traceparent, "consumer", about), self._logged():
             end = await self._outcome(share)
@@ -80,12 +82,12 @@ class ChunkScan:
             return end
 
     async def release(self, reason: str) -> None:
-        """Release the chunk without having begun."""
+        """Release the chunk without scanning it."""
         with tracing.within(self.chunk.traceparent), self._logged():
             await self._report_end(self._released(reason))
 
     def stop(self, reason: str) -> None:
-        """Kill nmap and release the chunk, unless every address is done."""
+        """Kill nmap and release the chunk, unless every address is finished."""
         self._stopped = self._stopped or reason
         if self._work is not None:
             self._work.cancel()
@@ -103,8 +105,8 @@ class ChunkScan:
             return self._released(str(error), share.seconds, too_slow=isinstance(error, TooSlowError))
         except ScanError as error:
             return ChunkFailed(**self._state, reason=str(error)[:REASON_CHARS], slot_seconds=share.seconds)
-        except Exception as error:  # noqa: BLE001 # one strange host must not stop the others; the log has the trace
-            _log.exception("the worker failed to scan a chunk")
+        except Exception as error:  # noqa: BLE001 # one faulty host must not stop the others; the log has the traceback
+            _log.exception("cannot scan chunk: unexpected error")
             reason = f"the worker failed: {type(error).__name__}"
             return ChunkFailed(**self._state, reason=reason, slot_seconds=share.seconds)
         if Outcome.BLANK in self._map:
@@ -121,14 +123,14 @@ class ChunkScan:
         )
 
     async def _hold_and_scan(self, share: Share) -> None:
-        """Scan for as long as the lease is ours; `_stopped` says why blanks are left."""
+        """Scan while the lease is valid; `_stopped` is the reason for remaining blanks."""
         self._work = asyncio.create_task(self._scan(share))
         beating = asyncio.create_task(self._beat())
         try:
             async with asyncio.timeout(self.chunk.lease_seconds * FENCE) as self._fence:
                 await asyncio.wait((self._work, beating), return_when=asyncio.FIRST_COMPLETED)
         except TimeoutError:
-            self._stopped = "the bus acknowledged no heartbeat in time"
+            self._stopped = "Kafka did not acknowledge a heartbeat within two thirds of the lease"
         finally:
             tasks, self._work, self._fence = (self._work, beating), None, None
             for task in tasks:
@@ -141,41 +143,41 @@ class ChunkScan:
     async def _scan(self, share: Share) -> None:
         if Outcome.BLANK not in self._map:
             return
-        blanks = [index for index, letter in enumerate(self._map) if letter == Outcome.BLANK]
+        blanks = [index for index, code in enumerate(self._map) if code == Outcome.BLANK]
         asked, later = blanks[: self.chunk.limit], set(blanks[self.chunk.limit :] if self.chunk.limit else ())
-        wanted = "".join(NOT_NOW if index in later else letter for index, letter in enumerate(self._map))
+        wanted = "".join(NOT_NOW if index in later else code for index, code in enumerate(self._map))
         with tracing.span("nmap", tracing.current()):
             async with aclosing(share.scan(wanted)) as found:
                 async for hosts in found:
-                    await self._tell(hosts)
+                    await self._publish_hosts(hosts)
         if blank := sum(self._map[index] == Outcome.BLANK for index in asked):
-            raise ScanError(self._doubt or f"{blank} addresses are missing from what nmap wrote")
+            raise ScanError(self._mismatch or f"{blank} addresses are missing from nmap's output")
 
-    async def _tell(self, hosts: Found) -> None:
-        """Publish the hosts; only when they are acknowledged are their letters set."""
-        letters: dict[int, Outcome] = {}
+    async def _publish_hosts(self, hosts: Found) -> None:
+        """Publish the hosts; set their outcome codes only after they are acknowledged."""
+        codes: dict[int, Outcome] = {}
         messages: list[HostScanned] = []
         for host, ports in hosts:
             index = index_of(self.chunk.first_address, host.address)
-            letter = outcome(host, self._ports.count)
-            if letter is Outcome.BLANK:
-                self._doubt = f"nmap accounts for {host.ports} of {self._ports.count} ports of {host.address}"
-            elif self._map[index] == Outcome.BLANK and index not in letters:
-                letters[index] = letter
-                if letter is not Outcome.DOWN:
-                    messages.append(self._host(host, letter, ports))
+            code = outcome(host, self._ports.count)
+            if code is Outcome.BLANK:
+                self._mismatch = f"nmap reported {host.ports} of {self._ports.count} ports of {host.address}"
+            elif self._map[index] == Outcome.BLANK and index not in codes:
+                codes[index] = code
+                if code is not Outcome.DOWN:
+                    messages.append(self._host(host, code, ports))
         await self._publish(SCAN_RESULTS, messages)
-        for index, letter in letters.items():
-            self._map[index] = letter
-            _addresses.labels(letter.name.lower()).inc()
+        for index, code in codes.items():
+            self._map[index] = code
+            _addresses.labels(code.name.lower()).inc()
 
-    def _host(self, host: Host, letter: Outcome, ports: tuple[PortFound, ...]) -> HostScanned:
+    def _host(self, host: Host, code: Outcome, ports: tuple[PortFound, ...]) -> HostScanned:
         return fit(
             HostScanned(
                 **self._token,
                 user_id=self.chunk.user_id,
                 address=host.address,
-                outcome=letter.value,
+                outcome=code.value,
                 technique=self._technique,
                 ports=ports,
                 open_filtered=host.open_filtered,
@@ -204,19 +206,19 @@ class ChunkScan:
         _log.info("chunk ended", how=type(end).__name__, reason=getattr(end, "reason", ""))
 
     async def _publish(self, topic: Topic, messages: Sequence[Message]) -> None:
-        # Without end: each of these messages may be in the log twice, and a chunk whose end is not reported waits for its
-        # lease to expire. While nmap runs, the fence ends this.
+        # Retry indefinitely: all of these messages are idempotent, and a chunk without a final report would wait until its
+        # lease expires. While nmap runs, the fence bounds the retries.
         while messages:
             try:
                 await self._publisher.publish(topic, messages)
             except DependencyError as error:
-                _log.warning("will send again", topic=topic.name, error=str(error))
+                _log.warning("publish failed, retrying", topic=topic.name, error=str(error))
                 await asyncio.sleep(RETRY_S)
             else:
                 return
 
     def _logged(self) -> AbstractContextManager[None]:
-        """Let every line of the log name the chunk."""
+        """Add the chunk to every log line."""
         return structlog.contextvars.bound_contextvars(job_id=self.chunk.job_id, chunk_id=self.chunk.chunk_id)
 
     def _released(self, reason: str, seconds: float = 0.0, *, too_slow: bool = False) -> ChunkReleased:

@@ -1,4 +1,4 @@
-"""A worker that cannot run nmap excludes itself: it gets no chunks until a trial run of nmap succeeds."""
+"""Exclude a worker that cannot run nmap: it gets no chunks until a trial run of nmap succeeds."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from prometheus_client import Gauge
 from scanfleet.errors import DependencyError
 from scanner_worker.domain import CannotStartError
 
-FAILURES: Final = 3  # runs in a row that failed on different chunks: one bad chunk excludes no worker
-SHORTEST_S: Final = 1.0  # before the first trial run, doubled with each that follows
+FAILURES: Final = 3  # consecutive failed runs on different chunks: one bad chunk does not exclude a worker
+SHORTEST_S: Final = 1.0  # delay before the first trial run; doubled after each further one
 LONGEST_S: Final = 60.0
 
-_excluded = Gauge("scanfleet_worker_excluded", "1 while the worker gets no chunks because it cannot run nmap, else 0.")
+_excluded = Gauge("scanfleet_worker_excluded", "1 if the worker gets no chunks because it cannot run nmap, else 0.")
 _log = structlog.stdlib.get_logger(__name__)
 
 
 class Exclusion:
-    """Whether the worker is excluded, and the trial runs that end it.
+    """The exclusion state of the worker, and the trial runs that end an exclusion.
 
     Attributes:
-        reason: why the worker is excluded; empty while it is not.
+        reason: why the worker is excluded; empty if it is not.
     """
 
     def __init__(self, check: Callable[[], Awaitable[None]], changed: Callable[[], None]) -> None:
-        """Begin excluded: the first trial run decides.
+        """Start excluded, until the first trial run succeeds.
 
         Args:
-            check: a trial run; raises CannotStartError.
-            changed: called whenever the worker was excluded or included.
+            check: a trial run; raises CannotStartError if it fails.
+            changed: called whenever the exclusion begins or ends.
         """
         self.reason = "nmap has not been checked yet"
         self._check = check
@@ -43,7 +43,7 @@ class Exclusion:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Try nmap once, and from now on whenever the worker is excluded."""
+        """Run a trial now, and further ones while the worker is excluded."""
         await self._try()
         self._task = asyncio.create_task(self._recover(), name="check nmap")
 
@@ -57,10 +57,10 @@ class Exclusion:
         return self._task is None or not self._task.done()
 
     async def probe(self) -> None:
-        """Return while the worker is not excluded.
+        """Check that the worker is not excluded.
 
         Raises:
-            DependencyError: it is; says why.
+            DependencyError: the worker is excluded; the message has the reason.
         """
         if self.reason:
             raise DependencyError(self.reason)
@@ -78,21 +78,21 @@ class Exclusion:
         self._changed()
 
     def succeeded(self) -> None:
-        """Note a run of nmap that counts."""
+        """Record a successful run of nmap."""
         self._failed.clear()
         self._pause = SHORTEST_S
 
     def failed(self, chunk_id: str, reason: str) -> None:
-        """Note a run of nmap that failed on this chunk."""
+        """Record a run of nmap that failed on this chunk."""
         if len(self._failed) < FAILURES:
             self._failed.add(chunk_id)
-        if len(self._failed) == FAILURES:  # and again after a trial run, until a scan succeeds
-            self.exclude(f"nmap failed on {FAILURES} chunks in a row, the last time because {reason}")
+        if len(self._failed) == FAILURES:  # and again after a successful trial run, until a scan succeeds
+            self.exclude(f"nmap failed on {FAILURES} consecutive chunks, the last time because {reason}")
 
     async def _recover(self) -> None:
         while True:
             await self._begun.wait()
-            # Longer with each trial run until a chunk succeeds: a trial run may pass where a scan cannot start.
+            # The delay grows with each trial run until a chunk succeeds: a trial run may succeed where a scan cannot start.
             await asyncio.sleep(self._pause)
             self._pause = min(2 * self._pause, LONGEST_S)
             await self._try()
@@ -103,7 +103,7 @@ class Exclusion:
         except CannotStartError as error:
             self.exclude(str(error))
         else:
-            _log.info("nmap works", before=self.reason)
+            _log.info("trial run of nmap succeeded, the worker is available again", before=self.reason)
             self.reason = ""
             self._begun.clear()
             _excluded.set(0)

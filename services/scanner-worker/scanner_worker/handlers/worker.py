@@ -1,4 +1,4 @@
-"""The worker as a whole: it announces its slots, fills them from its tasks, and shuts down gracefully."""
+"""Announce the worker's slots, fill them with tasks, and shut down gracefully."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from scanner_worker.handlers.batch import Abilities, Batch, Scanner
 from scanner_worker.handlers.chunk import FENCE, ChunkScan, Denied
 from scanner_worker.handlers.exclusion import Exclusion
 
-READY_S: Final = 2.0  # between two announcements: an orchestrator that starts knows its workers this soon
-START_S: Final = 2.0  # in which a chunk must find a slot here; another worker may have one free
-FLUSH_S: Final = 5.0  # for the reports of a worker that shuts down
-SEEN: Final = 4_096  # chunks whose attempt is remembered, so that none is done twice: minutes of the shortest chunks
+READY_S: Final = 2.0  # interval of announcements: an orchestrator discovers its workers within this time of its start
+START_S: Final = 2.0  # timeout for a chunk to get a slot; then it is released, since another worker may have a free one
+FLUSH_S: Final = 5.0  # timeout for the final reports of a worker that shuts down
+SEEN: Final = 4_096  # chunks whose attempt is remembered for deduplication: minutes of the shortest chunks
 
-_LEAVING: Final = "the worker is leaving"
+_LEAVING: Final = "the worker is shutting down"
 
-_slots = Gauge("scanfleet_worker_slots", "nmaps that run side by side at most, 0 when leaving or excluded")
+_slots = Gauge("scanfleet_worker_slots", "Maximum number of concurrent nmap processes; 0 during shutdown or exclusion.")
 
 _Token = tuple[str, int]
 _log = structlog.stdlib.get_logger(__name__)
@@ -37,7 +37,7 @@ class Worker:
     """Handles scan-tasks, and announces itself on scan-workers.
 
     Attributes:
-        exclusion: whether nmap can be run here; while it cannot, the worker announces no slots and releases what it gets.
+        exclusion: whether nmap can run here; while it cannot, the worker announces no slots and releases every chunk.
     """
 
     def __init__(
@@ -64,12 +64,12 @@ class Worker:
         self.exclusion = Exclusion(scanner.check, self._announcing.wake)
 
     async def start(self) -> None:
-        """Try nmap and announce the worker; scan-tasks must already be consumed."""
+        """Check nmap and announce the worker; the consumer of scan-tasks must already run."""
         await self.exclusion.start()
         await self._announcing.start()
 
     async def stop(self, grace: float) -> None:
-        """Release what waits, finish what can be finished in `grace` seconds, and release the rest."""
+        """Shut down: release waiting chunks, let running ones finish within `grace` seconds, and release the rest."""
         self._leaving = True
         await self.exclusion.stop()
         await self._announcing.stop()
@@ -77,7 +77,7 @@ class Worker:
         try:
             await self._announce()
         except DependencyError as error:
-            _log.warning("cannot announce that the worker leaves", error=str(error))
+            _log.warning("cannot announce shutdown", error=str(error))
         await self._finished(grace)
         for scan in self._running.values():
             scan.stop(_LEAVING)
@@ -88,7 +88,7 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """False when a chunk was dropped by a fault of ours: the process must be replaced."""
+        """False if an internal error dropped a chunk: the process must be replaced."""
         return self._alive and self._announcing.alive and self.exclusion.alive
 
     @property
@@ -99,28 +99,28 @@ class Worker:
         for record in records:
             task = record.message
             if not isinstance(task, ScanChunk | StopChunk):
-                raise MessageError(f"{type(task).__name__} is no task")
+                raise MessageError(f"unexpected message type {type(task).__name__} on scan-tasks")
             if task.worker_id != self._id:
                 continue
             if isinstance(task, ScanChunk):
                 self._take(task)
             else:
-                # A StopChunk for a chunk that is not here gets no answer: each one would bring another StopChunk.
+                # A StopChunk for an unknown chunk gets no reply: each reply would cause another StopChunk.
                 self._end((task.chunk_id, task.attempt), task.reason)
-        self._fill()  # only now, so that what came together can be scanned together
+        self._fill()  # after all records, so that chunks of one batch can share an nmap
 
     async def assigned(self, partitions: Collection[int]) -> None:
-        """A worker reads every partition, for its own id alone."""
+        """Do nothing: a worker reads every partition and handles only tasks for its own id."""
 
     async def revoked(self, partitions: Collection[int]) -> None:
-        """Nothing here belongs to a partition."""
+        """Do nothing: the worker has no state per partition."""
 
     async def caught_up(self, partitions: Collection[int]) -> None:
-        """Nothing here waits for that."""
+        """Do nothing: the worker does not wait for the end of the log."""
 
     def _take(self, chunk: ScanChunk) -> None:
         token = _token(chunk)
-        # An older attempt may arrive late, from the producer of another orchestrator; it never displaces a newer one.
+        # An older attempt may arrive late, from the producer of another orchestrator replica; it must not replace a newer one.
         if chunk.attempt <= self._seen.get(chunk.chunk_id, 0):
             return
         self._seen[chunk.chunk_id] = chunk.attempt
@@ -128,9 +128,9 @@ class Worker:
         if len(self._seen) > SEEN:
             self._seen.popitem(last=False)
         for older in [each for each in (*self._waiting, *self._running) if each[0] == chunk.chunk_id]:
-            self._end(older, f"attempt {chunk.attempt} has begun")
+            self._end(older, f"superseded by attempt {chunk.attempt}")
         self._waiting[token] = ChunkScan(chunk, self._abilities, self._publisher, self._denied)
-        asyncio.get_running_loop().call_later(START_S, self._release, token, "no slot was free in time")
+        asyncio.get_running_loop().call_later(START_S, self._release, token, f"no slot was free within {START_S:g} s")
 
     def _end(self, token: _Token, reason: str) -> None:
         if scan := self._running.get(token):
@@ -144,10 +144,10 @@ class Worker:
 
     @property
     def _closed(self) -> str:
-        """Why no chunk may begin here; empty while chunks may."""
+        """Return why no chunk may start on this worker; empty if chunks may."""
         if self._leaving:
             return _LEAVING
-        return self.exclusion.reason and f"the worker excluded itself: {self.exclusion.reason}"
+        return self.exclusion.reason and f"the worker is excluded: {self.exclusion.reason}"
 
     def _fill(self) -> None:
         if reason := self._closed:
@@ -162,16 +162,16 @@ class Worker:
             self._spawn(self._run(scans))
 
     def _hold(self) -> None:
-        # As the fence of each chunk, for the case that the event loop stands still and no fence can act.
+        # The same limit as each chunk's fence, for the case that the event loop is blocked and no fence can act.
         if self._running:
             self._scanner.hold(FENCE * min(scan.chunk.lease_seconds for scan in self._running.values()))
 
     async def _run(self, scans: Mapping[_Token, ChunkScan]) -> None:
-        """Scan these in one slot."""
+        """Scan these chunks in one slot."""
         batch = Batch([scan.chunk for scan in scans.values()], self._abilities, self._scanner)
         members = (scan.run(share) for scan, share in zip(scans.values(), batch.shares, strict=True))
         try:
-            # A fault of one does not end the others.
+            # An error of one chunk does not end the others.
             fault, *ends = await asyncio.gather(batch.run(), *members, return_exceptions=True)
             self._judge(batch, [end for end in ends if isinstance(end, Message)])
         finally:
@@ -186,7 +186,7 @@ class Worker:
                 raise end
 
     def _judge(self, batch: Batch, ends: Sequence[Message]) -> None:
-        """Note what a run of nmap says about this machine."""
+        """Record whether a run of nmap succeeded or failed on this machine."""
         failed = [end for end in ends if isinstance(end, ChunkFailed)]
         if isinstance(batch.fault, CannotStartError):
             self.exclusion.exclude(str(batch.fault))
@@ -204,7 +204,7 @@ class Worker:
         self._tasks.discard(task)
         if not task.cancelled() and (fault := task.exception()):
             self._alive = False
-            _log.error("a chunk was dropped", exc_info=fault)
+            _log.error("chunk dropped: unexpected error", exc_info=fault)
 
     async def _finished(self, seconds: float) -> None:
         if self._tasks:

@@ -1,1 +1,1 @@
-"""Running nmap: the only room of the worker that touches a process, a file or python-nmap."""
+"""Run nmap: the only package of the worker that uses processes, files or python-nmap."""

@@ -1,5 +1,5 @@
--- Takes the place of nmap's nse_main.lua, which it loads: whatever a script does, it reaches the scanned addresses alone.
--- A script that asks for more gets an error, as from a network that does not answer.
+-- Replaces nmap's nse_main.lua and loads it afterwards, so that scripts can reach only the scanned addresses.
+-- A script that connects to another address gets an error, as from a network that does not answer.
 
 local cnse, rules = ...
 local nmap = require "nmap"
@@ -16,15 +16,15 @@ local function confined (method)
 end
 
 local function refused ()
-  error("scripts may not do this here")
+  error("scripts may not call this function")
 end
 
--- Before the engine is loaded: libraries and scripts keep references to what they find.
+-- Patch before the engine is loaded, because libraries and scripts keep references to these functions.
 local methods = debug.getmetatable(nmap.new_socket()).__index
 methods.connect = confined(methods.connect)
 methods.sendto = confined(methods.sendto)
-methods.pcap_open = refused -- captures packets of others
-nmap.new_dnet = refused -- sends any packet
+methods.pcap_open = refused -- captures packets of other connections
+nmap.new_dnet = refused -- sends arbitrary packets
 nmap.dnet.new = refused
 nmap.add_targets = refused
 nmap.resolve = function () return false, "names are not resolved" end

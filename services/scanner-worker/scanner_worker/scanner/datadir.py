@@ -1,7 +1,6 @@
-"""nmap's data folder: which scripts there are, and an engine that confines them to the scanned addresses.
+"""Write nmap's data folder: the list of scripts, and a script engine that confines them to the scanned addresses.
 
-nmap looks here first, and takes what is not here from its installation: the scripts and libraries themselves, probes,
-fingerprints.
+nmap searches this folder first and loads all other files from its installation: scripts, libraries, probes, fingerprints.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ _ENGINE: Final = Path(__file__).with_name("confined.lua")
 
 
 def write(folder: Path, scripts: AbstractSet[str]) -> None:
-    """Make `folder`.
+    """Create `folder` and its files.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the folder cannot be written.
     """
     (folder / "scripts").mkdir(parents=True)
     shutil.copyfile(_ENGINE, folder / "nse_main.lua")

@@ -1,17 +1,18 @@
-"""A dead man's switch: the process that kills the nmaps of a worker that has ended or stands still.
+"""A watchdog process that kills the nmap processes of a worker that has ended or is blocked.
 
-The worker runs it as a script. Its event loop writes a limit in seconds to the guard's standard input, again each second.
-When nothing follows within that limit, because the worker is stopped, its event loop is blocked or the machine swaps, the
-guard kills everything that carries the worker's mark in its environment or its command line. When the worker has ended,
-however it ended, the kernel closes the input, and the guard does the same and ends too. Before the first limit it kills
-nothing.
+The worker runs it as a script. The worker's event loop writes a limit in seconds to the guard's standard input every
+second. If the next write does not arrive within that limit, because the worker is stopped, its event loop is blocked or
+the machine swaps, the guard kills every process with the worker's mark in its environment or command line. When the worker
+ends for any reason, the kernel closes the input; the guard then kills the same processes and exits. Before the first limit
+it kills nothing.
 
-Why not the simpler ways: a parent-death signal is forgotten when nmap gains capabilities from its file, which is how an
-unprivileged worker gets raw sockets, and does not reach what nmap forks; a list of process groups misses one that began in
-the worker's last millisecond; a guard for each nmap costs a third of a small scan. The environment reaches every
-descendant, and of a process with capabilities, whose environment is closed to us, the command line can still be read.
+Simpler mechanisms do not suffice. The kernel clears a parent-death signal when nmap gains capabilities from its file, which
+is how an unprivileged worker gets raw sockets, and the signal does not reach processes that nmap forks. A list of process
+groups misses a group that was created in the worker's last millisecond. A guard per nmap costs a third of a small scan.
+The environment is inherited by every descendant. The environment of a process with capabilities cannot be read, but its
+command line can.
 
-It imports the standard library alone, so that it starts in 20 ms and holds 10 MB.
+The script imports only the standard library, so that it starts in 20 ms and uses 10 MB.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-NUMBER = struct.Struct("d")  # read and written whole: far less than what a pipe takes at once
+NUMBER = struct.Struct("d")  # read and written atomically: far smaller than a pipe's atomic write size
 
-QUIET_S = 1.0  # without a find, after which nothing is left: longer than a fork takes to become nmap
+QUIET_S = 1.0  # seconds without a marked process after which none is left: longer than from fork to exec of nmap
 LOOK_S = 0.05
 
 
 def kill_marked(mark: str, unless: Callable[[], bool] = lambda: False) -> int:
-    """Kill every process but this one that carries `mark`, as long as `unless` is false; answers how many."""
+    """Kill every process with `mark` except this one, while `unless` is false; return the number of killed processes."""
     needle, killed = mark.encode(), 0
     for folder in Path("/proc").glob("[0-9]*"):
         pid = int(folder.name)
@@ -43,7 +44,7 @@ def kill_marked(mark: str, unless: Callable[[], bool] = lambda: False) -> int:
             try:
                 os.kill(pid, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
-                continue  # ended meanwhile, or another user's who knows our mark
+                continue  # it has ended, or belongs to another user
             killed += 1
     return killed
 
@@ -52,7 +53,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError:
-        return b""  # ended meanwhile, or not ours to read
+        return b""  # it has ended, or may not be read
 
 
 def _input_within(seconds: float | None) -> bool:
@@ -69,7 +70,7 @@ def _kill_all(mark: str, unless: Callable[[], bool] = lambda: False) -> None:
 
 def _main(mark: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # meant for the worker, which may still need the guard
+        signal.signal(number, signal.SIG_IGN)  # the signal is for the worker, which may still need the guard
     limit: float | None = None
     while True:
         if _input_within(limit):
@@ -77,10 +78,10 @@ def _main(mark: str) -> None:
                 break
             (limit,) = NUMBER.unpack(data)
         else:
-            # The worker reads it when it runs again: what started before was killed by us, not by a fault of nmap's.
+            # The worker reads this when it resumes: runs that started before were killed by the guard, not by an error of nmap.
             with contextlib.suppress(OSError):
                 os.write(1, NUMBER.pack(time.monotonic()))
-            # A worker that runs again writes before it starts an nmap, which must live.
+            # A worker that resumes writes before it starts a new nmap, which must not be killed.
             _kill_all(mark, unless=lambda: _input_within(0))
             limit = None
     _kill_all(mark)

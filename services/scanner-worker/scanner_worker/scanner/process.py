@@ -1,4 +1,4 @@
-"""nmap as a process: started with nothing of ours, read within limits, and never left behind."""
+"""Run nmap as a process: start it with a clean environment, read its output within limits, and leave no process behind."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from scanner_worker.domain import CannotStartError, Host, KilledByGuardError, Sc
 from scanner_worker.scanner import datadir, guard, view
 from scanner_worker.scanner.xml import BadXmlError, Reader
 
-PIECE: Final = 1 << 16  # bytes read at once: what a pipe holds
-LOOK_S: Final = 1.0  # between two looks whether a silent nmap still lives
-BEAT_S: Final = 1.0  # between two writes to the guard
-END_S: Final = 5.0  # for nmap to end after its output, and for a killed one to be gone
-KILLS: Final = 20  # looks for what forks while it is being killed; a killed one may still be seen in a few
-SAID: Final = 2_000  # bytes of standard error that are kept, the last ones: nmap ends with why it gives up
-CHECK_S: Final = 30.0  # timeout of the trial run: nmap starts in a tenth of a second, and in some on a loaded machine
+PIECE: Final = 1 << 16  # bytes per read: the capacity of a pipe
+LOOK_S: Final = 1.0  # interval of checks whether a silent nmap is still running
+BEAT_S: Final = 1.0  # interval of writes to the guard
+END_S: Final = 5.0  # timeout for nmap to exit after its output has ended, and for a killed process to disappear
+KILLS: Final = 20  # maximum rounds of killing, for processes that fork meanwhile; a killed one may be visible for a few
+STDERR_BYTES: Final = 2_000  # bytes of standard error that are kept, the last ones: nmap writes its fatal error last
+CHECK_S: Final = 30.0  # timeout of the trial run: nmap starts in 0.1 s, and in some seconds on a loaded machine
 
-MIN_VERSION: Final = (7, 92)  # older ones spell reasons and timeouts differently, and leave ports out of the XML
+MIN_VERSION: Final = (7, 92)  # older versions spell reasons and timeouts differently, and omit ports from the XML
 _VERSION: Final = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})")
 
-# A run that touches nothing, but takes all that a scan takes: a process, a temporary folder, nmap and its libraries.
+# A run that sends no packets but needs everything that a scan needs: a process, a temporary folder, nmap and its libraries.
 _TRIAL: Final = ("-n", "-sL", "-oX", "-", "127.0.0.1")
 
-# A run that lists scripts: each that is installed has an element.
+# A run that lists scripts: its output has an element for each installed script.
 _HELP: Final = ("-oX", "-", "--script-help")
 _SCRIPT: Final = re.compile(rb'<script filename="[^"]*?([a-z0-9-]+)\.nse"')
 
@@ -50,27 +50,27 @@ _SCRIPT: Final = re.compile(rb'<script filename="[^"]*?([a-z0-9-]+)\.nse"')
 _NO_TARGETS: Final = ("-n", "-Pn", "-sT", "-oX", "-", "-iL", os.devnull)
 _SERVICES: Final = re.compile(rb'<scaninfo [^>]*protocol="tcp"[^>]* services="([0-9,-]+)"')
 
-# Seconds between two probes of a host by timing template, where nmap may show no progress for so long.
+# Seconds between two probes of a host, by timing template; nmap may show no progress for that long.
 _PROBE_DELAYS: Final = {"-T0": 300.0, "-T1": 15.0}
-# Phases whose percentage counts whole services or scripts: a port that stays silent takes 510 s at intensity 9. The host
-# timeout ends these.
+# Phases whose percentage counts whole services or scripts: a silent port takes 510 s at intensity 9. The host timeout
+# limits these phases.
 _COARSE_TASKS: Final = frozenset({"Service scan", "NSE"})
 
 Found = list[tuple[Host, tuple[PortFound, ...]]]
 
-_starts = Counter("scanfleet_worker_nmap_starts", "nmap processes that were started; one scans several small chunks.")
-_running = Gauge("scanfleet_worker_nmap_running", "nmap processes that run now")
+_starts = Counter("scanfleet_worker_nmap_starts", "nmap processes started; one process can scan several small chunks.")
+_running = Gauge("scanfleet_worker_nmap_running", "nmap processes running.")
 _log = structlog.stdlib.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one nmap may take.
+    """Resource limits of one nmap.
 
     Attributes:
-        output: bytes that it may write, and
-        host: about one host.
-        stall_seconds: timeout of an nmap that shows no progress, beyond what its options explain.
+        output: maximum number of bytes that it may write.
+        host: maximum number of bytes about one host.
+        stall_seconds: timeout of an nmap without progress, in addition to the pauses that its options explain.
     """
 
     output: int
@@ -79,10 +79,10 @@ class Limits:
 
 
 class Nmap:
-    """Starts nmaps, and the guard that kills them when this process ends or stands still.
+    """Starts nmap processes, and the guard that kills them if this process ends or is blocked.
 
     Attributes:
-        version: nmap's, as the newest run said; empty before the first one.
+        version: nmap's version in the latest run; empty before the first one.
     """
 
     def __init__(self, program: str, limits: Limits, scripts: AbstractSet[str] = ADMITTED_SCRIPTS) -> None:
@@ -96,11 +96,11 @@ class Nmap:
         self._limit = 0.0
         self._beating: asyncio.Task[None] | None = None
         self._most_common: dict[int, PortSet] = {0: PortSet()}
-        self._kills = -1  # the guard writes here when it kills
+        self._kills = -1  # file descriptor to which the guard writes when it kills
         self._killed_at = 0.0
 
     async def start(self) -> None:
-        """Start the guard; before it there must be no nmap."""
+        """Start the guard; no nmap may be started before."""
         self._kills, kills = os.pipe()
         os.set_blocking(self._kills, False)
         try:
@@ -117,7 +117,7 @@ class Nmap:
         self._beating = asyncio.create_task(self._beat(), name="beat")
 
     async def stop(self) -> None:
-        """Let the guard look a last time and end."""
+        """Let the guard kill remaining processes and exit."""
         if self._beating is not None:
             self._beating.cancel()
         if self._guard is not None and self._guard.stdin is not None:
@@ -126,16 +126,16 @@ class Nmap:
             os.close(self._kills)
 
     def hold(self, seconds: float) -> None:
-        """Have the guard kill every nmap once the event loop has stood still for `seconds`; until the first call it kills none."""
+        """Have the guard kill every nmap if the event loop is blocked for `seconds`; before the first call it kills none."""
         self._limit = seconds
-        self._tell_guard()
+        self._write_limit()
 
     async def _beat(self) -> None:
         while True:
-            self._tell_guard()
+            self._write_limit()
             await asyncio.sleep(BEAT_S)
 
-    def _tell_guard(self) -> None:
+    def _write_limit(self) -> None:
         if self._limit and self._guard is not None and self._guard.stdin is not None:
             self._guard.stdin.write(guard.NUMBER.pack(self._limit))
 
@@ -147,7 +147,7 @@ class Nmap:
 
     @property
     def alive(self) -> bool:
-        """False when the guard has ended: the process must be replaced before an nmap can be orphaned."""
+        """False if the guard has exited: the process must be replaced before an nmap can be orphaned."""
         beats = self._beating is not None and not self._beating.done()
         return beats and self._guard is not None and self._guard.returncode is None
 
@@ -156,10 +156,10 @@ class Nmap:
         return self.alive
 
     async def check(self) -> None:
-        """Run nmap without sending a packet, to see that it starts here and is recent enough.
+        """Run nmap without sending packets, to check that it starts and is recent enough.
 
         Raises:
-            CannotStartError: it cannot be used; the message says why and what to do.
+            CannotStartError: it cannot be used; the message has the cause and the remedy.
         """
         reader = Reader(max_host_bytes=self._limits.host)
         try:
@@ -168,18 +168,18 @@ class Nmap:
                     if fault := _whole(reader, data)[1]:
                         raise CannotStartError(f"a trial run of {self._program} failed: {fault}")
                 if code := await run.wait():
-                    raise CannotStartError(f"{self._program} {_ended(code)}: {run.said}")
+                    raise CannotStartError(f"{self._program} {_ended(code)}: {run.stderr_tail}")
                 reader.close()
         except TimeoutError:
-            raise CannotStartError(f"a trial run of {self._program} did not end in {CHECK_S:.0f} seconds") from None
+            raise CannotStartError(f"a trial run of {self._program} did not end within {CHECK_S:.0f} seconds") from None
         except (BadXmlError, ScanError) as error:
             raise CannotStartError(f"a trial run of {self._program} failed: {error}") from error
         found = _VERSION.match(reader.version)
         if not found or (int(found[1]), int(found[2])) < MIN_VERSION:
             raise CannotStartError(
                 f"{self._program} is nmap {printable(reader.version) or 'of an unknown version'}, and "
-                f"{'.'.join(map(str, MIN_VERSION))} is the oldest that works: install a newer one (Debian 12, Ubuntu 24.04 and "
-                "later have it), and name it in SCANFLEET_NMAP if it is not the first in PATH"
+                f"{'.'.join(map(str, MIN_VERSION))} is the oldest supported version: install a newer one (Debian 12, Ubuntu 24.04 "
+                "and later have it), and set SCANFLEET_NMAP if it is not the first in PATH"
             )
         self.version = reader.version
         await self._check_scripts()
@@ -187,56 +187,56 @@ class Nmap:
     async def _check_scripts(self) -> None:
         try:
             async with asyncio.timeout(CHECK_S):
-                code, output, said = await self._output((*_HELP, ",".join(sorted(self._scripts))))
+                code, output, stderr_tail = await self._output((*_HELP, ",".join(sorted(self._scripts))))
         except TimeoutError:
-            raise CannotStartError(f"{self._program} did not list its scripts in {CHECK_S:.0f} seconds") from None
+            raise CannotStartError(f"{self._program} did not list its scripts within {CHECK_S:.0f} seconds") from None
         if code:
-            raise CannotStartError(f"{self._program} does not list its scripts, it {_ended(code)}: {said}")
+            raise CannotStartError(f"{self._program} did not list its scripts, it {_ended(code)}: {stderr_tail}")
         if missing := self._scripts - {name.decode() for name in _SCRIPT.findall(output)}:
             raise CannotStartError(
-                f"{self._program} does not have the scripts {', '.join(sorted(missing))}: install nmap's scripts, and name "
-                "none in SCANFLEET_SCRIPTS that is not one of them"
+                f"{self._program} does not have the scripts {', '.join(sorted(missing))}: install nmap's scripts, or remove "
+                "these names from SCANFLEET_SCRIPTS"
             )
 
     async def ranked(self, ports: PortSet) -> PortSet:
-        """The TCP ports that a part of a `top` set stands for, by nmap's own table. Sends nothing.
+        """Return the TCP ports that a part of a `top` set stands for, by nmap's own table. Sends no packets.
 
         Raises:
-            CannotStartError: nmap does not start here.
-            ScanError: nmap does not list them.
+            CannotStartError: nmap does not start.
+            ScanError: nmap does not list the ports.
         """
         return (await self._common(ports.top)).without(await self._common(ports.above))
 
     async def _common(self, count: int) -> PortSet:
         if count not in self._most_common:
-            _, output, said = await self._output((*_NO_TARGETS, "--top-ports", str(count)))
+            _, output, stderr_tail = await self._output((*_NO_TARGETS, "--top-ports", str(count)))
             listed = _SERVICES.search(output)
             if not listed:
-                raise ScanError(f"nmap does not list its {count} most common ports: {said}")
+                raise ScanError(f"nmap did not list its {count} most common ports: {stderr_tail}")
             self._most_common[count] = PortSet(tcp=parse_ranges(listed[1].decode()))
         return self._most_common[count]
 
     async def _output(self, arguments: Sequence[str]) -> tuple[int, bytes, str]:
-        """The exit code, output and end of standard error of a run that sends nothing."""
+        """Return the exit code, output and end of standard error of a run that sends no packets."""
         output = b""
         async with self._started(arguments) as run:
             while data := await run.read():
                 output += data
-            return await run.wait(), output, run.said
+            return await run.wait(), output, run.stderr_tail
 
     async def scan(self, arguments: Sequence[str], services: Mapping[str, int]) -> AsyncGenerator[Found]:
-        """Run nmap and yield finished hosts with their open ports, whatever is ready at once.
+        """Run nmap and yield finished hosts with their open ports, in lists of those that are ready.
 
-        When the generator is closed, nothing that it started is left.
+        After the generator is closed, no process that it started is left.
 
         Args:
-            arguments: without the program.
-            services: how many ports of each protocol nmap must announce that it probes.
+            arguments: the command line without the program.
+            services: the number of ports that nmap must announce, by protocol.
 
         Raises:
-            CannotStartError: nmap did not begin to scan, for a reason that lies in this worker.
-            ScanError: the run does not count, hosts that were yielded before do; says why.
-            KilledByGuardError: the guard killed nmap, because this process stood still.
+            CannotStartError: nmap did not start to scan, because of this worker.
+            ScanError: the run failed; the hosts that were yielded are valid. The message has the cause.
+            KilledByGuardError: the guard killed nmap because this process was blocked.
         """
         async with self._started(arguments) as run, aclosing(self._read(run, arguments, services)) as found:
             async for hosts in found:
@@ -244,25 +244,25 @@ class Nmap:
 
     @asynccontextmanager
     async def _started(self, arguments: Sequence[str]) -> AsyncIterator[_Run]:
-        """Run nmap, and leave nothing of it."""
+        """Run nmap in a temporary folder, and remove both on exit."""
         self._runs += 1
         _starts.inc()
-        mark = f"{self._mark}-{self._runs}."  # the dot: no mark begins another
+        mark = f"{self._mark}-{self._runs}."  # the dot prevents that one mark is a prefix of another
         try:
             folder = tempfile.TemporaryDirectory(prefix="scanfleet-", ignore_cleanup_errors=True)
         except OSError as error:
-            raise CannotStartError(f"no temporary folder can be made for nmap: {error}") from error
+            raise CannotStartError(f"cannot create a temporary folder for nmap: {error}") from error
         with folder:
-            data = Path(folder.name, "data")  # of this run alone: nothing can change or remove it before
+            data = Path(folder.name, "data")  # one folder per run, so that no other run can change or remove it
             try:
                 datadir.write(data, self._scripts)
             except OSError as error:
-                raise CannotStartError(f"nmap's data folder cannot be written: {error}") from error
+                raise CannotStartError(f"cannot write nmap's data folder: {error}") from error
             arguments = ("--datadir", str(data), *arguments)
             starting = asyncio.create_task(self._start(arguments, mark, folder.name))
             with _running.track_inprogress():
                 try:
-                    # Shielded: a start that is cancelled halfway would leave an nmap without an owner.
+                    # Shielded: a start that is cancelled halfway would leave an orphaned nmap.
                     yield await asyncio.shield(starting)
                 finally:
                     with contextlib.suppress(CannotStartError):
@@ -270,10 +270,10 @@ class Nmap:
 
     async def _start(self, arguments: Sequence[str], mark: str, folder: str) -> _Run:
         began = asyncio.get_running_loop().time()
-        self._tell_guard()  # a guard that is killing for want of this spares what starts from here on
+        self._write_limit()  # a guard that is killing because a write was late does not kill processes started after it
         try:
             process = await asyncio.create_subprocess_exec(
-                f"nmap-{mark}",  # its own name for itself, by which the guard knows it when its environment is closed
+                f"nmap-{mark}",  # argv[0], by which the guard identifies a process whose environment it may not read
                 *arguments,
                 executable=self._program,
                 stdin=asyncio.subprocess.DEVNULL,
@@ -281,11 +281,11 @@ class Nmap:
                 stderr=asyncio.subprocess.PIPE,
                 start_new_session=True,
                 cwd=folder,
-                # Nothing inherited: NMAPDIR and a .nmap in the home folder would bring other people's scripts and tables.
+                # No inherited environment: NMAPDIR and a .nmap in the home folder would add foreign scripts and tables.
                 env={"PATH": os.defpath, "LC_ALL": "C", "HOME": folder, "TMPDIR": folder, "SCANFLEET_MARK": mark},
             )
         except OSError as error:
-            raise CannotStartError(f"{self._program} cannot be started: {error}") from error
+            raise CannotStartError(f"cannot start {self._program}: {error}") from error
         return _Run(process, mark, began)
 
     async def _read(
@@ -299,14 +299,14 @@ class Nmap:
         while data := await run.read(self._limits.stall_seconds + _pause(arguments, reader.task)):
             size += len(data)
             if size > self._limits.output:
-                raise ScanError(f"nmap wrote more than {self._limits.output} bytes")
+                raise ScanError(f"nmap wrote more than {self._limits.output} bytes (SCANFLEET_MAX_OUTPUT_BYTES)")
             hosts, fault = _whole(reader, data)
             self.version = reader.version or self.version
             if reader.moves != moves:
                 moves = reader.moves
                 run.moved()
             if hosts and reader.services != services:
-                raise ScanError(f"nmap probes {reader.services} ports where {dict(services)} were asked for")
+                raise ScanError(f"nmap probes {reader.services} ports instead of the requested {dict(services)}")
             if hosts:
                 yield hosts
             if fault:
@@ -314,25 +314,24 @@ class Nmap:
         await self._finish(run, reader)
 
     async def _finish(self, run: _Run, reader: Reader) -> None:
-        """Raise unless nmap ended well, after its output has ended."""
+        """Raise unless nmap succeeded; called after its output has ended."""
         code = await run.wait()
         if code == -signal.SIGKILL and self._killed_by_guard(run):
-            raise KilledByGuardError("the guard killed nmap, because the worker's event loop stood still")
-        # nmap announces its ports before it sends anything, so without them no target can be the cause.
+            raise KilledByGuardError("the guard killed nmap because the worker's event loop was blocked")
+        # nmap announces its ports before it sends any packet; if it did not, no target can be the cause.
         failure = ScanError if reader.services else CannotStartError
         if code != 0:
-            raise failure(f"nmap {_ended(code)}: {run.said}")
+            raise failure(f"nmap {_ended(code)}: {run.stderr_tail}")
         try:
             reader.close()
         except BadXmlError as error:
-            raise failure(f"{error}: {run.said}") from error
+            raise failure(f"{error}: {run.stderr_tail}") from error
         if reader.skipped:
-            raise ScanError(f"nmap did not take {', '.join(reader.skipped)}: {run.said}")
+            raise ScanError(f"nmap skipped the targets {', '.join(reader.skipped)}: {run.stderr_tail}")
 
 
 def _pause(arguments: Sequence[str], task: str) -> float:
-    """How many seconds a healthy nmap with these arguments may go without progress in a phase, beyond the limit."""
-    # A silent host costs the wait for its answer and the delay before the next probe.
+    """Return the seconds by which a healthy nmap with these arguments may exceed the stall timeout in a phase."""
     pause = 2 * max(delay for timing, delay in {"": 0.0, **_PROBE_DELAYS}.items() if timing in {"", *arguments})
     if task in _COARSE_TASKS and "--host-timeout" in arguments:
         pause += float(arguments[arguments.index("--host-timeout") + 1].removesuffix("s"))
@@ -340,11 +339,11 @@ def _pause(arguments: Sequence[str], task: str) -> float:
 
 
 def _whole(reader: Reader, data: bytes) -> tuple[Found, str]:
-    """The hosts that `data` completes, and what is wrong after them."""
+    """Return the hosts that `data` completes, and the error after them."""
     hosts: Found = []
     try:
         for host in reader.feed(data):
-            hosts.append((host, view.ports(host)))  # those before a fault stand
+            hosts.append((host, view.ports(host)))  # hosts before an error are valid
     except BadXmlError as error:
         return hosts, str(error)
     return hosts, ""
@@ -355,33 +354,33 @@ def _ended(code: int) -> str:
 
 
 class _Run:
-    """An nmap that runs."""
+    """A running nmap."""
 
     def __init__(self, process: asyncio.subprocess.Process, mark: str, began: float) -> None:
-        assert process.stdout is not None  # noqa: S101 # asked for as pipes
+        assert process.stdout is not None  # noqa: S101 # requested as pipes
         assert process.stderr is not None  # noqa: S101 # the same
         self._process = process
         self._out, self._err = process.stdout, process.stderr
         self._mark = mark
         self.began = began
-        self._waited = 0.0  # seconds of reading since nmap last moved; what the worker does in between is not nmap's
+        self._waited = 0.0  # seconds spent reading since the last progress, without the worker's own processing time
         self._said = b""
         self._listening = asyncio.create_task(self._listen())
 
     @property
-    def said(self) -> str:
+    def stderr_tail(self) -> str:
         """The end of nmap's standard error, in one line."""
         lines = self._said.decode(errors="backslashreplace").split("\n")
-        return printable("; ".join(line.strip() for line in lines if line.strip())) or "it did not say why"
+        return printable("; ".join(line.strip() for line in lines if line.strip())) or "no error message"
 
     async def read(self, patience: float = math.inf) -> bytes:
-        """What nmap has written, empty at the end.
+        """Read what nmap has written; empty at the end of the output.
 
         Args:
-            patience: seconds of waiting since nmap last moved after which it is given up.
+            patience: timeout in seconds since nmap's last progress.
 
         Raises:
-            ScanError: nmap stands still.
+            ScanError: nmap made no progress within `patience`.
         """
         now = asyncio.get_running_loop().time
         while True:
@@ -393,26 +392,28 @@ class _Run:
                     return await self._out.read(PIECE)
             except TimeoutError:
                 if self._process.returncode is not None:
-                    self._kill()  # it is gone, and something that it forked holds on to its output
+                    self._kill()  # it has exited, and a process that it forked keeps its output open
             finally:
-                self._waited += min(now() - began, LOOK_S)  # no more: the whole worker may have been frozen meanwhile
+                self._waited += min(
+                    now() - began, LOOK_S
+                )  # bounded, because the whole worker may have been stopped meanwhile
 
     def moved(self) -> None:
-        """nmap has made progress."""
+        """Record progress of nmap."""
         self._waited = 0.0
 
     async def wait(self) -> int:
-        """nmap's exit code, after its output has ended."""
+        """Return nmap's exit code; called after its output has ended."""
         try:
             async with asyncio.timeout(END_S):
                 code = await self._process.wait()
                 await self._listening
         except TimeoutError:
-            raise ScanError(f"nmap did not end {END_S:.0f} seconds after its output") from None
+            raise ScanError(f"nmap did not exit within {END_S:.0f} seconds after its output") from None
         return code
 
     async def end(self) -> None:
-        """Return when nothing of it is left."""
+        """Kill every remaining process of this run and wait until none is left."""
         clean = self._process.returncode == 0 and self._out.at_eof()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -421,19 +422,19 @@ class _Run:
         try:
             async with asyncio.timeout(END_S):
                 while await self._out.read(PIECE):
-                    pass  # a pipe that is not read to its end is never closed
+                    pass  # drain the pipe: one that is not read to its end is never closed
                 await self._listening
                 await self._process.wait()
         except TimeoutError:
-            _log.error("nmap cannot be killed", pid=self._process.pid)
+            _log.error("cannot kill nmap", pid=self._process.pid)
             self._listening.cancel()
 
     def _kill(self) -> None:
-        """Kill also what has left nmap's process group."""
+        """Kill all processes of this run, including those that have left nmap's process group."""
         for _ in range(KILLS):
             if not guard.kill_marked(self._mark):
                 return
 
     async def _listen(self) -> None:
         while data := await self._err.read(PIECE):
-            self._said = (self._said + data)[-SAID:]
+            self._said = (self._said + data)[-STDERR_BYTES:]

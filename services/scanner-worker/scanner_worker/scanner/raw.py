@@ -1,4 +1,4 @@
-"""Whether nmap, started by this process, may send raw packets."""
+"""Determine whether nmap, started by this process, may send raw packets."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Final
 
 NET_RAW: Final = 1 << 13  # CAP_NET_RAW
 
-_REVISIONS: Final = (0x02000000, 0x03000000)  # of the attribute; both begin with flags and the lower permitted set
+_REVISIONS: Final = (0x02000000, 0x03000000)  # of the attribute; both start with flags and the lower permitted set
 _EFFECTIVE: Final = 0x000001
 
 
 @dataclass(frozen=True, slots=True)
 class Privileges:
-    """What decides on a program's capabilities when it is started; sets are bit masks."""
+    """The inputs that determine a program's capabilities when it is started; sets are bit masks."""
 
     root: bool
     effective: int
@@ -24,11 +24,15 @@ class Privileges:
     bounding: int
     no_new_privs: bool
     file: bytes
-    """The program's `security.capability` attribute, empty when it has none."""
+    """The program's `security.capability` attribute; empty if it has none."""
 
 
 def may_send_raw(mine: Privileges) -> bool:
-    """Root passes on what it has, others what is ambient; and the file itself may grant it (capabilities(7))."""
+    """Return whether a program started with these privileges may send raw packets.
+
+    Root passes on its effective set, other users their ambient set; the file itself may also grant the capability
+    (capabilities(7)).
+    """
     if not mine.bounding & NET_RAW:
         return False
     if mine.root:
@@ -44,7 +48,7 @@ def _granted(attribute: bytes) -> bool:
 
 
 def privileges(program: str) -> Privileges:
-    """Those of this process, about to start `program`."""
+    """Return the privileges with which this process would start `program`."""
     status = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line)
     try:
         file = os.getxattr(program, "security.capability")

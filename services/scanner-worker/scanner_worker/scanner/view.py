@@ -1,4 +1,4 @@
-"""The open ports of a finished host, as python-nmap reads them and as the public results word them."""
+"""Convert the open ports of a finished host, read by python-nmap, to the public result format."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _OS: Final = re.compile(rb"<os>.*</os>", re.DOTALL)
 _OS_TYPE: Final = re.compile(rb'<service [^>]*ostype="([^"]*)"')
 _TLS: Final = re.compile(rb'<service [^>]*tunnel="ssl"')
 
-_LINES: Final = "\n\t"  # plain text in what may have several lines
+_LINES: Final = "\n\t"  # allowed in fields that may have several lines
 
 
 def ports(host: Host) -> tuple[PortFound, ...]:
-    """The ports of `host` that are `open` or `open|filtered`, without those that nmap sums up: `host.open_filtered`.
+    """Return the ports of `host` that are `open` or `open|filtered`, without summarized ones: see `host.open_filtered`.
 
     Raises:
         BadXmlError: python-nmap cannot read the host.
@@ -43,7 +43,7 @@ def ports(host: Host) -> tuple[PortFound, ...]:
 
 
 def _view(host: Host, listed: bytes) -> dict[str, Any]:
-    # The constructor runs `nmap -V` in the worker's own environment; reading needs nothing of what it finds out.
+    # Bypass the constructor, which runs `nmap -V` in the worker's own environment; parsing does not need its result.
     reader = object.__new__(nmap.PortScanner)
     system = _OS.search(host.element)
     document = b"".join(
@@ -59,9 +59,9 @@ def _view(host: Host, listed: bytes) -> dict[str, Any]:
     )
     try:
         scan: dict[str, Any] = reader.analyse_nmap_xml_scan(document.decode())["scan"]
-    except (nmap.PortScannerError, AttributeError, ValueError):  # its error quotes the whole document
+    except (nmap.PortScannerError, AttributeError, ValueError):  # the error message contains the whole document
         raise BadXmlError(f"python-nmap cannot read the host {host.address}") from None
-    return scan[host.address]  # type: ignore[no-any-return] # a dict of its own making
+    return scan[host.address]  # type: ignore[no-any-return] # python-nmap has no types
 
 
 def _best_match(viewed: dict[str, Any]) -> str:
@@ -75,7 +75,7 @@ def _port(viewed: dict[str, Any], protocol: str, number: int, system: str, raw: 
         version = f"{version} ({viewed['extrainfo']})".lstrip()
     if not system and (own := _OS_TYPE.search(raw)):
         system = _text(unescape(own[1].decode()))
-    # As nmap itself prints it: the service inside TLS.
+    # The service inside TLS, in nmap's own notation.
     service = "/".join(part for part in ("ssl", viewed["name"]) if part) if _TLS.search(raw) else viewed["name"]
     return PortFound.model_validate(
         {
@@ -92,7 +92,7 @@ def _port(viewed: dict[str, Any], protocol: str, number: int, system: str, raw: 
 
 
 def _text(written: str | None, *, keep: str = "") -> str:
-    """`written` as plain text. nmap writes UTF-8 as a reference for each byte, which reads as a character for each."""
+    """Return `written` as plain text. nmap writes one character reference per UTF-8 byte; decode these bytes."""
     text = written or ""
     with contextlib.suppress(UnicodeError):
         text = text.encode("latin-1").decode()

@@ -1,10 +1,10 @@
-"""nmap's XML, read while it comes.
+"""Parse nmap's XML incrementally.
 
-Only nmap writes it, but what it writes hangs on what strangers answer, so nothing is believed. expat checks every byte and
-calls nobody back for elements, which is what would cost time; hosts are then cut out of the same bytes by their tags, which
-is exact: in well-formed XML without comments, CDATA and processing instructions every `<` begins a tag.
+nmap writes the document, but its content depends on the scanned hosts, so it is untrusted input. expat checks every byte,
+without callbacks for elements, which would be slow. Hosts are then cut out of the same bytes by their tags. This is exact: in
+well-formed XML without comments, CDATA and processing instructions every `<` begins a tag.
 
-Memory holds one unfinished host and one unfinished token, both bounded.
+The parser keeps one unfinished host and one unfinished token in memory, both bounded.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from xml.parsers import expat
 from scanfleet.ports import parse_ranges, ranges_text
 from scanner_worker.domain import FROM_HOST, Host
 
-# One tag with its attributes; the longest real ones hold a script's output, some kilobytes. Two pieces below a power of two:
-# expat keeps an unfinished token in a buffer that doubles, and is not to double it for what is then refused.
+# Maximum size of one tag with its attributes; the longest real ones contain a script's output, some kilobytes. Two pieces
+# below a power of two: expat keeps an unfinished token in a buffer that doubles, and must not double it for a rejected token.
 MAX_TOKEN: Final = (1 << 20) - (1 << 17)
-MAX_DEPTH: Final = 64  # nmap's own nesting ends at about ten
-MAX_SKIPPED: Final = 3  # targets that nmap did not accept, kept for the error message
+MAX_DEPTH: Final = 64  # nmap's own documents are about ten levels deep
+MAX_SKIPPED: Final = 3  # targets that nmap skipped and that the error message lists
 
 _HOST_START: Final = re.compile(rb"<host[ >]")
 _HOST_END: Final = b"</host>"
@@ -46,7 +46,7 @@ _TASK: Final = re.compile(rb'<task(begin|progress|end) task="([^"]*)" [^>]*?(?:p
 _PORT_UNREACH: Final = b"port-unreach"
 
 _CONTROLS: Final = bytes(n for n in range(0x20) if n not in b"\t\n\r")
-# As nmap writes references to what XML 1.0 does not call a character: control characters, surrogates, non-characters.
+# References that nmap writes to code points that XML 1.0 forbids: control characters, surrogates, non-characters.
 _NO_CHARACTER: Final = re.compile(
     rb"&#x0*([0-8b-cBCe-fE-F]|1[0-9a-fA-F]|[dD][89a-fA-F][0-9a-fA-F]{2}|[fF]{3}[e-fE-F]);"
 )
@@ -54,18 +54,18 @@ _UNFINISHED_REFERENCE: Final = re.compile(rb"&[#0-9a-zA-Z]{0,12}\Z")
 
 
 class BadXmlError(Exception):
-    """nmap's output cannot be what it should be; hosts that were read before stand."""
+    """nmap's output is malformed; hosts that were read before are valid."""
 
 
 class Reader:
-    """Turns nmap's output, fed in pieces of any size, into finished hosts.
+    """Converts nmap's output, fed in pieces of any size, to finished hosts.
 
     Attributes:
-        version: nmap's own, as it wrote it; empty until the root element was read.
-        services: ports by protocol, as nmap announced before the first host.
-        skipped: the first few targets that nmap did not accept; complete when closed.
-        task: the phase that nmap is in, by nmap's name for it ("Connect Scan", "NSE").
-        moves: grows whenever nmap moves: a task begins or ends, its percentage changes, a host is finished.
+        version: nmap's version as written; empty until the root element was read.
+        services: number of ports by protocol, which nmap announces before the first host.
+        skipped: the first few targets that nmap skipped; complete after `close`.
+        task: nmap's name of its current phase ("Connect Scan", "NSE").
+        moves: counter of progress: increases when a task begins or ends, its percentage changes, or a host is finished.
     """
 
     def __init__(self, *, max_host_bytes: int) -> None:
@@ -82,29 +82,29 @@ class Reader:
         self._root_at: int | None = None
         self._refused_at: int | None = None
         self._tags = _Tags()
-        self._rest = bytearray()  # what came after the last whole host
-        self._searched = 0  # how far `_rest` is known to hold no end of a host
+        self._rest = bytearray()  # the bytes after the last complete host
+        self._searched = 0  # length of the prefix of `_rest` without an end of a host
         self._finished = b""
-        self._parser = expat.ParserCreate("UTF-8")  # whatever encoding the document claims
+        self._parser = expat.ParserCreate("UTF-8")  # overrides the encoding that the document declares
         self._parser.StartDoctypeDeclHandler = self._doctype
         self._parser.EntityDeclHandler = self._refuser("an entity declaration")
         self._parser.StartElementHandler = self._root
         if hasattr(self._parser, "SetReparseDeferralEnabled"):
-            # Every byte is checked before hosts are cut out of it; what a long token costs is bounded by MAX_TOKEN.
+            # Parse every byte before hosts are cut out of it; MAX_TOKEN bounds the cost of a long token.
             self._parser.SetReparseDeferralEnabled(False)
 
     def feed(self, data: bytes) -> Iterator[Host]:
-        """The hosts that `data` completes.
+        """Yield the hosts that `data` completes.
 
         Raises:
-            BadXmlError: after the hosts that were whole before the fault.
+            BadXmlError: the output is malformed; raised after the hosts that were complete before the error.
         """
         data = self._valid(data)
         before = self._fed
         self._fed += len(data)
         fault = self._check(data)
         if fault:
-            # After a handler has raised, expat goes on to the end of the piece.
+            # After a handler has raised, expat continues to the end of the piece.
             at = self._parser.CurrentByteIndex if self._refused_at is None else self._refused_at
             data = data[: max(at - before, 0)]
         else:
@@ -120,24 +120,24 @@ class Reader:
         if not fault and len(self._rest) > self._max_host_bytes:
             fault = f"a host of more than {self._max_host_bytes} bytes"
         if fault:
-            raise BadXmlError(f"nmap's output is not what nmap writes: {fault}")
+            raise BadXmlError(f"malformed nmap output: {fault}")
 
     def close(self) -> None:
-        """There is no more.
+        """End the input.
 
         Raises:
-            BadXmlError: the document is cut off, or nmap itself says that it failed.
+            BadXmlError: the document is truncated, or nmap reports that it failed.
         """
         try:
             self._parser.Parse(self._held, True)
         except expat.ExpatError as error:
-            raise BadXmlError(f"nmap's output is cut off: {error}") from error
+            raise BadXmlError(f"nmap's output is truncated: {error}") from error
         self._between(bytes(self._rest))
         if self._finished != b"success":
-            raise BadXmlError("nmap does not say that it finished")
+            raise BadXmlError("nmap did not report that it finished successfully")
 
     def _valid(self, data: bytes) -> bytes:
-        # Bytes and references that are no characters would end the document for expat; as text they harm nobody.
+        # expat rejects a document with invalid bytes and references; as escaped text they are harmless.
         if self._held:
             data, self._held = self._held + data, b""
         if match := _UNFINISHED_REFERENCE.search(data, max(len(data) - 16, 0)):
@@ -169,11 +169,11 @@ class Reader:
         if self._tags.stray:
             return "a bare > in a value"
         if self._tags.depth > MAX_DEPTH:
-            return f"nested deeper than {MAX_DEPTH}"
+            return f"elements nested deeper than {MAX_DEPTH}"
         return ""
 
     def _take(self) -> list[bytes]:
-        """What there is up to each end of a host, without it."""
+        """Cut off and return the bytes up to each end tag of a host, without the tag."""
         if self._rest.find(_HOST_END, self._searched) < 0:
             self._searched = max(len(self._rest) - len(_HOST_END), 0)
             return []
@@ -182,7 +182,7 @@ class Reader:
         return pieces
 
     def _drop_between(self) -> None:
-        """Read what is not part of a host at once: progress must be noticed, and would pile up while no host ends."""
+        """Process and drop the bytes outside hosts, so that progress is recorded and does not accumulate until a host ends."""
         start = _HOST_START.search(self._rest)
         end = start.start() if start else self._rest.rfind(b">") + 1
         if end:
@@ -205,7 +205,7 @@ class Reader:
 
     def _doctype(self, name: str, system: str | None, _public: str | None, internal: int) -> None:
         if name != "nmaprun" or system or internal:
-            self._refuse("a document type of its own")
+            self._refuse("a custom document type")
 
     def _root(self, name: str, attributes: dict[str, str]) -> None:
         if name != "nmaprun":
@@ -226,7 +226,7 @@ class Reader:
 
 
 class _Tags:
-    """Counts tags, which gives the depth, at the speed of searching."""
+    """Tracks the nesting depth by counting tags with a byte search."""
 
     def __init__(self) -> None:
         self.opened = 0
@@ -234,7 +234,7 @@ class _Tags:
         self._last = b""
 
     def count(self, data: bytes) -> None:
-        # `</` and `/>` may lie across two pieces.
+        # `</` and `/>` may be split between two pieces.
         seam = self._last + data[:1]
         self._last = data[-1:] or self._last
         self.opened += data.count(b"<")
@@ -248,7 +248,7 @@ class _Tags:
 
     @property
     def stray(self) -> bool:
-        """Whether a `>` stands where no tag ends: nmap writes `&gt;`, and `/>` in a value would be counted for a tag."""
+        """Whether a `>` occurs outside a tag's end: nmap writes `&gt;`, and `/>` in a value would be counted as a tag."""
         return self._closed > self.opened
 
 
@@ -265,7 +265,7 @@ def _host(head: re.Match[bytes], piece: bytes) -> Host:
     ports, silent = piece.count(b"<port "), ""
     for group, count in _SUMMED_UP.findall(piece):
         if group == b"open|filtered":
-            # Each of these ports is a result. Without its number it could not be one, so it is not accounted for.
+            # Each of these ports is a result. A port without a number cannot be one, so it is not counted.
             silent, numbers = _silent(piece)
             ports += numbers
         else:
@@ -275,7 +275,7 @@ def _host(head: re.Match[bytes], piece: bytes) -> Host:
 
 
 def _canonical(address: str) -> str:
-    # nmap and Python write an IPv4 address inside an IPv6 one differently. Other IPv4 addresses have one spelling.
+    # nmap and Python format an IPv4 address inside an IPv6 one differently. Other IPv4 addresses have one spelling.
     if ":" not in address:
         return address
     try:
@@ -285,7 +285,7 @@ def _canonical(address: str) -> str:
 
 
 def _silent(piece: bytes) -> tuple[str, int]:
-    """The UDP ports that nmap sums up as open|filtered, canonical, and how many they are."""
+    """Return the UDP ports that nmap summarizes as open|filtered, in canonical form, and their number."""
     numbers = [each for group in _SILENT.findall(piece) for each in _NUMBERS.findall(group)]
     try:
         ranges = parse_ranges(b",".join(numbers).decode())
@@ -295,10 +295,10 @@ def _silent(piece: bytes) -> tuple[str, int]:
 
 
 def _reasons(address: bytes, piece: bytes) -> AbstractSet[bytes]:
-    """Why ports are in their states, without the reasons that another machine may have given.
+    """Return the reasons for the states of ports, without those that another machine may have caused.
 
-    A firewall in between answers for a host with ICMP errors of its own. nmap names the sender of these, but not for ports
-    that it sums up. A host sends "port unreachable" for its closed UDP ports, and many firewalls send it for everything.
+    A firewall on the path answers for a host with its own ICMP errors. nmap reports the sender of these errors, but not for
+    summarized ports. A host sends "port unreachable" for its closed UDP ports, and many firewalls send it for every port.
     """
     reasons = set(_SUMMED_UP_REASON.findall(piece)) - {_PORT_UNREACH}
     reasons |= {

@@ -1,4 +1,4 @@
-"""A worker on a machine where nmap cannot run, with real faults: a full disk, no process, no nmap."""
+"""A worker on a machine where nmap cannot run, with real faults: a full disk, a process limit, a missing nmap."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MakeChunk = Callable[..., ScanChunk]
 Until = Callable[..., Awaitable[None]]
 
 NMAP = "/usr/bin/nmap"
-# As far as nmap gets before it sends anything.
+# The output of nmap before it sends any packet.
 HEAD = """<?xml version="1.0"?>
 <!DOCTYPE nmaprun>
 <nmaprun scanner="nmap"><scaninfo type="connect" protocol="tcp" numservices="2" services="22,80"/>"""
@@ -37,7 +37,7 @@ LIMITS = Limits(output=16 << 20, host=4 << 20, stall_seconds=60)
 
 
 class Rig:
-    """A worker with real nmap on a bus in memory."""
+    """A worker with real nmap on an in-memory bus."""
 
     def __init__(self, program: str) -> None:
         self.bus = MemoryBus()
@@ -48,7 +48,7 @@ class Rig:
 
     @property
     def slots(self) -> int:
-        """What the worker announced last."""
+        """Return the slots of the worker's latest announcement."""
         ready = self.bus.messages(SCAN_WORKERS)
         return ready[-1].slots if ready and isinstance(ready[-1], WorkerReady) else -1
 
@@ -74,7 +74,7 @@ async def rigged(program: str | Path = NMAP) -> AsyncIterator[Rig]:
 async def released_and_recovers(
     rig: Rig, make_chunk: MakeChunk, until: Until, fault: contextlib.AbstractContextManager[object], reason: str
 ) -> None:
-    """While the fault lasts, no chunk fails and no slot is announced; then the worker scans again by itself."""
+    """Check that no chunk fails and no slot is announced during the fault, and that the worker then recovers by itself."""
     await until(lambda: rig.slots == 2)
     with fault:
         await rig.bus.publish(SCAN_TASKS, [make_chunk()])
@@ -83,7 +83,7 @@ async def released_and_recovers(
         assert isinstance(end, ChunkReleased)
         assert (end.outcomes, reason in end.reason) == ("....", True), end.reason
         await until(lambda: rig.slots == 0)
-        await asyncio.sleep(2.5)  # two trial runs, of which none may succeed
+        await asyncio.sleep(2.5)  # two trial runs, both of which must fail
         assert rig.slots == 0
         assert rig.worker.alive
     await until(lambda: rig.slots == 2, 30)
@@ -96,7 +96,7 @@ async def released_and_recovers(
 def disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
-    """The temporary folder, on a disk of its own with room for a few files, and what fills it."""
+    """Mount the temporary folder on a small disk and return a context manager that fills it."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=16", "tmpfs", tmp_path], check=True)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
@@ -119,19 +119,19 @@ def disk(
 
 
 @pytest.mark.proves("F21", "F25", "G17")
-async def test_worker_with_a_full_disk_releases_its_chunks_until_there_is_room(
+async def test_worker_with_full_disk_releases_its_chunks(
     make_chunk: MakeChunk,
     until: Until,
     disk: Callable[[], contextlib.AbstractContextManager[None]],
 ) -> None:
-    """A disk without room for a temporary folder is the worker's failure, and costs a chunk nothing."""
+    """A disk without space for a temporary folder is the worker's failure, and does not count against the chunk."""
     async with rigged() as rig:
         await released_and_recovers(rig, make_chunk, until, disk(), "No space left on device")
 
 
 @contextlib.contextmanager
 def no_descriptor() -> Iterator[None]:
-    """This process may open no further file or pipe, so that no process can be started."""
+    """Prevent this process from opening files and pipes, so that it cannot start a process."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
     try:
@@ -142,7 +142,7 @@ def no_descriptor() -> Iterator[None]:
 
 @pytest.mark.proves("F25", "G17")
 async def test_worker_without_descriptors_releases_its_chunks(make_chunk: MakeChunk, until: Until) -> None:
-    """Too many open files is the worker's failure."""
+    """Too many open files are a failure of the worker."""
     async with rigged() as rig:
         await released_and_recovers(rig, make_chunk, until, no_descriptor(), "Too many open files")
 
@@ -155,7 +155,7 @@ from scanner_worker.scanner.process import Limits, Nmap
 async def main():
     nmap = Nmap(sys.argv[1], Limits(1 << 20, 1 << 20, 60))
     await nmap.start()
-    os.setuid(65534)  # root's processes are not limited
+    os.setuid(65534)  # process limits do not apply to root
     await nmap.check()
     resource.setrlimit(resource.RLIMIT_NPROC, (1, resource.getrlimit(resource.RLIMIT_NPROC)[1]))
     for how in (nmap.check, lambda: anext(nmap.scan(["-V"], {}))):
@@ -172,8 +172,8 @@ asyncio.run(main())
 
 
 @pytest.mark.proves("F25")
-async def test_fork_that_fails_is_the_workers_failure() -> None:
-    """EAGAIN at fork, from a real process limit, says that nmap cannot be started, in a scan and in a trial run."""
+async def test_nmap_fork_failure_raises_cannot_start() -> None:
+    """EAGAIN at fork, from a real process limit, is a CannotStartError in a scan and in a trial run."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", FORKLESS, NMAP), stdout=asyncio.subprocess.PIPE, cwd="/"
     )
@@ -185,10 +185,10 @@ async def test_fork_that_fails_is_the_workers_failure() -> None:
 
 
 @pytest.mark.proves("F25")
-async def test_worker_whose_nmap_is_missing_serves_once_it_is_installed(
+async def test_worker_without_nmap_recovers_after_installation(
     make_chunk: MakeChunk, until: Until, tmp_path: Path
 ) -> None:
-    """Without nmap the worker starts, announces no slots and says why; with it the worker scans, without a restart."""
+    """Without nmap the worker starts, announces no slots and reports the cause; after the installation it scans without restart."""
     program = tmp_path / "nmap"
     async with rigged(program) as rig:
         await until(lambda: rig.slots == 0)
@@ -201,10 +201,10 @@ async def test_worker_whose_nmap_is_missing_serves_once_it_is_installed(
 
 
 @pytest.mark.proves("F25", "G17")
-async def test_worker_whose_nmap_always_exits_with_1_takes_no_fourth_chunk(
+async def test_worker_with_failing_nmap_takes_no_fourth_chunk(
     make_chunk: MakeChunk, until: Until, tmp_path: Path
 ) -> None:
-    """After three chunks in a row the worker announces no slots until nmap works again."""
+    """After three consecutive failed chunks the worker announces no slots until nmap works again."""
     program = tmp_path / "nmap"
     program.symlink_to(NMAP)
     async with rigged(program) as rig:

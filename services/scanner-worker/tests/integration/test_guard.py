@@ -1,4 +1,4 @@
-"""The guard as a dead man's switch: what it kills when the worker's event loop stands still, and what it spares."""
+"""The guard as a watchdog: which processes it kills when the worker's event loop is blocked, and which it does not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Until = Callable[..., Awaitable[None]]
 
 NMAP = "/usr/bin/nmap"
 LIMITS = Limits(output=16 << 20, host=4 << 20, stall_seconds=60)
-# A scan that never ends by itself: every probe of the port waits a minute for the next.
+# A scan that does not end by itself: nmap waits a minute between two probes of the port.
 SLOW = ("-n", "-sT", "-Pn", "-p", "1-9", "--scan-delay", "60s", "-oX", "-", "--", "127.9.40.1/32")
 
 
@@ -51,7 +51,7 @@ class Guard:
         self.process.stdin.write(guard.NUMBER.pack(limit))
 
     async def killed_at(self) -> float:
-        """When the guard says that it began to kill, by the clock of the event loop."""
+        """Return the time at which the guard reports that it started to kill, by the clock of the event loop."""
         assert self.process.stdout is not None
         data = await asyncio.wait_for(self.process.stdout.readexactly(guard.NUMBER.size), 20)
         return float(guard.NUMBER.unpack(data)[0])
@@ -72,16 +72,16 @@ async def guarding() -> AsyncIterator[Guard]:
         assert await process.wait() == -signal.SIGKILL
 
 
-async def test_guard_kills_nothing_before_the_first_limit(guarding: Guard) -> None:
-    """A worker that has not scanned yet may take as long as it likes; the end of the worker kills all the same."""
+async def test_guard_before_the_first_limit_kills_nothing(guarding: Guard) -> None:
+    """Before the first limit no timeout applies; the end of the worker still makes the guard kill."""
     process = await guarding.start_marked()
     await asyncio.sleep(2)  # longer than any limit of these tests
     assert process.returncode is None
 
 
 @pytest.mark.proves("F32", "G4")
-async def test_guard_kills_what_is_marked_once_no_limit_follows_in_time(guarding: Guard) -> None:
-    """As long as limits follow, marked processes live; the last limit after the last write, the guard kills them and says when."""
+async def test_guard_late_limit_kills_marked_processes(guarding: Guard) -> None:
+    """Marked processes live while limits arrive; after the last limit has passed, the guard kills them and reports when."""
     loop = asyncio.get_running_loop()
     process = await guarding.start_marked()
     for _ in range(6):
@@ -94,19 +94,19 @@ async def test_guard_kills_what_is_marked_once_no_limit_follows_in_time(guarding
     assert await asyncio.wait_for(process.wait(), 5) == -signal.SIGKILL
 
 
-async def test_guard_spares_what_starts_after_the_worker_has_resumed(guarding: Guard) -> None:
-    """The first limit after a silence ends the killing: what is started after it lives, however soon."""
+async def test_guard_worker_resumed_spares_new_processes(guarding: Guard) -> None:
+    """The first limit after a timeout stops the killing: a process started right after it survives."""
     for _ in range(3):
         guarding.write(0.2)
         await guarding.killed_at()
         guarding.write(60.0)
         process = await guarding.start_marked()
-        await asyncio.sleep(0.5)  # many looks of a guard that still kills
+        await asyncio.sleep(0.5)  # several rounds of a guard that still kills
         assert process.returncode is None
 
 
-async def test_killing_stops_as_soon_as_the_worker_has_resumed(guarding: Guard) -> None:
-    """A look at the processes that is under way when the worker writes kills none of those it still finds."""
+async def test_guard_worker_resumed_stops_killing(guarding: Guard) -> None:
+    """A search for processes that runs while the worker resumes kills none of those it finds afterwards."""
     process = await guarding.start_marked()
     assert guard.kill_marked(guarding.mark, unless=lambda: True) == 0
     assert process.returncode is None
@@ -115,7 +115,7 @@ async def test_killing_stops_as_soon_as_the_worker_has_resumed(guarding: Guard) 
 
 
 async def test_guard_applies_the_last_limit_written(guarding: Guard) -> None:
-    """A shorter lease shortens the limit at once."""
+    """A shorter lease shortens the limit immediately."""
     loop = asyncio.get_running_loop()
     guarding.write(60.0)
     guarding.write(0.3)
@@ -138,7 +138,7 @@ async def nmap() -> AsyncIterator[Nmap]:
 
 
 def running(nmap: Nmap) -> bool:
-    """Whether an nmap of this one runs."""
+    """Return whether an nmap of this instance runs."""
     return subprocess.run(["pgrep", "-f", f"^nmap-{nmap._mark}"], capture_output=True, check=False).returncode == 0
 
 
@@ -147,8 +147,8 @@ def kill_from_outside(nmap: Nmap) -> None:
 
 
 @pytest.mark.proves("F32", "G17")
-async def test_blocked_event_loop_loses_its_nmap_and_knows_why(nmap: Nmap, until: Until) -> None:
-    """A loop that stands still for the limit finds its nmap killed by the guard, and the next scan runs."""
+async def test_scan_blocked_event_loop_raises_killed_by_guard(nmap: Nmap, until: Until) -> None:
+    """After the event loop is blocked for the limit, nmap was killed by the guard, and the next scan runs."""
     nmap.hold(2.0)
     scanning = asyncio.create_task(scan(nmap, *SLOW))
     await until(lambda: running(nmap))
@@ -157,20 +157,20 @@ async def test_blocked_event_loop_loses_its_nmap_and_knows_why(nmap: Nmap, until
     with pytest.raises(KilledByGuardError):
         await scanning
     again = asyncio.create_task(scan(nmap, *SLOW))
-    await asyncio.sleep(3)  # more than the limit, with an event loop that runs
+    await asyncio.sleep(3)  # longer than the limit, with a responsive event loop
     assert running(nmap)
     again.cancel()
     with pytest.raises(asyncio.CancelledError):
         await again
 
 
-async def test_nmap_that_something_else_killed_is_no_work_of_the_guard(nmap: Nmap, until: Until) -> None:
-    """SIGKILL from the kernel or an operator is reported as such, also after the guard has killed earlier runs."""
+async def test_scan_foreign_sigkill_is_not_attributed_to_the_guard(nmap: Nmap, until: Until) -> None:
+    """SIGKILL by the kernel or an operator is reported as such, even after the guard has killed earlier runs."""
     nmap.hold(0.5)
-    time.sleep(1)  # noqa: ASYNC251 # the guard kills, and there is nothing yet
+    time.sleep(1)  # noqa: ASYNC251 # the guard kills while no nmap runs
     nmap.hold(60.0)
     scanning = asyncio.create_task(scan(nmap, *SLOW))
     await until(lambda: running(nmap))
     kill_from_outside(nmap)
-    with pytest.raises((ScanError, CannotStartError), match="SIGKILL"):  # the latter before nmap has begun
+    with pytest.raises((ScanError, CannotStartError), match="SIGKILL"):  # the latter before nmap has started to scan
         await scanning

@@ -1,7 +1,7 @@
-"""Real nmap in networks that answer for others, limit their answers, or say nothing.
+"""Real nmap in networks that reject packets on behalf of hosts, rate-limit ICMP errors, or do not answer.
 
-Each test has two network namespaces of its own: nmap runs in one, and the other is the only router and the only host that it
-can reach. Nothing leaves the machine.
+Each test creates two network namespaces: nmap runs in one, and the other is the only router and the only host that it can
+reach. No packet leaves the machine.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Router:
 
 @pytest.fixture
 def networks(tmp_path: Path) -> Iterator[tuple[Path, Router]]:
-    """nmap in a namespace whose every packet goes to the router, and the router."""
+    """Yield an nmap in a namespace that routes every packet to the router, and the router."""
     id_ = uuid4().hex[:6]
     inside, outside = f"scanfleet-{id_}-nmap", f"scanfleet-{id_}-router"
 
@@ -86,7 +86,7 @@ def networks(tmp_path: Path) -> Iterator[tuple[Path, Router]]:
 
 @pytest.fixture
 async def scan(networks: tuple[Path, Router]) -> AsyncIterator[Scan]:
-    """Scan a chunk with nmap in its namespace: each host with its letter and its ports."""
+    """Return a function that scans a chunk with nmap in its namespace: each host with its outcome and its ports."""
     nmap = Nmap(str(networks[0]), LIMITS)
     await nmap.start()
 
@@ -107,54 +107,54 @@ def chunk_of(make_chunk: MakeChunk, policy: dict[str, Any], *, size: int = 4, fi
     return make_chunk(asked, first_address=first, outcomes="." * size, min_rate=2_000)
 
 
-def letters(found: dict[str, tuple[Outcome, Host, tuple[PortFound, ...]]]) -> str:
-    return "".join(letter for letter, _, _ in found.values())
+def codes(found: dict[str, tuple[Outcome, Host, tuple[PortFound, ...]]]) -> str:
+    return "".join(code for code, _, _ in found.values())
 
 
 @pytest.mark.parametrize("technique", ["syn", "connect"])
 async def test_scan_silent_network_is_silent_or_timed_out(
     make_chunk: MakeChunk, networks: tuple[Path, Router], scan: Scan, technique: str
 ) -> None:
-    """Addresses that answer nothing are silent when every probe was sent in time, else timed out."""
+    """Addresses that do not answer are silent if every probe was sent in time, else timed out."""
     networks[1].run("ip", "route", "add", "blackhole", NETWORK)
     policy = {"ports": "1-50", "technique": technique}
-    assert letters(await scan(chunk_of(make_chunk, policy, size=8))) == "s" * 8
+    assert codes(await scan(chunk_of(make_chunk, policy, size=8))) == "s" * 8
     short = {"ports": "1-8000", "technique": technique, "host_timeout": 1}
-    assert letters(await scan(chunk_of(make_chunk, short, size=2))) == "tt"
+    assert codes(await scan(chunk_of(make_chunk, short, size=2))) == "tt"
 
 
 @pytest.mark.proves("G16")
 @pytest.mark.parametrize("policy", [{"technique": "syn"}, {"technique": "connect"}, {"ports": "U:1-3"}])
 @pytest.mark.parametrize("ports", ["1-3", "1-60"])
-async def test_outcome_router_that_prohibits_is_no_machine(
+async def test_outcome_prohibiting_router_is_silent(
     make_chunk: MakeChunk, networks: tuple[Path, Router], scan: Scan, policy: dict[str, str], ports: str
 ) -> None:
-    """Addresses for which a router answers "administratively prohibited" are silent, few ports or many."""
+    """Addresses for which a router answers "administratively prohibited" are silent, with few ports or many."""
     networks[1].run("sysctl", "-qw", "net.ipv4.icmp_ratelimit=0")
     networks[1].run("ip", "route", "add", "prohibit", NETWORK)
     policy = {"ports": ports} | policy
     if "U:" in policy["ports"]:
         policy["ports"] = f"U:{ports}"
     found = await scan(chunk_of(make_chunk, policy))
-    assert letters(found) == "ssss"
+    assert codes(found) == "ssss"
 
 
 @pytest.mark.proves("G16")
 @pytest.mark.parametrize("policy", [{"technique": "syn", "ports": "1-3"}, {"ports": "U:1-3"}, {"ports": "U:1-60"}])
-async def test_outcome_router_that_rejects_is_no_machine(
+async def test_outcome_rejecting_firewall_is_silent(
     make_chunk: MakeChunk, networks: tuple[Path, Router], scan: Scan, policy: dict[str, str]
 ) -> None:
-    """A firewall that rejects with "port unreachable", as they do by default, makes no address answered."""
+    """Addresses behind a firewall that rejects with "port unreachable", the usual default, are not answered."""
     router = networks[1]
     router.run("sysctl", "-qw", "net.ipv4.icmp_ratelimit=0")
     router.run("ip", "route", "add", NETWORK, "dev", "lo")
     router.run("iptables", "-A", "FORWARD", "-d", NETWORK, "-j", "REJECT")
-    assert letters(await scan(chunk_of(make_chunk, policy))) == "ssss"
+    assert codes(await scan(chunk_of(make_chunk, policy))) == "ssss"
 
 
 @pytest.fixture
 def udp_host(networks: tuple[Path, Router]) -> Iterator[str]:
-    """A Linux host with its usual limit of ICMP errors, on which UDP port 1234 answers."""
+    """Yield a Linux host with the default rate limit of ICMP errors, on which UDP port 1234 answers."""
     router = networks[1]
     router.run("ip", "addr", "add", f"{UDP_HOST}/32", "dev", "lo")
     answer = (
@@ -173,16 +173,16 @@ def udp_host(networks: tuple[Path, Router]) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("discovery", ["default", "none"])
-async def test_scan_udp_of_a_host_that_limits_icmp_ends(
+async def test_scan_udp_with_icmp_rate_limit_is_bounded(
     make_chunk: MakeChunk, scan: Scan, udp_host: str, discovery: str
 ) -> None:
-    """UDP 1-2000 of a Linux host takes bounded time and a bounded message, and the port that answers is found."""
+    """A UDP scan of ports 1-2000 of a Linux host takes bounded time and message size, and finds the port that answers."""
     policy = {"ports": "U:1-2000", "discovery": discovery}
     chunk = chunk_of(make_chunk, policy, size=1, first=udp_host)
     began = time.monotonic()
-    [(letter, host, open_)] = (await scan(chunk)).values()
+    [(code, host, open_)] = (await scan(chunk)).values()
     assert time.monotonic() - began < 150
-    assert (letter, host.ports) == (Outcome.ANSWERED, 2_000)
+    assert (code, host.ports) == (Outcome.ANSWERED, 2_000)
     assert [port.port for port in open_ if port.status == "open"] == [1234]
     assert "1234" not in host.open_filtered
     message = fit(
@@ -204,7 +204,7 @@ async def test_scan_udp_of_a_host_that_limits_icmp_ends(
 
 @contextlib.asynccontextmanager
 async def web(folder: Path, address: str) -> AsyncIterator[None]:
-    """A web server with TLS on port 8443, which nmap tries TLS on early, and the same one without on port 8000."""
+    """Serve HTTPS on port 8443, on which nmap tries TLS early, and HTTP on port 8000."""
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
     now = dt.datetime.now(dt.UTC)
@@ -229,7 +229,7 @@ async def web(folder: Path, address: str) -> AsyncIterator[None]:
     )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pem)
-    context.set_ciphers("DEFAULT:AES128-SHA")  # nmap's probes for TLS offer old ones alone
+    context.set_ciphers("DEFAULT:AES128-SHA")  # nmap's TLS probes offer only old ciphers
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
@@ -245,8 +245,8 @@ async def web(folder: Path, address: str) -> AsyncIterator[None]:
         yield
 
 
-async def test_service_over_tls_differs_from_the_plain_one(make_chunk: MakeChunk, tmp_path: Path) -> None:
-    """A web server with TLS is `ssl/http`, as nmap prints it, and without it is `http`."""
+async def test_scan_service_inside_tls_has_ssl_prefix(make_chunk: MakeChunk, tmp_path: Path) -> None:
+    """The service of a web server is `ssl/http` with TLS, as nmap prints it, and `http` without."""
     address = "127.9.50.1"
     policy = {"ports": "8000,8443", "service_detection": True, "version_intensity": 5}
     chunk = make_chunk(policy, first_address=address, outcomes=".")

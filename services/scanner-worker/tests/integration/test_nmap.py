@@ -1,4 +1,4 @@
-"""Real nmap against listeners of ours on the loopback network, and stand-ins for nmap at its worst."""
+"""Real nmap against listeners on the loopback network, and faulty stand-ins for nmap."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MakeNmap = Callable[..., Awaitable[Nmap]]
 NMAP = "/usr/bin/nmap"
 RAW = may_send_raw(privileges(NMAP))
 LIMITS = Limits(output=16 << 20, host=4 << 20, stall_seconds=60)
-# A scan that never ends by itself: every probe of the port waits a minute for the next.
+# A scan that does not end by itself: nmap waits a minute between two probes of the port.
 SLOW = ("-n", "-sT", "-Pn", "-p", "1-9", "--scan-delay", "60s", "-oX", "-", "--", "127.9.40.1/32")
 
 HEAD = """<?xml version="1.0"?>
@@ -55,8 +55,8 @@ HOST = """<host><status state="up" reason="reset" reason_ttl="0"/>
 TAIL = '<runstats><finished exit="success"/></runstats></nmaprun>'
 
 
-async def test_parts_of_the_top_ports_are_the_top_ports(make_nmap: MakeNmap) -> None:
-    """The ports of consecutive ranks are distinct, and together they are those that nmap takes as most common."""
+async def test_ranked_parts_add_up_to_the_top_ports(make_nmap: MakeNmap) -> None:
+    """The ports of consecutive rank ranges are distinct, and together they are nmap's most common ports."""
     nmap = await make_nmap()
     whole = await nmap.ranked(PortSet.parse("top:1-100"))
     parts = [await nmap.ranked(part) for part in PortSet.parse("top:100").blocks(30)]
@@ -70,7 +70,7 @@ def _ports(ports: PortSet) -> list[int]:
 
 
 def marked(nmap: Nmap) -> list[int]:
-    """Every process that `nmap` has started, or what those have, the guard left out."""
+    """Return every process that `nmap` has started, directly or indirectly, except the guard."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -82,7 +82,7 @@ def marked(nmap: Nmap) -> list[int]:
 
 @pytest.fixture
 async def make_nmap() -> AsyncIterator[MakeNmap]:
-    """A started Nmap; whatever it has left at the end fails the test."""
+    """Return a factory of started Nmap instances; a process that is left at the end fails the test."""
     made: list[Nmap] = []
 
     async def make(
@@ -101,14 +101,14 @@ async def make_nmap() -> AsyncIterator[MakeNmap]:
 
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Callable[[str], Path]:
-    """A program in nmap's place, made of Python lines that find HEAD, TAIL and host(last) ready."""
+    """Return a factory of stand-ins for nmap: programs made of Python lines that can use HEAD, TAIL and host(last)."""
 
     def make(body: str) -> Path:
         path = tmp_path / "nmap"
         lines = (
             f"#!{sys.executable} -I\n"
             "import os, signal, subprocess, sys, time\n"
-            # A trial run, which has no targets, is real: these stand-ins are bad at scanning.
+            # A trial run, which has no targets, runs real nmap: these stand-ins only affect scans.
             f"if '--' not in sys.argv: os.execv({NMAP!r}, sys.argv)\n"
             f"HEAD, HOST, TAIL = {HEAD!r}, {HOST!r}, {TAIL!r}\n"
             "def write(*parts):\n    print(*parts, flush=True)\n"
@@ -122,7 +122,7 @@ def stand_in(tmp_path: Path) -> Callable[[str], Path]:
 
 
 class Rig:
-    """A worker with real processes on a bus in memory."""
+    """A worker with real processes on an in-memory bus."""
 
     def __init__(self, nmap: Nmap, *, slots: int = 2) -> None:
         self.bus = MemoryBus()
@@ -139,11 +139,11 @@ class Rig:
         return {m.address: m for m in self.bus.messages(SCAN_RESULTS) if isinstance(m, HostScanned)}
 
     def scanned(self) -> dict[str, str]:
-        """The map of each chunk that was scanned."""
+        """The map of each scanned chunk, by chunk id."""
         return {m.chunk_id: m.outcomes for m in self.bus.messages(SCAN_PROGRESS) if isinstance(m, ChunkScanned)}
 
     def end(self) -> Message | None:
-        """The last words about a chunk."""
+        """The final report of a chunk."""
         ends = (ChunkScanned, ChunkFailed, ChunkReleased)
         return next((m for m in self.bus.messages(SCAN_PROGRESS) if isinstance(m, ends)), None)
 
@@ -162,7 +162,7 @@ async def rigged(nmap: Nmap, slots: int = 2) -> AsyncIterator[Rig]:
 
 @pytest.fixture
 def listeners() -> Iterator[Callable[..., int]]:
-    """Open a port on each address, the same on all, and answer which."""
+    """Open the same port on each address and return its number."""
     with contextlib.ExitStack() as stack:
 
         def listen(*addresses: str) -> int:
@@ -175,13 +175,13 @@ def listeners() -> Iterator[Callable[..., int]]:
         yield listen
 
 
-async def test_a_whole_chunk_of_real_hosts(
+async def test_scan_real_hosts_have_outcomes_and_open_ports(
     make_chunk: MakeChunk,
     make_nmap: MakeNmap,
     listeners: Callable[..., int],
     until: Until,
 ) -> None:
-    """Real nmap over real listeners: every address has its letter, and open ports are exactly those that listen."""
+    """With real nmap and listeners every address has its outcome, and exactly the listening ports are open."""
     port = listeners("127.9.41.3", "127.9.41.17")
     chunk = make_chunk({"ports": f"{port},1-3"}, first_address="127.9.41.0", outcomes="." * 32)
     async with rigged(await make_nmap()) as rig:
@@ -197,7 +197,7 @@ async def test_a_whole_chunk_of_real_hosts(
 
 
 def has_ipv6() -> bool:
-    """Whether the kernel lets this process use ::1; containers are often without."""
+    """Return whether the kernel lets this process use ::1; many containers cannot."""
     try:
         with socket.socket(socket.AF_INET6) as probe:
             probe.bind(("::1", 0))
@@ -207,7 +207,9 @@ def has_ipv6() -> bool:
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1, so nothing on it can be scanned by IPv6")
-async def test_ipv6(make_chunk: MakeChunk, make_nmap: MakeNmap, listeners: Callable[..., int], until: Until) -> None:
+async def test_scan_ipv6_chunk_is_scanned(
+    make_chunk: MakeChunk, make_nmap: MakeNmap, listeners: Callable[..., int], until: Until
+) -> None:
     """An IPv6 chunk is scanned like any other."""
     port = listeners("::1")
     async with rigged(await make_nmap()) as rig:
@@ -217,8 +219,10 @@ async def test_ipv6(make_chunk: MakeChunk, make_nmap: MakeNmap, listeners: Calla
         assert [each.port for each in rig.hosts()["::1"].ports] == [port]
 
 
-async def test_hosts_come_while_nmap_runs(make_chunk: MakeChunk, make_nmap: MakeNmap, until: Until) -> None:
-    """The hosts of a finished host group are published before the scan of the chunk has ended."""
+async def test_scan_finished_group_is_published_while_nmap_runs(
+    make_chunk: MakeChunk, make_nmap: MakeNmap, until: Until
+) -> None:
+    """The hosts of a finished host group are published before the scan of the chunk ends."""
     chunk = make_chunk(
         {"ports": "1-20", "max_rate": 600},
         first_address="127.9.42.0",
@@ -233,8 +237,8 @@ async def test_hosts_come_while_nmap_runs(make_chunk: MakeChunk, make_nmap: Make
 
 
 @pytest.mark.proves("F2", "G10")
-async def test_a_resumed_chunk_scans_only_its_blanks(make_chunk: MakeChunk, make_nmap: MakeNmap, until: Until) -> None:
-    """What a first attempt finished is neither scanned nor reported again by the second."""
+async def test_scan_resumed_chunk_scans_only_blanks(make_chunk: MakeChunk, make_nmap: MakeNmap, until: Until) -> None:
+    """Addresses that the first attempt finished are neither scanned nor reported again by the second."""
     async with rigged(await make_nmap()) as rig:
         await rig.send(make_chunk(attempt=2, first_address="127.9.43.0", outcomes="aa.d.s.."))
         await until(rig.end, 60)
@@ -245,12 +249,12 @@ async def test_a_resumed_chunk_scans_only_its_blanks(make_chunk: MakeChunk, make
 
 
 @pytest.mark.proves("G8")
-async def test_a_cancelled_scan_is_gone_within_two_seconds(
+async def test_stop_kills_nmap_within_two_seconds(
     make_chunk: MakeChunk,
     make_nmap: MakeNmap,
     until: Until,
 ) -> None:
-    """StopChunk ends real nmap, all of it, in two seconds."""
+    """StopChunk ends all processes of real nmap within two seconds."""
     chunk = make_chunk({"ports": "1-1000", "max_rate": 1}, first_address="127.9.44.0")
     async with rigged(await make_nmap()) as rig:
         await rig.send(chunk)
@@ -262,7 +266,7 @@ async def test_a_cancelled_scan_is_gone_within_two_seconds(
 
 @pytest.fixture
 def recorded(tmp_path: Path) -> tuple[Path, Callable[[], list[list[str]]]]:
-    """Real nmap that notes each of its starts, and the targets of each so far."""
+    """Return a real nmap that records each of its starts, and a function that returns the targets of each start."""
     program, starts = tmp_path / "recorded", tmp_path / "starts"
     program.write_text(f'#!/bin/sh\necho "$@" >> {starts}\nexec {NMAP} "$@"\n')
     program.chmod(0o755)
@@ -276,7 +280,7 @@ def recorded(tmp_path: Path) -> tuple[Path, Callable[[], list[list[str]]]]:
 
 @contextlib.asynccontextmanager
 async def busy(rig: Rig, make_chunk: MakeChunk, until: Until) -> AsyncIterator[None]:
-    """The only slot is taken meanwhile; then it is free, so that what was sent is begun at once."""
+    """Occupy the only slot, and free it on exit, so that the chunks sent meanwhile start together."""
     taking = make_chunk({"ports": "1-1000", "max_rate": 1}, chunk_id="9-0", first_address="127.9.45.0", outcomes=".")
     await rig.send(taking)
     await until(lambda: marked(rig.nmap))
@@ -284,14 +288,14 @@ async def busy(rig: Rig, make_chunk: MakeChunk, until: Until) -> AsyncIterator[N
     await rig.send(StopChunk(job_id=1, chunk_id="9-0", attempt=1, worker_id="worker", reason="over"))
 
 
-async def test_small_chunks_share_one_nmap(
+async def test_batch_small_chunks_share_one_nmap(
     make_chunk: MakeChunk,
     make_nmap: MakeNmap,
     recorded: tuple[Path, Callable[[], list[list[str]]]],
     listeners: Callable[..., int],
     until: Until,
 ) -> None:
-    """Five chunks of one host that wait are one start of nmap, and each has the results that it has alone."""
+    """Five waiting chunks of one host start one nmap, and each has the same results as alone."""
     port = listeners("127.9.46.1", "127.9.46.3")
     program, starts = recorded
     found: dict[str, dict[str, tuple[str, list[int]]]] = {}
@@ -317,14 +321,14 @@ async def test_small_chunks_share_one_nmap(
 
 
 @pytest.mark.proves("G8")
-async def test_a_cancel_among_several_stops_its_packets_alone(
+async def test_batch_cancel_stops_only_its_own_targets(
     make_chunk: MakeChunk,
     make_nmap: MakeNmap,
     recorded: tuple[Path, Callable[[], list[list[str]]]],
     listeners: Callable[..., int],
     until: Until,
 ) -> None:
-    """Two seconds after the cancel of one chunk no nmap has its targets; the others are scanned to their end, nothing twice."""
+    """Two seconds after one chunk is cancelled no nmap has its targets; the others are finished, no address twice."""
     port = listeners("127.9.47.70", "127.9.48.5", "127.9.49.9")
     program, starts = recorded
     # A host group of 64 addresses takes two seconds.
@@ -350,20 +354,20 @@ async def test_a_cancel_among_several_stops_its_packets_alone(
 
 
 def line(pid: int) -> bytes:
-    """The command line of a process, empty when it has ended."""
+    """Return the command line of a process; empty if it has ended."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     return b""
 
 
 @pytest.mark.proves("F20")
-async def test_an_nmap_that_dies_fails_those_it_had_not_done(
+async def test_batch_nmap_crash_fails_unfinished_chunks(
     make_chunk: MakeChunk,
     make_nmap: MakeNmap,
     stand_in: Callable[[str], Path],
     until: Until,
 ) -> None:
-    """Of three chunks in one nmap that crashes, the one that it had written is scanned, and each of the others fails."""
+    """Of three chunks in one nmap that crashes, the one with a complete result is scanned, and the others fail."""
     body = """
         if "127.9.1.1/32" not in sys.argv: time.sleep(600)
         write(HEAD, host(1)); os.kill(os.getpid(), signal.SIGSEGV)
@@ -388,13 +392,13 @@ async def test_an_nmap_that_dies_fails_those_it_had_not_done(
 FAILURES = {
     "exits with 1": ("write(HEAD, host(0)); sys.exit('out of luck')", "exited with 1: out of luck", "a..."),
     "is killed": ("write(HEAD, host(0)); os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV", "a..."),
-    "writes half": ("write(HEAD, host(0), host(1)[:60])", "cut off", "a..."),
-    "writes no XML": ("write('Nmap done!')", "not what nmap writes", "...."),
-    "leaves hosts out": ("write(HEAD, host(0), host(2), TAIL)", "2 addresses are missing", "a.a."),
-    "says that it failed": ("write(HEAD, host(0), TAIL.replace('success', 'error'))", "finished", "a..."),
+    "writes half": ("write(HEAD, host(0), host(1)[:60])", "truncated", "a..."),
+    "writes no XML": ("write('Nmap done!')", "malformed nmap output", "...."),
+    "omits hosts": ("write(HEAD, host(0), host(2), TAIL)", "2 addresses are missing", "a.a."),
+    "reports failure": ("write(HEAD, host(0), TAIL.replace('success', 'error'))", "finished", "a..."),
     "scans other ports": ("write(HEAD.replace('\"2\"', '\"1\"'), host(0))", "probes", "...."),
     "hangs": ("write(HEAD, host(0)); time.sleep(600)", "no progress for 3 seconds", "a..."),
-    "stands still": (
+    "makes no progress": (
         'write(HEAD, host(0))\nwhile True: write(\'<taskprogress task="Connect Scan" time="1" percent="3.12"/>\'); time.sleep(0.2)',
         "no progress for 3 seconds",
         "a...",
@@ -439,7 +443,7 @@ FAILURES = {
 
 @pytest.mark.proves("F20", "G16")
 @pytest.mark.parametrize(("body", "reason", "outcomes"), FAILURES.values(), ids=FAILURES.keys())
-async def test_a_bad_nmap_fails_the_chunk_with_a_reason(  # noqa: PLR0917 # pytest passes fixtures by name
+async def test_scan_faulty_nmap_fails_the_chunk_with_a_reason(  # noqa: PLR0917 # pytest passes fixtures by name
     make_chunk: MakeChunk,
     make_nmap: MakeNmap,
     stand_in: Callable[[str], Path],
@@ -448,7 +452,7 @@ async def test_a_bad_nmap_fails_the_chunk_with_a_reason(  # noqa: PLR0917 # pyte
     reason: str,
     outcomes: str,
 ) -> None:
-    """Whatever nmap does, its whole hosts are kept, the reason is told, nothing is left running, and the worker stays up."""
+    """For any fault of nmap, complete hosts are kept, the reason is reported, no process is left, and the worker stays up."""
     async with rigged(await make_nmap(stand_in(body), replace(LIMITS, stall_seconds=3))) as rig:
         await rig.send(make_chunk())
         await until(rig.end, 60)
@@ -469,11 +473,11 @@ PROGRESS = """
 """
 
 
-async def test_scan_that_moves_is_not_stopped(
+async def test_scan_with_progress_is_not_stopped(
     make_nmap: MakeNmap,
     stand_in: Callable[[str], Path],
 ) -> None:
-    """An nmap whose percentage grows may take longer than the limit for one that stands still."""
+    """An nmap whose percentage grows may run for longer than the stall timeout."""
     nmap = await make_nmap(stand_in(PROGRESS), replace(LIMITS, stall_seconds=2))
     assert len([host async for hosts in nmap.scan(["--"], {"tcp": 2}) for host in hosts]) == 4
 
@@ -488,14 +492,14 @@ async def test_scan_that_moves_is_not_stopped(
         (["-T0", "--host-timeout", "30s"], "Ping Scan", False),
     ],
 )
-async def test_scan_pauses_that_its_options_explain_are_not_a_standstill(
+async def test_scan_expected_pauses_extend_the_stall_timeout(
     make_nmap: MakeNmap,
     stand_in: Callable[[str], Path],
     arguments: list[str],
     task: str,
     stopped: bool,
 ) -> None:
-    """Beyond the limit, slow timings may wait for a probe, and services and scripts for the host timeout."""
+    """Beyond the stall timeout, slow timings may wait for a probe, and services and scripts for the host timeout."""
     body = f'write(HEAD, \'<taskbegin task="{task}" time="1"/>\'); time.sleep(3); write(*map(host, range(4)), TAIL)'
     nmap = await make_nmap(stand_in(body), replace(LIMITS, stall_seconds=1))
     with pytest.raises(ScanError, match="no progress for 1 seconds") if stopped else contextlib.nullcontext():
@@ -504,8 +508,8 @@ async def test_scan_pauses_that_its_options_explain_are_not_a_standstill(
 
 
 @pytest.mark.proves("F20")
-async def test_scan_nmap_that_is_frozen_is_stopped(make_nmap: MakeNmap, until: Until) -> None:
-    """Real nmap that receives SIGSTOP makes no progress, and is killed after the limit."""
+async def test_scan_stopped_nmap_is_killed(make_nmap: MakeNmap, until: Until) -> None:
+    """Real nmap that receives SIGSTOP makes no progress, and is killed after the stall timeout."""
     nmap = await make_nmap(NMAP, replace(LIMITS, stall_seconds=2))
     line = ["-n", "-sT", "-Pn", "-p", "1-900", "--scan-delay", "100ms", "-oX", "-", "--stats-every", "1s", "127.9.40.1"]
 
@@ -515,7 +519,7 @@ async def test_scan_nmap_that_is_frozen_is_stopped(make_nmap: MakeNmap, until: U
 
     scanning = asyncio.create_task(scan())
     await until(lambda: marked(nmap))
-    await asyncio.sleep(3)  # longer than the limit: it moves
+    await asyncio.sleep(3)  # longer than the stall timeout: it makes progress
     assert not scanning.done()
     for pid in marked(nmap):
         os.kill(pid, signal.SIGSTOP)
@@ -527,22 +531,22 @@ async def test_scan_nmap_that_is_frozen_is_stopped(make_nmap: MakeNmap, until: U
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ("", "cut off"),
+        ("", "truncated"),
         ("sys.exit('libpcap.so.0.8: cannot open shared object file')", "exited with 1: libpcap"),
         ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL"),
     ],
 )
-async def test_scan_nmap_that_ends_before_it_begins_is_the_workers_failure(
+async def test_scan_nmap_ends_before_scanning_raises_cannot_start(
     make_nmap: MakeNmap, stand_in: Callable[[str], Path], body: str, reason: str
 ) -> None:
-    """An nmap that ends before it has announced its ports has sent nothing, so the chunk cannot be the cause."""
+    """An nmap that ends before it has announced its ports has sent no packet, so the chunk cannot be the cause."""
     nmap = await make_nmap(stand_in(body))
     with pytest.raises(CannotStartError, match=reason):
         await anext(nmap.scan(["--"], {"tcp": 2}))
 
 
 def trial(version: str, end: str = '<runstats><finished time="1" exit="success"/></runstats></nmaprun>') -> str:
-    """A script that writes what a trial run of this version does."""
+    """Return a script with the output of a trial run of this version."""
     return f"""echo '<?xml version="1.0"?><!DOCTYPE nmaprun><nmaprun version="{version}">{end}'"""
 
 
@@ -555,20 +559,20 @@ def trial(version: str, end: str = '<runstats><finished time="1" exit="success"/
         (trial(""), "unknown version"),
         (
             trial("7.93", '<runstats><finished time="1" exit="error"/></runstats></nmaprun>'),
-            "does not say that it finished",
+            "did not report that it finished",
         ),
-        (trial("7.93", ""), "cut off"),
-        ("echo Nmap 7.93", "not what nmap writes"),
-        ("true", "cut off"),
+        (trial("7.93", ""), "truncated"),
+        ("echo Nmap 7.93", "malformed nmap output"),
+        ("true", "truncated"),
         ("exit 1", "exited with 1"),
         ("echo no libpcap >&2; exit 127", "exited with 127: no libpcap"),
-        ("exec sleep 60", "did not end in 1 seconds"),
+        ("exec sleep 60", "did not end within 1 seconds"),
     ],
 )
-async def test_check_nmap_that_is_unusable_says_why(
+async def test_check_unusable_nmap_raises_with_cause(
     make_nmap: MakeNmap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
 ) -> None:
-    """An nmap that is too old, fails or hangs does not pass, and the message names the cause and what to do."""
+    """An nmap that is too old, fails or hangs is rejected, and the message has the cause and the remedy."""
     monkeypatch.setattr(process, "CHECK_S", 1.0)
     program = tmp_path / "nmap"
     program.write_text(f"#!/bin/sh\n{script}\n")
@@ -578,31 +582,29 @@ async def test_check_nmap_that_is_unusable_says_why(
 
 
 @pytest.mark.proves("F21", "F25")
-async def test_check_needs_what_a_scan_needs(make_nmap: MakeNmap, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real nmap passes; without a program or a temporary folder nothing does."""
+async def test_check_missing_program_or_folder_raises(make_nmap: MakeNmap, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real nmap passes; a missing program or temporary folder fails."""
     nmap = await make_nmap()
     await nmap.check()
     monkeypatch.setattr("tempfile.tempdir", "/proc/nothing")
     with pytest.raises(CannotStartError, match="temporary folder"):
         await nmap.check()
     monkeypatch.setattr("tempfile.tempdir", None)
-    with pytest.raises(CannotStartError, match="/nowhere/nmap cannot be started"):
+    with pytest.raises(CannotStartError, match="cannot start /nowhere/nmap"):
         await (await make_nmap("/nowhere/nmap")).check()
 
 
 @pytest.mark.parametrize("name", ["unheard-of", "default", "all"])
-async def test_check_nmap_without_an_allowed_script_says_which(make_nmap: MakeNmap, name: str) -> None:
-    """A name that is no script of the installed nmap, a category among them, is named with its setting."""
+async def test_check_missing_script_is_named(make_nmap: MakeNmap, name: str) -> None:
+    """A name that is not a script of the installed nmap, such as a category, is reported with its setting."""
     nmap = await make_nmap(scripts=ADMITTED_SCRIPTS | {name})
     with pytest.raises(CannotStartError, match=f"does not have the scripts {name}: .*SCANFLEET_SCRIPTS"):
         await nmap.check()
 
 
 @pytest.mark.proves("A23", "G12")
-async def test_service_detection_runs_no_script_that_is_not_recorded(
-    make_chunk: MakeChunk, make_nmap: MakeNmap
-) -> None:
-    """Of nmap's scripts for service detection those run that ChunkScanned names, whatever the operator allows."""
+async def test_scan_service_detection_runs_only_recorded_scripts(make_chunk: MakeChunk, make_nmap: MakeNmap) -> None:
+    """Service detection runs only the scripts that ChunkScanned lists, whichever scripts the operator allows."""
     nmap = await make_nmap(scripts=ADMITTED_SCRIPTS | {"mqtt-subscribe"})
     recorded = scripts_of(make_chunk({"service_detection": True, "scripts": ["banner"]}).policy)
     assert recorded == ("banner", *sorted(VERSION_SCRIPTS))
@@ -612,13 +614,13 @@ async def test_service_detection_runs_no_script_that_is_not_recorded(
 
 
 @pytest.mark.proves("F20")
-async def test_a_child_left_behind_by_success_is_killed(
+async def test_scan_leftover_child_is_killed(
     make_chunk: MakeChunk,
     make_nmap: MakeNmap,
     stand_in: Callable[[str], Path],
     until: Until,
 ) -> None:
-    """A run that succeeds counts, and what it left in its process group is killed."""
+    """A run that succeeds is valid, and processes left in its process group are killed."""
     body = """
         subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         write(HEAD, *map(host, range(4)), TAIL)
@@ -630,7 +632,7 @@ async def test_a_child_left_behind_by_success_is_killed(
         await until(lambda: not marked(rig.nmap), 2)
 
 
-async def test_nothing_of_ours_is_inherited(  # noqa: PLR0917 # pytest passes fixtures by name
+async def test_scan_nmap_inherits_nothing(  # noqa: PLR0917 # pytest passes fixtures by name
     make_chunk: MakeChunk,
     make_nmap: MakeNmap,
     stand_in: Callable[[str], Path],
@@ -638,7 +640,7 @@ async def test_nothing_of_ours_is_inherited(  # noqa: PLR0917 # pytest passes fi
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """nmap gets a minimal environment, a home and folder of its own that is gone afterwards, and exactly our arguments."""
+    """nmap gets a minimal environment, a private temporary home folder, and exactly the given arguments."""
     monkeypatch.setenv("NMAPDIR", "/elsewhere")
     monkeypatch.setenv("SCANFLEET_KAFKA", "secret:9092")
     body = f"""
@@ -648,7 +650,7 @@ async def test_nothing_of_ours_is_inherited(  # noqa: PLR0917 # pytest passes fi
     async with rigged(await make_nmap(stand_in(body))) as rig:
         await rig.send(make_chunk())
         await until(rig.end)
-    environment, folder, argv = eval((tmp_path / "seen").read_text())  # noqa: S307 # written by our own stand-in
+    environment, folder, argv = eval((tmp_path / "seen").read_text())  # noqa: S307 # written by the stand-in above
     assert set(environment) <= {"PATH", "LC_ALL", "HOME", "TMPDIR", "SCANFLEET_MARK", "LC_CTYPE"}
     assert environment["HOME"] == environment["TMPDIR"] == folder
     assert not Path(folder).exists()  # noqa: ASYNC240 # a test may block
@@ -673,7 +675,7 @@ asyncio.run(main())
 
 
 async def start_scanning(program: str, *arguments: str, **options: object) -> tuple[asyncio.subprocess.Process, Nmap]:
-    """A process that scans as a worker does, and something to find its nmaps by."""
+    """Start a process that scans as a worker does; return it and an Nmap to find its nmap processes by."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", WORKER, program, *arguments),
         stdout=asyncio.subprocess.PIPE,
@@ -696,8 +698,8 @@ def guards(nmap: Nmap) -> list[int]:
 
 
 @pytest.mark.proves("F2", "G8")
-async def test_a_killed_worker_leaves_no_nmap(until: Until) -> None:
-    """kill -9 of a scanning worker: its nmap is gone at once, and so is the guard that saw to it."""
+async def test_guard_killed_worker_leaves_no_nmap(until: Until) -> None:
+    """After kill -9 of a scanning worker neither its nmap nor the guard is left."""
     process, theirs = await start_scanning(NMAP, *SLOW)
     await until(lambda: marked(theirs))
     process.kill()
@@ -706,8 +708,8 @@ async def test_a_killed_worker_leaves_no_nmap(until: Until) -> None:
     await until(lambda: not guards(theirs), 5)
 
 
-async def test_a_killed_workers_signals_do_not_reach_the_guard(until: Until) -> None:
-    """SIGTERM to everything of the worker's process group, then kill -9: nmap is gone all the same."""
+async def test_guard_ignores_signals_of_the_process_group(until: Until) -> None:
+    """After SIGTERM to the worker's process group and kill -9 of the worker no nmap is left."""
     process, theirs = await start_scanning(NMAP, *SLOW, start_new_session=True)
     await until(lambda: marked(theirs))
     for pid in guards(theirs):
@@ -718,8 +720,8 @@ async def test_a_killed_workers_signals_do_not_reach_the_guard(until: Until) -> 
 
 
 @pytest.mark.proves("F2", "F20")
-async def test_a_killed_worker_leaves_nothing_that_nmap_forked(stand_in: Callable[[str], Path], until: Until) -> None:
-    """What nmap forked, into sessions of its own too, goes with it when the worker is killed."""
+async def test_guard_killed_worker_leaves_no_forked_process(stand_in: Callable[[str], Path], until: Until) -> None:
+    """Processes that nmap forked, even into new sessions, are killed with the worker."""
     program = stand_in("""
         subprocess.Popen(["sleep", "600"], start_new_session=True)
         subprocess.Popen(["sleep", "600"])
@@ -733,8 +735,8 @@ async def test_a_killed_worker_leaves_nothing_that_nmap_forked(stand_in: Callabl
 
 
 @pytest.mark.proves("F2")
-async def test_a_worker_killed_at_any_moment_leaves_no_nmap(until: Until) -> None:
-    """Killed right when it starts nmap, before it could know its process id, a worker still leaves nothing."""
+async def test_guard_worker_killed_during_start_leaves_no_nmap(until: Until) -> None:
+    """A worker killed while it starts nmap, before it has the process id, leaves no process."""
     for _ in range(4):
         process, theirs = await start_scanning(NMAP, *SLOW)
         process.kill()
@@ -743,8 +745,8 @@ async def test_a_worker_killed_at_any_moment_leaves_no_nmap(until: Until) -> Non
         assert marked(theirs) == []
 
 
-async def test_the_guard_knows_a_process_by_its_command_line_alone() -> None:
-    """A process whose environment says nothing, as one with capabilities looks to others, is killed by its own name."""
+async def test_guard_identifies_processes_by_command_line() -> None:
+    """A process whose environment cannot be read, as with capabilities, is killed by its command line."""
     mark = f"mark-{os.getpid()}"
     process = await asyncio.create_subprocess_exec(f"nmap-{mark}.", "600", executable="/bin/sleep", env={})
     other = await asyncio.create_subprocess_exec("sleep", "600", env={})
@@ -757,8 +759,8 @@ async def test_the_guard_knows_a_process_by_its_command_line_alone() -> None:
         await other.wait()
 
 
-async def test_without_its_guard_a_worker_is_unhealthy(make_nmap: MakeNmap, until: Until) -> None:
-    """A guard that died makes the process one to be replaced."""
+async def test_worker_without_guard_is_not_alive(make_nmap: MakeNmap, until: Until) -> None:
+    """A worker whose guard has died is not alive."""
     nmap = await make_nmap()
     assert nmap.alive
     for pid in guards(nmap):

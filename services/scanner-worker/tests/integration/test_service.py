@@ -1,4 +1,4 @@
-"""The worker as it is deployed: a process under uvicorn, real Kafka, real nmap."""
+"""The worker as it is deployed: a process under uvicorn with real Kafka and nmap."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ pytestmark = pytest.mark.integration
 MakeChunk = Callable[..., ScanChunk]
 Until = Callable[..., Awaitable[None]]
 
-SLOW = {"ports": "1-1000", "max_rate": 1}  # takes until it is stopped
-STEADY = {"ports": "1-1000", "max_rate": 100}  # sends all the time, for longer than a test lasts
+SLOW = {"ports": "1-1000", "max_rate": 1}  # runs until it is stopped
+STEADY = {"ports": "1-1000", "max_rate": 100}  # sends packets for longer than a test runs
 
 
 class Listener:
-    """Notes every message of a topic."""
+    """Keeps every message of a topic."""
 
     def __init__(self) -> None:
-        self.heard: list[Message] = []
+        self.received: list[Message] = []
 
     async def handle(self, records: Sequence[Record]) -> None:
-        self.heard += [record.message for record in records]
+        self.received += [record.message for record in records]
 
     async def assigned(self, partitions: Collection[int]) -> None: ...
 
@@ -60,7 +60,7 @@ class Listener:
 
 
 class Deployed:
-    """A worker's process, and the bus around it."""
+    """A worker process, and the bus that it is connected to."""
 
     def __init__(self, bus: KafkaBus, environment: dict[str, str], port: int) -> None:
         self.bus = bus
@@ -82,25 +82,25 @@ class Deployed:
 
     @property
     def worker_id(self) -> str:
-        """The id that it goes by now; empty before it is heard of."""
-        return self.workers.heard[-1].worker_id if self.workers.heard else ""  # type: ignore[attr-defined] # the test knows the message's kind
+        """The worker's current id; empty before its first announcement."""
+        return self.workers.received[-1].worker_id if self.workers.received else ""  # type: ignore[attr-defined] # the test knows the message's kind
 
-    async def give(self, *tasks: Message) -> None:
+    async def send(self, *tasks: Message) -> None:
         await self.bus.publish(SCAN_TASKS, [task.model_copy(update={"worker_id": self.worker_id}) for task in tasks])
 
-    def said(self, *kinds: type[Message]) -> list[Message]:
-        return [message for message in self.progress.heard if isinstance(message, kinds)]
+    def messages(self, *kinds: type[Message]) -> list[Message]:
+        return [message for message in self.progress.received if isinstance(message, kinds)]
 
 
 @pytest.fixture
 def nmap() -> str:
-    """The worker's nmap; a test may replace it."""
+    """The program of the worker's nmap; a test may override it."""
     return "nmap"
 
 
 @pytest.fixture
 async def deployed(kafka: str, until: Until, nmap: str) -> AsyncIterator[Deployed]:
-    """A worker that has announced itself; the loopback network may be scanned."""
+    """Yield a worker that has announced itself; the loopback network may be scanned."""
     prefix = f"test-{uuid4().hex[:8]}-"
     await create_topics(TopicSettings(kafka=kafka, topic_prefix=prefix))
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -134,39 +134,39 @@ async def deployed(kafka: str, until: Until, nmap: str) -> AsyncIterator[Deploye
             await worker.process.wait()
 
 
-async def test_a_chunk_over_real_kafka(deployed: Deployed, make_chunk: MakeChunk, until: Until) -> None:
-    """The process is healthy, ready and measured; it scans a chunk, and results end before progress does."""
+async def test_service_scans_a_chunk_over_kafka(deployed: Deployed, make_chunk: MakeChunk, until: Until) -> None:
+    """The process is healthy, ready and exports metrics; it scans a chunk, and reports to results before progress."""
     assert (await deployed.probe("/healthz")).status_code == 200
     assert (await deployed.probe("/readyz")).status_code == 200
-    await deployed.give(make_chunk())
-    await until(lambda: deployed.said(ChunkScanned), 60)
-    await until(lambda: len(deployed.results.heard) == 5)
-    assert [type(message).__name__ for message in deployed.results.heard] == [*["HostScanned"] * 4, "ChunkScanned"]
+    await deployed.send(make_chunk())
+    await until(lambda: deployed.messages(ChunkScanned), 60)
+    await until(lambda: len(deployed.results.received) == 5)
+    assert [type(message).__name__ for message in deployed.results.received] == [*["HostScanned"] * 4, "ChunkScanned"]
     assert 'scanfleet_worker_addresses_total{outcome="answered"} 4.0' in (await deployed.probe("/metrics")).text
 
 
 @pytest.mark.proves("F14", "G10")
-async def test_sigterm_finishes_what_it_can_and_gives_back_the_rest(
+async def test_service_sigterm_finishes_or_releases_chunks(
     deployed: Deployed,
     make_chunk: MakeChunk,
     until: Until,
 ) -> None:
-    """SIGTERM with chunks running: the one that can finish does, the others are given back, and the process ends with 0."""
+    """On SIGTERM a chunk that can finish is finished, the others are released, and the process exits with 0."""
     quick = make_chunk({"ports": "1-40", "max_rate": 80}, chunk_id="1-0", outcomes="....")
-    await deployed.give(quick, make_chunk(SLOW, chunk_id="1-1"), make_chunk(SLOW, chunk_id="1-2"))
-    await until(lambda: len({m.chunk_id for m in deployed.said(ChunkProgressed)}) == 3, 30)  # type: ignore[attr-defined] # the test knows the message's kind
+    await deployed.send(quick, make_chunk(SLOW, chunk_id="1-1"), make_chunk(SLOW, chunk_id="1-2"))
+    await until(lambda: len({m.chunk_id for m in deployed.messages(ChunkProgressed)}) == 3, 30)  # type: ignore[attr-defined] # the test knows the message's kind
     deployed.process.send_signal(signal.SIGTERM)
     assert await asyncio.wait_for(deployed.process.wait(), 20) == 0
-    await until(lambda: len(deployed.said(ChunkScanned, ChunkReleased, ChunkFailed)) == 3)
-    ends = {m.chunk_id: type(m) for m in deployed.said(ChunkScanned, ChunkReleased, ChunkFailed)}  # type: ignore[attr-defined] # the test knows the message's kind
+    await until(lambda: len(deployed.messages(ChunkScanned, ChunkReleased, ChunkFailed)) == 3)
+    ends = {m.chunk_id: type(m) for m in deployed.messages(ChunkScanned, ChunkReleased, ChunkFailed)}  # type: ignore[attr-defined] # the test knows the message's kind
     assert ends == {"1-0": ChunkScanned, "1-1": ChunkReleased, "1-2": ChunkReleased}
-    goodbye = deployed.workers.heard[-1]
+    goodbye = deployed.workers.received[-1]
     assert isinstance(goodbye, WorkerReady)
     assert goodbye.slots == 0
 
 
-async def test_a_restarted_worker_is_another_worker(deployed: Deployed, until: Until) -> None:
-    """After a restart the instance announces itself under a new id, so nothing meant for the old one reaches it."""
+async def test_service_restart_changes_the_worker_id(deployed: Deployed, until: Until) -> None:
+    """After a restart the instance announces itself with a new id, so that no task for the old one reaches it."""
     before = deployed.worker_id
     deployed.process.kill()
     await deployed.process.wait()
@@ -177,28 +177,30 @@ async def test_a_restarted_worker_is_another_worker(deployed: Deployed, until: U
 
 
 @pytest.mark.proves("F8", "G5")
-async def test_a_thawed_worker_ends_its_scan(deployed: Deployed, make_chunk: MakeChunk, until: Until) -> None:
-    """Frozen past its lease and thawed, a worker kills its nmap by itself and gives the chunk back."""
-    await deployed.give(make_chunk(SLOW, lease_seconds=3.0))
-    await until(lambda: deployed.said(ChunkProgressed), 30)
+async def test_service_resumed_after_lease_releases_the_chunk(
+    deployed: Deployed, make_chunk: MakeChunk, until: Until
+) -> None:
+    """A worker that is stopped for longer than its lease and resumed kills its nmap by itself and releases the chunk."""
+    await deployed.send(make_chunk(SLOW, lease_seconds=3.0))
+    await until(lambda: deployed.messages(ChunkProgressed), 30)
     deployed.process.send_signal(signal.SIGSTOP)
-    await asyncio.sleep(3.5)  # the lease itself, which is the condition
+    await asyncio.sleep(3.5)  # the lease itself is the condition
     deployed.process.send_signal(signal.SIGCONT)
-    await until(lambda: deployed.said(ChunkReleased), 2)
+    await until(lambda: deployed.messages(ChunkReleased), 2)
 
 
-async def test_poison_does_not_stop_the_tasks(deployed: Deployed, make_chunk: MakeChunk, until: Until) -> None:
-    """A task for an unknown chunk or worker changes nothing, and the next one is done."""
+async def test_service_unknown_tasks_are_ignored(deployed: Deployed, make_chunk: MakeChunk, until: Until) -> None:
+    """A task for an unknown chunk or worker is ignored, and the next task is processed."""
     stop = StopChunk(job_id=9, chunk_id="9-9", attempt=9, worker_id="x", reason="nothing")
     await deployed.bus.publish(SCAN_TASKS, [stop, make_chunk(worker_id="nobody")])
-    await deployed.give(stop, make_chunk(chunk_id="1-7"))
-    await until(lambda: deployed.said(ChunkScanned), 60)
-    assert {m.chunk_id for m in deployed.progress.heard} == {"1-7"}  # type: ignore[attr-defined] # the test knows the message's kind
+    await deployed.send(stop, make_chunk(chunk_id="1-7"))
+    await until(lambda: deployed.messages(ChunkScanned), 60)
+    assert {m.chunk_id for m in deployed.progress.received} == {"1-7"}  # type: ignore[attr-defined] # the test knows the message's kind
 
 
 @contextlib.contextmanager
 def namespace(program: Path) -> Iterator[Callable[[], int]]:
-    """Make `program` an nmap in a network of its own, whose loopback is all it has; yield what counts the packets there."""
+    """Make `program` an nmap in a network namespace with only loopback; yield a function that counts the packets there."""
     name = f"scanfleet-{uuid4().hex[:8]}"
     subprocess.run(["ip", "netns", "add", name], check=True)
     try:
@@ -239,10 +241,10 @@ class TestStopped:
         make_chunk: MakeChunk,
         until: Until,
     ) -> None:
-        """nmap goes on when its worker is stopped, until the guard kills it; the worker resumes and releases the chunk."""
+        """nmap continues while its worker is stopped, until the guard kills it; the resumed worker releases the chunk."""
         lease, packets, loop = 6.0, counted[1], asyncio.get_running_loop()
-        await deployed.give(make_chunk(STEADY, lease_seconds=lease))
-        await until(lambda: deployed.said(ChunkProgressed) and packets() > 100, 30)
+        await deployed.send(make_chunk(STEADY, lease_seconds=lease))
+        await until(lambda: deployed.messages(ChunkProgressed) and packets() > 100, 30)
         deployed.process.send_signal(signal.SIGSTOP)
         stopped = last = loop.time()
         try:
@@ -254,7 +256,7 @@ class TestStopped:
         finally:
             deployed.process.send_signal(signal.SIGCONT)
         assert 1 < last - stopped < lease * 2 / 3 + 1
-        await until(lambda: deployed.said(ChunkReleased, ChunkFailed), 10)
-        assert isinstance(deployed.said(ChunkReleased, ChunkFailed)[0], ChunkReleased)
-        await deployed.give(make_chunk(chunk_id="1-8", lease_seconds=lease))
-        await until(lambda: deployed.said(ChunkScanned), 60)
+        await until(lambda: deployed.messages(ChunkReleased, ChunkFailed), 10)
+        assert isinstance(deployed.messages(ChunkReleased, ChunkFailed)[0], ChunkReleased)
+        await deployed.send(make_chunk(chunk_id="1-8", lease_seconds=lease))
+        await until(lambda: deployed.messages(ChunkScanned), 60)

@@ -1,4 +1,4 @@
-"""Chunks that one nmap scans, with a scanner that goes as far as it is let, and the bus in memory."""
+"""Chunks that share one nmap, with a scanner that is advanced step by step and an in-memory bus."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ ABILITIES = Abilities(slots=1, raw=True, rules=RULES, attempt_seconds=60)
 
 
 def addresses(argv: Sequence[str]) -> list[str]:
-    """Every address that nmap is told to scan."""
+    """Return every address on nmap's command line."""
     return [str(address) for target in argv[argv.index("--") + 1 :] for address in ip_network(target)]
 
 
 class Stepping:
-    """Yields its targets in their order, each when it is let, and then fails if it is to."""
+    """Yields its targets in order, one per permitted step, and then raises `fault` if it is set."""
 
     version = "7.95"
 
@@ -86,11 +86,11 @@ class Stepping:
                 yielded.append(address)
                 yield [(Host(address, True, False, 2, {b"reset"}, b""), ())]
         finally:
-            await asyncio.sleep(0)  # to be killed takes a moment
+            await asyncio.sleep(0)  # killing is not immediate
             self.running -= 1
 
     async def ranked(self, ports: PortSet) -> PortSet:
-        """As if the most common port were 1, the next 2 and so on."""
+        """Return ports as if the most common port were 1, the next 2 and so on."""
         return PortSet(tcp=((ports.above + 1, ports.top),))
 
     def hold(self, seconds: float) -> None: ...
@@ -112,27 +112,27 @@ class Rig:
         await asyncio.gather(self.batch.run(), *members)
 
     def ends(self) -> dict[str, tuple[type[Message], str]]:
-        """How each chunk has ended, and its map."""
-        return {m.chunk_id: (type(m), m.outcomes) for m in self.last_words()}
+        """The kind of each chunk's final report, and its map, by chunk id."""
+        return {m.chunk_id: (type(m), m.outcomes) for m in self.final_reports()}
 
-    def last_words(self) -> list[ChunkScanned | ChunkFailed | ChunkReleased]:
+    def final_reports(self) -> list[ChunkScanned | ChunkFailed | ChunkReleased]:
         said = self.bus.messages(SCAN_PROGRESS)
         return [m for m in said if isinstance(m, ChunkScanned | ChunkFailed | ChunkReleased)]
 
     def hosts(self) -> list[tuple[str, str]]:
         return [(m.chunk_id, m.address) for m in self.bus.messages(SCAN_RESULTS) if isinstance(m, HostScanned)]
 
-    def hinder(self, fault: Callable[[Message], Exception | None]) -> None:
-        """Let the bus raise what `fault` says of a message."""
+    def fail_publish(self, fault: Callable[[Message], Exception | None]) -> None:
+        """Let the bus raise the exception that `fault` returns for a message."""
         publish = self.bus.publish
 
-        async def hindered(topic: Topic, messages: Iterable[Message]) -> None:
+        async def failing(topic: Topic, messages: Iterable[Message]) -> None:
             for message in messages:
                 if error := fault(message):
                     raise error
             await publish(topic, messages)
 
-        self.bus.publish = hindered  # type: ignore[method-assign] # the broker's fault, not the worker's inside
+        self.bus.publish = failing  # type: ignore[method-assign] # simulates a failure of the broker
 
 
 @asynccontextmanager
@@ -150,7 +150,7 @@ async def scanning(*chunks: ScanChunk, abilities: Abilities = ABILITIES) -> Asyn
 
 @pytest.fixture
 def make(make_chunk: MakeChunk) -> MakeChunk:
-    """Chunk `1-number` of two addresses, 127.9.1.number0 and the next."""
+    """Return a factory of chunks `1-number` with two addresses, 127.9.1.number0 and the next."""
 
     def chunk(number: int, **fields: object) -> ScanChunk:
         return make_chunk(
@@ -160,8 +160,8 @@ def make(make_chunk: MakeChunk) -> MakeChunk:
     return chunk
 
 
-async def test_each_chunk_has_its_own_end(make: MakeChunk) -> None:
-    """One nmap scans the blanks of all, and each chunk tells its own hosts and its own map."""
+async def test_batch_chunks_have_separate_reports(make: MakeChunk) -> None:
+    """One nmap scans the blanks of all chunks, and each chunk reports its own hosts and map."""
     async with scanning(make(1), make(2, outcomes="x."), make(3)) as rig:
         rig.scanner.let()
     assert rig.scanner.asked == [["127.9.1.10", "127.9.1.11", "127.9.1.21", "127.9.1.30", "127.9.1.31"]]
@@ -175,8 +175,8 @@ async def test_each_chunk_has_its_own_end(make: MakeChunk) -> None:
     ]
 
 
-async def test_hosts_are_told_as_they_are_done(make: MakeChunk, until: Until) -> None:
-    """What nmap has finished of one chunk is published while the same nmap scans the others."""
+async def test_batch_finished_hosts_are_published_immediately(make: MakeChunk, until: Until) -> None:
+    """Finished hosts of one chunk are published while the same nmap scans the others."""
     async with scanning(make(1), make(2)) as rig:
         rig.scanner.let(1)
         await until(rig.hosts)
@@ -185,13 +185,13 @@ async def test_hosts_are_told_as_they_are_done(make: MakeChunk, until: Until) ->
 
 
 @pytest.mark.proves("G8")
-async def test_one_that_is_stopped_takes_its_targets_along(make: MakeChunk, until: Until) -> None:
-    """A stop ends nmap; the next one has what is left of the others, and no address that was done is scanned again."""
+async def test_batch_stopped_chunk_removes_its_targets(make: MakeChunk, until: Until) -> None:
+    """Stopping a chunk ends nmap; the next nmap gets the remaining addresses of the others, and none twice."""
     async with scanning(make(1), make(2), make(3)) as rig:
         rig.scanner.let(3)
         await until(lambda: len(rig.hosts()) == 3)
         rig.scans[1].stop("cancelled")
-        await until(rig.last_words)
+        await until(rig.final_reports)
         assert rig.ends() == {"1-2": (ChunkReleased, "a.")}
         rig.scanner.let()
     assert rig.scanner.asked[1:] == [["127.9.1.30", "127.9.1.31"]]
@@ -200,32 +200,32 @@ async def test_one_that_is_stopped_takes_its_targets_along(make: MakeChunk, unti
     assert rig.scanner.most == 1
 
 
-async def test_one_that_is_done_disturbs_nobody(make: MakeChunk, until: Until) -> None:
-    """A chunk that leaves when nmap has no more of its addresses does not end it."""
+async def test_batch_finished_chunk_does_not_stop_nmap(make: MakeChunk, until: Until) -> None:
+    """A chunk that leaves after all of its addresses are finished does not stop nmap."""
     async with scanning(make(1), make(2)) as rig:
         rig.scanner.let(2)
         await until(lambda: len(rig.hosts()) == 2)
         rig.scans[0].stop("cancelled")
-        await until(rig.last_words)
+        await until(rig.final_reports)
         rig.scanner.let()
     assert len(rig.scanner.asked) == 1
     assert rig.ends() == {"1-1": (ChunkScanned, "aa"), "1-2": (ChunkScanned, "aa")}
 
 
-async def test_all_that_are_stopped_at_once_start_nothing(make: MakeChunk, until: Until) -> None:
-    """When all are stopped one nmap is killed and none is started; each tells its own map."""
+async def test_batch_all_stopped_starts_no_nmap(make: MakeChunk, until: Until) -> None:
+    """If all chunks are stopped, nmap is killed and not restarted; each chunk reports its own map."""
     async with scanning(make(1), make(2), make(3)) as rig:
         rig.scanner.let(1)
         await until(rig.hosts)
         for scan in rig.scans:
-            scan.stop("the worker is leaving")
+            scan.stop("the worker is shutting down")
             scan.stop("twice")
     assert len(rig.scanner.asked) == 1
     assert rig.ends() == {"1-1": (ChunkReleased, "a."), "1-2": (ChunkReleased, ".."), "1-3": (ChunkReleased, "..")}
 
 
-async def test_one_that_is_stopped_before_it_began_is_not_waited_for(make: MakeChunk) -> None:
-    """A chunk that was stopped before its turn came leaves the others to be scanned."""
+async def test_batch_chunk_stopped_before_start_is_skipped(make: MakeChunk) -> None:
+    """A chunk that is stopped before it starts does not keep the others from being scanned."""
     rig = Rig([make(1), make(2)])
     rig.scans[0].stop("cancelled")
     rig.scanner.let()
@@ -236,8 +236,8 @@ async def test_one_that_is_stopped_before_it_began_is_not_waited_for(make: MakeC
 
 
 @pytest.mark.proves("A3", "G12")
-async def test_the_rules_are_asked_for_each(make: MakeChunk) -> None:
-    """What is refused of one chunk never reaches nmap; a chunk of nothing else ends without it, and the others are scanned."""
+async def test_batch_rules_apply_to_each_chunk(make: MakeChunk) -> None:
+    """Refused addresses never reach nmap; a chunk with only refused addresses ends without it, and the others are scanned."""
     partly, wholly = make(2, first_address="127.9.9.8"), make(3, first_address="127.9.9.9", outcomes=".")
     async with scanning(make(1), partly, wholly) as rig:
         rig.scanner.let()
@@ -245,43 +245,43 @@ async def test_the_rules_are_asked_for_each(make: MakeChunk) -> None:
     assert rig.ends() == {"1-1": (ChunkScanned, "aa"), "1-2": (ChunkScanned, "ar"), "1-3": (ChunkScanned, "r")}
 
 
-async def test_a_failed_nmap_fails_those_who_still_wait(make: MakeChunk, until: Until) -> None:
-    """When nmap dies, a chunk whose every host it had written is scanned; the others fail with the reason, and no nmap follows."""
+async def test_batch_failed_nmap_fails_unfinished_chunks(make: MakeChunk, until: Until) -> None:
+    """If nmap crashes, chunks whose hosts are complete are scanned; the others fail with the reason, and nmap is not restarted."""
     async with scanning(make(1), make(2), make(3)) as rig:
         rig.scanner.let(3)
         await until(lambda: len(rig.hosts()) == 3)
         rig.scanner.fault = ScanError("nmap exited with 1")
         rig.scanner.let()
     assert rig.ends() == {"1-1": (ChunkScanned, "aa"), "1-2": (ChunkFailed, "a."), "1-3": (ChunkFailed, "..")}
-    assert {m.reason for m in rig.last_words() if isinstance(m, ChunkFailed)} == {"nmap exited with 1"}
+    assert {m.reason for m in rig.final_reports() if isinstance(m, ChunkFailed)} == {"nmap exited with 1"}
     assert len(rig.scanner.asked) == 1
 
 
-async def test_a_fault_of_one_is_its_own(make: MakeChunk) -> None:
-    """An error in telling one chunk's hosts fails that chunk, and the others are scanned to their end."""
+async def test_batch_error_of_one_chunk_is_isolated(make: MakeChunk) -> None:
+    """An error while publishing one chunk's hosts fails that chunk, and the others are finished."""
     async with scanning(make(1), make(2)) as rig:
-        rig.hinder(lambda m: ValueError("oops") if isinstance(m, HostScanned) and m.chunk_id == "1-1" else None)
+        rig.fail_publish(lambda m: ValueError("oops") if isinstance(m, HostScanned) and m.chunk_id == "1-1" else None)
         rig.scanner.let()
     assert rig.ends() == {"1-1": (ChunkFailed, ".."), "1-2": (ChunkScanned, "aa")}
 
 
 @pytest.mark.proves("F8", "G5")
-async def test_each_has_a_fence_of_its_own(make: MakeChunk, until: Until) -> None:
-    """A chunk whose heartbeats are not acknowledged leaves within its lease, and the others go on."""
+async def test_batch_unacknowledged_chunk_leaves_within_its_lease(make: MakeChunk, until: Until) -> None:
+    """A chunk whose heartbeats are not acknowledged leaves within its lease, and the others continue."""
     away = True
     async with scanning(make(1, lease_seconds=3.0), make(2)) as rig:
-        rig.hinder(lambda m: DependencyError("away") if away and m.subject == "chunk/1-1" else None)
+        rig.fail_publish(lambda m: DependencyError("away") if away and m.subject == "chunk/1-1" else None)
         await until(lambda: len(rig.scanner.asked) == 2, 3.0)
         assert rig.scanner.asked[1] == ["127.9.1.20", "127.9.1.21"]
         away = False
-        await until(rig.last_words)
+        await until(rig.final_reports)
         assert rig.ends() == {"1-1": (ChunkReleased, "..")}
         rig.scanner.let()
     assert rig.ends()["1-2"] == (ChunkScanned, "aa")
 
 
-async def test_each_has_its_own_heartbeats(make: MakeChunk, until: Until) -> None:
-    """While one nmap scans several chunks, each of them tells its own map each second."""
+async def test_batch_chunks_have_separate_heartbeats(make: MakeChunk, until: Until) -> None:
+    """While one nmap scans several chunks, each of them reports its own map every second."""
     async with scanning(make(1), make(2)) as rig:
         rig.scanner.let(1)
 
@@ -294,11 +294,11 @@ async def test_each_has_its_own_heartbeats(make: MakeChunk, until: Until) -> Non
         rig.scanner.let()
 
 
-async def test_nmap_gets_no_further_ahead_than_is_told(make: MakeChunk, until: Until) -> None:
-    """While one chunk's hosts cannot be published no more are read, whosever they are."""
+async def test_batch_unpublished_hosts_apply_backpressure(make: MakeChunk, until: Until) -> None:
+    """While one chunk's hosts cannot be published, no further output of nmap is read for any chunk."""
     away = True
     async with scanning(make(1, outcomes="....."), make(2)) as rig:
-        rig.hinder(lambda m: DependencyError("away") if away and isinstance(m, HostScanned) else None)
+        rig.fail_publish(lambda m: DependencyError("away") if away and isinstance(m, HostScanned) else None)
         rig.scanner.let()
         await until(lambda: len([m for m in rig.bus.messages(SCAN_PROGRESS) if isinstance(m, ChunkProgressed)]) >= 2)
         assert len(rig.scanner.yielded) == 2
@@ -306,19 +306,19 @@ async def test_nmap_gets_no_further_ahead_than_is_told(make: MakeChunk, until: U
     assert rig.ends() == {"1-1": (ChunkScanned, "aaaaa"), "1-2": (ChunkScanned, "aa")}
 
 
-async def test_a_slot_is_charged_once(make: MakeChunk, until: Until) -> None:
-    """What the chunks of one nmap report are parts of the time in their slot: together no more than it."""
+async def test_batch_slot_seconds_add_up(make: MakeChunk, until: Until) -> None:
+    """The slot seconds that the chunks of one nmap report add up to the time in the slot."""
     began = asyncio.get_running_loop().time()
     async with scanning(make(1), make(2), make(3)) as rig:
         rig.scanner.let(1)
         await until(rig.hosts)
         await asyncio.sleep(0.2)
         rig.scans[0].stop("cancelled")
-        await until(rig.last_words)
+        await until(rig.final_reports)
         await asyncio.sleep(0.2)
         rig.scanner.let()
     whole = asyncio.get_running_loop().time() - began
-    seconds = {m.chunk_id: m.slot_seconds for m in rig.last_words()}
+    seconds = {m.chunk_id: m.slot_seconds for m in rig.final_reports()}
     assert 0.4 <= sum(seconds.values()) <= whole
     assert seconds["1-1"] >= 0.2 / 3
     assert seconds["1-2"] >= 0.2 / 3 + 0.2 / 2
@@ -328,31 +328,31 @@ BRIEF = Abilities(slots=1, raw=True, rules=RULES, attempt_seconds=0.3)
 
 
 async def test_scan_of_several_addresses_past_its_time_is_released_as_too_slow(make: MakeChunk) -> None:
-    """nmap is stopped after the limit, once; what it had finished counts, and the rest is released with the limit as reason."""
+    """nmap is stopped once after the timeout; finished hosts count, and the rest is released with the timeout as reason."""
     async with scanning(make(1), make(2), make(3), abilities=BRIEF) as rig:
         rig.scanner.let(3)
     assert rig.ends() == {"1-1": (ChunkScanned, "aa"), "1-2": (ChunkReleased, "a."), "1-3": (ChunkReleased, "..")}
-    released = [m for m in rig.last_words() if isinstance(m, ChunkReleased)]
+    released = [m for m in rig.final_reports() if isinstance(m, ChunkReleased)]
     assert all(m.too_slow and "0.3 s" in m.reason for m in released)
     assert (len(rig.scanner.asked), rig.scanner.running) == (1, 0)
 
 
 async def test_scan_of_several_addresses_has_one_time_limit_for_all_its_nmaps(make: MakeChunk, until: Until) -> None:
-    """A chunk that leaves starts another nmap for the rest, and the time of the first one counts."""
+    """A chunk that leaves causes another nmap for the rest, and both share one timeout."""
     began = asyncio.get_running_loop().time()
     async with scanning(make(1), make(2), abilities=replace(BRIEF, attempt_seconds=1.0)) as rig:
         await asyncio.sleep(0.7)
         rig.scans[0].stop("cancelled")
         await until(lambda: len(rig.scanner.asked) == 2)
     assert asyncio.get_running_loop().time() - began < 1.6
-    assert [m.too_slow for m in rig.last_words() if isinstance(m, ChunkReleased)] == [False, True]
+    assert [m.too_slow for m in rig.final_reports() if isinstance(m, ChunkReleased)] == [False, True]
 
 
 async def test_scan_of_a_single_address_past_its_host_timeout_is_timed_out(
     make: MakeChunk,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What nmap itself does not end, because its host timeout leaves out host discovery, the worker ends as timed out."""
+    """The worker ends a single address as timed out if nmap does not, since its host timeout excludes host discovery."""
     monkeypatch.setattr(batch, "SLACK_S", 0.1)
     async with scanning(make(1, outcomes="a.", policy={"host_timeout": 1}), abilities=BRIEF) as rig:
         pass
@@ -362,7 +362,7 @@ async def test_scan_of_a_single_address_past_its_host_timeout_is_timed_out(
 
 
 async def test_scan_of_a_part_of_the_top_ports_names_them(make: MakeChunk) -> None:
-    """nmap cannot be asked for the 51st to the 100th most common port: the worker looks up which ports these are."""
+    """The worker looks up the 51st to the 100th most common ports, which nmap has no option for."""
     async with scanning(make(1, ports="top:51-100")) as rig:
         rig.scanner.fault = ScanError("two ports are not fifty")
         rig.scanner.let()
@@ -371,7 +371,7 @@ async def test_scan_of_a_part_of_the_top_ports_names_them(make: MakeChunk) -> No
 
 
 async def test_scan_of_a_single_address_is_not_bound_by_the_limit_for_several(make: MakeChunk) -> None:
-    """One address, blank or within the chunk's limit, is scanned for as long as nmap takes."""
+    """A single address, blank or within the chunk's limit, is scanned without the timeout for several."""
     for chunk in (make(1, outcomes="a.d"), make(1, outcomes="...", limit=1)):
         async with scanning(chunk, abilities=BRIEF) as rig:
             await asyncio.sleep(1.0)
@@ -381,24 +381,24 @@ async def test_scan_of_a_single_address_is_not_bound_by_the_limit_for_several(ma
 
 
 async def test_chunk_with_a_limit_scans_that_many_blanks_and_is_released(make: MakeChunk) -> None:
-    """Of the blanks only the first `limit` reach nmap; the chunk is released without a reason, and is no slower than others."""
+    """Only the first `limit` blanks reach nmap; the chunk is released without a reason and is not marked as too slow."""
     async with scanning(make(1, outcomes="a...d..", limit=3)) as rig:
         rig.scanner.let()
     assert rig.scanner.asked == [["127.9.1.11", "127.9.1.12", "127.9.1.13"]]
-    (end,) = rig.last_words()
+    (end,) = rig.final_reports()
     assert isinstance(end, ChunkReleased)
     assert (end.outcomes, end.reason, end.too_slow) == ("aaaad..", "", False)
 
 
 async def test_chunk_with_a_limit_that_leaves_no_blank_is_scanned(make: MakeChunk) -> None:
-    """A limit that covers all the blanks changes nothing, and refused addresses do not count."""
+    """A limit that covers all blanks has no effect, and refused addresses do not count."""
     async with scanning(make(1, first_address="127.9.9.8", outcomes="....", limit=3)) as rig:
         rig.scanner.let()
     assert rig.ends() == {"1-1": (ChunkScanned, "araa")}
 
 
 async def test_chunk_with_a_limit_fails_for_a_missing_address_within_it(make: MakeChunk) -> None:
-    """An address within the limit that nmap leaves out fails the chunk; addresses beyond it do not."""
+    """An address within the limit that nmap omits fails the chunk; addresses beyond it do not."""
 
     class Silent(Stepping):
         async def scan(self, *_: object) -> AsyncGenerator[Found]:
@@ -408,23 +408,25 @@ async def test_chunk_with_a_limit_fails_for_a_missing_address_within_it(make: Ma
     rig.batch = Batch([scan.chunk for scan in rig.scans], ABILITIES, Silent())
     async with asyncio.timeout(20):
         await rig.run()
-    (end,) = rig.last_words()
+    (end,) = rig.final_reports()
     assert isinstance(end, ChunkFailed)
-    assert (end.outcomes, end.reason) == ("a...", "1 addresses are missing from what nmap wrote")
+    assert (end.outcomes, end.reason) == ("a...", "1 addresses are missing from nmap's output")
 
 
 @pytest.mark.parametrize("fault", [CannotStartError("no space left"), KilledByGuardError("stood still")])
 async def test_failure_of_the_worker_releases_its_chunks(make: MakeChunk, fault: Exception) -> None:
-    """What this machine is to blame for counts against no chunk, and the reason is reported."""
+    """A failure of the worker counts against no chunk, and the reason is reported."""
     async with scanning(make(1), make(2)) as rig:
         rig.scanner.fault = fault
         rig.scanner.let()
     assert rig.ends() == {"1-1": (ChunkReleased, ".."), "1-2": (ChunkReleased, "..")}
-    assert {(m.reason, m.too_slow) for m in rig.last_words() if isinstance(m, ChunkReleased)} == {(str(fault), False)}
+    assert {(m.reason, m.too_slow) for m in rig.final_reports() if isinstance(m, ChunkReleased)} == {
+        (str(fault), False)
+    }
 
 
-async def test_a_host_of_nobody_fails_them_all(make: MakeChunk) -> None:
-    """What nmap says about an address that no chunk asked for makes its run one that does not count."""
+async def test_batch_unrequested_host_fails_all_chunks(make: MakeChunk) -> None:
+    """A host that is not a target of any chunk fails the run."""
 
     class Lying(Stepping):
         async def scan(self, *_: object) -> AsyncGenerator[Found]:
@@ -435,12 +437,12 @@ async def test_a_host_of_nobody_fails_them_all(make: MakeChunk) -> None:
     async with asyncio.timeout(20):
         await rig.run()
     assert rig.ends() == {"1-1": (ChunkFailed, ".."), "1-2": (ChunkFailed, "..")}
-    assert all("127.9.1.99" in getattr(words, "reason", "") for words in rig.last_words())
+    assert all("127.9.1.99" in getattr(words, "reason", "") for words in rig.final_reports())
     assert rig.hosts() == []
 
 
 @pytest.mark.proves("G12")
-@settings(deadline=None, max_examples=30)  # each is a loop of its own
+@settings(deadline=None, max_examples=30)  # each example runs an event loop
 @given(
     maps=st.lists(
         st.text(alphabet=".x", min_size=1, max_size=12).filter(lambda text: "." in text), min_size=1, max_size=8
@@ -449,8 +451,8 @@ async def test_a_host_of_nobody_fails_them_all(make: MakeChunk) -> None:
     leaver=st.integers(0, 7),
     steps=st.integers(0, 20),
 )
-def test_nmap_is_told_what_is_permitted_and_nothing_else(maps: list[str], base: str, leaver: int, steps: int) -> None:
-    """Before and after one has left, the command line is that of the policy, with addresses of chunks that are here, permitted and not done."""
+def test_batch_command_line_has_only_permitted_targets(maps: list[str], base: str, leaver: int, steps: int) -> None:
+    """Before and after a chunk leaves, the command line has the policy's arguments and only the permitted unfinished addresses."""
     policy = fill_in(Preset.QUICK, {"ports": "22,80"})
     chunks = []
     first = ip_address(base)
@@ -485,21 +487,21 @@ def test_nmap_is_told_what_is_permitted_and_nothing_else(maps: list[str], base: 
     line, left = plain[: plain.index("--")], chunks[leaver % len(chunks)].chunk_id
     permitted: dict[str, set[str]] = {}
     for chunk in chunks:
-        letters = permit(chunk, RULES, raw=True).outcomes
+        codes = permit(chunk, RULES, raw=True).outcomes
         begin = ip_address(chunk.first_address)
-        permitted[chunk.chunk_id] = {str(begin + index) for index, letter in enumerate(letters) if letter == "."}
+        permitted[chunk.chunk_id] = {str(begin + index) for index, code in enumerate(codes) if code == "."}
     wanted = set[str]().union(*permitted.values())
     for argv, yielded in zip(scanner.argvs, scanner.runs, strict=True):
         assert argv[: argv.index("--")] == line
         asked = addresses(argv)
         assert len(set(asked)) == len(asked)
         assert set(asked) <= wanted
-        wanted -= permitted[left] | set(yielded)  # the first nmap alone may have those of the one who left
+        wanted -= permitted[left] | set(yielded)  # only the first nmap may have the addresses of the chunk that left
     assert len(scanner.argvs) <= 2
 
 
-async def test_a_share_is_over_when_nmap_is(make: MakeChunk) -> None:
-    """An nmap that ends well without a host lets the share end; whoever reads it sees what is missing."""
+async def test_share_missing_host_ends_with_nmap(make: MakeChunk) -> None:
+    """A share ends when nmap ends successfully without a host; its reader detects the missing address."""
 
     class Silent(Stepping):
         async def scan(self, *_: object) -> AsyncGenerator[Found]:

@@ -1,4 +1,4 @@
-"""What a chunk means for nmap."""
+"""Translation of a chunk for nmap."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MakeChunk = Callable[..., ScanChunk]
 
 LOOPBACK = TargetRules(allowed=(ip_network("127.0.0.0/8"), ip_network("::1/128")))
 
-# Every shape that an argument before the targets may have.
+# The permitted patterns of arguments before the targets.
 SHAPES = re.compile(
     r"-v|-n|-oX|-|--stats-every|1s|--privileged|--unprivileged|-6|-Pn|-sS|-sT|-sU|-sV|-O|-p|--top-ports|-T[0-5]|--script"
     r"|--version-intensity|--min-rate|--max-rate|--max-rtt-timeout|--max-retries|--host-timeout|--min-hostgroup|--max-hostgroup"
@@ -69,10 +69,10 @@ def policies(draw: st.DrawFn) -> ScanPolicy:
     raw=st.booleans(),
     rates=st.tuples(*[st.none() | st.integers(1, 10_000_000)] * 2),
 )
-def test_arguments_have_no_other_shape(
+def test_arguments_match_known_patterns(
     policy: ScanPolicy, first: str, outcomes: str, raw: bool, rates: tuple[int | None, int | None]
 ) -> None:
-    """Whatever the policy and the blanks, nothing but known words, numbers, ports and canonical networks is passed on."""
+    """For any policy and blanks, arguments are only known words, numbers, ports and canonical networks."""
     chunk = ScanChunk(
         job_id=1,
         chunk_id="1-0",
@@ -97,8 +97,8 @@ def test_arguments_have_no_other_shape(
     assert len(set(argv[split + 1 :])) == len(targets)
 
 
-def test_arguments_say_what_the_policy_says(make_chunk: MakeChunk) -> None:
-    """Each field of a policy has its option, and a field that is not set has none."""
+def test_arguments_have_an_option_for_each_field(make_chunk: MakeChunk) -> None:
+    """Each field of a policy sets its option, and an unset field sets none."""
     chunk = make_chunk(
         {
             "ports": "T:22,U:53",
@@ -147,7 +147,7 @@ def test_arguments_say_what_the_policy_says(make_chunk: MakeChunk) -> None:
 def test_arguments_rates_are_the_chunks(
     make_chunk: MakeChunk, of_policy: int | None, of_chunk: dict[str, int], line: str
 ) -> None:
-    """The chunk's share of the rate stands for the policy's, and the floor never lifts it."""
+    """The chunk's rate limit replaces the policy's, and the floor never exceeds it."""
     argv = arguments(make_chunk({"max_rate": of_policy}, **of_chunk), [ip_network("127.9.1.0/30")], raw=True)
     assert f"-T4 {line} --host-timeout" in " ".join(argv)
 
@@ -159,13 +159,13 @@ def test_arguments_rates_are_the_chunks(
 def test_arguments_groups_of_silent_hosts_are_small(
     make_chunk: MakeChunk, discovery: str, ports: str, group: int
 ) -> None:
-    """Without discovery a group holds few addresses, so that a silent network is written and resumed in small steps."""
+    """Without discovery a host group is small, so that a silent network is reported and resumed in small steps."""
     argv = arguments(make_chunk({"discovery": discovery, "ports": ports}), [ip_network("127.9.1.0/30")], raw=True)
     assert f"--min-hostgroup {group} --max-hostgroup {group}" in " ".join(argv)
 
 
-def test_top_ports_are_counted_not_listed(make_chunk: MakeChunk) -> None:
-    """top:N becomes --top-ports N, and nmap is held to that number."""
+def test_arguments_top_ports_are_counted(make_chunk: MakeChunk) -> None:
+    """top:N becomes --top-ports N, and nmap must announce that number of ports."""
     chunk = make_chunk({"ports": "top:100"})
     argv = arguments(chunk, [ip_network("127.9.1.0/30")], raw=True)
     assert argv[argv.index("--top-ports") + 1] == "100"
@@ -173,15 +173,15 @@ def test_top_ports_are_counted_not_listed(make_chunk: MakeChunk) -> None:
     assert services(chunk.policy.port_set) == {"tcp": 100}
 
 
-def test_technique_auto_is_what_the_worker_can(make_chunk: MakeChunk) -> None:
-    """auto is SYN with raw packets and connect without; the others are themselves."""
+def test_technique_auto_depends_on_raw_packets(make_chunk: MakeChunk) -> None:
+    """auto is SYN with raw packets and connect without; other techniques are unchanged."""
     auto, connect = make_chunk().policy, make_chunk({"technique": "connect"}).policy
     assert (technique(auto, raw=True), technique(auto, raw=False)) == ("syn", "connect")
     assert technique(connect, raw=True) == "connect"
 
 
 @pytest.mark.proves("A3", "G12")
-def test_refused_addresses_are_lettered_and_the_rest_scanned(make_chunk: MakeChunk) -> None:
+def test_permit_forbidden_addresses_are_refused(make_chunk: MakeChunk) -> None:
     """Only the addresses that the rules forbid are refused, with the rule as the reason."""
     rules = TargetRules(allowed=LOOPBACK.allowed, denied=(ip_network("127.9.1.1/32"), ip_network("127.9.1.6/31")))
     permitted = permit(make_chunk(outcomes="a......."), rules, raw=True)
@@ -191,8 +191,8 @@ def test_refused_addresses_are_lettered_and_the_rest_scanned(make_chunk: MakeChu
 
 
 @pytest.mark.proves("A3", "G12")
-def test_nothing_allowed_is_nothing_scanned(make_chunk: MakeChunk) -> None:
-    """Without an allowed network every blank is refused, and letters that were there stay."""
+def test_permit_without_allowed_network_refuses_all(make_chunk: MakeChunk) -> None:
+    """Without an allowed network every blank is refused, and existing outcomes are kept."""
     assert permit(make_chunk(outcomes=".a.d"), TargetRules(allowed=()), raw=True).outcomes == "rard"
 
 
@@ -201,8 +201,8 @@ def test_nothing_allowed_is_nothing_scanned(make_chunk: MakeChunk) -> None:
     [{"technique": "syn"}, {"os_detection": True}, {"ports": "U:53"}],
     ids=["syn", "os detection", "udp"],
 )
-def test_what_needs_raw_packets_is_refused_without_them(make_chunk: MakeChunk, policy: dict[str, object]) -> None:
-    """A worker that may not send raw packets refuses what has no honest substitute, and says so."""
+def test_permit_without_raw_packets_refuses_raw_policies(make_chunk: MakeChunk, policy: dict[str, object]) -> None:
+    """A worker without raw packets refuses policies that need them, with the reason."""
     chunk = make_chunk(policy)
     assert permit(chunk, LOOPBACK, raw=True).outcomes == "...."
     permitted = permit(chunk, LOOPBACK, raw=False)
@@ -210,14 +210,14 @@ def test_what_needs_raw_packets_is_refused_without_them(make_chunk: MakeChunk, p
     assert "raw packets" in permitted.reason
 
 
-def test_the_tcp_part_of_a_policy_with_udp_needs_no_raw_packets(make_chunk: MakeChunk) -> None:
-    """What counts is the chunk's own ports, not all of the policy's."""
+def test_permit_tcp_part_needs_no_raw_packets(make_chunk: MakeChunk) -> None:
+    """The chunk's own ports decide, not all ports of the policy."""
     chunk = make_chunk({"ports": "T:80,U:53"}, ports="80")
     assert permit(chunk, LOOPBACK, raw=False).outcomes == "...."
 
 
-def test_chunks_that_are_alike_go_together(make_chunk: MakeChunk) -> None:
-    """Small chunks of one user, policy and ports share one nmap, of any job and attempt, in the order in which they wait."""
+def test_together_compatible_chunks_share_an_nmap(make_chunk: MakeChunk) -> None:
+    """Small chunks with the same user, policy and ports share one nmap, of any job and attempt, in queue order."""
     chunks = [
         make_chunk(job_id=number, first_address=f"127.9.{number}.0", chunk_id=f"{number}-0", attempt=number)
         for number in (3, 1, 2)
@@ -238,13 +238,13 @@ def test_chunks_that_are_alike_go_together(make_chunk: MakeChunk) -> None:
         (18, 16, [2, 2, *[1] * 14]),
         (5, 16, [1] * 5),
         (1, 1, [1]),
-        (60, 2, [20, 20]),  # 0.25 s each: no more than five seconds in one nmap
+        (60, 2, [20, 20]),  # 0.25 s each: at most five seconds in one nmap
     ],
 )
-def test_chunks_that_are_alike_are_split_evenly(
+def test_together_compatible_chunks_are_split_evenly(
     make_chunk: MakeChunk, waiting: int, free: int, sizes: list[int]
 ) -> None:
-    """Each free slot gets its part of what waits, and no slot idles while another one has two chunks."""
+    """Waiting chunks are split evenly, and no slot is idle while another has two chunks."""
     left = [make_chunk(first_address=f"127.9.{n}.0", chunk_id=f"1-{n}", estimate_seconds=0.25) for n in range(waiting)]
     taken = []
     for slots in range(free, 0, -1):
@@ -255,8 +255,8 @@ def test_chunks_that_are_alike_are_split_evenly(
     assert taken == sizes
 
 
-def test_chunks_that_are_alike_leave_a_slot_for_another_kind(make_chunk: MakeChunk) -> None:
-    """A chunk that cannot join those before it does not wait for them while a slot is free."""
+def test_together_leaves_a_slot_for_another_kind(make_chunk: MakeChunk) -> None:
+    """A chunk that is not compatible with those before it does not wait for them while a slot is free."""
     alike = [make_chunk(first_address=f"127.9.{number}.0", estimate_seconds=0.2) for number in range(6)]
     other = make_chunk(first_address="127.9.9.0", user_id=8)
     assert together([*alike, other], 2) == alike
@@ -299,10 +299,10 @@ def test_chunks_that_are_alike_leave_a_slot_for_another_kind(make_chunk: MakeChu
         "too many addresses",
     ],
 )
-def test_what_is_not_alike_waits_for_its_own_nmap(
+def test_together_different_chunks_do_not_share(
     make_chunk: MakeChunk, policy: dict[str, object], fields: dict[str, object]
 ) -> None:
-    """Whatever differs in what nmap or a user would notice keeps two chunks apart, and one that is alike still joins."""
+    """Chunks that differ in a property that affects nmap or users do not share it, and a compatible chunk still joins."""
     first, alike = make_chunk(), make_chunk(first_address="127.9.7.0")
     other = make_chunk(policy, **{"first_address": "127.9.2.0"} | fields)
     assert together([first, other, alike], 1) == [first, alike]
@@ -310,14 +310,14 @@ def test_what_is_not_alike_waits_for_its_own_nmap(
 
 
 @pytest.mark.parametrize("field", ["failures", "limit"])
-def test_chunks_that_failed_go_alone(make_chunk: MakeChunk, field: str) -> None:
-    """Chunks that failed, or have a limit, are not joined to one another either."""
+def test_together_failed_chunks_do_not_share(make_chunk: MakeChunk, field: str) -> None:
+    """Chunks that failed or have a limit do not share an nmap with each other either."""
     again = [make_chunk(**{field: 1}), make_chunk(**{field: 1}, first_address="127.9.2.0")]
     assert together(again, 1) == again[:1]
 
 
-def test_together_they_are_no_more_than_a_chunk(make_chunk: MakeChunk) -> None:
-    """As many are joined as make up the shortest chunk that is planned, and the next smaller one that fits."""
+def test_together_size_is_bounded(make_chunk: MakeChunk) -> None:
+    """Chunks are combined up to the shortest planned duration, and a later smaller chunk that fits joins them."""
     chunks = [
         make_chunk(first_address=f"127.9.{number}.0", estimate_seconds=seconds)
         for number, seconds in enumerate([2.0, 2.0, 2.0, 1.0, 0.5])
@@ -330,7 +330,7 @@ def host(*, ports: int = 2, reasons: set[bytes] = frozenset({b"reset"}), up: boo
 
 
 @pytest.mark.parametrize(
-    ("seen", "letter"),
+    ("seen", "code"),
     [
         (host(), Outcome.ANSWERED),
         (host(reasons={b"user-set", b"syn-ack", b"no-response"}), Outcome.ANSWERED),
@@ -343,21 +343,21 @@ def host(*, ports: int = 2, reasons: set[bytes] = frozenset({b"reset"}), up: boo
         (host(ports=3), Outcome.BLANK),
     ],
 )
-def test_letters(seen: Host, letter: Outcome) -> None:
-    """A host has a letter only if it accounts for every port, is down, or timed out."""
-    assert outcome(seen, 2) == letter
+def test_outcome_requires_all_ports(seen: Host, code: Outcome) -> None:
+    """A host has an outcome only if it accounts for every port, is down, or timed out."""
+    assert outcome(seen, 2) == code
 
 
-def test_text_that_acts_is_escaped() -> None:
-    """Control characters, direction marks and what is no character are written as escapes, and nothing is dropped."""
+def test_printable_unsafe_characters_are_escaped() -> None:
+    """Control characters, direction marks and invalid characters are escaped, and nothing is dropped."""
     assert printable("a\x1b[31m\u202eb\x00\x85\ud800\ufeff") == r"a\x1b[31m\u202eb\x00\x85\ud800\ufeff"
     assert printable("<b>é 日本\nx", keep="\n") == "<b>é 日本\nx"
     assert printable("a\nb") == r"a\nb"
 
 
 @given(st.text(alphabet=st.characters()))
-def test_printable_text_can_always_be_sent(text: str) -> None:
-    """Whatever text comes, its escaped form is valid UTF-8 without control characters."""
+def test_printable_any_text_is_valid_utf8(text: str) -> None:
+    """The escaped form of any text is valid UTF-8 without control characters."""
     escaped = printable(text)
     escaped.encode()
     assert not any(ord(character) < 0x20 or 0x7F <= ord(character) < 0xA0 for character in escaped)
@@ -383,8 +383,8 @@ def size(message: HostScanned) -> int:
     return len(message.model_dump_json(exclude_defaults=True).encode())
 
 
-def test_raw_data_goes_first_then_banners() -> None:
-    """A host that is too large loses its raw data, then its banners, and says that it was trimmed."""
+def test_fit_drops_raw_data_before_banners() -> None:
+    """A host that is too large loses its raw data, then its banners, and is marked as trimmed."""
     small = scanned(10, raw_data="<port/>", banner="hello")
     assert fit(small) is small
     without_raw = fit(scanned(100, raw_data="x" * 20_000, banner="hello"))
@@ -394,8 +394,8 @@ def test_raw_data_goes_first_then_banners() -> None:
     assert {(port.raw_data, port.banner, port.version) for port in without_banner.ports} == {("", "", "1.0")}
 
 
-def test_every_port_of_a_tarpit_fits() -> None:
-    """8,192 open ports with all their texts still make one message, with every port in it."""
+def test_fit_keeps_all_ports() -> None:
+    """8,192 open ports with all their texts fit into one message, with every port in it."""
     tarpit = fit(
         scanned(8_192, raw_data="x" * 500, banner="b" * 100, version="é" * 80, os_info="o" * 80, service="s" * 60)
     )
@@ -407,10 +407,8 @@ def test_every_port_of_a_tarpit_fits() -> None:
 @pytest.mark.parametrize(
     "field", [{"scripts": ["http-robots"]}, {"scripts": ["default"]}, {"technique": "sctp"}, {"discovery": "arp"}]
 )
-def test_arguments_of_a_policy_that_this_release_does_not_allow_fail_the_chunk(
-    make_chunk: MakeChunk, field: dict[str, object]
-) -> None:
-    """A policy that was stored when more was allowed becomes no command line, and the reason names the field."""
+def test_arguments_disallowed_policy_fails_the_chunk(make_chunk: MakeChunk, field: dict[str, object]) -> None:
+    """A stored policy that is no longer allowed fails the chunk without a command line, and the reason names the field."""
     chunk = make_chunk().model_copy(update={"policy": ScanPolicy.model_validate(field)})
     with pytest.raises(ScanError, match=next(iter(field))):
         arguments(chunk, list(networks(chunk.first_address, chunk.outcomes)), raw=True)

@@ -1,4 +1,4 @@
-"""Who may send raw packets."""
+"""Permission to send raw packets."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ GRANTED = struct.pack("<IIIII", 0x02000001, NET_RAW, 0, 0, 0)  # as `setcap cap_
         (replace(NOBODY, file=b"\x01"), False),
     ],
 )
-def test_raw_packets_need_a_way_to_the_capability(mine: Privileges, may: bool) -> None:
-    """Only what nmap itself would have after its start counts: root's own, ambient, or granted by its file."""
+def test_may_send_raw_requires_effective_capability(mine: Privileges, may: bool) -> None:
+    """The capability counts only if nmap has it after its start: root's own, ambient, or granted by its file."""
     assert may_send_raw(mine) is may

@@ -1,4 +1,4 @@
-"""Open ports as the public results word them."""
+"""Conversion of open ports to the public result format."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def found(document: bytes) -> dict[str, tuple[PortFound, ...]]:
     return {host.address: ports(host) for host in hosts(document)}
 
 
-def test_services_versions_and_banners(recording: Recording) -> None:
-    """Service, version, system and banner of open ports are worded as promised; closed ports are not listed."""
+def test_ports_have_service_version_and_banner(recording: Recording) -> None:
+    """Service, version, system and banner of open ports have the documented form; closed ports are not listed."""
     ftp, ssh, smtp = found(recording("versions"))["127.9.1.1"]
     assert [(port.port, port.protocol, port.status) for port in (ftp, ssh, smtp)] == [
         (21, "tcp", "open"),
@@ -38,8 +38,8 @@ def test_services_versions_and_banners(recording: Recording) -> None:
     assert (smtp.service, smtp.version) == ("smtp", "Postfix smtpd")
 
 
-def test_hostile_banners_are_text(recording: Recording) -> None:
-    """Markup stays as text; terminal escapes, direction marks and broken UTF-8 stay as escapes."""
+def test_ports_hostile_banners_are_escaped(recording: Recording) -> None:
+    """Markup is kept as text; terminal escapes, direction marks and invalid UTF-8 are kept as escapes."""
     ftp = found(recording("versions"))["127.9.1.1"][0]
     assert "<script>" in ftp.banner
     assert r"\x1B[31m" in ftp.banner
@@ -47,20 +47,20 @@ def test_hostile_banners_are_text(recording: Recording) -> None:
     assert all(character.isprintable() or character in "\n\t" for character in ftp.banner + ftp.raw_data)
 
 
-def test_best_system_match_is_every_ports_system(recording: Recording) -> None:
-    """With OS detection the most accurate match stands at every open port."""
+def test_ports_have_the_best_os_match(recording: Recording) -> None:
+    """With OS detection every open port has the most accurate match."""
     assert {port.os_info for port in found(recording("os"))["127.9.1.1"]} == {"Linux 5.0 - 5.2"}
 
 
-def test_many_ports(recording: Recording) -> None:
-    """Every open port is listed, in order, and a host with none has none."""
+def test_ports_are_listed_in_order(recording: Recording) -> None:
+    """Every open port is listed in order, and a host without open ports has none."""
     by_address = found(recording("many_open"))
     assert [port.port for port in by_address["127.9.1.2"]] == list(range(8000, 8060))
     assert by_address["127.9.1.3"] == ()
 
 
-def test_ports_summed_up_silent_ports_are_ranges(recording: Recording) -> None:
-    """Silent UDP ports of which nmap writes only the numbers are no objects; those that it lists are."""
+def test_ports_summarized_silent_ports_are_ranges(recording: Recording) -> None:
+    """Silent UDP ports that nmap summarizes are ranges, and listed ones are port objects."""
     (silent,) = (host for host in hosts(recording("udp")) if host.address == "127.9.5.1")
     assert (ports(silent), silent.open_filtered) == ((), "1-60")
     (listed,) = hosts(recording("udp_listed"))
@@ -72,28 +72,28 @@ def test_ports_summed_up_silent_ports_are_ranges(recording: Recording) -> None:
 
 
 def service(attributes: bytes) -> PortFound:
-    """A port with this `<service>`."""
+    """Return a port with this `<service>`."""
     element = b'<port protocol="tcp" portid="1"><state state="open" reason="syn-ack"/><service %s/></port>' % attributes
     (port,) = ports(Host("127.9.1.1", True, False, 1, set(), element))
     return port
 
 
-def test_ports_service_inside_tls_says_so() -> None:
-    """A service inside TLS is written as nmap prints it, so that it differs from the plain one."""
+def test_ports_service_inside_tls_has_ssl_prefix() -> None:
+    """A service inside TLS is written as nmap prints it, so that it differs from the plain service."""
     assert service(b'name="http" product="nginx" tunnel="ssl" method="probed"').service == "ssl/http"
     assert service(b'name="http" product="nginx" method="probed"').service == "http"
     assert service(b'name="http" product=" tunnel=&quot;ssl&quot;" method="probed"').service == "http"
 
 
-def test_ports_utf8_written_byte_by_byte_is_text() -> None:
-    """nmap writes a reference for each byte of UTF-8; valid sequences become their characters, others stay."""
+def test_ports_utf8_references_are_decoded() -> None:
+    """nmap writes a reference per UTF-8 byte; valid sequences are decoded, other bytes are kept as escapes."""
     assert service(b'name="x" product="Gr&#xc3;&#xb6;&#xc3;&#x9f;e"').version == "Größe"
     assert service(b'name="x" product="&#xe2;&#x80;&#xae;evil"').version == r"\u202eevil"
     assert service(b'name="x" product="caf&#xe9; &#xc3;&#xb6;"').version == "café Ã¶"
 
 
-def test_a_host_that_cannot_be_read_is_said_not_quoted() -> None:
-    """What python-nmap cannot read becomes a short error without the document in it."""
+def test_ports_unreadable_host_raises_without_document() -> None:
+    """A host that python-nmap cannot read raises a short error without the document in it."""
     element = b'<port protocol="tcp" portid="1"><state state="open"/><service name="x"></port>'
     with pytest.raises(BadXmlError) as raised:
         ports(Host("127.9.1.1", True, False, 1, set(), element))

@@ -1,4 +1,4 @@
-"""A worker and its chunks, with a scripted scanner and the bus in memory."""
+"""A worker and its chunks, with a scripted scanner and an in-memory bus."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def host(address: str, *, up: bool = True, late: bool = False, ports: int = 2, r
 
 
 class ScriptedScanner:
-    """Yields what it was told to, or what it was asked for, raises it, or waits for ever; notes what it was asked and whether it was closed."""
+    """Follows a script: yields hosts, raises errors or waits indefinitely. Records its arguments and whether it was closed."""
 
     version = "7.95"
 
@@ -97,7 +97,7 @@ class ScriptedScanner:
 
 
 class Rig:
-    """A worker on its bus."""
+    """A worker and its bus."""
 
     def __init__(self, scanner: ScriptedScanner, *, slots: int, raw: bool) -> None:
         rules = TargetRules((ip_network("127.0.0.0/8"),), (ip_network("127.9.9.9/32"),))
@@ -111,7 +111,7 @@ class Rig:
     async def send(self, *tasks: Message) -> None:
         await self.bus.publish(SCAN_TASKS, tasks)
 
-    def said(self, topic: Topic, kind: type[Message]) -> list[Message]:
+    def messages(self, topic: Topic, kind: type[Message]) -> list[Message]:
         return [message for message in self.bus.messages(topic) if isinstance(message, kind)]
 
     def progress(self) -> list[str]:
@@ -144,16 +144,16 @@ def hosts(*lasts: int) -> Iterable[Host]:
     return [host(f"127.9.1.{last}") for last in lasts]
 
 
-async def test_a_worker_announces_itself(until: Until) -> None:
-    """At the start and every two seconds the orchestrator hears of the slots and of what the worker can do."""
+async def test_worker_announces_slots_and_capabilities(until: Until) -> None:
+    """At the start and every two seconds the worker announces its slots and capabilities."""
     async with rigged(slots=3, raw=False) as rig:
-        await until(lambda: len(rig.said(SCAN_WORKERS, WorkerReady)) >= 2)
-        ready = rig.said(SCAN_WORKERS, WorkerReady)[0]
+        await until(lambda: len(rig.messages(SCAN_WORKERS, WorkerReady)) >= 2)
+        ready = rig.messages(SCAN_WORKERS, WorkerReady)[0]
         assert (ready.worker_id, ready.slots, ready.raw) == ("worker", 3, False)  # type: ignore[attr-defined] # the test knows the message's kind
 
 
-async def test_a_whole_chunk(make_chunk: MakeChunk, until: Until) -> None:
-    """Each host but those down is published, the full map goes to results before progress, and so short a scan needs no claim."""
+async def test_worker_chunk_is_scanned_and_reported(make_chunk: MakeChunk, until: Until) -> None:
+    """Each host that is not down is published, the final report goes to results before progress, and a short scan has no claim."""
     script = [
         host("127.9.1.0"),
         host("127.9.1.1", up=False),
@@ -178,8 +178,8 @@ async def test_a_whole_chunk(make_chunk: MakeChunk, until: Until) -> None:
         assert (host_scanned.user_id, host_scanned.attempt, host_scanned.ports) == (7, 1, (PortFound(port=22),))
 
 
-async def test_only_blanks_are_scanned(make_chunk: MakeChunk, until: Until) -> None:
-    """A retried chunk keeps its letters and passes only the addresses without one to nmap."""
+async def test_worker_retried_chunk_scans_only_blanks(make_chunk: MakeChunk, until: Until) -> None:
+    """A retried chunk keeps its outcomes and passes only blank addresses to nmap."""
     async with rigged(*hosts(1, 0, 3)) as rig:
         await rig.send(make_chunk(outcomes="a.d."))
         await until(lambda: "ChunkScanned" in rig.progress())
@@ -192,16 +192,16 @@ async def test_only_blanks_are_scanned(make_chunk: MakeChunk, until: Until) -> N
         assert rig.last().outcomes == "aada"  # type: ignore[attr-defined] # the test knows the message's kind
 
 
-async def test_a_task_for_another_worker_is_left_alone(make_chunk: MakeChunk, until: Until) -> None:
-    """A worker takes only what is addressed to its own id."""
+async def test_worker_task_of_another_worker_is_ignored(make_chunk: MakeChunk, until: Until) -> None:
+    """A worker ignores tasks for other worker ids."""
     async with rigged(*hosts(0, 1, 2, 3)) as rig:
         await rig.send(make_chunk(worker_id="other", chunk_id="1-1"), make_chunk())
         await until(lambda: "ChunkScanned" in rig.progress())
         assert {m.chunk_id for m in rig.bus.messages(SCAN_PROGRESS)} == {"1-0"}  # type: ignore[attr-defined] # the test knows the message's kind
 
 
-async def test_a_task_that_comes_twice_is_done_once(make_chunk: MakeChunk, until: Until) -> None:
-    """A repeated ScanChunk of the same attempt changes nothing, before or after the scan."""
+async def test_worker_repeated_task_is_ignored(make_chunk: MakeChunk, until: Until) -> None:
+    """A repeated ScanChunk of the same attempt is ignored, during and after the scan."""
     async with rigged(*hosts(0, 1, 2, 3)) as rig:
         await rig.send(make_chunk(), make_chunk())
         await until(lambda: "ChunkScanned" in rig.progress())
@@ -210,16 +210,16 @@ async def test_a_task_that_comes_twice_is_done_once(make_chunk: MakeChunk, until
         assert len(rig.scanner.asked) == 2
 
 
-async def test_a_heartbeat_carries_the_whole_map(make_chunk: MakeChunk, until: Until) -> None:
-    """While a scan runs, each second says which addresses are done."""
+async def test_worker_heartbeat_has_the_map(make_chunk: MakeChunk, until: Until) -> None:
+    """While a scan runs, a heartbeat every second has the map of finished addresses."""
     async with rigged(*hosts(0, 2), FOREVER) as rig:
         await rig.send(make_chunk())
-        await until(lambda: len(rig.said(SCAN_PROGRESS, ChunkProgressed)) >= 2)
+        await until(lambda: len(rig.messages(SCAN_PROGRESS, ChunkProgressed)) >= 2)
         assert rig.last().outcomes == "a.a."  # type: ignore[attr-defined] # the test knows the message's kind
 
 
-async def test_a_letter_is_set_only_after_the_host_is_acknowledged(make_chunk: MakeChunk, until: Until) -> None:
-    """While scan-results cannot be written, the map stays blank; when it can, the host arrives."""
+async def test_worker_outcome_is_set_after_acknowledgement(make_chunk: MakeChunk, until: Until) -> None:
+    """While scan-results cannot be written, the map stays blank; once it can, the host is published."""
     async with rigged(*hosts(0), FOREVER) as rig:
         publish, away = rig.bus.publish, True
 
@@ -228,17 +228,17 @@ async def test_a_letter_is_set_only_after_the_host_is_acknowledged(make_chunk: M
                 raise DependencyError("away")
             await publish(topic, messages)
 
-        rig.bus.publish = without_results  # type: ignore[method-assign] # the broker's fault, not the worker's inside
+        rig.bus.publish = without_results  # type: ignore[method-assign] # simulates a failure of the broker
         await rig.send(make_chunk())
-        await until(lambda: rig.said(SCAN_PROGRESS, ChunkProgressed))
+        await until(lambda: rig.messages(SCAN_PROGRESS, ChunkProgressed))
         assert rig.last().outcomes == "...."  # type: ignore[attr-defined] # the test knows the message's kind
         away = False
         await until(lambda: rig.last().outcomes == "a...")  # type: ignore[attr-defined] # the test knows the message's kind
-        assert len(rig.said(SCAN_RESULTS, HostScanned)) == 1
+        assert len(rig.messages(SCAN_RESULTS, HostScanned)) == 1
 
 
-async def test_slots_bound_what_runs_and_extra_chunks_wait(make_chunk: MakeChunk, until: Until) -> None:
-    """No more chunks run side by side than there are slots, and the rest follow as slots free."""
+async def test_worker_slots_limit_concurrent_chunks(make_chunk: MakeChunk, until: Until) -> None:
+    """At most as many chunks as slots run concurrently, and the rest start as slots become free."""
     async with rigged(FOREVER, *hosts(0, 1, 2, 3), slots=2) as rig:
         await rig.send(*(make_chunk(chunk_id=f"1-{number}") for number in range(6)))
         await until(lambda: rig.scanner.running == 2)
@@ -247,11 +247,11 @@ async def test_slots_bound_what_runs_and_extra_chunks_wait(make_chunk: MakeChunk
         assert rig.scanner.most == 2
 
 
-async def test_chunks_that_wait_and_are_alike_share_a_slot(make_chunk: MakeChunk, until: Until) -> None:
-    """A slot that frees takes all that wait and are alike, each to its own end; one that finds a slot waits for nobody."""
+async def test_worker_waiting_compatible_chunks_share_a_slot(make_chunk: MakeChunk, until: Until) -> None:
+    """A slot that becomes free takes all waiting compatible chunks; a chunk that finds a free slot does not wait."""
     lasts = {"1-0": 0, "1-1": 4, "1-2": 8, "1-3": 12, "1-4": 16}
     chunks = [make_chunk(chunk_id=id_, first_address=f"127.9.1.{last}", outcomes=".") for id_, last in lasts.items()]
-    chunks[3] = chunks[3].model_copy(update={"attempt": 2})  # released before, which is no failure of its own
+    chunks[3] = chunks[3].model_copy(update={"attempt": 2})  # released before, which is not a failure
     chunks[4] = chunks[4].model_copy(update={"attempt": 2, "failures": 1})
     async with rigged(FOREVER, ASKED, slots=1) as rig:
         await rig.send(chunks[0])
@@ -264,14 +264,12 @@ async def test_chunks_that_wait_and_are_alike_share_a_slot(make_chunk: MakeChunk
             ["127.9.1.4", "127.9.1.8", "127.9.1.12"],
             ["127.9.1.16"],
         ]
-        assert {m.chunk_id for m in rig.said(SCAN_PROGRESS, ChunkScanned)} == set(lasts)  # type: ignore[attr-defined] # the test knows the message's kind
+        assert {m.chunk_id for m in rig.messages(SCAN_PROGRESS, ChunkScanned)} == set(lasts)  # type: ignore[attr-defined] # the test knows the message's kind
         assert rig.scanner.most == 1
 
 
-async def test_chunks_that_come_together_and_are_alike_are_split_over_the_free_slots(
-    make_chunk: MakeChunk, until: Until
-) -> None:
-    """Of alike chunks that come at once each free slot gets its part, so that no slot idles while another has them all."""
+async def test_worker_compatible_chunks_are_split_over_free_slots(make_chunk: MakeChunk, until: Until) -> None:
+    """Compatible chunks that arrive together are split over the free slots, so that no slot is idle."""
     chunks = [make_chunk(chunk_id=f"1-{number}", first_address=f"127.9.{number}.0") for number in range(8)]
     async with rigged(FOREVER, slots=3) as rig:
         await rig.send(*chunks)
@@ -279,8 +277,8 @@ async def test_chunks_that_come_together_and_are_alike_are_split_over_the_free_s
         assert [len(argv) - argv.index("--") - 1 for argv in rig.scanner.asked] == [3, 3, 2]
 
 
-async def test_several_chunks_in_one_nmap_take_one_slot(make_chunk: MakeChunk, until: Until) -> None:
-    """While one slot scans several chunks, the next one is still there for others."""
+async def test_worker_chunks_of_one_nmap_take_one_slot(make_chunk: MakeChunk, until: Until) -> None:
+    """While one slot scans several chunks, the other slot is free for other chunks."""
     chunks = [make_chunk(chunk_id=f"1-{number}", first_address=f"127.9.{number}.0") for number in range(4)]
     async with rigged(FOREVER, slots=2) as rig:
         await rig.send(chunks[0])
@@ -294,8 +292,8 @@ async def test_several_chunks_in_one_nmap_take_one_slot(make_chunk: MakeChunk, u
         assert [len(argv) - argv.index("--") - 1 for argv in rig.scanner.asked] == [1, 3, 1]
 
 
-async def test_leaving_gives_back_all_that_share_a_slot(make_chunk: MakeChunk, until: Until) -> None:
-    """Without grace nmap is killed once for all its chunks, and each is given back."""
+async def test_stop_without_grace_releases_all_chunks_of_a_slot(make_chunk: MakeChunk, until: Until) -> None:
+    """Without grace nmap is killed once for all its chunks, and each chunk is released."""
     chunks = [make_chunk(chunk_id=f"1-{number}", first_address=f"127.9.{number}.0") for number in range(3)]
     async with rigged(FOREVER, slots=1) as rig:
         await rig.send(*chunks)
@@ -303,26 +301,26 @@ async def test_leaving_gives_back_all_that_share_a_slot(make_chunk: MakeChunk, u
         await rig.send(StopChunk(job_id=1, chunk_id="1-0", attempt=1, worker_id="worker", reason="cancelled"))
         await until(lambda: len(rig.scanner.asked) == 2)
         await rig.worker.stop(0)
-        assert {m.chunk_id for m in rig.said(SCAN_PROGRESS, ChunkReleased)} == {"1-0", "1-1", "1-2"}  # type: ignore[attr-defined] # the test knows the message's kind
+        assert {m.chunk_id for m in rig.messages(SCAN_PROGRESS, ChunkReleased)} == {"1-0", "1-1", "1-2"}  # type: ignore[attr-defined] # the test knows the message's kind
         assert len(rig.scanner.asked) == rig.scanner.closed == 2
 
 
-async def test_a_chunk_that_finds_no_slot_is_given_back(make_chunk: MakeChunk, until: Until) -> None:
-    """What cannot be started in two seconds goes back untouched, unclaimed and at no cost."""
+async def test_worker_chunk_without_slot_is_released(make_chunk: MakeChunk, until: Until) -> None:
+    """A chunk that gets no slot within two seconds is released, unclaimed and at no cost."""
     async with rigged(FOREVER, slots=1) as rig:
         await rig.send(make_chunk(), make_chunk(chunk_id="1-1", outcomes="a..."))
         await until(lambda: "ChunkReleased" in rig.progress())
-        released = rig.said(SCAN_PROGRESS, ChunkReleased)[0]
+        released = rig.messages(SCAN_PROGRESS, ChunkReleased)[0]
         assert isinstance(released, ChunkReleased)
         assert (released.chunk_id, released.outcomes, released.slot_seconds) == ("1-1", "a...", 0)
-        assert [m.chunk_id for m in rig.said(SCAN_PROGRESS, ChunkClaimed)] == ["1-0"]  # type: ignore[attr-defined] # the test knows the message's kind
+        assert [m.chunk_id for m in rig.messages(SCAN_PROGRESS, ChunkClaimed)] == ["1-0"]  # type: ignore[attr-defined] # the test knows the message's kind
 
 
-async def test_a_stop_kills_the_scan_and_tells_the_last_map(make_chunk: MakeChunk, until: Until) -> None:
-    """StopChunk of this token closes the scanner and gives the chunk back with what was done."""
+async def test_worker_stop_chunk_releases_with_the_map(make_chunk: MakeChunk, until: Until) -> None:
+    """StopChunk of this token closes the scanner and releases the chunk with its finished addresses."""
     async with rigged(*hosts(1), FOREVER) as rig:
         await rig.send(make_chunk())
-        await until(lambda: rig.said(SCAN_RESULTS, HostScanned))
+        await until(lambda: rig.messages(SCAN_RESULTS, HostScanned))
         await rig.send(StopChunk(job_id=1, chunk_id="1-0", attempt=1, worker_id="worker", reason="cancelled"))
         await until(lambda: "ChunkReleased" in rig.progress())
         released = rig.last()
@@ -330,8 +328,8 @@ async def test_a_stop_kills_the_scan_and_tells_the_last_map(make_chunk: MakeChun
         assert (released.outcomes, released.reason, rig.scanner.closed) == (".a..", "cancelled", 1)
 
 
-async def test_a_stop_of_another_attempt_or_chunk_is_not_answered(make_chunk: MakeChunk, until: Until) -> None:
-    """A StopChunk for what is not here neither stops anything nor is answered, which would go on for ever."""
+async def test_worker_unknown_stop_chunk_gets_no_reply(make_chunk: MakeChunk, until: Until) -> None:
+    """A StopChunk for an unknown attempt or chunk stops nothing and gets no reply, which would cause an endless loop."""
     async with rigged(FOREVER) as rig:
         await rig.send(make_chunk(attempt=2))
         await until(lambda: rig.scanner.asked)
@@ -343,34 +341,32 @@ async def test_a_stop_of_another_attempt_or_chunk_is_not_answered(make_chunk: Ma
         assert set(rig.progress()) == {"ChunkClaimed", "ChunkProgressed"}
 
 
-async def test_a_new_attempt_ends_the_old_one(make_chunk: MakeChunk, until: Until) -> None:
-    """When the same worker gets a chunk again, the earlier attempt stops."""
+async def test_worker_new_attempt_stops_the_old_one(make_chunk: MakeChunk, until: Until) -> None:
+    """If the same worker gets a chunk again, the earlier attempt stops."""
     async with rigged(FOREVER) as rig:
         await rig.send(make_chunk())
         await until(lambda: rig.scanner.asked)
         await rig.send(make_chunk(attempt=2))
         await until(lambda: "ChunkReleased" in rig.progress())
-        assert [m.attempt for m in rig.said(SCAN_PROGRESS, ChunkReleased)] == [1]  # type: ignore[attr-defined] # the test knows the message's kind
+        assert [m.attempt for m in rig.messages(SCAN_PROGRESS, ChunkReleased)] == [1]  # type: ignore[attr-defined] # the test knows the message's kind
         await until(lambda: rig.scanner.running == 1)
 
 
 @pytest.mark.parametrize("begun", [True, False], ids=["running", "ended"])
-async def test_an_older_attempt_that_comes_late_changes_nothing(
-    make_chunk: MakeChunk, until: Until, begun: bool
-) -> None:
-    """A ScanChunk of a lower attempt neither stops the newer one nor starts, also after the newer one has ended."""
+async def test_worker_late_older_attempt_is_ignored(make_chunk: MakeChunk, until: Until, begun: bool) -> None:
+    """A ScanChunk of a lower attempt neither stops a newer one nor starts, even after the newer one has ended."""
     async with rigged(*([FOREVER] if begun else hosts(0, 1, 2, 3))) as rig:
         await rig.send(make_chunk(attempt=3))
         await until(lambda: rig.scanner.running == 1 if begun else "ChunkScanned" in rig.progress())
         await rig.send(make_chunk(attempt=2), make_chunk(chunk_id="1-9", first_address="10.0.0.0"))
-        await until(lambda: [m for m in rig.said(SCAN_PROGRESS, ChunkScanned) if m.chunk_id == "1-9"])  # type: ignore[attr-defined] # the test knows the message's kind
+        await until(lambda: [m for m in rig.messages(SCAN_PROGRESS, ChunkScanned) if m.chunk_id == "1-9"])  # type: ignore[attr-defined] # the test knows the message's kind
         assert len(rig.scanner.asked) == 1
-        assert rig.said(SCAN_PROGRESS, ChunkReleased) == []
+        assert rig.messages(SCAN_PROGRESS, ChunkReleased) == []
         assert rig.scanner.running == int(begun)
 
 
-async def test_the_guard_is_given_the_shortest_lease_of_what_runs(make_chunk: MakeChunk, until: Until) -> None:
-    """Two thirds of the shortest lease is the guard's limit, before each scan begins and when one ends."""
+async def test_worker_guard_limit_follows_the_shortest_lease(make_chunk: MakeChunk, until: Until) -> None:
+    """The guard's limit is two thirds of the shortest lease, set before each scan starts and when one ends."""
     async with rigged(FOREVER, slots=2) as rig:
         await rig.send(make_chunk(lease_seconds=30.0, failures=1))
         await until(lambda: rig.scanner.running == 1)
@@ -382,8 +378,8 @@ async def test_the_guard_is_given_the_shortest_lease_of_what_runs(make_chunk: Ma
         assert rig.scanner.held == [20.0, 4.0, 20.0]
 
 
-async def test_a_failed_run_keeps_its_hosts_and_says_why(make_chunk: MakeChunk, until: Until) -> None:
-    """Hosts before the failure count, and the reason of the failure is told."""
+async def test_worker_failed_run_keeps_hosts_and_reason(make_chunk: MakeChunk, until: Until) -> None:
+    """Hosts before the failure count, and the reason of the failure is reported."""
     async with rigged(*hosts(0), ScanError("nmap exited with 1")) as rig:
         await rig.send(make_chunk())
         await until(lambda: "ChunkFailed" in rig.progress())
@@ -392,27 +388,27 @@ async def test_a_failed_run_keeps_its_hosts_and_says_why(make_chunk: MakeChunk, 
         assert (failed.outcomes, failed.reason) == ("a...", "nmap exited with 1")
 
 
-async def test_a_missing_host_is_never_down(make_chunk: MakeChunk, until: Until) -> None:
-    """An address that nmap does not mention stays blank and fails the chunk, although the run succeeded."""
+async def test_worker_missing_host_fails_the_chunk(make_chunk: MakeChunk, until: Until) -> None:
+    """An address that nmap omits stays blank and fails the chunk although the run succeeded."""
     async with rigged(*hosts(0, 1, 3)) as rig:
         await rig.send(make_chunk())
         await until(lambda: "ChunkFailed" in rig.progress())
         failed = rig.last()
         assert isinstance(failed, ChunkFailed)
-        assert (failed.outcomes, failed.reason) == ("aa.a", "1 addresses are missing from what nmap wrote")
+        assert (failed.outcomes, failed.reason) == ("aa.a", "1 addresses are missing from nmap's output")
 
 
-async def test_ports_that_do_not_add_up_fail_the_chunk(make_chunk: MakeChunk, until: Until) -> None:
-    """A host that accounts for fewer ports than were asked for has no letter, and the reason names it."""
+async def test_worker_missing_ports_fail_the_chunk(make_chunk: MakeChunk, until: Until) -> None:
+    """A host that accounts for fewer ports than requested has no outcome, and the reason names the host."""
     async with rigged(*hosts(0, 1, 2), host("127.9.1.3", ports=1)) as rig:
         await rig.send(make_chunk())
         await until(lambda: "ChunkFailed" in rig.progress())
         assert "1 of 2 ports of 127.9.1.3" in rig.last().reason  # type: ignore[attr-defined] # the test knows the message's kind
-        assert len(rig.said(SCAN_RESULTS, HostScanned)) == 3
+        assert len(rig.messages(SCAN_RESULTS, HostScanned)) == 3
 
 
-async def test_a_host_that_was_not_asked_for_fails_the_chunk(make_chunk: MakeChunk, until: Until) -> None:
-    """What nmap says about other addresses is not believed."""
+async def test_worker_unrequested_host_fails_the_chunk(make_chunk: MakeChunk, until: Until) -> None:
+    """A host that is not a target fails the chunk."""
     async with rigged(*hosts(9)) as rig:
         await rig.send(make_chunk())
         await until(lambda: "ChunkFailed" in rig.progress())
@@ -420,8 +416,8 @@ async def test_a_host_that_was_not_asked_for_fails_the_chunk(make_chunk: MakeChu
         assert rig.bus.messages(SCAN_RESULTS) == []
 
 
-async def test_a_fault_of_ours_fails_the_chunk_only(make_chunk: MakeChunk, until: Until) -> None:
-    """An unexpected error while scanning is told as a failure, and the worker goes on."""
+async def test_worker_unexpected_error_fails_only_the_chunk(make_chunk: MakeChunk, until: Until) -> None:
+    """An unexpected error while scanning is reported as a failure, and the worker continues."""
     async with rigged(ValueError("oops")) as rig:
         await rig.send(make_chunk())
         await until(lambda: "ChunkFailed" in rig.progress())
@@ -429,7 +425,7 @@ async def test_a_fault_of_ours_fails_the_chunk_only(make_chunk: MakeChunk, until
         assert rig.worker.alive
 
 
-async def test_refused_targets_never_reach_nmap(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_refused_targets_never_reach_nmap(make_chunk: MakeChunk, until: Until) -> None:
     """Addresses that the rules forbid are refused with the reason, the others are scanned."""
     async with rigged(host("127.9.9.8")) as rig:
         await rig.send(make_chunk(first_address="127.9.9.8", outcomes=".."))
@@ -441,8 +437,8 @@ async def test_refused_targets_never_reach_nmap(make_chunk: MakeChunk, until: Un
         assert "127.9.9.9/32" in scanned.reason
 
 
-async def test_a_chunk_of_refused_targets_starts_no_nmap(make_chunk: MakeChunk, until: Until) -> None:
-    """When everything is refused the chunk is scanned at once, without nmap."""
+async def test_worker_refused_chunk_starts_no_nmap(make_chunk: MakeChunk, until: Until) -> None:
+    """If everything is refused, the chunk is finished immediately without nmap."""
     async with rigged() as rig:
         await rig.send(make_chunk(first_address="10.0.0.0"))
         await until(lambda: "ChunkScanned" in rig.progress())
@@ -451,8 +447,10 @@ async def test_a_chunk_of_refused_targets_starts_no_nmap(make_chunk: MakeChunk, 
 
 @pytest.mark.proves("A13", "G15")
 @pytest.mark.parametrize("policy", [{}, {"os_detection": True}], ids=["able", "unable"])
-async def test_a_denied_chunk_is_audited(make_chunk: MakeChunk, until: Until, policy: dict[str, object]) -> None:
-    """A chunk with addresses that the rules forbid has one audit entry, whatever else keeps it from being scanned."""
+async def test_worker_forbidden_chunk_is_audited(
+    make_chunk: MakeChunk, until: Until, policy: dict[str, object]
+) -> None:
+    """A chunk with forbidden addresses has one audit entry, even if the worker cannot scan it for another reason."""
     async with rigged(host("127.9.9.8"), raw=False) as rig:
         await rig.send(make_chunk(policy, first_address="127.9.9.8", outcomes=".."))
         await until(lambda: "ChunkScanned" in rig.progress())
@@ -463,8 +461,8 @@ async def test_a_denied_chunk_is_audited(make_chunk: MakeChunk, until: Until, po
         assert "127.9.9.9/32" in told.target
 
 
-async def test_what_cannot_be_done_here_is_no_refusal(make_chunk: MakeChunk, until: Until) -> None:
-    """A chunk that needs raw packets, where nobody may send them, breaks no rule and is not audited."""
+async def test_worker_missing_raw_packets_are_not_audited(make_chunk: MakeChunk, until: Until) -> None:
+    """A chunk that needs raw packets on a worker without them violates no rule and is not audited."""
     async with rigged(raw=False) as rig:
         await rig.send(make_chunk({"os_detection": True}))
         await until(lambda: "ChunkScanned" in rig.progress())
@@ -473,7 +471,7 @@ async def test_what_cannot_be_done_here_is_no_refusal(make_chunk: MakeChunk, unt
 
 
 @pytest.mark.parametrize(("raw", "used", "option"), [(True, "syn", "-sS"), (False, "connect", "-sT")])
-async def test_the_result_says_which_technique_was_used(
+async def test_worker_results_have_the_used_technique(
     make_chunk: MakeChunk,
     until: Until,
     raw: bool,
@@ -488,14 +486,14 @@ async def test_the_result_says_which_technique_was_used(
         assert {message.technique for message in rig.bus.messages(SCAN_RESULTS)} == {used}  # type: ignore[attr-defined] # the test knows the message's kind
 
 
-async def test_without_acknowledged_heartbeats_the_scan_ends_before_its_lease(
+async def test_worker_unacknowledged_heartbeats_stop_the_scan(
     make_chunk: MakeChunk,
     until: Until,
 ) -> None:
-    """When the bus is away for two thirds of the lease nmap is gone, and the chunk is given back when it returns."""
+    """If the bus is unavailable for two thirds of the lease, nmap is stopped, and the chunk is released once it recovers."""
     async with rigged(*hosts(0), FOREVER) as rig:
         await rig.send(make_chunk(lease_seconds=3.0))
-        await until(lambda: rig.said(SCAN_RESULTS, HostScanned))
+        await until(lambda: rig.messages(SCAN_RESULTS, HostScanned))
         began = asyncio.get_running_loop().time()
         rig.bus.broker.away = True
         await until(lambda: rig.scanner.closed)
@@ -505,8 +503,8 @@ async def test_without_acknowledged_heartbeats_the_scan_ends_before_its_lease(
         assert rig.last().outcomes == "a..."  # type: ignore[attr-defined] # the test knows the message's kind
 
 
-async def test_a_lease_that_is_acknowledged_lasts(make_chunk: MakeChunk, until: Until) -> None:
-    """Heartbeats that are acknowledged keep a scan alive well past one lease."""
+async def test_worker_acknowledged_heartbeats_keep_the_lease(make_chunk: MakeChunk, until: Until) -> None:
+    """Acknowledged heartbeats keep a scan running for longer than one lease."""
     async with rigged(FOREVER) as rig:
         await rig.send(make_chunk(lease_seconds=2.0))
         await until(lambda: rig.progress().count("ChunkProgressed") >= 4)
@@ -514,27 +512,25 @@ async def test_a_lease_that_is_acknowledged_lasts(make_chunk: MakeChunk, until: 
 
 
 def slots(rig: Rig) -> int:
-    """What the worker announced last."""
-    return rig.said(SCAN_WORKERS, WorkerReady)[-1].slots  # type: ignore[attr-defined, no-any-return] # the test knows the message's kind
+    """Return the slots of the worker's latest announcement."""
+    return rig.messages(SCAN_WORKERS, WorkerReady)[-1].slots  # type: ignore[attr-defined, no-any-return] # the test knows the message's kind
 
 
 @pytest.mark.proves("F25", "G17")
-async def test_a_worker_that_cannot_start_nmap_excludes_itself_until_a_check_succeeds(
-    make_chunk: MakeChunk, until: Until
-) -> None:
-    """The chunk is released, no slot is announced, what comes or waits is released at once, and a check brings all back."""
+async def test_worker_cannot_start_nmap_is_excluded_until_check_succeeds(make_chunk: MakeChunk, until: Until) -> None:
+    """The worker releases all chunks and announces no slots until a check succeeds."""
     async with rigged(CannotStartError("No space left on device"), slots=1) as rig:
-        await until(lambda: rig.said(SCAN_WORKERS, WorkerReady))
+        await until(lambda: rig.messages(SCAN_WORKERS, WorkerReady))
         rig.scanner.broken = "No space left on device"
         await rig.send(make_chunk(failures=1), make_chunk(chunk_id="1-1", failures=1))
-        await until(lambda: len(rig.said(SCAN_PROGRESS, ChunkReleased)) == 2)
+        await until(lambda: len(rig.messages(SCAN_PROGRESS, ChunkReleased)) == 2)
         await until(lambda: slots(rig) == 0)
         with pytest.raises(DependencyError, match="No space left"):
             await rig.worker.exclusion.probe()
         await rig.send(make_chunk(chunk_id="1-2"))
-        await until(lambda: len(rig.said(SCAN_PROGRESS, ChunkReleased)) == 3)
+        await until(lambda: len(rig.messages(SCAN_PROGRESS, ChunkReleased)) == 3)
         assert set(rig.progress()) == {"ChunkReleased"}
-        assert all("No space left" in m.reason for m in rig.said(SCAN_PROGRESS, ChunkReleased))  # type: ignore[attr-defined] # the test knows the message's kind
+        assert all("No space left" in m.reason for m in rig.messages(SCAN_PROGRESS, ChunkReleased))  # type: ignore[attr-defined] # the test knows the message's kind
         assert (len(rig.scanner.asked), rig.worker.alive) == (1, True)
         rig.scanner.broken, rig.scanner.script = "", (ASKED,)
         await until(lambda: slots(rig) == 1)
@@ -544,11 +540,11 @@ async def test_a_worker_that_cannot_start_nmap_excludes_itself_until_a_check_suc
 
 
 @pytest.mark.proves("F25", "G17")
-async def test_a_worker_that_excludes_itself_finishes_what_runs(make_chunk: MakeChunk, until: Until) -> None:
-    """A scan that runs beside the one that could not start goes on to its end."""
+async def test_worker_excluded_finishes_running_scans(make_chunk: MakeChunk, until: Until) -> None:
+    """A scan that runs beside one that could not start is finished."""
     async with rigged(*hosts(0, 1), "until the gate opens", *hosts(2, 3)) as rig:
         await rig.send(make_chunk(failures=1))
-        await until(lambda: rig.said(SCAN_RESULTS, HostScanned))
+        await until(lambda: rig.messages(SCAN_RESULTS, HostScanned))
         rig.scanner.broken = "Resource temporarily unavailable"
         rig.scanner.script = (CannotStartError(rig.scanner.broken),)
         await rig.send(make_chunk(chunk_id="1-1", failures=1))
@@ -560,14 +556,12 @@ async def test_a_worker_that_excludes_itself_finishes_what_runs(make_chunk: Make
 
 
 @pytest.mark.proves("F25")
-async def test_a_worker_without_nmap_at_its_start_stays_up_and_announces_no_slots(
-    make_chunk: MakeChunk, until: Until
-) -> None:
-    """nmap missing or too old: alive, announced with 0 slots, and all that comes is released until a check succeeds."""
+async def test_worker_without_nmap_at_start_announces_no_slots(make_chunk: MakeChunk, until: Until) -> None:
+    """With nmap missing or too old the worker is alive, announces 0 slots, and releases every chunk until a check succeeds."""
     rig = Rig(ScriptedScanner(ASKED), slots=2, raw=True)
     rig.scanner.broken = "nmap 7.80 is too old"
     async with started(rig):
-        await until(lambda: rig.said(SCAN_WORKERS, WorkerReady))
+        await until(lambda: rig.messages(SCAN_WORKERS, WorkerReady))
         assert (slots(rig), rig.worker.alive) == (0, True)
         await rig.send(make_chunk())
         await until(lambda: rig.progress() == ["ChunkReleased"])
@@ -576,10 +570,8 @@ async def test_a_worker_without_nmap_at_its_start_stays_up_and_announces_no_slot
 
 
 @pytest.mark.proves("F25", "G17")
-async def test_a_worker_whose_nmap_fails_on_three_chunks_in_a_row_excludes_itself(
-    make_chunk: MakeChunk, until: Until
-) -> None:
-    """Each of the three counts against its chunk; the worker takes no fourth one before a check succeeds."""
+async def test_worker_three_failed_chunks_exclude_it(make_chunk: MakeChunk, until: Until) -> None:
+    """Each of three failures counts against its chunk; the worker takes no fourth chunk before a check succeeds."""
     async with rigged(ScanError("nmap exited with 1"), slots=1) as rig:
         rig.scanner.broken = "nmap exited with 1"
         for number in range(3):
@@ -592,10 +584,8 @@ async def test_a_worker_whose_nmap_fails_on_three_chunks_in_a_row_excludes_itsel
 
 
 @pytest.mark.parametrize("ends", ["one chunk", "a success between", "one nmap"])
-async def test_failures_that_may_be_the_targets_do_not_exclude_the_worker(
-    make_chunk: MakeChunk, until: Until, ends: str
-) -> None:
-    """Three failures of one chunk, of chunks with a success between, or of chunks in one nmap say nothing about the machine."""
+async def test_worker_target_failures_do_not_exclude_it(make_chunk: MakeChunk, until: Until, ends: str) -> None:
+    """Three failures of one chunk, with a success in between, or in one nmap do not exclude the worker."""
     async with rigged(ScanError("nmap exited with 1"), slots=1) as rig:
         if ends == "one nmap":
             await rig.send(*(make_chunk(chunk_id=f"1-{n}", first_address=f"127.9.{n}.0") for n in range(4)))
@@ -606,16 +596,16 @@ async def test_failures_that_may_be_the_targets_do_not_exclude_the_worker(
             chunk_id = "1-0" if ends == "one chunk" else f"1-{number}"
             await rig.send(make_chunk(chunk_id=chunk_id, attempt=number + 1))
             await until(lambda: len(rig.progress()) == number + 1)  # noqa: B023 # called before the next turn
-        announced = len(rig.said(SCAN_WORKERS, WorkerReady))
-        await until(lambda: len(rig.said(SCAN_WORKERS, WorkerReady)) >= announced + 2)
-        assert {m.slots for m in rig.said(SCAN_WORKERS, WorkerReady)} == {1}  # type: ignore[attr-defined] # the test knows the message's kind
+        announced = len(rig.messages(SCAN_WORKERS, WorkerReady))
+        await until(lambda: len(rig.messages(SCAN_WORKERS, WorkerReady)) >= announced + 2)
+        assert {m.slots for m in rig.messages(SCAN_WORKERS, WorkerReady)} == {1}  # type: ignore[attr-defined] # the test knows the message's kind
 
 
-async def test_leaving_finishes_what_can_be_finished(make_chunk: MakeChunk, until: Until) -> None:
-    """A worker that leaves announces no slots, takes nothing new, and lets a scan finish in the grace it has."""
+async def test_stop_with_grace_finishes_running_scans(make_chunk: MakeChunk, until: Until) -> None:
+    """A worker that shuts down announces no slots, accepts no tasks, and lets a scan finish within the grace period."""
     async with rigged(*hosts(0, 1), "until the gate opens", *hosts(2, 3)) as rig:
         await rig.send(make_chunk())
-        await until(lambda: rig.said(SCAN_RESULTS, HostScanned))
+        await until(lambda: rig.messages(SCAN_RESULTS, HostScanned))
         leaving = asyncio.create_task(rig.worker.stop(20))
         await until(lambda: rig.bus.messages(SCAN_WORKERS)[-1].slots == 0)  # type: ignore[attr-defined] # the test knows the message's kind
         rig.scanner.gate.set()
@@ -625,26 +615,26 @@ async def test_leaving_finishes_what_can_be_finished(make_chunk: MakeChunk, unti
         await until(lambda: "ChunkReleased" in rig.progress())
 
 
-async def test_leaving_without_time_gives_back_at_once(make_chunk: MakeChunk, until: Until) -> None:
+async def test_stop_without_grace_releases_chunks(make_chunk: MakeChunk, until: Until) -> None:
     """Without grace every chunk, running or waiting, is released with its map."""
     async with rigged(*hosts(0), FOREVER, slots=1) as rig:
         await rig.send(make_chunk(), make_chunk(chunk_id="1-1"))
-        await until(lambda: rig.said(SCAN_RESULTS, HostScanned))
+        await until(lambda: rig.messages(SCAN_RESULTS, HostScanned))
         await rig.worker.stop(0)
-        released = {m.chunk_id: m.outcomes for m in rig.said(SCAN_PROGRESS, ChunkReleased)}  # type: ignore[attr-defined] # the test knows the message's kind
+        released = {m.chunk_id: m.outcomes for m in rig.messages(SCAN_PROGRESS, ChunkReleased)}  # type: ignore[attr-defined] # the test knows the message's kind
         assert released == {"1-0": "a...", "1-1": "...."}
         assert rig.scanner.closed == 1
 
 
-async def test_a_scan_is_told_in_its_trace(make_chunk: MakeChunk, until: Until) -> None:
-    """The scan of a chunk and its nmap are spans in the task's trace, and whoever hears of it continues from them."""
+async def test_worker_spans_belong_to_the_tasks_trace(make_chunk: MakeChunk, until: Until) -> None:
+    """The scan of a chunk and its nmap are spans in the task's trace, and their messages carry it on."""
     trace = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
     with recording() as exporter:
         async with rigged(*hosts(0, 1, 2, 3)) as rig:
             await rig.send(make_chunk().model_copy(update={"traceparent": trace}))
             await until(lambda: len(exporter.get_finished_spans()) == 2)
         nmap, scan = exporter.get_finished_spans()
-        (told,) = rig.said(SCAN_RESULTS, ChunkScanned)
+        (told,) = rig.messages(SCAN_RESULTS, ChunkScanned)
     assert (nmap.name, scan.name, dict(scan.attributes or {})) == ("nmap", "scan chunk", {"scanfleet.chunk.id": "1-0"})
     assert scan.parent is not None
     assert nmap.parent is not None
@@ -653,11 +643,11 @@ async def test_a_scan_is_told_in_its_trace(make_chunk: MakeChunk, until: Until) 
     assert (told.traceparent or "")[36:52] == f"{ids(scan).span_id:016x}"
 
 
-async def test_the_trace_goes_on(make_chunk: MakeChunk, until: Until) -> None:
-    """Everything said about a chunk belongs to the trace of its task."""
+async def test_worker_messages_continue_the_trace(make_chunk: MakeChunk, until: Until) -> None:
+    """Every message about a chunk belongs to the trace of its task."""
     trace = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
     async with rigged(*hosts(0, 1, 2, 3)) as rig:
         await rig.send(make_chunk().model_copy(update={"traceparent": trace}))
         await until(lambda: "ChunkScanned" in rig.progress())
-        said = rig.bus.messages(SCAN_PROGRESS) + rig.bus.messages(SCAN_RESULTS)
-        assert {message.traceparent for message in said} == {trace}
+        messages = rig.bus.messages(SCAN_PROGRESS) + rig.bus.messages(SCAN_RESULTS)
+        assert {message.traceparent for message in messages} == {trace}

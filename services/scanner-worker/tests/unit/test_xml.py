@@ -1,4 +1,4 @@
-"""Reading nmap's XML while it comes, whatever it holds."""
+"""Incremental parsing of nmap's XML."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def a_host(address: str = "127.9.1.1", inside: bytes = b"") -> bytes:
 
 
 def read(document: bytes, piece: int = 1 << 16) -> tuple[list[Host], str]:
-    """The hosts, and what was wrong."""
+    """Return the hosts and the error."""
     reader = Reader(max_host_bytes=MAX_HOST)
     hosts: list[Host] = []
     try:
@@ -41,7 +41,7 @@ def read(document: bytes, piece: int = 1 << 16) -> tuple[list[Host], str]:
     return hosts, ""
 
 
-def letters(hosts: list[Host], ports: int) -> dict[str, Outcome]:
+def codes(hosts: list[Host], ports: int) -> dict[str, Outcome]:
     return {host.address: outcome(host, ports) for host in hosts}
 
 
@@ -77,29 +77,27 @@ def letters(hosts: list[Host], ports: int) -> dict[str, Outcome]:
         ("ipv6", 2, {"::1": Outcome.ANSWERED}),
     ],
 )
-def test_real_hosts_get_their_letters(
-    recording: Recording, name: str, ports: int, expected: dict[str, Outcome]
-) -> None:
-    """What real nmap wrote about hosts of every kind is read as what they were."""
+def test_outcome_of_recorded_hosts(recording: Recording, name: str, ports: int, expected: dict[str, Outcome]) -> None:
+    """Hosts of every kind in recorded output of nmap have the expected outcomes."""
     hosts, fault = read(recording(name))
     assert fault == ""
-    assert letters(hosts, ports) == expected
-    assert set(letters(hosts, ports + 1).values()) <= {
+    assert codes(hosts, ports) == expected
+    assert set(codes(hosts, ports + 1).values()) <= {
         Outcome.BLANK,
         Outcome.DOWN,
         Outcome.TIMED_OUT,
     }
 
 
-def test_ports_are_announced_before_the_first_host(recording: Recording) -> None:
-    """The reader knows how many ports of each protocol nmap probes by the time it gives the first host."""
+def test_reader_services_are_known_before_the_first_host(recording: Recording) -> None:
+    """The number of ports by protocol is available before the first host."""
     reader = Reader(max_host_bytes=MAX_HOST)
     next(iter(reader.feed(recording("udp_listed"))))
     assert reader.services == {"tcp": 1, "udp": 5}
 
 
 def with_reasons(*reasons: str) -> bytes:
-    """A host that nmap takes as up unasked, with a port for each protocol and reason ("tcp reset")."""
+    """Build a host that is up without discovery, with one port per protocol and reason ("tcp reset")."""
     listed = "".join(
         f'<port protocol="{protocol}" portid="{number}"><state state="x" reason="{reason}" reason_ttl="64" {sender.rstrip()}/></port>'
         for number, (protocol, reason, sender) in enumerate((f"{each}  ".split(" ", 2) for each in reasons), start=1)
@@ -109,7 +107,7 @@ def with_reasons(*reasons: str) -> bytes:
 
 @pytest.mark.proves("G16")
 @pytest.mark.parametrize(
-    ("reason", "letter"),
+    ("reason", "code"),
     [
         ("tcp syn-ack", Outcome.ANSWERED),
         ("tcp conn-refused", Outcome.ANSWERED),
@@ -127,10 +125,10 @@ def with_reasons(*reasons: str) -> bytes:
         ("tcp a-new-reason", Outcome.SILENT),
     ],
 )
-def test_outcome_only_the_hosts_own_answer_counts(reason: str, letter: Outcome) -> None:
-    """A port's reason makes a host answered only if no other machine can have given it."""
+def test_outcome_only_the_hosts_own_answer_counts(reason: str, code: Outcome) -> None:
+    """A port's reason makes a host answered only if no other machine can have caused it."""
     hosts, fault = read(with_reasons("tcp no-response", reason))
-    assert (fault, letters(hosts, 2)) == ("", {"127.9.1.1": letter})
+    assert (fault, codes(hosts, 2)) == ("", {"127.9.1.1": code})
 
 
 def summed_up(state: str, count: int, *reasons: bytes) -> bytes:
@@ -139,7 +137,7 @@ def summed_up(state: str, count: int, *reasons: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("reason", "letter"),
+    ("reason", "code"),
     [
         (b"reset", Outcome.ANSWERED),
         (b"conn-refused", Outcome.ANSWERED),
@@ -148,16 +146,16 @@ def summed_up(state: str, count: int, *reasons: bytes) -> bytes:
         (b"no-responses", Outcome.SILENT),
     ],
 )
-def test_outcome_summed_up_icmp_errors_do_not_count(reason: bytes, letter: Outcome) -> None:
-    """nmap does not write who sent the errors that it sums up, so they are no evidence of the host."""
+def test_outcome_summarized_icmp_errors_do_not_count(reason: bytes, code: Outcome) -> None:
+    """nmap omits the sender of summarized errors, so they are no evidence of the host."""
     hosts, _ = read(
         summed_up("closed", 60, b'<extrareasons reason="%s" count="60" proto="tcp" ports="1-60"/>' % reason)
     )
-    assert letters(hosts, 60) == {"127.9.1.1": letter}
+    assert codes(hosts, 60) == {"127.9.1.1": code}
 
 
 def test_open_filtered_is_canonical() -> None:
-    """Summed-up silent ports are read as sorted, disjoint ranges, of however many elements."""
+    """Summarized silent ports of any number of elements are read as sorted, disjoint ranges."""
     document = summed_up(
         "open|filtered",
         5,
@@ -171,13 +169,13 @@ def test_open_filtered_is_canonical() -> None:
 @pytest.mark.proves("G16")
 @pytest.mark.parametrize("numbers", [b"", b'proto="udp" ports="1-4"', b'proto="tcp" ports="1-5"'])
 def test_open_filtered_without_numbers_leaves_the_host_blank(numbers: bytes) -> None:
-    """A host whose silent ports nmap counts but does not name is not done: its results would be missing."""
+    """A host whose silent ports nmap counts but does not list is blank, because its results would be missing."""
     (host,), fault = read(summed_up("open|filtered", 5, b'<extrareasons reason="no-response" count="5" %s/>' % numbers))
     assert (outcome(host, 5), fault) == (Outcome.BLANK, "")
 
 
-def test_addresses_are_canonical() -> None:
-    """An address is written as Python writes it, whatever spelling nmap has, and what is none is refused."""
+def test_reader_addresses_are_canonical() -> None:
+    """Addresses are normalized to Python's notation, and invalid ones are rejected."""
     hosts, _ = read(HEAD + a_host("::FFFF:127.0.0.1") + a_host("2001:DB8:0:0::1") + TAIL)
     assert [host.address for host in hosts] == [str(ip_address("::ffff:127.0.0.1")), "2001:db8::1"]
     hosts, fault = read(HEAD + a_host("127.9.1.1") + a_host("2001:db8::x") + TAIL)
@@ -189,8 +187,8 @@ def task(kind: str, name: str, percent: str = "") -> bytes:
     return f'<task{kind} task="{name}" time="1795840069"{more}/>\n'.encode()
 
 
-def test_moves_grow_with_every_change_and_with_nothing_else() -> None:
-    """A task that begins or ends, a percentage that changes and a host are progress; the same percentage again is not."""
+def test_reader_moves_count_only_changes() -> None:
+    """A task that begins or ends, a changed percentage and a host are progress; the same percentage again is not."""
     reader = Reader(max_host_bytes=MAX_HOST)
     list(reader.feed(HEAD))
     seen = []
@@ -212,8 +210,8 @@ def test_moves_grow_with_every_change_and_with_nothing_else() -> None:
     assert reader.task == "NSE"
 
 
-def test_progress_of_real_nmap_is_noticed_as_it_comes(recording: Recording) -> None:
-    """Fed line by line, real output moves, and the reader knows nmap's version and phase."""
+def test_reader_progress_of_recorded_nmap_is_counted(recording: Recording) -> None:
+    """Fed line by line, real output shows progress, and the reader has nmap's version and phase."""
     reader = Reader(max_host_bytes=MAX_HOST)
     moves = []
     for line in recording("silent").splitlines(keepends=True):
@@ -225,8 +223,8 @@ def test_progress_of_real_nmap_is_noticed_as_it_comes(recording: Recording) -> N
     assert moves[-1] >= 5
 
 
-def test_progress_does_not_pile_up() -> None:
-    """A day of progress without a finished host is neither kept nor taken for a host."""
+def test_reader_progress_does_not_accumulate() -> None:
+    """A day of progress without a finished host is neither stored nor mistaken for a host."""
 
     def day() -> Iterator[bytes]:
         yield HEAD + task("begin", "Ping Scan")
@@ -237,8 +235,8 @@ def test_progress_does_not_pile_up() -> None:
     assert (reader_fault, peak < 1 << 20) == ("", True)
 
 
-def test_skipped_targets_are_named(recording: Recording) -> None:
-    """Targets that nmap had no route to are no hosts, and the reader says which they were."""
+def test_reader_skipped_targets_are_listed(recording: Recording) -> None:
+    """Targets that nmap had no route to are not hosts, and the reader lists them."""
     reader = Reader(max_host_bytes=MAX_HOST)
     assert [host.address for host in reader.feed(recording("skipped"))] == ["127.9.1.8"]
     reader.close()
@@ -247,15 +245,15 @@ def test_skipped_targets_are_named(recording: Recording) -> None:
 
 @pytest.mark.parametrize("name", ["many_open", "versions", "down", "udp"])
 @pytest.mark.parametrize("piece", [1, 7, 64, 1000])
-def test_the_size_of_the_pieces_changes_nothing(recording: Recording, name: str, piece: int) -> None:
+def test_reader_piece_size_does_not_matter(recording: Recording, name: str, piece: int) -> None:
     """A document read byte by byte gives the same hosts as one read at once."""
     assert read(recording(name), piece) == read(recording(name))
 
 
 @pytest.mark.proves("A14", "G16")
 @pytest.mark.parametrize("name", ["closed", "versions", "down", "timed_out"])
-def test_a_cut_document_keeps_its_whole_hosts(recording: Recording, name: str) -> None:
-    """Cut at any byte, a document gives exactly the hosts that ended before the cut, and does not count as whole."""
+def test_reader_truncated_document_keeps_complete_hosts(recording: Recording, name: str) -> None:
+    """A document cut at any byte gives exactly the hosts that ended before the cut, and is reported as truncated."""
     document = recording(name)
     whole, _ = read(document)
     for cut in range(len(document.rstrip())):
@@ -264,22 +262,22 @@ def test_a_cut_document_keeps_its_whole_hosts(recording: Recording, name: str) -
         assert fault
 
 
-def test_hosts_before_damage_stand() -> None:
-    """Hosts that were whole before a malformed byte are kept, and the damage is told."""
+def test_reader_hosts_before_an_error_are_kept() -> None:
+    """Hosts that were complete before a malformed byte are kept, and the error is reported."""
     hosts, fault = read(HEAD + a_host("127.9.1.1") + a_host("127.9.1.2") + b"<host><status <<<" + a_host("127.9.1.3"))
     assert [host.address for host in hosts] == ["127.9.1.1", "127.9.1.2"]
     assert fault
 
 
-def test_hints_are_no_hosts() -> None:
-    """nmap's early hint about a host is not taken for the host."""
+def test_reader_host_hints_are_ignored() -> None:
+    """nmap's early hint about a host is not mistaken for the host."""
     hint = a_host("127.9.1.9").replace(b"<host ", b"<hosthint ").replace(b"</host>", b"</hosthint>")
     hosts, fault = read(HEAD + hint + a_host("127.9.1.1") + TAIL)
     assert ([host.address for host in hosts], fault) == (["127.9.1.1"], "")
 
 
-def test_only_success_is_success() -> None:
-    """A document that is whole but says that nmap failed does not count."""
+def test_reader_failed_exit_status_is_rejected() -> None:
+    """A complete document in which nmap reports failure is rejected."""
     assert read(HEAD + TAIL)[1] == ""
     assert "finished" in read(HEAD + TAIL.replace(b"success", b"error"))[1]
     assert "finished" in read(HEAD + b"</nmaprun>")[1]
@@ -323,14 +321,14 @@ def test_only_success_is_success() -> None:
         "UTF-16",
     ],
 )
-def test_hostile_documents_are_refused(document: bytes) -> None:
-    """What nmap never writes is refused with a reason, and no host comes of it."""
+def test_reader_hostile_documents_are_rejected(document: bytes) -> None:
+    """Markup that nmap never writes is rejected with a reason and without a host."""
     hosts, fault = read(document)
     assert (hosts, bool(fault)) == ([], True)
 
 
 def fed(pieces: Iterator[bytes]) -> tuple[str, int]:
-    """What was wrong, and the most memory that reading took."""
+    """Return the error and the peak memory of reading."""
     reader = Reader(max_host_bytes=MAX_HOST)
     tracemalloc.start()
     fault = ""
@@ -346,10 +344,10 @@ def fed(pieces: Iterator[bytes]) -> tuple[str, int]:
 
 
 @pytest.mark.proves("A14", "G11")
-def test_endless_things_end_in_bounded_memory() -> None:
-    """An endless attribute, text, host or nesting is given up, having taken no more than the limits allow."""
+def test_reader_endless_input_has_bounded_memory() -> None:
+    """An endless attribute, text, host or nesting is rejected within the memory limits."""
     piece = 1 << 16
-    copies = 4  # of a limit: a buffer grows by copying, and how much it takes ahead differs between Pythons
+    copies = 4  # of a limit: buffers grow by copying, and over-allocation differs between Python versions
 
     def endless(start: bytes, again: bytes) -> Iterator[bytes]:
         yield HEAD + start
@@ -364,8 +362,8 @@ def test_endless_things_end_in_bounded_memory() -> None:
     assert ended[1] < copies * MAX_TOKEN
 
 
-def test_memory_does_not_grow_with_the_number_of_hosts() -> None:
-    """Sixteen times the hosts take no more memory to read."""
+def test_reader_memory_is_independent_of_host_count() -> None:
+    """Sixteen times as many hosts need no more memory to read."""
 
     def hosts(number: int) -> Iterator[bytes]:
         yield HEAD
@@ -376,8 +374,8 @@ def test_memory_does_not_grow_with_the_number_of_hosts() -> None:
     assert many < 2 * few
 
 
-def test_what_is_no_character_becomes_an_escape() -> None:
-    """References and bytes that XML does not allow are kept as escapes, so one strange banner does not cost a chunk."""
+def test_reader_invalid_characters_are_escaped() -> None:
+    """References and bytes that XML forbids are kept as escapes, so that one invalid banner does not fail a chunk."""
     inside = (
         b'<port protocol="tcp" portid="1"><x a="&#x1b;[31m &#xd800; &#xfffe; \x01 \xff\xe2\x80 &#xe9; &#xa;"/></port>'
     )
@@ -389,8 +387,8 @@ def test_what_is_no_character_becomes_an_escape() -> None:
 
 @pytest.mark.proves("A14")
 @given(st.binary(max_size=300), st.integers(1, 50))
-def test_any_bytes_end_in_hosts_or_a_reason(noise: bytes, piece: int) -> None:
-    """Noise in the middle of a document never breaks the reader, nor the hosts before it."""
+def test_reader_any_bytes_give_hosts_or_an_error(noise: bytes, piece: int) -> None:
+    """Noise in the middle of a document breaks neither the reader nor the hosts before it."""
     hosts, _ = read(HEAD + a_host("127.9.1.1") + noise + a_host("127.9.1.2") + TAIL, piece)
     assert hosts[0].address == "127.9.1.1"
 
@@ -399,6 +397,6 @@ def test_any_bytes_end_in_hosts_or_a_reason(noise: bytes, piece: int) -> None:
 @given(
     st.lists(st.sampled_from([b"<", b">", b"/", b"host", b" ", b'"', b"=", b"<host>", b"</host>", b"&", b"#x1;", b"a"]))
 )
-def test_any_markup_ends_in_hosts_or_a_reason(parts: list[bytes]) -> None:
+def test_reader_any_markup_gives_hosts_or_an_error(parts: list[bytes]) -> None:
     """No arrangement of markup raises anything but the reader's own error."""
     read(HEAD + b"".join(parts))
