@@ -95,6 +95,12 @@ class TooLargeError(PublicError):
     status = 413
 
 
+class PreconditionFailedError(PublicError):
+    """The thing has changed since the caller read it."""
+
+    status = 412
+
+
 class TooManyRequestsError(PublicError):
     """The caller asks more than their share; they may go on after `retry_after` seconds."""
 

@@ -100,6 +100,14 @@ class PortSet:
             return PortSet(tcp=_part(self.tcp, number * size, size))
         return PortSet(udp=_part(self.udp, (number - of_tcp) * size, size))
 
+    def meets(self, other: PortSet) -> bool:
+        """Whether a port is in both, as far as numbers tell: a `top` set may hold any TCP port."""
+        if self.top and other.top:
+            return self.above < other.top and other.above < self.top
+        if (self.top and other.tcp_count) or (other.top and self.tcp_count):
+            return True
+        return _meet(self.tcp, other.tcp) or _meet(self.udp, other.udp)
+
     def without(self, others: PortSet) -> PortSet:
         """The TCP ports of this set that are not in the other one."""
         taken = {port for low, high in others.tcp for port in range(low, high + 1)}
@@ -166,6 +174,10 @@ def _part(ranges: tuple[Range, ...], skip: int, size: int) -> tuple[Range, ...]:
 
 def _size(ranges: tuple[Range, ...]) -> int:
     return sum(high - low + 1 for low, high in ranges)
+
+
+def _meet(some: tuple[Range, ...], others: tuple[Range, ...]) -> bool:
+    return any(low <= last and first <= high for low, high in some for first, last in others)
 
 
 def _text(ranges: tuple[Range, ...], prefix: str) -> str:

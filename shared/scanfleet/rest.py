@@ -148,6 +148,57 @@ class Snapshot(_Answer):
     task: TaskStatus
 
 
+class JobSnapshot(_Answer):
+    """What a job was asked for: its subnet and policy as they were when it was created."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True, json_schema_serialization_defaults_required=True)
+
+    job_id: int
+    cidr: str
+    exclude: list[str]
+    policy: ScanPolicy
+    addresses: int
+    """Of the subnet, the excluded ones among them."""
+
+    excluded: int
+    ports: int
+    """Probes for each address."""
+
+    chunks: int
+    """How many pieces of work the job is cut into."""
+
+    estimate_seconds: float
+    """Slot seconds that the whole job was expected to take."""
+
+
+class MapBlock(_Answer):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    ports: str
+    letters: str
+    """One for each address: `a` answered, `s` silent, `d` down, `t` timed out, `x` excluded, `r` refused, `l` lost, `c` cancelled,
+    `>` a worker scans it now, `.` waiting."""
+
+
+class CoverageMap(_Answer):
+    """What became of each address of a job, for each block of its ports."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    job_id: int
+    seq: int
+    """Rises with every state of the job."""
+
+    status: JobStatus
+    first: str
+    """The address of the first letter."""
+
+    addresses: int
+    """Letters of each block, of which the whole subnet may have more: then ask for the next ones with `from`."""
+
+    blocks: list[MapBlock]
+
+
 class Result(_Answer):
     """One port that nmap found open or open|filtered."""
 
@@ -416,6 +467,85 @@ class UserId(_Answer):
     """Not part of the public API."""
 
     user_id: Id
+
+
+# The platform and the caller
+
+
+class ScanLimits(_Answer):
+    """What the orchestrator lets users scan. Not part of the public API by itself."""
+
+    presets: dict[Preset, ScanPolicy]
+    scripts: list[str]
+    max_addresses: int
+
+
+class Info(ScanLimits):
+    """What a client must know before it has a token; nothing in it is secret."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True, json_schema_serialization_defaults_required=True)
+
+    version: str
+    api: Literal["v1"]
+    issuer: str
+    """Whose tokens are accepted."""
+
+    client_id: str | None
+    """Of the issuer, for clients that sign in there; null when none is registered."""
+
+    audience: str
+    scopes: list[str]
+    presets: dict[Preset, ScanPolicy]
+    """The policy that each preset is."""
+
+    scripts: list[str]
+    """NSE scripts that a policy may name."""
+
+    max_addresses: int
+    """The most addresses of one subnet."""
+
+    sign_in: list[Literal["token", "oidc"]]
+    """`token`: with a token that the caller has; `oidc`: at the issuer, with `client_id`."""
+
+
+class Quota(_Answer):
+    """Requests a minute."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    limit: int
+    left: int
+    reset: int
+    """Seconds until more is left."""
+
+
+class PlacesLeft(_Answer):
+    """Requests under way at once."""
+
+    limit: int
+    left: int
+
+
+class Limits(_Answer):
+    """Of this user at this replica of the gateway, each of which counts its own."""
+
+    reads: Quota
+    writes: Quota
+    cancels: Quota
+    at_once: PlacesLeft
+
+
+class Me(_Answer):
+    """The caller, and what is left of the caller's limits."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    user_id: int
+    admin: bool
+    expires_at: Time
+    """When the token ends."""
+
+    limits: Limits
 
 
 # Paths and queries

@@ -417,13 +417,15 @@ class _Outermost:
         status = 0
         most = next((most for prefix, most in BODY_LIMITS.items() if scope["path"].startswith(prefix)), MAX_BODY_BYTES)
         head = scope["method"] == "HEAD"
+        scope["answer_headers"] = []  # that a route adds to whatever answer is sent, an error included
         inner = {**scope, "method": "GET"} if head else scope
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                added = (*scope["answer_headers"], (b"x-request-id", request_id.encode()))
+                message["headers"] = [*message.get("headers", ()), *added]
                 await send(message)
                 if head:  # the answer is complete with its headers, and whatever produces its body is disconnected
                     await send({"type": "http.response.body"})

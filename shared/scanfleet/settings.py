@@ -41,6 +41,7 @@ def _nat64(prefix: IPv6Network) -> IPv6Network:
 
 
 Networks = Annotated[tuple[Annotated[Network, BeforeValidator(_network)], ...], NoDecode, BeforeValidator(_split)]
+Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Nat64Prefix = Annotated[IPv6Network, BeforeValidator(_network), AfterValidator(_nat64)]
 
 
@@ -218,7 +219,7 @@ class AuthSettings(_Settings):
         description="Signature algorithms that are accepted; a key is only ever used with those made for its type. `EdDSA` is "
         "Ed25519, under either name.",
     )
-    jwt_types: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
+    jwt_types: Words = Field(
         ("at+jwt", "JWT"),
         description="Values of the header `typ` that are accepted, in any case; a token without `typ` is accepted too.",
     )

@@ -7,11 +7,14 @@ import io
 import re
 import subprocess
 import tokenize
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import pytest
+
+from scanfleet import VERSION
 
 ROOT: Final = Path(__file__).parents[2]
 ADRS: Final = sorted((ROOT / "docs" / "adr").glob("[0-9]*.md"))
@@ -102,3 +105,9 @@ def test_a_decision_is_one_page_in_the_index(page: Path) -> None:
     assert [line for line in lines if line.startswith("## ")] == ["## Context", "## Decision", "## Consequences"]
     assert len(lines) <= 60
     assert f"- [{title}]({page.name})" in (page.parent / "README.md").read_text(encoding="utf-8").splitlines()
+
+
+def test_the_version_of_a_release_is_the_same_in_code_and_package() -> None:
+    """What the gateway publishes as its version is what pyproject.toml says."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == VERSION

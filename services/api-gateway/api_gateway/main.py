@@ -23,7 +23,7 @@ from api_gateway.auth import REFRESH_S, Revocations, UserIds
 from api_gateway.handlers.commands import Commands
 from api_gateway.handlers.events import Watches
 from api_gateway.settings import Settings
-from api_gateway.upstream import Orchestrator, Upstream, connect
+from api_gateway.upstream import Orchestrator, ScanLimits, Upstream, connect
 from scanfleet import logging, service, tracing
 from scanfleet.auth import InternalTokens, TokenVerifier, open_verifier, read_private_key
 from scanfleet.bus import Bus
@@ -35,7 +35,8 @@ from scanfleet.startup import Startup
 _DESCRIPTION = """\
 Scan networks as a service: register subnets and policies, create scan jobs, watch them run and read what was found.
 
-Every error of every kind is `{"error": "..."}`. Times are RFC 3339 in UTC."""
+Every error of every kind is `{"error": "..."}`. Times are RFC 3339 in UTC. Every answer to a good token carries `RateLimit` and
+`RateLimit-Policy`: what is left of the limit that the request was counted against."""
 
 
 # The page's own scripts and requests, and nothing else: no other host, no frame. Swagger UI sets styles on its elements.
@@ -97,7 +98,16 @@ def create_app(
             app.state.probes.watch(replies)
             app.state.probes.watch(events)
             app.state.probes.watch(await stack.enter_async_context(app.state.refusals.told_to(bus)))
-            app.state.gateway = State(commands, orchestrator, canceller, result_store, watches, events, settings)
+            app.state.gateway = State(
+                commands,
+                orchestrator,
+                canceller,
+                result_store,
+                ScanLimits(orchestrator.scan_limits),
+                watches,
+                events,
+                settings,
+            )
             yield
 
     app = service.create_app(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, HttpUrl
 
-from scanfleet.settings import AuthSettings, CommonSettings, KafkaSettings
+from scanfleet.settings import AuthSettings, CommonSettings, KafkaSettings, Words
 
 
 def _origin(url: HttpUrl) -> HttpUrl:
@@ -84,6 +84,17 @@ class Settings(CommonSettings, KafkaSettings, AuthSettings):
         500,  # half of all requests at once: those that wait for a reply to their command need none
         ge=1,
         description="The most connections to each service behind the gateway; cancels have as many of their own.",
+    )
+    oidc_client_id: str | None = Field(
+        None,
+        min_length=1,
+        max_length=200,
+        description="Client id at the issuer with which the command line and the page sign users in, published at "
+        "`/api/v1/info`; without it users bring tokens of their own.",
+    )
+    oidc_scopes: Words = Field(
+        ("openid", "offline_access"),
+        description="Scopes that they ask the issuer for.",
     )
     heartbeat_seconds: float = Field(
         15.0,  # proxies cut what is idle for 30 to 60 s

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Annotated, Final, Literal, TypeVar
 from urllib.parse import quote
@@ -15,7 +17,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from starlette.types import Message, Receive, Scope, Send
 
 from api_gateway.settings import Settings
-from scanfleet import tracing
+from scanfleet import rest, tracing
 from scanfleet.auth import THE_GATEWAY, InternalTokens
 from scanfleet.errors import BadRequestError, DependencyError
 from scanfleet.messages import CommandAccepted, CommandRejected, Job
@@ -25,14 +27,17 @@ from scanfleet.service import source
 CONNECT_SECONDS: Final = 1.0  # the services are next door
 POOL_SECONDS: Final = 1.0  # to wait for a connection while all are in use; then it is better to say so
 SMALL_BYTES: Final = 1 << 16  # what one read of a connection brings; watching over a stream costs more than so little
+LIMITS_SECONDS: Final = 60.0  # they change with a restart of the orchestrator
 KEEPALIVE_SECONDS: Final = 3.0  # shorter than the servers' 5 s, so that none closes what we are about to use
 
 _Answer = TypeVar("_Answer")
 
-_FORWARDED: Final = ("accept", "content-type")
+_FORWARDED: Final = ("accept", "content-type", "if-match", "if-none-match")
 _RETURNED: Final = (
     "content-type",
     "content-length",
+    "content-disposition",
+    "etag",
     "retry-after",
     "www-authenticate",
     "vary",
@@ -94,7 +99,8 @@ class Upstream:
         query = quote(request.scope["query_string"], safe=_QUERY_SAFE)
         target = request.scope["path"] + (f"?{query}" if query else "")
         answer = await self._send(request.method, target, headers, await request.body())
-        if int(answer.headers.get("content-length", SMALL_BYTES + 1)) > SMALL_BYTES:
+        has_body = answer.status_code != httpx.codes.NOT_MODIFIED
+        if has_body and int(answer.headers.get("content-length", SMALL_BYTES + 1)) > SMALL_BYTES:
             return _Relay(answer, self._stalled_seconds)
         return _Whole(await self._read(answer), self._stalled_seconds)
 
@@ -198,6 +204,14 @@ class Orchestrator(Upstream):
         body = Subject(issuer=issuer, subject=subject).model_dump_json().encode()
         return _parse(UserId, await self._ask_for_itself("POST", "/internal/users", body)).user_id
 
+    async def scan_limits(self) -> rest.ScanLimits:
+        """What users may scan.
+
+        Raises:
+            DependencyError: the orchestrator is unavailable.
+        """
+        return _parse(rest.ScanLimits, await self._ask_for_itself("GET", "/internal/limits"))
+
     async def revoked(self) -> list[Revoked]:
         """All that is revoked.
 
@@ -224,6 +238,39 @@ class Orchestrator(Upstream):
                 return CommandAccepted(command_id=command_id, jobs=verdict.jobs)
             case _Rejected():
                 return CommandRejected(command_id=command_id, status=verdict.status, error=verdict.error)
+
+
+class ScanLimits:
+    """The orchestrator's limits, asked at most once a minute, since callers without a token ask for them.
+
+    Args:
+        ask: the orchestrator.
+        clock: in seconds.
+    """
+
+    def __init__(
+        self, ask: Callable[[], Awaitable[rest.ScanLimits]], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._ask = ask
+        self._clock = clock
+        self._read: rest.ScanLimits | None = None
+        self._read_at = float("-inf")
+        self._asking = asyncio.Lock()
+
+    async def read(self) -> rest.ScanLimits:
+        """The limits; while the orchestrator is unavailable, those read last.
+
+        Raises:
+            DependencyError: it is, and they were never read.
+        """
+        async with self._asking:
+            if self._read is None:
+                self._read, self._read_at = await self._ask(), self._clock()
+            elif self._clock() - self._read_at > LIMITS_SECONDS:
+                self._read_at = self._clock()  # after a failure too, so that an outage is not asked by every caller
+                with contextlib.suppress(DependencyError):
+                    self._read = await self._ask()
+            return self._read
 
 
 @asynccontextmanager

@@ -202,3 +202,22 @@ def test_parse_ranges_malformed_is_rejected(text: str) -> None:
     """What is no list of ports and ranges is rejected."""
     with pytest.raises(ValueError, match="port"):
         parse_ranges(text)
+
+
+@pytest.mark.parametrize(
+    ("some", "others", "meet"),
+    [
+        ("22,80", "80-90", True),
+        ("22,80", "81-90", False),
+        ("22", "U:22", False),
+        ("T:1,U:53", "U:50-60", True),
+        ("top:50", "top:51-100", False),
+        ("top:51-100", "top:1000", True),
+        ("top:50", "443", True),
+        ("top:50", "U:53", False),
+    ],
+)
+def test_two_sets_meet_where_a_port_is_in_both(some: str, others: str, *, meet: bool) -> None:
+    """Numbers are compared by protocol, ranks with ranks; which numbers a rank has is unknown, so it may be any of TCP."""
+    assert PortSet.parse(some).meets(PortSet.parse(others)) is meet
+    assert PortSet.parse(others).meets(PortSet.parse(some)) is meet

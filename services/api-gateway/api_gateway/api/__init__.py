@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from api_gateway.api import audit, policies, revocations, session, subnets, tasks
+from api_gateway.api import audit, info, policies, revocations, session, subnets, tasks
 
 ROUTERS: tuple[APIRouter, ...] = (
+    info.public,
+    info.router,
     tasks.router,
     tasks.cancels,
     tasks.streams,

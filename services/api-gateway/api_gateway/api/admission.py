@@ -20,10 +20,12 @@ from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from api_gateway.settings import Settings
+from scanfleet import rest
 from scanfleet.auth import Guarded, Principal
 from scanfleet.errors import BadRequestError, Rule, TooManyRequestsError, UnavailableError
 
 _WITH_BODY: Final = frozenset({"POST", "PUT"})
+_WINDOW_S: Final = 60  # of every rate
 
 
 class Places:
@@ -34,6 +36,10 @@ class Places:
         self._per_user = per_user
         self._total = total
         self._taken: Counter[int] = Counter()
+
+    def left(self, user_id: int) -> rest.PlacesLeft:
+        """How many the user may take besides those taken now."""
+        return rest.PlacesLeft(limit=self._per_user, left=max(0, self._per_user - self._taken[user_id]))
 
     @asynccontextmanager
     async def take(self, user_id: int) -> AsyncIterator[None]:
@@ -85,26 +91,50 @@ class Admission:
         }
 
     @asynccontextmanager
-    async def admit(self, user_id: int, *, rate: str, lane: str) -> AsyncIterator[None]:
+    async def admit(
+        self, user_id: int, *, rate: str, lane: str, headers: list[tuple[bytes, bytes]]
+    ) -> AsyncIterator[None]:
         """Count the request against `rate`, and hold one of the user's places in `lane` for the length of the block.
+
+        Args:
+            user_id: who asks.
+            rate: `reads`, `writes` or `cancels`.
+            lane: `requests`, `cancels` or `streams`.
+            headers: of the answer; `RateLimit` and `RateLimit-Policy` are added, whatever the answer will be.
 
         Raises:
             TooManyRequestsError: the user has no place left, or has asked too much in the last minute.
             UnavailableError: all users together have no place left.
         """
-        await self._count(user_id, self._rates[rate])
-        async with self._places[lane].take(user_id):
-            yield
-
-    async def _count(self, user_id: int, limit: RateLimitItemPerMinute) -> None:
-        if not await self._limiter.hit(limit, str(user_id)):
-            free_at, _ = await self._limiter.get_window_stats(limit, str(user_id))
-            seconds = max(1, math.ceil(free_at - time.time()))
+        granted = await self._limiter.hit(self._rates[rate], str(user_id))
+        quota = await self._quota(user_id, rate)
+        headers += (
+            (b"ratelimit-policy", f'"{rate}";q={quota.limit};w={_WINDOW_S}'.encode()),
+            (b"ratelimit", f'"{rate}";r={quota.left};t={quota.reset}'.encode()),
+        )
+        if not granted:
+            seconds = max(1, quota.reset)
             raise TooManyRequestsError(
-                f"more than {limit.amount} {limit.namespace} a minute, which is the limit; try again in {seconds} s",
+                f"more than {quota.limit} {rate} a minute, which is the limit; try again in {seconds} s",
                 retry_after=seconds,
                 rule=Rule.RATE,
             )
+        async with self._places[lane].take(user_id):
+            yield
+
+    async def left(self, user_id: int) -> rest.Limits:
+        """What is left of the user's limits now."""
+        return rest.Limits(
+            reads=await self._quota(user_id, "reads"),
+            writes=await self._quota(user_id, "writes"),
+            cancels=await self._quota(user_id, "cancels"),
+            at_once=self._places["requests"].left(user_id),
+        )
+
+    async def _quota(self, user_id: int, rate: str) -> rest.Quota:
+        limit = self._rates[rate]
+        free_at, left = await self._limiter.get_window_stats(limit, str(user_id))
+        return rest.Quota(limit=limit.amount, left=left, reset=max(0, math.ceil(free_at - time.time())))
 
 
 class Route(Guarded):
@@ -123,7 +153,7 @@ class Route(Guarded):
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         caller = cast(Principal, scope["caller"])
         admission = cast(Admission, scope["app"].state.admission)
-        async with admission.admit(caller.user_id, rate=self._rate, lane=self.lane):
+        async with admission.admit(caller.user_id, rate=self._rate, lane=self.lane, headers=scope["answer_headers"]):
             self._refuse_other_content(scope)
             await super().serve(scope, receive, send)
 

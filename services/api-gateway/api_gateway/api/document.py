@@ -14,13 +14,17 @@ _RETRY_AFTER: Final = {
 _REQUEST_ID: Final = {
     "X-Request-ID": {"description": "Names this request in every log.", "schema": {"type": "string"}},
 }
+ETAG: Final = {
+    "ETag": {"description": "Names this state of the thing.", "schema": {"type": "string"}},
+}
 _ERRORS: Final[dict[int, str]] = {
     400: "The request is malformed or invalid; the error says how.",
     401: "There is no bearer token, or not a good one.",
     403: "It belongs to another user, or is for administrators.",
     404: "There is no such thing, or it is not yours.",
     409: "Its state does not allow this.",
-    413: "The body is too large.",
+    412: "It has changed since it was read: its `ETag` is no longer the one in `If-Match`.",
+    413: "The body or the answer is too large.",
     429: "A limit of the caller's is reached, of requests a minute or at once; the error names it.",
     500: "A fault of the service.",
     503: "A part of the service is unavailable or busy; the request may be repeated.",
@@ -32,11 +36,12 @@ _HEADERS: Final[dict[int, dict[str, Any]]] = {
 }
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The error answers of a route: the given ones, and those that any route can have."""
+def errors(*statuses: int, guarded: bool = True) -> dict[int | str, dict[str, Any]]:
+    """The error answers of a route: the given ones, and those that any route can have; `guarded` if it wants a token."""
+    always = {401, 429, 500, 503} if guarded else {500, 503}
     answers: dict[int | str, dict[str, Any]] = {
         status: {"model": rest.Error, "description": _ERRORS[status], "headers": _REQUEST_ID | _HEADERS.get(status, {})}
-        for status in sorted({*statuses, 401, 429, 500, 503})
+        for status in sorted({*statuses, *always})
     }
     # Named so that the framework does not document a 422, which is never sent.
     answers["default"] = {"model": rest.Error, "description": "Any other error.", "headers": _REQUEST_ID}
@@ -61,6 +66,21 @@ def paging(largest: Any = rest.PageSize, size: int = 10) -> list[dict[str, Any]]
 def query(name: str, schema: dict[str, Any], description: str) -> dict[str, Any]:
     """An optional query parameter."""
     return {"name": name, "in": "query", "required": False, "schema": schema, "description": description}
+
+
+def _header(name: str, description: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "in": "header",
+        "required": False,
+        "schema": {"type": "string", "maxLength": 1_000},
+        "description": description,
+    }
+
+
+IF_NONE_MATCH: Final = _header(
+    "If-None-Match", "The `ETag` of what the caller has; the answer is 304 if it is still that."
+)
 
 
 def _schema(type_: Any) -> dict[str, Any]:

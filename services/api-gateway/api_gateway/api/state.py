@@ -10,7 +10,7 @@ from fastapi import Depends, Request
 from api_gateway.handlers.commands import Commands
 from api_gateway.handlers.events import Watches
 from api_gateway.settings import Settings
-from api_gateway.upstream import Orchestrator, Upstream
+from api_gateway.upstream import Orchestrator, ScanLimits, Upstream
 from scanfleet.bus import Consumer
 
 
@@ -21,6 +21,7 @@ class State:
     canceller: Orchestrator
     """The same service over connections that nothing but cancels uses."""
     result_store: Upstream
+    scan_limits: ScanLimits
     watches: Watches
     events: Consumer
     """Reads the job events for `watches`."""

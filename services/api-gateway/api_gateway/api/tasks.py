@@ -9,7 +9,7 @@ from uuid import uuid4
 from fastapi import APIRouter, Header, Request, Response
 
 from api_gateway.api.admission import CancelRoute, Route, StreamRoute
-from api_gateway.api.document import errors, paging, query
+from api_gateway.api.document import ETAG, IF_NONE_MATCH, errors, paging, query
 from api_gateway.api.events import EventStream, Watched
 from api_gateway.api.state import Handed
 from scanfleet import rest, tracing
@@ -51,6 +51,18 @@ _USER_ID: Final = query(
     {"anyOf": [{"type": "integer", "minimum": 1, "maximum": MAX_ID}, {"const": "all"}]},
     "For administrators: the jobs of this user, or of `all`; without it the caller's own.",
 )
+_PORTS: Final = query(
+    "ports", {"type": "string"}, "Only blocks that hold some of these ports, in the syntax of a policy's `ports`."
+)
+_FROM: Final = query(
+    "from",
+    {"type": "string"},
+    "Only from this address on: one answer has 65,536 addresses, and a larger subnet needs it.",
+)
+_NOT_MODIFIED: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"headers": ETAG},
+    304: {"description": "The map is still the one of `If-None-Match`.", "headers": ETAG},
+}
 _RESULT: Final = {"$ref": "#/components/schemas/Result"}
 _RESULTS: Final[dict[int | str, dict[str, Any]]] = {
     200: {
@@ -192,6 +204,23 @@ async def read_results(job_id: PathId, request: Request, _caller: Caller, state:
 )
 async def read_ledger(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
     """What became of every probe of a scan job, and by name what was not probed."""
+    return await state.orchestrator.forward(request)
+
+
+@router.get("/{job_id}/snapshot", response_model=rest.JobSnapshot, responses=errors(404))
+async def read_snapshot(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
+    """What a scan job was asked for, whatever became of its subnet and policy since."""
+    return await state.orchestrator.forward(request)
+
+
+@router.get(
+    "/{job_id}/map",
+    response_model=rest.CoverageMap,
+    responses=_NOT_MODIFIED | errors(400, 404, 413),
+    openapi_extra={"parameters": [_PORTS, _FROM, IF_NONE_MATCH]},
+)
+async def read_map(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
+    """What became of each address of a scan job, one letter an address, for each block of its ports."""
     return await state.orchestrator.forward(request)
 
 

@@ -21,6 +21,8 @@ PASSED_ON = [
     ("GET", "/api/v1/task/41"),
     ("GET", "/api/v1/task/41/ledger"),
     ("GET", "/api/v1/task/41/waiting"),
+    ("GET", "/api/v1/task/41/snapshot"),
+    ("GET", "/api/v1/task/41/map"),
     ("GET", "/api/v1/audit"),
     ("GET", "/api/v1/revocation"),
     ("POST", "/api/v1/revocation"),
@@ -57,7 +59,8 @@ async def test_head_is_answered_as_get_is(gateway: Running, path: str, status: i
     answer = await gateway.client.head(path, headers={"X-Request-ID": "same"})
     get = await gateway.client.get(path, headers={"X-Request-ID": "same"})
     for each in (answer, get):
-        del each.headers["x-request-id"]  # each has its own
+        for name in ("x-request-id", "ratelimit"):  # each has its own
+            del each.headers[name]
     assert (answer.status_code, answer.headers, answer.content) == (status, get.headers, b"")
     assert {asked.method for asked in gateway.services.requests} == {"GET"}
 
@@ -80,12 +83,14 @@ async def test_head_wants_a_token_as_get_does(gateway: Running) -> None:
 
 
 async def test_what_goes_with_a_request(gateway: Running) -> None:
-    """The caller, Accept, the content type, an id and a trace of ours, the query and the true address go on; nothing else does."""
+    """The caller, Accept, content type, conditions, an id and a trace of ours, the query and the true address go on; nothing else."""
     traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     answer = await gateway.client.get(
         "/api/v1/task?status%5B%5D=running&status=a,b&page=2&x=%F0%9F%98%80",
         headers={
             "Accept": "application/json",
+            "If-Match": '"1"',
+            "If-None-Match": '"2"',
             "X-Request-ID": "r-1",
             "traceparent": traceparent,
             "Cookie": "c=1",
@@ -106,6 +111,8 @@ async def test_what_goes_with_a_request(gateway: Running) -> None:
         "host": "orchestrator",
         "authorization": asked.headers["authorization"],
         "accept": "application/json",
+        "if-match": '"1"',
+        "if-none-match": '"2"',
         "accept-encoding": "identity",
         "user-agent": "scanfleet-api-gateway",
         "connection": "keep-alive",
@@ -122,6 +129,8 @@ async def test_what_comes_back_with_an_answer(gateway: Running) -> None:
     kept = {
         "content-type": "text/csv; charset=utf-8",
         "content-length": "2",
+        "content-disposition": "attachment",
+        "etag": '"3"',
         "retry-after": "3",
         "www-authenticate": "Bearer",
         "vary": "Accept",
@@ -133,7 +142,15 @@ async def test_what_comes_back_with_an_answer(gateway: Running) -> None:
     )
     answer = await gateway.client.get("/api/v1/task")
     (asked,) = gateway.services.requests
-    assert dict(answer.headers) == kept | {"x-request-id": asked.headers["x-request-id"]}
+    ours = {name: answer.headers[name] for name in ("ratelimit", "ratelimit-policy")}
+    assert dict(answer.headers) == kept | ours | {"x-request-id": asked.headers["x-request-id"]}
+
+
+async def test_not_modified_passes_through_without_a_body(gateway: Running) -> None:
+    """A 304 is passed on with its tag, as an answer that has ended."""
+    gateway.services.on("GET", "http://orchestrator/api/v1/task/41/map", httpx.Response(304, headers={"ETag": '"3"'}))
+    answer = await gateway.client.get("/api/v1/task/41/map", headers={"If-None-Match": '"3"'})
+    assert (answer.status_code, answer.headers["ETag"], answer.content) == (304, '"3"', b"")
 
 
 @pytest.mark.parametrize(

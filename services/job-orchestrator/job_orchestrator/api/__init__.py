@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from job_orchestrator.api import access, audit, internal, policies, subnets, tasks
+from job_orchestrator.api import access, audit, coverage, internal, policies, subnets, tasks
 
 ROUTERS: tuple[APIRouter, ...] = (
     tasks.router,
+    coverage.router,
     subnets.router,
     policies.router,
     audit.router,

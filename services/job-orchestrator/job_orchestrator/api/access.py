@@ -7,12 +7,13 @@ from typing import Annotated, Final
 
 from fastapi import APIRouter, Depends, Request
 
-from job_orchestrator.api.state import Paged, Recorded
+from job_orchestrator.api.state import Handed, Paged, Recorded
 from job_orchestrator.domain.access import KEPT, MAX_REVOCATIONS, Access, Revocation
 from scanfleet import rest
 from scanfleet.auth import Caller, GatewayRoute, Guarded, Principal
 from scanfleet.clock import utc_now
 from scanfleet.errors import BadRequestError, ConflictError, ForbiddenError, NotFoundError, Rule
+from scanfleet.policy import Preset, fill_in
 from scanfleet.service import PathId
 
 _SKEW: Final = timedelta(seconds=60)  # by which a caller's clock may be ahead
@@ -91,6 +92,16 @@ async def revoked(access: Kept) -> list[rest.Revoked]:
         rest.Revoked(jti=each.jti, sub=each.sub, user_id=each.user_id, issued_before=each.issued_before)
         for each in await access.revocations()
     ]
+
+
+@internal.get("/limits")
+async def scan_limits(state: Handed) -> rest.ScanLimits:
+    """What users may scan."""
+    return rest.ScanLimits(
+        presets={preset: fill_in(preset, {}, state.scripts) for preset in Preset},
+        scripts=sorted(state.scripts),
+        max_addresses=state.rules.max_addresses,
+    )
 
 
 @internal.post("/users")

@@ -21,7 +21,7 @@ from scanfleet.policy import ADMITTED_SCRIPTS
 from scanfleet.service import audit_entry
 from scanfleet.targets import TargetRules
 
-_MAX_ERROR_CHARS: Final = 200  # an error may quote the caller, but not at length
+MAX_ERROR_CHARS: Final = 200  # an error may quote the caller, but not at length
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,13 @@ def only_known(request: Request, *names: str) -> None:
         BadRequestError: there is one.
     """
     if unknown := request.query_params.keys() - {"page", "page_size", *names}:
-        raise BadRequestError(f"unknown in a query: {', '.join(sorted(unknown))}"[:_MAX_ERROR_CHARS])
+        raise BadRequestError(f"unknown in a query: {', '.join(sorted(unknown))}"[:MAX_ERROR_CHARS])
+
+
+def tags(request: Request, header: str) -> set[str]:
+    """The entity tags of `If-Match` or `If-None-Match`, weak ones as strong ones."""
+    listed = ",".join(request.headers.getlist(header))
+    return {tag.strip().removeprefix("W/") for tag in listed.split(",") if tag.strip()}
 
 
 async def _paging(

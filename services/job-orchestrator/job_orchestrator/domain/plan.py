@@ -7,8 +7,8 @@ that no address is scanned by two nmaps of its job at once.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -174,6 +174,35 @@ def chunks(job: ScanJob, first: int, end: int) -> Iterator[Chunk]:
             estimate=expected(job, ports, blank),
             needs_raw=job.policy.needs_raw_for(ports),
         )
+
+
+def block_of(job: ScanJob, index: int) -> int:
+    """The block of ports of the chunk with this index."""
+    return index // _slice_count(job) if job.blockwise else index % job.blocks
+
+
+def block_ports(job: ScanJob, block: int) -> PortSet:
+    """The ports of a block, by its number from 0."""
+    return job.policy.port_set.block(block, job.chunk_ports)
+
+
+def indexes(job: ScanJob, blocks: Iterable[int], first: int, end: int) -> list[tuple[int, int]]:
+    """Indexes of the chunks of these blocks that hold places from `first` up to `end` of the job's network.
+
+    Returns:
+        Ranges, each without its end, in order; between the chunks that are asked for they may hold others.
+    """
+    offsets = [offset for offset, _ in _slices(job.cidr, job.exclude, job.chunk_addresses)]
+    low, high = bisect_right(offsets, first - job.chunk_addresses), bisect_left(offsets, end)
+    if not job.blockwise:
+        return [(low * job.blocks, high * job.blocks)]
+    ranges: list[tuple[int, int]] = []
+    for block in sorted(blocks):
+        begin = block * len(offsets) + low
+        if ranges and ranges[-1][1] == begin:
+            begin = ranges.pop()[0]
+        ranges.append((begin, block * len(offsets) + high))
+    return ranges
 
 
 def chunk_id(job: ScanJob, index: int) -> str:

@@ -174,3 +174,13 @@ async def test_only_tokens_of_the_gateway_are_accepted(api: Api, tmp_path: Path)
     ):
         answer = await api.http.get("/api/v1/task", headers=headers)
         assert answer.status_code == 401
+
+
+async def test_the_gateway_reads_what_users_may_scan(api: Api) -> None:
+    """In its own name it gets presets with every field, scripts and the size of a subnet; a user gets a 401."""
+    answer = await api("GET", "/internal/limits", 0)
+    limits = answer.json()
+    assert (limits["presets"]["quick"]["ports"], limits["presets"]["full"]["version_intensity"]) == ("top:100", 9)
+    assert "banner" in limits["scripts"]
+    assert limits["max_addresses"] == RULES.max_addresses
+    assert (await api("GET", "/internal/limits", 7, admin=True)).status_code == 401

@@ -14,9 +14,10 @@ from fastapi import FastAPI
 
 from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
-from job_orchestrator.domain.chunk import ChunkState
+from job_orchestrator.domain import plan
+from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.fairness import Credit
-from job_orchestrator.domain.job import JobTrigger, change
+from job_orchestrator.domain.job import JobTrigger, ScanJob, change
 from job_orchestrator.domain.store import Policy
 from job_orchestrator.testing import RULES, MemoryAccess, MemoryStore, World, chunk, scan_job, scan_policy
 from job_orchestrator.testing.things import THEN
@@ -114,12 +115,15 @@ def times(answer: dict[str, Any]) -> None:
         datetime.fromisoformat(answer[name])
 
 
-FOR_THE_GATEWAY = [("GET", "/internal/revocations"), ("POST", "/internal/users")]  # in its own name: test_access.py
+# In its own name: test_access.py.
+FOR_THE_GATEWAY = [("GET", "/internal/revocations"), ("POST", "/internal/users"), ("GET", "/internal/limits")]
 EVERY_ROUTE = [
     ("GET", "/api/v1/task"),
     ("GET", "/api/v1/task/1"),
     ("GET", "/api/v1/task/1/ledger"),
     ("GET", "/api/v1/task/1/waiting"),
+    ("GET", "/api/v1/task/1/snapshot"),
+    ("GET", "/api/v1/task/1/map"),
     *((verb, "/api/v1/subnet") for verb in ("GET", "POST")),
     *((verb, "/api/v1/subnet/1") for verb in ("GET", "PUT", "DELETE")),
     *((verb, "/api/v1/policy") for verb in ("GET", "POST")),
@@ -511,12 +515,15 @@ async def test_a_task_shows_its_status(api: Api, store: MemoryStore) -> None:
 
 
 @pytest.mark.proves("A10", "A24", "G13")
-@pytest.mark.parametrize("path", ["/api/v1/task/1", "/api/v1/task/1/ledger", "/api/v1/task/1/waiting"])
-async def test_another_users_task_is_not_there(api: Api, store: MemoryStore, path: str) -> None:
-    """What a job shows its owner it shows an administrator, and to any other user it is a 404."""
+@pytest.mark.parametrize("of", ["", "/ledger", "/waiting", "/snapshot", "/map"])
+async def test_another_users_task_is_not_there(api: Api, store: MemoryStore, of: str) -> None:
+    """What a job shows its owner it shows an administrator under audit, and to any other user it is a 404."""
+    path = f"/api/v1/task/1{of}"
     await store.insert_jobs([scan_job(1)])
     await api(f"GET {path}", user=8, status=404)
     assert await api(f"GET {path}", user=9, admin=True) == await api(f"GET {path}")
+    (entry,), _ = await store.list_audit(0, 10)
+    assert (entry.subject, entry.rule, entry.target) == ("9", "role", f"{path} of user 7")
 
 
 @pytest.mark.proves("A24", "G13")
@@ -612,6 +619,141 @@ async def test_a_job_that_is_scanned_or_over_waits_for_nothing(api: Api, store: 
     over = await waiting(api)
     assert (over["waiting"], over["reasons"], over["queued_chunks"], over["eta_seconds"]) == (False, [], 0, None)
     assert (await api("GET /api/v1/task/1/ledger"))["eta_seconds"] is None
+
+
+# Snapshot and map
+
+
+async def test_a_snapshot_shows_what_was_asked_for(api: Api, store: MemoryStore) -> None:
+    """Subnet and policy are shown as they were when the job was created, whether or not they still exist."""
+    job = scan_job(1, cidr="127.9.8.0/29", exclude=("127.9.8.7/32",), policy=scan_policy(ports="T:22,U:53"))
+    await store.insert_jobs([job])
+    assert await api("GET /api/v1/task/1/snapshot") == {
+        "job_id": 1,
+        "cidr": "127.9.8.0/29",
+        "exclude": ["127.9.8.7/32"],
+        "policy": job.policy.model_dump(mode="json"),
+        "addresses": 8,
+        "excluded": 1,
+        "ports": 2,
+        "chunks": job.chunk_count,
+        "estimate_seconds": job.estimate,
+    }
+    assert set(job.policy.model_dump()) == POLICY - {"id", "user_id", "name", "created_at", "updated_at"}
+
+
+def letters(answer: dict[str, Any]) -> dict[str, str]:
+    return {block["ports"]: block["letters"] for block in answer["blocks"]}
+
+
+def mapped_job(**changed: Any) -> ScanJob:
+    """16 addresses in chunks of four for TCP and for UDP; the last but one slice and one address are excluded."""
+    return scan_job(
+        1,
+        cidr="127.9.8.0/28",
+        exclude=("127.9.8.3/32", "127.9.8.8/30"),
+        policy=scan_policy(ports="T:22,U:53"),
+        **{"chunk_addresses": 4, "chunk_count": 6, "blocks": 2, "chunk_ports": 8_192} | changed,
+    )
+
+
+def mapped_chunk(job: ScanJob, index: int, **changed: Any) -> Chunk:
+    (made,) = plan.chunks(job, index, index + 1)
+    return replace(made, **changed)
+
+
+async def test_a_map_has_a_letter_for_each_address(api: Api, store: MemoryStore) -> None:
+    """Each block of ports shows outcomes, exclusions, what a worker scans now, and what waits."""
+    job = change(mapped_job(), JobTrigger.START, LATER)
+    await store.insert_jobs([job])
+    await store.insert_chunks(
+        [
+            mapped_chunk(job, 0, state=ChunkState.STORED, outcomes="asdx"),
+            mapped_chunk(job, 1, state=ChunkState.RUNNING, outcomes="a...", reach=3),
+            mapped_chunk(job, 2, state=ChunkState.QUEUED),
+            mapped_chunk(job, 3, state=ChunkState.FAILED, outcomes="t.rx"),
+        ]
+    )
+    answer = await api("GET /api/v1/task/1/map")
+    assert answer == {
+        "job_id": 1,
+        "seq": job.seq,
+        "status": "running",
+        "first": "127.9.8.0",
+        "addresses": 16,
+        "blocks": [
+            {"ports": "22", "letters": "asdxa>>.xxxx...."},
+            {"ports": "U:53", "letters": "tlrx....xxxx...."},
+        ],
+    }
+    assert letters(await api("GET /api/v1/task/1/map?ports=U:1-100")) == {"U:53": answer["blocks"][1]["letters"]}
+    part = await api("GET /api/v1/task/1/map?from=127.9.8.5&ports=22")
+    assert (part["first"], part["addresses"], letters(part)) == ("127.9.8.5", 11, {"22": ">>.xxxx...."})
+
+
+async def test_a_map_of_a_cancelled_job_shows_what_was_cancelled(api: Api, store: MemoryStore) -> None:
+    """Once a job has ended nothing waits: what has no outcome was cancelled, in chunks that were never made too."""
+    job = change(mapped_job(), JobTrigger.CANCEL, LATER)
+    await store.insert_jobs([job])
+    await store.insert_chunks([mapped_chunk(job, 0, state=ChunkState.CANCELLED, outcomes="a..x")])
+    answer = letters(await api("GET /api/v1/task/1/map"))
+    assert answer == {"22": "accxccccxxxxcccc", "U:53": "cccxccccxxxxcccc"}
+
+
+async def test_a_map_of_a_job_of_release_0_1_is_read_slice_by_slice(api: Api, store: MemoryStore) -> None:
+    """Chunks that are numbered slice by slice show at the same places."""
+    job = change(mapped_job(blockwise=False), JobTrigger.START, LATER)
+    await store.insert_jobs([job])
+    await store.insert_chunks([mapped_chunk(job, 3, state=ChunkState.STORED, outcomes="aaaa")])
+    answer = letters(await api("GET /api/v1/task/1/map?from=127.9.8.4"))
+    assert answer == {"22": "....xxxx....", "U:53": "aaaaxxxx...."}
+
+
+async def test_a_map_is_named_by_its_tag(api: Api, store: MemoryStore) -> None:
+    """A caller who has the map gets 304; the tag changes with a letter that no state of the job announces."""
+    job = change(mapped_job(), JobTrigger.START, LATER)
+    await store.insert_jobs([job])
+    await store.insert_chunks([mapped_chunk(job, 0)])
+
+    async def ask(tag: str = "") -> httpx.Response:
+        headers = ISSUER.bearer() | ({"If-None-Match": tag} if tag else {})
+        return await api.raw("GET", "/api/v1/task/1/map", headers=headers)
+
+    first = await ask()
+    tag = first.headers["ETag"]
+    assert tag.startswith(f'"{job.seq}')
+    again = await ask(f'"other", W/{tag}')
+    assert (again.status_code, again.headers["ETag"], again.content) == (304, tag, b"")
+    (chunk_,) = (await store.chunks(["1-0"])).values()
+    await store.save_chunks([replace(chunk_, outcomes="a..x")])
+    changed = await ask(tag)
+    assert (changed.status_code, changed.headers["ETag"] != tag) == (200, True)
+
+    await store.save_jobs([replace(change(job, JobTrigger.CANCEL, LATER), settled=True)])
+    over = await ask(tag)
+    assert (over.status_code, over.headers["ETag"]) == (200, f'"{job.seq + 1}"')
+    assert (await ask(over.headers["ETag"])).status_code == 304
+
+
+async def test_a_map_that_is_too_large_is_asked_for_in_parts(api: Api, store: MemoryStore) -> None:
+    """Above 65,536 addresses, or a megabyte of letters, the answer is a 413 that says how to ask."""
+    await store.insert_jobs([scan_job(1, cidr="10.0.0.0/15"), scan_job(2, cidr="10.0.0.0/16", blocks=17)])
+    assert "?from=10.0.0.0" in (await api("GET /api/v1/task/1/map", status=413))["error"]
+    first = await api("GET /api/v1/task/1/map?from=10.0.0.0")
+    second = await api("GET /api/v1/task/1/map?from=10.1.0.0")
+    assert [(part["first"], part["addresses"]) for part in (first, second)] == [
+        ("10.0.0.0", 65_536),
+        ("10.1.0.0", 65_536),
+    ]
+    assert "?ports=" in (await api("GET /api/v1/task/2/map", status=413))["error"]
+
+
+@pytest.mark.parametrize("query", ["from=127.9.9.0", "from=x", "from=::1", "from=127.9.7.255", "ports=x", "ports=U:53"])
+async def test_a_map_of_what_the_job_does_not_hold_is_a_400(api: Api, store: MemoryStore, query: str) -> None:
+    """An address or a port that the job does not ask for is named in the error."""
+    await store.insert_jobs([scan_job(1)])
+    error = (await api(f"GET /api/v1/task/1/map?{query}", status=400))["error"]
+    assert error.startswith(f"{query.partition('=')[0]}: ")
 
 
 # Cancels of many

@@ -1,0 +1,48 @@
+"""What a client asks first: what the platform accepts, who the caller is, and what is left of the caller's limits."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import cast
+
+from fastapi import APIRouter, Request
+
+from api_gateway.api.admission import Admission, Route
+from api_gateway.api.document import errors
+from api_gateway.api.state import Handed
+from scanfleet import VERSION, rest
+from scanfleet.auth import Caller
+
+public = APIRouter(prefix="/api/v1", tags=["platform"])
+router = APIRouter(prefix="/api/v1", tags=["platform"], route_class=Route)
+
+
+@public.get("/info", responses=errors(guarded=False))
+async def read_info(state: Handed) -> rest.Info:
+    """What a client must know to sign in and to fill in forms; needs no token."""
+    settings = state.settings
+    limits = await state.scan_limits.read()
+    return rest.Info(
+        version=VERSION,
+        api="v1",
+        issuer=settings.jwt_issuer,
+        client_id=settings.oidc_client_id,
+        audience=settings.jwt_audience,
+        scopes=list(settings.oidc_scopes),
+        presets=limits.presets,
+        scripts=limits.scripts,
+        max_addresses=limits.max_addresses,
+        sign_in=["token", "oidc"] if settings.oidc_client_id else ["token"],
+    )
+
+
+@router.get("/me", responses=errors())
+async def read_me(request: Request, caller: Caller) -> rest.Me:
+    """Who the caller is by the token, and what is left of the caller's limits."""
+    admission = cast(Admission, request.app.state.admission)
+    return rest.Me(
+        user_id=caller.user_id,
+        admin=caller.admin,
+        expires_at=datetime.fromtimestamp(caller.expires_at, UTC),
+        limits=await admission.left(caller.user_id),
+    )

@@ -1,0 +1,132 @@
+"""What a client asks first, and what every answer says of the caller's limits."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+
+import httpx
+import pytest
+
+from api_gateway.testing import Gateway, Running
+from api_gateway.upstream import LIMITS_SECONDS, ScanLimits
+from scanfleet import VERSION, rest
+from scanfleet.errors import DependencyError
+
+LIMITS = rest.ScanLimits(presets={}, scripts=["banner"], max_addresses=65_536)
+ANSWER = httpx.Response(200, json=LIMITS.model_dump(mode="json"))
+INTERNAL = "http://orchestrator/internal/limits"
+
+
+async def test_info_without_a_token_is_answered() -> None:
+    """The platform says what it accepts to a caller without a token, from settings and from the orchestrator."""
+    async with Gateway().run(oidc_client_id="scanfleet-cli", oidc_scopes="openid,profile") as gateway:
+        gateway.services.on("GET", INTERNAL, ANSWER)
+        answer = await gateway.client.get("/api/v1/info", headers={"Authorization": ""})
+        settings = gateway.issuer.settings
+        assert (answer.status_code, answer.json()) == (
+            200,
+            {
+                "presets": {},
+                "scripts": ["banner"],
+                "max_addresses": 65_536,
+                "version": VERSION,
+                "api": "v1",
+                "issuer": settings.jwt_issuer,
+                "client_id": "scanfleet-cli",
+                "audience": settings.jwt_audience,
+                "scopes": ["openid", "profile"],
+                "sign_in": ["token", "oidc"],
+            },
+        )
+        assert "ratelimit" not in answer.headers
+
+
+async def test_info_without_a_client_id_names_tokens_alone() -> None:
+    """Without a registered client there is nothing to sign in with but a token."""
+    async with Gateway().run() as gateway:
+        gateway.services.on("GET", INTERNAL, ANSWER)
+        answer = (await gateway.client.get("/api/v1/info")).json()
+        assert (answer["client_id"], answer["sign_in"]) == (None, ["token"])
+
+
+async def test_info_before_the_orchestrator_answered_is_503() -> None:
+    """Limits that were never read are not made up."""
+    async with Gateway().run() as gateway:
+        gateway.services.away.add("orchestrator")
+        answer = await gateway.client.get("/api/v1/info")
+        assert (answer.status_code, set(answer.json())) == (503, {"error"})
+
+
+async def test_scan_limits_asked_often_are_read_once_a_minute() -> None:
+    """Callers without a token cost the orchestrator one question a minute, an outage of it included."""
+    now, asked, away = 0.0, 0, False
+
+    async def ask() -> rest.ScanLimits:
+        nonlocal asked
+        asked += 1
+        if away:
+            raise DependencyError("unavailable")
+        return LIMITS
+
+    limits = ScanLimits(ask, clock=lambda: now)
+    for _ in range(3):
+        assert await limits.read() == LIMITS
+    assert asked == 1
+    now, away = LIMITS_SECONDS + 1, True
+    for _ in range(3):
+        assert await limits.read() == LIMITS
+    assert asked == 2
+
+
+async def test_me_says_who_and_what_is_left() -> None:
+    """The caller learns id, role, the token's end, and limits that this request itself was counted against."""
+    async with Gateway().run(reads_per_minute=9, writes_per_minute=5, requests_at_once_per_user=3) as gateway:
+        now = int(time.time())
+        token = gateway.issuer.token(7, admin=True, iat=now, exp=now + 300)
+        answer = await gateway.client.get("/api/v1/me", headers={"Authorization": f"Bearer {token}"})
+        me = answer.json()
+        assert (me["user_id"], me["admin"]) == (7, True)
+        assert datetime.fromisoformat(me["expires_at"]).timestamp() == now + 300
+        limits = me["limits"]
+        assert {name: (limits[name]["limit"], limits[name]["left"]) for name in limits} == {
+            "reads": (9, 8),
+            "writes": (5, 5),
+            "cancels": (600, 600),
+            "at_once": (3, 2),
+        }
+        assert 0 <= limits["reads"]["reset"] <= 60
+        await gateway.client.post("/api/v1/task", json={"subnet_ids": [5], "policy_id": 3})
+        left = (await gateway.client.get("/api/v1/me")).json()["limits"]
+        assert (left["writes"]["left"], left["reads"]["left"]) == (4, 7)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "rate"),
+    [
+        ("GET", "/api/v1/me", 200, "reads"),
+        ("GET", "/api/v1/task/1", 404, "reads"),
+        ("POST", "/api/v1/task", 400, "writes"),
+        ("POST", "/api/v1/task/1/cancel", 200, "cancels"),
+    ],
+)
+async def test_every_answer_says_what_is_left(method: str, path: str, status: int, rate: str) -> None:
+    """Answers and errors alike name the limit that the request was counted against, and what is left of it."""
+    async with Gateway().run(reads_per_minute=9, writes_per_minute=9, cancels_per_minute=9) as gateway:
+        answer = await gateway.client.request(method, path, json={} if method == "POST" else None)
+        assert answer.status_code == status
+        assert answer.headers["RateLimit-Policy"] == f'"{rate}";q=9;w=60'
+        assert answer.headers["RateLimit"].startswith(f'"{rate}";r=8;t=')
+
+
+async def test_a_refused_answer_says_that_nothing_is_left() -> None:
+    """A 429 carries the same headers; a caller without a good token learns of no limit."""
+    async with Gateway().run(reads_per_minute=1) as gateway:
+        answers = [await gateway.client.get("/api/v1/me") for _ in range(4)]
+        assert answers[-1].status_code == 429
+        assert answers[-1].headers["RateLimit"].startswith('"reads";r=0;t=')
+        assert "RateLimit" not in (await _without_token(gateway)).headers
+
+
+async def _without_token(gateway: Running) -> httpx.Response:
+    return await gateway.client.get("/api/v1/me", headers={"Authorization": ""})

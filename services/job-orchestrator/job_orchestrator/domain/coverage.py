@@ -1,0 +1,70 @@
+"""What became of each address of a job, as a letter for each block of its ports: the picture that a client draws."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Final
+
+from job_orchestrator.domain import plan
+from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState
+from job_orchestrator.domain.job import ScanJob
+from scanfleet.outcomes import Outcome, index_of
+from scanfleet.targets import Target
+
+MAX_ADDRESSES: Final = 65_536  # of one answer: a /16
+MAX_LETTERS: Final = 16 * MAX_ADDRESSES  # over all blocks: a megabyte
+
+CANCELLED: Final = "c"
+IN_WORK: Final = ">"
+"""Beside the letters of outcome maps."""
+
+
+class Coverage:
+    """The letters of a part of a job's addresses, filled in chunk by chunk.
+
+    What is in no chunk that was added is excluded, or it waits, or it was cancelled with the job.
+
+    Args:
+        job: of the addresses.
+        first: place of the first address in the job's network.
+        addresses: how many.
+        blocks: numbers of the blocks of ports.
+    """
+
+    def __init__(self, job: ScanJob, first: int, addresses: int, blocks: Collection[int]) -> None:
+        self._job = job
+        self._network = job.cidr.partition("/")[0]
+        self._first = first
+        empty = bytearray((CANCELLED if job.final else Outcome.BLANK).encode() * addresses)
+        for network in Target.parse(job.cidr, job.exclude).exclude:
+            start = index_of(self._network, str(network.network_address)) - first
+            low, high = max(0, start), min(addresses, start + network.num_addresses)
+            if low < high:
+                empty[low:high] = Outcome.EXCLUDED.encode() * (high - low)
+        self._letters = {block: bytearray(empty) for block in sorted(blocks)}
+
+    def add(self, chunk: Chunk) -> None:
+        """Fill in a chunk, or the part of it that is asked for."""
+        block = plan.block_of(self._job, chunk.index)
+        if block in self._letters:
+            letters = self._letters[block]
+            start = index_of(self._network, chunk.first_address) - self._first
+            low, high = max(0, start), min(len(letters), start + len(chunk.outcomes))
+            if low < high:
+                letters[low:high] = _shown(chunk, ended=self._job.final)[low - start : high - start].encode()
+
+    def letters(self) -> Iterator[tuple[int, str]]:
+        """Each block's number and letters, in order."""
+        for block, letters in self._letters.items():
+            yield block, letters.decode()
+
+
+def _shown(chunk: Chunk, *, ended: bool) -> str:
+    """The chunk's map with its blanks told apart."""
+    if chunk.state is ChunkState.FAILED:
+        return chunk.outcomes.replace(Outcome.BLANK, Outcome.LOST)
+    if ended or chunk.state is ChunkState.CANCELLED:
+        return chunk.outcomes.replace(Outcome.BLANK, CANCELLED)
+    if chunk.state in HELD:
+        return chunk.outcomes[: chunk.reach].replace(Outcome.BLANK, IN_WORK) + chunk.outcomes[chunk.reach :]
+    return chunk.outcomes
