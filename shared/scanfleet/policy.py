@@ -34,6 +34,12 @@ _MAX_PROBLEMS: Final = 5  # that an error names; enough to mend a policy in a fe
 
 GROUP_HOSTS: Final = 64  # addresses that one nmap probes side by side at least, by its own choice too
 
+FLOOR_OF_ADDRESS: Final = 250
+"""Highest rate floor, in probes per second, for each address that one nmap scans.
+
+A host or firewall that limits SYNs to 100 per second drops open ports at 500 and more, and none at 250.
+"""
+
 VERSION_SCRIPTS: Final = frozenset({"fingerprint-strings", "http-server-header", "https-redirect", "snmp-info"})
 """NSE scripts that are part of service detection, whether or not a policy names them."""
 

@@ -99,6 +99,18 @@ def test_scan_finds_all_open_ports_where_answers_are_limited(user: Client, netwo
 
 
 @pytest.mark.proves("F31")
+def test_scan_finds_all_open_ports_of_host_that_limits_connections(user: Client, network: Network) -> None:
+    """A host that drops more than 100 SYNs a second hides no open port."""
+    network.filter_input(
+        "ip daddr 10.77.8.1 tcp flags & (syn | ack) == syn limit rate over 100/second burst 5 packets drop"
+    )
+    servers = network.serve({("10.77.8.1", port) for port in range(10, 301, 10)})
+    job_id = user.scan("10.77.8.1/32", ports="1-300", timing=4, service_detection=False, discovery="none")
+    completed(user, job_id)
+    assert found(user, job_id) == servers
+
+
+@pytest.mark.proves("F31")
 def test_scan_of_host_that_answers_ping_only_completes(user: Client, network: Network) -> None:
     """A host that answers pings and drops all else is silent on each of its ports."""
     network.filter_input("ip daddr 10.77.5.1 ip protocol tcp drop")

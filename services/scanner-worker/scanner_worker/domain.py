@@ -15,6 +15,7 @@ from scanfleet.messages.fields import MAX_BYTES
 from scanfleet.outcomes import MAX_ADDRESSES, Outcome, index_of, networks
 from scanfleet.policy import (
     ADMITTED_SCRIPTS,
+    FLOOR_OF_ADDRESS,
     GROUP_HOSTS,
     VERSION_SCRIPTS,
     ExecutablePolicy,
@@ -205,6 +206,8 @@ def arguments(
     policy, ports = _executable(chunk, scripts), PortSet.parse(chunk.ports)
     max_rate = chunk.max_rate or policy.max_rate
     min_rate = chunk.min_rate and min(chunk.min_rate, max_rate or chunk.min_rate)
+    if min_rate and policy.min_rate is None:  # the floor of the timing
+        min_rate = min(min_rate, FLOOR_OF_ADDRESS * sum(target.num_addresses for target in targets))
     group = str(_group(policy, ports.count))
     return [
         *("-v", "-n", "-oX", "-", "--stats-every", "1s"),

@@ -17,7 +17,7 @@ from typing import Final
 from job_orchestrator.domain.chunk import Chunk
 from job_orchestrator.domain.job import ScanJob
 from scanfleet.outcomes import MAX_ADDRESSES, Outcome
-from scanfleet.policy import GROUP_HOSTS, ScanPolicy
+from scanfleet.policy import FLOOR_OF_ADDRESS, GROUP_HOSTS, ScanPolicy
 from scanfleet.ports import PortSet
 from scanfleet.targets import Target, parse_network
 
@@ -92,6 +92,8 @@ def longest(policy: ScanPolicy, ports: PortSet, addresses: int) -> float:
         wait = max(_SILENT_WAITS[policy.timing], 1 / limit)
         return _START + addresses * (ports.count * _TRIES + discovery) * wait
     rate = min(min_rate(policy, ports) or _PER_SECOND[policy.timing], limit)
+    if policy.min_rate is None and not ports.udp_count:
+        rate = min(rate, FLOOR_OF_ADDRESS * addresses)
     udp_rate = min(policy.min_rate or _SILENT_UDP_PER_SECOND[policy.timing], limit)
     silent = (ports.tcp_count * _TRIES + discovery) / rate + ports.udp_count * _TRIES / udp_rate
     return _START + max(addresses * silent, ports.udp_count / _LIMITED_UDP_PER_SECOND)
