@@ -56,8 +56,17 @@ class Client:
         return total
 
     def finished(self, job_id: int, limit: float = 120.0) -> dict[str, Any]:
-        """The task once its job is final."""
-        until(lambda: self.status(job_id) in FINAL, limit, f"job {job_id} to be final")
+        """Return the task once its job is final; a service that is unavailable meanwhile is asked again."""
+
+        def is_final() -> bool:
+            try:
+                return self.status(job_id) in FINAL
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                    raise
+                return False
+
+        until(is_final, limit, f"job {job_id} to be final")
         return self.task(job_id)
 
     def watch(self, job_id: int) -> Iterator[dict[str, Any]]:
