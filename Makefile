@@ -52,8 +52,9 @@ soak: setup ## Load the platform while processes die, and find every promise kep
 networks: setup ## Scan networks that take minutes to an hour, in namespaces of this machine; needs root
 	$(BIN)/pytest -q -m networks tests/networks
 
-bench: setup ## Measure the platform against plain nmap and other real alternatives
-	@for file in bench/*.py; do $(BIN)/python -m bench.$$(basename $$file .py); done
+bench: setup ## Measure the platform beside plain nmap, Celery and other alternatives, as ratios
+	@local/install-packages bench >&2
+	@$(BIN)/python -m bench
 
 licences: setup ## List the licences of each image; fails on one that is not allowed
 	@$(BIN)/python -m supply licences

@@ -1,21 +1,20 @@
 """A mostly silent network through the platform beside plain nmap, in network namespaces.
 
-Three quarters of a /24 drop everything, and its first /26 has three open ports on each address. Prints one line of JSON:
-  silent_ratio   the sweep of a hundred ports through the platform / plain nmap with the same ports and timing (wall time,
-                 lower is better); nmap is stopped after ten times the platform's time, so that 0.1 means "or less"
-  silent_recall  open ports found / open ports there are
+Three quarters of a /24 drop everything, and its first /26 has three open ports on each address. Plain nmap is stopped after ten
+times the platform's time, so a ratio of 0.1 means "0.1 or less".
 """
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from bench.figures import Figure
 from local.client import Client
 from local.networks import NETWORK, Network
 from local.stack import Stack
@@ -27,17 +26,17 @@ TIMES: Final = 10
 LIMIT: Final = 600.0  # seconds for the platform
 
 
-def main() -> None:
+def measure() -> Sequence[Figure]:
+    """Nothing without the right to make namespaces, and says so."""
     try:
         with Network() as network, tempfile.TemporaryDirectory(prefix="scanfleet-") as folder:
-            figures = measure(network, Path(folder))
+            return scanned(network, Path(folder))
     except OSError as error:
-        print(f"not measured: {error}", file=sys.stderr)
-    else:
-        print(json.dumps({name: round(figure, 3) for name, figure in figures.items()}))
+        print(f"silent: not measured: {error}", file=sys.stderr)
+        return []
 
 
-def measure(network: Network, folder: Path) -> dict[str, float]:
+def scanned(network: Network, folder: Path) -> Sequence[Figure]:
     network.filter_input("ip daddr 10.77.1.64-10.77.1.255 drop")
     network.serve(SERVERS)
     settings = {"SCANFLEET_ALLOWED_NETWORKS": NETWORK, "SCANFLEET_NMAP": network.nmap(folder)}
@@ -62,11 +61,7 @@ def measure(network: Network, folder: Path) -> dict[str, float]:
     except subprocess.TimeoutExpired:
         plain.kill()
         plain.wait()
-    return {
-        "silent_ratio": seconds / (time.perf_counter() - begin),
-        "silent_recall": len(found & SERVERS) / len(SERVERS),
-    }
-
-
-if __name__ == "__main__":
-    main()
+    return [
+        Figure("silent_ratio", seconds / (time.perf_counter() - begin), "preset sweep / plain nmap -T4", at_most=0.1),
+        Figure("silent_recall", len(found & SERVERS) / len(SERVERS), "of the open ports", at_least=0.99),
+    ]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from ipaddress import ip_address
 
 import nmap
 
+from bench.figures import Figure
 from scanner_worker.scanner import view
 from scanner_worker.scanner.xml import Reader
 
@@ -105,11 +105,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def main() -> None:
-    if len(sys.argv) > 1:
-        read(pieces(document(int(sys.argv[1]))), views=True)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-        return
+def measure() -> Sequence[Figure]:
     whole = b"".join(document(20)).decode()
     cut = list(pieces(document(20)))
     parser = object.__new__(nmap.PortScanner)  # without the constructor, which runs nmap
@@ -123,18 +119,19 @@ def main() -> None:
         for name, work in sides.items():
             best[name] = min(best[name], seconds(work))
     small, large = peak_kb(20), peak_kb(16)
-    print(
-        json.dumps(
-            {
-                "bench": "xml_reader",
-                "times_faster_than_python_nmap": round(best["python_nmap"] / best["reader"], 2),
-                "times_faster_with_views": round(best["python_nmap"] / best["reader_with_views"], 2),
-                "peak_mb_of_a_20": round(small / 1024, 1),
-                "peak_mb_of_a_16": round(large / 1024, 1),
-            },
+    return [
+        Figure(
+            "reader_ratio", best["python_nmap"] / best["reader"], "python-nmap's CPU / the reader's, a /20", at_least=1
         ),
-    )
+        Figure(
+            "reader_views_ratio",
+            best["python_nmap"] / best["reader_with_views"],
+            "the same with the views of all ports",
+        ),
+        Figure("reader_growth", large / small, "peak memory for a /16 / for a /20", at_most=1.1),
+    ]
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # a process of its own for one document, whose memory is measured
+    read(pieces(document(int(sys.argv[1]))), views=True)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

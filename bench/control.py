@@ -1,0 +1,260 @@
+"""The control plane beside its alternatives: jobs that scan nothing, queries, and a job of the largest size."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Final
+
+import httpx
+
+from bench.figures import Figure
+from bench.kit import SCRIPTED, Meter, Workers, bus, load, pids
+from local import ports
+from local.client import FINAL, Client
+from local.stack import Stack
+from local.wait import listens, until
+from scanfleet.bus import Record
+from scanfleet.messages import WorkerReady
+from scanfleet.messages.topics import SCAN_TASKS, SCAN_WORKERS
+
+ONE_PORT: Final = {"ports": "8080", "service_detection": False, "timing": 4}
+CLIENTS: Final = 64
+SECONDS: Final = 10  # of a load
+JOBS: Final = 400  # whose CPU time is measured
+POSTS: Final = 50
+HOPS: Final = 200
+CHUNKS: Final = 2_000  # measured of a large job
+SMALL: Final = [f"127.2.{number}.0/29" for number in range(30)]
+LARGE: Final = "127.1.0.0/16"
+ALL_PORTS: Final = {"ports": "1-65535", "service_detection": False, "discovery": "none"}
+LIMIT: Final = 120.0  # seconds for any part
+OURS: Final = ("api-gateway", "job-orchestrator", "result-store", "kafka", "mongod")
+CHUNK_SIDE: Final = ("job-orchestrator", "mongod")
+BODY: Final = '{"subnet_ids": [%d], "policy_id": %d}'
+
+
+def measure() -> Sequence[Figure]:
+    with tempfile.TemporaryDirectory(prefix="scanfleet-") as name:
+        folder = Path(name)
+        stack = Stack(folder, replicas=SCRIPTED)
+        stack.up()
+        try:
+            user = Client(stack.url, stack.token(7))
+            return [
+                *idle(stack, user),
+                *accepted(stack, user, folder),
+                *queries(stack, user),
+                *asyncio.run(chunks(stack, user)),
+                *largest(stack, user),
+            ]
+        finally:
+            stack.down()
+
+
+def idle(stack: Stack, user: Client) -> Iterator[Figure]:
+    """POST of one job at a time, in hops of one Kafka record from producer to consumer."""
+    subnet_id, policy_id = user.subnet("127.9.8.1/32"), user.policy(**ONE_PORT)
+    hop = asyncio.run(hop_seconds(stack))
+    times = []
+    for _ in range(POSTS):
+        begin = time.perf_counter()
+        user.submit([subnet_id], policy_id)
+        times.append(time.perf_counter() - begin)
+    post = statistics.median(times)
+    yield Figure("post_p50_ms", 1_000 * post, "POST of one job to its 201, nothing else to do")
+    yield Figure("post_hops", post / hop, "the same / one record from producer to consumer", at_most=3)
+
+
+async def hop_seconds(stack: Stack) -> float:
+    """The median time of a record from producer to consumer."""
+    arrived = asyncio.Event()
+
+    class Listener(Workers):
+        async def handle(self, records: Sequence[Record]) -> None:
+            if any(isinstance(record.message, WorkerReady) for record in records):
+                arrived.set()
+
+    times = []
+    async with bus(stack) as publisher:
+        tail = publisher.tail(SCAN_WORKERS, Listener(publisher))
+        await tail.start()
+        ready = WorkerReady(worker_id="hop", slots=0, raw=False)
+        for _ in range(HOPS):
+            arrived.clear()
+            begin = time.perf_counter()
+            await publisher.publish(SCAN_WORKERS, [ready])
+            async with asyncio.timeout(LIMIT):
+                await arrived.wait()
+            times.append(time.perf_counter() - begin)
+        await tail.stop()
+    return statistics.median(times)
+
+
+def accepted(stack: Stack, user: Client, folder: Path) -> Iterator[Figure]:
+    """Jobs posted singly, and what a job costs that scans nothing, beside FastAPI with Celery and Redis."""
+    body = BODY % (user.subnet("127.9.8.2/32"), user.policy(**ONE_PORT))
+    tasks, token = f"{stack.url}/api/v1/task", stack.token(7)
+    rate = load(tasks, clients=CLIENTS, seconds=SECONDS, token=token, body=body)
+    asyncio.run(drain(stack, user))
+    cpu = asyncio.run(scripted(stack, user, lambda: load(tasks, clients=8, seconds=SECONDS, token=token, body=body)))
+    with celery(folder) as (url, processes):
+        other = load(url, clients=CLIENTS, seconds=SECONDS, body=body)
+        meter = Meter(processes)
+        count = SECONDS * load(url, clients=8, seconds=SECONDS, body=body)
+        other_cpu = sum(meter.cpu().values()) / count
+    yield Figure("accepted_per_s", rate, f"one-host jobs posted singly by {CLIENTS} clients, no worker")
+    yield Figure("accepted_ratio", rate / other, "the same / Celery with Redis, accepted and done", at_least=1.5)
+    yield Figure("job_cpu_ms", 1_000 * cpu, "CPU of all services and servers for a job that scans nothing")
+    yield Figure("job_cpu_ratio", other_cpu / cpu, "CPU of Celery's / of ours", at_least=1)
+
+
+async def drain(stack: Stack, user: Client) -> None:
+    """End all jobs with scripted workers."""
+    async with scanning(stack) as workers:
+        await ended(workers, lambda: user.unfinished() == 0)
+
+
+async def scripted(stack: Stack, user: Client, work: Callable[[], float]) -> float:
+    """CPU seconds of each job that `work` posts, until the last has ended; `work` returns the rate of its posts."""
+    async with scanning(stack) as workers:
+        await workers.announce()
+        meter = Meter(pids(stack, OURS))
+        rate = await asyncio.to_thread(work)
+        await ended(workers, lambda: user.unfinished() == 0)
+        return sum(meter.cpu().values()) / (rate * SECONDS)
+
+
+@asynccontextmanager
+async def scanning(stack: Stack) -> AsyncIterator[Workers]:
+    """Scripted workers that take tasks while the block runs."""
+    async with bus(stack) as publisher:
+        workers = Workers(publisher)
+        tail = publisher.tail(SCAN_TASKS, workers)
+        await tail.start()
+        try:
+            yield workers
+        finally:
+            await tail.stop()
+
+
+async def ended(workers: Workers, condition: Callable[[], bool]) -> None:
+    """Announce the workers until `condition` holds."""
+    async with asyncio.timeout(LIMIT):
+        while not await asyncio.to_thread(condition):
+            await workers.announce()
+            await asyncio.sleep(0.25)
+
+
+@contextmanager
+def celery(folder: Path) -> Iterator[tuple[str, Mapping[str, int]]]:
+    """FastAPI, Celery and Redis that syncs each write; yields the URL to post to, and the processes."""
+    redis, web = ports.choose(), ports.choose()
+    python = [sys.executable, "-m"]
+    options = ["--port", str(redis), "--appendonly", "yes", "--appendfsync", "always", "--dir", str(folder)]
+    commands = {
+        "redis": ["redis-server", "--bind", "127.0.0.1", *options],
+        "celery": [*python, "celery", "--app", "bench.alternatives:worker", "worker", "--concurrency", "2"],
+        "web": [*python, "uvicorn", "--factory", "bench.alternatives:queue", "--port", str(web), "--no-access-log"],
+    }
+    environment = {"SCANFLEET_BENCH_REDIS": f"redis://127.0.0.1:{redis}/0"}
+    with running(commands, environment, folder) as processes:
+        for port in (redis, web):
+            listens("127.0.0.1", port, LIMIT)
+        yield f"http://127.0.0.1:{web}/task", processes
+
+
+@contextmanager
+def running(
+    commands: Mapping[str, Sequence[str]], environment: Mapping[str, str], folder: Path
+) -> Iterator[Mapping[str, int]]:
+    """Processes for the length of the block; yields their pids."""
+    started: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for name, command in commands.items():
+            with (folder / f"{name}.log").open("wb") as log:
+                started[name] = subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log)
+        yield {name: process.pid for name, process in started.items()}
+    finally:
+        for process in reversed(started.values()):
+            process.terminate()
+            process.wait(LIMIT)
+
+
+def queries(stack: Stack, user: Client) -> Iterator[Figure]:
+    """The list of jobs beside the same query in one process, and beside an open route of the same gateway."""
+    page = 20
+    total = user.http.get("/api/v1/task", params={"page_size": page}).json()["total"]
+    rate = load(f"{stack.url}/api/v1/task?page_size={page}", clients=8, seconds=SECONDS, token=stack.token(7))
+    open_rate = load(f"{stack.url}/api/v1/info", clients=8, seconds=SECONDS)
+    port = ports.choose()
+    command = [sys.executable, "-m", "uvicorn", "--factory", "bench.alternatives:documents", "--port", str(port)]
+    environment = {
+        "SCANFLEET_BENCH_MONGODB": stack.mongodb,
+        "SCANFLEET_BENCH_DATABASE": stack.database("job-orchestrator"),
+    }
+    with running({"list": [*command, "--no-access-log"]}, environment, stack.folder):
+        listens("127.0.0.1", port, LIMIT)
+        other = load(f"http://127.0.0.1:{port}/task?user_id=7&page_size={page}", clients=8, seconds=SECONDS)
+    yield Figure("list_per_s", rate, f"authenticated GET of {page} of {total} jobs")
+    yield Figure("list_ratio", rate / other, "the same / one process with FastAPI and motor", at_least=0.6)
+    yield Figure("list_open_ratio", rate / open_rate, "the same / the gateway's /api/v1/info", at_least=0.3)
+
+
+async def chunks(stack: Stack, user: Client) -> list[Figure]:
+    """CPU of orchestrator and MongoDB for a chunk, in jobs of 64 chunks and in one of more than 65,536."""
+    async with scanning(stack) as workers:
+        policy_id = user.policy(**ALL_PORTS, timing=3)
+        small = [user.subnet(cidr) for cidr in SMALL]
+        costs = []
+        for subnet_ids, enough in ((small, 0), ([user.subnet(LARGE)], CHUNKS)):
+            workers.chunks.clear()
+            meter = Meter(pids(stack, CHUNK_SIDE))
+            jobs = [job["id"] for job in user.submit(subnet_ids, policy_id)]
+            await ended(
+                workers,
+                lambda jobs=jobs, enough=enough: (
+                    len(workers.chunks) > enough > 0  # type: ignore[misc] # mypy infers no type for a lambda with defaults
+                    or all(user.status(job_id) in FINAL for job_id in jobs)
+                ),
+            )
+            costs.append(1_000 * sum(meter.cpu().values()) / len(workers.chunks))
+            for job_id in jobs:
+                user.http.post(f"/api/v1/task/{job_id}/cancel")
+    one, many = costs
+    return [
+        Figure("chunk_cpu_ms", many, "CPU of orchestrator and MongoDB for a chunk of a /16 with all ports", at_most=3),
+        Figure("chunk_growth", many / one, "the same / for a chunk of a job of 64", at_most=1.3),
+    ]
+
+
+def largest(stack: Stack, user: Client) -> Iterator[Figure]:
+    """A pending /16 of all ports: its POST, its ledger, the health of the orchestrator meanwhile, and its cancel."""
+    subnet_id, policy_id = user.subnet(LARGE), user.policy(**ALL_PORTS)
+    begin = time.perf_counter()
+    (job,) = user.submit([subnet_id], policy_id)
+    yield Figure("largest_post_s", time.perf_counter() - begin, "POST of a /16 with all ports", at_most=1)
+    with ThreadPoolExecutor(1) as pool:
+        begin = time.perf_counter()
+        ledger = pool.submit(user.ledger, job["id"])
+        health = []
+        while not ledger.done():
+            asked = time.perf_counter()
+            httpx.get(f"http://{stack.address('job-orchestrator')}/healthz").raise_for_status()
+            health.append(time.perf_counter() - asked)
+        ledger.result()
+        yield Figure("largest_ledger_s", time.perf_counter() - begin, "its ledger", at_most=1)
+    yield Figure("largest_healthz_s", max(health), "the longest /healthz of the orchestrator meanwhile", at_most=0.1)
+    begin = time.perf_counter()
+    user.cancel(job["id"])
+    until(lambda: user.unfinished() == 0, LIMIT, "the job to be cancelled")
+    yield Figure("largest_cancel_s", time.perf_counter() - begin, "its cancel", at_most=5)

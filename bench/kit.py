@@ -1,0 +1,147 @@
+"""Load, scripted workers and CPU meters for the measurements."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Final
+
+from local.stack import Stack
+from scanfleet.bus import Record
+from scanfleet.kafka import KafkaBus
+from scanfleet.kafka.topics import TopicSettings
+from scanfleet.messages import ChunkClaimed, ChunkScanned, ScanChunk, WorkerReady
+from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_WORKERS
+from scanfleet.outcomes import Outcome
+
+SCRIPTED: Final = {"api-gateway": 1, "job-orchestrator": 1, "scanner-worker": 0, "result-store": 1}
+"""Replicas of a stack whose workers are scripted."""
+_WORKERS: Final = 8
+_SLOTS: Final = 200  # of each: no chunk waits for a slot
+_TICKS: Final = os.sysconf("SC_CLK_TCK")
+
+
+class Workers:
+    """A handler of scan-tasks that reports every address of every chunk as down, at once."""
+
+    def __init__(self, bus: KafkaBus) -> None:
+        self._bus = bus
+        self._ready = [WorkerReady(worker_id=f"bench-{n}", slots=_SLOTS, raw=False) for n in range(_WORKERS)]
+        self.chunks: set[str] = set()
+
+    async def announce(self) -> None:
+        await self._bus.publish(SCAN_WORKERS, self._ready)
+
+    async def handle(self, records: Sequence[Record]) -> None:
+        tasks = [record.message for record in records if isinstance(record.message, ScanChunk)]
+        self.chunks |= {task.chunk_id for task in tasks}
+        tokens = [
+            {name: getattr(task, name) for name in ("job_id", "chunk_id", "attempt", "worker_id")} for task in tasks
+        ]
+        await self._bus.publish(SCAN_PROGRESS, [ChunkClaimed(**token) for token in tokens])
+        scanned = [
+            ChunkScanned(
+                **token,
+                outcomes=task.outcomes.replace(Outcome.BLANK, Outcome.DOWN),
+                first_address=task.first_address,
+                slot_seconds=0.01,
+                technique="connect",
+                grant=task.grant,
+            )
+            for task, token in zip(tasks, tokens, strict=True)
+        ]
+        await self._bus.publish(SCAN_RESULTS, scanned)
+        await self._bus.publish(SCAN_PROGRESS, scanned)
+        busy = {task.worker_id for task in tasks}
+        await self._bus.publish(SCAN_WORKERS, [ready for ready in self._ready if ready.worker_id in busy])
+
+    async def assigned(self, partitions: Collection[int]) -> None: ...
+
+    async def revoked(self, partitions: Collection[int]) -> None: ...
+
+    async def caught_up(self, partitions: Collection[int]) -> None: ...
+
+
+@asynccontextmanager
+async def bus(stack: Stack) -> AsyncIterator[KafkaBus]:
+    publisher = KafkaBus(TopicSettings(kafka=stack.kafka), source="bench", instance="bench")
+    await publisher.start()
+    try:
+        yield publisher
+    finally:
+        await publisher.stop()
+
+
+class Meter:
+    """CPU and wall time from its construction on.
+
+    Args:
+        pids: by name; the processes' children count too.
+    """
+
+    def __init__(self, pids: Mapping[str, int]) -> None:
+        self._pids = pids
+        self._before = self._seconds()
+        self._began = time.perf_counter()
+
+    def wall(self) -> float:
+        """Seconds since the construction."""
+        return time.perf_counter() - self._began
+
+    def cpu(self) -> dict[str, float]:
+        """CPU seconds of each process since then."""
+        after = self._seconds()
+        return {name: after[name] - self._before[name] for name in after}
+
+    def _seconds(self) -> dict[str, float]:
+        return {name: sum(map(_cpu_seconds, family(pid))) for name, pid in self._pids.items()}
+
+
+def family(pid: int) -> Iterable[int]:
+    """The process and its living descendants."""
+    yield pid
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            yield from family(int(child))
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def pids(stack: Stack, names: Collection[str]) -> dict[str, int]:
+    return {process.name: process.pid for process in stack.processes() if process.name in names}
+
+
+def load(url: str, *, clients: int, seconds: int, token: str = "", body: str = "") -> float:
+    """Successful requests per second that `clients` connections of wrk get in `seconds`.
+
+    Args:
+        url: asked with GET, or with POST if there is a body.
+        clients: connections, each with one request at a time.
+        seconds: duration.
+        token: bearer token, or none.
+        body: JSON to post.
+
+    Raises:
+        RuntimeError: an answer was an error, so there is no rate to report.
+    """
+    lines = [f'wrk.headers["Authorization"] = "Bearer {token}"'] if token else []
+    if body:
+        lines += ['wrk.method = "POST"', f"wrk.body = [[{body}]]", 'wrk.headers["Content-Type"] = "application/json"']
+    with NamedTemporaryFile("w", suffix=".lua") as script:
+        script.write("\n".join(lines))
+        script.flush()
+        command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds}s", "--timeout", "20s", "-s", script.name, url]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    if "Non-2xx" in report or "Socket errors" in report:
+        raise RuntimeError(f"not every request to {url} succeeded: {report}")
+    (rate,) = re.findall(r"Requests/sec:\s+([\d.]+)", report)
+    return float(rate)
