@@ -22,7 +22,7 @@ from tests.faults.kit import ENDLESS, LEASE, LIMIT, SLOTS, STEADY, TINY, Caller,
 
 pytestmark = pytest.mark.e2e
 
-RESTARTS = 4  # of a worker, one after another
+RESTARTS = 3  # of a worker, one after another
 
 Spoken = TypeVar("Spoken", ChunkClaimed, ChunkReleased)
 
@@ -217,10 +217,10 @@ def test_worker_that_restarts_repeatedly_loses_no_lease(
         return platform.running("scanner-worker-2") not in (0, gone)
 
     with platform.servers() as servers:
-        jobs = [user.scan(platform.network(23), **STEADY)]
+        jobs = [user.scan(platform.network(24), **STEADY)]
         for _ in range(RESTARTS):
             if user.status(jobs[-1]) == "completed":
-                jobs.append(user.scan(platform.network(23), **STEADY))
+                jobs.append(user.scan(platform.network(24), **STEADY))
             until(
                 lambda: bool(platform.nmaps_of("scanner-worker-2")) or not platform.jobs(settled=False),
                 LIMIT,
