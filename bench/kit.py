@@ -6,8 +6,8 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Final
@@ -100,20 +100,22 @@ class Meter:
         return {name: after[name] - self._before[name] for name in after}
 
     def _seconds(self) -> dict[str, float]:
-        return {name: sum(map(_cpu_seconds, family(pid))) for name, pid in self._pids.items()}
+        processes = dict(_processes())
+        return {name: _family_seconds(pid, processes) for name, pid in self._pids.items()}
 
 
-def family(pid: int) -> Iterable[int]:
-    """The process and its living descendants."""
-    yield pid
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            yield from family(int(child))
+def _family_seconds(pid: int, processes: Mapping[int, tuple[int, float]]) -> float:
+    """CPU seconds of a process and its living descendants."""
+    children = (child for child, (parent, _) in processes.items() if parent == pid)
+    return processes[pid][1] + sum(_family_seconds(child, processes) for child in children)
 
 
-def _cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS
+def _processes() -> Iterator[tuple[int, tuple[int, float]]]:
+    """Each process of this machine with its parent and CPU seconds."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            yield int(folder.name), (int(fields[1]), (int(fields[11]) + int(fields[12])) / _TICKS)
 
 
 def pids(stack: Stack, names: Collection[str]) -> dict[str, int]:
