@@ -4,7 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 .DELETE_ON_ERROR:
-.PHONY: help setup packages demo test lint fmt up down status logs token soak networks bench lock licences sbom audit images compose-demo compose-test k8s-test
+.PHONY: help setup packages cli demo test lint fmt up down status logs token soak networks bench lock licences sbom audit images compose-demo compose-test k8s-test
 
 PYTHON ?= python3# makes the virtual environment; 3.11 or newer
 BIN := .venv/bin
@@ -39,6 +39,9 @@ down: setup ## Stop the local stack; its data stay
 
 status: setup ## A line for each process of the stack: name, pid, state, address
 	@$(BIN)/python -m local status
+
+cli: setup ## Install the scanfleet command into .venv/bin
+	@echo 'export PATH="$(CURDIR)/$(BIN):$$PATH"'
 
 logs: setup ## The end of each process's log
 	@$(BIN)/python -m local logs
@@ -93,8 +96,8 @@ fmt: setup ## Format the code
 lint: setup ## Check style, types and the walls between the rooms
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy shared/scanfleet services/*/[a-z]*_[a-z]* conftest.py local supply $(wildcard tests bench) k8s/generate.py
-	for tests in shared/tests services/*/tests; do $(BIN)/mypy $$tests; done
+	$(BIN)/mypy cli/scanfleet_cli shared/scanfleet services/*/[a-z]*_[a-z]* conftest.py local supply $(wildcard tests bench) k8s/generate.py
+	for tests in cli/tests shared/tests services/*/tests; do $(BIN)/mypy $$tests; done
 	$(BIN)/lint-imports
 
 # Pins stay as they are while they fit; delete a requirements/*.txt to renew all of its pins. What an image is made from is the
@@ -102,7 +105,8 @@ lint: setup ## Check style, types and the walls between the rooms
 PIN := .local/tools/uv/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
 	--python-version 3.11
 lock: | .local/tools/uv/bin/uv ## Pin what requirements/*.in ask for, with hashes for Python 3.11 to 3.13
-	for lock in dev mongod uv; do $(PIN) requirements/$$lock.in --output-file requirements/$$lock.txt; done
+	$(PIN) requirements/dev.in cli/pyproject.toml --extra keyring --output-file requirements/dev.txt
+	for lock in mongod uv; do $(PIN) requirements/$$lock.in --output-file requirements/$$lock.txt; done
 	for service in $(SERVICES); do \
 		$(PIN) requirements/$$service.in --constraint requirements/dev.txt --output-file requirements/$$service.txt; done
 

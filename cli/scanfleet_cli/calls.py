@@ -1,0 +1,228 @@
+"""Every operation of the API as a value: `Client.send` and `AsyncClient.send` carry it out.
+
+A call states method, path and the type of its answer, and whether it is safe to repeat. There is one function for each
+operation of the API, named after its `operationId` where that reads well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Generic, TypeVar
+from uuid import uuid4
+
+from pydantic import BaseModel, TypeAdapter
+
+from scanfleet import rest
+from scanfleet.messages import JobStatus
+
+T = TypeVar("T")
+
+NDJSON: Final = "application/x-ndjson"
+PAGE_SIZE: Final = 100  # the largest page of a list
+LEDGER_PAGE_SIZE: Final = 1_000  # the largest page of a ledger
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One request, and the type of its answer."""
+
+    method: str
+    path: str
+    answer: type[T]
+    query: Mapping[str, Any] = field(default_factory=dict)
+    body: Mapping[str, Any] | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    repeatable: bool = True
+    """Whether a second request has the effect of one, so that it may be repeated after a cut connection."""
+
+    def read(self, content: bytes) -> T:
+        """The answer from the body of a response.
+
+        Raises:
+            pydantic.ValidationError: it is not of the type.
+        """
+        return TypeAdapter(self.answer).validate_json(content)
+
+
+@dataclass(frozen=True, slots=True)
+class ListCall(Call[T]):
+    """A request for one page of a list."""
+
+    items: str = ""
+    """The answer's field that holds the objects."""
+
+    def page(self, number: int, size: int) -> ListCall[T]:
+        return replace(self, query={**self.query, "page": number, "page_size": size})
+
+
+# Tasks
+
+
+def list_tasks(
+    *,
+    status: Sequence[JobStatus] = (),
+    user_id: int | str | None = None,
+    subnet_id: int | None = None,
+    policy_id: int | None = None,
+    since: str | None = None,
+) -> ListCall[rest.JobList]:
+    """The caller's jobs; for administrators those of a user, or of `"all"`."""
+    query = {
+        "status": ",".join(status) or None,
+        "user_id": user_id,
+        "subnet_id": subnet_id,
+        "policy_id": policy_id,
+        "since": since,
+    }
+    return _list("/api/v1/task", rest.JobList, "jobs", query)
+
+
+def create_tasks(subnet_ids: Sequence[int], policy_id: int, key: str | None = None) -> Call[rest.JobsCreated]:
+    """A job for each subnet. Repeating the same call, with the same key, creates nothing more."""
+    return Call(
+        "POST",
+        "/api/v1/task",
+        rest.JobsCreated,
+        body={"subnet_ids": list(subnet_ids), "policy_id": policy_id},
+        headers={"Idempotency-Key": key or uuid4().hex},
+    )
+
+
+def read_task(job_id: int) -> Call[rest.TaskStatus]:
+    return Call("GET", f"/api/v1/task/{job_id}", rest.TaskStatus)
+
+
+def watch_task(job_id: int, last_event_id: str = "") -> Call[Any]:
+    """The stream of a job's states; for `Client.events`."""
+    headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": last_event_id} if last_event_id else {})
+    return Call("GET", f"/api/v1/task/{job_id}/events", object, headers=headers)
+
+
+def cancel_task(job_id: int) -> Call[rest.Done]:
+    return Call("POST", f"/api/v1/task/{job_id}/cancel", rest.Done)
+
+
+def cancel_tasks(wanted: rest.CancelJobs) -> Call[rest.JobsCancelled]:
+    return Call("POST", "/api/v1/task/cancel", rest.JobsCancelled, body=_given(wanted))
+
+
+def read_results(job_id: int, accept: str = NDJSON, **query: Any) -> Call[list[rest.Result]]:
+    """A job's results; for `Client.results` and `Client.stream`."""
+    return Call(
+        "GET", f"/api/v1/task/{job_id}/results", list[rest.Result], query=_set(query), headers={"Accept": accept}
+    )
+
+
+def read_ledger(job_id: int, page: int = 1, page_size: int = LEDGER_PAGE_SIZE) -> Call[rest.Ledger]:
+    query = {"page": page, "page_size": page_size}
+    return Call("GET", f"/api/v1/task/{job_id}/ledger", rest.Ledger, query=query)
+
+
+def read_waiting(job_id: int) -> Call[rest.Waiting]:
+    return Call("GET", f"/api/v1/task/{job_id}/waiting", rest.Waiting)
+
+
+def read_snapshot(job_id: int) -> Call[rest.JobSnapshot]:
+    """What a job was asked for, whatever its subnet and policy are now."""
+    return Call("GET", f"/api/v1/task/{job_id}/snapshot", rest.JobSnapshot)
+
+
+def read_map(job_id: int, *, ports: str | None = None, first: str | None = None) -> Call[rest.CoverageMap]:
+    """What became of each address of a job, for all its blocks of ports or that of `ports`, from the address `first` on."""
+    return Call("GET", f"/api/v1/task/{job_id}/map", rest.CoverageMap, query=_set({"ports": ports, "from": first}))
+
+
+# The platform and the caller
+
+
+def read_info() -> Call[rest.Info]:
+    """What a client must know before it has a token."""
+    return Call("GET", "/api/v1/info", rest.Info)
+
+
+def read_me() -> Call[rest.Me]:
+    """The caller, and what is left of the caller's limits."""
+    return Call("GET", "/api/v1/me", rest.Me)
+
+
+# Subnets
+
+
+def list_subnets() -> ListCall[rest.SubnetList]:
+    return _list("/api/v1/subnet", rest.SubnetList, "subnets")
+
+
+def create_subnet(body: rest.SubnetBody) -> Call[rest.Subnet]:
+    return Call("POST", "/api/v1/subnet", rest.Subnet, body=_given(body), repeatable=False)
+
+
+def read_subnet(subnet_id: int) -> Call[rest.Subnet]:
+    return Call("GET", f"/api/v1/subnet/{subnet_id}", rest.Subnet)
+
+
+def replace_subnet(subnet_id: int, body: rest.SubnetBody, if_match: str = "") -> Call[rest.Subnet]:
+    return Call("PUT", f"/api/v1/subnet/{subnet_id}", rest.Subnet, body=_given(body), headers=_if_match(if_match))
+
+
+def delete_subnet(subnet_id: int) -> Call[rest.Done]:
+    return Call("DELETE", f"/api/v1/subnet/{subnet_id}", rest.Done)
+
+
+# Policies
+
+
+def list_policies() -> ListCall[rest.PolicyList]:
+    return _list("/api/v1/policy", rest.PolicyList, "policies")
+
+
+def create_policy(body: rest.PolicyBody) -> Call[rest.Policy]:
+    return Call("POST", "/api/v1/policy", rest.Policy, body=_given(body), repeatable=False)
+
+
+def read_policy(policy_id: int) -> Call[rest.Policy]:
+    return Call("GET", f"/api/v1/policy/{policy_id}", rest.Policy)
+
+
+def replace_policy(policy_id: int, body: rest.PolicyBody, if_match: str = "") -> Call[rest.Policy]:
+    return Call("PUT", f"/api/v1/policy/{policy_id}", rest.Policy, body=_given(body), headers=_if_match(if_match))
+
+
+def delete_policy(policy_id: int) -> Call[rest.Done]:
+    return Call("DELETE", f"/api/v1/policy/{policy_id}", rest.Done)
+
+
+# Administrators
+
+
+def list_audit(**filters: str | None) -> ListCall[rest.AuditList]:
+    return _list("/api/v1/audit", rest.AuditList, "entries", filters)
+
+
+def list_revocations() -> ListCall[rest.RevocationList]:
+    return _list("/api/v1/revocation", rest.RevocationList, "revocations")
+
+
+def create_revocation(body: rest.RevocationBody) -> Call[rest.Revocation]:
+    return Call("POST", "/api/v1/revocation", rest.Revocation, body=_given(body), repeatable=False)
+
+
+def delete_revocation(revocation_id: int) -> Call[rest.Done]:
+    return Call("DELETE", f"/api/v1/revocation/{revocation_id}", rest.Done)
+
+
+def _list(path: str, answer: type[T], items: str, query: Mapping[str, Any] | None = None) -> ListCall[T]:
+    return ListCall("GET", path, answer, query=_set(query or {}), items=items)
+
+
+def _set(query: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in query.items() if value is not None}
+
+
+def _given(body: BaseModel) -> dict[str, Any]:
+    """What the caller set: the service fills in the rest, by its own release's defaults."""
+    return body.model_dump(mode="json", exclude_unset=True, warnings=False)
+
+
+def _if_match(etag: str) -> dict[str, str]:
+    return {"If-Match": etag} if etag else {}

@@ -1,0 +1,519 @@
+"""The SDK: a client of the API, sync and async, that sends the calls of `scanfleet_cli.calls`.
+
+from scanfleet_cli import calls
+from scanfleet_cli.client import Client
+
+with Client("https://scanfleet.example.com", token) as client:
+job = client.send(calls.create_tasks([5], policy_id=3)).jobs[0]
+for task in client.watch(job.id):
+print(task.status.progress)
+for result in client.results(job.id):
+print(result.ip_address, result.port)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final, Self, TypeVar
+
+import httpx2
+from pydantic import ValidationError
+
+from scanfleet import rest
+from scanfleet_cli import calls
+from scanfleet_cli.calls import Call, ListCall
+from scanfleet_cli.errors import ApiError, UnavailableError
+
+T = TypeVar("T")
+Token = str | Callable[[], str] | None
+"""A bearer token, or what returns the current one; None for the calls that need none."""
+
+HEARTBEAT_LIMIT: Final = 45.0  # seconds without a byte on a stream: three of the service's heartbeats
+MAX_STREAM_FAILURES: Final = 3  # in a row, after which a job is polled
+
+_TIMEOUTS: Final = httpx2.Timeout(30.0, connect=5.0)
+_STREAM_TIMEOUTS: Final = httpx2.Timeout(30.0, connect=5.0, read=HEARTBEAT_LIMIT)
+_BUSY: Final = frozenset({502, 503, 504})
+_MAX_ERROR_CHARS: Final = 300  # of an error that is not the service's own, from a proxy for example
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a client goes on while the service is unavailable or busy; all in seconds."""
+
+    timeout: float = 60.0
+    """In which a call that is safe to repeat is repeated."""
+
+    first_pause: float = 0.5
+    """Before the first retry; doubles up to `longest_pause`."""
+
+    longest_pause: float = 5.0
+    poll: float = 5.0
+    """Between two looks at a job whose streams do not last."""
+
+    def pause(self, failures: int) -> float:
+        """Before the attempt after so many failures in a row; none before the first."""
+        if not failures:
+            return 0.0
+        longest: float = min(self.first_pause * 2 ** (failures - 1), self.longest_pause)
+        return longest * random.uniform(0.75, 1.0)  # noqa: S311 # spreads clients, guards nothing
+
+
+PATIENT: Final = Patience()
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole answer, as it came."""
+
+    status: int
+    headers: Mapping[str, str]
+    content: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.content)
+
+    @property
+    def etag(self) -> str:
+        return self.headers.get("etag", "")
+
+
+Notice = Callable[[str], None]
+"""Called with a sentence when a watched connection is lost, and when it is back."""
+
+
+def _ignore(_sentence: str) -> None: ...
+
+
+class Client:
+    """A caller of the API at `url`; safe to use from several threads.
+
+    Args:
+        url: of the gateway.
+        token: of the caller.
+        patience: while the service is unavailable or busy.
+        transport: carries the requests, over the network unless given.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: Token = None,
+        *,
+        patience: Patience = PATIENT,
+        transport: httpx2.BaseTransport | None = None,
+    ) -> None:
+        self.url = url
+        self._token = token
+        self._patience = patience
+        self._http = httpx2.Client(base_url=url, headers=_headers(), timeout=_TIMEOUTS, transport=transport)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def send(self, call: Call[T]) -> T:
+        """Carry out a call, and return its answer.
+
+        Raises:
+            ApiError: the service refuses it.
+            UnavailableError: there was no answer in time.
+        """
+        return _read(call, self.ask(call))
+
+    def ask(self, call: Call[Any], timeout: float | None = None) -> Reply:
+        """The same, and return the answer as it came."""
+        with self.stream(call, timeout) as response:
+            try:
+                content = response.read()
+            except httpx2.TransportError as error:
+                raise _no_answer(self.url, error) from error
+            return Reply(response.status_code, response.headers, content)
+
+    def pages(self, call: ListCall[T], size: int = calls.PAGE_SIZE) -> Iterator[T]:
+        """Each page of a list, until its end."""
+        for number, reply in enumerate(self.replies(call, size), 1):
+            yield _read(call.page(number, size), reply)
+
+    def replies(self, call: ListCall[Any], size: int = calls.PAGE_SIZE) -> Iterator[Reply]:
+        """Each page of a list as it came, until the end of the list."""
+        number, more = 1, True
+        while more:
+            reply = self.ask(call.page(number, size))
+            yield reply
+            more = number * size < reply.json["total"]
+            number += 1
+
+    @contextmanager
+    def stream(self, call: Call[Any], timeout: float | None = None) -> Iterator[httpx2.Response]:
+        """An answer whose body is read by the caller, as it comes.
+
+        Args:
+            call: to carry out.
+            timeout: seconds in which it is repeated until an answer begins; the client's own unless given.
+
+        Raises:
+            ApiError: the service refuses it.
+            UnavailableError: no answer began in time.
+        """
+        retries = _Retries(call, self._patience, timeout)
+        while True:
+            outcome = self._once(call)
+            if (pause := retries.pause(outcome)) is None:
+                break
+            if isinstance(outcome, httpx2.Response):
+                outcome.close()
+            time.sleep(pause)
+        if not isinstance(outcome, httpx2.Response):
+            raise _no_answer(
+                self.url, outcome, unsure=retries.sent and not call.repeatable, reached=retries.sent
+            ) from outcome
+        try:
+            if not outcome.is_success:
+                outcome.read()
+                raise _refusal(outcome, after_cut=retries.sent)
+            yield outcome
+        finally:
+            outcome.close()
+
+    def events(self, job_id: int, last_event_id: str = "") -> Iterator[httpx2.ServerSentEvent]:
+        """The events of one connection to a job's stream, which may be cut before the job ends.
+
+        Raises:
+            ApiError: the service refuses it.
+            UnavailableError: the connection could not be made, or was cut.
+        """
+        with self.stream(calls.watch_task(job_id, last_event_id), timeout=0) as response:
+            try:
+                if response.status_code != httpx2.codes.NO_CONTENT:
+                    yield from httpx2.EventSource(response)
+            except httpx2.TransportError as error:
+                raise _no_answer(self.url, error) from error
+
+    def watch(self, job_id: int, notice: Notice = _ignore) -> Iterator[rest.TaskStatus]:
+        """Each state of a job until its final one; connects again after a cut, and polls when streams do not last.
+
+        Raises:
+            ApiError: the caller may not watch it, or no longer.
+        """
+        watching = Watching(self._patience, notice)
+        while not watching.over:
+            time.sleep(watching.pause)
+            try:
+                if watching.polling:
+                    yield watching.polled(_read(call := calls.read_task(job_id), self.ask(call, timeout=0)))
+                else:
+                    for event in self.events(job_id, watching.last_event_id):
+                        yield watching.received(event)
+                    watching.ended()
+            except (ApiError, UnavailableError) as error:
+                watching.failed(error)
+
+    def results(self, job_id: int) -> Iterator[rest.Result]:
+        """A job's results as they come; raises instead of returning some of them.
+
+        Raises:
+            ApiError: the caller may not read them.
+            UnavailableError: the connection was cut; what was yielded is not all.
+        """
+        with self.stream(calls.read_results(job_id)) as response:
+            try:
+                for line in response.iter_lines():
+                    yield rest.Result.model_validate_json(line)
+            except httpx2.TransportError as error:
+                raise _no_answer(self.url, error) from error
+
+    def _once(self, call: Call[Any]) -> httpx2.Response | httpx2.TransportError:
+        token = self._token() if callable(self._token) else self._token
+        try:
+            return self._http.send(_request(self._http, call, token), stream=True)
+        except httpx2.TransportError as error:
+            return error
+
+
+class AsyncClient:
+    """`Client` for asyncio: the same methods, to be awaited."""
+
+    def __init__(
+        self,
+        url: str,
+        token: Token = None,
+        *,
+        patience: Patience = PATIENT,
+        transport: httpx2.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.url = url
+        self._token = token
+        self._patience = patience
+        self._http = httpx2.AsyncClient(base_url=url, headers=_headers(), timeout=_TIMEOUTS, transport=transport)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def send(self, call: Call[T]) -> T:
+        """As `Client.send`."""
+        return _read(call, await self.ask(call))
+
+    async def ask(self, call: Call[Any], timeout: float | None = None) -> Reply:  # noqa: ASYNC109 # of retries, not a scope
+        """As `Client.ask`."""
+        async with self.stream(call, timeout) as response:
+            try:
+                content = await response.aread()
+            except httpx2.TransportError as error:
+                raise _no_answer(self.url, error) from error
+            return Reply(response.status_code, response.headers, content)
+
+    async def pages(self, call: ListCall[T], size: int = calls.PAGE_SIZE) -> AsyncIterator[T]:
+        """As `Client.pages`."""
+        number, more = 1, True
+        while more:
+            reply = await self.ask(call.page(number, size))
+            yield _read(call, reply)
+            more = number * size < reply.json["total"]
+            number += 1
+
+    @asynccontextmanager
+    async def stream(self, call: Call[Any], timeout: float | None = None) -> AsyncIterator[httpx2.Response]:  # noqa: ASYNC109 # as above
+        """As `Client.stream`."""
+        retries = _Retries(call, self._patience, timeout)
+        while True:
+            outcome = await self._once(call)
+            if (pause := retries.pause(outcome)) is None:
+                break
+            if isinstance(outcome, httpx2.Response):
+                await outcome.aclose()
+            await asyncio.sleep(pause)
+        if not isinstance(outcome, httpx2.Response):
+            raise _no_answer(
+                self.url, outcome, unsure=retries.sent and not call.repeatable, reached=retries.sent
+            ) from outcome
+        try:
+            if not outcome.is_success:
+                await outcome.aread()
+                raise _refusal(outcome, after_cut=retries.sent)
+            yield outcome
+        finally:
+            await outcome.aclose()
+
+    async def events(self, job_id: int, last_event_id: str = "") -> AsyncIterator[httpx2.ServerSentEvent]:
+        """As `Client.events`."""
+        async with self.stream(calls.watch_task(job_id, last_event_id), timeout=0) as response:
+            try:
+                if response.status_code != httpx2.codes.NO_CONTENT:
+                    async for event in httpx2.EventSource(response):
+                        yield event
+            except httpx2.TransportError as error:
+                raise _no_answer(self.url, error) from error
+
+    async def watch(self, job_id: int, notice: Notice = _ignore) -> AsyncIterator[rest.TaskStatus]:
+        """As `Client.watch`."""
+        watching = Watching(self._patience, notice)
+        while not watching.over:
+            await asyncio.sleep(watching.pause)
+            try:
+                if watching.polling:
+                    yield watching.polled(_read(call := calls.read_task(job_id), await self.ask(call, timeout=0)))
+                else:
+                    async for event in self.events(job_id, watching.last_event_id):
+                        yield watching.received(event)
+                    watching.ended()
+            except (ApiError, UnavailableError) as error:
+                watching.failed(error)
+
+    async def results(self, job_id: int) -> AsyncIterator[rest.Result]:
+        """As `Client.results`."""
+        async with self.stream(calls.read_results(job_id)) as response:
+            try:
+                async for line in response.aiter_lines():
+                    yield rest.Result.model_validate_json(line)
+            except httpx2.TransportError as error:
+                raise _no_answer(self.url, error) from error
+
+    async def _once(self, call: Call[Any]) -> httpx2.Response | httpx2.TransportError:
+        token = await asyncio.to_thread(self._token) if callable(self._token) else self._token
+        try:
+            return await self._http.send(_request(self._http, call, token), stream=True)
+        except httpx2.TransportError as error:
+            return error
+
+
+class Watching:
+    """What a watch of one job does next; connects again after a pause, and polls after three failures in a row.
+
+    Args:
+        patience: of the client.
+        notice: called when the connection is lost, once, and when it is back.
+    """
+
+    def __init__(self, patience: Patience, notice: Notice = _ignore) -> None:
+        self._patience = patience
+        self.over = False
+        self.last_event_id = ""
+        self._notice = notice
+        self._failures = 0
+        self._lost = False
+        self._unreachable = False
+
+    @property
+    def polling(self) -> bool:
+        """Whether streams do not last, so that the job is polled."""
+        return self._failures >= MAX_STREAM_FAILURES
+
+    @property
+    def pause(self) -> float:
+        """Seconds before the next attempt."""
+        return self._patience.poll if self.polling else self._patience.pause(self._failures)
+
+    def received(self, event: httpx2.ServerSentEvent) -> rest.TaskStatus:
+        """The state in an event of the stream."""
+        task = _parse(rest.TaskStatus, event.data.encode())
+        self._failures = 0
+        self.last_event_id = event.id
+        self._take(task)
+        return task
+
+    def polled(self, task: rest.TaskStatus) -> rest.TaskStatus:
+        """The state that a poll answered."""
+        if self._unreachable:  # it was the service, not the stream: the next stream may last
+            self._failures = 0
+        self._take(task)
+        return task
+
+    def ended(self) -> None:
+        """The stream ended in good order."""
+        if not self.over:
+            self.failed(UnavailableError("the stream ended before the job did"))
+
+    def failed(self, error: ApiError | UnavailableError) -> None:
+        """An attempt failed.
+
+        Raises:
+            ApiError: no later attempt can succeed.
+        """
+        if isinstance(error, ApiError) and error.status not in _BUSY | {429}:
+            raise error
+        self._failures += 1
+        self._unreachable = isinstance(error, UnavailableError) and not error.reached
+        if not self._lost:
+            self._lost = True
+            self._notice(f"connection lost ({error}); connecting again")
+
+    def _take(self, task: rest.TaskStatus) -> None:
+        self.over = task.status.status.final
+        if self._lost:
+            self._lost = False
+            self._notice("connected again")
+
+
+class _Retries:
+    """When to repeat one call: while that is safe, and `timeout` seconds (the client's own unless given) have not passed."""
+
+    def __init__(self, call: Call[Any], patience: Patience, timeout: float | None) -> None:
+        self.sent = False
+        """An attempt without an answer may have reached the service."""
+
+        self._call = call
+        self._patience = patience
+        self._until = time.monotonic() + (patience.timeout if timeout is None else timeout)
+        self._failures = 0
+
+    def pause(self, outcome: httpx2.Response | httpx2.TransportError) -> float | None:
+        """Seconds until the next attempt; None when `outcome` is final."""
+        if isinstance(outcome, httpx2.Response):
+            refused = outcome.status_code == httpx2.codes.TOO_MANY_REQUESTS  # before anything was done
+            again = refused or (outcome.status_code in _BUSY and self._call.repeatable)
+            asked = _seconds(outcome.headers.get("retry-after", ""))
+        else:
+            unsent = isinstance(outcome, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.PoolTimeout)
+            self.sent |= not unsent
+            again = unsent or self._call.repeatable
+            asked = 0.0
+        self._failures += 1
+        pause = max(asked, self._patience.pause(self._failures))
+        return pause if again and time.monotonic() + pause < self._until else None
+
+
+def _seconds(text: str) -> float:
+    return float(text) if text.isascii() and text.isdigit() else 0.0
+
+
+def _request(http: httpx2.Client | httpx2.AsyncClient, call: Call[Any], token: str | None) -> httpx2.Request:
+    headers = dict(call.headers) | ({"Authorization": f"Bearer {token}"} if token else {})
+    stream = call.headers.get("Accept") == "text/event-stream"
+    return http.build_request(
+        call.method,
+        call.path,
+        params=call.query or None,
+        json=call.body,
+        headers=headers,
+        timeout=_STREAM_TIMEOUTS if stream else _TIMEOUTS,
+    )
+
+
+def _read(call: Call[T], reply: Reply) -> T:
+    try:
+        return call.read(reply.content)
+    except ValidationError as error:
+        raise _unreadable(error) from error
+
+
+def _parse(model: type[rest.TaskStatus], content: bytes) -> rest.TaskStatus:
+    try:
+        return model.model_validate_json(content)
+    except ValidationError as error:
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: ValidationError) -> ApiError:
+    return ApiError(
+        200, f"the answer is not what this release reads ({error.error_count()} fields); compare the versions"
+    )
+
+
+def _refusal(response: httpx2.Response, *, after_cut: bool) -> ApiError:
+    request_id = response.headers.get("x-request-id", "")
+    try:
+        message = rest.Error.model_validate_json(response.content).error
+    except ValidationError:  # not the service: a proxy, or another server
+        text = " ".join(response.text.split())[:_MAX_ERROR_CHARS]
+        message = f"HTTP {response.status_code} {response.reason_phrase}: {text}"
+    return ApiError(response.status_code, message, request_id, after_cut=after_cut)
+
+
+def _no_answer(
+    url: str, error: httpx2.TransportError, *, unsure: bool = False, reached: bool = True
+) -> UnavailableError:
+    return UnavailableError(
+        f"no answer from {url}: {str(error) or type(error).__name__}", unsure=unsure, reached=reached
+    )
+
+
+def own_version() -> str:
+    """The release of this SDK."""
+    try:
+        return version("scanfleet-cli")
+    except PackageNotFoundError:  # in the checkout
+        return version("scanfleet")
+
+
+def _headers() -> dict[str, str]:
+    return {"User-Agent": f"scanfleet-cli/{own_version()}"}

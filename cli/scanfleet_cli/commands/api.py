@@ -1,0 +1,95 @@
+"""`scanfleet api`: a request as it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+from uuid import uuid4
+
+import click
+
+from scanfleet_cli.calls import PAGE_SIZE, Call, ListCall
+from scanfleet_cli.errors import CommandError
+from scanfleet_cli.session import Session, with_session
+
+_WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
+_REPEATABLE: Final = frozenset({"GET", "HEAD", "PUT", "DELETE"})
+
+
+@click.command()
+@click.argument("method", type=click.Choice(["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"], case_sensitive=False))
+@click.argument("path")
+@click.option(
+    "-f", "--field", "texts", multiple=True, metavar="NAME=TEXT", help="Field of the body, or of the query of a GET."
+)
+@click.option(
+    "-F", "--typed-field", "typed", multiple=True, metavar="NAME=JSON", help="The same, its value read as JSON."
+)
+@click.option("-H", "--header", "headers", multiple=True, metavar="NAME: VALUE", help="Header of the request.")
+@click.option("--input", "file", type=click.File("r"), help="File that holds the body as JSON; - is stdin.")
+@click.option("--all", "every", is_flag=True, help="Follow the pages of a list, and print one array.")
+@with_session
+def api(
+    session: Session,
+    /,
+    *,
+    method: str,
+    path: str,
+    texts: Sequence[str],
+    typed: Sequence[str],
+    headers: Sequence[str],
+    file: Any,
+    every: bool,
+) -> None:
+    """Send a request to the API as it is, with the token, and print the body of the answer."""
+    method = method.upper()
+    fields: dict[str, Any] = dict(_split(each, "=") for each in texts)
+    for name, text in (_split(each, "=") for each in typed):
+        fields[name] = _json(text, f"-F {name}")
+    given: Mapping[str, str] = dict(_split(each, ":") for each in headers)
+    body = _json(file.read(), "--input") if file is not None else None
+    query = {} if method in _WITH_BODY else fields
+    if method in _WITH_BODY and body is None:
+        body = fields
+    elif fields and body is not None:
+        query = fields
+    if method == "POST":
+        given = {"Idempotency-Key": uuid4().hex} | dict(given)
+    path = path if path.startswith("/") else f"/api/v1/{path}"
+    if every:
+        _all(session, ListCall(method, path, object, query=query, headers=given))
+        return
+    # A POST is repeated only where the service reads its key.
+    repeatable = method in _REPEATABLE or path.rstrip("/") == "/api/v1/task"
+    call: Call[Any] = Call(method, path, object, query=query, body=body, headers=given, repeatable=repeatable)
+    with session.client.stream(call) as response:
+        for text in response.iter_text():
+            session.output.stdout.write(text)
+    if session.output.terminal:
+        session.output.say()
+    session.output.stdout.flush()
+
+
+def _all(session: Session, call: ListCall[Any]) -> None:
+    rows: list[Any] = []
+    for reply in session.client.replies(call, PAGE_SIZE):
+        lists = [value for value in reply.json.values() if isinstance(value, list)]
+        if len(lists) != 1:
+            raise CommandError(f"{call.path} answers no list; leave out --all")
+        rows += lists[0]
+    session.output.say(json.dumps(rows, indent=2))
+
+
+def _split(text: str, sign: str) -> tuple[str, str]:
+    name, found, value = text.partition(sign)
+    if not found or not name.strip():
+        raise CommandError(f"{text} is not NAME{sign}VALUE")
+    return name.strip(), value.strip() if sign == ":" else value
+
+
+def _json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CommandError(f"{what} is no JSON: {error}") from error

@@ -1,0 +1,90 @@
+"""`scanfleet context`: gateways that this command uses."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import click
+
+from scanfleet_cli.config import Context, check_url
+from scanfleet_cli.output import column
+from scanfleet_cli.session import Session, formats, with_session, yes
+
+
+@click.group()
+def context() -> None:
+    """Gateways that this command uses."""
+
+
+def _row(context: Context, current: str) -> dict[str, Any]:
+    return {
+        "name": context.name,
+        "url": context.url,
+        "current": context.name == current,
+        "token_command": list(context.token_command),
+    }
+
+
+@context.command("list")
+@formats
+@with_session
+def list_(session: Session) -> None:
+    """List contexts."""
+    current = session.config.current
+    rows = [_row(each, current) for each in session.config.contexts().values()]
+    columns = [column("NAME"), column("URL"), column("CURRENT"), column("TOKEN COMMAND", "token_command", wide=True)]
+    session.show_list(rows, columns, "no contexts yet: scanfleet context add NAME --url URL", "name")
+
+
+@context.command()
+@click.argument("name")
+@with_session
+def use(session: Session, /, *, name: str) -> None:
+    """Use a context from now on."""
+    session.config.use(name)
+    session.output.note(f"✓ {name} is in use")
+
+
+@context.command()
+@click.argument("name")
+@click.option("--url", help="Address of the gateway.")
+@click.option(
+    "--token-command",
+    metavar="COMMAND",
+    help="Command that prints a token, run when one is needed; its output is never stored.",
+)
+@click.option("--no-use", is_flag=True, help="Do not use it from now on.")
+@with_session
+def add(session: Session, /, *, name: str, url: str | None, token_command: str | None, no_use: bool) -> None:
+    """Add a context, or change it, and use it from now on."""
+    address = url or session.url or session.config.environment.get("SCANFLEET_URL") or "http://127.0.0.1:8080"
+    command = tuple(shlex.split(token_command)) if token_command else ()
+    session.config.add(Context(name, check_url(address), command), use=not no_use)
+    session.output.note(f"✓ context {name}: {address} (in {session.config.file})")
+
+
+@context.command()
+@click.argument("name")
+@yes
+@with_session
+def remove(session: Session, /, *, name: str, yes: bool) -> None:
+    """Remove a context."""
+    session.confirm(f"remove context {name}?", yes=yes)
+    session.config.remove(name)
+    session.output.note(f"✓ context {name} removed")
+
+
+@context.command()
+@click.argument("name", required=False)
+@formats
+@with_session
+def show(session: Session, /, *, name: str | None) -> None:
+    """Show a context, or the one in use."""
+    found = session.config.place(name=name or session.context).context
+    current = session.config.current
+    row = _row(found or Context("", session.place.url), current)
+    lines = [f"{row['name'] or 'no context'}  {row['url']}"]
+    if row["token_command"]:
+        lines.append(f"  token_command  {shlex.join(row['token_command'])}")
+    session.output.one(row, lambda: lines, "name")

@@ -1,0 +1,125 @@
+"""`scanfleet doctor`: what stands between this command and the service."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import click
+
+from scanfleet_cli import calls
+from scanfleet_cli.client import Client, Reply, own_version
+from scanfleet_cli.errors import ApiError, Exit, ScanfleetError
+from scanfleet_cli.output import column, duration, printable
+from scanfleet_cli.session import Session, formats, with_session
+
+CLOCK_SECONDS: Final = 30.0  # of difference, above which tokens begin to be refused
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    check: str
+    ok: bool
+    detail: str
+
+
+@click.command()
+@formats
+@with_session
+def doctor(session: Session) -> int:
+    """Check address, TLS, clock, token and versions; exit 1 when something is wrong."""
+    rows = [{"check": each.check, "ok": each.ok, "detail": each.detail} for each in _findings(session)]
+    session.output.many(rows, [column("CHECK"), column("OK"), column("DETAIL")], "check")
+    return Exit.DONE if all(row["ok"] for row in rows) else Exit.FAULT
+
+
+def _findings(session: Session) -> Iterator[Finding]:
+    try:
+        place = session.place
+    except ScanfleetError as error:
+        yield Finding("gateway", ok=False, detail=str(error))
+        return
+    yield Finding("gateway", ok=True, detail=f"{place.url}, from {place.source}")
+    parts = urlsplit(place.url)
+    loopback = parts.hostname in {"127.0.0.1", "::1", "localhost"}
+    if parts.scheme == "https":
+        yield Finding("tls", ok=True, detail="on")
+    else:
+        yield Finding(
+            "tls",
+            ok=loopback,
+            detail="off: the token can be read on the way" if not loopback else "off, on this machine",
+        )
+    yield from _answers(session)
+
+
+def _answers(session: Session) -> Iterator[Finding]:
+    with Client(session.place.url, transport=session.transport) as anybody:
+        info = _try(lambda: anybody.ask(calls.read_info(), timeout=0))
+        if isinstance(info, ScanfleetError) and not isinstance(info, ApiError):
+            yield Finding("service", ok=False, detail=str(info))
+            return
+        yield _versions(info)
+    try:
+        token = session.token()
+    except ScanfleetError as error:
+        yield Finding("token", ok=False, detail=str(error))
+        return
+    reply = _try(lambda: session.client.ask(calls.list_policies().page(1, 1), timeout=0))
+    if isinstance(reply, Reply):
+        yield _clock(reply)
+    ends = _ends(token)
+    detail = f"from {session.token_source}{ends}"
+    yield Finding(
+        "token", ok=isinstance(reply, Reply), detail=detail if isinstance(reply, Reply) else f"{detail}: {reply}"
+    )
+
+
+def _try(ask: Callable[[], Reply]) -> Reply | ScanfleetError:
+    try:
+        return ask()
+    except ScanfleetError as error:
+        return error
+
+
+def _versions(info: Reply | ScanfleetError) -> Finding:
+    own = own_version()
+    if not isinstance(info, Reply):
+        return Finding(
+            "service", ok=True, detail=f"answers, without /api/v1/info: it is older than this command ({own})"
+        )
+    version = printable(str(info.json.get("version")))
+    return Finding(
+        "service",
+        ok=info.json.get("api") == "v1",
+        detail=f"version {version}, API {info.json.get('api')}; this command is {own}",
+    )
+
+
+def _clock(reply: Reply) -> Finding:
+    try:
+        theirs = parsedate_to_datetime(reply.headers["date"])
+    except (KeyError, ValueError):
+        return Finding("clock", ok=True, detail="not compared: the answer has no Date")
+    ahead = (datetime.now(UTC) - theirs).total_seconds()
+    word = "ahead" if ahead > 0 else "behind"
+    return Finding("clock", ok=abs(ahead) < CLOCK_SECONDS, detail=f"{duration(abs(ahead))} {word} of the service's")
+
+
+def _ends(token: str) -> str:
+    """When a token ends, if it is one that says so. It is not verified: the service does that."""
+    try:
+        claims: Any = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))
+        left = datetime.fromtimestamp(claims["exp"], UTC) - datetime.now(UTC)
+    except (ValueError, LookupError, TypeError, OverflowError):
+        return ""
+    seconds = left.total_seconds()
+    return f", ends in {duration(seconds)}" if seconds > 0 else f", ended {duration(-seconds)} ago"

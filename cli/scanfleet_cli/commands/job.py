@@ -1,0 +1,605 @@
+"""`scanfleet job`: jobs, from submit to results."""
+
+from __future__ import annotations
+
+import json
+import webbrowser
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from ipaddress import ip_address, ip_network
+from typing import Any, Final
+from uuid import uuid4
+
+import click
+import httpx2
+
+from scanfleet import rest
+from scanfleet.messages import JobStatus
+from scanfleet_cli import calls, chart, coverage, follow, resolve
+from scanfleet_cli.errors import ApiError, CommandError, Exit, ScanfleetError, UnavailableError, explain
+from scanfleet_cli.output import Column, Format, Row, ago, column, count, duration, printable
+from scanfleet_cli.session import Session, formats, lists, many_failed, with_session, yes
+
+job_id = click.argument("job_id", type=click.IntRange(min=1), metavar="ID")
+job_ids = click.argument("job_ids", type=click.IntRange(min=1), nargs=-1, required=True, metavar="ID…")
+timeout_option = click.option(
+    "--timeout", metavar="TIME", help="Give up waiting after 90, 90s, 30m or 2h; exit 124. The job continues."
+)
+
+_LEDGER_NAMES: Final = tuple(rest.LedgerCounts.model_fields)
+_SHARE_BAR: Final = 20  # cells
+
+
+@click.group()
+def job() -> None:
+    """Scan jobs: submit, watch, cancel, read."""
+
+
+@job.command()
+@click.option(
+    "--subnet", "subnets", multiple=True, required=True, metavar="NAME|ID", help="Repeat for several: one job for each."
+)
+@click.option("--policy", required=True, metavar="NAME|ID")
+@click.option("--key", help="Idempotency key: repeating the command with the same key creates nothing more.")
+@click.option("--watch", is_flag=True, help="Watch the jobs to their end.")
+@formats
+@with_session
+def submit(session: Session, /, *, subnets: Sequence[str], policy: str, key: str | None, watch: bool) -> int | None:
+    """Create a job for each subnet."""
+    chosen = [resolve.subnet_named(session, each) for each in subnets]
+    policy_id = resolve.policy_named(session, policy).id
+    networks = {each.id: each.cidr for each in chosen}
+    made = session.ask(calls.create_tasks([each.id for each in chosen], policy_id, key or uuid4().hex))
+    if not (watch and session.output.format is Format.JSONL):
+        session.output.many(made["jobs"], submitted_columns(networks))
+    return _watch(session, [each["id"] for each in made["jobs"]], None) if watch else None
+
+
+def submitted_columns(networks: Mapping[int, str]) -> list[Column]:
+    """Of jobs that were just created; `networks` are those of subnets, by id."""
+    return [
+        Column("JOB", lambda row: f"job {row['id']}"),
+        Column("NETWORK", lambda row: networks.get(row["subnet_id"], "")),
+        column("STATUS"),
+    ]
+
+
+def _status(job: Row) -> str:
+    return f"{job['status']} {job['progress']} %" if "progress" in job else str(job["status"])
+
+
+@job.command("list")
+@click.option(
+    "--status", "statuses", multiple=True, metavar="STATUS", help=f"{', '.join(JobStatus)}; repeat for several."
+)
+@click.option("--subnet", metavar="NAME|ID")
+@click.option("--policy", metavar="NAME|ID")
+@click.option("--since", metavar="TIME", help="Created since this time (RFC 3339).")
+@click.option("--user", metavar="ID|all", help="For administrators: the jobs of this user, or of all.")
+@lists
+@with_session
+def list_(
+    session: Session,
+    /,
+    *,
+    statuses: Sequence[str],
+    subnet: str | None,
+    policy: str | None,
+    since: str | None,
+    user: str | None,
+) -> None:
+    """List jobs: pending ones first, then the latest start first."""
+    wanted = [each for text in statuses for each in text.split(",")]
+    if unknown := [each for each in wanted if each not in list(JobStatus)]:
+        raise CommandError(f"unknown status {unknown[0]}", hint=f"one of {', '.join(JobStatus)}")
+    call = calls.list_tasks(
+        status=[JobStatus(each) for each in wanted],
+        user_id=user,
+        subnet_id=resolve.subnet_named(session, subnet).id if subnet else None,
+        policy_id=resolve.policy_named(session, policy).id if policy else None,
+        since=since,
+    )
+    output = session.output
+    rows: Iterator[Row] = session.rows(call)
+    if output.format in {Format.TABLE, Format.WIDE} and output.fields is None:
+        rows = _detailed(session, rows, every=output.format is Format.WIDE)
+    columns = [
+        column("ID"),
+        Column("STATUS", _status),
+        column("SUBNET", "subnet_id") if output.format is not Format.WIDE else column("SUBNET", "subnet"),
+        column("POLICY", "policy_id") if output.format is not Format.WIDE else column("POLICY", "policy"),
+        *([column("USER", "user_id")] if user else []),
+        Column("STARTED", lambda row: ago(row["start_time"], relative=output.terminal)),
+        Column("TOOK", lambda row: follow.took(dict(row))),
+        column("MACHINES", "machines_found", wide=True),
+        column("ERROR", "error", wide=True),
+    ]
+    session.show_list(
+        rows, columns, "no jobs match" if wanted or subnet or policy else "no jobs yet: scanfleet scan 192.0.2.0/24"
+    )
+
+
+def _detailed(session: Session, rows: Iterator[Row], *, every: bool) -> Iterator[Row]:
+    """Jobs with what their lists do not hold: progress of the unfinished, and of each with `every`."""
+    names = {each.id: f"{each.cidr} {each.name}" for each in resolve.subnets(session)} if every else {}
+    policy_names = {each.id: each.name for each in resolve.policies(session)} if every else {}
+    for row in rows:
+        shown = dict(row)
+        if every or not JobStatus(row["status"]).final:
+            with suppress(ApiError):  # it was deleted in between
+                status = session.client.send(calls.read_task(row["id"])).status
+                shown |= {"machines_found": status.machines_found, "error": status.error}
+                if not status.status.final:
+                    shown |= {"status": str(status.status), "progress": status.progress}
+        shown.setdefault("machines_found", None)
+        shown["subnet"] = names.get(row["subnet_id"], str(row["subnet_id"]))
+        shown["policy"] = policy_names.get(row["policy_id"], str(row["policy_id"]))
+        yield shown
+
+
+@job.command()
+@job_id
+@formats
+@with_session
+def show(session: Session, /, *, job_id: int) -> None:
+    """Show a job: status, progress, what was asked for, what became of it."""
+    reply = session.client.ask(calls.read_task(job_id))
+    session.output.one(
+        reply.json, lambda: _block(session, rest.TaskStatus.model_validate_json(reply.content)), "job_id"
+    )
+
+
+def _block(session: Session, task: rest.TaskStatus) -> Iterator[str]:
+    output, job, status = session.output, task.job, task.status
+    yield f"job {job.id}  {output.paint(status.status)} {status.progress} %"
+    yield f"  machines   {status.machines_found}"
+    yield from _asked_for(session, job)
+    yield f"  created    {ago(job.model_dump(mode='json')['created_at'], relative=output.terminal)}"
+    yield f"  took       {follow.took(job.model_dump(mode='json'))}"
+    if status.error:
+        yield f"  error      {printable(status.error)}"
+    with suppress(ApiError):
+        ledger = session.client.send(calls.read_ledger(job.id, page_size=1))
+        yield f"  addresses  {coverage.outcomes(ledger, output.paint)}"
+        if status.status.final:
+            yield f"  proof      {coverage.proof(ledger)}"
+
+
+def _asked_for(session: Session, job: Any) -> Iterator[str]:
+    try:
+        asked = session.client.send(calls.read_snapshot(job.id))
+    except ApiError as error:
+        if error.status != httpx2.codes.NOT_FOUND:
+            raise
+        yield f"  subnet     {job.subnet_id}"
+        yield f"  policy     {job.policy_id}"
+        return
+    excluded = f", {asked.excluded:,} excluded" if asked.excluded else ""
+    addresses = count(asked.addresses, "address", "addresses")
+    yield f"  network    {asked.cidr} ({addresses}{excluded}; subnet {job.subnet_id})"
+    ports = f"ports {printable(asked.policy.ports)} ({count(asked.ports, 'port')}; policy {job.policy_id})"
+    yield f"  policy     {asked.policy.preset}, {ports}"
+
+
+@job.command()
+@job_ids
+@timeout_option
+@click.option("--no-exit-status", is_flag=True, help="Exit 0 however the jobs end.")
+@click.option("--cancel-on-interrupt", is_flag=True, help="Ctrl-C cancels the jobs.")
+@formats
+@with_session
+def watch(
+    session: Session, /, *, job_ids: Sequence[int], timeout: str | None, no_exit_status: bool, cancel_on_interrupt: bool
+) -> int:
+    """Watch jobs to their end; the exit code is that of the worst end."""
+    code = _watch(session, list(dict.fromkeys(job_ids)), seconds(timeout), cancel=cancel_on_interrupt)
+    return Exit.DONE if no_exit_status and code in {Exit.JOB_FAILED, Exit.JOB_CANCELLED} else code
+
+
+def _watch(session: Session, job_ids: Sequence[int], limit: float | None, *, cancel: bool = False) -> int:
+    view = follow.view_for(session.output)
+    ends = isinstance(view, follow.Log | follow.Bars)
+    jobs = followed(
+        session, job_ids, view, limit, cancel=cancel, each=lambda job: follow.end_of(session, job) if ends else None
+    )
+    return follow.code_of(list(jobs.values()))
+
+
+def followed(
+    session: Session, job_ids: Sequence[int], view: follow.View, limit: float | None, *, cancel: bool, **how: Any
+) -> dict[int, follow.Followed]:
+    """Follow jobs; Ctrl-C and the time limit leave them running, and say how to come back.
+
+    Raises:
+        CommandError: the time is over.
+        KeyboardInterrupt: of Ctrl-C.
+    """
+    ids = " ".join(map(str, job_ids))
+    noun = f"job{'s' if len(job_ids) > 1 else ''} {ids}"
+    try:
+        jobs = follow.run(session, job_ids, view, timeout=limit, **how)
+    except KeyboardInterrupt:
+        if cancel:
+            for each in job_ids:
+                with suppress(ApiError):
+                    session.client.send(calls.cancel_task(each))
+            session.output.note(f"{noun} cancelled")
+        else:
+            run = "run" if len(job_ids) > 1 else "runs"
+            session.output.note(f"{noun} {run} on: scanfleet job watch {ids}, or scanfleet job cancel {ids}")
+        raise
+    late = [each for each in jobs.values() if not each.final]
+    if limit and late and "enough" not in how:
+        raise gave_up(late[0], limit)
+    return jobs
+
+
+def gave_up(late: follow.Followed, limit: float) -> CommandError:
+    status = late.task.status if late.task else None
+    state = f"still {status.status} ({status.progress} %)" if status else "did not answer"
+    return CommandError(
+        f"job {late.job_id} {state}, gave up waiting after {limit:g} s",
+        Exit.TIMED_OUT,
+        hint=f"scanfleet job watch {late.job_id}",
+    )
+
+
+def seconds(text: str | None) -> float | None:
+    """`90`, `90s`, `30m` or `2h` in seconds.
+
+    Raises:
+        CommandError: the text is none of these.
+    """
+    if text is None:
+        return None
+    units = {"s": 1, "m": 60, "h": 3_600}
+    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
+    try:
+        value = float(number) * unit
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise CommandError(f"{text} is no time", hint="for example 90, 90s, 30m or 2h")
+    return value
+
+
+@job.command()
+@click.argument("job_ids", type=click.IntRange(min=1), nargs=-1, metavar="ID…")
+@click.option("--all", "every", is_flag=True, help="All unfinished jobs of yours.")
+@click.option("--for", "state", type=click.Choice(["running", "final"]), default="final", show_default=True)
+@timeout_option
+@with_session
+def wait(session: Session, /, *, job_ids: Sequence[int], every: bool, state: str, timeout: str | None) -> int:
+    """Wait for jobs, and print nothing but how they ended, on stderr."""
+    ids = list(dict.fromkeys(job_ids)) or (_unfinished(session) if every else [])
+    if not ids:
+        if every:
+            session.output.note("no unfinished jobs")
+            return Exit.DONE
+        raise CommandError("name jobs, or --all", hint="scanfleet job wait --help")
+    limit = seconds(timeout)
+
+    def enough(status: JobStatus) -> bool:
+        return status.final or (state == "running" and status is JobStatus.RUNNING)
+
+    jobs = list(followed(session, ids, follow.Silent(), limit, cancel=False, enough=enough).values())
+    for each in jobs:
+        if each.task is None or not enough(each.task.status.status):
+            raise gave_up(each, limit or 0)
+        session.output.note(f"job {each.job_id} {each.task.status.status}")
+    return follow.code_of(jobs)
+
+
+def _unfinished(session: Session) -> list[int]:
+    open_ = [status for status in JobStatus if not status.final]
+    return [row["id"] for row in session.rows(calls.list_tasks(status=open_), limit=0)]
+
+
+@job.command()
+@click.argument("job_ids", type=click.IntRange(min=1), nargs=-1, metavar="ID…")
+@click.option("--all-mine", is_flag=True, help="All unfinished jobs of yours.")
+@yes
+@with_session
+def cancel(session: Session, /, *, job_ids: Sequence[int], all_mine: bool, yes: bool) -> None:
+    """Cancel jobs that are pending or running; what was found can be read."""
+    if all_mine == bool(job_ids):
+        raise CommandError("name jobs, or --all-mine", hint="scanfleet job cancel --help")
+    if all_mine:
+        session.confirm("cancel all of your unfinished jobs?", yes=yes)
+        cancelled = session.client.send(calls.cancel_tasks(rest.CancelJobs(all=True)))
+        session.output.note(f"✓ {cancelled.message}")
+        return
+    errors = []
+    for each in dict.fromkeys(job_ids):
+        try:
+            _cancel(session, each)
+        except ScanfleetError as error:
+            errors.append(explain(error))
+    many_failed(errors, session.output)
+
+
+def _cancel(session: Session, job_id: int) -> None:
+    try:
+        session.client.send(calls.cancel_task(job_id))
+    except ApiError as error:
+        if error.status != httpx2.codes.BAD_REQUEST:
+            raise
+        task = session.client.send(calls.read_task(job_id))
+        if not (error.after_cut and task.status.status is JobStatus.CANCELLED):  # else the attempt that was cut did it
+            when = task.job.model_dump(mode="json")["end_time"]
+            raise CommandError(f"{error.message} (since {when})", status=error.status) from error
+    session.output.note(f"✓ job {job_id} cancelled")
+
+
+@job.command()
+@job_id
+@with_session
+def events(session: Session, /, *, job_id: int) -> None:
+    """Print a job's states as JSON lines, as they come, to its end."""
+    for task in session.client.watch(job_id, session.output.note):
+        session.output.say(json.dumps(task.model_dump(mode="json"), separators=(",", ":")))
+
+
+@job.command()
+@job_id
+@formats
+@with_session
+def snapshot(session: Session, /, *, job_id: int) -> None:
+    """Show what a job was asked for, whatever its subnet and policy are now."""
+    found = _added(session, calls.read_snapshot(job_id), "snapshots of jobs")
+    session.output.one(found, lambda: [json.dumps(found, indent=2)], "job_id")
+
+
+@job.command("map")
+@job_id
+@click.option("--ports", metavar="SPEC", help="Only the block of these ports; otherwise the worst of all blocks.")
+@click.option("--from", "first", metavar="ADDRESS", help="Begin at this address.")
+@click.option("--width", type=click.IntRange(min=1), help="Cells in a row; otherwise as the terminal allows.")
+@formats
+@with_session
+def map_(session: Session, /, *, job_id: int, ports: str | None, first: str | None, width: int | None) -> None:
+    """Draw what became of each address of a job, one letter each; of a large network the worst of each block."""
+    found = _added(session, calls.read_map(job_id, ports=ports, first=first), "maps of jobs")
+    drawn = rest.CoverageMap.model_validate(found)
+    session.output.one(found, lambda: chart.lines(drawn, session.output, width), "job_id")
+
+
+@job.command()
+@job_id
+@formats
+@with_session
+def waiting(session: Session, /, *, job_id: int) -> None:
+    """Show why a job does not progress, and what it waits for."""
+    found = session.ask(calls.read_waiting(job_id))
+    session.output.one(found, lambda: _waiting(found), "job_id")
+
+
+def _waiting(found: Row) -> Iterator[str]:
+    yield f"job {found['job_id']} {'waits' if found['waiting'] else 'does not wait'}: {found['queued_chunks']} chunks queued, {found['held_chunks']} at workers"
+    for reason in found["reasons"]:
+        yield f"  {reason['kind']}: {printable(reason['detail'])}"
+    if found["next_possible_start"]:
+        yield f"  next possible start {found['next_possible_start']}"
+    if found["eta_seconds"] is not None:
+        yield f"  about {duration(found['eta_seconds'])} left"
+
+
+def _added(session: Session, call: calls.Call[Any], what: str) -> Any:
+    """An answer of an operation that an older service lacks."""
+    try:
+        return session.ask(call)
+    except ApiError as error:
+        if error.status == httpx2.codes.NOT_FOUND and error.message == "Not Found":
+            raise CommandError(
+                f"this service has no {what}: it is older than this command", Exit.FAULT, hint="scanfleet doctor"
+            ) from error
+        raise
+
+
+def result_columns() -> list[Column]:
+    """Of a table of results."""
+    return [
+        column("ADDRESS", "ip_address"),
+        Column("PORT", lambda row: f"{row['port']}/{row['protocol']}"),
+        column("STATE", "status"),
+        column("SERVICE"),
+        column("VERSION"),
+        column("OS", "os_info", wide=True),
+        column("BANNER", wide=True),
+    ]
+
+
+@job.command()
+@job_id
+@click.option("--port", "ports", multiple=True, type=int, help="Only this port; repeat for several.")
+@click.option("--service", help="Only this service.")
+@click.option("--address", metavar="CIDR", help="Only addresses of this network.")
+@click.option("--open-only", is_flag=True, help="Leave out open|filtered.")
+@lists
+@with_session
+def results(
+    session: Session, /, *, job_id: int, ports: Sequence[int], service: str | None, address: str | None, open_only: bool
+) -> None:
+    """Print what a job found. Without a filter, CSV and JSON lines pass through as the service writes them."""
+    output = session.output
+    filtered = bool(ports or service or address or open_only or output.fields is not None)
+    if output.format in {Format.CSV, Format.JSONL} and not filtered:
+        _pass_through(session, job_id, "text/csv" if output.format is Format.CSV else calls.NDJSON)
+        return
+    network = _network(address) if address else None
+    rows = (
+        row
+        for row in stream_rows(session, job_id)
+        if (not ports or row["port"] in ports)
+        and (not service or row["service"] == service)
+        and (not open_only or row["status"] == "open")
+        and (network is None or ip_address(row["ip_address"]) in network)
+    )
+    limit = session.limit if output.terminal and output.format in {Format.TABLE, Format.WIDE} else 0
+    session.show_list(
+        _limited(session, rows, limit),
+        result_columns(),
+        "no result matches" if filtered else "no open ports",
+        "ip_address",
+    )
+    not_probed_note(session, job_id)
+
+
+def _limited(session: Session, rows: Iterator[Row], limit: int) -> Iterator[Row]:
+    number = 0
+    for number, row in enumerate(rows, 1):
+        if limit and number > limit:
+            continue
+        yield row
+    if limit and number > limit:
+        session.output.note(f"{limit:,} of {number:,}; --limit 0 for all")
+
+
+def stream_rows(session: Session, job_id: int) -> Iterator[Row]:
+    """A job's results as JSON, as they come.
+
+    Raises:
+        UnavailableError: the connection was cut: what came is not all.
+    """
+    try:
+        with session.client.stream(calls.read_results(job_id)) as response:
+            for line in response.iter_lines():
+                yield json.loads(line)
+    except httpx2.TransportError as error:
+        raise UnavailableError(f"the results were cut short: {error}") from error
+
+
+def _pass_through(session: Session, job_id: int, accept: str) -> None:
+    output = session.output
+    try:
+        with session.client.stream(calls.read_results(job_id, accept)) as response:
+            for text in response.iter_text():
+                output.stdout.write(text)
+    except httpx2.TransportError as error:
+        raise UnavailableError(f"the results were cut short: {error}") from error
+    output.stdout.flush()
+
+
+def _network(text: str) -> Any:
+    try:
+        return ip_network(text)
+    except ValueError as error:
+        raise CommandError(f"--address: {error}") from error
+
+
+def not_probed_note(session: Session, job_id: int) -> None:
+    """Say what a job did not probe, and how far it is when it still runs."""
+    if session.output.quiet:
+        return
+    ledger = session.client.send(calls.read_ledger(job_id, page_size=1))
+    if not ledger.status.final:
+        session.output.note(
+            f"job {job_id} is {ledger.status}: {coverage.looked_at(ledger):,} of {ledger.request.addresses:,} addresses so far"
+        )
+    elif not ledger.accounted:
+        session.output.note(f"{coverage.proof(ledger)}: scanfleet job ledger {job_id} --not-probed")
+
+
+@job.command()
+@job_id
+@lists
+@with_session
+def hosts(session: Session, /, *, job_id: int) -> None:
+    """Print one line for each address with open ports."""
+    by_address: dict[str, list[Row]] = {}
+    for row in stream_rows(session, job_id):
+        by_address.setdefault(row["ip_address"], []).append(row)
+    rows = [
+        {
+            "address": address,
+            "ports": [f"{each['port']}/{each['protocol']}" for each in found],
+            "services": [each["service"] for each in found if each["service"]],
+            "os_info": next((each["os_info"] for each in found if each["os_info"]), ""),
+        }
+        for address, found in sorted(by_address.items(), key=lambda item: ip_address(item[0]).packed)
+    ]
+    limit = session.limit if session.output.terminal else 0
+    columns = [
+        column("ADDRESS"),
+        column("PORTS"),
+        Column("SERVICES", lambda row: " ".join(row["services"]) or "-"),
+        column("OS", "os_info", wide=True),
+    ]
+    session.show_list(_limited(session, iter(rows), limit), columns, "no open ports", "address")
+    not_probed_note(session, job_id)
+
+
+@job.command()
+@job_id
+@click.option("--not-probed", is_flag=True, help="Name the addresses that were not probed to their end, and why.")
+@click.option("--outcome", "wanted", multiple=True, metavar="NAME", help=f"Only these, of {', '.join(_LEDGER_NAMES)}.")
+@click.option("--networks", is_flag=True, help="Collapse addresses to networks.")
+@lists
+@with_session
+def ledger(session: Session, /, *, job_id: int, not_probed: bool, wanted: Sequence[str], networks: bool) -> None:
+    """Show what became of every probe of a job."""
+    if unknown := [each for each in wanted if each not in _LEDGER_NAMES]:
+        raise CommandError(f"unknown outcome {unknown[0]}", hint=f"one of {', '.join(_LEDGER_NAMES)}")
+    reply = session.client.ask(calls.read_ledger(job_id))
+    found = rest.Ledger.model_validate_json(reply.content)
+    if not (not_probed or wanted or networks):
+        session.output.one(reply.json, lambda: _ledger(session, found), "job_id")
+        return
+    outcomes = set(wanted) or set(coverage.NOT_PROBED) | {"timed_out"}
+    entries = [each for each in _entries(session, job_id, found) if each.outcome in outcomes]
+    if networks:
+        groups: dict[tuple[str, str], set[str]] = {}
+        for each in entries:
+            groups.setdefault((each.outcome, each.reason), set()).add(each.address)
+        rows: Iterator[Row] = (
+            {"network": network, "outcome": outcome, "reason": reason}
+            for (outcome, reason), addresses in groups.items()
+            for network in coverage.collapse(addresses)
+        )
+        columns = [column("NETWORK"), column("OUTCOME"), column("REASON")]
+    else:
+        rows = (each.model_dump() for each in entries)
+        columns = [column("ADDRESS"), column("PORTS"), column("OUTCOME"), column("REASON")]
+    limit = session.limit if session.output.terminal else 0
+    session.show_list(
+        _limited(session, rows, limit), columns, f"{coverage.proof(found)}; nothing to name", columns[0].title.lower()
+    )
+
+
+def _entries(session: Session, job_id: int, first: rest.Ledger) -> Iterator[rest.LedgerEntry]:
+    """Every entry of a ledger."""
+    yield from first.not_probed.addresses
+    seen, page = len(first.not_probed.addresses), 2
+    while seen < first.not_probed.total:
+        more = session.client.send(calls.read_ledger(job_id, page)).not_probed.addresses
+        if not more:
+            return
+        yield from more
+        seen += len(more)
+        page += 1
+
+
+def _ledger(session: Session, found: rest.Ledger) -> Iterator[str]:
+    probes = max(found.request.probes, 1)
+    for name, number in found.counts.model_dump().items():
+        share = number / probes
+        bar = "▇" * round(_SHARE_BAR * share) if session.output.terminal else ""
+        text = name.replace("_", " ")
+        yield f"{session.output.paint(name, f'{text:<10}')} {number:>14,} {share:>7.1%}  {bar}".rstrip()
+    yield f"{'asked':<10} {found.request.probes:>14,}         {found.request.addresses:,} addresses × {found.request.ports:,} ports"
+    yield f"accounted: {'yes' if found.accounted else 'no'}"
+    if found.status.final and not found.accounted:
+        yield coverage.proof(found)
+        entries = coverage.entries(lambda page: session.client.send(calls.read_ledger(found.job_id, page)), found)
+        yield from (f"  {printable(reason)}" for reason in coverage.reasons(entries))
+
+
+@job.command("open")
+@job_id
+@with_session
+def open_(session: Session, /, *, job_id: int) -> None:
+    """Open a job's page in the browser; prints its address."""
+    url = f"{session.place.url}/app/job/{job_id}"
+    session.output.say(url)
+    if session.output.terminal:
+        webbrowser.open(url)

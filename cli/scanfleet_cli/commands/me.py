@@ -1,0 +1,65 @@
+"""`scanfleet whoami` and `scanfleet limits`: the caller, as the service sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import click
+import httpx2
+
+from scanfleet_cli import calls
+from scanfleet_cli.errors import ApiError, CommandError, Exit
+from scanfleet_cli.output import Row
+from scanfleet_cli.session import Session, formats, with_session
+
+
+@click.command()
+@formats
+@with_session
+def whoami(session: Session) -> None:
+    """Show the gateway, the user, and where the token came from."""
+    me = _me(session)
+    found = {
+        "url": session.place.url,
+        "url_source": session.place.source,
+        "token_source": session.token_source,
+        "user_id": me["user_id"],
+        "admin": me["admin"],
+        "expires_at": me["expires_at"],
+    }
+    session.output.one(found, lambda: _who(found), "user_id")
+
+
+def _who(found: Row) -> Iterator[str]:
+    yield f"user {found['user_id']}{' (administrator)' if found['admin'] else ''}"
+    yield f"  gateway  {found['url']} ({found['url_source']})"
+    yield f"  token    from {found['token_source']}, ends {found['expires_at']}"
+
+
+def _me(session: Session) -> Any:
+    try:
+        return session.ask(calls.read_me())
+    except ApiError as error:
+        if error.status == httpx2.codes.NOT_FOUND:
+            raise CommandError(
+                "this service does not tell who calls it: it is older than this command",
+                Exit.FAULT,
+                hint="scanfleet doctor",
+            ) from error
+        raise
+
+
+@click.command()
+@formats
+@with_session
+def limits(session: Session) -> None:
+    """Show the rate limits and what is left of them."""
+    found: dict[str, dict[str, int]] = _me(session)["limits"]
+    session.output.one(found, lambda: [" · ".join(_limit(name, each) for name, each in found.items())], "writes.left")
+
+
+def _limit(name: str, limit: dict[str, int]) -> str:
+    used = limit["limit"] - limit["left"]
+    word = name.replace("_", " ")
+    return f"{word} {used} of {limit['limit']}{' a minute' if 'reset' in limit else ''}"

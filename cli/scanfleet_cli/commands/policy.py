@@ -1,0 +1,143 @@
+"""`scanfleet policy`: how to scan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from ipaddress import ip_network
+from typing import Any
+
+import click
+
+from scanfleet import rest
+from scanfleet.policy import PRESETS, Preset, ScanPolicy
+from scanfleet_cli import calls, resolve
+from scanfleet_cli.commands.subnet import delete_each, replaced
+from scanfleet_cli.errors import CommandError
+from scanfleet_cli.output import Row, column, count, printable, text_of
+from scanfleet_cli.session import Session, formats, lists, with_session, yes
+
+_FIELDS = tuple(ScanPolicy.model_fields)
+
+
+@click.group()
+def policy() -> None:
+    """How to scan: ports, technique, detection, speed."""
+
+
+@policy.command()
+@click.argument("name")
+@resolve.policy_options
+@formats
+@with_session
+def create(session: Session, /, *, name: str, **options: Any) -> None:
+    """Register a policy; what is left out has the preset's value."""
+    body = resolve.body(rest.PolicyBody, {"name": name, **resolve.policy_fields(options)})
+    made = session.ask(calls.create_policy(body))
+    session.output.one(made, lambda: block(session, made))
+
+
+def block(session: Session, policy: Row) -> Iterator[str]:
+    """Every field of a policy; on a terminal those of its preset are dimmed."""
+    yield f"policy {policy['id']} {printable(policy['name'])}"
+    preset: dict[str, Any] = PRESETS[Preset(policy["preset"])] if policy["preset"] in list(Preset) else {}
+    for name in _FIELDS:
+        line = f"  {name:<18} {printable(text_of(policy[name]))}"
+        usual = json.loads(json.dumps(preset.get(name, object), default=str)) == policy[name]
+        yield click.style(line, dim=True) if usual and session.output.coloured else line
+
+
+@policy.command("list")
+@lists
+@with_session
+def list_(session: Session) -> None:
+    """List policies, newest first."""
+    columns = [
+        column("ID"),
+        column("NAME"),
+        column("PRESET"),
+        column("PORTS"),
+        column("TECHNIQUE"),
+        column("SERVICES", "service_detection"),
+        column("TIMING", wide=True),
+        column("MAX_RATE", wide=True),
+        column("SCRIPTS", wide=True),
+    ]
+    session.show_list(
+        session.rows(calls.list_policies()), columns, "no policies yet: scanfleet policy create web --preset quick"
+    )
+
+
+@policy.command()
+@click.argument("which", metavar="NAME|ID")
+@formats
+@with_session
+def show(session: Session, /, *, which: str) -> None:
+    """Show every field of a policy."""
+    found = session.ask(calls.read_policy(resolve.policy_named(session, which).id))
+    session.output.one(found, lambda: block(session, found))
+
+
+@policy.command()
+@click.argument("which", metavar="NAME|ID")
+@click.option("--name", help="New name.")
+@resolve.policy_options
+@formats
+@with_session
+def edit(session: Session, /, *, which: str, name: str | None, **options: Any) -> None:
+    """Change fields of a policy; jobs that were made from it keep it as it was."""
+    given = resolve.policy_fields(options)
+    if not given and name is None:
+        raise CommandError("nothing to change", hint="scanfleet policy edit --help")
+    reply = session.client.ask(calls.read_policy(resolve.policy_named(session, which).id))
+    before = reply.json
+    # A new preset fills in what is not given; otherwise every field stays as it is.
+    kept = {} if "preset" in given else {field: before[field] for field in _FIELDS}
+    body = resolve.body(rest.PolicyBody, {"name": name or before["name"], **kept, **given})
+    after = replaced(session, calls.replace_policy(before["id"], body, reply.etag))
+    for field in ("name", *_FIELDS):
+        if before[field] != after[field]:
+            session.output.note(f"{field}: {printable(text_of(before[field]))} → {printable(text_of(after[field]))}")
+    session.output.one(after, lambda: block(session, after))
+
+
+@policy.command()
+@click.argument("which", metavar="NAME|ID…", nargs=-1, required=True)
+@yes
+@with_session
+def delete(session: Session, /, *, which: Sequence[str], yes: bool) -> None:
+    """Delete policies; jobs that were made from them keep them as they were."""
+    found = [resolve.policy_named(session, each) for each in which]
+    names = ", ".join(printable(each.name) for each in found)
+    session.confirm(f"delete {count(len(found), 'policy', 'policies')} ({names})?", yes=yes)
+    delete_each(session, "policy", [(each.id, calls.delete_policy(each.id)) for each in found])
+
+
+@policy.command()
+@click.argument("which", metavar="NAME|ID")
+@click.option("--subnet", metavar="NAME|ID", help="Count the probes of this subnet.")
+@formats
+@with_session
+def explain(session: Session, /, *, which: str, subnet: str | None) -> None:
+    """Show what a policy asks for: ports, probes, and whether it needs raw packets."""
+    policy = resolve.policy_named(session, which)
+    ports = policy.port_set
+    found: dict[str, Any] = {
+        "policy_id": policy.id,
+        "tcp_ports": ports.tcp_count,
+        "udp_ports": ports.udp_count,
+        "needs_raw": policy.needs_raw,
+    }
+    if subnet is not None:
+        network = resolve.subnet_named(session, subnet)
+        addresses = ip_network(network.cidr).num_addresses
+        found |= {"subnet_id": network.id, "addresses": addresses, "probes": addresses * ports.count}
+    session.output.one(found, lambda: _explained(found, policy), "policy_id")
+
+
+def _explained(found: Row, policy: rest.Policy) -> Iterator[str]:
+    yield f"policy {policy.id} {printable(policy.name)}"
+    yield f"  ports             {found['tcp_ports']:,} TCP, {found['udp_ports']:,} UDP"
+    yield f"  needs raw packets {text_of(found['needs_raw'])}"
+    if "probes" in found:
+        yield f"  probes            {found['probes']:,} ({found['addresses']:,} addresses, before exclusions)"

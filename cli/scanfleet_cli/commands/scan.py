@@ -1,0 +1,298 @@
+"""`scanfleet scan`: from targets to a table in one command."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from ipaddress import ip_network
+from typing import Any, Final, TypeVar
+from uuid import uuid4
+
+import click
+
+from scanfleet import rest
+from scanfleet.policy import PolicyError, Preset, ScanPolicy, fill_in
+from scanfleet.ports import PortSet
+from scanfleet_cli import calls, coverage, follow, resolve
+from scanfleet_cli.commands import job as jobs
+from scanfleet_cli.errors import CommandError, Exit, UnavailableError
+from scanfleet_cli.output import Format, Row, count, printable
+from scanfleet_cli.session import Session, formats, with_session
+
+T = TypeVar("T")
+
+ATTEMPTS: Final = 3  # to make an object whose POST was cut, each after a look whether it is there
+
+
+_Watched = Callable[[Row], bool]
+"""Whether a result is one of those that `--fail-on` names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One target."""
+
+    cidr: str
+    name: str | None = None
+    exclude: tuple[str, ...] = ()
+
+
+@click.command()
+@click.argument("targets", nargs=-1, metavar="TARGET…")
+@click.option(
+    "--targets",
+    "file",
+    type=click.File(),
+    help="File of targets, one a line, or CSV with the columns cidr,name,exclude.",
+)
+@click.option("--policy", metavar="NAME|ID", help="Policy to scan by, instead of one of the following options.")
+@resolve.policy_options
+@click.option(
+    "--exclude", multiple=True, metavar="CIDR", help="Network to leave out of each target; repeat for several."
+)
+@click.option("--name", help="Name of a subnet that is made.")
+@click.option("--no-watch", is_flag=True, help="Submit and return.")
+@jobs.timeout_option
+@click.option("--fail-on", metavar="open|PORTS", help="Exit 8 when a port is open, or one of these.")
+@click.option("--key", help="Idempotency key: repeating the command with the same key creates nothing more.")
+@click.option("--cancel-on-interrupt", is_flag=True, help="Ctrl-C cancels the jobs.")
+@formats
+@with_session
+def scan(
+    session: Session,
+    /,
+    *,
+    targets: Sequence[str],
+    file: Any,
+    policy: str | None,
+    exclude: Sequence[str],
+    name: str | None,
+    no_watch: bool,
+    timeout: str | None,
+    fail_on: str | None,
+    key: str | None,
+    cancel_on_interrupt: bool,
+    **policy_options: Any,
+) -> int:
+    """Scan networks: register what is missing, submit, watch, print what was found.
+
+    TARGET is a CIDR or an address, or - for a list on stdin. A subnet with the same CIDR and exclusions, and a policy with the
+    same fields, are used as they are; others are made.
+    """
+    limit, watched_ports = jobs.seconds(timeout), _fail_ports(fail_on)
+    wanted = list(_targets(targets, file, exclude, name))
+    chosen, policy_word = _policy(session, policy, resolve.policy_fields(policy_options))
+    subnets = [_subnet(session, each) for each in wanted]
+    if len({subnet.id for subnet, _ in subnets}) < len(subnets):
+        raise CommandError("a target is named twice")
+    call = calls.create_tasks([subnet.id for subnet, _ in subnets], chosen.id, key or uuid4().hex)
+    made = session.client.send(call).jobs
+    for each, (subnet, word) in zip(made, subnets, strict=True):
+        session.output.note(
+            f"job {each.id} · {subnet.cidr} (subnet {subnet.id} {_quoted(subnet.name)}, {word}) · "
+            f"{chosen.preset}, {_port_count(chosen)} (policy {chosen.id} {_quoted(chosen.name)}, {policy_word})"
+        )
+    if no_watch:
+        session.output.many(
+            [each.model_dump(mode="json") for each in made], jobs.submitted_columns({s.id: s.cidr for s, _ in subnets})
+        )
+        return Exit.DONE
+    return _to_the_end(session, [each.id for each in made], limit, watched_ports, cancel=cancel_on_interrupt)
+
+
+def _to_the_end(
+    session: Session, job_ids: Sequence[int], limit: float | None, watched: _Watched | None, *, cancel: bool
+) -> int:
+    output, view = session.output, follow.view_for(session.output)
+    ended = jobs.followed(session, job_ids, view, limit, cancel=cancel)
+    documents, rows, matched = [], [], False
+    for each in ended.values():
+        ledger = follow.end_of(session, each)
+        found = list(jobs.stream_rows(session, each.job_id))
+        matched |= watched is not None and any(watched(row) for row in found)
+        rows += found
+        if each.task is not None and ledger is not None:
+            task = each.task.model_dump(mode="json")
+            documents.append(
+                {"job": task, "ledger": ledger.model_dump(mode="json", exclude={"not_probed"}), "results": found}
+            )
+        if not found and ledger is not None:
+            output.note(nothing(each, ledger))
+    _print(session, documents, rows)
+    code = follow.code_of(list(ended.values()))
+    return Exit.MATCHED if matched and code is Exit.DONE else code
+
+
+def _print(session: Session, documents: Sequence[Row], rows: Sequence[Row]) -> None:
+    output = session.output
+    match output.format:
+        case Format.JSON:
+            output.say(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
+        case Format.JSONL:
+            for row in rows:
+                output.say(json.dumps({"kind": "result"} | dict(row), separators=(",", ":")))
+        case _:
+            output.many(rows, jobs.result_columns(), "ip_address")
+    if rows:
+        machines = len({row["ip_address"] for row in rows})
+        output.note(f"{count(len(rows), 'open port')} on {count(machines, 'machine')}")
+
+
+def nothing(job: follow.Followed, ledger: rest.Ledger) -> str:
+    """Why a job found no open port, in words."""
+    machines = job.task.status.machines_found if job.task else 0
+    if machines:
+        return f"{count(machines, 'machine')} answered, none has an open port"
+    return "no machine answered" if ledger.accounted else f"nothing found: {coverage.proof(ledger)}"
+
+
+def _quoted(name: str) -> str:
+    return f'"{printable(name)}"'
+
+
+def _port_count(policy: ScanPolicy) -> str:
+    return count(policy.port_set.count, "port")
+
+
+def _fail_ports(text: str | None) -> _Watched | None:
+    if text is None:
+        return None
+    if text == "open":
+        return lambda row: row["status"] == "open"
+    try:
+        ports = PortSet.parse(text)
+    except ValueError as error:
+        raise CommandError(f"--fail-on: {error}", hint='"open", or ports such as 22,8000-8100') from error
+    ranges = {"tcp": ports.tcp, "udp": ports.udp}
+    return lambda row: any(first <= row["port"] <= last for first, last in ranges.get(row["protocol"], ()))
+
+
+# Targets
+
+
+def _targets(given: Sequence[str], file: Any, exclude: Sequence[str], name: str | None) -> Iterator[Wanted]:
+    lines: list[str] = []
+    if file is not None:
+        lines += file
+    if "-" in given:
+        lines += sys.stdin
+    wanted = [Wanted(each) for each in given if each != "-"] + list(_of_lines(lines))
+    if not wanted:
+        raise CommandError("no target", hint="scanfleet scan 192.0.2.0/24, or --targets FILE")
+    for each in wanted:
+        yield Wanted(canonical(each.cidr), each.name or name, (*each.exclude, *exclude))
+
+
+def _of_lines(lines: Iterable[str]) -> Iterator[Wanted]:
+    """Targets of a file: a CIDR or address a line, or CSV with a first line that names the columns."""
+    rows = [line for text in lines if (line := text.partition("#")[0].strip())]
+    if rows and "cidr" in rows[0].lower().split(","):
+        for row in csv.DictReader(rows):
+            cells = {
+                (key or "").strip().lower(): (value or "").strip()
+                for key, value in row.items()
+                if isinstance(value, str)
+            }
+            yield Wanted(
+                cells.get("cidr", ""),
+                cells.get("name") or None,
+                tuple(cells.get("exclude", "").replace(";", " ").split()),
+            )
+        return
+    yield from map(Wanted, rows)
+
+
+def canonical(cidr: str) -> str:
+    """A CIDR as the service writes it; what is none is left to the service to refuse."""
+    try:
+        return str(ip_network(cidr))
+    except ValueError:
+        return cidr
+
+
+# What is reused and what is made
+
+
+def _subnet(session: Session, wanted: Wanted) -> tuple[rest.Subnet, str]:
+    excluded = _inside(wanted.cidr, wanted.exclude)
+
+    def find() -> rest.Subnet | None:
+        return next(
+            (
+                each
+                for each in resolve.subnets(session)
+                if each.cidr == wanted.cidr and _inside(each.cidr, each.exclude) == excluded
+            ),
+            None,
+        )
+
+    name = wanted.name or resolve.own_name(wanted.cidr, sorted(wanted.exclude))
+    body = resolve.body(rest.SubnetBody, {"name": name, "cidr": wanted.cidr, "exclude": list(wanted.exclude)})
+    return find_or_make(session, find, lambda: session.client.send(calls.create_subnet(body)))
+
+
+def _inside(cidr: str, exclude: Iterable[str]) -> set[str]:
+    """The excluded networks that have an effect, merged."""
+    try:
+        network = ip_network(cidr)
+        within = [
+            each for each in map(ip_network, exclude) if each.version == network.version and each.overlaps(network)
+        ]
+        return {str(each) for each in coverage.merged(within)}
+    except ValueError:
+        return set(exclude)
+
+
+def _policy(session: Session, named: str | None, fields: dict[str, Any]) -> tuple[rest.Policy, str]:
+    if named is not None:
+        if fields:
+            options = ", ".join(f"--{field.replace('_', '-')}" for field in fields)
+            raise CommandError(f"--policy goes without {options}")
+        return resolve.policy_named(session, named), "as it is"
+    fields.setdefault("preset", str(Preset.STANDARD))
+    expected: ScanPolicy | None = None
+    with suppress(PolicyError, ValueError):  # this release does not know it; the service may, and makes it
+        given = {name: value for name, value in fields.items() if name != "preset"}
+        expected = fill_in(Preset(fields["preset"]), given)
+
+    def find() -> rest.Policy | None:
+        return next(
+            (
+                each
+                for each in resolve.policies(session)
+                if expected is not None and _scan_of(each) == _scan_of(expected)
+            ),
+            None,
+        )
+
+    body = resolve.body(rest.PolicyBody, {"name": resolve.own_name(sorted(fields.items())), **fields})
+    return find_or_make(session, find, lambda: session.client.send(calls.create_policy(body)))
+
+
+def _scan_of(policy: ScanPolicy) -> dict[str, Any]:
+    return policy.model_dump(include=set(resolve.SCAN_FIELDS))
+
+
+def find_or_make(session: Session, find: Callable[[], T | None], make: Callable[[], T]) -> tuple[T, str]:
+    """The object that is there, else a new one, and which of the two in words.
+
+    A POST without an answer may have made it, so it is looked for again before the POST is repeated.
+
+    Raises:
+        UnavailableError: the service did not answer.
+    """
+    for attempt in range(ATTEMPTS):
+        if (found := find()) is not None:
+            return found, "as it is" if attempt == 0 else "made now"
+        try:
+            return make(), "made now"
+        except UnavailableError as error:
+            if not error.unsure or attempt == ATTEMPTS - 1:
+                raise
+        time.sleep(session.patience.pause(attempt + 1))
+    raise AssertionError("unreachable")

@@ -1,0 +1,218 @@
+"""Contexts: which gateway, and where its token comes from.
+
+current = "prod"
+
+[context.prod]
+url = "https://scanfleet.example.com"
+
+[context.local]
+url = "http://127.0.0.1:8080"
+token_command = ["make", "-s", "-C", "/opt/scanfleet", "token", "USER=7"]
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from scanfleet_cli.errors import CommandError, Exit
+
+COMMAND_LIMIT: Final = 60.0  # seconds for a token command, which may ask a person
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One entry of the configuration."""
+
+    name: str
+    url: str
+    token_command: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a command goes: the gateway, and its context if it has one."""
+
+    url: str
+    source: str
+    """Where the address came from, in words."""
+
+    context: Context | None
+
+
+class Config:
+    """The configuration in `folder`, and what the environment changes of it.
+
+    Args:
+        folder: of `config.toml` and of stored tokens.
+        environment: of the process.
+    """
+
+    def __init__(self, folder: Path, environment: Mapping[str, str] = os.environ) -> None:
+        self.folder = folder
+        self.file = folder / "config.toml"
+        self.environment = environment
+
+    @classmethod
+    def of_user(cls, environment: Mapping[str, str] = os.environ) -> Config:
+        """The configuration of whoever runs the command."""
+        from platformdirs import user_config_path  # noqa: PLC0415 # not for --help
+
+        return cls(user_config_path("scanfleet"), environment)
+
+    @property
+    def current(self) -> str:
+        """The name of the context in use; empty when there is none."""
+        return str(self._read().get("current", ""))
+
+    def contexts(self) -> dict[str, Context]:
+        """All contexts, by name.
+
+        Raises:
+            CommandError: the file is not of this form.
+        """
+        found = {}
+        for name, entry in self._read().get("context", {}).items():
+            command = entry.get("token_command", [])
+            if not isinstance(entry.get("url"), str) or not isinstance(command, list):
+                raise CommandError(f"{self.file}: context {name} needs a url, and a list as its token_command")
+            found[name] = Context(name, entry["url"], tuple(map(str, command)))
+        return found
+
+    def place(self, url: str | None = None, name: str | None = None) -> Place:
+        """The gateway to use: of a flag, of the environment, else of the context in use.
+
+        Args:
+            url: of a flag.
+            name: of a context, of a flag.
+
+        Raises:
+            CommandError: there is none, or no context of that name.
+        """
+        contexts = self.contexts()
+        named = name or self.environment.get("SCANFLEET_CONTEXT") or ""
+        if named and named not in contexts:
+            raise CommandError(f"no context {named}", hint=f"contexts: {', '.join(contexts) or 'none'}")
+        given = url or ("" if name else self.environment.get("SCANFLEET_URL", ""))
+        context = contexts.get(named or self.current)
+        if given:
+            source = "the flag --url" if url else "SCANFLEET_URL"
+            # A context's token goes to the context's own gateway and to no other.
+            same = [each for each in (context, *contexts.values()) if each is not None and same_url(each.url, given)]
+            return Place(check_url(given), source, same[0] if same else None)
+        if context is None:
+            raise CommandError(
+                "no gateway is configured",
+                hint="scanfleet login URL, or scanfleet context add NAME --url URL, or set SCANFLEET_URL",
+            )
+        return Place(check_url(context.url), f'context "{context.name}" in {self.file}', context)
+
+    def add(self, context: Context, *, use: bool) -> None:
+        """Add a context, or change it; comments of the file stay."""
+        document = self._document()
+        entry: dict[str, Any] = {"url": context.url}
+        if context.token_command:
+            entry["token_command"] = list(context.token_command)
+        document.setdefault("context", _table())[context.name] = entry
+        if use or "current" not in document:
+            document["current"] = context.name
+        self._write(document)
+
+    def use(self, name: str) -> None:
+        self._known(name)
+        document = self._document()
+        document["current"] = name
+        self._write(document)
+
+    def remove(self, name: str) -> None:
+        self._known(name)
+        document = self._document()
+        del document["context"][name]
+        if document.get("current") == name:
+            del document["current"]
+        self._write(document)
+
+    def _known(self, name: str) -> None:
+        if name not in (contexts := self.contexts()):
+            raise CommandError(f"no context {name}", Exit.NOT_FOUND, hint=f"contexts: {', '.join(contexts) or 'none'}")
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return tomllib.loads(self.file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise CommandError(f"{self.file} cannot be read: {error}") from error
+
+    def _document(self) -> Any:
+        import tomlkit  # noqa: PLC0415 # only to write
+
+        self._read()
+        return tomlkit.parse(self.file.read_text(encoding="utf-8") if self.file.exists() else "")
+
+    def _write(self, document: Any) -> None:
+        import tomlkit  # noqa: PLC0415 # as above
+
+        # "current" belongs to no table, so it must come before the first.
+        if "current" in document and next(iter(document)) != "current":
+            current = document.pop("current")
+            rest = tomlkit.dumps(document)
+            text = f"{tomlkit.dumps({'current': current})}\n{rest}"
+        else:
+            text = tomlkit.dumps(document)
+        write_private(self.file, text)
+
+
+def _table() -> Any:
+    import tomlkit  # noqa: PLC0415 # as above
+
+    return tomlkit.table(is_super_table=True)
+
+
+def write_private(file: Path, text: str) -> None:
+    """Replace a file, which only its owner may read, as a whole."""
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    new = file.with_name(f".{file.name}.{os.getpid()}")
+    with os.fdopen(os.open(new, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w", encoding="utf-8") as opened:
+        opened.write(text)
+    new.replace(file)
+
+
+def check_url(url: str) -> str:
+    """`url` without a slash at its end.
+
+    Raises:
+        CommandError: it is no http(s) address.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise CommandError(f"{url} is no address of a gateway", hint="for example https://scanfleet.example.com")
+    return url.rstrip("/")
+
+
+def same_url(one: str, other: str) -> bool:
+    return one.rstrip("/").lower() == other.rstrip("/").lower()
+
+
+def run_for_token(command: Sequence[str]) -> str:
+    """What a token command prints.
+
+    Raises:
+        CommandError: it failed, or printed nothing.
+    """
+    shown = " ".join(command)
+    try:
+        done = subprocess.run(  # noqa: S603 # the user's own configuration names it
+            command, stdout=subprocess.PIPE, text=True, timeout=COMMAND_LIMIT, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise CommandError(f"the token command failed: {error}", Exit.NOT_ALLOWED, hint=shown) from error
+    if not (token := done.stdout.strip()):
+        raise CommandError("the token command printed no token", Exit.NOT_ALLOWED, hint=shown)
+    return token

@@ -1,0 +1,150 @@
+"""Errors of the SDK and of the command, and the exit code of each."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Final
+
+
+class Exit(IntEnum):
+    """How the command ends."""
+
+    DONE = 0
+    FAULT = 1
+    REFUSED = 2
+    JOB_FAILED = 3
+    NOT_ALLOWED = 4
+    NOT_FOUND = 5
+    UNAVAILABLE = 6
+    JOB_CANCELLED = 7
+    MATCHED = 8
+    TIMED_OUT = 124
+    INTERRUPTED = 130
+
+
+MEANINGS: Final[dict[Exit, str]] = {
+    Exit.DONE: "done",
+    Exit.FAULT: "fault of the service or of the command",
+    Exit.REFUSED: "wrong usage, or the service refused the request",
+    Exit.JOB_FAILED: "the job failed: something was not probed",
+    Exit.NOT_ALLOWED: "not signed in, token refused, or forbidden",
+    Exit.NOT_FOUND: "no such object, or it is not yours",
+    Exit.UNAVAILABLE: "the service is unavailable or busy, also after retries; safe to repeat",
+    Exit.JOB_CANCELLED: "the job was cancelled",
+    Exit.MATCHED: "--fail-on matched",
+    Exit.TIMED_OUT: "--timeout ran out; the job continues",
+    Exit.INTERRUPTED: "interrupted; the job continues",
+}
+
+_BY_STATUS: Final = {
+    401: Exit.NOT_ALLOWED,
+    403: Exit.NOT_ALLOWED,
+    404: Exit.NOT_FOUND,
+    429: Exit.UNAVAILABLE,
+    502: Exit.UNAVAILABLE,
+    503: Exit.UNAVAILABLE,
+    504: Exit.UNAVAILABLE,
+}
+_CLIENT_ERROR: Final = 400
+_SERVER_ERROR: Final = 500
+
+
+class ScanfleetError(Exception):
+    """Root of every error that the SDK raises on purpose."""
+
+
+class ApiError(ScanfleetError):
+    """The service answered with an error.
+
+    Args:
+        status: of the answer.
+        message: the service's own sentence.
+        request_id: names the request in the service's logs; may be empty.
+        after_cut: an earlier attempt of the same call may have reached the service without its answer coming back.
+    """
+
+    def __init__(self, status: int, message: str, request_id: str = "", *, after_cut: bool = False) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.request_id = request_id
+        self.after_cut = after_cut
+
+
+class UnavailableError(ScanfleetError):
+    """No answer: the service cannot be reached, or the connection was cut.
+
+    Args:
+        message: what failed, with the address and the cause.
+        unsure: the service may have carried out what it was asked for, and a repetition would do it twice.
+        reached: a connection was made.
+    """
+
+    def __init__(self, message: str, *, unsure: bool = False, reached: bool = True) -> None:
+        super().__init__(message)
+        self.unsure = unsure
+        self.reached = reached
+
+
+class CommandError(ScanfleetError):
+    """The command ends here; says why and what to do.
+
+    Args:
+        message: what failed.
+        code: exit code.
+        hint: what to do next; may be empty.
+        status: HTTP status of the answer that is the cause, None if none is.
+        request_id: of that answer; may be empty.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        code: Exit = Exit.REFUSED,
+        *,
+        hint: str = "",
+        status: int | None = None,
+        request_id: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.hint = hint
+        self.status = status
+        self.request_id = request_id
+
+
+def explain(error: ScanfleetError) -> CommandError:
+    """The end of the command that `error` means."""
+    if isinstance(error, CommandError):
+        return error
+    if isinstance(error, ApiError):
+        return CommandError(
+            error.message,
+            _code(error.status),
+            hint=_hint(error.status),
+            status=error.status,
+            request_id=error.request_id if error.status >= _SERVER_ERROR else "",
+        )
+    unsure = isinstance(error, UnavailableError) and error.unsure
+    hint = "the request may have been carried out: look before you repeat it" if unsure else "scanfleet doctor"
+    return CommandError(str(error), Exit.UNAVAILABLE, hint=hint)
+
+
+def _code(status: int) -> Exit:
+    if status in _BY_STATUS:
+        return _BY_STATUS[status]
+    return Exit.REFUSED if _CLIENT_ERROR <= status < _SERVER_ERROR else Exit.FAULT
+
+
+def _hint(status: int) -> str:
+    match status:
+        case 401:
+            return "sign in with `scanfleet login`; `scanfleet whoami` shows where the token came from"
+        case 403:
+            return "scanfleet whoami"
+        case 429 | 503:
+            return "repeat the command later; `scanfleet limits` shows what is left of the limits"
+        case 500:
+            return "report the request id to the operator of the service"
+    return ""

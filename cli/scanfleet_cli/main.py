@@ -1,0 +1,158 @@
+"""The entry point: the tree of commands, loaded as far as one run needs it, and the exit code of each end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from click.shell_completion import shell_complete
+
+from scanfleet_cli.config import Config
+from scanfleet_cli.errors import MEANINGS, CommandError, Exit, ScanfleetError, explain
+from scanfleet_cli.output import Output
+from scanfleet_cli.session import COMPLETE, Session
+
+COMMANDS: Final = {
+    "scan": "Scan networks: register what is missing, submit, watch, print what was found.",
+    "job": "Scan jobs: submit, watch, cancel, read.",
+    "subnet": "Networks to scan, and what to leave out of them.",
+    "policy": "How to scan: ports, technique, detection, speed.",
+    "audit": "The audit log, for administrators.",
+    "context": "Gateways that this command uses.",
+    "whoami": "Show the gateway, the user, and where the token came from.",
+    "limits": "Show the rate limits and what is left of them.",
+    "api": "Send a request to the API as it is, with the token.",
+    "doctor": "Check address, TLS, clock, token and versions.",
+    "completion": "Print the completion script of a shell.",
+    "version": "Print the version.",
+}
+"""Name and help of each command; its module is loaded only when it runs, so that --help is fast."""
+
+_MODULES: Final = {"whoami": "me", "limits": "me", "completion": "about", "version": "about"}
+"""Of commands that share a module; every other has its own."""
+
+_EXIT_CODES: Final = "\n".join(["Exit codes:", "", "\b", *(f"  {code:>3}  {text}" for code, text in MEANINGS.items())])
+
+
+class _Lazy(click.Group):
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = import_module(f"scanfleet_cli.commands.{_MODULES.get(cmd_name, cmd_name)}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.command(
+    cls=_Lazy, epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}
+)
+@click.option("--context", metavar="NAME", help="Context to use.")
+@click.option("--url", help="Gateway to use, instead of a context's.")
+@click.option("--token-file", type=click.Path(path_type=Path), help="File that holds the token.")
+@click.option(
+    "--retry",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Time in which requests are repeated while the service is unavailable or busy.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing on stderr but errors.")
+@click.option("--color", type=click.Choice(["auto", "always", "never"]), default="auto", help="Colour of states.")
+@click.pass_obj
+def cli(
+    session: Session,
+    /,
+    *,
+    context: str | None,
+    url: str | None,
+    token_file: Path | None,
+    retry: float,
+    quiet: bool,
+    color: str,
+) -> None:
+    r"""Scan networks with Scanfleet, and see what was probed and what was not.
+
+    \b
+    scanfleet context add lab --url http://127.0.0.1:8080
+    scanfleet scan 127.9.8.0/24 --preset quick
+    scanfleet job ledger 41 --not-probed
+    """
+    session.context, session.url, session.token_file, session.timeout = context, url, token_file, retry
+    session.output.quiet = quiet
+    session.output.coloured = _coloured(color, session)
+
+
+def _coloured(color: str, session: Session) -> bool:
+    environment = session.config.environment
+    if color != "auto":
+        return color == "always"
+    if environment.get("NO_COLOR"):
+        return False
+    forced = environment.get("CLICOLOR_FORCE", "0") not in {"", "0"}
+    return forced or (session.output.terminal and environment.get("TERM") != "dumb")
+
+
+def run(arguments: Sequence[str], session: Session) -> int:
+    """Run the command.
+
+    Returns:
+        The exit code.
+    """
+    output = session.output
+    try:
+        return _run(arguments, session)
+    except ScanfleetError as error:
+        end = explain(error)
+        output.error(end)
+        return end.code
+    except KeyboardInterrupt:
+        output.note("interrupted")
+        return Exit.INTERRUPTED
+    finally:
+        session.close()
+
+
+def _run(arguments: Sequence[str], session: Session) -> int:
+    # Not `cli.main`, which writes what it catches itself, and ends a broken pipe with 1.
+    try:
+        with cli.make_context("scanfleet", list(arguments), obj=session) as context:
+            code: Any = cli.invoke(context)
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except click.UsageError as error:
+        usage = error.ctx.command_path if error.ctx else "scanfleet"
+        raise CommandError(error.format_message(), hint=f"{usage} --help") from error
+    except click.ClickException as error:
+        raise CommandError(error.format_message()) from error
+    except (click.Abort, EOFError) as error:
+        raise KeyboardInterrupt from error
+    return code if isinstance(code, int) else Exit.DONE
+
+
+def main() -> None:
+    session = Session(Config.of_user(), output := Output())
+    if instruction := os.environ.get(COMPLETE):
+        sys.exit(shell_complete(cli, {"obj": session}, "scanfleet", COMPLETE, instruction))
+    if output.stdout.isatty():
+        output.width = os.get_terminal_size(output.stdout.fileno()).columns or 80
+    try:
+        code = run(sys.argv[1:], session)
+        output.stdout.flush()
+    except BrokenPipeError:  # who reads has what they want: `| head -1`
+        # Python flushes at its end once more, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.stdout.fileno())
+        code = Exit.DONE
+    sys.exit(code)

@@ -1,0 +1,320 @@
+"""What the command prints: formats, fields, tables, and text from the network made safe to show."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, Final, TextIO
+
+from scanfleet_cli.errors import CommandError
+
+Row = Mapping[str, Any]
+"""An object of the API, as JSON."""
+
+
+class Format(StrEnum):
+    TABLE = "table"
+    WIDE = "wide"
+    JSON = "json"
+    JSONL = "jsonl"
+    CSV = "csv"
+    NAME = "name"
+
+    @property
+    def machine(self) -> bool:
+        return self in {Format.JSON, Format.JSONL}
+
+
+COLOURS: Final = {
+    "completed": "green",
+    "failed": "red",
+    "cancelled": "bright_black",
+    "running": "yellow",
+    "answered": "green",
+    "lost": "red",
+    "timed_out": "yellow",
+}
+"""Of words that carry a state; every other word has none."""
+
+# Where a cell may begin in a spreadsheet, before what makes it a formula; the service's CSV does the same.
+_FORMULA: Final = re.compile(r"""(^|[;|])(?=[ "]*[=+\-@\uff1d\uff0b\uff0d\uff20])""")
+_GAP: Final = 2  # spaces between columns
+_NARROWEST: Final = 8  # characters of a cell that is cut to fit the terminal
+
+
+def printable(text: str) -> str:
+    r"""`text` with whatever does not print as an escape (`\n`, `\x1b`, `\u202e`): no text acts on the terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of a table."""
+
+    title: str
+    cell: Callable[[Row], str]
+    wide: bool = False
+    """Shown with `-o wide` only."""
+
+
+def column(title: str, path: str = "", *, wide: bool = False) -> Column:
+    """The column that shows one field as it is."""
+    path = path or title.lower()
+    return Column(title, lambda row: text_of(pick(row, path)), wide)
+
+
+def text_of(value: Any) -> str:
+    match value:
+        case None:
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case list() | tuple():
+            return ",".join(map(text_of, value)) or "-"
+        case _:
+            return str(value)
+
+
+def pick(row: Row, path: str) -> Any:
+    """The value at a dotted path.
+
+    Raises:
+        KeyError: there is none.
+    """
+    value: Any = row
+    for name in path.split("."):
+        if not isinstance(value, Mapping):
+            raise KeyError(path)
+        value = value[name]
+    return value
+
+
+def paths_of(row: Row, prefix: str = "") -> Iterator[str]:
+    """Every dotted path into an object."""
+    for name, value in row.items():
+        yield prefix + name
+        if isinstance(value, Mapping):
+            yield from paths_of(value, f"{prefix}{name}.")
+
+
+class Output:
+    """One command's stdout and stderr.
+
+    Args:
+        stdout: for data.
+        stderr: for everything else.
+    """
+
+    def __init__(self, stdout: TextIO | None = None, stderr: TextIO | None = None) -> None:
+        self.stdout = stdout or sys.stdout
+        self.stderr = stderr or sys.stderr
+        self.format = Format.TABLE
+        self.fields: list[str] | None = None
+        self.quiet = False
+        self.coloured = False
+        self.width = 0
+        """Columns of the terminal; 0 when stdout is none."""
+
+    @property
+    def terminal(self) -> bool:
+        return self.width > 0
+
+    def say(self, text: str = "") -> None:
+        """A line of data."""
+        print(text, file=self.stdout, flush=not self.terminal)
+
+    def note(self, text: str) -> None:
+        """A line beside the data: progress, a hint, what was reused."""
+        if not self.quiet:
+            print(text, file=self.stderr, flush=True)
+
+    def paint(self, word: str, text: str | None = None) -> str:
+        """`text`, in the colour of the state `word`."""
+        text = word if text is None else text
+        if not self.coloured or word not in COLOURS:
+            return text
+        from click import style  # noqa: PLC0415 # only where there is a terminal
+
+        return style(text, fg=COLOURS[word])
+
+    def one(self, thing: Row, block: Callable[[], Iterable[str]], name: str = "id") -> None:
+        """Print one object: as lines, or in a machine's format as it is.
+
+        Args:
+            thing: the API's object.
+            block: makes the lines for a person.
+            name: path of what `-o name` prints.
+        """
+        match self.format:
+            case Format.JSON | Format.JSONL:
+                self._json(self._chosen([thing])[0], indent=self.format is Format.JSON)
+            case Format.CSV:
+                self._csv([thing])
+            case Format.NAME:
+                self.say(text_of(pick(thing, name)))
+            case _ if self.fields is not None:
+                self._json(self._chosen([thing])[0], indent=True)
+            case _:
+                for line in block():
+                    self.say(line)
+
+    def many(self, rows: Iterable[Row], columns: Sequence[Column], name: str = "id") -> None:
+        """Print objects: as a table, or in a machine's format as they are; as they come where the format allows it."""
+        if self.fields is not None and self.format in {Format.TABLE, Format.WIDE}:
+            self.format = Format.JSON
+        match self.format:
+            case Format.JSON:
+                self._json(self._chosen(list(rows)), indent=True)
+            case Format.JSONL:
+                for row in rows:
+                    self._json(self._chosen([row])[0], indent=False)
+            case Format.CSV:
+                self._csv(rows)
+            case Format.NAME:
+                for row in rows:
+                    self.say(printable(text_of(pick(row, name))))
+            case _:
+                self._table(rows, [each for each in columns if self.format is Format.WIDE or not each.wide])
+
+    def _table(self, rows: Iterable[Row], columns: Sequence[Column]) -> None:
+        if not self.terminal:
+            for row in rows:
+                self.say("\t".join(printable(each.cell(row)) for each in columns))
+            return
+        cells = [[each.title for each in columns]]
+        cells += [[printable(each.cell(row)) for each in columns] for row in rows]
+        if len(cells) == 1:
+            return
+        widths = self._widths(cells)
+        for number, line in enumerate(cells):
+            shown = [_fit(cell, width) for cell, width in zip(line, widths, strict=True)]
+            if number:
+                shown = [self.paint(cell.split(" ")[0], text) for cell, text in zip(line, shown, strict=True)]
+            self.say((" " * _GAP).join(shown).rstrip())
+
+    def _widths(self, cells: Sequence[Sequence[str]]) -> list[int]:
+        """Of the columns; the widest gives way until the table fits the terminal."""
+        widths = [max(_length(line[index]) for line in cells) for index in range(len(cells[0]))]
+        over = sum(widths) + _GAP * (len(widths) - 1) - self.width
+        while over > 0 and max(widths) > _NARROWEST:
+            widest = widths.index(max(widths))
+            cut = min(
+                over, widths[widest] - _NARROWEST, max(1, widths[widest] - sorted(widths)[-2]) if widths[1:] else over
+            )
+            widths[widest] -= cut
+            over -= cut
+        return widths
+
+    def _chosen(self, rows: list[Row]) -> list[Row]:
+        """The rows with the fields that `--json` names, nested as they were."""
+        if self.fields is None:
+            return rows
+        known = list(dict.fromkeys(path for row in rows for path in paths_of(row)))
+        if rows and (not self.fields or any(path not in known for path in self.fields)):
+            unknown = ", ".join(path for path in self.fields if path not in known)
+            raise CommandError(
+                f"--json: {'no field ' + unknown if unknown else 'name the fields'}", hint=f"fields: {', '.join(known)}"
+            )
+        return [self._nested(row) for row in rows]
+
+    def _nested(self, row: Row) -> Row:
+        chosen: dict[str, Any] = {}
+        for path in self.fields or ():
+            *above, name = path.split(".")
+            place = chosen
+            for each in above:
+                place = place.setdefault(each, {})
+            try:
+                place[name] = pick(row, path)
+            except KeyError:
+                place[name] = None
+        return chosen
+
+    def _json(self, value: Any, *, indent: bool) -> None:
+        self.say(json.dumps(value, indent=2) if indent else json.dumps(value, separators=(",", ":")))
+
+    def _csv(self, rows: Iterable[Row]) -> None:
+        writer = csv.writer(self.stdout)
+        paths: list[str] | None = None
+        for row in rows:
+            if paths is None:
+                if self.fields is not None:
+                    self._chosen([row])
+                paths = self.fields or [path for path in paths_of(row) if not isinstance(pick(row, path), Mapping)]
+                writer.writerow(paths)
+            writer.writerow([_csv_cell(pick(row, path)) for path in paths])
+        self.stdout.flush()
+
+    def error(self, error: CommandError) -> None:
+        """Print why the command ends."""
+        if self.format.machine:
+            body = {"error": error.message, "status": error.status, "hint": error.hint, "request_id": error.request_id}
+            print(json.dumps(body), file=self.stderr)
+            return
+        print(f"scanfleet: {printable(error.message)}", file=self.stderr)
+        if error.hint:
+            print(f"  {printable(error.hint)}", file=self.stderr)
+        if error.request_id:
+            print(f"  request {printable(error.request_id)}", file=self.stderr)
+
+
+def _csv_cell(value: Any) -> Any:
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    return _FORMULA.sub(r"\1'", printable("" if value is None else text_of(value)))
+
+
+def _length(text: str) -> int:
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len  # noqa: PLC0415 # only for text of which a letter may take two cells
+
+    return cell_len(text)
+
+
+def _fit(text: str, width: int) -> str:
+    length = _length(text)
+    if length <= width:
+        return text + " " * (width - length)
+    while _length(text) > width - 1:
+        text = text[:-1]
+    return text + "…" + " " * (width - 1 - _length(text))
+
+
+def count(number: int, noun: str, plural: str = "") -> str:
+    """`1 job`, `1,204 jobs`."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def duration(seconds: float) -> str:
+    """`0:41`, `12:03`, `2:00:41`, `3 days 2:00:41`."""
+    minutes, second = divmod(round(max(seconds, 0)), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    clock = f"{hour}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+    return f"{count(days, 'day')} {clock}" if days else clock
+
+
+def parse_time(text: str) -> datetime:
+    return datetime.fromisoformat(text)
+
+
+def ago(text: str | None, *, relative: bool) -> str:
+    """A time of the API for a table: how long ago on a terminal, as it is elsewhere."""
+    if text is None:
+        return "-"
+    if not relative:
+        return text
+    seconds = (datetime.now(UTC) - parse_time(text)).total_seconds()
+    for unit, length in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
+        if seconds >= length:
+            return f"{count(int(seconds // length), unit)} ago"
+    return "just now"

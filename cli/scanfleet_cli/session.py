@@ -1,0 +1,268 @@
+"""What one run of the command shares: where it goes, with which token, and what it prints."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
+
+import click
+
+from scanfleet_cli.config import Config, Place, run_for_token
+from scanfleet_cli.errors import CommandError, Exit
+from scanfleet_cli.output import Column, Format, Output, Row
+
+if TYPE_CHECKING:
+    from scanfleet_cli.calls import Call, ListCall
+    from scanfleet_cli.client import Client, Patience
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+COMPLETE: Final = "_SCANFLEET_COMPLETE"
+"""Environment variable by which a shell asks for completions."""
+
+LIMIT: Final = 30  # rows of a list; a screen
+
+
+class Session:
+    """One run of the command.
+
+    Args:
+        config: contexts and environment.
+        output: where it prints.
+        transport: carries every request, over the network unless given; tests hand in a double of the API.
+        async_transport: the same for what is watched.
+        pauses: seconds before the first retry, and between two polls.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        output: Output,
+        transport: Any = None,
+        async_transport: Any = None,
+        pauses: tuple[float, float] = (0.5, 5.0),
+    ) -> None:
+        self.config = config
+        self.output = output
+        self.transport = transport
+        self.async_transport = async_transport
+        self._pauses = pauses
+        self.url: str | None = None
+        self.context: str | None = None
+        self.token_file: Path | None = None
+        self.timeout = 60.0
+        self.limit = LIMIT
+        self._client: Client | None = None
+
+    @functools.cached_property
+    def place(self) -> Place:
+        return self.config.place(self.url, self.context)
+
+    @functools.cached_property
+    def token_source(self) -> str:
+        """Where the token comes from, in words; empty when there is none."""
+        environment, context = self.config.environment, self.place.context
+        if self.token_file is not None:
+            return f"the file {self.token_file} (--token-file)"
+        if environment.get("SCANFLEET_TOKEN"):
+            return "SCANFLEET_TOKEN"
+        if environment.get("SCANFLEET_TOKEN_FILE"):
+            return f"the file {environment['SCANFLEET_TOKEN_FILE']} (SCANFLEET_TOKEN_FILE)"
+        if context is not None and context.token_command:
+            return f"the token_command of {self.place.source}"
+        return ""
+
+    def token(self) -> str:
+        """The token to send now.
+
+        Raises:
+            CommandError: there is none.
+        """
+        environment, context = self.config.environment, self.place.context
+        file = self.token_file or environment.get("SCANFLEET_TOKEN_FILE")
+        if self.token_file is None and (token := environment.get("SCANFLEET_TOKEN", "").strip()):
+            return token
+        if file:
+            return _token_in(Path(file))
+        if context is not None and context.token_command:
+            return self._of_command(context.token_command)
+        raise CommandError(
+            f"not signed in to {self.place.url}",
+            Exit.NOT_ALLOWED,
+            hint=f"scanfleet login {self.place.url}, or set SCANFLEET_TOKEN or SCANFLEET_TOKEN_FILE",
+        )
+
+    @functools.cached_property
+    def _command_tokens(self) -> dict[Sequence[str], str]:
+        return {}
+
+    def _of_command(self, command: Sequence[str]) -> str:
+        if command not in self._command_tokens:  # once in a run: a command takes a second
+            self._command_tokens[command] = run_for_token(command)
+        return self._command_tokens[command]
+
+    @property
+    def patience(self) -> Patience:
+        """While the service is unavailable or busy."""
+        from scanfleet_cli.client import Patience  # noqa: PLC0415 # not for commands that ask nothing
+
+        first, poll = self._pauses
+        return Patience(timeout=self.timeout, first_pause=first, poll=poll)
+
+    @property
+    def client(self) -> Client:
+        """A client with the caller's token."""
+        if self._client is None:
+            from scanfleet_cli.client import Client  # noqa: PLC0415 # not for commands that ask nothing
+
+            self._client = Client(self.place.url, self.token, patience=self.patience, transport=self.transport)
+        return self._client
+
+    def ask(self, call: Call[Any]) -> Any:
+        """The answer to a call, as JSON."""
+        return self.client.ask(call).json
+
+    def rows(self, call: ListCall[Any], limit: int | None = None) -> Iterator[Row]:
+        """The objects of a list, `limit` of them (the command's own unless given; 0 = all); says how many there are."""
+        limit = self.limit if limit is None else limit
+        shown = 0
+        for reply in self.client.replies(call, size=min(limit or 100, 100)):
+            page = reply.json
+            found = page[call.items]
+            for row in islice(found, (limit - shown) if limit else None):
+                shown += 1
+                yield row
+            if limit and shown >= limit:
+                if page["total"] > shown:
+                    self.output.note(f"{shown:,} of {page['total']:,}; --limit 0 for all")
+                return
+
+    def show_list(self, rows: Iterable[Row], columns: Sequence[Column], empty: str, name: str = "id") -> None:
+        """Print rows, or on stderr that there are none."""
+        counted = _Counted(rows)
+        self.output.many(counted, columns, name)
+        if not counted.number:
+            self.output.note(empty)
+
+    def confirm(self, question: str, *, yes: bool) -> None:
+        """Ask before something is destroyed.
+
+        Raises:
+            CommandError: the answer is no, or there is no terminal to ask on.
+        """
+        if yes:
+            return
+        if not (os.isatty(0) and self.output.stderr.isatty()):
+            raise CommandError(f"{question}: needs --yes without a terminal")
+        if not click.confirm(question, err=True):
+            raise CommandError("nothing was changed", Exit.FAULT)
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+
+
+class _Counted:
+    """Rows, and how many of them there were."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.number = 0
+        self._rows = rows
+
+    def __iter__(self) -> Iterator[Row]:
+        for row in self._rows:
+            self.number += 1
+            yield row
+
+
+def _token_in(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise CommandError(f"the token file cannot be read: {error}", Exit.NOT_ALLOWED) from error
+
+
+def with_session(command: Callable[Concatenate[Session, P], R]) -> Callable[P, R]:
+    """A click command whose function takes the session first."""
+    return click.pass_obj(command)
+
+
+def _chosen_format(context: click.Context, _parameter: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        context.obj.output.format = Format(value)
+
+
+def _chosen_fields(context: click.Context, _parameter: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        context.obj.output.fields = [field.strip() for field in value.split(",") if field.strip()]
+
+
+def _chosen_limit(context: click.Context, _parameter: click.Parameter, value: int) -> None:
+    context.obj.limit = value
+
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def formats(command: Command) -> Command:
+    """The options -o and --json, for a command that prints objects."""
+    # Read first, so that a mistake in any later option is already reported in this format.
+    command = click.option(
+        "-o",
+        "--output",
+        type=click.Choice([each.value for each in Format]),
+        is_eager=True,
+        expose_value=False,
+        callback=_chosen_format,
+        help="Format of what is printed. Default: table.",
+    )(command)
+    return click.option(
+        "--json",
+        metavar="FIELDS",
+        is_flag=False,
+        flag_value="",
+        expose_value=False,
+        callback=_chosen_fields,
+        help="Print only these fields, as JSON: a,b.c. Without a value: fail and list the fields.",
+    )(command)
+
+
+def lists(command: Command) -> Command:
+    """The options of a command that prints a list."""
+    return formats(
+        click.option(
+            "--limit",
+            type=click.IntRange(min=0),
+            default=LIMIT,
+            show_default=True,
+            expose_value=False,
+            callback=_chosen_limit,
+            help="Number of rows; 0 = all.",
+        )(command)
+    )
+
+
+yes = click.option("--yes", is_flag=True, help="Do not ask.")
+
+
+def many_failed(errors: Sequence[CommandError], output: Output) -> None:
+    """End a command that went on after errors, with the first one's code.
+
+    Raises:
+        CommandError: the last one, when there are any.
+    """
+    for error in errors[:-1]:
+        output.error(error)
+    if errors:
+        raise CommandError(
+            errors[-1].message,
+            errors[0].code,
+            hint=errors[-1].hint,
+            status=errors[-1].status,
+            request_id=errors[-1].request_id,
+        )

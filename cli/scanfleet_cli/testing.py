@@ -1,0 +1,314 @@
+"""A double of the API behind the HTTP port: what it stores, and the faults that a test sets.
+
+`FakeApi` is the transport of a client. It answers as the gateway does as far as the command needs it; tests/e2e runs the same
+commands against the real one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+import httpx2
+
+from scanfleet import rest
+from scanfleet.clock import rfc3339
+from scanfleet.messages import Job, JobStatus
+from scanfleet.policy import PolicyError, Preset, fill_in
+
+TOKEN = "token-of-user-7"  # noqa: S105 # of the double, which guards nothing
+NOW = datetime(2026, 3, 14, 9, 0, tzinfo=UTC)
+
+Fault = BaseException | httpx2.Response
+
+State = tuple[JobStatus, int]
+"""Status and progress."""
+
+
+class FakeJob:
+    """A job that goes through `states`, one with each event of a stream."""
+
+    def __init__(self, id_: int, subnet_id: int, policy_id: int, states: list[State]) -> None:
+        self.id, self.subnet_id, self.policy_id = id_, subnet_id, policy_id
+        self.states = states
+        self.seq = 1
+        self.results: list[dict[str, Any]] = []
+        self.not_probed: list[rest.LedgerEntry] = []
+        self.counts: dict[str, int] = {"answered": 256}
+        self.machines = 0
+        self.error = ""
+
+    @property
+    def status(self) -> JobStatus:
+        return self.states[min(self.seq, len(self.states)) - 1][0]
+
+    @property
+    def job(self) -> Job:
+        started = self.status is not JobStatus.PENDING
+        return Job(
+            id=self.id,
+            user_id=7,
+            policy_id=self.policy_id,
+            subnet_id=self.subnet_id,
+            status=self.status,
+            start_time=NOW if started else None,
+            end_time=NOW.replace(minute=1, second=7) if self.status.final else None,
+            created_at=NOW,
+            updated_at=NOW,
+        )
+
+    @property
+    def task(self) -> rest.TaskStatus:
+        progress = self.states[min(self.seq, len(self.states)) - 1][1]
+        status = rest.TaskProgress(
+            status=self.status, progress=progress, machines_found=self.machines, error=self.error
+        )
+        return rest.TaskStatus(job_id=str(self.id), status=status, job=self.job)
+
+    @property
+    def ledger(self) -> rest.Ledger:
+        counts = dict.fromkeys(rest.LedgerCounts.model_fields, 0) | self.counts
+        probes = sum(counts.values())
+        return rest.Ledger(
+            job_id=self.id,
+            status=self.status,
+            accounted=not any(counts[name] for name in ("refused", "cancelled", "lost", "waiting")),
+            request=rest.LedgerRequest(addresses=probes, ports=1, probes=probes),
+            counts=rest.LedgerCounts(**counts),
+            not_probed=rest.LedgerPage(
+                addresses=self.not_probed, total=len(self.not_probed), page=1, page_size=max(1, len(self.not_probed))
+            ),
+            eta_seconds=None,
+        )
+
+
+class FakeApi(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
+    """The API of one user, in memory."""
+
+    def __init__(self) -> None:
+        self.requests: list[httpx2.Request] = []
+        self.subnets: dict[int, dict[str, Any]] = {}
+        self.policies: dict[int, dict[str, Any]] = {}
+        self.jobs: dict[int, FakeJob] = {}
+        self.keys: dict[str, list[int]] = {}
+        self.states: list[State] = [(JobStatus.PENDING, 0), (JobStatus.RUNNING, 62), (JobStatus.COMPLETED, 100)]
+        """Of the next jobs."""
+
+        self.made: Callable[[FakeJob], None] = lambda _job: None
+        """Called with each new job, to set what it finds."""
+
+        self.faults: list[Fault] = []
+        """What happens to the next requests instead, one each."""
+
+        self.fault_of: Callable[[httpx2.Request], Fault | None] = lambda _request: None
+        self.cut_after: int | None = None
+        """Events after which a stream breaks off, once."""
+
+        self.answers: dict[tuple[str, str], Any] = {}
+        """More operations: their answers, by method and path."""
+
+        self._routes: list[tuple[re.Pattern[str], Callable[..., httpx2.Response]]] = [
+            (re.compile(pattern), handler)
+            for pattern, handler in (
+                ("GET task", self._tasks),
+                ("POST task", self._submit),
+                (r"[A-Z]+ task/([0-9]+)(/?.*)", self._job),
+                ("GET subnet", lambda request: self._list(request, "subnets", list(reversed(self.subnets.values())))),
+                ("GET policy", lambda request: self._list(request, "policies", list(reversed(self.policies.values())))),
+                ("POST subnet", lambda request: self._put(self.subnets, _subnet, request, len(self.subnets) + 5)),
+                ("POST policy", lambda request: self._put(self.policies, _policy, request, len(self.policies) + 3)),
+                (r"[A-Z]+ subnet/([0-9]+)", partial(self._object, self.subnets, _subnet, "Subnet")),
+                (r"[A-Z]+ policy/([0-9]+)", partial(self._object, self.policies, _policy, "Policy")),
+            )
+        ]
+
+    # Transport
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        request.read()
+        return self._answer(request)
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        await request.aread()
+        await asyncio.sleep(0)
+        return self._answer(request)
+
+    def _answer(self, request: httpx2.Request) -> httpx2.Response:
+        self.requests.append(request)
+        fault = self.fault_of(request) or (self.faults.pop(0) if self.faults else None)
+        if isinstance(fault, BaseException):
+            raise fault
+        return fault or self.carry_out(request)
+
+    def carry_out(self, request: httpx2.Request) -> httpx2.Response:
+        """Do what a request asks for; a fault may do so before it cuts the connection."""
+        method, path = request.method, request.url.path
+        if request.headers.get("authorization") != f"Bearer {TOKEN}" and path != "/api/v1/info":
+            return _error(401, "no bearer token, or not a good one")
+        if (method, path) in self.answers:
+            answer = self.answers[method, path]
+            return answer if isinstance(answer, httpx2.Response) else httpx2.Response(200, json=answer)
+        for route, handler in self._routes:
+            if match := route.fullmatch(f"{method} {path.removeprefix('/api/v1/')}"):
+                return handler(request, *match.groups())
+        return _error(404, "Not Found")
+
+    def _tasks(self, request: httpx2.Request) -> httpx2.Response:
+        jobs = [each.job.model_dump(mode="json") for each in reversed(self.jobs.values())]
+        wanted = request.url.params.get("status")
+        return self._list(request, "jobs", [each for each in jobs if not wanted or each["status"] in wanted.split(",")])
+
+    def _list(self, request: httpx2.Request, name: str, every: list[Any]) -> httpx2.Response:
+        page, size = int(request.url.params.get("page", 1)), int(request.url.params.get("page_size", 10))
+        some = every[(page - 1) * size : page * size]
+        return httpx2.Response(200, json={name: some, "total": len(every), "page": page, "page_size": size})
+
+    def _put(
+        self, kind: dict[int, Any], make: Callable[[int, dict[str, Any]], Any], request: httpx2.Request, number: int
+    ) -> httpx2.Response:
+        try:
+            kind[number] = make(number, json.loads(request.content))
+        except (ValueError, PolicyError) as error:
+            return _error(400, str(error))
+        return httpx2.Response(201, json=kind[number])
+
+    def _object(
+        self,
+        kind: dict[int, Any],
+        make: Callable[[int, dict[str, Any]], Any],
+        noun: str,
+        request: httpx2.Request,
+        number: str,
+    ) -> httpx2.Response:
+        if int(number) not in kind:
+            return _error(404, f"no {noun.lower()} {number}, or it is not yours")
+        etag = f'"{hash(json.dumps(kind[int(number)])) & 0xFFFF}"'
+        match request.method:
+            case "GET":
+                return httpx2.Response(200, json=kind[int(number)], headers={"ETag": etag})
+            case "PUT":
+                if request.headers.get("if-match", etag) != etag:
+                    return _error(412, f"{noun.lower()} {number} has changed")
+                return self._put(kind, make, request, int(number))
+        del kind[int(number)]
+        return httpx2.Response(200, json={"message": f"{noun} deleted successfully"})
+
+    def _submit(self, request: httpx2.Request) -> httpx2.Response:
+        body, key = json.loads(request.content), request.headers["idempotency-key"]
+        if body["policy_id"] not in self.policies:
+            return _error(400, f"policy {body['policy_id']} is unknown or not yours")
+        if key not in self.keys:
+            self.keys[key] = []
+            for subnet_id in body["subnet_ids"]:
+                job = FakeJob(len(self.jobs) + 41, subnet_id, body["policy_id"], list(self.states))
+                self.made(job)
+                self.jobs[job.id] = job
+                self.keys[key].append(job.id)
+        jobs = [self.jobs[number].job.model_dump(mode="json") for number in self.keys[key]]
+        return httpx2.Response(201, json={"message": "Scan jobs created successfully", "jobs": jobs})
+
+    def _job(self, request: httpx2.Request, number: str, what: str) -> httpx2.Response:
+        job = self.jobs.get(int(number))
+        if job is None:
+            return _error(404, f"no job {number}, or it is not yours")
+        answers: dict[str, Callable[[], httpx2.Response]] = {
+            "GET ": lambda: _model(job.task),
+            "GET /ledger": lambda: _model(job.ledger),
+            "GET /events": lambda: httpx2.Response(
+                200, headers={"content-type": "text/event-stream"}, stream=_Events(self, job)
+            ),
+            "GET /results": lambda: _results(request, job),
+            "POST /cancel": lambda: _cancel(job),
+        }
+        answer = answers.get(f"{request.method} {what}")
+        return answer() if answer else _error(404, "Not Found")
+
+
+def _cancel(job: FakeJob) -> httpx2.Response:
+    if job.status.final:
+        return _error(400, f"job {job.id} is already {job.status}")
+    job.states = [(JobStatus.CANCELLED, 62)]
+    return httpx2.Response(200, json={"message": "Job cancelled successfully"})
+
+
+class _Events(httpx2.SyncByteStream, httpx2.AsyncByteStream):
+    """A job's states from now on, each when it is read."""
+
+    def __init__(self, api: FakeApi, job: FakeJob) -> None:
+        self._api = api
+        self._job = job
+
+    def __iter__(self) -> Iterator[bytes]:
+        api, job, sent = self._api, self._job, 0
+        while True:
+            if api.cut_after is not None and sent == api.cut_after:
+                api.cut_after = None
+                raise httpx2.RemoteProtocolError("peer closed connection without sending complete message body")
+            data = job.task.model_dump_json()
+            yield f"event: {job.status}\ndata: {data}\nid: {job.seq}\nretry: 3000\n\n".encode()
+            sent += 1
+            if job.status.final or job.seq == len(job.states):
+                return
+            job.seq += 1
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in self:
+            await asyncio.sleep(0)
+            yield piece
+            if self._job.seq == len(self._job.states) and not self._job.status.final:
+                await asyncio.Event().wait()  # the job runs on
+
+
+def result(number: int, address: str, port: int, **fields: Any) -> dict[str, Any]:
+    """An open port, as the API answers it."""
+    known = {
+        "protocol": "tcp",
+        "service": "ssh",
+        "version": "OpenSSH 9.2p1",
+        "os_info": "",
+        "status": "open",
+        "banner": "",
+    }
+    times = {"created_at": rfc3339(NOW), "updated_at": rfc3339(NOW)}
+    return {"id": number, "job_id": 41, "ip_address": address, "port": port, **known, "raw_data": "", **times, **fields}
+
+
+def _results(request: httpx2.Request, job: FakeJob) -> httpx2.Response:
+    if request.headers["accept"] == "text/csv":
+        lines = ["ip_address,port", *(f"{each['ip_address']},{each['port']}" for each in job.results)]
+        return httpx2.Response(200, text="\r\n".join(lines) + "\r\n")
+    return httpx2.Response(200, text="".join(json.dumps(each) + "\n" for each in job.results))
+
+
+def _subnet(number: int, body: dict[str, Any]) -> dict[str, Any]:
+    given = rest.SubnetBody.model_validate(body)
+    made = rest.Subnet(
+        id=number,
+        user_id=7,
+        name=given.name,
+        cidr=given.cidr,
+        exclude=given.exclude or [],
+        created_at=NOW,
+        updated_at=NOW,
+    )
+    return made.model_dump(mode="json")
+
+
+def _policy(number: int, body: dict[str, Any]) -> dict[str, Any]:
+    fields = {name: value for name, value in body.items() if name not in {"name", "preset"}}
+    scan = fill_in(Preset(body.get("preset", "standard")), fields)
+    made = rest.Policy(id=number, user_id=7, name=body["name"], created_at=NOW, updated_at=NOW, **scan.model_dump())
+    return made.model_dump(mode="json")
+
+
+def _model(model: Any) -> httpx2.Response:
+    return httpx2.Response(200, content=model.model_dump_json().encode(), headers={"content-type": "application/json"})
+
+
+def _error(status: int, message: str) -> httpx2.Response:
+    return httpx2.Response(status, json={"error": message}, headers={"X-Request-ID": "c0ffee"})

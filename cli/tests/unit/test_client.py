@@ -1,0 +1,215 @@
+"""The SDK: retries, streams, and every operation of the API."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from scanfleet import rest
+from scanfleet.messages import JobStatus
+from scanfleet_cli import calls
+from scanfleet_cli.client import AsyncClient, Client, Patience
+from scanfleet_cli.errors import ApiError, UnavailableError
+from scanfleet_cli.testing import TOKEN, FakeApi, result
+
+OPENAPI = Path(__file__).parents[3] / "docs" / "openapi" / "current.json"
+SOON = Patience(timeout=5, first_pause=0.001, poll=0.001)
+RESET = httpx2.ReadError("connection reset")
+BUSY = httpx2.Response(503, json={"error": "busy"}, headers={"Retry-After": "0"})
+BODY = rest.SubnetBody(name="lab", cidr="127.9.8.0/24")
+
+Watch = Callable[[list[str]], list[rest.TaskStatus]]
+
+
+@pytest.fixture
+def client(api: FakeApi) -> Client:
+    return Client("http://scanfleet.test", TOKEN, patience=SOON, transport=api)
+
+
+@pytest.fixture(params=["sync", "async"])
+def watch(api: FakeApi, client: Client, request: pytest.FixtureRequest) -> Watch:
+    """Watches job 41 by either client; the argument gets its notices."""
+
+    def by_thread(notices: list[str]) -> list[rest.TaskStatus]:
+        return list(client.watch(41, notices.append))
+
+    def by_loop(notices: list[str]) -> list[rest.TaskStatus]:
+        async def read() -> list[rest.TaskStatus]:
+            async with AsyncClient("http://scanfleet.test", TOKEN, patience=SOON, transport=api) as other:
+                return [task async for task in other.watch(41, notices.append)]
+
+        return asyncio.run(read())
+
+    return by_thread if request.param == "sync" else by_loop
+
+
+def make_job(client: Client) -> int:
+    subnet, policy = (
+        client.send(calls.create_subnet(BODY)),
+        client.send(calls.create_policy(rest.PolicyBody(name="web"))),
+    )
+    return client.send(calls.create_tasks([subnet.id], policy.id)).jobs[0].id
+
+
+@pytest.mark.parametrize(
+    "fault", [RESET, BUSY, httpx2.ConnectError("refused"), httpx2.Response(429, json={"error": "slow"})]
+)
+def test_a_call_that_is_safe_to_repeat_is_repeated(api: FakeApi, client: Client, fault: Any) -> None:
+    """A cut, a busy and an unreachable service, and a limit, are followed by the same request again."""
+    api.faults = [fault, fault]
+    assert client.send(calls.list_subnets()).total == 0
+    assert len(api.requests) == 3
+
+
+@pytest.mark.parametrize(("fault", "repeated"), [(RESET, False), (BUSY, False), (httpx2.ConnectError("refused"), True)])
+def test_a_post_without_a_key_is_repeated_only_if_it_was_not_sent(
+    api: FakeApi, client: Client, fault: Any, repeated: bool
+) -> None:
+    """What may have been carried out is not asked for twice."""
+    api.faults = [fault]
+    if repeated:
+        assert client.send(calls.create_subnet(BODY)).name == "lab"
+        return
+    with pytest.raises((UnavailableError, ApiError)) as raised:
+        client.send(calls.create_subnet(BODY))
+    assert len(api.requests) == 1
+    assert getattr(raised.value, "unsure", True)
+
+
+def test_retries_end_with_the_time(api: FakeApi) -> None:
+    """An unavailable service is asked until the time ends, and then the error names the address and the cause."""
+    client = Client("http://scanfleet.test", TOKEN, patience=Patience(timeout=0.05, first_pause=0.02), transport=api)
+    api.fault_of = lambda _request: RESET
+    with pytest.raises(UnavailableError, match=r"no answer from http://scanfleet\.test: connection reset"):
+        client.send(calls.list_subnets())
+    assert 2 <= len(api.requests) <= 4
+
+
+def test_a_watched_job_is_seen_in_each_state(client: Client, watch: Watch) -> None:
+    """A watch yields every state and ends with the final one."""
+    make_job(client)
+    notices: list[str] = []
+    assert [task.status.progress for task in watch(notices)] == [0, 62, 100]
+    assert notices == []
+
+
+def test_a_cut_stream_is_joined_again(api: FakeApi, client: Client, watch: Watch) -> None:
+    """A stream that breaks off is reported once, opened again from the last event, and reported back."""
+    make_job(client)
+    api.cut_after = 1
+    notices: list[str] = []
+    tasks = watch(notices)
+    assert [task.status.status for task in tasks][-1] is JobStatus.COMPLETED
+    assert [notice.split(" (")[0] for notice in notices] == ["connection lost", "connected again"]
+    streams = [each for each in api.requests if each.url.path.endswith("/events")]
+    assert [each.headers.get("last-event-id") for each in streams] == [None, "1"]
+
+
+def test_a_job_is_polled_when_streams_do_not_last(api: FakeApi, client: Client, watch: Watch) -> None:
+    """After three failed streams in a row the job is asked for instead, to its end."""
+    job = api.jobs[make_job(client)]
+
+    def fault(request: httpx2.Request) -> Exception | None:
+        if request.url.path.endswith("/events"):
+            return RESET
+        job.seq = min(job.seq + 1, len(job.states))
+        return None
+
+    api.fault_of = fault
+    assert [task.status.progress for task in watch([])] == [62, 100]
+    assert sum(each.url.path.endswith("/events") for each in api.requests) == 3
+
+
+def test_a_watch_of_anothers_job_is_refused(api: FakeApi, watch: Watch) -> None:
+    """What no later attempt can change is raised."""
+    with pytest.raises(ApiError, match="no job 41"):
+        watch([])
+    assert len(api.requests) == 1
+
+
+def test_results_that_are_cut_raise(api: FakeApi, client: Client) -> None:
+    """A cut stream of results raises; it never ends as a short list."""
+    job = api.jobs[make_job(client)]
+    job.results = [result(1, "127.9.8.1", 22)]
+    assert [each.port for each in client.results(41)] == [22]
+
+    class Cut(httpx2.SyncByteStream):
+        def __iter__(self) -> Any:
+            yield json.dumps(job.results[0]).encode() + b"\n"
+            raise httpx2.RemoteProtocolError("incomplete chunked read")
+
+    api.answers["GET", "/api/v1/task/41/results"] = httpx2.Response(200, stream=Cut())
+    with pytest.raises(UnavailableError, match="incomplete chunked read"):
+        list(client.results(41))
+
+
+def test_pages_are_followed_to_the_end(client: Client) -> None:
+    """A list is read page by page."""
+    for number in range(5):
+        client.send(calls.create_subnet(rest.SubnetBody(name=f"lab{number}", cidr="127.9.8.0/24")))
+    pages = list(client.pages(calls.list_subnets(), size=2))
+    assert [len(page.subnets) for page in pages] == [2, 2, 1]
+
+
+CALLS: dict[str, calls.Call[Any]] = {
+    "read_info": calls.read_info(),
+    "read_me": calls.read_me(),
+    "list_tasks": calls.list_tasks(),
+    "create_tasks": calls.create_tasks([1], 1),
+    "read_task": calls.read_task(1),
+    "watch_task": calls.watch_task(1),
+    "cancel_task": calls.cancel_task(1),
+    "cancel_tasks": calls.cancel_tasks(rest.CancelJobs(all=True)),
+    "read_results": calls.read_results(1),
+    "read_snapshot": calls.read_snapshot(1),
+    "read_map": calls.read_map(1),
+    "read_ledger": calls.read_ledger(1),
+    "read_waiting": calls.read_waiting(1),
+    "list_subnets": calls.list_subnets(),
+    "create_subnet": calls.create_subnet(BODY),
+    "read_subnet": calls.read_subnet(1),
+    "replace_subnet": calls.replace_subnet(1, BODY),
+    "delete_subnet": calls.delete_subnet(1),
+    "list_policies": calls.list_policies(),
+    "create_policy": calls.create_policy(rest.PolicyBody(name="web")),
+    "read_policy": calls.read_policy(1),
+    "replace_policy": calls.replace_policy(1, rest.PolicyBody(name="web")),
+    "delete_policy": calls.delete_policy(1),
+    "list_audit": calls.list_audit(),
+    "list_revocations": calls.list_revocations(),
+    "create_revocation": calls.create_revocation(rest.RevocationBody(user_id=1)),
+    "delete_revocation": calls.delete_revocation(1),
+}
+"""A call of each operation of the document, by its id."""
+
+
+OF_BROWSERS = {"session"}  # tags of operations that only the page needs
+
+
+def operations() -> dict[str, tuple[str, str]]:
+    paths = json.loads(OPENAPI.read_text(encoding="utf-8"))["paths"]
+    return {
+        operation["operationId"]: (method.upper(), path)
+        for path, methods in paths.items()
+        for method, operation in methods.items()
+        if not OF_BROWSERS & set(operation["tags"])
+    }
+
+
+def test_every_operation_of_the_document_has_a_call() -> None:
+    """The SDK calls each operation that docs/openapi/current.json names, by its method and path."""
+    known = {
+        name: (call.method, "/".join("{}" if part == "1" else part for part in call.path.split("/")))
+        for name, call in CALLS.items()
+    }
+    wanted = {
+        name: (method, "/".join("{}" if part.startswith("{") else part for part in path.split("/")))
+        for name, (method, path) in operations().items()
+    }
+    assert known == wanted

@@ -1,0 +1,78 @@
+"""Every exit code of the table."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx2
+import pytest
+
+from scanfleet.messages import JobStatus
+from scanfleet_cli.errors import MEANINGS, Exit
+from scanfleet_cli.testing import FakeApi
+
+
+def test_a_missing_token_exits_4(run: Any) -> None:
+    """Without a token the command says how to sign in."""
+    ended = run("job", "list", environment={"SCANFLEET_URL": "http://scanfleet.test"})
+    assert ended.code == 4
+    assert "scanfleet login http://scanfleet.test" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(400, 2), (409, 2), (412, 2), (413, 2), (401, 4), (403, 4), (404, 5), (429, 6), (502, 6), (503, 6), (500, 1)],
+)
+def test_an_error_of_the_service_has_its_exit_code(api: FakeApi, run: Any, status: int, code: int) -> None:
+    """The service's sentence is printed, and the request id of a fault of the service."""
+    api.fault_of = lambda _request: httpx2.Response(
+        status, json={"error": "as it is"}, headers={"X-Request-ID": "c0ffee"}
+    )
+    ended = run("--retry", "0", "job", "show", "41")
+    assert ended.code == code
+    assert ended.err.startswith("scanfleet: as it is\n")
+    assert ("c0ffee" in ended.err) == (status >= 500)
+    document = json.loads(run("--retry", "0", "job", "show", "41", "-o", "json").err)
+    assert document["error"] == "as it is"
+    assert document["status"] == status
+
+
+def test_a_service_that_cannot_be_reached_exits_6(api: FakeApi, run: Any) -> None:
+    """No answer is an unavailable service, named by its address."""
+    api.fault_of = lambda _request: httpx2.ConnectError("connection refused")
+    ended = run("--retry", "0.01", "job", "show", "41")
+    assert ended.code == 6
+    assert "no answer from http://scanfleet.test: connection refused" in ended.err
+
+
+@pytest.mark.parametrize(("end", "code"), [(JobStatus.COMPLETED, 0), (JobStatus.FAILED, 3), (JobStatus.CANCELLED, 7)])
+def test_the_end_of_a_job_has_its_exit_code(api: FakeApi, run: Any, end: JobStatus, code: int) -> None:
+    """Watching and waiting exit by how the job ends, unless asked not to."""
+    api.states = [(JobStatus.RUNNING, 50), (end, 90)]
+    assert run("scan", "127.9.8.0/24").code == code
+    assert run("job", "watch", "41").code == code
+    assert run("job", "wait", "41").code == code
+    assert run("job", "watch", "41", "--no-exit-status").code == 0
+
+
+def test_ctrl_c_detaches(api: FakeApi, run: Any) -> None:
+    """Ctrl-C exits 130, leaves the job running and says how to come back; --cancel-on-interrupt cancels it."""
+    api.states = [(JobStatus.RUNNING, 62)]
+    run("scan", "127.9.8.0/24", "--no-watch")
+    api.fault_of = lambda request: KeyboardInterrupt() if request.url.path.endswith("/events") else None
+    ended = run("job", "watch", "41")
+    assert ended.code == 130
+    assert "job 41 runs on: scanfleet job watch 41, or scanfleet job cancel 41" in ended.err
+    assert api.jobs[41].status == "running"
+    assert run("job", "watch", "41", "--cancel-on-interrupt").code == 130
+    assert api.jobs[41].status == "cancelled"
+
+
+def test_the_table_is_in_the_help(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """--help shows every exit code with its meaning."""
+    assert run("--help").code == 0
+    shown = capsys.readouterr().out
+    assert set(MEANINGS) == set(Exit)
+    for code, meaning in MEANINGS.items():
+        assert f"{code:>3}  {meaning}" in shown

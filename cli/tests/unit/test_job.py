@@ -1,0 +1,277 @@
+"""`scanfleet job`: lists, blocks, ledgers, results."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx2
+import pytest
+
+from scanfleet import rest
+from scanfleet.messages import JobStatus
+from scanfleet.policy import Preset, fill_in
+from scanfleet_cli.testing import TOKEN, FakeApi, FakeJob, result
+
+
+@pytest.fixture
+def jobs(api: FakeApi, run: Any) -> FakeApi:
+    """Job 41 completed with two results, job 42 runs."""
+    run("scan", "127.9.8.0/24", "--no-watch")
+    api.jobs[41].seq = 3
+    api.jobs[41].results = [
+        result(1, "127.9.8.1", 22),
+        result(2, "127.9.8.1", 80, service="http", status="open|filtered"),
+    ]
+    run("scan", "127.9.8.0/24", "--no-watch")
+    api.jobs[42].seq = 2
+    api.requests.clear()
+    return api
+
+
+@pytest.mark.usefixtures("jobs")
+def test_a_list_is_a_table_on_a_terminal(run: Any) -> None:
+    """A terminal gets a header and aligned columns, and an unfinished job its progress as words."""
+    lines = run("--color", "never", "job", "list", width=80).out.splitlines()
+    assert lines[0].split() == ["ID", "STATUS", "SUBNET", "POLICY", "STARTED", "TOOK"]
+    assert lines[1].startswith("42  running 62 %  5       3")
+    assert lines[2].startswith("41  completed     5       3")
+    assert lines[2].endswith("1:07")
+    assert all(len(line) <= 80 for line in lines)
+
+
+@pytest.mark.usefixtures("jobs")
+def test_states_are_coloured_on_a_terminal_alone(run: Any) -> None:
+    """A state is a word first, and has a colour only on a terminal, or when that is asked for."""
+    assert "\x1b[33mrunning 62 %\x1b[0m" in run("job", "list", width=80).out
+    assert "\x1b" not in run("job", "list").out
+    url = {"SCANFLEET_URL": "http://scanfleet.test", "SCANFLEET_TOKEN": TOKEN}
+    assert "\x1b" not in run("job", "list", width=80, environment=url | {"NO_COLOR": "1"}).out
+
+
+@pytest.mark.usefixtures("jobs")
+def test_a_list_is_tab_separated_elsewhere(run: Any) -> None:
+    """Without a terminal there is no header, and times are as the API answers them."""
+    (line,) = run("job", "list", "--status", "completed").out.splitlines()
+    assert line.split("\t") == ["41", "completed", "5", "3", "2026-03-14T09:00:00Z", "1:07"]
+
+
+@pytest.mark.usefixtures("jobs")
+@pytest.mark.parametrize(
+    ("format_", "printed"),
+    [
+        ("name", "42\n41\n"),
+        ("csv", "id,user_id,policy_id,subnet_id,status,start_time,end_time,created_at,updated_at\r\n"),
+    ],
+)
+def test_formats_of_a_list(run: Any, format_: str, printed: str) -> None:
+    """-o name prints ids, -o csv a line of names first."""
+    assert run("job", "list", "-o", format_).out.startswith(printed)
+
+
+def test_json_of_a_list_is_what_the_api_answers(jobs: FakeApi, run: Any) -> None:
+    """-o json is one array of the API's objects, -o jsonl one a line, --json a choice of fields."""
+    wanted = [jobs.jobs[number].job.model_dump(mode="json") for number in (42, 41)]
+    assert json.loads(run("job", "list", "-o", "json").out) == wanted
+    assert [json.loads(line) for line in run("job", "list", "-o", "jsonl").out.splitlines()] == wanted
+    assert json.loads(run("job", "list", "--json", "id,status").out) == [
+        {"id": 42, "status": "running"},
+        {"id": 41, "status": "completed"},
+    ]
+
+
+@pytest.mark.usefixtures("jobs")
+@pytest.mark.parametrize("fields", [["--json", "id,nonsense"], ["--json"]])
+def test_unknown_or_missing_fields_are_listed(run: Any, fields: list[str]) -> None:
+    """--json without a field that exists exits 2 and lists the fields."""
+    ended = run("job", "show", "41", *fields)
+    assert ended.code == 2
+    assert "fields: job_id, status, status.status, status.progress" in ended.err
+
+
+@pytest.mark.usefixtures("jobs")
+def test_a_limit_says_what_it_leaves_out(run: Any) -> None:
+    """--limit follows pages and says how many there are; 0 is all."""
+    ended = run("job", "list", "--limit", "1", "-o", "name")
+    assert (ended.out, ended.err) == ("42\n", "1 of 2; --limit 0 for all\n")
+    assert run("job", "list", "--limit", "0", "-o", "name").err == ""
+
+
+def test_an_unknown_status_lists_the_five(run: Any) -> None:
+    """A status that does not exist is refused with the five that do."""
+    ended = run("job", "list", "--status", "done")
+    assert ended.code == 2
+    assert "pending, running, completed, failed, cancelled" in ended.err
+
+
+@pytest.mark.usefixtures("jobs")
+def test_a_job_is_shown_as_a_block(run: Any) -> None:
+    """A job's block says its state, what was asked, and what became of it."""
+    shown = run("job", "show", "41").out
+    assert shown.startswith("job 41  completed 100 %\n")
+    assert "  subnet     5\n" in shown
+    assert "  addresses  answered 256\n" in shown
+    assert "all 256 probes of 256 addresses accounted for" in shown
+
+
+def test_what_a_job_was_asked_for_is_that_of_its_snapshot(jobs: FakeApi, run: Any) -> None:
+    """Where the service has snapshots, a job's block shows the network and the ports of its own time."""
+    policy = fill_in(Preset.QUICK, {}).model_dump(mode="json")
+    asked = {"job_id": 41, "cidr": "127.9.8.0/24", "exclude": [], "policy": policy, "addresses": 256, "excluded": 128}
+    jobs.answers["GET", "/api/v1/task/41/snapshot"] = asked | {"ports": 100, "chunks": 1, "estimate_seconds": 4.5}
+    shown = run("job", "show", "41").out
+    assert "  network    127.9.8.0/24 (256 addresses, 128 excluded; subnet 5)\n" in shown
+    assert "  policy     quick, ports top:100 (100 ports; policy 3)\n" in shown
+
+
+def test_an_older_service_is_named_as_such(jobs: FakeApi, run: Any) -> None:
+    """An operation that the service lacks is reported as that."""
+    assert jobs
+    ended = run("job", "snapshot", "41")
+    assert ended.code == 1
+    assert "this service has no snapshots of jobs: it is older than this command" in ended.err
+
+
+@pytest.mark.usefixtures("jobs")
+@pytest.mark.parametrize(
+    ("arguments", "ports"),
+    [
+        ([], [22, 80]),
+        (["--port", "80"], [80]),
+        (["--service", "ssh"], [22]),
+        (["--open-only"], [22]),
+        (["--address", "127.9.9.0/24"], []),
+    ],
+)
+def test_results_are_filtered(run: Any, arguments: list[str], ports: list[int]) -> None:
+    """Results can be chosen by port, service, address and state."""
+    ended = run("job", "results", "41", "-o", "json", *arguments)
+    assert [each["port"] for each in json.loads(ended.out)] == ports
+
+
+def test_results_pass_through_as_the_service_writes_them(jobs: FakeApi, run: Any) -> None:
+    """CSV and JSON lines are asked for as such and printed byte for byte."""
+    assert run("job", "results", "41", "-o", "csv").out == "ip_address,port\r\n127.9.8.1,22\r\n127.9.8.1,80\r\n"
+    assert jobs.requests[-1].headers["accept"] == "text/csv"
+    assert run("job", "results", "41", "-o", "jsonl").out == "".join(
+        json.dumps(each) + "\n" for each in jobs.jobs[41].results
+    )
+
+
+@pytest.mark.usefixtures("jobs")
+def test_hosts_are_one_line_each(run: Any) -> None:
+    """Open ports are grouped by address."""
+    assert run("job", "hosts", "41").out == "127.9.8.1\t22/tcp,80/tcp\tssh http\n"
+
+
+def partly(job: FakeJob) -> None:
+    job.states, job.seq = [(JobStatus.CANCELLED, 50)], 1
+    job.counts = {"answered": 252, "timed_out": 1, "cancelled": 2, "lost": 1}
+    job.not_probed = [
+        rest.LedgerEntry(address="127.9.8.4", ports="22", outcome="cancelled", reason=""),
+        rest.LedgerEntry(address="127.9.8.5", ports="22", outcome="cancelled", reason=""),
+        rest.LedgerEntry(address="127.9.8.9", ports="22", outcome="lost", reason="nmap\x1b crashed"),
+        rest.LedgerEntry(address="127.9.8.8", ports="22", outcome="down", reason=""),
+    ]
+
+
+def test_a_ledger_says_what_was_not_probed_and_why(jobs: FakeApi, run: Any) -> None:
+    """The ledger shows nine outcomes, whether they add up, and what was not probed by reason."""
+    partly(jobs.jobs[41])
+    shown = run("job", "ledger", "41").out
+    assert [line.split("  ")[0].strip() for line in shown.splitlines()[:9]] == [
+        name.replace("_", " ") for name in rest.LedgerCounts.model_fields
+    ]
+    assert "accounted: no\n3 of 256 addresses were NOT probed\n" in shown
+    assert "  cancelled (127.9.8.4/31)\n" in shown
+    assert "  nmap\\x1b crashed (127.9.8.9)\n" in shown
+
+
+def test_addresses_that_were_not_probed_are_named(jobs: FakeApi, run: Any) -> None:
+    """--not-probed names addresses, --networks collapses them, --outcome chooses."""
+    partly(jobs.jobs[41])
+    assert run("job", "ledger", "41", "--not-probed").out.splitlines() == [
+        "127.9.8.4\t22\tcancelled\t",
+        "127.9.8.5\t22\tcancelled\t",
+        "127.9.8.9\t22\tlost\tnmap\\x1b crashed",
+    ]
+    assert run("job", "ledger", "41", "--networks", "--outcome", "cancelled").out == "127.9.8.4/31\tcancelled\t\n"
+    assert run("job", "ledger", "41", "--outcome", "down", "-o", "name").out == "127.9.8.8\n"
+
+
+def test_a_cancel_of_an_ended_job_says_since_when(jobs: FakeApi, run: Any) -> None:
+    """A job that has ended cannot be cancelled, and the others still are."""
+    ended = run("job", "cancel", "41", "42")
+    assert ended.code == 2
+    assert "job 41 is already completed (since 2026-03-14T09:01:07Z)" in ended.err
+    assert "✓ job 42 cancelled" in ended.err
+    assert jobs.jobs[42].status is JobStatus.CANCELLED
+
+
+def test_a_cancel_whose_answer_was_cut_is_done(jobs: FakeApi, run: Any) -> None:
+    """When the repeated cancel finds the job cancelled, the attempt that was cut did it."""
+
+    def fault(request: httpx2.Request) -> Exception | None:
+        if request.url.path.endswith("/cancel"):
+            jobs.fault_of = lambda _request: None
+            jobs.carry_out(request)
+            return httpx2.ReadError("connection reset")
+        return None
+
+    jobs.fault_of = fault
+    ended = run("job", "cancel", "42")
+    assert (ended.code, ended.err) == (0, "✓ job 42 cancelled\n")
+
+
+@pytest.mark.usefixtures("jobs")
+def test_what_is_destroyed_needs_yes_without_a_terminal(run: Any) -> None:
+    """Without a terminal to ask on, a command that destroys needs --yes."""
+    ended = run("job", "cancel", "--all-mine")
+    assert ended.code == 2
+    assert "needs --yes without a terminal" in ended.err
+
+
+@pytest.mark.usefixtures("jobs")
+def test_waiting_for_running_ends_when_the_job_runs(run: Any) -> None:
+    """`wait --for running` does not wait for the end, and `--all` waits for the unfinished."""
+    ended = run("job", "wait", "42", "--for", "running")
+    assert (ended.code, ended.out, ended.err) == (0, "", "job 42 running\n")
+    assert run("job", "wait", "--all", "--for", "running").code == 0
+
+
+@pytest.mark.usefixtures("jobs")
+def test_events_are_json_lines(run: Any) -> None:
+    """`job events` prints each state of the stream."""
+    lines = [json.loads(line) for line in run("job", "events", "42").out.splitlines()]
+    assert [line["status"]["progress"] for line in lines] == [62, 100]
+
+
+def test_a_map_is_a_square_of_letters(jobs: FakeApi, run: Any) -> None:
+    """A /24 is 16 rows of 16 letters under their address, and the legend names those that occur."""
+    block = {"ports": "22", "letters": "a" * 15 + "l" + "s" * 240}
+    other = {"ports": "80", "letters": "d" * 16 + "s" * 239 + "t"}
+    drawn = {
+        "job_id": 41,
+        "seq": 3,
+        "status": "failed",
+        "first": "127.9.8.0",
+        "addresses": 256,
+        "blocks": [block, other],
+    }
+    jobs.answers["GET", "/api/v1/task/41/map"] = drawn
+    lines = run("job", "map", "41").out.splitlines()
+    assert lines[0] == "127.9.8.0    dddddddddddddddl"
+    assert lines[15] == "127.9.8.240  ssssssssssssssst"
+    assert lines[16:] == ["s silent · d down · t timed out · l lost"]
+    assert json.loads(run("job", "map", "41", "-o", "json").out) == drawn
+
+
+def test_a_map_of_a_large_network_shows_the_worst_of_each_block(jobs: FakeApi, run: Any) -> None:
+    """More addresses than cells are drawn as blocks, each with its worst letter, and the size of a block is named."""
+    letters = "a" * 65_535 + "l"
+    drawn = {"job_id": 41, "seq": 3, "status": "failed", "first": "127.9.0.0", "addresses": 65_536}
+    jobs.answers["GET", "/api/v1/task/41/map"] = drawn | {"blocks": [{"ports": "22", "letters": letters}]}
+    lines = run("job", "map", "41").out.splitlines()
+    assert lines[0] == "127.9.0.0    " + "a" * 16
+    assert lines[15] == "127.9.240.0  " + "a" * 15 + "l"
+    assert lines[17] == "a cell is a /24: the worst of its 256 addresses"

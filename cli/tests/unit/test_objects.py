@@ -1,0 +1,197 @@
+"""`scanfleet subnet`, `policy`, `context`, `api`, `audit`, `doctor` and `whoami`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from scanfleet_cli.testing import TOKEN, FakeApi
+
+
+def test_a_subnet_is_made_shown_changed_and_deleted(api: FakeApi, run: Any) -> None:
+    """A subnet is named by name or id, and its lines count what is excluded."""
+    made = run("subnet", "create", "lab", "127.9.8.0/24", "--exclude", "127.9.8.128/25")
+    assert made.out == "subnet 5 lab 127.9.8.0/24 (256 addresses, 128 excluded)\n"
+    assert run("subnet", "list", width=60).out.splitlines()[1].split() == ["5", "lab", "127.9.8.0/24", "127.9.8.128/25"]
+    edited = run("subnet", "edit", "lab", "--name", "web", "--remove-exclude", "127.9.8.128/25")
+    assert edited.err == "was  subnet 5 lab 127.9.8.0/24 (256 addresses, 128 excluded)\n"
+    assert edited.out == "is   subnet 5 web 127.9.8.0/24 (256 addresses)\n"
+    assert json.loads(run("subnet", "show", "web", "-o", "json").out) == api.subnets[5]
+    assert run("subnet", "delete", "web", "--yes").err == "✓ subnet 5 deleted\n"
+    assert run("subnet", "show", "5").code == 5
+    assert run("subnet", "show", "web").code == 5
+
+
+def test_a_change_by_another_in_between_is_reported(api: FakeApi, run: Any) -> None:
+    """An edit goes with If-Match, and changes nothing when the object has changed since it was read."""
+    run("subnet", "create", "lab", "127.9.8.0/24")
+
+    def fault(request: httpx2.Request) -> None:
+        if request.method == "PUT":
+            api.subnets[5]["name"] = "theirs"
+
+    api.fault_of = fault
+    ended = run("subnet", "edit", "5", "--name", "mine")
+    assert ended.code == 2
+    assert "nothing was changed" in ended.err
+    assert api.subnets[5]["name"] == "theirs"
+
+
+def test_a_delete_whose_answer_was_cut_is_done(api: FakeApi, run: Any) -> None:
+    """A 404 on the repetition of a delete that was cut counts as done."""
+    run("subnet", "create", "lab", "127.9.8.0/24")
+
+    def fault(request: httpx2.Request) -> Exception | None:
+        if request.method == "DELETE" and api.subnets:
+            api.carry_out(request)
+            return httpx2.ReadError("connection reset")
+        return None
+
+    api.fault_of = fault
+    assert run("subnet", "delete", "5", "--yes").code == 0
+
+
+def test_subnets_are_imported(api: FakeApi, run: Any, tmp_path: Path) -> None:
+    """Each line of a CSV file is made, there already, changed or refused, and a dry run changes nothing."""
+    run("subnet", "create", "old", "127.9.8.0/24")
+    file = tmp_path / "networks.csv"
+    file.write_text("name,cidr,exclude\nold,127.9.8.0/24,\nnew,127.9.9.0/24,127.9.9.1/32\nbad,127.9.9.1/24,\n")
+    assert run("subnet", "import", file, "--dry-run").out == "would be: 1 made, 1 there already, 1 refused\n"
+    assert len(api.subnets) == 1
+    ended = run("subnet", "import", file)
+    assert ended.code == 2
+    assert ended.out == "1 made, 1 there already, 1 refused\n"
+    assert "line 4: 127.9.9.1/24 has host bits set" in ended.err
+    file.write_text("name,cidr\nold,127.9.7.0/24\n")
+    assert run("subnet", "import", file).code == 2
+    assert run("subnet", "import", file, "--update").out == "1 changed\n"
+    assert json.loads(run("subnet", "import", file, "-o", "json").out) == [
+        {"line": 2, "action": "there", "id": 5, "error": ""}
+    ]
+
+
+def test_a_policy_is_made_shown_changed_and_explained(run: Any) -> None:
+    """A policy shows every field, an edit keeps what it does not name, and explain counts probes."""
+    made = run(
+        "policy", "create", "web", "--preset", "quick", "--ports", "T:22,80,U:53", "--scripts", "banner,ssl-cert"
+    )
+    assert "  ports              T:22,80,U:53\n" in made.out
+    edited = run("policy", "edit", "web", "--timing", "2")
+    assert edited.err == "timing: 4 → 2\n"
+    assert "  scripts            banner,ssl-cert\n" in edited.out
+    run("subnet", "create", "lab", "127.9.8.0/24")
+    explained = json.loads(run("policy", "explain", "web", "--subnet", "lab", "-o", "json").out)
+    assert explained["needs_raw"] is True
+    assert explained["probes"] == 256 * 3
+    assert run("policy", "edit", "web").code == 2
+    assert run("policy", "delete", "web", "--yes").code == 0
+
+
+def test_contexts_are_kept_with_the_comments_of_their_file(run: Any, tmp_path: Path) -> None:
+    """Contexts are added, used, shown and removed, and the file is readable by its owner alone."""
+    file = tmp_path / "config.toml"
+    assert run("context", "add", "prod", "--url", "https://scanfleet.example.com/", environment={}).code == 0
+    file.write_text(file.read_text() + "# keep me\n")
+    command = f"echo {TOKEN}"
+    run(
+        "context",
+        "add",
+        "lab",
+        "--url",
+        "http://scanfleet.test",
+        "--token-command",
+        command,
+        "--no-use",
+        environment={},
+    )
+    assert "# keep me" in file.read_text()
+    assert file.stat().st_mode & 0o777 == 0o600
+    listed = json.loads(run("context", "list", "-o", "json", environment={}).out)
+    assert [(each["name"], each["current"]) for each in listed] == [("prod", True), ("lab", False)]
+    assert run("--context", "lab", "subnet", "list", environment={}).code == 0
+    assert run("context", "use", "lab", environment={}).code == 0
+    assert run("subnet", "list", environment={}).code == 0
+    assert run("context", "remove", "lab", "--yes", environment={}).code == 0
+    assert run("context", "use", "lab", environment={}).code == 5
+    assert run("subnet", "list", environment={}).code == 2
+
+
+def test_the_token_of_a_context_goes_to_no_other_gateway(run: Any) -> None:
+    """With another address by a flag, a context's token command is not run."""
+    run("context", "add", "lab", "--url", "http://scanfleet.test", "--token-command", f"echo {TOKEN}", environment={})
+    assert run("--url", "http://elsewhere.test", "subnet", "list", environment={}).code == 4
+
+
+def test_a_token_comes_from_flag_environment_or_context_in_this_order(run: Any, tmp_path: Path) -> None:
+    """A token file of a flag comes before the environment, and the environment before a context."""
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    good.write_text(f"{TOKEN}\n")
+    bad.write_text("stale")
+    url = {"SCANFLEET_URL": "http://scanfleet.test"}
+    assert run("--token-file", good, "subnet", "list", environment=url | {"SCANFLEET_TOKEN": "stale"}).code == 0
+    environment = url | {"SCANFLEET_TOKEN": TOKEN, "SCANFLEET_TOKEN_FILE": str(bad)}
+    assert run("subnet", "list", environment=environment).code == 0
+    assert run("subnet", "list", environment=url | {"SCANFLEET_TOKEN_FILE": str(bad)}).code == 4
+    run("context", "add", "lab", "--url", "http://scanfleet.test", "--token-command", "false", environment={})
+    failed = run("subnet", "list", environment={})
+    assert failed.code == 4
+    assert "the token command failed" in failed.err
+
+
+def test_api_sends_what_it_is_given(api: FakeApi, run: Any) -> None:
+    """A raw request carries fields as its body, and a list of all pages is one array."""
+    made = run("api", "POST", "subnet", "-f", "name=lab", "-f", "cidr=127.9.8.0/24", "-F", 'exclude=["127.9.8.1/32"]')
+    assert json.loads(made.out) == api.subnets[5]
+    assert json.loads(run("api", "get", "/api/v1/subnet", "--all").out) == [api.subnets[5]]
+    assert run("api", "GET", "/api/v1/subnet/99").code == 5
+    assert run("api", "GET", "subnet", "-F", "page=one").code == 2
+
+
+def test_the_audit_log_is_listed_by_filter(api: FakeApi, run: Any) -> None:
+    """Filters are passed on, and what is for administrators exits 4."""
+    entry = {"time": "t", "subject": "7", "action": "task.create", "target": "task 41", "decision": "allowed"}
+    entry |= {"rule": "", "source": "127.0.0.1", "reason": "", "request_id": "c0ffee"}
+    api.answers["GET", "/api/v1/audit"] = {"entries": [entry], "total": 1, "page": 1, "page_size": 30}
+    ended = run("audit", "list", "--subject", "7", "--request", "c0ffee")
+    assert ended.out == "t\t7\ttask.create\ttask 41\tallowed\t\t127.0.0.1\n"
+    assert dict(api.requests[-1].url.params) == {"subject": "7", "request_id": "c0ffee", "page": "1", "page_size": "30"}
+    api.answers["GET", "/api/v1/audit"] = httpx2.Response(403, json={"error": "for administrators"})
+    assert run("audit", "list").code == 4
+
+
+def test_whoami_says_where_the_token_came_from(api: FakeApi, run: Any) -> None:
+    """The caller is shown with the sources of address and token, and limits by what is used of them."""
+    quota = {"limit": 600, "left": 588, "reset": 30}
+    limits = {"writes": quota, "at_once": {"limit": 64, "left": 61}}
+    api.answers["GET", "/api/v1/me"] = {
+        "user_id": 7,
+        "admin": False,
+        "expires_at": "2026-03-14T21:00:00Z",
+        "limits": limits,
+    }
+    shown = run("whoami").out
+    assert shown.startswith(
+        "user 7\n  gateway  http://scanfleet.test (SCANFLEET_URL)\n  token    from SCANFLEET_TOKEN,"
+    )
+    assert run("limits").out == "writes 12 of 600 a minute · at once 3 of 64\n"
+
+
+def test_doctor_finds_what_is_wrong(api: FakeApi, run: Any) -> None:
+    """Doctor names what is right and wrong, and exits 1 when something is wrong."""
+    api.answers["GET", "/api/v1/info"] = {"version": "1", "api": "v1"}
+    found = {row["check"]: row["ok"] for row in json.loads(run("doctor", "-o", "json").out)}
+    assert found == {"gateway": True, "tls": False, "service": True, "clock": True, "token": True}
+    api.fault_of = lambda _request: httpx2.ConnectError("connection refused")
+    ended = run("doctor")
+    assert ended.code == 1
+    assert "connection refused" in ended.out
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_completion_script_is_printed(run: Any, shell: str) -> None:
+    """Each shell gets a script that asks the command."""
+    assert "_SCANFLEET_COMPLETE" in run("completion", shell).out

@@ -1,0 +1,175 @@
+"""`scanfleet scan`, from targets to a table."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx2
+import pytest
+
+from scanfleet import rest
+from scanfleet.messages import JobStatus
+from scanfleet_cli.testing import FakeApi, FakeJob, result
+
+
+def found(*results: dict[str, Any], machines: int = 2) -> Any:
+    def made(job: FakeJob) -> None:
+        job.results, job.machines = list(results), machines
+
+    return made
+
+
+SSH = result(1, "127.9.8.1", 22)
+WEB = result(2, "127.9.8.7", 80, service="http", version="nginx \x1b[31m1.22")
+
+
+def test_a_scan_prints_its_results_and_what_it_made(api: FakeApi, run: Any) -> None:
+    """Results go to stdout, one line each without a terminal, and everything else to stderr."""
+    api.made = found(SSH, WEB)
+    ended = run("scan", "127.9.8.0/24", "--ports", "22,80", "--preset", "quick")
+    assert ended.code == 0
+    assert (
+        ended.out == "127.9.8.1\t22/tcp\topen\tssh\tOpenSSH 9.2p1\n127.9.8.7\t80/tcp\topen\thttp\tnginx \\x1b[31m1.22\n"
+    )
+    assert 'job 41 · 127.9.8.0/24 (subnet 5 "cli-' in ended.err
+    assert "made now) · quick, 2 ports (policy 3" in ended.err
+    assert "job 41 completed 100% machines=2 accounted=true answered=256" in ended.err
+    assert "2 open ports on 2 machines" in ended.err
+
+
+def test_a_second_scan_uses_what_is_there(api: FakeApi, run: Any) -> None:
+    """A subnet with the same CIDR and exclusions and a policy with the same fields are used again, others are made."""
+    first = ("scan", "127.9.8.0/24", "--exclude", "127.9.8.128/25", "--ports", "80,22")
+    assert run(*first).code == 0
+    again = run(
+        "scan", "127.9.8.0/24", "--exclude", "127.9.8.128/26", "--exclude", "127.9.8.192/26", "--ports", "22,80"
+    )
+    assert again.err.count("as it is") == 2
+    assert (len(api.subnets), len(api.policies), len(api.jobs)) == (1, 1, 2)
+    assert run("scan", "127.9.8.0/24", "--ports", "22").err.count("made now") == 2
+
+
+def test_a_cut_post_makes_one_job(api: FakeApi, run: Any) -> None:
+    """A connection that is cut after the service took the request is repeated with the same key."""
+    cut = httpx2.ReadError("connection reset")
+    seen: list[str] = []
+
+    def fault(request: httpx2.Request) -> Exception | None:
+        if request.method == "POST" and request.url.path == "/api/v1/task":
+            seen.append(request.headers["idempotency-key"])
+            if len(seen) == 1:
+                api.fault_of = lambda _request: None
+                api.carry_out(request)
+                return cut
+        return None
+
+    api.fault_of = fault
+    assert run("scan", "127.9.8.0/24").code == 0
+    assert len(api.jobs) == 1
+
+
+@pytest.mark.parametrize("cuts", [1, 2])
+def test_a_cut_post_of_a_subnet_makes_one_subnet(api: FakeApi, run: Any, cuts: int) -> None:
+    """A subnet whose answer was lost is looked for before it is made again."""
+    left = [cuts]
+
+    def fault(request: httpx2.Request) -> Exception | None:
+        if request.method == "POST" and request.url.path == "/api/v1/subnet" and left[0]:
+            left[0] -= 1
+            if not left[0]:
+                api.carry_out(request)
+            return httpx2.ReadError("connection reset")
+        return None
+
+    api.fault_of = fault
+    assert run("scan", "127.9.8.0/24").code == 0
+    assert len(api.subnets) == 1
+
+
+def lost(job: FakeJob) -> None:
+    job.counts = {"answered": 192, "lost": 64}
+    job.not_probed = [
+        rest.LedgerEntry(address=f"127.9.8.{64 + n}", ports="22", outcome="lost", reason="nmap was killed three times")
+        for n in range(64)
+    ]
+    job.error = "64 addresses were lost"
+
+
+def test_a_failed_scan_says_what_was_not_probed(api: FakeApi, run: Any) -> None:
+    """The end of a failed job names how many addresses were not probed, why, and their networks, and exits 3."""
+    api.states, api.made = [(JobStatus.RUNNING, 10), (JobStatus.FAILED, 75)], lost
+    ended = run("scan", "127.9.8.0/24")
+    assert ended.code == 3
+    assert "64 of 256 addresses were NOT probed: nmap was killed three times (127.9.8.64/26)" in ended.err
+    assert ended.out == ""
+
+
+@pytest.mark.parametrize(
+    ("results", "fail_on", "code"),
+    [([SSH], "open", 8), ([SSH], "80", 0), ([SSH], "20-25", 8), ([], "open", 0)],
+)
+def test_fail_on_matches_open_ports(api: FakeApi, run: Any, results: list[Any], fail_on: str, code: int) -> None:
+    """--fail-on exits 8 when a result matches."""
+    api.made = found(*results)
+    assert run("scan", "127.9.8.0/24", "--fail-on", fail_on).code == code
+
+
+def test_json_of_a_scan_is_one_document(api: FakeApi, run: Any) -> None:
+    """-o json prints task, ledger and results as the API answers them."""
+    api.made = found(SSH)
+    document = json.loads(run("scan", "127.9.8.0/24", "-o", "json").out)
+    assert document["job"] == json.loads(api.jobs[41].task.model_dump_json())
+    assert document["results"] == [SSH]
+    assert document["ledger"]["accounted"] is True
+    assert "not_probed" not in document["ledger"]
+
+
+def test_json_lines_of_a_scan_are_states_then_results(api: FakeApi, run: Any) -> None:
+    """-o jsonl prints each state and each result, told apart by their kind."""
+    api.made = found(SSH)
+    lines = [json.loads(line) for line in run("scan", "127.9.8.0/24", "-o", "jsonl").out.splitlines()]
+    assert [each["kind"] for each in lines] == ["task", "task", "task", "result"]
+    assert [each["status"]["progress"] for each in lines[:3]] == [0, 62, 100]
+
+
+def test_targets_of_a_file_are_scanned(api: FakeApi, run: Any, tmp_path: Any) -> None:
+    """A file of lines, with comments, or a CSV with names and exclusions, makes a job for each target."""
+    (tmp_path / "lines").write_text("127.9.8.0/30 # lab\n\n127.9.8.9\n")
+    (tmp_path / "csv").write_text("cidr,name,exclude\n127.9.9.0/24,web,127.9.9.1/32 127.9.9.2/32\n")
+    assert run("scan", "--targets", tmp_path / "lines", "--no-watch").out.count("pending") == 2
+    assert run("scan", "--targets", tmp_path / "csv", "--no-watch").code == 0
+    assert [each["cidr"] for each in api.subnets.values()] == ["127.9.8.0/30", "127.9.8.9/32", "127.9.9.0/24"]
+    assert api.subnets[7]["name"] == "web"
+    assert api.subnets[7]["exclude"] == ["127.9.9.1/32", "127.9.9.2/32"]
+
+
+def test_what_is_wrong_is_refused_before_anything_is_made(api: FakeApi, run: Any) -> None:
+    """Wrong usage exits 2 and makes nothing."""
+    for arguments in (
+        ["scan"],
+        ["scan", "127.9.8.0/24", "--fail-on", "99999"],
+        ["scan", "127.9.8.0/24", "--timeout", "soon"],
+        ["scan", "127.9.8.0/24", "--policy", "3", "--ports", "22"],
+        ["scan", "127.9.8.0/24", "--nonsense"],
+    ):
+        ended = run(*arguments)
+        assert ended.code == 2, arguments
+        assert ended.err.startswith("scanfleet: ")
+    assert not api.subnets
+
+
+def test_the_services_sentence_about_a_bad_field_is_shown(run: Any) -> None:
+    """A field that the service refuses is not refused by the command, and its sentence is shown as it is."""
+    ended = run("scan", "127.9.8.0/24", "--ports", "22,99999")
+    assert ended.code == 2
+    assert "ports: " in ended.err
+
+
+def test_a_time_limit_leaves_the_job_running(api: FakeApi, run: Any) -> None:
+    """--timeout exits 124 and says how to come back."""
+    api.states = [(JobStatus.RUNNING, 62)]
+    ended = run("scan", "127.9.8.0/24", "--timeout", "0.5s")
+    assert ended.code == 124
+    assert "job 41 still running (62 %), gave up waiting after 0.5 s" in ended.err
+    assert api.jobs[41].status is JobStatus.RUNNING
