@@ -148,6 +148,19 @@ class Snapshot(_Answer):
     task: TaskStatus
 
 
+class Snapshots(_Answer):
+    """A page of tasks as they are now, in the order of their ids. Not part of the public API."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    snapshots: list[Snapshot]
+    next: int | None
+    """The id that the next page goes on after; null on the last one."""
+
+    time: AwareDatetime
+    """By the database's clock, before it was asked."""
+
+
 class JobSnapshot(_Answer):
     """What a job was asked for: its subnet and policy as they were when it was created."""
 
@@ -549,6 +562,10 @@ class Me(_Answer):
 
 
 # Paths and queries
+
+ALL_USERS = "all"
+WHOSE = r"^(all|[1-9][0-9]{0,15})$"
+"""A user's id, or all users."""
 
 Page = Annotated[int, Field(ge=1, le=MAX_PAGE)]
 PageSize = Annotated[int, Field(ge=1, le=100)]

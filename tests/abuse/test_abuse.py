@@ -579,6 +579,9 @@ def test_an_administrator_stops_the_job_of_another_user(stack: Stack, caller: Ca
         assert (entry["subject"], entry["action"], entry["rule"]) == ("43", action, "owner")
     assert audited(refused(other.http.get("/api/v1/task?user_id=42"), 403))["rule"] == "role"
     assert audited(refused(other.http.get("/api/v1/task?user_id=all"), 403))["rule"] == "role"
+    for whose in ("42", "all"):
+        entry = audited(refused(other.http.get(f"/api/v1/events?user_id={whose}"), 403))
+        assert (entry["action"], entry["rule"]) == ("watch_tasks", "role")
     assert owner.status(job) == "running"
 
     admin = Client(stack.url, stack.token(44, admin=True))

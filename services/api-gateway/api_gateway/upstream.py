@@ -7,8 +7,9 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import Annotated, Final, Literal, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import httpx
 from fastapi import Request, Response
@@ -21,7 +22,7 @@ from scanfleet import rest, tracing
 from scanfleet.auth import THE_GATEWAY, InternalTokens
 from scanfleet.errors import BadRequestError, DependencyError
 from scanfleet.messages import CommandAccepted, CommandRejected, Job
-from scanfleet.rest import CancelJobs, CancelledPage, Revoked, Snapshot, Subject, UserId
+from scanfleet.rest import CancelJobs, CancelledPage, Revoked, Snapshot, Snapshots, Subject, UserId
 from scanfleet.service import source
 
 CONNECT_SECONDS: Final = 1.0  # the services are next door
@@ -167,6 +168,39 @@ class Orchestrator(Upstream):
             return Snapshot.model_validate_json(answer.content)
         except ValidationError as error:
             raise DependencyError("the orchestrator answered 200 and no state of a job") from error
+
+    async def latest_of(
+        self,
+        caller: Mapping[str, str],
+        whose: str | None,
+        *,
+        after: int = 0,
+        changed_since: datetime | None = None,
+        ended_since: datetime | None = None,
+    ) -> Snapshots | Response:
+        """A page of a user's jobs as they are now, or why the caller may not watch them, as the answer to give.
+
+        Args:
+            caller: who asks, as HTTP headers.
+            whose: a user's id or `all`; None is the caller.
+            after: the id that the page goes on after.
+            changed_since: leaves out unfinished jobs that have not changed since.
+            ended_since: adds finished jobs that have ended since.
+
+        Raises:
+            DependencyError: the orchestrator is unavailable.
+        """
+        query = {
+            "user_id": whose,
+            "after": after or None,
+            "changed_since": changed_since and changed_since.isoformat(),
+            "ended_since": ended_since and ended_since.isoformat(),
+        }
+        target = f"/internal/jobs/latest?{urlencode({name: value for name, value in query.items() if value})}"
+        answer = await self.ask("GET", target, caller)
+        if answer.status_code != httpx.codes.OK:
+            return Response(answer.content, answer.status_code, _returned(answer))
+        return _parse(Snapshots, answer)
 
     async def cancel(self, caller: Mapping[str, str], wanted: CancelJobs) -> CancelledPage:
         """Cancel a page of the caller's unfinished jobs that match.

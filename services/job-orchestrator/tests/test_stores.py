@@ -364,6 +364,27 @@ async def test_jobs_are_listed_by_start_pending_first(store: Store) -> None:
     assert ([job.id for job in pending], total) == ([7, 6, 1], 3)
 
 
+async def test_latest_jobs_are_unfinished_or_have_ended_since(store: Store) -> None:
+    """Ids come in order, page by page: every unfinished job, or those that changed since; finished ones only by their end."""
+    ended = LATER + timedelta(seconds=5)
+    await store.insert_jobs(
+        [
+            scan_job(1),
+            running(scan_job(2)),
+            change(scan_job(3), JobTrigger.CANCEL, LATER),
+            replace(change(scan_job(4), JobTrigger.CANCEL, ended), settled=True),
+            scan_job(5, user_id=8),
+        ]
+    )
+    assert await store.latest_jobs(7, 0, 10) == [1, 2]
+    assert await store.latest_jobs(7, 1, 10) == [2]
+    assert await store.latest_jobs(None, 0, 2) == [1, 2]
+    assert await store.latest_jobs(None, 0, 10) == [1, 2, 5]
+    assert await store.latest_jobs(7, 0, 10, changed_since=LATER) == [2]
+    assert await store.latest_jobs(7, 0, 10, ended_since=ended) == [1, 2, 4]
+    assert await store.latest_jobs(7, 0, 10, changed_since=ended, ended_since=LATER) == [3, 4]
+
+
 async def test_unfinished_jobs_are_found_by_filter(store: Store) -> None:
     """Pending and running jobs of one user match by every filter that is given, at most so many."""
     await store.insert_jobs(

@@ -12,6 +12,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     tasks.router,
     tasks.cancels,
     tasks.streams,
+    tasks.all_streams,
     subnets.router,
     policies.router,
     audit.router,

@@ -1,109 +1,241 @@
-"""A job's states as Server-Sent Events: what is true now, then every change, until the last."""
+"""States of jobs as Server-Sent Events: what is true now, then every change; of one job until its last state."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import re
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Final
 
 import structlog
-from fastapi import Depends, Request, Response
+from fastapi import Depends, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.types import Receive, Scope, Send
 
 from api_gateway.api.state import Handed, State
-from api_gateway.handlers.events import Watch
+from api_gateway.handlers.events import ALL_JOBS, JobsWatched, Watch
 from api_gateway.upstream import in_time
-from scanfleet.auth import authenticate
-from scanfleet.errors import DependencyError, PublicError, UnavailableError
-from scanfleet.rest import Snapshot
+from scanfleet.auth import Caller, authenticate
+from scanfleet.errors import DependencyError, NotFoundError, PublicError, UnavailableError
+from scanfleet.rest import ALL_USERS, WHOSE, Snapshot, Snapshots
 from scanfleet.service import PathId, ascii_json
 
 _RETRY_MS: Final = 3_000  # after which a client connects again; a restarted gateway is back by then
+_OVERLAP: Final = timedelta(minutes=1)  # by which looks overlap: what was stored late or under another clock is found
+_OF_JOB: Final = re.compile(r"[0-9]{1,16}")
+_OF_JOBS: Final = re.compile(
+    r"([0-9]{1,14})-[0-9]{1,16}-[0-9]{1,16}"
+)  # a time in milliseconds, a job, the number of its state
 
 _log = structlog.get_logger()
 
 
 async def _watched(job_id: PathId, state: Handed) -> AsyncIterator[Watch]:
-    if not state.events.ready:
-        raise UnavailableError("job events cannot be read now; try again")
-    with state.watches.watch(job_id) as watch:
+    with _watch(("job", job_id), state) as watch:
         yield watch  # to the end of the answer
 
 
 Watched = Annotated[Watch, Depends(_watched)]
 """Hears the events of the job in the path from before the route is called to the end of its answer."""
 
+Whose = Annotated[
+    str | None,
+    Query(
+        alias="user_id",
+        pattern=WHOSE,
+        description="For administrators: the jobs of this user, or of `all`; without it the caller's own.",
+    ),
+]
 
-class EventStream(StreamingResponse):
-    """States as they come, ended by a final one.
+
+async def _watched_jobs(caller: Caller, state: Handed, whose: Whose = None) -> AsyncIterator[Watch]:
+    watched = ALL_JOBS if whose == ALL_USERS else ("user", int(whose or caller.user_id))
+    with _watch(watched, state) as watch:
+        yield watch
+
+
+WatchedJobs = Annotated[Watch, Depends(_watched_jobs)]
+"""Likewise the events of all jobs of the caller, of another user, or of everybody."""
+
+
+@contextmanager
+def _watch(watched: JobsWatched, state: State) -> Iterator[Watch]:
+    if not state.events.ready:
+        raise UnavailableError("job events cannot be read now; try again")
+    with state.watches.watch(watched) as watch:
+        yield watch
+
+
+class _EventStream(StreamingResponse):
+    """States as they come.
 
     An event may be lost, the tail fall behind and a token run out, and all of it looks like silence. So every
     `heartbeat_seconds` the orchestrator is asked again, in the caller's name, and what it says that was not heard is told.
     If it does not say, or events cannot be heard, the stream ends, and the client's next request is told why.
 
     Args:
-        watch: that has begun.
-        job_id: of the job.
+        watch: of the jobs.
         request: that asked for the stream.
         state: of the gateway.
+        job_id: of the one job, for the log.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, watch: Watch, job_id: int, request: Request, state: State) -> None:
-        super().__init__(self._told(), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+    def __init__(self, watch: Watch, request: Request, state: State, *, job_id: int | None = None) -> None:
+        super().__init__(self._pieces(), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         self._watch = watch
-        self._job_id = job_id
         self._request = request
         self._state = state
+        self._log = _log.bind(job_id=job_id)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await super().__call__(scope, receive, in_time(send, self._state.settings.stalled_seconds))
 
-    async def _told(self) -> AsyncIterator[bytes]:
-        time = asyncio.get_running_loop().time
-        until = time() + self._state.settings.heartbeat_seconds
-        while not self._watch.ended:
-            if time() >= until:
-                if (now := await self._ask()) is None:
-                    return
-                self._watch.hear(now)
-                until = time() + self._state.settings.heartbeat_seconds
-                yield KEEPALIVE_COMMENT
-            elif (snapshot := await self._watch.next(until)) is not None:
-                yield _event(snapshot)
-                if snapshot.task.status.status.final:
-                    return
+    @abstractmethod
+    def _pieces(self) -> AsyncIterator[bytes]:
+        """What is sent."""
 
-    async def _ask(self) -> Snapshot | None:
-        """What the orchestrator says, None if it does not or would not be enough."""
+    @abstractmethod
+    def _look(self) -> AsyncIterator[None]:
+        """Ask the orchestrator, and let the watch hear what it says; page by page.
+
+        Raises:
+            PublicError: the caller may not watch any more.
+            DependencyError: the orchestrator is unavailable.
+        """
+
+    @abstractmethod
+    def _id(self, snapshot: Snapshot) -> str: ...
+
+    async def _told(self, first_look: float) -> AsyncIterator[tuple[bytes, Snapshot | None]]:
+        """Each event with its state, and heartbeats.
+
+        Args:
+            first_look: in how many seconds the orchestrator is asked for the first time.
+        """
+        time = asyncio.get_running_loop().time
+        until = time() + first_look
+        while not self._watch.ended:
+            if time() < until:
+                if (snapshot := await self._watch.next(until)) is not None:
+                    yield self._event(snapshot), snapshot
+                continue
+            try:
+                async for _ in self._look():
+                    while (snapshot := self._watch.take()) is not None:
+                        yield self._event(snapshot), snapshot
+            except PublicError as error:
+                self._log.info("stream ended: the caller may not watch any more", error=error.message)
+                return
+            except DependencyError as error:
+                self._log.warning("stream ended: the state of the jobs is unknown", error=str(error))
+                return
+            until = time() + self._state.settings.heartbeat_seconds
+            yield KEEPALIVE_COMMENT, None
+
+    async def _caller(self) -> dict[str, str]:
+        """Who asks; raises as `_look`."""
         if not self._state.events.ready:
-            _log.warning("stream ended: job events cannot be heard", job_id=self._job_id)
-            return None
-        try:
-            await authenticate(self._request)  # until now it may have ended, or be revoked
-            caller = self._state.orchestrator.identity(self._request)
-            answer = await self._state.orchestrator.latest(caller, self._job_id)
-        except PublicError as error:
-            _log.info("stream ended: the token is no longer accepted", job_id=self._job_id, error=error.message)
-            return None
-        except DependencyError as error:
-            _log.warning("stream ended: nobody knows the job's state", job_id=self._job_id, error=str(error))
-            return None
+            raise DependencyError("job events cannot be read")
+        await authenticate(self._request)  # until now the token may have ended, or be revoked
+        return self._state.orchestrator.identity(self._request)
+
+    def _event(self, snapshot: Snapshot) -> bytes:
+        return format_sse_event(
+            event=snapshot.task.status.status,
+            data_str=ascii_json(snapshot.task.model_dump(mode="json")),
+            id=self._id(snapshot),
+            retry=_RETRY_MS,
+        )
+
+
+class JobStream(_EventStream):
+    """One job, from what its watch has begun with to its final state."""
+
+    def __init__(self, watch: Watch, job_id: int, request: Request, state: State) -> None:
+        super().__init__(watch, request, state, job_id=job_id)
+        self._job_id = job_id
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        async for piece, snapshot in self._told(self._state.settings.heartbeat_seconds):
+            yield piece
+            if snapshot is not None and snapshot.task.status.status.final:
+                return
+
+    async def _look(self) -> AsyncIterator[None]:
+        answer = await self._state.orchestrator.latest(await self._caller(), self._job_id)
         if isinstance(answer, Response):
-            _log.info(
-                "stream ended: the caller may not watch it any more", job_id=self._job_id, status=answer.status_code
-            )
-            return None
+            raise NotFoundError(f"the orchestrator answered {answer.status_code}")
+        self._watch.hear(answer)
+        yield
+
+    def _id(self, snapshot: Snapshot) -> str:
+        return str(snapshot.seq)
+
+
+class JobsStream(_EventStream):
+    """Many jobs: first each that is unfinished or has ended since the client last received an event, then each change.
+
+    Args:
+        watch: of the jobs.
+        first: the first page of them.
+        whose: as the caller named the user.
+        request: that asked for the stream.
+        state: of the gateway.
+    """
+
+    def __init__(self, watch: Watch, first: Snapshots, whose: str | None, request: Request, state: State) -> None:
+        super().__init__(watch, request, state)
+        self._page: Snapshots | None = first
+        self._whose = whose
+        self._changed_since: datetime | None = None
+        self._ended_since = last_received(request.headers.get("last-event-id"))
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        yield b"retry: %d\n\n" % _RETRY_MS  # there may be no job to tell of for hours
+        async for piece, _ in self._told(0):
+            yield piece
+
+    async def _look(self) -> AsyncIterator[None]:
+        page = self._page or await self._ask(after=0)
+        self._page, looked_at = None, page.time
+        while True:
+            for snapshot in page.snapshots:
+                self._watch.hear(snapshot)
+            yield
+            if page.next is None:
+                break
+            page = await self._ask(after=page.next)
+        self._changed_since = self._ended_since = looked_at - _OVERLAP
+
+    async def _ask(self, *, after: int) -> Snapshots:
+        answer = await self._state.orchestrator.latest_of(
+            await self._caller(),
+            self._whose,
+            after=after,
+            changed_since=self._changed_since,
+            ended_since=self._ended_since,
+        )
+        if isinstance(answer, Response):
+            raise NotFoundError(f"the orchestrator answered {answer.status_code}")
         return answer
 
+    def _id(self, snapshot: Snapshot) -> str:
+        job = snapshot.task.job
+        return f"{int(job.updated_at.timestamp() * 1_000)}-{job.id}-{snapshot.seq}"
 
-def _event(snapshot: Snapshot) -> bytes:
-    return format_sse_event(
-        event=snapshot.task.status.status,
-        data_str=ascii_json(snapshot.task.model_dump(mode="json")),
-        id=str(snapshot.seq),
-        retry=_RETRY_MS,
-    )
+
+def last_seq(last_event_id: str | None) -> int:
+    """The number of the last state of a job that the client received; 0 when it does not say."""
+    return int(last_event_id) if last_event_id and _OF_JOB.fullmatch(last_event_id) else 0
+
+
+def last_received(last_event_id: str | None) -> datetime | None:
+    """Up to when the client has received the events of many jobs, all but late ones; None when it does not say."""
+    match = _OF_JOBS.fullmatch(last_event_id or "")
+    return datetime.fromtimestamp(int(match[1]) / 1_000, UTC) - _OVERLAP if match else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Final
 from uuid import uuid4
 
@@ -10,7 +9,7 @@ from fastapi import APIRouter, Header, Request, Response
 
 from api_gateway.api.admission import CancelRoute, Route, StreamRoute
 from api_gateway.api.document import ETAG, IF_NONE_MATCH, errors, paging, query
-from api_gateway.api.events import EventStream, Watched
+from api_gateway.api.events import JobsStream, JobStream, Watched, WatchedJobs, Whose, last_received, last_seq
 from api_gateway.api.state import Handed
 from scanfleet import rest, tracing
 from scanfleet.auth import Caller
@@ -21,6 +20,7 @@ from scanfleet.service import PathId, source
 router = APIRouter(prefix="/api/v1/task", tags=["task"], route_class=Route)
 cancels = APIRouter(prefix="/api/v1/task", tags=["task"], route_class=CancelRoute)
 streams = APIRouter(prefix="/api/v1/task", tags=["task"], route_class=StreamRoute)
+all_streams = APIRouter(prefix="/api/v1", tags=["task"], route_class=StreamRoute)
 
 IdempotencyKey = Annotated[
     str | None,
@@ -39,7 +39,6 @@ LastEventId = Annotated[
         alias="Last-Event-ID", description="The `id` of the last event that was received; a browser sends it by itself."
     ),
 ]
-_EVENT_ID: Final = re.compile(r"[0-9]{1,16}")
 
 _STATUS: Final = query(
     "status",
@@ -98,6 +97,26 @@ _EVENTS: Final[dict[int | str, dict[str, Any]]] = {
     },
 }
 
+_ALL_EVENTS: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "description": "Each unfinished job as it is now, then each change of any job, new ones included. With `Last-Event-ID` "
+        "it also begins with the jobs that have ended since; a state may come twice then, under the same `id`. A stream that "
+        "ends was cut short: ask again.",
+        "content": {
+            "text/event-stream": {
+                "schema": {
+                    "type": "string",
+                    "description": "Server-Sent Events as those of one job, but for the `id`: a time in milliseconds, the "
+                    "job's id and the number of its state. A comment is a heartbeat; the first one follows the last job that "
+                    "was there at the beginning.",
+                },
+                "example": "retry: 3000\n\nevent: running\n"
+                'data: {"job_id":"1","status":{"status":"running",...},"job":{...}}\nid: 1767225605000-1-3\nretry: 3000\n\n',
+            },
+        },
+    },
+}
+
 
 @router.get(
     "",
@@ -152,10 +171,26 @@ async def watch_task(
     now = await state.orchestrator.latest(state.orchestrator.identity(request), job_id)
     if isinstance(now, Response):
         return now
-    if now.task.status.status.final and _received(last_event_id) >= now.seq:
+    if now.task.status.status.final and last_seq(last_event_id) >= now.seq:
         return Response(status_code=204)
     watch.begin(now)
-    return EventStream(watch, job_id, request, state)
+    return JobStream(watch, job_id, request, state)
+
+
+@all_streams.get("/events", response_class=Response, responses=_ALL_EVENTS | errors(400, 403))
+async def watch_tasks(
+    *,
+    request: Request,
+    _caller: Caller,
+    state: Handed,
+    watch: WatchedJobs,
+    whose: Whose = None,
+    last_event_id: LastEventId = None,
+) -> Response:
+    """States and progress of all scan jobs of the caller as they come, in one stream of Server-Sent Events that does not end."""
+    caller = state.orchestrator.identity(request)
+    first = await state.orchestrator.latest_of(caller, whose, ended_since=last_received(last_event_id))
+    return first if isinstance(first, Response) else JobsStream(watch, first, whose, request, state)
 
 
 @cancels.post("/cancel", responses=errors(400, 413))
@@ -228,8 +263,3 @@ async def read_map(job_id: PathId, request: Request, _caller: Caller, state: Han
 async def read_waiting(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
     """Why a scan job does not progress: what no worker is scanning now, and what it waits for."""
     return await state.orchestrator.forward(request)
-
-
-def _received(last_event_id: str | None) -> int:
-    """The number of the last state that the client received; 0 when it does not say."""
-    return int(last_event_id) if last_event_id and _EVENT_ID.fullmatch(last_event_id) else 0

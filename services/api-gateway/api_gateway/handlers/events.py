@@ -7,6 +7,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Final, Literal
 
 from api_gateway.metrics import STREAMS
 from scanfleet.bus import Record
@@ -14,33 +15,54 @@ from scanfleet.errors import UnavailableError
 from scanfleet.messages import JobEvent, JobStatus
 from scanfleet.rest import Snapshot, TaskProgress, TaskStatus
 
+MAX_WAITING: Final = 10_000  # states that a client has not taken: 20 MB
+MAX_JOBS: Final = 100_000  # that one watch has heard of: 10 MB
+
+JobsWatched = tuple[Literal["job", "user", "all"], int]
+"""Which jobs: one, those of a user, or all."""
+
+ALL_JOBS: Final[JobsWatched] = ("all", 0)
+
 
 class Watch:
-    """One look at one job. It keeps at most one state for each status: the latest that was not told yet."""
+    """One look at one job, or at many. Of each job it keeps at most one state for each status: the latest not told yet."""
 
     def __init__(self) -> None:
         self.ended = False
-        self._seq = 0  # the highest heard
-        self._waiting: dict[JobStatus, Snapshot] = {}
+        self._seqs: dict[int, int] = {}
+        """The highest heard of each job."""
+
+        self._waiting: dict[tuple[int, JobStatus], Snapshot] = {}
         self._news = asyncio.Event()
 
     def begin(self, now: Snapshot) -> None:
-        """Tell this first, or what was heard since it was true; nothing older."""
-        newer = {status: heard for status, heard in self._waiting.items() if heard.seq > now.seq}
-        self._waiting = {now.task.status.status: now} | newer
-        self._seq = max(self._seq, now.seq)
+        """Tell this next, then what was heard of its job since it was true; nothing older."""
+        job_id = now.task.job.id
+        newer = [self._waiting.pop(key) for key in list(self._waiting) if key[0] == job_id]
+        for snapshot in (now, *(heard for heard in newer if heard.seq > now.seq)):
+            self._waiting[job_id, snapshot.task.status.status] = snapshot
+        self._seqs[job_id] = max(self._seqs.get(job_id, 0), now.seq)
         self._news.set()
 
     def hear(self, snapshot: Snapshot) -> None:
         """Tell this next, unless it is old or a duplicate."""
-        if snapshot.seq > self._seq:
-            self._seq = snapshot.seq
-            self._waiting[snapshot.task.status.status] = snapshot
-            self._news.set()
+        job_id = snapshot.task.job.id
+        if self.ended or snapshot.seq <= self._seqs.get(job_id, 0):
+            return
+        self._seqs[job_id] = snapshot.seq
+        self._waiting[job_id, snapshot.task.status.status] = snapshot
+        if len(self._waiting) > MAX_WAITING or len(self._seqs) > MAX_JOBS:
+            self.end()  # the client asks again, and is told the state of then
+        self._news.set()
 
     def end(self) -> None:
         self.ended = True
+        self._waiting.clear()
         self._news.set()
+
+    def take(self) -> Snapshot | None:
+        """The state to tell next; None when there is none now."""
+        return self._waiting.pop(next(iter(self._waiting))) if self._waiting else None
 
     async def next(self, until: float) -> Snapshot | None:
         """The state to tell next; None when there was none until then (on the loop's clock), or the watch has ended."""
@@ -49,24 +71,26 @@ class Watch:
                 while not (self._waiting or self.ended):
                     self._news.clear()
                     await self._news.wait()
-        if self.ended or not self._waiting:
-            return None
-        return self._waiting.pop(next(iter(self._waiting)))
+        return self.take()
 
 
 class Watches:
     """All looks at jobs of this process. It handles all of scan-events: the job may be in any partition."""
 
     def __init__(self) -> None:
-        self._by_job: defaultdict[int, set[Watch]] = defaultdict(set)
+        self._watches: defaultdict[JobsWatched, set[Watch]] = defaultdict(set)
         self._ended = False
 
     async def handle(self, records: Sequence[Record]) -> None:
         for record in records:
             event = record.message
-            if isinstance(event, JobEvent) and event.job.id in self._by_job:
+            if not isinstance(event, JobEvent):
+                continue
+            of: tuple[JobsWatched, ...] = (("job", event.job.id), ("user", event.user_id), ALL_JOBS)
+            watches = [watch for each in of for watch in self._watches.get(each, ())]
+            if watches:
                 snapshot = _snapshot(event)
-                for watch in self._by_job[event.job.id]:
+                for watch in watches:
                     watch.hear(snapshot)
 
     async def assigned(self, partitions: Collection[int]) -> None:
@@ -79,8 +103,8 @@ class Watches:
         """What was not heard a watch asks for."""
 
     @contextmanager
-    def watch(self, job_id: int) -> Iterator[Watch]:
-        """Hear every event of the job that is read from now on.
+    def watch(self, watched: JobsWatched) -> Iterator[Watch]:
+        """Hear every event of these jobs that is read from now on.
 
         Raises:
             UnavailableError: this process is about to end.
@@ -88,20 +112,20 @@ class Watches:
         if self._ended:
             raise UnavailableError("this replica is about to end; try again")
         watch = Watch()
-        self._by_job[job_id].add(watch)
+        self._watches[watched].add(watch)
         STREAMS.inc()
         try:
             yield watch
         finally:
             STREAMS.dec()
-            self._by_job[job_id].remove(watch)
-            if not self._by_job[job_id]:
-                del self._by_job[job_id]
+            self._watches[watched].remove(watch)
+            if not self._watches[watched]:
+                del self._watches[watched]
 
     def end(self) -> None:
         """End every watch, and begin none any more."""
         self._ended = True
-        for watches in self._by_job.values():
+        for watches in self._watches.values():
             for watch in watches:
                 watch.end()
 

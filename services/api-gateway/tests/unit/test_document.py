@@ -17,6 +17,7 @@ from api_gateway.testing import Gateway, Running
 PATHS = {
     "/api/v1/info": {"get"},
     "/api/v1/me": {"get"},
+    "/api/v1/events": {"get"},
     "/api/v1/task": {"get", "post"},
     "/api/v1/task/cancel": {"post"},
     "/api/v1/task/{job_id}": {"get"},

@@ -8,6 +8,7 @@ import re
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from types import FrameType
 from typing import Any
 
@@ -15,6 +16,7 @@ import httpx
 import pytest
 from prometheus_client import REGISTRY
 
+from api_gateway.handlers.events import MAX_WAITING, Watch
 from api_gateway.testing import Client, Gateway, Running, Stream, job
 from scanfleet.auth import Principal
 from scanfleet.clock import utc_now
@@ -29,12 +31,13 @@ from scanfleet.messages import (
     JobStatus,
 )
 from scanfleet.messages.topics import ORCHESTRATOR, SCAN_EVENTS
-from scanfleet.rest import Revoked
+from scanfleet.rest import Revoked, Snapshot
 from scanfleet.testing.bus import MemoryBus
 
 EVENTS = "/api/v1/task/41/events"
 LATEST = "http://orchestrator/internal/jobs/41/latest"
 FINAL = (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED)
+THEN = datetime(2026, 1, 1, tzinfo=UTC)
 LIMIT = 10.0  # seconds for what comes at once, so that what never comes is a failure
 
 PENDING, RUNNING, COMPLETED = JobStatus.PENDING, JobStatus.RUNNING, JobStatus.COMPLETED
@@ -399,6 +402,157 @@ async def test_streams_are_bounded_overall() -> None:
         assert (await gateway.client.get("/api/v1/task", headers=other)).status_code == 404
         watcher.client.leaves.set()
         await asyncio.wait_for(watcher.running, LIMIT)
+
+
+# All jobs of a user
+
+ALL = "/api/v1/events"
+PAGE = "http://orchestrator/internal/jobs/latest"
+
+
+def page(*jobs: tuple[int, int, JobStatus], after: int | None = None) -> httpx.Response:
+    """What the orchestrator says of several jobs: of each its id, the number of its state and its status."""
+    snapshots = [{"seq": seq, "task": task(status, 0, job_id)} for job_id, seq, status in jobs]
+    return httpx.Response(200, json={"snapshots": snapshots, "next": after, "time": THEN.isoformat()})
+
+
+class JobsWatcher:
+    """A client that reads the stream of all jobs."""
+
+    def __init__(self, gateway: Running, query: str = "", seen: str = "") -> None:
+        self.client = Client(gateway, ALL)
+        self.client.scope["query_string"] = query.encode()
+        if seen:
+            self.client.scope["headers"] = [*self.client.scope["headers"], (b"last-event-id", seen.encode())]
+        self.running = asyncio.create_task(self.client.run())
+
+    async def begin(self) -> None:
+        async with asyncio.timeout(LIMIT):
+            assert (await self.client.messages.get())["status"] == 200
+            assert (await self.client.messages.get())["body"] == b"retry: 3000\n\n"
+
+    async def next(self) -> tuple[int, int, str] | str:
+        """Job, number and status of the next state told; `heartbeat`; or `end`."""
+        async with asyncio.timeout(LIMIT):
+            message = await self.client.messages.get()
+        if not message["more_body"]:
+            return "end"
+        text = message["body"].decode()
+        if text.startswith(":"):
+            return "heartbeat"
+        fields = dict(line.split(": ", 1) for line in text.splitlines() if line)
+        data = json.loads(fields["data"])
+        moment, job_id, seq = fields["id"].split("-")
+        assert int(moment) == int(datetime.fromisoformat(data["job"]["updated_at"]).timestamp() * 1_000)
+        assert data["job_id"] == job_id
+        return int(job_id), int(seq), fields["event"]
+
+    async def leave(self) -> None:
+        self.client.leaves.set()
+        await asyncio.wait_for(self.running, LIMIT)
+
+
+def asked(gateway: Running) -> list[dict[str, str]]:
+    """The queries of each page that was asked for."""
+    return [dict(each.url.params) for each in gateway.services.requests if each.url.path == "/internal/jobs/latest"]
+
+
+async def test_all_jobs_of_a_user_come_in_one_stream(running: tuple[Running, MemoryBus]) -> None:
+    """First comes each job as it is, page by page, then every change of the caller's jobs; it does not end with a job."""
+    gateway, bus = running
+    pages = iter([page((1, 3, RUNNING), (2, 1, PENDING), after=2), page((5, 1, PENDING))])
+    gateway.services.on("GET", PAGE, lambda _request: next(pages))
+    watcher = JobsWatcher(gateway)
+    await watcher.begin()
+    assert [await watcher.next() for _ in range(4)] == [
+        (1, 3, "running"),
+        (2, 1, "pending"),
+        (5, 1, "pending"),
+        "heartbeat",
+    ]
+    assert asked(gateway) == [{}, {"after": "2"}]
+    others = event(9, RUNNING, 10, job_id=3).model_copy(update={"user_id": 8})
+    await bus.publish(SCAN_EVENTS, [event(3, RUNNING, job_id=1), others, event(4, COMPLETED, job_id=1)])
+    await bus.publish(SCAN_EVENTS, [event(1, PENDING, job_id=7)])
+    assert {await watcher.next() for _ in range(2)} == {(1, 4, "completed"), (7, 1, "pending")}
+    await watcher.leave()
+
+
+async def test_a_stream_of_all_jobs_goes_on_from_the_last_event(running: tuple[Running, MemoryBus]) -> None:
+    """A client that comes back with an `id` is told of what has ended since, with a minute's overlap; junk is no id."""
+    gateway, _ = running
+    gateway.services.on("GET", PAGE, page((1, 4, COMPLETED)))
+    seen = datetime(2026, 1, 1, tzinfo=UTC)
+    for last, queries in (
+        (f"{int(seen.timestamp() * 1_000)}-1-3", {"ended_since": "2025-12-31T23:59:00+00:00"}),
+        ("3", {}),
+        ("x-1-3", {}),
+        ("9" * 400 + "-1-1", {}),
+    ):
+        gateway.services.requests.clear()
+        watcher = JobsWatcher(gateway, seen=last)
+        await watcher.begin()
+        assert await watcher.next() == (1, 4, "completed")
+        assert asked(gateway) == [queries]
+        await watcher.leave()
+
+
+async def test_a_change_of_a_job_that_is_lost_is_told_all_the_same() -> None:
+    """Once a heartbeat the orchestrator is asked what has changed since, and what was not heard is told once."""
+    async with watched(heartbeat_seconds=0.02) as (gateway, _):
+        gateway.services.on("GET", PAGE, page((1, 1, RUNNING)))
+        watcher = JobsWatcher(gateway)
+        await watcher.begin()
+        assert await watcher.next() == (1, 1, "running")
+        gateway.services.on("GET", PAGE, page((1, 2, COMPLETED)))
+        while (told := await watcher.next()) == "heartbeat":
+            pass
+        assert told == (1, 2, "completed")
+        assert await watcher.next() == "heartbeat"
+        assert await watcher.next() == "heartbeat"
+        since = (THEN - timedelta(minutes=1)).isoformat()
+        assert asked(gateway)[1] == {"changed_since": since, "ended_since": since}
+        gateway.services.away.add("orchestrator")
+        while (told := await watcher.next()) == "heartbeat":
+            pass
+        assert told == "end"
+        await watcher.running
+
+
+@pytest.mark.proves("A24", "G13")
+async def test_jobs_of_others_are_watched_by_administrators(running: tuple[Running, MemoryBus]) -> None:
+    """`user_id` is asked of the orchestrator, whose refusal is the answer; one that is none is a 400."""
+    gateway, bus = running
+    gateway.services.on("GET", PAGE, page())
+    for whose, events in (("8", [(3, 1, "pending")]), ("all", [(3, 1, "pending"), (4, 1, "pending")])):
+        watcher = JobsWatcher(gateway, f"user_id={whose}")
+        await watcher.begin()
+        assert await watcher.next() == "heartbeat"
+        others = event(1, PENDING, job_id=3).model_copy(update={"user_id": 8})
+        await bus.publish(SCAN_EVENTS, [others, event(1, PENDING, job_id=4)])
+        assert sorted([await watcher.next() for _ in events]) == events
+        await watcher.leave()
+    assert asked(gateway) == [{"user_id": "8"}, {"user_id": "all"}]
+    gateway.services.on("GET", PAGE, httpx.Response(403, json={"error": "for administrators"}))
+    refused = await gateway.client.get(f"{ALL}?user_id=8")
+    assert (refused.status_code, refused.json()) == (403, {"error": "for administrators"})
+    for junk in ("0", "x", "ALL", "", "7,8"):
+        assert (await gateway.client.get(f"{ALL}?user_id={junk}")).status_code == 400
+
+
+@pytest.mark.proves("G11")
+def test_a_watch_of_many_jobs_is_bounded() -> None:
+    """A client that takes nothing costs a bounded number of states: then its watch ends, and it is told the state of then."""
+    watch = Watch()
+    for job_id in range(1, MAX_WAITING + 1):
+        watch.hear(snapshot(job_id))
+    assert not watch.ended
+    watch.hear(snapshot(MAX_WAITING + 1))
+    assert (watch.ended, watch.take()) == (True, None)
+
+
+def snapshot(job_id: int) -> Snapshot:
+    return Snapshot.model_validate({"seq": 1, "task": task(PENDING, 0, job_id)})
 
 
 @pytest.mark.parametrize("final", FINAL)

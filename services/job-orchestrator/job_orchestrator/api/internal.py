@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Path
+from fastapi import APIRouter, Path, Query
+from pydantic import AwareDatetime
 
 from job_orchestrator.api.state import Handed, Recorded
-from job_orchestrator.api.tasks import of_user, readable, task_status
+from job_orchestrator.api.tasks import Whose, of_user, readable, readable_user, task_status
 from job_orchestrator.domain.store import UNFINISHED
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded
 from scanfleet.errors import ForbiddenError, NotFoundError
 from scanfleet.messages import CommandAccepted
+from scanfleet.messages.fields import MAX_ID
 from scanfleet.service import PathId
 
 router = APIRouter(prefix="/internal", route_class=Guarded)
 
+_LATEST_PAGE: Final = 200  # jobs with all their fields: a megabyte of the database
+_ENDED_WITHIN: Final = timedelta(days=1)  # a client that was away for longer reads the list
 _CANCEL_PAGE: Final = 1_000  # jobs cancelled by one request: a second's work, which no time limit cuts
 
 
@@ -39,6 +44,35 @@ async def latest(job_id: PathId, caller: Caller, state: Handed, record: Recorded
     """The job as it is now, and the `seq` that its events go on from."""
     job = await readable(state, caller, job_id, record, target=f"/api/v1/task/{job_id}/events", streamed=True)
     return rest.Snapshot(seq=job.seq, task=task_status(job))
+
+
+@router.get("/jobs/latest", name="watch_tasks")
+async def latest_of(
+    *,
+    caller: Caller,
+    state: Handed,
+    record: Recorded,
+    user_id: Whose = None,
+    after: Annotated[int, Query(ge=0, le=MAX_ID)] = 0,
+    changed_since: AwareDatetime | None = None,
+    ended_since: AwareDatetime | None = None,
+) -> rest.Snapshots:
+    """A page of a user's jobs as they are now: unfinished ones, and those that have ended in a time."""
+    whose = await readable_user(caller, user_id, record, target="/api/v1/events", streamed=True)
+    time = await state.store.time()
+    ids = await state.store.latest_jobs(
+        whose,
+        after,
+        _LATEST_PAGE,
+        changed_since=changed_since,
+        ended_since=max(ended_since, time - _ENDED_WITHIN) if ended_since else None,
+    )
+    jobs = await state.store.jobs(ids)
+    return rest.Snapshots(
+        snapshots=[rest.Snapshot(seq=job.seq, task=task_status(job)) for _, job in sorted(jobs.items())],
+        next=ids[-1] if len(ids) == _LATEST_PAGE else None,
+        time=time,
+    )
 
 
 @router.post("/jobs/cancel", name="cancel_tasks")

@@ -19,8 +19,10 @@ from scanfleet.service import PathId
 
 router = APIRouter(prefix="/api/v1/task", route_class=Guarded)
 
+Whose = Annotated[str | None, Query(pattern=rest.WHOSE)]
+"""Of which user, or of all; without it the caller."""
+
 _LEDGER_PAGE = 1_000  # addresses named on one page: a few hundred kilobytes
-_ALL_USERS = "all"
 _WORKER_SILENT = timedelta(seconds=30)  # a worker announces itself every 2 s, which is stored every 5 s
 
 
@@ -32,15 +34,11 @@ async def list_tasks(
     state: Handed,
     paged: Paged,
     record: Recorded,
-    user_id: Annotated[str | None, Query(pattern=r"^(all|[1-9][0-9]{0,15})$")] = None,
+    user_id: Whose = None,
 ) -> rest.JobList:
     only_known(request, "status", "status[]", "user_id")
     statuses = _statuses(request)
-    whose = caller.user_id if user_id is None else None if user_id == _ALL_USERS else int(user_id)
-    if whose != caller.user_id:
-        if not caller.admin:
-            raise ForbiddenError("The jobs of other users are for administrators", rule=Rule.ROLE)
-        await record.reading(f"/api/v1/task?user_id={user_id}")
+    whose = await readable_user(caller, user_id, record, target="/api/v1/task")
     found, total = await state.store.list_jobs(whose, statuses, paged.skip, paged.page_size)
     return rest.JobList(jobs=[job.view for job in found], total=total, page=paged.page, page_size=paged.page_size)
 
@@ -162,6 +160,30 @@ async def readable(
     if job.user_id != caller.user_id:
         await record.reading(of_user(target or record.request.scope["path"], job), streamed=streamed)
     return job
+
+
+async def readable_user(
+    caller: Principal, whose: str | None, record: Recorder, *, target: str, streamed: bool = False
+) -> int | None:
+    """Whose jobs the caller may read, None for every user's; others' under audit.
+
+    Args:
+        caller: who asks.
+        whose: as the caller named the user.
+        record: writes that an administrator reads another user's jobs.
+        target: what was asked for.
+        streamed: the answer is one of many that a stream asks for.
+
+    Raises:
+        ForbiddenError: they are another user's, and the caller is no administrator.
+    """
+    user_id = caller.user_id if whose is None else None if whose == rest.ALL_USERS else int(whose)
+    if user_id != caller.user_id:
+        target = f"{target}?user_id={whose}"
+        if not caller.admin:
+            raise ForbiddenError("The jobs of other users are for administrators", rule=Rule.ROLE, target=target)
+        await record.reading(target, streamed=streamed)
+    return user_id
 
 
 def of_user(target: str, job: ScanJob) -> str:

@@ -177,6 +177,25 @@ class Store(Resources, Audit, Protocol):
     ) -> tuple[list[ScanJob], int]:
         """Newest start first, pending before all, ties by id, newest first; and how many match. None is every user."""
 
+    async def latest_jobs(
+        self,
+        user_id: int | None,
+        after: int,
+        limit: int,
+        *,
+        changed_since: datetime | None = None,
+        ended_since: datetime | None = None,
+    ) -> list[int]:
+        """Ids above `after`, in order, of jobs that are unfinished or have ended since. None is every user.
+
+        Args:
+            user_id: whose jobs.
+            after: the id to go on after.
+            limit: how many.
+            changed_since: leaves out unfinished ones that have not changed since.
+            ended_since: without it none that has ended.
+        """
+
     async def unsettled_jobs(
         self,
         after: int,

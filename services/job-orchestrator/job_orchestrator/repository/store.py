@@ -58,6 +58,7 @@ _INDEXES: Final = {
             [("settled", 1), ("_id", 1), ("partition", 1), ("status", 1), ("created_at", 1), ("seconds_left", 1)],
             partialFilterExpression={"settled": False},
         ),
+        IndexModel([("end_time", 1), ("user_id", 1)]),  # what ended while a stream was cut
         IndexModel([("outbox.at", 1)], sparse=True),
         IndexModel([("subnet_id", 1)], partialFilterExpression={"settled": False}),
     ],
@@ -239,6 +240,25 @@ class MongoStore(MongoAudit):
             job async for each in newest if (job := documents.readable(documents.read_job, each, "jobs")) is not None
         ]
         return jobs, await self._jobs.count_documents(wanted)
+
+    @dependency_errors()
+    async def latest_jobs(
+        self,
+        user_id: int | None,
+        after: int,
+        limit: int,
+        *,
+        changed_since: datetime | None = None,
+        ended_since: datetime | None = None,
+    ) -> list[int]:
+        both: Document = {"_id": {"$gt": after}} | ({} if user_id is None else {"user_id": user_id})
+        unfinished = both | {"settled": False, "status": {"$in": [status.value for status in UNFINISHED]}}
+        if changed_since is not None:
+            unfinished["updated_at"] = {"$gte": changed_since}
+        wanted = unfinished
+        if ended_since is not None:
+            wanted = {"$or": [unfinished, both | {"end_time": {"$gte": ended_since}}]}
+        return [each["_id"] async for each in self._jobs.find(wanted, {"_id": 1}).sort("_id", 1).limit(limit)]
 
     @dependency_errors()
     async def unsettled_jobs(

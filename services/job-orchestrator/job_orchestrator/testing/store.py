@@ -172,6 +172,23 @@ class MemoryStore:
         mine.sort(key=lambda job: (job.start_time or job.end_time or _FAR_FUTURE, job.id), reverse=True)
         return mine[skip : skip + limit], len(mine)
 
+    async def latest_jobs(
+        self,
+        user_id: int | None,
+        after: int,
+        limit: int,
+        *,
+        changed_since: datetime | None = None,
+        ended_since: datetime | None = None,
+    ) -> list[int]:
+        def is_wanted(job: ScanJob) -> bool:
+            if job.final:
+                return ended_since is not None and job.end_time is not None and job.end_time >= ended_since
+            return changed_since is None or job.updated_at >= changed_since
+
+        mine = (job for job in self._jobs.values() if user_id in (None, job.user_id) and job.id > after)
+        return sorted(job.id for job in mine if is_wanted(job))[:limit]
+
     async def unsettled_jobs(
         self,
         after: int,

@@ -134,8 +134,10 @@ EVERY_ROUTE = [
     *FOR_THE_GATEWAY,
     ("GET", "/internal/jobs/1/owner"),
     ("GET", "/internal/jobs/1/latest"),
+    ("GET", "/internal/jobs/latest"),
     ("POST", "/internal/jobs/cancel"),
     ("POST", "/internal/commands/c-1/expire"),
+    *(("POST", f"/internal/session/{change}") for change in ("create", "refresh", "end")),
 ]
 
 
@@ -937,6 +939,45 @@ async def test_a_job_is_watched_by_owner_and_administrator(api: Api, store: Memo
     await api("GET /internal/jobs/1/latest", user=8, status=404)
     for admin in (False, True):
         await api("GET /internal/jobs/2/latest", admin=admin, status=404)
+
+
+async def test_many_jobs_are_watched_page_by_page(api: Api, store: MemoryStore) -> None:
+    """A page holds 200 jobs by id, says where the next one begins, and shows each as a GET does."""
+    await store.insert_jobs([scan_job(id_) for id_ in range(1, 202)])
+    first = await api("GET /internal/jobs/latest")
+    assert ([each["task"]["job_id"] for each in first["snapshots"]][-1], first["next"]) == ("200", 200)
+    second = await api("GET /internal/jobs/latest?after=200")
+    assert ([each["task"] for each in second["snapshots"]], second["next"]) == (
+        [await api("GET /api/v1/task/201")],
+        None,
+    )
+    assert datetime.fromisoformat(second["time"]).tzinfo is not None
+
+
+@pytest.mark.proves("A24", "G13")
+async def test_jobs_of_others_are_watched_by_administrators_alone(api: Api, store: MemoryStore) -> None:
+    """Another user's jobs, or all, are an administrator's to watch, with one audit entry for the stream; others get 403."""
+    await store.insert_jobs([scan_job(1), scan_job(2, user_id=8)])
+    for whose, ids in (("7", ["1"]), ("all", ["1", "2"])):
+        path = f"/internal/jobs/latest?user_id={whose}"
+        await api(f"GET {path}", user=8, status=403)
+        answer = await api(f"GET {path}", user=9, admin=True)
+        assert [each["task"]["job_id"] for each in answer["snapshots"]] == ids
+        (entry, *_), _ = await store.list_audit(0, 10)
+        assert (entry.action, entry.rule, entry.target) == ("watch_tasks", "role", f"/api/v1/events?user_id={whose}")
+    assert [
+        each["task"]["job_id"] for each in (await api("GET /internal/jobs/latest", user=9, admin=True))["snapshots"]
+    ] == []
+
+
+async def test_jobs_that_ended_long_ago_are_not_told_again(api: Api, store: MemoryStore) -> None:
+    """Jobs that ended within a day are told to a client that was away since then."""
+    now = utc_now()
+    recent, old = (change(scan_job(id_), JobTrigger.CANCEL, now - timedelta(hours=id_ * 20)) for id_ in (1, 2))
+    await store.insert_jobs([recent, old])
+    since = (now - timedelta(days=30)).isoformat().replace("+", "%2B")
+    answer = await api(f"GET /internal/jobs/latest?ended_since={since}")
+    assert [each["task"]["job_id"] for each in answer["snapshots"]] == ["1"]
 
 
 async def test_a_command_is_decided_when_asked(api: Api, world: World) -> None:
