@@ -1,6 +1,6 @@
-"""What every Scanfleet service stands on: contracts, the bus runtime, and one way to be a service."""
+"""The shared library of all Scanfleet services: contracts, the bus runtime and the service runtime."""
 
 from typing import Final
 
 VERSION: Final = "0.1.0"
-"""Of this release, as in pyproject.toml: an image holds no metadata of packages."""
+"""The version of this release, as in pyproject.toml; an image has no package metadata."""

@@ -1,6 +1,6 @@
-"""What a process has refused: in its own log at once, in the audit log within a second or two.
+"""Record a process's refusals: in its own log at once, in the audit log within a second or two.
 
-What was changed is not told here: job-orchestrator, where everything is changed, writes that down before it does it.
+Changes are not recorded here: job-orchestrator makes all of them and writes an audit entry before each one.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from scanfleet.messages import Audited, AuditEntry, ScanChunk
 from scanfleet.messages.envelope import RawRecord
 from scanfleet.messages.topics import SCAN_AUDIT, SCAN_TASKS
 
-TELL_S: Final = 1.0  # between two publications
-WINDOW_S: Final = 60.0  # in which refusals alike are counted
-SINGLES: Final = 100  # of one subject in a window that have an entry each; who has no name shares them with all such
-MERGED: Final = 1_000  # kinds of refusals above that, in a window; what is more is told without its circumstances
-WAITING: Final = 10_000  # entries while the bus is away: some megabytes
+PUBLISH_INTERVAL_S: Final = 1.0
+WINDOW_S: Final = 60.0  # in which equal refusals are counted together
+SINGLES: Final = 100  # individual entries per subject and window; all anonymous callers are one subject
+MERGED: Final = 1_000  # kinds of further refusals per window; above that only the rule is recorded
+WAITING: Final = 10_000  # entries kept while the bus is unavailable: a few megabytes
 
-_MAX_TARGET_CHARS: Final = 200  # a header may be long, and the dead letter holds it all
+_MAX_TARGET_CHARS: Final = 200  # a header may be long; the dead letter keeps it whole
 
 _Kind = tuple[str, str, str, str]
 
-_lost = Metric("scanfleet_audit_lost", "Refusals that are in this process's log and will not be in the audit log.")
+_lost = Metric("scanfleet_audit_lost", "Refusals that were written to this process's log but not to the audit log.")
 _log = structlog.stdlib.get_logger("scanfleet.audit")
 
 
 def write_line(entry: AuditEntry) -> None:
-    """The entry as a line of this process's log."""
+    """Write the entry to this process's log."""
     _log.info("audit", **entry.model_dump(mode="json", exclude={"service"}))
 
 
 class Refusals:
-    """Bounded in memory and in what it publishes, whatever is refused and however often.
+    """Collects refusals and publishes them; memory and output are bounded whatever the number of refusals.
 
-    Of each subject the first `SINGLES` of a window are entries of their own. What comes above is counted by subject, source,
-    action and rule, and told when the window ends.
+    The first `SINGLES` refusals of a subject in a window are entries of their own. Further ones are counted by subject,
+    source, action and rule, and published when the window ends.
     """
 
     def __init__(self, service: str, *, monotonic: Callable[[], float] = time.monotonic) -> None:
@@ -71,25 +71,26 @@ class Refusals:
         self._merged[kind] = entry.model_copy(update={"count": before.count + 1}) if before else entry
 
     def add_dead_letter(self, record: RawRecord, reason: str) -> None:
-        """A message that can never be handled: malformed, forged, or of a version that is not known here."""
+        """Record a message that can never be handled: malformed, forged, or of an unknown version."""
         claimed = {name: (value or b"").decode(errors="replace") for name, value in record.headers}
         source = f"{record.topic}/{record.partition}/{record.offset}"
         self._add_message(record.topic, source, "", f"{claimed.get('ce_subject', '')}: {reason}", Rule.MESSAGE)
 
     def add_denied_chunk(self, chunk: ScanChunk, reason: str) -> None:
-        """A task to scan what must not be scanned: the rules have changed since its job was accepted, or it is forged."""
+        """Record a chunk with forbidden targets: the rules have changed since its acceptance, or it is forged."""
         topic = SCAN_TASKS.name
         self._add_message(topic, topic, str(chunk.user_id), f"{chunk.subject}: {reason}", Rule.TARGETS)
 
     def add_uncovered(self, record: Record, reason: str) -> None:
-        """A result that no grant of the orchestrator covers: its worker is forged, captured or of an old release."""
+        """Record a result without a valid grant: its sender is forged, compromised or of an older release."""
         self._add_message(record.topic, record.topic, "", f"{record.message.subject}: {reason}", Rule.SIGNATURE)
 
-    async def tell(self, publisher: Publisher) -> None:
-        """Publish what waits.
+    async def flush(self, publisher: Publisher) -> None:
+        """Publish the pending entries.
 
         Raises:
-            DependencyError: it still waits; what arrived all the same has the same id the next time.
+            DependencyError: the entries stay pending. Some may have been published; they keep their ids, so readers
+                deduplicate.
         """
         self._turn_window()
         entries = self._waiting[:]
@@ -97,10 +98,10 @@ class Refusals:
         del self._waiting[: len(entries)]
 
     @asynccontextmanager
-    async def told_to(self, bus: Bus) -> AsyncIterator[Loop]:
-        """Publish as things are refused, dead letters of the bus among them, and at the end what is left."""
-        bus.hear_dead_letters(self.add_dead_letter)
-        loop = Loop("audit", TELL_S, lambda: self.tell(bus))
+    async def publishing_to(self, bus: Bus) -> AsyncIterator[Loop]:
+        """Publish refusals, including the bus's dead letters, in the background; publish the remaining ones at exit."""
+        bus.on_dead_letter(self.add_dead_letter)
+        loop = Loop("audit", PUBLISH_INTERVAL_S, lambda: self.flush(bus))
         await loop.start()
         try:
             yield loop
@@ -108,10 +109,10 @@ class Refusals:
             await loop.stop()
             self._window_end = float("-inf")
             try:
-                await self.tell(bus)
+                await self.flush(bus)
             except DependencyError as error:
                 _lost.inc(len(self._waiting))
-                _log.error("refusals not told", entries=len(self._waiting), error=str(error))
+                _log.error("refusals not published", entries=len(self._waiting), error=str(error))
 
     def _add_message(self, topic: str, source: str, subject: str, target: str, rule: Rule) -> None:
         self.add(

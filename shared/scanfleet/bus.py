@@ -1,6 +1,6 @@
 """The bus as services see it: publish batches, handle batches.
 
-`scanfleet.kafka` is the real thing, `scanfleet.testing` holds the in-memory one; both pass the same suite.
+`scanfleet.kafka` implements it on Kafka, `scanfleet.testing` in memory; both pass the same test suite.
 """
 
 from __future__ import annotations
@@ -14,42 +14,46 @@ from scanfleet.messages import Message
 from scanfleet.messages.envelope import RawRecord
 from scanfleet.messages.topics import Topic
 
-DeadLetterHearer = Callable[[RawRecord, str], None]
+DeadLetterCallback = Callable[[RawRecord, str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A decoded message and where it stands in the log."""
+    """A decoded message and its position in the log."""
 
     message: Message
     topic: str
     partition: int
     offset: int
     timestamp: datetime
-    """When the broker appended it (UTC): the only clock that two readers share."""
+    """Time at which the broker appended the record (UTC): the only clock that all readers share."""
 
 
 class Handler(Protocol):
-    """What a service does with a topic. One loop calls one handler: nothing here runs concurrently with itself.
+    """Handles the messages of a topic. One loop calls one handler, so its methods never run concurrently.
 
-    A batch is one unit of work, and only the loop commits, after `handle` returned. A batch may come again, whole or in
-    part. What `handle` raises says what happens next:
+    A batch is one unit of work. Only the loop commits, after `handle` has returned. Delivery is at least once: a batch
+    may be redelivered, whole or in part, so `handle` must be idempotent. The exception that `handle` raises decides
+    what happens:
 
-    - `DependencyError`: the same batch is handled again after a pause, without end, and the service is unready.
-    - anything else: the batch is handled again record by record, and the record that raises again is dead-lettered, or
-      skipped and counted by a reader without a group.
+    - `DependencyError`: the loop retries the same batch after a delay, indefinitely, and the service is unready.
+    - any other: the loop handles the batch again record by record. A record that raises again is dead-lettered; a
+      reader without a group skips and counts it.
     """
 
     async def handle(self, records: Sequence[Record]) -> None: ...
 
     async def assigned(self, partitions: Collection[int]) -> None:
-        """These partitions are ours from now on."""
+        """React to the assignment of these partitions."""
 
     async def revoked(self, partitions: Collection[int]) -> None:
-        """These are not ours any more."""
+        """React to the revocation of these partitions."""
 
     async def caught_up(self, partitions: Collection[int]) -> None:
-        """About once a second: these were just read and handled up to the end that the broker named after the last call."""
+        """React to having handled these partitions to their end.
+
+        Called about once a second; the end is the one that the broker reported after the previous call.
+        """
 
 
 class Publisher(Protocol):
@@ -58,8 +62,8 @@ class Publisher(Protocol):
 
         Raises:
             MessageError: a message is too large or not of this topic; none was sent.
-            DependencyError: the broker did not acknowledge in time; any of them may yet arrive, so do not send again
-                what must not be in the log twice.
+            DependencyError: the broker did not acknowledge in time; any of the messages may still arrive, so do not
+                resend messages that must not be duplicated.
         """
 
 
@@ -67,22 +71,22 @@ class Consumer(Protocol):
     """A running loop over one topic."""
 
     async def start(self) -> None:
-        """Return once positions are resolved: a message sent from now on will be seen.
+        """Return once positions are resolved: every message sent afterwards will be read.
 
         Raises:
-            DependencyError: the broker is away.
+            DependencyError: the broker is unavailable.
         """
 
     async def stop(self) -> None:
-        """Finish the batch in hand, commit it, leave the group."""
+        """Finish and commit the current batch, then leave the group."""
 
     @property
     def alive(self) -> bool:
-        """False when the loop has died of a fault of its own; the process must then be replaced."""
+        """False when the loop has died of an unexpected error; the process must then be restarted."""
 
     @property
     def ready(self) -> bool:
-        """False while a dependency keeps the batch in hand from being handled, or the broker is away."""
+        """False while the current batch waits for a dependency, or the broker is unavailable."""
 
 
 class Bus(Publisher, Protocol):
@@ -94,21 +98,21 @@ class Bus(Publisher, Protocol):
 
     @property
     def alive(self) -> bool:
-        """False when what was sent can no longer be accounted for; the process must then be replaced."""
+        """False when sent messages can no longer be accounted for; the process must then be restarted."""
 
     @property
     def ready(self) -> bool:
-        """False while the broker is away."""
+        """False while the broker is unavailable."""
 
-    def hear_dead_letters(self, hear: DeadLetterHearer) -> None:
-        """Call `hear` with each record that was dead-lettered from now on, and why."""
+    def on_dead_letter(self, callback: DeadLetterCallback) -> None:
+        """Call `callback` with each record that is dead-lettered from now on, and the reason."""
 
     def consume(self, topic: Topic, group: str, handler: Handler) -> Consumer:
-        """A member of `group`: shares the topic's partitions, from the earliest record, with commits."""
+        """Return a member of `group`: it shares the topic's partitions, starts at the earliest record and commits."""
 
     def tail(self, topic: Topic, handler: Handler, *, key: str | None = None) -> Consumer:
-        """A reader of every partition without a group, from the end, without commits.
+        """Return a reader of every partition without a group, from the end, without commits.
 
-        What it cannot handle it skips and counts: other processes read the same records. With `key` it decodes and handles the
-        records of that key alone.
+        It skips and counts records that it cannot handle, because other processes read the same records. With `key` it
+        decodes and handles only the records with that key.
         """

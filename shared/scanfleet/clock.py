@@ -9,13 +9,13 @@ from pydantic import AwareDatetime, Field, PlainSerializer
 
 
 def utc_now() -> datetime:
-    """Now in UTC, cut to the milliseconds that MongoDB keeps, so that a value reads back equal."""
+    """Return the current UTC time, truncated to milliseconds as MongoDB stores it, so that a value reads back equal."""
     now = datetime.now(UTC)
     return now.replace(microsecond=now.microsecond // 1000 * 1000)
 
 
 def rfc3339(time: datetime) -> str:
-    """`time` in UTC with a `Z`, always to the millisecond: texts of one width sort as their times do."""
+    """Format `time` in UTC with a `Z` and milliseconds; the fixed width makes the texts sort like the times."""
     return time.astimezone(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
 
 
@@ -24,4 +24,4 @@ Time = Annotated[
     PlainSerializer(rfc3339, return_type=str, when_used="json"),
     Field(json_schema_extra={"format": "date-time"}),
 ]
-"""A time in a model, written as `rfc3339` does."""
+"""A time in a model, serialised by `rfc3339`."""

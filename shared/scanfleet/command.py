@@ -1,4 +1,4 @@
-"""One way to be a command of an operator's: it says what it did, or why it could not."""
+"""The entry point of operators' commands: print the result, or the reason for the failure."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from scanfleet.errors import DependencyError
 
 
 def run(work: Coroutine[Any, Any, str]) -> int:
-    """Do it and say what it answers, on standard output; what is away is said on standard error.
+    """Run `work` and print its result on standard output, or the unavailable dependency on standard error.
 
     Returns:
-        The exit code: 1 when something was away, and the command may be called again.
+        The exit code: 1 when a dependency was unavailable and the command may be run again.
     """
     try:
-        said = asyncio.run(work)
+        result = asyncio.run(work)
     except DependencyError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    sys.stdout.write(said)
+    sys.stdout.write(result)
     return 0

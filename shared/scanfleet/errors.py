@@ -1,8 +1,8 @@
-"""The error root: an error says what must happen next.
+"""The error root: the class of an error determines how it is handled.
 
-A `PublicError` is an answer for the caller and carries its HTTP status. A `MessageError` is the message's own fault: the
-bus runtime sends the message to the dead-letter topic. A `DependencyError` is a bad day of something that we stand on:
-the bus runtime retries in place without committing, and HTTP answers 503.
+A `PublicError` is an answer to the caller and carries its HTTP status. A `MessageError` is a defect of the message: the
+bus runtime dead-letters it. A `DependencyError` means that a dependency is temporarily unavailable: the bus runtime
+retries in place without committing, and HTTP answers 503.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from enum import StrEnum
 
 
 class Rule(StrEnum):
-    """Why something was refused, in the words of the audit log."""
+    """The rule by which a request or message was refused, as named in the audit log."""
 
-    TOKEN = "token"  # noqa: S105 # a rule's name: there is no token, or not a good one
+    TOKEN = "token"  # noqa: S105 # the name of a rule, not a secret
     OWNER = "owner"
     ROLE = "role"
     REQUEST = "request"
@@ -26,7 +26,7 @@ class Rule(StrEnum):
 
 
 class ScanfleetError(Exception):
-    """Root of every error that Scanfleet raises on purpose."""
+    """Base class of every error that Scanfleet raises deliberately."""
 
 
 class PublicError(ScanfleetError):
@@ -34,7 +34,7 @@ class PublicError(ScanfleetError):
 
     status = 500
     rule: Rule | None = None
-    """What was broken; an error with a rule is a refusal, and the audit log tells of it."""
+    """The violated rule; an error with a rule is a refusal and gets an audit entry."""
 
     def __init__(
         self,
@@ -45,14 +45,14 @@ class PublicError(ScanfleetError):
         target: str = "",
         reason: str = "",
     ) -> None:
-        """Tell the caller `message`.
+        """Create the answer.
 
         Args:
-            message: what the caller reads.
-            headers: that go with the answer.
-            rule: what was broken, when it is not what this kind of error says by itself.
-            target: what was asked for, when the path does not say it.
-            reason: what the audit log says beyond the rule; the caller does not read it.
+            message: text for the caller.
+            headers: additional headers of the answer.
+            rule: the violated rule, if it is not the default of this class.
+            target: the requested object, if the path does not name it.
+            reason: details for the audit log; not shown to the caller.
         """
         super().__init__(message)
         self.message = message
@@ -68,7 +68,7 @@ class BadRequestError(PublicError):
 
 
 class UnauthorizedError(PublicError):
-    """A missing or bad token; always says how to authenticate (RFC 6750)."""
+    """The token is missing or invalid; the answer always has WWW-Authenticate (RFC 6750)."""
 
     status = 401
     rule = Rule.TOKEN
@@ -102,7 +102,7 @@ class PreconditionFailedError(PublicError):
 
 
 class TooManyRequestsError(PublicError):
-    """The caller asks more than their share; they may go on after `retry_after` seconds."""
+    """The caller exceeds a rate or concurrency limit and may retry after `retry_after` seconds."""
 
     status = 429
 
@@ -111,7 +111,7 @@ class TooManyRequestsError(PublicError):
 
 
 class UnavailableError(PublicError):
-    """Something we need is away; the caller may repeat after `retry_after` seconds."""
+    """A dependency is unavailable; the caller may retry after `retry_after` seconds."""
 
     status = 503
 
@@ -120,12 +120,12 @@ class UnavailableError(PublicError):
 
 
 class MessageError(ScanfleetError):
-    """This message can never be handled: dead-letter it and go on."""
+    """The message can never be handled; the bus runtime dead-letters it."""
 
 
 class DependencyError(ScanfleetError):
-    """A dependency is away or slow: retry in place, commit nothing, be unready."""
+    """A dependency is unavailable or slow: retry in place without committing; the service is unready meanwhile."""
 
 
 class ConfigurationError(DependencyError):
-    """A setting is wrong: retries do not help until an operator corrects it, so `/readyz` says what is wrong."""
+    """A setting is wrong: retries cannot succeed until an operator corrects it, so `/readyz` names the problem."""

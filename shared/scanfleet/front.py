@@ -1,4 +1,4 @@
-"""A bounded front: what a client may send and hold before a service has looked at its request.
+"""Limits on what a client may send and hold before a service has examined its request.
 
 uvicorn and its parser limit neither the size of a request line or of headers, nor the time in which they arrive, nor the number
 of connections. Every service is therefore started with `uvicorn --http scanfleet.front:BoundedProtocol`; `service.create_app`
@@ -23,18 +23,18 @@ from uvicorn.server import ServerState
 
 from scanfleet.settings import FrontSettings
 
-MAX_URL_BYTES: Final = 8_192  # a filter of a list with a hundred ids is a tenth of that
-MAX_HEADER_BYTES: Final = 16_384  # the largest tokens have 8 kB, and proxies add a few lines of their own
+MAX_URL_BYTES: Final = 8_192  # a list filter with a hundred ids takes a tenth of it
+MAX_HEADER_BYTES: Final = 16_384  # the largest tokens have 8 kB, and proxies add a few headers
 MAX_HEADER_LINES: Final = 100
-MAX_PIPELINED: Final = 16  # requests of one connection that wait for an answer before them; clients pipeline none
-LINGER_SECONDS: Final = 3.0  # to read on after an early answer, so that a client that still sends can read the answer
-LINGER_BYTES: Final = 16 << 20  # in that time; reading and dropping them costs some 10 ms
+MAX_PIPELINED: Final = 16  # requests of one connection waiting behind an earlier one; common clients do not pipeline
+LINGER_SECONDS: Final = 3.0  # read on after an early answer, so that a client that is still sending can read the answer
+LINGER_BYTES: Final = 16 << 20  # discarded in that time, which takes about 10 ms
 OWN_DESCRIPTORS: Final = (
-    2_048  # beside clients: both services behind a gateway, brokers, the database, files, nmap's pipes
+    2_048  # not for clients: both services behind a gateway, brokers, the database, files, nmap's pipes
 )
 
-_SLICE: Final = 16_384  # what the parser gets at once, so that it cannot hold more of a header than twice that
-_IPV6_SITE: Final = 64  # the prefix that one subscriber has at least: its addresses are one client
+_SLICE: Final = 16_384  # passed to the parser at once, so that it buffers at most twice that of a header
+_IPV6_SITE: Final = 64  # smallest prefix of one subscriber: all of its addresses are one client
 
 _refused = Counter("scanfleet_front_refused", "Requests and connections refused before any route.", ["status"])
 
@@ -45,7 +45,7 @@ class Front:
     """The limits of one server, and its connections by client.
 
     Args:
-        settings: how many connections, and how long they may wait.
+        settings: maximum number of connections, and their timeouts.
     """
 
     def __init__(self, settings: FrontSettings) -> None:
@@ -59,11 +59,11 @@ class Front:
     def admit(self, connection: BoundedProtocol) -> bool:
         """Count a new connection.
 
-        At a limit the client with the most connections, or this one if it has reached its own limit, loses its oldest
-        connection without a request in hand, so that idle connections never keep a new one out.
+        At a limit, close the oldest idle connection of the client with the most connections, or of this client if it
+        has reached its own limit, so that idle connections never keep a new one out.
 
         Returns:
-            False when there is no room: every connection that could be closed has a request in hand.
+            False when the limit is reached: every connection that could be closed has a request in progress.
         """
         same = self._by_address.get(connection.address, {})
         if len(same) >= self._most_per_address:
@@ -76,7 +76,7 @@ class Front:
         return admitted
 
     def release(self, connection: BoundedProtocol) -> None:
-        """Forget a connection, if it is counted."""
+        """Stop counting a connection, if it is counted."""
         same = self._by_address.get(connection.address, {})
         if connection in same:
             del same[connection]
@@ -94,7 +94,7 @@ class Front:
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 with limits; what it refuses itself is `{"error": ...}` too."""
+    """uvicorn's HTTP/1.1 protocol with limits; its own refusals also have the form `{"error": ...}`."""
 
     def __init__(
         self,
@@ -106,14 +106,14 @@ class BoundedProtocol(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self._front: Front = app_state["front"]
         self.address = ""
-        """The client: its IPv4 address, or the /64 network of its IPv6 address."""
+        """The client's IPv4 address, or the /64 network of its IPv6 address."""
 
         self._closing: _Transport
         self._in_head = False  # between the first byte of a request and the end of its headers
         self._receiving = False  # between the first byte of a request and its last
         self._header_bytes = 0
         self._header_lines = 0
-        self._silent = 0  # bytes since the parser last reported anything: it keeps them
+        self._silent = 0  # bytes since the parser's last callback, which it buffers
         self._refusal: tuple[int, str] | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
@@ -122,7 +122,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def idle(self) -> bool:
-        """Whether no request has arrived whole that is not answered yet."""
+        """Whether every completely received request has been answered."""
         return not self._owes
 
     @property
@@ -130,7 +130,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def abort(self) -> None:
-        """Close the connection at once, and drop what is not sent yet."""
+        """Close the connection at once and discard unsent data."""
         self._closing.raw.abort()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn declares it
@@ -143,7 +143,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(503, "too many connections; try again")
 
     def _should_upgrade(self) -> bool:
-        return False  # no service speaks anything else; the request is answered as HTTP
+        return False  # no service supports upgrades; the request is answered as HTTP
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -162,9 +162,9 @@ class BoundedProtocol(HttpToolsProtocol):
         try:
             self._feed(data)
         except httptools.HttpParserUpgrade:
-            self.cycle.keep_alive = False  # the request is answered as it is; the parser takes nothing more
+            self.cycle.keep_alive = False  # the request is answered as received; the parser accepts nothing more
         except httptools.HttpParserError:
-            self._receiving = True  # whatever else comes is the rest of it
+            self._receiving = True  # everything that follows belongs to it
             self._refuse(*(self._refusal or (400, "the request is not valid HTTP/1.1")))
         if not self._owes and (self._in_head or not self._receiving):
             self._await_head()
@@ -179,11 +179,11 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._over(431, _TOO_LARGE)
 
     def _over(self, status: int, error: str) -> None:
-        """Stop the parser, from within one of its calls or outside."""
+        """Stop the parser, from within one of its callbacks or outside."""
         self._refusal = (status, error)
         raise httptools.HttpParserError(error)
 
-    # What the parser calls
+    # Callbacks of the parser
 
     def on_message_begin(self) -> None:
         self._in_head = self._receiving = True
@@ -202,7 +202,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._header_bytes += len(name) + len(value)
         if self._header_bytes > MAX_HEADER_BYTES or self._header_lines > MAX_HEADER_LINES:
             self._over(431, _TOO_LARGE)
-        if self._in_head:  # what follows a body is no header of the request, which has been judged by then
+        if self._in_head:  # trailers after the body are ignored: the request has been checked by then
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -211,7 +211,7 @@ class BoundedProtocol(HttpToolsProtocol):
         _cancel(self._head_timer)
         self._head_timer = None
         if len(self.pipeline) >= MAX_PIPELINED:
-            self._over(400, f"more than {MAX_PIPELINED} requests wait for an answer")
+            self._over(400, f"more than {MAX_PIPELINED} pipelined requests")
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -225,7 +225,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._linger_timer = None
         super().on_message_complete()
 
-    # What the server calls
+    # Callbacks of the server
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -241,7 +241,7 @@ class BoundedProtocol(HttpToolsProtocol):
         _cancel(self._stall_timer)
         self._stall_timer = None
 
-    # Ends
+    # End of a connection
 
     def _await_head(self) -> None:
         if self._head_timer is None and not self.transport.is_closing():
@@ -259,9 +259,9 @@ class BoundedProtocol(HttpToolsProtocol):
         _log.info("request refused", status=status, error=error, client=self.address)
         if self._owes:
             if self._in_head or self.pipeline or self.cycle.response_started:
-                self.abort()  # the answer to a request before this one is still to be sent
+                self.abort()  # the answer to an earlier request is still pending
                 return
-            self.cycle.disconnected = True  # what handles the request and waits for its body stops, and sends nothing
+            self.cycle.disconnected = True  # the handler that waits for the body stops without an answer
             self.cycle.message_event.set()
         body = json.dumps({"error": error}).encode()
         self.transport.write(
@@ -271,9 +271,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.close()
 
     def _close(self) -> None:
-        """Close once what was written is sent; while the client still sends, read on for a while first.
+        """Close once the written data is sent; if the client is still sending, read on for a while first.
 
-        Closing a connection with unread bytes resets it, and a reset makes the client drop an answer that it has not read.
+        Closing a connection with unread bytes resets it, and a reset makes the client discard an unread answer.
         """
         raw = self._closing.raw
         if self._receiving and raw.can_write_eof() and not raw.is_closing():
@@ -289,7 +289,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 class _Transport(asyncio.Transport):
-    """A transport whose `close` is another."""
+    """A transport with a replaced `close`."""
 
     def __init__(self, raw: asyncio.Transport, close: Callable[[], None]) -> None:
         super().__init__()
@@ -331,7 +331,7 @@ def _client(host: str) -> str:
 
 
 def _with_descriptors(connections: int) -> int:
-    """That many connections, or fewer where the system does not let this process have the descriptors for them."""
+    """Return `wanted`, or less where the process's limit of file descriptors does not allow so many connections."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + OWN_DESCRIPTORS
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -340,6 +340,6 @@ def _with_descriptors(connections: int) -> int:
         if soft < wanted:
             connections = max(1, min(connections, soft // 2))
             _log.warning(
-                "fewer connections than set: the limit of open files is low", files=soft, connections=connections
+                "connection limit reduced: the limit of open files is too low", files=soft, connections=connections
             )
     return connections

@@ -1,7 +1,7 @@
-"""Grants: with each chunk the orchestrator signs what its attempt covers, and workers pass that on with what they report.
+"""Grants: the orchestrator signs the scope of each attempt, and workers attach that signature to their reports.
 
-A worker can thereby claim only what it was given: job, chunk, attempt, worker, user, addresses and ports are under the
-signature, and result-store stores nothing that no valid signature covers.
+A worker can therefore report only what was assigned to it: the signature covers job, chunk, attempt, worker, user,
+addresses and ports, and result-store stores only results with a valid signature.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from scanfleet.messages.chunks import Grant
 from scanfleet.outcomes import Outcome, index_of
 from scanfleet.ports import PortSet, Range, parse_ranges, ranges_text
 
-_CONTEXT: Final = "scanfleet.grant.v1"  # no signature for this purpose is one for another
+_CONTEXT: Final = "scanfleet.grant.v1"  # domain separation: a signature for another purpose is not valid here
 _KEY_ID_CHARS: Final = 8
-_VERIFIED: Final = 256  # grants remembered: the hosts of a chunk come together, and a grant has up to 14 kB
+_VERIFIED: Final = 256  # cached grants: the hosts of a chunk arrive together, and a grant has up to 14 kB
 
 
 class Signer:
@@ -45,11 +45,11 @@ class Signer:
         outcomes: str,
         ports: str,
     ) -> Grant:
-        """The signed grant of an attempt on the addresses of a map; those excluded in it are not covered.
+        """Return the signed grant of an attempt on the addresses of a map, except the excluded ones.
 
-        First address and ports are in canonical form, as the chunk has them: a reader verifies what it has parsed.
+        First address and ports are in canonical form, as in the chunk, because a reader verifies the parsed values.
         """
-        # Not validated, which would take longer than to sign: it is made of what the orchestrator itself has planned.
+        # Not validated, which would take longer than signing: all values come from the orchestrator itself.
         grant = Grant.model_construct(
             user_id=user_id,
             first_address=first_address,
@@ -64,19 +64,19 @@ class Signer:
 
 
 class Grants:
-    """Checks results against the grants that come with them.
+    """Checks results against their grants.
 
     Args:
-        keys: the orchestrator's public keys; several while one is replaced.
+        keys: the orchestrator's public keys; several during a key rotation.
     """
 
     def __init__(self, keys: Sequence[Ed25519PublicKey]) -> None:
         self._keys = {_key_id(key): key for key in keys}
-        # By the signed bytes, so that a chunk costs one verification, whatever the number of its hosts.
+        # Keyed by the signed bytes, so that a chunk costs one verification whatever the number of its hosts.
         self._signed = lru_cache(maxsize=_VERIFIED)(self._verify)
 
     def fault(self, message: HostScanned | ChunkScanned) -> str:
-        """Why the message is not covered by a grant of the orchestrator; empty when it is."""
+        """Return why no grant of the orchestrator covers the message; empty when one does."""
         grant = message.grant
         if grant is None:
             return "it is not signed"
@@ -103,7 +103,7 @@ def _key_id(key: Ed25519PublicKey) -> str:
 
 
 def _signed_bytes(job_id: int, chunk_id: str, attempt: int, worker_id: str, grant: Grant) -> bytes:
-    # A list of numbers and texts in JSON has one meaning, so no two grants have the same bytes.
+    # A JSON list of numbers and strings is unambiguous, so no two grants have the same bytes.
     token = [_CONTEXT, job_id, chunk_id, attempt, worker_id]
     covered = [grant.user_id, grant.first_address, grant.addresses, grant.excluded, grant.ports]
     return json.dumps(token + covered, separators=(",", ":")).encode()
@@ -143,13 +143,13 @@ def _host_fault(host: HostScanned, grant: Grant) -> str:
     ports = PortSet.parse(grant.ports)
     tcp = {found.port for found in host.ports if found.protocol == "tcp"}
     udp = [(found.port, found.port) for found in host.ports if found.protocol == "udp"]
-    # Which ports are the most common nmap alone knows: of these only the number is checked.
+    # Only nmap has the list of the most common ports, so only their number is checked.
     tcp_granted = len(tcp) <= ports.tcp_count if ports.top else _within([(port, port) for port in tcp], ports.tcp)
     return "" if tcp_granted and _within((*udp, *silent), ports.udp) else "its ports are not granted"
 
 
 def _within(ranges: Iterable[Range], granted: Sequence[Range]) -> bool:
-    """Whether each range lies in one of `granted`, which are sorted and disjoint."""
+    """Return whether each range lies within one of `granted`, which are sorted and disjoint."""
     rest = iter(granted)
     current = next(rest, None)
     for low, high in sorted(ranges):

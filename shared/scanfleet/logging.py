@@ -1,4 +1,4 @@
-"""Logs as JSON lines on standard output, one line an entry whatever a caller put into it."""
+"""Logs as JSON lines on standard output: one line per entry, whatever its values contain."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import structlog
 from scanfleet import tracing
 from scanfleet.settings import CommonSettings
 
-# What looks like a credential, in text whose length is bounded. Each alternative is linear: it either fails within a few
-# characters, or takes the whole run (`++`) and never tries a part of it again. What `_cut` has cut short matches too.
+# Matches text that looks like a credential; its length is bounded. Each alternative is linear: it either fails within a
+# few characters, or consumes the whole run (`++`) without backtracking. Text that `_cut` has truncated matches too.
 _SECRETS: Final = re.compile(
     r"eyJ[\w-]{5,}+(?:\.[\w-]*+){0,2}|(?<=[Bb]earer )[\w.~+/=-]{8,}+|(?<=://)[^/\s:@\"]++:[^/\s@\"]++(?=@| \[\d+ characters cut)"
 )
 
 MAX_CHARS: Final = (
-    2_000  # of a value: an error with its cause; a longer one quotes what a caller or a scanned host sent
+    2_000  # per value: an error with its cause fits; a longer one quotes input of a caller or a scanned host
 )
 MAX_PATH_CHARS: Final = 200  # every path of the API is shorter
 MAX_TRACEBACK_CHARS: Final = 20_000  # some 200 frames
@@ -29,10 +29,11 @@ _LIMITS: Final = {"path": MAX_PATH_CHARS, "exception": MAX_TRACEBACK_CHARS}
 
 
 def configure(service: str, settings: CommonSettings) -> None:
-    """Send every log of the process, those of libraries too, through one renderer.
+    """Route all logs of the process, including those of libraries, through one renderer.
 
-    Lines carry the service, the instance, the `trace_id` if there is a trace, and whatever `structlog.contextvars` holds:
-    `request_id` for a request, `command_id`, `job_id` and `chunk_id` where the work in hand is one's alone.
+    Lines carry the service, the instance, the `trace_id` if there is a trace, and the values in
+    `structlog.contextvars`: `request_id` for a request; `command_id`, `job_id` and `chunk_id` where the current work
+    belongs to one of them.
     """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -67,21 +68,21 @@ def configure(service: str, settings: CommonSettings) -> None:
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers = []
         logging.getLogger(name).propagate = True
-    # `scanfleet.service` writes an access line that knows the route and the request id.
+    # `scanfleet.service` writes an access line with route and request id instead.
     logging.getLogger("uvicorn.access").handlers = []
-    # One line for each call that a service makes would only repeat the access line of the called.
+    # A line per outgoing call would only repeat the access line of the called service.
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    # It says a hundred times a second that the broker is away; `scanfleet.consumer` says it once, and when it is back.
+    # It logs an unavailable broker a hundred times a second; `scanfleet.consumer` logs it once, and its recovery.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
 
 
 def render(_logger: Any, _method: str, entry: structlog.typing.EventDict) -> str:
-    """One line of printable ASCII JSON: line breaks, control characters and everything beyond ASCII are escaped.
+    """Render one line of printable ASCII JSON: line breaks, control and non-ASCII characters are escaped.
 
-    Each value is cut to its limit first and cleaned of credentials then, so that neither costs more than the limits allow.
+    Each value is first truncated to its limit and then redacted, so that the limits bound the cost of both.
     """
     bounded = {name: _clean(value, _LIMITS.get(name, MAX_CHARS)) for name, value in entry.items()}
-    return json.dumps(bounded).replace("\x7f", "\\u007f")  # the only control character that JSON leaves as it is
+    return json.dumps(bounded).replace("\x7f", "\\u007f")  # the only control character that JSON does not escape
 
 
 def _clean(value: object, most: int) -> object:
@@ -95,20 +96,20 @@ def _cut(text: str, most: int) -> str:
 
 
 def _traceback(exc_info: structlog.typing.ExcInfo) -> str:
-    """The end of the traceback, which holds the error and the frames next to it; each error's own text is limited too."""
+    """Return the end of the traceback with the error and the nearest frames; each error's text is truncated too."""
     text = "".join(_cut(part, MAX_CHARS) for part in traceback.format_exception(*exc_info)).rstrip()
-    # From a line break on: half of a line could be half of a credential.
+    # Cut at a line break: part of a line could be part of a credential.
     return text if len(text) <= MAX_TRACEBACK_CHARS else text[-MAX_TRACEBACK_CHARS:].partition("\n")[2]
 
 
 class _Stdout(logging.Handler):
-    """Standard output as it is at the time: whoever captures it may have changed it since."""
+    """Writes to the current `sys.stdout`, which a test may have replaced since."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             sys.stdout.write(f"{self.format(record)}\n")
             sys.stdout.flush()
-        except Exception:  # noqa: BLE001 # what every handler does: a line that cannot be written stops nobody's work
+        except Exception:  # noqa: BLE001 # as logging handlers do: a failed log write must not stop the caller
             self.handleError(record)
 
 

@@ -1,4 +1,4 @@
-"""Work that a service does on its own, again and again: sweeps, heartbeats, dispatch."""
+"""Periodic background work of a service: sweeps, heartbeats, dispatch."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from scanfleet.errors import DependencyError
 
 _log = structlog.get_logger()
 
-_BACKOFF = 1.0  # seconds after a failed dependency: soon enough once it is back, rare enough to do no harm
+_BACKOFF = 1.0  # retry delay in seconds after a dependency failure
 
 
 class Loop:
-    """Calls `step` every so many seconds, and at once when woken; a step never overlaps with itself.
+    """Calls `step` periodically, and at once when woken; steps never overlap.
 
-    After a `DependencyError` the loop tries again. Any other error ends the loop, and the process must be replaced.
+    After a `DependencyError` the loop retries. Any other error ends the loop, and the process must be restarted.
 
     Args:
-        name: of the loop, for the log.
-        seconds: between two steps.
-        step: is called.
-        least: seconds at least between two steps; what comes meanwhile shares the next one.
-        vital: whether the service is unready while steps raise `DependencyError`. A repair is not vital: what it repairs waits,
-            and the service goes on.
+        name: name of the loop, for the log.
+        seconds: interval between two steps.
+        step: the work to do.
+        least: minimum interval in seconds between two steps; wake-ups in between share the next one.
+        vital: whether the service is unready while steps raise `DependencyError`. False for repairs, which can wait
+            while the service keeps working.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Loop:
         self._task = asyncio.create_task(self._run(), name=self._name)
 
     async def stop(self) -> None:
-        """Cancel the step in hand: whatever it leaves half done is found again."""
+        """Cancel the current step; a later run completes what it left unfinished."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -81,7 +81,7 @@ class Loop:
             self._ready = True
         except DependencyError as error:
             self._ready = False
-            _log.warning("will try again", loop=self._name, error=str(error))
+            _log.warning("step failed, retrying", loop=self._name, error=str(error))
             await asyncio.sleep(_BACKOFF)
             return
         await asyncio.sleep(self._least)

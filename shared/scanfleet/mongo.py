@@ -1,7 +1,7 @@
-"""MongoDB as every repository uses it; besides repositories this is the only module that knows the driver.
+"""Access to MongoDB for all repositories; apart from them this is the only module that imports the driver.
 
-A write counts when a majority has it in its journal, and a read sees only such writes, on the primary: what a service has
-acknowledged survives any one machine, and no reader sees what may yet be undone.
+Writes use journaled majority write concern; reads use majority read concern on the primary. An acknowledged write
+survives the loss of any one machine, and no reader sees a write that may be rolled back.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Document = dict[str, Any]
 Database = AsyncIOMotorDatabase[Document]
 Collection = AsyncIOMotorCollection[Document]
 
-# For one operation with all its retries, the search for a primary among them: an HTTP caller gets its 503 while it still
-# waits, and a handler's batch is tried again anyway.
+# For one operation with all retries, including the search for a primary: an HTTP caller gets its 503 before its own
+# timeout, and a handler's batch is retried anyway.
 TIMEOUT_MS: Final = 5_000
 
-BUILD_SECONDS: Final = 3_600  # for an index over what a large platform has gathered; usually there is nothing to build
+BUILD_SECONDS: Final = 3_600  # for building an index over a large collection; usually there is nothing to build
 
 DUPLICATE_KEY: Final = 11_000
 _NO_SUCH_COLLECTION: Final = 26
@@ -41,8 +41,8 @@ _DEFINED_OTHERWISE: Final = frozenset({85, 86})  # an index of that name has oth
 _BUILD_ABORTED: Final = 276
 _VERSIONED: Final = re.compile(r"(.+)_v([1-9][0-9]*)")
 
-# Errors that name a document or a query: repeating it cannot succeed, and another one may. Any other error is the server's, its
-# codes of later versions included.
+# Errors caused by a document or a query: a retry cannot succeed, while other documents may. Every other code, including
+# those of later versions, is a failure of the server.
 DOCUMENT_CODES: Final = frozenset(
     {
         2,  # BadValue
@@ -54,16 +54,16 @@ DOCUMENT_CODES: Final = frozenset(
         10_334,  # BSONObjectTooLarge
         17_280,  # KeyTooLong, before version 4.2
         17_419,  # an update would make the document too large
-        17_420,  # the same, of a replacement
+        17_420,  # the same for a replacement
     },
 )
 
 
 def connect(uri: str, database: str) -> Database:
-    """The database, without touching the network yet; close it with `database.client.close()`.
+    """Return the database without network access yet; close it with `database.client.close()`.
 
     Raises:
-        pymongo.errors.ConfigurationError: the URI is not one.
+        pymongo.errors.ConfigurationError: the URI is invalid.
     """
     client: AsyncIOMotorClient[Document] = AsyncIOMotorClient(
         uri,
@@ -71,7 +71,7 @@ def connect(uri: str, database: str) -> Database:
         journal=True,
         readConcernLevel="majority",
         timeoutMS=TIMEOUT_MS,
-        serverSelectionTimeoutMS=TIMEOUT_MS,  # for what has no other limit: closing
+        serverSelectionTimeoutMS=TIMEOUT_MS,  # for operations without another limit: closing
         retryWrites=True,
         retryReads=True,
         tz_aware=True,
@@ -82,12 +82,12 @@ def connect(uri: str, database: str) -> Database:
 
 @asynccontextmanager
 async def dependency_errors() -> AsyncIterator[None]:
-    """Turn the driver's errors into `DependencyError`, except those that name a document.
+    """Raise the driver's errors as `DependencyError`, except those caused by a document or a query.
 
     Decorates a coroutine function (`@dependency_errors()`) or wraps a part of one (`async with dependency_errors():`).
 
     Raises:
-        DependencyError: MongoDB is unavailable, slow, full or rejects us; the same call may succeed later.
+        DependencyError: MongoDB is unavailable, slow or full, or rejects the client; the same call may succeed later.
         pymongo.errors.OperationFailure: the server rejects a document or a query (`DOCUMENT_CODES`).
     """
     try:
@@ -100,20 +100,20 @@ async def dependency_errors() -> AsyncIterator[None]:
 
 @dependency_errors()
 async def ping(database: Database) -> None:
-    """Return when the primary has answered.
+    """Check that the primary answers.
 
     Raises:
-        DependencyError: it did not.
+        DependencyError: it does not.
     """
     await database.command("ping")
 
 
 @dependency_errors()
 async def insert_missing(collection: Collection, documents: Sequence[Document]) -> set[int]:
-    """Insert the documents whose unique keys are not there yet; answer the indexes of the others.
+    """Insert the documents whose unique keys do not exist yet; return the positions of the others.
 
     Raises:
-        DependencyError: any of them may be stored; calling again is safe.
+        DependencyError: any of them may have been stored; the call is idempotent.
     """
     if not documents:
         return set()
@@ -129,18 +129,19 @@ async def insert_missing(collection: Collection, documents: Sequence[Document]) 
 
 @dependency_errors()
 async def make_indexes(database: Database, indexes: Mapping[str, Sequence[IndexModel]]) -> None:
-    """Make these indexes, by collection.
+    """Create these indexes, given by collection.
 
-    The end of an index's name is its version: `queue_v2` replaces `queue_v1`, and a name without one is version 1. A changed
-    definition needs a higher version. Where a newer release has made a higher one, an older release makes and drops nothing.
-    Indexes of other names stay.
+    The end of an index's name is its version: `queue_v2` replaces `queue_v1`, and a name without one is version 1. A
+    changed definition needs a higher version. If a newer release has created a higher version, an older release creates
+    and drops nothing. Indexes with other names stay.
 
-    A new version is built before the old one is dropped, except where MongoDB allows only one of the two (equal keys, another
-    lifetime): queries do without it meanwhile. A unique index is never missing.
+    A new version is built before the old one is dropped, except where MongoDB allows only one of the two (equal keys,
+    another TTL): then queries temporarily run without it. A unique index is never missing.
 
     Raises:
-        DependencyError: some of them may be made; call again.
-        ValueError: an index of that name and version has another definition, or a unique one stands in the way of its successor.
+        DependencyError: some of them may have been created; the call is idempotent.
+        ValueError: an index of that name and version has another definition, or a unique index prevents the creation of
+            its successor.
     """
     with pymongo.timeout(BUILD_SECONDS):
         for name, models in indexes.items():
@@ -158,7 +159,7 @@ async def _make_index(collection: Collection, model: IndexModel) -> None:
         try:
             await collection.create_indexes([model])
         except OperationFailure as error:
-            if error.code == _BUILD_ABORTED:  # by another replica that drops the same old one
+            if error.code == _BUILD_ABORTED:  # another replica is dropping the same old index
                 continue
             if error.code not in _DEFINED_OTHERWISE:
                 raise
@@ -195,13 +196,13 @@ async def _drop_indexes(collection: Collection, names: Iterable[str]) -> None:
 
 
 class Ids:
-    """Integers that start at 1 and grow, from one document `counters/ids` that every replica shares.
+    """Increasing integers from 1, allocated from the document `counters/ids` that all replicas share.
 
     Args:
-        database: where the counters live.
-        name: which sequence, for example `"jobs"`.
-        block: how many are fetched at once. What a stopped process had left of its block is never used. With 1 every
-            `take` is a write, and ids grow across replicas; with more they grow within one replica only.
+        database: holds the counters.
+        name: the sequence, for example `"jobs"`.
+        block: number of ids to allocate at once. A stopped process leaves the rest of its block unused. With 1 every
+            `take` is a write and ids increase across replicas; with more they increase only within one replica.
     """
 
     def __init__(self, database: Database, name: str, *, block: int = 1) -> None:
@@ -213,10 +214,10 @@ class Ids:
 
     @dependency_errors()
     async def take(self, count: int = 1) -> range:
-        """`count` consecutive ids that nobody else gets.
+        """Allocate `count` consecutive ids.
 
         Raises:
-            DependencyError: none is lost but a block; call again.
+            DependencyError: at most one block of ids is lost; call again.
         """
         async with self._lock:
             if len(self._left) < count:
@@ -235,15 +236,15 @@ class Ids:
 
 @dependency_errors()
 async def advance_ids(database: Database, names: Iterable[str], above: int) -> None:
-    """Let these sequences go on above `above`, unless they are there already. No `Ids` may be in use."""
+    """Raise these sequences to at least `above`. No `Ids` may be in use meanwhile."""
     await database["counters"].update_one({"_id": "ids"}, {"$max": dict.fromkeys(names, above)}, upsert=True)
 
 
-def beyond() -> int:
-    """A number above all that any sequence has reached by now, for one that was set back and does not know how far it was.
+def next_id_floor() -> int:
+    """Return an id greater than any issued so far, for sequences that a restore has set back.
 
-    It goes with the time: nothing counts on for as long as a hundred thousand a second on average, and no number reaches
-    2**53, where JavaScript ends, in the next two thousand years.
+    It is derived from the time: no sequence averages 100,000 ids a second, and the value stays below 2**53, the largest
+    exact integer of JavaScript, for the next two thousand years.
     """
     return int(time.time()) * 100_000
 
@@ -252,6 +253,6 @@ def _names_document(error: PyMongoError) -> bool:
     if isinstance(error, BulkWriteError):
         codes = {each["code"] for each in error.details["writeErrors"]}
         if codes & DOCUMENT_CODES - {DUPLICATE_KEY}:
-            return True  # handled alone, each of the other documents meets its own error
+            return True  # retried one by one, each of the other documents raises its own error
         return codes == {DUPLICATE_KEY} and not error.details["writeConcernErrors"]
     return isinstance(error, OperationFailure) and error.code in DOCUMENT_CODES

@@ -1,7 +1,7 @@
-"""The outcome map of a chunk: one letter per address, in address order.
+"""The outcome map of a chunk: one outcome code (a letter) per address, in address order.
 
-A map is a string, so that it reads the same in a message, in MongoDB and in a terminal. A letter once set stays; the map
-can be lost, repeated or reordered in any message without changing what it says.
+A map is a string, so that it reads the same in a message, in MongoDB and in a terminal. A code never changes once set,
+so merging maps is idempotent and commutative for messages that are lost, duplicated or reordered.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Annotated
 
 from pydantic import StringConstraints
 
-MAX_ADDRESSES = 1024  # of a chunk: a map stays a small part of a message, and a retry repeats little
+MAX_ADDRESSES = 1024  # per chunk: a map stays a small part of a message, and a retry repeats little work
 
 
 class Outcome(StrEnum):
-    """What became of one address."""
+    """The outcome of one address."""
 
     BLANK = "."
     ANSWERED = "a"
@@ -28,14 +28,14 @@ class Outcome(StrEnum):
     EXCLUDED = "x"
     REFUSED = "r"
     LOST = "l"
-    """Attempts failed on this address alone, as often as an address may fail."""
+    """Attempts on this address alone failed as often as allowed."""
 
 
 OutcomeMap = Annotated[str, StringConstraints(pattern=r"^[.asdtxrl]+$", max_length=MAX_ADDRESSES)]
 
 
 def merge(known: str, news: str) -> str:
-    """`known` with its blanks filled from `news`: the first letter stays.
+    """Return `known` with its blanks filled from `news`; codes that are already set stay.
 
     Raises:
         ValueError: the maps are of different chunks (their lengths differ).
@@ -48,25 +48,25 @@ def merge(known: str, news: str) -> str:
 
 
 def done(outcomes: str) -> int:
-    """How many addresses have a letter."""
+    """Return the number of addresses with an outcome."""
     return len(outcomes) - outcomes.count(Outcome.BLANK)
 
 
 def counts(outcomes: str) -> Counter[Outcome]:
-    """Addresses by outcome."""
+    """Return the number of addresses by outcome."""
     return Counter({Outcome(letter): n for letter, n in Counter(outcomes).items()})
 
 
 def address_at(first: str, index: int) -> IPv4Address | IPv6Address:
-    """The address that letter `index` of a map starting at `first` stands for."""
+    """Return the address at position `index` of a map that starts at `first`."""
     return ip_address(first) + index
 
 
 def index_of(first: str, address: str) -> int:
-    """The position of `address` in a map starting at `first`; may lie outside the map.
+    """Return the position of `address` in a map that starts at `first`; it may be outside the map.
 
     Raises:
-        ValueError: `address` is no address, or of the other family.
+        ValueError: `address` is invalid or of the other address family.
     """
     base, other = ip_address(first), ip_address(address)
     if base.version != other.version:
@@ -75,7 +75,7 @@ def index_of(first: str, address: str) -> int:
 
 
 def networks(first: str, outcomes: str, letter: Outcome = Outcome.BLANK) -> Iterator[IPv4Network | IPv6Network]:
-    """The addresses that hold `letter`, as the fewest canonical networks, in order."""
+    """Return the addresses with the outcome `letter` as the fewest canonical networks, in order."""
     base = ip_address(first)
     index = outcomes.find(letter)
     while index >= 0:

@@ -1,8 +1,8 @@
-"""A scan policy: how to scan, in three kinds of models.
+"""Scan policies, in three kinds of models.
 
-What a caller may send is strict (`scanfleet.rest.PolicyBody`). What is stored and sent (`ScanPolicy`) outlives the release that
-wrote it, so it takes words and numbers that this release does not know. What becomes a command line (`ExecutablePolicy`) is
-strict again: `executable` is the gate in front of it.
+The request body is strict (`scanfleet.rest.PolicyBody`). The stored and published form (`ScanPolicy`) outlives the
+release that wrote it, so it accepts values that this release does not define. The form that becomes a command line
+(`ExecutablePolicy`) is strict again; `executable` validates it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from pydantic import (
 from scanfleet.errors import ScanfleetError
 from scanfleet.ports import MAX_TEXT, PortSet
 
-HOST_TIMEOUT_SECONDS: Final = 900  # of a policy that names none: what ends a host that answers nothing
+HOST_TIMEOUT_SECONDS: Final = 900  # default of a policy without one: the limit for a host that never answers
 
-_MAX_PROBLEMS: Final = 5  # that an error names; enough to mend a policy in a few rounds
+_MAX_PROBLEMS: Final = 5  # reported per error; enough to correct a policy in a few requests
 
-GROUP_HOSTS: Final = 64  # addresses that one nmap probes side by side at least, by its own choice too
+GROUP_HOSTS: Final = 64  # minimum number of addresses that one nmap probes in parallel, as by its own default
 
 FLOOR_OF_ADDRESS: Final = 250
 """Highest rate floor, in probes per second, for each address that one nmap scans.
@@ -41,7 +41,7 @@ A host or firewall that limits SYNs to 100 per second drops open ports at 500 an
 """
 
 VERSION_SCRIPTS: Final = frozenset({"fingerprint-strings", "http-server-header", "https-redirect", "snmp-info"})
-"""NSE scripts that are part of service detection, whether or not a policy names them."""
+"""NSE scripts that service detection always runs."""
 
 ADMITTED_SCRIPTS: Final = VERSION_SCRIPTS | frozenset(
     {
@@ -55,7 +55,7 @@ ADMITTED_SCRIPTS: Final = VERSION_SCRIPTS | frozenset(
         "ssl-enum-ciphers",
     },
 )
-"""NSE scripts that send packets to their target alone: tests/networks/test_scripts.py runs each against hostile servers."""
+"""NSE scripts that send packets only to their target, which tests/networks/test_scripts.py checks for each."""
 
 
 def _ports(text: str) -> str:
@@ -72,7 +72,7 @@ def _chunk_ports(text: str) -> str:
 def _script(name: str, info: ValidationInfo) -> str:
     allowed = (info.context or {}).get("scripts", ADMITTED_SCRIPTS)
     if name not in allowed:
-        raise ValueError(f"{name} is not one of the scripts that may run: {', '.join(sorted(allowed))}")
+        raise ValueError(f"{name} is not one of the allowed scripts: {', '.join(sorted(allowed))}")
     return name
 
 
@@ -85,39 +85,44 @@ Ports = Annotated[
     ),
 ]
 ChunkPorts = Annotated[str, AfterValidator(_chunk_ports), Field(json_schema_extra={"maxLength": MAX_TEXT})]
-"""A part of a policy's ports, which of `top:100` may be `top:51-100`."""
+"""A part of a policy's ports; of `top:100` it may be `top:51-100`."""
 TcpTechnique = Annotated[
     Literal["auto", "connect", "syn"],
-    Field(description="`auto` is SYN where the worker may send raw packets, else connect."),
+    Field(description="`auto` is SYN if the worker can send raw packets, else connect."),
 ]
-Discovery = Annotated[Literal["default", "none"], Field(description="`none` takes every address as up.")]
-ServiceDetection = Annotated[StrictBool, Field(description="Ask open ports what runs on them.")]
+Discovery = Annotated[Literal["default", "none"], Field(description="`none` treats every address as up.")]
+ServiceDetection = Annotated[StrictBool, Field(description="Detect the services on open ports.")]
 VersionIntensity = Annotated[StrictInt, Field(ge=0, le=9)]
-OsDetection = Annotated[StrictBool, Field(description="Needs a worker that may send raw packets.")]
+OsDetection = Annotated[StrictBool, Field(description="Needs a worker that can send raw packets.")]
 ScriptName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$", max_length=64)]
 MAX_SCRIPTS: Final = 64
 Scripts = Annotated[
     tuple[ScriptName, ...],
     Field(
         max_length=MAX_SCRIPTS,
-        description=f"Names of NSE scripts, of {', '.join(sorted(ADMITTED_SCRIPTS))} and those that the operator allows; no categories.",
+        description=f"Names of NSE scripts: {', '.join(sorted(ADMITTED_SCRIPTS))}, and those that the operator "
+        f"allows; no categories.",
     ),
 ]
 Timing = Annotated[StrictInt, Field(ge=0, le=5, description="nmap's timing template.")]
-_Rate = Annotated[StrictInt, Field(ge=1, le=10_000_000)]  # about what a link of 10 Gbit/s carries
+_Rate = Annotated[StrictInt, Field(ge=1, le=10_000_000)]  # about the capacity of a 10 Gbit/s link
 MaxRate = Annotated[
     _Rate | None,
     Field(
-        description="Probes a second of discovery and port scan of the whole job; service detection and scripts are not limited."
+        description="Maximum probes per second of the whole job in discovery and port scan; service detection and "
+        "scripts are not limited."
     ),
 ]
 MinRate = Annotated[
     _Rate | None,
-    Field(description="Probes a second of the whole job below which silence cannot slow it; null is the timing's own."),
+    Field(
+        description="Minimum probes per second of the whole job, even when targets do not answer; null is the "
+        "timing's default."
+    ),
 ]
 MaxRttTimeout = Annotated[
     Annotated[StrictInt, Field(ge=50, le=10_000)] | None,
-    Field(description="Milliseconds that nmap waits for an answer to a probe at most."),
+    Field(description="Maximum time in milliseconds that nmap waits for an answer to a probe."),
 ]
 MaxRetries = Annotated[StrictInt, Field(ge=0, le=10)] | None
 
@@ -132,7 +137,7 @@ HostTimeout = Annotated[
     Field(
         ge=1,
         le=86_400,  # a day: a chunk cannot wait indefinitely for one host
-        description=f"Seconds after which nmap gives up on a host; null is {HOST_TIMEOUT_SECONDS}.",
+        description=f"Timeout of a host in seconds; null is {HOST_TIMEOUT_SECONDS}.",
     ),
 ]
 
@@ -149,7 +154,7 @@ _Number = Annotated[StrictInt, Field(ge=0, le=2**31 - 1)]
 
 
 class ScanPolicy(BaseModel):
-    """How to scan, as it is stored and sent: bounded, and readable by older and newer releases."""
+    """A policy as stored and published: bounded, and readable by older and newer releases."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -164,21 +169,26 @@ class ScanPolicy(BaseModel):
         tuple[ScriptName, ...],
         Field(
             max_length=MAX_SCRIPTS,
-            description="Names of NSE scripts; in a policy of an older release also categories, which do not run.",
+            description="Names of NSE scripts; a policy of an older release may have categories, which are not run.",
         ),
         FailFast(),
     ] = ()
     timing: Timing = 3
     max_rate: Annotated[
-        _Number | None, Field(description="Probes a second of discovery and port scan of the whole job.")
+        _Number | None, Field(description="Maximum probes per second of the whole job in discovery and port scan.")
     ] = None
-    min_rate: Annotated[_Number | None, Field(description="Probes a second of the whole job in silence.")] = None
-    max_rtt_timeout: Annotated[_Number | None, Field(description="Milliseconds to wait for an answer.")] = None
+    min_rate: Annotated[
+        _Number | None,
+        Field(description="Minimum probes per second of the whole job, even when targets do not answer."),
+    ] = None
+    max_rtt_timeout: Annotated[
+        _Number | None, Field(description="Maximum time in milliseconds to wait for an answer.")
+    ] = None
     max_retries: _Number | None = None
     host_timeout: Annotated[
         _Number,
         BeforeValidator(_host_timeout, json_schema_input_type=_Number | None),
-        Field(description="Seconds after which nmap gives up on a host."),
+        Field(description="Timeout of a host in seconds."),
     ] = HOST_TIMEOUT_SECONDS
 
     @property
@@ -187,16 +197,16 @@ class ScanPolicy(BaseModel):
 
     @property
     def needs_raw(self) -> bool:
-        """Whether only a worker that may send raw packets can do all of this: nothing honest stands in for it."""
+        """Whether the policy needs a worker that can send raw packets, because no equivalent exists without them."""
         return self.needs_raw_for(self.port_set)
 
     def needs_raw_for(self, ports: PortSet) -> bool:
-        """The same of a part of the policy's ports."""
+        """Return the same for a part of the policy's ports."""
         return (self.technique == "syn" and bool(ports.tcp_count)) or self.os_detection or bool(ports.udp_count)
 
 
 class ExecutablePolicy(ScanPolicy):
-    """A policy that consists of what this release allows, and of nothing else."""
+    """A policy with only values that this release allows."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -218,14 +228,14 @@ class ExecutablePolicy(ScanPolicy):
 
 
 class PolicyError(ScanfleetError):
-    """A policy asks for what this release does not allow; says what."""
+    """The policy has values that this release does not allow; the message names them."""
 
 
 def executable(policy: ScanPolicy, scripts: AbstractSet[str] = ADMITTED_SCRIPTS) -> ExecutablePolicy:
-    """Check a policy before it becomes a command line, by the scripts that may run.
+    """Validate a policy against the allowed scripts before it becomes a command line.
 
     Raises:
-        PolicyError: it was stored by another release, which allowed more, or it is forged.
+        PolicyError: it was stored by a release that allows more, or it is forged.
     """
     return _strict(policy.model_dump(), scripts)
 
@@ -271,14 +281,14 @@ PRESETS: Final[dict[Preset, dict[str, Any]]] = {
     Preset.QUICK: _STANDARD | {"ports": "top:100", "service_detection": False, "timing": 4},
     Preset.STANDARD: _STANDARD,
     Preset.FULL: _STANDARD | {"ports": "1-65535", "version_intensity": 9, "scripts": _FULL_SCRIPTS, "timing": 4},
-    # For networks that are silent or sparsely used: every address is probed, and silence is not waited for.
+    # For silent or sparsely used networks: every address is probed, without waiting long for answers.
     Preset.SWEEP: _STANDARD
     | {"ports": "top:100", "discovery": "none", "service_detection": False, "timing": 4, "max_retries": 1},
 }
 
 
 def fill_in(preset: Preset, given: dict[str, Any], scripts: AbstractSet[str] = ADMITTED_SCRIPTS) -> ScanPolicy:
-    """The policy with the fields in `given`, and the preset's value for every other.
+    """Return a policy with the fields in `given` and the preset's value for every other field.
 
     Raises:
         PolicyError: a given value is not allowed.

@@ -1,6 +1,6 @@
-"""Which ports a policy probes: nmap's port syntax, or the N most common TCP ports.
+"""The ports of a policy: nmap's port syntax, or the N most common TCP ports.
 
-The text is parsed into numbers and written anew from them, so nothing that a user typed reaches a command line.
+The text is parsed into numbers and formatted from them, so user input never reaches a command line.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 MAX_PORT = 65_535
-MAX_TEXT = 10_000  # characters: longer than any list a person writes, short enough to refuse at once
+MAX_TEXT = 10_000  # characters: longer than any list written by hand, short enough to reject cheaply
 MAX_RANGES_TEXT = 200_000  # characters: room for every other port
-MAX_TOP = 8_192  # nmap itself knows how common about so many are
+MAX_TOP = 8_192  # nmap has frequencies for about this many
 
 _TOP = re.compile(r"top:(?:([1-9][0-9]{0,4})-)?([1-9][0-9]{0,4})")
 _RANGE = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
@@ -29,18 +29,18 @@ class PortSet:
     udp: tuple[Range, ...] = ()
     top: int = 0
     above: int = 0
-    """Of a `top` set, how many of the most common ports it leaves out."""
+    """For a `top` set, the number of most common ports that it skips."""
 
     @classmethod
     def parse(cls, text: str) -> PortSet:
-        """Read `"22,80,8000-8100"`, `"T:80,U:53"`, `"-"` (1 to 65535), `"top:100"` or, as a part of it, `"top:51-100"`.
+        """Parse `"22,80,8000-8100"`, `"T:80,U:53"`, `"-"` (1 to 65535), `"top:100"` or its part `"top:51-100"`.
 
-        As in nmap, a `T:` or `U:` holds until the next one. Ports before any are TCP; where there are UDP ports too, nmap
-        would take them for both, which few people mean, so that is refused. Spaces around an item and one comma at the end
-        are ignored, and `t:` is `T:`.
+        As in nmap, a `T:` or `U:` applies until the next one. Ports before the first are TCP. With UDP ports in the
+        same text nmap would treat them as both, which is rarely intended, so that is rejected. Spaces around an item
+        and one trailing comma are ignored, and `t:` is `T:`.
 
         Raises:
-            ValueError: the text is not of that syntax, or a number is not a port.
+            ValueError: the syntax is wrong, or a number is not a port.
         """
         if len(text) > MAX_TEXT:
             raise ValueError(f"ports must be at most {MAX_TEXT} characters")
@@ -68,13 +68,13 @@ class PortSet:
         if found["U"] and text[0] not in "TUtu":
             raise ValueError('with UDP ports, TCP ports need "T:" before them, as in "T:80,U:53"')
         ports = cls(tcp=_disjoint(found["T"]), udp=_disjoint(found["U"]))
-        if len(str(ports)) > MAX_TEXT:  # an open range is longer when written out; what we write we must read again
+        if len(str(ports)) > MAX_TEXT:  # open ranges are longer when written out; the result must be parseable
             raise ValueError(f"ports must be at most {MAX_TEXT} characters")
         return ports
 
     @property
     def count(self) -> int:
-        """How many probes each address takes."""
+        """The number of probes per address."""
         return self.tcp_count + self.udp_count
 
     @property
@@ -86,12 +86,12 @@ class PortSet:
         return _size(self.udp)
 
     def blocks(self, size: int) -> Iterator[PortSet]:
-        """This set cut into sets of at most `size` ports of one protocol; a `top` set by how common they are."""
+        """Split into sets of at most `size` ports of one protocol; a `top` set is split by frequency."""
         for number in range(-(-self.tcp_count // size) - (-self.udp_count // size)):
             yield self.block(number, size)
 
     def block(self, number: int, size: int) -> PortSet:
-        """One of the `blocks`, by its number from 0."""
+        """Return one of the `blocks`, by its number from 0."""
         if self.top:
             above = self.above + number * size
             return PortSet(top=min(self.top, above + size), above=above)
@@ -109,13 +109,13 @@ class PortSet:
         return _meet(self.tcp, other.tcp) or _meet(self.udp, other.udp)
 
     def without(self, others: PortSet) -> PortSet:
-        """The TCP ports of this set that are not in the other one."""
+        """Return the TCP ports of this set that are not in the other one."""
         taken = {port for low, high in others.tcp for port in range(low, high + 1)}
         left = (port for low, high in self.tcp for port in range(low, high + 1) if port not in taken)
         return PortSet(tcp=_disjoint([(port, port) for port in left]))
 
     def __str__(self) -> str:
-        """The canonical text; `PortSet.parse(str(ports)) == ports`."""
+        """Return the canonical text; `PortSet.parse(str(ports)) == ports`."""
         if self.top:
             return f"top:{self.above + 1}-{self.top}" if self.above else f"top:{self.top}"
         parts = [_text(self.tcp, "T:" if self.udp else "")] if self.tcp else []
@@ -125,10 +125,10 @@ class PortSet:
 
 
 def parse_ranges(text: str) -> tuple[Range, ...]:
-    """Read "1-52,54" as sorted, disjoint, inclusive ranges; nothing is no ports.
+    """Parse "1-52,54" into sorted, disjoint, inclusive ranges; an empty text has none.
 
     Raises:
-        ValueError: the text is not of that syntax or too long, or a number is not a port.
+        ValueError: the syntax is wrong, the text is too long, or a number is not a port.
     """
     if len(text) > MAX_RANGES_TEXT:
         raise ValueError(f"ranges of ports must be at most {MAX_RANGES_TEXT} characters")
@@ -142,7 +142,7 @@ def parse_ranges(text: str) -> tuple[Range, ...]:
 
 
 def ranges_text(ranges: tuple[Range, ...]) -> str:
-    """The canonical text; `parse_ranges(ranges_text(ranges)) == ranges` for ranges that are sorted and disjoint."""
+    """Return the canonical text; `parse_ranges(ranges_text(ranges)) == ranges` for sorted, disjoint ranges."""
     return _text(ranges, "")
 
 
@@ -157,7 +157,7 @@ def _disjoint(ranges: list[Range]) -> tuple[Range, ...]:
 
 
 def _part(ranges: tuple[Range, ...], skip: int, size: int) -> tuple[Range, ...]:
-    """The `size` ports after the first `skip`, or as many as there are."""
+    """Return up to `size` ports after the first `skip`."""
     part: list[Range] = []
     for low, high in ranges:
         first = low + skip

@@ -1,4 +1,4 @@
-"""Where a request came from, behind proxies that are trusted to report it."""
+"""The source address of a request behind trusted proxies."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from scanfleet.targets import Network
 
 
 class Proxies:
-    """The proxies before a service.
+    """The trusted proxies in front of a service.
 
     Args:
-        networks: in which every address is one of them.
+        networks: every address in these networks is a trusted proxy.
     """
 
     def __init__(self, networks: Sequence[Network]) -> None:
@@ -24,27 +24,27 @@ class Proxies:
         return any(address in network for network in self._networks)
 
     def source(self, peer: str, forwarded: Sequence[str]) -> str:
-        """The address that the request came from.
+        """Return the address that the request came from.
 
-        Each proxy appends the address that it was called from to X-Forwarded-For, and whatever is left of that its caller may
-        have made up. So this is the last address that is no trusted proxy's, or the first one when all are.
+        Each proxy appends the address of its client to X-Forwarded-For; everything before that entry may be invented by
+        the client. So the source is the last address that is not a trusted proxy, or the first one if all are.
 
         Args:
-            peer: what the connection came from.
-            forwarded: the values of X-Forwarded-For, in order.
+            peer: address of the connection's other end.
+            forwarded: values of X-Forwarded-For, in order.
         """
         source = peer
         hops = [hop for value in forwarded for hop in value.split(",")]
         while source in self and hops:
             address = _address(hops.pop())
             if address is None:
-                break  # the proxy before it reports nonsense; it is the last hop that is known
+                break  # the proxy reported an invalid address, so that proxy is the last known hop
             source = str(address)
         return source
 
 
 def _address(text: str) -> IPv4Address | IPv6Address | None:
-    """The address in one hop; some proxies add its port, and brackets if it is IPv6."""
+    """Return the address in one hop; some proxies add the port, and brackets around IPv6."""
     host = text.strip()
     if host.startswith("["):
         host = host[1:].partition("]")[0]

@@ -1,4 +1,4 @@
-"""The shapes of the public REST API, each once: the orchestrator reads and answers them, the gateway documents them."""
+"""The models of the public REST API: the orchestrator parses and returns them, the gateway documents them."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from scanfleet.messages.commands import MAX_SUBNETS
 from scanfleet.messages.fields import MAX_ID
 from scanfleet.policy import PolicyError, Preset, ScanPolicy, fill_in
 
-MAX_EXCLUDES = 1_000  # of one subnet: its document stays small, and a person can still read it
-MAX_BODY_BYTES = 16 * 1024  # of a request; the largest policy, with 10,000 characters of ports, takes 13 kB
+MAX_EXCLUDES = 1_000  # per subnet: its document stays small and readable
+MAX_BODY_BYTES = 16 * 1024  # per request; the largest policy, with 10,000 characters of ports, takes 13 kB
 BODY_LIMITS = {
     "/api/v1/task": 32 * 1024,  # 1,000 subnet ids of 17 digits
     "/api/v1/subnet": 64 * 1024,  # 1,000 excluded IPv6 networks
 }
-"""Where, by prefix of the path, a larger body is allowed."""
+"""Larger body limits, by path prefix."""
 
 MAX_NAME_CHARS = 50  # of an unknown field in an error
-MAX_UNKNOWN = 5  # fields that an error names; enough to mend a request in a few rounds
-MAX_PAGE = 1_000_000_000  # keeps what is skipped within a database's integers
+MAX_UNKNOWN = 5  # fields reported per error; enough to correct a request in a few attempts
+MAX_PAGE = 1_000_000_000  # keeps the number of skipped documents within MongoDB's integers
 
 Id = Annotated[StrictInt, Field(ge=1, le=MAX_ID)]
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
 
 class _Body(BaseModel):
-    """What a caller sends. Unknown fields are refused before anything is validated, at the cost of one look at the keys."""
+    """A request body. Unknown fields are rejected before validation, at the cost of one pass over the keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -80,7 +80,7 @@ class CreateJobs(_Body):
 
 
 class CancelJobs(_Body):
-    """Which unfinished jobs to cancel: those that match every filter that is given, or all."""
+    """Select the unfinished jobs to cancel: those that match every given filter, or all."""
 
     status: (
         Annotated[
@@ -91,13 +91,13 @@ class CancelJobs(_Body):
     ) = None
     subnet_id: Annotated[Id, Field(description="Only jobs of this subnet.")] | None = None
     policy_id: Annotated[Id, Field(description="Only jobs of this policy.")] | None = None
-    all: Annotated[StrictBool, Field(description="Every unfinished job; goes with no filter.")] = False
+    all: Annotated[StrictBool, Field(description="Every unfinished job; cannot be combined with a filter.")] = False
 
     @model_validator(mode="after")
     def _says_which(self) -> Self:
         filtered = any(each is not None for each in (self.status, self.subnet_id, self.policy_id))
         if self.all and filtered:
-            raise ValueError('"all" goes with no filter')
+            raise ValueError('"all" cannot be combined with a filter')
         if not self.all and not filtered:
             raise ValueError('give a filter (status, subnet_id or policy_id), or {"all": true}')
         return self
@@ -109,11 +109,11 @@ class JobsCancelled(_Answer):
 
 
 class CancelledPage(_Answer):
-    """The jobs that one step of a cancel of many has cancelled. Not part of the public API."""
+    """The jobs cancelled by one step of a bulk cancel. Not part of the public API."""
 
     job_ids: list[int]
     more: bool
-    """There may be further jobs that match."""
+    """Whether further jobs may match."""
 
 
 class JobsCreated(_Answer):
@@ -142,7 +142,7 @@ class TaskStatus(_Answer):
 
 
 class Snapshot(_Answer):
-    """A task as of one `seq` of its job: what a reader of job events goes on from. Not part of the public API."""
+    """A task as of one `seq` of its job: the starting point of a reader of job events. Not part of the public API."""
 
     seq: int
     task: TaskStatus
@@ -237,7 +237,7 @@ class LedgerRequest(_Answer):
 
 
 class LedgerCounts(_Answer):
-    """Probes (addresses × ports) by outcome; they add up to `probes` of the request."""
+    """Probes (addresses × ports) by outcome; their sum is the request's `probes`."""
 
     answered: int
     silent: int
@@ -251,7 +251,7 @@ class LedgerCounts(_Answer):
 
 
 class LedgerEntry(_Answer):
-    """One address, for one block of ports, that was not probed to its end."""
+    """One address that was not completely probed, for one block of ports."""
 
     address: str
     ports: str
@@ -267,7 +267,7 @@ class LedgerPage(_Answer):
 
 
 class Ledger(_Answer):
-    """What became of every probe of a job. It proves a job complete when it is `accounted`."""
+    """Every probe of a job by outcome. `accounted` proves that the job is complete."""
 
     job_id: int
     status: JobStatus
@@ -276,35 +276,35 @@ class Ledger(_Answer):
     counts: LedgerCounts
     not_probed: LedgerPage
     eta_seconds: float | None
-    """Until the job is expected to end; null while unknown, and once it has ended."""
+    """Seconds until the expected end of the job; null while unknown and after its end."""
 
 
 class WaitingReason(_Answer):
     kind: Literal["paused", "window", "blackout", "no_worker", "no_raw_worker", "budget", "overlap", "queue"]
     until: Time | None
-    """When this reason ends; null while unknown."""
+    """Seconds until the expected end of this reason; null while unknown."""
 
     detail: str
 
 
 class Waiting(_Answer):
-    """Why a job does not progress."""
+    """The reason why a job does not progress."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     job_id: int
     waiting: bool
-    """No worker holds a chunk of the job, and there is work left to give to one."""
+    """No worker holds a chunk of the job, and it has undispatched work."""
 
     since: Time | None
     next_possible_start: Time | None
     reasons: list[WaitingReason]
     queued_chunks: int
     held_chunks: int
-    """Chunks that workers have now."""
+    """Chunks that workers hold now."""
 
     eta_seconds: float | None
-    """Until the job is expected to end; null while unknown, and once it has ended."""
+    """Seconds until the expected end of the job; null while unknown and after its end."""
 
 
 # Subnets
@@ -317,7 +317,8 @@ class SubnetBody(_Body):
         list[Annotated[str, Field(max_length=50)]] | None,
         Field(
             max_length=MAX_EXCLUDES,
-            description="Networks to leave out; those outside the subnet have no effect, and the answer shows the others merged.",
+            description="Networks to exclude; those outside the subnet have no effect, and the response shows the "
+            "others merged.",
         ),
     ] = []
 
@@ -343,11 +344,11 @@ class SubnetList(_Answer):
 
 
 def _preset_decides() -> Any:
-    """The default of a field that only `PolicyBody.scan` can know; a factory, so that no default is documented."""
+    """Default of a field that `PolicyBody.scan` fills in; a factory, so that no default is documented."""
 
 
 class PolicyBody(_Body):
-    """A policy; what is left out has the preset's value."""
+    """A policy; omitted fields have the preset's values."""
 
     name: Name
     preset: Preset = Preset.STANDARD
@@ -366,10 +367,10 @@ class PolicyBody(_Body):
     host_timeout: vocabulary.HostTimeout = Field(default_factory=_preset_decides)
 
     def scan(self, scripts: AbstractSet[str]) -> ScanPolicy:
-        """What is asked for, by the scripts that may run.
+        """Return the requested policy, validated against the allowed scripts.
 
         Raises:
-            BadRequestError: one of its values is not allowed, or two do not go together.
+            BadRequestError: a value is not allowed, or two values are inconsistent.
         """
         given = {name: getattr(self, name) for name in self.model_fields_set - {"name", "preset"}}
         try:
@@ -379,7 +380,7 @@ class PolicyBody(_Body):
 
 
 class Policy(ScanPolicy):
-    model_config = ConfigDict(json_schema_serialization_defaults_required=True)  # an answer has every field
+    model_config = ConfigDict(json_schema_serialization_defaults_required=True)  # a response has every field
 
     id: int
     user_id: int
@@ -399,10 +400,10 @@ class PolicyList(_Answer):
 
 
 class AuditEntry(audit.AuditEntry):
-    """One thing that was done or refused."""
+    """One change or refusal."""
 
     received_at: Time
-    """When it was recorded. The log is in this order: `time` may be whatever the service says."""
+    """Time of recording, which orders the log; `time` is set by the reporting service."""
 
 
 class AuditList(_Answer):
@@ -418,31 +419,31 @@ Text = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f
 
 
 class RevocationBody(_Body):
-    """Which tokens to refuse: exactly one of `jti`, `sub` and `user_id`."""
+    """The tokens to revoke: exactly one of `jti`, `sub` and `user_id`."""
 
     jti: Text | None = None
-    """Of the one token."""
+    """Id of a single token."""
 
     sub: Text | None = None
-    """The issuer's name of the user."""
+    """The user's name at the issuer."""
 
     user_id: Id | None = None
     issued_before: AwareDatetime | None = None
-    """Of a user's tokens only those issued before; without it before now."""
+    """Revoke only the user's tokens issued before this time; default now."""
 
     @model_validator(mode="after")
     def _one_of_three(self) -> Self:
         if sum(each is not None for each in (self.jti, self.sub, self.user_id)) != 1:
             raise ValueError("give exactly one of jti, sub and user_id")
         if self.jti is not None and self.issued_before is not None:
-            raise ValueError("issued_before goes with sub or user_id")
-        if self.issued_before is not None and self.issued_before.year < 1970:  # noqa: PLR2004 # Unix time begins
+            raise ValueError("issued_before needs sub or user_id")
+        if self.issued_before is not None and self.issued_before.year < 1970:  # noqa: PLR2004 # start of Unix time
             raise ValueError("issued_before is before 1970")
         return self
 
 
 class Revoked(_Answer):
-    """Tokens that are refused. Not part of the public API."""
+    """Revoked tokens. Not part of the public API."""
 
     jti: str | None
     sub: str | None
@@ -470,7 +471,7 @@ class SessionEnded(_Answer):
 
 
 class Subject(_Body):
-    """A user as an issuer names them. Not part of the public API."""
+    """A user's name at the issuer. Not part of the public API."""
 
     issuer: Annotated[str, Field(min_length=1, max_length=2_000)]
     subject: Text
@@ -569,4 +570,4 @@ WHOSE = r"^(all|[1-9][0-9]{0,15})$"
 
 Page = Annotated[int, Field(ge=1, le=MAX_PAGE)]
 PageSize = Annotated[int, Field(ge=1, le=100)]
-LedgerPageSize = Annotated[int, Field(ge=1, le=1_000)]  # addresses named on one page: a few hundred kilobytes
+LedgerPageSize = Annotated[int, Field(ge=1, le=1_000)]  # addresses listed per page: a few hundred kilobytes

@@ -1,4 +1,4 @@
-"""One way to be a service: probes, metrics, request ids and one shape for every error.
+"""The HTTP runtime of all services: probes, metrics, request ids and one format for all errors.
 
 A service's `main.py` calls `create_app` with its routers and a lifespan that opens adapters and consumers, and is run by
 `uvicorn --factory --http scanfleet.front:BoundedProtocol --no-proxy-headers <package>.main:create_app`.
@@ -48,22 +48,22 @@ from scanfleet.startup import Startup
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 Check = Callable[[], Awaitable[None]]
 
-MAX_BODY_S: Final = 10.0  # from the first look at a body to its end: 50 kbit/s for the largest one
-HEALTH_PERIOD_S: Final = 1.0  # between two looks at the loops; `/healthz` tells at once
-CHECK_TIMEOUT_S: Final = 2.0  # of one readiness check: orchestrators ask every few seconds
+MAX_BODY_S: Final = 10.0  # from the first byte of a body to its last: 50 kbit/s for the largest one
+HEALTH_PERIOD_S: Final = 1.0  # between two checks of the loops; `/healthz` reports at once
+CHECK_TIMEOUT_S: Final = 2.0  # timeout of one readiness check: container orchestrators probe every few seconds
 
 _DECIMAL: Final = re.compile(r"[1-9][0-9]{0,15}")
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-# Asked every few seconds: their access lines are noise.
+# Probed every few seconds, so their access lines are omitted.
 _QUIET: Final = frozenset({"/healthz", "/readyz", "/metrics", "/internal/revocations"})
-_MAX_ERROR_CHARS: Final = 500  # an error may quote the caller, but not at length
-_MAX_TARGET_CHARS: Final = 200  # of an audit entry: a path that a caller made up may be long
-_DISCONNECTED: Final = 499  # in logs and metrics, as proxies count it: there is no one to answer
-_MAX_ERRORS: Final = 5  # of one invalid request; enough to mend it in a few rounds
+_MAX_ERROR_CHARS: Final = 500  # of an error: limits quoted input of the caller
+_MAX_TARGET_CHARS: Final = 200  # of an audit entry: a path invented by a caller may be long
+_DISCONNECTED: Final = 499  # in logs and metrics, as proxies record it: the client has disconnected
+_MAX_ERRORS: Final = 5  # reported per invalid request; enough to correct it in a few attempts
 
-# Off, on purpose: whatever else sets a provider or an environment variable would switch it on, and it exports query
-# strings and exception messages. Metrics come from here and spans from `tracing`.
+# FastAPI's own telemetry stays off: a provider or environment variable set elsewhere would enable it, and it exports
+# query strings and exception messages. Metrics are defined here and spans in `tracing`.
 _TELEMETRY: Final[TelemetryConfig] = {
     "tracing": False,
     "metrics": False,
@@ -80,17 +80,17 @@ def _decimal(text: str) -> str:
 
 
 PathId = Annotated[int, Field(ge=1, le=MAX_ID), BeforeValidator(_decimal), Path()]
-"""An id in a path, in its one spelling; anything else there is a 404."""
+"""An id in a path, in canonical form; anything else is answered 404."""
 
 
 _requests = Counter("scanfleet_http_requests", "HTTP requests answered.", ["method", "route", "status"])
-_latency = Histogram("scanfleet_http_request_seconds", "Time to the end of the answer.", ["method", "route"])
+_latency = Histogram("scanfleet_http_request_seconds", "Time to the end of the response.", ["method", "route"])
 
 _log = structlog.stdlib.get_logger(__name__)
 
 
 class Watched(Protocol):
-    """A bus, a consumer or a loop that works in the background."""
+    """A bus, consumer or loop that runs in the background."""
 
     @property
     def alive(self) -> bool: ...
@@ -100,18 +100,18 @@ class Watched(Protocol):
 
 
 class Probes:
-    """What a service's health and readiness hang on; `create_app` makes it, the lifespan fills it."""
+    """The conditions of a service's health and readiness; `create_app` creates it, the lifespan fills it."""
 
     def __init__(self) -> None:
         self._watched: list[Watched] = []
         self._checks: dict[str, Check] = {}
 
     def watch(self, watched: Watched) -> None:
-        """Be unhealthy when this has died, and unready while it is."""
+        """Add a background part: the service is unhealthy once it has died, and unready while it is unready."""
         self._watched.append(watched)
 
     def depend(self, name: str, check: Check) -> None:
-        """Be unready while `check` raises or takes longer than `CHECK_TIMEOUT_S`."""
+        """Add a dependency: the service is unready while `check` raises or takes longer than `CHECK_TIMEOUT_S`."""
         self._checks[name] = check
 
     @property
@@ -119,7 +119,7 @@ class Probes:
         return all(watched.alive for watched in self._watched)
 
     async def missing(self) -> list[str]:
-        """The names of what is unavailable, `bus` when something watched cannot go on; empty when ready."""
+        """Return the names of unavailable dependencies, `bus` for a background part; empty when ready."""
         ready = all(watched.alive and watched.ready for watched in self._watched)
         away = await asyncio.gather(*(self._away(name, check) for name, check in self._checks.items()))
         return [name for name in away if name] + ([] if ready else ["bus"])
@@ -129,7 +129,7 @@ class Probes:
         try:
             await asyncio.wait_for(check(), CHECK_TIMEOUT_S)
         except (DependencyError, TimeoutError, OSError) as error:
-            _log.warning("dependency away", dependency=name, error=str(error))
+            _log.warning("dependency unavailable", dependency=name, error=str(error))
             return f"{name} ({error})" if isinstance(error, ConfigurationError) else name
         return None
 
@@ -144,18 +144,19 @@ def create_app(
     max_body_seconds: float = MAX_BODY_S,
     **documents: Any,
 ) -> FastAPI:
-    """The ASGI application of a service.
+    """Create the ASGI application of a service.
 
     Args:
-        name: the service's name, as in the architecture.
-        settings: what clients may hold of the service.
-        lifespan: opens adapters and consumers and closes them in reverse. `app.state.probes` is there to be filled,
-            `app.state.refusals` to be reported on the bus, and `app.state.startup` to wait for dependencies.
+        name: the service's name.
+        settings: limits of connections and requests.
+        lifespan: opens adapters and consumers and closes them in reverse. It registers them at `app.state.probes`,
+            publishes `app.state.refusals` on the bus, and waits for dependencies with `app.state.startup`.
         routers: the service's own routes.
-        public: anybody may call it, so that every request gets an id of our own. A service behind it keeps the id that a trusted
-            proxy names, which for it is the gateway.
-        max_body_seconds: a request whose body takes longer to arrive is answered 408.
-        documents: what FastAPI takes to describe the API (`title`, `openapi_url`, ...). Without it nothing is published.
+        public: the service is exposed to clients, so it assigns every request id itself. A service behind the gateway
+            keeps the id that a trusted proxy, the gateway, sends.
+        max_body_seconds: timeout of a request body; a slower one is answered 408.
+        documents: FastAPI's arguments that describe the API (`title`, `openapi_url`, ...). Without it no document is
+            served.
     """
     startup = Startup()
     app = FastAPI(
@@ -163,7 +164,7 @@ def create_app(
         lifespan=_watched(lifespan, settings),
         default_response_class=AsciiJSON,
         telemetry=_TELEMETRY,
-        redirect_slashes=False,  # a path with a slash too many is an unknown one, and a redirect would drop the body
+        redirect_slashes=False,  # a path with an extra slash is unknown; a redirect would drop the body
         middleware=[
             Middleware(
                 _Outermost,
@@ -193,14 +194,14 @@ def create_app(
 def _watched(
     lifespan: Lifespan, settings: FrontSettings
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[Mapping[str, Any]]]:
-    """The same lifespan with the limits of the server, in a process that ends when it is unhealthy, to be replaced."""
+    """Add the server's limits to the lifespan, and end an unhealthy process so that it is restarted."""
 
     @asynccontextmanager
     async def watched(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
         async with cast(Startup, app.state.startup).opening(lifespan(app)):
             watching = asyncio.create_task(_end_when_unhealthy(app.state.probes))
             try:
-                yield {"front": Front(settings)}  # for every connection, by the server
+                yield {"front": Front(settings)}  # read by the server for every connection
             finally:
                 watching.cancel()
                 await tracing.stop()
@@ -209,24 +210,24 @@ def _watched(
 
 
 async def _end_when_unhealthy(probes: Probes) -> None:
-    while probes.healthy:  # noqa: ASYNC110 # many parts are looked at, and none of them can tell that it died
+    while probes.healthy:  # noqa: ASYNC110 # many parts are checked, and none of them signals its death
         await asyncio.sleep(HEALTH_PERIOD_S)
-    _log.critical("a consumer loop has died: this process ends, to be started anew")
+    _log.critical("background loop died; shutting down so that the supervisor restarts the process")
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
-def when_told_to_end(call: Callable[[], None]) -> Iterator[None]:
-    """Call this too when the process is told to end (SIGTERM), before the server waits for the answers under way to end."""
+def on_sigterm(call: Callable[[], None]) -> Iterator[None]:
+    """Also call `call` on SIGTERM, before the server waits for responses in progress."""
     loop = asyncio.get_running_loop()
     server = signal.getsignal(signal.SIGTERM)
 
-    def told(number: int, frame: FrameType | None) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
         loop.call_soon_threadsafe(call)
         if callable(server):
             server(number, frame)
 
-    signal.signal(signal.SIGTERM, told)
+    signal.signal(signal.SIGTERM, on_signal)
     try:
         yield
     finally:
@@ -234,20 +235,20 @@ def when_told_to_end(call: Callable[[], None]) -> Iterator[None]:
 
 
 class AsciiJSON(JSONResponse):
-    """JSON of printable ASCII: control, C1 and bidirectional characters of callers and hosts arrive as escapes."""
+    """A response of printable ASCII JSON: control, C1 and bidirectional characters of callers and hosts are escaped."""
 
     def render(self, content: Any) -> bytes:
         return ascii_json(content).encode()
 
 
 def ascii_json(content: Any) -> str:
-    """`content` as JSON of printable ASCII."""
+    """Encode `content` as printable ASCII JSON."""
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
-    return text.replace("\x7f", "\\u007f")  # the only control character that JSON leaves as it is
+    return text.replace("\x7f", "\\u007f")  # the only control character that JSON does not escape
 
 
 def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
-    """The one shape of every error."""
+    """Return a response in the common format of all errors."""
     return AsciiJSON({"error": message}, status, headers)
 
 
@@ -266,7 +267,7 @@ async def _readyz(request: Request) -> Response:
     if starting := cast(Startup, request.app.state.startup).missing:
         return error_response(503, f"starting, waiting for {starting}")
     if missing := await cast(Probes, request.app.state.probes).missing():
-        return error_response(503, f"away: {', '.join(missing)}")
+        return error_response(503, f"unavailable: {', '.join(missing)}")
     return Response('{"status":"ok"}', media_type="application/json")
 
 
@@ -276,7 +277,7 @@ async def _metrics() -> Response:
 
 
 def source(request: Request) -> str:
-    """The address that the request came from, as the server knows it."""
+    """Return the source address of the request as determined by the server."""
     return request.client.host if request.client else ""
 
 
@@ -288,7 +289,7 @@ def audit_entry(
     target: str = "",
     reason: str = "",
 ) -> AuditEntry:
-    """What the audit log is told of this request; its path is the target unless that is named."""
+    """Return the audit entry of this request; the default target is its path."""
     caller = cast(Principal | None, request.scope.get("caller"))
     return AuditEntry(
         id=uuid4().hex,
@@ -318,17 +319,17 @@ async def _public(request: Request, error: Exception) -> Response:
 
 
 async def _dependency(request: Request, error: Exception) -> Response:
-    _log.warning("dependency away", error=str(error))
-    return await _public(request, UnavailableError("a part of the service is away; try again"))
+    _log.warning("dependency unavailable", error=str(error))
+    return await _public(request, UnavailableError("a dependency of the service is unavailable; try again"))
 
 
 async def _http(request: Request, error: Exception) -> Response:
     http = cast(HTTPException, error)
     headers = dict(http.headers or {})
-    if http.status_code == 405:  # noqa: PLR2004 # the router names the methods of one route; others may share the path
+    if http.status_code == 405:  # noqa: PLR2004 # the router lists the methods of one route; others may share the path
         allowed = _allowed(request)
         headers["Allow"] = ", ".join(sorted(allowed | ({"HEAD"} if "GET" in allowed else set())))
-    elif "caller" in request.scope:  # then a route was found, and what is wrong is the request
+    elif "caller" in request.scope:  # then a route was found, and the request is invalid
         _refused(request, Rule.REQUEST)
     return error_response(http.status_code, http.detail, headers)
 
@@ -344,7 +345,7 @@ def _allowed(request: Request) -> set[str]:
 async def _invalid(request: Request, error: Exception) -> Response:
     problems = cast(RequestValidationError, error).errors()
     if any(problem["loc"][0] == "path" for problem in problems):
-        return error_response(404, "Not Found")  # an id that cannot be one names nothing
+        return error_response(404, "Not Found")  # an invalid id names no object
     if "caller" in request.scope:
         _refused(request, Rule.REQUEST)
     if any(problem["loc"] == ("body",) for problem in problems) and not _is_json(request):
@@ -367,7 +368,7 @@ def _problem(problem: dict[str, Any]) -> str:
 
 
 class _Opened:
-    """Answers 503 until the parts of the service are open."""
+    """Answers 503 until the service has started."""
 
     def __init__(self, app: ASGIApp, *, startup: Startup) -> None:
         self._app = app
@@ -385,7 +386,7 @@ def _too_large(most: int) -> HTTPException:
 
 
 class _Outermost:
-    """What happens to every request first and last: its ids, the limits of its body, HEAD, metrics, and unhandled errors."""
+    """The outermost middleware: request ids, body limits, HEAD, metrics and unhandled errors."""
 
     def __init__(self, app: ASGIApp, *, proxies: Proxies, public: bool, max_body_seconds: float) -> None:
         self._app = app
@@ -405,7 +406,7 @@ class _Outermost:
             scope["client"] = (self._proxies.source(peer, forwarded), port)
         ids = self._ids(headers.get(b"x-request-id", b"").decode("latin-1"), trusted=trusted)
         request_id = ids["request_id"]
-        # A stranger's flag would fill the collector, and a stranger's trace may be somebody else's.
+        # An untrusted sampled flag could flood the collector, and an untrusted trace id may belong to another caller.
         traceparent = headers.get(b"traceparent", b"").decode("latin-1") if trusted else ""
         tracing_it = (
             tracing.within(traceparent)
@@ -427,7 +428,7 @@ class _Outermost:
                 added = (*scope["answer_headers"], (b"x-request-id", request_id.encode()))
                 message["headers"] = [*message.get("headers", ()), *added]
                 await send(message)
-                if head:  # the answer is complete with its headers, and whatever produces its body is disconnected
+                if head:  # the response is complete with its headers, and the producer of its body is disconnected
                     await send({"type": "http.response.body"})
             elif not head:
                 await send(message)
@@ -440,20 +441,20 @@ class _Outermost:
             except Exception:
                 _log.exception("request failed", method=scope["method"], path=scope["path"])
                 if status:
-                    raise  # an answer is under way: the server must cut it off, so that it does not look whole
+                    raise  # a response is in progress: the server must abort it, so that it does not look complete
                 await error_response(500, "Internal Server Error")(inner, receive, send_with_id)
             finally:
                 self._account(scope, inner.get("route"), status, time.perf_counter() - started, span)
 
     def _ids(self, named: str, *, trusted: bool) -> dict[str, str]:
-        """What names the request in logs: an id that no client can choose, and beside it the one that the caller chose."""
+        """Return the request ids for the logs: one that no client can choose, and the caller's own."""
         known = _REQUEST_ID.fullmatch(named) is not None
         if known and trusted and not self._public:
             return {"request_id": named}
         return {"request_id": uuid4().hex} | ({"client_request_id": named} if known else {})
 
     def _limited(self, receive: Receive, headers: Mapping[bytes, bytes], most: int) -> Receive:
-        # The framework's own limit answers in plain text, whatever the handlers say.
+        # The framework's own limit answers in plain text and bypasses the error handlers.
         announced = int(headers.get(b"content-length", b"0"))
         left = most
         until: float | None = None
@@ -470,7 +471,7 @@ class _Outermost:
                 async with asyncio.timeout_at(until):
                     message = await receive()
             except TimeoutError:
-                # What arrives later is no next request.
+                # Bytes that arrive later must not be parsed as the next request.
                 raise HTTPException(408, "the body arrived too slowly", {"Connection": "close"}) from None
             left -= len(message.get("body", b""))
             if left < 0:

@@ -1,6 +1,6 @@
-"""Settings in composable parts; each service's `settings.py` inherits the ones it needs.
+"""Composable settings classes; each service's `settings.py` inherits from those it needs.
 
-Every value comes from an environment variable, `SCANFLEET_` and the field's name; lists are separated by commas.
+Every value is read from the environment variable `SCANFLEET_<FIELD>`; lists are comma-separated.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from scanfleet.targets import DEFAULT_MAX_ADDRESSES, NAT64_LENGTHS, Network, Tar
 
 Algorithm = Literal["RS256", "PS256", "ES256", "EdDSA"]
 Claim = Annotated[str, Field(min_length=1, max_length=200)]
-"""The name of a claim, or a path to it."""
+"""Name of a claim, or path to a nested one."""
 
 MAX_LIFE_SECONDS: Final = 30 * 86_400
-"""Longest life that a token may be allowed; a revocation is kept for longer."""
+"""Upper bound of the configurable token lifetime; revocations are kept for longer."""
 
 
 def _split(value: object) -> object:
@@ -59,7 +59,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _secret(file: Path) -> str:
-    return file.read_text(encoding="utf-8").strip()  # an editor ends it with a newline
+    return file.read_text(encoding="utf-8").strip()  # editors append a newline
 
 
 class _Settings(BaseSettings):
@@ -67,40 +67,41 @@ class _Settings(BaseSettings):
 
 
 class FrontSettings(_Settings):
-    """What clients may hold of a service before it has looked at their requests."""
+    """Limits on connections and on requests that are not complete yet."""
 
     max_connections: int = Field(
-        2_000,  # twice the requests that a gateway serves at once; idle, each costs some 20 kB
+        2_000,  # twice the gateway's concurrent requests; an idle connection costs about 20 kB
         ge=1,
-        description="The most connections of all clients. For one more, an idle connection of the client that has most is "
-        "closed; if none is idle, it is answered 503.",
+        description="Maximum number of connections. Beyond it, an idle connection of the client with the most "
+        "connections is closed; if none is idle, the new connection is answered 503.",
     )
     max_connections_per_address: int = Field(
-        600,  # more than the 500 connections that a gateway opens to each service behind it
+        600,  # more than the 500 connections of a gateway to each internal service
         ge=1,
-        description="The most connections of one IPv4 address, or of one IPv6 /64 network; likewise. Behind a proxy, all "
-        "clients have the proxy's address.",
+        description="Maximum number of connections per IPv4 address or IPv6 /64 network, enforced in the same way. "
+        "Behind a proxy all clients share the proxy's address.",
     )
     header_seconds: float = Field(
-        10.0,  # a client that is alive sends them in one packet
+        10.0,  # normal clients send them in one packet
         gt=0,
-        description="How long in seconds a new connection may take to send a whole request line and all headers, and a later "
-        "request of the same connection from its first byte on.",
+        description="Timeout in seconds for the request line and headers: from the start of the connection, and for "
+        "later requests of the connection from their first byte.",
     )
     stalled_seconds: float = Field(
-        60.0,  # proxies and phones that lose their network are back or gone sooner
+        60.0,  # proxies and mobile clients that lose their network reconnect or disappear sooner
         gt=0,
-        description="How long in seconds a client may read nothing of an answer before its connection is closed.",
+        description="Write timeout in seconds: the connection of a client that reads nothing of a response for so "
+        "long is closed.",
     )
     trusted_proxies: Networks = Field(
         (),
-        description="Networks of the proxies before the service. What they report is believed: the caller's address in "
-        "`X-Forwarded-For`, of which the last one outside these networks counts, and the trace in `traceparent`.",
+        description="Networks of trusted proxies in front of the service. Their `X-Forwarded-For` determines the "
+        "caller's address (the last one outside these networks), and their `traceparent` the trace.",
     )
 
 
 class CommonSettings(FrontSettings):
-    """What every service has."""
+    """Settings of every service."""
 
     instance: str = Field(
         default_factory=socket.gethostname,
@@ -109,50 +110,51 @@ class CommonSettings(FrontSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info",
-        description="The least level that is logged.",
+        description="Minimum log level.",
     )
     otlp_endpoint: HttpUrl | None = Field(
         None,
-        description="OpenTelemetry collector that gets the traces, by OTLP over HTTP (usually on port 4318); without it there are none.",
+        description="OpenTelemetry collector for traces, by OTLP over HTTP (usually port 4318). Without it tracing is "
+        "off.",
     )
     otlp_ratio: float = Field(
         1.0,
         ge=0,
         le=1,
-        description="Share of the requests that are traced; one that comes with a `traceparent` says itself whether it is.",
+        description="Fraction of requests to trace; requests with a trusted `traceparent` follow its sampled flag.",
     )
 
 
 class KafkaSettings(_Settings):
-    """The way to the bus."""
+    """Kafka connection."""
 
     kafka: str = Field(
         min_length=1,
-        description="Bootstrap servers as `host:port`, separated by commas.",
+        description="Bootstrap servers as comma-separated `host:port`.",
     )
     kafka_ca_file: Path | None = Field(
         None,
-        description="PEM file with the authorities that vouch for the brokers. With it all is said over TLS.",
+        description="PEM file with the certificate authorities of the brokers. If set, connections use TLS.",
     )
     kafka_username: str | None = Field(
         None,
         min_length=1,
-        description="Who we are to the brokers (SCRAM-SHA-512).",
+        description="SASL username (SCRAM-SHA-512).",
     )
     kafka_password_file: Path | None = Field(
         None,
-        description="File with the password of that name, read once at start.",
+        description="File with the SASL password, read once at start.",
     )
     topic_prefix: str = Field(
         "",
         pattern=r"^[A-Za-z0-9._-]{0,64}$",
-        description="Put before the name of every topic and consumer group, so that several platforms can share a broker.",
+        description="Prefix of every topic and consumer group, so that several platforms can share a cluster.",
     )
 
     @model_validator(mode="after")
     def _name_with_password(self) -> Self:
         if (self.kafka_username is None) != (self.kafka_password_file is None):
-            raise ValueError("set both of SCANFLEET_KAFKA_USERNAME and SCANFLEET_KAFKA_PASSWORD_FILE, or neither")
+            raise ValueError("set both SCANFLEET_KAFKA_USERNAME and SCANFLEET_KAFKA_PASSWORD_FILE, or neither")
         return self
 
     @property
@@ -162,21 +164,21 @@ class KafkaSettings(_Settings):
 
 
 class MongoSettings(_Settings):
-    """The way to the service's own database. Exactly one of the first two is set."""
+    """MongoDB connection of the service's own database. Exactly one of the first two is set."""
 
     mongodb: str | None = Field(
         None,
         min_length=1,
-        repr=False,  # it may hold a password
+        repr=False,  # may contain a password
         description="MongoDB connection URI of a replica set.",
     )
     mongodb_file: Path | None = Field(
         None,
-        description="File with that URI, read once at start: for one that holds a password.",
+        description="File with that URI, read once at start; for a URI with a password.",
     )
     database: str = Field(
-        pattern=r"^[A-Za-z0-9_-]{1,38}$",  # what MongoDB allows at most
-        description="Name of the service's database; no two services share one.",
+        pattern=r"^[A-Za-z0-9_-]{1,38}$",  # MongoDB's maximum
+        description="Name of the service's database; services must not share one.",
     )
 
     @model_validator(mode="after")
@@ -192,17 +194,17 @@ class MongoSettings(_Settings):
 
 
 class AuthSettings(_Settings):
-    """Which tokens of users are accepted. Exactly one source of keys is set."""
+    """Verification of users' tokens. Exactly one source of keys is set."""
 
-    jwt_issuer: str = Field(min_length=1, description="The only `iss` that is accepted.")
-    jwt_audience: str = Field(min_length=1, description="What the audience claim must be or contain.")
+    jwt_issuer: str = Field(min_length=1, description="The only accepted `iss`.")
+    jwt_audience: str = Field(min_length=1, description="Required value of the audience claim, or one of its values.")
     jwt_audience_claim: Claim = Field(
-        "aud", description="Claim that holds the audience; Cognito's access tokens have it in `client_id`."
+        "aud", description="Claim with the audience; Cognito's access tokens use `client_id`."
     )
     jwt_jwks_url: Annotated[HttpUrl, AfterValidator(_https)] | None = Field(
         None,
-        description="Where the issuer publishes its public keys (JWKS), by https unless it is on this machine; keys rotate "
-        "without a restart.",
+        description="URL of the issuer's public keys (JWKS); https unless it is on this machine. Key rotation needs "
+        "no restart.",
     )
     jwt_public_key_file: Path | None = Field(
         None,
@@ -211,65 +213,67 @@ class AuthSettings(_Settings):
     jwt_development_secret: SecretStr | None = Field(
         None,
         min_length=32,  # HS256 needs a key as long as its hash (RFC 7518, 3.2)
-        description="Shared secret for HS256 tokens. For development only: every process that can verify a token can make one.",
+        description="Shared secret for HS256 tokens. Development only: every process that can verify a token can also "
+        "create one.",
     )
     jwt_algorithms: Annotated[tuple[Algorithm, ...], NoDecode, BeforeValidator(_split)] = Field(
         ("RS256", "PS256", "ES256", "EdDSA"),
         min_length=1,
-        description="Signature algorithms that are accepted; a key is only ever used with those made for its type. `EdDSA` is "
+        description="Accepted signature algorithms; a key is used only with the algorithms of its type. `EdDSA` is "
         "Ed25519, under either name.",
     )
     jwt_types: Words = Field(
         ("at+jwt", "JWT"),
-        description="Values of the header `typ` that are accepted, in any case; a token without `typ` is accepted too.",
+        description="Accepted values of the header `typ`, case-insensitive; a token without `typ` is accepted too.",
     )
     jwt_max_chars: int = Field(
-        14_000,  # with 200 groups a token of Entra has 11,000; the rest of a request's 16 kB is for other headers
+        14_000,  # an Entra token with 200 groups has 11,000; the rest of the 16 kB is for other headers
         ge=1_000,
         le=64_000,
-        description="The most characters of a token. All headers of a request have a limit of their own.",
+        description="Maximum length of a token in characters. The headers of a request have a separate limit in total.",
     )
     jwt_max_life_seconds: int = Field(
-        86_400,  # a token that was stolen is of no use tomorrow
+        86_400,  # limits the use of a stolen token to a day
         ge=60,
         le=MAX_LIFE_SECONDS,
-        description="Longest life (`exp` less `iat`) of a token in seconds; one made for longer is refused. Entra issues some "
-        "for up to 28 hours.",
+        description="Maximum lifetime (`exp` minus `iat`) of a token in seconds; tokens with a longer one are "
+        "rejected. Entra issues some for up to 28 hours.",
     )
     jwt_leeway_seconds: int = Field(
         10,  # clocks that NTP keeps differ by far less
         ge=0,
         le=60,
-        description="By how many seconds the issuer's clock may differ from ours.",
+        description="Maximum clock difference to the issuer in seconds.",
     )
     jwt_user_ids: Literal["claim", "mapped"] = Field(
         "claim",
-        description="Where a user's id comes from: `claim` takes it from the token, `mapped` assigns one to each `sub`.",
+        description="Source of user ids: `claim` reads them from the token, `mapped` assigns one to each `sub`.",
     )
     jwt_user_claim: Claim = Field(
         "sub",
-        description="Claim that holds the user id with `claim`: an integer, or one in a string; a path works too.",
+        description="Claim with the user id if `claim`: an integer or a string of digits; may be a path.",
     )
     jwt_roles_claim: Claim = Field(
         "roles",
-        description="Claim that holds the roles: a list, a string, the keys of an object, or the words of a `scope`. A path "
-        "leads to a nested one: `realm_access.roles`.",
+        description="Claim with the roles: a list, a string, the keys of an object, or the words of a `scope`. A path "
+        "selects a nested claim: `realm_access.roles`.",
     )
-    jwt_admin_role: str = Field("admin", min_length=1, description="Role that makes an administrator.")
+    jwt_admin_role: str = Field("admin", min_length=1, description="Role of administrators.")
     jwt_jwks_cooldown_seconds: int = Field(
-        10,  # soon enough for a new key, and no load for an issuer whatever kids callers invent
+        10,  # soon enough for a new key; limits the issuer's load from invented key ids
         ge=1,
-        description="Shortest time in seconds between two fetches of the JWKS.",
+        description="Minimum interval in seconds between two fetches of the JWKS.",
     )
     jwt_jwks_max_age_seconds: int = Field(
-        300,  # a key that the issuer has withdrawn is accepted for at most this long
+        300,  # the maximum time for which a withdrawn key is still accepted
         ge=1,
-        description="Age in seconds after which the JWKS is fetched again.",
+        description="Age in seconds after which the JWKS is refetched.",
     )
     jwt_jwks_max_stale_seconds: int = Field(
-        14_400,  # an issuer's outage of an afternoon; an attacker who blocks the fetch to keep a stolen key valid gets no longer
+        14_400,  # bridges an outage of hours; bounds an attacker who blocks the fetch to keep a stolen key valid
         ge=1,
-        description="Age in seconds at which keys end that cannot be fetched again. Then every request is answered 503.",
+        description="Maximum age in seconds of keys that cannot be refetched. Afterwards every request is answered "
+        "503.",
     )
 
     @model_validator(mode="after")
@@ -284,7 +288,7 @@ class AuthSettings(_Settings):
     @model_validator(mode="after")
     def _ages_in_order(self) -> Self:
         if self.jwt_jwks_max_stale_seconds < self.jwt_jwks_max_age_seconds:
-            raise ValueError("SCANFLEET_JWT_JWKS_MAX_STALE_SECONDS is not below SCANFLEET_JWT_JWKS_MAX_AGE_SECONDS")
+            raise ValueError("SCANFLEET_JWT_JWKS_MAX_STALE_SECONDS must be at least SCANFLEET_JWT_JWKS_MAX_AGE_SECONDS")
         return self
 
     @property
@@ -293,39 +297,40 @@ class AuthSettings(_Settings):
 
 
 class InternalTokenSettings(_Settings):
-    """Whose requests the services behind the gateway accept."""
+    """Verification of internal tokens in the services behind the gateway."""
 
     internal_public_keys_file: Path = Field(
-        description="PEM file with the gateway's Ed25519 public key, read once at start; while the key is replaced, with the old "
-        "and the new one.",
+        description="PEM file with the gateway's Ed25519 public key, read once at start; during a key rotation with "
+        "the old and the new one.",
     )
 
 
 class TargetSettings(_Settings):
-    """What may be scanned."""
+    """Rules for scan targets."""
 
     allowed_networks: Networks = Field(
         (),
-        description="Networks that may be scanned, as CIDRs separated by commas. Nothing may be until they are named.",
+        description="Networks that may be scanned, as comma-separated CIDRs. The default allows none.",
     )
     denied_networks: Networks = Field(
         (),
-        description="Networks that may not be scanned, whatever is allowed.",
+        description="Networks that must not be scanned; takes precedence over the allowed networks.",
     )
     nat64_prefixes: Annotated[tuple[Nat64Prefix, ...], NoDecode, BeforeValidator(_split)] = Field(
         (),
-        description="Prefixes of the site's own NAT64 (RFC 6052). An address within leads to an IPv4 address, which must be "
-        "allowed too.",
+        description="Prefixes of the site's own NAT64 (RFC 6052). The IPv4 address embedded in an address within them "
+        "must be allowed too.",
     )
     max_addresses: int = Field(
         DEFAULT_MAX_ADDRESSES,
         ge=1,
-        description="The most addresses of one subnet.",
+        description="Maximum number of addresses per subnet.",
     )
     scripts: Annotated[tuple[ScriptName, ...], NoDecode, BeforeValidator(_split)] = Field(
         (),
-        description="Names of further NSE scripts that policies may name; no categories. The workers' nmap must have them, and "
-        "[security.md](security.md#scripts) has the risk. Give the orchestrator and the workers the same names.",
+        description="Names of additional NSE scripts that policies may use; no categories. The workers' nmap must "
+        "have them; see [security.md](security.md#scripts) for the risk. Use the same value for the orchestrator and "
+        "the workers.",
     )
 
     @property

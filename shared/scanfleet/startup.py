@@ -1,4 +1,4 @@
-"""A service that starts while Kafka or MongoDB is missing: the process is up and unready, and keeps trying."""
+"""Start-up without Kafka or MongoDB: the process is up but unready, and keeps retrying."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import structlog
 
 from scanfleet.errors import DependencyError
 
-PATIENCE_S: Final = 10.0  # for parts that are there: a group takes up to a few seconds to let a member in
+PATIENCE_S: Final = 10.0  # with available dependencies: joining a consumer group takes up to a few seconds
 FIRST_PAUSE_S: Final = 1.0
-LONGEST_PAUSE_S: Final = 10.0  # a dependency that is back is found within it
+LONGEST_PAUSE_S: Final = 10.0  # a recovered dependency is noticed within it
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -22,20 +22,20 @@ Opened = TypeVar("Opened")
 
 
 class Startup:
-    """Opens the parts of a service in a task of its own; a `scanfleet.service.Watched`."""
+    """Opens the parts of a service in a background task; a `scanfleet.service.Watched`."""
 
     def __init__(self, patience_seconds: float = PATIENCE_S) -> None:
         self.patience_seconds = patience_seconds
         self.missing = ""
-        """The dependency that is waited for; empty once everything is open."""
+        """The dependency that start-up waits for; empty once everything is open."""
 
-        self._settled = asyncio.Event()  # everything is open, or never will be
+        self._settled = asyncio.Event()  # everything is open, or has failed
         self._closing = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     @property
     def alive(self) -> bool:
-        """False when a part failed for good: the process must be replaced."""
+        """False when a part failed permanently: the process must be restarted."""
         return self._task is None or not self._task.done() or self._closing.is_set()
 
     @property
@@ -43,12 +43,12 @@ class Startup:
         """Whether everything is open."""
         return self._task is None or (self._settled.is_set() and self.alive)
 
-    async def until_there(self, dependency: str, open_it: Callable[[], Awaitable[Opened]]) -> Opened:
-        """Return what `open_it` does; while it raises DependencyError, call it again after a pause.
+    async def until_available(self, dependency: str, open_it: Callable[[], Awaitable[Opened]]) -> Opened:
+        """Return the result of `open_it`, retrying with a delay while it raises DependencyError.
 
         Args:
-            dependency: what it needs, for `/readyz` and the log.
-            open_it: leaves nothing open when it raises.
+            dependency: name of the dependency, for `/readyz` and the log.
+            open_it: must leave nothing open when it raises.
         """
         self.missing, pause = dependency, FIRST_PAUSE_S
         while True:
@@ -61,10 +61,10 @@ class Startup:
 
     @asynccontextmanager
     async def opening(self, parts: AbstractAsyncContextManager[None]) -> AsyncIterator[None]:
-        """Keep `parts` open for the length of the block, which begins without them when they take longer than `patience_seconds`.
+        """Keep `parts` open for the duration of the block, which begins without them after `patience_seconds`.
 
         Raises:
-            Exception: what entering `parts` raised before the block began; what it raises later is logged.
+            Exception: entering `parts` raised it before the block began; a later exception is logged.
         """
         self._task = asyncio.create_task(self._hold(parts), name="startup")
         try:
@@ -89,7 +89,7 @@ class Startup:
                 self._settled.set()
                 await self._closing.wait()
         except Exception:
-            _log.exception("the parts of the service failed")
+            _log.exception("start-up failed")
             raise
         finally:
             self._settled.set()

@@ -1,7 +1,7 @@
-"""What may be scanned: how a network is written, which rules it must pass, and which of its addresses are left out.
+"""Scan targets: the syntax of networks, the target rules, and excluded addresses.
 
-The rules fail closed: what no rule allows is refused. They are asked when a subnet is stored, when a job is made from it,
-and by the worker right before nmap starts.
+The rules fail closed: targets that no rule allows are refused. They are checked when a subnet is stored, when a job is
+created from it, and by the worker immediately before nmap starts.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from scanfleet.outcomes import Outcome
 
 Network = IPv4Network | IPv6Network
 
-DEFAULT_MAX_ADDRESSES: Final = 65_536  # a /16: the largest private network that people hand out whole
+DEFAULT_MAX_ADDRESSES: Final = 65_536  # a /16: the largest private network in common use
 _LONGEST_WITH_BROADCAST: Final = 30  # prefix length: a /31 is a link between two hosts (RFC 3021)
 
-# Narrower than what `ipaddress` takes: no netmask, no zone, no leading zero in the prefix length.
+# Stricter than `ipaddress`: no netmask, no zone, no leading zero in the prefix length.
 _NETWORK = re.compile(r"[0-9a-fA-F:.]{2,45}(/(0|[1-9][0-9]{0,2}))?")
 
-# Never scanned, whatever the lists say: nobody means these, and an attacker would.
+# Never scanned, whatever the configuration: these have no legitimate use as targets but help an attacker.
 _NEVER: Final[tuple[tuple[Network, str], ...]] = (
     (IPv4Network("0.0.0.0/8"), "unspecified addresses"),
     (IPv4Network("169.254.0.0/16"), "link-local addresses and the metadata services among them"),
@@ -40,12 +40,12 @@ _NEVER: Final[tuple[tuple[Network, str], ...]] = (
     (IPv6Network("fd00:ec2::23/128"), "metadata services"),
     (IPv6Network("fd20:ce::254/128"), "metadata services"),
     (IPv6Network("fd00:42::42/128"), "metadata services"),
-    # They lead to IPv4 addresses too, but which ones depends on a translator or relay that we do not know.
+    # These also map to IPv4 addresses, but the mapping depends on an unknown translator or relay.
     (IPv6Network("64:ff9b:1::/48"), "local NAT64 addresses"),
     (IPv6Network("2001::/32"), "Teredo addresses"),
 )
 
-# IPv6 addresses in which an IPv4 address follows the prefix; packets to them end at that IPv4 address.
+# IPv6 addresses with an embedded IPv4 address after the prefix; packets to them reach that IPv4 address.
 _EMBEDDING: Final = (
     IPv6Network("::/96"),  # IPv4-compatible (RFC 4291)
     IPv6Network("::ffff:0:0/96"),  # IPv4-mapped (RFC 4291)
@@ -61,11 +61,10 @@ NAT64_LENGTHS: Final = frozenset({32, 40, 48, 56, 64, 96})
 
 
 def parse_network(text: str) -> Network:
-    """Read a network such as `10.1.2.0/24` or `2001:db8::/64`; a single address is a /32 or /128.
+    """Parse a network such as `10.1.2.0/24` or `2001:db8::/64`; a single address is a /32 or /128.
 
     Raises:
-        ValueError: it is written in any other way, or an address within the network stands for the network. The message
-            is fit for a user.
+        ValueError: the syntax is different, or host bits are set. The message is suitable for users.
     """
     unreadable = f'{text[:50]!r} is not a network such as "10.1.2.0/24" or "2001:db8::/64"'
     if _NETWORK.fullmatch(text) is None:
@@ -81,7 +80,7 @@ def parse_network(text: str) -> Network:
 
 @dataclass(frozen=True, slots=True)
 class TargetRules:
-    """The operator's word on what may be scanned."""
+    """The operator's configuration of allowed and denied networks."""
 
     allowed: tuple[Network, ...]
     denied: tuple[Network, ...] = ()
@@ -90,7 +89,7 @@ class TargetRules:
     """Prefixes of the site's NAT64, of a length in `NAT64_LENGTHS`."""
 
     def refusal(self, network: Network) -> str | None:
-        """The rule that forbids to scan `network`, as a sentence for the user; None when every address may be scanned.
+        """Return the rule that forbids scanning `network` as a sentence for the user; None if all of it may be scanned.
 
         Deny wins over allow, and several allowed networks together may cover one. An IPv6 network whose addresses embed
         IPv4 addresses must be acceptable itself, and so must every IPv4 address that it embeds.
@@ -116,19 +115,19 @@ class TargetRules:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A network to scan, less the `exclude` networks: sorted, disjoint, as few as there can be, and not all of it."""
+    """A network to scan without the `exclude` networks, which are sorted, disjoint, merged, and not all of it."""
 
     network: Network
     exclude: tuple[Network, ...] = ()
 
     @classmethod
     def parse(cls, cidr: str, exclude: Iterable[str] = ()) -> Target:
-        """Read a subnet's texts. Exclusions outside the network have no effect, and those that overlap or touch are merged.
+        """Parse a subnet. Exclusions outside the network have no effect; overlapping or adjacent ones are merged.
 
-        So one list of exclusions serves every subnet of a site.
+        So one list of exclusions can serve every subnet of a site.
 
         Raises:
-            ValueError: a text is not a network, or the exclusions leave nothing of the network. The message is fit for a user.
+            ValueError: a text is not a network, or every address is excluded. The message is suitable for users.
         """
         network = parse_network(cidr)
         given = tuple(map(parse_network, exclude))
@@ -143,16 +142,16 @@ class Target:
 
     @property
     def included(self) -> int:
-        """How many addresses are left to scan."""
+        """The number of addresses to scan."""
         return self.network.num_addresses - sum(inner.num_addresses for inner in self.exclude)
 
     def without_broadcast(self) -> Target:
-        """The target with the network's broadcast address excluded, which would multiply a raw packet by the hosts that answer.
+        """Exclude the network's broadcast address: every host would answer a raw packet to it.
 
-        Loopback networks have none, nor has a /31 or /32.
+        Loopback networks and a /31 or /32 have none.
 
         Raises:
-            ValueError: it is all that was left. The message is fit for a user.
+            ValueError: no other address is left. The message is suitable for users.
         """
         network = self.network
         if isinstance(network, IPv6Network) or network.is_loopback or network.prefixlen > _LONGEST_WITH_BROADCAST:
@@ -164,7 +163,7 @@ class Target:
         return target
 
     def outcomes(self) -> str:
-        """The network's outcome map before anything is scanned: each address excluded or blank."""
+        """Return the initial outcome map of the network: each address is excluded or blank."""
         first = int(self.network.network_address)
         letters = bytearray(Outcome.BLANK.encode() * self.network.num_addresses)
         for inner in self.exclude:
@@ -174,18 +173,18 @@ class Target:
 
 
 def _within(inner: Network, outer: Network) -> bool:
-    """Like `subnet_of`, which raises where the families differ."""
+    """Return the same as `subnet_of`, which raises if the families differ."""
     return inner.network_address in outer and inner.prefixlen >= outer.prefixlen
 
 
 def _embedded(network: Network, nat64: Iterable[IPv6Network]) -> Iterable[IPv4Network]:
-    """The IPv4 networks that lie embedded in `network`: all of IPv4 where it holds a whole embedding prefix."""
+    """Yield the IPv4 networks embedded in `network`: all of IPv4 if it contains a whole embedding prefix."""
     if isinstance(network, IPv4Network) or network == _LOOPBACK:
         return
     for prefix in (*_EMBEDDING, *nat64):
         if network.overlaps(prefix):
             yield _read(network, [bit for bit in range(prefix.prefixlen, 128) if bit not in _U_OCTET][:32])
-    # Of the half of the identifier before the IPv4 address, these bits are the same in all addresses.
+    # In the half of the identifier before the IPv4 address, these bits are equal in all addresses.
     fixed = min(max(network.prefixlen - 64, 0), 32)
     half = int(network.network_address) >> 32 & 0xFFFF_FFFF
     if any(half >> (32 - fixed) == isatap >> (32 - fixed) for isatap in _ISATAP):
@@ -196,7 +195,7 @@ _U_OCTET: Final = range(64, 72)  # no embedded address has bits here (RFC 6052)
 
 
 def _read(network: IPv6Network, bits: Sequence[int]) -> IPv4Network:
-    """The IPv4 network whose address lies in these 32 bits of `network`; 0 is the first."""
+    """Return the IPv4 network encoded in these 32 bits of `network`; bit 0 is the first."""
     length = sum(bit < network.prefixlen for bit in bits)
     address = 0
     for bit in bits:

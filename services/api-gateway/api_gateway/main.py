@@ -81,23 +81,23 @@ def create_app(
                 results, InternalTokens(key, RESULT_STORE), stalled_seconds=settings.stalled_seconds
             )
             app.state.verifier = await stack.enter_async_context(_open_verifier(app, settings, orchestrator, transport))
-            await startup.until_there("kafka", bus.start)
+            await startup.until_available("kafka", bus.start)
             stack.push_async_callback(bus.stop)
             commands = Commands(bus, reply_seconds=settings.reply_seconds)
             replies = bus.tail(SCAN_REPLIES, commands)
-            await startup.until_there("kafka", replies.start)
+            await startup.until_available("kafka", replies.start)
             stack.push_async_callback(replies.stop)
             watches = Watches()
             events = bus.tail(SCAN_EVENTS, watches)
-            await startup.until_there("kafka", events.start)
+            await startup.until_available("kafka", events.start)
             stack.push_async_callback(events.stop)
-            stack.enter_context(service.when_told_to_end(watches.end))
+            stack.enter_context(service.on_sigterm(watches.end))
             app.state.probes.depend("job-orchestrator", orchestrator.reached)
             app.state.probes.depend("result-store", result_store.reached)
             app.state.probes.watch(bus)
             app.state.probes.watch(replies)
             app.state.probes.watch(events)
-            app.state.probes.watch(await stack.enter_async_context(app.state.refusals.told_to(bus)))
+            app.state.probes.watch(await stack.enter_async_context(app.state.refusals.publishing_to(bus)))
             app.state.gateway = State(
                 commands,
                 orchestrator,

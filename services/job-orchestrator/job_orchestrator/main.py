@@ -122,18 +122,18 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             stack.callback(database.client.close)
             keys = read_chain_keys(settings.audit_key_file)
             store = MongoStore(database, keys, keep_audit=timedelta(days=settings.audit_days))
-            await startup.until_there("mongodb", store.prepare)
+            await startup.until_available("mongodb", store.prepare)
             app.state.access = access = MongoAccess(database)
-            await startup.until_there("mongodb", access.prepare)
+            await startup.until_available("mongodb", access.prepare)
             app.state.probes.depend("mongodb", lambda: mongo.ping(database))
             bus = KafkaBus(settings, source=ORCHESTRATOR, instance=settings.instance)
-            await startup.until_there("kafka", bus.start)
+            await startup.until_available("kafka", bus.start)
             stack.push_async_callback(bus.stop)
             app.state.probes.watch(bus)
-            app.state.probes.watch(await stack.enter_async_context(app.state.refusals.told_to(bus)))
+            app.state.probes.watch(await stack.enter_async_context(app.state.refusals.publishing_to(bus)))
 
             clock = PlatformTime(store.time)
-            await startup.until_there("mongodb", clock.refresh)
+            await startup.until_available("mongodb", clock.refresh)
             orchestrator = Orchestrator(
                 store,
                 bus,
@@ -155,7 +155,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             ]
             seal = Loop("audit seal", _SEAL_SECONDS, store.seal, vital=False)
             for loop in (Loop("time", _TIME_SECONDS, clock.refresh), seal, *orchestrator.loops, *consumers):
-                await startup.until_there("kafka", loop.start)
+                await startup.until_available("kafka", loop.start)
                 stack.push_async_callback(loop.stop)
                 app.state.probes.watch(loop)
             yield

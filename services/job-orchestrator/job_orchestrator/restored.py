@@ -43,7 +43,7 @@ async def restored(settings: Settings) -> str:
     # What waits in the log was said to another database: a chunk may be stored there whose results are not there now.
     for topic in (SCAN_COMMANDS, SCAN_WORKERS, SCAN_PROGRESS, SCAN_STORED):
         await move_group(settings, f"{ORCHESTRATOR}-{topic.name}", topic, "end")
-    above = mongo.beyond()
+    above = mongo.next_id_floor()
     database = mongo.connect(settings.mongodb_uri, settings.database)
     try:
         keys = read_chain_keys(settings.audit_key_file)

@@ -23,7 +23,7 @@ async def restored(settings: Settings) -> str:
         DependencyError: Kafka or MongoDB is unavailable, or a result-store still runs; call again.
     """
     await move_group(settings, RESULT_STORE, SCAN_RESULTS, "beginning")
-    above = mongo.beyond()
+    above = mongo.next_id_floor()
     database = mongo.connect(settings.mongodb_uri, settings.database)
     try:
         await mongo.advance_ids(database, [SEQUENCE], above)

@@ -24,7 +24,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError
 from aiokafka.partitioner import DefaultPartitioner
 
-from scanfleet.bus import Consumer, DeadLetterHearer, Handler
+from scanfleet.bus import Consumer, DeadLetterCallback, Handler
 from scanfleet.consumer import ConsumerLoop, Source
 from scanfleet.errors import DependencyError
 from scanfleet.kafka.broker import BACKOFF_MS, access, connect, depending
@@ -78,7 +78,7 @@ class KafkaBus:
             set
         )  # sends that `publish` gave up
         self._fault: BaseException | None = None
-        self._dead_letter_hearers: list[DeadLetterHearer] = []
+        self._dead_letter_callbacks: list[DeadLetterCallback] = []
 
     async def start(self) -> None:
         """Connect; waits for a broker that is still starting.
@@ -143,8 +143,8 @@ class KafkaBus:
         envelopes = [encode(topic, message, source=self._source) for message in messages]
         await self.send(topic.name, [(envelope.key, envelope.value, envelope.headers) for envelope in envelopes])
 
-    def hear_dead_letters(self, hear: DeadLetterHearer) -> None:
-        self._dead_letter_hearers.append(hear)
+    def on_dead_letter(self, callback: DeadLetterCallback) -> None:
+        self._dead_letter_callbacks.append(callback)
 
     def consume(self, topic: Topic, group: str, handler: Handler) -> Consumer:
         source = Member(
@@ -206,8 +206,8 @@ class KafkaBus:
             headers = dead_letter_headers(record, group=group, reason=reason)
             # The client takes no record without key and value; a hostile one may have neither.
             await self.send(topic.dead_letter, [(record.key or b"", record.value, headers)])
-            for hear in self._dead_letter_hearers:
-                hear(record, reason)
+            for callback in self._dead_letter_callbacks:
+                callback(record, reason)
 
         return ConsumerLoop(topic, group, handler, source, dead_letter)
 

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
-from scanfleet.bus import Consumer, DeadLetterHearer, Handler
+from scanfleet.bus import Consumer, DeadLetterCallback, Handler
 from scanfleet.clock import utc_now
 from scanfleet.consumer import BatchDroppedError, ConsumerLoop, Listener
 from scanfleet.errors import DependencyError
@@ -60,7 +60,7 @@ class MemoryBroker:
         record = RawRecord(name, partition, len(log), utc_now(), key, value, tuple(headers))
         log.append(record)
         self._records[name].append(record)
-        self.tell()
+        self.notify()
 
     def group(self, topic: Topic, name: str) -> _Group:
         return self._groups[topic.name, name]
@@ -69,7 +69,7 @@ class MemoryBroker:
         """For each partition the offset that the group goes on from, where it has committed one."""
         return dict(self.group(topic, group).offsets)
 
-    def tell(self) -> None:
+    def notify(self) -> None:
         """Wake whoever waits for news."""
         self._news.set()
         self._news = asyncio.Event()
@@ -87,7 +87,7 @@ class MemoryBus:
     def __init__(self, broker: MemoryBroker | None = None, *, source: str = "test") -> None:
         self.broker = broker or MemoryBroker()
         self._source = source
-        self._dead_letter_hearers: list[DeadLetterHearer] = []
+        self._dead_letter_callbacks: list[DeadLetterCallback] = []
 
     async def start(self) -> None:
         self.broker.check()
@@ -110,8 +110,8 @@ class MemoryBus:
             partition = topic.partition_of(envelope.key.decode())
             self.broker.append(topic.name, partition, key=envelope.key, value=envelope.value, headers=envelope.headers)
 
-    def hear_dead_letters(self, hear: DeadLetterHearer) -> None:
-        self._dead_letter_hearers.append(hear)
+    def on_dead_letter(self, callback: DeadLetterCallback) -> None:
+        self._dead_letter_callbacks.append(callback)
 
     def consume(self, topic: Topic, group: str, handler: Handler) -> Consumer:
         return self._member(topic, group, handler, _Member(self.broker, topic, group))
@@ -128,8 +128,8 @@ class MemoryBus:
             self.broker.check()
             headers = dead_letter_headers(record, group=group, reason=reason)
             self.broker.append(topic.dead_letter, 0, key=record.key, value=record.value, headers=headers)
-            for hear in self._dead_letter_hearers:
-                hear(record, reason)
+            for callback in self._dead_letter_callbacks:
+                callback(record, reason)
 
         return ConsumerLoop(topic, group, handler, source, dead_letter)
 
@@ -211,7 +211,7 @@ class _Member(_Tail):
     async def assign(self, partitions: Collection[int]) -> None:
         self._generation = self._group.generation
         self._positions = {number: self._group.offsets.get(number, 0) for number in partitions}
-        self._broker.tell()
+        self._broker.notify()
         await self.listener.assigned(set(partitions))
 
 

@@ -61,8 +61,8 @@ async def test_refusals_are_told_one_by_one(refusals: Refusals, bus: MemoryBus) 
     entries = [entry(number) for number in range(3)]
     for each in entries:
         refusals.add(each)
-    await refusals.tell(bus)
-    await refusals.tell(bus)
+    await refusals.flush(bus)
+    await refusals.flush(bus)
     assert told(bus) == entries
 
 
@@ -71,15 +71,15 @@ async def test_a_flood_is_counted(refusals: Refusals, time: Time, bus: MemoryBus
     for number in range(SINGLES + 500):
         refusals.add(entry(number))
     refusals.add(entry(9_999, subject="7"))
-    await refusals.tell(bus)
+    await refusals.flush(bus)
     assert len(told(bus)) == SINGLES + 1
     time.now += WINDOW_S
-    await refusals.tell(bus)
+    await refusals.flush(bus)
     last = told(bus)[-1]
     assert (last.count, last.request_id, last.source) == (500, f"r-{SINGLES + 499}", "192.0.2.17")
     assert sum(each.count for each in told(bus)) == SINGLES + 501
     refusals.add(entry(10_000))
-    await refusals.tell(bus)
+    await refusals.flush(bus)
     assert told(bus)[-1] == entry(10_000, time=told(bus)[-1].time)
 
 
@@ -89,7 +89,7 @@ async def test_a_flood_from_everywhere_is_bounded(refusals: Refusals, time: Time
     for number in range(flood):
         refusals.add(entry(number, source=f"2001:db8::{number:x}"))
     time.now += WINDOW_S
-    await refusals.tell(bus)
+    await refusals.flush(bus)
     assert len(told(bus)) == SINGLES + MERGED + 1
     assert sum(each.count for each in told(bus)) == flood
 
@@ -103,15 +103,15 @@ async def test_what_could_not_be_told_waits(
     for number in range(5):
         refusals.add(entry(number, subject=str(number)))
     with pytest.raises(DependencyError):
-        await refusals.tell(bus)
+        await refusals.flush(bus)
     bus.broker.away = False
-    await refusals.tell(bus)
+    await refusals.flush(bus)
     assert [each.id for each in told(bus)] == ["id-0", "id-1", "id-2"]
 
 
 async def test_what_is_left_is_told_at_the_end(refusals: Refusals, bus: MemoryBus) -> None:
     """A process that ends in good order tells what it has counted."""
-    async with refusals.told_to(bus):
+    async with refusals.publishing_to(bus):
         for number in range(SINGLES + 2):
             refusals.add(entry(number))
     assert sum(each.count for each in told(bus)) == SINGLES + 2
@@ -131,7 +131,7 @@ async def test_a_dead_letter_is_a_refusal(refusals: Refusals, bus: MemoryBus) ->
         async def caught_up(self, partitions: object) -> None: ...
 
     consumer = bus.consume(SCAN_WORKERS, "group", Nobody())
-    async with refusals.told_to(bus):
+    async with refusals.publishing_to(bus):
         await consumer.start()
         bus.broker.append("scan-workers", 3, value=b"junk", headers=[("ce_subject", b"worker/w-1")])
         while not bus.broker.records("scan-workers-dlq"):

@@ -146,7 +146,7 @@ def calling(app: FastAPI) -> httpx.AsyncClient:
         ("conflict", 409, "in use", {}),
         ("token", 401, "no token", {"WWW-Authenticate": "Bearer"}),
         ("away", 503, "busy", {"Retry-After": "7"}),
-        ("dependency", 503, "a part of the service is away; try again", {"Retry-After": "1"}),
+        ("dependency", 503, "a dependency of the service is unavailable; try again", {"Retry-After": "1"}),
         ("message", 500, "Internal Server Error", {}),
         ("bug", 500, "Internal Server Error", {}),
     ],
@@ -458,7 +458,7 @@ async def test_readiness_is_that_of_the_dependencies(app: FastAPI, client: httpx
     assert (await client.get("/readyz")).status_code == 200
     loop.ready, away = False, True
     answer = await client.get("/readyz")
-    assert (answer.status_code, answer.json()) == (503, {"error": "away: mongodb, bus"})
+    assert (answer.status_code, answer.json()) == (503, {"error": "unavailable: mongodb, bus"})
     loop.ready, away = True, False
     assert (await client.get("/readyz")).status_code == 200
 
@@ -470,7 +470,7 @@ async def test_a_check_that_hangs_is_a_failed_one(app: FastAPI, client: httpx.As
         await asyncio.Event().wait()
 
     app.state.probes.depend("mongodb", hang)
-    assert (await client.get("/readyz")).json() == {"error": "away: mongodb"}
+    assert (await client.get("/readyz")).json() == {"error": "unavailable: mongodb"}
 
 
 async def test_metrics_know_routes_and_not_paths(client: httpx.AsyncClient) -> None:

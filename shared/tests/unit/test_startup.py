@@ -51,9 +51,9 @@ async def running(first: Part, second: Part, *, fault: Exception | None = None) 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            await app.state.startup.until_there("mongodb", first.start)
+            await app.state.startup.until_available("mongodb", first.start)
             stack.callback(first.stop)
-            await app.state.startup.until_there("kafka", second.start)
+            await app.state.startup.until_available("kafka", second.start)
             stack.callback(second.stop)
             if fault is not None:
                 raise fault

@@ -24,7 +24,7 @@ async def gateway() -> AsyncIterator[Running]:
 
 
 async def told(gateway: Running) -> list[AuditEntry]:
-    await gateway.app.state.refusals.tell(MemoryBus(gateway.broker))
+    await gateway.app.state.refusals.flush(MemoryBus(gateway.broker))
     messages = [decode(SCAN_AUDIT[GATEWAY], record) for record in gateway.broker.records("scan-audit-api-gateway")]
     return [each.entry for each in messages if isinstance(each, Audited)]
 

@@ -180,11 +180,11 @@ async def test_readiness_until_each_service_has_been_ready_is_503(gateway: Runni
     """The gateway is unready until the orchestrator and result-store have each been ready once, over their own addresses."""
     gateway.services.away.update({"orchestrator", "result-store"})
     answer = await gateway.client.get("/readyz")
-    assert (answer.status_code, answer.json()) == (503, {"error": "away: job-orchestrator, result-store"})
+    assert (answer.status_code, answer.json()) == (503, {"error": "unavailable: job-orchestrator, result-store"})
     gateway.services.away.clear()
-    gateway.services.on("GET", "http://orchestrator/readyz", httpx.Response(503, json={"error": "away: bus"}))
+    gateway.services.on("GET", "http://orchestrator/readyz", httpx.Response(503, json={"error": "unavailable: bus"}))
     answer = await gateway.client.get("/readyz")
-    assert (answer.status_code, answer.json()) == (503, {"error": "away: job-orchestrator"})
+    assert (answer.status_code, answer.json()) == (503, {"error": "unavailable: job-orchestrator"})
     gateway.services.on("GET", "http://orchestrator/readyz", httpx.Response(200, json={"status": "ok"}))
     assert (await gateway.client.get("/readyz")).status_code == 200
 
@@ -201,7 +201,7 @@ async def test_readiness_without_the_bus_is_503(gateway: Running) -> None:
     gateway.broker.away = True
     answer = await gateway.client.get("/readyz")
     gateway.broker.away = False
-    assert (answer.status_code, answer.json()) == (503, {"error": "away: bus"})
+    assert (answer.status_code, answer.json()) == (503, {"error": "unavailable: bus"})
     assert (await gateway.client.get("/healthz")).status_code == 200
 
 

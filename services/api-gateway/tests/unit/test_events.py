@@ -316,7 +316,7 @@ async def unready(gateway: Running) -> None:
     gateway.broker.away = True
     async with asyncio.timeout(LIMIT):
         while gateway.app.state.gateway.events.ready:
-            gateway.broker.tell()
+            gateway.broker.notify()
             await asyncio.sleep(0.01)
 
 

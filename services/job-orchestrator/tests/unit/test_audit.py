@@ -66,7 +66,7 @@ class Caller:
         headers = {"X-Request-ID": id_} | (ISSUER.bearer(user, admin=admin) if user else {})
         answer = await self._http.request(method, path, json=body, headers=headers)
         bus = MemoryBus()
-        await self._app.state.refusals.tell(bus)
+        await self._app.state.refusals.flush(bus)
         refused = [each.entry for each in bus.messages(SCAN_AUDIT[ORCHESTRATOR]) if isinstance(each, Audited)]
         await self._world.store.add_audit(refused)
         entries, _ = await self._world.store.list_audit(0, 100, request_id=id_)

@@ -41,7 +41,7 @@ async def test_restored_log_is_replayed_and_ids_advance(kafka: str, mongodb: str
             await until(lambda: first.handled)
             with pytest.raises(DependencyError, match="members"):
                 await restored(settings)
-        above = mongo.beyond()
+        above = mongo.next_id_floor()
         await restored(settings)
         assert (await ids.take()).start > above > before.stop
         async with Running(bus.consume(SCAN_RESULTS, RESULT_STORE, again)):

@@ -272,7 +272,7 @@ async def test_handle_uncovered_results_are_dropped_counted_and_audited(store: M
     assert [each.scanned.address for each, _ in store.hosts.values()] == ["127.9.8.0"]
     assert answers.sent == [stored("a")]
     bus = MemoryBus()
-    await refusals.tell(bus)
+    await refusals.flush(bus)
     entries = [each.entry for each in bus.messages(SCAN_AUDIT[RESULT_STORE]) if isinstance(each, Audited)]
     assert {(entry.decision, entry.rule, entry.source) for entry in entries} == {
         ("refused", "signature", "scan-results")

@@ -454,7 +454,7 @@ async def test_worker_forbidden_chunk_is_audited(
     async with rigged(host("127.9.9.8"), raw=False) as rig:
         await rig.send(make_chunk(policy, first_address="127.9.9.8", outcomes=".."))
         await until(lambda: "ChunkScanned" in rig.progress())
-        await rig.refusals.tell(rig.bus)
+        await rig.refusals.flush(rig.bus)
         (told,) = [each.entry for each in rig.bus.messages(SCAN_AUDIT[WORKER]) if isinstance(each, Audited)]
         assert (told.service, told.subject, told.source) == ("scanner-worker", "7", "scan-tasks")
         assert (told.action, told.decision, told.rule) == ("consume scan-tasks", "refused", "targets")
@@ -466,7 +466,7 @@ async def test_worker_missing_raw_packets_are_not_audited(make_chunk: MakeChunk,
     async with rigged(raw=False) as rig:
         await rig.send(make_chunk({"os_detection": True}))
         await until(lambda: "ChunkScanned" in rig.progress())
-        await rig.refusals.tell(rig.bus)
+        await rig.refusals.flush(rig.bus)
         assert rig.bus.messages(SCAN_AUDIT[WORKER]) == []
 
 
