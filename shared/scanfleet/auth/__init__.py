@@ -1,4 +1,4 @@
-"""Who is calling: bearer tokens (JWT), verified in one place."""
+"""Authentication of callers by bearer tokens (JWT)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Claims as identity providers shape them."""
+"""Parsing and validation of the claims of common identity providers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any, Final
 from scanfleet.auth.principal import RefusedError
 from scanfleet.messages.fields import MAX_ID
 
-MAX_SUBJECT_CHARS: Final = 255  # OpenID Connect Core, 2: a `sub` has no more
+MAX_SUBJECT_CHARS: Final = 255  # the limit of `sub` in OpenID Connect Core, section 2
 
 _USER_ID: Final = re.compile(r"[1-9][0-9]{0,15}")
 _MAX_TIME: Final = 2**53
-# By these a token is more than a bearer's, or no access token: `cnf` binds it to a key (RFC 7800), and `events` belongs to
-# logout tokens and security events (RFC 8417), which the same issuer signs for the same audience.
+# These mark tokens that are not plain bearer access tokens: `cnf` binds a token to a key (RFC 7800), and `events`
+# belongs to logout tokens and security events (RFC 8417), which the same issuer signs for the same audience.
 _FOREIGN: Final = {
     "cnf": "binds the token to a key, which is not verified",
     "events": "belongs to an event, not a caller",
@@ -27,14 +27,14 @@ _SPACED: Final = frozenset({"scope", "scp"})  # one string of words (RFC 6749, 3
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What the claims of a token must be.
+    """The required claims of a token.
 
     Attributes:
-        issuer: the only `iss`.
-        audience: what the claim `audience_claim` is or contains.
-        audience_claim: usually `aud`.
-        max_life: seconds between `iat` and `exp`.
-        leeway: seconds by which the issuer's clock may differ from ours.
+        issuer: the only accepted `iss`.
+        audience: value of the claim `audience_claim`, or one of its values.
+        audience_claim: name of the claim, usually `aud`.
+        max_life: maximum seconds between `iat` and `exp`.
+        leeway: maximum clock difference to the issuer in seconds.
     """
 
     issuer: str
@@ -45,9 +45,9 @@ class Expected:
 
 
 def find(claims: Mapping[str, Any], name: str) -> Any:
-    """The claim of this name, or at this path of names separated by dots; None if there is none.
+    """Return the claim with this name, or at this dot-separated path; None if there is none.
 
-    Names may hold dots themselves, as those that are URLs do: a whole name comes before a path.
+    Names may contain dots, as URLs do: a complete name takes precedence over a path.
     """
     if name in claims:
         return claims[name]
@@ -59,7 +59,7 @@ def find(claims: Mapping[str, Any], name: str) -> Any:
 
 
 def check(claims: Mapping[str, Any], expected: Expected) -> None:
-    """Check the registered claims (RFC 7519, 4.1) of a token whose signature is good.
+    """Check the registered claims (RFC 7519, 4.1) of a token with a valid signature.
 
     Raises:
         RefusedError: one is missing or wrong.
@@ -92,15 +92,15 @@ def _check_times(claims: Mapping[str, Any], expected: Expected) -> None:
 
 def _time(claims: Mapping[str, Any], name: str) -> float:
     value = claims[name]
-    if type(value) not in (int, float):  # a boolean is an int to Python
+    if type(value) not in (int, float):  # a Python bool is an int
         raise RefusedError(name, "is not a number")
-    if not 0 <= value < _MAX_TIME:  # nor is NaN
+    if not 0 <= value < _MAX_TIME:  # also rejects NaN
         raise RefusedError(name, "is out of range")
     return float(value)
 
 
 def user_id(claims: Mapping[str, Any], name: str) -> int:
-    """The user id in this claim: an integer, or a string of digits.
+    """Return the user id in this claim: an integer, or a string of digits.
 
     Raises:
         RefusedError: it is anything else.
@@ -115,7 +115,7 @@ def user_id(claims: Mapping[str, Any], name: str) -> int:
 
 
 def subject(claims: Mapping[str, Any]) -> str:
-    """The issuer's name for the caller.
+    """Return the caller's name at the issuer.
 
     Raises:
         RefusedError: it cannot be stored.
@@ -127,10 +127,10 @@ def subject(claims: Mapping[str, Any]) -> str:
 
 
 def token_id(claims: Mapping[str, Any]) -> str:
-    """The `jti`; empty if there is none.
+    """Return the `jti`; empty if there is none.
 
     Raises:
-        RefusedError: it is no string.
+        RefusedError: it is not a string.
     """
     value = claims.get("jti")
     if value is not None and not isinstance(value, str):
@@ -139,10 +139,10 @@ def token_id(claims: Mapping[str, Any]) -> str:
 
 
 def roles(claims: Mapping[str, Any], name: str) -> AbstractSet[str]:
-    """The roles in this claim: a list, one string, the words of a scope, or the keys of an object; none if it is anything else."""
+    """Return the roles in this claim: a list, a string, the words of a scope or the keys of an object; else none."""
     value = find(claims, name)
     if isinstance(value, str):
         return frozenset(value.split() if re.split(r"[./]", name)[-1] in _SPACED else [value])
-    if isinstance(value, Mapping):  # the value says where the role is held
+    if isinstance(value, Mapping):  # the value names the organisation in which the role is held
         return frozenset(role for role, held in value.items() if held not in (None, False))
     return frozenset(role for role in value if isinstance(role, str)) if isinstance(value, list) else frozenset()

@@ -1,7 +1,7 @@
-"""Internal tokens: by them the gateway says to a service behind it whose request this is.
+"""Internal tokens: the gateway uses them to identify the caller to the services behind it.
 
-They are short-lived and for one service, so what one service receives opens no other; and they are signed by a key that the
-gateway alone has, so no service can make one.
+They are short-lived and valid for one service, so a service cannot use a received token at another one. Only the
+gateway has the signing key, so no service can create a token.
 """
 
 from __future__ import annotations
@@ -27,16 +27,14 @@ from scanfleet.auth.verifier import refusals
 ISSUER: Final = "scanfleet-api-gateway"
 TYPE: Final = "scanfleet-internal+jwt"
 LIFE_S: Final = 60
-REUSE_S: Final = (
-    20  # how long one token is used again for requests of the same caller: most of its life is left for the last
-)
+REUSE_S: Final = 20  # reuse of a token for requests of the same caller; most of its lifetime remains for the last one
 LEEWAY_S: Final = 10
 MAX_CHARS: Final = 1_000
-MAX_SIGNED: Final = 1_000  # callers whose token is kept
-MAX_OFFSET_S: Final = 86_400  # between two clocks: further off, a machine must be corrected first
+MAX_SIGNED: Final = 1_000  # callers with a cached token
+MAX_OFFSET_S: Final = 86_400  # maximum clock difference; beyond it the clock of a machine must be corrected first
 
 THE_GATEWAY: Final = Principal(0)
-"""Whom a token names that no user's request is behind."""
+"""The principal of tokens for requests of the gateway itself."""
 
 _END: Final = "-----END PUBLIC KEY-----"
 
@@ -48,14 +46,14 @@ class _Signed:
 
 
 class InternalTokens:
-    """Makes the tokens for one service.
+    """Creates the tokens for one service.
 
-    Times in them are by that service's clock, which its answers tell: no clock of the gateway's is compared with it.
+    Their times follow that service's clock, taken from its responses, so the gateway's clock does not matter.
 
     Args:
-        key: the gateway's.
-        audience: the service's name.
-        clock: Unix time by the gateway's clock.
+        key: the gateway's private key.
+        audience: name of the service.
+        clock: returns Unix time on the gateway.
     """
 
     def __init__(self, key: Ed25519PrivateKey, audience: str, *, clock: Callable[[], float] = time.time) -> None:
@@ -66,7 +64,7 @@ class InternalTokens:
         self._signed: dict[tuple[int, bool, str], _Signed] = {}
 
     def bearer(self, caller: Principal) -> str:
-        """The value of the header Authorization for a request of this caller."""
+        """Return the value of the Authorization header for a request of this caller."""
         now = self._clock() + self._offset
         whose = (caller.user_id, caller.admin, caller.token_hash)
         signed = self._signed.get(whose)
@@ -78,11 +76,11 @@ class InternalTokens:
         return signed.text
 
     def learn(self, date: str | None) -> None:
-        """Take the service's clock from the header Date of an answer."""
+        """Derive the service's clock from the Date header of a response."""
         try:
             offset = parsedate_to_datetime(date or "").timestamp() - self._clock()
         except ValueError:
-            return  # it says nothing
+            return  # missing or invalid
         if abs(offset - self._offset) > 1 and abs(offset) <= MAX_OFFSET_S:  # the header has whole seconds
             self._offset = offset
             self._signed.clear()
@@ -108,8 +106,8 @@ class InternalVerifier:
     """A `Verifier` of internal tokens.
 
     Args:
-        keys: the gateway's; several while one is replaced.
-        audience: the name of this service.
+        keys: the gateway's public keys; several during a key rotation.
+        audience: name of this service.
     """
 
     def __init__(self, keys: Sequence[Ed25519PublicKey], audience: str) -> None:
@@ -137,7 +135,7 @@ async def _judge(of_token: Mapping[str, Any]) -> Principal:
 
 
 def read_private_key(file: Path) -> Ed25519PrivateKey:
-    """The key that signs internal tokens, or chunks.
+    """Read the key that signs internal tokens, or chunks.
 
     Raises:
         ValueError: the file holds no Ed25519 private key.
@@ -145,12 +143,12 @@ def read_private_key(file: Path) -> Ed25519PrivateKey:
     """
     key = load_pem_private_key(file.read_bytes(), None)
     if not isinstance(key, Ed25519PrivateKey):
-        raise ValueError(f"{file} holds no Ed25519 private key")  # noqa: TRY004 # the file is wrong, no argument
+        raise ValueError(f"{file} holds no Ed25519 private key")  # noqa: TRY004 # the file is invalid, not an argument
     return key
 
 
 def read_public_keys(file: Path) -> list[Ed25519PublicKey]:
-    """The keys whose signatures are accepted.
+    """Read the keys whose signatures are accepted.
 
     Raises:
         ValueError: the file holds anything but 1 to `MAX_TRIES` Ed25519 public keys.

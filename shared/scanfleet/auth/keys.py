@@ -1,6 +1,6 @@
-"""The keys that sign tokens.
+"""The keys that verify tokens.
 
-A key is only ever tried with the algorithms that are made for its type, so no token can choose how it is checked.
+A key is used only with the algorithms of its type, so a token cannot choose how it is verified.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from scanfleet.auth.principal import RefusedError
 from scanfleet.errors import ConfigurationError, DependencyError, UnavailableError
 
-JWKS_TIMEOUT_S: Final = 1.5  # of one fetch: a caller waits for it, and so does a readiness check, which has 2 s
-MAX_JWKS_BYTES: Final = 1 << 20  # far more than any issuer has keys
-EMPTY_COOLDOWN_S: Final = 1.0  # between fetches while no key is known and every caller gets a 503
+JWKS_TIMEOUT_S: Final = 1.5  # per fetch: callers wait for it, and so does a readiness check, which has 2 s
+MAX_JWKS_BYTES: Final = 1 << 20  # far above the size of any issuer's key set
+EMPTY_COOLDOWN_S: Final = 1.0  # between fetches while no key is available and every caller gets a 503
 
-# What the library raises for a key that is incomplete or of a kind that it does not know.
+# Raised by the library for an incomplete key or one of an unknown type.
 _UNUSABLE: Final = (
     jwt.PyJWTError,
     ValueError,
@@ -37,14 +37,14 @@ _UNUSABLE: Final = (
     ArithmeticError,
     UnsupportedAlgorithm,
 )
-_BUSY: Final = frozenset({408, 429})  # of the client errors, those that pass by themselves
+_BUSY: Final = frozenset({408, 429})  # the transient ones among the client errors
 
 _log = structlog.stdlib.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key and the algorithms that a token may be signed with by it."""
+    """A key and the algorithms that it may verify."""
 
     material: Any
     algorithms: tuple[str, ...]
@@ -53,24 +53,24 @@ class Key:
 
 class Keys(Protocol):
     async def find(self, kid: str | None, algorithm: str) -> Sequence[Key]:
-        """The keys that may have signed a token with this header; at least one.
+        """Return the keys, at least one, that may have signed a token with this header.
 
         Raises:
             RefusedError: there is none.
-            UnavailableError: the keys are not known, so no token can be judged.
+            UnavailableError: the keys are unavailable, so no token can be verified.
         """
 
     async def check(self) -> None:
-        """Return if tokens can be judged.
+        """Check that tokens can be verified.
 
         Raises:
-            ConfigurationError: they cannot until an operator corrects a setting.
+            ConfigurationError: an operator must correct a setting first.
             DependencyError: the keys are unavailable.
         """
 
 
 class FixedKeys:
-    """Keys for the life of the process."""
+    """Keys that never change in a process."""
 
     def __init__(self, *keys: Key) -> None:
         self._keys = keys
@@ -79,7 +79,7 @@ class FixedKeys:
         return _matching(self._keys, kid, algorithm) or _refuse()
 
     async def check(self) -> None:
-        """They are here."""
+        """Always succeed."""
 
 
 class _FetchError(Exception):
@@ -89,17 +89,17 @@ class _FetchError(Exception):
 
 
 class _NoKeyError(_FetchError):
-    """The issuer publishes no key that may be used."""
+    """The issuer publishes no usable key."""
 
 
 class JwksKeys:
-    """The keys that an issuer publishes. While they cannot be fetched the last ones stay valid for `max_stale_s`.
+    """The keys that an issuer publishes. If a fetch fails, the previous ones stay valid for up to `max_stale_s`.
 
     Args:
-        client: fetches from `url`, within its own time limits.
-        cooldown_s: shortest time between two fetches.
-        max_age_s: fetch again after this time, so that withdrawn keys end.
-        max_stale_s: age at which keys end if they could not be fetched again.
+        client: fetches `url`, with its own timeouts.
+        cooldown_s: minimum interval between two fetches.
+        max_age_s: age after which the keys are refetched, so that withdrawn keys expire.
+        max_stale_s: age at which keys expire if they could not be refetched.
     """
 
     def __init__(
@@ -127,10 +127,10 @@ class JwksKeys:
 
     async def find(self, kid: str | None, algorithm: str) -> Sequence[Key]:
         found = _matching(self._keys, kid, algorithm)
-        # One caller waits for the fetch of keys that are too old; for the others they are good until it ends.
+        # One caller waits for the refetch of aged keys; the others use the old ones until it ends.
         if found and (self._age_s < self._max_age_s or self._lock.locked()):
             return found
-        async with self._lock:  # callers with an unknown key that come during a fetch share its outcome
+        async with self._lock:  # callers with an unknown key that arrive during a fetch share its result
             await self._refresh(known=bool(_matching(self._keys, kid, algorithm)))
         return _matching(self._keys, kid, algorithm) or self._refuse()
 
@@ -160,7 +160,7 @@ class JwksKeys:
         raise UnavailableError("the issuer's keys are unavailable; try again")
 
     async def _refresh(self, *, known: bool) -> None:
-        """Fetch the keys unless they are new enough, for a token whose key is `known` or not."""
+        """Fetch the keys unless they are recent enough for a token whose key is `known` or not."""
         if known and self._keys and self._age_s < self._max_age_s:
             return
         passing = not self._keys and not self._failure.permanent
@@ -180,7 +180,7 @@ class JwksKeys:
             async with asyncio.timeout(JWKS_TIMEOUT_S), self._client.stream("GET", self._url) as response:
                 if not response.is_success:
                     permanent = response.status_code < 500 and response.status_code not in _BUSY  # noqa: PLR2004 # server errors
-                    hint = ": name the address it leads to" if response.is_redirect else ""
+                    hint = ": configure the URL that it redirects to" if response.is_redirect else ""
                     raise _FetchError(f"the JWKS URL answered {response.status_code}{hint}", permanent=permanent)
                 body = bytearray()
                 async for part in response.aiter_bytes():
@@ -192,24 +192,24 @@ class JwksKeys:
         try:
             return json.loads(body)
         except (ValueError, RecursionError) as error:
-            raise _FetchError("the JWKS URL answered something that is not JSON", permanent=True) from error
+            raise _FetchError("the JWKS URL returned a response that is not JSON", permanent=True) from error
 
 
 def algorithms_of(material: object, allowed: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of `allowed` that are made for a key of this type; none for a private or symmetric key."""
+    """Return the algorithms in `allowed` for a key of this type; none for a private or symmetric key."""
     if isinstance(material, RSAPublicKey):
         fitting = {"RS256", "PS256"}
     elif isinstance(material, EllipticCurvePublicKey) and isinstance(material.curve, SECP256R1):
         fitting = {"ES256"}
     elif isinstance(material, Ed25519PublicKey):
-        return ("EdDSA", "Ed25519") if "EdDSA" in allowed else ()  # two names of one (RFC 9864)
+        return ("EdDSA", "Ed25519") if "EdDSA" in allowed else ()  # two names of the same algorithm (RFC 9864)
     else:
         return ()
     return tuple(name for name in allowed if name in fitting)
 
 
 def _matching(keys: Sequence[Key], kid: str | None, algorithm: str) -> Sequence[Key]:
-    """The keys for this algorithm of this id, or else without any; all of them for a token that names none."""
+    """Return the keys for this algorithm with this id, or else without an id; all of them for a token without one."""
     fitting = [key for key in keys if algorithm in key.algorithms]
     if kid is None:
         return fitting
@@ -217,18 +217,18 @@ def _matching(keys: Sequence[Key], kid: str | None, algorithm: str) -> Sequence[
 
 
 def _refuse() -> Sequence[Key]:
-    raise RefusedError("header kid", "and alg fit no key of the issuer")
+    raise RefusedError("header kid", "and alg match no key of the issuer")
 
 
 def _from_jwks(document: Any, allowed: tuple[str, ...]) -> Sequence[Key]:
-    """The usable signing keys.
+    """Return the usable signing keys.
 
     Raises:
         _FetchError: there is none.
     """
     entries = document.get("keys") if isinstance(document, dict) else None
     if not isinstance(entries, list):
-        raise _FetchError("the JWKS URL answered JSON that is not a key set", permanent=True)
+        raise _FetchError("the JWKS URL returned JSON that is not a key set", permanent=True)
     keys = [key for entry in entries if isinstance(entry, dict) and (key := _from_jwk(entry, allowed))]
     if not keys:
         raise _NoKeyError(f"no key of the JWKS is for an allowed algorithm ({', '.join(allowed)})", permanent=True)
@@ -240,11 +240,11 @@ def _from_jwk(entry: dict[str, Any], allowed: tuple[str, ...]) -> Key | None:
     kid = entry.get("kid")
     if entry.get("use", "sig") != "sig" or not isinstance(kid, str | None):
         return None
-    algorithm = entry.pop("alg", None)  # the library knows one of the two names of EdDSA
+    algorithm = entry.pop("alg", None)  # the library supports one of the two names of EdDSA
     try:
         material = jwt.PyJWK.from_dict(entry).key
     except _UNUSABLE:
-        return None  # a key for something else; issuers publish those too
+        return None  # a key for another purpose; issuers publish those too
     algorithms = algorithms_of(material, allowed)
     if algorithm is not None and algorithm not in algorithms:
         return None

@@ -1,4 +1,4 @@
-"""Who calls, and why a token is refused."""
+"""The caller, and the refusal of a token."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ class Principal:
     """The caller that a verified token names."""
 
     user_id: int
-    """0 in an internal token that no user's request is behind: the gateway asks for itself."""
+    """0 in internal tokens for requests of the gateway itself."""
 
     admin: bool = False
     token_hash: str = field(default="", compare=False)
-    """Names the caller's token in the logs of every service without holding any of it."""
+    """Identifies the caller's token in the logs of every service without revealing it."""
 
     expires_at: float = field(default=0.0, compare=False)
     """When the token ends, in Unix time; 0 in an internal token."""
@@ -25,8 +25,8 @@ class RefusedError(Exception):
 
     Attributes:
         part: the claim, header parameter or segment that is wrong.
-        reason: what is wrong with it; never holds its value.
-        message: what the caller reads.
+        reason: the problem, without the value.
+        message: text for the caller.
     """
 
     def __init__(self, part: str, reason: str, *, message: str = "the token is not valid") -> None:

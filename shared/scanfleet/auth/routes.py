@@ -1,4 +1,4 @@
-"""Routes that answer only to a good token."""
+"""Routes that require a valid token."""
 
 from __future__ import annotations
 
@@ -19,35 +19,36 @@ _bearer: Final = HTTPBearer(
     auto_error=False,
     scheme_name="bearer",
     bearerFormat="JWT",
-    description="A JWT of the configured issuer; one with the administrator's role is an administrator's.",
+    description="A JWT of the configured issuer; the administrator's role makes its user an administrator.",
 )
 
 
 class Guarded(APIRoute):
-    """A route that answers only to a user's good token, and reads nothing else of a request before that.
+    """A route that requires a user's valid token, and verifies it before it reads the rest of the request.
 
-    The framework reads a body before it resolves a dependency: a caller without a token would learn what is wrong with it.
+    The framework reads the body before it resolves dependencies, so a caller without a token would get validation
+    errors.
     """
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] in (self.methods or ()):
             scope["caller"] = caller = await self.authenticate(Request(scope))
             if caller.token_hash:
-                structlog.contextvars.bind_contextvars(token_hash=caller.token_hash)  # so that the access line names it
+                structlog.contextvars.bind_contextvars(token_hash=caller.token_hash)  # for the access line
             await self.serve(scope, receive, send)
         else:
-            await super().handle(scope, receive, send)  # answers 405, with or without a token
+            await super().handle(scope, receive, send)  # answered 405, with or without a token
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer the request of `scope["caller"]`, to the end of the answer; a subclass may refuse it."""
+        """Handle the request of `scope["caller"]` until the response ends; a subclass may refuse it."""
         await super().handle(scope, receive, send)
 
     async def authenticate(self, request: Request) -> Principal:
-        """The caller.
+        """Return the caller.
 
         Raises:
             UnauthorizedError: there is no token, or it is refused.
-            UnavailableError: tokens cannot be judged now.
+            UnavailableError: tokens cannot be verified now.
         """
         caller = await authenticate(request)
         if not caller.user_id:
@@ -67,7 +68,7 @@ class Sessions(Protocol):
 
 
 async def authenticate(request: Request) -> Principal:
-    """The caller of any kind; raises as `Guarded.authenticate`."""
+    """Return the caller of any kind; raises the same errors as `Guarded.authenticate`."""
     token = await bearer_token(request)
     if token is None:
         sessions: Sessions | None = getattr(request.app.state, "sessions", None)  # only the gateway has them
@@ -84,7 +85,7 @@ async def bearer_token(request: Request) -> str | None:
 
 
 class GatewayRoute(Guarded):
-    """A route for what the gateway asks for itself, in no user's name."""
+    """A route for requests of the gateway itself, not on behalf of a user."""
 
     async def authenticate(self, request: Request) -> Principal:
         """See `Guarded`."""
@@ -95,7 +96,7 @@ class GatewayRoute(Guarded):
 
 
 class _LetIn(SecurityBase):
-    """What the OpenAPI document says of a `Guarded` route, and the caller that it has let in."""
+    """Declares the security scheme of a `Guarded` route in the OpenAPI document, and injects the caller."""
 
     model = _bearer.model
     scheme_name = _bearer.scheme_name
@@ -105,4 +106,4 @@ class _LetIn(SecurityBase):
 
 
 Caller = Annotated[Principal, Security(_LetIn())]
-"""The caller that a `Guarded` route has let in; there is none on any other route."""
+"""The authenticated caller of a `Guarded` route; there is none on any other route."""

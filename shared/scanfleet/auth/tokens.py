@@ -1,4 +1,4 @@
-"""From a token to its claims: its form, its signature, and the registered claims."""
+"""Verification of a token: its form, its signature and the registered claims."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from scanfleet.auth.claims import Expected, check
 from scanfleet.auth.keys import Key, Keys
 from scanfleet.auth.principal import RefusedError
 
-KNOWN_TOKENS: Final = 1_000  # that are remembered, by their hashes: half a megabyte
-MAX_TRIES: Final = 4  # keys that may have signed one token: more than any issuer has at once for one algorithm
+KNOWN_TOKENS: Final = 1_000  # cached tokens, by their hashes: half a megabyte
+MAX_TRIES: Final = 4  # keys tried for one token: more than any issuer has at once for one algorithm
 
-# Headers by which a token names its own key or changes what is signed: no token that is accepted has a use for one.
+# Headers by which a token supplies its own key or changes the signed data; no accepted token needs one.
 _FORBIDDEN_HEADERS: Final = frozenset({"crit", "b64", "jku", "jwk", "x5u", "x5c", "zip", "enc"})
-# What reading a hostile token raises: deep or huge JSON, numbers beyond any float, text that is none.
+# Raised by parsing a hostile token: deep or huge JSON, numbers out of range, invalid UTF-8.
 _UNREADABLE: Final = (jwt.PyJWTError, ValueError, TypeError, ArithmeticError, RecursionError)
 
 
@@ -30,7 +30,7 @@ _Found = TypeVar("_Found")
 
 @dataclass(frozen=True, slots=True)
 class _Known(Generic[_Found]):
-    """What was found in a token, good until `until` (Unix time) as long as its header leads to the very same key."""
+    """The verified content of a token, valid until `until` (Unix time) while its header selects the same key."""
 
     found: _Found
     key: Key
@@ -40,14 +40,14 @@ class _Known(Generic[_Found]):
 
 
 class Reader(Generic[_Found]):
-    """Reads tokens of one issuer for one audience, and remembers what it found in those that are in use.
+    """Reads tokens of one issuer for one audience, and caches the result for tokens in use.
 
     Args:
-        keys: of the issuer.
-        expected: what the registered claims must be.
-        types: values of the header `typ` that are accepted; one without is too.
-        max_chars: longest token.
-        judge: finds in the claims of a good token what its reader needs; raises RefusedError.
+        keys: keys of the issuer.
+        expected: the required registered claims.
+        types: accepted values of the header `typ`; a token without `typ` is accepted too.
+        max_chars: maximum length of a token.
+        judge: extracts the required data from the claims of a valid token; raises RefusedError.
     """
 
     def __init__(
@@ -69,15 +69,15 @@ class Reader(Generic[_Found]):
         self._known: dict[bytes, _Known[_Found]] = {}
 
     async def read(self, text: str) -> _Found:
-        """What `judge` finds.
+        """Verify the token and return the result of `judge`.
 
         Raises:
-            RefusedError: the token is malformed, expired, or not by and for whom it should be.
-            UnavailableError: the issuer's keys are not known.
+            RefusedError: the token is malformed, expired, or of another issuer or audience.
+            UnavailableError: the issuer's keys are unavailable.
         """
         digest = hashlib.sha256(text.encode(errors="surrogatepass")).digest()
         known = self._known.get(digest)
-        # The key is asked for each time: when it is withdrawn, a token that was seen before ends as any other.
+        # The key is looked up every time: once it is withdrawn, cached tokens expire as well.
         if known and time.time() < known.until and await self._is_current(known):
             return known.found
         known = await self._read(text)
@@ -97,9 +97,9 @@ class Reader(Generic[_Found]):
             keys = await self._keys.find(kid, algorithm)
             payload, key = self._verify(text, keys)
             claims = json.loads(payload)
-        except _UNREADABLE as error:  # its text may quote the token
-            if type(error) is jwt.InvalidTokenError:  # the library's word for a `kid` or `crit` that is not valid
-                raise RefusedError("header", "has a kid or crit that is not valid") from None
+        except _UNREADABLE as error:  # its text may contain the token
+            if type(error) is jwt.InvalidTokenError:  # raised by the library for an invalid `kid` or `crit`
+                raise RefusedError("header", "has an invalid kid or crit") from None
             raise RefusedError("token", f"is malformed ({type(error).__name__})") from None
         if not isinstance(claims, dict):
             raise RefusedError("payload", "is not a JSON object")
@@ -111,7 +111,7 @@ class Reader(Generic[_Found]):
             raise RefusedError(f"header {name}", "is not accepted")
         type_ = header.get("typ")
         if type_ is not None and not (isinstance(type_, str) and self._is_accepted(type_.lower())):
-            raise RefusedError("header typ", "is not an accepted type of token")
+            raise RefusedError("header typ", "is not an accepted token type")
         algorithm = header.get("alg")
         if not isinstance(algorithm, str):
             raise RefusedError("header alg", "is not a string")
@@ -125,7 +125,7 @@ class Reader(Generic[_Found]):
             try:
                 return self._signatures.decode(text, key.material, algorithms=key.algorithms), key
             except jwt.InvalidKeyError:
-                raise RefusedError("signature", "is by a key that is too short") from None
+                raise RefusedError("signature", "uses a key that is too short") from None
             except jwt.InvalidSignatureError:
                 continue
         raise RefusedError("signature", "does not match")

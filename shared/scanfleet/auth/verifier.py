@@ -1,4 +1,4 @@
-"""From a user's token to the caller."""
+"""Verification of users' tokens."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ _log = structlog.stdlib.get_logger(__name__)
 
 class Verifier(Protocol):
     async def verify(self, text: str) -> Principal:
-        """The caller that the token names.
+        """Verify the token and return its caller.
 
         Raises:
             UnauthorizedError: the token is refused.
-            UnavailableError: the keys to judge it by are not known.
+            UnavailableError: the keys are unavailable.
         """
 
 
 class Users(Protocol):
     async def user_id(self, issuer: str, subject: str) -> int:
-        """Our id of the user that the issuer calls `subject`, the same each time.
+        """Return the stable user id assigned to the issuer's `subject`.
 
         Raises:
-            DependencyError: it cannot be asked for.
+            DependencyError: the assigning service is unavailable.
         """
 
 
 class Revoked(Protocol):
     def revokes(self, *, token_id: str, subject: str, user_id: int, issued_at: float) -> bool:
-        """Whether an administrator has revoked this token.
+        """Return whether an administrator has revoked this token.
 
         Raises:
-            UnavailableError: the list is not known.
+            UnavailableError: the list of revocations is unavailable.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """The caller, and by what their token may be revoked."""
+    """The caller, and the attributes by which the token may be revoked."""
 
     principal: Principal
     subject: str
@@ -62,13 +62,13 @@ class _Found:
 
 
 class TokenVerifier:
-    """Turns a user's bearer token into a `Principal`, or refuses it.
+    """Verifies a user's bearer token and returns its `Principal`.
 
     Args:
-        settings: which tokens are accepted.
-        keys: of the issuer.
+        settings: rules for accepted tokens.
+        keys: keys of the issuer.
         users: assigns user ids; needed for `jwt_user_ids=mapped`.
-        revoked: tokens that are refused though they are good.
+        revoked: the revoked tokens.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class TokenVerifier:
         self._revoked = revoked
 
     async def check(self) -> None:
-        """Return if tokens can be judged; see `Keys.check`."""
+        """Check that tokens can be verified; see `Keys.check`."""
         await self._keys.check()
 
     async def verify(self, text: str) -> Principal:
@@ -129,7 +129,7 @@ class TokenVerifier:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Log why a token is refused, and let the caller know that it is."""
+    """Log the reason of a refusal, and raise the error for the caller."""
     try:
         yield
     except RefusedError as error:
@@ -145,13 +145,13 @@ async def open_verifier(
     revoked: Revoked | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> AsyncIterator[TokenVerifier]:
-    """The verifier of users' tokens that the settings describe. What is wrong with the issuer's keys is logged at once.
+    """Yield the verifier of users' tokens. Problems with the issuer's keys are logged at once.
 
     Args:
-        settings: which source of keys there is.
+        settings: the source of keys, and rules for accepted tokens.
         users: assigns user ids.
-        revoked: tokens that are refused though they are good.
-        transport: how the JWKS is fetched; a test replaces it.
+        revoked: the revoked tokens.
+        transport: HTTP transport for the JWKS; replaced in tests.
 
     Raises:
         ValueError: the PEM file holds no public key for the configured algorithms.
@@ -175,7 +175,7 @@ def _keys(settings: AuthSettings, client: httpx.AsyncClient) -> Keys:
         material = load_pem_public_key(settings.jwt_public_key_file.read_bytes())
         algorithms = algorithms_of(material, settings.jwt_algorithms)
         if not algorithms:
-            raise ValueError(f"the key in {settings.jwt_public_key_file} fits none of {settings.jwt_algorithms}")
+            raise ValueError(f"the key in {settings.jwt_public_key_file} supports none of {settings.jwt_algorithms}")
         return FixedKeys(Key(material, algorithms))
     return JwksKeys(
         client,

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterable
 from scanfleet.errors import DependencyError
 from scanfleet.kafka.acls import create_acls
 from scanfleet.kafka.bus import KafkaBus
-from scanfleet.kafka.dead_letters import CannotReplayError, Letter, letter, letters, replay
+from scanfleet.kafka.dead_letters import CannotReplayError, DeadLetter, dead_letter, dead_letters, replay
 from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.messages.topics import TOPICS, Topic
 from scanfleet.settings import KafkaSettings
@@ -31,24 +31,24 @@ def _parser() -> argparse.ArgumentParser:
     names = [topic.name for topic in TOPICS]
     parser = argparse.ArgumentParser(prog="python -m scanfleet.kafka", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
-    commands.add_parser("create-topics", help="make every topic, with its settings; again changes nothing")
-    commands.add_parser("create-acls", help="give the user of each service its rights; again changes nothing")
-    list_ = commands.add_parser("list", help="a line for each dead letter")
-    list_.add_argument("topic", nargs="?", choices=names, metavar="TOPIC", help="where it was refused")
-    show = commands.add_parser("show", help="all that is in a dead letter")
-    show.add_argument("letter", metavar="LETTER", help="as `list` names it")
+    commands.add_parser("create-topics", help="create missing topics and apply their settings; idempotent")
+    commands.add_parser("create-acls", help="grant the ACLs of each service's user; idempotent")
+    list_ = commands.add_parser("list", help="print one line per dead letter")
+    list_.add_argument("topic", nargs="?", choices=names, metavar="TOPIC", help="only dead letters of this topic")
+    show = commands.add_parser("show", help="print a dead letter completely")
+    show.add_argument("letter", metavar="LETTER", help="id as printed by `list`")
     again = commands.add_parser(
         "replay",
-        help="send dead letters to the topic on which they were refused, if it still holds the same record; they stay",
+        help="resend dead letters to their original topic, if it still holds the same record; they are not removed",
     )
     which = again.add_mutually_exclusive_group(required=True)
     which.add_argument("letters", nargs="*", default=[], metavar="LETTER")
-    which.add_argument("--all", choices=names, metavar="TOPIC", help="all that were refused there up to now")
+    which.add_argument("--all", choices=names, metavar="TOPIC", help="all present dead letters of this topic")
     which.add_argument(
         "--unverified",
         action="append",
         metavar="LETTER",
-        help="send this letter although nothing proves that it is no forgery; look at it first",
+        help="resend this dead letter although its origin cannot be verified; inspect it first",
     )
     return parser
 
@@ -74,7 +74,7 @@ async def _with_letters(bus: KafkaBus, asked: argparse.Namespace) -> int:
         case "list":
             await _list(bus, [topic for topic in TOPICS if asked.topic in (topic.name, None)])
         case "show":
-            _say((await letter(bus, asked.letter)).lines())
+            _print((await dead_letter(bus, asked.letter)).lines())
         case "replay":
             chosen = _all(bus, asked.all) if asked.all else _these(bus, asked.letters or asked.unverified)
             return await _replay(bus, chosen, verify=not asked.unverified)
@@ -83,34 +83,34 @@ async def _with_letters(bus: KafkaBus, asked: argparse.Namespace) -> int:
 
 async def _list(bus: KafkaBus, topics: Iterable[Topic]) -> None:
     for topic in topics:
-        async for each in letters(bus, topic):
-            _say([each.line()])
+        async for each in dead_letters(bus, topic):
+            _print([each.line()])
 
 
-async def _these(bus: KafkaBus, ids: Iterable[str]) -> AsyncIterator[Letter]:
+async def _these(bus: KafkaBus, ids: Iterable[str]) -> AsyncIterator[DeadLetter]:
     for id_ in ids:
-        yield await letter(bus, id_)
+        yield await dead_letter(bus, id_)
 
 
-def _all(bus: KafkaBus, name: str) -> AsyncIterator[Letter]:
+def _all(bus: KafkaBus, name: str) -> AsyncIterator[DeadLetter]:
     (topic,) = (topic for topic in TOPICS if topic.name == name)
-    return letters(bus, topic)
+    return dead_letters(bus, topic)
 
 
-async def _replay(bus: KafkaBus, chosen: AsyncIterator[Letter], *, verify: bool) -> int:
+async def _replay(bus: KafkaBus, chosen: AsyncIterator[DeadLetter], *, verify: bool) -> int:
     refused = 0
     async for each in chosen:
         try:
             await replay(bus, each, verify=verify)
         except CannotReplayError as error:
             refused += 1
-            _say([f"{each.id} was not sent: {error}"])
+            _print([f"{each.id} was not sent: {error}"])
         else:
-            _say([f"{each.id} was sent to {each.topic.name}"])
+            _print([f"{each.id} was sent to {each.topic.name}"])
     return min(refused, 1)
 
 
-def _say(lines: Iterable[str]) -> None:
+def _print(lines: Iterable[str]) -> None:
     for line in lines:
         sys.stdout.write(f"{line}\n")
 

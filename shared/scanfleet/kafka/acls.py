@@ -1,4 +1,4 @@
-"""Giving the services' users their rights."""
+"""Creation of the ACLs of the services' users."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scanfleet.kafka.broker import administering
 from scanfleet.messages.acls import SERVICES, Acl, acls_of
 from scanfleet.settings import KafkaSettings
 
-# Kafka's numbers.
+# Kafka's numeric codes.
 _RESOURCES: Final = {"topic": 2, "group": 3}
 _PATTERNS: Final = {"topic": 3, "group": 4}  # literal, prefixed
 _OPERATIONS: Final = {"Read": 3, "Write": 4}
@@ -20,18 +20,18 @@ _ALLOW: Final = 3
 
 
 async def create_acls(settings: KafkaSettings, *, limit: float = 60.0) -> None:
-    """Give the user of each service, which is named after it, its rights. None is taken away; again changes nothing.
+    """Create the ACLs of each service's user, which is named after the service. Idempotent; removes no ACL.
 
     Args:
-        settings: broker, prefix (of topics, groups and users) and who we are: one who may alter the cluster.
-        limit: seconds, for a broker that is still starting.
+        settings: broker, prefix (of topics, groups and users) and credentials of a user who may alter the cluster.
+        limit: timeout in seconds, including the start of a broker.
 
     Raises:
         DependencyError: no broker answered in time.
-        RuntimeError: the broker refused; says why.
+        RuntimeError: the broker refused; the message has the reason.
         OSError: a file that the settings name cannot be read.
     """
-    async with administering(settings, f"no rights given at {settings.kafka}", limit=limit) as admin:
+    async with administering(settings, f"cannot create ACLs at {settings.kafka}", limit=limit) as admin:
         for service in SERVICES:
             for acl in acls_of(service):
                 await _create(admin, acl, settings.topic_prefix)
@@ -47,7 +47,7 @@ async def _create(admin: AIOKafkaAdminClient, acl: Acl, prefix: str) -> None:
         _OPERATIONS[acl.operation],
         _ALLOW,
     )
-    response = await admin._send_request(request)  # noqa: SLF001 # the client knows this request and has no method for it
+    response = await admin._send_request(request)  # noqa: SLF001 # the client has this request but no method for it
     for code, message in response.creation_responses:
         if (error := for_code(code)) is not NoError:
-            raise RuntimeError(f"the broker does not take {acl}: {error.__name__} {message}")
+            raise RuntimeError(f"the broker rejected {acl}: {error.__name__} {message}")

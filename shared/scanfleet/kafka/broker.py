@@ -1,4 +1,4 @@
-"""How a broker is reached, and what its being away is in our words."""
+"""Connections to the brokers, and the translation of client errors."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from aiokafka.errors import KafkaError
 from scanfleet.errors import DependencyError
 from scanfleet.settings import KafkaSettings
 
-BACKOFF_MS: Final = (
-    300  # between two tries of a client: a broker that is away costs little, one that is back is found soon
-)
+BACKOFF_MS: Final = 300  # retry backoff of a client: cheap while a broker is unavailable, and notices its recovery soon
 
 
 def access(settings: KafkaSettings) -> dict[str, Any]:
-    """The keyword arguments by which every client finds the brokers, knows them and is known to them.
+    """Return the keyword arguments for address, TLS and SASL of every client.
 
     Raises:
         OSError: a file that the settings name cannot be read.
@@ -41,7 +39,7 @@ def access(settings: KafkaSettings) -> dict[str, Any]:
 
 
 async def connect(start: Callable[[], Awaitable[None]]) -> None:
-    """Call `start` until it finds a broker; the caller bounds it in time."""
+    """Call `start` until it reaches a broker; the caller sets the timeout."""
     while True:
         try:
             await start()
@@ -55,7 +53,7 @@ async def connect(start: Callable[[], Awaitable[None]]) -> None:
 
 @contextmanager
 def depending(on: str) -> Iterator[None]:
-    """Turn what the client raises, a timeout too, into DependencyError; `on` says what could not be done."""
+    """Raise client errors and timeouts as DependencyError; `on` describes the failed operation."""
     try:
         yield
     except (KafkaError, TimeoutError) as error:
@@ -64,10 +62,10 @@ def depending(on: str) -> Iterator[None]:
 
 @asynccontextmanager
 async def administering(settings: KafkaSettings, cannot: str, *, limit: float) -> AsyncIterator[AIOKafkaAdminClient]:
-    """A connected admin client; connecting, for a broker that is still starting too, and the block have `limit` seconds.
+    """Yield a connected admin client; connecting, including the start of a broker, and the block have `limit` seconds.
 
     Raises:
-        DependencyError: no broker answered in time; says what it `cannot`.
+        DependencyError: no broker answered in time; the message starts with `cannot`.
         OSError: a file that the settings name cannot be read.
     """
     admin = AIOKafkaAdminClient(**access(settings))

@@ -1,12 +1,12 @@
-"""One process's connection to the bus: it publishes, and makes consumers.
+"""A process's connection to Kafka: it publishes, and creates consumers.
 
-A send that was not acknowledged in time cannot be taken back: it stays in the producer, which repeats it without doubling
-it, and will arrive when the broker does. So `publish` stops waiting and raises, and nothing new is sent to a partition before
-the old is acknowledged: memory stays bounded, and order stays. A partition without a leader holds up sends to itself alone.
+A send that was not acknowledged in time cannot be withdrawn: the idempotent producer keeps retrying it until the broker
+recovers. So `publish` stops waiting and raises, and nothing new is sent to a partition before the old send is
+acknowledged, which bounds memory and preserves order. A partition without a leader blocks only its own sends.
 
-Only when the producer itself gives a send up is there nothing left to wait for: its sequence is broken. Nor is there where the
-brokers lost all that they held: they number producers from the start then, and take what one sends for another's. `alive` turns
-False, and the process has to be replaced.
+Two conditions are permanent: the producer gives up a send, so its sequence is broken; or the brokers have lost their
+data and assign producer ids again from the start, so they would attribute records to another producer. Then `alive`
+becomes False, and the process must be restarted.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from scanfleet.messages.envelope import Outgoing, RawRecord, dead_letter_headers
 from scanfleet.messages.topics import Topic
 from scanfleet.settings import KafkaSettings
 
-START_SECONDS: Final = 30.0  # for a broker that starts with us; it takes 3 to 10
-SEND_SECONDS: Final = 10.0  # until a caller hears that it was not acknowledged: a broker's restart fits in
-POLL_SECONDS: Final = 1.0  # between two looks whether a broker that says nothing is still there
-STOP_SECONDS: Final = 5.0  # to flush at the end: well within a supervisor's patience
+START_SECONDS: Final = 30.0  # for a broker that starts at the same time; it takes 3 to 10 s
+SEND_SECONDS: Final = 10.0  # timeout of an acknowledgement; long enough for a broker's restart
+POLL_SECONDS: Final = 1.0  # between two checks of a silent broker
+STOP_SECONDS: Final = 5.0  # for flushing at shutdown: well below a supervisor's stop timeout
 
-# The producer drops a silent connection after this: a broker that restarts is back sooner.
+# The producer drops a silent connection after this; the restart of a broker takes less.
 PRODUCER_REQUEST_MS: Final = 60_000
-CLUSTER_MS: Final = 1_000  # between two looks whether the brokers are still the same
-ENDS_REQUEST_MS: Final = 5_000  # a broker that does not say in this time where its logs end counts as away
-DEAD_LETTER_ROOM: Final = 64 * 1024  # for a dead letter's key and the headers that say where it is from
-BATCH_BYTES: Final = 256 * 1024  # what one partition sends in one round trip; a second of a busy worker's hosts
+CLUSTER_MS: Final = 1_000  # between two checks of the cluster id
+ENDS_REQUEST_MS: Final = 5_000  # timeout of a query for end offsets, after which the broker counts as unavailable
+DEAD_LETTER_ROOM: Final = 64 * 1024  # for a dead letter's key and its origin headers
+BATCH_BYTES: Final = 256 * 1024  # sent per partition and round trip; one second of a busy worker's hosts
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +59,9 @@ class KafkaBus:
     """A `scanfleet.bus.Bus`.
 
     Args:
-        settings: where the brokers are, and what is put before the name of every topic and group.
-        source: the service that speaks, for `ce_source`.
-        instance: this process, unique among the service's replicas and the same after a restart.
+        settings: the brokers, and the prefix of every topic and group.
+        source: the publishing service, for `ce_source`.
+        instance: name of this process, unique among the service's replicas and stable across restarts.
 
     Raises:
         OSError: a file that the settings name cannot be read.
@@ -76,15 +76,15 @@ class KafkaBus:
         self._ends: AIOKafkaConsumer | None = None
         self._overdue: defaultdict[_Place, set[asyncio.Future[object]]] = defaultdict(
             set
-        )  # sends that `publish` gave up
+        )  # sends that `publish` stopped waiting for
         self._fault: BaseException | None = None
         self._dead_letter_callbacks: list[DeadLetterCallback] = []
 
     async def start(self) -> None:
-        """Connect; waits for a broker that is still starting.
+        """Connect, waiting for a broker that is still starting.
 
         Raises:
-            DependencyError: there is none after `START_SECONDS`.
+            DependencyError: no broker answered within `START_SECONDS`.
         """
         self._producer = AIOKafkaProducer(
             **self._access,
@@ -93,15 +93,15 @@ class KafkaBus:
             enable_idempotence=True,
             linger_ms=0,
             max_batch_size=BATCH_BYTES,
-            max_request_size=DEAD_LETTER_BYTES,  # the sooner limit of ordinary messages is the envelope's
+            max_request_size=DEAD_LETTER_BYTES,  # for ordinary messages the lower limit of the envelope applies
             request_timeout_ms=PRODUCER_REQUEST_MS,
             metadata_max_age_ms=CLUSTER_MS,
             retry_backoff_ms=BACKOFF_MS,
         )
-        # A partition without a leader must not cost the process: sends to it wait, one batch of them, for as long as it takes.
-        self._producer._message_accumulator._batch_ttl = float("inf")  # noqa: SLF001 # the client ties it to the timeout of a request
-        self._know_cluster(self._producer)
-        # A connection of its own: behind a consumer's long poll the answer would wait for the poll to end.
+        # A partition without a leader must not fail the process: one batch of sends to it waits indefinitely.
+        self._producer._message_accumulator._batch_ttl = float("inf")  # noqa: SLF001 # no setting
+        self._watch_cluster_id(self._producer)
+        # A separate connection: on a consumer's connection the response would wait for its long poll to end.
         self._ends = AIOKafkaConsumer(
             **self._access,
             client_id=f"{self._instance}-ends",
@@ -118,7 +118,7 @@ class KafkaBus:
             raise
 
     async def stop(self) -> None:
-        """Flush and disconnect; says in the log what could not be flushed."""
+        """Flush and disconnect; log what could not be flushed."""
         for client in (self._producer, self._ends):
             if client is None:
                 continue
@@ -126,12 +126,12 @@ class KafkaBus:
                 async with asyncio.timeout(STOP_SECONDS):
                     await client.stop()
             except TimeoutError:
-                log.error("gave up flushing: %d sends or more stay unacknowledged", self._count_overdue())  # noqa: TRY400 # the trace says nothing more
+                log.error("flush timed out: %d or more sends are pending", self._count_overdue())  # noqa: TRY400 # no trace
         self._producer = self._ends = None
 
     @property
     def alive(self) -> bool:
-        """False when a send was given up, or the brokers are others: the process must be replaced."""
+        """False when the producer gave up a send, or the cluster is another one: the process must be restarted."""
         return self._fault is None
 
     @property
@@ -170,12 +170,12 @@ class KafkaBus:
     async def past(
         self, topic: Topic, first: int = 0, *, partition: int | None = None
     ) -> AsyncGenerator[RawRecord, None]:
-        """Read what is in `topic` up to where it ends now, each partition from offset `first` on; hold a few fetches in memory.
+        """Yield the records in `topic` up to its current end, each partition from offset `first` on.
 
-        With `partition` it reads that one alone.
+        Only a few fetches are held in memory. With `partition` only that one is read.
 
         Raises:
-            DependencyError: the broker is away, maybe halfway.
+            DependencyError: the broker is unavailable; some records may have been yielded.
         """
         source = Past(
             topic,
@@ -194,7 +194,7 @@ class KafkaBus:
                     if record.offset < ends[record.partition]:
                         yield record
                 if not records:
-                    await source.ends()  # the client itself would wait for a broker for ever
+                    await source.ends()  # the client itself would wait for a broker indefinitely
                 positions = await source.positions()
         finally:
             await source.close()
@@ -202,9 +202,9 @@ class KafkaBus:
     def _member(self, topic: Topic, group: str, handler: Handler, source: Source) -> ConsumerLoop:
         async def dead_letter(record: RawRecord, reason: str) -> None:
             if weight(record) > DEAD_LETTER_BYTES - DEAD_LETTER_ROOM:
-                record = replace(record, value=None, headers=())  # unpacked it fits nowhere: its origin leads to it
+                record = replace(record, value=None, headers=())  # too large when decompressed; see its origin
             headers = dead_letter_headers(record, group=group, reason=reason)
-            # The client takes no record without key and value; a hostile one may have neither.
+            # The client sends no record without key and value; a hostile one may have neither.
             await self.send(topic.dead_letter, [(record.key or b"", record.value, headers)])
             for callback in self._dead_letter_callbacks:
                 callback(record, reason)
@@ -213,18 +213,18 @@ class KafkaBus:
 
     async def _end_offsets(self, partitions: Collection[TopicPartition]) -> Mapping[TopicPartition, int]:
         if self._ends is None:
-            raise RuntimeError("the bus is not started")
-        with depending("the broker does not say where its logs end"):
+            raise RuntimeError("the bus has not been started")
+        with depending("cannot query the end offsets"):
             return cast(Mapping[TopicPartition, int], await self._ends.end_offsets(partitions))
 
     async def send(self, topic: str, records: Iterable[Outgoing]) -> None:
-        """Send any records to `topic`, named without its prefix, and wait for every acknowledgement.
+        """Send raw records to `topic`, named without its prefix, and wait for every acknowledgement.
 
         Raises:
-            DependencyError: as `publish`.
+            DependencyError: see `publish`.
         """
         if self._producer is None:
-            raise RuntimeError("the bus is not started")
+            raise RuntimeError("the bus has not been started")
         self._check()
         producer, name = self._producer, self._prefix + topic
         acks: defaultdict[_Place, set[asyncio.Future[object]]] = defaultdict(set)
@@ -258,26 +258,27 @@ class KafkaBus:
         if not ack.cancelled() and (fault := ack.exception()) is not None:
             self._fail(fault, "the producer gave a send up")
 
-    def _know_cluster(self, producer: AIOKafkaProducer) -> None:
-        """Fail when the brokers' cluster is not the first one any more, which each of their answers about topics says."""
+    def _watch_cluster_id(self, producer: AIOKafkaProducer) -> None:
+        """Fail when the cluster id in the brokers' metadata differs from the first one."""
         cluster = producer.client.cluster
-        update = cluster.update_metadata  # the client keeps no cluster's id, and has no other place to hear of it
+        update = cluster.update_metadata  # the client does not store the cluster id and has no other hook for it
         first: str | None = None
 
         def updated(answer: Any) -> None:
             nonlocal first
             first = first or answer.cluster_id
             if answer.cluster_id not in {None, first}:
-                self._fail(RuntimeError(f"cluster {answer.cluster_id} where {first} was"), "the brokers are others")
+                error = RuntimeError(f"cluster {answer.cluster_id} instead of {first}")
+                self._fail(error, "connected to a different Kafka cluster")
             update(answer)
 
         cluster.update_metadata = updated
 
     def _fail(self, fault: BaseException, what: str) -> None:
         if self._fault is None:
-            log.critical("%s; the process must be replaced", what, exc_info=fault)
+            log.critical("%s; the process must be restarted", what, exc_info=fault)
             self._fault = fault
 
     def _check(self) -> None:
         if self._fault is not None:
-            raise DependencyError(f"no order can be kept any more, the process must be replaced: {self._fault!r}")
+            raise DependencyError(f"the order of messages is lost, the process must be restarted: {self._fault!r}")

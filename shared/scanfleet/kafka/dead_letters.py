@@ -1,8 +1,8 @@
 """Dead letters for operators: list them, show one, and replay them to the topic on which they were refused.
 
-Any reader of a topic may write to its dead letters, so nothing in a letter is trusted. It is shown as printable text only, sent
-only to the topic that its dead-letter topic belongs to, and only if that topic still holds the same record where the letter says
-that it was. Nothing here removes a letter; the topic's retention does.
+Every reader of a topic may write to its dead-letter topic, so the content of a dead letter is not trusted. It is shown
+as printable text only, and replayed only to the topic of its dead-letter topic, if that topic still holds the same
+record at the origin that the dead letter names. Dead letters are removed only by the topic's retention.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from scanfleet.messages.envelope import Outgoing, RawRecord, split_dead_letter, 
 from scanfleet.messages.topics import TOPICS, Topic
 
 REPLAY: Final = "dlq_replay_of"
-"""Header of a record that was sent back: the letter that it was. If it is refused again, its new letter has it too."""
+"""Header of a replayed record with the id of its dead letter; a dead letter of the replay has it too."""
 
-# What a topic takes by default is 1 MiB, the record's own framing within; a larger one came compressed, and is refused by
-# its reader for its size anyway.
+# A topic's default limit is 1 MiB including the record's framing; a larger record arrived compressed, and its reader
+# would reject it for its size anyway.
 MOST_BYTES: Final = 1024 * 1024 - 1024
 _REASON_LENGTH: Final = 120  # of a line in the list
 _MAX_DIGITS: Final = 18  # of an offset, which has 64 bits
 
 
 class CannotReplayError(ScanfleetError):
-    """The letter was not sent; says why."""
+    """The dead letter was not sent; the message has the reason."""
 
 
 class Broker(Protocol):
-    """The part of the bus that dead letters need."""
+    """The methods of the bus needed for dead letters."""
 
     def past(
         self, topic: Topic, first: int = 0, *, partition: int | None = None
@@ -42,24 +42,24 @@ class Broker(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Letter:
+class DeadLetter:
     topic: Topic
-    """Among whose dead letters it lies."""
+    """The original topic."""
 
     record: RawRecord
 
     @property
     def id(self) -> str:
-        """Dead-letter topic, partition and offset."""
+        """The id: dead-letter topic, partition and offset."""
         return f"{self.record.topic}/{self.record.partition}/{self.record.offset}"
 
     @property
     def origin(self) -> Mapping[str, bytes]:
-        """What the reader that refused it noted; empty when none did."""
+        """The headers added by the reader that refused the record; empty if there are none."""
         return split_dead_letter(self.record.headers)[1]
 
     def line(self) -> str:
-        """Id, origin, who refused it, when, bytes of its value, the letter that it is a replay of, and why: between tabs."""
+        """Return id, origin, group, time, bytes of the value, replayed dead letter and reason, separated by tabs."""
         origin = self.origin
         place = "/".join(printable(origin.get(f"dlq_{part}")) for part in ("topic", "partition", "offset"))
         columns = [
@@ -74,8 +74,8 @@ class Letter:
         return "\t".join(columns)
 
     def lines(self) -> Iterator[str]:
-        """Everything in it."""
-        yield f"letter: {self.id}"
+        """Yield the complete content as text."""
+        yield f"dead letter: {self.id}"
         yield f"time: {rfc3339(self.record.timestamp)}"
         yield f"key: {printable(self.record.key)}"
         for name, value in self.record.headers:
@@ -83,40 +83,40 @@ class Letter:
         yield f"value: {printable(self.record.value)}"
 
     def is_copy_of(self, record: RawRecord) -> bool:
-        """Whether it holds this record's key, value and headers, byte for byte."""
+        """Return whether it has this record's key, value and headers, byte for byte."""
         own, _ = split_dead_letter(self.record.headers)
         copy = self.record.key or b"", self.record.value, tuple(own)
         return copy == (record.key or b"", record.value, tuple(record.headers))
 
     def again(self) -> Outgoing:
-        """The record as it was, with a header that names this letter.
+        """Return the original record with a header that names this dead letter.
 
         Raises:
-            CannotReplayError: the letter does not hold the record, or names another topic.
+            CannotReplayError: the dead letter does not hold the record, or names another topic.
         """
         own, origin = split_dead_letter(self.record.headers)
         if origin.get("dlq_topic") != self.topic.name.encode():
-            raise CannotReplayError(f"no reader of {self.topic.name} has put it there")
+            raise CannotReplayError(f"it was not dead-lettered by a reader of {self.topic.name}")
         if self.record.value is None:
-            raise CannotReplayError("it has no value: there was none, or it could not be read or kept; see its origin")
+            raise CannotReplayError("it has no value, or one that could not be read or stored; see its origin")
         headers = (*((name, value) for name, value in own if name != REPLAY), (REPLAY, self.id.encode()))
         if len(self.record.key or b"") + weight(replace(self.record, headers=headers)) > MOST_BYTES:
-            raise CannotReplayError("it is larger than any message may be")
+            raise CannotReplayError("it exceeds the maximum size of a message")
         return self.record.key or b"", self.record.value, headers
 
 
-async def letters(broker: Broker, topic: Topic) -> AsyncIterator[Letter]:
-    """Those of `topic`, oldest first, up to the one that is the last now.
+async def dead_letters(broker: Broker, topic: Topic) -> AsyncIterator[DeadLetter]:
+    """Yield the present dead letters of `topic`, oldest first.
 
     Raises:
         DependencyError: the broker is unavailable.
     """
     async for record in broker.past(_dead(topic)):
-        yield Letter(topic, record)
+        yield DeadLetter(topic, record)
 
 
-async def letter(broker: Broker, id_: str) -> Letter:
-    """The one of this id.
+async def dead_letter(broker: Broker, id_: str) -> DeadLetter:
+    """Return the dead letter with this id.
 
     Raises:
         LookupError: there is none.
@@ -130,19 +130,19 @@ async def letter(broker: Broker, id_: str) -> Letter:
         async with aclosing(broker.past(_dead(topic), number)) as records:
             first = await anext(records, None)
         if first is not None and first.offset == number:
-            return Letter(topic, first)
-    raise LookupError(f"there is no letter {id_}")
+            return DeadLetter(topic, first)
+    raise LookupError(f"there is no dead letter {id_}")
 
 
-async def replay(broker: Broker, letter: Letter, *, verify: bool = True) -> None:
-    """Send it to the topic on which it was refused; return when the broker has acknowledged it.
+async def replay(broker: Broker, letter: DeadLetter, *, verify: bool = True) -> None:
+    """Send the record to its original topic and wait for the acknowledgement.
 
-    With `verify` it is sent only if that topic still holds the same record at the letter's origin: a client that may write dead
-    letters could otherwise have an administrator send what they may not.
+    With `verify` it is sent only if that topic still holds the same record at the dead letter's origin. Otherwise a
+    client that may write dead letters could have an administrator send records that the client may not send.
 
     Raises:
         CannotReplayError: it was not sent.
-        DependencyError: it may or may not have been sent. Twice does no harm: readers deduplicate.
+        DependencyError: it may or may not have been sent. A retry is safe: readers deduplicate.
     """
     again = letter.again()
     if verify:
@@ -150,23 +150,23 @@ async def replay(broker: Broker, letter: Letter, *, verify: bool = True) -> None
     await broker.send(letter.topic.name, [again])
 
 
-async def _verify(broker: Broker, letter: Letter) -> None:
-    """Compare the letter with the record that it says it is a copy of.
+async def _verify(broker: Broker, letter: DeadLetter) -> None:
+    """Compare the dead letter with the record at its origin.
 
     Raises:
-        CannotReplayError: the topic does not hold that record, or another one.
+        CannotReplayError: the topic no longer holds that record, or holds another one.
         DependencyError: the broker is unavailable.
     """
     partition, offset = (_number(letter.origin.get(f"dlq_{part}")) for part in ("partition", "offset"))
     if partition is None or offset is None or partition >= letter.topic.partitions:
-        raise CannotReplayError("it names no partition and offset that it was refused at; it may be forged")
+        raise CannotReplayError("it names no partition and offset of origin; it may be forged")
     origin = f"{letter.topic.name}/{partition}/{offset}"
     async with aclosing(broker.past(letter.topic, offset, partition=partition)) as records:
         record = await anext(records, None)
     if record is None or record.offset != offset:
-        raise CannotReplayError(f"{origin} is not there (any more), so the letter cannot be verified")
+        raise CannotReplayError(f"{origin} does not exist (any more), so the dead letter cannot be verified")
     if not letter.is_copy_of(record):
-        raise CannotReplayError(f"{origin} holds another record: the letter is forged")
+        raise CannotReplayError(f"{origin} holds another record: the dead letter is forged")
 
 
 def _number(text: bytes | None) -> int | None:
@@ -174,7 +174,7 @@ def _number(text: bytes | None) -> int | None:
 
 
 def printable(text: bytes | None) -> str:
-    """`text` on one line, with everything escaped that a terminal could take for more than a character."""
+    """Return `text` on one line, with every character escaped that a terminal could interpret."""
     if text is None:
         return "-"
     decoded = text.decode(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""Where a group of consumers goes on."""
+"""Offsets of consumer groups."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from scanfleet.kafka.broker import BACKOFF_MS, access, connect, depending
 from scanfleet.messages.topics import Topic
 from scanfleet.settings import KafkaSettings
 
-MOVE_SECONDS: Final = 60.0  # for a broker that is still starting too
+MOVE_SECONDS: Final = 60.0  # includes the start of a broker
 
 
 async def move_group(settings: KafkaSettings, group: str, topic: Topic, to: Literal["beginning", "end"]) -> None:
-    """Let a group without members go on from the beginning or the end of a topic.
+    """Reset the offsets of a group without members to the beginning or the end of a topic.
 
     Raises:
-        DependencyError: the broker is away, or the group still has members.
+        DependencyError: the broker is unavailable, or the group still has members.
         OSError: a file that the settings name cannot be read.
     """
     partitions = [TopicPartition(settings.topic_prefix + topic.name, number) for number in range(topic.partitions)]
@@ -32,7 +32,7 @@ async def move_group(settings: KafkaSettings, group: str, topic: Topic, to: Lite
         retry_backoff_ms=BACKOFF_MS,
     )
     try:
-        with depending(f"{group} is not moved"):
+        with depending(f"cannot reset the offsets of {group}"):
             async with asyncio.timeout(MOVE_SECONDS):
                 await connect(consumer.start)
                 consumer.assign(partitions)
@@ -46,4 +46,4 @@ async def _commit(consumer: AIOKafkaConsumer, offsets: Mapping[TopicPartition, i
     try:
         await consumer.commit(offsets)
     except CommitFailedError as error:
-        raise DependencyError("the group has members: stop them, and wait ten seconds if they were killed") from error
+        raise DependencyError("the group has members: stop them, and wait ten seconds after a kill") from error

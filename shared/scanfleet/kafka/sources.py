@@ -1,4 +1,4 @@
-"""Where a loop gets its records from: Kafka consumers, as a tail and as a member of a group."""
+"""Kafka implementations of `scanfleet.consumer.Source`: a tail and a member of a group."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from scanfleet.messages.topics import Topic
 
 EndOffsets = Callable[[Collection[TopicPartition]], Awaitable[Mapping[TopicPartition, int]]]
 
-BATCH: Final = 500  # records of one poll: enough to share a round of writes, few enough to finish within a second
-BATCH_BYTES: Final = 16 * 1024 * 1024  # of one fetch: what a consumer may hold in memory beside the batch in hand
+BATCH: Final = 500  # records per poll: enough to share a round of writes, few enough to finish within a second
+BATCH_BYTES: Final = 16 * 1024 * 1024  # per fetch: held in memory by a consumer in addition to the current batch
 POLL_MS: Final = (
-    250  # a fetch parked at the broker holds up the next one for a partition that was busy; idle, it costs 4 a second
+    250  # a long poll delays the next fetch for a partition that was busy; an idle consumer sends 4 a second
 )
-OPEN_SECONDS: Final = 30.0  # to join a group, whose members may finish their batches first
-COMMIT_SECONDS: Final = 5.0  # the client would look for a lost coordinator for ever
-PICK_MS: Final = 2 * POLL_MS  # for one record that is there: a fetch may have to end first
-SESSION_MS: Final = 10_000  # after which a killed member's partitions go to another; a restart is back sooner
-HEARTBEAT_MS: Final = 1_000  # how soon a member hears of a rebalance
-REBALANCE_MS: Final = int(HURRY_SECONDS * 1500)  # half as long again as a batch in hand may take
-REQUEST_MS: Final = REBALANCE_MS + 5_000  # a join is answered when the rebalance is done
-METADATA_MS: Final = 5_000  # between two looks what topics there are: a member without partitions asks for nothing else
+OPEN_SECONDS: Final = 30.0  # for joining a group, whose members may finish their batches first
+COMMIT_SECONDS: Final = 5.0  # the client would look for a lost coordinator indefinitely
+PICK_MS: Final = 2 * POLL_MS  # for an existing record: an earlier fetch may have to end first
+SESSION_MS: Final = 10_000  # after which a killed member's partitions are reassigned; a restart takes less
+HEARTBEAT_MS: Final = 1_000  # maximum delay until a member notices a rebalance
+REBALANCE_MS: Final = int(HURRY_SECONDS * 1500)  # 1.5 times the limit of the current batch
+REQUEST_MS: Final = REBALANCE_MS + 5_000  # a join is answered when the rebalance ends
+METADATA_MS: Final = 5_000  # between two metadata refreshes: a member without partitions sends no other request
 MAX_POLL_MS: Final = (
     2**31 - 1
-)  # a batch is retried for as long as it takes: leaving the group would only move the bad day
+)  # a batch is retried indefinitely: leaving the group would only move the failure to another member
 
-# What the client raises on bytes that it cannot take apart. Whoever may write to a topic can write such.
+# Raised by the client for bytes that it cannot parse. Any writer of a topic can send such bytes.
 _UNREADABLE: Final = (
     CorruptRecordException,
     UnsupportedCodecError,
@@ -80,7 +80,7 @@ class Tail:
         with depending(f"no position in {self._name}; does it exist?"):
             async with asyncio.timeout(OPEN_SECONDS):
                 await connect(consumer.start)
-                # Assigned by hand: a subscription would be made anew, from the end, whenever metadata change.
+                # Assigned manually: a subscription would restart from the end whenever metadata change.
                 consumer.assign(partitions)
                 for partition in partitions:
                     await consumer.position(partition)
@@ -91,7 +91,7 @@ class Tail:
         try:
             if self._suspicious:
                 return await self._pick(before)
-            # The client waits without bound for a group that rebalances.
+            # The client has no timeout for a rebalancing group.
             async with asyncio.timeout(seconds + 1):
                 batches = await self._client.getmany(timeout_ms=int(seconds * 1000), max_records=BATCH)
         except TimeoutError:
@@ -99,7 +99,7 @@ class Tail:
         except _UNREADABLE as error:
             log.warning("an unreadable record in %s: %r", self._name, error)
             self._suspicious = True
-            await self._rewind(before)  # what the call had already taken from other partitions went with it
+            await self._rewind(before)  # the call also lost the records that it had already taken from other partitions
             return ()
         except KafkaError as error:
             if not error.retriable:
@@ -109,7 +109,7 @@ class Tail:
         return [self._raw(record) for records in batches.values() for record in records]
 
     async def commit(self, offsets: Mapping[int, int]) -> None:
-        """A tail forgets."""
+        """Do nothing: a tail stores no offsets."""
 
     async def positions(self) -> Mapping[int, int]:
         return {partition.partition: position for partition, position in (await self._positions()).items()}
@@ -125,7 +125,7 @@ class Tail:
     @property
     def _client(self) -> AIOKafkaConsumer:
         if self._consumer is None:
-            raise RuntimeError("not open")
+            raise RuntimeError("the source is not open")
         return self._consumer
 
     def _make(self, **more: Any) -> AIOKafkaConsumer:
@@ -145,19 +145,19 @@ class Tail:
     async def _positions(self) -> dict[TopicPartition, int]:
         found = {}
         for partition in self._client.assignment():
-            # One that is not known yet would be waited for.
+            # The client would wait for an unknown one.
             with contextlib.suppress(TimeoutError, IllegalStateError):
                 async with asyncio.timeout(0):
                     found[partition] = await self._client.position(partition)
         return found
 
     async def _rewind(self, positions: Mapping[TopicPartition, int], /) -> None:
-        """Go back to `positions`, up to where all was handled."""
+        """Seek to `positions`, the end of the handled records."""
         for partition, position in positions.items():
             self._client.seek(partition, position)
 
     async def _pick(self, positions: Mapping[TopicPartition, int]) -> list[RawRecord]:
-        """The next record of each partition, the unreadable ones in a form that will be dead-lettered."""
+        """Return the next record of each partition; unreadable ones in a form that will be dead-lettered."""
         self._suspicious = False
         picked = []
         for partition, end in (await self._end_offsets(positions)).items():
@@ -166,7 +166,7 @@ class Tail:
             try:
                 batch = await self._client.getmany(partition, timeout_ms=PICK_MS, max_records=1)
             except _UNREADABLE as error:
-                self._suspicious = True  # the rest of its batch is
+                self._suspicious = True  # the rest of its batch is unreadable too
                 self._client.seek(partition, position + 1)
                 picked.append(_unreadable(self._topic, partition.partition, position, error))
             else:
@@ -186,7 +186,7 @@ class Tail:
 
 
 class Past(Tail):
-    """Some of the partitions from an offset on, up to wherever the reader stops."""
+    """Reads some partitions from an offset until the reader stops."""
 
     async def begin(self, first: int, partitions: Iterable[int]) -> None:
         for partition in await self._assign(partitions, "earliest"):
@@ -195,7 +195,7 @@ class Past(Tail):
 
 
 class Member(Tail):
-    """The same as a member of a group: its share of the partitions, from what the group committed."""
+    """A `scanfleet.consumer.Source`: a group member's share of the partitions, from the committed offsets."""
 
     def __init__(self, topic: Topic, *, group: str, instance: str, **more: Any) -> None:
         super().__init__(topic, client_id=instance, **more)
@@ -219,14 +219,14 @@ class Member(Tail):
         with depending(f"cannot join {self._group}; does {self._name} exist?"):
             async with asyncio.timeout(OPEN_SECONDS):
                 await connect(consumer.start)
-                await self._rebalance.told.wait()
+                await self._rebalance.assigned.wait()
         self._rebalance.check()
 
     async def poll(self, seconds: float) -> Sequence[RawRecord]:
         self._rebalance.check()
         records = await super().poll(seconds)
-        # The client assigns first and tells afterwards; a handler hears of its partitions before their records.
-        await self._rebalance.told.wait()
+        # The client assigns partitions before it calls the listener; a handler must be notified before it gets records.
+        await self._rebalance.assigned.wait()
         return records
 
     async def commit(self, offsets: Mapping[int, int]) -> None:
@@ -239,15 +239,15 @@ class Member(Tail):
                 raise BatchDroppedError("the group has rebalanced") from error
 
     async def close(self) -> None:
-        if self._consumer is not None and self._consumer._coordinator is not None:  # noqa: SLF001 # no public way to leave
-            # A static member would keep its partitions until its session ends. Its name is for restarts after a kill;
-            # who stops on purpose hands over at once.
+        if self._consumer is not None and self._consumer._coordinator is not None:  # noqa: SLF001 # no public method
+            # A static member would keep its partitions until its session ends, which serves restarts after a kill. A
+            # member that stops regularly leaves at once.
             self._consumer._coordinator._group_instance_id = None  # noqa: SLF001 # as above
         await super().close()
 
     async def _rewind(self, _positions: Mapping[TopicPartition, int], /) -> None:
-        """Go back to what is committed: there may have been a rebalance since those positions were ours."""
-        with contextlib.suppress(IllegalStateError):  # or there is one now, which does the same
+        """Seek to the committed offsets: a rebalance may have happened since."""
+        with contextlib.suppress(IllegalStateError):  # or a rebalance is in progress, which has the same effect
             for partition in self._client.assignment():
                 if (offset := await self._client.committed(partition)) is None:
                     await self._client.seek_to_beginning(partition)
@@ -256,29 +256,29 @@ class Member(Tail):
 
 
 class _Rebalance(ConsumerRebalanceListener):  # type: ignore[misc] # the client ships no types
-    """Passes on what the client tells; it would log and forget an error of the handler, which must end the loop."""
+    """Forwards the client's rebalance events, and keeps a listener's error, which the client would only log."""
 
     def __init__(self, listener: Listener) -> None:
         self._listener = listener
         self._fault: Exception | None = None
-        self.told = asyncio.Event()
+        self.assigned = asyncio.Event()
 
     def check(self) -> None:
         if self._fault is not None:
             raise self._fault
 
     async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
-        self.told.clear()
-        await self._tell(self._listener.revoked(_numbers(revoked)))
+        self.assigned.clear()
+        await self._call(self._listener.revoked(_numbers(revoked)))
 
     async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
-        await self._tell(self._listener.assigned(_numbers(assigned)))
-        self.told.set()
+        await self._call(self._listener.assigned(_numbers(assigned)))
+        self.assigned.set()
 
-    async def _tell(self, call: Awaitable[None]) -> None:
+    async def _call(self, call: Awaitable[None]) -> None:
         try:
             await call
-        except Exception as error:  # noqa: BLE001 # whatever it is, `check` raises it in the loop
+        except Exception as error:  # noqa: BLE001 # `check` raises it in the loop
             self._fault = error
 
 

@@ -1,4 +1,4 @@
-"""Making the topics of the registry, with their settings."""
+"""Creation of the topics of the registry, with their settings."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from scanfleet.kafka.broker import administering
 from scanfleet.messages.topics import DEAD_LETTER_RETENTION, DEAD_LETTER_RETENTION_BYTES, TOPICS, Topic
 from scanfleet.settings import KafkaSettings
 
-# A record may be larger than our own limit: others can write too, and a compressed batch holds more than it weighs.
+# A record may exceed the platform's own limit: other clients can write too, and a compressed batch expands.
 DEAD_LETTER_BYTES: Final = 16 * 1024 * 1024
 SEGMENT_BYTES: Final = (
     64 * 1024 * 1024
-)  # a partition holds this much more than its limit: only whole segments are deleted
-LOOK_S: Final = 0.1  # between two looks at a broker that is catching up
+)  # a partition may exceed its limit by this much: only whole segments are deleted
+LOOK_S: Final = 0.1  # between two checks of a broker that is catching up
 
 
 class TopicSettings(KafkaSettings):
-    """How the broker keeps the topics."""
+    """Replication of the topics."""
 
     replication: int = Field(
         1,
         ge=1,
         le=32_767,
-        description="Copies of each topic, when it is made. With three or more, one may be away.",
+        description="Replication factor of new topics. With three or more, one replica may be unavailable.",
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One topic on the broker, its name with the prefix."""
+    """One topic on the broker; its name includes the prefix."""
 
     name: str
     partitions: int
@@ -46,7 +46,7 @@ class Plan:
 
 
 def plans(settings: TopicSettings, topics: Iterable[Topic]) -> list[Plan]:
-    """The topics and their dead-letter topics."""
+    """Return the topics and their dead-letter topics."""
     made = []
     for topic in topics:
         name = settings.topic_prefix + topic.name
@@ -60,19 +60,19 @@ def plans(settings: TopicSettings, topics: Iterable[Topic]) -> list[Plan]:
 
 
 async def create_topics(settings: TopicSettings, topics: Iterable[Topic] = TOPICS, *, limit: float = 60.0) -> None:
-    """Make what is missing, and give what is there its settings.
+    """Create missing topics and apply the settings to existing ones.
 
     Args:
         settings: broker, prefix and replication.
-        topics: with their dead-letter topics.
-        limit: seconds, for a broker that is still starting too.
+        topics: topics to create with their dead-letter topics.
+        limit: timeout in seconds, including the start of a broker.
 
     Raises:
         DependencyError: no broker answered in time.
-        RuntimeError: the broker refused; says why.
+        RuntimeError: the broker refused; the message has the reason.
         OSError: a file that the settings name cannot be read.
     """
-    async with administering(settings, f"no topics made at {settings.kafka}", limit=limit) as admin:
+    async with administering(settings, f"cannot create topics at {settings.kafka}", limit=limit) as admin:
         await _create(admin, plans(settings, topics), settings.replication)
 
 
@@ -86,7 +86,7 @@ async def _create(admin: AIOKafkaAdminClient, wanted: list[Plan], replication: i
         if error is TopicAlreadyExistsError:
             there.add(name)
         elif error is not NoError:
-            raise RuntimeError(f"the broker does not make {name}: {error.__name__} {message}")
+            raise RuntimeError(f"the broker did not create {name}: {error.__name__} {message}")
     known = [plan for plan in wanted if plan.name in there]
     if known:
         await _conform(admin, known)
@@ -97,17 +97,17 @@ async def _counts(admin: AIOKafkaAdminClient, names: list[str]) -> dict[str, int
 
 
 async def _conform(admin: AIOKafkaAdminClient, plans: list[Plan]) -> None:
-    """Bring topics that were there already to their settings; the partitions they have are final."""
+    """Apply the settings to existing topics; their number of partitions cannot change."""
     names = [plan.name for plan in plans]
     counts = await _counts(admin, names)
-    while not all(counts.values()):  # the controller knows these topics; a broker may yet have to hear of them
+    while not all(counts.values()):  # the controller has these topics; a broker may not have received them yet
         await asyncio.sleep(LOOK_S)
         counts = await _counts(admin, names)
     for plan in plans:
         if counts[plan.name] != plan.partitions:
             raise RuntimeError(
                 f"{plan.name} has {counts[plan.name]} partitions, not {plan.partitions}: keys would lose their order. "
-                "Give the wider topic a new name.",
+                "Use a new name for the topic with more partitions.",
             )
     responses = await admin.alter_configs(
         [ConfigResource(ConfigResourceType.TOPIC, plan.name, dict(plan.configs)) for plan in plans],
@@ -115,7 +115,7 @@ async def _conform(admin: AIOKafkaAdminClient, plans: list[Plan]) -> None:
     for response in responses:
         for code, message, _, name in response.resources:
             if for_code(code) is not NoError:
-                raise RuntimeError(f"the broker does not take the settings of {name}: {message}")
+                raise RuntimeError(f"the broker rejected the settings of {name}: {message}")
 
 
 def _configs(retention: timedelta, retention_bytes: int, replication: int) -> dict[str, str]:
@@ -123,9 +123,9 @@ def _configs(retention: timedelta, retention_bytes: int, replication: int) -> di
     return {
         "cleanup.policy": "delete",
         "retention.ms": milliseconds,
-        "retention.bytes": str(retention_bytes),  # of a partition: a client with write access cannot fill the disk
+        "retention.bytes": str(retention_bytes),  # per partition: a client with write access cannot fill the disk
         "segment.bytes": str(SEGMENT_BYTES),
-        "segment.ms": milliseconds,  # only whole segments are deleted: nothing is kept for more than twice the retention
-        "message.timestamp.type": "LogAppendTime",  # the one clock that two readers share
+        "segment.ms": milliseconds,  # only whole segments are deleted: records live at most twice the retention
+        "message.timestamp.type": "LogAppendTime",  # the only clock that all readers share
         "min.insync.replicas": str(max(1, replication - 1)),
     }

@@ -1,4 +1,4 @@
-"""Every message that crosses a service wall, each defined once."""
+"""All messages between services, each defined once."""
 
 from scanfleet.messages.audit import Audited, AuditEntry
 from scanfleet.messages.base import Message

@@ -1,6 +1,6 @@
-"""What each service may do on the bus: it follows from the topic registry, and nothing else is allowed.
+"""The Kafka ACLs of each service, derived from the topic registry; nothing else is allowed.
 
-To read or to write includes to describe, in Kafka, and who may write to a topic may be an idempotent producer (since 3.0).
+In Kafka, read and write access include describe, and write access to a topic allows an idempotent producer (since 3.0).
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from scanfleet.messages.topics import GATEWAY, MIB, ORCHESTRATOR, RESULT_STORE, 
 
 SERVICES: Final = (GATEWAY, ORCHESTRATOR, WORKER, RESULT_STORE)
 MEMBERS: Final = (ORCHESTRATOR, RESULT_STORE)
-"""Who reads as a member of groups; the others read without one. The names of a service's groups begin with its own."""
+"""Services that read as members of groups; the others read without one. Group names start with the service's name."""
 
 QUOTAS: Final = {"producer_byte_rate": 16 * MIB, "consumer_byte_rate": 64 * MIB}
-"""Bytes a second of each service at each broker, all its processes together: the broker delays what goes beyond.
+"""Quota in bytes per second of each service (all processes together) at each broker; the broker throttles the excess.
 
-Ten times what a busy platform of 20 workers needs, and too little to slow the others of one that is taken over.
+Ten times the need of a busy platform with 20 workers, and too little for a compromised service to slow the others.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Acl:
-    """One thing that one service may do; names are without their prefix."""
+    """One permission of one service; names are without prefix."""
 
     service: str
     operation: Literal["Read", "Write"]
     resource: Literal["topic", "group"]
     name: str
-    """Of a topic; of a group the beginning."""
+    """Name of a topic, or name prefix of groups."""
 
 
 def acls_of(service: str) -> tuple[Acl, ...]:
-    """A service's rights: to write and to read its topics, and as a member of groups to these and to dead letters."""
+    """Return a service's ACLs: to write and read its topics, and for groups their offsets and dead letters."""
     read = [topic for topic in TOPICS if service in topic.consumers]
     return (
         *(Acl(service, "Write", "topic", topic.name) for topic in TOPICS if service in topic.producers),

@@ -11,50 +11,50 @@ from scanfleet.messages.base import Message
 from scanfleet.messages.fields import Positive
 
 MAX_REASON_CHARS: Final = 300
-MAX_TARGET_CHARS: Final = 300  # of a refusal
-MAX_TARGETS_CHARS: Final = 32_000  # of one command that names a thousand subnets or jobs
+MAX_TARGET_CHARS: Final = 300  # for a refusal
+MAX_TARGETS_CHARS: Final = 32_000  # for one command that names a thousand subnets or jobs
 
 Name = Annotated[str, Field(max_length=200)]
 
 
 class AuditEntry(BaseModel):
-    """One thing that was done or refused."""
+    """One change or refusal."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
     id: Name
     time: Time
-    """By the clock of the service that decided."""
+    """Time by the clock of the deciding service."""
 
     service: Name
-    """Which service decided."""
+    """The deciding service."""
 
     subject: Name
     """The user's id; empty for a request without a valid token."""
 
     source: Name
-    """The address that the request came from; of a message its topic, and of one that cannot be read its partition and offset."""
+    """Source address of the request; for a message its topic, for an unreadable one also partition and offset."""
 
     action: Name
-    """The operation, by its name in the OpenAPI document; or that a message was consumed."""
+    """The operation id in the OpenAPI document, or `consume` and the topic."""
 
     target: Annotated[str, Field(max_length=MAX_TARGETS_CHARS)]
-    """What it was done to, or would have been."""
+    """The object of the operation."""
 
     decision: Literal["allowed", "refused"]
     rule: Name
-    """Which rule decided; empty when a user did what is theirs to do."""
+    """The deciding rule; empty for ordinary actions on the user's own objects."""
 
     reason: Annotated[str, Field(max_length=MAX_REASON_CHARS)] = ""
-    """What was wrong, where the rule does not say it all: of a refused token the claim and why, never its value."""
+    """Details beyond the rule: for a refused token the claim and the reason, never its value."""
 
     request_id: Name
     count: Positive = 1
-    """How many refusals alike this entry stands for; `target` and `request_id` are those of the last."""
+    """Number of equal refusals that this entry represents; `target` and `request_id` are those of the last."""
 
 
 class Audited(Message):
-    """A refusal for the audit log; what was allowed, job-orchestrator itself records where it does it."""
+    """A refusal for the audit log; job-orchestrator records allowed actions itself."""
 
     entry: AuditEntry
 

@@ -1,4 +1,4 @@
-"""What all messages share: frozen, versioned, carried by CloudEvents headers."""
+"""The base class of all messages: frozen, versioned, carried with CloudEvents headers."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ class Message(BaseModel):
 
     version: ClassVar[int] = 1
     compact: ClassVar[bool] = False
-    """Leave out fields that hold their default: for messages that can come near the broker's size limit."""
+    """Omit fields with their default value: for messages that can approach the broker's size limit."""
 
     traceparent: str | None = Field(default=None, exclude=True, max_length=MAX_TRACEPARENT_CHARS)
-    """W3C trace context; travels in the header of that name, never in the value."""
+    """W3C trace context; sent in the header of that name, never in the value."""
 
     @property
     def event_id(self) -> str:
-        """`ce_id`. Messages whose duplicates a reader must recognise derive it from what they say."""
+        """`ce_id`. Messages that readers deduplicate derive it from their content."""
         return uuid4().hex
 
     @property
     @abstractmethod
     def subject(self) -> str:
-        """`ce_subject`: what the message is about."""
+        """`ce_subject`: the object of the message."""
 
     @classmethod
     def type_name(cls) -> str:

@@ -1,4 +1,4 @@
-"""How a message lies in a Kafka record: CloudEvents 1.0, binary content mode."""
+"""Encoding of messages as Kafka records: CloudEvents 1.0, binary content mode."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from scanfleet.tracing import TRACEPARENT
 
 Headers = Sequence[tuple[str, bytes | None]]
 Outgoing = tuple[bytes, bytes | None, Headers]
-"""Key, value and headers of a record that is to be sent."""
+"""Key, value and headers of a record to send."""
 
 CONTENT_TYPE: Final = "application/json"
 
 _READ: Final = frozenset({"content-type", "ce_specversion", "ce_type", "traceparent"})
 _ADDED: Final = ("dlq_topic", "dlq_partition", "dlq_offset", "dlq_timestamp", "dlq_group", "dlq_reason")
-_REASON_LENGTH: Final = 500  # of a validation report: enough to see the fault, whatever a hostile value makes of it
+_REASON_LENGTH: Final = 500  # per validation report: enough to see the fault, and a bound for hostile values
 
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """A message as bytes: what a producer sends."""
+    """A message encoded for a producer."""
 
     key: bytes
     value: bytes
@@ -39,10 +39,10 @@ class Envelope:
 
 @dataclass(frozen=True, slots=True)
 class RawRecord:
-    """A record as the broker gave it: nothing about it can be trusted yet."""
+    """A record as received from the broker, not validated yet."""
 
     topic: str
-    """Without the configured prefix."""
+    """Topic name without the configured prefix."""
 
     partition: int
     offset: int
@@ -53,12 +53,12 @@ class RawRecord:
 
 
 def encode(topic: Topic, message: Message, *, source: str) -> Envelope:
-    """The record that says `message` on `topic`; `source` is the service that says it.
+    """Encode `message` for `topic`; `source` is the publishing service.
 
-    It belongs to the message's own trace, else to the current one.
+    The trace is the message's own, else the current one.
 
     Raises:
-        MessageError: the message is not of this topic, or too large.
+        MessageError: the message does not belong to this topic, or is too large.
     """
     if type(message) not in topic.messages:
         raise MessageError(f"{type(message).__name__} is not a message of {topic.name}")
@@ -80,10 +80,10 @@ def encode(topic: Topic, message: Message, *, source: str) -> Envelope:
 
 
 def decode(topic: Topic, record: RawRecord) -> Message:
-    """The message that `record` holds. A traceparent that is none is left out.
+    """Decode the message in `record`. An invalid traceparent is ignored.
 
     Raises:
-        MessageError: it holds no message of this topic; says why.
+        MessageError: it holds no message of this topic; the text has the reason.
     """
     headers = {name: _text(name, value) for name, value in record.headers if name in _READ}
     kinds = {kind.type_name(): kind for kind in topic.messages}
@@ -103,14 +103,14 @@ def decode(topic: Topic, record: RawRecord) -> Message:
     except ValidationError as error:
         raise MessageError(f"no {kind.__name__}: {error}"[:_REASON_LENGTH]) from error
     if record.key != topic.key_of(message).encode():
-        raise MessageError(f"the key is not the {topic.key}")  # such a record stands in the wrong order
+        raise MessageError(f"the key is not the {topic.key}")  # such a record may be out of order
     traceparent = headers.get("traceparent", "")
-    # The header alone says it: a value of that name is somebody's unknown field.
+    # Only the header counts: a field of that name in the value is an unknown field.
     return message.model_copy(update={"traceparent": traceparent if TRACEPARENT.fullmatch(traceparent) else None})
 
 
 def dead_letter_headers(record: RawRecord, *, group: str, reason: str) -> Headers:
-    """The record's own headers, and where it stood, who refused it and why."""
+    """Return the record's own headers, followed by its origin, the refusing group and the reason."""
     origin = record.topic, str(record.partition), str(record.offset), record.timestamp.isoformat()
     values = (*origin, group, reason[:_REASON_LENGTH])
     added = [(name, value.encode(errors="replace")) for name, value in zip(_ADDED, values, strict=True)]
@@ -118,7 +118,7 @@ def dead_letter_headers(record: RawRecord, *, group: str, reason: str) -> Header
 
 
 def split_dead_letter(headers: Headers) -> tuple[Headers, Mapping[str, bytes]]:
-    """The record's own headers, and what `dead_letter_headers` added at their end; nothing, if that is not its work."""
+    """Split the headers into the record's own and those of `dead_letter_headers`, which are empty if invalid."""
     own, added = headers[: -len(_ADDED)], headers[-len(_ADDED) :]
     if tuple(name for name, _ in added) != _ADDED:
         return headers, {}
@@ -126,8 +126,8 @@ def split_dead_letter(headers: Headers) -> tuple[Headers, Mapping[str, bytes]]:
 
 
 def weight(record: RawRecord) -> int:
-    """An upper bound of the bytes that value and headers take."""
-    framing = 12  # of one header: two lengths
+    """Return an upper bound of the size of value and headers in bytes."""
+    framing = 12  # per header: two length fields
     headers = sum(len(name.encode()) + len(value or b"") + framing for name, value in record.headers)
     return len(record.value or b"") + headers
 

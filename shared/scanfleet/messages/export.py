@@ -1,7 +1,8 @@
-"""The contracts for those who do not read Python: a JSON Schema for each message, and a page about all of them.
+"""Export of the contracts for other languages: a JSON Schema per message, and a page about all of them.
 
-Written by `python docs/generate.py`. The examples are written by hand: `current` shows every field that there is, and becomes
-a folder of its release's name when that is published. Such a folder is what was once promised, and never changes.
+`python docs/generate.py` writes them. The examples are written by hand: `current` has every field, and is copied to a
+folder
+named after the release when that is published. The folder of a release never changes.
 """
 
 from __future__ import annotations
@@ -25,60 +26,65 @@ _HOUR: Final = timedelta(hours=1)
 _HEAD: Final = f"""\
 # Messages
 
-What crosses the walls between services, and what other services may read. Topics marked public are a contract with
-everybody; the others are between Scanfleet's own services. The names of topics carry the prefix that is configured.
+The messages between services, and those for external consumers. Public topics are a contract with external consumers;
+the
+others are internal. Topic names have the configured prefix.
 
 ## Reading
 
-Every record is a CloudEvents 1.0 event in Kafka's binary mode: the value is JSON, and the headers say what it is.
+Every record is a CloudEvents 1.0 event in Kafka's binary content mode: the value is JSON, and headers describe it.
 
 | header | value |
 |---|---|
 | `content-type` | `application/json` |
 | `ce_specversion` | `1.0` |
-| `ce_id` | the same for every copy of an event whose copies must be told from new ones: a job's event, a host, a command |
-| `ce_source` | `/scanfleet/` and the service |
+| `ce_id` | deduplication key: the same for every copy of a job's event, a host or a command |
+| `ce_source` | `/scanfleet/<service>` |
 | `ce_type` | `scanfleet.<message>.v<version>` |
-| `ce_time` | when it was sent, by the sender's clock; the broker's own stamp of the record (LogAppendTime) is the one to compare |
-| `ce_subject` | what it is about, for example `job/41` |
+| `ce_time` | time of sending by the sender's clock; compare the record's broker timestamp (LogAppendTime) instead |
+| `ce_subject` | the object of the message, for example `job/41` |
 | `traceparent` | W3C trace context, where there is one |
 
-A message may come twice. Its contract grows by optional fields only: ignore what you do not know. A change of any other
-kind is a new version with a type of its own. A value has at most {MAX_BYTES:,} bytes.
+Delivery is at least once, so deduplicate. A contract grows by optional fields only: ignore unknown fields. Any other
+change is
+a new version with its own type. A value has at most {MAX_BYTES:,} bytes.
 
-Job events hold the whole job. Those that tell of its life first appear in the order of `seq`, and none is left out;
-skip a `seq` that is not above the last one that you have seen of a job. A late subscriber needs no history: what is older is in the API.
+Job events contain the whole job. Its life-cycle events first appear in the order of `seq`, without gaps; skip an event
+whose
+`seq` is not greater than the last one of that job. A late subscriber needs no history: the API has the earlier state.
 
-A record that holds no message of its topic, or that cannot be handled, goes to `<topic>-dlq`, as it is and with these headers beside its own.
-Dead letters are kept for {DEAD_LETTER_RETENTION.days} days. One that an operator sends back keeps its own headers and gets another.
+A record that holds no message of its topic, or that cannot be handled, is sent unchanged to the dead-letter topic
+`<topic>-dlq` with these additional headers. Dead letters are kept for {DEAD_LETTER_RETENTION.days} days. A replayed
+record keeps
+its own headers and gets `dlq_replay_of`.
 
 | header | value |
 |---|---|
-| `dlq_topic` | where it was, without the prefix |
-| `dlq_partition`, `dlq_offset`, `dlq_timestamp` | where there, and since when |
-| `dlq_group` | who refused it |
-| `dlq_reason` | why |
-| `dlq_replay_of` | the letter that this record was when it was sent back |
+| `dlq_topic` | original topic, without the prefix |
+| `dlq_partition`, `dlq_offset`, `dlq_timestamp` | original partition, offset and broker timestamp |
+| `dlq_group` | consumer group that refused it |
+| `dlq_reason` | reason |
+| `dlq_replay_of` | id of the dead letter from which this record was replayed |
 """
 
 
 def messages() -> list[type[Message]]:
-    """Every message of every topic, once."""
+    """Return every message of every topic, once."""
     return list(dict.fromkeys(message for topic in TOPICS for message in topic.messages))
 
 
 def file_name(message: type[Message]) -> str:
-    """Of its example and of its schema."""
+    """Return the file name of the message's example and schema."""
     return f"{message.__name__}.v{message.version}.json"
 
 
 def schemas() -> dict[str, str]:
-    """The JSON Schema of each message's value, by file name."""
+    """Return the JSON Schema of each message's value, by file name."""
     return {file_name(message): json.dumps(_schema(message), indent=2) + "\n" for message in messages()}
 
 
 def page() -> str:
-    """All topics and messages, in Markdown, with an example each."""
+    """Return a Markdown page of all topics and messages, with an example of each."""
     parts: dict[str, Any] = {}
     lines = [_HEAD, "## Topics", ""]
     lines += ["| topic | key | messages | from | to | kept | public |", "|---|---|---|---|---|---|---|"]
@@ -106,7 +112,7 @@ def _topic(topic: Topic) -> str:
     links = ", ".join(f"[{message.__name__}](#{message.__name__.lower()})" for message in topic.messages)
     ends = f"{', '.join(topic.producers)} | {', '.join(topic.consumers)}"
     hours = topic.retention // _HOUR
-    kept = f"{hours // 24} d" if hours >= 24 else f"{hours} h"  # noqa: PLR2004 # of a day
+    kept = f"{hours // 24} d" if hours >= 24 else f"{hours} h"  # noqa: PLR2004 # hours of two days
     return f"| `{topic.name}` | {topic.key} | {links} | {ends} | {kept} | {'yes' if topic.public else 'no'} |"
 
 
@@ -115,7 +121,7 @@ def _on(message: type[Message]) -> str:
 
 
 def _fields(schema: Mapping[str, Any]) -> Iterator[str]:
-    yield "| field | type | always there | meaning |"
+    yield "| field | type | required | description |"
     yield "|---|---|---|---|"
     required = schema.get("required", ())
     for name, field in schema["properties"].items():
@@ -137,5 +143,5 @@ def _type(schema: Mapping[str, Any]) -> str:
 
 
 def _flat(text: str) -> str:
-    """A docstring in a table's cell."""
+    """Return a docstring for a table cell."""
     return " ".join(text.split()).replace("|", "\\|")

@@ -1,4 +1,4 @@
-"""Jobs as the world sees them, and the events of their life."""
+"""The public representation of jobs, and their life-cycle events."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class JobStatus(StrEnum):
 
     @property
     def final(self) -> bool:
-        """Whether a job in it stays as it is for ever."""
+        """Whether the status is terminal."""
         return self in {JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED}
 
 
 class Job(BaseModel):
-    """A job exactly as the public API shows it."""
+    """A job exactly as in the public API."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -41,7 +41,7 @@ class Job(BaseModel):
 
 
 class JobEvent(Message):
-    """A full snapshot of a job under its `seq`; a reader skips a `seq` that is not above its last."""
+    """A full snapshot of a job with its `seq`; readers skip a `seq` that is not greater than the last one."""
 
     user_id: Id
     seq: Annotated[int, Field(ge=1, le=MAX_COUNT)]
@@ -50,10 +50,10 @@ class JobEvent(Message):
     machines_found: Count
     error: Annotated[str, Field(max_length=MAX_ERROR_CHARS)]
     eta_seconds: Seconds | None = None
-    """Seconds until the job is expected to end; null while unknown, and in its final events."""
+    """Seconds until the expected end of the job; null while unknown, and in terminal events."""
 
     waiting: Word = ""
-    """Why no worker holds a chunk of the job, for example `no_raw_worker`; empty while one does."""
+    """The reason why no worker holds a chunk of the job, for example `no_raw_worker`; empty while one does."""
 
     @property
     def event_id(self) -> str:
@@ -73,7 +73,7 @@ class JobStarted(JobEvent):
 
 
 class JobProgressed(JobEvent):
-    """Sent at most once a second; the only event of a job that may be missing."""
+    """Sent at most once a second; the only job event that may be omitted."""
 
 
 class JobCompleted(JobEvent):

@@ -1,4 +1,4 @@
-"""What a scan found on one host."""
+"""The results of one host."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from scanfleet.messages.chunks import Grant, Technique, _Fenced
 from scanfleet.messages.fields import MAX_BYTES, Address, Id
 from scanfleet.ports import MAX_RANGES_TEXT
 
-MAX_FOUND: Final = 8_192  # ports of one chunk
+MAX_FOUND: Final = 8_192  # ports per chunk
 MAX_LINE_CHARS: Final = 10_000
-MAX_TEXT_CHARS: Final = MAX_BYTES  # a longer text fits in no message
+MAX_TEXT_CHARS: Final = MAX_BYTES  # a longer text does not fit into a message
 
 Line = Annotated[str, Field(max_length=MAX_LINE_CHARS)]
 Lines = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 
 
 class PortFound(BaseModel):
-    """One port that nmap found `open` or `open|filtered`; texts as in the public results."""
+    """One port that is `open` or `open|filtered`; texts as in the public results."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -34,21 +34,21 @@ class PortFound(BaseModel):
 
 
 class HostScanned(_Fenced):
-    """One address of a chunk is done. Below 1 MB: `raw_data` goes first, then banners, with `trimmed` set."""
+    """One address of a chunk is done. To stay below 1 MB, `raw_data`, then banners are removed; `trimmed` is set."""
 
     compact: ClassVar[bool] = True
 
     user_id: Id
     address: Address
     outcome: Literal["a", "s", "t"]
-    """Answered, silent or timed out (see `scanfleet.outcomes`); a host that is down is only in the map."""
+    """Answered, silent or timed out (see `scanfleet.outcomes`); hosts that are down are only in the map."""
 
     technique: Technique
     ports: Annotated[tuple[PortFound, ...], Field(max_length=MAX_FOUND), FailFast()] = ()
     open_filtered: Annotated[str, Field(max_length=MAX_RANGES_TEXT)] = ""
-    """UDP ports that are `open|filtered` and of which nothing else is known, as ranges in nmap's syntax ("1-52,54").
+    """UDP ports that are `open|filtered` without further information, as ranges in nmap's syntax ("1-52,54").
 
-    They are not in `ports`: a silent host would otherwise be thousands of equal objects.
+    They are not in `ports`: a silent host would otherwise need thousands of equal objects.
     """
 
     trimmed: bool = False
@@ -57,5 +57,5 @@ class HostScanned(_Fenced):
 
     @property
     def event_id(self) -> str:
-        """The same for every attempt: the first in the log wins."""
+        """The same for every attempt: the first one in the log wins."""
         return f"{self.chunk_id}/{self.address}"

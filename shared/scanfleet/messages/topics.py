@@ -1,4 +1,4 @@
-"""The topic registry: every topic, what it carries, how it is keyed, and who may touch it."""
+"""The topic registry: messages, key, retention, producers and consumers of every topic."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MIB: Final = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """One topic; the broker keeps a record for `retention`, and `retention_bytes` of each partition."""
+    """One topic; the broker keeps records for `retention`, and at most `retention_bytes` per partition."""
 
     name: str
     key: str
@@ -56,11 +56,11 @@ class Topic:
     retention_bytes: int = 256 * MIB
 
     def key_of(self, message: Message) -> str:
-        """The record key: the same key keeps its order."""
+        """Return the record key; records with the same key stay in order."""
         return _KEYS[self.key](message)
 
     def partition_of(self, key: str) -> int:
-        """The partition of the records with this key."""
+        """Return the partition of this key."""
         return (_murmur2(key.encode()) & 0x7FFF_FFFF) % self.partitions
 
     @property
@@ -69,7 +69,7 @@ class Topic:
 
 
 def _murmur2(data: bytes) -> int:
-    """The hash by which Kafka's clients choose a partition for a key, as Austin Appleby published it (seed 0x9747b28c)."""
+    """Return the hash by which Kafka's clients choose a partition: MurmurHash2 of Austin Appleby (seed 0x9747b28c)."""
     multiplier, mask = 0x5BD1_E995, 0xFFFF_FFFF
     hashed = 0x9747_B28C ^ len(data)
     whole = len(data) & ~3
@@ -83,7 +83,7 @@ def _murmur2(data: bytes) -> int:
     return hashed ^ hashed >> 15
 
 
-# A message that is kept in a topic satisfies the attribute that its key names; the registry's test holds it to that.
+# Every message of a topic has the attribute that the key needs; the registry's test verifies it.
 _KEYS: Final[dict[str, Callable[[Any], str]]] = {
     "command id": lambda m: m.command_id,
     "worker id": lambda m: m.worker_id,
@@ -93,7 +93,7 @@ _KEYS: Final[dict[str, Callable[[Any], str]]] = {
     "entry's id": lambda m: m.entry.id,
 }
 
-DEAD_LETTER_RETENTION: Final = timedelta(days=14)  # a fortnight's holiday still leaves time to look
+DEAD_LETTER_RETENTION: Final = timedelta(days=14)  # long enough for an operator who was absent for a week
 DEAD_LETTER_RETENTION_BYTES: Final = 256 * MIB
 
 SCAN_COMMANDS: Final = Topic(
@@ -114,7 +114,7 @@ SCAN_REPLIES: Final = Topic(
 )
 SCAN_WORKERS: Final = Topic(
     name="scan-workers",
-    key="worker instance",  # a process and its successor keep their order: hearing of the new one proves the old one dead
+    key="worker instance",  # shared by a worker's process and its successor, whose messages prove that it ended
     messages=(WorkerReady,),
     producers=(WORKER,),
     consumers=(ORCHESTRATOR,),
@@ -141,12 +141,12 @@ SCAN_RESULTS: Final = Topic(
     name="scan-results",
     key="job id",
     messages=(HostScanned, ChunkScanned),
-    # The orchestrator repeats a ChunkScanned whose answer never came.
+    # The orchestrator resends a ChunkScanned without an answer.
     producers=(WORKER, ORCHESTRATOR),
     consumers=(RESULT_STORE,),
     retention=timedelta(days=7),
     public=True,
-    retention_bytes=2048 * MIB,  # of hosts of 1 kB, 25 million: result-store has long been woken for
+    retention_bytes=2048 * MIB,  # 25 million hosts of 1 kB: result-store's alert fires long before
 )
 SCAN_STORED: Final = Topic(
     name="scan-stored",
@@ -161,7 +161,7 @@ SCAN_EVENTS: Final = Topic(
     key="event's job id",
     messages=(JobCreated, JobStarted, JobProgressed, JobCompleted, JobFailed, JobCancelled),
     producers=(ORCHESTRATOR,),
-    consumers=(GATEWAY, ORCHESTRATOR),  # which reads what it has said after its database was set back
+    consumers=(GATEWAY, ORCHESTRATOR),  # which reads its own events after a restore of its database
     retention=timedelta(days=7),
     public=True,
     retention_bytes=512 * MIB,
@@ -177,12 +177,12 @@ def _audit(service: str) -> Topic:
         consumers=(ORCHESTRATOR,),
         retention=timedelta(days=7),  # longer than any outage of the orchestrator
         retention_bytes=1024 * MIB,
-        partitions=1,  # a few hundred a minute at most, by the bounds of `scanfleet.audit`
+        partitions=1,  # a few hundred a minute at most, by the limits in `scanfleet.audit`
     )
 
 
 SCAN_AUDIT: Final = {service: _audit(service) for service in (GATEWAY, ORCHESTRATOR, WORKER, RESULT_STORE)}
-"""By the service that may write to it: the topic says whose entry it is, not the entry."""
+"""Topic by the only service that may write to it: the topic determines the service of an entry."""
 
 TOPICS: Final = (
     SCAN_COMMANDS,

@@ -1,1 +1,1 @@
-"""What ships for testing: fakes at the ports that pass the same suites as the real parts."""
+"""Test support: in-memory implementations of the ports that pass the same test suites as the real ones."""

@@ -1,6 +1,6 @@
-"""The bus in memory: partitions, groups, tails, rebalances and dead letters, without a broker.
+"""An in-memory bus: partitions, groups, tails, rebalances and dead letters, without a broker.
 
-It runs the very loop that Kafka's consumers run; only where records come from differs.
+It runs the same loop as Kafka's consumers; only the source of records differs.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from scanfleet.messages import Message
 from scanfleet.messages.envelope import Headers, RawRecord, dead_letter_headers, decode, encode
 from scanfleet.messages.topics import Topic
 
-BATCH: Final = 500  # records of one poll, as in Kafka's consumers
+BATCH: Final = 500  # records per poll, as in Kafka's consumers
 
 
 class MemoryBroker:
-    """The logs and groups that any number of `MemoryBus` share, each standing for one process."""
+    """The logs and groups shared by any number of `MemoryBus`, each of which represents one process."""
 
     def __init__(self) -> None:
         self.away = False
-        """Set to let every call fail as if the broker were gone."""
+        """Set it to make every call fail as if the broker were unavailable."""
 
         self._records: defaultdict[str, list[RawRecord]] = defaultdict(list)
         self._partitions: defaultdict[tuple[str, int], list[RawRecord]] = defaultdict(list)
@@ -35,12 +35,12 @@ class MemoryBroker:
         self._news = asyncio.Event()
 
     def check(self) -> None:
-        """Raise DependencyError while the broker is away."""
+        """Raise DependencyError while the broker is unavailable."""
         if self.away:
-            raise DependencyError("the broker is away")
+            raise DependencyError("the broker is unavailable")
 
     def records(self, name: str) -> list[RawRecord]:
-        """All records of the topic `name`, dead-letter topics too, in the order of their arrival."""
+        """Return all records of the topic `name`, which may be a dead-letter topic, in order of arrival."""
         return list(self._records[name])
 
     def partition(self, topic: Topic, number: int) -> Sequence[RawRecord]:
@@ -55,7 +55,7 @@ class MemoryBroker:
         value: bytes | None = None,
         headers: Headers = (),
     ) -> None:
-        """Put any bytes at the end of a partition, as anybody with access could."""
+        """Append arbitrary bytes to a partition, as any client with access could."""
         log = self._partitions[name, partition]
         record = RawRecord(name, partition, len(log), utc_now(), key, value, tuple(headers))
         log.append(record)
@@ -66,16 +66,16 @@ class MemoryBroker:
         return self._groups[topic.name, name]
 
     def committed(self, topic: Topic, group: str) -> dict[int, int]:
-        """For each partition the offset that the group goes on from, where it has committed one."""
+        """Return the committed offset of the group by partition."""
         return dict(self.group(topic, group).offsets)
 
     def notify(self) -> None:
-        """Wake whoever waits for news."""
+        """Wake all waiters of `news`."""
         self._news.set()
         self._news = asyncio.Event()
 
     async def news(self, seconds: float) -> None:
-        """Return when something was appended or assigned, or after `seconds`."""
+        """Wait until a record is appended or a partition assigned, at most `seconds`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._news.wait()
@@ -93,7 +93,7 @@ class MemoryBus:
         self.broker.check()
 
     async def stop(self) -> None:
-        """Every send was acknowledged at once: nothing is left to flush."""
+        """Do nothing: every send is acknowledged at once."""
 
     @property
     def alive(self) -> bool:
@@ -120,7 +120,7 @@ class MemoryBus:
         return ConsumerLoop(topic, f"{self._source}-tail", handler, _Tail(self.broker, topic), None, key=key)
 
     def messages(self, topic: Topic) -> list[Message]:
-        """Everything sent to `topic`, in the order of its arrival."""
+        """Return all messages sent to `topic`, in order of arrival."""
         return [decode(topic, record) for record in self.broker.records(topic.name)]
 
     def _member(self, topic: Topic, group: str, handler: Handler, source: _Tail) -> ConsumerLoop:
@@ -156,7 +156,7 @@ class _Tail:
         return records
 
     async def commit(self, offsets: Mapping[int, int]) -> None:
-        """A tail forgets."""
+        """Do nothing: a tail stores no offsets."""
 
     async def positions(self) -> Mapping[int, int]:
         return dict(self._positions)
@@ -181,7 +181,7 @@ class _Tail:
 
 
 class _Member(_Tail):
-    """The same, as a member of a group: its share of the partitions, from what the group committed."""
+    """A `scanfleet.consumer.Source`: a group member's share of the partitions, from the committed offsets."""
 
     def __init__(self, broker: MemoryBroker, topic: Topic, group: str) -> None:
         super().__init__(broker, topic)
@@ -216,7 +216,7 @@ class _Member(_Tail):
 
 
 class _Group:
-    """Members and what they have committed; rebalances eagerly, by ranges, as Kafka's groups do."""
+    """Members and committed offsets; rebalances eagerly, by ranges, as Kafka's groups do."""
 
     def __init__(self) -> None:
         self.generation = 0

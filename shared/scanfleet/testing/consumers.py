@@ -1,4 +1,4 @@
-"""Consumers in a test: a handler that remembers, a block that they run for, and waiting for what they do."""
+"""Consumers in tests: a recording handler, a context manager that runs them, and waiting for conditions."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable, Collection, Sequence
 from scanfleet.bus import Consumer, Record
 from scanfleet.messages import Message
 
-PATIENCE = 30  # seconds that a test waits for a condition: far beyond any that comes true
+PATIENCE = 30  # seconds that a test waits for a condition: far above the usual time
 
 
 class Recorder:
-    """A handler that keeps what it is told; `does` is called with each batch before it counts as handled."""
+    """A handler that records its calls; `does` is called with each batch before it counts as handled."""
 
     def __init__(self, does: Callable[[Sequence[Record]], object] = lambda _: None) -> None:
         self._does = does
@@ -20,7 +20,7 @@ class Recorder:
         self.handled: list[Record] = []
         self.partitions: set[int] = set()
         self.caught_up_after: list[tuple[set[int], int]] = []
-        """Partitions, and how many records had been handled by then."""
+        """Partitions, and the number of records handled before."""
 
     async def handle(self, records: Sequence[Record]) -> None:
         self.tries.append(records)
@@ -40,12 +40,12 @@ class Recorder:
 
     @property
     def messages(self) -> list[Message]:
-        """What was handled."""
+        """Return the handled messages."""
         return [record.message for record in self.handled]
 
 
 class Running:
-    """Consumers that are stopped at the end of the block, whatever happens in it."""
+    """Runs consumers and stops them at the end of the block."""
 
     def __init__(self, *consumers: Consumer) -> None:
         self._consumers = consumers
@@ -59,7 +59,7 @@ class Running:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Return when `condition` holds."""
+    """Wait until `condition` holds."""
     async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110 # what is waited for knows nothing of events
+        while not condition():  # noqa: ASYNC110 # the awaited objects have no events
             await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""What a later release may do to a message or a stored document."""
+"""Changes that a later release may make to a message or a stored document."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def with_unknown_fields(value: Any) -> Iterator[Any]:
-    """Yield copies of `value`, each with an unknown field in another one of its objects, at any depth."""
+    """Yield copies of `value`, each with an unknown field in a different object, at any depth."""
     if isinstance(value, dict):
         yield {**value, "added_by_a_later_release": {"deep": [1, None]}}
         for name, part in value.items():

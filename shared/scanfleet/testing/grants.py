@@ -1,4 +1,4 @@
-"""The orchestrator's key of tests, and results signed by it."""
+"""The orchestrator's test key, and results signed by it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _Result = TypeVar("_Result", HostScanned, ChunkScanned)
 
 
 def chunk_key() -> Ed25519PrivateKey:
-    """The same in every process of a test."""
+    """Return a key that is the same in every process of a test."""
     return Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 
 
@@ -30,7 +30,7 @@ def grants() -> Grants:
 
 
 def signed(message: _Result, **covered: Any) -> _Result:
-    """The message with a grant that covers it, unless `covered` says otherwise."""
+    """Return the message with a grant that covers it, unless `covered` is something else."""
     if isinstance(message, ChunkScanned):
         about: dict[str, Any] = {
             "user_id": 7,
@@ -45,7 +45,7 @@ def signed(message: _Result, **covered: Any) -> _Result:
 
 
 def write_chunk_keys(folder: Path) -> tuple[Path, Path]:
-    """The files with the private and the public key."""
+    """Write the private and the public key to files."""
     private, public = folder / "chunk.pem", folder / "chunk-public.pem"
     key = chunk_key()
     private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))

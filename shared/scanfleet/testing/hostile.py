@@ -1,4 +1,4 @@
-"""Valid JSON with hostile values: what a captured process may send in place of every part of a message."""
+"""Valid JSON with hostile values that a compromised process may send in place of any part of a message."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LARGE: Final = 100_000  # bytes: enough for a quadratic step to take seconds
 
 
 def hostile_values(size: int = _LARGE) -> dict[str, bytes]:
-    """JSON texts of at most about `size` bytes that a parser accepts, or has to refuse quickly, by their names."""
+    """Return JSON texts of about `size` bytes, by name, that a parser must accept or reject quickly."""
     depth, items = min(size // 2, 50_000), size // 4
     return {
         "long text": b'"' + b"y" * size + b'"',
@@ -40,7 +40,7 @@ def hostile_values(size: int = _LARGE) -> dict[str, bytes]:
 
 
 def hostile_messages(example: Any, size: int = _LARGE) -> Iterator[tuple[str, bytes]]:
-    """The JSON texts of `example` with one part, at any depth, replaced by each hostile value; each with what it is."""
+    """Yield descriptions and JSON texts of `example` with one part, at any depth, replaced by a hostile value."""
     values = hostile_values(size)
     for where, changed in _places(example, ""):
         before, after = (

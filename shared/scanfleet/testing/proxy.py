@@ -1,4 +1,4 @@
-"""A TCP proxy that stands between a service and what it depends on, and has bad days on demand."""
+"""A TCP proxy between a service and a dependency that injects faults."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _PIECE: Final = 1 << 16  # bytes moved at once
 
 
 class Proxy:
-    """Passes bytes to `host:port` and back until told otherwise.
+    """Forwards bytes to and from `host:port` until a fault is injected.
 
     Attributes:
-        port: where it listens, on 127.0.0.1.
+        port: the port on 127.0.0.1 on which it listens.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -29,11 +29,12 @@ class Proxy:
         self.port = 0
 
     async def refuse(self) -> None:
-        """Cut every connection and refuse new ones, as a machine whose process has died."""
+        """Cut every connection and refuse new ones, like a host whose process has died."""
         self._refusing = True
         server, self._server = self._server, None
         if server is not None:
-            # A server that closes between accepting a connection and beginning it loses the socket: accept no more first.
+            # Stop accepting first: a server that closes between accepting a connection and starting it loses the
+            # socket.
             for listening in server.sockets:
                 asyncio.get_running_loop().remove_reader(listening.fileno())
             await asyncio.sleep(0)
@@ -43,15 +44,15 @@ class Proxy:
             await server.wait_closed()
 
     def swallow(self) -> None:
-        """Take connections and bytes and answer nothing, as a machine that hangs."""
+        """Accept connections and bytes but answer nothing, like a host that hangs."""
         self._open.clear()
 
     def delay(self, seconds: float) -> None:
-        """Keep every piece that goes either way for so long, as a network or a machine that has become slow."""
+        """Delay every piece in both directions, like a slow network or host."""
         self._delay = seconds
 
     async def cut(self) -> None:
-        """Break the connections there are; new ones are taken."""
+        """Break the current connections; accept new ones."""
         links = dict(self._links)
         for link in links:
             link.cancel()
@@ -59,7 +60,7 @@ class Proxy:
         await asyncio.gather(*map(_abort, links.values()))
 
     async def heal(self) -> None:
-        """Pass everything on again, on the same port."""
+        """Forward everything again, on the same port."""
         self._refusing = False
         self._delay = 0.0
         self._open.set()
@@ -68,7 +69,7 @@ class Proxy:
             self.port = self._server.sockets[0].getsockname()[1]
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._refusing:  # it came while we closed
+        if self._refusing:  # accepted while closing
             writer.transport.abort()
             return
         link = asyncio.create_task(self._link(reader, writer))
@@ -84,7 +85,7 @@ class Proxy:
         try:
             up_reader, up_writer = await asyncio.open_connection(*self._upstream)
         except OSError:
-            return  # nobody behind us: the caller sees its connection end
+            return  # no upstream server: close the client's connection
         ways = [asyncio.create_task(self._pass(*way)) for way in ((reader, up_writer), (up_reader, writer))]
         try:
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
@@ -103,7 +104,7 @@ class Proxy:
 
 
 async def _abort(writer: asyncio.StreamWriter) -> None:
-    """Return when the connection is gone: a loop that ends earlier would leave its socket open."""
+    """Abort the connection and wait until it is closed: a loop that ends earlier would leave its socket open."""
     writer.transport.abort()
     with contextlib.suppress(OSError):
         await writer.wait_closed()
@@ -111,7 +112,7 @@ async def _abort(writer: asyncio.StreamWriter) -> None:
 
 @asynccontextmanager
 async def proxy(host: str, port: int) -> AsyncIterator[Proxy]:
-    """A healthy proxy to `host:port`."""
+    """Yield a proxy to `host:port` without a fault."""
     made = Proxy(host, port)
     await made.heal()
     try:

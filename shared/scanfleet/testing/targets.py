@@ -1,4 +1,4 @@
-"""A few servers for a scan to find, on loopback addresses: `python -m scanfleet.testing.targets` in a network of its own."""
+"""Servers on loopback addresses as scan targets; `python -m scanfleet.testing.targets` runs them alone."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 from typing import Final
 
-IDLE: Final = 30.0  # seconds after which a server gives up on a silent client
+IDLE: Final = 30.0  # timeout in seconds of a silent client
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 def greeter(greeting: str, answer: str = "") -> Talk:
-    """A server that speaks first and gives every line the same answer."""
+    """Return a server that sends a greeting and then answers every line with the same text."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(greeting.encode())
@@ -26,7 +26,7 @@ def greeter(greeting: str, answer: str = "") -> Talk:
 
 
 def responder(answer: str) -> Talk:
-    """A server that waits to be spoken to, answers once, and hangs up."""
+    """Return a server that waits for a request, answers once, and closes the connection."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(1024)
@@ -45,8 +45,8 @@ SMTP: Final = greeter("220 mail.example.org ESMTP Postfix\r\n", "250 mail.exampl
 FTP: Final = greeter("220 (vsFTPd 3.0.5)\r\n", "530 Please login with USER and PASS.\r\n")
 
 SERVERS: Final = (
-    # Ports above 1023, so that the demo needs no rights. Servers that wait to be spoken to cost nmap six seconds in each
-    # group of hosts that has one, so theirs are the first 64 addresses: one group.
+    # Ports above 1023, so that the demo needs no privileges. Servers that wait for a request cost nmap six seconds per
+    # group of hosts, so they are within the first 64 addresses: one group.
     (2121, FTP, ("127.9.8.21",)),
     (2222, SSH, ("127.9.8.1", "127.9.8.10", "127.9.8.200", "127.9.8.255")),
     (2525, SMTP, ("127.9.8.125",)),
@@ -57,7 +57,7 @@ USUAL: Final = tuple(number for number, _, _ in SERVERS)
 
 
 async def listen(numbers: Sequence[int] = USUAL) -> list[asyncio.Server]:
-    """The servers, listening; `numbers` are the ports to take instead of the usual ones, in the order of `SERVERS`."""
+    """Start the servers; `numbers` replaces the default ports, in the order of `SERVERS`."""
     return [
         await asyncio.start_server(_polite(talk), host, number)
         for number, (_, talk, hosts) in zip(numbers, SERVERS, strict=True)
@@ -66,25 +66,25 @@ async def listen(numbers: Sequence[int] = USUAL) -> list[asyncio.Server]:
 
 
 def _polite(talk: Talk) -> Talk:
-    """As `talk`, for clients that hang up as they like: scanners do."""
+    """Wrap `talk` for clients that disconnect at any time, as scanners do."""
 
     async def talk_to_anyone(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with closing(writer):
             try:
                 async with asyncio.timeout(IDLE):
                     await talk(reader, writer)
-            except (ConnectionError, TimeoutError, ValueError):  # a line too long is a ValueError
+            except (ConnectionError, TimeoutError, ValueError):  # an overlong line is a ValueError
                 return
 
     return talk_to_anyone
 
 
 async def _serve() -> None:
-    told_to_stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_stop.set)
+    stopping = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     await listen()
-    print("listening", flush=True)  # noqa: T201 # whoever started us waits for it
-    await told_to_stop.wait()
+    print("listening", flush=True)  # noqa: T201 # the parent process waits for it
+    await stopping.wait()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An issuer of tokens for tests."""
+"""A token issuer for tests."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class JwksEndpoint(httpx.AsyncBaseTransport):
     """An issuer's JWKS endpoint.
 
     Attributes:
-        answer: a document, or a whole answer.
-        calls: how often it was asked.
+        answer: a document, or a complete response.
+        calls: number of requests.
         unavailable: whether connections are refused.
         called: set at each call.
-        open: answers wait for it.
+        open: responses wait for it.
     """
 
     def __init__(self, answer: object) -> None:
@@ -47,10 +47,10 @@ class JwksEndpoint(httpx.AsyncBaseTransport):
 
 
 class Issuer:
-    """Makes good tokens, or bad ones by naming the claim or header to be wrong.
+    """Creates valid tokens, or invalid ones with a changed claim or header.
 
     Attributes:
-        settings: believe this issuer, whose keys stand at `jwt_jwks_url`.
+        settings: accept this issuer, whose keys are at `jwt_jwks_url`.
     """
 
     def __init__(self, kid: str = "key-1") -> None:
@@ -64,7 +64,7 @@ class Issuer:
 
     @property
     def verifier(self) -> TokenVerifier:
-        """Believes this issuer's key, without a network."""
+        """A verifier with this issuer's key, without a network."""
         return TokenVerifier(self.settings, FixedKeys(Key(self.private_key.public_key(), ("EdDSA", "Ed25519"))))
 
     @property
@@ -73,7 +73,7 @@ class Issuer:
         return {"keys": [{**public, "kid": self.kid, "use": "sig", "alg": "EdDSA"}]}
 
     def claims(self, user_id: int = 7, *, admin: bool = False, **changed: Any) -> dict[str, Any]:
-        """The claims of a token that is good for five minutes; a changed one of None is left out."""
+        """Return the claims of a token that is valid for five minutes; a claim changed to None is omitted."""
         now = int(time.time())
         claims = {
             "iss": self.settings.jwt_issuer,
@@ -96,13 +96,13 @@ class Issuer:
         return self.sign(json.dumps(self.claims(user_id, admin=admin, **changed)).encode(), headers)
 
     def sign(self, payload: bytes, headers: dict[str, Any] | None = None) -> str:
-        """Sign whatever it is: libraries refuse to make most of the tokens that an attacker would."""
+        """Sign any payload: libraries refuse to create most tokens of an attacker."""
         header = json.dumps({"alg": "EdDSA", "typ": "JWT", "kid": self.kid} | (headers or {})).encode()
         signed = _segment(header) + b"." + _segment(payload)
         return (signed + b"." + _segment(self.private_key.sign(signed))).decode()
 
     def bearer(self, user_id: int = 7, *, admin: bool = False) -> dict[str, str]:
-        """The header of a good request."""
+        """Return the headers of a valid request."""
         return {"Authorization": f"Bearer {self.token(user_id, admin=admin)}"}
 
 
@@ -110,8 +110,8 @@ class InternalKeys:
     """The gateway's key pair, in two files.
 
     Attributes:
-        key_file: for the gateway.
-        public_keys_file: for the services behind.
+        key_file: private key, for the gateway.
+        public_keys_file: public key, for the services behind the gateway.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -123,14 +123,14 @@ class InternalKeys:
         self.public_keys_file.write_bytes(public_key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
 
     def bearer(self, audience: str, user_id: int = 7, *, admin: bool = False) -> dict[str, str]:
-        """The header of a request that the gateway makes for this user."""
+        """Return the headers of a request that the gateway sends for this user."""
         return {"Authorization": InternalTokens(self.private_key, audience).bearer(Principal(user_id, admin=admin))}
 
     async def caller(self, audience: str, authorization: str) -> Principal:
-        """Whose request this is to the service `audience`.
+        """Return the caller that the service `audience` sees.
 
         Raises:
-            UnauthorizedError: that service would not accept it.
+            UnauthorizedError: that service would refuse the token.
         """
         verifier = InternalVerifier([self.private_key.public_key()], audience)
         return await verifier.verify(authorization.removeprefix("Bearer "))

@@ -1,4 +1,4 @@
-"""Spans kept in memory."""
+"""In-memory recording of spans."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scanfleet.tracing.export import SdkExporting
 
 @contextmanager
 def recording(*, ratio: float = 1.0) -> Iterator[InMemorySpanExporter]:
-    """Every span that ends in the block; `ratio` of the traces that begin in it are recorded."""
+    """Record every span that ends in the block; `ratio` is the fraction of new traces to record."""
     exporter = InMemorySpanExporter()
     tracing.export_to(SdkExporting("test", "test", ratio, SimpleSpanProcessor(exporter)))
     try:
@@ -26,7 +26,7 @@ def recording(*, ratio: float = 1.0) -> Iterator[InMemorySpanExporter]:
 
 
 def ids(span: ReadableSpan) -> SpanContext:
-    """What names the span; every span of ours has one."""
+    """Return the span's context, which every recorded span has."""
     context = span.get_span_context()
     if context is None:
         raise AssertionError(f"{span.name} has no context")

@@ -1,7 +1,7 @@
-"""W3C trace context, and the spans of this process: which trace the work in hand belongs to, and the header to hand on.
+"""W3C trace context and spans: the trace of the current work, and the header to propagate.
 
-Nothing but this package knows OpenTelemetry. Without a collector no span is made: the caller's stays the parent of whatever
-is called next, and all of this costs a microsecond.
+Only this package imports OpenTelemetry. Without a collector no span is created: the caller's span stays the parent of
+downstream calls, at the cost of a microsecond.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ __all__ = ["TRACEPARENT", "Span", "configure", "current", "export_to", "span", "
 
 
 class Exporting(Protocol):
-    """Where spans go."""
+    """Exports spans."""
 
     tracer: Tracer
 
     def stop(self) -> None:
-        """Send what is left; gives up after a few seconds."""
+        """Export the remaining spans, with a timeout of a few seconds."""
 
 
 _current: ContextVar[str | None] = ContextVar("traceparent", default=None)
@@ -54,31 +54,31 @@ _exporting: Exporting | None = None
 
 
 def configure(service: str, settings: CommonSettings) -> None:
-    """Record spans from now on if the settings name a collector, else none."""
+    """Enable spans if the settings name a collector, else disable them."""
     if settings.otlp_endpoint is None:
         export_to(None)
         return
-    from scanfleet.tracing.export import OtlpExporting  # noqa: PLC0415 # 10 MB and 0.2 s that only those pay who use it
+    from scanfleet.tracing.export import OtlpExporting  # noqa: PLC0415 # 10 MB and 0.2 s, paid only if it is used
 
     export_to(OtlpExporting(service, settings.instance, str(settings.otlp_endpoint), settings.otlp_ratio))
 
 
 def export_to(exporting: Exporting | None) -> None:
-    """Let every span of this process go there; the one before is stopped."""
-    global _exporting  # one a process, as the logs' configuration is
+    """Set the exporter of this process and stop the previous one."""
+    global _exporting  # one per process, like the configuration of logs
     before, _exporting = _exporting, exporting
     if before is not None:
         before.stop()
 
 
 async def stop() -> None:
-    """Send what is left, and record nothing from now on."""
+    """Export the remaining spans and disable recording."""
     if _exporting is not None:
         await asyncio.to_thread(export_to, None)
 
 
 def current() -> str | None:
-    """The traceparent to hand on, None outside of any trace."""
+    """Return the traceparent to propagate, None outside of a trace."""
     return _current.get()
 
 
@@ -88,7 +88,7 @@ def trace_id(traceparent: str) -> str:
 
 @contextmanager
 def within(header: str | None) -> Iterator[Span]:
-    """Let what is done in the block belong to the trace that `header` names, or to none; no span tells of it."""
+    """Run the block in the trace that `header` names, or in none, without a span."""
     token = _current.set(header if _valid(header) else None)
     try:
         yield INVALID_SPAN
@@ -100,16 +100,16 @@ def within(header: str | None) -> Iterator[Span]:
 def span(
     name: str, header: str | None, kind: Kind = "internal", attributes: Attributes | None = None
 ) -> Iterator[Span]:
-    """A span around the block, in the trace that `header` names, or in a new one if it names none.
+    """Run the block in a span, in the trace that `header` names, or in a new one if it names none.
 
     Args:
-        name: what is done; of low cardinality.
-        header: a traceparent from anywhere; its sampled flag is honoured.
-        kind: as OpenTelemetry has it.
-        attributes: which one it is done to.
+        name: the operation; of low cardinality.
+        header: a traceparent; its sampled flag is honoured.
+        kind: span kind of OpenTelemetry.
+        attributes: the object of the operation.
 
     Yields:
-        The span, to name and describe what only the end tells. One that is not recorded takes everything and does nothing.
+        The span, for attributes that are known only at the end. A span that is not recorded ignores them.
     """
     made = _start(name, header, kind, attributes)
     if made is not INVALID_SPAN:
@@ -132,16 +132,16 @@ def spans(
     kind: Kind,
     attribute: str,
 ) -> Iterator[Mapping[_K, str | None]]:
-    """A span for each of these traces around one block, which works for all of them at once.
+    """Run a block that works on several traces at once in a span of each.
 
     Args:
-        name: what is done, or how to name it for a key.
-        headers: the traceparent of each thing that is worked on; those without one get no span.
-        kind: as OpenTelemetry has it.
-        attribute: under which name the span holds its key.
+        name: the operation, or a function that returns it for a key.
+        headers: traceparent by key; keys without one get no span.
+        kind: span kind of OpenTelemetry.
+        attribute: name of the attribute with the key.
 
     Yields:
-        The traceparent to hand on for each.
+        The traceparent to propagate for each key.
     """
     if _exporting is None:
         yield headers
@@ -165,7 +165,7 @@ def _valid(header: str | None) -> TypeGuard[str]:
 def _start(name: str, header: str | None, kind: Kind, attributes: Attributes | None) -> Span:
     if _exporting is None:
         return INVALID_SPAN
-    parent = Context()  # an empty one: whoever else uses OpenTelemetry in this process is no parent of ours
+    parent = Context()  # empty: spans of other users of OpenTelemetry in this process must not become parents
     if _valid(header):
         _, trace, caller, flags = header.split("-")
         if not int(flags, 16) & TraceFlags.SAMPLED:
@@ -182,7 +182,7 @@ def _traceparent(made: Span) -> str:
 
 def _end(made: Span, _kind: object, error: BaseException | None, _traceback: object) -> None:
     if error is not None:
-        # Its kind alone: what it says may quote a caller or a credential.
+        # Only its type: the text may contain a caller's input or a credential.
         made.set_attribute("error.type", type(error).__qualname__)
         made.set_status(StatusCode.ERROR)
     made.end()

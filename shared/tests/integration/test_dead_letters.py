@@ -17,7 +17,7 @@ from aiokafka.record.util import calc_crc32c
 
 from scanfleet.bus import Record
 from scanfleet.kafka import KafkaBus
-from scanfleet.kafka.dead_letters import REPLAY, Letter, letter, letters
+from scanfleet.kafka.dead_letters import REPLAY, DeadLetter, dead_letter, dead_letters
 from scanfleet.kafka.topics import DEAD_LETTER_BYTES, TopicSettings, create_topics
 from scanfleet.messages import WorkerReady
 from scanfleet.messages.envelope import Headers, RawRecord
@@ -77,8 +77,8 @@ class Desk:
         ) as producer:
             yield producer
 
-    async def letters(self) -> list[Letter]:
-        return [each async for each in letters(self.bus, SCAN_WORKERS)]
+    async def letters(self) -> list[DeadLetter]:
+        return [each async for each in dead_letters(self.bus, SCAN_WORKERS)]
 
     async def records(self) -> list[RawRecord]:
         """What is in the topics that services read."""
@@ -168,20 +168,20 @@ async def test_replay_of_forged_letters_sends_only_what_the_topic_holds(desk: De
     own: list[tuple[str, bytes | None]] = [("own", b"1")]
     await desk.put(SCAN_WORKERS.name, b"good", own)
     forged: list[tuple[bytes | None, list[tuple[str, bytes | None]], str]] = [
-        (HOSTILE, [], "no reader of scan-workers"),
-        (b"x", refused_by_a_reader("scan-commands"), "no reader of scan-workers"),
-        (b"x", refused_by_a_reader("__consumer_offsets"), "no reader of scan-workers"),
-        (b"x", refused_by_a_reader("scan-workers-dlq"), "no reader of scan-workers"),
-        (b"x", here[1:], "no reader of scan-workers"),
-        (b"x", [*here, (HOSTILE.decode(errors="replace"), HOSTILE)], "no reader of scan-workers"),
+        (HOSTILE, [], "not dead-lettered by a reader of scan-workers"),
+        (b"x", refused_by_a_reader("scan-commands"), "not dead-lettered by a reader of scan-workers"),
+        (b"x", refused_by_a_reader("__consumer_offsets"), "not dead-lettered by a reader of scan-workers"),
+        (b"x", refused_by_a_reader("scan-workers-dlq"), "not dead-lettered by a reader of scan-workers"),
+        (b"x", here[1:], "not dead-lettered by a reader of scan-workers"),
+        (b"x", [*here, (HOSTILE.decode(errors="replace"), HOSTILE)], "not dead-lettered by a reader of scan-workers"),
         (None, here, "has no value"),
-        (b"x" * 8_000_000, here, "larger than any message"),
-        (b"x", [("big", b"x" * 1_100_000), *here], "larger than any message"),
+        (b"x" * 8_000_000, here, "exceeds the maximum size"),
+        (b"x", [("big", b"x" * 1_100_000), *here], "exceeds the maximum size"),
         (b"bad", [*own, *here], "scan-workers/0/0 holds another record"),
         (b"good", here, "scan-workers/0/0 holds another record"),
         (b"good", [("own", b"2"), *here], "scan-workers/0/0 holds another record"),
-        (b"good", [*own, *refused_by_a_reader("scan-workers", b"1")], "scan-workers/1/0 is not there"),
-        (b"good", [*own, *refused_by_a_reader("scan-workers", b"0", b"7")], "scan-workers/0/7 is not there"),
+        (b"good", [*own, *refused_by_a_reader("scan-workers", b"1")], "scan-workers/1/0 does not exist"),
+        (b"good", [*own, *refused_by_a_reader("scan-workers", b"0", b"7")], "scan-workers/0/7 does not exist"),
         (b"good", [*own, *refused_by_a_reader("scan-workers", b"12")], "no partition and offset"),
         (b"good", [*own, *refused_by_a_reader("scan-workers", b"0", b"-1")], "no partition and offset"),
         (b"good", [*own, *refused_by_a_reader("scan-workers", b"0", b"9" * 30)], "no partition and offset"),
@@ -205,7 +205,7 @@ async def test_replay_of_forged_letters_sends_only_what_the_topic_holds(desk: De
     for (_, _, reason), line in zip(forged, said, strict=False):
         assert "was not sent" in line
         assert reason in line
-    assert "no reader of scan-workers" in said[-3]
+    assert "not dead-lettered by a reader of scan-workers" in said[-3]
     assert "holds another record" in said[-2]
     assert said[-1].endswith("was sent to scan-workers")
     (sent,) = [record for record in await desk.records() if record not in before]
@@ -233,7 +233,7 @@ async def test_what_is_in_a_letter_is_shown(desk: Desk) -> None:
     await desk.put(SCAN_WORKERS.dead_letter, b'{"name": "caf\xc3\xa9\x1b[2J"}', [("h", b"\xff"), ("none", None)])
     code, lines = await desk.types("show", "scan-workers-dlq/0/0")
     assert code == 0
-    assert lines[0] == "letter: scan-workers-dlq/0/0"
+    assert lines[0] == "dead letter: scan-workers-dlq/0/0"
     assert lines[2:] == ["key: k", r"header h: \xff", "header none: -", r'value: {"name": "café\x1b[2J"}']
 
 
@@ -243,7 +243,7 @@ async def test_a_letter_that_is_not_there_is_not_found(desk: Desk) -> None:
         await desk.put(topic, b"x")
     for id_ in ("scan-workers-dlq/1/0", "scan-workers-dlq", "scan-workers/0/0", "x/0/0", "scan-workers-dlq/0/-1"):
         with pytest.raises(LookupError, match=id_):
-            await letter(desk.bus, id_)
+            await dead_letter(desk.bus, id_)
     for verb in ("show", "replay"):
         code, said = await desk.types(verb, "scan-workers-dlq/0/7")
-        assert (code, said[-1]) == (1, "there is no letter scan-workers-dlq/0/7")
+        assert (code, said[-1]) == (1, "there is no dead letter scan-workers-dlq/0/7")

@@ -153,7 +153,7 @@ async def test_a_token_of_another_type_is_refused(type_: Any, *, good: bool) -> 
     else:
         with pytest.raises(UnauthorizedError) as caught:
             await issuer.verifier.verify(token)
-        assert caught.value.reason == "header typ is not an accepted type of token"
+        assert caught.value.reason == "header typ is not an accepted token type"
 
 
 async def test_types_are_a_setting() -> None:
@@ -177,9 +177,9 @@ REASONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a UUID": ({"sub": "0f8fad5b-secret"}, {}, "sub is not an integer from 1 to 9007199254740991"),
     "bound to a key": ({"cnf": {"jkt": "secret"}}, {}, "cnf binds the token to a key, which is not verified"),
     "an event": ({"events": {"secret": {}}}, {}, "events belongs to an event, not a caller"),
-    "an unknown key": ({}, {"kid": "secret"}, "header kid and alg fit no key of the issuer"),
+    "an unknown key": ({}, {"kid": "secret"}, "header kid and alg match no key of the issuer"),
     "a key of its own": ({}, {"jku": "https://secret.test"}, "header jku is not accepted"),
-    "another type": ({}, {"typ": "secret"}, "header typ is not an accepted type of token"),
+    "another type": ({}, {"typ": "secret"}, "header typ is not an accepted token type"),
 }
 
 

@@ -47,7 +47,7 @@ async def test_a_bad_token_is_written_down(gateway: Running) -> None:
     )
     assert entry.request_id != "r-1"
     assert (entry.decision, entry.rule, entry.count) == ("refused", "token", 1)
-    assert entry.reason == "header kid and alg fit no key of the issuer"
+    assert entry.reason == "header kid and alg match no key of the issuer"
     assert "eyJ" not in entry.model_dump_json()
 
 
