@@ -278,7 +278,7 @@ class _Rebalance(ConsumerRebalanceListener):  # type: ignore[misc] # the client 
     async def _call(self, call: Awaitable[None]) -> None:
         try:
             await call
-        except Exception as error:  # noqa: BLE001 # `check` raises it in the loop
+        except Exception as error:  # noqa: BLE001 # raised in the loop by `check`
             self._fault = error
 
 
