@@ -76,10 +76,10 @@ class Refusals:
         source = f"{record.topic}/{record.partition}/{record.offset}"
         self._add_message(record.topic, source, "", f"{claimed.get('ce_subject', '')}: {reason}", Rule.MESSAGE)
 
-    def add_denied_chunk(self, chunk: ScanChunk, reason: str) -> None:
+    def add_denied_chunk(self, chunk: ScanChunk, reason: str, rule: Rule) -> None:
         """Record a chunk with forbidden targets: the rules have changed since its acceptance, or it is forged."""
         topic = SCAN_TASKS.name
-        self._add_message(topic, topic, str(chunk.user_id), f"{chunk.subject}: {reason}", Rule.TARGETS)
+        self._add_message(topic, topic, str(chunk.user_id), f"{chunk.subject}: {reason}", rule)
 
     def add_uncovered(self, record: Record, reason: str) -> None:
         """Record a result without a valid grant: its sender is forged, compromised or of an older release."""

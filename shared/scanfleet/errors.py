@@ -18,6 +18,7 @@ class Rule(StrEnum):
     ROLE = "role"
     REQUEST = "request"
     TARGETS = "targets"
+    GRANT = "grant"
     STATE = "state"
     RATE = "rate"
     CONCURRENCY = "concurrency"

@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from scanfleet.policy import ADMITTED_SCRIPTS, ScriptName
 from scanfleet.targets import DEFAULT_MAX_ADDRESSES, NAT64_LENGTHS, Network, TargetRules, parse_network
+from scanfleet.user_grants import UserGrants
 
 Algorithm = Literal["RS256", "PS256", "ES256", "EdDSA"]
 Claim = Annotated[str, Field(min_length=1, max_length=200)]
@@ -340,3 +341,29 @@ class TargetSettings(_Settings):
     @property
     def allowed_scripts(self) -> frozenset[str]:
         return ADMITTED_SCRIPTS.union(self.scripts)
+
+
+class GrantSettings(_Settings):
+    """What each user may scan."""
+
+    grants_file: Path | None = Field(
+        None,
+        description="TOML file with the networks, rate, timing, scripts and hours that each user may use, read once at start; "
+        "without it users are not told apart. [security.md](security.md#grants) has its form. Give the gateway, the orchestrator "
+        "and the workers the same file.",
+    )
+
+    @property
+    def user_grants(self) -> UserGrants | None:
+        """None if they are not limited.
+
+        Raises:
+            ValueError: the file holds anything else.
+            OSError: it cannot be read.
+        """
+        if self.grants_file is None:
+            return None
+        try:
+            return UserGrants.parse(self.grants_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{self.grants_file} (SCANFLEET_GRANTS_FILE): {error}") from error

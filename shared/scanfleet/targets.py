@@ -105,12 +105,15 @@ class TargetRules:
         for embedded in _embedded(network, self.nat64):
             if reason := self.refusal(embedded):
                 return f"{network} leads to IPv4 addresses: {reason}"
-        # Once collapsed, a union of networks covers another only if one of its members does.
-        family = [allowed for allowed in self.allowed if allowed.version == network.version]
-        union = collapse_addresses(family)  # type: ignore[type-var] # typed for one family, which these are
-        if not any(_within(network, allowed) for allowed in union):
+        if not _within_any(network, self.allowed):
             return f"{network} is not within the networks that this platform allows"
         return None
+
+
+def covers(network: Network, allowed: Iterable[Network], nat64: Iterable[IPv6Network] = ()) -> bool:
+    """Whether `network` lies within `allowed`, several of which may cover it together, and so does all IPv4 that it embeds."""
+    allowed = tuple(allowed)
+    return all(_within_any(each, allowed) for each in (network, *_embedded(network, nat64)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +178,13 @@ class Target:
 def _within(inner: Network, outer: Network) -> bool:
     """Return the same as `subnet_of`, which raises if the families differ."""
     return inner.network_address in outer and inner.prefixlen >= outer.prefixlen
+
+
+def _within_any(network: Network, outer: Iterable[Network]) -> bool:
+    # Once collapsed, a union of networks covers another only if one of its members does.
+    family = [each for each in outer if each.version == network.version]
+    union = collapse_addresses(family)  # type: ignore[type-var] # typed for one family, which these are
+    return any(_within(network, each) for each in union)
 
 
 def _embedded(network: Network, nat64: Iterable[IPv6Network]) -> Iterable[IPv4Network]:

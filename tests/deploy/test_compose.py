@@ -134,3 +134,12 @@ def test_every_volume_that_is_used_is_named() -> None:
     for service in SERVICES.values():
         for source in (volume.split(":")[0] for volume in service.get("volumes", ())):
             assert source in COMPOSE["volumes"] or (ROOT / source).exists(), source
+
+
+def test_grants_reach_every_service_that_checks_them() -> None:
+    """With the file for grants the gateway, the orchestrator and the workers read it, where it is mounted, and cannot write it."""
+    changed: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "docker-compose.grants.yml").read_text())["services"]
+    assert set(changed) == {"api-gateway", "job-orchestrator", "scanner-worker"}
+    for each in changed.values():
+        (mount,) = each["volumes"]
+        assert (mount["target"], mount["read_only"]) == (each["environment"]["SCANFLEET_GRANTS_FILE"], True)

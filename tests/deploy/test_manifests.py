@@ -24,7 +24,7 @@ KUBECTL: Final = Path(sysconfig.get_path("scripts")) / "kubectl"
 KUBERNETES: Final = "1.35"
 
 OVERLAYS: Final = sorted(path.name for path in (K8S / "overlays").iterdir())
-OPTIONAL: Final = ("hpa", "ingress", "keda", "monitoring", "raw-packets")
+OPTIONAL: Final = ("grants", "hpa", "ingress", "keda", "monitoring", "raw-packets")
 """Components that an operator may add."""
 SERVICES: Final = ("api-gateway", "job-orchestrator", "scanner-worker", "result-store", "topics")
 FOREIGN: Final = {
@@ -140,6 +140,8 @@ def test_a_secret_is_a_file(manifests: list[Manifest], reads: Reads) -> None:
     for workload in workloads(manifests):
         for container in containers(workload):
             assert not [each for each in container.get("env", ()) if "secretKeyRef" in each.get("valueFrom", {})]
+            if not {"env", "envFrom"} & container.keys():
+                continue  # a sidecar, which reads no settings
             mounts = {mount["mountPath"] for mount in container.get("volumeMounts", ())}
             files = {
                 value

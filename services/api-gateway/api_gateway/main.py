@@ -140,11 +140,14 @@ async def _open_verifier(
     """Who calls, by the token and by what the orchestrator knows."""
     revocations = Revocations(orchestrator.revoked)
     users = UserIds(orchestrator.user_id)
+    roles = grants.roles if (grants := settings.user_grants) else frozenset()
     await revocations.refresh()  # without the list no request is answered
     refreshing = Loop("revocations", REFRESH_S, revocations.refresh)
     await refreshing.start()
     try:
-        async with open_verifier(settings, users=users, revoked=revocations, transport=transport) as verifier:
+        async with open_verifier(
+            settings, users=users, revoked=revocations, roles=roles, transport=transport
+        ) as verifier:
             app.state.probes.depend("the issuer's keys", verifier.check)
             app.state.probes.depend("the revocations", revocations.check)
             app.state.probes.watch(refreshing)

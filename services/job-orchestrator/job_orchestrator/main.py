@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
 from job_orchestrator.domain.chain import read_chain_keys
+from job_orchestrator.domain.grants import JobGrants
 from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.audit import Audit
@@ -42,6 +43,7 @@ from scanfleet.messages.topics import (
 from scanfleet.policy import ADMITTED_SCRIPTS
 from scanfleet.startup import Startup
 from scanfleet.targets import TargetRules
+from scanfleet.user_grants import UserGrants
 
 _SWEEP_SECONDS = 1.0
 _SEAL_SECONDS = 5.0  # for which an entry may be removed unnoticed
@@ -63,10 +65,14 @@ class Orchestrator:
         lease_seconds: float,
         stored_seconds: float,
         raw_worker_seconds: float,
+        grants: UserGrants | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.jobs = Jobs(store, publisher, lambda: self.dispatcher.wake(made=True), clock, monotonic=monotonic)
-        self.commands = Commands(store, publisher, self.jobs, rules, clock, monotonic=monotonic, scripts=scripts)
+        job_grants = JobGrants(grants, rules.nat64)
+        self.commands = Commands(
+            store, publisher, self.jobs, rules, clock, monotonic=monotonic, scripts=scripts, grants=grants
+        )
         self.progress = Progress(
             store,
             publisher,
@@ -84,6 +90,8 @@ class Orchestrator:
             lease_seconds=lease_seconds,
             clock=clock,
             take_back=self.progress.take_back,
+            give_up=self.jobs.give_up,
+            grants=job_grants,
             monotonic=monotonic,
         )
         self.sweeper = Sweeper(
@@ -95,6 +103,7 @@ class Orchestrator:
             signer=signer,
             stored_seconds=stored_seconds,
             raw_worker_seconds=raw_worker_seconds,
+            grants=job_grants,
             monotonic=monotonic,
         )
         self.handlers: dict[Topic, Handler] = {
@@ -117,6 +126,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         startup: Startup = app.state.startup
         async with AsyncExitStack() as stack:
             app.state.verifier = InternalVerifier(read_public_keys(settings.internal_public_keys_file), ORCHESTRATOR)
+            grants = settings.user_grants
             signer = Signer(read_private_key(settings.chunk_key_file))
             database = mongo.connect(settings.mongodb_uri, settings.database)
             stack.callback(database.client.close)
@@ -144,9 +154,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 lease_seconds=settings.lease_seconds,
                 stored_seconds=settings.stored_seconds,
                 raw_worker_seconds=settings.raw_worker_seconds,
+                grants=grants,
             )
             app.state.orchestrator = State(
-                store, orchestrator.commands, settings.target_rules, settings.allowed_scripts
+                store,
+                orchestrator.commands,
+                settings.target_rules,
+                settings.allowed_scripts,
+                JobGrants(grants, settings.nat64_prefixes),
+                clock.now,
             )
             # A group for each topic: no loop waits for another, and a rebalance of one leaves the others alone.
             consumers = [

@@ -6,7 +6,14 @@ from pathlib import Path
 
 from pydantic import Field
 
-from scanfleet.settings import CommonSettings, InternalTokenSettings, KafkaSettings, MongoSettings, TargetSettings
+from scanfleet.settings import (
+    CommonSettings,
+    GrantSettings,
+    InternalTokenSettings,
+    KafkaSettings,
+    MongoSettings,
+    TargetSettings,
+)
 
 
 class AuditSettings(MongoSettings):
@@ -23,7 +30,7 @@ class AuditSettings(MongoSettings):
     )
 
 
-class Settings(CommonSettings, KafkaSettings, AuditSettings, InternalTokenSettings, TargetSettings):
+class Settings(CommonSettings, KafkaSettings, AuditSettings, InternalTokenSettings, TargetSettings, GrantSettings):
     chunk_key_file: Path = Field(
         description="PEM file with the Ed25519 key that signs chunks, read once at start; result-store verifies by it what workers "
         "report.",

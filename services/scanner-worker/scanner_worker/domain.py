@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from ipaddress import ip_address
 from math import ceil
 from typing import Final, NamedTuple
 
+from scanfleet.errors import Rule
 from scanfleet.messages import HostScanned, ScanChunk, Technique
 from scanfleet.messages.fields import MAX_BYTES
 from scanfleet.outcomes import MAX_ADDRESSES, Outcome, index_of, networks
@@ -25,6 +26,7 @@ from scanfleet.policy import (
 )
 from scanfleet.ports import PortSet
 from scanfleet.targets import Network, TargetRules
+from scanfleet.user_grants import UserGrants
 
 REASON_CHARS: Final = 500  # maximum length of a failure reason, which becomes part of the job's `error`
 
@@ -100,7 +102,10 @@ class Permitted:
     """Why addresses are refused; empty if none is."""
 
     denied: str
-    """The rule that forbids addresses; empty if all of them may be scanned."""
+    """Why addresses may not be scanned, as the rule says it; empty if all of them may be scanned."""
+
+    rule: Rule = Rule.TARGETS
+    """Which rule that is."""
 
 
 def together(waiting: Sequence[ScanChunk], free_slots: int) -> Sequence[ScanChunk]:
@@ -142,23 +147,32 @@ def _disjoint(one: ScanChunk, other: ScanChunk) -> bool:
     return distance >= len(one.outcomes) or -distance >= len(other.outcomes)
 
 
-def permit(chunk: ScanChunk, rules: TargetRules, *, raw: bool) -> Permitted:
+def permit(chunk: ScanChunk, rules: TargetRules, grants: UserGrants | None = None, *, raw: bool) -> Permitted:
     """Refuse each address that may not be scanned, or all of them if this worker cannot execute the policy."""
     # Only the chunk's own ports count: the TCP part of a policy with UDP ports does not need raw packets.
     here = chunk.policy.model_copy(update={"ports": chunk.ports})
     refused: list[Network] = []
     unable = f"{_needs(here)} raw packets, which this worker may not send" if here.needs_raw and not raw else ""
-    denied = ""
+    denied, rule = "", Rule.TARGETS
+    # The rate that nmap gets: its part of the job's, if the job has one.
+    asked = chunk.policy.model_copy(update={"max_rate": chunk.max_rate or chunk.policy.max_rate})
+
+    def refusal(network: Network) -> str | None:
+        if (why := rules.refusal(network)) or grants is None:
+            return why
+        return grants.refusal(chunk.granted_by, chunk.user_id, network, asked, rules.nat64)
+
     for network in networks(chunk.first_address, chunk.outcomes):
-        for part, why in _judged(network, rules):
+        for part, why in _judged(network, refusal):
             if unable or why:
                 refused.append(part)
-            denied = denied or why
+            if why and not denied:
+                denied, rule = why, Rule.TARGETS if rules.refusal(part) else Rule.GRANT
     codes = list(chunk.outcomes)
     for network in refused:
         start = index_of(chunk.first_address, str(network.network_address))
         codes[start : start + network.num_addresses] = Outcome.REFUSED * network.num_addresses
-    return Permitted("".join(codes), unable or denied, denied)
+    return Permitted("".join(codes), unable or denied, denied, rule)
 
 
 def _needs(policy: ScanPolicy) -> str:
@@ -167,15 +181,15 @@ def _needs(policy: ScanPolicy) -> str:
     return "OS detection needs" if policy.os_detection else "UDP ports need"
 
 
-def _judged(network: Network, rules: TargetRules) -> Iterable[tuple[Network, str]]:
-    why = rules.refusal(network)
+def _judged(network: Network, refusal: Callable[[Network], str | None]) -> Iterable[tuple[Network, str]]:
+    why = refusal(network)
     if why is None:
         yield network, ""
     elif network.num_addresses == 1:
         yield network, why
     else:
         for half in network.subnets():
-            yield from _judged(half, rules)
+            yield from _judged(half, refusal)
 
 
 def technique(policy: ScanPolicy, *, raw: bool) -> Technique:

@@ -29,6 +29,7 @@ def create_app() -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        grants = settings.user_grants
         program = (
             shutil.which(settings.nmap) or settings.nmap
         )  # without nmap the worker stays excluded and logs the cause
@@ -43,6 +44,7 @@ def create_app() -> FastAPI:
             rules=settings.target_rules,
             attempt_seconds=settings.attempt_seconds,
             scripts=settings.allowed_scripts,
+            grants=grants,
         )
         worker = Worker(worker_id, abilities, nmap, bus, app.state.refusals.add_denied_chunk)
         tasks = bus.tail(topics.SCAN_TASKS, worker, key=worker_id)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from scanfleet.settings import CommonSettings, KafkaSettings, TargetSettings
+from scanfleet.settings import CommonSettings, GrantSettings, KafkaSettings, TargetSettings
 
 
-class Settings(CommonSettings, KafkaSettings, TargetSettings):
+class Settings(CommonSettings, KafkaSettings, TargetSettings, GrantSettings):
     """All settings of scanner-worker."""
 
     nmap: str = Field("nmap", min_length=1, description="Path of the nmap program, or its name in PATH.")

@@ -13,6 +13,9 @@ class Principal:
     """0 in internal tokens for requests of the gateway itself."""
 
     admin: bool = False
+    roles: frozenset[str] = field(default=frozenset(), compare=False)
+    """Of the roles in the caller's token those that grants name."""
+
     token_hash: str = field(default="", compare=False)
     """Identifies the caller's token in the logs of every service without revealing it."""
 

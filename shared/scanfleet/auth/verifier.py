@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -69,10 +70,17 @@ class TokenVerifier:
         keys: keys of the issuer.
         users: assigns user ids; needed for `jwt_user_ids=mapped`.
         revoked: the revoked tokens.
+        roles: the roles of a token that the `Principal` keeps.
     """
 
     def __init__(
-        self, settings: AuthSettings, keys: Keys, *, users: Users | None = None, revoked: Revoked | None = None
+        self,
+        settings: AuthSettings,
+        keys: Keys,
+        *,
+        users: Users | None = None,
+        revoked: Revoked | None = None,
+        roles: AbstractSet[str] = frozenset(),
     ) -> None:
         expected = Expected(
             issuer=settings.jwt_issuer,
@@ -88,6 +96,7 @@ class TokenVerifier:
         self._keys = keys
         self._users = users
         self._revoked = revoked
+        self._roles = frozenset(roles)
 
     async def check(self) -> None:
         """Check that tokens can be verified; see `Keys.check`."""
@@ -121,6 +130,7 @@ class TokenVerifier:
         principal = Principal(
             user_id,
             admin=self._settings.jwt_admin_role in roles,
+            roles=self._roles & roles,
             token_hash=token_hash,
             expires_at=float(of_token["exp"]),
         )
@@ -143,6 +153,7 @@ async def open_verifier(
     *,
     users: Users | None = None,
     revoked: Revoked | None = None,
+    roles: AbstractSet[str] = frozenset(),
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> AsyncIterator[TokenVerifier]:
     """Yield the verifier of users' tokens. Problems with the issuer's keys are logged at once.
@@ -151,6 +162,7 @@ async def open_verifier(
         settings: the source of keys, and rules for accepted tokens.
         users: assigns user ids.
         revoked: the revoked tokens.
+        roles: the roles of a token that the `Principal` keeps.
         transport: HTTP transport for the JWKS; replaced in tests.
 
     Raises:
@@ -158,7 +170,7 @@ async def open_verifier(
         OSError: it cannot be read.
     """
     async with httpx.AsyncClient(transport=transport, timeout=JWKS_TIMEOUT_S) as client:
-        verifier = TokenVerifier(settings, _keys(settings, client), users=users, revoked=revoked)
+        verifier = TokenVerifier(settings, _keys(settings, client), users=users, revoked=revoked, roles=roles)
         try:
             await verifier.check()
         except ConfigurationError as error:

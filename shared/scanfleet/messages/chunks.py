@@ -9,7 +9,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
 from scanfleet.messages.base import Message
-from scanfleet.messages.fields import Address, ChunkId, Id, Number, Positive, Reason, Seconds, WorkerId
+from scanfleet.messages.fields import Address, ChunkId, Id, Number, Positive, Reason, Seconds, Word, WorkerId
 from scanfleet.outcomes import MAX_ADDRESSES, OutcomeMap
 from scanfleet.policy import MAX_SCRIPTS, ChunkPorts, ScanPolicy, ScriptName
 
@@ -112,6 +112,12 @@ class ScanChunk(_Fenced):
 
     grant: Grant | None = None
     """The scope that result-store accepts from this attempt."""
+
+    granted_by: Word = ""
+    """The user grant that the job was accepted under; empty if there were none."""
+
+    stop_after_seconds: Seconds | None = None
+    """Seconds from now until nmap must have stopped; null when nothing limits it."""
 
     @model_validator(mode="after")
     def _within_the_address_space(self) -> Self:

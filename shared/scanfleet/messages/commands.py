@@ -11,6 +11,8 @@ from scanfleet.messages.fields import MAX_ADDRESS_CHARS, MAX_ERROR_CHARS, MAX_ID
 from scanfleet.messages.jobs import Job
 
 MAX_SUBNETS = 1_000  # per SubmitJobs: more is a bulk job for several requests
+MAX_ROLES = 1_000  # named by all user grants of a platform together
+MAX_ROLE_CHARS = 255
 
 CommandId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=64)]
 
@@ -40,6 +42,10 @@ class SubmitJobs(_Command):
     policy_id: Id
     subnet_ids: Annotated[tuple[Id, ...], Field(min_length=1, max_length=MAX_SUBNETS), FailFast()]
     idempotency_key: Annotated[str, Field(min_length=1, max_length=255)] | None = None
+    roles: Annotated[
+        tuple[Annotated[str, Field(max_length=MAX_ROLE_CHARS)], ...], Field(max_length=MAX_ROLES), FailFast()
+    ] = ()
+    """Of the roles in the caller's token those that user grants name."""
 
 
 class CancelJob(_Command):

@@ -129,7 +129,7 @@ async def list_tasks(request: Request, _caller: Caller, state: Handed) -> Respon
     return await state.orchestrator.forward(request)
 
 
-@router.post("", status_code=201, responses=errors(400, 413))
+@router.post("", status_code=201, responses=errors(400, 403, 413))
 async def create_tasks(
     body: rest.CreateJobs,
     request: Request,
@@ -146,6 +146,7 @@ async def create_tasks(
         policy_id=body.policy_id,
         subnet_ids=tuple(body.subnet_ids),
         idempotency_key=idempotency_key,
+        roles=tuple(sorted(caller.roles)),
         traceparent=tracing.current(),
     )
     jobs = await state.commands.send(command, state.orchestrator, state.orchestrator.identity(request))

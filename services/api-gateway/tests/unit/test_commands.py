@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -48,6 +49,25 @@ async def test_jobs_are_created_by_a_command(gateway: Running) -> None:
     assert isinstance(command, SubmitJobs)
     assert (command.user_id, command.policy_id, command.subnet_ids) == (7, 3, (5, 6))
     assert command.idempotency_key == "key-1"
+
+
+async def test_create_tasks_passes_on_the_roles_that_grants_name(tmp_path: Path) -> None:
+    """Of the roles in the token the command holds those that a grant names, and of no other place; a refusal is a 403."""
+    file = tmp_path / "grants.toml"
+    file.write_text('[[grants]]\nname = "ops"\nroles = ["ops", "night"]')
+
+    async def refuse(command: Command) -> Sequence[Reply]:
+        return [CommandRejected(command_id=command.command_id, status=403, error="no grant", rule="grant")]
+
+    async with Gateway().run(grants_file=file) as gateway:
+        gateway.replier.reply = refuse
+        token = gateway.issuer.token(7, roles=["staff", "ops", "x" * 1_000])
+        headers = {"Authorization": f"Bearer {token}", "Roles": "night"}
+        answer = await gateway.client.post("/api/v1/task", json=BODY, headers=headers)
+        assert (answer.status_code, answer.json()) == (403, {"error": "no grant"})
+        (command,) = gateway.replier.commands
+    assert isinstance(command, SubmitJobs)
+    assert command.roles == ("ops",)
 
 
 @pytest.mark.parametrize("trusted", [(), ("127.0.0.1/32",)])

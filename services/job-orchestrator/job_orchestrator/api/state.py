@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Annotated, Final
 
 from fastapi import Depends, Query, Request
 
+from job_orchestrator.domain.grants import UNLIMITED, JobGrants
 from job_orchestrator.domain.store import Store
 from job_orchestrator.handlers.commands import Commands
 from scanfleet import rest
 from scanfleet.audit import write_line
 from scanfleet.auth import Caller
+from scanfleet.clock import utc_now
 from scanfleet.errors import BadRequestError, Rule
 from scanfleet.messages import AuditEntry
 from scanfleet.policy import ADMITTED_SCRIPTS
@@ -30,6 +33,9 @@ class State:
     commands: Commands
     rules: TargetRules
     scripts: AbstractSet[str] = ADMITTED_SCRIPTS
+    grants: JobGrants = UNLIMITED
+    now: Callable[[], datetime] = utc_now
+    """The platform's time."""
 
 
 async def _state(request: Request) -> State:  # a thread would run what is not async

@@ -93,12 +93,13 @@ async def read_waiting(job_id: PathId, caller: Caller, state: Handed, record: Re
     job = await readable(state, caller, job_id, record)
     open_ = OpenChunks() if job.final else await state.store.chunk_counts(job_id)
     waiting = not job.final and not open_.held and (open_.queued > 0 or job.status is JobStatus.PENDING)
+    reasons = await _reasons(state, job, open_) if waiting else []
     return rest.Waiting(
         job_id=job_id,
         waiting=waiting,
         since=(job.waiting_since or job.updated_at) if waiting else None,
-        next_possible_start=None,
-        reasons=await _reasons(state, job, open_) if waiting else [],
+        next_possible_start=reasons[0].until if reasons else None,
+        reasons=reasons,
         queued_chunks=open_.queued,
         held_chunks=open_.held,
         eta_seconds=_eta(job),
@@ -107,6 +108,9 @@ async def read_waiting(job_id: PathId, caller: Caller, state: Handed, record: Re
 
 async def _reasons(state: State, job: ScanJob, open_: OpenChunks) -> list[rest.WaitingReason]:
     """Why no worker holds a chunk of the job."""
+    now = state.now()
+    if closed := state.grants.closed(job, now):
+        return [rest.WaitingReason(kind="window", until=state.grants.opens_at(job, now), detail=closed)]
     workers = await state.store.live_workers(_WORKER_SILENT)
     unseen = f"has announced itself in the last {_WORKER_SILENT.total_seconds():.0f} s"
     if not workers:

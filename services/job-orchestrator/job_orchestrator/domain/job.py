@@ -99,6 +99,8 @@ class ScanJob:
     created_at: datetime
     updated_at: datetime
     command_id: str
+    granted_by: str = ""
+    """The user grant that it was accepted under; empty if there were none."""
     blockwise: bool = True
     """Chunks are numbered block by block; slice by slice in documents of release 0.1."""
     turn: int = 0

@@ -26,9 +26,11 @@ from scanfleet.bus import Publisher, Record
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError, MessageError, Rule
 from scanfleet.messages import AuditEntry, CancelJob, CommandAccepted, CommandRejected, JobStatus, SubmitJobs
+from scanfleet.messages.audit import MAX_REASON_CHARS
 from scanfleet.messages.topics import ORCHESTRATOR, SCAN_PROGRESS, SCAN_REPLIES
 from scanfleet.policy import ADMITTED_SCRIPTS, PolicyError, executable
 from scanfleet.targets import Target, TargetRules
+from scanfleet.user_grants import Admitted, GrantError, UserGrants
 
 Reply = CommandAccepted | CommandRejected
 
@@ -43,11 +45,12 @@ _MAX_EXCLUDES: Final = 100_000  # of one command's subnets together: its documen
 
 
 class _RefusedError(Exception):
-    """The answer is 400 with this text, because of this rule."""
+    """The answer is `status` with this text, because of this rule."""
 
-    def __init__(self, text: str, rule: Rule = Rule.REQUEST) -> None:
+    def __init__(self, text: str, rule: Rule = Rule.REQUEST, status: int = 400) -> None:
         super().__init__(text)
         self.rule = rule
+        self.status = status
 
 
 class Commands:
@@ -63,12 +66,14 @@ class Commands:
         *,
         monotonic: Callable[[], float],
         scripts: AbstractSet[str] = ADMITTED_SCRIPTS,
+        grants: UserGrants | None = None,
     ) -> None:
         self._store = store
         self._publisher = publisher
         self._jobs = jobs
         self._rules = rules
         self._scripts = scripts
+        self._grants = grants
         self._clock = clock
         self._monotonic = monotonic
         self._caught_up: dict[int, float] = {}
@@ -246,18 +251,36 @@ class Commands:
         makers = []
         try:
             for policy, subnet in _resolved(submit, policies, subnets, self._scripts):
-                makers.append(_maker(submit, policy, subnet, self._rules, self._clock.now()))
+                target = _target(subnet, self._rules)
+                admitted = self._admitted(submit, policy, subnet, target)
+                makers.append(_maker(submit, subnet, target, admitted, self._clock.now()))
                 await asyncio.sleep(0)  # planning a large network takes 30 ms: others may go between
         except _RefusedError as refusal:
             return Command(
                 id=submit.command_id,
                 user_id=submit.user_id,
                 state="rejected",
-                status=400,
+                status=refusal.status,
                 error=str(refusal),
                 rule=refusal.rule,
             )
         return makers
+
+    def _admitted(self, submit: SubmitJobs, policy: Policy, subnet: Subnet, target: Target) -> Admitted:
+        """By which of the caller's grants, and at which rate; all that the target rules allow if there are no grants."""
+        if self._grants is None:
+            return Admitted("", policy.scan)
+        try:
+            return self._grants.admit(
+                submit.user_id,
+                frozenset(submit.roles),
+                target.network,
+                policy.scan,
+                now=self._clock.now(),
+                nat64=self._rules.nat64,
+            )
+        except GrantError as error:
+            raise _RefusedError(f"Subnet {subnet.id}: {error}", Rule.GRANT, status=403) from error
 
     async def _cancel(self, commands: Collection[Command]) -> dict[str, Reply]:
         """Cancel the job of each command unless it has ended; a repeat of the command that did it is answered the same."""
@@ -344,6 +367,7 @@ def _audit_entry(message: SubmitJobs | CancelJob, answer: Reply) -> AuditEntry:
         target=target,
         decision="allowed" if isinstance(answer, CommandAccepted) else "refused",
         rule=rule,
+        reason="" if isinstance(answer, CommandAccepted) else answer.error[:MAX_REASON_CHARS],
         request_id=message.request_id[:_MAX_NAMED_CHARS],
     )
 
@@ -385,29 +409,28 @@ def _resolved(
     return [(policies[0], by_id[id_]) for id_ in submit.subnet_ids]
 
 
-def _maker(
-    submit: SubmitJobs,
-    policy: Policy,
-    subnet: Subnet,
-    rules: TargetRules,
-    now: datetime,
-) -> Callable[[int], ScanJob]:
+def _target(subnet: Subnet, rules: TargetRules) -> Target:
     target = Target.parse(subnet.cidr, subnet.exclude)
     if refusal := rules.refusal(target.network):
         raise _RefusedError(f"Subnet {subnet.id}: {refusal}", Rule.TARGETS)
     try:
-        target = target.without_broadcast()
+        return target.without_broadcast()
     except ValueError as error:
         raise _RefusedError(f"Subnet {subnet.id}: {error}", Rule.TARGETS) from error
-    planned = plan.plan(policy.scan, target)
+
+
+def _maker(
+    submit: SubmitJobs, subnet: Subnet, target: Target, admitted: Admitted, now: datetime
+) -> Callable[[int], ScanJob]:
+    planned = plan.plan(admitted.policy, target)
     bare = ScanJob(
         id=0,
         user_id=submit.user_id,
-        policy_id=policy.id,
+        policy_id=submit.policy_id,
         subnet_id=subnet.id,
         cidr=subnet.cidr,
         exclude=tuple(map(str, target.exclude)),
-        policy=policy.scan,
+        policy=admitted.policy,
         addresses=planned.addresses,
         excluded=planned.excluded,
         ports=planned.ports,
@@ -421,6 +444,7 @@ def _maker(
         created_at=now,
         updated_at=now,
         command_id=submit.command_id,
+        granted_by=admitted.grant,
         traceparent=submit.traceparent,
     )
     return lambda id_: create(replace(bare, id=id_, partition=SCAN_PROGRESS.partition_of(str(id_))))

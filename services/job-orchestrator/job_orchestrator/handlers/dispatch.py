@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Final
 
 import structlog
@@ -15,18 +15,22 @@ import structlog
 from job_orchestrator.domain import fairness, plan
 from job_orchestrator.domain.chunk import Chunk, ChunkState, cancel, dispatch
 from job_orchestrator.domain.fairness import Candidate, Credit, Held
+from job_orchestrator.domain.grants import JobGrants
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.chunks import change, granted
 from job_orchestrator.metrics import CHUNK_TRANSITIONS, SKIPPED_JOBS
 from scanfleet import tracing
+from scanfleet.audit import write_line
 from scanfleet.bus import Publisher, Record
-from scanfleet.errors import MessageError
+from scanfleet.clock import utc_now
+from scanfleet.errors import MessageError, Rule
 from scanfleet.grants import Signer
 from scanfleet.loop import Loop
-from scanfleet.messages import ScanChunk, WorkerReady
-from scanfleet.messages.topics import SCAN_TASKS
+from scanfleet.messages import AuditEntry, ScanChunk, WorkerReady
+from scanfleet.messages.audit import MAX_REASON_CHARS
+from scanfleet.messages.topics import ORCHESTRATOR, SCAN_TASKS
 from scanfleet.ports import PortSet
 
 LIVE: Final = timedelta(seconds=12)  # workers are noted every 5 seconds: who was not for so long is not waited for
@@ -41,6 +45,7 @@ _REST_SECONDS: Final = 1.0  # between looks at who has become idle, and which wo
 _AHEAD_SECONDS: Final = 1.0  # between looks for small chunks while every slot is taken, unless chunks were made
 _PICKS: Final = 128  # chunks in one round, so that a round reads some thousands at most
 _SKIP_SECONDS: Final = 60.0  # for which a job whose chunks cannot be dispatched is left alone
+_CLOSED_SECONDS: Final = 10.0  # for which a user is left out whose jobs all wait for their hours
 
 _log = structlog.get_logger()
 
@@ -65,6 +70,8 @@ class Dispatcher:
         lease_seconds: how long a chunk may go without a report of its worker.
         clock: the platform's time.
         take_back: requeues attempts, by chunk, whose worker is proven dead, with the reason.
+        give_up: fails a job, with the reason.
+        grants: which jobs may go on, and when.
     """
 
     def __init__(
@@ -76,6 +83,8 @@ class Dispatcher:
         lease_seconds: float,
         clock: PlatformTime,
         take_back: Callable[[dict[str, int], str], Awaitable[None]],
+        give_up: Callable[[int, str], Awaitable[None]],
+        grants: JobGrants,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
@@ -83,6 +92,8 @@ class Dispatcher:
         self._signer = signer
         self._clock = clock
         self._take_back = take_back
+        self._give_up = give_up
+        self._grants = grants
         self._monotonic = monotonic
         self._lease_seconds = lease_seconds
         self._silent_seconds = min(
@@ -93,6 +104,10 @@ class Dispatcher:
         self._caught_up: set[int] = set()
         self._live: dict[str, Credit] = {}
         self._skipped: dict[int, float] = {}
+        self._closed: dict[int, float] = {}
+        """By user with jobs that wait for their hours, until when these are left alone."""
+        self._resting: dict[int, float] = {}
+        """By user of whom nothing else may go either, until when nothing is looked for."""
         self._idle = False
         self._woken = False
         self._rest_due = float("-inf")
@@ -175,6 +190,8 @@ class Dispatcher:
         now = self._monotonic()
         self._workers = {id_: each for id_, each in self._workers.items() if each.at > now - self._silent_seconds}
         self._skipped = {job_id: until for job_id, until in self._skipped.items() if until > now}
+        self._closed = {user: until for user, until in self._closed.items() if until > now}
+        self._resting = {user: until for user, until in self._resting.items() if until > now}
         mine = [each.credit for each in self._workers.values() if each.credit.partition in self._caught_up]
         self._idle = any(credit.slots for credit in mine)
         if not self._idle:
@@ -207,7 +224,7 @@ class Dispatcher:
 
     async def _give(self, workers: Sequence[Credit], held: Sequence[Held], *, raw: bool) -> bool:
         now = self._clock.now()
-        users = await self._store.waiting_users(raw=raw)
+        users = [user for user in await self._store.waiting_users(raw=raw) if user not in self._resting]
         if not users:
             return False
         room = min(_PICKS, sum(max(0, credit.slots - credit.held) + _EXTRA for credit in workers))
@@ -218,6 +235,9 @@ class Dispatcher:
         queues = await asyncio.gather(
             *(self._store.queue(user, room, now, raw=raw, skip=self._skipped) for user in neediest)
         )
+        for user, queue in zip(neediest, queues, strict=True):
+            if not queue and user in self._closed:  # else so many such users would leave none to look at
+                self._resting[user] = min(self._closed[user], self._monotonic() + _CLOSED_SECONDS)
         occupied = fairness.occupied(held, {credit.worker_id for credit in workers})
         instances = {credit.instance: credit.raw for credit in (*self._live.values(), *workers)}
         waiting = {user: queue for user, queue in zip(neediest, queues, strict=True) if queue}
@@ -243,12 +263,17 @@ class Dispatcher:
         )
         over: list[str] = []
         due: list[Chunk] = []
+        refused: dict[int, str] = {}
         for candidate, worker, share in picks:
             job, chunk = jobs.get(candidate.job_id), chunks.get(candidate.chunk_id)
             if job is None or chunk is None:
                 self._skip(candidate)
             elif job.final:
                 over.append(chunk.id)
+            elif refusal := self._grants.refusal(job):
+                refused[job.id] = refusal
+            elif self._grants.closed(job, now):
+                self._await_hours(job, now)
             elif chunk.state is ChunkState.QUEUED:
                 size = plan.attempt_size(job, chunk)
                 due.append(dispatch(chunk, worker.worker_id, now, size=size, share=share))
@@ -260,6 +285,8 @@ class Dispatcher:
             tasks = [self._task(chunk, jobs[chunk.job_id], onward[chunk.id]) for chunk in sent]
             await self._publisher.publish(SCAN_TASKS, tasks)
         await self._cancel(over)
+        for job_id, refusal in refused.items():
+            await self._refuse(jobs[job_id], refusal)
         return len(sent) < len(picks)
 
     def _skip(self, candidate: Candidate) -> None:
@@ -267,6 +294,32 @@ class Dispatcher:
         self._skipped[candidate.job_id] = self._monotonic() + _SKIP_SECONDS
         SKIPPED_JOBS.inc()
         _log.error("job_skipped", job_id=candidate.job_id, chunk_id=candidate.chunk_id, cause="unreadable document")
+
+    def _await_hours(self, job: ScanJob, now: datetime) -> None:
+        """Leave a job alone until the hours of its grant begin."""
+        opens_at = self._grants.opens_at(job, now)
+        seconds = min((opens_at - now).total_seconds(), _SKIP_SECONDS) if opens_at else _SKIP_SECONDS
+        self._skipped[job.id] = self._monotonic() + seconds
+        self._closed[job.user_id] = max(self._skipped[job.id], self._closed.get(job.user_id, 0.0))
+
+    async def _refuse(self, job: ScanJob, reason: str) -> None:
+        """Fail a job that its user may not have any more: the grants have changed since it was accepted."""
+        entry = AuditEntry(
+            id=f"dispatch-{job.id}",
+            time=utc_now(),
+            service=ORCHESTRATOR,
+            subject=str(job.user_id),
+            source="",
+            action="dispatch_task",
+            target=f"/api/v1/task/{job.id}",
+            decision="refused",
+            rule=Rule.GRANT,
+            reason=reason[:MAX_REASON_CHARS],
+            request_id="",
+        )
+        await self._store.add_audit([entry])
+        write_line(entry)
+        await self._give_up(job.id, f"the job may not go on: {reason}")
 
     async def _cancel(self, over: Collection[str]) -> None:
         """Cancel chunks of a job that has ended: another replica was still making them when it did."""
@@ -280,6 +333,7 @@ class Dispatcher:
 
     def _task(self, chunk: Chunk, job: ScanJob, traceparent: str | None) -> ScanChunk:
         ports = PortSet.parse(chunk.ports)
+        left = self._grants.open_for(job, self._clock.now())
         slots = sum(credit.slots for credit in self._live.values())
         nmaps = max(1, min(plan.width(job.policy), slots, job.chunk_count))
         return ScanChunk(
@@ -299,5 +353,7 @@ class Dispatcher:
             max_rate=plan.nmap_rate(job.policy),
             min_rate=plan.min_rate(job.policy, ports, nmaps),
             grant=granted(chunk, self._signer),
+            granted_by=job.granted_by,
+            stop_after_seconds=left.total_seconds() if left is not None else None,
             traceparent=traceparent,
         )

@@ -9,6 +9,7 @@ from typing import Final
 
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import ask_again
+from job_orchestrator.domain.grants import JobGrants
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.time import PlatformTime
@@ -38,6 +39,7 @@ class Sweeper:
         signer: signs the repeated requests.
         stored_seconds: how long a scanned chunk waits for result-store before it is asked again.
         raw_worker_seconds: how long a job waits for a worker that may send raw packets before it fails.
+        grants: which jobs wait for their hours.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Sweeper:
         signer: Signer,
         stored_seconds: float,
         raw_worker_seconds: float,
+        grants: JobGrants,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
@@ -62,6 +65,7 @@ class Sweeper:
         self._monotonic = monotonic
         self._patience = timedelta(seconds=stored_seconds)
         self._raw_patience = timedelta(seconds=raw_worker_seconds)
+        self._grants = grants
         self._reconciled = float("-inf")
         self._counted = float("-inf")
 
@@ -105,17 +109,20 @@ class Sweeper:
         held = {each.job_id for each in await self._store.held()}
         standings = await self._store.standings(jobs)
         raw = any(worker.raw for worker in live)
+        now = self._clock.now()
 
         def reason(job: ScanJob) -> str:
             if job.id in held:
                 return ""
+            if self._grants.closed(job, now):
+                return "window"
             if not live:
                 return "no_worker"
             return "no_raw_worker" if not raw and plan.needs_raw(job, standings[job.id].lowest) else ""
 
         reasons = {id_: reason(job) for id_, job in jobs.items()}
         await self._jobs.show_waiting({id_: why for id_, why in reasons.items() if why != jobs[id_].waiting})
-        since = self._clock.now() - self._raw_patience
+        since = now - self._raw_patience
         for id_, job in jobs.items():
             if reasons[id_] == job.waiting == "no_raw_worker" and job.waiting_since and job.waiting_since < since:
                 await self._jobs.give_up(

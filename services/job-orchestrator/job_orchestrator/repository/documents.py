@@ -121,7 +121,7 @@ def write_chunk(chunk: Chunk) -> Document:
 JOB_CONSTANTS: Final = frozenset(
     {"_id", "user_id", "policy_id", "subnet_id", "cidr", "exclude", "policy", "addresses", "excluded", "ports"}
     | {"chunk_addresses", "chunk_ports", "blocks", "chunk_count", "estimate", "partition", "created_at", "command_id"}
-    | {"blockwise", "traceparent"}
+    | {"granted_by", "blockwise", "traceparent"}
 )
 CHUNK_CONSTANTS: Final = frozenset(
     {"_id", "job_id", "user_id", "index", "turn", "partition", "first_address", "ports", "port_count", "needs_raw"}

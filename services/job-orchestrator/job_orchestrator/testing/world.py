@@ -50,6 +50,7 @@ from scanfleet.policy import ScanPolicy
 from scanfleet.targets import TargetRules, parse_network
 from scanfleet.testing.bus import MemoryBus
 from scanfleet.testing.grants import signer
+from scanfleet.user_grants import UserGrants
 
 RULES: Final = TargetRules((parse_network("127.0.0.0/8"),))
 _READ: Final = (SCAN_COMMANDS, SCAN_WORKERS, SCAN_PROGRESS, SCAN_STORED)
@@ -191,10 +192,12 @@ class World:
         bus: MemoryBus | None = None,
         lease_seconds: float = 30.0,
         rules: TargetRules = RULES,
+        grants: UserGrants | None = None,
     ) -> None:
         self.now = _NOW
         self.store = store
         self.rules = rules
+        self.grants = grants
         self._clock = _Time(self)
         self.lease_seconds = lease_seconds
         self.bus = bus or MemoryBus()
@@ -216,8 +219,14 @@ class World:
             lease_seconds=self.lease_seconds,
             stored_seconds=60.0,
             raw_worker_seconds=600.0,
+            grants=self.grants,
             monotonic=lambda: self.now,
         )
+
+    @property
+    def time(self) -> datetime:
+        """The platform's time."""
+        return self._clock.now()
 
     @property
     def only(self) -> Orchestrator:
@@ -322,10 +331,11 @@ class World:
         user_id: int = 7,
         policy: ScanPolicy | None = None,
         key: str | None = None,
+        roles: tuple[str, ...] = (),
     ) -> str:
         """Send a submit for new subnets; answers its command id."""
         policy_id, subnet_ids = await self.add(*(cidrs or ("127.9.8.0/30",)), user_id=user_id, policy=policy)
-        return await self.send(policy_id, subnet_ids, user_id=user_id, key=key)
+        return await self.send(policy_id, subnet_ids, user_id=user_id, key=key, roles=roles)
 
     async def send(
         self,
@@ -334,6 +344,7 @@ class World:
         *,
         user_id: int = 7,
         key: str | None = None,
+        roles: tuple[str, ...] = (),
     ) -> str:
         command = SubmitJobs(
             command_id=f"command-{next(self._commands)}",
@@ -341,6 +352,7 @@ class World:
             policy_id=policy_id,
             subnet_ids=tuple(subnet_ids),
             idempotency_key=key,
+            roles=roles,
         )
         await self.bus.publish(SCAN_COMMANDS, [command])
         return command.command_id

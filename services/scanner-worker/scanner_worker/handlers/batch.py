@@ -17,6 +17,7 @@ from scanfleet.outcomes import Outcome, index_of, networks
 from scanfleet.policy import ADMITTED_SCRIPTS
 from scanfleet.ports import PortSet
 from scanfleet.targets import Network, TargetRules
+from scanfleet.user_grants import UserGrants
 from scanner_worker.domain import Host, ScanError, arguments, services
 
 SLACK_S: Final = 15.0  # extra time in which nmap applies its host timeout to a single address itself
@@ -68,6 +69,7 @@ class Abilities:
         slots: maximum number of concurrent nmap processes.
         raw: whether nmap may send raw packets.
         rules: which targets may be scanned.
+        grants: what each user may scan.
         attempt_seconds: timeout of one nmap with more than one address.
         scripts: the NSE scripts that a policy may name.
     """
@@ -77,6 +79,7 @@ class Abilities:
     rules: TargetRules
     attempt_seconds: float
     scripts: AbstractSet[str] = ADMITTED_SCRIPTS
+    grants: UserGrants | None = None
 
 
 class TooSlowError(Exception):

@@ -12,7 +12,7 @@ from prometheus_client import Counter
 
 from scanfleet import tracing
 from scanfleet.bus import Publisher
-from scanfleet.errors import DependencyError
+from scanfleet.errors import DependencyError, Rule
 from scanfleet.messages import (
     ChunkClaimed,
     ChunkFailed,
@@ -49,8 +49,10 @@ FENCE: Final = (
 )  # fraction of the lease without an acknowledged heartbeat after which nmap is stopped: before the chunk is reassigned
 NOT_NOW: Final = Outcome.EXCLUDED  # code of an address beyond the chunk's limit, in the map that nmap gets
 
-Denied = Callable[[ScanChunk, str], None]
-"""Called with a chunk that has forbidden addresses, and with the rule that forbids them."""
+_HOURS_OVER: Final = "the hours in which the user may scan have ended"
+
+Denied = Callable[[ScanChunk, str, Rule], None]
+"""Called with a chunk that has forbidden addresses, why they are forbidden, and by which rule."""
 
 _addresses = Counter("scanfleet_worker_addresses", "Addresses finished, by outcome.", ["outcome"])
 _ends = Counter("scanfleet_worker_chunks", "Chunk attempts finished on this worker, by result.", ["end"])
@@ -72,6 +74,8 @@ class ChunkScan:
         self._fence: asyncio.Timeout | None = None
         self._work: asyncio.Task[None] | None = None
         self._stopped = ""
+        after = chunk.stop_after_seconds
+        self._stop_at = None if after is None else asyncio.get_running_loop().time() + after
 
     async def run(self, share: Share) -> Message:
         """Scan the chunk; return its final report once Kafka has acknowledged it."""
@@ -95,10 +99,12 @@ class ChunkScan:
     async def _outcome(self, share: Share) -> Message:
         try:
             async with share:
-                permitted = permit(self.chunk, self._abilities.rules, raw=self._abilities.raw)
+                permitted = permit(self.chunk, self._abilities.rules, self._abilities.grants, raw=self._abilities.raw)
                 self._map = list(permitted.outcomes)
                 if permitted.denied:
-                    self._denied(self.chunk, permitted.denied)
+                    self._denied(self.chunk, permitted.denied, permitted.rule)
+                if self._stop_at is not None and asyncio.get_running_loop().time() >= self._stop_at:
+                    self.stop(_HOURS_OVER)
                 if not self._stopped:
                     await self._hold_and_scan(share)
         except (CannotStartError, KilledByGuardError, TooSlowError) as error:
@@ -123,15 +129,19 @@ class ChunkScan:
         )
 
     async def _hold_and_scan(self, share: Share) -> None:
-        """Scan while the lease is valid; `_stopped` is the reason for remaining blanks."""
+        """Scan while the lease is valid and the user's hours last; `_stopped` is the reason for remaining blanks."""
         self._work = asyncio.create_task(self._scan(share))
         beating = asyncio.create_task(self._beat())
+        loop = asyncio.get_running_loop()
+        ending = loop.call_at(self._stop_at, self.stop, _HOURS_OVER) if self._stop_at is not None else None
         try:
             async with asyncio.timeout(self.chunk.lease_seconds * FENCE) as self._fence:
                 await asyncio.wait((self._work, beating), return_when=asyncio.FIRST_COMPLETED)
         except TimeoutError:
             self._stopped = "Kafka did not acknowledge a heartbeat within two thirds of the lease"
         finally:
+            if ending:
+                ending.cancel()
             tasks, self._work, self._fence = (self._work, beating), None, None
             for task in tasks:
                 task.cancel()

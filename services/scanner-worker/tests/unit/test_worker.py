@@ -30,6 +30,7 @@ from scanfleet.ports import PortSet
 from scanfleet.targets import TargetRules
 from scanfleet.testing.bus import MemoryBus
 from scanfleet.testing.tracing import ids, recording
+from scanfleet.user_grants import UserGrants
 from scanner_worker.domain import CannotStartError, Host, ScanError
 from scanner_worker.handlers.batch import Abilities, Found
 from scanner_worker.handlers.worker import Worker
@@ -99,12 +100,12 @@ class ScriptedScanner:
 class Rig:
     """A worker and its bus."""
 
-    def __init__(self, scanner: ScriptedScanner, *, slots: int, raw: bool) -> None:
+    def __init__(self, scanner: ScriptedScanner, *, slots: int, raw: bool, grants: UserGrants | None = None) -> None:
         rules = TargetRules((ip_network("127.0.0.0/8"),), (ip_network("127.9.9.9/32"),))
         self.scanner = scanner
         self.bus = MemoryBus()
         self.refusals = Refusals("scanner-worker")
-        abilities = Abilities(slots, raw, rules, attempt_seconds=60)
+        abilities = Abilities(slots, raw, rules, attempt_seconds=60, grants=grants)
         self.worker = Worker("worker", abilities, scanner, self.bus, self.refusals.add_denied_chunk)
         self.tasks = self.bus.tail(SCAN_TASKS, self.worker)
 
@@ -123,8 +124,10 @@ class Rig:
 
 
 @asynccontextmanager
-async def rigged(*script: Host | Exception | str, slots: int = 2, raw: bool = True) -> AsyncIterator[Rig]:
-    rig = Rig(ScriptedScanner(*script), slots=slots, raw=raw)
+async def rigged(
+    *script: Host | Exception | str, slots: int = 2, raw: bool = True, grants: UserGrants | None = None
+) -> AsyncIterator[Rig]:
+    rig = Rig(ScriptedScanner(*script), slots=slots, raw=raw, grants=grants)
     async with started(rig):
         yield rig
 
@@ -459,6 +462,60 @@ async def test_worker_forbidden_chunk_is_audited(
         assert (told.service, told.subject, told.source) == ("scanner-worker", "7", "scan-tasks")
         assert (told.action, told.decision, told.rule) == ("consume scan-tasks", "refused", "targets")
         assert "127.9.9.9/32" in told.target
+
+
+GRANTS = UserGrants.model_validate(
+    {"grants": [{"name": "site", "users": [7], "networks": ["127.9.1.0/31"], "max_rate": 100, "max_timing": 4}]}
+)
+
+
+@pytest.mark.proves("A13", "G12", "G15")
+@pytest.mark.parametrize(
+    ("policy", "fields", "letters", "why"),
+    [
+        ({"max_rate": 100}, {}, "aarr", "127.9.1.2/32 is not within the networks of grant site"),
+        ({"max_rate": 101}, {}, "rrrr", "max_rate 101 is above 100"),
+        ({"max_rate": 1}, {"max_rate": 500}, "rrrr", "max_rate 500 is above 100"),
+        ({}, {}, "rrrr", "max_rate without a limit is above 100"),
+        ({"timing": 5, "max_rate": 1}, {}, "rrrr", "timing 5 is above 4"),
+        ({"max_rate": 1}, {"granted_by": "other"}, "rrrr", "user 7 has no grant other"),
+        ({"max_rate": 1}, {"user_id": 8}, "rrrr", "user 8 has no grant site"),
+    ],
+)
+async def test_chunk_beyond_its_grant_is_refused_and_audited(
+    *,
+    make_chunk: MakeChunk,
+    until: Until,
+    policy: dict[str, object],
+    fields: dict[str, object],
+    letters: str,
+    why: str,
+) -> None:
+    """Whatever the orchestrator dispatches, nmap gets no address beyond the grants of this worker, and the audit log says why."""
+    async with rigged(*hosts(0, 1), grants=GRANTS) as rig:
+        await rig.send(make_chunk(policy, **({"granted_by": "site"} | fields)))
+        await until(lambda: "ChunkScanned" in rig.progress())
+        assert rig.last().outcomes == letters  # type: ignore[attr-defined] # the test knows the message's kind
+        assert [line[line.index("--") + 1 :] for line in rig.scanner.asked] == [["127.9.1.0/31"]] * letters.count("aa")
+        await rig.refusals.flush(rig.bus)
+        (told,) = [each.entry for each in rig.bus.messages(SCAN_AUDIT[WORKER]) if isinstance(each, Audited)]
+        assert told.rule == "grant"
+        assert why in told.target
+
+
+@pytest.mark.parametrize(("seconds", "begun"), [(0.0, 0), (0.2, 1)])
+async def test_chunk_is_released_when_the_hours_of_its_user_end(
+    make_chunk: MakeChunk, until: Until, seconds: float, begun: int
+) -> None:
+    """nmap is stopped at the end of the hours, and not started after it; what is left is released."""
+    async with rigged(*hosts(0), FOREVER) as rig:
+        await rig.send(make_chunk(stop_after_seconds=seconds))
+        await until(lambda: "ChunkReleased" in rig.progress())
+        released = rig.last()
+        assert isinstance(released, ChunkReleased)
+        assert (released.outcomes.count("a"), released.too_slow) == (begun, False)
+        assert "hours" in released.reason
+        assert (len(rig.scanner.asked), rig.scanner.closed) == (begun, begun)
 
 
 async def test_worker_missing_raw_packets_are_not_audited(make_chunk: MakeChunk, until: Until) -> None:

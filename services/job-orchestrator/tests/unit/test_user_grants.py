@@ -1,0 +1,147 @@
+"""User grants at the orchestrator: when a job is made and when its chunks are dispatched."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+import pytest
+
+from job_orchestrator.api.state import State
+from job_orchestrator.api.tasks import read_waiting
+from job_orchestrator.domain.grants import JobGrants
+from job_orchestrator.testing import MemoryStore, World, scan_policy
+from job_orchestrator.testing.world import RULES
+from scanfleet.auth import Principal
+from scanfleet.messages import AuditEntry, CommandRejected, JobStatus, ScanChunk
+from scanfleet.messages.topics import SCAN_TASKS
+from scanfleet.rest import WaitingReason
+from scanfleet.user_grants import UserGrants
+
+
+def grants(**limits: object) -> UserGrants:
+    """User 7 may scan 127.9.0.0/16 within `limits`, and callers with the role `ops` all of 127.8.0.0/16."""
+    own = {"name": "site", "users": [7], "networks": ["127.9.0.0/16"], **limits}
+    return UserGrants.model_validate({"grants": [own, {"name": "ops", "roles": ["ops"], "networks": ["127.8.0.0/16"]}]})
+
+
+def hours(world: World, begin: int, end: int) -> list[str]:
+    """A window that begins and ends so many minutes from the world's now."""
+
+    def clock(minutes: int) -> str:
+        return f"{world.time + timedelta(minutes=minutes):%H:%M}"
+
+    return [f"{clock(begin)}-{clock(end)}"]
+
+
+async def rejection(world: World, command: str) -> tuple[CommandRejected, AuditEntry]:
+    (reply,) = world.replies(command)
+    assert isinstance(reply, CommandRejected)
+    entries, _ = await world.store.list_audit(0, 10)
+    return reply, entries[0]
+
+
+def tasks(world: World) -> list[ScanChunk]:
+    return [each for each in world.bus.messages(SCAN_TASKS) if isinstance(each, ScanChunk)]
+
+
+async def restart_with(world: World, changed: UserGrants) -> None:
+    world.grants = changed
+    await world.restart()
+    await world.worker.announce()
+    await world.settle()
+
+
+@pytest.mark.proves("G15")
+async def test_submit_beyond_a_grant_is_403_and_audited_with_the_limit() -> None:
+    """No job is made; answer and audit entry name subnet, limit and grant."""
+    world = World(MemoryStore(), grants=grants(max_timing=3))
+    command = await world.submit("127.9.8.0/30", policy=scan_policy(timing=4))
+    await world.settle()
+    reply, entry = await rejection(world, command)
+    assert (reply.status, reply.rule) == (403, "grant")
+    assert reply.error == "Subnet 1: timing 4 is above 3, the highest of grant site"
+    assert (entry.decision, entry.rule, entry.reason, entry.subject) == ("refused", "grant", reply.error, "7")
+    assert await world.store.list_jobs(7, set(), 0, 10) == ([], 0)
+
+
+async def test_submit_by_a_role_needs_the_role() -> None:
+    """The same network is refused without the role in the command and accepted with it, and the job names the grant."""
+    world = World(MemoryStore(), grants=grants())
+    refused = await world.submit("127.8.1.0/30")
+    accepted = await world.submit("127.8.1.0/30", roles=("ops",))
+    await world.start()
+    await world.worker.announce()
+    await world.settle()
+    assert (await rejection(world, refused))[0].status == 403
+    job = (await world.store.jobs([world.accepted(accepted)[0].id])).popitem()[1]
+    assert (job.granted_by, job.status) == ("ops", JobStatus.COMPLETED)
+
+
+async def test_submit_without_a_rate_gets_the_rate_of_the_grant() -> None:
+    """The job's own policy and each nmap of it have the limit; the policy that it was made from stays as it is."""
+    world = World(MemoryStore(), grants=grants(max_rate=400))
+    command = await world.submit("127.9.8.0/30")
+    await world.start()
+    await world.worker.announce()
+    await world.settle()
+    job = (await world.store.jobs([world.accepted(command)[0].id])).popitem()[1]
+    assert job.policy.max_rate == 400
+    assert {(task.max_rate, task.policy.max_rate, task.granted_by) for task in tasks(world)} == {(400, 400, "site")}
+    assert (await world.store.policies(7, [job.policy_id]))[0].scan.max_rate is None
+
+
+@pytest.mark.proves("G15")
+async def test_dispatch_of_a_job_whose_grant_was_withdrawn_fails_it() -> None:
+    """After a restart with other grants no chunk of the job goes to a worker; the job says why, and so does the audit log."""
+    world = World(MemoryStore(), grants=grants())
+    command = await world.submit("127.9.8.0/30")
+    await world.settle()
+    await restart_with(world, grants(networks=["127.7.0.0/16"]))
+    job = (await world.store.jobs([world.accepted(command)[0].id])).popitem()[1]
+    reason = "127.9.8.0/30 is not within the networks of grant site: 127.7.0.0/16"
+    assert (job.status, job.error) == (JobStatus.FAILED, f"the job may not go on: {reason}")
+    assert not tasks(world)
+    (entry, _), _ = await world.store.list_audit(0, 10)
+    assert (entry.action, entry.decision, entry.rule, entry.reason) == ("dispatch_task", "refused", "grant", reason)
+
+
+async def test_dispatch_waits_for_the_hours_of_the_grant() -> None:
+    """Outside its hours a job waits and says until when; in them its tasks say how long they go on."""
+    world = World(MemoryStore(), grants=grants())
+    command = await world.submit("127.9.8.0/30")
+    await world.settle()
+    world.grants = grants(hours=hours(world, 2, 4))
+    await world.restart()
+    await world.wait(20)
+    id_ = world.accepted(command)[0].id
+    job = (await world.store.jobs([id_]))[id_]
+    assert (job.status, job.waiting) == (JobStatus.PENDING, "window")
+    assert not tasks(world)
+    reason, next_start = await why(world, id_)
+    assert (reason.kind, reason.until) == ("window", next_start)
+    assert reason.detail.endswith(f"the hours of grant site are {world.grants.grants[0].hours[0].text}")  # type: ignore[index] # it has some
+    assert next_start is not None
+    await world.wait(round((next_start - world.time).total_seconds()) + 2)
+    (task,) = tasks(world)
+    assert task.stop_after_seconds is not None
+    assert 0 < task.stop_after_seconds <= 120
+    assert (await world.store.jobs([id_]))[id_].status is JobStatus.COMPLETED
+
+
+async def test_dispatch_leaves_users_outside_their_hours_out() -> None:
+    """However many users wait for their hours, another user's job is dispatched."""
+    world = World(MemoryStore())
+    for user in range(100, 200):
+        await world.submit("127.9.8.0/30", user_id=user)
+    await world.settle()
+    closed = {"name": "day", "users": list(range(100, 200)), "hours": hours(world, 60, 120)}
+    await restart_with(world, UserGrants.model_validate({"grants": [closed, {"name": "free", "users": [7]}]}))
+    await world.submit("127.9.8.0/30", user_id=7)
+    await world.wait(5)
+    assert {task.user_id for task in tasks(world)} == {7}
+
+
+async def why(world: World, job_id: int) -> tuple[WaitingReason, datetime | None]:
+    state = State(world.store, world.only.commands, RULES, grants=JobGrants(world.grants), now=lambda: world.time)
+    answer = await read_waiting(job_id=job_id, caller=Principal(7), state=state, record=None)  # type: ignore[arg-type] # the owner's reads are not recorded
+    return answer.reasons[0], answer.next_possible_start
