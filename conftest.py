@@ -35,6 +35,7 @@ STOP = 30  # seconds in which a server must end by itself
 PARTS = {
     "faults": ("tests/faults",),
     "networks": ("tests/networks",),
+    "page": ("tests/page",),
     "scanning": (
         "local/tests",
         "shared/tests/integration/test_nmap.py",

@@ -16,10 +16,10 @@ BUILT: Final = Path(__file__).parents[1] / "page"
 """Where `make setup` and the image's build write the files."""
 
 _FEATURES: Final = (
-    "accelerometer autoplay bluetooth browsing-topics camera clipboard-read clipboard-write display-capture encrypted-media "
+    "accelerometer autoplay browsing-topics camera clipboard-read clipboard-write display-capture encrypted-media "
     "fullscreen gamepad geolocation gyroscope hid identity-credentials-get idle-detection local-fonts magnetometer microphone "
     "midi otp-credentials payment picture-in-picture publickey-credentials-create publickey-credentials-get screen-wake-lock "
-    "serial storage-access usb web-share window-management xr-spatial-tracking"
+    "serial storage-access usb window-management xr-spatial-tracking"
 )
 _HEADERS: Final = {
     # Markup that reached the page as text could run nothing: no inline code, and no string becomes code or markup.

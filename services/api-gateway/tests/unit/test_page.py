@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -79,3 +82,15 @@ async def test_page_that_is_not_built_is_a_404(tmp_path: Path) -> None:
     page.serve(app, tmp_path)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
         assert (await client.get("/app/", headers=HTML)).status_code == 404
+
+
+def test_page_built_files_stay_within_their_budget() -> None:
+    """The scripts have at most 40 kB and the styles 8 kB compressed, and the index has no inline code and names no other host."""
+    index = (page.BUILT / "index.html").read_text(encoding="utf-8")
+    sizes: Counter[str] = Counter()
+    for file in (page.BUILT / "assets").iterdir():
+        assert f"/app/assets/{file.name}" in index
+        sizes[file.suffix] += len(gzip.compress(file.read_bytes()))
+    assert 0 < sizes[".js"] <= 40_000
+    assert 0 < sizes[".css"] <= 8_000
+    assert re.findall(r"<script(?![^>]* src=\"/app/)|<style|style=| on\w+=|https?://", index) == []

@@ -1,0 +1,149 @@
+// The public API as the page calls it: by the session cookie, with the API's own words for every error.
+import { effect, signal } from "@preact/signals";
+import type { components } from "../types/openapi";
+
+type Schemas = components["schemas"];
+export type Job = Schemas["Job"];
+export type TaskStatus = Schemas["TaskStatus"];
+export type Ledger = Schemas["Ledger"];
+export type LedgerEntry = Schemas["LedgerEntry"];
+export type Waiting = Schemas["Waiting"];
+export type Subnet = Schemas["Subnet"];
+export type Policy = Schemas["Policy"];
+export type AuditEntry = Schemas["AuditEntry"];
+export type Status = Job["status"];
+
+export type Info = Schemas["Info"];
+export type Me = Schemas["Me"];
+export type Snapshot = Schemas["JobSnapshot"];
+export type OutcomeMap = Schemas["CoverageMap"];
+
+export const STATUSES: Status[] = ["pending", "running", "completed", "failed", "cancelled"];
+export const isFinal = (status: Status) => status !== "pending" && status !== "running";
+
+/** An answer that is an error, or none at all (status 0). */
+export class ApiError extends Error {
+  constructor(
+    readonly status: number,
+    message: string,
+    readonly requestId = "",
+  ) {
+    super(message);
+  }
+
+  /** What is wrong with each field, when the API names fields: "cidr: has host bits set; name: is missing". */
+  get fields(): Record<string, string> {
+    const found: Record<string, string> = {};
+    for (const part of this.status === 400 ? this.message.split("; ") : []) {
+      const match = /^([a-z_]+)(?:\.[\w.]*)?: (.*)$/.exec(part);
+      if (match) found[match[1]!] = match[2]!;
+    }
+    return found;
+  }
+}
+
+/** Who is signed in; undefined until that is known, null when nobody is. */
+export const me = signal<Me | null | undefined>(undefined);
+/** Whether a session ended while the page was in use: it asks to sign in above what is there. */
+export const ended = signal("");
+/** Whether the last request reached the gateway. */
+export const reached = signal(true);
+/** Rises whenever a lost connection is back, and after each sign-in: what failed meanwhile is loaded again. */
+export const recovered = signal(0);
+
+interface Options {
+  body?: unknown;
+  headers?: Record<string, string>;
+  signal?: AbortSignal;
+}
+
+/** The answer to a request; throws ApiError unless it is a success or a 304. */
+export async function send(method: string, path: string, { body, headers = {}, signal }: Options = {}): Promise<Response> {
+  let answer: Response;
+  try {
+    answer = await fetch(path, {
+      method,
+      headers: body === undefined ? headers : { "Content-Type": "application/json", ...headers },
+      body: body === undefined ? null : JSON.stringify(body),
+      cache: "no-store",
+      redirect: "error",
+      signal: signal ?? null,
+    });
+  } catch (error) {
+    if (signal?.aborted) throw error;
+    reached.value = false;
+    throw new ApiError(0, "Scanfleet cannot be reached.");
+  }
+  reached.value = true;
+  if (answer.ok || answer.status === 304) return answer;
+  const text = await answer.text().catch(() => "");
+  let message = `the answer was ${answer.status}`;
+  try {
+    message = (JSON.parse(text) as { error: string }).error;
+  } catch {
+    // A proxy's own page: its status says enough.
+  }
+  if (answer.status === 401 && me.peek()) ended.value = message;
+  throw new ApiError(answer.status, message, answer.headers.get("X-Request-ID") ?? "");
+}
+
+export async function get<T>(path: string, signal?: AbortSignal): Promise<T> {
+  return (await send("GET", path, signal ? { signal } : {})).json() as Promise<T>;
+}
+
+export async function change<T>(method: string, path: string, body?: unknown, headers?: Record<string, string>): Promise<T> {
+  const answer = await send(method, path, { ...(body === undefined ? {} : { body }), ...(headers ? { headers } : {}) });
+  return (answer.status === 204 ? undefined : await answer.json()) as T;
+}
+
+/** Find out who is signed in. */
+export async function whoAmI(): Promise<void> {
+  try {
+    const found = await get<Me>("/api/v1/me");
+    if (ended.peek()) recovered.value++;
+    me.value = found;
+    ended.value = "";
+  } catch (error) {
+    if (error instanceof ApiError && error.status === 401 && !me.peek()) me.value = null;
+  }
+}
+
+/** Begin a session with a pasted token. */
+export async function signIn(token: string): Promise<void> {
+  await change("POST", "/api/v1/session", undefined, { Authorization: `Bearer ${token}` });
+  const before = me.peek();
+  const found = await get<Me>("/api/v1/me").catch((error: unknown) => {
+    if (error instanceof ApiError && error.status === 401) {
+      throw new ApiError(401, "The browser did not keep the session: open the page by https, or on 127.0.0.1.", error.requestId);
+    }
+    throw error;
+  });
+  if (before && before.user_id !== found.user_id) location.reload(); // nothing of the other user's may stay
+  me.value = found;
+  ended.value = "";
+  recovered.value++;
+}
+
+export async function signOut(): Promise<void> {
+  const { logout_url } = await change<{ logout_url: string | null }>("DELETE", "/api/v1/session");
+  location.assign(logout_url ?? "/app/");
+}
+
+// While nothing is reached the page asks again, at first soon, and tells everything that waits.
+effect(() => {
+  if (reached.value) return;
+  let wait = 500;
+  let timer = 0;
+  const again = async () => {
+    try {
+      await fetch("/healthz", { cache: "no-store" });
+      reached.value = true;
+      recovered.value++;
+    } catch {
+      wait = Math.min(wait * 2, 5_000);
+      timer = window.setTimeout(again, wait);
+    }
+  };
+  timer = window.setTimeout(again, wait);
+  return () => window.clearTimeout(timer);
+});

@@ -1,0 +1,160 @@
+// The coverage map: one cell an address, on a canvas, so that 65,536 addresses cost one drawing and no nodes.
+import { useSignal } from "@preact/signals";
+import { useEffect, useRef } from "preact/hooks";
+import type { OutcomeMap } from "./api";
+import { bitsOf, toNumber, toText } from "./addresses";
+import { count } from "./text";
+
+/** Every letter of a map in the order of the legend: its name and its colour in the style sheet. */
+export const OUTCOMES: [letter: string, name: string, meaning: string][] = [
+  ["a", "answered", "something answered"],
+  ["s", "silent", "up, and no probed port answered"],
+  ["d", "down", "nothing answered"],
+  ["t", "timed out", "given up before all ports were probed"],
+  [">", "in work", "a worker scans it now"],
+  [".", "waiting", "not scanned yet"],
+  ["x", "excluded", "left out by the subnet"],
+  ["r", "refused", "not allowed to be scanned"],
+  ["l", "lost", "not probed: every attempt failed"],
+  ["c", "cancelled", "not probed: the job was cancelled"],
+];
+const SPAN: Record<string, string> = Object.fromEntries(OUTCOMES.map(([letter, name]) => [letter, name]));
+// Of an address with several blocks of ports the letter that says most about what is still missing.
+const WORST = "lrct>.asdx";
+
+export const className = (name: string): string => name.replace(" ", "-");
+
+/** One letter for each address, over all blocks of ports. */
+export function together(map: OutcomeMap): string {
+  const [only, ...rest] = map.blocks;
+  if (!only) return "";
+  if (!rest.length) return only.letters;
+  const ranks = map.blocks.map((block) => block.letters);
+  let letters = "";
+  for (let index = 0; index < only.letters.length; index++) {
+    let best = WORST.length;
+    for (const each of ranks) best = Math.min(best, WORST.indexOf(each[index]!));
+    letters += WORST[best] ?? ".";
+  }
+  return letters;
+}
+
+const columnsFor = (size: number) => (size <= 256 ? 16 : size <= 1_024 ? 32 : size <= 4_096 ? 64 : 256);
+
+export function Coverage({ map, letters, words }: { map: OutcomeMap; letters: string; words: (address: string) => string }) {
+  const canvas = useRef<HTMLCanvasElement>(null);
+  const box = useRef<HTMLDivElement>(null);
+  const legend = useRef<HTMLUListElement>(null);
+  const cursor = useSignal(-1);
+  const only = useSignal("");
+  const width = useSignal(0);
+  const theme = useSignal(0);
+
+  const columns = columnsFor(letters.length);
+  const rows = Math.ceil(letters.length / columns);
+  const bits = bitsOf(map.first);
+  const first = toNumber(map.first);
+  const address = (index: number) => toText(first + BigInt(index), bits);
+  const ratio = window.devicePixelRatio || 1;
+  const largest = columns <= 16 ? 20 : columns <= 64 ? 8 : 3;
+  const cell = Math.max(1, Math.min(largest, Math.floor((width.value || 320) / columns)));
+
+  const totals: Record<string, number> = {};
+  for (const letter of letters) totals[letter] = (totals[letter] ?? 0) + 1;
+
+  useEffect(() => {
+    const observer = new ResizeObserver(([entry]) => void (width.value = Math.floor(entry!.contentRect.width)));
+    observer.observe(box.current!);
+    const changed = () => void theme.value++;
+    const scheme = matchMedia("(prefers-color-scheme: dark)");
+    scheme.addEventListener("change", changed);
+    addEventListener("themechange", changed);
+    return () => {
+      observer.disconnect();
+      scheme.removeEventListener("change", changed);
+      removeEventListener("themechange", changed);
+    };
+  }, []);
+
+  useEffect(() => {
+    const element = canvas.current!;
+    const size = Math.round(cell * ratio);
+    element.width = columns * size;
+    element.height = rows * size;
+    const context = element.getContext("2d")!;
+    context.clearRect(0, 0, element.width, element.height);
+    const gap = size >= 6 ? Math.max(1, Math.round(ratio)) : 0;
+    const swatches = legend.current!.querySelectorAll<HTMLElement>(".swatch");
+    OUTCOMES.forEach(([letter], which) => {
+      if (!totals[letter] || (only.value && only.value !== letter)) return;
+      context.fillStyle = getComputedStyle(swatches[which]!).backgroundColor;
+      for (let index = letters.indexOf(letter); index >= 0; index = letters.indexOf(letter, index + 1)) {
+        context.fillRect((index % columns) * size, Math.floor(index / columns) * size, size - gap, size - gap);
+      }
+    });
+    if (cursor.value >= 0) {
+      const x = (cursor.value % columns) * size;
+      const y = Math.floor(cursor.value / columns) * size;
+      context.strokeStyle = getComputedStyle(element).color;
+      context.lineWidth = Math.max(2, ratio * 2);
+      context.strokeRect(x - 1, y - 1, size - gap + 2, size - gap + 2);
+    }
+  }, [letters, only.value, cursor.value, cell, columns, rows, theme.value]);
+
+  const move = (event: KeyboardEvent) => {
+    const steps: Record<string, number> = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns, Home: -Infinity, End: Infinity };
+    const step = steps[event.key];
+    if (step === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    cursor.value = Math.max(0, Math.min(letters.length - 1, cursor.value < 0 ? 0 : cursor.value + step));
+  };
+  const point = (event: PointerEvent) => {
+    const { left, top } = canvas.current!.getBoundingClientRect();
+    const column = Math.floor((event.clientX - left) / cell);
+    const index = Math.floor((event.clientY - top) / cell) * columns + column;
+    if (column >= 0 && column < columns && index >= 0 && index < letters.length) cursor.value = index;
+  };
+
+  return (
+    <div class="coverage">
+      <div ref={box} style={{ maxWidth: `${Math.max(columns * largest, 360)}px` }}>
+        <canvas
+          ref={canvas}
+          style={{ width: `${columns * cell}px`, height: `${rows * cell}px` }}
+          tabIndex={0}
+          role="application"
+          aria-roledescription="map of addresses"
+          aria-label={`Coverage of ${count(letters.length)} addresses from ${map.first}; arrow keys move from address to address`}
+          onKeyDown={move}
+          onPointerMove={point}
+          onPointerDown={point}
+        />
+        <p class="cursor" role="status">
+          {cursor.value >= 0 && cursor.value < letters.length
+            ? `${address(cursor.value)} — ${SPAN[letters[cursor.value]!] ?? "waiting"}${words(address(cursor.value))}`
+            : `${count(letters.length)} addresses from ${map.first}; point at one, or use the arrow keys`}
+        </p>
+      </div>
+      <ul class="legend" ref={legend}>
+        {OUTCOMES.map(([letter, name, meaning]) => (
+          <li key={letter}>
+            <button
+              type="button"
+              title={meaning}
+              aria-pressed={only.value === letter}
+              disabled={!totals[letter]}
+              onClick={() => void (only.value = only.value === letter ? "" : letter)}
+            >
+              <span class={`swatch ${className(name)}`} />
+              <span class="name">{name}</span>
+              <span class="number">{count(totals[letter] ?? 0)}</span>
+              <span class="number share">{totals[letter] ? `${percent(totals[letter]!, letters.length)} %` : ""}</span>
+            </button>
+          </li>
+        ))}
+      </ul>
+    </div>
+  );
+}
+
+const percent = (part: number, of: number) => (part && part * 100 < of ? "<1" : String(Math.floor((100 * part) / of)));

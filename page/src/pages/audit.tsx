@@ -1,0 +1,108 @@
+import { useSignal } from "@preact/signals";
+import { get, me, type AuditEntry } from "../api";
+import { Filter, Pager, Problem, Title, useLoad } from "../parts";
+import { go, query, withQuery } from "../router";
+import { exact, visible } from "../text";
+
+const SIZE = 50;
+const TEXTS = ["subject", "action", "rule", "source", "request_id"] as const;
+const TIMES = ["since", "until"] as const;
+
+export function Audit() {
+  const page = Number(query("page") || 1);
+  const asked = new URLSearchParams();
+  for (const name of [...TEXTS, "decision"]) if (query(name)) asked.set(name, query(name));
+  for (const name of TIMES) if (query(name)) asked.set(name, new Date(query(name)).toISOString());
+  const entered = useSignal<Record<string, string>>({});
+  const list = useLoad(
+    (signal) => get<{ entries: AuditEntry[]; total: number }>(`/api/v1/audit?${asked}&page=${page}&page_size=${SIZE}`, signal),
+    [asked.toString(), page],
+  );
+  if (!me.value!.admin) {
+    return (
+      <>
+        <Title text="Audit" />
+        <p class="empty">The audit log is for administrators.</p>
+      </>
+    );
+  }
+  return (
+    <>
+      <Title text="Audit" />
+      <form
+        class="bar"
+        onSubmit={(event) => {
+          event.preventDefault();
+          go(withQuery({ ...entered.value, page: undefined }));
+        }}
+      >
+        {[...TEXTS, ...TIMES].map((name) => (
+          <label class="filter" key={name}>
+            {name.replace("_", " ")}{" "}
+            <input
+              size={10}
+              type={(name === "since" || name === "until" ? "datetime-local" : "text") as "text"}
+              value={entered.value[name] ?? query(name)}
+              onInput={(event) => void (entered.value = { ...entered.value, [name]: event.currentTarget.value })}
+            />
+          </label>
+        ))}
+        <Filter name="decision" label="decision" value={query("decision")} options={[["", "any"], ["allowed", "allowed"], ["refused", "refused"]]} />
+        <button>Search</button>
+        {asked.size > 0 && (
+          <a href="/app/audit" onClick={() => void (entered.value = {})}>
+            Show all
+          </a>
+        )}
+      </form>
+      <Problem error={list.error} again={list.reload} />
+      {list.data && !list.data.entries.length && <p class="empty">No entry matches.</p>}
+      {!!list.data?.entries.length && (
+        <>
+          <table class="cards">
+            <caption class="hidden">Audit entries, newest first</caption>
+            <thead>
+              <tr>
+                <th scope="col">Time</th>
+                <th scope="col">Who</th>
+                <th scope="col">Did</th>
+                <th scope="col">What</th>
+                <th scope="col">Decision</th>
+                <th scope="col">From</th>
+                <th scope="col">Request</th>
+              </tr>
+            </thead>
+            <tbody>
+              {list.data.entries.map((each) => (
+                <tr key={each.id}>
+                  <td>
+                    <time dateTime={each.time}>{exact(each.time)}</time>
+                  </td>
+                  <td data-label="Who">{each.subject ? <a href={withQuery({ subject: each.subject, page: undefined })}>{visible(each.subject)}</a> : "–"}</td>
+                  <td data-label="Did">{visible(each.action)}</td>
+                  <td>
+                    <code class="long">{visible(each.target)}</code>
+                  </td>
+                  <td>
+                    <span class={`status ${each.decision === "refused" ? "failed" : "completed"}`}>{each.decision}</span> {each.rule}
+                    {each.reason && <span class="faint"> {visible(each.reason)}</span>}
+                    {(each.count ?? 1) > 1 && ` × ${each.count}`}
+                  </td>
+                  <td data-label="From">{visible(each.source)}</td>
+                  <td data-label="Request">
+                    {each.request_id && (
+                      <a data-row href={withQuery({ request_id: each.request_id, page: undefined })} title="everything of this request">
+                        <code>{each.request_id.slice(0, 8)}</code>
+                      </a>
+                    )}
+                  </td>
+                </tr>
+              ))}
+            </tbody>
+          </table>
+          <Pager page={page} size={SIZE} total={list.data.total} />
+        </>
+      )}
+    </>
+  );
+}

@@ -1,0 +1,321 @@
+import { useSignal } from "@preact/signals";
+import { useEffect, useMemo, useRef } from "preact/hooks";
+import { change, get, isFinal, me, send, type Ledger, type OutcomeMap, type Snapshot, type TaskStatus, type Waiting } from "../api";
+import { collapse } from "../addresses";
+import { watch } from "../events";
+import { Coverage, together } from "../map";
+import { Confirm, Problem, StatusWord, Title, useLoad } from "../parts";
+import { query, withQuery } from "../router";
+import { Results } from "../results";
+import { count, duration, exact, plural, visible } from "../text";
+import { LiveDot } from "./jobs";
+
+const SETTLE = 2_000; // ms between two looks at map and ledger, however often the job reports
+const CELLS = 65_536; // of one map
+const NAMED = 10; // pages of a thousand addresses that were not probed; more are counted
+
+const TABS = [
+  ["", "Overview"],
+  ["results", "Results"],
+  ["not-probed", "Not probed"],
+  ["request", "Request"],
+] as const;
+
+/** Rises with each state of the job, but not more often than each `SETTLE`. */
+function useSettled(task: TaskStatus | undefined): number {
+  const settled = useSignal(0);
+  const last = useRef(0);
+  useEffect(() => {
+    if (!task) return;
+    const timer = window.setTimeout(
+      () => {
+        last.current = Date.now();
+        if (document.visibilityState === "visible" || isFinal(task.status.status)) settled.value++;
+      },
+      Math.max(0, last.current + SETTLE - Date.now()),
+    );
+    return () => window.clearTimeout(timer);
+  }, [task]);
+  return settled.value;
+}
+
+export function JobPage({ id, tab }: { id: string; tab: string }) {
+  const task = useSignal<TaskStatus | undefined>(undefined);
+  const cancelling = useSignal(false);
+  const first = useLoad((signal) => get<TaskStatus>(`/api/v1/task/${id}`, signal), [id]);
+  useEffect(() => {
+    if (first.data) task.value = first.data;
+  }, [first.data]);
+  const known = first.data !== undefined;
+  useEffect(() => {
+    if (!known) return;
+    return watch(`/api/v1/task/${id}/events`, (next) => void (task.value = next), { untilFinal: true });
+  }, [id, known]);
+  const settled = useSettled(task.value);
+  const ledger = useLoad((signal) => get<Ledger>(`/api/v1/task/${id}/ledger?page_size=1`, signal), [id, settled]);
+  const snapshot = useLoad((signal) => get<Snapshot>(`/api/v1/task/${id}/snapshot`, signal), [id]);
+
+  if (first.error && !task.value) {
+    return (
+      <>
+        <Title text={`Job ${id}`} />
+        <Problem error={first.error} again={first.reload} />
+        <p>
+          <a href="/app/jobs">All jobs</a>
+        </p>
+      </>
+    );
+  }
+  if (!task.value) return <Title text={`Job ${id}`} />;
+  const { status, job } = task.value;
+  const missing = ledger.data?.not_probed.total;
+  const counts = ledger.data?.counts;
+  return (
+    <>
+      <div class="head">
+        <Title text={`Job ${id}`}>
+          Job {id} <StatusWord status={status.status} progress={status.progress} />
+        </Title>
+        {!isFinal(status.status) && (
+          <button type="button" class="danger" data-key="x" onClick={() => void (cancelling.value = true)}>
+            Cancel
+          </button>
+        )}
+      </div>
+      <p>
+        {snapshot.data && (
+          <>
+            <code>{snapshot.data.cidr}</code> · {plural(snapshot.data.ports, "port")} · {String(snapshot.data.policy.technique)}
+          </>
+        )}
+        {me.value!.admin && job.user_id !== me.value!.user_id && <> · user {job.user_id}</>}
+      </p>
+      <progress max={100} value={status.progress} aria-label="progress" />
+      <p class="line">
+        {counts && ledger.data && (
+          <span>
+            {count(ledger.data.request.probes - counts.waiting)} of {plural(ledger.data.request.probes, "probe")} accounted for
+            {ledger.data.eta_seconds !== null && !isFinal(status.status) && ` · about ${duration(ledger.data.eta_seconds)} left`}
+          </span>
+        )}
+        <span>{plural(status.machines_found, "machine")} found</span>
+        {isFinal(status.status) ? job.end_time && <span>ended {exact(job.end_time)}</span> : <LiveDot />}
+        {ledger.data?.accounted && <span class="good">✓ accounted for</span>}
+      </p>
+      {status.error && <p class="problem">{visible(status.error)}</p>}
+      {!!missing && isFinal(status.status) && (
+        <p class="problem">
+          {plural(missing, "address was", "addresses were")} not probed to the end. <a href={`/app/jobs/${id}/not-probed`}>Which, and why</a>
+        </p>
+      )}
+      <nav class="tabs" aria-label="parts of the job">
+        {TABS.map(([name, label]) => (
+          <a key={name} href={`/app/jobs/${id}${name && `/${name}`}`} aria-current={tab === name ? "page" : undefined}>
+            {label}
+            {name === "not-probed" && missing !== undefined && ` ${count(missing)}`}
+          </a>
+        ))}
+      </nav>
+      {tab === "" && <Overview id={id} task={task.value} settled={settled} snapshot={snapshot.data} />}
+      {tab === "results" && <Results key={id} jobId={id} status={status.status} empty={whyEmpty(task.value, ledger.data)} />}
+      {tab === "not-probed" && <NotProbed id={id} settled={settled} final={isFinal(status.status)} />}
+      {tab === "request" && (
+        <>
+          <Problem error={snapshot.error} again={snapshot.reload} />
+          {snapshot.data && <Request snapshot={snapshot.data} job={task.value} />}
+        </>
+      )}
+      {cancelling.value && (
+        <Confirm
+          title={`Cancel job ${id}?`}
+          verb="Cancel the job"
+          act={() => change("POST", `/api/v1/task/${id}/cancel`)}
+          close={() => void (cancelling.value = false)}
+        >
+          <p>No further packet is sent for it. What was found until then stays.</p>
+        </Confirm>
+      )}
+    </>
+  );
+}
+
+/** What an empty list of results says: "nothing found" is not "not looked". */
+function whyEmpty(task: TaskStatus, ledger: Ledger | undefined): string {
+  if (!isFinal(task.status.status)) return "None yet.";
+  const counts = ledger?.counts;
+  const missing = counts ? counts.lost + counts.cancelled + counts.refused + counts.timed_out + counts.waiting : 0;
+  if (counts && !counts.answered && !counts.silent && !counts.down) return "Not probed: no address of this job was scanned.";
+  const rest = missing ? " What was not probed is not claimed to be empty." : "";
+  if (task.status.machines_found) return `${plural(task.status.machines_found, "machine")} answered, none has an open port.${rest}`;
+  return `No machine answered.${rest}`;
+}
+
+function Overview({ id, task, settled, snapshot }: { id: string; task: TaskStatus; settled: number; snapshot: Snapshot | undefined }) {
+  const block = query("ports");
+  const from = query("from");
+  const known = useRef<{ path: string; tag: string; map: OutcomeMap } | undefined>(undefined);
+  const path = `/api/v1/task/${id}/map${from ? `?from=${encodeURIComponent(from)}` : ""}`;
+  const map = useLoad(
+    async (signal) => {
+      const before = known.current?.path === path ? known.current : undefined;
+      const answer = await send("GET", path, { signal, ...(before ? { headers: { "If-None-Match": before.tag } } : {}) });
+      if (answer.status === 304 && before) return before.map;
+      const found = (await answer.json()) as OutcomeMap;
+      known.current = { path, tag: answer.headers.get("ETag") ?? "", map: found };
+      return found;
+    },
+    [path, settled],
+  );
+  const letters = useMemo(
+    () => (map.data ? (map.data.blocks.find((each) => each.ports === block)?.letters ?? together(map.data)) : ""),
+    [map.data, block],
+  );
+  const waits = !isFinal(task.status.status);
+  const tooLarge = map.error?.status === 413 && snapshot;
+  return (
+    <>
+      {waits && <WaitsFor id={id} settled={settled} />}
+      {tooLarge ? (
+        <p>
+          The subnet has {count(snapshot.addresses)} addresses, and a map shows {count(CELLS)} of them.{" "}
+          <a href={withQuery({ from: snapshot.cidr.split("/")[0] })}>Show the first</a>
+        </p>
+      ) : (
+        <Problem error={map.error} again={map.reload} />
+      )}
+      {map.data && map.data.blocks.length > 1 && (
+        <nav class="counts" aria-label="ports of the map">
+          <a href={withQuery({ ports: undefined })} aria-current={block ? undefined : "true"}>
+            all ports
+          </a>
+          {map.data.blocks.map((each) => (
+            <a key={each.ports} href={withQuery({ ports: each.ports })} aria-current={block === each.ports ? "true" : undefined}>
+              {each.ports.length > 24 ? `${each.ports.slice(0, 24)}…` : each.ports}
+            </a>
+          ))}
+        </nav>
+      )}
+      {map.data && letters && <Coverage map={map.data} letters={letters} words={() => ""} />}
+    </>
+  );
+}
+
+function WaitsFor({ id, settled }: { id: string; settled: number }) {
+  const waiting = useLoad((signal) => get<Waiting>(`/api/v1/task/${id}/waiting`, signal), [id, settled]);
+  if (!waiting.data?.waiting) return null;
+  return (
+    <div class="note">
+      <p>The job waits{waiting.data.next_possible_start && <> until {exact(waiting.data.next_possible_start)} at the earliest</>}:</p>
+      <ul>
+        {waiting.data.reasons.map((reason) => (
+          <li key={reason.kind}>{visible(reason.detail || reason.kind.replace("_", " "))}</li>
+        ))}
+      </ul>
+    </div>
+  );
+}
+
+function NotProbed({ id, settled, final }: { id: string; settled: number; final: boolean }) {
+  const found = useLoad(
+    async (signal) => {
+      const entries = [];
+      for (let page = 1, total = 1; page <= NAMED && entries.length < total; page++) {
+        const ledger = await get<Ledger>(`/api/v1/task/${id}/ledger?page=${page}&page_size=1000`, signal);
+        if (!ledger.not_probed.addresses.length) return { entries, total: ledger.not_probed.total };
+        entries.push(...ledger.not_probed.addresses);
+        total = ledger.not_probed.total;
+        if (page === NAMED || entries.length >= total) return { entries, total };
+      }
+      return { entries, total: 0 };
+    },
+    [id, settled],
+  );
+  const groups = useMemo(() => {
+    const alike = new Map<string, { ports: string; outcome: string; reason: string; addresses: string[] }>();
+    for (const each of found.data?.entries ?? []) {
+      const key = JSON.stringify([each.ports, each.outcome, each.reason]);
+      const group = alike.get(key) ?? { ...each, addresses: [] };
+      group.addresses.push(each.address);
+      alike.set(key, group);
+    }
+    return [...alike.values()].flatMap((group) => collapse(group.addresses).map((network) => ({ ...group, network })));
+  }, [found.data]);
+  return (
+    <>
+      <Problem error={found.error} again={found.reload} />
+      {found.data && !found.data.total && <p class="empty">{final ? "Every address was probed to the end." : "None so far."}</p>}
+      {!!groups.length && (
+        <>
+          {found.data!.entries.length < found.data!.total && (
+            <p>
+              The first {count(found.data!.entries.length)} of {count(found.data!.total)} entries.
+            </p>
+          )}
+          <table class="cards">
+            <caption class="hidden">Addresses that were not probed to the end</caption>
+            <thead>
+              <tr>
+                <th scope="col">Addresses</th>
+                <th scope="col">Outcome</th>
+                <th scope="col">Why</th>
+                <th scope="col">Ports</th>
+              </tr>
+            </thead>
+            <tbody>
+              {groups.map((each) => (
+                <tr key={each.network + each.ports + each.outcome}>
+                  <td>
+                    <code>{each.network}</code>
+                  </td>
+                  <td>{each.outcome.replace("_", " ")}</td>
+                  <td>{visible(each.reason)}</td>
+                  <td data-label="Ports">
+                    <code class="long">{each.ports}</code>
+                  </td>
+                </tr>
+              ))}
+            </tbody>
+          </table>
+        </>
+      )}
+    </>
+  );
+}
+
+function Request({ snapshot, job }: { snapshot: Snapshot; job: TaskStatus }) {
+  const { policy, exclude } = snapshot;
+  return (
+    <>
+      <p>What the job was asked for; its subnet and policy may have changed since.</p>
+      <dl class="facts">
+        <dt>Network</dt>
+        <dd>
+          <code>{snapshot.cidr}</code>
+        </dd>
+        <dt>Excluded</dt>
+        <dd>{exclude.length ? exclude.map((each) => <code key={each}>{each} </code>) : "nothing"}</dd>
+        <dt>Probes</dt>
+        <dd>
+          {count(snapshot.addresses - snapshot.excluded)} addresses × {count(snapshot.ports)} ports, in {plural(snapshot.chunks, "chunk")}
+        </dd>
+        <dt>Subnet, policy</dt>
+        <dd>
+          <a href={`/app/subnets/${job.job.subnet_id}`}>subnet {job.job.subnet_id}</a>, <a href={`/app/policies/${job.job.policy_id}`}>policy {job.job.policy_id}</a>
+        </dd>
+        <dt>Created</dt>
+        <dd>{exact(job.job.created_at)}</dd>
+      </dl>
+      <h2>Policy</h2>
+      <dl class="facts">
+        {Object.entries(policy).map(([name, value]) => [
+          <dt key={name}>
+            <code>{name}</code>
+          </dt>,
+          <dd key={`${name}=`}>
+            <code class="long">{Array.isArray(value) ? value.join(", ") || "none" : String(value ?? "none")}</code>
+          </dd>,
+        ])}
+      </dl>
+    </>
+  );
+}

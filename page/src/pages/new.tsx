@@ -1,0 +1,174 @@
+import { useSignal } from "@preact/signals";
+import { useRef } from "preact/hooks";
+import { change, get, type Job, type Policy } from "../api";
+import { countAddresses, countPorts } from "../addresses";
+import { Field, Problem, Title, took, useAction, useLoad } from "../parts";
+import { go, query, withQuery } from "../router";
+import { draft, dropDraft, info, keepDraft, loadPolicies, loadSubnets, policies, subnets } from "../store";
+import { count, duration, plural, visible } from "../text";
+
+const DRAFT = "scan";
+
+interface Entered {
+  cidr: string;
+  preset: string;
+  ports: string;
+}
+
+const NEW = "new";
+
+export function NewScan() {
+  const lists = useLoad(() => Promise.all([loadSubnets(), loadPolicies()]), []);
+  const search = useSignal("");
+  const entered = useSignal<Entered>(draft<Entered>(DRAFT) ?? { cidr: "", preset: "standard", ports: "" });
+  const enter = (changed: Partial<Entered>) => {
+    entered.value = { ...entered.value, ...changed };
+    keepDraft(DRAFT, entered.value);
+  };
+  const chosen = query("subnet").split(",").filter(Boolean).map(Number).filter((id) => subnets.value.has(id));
+  const policyId = query("policy") || NEW;
+  const policy: Policy | undefined = policies.value.get(Number(policyId));
+  const choose = (id: number, on: boolean) =>
+    go(withQuery({ subnet: (on ? [...chosen, id] : chosen.filter((each) => each !== id)).join() }), { replace: true });
+
+  const { cidr, preset, ports } = entered.value;
+  const preset_: Record<string, unknown> = info.value?.presets[preset] ?? {};
+  const portText = policy ? policy.ports : ports.trim() || String(preset_.ports ?? "");
+  const portCount = countPorts(portText);
+  const own = chosen.map((id) => subnets.value.get(id)!);
+  const addresses = own.reduce((sum, each) => sum + countAddresses(each.cidr, each.exclude), 0) + countAddresses(cidr, []);
+  const excluded = own.reduce((sum, each) => sum + countAddresses(each.cidr, []) - countAddresses(each.cidr, each.exclude), 0);
+
+  const before = useLoad(
+    async (signal) => {
+      const pairs = policy ? own.map((each) => `subnet_id=${each.id}&policy_id=${policy.id}`) : [];
+      const jobs = await Promise.all(
+        pairs.slice(0, 20).map(async (pair) => (await get<{ jobs: Job[] }>(`/api/v1/task?${pair}&status=completed&page_size=1`, signal)).jobs[0]),
+      );
+      return pairs.length && jobs.every(Boolean) ? jobs.reduce((sum, job) => sum + (took(job!) ?? 0), 0) : undefined;
+    },
+    [policy?.id, chosen],
+  );
+
+  // The same request has the same key however often it is sent, so that a repeated one makes no second job.
+  const request = useRef({ of: "", key: "" });
+  const made = useRef<{ subnets: Record<string, number>; policies: Record<string, number> }>({ subnets: {}, policies: {} });
+  const start = useAction(async () => {
+    const ids = [...chosen];
+    if (cidr.trim()) {
+      const network = cidr.trim();
+      const there = [...subnets.value.values()].find((each) => each.cidr === network && !each.exclude.length);
+      ids.push((made.current.subnets[network] ??= there?.id ?? (await change<{ id: number }>("POST", "/api/v1/subnet", { name: network, cidr: network })).id));
+    }
+    let id = policy?.id;
+    if (!id) {
+      const name = ports.trim() ? `${preset}: ${ports.trim()}`.slice(0, 200) : preset;
+      const body = { name, preset, ...(ports.trim() ? { ports: ports.trim() } : {}) };
+      id = made.current.policies[JSON.stringify(body)] ??= (await change<{ id: number }>("POST", "/api/v1/policy", body)).id;
+    }
+    const body = { subnet_ids: [...new Set(ids)], policy_id: id };
+    if (request.current.of !== JSON.stringify(body)) request.current = { of: JSON.stringify(body), key: crypto.randomUUID() };
+    const { jobs } = await change<{ jobs: Job[] }>("POST", "/api/v1/task", body, { "Idempotency-Key": request.current.key });
+    dropDraft(DRAFT);
+    void loadSubnets();
+    void loadPolicies();
+    go(jobs.length === 1 ? `/app/jobs/${jobs[0]!.id}` : "/app/jobs");
+  });
+
+  const wanted = search.value.trim().toLowerCase();
+  const all = [...subnets.value.values()];
+  const found = all.filter((each) => chosen.includes(each.id) || each.name.toLowerCase().includes(wanted) || each.cidr.includes(wanted));
+  const wrong = start.error?.fields ?? {};
+  const nothing = !chosen.length && !cidr.trim();
+  return (
+    <>
+      <Title text="New scan" />
+      <Problem error={lists.error} again={lists.reload} />
+      <form
+        class="scan"
+        onSubmit={(event) => {
+          event.preventDefault();
+          void start.run();
+        }}
+      >
+        <fieldset>
+          <legend>What</legend>
+          {all.length > 8 && (
+            <input type="search" aria-label="Search subnets" placeholder="name, 10.20." value={search.value} onInput={(event) => void (search.value = event.currentTarget.value)} />
+          )}
+          {!!all.length && (
+            <div class="choices">
+              {found.slice(0, 200).map((each) => (
+                <label key={each.id}>
+                  <input type="checkbox" checked={chosen.includes(each.id)} onChange={(event) => choose(each.id, event.currentTarget.checked)} />
+                  <code>{each.cidr}</code> {each.name === each.cidr ? "" : visible(each.name)}
+                </label>
+              ))}
+              {found.length > 200 && <p>{count(found.length - 200)} more: search for them</p>}
+            </div>
+          )}
+          <Field label="Another network" hint="as a CIDR, or a single address; becomes a subnet of yours" error={wrong.cidr}>
+            {(attributes) => <input {...attributes} spellcheck={false} placeholder="192.0.2.0/24" value={cidr} onInput={(event) => enter({ cidr: event.currentTarget.value })} />}
+          </Field>
+        </fieldset>
+        <fieldset>
+          <legend>How</legend>
+          <Field label="Policy">
+            {(attributes) => (
+              <select {...attributes} value={policy ? policyId : NEW} onChange={(event) => go(withQuery({ policy: event.currentTarget.value === NEW ? undefined : event.currentTarget.value }), { replace: true })}>
+                <option value={NEW}>from a preset</option>
+                {[...policies.value.values()].map((each) => (
+                  <option key={each.id} value={each.id}>
+                    {visible(each.name)}
+                  </option>
+                ))}
+              </select>
+            )}
+          </Field>
+          {!policy && (
+            <>
+              <Field label="Preset" hint={presetHint(preset_)} error={wrong.preset}>
+                {(attributes) => (
+                  <select {...attributes} value={preset} onChange={(event) => enter({ preset: event.currentTarget.value })}>
+                    {Object.keys(info.value?.presets ?? { [preset]: 1 }).map((each) => (
+                      <option key={each}>{each}</option>
+                    ))}
+                  </select>
+                )}
+              </Field>
+              <Field label="Ports" hint="22,80,8000-8100, or top:100 for the most common; the preset's unless given" error={wrong.ports}>
+                {(attributes) => <input {...attributes} spellcheck={false} placeholder={String(preset_.ports ?? "")} value={ports} onInput={(event) => enter({ ports: event.currentTarget.value })} />}
+              </Field>
+              <p>
+                <a href="/app/policies/new">A policy with every setting</a>
+              </p>
+            </>
+          )}
+        </fieldset>
+        <div class="note" role="status">
+          {nothing ? (
+            "Choose at least one network."
+          ) : (
+            <>
+              {plural(chosen.length + (cidr.trim() ? 1 : 0), "job")}: {plural(addresses, "address", "addresses")}
+              {portCount !== undefined && ` × ${plural(portCount, "port")} = ${plural(addresses * portCount, "probe")}`}
+              {!!excluded && `; ${plural(excluded, "address is", "addresses are")} excluded`}
+              {before.data !== undefined && <>. The last time this took {duration(before.data)}.</>}
+            </>
+          )}
+        </div>
+        <Problem error={start.error} />
+        <p class="actions">
+          <button class="primary" disabled={start.busy || nothing}>
+            Start
+          </button>
+        </p>
+      </form>
+    </>
+  );
+}
+
+const presetHint = (preset: Record<string, unknown>) =>
+  preset.ports
+    ? `ports ${String(preset.ports)}, ${preset.service_detection ? "with" : "without"} service detection, timing ${String(preset.timing)}${preset.discovery === "none" ? ", every address taken as up" : ""}`
+    : "";

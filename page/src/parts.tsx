@@ -1,0 +1,216 @@
+// Parts that several pages are made of.
+import { useSignal } from "@preact/signals";
+import type { ComponentChildren } from "preact";
+import { useEffect, useId, useLayoutEffect, useRef } from "preact/hooks";
+import { ApiError, recovered, type Job, type Status } from "./api";
+import { go, withQuery } from "./router";
+import { ago, count, exact } from "./text";
+
+export interface Loaded<T> {
+  data: T | undefined;
+  error: ApiError | undefined;
+  reload: () => void;
+}
+
+const asError = (error: unknown): ApiError =>
+  error instanceof ApiError ? error : new ApiError(0, `The page has a fault: ${String(error)}`);
+
+/** Load when `on` changes, after a lost connection, and when told; an older load is aborted. */
+export function useLoad<T>(load: (signal: AbortSignal) => Promise<T>, on: unknown[]): Loaded<T> {
+  const state = useSignal<{ data?: T; error?: ApiError | undefined; of?: string }>({});
+  const asked = useSignal(0);
+  const key = JSON.stringify(on);
+  useEffect(() => {
+    const abort = new AbortController();
+    load(abort.signal).then(
+      (data) => {
+        if (!abort.signal.aborted) state.value = { data, of: key };
+      },
+      (error: unknown) => {
+        if (!abort.signal.aborted) state.value = { ...state.peek(), error: asError(error) };
+      },
+    );
+    return () => abort.abort();
+  }, [key, asked.value, recovered.value]);
+  return { data: state.value.data, error: state.value.error, reload: () => void asked.value++ };
+}
+
+/** An action that a button starts: whether it is under way, and what went wrong. */
+export function useAction(act: () => Promise<void>) {
+  const busy = useSignal(false);
+  const error = useSignal<ApiError | undefined>(undefined);
+  const run = async () => {
+    if (busy.value) return;
+    busy.value = true;
+    error.value = undefined;
+    try {
+      await act();
+    } catch (thrown) {
+      error.value = asError(thrown);
+    } finally {
+      busy.value = false;
+    }
+  };
+  return { busy: busy.value, error: error.value, run, clear: () => void (error.value = undefined) };
+}
+
+export function Problem({ error, again }: { error: ApiError | undefined; again?: () => void }) {
+  if (!error) return null;
+  return (
+    <div class="problem" role="alert">
+      <p>{error.message}</p>
+      {error.requestId && (
+        <p class="faint">
+          request <code>{error.requestId}</code>
+        </p>
+      )}
+      {again && (
+        <button type="button" onClick={again}>
+          Try again
+        </button>
+      )}
+    </div>
+  );
+}
+
+/** The heading of a page, which names the document and takes the focus when the page is entered. */
+export function Title({ children, text }: { children?: ComponentChildren; text: string }) {
+  const heading = useRef<HTMLHeadingElement>(null);
+  useEffect(() => {
+    document.title = `${text} · Scanfleet`;
+  }, [text]);
+  useEffect(() => {
+    const active = document.activeElement;
+    if (!active || active === document.body || !active.isConnected || active.closest("header")) heading.current?.focus({ preventScroll: true });
+  }, []);
+  return (
+    <h1 ref={heading} tabIndex={-1}>
+      {children ?? text}
+    </h1>
+  );
+}
+
+export function StatusWord({ status, progress }: { status: Status; progress?: number | undefined }) {
+  return (
+    <span class={`status ${status}`}>
+      {status}
+      {status === "running" && progress !== undefined && ` ${progress} %`}
+    </span>
+  );
+}
+
+export function When({ time }: { time: string | null }) {
+  return time ? (
+    <time dateTime={time} title={exact(time)}>
+      {ago(time)}
+    </time>
+  ) : (
+    <>–</>
+  );
+}
+
+export const took = (job: Job): number | undefined =>
+  job.start_time ? ((job.end_time ? Date.parse(job.end_time) : Date.now()) - Date.parse(job.start_time)) / 1000 : undefined;
+
+/** How much of a list is seen, and the way to the rest. */
+export function Pager({ page, size, total }: { page: number; size: number; total: number }) {
+  const last = Math.max(1, Math.ceil(total / size));
+  const shown = Math.min(size, Math.max(0, total - (page - 1) * size));
+  return (
+    <nav class="pager" aria-label="pages of the list">
+      <span>
+        {count(shown)} of {count(total)}
+      </span>
+      {page > 1 && <a href={withQuery({ page: page - 1 === 1 ? undefined : page - 1 })}>previous</a>}
+      {page < last && <a href={withQuery({ page: page + 1 })}>next</a>}
+    </nav>
+  );
+}
+
+/** A modal dialog; closing it any way calls `close`. */
+export function Dialog({ title, close, children, fixed = false }: { title: string; close: () => void; children: ComponentChildren; fixed?: boolean }) {
+  const element = useRef<HTMLDialogElement>(null);
+  const id = useId();
+  useLayoutEffect(() => {
+    const before = document.activeElement as HTMLElement | null;
+    element.current!.showModal();
+    return () => before?.focus();
+  }, []);
+  return (
+    <dialog
+      ref={element}
+      aria-labelledby={id}
+      onCancel={(event) => {
+        event.preventDefault();
+        if (!fixed) close();
+      }}
+    >
+      <h2 id={id}>{title}</h2>
+      {children}
+    </dialog>
+  );
+}
+
+export function Confirm({ title, verb, act, close, children }: { title: string; verb: string; act: () => Promise<void>; close: () => void; children: ComponentChildren }) {
+  const action = useAction(async () => {
+    await act();
+    close();
+  });
+  return (
+    <Dialog title={title} close={close}>
+      {children}
+      <Problem error={action.error} />
+      <p class="actions">
+        <button type="button" onClick={close}>
+          Keep it
+        </button>
+        <button type="button" class="danger" disabled={action.busy} onClick={action.run}>
+          {verb}
+        </button>
+      </p>
+    </Dialog>
+  );
+}
+
+interface FieldProps {
+  label: string;
+  hint?: ComponentChildren;
+  error?: string | undefined;
+  children: (attributes: { id: string; "aria-describedby": string; "aria-invalid": "true" | undefined }) => ComponentChildren;
+}
+
+/** A labelled input with its hint, and what the API found wrong with it. */
+export function Field({ label, hint, error, children }: FieldProps) {
+  const id = useId();
+  return (
+    <div class="field">
+      <label for={id}>{label}</label>
+      {children({ id, "aria-describedby": `${id}-hint`, "aria-invalid": error ? "true" : undefined })}
+      <p class="hint" id={`${id}-hint`}>
+        {error ? <strong class="wrong">{error}</strong> : hint}
+      </p>
+    </div>
+  );
+}
+
+/** A list's rows can be walked with j and k; Enter opens the row's first link. */
+export function moveRow(step: 1 | -1): void {
+  const links = [...document.querySelectorAll<HTMLElement>("tbody a[data-row]")];
+  const index = links.indexOf(document.activeElement as HTMLElement);
+  links[Math.min(links.length - 1, Math.max(0, index + step))]?.focus();
+}
+
+export function Filter({ name, label, options, value }: { name: string; label: string; options: [string, string][]; value: string }) {
+  return (
+    <label class="filter">
+      {label}{" "}
+      <select value={value} onChange={(event) => go(withQuery({ [name]: event.currentTarget.value, page: undefined }))}>
+        {options.map(([each, text]) => (
+          <option key={each} value={each}>
+            {text}
+          </option>
+        ))}
+      </select>
+    </label>
+  );
+}

@@ -1,0 +1,260 @@
+// A job's results: streamed into memory line by line, shown through a window of a few rows.
+import { useComputed, useSignal } from "@preact/signals";
+import { useEffect, useRef } from "preact/hooks";
+import { ApiError, isFinal, send, type Status } from "./api";
+import { bitsOf, toNumber } from "./addresses";
+import { Problem, useAction } from "./parts";
+import { go, query, withQuery } from "./router";
+import { count, csvLine, save, visible } from "./text";
+
+export interface Result {
+  id: number;
+  ip_address: string;
+  port: number;
+  protocol: string;
+  status: string;
+  service: string;
+  version: string;
+  os_info: string;
+  banner: string;
+}
+
+interface Row extends Result {
+  order: string;
+  words: string;
+}
+
+const COLUMNS = [
+  ["ip_address", "Address"],
+  ["port", "Port"],
+  ["status", "State"],
+  ["service", "Service"],
+  ["version", "Version"],
+  ["os_info", "System"],
+  ["banner", "Banner"],
+] as const;
+type Column = (typeof COLUMNS)[number][0];
+const FIELDS = "id,ip_address,port,protocol,status,service,version,os_info,banner";
+const USUAL: Column[] = ["ip_address", "port", "status", "service", "version"];
+const MOST = 250_000; // rows in the page: beyond them a browser tab takes a gigabyte
+const ROW = 32; // px
+const CARD = 56; // px of a row of two lines on a narrow screen
+const OVERSCAN = 10;
+const FOLLOW = 2_000; // ms between two looks for new results
+
+const portText = (row: Result) => `${row.port}/${row.protocol}`;
+
+function toRow(result: Result): Row {
+  const { ip_address, service, version, os_info, banner } = result;
+  return {
+    ...result,
+    order: (bitsOf(ip_address) === 32 ? "4" : "6") + toNumber(ip_address).toString(16).padStart(32, "0"),
+    words: `${ip_address} :${portText(result)} ${service} ${version} ${os_info} ${banner}`.toLowerCase(),
+  };
+}
+
+/** Read results newer than `after`, and hand them on as they arrive; answers whether there were too many. */
+async function stream(jobId: string, after: number, rows: (found: Row[]) => number, signal: AbortSignal): Promise<boolean> {
+  const path = `/api/v1/task/${jobId}/results?fields=${FIELDS}${after ? `&after=${after}` : ""}`;
+  const answer = await send("GET", path, { headers: { Accept: "application/x-ndjson" }, signal });
+  const reader = answer.body!.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    const lines = (rest + (value ?? "")).split("\n");
+    rest = done ? "" : lines.pop()!;
+    const found = lines.filter(Boolean).map((line) => toRow(JSON.parse(line) as Result));
+    if (found.length && rows(found) >= MOST) {
+      await reader.cancel();
+      return true;
+    }
+    if (done) return false;
+  }
+}
+
+const compare = (column: Column) => (a: Row, b: Row) => {
+  const text = column === "ip_address" ? "order" : column;
+  const [x, y] = [a[text], b[text]];
+  return x < y ? -1 : x > y ? 1 : a.order < b.order ? -1 : a.order > b.order ? 1 : a.port - b.port;
+};
+
+const matcher = (text: string) => {
+  const terms = text.toLowerCase().split(/\s+/).filter(Boolean);
+  return (row: Row) =>
+    terms.every((term) =>
+      /^:\d+$/.test(term) ? row.words.includes(` ${term}/`) : /^\d+\.[\d.]*$/.test(term) ? row.ip_address.startsWith(term) : row.words.includes(term),
+    );
+};
+
+export function Results({ jobId, status, empty }: { jobId: string; status: Status; empty: string }) {
+  const rows = useSignal<Row[]>([]);
+  const loading = useSignal(true);
+  const cut = useSignal(false);
+  const error = useSignal<ApiError | undefined>(undefined);
+  const search = useSignal(query("q"));
+  const again = useSignal(0);
+  const columns = (query("columns") || USUAL.join()).split(",").filter((each): each is Column => COLUMNS.some(([name]) => name === each));
+  const [sort, direction] = (query("sort") || "ip_address").split(":") as [Column, string?];
+
+  // Runs as long as the job does: each load asks only for what is newer than the last result.
+  useEffect(() => {
+    const abort = new AbortController();
+    let timer = 0;
+    const add = (found: Row[]) => {
+      rows.value = rows.peek().length ? rows.peek().concat(found) : found;
+      return rows.value.length;
+    };
+    const load = async () => {
+      try {
+        const last = rows.peek().reduce((newest, row) => Math.max(newest, row.id), 0);
+        cut.value = await stream(jobId, last, add, abort.signal);
+        error.value = undefined;
+        if (!isFinal(status) && !cut.value) timer = window.setTimeout(load, FOLLOW);
+      } catch (thrown) {
+        if (abort.signal.aborted) return;
+        error.value = thrown instanceof ApiError ? thrown : new ApiError(0, "The results were cut off.");
+        if (error.value.status === 0) timer = window.setTimeout(load, FOLLOW);
+      } finally {
+        if (!abort.signal.aborted) loading.value = false;
+      }
+    };
+    void load();
+    return () => {
+      window.clearTimeout(timer);
+      abort.abort();
+    };
+  }, [jobId, isFinal(status), again.value]);
+
+  const order = useSignal({ sort, direction });
+  order.value = order.value.sort === sort && order.value.direction === direction ? order.value : { sort, direction };
+  const shown = useComputed(() => {
+    const found = search.value.trim() ? rows.value.filter(matcher(search.value)) : rows.value.slice();
+    found.sort(compare(order.value.sort));
+    return order.value.direction === "down" ? found.reverse() : found;
+  });
+
+  const everything = useAction(async () => {
+    const answer = await send("GET", `/api/v1/task/${jobId}/results`, { headers: { Accept: "text/csv" } });
+    save(`scanfleet-job-${jobId}.csv`, await answer.blob());
+  });
+  const saveShown = () => {
+    const names = COLUMNS.filter(([name]) => columns.includes(name));
+    const lines = shown.value.map((row) => csvLine(names.map(([name]) => (name === "port" ? portText(row) : row[name]))));
+    save(`scanfleet-job-${jobId}-shown.csv`, new Blob([csvLine(names.map(([name]) => name)), ...lines], { type: "text/csv" }));
+  };
+
+  if (!rows.value.length) {
+    return (
+      <>
+        <Problem error={error.value} again={() => void again.value++} />
+        <p class="empty">{loading.value ? "Loading results…" : error.value ? "" : empty}</p>
+      </>
+    );
+  }
+  return (
+    <>
+      <div class="bar">
+        <input
+          type="search"
+          aria-label="Search results"
+          placeholder="ssh   :443   10.20.3."
+          value={search.value}
+          onInput={(event) => {
+            search.value = event.currentTarget.value;
+            go(withQuery({ q: search.value }), { replace: true });
+          }}
+        />
+        <details class="menu">
+          <summary>Columns</summary>
+          <div>
+            {COLUMNS.map(([name, label]) => (
+              <label key={name}>
+                <input
+                  type="checkbox"
+                  checked={columns.includes(name)}
+                  disabled={columns.length === 1 && columns.includes(name)}
+                  onChange={(event) => {
+                    const chosen = event.currentTarget.checked ? [...columns, name] : columns.filter((each) => each !== name);
+                    go(withQuery({ columns: chosen.join() === USUAL.join() ? undefined : chosen.join() }), { replace: true });
+                  }}
+                />{" "}
+                {label}
+              </label>
+            ))}
+          </div>
+        </details>
+        <button type="button" onClick={saveShown}>
+          Save shown as CSV
+        </button>
+        <button type="button" disabled={everything.busy} onClick={everything.run}>
+          Save all as CSV
+        </button>
+      </div>
+      <Problem error={error.value ?? everything.error} />
+      <p class="faint" role="status">
+        {count(shown.value.length)} of {count(rows.value.length)} results
+        {loading.value && ", loading…"}
+        {cut.value && `: the page stops at ${count(MOST)}; save all to have the rest`}
+      </p>
+      <Window rows={shown.value} columns={columns} sort={sort} down={direction === "down"} />
+    </>
+  );
+}
+
+function Window({ rows, columns, sort, down }: { rows: Row[]; columns: Column[]; sort: Column; down: boolean }) {
+  const box = useRef<HTMLDivElement>(null);
+  const top = useSignal(0);
+  const height = useSignal(600);
+  const narrow = useSignal(matchMedia("(max-width: 600px)").matches);
+  useEffect(() => {
+    const observer = new ResizeObserver(([entry]) => {
+      height.value = entry!.contentRect.height;
+      narrow.value = matchMedia("(max-width: 600px)").matches;
+    });
+    observer.observe(box.current!);
+    return () => observer.disconnect();
+  }, []);
+  const row = narrow.value ? CARD : ROW;
+  const first = Math.max(0, Math.min(Math.floor(top.value / row) - OVERSCAN, rows.length - 1));
+  const last = Math.min(rows.length, Math.ceil((top.value + height.value) / row) + OVERSCAN);
+  const names = COLUMNS.filter(([name]) => columns.includes(name));
+  return (
+    <div
+      class="window"
+      ref={box}
+      tabIndex={0}
+      role="region"
+      aria-label="Results"
+      style={{ height: `min(70vh, ${rows.length * row + 40}px)` }}
+      onScroll={(event) => void (top.value = event.currentTarget.scrollTop)}
+    >
+      <table aria-rowcount={rows.length + 1} class="results cards">
+        <thead>
+          <tr aria-rowindex={1}>
+            {names.map(([name, label]) => (
+              <th key={name} scope="col" class={name} aria-sort={sort === name ? (down ? "descending" : "ascending") : undefined}>
+                <button type="button" onClick={() => go(withQuery({ sort: sort === name && !down ? `${name}:down` : name }), { replace: true })}>
+                  {label}
+                  <span aria-hidden="true">{sort === name ? (down ? " ▾" : " ▴") : ""}</span>
+                </button>
+              </th>
+            ))}
+          </tr>
+        </thead>
+        <tbody>
+          <tr class="space" aria-hidden="true" style={{ height: `${first * row}px` }} />
+          {rows.slice(first, last).map((each, index) => (
+            <tr key={each.id} aria-rowindex={first + index + 2} style={{ height: `${row}px` }}>
+              {names.map(([name]) => (
+                <td key={name} class={name} title={name === "banner" || name === "version" ? visible(each[name]) : undefined}>
+                  {name === "port" ? portText(each) : visible(String(each[name]))}
+                </td>
+              ))}
+            </tr>
+          ))}
+          <tr class="space" aria-hidden="true" style={{ height: `${(rows.length - last) * row}px` }} />
+        </tbody>
+      </table>
+    </div>
+  );
+}
