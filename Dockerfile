@@ -2,12 +2,12 @@
 # The image of one service: `docker build --build-arg SERVICE=scanner-worker .`
 
 ARG SERVICE=api-gateway
-# By digest where one is known: --build-arg PYTHON=python:3.13-slim-trixie@sha256:...
+# To pin it by digest: --build-arg PYTHON=python:3.13-slim-trixie@sha256:...
 ARG PYTHON=python:3.13-slim-trixie
 
 FROM ${PYTHON} AS python
 
-# What a service needs beside Python, which only the worker does, and the licences of what its image holds (`make licences`).
+# System packages, which only the worker needs, and the licences of the image's content (`make licences`).
 FROM python AS for-api-gateway
 LABEL org.opencontainers.image.licenses="Apache-2.0 AND BSD-2-Clause AND BSD-3-Clause AND MIT AND MIT-0 AND MPL-2.0 AND PSF-2.0"
 FROM python AS for-job-orchestrator
@@ -16,8 +16,9 @@ FROM python AS for-result-store
 LABEL org.opencontainers.image.licenses="Apache-2.0 AND BSD-2-Clause AND BSD-3-Clause AND ISC AND MIT AND MIT-0 AND MPL-2.0 AND PSF-2.0"
 FROM python AS for-scanner-worker
 LABEL org.opencontainers.image.licenses="Apache-2.0 AND BSD-2-Clause AND BSD-3-Clause AND GPL-3.0-or-later AND LicenseRef-NPSL AND MIT AND MIT-0 AND MPL-2.0 AND PSF-2.0"
-# `nmap-raw` is for a worker that may send raw packets (CAP_NET_RAW): it passes the right on to nmap alone. It is a second
-# program because the kernel refuses to start one that is marked so where the right is not given.
+# `nmap-raw` is for workers with CAP_NET_RAW: file capabilities grant it to nmap only. It is a second program because the
+# kernel
+# refuses to start a program with file capabilities that the container does not have.
 RUN <<END
     set -e
     apt-get update
@@ -58,7 +59,7 @@ FROM built-${SERVICE} AS built
 
 FROM for-${SERVICE}
 ARG SERVICE
-# Nothing installs anything here, and no program gives its caller another user's rights.
+# No package manager and no setuid programs at run time.
 RUN <<END
     set -e
     python -m pip uninstall --yes --quiet pip
@@ -73,10 +74,10 @@ ENV PATH=/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     UVICORN_APP=${SERVICE//-/_}.main:create_app
 WORKDIR /app
-# Nobody in particular, by number: orchestrators can then see that it is not root.
+# An unprivileged user, by number so that orchestrators can verify that it is not root.
 USER 65532:65532
 EXPOSE 8080
-# After 5 seconds open answers are cut off, so that the rest of the patience a supervisor has is for work in hand.
+# After 5 seconds open responses are aborted, which leaves the rest of the grace period for current work.
 ENTRYPOINT ["uvicorn", "--factory", "--http", "scanfleet.front:BoundedProtocol", "--no-server-header", "--no-proxy-headers", \
     "--host", "0.0.0.0", "--port", "8080", "--timeout-graceful-shutdown", "5"]
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s \

@@ -1,4 +1,4 @@
-"""Real Kafka and MongoDB for every test that asks: once a session, in containers or from this machine's binaries."""
+"""Fixtures for real Kafka and MongoDB servers, one per session: in containers, or from binaries on this machine."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from local import kafka as native_kafka
 from local import mongod as native_mongod
 from local import ports
 
-# No test asserts on speed, and a machine that is busy with a broker is slow now and then.
+# No test asserts on speed, and a machine that runs a broker can be slow.
 settings.register_profile("scanfleet", deadline=None)
 settings.load_profile("scanfleet")
 
 KAFKA_IMAGE = "confluentinc/cp-kafka:7.6.0"
 MONGODB_IMAGE = "mongo:7.0"
-TEST_COMMANDS = ("--setParameter", "enableTestCommands=1")  # failCommand, which lets a server answer with any error
-START = 120  # seconds that a container may take to be up on a busy machine
-STOP = 30  # seconds in which a server must end by itself
+TEST_COMMANDS = ("--setParameter", "enableTestCommands=1")  # failCommand, which makes a server return a given error
+START = 120  # start timeout of a container in seconds, for a busy machine
+STOP = 30  # shutdown timeout of a server in seconds
 
 
 # What scans, or starts servers to be scanned, goes one after another: each would find the others' servers. The faults and the
@@ -49,12 +49,12 @@ PARTS = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest parts go first."""
+    """Run the longest parts first."""
     items.sort(key=lambda item: [*PARTS, name := part(item.nodeid)].index(name))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
-    """Where tests run side by side those of a part stay together, and so do those of any other file."""
+    """In parallel runs, keep the tests of a part in one process, and those of every other file."""
 
     class Parts(LoadScopeScheduling):  # type: ignore[misc] # the plugin ships no types
         def _split_scope(self, nodeid: str) -> str:
@@ -70,14 +70,14 @@ def part(nodeid: str) -> str:
 
 @pytest.fixture(scope="session")
 def docker_answers() -> bool:
-    """Whether containers can be had; without an engine the same servers run natively."""
+    """Return whether a Docker engine is available; without one the same servers run natively."""
     client = shutil.which("docker")
     return client is not None and subprocess.run([client, "info"], capture_output=True, check=False).returncode == 0
 
 
 @pytest.fixture(scope="session")
 def kafka(docker_answers: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The bootstrap address of a real broker; each test takes a topic prefix of its own."""
+    """Provide the bootstrap address of a real broker; each test uses its own topic prefix."""
     if docker_answers:
         container = KafkaContainer(KAFKA_IMAGE).with_kraft()
         try:
@@ -94,7 +94,7 @@ def kafka(docker_answers: bool, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(scope="session")
 def mongodb(docker_answers: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URI of a real replica set; each test takes a database name of its own."""
+    """Provide the URI of a real replica set; each test uses its own database name."""
     if docker_answers:
         container = DockerContainer(MONGODB_IMAGE)
         container.with_command(f"--replSet {native_mongod.REPLICA_SET} --bind_ip_all {' '.join(TEST_COMMANDS)}")
@@ -113,7 +113,7 @@ def mongodb(docker_answers: bool, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @contextmanager
 def _running(command: list[str], folder: Path) -> Iterator[None]:
-    """A server for the length of the block; it dies with us even if we are killed."""
+    """Run a server for the duration of the block; it ends with this process, even if that is killed."""
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *command], stdout=log, stderr=subprocess.STDOUT)
         try:

@@ -1,6 +1,6 @@
-"""Write the manifests that are made from what is said elsewhere: `python k8s/generate.py`.
+"""Generate the manifests that are derived from other files: `python k8s/generate.py`.
 
-A test compares them with it, so a file that has drifted is red until this is run again.
+A test fails when a generated file is out of date.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Manifest = dict[str, Any]
 
 
 def alerts() -> Iterator[Manifest]:
-    """The alerts of observability/, for the Prometheus operator."""
+    """Return the alerts of observability/ for the Prometheus operator."""
     rules = yaml.safe_load((FOLDER.parent / "observability/prometheus/rules.yml").read_text(encoding="utf-8"))
     yield {
         "apiVersion": "monitoring.coreos.com/v1",
@@ -36,7 +36,7 @@ def alerts() -> Iterator[Manifest]:
 
 
 def topics() -> Iterator[Manifest]:
-    """The topics of the registry, for Strimzi."""
+    """Return the topics of the registry for Strimzi."""
     settings = TopicSettings(kafka=f"{CLUSTER}-kafka-bootstrap:9093", topic_prefix="", replication=3)
     for plan in plans(settings, TOPICS):
         spec = {"partitions": plan.partitions, "replicas": settings.replication, "config": dict(plan.configs)}
@@ -44,7 +44,7 @@ def topics() -> Iterator[Manifest]:
 
 
 def users() -> Iterator[Manifest]:
-    """A user for each service, with its rights, for Strimzi, which makes the password."""
+    """Return a user with ACLs for each service, for Strimzi, which creates the password."""
     for service in SERVICES:
         acls = [
             {

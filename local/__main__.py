@@ -1,4 +1,4 @@
-"""The stack of this clone, in `.local/`: `python -m local up|down|status|logs|token|demo|backup|restore`."""
+"""The local stack, in `.local/`: `python -m local up|down|status|logs|token|demo|backup|restore`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from local.stack import USUAL_PORTS, Stack, StackError
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m local", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("up", help="start what does not run and return when everything is ready")
-    verbs.add_parser("down", help="stop everything; nothing is forgotten")
-    verbs.add_parser("status", help="a line for each process")
-    verbs.add_parser("logs", help="the end of each process's log")
+    verbs.add_parser("up", help="start the stopped processes and return when everything is ready")
+    verbs.add_parser("down", help="stop everything and keep the data")
+    verbs.add_parser("status", help="print one line per process")
+    verbs.add_parser("logs", help="print the tail of each process's log")
     verbs.add_parser("demo", help="scan real servers through the API and compare with plain nmap")
-    for verb, what in (("backup", "copy MongoDB's files while the stack runs"), ("restore", "go on from such a copy")):
+    for verb, what in (("backup", "copy MongoDB's files while the stack runs"), ("restore", "restore such a copy")):
         verbs.add_parser(verb, help=what).add_argument("folder", type=Path)
     token = verbs.add_parser("token", help="print a token")
     token.add_argument("--user", type=int, required=True)
@@ -37,7 +37,7 @@ def main() -> int:
 
 
 def do(stack: Stack, arguments: argparse.Namespace) -> int:
-    """Do what a verb says; answers the exit code."""
+    """Execute a verb and return the exit code."""
     match arguments.verb:
         case "up":
             up(stack)
@@ -62,12 +62,12 @@ def do(stack: Stack, arguments: argparse.Namespace) -> int:
 def up(stack: Stack) -> None:
     started = stack.up()
     for name, (usual, port) in stack.moved().items():
-        print(f"port {usual} was taken: {name} listens on port {port}", file=sys.stderr)
+        print(f"port {usual} was in use: {name} listens on port {port}", file=sys.stderr)
     print(f"{'started' if started else 'was running'}: {stack.url} (addresses in {stack.folder / 'stack.env'})")
 
 
 def status(stack: Stack) -> int:
-    """Print a line for each process: name, pid, state, address.
+    """Print one line per process: name, pid, state, address.
 
     Returns:
         The exit code: 1 unless every process is running.

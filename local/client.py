@@ -1,4 +1,4 @@
-"""A caller of the public API, in the words of the story: `user.subnet(...)`, `user.scan(...)`, `user.finished(...)`."""
+"""A client of the public API for the demo, tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FINAL: Final = frozenset({"completed", "failed", "cancelled"})
 
 
 class Client:
-    """One user of the gateway at `url`. Every method raises `httpx.HTTPStatusError` on an answer that is an error."""
+    """One user of the gateway at `url`. Every method raises `httpx.HTTPStatusError` for an error response."""
 
     def __init__(self, url: str, token: str) -> None:
         self.http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=30)
@@ -29,14 +29,14 @@ class Client:
         return self._made("/api/v1/policy", {"name": "policy"} | fields)
 
     def submit(self, subnet_ids: Sequence[int], policy_id: int, key: str | None = None) -> list[dict[str, Any]]:
-        """The jobs, one for each subnet."""
+        """Create one job per subnet and return them."""
         body = {"subnet_ids": list(subnet_ids), "policy_id": policy_id}
         headers = {"Idempotency-Key": key} if key else {}
         jobs: list[dict[str, Any]] = self._json("POST", "/api/v1/task", json=body, headers=headers)["jobs"]
         return jobs
 
     def scan(self, cidr: str, **policy: Any) -> int:
-        """The id of a new job that scans `cidr`."""
+        """Create a job that scans `cidr` and return its id."""
         (job,) = self.submit([self.subnet(cidr)], self.policy(**policy))
         job_id: int = job["id"]
         return job_id
@@ -50,13 +50,13 @@ class Client:
         return status
 
     def unfinished(self) -> int:
-        """How many of the user's jobs are not final."""
+        """Return the number of the user's unfinished jobs."""
         asked = {"status": "pending,running", "page_size": 1}
         total: int = self._json("GET", "/api/v1/task", params=asked)["total"]
         return total
 
     def finished(self, job_id: int, limit: float = 120.0) -> dict[str, Any]:
-        """Return the task once its job is final; a service that is unavailable meanwhile is asked again."""
+        """Wait until the job has ended and return its task; retry while a service is unavailable."""
 
         def is_final() -> bool:
             try:
@@ -66,11 +66,11 @@ class Client:
                     raise
                 return False
 
-        until(is_final, limit, f"job {job_id} to be final")
+        until(is_final, limit, f"job {job_id} to end")
         return self.task(job_id)
 
     def watch(self, job_id: int) -> Iterator[dict[str, Any]]:
-        """The task in each state that the gateway tells of, until it tells no more."""
+        """Yield the task in each state of the event stream until the stream ends."""
         with self.http.stream("GET", f"/api/v1/task/{job_id}/events") as answer:
             answer.raise_for_status()
             for line in answer.iter_lines():

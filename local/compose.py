@@ -1,7 +1,6 @@
-"""The demo on containers: `python -m local.compose`, with the services of docker-compose.yml and a Docker engine.
+"""Run the demo on the containers of docker-compose.yml: `python -m local.compose`; needs a Docker engine.
 
-The servers to find listen inside the workers' own network namespaces, each worker having the same ones, so that nothing
-that is scanned leaves a container.
+Every worker's network namespace has the same target servers, so no scan leaves a container.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ from local.paths import ROOT
 from scanfleet.testing import targets
 
 PORT: Final = int(os.environ.get("SCANFLEET_PORT") or 8080)
-"""Of the gateway on this machine, as docker-compose.yml publishes it."""
+"""Published port of the gateway."""
 URL: Final = f"http://127.0.0.1:{PORT}"
 COMPOSE: Final = ("docker", "compose", "--project-directory", str(ROOT))
 
 
 def main() -> int:
-    """Show the demo, and leave the containers as they were: running or stopped.
+    """Run the demo, and leave the containers running or stopped as before.
 
     Returns:
         The exit code.
     """
     was_up = bool(_said("ps", "--quiet", "api-gateway"))
     if not was_up and not ports.is_free(PORT):
-        print(f"port {PORT} of 127.0.0.1 is taken; stop what listens there, or set SCANFLEET_PORT", file=sys.stderr)
+        print(f"port {PORT} of 127.0.0.1 is in use; stop its process, or set SCANFLEET_PORT", file=sys.stderr)
         return 1
     subprocess.run([*COMPOSE, "up", "--wait", "--build", "--quiet-build"], check=True)
     try:
@@ -45,13 +44,13 @@ def main() -> int:
 
 
 def token(user: int) -> str:
-    """A JWT that the services believe."""
+    """Return a JWT that the services accept."""
     return _said("run", "--rm", "token", "--user", str(user))
 
 
 @contextmanager
 def servers() -> Iterator[None]:
-    """Servers to find, in the network namespace of every worker."""
+    """Run the target servers in the network namespace of every worker."""
     with ExitStack() as running:
         for worker in _said("ps", "--quiet", "scanner-worker").split():
             running.enter_context(_servers_in(worker))
@@ -73,7 +72,7 @@ def _servers_in(worker: str) -> Iterator[None]:
                 raise RuntimeError(f"the servers in {worker} did not start")
             yield
         finally:
-            container.terminate()  # docker passes it on
+            container.terminate()  # docker forwards it
 
 
 def _said(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""For servers that ask who is there: an authority, the servers' certificate, and a password for each user."""
+"""TLS and passwords of the secured local stack: an authority, the servers' certificate, a password per user."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _USES: Final = (
 
 
 class Credentials:
-    """What is missing in `folder` is made on first use, for whoever made it alone to read."""
+    """Missing files in `folder` are created on first use, readable only by their owner."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder = folder
         self.authority = folder / "ca.pem"
-        """The certificate of the authority that vouches for the servers."""
+        """The certificate of the servers' authority."""
         self.server = folder / "server.pem"
         """The servers' key and certificate."""
         if not self.authority.exists():  # written last
@@ -51,7 +51,7 @@ class Credentials:
         return self.file(f"{user}-password", token_hex(24))
 
     def file(self, name: str, content: str) -> Path:
-        """A file that holds a secret: `content`, unless it is there already."""
+        """Return the file of a secret, created with `content` if missing."""
         path = self._folder / name
         if not path.exists():
             with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
@@ -67,7 +67,7 @@ class Credentials:
         pem = server_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode() + server
         self.file(self.server.name, pem)
         is_authority = x509.BasicConstraints(ca=True, path_length=0)
-        # Python 3.13 and newer take no authority that does not say so.
+        # Required by Python 3.13 and newer.
         may_vouch = x509.KeyUsage(**dict.fromkeys(_USES, False) | {"key_cert_sign": True})
         certificate = _certificate(authority, authority, own_key, own_key, is_authority, may_vouch)
         self.authority.write_text(certificate)

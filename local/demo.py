@@ -1,4 +1,4 @@
-"""The main job, shown: scan a /24 with a few real servers in it through the public API, and compare with plain nmap."""
+"""Scan a /24 with a few real servers through the public API, and compare the results with plain nmap."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from scanfleet.testing import targets
 SUBNET: Final = "127.9.8.0/24"
 USER: Final = 7
 SCAN_LIMIT: Final = 120.0  # seconds for the job; it takes about ten
-LOOK: Final = 0.2  # seconds between two looks at its progress: smooth for the eye
+LOOK: Final = 0.2  # seconds between two queries of the progress
 
 console = Console()
 
@@ -33,7 +33,7 @@ Row = tuple[str, int, str, str, str, str]
 
 
 def run(stack: Stack) -> int:
-    """Show it, and leave the stack as it was found: running or not.
+    """Run the demo, and leave the stack running or stopped as before.
 
     Returns:
         The exit code: 0 when the job completed and plain nmap agrees.
@@ -50,7 +50,7 @@ def run(stack: Stack) -> int:
 
 
 def show(user: Client, numbers: Iterable[int], nmap: Sequence[str]) -> int:
-    """Scan the servers, which listen on the ports `numbers`, and compare with what the command `nmap` finds.
+    """Scan the servers, which listen on the ports `numbers`, and compare with the results of the command `nmap`.
 
     Returns:
         The exit code: 0 when the job completed and plain nmap agrees.
@@ -75,7 +75,7 @@ def show(user: Client, numbers: Iterable[int], nmap: Sequence[str]) -> int:
     else:
         console.print(f"plain nmap differs: it found {plain_up} machines up; only one of the two found:")
         _print_table(sorted(set(found) ^ set(plain)))
-    # Scripts read it, so it is one line whatever the terminal's width.
+    # One line whatever the terminal's width, because scripts parse it.
     summary = {
         "job_id": job_id,
         "status": status["status"],
@@ -88,7 +88,7 @@ def show(user: Client, numbers: Iterable[int], nmap: Sequence[str]) -> int:
 
 
 def _watch(user: Client, job_id: int) -> dict[str, Any]:
-    """Show the job's progress until it is final, and return its last status."""
+    """Show the job's progress until it has ended, and return its last status."""
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task(f"job {job_id}", total=100)
@@ -99,14 +99,14 @@ def _watch(user: Client, job_id: int) -> dict[str, Any]:
             progress.update(bar, completed=status["progress"], description=text)
             return status["status"] in FINAL
 
-        until(final, SCAN_LIMIT, f"job {job_id} to be final", LOOK)
+        until(final, SCAN_LIMIT, f"job {job_id} to end", LOOK)
     last: dict[str, Any] = user.task(job_id)["status"]
     return last
 
 
 @contextmanager
 def real_servers() -> Iterator[list[int]]:
-    """The servers, listening, in a thread of their own; yields their ports."""
+    """Run the servers in a separate thread; yields their ports."""
     numbers = [
         usual if all(ports.is_free(usual, host) for host in hosts) else ports.choose(host="0.0.0.0")  # on every address
         for usual, _, hosts in targets.SERVERS
@@ -126,12 +126,12 @@ def real_servers() -> Iterator[list[int]]:
 
 
 def _plain_nmap(nmap: Sequence[str], port_list: str) -> tuple[list[Row], int]:
-    """The same arguments given to nmap itself: what is open, and how many machines are up."""
+    """Run nmap with the same arguments; return the open ports and the number of hosts that are up."""
     argv = [*nmap, "-n", "-sT", "-sV", "--version-intensity", "7", "-T4", "-p", port_list, "-oX", "-", SUBNET]
     with console.status("comparing with plain nmap"):
         done = subprocess.run(argv, stdout=subprocess.PIPE, check=True)
     console.print(f"[bold]{' '.join(argv)}[/bold]")
-    hosts = ET.fromstring(done.stdout).findall("host")  # noqa: S314 # our own nmap on our own servers
+    hosts = ET.fromstring(done.stdout).findall("host")  # noqa: S314 # output of the local nmap on local servers
     return sorted(row for host in hosts for row in _rows(host)), len(hosts)
 
 

@@ -1,6 +1,6 @@
-"""One-node Kafka in KRaft mode: how to start it and how to know that it is up.
+"""One-node Kafka in KRaft mode: its command and its readiness check.
 
-Nothing here starts or stops the broker for good: the stack hands `command` to its supervisor, the tests to a subprocess.
+This module does not run the broker: the stack passes `command` to its supervisor, the tests to a subprocess.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ controller.listener.names=CONTROLLER
 controller.quorum.bootstrap.servers=127.0.0.1:{controller_port}
 listener.security.protocol.map=CONTROLLER:{protocol},BROKER:{protocol}
 log.dirs={data}
-# A topic that nobody declared is a bug, not a wish.
+# Using an undeclared topic is a bug.
 auto.create.topics.enable=false
 # One node holds everything.
 offsets.topic.replication.factor=1
@@ -39,17 +39,17 @@ transaction.state.log.replication.factor=1
 transaction.state.log.min.isr=1
 share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
-# A first consumer need not wait for others that might come.
+# The first consumer of a group does not wait for others.
 group.initial.rebalance.delay.ms=0
-# A broker that comes back after a kill waits until its controller has given up the one before (9 s by default).
+# A broker that restarts after a kill waits until its controller has expired the previous one (9 s by default).
 broker.session.timeout.ms=3000
 broker.heartbeat.interval.ms=500
-# One broker serves a handful of groups; fifty partitions would only slow its start.
+# One broker serves a few groups; fifty partitions would only slow its start.
 offsets.topic.num.partitions=8
 """
 
-# Over TLS, by password, and nobody may do what no ACL names. Broker and controller are the administrator to each other, by a
-# mechanism that needs no users in the very log that the controller keeps.
+# TLS, passwords, and no access without an ACL. Broker and controller authenticate to each other as the administrator,
+# by a mechanism that needs no users in the controller's own log.
 SECURED = """\
 authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
 super.users=User:{admin}
@@ -71,7 +71,7 @@ JAVA = (
     "java",
     "-Xmx512m",
     "-XX:+UseSerialGC",  # the collector with the fewest threads
-    "-XX:TieredStopAtLevel=1",  # compiling for the long run would cost a third of the time to start
+    "-XX:TieredStopAtLevel=1",  # full optimisation would lengthen the start by a third
     "-Dlog4j2.level=WARN",
     "-cp",
 )
@@ -84,12 +84,12 @@ def command(
     credentials: Credentials | None = None,
     users: Collection[str] = (),
 ) -> list[str]:
-    """The command that runs the broker in the foreground, its data under `folder`, which is formatted on first use.
+    """Return the command that runs the broker in the foreground with its data under `folder`, formatted on first use.
 
-    With `credentials` it takes `users` and the administrator, each by its password, and lets them do what ACLs say.
+    With `credentials` it authenticates `users` and the administrator by password and enforces ACLs.
 
     Raises:
-        RuntimeError: the folder could not be formatted; says what Kafka said.
+        RuntimeError: the folder could not be formatted; the message has Kafka's output.
     """
     folder.mkdir(parents=True, exist_ok=True)
     properties = folder / "server.properties"
@@ -114,19 +114,19 @@ def command(
 
 
 def wait_until_up(bootstrap: str, limit: float = 120.0, *, settings: KafkaSettings | None = None) -> None:
-    """Return when the broker answers a client.
+    """Wait until the broker answers a client.
 
     Args:
         bootstrap: `host:port`.
-        limit: seconds; a broker that recovers a large log after a kill takes its time.
-        settings: for a broker that asks who is there.
+        limit: timeout in seconds; recovering a large log after a kill takes long.
+        settings: credentials for a secured broker.
 
     Raises:
         TimeoutError: it did not answer in time.
     """
     deadline = time.monotonic() + limit
     host, port = bootstrap.rsplit(":", 1)
-    # A client that finds no listener logs errors, so look before asking.
+    # A client logs errors if nothing listens, so check first.
     listens(host, int(port), limit)
     asyncio.run(_answers(settings or KafkaSettings(kafka=bootstrap), deadline))
 
@@ -139,7 +139,7 @@ async def _answers(settings: KafkaSettings, deadline: float) -> None:
                 await client.start()
                 await client.list_topics()
             except KafkaError:
-                await asyncio.sleep(0.1)  # between two looks
+                await asyncio.sleep(0.1)  # between two checks
             else:
                 return
             finally:
@@ -151,8 +151,8 @@ def _java() -> list[str]:
 
 
 def _format(properties: Path, passwords: Mapping[str, str]) -> None:
-    # An id that was never there: by it the services know a broker that has lost all that it held. It begins with a letter,
-    # since the tool would take a minus for an option.
+    # A new id, by which the services detect a broker that has lost its data. It begins with a letter, since the tool
+    # would parse a leading minus as an option.
     cluster_id = urlsafe_b64encode(b"scanflee" + os.urandom(8)).decode().rstrip("=")
     argv = [*_java(), "kafka.tools.StorageTool", "format", "--standalone", "--ignore-formatted"]
     argv += ["--cluster-id", cluster_id, "--config", str(properties)]

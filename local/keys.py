@@ -1,6 +1,6 @@
-"""What docker-compose.yml starts from, made once: `python -m local.keys /jwt /secrets`.
+"""Create the keys and secrets of docker-compose.yml, once: `python -m local.keys /jwt /secrets`.
 
-Each folder in `/secrets` is a volume that one service alone gets to see, so what is in it may be readable by whoever runs there.
+Each folder in `/secrets` is a volume mounted by one service only, so its files may be readable by any user there.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ DATABASES: Final = {"job-orchestrator": "scanfleet_job_orchestrator", "result-st
 
 
 def make(folder: Path) -> None:
-    """Put into each service's folder what is missing: passwords, keys, a MongoDB URI, for MongoDB the key of its members."""
-    # A volume belongs to one service, which does not run as the user who creates this.
+    """Create the missing files in each service's folder: passwords, keys, MongoDB URIs, MongoDB's member key."""
+    # A volume belongs to one service, which runs as another user.
     services = (folder / service / "internal-public.pem" for service in DATABASES)
     make_signing_keys(folder / "api-gateway" / "internal.pem", *services, mode=0o644)
     public = folder / "result-store" / "chunk-public.pem"
@@ -39,7 +39,7 @@ def make(folder: Path) -> None:
 
 
 def _once(file: Path, content: str) -> str:
-    """What the file holds: `content`, unless it is there already."""
+    """Return the content of the file, created with `content` if missing."""
     if not file.exists():
         file.write_text(content)
     return file.read_text()

@@ -1,6 +1,6 @@
-"""mongod as a replica set of one: how to start it and how to make it usable.
+"""mongod as a replica set of one member: its command and its initialisation.
 
-A replica set, because majority writes and sessions exist only there.
+A replica set is required for majority writes and sessions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ USER_EXISTS = 51_003
 
 
 def command(folder: Path, port: int, credentials: Credentials | None = None) -> list[str]:
-    """The command that runs mongod in the foreground, its data under `folder`; with `credentials` it asks who is there."""
+    """Return the command that runs mongod in the foreground with its data under `folder`, secured by `credentials`."""
     data(folder).mkdir(parents=True, exist_ok=True)
     return [
         shutil.which("mongod") or str(TOOLS / "mongod/fiftyone/db/bin/mongod"),
@@ -36,7 +36,7 @@ def command(folder: Path, port: int, credentials: Credentials | None = None) -> 
         *("--port", str(port)),
         *("--bind_ip", "127.0.0.1"),
         *("--replSet", REPLICA_SET),
-        # By default half of the memory and a twentieth of the disk would be its own.
+        # By default it would use half of the memory and a twentieth of the disk.
         *("--wiredTigerCacheSizeGB", "0.5"),
         *("--oplogSize", "512"),  # MB
         "--nounixsocket",
@@ -46,25 +46,25 @@ def command(folder: Path, port: int, credentials: Credentials | None = None) -> 
 
 
 def data(folder: Path) -> Path:
-    """Where its files are."""
+    """Return the folder of its files."""
     return folder / "data"
 
 
 def _secured(credentials: Credentials) -> list[str]:
-    members = credentials.file("mongod-key", token_hex(24))  # by which members of the replica set know each other
+    members = credentials.file("mongod-key", token_hex(24))  # authenticates members of the replica set
     return [
         *("--keyFile", str(members)),
         *("--tlsMode", "requireTLS"),
         *("--tlsCertificateKeyFile", str(credentials.server)),
         *("--tlsCAFile", str(credentials.authority)),
-        "--tlsAllowConnectionsWithoutCertificates",  # clients have passwords
+        "--tlsAllowConnectionsWithoutCertificates",  # clients use passwords
     ]
 
 
 def uri(address: str, user: str = "", database: str = "admin", credentials: Credentials | None = None) -> str:
-    """How clients reach the only member: without asking it for others, so its own name for itself does not matter.
+    """Return the URI of the only member, as a direct connection, so its own name in the replica set does not matter.
 
-    With `credentials` it is the URI of a user that is kept in `database`, or of nobody in particular.
+    With `credentials` it is the URI of a user that is stored in `database`, else an anonymous one.
     """
     if credentials is None:
         return f"mongodb://{address}/?directConnection=true"
@@ -77,13 +77,13 @@ def uri(address: str, user: str = "", database: str = "admin", credentials: Cred
 def make_ready(
     address: str, member: str | None = None, limit: float = 60.0, credentials: Credentials | None = None
 ) -> None:
-    """Make the replica set if it is not there, move it if its address was another, and wait for its primary.
+    """Initiate the replica set if necessary, update its address if it has changed, and wait for its primary.
 
     Args:
-        address: where we reach it, `host:port`.
-        member: where it reaches itself, if that is another (in a container).
-        limit: seconds.
-        credentials: for one that asks who is there; its administrator is made too.
+        address: address for this process, `host:port`.
+        member: its own address of itself, if different (in a container).
+        limit: timeout in seconds.
+        credentials: for a secured server; its administrator is created too.
 
     Raises:
         TimeoutError: no primary in time.
@@ -106,7 +106,7 @@ def make_ready(
 
 
 def make_users(address: str, credentials: Credentials, databases: Mapping[str, str]) -> None:
-    """Make each user of `databases`, who may read and write the one that it names, in that database."""
+    """Create each user of `databases` in the database that it may read and write."""
     with _client(uri(address, ADMIN, credentials=credentials)) as client:
         for user, database in databases.items():
             roles = [{"role": "readWrite", "db": database}]
@@ -115,7 +115,7 @@ def make_users(address: str, credentials: Credentials, databases: Mapping[str, s
 
 
 def _make_admin(address: str, config: Mapping[str, Any], limit: float, credentials: Credentials) -> None:
-    """Make the replica set and its first user, which on this machine nobody in particular may, once."""
+    """Initiate the replica set and create its first user, by the localhost exception."""
     with _client(uri(address, credentials=credentials), limit) as client:
         with _unless(UNAUTHORIZED, ALREADY_INITIALIZED):
             client.admin.command("replSetInitiate", config)
@@ -137,7 +137,7 @@ def _client(uri: str, limit: float = 60.0) -> MongoClient[dict[str, Any]]:
 
 @contextmanager
 def _unless(*codes: int) -> Iterator[None]:
-    """Take a refusal with one of these codes for success: it was done before."""
+    """Treat an error with one of these codes as success: it was done before."""
     try:
         yield
     except OperationFailure as error:

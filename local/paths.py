@@ -1,4 +1,4 @@
-"""Where things are."""
+"""Paths of the local stack."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ ROOT = Path(__file__).resolve().parent.parent
 STATE = ROOT / ".local"
 """The stack of `make up`: its data, logs, ports and keys."""
 TOOLS = STATE / "tools"
-"""What `make` installed for every stack of this clone: Kafka's jars and, where PATH has none, mongod."""
+"""Tools installed by `make` for all stacks of this clone: Kafka's jars and, if PATH has none, mongod."""

@@ -8,12 +8,12 @@ import socket
 # Below the kernel's ephemeral range (32768 and up): there, an outgoing connection could take the port of a process
 # that is just being restarted.
 FREE_RANGE = range(20_000, 32_000)
-TRIES = 100  # of 12,000 ports: so many taken in a row mean that something else is wrong
+TRIES = 100  # of 12,000 ports: so many failures in a row have another cause
 
 
 def is_free(port: int, host: str = "127.0.0.1") -> bool:
     with socket.socket() as probe:
-        # As servers do: connections that linger in TIME_WAIT do not hold a port, a listener does.
+        # As servers do: connections in TIME_WAIT do not block a port, a listener does.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -23,10 +23,10 @@ def is_free(port: int, host: str = "127.0.0.1") -> bool:
 
 
 def choose(usual: int | None = None, host: str = "127.0.0.1") -> int:
-    """`usual` when it is free, else a random free port.
+    """Return `usual` if it is free, else a random free port.
 
     Raises:
-        OSError: there seems to be none.
+        OSError: none was found.
     """
     if usual is not None and is_free(usual, host):
         return usual

@@ -1,4 +1,4 @@
-"""A whole Scanfleet on this machine: Kafka, mongod and the four services as real processes in one folder."""
+"""The local stack: Kafka, mongod and the four services as real processes with their data in one folder."""
 
 from __future__ import annotations
 
@@ -47,21 +47,21 @@ USUAL_PORTS: Final = {
     "scanner-worker-2": 8084,
 }
 
-LEASE: Final = 10  # seconds: whoever develops will kill a worker and wait; nobody's network is that slow on loopback
-WRITES: Final = 60_000  # a minute: tests and benchmarks are one user in a great hurry
-READY_LIMIT: Final = 120.0  # seconds until every service is ready; it takes about five, on a busy machine many more
-ANSWER_LIMIT: Final = 5.0  # seconds for /readyz, longer than its own checks may take
-CLOSE_LIMIT: Final = 5  # seconds that an open answer may go on when its service is told to stop
+LEASE: Final = 10  # seconds: short for development, where workers get killed; loopback has no network delays
+WRITES: Final = 60_000  # per minute: tests and benchmarks are one user with many requests
+READY_LIMIT: Final = 120.0  # seconds until every service is ready; usually about five, on a busy machine many more
+ANSWER_LIMIT: Final = 5.0  # timeout in seconds of /readyz, longer than that of its checks
+CLOSE_LIMIT: Final = 5  # seconds that open responses may continue after SIGTERM
 LOG_TAIL: Final = 10  # lines of a log in an error
-LOG_LINE: Final = 600  # characters of such a line: its end, where a traceback says what went wrong
+LOG_LINE: Final = 600  # characters of such a line: the end, which has the error of a traceback
 
 
 class StackError(Exception):
-    """The stack is not as it should be; says what is wrong and shows the logs that tell why."""
+    """The stack is not in the expected state; the message names the problem and shows the logs."""
 
 
 class Stack:
-    """The stack that lives in `folder`. Any number of objects and processes may speak of the same one."""
+    """The stack in `folder`. Several objects and processes may refer to the same one."""
 
     def __init__(
         self,
@@ -77,19 +77,19 @@ class Stack:
         secured: bool = False,
         settings_of: Mapping[str, Mapping[str, str | None]] | None = None,
     ) -> None:
-        """Name a stack; nothing starts.
+        """Define a stack without starting it.
 
         Args:
             folder: its data, logs, ports and keys.
-            replicas: how many processes of each service. Replica n of the gateway asks replica n of the others.
-            usual_ports: by process, taken when free; the others are random.
-            kafka_at: bootstrap address of a broker that is already there; by default the stack runs its own.
-            mongodb_at: URI of a replica set that is already there; by default the stack runs its own.
-            topic_prefix: before the name of every topic.
-            database_prefix: before the name of every database.
-            settings: more environment variables for every service.
-            secured: its own Kafka and mongod are spoken to over TLS, ask each service who it is, and let it do what it must.
-            settings_of: more for one service, or for one process of it; those of None are left out.
+            replicas: number of processes per service. Replica n of the gateway calls replica n of the others.
+            usual_ports: preferred ports by process; others are random.
+            kafka_at: bootstrap address of an existing broker; by default the stack runs its own.
+            mongodb_at: URI of an existing replica set; by default the stack runs its own.
+            topic_prefix: prefix of every topic.
+            database_prefix: prefix of every database.
+            settings: additional environment variables for every service.
+            secured: use TLS, authenticate each service at Kafka and mongod, and authorise it by ACLs and roles.
+            settings_of: additional variables of one service or process; those with the value None are omitted.
         """
         self.folder = folder.resolve()
         self._replicas = replicas
@@ -104,16 +104,16 @@ class Stack:
         self._supervisor = Supervisor(self.folder)
 
     def up(self, *, restored: bool = False) -> bool:
-        """Start what does not run, and return when every service is ready.
+        """Start the stopped processes and return when every service is ready.
 
         Args:
-            restored: MongoDB was set back to a backup, and the services are to be told before they start.
+            restored: MongoDB was restored from a backup, so run the services' restore commands first.
 
         Returns:
             Whether the stack was down.
 
         Raises:
-            StackError: a part did not become ready in time. What runs is left running, to be looked at.
+            StackError: a part did not become ready in time. Running processes are kept for inspection.
         """
         with self._locked():
             was_down = not self._supervisor.answers()
@@ -142,10 +142,10 @@ class Stack:
         return was_down
 
     def down(self) -> bool:
-        """Stop everything: the services first, so that they can finish what they hold.
+        """Stop everything: the services first, so that they can finish their work.
 
         Returns:
-            Whether there was anything to stop.
+            Whether anything was running.
         """
         with self._locked():
             if not self._supervisor.answers():
@@ -158,7 +158,7 @@ class Stack:
             return True
 
     def backup(self, folder: Path) -> None:
-        """Copy MongoDB's files to a new folder, of both databases at one moment. Everything runs on; writes wait.
+        """Copy MongoDB's files to a new folder, consistent for both databases. All processes keep running; writes wait.
 
         Raises:
             StackError: the stack has no MongoDB of its own.
@@ -167,13 +167,13 @@ class Stack:
         with MongoClient[dict[str, Any]](self.mongodb) as client:
             client.admin.command("fsync", lock=True)
             try:
-                # It notes how it fares even then, and its lock would speak of a crash.
+                # mongod writes diagnostics even then, and its lock file would indicate a crash.
                 shutil.copytree(files, folder, ignore=shutil.ignore_patterns("diagnostic.data", "mongod.lock"))
             finally:
                 client.admin.command("fsyncUnlock")
 
     def restore(self, folder: Path) -> None:
-        """Set MongoDB back to a backup and go on from there; Kafka stays as it is.
+        """Restore MongoDB from a backup and start; Kafka is unchanged.
 
         Raises:
             StackError: the stack has no MongoDB of its own, or did not start; call again.
@@ -191,14 +191,14 @@ class Stack:
         return mongod.data(self.folder / "mongod")
 
     def processes(self) -> list[Process]:
-        """What supervisord says of every process; empty when the stack is down."""
+        """The state of every process according to supervisord; empty when the stack is down."""
         return self._supervisor.processes() if self._supervisor.answers() else []
 
     def pid(self, name: str) -> int:
-        """The pid of the running process `name`.
+        """Return the pid of the running process `name`.
 
         Raises:
-            StackError: it does not run just now.
+            StackError: it is not running.
         """
         for process in self.processes():
             if process.name == name and process.pid:
@@ -206,21 +206,21 @@ class Stack:
         raise StackError(f"{name} is not running")
 
     def kill(self, name: str, signal_number: int = signal.SIGKILL) -> None:
-        """Send a process a signal; when that ends it, it comes back by itself."""
+        """Send a signal to a process; if it ends, supervisord restarts it."""
         os.kill(self.pid(name), signal_number)
 
     def stop(self, name: str) -> None:
-        """End a process in good order; it stays away until `start`."""
+        """Stop a process gracefully; it is not restarted until `start`."""
         self._supervisor.stop([name])
 
     def start(self, name: str) -> None:
         self._supervisor.start([name])
 
     def wait_until_ready(self, limit: float = READY_LIMIT) -> None:
-        """Return when every service says that it is ready.
+        """Wait until every service is ready.
 
         Raises:
-            StackError: one did not in time; names each and shows the end of its log.
+            StackError: timeout; the message names each unready service and shows the end of its log.
         """
         unready: dict[str, str] = dict.fromkeys(self._services, "")
 
@@ -246,7 +246,7 @@ class Stack:
             raise StackError(f"{error}{reasons}{self._logs(list(unready))}") from error
 
     def moved(self) -> dict[str, tuple[int, int]]:
-        """The usual port of each process that does not listen on it, and the port it listens on."""
+        """Return the preferred port of each process that listens on another one, and that port."""
         return {
             name: (self._usual_ports[name], port)
             for name, port in self._ports().items()
@@ -254,12 +254,12 @@ class Stack:
         }
 
     def address(self, name: str) -> str:
-        """`host:port` of a process."""
+        """Return `host:port` of a process."""
         return f"127.0.0.1:{self._ports()[name]}"
 
     @property
     def url(self) -> str:
-        """Of the (first) gateway."""
+        """URL of the (first) gateway."""
         return f"http://{self.address(self.names('api-gateway')[0])}"
 
     @property
@@ -268,22 +268,22 @@ class Stack:
 
     @property
     def mongodb(self) -> str:
-        """The URI of whoever may do everything."""
+        """The URI of the administrator."""
         user = ADMIN if self._credentials else ""
         return self._mongodb_at or mongod.uri(self.address("mongod"), user, credentials=self._credentials)
 
     def mongodb_of(self, service: str) -> str:
-        """The URI of a service that has a database."""
+        """Return the URI of a service with a database."""
         if self._credentials is None:
             return self.mongodb
         return mongod.uri(self.address("mongod"), service, self.database(service), self._credentials)
 
     def database(self, service: str) -> str:
-        """The name of a service's database."""
+        """Return the name of a service's database."""
         return f"{self._database_prefix}_{SERVICES[service]}"
 
     def kafka_settings(self, service: str | None = None) -> KafkaSettings:
-        """The way to the bus of a service, or of whoever may do everything."""
+        """Return the Kafka settings of a service, or of the administrator."""
         if self._credentials is None:
             return KafkaSettings(kafka=self.kafka, topic_prefix=self._topic_prefix)
         user = ADMIN if service is None else self._topic_prefix + service
@@ -297,11 +297,11 @@ class Stack:
 
     @property
     def env(self) -> dict[str, str]:
-        """What a client of the stack must know, as environment variables."""
+        """The addresses for clients, as environment variables."""
         return {"SCANFLEET_URL": self.url, "SCANFLEET_KAFKA": self.kafka, "SCANFLEET_MONGODB": self.mongodb}
 
     def token(self, user: int, *, admin: bool = False) -> str:
-        """A JWT that the services of this stack believe."""
+        """Return a JWT that the services of this stack accept."""
         return self._issuer.token(user, admin=admin)
 
     @property
@@ -318,7 +318,7 @@ class Stack:
         return [name for service in SERVICES for name in self.names(service)]
 
     def names(self, service: str) -> list[str]:
-        """The processes of a service."""
+        """Return the process names of a service."""
         count = self._replicas[service]
         return [service] if count == 1 else [f"{service}-{number}" for number in range(1, count + 1)]
 
@@ -396,13 +396,13 @@ class Stack:
         return {variable: value for variable, value in more.items() if value is not None}
 
     def _signing_keys(self, purpose: str) -> tuple[Path, Path]:
-        """The files with the private and the public key."""
+        """Return the files with the private and the public key."""
         private, public = self.folder / purpose / "private.pem", self.folder / purpose / "public.pem"
         tokens.make_signing_keys(private, public)
         return private, public
 
     def _secret_file(self, name: str, secret: str) -> Path:
-        """A file with a secret that is made once."""
+        """Return the file of a secret, created once."""
         file = self.folder / name
         if not file.exists():
             file.touch(0o600)
@@ -414,7 +414,7 @@ class Stack:
         return {f"SCANFLEET_{name.upper()}": value for name, value in settings.items()}
 
     def _run(self, *module: str, environment: Mapping[str, str]) -> None:
-        """Run what runs once."""
+        """Run a one-time command."""
         done = subprocess.run(
             [sys.executable, "-m", *module],
             env=os.environ | environment,
@@ -433,7 +433,7 @@ class Stack:
         return numbers
 
     def _choose_ports(self) -> None:
-        """Keep every port of last time that is still free, so that clients find the stack where it was."""
+        """Reuse the previous ports that are still free, so that clients find the stack at the same addresses."""
         servers = [*self._servers, *(["kafka-controller"] if "kafka" in self._servers else [])]
         before = self._ports()
         numbers: dict[str, int] = {}
@@ -445,7 +445,7 @@ class Stack:
         (self.folder / "ports.json").write_text(json.dumps(numbers, indent=2))
 
     def _logs(self, names: list[str]) -> str:
-        """The ends of these processes' logs, as text to follow an error."""
+        """Return the ends of these processes' logs as text for an error."""
         text = ""
         for name in names:
             log = self.folder / "logs" / f"{name}.log"
@@ -455,7 +455,7 @@ class Stack:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One `up` or `down` of a folder at a time: two brokers on one data folder would destroy it."""
+        """Serialise `up` and `down` of a folder: two brokers on one data folder would destroy it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

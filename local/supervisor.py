@@ -1,4 +1,4 @@
-"""The processes of one folder under supervisord: any that ends, however, is started again."""
+"""The processes of one folder under supervisord, which restarts every process that ends."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from supervisor.xmlrpc import Faults, SupervisorTransport
 
 from local.wait import until
 
-MAX_SOCKET_PATH: Final = 90  # the kernel takes 107 bytes, and supervisord first makes it with its pid behind
+MAX_SOCKET_PATH: Final = 90  # the kernel's limit is 107 bytes, and supervisord first creates it with its pid appended
 START_LIMIT: Final = 15.0  # seconds until supervisord answers; it takes half a second
-STOP_LIMIT: Final = 30  # seconds a process has to finish before it is killed
+STOP_LIMIT: Final = 30  # seconds between SIGTERM and SIGKILL
 
 CONFIG: Final = """\
 [supervisord]
@@ -39,8 +39,8 @@ chmod=0700
 supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
 """
 
-# `startsecs=0` lets a process that ends at once be started again as any other, about once a second, for ever; with any
-# other value supervisord waits longer each time and gives up in the end.
+# With `startsecs=0` a process that ends at once is restarted indefinitely, about once a second; with any other value
+# supervisord backs off and finally gives up.
 PROGRAM: Final = """
 [program:{name}]
 command={command}
@@ -58,7 +58,7 @@ redirect_stderr=true
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What to run. `autostart` says whether supervisord starts it by itself or waits for `Supervisor.start`."""
+    """A program to run. With `autostart` supervisord starts it by itself, else `Supervisor.start` does."""
 
     name: str
     command: Sequence[str]
@@ -68,7 +68,7 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """What became of it. `pid` is 0 while it is not running."""
+    """The state of a program. `pid` is 0 while it is not running."""
 
     name: str
     pid: int
@@ -77,7 +77,7 @@ class Process:
 
 
 class Supervisor:
-    """supervisord in one folder; every call reaches the one that is there, whoever started it."""
+    """supervisord in one folder; every call reaches the running instance, whichever process started it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -95,10 +95,10 @@ class Supervisor:
         return True
 
     def launch(self, programs: Iterable[Program]) -> None:
-        """Start supervisord over `programs`. The caller has made sure that none answers.
+        """Start supervisord with `programs`. The caller has checked that none is running.
 
         Raises:
-            subprocess.CalledProcessError: it did not start; says why.
+            subprocess.CalledProcessError: it did not start.
             TimeoutError: it does not answer.
         """
         self.kill()
@@ -110,20 +110,20 @@ class Supervisor:
         until(self.answers, START_LIMIT, "supervisord to answer")
 
     def kill(self) -> None:
-        """Kill what is left of a supervisord of this folder that does not answer: itself and its processes.
+        """Kill a supervisord of this folder that does not answer, and its processes.
 
-        Else an orphan would keep its port, or two brokers one data folder.
+        Otherwise an orphan would keep its port, or two brokers would share a data folder.
 
         Raises:
-            TimeoutError: they are still there.
+            TimeoutError: they are still running.
         """
         until(self._nothing_left, START_LIMIT, "an earlier supervisord and its processes to end")
 
     def shut_down(self) -> None:
-        """End supervisord and whatever still runs under it.
+        """Stop supervisord and its processes.
 
         Raises:
-            TimeoutError: it is still there.
+            TimeoutError: it is still running.
         """
         self._call("shutdown")
         until(lambda: self._pid() is None, 2.0 * STOP_LIMIT, "supervisord to end")
@@ -140,15 +140,15 @@ class Supervisor:
         ]
 
     def start(self, names: Iterable[str]) -> None:
-        """Start those of `names` that are not running."""
+        """Start the processes in `names` that are not running."""
         for name in names:
             self._call("startProcess", name, False, but=Faults.ALREADY_STARTED)
 
     def stop(self, names: Collection[str]) -> None:
-        """Stop `names`, all at once, and return when they have ended.
+        """Stop `names` in parallel, and return when they have ended.
 
         Raises:
-            TimeoutError: one is still there.
+            TimeoutError: one is still running.
         """
         for name in names:
             self._call("stopProcess", name, False, but=Faults.NOT_RUNNING)
@@ -159,7 +159,7 @@ class Supervisor:
         until(ended, 2.0 * STOP_LIMIT, f"{', '.join(names)} to end")
 
     def _call(self, method: str, *arguments: object, but: int | None = None) -> Any:
-        """Ask supervisord; `but` is the one fault that means that there is nothing to do."""
+        """Call supervisord; ignore the fault `but`, which means that there is nothing to do."""
         transport = SupervisorTransport(None, None, f"unix://{self._socket}")
         try:
             with ServerProxy("http://localhost", transport=transport) as server:
@@ -170,7 +170,7 @@ class Supervisor:
             return None
 
     def _pid(self) -> int | None:
-        """supervisord's, if it lives: a pid in a file may long be another process's."""
+        """Return supervisord's pid if it is running: the pid in the file may belong to another process by now."""
         try:
             pid = int((self._folder / "supervisord.pid").read_text())
             arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
@@ -182,10 +182,10 @@ class Supervisor:
         return b"supervisor.supervisord" in arguments and os.fsencode(self._config) in arguments
 
     def _nothing_left(self) -> bool:
-        """Kill whatever is left of a supervisord of this folder, and say whether there was nothing.
+        """Kill the remaining processes of a supervisord of this folder; return whether there were none.
 
-        Its address is in the environment of what it has started; what it has forked, and is not yet the program, has its
-        own command line.
+        The environment of its children contains its address; a child that has forked but not yet called exec has
+        supervisord's own command line.
         """
         address = b"SUPERVISOR_SERVER_URL=unix://" + os.fsencode(self._socket)
         found = False

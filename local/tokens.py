@@ -1,6 +1,7 @@
-"""A key pair of the stack's own, and tokens signed with it.
+"""The stack's key pair, and tokens signed with it.
 
-`python -m local.tokens FOLDER` makes the pair in a folder, and beside it those of the gateway and of job-orchestrator, and with `--user 7` prints a token.
+`python -m local.tokens FOLDER` creates the pair in a folder, and those of the gateway and of job-orchestrator; with
+`--user 7` it prints a token.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 ISSUER: Final = "scanfleet-local"
 AUDIENCE: Final = "scanfleet"
-LIFE: Final = 12 * 3600  # seconds: a working day, within the day that the services allow
+LIFE: Final = 12 * 3600  # seconds: a working day, below the limit of the services
 
 
 class Issuer:
-    """Signs tokens for the services that trust `public_key_file`. The pair is made on first use."""
+    """Signs tokens for services that trust `public_key_file`. The pair is created on first use."""
 
     def __init__(self, folder: Path) -> None:
         self._private_key_file = folder / "private.pem"
@@ -43,12 +44,12 @@ class Issuer:
 
 
 def make_signing_keys(private: Path, *public: Path, mode: int = 0o600) -> None:
-    """Make the pair by which one service signs what others verify, unless it is there.
+    """Create the key pair for signatures between services, unless it exists.
 
     Args:
         private: file for the service that signs.
         public: files for the services that verify, each with the public key.
-        mode: of the private file.
+        mode: permissions of the private file.
     """
     if not all(file.exists() for file in (private, *public)):
         _write_pair(Ed25519PrivateKey.generate(), private, *public, mode=mode)

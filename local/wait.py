@@ -1,4 +1,4 @@
-"""Waiting for a condition, bounded."""
+"""Waiting for a condition with a timeout."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import socket
 import time
 from collections.abc import Callable
 
-PAUSE = 0.05  # seconds: short beside any start, cheap beside any process
+PAUSE = 0.05  # seconds between two checks: short compared with any start, and cheap
 
 
 def until(condition: Callable[[], bool], limit: float, what: str, pause: float = PAUSE) -> None:
-    """Return when `condition()` holds.
+    """Wait until `condition()` holds.
 
     Args:
-        condition: looked at again and again.
-        limit: seconds.
-        what: finishes the sentence "gave up waiting for …".
-        pause: seconds between two looks.
+        condition: checked repeatedly.
+        limit: timeout in seconds.
+        what: completes the message "timed out waiting for …".
+        pause: seconds between two checks.
 
     Raises:
         TimeoutError: it did not hold in time.
@@ -24,15 +24,15 @@ def until(condition: Callable[[], bool], limit: float, what: str, pause: float =
     deadline = time.monotonic() + limit
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"gave up waiting for {what} after {limit:g} s")
+            raise TimeoutError(f"timed out after {limit:g} s waiting for {what}")
         time.sleep(pause)
 
 
 def listens(host: str, port: int, limit: float) -> None:
-    """Return when something accepts connections on `host:port`.
+    """Wait until a server accepts connections on `host:port`.
 
     Raises:
-        TimeoutError: nothing did in time.
+        TimeoutError: no server did in time.
     """
 
     def accepts() -> bool:

@@ -1,1 +1,1 @@
-"""What Scanfleet is made from: the packages of its locks, their licences and their known vulnerabilities."""
+"""Supply chain checks: the packages in the locks, their licences and their known vulnerabilities."""

@@ -14,11 +14,11 @@ from supply.locks import SERVICES
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m supply", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("licences", help="list the licences of each image; fail on one that is not allowed")
+    verbs.add_parser("licences", help="list the licences of each image; fail if one is not allowed")
     verbs.add_parser("sbom", help="write a CycloneDX document for each image").add_argument("folder", type=Path)
     audited = verbs.add_parser("audit", help="fail on a vulnerable package that a release fixes")
     audited.add_argument(
-        "--advisories", type=Path, help="PyPI advisories in OSV's format, a zip file; without it, OSV is asked"
+        "--advisories", type=Path, help="PyPI advisories in OSV's format, a zip file; without it, OSV is queried"
     )
     audited.add_argument("--required", action="store_true", help="fail when the advisories cannot be read")
     arguments = parser.parse_args()

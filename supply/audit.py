@@ -1,4 +1,4 @@
-"""Which packages of the locks have known vulnerabilities."""
+"""Known vulnerabilities of the packages in the locks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from packaging.version import InvalidVersion, Version
 
 from supply.locks import LOCKS, ROOT, Package, packages
 
-_SECONDS: Final = 300  # for all packages together; OSV answers each within a second
+_SECONDS: Final = 300  # timeout for all packages; OSV answers each within a second
 
 
 class NotAuditedError(Exception):
-    """The advisories cannot be read. Says why, and what to do."""
+    """The advisories cannot be read; the message has the reason and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,11 @@ class Finding:
 
 
 def audit(advisories: Path | None) -> tuple[list[Finding], int]:
-    """The findings, and how many packages were looked up, whatever machine they are for.
+    """Return the findings and the number of audited packages, for all platforms.
 
     Args:
-        advisories: PyPI's advisories in OSV's format, a zip file with a JSON document for each. Without it, pip-audit asks OSV.
+        advisories: PyPI's advisories in OSV's format, a zip file with a JSON document for each. Without it, pip-audit
+            queries OSV.
 
     Raises:
         NotAuditedError: the file or OSV cannot be read.
@@ -129,7 +130,7 @@ def _fixed(affected: Mapping[str, Any], version: str) -> tuple[str, ...]:
 
 
 def _events(affected: Mapping[str, Any]) -> list[tuple[str, Version]]:
-    """What happened to the package, in the order of its versions."""
+    """Return the events of the package in the order of its versions."""
     events = []
     for span in affected.get("ranges", ()):
         for event in span.get("events", ()) if span.get("type") == "ECOSYSTEM" else ():
@@ -137,5 +138,5 @@ def _events(affected: Mapping[str, Any]) -> list[tuple[str, Version]]:
                 try:
                     events.append((kind, Version(since)))
                 except InvalidVersion:
-                    continue  # old advisories name versions that no installer takes
+                    continue  # old advisories contain invalid versions
     return sorted(events, key=lambda event: event[1])

@@ -1,4 +1,4 @@
-"""Which licences the images and the tools are under, and which are allowed."""
+"""Licences of the images and tools, and the allowed licences."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from supply.locks import SERVICES, Package, packages
 ALLOWED: Final = frozenset(
     {"Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "ISC", "MIT", "MIT-0", "MPL-2.0", "PSF-2.0"},
 )
-"""For every image: their terms are met by passing on the texts that the packages hold."""
+"""For every image: redistributing the licence texts in the packages meets their terms."""
 
 EXCEPTIONS: Final = {
     "scanner-worker": frozenset(
         {"python-nmap"}
-    ),  # GPL-3: so the image as a whole is under it too; NOTICE says what follows
-    "dev": frozenset({"python-nmap", "supervisor"}),  # for development only, never passed on
+    ),  # GPL-3, which applies to the image as a whole; NOTICE lists the obligations
+    "dev": frozenset({"python-nmap", "supervisor"}),  # for development only, never distributed
 }
-"""Packages of a lock that may have another licence."""
+"""Exceptions: packages of a lock with another licence."""
 
 BESIDE: Final = {"scanner-worker": {"nmap": "LicenseRef-NPSL"}}
-"""What an image holds beside its lock and its base image, by licence."""
+"""Other content of the images, apart from lock and base image, by licence."""
 
 _OURS: Final = "Apache-2.0"
 
-# How packages name a licence that they have not written as an SPDX expression yet.
+# Licence names of packages without an SPDX expression.
 _SPELLINGS: Final = {
     "3-Clause BSD License": "BSD-3-Clause",
     "Apache": "Apache-2.0",
@@ -50,12 +50,12 @@ _LICENSING: Final = get_spdx_licensing()
 
 
 class UnknownLicenceError(Exception):
-    """A package names no licence that is known here. Says which package, and what it names."""
+    """A package has no known licence; the message has its name and its metadata."""
 
 
 @cache
 def licence(package: Package) -> str:
-    """The package's licence as an SPDX expression, from the metadata of the version that is installed.
+    """Return the package's licence as an SPDX expression, from the metadata of the installed version.
 
     A lock may pin another version for the Python of the images; the licence is taken to be the same.
 
@@ -80,14 +80,14 @@ def licence(package: Package) -> str:
 
 
 def allowed(expression: str) -> bool:
-    """Whether the terms of `expression` can be met by accepting allowed licences alone."""
+    """Return whether allowed licences satisfy `expression`."""
     parsed = _LICENSING.parse(expression)
     choice = {each: _LICENSING.TRUE if str(each) in ALLOWED else _LICENSING.FALSE for each in parsed.symbols}
     return bool(parsed.subs(choice, simplify=True) == _LICENSING.TRUE)
 
 
 def expression(service: str) -> str:
-    """The licence of a service's image, as an SPDX expression: of our code, its packages, and what is beside them."""
+    """Return the licence of a service's image as an SPDX expression: of its code, packages and other content."""
     every = [_OURS, *map(licence, packages(service)), *BESIDE.get(service, {}).values()]
     whole = " AND ".join(f"({each})" for each in dict.fromkeys(every))
     return str(_LICENSING.parse(whole).simplify())
@@ -96,7 +96,7 @@ def expression(service: str) -> str:
 def problems(
     licence_of: Callable[[Package], str] = licence, exceptions: Mapping[str, frozenset[str]] = EXCEPTIONS
 ) -> list[str]:
-    """What is not allowed: a sentence for each package of a lock."""
+    """Return a sentence for each package of a lock with a licence that is not allowed."""
     found = []
     for lock in (*SERVICES, "dev"):
         for package in packages(lock):

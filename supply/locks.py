@@ -31,7 +31,7 @@ class Package:
 
 
 def packages(lock: str, environment: Mapping[str, str] | None = _IMAGE) -> list[Package]:
-    """The packages of a lock that are installed in `environment`; all of them if that is None."""
+    """Return the packages of a lock for `environment`; all of them if it is None."""
     text = (ROOT / "requirements" / f"{lock}.txt").read_text(encoding="utf-8").replace("\\\n", " ")
     lines = [line.split(" --hash=")[0].strip() for line in text.splitlines()]
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]

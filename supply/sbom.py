@@ -1,4 +1,4 @@
-"""A CycloneDX document of each image: our service, the packages of its lock, and what is installed beside them."""
+"""CycloneDX documents of the images: the service, the packages of its lock, and other installed software."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from supply.locks import ROOT, packages
 
 
 def document(service: str) -> str:
-    """The image of `service` in CycloneDX 1.6. What its base image holds is in that image's own document, not here."""
+    """Return the CycloneDX 1.6 document of the image of `service`, without the content of its base image."""
     image = Component(
         name=f"scanfleet/{service}",
         type=ComponentType.CONTAINER,

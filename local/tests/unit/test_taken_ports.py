@@ -24,7 +24,7 @@ def test_up_with_a_taken_port_names_the_port_and_the_new_one(
     monkeypatch.setattr(stack, "up", lambda: True)
     __main__.up(stack)
     port = stack.url.rpartition(":")[2]
-    assert capsys.readouterr().err == f"port {usual} was taken: api-gateway listens on port {port}\n"
+    assert capsys.readouterr().err == f"port {usual} was in use: api-gateway listens on port {port}\n"
 
 
 def test_compose_demo_with_a_taken_port_starts_nothing(
@@ -38,5 +38,5 @@ def test_compose_demo_with_a_taken_port_starts_nothing(
         monkeypatch.setattr(compose, "PORT", port)
         assert compose.main() == 1
     assert said.mock_calls == [mock.call("ps", "--quiet", "api-gateway")]
-    assert f"port {port} of 127.0.0.1 is taken" in capsys.readouterr().err
+    assert f"port {port} of 127.0.0.1 is in use" in capsys.readouterr().err
     assert "SCANFLEET_PORT" in (ROOT / "docker-compose.yml").read_text()
