@@ -100,6 +100,7 @@ class PreconditionFailedError(PublicError):
     """The thing has changed since the caller read it."""
 
     status = 412
+    rule = Rule.STATE
 
 
 class TooManyRequestsError(PublicError):

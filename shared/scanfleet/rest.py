@@ -564,10 +564,13 @@ class Me(_Answer):
 
 # Paths and queries
 
+MAX_RESULTS = 1_000_000  # that `limit` allows; without `limit` a response has all
+
 ALL_USERS = "all"
 WHOSE = r"^(all|[1-9][0-9]{0,15})$"
 """A user's id, or all users."""
 
+QueryId = Annotated[int, Field(ge=1, le=MAX_ID)]
 Page = Annotated[int, Field(ge=1, le=MAX_PAGE)]
 PageSize = Annotated[int, Field(ge=1, le=100)]
 LedgerPageSize = Annotated[int, Field(ge=1, le=1_000)]  # addresses listed per page: a few hundred kilobytes

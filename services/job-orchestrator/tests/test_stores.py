@@ -161,6 +161,10 @@ async def test_list_audit_is_ordered_by_the_time_received(store: Store, monkeypa
     assert await store.list_audit(0, 10, subject="") == ([b], 1)
     assert await store.list_audit(0, 10, subject="7", request_id="r-2") == ([], 0)
     assert await store.list_audit(0, 10, request_id="r-1") == ([c, a], 2)
+    assert await store.list_audit(0, 10, request_id="r-1", action=a.action, source=a.source, rule=None) == ([c, a], 2)
+    assert await store.list_audit(0, 10, since=b.received_at) == ([c, b], 2)
+    assert await store.list_audit(0, 10, until=b.received_at) == ([a], 1)
+    assert await store.list_audit(0, 10, since=b.received_at, until=c.received_at, decision=b.decision) == ([b], 1)
 
 
 async def test_add_audit_of_an_id_that_another_service_has_keeps_both(store: Store) -> None:

@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
+from ipaddress import ip_address
+from itertools import islice
 from typing import Annotated, Final, Protocol, cast
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
 
 from scanfleet.auth import Caller, Guarded
-from scanfleet.rest import Result
+from scanfleet.errors import BadRequestError
+from scanfleet.messages.fields import MAX_ID
+from scanfleet.rest import MAX_RESULTS, Result
 from scanfleet.service import PathId
+from scanfleet.targets import Network, parse_network
 
 PIECE: Final = (
     1 << 16
@@ -31,17 +36,33 @@ _RANGE: Final = re.compile(
     r"([\w.+*-]+/[\w.+*-]+)(?:;(?!q=)[^;]*)*(?:;q=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?))?", re.ASCII
 )
 
+_PORT: Final = re.compile(r"[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]")
+
 # A banner may contain HTML: browsers must not sniff the response as a page.
 _HEADERS: Final = {"Vary": "Accept", "X-Content-Type-Options": "nosniff"}
 
 
 class Results(Protocol):
-    def results(self, job_id: int, user_id: int | None) -> AsyncIterator[Iterable[Result]]:
-        """Yield the job's results in order of creation, host by host; `user_id` limits them to that user's.
+    def results(
+        self, job_id: int, user_id: int | None, *, after: int | None = None, raw: bool = True
+    ) -> AsyncIterator[Iterable[Result]]:
+        """Yield the job's results in order of creation, host by host.
+
+        Args:
+            job_id: the job.
+            user_id: limits the results to those of this user.
+            after: skips the hosts whose results all have lower ids, and yields the others in order of their ids.
+            raw: include `raw_data`; without it, the field is empty.
 
         Raises:
             DependencyError: the store is unavailable; it can fail after some results were yielded.
         """
+
+
+Fields = tuple[str, ...]
+"""Names of fields of a result, in the result's own order."""
+
+ALL_FIELDS: Final[Fields] = tuple(Result.model_fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +70,8 @@ class Format:
     """An export format: how a list of results is serialized."""
 
     media_type: str
-    head: str
-    row: Callable[[Result], str]
+    head: Callable[[Fields], str]
+    row: Callable[[Result, Fields], str]
     between: str
     tail: str
 
@@ -65,8 +86,13 @@ class _Line:
 _csv: Final = csv.writer(_Line())
 
 
-def _csv_row(result: Result) -> str:
-    return cast(str, _csv.writerow([_cell(value) for value in result.model_dump(mode="json").values()]))
+def _csv_row(result: Result, fields: Fields) -> str:
+    values = result.model_dump(mode="json", include=set(fields))
+    return cast(str, _csv.writerow([_cell(value) for value in values.values()]))
+
+
+def _csv_head(fields: Fields) -> str:
+    return ",".join(fields) + "\r\n"
 
 
 def _cell(value: object) -> object:
@@ -77,13 +103,15 @@ def _cell(value: object) -> object:
     return _FORMULA.sub(r"\1'", value)
 
 
-def _json_row(result: Result) -> str:
-    return result.model_dump_json(ensure_ascii=True)
+def _json_row(result: Result, fields: Fields) -> str:
+    return result.model_dump_json(include=None if fields == ALL_FIELDS else set(fields), ensure_ascii=True)
 
 
-JSON: Final = Format("application/json", "[", _json_row, ",", "]")
-NDJSON: Final = Format("application/x-ndjson", "", lambda result: _json_row(result) + "\n", "", "")
-CSV: Final = Format("text/csv", ",".join(Result.model_fields) + "\r\n", _csv_row, "", "")
+JSON: Final = Format("application/json", lambda _: "[", _json_row, ",", "]")
+NDJSON: Final = Format(
+    "application/x-ndjson", lambda _: "", lambda result, fields: _json_row(result, fields) + "\n", "", ""
+)
+CSV: Final = Format("text/csv", _csv_head, _csv_row, "", "")
 
 
 def negotiate(accept: str) -> Format:
@@ -100,12 +128,14 @@ def negotiate(accept: str) -> Format:
     return max((JSON, NDJSON, CSV), key=quality)
 
 
-async def write(form: Format, results: AsyncIterator[Iterable[Result]]) -> AsyncIterator[bytes]:
+async def write(
+    form: Format, results: AsyncIterator[Iterable[Result]], fields: Fields = ALL_FIELDS
+) -> AsyncIterator[bytes]:
     """Yield the document in pieces of about `PIECE` bytes; at least one."""
-    parts, size, between = [form.head], 0, ""
+    parts, size, between = [form.head(fields)], 0, ""
     async for some in results:
         for result in some:
-            row = form.row(result)
+            row = form.row(result, fields)
             parts += (between, row)
             size += len(row)
             between = form.between
@@ -116,6 +146,41 @@ async def write(form: Format, results: AsyncIterator[Iterable[Result]]) -> Async
     yield "".join(parts).encode()
 
 
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which of a job's results are requested."""
+
+    after: int | None = None
+    limit: int | None = None
+    ports: frozenset[int] = frozenset()
+    """Empty selects every port."""
+
+    service: str | None = None
+    addresses: Network | None = None
+
+    def __contains__(self, result: Result) -> bool:
+        return (
+            (self.after is None or result.id > self.after)
+            and (not self.ports or result.port in self.ports)
+            and (self.service is None or result.service == self.service)
+            and (self.addresses is None or ip_address(result.ip_address) in self.addresses)
+        )
+
+    async def of(self, results: AsyncIterator[Iterable[Result]]) -> AsyncIterator[Iterator[Result]]:
+        """Yield the selected results, host by host and one at a time, at most `limit`."""
+        left = self.limit
+        async for some in results:
+            found = (result for result in some if result in self)
+            if left is None:
+                yield found
+                continue
+            page = list(islice(found, left))
+            left -= len(page)
+            yield iter(page)
+            if not left:
+                return
+
+
 async def _store(request: Request) -> Results:  # a thread would run what is not async
     return cast(Results, request.app.state.store)
 
@@ -123,19 +188,55 @@ async def _store(request: Request) -> Results:  # a thread would run what is not
 router = APIRouter(route_class=Guarded)
 
 
+async def _selection(
+    request: Request,
+    after: Annotated[int | None, Query(ge=0, le=MAX_ID)] = None,
+    limit: Annotated[int | None, Query(ge=1, le=MAX_RESULTS)] = None,
+    service: Annotated[str | None, Query(max_length=200)] = None,
+    address: Annotated[str | None, Query(max_length=50)] = None,
+) -> Selection:
+    ports = _words(request, "port")
+    if not all(_PORT.fullmatch(port) for port in ports):
+        raise BadRequestError("port must be a number from 0 to 65535")
+    try:
+        addresses = None if address is None else parse_network(address)
+    except ValueError as error:
+        raise BadRequestError(f"address: {error}") from error
+    by_id = after is not None or limit is not None
+    return Selection((after or 0) if by_id else None, limit, frozenset(map(int, ports)), service, addresses)
+
+
+async def _fields(request: Request) -> Fields:
+    wanted = _words(request, "fields")
+    if not set(wanted) <= set(ALL_FIELDS):
+        raise BadRequestError(f"fields must be of {', '.join(ALL_FIELDS)}")
+    return tuple(name for name in ALL_FIELDS if name in wanted) or ALL_FIELDS
+
+
+def _words(request: Request, name: str) -> list[str]:
+    """Return the values of a query parameter that may be repeated, bracketed or separated by commas."""
+    given = request.query_params.getlist(name) + request.query_params.getlist(f"{name}[]")
+    return [word for text in given for word in text.split(",")]
+
+
 @router.get("/api/v1/task/{job_id}/results")
 async def results(
+    *,
     job_id: PathId,
     caller: Caller,
     request: Request,
     store: Annotated[Results, Depends(_store)],
+    selection: Annotated[Selection, Depends(_selection)],
+    fields: Annotated[Fields, Depends(_fields)],
 ) -> StreamingResponse:
-    """Stream the task's results in order of creation, limited to those that the caller owns.
+    """Stream the selected results of the task in order of creation, limited to those that the caller owns.
 
     Only the orchestrator stores whether the task exists and who owns it; the gateway asks the orchestrator first.
     """
     form = negotiate(",".join(request.headers.getlist("accept")))
-    pieces = write(form, store.results(job_id, None if caller.admin else caller.user_id))
+    owner = None if caller.admin else caller.user_id
+    found = store.results(job_id, owner, after=selection.after, raw="raw_data" in fields)
+    pieces = write(form, selection.of(found), fields)
     first = await anext(pieces)  # if the store is unavailable now, the response is a 503; later it can only be cut off
 
     async def body() -> AsyncIterator[bytes]:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequen
 from typing import Any, Final
 
 from bson import decode_iter
-from pymongo import ASCENDING, IndexModel
+from pymongo import ASCENDING, DESCENDING, IndexModel
 
 from result_store.domain import ClosedChunk, Host, Place, StoredHost
 from scanfleet.messages import HostScanned
@@ -26,7 +26,10 @@ SEQUENCE: Final = "results"
 
 _WITH_RESULTS: Final = {"first_id": {"$exists": True}}
 _INDEXES: Final = {
-    "hosts": [IndexModel([("job_id", 1), ("created_at", 1), ("offset", 1)], partialFilterExpression=_WITH_RESULTS)],
+    "hosts": [
+        IndexModel([("job_id", 1), ("created_at", 1), ("offset", 1)], partialFilterExpression=_WITH_RESULTS),
+        IndexModel([("job_id", 1), ("first_id", 1)], partialFilterExpression=_WITH_RESULTS),
+    ],
 }
 _OF_STORED: Final = dict.fromkeys(("chunk_id", "address", "outcome", "created_at", "offset"), True)
 
@@ -84,18 +87,20 @@ class MongoStore:
         documents = await self._chunks.find({"_id": {"$in": list(chunk_ids)}}).to_list(None)
         return {document["_id"]: _chunk(document) for document in documents}
 
-    async def results(self, job_id: int, user_id: int | None) -> AsyncIterator[Iterator[Result]]:
-        """Yield the job's results in order of creation, host by host; `user_id` limits them to that user's.
-
-        Raises:
-            DependencyError: the store is unavailable; it can fail after some results were yielded.
-        """
+    async def results(
+        self, job_id: int, user_id: int | None, *, after: int | None = None, raw: bool = True
+    ) -> AsyncIterator[Iterator[Result]]:
+        """See `result_store.api.Results`."""
         query: Document = {"job_id": job_id, **_WITH_RESULTS}
         if user_id is not None:
             query["user_id"] = user_id
         order = [("created_at", ASCENDING), ("offset", ASCENDING)]
         async with dependency_errors():
-            cursor = self._hosts.find_raw_batches(query, sort=order, batch_size=PAGE)
+            if after is not None:
+                order = [("first_id", ASCENDING)]
+                query["first_id"] = {"$exists": True, "$gte": await self._host_of(job_id, after)}
+            fields = None if raw else {"ports.raw_data": False}
+            cursor = self._hosts.find_raw_batches(query, fields, sort=order, batch_size=PAGE)
             try:
                 async for page in cursor:
                     # Decoded twice, so that at most one host is decoded at a time, and a page needs one query for closed chunks.
@@ -107,6 +112,12 @@ class MongoStore:
                             yield _host(document).results(document["first_id"])
             finally:
                 await cursor.close()
+
+    async def _host_of(self, job_id: int, result_id: int) -> int:
+        """Return the id of the first result of the host with this result, or of the job's last host before it."""
+        query = {"job_id": job_id, "first_id": {"$exists": True, "$lte": result_id}}
+        found = await self._hosts.find_one(query, {"first_id": True}, sort=[("first_id", DESCENDING)])
+        return found["first_id"] if found else 0
 
     def _decode(self, page: bytes) -> Iterator[Document]:
         return decode_iter(page, self._hosts.codec_options)

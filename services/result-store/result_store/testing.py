@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 from result_store.domain import ClosedChunk, Host, StoredHost
 from result_store.handlers import ResultsHandler, Store
@@ -53,19 +53,24 @@ class MemoryStore:
     async def closed(self, chunk_ids: Collection[str]) -> dict[str, ClosedChunk]:
         return {chunk_id: self.chunks[chunk_id] for chunk_id in chunk_ids if chunk_id in self.chunks}
 
-    async def results(self, job_id: int, user_id: int | None) -> AsyncIterator[Iterable[Result]]:
-        for host, first_id in sorted(
-            self.hosts.values(), key=lambda each: (each[0].place.created_at, each[0].place.offset)
-        ):
+    async def results(
+        self, job_id: int, user_id: int | None, *, after: int | None = None, raw: bool = True
+    ) -> AsyncIterator[Iterable[Result]]:
+        def order(each: tuple[Host, int]) -> Any:
+            return (each[0].place.created_at, each[0].place.offset) if after is None else each[1]
+
+        for host, first_id in sorted(self.hosts.values(), key=order):
             scanned = host.scanned
             chunk = self.chunks.get(scanned.chunk_id)
             if (
                 scanned.job_id == job_id
                 and user_id in (None, scanned.user_id)
                 and host.result_count
+                and (after is None or first_id + host.result_count > after + 1)
                 and (chunk is None or chunk.counts(scanned.address))
             ):
-                yield host.results(first_id)
+                found = host.results(first_id)
+                yield found if raw else [result.model_copy(update={"raw_data": ""}) for result in found]
 
 
 def handler(store: Store, publisher: Publisher) -> ResultsHandler:

@@ -194,3 +194,27 @@ async def test_add_host_with_all_ports_open_is_stored(store: Store) -> None:
     """A host with every port of its chunk open is stored and listed completely."""
     await store.add(hosts(host("127.9.8.1", *range(1, 8193))))
     assert [result.port for result in await listed(store)] == list(range(1, 8193))
+
+
+async def test_results_after_an_id_are_in_order_of_ids(store: Store) -> None:
+    """With `after`, hosts come in order of their ids, which need not be the order of the log; hosts before are skipped."""
+    first, second, third = hosts(host("127.9.8.1", 22, 80), host("127.9.8.2", 22), host("127.9.8.3", 22, 443))
+    for each in (second, first, third):  # as after a restart in the middle of a batch
+        await store.add([each])
+    assert [result.id for result in await listed(store)] == [2, 3, 1, 4, 5]
+
+    async def after(id_: int) -> list[tuple[int, str]]:
+        found = [each async for some in store.results(1, None, after=id_) for each in some]
+        return [(each.id, each.ip_address) for each in found if each.id > id_]
+
+    assert await after(0) == [(1, "127.9.8.2"), (2, "127.9.8.1"), (3, "127.9.8.1"), (4, "127.9.8.3"), (5, "127.9.8.3")]
+    assert await after(2) == [(3, "127.9.8.1"), (4, "127.9.8.3"), (5, "127.9.8.3")]
+    assert await after(5) == []
+
+
+async def test_results_without_raw_data_leave_it_empty(store: Store) -> None:
+    """Without `raw` every field but `raw_data` is as it was reported."""
+    port = PortFound(port=22, service="ssh", raw_data='<port portid="22"/>')
+    await store.add(hosts(host("127.9.8.1", port)))
+    [result] = [each async for some in store.results(1, None, raw=False) for each in some]
+    assert (result.port, result.service, result.raw_data) == (22, "ssh", "")

@@ -11,8 +11,12 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cached_property
 from typing import ClassVar, Final, cast
 
+from fastapi import Request
+from fastapi.dependencies.utils import get_flat_params
+from fastapi.params import Query
 from limits import RateLimitItemPerMinute
 from limits.aio.storage import MemoryStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
@@ -25,6 +29,7 @@ from scanfleet.auth import Guarded, Principal
 from scanfleet.errors import BadRequestError, Rule, TooManyRequestsError, UnavailableError
 
 _WITH_BODY: Final = frozenset({"POST", "PUT"})
+_MAX_ERROR_CHARS: Final = 200  # an error may quote the caller, but not at length
 _WINDOW_S: Final = 60  # of every rate
 
 
@@ -154,12 +159,31 @@ class Route(Guarded):
         caller = cast(Principal, scope["caller"])
         admission = cast(Admission, scope["app"].state.admission)
         async with admission.admit(caller.user_id, rate=self._rate, lane=self.lane, headers=scope["answer_headers"]):
+            self._refuse_unknown_queries(scope)
             self._refuse_other_content(scope)
             await super().serve(scope, receive, send)
 
     @property
     def _rate(self) -> str:
         return "reads" if self.methods == {"GET"} else "writes"
+
+    def _refuse_unknown_queries(self, scope: Scope) -> None:
+        """Refuse what the document does not name: a filter with a typing error would select everything.
+
+        Raises:
+            BadRequestError: there is a query parameter that the route does not have.
+        """
+        if not scope["query_string"]:
+            return
+        if unknown := Request(scope).query_params.keys() - self._queries:
+            raise BadRequestError(f"unknown in a query: {', '.join(sorted(unknown))}"[:_MAX_ERROR_CHARS])
+
+    @cached_property
+    def _queries(self) -> frozenset[str]:
+        read = [each.alias for each in get_flat_params(self.dependant) if isinstance(each.field_info, Query)]
+        documented = [each for each in (self.openapi_extra or {}).get("parameters", ()) if each["in"] == "query"]
+        lists = [f"{each['name']}[]" for each in documented if each["schema"].get("type") == "array"]
+        return frozenset((*read, *(each["name"] for each in documented), *lists))
 
     def _refuse_other_content(self, scope: Scope) -> None:
         """Say what a body has to be: the framework would take any other for a text, and say what is wrong with that.

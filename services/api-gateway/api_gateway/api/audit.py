@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from api_gateway.api.admission import Route
-from api_gateway.api.document import errors, paging, query
+from api_gateway.api.document import TEXT, TIME, errors, paging, query
 from api_gateway.api.state import Handed
 from scanfleet import rest
 from scanfleet.auth import Caller
@@ -19,8 +19,14 @@ router = APIRouter(prefix="/api/v1/audit", tags=["audit"], route_class=Route)
     responses=errors(400, 403),
     openapi_extra={
         "parameters": [
-            query("subject", {"type": "string"}, "Only what this user did or was refused."),
-            query("request_id", {"type": "string"}, "Only what became of this request."),
+            query("subject", TEXT, "Only what this user did or was refused."),
+            query("request_id", TEXT, "Only what became of this request."),
+            query("action", TEXT, "Only this operation, by its `operationId`."),
+            query("decision", {"type": "string", "enum": ["allowed", "refused"]}, "Only what was decided so."),
+            query("rule", TEXT, "Only what this rule decided."),
+            query("source", TEXT, "Only what came from this address."),
+            query("since", TIME, "Only what was received then or later."),
+            query("until", TIME, "Only what was received before."),
             *paging(),
         ],
     },

@@ -7,6 +7,7 @@ from typing import Any, Final
 from pydantic import BaseModel, TypeAdapter
 
 from scanfleet import rest
+from scanfleet.messages.fields import MAX_ID
 
 _RETRY_AFTER: Final = {
     "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}},
@@ -14,9 +15,18 @@ _RETRY_AFTER: Final = {
 _REQUEST_ID: Final = {
     "X-Request-ID": {"description": "Names this request in every log.", "schema": {"type": "string"}},
 }
+ID: Final = {"type": "integer", "minimum": 1, "maximum": MAX_ID}
+TIME: Final = {"type": "string", "format": "date-time"}
+TEXT: Final = {"type": "string", "maxLength": 200}
+
 ETAG: Final = {
     "ETag": {"description": "Names this state of the thing.", "schema": {"type": "string"}},
 }
+TAGGED: Final[dict[int, dict[int | str, dict[str, Any]]]] = {
+    status: {status: {"headers": ETAG}} for status in (200, 201)
+}
+"""By the status of a success, an answer with an `ETag`."""
+
 _ERRORS: Final[dict[int, str]] = {
     400: "The request is malformed or invalid; the error says how.",
     401: "There is no bearer token, or not a good one.",
@@ -78,6 +88,9 @@ def _header(name: str, description: str) -> dict[str, Any]:
     }
 
 
+IF_MATCH: Final = _header(
+    "If-Match", "The `ETag` of what the caller has read: if it has changed since, the answer is 412."
+)
 IF_NONE_MATCH: Final = _header(
     "If-None-Match", "The `ETag` of what the caller has; the answer is 304 if it is still that."
 )

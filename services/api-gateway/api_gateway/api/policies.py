@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from api_gateway.api.admission import Route
-from api_gateway.api.document import body, errors, paging
+from api_gateway.api.document import IF_MATCH, TAGGED, body, errors, paging
 from api_gateway.api.state import Handed
 from scanfleet import rest
 from scanfleet.auth import Caller
@@ -29,7 +29,7 @@ async def list_policies(request: Request, _caller: Caller, state: Handed) -> Res
     "",
     status_code=201,
     response_model=rest.Policy,
-    responses=errors(400, 413),
+    responses=TAGGED[201] | errors(400, 413),
     openapi_extra=body(rest.PolicyBody),
 )
 async def create_policy(request: Request, _caller: Caller, state: Handed) -> Response:
@@ -37,7 +37,7 @@ async def create_policy(request: Request, _caller: Caller, state: Handed) -> Res
     return await state.orchestrator.forward(request)
 
 
-@router.get("/{policy_id}", response_model=rest.Policy, responses=errors(404))
+@router.get("/{policy_id}", response_model=rest.Policy, responses=TAGGED[200] | errors(404))
 async def read_policy(policy_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
     """Read a policy."""
     return await state.orchestrator.forward(request)
@@ -46,8 +46,8 @@ async def read_policy(policy_id: PathId, request: Request, _caller: Caller, stat
 @router.put(
     "/{policy_id}",
     response_model=rest.Policy,
-    responses=errors(400, 404, 413),
-    openapi_extra=body(rest.PolicyBody),
+    responses=TAGGED[200] | errors(400, 404, 412, 413),
+    openapi_extra=body(rest.PolicyBody) | {"parameters": [IF_MATCH]},
 )
 async def replace_policy(policy_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
     """Replace a policy as a whole; jobs that were made from it keep it as it was."""

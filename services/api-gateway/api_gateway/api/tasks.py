@@ -8,7 +8,7 @@ from uuid import uuid4
 from fastapi import APIRouter, Header, Request, Response
 
 from api_gateway.api.admission import CancelRoute, Route, StreamRoute
-from api_gateway.api.document import ETAG, IF_NONE_MATCH, errors, paging, query
+from api_gateway.api.document import ETAG, ID, IF_NONE_MATCH, TIME, errors, paging, query
 from api_gateway.api.events import JobsStream, JobStream, Watched, WatchedJobs, Whose, last_received, last_seq
 from api_gateway.api.state import Handed
 from scanfleet import rest, tracing
@@ -50,6 +50,11 @@ _USER_ID: Final = query(
     {"anyOf": [{"type": "integer", "minimum": 1, "maximum": MAX_ID}, {"const": "all"}]},
     "For administrators: the jobs of this user, or of `all`; without it the caller's own.",
 )
+_JOB_FILTERS: Final = [
+    query("subnet_id", ID, "Only jobs of this subnet."),
+    query("policy_id", ID, "Only jobs of this policy."),
+    query("since", TIME, "Only jobs that were created then or later."),
+]
 _PORTS: Final = query(
     "ports", {"type": "string"}, "Only blocks that hold some of these ports, in the syntax of a policy's `ports`."
 )
@@ -63,6 +68,26 @@ _NOT_MODIFIED: Final[dict[int | str, dict[str, Any]]] = {
     304: {"description": "The map is still the one of `If-None-Match`.", "headers": ETAG},
 }
 _RESULT: Final = {"$ref": "#/components/schemas/Result"}
+_RESULT_FILTERS: Final = [
+    query(
+        "fields",
+        {"type": "array", "items": {"type": "string", "enum": list(rest.Result.model_fields)}},
+        "Only these fields; without `raw_data` the answer is a seventh in size. Repeated, or separated by commas.",
+    ),
+    query(
+        "after",
+        {"type": "integer", "minimum": 0, "maximum": MAX_ID},
+        "Only results with a greater `id`; with it, or with `limit`, they come in the order of their ids.",
+    ),
+    query("limit", {"type": "integer", "minimum": 1, "maximum": rest.MAX_RESULTS}, "At most so many; all without it."),
+    query(
+        "port",
+        {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 65_535}},
+        "Only these ports; repeated, or separated by commas.",
+    ),
+    query("service", {"type": "string", "maxLength": 200}, "Only this service, as nmap names it."),
+    query("address", {"type": "string", "maxLength": 50}, "Only this address, or the addresses of this network."),
+]
 _RESULTS: Final[dict[int | str, dict[str, Any]]] = {
     200: {
         "description": "The results in order of creation, streamed; how they are written is asked for by `Accept`.",
@@ -122,7 +147,7 @@ _ALL_EVENTS: Final[dict[int | str, dict[str, Any]]] = {
     "",
     response_model=rest.JobList,
     responses=errors(400, 403),
-    openapi_extra={"parameters": [_STATUS, _USER_ID, *paging()]},
+    openapi_extra={"parameters": [_STATUS, _USER_ID, *_JOB_FILTERS, *paging()]},
 )
 async def list_tasks(request: Request, _caller: Caller, state: Handed) -> Response:
     """All scan jobs of the caller, pending ones first, then the latest start first."""
@@ -225,7 +250,9 @@ async def cancel_task(job_id: PathId, request: Request, caller: Caller, state: H
     return rest.Done(message="Job cancelled successfully")
 
 
-@router.get("/{job_id}/results", responses=_RESULTS | errors(403, 404))
+@router.get(
+    "/{job_id}/results", responses=_RESULTS | errors(400, 403, 404), openapi_extra={"parameters": _RESULT_FILTERS}
+)
 async def read_results(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:
     """All results of a scan job so far, for its owner and administrators."""
     refusal = await state.orchestrator.refusal(request, job_id)

@@ -216,3 +216,29 @@ async def test_docs_page_runs_its_own_scripts_alone(gateway: Running) -> None:
     for path in re.findall(r'(?:src|href)="([^"]+)"', answer.text):
         assert path.startswith("/docs/assets/")
         assert (await gateway.client.get(path)).status_code == 200
+
+
+@pytest.mark.proves("A12")
+@pytest.mark.parametrize("path", [path for path, verbs in PATHS.items() if "get" in verbs and path != "/api/v1/info"])
+async def test_an_unknown_query_parameter_is_a_400(gateway: Running, path: str) -> None:
+    """A query parameter that the document does not name is refused on every route, in a short message that names it."""
+    before = len(gateway.services.requests)
+    path = re.sub(r"{\w+}", "1", path)
+    for query in ("status[$ne]=x", "status[$in][]=running", "$where=1", "_=1", "sUbnet_id=1", "x" * 5_000):
+        answer = await gateway.client.get(f"{path}?{query}")
+        assert (answer.status_code, list(answer.json())) == (400, ["error"])
+        assert answer.json()["error"].startswith(f"unknown in a query: {query.split('=')[0]}"[:200])
+        assert len(answer.json()["error"]) <= 200
+    assert len(gateway.services.requests) == before
+
+
+async def test_a_documented_query_parameter_is_passed_on(gateway: Running, document: dict[str, Any]) -> None:
+    """Every query parameter of the document is known to the route that has it, a list in brackets too."""
+    for path, verb, operation in operations(document):
+        for each in operation.get("parameters", ()):
+            if each["in"] != "query" or path == "/api/v1/events":
+                continue
+            names = [each["name"]] + ([f"{each['name']}[]"] if each["schema"].get("type") == "array" else [])
+            for name in names:
+                answer = await gateway.client.request(verb, re.sub(r"{\w+}", "1", path), params={name: "1"})
+                assert answer.status_code == 404, (path, name)  # the stand-ins' answer

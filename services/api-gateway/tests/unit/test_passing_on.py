@@ -86,7 +86,7 @@ async def test_what_goes_with_a_request(gateway: Running) -> None:
     """The caller, Accept, content type, conditions, an id and a trace of ours, the query and the true address go on; nothing else."""
     traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     answer = await gateway.client.get(
-        "/api/v1/task?status%5B%5D=running&status=a,b&page=2&x=%F0%9F%98%80",
+        "/api/v1/task?status%5B%5D=running&status=a,b&page=2&since=%F0%9F%98%80",
         headers={
             "Accept": "application/json",
             "If-Match": '"1"',
@@ -104,7 +104,7 @@ async def test_what_goes_with_a_request(gateway: Running) -> None:
         },
     )
     (asked,) = gateway.services.requests
-    assert asked.url.raw_path == b"/api/v1/task?status%5B%5D=running&status=a,b&page=2&x=%F0%9F%98%80"
+    assert asked.url.raw_path == b"/api/v1/task?status%5B%5D=running&status=a,b&page=2&since=%F0%9F%98%80"
     ours = asked.headers["traceparent"]
     assert ours[3:35] != traceparent[3:35]
     assert dict(asked.headers) == {
@@ -154,12 +154,12 @@ async def test_not_modified_passes_through_without_a_body(gateway: Running) -> N
 
 
 @pytest.mark.parametrize(
-    "query", [b"status=\xff\xfe", b"a=\x01", b"a b", b"%zz", b"#", b"\xc3\xa9", b"&&&===???"], ids=repr
+    "value", [b"\xff\xfe", b"\x01", b"a b", b"%zz", b"#", b"\xc3\xa9", b"&&&", b"===???"], ids=repr
 )
-async def test_an_odd_query_is_passed_on_escaped(gateway: Running, query: bytes) -> None:
+async def test_an_odd_query_is_passed_on_escaped(gateway: Running, value: bytes) -> None:
     """A query with bytes that no URL may have reaches the orchestrator escaped, and breaks nothing."""
     client = Client(gateway, "/api/v1/task")
-    client.scope["query_string"] = query
+    client.scope["query_string"] = b"since=" + value
     await client.run()
     assert (await client.messages.get())["status"] == 404
     (asked,) = gateway.services.requests
@@ -169,7 +169,7 @@ async def test_an_odd_query_is_passed_on_escaped(gateway: Running, query: bytes)
 async def test_a_query_beyond_reason_is_refused(gateway: Running) -> None:
     """An address too long to pass on is a 400."""
     client = Client(gateway, "/api/v1/task")
-    client.scope["query_string"] = b"x" * 100_000
+    client.scope["query_string"] = b"since=" + b"x" * 100_000
     await client.run()
     assert (await client.messages.get())["status"] == 400
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 from fastapi import APIRouter, Query, Request
+from pydantic import AwareDatetime
 
-from job_orchestrator.api.state import Handed, Paged, Recorded, only_known
+from job_orchestrator.api.state import Handed, Paged, Recorded
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded
 from scanfleet.errors import ForbiddenError, Rule
 
 router = APIRouter(prefix="/api/v1/audit", route_class=Guarded)
+
+_PAGING: Final = frozenset({"page", "page_size"})
 
 Text = Annotated[str | None, Query(max_length=200)]
 
@@ -26,13 +29,27 @@ async def list_audit(
     record: Recorded,
     subject: Text = None,
     request_id: Text = None,
+    action: Text = None,
+    decision: Text = None,
+    rule: Text = None,
+    source: Text = None,
+    since: AwareDatetime | None = None,
+    until: AwareDatetime | None = None,
 ) -> rest.AuditList:
     if not caller.admin:
         raise ForbiddenError("The audit log is for administrators", rule=Rule.ROLE)
-    only_known(request, "subject", "request_id")
-    asked = sorted(
-        f"{name}={value}" for name, value in request.query_params.items() if name in {"subject", "request_id"}
-    )
+    asked = sorted(f"{name}={value}" for name, value in request.query_params.items() if name not in _PAGING)
     await record.reading("?".join(("/api/v1/audit", *filter(None, ["&".join(asked)]))))
-    entries, total = await state.store.list_audit(paged.skip, paged.page_size, subject=subject, request_id=request_id)
+    entries, total = await state.store.list_audit(
+        paged.skip,
+        paged.page_size,
+        since=since,
+        until=until,
+        subject=subject,
+        request_id=request_id,
+        action=action,
+        decision=decision,
+        rule=rule,
+        source=source,
+    )
     return rest.AuditList(entries=entries, total=total, page=paged.page, page_size=paged.page_size)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from job_orchestrator.api.state import MAX_ERROR_CHARS, Handed, Recorded, State, only_known, tags
+from job_orchestrator.api.state import MAX_ERROR_CHARS, Handed, Recorded, State, tags
 from job_orchestrator.api.tasks import readable
 from job_orchestrator.domain import coverage, plan
 from job_orchestrator.domain.job import ScanJob
@@ -48,7 +48,6 @@ async def read_map(
     ports: Annotated[str | None, Query(max_length=MAX_TEXT)] = None,
     from_: Annotated[str | None, Query(alias="from", max_length=50)] = None,
 ) -> Response:
-    only_known(request, "ports", "from")
     job = await readable(state, caller, job_id, record)
     first, addresses = _part(job, from_)
     blocks = _blocks(job, ports)

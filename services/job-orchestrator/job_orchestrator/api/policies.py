@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from datetime import timedelta
 
-from job_orchestrator.api.state import Handed, Paged, Recorded, State, only_known
+from fastapi import APIRouter, Request, Response
+
+from job_orchestrator.api.state import Handed, Paged, Recorded, State, changed, check_unchanged, tagged
 from job_orchestrator.domain.store import Policy
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded
@@ -16,7 +18,9 @@ router = APIRouter(prefix="/api/v1/policy", route_class=Guarded)
 
 
 @router.post("", status_code=201)
-async def create_policy(body: rest.PolicyBody, caller: Caller, state: Handed, record: Recorded) -> rest.Policy:
+async def create_policy(
+    body: rest.PolicyBody, response: Response, caller: Caller, state: Handed, record: Recorded
+) -> rest.Policy:
     scan = body.scan(state.scripts)
     now = utc_now()
     (id_,) = await state.store.take_ids("policies")
@@ -30,12 +34,11 @@ async def create_policy(body: rest.PolicyBody, caller: Caller, state: Handed, re
     )
     await record(target=f"/api/v1/policy/{id_}")
     await state.store.add_policy(policy)
-    return _view(policy)
+    return _shown(policy, response)
 
 
 @router.get("")
-async def list_policies(request: Request, caller: Caller, state: Handed, paged: Paged) -> rest.PolicyList:
-    only_known(request)
+async def list_policies(caller: Caller, state: Handed, paged: Paged) -> rest.PolicyList:
     found, total = await state.store.list_policies(caller.user_id, paged.skip, paged.page_size)
     return rest.PolicyList(
         policies=[_view(each) for each in found],
@@ -46,27 +49,36 @@ async def list_policies(request: Request, caller: Caller, state: Handed, paged: 
 
 
 @router.get("/{policy_id}")
-async def read_policy(policy_id: PathId, caller: Caller, state: Handed) -> rest.Policy:
-    return _view(await _mine(state, caller.user_id, policy_id))
+async def read_policy(policy_id: PathId, response: Response, caller: Caller, state: Handed) -> rest.Policy:
+    return _shown(await _mine(state, caller.user_id, policy_id), response)
 
 
 @router.put("/{policy_id}")
 async def replace_policy(
-    policy_id: PathId, body: rest.PolicyBody, caller: Caller, state: Handed, record: Recorded
+    *,
+    policy_id: PathId,
+    body: rest.PolicyBody,
+    request: Request,
+    response: Response,
+    caller: Caller,
+    state: Handed,
+    record: Recorded,
 ) -> rest.Policy:
     old = await _mine(state, caller.user_id, policy_id)
+    conditional = check_unchanged(_view(old), request)
     new = Policy(
         id=old.id,
         user_id=old.user_id,
         name=body.name,
         scan=body.scan(state.scripts),
         created_at=old.created_at,
-        updated_at=max(utc_now(), old.updated_at),
+        updated_at=max(utc_now(), old.updated_at + timedelta(milliseconds=1)),  # each state has its own time
     )
     await record()
-    if not await state.store.replace_policy(new):
-        raise NotFoundError("Policy not found")
-    return _view(new)
+    if not await state.store.replace_policy(new, unchanged_since=old.updated_at if conditional else None):
+        await _mine(state, caller.user_id, policy_id)  # it may have been deleted
+        raise changed()
+    return _shown(new, response)
 
 
 @router.delete("/{policy_id}")
@@ -84,6 +96,12 @@ async def _mine(state: State, user_id: int, policy_id: int) -> Policy:
         theirs = await state.store.exists("policies", policy_id)
         raise NotFoundError("Policy not found", rule=Rule.OWNER if theirs else None)
     return found[0]
+
+
+def _shown(policy: Policy, response: Response) -> rest.Policy:
+    view = _view(policy)
+    tagged(view, response)
+    return view
 
 
 def _view(policy: Policy) -> rest.Policy:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Final
 
-from fastapi import Depends, Query, Request
+from fastapi import Depends, Query, Request, Response
+from pydantic import BaseModel
 
 from job_orchestrator.domain.grants import UNLIMITED, JobGrants
 from job_orchestrator.domain.store import Store
@@ -18,7 +19,7 @@ from scanfleet import rest
 from scanfleet.audit import write_line
 from scanfleet.auth import Caller
 from scanfleet.clock import utc_now
-from scanfleet.errors import BadRequestError, Rule
+from scanfleet.errors import PreconditionFailedError, Rule
 from scanfleet.messages import AuditEntry
 from scanfleet.policy import ADMITTED_SCRIPTS
 from scanfleet.service import audit_entry
@@ -96,20 +97,38 @@ class Paging:
         return (self.page - 1) * self.page_size
 
 
-def only_known(request: Request, *names: str) -> None:
-    """Refuse a query parameter of a list that is neither one of `names` nor of its paging.
+def tags(request: Request, header: str, *, weak: bool = True) -> set[str]:
+    """The entity tags of `If-None-Match`, weak ones as strong ones; or of `If-Match`, where none may be `weak`."""
+    listed = ",".join(request.headers.getlist(header))
+    stripped = (tag.strip() for tag in listed.split(","))
+    return {tag.removeprefix("W/") if weak else tag for tag in stripped if tag}
+
+
+def tagged(view: BaseModel, response: Response) -> None:
+    """Let the answer name the state of the thing that it shows."""
+    response.headers["ETag"] = _tag(view)
+
+
+def check_unchanged(view: BaseModel, request: Request) -> bool:
+    """Whether the caller wants to change the thing only as it is now, which was checked; False when in any state.
 
     Raises:
-        BadRequestError: there is one.
+        PreconditionFailedError: the caller has read another state of it.
     """
-    if unknown := request.query_params.keys() - {"page", "page_size", *names}:
-        raise BadRequestError(f"unknown in a query: {', '.join(sorted(unknown))}"[:MAX_ERROR_CHARS])
+    wanted = tags(request, "if-match", weak=False)
+    if not wanted or wanted == {"*"}:
+        return False
+    if _tag(view) not in wanted:
+        raise changed()
+    return True
 
 
-def tags(request: Request, header: str) -> set[str]:
-    """The entity tags of `If-Match` or `If-None-Match`, weak ones as strong ones."""
-    listed = ",".join(request.headers.getlist(header))
-    return {tag.strip().removeprefix("W/") for tag in listed.split(",") if tag.strip()}
+def changed() -> PreconditionFailedError:
+    return PreconditionFailedError("it was changed after you read it: read it again, and send the new ETag in If-Match")
+
+
+def _tag(view: BaseModel) -> str:
+    return f'"{hashlib.sha256(view.model_dump_json().encode()).hexdigest()[:16]}"'
 
 
 async def _paging(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from datetime import timedelta
 
-from job_orchestrator.api.state import Handed, Paged, Recorded, State, only_known
+from fastapi import APIRouter, Request, Response
+
+from job_orchestrator.api.state import Handed, Paged, Recorded, State, changed, check_unchanged, tagged
 from job_orchestrator.domain.store import Subnet
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded
@@ -17,7 +19,9 @@ router = APIRouter(prefix="/api/v1/subnet", route_class=Guarded)
 
 
 @router.post("", status_code=201)
-async def create_subnet(body: rest.SubnetBody, caller: Caller, state: Handed, record: Recorded) -> rest.Subnet:
+async def create_subnet(
+    body: rest.SubnetBody, response: Response, caller: Caller, state: Handed, record: Recorded
+) -> rest.Subnet:
     cidr, exclude = _checked(body, state.rules)
     now = utc_now()
     (id_,) = await state.store.take_ids("subnets")
@@ -32,12 +36,11 @@ async def create_subnet(body: rest.SubnetBody, caller: Caller, state: Handed, re
     )
     await record(target=f"/api/v1/subnet/{id_}")
     await state.store.add_subnet(subnet)
-    return _view(subnet)
+    return _shown(subnet, response)
 
 
 @router.get("")
-async def list_subnets(request: Request, caller: Caller, state: Handed, paged: Paged) -> rest.SubnetList:
-    only_known(request)
+async def list_subnets(caller: Caller, state: Handed, paged: Paged) -> rest.SubnetList:
     found, total = await state.store.list_subnets(caller.user_id, paged.skip, paged.page_size)
     return rest.SubnetList(
         subnets=[_view(each) for each in found],
@@ -48,15 +51,23 @@ async def list_subnets(request: Request, caller: Caller, state: Handed, paged: P
 
 
 @router.get("/{subnet_id}")
-async def read_subnet(subnet_id: PathId, caller: Caller, state: Handed) -> rest.Subnet:
-    return _view(await _mine(state, caller.user_id, subnet_id))
+async def read_subnet(subnet_id: PathId, response: Response, caller: Caller, state: Handed) -> rest.Subnet:
+    return _shown(await _mine(state, caller.user_id, subnet_id), response)
 
 
 @router.put("/{subnet_id}")
 async def replace_subnet(
-    subnet_id: PathId, body: rest.SubnetBody, caller: Caller, state: Handed, record: Recorded
+    *,
+    subnet_id: PathId,
+    body: rest.SubnetBody,
+    request: Request,
+    response: Response,
+    caller: Caller,
+    state: Handed,
+    record: Recorded,
 ) -> rest.Subnet:
     old = await _mine(state, caller.user_id, subnet_id)
+    conditional = check_unchanged(_view(old), request)
     cidr, exclude = _checked(body, state.rules)
     new = Subnet(
         id=old.id,
@@ -65,12 +76,13 @@ async def replace_subnet(
         cidr=cidr,
         exclude=exclude,
         created_at=old.created_at,
-        updated_at=max(utc_now(), old.updated_at),
+        updated_at=max(utc_now(), old.updated_at + timedelta(milliseconds=1)),  # each state has its own time
     )
     await record()
-    if not await state.store.replace_subnet(new):
-        raise NotFoundError("Subnet not found")
-    return _view(new)
+    if not await state.store.replace_subnet(new, unchanged_since=old.updated_at if conditional else None):
+        await _mine(state, caller.user_id, subnet_id)  # it may have been deleted
+        raise changed()
+    return _shown(new, response)
 
 
 @router.delete("/{subnet_id}")
@@ -101,6 +113,12 @@ def _checked(body: rest.SubnetBody, rules: TargetRules) -> tuple[str, tuple[str,
     if refusal := rules.refusal(target.network):
         raise BadRequestError(refusal, rule=Rule.TARGETS, target=body.cidr)
     return str(target.network), tuple(str(network) for network in target.exclude)
+
+
+def _shown(subnet: Subnet, response: Response) -> rest.Subnet:
+    view = _view(subnet)
+    tagged(view, response)
+    return view
 
 
 def _view(subnet: Subnet) -> rest.Subnet:

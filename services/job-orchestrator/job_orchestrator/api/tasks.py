@@ -6,8 +6,9 @@ from datetime import timedelta
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
+from pydantic import AwareDatetime
 
-from job_orchestrator.api.state import Handed, Paged, Recorded, Recorder, State, only_known
+from job_orchestrator.api.state import Handed, Paged, Recorded, Recorder, State
 from job_orchestrator.domain import ledger
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import OpenChunks
@@ -35,11 +36,15 @@ async def list_tasks(
     paged: Paged,
     record: Recorded,
     user_id: Whose = None,
+    subnet_id: Annotated[rest.QueryId | None, Query()] = None,
+    policy_id: Annotated[rest.QueryId | None, Query()] = None,
+    since: AwareDatetime | None = None,
 ) -> rest.JobList:
-    only_known(request, "status", "status[]", "user_id")
     statuses = _statuses(request)
     whose = await readable_user(caller, user_id, record, target="/api/v1/task")
-    found, total = await state.store.list_jobs(whose, statuses, paged.skip, paged.page_size)
+    found, total = await state.store.list_jobs(
+        whose, statuses, paged.skip, paged.page_size, subnet_id=subnet_id, policy_id=policy_id, since=since
+    )
     return rest.JobList(jobs=[job.view for job in found], total=total, page=paged.page, page_size=paged.page_size)
 
 

@@ -112,13 +112,17 @@ class Resources(Protocol):
     async def add_subnet(self, subnet: Subnet) -> None: ...
     async def subnets(self, user_id: int, ids: Collection[int]) -> list[Subnet]: ...
     async def list_subnets(self, user_id: int, skip: int, limit: int) -> tuple[list[Subnet], int]: ...
-    async def replace_subnet(self, subnet: Subnet) -> bool: ...
+    async def replace_subnet(self, subnet: Subnet, *, unchanged_since: datetime | None = None) -> bool:
+        """Store its fields if it is there, and if given, if its `updated_at` is still that one."""
+
     async def delete_subnet(self, user_id: int, subnet_id: int) -> bool: ...
 
     async def add_policy(self, policy: Policy) -> None: ...
     async def policies(self, user_id: int, ids: Collection[int]) -> list[Policy]: ...
     async def list_policies(self, user_id: int, skip: int, limit: int) -> tuple[list[Policy], int]: ...
-    async def replace_policy(self, policy: Policy) -> bool: ...
+    async def replace_policy(self, policy: Policy, *, unchanged_since: datetime | None = None) -> bool:
+        """Store its fields if it is there, and if given, if its `updated_at` is still that one."""
+
     async def delete_policy(self, user_id: int, policy_id: int) -> bool: ...
 
 
@@ -133,10 +137,19 @@ class Audit(Protocol):
         skip: int,
         limit: int,
         *,
-        subject: str | None = None,
-        request_id: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        **words: str | None,
     ) -> tuple[list[rest.AuditEntry], int]:
-        """The last received first, ties by id; and how many there are. An entry's id is `<service>/<id>`."""
+        """The last received first, ties by id; and how many there are. An entry's id is `<service>/<id>`.
+
+        Args:
+            skip: how many to pass over.
+            limit: how many.
+            since: only those received then or later.
+            until: only those received before.
+            words: only those whose fields of these names have these values; None is any.
+        """
 
 
 class Store(Resources, Audit, Protocol):
@@ -174,8 +187,22 @@ class Store(Resources, Audit, Protocol):
         statuses: Collection[JobStatus],
         skip: int,
         limit: int,
+        *,
+        subnet_id: int | None = None,
+        policy_id: int | None = None,
+        since: datetime | None = None,
     ) -> tuple[list[ScanJob], int]:
-        """Newest start first, pending before all, ties by id, newest first; and how many match. None is every user."""
+        """Newest start first, pending before all, ties by id, newest first; and how many match. None is every user.
+
+        Args:
+            user_id: whose jobs.
+            statuses: only these; none is all.
+            skip: how many to pass over.
+            limit: how many.
+            subnet_id: only jobs of this subnet.
+            policy_id: only jobs of this policy.
+            since: only jobs that were created then or later.
+        """
 
     async def latest_jobs(
         self,

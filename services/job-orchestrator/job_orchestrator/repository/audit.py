@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 import structlog
@@ -103,11 +103,14 @@ class MongoAudit:
         skip: int,
         limit: int,
         *,
-        subject: str | None = None,
-        request_id: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        **words: str | None,
     ) -> tuple[list[rest.AuditEntry], int]:
-        asked = {"subject": subject, "request_id": request_id}
-        wanted: Document = {name: value for name, value in asked.items() if value is not None}
+        wanted: Document = {name: value for name, value in words.items() if value is not None}
+        received = {"$gte": since, "$lt": until}
+        if bounds := {name: value for name, value in received.items() if value is not None}:
+            wanted["received_at"] = bounds
         newest = self._entries.find(wanted).sort([("received_at", -1), ("_id", -1)]).skip(skip).limit(limit)
         # All of a large collection are not counted one by one.
         counted = self._entries.count_documents(wanted) if wanted else self._entries.estimated_document_count()

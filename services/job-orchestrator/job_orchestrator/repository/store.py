@@ -52,6 +52,8 @@ _INDEXES: Final = {
     "jobs": [
         IndexModel([("user_id", 1), ("sort_time", -1), ("_id", -1)]),
         IndexModel([("user_id", 1), ("status", 1), ("sort_time", -1), ("_id", -1)]),
+        IndexModel([("subnet_id", 1), ("sort_time", -1), ("_id", -1)]),
+        IndexModel([("policy_id", 1), ("sort_time", -1), ("_id", -1)]),
         IndexModel([("status", 1), ("sort_time", -1), ("_id", -1)]),  # for administrators, who list every user's
         # With status and age the unfinished jobs are counted from the index alone.
         IndexModel(
@@ -73,6 +75,8 @@ _INDEXES: Final = {
         IndexModel([("received_at", -1), ("_id", -1)]),
         IndexModel([("subject", 1), ("received_at", -1), ("_id", -1)]),
         IndexModel([("request_id", 1)]),
+        IndexModel([("action", 1), ("received_at", -1), ("_id", -1)]),
+        IndexModel([("decision", 1), ("received_at", -1), ("_id", -1)]),
         IndexModel([("block", 1), ("received_at", 1), ("_id", 1)]),
         # Each entry says itself when it is to be forgotten, so that the setting may change.
         IndexModel([("forget_at", 1)], expireAfterSeconds=0),
@@ -145,8 +149,8 @@ class MongoStore(MongoAudit):
     async def list_subnets(self, user_id: int, skip: int, limit: int) -> tuple[list[Subnet], int]:
         return await _page(self._subnets, documents.read_subnet, user_id, skip, limit)
 
-    async def replace_subnet(self, subnet: Subnet) -> bool:
-        return await _replace(self._subnets, documents.write_subnet(subnet))
+    async def replace_subnet(self, subnet: Subnet, *, unchanged_since: datetime | None = None) -> bool:
+        return await _replace(self._subnets, documents.write_subnet(subnet), unchanged_since)
 
     async def delete_subnet(self, user_id: int, subnet_id: int) -> bool:
         return await _delete(self._subnets, user_id, subnet_id)
@@ -160,8 +164,8 @@ class MongoStore(MongoAudit):
     async def list_policies(self, user_id: int, skip: int, limit: int) -> tuple[list[Policy], int]:
         return await _page(self._policies, documents.read_policy, user_id, skip, limit)
 
-    async def replace_policy(self, policy: Policy) -> bool:
-        return await _replace(self._policies, documents.write_policy(policy))
+    async def replace_policy(self, policy: Policy, *, unchanged_since: datetime | None = None) -> bool:
+        return await _replace(self._policies, documents.write_policy(policy), unchanged_since)
 
     async def delete_policy(self, user_id: int, policy_id: int) -> bool:
         return await _delete(self._policies, user_id, policy_id)
@@ -229,12 +233,21 @@ class MongoStore(MongoAudit):
         statuses: Collection[JobStatus],
         skip: int,
         limit: int,
+        *,
+        subnet_id: int | None = None,
+        policy_id: int | None = None,
+        since: datetime | None = None,
     ) -> tuple[list[ScanJob], int]:
         wanted: Document = {} if user_id is None else {"user_id": user_id}
         if user_id is None:
             statuses = statuses or tuple(JobStatus)  # the index begins with it
         if statuses:
             wanted["status"] = {"$in": [status.value for status in statuses]}
+        asked = {"subnet_id": subnet_id, "policy_id": policy_id}
+        wanted |= {name: value for name, value in asked.items() if value is not None}
+        if since is not None:
+            wanted["created_at"] = {"$gte": since}
+            wanted["sort_time"] = {"$gte": since}  # never before it was created: bounds what is read of an index
         newest = self._jobs.find(wanted).sort([("sort_time", -1), ("_id", -1)]).skip(skip).limit(limit)
         jobs = [
             job async for each in newest if (job := documents.readable(documents.read_job, each, "jobs")) is not None
@@ -602,9 +615,12 @@ async def _page(
 
 
 @dependency_errors()
-async def _replace(collection: MongoCollection, document: Document) -> bool:
+async def _replace(collection: MongoCollection, document: Document, unchanged_since: datetime | None) -> bool:
     wanted = {"_id": document["_id"], "user_id": document["user_id"]}
-    return (await collection.replace_one(wanted, document)).matched_count == 1
+    if unchanged_since is not None:
+        wanted["updated_at"] = unchanged_since
+    fields = {name: value for name, value in document.items() if name != "_id"}  # others are not this request's
+    return (await collection.update_one(wanted, {"$set": fields})).matched_count == 1
 
 
 @dependency_errors()

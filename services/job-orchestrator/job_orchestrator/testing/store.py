@@ -66,8 +66,9 @@ class MemoryStore:
         mine = sorted((s for s in self._subnets.values() if s.user_id == user_id), key=lambda s: -s.id)
         return mine[skip : skip + limit], len(mine)
 
-    async def replace_subnet(self, subnet: Subnet) -> bool:
-        known = bool(await self.subnets(subnet.user_id, [subnet.id]))
+    async def replace_subnet(self, subnet: Subnet, *, unchanged_since: datetime | None = None) -> bool:
+        before = await self.subnets(subnet.user_id, [subnet.id])
+        known = bool(before) and unchanged_since in (None, before[0].updated_at)
         if known:
             self._subnets[subnet.id] = subnet
         return known
@@ -85,8 +86,9 @@ class MemoryStore:
         mine = sorted((p for p in self._policies.values() if p.user_id == user_id), key=lambda p: -p.id)
         return mine[skip : skip + limit], len(mine)
 
-    async def replace_policy(self, policy: Policy) -> bool:
-        known = bool(await self.policies(policy.user_id, [policy.id]))
+    async def replace_policy(self, policy: Policy, *, unchanged_since: datetime | None = None) -> bool:
+        before = await self.policies(policy.user_id, [policy.id])
+        known = bool(before) and unchanged_since in (None, before[0].updated_at)
         if known:
             self._policies[policy.id] = policy
         return known
@@ -132,13 +134,16 @@ class MemoryStore:
         skip: int,
         limit: int,
         *,
-        subject: str | None = None,
-        request_id: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        **words: str | None,
     ) -> tuple[list[rest.AuditEntry], int]:
         found = [
             entry
             for entry in self._audit.values()
-            if subject in (None, entry.subject) and request_id in (None, entry.request_id)
+            if all(value in (None, getattr(entry, name)) for name, value in words.items())
+            and (since is None or entry.received_at >= since)
+            and (until is None or entry.received_at < until)
         ]
         found.sort(key=lambda entry: (entry.received_at, entry.id), reverse=True)
         return found[skip : skip + limit], len(found)
@@ -163,11 +168,19 @@ class MemoryStore:
         statuses: Collection[JobStatus],
         skip: int,
         limit: int,
+        *,
+        subnet_id: int | None = None,
+        policy_id: int | None = None,
+        since: datetime | None = None,
     ) -> tuple[list[ScanJob], int]:
         mine = [
             job
             for job in self._jobs.values()
-            if user_id in (None, job.user_id) and (not statuses or job.status in statuses)
+            if user_id in (None, job.user_id)
+            and (not statuses or job.status in statuses)
+            and subnet_id in (None, job.subnet_id)
+            and policy_id in (None, job.policy_id)
+            and (since is None or job.created_at >= since)
         ]
         mine.sort(key=lambda job: (job.start_time or job.end_time or _FAR_FUTURE, job.id), reverse=True)
         return mine[skip : skip + limit], len(mine)

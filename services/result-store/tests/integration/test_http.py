@@ -37,7 +37,14 @@ class EndlessStore(MemoryStore):
         super().__init__()
         self.given = 0
 
-    async def results(self, job_id: int, user_id: int | None) -> AsyncIterator[Iterable[Result]]:  # noqa: ARG002 # the port's signature
+    async def results(
+        self,
+        job_id: int,
+        user_id: int | None,  # noqa: ARG002 # the port's signature
+        *,
+        after: int | None = None,  # noqa: ARG002 # likewise
+        raw: bool = True,  # noqa: ARG002 # likewise
+    ) -> AsyncIterator[Iterable[Result]]:
         [one] = fold(Log().append(host("127.9.8.1", PortFound(port=80, raw_data="x" * 1000)))).hosts.values()
         for number in range({1: LARGE, 2: 2 * PIECE // 1000, 3: 1}[job_id]):
             self.given += 1

@@ -52,12 +52,15 @@ async def test_queries_use_an_index(database: Database) -> None:
     await database.command("profile", 2)
     async for _ in store.results(1, 7):
         pass
+    async for _ in store.results(1, 7, after=2):
+        pass
     await store.stored({"1-0", "1-1"})
     await store.closed({"1-0"})
     await database.command("profile", 0)
     profiled = await database["system.profile"].find({"op": "query"}).to_list(None)
     assert {each["planSummary"] for each in profiled} == {
         "IXSCAN { job_id: 1, created_at: 1, offset: 1 }",
+        "IXSCAN { job_id: 1, first_id: 1 }",
         "IXSCAN { _id: 1 }, IXSCAN { _id: 1 }",
         "IXSCAN { _id: 1 }",
     }
@@ -65,11 +68,11 @@ async def test_queries_use_an_index(database: Database) -> None:
 
 
 async def test_prepare_existing_index_is_kept(database: Database) -> None:
-    """A second start finds the index and does not rebuild it."""
+    """A second start finds the indexes and does not rebuild them."""
     before = await database["hosts"].index_information()
     await MongoStore(database).prepare()
     assert await database["hosts"].index_information() == before
-    assert set(before) == {"_id_", "job_id_1_created_at_1_offset_1"}
+    assert set(before) == {"_id_", "job_id_1_created_at_1_offset_1", "job_id_1_first_id_1"}
 
 
 async def test_results_mongodb_failure_in_mid_read_raises(mongodb: str, database: Database) -> None:

@@ -32,7 +32,14 @@ ISSUER = Issuer()
 
 
 class UnavailableStore(MemoryStore):
-    async def results(self, job_id: int, user_id: int | None) -> AsyncIterator[Iterable[Result]]:  # noqa: ARG002 # as in the store
+    async def results(
+        self,
+        job_id: int,  # noqa: ARG002 # as in the store
+        user_id: int | None,  # noqa: ARG002 # likewise
+        *,
+        after: int | None = None,  # noqa: ARG002 # likewise
+        raw: bool = True,  # noqa: ARG002 # likewise
+    ) -> AsyncIterator[Iterable[Result]]:
         raise DependencyError("mongodb://secret-host is unavailable")
         yield []
 
@@ -351,3 +358,63 @@ async def test_results_times_are_the_brokers() -> None:
     store = await store_of(host(), host("127.9.8.2", 22))
     [result] = (await get(store)).json()
     assert result["created_at"] == result["updated_at"] == "2026-01-01T00:00:00.001Z"
+
+
+async def found(store: MemoryStore, query: str) -> list[tuple[str, int]]:
+    response = await get(store, f"/api/v1/task/1/results?{query}")
+    assert response.status_code == 200, response.text
+    return [(each["ip_address"], each["port"]) for each in response.json()]
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("port=22", [("127.9.8.1", 22), ("127.9.8.9", 22)]),
+        ("port=22&port=53", [("127.9.8.1", 22), ("127.9.8.1", 53), ("127.9.8.9", 22)]),
+        ("port[]=53,443", [("127.9.8.1", 53), ("127.9.8.9", 443)]),
+        ("service=http", [("127.9.8.9", 443)]),
+        ("service=HTTP", []),
+        ("address=127.9.8.9", [("127.9.8.9", 22), ("127.9.8.9", 443)]),
+        ("address=127.9.8.0/30&port=22", [("127.9.8.1", 22)]),
+        ("address=::1", []),
+        ("after=2", [("127.9.8.9", 22), ("127.9.8.9", 443)]),
+        ("after=1&limit=2", [("127.9.8.1", 53), ("127.9.8.9", 22)]),
+        ("limit=1", [("127.9.8.1", 22)]),
+        ("limit=1&port=443", [("127.9.8.9", 443)]),
+        ("after=4", []),
+    ],
+)
+async def test_results_are_filtered(query: str, expected: list[tuple[str, int]]) -> None:
+    """Results are selected by port, service and address, from an id on, and up to a number."""
+    ports = (PortFound(port=22), PortFound(port=443, service="http"))
+    store = await store_of(host("127.9.8.1", 22, PortFound(port=53, protocol="udp")), host("127.9.8.9", *ports))
+    assert await found(store, query) == expected
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        *("port=x", "port=", "port=65536", "port=-1", "port=22,", "address=127.9.8.1/24", "address=x", "address="),
+        *("after=-1", "after=x", "limit=0", "limit=1000001", "fields=", "fields=id,x", "fields=ID"),
+    ],
+)
+async def test_results_filter_that_is_none_is_a_400(query: str) -> None:
+    """A filter with a value that cannot be one is refused, in an error that names it."""
+    response = await get(MemoryStore(), f"/api/v1/task/1/results?{query}")
+    assert (response.status_code, list(response.json())) == (400, ["error"])
+    assert query.split("=", maxsplit=1)[0] in response.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("accept", "text"),
+    [
+        ("application/json", '[{"id":1,"port":22},{"id":2,"port":80}]'),
+        ("application/x-ndjson", '{"id":1,"port":22}\n{"id":2,"port":80}\n'),
+        ("text/csv", "id,port\r\n1,22\r\n2,80\r\n"),
+    ],
+)
+async def test_results_have_the_requested_fields_in_their_own_order(accept: str, text: str) -> None:
+    """`fields` limits every format to these fields, in the order of the API."""
+    store = await store_of(host("127.9.8.1", 22, 80))
+    for query in ("fields=port,id", "fields=port&fields=id", "fields[]=port&fields[]=id"):
+        assert (await get(store, f"/api/v1/task/1/results?{query}", accept=accept)).text == text
