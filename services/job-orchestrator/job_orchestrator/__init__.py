@@ -1,1 +1,1 @@
-"""Owns subnets, policies, jobs and chunks: the state machine, dispatch and leases."""
+"""Own subnets, policies, jobs and chunks: the state machines, dispatch and leases."""

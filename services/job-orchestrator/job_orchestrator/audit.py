@@ -25,10 +25,10 @@ _TAMPERED = 2  # the exit code; 1 is a dependency's failure
 
 
 def command_entry(action: str, target: str) -> AuditEntry:
-    """The entry of an operator's command."""
+    """Return the audit entry of an operator's command."""
     try:
         user = getuser()
-    except (OSError, KeyError):  # KeyError before Python 3.13: of an id without a name, as in a container
+    except (OSError, KeyError):  # KeyError before Python 3.13, for a user id without a name, as in a container
         user = "unknown"
     return AuditEntry(
         id=uuid4().hex,
@@ -48,7 +48,7 @@ def main() -> int:
     asked = _parser().parse_args()
     structlog.configure(
         processors=[structlog.processors.JSONRenderer()],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),  # standard output is the export's
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),  # the export uses standard output
     )
     try:
         return asyncio.run(_run(AuditSettings(), asked))
@@ -60,12 +60,14 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m job_orchestrator.audit", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
-    verify = commands.add_parser("verify", help="name every entry that was changed, removed or added in the database")
+    verify = commands.add_parser("verify", help="list every entry that was changed, removed or added in the database")
     verify.add_argument(
-        "--head", metavar="BLOCK/SIGNATURE", help="as an earlier verify or export printed it: it must still be there"
+        "--head",
+        metavar="BLOCK/SIGNATURE",
+        help="printed by an earlier verify or export; the chain must still contain it",
     )
     export = commands.add_parser("export", help="write the sealed entries as JSON lines, oldest first")
-    export.add_argument("--after", type=int, default=0, metavar="BLOCK", help="only those of the blocks above this one")
+    export.add_argument("--after", type=int, default=0, metavar="BLOCK", help="only entries of blocks above this one")
     commands.add_parser("adopt", help="sign the entries of release 0.1, once after the upgrade")
     return parser
 
@@ -107,13 +109,13 @@ async def _verify(store: MongoStore, head: str | None) -> int:
 
 
 async def _verify_head(store: MongoStore, found: Verification, head: str) -> None:
-    """Compare the chain with a head that was kept elsewhere."""
+    """Compare the chain with a head that was stored elsewhere."""
     number, _, signature = head.partition("/")
     block = int(number) if number.isascii() and number.isdigit() else 0
     if 0 < block < found.first:
-        return  # it is forgotten, and the walk has found that it was its time
+        return  # the block has expired, and `verify` has checked that it was due
     if await store.block_signature(block) != signature:
-        found.add(f"block {number}: removed or replaced: it is not the one of the head that was given")
+        found.add(f"block {number}: removed or replaced: it does not match the given head")
 
 
 async def _export(store: MongoStore, after: int) -> None:
@@ -124,7 +126,7 @@ async def _export(store: MongoStore, after: int) -> None:
 
 
 def _ascii(text: str) -> str:
-    """`text` as a terminal may show it: what is named may be a stranger's."""
+    """Return `text` in printable ASCII, because ids in the database are untrusted."""
     return json.dumps(text)[1:-1].replace("\x7f", "\\u007f")
 
 

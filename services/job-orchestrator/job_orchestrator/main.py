@@ -1,4 +1,4 @@
-"""Builds the orchestrator: `uvicorn --factory job_orchestrator.main:create_app`."""
+"""Build the orchestrator: `uvicorn --factory job_orchestrator.main:create_app`."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ from scanfleet.targets import TargetRules
 from scanfleet.user_grants import UserGrants
 
 _SWEEP_SECONDS = 1.0
-_SEAL_SECONDS = 5.0  # for which an entry may be removed unnoticed
-_TIME_SECONDS = 1.0  # between two questions for the database's time; what the clocks drift apart meanwhile is nothing
+_SEAL_SECONDS = 5.0  # interval within which a removed entry would not be detected
+_TIME_SECONDS = 1.0  # interval of reading the database's time; clock drift within it is negligible
 
 
 class Orchestrator:
-    """All that a replica does by itself, around one store and one bus."""
+    """The handlers and loops of a replica, with one store and one bus."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Orchestrator:
             store,
             publisher,
             self.jobs,
-            lambda: self.dispatcher.wake(),  # noqa: PLW0108 # it is made below
+            lambda: self.dispatcher.wake(),  # noqa: PLW0108 # the dispatcher is created below
             lease_seconds=lease_seconds,
             stored_seconds=stored_seconds,
             clock=clock,
@@ -89,7 +89,7 @@ class Orchestrator:
             signer,
             lease_seconds=lease_seconds,
             clock=clock,
-            take_back=self.progress.take_back,
+            requeue_lost=self.progress.requeue_lost,
             give_up=self.jobs.give_up,
             grants=job_grants,
             monotonic=monotonic,
@@ -164,7 +164,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 JobGrants(grants, settings.nat64_prefixes),
                 clock.now,
             )
-            # A group for each topic: no loop waits for another, and a rebalance of one leaves the others alone.
+            # One group per topic: no loop waits for another, and a rebalance of one does not affect the others.
             consumers = [
                 bus.consume(topic, f"{ORCHESTRATOR}-{topic.name}", handler)
                 for topic, handler in orchestrator.handlers.items()

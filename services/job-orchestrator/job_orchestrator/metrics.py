@@ -1,4 +1,4 @@
-"""What the orchestrator counts, and what it last counted in the database."""
+"""Metrics of the orchestrator: counters, and gauges of the last census of the database."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from job_orchestrator.domain.ledger import NAMES
 from job_orchestrator.domain.store import UNFINISHED, Census
 from scanfleet.messages import JobStatus
 
-_FRESH_SECONDS: Final = (
-    30.0  # a census that was followed by none for so long says nothing about now; they are 10 s apart
-)
-_SECONDS: Final = (0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3_600, 14_400, 86_400)  # a scan takes a second, or a day
+_FRESH_SECONDS: Final = 30.0  # maximum age of an exported census; they are 10 s apart
+_SECONDS: Final = (0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3_600, 14_400, 86_400)  # a scan takes from a second to a day
 
 LEASES_EXPIRED: Final = Counter(
-    "scanfleet_leases_expired_total", "Running chunks taken back because their worker fell silent."
+    "scanfleet_leases_expired_total", "Running chunks requeued because their worker sent no report within the lease."
 )
 STALE_REPORTS: Final = Counter(
-    "scanfleet_stale_reports_total", "Reports of workers refused because their token was not current."
+    "scanfleet_stale_reports_total", "Worker reports rejected because their token was not current."
 )
 UNKNOWN_CHUNKS: Final = Counter(
-    "scanfleet_unknown_chunks_total", "Messages about chunks that there are not: forged, or older than the database."
+    "scanfleet_unknown_chunks_total", "Messages about unknown chunks: forged, or older than the database."
 )
 UNREADABLE: Final = Counter(
     "scanfleet_unreadable_documents_total",
-    "Documents that could not be read and were left out, by collection; the log names them.",
+    "Documents that could not be read and were omitted, by collection; the log has their ids.",
     ["collection"],
 )
 SKIPPED_JOBS: Final = Counter(
     "scanfleet_skipped_jobs_total",
-    "Times that a job was skipped because of a fault or an unreadable document; the log names it.",
+    "Number of times that a job was skipped because of an error or an unreadable document; the log has its id.",
 )
 CHUNK_TRANSITIONS: Final = Counter(
-    "scanfleet_chunk_transitions_total", "Chunks stored in a new state; in queued, those that came back.", ["state"]
+    "scanfleet_chunk_transitions_total", "Chunks stored in a new state; queued counts requeued ones.", ["state"]
 )
 PROBES: Final = Counter(
     "scanfleet_job_probes_total",
-    "Probes of the jobs that completed or failed, by outcome; those of a cancelled one are in its ledger alone.",
+    "Probes of completed and failed jobs, by outcome; those of cancelled jobs are only in their ledgers.",
     ["outcome"],
 )
-_JOB_TRANSITIONS: Final = Counter("scanfleet_job_transitions_total", "Jobs that came to a status.", ["status"])
-_JOB_WAIT: Final = Histogram("scanfleet_job_wait_seconds", "From the creation of a job to its start.", buckets=_SECONDS)
-_JOB_RUN: Final = Histogram("scanfleet_job_run_seconds", "From the start of a job to its end.", buckets=_SECONDS)
+_JOB_TRANSITIONS: Final = Counter("scanfleet_job_transitions_total", "Job transitions, by new status.", ["status"])
+_JOB_WAIT: Final = Histogram(
+    "scanfleet_job_wait_seconds", "Time from the creation of a job to its start.", buckets=_SECONDS
+)
+_JOB_RUN: Final = Histogram("scanfleet_job_run_seconds", "Time from the start of a job to its end.", buckets=_SECONDS)
 
-# Shown from the start: the first of its kind would otherwise be no increase to Prometheus.
+# Exported from the start: otherwise Prometheus would not see the first event as an increase.
 for _state in ChunkState:
     CHUNK_TRANSITIONS.labels(_state)
 for _collection in ("jobs", "chunks"):
@@ -62,8 +62,8 @@ for _status in JobStatus:
     _JOB_TRANSITIONS.labels(_status)
 
 
-def job_came(job: ScanJob) -> None:
-    """Count that a job came to its status."""
+def count_transition(job: ScanJob) -> None:
+    """Count the job's transition to its status."""
     _JOB_TRANSITIONS.labels(job.status).inc()
     if job.status is JobStatus.RUNNING and job.start_time:
         _JOB_WAIT.observe((job.start_time - job.created_at).total_seconds())
@@ -72,7 +72,7 @@ def job_came(job: ScanJob) -> None:
 
 
 class CensusGauges(Collector):
-    """The last census, for as long as it is true: no number is better than one of a database that cannot be asked."""
+    """Gauges of the last census while it is fresh: without a reachable database no values are exported."""
 
     def __init__(self, *, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
@@ -86,21 +86,21 @@ class CensusGauges(Collector):
     def collect(self) -> Iterator[GaugeMetricFamily]:
         fresh = self._monotonic() - self._taken < _FRESH_SECONDS
         for (name, label), (what, read) in _GAUGES.items():
-            text = f"{what}. Every replica counts the same database: take the max of them, not the sum."
+            text = f"{what}. Every replica counts the same database: use the maximum over replicas, not the sum."
             family = GaugeMetricFamily(name, text, labels=[label] if label else [])
             for value, number in read(self._census).items() if self._census and fresh else ():
                 family.add_metric([value] if label else [], number)
             yield family
 
 
-# What is shown of a census: name and label, what it means, and the values by that of the label.
+# The gauges of a census: name and label, description, and the values by label value.
 _GAUGES: Final[dict[tuple[str, str], tuple[str, Callable[[Census], Mapping[str, float]]]]] = {
     ("scanfleet_jobs", "status"): (
         "Unfinished jobs",
         lambda census: {status: census.jobs[status] for status in UNFINISHED},
     ),
     ("scanfleet_oldest_job_age_seconds", "status"): (
-        "Since the oldest unfinished job was created, 0 if there is none",
+        "Age of the oldest unfinished job since its creation, 0 if there is none",
         lambda census: {status: census.job_ages.get(status, 0.0) for status in UNFINISHED},
     ),
     ("scanfleet_chunks", "state"): (
@@ -108,11 +108,11 @@ _GAUGES: Final[dict[tuple[str, str], tuple[str, Callable[[Census], Mapping[str, 
         lambda census: {state: census.chunks[state] for state in ChunkState if state in OPEN},
     ),
     ("scanfleet_queued_slot_seconds", ""): (
-        "Slot seconds that all unfinished jobs are expected to take: what to scale workers on",
+        "Expected slot seconds of all unfinished jobs, for scaling workers",
         lambda census: {"": census.slot_seconds},
     ),
     ("scanfleet_outbox_age_seconds", ""): (
-        "Since the oldest job event that is not yet published was made, 0 if there is none",
+        "Age of the oldest unpublished job event, 0 if there is none",
         lambda census: {"": census.outbox_age},
     ),
 }

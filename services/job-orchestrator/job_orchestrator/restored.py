@@ -1,7 +1,8 @@
-"""`python -m job_orchestrator.restored`: once, before the orchestrator starts on a database that was set back to a backup.
+"""`python -m job_orchestrator.restored`: run once before the orchestrator starts on a database restored from a backup.
 
-What was said since is not taken back: topics are full of it, and so are the memories of whoever read them. So numbers begin
-above all that were given out, and what the log says was cancelled is. docs/operations.md has all steps of a restore.
+Events that were published since the backup remain in the topics, and consumers have processed them. Therefore new ids and
+sequence numbers start above all earlier ones, and jobs whose cancellation is in the log are cancelled. docs/operations.md
+has all steps of a restore.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Final
 
 from job_orchestrator.audit import command_entry
 from job_orchestrator.domain.chain import read_chain_keys
-from job_orchestrator.domain.job import JobTrigger, change, set_back
+from job_orchestrator.domain.job import JobTrigger, change, restored_from_backup
 from job_orchestrator.repository import MongoStore
 from job_orchestrator.settings import Settings
 from scanfleet import command, mongo
@@ -83,16 +84,16 @@ def _cancelled_by(record: RawRecord) -> int:
 
 async def _resume(store: MongoStore, cancelled: set[int], above: int) -> tuple[int, int]:
     """Bring every unfinished job up to date; answers how many go on, and how many were cancelled."""
-    after, went_on, ended = 0, 0, 0
+    after, continued, ended = 0, 0, 0
     while ids := await store.unsettled_jobs(after, _PAGE):
-        jobs = [set_back(job, above) for job in (await store.jobs(ids)).values() if not job.final]
-        told = [change(job, JobTrigger.CANCEL, utc_now()) if job.id in cancelled else job for job in jobs]
-        if lost := await store.save_jobs(told):
+        jobs = [restored_from_backup(job, above) for job in (await store.jobs(ids)).values() if not job.final]
+        updated = [change(job, JobTrigger.CANCEL, utc_now()) if job.id in cancelled else job for job in jobs]
+        if lost := await store.save_jobs(updated):
             raise DependencyError(f"somebody else changes jobs {sorted(lost)}: stop every orchestrator")
-        ended += sum(job.final for job in told)
-        went_on += sum(not job.final for job in told)
+        ended += sum(job.final for job in updated)
+        continued += sum(not job.final for job in updated)
         after = ids[-1]
-    return went_on, ended
+    return continued, ended
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The orchestrator's settings."""
+"""Settings of job-orchestrator, read from the environment."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from scanfleet.settings import (
 
 
 class AuditSettings(MongoSettings):
-    """Where the audit log is, and what signs it."""
+    """Location and signing keys of the audit log."""
 
     audit_key_file: Path = Field(
-        description="Keys that sign the audit log, one a line of at least 32 characters, read once at start. The first signs; the "
-        "others verify what was signed before they were replaced.",
+        description="File with the keys that sign the audit log, one per line with at least 32 characters, read once at start. The "
+        "first key signs; the others verify entries from before a key rotation.",
     )
     audit_days: int = Field(
-        365,  # an incident is often found months later; an entry has some 500 bytes
+        365,  # incidents are often detected months later; an entry has some 500 bytes
         ge=1,
-        description="How many days an entry of the audit log is kept.",
+        description="Retention time of audit log entries in days.",
     )
 
 
 class Settings(CommonSettings, KafkaSettings, AuditSettings, InternalTokenSettings, TargetSettings, GrantSettings):
     chunk_key_file: Path = Field(
-        description="PEM file with the Ed25519 key that signs chunks, read once at start; result-store verifies by it what workers "
-        "report.",
+        description="PEM file with the Ed25519 key that signs chunks, read once at start; result-store verifies workers' reports "
+        "with its public key.",
     )
     lease_seconds: float = Field(
         30.0,
-        ge=3.0,  # workers report each second
-        description="Seconds that a dispatched or running chunk may go without a report before another worker gets it.",
+        ge=3.0,  # workers report every second
+        description="Lease timeout in seconds: a chunk without a report of its worker for this time is requeued.",
     )
     stored_seconds: float = Field(
         60.0,
         gt=0,
-        description="How long in seconds a scanned chunk waits for result-store before it is asked again.",
+        description="Timeout in seconds for result-store to check a scanned chunk before it is asked again.",
     )
     raw_worker_seconds: float = Field(
         600.0,  # longer than it takes to start a pod on a new node
         gt=0,
-        description="Seconds that a job waits for a worker that may send raw packets, when none is available; then it fails.",
+        description="Timeout in seconds of a job that waits for a worker with raw packets, if none is available; then it fails.",
     )

@@ -218,16 +218,16 @@ class Life(RuleBasedStateMachine):
     @rule(
         data=st.data(),
         what=st.sampled_from(["claim", "progress", "scanned", "release", "fail"]),
-        letters=st.text("asdtr.", min_size=2, max_size=2),
+        codes=st.text("asdtr.", min_size=2, max_size=2),
         heard=st.sampled_from([True, True, False]),
     )
-    def work(self, data: st.DataObject, what: str, letters: str, heard: bool) -> None:
+    def work(self, data: st.DataObject, what: str, codes: str, heard: bool) -> None:
         """A worker says something of any task that it ever got; the last ones are the likeliest to matter."""
         if not self.tasks:
             return
         task = data.draw(st.sampled_from(self.tasks[-4:]) | st.sampled_from(self.tasks))
         worker = self.world.workers[int(task.worker_id[-1])]
-        outcomes = "".join(news if known == "." else known for known, news in zip(task.outcomes, letters, strict=False))
+        outcomes = "".join(news if known == "." else known for known, news in zip(task.outcomes, codes, strict=False))
         said: dict[str, Callable[[], Awaitable[None]]] = {
             "claim": lambda: worker.claim(task),
             "progress": lambda: worker.progress(task, outcomes),

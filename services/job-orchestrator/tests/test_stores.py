@@ -660,7 +660,7 @@ async def test_clocks_rest_without_work(store: Store) -> None:
     """A user without queued or held chunks becomes idle and keeps its time; neither time nor virtual time falls."""
     await store.insert_chunks([chunk(), chunk(id="2-0", job_id=2, user_id=8, state=ChunkState.RUNNING)])
     await store.wake_clocks([Clock(7, 5.0), Clock(8, 1.0), Clock(9, 2.0)], 4.0)
-    await store.rest_clocks()
+    await store.deactivate_clocks()
     working = {7: Clock(7, 5.0, active=True), 8: Clock(8, 1.0, active=True)}
     assert await store.clocks([]) == Clocks(working, 4.0)
     assert await store.clocks([9, 11]) == Clocks(working | {9: Clock(9, 2.0, active=False)}, 4.0)

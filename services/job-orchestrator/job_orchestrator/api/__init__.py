@@ -1,4 +1,4 @@
-"""The queries of the public API, and what the gateway asks on the side."""
+"""Serve the queries of the public API and the gateway's internal queries."""
 
 from __future__ import annotations
 

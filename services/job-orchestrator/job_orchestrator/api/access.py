@@ -1,4 +1,4 @@
-"""Revoked tokens, for administrators, and what the gateway asks to know who calls."""
+"""Manage revoked tokens, and serve the gateway's queries of revocations and user ids."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scanfleet.errors import BadRequestError, ConflictError, ForbiddenError, Not
 from scanfleet.policy import Preset, fill_in
 from scanfleet.service import PathId
 
-_SKEW: Final = timedelta(seconds=60)  # by which a caller's clock may be ahead
+_SKEW: Final = timedelta(seconds=60)  # maximum by which a caller's clock may be ahead
 
 router = APIRouter(prefix="/api/v1/revocation", route_class=Guarded)
 internal = APIRouter(prefix="/internal", route_class=GatewayRoute)
@@ -87,7 +87,7 @@ async def delete_revocation(revocation_id: PathId, _caller: Administrator, acces
 
 @internal.get("/revocations")
 async def revoked(access: Kept) -> list[rest.Revoked]:
-    """All that is revoked; asked every two seconds by every gateway."""
+    """List all revocations; every gateway polls this route every two seconds."""
     return [
         rest.Revoked(jti=each.jti, sub=each.sub, user_id=each.user_id, issued_before=each.issued_before)
         for each in await access.revocations()
@@ -106,7 +106,7 @@ async def scan_limits(state: Handed) -> rest.ScanLimits:
 
 @internal.post("/users")
 async def user_id(body: rest.Subject, access: Kept) -> rest.UserId:
-    """The id of this user; the first time one is assigned."""
+    """Return the id of this user; the first call assigns it."""
     return rest.UserId(user_id=await access.user_id(body.issuer, body.subject))
 
 

@@ -1,4 +1,4 @@
-"""The audit log, for administrators."""
+"""Serve the audit log to administrators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the gateway asks on a caller's behalf; not part of the public API."""
+"""Serve the gateway's queries on a caller's behalf; not part of the public API."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastapi import APIRouter, Path, Query
 from pydantic import AwareDatetime
 
 from job_orchestrator.api.state import Handed, Recorded
-from job_orchestrator.api.tasks import Whose, of_user, readable, readable_user, task_status
+from job_orchestrator.api.tasks import Whose, audit_target, readable, readable_user, task_status
 from job_orchestrator.domain.store import UNFINISHED
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded
@@ -22,12 +22,12 @@ router = APIRouter(prefix="/internal", route_class=Guarded)
 
 _LATEST_PAGE: Final = 200  # jobs with all their fields: a megabyte of the database
 _ENDED_WITHIN: Final = timedelta(days=1)  # a client that was away for longer reads the list
-_CANCEL_PAGE: Final = 1_000  # jobs cancelled by one request: a second's work, which no time limit cuts
+_CANCEL_PAGE: Final = 1_000  # jobs cancelled per request: about a second of work, well below every timeout
 
 
 @router.get("/jobs/{job_id}/owner", name="read_results")
 async def owner(job_id: PathId, caller: Caller, state: Handed, record: Recorded) -> dict[str, int]:
-    """Whose job it is, for callers who may read its results."""
+    """Return the owner of the job, for callers who may read its results."""
     job = (await state.store.jobs([job_id])).get(job_id)
     if job is None:
         raise NotFoundError("Job not found")
@@ -35,13 +35,13 @@ async def owner(job_id: PathId, caller: Caller, state: Handed, record: Recorded)
         results = f"/api/v1/task/{job_id}/results"
         if not caller.admin:
             raise ForbiddenError("Job belongs to another user", target=results)
-        await record.reading(of_user(results, job))
+        await record.reading(audit_target(results, job))
     return {"user_id": job.user_id}
 
 
 @router.get("/jobs/{job_id}/latest", name="watch_task")
 async def latest(job_id: PathId, caller: Caller, state: Handed, record: Recorded) -> rest.Snapshot:
-    """The job as it is now, and the `seq` that its events go on from."""
+    """Return the current job and the `seq` from which its events continue."""
     job = await readable(state, caller, job_id, record, target=f"/api/v1/task/{job_id}/events", streamed=True)
     return rest.Snapshot(seq=job.seq, task=task_status(job))
 
@@ -77,7 +77,7 @@ async def latest_of(
 
 @router.post("/jobs/cancel", name="cancel_tasks")
 async def cancel_page(body: rest.CancelJobs, caller: Caller, state: Handed, record: Recorded) -> rest.CancelledPage:
-    """Cancel a page of the caller's unfinished jobs that match; the caller asks again while there are more."""
+    """Cancel a page of the caller's matching unfinished jobs; the caller repeats the request while there are more."""
     job_ids = await state.store.unfinished_jobs(
         caller.user_id,
         _CANCEL_PAGE,
@@ -98,7 +98,7 @@ async def expire(
     caller: Caller,
     state: Handed,
 ) -> dict[str, Any]:
-    """After this answer the command is decided: expired, or as answered here."""
+    """Decide the command: it is expired, or its outcome is returned."""
     reply = await state.commands.expire(command_id, caller.user_id)
     if reply is None:
         return {"state": "expired"}

@@ -1,4 +1,4 @@
-"""Policies: plain resources of one user each."""
+"""Create, read, update and delete policies, each owned by one user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `main.py` hands to the routes, and what several of them share."""
+"""Provide the routes with the state that `main.py` builds, and with shared dependencies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from scanfleet.policy import ADMITTED_SCRIPTS
 from scanfleet.service import audit_entry
 from scanfleet.targets import TargetRules
 
-MAX_ERROR_CHARS: Final = 200  # an error may quote the caller, but not at length
+MAX_ERROR_CHARS: Final = 200  # limits how much of the caller's input an error quotes
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ Handed = Annotated[State, Depends(_state)]
 
 @dataclass(frozen=True, slots=True)
 class Recorder:
-    """Writes into the audit log what a request is about to do. What could not be written is not done."""
+    """Writes the intended change of a request to the audit log. If the entry cannot be written, the request fails."""
 
     request: Request
     store: Store
@@ -58,14 +58,14 @@ class Recorder:
         await self._write(audit_entry(self.request, "allowed", rule=rule, target=target))
 
     async def each(self, targets: Iterable[str]) -> None:
-        """Write an entry for each of many things that one request changes."""
+        """Write one entry for each of the objects that one request changes."""
         await self._write(*(audit_entry(self.request, "allowed", target=target) for target in targets))
 
     async def reading(self, target: str, *, streamed: bool = False) -> None:
-        """Write that an administrator reads what is another user's, once for all who poll.
+        """Write that an administrator reads another user's data, deduplicated for pollers.
 
-        It is one entry for an administrator, operation, target and minute, whichever replica answers; of a stream one for
-        each request and day.
+        There is one entry per administrator, operation, target and minute, across all replicas; for a stream, one per request
+        and day.
         """
         entry = audit_entry(self.request, "allowed", rule=Rule.ROLE, target=target)
         once = f"{entry.request_id} {entry.time:%F}" if streamed else f"{entry.time:%F %R}"
@@ -87,7 +87,7 @@ Recorded = Annotated[Recorder, Depends(_recorder)]
 
 @dataclass(frozen=True, slots=True)
 class Paging:
-    """The page that a list was asked for."""
+    """The requested page of a list."""
 
     page: int
     page_size: int

@@ -1,4 +1,4 @@
-"""Subnets: plain resources of one user each."""
+"""Create, read, update and delete subnets, each owned by one user."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ async def _mine(state: State, user_id: int, subnet_id: int) -> Subnet:
 
 
 def _checked(body: rest.SubnetBody, rules: TargetRules) -> tuple[str, tuple[str, ...]]:
-    """Network and exclusions in canonical spelling."""
+    """Return the network and its exclusions in canonical form."""
     try:
         target = Target.parse(body.cidr, body.exclude or ())
     except ValueError as error:

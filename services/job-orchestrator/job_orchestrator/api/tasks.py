@@ -1,4 +1,4 @@
-"""Queries about jobs; they are made and cancelled by commands on the bus."""
+"""Serve queries about jobs; jobs are created and cancelled by commands on the bus."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ router = APIRouter(prefix="/api/v1/task", route_class=Guarded)
 Whose = Annotated[str | None, Query(pattern=rest.WHOSE)]
 """Of which user, or of all; without it the caller."""
 
-_LEDGER_PAGE = 1_000  # addresses named on one page: a few hundred kilobytes
-_WORKER_SILENT = timedelta(seconds=30)  # a worker announces itself every 2 s, which is stored every 5 s
+_LEDGER_PAGE = 1_000  # addresses listed per page: a few hundred kilobytes
+_WORKER_SILENT = timedelta(seconds=30)  # workers announce themselves every 2 s; announcements are stored every 5 s
 
 
 @router.get("")
@@ -64,7 +64,7 @@ async def read_ledger(
     page_size: Annotated[int, Query(ge=1, le=_LEDGER_PAGE)] = 100,
 ) -> rest.Ledger:
     job = await readable(state, caller, job_id, record)
-    tally, names = ledger.Tally(job), ledger.Names(job, (page - 1) * page_size, page_size)
+    tally, names = ledger.Tally(job), ledger.UnprobedPage(job, (page - 1) * page_size, page_size)
     async for chunk in state.store.job_chunks(job.id):
         if chunk.index >= job.totals.done:
             tally.add(chunk)
@@ -112,7 +112,7 @@ async def read_waiting(job_id: PathId, caller: Caller, state: Handed, record: Re
 
 
 async def _reasons(state: State, job: ScanJob, open_: OpenChunks) -> list[rest.WaitingReason]:
-    """Why no worker holds a chunk of the job."""
+    """Return why no worker holds a chunk of the job."""
     now = state.now()
     if closed := state.grants.closed(job, now):
         return [rest.WaitingReason(kind="window", until=state.grants.opens_at(job, now), detail=closed)]
@@ -150,24 +150,24 @@ async def readable(
     target: str = "",
     streamed: bool = False,
 ) -> ScanJob:
-    """The job, for its owner, and under audit for administrators.
+    """Return the job to its owner, or, with an audit entry, to an administrator.
 
     Args:
-        state: where the job is.
-        caller: who asks.
-        job_id: of the job.
-        record: writes that an administrator reads another user's job.
-        target: what was asked for, when the path does not say it.
-        streamed: the answer is one of many that a stream asks for.
+        state: provides the store.
+        caller: the authenticated caller.
+        job_id: id of the job.
+        record: writes the audit entry if an administrator reads another user's job.
+        target: the requested object, if the path does not identify it.
+        streamed: whether the request is one of many of a stream.
 
     Raises:
-        NotFoundError: there is none, or it is another user's.
+        NotFoundError: the job does not exist or belongs to another user.
     """
     job = (await state.store.jobs([job_id])).get(job_id)
     if job is None or not (job.user_id == caller.user_id or caller.admin):
         raise NotFoundError("Job not found", rule=Rule.OWNER if job else None, target=target)
     if job.user_id != caller.user_id:
-        await record.reading(of_user(target or record.request.scope["path"], job), streamed=streamed)
+        await record.reading(audit_target(target or record.request.scope["path"], job), streamed=streamed)
     return job
 
 
@@ -177,11 +177,11 @@ async def readable_user(
     """Whose jobs the caller may read, None for every user's; others' under audit.
 
     Args:
-        caller: who asks.
+        caller: the authenticated caller.
         whose: as the caller named the user.
         record: writes that an administrator reads another user's jobs.
         target: what was asked for.
-        streamed: the answer is one of many that a stream asks for.
+        streamed: whether the request is one of many of a stream.
 
     Raises:
         ForbiddenError: they are another user's, and the caller is no administrator.
@@ -195,13 +195,13 @@ async def readable_user(
     return user_id
 
 
-def of_user(target: str, job: ScanJob) -> str:
-    """What an administrator acts on, as the audit log names it."""
+def audit_target(target: str, job: ScanJob) -> str:
+    """Return the name of an object that an administrator accesses, for the audit log."""
     return f"{target} of user {job.user_id}"
 
 
 def task_status(job: ScanJob) -> rest.TaskStatus:
-    """The job as the API shows it."""
+    """Return the job in the format of the API."""
     progress = rest.TaskProgress(
         status=job.status,
         progress=job.progress,
@@ -212,7 +212,7 @@ def task_status(job: ScanJob) -> rest.TaskStatus:
 
 
 def _statuses(request: Request) -> set[JobStatus]:
-    """`status=running&status=pending`, `status[]=running` or `status=running,pending`."""
+    """Parse `status=running&status=pending`, `status[]=running` or `status=running,pending`."""
     given = request.query_params.getlist("status") + request.query_params.getlist("status[]")
     names = [name for text in given for name in text.split(",")]
     try:

@@ -1,1 +1,1 @@
-"""What jobs, chunks and schedules are: rules only, no I/O."""
+"""Rules of jobs, chunks and scheduling, without I/O."""

@@ -1,7 +1,7 @@
-"""Who users are, and which of their tokens are revoked.
+"""User ids and revoked tokens.
 
-`job_orchestrator.repository` is the real store, `job_orchestrator.testing` holds the in-memory one; both pass the same suite.
-Every method raises `DependencyError` when the database is unavailable.
+`job_orchestrator.repository` has the MongoDB store, `job_orchestrator.testing` the in-memory one; both pass the same suite.
+Every method raises `DependencyError` if the database is unavailable.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Final, Protocol
 
 from scanfleet.settings import MAX_LIFE_SECONDS
 
-MAX_REVOCATIONS: Final = 1_000  # at once: every gateway reads all of them every two seconds
+MAX_REVOCATIONS: Final = 1_000  # every gateway reads all of them every two seconds
 KEPT: Final = timedelta(seconds=MAX_LIFE_SECONDS) + timedelta(days=1)
-"""No token that was issued before a revocation lives as long, whatever the gateways' settings are."""
+"""Longer than the lifetime of any token issued before a revocation, whatever the gateways' settings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,15 +33,15 @@ class Revocation:
 
 class Access(Protocol):
     async def user_id(self, issuer: str, subject: str) -> int:
-        """The id of the user that the issuer calls `subject`; the first call assigns it, and it never changes."""
+        """Return the id of the issuer's user `subject`; the first call assigns it, and it never changes."""
 
     async def add_revocation(self, revocation: Revocation) -> bool:
-        """False if there are `MAX_REVOCATIONS` already."""
+        """Store the revocation; return False if there are already `MAX_REVOCATIONS`."""
 
     async def take_revocation_id(self) -> int: ...
 
     async def revocations(self) -> list[Revocation]:
-        """All of them, newest first."""
+        """Return all revocations, newest first."""
 
     async def delete_revocation(self, id_: int) -> bool:
-        """False if there is none of this id."""
+        """Delete the revocation; return False if it does not exist."""

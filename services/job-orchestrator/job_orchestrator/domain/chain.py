@@ -1,4 +1,4 @@
-"""Signatures of the audit log: with the database alone none can be made."""
+"""Sign the audit log with keys that are not in the database."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ _MILLISECOND: Final = timedelta(milliseconds=1)
 
 
 class ChainKeys:
-    """Makes and verifies signatures (HMAC-SHA-256) of documents.
+    """Creates and verifies signatures (HMAC-SHA-256) of documents.
 
     Args:
-        secrets: the first signs; the others verify what was signed before they were replaced.
+        secrets: the first one signs; the others verify signatures from before a key rotation.
 
     Raises:
-        ValueError: there is none, or one is too short.
+        ValueError: there is no key, or a key is too short.
     """
 
     def __init__(self, secrets: Sequence[str]) -> None:
         if not secrets or any(len(secret) < MIN_KEY_CHARS for secret in secrets):
-            raise ValueError(f"the audit log needs a key, of at least {MIN_KEY_CHARS} characters")
+            raise ValueError(f"the audit log needs a key with at least {MIN_KEY_CHARS} characters")
         self._secrets = {hashlib.sha256(secret.encode()).hexdigest()[:8]: secret.encode() for secret in secrets}
         self._signs = next(iter(self._secrets))
 
     def sign(self, kind: str, content: Mapping[str, Any]) -> str:
-        """The signature of `content` as a document of this kind, with the id of the key."""
+        """Return the signature of `content` as a document of this kind, with the id of the key."""
         return self._sign(self._signs, kind, content)
 
     def verify(self, kind: str, content: Mapping[str, Any], signature: object) -> bool:
-        """Whether one of the keys made `signature` of exactly this content."""
+        """Return whether `signature` is one of the keys' signature of exactly this content."""
         if not isinstance(signature, str):
             return False
         key, _, _ = signature.partition(":")
@@ -49,16 +49,16 @@ class ChainKeys:
 
 
 def read_chain_keys(file: Path) -> ChainKeys:
-    """The keys in `file`, one a line.
+    """Read the keys in `file`, one per line.
 
     Raises:
-        ValueError: it holds none, or one is too short.
-        OSError: it cannot be read.
+        ValueError: the file has no key, or a key is too short.
+        OSError: the file cannot be read.
     """
     return ChainKeys(file.read_text(encoding="utf-8").split())
 
 
 def _plain(value: object) -> object:
     if isinstance(value, datetime):
-        return {"ms": (value - _EPOCH) // _MILLISECOND}  # what MongoDB keeps of it
-    return repr(value)  # of a type that no document of ours has
+        return {"ms": (value - _EPOCH) // _MILLISECOND}  # MongoDB's resolution
+    return repr(value)  # a type that no genuine document contains

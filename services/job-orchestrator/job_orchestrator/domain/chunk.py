@@ -1,7 +1,7 @@
-"""A chunk and everything that can change it.
+"""A chunk and all of its state changes.
 
-The life of a chunk is `TABLE`. Every change of a chunk's state, token or map is made by a function of this file. A message
-of a worker is accepted only under the chunk's current token (attempt and worker); any other changes nothing.
+`TABLE` defines the life cycle of a chunk. Only functions of this module change a chunk's state, token or map. A worker's
+message is accepted only with the chunk's current token (attempt and worker); any other message is ignored.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from scanfleet.messages import (
 )
 from scanfleet.outcomes import Outcome, index_of, merge
 
-MAX_FAILURES = 3  # one can be the network and two a coincidence; with the third what is scanned is at fault
-MAX_FRUITLESS = 20  # dispatches that brought no letter: then the chunk itself may be what ends them
+MAX_FAILURES = 3  # one failure can be the network and two a coincidence; the third is attributed to the target
+MAX_FRUITLESS = 20  # dispatches without progress after which the chunk itself is assumed to end them
 
 
 class ChunkState(StrEnum):
@@ -35,7 +35,7 @@ class ChunkState(StrEnum):
     SCANNED = "scanned"
     STORED = "stored"
     FAILED = "failed"
-    """Only in documents of release 0.1: today the addresses of a chunk that fails are lost, and it is stored as such."""
+    """Only in documents of release 0.1: since then the addresses of a failed chunk are lost, and the chunk is stored."""
     CANCELLED = "cancelled"
 
 
@@ -55,7 +55,7 @@ _T = ChunkTrigger
 TABLE: Final[dict[ChunkState, dict[ChunkTrigger, frozenset[ChunkState]]]] = {
     _S.QUEUED: {
         _T.DISPATCH: frozenset({_S.DISPATCHED}),
-        _T.STORE: frozenset({_S.STORED}),  # of an attempt whose lease was lost
+        _T.STORE: frozenset({_S.STORED}),  # of an attempt whose lease had expired
         _T.CANCEL: frozenset({_S.CANCELLED}),
     },
     _S.DISPATCHED: {
@@ -68,8 +68,8 @@ TABLE: Final[dict[ChunkState, dict[ChunkTrigger, frozenset[ChunkState]]]] = {
     },
     _S.RUNNING: {
         _T.SCAN: frozenset({_S.SCANNED}),
-        _T.RELEASE: frozenset({_S.QUEUED, _S.SCANNED}),  # scanned: released with no blank left
-        _T.FAIL: frozenset({_S.QUEUED, _S.SCANNED}),  # scanned: with what is blank lost
+        _T.RELEASE: frozenset({_S.QUEUED, _S.SCANNED}),  # scanned: released without blanks
+        _T.FAIL: frozenset({_S.QUEUED, _S.SCANNED}),  # scanned: the blanks are lost
         _T.STORE: frozenset({_S.STORED}),  # published by result-store before the worker's report was read
         _T.CANCEL: frozenset({_S.CANCELLED}),
     },
@@ -91,70 +91,70 @@ WorkerReport = ChunkClaimed | ChunkProgressed | Ended
 
 
 class IllegalChunkChangeError(ScanfleetError):
-    """This change is not in the table."""
+    """The transition is not in the table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """A slice of a job. `rev` rises with every stored change: the compare-and-set."""
+    """A slice of a job. Every stored change increments `rev`, which is the compare-and-set token."""
 
     id: str
     job_id: int
     user_id: int
     index: int
-    """Its place in the job's plan; chunks are made and counted in this order."""
+    """Index in the job's plan; chunks are created and counted in this order."""
     turn: int
-    """Its place among the chunks of its user: lower goes first."""
+    """Position among the chunks of its user: lower values are dispatched first."""
     partition: int
-    """Of scan-progress, by the job's id: the partition's owner holds the chunk's lease."""
+    """Partition of scan-progress, by the job's id: the partition's owner manages the chunk's lease."""
     first_address: str
     outcomes: str
     ports: str
     port_count: int
     estimate: float
-    """Slot seconds for the blanks, as expected when the chunk was made."""
+    """Estimated slot seconds of the blanks when the chunk was created."""
     needs_raw: bool
     state: ChunkState = ChunkState.QUEUED
     attempt: int = 0
     worker_id: str = ""
     reach: int = 0
-    """The attempt scans the blanks before this place in the map."""
+    """The attempt scans the blanks before this index of the map."""
     share: float = 1.0
-    """Of a slot that the attempt occupies: small chunks share one."""
+    """Fraction of a slot that the attempt occupies: small chunks share a slot."""
     dispatched_at: datetime | None = None
     not_before: datetime | None = None
-    """When the next attempt may begin; None at once."""
+    """Earliest start of the next attempt; None for immediately."""
     limit: int = 0
-    """Blanks that the next attempt may scan; 0 is all."""
+    """Maximum number of blanks that the next attempt may scan; 0 for all."""
     failures: int = 0
-    """Since the last progress, of attempts that could not be narrowed further."""
+    """Number since the last progress, of attempts that could not be narrowed further."""
     failed_by: tuple[str, ...] = ()
-    """Worker instances that failed it since the last progress."""
+    """Worker instances that failed the chunk since the last progress."""
     fruitless: int = 0
-    """Dispatches since the last progress."""
+    """Number of dispatches since the last progress."""
     seconds: float = 0.0
-    """Slot seconds of all its attempts."""
+    """Slot seconds of all attempts."""
     reason: str = ""
     technique: Technique | None = None
     ask_at: datetime | None = None
-    """When result-store is asked again to check it; None at once."""
+    """When result-store is next asked to check the chunk again; None for immediately."""
     asked: int = 0
-    """How often it was asked again."""
+    """Number of repeated checks."""
     rev: int = 0
 
     @property
     def blank(self) -> int:
-        """Addresses left to scan."""
+        """Number of addresses left to scan."""
         return self.outcomes.count(Outcome.BLANK)
 
     @property
     def attempted(self) -> int:
-        """Addresses that the current attempt has left to scan."""
+        """Number of addresses that the current attempt has left to scan."""
         return self.outcomes.count(Outcome.BLANK, 0, self.reach)
 
 
 def dispatch(chunk: Chunk, worker_id: str, now: datetime, *, size: int, share: float) -> Chunk:
-    """The chunk under a new token, for an attempt on its first `size` blanks."""
+    """Return the chunk with a new token, for an attempt on its first `size` blanks."""
     return _move(
         chunk,
         ChunkTrigger.DISPATCH,
@@ -169,23 +169,23 @@ def dispatch(chunk: Chunk, worker_id: str, now: datetime, *, size: int, share: f
 
 
 def holds(chunk: Chunk, report: WorkerReport) -> bool:
-    """Whether the report comes under the token of a chunk that a worker holds now."""
+    """Return whether the report has the token of a chunk that a worker currently holds."""
     return chunk.state in HELD and _current(chunk, report)
 
 
 def apply(chunk: Chunk, report: WorkerReport, now: datetime, patience: timedelta) -> Chunk:
-    """The chunk after its holder's report. Call only when `holds`.
+    """Return the chunk after a report of its holder. Call only if `holds`.
 
-    Every report of a dispatched chunk is a claim: the claim itself may have been lost.
+    Every report of a dispatched chunk implies a claim, because the claim itself may have been lost.
 
     Args:
-        chunk: as it was read.
-        report: under its current token.
+        chunk: the chunk as it was read.
+        report: a report with the current token.
         now: platform time.
-        patience: how long result-store may take to check a scanned chunk before it is asked again.
+        patience: timeout for result-store to check a scanned chunk before it is asked again.
     """
     if not isinstance(report, ChunkClaimed):
-        chunk = _learn(chunk, report.outcomes)
+        chunk = _with_report(chunk, report.outcomes)
     if isinstance(report, Ended):
         chunk = replace(chunk, seconds=chunk.seconds + min(report.slot_seconds, elapsed(chunk, now)))
     match report:
@@ -203,7 +203,7 @@ def apply(chunk: Chunk, report: WorkerReport, now: datetime, patience: timedelta
                 reason=report.reason or chunk.reason,
             )
         case ChunkScanned():
-            return fail(chunk, "the worker reported the chunk as scanned with addresses left", now)
+            return fail(chunk, "the worker reported the chunk as scanned although addresses are missing", now)
         case ChunkReleased():
             return release(chunk, now, too_slow=report.too_slow, reason=report.reason)
         case ChunkFailed():
@@ -211,7 +211,7 @@ def apply(chunk: Chunk, report: WorkerReport, now: datetime, patience: timedelta
 
 
 def final_report(chunk: Chunk, report: WorkerReport) -> Chunk:
-    """A cancelled chunk with the last map of its holder, so that the ledger shows what was done before the cancel."""
+    """Return a cancelled chunk with the last map of its holder, so that the ledger shows the work before the cancel."""
     mine = chunk.state is ChunkState.CANCELLED and _current(chunk, report)
     if not mine or isinstance(report, ChunkClaimed):
         return chunk
@@ -219,45 +219,45 @@ def final_report(chunk: Chunk, report: WorkerReport) -> Chunk:
 
 
 def elapsed(chunk: Chunk, now: datetime) -> float:
-    """Slot seconds of the current attempt so far, as measured here and not as its worker reports."""
+    """Return the slot seconds of the current attempt so far, measured here and not reported by the worker."""
     if chunk.dispatched_at is None:
         return 0.0
     return chunk.share * max(0.0, (now - chunk.dispatched_at).total_seconds())
 
 
 def release(chunk: Chunk, now: datetime, *, too_slow: bool = False, reason: str = "") -> Chunk:
-    """Queue the chunk again at no cost; with no blank left there is nothing to scan, only to check.
+    """Requeue the chunk without counting a failure; without blanks it only needs to be checked.
 
-    After an attempt that was too slow the next one gets half as many addresses. One dispatched again and again without
-    progress counts as failed: it may be what ends the attempts.
+    After an attempt that was too slow the next one gets half as many addresses. A chunk that is dispatched repeatedly without
+    progress counts as failed, because it may be the cause.
     """
     if chunk.fruitless >= MAX_FRUITLESS:
-        return fail(chunk, f"{MAX_FRUITLESS} dispatches brought no progress", now)
+        return fail(chunk, f"no progress after {MAX_FRUITLESS} dispatches", now)
     limit = chunk.limit
     if too_slow:
         limit = _half(chunk)
-    elif limit and not chunk.attempted:  # what could be scanned in small parts may be scanned in larger ones again
+    elif limit and not chunk.attempted:  # small attempts succeeded, so the size may grow again
         limit = limit * 2 if limit * 2 < len(chunk.outcomes) else 0
     state = ChunkState.QUEUED if chunk.blank else ChunkState.SCANNED
     return _move(chunk, ChunkTrigger.RELEASE, state, limit=limit, ask_at=None, reason=chunk.reason or reason)
 
 
 def expire(chunk: Chunk, reason: str, now: datetime) -> Chunk:
-    """The chunk after its worker's lease expired: a failure, but one for each worker instance."""
+    """Return the chunk after its worker's lease expired: a failure, counted once per worker instance."""
     if instance_of(chunk.worker_id) in chunk.failed_by and chunk.fruitless < MAX_FRUITLESS:
         return _move(chunk, ChunkTrigger.FAIL, ChunkState.QUEUED, reason=reason)
     return fail(chunk, reason, now)
 
 
 def fail(chunk: Chunk, reason: str, now: datetime, *, narrow: bool = False) -> Chunk:
-    """Queue the chunk again after a failure, with a pause; the last failure loses its addresses.
+    """Requeue the chunk after a failure, with a delay; after the last failure its addresses are lost.
 
     Args:
-        chunk: as it was read.
+        chunk: the chunk as it was read.
         reason: what failed, for the job's error.
         now: platform time.
-        narrow: an attempt on several addresses failed: the next one gets half of them, so that a host that nmap cannot
-            bear ends up alone and costs one address.
+        narrow: an attempt on several addresses failed: the next one gets half of them, so that a host that crashes nmap
+            is finally isolated and only its address is lost.
     """
     if not chunk.blank:
         return _move(chunk, ChunkTrigger.FAIL, ChunkState.SCANNED, reason=reason, ask_at=None)
@@ -270,11 +270,11 @@ def fail(chunk: Chunk, reason: str, now: datetime, *, narrow: bool = False) -> C
         again |= {
             "failures": failures,
             "limit": _half(chunk) if narrower else chunk.limit,
-            # A lost lease was pause enough; what nmap could not do may be possible a little later.
+            # After an expired lease no delay is needed; a failure of nmap may be temporary.
             "not_before": now + timedelta(seconds=2 ** max(1, failures)) if narrow else None,
         }
         return _move(chunk, ChunkTrigger.FAIL, ChunkState.QUEUED, **again)
-    # An attempt on one address costs that address, a lost lease all that are left.
+    # A failed attempt on one address loses that address, an expired lease all remaining ones.
     lost = chunk.outcomes.replace(Outcome.BLANK, Outcome.LOST, 1 if narrow else -1)
     again |= {"outcomes": lost, "failures": 0, "failed_by": (), "limit": 0, "not_before": None}
     state = ChunkState.QUEUED if Outcome.BLANK in lost else ChunkState.SCANNED
@@ -282,28 +282,28 @@ def fail(chunk: Chunk, reason: str, now: datetime, *, narrow: bool = False) -> C
 
 
 def incomplete(chunk: Chunk, attempt: int, addresses: Iterable[str], now: datetime) -> Chunk:
-    """The chunk after result-store missed the hosts at `addresses`: these are blank again, which counts as a failure.
+    """Return the chunk after result-store missed hosts at `addresses`: these are blank again, which counts as a failure.
 
-    It may be read before the report that it is about. A verdict on an earlier attempt changes nothing.
+    The verdict may arrive before the report that it refers to. A verdict on an earlier attempt is ignored.
     """
     if chunk.state not in HELD | {ChunkState.SCANNED} or chunk.attempt != attempt:
         return chunk
-    letters = list(chunk.outcomes)
+    codes = list(chunk.outcomes)
     for address in addresses:
         index = index_of(chunk.first_address, address)
-        if 0 <= index < len(letters) and letters[index] != Outcome.EXCLUDED:
-            letters[index] = Outcome.BLANK
-    blanked = replace(chunk, outcomes="".join(letters))
+        if 0 <= index < len(codes) and codes[index] != Outcome.EXCLUDED:
+            codes[index] = Outcome.BLANK
+    blanked = replace(chunk, outcomes="".join(codes))
     if not blanked.blank:
         return chunk
-    return fail(blanked, "results were lost on their way to the store", now)
+    return fail(blanked, "results were lost before they were stored", now)
 
 
 def store(chunk: Chunk, outcomes: str) -> Chunk:
-    """The chunk with the map that its stored hosts prove: a fact, whatever attempt it came from.
+    """Return the chunk with the map of its stored hosts, which is valid for any attempt.
 
-    A final state stays; a cancelled chunk still takes its map, so that the ledger shows what can be read. A map that is
-    not of this chunk, or has a blank, proves nothing.
+    A final state is kept; a cancelled chunk still takes the map, so that the ledger shows the stored results. A map of another
+    chunk or with a blank is ignored.
     """
     if _frame(outcomes) != _frame(chunk.outcomes) or Outcome.BLANK in outcomes:
         return chunk
@@ -314,8 +314,8 @@ def store(chunk: Chunk, outcomes: str) -> Chunk:
     return _move(replace(chunk, outcomes=outcomes), ChunkTrigger.STORE, ChunkState.STORED)
 
 
-def ask_again(chunk: Chunk, now: datetime, patience: timedelta) -> Chunk:
-    """A scanned chunk that result-store is asked about now, and not again before a pause that doubles each time."""
+def request_check(chunk: Chunk, now: datetime, patience: timedelta) -> Chunk:
+    """Return a scanned chunk for which result-store is asked now, and again after a delay that doubles each time."""
     if chunk.state is not ChunkState.SCANNED:
         return chunk
     pause = min(patience * 2**chunk.asked, timedelta(hours=1))
@@ -326,8 +326,8 @@ def cancel(chunk: Chunk) -> Chunk:
     return _move(chunk, ChunkTrigger.CANCEL, ChunkState.CANCELLED)
 
 
-def _learn(chunk: Chunk, news: str) -> Chunk:
-    """The chunk with the letters of a report; new ones are progress, after which failures count from the start."""
+def _with_report(chunk: Chunk, news: str) -> Chunk:
+    """Return the chunk with the outcomes of a report; new ones are progress, which resets the failure counts."""
     merged = _merged(chunk, news)
     if merged == chunk.outcomes:
         return chunk
@@ -335,12 +335,12 @@ def _learn(chunk: Chunk, news: str) -> Chunk:
 
 
 def _half(chunk: Chunk) -> int:
-    """Half of what the attempt has left; as before when nothing is left of it."""
+    """Return half of the attempt's remaining addresses; the previous limit if none remain."""
     return max(1, chunk.attempted // 2) if chunk.attempted else chunk.limit
 
 
 def _reach(outcomes: str, size: int) -> int:
-    """The place in the map after its first `size` blanks."""
+    """Return the index in the map after its first `size` blanks."""
     place = -1
     for _ in range(size):
         place = outcomes.find(Outcome.BLANK, place + 1)
@@ -354,15 +354,15 @@ def _current(chunk: Chunk, report: WorkerReport) -> bool:
 
 
 def _merged(chunk: Chunk, news: str) -> str:
-    """A map of another length, or one that leaves out other addresses, is not of this chunk and is ignored."""
+    """Merge the map, unless it is of another chunk: it has another length or other excluded addresses."""
     return merge(chunk.outcomes, news) if _frame(news) == _frame(chunk.outcomes) else chunk.outcomes
 
 
-_FRAME: Final = str.maketrans({letter.value: Outcome.BLANK.value for letter in set(Outcome) - {Outcome.EXCLUDED}})
+_FRAME: Final = str.maketrans({code.value: Outcome.BLANK.value for code in set(Outcome) - {Outcome.EXCLUDED}})
 
 
 def _frame(outcomes: str) -> str:
-    """Length and excluded places: what no scan of a chunk can change."""
+    """Return the length and excluded indexes of a map, which no scan of a chunk can change."""
     return outcomes.translate(_FRAME)
 
 

@@ -1,9 +1,9 @@
-"""Whose chunk is next: start-time fair queueing between users, by slot time.
+"""Choose the next chunk: start-time fair queueing between users, by slot time.
 
-Every user has a virtual time in slot seconds: what their ended attempts took, and what the held ones have taken so far or
-are expected to. Who has least goes first. One global virtual time rises to the time of the user being served, and a user who
-becomes active starts at it, so that idleness saves nothing up and history weighs nothing. Times are measured by the
-orchestrator. After "Start-Time Fair Queuing" (Goyal, Vin, Cheng 1996).
+Every user has a virtual time in slot seconds: the time of their finished attempts, plus the elapsed or expected time of the
+held ones, whichever is longer. The user with the lowest virtual time is served first. A global virtual time follows the user
+being served, and a user who becomes active starts at it, so that neither idle time nor past usage counts. The orchestrator
+measures all times. See "Start-Time Fair Queuing" (Goyal, Vin, Cheng 1996).
 """
 
 from __future__ import annotations

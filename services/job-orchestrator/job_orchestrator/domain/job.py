@@ -1,7 +1,7 @@
-"""A job and everything that can change it.
+"""A job and all of its state changes.
 
-The life of a job is `TABLE`. Every change of a job's status, progress or outbox is made by a function of this file, and each
-raises `seq`, so that readers of its events can tell new from old. Illegal changes raise and change nothing.
+`TABLE` defines the life cycle of a job. Only functions of this module change a job's status, progress or outbox, and each of
+them increments `seq`, by which readers order its events. An illegal change raises without side effects.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ _EVENTS: Final[dict[JobTrigger, type[JobEvent]]] = {
 
 
 class IllegalJobChangeError(ScanfleetError):
-    """This change is not in the table."""
+    """The transition is not in the table."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """An event that is part of the job until the bus has acknowledged it; `at` is when it was added."""
+    """An event that is stored in the job until the bus has acknowledged it; `at` is when it was added."""
 
     event: JobEvent
     at: datetime
@@ -75,7 +75,7 @@ class Outgoing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScanJob:
-    """A job with the snapshot that it lives on. `rev` rises with every stored change: the compare-and-set."""
+    """A job with its snapshot of subnet and policy. Every stored change increments `rev`, the compare-and-set token."""
 
     id: int
     user_id: int
@@ -90,12 +90,12 @@ class ScanJob:
     chunk_addresses: int
     chunk_ports: int
     blocks: int
-    """Of ports, in which every address is scanned one after the other."""
+    """Blocks of ports, which are scanned one after the other for each address."""
     chunk_count: int
     estimate: float
-    """Slot seconds for the whole job, as its policy is estimated."""
+    """Estimated slot seconds of the whole job, by its policy."""
     partition: int
-    """Of the topics that are keyed by job: the replica that owns it in scan-progress drives the job."""
+    """Partition of the topics that are keyed by job: its owner in scan-progress drives the job."""
     created_at: datetime
     updated_at: datetime
     command_id: str
@@ -104,13 +104,13 @@ class ScanJob:
     blockwise: bool = True
     """Chunks are numbered block by block; slice by slice in documents of release 0.1."""
     turn: int = 0
-    """Of its first chunk, among the chunks of its user."""
+    """Position of its first chunk among the chunks of its user."""
     made: int = 0
-    """Chunks that were made: those with an index below."""
+    """Number of chunks created so far: those with a lower index exist."""
     totals: Totals = EMPTY
     seconds_left: float = 0.0
-    """Slot seconds that the rest of the job is expected to take."""
-    """What the first chunks, which have all ended, came to."""
+    """Expected slot seconds of the rest of the job."""
+    """Totals of the first chunks, all of which have ended."""
     status: JobStatus = JobStatus.PENDING
     start_time: datetime | None = None
     end_time: datetime | None = None
@@ -124,7 +124,7 @@ class ScanJob:
     rev: int = 0
     cancel_command: str | None = None
     settled: bool = False
-    """Terminal, and so is every chunk: nothing is left to reconcile."""
+    """The job and all of its chunks are final: nothing is left to reconcile."""
     traceparent: str | None = None
     outbox: tuple[Outgoing, ...] = ()
 
@@ -134,7 +134,7 @@ class ScanJob:
 
     @property
     def pace(self) -> float | None:
-        """Slot seconds for one probe, as its finished chunks took; None while too little is known."""
+        """Slot seconds per probe, measured in finished chunks; None while there is too little data."""
         return self.totals.pace
 
     @property
@@ -153,21 +153,21 @@ class ScanJob:
 
 
 def create(job: ScanJob) -> ScanJob:
-    """The job with its first event."""
-    return _say(job, JobCreated, job.created_at)
+    """Return the job with its first event."""
+    return _emit(job, JobCreated, job.created_at)
 
 
 def change(job: ScanJob, trigger: JobTrigger, now: datetime, **fields: Any) -> ScanJob:
-    """The job after `trigger`, with the event that tells of it in its outbox.
+    """Return the job after `trigger`, with the corresponding event in its outbox.
 
     Args:
-        job: as it was read.
-        trigger: what happened.
-        now: UTC; no time of a job is ever before an earlier one of it.
-        fields: what else becomes true with it: `progress`, `machines_found`, `error`, `cancel_command`.
+        job: the job as it was read.
+        trigger: the transition.
+        now: UTC; the times of a job never decrease.
+        fields: other fields that change: `progress`, `machines_found`, `error`, `cancel_command`.
 
     Raises:
-        IllegalJobChangeError: the table has no such change.
+        IllegalJobChangeError: the transition is not in the table.
     """
     status = TABLE[job.status].get(trigger)
     if status is None:
@@ -177,7 +177,7 @@ def change(job: ScanJob, trigger: JobTrigger, now: datetime, **fields: Any) -> S
         fields["start_time"] = now
     else:
         fields |= {"end_time": now, "eta_seconds": None, "seconds_left": 0.0, "waiting": "", "waiting_since": None}
-    return _say(replace(job, status=status, updated_at=now, **fields), _EVENTS[trigger], now)
+    return _emit(replace(job, status=status, updated_at=now, **fields), _EVENTS[trigger], now)
 
 
 def observe(
@@ -188,9 +188,9 @@ def observe(
     *,
     eta_seconds: float | None = None,
 ) -> tuple[ScanJob, JobProgressed] | None:
-    """The job with higher progress and the event for it, or None when there is nothing new.
+    """Return the job with higher progress and the event for it, or None if nothing changed.
 
-    Only a running job with an empty outbox progresses, so no reader sees progress before the start or after the end.
+    Only a running job with an empty outbox progresses, so that no reader sees progress before the start or after the end.
     """
     progress = max(job.progress, min(progress, 99))
     machines_found = max(job.machines_found, machines_found)
@@ -201,7 +201,7 @@ def observe(
 
 
 def wait(job: ScanJob, reason: str, now: datetime) -> tuple[ScanJob, JobProgressed] | None:
-    """The job with why no worker can hold its chunks ("" when one can) and the event for it; None when that is not new."""
+    """Return the job with the reason why no worker can hold its chunks ("" for none) and the event; None if unchanged."""
     if job.final or job.outbox or job.waiting == reason:
         return None
     since = (job.waiting_since or now) if reason else None
@@ -214,21 +214,21 @@ def _progressed(job: ScanJob, now: datetime, **fields: Any) -> tuple[ScanJob, Jo
 
 
 def published(job: ScanJob, event_ids: AbstractSet[str]) -> ScanJob:
-    """The job without the events that the bus has acknowledged."""
+    """Return the job without the events that the bus has acknowledged."""
     return replace(job, outbox=tuple(out for out in job.outbox if out.event.event_id not in event_ids))
 
 
-def set_back(job: ScanJob, seq: int) -> ScanJob:
-    """An unfinished job after its database was set back to a backup; it goes on from what the backup says.
+def restored_from_backup(job: ScanJob, seq: int) -> ScanJob:
+    """Return an unfinished job after a restore of its database from a backup, ready to continue from the backup's state.
 
     Args:
-        job: as it was read.
-        seq: not below any that it has reached since, so that nobody takes what it says next for old.
+        job: the job as it was read.
+        seq: not below any that it had reached before the restore, so that readers do not discard its next events as old.
     """
     return replace(job, seq=max(job.seq, seq))
 
 
-def _say(job: ScanJob, kind: type[JobEvent], now: datetime) -> ScanJob:
+def _emit(job: ScanJob, kind: type[JobEvent], now: datetime) -> ScanJob:
     job = replace(job, seq=job.seq + 1)
     return replace(job, outbox=(*job.outbox, Outgoing(_event(job, kind), now)))
 

@@ -1,4 +1,4 @@
-"""What became of every probe of a job: addresses × ports by outcome, and their sum is the request."""
+"""Account for every probe of a job: addresses × ports by outcome, which add up to the request."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ _OF_LETTER: Final = {
 ACCOUNTED: Final = (ANSWERED, SILENT, DOWN, TIMED_OUT, EXCLUDED)
 _SETTLED: Final = (ANSWERED, SILENT, DOWN, TIMED_OUT, REFUSED)
 _FAILING: Final = (REFUSED, LOST)
-_DISTINCT: Final = (ANSWERED, REFUSED, LOST)  # counted as addresses too
+_DISTINCT: Final = (ANSWERED, REFUSED, LOST)  # also counted as addresses
 _NAMED: Final = frozenset({DOWN, TIMED_OUT, REFUSED, CANCELLED, LOST})
-_REASONS: Final = 3  # in a job's error; more is for the ledger
+_REASONS: Final = 3  # maximum number in a job's error; the ledger has all
 _MAX_ERROR: Final = 1_000  # characters: a reason can quote nmap at length
 
 
 @dataclass(frozen=True, slots=True)
 class NotProbed:
-    """One address of one port block that was not probed to the end, and why."""
+    """An address of a port block that was not fully probed, with the reason."""
 
     address: str
     ports: str
@@ -48,9 +48,9 @@ class NotProbed:
 
 
 class Tally:
-    """What the chunks of a job come to: what its totals have already, and then chunk by chunk.
+    """Sums over the chunks of a job: its stored totals plus the chunks that are added.
 
-    An address counts once, however many port blocks it is in. What is in no chunk that was added is still waiting, or was
+    An address counts once, however many port blocks it is in. Addresses of chunks that were not added are waiting, or were
     cancelled with the job.
     """
 
@@ -60,33 +60,33 @@ class Tally:
         self._done = totals.done
         self._probes = Counter(totals.probes)
         self._addresses = Counter(totals.addresses)
-        # Addresses are in several chunks where the ports are in several blocks.
+        # An address is in several chunks if the ports are in several blocks.
         self._several = job.blocks > 1
         self._places = {name: int.from_bytes(bits, "little") for name, bits in totals.places.items()}
         self._reasons = dict.fromkeys(totals.reasons)
         self._seconds = totals.seconds
 
     def add(self, chunk: Chunk) -> None:
-        """Count a chunk that the totals do not hold."""
+        """Count a chunk that is not in the totals."""
         self._seconds += chunk.seconds
-        for letter, count in outcomes.counts(chunk.outcomes).items():
-            name = _name(letter, chunk)
+        for code, count in outcomes.counts(chunk.outcomes).items():
+            name = _name(code, chunk)
             if name in {WAITING, CANCELLED, EXCLUDED}:
-                continue  # they are what is left of the request
+                continue  # the remainder of the request
             self._probes[name] += count * chunk.port_count
             if name in _DISTINCT:
-                self._distinct(name, letter, chunk, count)
+                self._distinct(name, code, chunk, count)
             if name in _FAILING and chunk.reason and len(self._reasons) < _REASONS:
                 self._reasons[chunk.reason] = None
 
     def end(self, chunk: Chunk) -> None:
-        """Count a chunk that has ended: the next one by its index."""
+        """Count a chunk that has ended; chunks must be counted in index order."""
         self.add(chunk)
         self._done = chunk.index + 1
 
     @property
     def totals(self) -> Totals:
-        """What the job should keep: every chunk so far has ended."""
+        """Return the totals to store in the job: every chunk so far has ended."""
         size = -(-self._job.addresses // 8)
         return Totals(
             done=self._done,
@@ -99,7 +99,7 @@ class Tally:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Probes by name; they sum up to the request."""
+        """Return the number of probes by name; they add up to the request."""
         counts = dict.fromkeys(NAMES, 0) | self._probes | {EXCLUDED: self._job.excluded * self._job.ports}
         left = self._job.addresses * self._job.ports - sum(counts.values())
         counts[CANCELLED if self._job.final else WAITING] += left
@@ -107,30 +107,30 @@ class Tally:
 
     @property
     def accounted(self) -> bool:
-        """Whether every probe of the request has an outcome."""
+        """Return whether every probe of the request has an outcome."""
         counts = self.counts
         return sum(counts[name] for name in ACCOUNTED) == self._job.addresses * self._job.ports
 
     @property
     def machines_found(self) -> int:
-        """Addresses that answered on any port."""
+        """Return the number of addresses that answered on any port."""
         return self._addresses[ANSWERED]
 
     @property
     def progress(self) -> int:
-        """Per cent of the probes that have an outcome, rounded down, 99 until the job is complete."""
+        """Return the percentage of probes with an outcome, rounded down, at most 99 until the job is complete."""
         return min(99, 100 * self._settled // self._wanted)
 
     @property
     def seconds_left(self) -> float:
-        """Slot seconds that what is left is expected to take."""
+        """Return the expected slot seconds of the remaining probes."""
         left = max(0, self._wanted - self._settled - self._probes[LOST])
         pace = self._job.pace
         return left * pace if pace is not None else self._job.estimate * left / self._wanted
 
     @property
     def error(self) -> str:
-        """Why the job failed: how many addresses were not scanned, and the first reasons given."""
+        """Return why the job failed: the number of addresses that were not scanned, and the first reasons."""
         counts = {name: self._addresses[name] for name in _FAILING if self._addresses[name]}
         parts = [f"{count} {'address' if count == 1 else 'addresses'} {name}" for name, count in counts.items()]
         text = ": ".join(filter(None, [" and ".join(parts), "; ".join(self._reasons)]))
@@ -144,7 +144,7 @@ class Tally:
     def _settled(self) -> int:
         return sum(self._probes[name] for name in _SETTLED)
 
-    def _distinct(self, name: str, letter: str, chunk: Chunk, count: int) -> None:
+    def _distinct(self, name: str, code: str, chunk: Chunk, count: int) -> None:
         if not self._several:
             self._addresses[name] += count
             return
@@ -152,17 +152,17 @@ class Tally:
         base = index_of(network, chunk.first_address)
         bits = self._places.get(name, 0)
         for place, each in enumerate(chunk.outcomes):
-            if each == letter or (name == LOST and _name(each, chunk) == LOST):
+            if each == code or (name == LOST and _name(each, chunk) == LOST):
                 bits |= 1 << (base + place)
         self._places[name] = bits
         self._addresses[name] = bits.bit_count()
 
 
-class Names:
-    """One page of the addresses that were not probed to their end, and how many there are.
+class UnprobedPage:
+    """One page of the addresses that were not fully probed, and their total number.
 
-    First those that the request excludes, then by chunk those that were refused, cancelled, lost, down or timed out, then
-    those of chunks that were never made because the job ended before.
+    First the addresses that the request excludes, then by chunk those that were refused, cancelled, lost, down or timed out,
+    then those of chunks that were not created before the job ended.
     """
 
     def __init__(self, job: ScanJob, skip: int, size: int) -> None:
@@ -176,16 +176,16 @@ class Names:
             self._take(range(network.num_addresses), first, job.policy.ports, lambda _: (EXCLUDED, ""))
 
     def add(self, chunk: Chunk) -> None:
-        names = {letter: _name(letter, chunk, cancelled=self._job.final) for letter in set(chunk.outcomes)}
-        wanted = {letter for letter, name in names.items() if name in _NAMED}
+        names = {code: _name(code, chunk, cancelled=self._job.final) for code in set(chunk.outcomes)}
+        wanted = {code for code, name in names.items() if name in _NAMED}
         if wanted:
-            places = [index for index, letter in enumerate(chunk.outcomes) if letter in wanted]
+            places = [index for index, code in enumerate(chunk.outcomes) if code in wanted]
             self._take(
                 places, chunk.first_address, chunk.ports, lambda index: _why(names[chunk.outcomes[index]], chunk)
             )
 
     def add_unmade(self) -> None:
-        """Count the chunks that were not made, all addresses of which a final job has cancelled."""
+        """Count the chunks that were not created; in a final job all of their addresses are cancelled."""
         if not self._job.final:
             return
         first = plan.index_after(self._job, self._job.made, max(0, self._skip - self.total))
@@ -204,16 +204,16 @@ class Names:
         ports: str,
         why: Callable[[int], tuple[str, str]],
     ) -> None:
-        """Those of the places after `first` that are on the page; counts all."""
+        """Yield those of the indexes after `first` that are on the page; count all of them."""
         start = max(0, self._skip - self.total)
         for place in places[start : start + self._size - len(self.page)]:
             self.page.append(NotProbed(str(address_at(first, place)), ports, *why(place)))
         self.total += len(places)
 
 
-def _name(letter: str, chunk: Chunk, *, cancelled: bool = False) -> str:
-    if letter != Outcome.BLANK:
-        return _OF_LETTER[Outcome(letter)]
+def _name(code: str, chunk: Chunk, *, cancelled: bool = False) -> str:
+    if code != Outcome.BLANK:
+        return _OF_LETTER[Outcome(code)]
     if chunk.state is ChunkState.FAILED:
         return LOST
     return CANCELLED if cancelled or chunk.state is ChunkState.CANCELLED else WAITING

@@ -1,8 +1,8 @@
-"""How a job is cut into chunks: a pure function of its snapshot, so that every replica makes the same chunks.
+"""Split a job into chunks: a pure function of its snapshot, so that every replica creates the same chunks.
 
-A chunk is one block of the policy's ports on one slice of the subnet's addresses. They are numbered block by block: all
-slices of the first block, then all of the second. `made_up_to` keeps two blocks of one slice from being open together, so
-that no address is scanned by two nmaps of its job at once.
+A chunk is one block of the policy's ports on one slice of the subnet's addresses. Chunks are numbered block by block: all
+slices of the first block, then all of the second. `made_up_to` ensures that two blocks of one slice are never open together,
+so that no address is scanned by two nmap processes of its job at once.
 """
 
 from __future__ import annotations
@@ -21,42 +21,42 @@ from scanfleet.policy import FLOOR_OF_ADDRESS, GROUP_HOSTS, ScanPolicy
 from scanfleet.ports import PortSet
 from scanfleet.targets import Target, parse_network
 
-MAX_PORTS: Final = 8_192  # of a chunk: all of them open on one host still fit in one message
-WINDOW: Final = 256  # chunks of a job that are made and not yet ended: enough for every slot of a large fleet
-_AHEAD: Final = 4_096  # chunks between the first that has not ended and the last made: what a look at progress may read
+MAX_PORTS: Final = 8_192  # per chunk: all of them open on one host still fit in one message
+WINDOW: Final = 256  # maximum number of open chunks per job: enough for every slot of a large fleet
+_AHEAD: Final = 4_096  # maximum distance between the first open chunk and the last created one: bounds progress queries
 
-# Measured with nmap 7.93 in network namespaces. `FLOORS` are the probes a second by timing below which silence must not
-# slow an nmap: all open ports are found where 75 % of hosts drop, 2 % of packets are lost or answers are limited. UDP has
-# none, since a host limits the answers of its closed ports, and probes that come faster would find them open|filtered.
+# Measured with nmap 7.93 in network namespaces. `FLOORS` are minimum probe rates per second by timing, which nmap keeps
+# although hosts do not answer: all open ports are found if 75 % of hosts drop, 2 % of packets are lost or answers are
+# rate-limited. UDP has none, since hosts rate-limit the answers of closed ports, which would be found open|filtered.
 FLOORS: Final = (None, None, None, 500, 2_000, 2_500)
 _TRIES: Final = 2  # probes to a port that does not answer
-_DISCOVERY_TRIES: Final = 8  # probes to an address that does not answer, of raw host discovery; without raw packets 4
-_SILENT_WAITS: Final = (300.0, 15.0, 1.0)  # seconds after each such probe of timings 0 to 2, which have one under way
-_DELAYS: Final = (300.0, 15.0, 0.4)  # seconds between two probes of these to an address that answers
-_SILENT_UDP_PER_SECOND: Final = (10, 10, 10, 10, 20, 37)  # probes by timing where no port answers
-_LIMITED_UDP_PER_SECOND: Final = 1  # closed ports of a host that limits ICMP, as Linux does
+_DISCOVERY_TRIES: Final = 8  # probes of raw host discovery to an address that does not answer; 4 without raw packets
+_SILENT_WAITS: Final = (300.0, 15.0, 1.0)  # seconds after each such probe of timings 0 to 2, which send one at a time
+_DELAYS: Final = (300.0, 15.0, 0.4)  # seconds between two probes of these timings to an address that answers
+_SILENT_UDP_PER_SECOND: Final = (10, 10, 10, 10, 20, 37)  # probes by timing if no port answers
+_LIMITED_UDP_PER_SECOND: Final = 1  # closed ports of a host that rate-limits ICMP, as Linux does
 
-# Slot seconds that are expected on a network that answers, until the job's own chunks have shown better.
-_START: Final = 0.1  # nmap reading its tables; less where small chunks share one
+# Expected slot seconds on a network that answers, until the job's own chunks give measurements.
+_START: Final = 0.1  # start of nmap; less if small chunks share one
 _PER_SECOND: Final = (1_000, 1_000, 1_000, 2_000, 4_000, 6_000)  # TCP probes by timing
 _UDP_PER_SECOND: Final = 50
-_SERVICE: Final = 0.1  # of an address: version probes wait for banners
+_SERVICE: Final = 0.1  # per address: version probes wait for banners
 _SCRIPTS: Final = 0.2
 _OS: Final = 0.1
 
-ATTEMPT_SECONDS: Final = 65.0  # of an attempt on several addresses, even where nothing answers
-_OF_HOST_TIMEOUT: Final = 0.7  # of an attempt on one address: nmap itself ends it after the whole
-_SHORTEST: Final = 5.0  # expected of a chunk: less, and starting nmap is felt
-_LONGEST: Final = 30.0  # more, and a lost worker loses much
-_SHARES: Final = 16  # of a job at least, between these two: enough for a handful of workers to share it evenly
-_RATE_OF_NMAP: Final = 500  # packets a second: a job limited to fewer has one nmap at a time
+ATTEMPT_SECONDS: Final = 65.0  # maximum planned duration of an attempt on several addresses that do not answer
+_OF_HOST_TIMEOUT: Final = 0.7  # maximum planned fraction of the host timeout for an attempt on one address
+_SHORTEST: Final = 5.0  # minimum expected duration of a chunk: below it, the start of nmap dominates
+_LONGEST: Final = 30.0  # maximum expected duration of a chunk: limits the loss with a failed worker
+_SHARES: Final = 16  # minimum number of chunks per job between these two: enough to spread it evenly over a few workers
+_RATE_OF_NMAP: Final = 500  # packets per second: a job with a lower limit has one nmap at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a job keeps of it, so that a release that cuts otherwise makes the same chunks of a job that it finds.
+    """The stored parameters of a job's plan, so that a release with another algorithm creates the same chunks.
 
-    `chunk_count` is what the job promises; a slice whose every address is excluded makes no chunk.
+    `chunk_count` is the number that the job reports; a slice whose addresses are all excluded has no chunk.
     """
 
     addresses: int
@@ -65,14 +65,14 @@ class Plan:
     chunk_addresses: int
     chunk_ports: int
     blocks: int
-    """Of ports."""
+    """Number of blocks of ports."""
     chunk_count: int
     estimate: float
-    """Slot seconds for the whole job."""
+    """Slot seconds of the whole job."""
 
 
 def estimate(policy: ScanPolicy, ports: PortSet, addresses: int) -> float:
-    """Slot seconds that one nmap is expected to need for `addresses` × `ports`."""
+    """Return the expected slot seconds of one nmap for `addresses` × `ports`."""
     fastest = _PER_SECOND[policy.timing]
     rate = min(fastest, policy.max_rate or fastest)
     udp_rate = min(_UDP_PER_SECOND, rate)
@@ -85,7 +85,7 @@ def estimate(policy: ScanPolicy, ports: PortSet, addresses: int) -> float:
 
 
 def longest(policy: ScanPolicy, ports: PortSet, addresses: int) -> float:
-    """Seconds that one nmap needs for `addresses` × `ports` where nothing answers."""
+    """Return the seconds that one nmap needs for `addresses` × `ports` if nothing answers."""
     discovery = _DISCOVERY_TRIES if policy.discovery == "default" else 0
     limit = nmap_rate(policy) or _PER_SECOND[-1]
     if policy.timing < len(_SILENT_WAITS):
@@ -100,17 +100,17 @@ def longest(policy: ScanPolicy, ports: PortSet, addresses: int) -> float:
 
 
 def width(policy: ScanPolicy) -> int:
-    """How many chunks of a job may be open at once, so that the rates of its nmaps add up to its `max_rate` at most."""
+    """Return the maximum number of open chunks of a job, so that its nmap processes together keep to its `max_rate`."""
     return min(WINDOW, max(1, policy.max_rate // _RATE_OF_NMAP)) if policy.max_rate else WINDOW
 
 
 def nmap_rate(policy: ScanPolicy) -> int | None:
-    """Probes a second of each nmap of a job with a `max_rate`."""
+    """Return the maximum probes per second of each nmap of a job with a `max_rate`."""
     return policy.max_rate // width(policy) if policy.max_rate else None
 
 
 def min_rate(policy: ScanPolicy, ports: PortSet, nmaps: int = 1) -> int | None:
-    """Probes a second below which silence must not slow an nmap of a job that has `nmaps` of them at once."""
+    """Return the minimum probes per second of each nmap of a job with `nmaps` of them, kept even if nothing answers."""
     floor = None if ports.udp_count else FLOORS[policy.timing]
     if policy.min_rate:
         floor = max(1, policy.min_rate // nmaps)
@@ -119,7 +119,7 @@ def min_rate(policy: ScanPolicy, ports: PortSet, nmaps: int = 1) -> int | None:
 
 
 def plan(policy: ScanPolicy, target: Target) -> Plan:
-    """What a job of this policy on this target will be."""
+    """Plan a job of this policy on this target."""
     ports = policy.port_set
     block = _block_size(policy, ports)
     blocks = -(-ports.tcp_count // block) + -(-ports.udp_count // block)
@@ -137,12 +137,12 @@ def plan(policy: ScanPolicy, target: Target) -> Plan:
 
 
 def made_up_to(job: ScanJob, open_: int, lowest: int | None) -> int:
-    """Up to which index the job's chunks should be made.
+    """Return the index up to which the job's chunks should be created.
 
     Args:
-        job: with the chunks before `job.made` made.
-        open_: how many of these have not ended.
-        lowest: index of the first of these, None when there is none.
+        job: the job; its chunks before `job.made` exist.
+        open_: number of these that have not ended.
+        lowest: index of the first of these; None if there is none.
     """
     lowest = job.made if lowest is None else lowest
     up_to = min(job.made + width(job.policy) - open_, lowest + min(_AHEAD, _slice_count(job)), job.chunk_count)
@@ -150,7 +150,7 @@ def made_up_to(job: ScanJob, open_: int, lowest: int | None) -> int:
 
 
 def chunks(job: ScanJob, first: int, end: int) -> Iterator[Chunk]:
-    """The job's chunks from index `first` up to `end`, under their fixed ids."""
+    """Yield the job's chunks from index `first` up to `end`, with their fixed ids."""
     slices = _slices(job.cidr, job.exclude, job.chunk_addresses)
     all_ports = job.policy.port_set
     first_address = parse_network(job.cidr).network_address
@@ -212,20 +212,20 @@ def chunk_id(job: ScanJob, index: int) -> str:
 
 
 def needs_raw(job: ScanJob, lowest: int | None) -> bool:
-    """Whether all chunks from index `lowest` on need raw packets: TCP ports come before UDP ports."""
+    """Return whether all chunks from index `lowest` on need raw packets: TCP ports come before UDP ports."""
     first = min(job.made if lowest is None else lowest, job.chunk_count - 1)
     return next(chunks(job, first, first + 1)).needs_raw
 
 
 def expected(job: ScanJob, ports: PortSet, addresses: int) -> float:
-    """Slot seconds for `addresses` × `ports` of this job: as its finished chunks took, or as the policy is estimated."""
+    """Return the expected slot seconds for `addresses` × `ports` of this job, measured in finished chunks or estimated."""
     if job.pace is not None:
         return _START + job.pace * ports.count * addresses
     return estimate(job.policy, ports, addresses)
 
 
 def attempt_size(job: ScanJob, chunk: Chunk) -> int:
-    """How many of the chunk's blanks its next attempt should scan."""
+    """Return how many of the chunk's blanks its next attempt should scan."""
     size = min(chunk.blank, chunk.limit or chunk.blank)
     if job.pace is not None:
         size = min(size, max(1, int(ATTEMPT_SECONDS / max(job.pace * chunk.port_count, 1e-9))))
@@ -233,12 +233,12 @@ def attempt_size(job: ScanJob, chunk: Chunk) -> int:
 
 
 def blanks(job: ScanJob, first: int, end: int) -> int:
-    """Addresses to scan in the chunks from index `first` up to `end`, each once for each block of ports."""
+    """Return the addresses to scan in the chunks from index `first` up to `end`, each once per block of ports."""
     return _blanks_before(job, end) - _blanks_before(job, first) if first < end else 0
 
 
 def index_after(job: ScanJob, first: int, addresses: int) -> int:
-    """The last index, from `first` on, with at most so many addresses to scan in the chunks between."""
+    """Return the highest index for which the chunks from `first` have at most this many addresses to scan."""
     if not addresses or first >= job.chunk_count:
         return first
     return first + bisect_right(range(first, job.chunk_count), addresses, key=lambda end: blanks(job, first, end)) - 1
@@ -255,7 +255,7 @@ def _slice_count(job: ScanJob) -> int:
 
 
 def _block_size(policy: ScanPolicy, ports: PortSet) -> int:
-    """Ports of a chunk: the most that one address can be asked within the time of an attempt on it."""
+    """Return the ports of a chunk: the maximum that one address can be probed for within one attempt."""
     allowed = max(ATTEMPT_SECONDS, _OF_HOST_TIMEOUT * policy.host_timeout)
 
     size = min(MAX_PORTS, ports.count)
@@ -265,13 +265,13 @@ def _block_size(policy: ScanPolicy, ports: PortSet) -> int:
 
 
 def _first_blocks(ports: PortSet, size: int) -> list[PortSet]:
-    """The first block of each protocol; none is larger."""
+    """Return the first block of each protocol; no other block is larger."""
     parts = (PortSet(tcp=ports.tcp, top=ports.top), PortSet(udp=ports.udp))
     return [part.block(0, size) for part in parts if part.count]
 
 
 def _slice_size(policy: ScanPolicy, ports: PortSet, target: Target) -> int:
-    """Addresses of a chunk: the largest power of two that keeps it as short as it should be."""
+    """Return the addresses of a chunk: the largest power of two within the planned duration."""
 
     def fits(size: int) -> bool:
         seconds = estimate(policy, ports, size)
@@ -284,19 +284,19 @@ def _slice_size(policy: ScanPolicy, ports: PortSet, target: Target) -> int:
     return size
 
 
-@lru_cache(maxsize=64)  # of jobs whose chunks are being made: a /16's slices are 100 kB
+@lru_cache(maxsize=64)  # jobs whose chunks are being created: the slices of a /16 take 100 kB
 def _slices(cidr: str, exclude: tuple[str, ...], size: int) -> tuple[tuple[int, str], ...]:
     return tuple(_cut(Target.parse(cidr, exclude), size))
 
 
 @lru_cache(maxsize=64)
 def _sums(cidr: str, exclude: tuple[str, ...], size: int) -> tuple[int, ...]:
-    """Addresses to scan before each slice, and in all."""
+    """Return the number of addresses to scan before each slice, and in total."""
     return (0, *accumulate(outcomes.count(Outcome.BLANK) for _, outcomes in _slices(cidr, exclude, size)))
 
 
 def _cut(target: Target, size: int) -> Iterator[tuple[int, str]]:
-    """Offset and outcome map of each run of addresses that has something to scan."""
+    """Yield the offset and outcome map of each run of addresses that is not completely excluded."""
     whole = target.outcomes()
     for offset in range(0, len(whole), size):
         outcomes = whole[offset : offset + size]

@@ -1,8 +1,8 @@
-"""What the handlers need of a database: documents that change by compare-and-set on their `rev`, and the queries over them.
+"""The database port of the handlers: documents that change by compare-and-set on their `rev`, and queries over them.
 
-`job_orchestrator.repository` is the real one, `job_orchestrator.testing` holds the in-memory one; both pass the same suite.
-Every method raises `DependencyError` when the database is unavailable, and then anything that it was to write may be
-written. A document that cannot be read is logged, counted and left out of the answer, so that it stops nothing but itself.
+`job_orchestrator.repository` has the MongoDB store, `job_orchestrator.testing` the in-memory one; both pass the same suite.
+Every method raises `DependencyError` if the database is unavailable; its writes may then be done or not. A document that
+cannot be read is logged, counted and omitted from the result, so that it affects no other.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ class Policy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """What was decided on one command id; the first insert stands.
+    """The decision on one command id; the first insert wins.
 
-    `accepted` submits name all their jobs with their snapshots, so that anyone can finish making them.
+    `accepted` submits contain all of their jobs with their snapshots, so that any replica can finish creating them.
     """
 
     id: str
     user_id: int
     state: Literal["accepted", "rejected", "expired"]
     body: str = ""
-    """Hash of what was asked, to tell a repeat from another request under the same key."""
+    """Hash of the request, which distinguishes a retry from another request with the same key."""
     idempotency_key: str | None = None
     jobs: tuple[ScanJob, ...] = ()
     cancels: int | None = None
-    """The job that a cancel is about."""
+    """The job that a cancel refers to."""
     admin: bool = False
-    """The cancel is an administrator's, who may cancel another user's job."""
+    """Whether an administrator cancels, who may cancel jobs of other users."""
     status: int = 0
     error: str = ""
     rule: str = ""
@@ -67,11 +67,11 @@ class Command:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenChunks:
-    """The chunks of one job that workers hold or could be given."""
+    """Numbers of chunks of one job that workers hold or can get."""
 
     queued: int = 0
     queued_raw: int = 0
-    """Of the queued ones, those that need raw packets."""
+    """The queued chunks that need raw packets."""
     held: int = 0
 
 
@@ -80,34 +80,34 @@ UNFINISHED: Final = (JobStatus.PENDING, JobStatus.RUNNING)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Census:
-    """How much there is of what is unfinished. Ages are in seconds by the database's clock."""
+    """Numbers of unfinished jobs and chunks. Ages are in seconds by the database's clock."""
 
     jobs: Counter[JobStatus]
     job_ages: Mapping[JobStatus, float]
-    """Of the oldest job in each status, since it was created."""
+    """Age of the oldest job in each status, since its creation."""
     chunks: Counter[ChunkState]
     slot_seconds: float
-    """Slot seconds that all unfinished jobs are expected to take: what there is to scale on."""
+    """Expected slot seconds of all unfinished jobs, for scaling."""
     outbox_age: float
-    """Of the oldest event that waits in an outbox; 0 when none does."""
+    """Age of the oldest unpublished event; 0 if there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """The chunks of a job that have not ended, at one moment."""
+    """The chunks of a job that have not ended, in one consistent read."""
 
     open: int = 0
     begun: bool = False
-    """Whether a worker has begun on one of them."""
+    """Whether a worker has started one of them."""
     lowest: int | None = None
-    """The first of them by index; None when there is none."""
+    """The lowest index of them; None if there is none."""
 
 
 class Resources(Protocol):
-    """Subnets and policies: plain documents of one user each."""
+    """Subnets and policies, each owned by one user."""
 
     async def exists(self, kind: Literal["subnets", "policies"], id_: int) -> bool:
-        """Whether anybody has one of this id."""
+        """Return whether the id exists, for any user."""
 
     async def add_subnet(self, subnet: Subnet) -> None: ...
     async def subnets(self, user_id: int, ids: Collection[int]) -> list[Subnet]: ...
@@ -127,10 +127,10 @@ class Resources(Protocol):
 
 
 class Audit(Protocol):
-    """The audit log: entries are added, read, and forgotten by age; none is ever changed."""
+    """The audit log: entries are added, read, and deleted by age; they never change."""
 
     async def add_audit(self, entries: Sequence[AuditEntry]) -> None:
-        """Stamp them with the time now; those whose service has one of the same id already stay as they are."""
+        """Store the entries with the current time; entries with an existing id of the same service are ignored."""
 
     async def list_audit(
         self,
@@ -154,32 +154,32 @@ class Audit(Protocol):
 
 class Store(Resources, Audit, Protocol):
     async def time(self) -> datetime:
-        """The database's clock, UTC."""
+        """Return the time of the database's clock, in UTC."""
 
     async def take_ids(self, name: str, count: int = 1) -> range:
-        """Fresh integers of the sequence `name`, from 1."""
+        """Allocate `count` integers of the sequence `name`, which starts at 1."""
 
     # Commands
 
     async def insert_commands(self, commands: Sequence[Command]) -> dict[str, Command]:
-        """Insert each unless its id or its user's idempotency key is there; answer what stands now, by the id asked."""
+        """Insert each command unless its id or its user's idempotency key exists; return the stored ones by requested id."""
 
     async def commands(self, ids: Collection[str]) -> dict[str, Command]: ...
 
     async def commands_by_key(self, keys: Collection[tuple[int, str]]) -> dict[tuple[int, str], Command]: ...
 
     async def reject_command(self, command_id: str, status: int, error: str, rule: str) -> None:
-        """An accepted cancel that came too late."""
+        """Reject an accepted cancel that came too late."""
 
     # Jobs
 
     async def insert_jobs(self, jobs: Sequence[ScanJob]) -> None:
-        """Those that are there already stay as they are."""
+        """Insert those that do not exist yet."""
 
     async def jobs(self, ids: Collection[int]) -> dict[int, ScanJob]: ...
 
     async def save_jobs(self, jobs: Sequence[ScanJob]) -> set[int]:
-        """Store each if its stored `rev` is still its `rev`, raised by one; answer the ids that lost the race."""
+        """Store each if its stored `rev` is unchanged, with `rev` incremented; return the ids that lost the race."""
 
     async def list_jobs(
         self,
@@ -229,7 +229,7 @@ class Store(Resources, Audit, Protocol):
         limit: int,
         partitions: Collection[int] | None = None,
     ) -> list[int]:
-        """Ids above `after`, in order, of jobs that are not final or have chunks that are not; those in `partitions`."""
+        """Return ids above `after`, in order, of jobs in `partitions` that are not settled."""
 
     async def jobs_with_old_events(self, before: datetime, limit: int) -> list[int]: ...
 
@@ -244,42 +244,42 @@ class Store(Resources, Audit, Protocol):
         subnet_id: int | None = None,
         policy_id: int | None = None,
     ) -> list[int]:
-        """Ids of the user's unfinished jobs that match, in any order."""
+        """Return the ids of the user's matching unfinished jobs, in any order."""
 
     # Chunks
 
     async def insert_chunks(self, chunks: Sequence[Chunk]) -> None:
-        """Those that are there already stay as they are."""
+        """Insert those that do not exist yet."""
 
     async def chunks(self, ids: Collection[str]) -> dict[str, Chunk]: ...
 
     def job_chunks(self, job_id: int, first: int = 0, end: int | None = None) -> AsyncIterator[Chunk]:
-        """The chunks with an index from `first` up to `end`, in order; a job can have hundreds of thousands."""
+        """Yield the chunks with an index from `first` up to `end`, in order; a job can have hundreds of thousands."""
 
     async def active_chunks(self, job_id: int, first: int) -> list[Chunk]:
-        """The chunks from index `first` on that are not queued."""
+        """Return the chunks from index `first` on that are not queued."""
 
     async def chunks_in(self, job_id: int, states: Collection[ChunkState], limit: int) -> list[str]:
-        """Ids of chunks in these states; one that moves meanwhile may be left out."""
+        """Return ids of chunks in these states; one that changes its state meanwhile may be omitted."""
 
     async def save_chunks(self, chunks: Sequence[Chunk]) -> set[str]:
-        """As `save_jobs`."""
+        """Store chunks as `save_jobs` stores jobs."""
 
     async def standings(self, job_ids: Collection[int]) -> dict[int, Standing]:
-        """Of each job, all at one moment."""
+        """Return the standing of each job, in one consistent read."""
 
     async def watched_chunks(self, partitions: Collection[int]) -> list[Held]:
-        """Chunks that workers hold, of jobs in these partitions."""
+        """Return the chunks that workers hold, of jobs in these partitions."""
 
     async def overdue_chunks(self, now: datetime, limit: int, partitions: Collection[int]) -> list[Chunk]:
-        """Scanned chunks of jobs in these partitions that result-store is to be asked about."""
+        """Return the scanned chunks of jobs in these partitions for which result-store is due to be asked."""
 
     async def chunk_counts(self, job_id: int) -> OpenChunks: ...
 
     # Dispatch
 
     async def waiting_users(self, *, raw: bool) -> list[int]:
-        """Users with queued chunks; without those chunks that need raw packets if not `raw`."""
+        """Return the users with queued chunks; without `raw`, chunks that need raw packets do not count."""
 
     async def queue(
         self,
@@ -290,35 +290,35 @@ class Store(Resources, Audit, Protocol):
         raw: bool,
         skip: Collection[int] = (),
     ) -> list[Candidate]:
-        """The user's first `limit` queued chunks that may go, by turn; without those of the jobs to `skip`."""
+        """Return the user's first `limit` queued chunks that may start, by turn, without those of the jobs to `skip`."""
 
     async def first_turn(self, user_id: int) -> int:
-        """The lowest turn among the user's queued chunks, or 0."""
+        """Return the lowest turn among the user's queued chunks, or 0."""
 
     async def held(self) -> list[Held]:
-        """Every chunk that any worker holds."""
+        """Return every chunk that any worker holds."""
 
     async def clocks(self, users: Collection[int]) -> Clocks:
-        """The clocks of these users, where they have one, and of all that are active."""
+        """Return the existing clocks of these users and all active clocks."""
 
-    async def rest_clocks(self) -> None:
-        """Put to rest the clocks of users with neither queued nor held chunks."""
+    async def deactivate_clocks(self) -> None:
+        """Deactivate the clocks of users with neither queued nor held chunks."""
 
     async def wake_clocks(self, clocks: Iterable[Clock], virtual: float) -> None:
-        """Make these clocks active, and raise the global virtual time to `virtual`."""
+        """Activate these clocks, and raise the global virtual time to `virtual`."""
 
     async def charge(self, seconds: Mapping[int, float]) -> None:
-        """Add to the clocks of these users."""
+        """Add seconds to the clocks of these users."""
 
     async def seen_workers(self, workers: Iterable[Credit]) -> None:
-        """Note that these workers announced themselves now, by the database's clock."""
+        """Store that these workers announced themselves now, by the database's clock."""
 
     async def live_workers(self, within: timedelta) -> list[Credit]:
-        """Workers with slots that announced themselves within a time; their partition is not known."""
+        """Return workers with slots that announced themselves within a time, without their partition."""
 
-    # What is going on
+    # Monitoring
 
     async def seconds_left(self) -> float:
-        """Slot seconds that all unfinished jobs are expected to take."""
+        """Return the expected slot seconds of all unfinished jobs."""
 
     async def census(self) -> Census: ...

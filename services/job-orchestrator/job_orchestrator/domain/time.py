@@ -1,4 +1,4 @@
-"""The platform's time: the database's clock, whichever machine asks."""
+"""Platform time: the database's clock, identical on every machine."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from scanfleet.errors import DependencyError
 
 
 class PlatformTime:
-    """The database's time, carried on by our own monotonic clock; wrong by one round trip at most.
+    """The database's time, advanced by the local monotonic clock; accurate to one round trip.
 
     Args:
-        read: asks the database for its time.
-        monotonic: seconds.
+        read: reads the time of the database.
+        monotonic: returns seconds of a monotonic clock.
     """
 
     def __init__(
@@ -26,22 +26,22 @@ class PlatformTime:
         self._then: datetime | None = None
 
     async def refresh(self) -> None:
-        """Ask the database; called about once a second.
+        """Read the database's time; called about once a second.
 
         Raises:
-            DependencyError: the database is unavailable; the time runs on from the last answer.
+            DependencyError: the database is unavailable; the time continues from the last answer.
         """
         asked = self._monotonic()
         self._then = await self._read()
         self._read_at = asked
 
     def now(self) -> datetime:
-        """UTC, in the milliseconds that MongoDB keeps.
+        """Return the time in UTC, with MongoDB's resolution of milliseconds.
 
         Raises:
-            DependencyError: the database was never asked.
+            DependencyError: the database's time was never read.
         """
         if self._then is None or self._read_at is None:
-            raise DependencyError("the database's time is not known yet")
+            raise DependencyError("the database's time has not been read yet")
         now = self._then + timedelta(seconds=self._monotonic() - self._read_at)
         return now.replace(microsecond=now.microsecond // 1000 * 1000)

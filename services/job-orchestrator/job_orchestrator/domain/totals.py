@@ -1,4 +1,4 @@
-"""What the chunks of a job that have ended came to, as the job keeps it."""
+"""Totals of a job's chunks that have ended, stored in the job."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final
 
-_ENOUGH: Final = 1_000  # probes, after which the time they took says more than an estimate
+_ENOUGH: Final = 1_000  # probes from which on the measured time is better than an estimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,11 +15,11 @@ class Totals:
     """Sums over the chunks with an index below `done`, each counted once: they change together with `done`.
 
     Attributes:
-        done: these chunks have ended.
-        probes: by outcome.
-        addresses: distinct ones that answered, were refused or were lost, by outcome.
-        places: which ones, a bit for each address of the subnet; empty where the job has one block of ports, and each
-            address so one chunk.
+        done: number of chunks that have ended.
+        probes: number of probes by outcome.
+        addresses: number of distinct addresses that answered, were refused or were lost, by outcome.
+        places: these addresses as a bit per address of the subnet; empty if the job has one block of ports, and therefore
+            each address one chunk.
         reasons: the first reasons why addresses were refused or lost.
         seconds: slot seconds.
     """
@@ -33,7 +33,7 @@ class Totals:
 
     @property
     def pace(self) -> float | None:
-        """Slot seconds for one probe."""
+        """Return the slot seconds per probe; None if there are too few probes."""
         probes = sum(self.probes.values())
         return self.seconds / probes if probes >= _ENOUGH and self.seconds else None
 

@@ -1,4 +1,4 @@
-"""How long something may stay silent, as heard by the one who watches it."""
+"""Track lease timeouts of chunks by the time that this process was able to receive reports."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Final
 from job_orchestrator.domain.chunk import Chunk
 from job_orchestrator.domain.fairness import Held
 
-_LONGEST_LOOK: Final = 3.0  # seconds of silence that one look can add; looks are about a second apart
+_LONGEST_LOOK: Final = 3.0  # maximum seconds that one check adds; checks are about a second apart
 
 
 class Watch:
-    """Silence of chunks under their current attempt, in seconds that were really listened to.
+    """Seconds without a report for each chunk's current attempt, while this process was reading reports.
 
-    A watcher that is late, because it was slow, frozen or cut off, adds no more than one look's worth of silence, and a
-    chunk that it sees for the first time starts afresh: it blames nobody for its own absence.
+    If this process was slow, stopped or disconnected, a late check adds at most `_LONGEST_LOOK`, and a chunk that is watched
+    for the first time starts at zero, so that no lease expires because of this process.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -24,14 +24,14 @@ class Watch:
         self._looked = float("inf")
 
     def renew(self, chunk: Chunk) -> None:
-        """Count its silence from the next look on: its worker reported."""
+        """Reset the chunk's timeout after a report of its worker."""
         self._silence.pop((chunk.id, chunk.attempt), None)
 
     def overdue(self, watched: Iterable[Held], now: float) -> list[Held]:
-        """Look: those of `watched` that were silent for too long. What is not in `watched` is forgotten.
+        """Return those of `watched` whose lease has expired; chunks that are not in `watched` are no longer tracked.
 
         Args:
-            watched: what workers hold, after all their reports were read.
+            watched: chunks that workers hold, after all of their reports were read.
             now: seconds of a monotonic clock.
         """
         listened = max(0.0, min(now - self._looked, _LONGEST_LOOK))

@@ -1,1 +1,1 @@
-"""What the orchestrator does with each message: load, decide, save, publish."""
+"""Handle each message: load, decide, save, publish."""

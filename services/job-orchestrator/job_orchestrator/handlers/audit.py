@@ -1,4 +1,4 @@
-"""Stores the refusals of the services in the audit log."""
+"""Store the refusals of the services in the audit log."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from scanfleet.messages import Audited
 class Audit:
     """Handles the audit topic of one service.
 
-    An entry is this service's whatever it says, since the broker lets no other write to the topic. Its id is in the service's
-    own namespace, so that it suppresses no entry of another.
+    An entry is attributed to this service regardless of its content, since the broker allows no other service to write to the
+    topic. Its id is in the service's own namespace, so that it cannot suppress an entry of another service.
     """
 
     def __init__(self, store: Store, service: str) -> None:
@@ -34,5 +34,5 @@ class Audit:
 
 def _audited(record: Record) -> Audited:
     if not isinstance(record.message, Audited):
-        raise MessageError(f"{type(record.message).__name__} is not an entry of the audit log")
+        raise MessageError(f"unexpected message type {type(record.message).__name__} on an audit topic")
     return record.message

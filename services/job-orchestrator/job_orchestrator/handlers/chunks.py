@@ -1,4 +1,4 @@
-"""Changing chunks: read, decide, compare-and-set, and again for those that another replica changed meanwhile."""
+"""Change chunks: read, decide, compare-and-set, and retry for those that another replica changed meanwhile."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from scanfleet.grants import Signer
 from scanfleet.messages import ChunkScanned, StopChunk
 from scanfleet.messages.chunks import Grant
 
-_ROUNDS: Final = 20  # each lost race is another's progress; so many in a row are a fault
+_ROUNDS: Final = 20  # each lost race is progress of another replica; this many in a row are an error
 
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """A chunk as it was read and as it is stored now; equal when there was nothing to change."""
+    """A chunk as it was read and as it is stored now; equal if nothing changed."""
 
     before: Chunk
     after: Chunk
@@ -39,14 +39,14 @@ async def change(
     *,
     charge: bool = True,
 ) -> list[Changed]:
-    """Apply `decide` to each chunk and store what it changed; `decide` runs again for a chunk that lost a race.
+    """Apply `decide` to each chunk and store the changes; `decide` runs again for a chunk that lost a race.
 
     Args:
-        store: where the chunks are.
-        ids: of the chunks.
-        decide: answers the chunk as it should be.
+        store: stores the chunks.
+        ids: ids of the chunks.
+        decide: returns the new version of a chunk.
         now: platform time.
-        charge: whether users pay for attempts that end by it; not for those of lost workers.
+        charge: whether users are charged for attempts that end; not for those of lost workers.
 
     Raises:
         DependencyError: the database is unavailable.
@@ -65,11 +65,11 @@ async def change(
             if each.moved:
                 CHUNK_TRANSITIONS.labels(each.after.state).inc()
         done += stored
-    raise DependencyError(f"chunks kept changing under us: {sorted(left)[:5]}")
+    raise DependencyError(f"chunks were changed by other replicas {_ROUNDS} times in a row: {sorted(left)[:5]}")
 
 
 async def _charge(store: Store, changed: Iterable[Changed], now: datetime) -> None:
-    """Let users pay for attempts that have ended, what they took by our own clock."""
+    """Charge users for attempts that have ended, by the orchestrator's clock."""
     seconds: defaultdict[int, float] = defaultdict(float)
     for each in changed:
         if each.before.state in HELD and each.after.state not in HELD:
@@ -78,7 +78,7 @@ async def _charge(store: Store, changed: Iterable[Changed], now: datetime) -> No
 
 
 def stop(chunk: Chunk, reason: str) -> StopChunk:
-    """The message that ends the nmap of this token's holder."""
+    """Return the message that ends the nmap of this token's holder."""
     return StopChunk(
         job_id=chunk.job_id,
         chunk_id=chunk.id,
@@ -89,7 +89,7 @@ def stop(chunk: Chunk, reason: str) -> StopChunk:
 
 
 def granted(chunk: Chunk, signer: Signer) -> Grant:
-    """What the chunk's current attempt covers."""
+    """Return the signed scope of the chunk's current attempt."""
     return signer.grant(
         job_id=chunk.job_id,
         chunk_id=chunk.id,
@@ -103,7 +103,7 @@ def granted(chunk: Chunk, signer: Signer) -> Grant:
 
 
 def scanned_again(chunks: Iterable[Chunk], signer: Signer) -> list[ChunkScanned]:
-    """Ask result-store once more to check these chunks."""
+    """Return messages that ask result-store again to check these chunks."""
     return [
         ChunkScanned(
             job_id=chunk.job_id,

@@ -1,4 +1,4 @@
-"""Commands from the gateway: one insert accepts, and whoever finds an accepted command can finish it."""
+"""Handle commands from the gateway: one insert accepts a command, and any replica can finish an accepted one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from job_orchestrator.domain.job import change as change_job
 from job_orchestrator.domain.store import Command, Policy, Store, Subnet
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.jobs import Jobs
-from job_orchestrator.metrics import job_came
+from job_orchestrator.metrics import count_transition
 from scanfleet import tracing
 from scanfleet.audit import write_line
 from scanfleet.bus import Publisher, Record
@@ -36,12 +36,12 @@ Reply = CommandAccepted | CommandRejected
 
 _log = structlog.get_logger()
 
-# Nobody waits any more, and the caller may have asked again in other words. This is only tidy: what makes a late command
-# harmless is that the gateway's `expired` was inserted first.
+# The caller has timed out and may have sent another request. This check is only an optimisation: a late command is harmless
+# because the gateway's `expired` was inserted first.
 _TOO_OLD: Final = timedelta(seconds=60)
-_MAX_NAMED_CHARS: Final = 200  # of what an audit entry takes over from a command
-_ROUNDS: Final = 50  # each lost race is a change of the job's, which has few
-_MAX_EXCLUDES: Final = 100_000  # of one command's subnets together: its document stays below the database's 16 MB
+_MAX_NAMED_CHARS: Final = 200  # characters that an audit entry copies from a command
+_ROUNDS: Final = 50  # each lost race is a change of the job, which has few changes
+_MAX_EXCLUDES: Final = 100_000  # of all subnets of one command, so that its document stays below MongoDB's 16 MB
 
 
 class _RefusedError(Exception):
@@ -77,7 +77,7 @@ class Commands:
         self._clock = clock
         self._monotonic = monotonic
         self._caught_up: dict[int, float] = {}
-        """For each partition, when we had last read all that was in it."""
+        """When all records of each partition had last been read."""
 
     async def handle(self, records: Sequence[Record]) -> None:
         messages = {(message := _command(record)).command_id: message for record in records}
@@ -112,7 +112,7 @@ class Commands:
         decided = await self._store.insert_commands(new)
         fresh = [job for command in new if decided[command.id] is command for job in command.jobs]
         for job in fresh:
-            job_came(job)
+            count_transition(job)
         await self._finish(stands | decided, messages, fresh)
 
     async def assigned(self, partitions: Collection[int]) -> None: ...
@@ -125,10 +125,10 @@ class Commands:
         self._caught_up |= dict.fromkeys(partitions, self._monotonic())
 
     async def expire(self, command_id: str, user_id: int) -> Reply | None:
-        """Make sure that the command will never be accepted; or, when it was, finish it and answer it.
+        """Ensure that the command will never be accepted; if it was accepted already, finish it and return its reply.
 
         Returns:
-            None when the command is expired and nothing can come of it any more.
+            None if the command is expired and will have no effect.
 
         Raises:
             DependencyError: the outcome is unknown.
@@ -143,7 +143,7 @@ class Commands:
         return answer
 
     async def cancel(self, job_ids: Collection[int]) -> list[int]:
-        """Cancel those of these jobs that have not ended, and answer which they were.
+        """Cancel those of these jobs that have not ended, and return their ids.
 
         Raises:
             DependencyError: some are cancelled; calling again cancels the others.
@@ -154,16 +154,16 @@ class Commands:
         cancelled = sorted(job.id for job in ended.values() if job.status is JobStatus.CANCELLED)
         try:
             await self._jobs.relay(cancelled)
-        except DependencyError as error:  # the sweep publishes it
-            _log.warning("cancelled jobs are published late", jobs=len(cancelled), error=str(error))
+        except DependencyError as error:  # the sweep publishes the events
+            _log.warning("publishing of cancelled jobs delayed", jobs=len(cancelled), error=str(error))
         self._jobs.begin(cancelled)
         return cancelled
 
     def _too_old(self, record: Record) -> bool:
-        """Whether the command stood in the log for more than a minute.
+        """Return whether the command was in the log for more than a minute.
 
-        It did not if all that came before it was read within that minute: that is certain, whatever the clocks say. How
-        long it stood there before we came, only the broker's stamp can tell, and only if our clock agrees with it.
+        It was not if all records before it were read within that minute, regardless of any clock. How long it was in the
+        log before that depends on the broker's timestamp, and on the clocks of broker and orchestrator.
         """
         caught_up = self._caught_up.get(record.partition)
         if caught_up is not None and self._monotonic() - caught_up < _TOO_OLD.total_seconds():
@@ -171,7 +171,7 @@ class Commands:
         return record.timestamp < self._clock.now() - _TOO_OLD
 
     async def _known(self, messages: Mapping[str, SubmitJobs | CancelJob]) -> dict[str, Command]:
-        """What already stands for these ids: their own command, or an earlier one under the same idempotency key."""
+        """Return the decided commands of these ids: their own, or an earlier one with the same idempotency key."""
         keys = {
             id_: (message.user_id, message.idempotency_key)
             for id_, message in messages.items()
@@ -199,21 +199,21 @@ class Commands:
         )
         self._jobs.begin([job.id for job in fresh])
         entries = [_audit_entry(messages[id_], answer) for id_, answer in answers.items()]
-        # Side by side: the caller waits for the reply. Both are done again should the batch come again.
+        # In parallel, because the caller waits for the reply. Both are idempotent if the batch is redelivered.
         await asyncio.gather(
             self._publisher.publish(SCAN_REPLIES, answers.values()),
             self._store.add_audit(entries),
         )
         for entry in entries:
             write_line(entry)
-        await self._jobs.tell(fresh)
-        told = {job_id for id_ in answers.keys() - mismatched.keys() for job_id in _jobs_of(stands[id_])}
-        others = told - {job.id for job in fresh}
+        await self._jobs.publish_outboxes(fresh)
+        answered = {job_id for id_ in answers.keys() - mismatched.keys() for job_id in _jobs_of(stands[id_])}
+        others = answered - {job.id for job in fresh}
         await self._jobs.relay(others)
         await self._jobs.reconcile(others)
 
     async def _answers(self, commands: Mapping[str, Command]) -> dict[str, Reply]:
-        """Finish each command, under the id that asks for it, and say what came of it."""
+        """Finish each command, and return the replies by the requested id."""
         await self._store.insert_jobs([job for command in commands.values() for job in command.jobs])
         answers = await self._cancel(
             [command for command in commands.values() if command.state == "accepted" and command.cancels is not None]
@@ -228,10 +228,10 @@ class Commands:
         return answers
 
     async def _decide(self, submits: Sequence[SubmitJobs]) -> list[Command]:
-        """What to insert for each: accepted with all its jobs, or rejected; an idempotency key decides on insert."""
+        """Return the command to insert for each submit: accepted with all of its jobs, or rejected."""
         if not submits:
             return []
-        # Taken while it is not known yet who will be rejected: some ids name no job.
+        # Allocated before the submits are checked, so that ids of rejected submits remain unused.
         decided, taken = await asyncio.gather(
             asyncio.gather(*(self._check(submit) for submit in submits)),
             self._store.take_ids("jobs", sum(len(submit.subnet_ids) for submit in submits)),
@@ -243,18 +243,18 @@ class Commands:
         ]
 
     async def _check(self, submit: SubmitJobs) -> Command | list[Callable[[int], ScanJob]]:
-        """How to make each job once its id is known, or the rejection."""
+        """Return a factory per job, which takes the job's id, or the rejection."""
         policies, subnets = await asyncio.gather(
             self._store.policies(submit.user_id, [submit.policy_id]),
             self._store.subnets(submit.user_id, submit.subnet_ids),
         )
-        makers = []
+        factories = []
         try:
             for policy, subnet in _resolved(submit, policies, subnets, self._scripts):
                 target = _target(subnet, self._rules)
                 admitted = self._admitted(submit, policy, subnet, target)
-                makers.append(_maker(submit, subnet, target, admitted, self._clock.now()))
-                await asyncio.sleep(0)  # planning a large network takes 30 ms: others may go between
+                factories.append(_job_factory(submit, subnet, target, admitted, self._clock.now()))
+                await asyncio.sleep(0)  # planning a large network takes 30 ms: let other tasks run
         except _RefusedError as refusal:
             return Command(
                 id=submit.command_id,
@@ -264,7 +264,7 @@ class Commands:
                 error=str(refusal),
                 rule=refusal.rule,
             )
-        return makers
+        return factories
 
     def _admitted(self, submit: SubmitJobs, policy: Policy, subnet: Subnet, target: Target) -> Admitted:
         """By which of the caller's grants, and at which rate; all that the target rules allow if there are no grants."""
@@ -283,7 +283,7 @@ class Commands:
             raise _RefusedError(f"Subnet {subnet.id}: {error}", Rule.GRANT, status=403) from error
 
     async def _cancel(self, commands: Collection[Command]) -> dict[str, Reply]:
-        """Cancel the job of each command unless it has ended; a repeat of the command that did it is answered the same."""
+        """Cancel the job of each command unless it has ended; a retry of the command that cancelled it gets the same reply."""
         if not commands:
             return {}
         jobs = await self._store.jobs({command.cancels or 0 for command in commands})
@@ -292,7 +292,7 @@ class Commands:
             for command in commands
             if (job := jobs.get(command.cancels or 0)) and (command.admin or job.user_id == command.user_id)
         }
-        # The first of several commands for one job does it.
+        # The first of several commands for one job cancels it.
         ended = await self._end({job_id: id_ for id_, job_id in reversed(allowed.items())})
         answers: dict[str, Reply] = {}
         for command in commands:
@@ -307,7 +307,7 @@ class Commands:
         return answers
 
     async def _end(self, commands: Mapping[int, str | None]) -> dict[int, ScanJob]:
-        """Cancel those of these jobs that have not ended, each by its command if there is one; answer all as they ended.
+        """Cancel those of these jobs that have not ended, each with its command if there is one; return all final jobs.
 
         Raises:
             DependencyError: some are cancelled; calling again cancels the others.
@@ -327,9 +327,9 @@ class Commands:
             left = await self._store.save_jobs(list(cancelled.values()))
             for job in cancelled.values():
                 if job.id not in left:
-                    job_came(job)
+                    count_transition(job)
                     ended[job.id] = job
-        raise DependencyError(f"jobs kept changing during a cancel: {sorted(left)[:5]}")
+        raise DependencyError(f"jobs were changed by other replicas {_ROUNDS} times in a row: {sorted(left)[:5]}")
 
     async def _too_late(self, command: Command, status: int, error: str, rule: Rule) -> Reply:
         await self._store.reject_command(command.id, status, error, rule)
@@ -338,7 +338,7 @@ class Commands:
 
 def _command(record: Record) -> SubmitJobs | CancelJob:
     if not isinstance(record.message, SubmitJobs | CancelJob):
-        raise MessageError(f"{type(record.message).__name__} is no command")
+        raise MessageError(f"unexpected message type {type(record.message).__name__} on scan-commands")
     return record.message
 
 
@@ -347,7 +347,7 @@ def _rejected(command_id: str, status: int, error: str, rule: str) -> CommandRej
 
 
 def _audit_entry(message: SubmitJobs | CancelJob, answer: Reply) -> AuditEntry:
-    """The same for every copy of the command: the first stands."""
+    """Return the audit entry, which is identical for every copy of the command, so that only the first is stored."""
     rule = "" if isinstance(answer, CommandAccepted) else answer.rule
     if isinstance(message, CancelJob):
         action, target = "cancel_task", f"/api/v1/task/{message.job_id}"
@@ -419,7 +419,7 @@ def _target(subnet: Subnet, rules: TargetRules) -> Target:
         raise _RefusedError(f"Subnet {subnet.id}: {error}", Rule.TARGETS) from error
 
 
-def _maker(
+def _job_factory(
     submit: SubmitJobs, subnet: Subnet, target: Target, admitted: Admitted, now: datetime
 ) -> Callable[[int], ScanJob]:
     planned = plan.plan(admitted.policy, target)

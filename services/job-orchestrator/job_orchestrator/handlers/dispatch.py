@@ -1,4 +1,4 @@
-"""Which worker gets which chunk, and when."""
+"""Dispatch queued chunks to workers."""
 
 from __future__ import annotations
 
@@ -33,18 +33,22 @@ from scanfleet.messages.audit import MAX_REASON_CHARS
 from scanfleet.messages.topics import ORCHESTRATOR, SCAN_TASKS
 from scanfleet.ports import PortSet
 
-LIVE: Final = timedelta(seconds=12)  # workers are noted every 5 seconds: who was not for so long is not waited for
+LIVE: Final = timedelta(seconds=12)  # announcements are stored every 5 seconds: after this time a worker is not live
 
-_SILENT_SECONDS: Final = 7.0  # a worker announces itself every 2; after three missed announcements it is given no more
-_LOOK_SECONDS: Final = 0.1  # an idle worker's longest wait for a chunk that another replica queued
-_LEAST_SECONDS: Final = 0.025  # between two rounds: workers have as much in advance, and many small ends make one round
-_NOTED_SECONDS: Final = 5.0  # between two notes in the database that a worker announced itself
-_EXTRA: Final = 20  # chunks that 2 seconds of work beyond the slots can hold, about; more are picked next time
-_USERS: Final = 64  # looked at in one round: the neediest
-_REST_SECONDS: Final = 1.0  # between looks at who has become idle, and which workers live
-_AHEAD_SECONDS: Final = 1.0  # between looks for small chunks while every slot is taken, unless chunks were made
-_PICKS: Final = 128  # chunks in one round, so that a round reads some thousands at most
-_SKIP_SECONDS: Final = 60.0  # for which a job whose chunks cannot be dispatched is left alone
+_SILENT_SECONDS: Final = (
+    7.0  # workers announce themselves every 2 s; after three missed announcements they get no chunks
+)
+_LOOK_SECONDS: Final = 0.1  # maximum wait of an idle worker for a chunk that another replica queued
+_LEAST_SECONDS: Final = (
+    0.025  # minimum interval of rounds: workers have prefetched work, and finished chunks are batched
+)
+_NOTED_SECONDS: Final = 5.0  # interval at which a worker's announcements are stored
+_EXTRA: Final = 20  # approximate number of prefetched chunks for 2 seconds; more are picked in the next round
+_USERS: Final = 64  # maximum users per round, those with the lowest virtual time
+_REST_SECONDS: Final = 1.0  # interval of checks for idle users and live workers
+_AHEAD_SECONDS: Final = 1.0  # interval of checks for small chunks while every slot is taken, unless chunks were created
+_PICKS: Final = 128  # maximum chunks per round, so that a round reads some thousands at most
+_SKIP_SECONDS: Final = 60.0  # for which a job whose chunks cannot be dispatched is skipped
 _CLOSED_SECONDS: Final = 10.0  # for which a user is left out whose jobs all wait for their hours
 
 _log = structlog.get_logger()
@@ -61,15 +65,15 @@ class _Announced:
 
 
 class Dispatcher:
-    """Handles scan-workers, and fills the workers whose partitions this replica owns.
+    """Handles scan-workers, and dispatches chunks to the workers whose partitions this replica owns.
 
     Args:
-        store: where jobs, chunks and clocks are.
-        publisher: for tasks.
-        signer: signs what each attempt covers.
-        lease_seconds: how long a chunk may go without a report of its worker.
+        store: stores jobs, chunks and clocks.
+        publisher: publishes tasks.
+        signer: signs the scope of each attempt.
+        lease_seconds: lease timeout: the maximum time without a report of the chunk's worker.
         clock: the platform's time.
-        take_back: requeues attempts, by chunk, whose worker is proven dead, with the reason.
+        requeue_lost: requeues the given attempts, by chunk, of dead workers, with the reason.
         give_up: fails a job, with the reason.
         grants: which jobs may go on, and when.
     """
@@ -82,7 +86,7 @@ class Dispatcher:
         *,
         lease_seconds: float,
         clock: PlatformTime,
-        take_back: Callable[[dict[str, int], str], Awaitable[None]],
+        requeue_lost: Callable[[dict[str, int], str], Awaitable[None]],
         give_up: Callable[[int, str], Awaitable[None]],
         grants: JobGrants,
         monotonic: Callable[[], float] = time.monotonic,
@@ -91,16 +95,16 @@ class Dispatcher:
         self._publisher = publisher
         self._signer = signer
         self._clock = clock
-        self._take_back = take_back
+        self._requeue_lost = requeue_lost
         self._give_up = give_up
         self._grants = grants
         self._monotonic = monotonic
         self._lease_seconds = lease_seconds
         self._silent_seconds = min(
             _SILENT_SECONDS, lease_seconds
-        )  # a worker without leases is not given the chunk again
+        )  # a worker whose leases have expired does not get the chunk again
         self._workers: dict[str, _Announced] = {}
-        """By instance: a new process takes the place of the one before."""
+        """By instance: a new process replaces the previous one."""
         self._caught_up: set[int] = set()
         self._live: dict[str, Credit] = {}
         self._skipped: dict[int, float] = {}
@@ -115,7 +119,7 @@ class Dispatcher:
         self.loop = Loop("dispatch", _LOOK_SECONDS, self.fill, least=_LEAST_SECONDS)
 
     def wake(self, *, made: bool = False) -> None:
-        """Look at once: there may be new work, if chunks were `made`, or a free slot."""
+        """Run a round immediately: there may be new work, if chunks were `made`, or a free slot."""
         self._woken = True
         if made:
             self._ahead_due = float("-inf")
@@ -127,7 +131,7 @@ class Dispatcher:
         for record in records:
             ready = record.message
             if not isinstance(ready, WorkerReady):
-                raise MessageError(f"{type(ready).__name__} is not a worker's announcement")
+                raise MessageError(f"unexpected message type {type(ready).__name__} on scan-workers")
             announced[ready.instance] = Credit(
                 ready.worker_id, ready.instance, ready.slots, ready.raw, record.partition
             )
@@ -139,7 +143,7 @@ class Dispatcher:
         self.wake()
 
     async def assigned(self, partitions: Collection[int]) -> None:
-        """Nothing is known of these before they were read to their end."""
+        """Do nothing: the announcements are complete only after the partitions were read to their end."""
 
     async def revoked(self, partitions: Collection[int]) -> None:
         self._caught_up -= set(partitions)
@@ -148,9 +152,9 @@ class Dispatcher:
         }
 
     async def caught_up(self, partitions: Collection[int]) -> None:
-        """From now on the announcements in these partitions are current.
+        """Treat the announcements in these partitions as current.
 
-        The last one of an instance is of its living process: what another process of it holds is lost.
+        The last one of an instance is of its running process: chunks that another process of the instance holds are lost.
         """
         self._caught_up |= set(partitions)
         living = {
@@ -165,15 +169,15 @@ class Dispatcher:
             for each in await self._store.held()
             if living.get(each.instance, each.worker_id) != each.worker_id
         }
-        await self._take_back(lost, "was replaced by another process")
+        await self._requeue_lost(lost, "was replaced by another process")
 
     async def fill(self) -> None:
-        """Give queued chunks to workers until there is no chunk or no room.
+        """Dispatch queued chunks until there is no chunk or no capacity.
 
-        Without news only idle workers are worth a look: a full one announces itself when it has room again.
+        Unless woken, consider only idle workers: a full one announces itself when it has capacity again.
 
         Raises:
-            DependencyError: chunks may be dispatched whose message was not sent; their leases expire and they go again.
+            DependencyError: chunks may be dispatched whose message was not sent; their leases expire and they are requeued.
         """
         if not (self._woken or self._idle):
             return
@@ -186,7 +190,7 @@ class Dispatcher:
         return known is not None and known.credit == credit and now - known.noted < _NOTED_SECONDS
 
     async def _round(self) -> bool:
-        """Answer whether another look may find more to give."""
+        """Dispatch one round of chunks; return whether another round may dispatch more."""
         now = self._monotonic()
         self._workers = {id_: each for id_, each in self._workers.items() if each.at > now - self._silent_seconds}
         self._skipped = {job_id: until for job_id, until in self._skipped.items() if until > now}
@@ -196,7 +200,7 @@ class Dispatcher:
         self._idle = any(credit.slots for credit in mine)
         if not self._idle:
             return False
-        held, _ = await asyncio.gather(self._store.held(), self._look_around(now))
+        held, _ = await asyncio.gather(self._store.held(), self._refresh(now))
         by_worker: defaultdict[str, list[Held]] = defaultdict(list)
         for each in held:
             by_worker[each.worker_id].append(each)
@@ -204,8 +208,8 @@ class Dispatcher:
         self._idle = any(credit.held < credit.slots for credit in credits_)
         free = [credit for credit in credits_ if fairness.has_room(credit)]
         if not self._idle and now < self._ahead_due:
-            return False  # nothing was small enough to be sent ahead, a moment ago
-        # Workers that may send raw packets choose first among all chunks, so that the others leave them what only they can.
+            return False  # a moment ago no chunk was small enough to be prefetched
+        # Workers with raw packets choose first among all chunks, so that the others leave them the chunks that need raw packets.
         more = False
         for raw in (True, False):
             if workers := [credit for credit in free if credit.raw is raw]:
@@ -214,11 +218,11 @@ class Dispatcher:
             self._ahead_due = now + _AHEAD_SECONDS
         return more
 
-    async def _look_around(self, now: float) -> None:
-        """Once a second: who has become idle, and which workers live."""
+    async def _refresh(self, now: float) -> None:
+        """Once a second, deactivate idle users and read the live workers."""
         if now < self._rest_due:
             return
-        _, live = await asyncio.gather(self._store.rest_clocks(), self._store.live_workers(LIVE))
+        _, live = await asyncio.gather(self._store.deactivate_clocks(), self._store.live_workers(LIVE))
         self._live = {credit.instance: credit for credit in live}
         self._rest_due = now + _REST_SECONDS
 
@@ -255,7 +259,7 @@ class Dispatcher:
         return await self._send(picks) or len(picks) == room
 
     async def _send(self, picks: Sequence[_Pick]) -> bool:
-        """Answer whether some were not sent, because of another replica or of a job that has ended."""
+        """Return whether some were not sent, because another replica changed them or their job has ended."""
         now = self._clock.now()
         jobs, chunks = await asyncio.gather(
             self._store.jobs({candidate.job_id for candidate, _, _ in picks}),
@@ -290,7 +294,7 @@ class Dispatcher:
         return len(sent) < len(picks)
 
     def _skip(self, candidate: Candidate) -> None:
-        """Leave a job alone whose documents cannot be read: the user's other jobs go on."""
+        """Skip a job whose documents cannot be read, so that the user's other jobs continue."""
         self._skipped[candidate.job_id] = self._monotonic() + _SKIP_SECONDS
         SKIPPED_JOBS.inc()
         _log.error("job_skipped", job_id=candidate.job_id, chunk_id=candidate.chunk_id, cause="unreadable document")
@@ -322,7 +326,7 @@ class Dispatcher:
         await self._give_up(job.id, f"the job may not go on: {reason}")
 
     async def _cancel(self, over: Collection[str]) -> None:
-        """Cancel chunks of a job that has ended: another replica was still making them when it did."""
+        """Cancel chunks of a job that ended while another replica was still creating them."""
         if over:
             await change(
                 self._store,

@@ -1,4 +1,4 @@
-"""A job's state is derived: read the job and its chunks, do what is missing, until nothing is."""
+"""Derive a job's state: read the job and its chunks, and perform missing steps until there are none."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.totals import EMPTY
 from job_orchestrator.handlers.chunks import Changed, stop
 from job_orchestrator.handlers.chunks import change as change_chunks
-from job_orchestrator.metrics import PROBES, SKIPPED_JOBS, job_came
+from job_orchestrator.metrics import PROBES, SKIPPED_JOBS, count_transition
 from scanfleet import tracing
 from scanfleet.bus import Publisher
 from scanfleet.errors import DependencyError
@@ -31,13 +31,13 @@ from scanfleet.loop import Loop
 from scanfleet.messages import JobProgressed, JobStatus
 from scanfleet.messages.topics import SCAN_EVENTS, SCAN_TASKS
 
-_ROUNDS: Final = 50  # a job needs about five; more is other replicas winning every race
-_PROGRESS_SECONDS: Final = 1.0  # between two looks at how far a job is
-_PAGE: Final = 1_000  # chunks counted or cancelled at once: about 50 ms, and then it is another job's turn
-_WORK_SECONDS: Final = 10.0  # between looks for work that was left; it is woken when there is some
-_EMPTY_SECONDS: Final = 1.0  # between looks for outboxes to empty; it is woken when there are some
-_LEAST_SECONDS: Final = 0.1  # between two rounds of emptying: no reader waits for it, and many jobs share one
-_STARTED: Final = 10_000  # jobs remembered as started, so that a claim of theirs costs no look
+_ROUNDS: Final = 50  # a job needs about five; more means that other replicas win every race
+_PROGRESS_SECONDS: Final = 1.0  # interval of progress updates
+_PAGE: Final = 1_000  # chunks counted or cancelled at once: about 50 ms, then other jobs are processed
+_WORK_SECONDS: Final = 10.0  # interval of the work loop, which is also woken when there is work
+_EMPTY_SECONDS: Final = 1.0  # interval of the outbox clean-up, which is also woken when there is work
+_LEAST_SECONDS: Final = 0.1  # minimum interval of clean-up rounds: latency does not matter, and jobs are batched
+_STARTED: Final = 10_000  # started jobs that are cached, so that their claims need no query
 
 _BEGUN: Final = frozenset({ChunkState.RUNNING, ChunkState.SCANNED, ChunkState.STORED})
 _DONE: Final = frozenset(ChunkState) - OPEN
@@ -52,7 +52,7 @@ _NOTHING: Final[Known] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A job as it was read, what it came to be one after the other, and at its end what became of its probes."""
+    """A job as it was read, its successive versions, and the ledger of its probes if it has ended."""
 
     before: ScanJob
     stages: tuple[ScanJob, ...] = ()
@@ -60,21 +60,21 @@ class _Step:
 
     @property
     def after(self) -> ScanJob:
-        """The job as it should be stored."""
+        """The version of the job to store."""
         return self.stages[-1] if self.stages else self.before
 
 
 class Jobs:
     """Drives jobs. Safe to call for any job at any time, on any replica.
 
-    Chunks are made in a window ahead of dispatch, and counted into the job's totals in the order of their index as they
-    end. A loop goes on with what is too much for one step, so that no handler waits for it and no small job waits for a
-    large one. Another publishes once a second how far jobs are; most short ones have ended by then. A third takes out of
-    the outboxes what was published, many jobs at once: until then it is remembered here.
+    Chunks are created in a window ahead of dispatch, and added to the job's totals in index order as they end. The work loop
+    continues work that is too large for one step, so that neither handlers nor small jobs wait for a large job. The progress
+    loop publishes progress once a second; most short jobs have ended by then. The clean-up loop removes published events from
+    the outboxes, many jobs at once; until then they are cached here.
 
     Args:
-        store: where jobs and chunks are.
-        publisher: for job events and stops.
+        store: stores jobs and chunks.
+        publisher: publishes job events and stops.
         wake: called when there are new chunks to dispatch.
         clock: the platform's time.
     """
@@ -98,7 +98,7 @@ class Jobs:
         self._unfinished: set[int] = set()
         self._started: dict[int, None] = {}
         self._faulty: dict[int, int] = {}
-        """By job that raised a fault of ours, the `rev` that it raised it at."""
+        """The `rev` at which each job raised an unexpected error."""
         self._sent: defaultdict[int, set[str]] = defaultdict(set)
         """By job, the events in its outbox that the bus has acknowledged."""
         self._working = Loop("jobs", _WORK_SECONDS, self.work)
@@ -106,36 +106,38 @@ class Jobs:
         self.loops = (self._working, self._emptying, Loop("progress", _PROGRESS_SECONDS, self.progress))
 
     async def reconcile(self, job_ids: Collection[int], known: Known = _NOTHING) -> None:
-        """Bring these jobs to where their chunks are.
+        """Update these jobs to the state of their chunks.
 
         Args:
-            job_ids: of the jobs.
+            job_ids: ids of the jobs.
             known: chunks that need not be read again.
 
         Raises:
-            DependencyError: something is half done; calling again finishes it.
+            DependencyError: some steps may be missing; a retry performs them.
         """
         left = set(job_ids)
         for _ in range(_ROUNDS):
             if not left:
                 return
             jobs = await self._store.jobs(left)
-            standings = await self._store.standings(jobs)  # after the jobs: what they have made is then open or over
+            standings = await self._store.standings(
+                jobs
+            )  # after the jobs, so that all chunks created by then are visible
             steps = [await self._guarded(job, standings[job.id], known) for job in jobs.values()]
             left = await self._save([step for step in steps if step.stages])
-            known = {}  # what lost a race may have changed
+            known = {}  # chunks of jobs that lost a race may have changed
         raise DependencyError(f"jobs were changed by other replicas each time: {sorted(left)[:5]}")
 
     def begin(self, job_ids: Collection[int]) -> None:
-        """Have the first chunks of these new jobs made at once; `reconcile` would find that they are missing, but later."""
+        """Create the first chunks of these new jobs soon; `reconcile` would do it too, but later."""
         self._unfinished |= set(job_ids)
         self._working.wake()
 
     async def work(self) -> None:
-        """Go on with the jobs that have more to do than fits into one step.
+        """Continue the jobs that have more to do than fits into one step.
 
         Raises:
-            DependencyError: what is left undone is found again by `reconcile`.
+            DependencyError: `reconcile` finds the remaining work again.
         """
         if wanted := self._unfinished:
             self._unfinished = set()
@@ -144,10 +146,10 @@ class Jobs:
             self._working.wake()
 
     async def follow(self, changes: Iterable[Changed]) -> None:
-        """Bring about what follows from these changes of chunks, and publish the progress.
+        """Update the jobs of these changed chunks, and publish their progress.
 
         Raises:
-            DependencyError: the next pass over all unfinished jobs does what is left.
+            DependencyError: the next sweep over all unfinished jobs does the rest.
         """
         changes = list(changes)
         late: dict[int, int] = {}
@@ -161,18 +163,18 @@ class Jobs:
         self._further |= {each.after.job_id for each in changes if each.after.outcomes != each.before.outcomes}
 
     async def relay(self, job_ids: Collection[int]) -> None:
-        """Publish what these jobs have in their outboxes.
+        """Publish the events in the outboxes of these jobs.
 
         Raises:
-            DependencyError: some of it may be published; calling again publishes all of it.
+            DependencyError: some of them may be published; a retry publishes all of them.
         """
-        await self.tell((await self._store.jobs(job_ids)).values())
+        await self.publish_outboxes((await self._store.jobs(job_ids)).values())
 
-    async def tell(self, jobs: Iterable[ScanJob]) -> None:
-        """Publish what is in the outboxes of these jobs as they are stored, in order, and have it taken out of them.
+    async def publish_outboxes(self, jobs: Iterable[ScanJob]) -> None:
+        """Publish the events in the outboxes of these jobs as they are stored, in order, and schedule their removal.
 
         Raises:
-            DependencyError: some of it may be published; calling again publishes all of it.
+            DependencyError: some of them may be published; a retry publishes all of them.
         """
         full = [job for each in jobs if (job := self._unsent(each)).outbox]
         if not full:
@@ -186,10 +188,10 @@ class Jobs:
         self._emptying.wake()
 
     async def empty(self) -> None:
-        """Take out of the outboxes what was published.
+        """Remove published events from the outboxes.
 
         Raises:
-            DependencyError: it is still there, and the next call takes it out; a replica that comes before publishes it again.
+            DependencyError: they are still there, and the next call removes them; another replica may publish them again.
         """
         sent = {id_: frozenset(events) for id_, events in self._sent.items()}
         left: Collection[int] = sent
@@ -207,7 +209,7 @@ class Jobs:
                 del self._sent[id_]
 
     async def progress(self) -> None:
-        """Publish how far those jobs are that got further since the last time; called about once a second.
+        """Publish the progress of jobs that has increased since the last call; called about once a second.
 
         Raises:
             DependencyError: nothing is lost; the next call publishes more.
@@ -234,11 +236,11 @@ class Jobs:
         self._further -= due - unpublished
         await self._publish({id_: news for id_, news in seen.items() if id_ not in unpublished})
 
-    async def show_waiting(self, reasons: Mapping[int, str]) -> None:
-        """Note and publish why these jobs cannot go on; "" for those that can again.
+    async def publish_waiting(self, reasons: Mapping[int, str]) -> None:
+        """Store and publish why these jobs are waiting; "" for those that no longer are.
 
         Raises:
-            DependencyError: the next look does it.
+            DependencyError: the next sweep does it.
         """
         jobs = (await self._store.jobs(reasons)).values()
         now = self._clock.now()
@@ -247,10 +249,10 @@ class Jobs:
         await self._publish({id_: each for id_, each in news.items() if id_ not in losers})
 
     async def give_up(self, job_id: int, error: str) -> None:
-        """Fail a job that no worker can do, unless it has ended meanwhile; its chunks are cancelled.
+        """Fail a job that no worker can execute, unless it has ended meanwhile, and cancel its chunks.
 
         Raises:
-            DependencyError: the next look does it.
+            DependencyError: the next sweep does it.
         """
         job = (await self._store.jobs([job_id])).get(job_id)
         if job is None or job.final:
@@ -275,28 +277,28 @@ class Jobs:
         await self._publisher.publish(SCAN_EVENTS, [event for _, event in news.values()])
 
     def _unsent(self, job: ScanJob) -> ScanJob:
-        """The job without those events that are still in its outbox and were published."""
+        """Return the job without events in its outbox that were already published."""
         return published(job, self._sent[job.id]) if job.id in self._sent else job
 
     def _matters(self, changed: Changed) -> bool:
-        """Whether the job may start, go on or end by this."""
+        """Return whether the change may start, continue or end the job."""
         before, after = changed.before.state, changed.after.state
         if after in _DONE and before not in _DONE:
             return True
         return after in _BEGUN and before not in _BEGUN and changed.after.job_id not in self._started
 
     def faulty(self, job: ScanJob) -> bool:
-        """Whether the job, as it is, raised a fault of ours: it is skipped until it changes."""
+        """Return whether the current version of the job raised an unexpected error: it is skipped until it changes."""
         return self._faulty.get(job.id) == job.rev
 
     @contextmanager
     def _isolated(self, job: ScanJob) -> Iterator[None]:
-        """Keep a fault that the job raises from the other jobs: it is logged, counted, and the job skipped."""
+        """Isolate an unexpected error of the job from other jobs: log and count it, and skip the job."""
         try:
             yield
         except DependencyError:
             raise
-        except Exception as error:  # noqa: BLE001 # one job must not stop the others, whatever is wrong with it
+        except Exception as error:  # noqa: BLE001 # an error of one job must not stop the others
             self._faulty[job.id] = job.rev
             SKIPPED_JOBS.inc()
             _log.exception("job_skipped", job_id=job.id, cause=repr(error))
@@ -308,7 +310,7 @@ class Jobs:
         return _Step(job)
 
     async def _step(self, job: ScanJob, standing: Standing, known: Known) -> _Step:
-        """What the job comes to be by its chunks, from its start to its end if it is over."""
+        """Derive the job's versions from its chunks, from its start to its end if it is over."""
         if job.final:
             await self._cancel(job, standing)
             counted = await self._count(job, standing, known)
@@ -343,7 +345,7 @@ class Jobs:
         return ended, tally.counts
 
     async def _count(self, job: ScanJob, standing: Standing, known: Known) -> ScanJob:
-        """The job with those chunks in its totals that have ended, one after the other, up to the first that has not."""
+        """Return the job with its ended chunks added to the totals, in index order up to the first that has not ended."""
         first = job.totals.done
         ended = job.made if standing.lowest is None else standing.lowest
         end = min(ended, first + _PAGE)
@@ -356,7 +358,7 @@ class Jobs:
                 break
             tally.end(chunk)
             done += 1
-        if done < end:  # release 0.1 stopped halfway through making them: those that are there stay as they are
+        if done < end:  # release 0.1 stopped halfway through creating them: existing chunks are kept
             await self._store.insert_chunks(list(plan.chunks(job, done, end)))
         if done < ended:
             self.begin([job.id])
@@ -373,7 +375,7 @@ class Jobs:
             yield chunk
 
     async def _make(self, job: ScanJob, standing: Standing) -> ScanJob:
-        """The job with its window of chunks filled up."""
+        """Return the job with its window of chunks filled up."""
         end = plan.made_up_to(job, standing.open, standing.lowest)
         if end == job.made:
             return job
@@ -384,7 +386,7 @@ class Jobs:
         return replace(job, made=end)
 
     async def _cancel(self, job: ScanJob, standing: Standing) -> None:
-        """Cancel a page of the chunks that are not final, first those that send packets now."""
+        """Cancel a page of the chunks that are not final, first those that are being scanned."""
         if not standing.open:
             return
         now = self._clock.now()
@@ -397,10 +399,10 @@ class Jobs:
             )
             held = [each.before for each in changed if each.moved and each.before.state in HELD]
             await self._publisher.publish(SCAN_TASKS, [stop(chunk, f"job {job.status}") for chunk in held])
-        self.begin([job.id])  # it is settled only when a look finds none
+        self.begin([job.id])  # it is settled only when a query finds none
 
     async def _recount(self, late: Mapping[int, int]) -> None:
-        """Have the chunks of these jobs counted again from the first: a cancelled one, by its index, has got another map."""
+        """Count the chunks of these jobs again from the first, because a cancelled chunk has another map."""
         jobs = await self._store.jobs(late)
         again = [replace(job, totals=EMPTY, settled=False) for job in jobs.values() if job.totals.done > late[job.id]]
         if await self._store.save_jobs(again):
@@ -417,8 +419,8 @@ class Jobs:
         for step in saved:
             for before, stage in pairwise((step.before, *step.stages)):
                 if stage.status is not before.status:
-                    job_came(stage)
+                    count_transition(stage)
             for outcome, probes in step.ledger.items():
                 PROBES.labels(outcome).inc(probes)
-        await self.tell([step.after for step in saved])
+        await self.publish_outboxes([step.after for step in saved])
         return losers

@@ -1,4 +1,4 @@
-"""What workers report of their chunks, and the leases of those that report nothing."""
+"""Handle workers' reports on chunks, and expire the leases of chunks without reports."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from scanfleet.messages.topics import SCAN_TASKS
 
 @dataclass
 class _Effects:
-    """What the last decision on one chunk wants done beside storing it."""
+    """The side effects of the last decision on one chunk."""
 
     stops: list[StopChunk] = field(default_factory=list)
     alive: bool = False
@@ -42,15 +42,15 @@ class _Effects:
 
 
 class Progress:
-    """Handles scan-progress: this replica holds the leases of the jobs in its partitions, from dispatch to the end.
+    """Handles scan-progress: this replica manages the leases of the jobs in its partitions, from dispatch to the end.
 
     Args:
-        store: where chunks are.
-        publisher: for stops.
-        jobs: follows every change of a chunk.
-        wake: called when a chunk is queued again or a slot is free.
-        lease_seconds: how long a chunk may go without a report of its worker.
-        stored_seconds: how long a scanned chunk waits for result-store before it is asked again.
+        store: stores chunks.
+        publisher: publishes stops.
+        jobs: updated after every change of a chunk.
+        wake: called when a chunk is requeued or a slot is free.
+        lease_seconds: lease timeout: the maximum time without a report of the chunk's worker.
+        stored_seconds: timeout for result-store to check a scanned chunk before it is asked again.
         clock: the platform's time.
     """
 
@@ -76,11 +76,11 @@ class Progress:
         self._monotonic = monotonic
         self._leases: dict[int, Watch] = {}
         self._revoked: dict[int, Watch] = {}
-        """Until the next assignment: a partition that comes back keeps its leases."""
+        """Kept until the next assignment: a partition that is reassigned to this replica keeps its leases."""
 
     @property
     def partitions(self) -> Collection[int]:
-        """Those that this replica owns."""
+        """The partitions that this replica owns."""
         return self._leases.keys()
 
     async def handle(self, records: Sequence[Record]) -> None:
@@ -124,7 +124,7 @@ class Progress:
                 self._revoked[partition] = watch
 
     async def caught_up(self, partitions: Collection[int]) -> None:
-        """Judge the leases: only now is silence known to be the workers', not ours."""
+        """Check the leases: all reports have been read, so a missing report is the worker's."""
         now = self._monotonic()
         held: dict[int, list[Held]] = defaultdict(list)
         for each in await self._store.watched_chunks(partitions):
@@ -135,17 +135,17 @@ class Progress:
             if partition in self._leases
             for each in self._leases[partition].overdue(held[partition], now)
         }
-        await self.take_back(late, "sent no report for a whole lease")
+        await self.requeue_lost(late, "sent no report for a whole lease")
 
-    async def take_back(self, attempts: dict[str, int], reason: str) -> None:
+    async def requeue_lost(self, attempts: dict[str, int], reason: str) -> None:
         """Requeue chunks whose workers are lost.
 
         Args:
-            attempts: by chunk, the attempt that ends.
-            reason: what the workers did or what became of them.
+            attempts: the attempt that ends, by chunk.
+            reason: why the workers are considered lost.
 
         Raises:
-            DependencyError: the next look finds what is left.
+            DependencyError: the next check requeues the rest.
         """
         if not attempts:
             return
@@ -177,7 +177,7 @@ class Progress:
 
 
 def _scans(report: WorkerReport) -> bool:
-    """Whether its worker goes on scanning until it is stopped."""
+    """Return whether the worker continues to scan until it is stopped."""
     return isinstance(report, ChunkClaimed | ChunkProgressed)
 
 
@@ -193,5 +193,5 @@ def _stop(report: WorkerReport, reason: str) -> StopChunk:
 
 def _report(record: Record) -> WorkerReport:
     if not isinstance(record.message, WorkerReport):
-        raise MessageError(f"{type(record.message).__name__} is not a worker's report")
+        raise MessageError(f"unexpected message type {type(record.message).__name__} on scan-progress")
     return record.message

@@ -1,4 +1,4 @@
-"""The verdicts of result-store on the chunks that it checked."""
+"""Handle result-store's verdicts on checked chunks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Verdict = ChunkStored | ChunkIncomplete
 
 
 class Stored:
-    """Handles scan-stored. `wake` is called when a chunk is queued again or a slot is free."""
+    """Handles scan-stored. `wake` is called when a chunk is requeued or a slot is free."""
 
     def __init__(self, store: Store, jobs: Jobs, wake: Callable[[], None], clock: PlatformTime) -> None:
         self._store = store
@@ -61,5 +61,5 @@ class Stored:
 
 def _verdict(record: Record) -> Verdict:
     if not isinstance(record.message, ChunkStored | ChunkIncomplete):
-        raise MessageError(f"{type(record.message).__name__} is not a verdict of result-store")
+        raise MessageError(f"unexpected message type {type(record.message).__name__} on scan-stored")
     return record.message

@@ -1,4 +1,4 @@
-"""Repairs: whatever is not yet as it should be is asked for again, by the replica that owns the job's partition."""
+"""Repair unfinished jobs periodically, on the replica that owns the job's partition."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Final
 
 from job_orchestrator.domain import plan
-from job_orchestrator.domain.chunk import ask_again
+from job_orchestrator.domain.chunk import request_check
 from job_orchestrator.domain.grants import JobGrants
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import Store
@@ -21,24 +21,24 @@ from scanfleet.bus import Publisher
 from scanfleet.grants import Signer
 from scanfleet.messages.topics import SCAN_RESULTS
 
-_OLD_EVENT: Final = timedelta(seconds=5)  # the replica that made it publishes it in milliseconds, if it lives
+_OLD_EVENT: Final = timedelta(seconds=5)  # a running replica publishes its events within milliseconds
 _RECONCILE_SECONDS: Final = 10.0
-_CENSUS_SECONDS: Final = 10.0  # it reads an index of all that is unfinished
+_CENSUS_SECONDS: Final = 10.0  # interval: a census reads an index of all unfinished jobs and chunks
 _PAGE: Final = 500
 
 
 class Sweeper:
-    """Runs on every replica, for the jobs in its partitions; two of them do no harm.
+    """Runs on every replica for the jobs in its partitions; concurrent sweeps are harmless.
 
     Args:
-        store: where jobs and chunks are.
-        publisher: for repeated requests to result-store.
+        store: stores jobs and chunks.
+        publisher: publishes repeated requests to result-store.
         jobs: relays and reconciles.
-        partitions: answers those of scan-progress that this replica owns.
+        partitions: returns the partitions of scan-progress that this replica owns.
         clock: the platform's time.
         signer: signs the repeated requests.
-        stored_seconds: how long a scanned chunk waits for result-store before it is asked again.
-        raw_worker_seconds: how long a job waits for a worker that may send raw packets before it fails.
+        stored_seconds: timeout for result-store to check a scanned chunk before it is asked again.
+        raw_worker_seconds: timeout of a job that waits for a worker with raw packets; then it fails.
         grants: which jobs wait for their hours.
     """
 
@@ -73,26 +73,26 @@ class Sweeper:
         """One pass; called about once a second.
 
         Raises:
-            DependencyError: the next pass does what this one left.
+            DependencyError: the next pass does the rest.
         """
         await self._jobs.relay(await self._store.jobs_with_old_events(self._clock.now() - _OLD_EVENT, _PAGE))
-        await self._ask_again()
+        await self._request_checks()
         now = self._monotonic()
         if now - self._counted > _CENSUS_SECONDS:
-            self._counted = now  # also if it fails: a database in trouble is not asked more often
+            self._counted = now  # also after a failure, so that a failing database is not queried more often
             CENSUS.show(await self._store.census())
         if now - self._reconciled > _RECONCILE_SECONDS:
             await self._reconcile_all()
             self._reconciled = now
 
-    async def _ask_again(self) -> None:
+    async def _request_checks(self) -> None:
         now = self._clock.now()
         overdue = await self._store.overdue_chunks(now, _PAGE, self._partitions())
         if not overdue:
             return
         await self._publisher.publish(SCAN_RESULTS, scanned_again(overdue, self._signer))
         ids = [chunk.id for chunk in overdue]
-        await change(self._store, ids, lambda chunk: ask_again(chunk, now, self._patience), now)
+        await change(self._store, ids, lambda chunk: request_check(chunk, now, self._patience), now)
 
     async def _reconcile_all(self) -> None:
         after = 0
@@ -102,7 +102,7 @@ class Sweeper:
             after = page[-1]
 
     async def _look_for_workers(self, job_ids: Collection[int]) -> None:
-        """Show why jobs wait that no worker holds a chunk of, and fail those that have waited too long."""
+        """Report why jobs without a held chunk are waiting, and fail those that have waited too long."""
         found = await self._store.jobs(job_ids)
         jobs = {id_: job for id_, job in found.items() if not job.final and not self._jobs.faulty(job)}
         live = await self._store.live_workers(LIVE)
@@ -121,7 +121,7 @@ class Sweeper:
             return "no_raw_worker" if not raw and plan.needs_raw(job, standings[job.id].lowest) else ""
 
         reasons = {id_: reason(job) for id_, job in jobs.items()}
-        await self._jobs.show_waiting({id_: why for id_, why in reasons.items() if why != jobs[id_].waiting})
+        await self._jobs.publish_waiting({id_: why for id_, why in reasons.items() if why != jobs[id_].waiting})
         since = now - self._raw_patience
         for id_, job in jobs.items():
             if reasons[id_] == job.waiting == "no_raw_worker" and job.waiting_since and job.waiting_since < since:

@@ -1,4 +1,4 @@
-"""The orchestrator's documents in MongoDB."""
+"""Store the orchestrator's documents in MongoDB."""
 
 from __future__ import annotations
 

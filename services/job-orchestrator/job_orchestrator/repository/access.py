@@ -1,4 +1,4 @@
-"""Users and revocations in MongoDB."""
+"""Store users and revocations in MongoDB."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class MongoAccess:
         if found is None:
             await self._skip_claimed_ids()
             (id_,) = await self._user_ids.take()
-            # The unique index decides between two first uses at once; the id of the other is never used.
+            # The unique index decides between two concurrent first uses; the id of the other one stays unused.
             await insert_missing(self._users, [{"_id": id_, "issuer": issuer, "subject": subject}])
             found = await self._find_user(issuer, subject)
         if found is None:
-            raise RuntimeError("a user was removed, which nothing does")
+            raise RuntimeError("a user document disappeared although no code deletes users")
         return found
 
     @dependency_errors()
@@ -51,7 +51,7 @@ class MongoAccess:
 
     @dependency_errors()
     async def _skip_claimed_ids(self) -> None:
-        """Begin above every id that tokens claimed until ids were assigned, so that no user gets another's resources."""
+        """Start above every id that tokens claimed before ids were assigned, so that no user gets another's resources."""
         if await self._users.find_one({}, {"_id": 1}) is None:
             owned = [await self._database[name].find_one({}, {"user_id": 1}, sort=[("user_id", -1)]) for name in _OWNED]
             await advance_ids(self._database, ["users"], max((each["user_id"] for each in owned if each), default=0))

@@ -1,7 +1,7 @@
-"""The audit log in MongoDB: entries, and the blocks that make a removed one noticeable.
+"""Store the audit log in MongoDB: entries, and a chain of blocks that makes removals detectable.
 
-Every entry is signed as it is inserted. A few seconds later any replica seals the new entries into a block, which names each of
-them and the block before. The number of a block is its key in the database, so of two replicas that seal at once one succeeds.
+Every entry is signed when it is inserted. Within seconds a replica seals new entries into a block, which lists them and
+references the previous block. A block's number is its key in the database, so only one of two concurrent sealers succeeds.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from scanfleet.clock import utc_now
 from scanfleet.messages import AuditEntry
 from scanfleet.mongo import Database, Document, dependency_errors, insert_missing
 
-MAX_BLOCK: Final = 1_000  # entries of a block, which is then 250 kB
-MAX_FINDINGS: Final = 1_000  # that a verification names; more are counted
+MAX_BLOCK: Final = 1_000  # maximum entries per block, which then has 250 kB
+MAX_FINDINGS: Final = 1_000  # findings that a verification lists; further ones are only counted
 
 UNSEALED: Final = 0
 REJECTED: Final = -1
-"""Instead of a block's number: of an entry whose signature the sealing replica did not accept."""
+"""Replaces the block number in an entry whose signature was invalid when it was sealed."""
 
-_OUTSIDE: Final = frozenset({"mac", "block"})  # what an entry's signature does not cover
+_OUTSIDE: Final = frozenset({"mac", "block"})  # fields that an entry's signature does not cover
 
 _NUMBERED: Final = {"_id": {"$gte": 1}}
-"""Blocks whose key is a number: anyone with access to the database may have added others."""
+"""Blocks with a numeric key: anyone with access to the database may have added others."""
 
 _log = structlog.get_logger()
 
 
 @dataclass(slots=True)
 class Verification:
-    """What a walk over the whole chain has found.
+    """The result of verifying the whole chain.
 
     Attributes:
-        blocks: how many it has.
-        sealed: entries in them that are there, unchanged.
-        forgotten: entries in them that are gone because of their age.
-        waiting: signed entries that no block names yet.
-        first: number of the first block that is left; 0 without one.
-        head: number and signature of the last block; keep it elsewhere to notice a chain that was cut short or replaced.
-        findings: what was changed, removed or added, by id.
-        more: findings that are not named.
+        blocks: number of blocks.
+        sealed: number of entries in them that are present and unchanged.
+        forgotten: number of entries in them that were deleted because of their age.
+        waiting: number of signed entries that are not in a block yet.
+        first: number of the first remaining block; 0 without one.
+        head: number and signature of the last block; store it elsewhere to detect a truncated or replaced chain.
+        findings: changed, removed and added entries and blocks.
+        more: number of findings that are not listed.
     """
 
     blocks: int = 0
@@ -80,9 +80,9 @@ class MongoAudit:
     """Inserts, lists, seals, verifies and exports entries.
 
     Args:
-        database: the orchestrator's.
-        keys: that sign.
-        keep: how long an entry is kept.
+        database: the orchestrator's database.
+        keys: the signing keys.
+        keep: retention time of entries.
     """
 
     def __init__(self, database: Database, keys: ChainKeys, keep: timedelta) -> None:
@@ -112,7 +112,7 @@ class MongoAudit:
         if bounds := {name: value for name, value in received.items() if value is not None}:
             wanted["received_at"] = bounds
         newest = self._entries.find(wanted).sort([("received_at", -1), ("_id", -1)]).skip(skip).limit(limit)
-        # All of a large collection are not counted one by one.
+        # A large collection is counted by its metadata instead of one by one.
         counted = self._entries.count_documents(wanted) if wanted else self._entries.estimated_document_count()
         found, total = await asyncio.gather(newest.to_list(limit), counted)
         return [entry for each in found if (entry := _read(each)) is not None], total
@@ -120,20 +120,20 @@ class MongoAudit:
     # Sealing
 
     async def seal(self) -> None:
-        """Seal all entries that no block names yet.
+        """Seal all entries that are not in a block yet.
 
         Raises:
-            DependencyError: MongoDB is unavailable; the next call goes on from there.
+            DependencyError: MongoDB is unavailable; the next call continues.
         """
         while await self._seal_some() == MAX_BLOCK:
             pass
 
     @dependency_errors()
     async def _seal_some(self) -> int:
-        """Make one block, unless there is nothing to seal or another replica makes it; answer how many entries were read."""
+        """Create one block, unless there is nothing to seal or another replica creates it; return the number of entries read."""
         last = await self._blocks.find_one(_NUMBERED, sort=[("_id", -1)])
         if last is not None:
-            await self._mark(last["_id"], (each["id"] for each in _named(last)))  # its replica may have died before
+            await self._mark(last["_id"], (each["id"] for each in _named(last)))  # its replica may have crashed before
         oldest = self._entries.find({"block": UNSEALED}).sort([("received_at", 1), ("_id", 1)]).limit(MAX_BLOCK)
         found = await oldest.to_list(MAX_BLOCK)
         genuine = [each for each in found if self._is_genuine(each)]
@@ -162,7 +162,7 @@ class MongoAudit:
             "_id": last["_id"] + 1 if last else 1,
             "entries": [{"id": each["_id"], "mac": each["mac"], "forget_at": each["forget_at"]} for each in entries],
             "sealed_at": now,
-            "forget_at": forget_at,  # blocks are forgotten in their order, and none before its entries
+            "forget_at": forget_at,  # blocks expire in order, and not before their entries
         }
         return block | {"mac": self._keys.sign("block", block)}
 
@@ -181,7 +181,7 @@ class MongoAudit:
         return self._keys.verify("block", content, block.get("mac"))
 
     async def adopt(self) -> int:
-        """Sign the entries of a release that signed none, as they are now; answer how many. What is no entry is left out.
+        """Sign the unsigned entries of an older release; return their number. Invalid documents are skipped.
 
         Raises:
             DependencyError: MongoDB is unavailable; call again.
@@ -191,7 +191,7 @@ class MongoAudit:
             async for each in self._entries.find({"mac": {"$exists": False}}):
                 if _read(each) is None:
                     continue
-                received_at = min(each["time"], utc_now())  # a stranger may have put any time there
+                received_at = min(each["time"], utc_now())  # the time of an unsigned entry is untrusted
                 signed = self._signed(each | {"received_at": received_at})
                 await self._entries.replace_one({"_id": each["_id"], "mac": {"$exists": False}}, signed)
                 count += 1
@@ -201,7 +201,7 @@ class MongoAudit:
 
     @dependency_errors()
     async def verify(self) -> Verification:
-        """Walk over all blocks and entries; memory holds one block and the ids of what is not sealed.
+        """Verify all blocks and entries, with one block and the ids of unsealed entries in memory.
 
         Raises:
             DependencyError: MongoDB is unavailable; call again.
@@ -226,12 +226,12 @@ class MongoAudit:
                 found.waiting += 1
             else:
                 found.add(
-                    f"entry {id_}: added, or its block removed: it is marked as of block {marked}, which is not there"
+                    f"entry {id_}: added, or its block removed: it belongs to block {marked}, which does not exist"
                 )
         return found
 
     async def _outside(self, first: int, last: int, found: Verification) -> dict[str, object]:
-        """The block that each entry of no known block is marked with, if it is signed."""
+        """Return the block of each signed entry that is in none of the known blocks."""
         now, outside = utc_now(), {}
         async for each in self._entries.find({"block": {"$not": {"$gte": first, "$lte": last}}}):
             if not self._is_genuine(each):
@@ -250,10 +250,10 @@ class MongoAudit:
         elif number != previous["_id"] + 1:
             found.add(f"blocks {previous['_id'] + 1} to {number - 1}: removed")
         elif block["previous"] != previous.get("mac"):
-            found.add(f"block {previous['_id']}: changed: block {number} was made after another one")
+            found.add(f"block {previous['_id']}: changed: block {number} follows another block")
 
     async def _verify_entries(self, block: Document, found: Verification) -> list[str]:
-        """Compare the entries with what their block says; answer the ids that it names."""
+        """Compare the entries with the list in their block; return the listed ids."""
         named = {each["id"]: each for each in _named(block)}
         of_block = {"$or": [{"_id": {"$in": list(named)}}, {"block": block["_id"]}]}
         present = {each["_id"]: each async for each in self._entries.find(of_block)}
@@ -270,16 +270,16 @@ class MongoAudit:
             else:
                 found.sealed += 1
         for id_ in present:
-            found.add(f"entry {id_}: added: block {block['_id']} does not name it")
+            found.add(f"entry {id_}: added: block {block['_id']} does not list it")
         return list(named)
 
     # Export
 
     async def export(self, after: int = 0) -> AsyncIterator[Exported]:
-        """The sealed entries of the blocks above `after`, in their order.
+        """Yield the sealed entries of the blocks above `after`, in order.
 
         Raises:
-            DependencyError: MongoDB is unavailable, maybe halfway.
+            DependencyError: MongoDB is unavailable; it can fail after some entries were yielded.
         """
         async with dependency_errors():
             async for block in self._blocks.find({"_id": {"$gt": after}}).sort("_id", 1):
@@ -291,7 +291,7 @@ class MongoAudit:
 
     @dependency_errors()
     async def block_signature(self, number: int) -> str | None:
-        """The signature of this block; none when it is not there."""
+        """Return the signature of this block; None if it does not exist."""
         block = await self._blocks.find_one({"_id": number}, {"mac": 1})
         return str(block.get("mac")) if block else None
 
@@ -301,7 +301,7 @@ def _read(document: Document) -> rest.AuditEntry | None:
 
 
 def _named(block: Document) -> list[dict[str, Any]]:
-    """The entries that it names; of a block that is not ours none."""
+    """Return the entries that the block lists; none if the block is malformed."""
     entries = block.get("entries")
     if not isinstance(entries, list):
         return []

@@ -1,4 +1,4 @@
-"""How the orchestrator's things lie in MongoDB: under the names of their fields, `id` as `_id`."""
+"""Convert the orchestrator's objects to MongoDB documents with the same field names, `id` as `_id`."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def write_job(job: ScanJob) -> Document:
         "status": job.status.value,
         "sort_time": job.start_time or job.end_time or _FAR_FUTURE,
     }
-    # An empty outbox is no field at all, so that the sparse index holds only jobs with something to say.
+    # An empty outbox is omitted, so that the sparse index contains only jobs with unpublished events.
     del document["outbox"]
     if job.outbox:
         document["outbox"] = [
@@ -103,7 +103,7 @@ def read_job(document: Document) -> ScanJob:
     return ScanJob(**(old | _known(ScanJob, document) | converted))
 
 
-# What a job of release 0.1 does not have: all of its chunks are there, slice by slice.
+# Defaults for jobs of release 0.1: all of their chunks exist, slice by slice.
 _OLD_JOB: Final = {"chunk_ports": MAX_PORTS, "estimate": 0.0, "blockwise": False}
 
 
@@ -113,11 +113,11 @@ def _totals(document: Document) -> Totals:
 
 
 def write_chunk(chunk: Chunk) -> Document:
-    # `held` marks the few chunks that the partial index for leases and dispatch is about.
+    # `held` marks the few chunks in the partial index for leases and dispatch.
     return _shallow(chunk) | {"state": chunk.state.value, "held": chunk.state in HELD}
 
 
-# What never changes: a save leaves it out.
+# Fields that never change: a save omits them.
 JOB_CONSTANTS: Final = frozenset(
     {"_id", "user_id", "policy_id", "subnet_id", "cidr", "exclude", "policy", "addresses", "excluded", "ports"}
     | {"chunk_addresses", "chunk_ports", "blocks", "chunk_count", "estimate", "partition", "created_at", "command_id"}
@@ -177,7 +177,7 @@ def read_worker(document: Document) -> Credit:
 
 
 def write_command(command: Command) -> Document:
-    # All jobs of a command have one policy. Once for each of a thousand it would not fit in a document.
+    # All jobs of a command share one policy, stored once: a thousand copies would not fit in a document.
     jobs = [write_job(job) for job in command.jobs]
     document = _shallow(command) | {"jobs": jobs, "policy": [job.pop("policy") for job in jobs][:1], "at": utc_now()}
     if command.idempotency_key is None:
@@ -191,7 +191,7 @@ def read_command(document: Document) -> Command:
 
 
 def write_audit(entry: AuditEntry, received_at: datetime, forget_at: datetime) -> Document:
-    """Its id is in the namespace of the service that it is of."""
+    """Write an entry; its id is prefixed with the service."""
     return {
         "_id": f"{entry.service}/{entry.id}",
         **entry.model_dump(mode="python", exclude={"id"}),
@@ -201,7 +201,7 @@ def write_audit(entry: AuditEntry, received_at: datetime, forget_at: datetime) -
 
 
 def read_audit(document: Document) -> rest.AuditEntry:
-    """Entries of release 0.1 have no time of their own at which they were received."""
+    """Read an entry; entries of release 0.1 have no separate time of receipt."""
     return rest.AuditEntry.model_validate({"received_at": document["time"], **document, "id": document["_id"]})
 
 
@@ -218,7 +218,7 @@ def read_revocation(document: Document) -> Revocation:
 
 
 def readable(read: Callable[[Document], _Any], document: Document, collection: str) -> _Any | None:
-    """The document as `read` has it; None, with a line in the log, when it cannot be read."""
+    """Return the document converted by `read`; log an error and return None if it cannot be read."""
     try:
         return read(document)
     except (ValueError, TypeError, KeyError, AttributeError) as error:

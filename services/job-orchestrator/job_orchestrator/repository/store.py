@@ -1,4 +1,4 @@
-"""Every query of the orchestrator, and the indexes that it needs."""
+"""All queries of the orchestrator, and the indexes that they need."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _log = structlog.get_logger()
 
 _VIRTUAL: Final = "virtual"  # the document of the global virtual time, among the users' clocks
 
-_BATCH: Final = 1_000  # documents read at once: about a megabyte, and 20 ms of turning them into chunks
+_BATCH: Final = 1_000  # documents per read: about a megabyte, and 20 ms of conversion
 
 SEQUENCES: Final = ("jobs", "subnets", "policies", "users", "revocations")
 
@@ -46,7 +46,7 @@ _INDEXES: Final = {
             unique=True,
             partialFilterExpression={"idempotency_key": {"$exists": True}},
         ),
-        # An answer is asked for again within minutes or never; the keys that clients may repeat live as long.
+        # Clients retry within minutes; idempotency keys are kept as long as their commands.
         IndexModel([("at", 1)], expireAfterSeconds=int(timedelta(days=7).total_seconds())),
     ],
     "jobs": [
@@ -55,7 +55,7 @@ _INDEXES: Final = {
         IndexModel([("subnet_id", 1), ("sort_time", -1), ("_id", -1)]),
         IndexModel([("policy_id", 1), ("sort_time", -1), ("_id", -1)]),
         IndexModel([("status", 1), ("sort_time", -1), ("_id", -1)]),  # for administrators, who list every user's
-        # With status and age the unfinished jobs are counted from the index alone.
+        # With status and age, unfinished jobs are counted from the index alone.
         IndexModel(
             [("settled", 1), ("_id", 1), ("partition", 1), ("status", 1), ("created_at", 1), ("seconds_left", 1)],
             partialFilterExpression={"settled": False},
@@ -78,12 +78,12 @@ _INDEXES: Final = {
         IndexModel([("action", 1), ("received_at", -1), ("_id", -1)]),
         IndexModel([("decision", 1), ("received_at", -1), ("_id", -1)]),
         IndexModel([("block", 1), ("received_at", 1), ("_id", 1)]),
-        # Each entry says itself when it is to be forgotten, so that the setting may change.
+        # Each entry has its own expiry, so that the retention setting may change.
         IndexModel([("forget_at", 1)], expireAfterSeconds=0),
     ],
     "audit_blocks": [IndexModel([("forget_at", 1)], expireAfterSeconds=0)],
     "clocks": [IndexModel([("active", 1)], partialFilterExpression={"active": True})],
-    # A worker that was not heard of for an hour is gone: a new process has a new id.
+    # A worker without announcements for an hour has ended: a new process has a new id.
     "workers": [
         IndexModel([("seen", 1)], expireAfterSeconds=3_600),
     ],
@@ -109,20 +109,20 @@ class MongoStore(MongoAudit):
         self._ids: dict[str, Ids] = {}
 
     async def prepare(self) -> None:
-        """Make the indexes what they are to be, and bring unfinished jobs of release 0.1 up to date."""
+        """Create or replace the indexes, and migrate unfinished jobs of release 0.1."""
         await make_indexes(self._database, _INDEXES)
         await self._adopt()
 
     @dependency_errors()
     async def _adopt(self) -> None:
-        """Name the partition of unfinished jobs that were made before jobs had one."""
+        """Set the partition of unfinished jobs that were created before jobs had one."""
         async for job in self._jobs.find({"settled": False, "partition": {"$exists": False}}, {"_id": 1}):
             partition = {"$set": {"partition": SCAN_PROGRESS.partition_of(str(job["_id"]))}}
             await self._chunks.update_many({"job_id": job["_id"]}, partition)
             await self._jobs.update_one({"_id": job["_id"]}, partition)
 
     async def advance_ids(self, above: int) -> None:
-        """Let every sequence go on above `above`. Nobody else may be taking ids."""
+        """Raise every sequence above `above`. No other process may be allocating ids."""
         await advance_ids(self._database, SEQUENCES, above)
 
     @dependency_errors()
@@ -190,7 +190,7 @@ class MongoStore(MongoAudit):
         return {document["_id"]: documents.read_command(document) async for document in found}
 
     async def accepted_submits(self) -> AsyncIterator[Command]:
-        """Every command that made jobs."""
+        """Yield every command that created jobs."""
         async with dependency_errors():
             async for each in self._commands.find({"state": "accepted", "jobs": {"$ne": []}}):
                 yield documents.read_command(each)
@@ -204,8 +204,8 @@ class MongoStore(MongoAudit):
 
     @dependency_errors()
     async def reject_command(self, command_id: str, status: int, error: str, rule: str) -> None:
-        told = {"state": "rejected", "status": status, "error": error, "rule": rule}
-        await self._commands.update_one({"_id": command_id, "state": "accepted"}, {"$set": told})
+        rejection = {"state": "rejected", "status": status, "error": error, "rule": rule}
+        await self._commands.update_one({"_id": command_id, "state": "accepted"}, {"$set": rejection})
 
     # Jobs
 
@@ -240,7 +240,7 @@ class MongoStore(MongoAudit):
     ) -> tuple[list[ScanJob], int]:
         wanted: Document = {} if user_id is None else {"user_id": user_id}
         if user_id is None:
-            statuses = statuses or tuple(JobStatus)  # the index begins with it
+            statuses = statuses or tuple(JobStatus)  # the index starts with the status
         if statuses:
             wanted["status"] = {"$in": [status.value for status in statuses]}
         asked = {"subnet_id": subnet_id, "policy_id": policy_id}
@@ -323,8 +323,8 @@ class MongoStore(MongoAudit):
         return {chunk.id: chunk for chunk in await self._find_chunks({"_id": {"$in": list(ids)}})}
 
     async def job_chunks(self, job_id: int, first: int = 0, end: int | None = None) -> AsyncIterator[Chunk]:
-        # Page by page, so that no stream shares one time limit, in the order of an index whose keys never change: no
-        # chunk is seen twice or missed because it moves meanwhile.
+        # Page by page, so that each page has its own timeout, in the order of an index whose keys never change: no chunk is
+        # returned twice or missed because it changes its state meanwhile.
         while end is None or first < end:
             index = {"$gte": first} if end is None else {"$gte": first, "$lt": end}
             page = await self._job_page({"job_id": job_id, "index": index})
@@ -353,7 +353,7 @@ class MongoStore(MongoAudit):
 
     @dependency_errors()
     async def standings(self, job_ids: Collection[int]) -> dict[int, Standing]:
-        # At one moment: a chunk that moves between two states would else be seen in neither.
+        # In one snapshot: a chunk that changes between two states could otherwise be missed in both.
         at_one_moment = self._chunks.with_options(read_concern=ReadConcern("snapshot"))
         begun = {"$in": ["$state", [ChunkState.RUNNING.value, ChunkState.SCANNED.value]]}
         groups = at_one_moment.aggregate(
@@ -450,7 +450,7 @@ class MongoStore(MongoAudit):
         return Clocks({user: documents.read_clock(each) for user, each in by_id.items()}, virtual)
 
     @dependency_errors()
-    async def rest_clocks(self) -> None:
+    async def deactivate_clocks(self) -> None:
         active = [each["_id"] async for each in self._clocks.find({"active": True}, {"_id": 1})]
         busy = {"state": {"$in": [ChunkState.QUEUED.value, *(state.value for state in HELD)]}}
         idle = set(active) - set(await self._chunks.distinct("user_id", busy))
@@ -491,7 +491,7 @@ class MongoStore(MongoAudit):
         found = self._workers.find({"slots": {"$gt": 0}, "$expr": since})
         return [documents.read_worker(each) async for each in found]
 
-    # What is going on
+    # Monitoring
 
     @dependency_errors()
     async def seconds_left(self) -> float:
@@ -551,7 +551,7 @@ class MongoStore(MongoAudit):
 
 
 def _age(time: Any) -> Document:
-    """Seconds from `time`, which somebody else's clock may have put into the future, to the database's now."""
+    """Return the seconds from `time` to the database's current time; `time` can be in the future due to clock skew."""
     return {"$max": [0.0, {"$divide": [{"$subtract": ["$$NOW", time]}, 1_000]}]}
 
 
@@ -576,14 +576,14 @@ async def _save(
     )
     if result.matched_count == len(changed):
         return set()
-    # Which ones lost is not in the answer. A retried write can also find its own first try: then it did not lose.
+    # The response does not list the losers. A retried write can find its own first attempt, which is a success.
     found = collection.find({"_id": {"$in": [each.id for each in new]}})
     stored = {each["_id"]: read(each) async for each in found}
     return {each.id for each in new if stored.get(each.id) != each}
 
 
 def _update(document: Document, constants: AbstractSet[str]) -> Document:
-    """Set the fields that can change and no others: one that a newer release has added stays."""
+    """Return an update of the fields that can change, so that fields of a newer release are kept."""
     update: Document = {"$set": {name: value for name, value in document.items() if name not in constants}}
     if "rev" in document and "outbox" not in document and "seq" in document:
         update["$unset"] = {"outbox": ""}

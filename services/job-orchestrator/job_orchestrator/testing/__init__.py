@@ -1,4 +1,4 @@
-"""What ships for testing: the store in memory, and a small world of scripted parts around real handlers."""
+"""Support for tests: an in-memory store, and a simulated platform of scripted workers around real handlers."""
 
 from __future__ import annotations
 

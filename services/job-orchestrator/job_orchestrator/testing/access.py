@@ -1,4 +1,4 @@
-"""`Access` in memory; it passes the same suite as the real one."""
+"""An in-memory `Access` that passes the same suite as the one on MongoDB."""
 
 from __future__ import annotations
 
@@ -42,5 +42,5 @@ class MemoryAccess:
         return self._revocations.pop(id_, None) is not None
 
     def _check(self) -> None:
-        if self._store.away:
+        if self._store.unavailable:
             raise DependencyError("the database is unavailable")

@@ -1,4 +1,4 @@
-"""`Store` in memory, for tests without a database; it passes the same suite as the real one."""
+"""An in-memory `Store`, for tests without a database, that passes the same suite as the one on MongoDB."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _BUSY = HELD | {ChunkState.QUEUED}
 
 
 class MemoryStore:
-    """Set `away` to let every call fail as if the database were gone."""
+    """Set `unavailable` to let every call fail as if the database were unreachable."""
 
     def __init__(self) -> None:
-        self.away = False
+        self.unavailable = False
         self._ids: Counter[str] = Counter()
         self._audit: dict[str, rest.AuditEntry] = {}
         self._subnets: dict[int, Subnet] = {}
@@ -40,7 +40,7 @@ class MemoryStore:
         self._workers: dict[str, tuple[Credit, float]] = {}
 
     def __getattribute__(self, name: str) -> object:
-        if not name.startswith("_") and name != "away" and object.__getattribute__(self, "away"):
+        if not name.startswith("_") and name != "unavailable" and object.__getattribute__(self, "unavailable"):
             raise DependencyError("the database is unavailable")
         return object.__getattribute__(self, name)
 
@@ -334,7 +334,7 @@ class MemoryStore:
         known = {user: clock for user, clock in self._clocks.items() if clock.active or user in users}
         return Clocks(known, self._virtual)
 
-    async def rest_clocks(self) -> None:
+    async def deactivate_clocks(self) -> None:
         busy = {chunk.user_id for chunk in self._chunks.values() if chunk.state in _BUSY}
         self._clocks |= {user: replace(clock, active=False) for user, clock in self._clocks.items() if user not in busy}
 

@@ -73,7 +73,7 @@ class Worker(_Deaf):
     """A handler of scan-tasks that scans by magic. With `hold` it only notes what it was told.
 
     Attributes:
-        letter: what becomes of every address.
+        code: what becomes of every address.
         tasks: what it was given, in order.
         stops: what it was told to stop.
     """
@@ -84,7 +84,7 @@ class Worker(_Deaf):
         self.slots = slots
         self.raw = raw
         self.hold = False
-        self.letter = "s"
+        self.code = "s"
         self.tasks: list[ScanChunk] = []
         self.stops: list[StopChunk] = []
 
@@ -124,7 +124,7 @@ class Worker(_Deaf):
         """Tell result-store first, then the orchestrator."""
         scanned = ChunkScanned(
             **_token(task),
-            outcomes=outcomes or task.outcomes.replace(Outcome.BLANK, self.letter),
+            outcomes=outcomes or task.outcomes.replace(Outcome.BLANK, self.code),
             first_address=task.first_address,
             slot_seconds=0.1,
             technique="connect",

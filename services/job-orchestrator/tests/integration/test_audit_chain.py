@@ -208,7 +208,7 @@ async def test_verify_knows_what_was_forgotten_by_age(
     monkeypatch.setattr(audit, "utc_now", lambda: begin)
     assert (await mongo_store.verify()).findings == [
         "block 2: removed before its time, and every one before it that is not there",
-        "entry job-orchestrator/0: added, or its block removed: it is marked as of block 1, which is not there",
+        "entry job-orchestrator/0: added, or its block removed: it belongs to block 1, which does not exist",
     ]
 
 

@@ -80,7 +80,7 @@ QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
     "first_turn": (lambda store: store.first_turn(3), 5),
     "held": (lambda store: store.held(), 3 * USERS),
     "clocks": (lambda store: store.clocks([3, 99]), USERS + 5),
-    "rest_clocks": (lambda store: store.rest_clocks(), 8 * USERS),
+    "deactivate_clocks": (lambda store: store.deactivate_clocks(), 8 * USERS),
     "wake_clocks": (lambda store: store.wake_clocks([Clock(3)], 1.0), 2),
     "charge": (lambda store: store.charge({3: 1.0}), 2),
     "seen_workers": (lambda store: store.seen_workers([Credit("w-3", "w-3", 2, raw=True, partition=1)]), 2),

@@ -158,7 +158,7 @@ async def test_only_the_gateway_asks_for_itself(api: Api, method: str, path: str
 
 async def test_a_database_that_is_unavailable_is_a_503(api: Api) -> None:
     """While MongoDB is unavailable the gateway's own requests are a 503."""
-    api.store.away = True
+    api.store.unavailable = True
     for method, path in (("GET", "/internal/revocations"), ("POST", "/internal/users")):
         assert (await api(method, path, 0, json={"issuer": "i", "subject": "s"})).status_code == 503
 

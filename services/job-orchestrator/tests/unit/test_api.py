@@ -452,7 +452,7 @@ async def test_what_is_no_json_is_a_400(api: Api) -> None:
 
 async def test_a_database_that_is_away_is_a_503(api: Api, store: MemoryStore) -> None:
     """While MongoDB is away every route says so, and when to come again; nothing of it is told."""
-    store.away = True
+    store.unavailable = True
     for method, path in [each for each in EVERY_ROUTE if each not in FOR_THE_GATEWAY]:
         body: dict[str, Any] = {"jti": "x"} if "revocation" in path else {"name": "x"}
         body |= {"cidr": "127.9.8.0/24"} if "subnet" in path else {}
@@ -779,7 +779,7 @@ async def test_a_map_of_a_job_of_release_0_1_is_read_slice_by_slice(api: Api, st
 
 
 async def test_a_map_is_named_by_its_tag(api: Api, store: MemoryStore) -> None:
-    """A caller who has the map gets 304; the tag changes with a letter that no state of the job announces."""
+    """A caller who has the map gets 304; the tag changes with a code that no state of the job announces."""
     job = change(mapped_job(), JobTrigger.START, LATER)
     await store.insert_jobs([job])
     await store.insert_chunks([mapped_chunk(job, 0)])

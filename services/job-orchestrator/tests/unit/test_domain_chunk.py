@@ -24,7 +24,6 @@ from job_orchestrator.domain.chunk import (
     IllegalChunkChangeError,
     WorkerReport,
     apply,
-    ask_again,
     cancel,
     dispatch,
     elapsed,
@@ -34,6 +33,7 @@ from job_orchestrator.domain.chunk import (
     holds,
     incomplete,
     release,
+    request_check,
     store,
 )
 from job_orchestrator.testing import chunk
@@ -147,7 +147,7 @@ def test_first_report_is_a_claim(state: ChunkState, kind: type[WorkerReport]) ->
 
 @pytest.mark.parametrize("kind", [kind for kind in REPORTS if kind is not ChunkClaimed])
 def test_first_letter_stays(kind: type[WorkerReport]) -> None:
-    """Whatever a report's map contains, letters that are set stay and blanks are filled."""
+    """Whatever a report's map contains, codes that are set stay and blanks are filled."""
     assert after(in_state(ChunkState.RUNNING, outcomes="d.x."), report(kind, "aaxa")).outcomes == "daxa"
 
 
@@ -162,7 +162,7 @@ def test_map_of_another_chunk_is_ignored(news: str) -> None:
     first=st.text(LETTERS + ".", min_size=4, max_size=4), news=st.lists(st.text(LETTERS + ".", min_size=4, max_size=4))
 )
 def test_no_order_of_reports_changes_a_letter(first: str, news: list[str]) -> None:
-    """A letter that is set stays the same."""
+    """A code that is set stays the same."""
     held = in_state(ChunkState.RUNNING, outcomes=first)
     for outcomes in news:
         changed = after(held, report(ChunkProgressed, outcomes))
@@ -202,7 +202,7 @@ def test_release_costs_nothing(state: ChunkState) -> None:
 
 @pytest.mark.parametrize("end", [ChunkReleased, ChunkFailed])
 def test_attempt_that_ends_without_blanks_is_checked_at_once(end: type[WorkerReport]) -> None:
-    """A chunk that was released or failed with every letter set is scanned, and result-store is asked at once."""
+    """A chunk that was released or failed with every code set is scanned, and result-store is asked at once."""
     held = in_state(ChunkState.RUNNING, failures=MAX_FAILURES - 1, ask_at=NOW)
     changed = after(held, report(end, "asdt"))
     assert (changed.state, changed.outcomes, changed.ask_at) == (ChunkState.SCANNED, "asdt", None)
@@ -244,7 +244,7 @@ def test_last_address_that_fails_alone_leaves_the_chunk_scanned() -> None:
 
 
 def run(left: Chunk, poison: Collection[int]) -> tuple[Chunk, int]:
-    """Attempts of a worker that finishes an attempt, or fails without any letter where a poisoned address is in it."""
+    """Attempts of a worker that finishes an attempt, or fails without any code where a poisoned address is in it."""
     for attempts in range(10_000):
         if left.state is ChunkState.SCANNED:
             return left, attempts
@@ -255,7 +255,7 @@ def run(left: Chunk, poison: Collection[int]) -> tuple[Chunk, int]:
         if set(tried) & set(poison):
             left = after(held, report(ChunkFailed, held.outcomes, **token))
             continue
-        done = "".join("s" if place in tried else letter for place, letter in enumerate(held.outcomes))
+        done = "".join("s" if place in tried else code for place, code in enumerate(held.outcomes))
         left = after(held, report(ChunkReleased if "." in done else ChunkScanned, done, **token))
     raise AssertionError("the attempts do not end")
 
@@ -264,7 +264,7 @@ def run(left: Chunk, poison: Collection[int]) -> tuple[Chunk, int]:
 def test_hosts_that_nmap_cannot_bear_cost_themselves_alone(poison: set[int]) -> None:
     """Whichever of 64 addresses end each nmap that scans them, only they are lost, after few attempts for each."""
     scanned, attempts = run(chunk(outcomes="." * 64), poison)
-    assert [place for place, letter in enumerate(scanned.outcomes) if letter == "l"] == sorted(poison)
+    assert [place for place, code in enumerate(scanned.outcomes) if code == "l"] == sorted(poison)
     assert set(scanned.outcomes) <= {"s", "l"}
     halvings = 6  # of 64 addresses down to one
     assert attempts <= 1 + len(poison) * (3 * halvings + MAX_FAILURES)
@@ -307,7 +307,7 @@ def test_new_letters_reset_failures() -> None:
 
 
 def test_dispatches_without_progress_count_as_failures() -> None:
-    """A chunk released 20 times without a letter has failed once, and after three times so its addresses are lost."""
+    """A chunk released 20 times without a code has failed once, and after three times so its addresses are lost."""
     left, dispatches = chunk(), 0
     while left.state is not ChunkState.SCANNED:
         assert dispatches < 1_000
@@ -368,7 +368,7 @@ def test_questions_to_result_store_double_their_pause_up_to_an_hour() -> None:
     asked = in_state(ChunkState.SCANNED, outcomes="asdt")
     pauses = []
     for _ in range(100):
-        asked = ask_again(asked, NOW, PATIENCE)
+        asked = request_check(asked, NOW, PATIENCE)
         assert asked.ask_at is not None
         pauses.append((asked.ask_at - NOW).total_seconds())
     assert pauses[:7] == [60, 120, 240, 480, 960, 1_920, 3_600]
@@ -378,7 +378,7 @@ def test_questions_to_result_store_double_their_pause_up_to_an_hour() -> None:
 @pytest.mark.parametrize("state", sorted(set(ChunkState) - {ChunkState.SCANNED}))
 def test_only_scanned_chunks_are_asked_about(state: ChunkState) -> None:
     """A chunk that is not scanned is left as it is."""
-    assert ask_again(in_state(state), NOW, PATIENCE) == in_state(state)
+    assert request_check(in_state(state), NOW, PATIENCE) == in_state(state)
 
 
 # Result-store

@@ -15,7 +15,7 @@ from job_orchestrator.domain.job import (
     change,
     observe,
     published,
-    set_back,
+    restored_from_backup,
     wait,
 )
 from job_orchestrator.testing import scan_job
@@ -132,9 +132,9 @@ def test_no_progress_is_told_before_what_waits_in_the_outbox() -> None:
 def test_a_job_that_was_set_back_goes_on_above_its_published_seq() -> None:
     """Its next event has a `seq` above the given one and above its own, and nothing else has changed."""
     job = in_status(JobStatus.RUNNING)
-    assert change(set_back(job, 1_000), JobTrigger.COMPLETE, LATER).seq == 1_001
-    assert set_back(set_back(job, 1_000), 5) == set_back(job, 1_000)
-    assert replace(set_back(job, 1_000), seq=job.seq) == job
+    assert change(restored_from_backup(job, 1_000), JobTrigger.COMPLETE, LATER).seq == 1_001
+    assert restored_from_backup(restored_from_backup(job, 1_000), 5) == restored_from_backup(job, 1_000)
+    assert replace(restored_from_backup(job, 1_000), seq=job.seq) == job
 
 
 def test_progress_carries_the_remaining_time_and_ends_waiting() -> None:

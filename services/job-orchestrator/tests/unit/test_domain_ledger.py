@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import MAX_FAILURES, Chunk, ChunkState
 from job_orchestrator.domain.job import ScanJob
-from job_orchestrator.domain.ledger import ACCOUNTED, NAMES, Names, NotProbed, Tally
+from job_orchestrator.domain.ledger import ACCOUNTED, NAMES, NotProbed, Tally, UnprobedPage
 from job_orchestrator.domain.totals import EMPTY
 from job_orchestrator.repository import documents
 from job_orchestrator.testing import chunk, scan_job, scan_policy
@@ -19,16 +19,14 @@ from scanfleet.messages import JobStatus
 from scanfleet.outcomes import Outcome
 from scanfleet.targets import Target
 
-LETTERS = [letter for letter in Outcome if letter is not Outcome.EXCLUDED]
+LETTERS = [code for code in Outcome if code is not Outcome.EXCLUDED]
 
 
 def cut(*, exclude: tuple[str, ...] = (), ports: str = "22,80", size: int = 8) -> ScanJob:
     """A /28 in slices of so many addresses and blocks of 8,192 ports, all of its chunks made."""
     job = scan_job(cidr="127.9.8.0/28", exclude=exclude, policy=scan_policy(ports=ports))
     job = replace(job, chunk_addresses=size, chunk_ports=8_192, blocks=-(-job.ports // 8_192))
-    slices = {
-        address // size for address, letter in enumerate(Target.parse(job.cidr, exclude).outcomes()) if letter == "."
-    }
+    slices = {address // size for address, code in enumerate(Target.parse(job.cidr, exclude).outcomes()) if code == "."}
     count = len(slices) * job.blocks
     return replace(job, chunk_count=count, made=count)
 
@@ -39,7 +37,7 @@ def whole(job: ScanJob) -> list[Chunk]:
 
 @st.composite
 def jobs(draw: st.DrawFn) -> tuple[ScanJob, list[Chunk]]:
-    """A job in any status, its chunks in any state that may go with it, with any letters."""
+    """A job in any status, its chunks in any state that may go with it, with any codes."""
     job = cut(
         exclude=draw(st.sampled_from([(), ("127.9.8.4/30",), ("127.9.8.0/29", "127.9.8.8/32")])),
         ports=draw(st.sampled_from(["22,80", "1-20000"])),
@@ -47,11 +45,9 @@ def jobs(draw: st.DrawFn) -> tuple[ScanJob, list[Chunk]]:
     job = replace(job, status=draw(st.sampled_from(JobStatus)))
     chunks = []
     for each in whole(job):
-        letters = [
-            letter if letter == Outcome.EXCLUDED else draw(st.sampled_from(LETTERS)).value for letter in each.outcomes
-        ]
+        codes = [code if code == Outcome.EXCLUDED else draw(st.sampled_from(LETTERS)).value for code in each.outcomes]
         state = draw(st.sampled_from(ChunkState))
-        outcomes = "".join(letters)
+        outcomes = "".join(codes)
         if state is ChunkState.STORED:
             outcomes = outcomes.replace(".", "d")
         if state is ChunkState.FAILED and "." not in outcomes:
@@ -69,8 +65,8 @@ def tally(job: ScanJob, chunks: list[Chunk]) -> Tally:
     return result
 
 
-def names(job: ScanJob, chunks: list[Chunk], skip: int = 0, size: int = 1_000) -> Names:
-    result = Names(job, skip, size)
+def names(job: ScanJob, chunks: list[Chunk], skip: int = 0, size: int = 1_000) -> UnprobedPage:
+    result = UnprobedPage(job, skip, size)
     for each in chunks:
         result.add(each)
     return result

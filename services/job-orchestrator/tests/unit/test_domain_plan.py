@@ -90,13 +90,13 @@ def test_plan_covers_the_request_and_nothing_else(job: ScanJob) -> None:
     blocks: defaultdict[str, set[str]] = defaultdict(set)
     for each in chunks:
         base = ip_address(each.first_address)
-        for index, letter in enumerate(each.outcomes):
+        for index, code in enumerate(each.outcomes):
             address = str(base + index)
-            if letter == Outcome.BLANK:
+            if code == Outcome.BLANK:
                 assert address not in blocks[each.ports]
                 blocks[each.ports].add(address)
             else:
-                assert letter == Outcome.EXCLUDED
+                assert code == Outcome.EXCLUDED
     target = Target.parse(job.cidr, job.exclude)
     wanted = {str(each) for each in target.network} - {str(each) for net in target.exclude for each in net}
     assert all(addresses == wanted for addresses in blocks.values())

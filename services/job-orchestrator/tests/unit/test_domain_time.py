@@ -38,7 +38,7 @@ class Clocks:
 
 def test_time_is_unknown_before_the_first_answer() -> None:
     """Without any answer of the database there is no time, whatever the machine's own clock shows."""
-    with pytest.raises(DependencyError, match="not known yet"):
+    with pytest.raises(DependencyError, match="not been read yet"):
         Clocks().clock().now()
 
 

@@ -93,14 +93,14 @@ async def test_an_address_that_fails_alone_is_lost_and_costs_no_other(world: Wor
         for again in world.worker.tasks[done:]:
             done += 1
             await claimed(world, again)
-            blanks = [place for place, letter in enumerate(again.outcomes) if letter == "."]
+            blanks = [place for place, code in enumerate(again.outcomes) if code == "."]
             wanted = blanks[: again.limit or len(blanks)]
             if poison in wanted:
                 await world.worker.fail(again)
             elif len(wanted) == len(blanks):
                 await world.worker.scanned(again)
             else:
-                scanned = (("s" if place in wanted else letter) for place, letter in enumerate(again.outcomes))
+                scanned = (("s" if place in wanted else code) for place, code in enumerate(again.outcomes))
                 await world.worker.release(again, "".join(scanned))
         await world.wait(1)
         assert done < 20

@@ -274,7 +274,7 @@ async def test_outboxes_are_emptied_together(world: World) -> None:
     """One round takes what was published out of the outboxes of many jobs, and the next has nothing to do."""
     jobs = [scan_job(id_) for id_ in (7, 8, 9)]
     await world.store.insert_jobs(jobs)
-    await world.only.jobs.tell(jobs)
+    await world.only.jobs.publish_outboxes(jobs)
     await world.only.jobs.empty()
     assert [(job.outbox, job.rev) for job in (await world.store.jobs([7, 8, 9])).values()] == 3 * [((), 1)]
     await world.only.jobs.empty()
@@ -284,7 +284,7 @@ async def test_outboxes_are_emptied_together(world: World) -> None:
 async def test_an_event_that_comes_while_outboxes_are_emptied_stays(world: World) -> None:
     """What is added to an outbox after its first event was published is left in it until it is published too."""
     await world.store.insert_jobs([scan_job(9)])
-    await world.only.jobs.tell([scan_job(9)])
+    await world.only.jobs.publish_outboxes([scan_job(9)])
     await world.store.save_jobs([change(scan_job(9), JobTrigger.CANCEL, THEN)])
     await world.only.jobs.empty()
     (left,) = (await world.store.jobs([9]))[9].outbox
