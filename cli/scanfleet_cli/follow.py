@@ -210,7 +210,7 @@ async def follow(
     queue: asyncio.Queue[tuple[int, rest.TaskStatus]] = asyncio.Queue()
     until = time.monotonic() + timeout if timeout else None
     async with AsyncClient(
-        session.place.url, session.token, patience=session.patience, transport=session.async_transport
+        session.place.url, session.token, patience=session.patience, transport=session.world.async_transport
     ) as client:
         watchers = [asyncio.create_task(_watch(client, job_id, queue, session.output)) for job_id in job_ids]
         ledgers = asyncio.create_task(_read_ledgers(client, jobs)) if view.wants_ledger else None

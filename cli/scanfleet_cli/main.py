@@ -24,6 +24,8 @@ COMMANDS: Final = {
     "policy": "How to scan: ports, technique, detection, speed.",
     "audit": "The audit log, for administrators.",
     "context": "Gateways that this command uses.",
+    "login": "Sign in to a gateway, and use it from now on.",
+    "logout": "Forget the tokens of a context.",
     "whoami": "Show the gateway, the user, and where the token came from.",
     "limits": "Show the rate limits and what is left of them.",
     "api": "Send a request to the API as it is, with the token.",
@@ -33,7 +35,7 @@ COMMANDS: Final = {
 }
 """Name and help of each command; its module is loaded only when it runs, so that --help is fast."""
 
-_MODULES: Final = {"whoami": "me", "limits": "me", "completion": "about", "version": "about"}
+_MODULES: Final = {"logout": "login", "whoami": "me", "limits": "me", "completion": "about", "version": "about"}
 """Of commands that share a module; every other has its own."""
 
 _EXIT_CODES: Final = "\n".join(["Exit codes:", "", "\b", *(f"  {code:>3}  {text}" for code, text in MEANINGS.items())])

@@ -136,6 +136,10 @@ class Output:
         if not self.quiet:
             print(text, file=self.stderr, flush=True)
 
+    def tell(self, text: str) -> None:
+        """A line that a person must read to go on, even with --quiet."""
+        print(text, file=self.stderr, flush=True)
+
     def paint(self, word: str, text: str | None = None) -> str:
         """`text`, in the colour of the state `word`."""
         text = word if text is None else text

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
+import time
+import webbrowser
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
@@ -18,6 +22,7 @@ from scanfleet_cli.output import Column, Format, Output, Row
 if TYPE_CHECKING:
     from scanfleet_cli.calls import Call, ListCall
     from scanfleet_cli.client import Client, Patience
+    from scanfleet_cli.tokens import Kept, Store
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,30 +33,41 @@ COMPLETE: Final = "_SCANFLEET_COMPLETE"
 LIMIT: Final = 30  # rows of a list; a screen
 
 
+@dataclass(frozen=True, slots=True)
+class World:
+    """What a run does beyond reading and printing; tests hand in doubles."""
+
+    transport: Any = None
+    """Carries every request, over the network unless given."""
+
+    async_transport: Any = None
+    """The same for what is watched."""
+
+    first_pause: float = 0.5
+    """Seconds before the first retry."""
+
+    poll: float = 5.0
+    """Seconds between two polls."""
+
+    browse: Callable[[str], bool] = webbrowser.open
+    sleep: Callable[[float], None] = time.sleep
+    store: Store | None = None
+    """Of tokens; by default the keyring, else a file."""
+
+
 class Session:
     """One run of the command.
 
     Args:
         config: contexts and environment.
         output: where it prints.
-        transport: carries every request, over the network unless given; tests hand in a double of the API.
-        async_transport: the same for what is watched.
-        pauses: seconds before the first retry, and between two polls.
+        world: what it does besides.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        output: Output,
-        transport: Any = None,
-        async_transport: Any = None,
-        pauses: tuple[float, float] = (0.5, 5.0),
-    ) -> None:
+    def __init__(self, config: Config, output: Output, world: World | None = None) -> None:
         self.config = config
         self.output = output
-        self.transport = transport
-        self.async_transport = async_transport
-        self._pauses = pauses
+        self.world = world or World()
         self.url: str | None = None
         self.context: str | None = None
         self.token_file: Path | None = None
@@ -75,7 +91,24 @@ class Session:
             return f"the file {environment['SCANFLEET_TOKEN_FILE']} (SCANFLEET_TOKEN_FILE)"
         if context is not None and context.token_command:
             return f"the token_command of {self.place.source}"
+        if context is not None:
+            return f"the sign-in of context {context.name}, kept in {self.kept.store.where}"
         return ""
+
+    @functools.cached_property
+    def kept(self) -> Kept:
+        """Tokens of sign-ins."""
+        from scanfleet_cli.tokens import Kept  # noqa: PLC0415 # only for those who sign in
+
+        return Kept(self.config.folder, self.world.store, self.world.transport)
+
+    @property
+    def has_display(self) -> bool:
+        """Whether a browser can be shown on this machine."""
+        environment = self.config.environment
+        return sys.platform in {"darwin", "win32"} or bool(
+            environment.get("DISPLAY") or environment.get("WAYLAND_DISPLAY")
+        )
 
     def token(self) -> str:
         """The token to send now.
@@ -91,6 +124,8 @@ class Session:
             return _token_in(Path(file))
         if context is not None and context.token_command:
             return self._of_command(context.token_command)
+        if context is not None and (kept := self.kept.current(context.name, self.place.url)):
+            return kept
         raise CommandError(
             f"not signed in to {self.place.url}",
             Exit.NOT_ALLOWED,
@@ -111,8 +146,7 @@ class Session:
         """While the service is unavailable or busy."""
         from scanfleet_cli.client import Patience  # noqa: PLC0415 # not for commands that ask nothing
 
-        first, poll = self._pauses
-        return Patience(timeout=self.timeout, first_pause=first, poll=poll)
+        return Patience(timeout=self.timeout, first_pause=self.world.first_pause, poll=self.world.poll)
 
     @property
     def client(self) -> Client:
@@ -120,7 +154,7 @@ class Session:
         if self._client is None:
             from scanfleet_cli.client import Client  # noqa: PLC0415 # not for commands that ask nothing
 
-            self._client = Client(self.place.url, self.token, patience=self.patience, transport=self.transport)
+            self._client = Client(self.place.url, self.token, patience=self.patience, transport=self.world.transport)
         return self._client
 
     def ask(self, call: Call[Any]) -> Any:

@@ -62,7 +62,7 @@ def _findings(session: Session) -> Iterator[Finding]:
 
 
 def _answers(session: Session) -> Iterator[Finding]:
-    with Client(session.place.url, transport=session.transport) as anybody:
+    with Client(session.place.url, transport=session.world.transport) as anybody:
         info = _try(lambda: anybody.ask(calls.read_info(), timeout=0))
         if isinstance(info, ScanfleetError) and not isinstance(info, ApiError):
             yield Finding("service", ok=False, detail=str(info))

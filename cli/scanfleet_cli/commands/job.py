@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import webbrowser
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from ipaddress import ip_address, ip_network
@@ -602,4 +601,4 @@ def open_(session: Session, /, *, job_id: int) -> None:
     url = f"{session.place.url}/app/job/{job_id}"
     session.output.say(url)
     if session.output.terminal:
-        webbrowser.open(url)
+        session.world.browse(url)

@@ -92,6 +92,7 @@ class FakeApi(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
 
     def __init__(self) -> None:
         self.requests: list[httpx2.Request] = []
+        self.tokens = [TOKEN]
         self.subnets: dict[int, dict[str, Any]] = {}
         self.policies: dict[int, dict[str, Any]] = {}
         self.jobs: dict[int, FakeJob] = {}
@@ -148,7 +149,10 @@ class FakeApi(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
     def carry_out(self, request: httpx2.Request) -> httpx2.Response:
         """Do what a request asks for; a fault may do so before it cuts the connection."""
         method, path = request.method, request.url.path
-        if request.headers.get("authorization") != f"Bearer {TOKEN}" and path != "/api/v1/info":
+        if (
+            request.headers.get("authorization") not in {f"Bearer {token}" for token in self.tokens}
+            and path != "/api/v1/info"
+        ):
             return _error(401, "no bearer token, or not a good one")
         if (method, path) in self.answers:
             answer = self.answers[method, path]

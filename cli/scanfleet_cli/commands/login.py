@@ -1,0 +1,101 @@
+"""`scanfleet login` and `scanfleet logout`."""
+
+from __future__ import annotations
+
+import sys
+from urllib.parse import urlsplit
+
+import click
+import httpx2
+
+from scanfleet_cli import calls
+from scanfleet_cli.client import Client
+from scanfleet_cli.config import Context, check_url, same_url
+from scanfleet_cli.errors import ApiError, CommandError, Exit
+from scanfleet_cli.login import SignIn, discover
+from scanfleet_cli.session import Session, with_session
+from scanfleet_cli.tokens import Tokens
+
+
+@click.command()
+@click.argument("url", required=False)
+@click.option("--name", help="Name of the context; otherwise the gateway's host.")
+@click.option("--device", is_flag=True, help="Sign in by a code in a browser on any machine.")
+@click.option("--token-stdin", is_flag=True, help="Read a token from stdin instead of signing in.")
+@with_session
+def login(session: Session, /, *, url: str | None, name: str | None, device: bool, token_stdin: bool) -> None:
+    """Sign in to a gateway, and use it from now on."""
+    address = check_url(url) if url else session.place.url
+    context = _context(session, address, name)
+    if token_stdin:
+        if not (token := sys.stdin.readline().strip()):
+            raise CommandError("no token on stdin", Exit.NOT_ALLOWED)
+        tokens = Tokens(address, token)
+    else:
+        tokens = _signed_in(session, address, device=device)
+    user = _user(session, tokens)
+    session.kept.keep(context.name, tokens)
+    session.config.add(context, use=True)
+    session.output.note(
+        f'✓ Signed in to {urlsplit(address).netloc} as user {user} (context "{context.name}", token in {session.kept.store.where})'
+    )
+
+
+def _context(session: Session, url: str, name: str | None) -> Context:
+    """The context to sign in to: that of the name, else that of the same gateway, else a new one."""
+    known = session.config.contexts().values()
+    same = next((each for each in known if same_url(each.url, url) and name in {None, each.name}), None)
+    return Context(same.name if same else name or urlsplit(url).netloc, url)
+
+
+def _signed_in(session: Session, url: str, *, device: bool) -> Tokens:
+    with Client(url, patience=session.patience, transport=session.world.transport) as anybody:
+        try:
+            info = anybody.send(calls.read_info())
+        except ApiError as error:
+            if error.status != httpx2.codes.NOT_FOUND:
+                raise
+            raise CommandError(
+                f"{url} does not say where to sign in", Exit.FAULT, hint="scanfleet login --token-stdin"
+            ) from error
+    if "oidc" not in info.sign_in:
+        raise CommandError(
+            f"{url} has no sign-in at an issuer: it takes tokens",
+            Exit.NOT_ALLOWED,
+            hint="scanfleet login --token-stdin",
+        )
+    issuer = discover(info.issuer, session.world.transport)
+    signing_in = SignIn(url, info, issuer, session.output.tell, session.world.transport)
+    if device or (not session.has_display and issuer.device_endpoint):
+        return signing_in.by_device(session.world.sleep)
+    return signing_in.by_browser(session.world.browse)
+
+
+def _user(session: Session, tokens: Tokens) -> str:
+    """The user of a token, by the service.
+
+    Raises:
+        ApiError: the service refuses it.
+    """
+    with Client(
+        tokens.url, tokens.access_token, patience=session.patience, transport=session.world.transport
+    ) as client:
+        try:
+            return str(client.send(calls.read_me()).user_id)
+        except ApiError as error:
+            if error.status != httpx2.codes.NOT_FOUND:
+                raise
+        client.send(calls.list_subnets().page(1, 1))  # an older service, which still refuses a bad token
+        return "of the token"
+
+
+@click.command()
+@click.argument("name", required=False)
+@with_session
+def logout(session: Session, /, *, name: str | None) -> None:
+    """Forget the tokens of a context, or of the one in use; its issuer still takes them until they end."""
+    context = session.config.place(name=name or session.context).context
+    if context is None:
+        raise CommandError("no context is in use", hint="scanfleet logout NAME")
+    session.kept.delete(context.name)
+    session.output.note(f"✓ signed out of {context.name}")

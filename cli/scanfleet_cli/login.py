@@ -1,0 +1,297 @@
+"""Signing in at the issuer (OpenID Connect): by code with PKCE in a browser on this machine, or by device code in any browser.
+
+Only the access token is used, which the service verifies; so no ID token is read, and the client has no secret.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from html import escape
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from secrets import token_urlsafe
+from typing import Any, Final, Self
+from urllib.parse import parse_qs, urlsplit
+
+import httpx2
+from authlib.integrations.base_client import OAuthError
+from authlib.integrations.httpx_client import OAuth2Client
+
+from scanfleet import rest
+from scanfleet_cli.errors import CommandError, Exit
+from scanfleet_cli.output import duration, printable
+from scanfleet_cli.tokens import Tokens
+
+BROWSER_SECONDS: Final = 300.0  # for a person to sign in
+DEVICE_GRANT: Final = "urn:ietf:params:oauth:grant-type:device_code"
+DEVICE_SECONDS: Final = 5.0  # between two questions, unless the issuer says otherwise (RFC 8628)
+SLOWER_SECONDS: Final = 5.0  # by which the issuer's `slow_down` slows them
+_PUBLIC: Final = {"token_endpoint_auth_method": "none"}  # a command on somebody's machine keeps no secret of its own
+_LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
+
+
+@dataclass(frozen=True, slots=True)
+class Issuer:
+    """What the issuer publishes about itself."""
+
+    name: str
+    authorization_endpoint: str | None
+    token_endpoint: str
+    device_endpoint: str | None
+
+
+def discover(issuer: str, transport: Any = None) -> Issuer:
+    """Read the issuer's configuration.
+
+    Raises:
+        CommandError: it cannot be read, or is another issuer's.
+    """
+    url = f"{issuer.rstrip('/')}/.well-known/openid-configuration"
+    _secure(url)
+    try:
+        with httpx2.Client(transport=transport, follow_redirects=True) as client:
+            answer = client.get(url).raise_for_status()
+        found = answer.json()
+        if found["issuer"].rstrip("/") != issuer.rstrip("/"):
+            raise CommandError(
+                f"{url} is the configuration of another issuer: {printable(found['issuer'])}", Exit.FAULT
+            )
+        endpoints = Issuer(
+            issuer,
+            found.get("authorization_endpoint"),
+            found["token_endpoint"],
+            found.get("device_authorization_endpoint"),
+        )
+    except httpx2.HTTPError as error:
+        raise CommandError(f"the issuer's configuration cannot be read: {error}", Exit.UNAVAILABLE, hint=url) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CommandError("the issuer's configuration is malformed", Exit.FAULT, hint=url) from error
+    for endpoint in (endpoints.authorization_endpoint, endpoints.token_endpoint, endpoints.device_endpoint):
+        if endpoint is not None:
+            _secure(endpoint)
+    return endpoints
+
+
+def _secure(url: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in _LOOPBACK):
+        raise CommandError(f"{printable(url)} is not https: tokens could be read on the way", Exit.FAULT)
+
+
+class SignIn:
+    """One sign-in for the gateway at `url`.
+
+    Args:
+        url: of the gateway.
+        info: of the gateway.
+        issuer: where to sign in.
+        say: shows a person a line.
+        transport: carries requests to the issuer, over the network unless given.
+    """
+
+    def __init__(
+        self, url: str, info: rest.Info, issuer: Issuer, say: Callable[[str], None], transport: Any = None
+    ) -> None:
+        self._url = url
+        self._info = info
+        self._issuer = issuer
+        self._say = say
+        self._transport = transport
+
+    def by_device(self, sleep: Callable[[float], None] = time.sleep) -> Tokens:
+        """Show a code to type in a browser on any machine, and wait until it was (RFC 8628).
+
+        Raises:
+            CommandError: it was refused, or nobody typed it in time.
+        """
+        if self._issuer.device_endpoint is None:
+            raise CommandError(
+                "the issuer has no device flow", hint="scanfleet login without --device, or --token-stdin"
+            )
+        with self._client() as client:
+            asked = {"client_id": self._info.client_id, "scope": self._scope, "audience": self._info.audience}
+            code = self._ask_for_code(client, asked)
+            life, pause = float(code.get("expires_in", BROWSER_SECONDS)), float(code.get("interval", DEVICE_SECONDS))
+            self._say(f"First copy your one-time code: {printable(code['user_code'])}")
+            where = code.get("verification_uri") or code["verification_uri_complete"]
+            self._say(f"Open {printable(where)} in any browser … waiting (expires in {duration(life)})")
+            until = time.monotonic() + life
+            while time.monotonic() < until:
+                sleep(pause)
+                try:
+                    return self._tokens(self._fetch(client, grant_type=DEVICE_GRANT, device_code=code["device_code"]))
+                except OAuthError as error:
+                    if error.error == "slow_down":
+                        pause += SLOWER_SECONDS
+                    elif error.error != "authorization_pending":
+                        raise _refused(error) from error
+        raise CommandError("the code has expired", Exit.NOT_ALLOWED, hint="scanfleet login")
+
+    def by_browser(self, browse: Callable[[str], bool]) -> Tokens:
+        """Open the issuer in a browser of this machine, and wait for the code that it sends back (RFC 8252, RFC 7636).
+
+        Args:
+            browse: opens an address; False when it cannot.
+
+        Raises:
+            CommandError: it was refused, or nobody signed in in time.
+        """
+        if self._issuer.authorization_endpoint is None:
+            raise CommandError("the issuer has no code flow", hint="scanfleet login --device, or --token-stdin")
+        verifier = token_urlsafe(48)
+        with _Callback() as callback, self._client(redirect_uri=callback.url, code_challenge_method="S256") as client:
+            address, state = client.create_authorization_url(
+                self._issuer.authorization_endpoint, code_verifier=verifier, audience=self._info.audience
+            )
+            self._say(f"Opening {address}")
+            if not browse(address):
+                self._say("no browser could be opened: open the address above on this machine, or use --device")
+            answer = callback.wait(BROWSER_SECONDS)
+            if answer.get("state") != state:
+                raise CommandError(
+                    "the browser came back from another sign-in", Exit.NOT_ALLOWED, hint="scanfleet login"
+                )
+            if answer.get("iss", self._issuer.name).rstrip("/") != self._issuer.name.rstrip("/"):
+                raise CommandError("the answer is of another issuer", Exit.NOT_ALLOWED, hint="scanfleet login")
+            if "error" in answer:
+                raise _refused(OAuthError(answer["error"], answer.get("error_description", "")))
+            try:
+                fetched = self._fetch(
+                    client,
+                    grant_type="authorization_code",
+                    code=answer.get("code", ""),
+                    redirect_uri=callback.url,
+                    code_verifier=verifier,
+                )
+            except OAuthError as error:
+                raise _refused(error) from error
+            return self._tokens(fetched)
+
+    def _ask_for_code(self, client: Any, asked: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return _answer(client.request("POST", self._issuer.device_endpoint, withhold_token=True, data=asked))
+        except httpx2.HTTPError as error:
+            raise _silent(error) from error
+
+    @property
+    def _scope(self) -> str:
+        return " ".join(self._info.scopes)
+
+    def _client(self, **how: Any) -> Any:
+        return oauth(self._info.client_id, self._transport, scope=self._scope, **how)
+
+    def _fetch(self, client: Any, **body: Any) -> dict[str, Any]:
+        try:
+            answer: dict[str, Any] = client.fetch_token(
+                self._issuer.token_endpoint, client_id=self._info.client_id, audience=self._info.audience, **body
+            )
+        except (httpx2.HTTPError, ValueError) as error:
+            raise _silent(error) from error
+        return answer
+
+    def _tokens(self, answer: dict[str, Any]) -> Tokens:
+        return Tokens(
+            url=self._url,
+            access_token=answer["access_token"],
+            expires_at=answer.get("expires_at"),
+            refresh_token=answer.get("refresh_token"),
+            token_endpoint=self._issuer.token_endpoint,
+            client_id=self._info.client_id,
+        )
+
+
+def oauth(client_id: str | None, transport: Any, **how: Any) -> Any:
+    """A public client of an issuer."""
+    return OAuth2Client(client_id, transport=transport, **_PUBLIC, **how)
+
+
+def refresh(tokens: Tokens, transport: Any = None) -> Tokens:
+    """New tokens for old ones.
+
+    Raises:
+        CommandError: the issuer refuses, or does not answer.
+    """
+    with oauth(tokens.client_id, transport) as client:
+        try:
+            answer = client.refresh_token(
+                tokens.token_endpoint, refresh_token=tokens.refresh_token, client_id=tokens.client_id
+            )
+        except OAuthError as error:
+            raise _refused(error) from error
+        except (httpx2.HTTPError, ValueError) as error:
+            raise _silent(error) from error
+    return tokens.renewed(answer)
+
+
+def _answer(response: httpx2.Response) -> dict[str, Any]:
+    try:
+        answer: dict[str, Any] = response.json()
+        if response.is_success and "device_code" in answer:
+            return answer
+        raise CommandError(
+            f"the issuer refused: {printable(str(answer.get('error_description') or answer.get('error')))}",
+            Exit.NOT_ALLOWED,
+        )
+    except ValueError as error:
+        raise CommandError(f"the issuer answered HTTP {response.status_code} and no JSON", Exit.FAULT) from error
+
+
+def _silent(error: Exception) -> CommandError:
+    return CommandError(f"the issuer did not answer: {error}", Exit.UNAVAILABLE)
+
+
+def _refused(error: OAuthError) -> CommandError:
+    text = printable(str(error.description or error.error))
+    return CommandError(f"the issuer refused: {text}", Exit.NOT_ALLOWED, hint="scanfleet login")
+
+
+class _Callback:
+    """A server on this machine that takes the one request with which a browser comes back."""
+
+    def __init__(self) -> None:
+        answers: list[dict[str, str]] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                parts = urlsplit(self.path)
+                if parts.path != "/callback" or answers:
+                    self.send_error(404)
+                    return
+                answers.append({name: values[0] for name, values in parse_qs(parts.query).items()})
+                failed = escape(answers[0].get("error", ""))
+                text = f"The sign-in failed: {failed}." if failed else "Signed in."
+                body = f"<!doctype html><title>Scanfleet</title><p>{text} You can close this page.".encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "text/html; charset=utf-8")
+                self.send_header("Content-Security-Policy", "default-src 'none'")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002 # as the library names it
+                """Log nothing: the request holds the code."""
+
+        self._answers = answers
+        self._server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/callback"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._server.server_close()
+
+    def wait(self, limit: float) -> dict[str, str]:
+        """The parameters of the request.
+
+        Raises:
+            CommandError: it did not come in time.
+        """
+        until = time.monotonic() + limit
+        while not self._answers:
+            if (left := until - time.monotonic()) <= 0:
+                raise CommandError("no browser came back", Exit.NOT_ALLOWED, hint="scanfleet login --device")
+            self._server.timeout = left
+            self._server.handle_request()
+        return self._answers[0]

@@ -1,0 +1,196 @@
+"""Tokens of sign-ins: kept in the system's keyring, else in a file that only its owner may read; refreshed before they end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from scanfleet_cli.config import write_private
+from scanfleet_cli.errors import CommandError, Exit
+
+SERVICE: Final = "scanfleet"  # the name of our entries in a keyring
+EARLY_SECONDS: Final = 60.0  # before its end that a token is refreshed
+LOCK_SECONDS: Final = 60.0  # to wait for another shell that refreshes
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What one sign-in has brought."""
+
+    url: str
+    """Of the gateway; the tokens are sent to no other."""
+
+    access_token: str
+    expires_at: float | None = None
+    """Unix time; None when the issuer does not say."""
+
+    refresh_token: str | None = None
+    token_endpoint: str | None = None
+    client_id: str | None = None
+
+    @property
+    def fresh(self) -> bool:
+        return self.expires_at is None or time.time() < self.expires_at - EARLY_SECONDS
+
+    def renewed(self, answer: dict[str, Any]) -> Tokens:
+        """These, after the issuer's answer to a refresh."""
+        return replace(
+            self,
+            access_token=answer["access_token"],
+            expires_at=answer.get("expires_at"),
+            refresh_token=answer.get("refresh_token") or self.refresh_token,
+        )
+
+
+class Store(Protocol):
+    """Keeps the tokens of each context."""
+
+    where: str
+    """In words."""
+
+    def read(self, name: str) -> str | None: ...
+
+    def write(self, name: str, text: str) -> None: ...
+
+    def delete(self, name: str) -> None: ...
+
+
+class FileStore:
+    """A file with mode 0600."""
+
+    def __init__(self, file: Path) -> None:
+        self.where = f"the file {file}, which only you can read"
+        self._file = file
+
+    def read(self, name: str) -> str | None:
+        return self._all().get(name)
+
+    def write(self, name: str, text: str) -> None:
+        write_private(self._file, json.dumps(self._all() | {name: text}))
+
+    def delete(self, name: str) -> None:
+        write_private(self._file, json.dumps({key: value for key, value in self._all().items() if key != name}))
+
+    def _all(self) -> dict[str, str]:
+        try:
+            found: dict[str, str] = json.loads(self._file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise CommandError(
+                f"{self._file} cannot be read: {error}", Exit.NOT_ALLOWED, hint="scanfleet login"
+            ) from error
+        return found
+
+
+class KeyringStore:
+    """The system's keyring, through the optional package keyring."""
+
+    where = "the system keyring"
+
+    def __init__(self, keyring: Any) -> None:
+        self._keyring = keyring
+
+    def read(self, name: str) -> str | None:
+        found: str | None = self._keyring.get_password(SERVICE, name)
+        return found
+
+    def write(self, name: str, text: str) -> None:
+        self._keyring.set_password(SERVICE, name, text)
+
+    def delete(self, name: str) -> None:
+        if self.read(name) is not None:
+            self._keyring.delete_password(SERVICE, name)
+
+
+def store_in(folder: Path) -> Store:
+    """The keyring when this machine has one that works, else a file in `folder`."""
+    try:
+        import keyring  # noqa: PLC0415 # an optional package, and slow to import
+        from keyring.backends.fail import Keyring as NoKeyring  # noqa: PLC0415 # as above
+    except ImportError:
+        return FileStore(folder / "tokens.json")
+    if isinstance(keyring.get_keyring(), NoKeyring):
+        return FileStore(folder / "tokens.json")
+    return KeyringStore(keyring)
+
+
+class Kept:
+    """The kept tokens of every context.
+
+    Args:
+        folder: of the configuration; holds the lock, and the file where there is no keyring.
+        store: the keyring or the file, by default as `store_in` finds.
+        transport: carries requests to the issuer, over the network unless given.
+    """
+
+    def __init__(self, folder: Path, store: Store | None = None, transport: Any = None) -> None:
+        self.store = store or store_in(folder)
+        self._folder = folder
+        self._transport = transport
+
+    def read(self, name: str, url: str) -> Tokens | None:
+        """The tokens of a context, if there are any for the gateway at `url`."""
+        text = self.store.read(name)
+        if text is None:
+            return None
+        try:
+            tokens = Tokens(**json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise CommandError(
+                f"the tokens in {self.store.where} cannot be read", Exit.NOT_ALLOWED, hint="scanfleet login"
+            ) from error
+        return tokens if tokens.url == url else None
+
+    def keep(self, name: str, tokens: Tokens) -> None:
+        with self._locked():
+            self._write(name, tokens)
+
+    def delete(self, name: str) -> None:
+        with self._locked():
+            self.store.delete(name)
+
+    def current(self, name: str, url: str) -> str | None:
+        """An access token that is good for another minute at least; None when there is none for this gateway.
+
+        Raises:
+            CommandError: it has ended, and the issuer gives no other.
+        """
+        tokens = self.read(name, url)
+        if tokens is None:
+            return None
+        if tokens.fresh:
+            return tokens.access_token
+        # A refresh token may be good only once, so of several shells one refreshes, and the others read what it brought.
+        with self._locked():
+            tokens = self.read(name, url) or tokens
+            if not tokens.fresh:
+                tokens = self._refreshed(tokens)
+                self._write(name, tokens)
+        return tokens.access_token
+
+    def _refreshed(self, tokens: Tokens) -> Tokens:
+        if not tokens.refresh_token or not tokens.token_endpoint:
+            raise CommandError("the token has ended", Exit.NOT_ALLOWED, hint=f"scanfleet login {tokens.url}")
+        from scanfleet_cli.login import refresh  # noqa: PLC0415 # only when a token ends
+
+        return refresh(tokens, self._transport)
+
+    def _write(self, name: str, tokens: Tokens) -> None:
+        self.store.write(name, json.dumps(asdict(tokens)))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        from filelock import FileLock, Timeout  # noqa: PLC0415 # only for those who have signed in
+
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            with FileLock(self._folder / "tokens.lock", timeout=LOCK_SECONDS):
+                yield
+        except Timeout as error:
+            raise CommandError(f"another process holds {self._folder / 'tokens.lock'}", Exit.FAULT) from error

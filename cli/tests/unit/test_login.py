@@ -1,0 +1,235 @@
+"""`scanfleet login`: both flows against a provider, and the tokens that are kept."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import keyring.backend
+import keyring.backends.fail
+import pytest
+
+from scanfleet.policy import PRESETS, Preset, fill_in
+from scanfleet_cli.session import World
+from scanfleet_cli.testing import TOKEN, FakeApi
+from scanfleet_cli.testing.issuer import CLIENT_ID, URL, Issuer
+from scanfleet_cli.tokens import FileStore, Kept, KeyringStore, store_in
+
+GATEWAY = "http://scanfleet.test"
+ME = {"user_id": 7, "admin": False, "expires_at": "2026-03-14T21:00:00Z"}
+QUOTA = {"limit": 600, "left": 600, "reset": 60}
+
+
+@pytest.fixture
+def issuer(api: FakeApi) -> Issuer:
+    """A provider whose tokens the gateway takes."""
+    issuer = Issuer(api)
+    api.tokens = issuer.access_tokens
+    limits = {"reads": QUOTA, "writes": QUOTA, "cancels": QUOTA, "at_once": {"limit": 64, "left": 63}}
+    api.answers["GET", "/api/v1/me"] = ME | {"limits": limits}
+    api.answers["GET", "/api/v1/info"] = {
+        "version": "1", "api": "v1", "issuer": URL, "client_id": CLIENT_ID, "audience": "scanfleet", "scopes": ["openid"],
+        "presets": {preset: fill_in(Preset(preset), {}).model_dump(mode="json") for preset in PRESETS},
+        "scripts": [], "max_addresses": 65_536, "sign_in": ["token", "oidc"],
+    }  # fmt: skip
+    return issuer
+
+
+@pytest.fixture
+def slept() -> list[float]:
+    """Seconds that the command slept."""
+    return []
+
+
+@pytest.fixture
+def world(api: FakeApi, issuer: Issuer, slept: list[float], tmp_path: Path) -> Iterator[World]:
+    """A machine whose browser signs the user in."""
+    browsers: list[threading.Thread] = []
+
+    def browse(address: str) -> bool:
+        def visit() -> None:
+            urllib.request.urlopen(issuer.sign_in(address), timeout=10).read()  # noqa: S310 # the command's own server
+
+        browsers.append(threading.Thread(target=visit))
+        browsers[-1].start()
+        return True
+
+    store = FileStore(tmp_path / "tokens.json")
+    yield World(
+        transport=issuer, async_transport=api, first_pause=0.001, browse=browse, sleep=slept.append, store=store
+    )
+    for browser in browsers:
+        browser.join()
+
+
+def test_a_browser_signs_in_by_code_with_pkce(issuer: Issuer, run: Any, tmp_path: Path) -> None:
+    """With a display the code comes back to this machine, and the tokens are kept for this gateway."""
+    ended = run("login", GATEWAY, environment={"DISPLAY": ":0"})
+    assert ended.code == 0, ended.err
+    file = tmp_path / "tokens.json"
+    assert ended.err.endswith(
+        f'✓ Signed in to scanfleet.test as user 7 (context "scanfleet.test", token in the file {file}, which only you can read)\n'
+    )
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert run("subnet", "list", environment={}).code == 0
+    assert issuer.codes == {}
+    assert "code_challenge_method=S256" in ended.err
+    assert "the sign-in of context scanfleet.test" in run("whoami", environment={}).out
+
+
+def test_a_device_signs_in_by_a_code_in_any_browser(issuer: Issuer, run: Any, slept: list[float]) -> None:
+    """Without a display the code is shown, and the issuer is asked at its own pace until the user has typed it."""
+    issuer.pending = ["authorization_pending", "slow_down", "authorization_pending"]
+    ended = run("login", GATEWAY, environment={})
+    assert ended.code == 0, ended.err
+    assert ended.err.startswith("First copy your one-time code: ")
+    assert f"Open {URL}/device in any browser … waiting (expires in 30:00)" in ended.err
+    assert slept == [5, 5, 10, 10]
+    assert run("subnet", "list", environment={}).code == 0
+
+
+@pytest.mark.parametrize("flow", [["--device"], []])
+def test_a_refused_sign_in_exits_4_and_keeps_nothing(issuer: Issuer, run: Any, tmp_path: Path, flow: list[str]) -> None:
+    """When the user refuses, the issuer's reason is shown."""
+    issuer.approves = False
+    ended = run("login", GATEWAY, *flow, environment={"DISPLAY": ":0"})
+    assert ended.code == 4
+    assert "the issuer refused: " in ended.err
+    assert not (tmp_path / "config.toml").exists()
+
+
+def test_a_browser_that_comes_back_from_another_sign_in_is_refused(world: World, run: Any, api: FakeApi) -> None:
+    """An answer with another state is not used: somebody else may have begun that sign-in."""
+    assert api
+
+    def browse(address: str) -> bool:
+        return world.browse(address.replace("state=", "state=forged"))
+
+    ended = run("login", GATEWAY, environment={"DISPLAY": ":0"}, world=replace(world, browse=browse))
+    assert ended.code == 4
+    assert "another sign-in" in ended.err
+
+
+def test_a_token_of_stdin_is_kept(api: FakeApi, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--token-stdin keeps a token that the service takes, and no other."""
+    api.tokens = [TOKEN]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{TOKEN}\n"))
+    assert run("login", GATEWAY, "--token-stdin", environment={}).code == 0
+    assert run("subnet", "list", environment={}).code == 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO("stale\n"))
+    assert run("login", "http://other.test", "--token-stdin", environment={}).code == 4
+    assert run("context", "list", "-o", "name", environment={}).out == "scanfleet.test\n"
+    assert run("logout", environment={}).code == 0
+    assert run("subnet", "list", environment={}).code == 4
+
+
+def test_kept_tokens_go_to_no_other_gateway(run: Any) -> None:
+    """A context whose address is changed has no token until the user signs in there."""
+    run("login", GATEWAY, environment={})
+    run("context", "add", "scanfleet.test", "--url", "http://elsewhere.test", environment={})
+    ended = run("subnet", "list", environment={})
+    assert ended.code == 4
+    assert "not signed in to http://elsewhere.test" in ended.err
+
+
+def age(folder: Path) -> None:
+    """Let the kept token end in half a minute."""
+    kept = Kept(folder, FileStore(folder / "tokens.json"))
+    tokens = kept.read("scanfleet.test", GATEWAY)
+    assert tokens is not None
+    kept.keep("scanfleet.test", replace(tokens, expires_at=time.time() + 30))
+
+
+def test_two_shells_refresh_once(issuer: Issuer, run: Any, tmp_path: Path) -> None:
+    """A token that ends within a minute is refreshed by one shell, and the others use what it brought."""
+    run("login", GATEWAY, environment={})
+    age(tmp_path)
+    found: list[str | None] = []
+
+    def shell() -> None:
+        kept = Kept(tmp_path, FileStore(tmp_path / "tokens.json"), issuer)
+        found.append(kept.current("scanfleet.test", GATEWAY))
+
+    shells = [threading.Thread(target=shell) for _ in range(4)]
+    for each in shells:
+        each.start()
+    for each in shells:
+        each.join()
+    assert found == [issuer.access_tokens[1]] * 4
+    assert len(issuer.access_tokens) == 2
+    assert run("subnet", "list", environment={}).code == 0
+
+
+def test_a_refresh_that_is_refused_asks_to_sign_in(issuer: Issuer, run: Any, tmp_path: Path) -> None:
+    """When the issuer gives no new token the command exits 4."""
+    run("login", GATEWAY, environment={})
+    age(tmp_path)
+    issuer.refresh_tokens.clear()
+    ended = run("subnet", "list", environment={})
+    assert ended.code == 4
+    assert "scanfleet login" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("info", "hint"),
+    [({"sign_in": ["token"]}, "--token-stdin"), ({"issuer": "http://issuer.test"}, "is not https")],
+)
+@pytest.mark.usefixtures("issuer")
+def test_a_sign_in_that_cannot_be_says_why(api: FakeApi, run: Any, info: dict[str, Any], hint: str) -> None:
+    """A gateway without an issuer, and an issuer without TLS, are named."""
+    api.answers["GET", "/api/v1/info"] |= info
+    ended = run("login", GATEWAY, environment={})
+    assert ended.code != 0
+    assert hint in ended.err
+
+
+class MemoryKeyring(keyring.backend.KeyringBackend):
+    priority = 1
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # the library ships half of its types
+        self.entries: dict[tuple[str, str], str] = {}
+
+    def get_password(self, service: str, username: str) -> str | None:
+        return self.entries.get((service, username))
+
+    def set_password(self, service: str, username: str, password: str) -> None:
+        self.entries[service, username] = password
+
+    def delete_password(self, service: str, username: str) -> None:
+        del self.entries[service, username]
+
+
+@pytest.fixture
+def use_keyring() -> Iterator[Callable[[keyring.backend.KeyringBackend], None]]:
+    before = keyring.get_keyring()
+    yield keyring.set_keyring
+    keyring.set_keyring(before)
+
+
+def test_tokens_are_kept_in_the_keyring_of_the_system(use_keyring: Any, run: Any, world: World, tmp_path: Path) -> None:
+    """Where the system has a keyring, the tokens are there and in no file."""
+    use_keyring(backend := MemoryKeyring())
+    store = store_in(tmp_path)
+    assert isinstance(store, KeyringStore)
+    ended = run("login", GATEWAY, environment={}, world=replace(world, store=store))
+    assert "token in the system keyring" in ended.err
+    assert json.loads(backend.entries["scanfleet", "scanfleet.test"])["url"] == GATEWAY
+    assert not (tmp_path / "tokens.json").exists()
+    assert run("subnet", "list", environment={}, world=replace(world, store=store)).code == 0
+    run("logout", environment={}, world=replace(world, store=store))
+    assert backend.entries == {}
+
+
+def test_a_machine_without_a_keyring_has_a_file(use_keyring: Any, tmp_path: Path) -> None:
+    """Where no keyring works, tokens go to a file."""
+    use_keyring(keyring.backends.fail.Keyring())  # type: ignore[no-untyped-call] # as above
+    assert isinstance(store_in(tmp_path), FileStore)

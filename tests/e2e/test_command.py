@@ -1,0 +1,164 @@
+"""The `scanfleet` command against a real stack: what it prints, how it ends, and what it does when the gateway is gone."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from local.client import Client
+from local.nmap import OpenPorts
+from local.stack import Stack
+from local.wait import until
+
+pytestmark = pytest.mark.e2e
+
+SCANFLEET = str(Path(sys.executable).with_name("scanfleet"))
+SUBNET = "127.9.8.0/24"
+FAST = ("--ports", "8020-8090", "--no-service-detection")
+SLOW = ("--ports", "1-1000", "--discovery", "none", "--max-rate", "100", "--no-service-detection")
+LIMIT = 120  # seconds for a command; it takes about ten
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def environment(stack: Stack, tmp_path: Path) -> dict[str, str]:
+    return os.environ | {
+        "SCANFLEET_URL": stack.url,
+        "SCANFLEET_TOKEN": stack.token(11),
+        "XDG_CONFIG_HOME": str(tmp_path),
+    }
+
+
+@pytest.fixture(scope="module")
+def owner(stack: Stack) -> Iterator[Client]:
+    """The user whom the command acts for."""
+    client = Client(stack.url, stack.token(11))
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def start(environment: dict[str, str]) -> Iterator[Start]:
+    """Starts `scanfleet ARGUMENTS`; what still runs at the end of a test is killed."""
+    running: list[subprocess.Popen[str]] = []
+
+    def go(*arguments: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
+        command = [SCANFLEET, *arguments]
+        running.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True))
+        return running[-1]
+
+    yield go
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def test_a_scan_prints_what_nmap_finds(start: Start, servers: OpenPorts) -> None:
+    """Without a terminal the table is tab-separated, has no escape codes, and stderr ends with the proof."""
+    scan = start("scan", SUBNET, *FAST)
+    out, err = scan.communicate(timeout=LIMIT)
+    assert scan.returncode == 0, err
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert sorted((address, int(port.removesuffix("/tcp"))) for address, port, *_ in rows) == sorted(servers)
+    assert "accounted=true" in err
+    assert "\x1b" not in out + err
+
+
+def test_a_reader_that_leaves_early_is_no_error(environment: dict[str, str], servers: OpenPorts) -> None:
+    """With a reader of one line the command exits 0 and prints no traceback."""
+    assert servers
+    scan = f'set -o pipefail; {SCANFLEET} -q scan {SUBNET} {" ".join(FAST)} | (read -r line; echo "$line")'
+    done = subprocess.run(
+        ["bash", "-c", scan], env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("127.9.8.")
+
+
+def test_a_refused_target_exits_2_with_the_services_sentence(start: Start) -> None:
+    """A network that the target rules refuse is named by the service's own sentence."""
+    refused = start("scan", "192.0.2.0/24", "-o", "json")
+    out, err = refused.communicate(timeout=LIMIT)
+    assert (refused.returncode, out) == (2, "")
+    assert "192.0.2.0/24" in err
+    assert '"status": 400' in err
+
+
+def test_watching_outlives_the_gateway(stack: Stack, start: Start, owner: Client) -> None:
+    """A gateway that is stopped for some seconds is reported once, and the job is watched to its end."""
+    job_id = owner.scan(
+        SUBNET, ports="1-250", service_detection=False, discovery="none", max_rate=2_000
+    )  # half a minute
+    gateway = stack.names("api-gateway")[0]
+    watch = start("job", "watch", str(job_id))
+    assert watch.stderr is not None
+    assert f"job {job_id} " in watch.stderr.readline()
+    stack.stop(gateway)
+    try:
+        lines = []
+        for line in watch.stderr:
+            lines.append(line)
+            if "connection lost" in line:
+                break
+    finally:
+        stack.start(gateway)
+        stack.wait_until_ready()
+    _, err = watch.communicate(timeout=LIMIT)
+    err = "".join([*lines, err])
+    assert watch.returncode == 0, err
+    assert err.count("connected again") == 1, err
+    assert err.count("connection lost") == 1, err
+    assert "completed 100%" in err
+
+
+def test_ctrl_c_leaves_the_job_running(environment: dict[str, str], owner: Client) -> None:
+    """On a terminal a bar is drawn, and Ctrl-C ends the command with 130 and leaves the job as it is."""
+    ours, theirs = pty.openpty()
+    scan = subprocess.Popen(
+        [SCANFLEET, "scan", SUBNET, *SLOW], env=environment | {"TERM": "xterm"}, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while "░".encode() not in shown:
+            shown += os.read(ours, 4096)
+        scan.send_signal(signal.SIGINT)
+        while b"runs on" not in shown:
+            shown += os.read(ours, 4096)
+        assert scan.wait(LIMIT) == 130
+    finally:
+        scan.kill()
+        os.close(ours)
+    job_id = int(shown.decode().partition("scanfleet job watch ")[2].split(",")[0])
+    assert owner.status(job_id) in {"pending", "running"}
+    owner.cancel(job_id)
+
+
+def test_a_stranger_finds_out_what_was_not_probed(start: Start, owner: Client) -> None:
+    """Four commands register a subnet, scan it, and name the addresses that a cancelled job did not probe."""
+
+    def done(*arguments: str) -> tuple[int, str]:
+        process = start(*arguments)
+        out, err = process.communicate(timeout=LIMIT)
+        return process.returncode, out + err
+
+    assert done("subnet", "create", "lab", "127.9.8.0/28")[0] == 0
+    assert done("policy", "create", "slow", *SLOW)[0] == 0
+    code, printed = done("job", "submit", "--subnet", "lab", "--policy", "slow", "-o", "name")
+    assert code == 0, printed
+    job_id = printed.strip()
+    until(lambda: owner.status(int(job_id)) == "running", 30, "the job to run")
+    assert done("job", "cancel", job_id)[0] == 0
+    assert done("job", "wait", job_id)[0] == 7
+    code, printed = done("job", "ledger", job_id, "--not-probed", "--networks")
+    assert code == 0, printed
+    assert "cancelled" in printed
+    assert "127.9.8." in printed
