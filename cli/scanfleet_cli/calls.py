@@ -95,8 +95,12 @@ def read_task(job_id: int) -> Call[rest.TaskStatus]:
 
 def watch_task(job_id: int, last_event_id: str = "") -> Call[Any]:
     """The stream of a job's states; for `Client.events`."""
-    headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": last_event_id} if last_event_id else {})
-    return Call("GET", f"/api/v1/task/{job_id}/events", object, headers=headers)
+    return Call("GET", f"/api/v1/task/{job_id}/events", object, headers=_stream(last_event_id))
+
+
+def watch_tasks(user_id: int | str | None = None, last_event_id: str = "") -> Call[Any]:
+    """The stream of the states of all of the caller's jobs, or for administrators of a user's or `"all"`; it has no end."""
+    return Call("GET", "/api/v1/events", object, query=_set({"user_id": user_id}), headers=_stream(last_event_id))
 
 
 def cancel_task(job_id: int) -> Call[rest.Done]:
@@ -222,6 +226,10 @@ def _set(query: Mapping[str, Any]) -> dict[str, Any]:
 def _given(body: BaseModel) -> dict[str, Any]:
     """What the caller set: the service fills in the rest, by its own release's defaults."""
     return body.model_dump(mode="json", exclude_unset=True, warnings=False)
+
+
+def _stream(last_event_id: str) -> dict[str, str]:
+    return {"Accept": "text/event-stream"} | ({"Last-Event-ID": last_event_id} if last_event_id else {})
 
 
 def _if_match(etag: str) -> dict[str, str]:

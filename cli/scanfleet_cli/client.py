@@ -20,13 +20,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, Self, TypeVar
 
 import httpx2
 from pydantic import ValidationError
 
-from scanfleet import rest
+from scanfleet import VERSION, rest
 from scanfleet_cli import calls
 from scanfleet_cli.calls import Call, ListCall
 from scanfleet_cli.errors import ApiError, UnavailableError
@@ -189,14 +188,14 @@ class Client:
         finally:
             outcome.close()
 
-    def events(self, job_id: int, last_event_id: str = "") -> Iterator[httpx2.ServerSentEvent]:
-        """The events of one connection to a job's stream, which may be cut before the job ends.
+    def events(self, call: Call[Any]) -> Iterator[httpx2.ServerSentEvent]:
+        """The events of one connection to a stream, which may be cut at any time.
 
         Raises:
             ApiError: the service refuses it.
             UnavailableError: the connection could not be made, or was cut.
         """
-        with self.stream(calls.watch_task(job_id, last_event_id), timeout=0) as response:
+        with self.stream(call, timeout=0) as response:
             try:
                 if response.status_code != httpx2.codes.NO_CONTENT:
                     yield from httpx2.EventSource(response)
@@ -216,7 +215,7 @@ class Client:
                 if watching.polling:
                     yield watching.polled(_read(call := calls.read_task(job_id), self.ask(call, timeout=0)))
                 else:
-                    for event in self.events(job_id, watching.last_event_id):
+                    for event in self.events(calls.watch_task(job_id, watching.last_event_id)):
                         yield watching.received(event)
                     watching.ended()
             except (ApiError, UnavailableError) as error:
@@ -314,9 +313,9 @@ class AsyncClient:
         finally:
             await outcome.aclose()
 
-    async def events(self, job_id: int, last_event_id: str = "") -> AsyncIterator[httpx2.ServerSentEvent]:
+    async def events(self, call: Call[Any]) -> AsyncIterator[httpx2.ServerSentEvent]:
         """As `Client.events`."""
-        async with self.stream(calls.watch_task(job_id, last_event_id), timeout=0) as response:
+        async with self.stream(call, timeout=0) as response:
             try:
                 if response.status_code != httpx2.codes.NO_CONTENT:
                     async for event in httpx2.EventSource(response):
@@ -333,7 +332,7 @@ class AsyncClient:
                 if watching.polling:
                     yield watching.polled(_read(call := calls.read_task(job_id), await self.ask(call, timeout=0)))
                 else:
-                    async for event in self.events(job_id, watching.last_event_id):
+                    async for event in self.events(calls.watch_task(job_id, watching.last_event_id)):
                         yield watching.received(event)
                     watching.ended()
             except (ApiError, UnavailableError) as error:
@@ -507,13 +506,5 @@ def _no_answer(
     )
 
 
-def own_version() -> str:
-    """The release of this SDK."""
-    try:
-        return version("scanfleet-cli")
-    except PackageNotFoundError:  # in the checkout
-        return version("scanfleet")
-
-
 def _headers() -> dict[str, str]:
-    return {"User-Agent": f"scanfleet-cli/{own_version()}"}
+    return {"User-Agent": f"scanfleet-cli/{VERSION}"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-from scanfleet_cli.client import own_version
+from scanfleet import VERSION
 from scanfleet_cli.errors import CommandError
 from scanfleet_cli.session import COMPLETE, Session, with_session
 
@@ -32,4 +32,4 @@ def completion(context: click.Context, shell: str) -> None:
 @with_session
 def version(session: Session) -> None:
     """Print the version."""
-    session.output.say(f"scanfleet {own_version()}")
+    session.output.say(f"scanfleet {VERSION}")

@@ -13,8 +13,9 @@ from urllib.parse import urlsplit
 
 import click
 
+from scanfleet import VERSION
 from scanfleet_cli import calls
-from scanfleet_cli.client import Client, Reply, own_version
+from scanfleet_cli.client import Client, Reply
 from scanfleet_cli.errors import ApiError, Exit, ScanfleetError
 from scanfleet_cli.output import column, duration, printable
 from scanfleet_cli.session import Session, formats, with_session
@@ -91,16 +92,15 @@ def _try(ask: Callable[[], Reply]) -> Reply | ScanfleetError:
 
 
 def _versions(info: Reply | ScanfleetError) -> Finding:
-    own = own_version()
     if not isinstance(info, Reply):
         return Finding(
-            "service", ok=True, detail=f"answers, without /api/v1/info: it is older than this command ({own})"
+            "service", ok=True, detail=f"answers, without /api/v1/info: it is older than this command ({VERSION})"
         )
     version = printable(str(info.json.get("version")))
     return Finding(
         "service",
         ok=info.json.get("api") == "v1",
-        detail=f"version {version}, API {info.json.get('api')}; this command is {own}",
+        detail=f"version {version}, API {info.json.get('api')}; this command is {VERSION}",
     )
 
 

@@ -164,6 +164,7 @@ CALLS: dict[str, calls.Call[Any]] = {
     "create_tasks": calls.create_tasks([1], 1),
     "read_task": calls.read_task(1),
     "watch_task": calls.watch_task(1),
+    "watch_tasks": calls.watch_tasks(),
     "cancel_task": calls.cancel_task(1),
     "cancel_tasks": calls.cancel_tasks(rest.CancelJobs(all=True)),
     "read_results": calls.read_results(1),

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import grimp
 
+from scanfleet import VERSION
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -20,3 +22,12 @@ def test_the_wheel_holds_the_modules_that_the_command_imports() -> None:
     packed = {file.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for file in files.values()}
     assert packed - {"scanfleet.py.typed"} == needed | {"scanfleet"}
     assert all((ROOT / "cli" / source).is_file() for source in files)
+
+
+def test_the_wheel_has_the_version_of_the_release() -> None:
+    """The wheel, the services and the checkout have one version."""
+    versions = [
+        tomllib.loads((ROOT / folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+        for folder in (".", "cli")
+    ]
+    assert versions == [VERSION, VERSION]
