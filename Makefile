@@ -1,17 +1,17 @@
-# The verbs of Scanfleet; the same at the desk and in CI. Every verb first sets up whatever it needs and is missing.
+# The verbs of Scanfleet, identical locally and in CI. Every verb first installs its missing dependencies.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 .DELETE_ON_ERROR:
-.PHONY: help setup packages browser cli demo test lint fmt up down status logs token soak networks bench lock licences sbom audit images compose-demo compose-test k8s-test
+.PHONY: help setup packages browser cli demo test lint fmt up down status logs token soak networks bench lock licences sbom audit images compose-demo compose-test k8s-test test-unit docs hooks
 
 PYTHON ?= python3# makes the virtual environment; 3.11 or newer
 BIN := .venv/bin
 SERVICES := api-gateway job-orchestrator scanner-worker result-store
 
-# What is set up holds a stamp named after the content that it was set up from: another checkout sets up anew exactly what
-# differs, and nothing else ever does.
+# An installed dependency has a stamp named after the hash of its inputs, so that another checkout reinstalls exactly the
+# dependencies that differ.
 stamp = installed-$(firstword $(shell cat $(1) | sha256sum))
 VENV := .venv/$(call stamp,requirements/dev.txt pyproject.toml)
 KAFKA := .local/tools/kafka/$(call stamp,local/pom.xml local/kafka.sha256)
@@ -29,77 +29,59 @@ PROMTOOL := .local/tools/prometheus/promtool
 endif
 
 help: ## List the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: setup ## Scan a /24 of this machine through the API, show the results, compare them with plain nmap
+##@ Run locally
+
+demo: setup ## Scan a /24 of this machine through the API and compare the results with plain nmap
 	@$(BIN)/python -m local demo
 
-test: lint $(PROMTOOL) browser ## Run every check and every test: static, unit, integration, end to end
-	$(BIN)/pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder
-
-up: setup ## Start the local stack in the background, gateway on 127.0.0.1:8080; ready when this returns
+up: setup ## Start the local stack in the background, gateway on 127.0.0.1:8080; returns when it is ready
 	@$(BIN)/python -m local up
 
-down: setup ## Stop the local stack; its data stay
+down: setup ## Stop the local stack and keep its data
 	@$(BIN)/python -m local down
 
-status: setup ## A line for each process of the stack: name, pid, state, address
+status: setup ## Print one line per process: name, pid, state, address
 	@$(BIN)/python -m local status
 
-cli: setup ## Install the scanfleet command into .venv/bin
-	@echo 'export PATH="$(CURDIR)/$(BIN):$$PATH"'
-
-logs: setup ## The end of each process's log
+logs: setup ## Print the tail of each process's log
 	@$(BIN)/python -m local logs
 
 token: setup ## Print a token: make token USER=7 [ADMIN=1]
 	@$(BIN)/python -m local token --user '$(USER)' $(if $(ADMIN),--admin)
 
-soak: setup ## Load the platform while processes die, and find every promise kept: make soak MINUTES=10
+cli: setup ## Install the scanfleet command into .venv/bin
+	@echo 'export PATH="$(CURDIR)/$(BIN):$$PATH"'
+
+##@ Test
+
+ifdef T
+test: setup
+	$(BIN)/pytest $(T)
+else
+test: lint $(PROMTOOL) browser ## Run every check and test; one file, folder or test only: make test T=path
+	$(BIN)/pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder
+endif
+
+test-unit: setup ## Run the tests that need no servers: a few minutes
+	$(BIN)/pytest -q --numprocesses 2 -m 'not integration and not e2e and not compose and not k8s and not networks' \
+		cli shared services local supply tests/house
+
+soak: setup ## Check the guarantees under load while random processes are killed: make soak MINUTES=10
 	@MINUTES='$(or $(MINUTES),10)' $(BIN)/pytest -q tests/faults/test_soak.py
 
-networks: setup ## Scan networks that take minutes to an hour, in namespaces of this machine; needs root
+networks: setup ## Run the network tests that take minutes to an hour, in namespaces; needs root
 	$(BIN)/pytest -q -m networks tests/networks
 
-bench: setup ## Measure the platform beside plain nmap, Celery and other alternatives, as ratios
+bench: setup ## Compare the platform with plain nmap, Celery and other alternatives, as ratios
 	@local/install-packages bench >&2
 	@$(BIN)/python -m bench
 
-licences: setup ## List the licences of each image; fails on one that is not allowed
-	@$(BIN)/python -m supply licences
+##@ Develop
 
-sbom: setup ## Write a CycloneDX document of each image into .local/sbom
-	@$(BIN)/python -m supply sbom .local/sbom
-
-# ADVISORIES is OSV's export of PyPI's advisories, for machines that cannot reach OSV. REQUIRED=1 makes it fail when there are none.
-audit: setup ## Look for known vulnerabilities; fails on one that a release fixes: make audit [ADVISORIES=all.zip] [REQUIRED=1]
-	@$(BIN)/python -m supply audit $(if $(ADVISORIES),--advisories '$(ADVISORIES)') $(if $(REQUIRED),--required)
-
-images: ## Build the image of every service, scanfleet/<service>:dev; needs a Docker engine
-	docker compose build --build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
-		--build-arg REVISION=$$(git rev-parse HEAD)
-
-compose-demo: setup ## The demo on containers: docker-compose.yml; needs a Docker engine
-	@$(BIN)/python -m local.compose
-
-compose-test: setup ## Test the images and docker-compose.yml, from nothing; needs a Docker engine
-	$(BIN)/pytest -m compose
-
-# LOAD_IMAGES is a command that takes names of images and brings them to the cluster's nodes: 'kind load docker-image'.
-k8s-test: setup ## Test k8s/ on the cluster of the current kubeconfig, from nothing
-	@$(BIN)/kubectl get --raw /readyz >/dev/null 2>&1 || { echo 'no cluster answers: start one, or set KUBECONFIG' >&2; exit 1; }
-ifdef LOAD_IMAGES
-	$(MAKE) images
-	$(LOAD_IMAGES) $(SERVICES:%=scanfleet/%:dev)
-endif
-	$(BIN)/pytest -m k8s
-
-fmt: setup ## Format the code
-	$(BIN)/ruff check --fix-only --quiet
-	$(BIN)/ruff format
-
-# mypy names a test file after its folder's place, and four services have the same places: so one run for each.
-lint: setup ## Check style, types and the walls between the rooms
+# mypy derives module names from paths relative to the package, which are equal in the four services: so one run per service.
+lint: setup ## Check style, types and import boundaries
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy cli/scanfleet_cli shared/scanfleet services/*/[a-z]*_[a-z]* conftest.py local supply $(wildcard tests bench) k8s/generate.py
@@ -107,18 +89,63 @@ lint: setup ## Check style, types and the walls between the rooms
 	$(BIN)/lint-imports
 	cd page && npm run --silent types
 
-# Pins stay as they are while they fit; delete a requirements/*.txt to renew all of its pins. What an image is made from is the
-# part of dev.txt that its service needs.
+fmt: setup ## Format the code
+	$(BIN)/ruff check --fix-only --quiet
+	$(BIN)/ruff format
+
+docs: setup ## Regenerate the generated pages, schemas and manifests
+	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/guarantees.py
+	$(BIN)/python k8s/generate.py
+
+hooks: ## Run `make lint` before every git push
+	@install -m 755 .ci/pre-push "$$(git rev-parse --git-path hooks)/pre-push"
+
+# Pins are kept while they satisfy the requirements; delete a requirements/*.txt to renew all of its pins. The lock of an image is
+# the subset of dev.txt that its service needs.
 PIN := .local/tools/uv/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
 	--python-version 3.11
-lock: | .local/tools/uv/bin/uv ## Pin what requirements/*.in ask for, with hashes for Python 3.11 to 3.13
+lock: | .local/tools/uv/bin/uv ## Pin the requirements (requirements/*.in) with hashes for Python 3.11 to 3.13
 	$(PIN) requirements/dev.in cli/pyproject.toml --extra keyring --output-file requirements/dev.txt
 	for lock in mongod node uv; do $(PIN) requirements/$$lock.in --output-file requirements/$$lock.txt; done
 	for service in $(SERVICES); do \
 		$(PIN) requirements/$$service.in --constraint requirements/dev.txt --output-file requirements/$$service.txt; done
 
 # On standard error, so that `make token` prints a token and nothing else.
-setup: packages $(VENV) $(KAFKA) $(MONGOD) $(PAGE) ## Install what is missing; all other verbs do so first
+setup: packages $(VENV) $(KAFKA) $(MONGOD) $(PAGE) ## Install missing dependencies; all other verbs do so first
+
+##@ Containers and Kubernetes
+
+images: ## Build the image of every service, scanfleet/<service>:dev; needs a Docker engine
+	docker compose build --build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
+		--build-arg REVISION=$$(git rev-parse HEAD)
+
+compose-demo: setup ## Run the demo on containers (docker-compose.yml); needs a Docker engine
+	@$(BIN)/python -m local.compose
+
+compose-test: setup ## Test the images and docker-compose.yml from scratch; needs a Docker engine
+	$(BIN)/pytest -m compose
+
+# LOAD_IMAGES is a command that loads the named images into the cluster's nodes: 'kind load docker-image'.
+k8s-test: setup ## Test k8s/ on the cluster of the current kubeconfig, from scratch
+	@$(BIN)/kubectl get --raw /readyz >/dev/null 2>&1 || { echo 'no cluster answers: start one, or set KUBECONFIG' >&2; exit 1; }
+ifdef LOAD_IMAGES
+	$(MAKE) images
+	$(LOAD_IMAGES) $(SERVICES:%=scanfleet/%:dev)
+endif
+	$(BIN)/pytest -m k8s
+
+##@ Supply chain
+
+licences: setup ## List the licences of each image; fails if one is not allowed
+	@$(BIN)/python -m supply licences
+
+sbom: setup ## Write a CycloneDX document of each image into .local/sbom
+	@$(BIN)/python -m supply sbom .local/sbom
+
+# ADVISORIES is OSV's export of PyPI's advisories, for machines that cannot reach OSV. With REQUIRED=1 it fails without advisories.
+audit: setup ## Search for known vulnerabilities; fails if a release fixes one: make audit [ADVISORIES=all.zip] [REQUIRED=1]
+	@$(BIN)/python -m supply audit $(if $(ADVISORIES),--advisories '$(ADVISORIES)') $(if $(REQUIRED),--required)
 
 packages:
 	@PYTHON='$(PYTHON)' local/install-packages >&2

@@ -100,6 +100,8 @@ def page() -> str:
     for name, schema in sorted(parts.items()):
         if "properties" in schema:
             lines += ["", f"### {name}", "", _flat(schema.get("description", "")), "", *_fields(schema)]
+        else:
+            lines += ["", f"### {name}", "", f"One of {_type(schema)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -112,7 +114,7 @@ def _topic(topic: Topic) -> str:
     links = ", ".join(f"[{message.__name__}](#{message.__name__.lower()})" for message in topic.messages)
     ends = f"{', '.join(topic.producers)} | {', '.join(topic.consumers)}"
     hours = topic.retention // _HOUR
-    kept = f"{hours // 24} d" if hours >= 24 else f"{hours} h"  # noqa: PLR2004 # hours of two days
+    kept = f"{hours // 24} d" if hours >= 24 else f"{hours} h"  # noqa: PLR2004 # hours of a day
     return f"| `{topic.name}` | {topic.key} | {links} | {ends} | {kept} | {'yes' if topic.public else 'no'} |"
 
 
@@ -125,7 +127,7 @@ def _fields(schema: Mapping[str, Any]) -> Iterator[str]:
     yield "|---|---|---|---|"
     required = schema.get("required", ())
     for name, field in schema["properties"].items():
-        there = "yes" if name in required else f"else `{json.dumps(field.get('default'))}`"
+        there = "yes" if name in required else f"default `{json.dumps(field.get('default'))}`"
         yield f"| `{name}` | {_flat(_type(field))} | {there} | {_flat(field.get('description', ''))} |"
 
 
