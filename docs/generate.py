@@ -146,7 +146,13 @@ def openapi() -> str:
     return json.dumps(app.openapi(), indent=1) + "\n"
 
 
+def asyncapi() -> str:
+    """The public topics, for tools that read AsyncAPI."""
+    return json.dumps(export.asyncapi(), indent=1) + "\n"
+
+
 PAGES: Final[dict[str, Callable[[], str]]] = {
+    "asyncapi.json": asyncapi,
     "events.md": events,
     "openapi/current.json": openapi,
     "security.md": security,

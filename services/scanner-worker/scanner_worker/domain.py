@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from scanfleet.errors import Rule
 from scanfleet.messages import HostScanned, ScanChunk, Technique
-from scanfleet.messages.fields import MAX_BYTES
+from scanfleet.messages.fields import MAX_BYTES, MAX_EVENT_ID_CHARS
 from scanfleet.outcomes import MAX_ADDRESSES, Outcome, index_of, networks
 from scanfleet.policy import (
     ADMITTED_SCRIPTS,
@@ -295,7 +295,7 @@ def printable(text: str, *, keep: str = "") -> str:
     return _NO_TEXT.sub(escape, text)
 
 
-def fit(host: HostScanned, limit: int = MAX_BYTES) -> HostScanned:
+def fit(host: HostScanned, limit: int = MAX_BYTES - 2 * MAX_EVENT_ID_CHARS) -> HostScanned:
     """Return `host` trimmed to the size limit of a message: texts are dropped, ports are kept."""
     for field in _EXPENDABLE:
         if len(host.model_dump_json(exclude_defaults=True)) <= limit:

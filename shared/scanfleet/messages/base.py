@@ -17,9 +17,6 @@ class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
     version: ClassVar[int] = 1
-    compact: ClassVar[bool] = False
-    """Omit fields with their default value: for messages that can approach the broker's size limit."""
-
     traceparent: str | None = Field(default=None, exclude=True, max_length=MAX_TRACEPARENT_CHARS)
     """W3C trace context; sent in the header of that name, never in the value."""
 

@@ -174,6 +174,11 @@ class ChunkScanned(_Mapped):
     scripts: Annotated[tuple[ScriptName, ...], Field(max_length=2 * MAX_SCRIPTS), FailFast()] = ()
     """The NSE scripts that were enabled: the policy's, and those of service detection."""
 
+    @property
+    def event_id(self) -> str:
+        """The same for every copy of an attempt's report."""
+        return f"{self.chunk_id}/{self.attempt}"
+
 
 class ChunkFailed(_Mapped):
     """nmap failed; its earlier results are kept. Counts as a failed attempt of the chunk."""

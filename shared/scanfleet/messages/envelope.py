@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -62,13 +63,17 @@ def encode(topic: Topic, message: Message, *, source: str) -> Envelope:
     """
     if type(message) not in topic.messages:
         raise MessageError(f"{type(message).__name__} is not a message of {topic.name}")
-    value = message.model_dump_json(exclude_defaults=message.compact).encode()
+    event_id = message.event_id
+    named = {"event_id": event_id} if topic.public else {}
+    value = _value(message, named)
+    if len(value) > MAX_BYTES:
+        value = _value(message, named, exclude_defaults=True)
     if len(value) > MAX_BYTES:
         raise MessageError(f"{type(message).__name__} has {len(value)} bytes; {MAX_BYTES} is the limit")
     headers = [
         ("content-type", CONTENT_TYPE),
         ("ce_specversion", "1.0"),
-        ("ce_id", message.event_id),
+        ("ce_id", event_id),
         ("ce_source", f"/scanfleet/{source}"),
         ("ce_type", message.type_name()),
         ("ce_time", utc_now().isoformat()),
@@ -77,6 +82,12 @@ def encode(topic: Topic, message: Message, *, source: str) -> Envelope:
     if traceparent := message.traceparent or tracing.current():
         headers.append(("traceparent", traceparent))
     return Envelope(topic.key_of(message).encode(), value, tuple((name, text.encode()) for name, text in headers))
+
+
+def _value(message: Message, named: Mapping[str, str], *, exclude_defaults: bool = False) -> bytes:
+    """The JSON of the message with the fields of `named` before its own."""
+    text = message.model_dump_json(exclude_defaults=exclude_defaults).encode()
+    return json.dumps(named, separators=(",", ":")).encode()[:-1] + b"," + text[1:] if named else text
 
 
 def decode(topic: Topic, record: RawRecord) -> Message:

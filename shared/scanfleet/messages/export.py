@@ -13,14 +13,37 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
+from pydantic.json_schema import DEFAULT_REF_TEMPLATE
+
 from scanfleet.messages.base import Message
-from scanfleet.messages.fields import MAX_BYTES
+from scanfleet.messages.fields import MAX_BYTES, MAX_EVENT_ID_CHARS
 from scanfleet.messages.topics import DEAD_LETTER_RETENTION, TOPICS, Topic
 
 EXAMPLES: Final = Path(__file__).parent / "examples"
 CURRENT: Final = "current"
 SCHEMAS: Final = Path(__file__).parent / "schemas"
 
+_HEADERS: Final = {
+    "type": "object",
+    "required": ["content-type", "ce_specversion", "ce_id", "ce_source", "ce_type", "ce_time", "ce_subject"],
+    "properties": {
+        "content-type": {"type": "string", "const": "application/json"},
+        "ce_specversion": {"type": "string", "const": "1.0"},
+        "ce_id": {"type": "string", "description": "The same for every copy that readers deduplicate."},
+        "ce_source": {"type": "string", "description": "`/scanfleet/<service>`"},
+        "ce_type": {"type": "string", "description": "`scanfleet.<message>.v<version>`"},
+        "ce_time": {"type": "string", "format": "date-time", "description": "By the sender's clock."},
+        "ce_subject": {"type": "string", "description": "The object of the message, for example `job/41`."},
+        "traceparent": {"type": "string", "description": "W3C trace context, where there is one."},
+    },
+}
+_EVENT_ID: Final = {
+    "default": "",
+    "description": "The `ce_id`, on public topics: the same for every copy that readers deduplicate.",
+    "maxLength": MAX_EVENT_ID_CHARS,
+    "title": "Event Id",
+    "type": "string",
+}
 _HOUR: Final = timedelta(hours=1)
 
 _HEAD: Final = f"""\
@@ -44,6 +67,9 @@ Every record is a CloudEvents 1.0 event in Kafka's binary content mode: the valu
 | `ce_time` | time of sending by the sender's clock; compare the record's broker timestamp (LogAppendTime) instead |
 | `ce_subject` | the object of the message, for example `job/41` |
 | `traceparent` | W3C trace context, where there is one |
+
+Values on public topics contain the `ce_id` as `event_id` too, for sinks that do not read headers. They contain every field; only
+a value that would exceed the size limit omits fields with their default value.
 
 Delivery is at least once, so deduplicate. A contract grows by optional fields only: ignore unknown fields. Any other
 change is
@@ -107,7 +133,74 @@ def page() -> str:
 
 def _schema(message: type[Message]) -> dict[str, Any]:
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": f"urn:{message.type_name()}"}
-    return head | message.model_json_schema(mode="serialization")
+    return head | _value_schema(message)
+
+
+def _value_schema(message: type[Message], ref_template: str = DEFAULT_REF_TEMPLATE) -> dict[str, Any]:
+    schema = message.model_json_schema(mode="serialization", ref_template=ref_template)
+    if any(topic.public for topic in TOPICS if message in topic.messages):
+        schema["properties"] = {"event_id": _EVENT_ID} | schema["properties"]
+    return schema
+
+
+def asyncapi() -> dict[str, Any]:
+    """Return the public topics as an AsyncAPI 3.0 document: the platform sends, others receive."""
+    public = [topic for topic in TOPICS if topic.public]
+    kinds = list(dict.fromkeys(kind for topic in public for kind in topic.messages))
+    schemas: dict[str, Any] = {}
+    for kind in kinds:
+        schema = _value_schema(kind, "#/components/schemas/{model}")
+        schemas |= schema.pop("$defs", {})
+        schemas[kind.__name__] = schema
+    return {
+        "asyncapi": "3.0.0",
+        "info": {
+            "title": "Scanfleet",
+            "version": "1",
+            "description": "CloudEvents 1.0 on Kafka, in binary content mode. Delivery is at least once: deduplicate by "
+            "`event_id`. Contracts grow by optional fields only: ignore unknown fields.",
+        },
+        "defaultContentType": "application/json",
+        "channels": {topic.name: _channel(topic) for topic in public},
+        "operations": {
+            f"send-{topic.name}": {"action": "send", "channel": {"$ref": f"#/channels/{topic.name}"}}
+            for topic in public
+        },
+        "components": {
+            "messages": {kind.__name__: _message(kind) for kind in kinds},
+            "messageTraits": {"cloudEvent": {"headers": _HEADERS}},
+            "schemas": dict(sorted(schemas.items())),
+        },
+    }
+
+
+def _channel(topic: Topic) -> dict[str, Any]:
+    return {
+        "address": topic.name,
+        "description": f"The key is the {topic.key}; records of one key are in order. The configured prefix comes before the "
+        "topic's name.",
+        "messages": {kind.__name__: {"$ref": f"#/components/messages/{kind.__name__}"} for kind in topic.messages},
+        "bindings": {
+            "kafka": {
+                "partitions": topic.partitions,
+                "topicConfiguration": {"retention.ms": topic.retention // timedelta(milliseconds=1)},
+                "bindingVersion": "0.5.0",
+            }
+        },
+    }
+
+
+def _message(kind: type[Message]) -> dict[str, Any]:
+    example = json.loads((EXAMPLES / CURRENT / file_name(kind)).read_text(encoding="utf-8"))
+    example = {"event_id": kind.model_validate(example).event_id} | example
+    return {
+        "name": kind.type_name(),
+        "contentType": "application/json",
+        "description": _flat(_schema(kind).get("description", "")),
+        "traits": [{"$ref": "#/components/messageTraits/cloudEvent"}],
+        "payload": {"$ref": f"#/components/schemas/{kind.__name__}"},
+        "examples": [{"payload": example}],
+    }
 
 
 def _topic(topic: Topic) -> str:

@@ -15,6 +15,7 @@ MAX_SECONDS: Final = 1e15  # above any possible plan: all ports of all addresses
 MAX_REASON_CHARS: Final = 1_000  # of a reason, for a reader
 MAX_ERROR_CHARS: Final = 10_000  # of an error for a caller
 MAX_ADDRESS_CHARS: Final = 45  # an IPv6 address with an embedded IPv4 address
+MAX_EVENT_ID_CHARS: Final = 200  # a chunk's id, a slash and an address are 110
 
 Id = Annotated[int, Field(ge=0, le=MAX_ID)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
@@ -35,8 +35,6 @@ class PortFound(BaseModel):
 
 class HostScanned(_Fenced):
     """One address of a chunk is done. To stay below 1 MB, `raw_data`, then banners are removed; `trimmed` is set."""
-
-    compact: ClassVar[bool] = True
 
     user_id: Id
     address: Address

@@ -14,9 +14,11 @@ import pytest
 from cloudevents.core.bindings.kafka import KafkaMessage, from_binary_event
 
 from scanfleet.clock import utc_now
-from scanfleet.messages import Message, export
+from scanfleet.messages import HostScanned, Message, PortFound, export
 from scanfleet.messages.envelope import RawRecord, decode, encode
-from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, RESULT_STORE, TOPICS, WORKER, Topic
+from scanfleet.messages.fields import MAX_BYTES
+from scanfleet.messages.results import MAX_FOUND
+from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, RESULT_STORE, SCAN_RESULTS, TOPICS, WORKER, Topic
 from scanfleet.testing.contracts import with_unknown_fields
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -164,7 +166,9 @@ def test_what_is_encoded_is_decoded(topic: Topic, kind: type[Message]) -> None:
     assert decode(topic, record) == message
 
 
-@pytest.mark.parametrize("name", ["SubmitJobs", "CancelJob", "JobCreated", "JobProgressed", "HostScanned"])
+@pytest.mark.parametrize(
+    "name", ["SubmitJobs", "CancelJob", "JobCreated", "JobProgressed", "HostScanned", "ChunkScanned"]
+)
 def test_copies_of_a_message_can_be_told(name: str) -> None:
     """Messages whose copies a reader must recognise have the same event id in every copy."""
     (kind,) = (kind for kind in export.messages() if kind.__name__ == name)
@@ -176,3 +180,41 @@ def test_a_host_is_the_same_event_in_every_attempt() -> None:
     (kind,) = (kind for kind in export.messages() if kind.__name__ == "HostScanned")
     again = example(kind) | {"attempt": 2, "worker_id": "another"}
     assert kind.model_validate(again).event_id == kind.model_validate(example(kind)).event_id
+
+
+@every_pair
+def test_a_value_on_a_public_topic_names_its_event_and_has_every_field(topic: Topic, kind: type[Message]) -> None:
+    """A sink that reads values alone can deduplicate public events, and finds enumerations that hold their default."""
+    bare = {name: value for name, value in example(kind).items() if kind.model_fields[name].is_required()}
+    message = kind.model_validate(bare)
+    envelope = encode(topic, message, source="test")
+    value = json.loads(envelope.value)
+    assert value.pop("event_id", None) == (dict(envelope.headers)["ce_id"].decode() if topic.public else None)
+    assert value == json.loads(message.model_dump_json())
+
+
+def test_a_host_that_is_too_large_leaves_out_what_holds_its_default() -> None:
+    """Only a value that would exceed the limit is written without defaults, and reads back equal."""
+    found = tuple(PortFound(port=port, service="tcpwrapped-service") for port in range(MAX_FOUND))
+    host = HostScanned.model_validate(example(HostScanned)).model_copy(update={"ports": found})
+    envelope = encode(SCAN_RESULTS, host, source="test")
+    assert len(host.model_dump_json()) > MAX_BYTES >= len(envelope.value)
+    value = json.loads(envelope.value)
+    assert (value["event_id"], value["ports"][0]) == (host.event_id, {"port": 0, "service": "tcpwrapped-service"})
+
+
+def test_the_asyncapi_document_describes_the_public_topics() -> None:
+    """Every reference leads somewhere, every public topic and message is there, and the examples conform to their schemas."""
+    document = export.asyncapi()
+    for path in re.findall(r'"\$ref": "#/([^"]*)"', json.dumps(document)):
+        found: Any = document
+        for name in path.split("/"):
+            found = found[name]
+    public = [topic for topic in TOPICS if topic.public]
+    assert {name: set(channel["messages"]) for name, channel in document["channels"].items()} == {
+        topic.name: {kind.__name__ for kind in topic.messages} for topic in public
+    }
+    for name, message in document["components"]["messages"].items():
+        schema = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
+        for each in message["examples"]:
+            jsonschema.Draft202012Validator(schema).validate(each["payload"])
