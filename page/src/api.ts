@@ -124,6 +124,32 @@ export async function signIn(token: string): Promise<void> {
   recovered.value++;
 }
 
+const EARLY = 60_000; // ms before the end of a token in which it is replaced
+
+/** Replace the session's token before it ends, in one tab at a time: a refresh token may be good only once. */
+export function keepSession(): () => void {
+  let timer = 0;
+  const plan = () => {
+    const left = Date.parse(me.peek()!.expires_at) - Date.now();
+    timer = window.setTimeout(refresh, Math.min(Math.max(0, left - EARLY, left / 2), 2 ** 31 - 1));
+  };
+  const refresh = async () => {
+    const before = me.peek()?.expires_at;
+    try {
+      await navigator.locks.request("session", async () => {
+        await whoAmI(); // another tab may have done it
+        if (!ended.peek() && me.peek()?.expires_at === before) await change("POST", "/api/v1/session/refresh");
+      });
+      await whoAmI();
+      if (me.peek()?.expires_at !== before) plan();
+    } catch (error) {
+      if (error instanceof ApiError && error.status !== 400 && error.status !== 401) timer = window.setTimeout(refresh, EARLY / 6);
+    }
+  };
+  plan();
+  return () => window.clearTimeout(timer);
+}
+
 export async function signOut(): Promise<void> {
   const { logout_url } = await change<{ logout_url: string | null }>("DELETE", "/api/v1/session");
   location.assign(logout_url ?? "/app/");

@@ -1,7 +1,7 @@
-import { useSignal } from "@preact/signals";
+import { effect, useSignal } from "@preact/signals";
 import { render } from "preact";
 import { useEffect } from "preact/hooks";
-import { me, reached, recovered, signOut, whoAmI } from "./api";
+import { keepSession, me, reached, recovered, signOut, whoAmI } from "./api";
 import { Audit } from "./pages/audit";
 import { JobPage } from "./pages/job";
 import { Jobs } from "./pages/jobs";
@@ -9,7 +9,7 @@ import { NewScan } from "./pages/new";
 import { Policies, PolicyForm } from "./pages/policies";
 import { SignIn, SignInAgain } from "./pages/sign-in";
 import { SubnetForm, SubnetImport, Subnets } from "./pages/subnets";
-import { Dialog, moveRow, Problem, Title, useAction } from "./parts";
+import { Dialog, loading, moveRow, Problem, Title, useAction } from "./parts";
 import { go, url } from "./router";
 import { info, loadInfo, loadPolicies, loadSubnets } from "./store";
 
@@ -60,6 +60,9 @@ function App() {
     void loadSubnets().catch(() => undefined);
     void loadPolicies().catch(() => undefined);
   }, [me.value?.user_id, recovered.value]);
+  useEffect(() => {
+    if (me.value && info.value?.sign_in_to_page.includes("oidc")) return keepSession();
+  }, [me.value?.expires_at, info.value?.sign_in_to_page.length]);
   useKeys((name) => void (dialog.value = name));
 
   return (
@@ -282,4 +285,5 @@ function Palette({ close }: { close: () => void }) {
   );
 }
 
+effect(() => void document.body.toggleAttribute("data-busy", loading.value > 0)); // for whoever waits for the page
 render(<App />, document.getElementById("app")!);

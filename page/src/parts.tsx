@@ -1,5 +1,5 @@
 // Parts that several pages are made of.
-import { useSignal } from "@preact/signals";
+import { signal, useSignal } from "@preact/signals";
 import type { ComponentChildren } from "preact";
 import { useEffect, useId, useLayoutEffect, useRef } from "preact/hooks";
 import { ApiError, recovered, type Job, type Status } from "./api";
@@ -15,6 +15,9 @@ export interface Loaded<T> {
 const asError = (error: unknown): ApiError =>
   error instanceof ApiError ? error : new ApiError(0, `The page has a fault: ${String(error)}`);
 
+/** Loads under way, on the whole page. */
+export const loading = signal(0);
+
 /** Load when `on` changes, after a lost connection, and when told; an older load is aborted. */
 export function useLoad<T>(load: (signal: AbortSignal) => Promise<T>, on: unknown[]): Loaded<T> {
   const state = useSignal<{ data?: T; error?: ApiError | undefined; of?: string }>({});
@@ -22,6 +25,7 @@ export function useLoad<T>(load: (signal: AbortSignal) => Promise<T>, on: unknow
   const key = JSON.stringify(on);
   useEffect(() => {
     const abort = new AbortController();
+    loading.value++;
     load(abort.signal).then(
       (data) => {
         if (!abort.signal.aborted) state.value = { data, of: key };
@@ -29,7 +33,7 @@ export function useLoad<T>(load: (signal: AbortSignal) => Promise<T>, on: unknow
       (error: unknown) => {
         if (!abort.signal.aborted) state.value = { ...state.peek(), error: asError(error) };
       },
-    );
+    ).finally(() => loading.value--);
     return () => abort.abort();
   }, [key, asked.value, recovered.value]);
   return { data: state.value.data, error: state.value.error, reload: () => void asked.value++ };

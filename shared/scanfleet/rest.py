@@ -521,6 +521,9 @@ class Info(ScanLimits):
     sign_in: list[Literal["token", "oidc"]]
     """`token`: with a token that the caller has; `oidc`: at the issuer, with `client_id`."""
 
+    sign_in_to_page: list[Literal["token", "oidc"]] = []
+    """The same for the page of this gateway; empty when it has no browser sessions."""
+
 
 class Quota(_Answer):
     """Requests a minute."""

@@ -3,14 +3,23 @@ import { useSignal } from "@preact/signals";
 import { useEffect } from "preact/hooks";
 import { ended, me, signIn, whoAmI } from "../api";
 import { Dialog, Field, Problem, Title, useAction } from "../parts";
-import { url } from "../router";
+import { query, withQuery } from "../router";
 import { info } from "../store";
+
+// What the gateway says of a sign-in at the issuer that has failed.
+const FAILURES: Record<string, string> = {
+  refused: "The sign-in was not completed, or not in this browser. Try again.",
+  unavailable: "The issuer, or a part of Scanfleet, is unavailable. Try again.",
+  token: "The issuer has signed you in, but its token is not one that Scanfleet accepts: ask whoever runs Scanfleet.",
+  large: "The issuer's token is too large for a session: ask whoever runs Scanfleet.",
+};
 
 function TokenForm({ reason }: { reason?: string }) {
   const token = useSignal("");
   const action = useAction(() => signIn(token.value.trim()));
-  const ways = info.value?.sign_in ?? ["token"];
-  const next = encodeURIComponent(url.value.pathname + url.value.search);
+  const ways = info.value?.sign_in_to_page ?? ["token"];
+  const failed = FAILURES[query("sign_in")];
+  const next = encodeURIComponent(withQuery({ sign_in: undefined }));
   return (
     <form
       onSubmit={(event) => {
@@ -19,6 +28,11 @@ function TokenForm({ reason }: { reason?: string }) {
       }}
     >
       {reason && <p>{reason}</p>}
+      {failed && (
+        <p class="problem" role="alert">
+          {failed}
+        </p>
+      )}
       {ways.includes("oidc") && (
         <p>
           <a class="button primary" href={`/session/login?next=${next}`}>

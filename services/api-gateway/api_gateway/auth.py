@@ -1,16 +1,26 @@
-"""What the gateway must know of a caller besides the token: the user id that was assigned, and whether the token is revoked."""
+"""What the gateway must know of a caller besides the token, and how it gets a token for one who signs in at the issuer."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import hmac
+import json
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
+from typing import Any, Final, Self, cast
+from urllib.parse import urlencode
 
+import httpx2
 import structlog
+from authlib.integrations.base_client import OAuthError
+from authlib.integrations.httpx_client import AsyncOAuth2Client
+from pydantic import BaseModel, ValidationError
 
+from api_gateway.settings import Settings
 from scanfleet.errors import DependencyError, UnavailableError
 from scanfleet.rest import Revoked
 
@@ -18,6 +28,8 @@ REFRESH_S: Final = 2.0
 ASK_LIMIT_S: Final = 5.0
 MAX_STALE_S: Final = 60.0  # a list that is older is no list: what is revoked meanwhile would not be known
 MAX_USERS: Final = 10_000  # whose ids are kept: two megabytes
+DISCOVERY_S: Final = 3_600.0  # for which the issuer's addresses are kept; they hardly ever change
+ISSUER_S: Final = 5.0
 
 _log = structlog.get_logger()
 
@@ -104,3 +116,151 @@ class Revocations:
 
 def _seconds(time_: datetime | None) -> float:
     return time_.timestamp() if time_ is not None else float("inf")
+
+
+class RefusedSignInError(Exception):
+    """The issuer or the callback's parameters are not as they must be."""
+
+
+class _Discovered(BaseModel):
+    issuer: str
+    authorization_endpoint: str
+    token_endpoint: str
+    end_session_endpoint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    access: str
+    refresh: str | None
+
+
+class SignIn:
+    """The gateway as a client of the issuer.
+
+    Args:
+        settings: with a client id, a public URL and the issuer.
+        transport: carries the requests to the issuer, over the network unless given.
+    """
+
+    def __init__(self, settings: Settings, transport: httpx2.AsyncBaseTransport | None = None) -> None:
+        self._issuer = settings.jwt_issuer
+        self._client_id = settings.oidc_client_id
+        file = settings.oidc_client_secret_file
+        self._secret = file.read_text(encoding="utf-8").strip() if file else None
+        self._scopes = settings.oidc_scopes
+        self._own = str(settings.public_url).rstrip("/")
+        self._transport = transport
+        self._lock = asyncio.Lock()
+        self._found: _Discovered | None = None
+        self._found_until = 0.0
+
+    @classmethod
+    def open(cls, settings: Settings, transport: httpx2.AsyncBaseTransport | None = None) -> Self | None:
+        """Sign-in as the settings describe it; None when it is off.
+
+        Raises:
+            OSError: the file with the client's secret cannot be read.
+        """
+        on = settings.session_keys_file and settings.public_url and settings.oidc_client_id
+        return cls(settings, transport) if on else None
+
+    async def location(self, state: str, nonce: str, verifier: str) -> str:
+        """The issuer's address to send the user to.
+
+        Raises:
+            DependencyError: the issuer's addresses cannot be read.
+        """
+        discovered = await self._discover()
+        async with self._client() as client:
+            url, _ = client.create_authorization_url(
+                discovered.authorization_endpoint, state=state, nonce=nonce, code_verifier=verifier
+            )
+        return cast(str, url)
+
+    async def redeem(self, code: str, verifier: str, nonce: str) -> Tokens:
+        """The tokens for the code that the user has brought back.
+
+        Raises:
+            RefusedSignInError: the issuer refuses the code, or its id token is not for this sign-in.
+            DependencyError: the issuer is unavailable.
+        """
+        answer = await self._ask("authorization_code", code=code, code_verifier=verifier)
+        if not hmac.compare_digest(_nonce(answer.get("id_token")), nonce):
+            raise RefusedSignInError("the id token has another nonce")
+        return _tokens(answer)
+
+    async def refresh(self, refresh_token: str) -> Tokens:
+        """New tokens for a refresh token, which may be good only once.
+
+        Raises:
+            RefusedSignInError: the issuer refuses it.
+            DependencyError: the issuer is unavailable.
+        """
+        return _tokens(await self._ask("refresh_token", refresh_token=refresh_token))
+
+    async def logout_url(self) -> str | None:
+        """Where the issuer ends its own session; None if it names no such address or is unavailable."""
+        try:
+            end = (await self._discover()).end_session_endpoint
+        except DependencyError:
+            return None
+        asked = {"client_id": self._client_id, "post_logout_redirect_uri": f"{self._own}/app/"}
+        return f"{end}{'&' if '?' in end else '?'}{urlencode(asked)}" if end else None
+
+    async def _ask(self, grant_type: str, **parameters: str) -> dict[str, Any]:
+        discovered = await self._discover()
+        try:
+            async with self._client() as client:
+                return dict(await client.fetch_token(discovered.token_endpoint, grant_type=grant_type, **parameters))
+        except OAuthError as error:
+            raise RefusedSignInError(f"the issuer answers {error.error}") from error
+        except (httpx2.HTTPError, ValueError) as error:
+            raise DependencyError(f"{discovered.token_endpoint}: {error!r}") from error
+
+    async def _discover(self) -> _Discovered:
+        async with self._lock:
+            if self._found is None or time.monotonic() > self._found_until:
+                self._found = await self._read_discovery()
+                self._found_until = time.monotonic() + DISCOVERY_S
+            return self._found
+
+    async def _read_discovery(self) -> _Discovered:
+        url = f"{self._issuer.rstrip('/')}/.well-known/openid-configuration"
+        try:
+            async with httpx2.AsyncClient(transport=self._transport, timeout=ISSUER_S) as client:
+                answer = await client.get(url)
+            found = _Discovered.model_validate_json(answer.raise_for_status().content)
+        except (httpx2.HTTPError, ValidationError) as error:
+            raise DependencyError(f"{url}: {error!r}") from error
+        if found.issuer != self._issuer:
+            raise DependencyError(f"{url} is of the issuer {found.issuer!r}, not of SCANFLEET_JWT_ISSUER")
+        return found
+
+    def _client(self) -> AsyncOAuth2Client:
+        return AsyncOAuth2Client(
+            self._client_id,
+            self._secret,
+            token_endpoint_auth_method="client_secret_basic" if self._secret else "none",
+            scope=" ".join(self._scopes),
+            redirect_uri=f"{self._own}/session/callback",
+            code_challenge_method="S256",
+            transport=self._transport,
+            timeout=ISSUER_S,
+        )
+
+
+def _tokens(answer: dict[str, Any]) -> Tokens:
+    access, refresh = answer.get("access_token"), answer.get("refresh_token")
+    if not isinstance(access, str):
+        raise RefusedSignInError("the issuer's answer has no access token")
+    return Tokens(access, refresh if isinstance(refresh, str) else None)
+
+
+def _nonce(id_token: object) -> str:
+    """The nonce of an id token that the token endpoint itself has answered: TLS vouches for it (OpenID Connect Core, 3.1.3.7)."""
+    try:
+        payload = str(id_token).split(".")[1]
+        return str(json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))["nonce"])
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise RefusedSignInError("the issuer's answer has no id token with a nonce") from error

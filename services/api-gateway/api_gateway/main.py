@@ -10,6 +10,7 @@ from hashlib import sha256
 from typing import Final
 
 import httpx
+import httpx2
 from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
@@ -19,7 +20,7 @@ from api_gateway.api import ROUTERS, page
 from api_gateway.api.admission import Admission
 from api_gateway.api.session import Sessions
 from api_gateway.api.state import State
-from api_gateway.auth import REFRESH_S, Revocations, UserIds
+from api_gateway.auth import REFRESH_S, Revocations, SignIn, UserIds
 from api_gateway.handlers.commands import Commands
 from api_gateway.handlers.events import Watches
 from api_gateway.settings import Settings
@@ -51,6 +52,7 @@ def create_app(
     *,
     bus: Bus | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
+    issuer: httpx2.AsyncBaseTransport | None = None,
 ) -> FastAPI:
     """The gateway.
 
@@ -58,6 +60,7 @@ def create_app(
         settings: from the environment unless given.
         bus: Kafka unless given.
         transport: carries every HTTP call, over the network unless given.
+        issuer: carries the calls that sign a user in at the issuer; likewise.
     """
     settings = settings or Settings()
     logging.configure(GATEWAY, settings)
@@ -127,6 +130,7 @@ def create_app(
     )
     app.state.admission = Admission(settings)
     app.state.sessions = Sessions.open(settings)
+    app.state.sign_in = SignIn.open(settings, issuer)
     page.serve(app)
     app.mount("/docs/assets", StaticFiles(packages=[("fastapi_swagger", "resources")]))
     app.add_route("/docs", _docs)

@@ -96,6 +96,11 @@ class Settings(CommonSettings, KafkaSettings, AuthSettings, GrantSettings):
         ("openid", "offline_access"),
         description="Scopes that they ask the issuer for.",
     )
+    oidc_client_secret_file: Path | None = Field(
+        None,
+        description="File with the secret of that client, if the issuer demands one, read once at start; used by the gateway for the "
+        "page, which signs users in there if `SCANFLEET_PUBLIC_URL` is set.",
+    )
     heartbeat_seconds: float = Field(
         15.0,  # proxies cut what is idle for 30 to 60 s
         gt=0,

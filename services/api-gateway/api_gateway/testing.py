@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
+import httpx2
 from fastapi import FastAPI
 from starlette.types import Message, Scope
 
@@ -209,6 +210,8 @@ class Gateway:
     """Runs a gateway whose client has a token of user 7."""
 
     issuer: Issuer = field(default_factory=Issuer)
+    provider: httpx2.AsyncBaseTransport | None = None
+    """The issuer as it signs users in."""
 
     @asynccontextmanager
     async def run(self, **settings: Any) -> AsyncIterator[Running]:
@@ -225,6 +228,7 @@ class Gateway:
             self.settings(**{"internal_key_file": internal.key_file, **settings}),
             bus=MemoryBus(broker),
             transport=services,
+            issuer=self.provider,
         )
         bus = MemoryBus(broker, source=ORCHESTRATOR)
         replier = Replier(bus)

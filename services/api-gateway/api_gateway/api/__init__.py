@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from api_gateway.api import audit, info, policies, revocations, session, subnets, tasks
+from api_gateway.api import audit, info, policies, revocations, session, sign_in, subnets, tasks
 
 ROUTERS: tuple[APIRouter, ...] = (
     info.public,
@@ -18,4 +18,5 @@ ROUTERS: tuple[APIRouter, ...] = (
     audit.router,
     revocations.router,
     session.router,
+    sign_in.router,
 )

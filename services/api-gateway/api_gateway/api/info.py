@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import cast
+from typing import Literal, cast
 
 from fastapi import APIRouter, Request
 
@@ -18,7 +18,7 @@ router = APIRouter(prefix="/api/v1", tags=["platform"], route_class=Route)
 
 
 @public.get("/info", responses=errors(guarded=False))
-async def read_info(state: Handed) -> rest.Info:
+async def read_info(request: Request, state: Handed) -> rest.Info:
     """What a client must know to sign in and to fill in forms; needs no token."""
     settings = state.settings
     limits = await state.scan_limits.read()
@@ -33,7 +33,14 @@ async def read_info(state: Handed) -> rest.Info:
         scripts=limits.scripts,
         max_addresses=limits.max_addresses,
         sign_in=["token", "oidc"] if settings.oidc_client_id else ["token"],
+        sign_in_to_page=_ways_to_page(request),
     )
+
+
+def _ways_to_page(request: Request) -> list[Literal["token", "oidc"]]:
+    if request.app.state.sessions is None:
+        return []
+    return ["token", "oidc"] if request.app.state.sign_in else ["token"]
 
 
 @router.get("/me", responses=errors())

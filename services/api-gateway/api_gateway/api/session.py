@@ -11,7 +11,7 @@ import time
 import zlib
 from http.cookies import SimpleCookie
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from fastapi import APIRouter, Request, Response
@@ -19,9 +19,10 @@ from fastapi import APIRouter, Request, Response
 from api_gateway.api.admission import Route
 from api_gateway.api.document import errors
 from api_gateway.api.state import Handed
+from api_gateway.auth import RefusedSignInError, SignIn
 from api_gateway.settings import Settings
 from scanfleet import rest
-from scanfleet.auth import Caller, bearer_token
+from scanfleet.auth import Caller, Verifier, bearer_token
 from scanfleet.errors import BadRequestError, NotFoundError, UnauthorizedError
 
 COOKIE: Final = "__Host-session"  # the prefix binds it to this host, path / and https
@@ -65,23 +66,25 @@ class Sessions:
                 f"{settings.session_keys_file} does not hold Fernet keys (32 bytes, URL-safe base64), one on a line"
             ) from error
 
-    def cookie(self, token: str, expires_at: float) -> str:
+    def cookie(self, token: str, expires_at: float, *, refresh: str | None = None) -> str:
         """The value of the `Set-Cookie` header that begins or replaces a session.
 
         Args:
             token: the user's access token, verified.
             expires_at: when it ends, in Unix time; the cookie ends with it.
+            refresh: the refresh token that came with it, left out if both do not fit.
 
         Raises:
             BadRequestError: a browser would not keep so large a cookie.
         """
-        packed = zlib.compress(json.dumps({"access": token}).encode(), level=9)
-        value = self._fernet.encrypt(packed).decode()
+        value = self.seal({"access": token} | ({"refresh": refresh} if refresh else {}))
+        if refresh and len(value) > MAX_COOKIE_BYTES:
+            value = self.seal({"access": token})
         if len(value) > MAX_COOKIE_BYTES:
             raise BadRequestError(
                 f"the issuer's token is too large for a session ({len(value)} bytes encrypted, at most {MAX_COOKIE_BYTES})"
             )
-        return _set_cookie(value, max_age=max(1, int(expires_at - time.time())))
+        return set_cookie(COOKIE, value, max_age=max(1, int(expires_at - time.time())))
 
     def token(self, request: Request) -> str | None:
         """See `scanfleet.auth.Sessions`."""
@@ -92,11 +95,26 @@ class Sessions:
             raise UnauthorizedError("a bearer token is required", reason="session cookie of a request by another site")
         if request.method not in _SAFE and not self._is_own(request):
             raise UnauthorizedError("a bearer token is required", reason="session cookie with a foreign Origin")
-        try:
-            opened: dict[str, Any] = json.loads(zlib.decompress(self._fernet.decrypt(value)))
-        except InvalidToken:  # whatever decrypts is what `cookie` has made
-            raise UnauthorizedError("the session is not valid; sign in again", reason="session is malformed") from None
+        opened = self.unseal(value)
+        if opened is None or "access" not in opened:
+            raise UnauthorizedError("the session is not valid; sign in again", reason="session is malformed")
         return str(opened["access"])
+
+    def refresh_token(self, request: Request) -> str | None:
+        """The refresh token in the cookie of a request whose `token` was accepted; None if it has none."""
+        return (self.unseal(request.cookies.get(COOKIE, "")) or {}).get("refresh")
+
+    def seal(self, content: dict[str, Any]) -> str:
+        """`content` as text that only these keys open."""
+        return self._fernet.encrypt(zlib.compress(json.dumps(content).encode(), level=9)).decode()
+
+    def unseal(self, text: str) -> dict[str, Any] | None:
+        """What was sealed; None if it is anything else."""
+        try:
+            opened: dict[str, Any] = json.loads(zlib.decompress(self._fernet.decrypt(text)))
+        except InvalidToken:  # whatever decrypts is what `seal` has made
+            return None
+        return opened
 
     def _is_own(self, request: Request) -> bool:
         origin = request.headers.get("origin", "")
@@ -123,8 +141,29 @@ async def end_session(request: Request, response: Response, _caller: Caller, sta
     """End the browser session."""
     _sessions(request)
     await state.orchestrator.record_session(state.orchestrator.identity(request), "end")
-    response.headers["Set-Cookie"] = _set_cookie("", max_age=0)
-    return rest.SessionEnded(logout_url=None)
+    response.headers["Set-Cookie"] = set_cookie(COOKIE, "", max_age=0)
+    sign_in: SignIn | None = request.app.state.sign_in
+    return rest.SessionEnded(logout_url=await sign_in.logout_url() if sign_in else None)
+
+
+@router.post("/refresh", status_code=204, response_class=Response, responses=errors(400, 404))
+async def refresh_session(request: Request, caller: Caller, state: Handed) -> Response:
+    """Go on with new tokens of the issuer; for the page, once at a time, since a refresh token may be good only once."""
+    sessions = _sessions(request)
+    sign_in: SignIn | None = request.app.state.sign_in
+    token = sessions.refresh_token(request)
+    if sign_in is None or token is None:
+        raise BadRequestError("this session has no refresh token: it ends with its token")
+    try:
+        tokens = await sign_in.refresh(token)
+    except RefusedSignInError as error:
+        raise UnauthorizedError("the issuer has ended the session; sign in again", reason=str(error)) from error
+    verified = await cast(Verifier, request.app.state.verifier).verify(tokens.access)
+    if verified.user_id != caller.user_id:
+        raise UnauthorizedError("the session is not valid; sign in again", reason="refreshed token is of another user")
+    cookie = sessions.cookie(tokens.access, verified.expires_at, refresh=tokens.refresh or token)
+    await state.orchestrator.record_session(state.orchestrator.identity(request), "refresh")
+    return Response(status_code=204, headers={"Set-Cookie": cookie, "Cache-Control": "no-store"})
 
 
 def _sessions(request: Request) -> Sessions:
@@ -138,7 +177,8 @@ def _keys(file: Path) -> list[str]:
     return file.read_text(encoding="ascii").split()
 
 
-def _set_cookie(value: str, *, max_age: int) -> str:
-    cookie: SimpleCookie = SimpleCookie({COOKIE: value})
-    cookie[COOKIE] |= {"path": "/", "secure": True, "httponly": True, "samesite": "Strict", "max-age": max_age}
-    return cookie[COOKIE].OutputString()
+def set_cookie(name: str, value: str, *, max_age: int, same_site: str = "Strict") -> str:
+    """The value of a `Set-Cookie` header; no seconds of life remove the cookie."""
+    cookie: SimpleCookie = SimpleCookie({name: value})
+    cookie[name] |= {"path": "/", "secure": True, "httponly": True, "samesite": same_site, "max-age": max_age}
+    return cookie[name].OutputString()

@@ -36,6 +36,7 @@ PATHS = {
     "/api/v1/revocation": {"get", "post"},
     "/api/v1/revocation/{revocation_id}": {"delete"},
     "/api/v1/session": {"post", "delete"},
+    "/api/v1/session/refresh": {"post"},
 }
 
 

@@ -1,0 +1,293 @@
+"""Signing in to the page at an OpenID provider."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from http.cookies import SimpleCookie
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import httpx
+import httpx2
+import pytest
+from authlib.oauth2.rfc7636 import create_s256_code_challenge
+from cryptography.fernet import Fernet
+
+from api_gateway.api.session import COOKIE, Sessions
+from api_gateway.api.sign_in import LOGIN_COOKIE
+from api_gateway.testing import Gateway, Running
+from scanfleet.auth import Principal
+from scanfleet.testing.tokens import Issuer
+
+LOGIN = "/session/login"
+CALLBACK = "/session/callback"
+PUBLIC = "https://scanfleet.test"
+OWN = {"Sec-Fetch-Site": "same-origin", "Origin": PUBLIC}
+
+
+class Provider(httpx2.AsyncBaseTransport):
+    """A small OpenID provider: codes are good once, with the verifier of their challenge; refresh tokens are good once."""
+
+    def __init__(self, issuer: Issuer) -> None:
+        self.issuer = issuer
+        self.claims: dict[str, Any] = {}
+        self.nonce: str | None = None
+        self.unavailable = False
+        self.named = issuer.settings.jwt_issuer
+        self.asked: list[dict[str, str]] = []
+        self._codes: dict[str, dict[str, str]] = {}
+        self._refresh_tokens: set[str] = set()
+
+    def authorize(self, location: str) -> str:
+        """What the user's browser brings back after they have signed in: the query of the callback."""
+        query = {name: values[0] for name, values in parse_qs(urlsplit(location).query).items()}
+        assert (query["client_id"], query["redirect_uri"]) == ("page", f"{PUBLIC}{CALLBACK}")
+        assert (query["response_type"], query["code_challenge_method"]) == ("code", "S256")
+        code = f"code-{len(self._codes)}"
+        self._codes[code] = query
+        return f"code={code}&state={query['state']}"
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        if self.unavailable:
+            raise httpx2.ConnectError("refused", request=request)
+        base = "https://issuer.test"
+        if request.url.path == "/.well-known/openid-configuration":
+            endpoints = {"authorization_endpoint": f"{base}/authorize", "token_endpoint": f"{base}/token"}
+            return httpx2.Response(200, json={"issuer": self.named, "end_session_endpoint": f"{base}/out", **endpoints})
+        form = {name: values[0] for name, values in parse_qs((await request.aread()).decode()).items()}
+        self.asked.append(form | {"authorization": request.headers.get("authorization", "")})
+        nonce = self._redeem(form)
+        if nonce is None:
+            return httpx2.Response(400, json={"error": "invalid_grant"})
+        refresh_token = f"refresh-{len(self.asked)}"
+        self._refresh_tokens.add(refresh_token)
+        id_token = ".".join(
+            base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=")
+            for part in ({"alg": "none"}, {"nonce": self.nonce or nonce}, "")
+        )
+        access = self.issuer.token(**self.claims)
+        tokens = {"access_token": access, "id_token": id_token, "refresh_token": refresh_token, "token_type": "Bearer"}
+        return httpx2.Response(200, json={**tokens, "expires_in": 300})
+
+    def _redeem(self, form: dict[str, str]) -> str | None:
+        if form["grant_type"] == "refresh_token":
+            known = form["refresh_token"] in self._refresh_tokens
+            self._refresh_tokens.discard(form["refresh_token"])
+            return "" if known else None
+        query = self._codes.pop(form["code"], None)
+        if query is None or create_s256_code_challenge(form["code_verifier"]) != query["code_challenge"]:
+            return None
+        return query["nonce"]
+
+
+@asynccontextmanager
+async def running(folder: Path, **settings: Any) -> AsyncIterator[tuple[Running, Provider]]:
+    keys = folder / "session.keys"
+    keys.write_text(Fernet.generate_key().decode())
+    issuer = Issuer()
+    provider = Provider(issuer)
+    settings = {"session_keys_file": keys, "public_url": PUBLIC, "oidc_client_id": "page"} | settings
+    async with Gateway(issuer, provider).run(**settings) as gateway:
+        for what in ("create", "refresh", "end"):
+            gateway.services.on("POST", f"http://orchestrator/internal/session/{what}", httpx.Response(204))
+        gateway.services.on("GET", "http://orchestrator/api/v1/task", httpx.Response(200, json={}))
+        del gateway.client.headers["Authorization"]
+        yield gateway, provider
+
+
+@pytest.fixture
+async def both(tmp_path: Path) -> AsyncIterator[tuple[Running, Provider]]:
+    async with running(tmp_path) as both:
+        yield both
+
+
+def cookies(answer: httpx.Response) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for line in answer.headers.get_list("Set-Cookie"):
+        found |= {name: morsel.value for name, morsel in SimpleCookie(line).items()}
+    return found
+
+
+async def login(gateway: Running, to: str = "/app/jobs/41") -> tuple[str, str]:
+    """The issuer's address, and the login cookie."""
+    answer = await gateway.client.get(LOGIN, params={"next": to})
+    assert answer.status_code == 302, answer.text
+    gateway.client.cookies.clear()
+    return answer.headers["Location"], cookies(answer)[LOGIN_COOKIE]
+
+
+async def come_back(gateway: Running, query: str, kept: str | None) -> httpx.Response:
+    headers = {} if kept is None else {"Cookie": f"{LOGIN_COOKIE}={kept}"}
+    answer = await gateway.client.get(f"{CALLBACK}?{query}", headers=headers)
+    gateway.client.cookies.clear()
+    return answer
+
+
+def failed(answer: httpx.Response, why: str) -> None:
+    assert (answer.status_code, answer.headers["Location"]) == (303, f"/app/?sign_in={why}")
+    assert COOKIE not in cookies(answer)
+    assert cookies(answer)[LOGIN_COOKIE] == ""
+
+
+async def test_sign_in_leads_back_with_a_session(both: tuple[Running, Provider]) -> None:
+    """A user who comes back with the issuer's code has a session of the access token's user, at the page they came from."""
+    gateway, provider = both
+    provider.claims = {"user_id": 8, "admin": True}
+    location, kept = await login(gateway)
+    assert location.startswith("https://issuer.test/authorize?")
+    answer = await come_back(gateway, provider.authorize(location), kept)
+    assert (answer.status_code, answer.headers["Location"]) == (303, "/app/jobs/41")
+    session = cookies(answer)[COOKIE]
+    assert cookies(answer)[LOGIN_COOKIE] == ""
+    asked = await gateway.client.get("/api/v1/task", headers={"Cookie": f"{COOKIE}={session}", **OWN})
+    assert asked.status_code == 200
+    created, listed = gateway.services.requests
+    assert created.url.path == "/internal/session/create"
+    assert [await gateway.caller(each) for each in (created, listed)] == [Principal(8, admin=True)] * 2
+
+
+async def test_sign_in_with_a_secret_authenticates_the_client(tmp_path: Path) -> None:
+    """A client with a secret sends it by HTTP Basic, and never in the address that the browser is sent to."""
+    (tmp_path / "secret").write_text("s3cret\n")
+    async with running(tmp_path, oidc_client_secret_file=tmp_path / "secret") as (gateway, provider):
+        location, kept = await login(gateway)
+        assert "s3cret" not in location
+        await come_back(gateway, provider.authorize(location), kept)
+        (asked,) = provider.asked
+        assert base64.b64decode(asked["authorization"].removeprefix("Basic ")) == b"page:s3cret"
+
+
+@pytest.mark.proves("A31")
+async def test_sign_in_that_this_browser_did_not_begin_is_refused(both: tuple[Running, Provider]) -> None:
+    """A callback with a wrong or missing state, without the cookie or with a foreign one begins no session."""
+    gateway, provider = both
+    location, kept = await login(gateway)
+    query = provider.authorize(location)
+    code = query.partition("&")[0]
+    other = Sessions([Fernet.generate_key().decode()]).seal({"state": "s", "until": 9e9})
+    for bad, cookie in (
+        (f"{code}&state=wrong", kept),
+        (code, kept),
+        (f"{code}&state=%C3%A9", kept),
+        (query, None),
+        (query, other),
+        (query.replace("code=", "no="), kept),
+        (f"{query}&error=access_denied", kept),
+    ):
+        failed(await come_back(gateway, bad, cookie), "refused")
+    assert provider.asked == []
+
+
+@pytest.mark.proves("A31")
+async def test_sign_in_callback_is_good_once(both: tuple[Running, Provider]) -> None:
+    """The same callback a second time begins no session, with the cookie too."""
+    gateway, provider = both
+    location, kept = await login(gateway)
+    query = provider.authorize(location)
+    assert COOKIE in cookies(await come_back(gateway, query, kept))
+    failed(await come_back(gateway, query, kept), "refused")
+
+
+async def test_sign_in_expired_is_refused(both: tuple[Running, Provider]) -> None:
+    """What was kept is good for ten minutes."""
+    gateway, provider = both
+    location, kept = await login(gateway)
+    sessions: Sessions = gateway.app.state.sessions
+    old = sessions.seal((sessions.unseal(kept) or {}) | {"until": 1.0})
+    failed(await come_back(gateway, provider.authorize(location), old), "refused")
+
+
+@pytest.mark.proves("A31")
+@pytest.mark.parametrize(
+    "to",
+    [
+        "//evil.test",
+        "/\\evil.test",
+        "https://evil.test/app/",
+        "/app",
+        "/app//evil.test",
+        "/app/\r\nX: y",
+        "/apps/",
+        "/app/" + "a" * 1_000,
+        "",
+    ],
+)
+async def test_sign_in_leads_nowhere_else(both: tuple[Running, Provider], to: str) -> None:
+    """Where the user is led afterwards is a path of the page."""
+    answer = await both[0].client.get(LOGIN, params={"next": to})
+    assert answer.status_code == 400
+    assert "Set-Cookie" not in answer.headers
+
+
+@pytest.mark.proves("A31")
+async def test_sign_in_with_an_unacceptable_token_is_refused(both: tuple[Running, Provider]) -> None:
+    """An id token with another nonce, and an access token that is not for this platform, begin no session."""
+    gateway, provider = both
+    location, kept = await login(gateway)
+    provider.nonce = "another"
+    failed(await come_back(gateway, provider.authorize(location), kept), "refused")
+    provider.nonce, provider.claims = None, {"aud": "another"}
+    location, kept = await login(gateway)
+    failed(await come_back(gateway, provider.authorize(location), kept), "token")
+
+
+async def test_sign_in_while_the_issuer_is_unavailable_says_so(both: tuple[Running, Provider]) -> None:
+    """Without the issuer, or with another's document at its address, the page says that it is unavailable."""
+    gateway, provider = both
+    provider.unavailable = True
+    failed(await gateway.client.get(LOGIN), "unavailable")
+    provider.unavailable, provider.named = False, "https://evil.test"
+    failed(await gateway.client.get(LOGIN), "unavailable")
+    provider.named = "https://issuer.test"
+    location, kept = await login(gateway)
+    provider.unavailable = True
+    failed(await come_back(gateway, provider.authorize(location), kept), "unavailable")
+
+
+async def test_session_is_refreshed_until_the_issuer_ends_it(both: tuple[Running, Provider]) -> None:
+    """A session goes on with new tokens, each refresh token once; one that the issuer refuses is a 401."""
+    gateway, provider = both
+    location, kept = await login(gateway)
+    session = cookies(await come_back(gateway, provider.authorize(location), kept))[COOKIE]
+
+    async def refresh(cookie: str) -> httpx.Response:
+        answer = await gateway.client.post("/api/v1/session/refresh", headers={"Cookie": f"{COOKIE}={cookie}", **OWN})
+        gateway.client.cookies.clear()
+        return answer
+
+    first = await refresh(session)
+    assert first.status_code == 204
+    assert (await refresh(cookies(first)[COOKIE])).status_code == 204
+    again = await refresh(session)
+    assert (again.status_code, again.json()["error"]) == (401, "the issuer has ended the session; sign in again")
+    provider.claims = {"user_id": 9}
+    location, kept = await login(gateway)
+    other = cookies(await come_back(gateway, provider.authorize(location), kept))[COOKIE]
+    provider.claims = {"user_id": 8}
+    assert (await refresh(other)).status_code == 401
+
+
+async def test_session_of_a_pasted_token_has_nothing_to_refresh(both: tuple[Running, Provider]) -> None:
+    """A session without a refresh token ends with its token, and the end names the issuer's logout address."""
+    gateway, _ = both
+    cookie = cookies(await gateway.client.post("/api/v1/session", headers=gateway.issuer.bearer()))[COOKIE]
+    gateway.client.cookies.clear()
+    headers = {"Cookie": f"{COOKIE}={cookie}", **OWN}
+    assert (await gateway.client.post("/api/v1/session/refresh", headers=headers)).status_code == 400
+    url = (await gateway.client.delete("/api/v1/session", headers=headers)).json()["logout_url"]
+    assert url.startswith(
+        "https://issuer.test/out?client_id=page&post_logout_redirect_uri=https%3A%2F%2Fscanfleet.test"
+    )
+
+
+async def test_sign_in_that_is_not_configured_is_a_404(tmp_path: Path) -> None:
+    """Without a client id there is no sign-in at the issuer, and the error names the settings."""
+    async with running(tmp_path, oidc_client_id=None) as (gateway, _):
+        for path in (LOGIN, CALLBACK):
+            answer = await gateway.client.get(path)
+            assert answer.status_code == 404
+            assert "SCANFLEET_OIDC_CLIENT_ID" in answer.json()["error"]
