@@ -1,4 +1,4 @@
-"""A stack of real processes that is abused, and an nmap that notes how it was called."""
+"""A stack of real processes for abuse tests, with an nmap that records its arguments."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from local.wait import until
 
 @pytest.fixture(scope="package")
 def calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where each call of nmap is a line of JSON: its arguments."""
+    """A file with the arguments of each call of nmap as a line of JSON."""
     return tmp_path_factory.mktemp("nmap") / "calls"
 
 
 @pytest.fixture(scope="package")
 def recording_nmap(calls: Path) -> Path:
-    """Notes its arguments, and is nmap."""
+    """An nmap that records its arguments."""
     program = calls.parent / "nmap"
     program.write_text(
         "#!/usr/bin/env python3\n"
@@ -54,7 +54,7 @@ def stack(kafka: str, mongodb: str, recording_nmap: Path, tmp_path_factory: pyte
 
 @pytest.fixture(scope="package")
 def caller(stack: Stack) -> Iterator[Callable[[int], Client]]:
-    """A client of any user; each test has users of its own, and with them limits and entries of its own."""
+    """Return a factory of clients; each test uses separate users, and therefore separate limits and audit entries."""
     clients: dict[int, Client] = {}
 
     def of(user: int) -> Client:
@@ -69,7 +69,7 @@ def caller(stack: Stack) -> Iterator[Callable[[int], Client]]:
 
 @pytest.fixture(scope="package")
 def audited(stack: Stack) -> Iterator[Callable[[str], dict[str, Any]]]:
-    """The one entry of the audit log about a request, once it is there."""
+    """Return a function that waits for the one audit entry of a request."""
     client = Client(stack.url, stack.token(99, admin=True))
 
     def find(request_id: str) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def audited(stack: Stack) -> Iterator[Callable[[str], dict[str, Any]]]:
 
 @pytest.fixture
 def nmap_calls(calls: Path) -> Callable[[], list[list[str]]]:
-    """The arguments of every call of nmap so far."""
+    """Return a function that reads the arguments of every call of nmap so far."""
 
     def read() -> list[list[str]]:
         return [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []

@@ -1,4 +1,4 @@
-"""What hostile callers send to a running platform: it is refused, nothing comes of it, and the audit log tells."""
+"""Hostile requests to a running platform are rejected without effect, and recorded in the audit log."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ INJECTIONS = (
     "\u0661\u0662\u0667.0.0.1",
     "\uff11\uff12\uff17.0.0.1",
 )
-INJECTED = Path("/tmp/scanfleet-injected")  # noqa: S108 # what the injections name, and what must not come to be
+INJECTED = Path("/tmp/scanfleet-injected")  # noqa: S108 # the file that the injections try to create
 
 _OPTION = re.compile(
     r"-(v|n|oX|6|Pn|sT|sS|sU|p|sV|O|T[0-5])|--(datadir|stats-every|privileged|unprivileged|top-ports|version-intensity|script"
     r"|min-rate|max-rate|max-rtt-timeout|max-retries|host-timeout|min-hostgroup|max-hostgroup)",
 )
-"""Every option that nmap may be given."""
+"""Every option that may be passed to nmap."""
 
 
 def refused(answer: httpx.Response, status: int, what: str = "") -> str:
-    """The id of a request that was refused as every request is; `what` was refused."""
+    """Check that the response is a rejection of `what` in the common format; return the request id."""
     assert answer.status_code == status, (what, answer.request.url, answer.text)
     assert set(answer.json()) == {"error"}
     return answer.headers["X-Request-ID"]
@@ -69,8 +69,8 @@ def policy(**changed: Any) -> dict[str, Any]:
 
 
 @pytest.mark.proves("A1", "G12")
-def test_no_option_is_injected_through_a_network(caller: Callers, audited: Audited) -> None:
-    """A network or an exclusion that is none is a 400 of the target rules, and no file comes of it."""
+def test_network_injection_is_rejected(caller: Callers, audited: Audited) -> None:
+    """An invalid network or exclusion is a 400 by the target rules, and creates no file."""
     http = caller(11).http
     bodies = [body for text in INJECTIONS for body in (subnet(cidr=text), subnet(exclude=[text]))]
     for id_ in [refused(http.post("/api/v1/subnet", json=body), 400) for body in bodies]:
@@ -108,8 +108,8 @@ LARGE_POLICIES: dict[str, Any] = {
 
 
 @pytest.mark.proves("A2", "G12")
-def test_no_option_is_injected_through_a_policy(caller: Callers, audited: Audited) -> None:
-    """A policy with a word that is not in the vocabulary, or with too many, is a 400; one that is too large is a 413."""
+def test_policy_injection_is_rejected(caller: Callers, audited: Audited) -> None:
+    """A policy with an unknown word or too many words is a 400; one that is too large is a 413."""
     http = caller(12).http
     asked = [refused(http.post("/api/v1/policy", json=body), 400, what) for what, body in POLICIES.items()]
     asked += [refused(http.post("/api/v1/policy", json=body), 413, what) for what, body in LARGE_POLICIES.items()]
@@ -120,8 +120,8 @@ def test_no_option_is_injected_through_a_policy(caller: Callers, audited: Audite
 
 
 @pytest.mark.proves("A1", "A2", "G12")
-def test_nmap_is_called_with_allowed_words_alone(caller: Callers, nmap_calls: Calls) -> None:
-    """Of all that is asked nmap is given options of the allow-list, and behind `--` addresses in their one spelling."""
+def test_nmap_arguments_are_on_the_allow_list(caller: Callers, nmap_calls: Calls) -> None:
+    """For all requests nmap gets only options of the allow-list, and canonical addresses after `--`."""
     user = caller(13)
     before = len(nmap_calls())
     job = user.scan(
@@ -166,8 +166,8 @@ INFRASTRUCTURE = (
 
 
 @pytest.mark.proves("A3", "G12")
-def test_infrastructure_is_no_target(caller: Callers, audited: Audited) -> None:
-    """Metadata services and what an operator has not named are a 400 in every spelling, with what was asked for in the log."""
+def test_infrastructure_targets_are_rejected(caller: Callers, audited: Audited) -> None:
+    """Metadata services and networks that are not allowed are a 400 in every notation, with the input in the audit log."""
     http = caller(14).http
     asked = {cidr: refused(http.post("/api/v1/subnet", json=subnet(cidr=cidr)), 400, cidr) for cidr in INFRASTRUCTURE}
     for cidr, id_ in asked.items():
@@ -182,8 +182,8 @@ SPELLINGS = (
 
 
 @pytest.mark.proves("A4")
-def test_an_address_has_one_spelling(caller: Callers, audited: Audited) -> None:
-    """What some program somewhere might read as another address is a 400."""
+def test_ambiguous_addresses_are_rejected(caller: Callers, audited: Audited) -> None:
+    """An ambiguous notation of an address is a 400."""
     http = caller(15).http
     for id_ in [refused(http.post("/api/v1/subnet", json=subnet(cidr=cidr)), 400, cidr) for cidr in SPELLINGS]:
         assert audited(id_)["rule"] == "targets"
@@ -198,15 +198,15 @@ SENSELESS = {
 
 
 @pytest.mark.proves("A5")
-def test_a_senseless_target_is_refused(caller: Callers, audited: Audited) -> None:
-    """A network that is too large, or whose exclusions leave nothing of it, is a 400."""
+def test_empty_or_oversized_targets_are_rejected(caller: Callers, audited: Audited) -> None:
+    """A network that is too large or completely excluded is a 400."""
     http = caller(16).http
     for id_ in [refused(http.post("/api/v1/subnet", json=body), 400, what) for what, body in SENSELESS.items()]:
         assert audited(id_)["rule"] == "targets"
 
 
 def forged(stack: Stack) -> Iterator[tuple[str, str]]:
-    """Tokens that are almost good, by what is wrong with them."""
+    """Yield almost valid tokens, with their defect."""
     private = (stack.folder / "jwt" / "private.pem").read_bytes()
     public = (stack.folder / "jwt" / "public.pem").read_bytes()
     now = int(time.time())
@@ -218,7 +218,7 @@ def forged(stack: Stack) -> Iterator[tuple[str, str]]:
 
     yield "expired", signed({"iat": now - 400, "exp": now - 100})
     yield "not yet", signed({"nbf": now + 300})
-    yield "for ever", signed({"exp": 10**30})
+    yield "without expiry", signed({"exp": 10**30})
     yield "another issuer", signed({"iss": "elsewhere"})
     yield "another audience", signed({"aud": "elsewhere"})
     yield "other audiences", signed({"aud": ["elsewhere", "and there"]})
@@ -251,8 +251,8 @@ def forged(stack: Stack) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.proves("A7", "A28", "G14")
-def test_a_forged_token_is_nobodys(stack: Stack, audited: Audited) -> None:
-    """Every token that is not the issuer's own for us is a 401, never a 500, and no entry holds it."""
+def test_forged_tokens_return_401(stack: Stack, audited: Audited) -> None:
+    """Every token that the issuer did not sign for this audience is a 401, never a 500, and is in no audit entry."""
     tokens = dict(forged(stack))
     with httpx.Client(base_url=stack.url) as http:
         answers = {
@@ -268,8 +268,8 @@ def test_a_forged_token_is_nobodys(stack: Stack, audited: Audited) -> None:
 
 
 @pytest.mark.proves("A28", "G14")
-def test_a_revoked_token_is_refused_within_seconds(stack: Stack, caller: Callers, audited: Audited) -> None:
-    """What an administrator revokes is a 401 within five seconds, another user's token is not, and no user may revoke."""
+def test_revoked_token_returns_401_within_seconds(stack: Stack, caller: Callers, audited: Audited) -> None:
+    """A revoked token is a 401 within five seconds, another user's token is accepted, and no user may revoke."""
     bearer = {"Authorization": f"Bearer {stack.token(34)}"}
     admin = {"Authorization": f"Bearer {stack.token(99, admin=True)}"}
     with httpx.Client(base_url=stack.url) as http:
@@ -293,8 +293,8 @@ def test_a_revoked_token_is_refused_within_seconds(stack: Stack, caller: Callers
         ("result-store", "/api/v1/task/1/results"),
     ],
 )
-def test_a_users_token_opens_no_service_behind(stack: Stack, service: str, path: str) -> None:
-    """A good token of a user's own, an administrator's too, is a 401 at a service behind the gateway."""
+def test_internal_services_reject_user_tokens(stack: Stack, service: str, path: str) -> None:
+    """A valid user or administrator token is a 401 at the services behind the gateway."""
     headers = {"Authorization": f"Bearer {stack.token(99, admin=True)}"}
     refused(httpx.get(f"http://{stack.address(service)}{path}", headers=headers), 401)
 
@@ -311,8 +311,8 @@ BODIES = {"subnet": subnet(name="taken"), "policy": policy(name="taken")}
 
 
 @pytest.mark.proves("A10", "G13")
-def test_another_users_things_are_not_there(stack: Stack, caller: Callers, audited: Audited) -> None:
-    """On every route of the document that names a thing, user B is told that user A's is not there, and nothing changes."""
+def test_other_users_resources_return_404(stack: Stack, caller: Callers, audited: Audited) -> None:
+    """On every route with an id, user B gets 404 for user A's object, and nothing changes."""
     mine, theirs = caller(20), caller(21)
     subnet_id, policy_id = mine.subnet("127.9.8.0/30"), mine.policy(ports="8022", service_detection=False)
     (job,) = mine.submit([subnet_id], policy_id, key="mine")
@@ -357,8 +357,8 @@ def test_another_users_things_are_not_there(stack: Stack, caller: Callers, audit
 
 
 @pytest.mark.proves("A7", "A10", "G13")
-def test_every_route_wants_a_token(stack: Stack, audited: Audited) -> None:
-    """Every operation but one answers a caller without a token 401, with a malformed body too; the one is about signing in."""
+def test_routes_without_token_return_401(stack: Stack, audited: Audited) -> None:
+    """Every operation except the sign-in one answers 401 without a token, even with a malformed body."""
     asked = {}
     with httpx.Client(base_url=stack.url, headers={"Content-Type": "application/json"}) as http:
         for method, path, operation in operations(stack):
@@ -376,8 +376,8 @@ EXTRA = ({"user_id": 1}, {"status": "completed"}, {"attempt": 9}, {"_id": 1}, {"
 
 
 @pytest.mark.proves("A11", "A12")
-def test_a_body_has_its_own_fields_alone(stack: Stack, caller: Callers, audited: Audited) -> None:
-    """A field that the document does not name is a 400 on every route that reads a body."""
+def test_unknown_body_fields_return_400(stack: Stack, caller: Callers, audited: Audited) -> None:
+    """An unknown field is a 400 on every route that reads a body."""
     http = caller(22).http
     bodies = {"subnet": subnet(), "policy": policy(), "task": {"subnet_ids": [1], "policy_id": 1}}
     asked = [
@@ -407,8 +407,8 @@ NOT_A_QUERY = (
 
 
 @pytest.mark.proves("A12")
-def test_no_operator_reaches_the_database(caller: Callers, audited: Audited) -> None:
-    """An operator where a value belongs, in a body, a query or a path, is a 400 or a 404, and finds nothing."""
+def test_mongodb_operators_are_rejected(caller: Callers, audited: Audited) -> None:
+    """A MongoDB operator in a body, a query or a path is a 400 or a 404, and matches nothing."""
     http = caller(23).http
     asked = [
         refused(http.post(f"/api/v1/{kind}", json=body), 400, str(body))
@@ -422,8 +422,8 @@ def test_no_operator_reaches_the_database(caller: Callers, audited: Audited) -> 
 
 
 @pytest.mark.proves("A16", "G11")
-def test_slow_bodies_and_idle_connections_harm_nobody_else(stack: Stack, caller: Callers) -> None:
-    """While one user holds hundreds of connections that send nothing or never end, others are served, and theirs are bounded."""
+def test_slow_and_idle_connections_do_not_affect_others(stack: Stack, caller: Callers) -> None:
+    """Hundreds of idle or endless requests of one user are bounded and do not affect other users."""
     host, port = stack.address("api-gateway").split(":")
     slow = (
         f"POST /api/v1/subnet HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {stack.token(24)}\r\n"
@@ -447,8 +447,8 @@ def test_slow_bodies_and_idle_connections_harm_nobody_else(stack: Stack, caller:
 
 
 @pytest.mark.proves("A17")
-def test_logs_are_lines_of_json_without_tokens(stack: Stack, caller: Callers) -> None:
-    """Whatever a header or a path holds, every log stays one object a line, and no token is in any."""
+def test_logs_are_json_lines_without_tokens(stack: Stack, caller: Callers) -> None:
+    """For any header and path, every log line is one JSON object, and no log contains a token."""
     token = stack.token(26)
     host, port = stack.address("api-gateway").split(":")
     for header in (
@@ -480,7 +480,7 @@ def test_logs_are_lines_of_json_without_tokens(stack: Stack, caller: Callers) ->
 
 @pytest.fixture
 def strict_gateway(stack: Stack) -> Iterator[str]:
-    """The address of one more replica of the gateway: a user writes 20 times a minute, and has two event streams."""
+    """Yield the URL of an additional gateway with limits of 20 writes a minute and two event streams per user."""
     environment = Path(f"/proc/{stack.pid('api-gateway')}/environ").read_text().rstrip("\0").split("\0")
     variables = dict(each.split("=", 1) for each in environment)
     variables |= {
@@ -512,8 +512,8 @@ def ready(url: str) -> bool:
 
 
 @pytest.mark.proves("A18", "G11")
-def test_a_limit_is_the_users(strict_gateway: str, stack: Stack, audited: Audited) -> None:
-    """A user who writes too much is a 429 whatever token and address they come with, and reads on; others are served."""
+def test_write_limit_applies_per_user(strict_gateway: str, stack: Stack, audited: Audited) -> None:
+    """A user beyond the write limit gets 429 with any token and address, but can read; other users are served."""
     with httpx.Client(base_url=strict_gateway) as http:
 
         def write(user: int, number: int) -> httpx.Response:
@@ -536,18 +536,18 @@ def test_a_limit_is_the_users(strict_gateway: str, stack: Stack, audited: Audite
 
 
 SLOW = {"ports": "1-1000", "service_detection": False, "discovery": "none", "max_rate": 100}
-"""A /24 under this policy would take the better part of an hour."""
+"""A /24 with this policy would take almost an hour."""
 
 
 def scanning(stack: Stack) -> list[int]:
-    """The pids of the nmaps that the stack's workers run now."""
+    """Return the pids of the stack's running nmap processes."""
     workers = {each.pid for each in stack.processes() if each.pid and each.name.startswith("scanner-worker")}
     return nmap.running_under(workers)
 
 
 @pytest.mark.proves("G8", "G11")
-def test_no_limit_delays_a_cancel(strict_gateway: str, stack: Stack, caller: Callers) -> None:
-    """With writes and event streams used up, one job and then all others are cancelled, and their packets stop in time."""
+def test_cancel_is_exempt_from_limits(strict_gateway: str, stack: Stack, caller: Callers) -> None:
+    """With the write and stream limits exhausted, jobs can be cancelled, and their packets stop in time."""
     user = caller(41)
     jobs = [user.scan("127.9.8.0/24", **SLOW) for _ in range(3)]
     until(lambda: bool(scanning(stack)), 30, "a scan to run")
@@ -566,8 +566,8 @@ def test_no_limit_delays_a_cancel(strict_gateway: str, stack: Stack, caller: Cal
 
 
 @pytest.mark.proves("A24", "G8", "G13")
-def test_an_administrator_stops_the_job_of_another_user(stack: Stack, caller: Callers, audited: Audited) -> None:
-    """An administrator finds, reads and cancels any job under audit; another user who tries the same gets 404 and 403."""
+def test_administrator_cancels_job_of_another_user(stack: Stack, caller: Callers, audited: Audited) -> None:
+    """An administrator can find, read and cancel any job, with audit entries; other users get 404 and 403."""
     owner, other = caller(42), caller(43)
     job = owner.scan("127.9.8.0/24", **SLOW)
     until(lambda: bool(scanning(stack)), 30, "the scan to run")

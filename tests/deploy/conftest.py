@@ -1,4 +1,4 @@
-"""What is said to a service when it is deployed, judged by the service's own settings."""
+"""Check the environment of deployed services against their settings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def settings_of(service: str) -> type[BaseSettings]:
 
 @pytest.fixture(scope="session")
 def known() -> frozenset[str]:
-    """Every variable that some service reads."""
+    """Return every variable that a service reads."""
     services = [path.name for path in (ROOT / "services").iterdir()]
     return frozenset(
         f"SCANFLEET_{name.upper()}" for service in [*services, "topics"] for name in settings_of(service).model_fields
@@ -38,7 +38,7 @@ def known() -> frozenset[str]:
 
 @pytest.fixture(scope="session")
 def reads() -> Callable[[str, str], bool]:
-    """Whether a service reads a variable; all may be told of it."""
+    """Return a function that tells whether a service reads a variable."""
 
     def does(service: str, variable: str) -> bool:
         ours = (ROOT / "services" / service).exists() or service == "topics"
@@ -49,11 +49,11 @@ def reads() -> Callable[[str, str], bool]:
 
 @pytest.fixture(scope="session")
 def judge(known: frozenset[str]) -> Judge:
-    """What is wrong with a service's environment: names that nobody reads, what is missing, and bad values."""
+    """Return a function that lists the errors of a service's environment: unknown names, missing and invalid values."""
 
     def wrong(service: str, environment: Mapping[str, str]) -> list[str]:
         ours = {name for name in environment if name.startswith("SCANFLEET_")}
-        found = [f"{service}: nobody reads {name}" for name in sorted(ours - known)]
+        found = [f"{service}: no service reads {name}" for name in sorted(ours - known)]
         with mock.patch.dict(os.environ, environment, clear=True):
             try:
                 settings_of(service)()
@@ -66,7 +66,7 @@ def judge(known: frozenset[str]) -> Judge:
 
 @pytest.fixture(scope="session")
 def commands() -> dict[str, list[str]]:
-    """The commands in docs/operations.md, by title."""
+    """Return the commands in docs/operations.md, by title."""
     text = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
     sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
     return {

@@ -1,6 +1,6 @@
 """The manifests on a real cluster, that of the current kubeconfig: `make k8s-test`.
 
-What is scanned is each worker pod's own loopback network, where the sidecar `scan-targets` listens.
+The tests scan each worker pod's own loopback network, where the sidecar `scan-targets` listens.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ K8S: Final = ROOT / "k8s"
 TOOLS: Final = sysconfig.get_path("scripts")
 ENVIRONMENT: Final = os.environ | {"PATH": f"{TOOLS}:{os.environ['PATH']}"}
 PORT: Final = 8080  # of the gateway, as k8s/README.md forwards it
-LOOK: Final = 0.5  # seconds between two looks at the cluster: each is a process
+LOOK: Final = 0.5  # polling interval in seconds: each query of the cluster starts a process
 
 DEPLOY, REACH = (
     block.strip().splitlines() for block in re.findall(r"```sh\n(.*?)```", (K8S / "README.md").read_text(), re.DOTALL)
 )
-"""What the README says to type: to deploy, and to reach what was deployed."""
+"""The README's commands to deploy, and to reach the deployment."""
 
 OPEN: Final = {(host, port) for port, _, hosts in targets.SERVERS for host in hosts}
 SUBNET: Final = "127.9.8.0/24"
@@ -72,7 +72,7 @@ REACHES: Final[dict[str, set[str]]] = {
     "result-store": {"kafka", "mongodb"},
     "stranger": set(),
 }
-"""Who may speak to whom, as drawn in the architecture; a stranger is a pod that no policy names."""
+"""The allowed connections of the architecture; a stranger is a pod that no policy selects."""
 
 WANTS: Final = {
     "keda": ("scaledobjects.keda.sh",),
@@ -119,7 +119,7 @@ def objects(*arguments: str) -> list[Manifest]:
 
 
 def pods(service: str) -> list[Manifest]:
-    """Its pods that are not on their way out."""
+    """Return the service's pods that are not being deleted."""
     found = objects("pods", "--selector", f"app.kubernetes.io/name={service}")
     return [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
 
@@ -129,7 +129,7 @@ def is_ready(pod: Manifest) -> bool:
 
 
 def in_pod(service: str, *argv: str) -> str:
-    """What a command says in a pod of a service."""
+    """Return the output of a command in a pod of a service."""
     return exec_in(next(pod for pod in pods(service) if is_ready(pod)), service, *argv)
 
 
@@ -138,19 +138,19 @@ def exec_in(pod: Manifest, container: str, *argv: str) -> str:
 
 
 def metrics(service: str, name: str) -> list[float]:
-    """A number of each ready pod of a service."""
+    """Return the value of a metric in each ready pod of a service."""
     shown = [exec_in(pod, service, "python", "-c", _METRICS) for pod in pods(service) if is_ready(pod)]
     return [float(value) for each in shown for value in re.findall(rf"^{name} (\S+)$", each, re.MULTILINE)]
 
 
 def expired() -> float:
-    """Leases of the only orchestrator that have expired."""
+    """Return the number of expired leases of the only orchestrator."""
     (count,) = metrics("job-orchestrator", "scanfleet_leases_expired_total")
     return count
 
 
 def scanning() -> int:
-    """How many workers scan right now."""
+    """Return the number of workers that are scanning."""
     return sum(nmaps > 0 for nmaps in metrics("scanner-worker", "scanfleet_worker_nmap_running"))
 
 
@@ -165,13 +165,13 @@ def rolled_out(*workloads: str) -> None:
 
 
 def apply(folder: Path, *flags: str) -> str:
-    # By force, since whoever scales by hand becomes the owner of that number.
+    # With --force-conflicts, since scaling by hand takes the ownership of the field.
     return kubectl("apply", "--server-side", "--force-conflicts", *flags, "--kustomize", str(folder))
 
 
 def variant(folder: Path, component: str, patches: Sequence[Manifest] = ()) -> Path:
-    """The local overlay with a component more, in a folder of its own."""
-    reach = os.path.relpath(K8S, folder)  # kustomize takes no absolute path
+    """Create an overlay in `folder` that adds a component to the local overlay."""
+    reach = os.path.relpath(K8S, folder)  # kustomize requires relative paths
     kustomization = {
         "resources": [f"{reach}/overlays/local"],
         "components": [f"{reach}/components/{component}"],
@@ -182,7 +182,7 @@ def variant(folder: Path, component: str, patches: Sequence[Manifest] = ()) -> P
 
 
 def needs(*kinds: str) -> None:
-    """Skip on a cluster that does not know a kind, since an operator that is not there cannot be tried."""
+    """Skip on a cluster without these kinds, because their operator is not installed."""
     for kind in kinds:
         if not kubectl("get", "customresourcedefinition", kind, "--ignore-not-found"):
             pytest.skip(f"this cluster has no {kind}")
@@ -190,7 +190,7 @@ def needs(*kinds: str) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def deployed() -> Iterator[None]:
-    """Everything in the cluster, by the words of k8s/README.md."""
+    """Deploy everything with the commands of k8s/README.md."""
     assert not kubectl("get", "namespace", NAMESPACE, "--ignore-not-found"), "the namespace is in use: delete it first"
     try:
         for command in DEPLOY:
@@ -202,7 +202,7 @@ def deployed() -> Iterator[None]:
 
 @contextmanager
 def gateway() -> Iterator[Client]:
-    """A user at the gateway, for as long as its pod lives."""
+    """Yield a user of the gateway while its pod runs."""
     assert ports.is_free(PORT)
     forward, make_token = (shlex.split(command) for command in REACH)
     token = subprocess.run(make_token, check=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -224,7 +224,7 @@ def user() -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def truth() -> set[tuple[str, int]]:
-    """What plain nmap finds in a worker's network namespace."""
+    """Return what plain nmap finds in a worker's network namespace."""
     xml = in_pod("scanner-worker", "nmap", "-n", "-Pn", "-sT", "-T4", "-p", PORTS, "-oX", "-", SUBNET)
     found = {
         (address.attrib["addr"], int(port.attrib["portid"]))
@@ -239,7 +239,7 @@ def truth() -> set[tuple[str, int]]:
 
 @pytest.fixture
 def stranger() -> Iterator[Manifest]:
-    """A pod in the namespace that is none of ours; it meets the standard that the namespace enforces."""
+    """Yield a foreign pod in the namespace that meets the enforced pod security standard."""
     name = "stranger"
     manifest = {
         "apiVersion": "v1",
@@ -264,14 +264,14 @@ def stranger() -> Iterator[Manifest]:
 
 
 def started(user: Client, **policy: Any) -> int:
-    """A long scan that is under way."""
+    """Start a long scan; return once it makes progress."""
     job_id = user.scan(SUBNET, **LONG | policy)
     until(lambda: user.task(job_id)["status"]["progress"] > 0, 120, "the scan to be under way", LOOK)
     return job_id
 
 
 def assert_as_found(user: Client, job_id: int, truth: set[tuple[str, int]]) -> None:
-    """The scan has found what plain nmap finds, each once, and every probe had its answer."""
+    """Check that the scan found what plain nmap finds, each once, and that every probe has an outcome."""
     assert user.finished(job_id, limit=FINISH)["status"]["status"] == "completed"
     found = [(each["ip_address"], each["port"]) for each in user.results(job_id)]
     assert len(found) == len(set(found))
@@ -281,15 +281,15 @@ def assert_as_found(user: Client, job_id: int, truth: set[tuple[str, int]]) -> N
     assert ledger["counts"]["answered"] == ledger["request"]["probes"]
 
 
-def test_a_scan_finds_what_plain_nmap_finds(user: Client) -> None:
-    """Through the gateway the same is found as by nmap alone in a worker's pod: machines, ports, services, versions."""
+def test_scan_finds_the_same_as_nmap(user: Client) -> None:
+    """A scan through the gateway finds the same machines, ports, services and versions as nmap in a worker's pod."""
     worker = pods("scanner-worker")[0]["metadata"]["name"]
     nmap = ["kubectl", "--namespace", NAMESPACE, "exec", worker, "--container", "scanner-worker", "--", "nmap"]
     assert demo.show(user, targets.USUAL, nmap) == 0
 
 
-def test_workers_come_and_go_during_a_scan(user: Client, truth: set[tuple[str, int]]) -> None:
-    """From one worker to three and back the scan loses nothing, and nobody waits for a lease."""
+def test_scaling_workers_during_a_scan_loses_nothing(user: Client, truth: set[tuple[str, int]]) -> None:
+    """Scaling from one worker to three and back loses no result and expires no lease."""
     scale("deployment/scanner-worker", 1)
     before = expired()
     job_id = started(user)
@@ -301,16 +301,16 @@ def test_workers_come_and_go_during_a_scan(user: Client, truth: set[tuple[str, i
     assert expired() == before
 
 
-def test_a_worker_that_is_killed_costs_nothing_but_time(user: Client, truth: set[tuple[str, int]]) -> None:
-    """With a worker's pod killed in the middle of its chunks every server is found, once."""
+def test_killed_worker_loses_no_result(user: Client, truth: set[tuple[str, int]]) -> None:
+    """With a worker's pod killed in mid-scan every server is found, once."""
     scale("deployment/scanner-worker", 2)
     job_id = started(user)
     kubectl("delete", "pod", pods("scanner-worker")[0]["metadata"]["name"], "--grace-period=1")
     assert_as_found(user, job_id, truth)
 
 
-def test_an_update_rolls_during_a_scan(truth: set[tuple[str, int]]) -> None:
-    """With every pod of every service replaced by a new one in the middle the results are the same."""
+def test_rolling_update_during_a_scan_loses_nothing(truth: set[tuple[str, int]]) -> None:
+    """With every pod of every service replaced in mid-scan the results are the same."""
     rolled_out(*WORKLOADS)
     before = ids()
     with gateway() as user:
@@ -326,8 +326,8 @@ def ids() -> set[str]:
     return {pod["metadata"]["uid"] for service in SERVICES for pod in pods(service)}
 
 
-def test_without_a_broker_nothing_is_ready_and_nothing_is_restarted(user: Client) -> None:
-    """While Kafka is away all services say so by their readiness alone, and are back by themselves when it is."""
+def test_kafka_outage_makes_services_unready_without_restart(user: Client) -> None:
+    """While Kafka is unavailable all services are unready without restarts, and recover by themselves."""
     before = restarts()
     scale("statefulset/kafka", 0)
     until(lambda: not any(map(is_ready, all_pods())), 120, "no service to be ready", LOOK)
@@ -350,16 +350,16 @@ def restarts() -> dict[str, int]:
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_a_service_reaches_what_the_design_draws_and_nothing_else(service: str) -> None:
-    """Of all that listens in the namespace a service's pod can open exactly its flows."""
+def test_network_policies_allow_exactly_the_flows(service: str) -> None:
+    """A service's pod can connect to exactly its allowed flows in the namespace."""
     assert reached_from(service) == REACHES[service]
 
 
-def test_a_pod_that_no_policy_names_reaches_nothing(stranger: Manifest) -> None:
-    """A pod without a service's labels can ask for names, and open nothing that they stand for."""
+def test_network_policies_isolate_unknown_pods(stranger: Manifest) -> None:
+    """A pod without a service's labels can resolve names, but not connect to any pod."""
     kubectl("apply", "--filename", "-", text=json.dumps(stranger))
     kubectl("wait", "pod/stranger", "--for=condition=Ready", "--timeout=2m")
-    # A cluster may need a moment to hold its policies against a new pod.
+    # A cluster may need a moment to apply its policies to a new pod.
     until(lambda: not reached_from("stranger"), 30, "the policies to hold for a stranger")
 
 
@@ -368,15 +368,15 @@ def reached_from(service: str) -> set[str]:
     return set(in_pod(service, "python", "-c", _CONNECT, *listening).split())
 
 
-def test_a_pod_with_more_rights_is_refused(stranger: Manifest) -> None:
-    """The namespace takes a pod that meets the restricted standard, and not the same one with a right more."""
+def test_privileged_pod_is_rejected(stranger: Manifest) -> None:
+    """The namespace accepts a pod that meets the restricted standard, and rejects the same pod with one more privilege."""
     kubectl("apply", "--dry-run=server", "--filename", "-", text=json.dumps(stranger))
     del stranger["spec"]["containers"][0]["securityContext"]["capabilities"]
     with pytest.raises(subprocess.CalledProcessError):
         kubectl("apply", "--dry-run=server", "--filename", "-", text=json.dumps(stranger))
 
 
-def test_no_pod_has_a_token_for_the_cluster() -> None:
+def test_pods_have_no_service_account_token() -> None:
     """No token of an account is mounted into any pod."""
     sources = [
         source
@@ -387,22 +387,22 @@ def test_no_pod_has_a_token_for_the_cluster() -> None:
     assert not [source for source in sources if "serviceAccountToken" in source]
 
 
-def test_a_drain_takes_one_pod_of_a_service_at_a_time() -> None:
-    """Every budget has found its pods, and lets one of them go."""
+def test_disruption_budgets_allow_one_pod() -> None:
+    """Every disruption budget selects pods, and allows one disruption."""
     until(lambda: {each["status"]["disruptionsAllowed"] for each in objects("pdb")} == {1}, 60, "the budgets", LOOK)
     expected = {each["metadata"]["name"]: each["status"]["expectedPods"] for each in objects("pdb")}
     assert expected == {service: len(pods(service)) for service in SERVICES}
 
 
 @pytest.mark.parametrize("component", ["hpa", "keda", "monitoring", "raw-packets"])
-def test_a_component_is_what_the_cluster_takes(component: str, tmp_path: Path) -> None:
-    """The API server takes every object of the local overlay with the component, through its own checks and webhooks."""
+def test_components_are_accepted_by_the_api_server(component: str, tmp_path: Path) -> None:
+    """The API server accepts every object of the local overlay with the component, with all admission checks."""
     needs(*WANTS.get(component, ()))
     apply(variant(tmp_path, component), "--dry-run=server")
 
 
-def test_workers_scan_by_raw_packets_where_they_may(tmp_path: Path, user: Client, truth: set[tuple[str, int]]) -> None:
-    """A scan by SYN is refused by workers as they are, and with the component finds what plain nmap finds."""
+def test_raw_packet_component_enables_syn_scans(tmp_path: Path, user: Client, truth: set[tuple[str, int]]) -> None:
+    """A SYN scan is refused by default workers, and with the component finds what plain nmap finds."""
     syn = LONG | {"technique": "syn", "max_rate": 3000}
     refused = user.finished(user.scan(SUBNET, **syn))["status"]
     assert (refused["status"], "raw packets" in refused["error"]) == ("failed", True)
@@ -415,10 +415,8 @@ def test_workers_scan_by_raw_packets_where_they_may(tmp_path: Path, user: Client
         rolled_out("deployment/scanner-worker")
 
 
-def test_workers_come_when_there_is_work_and_go_when_there_is_none(
-    tmp_path: Path, user: Client, truth: set[tuple[str, int]]
-) -> None:
-    """KEDA has no worker while nothing is queued, several for a scan, none after it; and the scan loses nothing."""
+def test_keda_scales_workers_with_the_queue(tmp_path: Path, user: Client, truth: set[tuple[str, int]]) -> None:
+    """KEDA scales workers from zero to several for a scan and back to zero, and the scan loses nothing."""
     needs(*WANTS["keda"])
     impatient = {
         "target": {"kind": "ScaledObject"},

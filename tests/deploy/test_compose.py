@@ -1,4 +1,4 @@
-"""docker-compose.yml, read without an engine."""
+"""Checks of docker-compose.yml without an engine."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ Judge = Callable[[str, Mapping[str, str]], list[str]]
 
 
 def environment(service: str) -> dict[str, str]:
-    """As compose would fill it in when nothing is set outside."""
+    """Return the environment with compose's defaults."""
     variables = SERVICES[service].get("environment", {})
     return {name: re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", str(value)) for name, value in variables.items()}
 
 
 @pytest.mark.parametrize("service", sorted(OURS))
-def test_a_service_is_told_what_it_must_know_and_nothing_else(service: str, judge: Judge) -> None:
-    """The service starts with the variables it gets, and reads every one of them."""
+def test_service_environment_is_complete_and_minimal(service: str, judge: Judge) -> None:
+    """The service starts with its variables, and reads every one of them."""
     assert judge(service, environment(service)) == []
 
 
 @pytest.mark.parametrize("service", sorted(SERVICES))
-def test_a_container_has_no_more_rights_than_it_needs(service: str) -> None:
-    """No container is privileged, has a capability, may gain a right or may use all of the machine."""
+def test_containers_have_minimal_privileges(service: str) -> None:
+    """No container is privileged, has a capability, can gain privileges or has unlimited resources."""
     container = SERVICES[service]
     assert container["cap_drop"] == ["ALL"]
     assert container["security_opt"] == ["no-new-privileges:true"]
@@ -53,14 +53,14 @@ def test_a_container_has_no_more_rights_than_it_needs(service: str) -> None:
 
 
 @pytest.mark.parametrize("service", sorted(OURS | ONCE | {"kafka", "mongodb"}))
-def test_a_container_writes_to_its_volumes_alone(service: str) -> None:
+def test_containers_have_read_only_root_filesystems(service: str) -> None:
     """Its root filesystem is read-only."""
     assert SERVICES[service]["read_only"] is True
 
 
 @pytest.mark.parametrize("service", sorted(OURS - {"topics"}))
-def test_a_service_sees_its_own_secrets_alone(service: str) -> None:
-    """Secrets are files in a volume of the service's own, which only what makes them and the servers' users sees beside it."""
+def test_secrets_are_separate_per_service(service: str) -> None:
+    """Secrets are files in a separate volume per service, shared only with the containers that create and need them."""
     assert f"{service}:/secrets:ro" in SERVICES[service]["volumes"]
     others = {
         name for name, each in SERVICES.items() if any(v.startswith(f"{service}:") for v in each.get("volumes", ()))
@@ -72,25 +72,25 @@ def test_a_service_sees_its_own_secrets_alone(service: str) -> None:
 
 
 @pytest.mark.parametrize("service", sorted(SERVICES.keys() - ONCE))
-def test_what_ends_is_started_again(service: str) -> None:
-    """Whatever does not run just once comes back."""
+def test_services_are_restarted(service: str) -> None:
+    """Every long-running service is restarted."""
     assert SERVICES[service]["restart"] == "unless-stopped"
 
 
 @pytest.mark.parametrize("service", sorted(SERVICES))
-def test_nothing_is_reached_from_outside_this_machine(service: str) -> None:
+def test_published_ports_are_on_loopback(service: str) -> None:
     """Every published port is on 127.0.0.1."""
     assert all(port.startswith("127.0.0.1:") for port in SERVICES[service].get("ports", ()))
 
 
 @pytest.mark.parametrize("service", sorted(OURS - {"api-gateway", "topics"}))
-def test_a_service_may_have_any_number_of_containers(service: str) -> None:
-    """It has neither a name of its own nor a published port nor a fixed host name."""
+def test_services_can_be_scaled(service: str) -> None:
+    """The service has no fixed container name, published port or host name."""
     assert not {"container_name", "ports", "hostname"} & SERVICES[service].keys()
 
 
-def test_only_the_gateway_and_the_observers_have_a_way_out() -> None:
-    """Scanners, state and bus are on networks without one."""
+def test_only_gateway_and_monitoring_have_external_networks() -> None:
+    """Workers, databases and bus are on internal networks."""
     outward = {name for name, network in COMPOSE["networks"].items() if not (network or {}).get("internal")}
     out = {name for name, service in SERVICES.items() if outward & set(service.get("networks", ()))}
     assert out == {"api-gateway", "prometheus", "grafana"}
@@ -103,8 +103,8 @@ CONNECTIONS: Final = {
 }
 
 
-def test_a_network_is_one_connection() -> None:
-    """Two parts share a network exactly if one connects to the other; only those that observe are on several others'."""
+def test_networks_match_the_connections() -> None:
+    """Two services share a network exactly if one connects to the other; only monitoring is on several networks."""
     members = {
         network: {name for name, each in SERVICES.items() if network in each.get("networks", ())}
         for network in COMPOSE["networks"].keys() - {"edge"}
@@ -113,8 +113,8 @@ def test_a_network_is_one_connection() -> None:
     assert len(members) == len(CONNECTIONS)
 
 
-def test_prometheus_shares_a_network_with_each_service_it_asks() -> None:
-    """Every service that Prometheus scrapes can be reached by it."""
+def test_prometheus_reaches_every_scraped_service() -> None:
+    """Prometheus can reach every service that it scrapes."""
     config = yaml.safe_load((ROOT / "observability/prometheus/prometheus.yml").read_text(encoding="utf-8"))
     asked = {name for job in config["scrape_configs"] for each in job["dns_sd_configs"] for name in each["names"]}
     ours = set(SERVICES["prometheus"]["networks"])
@@ -122,15 +122,15 @@ def test_prometheus_shares_a_network_with_each_service_it_asks() -> None:
     assert all(ours & set(SERVICES[name]["networks"]) for name in asked)
 
 
-def test_each_user_of_the_bus_has_its_quotas() -> None:
-    """What makes the users limits their rates too."""
+def test_kafka_users_have_quotas() -> None:
+    """The job that creates the users sets their quotas too."""
     (script,) = SERVICES["users"]["command"]
     assert "--entity-default" in script
     assert dict(re.findall(r"(\w+_byte_rate)=(\d+)", script)) == {name: str(rate) for name, rate in QUOTAS.items()}
 
 
-def test_every_volume_that_is_used_is_named() -> None:
-    """A volume is one of the named ones or a folder of the project that is there."""
+def test_volumes_are_declared() -> None:
+    """A volume is a declared one or an existing folder of the project."""
     for service in SERVICES.values():
         for source in (volume.split(":")[0] for volume in service.get("volumes", ())):
             assert source in COMPOSE["volumes"] or (ROOT / source).exists(), source

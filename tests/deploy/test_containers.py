@@ -26,7 +26,7 @@ MB: Final = 1_000_000
 PROMETHEUS: Final = "http://127.0.0.1:9090"
 OPEN: Final = {(host, port) for port, _, hosts in targets.SERVERS for host in hosts}
 
-# Programs that install others or give their caller another user's rights.
+# Programs that install packages, or that run with another user's privileges.
 _TOOLS: Final = """
 import importlib.util, json, os, pathlib, shutil
 tools = [name for name in ("apt", "apt-get", "pip", "pip3") if shutil.which(name)]
@@ -36,7 +36,7 @@ setuid = [file for file in files if not os.path.islink(file) and os.stat(file).s
 print(json.dumps([*tools, *modules, *setuid]))
 """
 
-# What a process inside can see: who runs what with which rights, and where something can be written.
+# The view of a process inside: users, capabilities, programs and writable folders.
 _LOOK_AROUND: Final = """
 import json, os, pathlib, re
 seen = {"users": set(), "rights": set(), "programs": set(), "writable": set()}
@@ -72,7 +72,7 @@ def containers(service: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def user() -> Iterator[Client]:
-    """A user of the platform in containers, with three workers and servers for them to find."""
+    """Yield a user of the platform in containers, with three workers and servers to find."""
     assert not containers("api-gateway"), "the containers are in use: docker compose down"
     docker(*compose.COMPOSE[1:], "up", "--build", "--wait", "--scale", "scanner-worker=3")
     try:
@@ -85,7 +85,7 @@ def user() -> Iterator[Client]:
 
 @pytest.mark.usefixtures("user")
 @pytest.mark.parametrize("service", SERVICES)
-def test_an_image_holds_no_tool_of_an_intruder(service: str) -> None:
+def test_images_have_no_installers_and_setuid_programs(service: str) -> None:
     """An image has no pip, no apt and no setuid program."""
     found = docker("run", "--rm", "--entrypoint", "python", f"scanfleet/{service}:dev", "-c", _TOOLS)
     assert json.loads(found) == []
@@ -93,16 +93,16 @@ def test_an_image_holds_no_tool_of_an_intruder(service: str) -> None:
 
 @pytest.mark.usefixtures("user")
 @pytest.mark.parametrize("service", SERVICES)
-def test_an_image_is_small(service: str) -> None:
-    """We add less than 120 MB to Python's own image, and 180 MB where nmap is in it."""
+def test_image_size_is_bounded(service: str) -> None:
+    """The image adds less than 120 MB to Python's image, or 180 MB with nmap."""
     added = inspect(f"scanfleet/{service}:dev")["Size"] - inspect(BASE)["Size"]
     assert added < (180 if service == "scanner-worker" else 120) * MB
 
 
 @pytest.mark.usefixtures("user")
 @pytest.mark.parametrize("service", SERVICES)
-def test_an_image_says_what_it_is(service: str) -> None:
-    """It has its labels, a user who is not root, and an entry and a health check that want no shell."""
+def test_images_have_labels_user_and_health_check(service: str) -> None:
+    """The image has labels, a non-root user, and an entry point and health check without a shell."""
     config = inspect(f"scanfleet/{service}:dev")["Config"]
     ours = {f"org.opencontainers.image.{name}" for name in ("title", "description", "licenses", "version", "revision")}
     assert ours <= config["Labels"].keys()
@@ -114,8 +114,8 @@ def test_an_image_says_what_it_is(service: str) -> None:
 
 @pytest.mark.usefixtures("user")
 @pytest.mark.parametrize("service", SERVICES)
-def test_a_container_is_as_little_as_it_can_be(service: str) -> None:
-    """While it works it is not root, has no right, no shell and nothing to write to but the worker's /tmp."""
+def test_running_containers_have_minimal_privileges(service: str) -> None:
+    """A running container is not root, and has no capability, no shell and no writable folder except the worker's /tmp."""
     seen = json.loads(docker("exec", containers(service)[0], "python", "-c", _LOOK_AROUND))
     assert seen["users"] == [65532]
     assert seen["rights"] == ["0000000000000000"]
@@ -124,16 +124,16 @@ def test_a_container_is_as_little_as_it_can_be(service: str) -> None:
 
 
 @pytest.mark.usefixtures("user")
-def test_what_is_kept_has_a_name() -> None:
-    """Every volume of every container is a named one, so that coming and going leaves nothing behind."""
+def test_container_volumes_are_named() -> None:
+    """Every volume of every container is named, so that recreated containers leave no anonymous volumes."""
     everything = docker(*compose.COMPOSE[1:], "ps", "--all", "--quiet").split()
     mounted = {mount["Name"] for each in everything for mount in inspect(each)["Mounts"] if mount["Type"] == "volume"}
     assert {name for name in mounted if not name.startswith("scanfleet_")} == set()
 
 
 @pytest.mark.usefixtures("user")
-def test_prometheus_asks_every_process_and_understands_every_rule() -> None:
-    """Each container of each service answers Prometheus, and every alert has been evaluated without an error."""
+def test_prometheus_scrapes_all_services_and_evaluates_all_rules() -> None:
+    """Prometheus scrapes each container of each service, and evaluates every alert without an error."""
     docker(*compose.COMPOSE[1:], "up", "--detach", "prometheus")
     with httpx.Client(base_url=PROMETHEUS) as prometheus:
 
@@ -148,7 +148,7 @@ def test_prometheus_asks_every_process_and_understands_every_rule() -> None:
         def is_ready() -> bool:
             try:
                 return prometheus.get("/-/ready").is_success
-            except httpx.TransportError:  # the engine listens for it before it does
+            except httpx.TransportError:  # the engine's port is open before Prometheus listens
                 return False
 
         until(is_ready, 60, "Prometheus to be ready")
@@ -158,15 +158,15 @@ def test_prometheus_asks_every_process_and_understands_every_rule() -> None:
         assert set(rules()) == {"ok"}
 
 
-def test_a_scan_finds_what_is_there(user: Client) -> None:
+def test_scan_finds_every_server(user: Client) -> None:
     """Three workers find every server and nothing else."""
     job_id = user.scan("127.9.8.0/24", ports=",".join(map(str, targets.USUAL)), **CONNECT)
     assert user.finished(job_id)["status"]["status"] == "completed"
     assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == OPEN
 
 
-def test_a_worker_that_is_killed_costs_nothing_but_time(user: Client) -> None:
-    """With a worker killed in the middle every server is found, once, and every probe accounted for."""
+def test_killed_worker_loses_no_result(user: Client) -> None:
+    """With a worker killed in mid-scan every server is found, once, and every probe is accounted for."""
     job_id = user.scan("127.9.8.0/24", ports="2000-2600,6300-6400,8000", discovery="none", max_rate=2000, **CONNECT)
     until(lambda: user.task(job_id)["status"]["progress"] > 0, 60, "the scan to be under way")
     docker("kill", containers("scanner-worker")[-1])
@@ -193,7 +193,7 @@ asyncio.run(send())
 
 
 def types(command: str, folder: Path) -> str:
-    """What an operator's shell prints; the commands find the project's containers, and files are in `folder`."""
+    """Return the output of an operator's command, with the project's containers and files in `folder`."""
     environment = os.environ | {"COMPOSE_FILE": str(ROOT / "docker-compose.yml")}
     done = subprocess.run(
         ["bash", "-c", command], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True
@@ -202,8 +202,8 @@ def types(command: str, folder: Path) -> str:
 
 
 @pytest.mark.usefixtures("user")
-def test_dead_letters_are_looked_after(commands: Mapping[str, list[str]], tmp_path: Path) -> None:
-    """The commands of the page list, show and replay a letter."""
+def test_dead_letter_commands_work(commands: Mapping[str, list[str]], tmp_path: Path) -> None:
+    """The documented commands list, show and replay a dead letter."""
     list_, show, replay, replay_all = commands["Dead letters"]
     docker(*compose.COMPOSE[1:], "run", "--rm", "-T", "--entrypoint", "python", "topics", "-c", _POISON)
     until(lambda: "scan-progress-dlq/0/0" in types(list_, tmp_path), 60, "the letter to be there")
@@ -213,7 +213,7 @@ def test_dead_letters_are_looked_after(commands: Mapping[str, list[str]], tmp_pa
 
 
 def test_audit_log_is_verified_and_exported(user: Client, commands: Mapping[str, list[str]], tmp_path: Path) -> None:
-    """The commands of the page verify the log, export it, and find a head that was kept."""
+    """The documented commands verify and export the audit log, and check an earlier head."""
     verify, export, verify_head = commands["The audit log"]
     user.scan("127.9.8.0/28", ports="8000", **CONNECT)
     until(lambda: " 0 blocks" not in f" {types(verify, tmp_path)}", 60, "the first block to be sealed")
@@ -224,8 +224,8 @@ def test_audit_log_is_verified_and_exported(user: Client, commands: Mapping[str,
     assert "removed or replaced" not in types(verify_head.replace("1250/4f0c1d2e:9b…", head), tmp_path)
 
 
-def test_a_backup_is_restored(user: Client, commands: Mapping[str, list[str]], tmp_path: Path) -> None:
-    """The commands of the page copy the databases and set them back: a job from before reads the same, one since is gone."""
+def test_backup_commands_restore_the_databases(user: Client, commands: Mapping[str, list[str]], tmp_path: Path) -> None:
+    """The documented commands back up and restore the databases: an old job is unchanged, a newer one is gone."""
     job_id = user.scan("127.9.8.0/28", ports="8000", **CONNECT)
     user.finished(job_id)
     before = user.task(job_id), user.results(job_id)

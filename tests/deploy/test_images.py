@@ -1,4 +1,4 @@
-"""What the images are made from."""
+"""Inputs of the images."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def pins(name: str) -> set[str]:
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_an_image_holds_what_was_tested(service: str) -> None:
+def test_image_packages_match_the_tested_versions(service: str) -> None:
     """Every package of a service's lock is in the lock of the tests, in the same version."""
     assert pins(service) - pins("dev") == set()
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_every_service_has_an_image(service: str) -> None:
-    """The Dockerfile says what the service needs beside Python."""
+def test_services_have_an_image(service: str) -> None:
+    """The Dockerfile has a stage with the service's system packages."""
     assert f"FROM python AS for-{service}\n" in (ROOT / "Dockerfile").read_text()
 
 
@@ -35,8 +35,8 @@ def test_only_the_worker_has_python_nmap(service: str) -> None:
 
 
 @pytest.mark.parametrize("file", ["Dockerfile", "local/stack.py"])
-def test_every_service_is_started_behind_the_bounded_front(file: str) -> None:
-    """Wherever uvicorn is started for a deployment, it gets the protocol that limits what a client may send."""
+def test_deployments_use_the_bounded_protocol(file: str) -> None:
+    """Every deployment starts uvicorn with the protocol that limits requests."""
     text = (ROOT / file).read_text()
     assert (
         len(re.findall(r'"--factory"', text))

@@ -1,4 +1,4 @@
-"""The manifests of k8s/, built and judged without a cluster."""
+"""Checks of the manifests in k8s/ without a cluster."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ FOREIGN: Final = {
     "monitoring.coreos.com/v1/PodMonitor",
     "monitoring.coreos.com/v1/PrometheusRule",
 }
-"""Kinds that Kubernetes itself does not know; their operators check them."""
+"""Custom kinds, which their operators validate."""
 
-# As drawn in the architecture, and nothing else.
+# Exactly the connections of the architecture.
 FLOWS: Final = {
     ("api-gateway", "job-orchestrator", 8080),
     ("api-gateway", "result-store", 8080),
@@ -61,19 +61,19 @@ def build(kustomization: Path) -> list[Manifest]:
 
 @pytest.fixture(scope="session", params=[*OVERLAYS, *(f"local+{component}" for component in OPTIONAL)])
 def variant(request: pytest.FixtureRequest) -> str:
-    """An overlay, or the local one with a component more."""
+    """An overlay, or the local overlay with an additional component."""
     name: str = request.param
     return name
 
 
 @pytest.fixture(scope="session")
 def manifests(variant: str, tmp_path_factory: pytest.TempPathFactory) -> list[Manifest]:
-    """What a variant builds."""
+    """Return the objects that a variant builds."""
     overlay, _, component = variant.partition("+")
     if not component:
         return build(K8S / "overlays" / overlay)
     folder = tmp_path_factory.mktemp(component)
-    reach = os.path.relpath(K8S, folder)  # kustomize takes no absolute path
+    reach = os.path.relpath(K8S, folder)  # kustomize requires relative paths
     kustomization = {"resources": [f"{reach}/overlays/{overlay}"], "components": [f"{reach}/components/{component}"]}
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
     return build(folder)
@@ -102,29 +102,29 @@ def name_of(manifest: Manifest) -> str:
     return name
 
 
-def test_what_is_built_is_what_kubernetes_takes(manifests: list[Manifest]) -> None:
-    """Every object fits its schema, without a field too many; what Kubernetes does not know is on the list of such."""
+def test_objects_match_their_schemas(manifests: list[Manifest]) -> None:
+    """Every object matches its schema without unknown fields; custom kinds are listed."""
     for manifest in manifests:
         if f"{manifest['apiVersion']}/{manifest['kind']}" not in FOREIGN:
             kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
 
 
-def test_nothing_is_built_twice(manifests: list[Manifest]) -> None:
-    """No two objects are the same one, and all but the namespace are in it."""
+def test_objects_are_unique(manifests: list[Manifest]) -> None:
+    """Objects are unique, and all except the namespace are in the namespace."""
     ids = [(each["kind"], each["metadata"].get("namespace"), name_of(each)) for each in manifests]
     assert len(ids) == len(set(ids))
     assert {namespace for kind, namespace, _ in ids if kind != "Namespace"} == {"scanfleet"}
 
 
-def test_a_service_is_told_what_it_must_know_and_nothing_else(manifests: list[Manifest], judge: Judge) -> None:
-    """Every service starts with the variables it gets, and every variable is read by some service."""
+def test_service_environment_is_complete_and_minimal(manifests: list[Manifest], judge: Judge) -> None:
+    """Every service starts with its variables, and each variable is read by a service."""
     ours = {name_of(each): environment(each, manifests) for each in workloads(manifests) if name_of(each) in SERVICES}
     assert set(SERVICES) - ours.keys() <= {"topics"}
     assert [wrong for service, variables in ours.items() for wrong in judge(service, variables)] == []
 
 
 def environment(workload: Manifest, manifests: list[Manifest]) -> dict[str, str]:
-    """A secret's value, which need not be here, is taken for a good one."""
+    """Return the environment of a workload, with a valid value for each secret."""
     (container,) = pod(workload)["spec"]["containers"]
     variables: dict[str, str] = {}
     for source in container.get("envFrom", ()):
@@ -135,8 +135,8 @@ def environment(workload: Manifest, manifests: list[Manifest]) -> dict[str, str]
     return variables | {each["name"]: each.get("value", "secret") for each in container.get("env", ())}
 
 
-def test_a_secret_is_a_file(manifests: list[Manifest], reads: Reads) -> None:
-    """No secret is in the environment, and every file that a service is told of is in one of its volumes."""
+def test_secrets_are_files(manifests: list[Manifest], reads: Reads) -> None:
+    """No secret is in the environment, and every file in a setting is in one of the service's volumes."""
     for workload in workloads(manifests):
         for container in containers(workload):
             assert not [each for each in container.get("env", ()) if "secretKeyRef" in each.get("valueFrom", {})]
@@ -159,8 +159,8 @@ def production() -> list[Manifest]:
     return build(K8S / "overlays" / "production")
 
 
-def test_production_survives_a_machine(production: list[Manifest]) -> None:
-    """Three gateways, two of each other service, each on different machines and in different zones as far as there are any."""
+def test_production_is_spread_over_machines(production: list[Manifest]) -> None:
+    """There are three gateways and two of each other service, spread over machines and zones where possible."""
     replicas = {name_of(each): each["spec"]["replicas"] for each in workloads(production)}
     assert replicas == {"api-gateway": 3, "job-orchestrator": 2, "scanner-worker": 2, "result-store": 2}
     for workload in workloads(production):
@@ -174,8 +174,8 @@ def test_production_survives_a_machine(production: list[Manifest]) -> None:
             assert selecting["matchLabelKeys"] == ["app.kubernetes.io/name"]  # of the same service only
 
 
-def test_production_keeps_every_record_three_times(production: list[Manifest]) -> None:
-    """Three nodes hold each topic of the registry three times, and two of them must have it."""
+def test_production_topics_have_three_replicas(production: list[Manifest]) -> None:
+    """Three nodes replicate each topic of the registry three times, with two in-sync replicas required."""
     (nodes,) = of_kind(production, "KafkaNodePool")
     assert nodes["spec"]["replicas"] == 3
     topics = of_kind(production, "KafkaTopic")
@@ -185,8 +185,8 @@ def test_production_keeps_every_record_three_times(production: list[Manifest]) -
         assert topic["spec"]["config"]["min.insync.replicas"] == "2"
 
 
-def test_production_bounds_what_a_user_of_the_bus_can_fill(production: list[Manifest]) -> None:
-    """Each user has quotas, and all topics at their limits fit on each node's disk, with a quarter to spare."""
+def test_production_kafka_disk_usage_is_bounded(production: list[Manifest]) -> None:
+    """Each user has quotas, and all topics at their limits fit on each node's disk with a quarter to spare."""
     assert all(
         name.endswith("ByteRate") for user in of_kind(production, "KafkaUser") for name in user["spec"]["quotas"]
     )
@@ -201,8 +201,8 @@ def test_production_bounds_what_a_user_of_the_bus_can_fill(production: list[Mani
     assert full < 0.75 * int(volume["size"].removesuffix("Gi")) * 2**30
 
 
-def test_production_knows_who_is_there(production: list[Manifest]) -> None:
-    """The only listener asks for a password over TLS, each service has the user of its name, and may reach that listener."""
+def test_production_kafka_requires_authentication(production: list[Manifest]) -> None:
+    """The only listener requires a password over TLS, and each service has its user and may reach that listener."""
     (cluster,) = of_kind(production, "Kafka")
     (listener,) = cluster["spec"]["kafka"]["listeners"]
     assert listener["tls"] is True
@@ -229,8 +229,8 @@ def test_production_knows_who_is_there(production: list[Manifest]) -> None:
         assert selects(inward["podSelector"], labels)
 
 
-def test_a_pod_meets_the_restricted_standard(manifests: list[Manifest], variant: str) -> None:
-    """No container may be root, write to its filesystem, gain a right or have one, but a worker that sends raw packets."""
+def test_pods_meet_the_restricted_standard(manifests: list[Manifest], variant: str) -> None:
+    """No container may run as root, write to its filesystem, or have or gain privileges, except workers with raw packets."""
     for workload in workloads(manifests):
         security = pod(workload)["spec"]["securityContext"]
         assert security["runAsNonRoot"] is True
@@ -246,16 +246,16 @@ def test_a_pod_meets_the_restricted_standard(manifests: list[Manifest], variant:
         assert all("hostPath" not in volume for volume in pod(workload)["spec"].get("volumes", ()))
 
 
-def test_a_namespace_enforces_what_its_pods_meet(manifests: list[Manifest], variant: str) -> None:
-    """The namespace takes restricted pods only, unless its workers send raw packets."""
+def test_namespace_enforces_the_restricted_standard(manifests: list[Manifest], variant: str) -> None:
+    """The namespace accepts only restricted pods, unless its workers send raw packets."""
     (namespace,) = of_kind(manifests, "Namespace")
     verbs = ("audit", "warn") if variant == "local+raw-packets" else ("audit", "enforce", "warn")
     labels = {name: value for name, value in namespace["metadata"]["labels"].items() if name.startswith("pod-security")}
     assert labels == {f"pod-security.kubernetes.io/{verb}": "restricted" for verb in verbs}
 
 
-def test_a_namespace_is_bounded(manifests: list[Manifest]) -> None:
-    """What the workloads may use at their limits, with twice the replicas during an update, is within the quota."""
+def test_namespace_quota_covers_the_workloads(manifests: list[Manifest]) -> None:
+    """The limits of all workloads, with twice the replicas during an update, are within the quota."""
     (quota,) = of_kind(manifests, "ResourceQuota")
     memory = sum(
         2 * workload["spec"].get("replicas", 1) * _mebibytes(container["resources"]["limits"]["memory"])
@@ -270,8 +270,8 @@ def _mebibytes(text: str) -> int:
     return int(text[:-2]) * {"Mi": 1, "Gi": 1024}[text[-2:]]
 
 
-def test_production_opens_no_way_out(production: list[Manifest]) -> None:
-    """Services reach nothing outside the cluster until a site names its issuer, its MongoDB and the networks to scan."""
+def test_production_allows_no_egress_by_default(production: list[Manifest]) -> None:
+    """Services reach nothing outside the cluster until a site configures its issuer, MongoDB and the networks to scan."""
     services = {name_of(each) for each in workloads(production)}
     for policy in of_kind(production, "NetworkPolicy"):
         for rule in policy["spec"].get("egress", ()):
@@ -280,8 +280,8 @@ def test_production_opens_no_way_out(production: list[Manifest]) -> None:
     assert {name_of(each) for each in of_kind(production, "NetworkPolicy")} >= {"issuer", "state"} | services
 
 
-def test_a_pod_can_do_nothing_to_the_cluster(manifests: list[Manifest]) -> None:
-    """Every pod has an account of its own, without a token."""
+def test_pods_have_no_cluster_access(manifests: list[Manifest]) -> None:
+    """Every pod has its own service account, without a token."""
     accounts = {name_of(each): each["automountServiceAccountToken"] for each in of_kind(manifests, "ServiceAccount")}
     for workload in workloads(manifests):
         spec = pod(workload)["spec"]
@@ -289,8 +289,8 @@ def test_a_pod_can_do_nothing_to_the_cluster(manifests: list[Manifest]) -> None:
         assert spec["automountServiceAccountToken"] is accounts[name_of(workload)] is False
 
 
-def test_a_container_says_what_it_uses_and_how_it_is(manifests: list[Manifest]) -> None:
-    """Every container has requests and a limit of memory; one that stays is asked whether it started, lives and is ready."""
+def test_containers_have_resources_and_probes(manifests: list[Manifest]) -> None:
+    """Every container has requests and a memory limit; long-running ones have startup, liveness and readiness probes."""
     for workload in workloads(manifests):
         for container in containers(workload):
             assert container["resources"]["requests"].keys() == {"cpu", "memory"}
@@ -301,7 +301,7 @@ def test_a_container_says_what_it_uses_and_how_it_is(manifests: list[Manifest]) 
 
 
 def test_labels_follow_the_convention(manifests: list[Manifest]) -> None:
-    """Everything says what it is part of, and every pod its name, by which it is selected."""
+    """Every object has the part-of label, and every pod the name label, by which it is selected."""
     assert all(each["metadata"]["labels"]["app.kubernetes.io/part-of"] == "scanfleet" for each in manifests)
     for workload in workloads(manifests):
         labels = pod(workload)["metadata"]["labels"]
@@ -310,26 +310,26 @@ def test_labels_follow_the_convention(manifests: list[Manifest]) -> None:
             assert workload["spec"]["selector"]["matchLabels"].items() <= labels.items()
 
 
-def test_a_service_that_stays_has_a_disruption_budget(manifests: list[Manifest]) -> None:
-    """A drain takes one pod of a service at a time, however many there are."""
+def test_services_have_a_disruption_budget(manifests: list[Manifest]) -> None:
+    """A drain evicts one pod of a service at a time."""
     budgets = {name_of(each): each["spec"]["maxUnavailable"] for each in of_kind(manifests, "PodDisruptionBudget")}
     assert budgets == dict.fromkeys(set(SERVICES) - {"topics"}, 1)
 
 
-def test_names_outlive_a_restart_where_they_must(manifests: list[Manifest]) -> None:
-    """Whoever is a static member of a consumer group is a StatefulSet."""
+def test_static_group_members_are_stateful_sets(manifests: list[Manifest]) -> None:
+    """Static members of consumer groups are StatefulSets."""
     kinds = {name_of(each): each["kind"] for each in workloads(manifests)}
     assert {kinds["job-orchestrator"], kinds["result-store"]} == {"StatefulSet"}
 
 
-def test_nothing_passes_that_no_policy_names(manifests: list[Manifest]) -> None:
-    """One policy holds for every pod, in both ways, and allows nothing."""
+def test_default_policy_denies_everything(manifests: list[Manifest]) -> None:
+    """One policy selects every pod in both directions and allows nothing."""
     nothing = {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     assert nothing in [policy["spec"] for policy in of_kind(manifests, "NetworkPolicy")]
 
 
-def test_exactly_the_flows_of_the_design_are_allowed(manifests: list[Manifest]) -> None:
-    """Between any two pods nothing passes but what both of their policies name, and that is what the architecture draws."""
+def test_policies_allow_exactly_the_flows(manifests: list[Manifest]) -> None:
+    """Between any two pods exactly the connections of the architecture are allowed by the policies of both."""
     pods = {name_of(each): pod(each)["metadata"]["labels"] for each in workloads(manifests)}
     policies = of_kind(manifests, "NetworkPolicy")
     allowed = {
@@ -343,8 +343,8 @@ def test_exactly_the_flows_of_the_design_are_allowed(manifests: list[Manifest]) 
     assert allowed == {flow for flow in FLOWS if set(flow[:2]) <= pods.keys()}
 
 
-def test_whoever_scales_workers_asks_for_the_same() -> None:
-    """The autoscaler, the adapter's rule that the README shows for it, and KEDA go by one metric and one target."""
+def test_autoscalers_use_the_same_metric() -> None:
+    """The autoscaler, the adapter's rule in the README, and KEDA use the same metric and target."""
     (autoscaler,) = yaml.safe_load_all((K8S / "components/hpa/autoscaler.yaml").read_text(encoding="utf-8"))
     (asked,) = (each["external"] for each in autoscaler["spec"]["metrics"])
     scaled, _ = yaml.safe_load_all((K8S / "components/keda/scaled-object.yaml").read_text(encoding="utf-8"))
@@ -359,13 +359,13 @@ def test_whoever_scales_workers_asks_for_the_same() -> None:
 
 
 @pytest.mark.parametrize("file", generate.FILES)
-def test_what_is_made_from_elsewhere_says_the_same(file: str) -> None:
-    """What `python k8s/generate.py` would write is what is committed."""
+def test_generated_manifests_are_up_to_date(file: str) -> None:
+    """The committed files are those that `python k8s/generate.py` writes."""
     assert (K8S / file).read_text(encoding="utf-8") == generate.text(file)
 
 
 def passes(policies: list[Manifest], way: str, ours: Mapping[str, str], other: Mapping[str, str], port: int) -> bool:
-    """Whether a pod's policies let it talk that way to a pod of the same namespace; without a policy they would."""
+    """Return whether a pod's policies allow traffic in this direction; without a policy they do."""
     holding = [
         each["spec"]
         for each in policies

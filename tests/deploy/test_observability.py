@@ -1,4 +1,4 @@
-"""Alerts and dashboards speak of metrics that there are, and every alert has its runbook."""
+"""Alerts and dashboards use existing metrics, and every alert has a runbook."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ RULES: Final[dict[str, Any]] = yaml.safe_load((ROOT / "observability/prometheus/
 ALERTS: Final[dict[str, dict[str, Any]]] = {rule["alert"]: rule for group in RULES["groups"] for rule in group["rules"]}
 DASHBOARDS: Final = sorted((ROOT / "observability/grafana/dashboards").glob("*.json"))
 OF_ONE_DATABASE: Final = ("jobs", "oldest_job_age_seconds", "chunks", "queued_slot_seconds", "outbox_age_seconds")
-"""Gauges that every replica of the orchestrator shows alike."""
+"""Gauges that every replica of the orchestrator exports with the same value."""
 _METRIC: Final = re.compile(r"\b(?:scanfleet|process)_[a-z_]+")
 
 
 @pytest.fixture(scope="session")
 def metrics() -> set[str]:
-    """Every series that some service shows."""
+    """Return every series that a service exports."""
     for service in (path.name.replace("-", "_") for path in (ROOT / "services").iterdir()):
         import_module(f"{service}.main")
     suffixes = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
@@ -43,38 +43,38 @@ def promtool(*arguments: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_prometheus_takes_its_configuration() -> None:
-    """Prometheus' own checker finds no fault in the configuration and the rules."""
+def test_prometheus_configuration_is_valid() -> None:
+    """promtool accepts the configuration and the rules."""
     promtool("check", "config", "prometheus.yml")
 
 
-def test_alerts_fire_when_they_should() -> None:
-    """Each alert, played through by Prometheus' own evaluator, fires in its case and is silent just before."""
+def test_alerts_fire_in_their_cases() -> None:
+    """In promtool's rule tests each alert fires in its case, and not just before."""
     promtool("test", "rules", "rules.test.yml")
 
 
 @pytest.mark.parametrize("alert", ALERTS)
-def test_an_alert_is_about_metrics_that_there_are(alert: str, metrics: set[str]) -> None:
-    """Every series in its expression is one that some service shows."""
+def test_alerts_use_existing_metrics(alert: str, metrics: set[str]) -> None:
+    """Every series in its expression is exported by a service."""
     assert set(_METRIC.findall(ALERTS[alert]["expr"])) <= metrics
 
 
 @pytest.mark.parametrize("alert", ALERTS)
-def test_an_alert_says_what_to_do(alert: str) -> None:
-    """It has a severity, a summary, a runbook of its name and a test of its own."""
+def test_alerts_have_severity_runbook_and_test(alert: str) -> None:
+    """The alert has a severity, a summary, a runbook and a test."""
     assert ALERTS[alert]["labels"]["severity"] in {"warning", "critical"}
     assert ALERTS[alert]["annotations"].keys() == {"summary"}
     assert f"\n## {alert}\n" in (ROOT / "docs/runbooks.md").read_text(encoding="utf-8")
     assert f"alertname: {alert}\n" in (ROOT / "observability/prometheus/rules.test.yml").read_text(encoding="utf-8")
 
 
-def test_a_runbook_belongs_to_an_alert() -> None:
-    """No runbook is left of an alert that is gone."""
+def test_runbooks_belong_to_alerts() -> None:
+    """Every runbook belongs to an alert."""
     assert re.findall(r"^## (\w+)$", (ROOT / "docs/runbooks.md").read_text(encoding="utf-8"), re.MULTILINE) == [*ALERTS]
 
 
-def test_a_number_that_all_replicas_show_is_not_added_up() -> None:
-    """Every alert and every panel takes the max of what is counted in one database."""
+def test_replicated_gauges_are_not_summed() -> None:
+    """Every alert and panel uses the maximum of gauges that all replicas read from one database."""
     panels = [panel for file in DASHBOARDS for panel in json.loads(file.read_text(encoding="utf-8"))["panels"]]
     shown = [target["expr"] for panel in panels for target in panel["targets"]]
     for name in OF_ONE_DATABASE:
@@ -84,7 +84,7 @@ def test_a_number_that_all_replicas_show_is_not_added_up() -> None:
         ] == []
 
 
-def test_names_follow_the_convention(metrics: set[str]) -> None:
+def test_metric_names_follow_the_convention(metrics: set[str]) -> None:
     """Counters end in _total, and times are in seconds."""
     ours = [metric for metric in REGISTRY.collect() if metric.name.startswith("scanfleet_")]
     assert metrics
@@ -99,8 +99,8 @@ def test_names_follow_the_convention(metrics: set[str]) -> None:
 
 
 @pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda path: path.stem)
-def test_a_dashboard_shows_metrics_that_there_are(dashboard: Path, metrics: set[str]) -> None:
-    """Every query of every panel names a series that some service shows."""
+def test_dashboards_use_existing_metrics(dashboard: Path, metrics: set[str]) -> None:
+    """Every query of every panel uses a series that a service exports."""
     panels = json.loads(dashboard.read_text(encoding="utf-8"))["panels"]
     named = [set(_METRIC.findall(target["expr"])) for panel in panels for target in panel["targets"]]
     assert set().union(*named) <= metrics

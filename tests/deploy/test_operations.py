@@ -1,4 +1,4 @@
-"""What operators are told to type."""
+"""Checks of the documented commands of operators."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ PAGES: Final = ("docs/operations.md", "docs/runbooks.md", "docs/security.md", "k
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_names_settings_that_there_are(page: str, known: frozenset[str]) -> None:
-    """Every setting on the page is one that some service reads."""
+def test_pages_name_existing_settings(page: str, known: frozenset[str]) -> None:
+    """Every setting on the page is read by a service."""
     named = set(re.findall(r"\bSCANFLEET_[A-Z0-9_]+", (ROOT / page).read_text(encoding="utf-8")))
     assert named <= known
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_names_files_that_there_are(page: str) -> None:
+def test_pages_name_existing_files(page: str) -> None:
     """Every file and folder of the project on the page exists."""
     text = (ROOT / page).read_text(encoding="utf-8")
     links = [Path(page).parent / link for link in re.findall(r"\]\(([^)#:]+)\)", text)]
@@ -30,8 +30,8 @@ def test_a_page_names_files_that_there_are(page: str) -> None:
     assert missing == []
 
 
-def test_every_command_is_run_by_a_test(commands: Mapping[str, list[str]]) -> None:
-    """Whatever stands in a block of commands is run on real containers, as it stands or by the same words."""
+def test_documented_commands_are_tested(commands: Mapping[str, list[str]]) -> None:
+    """Every documented command is run on real containers by a test."""
     containers = (ROOT / "tests/deploy/test_containers.py").read_text(encoding="utf-8")
     told = {title for title, lines in commands.items() if lines and f'commands["{title}"]' not in containers}
     assert told == {"Deploy"}

@@ -1,4 +1,4 @@
-"""An OpenTelemetry collector that keeps in memory what it is sent."""
+"""An OpenTelemetry collector that keeps received spans in memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Span:
 
 @dataclass
 class Collector:
-    """Listens at `url`, OTLP over HTTP."""
+    """Listens at `url` for OTLP over HTTP."""
 
     url: str
     spans: list[Span] = field(default_factory=list)
@@ -45,7 +45,7 @@ def collecting() -> Iterator[Collector]:
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
-            """Nobody reads it."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     collector = Collector(f"http://127.0.0.1:{server.server_port}")

@@ -1,4 +1,4 @@
-"""One stack of real processes for the whole story, two of every service that may be doubled, and real servers to find."""
+"""One stack of real processes, with two replicas of most services, and real servers to find."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ REPLICAS = {"api-gateway": 2, "job-orchestrator": 2, "scanner-worker": 2, "resul
 
 @pytest.fixture(scope="package")
 def collector() -> Iterator[Collector]:
-    """Gets the stack's traces, those that the caller asks for."""
+    """Receives the stack's sampled traces."""
     with collecting() as collector:
         yield collector
 
 
-# A stack that nobody uses any more would keep a core busy: it ends with the tests of this folder.
+# An idle stack would keep a core busy: it ends with the tests of this folder.
 @pytest.fixture(scope="package")
 def stack(
     kafka: str,
@@ -69,19 +69,19 @@ def admin(stack: Stack) -> Iterator[Client]:
 
 @pytest.fixture(scope="package")
 def servers() -> Iterator[nmap.OpenPorts]:
-    """Listening sockets on some addresses of 127.9.8.0/24; answers which."""
+    """Open listening sockets on some addresses of 127.9.8.0/24; yield their addresses and ports."""
     places = {(f"127.9.8.{host}", port) for host in (1, 7, 70, 130, 200, 254) for port in (8022, 8080)}
     with ExitStack() as stack:
         for place in places:
             listener = stack.enter_context(socket.socket())
             listener.bind(place)
-            listener.listen(1024)  # nobody accepts: the kernel shakes hands for us
+            listener.listen(1024)  # no accept needed: the kernel completes the handshakes
         yield places
 
 
 @pytest.fixture(scope="package")
 def running_nmaps(stack: Stack) -> Callable[[], list[int]]:
-    """The pids of the nmaps that the stack's workers run now."""
+    """Return a function that lists the pids of the stack's running nmap processes."""
 
     def find() -> list[int]:
         workers = {each.pid for each in stack.processes() if each.pid and each.name.startswith("scanner-worker")}

@@ -1,4 +1,4 @@
-"""MongoDB set back to a backup, while Kafka and whoever reads it know of everything since."""
+"""Restore MongoDB from a backup, while Kafka and its consumers have later data."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ pytestmark = pytest.mark.e2e
 PREFIX: Final = "restore-"
 QUICK: Final = {"ports": "8020-8090", "service_detection": False}
 SLOW: Final = QUICK | {"discovery": "none", "max_rate": 600}
-"""A /24 takes two slots a quarter of a minute."""
+"""A /24 with this policy takes two slots for a quarter of a minute."""
 ENDLESS: Final = {"ports": "1-1000", "service_detection": False, "discovery": "none", "max_rate": 100}
 
 
 @pytest.fixture
 def own_stack(kafka: str, tmp_path: Path) -> Iterator[Stack]:
-    """One of every service, on a MongoDB of its own that can be set back."""
+    """One of every service, with a separate MongoDB that can be restored."""
     replicas = dict.fromkeys(("api-gateway", "job-orchestrator", "scanner-worker", "result-store"), 1)
     stack = Stack(tmp_path / "stack", replicas=replicas, kafka_at=kafka, topic_prefix=PREFIX)
     stack.up()
@@ -52,12 +52,12 @@ def listeners() -> Iterator[None]:
 
 
 def seen(caller: Client, job_id: int) -> tuple[Any, ...]:
-    """All that a user can read of a job."""
+    """Return everything that a user can read of a job."""
     return caller.task(job_id), caller.results(job_id), caller.ledger(job_id)
 
 
-async def said(kafka: str) -> dict[tuple[int, int], JobEvent]:
-    """Every job event since the beginning, by partition and offset."""
+async def job_events(kafka: str) -> dict[tuple[int, int], JobEvent]:
+    """Return all job events, by partition and offset."""
     bus = KafkaBus(TopicSettings(kafka=kafka, topic_prefix=PREFIX), source="test", instance="test")
     await bus.start()
     try:
@@ -68,8 +68,8 @@ async def said(kafka: str) -> dict[tuple[int, int], JobEvent]:
 
 
 @pytest.mark.usefixtures("listeners")
-def test_a_restored_platform_tells_no_lies(own_stack: Stack, caller: Client, tmp_path: Path) -> None:
-    """What was finished reads the same, the rest is finished, no cancelled scan comes back, and no number is used twice."""
+def test_restore_keeps_finished_jobs_and_reuses_no_id(own_stack: Stack, caller: Client, tmp_path: Path) -> None:
+    """After a restore finished jobs are unchanged, others finish, cancelled jobs stay cancelled, and no id is reused."""
     finished = caller.scan("127.9.6.0/26", **QUICK)
     caller.finished(finished)
     before = seen(caller, finished)
@@ -84,7 +84,7 @@ def test_a_restored_platform_tells_no_lies(own_stack: Stack, caller: Client, tmp
     assert caller.finished(since)["status"]["status"] == "completed"
     assert caller.finished(running)["status"]["status"] == "completed"
     lost = caller.task(since)["job"], caller.results(since)
-    events = asyncio.run(said(own_stack.kafka))
+    events = asyncio.run(job_events(own_stack.kafka))
 
     own_stack.restore(tmp_path / "backup")
 
@@ -101,7 +101,7 @@ def test_a_restored_platform_tells_no_lies(own_stack: Stack, caller: Client, tmp
     assert min(job[name] - lost[0][name] for name in ("id", "subnet_id", "policy_id")) > 0
     assert places(caller, fresh) == {("127.9.6.1", 8022)}
     assert {each["id"] for each in caller.results(fresh)}.isdisjoint(each["id"] for each in lost[1])
-    everything = asyncio.run(said(own_stack.kafka))
+    everything = asyncio.run(job_events(own_stack.kafka))
     meanings = {(event.event_id, event.model_dump_json()) for event in everything.values()}
     assert len(meanings) == len({event_id for event_id, _ in meanings})
     for job_id, status in ((running, "completed"), (cancelled, "cancelled"), (fresh, "completed")):

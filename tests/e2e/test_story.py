@@ -1,4 +1,4 @@
-"""The main job, on real parts from end to end: register, scan, watch, cancel, read."""
+"""The main use case end to end with real parts: register, scan, watch, cancel, read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.e2e
 SUBNET = "127.9.8.0/24"
 PORTS = "8020-8090"
 SLOW = {"ports": "1-1000", "service_detection": False, "discovery": "none", "max_rate": 100}
-"""A /24 under this policy would take the better part of an hour."""
+"""A /24 with this policy would take almost an hour."""
 
 
 def found(results: list[dict[str, Any]]) -> list[tuple[str, int]]:
@@ -31,7 +31,7 @@ def found(results: list[dict[str, Any]]) -> list[tuple[str, int]]:
 
 
 async def events(stack: Stack, job_id: int) -> list[tuple[str, dict[str, Any]]]:
-    """Type and value of every job event of the job, in the order of the log."""
+    """Return type and value of every event of the job, in log order."""
     consumer = AIOKafkaConsumer(bootstrap_servers=stack.kafka, enable_auto_commit=False)
     await consumer.start()
     try:
@@ -49,7 +49,7 @@ async def events(stack: Stack, job_id: int) -> list[tuple[str, dict[str, Any]]]:
 
 
 @pytest.mark.proves("F22", "G16")
-def test_a_scan_finds_what_nmap_finds_and_accounts_for_every_probe(
+def test_scan_matches_nmap_and_accounts_for_every_probe(
     user: Client,
     servers: OpenPorts,
 ) -> None:
@@ -67,7 +67,7 @@ def test_a_scan_finds_what_nmap_finds_and_accounts_for_every_probe(
 
 
 @pytest.mark.proves("F22", "G7")
-async def test_the_events_of_a_job_tell_its_life_in_order(stack: Stack, user: Client) -> None:
+async def test_job_events_are_in_order(stack: Stack, user: Client) -> None:
     """JobCreated, JobStarted and JobCompleted first appear in that order, under a rising `seq` without gaps."""
     job_id = user.scan("127.9.8.0/26", ports=PORTS, service_detection=False)
     await asyncio.to_thread(user.finished, job_id)
@@ -89,8 +89,8 @@ async def test_the_events_of_a_job_tell_its_life_in_order(stack: Stack, user: Cl
     assert {value["user_id"] for _, value in seen} == {7}
 
 
-def test_a_scan_is_watched_to_its_end(user: Client, stranger: Client) -> None:
-    """One stream tells a scan from its creation to its end, never backwards, and the last it tells is what a GET answers."""
+def test_event_stream_follows_a_scan_to_its_end(user: Client, stranger: Client) -> None:
+    """One stream reports a scan from its creation to its end in order, and its last state equals a GET's."""
     job_id = user.scan(SUBNET, ports=PORTS, service_detection=False, max_rate=3000)
     with pytest.raises(httpx.HTTPStatusError, match="404"):
         next(stranger.watch(job_id))
@@ -103,8 +103,8 @@ def test_a_scan_is_watched_to_its_end(user: Client, stranger: Client) -> None:
     assert list(user.watch(job_id)) == told[-1:]
 
 
-def test_a_gateway_that_leaves_ends_its_streams(stack: Stack, user: Client) -> None:
-    """SIGTERM to a gateway ends its streams as whole answers, and asked again one begins with the state of then."""
+def test_gateway_shutdown_ends_its_streams(stack: Stack, user: Client) -> None:
+    """On SIGTERM a gateway ends its streams properly, and a new stream starts with the current state."""
     job_id = user.scan(SUBNET, **SLOW)
     watching = user.watch(job_id)
     assert next(watching)["job"]["id"] == job_id
@@ -120,11 +120,11 @@ def test_a_gateway_that_leaves_ends_its_streams(stack: Stack, user: Client) -> N
 
 
 @pytest.mark.proves("G8")
-def test_a_cancel_stops_the_packets(
+def test_cancel_stops_nmap(
     user: Client,
     running_nmaps: Callable[[], list[int]],
 ) -> None:
-    """After a cancel no nmap of the job runs on, the job stays cancelled, and its ledger says what was not probed."""
+    """After a cancel no nmap of the job runs, the job stays cancelled, and its ledger lists the unprobed addresses."""
     job_id = user.scan(SUBNET, **SLOW)
     until(lambda: user.status(job_id) == "running" and bool(running_nmaps()), 30, "the scan to run")
     user.cancel(job_id)
@@ -163,8 +163,8 @@ def test_jobs_are_cancelled_by_filter(
 
 
 @pytest.mark.usefixtures("servers")
-def test_a_user_sees_only_what_is_theirs(user: Client, stranger: Client, admin: Client) -> None:
-    """A stranger gets 404 for everything and 403 for results; an administrator reads jobs and results but owns nothing."""
+def test_users_see_only_their_own_objects(user: Client, stranger: Client, admin: Client) -> None:
+    """Another user gets 404 for all objects and 403 for results; an administrator can read jobs and results."""
     subnet_id, policy_id = user.subnet("127.9.8.1/32"), user.policy(ports="8022", service_detection=False)
     (job,) = user.submit([subnet_id], policy_id)
     user.finished(job["id"])
@@ -180,7 +180,7 @@ def test_a_user_sees_only_what_is_theirs(user: Client, stranger: Client, admin: 
     assert found(admin.results(job["id"])) == found(user.results(job["id"])) == [("127.9.8.1", 8022)]
 
 
-def test_two_workers_share_a_job(stack: Stack, user: Client, running_nmaps: Callable[[], list[int]]) -> None:
+def test_job_is_shared_by_two_workers(stack: Stack, user: Client, running_nmaps: Callable[[], list[int]]) -> None:
     """While a job of several chunks runs, both workers scan."""
     job_id = user.scan(SUBNET, **(SLOW | {"max_rate": 2_000}))  # which four nmaps share
 
@@ -194,13 +194,13 @@ def test_two_workers_share_a_job(stack: Stack, user: Client, running_nmaps: Call
 
 
 @pytest.mark.proves("F2", "G3")
-def test_a_worker_killed_in_mid_scan_costs_nothing(
+def test_worker_killed_in_mid_scan_loses_no_result(
     stack: Stack,
     user: Client,
     servers: OpenPorts,
     running_nmaps: Callable[[], list[int]],
 ) -> None:
-    """kill -9 of a worker leaves no nmap behind, and the job completes with the same results, none of them twice."""
+    """After kill -9 of a worker no nmap is left, and the job completes with the same results, without duplicates."""
     job_id = user.scan(SUBNET, ports=PORTS, service_detection=False, max_rate=1500)
     until(lambda: bool(running_nmaps()), 30, "the scan to run")
     stack.kill("scanner-worker-1")
@@ -214,8 +214,8 @@ def test_a_worker_killed_in_mid_scan_costs_nothing(
 
 @pytest.mark.proves("G1", "G3")
 @pytest.mark.parametrize("name", ["job-orchestrator-1", "result-store-1", "api-gateway-1"])
-def test_a_service_killed_in_mid_scan_costs_nothing(stack: Stack, user: Client, servers: OpenPorts, name: str) -> None:
-    """kill -9 of any other service during a scan changes neither its end nor its results."""
+def test_service_killed_in_mid_scan_loses_no_result(stack: Stack, user: Client, servers: OpenPorts, name: str) -> None:
+    """kill -9 of any other service during a scan changes neither its final state nor its results."""
     job_id = user.scan(SUBNET, ports=PORTS, service_detection=False, max_rate=1500)
     until(lambda: user.status(job_id) == "running", 30, "the scan to run")
     stack.kill(name)
@@ -225,8 +225,8 @@ def test_a_service_killed_in_mid_scan_costs_nothing(stack: Stack, user: Client, 
     assert sorted(found(user.results(job_id))) == sorted(servers)
 
 
-def test_pages_and_filters_of_the_task_list(user: Client) -> None:
-    """The list is paged, filtered by status in every spelling, and counts all that match."""
+def test_task_list_is_paged_and_filtered(user: Client) -> None:
+    """The list is paged, filtered by status in every notation, and has the total number of matches."""
     every = user.http.get("/api/v1/task", params={"page_size": 100}).json()
     assert every["total"] == len(every["jobs"])
     final = user.http.get("/api/v1/task?status=completed&status[]=failed&status=cancelled,completed&page_size=1").json()

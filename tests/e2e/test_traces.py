@@ -1,4 +1,4 @@
-"""A scan as its trace shows it."""
+"""Traces of scans."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 QUIET = "a3ce929d0e0e47364bf92f3577b34da6"
 AFTERWARDS = "0af7651916cd43dd8448eb211c80319c"
 CALLER = "00f067aa0ba902b7"
-# Each kind of work, by service and the name of its span.
+# The expected spans, by service and name.
 STORY = {
     ("api-gateway", "POST /api/v1/task"),
     ("job-orchestrator", "SubmitJobs"),
@@ -31,8 +31,8 @@ STORY = {
 }
 
 
-def test_one_trace_shows_one_scan(user: Client, stack: Stack, collector: Collector) -> None:
-    """From the request over Kafka and nmap to the stored results a scan is one tree of spans of all four services."""
+def test_trace_of_a_scan_is_one_tree(user: Client, stack: Stack, collector: Collector) -> None:
+    """A scan is one tree of spans of all four services, from the request over Kafka and nmap to the stored results."""
     body = {
         "subnet_ids": [user.subnet("127.9.8.0/30")],
         "policy_id": user.policy(ports="8022", service_detection=False),
@@ -54,8 +54,8 @@ def test_one_trace_shows_one_scan(user: Client, stack: Stack, collector: Collect
     assert {line["job_id"] for line in lines if line["service"] == "scanner-worker"} == {job["id"]}
 
 
-def test_what_is_not_sampled_is_not_recorded(user: Client, collector: Collector) -> None:
-    """A scan whose caller says that its trace is not sampled, or says nothing, leaves no span anywhere."""
+def test_unsampled_scan_creates_no_spans(user: Client, collector: Collector) -> None:
+    """A scan with an unsampled trace, or without a traceparent, creates no spans."""
     body = {
         "subnet_ids": [user.subnet("127.9.8.0/30")],
         "policy_id": user.policy(ports="8022", service_detection=False),

@@ -1,4 +1,4 @@
-"""One platform for all faults: what one does to it must not show to the next."""
+"""One platform shared by all fault tests; a fault must leave no effects for the next test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.faults.kit import Caller, Platform
 
 
 class Shared:
-    """Lends one platform to all tests until one of them fails: nobody knows what that leaves, and the next gets a new one."""
+    """Provides one platform to all tests; after a failed test, whose effects are unknown, the next test gets a new one."""
 
     def __init__(self, session: pytest.Session, folders: pytest.TempPathFactory) -> None:
         self._session = session
@@ -58,7 +58,7 @@ def invariants(shared: Shared) -> Invariants:
 
 @pytest.fixture
 def user(platform: Platform) -> Iterator[Caller]:
-    """Somebody new, on the first gateway."""
+    """A new user of the first gateway."""
     found = platform.caller()
     yield found
     found.close()

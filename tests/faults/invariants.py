@@ -1,4 +1,4 @@
-"""What holds on a platform after whatever was done to it: one checker, the same for every fault.
+"""Invariants of the platform: one checker, the same after every fault.
 
 It sees what users see, the public API and the topics from their beginning, and the documents in MongoDB.
 """
@@ -19,12 +19,12 @@ from scanfleet.messages.topics import SCAN_EVENTS, SCAN_RESULTS
 from scanfleet.outcomes import Outcome, index_of
 from tests.faults.kit import Document, Platform
 
-PATIENCE: Final = 180.0  # seconds for every job to end, on a machine that does much else
+PATIENCE: Final = 180.0  # timeout in seconds for every job to end, on a loaded machine
 PROBED: Final = ("answered", "silent", "down", "timed_out", "excluded")
 
 
 class Invariants:
-    """Checks a platform again and again, and remembers what was final."""
+    """Checks a platform repeatedly, and remembers final states."""
 
     def __init__(self, platform: Platform) -> None:
         self._platform = platform
@@ -32,10 +32,10 @@ class Invariants:
         self._results: dict[int, list[Any]] = {}
 
     def check(self) -> None:
-        """Wait until all jobs have ended, and find every promise kept.
+        """Wait until all jobs have ended, and check every guarantee.
 
         Raises:
-            AssertionError: one is not.
+            AssertionError: a guarantee is violated.
             TimeoutError: a job does not end.
         """
         platform = self._platform
@@ -55,21 +55,21 @@ class Invariants:
         self._final = jobs
 
     def _accepted_are_there(self, jobs: dict[int, Document]) -> None:
-        """What got its 201, and what an accepted command names, is a job, and no two jobs have one command's place."""
+        """Check that every acknowledged and every accepted job exists, and that no two jobs belong to one subnet of a command."""
         assert self._platform.acknowledged <= jobs.keys()
         accepted = [job["_id"] for command in self._platform.commands(state="accepted") for job in command["jobs"]]
         assert sorted(accepted) == sorted(jobs)
         assert {job["status"] for job in jobs.values()} <= FINAL
 
     def _final_stays(self, jobs: dict[int, Document]) -> None:
-        """What was final once is the same today, to the letter."""
+        """Check that final states and results have not changed."""
         for id_, before in self._final.items():
             assert jobs[id_] == before
         for id_, results in self._results.items():
             assert self._stored(id_) == results
 
     def _stored(self, job_id: int) -> list[Any]:
-        """Every result in the database; hosts that came after their chunk was closed are none."""
+        """Return every result in the database; hosts received after their chunk was closed are not results."""
         platform = self._platform
         closed = {chunk["_id"]: chunk for chunk in platform.closed(job_id=job_id)}
         shown = []
@@ -83,13 +83,13 @@ class Invariants:
         return shown
 
     def _events(self, jobs: dict[int, Document]) -> None:
-        """Life-cycle events first appear in `seq` order without a gap, along the published graph; a duplicate is equal."""
+        """Check that life-cycle events first appear in `seq` order without gaps, along the published graph; duplicates are equal."""
         seen: dict[int, dict[int, tuple[str, JobEvent]]] = defaultdict(dict)
-        for said in self._platform.said(SCAN_EVENTS, JobEvent):
-            event = said.message
+        for published in self._platform.messages(SCAN_EVENTS, JobEvent):
+            event = published.message
             assert isinstance(event, JobEvent)
-            known = seen[event.job.id].setdefault(event.seq, (said.headers["ce_id"], event))
-            assert known == (said.headers["ce_id"], event.model_copy(update={"traceparent": known[1].traceparent}))
+            known = seen[event.job.id].setdefault(event.seq, (published.headers["ce_id"], event))
+            assert known == (published.headers["ce_id"], event.model_copy(update={"traceparent": known[1].traceparent}))
         for id_, job in jobs.items():
             events = [event for _, event in seen[id_].values()]  # in the order of their first appearance
             lives = [event for event in events if not isinstance(event, JobProgressed)]
@@ -108,18 +108,18 @@ class Invariants:
             assert {event.user_id for event in events} == {job["user_id"]}, id_
 
     def _first_hosts(self) -> dict[int, dict[tuple[str, str], HostScanned]]:
-        """By job, the first word in the log about each address of each chunk that the orchestrator's signature covers."""
+        """Return, by job, the first message in the log about each address of each chunk with a valid signature."""
         grants = Grants(read_public_keys(self._platform.stack.folder / "chunk" / "public.pem"))
         found: dict[int, dict[tuple[str, str], HostScanned]] = defaultdict(dict)
-        for said in self._platform.said(SCAN_RESULTS, HostScanned):
-            host = said.message
+        for published in self._platform.messages(SCAN_RESULTS, HostScanned):
+            host = published.message
             assert isinstance(host, HostScanned)
             if not grants.fault(host):
                 found[host.job_id].setdefault((host.chunk_id, host.address), host)
         return found
 
     def _one(self, job: Document, first: dict[tuple[str, str], HostScanned]) -> None:
-        """The API agrees with the documents, the ledger adds up, and no result is there twice."""
+        """Check that the API agrees with the documents, the ledger adds up, and no result is duplicated."""
         platform, id_ = self._platform, job["_id"]
         user = platform.caller(job["user_id"])
         try:

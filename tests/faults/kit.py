@@ -1,7 +1,7 @@
-"""A platform of real processes, two of every service, to be treated badly.
+"""A platform of real processes, two of every service, for fault injection.
 
-Kafka and mongod are its own, and each service reaches them over lines of its own. The invariants of `invariants.py` hold
-on it after every fault, whatever was done before.
+It has its own Kafka and mongod, and each service reaches them through its own proxies. The invariants of `invariants.py`
+hold after every fault.
 """
 
 from __future__ import annotations
@@ -43,30 +43,30 @@ from scanfleet.messages.topics import SCAN_EVENTS, TOPICS, Topic
 from scanfleet.testing.tokens import Issuer
 from tests.faults.lines import Line, Lines
 
-LEASE: Final = 5  # seconds: more than a busy machine ever holds up a heartbeat, and not long to wait for
+LEASE: Final = 5  # seconds: longer than a busy machine delays a heartbeat, and short to wait for
 SLOTS: Final = 3
 REPLICAS: Final = dict.fromkeys(SERVICES, 2)
 WITH_MONGODB: Final = ("job-orchestrator", "result-store")
 OFF: Final = 7_200  # seconds by which some clocks are wrong
-LIMIT: Final = 90.0  # seconds for what takes a few, on a machine that does much else
+LIMIT: Final = 90.0  # timeout in seconds for steps that usually take a few, on a loaded machine
 
 PORTS: Final = "8020-8039"
 TINY: Final[Mapping[str, Any]] = {"ports": PORTS, "service_detection": False}
-"""A handful of addresses under this policy are done at once."""
+"""A few addresses with this policy are finished immediately."""
 STEADY: Final[Mapping[str, Any]] = {**TINY, "max_rate": 550}
-"""A /25 under this policy is one chunk, five seconds long, whose hosts come in two groups."""
+"""A /25 with this policy is one chunk of five seconds whose hosts are reported in two groups."""
 ENDLESS: Final[Mapping[str, Any]] = {"ports": "1-1000", "service_detection": False, "max_rate": 50}
-"""A /24 under this policy would take the better part of two hours."""
+"""A /24 with this policy would take almost two hours."""
 
 FULL: Final = ("mount", "-t", "tmpfs", "-o", "size=4k,nr_inodes=2", "tmpfs")
-"""A folder in which one thing can be made."""
+"""A folder in which a single entry can be created."""
 
 Document = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """A message, and where it stands in its topic."""
+class Published:
+    """A message and its position in its topic."""
 
     message: Message
     record: RawRecord
@@ -77,7 +77,7 @@ class Said:
 
 
 class Caller(Client):
-    """A user of the platform, who remembers what was acknowledged."""
+    """A user of the platform that records acknowledged jobs."""
 
     def __init__(self, url: str, token: str, acknowledged: set[int]) -> None:
         super().__init__(url, token)
@@ -94,8 +94,8 @@ class Keys:
 
     Attributes:
         issuer: signs; may be replaced.
-        away: whether the endpoint answers 500.
-        asked: how often it was asked.
+        away: whether the endpoint is unavailable and answers 500.
+        asked: number of requests to it.
     """
 
     def __init__(self) -> None:
@@ -114,7 +114,7 @@ class Keys:
                 self.wfile.write(body)
 
             def log_message(self, *arguments: Any) -> None:
-                """Say nothing."""
+                """Log nothing."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/"
@@ -126,7 +126,7 @@ class Keys:
 
 
 def shifted(seconds: int) -> dict[str, str | None]:
-    """Settings of a process whose clock is off by so much; its monotonic clock is as it should be."""
+    """Return the settings of a process whose clock is wrong by `seconds`; its monotonic clock is correct."""
     (library,) = Path("/usr/lib").glob("*/faketime/libfaketime.so.1")
     return {
         "LD_PRELOAD": str(library),
@@ -137,16 +137,16 @@ def shifted(seconds: int) -> dict[str, str | None]:
 
 
 class Platform:
-    """Everything that a story about a fault needs.
+    """The platform, with methods to inject faults and to observe it.
 
-    The first worker's clock is two hours fast and the second gateway's two hours slow, all along: no test may notice.
+    The clock of the first worker is two hours fast and that of the second gateway two hours slow, without effect on any test.
 
     Attributes:
         stack: the eight services.
-        net: the start of all addresses that are scanned here, and nowhere else on this machine: `127.n`.
-        acknowledged: the ids of all jobs that a caller got a 201 for.
-        forgotten: jobs whose events were in a log that has been lost.
-        keys: whose tokens are believed.
+        net: prefix of all addresses that are scanned by these tests, and by no other process on this machine: `127.n`.
+        acknowledged: the ids of all jobs for which a caller got a 201.
+        forgotten: jobs whose events were in a log that was lost.
+        keys: the accepted issuer of tokens.
         temporary: the second worker's temporary folder.
     """
 
@@ -159,7 +159,7 @@ class Platform:
         self._to_mongod = {name: self._lines.open("127.0.0.1", self._numbers["mongod"]) for name in WITH_MONGODB}
         self._users = iter(range(100, 1_000_000))
         self.kafka = f"127.0.0.1:{self._numbers['kafka']}"
-        self.net = f"127.{random.randint(64, 127)}"  # noqa: S311 # others may test on this machine too
+        self.net = f"127.{random.randint(64, 127)}"  # noqa: S311 # other tests may run on this machine
         self.acknowledged: set[int] = set()
         self.forgotten: set[int] = set()
         self.keys = Keys()
@@ -195,13 +195,13 @@ class Platform:
         self.stack.up()
 
     def down(self) -> None:
-        self.mongodb.close()  # while it can say goodbye: else it looks for the server for half a minute
+        self.mongodb.close()  # while the server runs: otherwise the client searches for it for half a minute
         self.stack.down()
         self._supervisor.shut_down()
         self._close()
 
     def discard(self) -> None:
-        """Kill all of it, whatever state it is in."""
+        """Kill all processes, whatever their state."""
         self.mongodb.close()
         Supervisor(self.stack.folder).kill()
         self._supervisor.kill()
@@ -211,51 +211,51 @@ class Platform:
         self._lines.close()
         self.keys.close()
 
-    # Who uses it
+    # Users
 
     def caller(self, user: int | None = None, gateway: str = "api-gateway-1", *, token: str | None = None) -> Caller:
-        """A user whom nobody knows yet, or the one named."""
+        """Return a client of a new user, or of the given one."""
         token = token or self.token(user or next(self._users))
         return Caller(f"http://{self.stack.address(gateway)}", token, self.acknowledged)
 
     def token(self, user: int, **changed: Any) -> str:
-        """A token that is good by either clock."""
+        """Return a token that is valid by both clocks."""
         now = int(time.time())
         return self.keys.issuer.token(user, **({"iat": now - OFF - 60, "exp": now + OFF} | changed))
 
     def network(self, bits: int) -> str:
-        """Addresses of ours to scan; tests may share them."""
+        """Return a network to scan; tests may share it."""
         return f"{self.net}.8.0/{bits}"
 
     @contextmanager
     def servers(self, hosts: Collection[int] = (1, 7, 70, 100), port: int = 8022) -> Iterator[nmap.OpenPorts]:
-        """Listening sockets in `network`; answers which."""
+        """Open listening sockets in `network`; yield their addresses and ports."""
         places = {(f"{self.net}.8.{host}", port) for host in hosts}
         with ExitStack() as stack:
             for place in places:
                 listener = stack.enter_context(socket.socket())
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listener.bind(place)
-                listener.listen(1024)  # nobody accepts: the kernel shakes hands for us
+                listener.listen(1024)  # no accept needed: the kernel completes the handshakes
             yield places
 
-    # What can be done to it
+    # Faults
 
     def line(self, service: str, to: str) -> Line:
-        """Between every process of `service` and `kafka` or `mongod`."""
+        """Return the proxy between every process of `service` and `kafka` or `mongod`."""
         return (self._to_kafka if to == "kafka" else self._to_mongod)[service]
 
     def lines(self, to: str) -> list[Line]:
-        """All of them."""
+        """Return the proxies of all services."""
         return list((self._to_kafka if to == "kafka" else self._to_mongod).values())
 
     def pid(self, name: str) -> int:
-        """Of a service's process or of a server, once it runs."""
+        """Return the pid of a service's process or of a server once it runs."""
         until(lambda: self.running(name) != 0, LIMIT, f"{name} to run")
         return self.running(name)
 
     def running(self, name: str) -> int:
-        """The pid of a process, 0 while there is none."""
+        """Return the pid of a process; 0 if it does not run."""
         processes = [*self._supervisor.processes(), *self.stack.processes()]
         return next(process.pid for process in processes if process.name == name)
 
@@ -263,7 +263,7 @@ class Platform:
         return self.stack.names(service)
 
     def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
-        """Send a signal; who ends by it is started again by a supervisor."""
+        """Send a signal; a supervisor restarts a process that ends."""
         os.kill(self.pid(name), number)
 
     def stop_server(self, name: str) -> None:
@@ -274,12 +274,12 @@ class Platform:
         self.wait_for_servers()
 
     def wait_for_servers(self) -> None:
-        """Return when Kafka and mongod answer."""
+        """Wait until Kafka and mongod answer."""
         mongod.make_ready(f"127.0.0.1:{self._numbers['mongod']}")
         kafka.wait_until_up(self.kafka)
 
     def lose_the_log(self) -> None:
-        """Bring the broker back without anything that it ever held; somebody makes its topics again."""
+        """Restart the broker without its data; its topics are created again."""
         self.stop_server("kafka")
         self.forgotten |= {job["_id"] for job in self.jobs()}
         shutil.rmtree(self._folder / "servers" / "kafka" / "data")
@@ -289,7 +289,7 @@ class Platform:
 
     @contextmanager
     def no_disk(self, *, full: bool) -> Iterator[None]:
-        """The second worker's temporary folder is full, or not there at all, for the length of the block."""
+        """Fill or remove the second worker's temporary folder for the duration of the block."""
         if full and subprocess.run([*FULL, self.temporary], capture_output=True, check=False).returncode == 0:
             try:
                 (self.temporary / "last").mkdir()
@@ -297,7 +297,7 @@ class Platform:
             finally:
                 subprocess.run(["umount", self.temporary], check=True)
             return
-        self.temporary.rename(self.temporary.with_name("away"))  # who may not mount has only this
+        self.temporary.rename(self.temporary.with_name("away"))  # the only way without the right to mount
         try:
             yield
         finally:
@@ -305,12 +305,12 @@ class Platform:
 
     @staticmethod
     def wait(seconds: float) -> None:
-        """Let a fault last; nothing else may wait for time."""
+        """Let a fault last; no other code may wait for time."""
         time.sleep(seconds)
 
     @contextmanager
     def failing(self, **data: Any) -> Iterator[None]:
-        """The failCommand of mongod, for the length of the block."""
+        """Activate mongod's failCommand for the duration of the block."""
         mode = data.pop("mode", "alwaysOn")
         self.mongodb.admin.command({"configureFailPoint": "failCommand", "mode": mode, "data": data})
         try:
@@ -318,7 +318,7 @@ class Platform:
         finally:
             self.mongodb.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
 
-    # What can be seen of it
+    # Observation
 
     def jobs(self, **query: Any) -> list[Document]:
         return list(self.mongodb["scanfleet_job_orchestrator"]["jobs"].find(query))
@@ -337,14 +337,14 @@ class Platform:
         return list(self.mongodb["scanfleet_result_store"]["chunks"].find(query))
 
     def holder(self, chunk: Document) -> str:
-        """The name of the process that a running chunk is with."""
+        """Return the name of the process that holds a running chunk."""
         return str(chunk["worker_id"]).rpartition("-")[0]
 
     def nmaps(self) -> dict[int, str]:
-        """The command lines of all nmaps on this machine that scan addresses of ours, by pid."""
+        """Return the command lines of all nmap processes that scan addresses of this platform, by pid."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # it has just ended
+            with suppress(OSError):  # the process has just ended
                 if (folder / "comm").read_text().strip() == "nmap":
                     line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                     if f" {self.net}." in line:
@@ -352,7 +352,7 @@ class Platform:
         return found
 
     def exits(self, name: str) -> list[int]:
-        """The exit codes of a process of the stack that has ended, in order."""
+        """Return the exit codes of a process of the stack, in order."""
         log = (self.stack.folder / "logs" / "supervisord.log").read_text()
         return [int(code) for code in re.findall(rf"exited: {name} \(exit status (\d+);", log)]
 
@@ -360,7 +360,7 @@ class Platform:
         return nmap.running_under([self.running(name)])
 
     def metric(self, service: str, name: str) -> float:
-        """The sum of a metric's series over the processes of a service."""
+        """Return the sum of a metric's series over the processes of a service."""
         total = 0.0
         for process in self.names(service):
             text = httpx.get(f"http://{self.stack.address(process)}/metrics", timeout=LIMIT).text
@@ -368,25 +368,25 @@ class Platform:
         return total
 
     def ready(self, name: str) -> bool:
-        """What /readyz says; no answer means no."""
+        """Return whether /readyz succeeds; False without an answer."""
         try:
             return httpx.get(f"http://{self.stack.address(name)}/readyz", timeout=LIMIT).is_success
         except httpx.HTTPError:
             return False
 
     def records(self, topic: Topic, *, letters: bool = False) -> list[RawRecord]:
-        """All that stands in a topic, or in its dead-letter topic, partition by partition."""
+        """Return all records of a topic, or of its dead-letter topic, partition by partition."""
         name = topic.dead_letter if letters else topic.name
         return asyncio.run(_read(self.kafka, name, 1 if letters else topic.partitions))
 
-    def said(self, topic: Topic, *kinds: type[Message]) -> list[Said]:
-        """The messages of a topic, without what is none."""
+    def messages(self, topic: Topic, *kinds: type[Message]) -> list[Published]:
+        """Return the valid messages of a topic."""
         found = []
         for record in self.records(topic):
             with suppress(MessageError):
                 message = decode(topic, record)
                 if isinstance(message, kinds or Message):
-                    found.append(Said(message, record))
+                    found.append(Published(message, record))
         return found
 
     def send(self, records: Sequence[tuple[str, int | None, bytes | None, bytes | None, Any]]) -> None:
@@ -394,14 +394,14 @@ class Platform:
         asyncio.run(_write(self.kafka, records))
 
     def behind(self, group: str, topic: Topic) -> int:
-        """How many records of the topic the group has not committed."""
+        """Return the number of records of the topic that the group has not committed."""
         return asyncio.run(_behind(self.kafka, group, topic))
 
     def until_read(self) -> None:
-        """Return when the services have committed all that stands in the topics."""
+        """Wait until the services have committed all records of the topics."""
         for topic in TOPICS:
             for service in topic.consumers:
-                # What it has said itself the orchestrator reads after a restore alone.
+                # The orchestrator reads its own topics only after a restore.
                 if service in WITH_MONGODB and topic is not SCAN_EVENTS:
                     group = service if service == "result-store" else f"{service}-{topic.name}"
                     until(lambda g=group, t=topic: self.behind(g, t) == 0, LIMIT, f"{group} to have read all", 0.2)  # type: ignore[misc] # mypy infers no type for a lambda with a default
@@ -411,7 +411,7 @@ class Platform:
         found = {}
         for process in self.stack.processes():
             folder = Path(f"/proc/{process.pid}")
-            with suppress(OSError, AttributeError):  # it is just being started again
+            with suppress(OSError, AttributeError):  # the process is being restarted
                 resident = re.search(r"VmRSS:\s+(\d+)", (folder / "status").read_text())
                 found[process.name] = int(resident[1]), len(list((folder / "fd").iterdir()))  # type: ignore[index] # suppressed
         return found
@@ -432,7 +432,7 @@ class Platform:
     def _kafka_command(self) -> list[str]:
         folder = self._folder / "servers" / "kafka"
         command = kafka.command(folder, self._numbers["kafka"], self._numbers["controller"])
-        # Each service knows the broker by the address of its line; what stands last in the file counts.
+        # Each service connects to the broker by the address of its proxy; the last value in the file wins.
         names = {service: service.replace("-", "").upper() for service in SERVICES}
         plain = f"PLAINTEXT://127.0.0.1:{self._numbers['kafka']}"
         own = [f"{names[service]}://127.0.0.1:{self._numbers[service]}" for service in SERVICES]
@@ -448,7 +448,7 @@ class Platform:
 
     def _mongod_command(self) -> list[str]:
         command = mongod.command(self._folder / "servers" / "mongod", self._numbers["mongod"])
-        return [*command, "--setParameter", "enableTestCommands=1"]  # which failCommand is
+        return [*command, "--setParameter", "enableTestCommands=1"]  # required by failCommand
 
 
 async def _read(bootstrap: str, name: str, partitions: int) -> list[RawRecord]:
@@ -486,7 +486,7 @@ async def _write(
     producer = AIOKafkaProducer(
         bootstrap_servers=bootstrap,
         max_request_size=1 << 24,
-        compression_type="gzip",  # the broker's limit is on what it stores
+        compression_type="gzip",  # the broker's limit applies to the compressed size
     )
     await producer.start()
     try:
@@ -515,7 +515,7 @@ async def _behind(bootstrap: str, group: str, topic: Topic) -> int:
 
 
 def caught(condition: Callable[[], Document | None], limit: float, what: str) -> Document:
-    """What `condition` answers, once it answers something."""
+    """Return what `condition` returns as soon as it is not None."""
     found: list[Document] = []
 
     def look() -> bool:

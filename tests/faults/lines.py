@@ -1,4 +1,4 @@
-"""The lines between the parts: TCP proxies on a loop of their own, so that a test may block while they work."""
+"""TCP proxies between services and servers, on a separate event loop, so that a test may block while they work."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, Final
 
 from scanfleet.testing.proxy import Proxy
 
-LIMIT: Final = 10.0  # seconds for a proxy to do as it is told
+LIMIT: Final = 10.0  # timeout in seconds for a command to a proxy
 
 
 class Line:
-    """One way from a service to what it depends on, to be spoiled and mended."""
+    """A proxy from a service to a dependency, in which faults can be injected."""
 
     def __init__(self, lines: Lines, host: str, port: int) -> None:
         self._lines = lines
@@ -27,24 +27,24 @@ class Line:
         self._lines.run(self._proxy.refuse())
 
     def swallow(self) -> None:
-        """Take everything and answer nothing."""
+        """Accept all data and answer nothing."""
         self._lines.call(self._proxy.swallow)
 
     def delay(self, seconds: float) -> None:
-        """Be so slow either way."""
+        """Delay data in both directions."""
         self._lines.call(self._proxy.delay, seconds)
 
     def cut(self) -> None:
-        """Break the connections there are."""
+        """Close the existing connections."""
         self._lines.run(self._proxy.cut())
 
     def heal(self) -> None:
-        """Be a good line again."""
+        """Remove all faults."""
         self._lines.run(self._proxy.heal())
 
 
 class Lines:
-    """Where lines live."""
+    """Runs the proxies."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()

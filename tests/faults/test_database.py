@@ -1,4 +1,4 @@
-"""A database that dies, is away, cuts connections, hands over, or is slow."""
+"""Faults of the database: kills, outages, cut connections, elections and slow responses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.e2e
 
 @contextmanager
 def load(platform: Platform, user: Caller, least: int = 3) -> Iterator[list[int]]:
-    """Small jobs, one after the other, until the end of the block and at least so many; answers the acknowledged ones."""
+    """Submit small jobs one after the other until the end of the block, at least `least`; yield the acknowledged ones."""
     subnet, policy = user.subnet(platform.network(28)), user.policy(**TINY)
     jobs: list[int] = []
     enough = Event()
@@ -43,7 +43,7 @@ def load(platform: Platform, user: Caller, least: int = 3) -> Iterator[list[int]
 
 
 @pytest.mark.proves("F6", "G1")
-def test_a_mongod_killed_under_load(platform: Platform, user: Caller, invariants: Invariants) -> None:
+def test_mongod_killed_under_load_loses_nothing(platform: Platform, user: Caller, invariants: Invariants) -> None:
     """kill -9 of mongod loses nothing that was acknowledged."""
     with load(platform, user) as jobs:
         for _ in range(2):
@@ -59,8 +59,8 @@ def test_a_mongod_killed_under_load(platform: Platform, user: Caller, invariants
 
 
 @pytest.mark.proves("F6", "G1", "G16")
-def test_a_mongod_that_is_away_while_results_flow(platform: Platform, user: Caller, invariants: Invariants) -> None:
-    """Away for twenty seconds in mid-scan: the services say so, no worker is blamed, and the scan completes in full."""
+def test_mongod_outage_in_mid_scan_loses_nothing(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """During an outage of twenty seconds in mid-scan the services are unready, no lease expires, and the scan completes."""
     with platform.servers() as servers:
         job_id = user.scan(platform.network(23), **STEADY)
         until(lambda: bool(platform.hosts(job_id=job_id)), LIMIT, "hosts to be stored")
@@ -81,8 +81,8 @@ def test_a_mongod_that_is_away_while_results_flow(platform: Platform, user: Call
 
 
 @pytest.mark.proves("F7", "G3", "G6")
-def test_writes_whose_connection_is_cut(platform: Platform, user: Caller, invariants: Invariants) -> None:
-    """Writes that find their connection closed, before they were done or after, are applied once."""
+def test_writes_with_cut_connections_are_applied_once(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """Writes whose connection is closed before or after they are applied are applied once."""
     writes = ["insert", "update", "findAndModify"]
     with load(platform, user, 6) as jobs:
         with platform.failing(failCommands=writes, closeConnection=True, mode={"activationProbability": 0.3}):
@@ -91,7 +91,7 @@ def test_writes_whose_connection_is_cut(platform: Platform, user: Caller, invari
         for _ in range(5):
             before = len(jobs)
             for line in platform.lines("mongod"):
-                line.cut()  # whatever is on its way: commands, and answers to what was done
+                line.cut()  # commands and responses in flight are lost
             until(lambda before=before: len(jobs) > before, LIMIT, "jobs to be accepted again")  # type: ignore[misc] # mypy infers no type for a lambda with a default
     for job_id in jobs:
         assert user.finished(job_id)["status"]["status"] == "completed"
@@ -99,8 +99,8 @@ def test_writes_whose_connection_is_cut(platform: Platform, user: Caller, invari
 
 
 @pytest.mark.proves("F7", "G1", "G3")
-def test_a_primary_that_steps_down(platform: Platform, user: Caller, invariants: Invariants) -> None:
-    """A primary that hands over under load, for seconds without a successor, costs nothing but time."""
+def test_primary_stepdown_loses_nothing(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """A primary that steps down under load, for seconds without a successor, causes only a delay."""
     with load(platform, user) as jobs:
         before = len(jobs)
         with suppress(AutoReconnect):  # it may close the connection that asked for it
@@ -113,8 +113,8 @@ def test_a_primary_that_steps_down(platform: Platform, user: Caller, invariants:
 
 
 @pytest.mark.proves("F16", "G11")
-def test_a_slow_database(platform: Platform, user: Caller, invariants: Invariants) -> None:
-    """With every answer of MongoDB half a second late scans complete, reads are answered, and no worker is blamed."""
+def test_slow_database_expires_no_lease(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """With every response of MongoDB half a second late, scans complete, reads are answered, and no lease expires."""
     expired = platform.metric("job-orchestrator", "scanfleet_leases_expired_total")
     try:
         for line in platform.lines("mongod"):

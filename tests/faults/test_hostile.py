@@ -1,4 +1,4 @@
-"""Messages that nobody of ours sent, and servers that answer with poison."""
+"""Forged messages, and servers with hostile banners."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.e2e
 
 
 def forge(platform: Platform, topic: Topic, *messages: Message, key: bytes | None = None) -> None:
-    """Send what looks exactly like ours."""
+    """Send messages that look exactly like genuine ones."""
     made = [encode(topic, message, source="forger") for message in messages]
     platform.send([(topic.name, None, key or each.key, each.value, each.headers) for each in made])
 
@@ -61,8 +61,8 @@ def running(platform: Platform, job_id: int) -> Document:
 
 
 @pytest.mark.proves("A13", "G13")
-def test_forged_commands(platform: Platform, user: Caller, invariants: Invariants) -> None:
-    """Commands in the name of somebody who owns none of what they name are refused, and nothing comes of them."""
+def test_forged_commands_are_rejected(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """Commands that refer to objects of another user are rejected without effect."""
     subnet, policy = user.subnet(platform.network(24)), user.policy(**ENDLESS)
     (job,) = user.submit([subnet], policy)
     running(platform, job["id"])
@@ -70,20 +70,20 @@ def test_forged_commands(platform: Platform, user: Caller, invariants: Invariant
     submit = SubmitJobs(command_id=uuid4().hex, user_id=1, policy_id=policy, subnet_ids=(subnet,))
     forge(platform, SCAN_COMMANDS, cancel, submit)
 
-    def told() -> dict[str, int]:
-        replies = [each.message for each in platform.said(SCAN_REPLIES, CommandRejected)]
+    def rejections() -> dict[str, int]:
+        replies = [each.message for each in platform.messages(SCAN_REPLIES, CommandRejected)]
         return {each.command_id: each.status for each in replies if isinstance(each, CommandRejected)}
 
-    until(lambda: {cancel.command_id, submit.command_id} <= told().keys(), LIMIT, "both to be refused")
-    assert (told()[cancel.command_id], told()[submit.command_id]) == (404, 400)
+    until(lambda: {cancel.command_id, submit.command_id} <= rejections().keys(), LIMIT, "both to be refused")
+    assert (rejections()[cancel.command_id], rejections()[submit.command_id]) == (404, 400)
     assert user.status(job["id"]) == "running"
     user.cancel(job["id"])
     invariants.check()
 
 
 @pytest.mark.proves("A13", "G5", "G6")
-def test_forged_reports(platform: Platform, user: Caller, invariants: Invariants) -> None:
-    """Reports under a stale attempt or of an unknown worker change nothing, and are counted and answered by a stop."""
+def test_forged_reports_are_ignored(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """Reports with a stale attempt or of an unknown worker are ignored, counted and answered with a stop."""
     job_id = user.scan(platform.network(24), **ENDLESS)
     chunk = running(platform, job_id)
     stale = platform.metric("job-orchestrator", "scanfleet_stale_reports_total")
@@ -102,7 +102,7 @@ def test_forged_reports(platform: Platform, user: Caller, invariants: Invariants
         LIMIT,
         "all three to be counted as stale",
     )
-    stops = [each.message for each in platform.said(SCAN_TASKS, StopChunk)]
+    stops = [each.message for each in platform.messages(SCAN_TASKS, StopChunk)]
     assert any(isinstance(stop, StopChunk) and stop.worker_id == "nobody" for stop in stops)
     (now,) = [each for each in platform.chunks(job_id) if each["_id"] == chunk["_id"]]
     assert (now["state"], now["attempt"], now["outcomes"]) == ("running", chunk["attempt"], chunk["outcomes"])
@@ -114,7 +114,7 @@ def test_forged_reports(platform: Platform, user: Caller, invariants: Invariants
 
 
 def forgeries(host: HostScanned, end: ChunkScanned, others: HostScanned) -> list[Message]:
-    """What a captured worker may make of a host and an end that it was given, and of a host of another chunk."""
+    """Return messages that a compromised worker can forge from its own host and end and from a host of another chunk."""
     grant, backdoor = host.grant, (PortFound(port=4444, service="backdoor"),)
     assert grant is not None
     elsewhere = str(ip_address(grant.first_address) + grant.addresses)
@@ -145,21 +145,19 @@ def forgeries(host: HostScanned, end: ChunkScanned, others: HostScanned) -> list
 
 
 @pytest.mark.proves("A25", "G19")
-def test_results_forged_or_replayed_by_a_captured_worker_have_no_effect(
-    platform: Platform, user: Caller, invariants: Invariants
-) -> None:
-    """Hosts and ends without a signature that covers them, replays, and infinite slot seconds leave results, ledger and clocks."""
+def test_forged_and_replayed_results_have_no_effect(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """Results without a valid signature, replays, and infinite slot seconds do not change results, ledger and clocks."""
     with platform.servers():
         job_id = user.scan(platform.network(24), **TINY)
         assert user.finished(job_id)["status"]["status"] == "completed"
         other = platform.caller()
         others_id = other.scan(platform.network(25), **TINY)
         assert other.finished(others_id)["status"]["status"] == "completed"
-    said = [each.message for each in platform.said(SCAN_RESULTS, HostScanned, ChunkScanned)]
-    mine = [each for each in said if isinstance(each, HostScanned | ChunkScanned) and each.job_id == job_id]
+    messages = [each.message for each in platform.messages(SCAN_RESULTS, HostScanned, ChunkScanned)]
+    mine = [each for each in messages if isinstance(each, HostScanned | ChunkScanned) and each.job_id == job_id]
     host = next(each for each in mine if isinstance(each, HostScanned) and each.ports)
     end = next(each for each in mine if isinstance(each, ChunkScanned) and each.chunk_id == host.chunk_id)
-    theirs = next(each for each in said if isinstance(each, HostScanned) and each.job_id == others_id)
+    theirs = next(each for each in messages if isinstance(each, HostScanned) and each.job_id == others_id)
 
     def effects() -> list[Any]:
         clocks = platform.mongodb["scanfleet_job_orchestrator"]["clocks"].find()
@@ -191,9 +189,9 @@ def test_results_forged_or_replayed_by_a_captured_worker_have_no_effect(
 
 
 @pytest.mark.proves("A13", "G12", "G15")
-def test_a_forged_task(platform: Platform, invariants: Invariants) -> None:
-    """A worker that is told to scan what the rules deny starts no nmap, and tells job and audit log that it refused."""
-    last = max(platform.said(SCAN_WORKERS, WorkerReady), key=lambda said: said.record.timestamp).message
+def test_forged_task_is_refused_and_audited(platform: Platform, invariants: Invariants) -> None:
+    """A worker that gets a task for denied addresses starts no nmap, and reports the refusal to job and audit log."""
+    last = max(platform.messages(SCAN_WORKERS, WorkerReady), key=lambda published: published.record.timestamp).message
     assert isinstance(last, WorkerReady)
     task = ScanChunk(
         job_id=999_999_999,
@@ -211,8 +209,8 @@ def test_a_forged_task(platform: Platform, invariants: Invariants) -> None:
     forge(platform, SCAN_TASKS, task)
 
     def answers() -> list[ChunkScanned]:
-        said = [each.message for each in platform.said(SCAN_PROGRESS, ChunkScanned)]
-        return [each for each in said if isinstance(each, ChunkScanned) and each.job_id == task.job_id]
+        messages = [each.message for each in platform.messages(SCAN_PROGRESS, ChunkScanned)]
+        return [each for each in messages if isinstance(each, ChunkScanned) and each.job_id == task.job_id]
 
     seen: set[str] = set()
 
@@ -240,12 +238,12 @@ def test_a_forged_task(platform: Platform, invariants: Invariants) -> None:
 
 
 @contextmanager
-def speaker(place: tuple[str, int], words: bytes) -> Iterator[None]:
-    """A server that says `words` to everyone and hangs up."""
+def banner_server(place: tuple[str, int], words: bytes) -> Iterator[None]:
+    """Run a server that sends `words` to every client and closes the connection."""
     with socket.create_server(place) as listener:
 
         def serve() -> None:
-            with suppress(OSError):  # closed: it is over
+            with suppress(OSError):  # the server was closed
                 while True:
                     with listener.accept()[0] as caller, suppress(OSError):
                         caller.sendall(words)
@@ -261,10 +259,10 @@ def speaker(place: tuple[str, int], words: bytes) -> Iterator[None]:
 
 
 @pytest.mark.proves("A15", "G16")
-def test_a_hostile_banner(platform: Platform, user: Caller, invariants: Invariants) -> None:
-    """A banner of markup, terminal escapes and direction marks is text in every format of the results."""
+def test_hostile_banner_is_escaped(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """A banner with markup, terminal escapes and direction marks is plain text in every format of the results."""
     words = "SSH-2.0-<script>alert(1)</script> \x1b]0;owned\x07\x1b[31m \u202eexe.txt \x00\r\n".encode()
-    with speaker((f"{platform.net}.8.1", 8022), words):
+    with banner_server((f"{platform.net}.8.1", 8022), words):
         job_id = user.scan(
             platform.network(30),
             **{**TINY, "ports": "8022", "service_detection": True, "scripts": ["banner"]},

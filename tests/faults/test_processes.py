@@ -1,4 +1,4 @@
-"""Processes that are killed, frozen, told to stop, or come and go."""
+"""Processes that are killed, stopped, shut down, or restarted."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ pytestmark = pytest.mark.e2e
 
 RESTARTS = 3  # of a worker, one after another
 
-Spoken = TypeVar("Spoken", ChunkClaimed, ChunkReleased)
+Reported = TypeVar("Reported", ChunkClaimed, ChunkReleased)
 
 
 @pytest.mark.proves("F1", "G1", "G2")
-def test_a_gateway_killed_before_its_answer_made_one_job(
+def test_gateway_killed_before_its_answer_creates_one_job(
     platform: Platform, user: Caller, invariants: Invariants
 ) -> None:
-    """Killed between publishing the command and answering, a gateway leaves one job, which the client's retry is told of."""
+    """A gateway killed between publishing a command and answering leaves one job, which the client's retry returns."""
     subnet, policy, key = user.subnet(platform.network(30)), user.policy(**TINY), uuid4().hex
 
     def published() -> bool:
-        said = platform.said(SCAN_COMMANDS, SubmitJobs)
-        return any(isinstance(each.message, SubmitJobs) and each.message.idempotency_key == key for each in said)
+        messages = platform.messages(SCAN_COMMANDS, SubmitJobs)
+        return any(isinstance(each.message, SubmitJobs) and each.message.idempotency_key == key for each in messages)
 
     for name in platform.names("job-orchestrator"):
         platform.kill(name, signal.SIGSTOP)  # so that there is no reply yet
@@ -59,45 +59,45 @@ def test_a_gateway_killed_before_its_answer_made_one_job(
 
 @pytest.mark.proves("F3", "F4", "G1", "G7")
 @pytest.mark.parametrize("published", [False, True])
-def test_orchestrators_killed_around_a_publish(
+def test_orchestrators_killed_around_a_publish_lose_no_event(
     platform: Platform, user: Caller, invariants: Invariants, *, published: bool
 ) -> None:
-    """All orchestrators die with an event in an outbox: it is told, or told again as the same, and the job goes on."""
+    """If all orchestrators die with an event in an outbox, it is published at least once with the same id, and the job continues."""
     subnet, policy, key = user.subnet(platform.network(30)), user.policy(**TINY), uuid4().hex
     body = {"subnet_ids": [subnet], "policy_id": policy}
     line = platform.line("job-orchestrator", "kafka")
 
-    def unsaid() -> Document | None:
+    def unpublished() -> Document | None:
         return next(iter(platform.jobs(subnet_id=subnet, outbox={"$exists": True})), None)
 
-    def said() -> list[str]:
-        """The ids under which the job's creation was told."""
-        told = platform.said(SCAN_EVENTS, JobCreated)
+    def created_ids() -> list[str]:
+        """Return the ids with which the job's creation was published."""
+        told = platform.messages(SCAN_EVENTS, JobCreated)
         return [each.headers["ce_id"] for each in told if each.record.key == str(job["_id"]).encode()]
 
-    line.delay(0.5)  # so that there is time between the write and the publish
+    line.delay(0.5)  # leaves time between the write and the publish
     try:
         with ThreadPoolExecutor() as threads:
             asked = threads.submit(user.http.post, "/api/v1/task", json=body, headers={"Idempotency-Key": key})
-            job = caught(unsaid, LIMIT, "a job to be written")
+            job = caught(unpublished, LIMIT, "a job to be written")
             if published:
-                line.delay(5)  # it comes there, and the broker's word that it did does not come back
-                until(lambda: bool(said()), LIMIT, "its creation to be published")
+                line.delay(5)  # the event arrives, but the broker's acknowledgement does not
+                until(lambda: bool(created_ids()), LIMIT, "its creation to be published")
             line.swallow()
             for name in platform.names("job-orchestrator"):
                 platform.kill(name)
-            still = unsaid()
+            still = unpublished()
             assert still is not None
             assert still["outbox"] == job["outbox"]
-            before = len(said())
+            before = len(created_ids())
             assert bool(before) is published
             asked.result()
     finally:
-        line.cut()  # what the dead had sent, and nobody has got
+        line.cut()  # drops data that the killed processes had sent
         line.heal()
     platform.stack.wait_until_ready()
-    until(lambda: len(said()) > before, LIMIT, "its creation to be told")
-    assert len(set(said())) == 1
+    until(lambda: len(created_ids()) > before, LIMIT, "its creation to be published again")
+    assert len(set(created_ids())) == 1
     (again,) = user.submit([subnet], policy, key)
     assert again["id"] == job["_id"]
     assert user.finished(again["id"])["status"]["status"] == "completed"
@@ -105,7 +105,7 @@ def test_orchestrators_killed_around_a_publish(
 
 
 def halfway(platform: Platform, job_id: int) -> Document | None:
-    """A running chunk of the job of which some hosts are done and some are not."""
+    """Return a running chunk of the job with finished and unfinished addresses."""
     for chunk in platform.chunks(job_id):
         if chunk["state"] == "running" and len(set(chunk["outcomes"])) > 1 and Outcome.BLANK in chunk["outcomes"]:
             return chunk
@@ -113,8 +113,8 @@ def halfway(platform: Platform, job_id: int) -> Document | None:
 
 
 @pytest.mark.proves("F2", "G3", "G4", "G16")
-def test_a_worker_killed_in_mid_scan(platform: Platform, user: Caller, invariants: Invariants) -> None:
-    """Killed halfway, a worker leaves no nmap, and the next attempt scans what was not done and nothing else."""
+def test_worker_killed_in_mid_scan_repeats_no_host(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """A worker killed in mid-scan leaves no nmap, and the next attempt scans exactly the unfinished addresses."""
     with platform.servers() as servers:
         job_id = user.scan(platform.network(24), **STEADY)
         chunk = caught(lambda: halfway(platform, job_id), LIMIT, "a chunk to be half done")
@@ -124,12 +124,12 @@ def test_a_worker_killed_in_mid_scan(platform: Platform, user: Caller, invariant
         until(lambda: not set(nmaps) & platform.nmaps().keys(), 10, "the nmaps of a killed worker to end")
         assert user.finished(job_id)["status"]["status"] == "completed"
         assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers
-    attempts = [each.message for each in platform.said(SCAN_TASKS, ScanChunk)]
+    attempts = [each.message for each in platform.messages(SCAN_TASKS, ScanChunk)]
     again = [task for task in attempts if isinstance(task, ScanChunk) and task.chunk_id == chunk["_id"]]
     again = [task for task in again if task.attempt > chunk["attempt"]]
     assert again
     assert all(task.outcomes[index] != Outcome.BLANK for task in again for index in done)
-    hosts = [each.message for each in platform.said(SCAN_RESULTS, HostScanned)]
+    hosts = [each.message for each in platform.messages(SCAN_RESULTS, HostScanned)]
     first = chunk["first_address"].rpartition(".")
     base = int(first[2])
     told = Counter(host.address for host in hosts if isinstance(host, HostScanned) and host.chunk_id == chunk["_id"])
@@ -138,12 +138,12 @@ def test_a_worker_killed_in_mid_scan(platform: Platform, user: Caller, invariant
 
 
 @pytest.mark.proves("F5", "G3", "G16")
-def test_a_result_store_killed_between_write_and_commit(
+def test_result_store_killed_before_commit_stores_hosts_once(
     platform: Platform, user: Caller, invariants: Invariants
 ) -> None:
-    """Killed after it has stored hosts and before it has committed them, result-store reads them again and has them once."""
+    """A result-store killed between storing and committing hosts reads them again and stores each once."""
     with platform.servers() as servers:
-        platform.line("result-store", "kafka").delay(0.5)  # what it says to the broker takes so long
+        platform.line("result-store", "kafka").delay(0.5)  # delays its commits
         try:
             job_id = user.scan(platform.network(25), **TINY)
             until(lambda: bool(platform.hosts(job_id=job_id)), LIMIT, "hosts to be stored")
@@ -161,9 +161,9 @@ def test_a_result_store_killed_between_write_and_commit(
 
 
 @pytest.mark.proves("F8", "G4", "G5")
-def test_a_worker_frozen_past_its_lease(platform: Platform, user: Caller, invariants: Invariants) -> None:
-    """A worker that thaws after its lease has gone ends its nmap within a second or so, and what it says changes nothing."""
-    # One chunk for each worker, so that the other has a slot free; its nmap outlives the lease.
+def test_worker_stopped_past_its_lease_is_superseded(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """A worker resumed after its lease ends its nmap within about a second, and its reports are ignored."""
+    # One chunk for each worker, so that the other has a free slot; its nmap outlives the lease.
     job_id = user.scan(platform.network(31), **{**ENDLESS, "max_rate": 20})
     chunk = caught(
         lambda: next(iter(each for each in platform.chunks(job_id) if each["state"] == "running"), None),
@@ -234,8 +234,8 @@ def test_worker_that_restarts_repeatedly_loses_no_lease(
             assert user.finished(job_id)["status"]["status"] == "completed"
             assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers
     assert platform.metric("job-orchestrator", "scanfleet_leases_expired_total") == expired
-    claims = [each for each in spoken(platform, ChunkClaimed) if each.job_id in jobs]
-    releases = [each for each in spoken(platform, ChunkReleased) if each.job_id in jobs]
+    claims = [each for each in reported(platform, ChunkClaimed) if each.job_id in jobs]
+    releases = [each for each in reported(platform, ChunkReleased) if each.job_id in jobs]
     assert releases
     assert max(Counter((each.chunk_id, each.attempt) for each in claims).values()) == 1
     attempts = {chunk["_id"]: chunk["attempt"] for job_id in jobs for chunk in platform.chunks(job_id)}
@@ -246,15 +246,15 @@ def test_worker_that_restarts_repeatedly_loses_no_lease(
 
 @pytest.mark.proves("F14", "G10")
 @pytest.mark.parametrize(("name", "finishes"), [("scanner-worker-1", True), ("scanner-worker-2", False)])
-def test_a_worker_told_to_stop(
+def test_worker_sigterm_finishes_or_releases_chunks(
     platform: Platform, user: Caller, invariants: Invariants, name: str, *, finishes: bool
 ) -> None:
-    """Told to stop with three chunks running a worker finishes them, or without time gives them back, and exits with 0."""
+    """On SIGTERM with three running chunks a worker finishes them, or releases them without grace, and exits with 0."""
     expired = platform.metric("job-orchestrator", "scanfleet_leases_expired_total")
     other = {"scanner-worker-1": "scanner-worker-2", "scanner-worker-2": "scanner-worker-1"}[name]
     platform.stack.stop(other)
     try:
-        # The rate of each job is enough for one chunk at a time.
+        # The rate of each job allows one chunk at a time.
         jobs = [user.scan(platform.network(24), **STEADY) for _ in range(SLOTS)]
         until(lambda: len(platform.nmaps_of(name)) == SLOTS, LIMIT, "three chunks to run")
         held = {chunk["_id"] for job_id in jobs for chunk in platform.chunks(job_id) if chunk["state"] == "running"}
@@ -265,7 +265,7 @@ def test_a_worker_told_to_stop(
         platform.stack.start(other)
     for job_id in jobs:
         assert user.finished(job_id)["status"]["status"] == "completed"
-    ends = {each.chunk_id for each in spoken(platform, ChunkReleased) if each.job_id in jobs}
+    ends = {each.chunk_id for each in reported(platform, ChunkReleased) if each.job_id in jobs}
     assert held & ends == (set() if finishes else held)
     assert platform.metric("job-orchestrator", "scanfleet_leases_expired_total") == expired
     assert platform.exits(name)[-1] == 0
@@ -273,14 +273,14 @@ def test_a_worker_told_to_stop(
     invariants.check()
 
 
-def spoken(platform: Platform, kind: type[Spoken]) -> list[Spoken]:
-    """What workers said of this kind."""
-    return [each.message for each in platform.said(SCAN_PROGRESS, kind) if isinstance(each.message, kind)]
+def reported(platform: Platform, kind: type[Reported]) -> list[Reported]:
+    """Return the workers' messages of this kind."""
+    return [each.message for each in platform.messages(SCAN_PROGRESS, kind) if isinstance(each.message, kind)]
 
 
 def assert_scanned_once(platform: Platform, jobs: Collection[int]) -> None:
-    """No address of these jobs was told of twice."""
-    hosts = [each.message for each in platform.said(SCAN_RESULTS, HostScanned)]
+    """Check that no address of these jobs was reported twice."""
+    hosts = [each.message for each in platform.messages(SCAN_RESULTS, HostScanned)]
     told = Counter(
         (host.chunk_id, host.address) for host in hosts if isinstance(host, HostScanned) and host.job_id in jobs
     )

@@ -1,4 +1,4 @@
-"""Requests that race: against themselves, and against the end of what they are about."""
+"""Concurrent requests, and requests that race with the completion of a job."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ AT_ONCE = 50
 
 
 @pytest.mark.proves("F13", "G2")
-def test_fifty_posts_under_one_key(platform: Platform, user: Caller, invariants: Invariants) -> None:
-    """They make one job, and all that are answered are told of it; another body is a 400, another user's a job of its own."""
+def test_concurrent_posts_with_one_key_create_one_job(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """Concurrent posts create one job, which all answers return; another body is a 400, another user gets a separate job."""
     subnet, policy, key = user.subnet(platform.network(30)), user.policy(**TINY), uuid4().hex
     body = {"subnet_ids": [subnet], "policy_id": policy}
     second = platform.caller(int(user.http.get(f"/api/v1/policy/{policy}").json()["user_id"]), "api-gateway-2")
@@ -51,8 +51,8 @@ def test_fifty_posts_under_one_key(platform: Platform, user: Caller, invariants:
 
 
 @pytest.mark.proves("F11", "G6", "G8")
-def test_cancel_against_completion(platform: Platform, user: Caller, invariants: Invariants) -> None:
-    """A job that is cancelled just when it completes does one of both, and answer, GET and events agree on which."""
+def test_cancel_during_completion_has_one_outcome(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """A job cancelled while it completes is either cancelled or completed, and answer, GET and events agree."""
     subnet, policy = user.subnet(platform.network(30)), user.policy(**TINY)
 
     def lived(job_id: int) -> float:
@@ -65,17 +65,17 @@ def test_cancel_against_completion(platform: Platform, user: Caller, invariants:
 
     def race(_: int) -> tuple[int, httpx.Response, str]:
         job_id = user.submit([subnet], policy)[0]["id"]
-        time.sleep(max(0.0, usual + chance.uniform(-0.15, 0.05)))  # the fault is the moment
+        time.sleep(max(0.0, usual + chance.uniform(-0.15, 0.05)))  # the timing is the fault
         answer = user.http.post(f"/api/v1/task/{job_id}/cancel")
         return job_id, answer, user.finished(job_id)["status"]["status"]
 
     with ThreadPoolExecutor(3) as threads:
         races: list[tuple[int, httpx.Response, str]] = list(threads.map(race, range(40)))
     ends: dict[int, Any] = {}
-    for said in platform.said(SCAN_EVENTS, JobEvent):
-        assert isinstance(said.message, JobEvent)
-        if said.message.job.end_time is not None:
-            ends.setdefault(said.message.job.id, set()).add(said.message.job.status)
+    for published in platform.messages(SCAN_EVENTS, JobEvent):
+        assert isinstance(published.message, JobEvent)
+        if published.message.job.end_time is not None:
+            ends.setdefault(published.message.job.id, set()).add(published.message.job.status)
     for job_id, answer, status in races:
         assert (answer.status_code, status) in {(200, "cancelled"), (400, "completed")}
         assert user.status(job_id) == status

@@ -21,11 +21,11 @@ pytestmark = pytest.mark.e2e
 
 SECONDS: Final = 60 * float(os.environ.get("MINUTES", "1"))
 PACE: Final = 10  # seconds between two kills
-GROWTH: Final = 64 * 1024  # kilobytes: what a warm process may have more than a new one
+GROWTH: Final = 64 * 1024  # kilobytes: maximum growth of a warm process over a new one
 
 
 class User:
-    """Submits, watches, reads and cancels, whatever is away at the moment."""
+    """Submits, watches, reads and cancels jobs, whichever processes are unavailable."""
 
     def __init__(self, platform: Platform, seed: int, over: Event) -> None:
         self._callers = [platform.caller(1_000_000 + seed, gateway) for gateway in platform.names("api-gateway")]
@@ -52,7 +52,7 @@ class User:
         while status in {"pending", "running"}:
             if self._over.is_set():
                 return
-            time.sleep(0.2)  # a user's patience between two looks
+            time.sleep(0.2)  # polling interval of a user
             if cancel and status == "running":
                 cancel = False
                 self._ask("POST", f"/api/v1/task/{job_id}/cancel", fine={400})
@@ -65,7 +65,7 @@ class User:
         return made
 
     def _ask(self, method: str, path: str, fine: frozenset[int] | set[int] = frozenset(), **request: Any) -> Any:
-        """The answer, from whichever gateway lives, once there is one that is not "come again"."""
+        """Return the first answer of any running gateway that does not ask to retry later."""
         deadline = time.monotonic() + LIMIT
         while time.monotonic() < deadline:
             try:
@@ -75,15 +75,17 @@ class User:
             except httpx.TransportError:
                 continue  # its gateway has just been killed
             assert answer.status_code in {429, 503}, answer.text
-            time.sleep(0.2)  # sooner than Retry-After says: impatient users are the worse ones
+            time.sleep(0.2)  # shorter than Retry-After: impatient users are the worse case
         raise TimeoutError(f"{method} {path} was never answered")
 
 
 @pytest.mark.proves("F24", "G1", "G3", "G6", "G7", "G11", "G16")
-def test_a_soak(platform: Platform, invariants: Invariants, capsys: pytest.CaptureFixture[str]) -> None:
-    """Under mixed load with a random process killed every ten seconds every promise holds, and nothing leaks."""
+def test_soak_keeps_every_guarantee(
+    platform: Platform, invariants: Invariants, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under mixed load with a random process killed every ten seconds every guarantee holds, and no resource leaks."""
     invariants.check()
-    chance = random.Random()  # noqa: S311 # whichever it is
+    chance = random.Random()  # noqa: S311 # any seed
     names = [
         name
         for service in ("api-gateway", "job-orchestrator", "scanner-worker", "result-store")

@@ -14,14 +14,14 @@ from tests.faults.kit import LIMIT, TINY, WITH_MONGODB, Caller, Platform
 
 pytestmark = pytest.mark.e2e
 
-MISSING: Final = 75.0  # seconds: far longer than any client of ours tries by itself
+MISSING: Final = 75.0  # seconds: far longer than any client retries by itself
 
 
 @pytest.mark.proves("F33", "F6")
 def test_services_without_kafka_and_mongodb_at_start_wait_and_become_ready(
     platform: Platform, user: Caller, invariants: Invariants
 ) -> None:
-    """Processes that start while both servers are missing stay up, alive and unready, and become ready by themselves."""
+    """Processes that start without both servers stay alive and unready, and become ready by themselves."""
     subnet, policy = user.subnet(platform.network(30)), user.policy(**TINY)
     names = [name for service in SERVICES for name in platform.names(service)]
     platform.stop_server("kafka")
@@ -53,7 +53,7 @@ def test_services_without_kafka_and_mongodb_at_start_wait_and_become_ready(
 
 
 def answer(platform: Platform, name: str, probe: str) -> tuple[int, str]:
-    """Status and error of a probe; nothing while the process does not listen."""
+    """Return status and error of a probe; (0, "") while the process does not listen."""
     try:
         found = httpx.get(f"http://{platform.stack.address(name)}/{probe}", timeout=LIMIT)
     except httpx.HTTPError:

@@ -1,4 +1,4 @@
-"""What a process stands on: its clock, its disk, the keys that it believes."""
+"""Faults of the local environment: clock, disk and the issuer's keys."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.e2e
 
 
 @pytest.mark.proves("F19", "G4")
-def test_clocks_that_are_two_hours_off(platform: Platform, invariants: Invariants) -> None:
-    """A worker two hours fast and a gateway two hours slow: no lease ends early, and times are those of the others."""
+def test_clock_skew_of_two_hours_has_no_effect(platform: Platform, invariants: Invariants) -> None:
+    """With a worker two hours fast and a gateway two hours slow no lease expires early, and stored times are correct."""
     expired = platform.metric("job-orchestrator", "scanfleet_leases_expired_total")
     slow = platform.caller(gateway="api-gateway-2")
     platform.stack.stop("scanner-worker-2")
@@ -35,9 +35,9 @@ def test_clocks_that_are_two_hours_off(platform: Platform, invariants: Invariant
     assert began - hour < datetime.fromisoformat(job["created_at"]) <= datetime.fromisoformat(job["end_time"])
     assert datetime.fromisoformat(job["end_time"]) < began + hour
     times = [
-        datetime.fromisoformat(said.headers["ce_time"])
-        for said in platform.said(SCAN_PROGRESS, ChunkScanned)
-        if isinstance(said.message, ChunkScanned) and said.message.job_id == job_id
+        datetime.fromisoformat(published.headers["ce_time"])
+        for published in platform.messages(SCAN_PROGRESS, ChunkScanned)
+        if isinstance(published.message, ChunkScanned) and published.message.job_id == job_id
     ]
     assert min(times) > began + hour  # so its clock was off
     assert platform.metric("job-orchestrator", "scanfleet_leases_expired_total") == expired
@@ -47,8 +47,8 @@ def test_clocks_that_are_two_hours_off(platform: Platform, invariants: Invariant
 
 
 @pytest.mark.proves("F19", "G14")
-def test_a_token_from_the_future(platform: Platform) -> None:
-    """To a gateway two hours slow a token made now is from the future: 401, with no way around its own clock."""
+def test_token_from_the_future_returns_401(platform: Platform) -> None:
+    """A gateway that is two hours slow rejects a token issued now with 401, because its own clock decides."""
     now = platform.keys.issuer.token(7)
     for gateway, status in (("api-gateway-1", 200), ("api-gateway-2", 401)):
         caller = platform.caller(gateway=gateway, token=now)
@@ -58,10 +58,10 @@ def test_a_token_from_the_future(platform: Platform) -> None:
 
 @pytest.mark.proves("F21", "G1")
 @pytest.mark.parametrize("trouble", ["gone", "full"])
-def test_job_of_a_lone_worker_without_disk_completes_once_there_is_room(
+def test_job_of_only_worker_without_disk_completes_after_recovery(
     platform: Platform, user: Caller, invariants: Invariants, trouble: str
 ) -> None:
-    """Without a place for temporary files a worker is unready and stays up, its job waits, and completes when there is one."""
+    """Without space for temporary files a worker is alive and unready, and its job waits and completes once there is space."""
     platform.stack.stop("scanner-worker-1")
     try:
         until(lambda: platform.ready("scanner-worker-2"), LIMIT, "the second worker to be ready")
@@ -70,7 +70,7 @@ def test_job_of_a_lone_worker_without_disk_completes_once_there_is_room(
         with platform.no_disk(full=trouble == "full"):
             job_id = user.scan(platform.network(30), **TINY)
             until(lambda: not platform.ready("scanner-worker-2"), LIMIT, "the second worker to exclude itself")
-            platform.wait(5)  # many attempts of a worker that goes on taking chunks
+            platform.wait(5)  # long enough for many attempts of a worker that accepts chunks
             assert user.status(job_id) not in FINAL
         assert user.finished(job_id)["status"]["status"] == "completed"
         assert {chunk["failures"] for chunk in platform.chunks(job_id)} == {0}
@@ -82,10 +82,8 @@ def test_job_of_a_lone_worker_without_disk_completes_once_there_is_room(
 
 
 @pytest.mark.proves("F25", "G17")
-def test_worker_without_disk_beside_a_healthy_one_changes_no_result(
-    platform: Platform, user: Caller, invariants: Invariants
-) -> None:
-    """Of two workers one cannot start nmap: the job's results and ledger are those of two healthy ones, and no chunk has a failure."""
+def test_worker_without_disk_does_not_affect_results(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """With one of two workers unable to start nmap, results and ledger are complete, and no chunk has a failure."""
     with platform.servers() as places, platform.no_disk(full=True):
         jobs = [user.scan(platform.network(24), **TINY) for _ in range(6)]  # more than the healthy worker has slots
         until(
@@ -104,8 +102,8 @@ def test_worker_without_disk_beside_a_healthy_one_changes_no_result(
 
 
 @pytest.mark.proves("F23", "G14")
-def test_keys_rotate_and_their_endpoint_goes_away(platform: Platform) -> None:
-    """Known keys work while the endpoint is away, unknown ones are 401, and a new one is accepted when it is back."""
+def test_keys_rotate_during_endpoint_outage(platform: Platform) -> None:
+    """While the endpoint is unavailable known keys work and unknown ones are 401; a new key is accepted after it recovers."""
     keys, old = platform.keys, platform.keys.issuer
     caller = platform.caller(7)
 

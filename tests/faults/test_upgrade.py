@@ -1,4 +1,4 @@
-"""Two releases side by side: this one, and a next one that has added a field to every contract."""
+"""Two releases running concurrently: this one, and a next one that adds a field to every contract."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.e2e
 
 ROOT: Final = Path(__file__).parents[2]
 FIELD: Final = "added_by_the_next_release"
-# Where a class's own fields begin: behind its docstring, and the configuration that may follow it.
+# The position of a class's own fields: after its docstring and an optional configuration.
 GROWN: Final = {
     "scanfleet/policy.py": r"class ScanPolicy\(BaseModel\):.*?model_config = [^\n]*\n",
     "scanfleet/messages/chunks.py": r'class ScanChunk\(_Fenced\):\n    """.*?"""\n',
@@ -33,7 +33,7 @@ GROWN: Final = {
 
 
 def write_next_release(folder: Path) -> None:
-    """Copy the services and what they share, and add an optional field to documents and messages."""
+    """Copy the services and shared packages, and add an optional field to documents and messages."""
     for package in (ROOT / "shared/scanfleet", *ROOT.glob("services/*/*_*/")):
         shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     for file, begins in GROWN.items():
@@ -50,7 +50,7 @@ def write_next_release(folder: Path) -> None:
 
 
 class Rolling(Platform):
-    """A platform each of whose processes may run either release."""
+    """A platform whose processes may run either release."""
 
     def __init__(self, folder: Path) -> None:
         self._releases = folder / "releases"
@@ -71,7 +71,7 @@ class Rolling(Platform):
         return found
 
     def change(self, name: str, release: str) -> None:
-        """Stop a process in good order, and start it again from `release`."""
+        """Shut a process down gracefully, and start it again from `release`."""
         self.stack.stop(name)
         (self._releases / name).unlink()
         (self._releases / name).symlink_to(release)
@@ -81,7 +81,7 @@ class Rolling(Platform):
 
 @pytest.fixture
 def rolling(shared: Shared, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rolling]:
-    shared.close()  # one platform at a time is enough for a machine
+    shared.close()  # a machine can run only one platform at a time
     platform = Rolling(tmp_path_factory.mktemp("upgrade"))
     try:
         platform.up()
@@ -93,7 +93,7 @@ def rolling(shared: Shared, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.mark.proves("F28", "G10")
 @pytest.mark.parametrize("services", [list(SERVICES), list(reversed(SERVICES))], ids=lambda names: names[0])
 def test_rolling_upgrade_and_rollback_during_scans_lose_nothing(rolling: Rolling, services: Iterable[str]) -> None:
-    """Process by process to the next release and back, scans complete, no record is dead-lettered, and no field is erased."""
+    """During a rolling upgrade and rollback scans complete, no record is dead-lettered, and no field is erased."""
     user, invariants = rolling.caller(), Invariants(rolling)
     names = [name for service in services for name in rolling.names(service)]
     with rolling.servers() as servers:

@@ -1,4 +1,4 @@
-"""No message has room without an end."""
+"""Every field of a message is bounded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scanfleet.messages import Message, export
 
 RANGES = [{low, high} for low in ("minimum", "exclusiveMinimum") for high in ("maximum", "exclusiveMaximum")]
 LIMITS: dict[Any, list[set[str]]] = {
-    "string": [{"maxLength"}, {"format"}],  # the parser of a format bounds its texts
+    "string": [{"maxLength"}, {"format"}],  # the parser of a format bounds its length
     "integer": RANGES,
     "number": RANGES,
     "array": [{"maxItems"}],
@@ -21,7 +21,7 @@ LIMITS: dict[Any, list[set[str]]] = {
 
 
 def unbounded(schema: Any, where: str = "") -> Iterator[str]:
-    """The places of a JSON schema that take a text, number, list or object without a maximum."""
+    """Yield the paths in a JSON schema that accept an unbounded text, number, list or object."""
     if schema.keys() & {"$ref", "const", "enum"} or schema.get("type") in {"boolean", "null"}:
         return
     inner = {f"{where}.{name}": part for name, part in schema.get("properties", {}).items()}
@@ -42,13 +42,13 @@ def unbounded_fields(model: type[BaseModel]) -> list[str]:
 
 @pytest.mark.proves("A21", "G9")
 @pytest.mark.parametrize("kind", export.messages(), ids=lambda kind: kind.__name__)
-def test_every_field_of_a_message_has_a_maximum(kind: type[Message]) -> None:
+def test_message_fields_are_bounded(kind: type[Message]) -> None:
     """Each field of each message, at every depth, has a maximum: length, number of items, or range."""
     assert unbounded_fields(kind) == []
 
 
-def test_a_field_without_a_maximum_is_found() -> None:
-    """The walk names fields without a maximum in nested models, lists, tuples, dictionaries and optional fields."""
+def test_unbounded_fields_are_found() -> None:
+    """The check finds unbounded fields in nested models, lists, tuples, dictionaries and optional fields."""
 
     class Part(BaseModel):
         text: str

@@ -1,4 +1,4 @@
-"""The pages that are made from the code."""
+"""Pages generated from the code."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from scanner_worker.scanner.process import MIN_VERSION
 
 
 @pytest.mark.parametrize("page", generate.PAGES)
-def test_a_page_says_what_the_code_says(page: str) -> None:
-    """What `python docs/generate.py` would write is what is committed."""
+def test_generated_pages_are_up_to_date(page: str) -> None:
+    """The committed pages are those that `python docs/generate.py` writes."""
     assert (generate.FOLDER / page).read_text(encoding="utf-8") == generate.PAGES[page]()
 
 
-def test_the_readme_names_the_oldest_nmap() -> None:
-    """The README says which nmap a worker needs."""
+def test_readme_has_the_minimum_nmap_version() -> None:
+    """The README has the minimum version of nmap."""
     oldest = ".".join(map(str, MIN_VERSION))
     assert f"nmap {oldest} or newer" in (generate.FOLDER.parent / "README.md").read_text(encoding="utf-8")

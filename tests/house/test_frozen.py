@@ -1,4 +1,4 @@
-"""What a release has published stays as it was: golden messages and documents are added, never edited."""
+"""Published golden messages and documents are never edited."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_files_of_a_published_release_are_unchanged(record: Path) -> None:
     assert present == recorded
 
 
-def test_every_folder_of_releases_has_a_record() -> None:
+def test_release_folders_have_a_record() -> None:
     """The API, the golden messages and the golden documents of both databases are recorded."""
     assert [record.parent.relative_to(ROOT).as_posix() for record in RECORDS] == [
         "docs/openapi",

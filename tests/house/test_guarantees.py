@@ -1,4 +1,4 @@
-"""What is promised is proved."""
+"""Every guarantee has a test."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ def proofs() -> dict[str, list[guarantees.Proof]]:
 
 
 @pytest.mark.parametrize("id_", [*guarantees.PROMISES, *guarantees.FAULTS, *guarantees.ABUSE])
-def test_whatever_is_promised_has_a_test(proofs: dict[str, list[guarantees.Proof]], id_: str) -> None:
-    """Every promise, fault and abuse is proved by a test at least."""
+def test_guarantees_have_a_test(proofs: dict[str, list[guarantees.Proof]], id_: str) -> None:
+    """Every guarantee, fault and abuse case has at least one test."""
     assert proofs[id_]
 
 
-def test_no_test_proves_what_nobody_promised(proofs: dict[str, list[guarantees.Proof]]) -> None:
-    """Every id that a test wears is on the page."""
+def test_proves_marks_have_known_ids(proofs: dict[str, list[guarantees.Proof]]) -> None:
+    """Every id in a `proves` mark is on the page."""
     assert set(proofs) <= guarantees.KNOWN
 
 
-def test_the_page_is_up_to_date() -> None:
-    """What `python docs/guarantees.py` would write is what is committed."""
+def test_guarantees_page_is_up_to_date() -> None:
+    """The committed page is the one that `python docs/guarantees.py` writes."""
     assert guarantees.PAGE.read_text(encoding="utf-8") == guarantees.page()
 
 
-def test_the_readme_lists_the_promises() -> None:
-    """Every promise is in the README in the words of the page."""
+def test_readme_lists_the_guarantees() -> None:
+    """The README lists every guarantee with the page's text."""
     readme = " ".join((guarantees.ROOT / "README.md").read_text(encoding="utf-8").split())
     assert [text for text in guarantees.PROMISES.values() if " ".join(text.split()) not in readme] == []

@@ -1,4 +1,4 @@
-"""The rules of the house that no tool holds."""
+"""Project rules that no tool checks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from scanfleet import VERSION
 ROOT: Final = Path(__file__).parents[2]
 ADRS: Final = sorted((ROOT / "docs" / "adr").glob("[0-9]*.md"))
 
-# A home of somebody's, and the hosts that packages come from: both are the machine's business.
+# Home folders and hosts of package registries, which are specific to a machine.
 _FOREIGN: Final = re.compile(
     r"/(?:home|root|work|Users)/|\b(?:pypi\.org|pythonhosted\.org|repo1?\.maven\.|registry\.npmjs|docker\.io)",
 )
@@ -37,7 +37,7 @@ def committed(suffix: str = "") -> list[Path]:
     return [path for name in names.decode().split("\0") if name.endswith(suffix) and (path := ROOT / name).is_file()]
 
 
-def test_no_file_knows_where_it_was_written() -> None:
+def test_files_have_no_machine_specific_paths() -> None:
     """No committed file names a home folder or the host of a package registry."""
     foreign = [
         f"{path.relative_to(ROOT)}:{number}"
@@ -48,7 +48,7 @@ def test_no_file_knows_where_it_was_written() -> None:
     assert foreign == []
 
 
-def test_no_command_pipes_into_one_that_exits_early() -> None:
+def test_pipelines_do_not_exit_early() -> None:
     """No script, recipe, manifest or documented command pipes into `grep -q` or `head`, which fails at random with pipefail."""
     early = [
         f"{path.relative_to(ROOT)}:{number}"
@@ -60,7 +60,7 @@ def test_no_command_pipes_into_one_that_exits_early() -> None:
     assert early == []
 
 
-def test_every_exemption_has_its_reason_beside_it() -> None:
+def test_exemptions_have_a_reason() -> None:
     """An exemption from ruff or mypy names its rule and is followed by the reason."""
     unreasoned = [
         f"{path.relative_to(ROOT)}:{token.start[0]} {token.string}"
@@ -77,7 +77,7 @@ def claims(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
             yield node
 
 
-def test_every_test_states_its_claim() -> None:
+def test_tests_have_a_one_sentence_docstring() -> None:
     """The docstring of every test is one sentence."""
     silent = [
         f"{path.relative_to(ROOT)}:{test.lineno} {test.name}"
@@ -89,16 +89,16 @@ def test_every_test_states_its_claim() -> None:
     assert silent == []
 
 
-def test_every_make_target_that_the_readme_names_exists() -> None:
-    """What the README says to type can be typed."""
+def test_readme_make_targets_exist() -> None:
+    """Every make target in the README exists."""
     named = set(re.findall(r"\bmake ([a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert named <= targets
 
 
 @pytest.mark.parametrize("page", ADRS, ids=lambda page: page.stem)
-def test_a_decision_is_one_page_in_the_index(page: Path) -> None:
-    """A decision has its three parts, in at most 60 lines, and the index names it by its title."""
+def test_decision_records_are_one_page_and_indexed(page: Path) -> None:
+    """A decision record has its three sections in at most 60 lines, and the index lists it by its title."""
     lines = page.read_text(encoding="utf-8").splitlines()
     number, title = page.name[:4], lines[0].removeprefix("# ")
     assert title.startswith(f"{int(number)}. ")

@@ -1,4 +1,4 @@
-"""The public API only grows."""
+"""The public API stays backwards compatible."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "docs" / "openapi"
 RELEASES = sorted(path for path in FOLDER.glob("*.json") if path.stem != "current")
 
-# Words, and bounds, which may become wider.
+# Enumerations, and bounds, which may be widened.
 _FREE = {
     "description",
     "summary",
@@ -29,7 +29,7 @@ _FREE |= {"pattern", "additionalProperties", "example", "examples"}
 
 
 def lost(before: Any, after: Any, where: str = "") -> Iterator[str]:
-    """Where `after` lacks what `before` has: a path, a field, a word of an enumeration, a field that was always there."""
+    """Yield the paths where `after` lacks a path, field, enumeration value or required response field of `before`."""
     if isinstance(before, dict) and isinstance(after, dict):
         if ("anyOf" in before) != ("anyOf" in after):
             pairs = [(one, other) for one in before.get("anyOf", [before]) for other in after.get("anyOf", [after])]
@@ -58,14 +58,14 @@ def _lost_names(before: dict[str, Any], after: dict[str, Any], where: str) -> It
 
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda path: str(path.stem))
-def test_the_api_of_a_release_is_part_of_the_current_one(release: Path) -> None:
-    """Nothing that a published document promises a caller is missing from the current one."""
+def test_api_is_backwards_compatible(release: Path) -> None:
+    """The current document is backwards compatible with every published one."""
     before, after = (json.loads(path.read_text(encoding="utf-8")) for path in (release, FOLDER / "current.json"))
     assert list(lost(before, after)) == []
 
 
-def test_what_is_lost_is_found() -> None:
-    """The comparison sees a path, a field, a word and a promise that are gone, and a new demand."""
+def test_api_comparison_finds_removals() -> None:
+    """The comparison finds removed paths, fields, values and guarantees, and new required fields."""
     schema = {"type": "object", "properties": {"title": {"type": "string"}}, "required": ["title"]}
     assert list(lost(schema, {**schema, "properties": {}})) == ["/properties/title"]
     assert list(lost(schema, {**schema, "required": []})) == ['/required: "title"']

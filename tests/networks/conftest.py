@@ -1,4 +1,4 @@
-"""One stack whose nmaps run in a network that the tests make; all else of it runs outside."""
+"""One stack whose nmap processes run in a network namespace; all other processes run outside."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _users: Final = count(1_000)
 
 @pytest.fixture(scope="package")
 def network() -> Iterator[Network]:
-    """Each test scans addresses of its own in it."""
+    """The network; each test scans separate addresses in it."""
     with ExitStack() as stack:
         try:
             made = stack.enter_context(Network())
@@ -52,7 +52,7 @@ def stack(network: Network, kafka: str, mongodb: str, tmp_path_factory: pytest.T
 
 @pytest.fixture
 def user(stack: Stack) -> Iterator[Client]:
-    """A user without history."""
+    """A new user."""
     client = Client(stack.url, stack.token(next(_users)))
     yield client
     client.close()

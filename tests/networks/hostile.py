@@ -1,4 +1,4 @@
-"""Servers that name other machines wherever their protocols have room for a name, so that a scanner that follows one is seen."""
+"""Servers that refer to other machines in every field of their protocols, to detect a scanner that follows references."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 @asynccontextmanager
 async def serving(network: Network, address: str, elsewhere: str, folder: Path) -> AsyncIterator[None]:
-    """Serve at `address` and name `elsewhere`, as an address and by a name of its own."""
+    """Serve at `address` and refer to `elsewhere`, by address and by name."""
     name = f"{elsewhere.replace('.', '-')}.example.com"
     url, named = f"http://{elsewhere}", f"http://{name}"
     page = _page(url, named)
@@ -63,7 +63,7 @@ async def serving(network: Network, address: str, elsewhere: str, folder: Path) 
 
 def _quiet(talk: _Talk) -> _Talk:
     async def talk_and_close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # A scanner closes when it likes.
+        # A scanner may close the connection at any time.
         with suppress(OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError):
             async with asyncio.timeout(1):
                 await talk(reader, writer)
@@ -120,7 +120,7 @@ def _greeting(words: bytes) -> _Talk:
 
 
 def _ssh(version: bytes) -> _Talk:
-    """Key exchange as far as the host key, which is a text."""
+    """Key exchange up to the host key, which is a text."""
 
     def string(text: bytes) -> bytes:
         return struct.pack(">I", len(text)) + text
@@ -150,7 +150,7 @@ def _ssh(version: bytes) -> _Talk:
 
 
 def _smb(name: str) -> _Talk:
-    """SMB 1 without extended security, as far as a share."""
+    """SMB 1 without extended security, up to a share."""
     words = f"{name}\0".encode()
     negotiated = struct.pack("<HBHHIIIIqhB", 0, 3, 1, 1, 65_535, 65_536, 0, 0, 133_000_000_000_000_000, 0, 8)
     answers = {
@@ -174,7 +174,7 @@ def _smb(name: str) -> _Talk:
 
 
 def _dns(asked: bytes, name: str) -> bytes:
-    """A TXT, an address of another name, and a referral to other servers."""
+    """A TXT record, an address of another name, and a referral to other servers."""
     labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split(".")) + b"\0"
     text = bytes([len(name)]) + name.encode()
 
@@ -225,7 +225,7 @@ _SNMP: Final = _ber(
 
 
 def _tls(folder: Path, name: str, elsewhere: str) -> ssl.SSLContext:
-    """A certificate that names other machines, and where to ask whether it is revoked."""
+    """A certificate that refers to other machines and to a revocation service."""
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     url = x509.UniformResourceIdentifier(f"http://{elsewhere}/ca")
@@ -258,5 +258,5 @@ def _tls(folder: Path, name: str, elsewhere: str) -> ssl.SSLContext:
     )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pem)
-    context.set_ciphers("DEFAULT:AES128-SHA")  # nmap's probes for TLS offer old ones alone
+    context.set_ciphers("DEFAULT:AES128-SHA")  # nmap's TLS probes offer only old ciphers
     return context

@@ -1,4 +1,4 @@
-"""A job's limits on its rate hold whatever the number of slots: packets are counted where they leave."""
+"""A job's rate limits hold for any number of slots, measured by captured packets."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ pytestmark = pytest.mark.e2e
 
 PLAIN: Final[dict[str, Any]] = {"service_detection": False, "discovery": "none"}
 RATE: Final = 100
-BURST: Final = 1.15  # nmap alone exceeds its own limit by so much within one second
-LIMIT: Final = 240.0  # seconds for what takes at most one minute on a machine that has nothing else to do
+BURST: Final = 1.15  # factor by which nmap exceeds its own limit within one second
+LIMIT: Final = 240.0  # timeout in seconds for scans that take up to a minute on an idle machine
 
 
 @pytest.mark.proves("F30", "G18")
 def test_job_never_sends_faster_than_its_max_rate(user: Client, network: Network) -> None:
-    """A job that could use eight slots sends at most its `max_rate` in any second."""
+    """A job with eight free slots sends at most `max_rate` probes in any second."""
     with network.capture() as packets:
         job_id = user.scan("10.77.40.0/24", **PLAIN, ports="1-5", max_rate=RATE)
         assert user.finished(job_id, LIMIT)["status"]["status"] == "completed"
@@ -31,7 +31,7 @@ def test_job_never_sends_faster_than_its_max_rate(user: Client, network: Network
 
 @pytest.mark.proves("F30")
 def test_polite_job_probes_an_address_once_at_a_time(user: Client, network: Network) -> None:
-    """At timing 2 no two probes reach an address within 0.4 seconds, in however many chunks it is scanned."""
+    """At timing 2 no two probes reach an address within 0.4 seconds, for any number of chunks."""
     with network.capture() as packets:
         # So short a timeout cuts the ports into several chunks.
         job_id = user.scan("10.77.41.1/32", **PLAIN, ports="1-50", timing=2, host_timeout=60)
@@ -44,7 +44,7 @@ def test_polite_job_probes_an_address_once_at_a_time(user: Client, network: Netw
 @pytest.mark.networks
 @pytest.mark.proves("F30")
 def test_sneaky_job_probes_an_address_once_at_a_time(user: Client, network: Network) -> None:
-    """At timing 1 an address gets a probe each 15 seconds, and one sooner only where its next chunk begins."""
+    """At timing 1 an address gets a probe every 15 seconds, and an earlier one only at the start of its next chunk."""
     with network.capture() as packets:
         job_id = user.scan("10.77.42.0/30", **PLAIN, ports="1-40", timing=1)
         assert user.finished(job_id, 1_800)["status"]["status"] == "completed"

@@ -1,7 +1,7 @@
-"""Scripts and presets against servers that name other machines: every packet that leaves goes to the target.
+"""Scripts and presets against servers that refer to other machines: packets go only to the target.
 
-nmap runs where nothing but the tests' own network can be reached. All that leaves is captured, questions to the name server of
-that place among it.
+nmap runs where it can reach only the test network. All outgoing packets are captured, including queries to the name server
+of that network.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ ELSEWHERE: Final = "10.77.81.1"
 NAMESERVER: Final = "10.77.81.53"
 PORTS: Final = f"T:{hostile.TCP_PORTS},U:{hostile.UDP_PORTS}"
 SILENT: Final = frozenset({"https-redirect"})
-"""Scripts that write nothing: what they find becomes part of the service."""
+"""Scripts without output: their findings become part of the service."""
 
 Scan = Callable[..., Awaitable[tuple[Host, list[Packet]]]]
 
 
 @pytest.fixture
 def program(network: Network, tmp_path: Path) -> str:
-    """nmap on the scanning side, with a name server there."""
+    """nmap on the scanning side, with a name server."""
     resolver = tmp_path / "resolv.conf"
     resolver.write_text(f"nameserver {NAMESERVER}\noptions timeout:1 attempts:1\n")
     command = f'mount --bind {resolver} /etc/resolv.conf && exec nmap "$@"'
@@ -52,7 +52,7 @@ def program(network: Network, tmp_path: Path) -> str:
 
 @pytest.fixture
 async def scan(network: Network, program: str, tmp_path: Path) -> AsyncIterator[Scan]:
-    """Scan the target as a worker does: the host, and the packets that left."""
+    """Return a function that scans the target as a worker does: the host, and the packets sent."""
 
     async def run(
         preset: Preset, given: dict[str, Any], scripts: AbstractSet[str] = ADMITTED_SCRIPTS
@@ -93,15 +93,15 @@ async def started(nmap: Nmap) -> AsyncIterator[Nmap]:
 
 
 def others(packets: list[Packet]) -> set[Packet]:
-    """What went to another address than the target's."""
+    """Return the packets to addresses other than the target's."""
     return {packet for packet in packets if packet.address != TARGET}
 
 
 @pytest.mark.proves("A23", "G12")
 @pytest.mark.parametrize("script", sorted(ADMITTED_SCRIPTS))
 async def test_admitted_script_sends_packets_to_its_target_alone(scan: Scan, script: str) -> None:
-    """A script that users may name finds what it looks for, follows no link or redirect, and asks no name server."""
-    # These two read what service detection got, which takes minutes at all of the ports.
+    """An admitted script produces its output, follows no link or redirect, and sends no DNS query."""
+    # These two use the result of service detection, which takes minutes on all ports.
     detected = {"fingerprint-strings": "22", "http-server-header": "80,8000"}
     given = {"ports": detected[script], "service_detection": True} if script in detected else {}
     host, packets = await scan(Preset.QUICK, {"scripts": [script]} | given)
@@ -112,7 +112,7 @@ async def test_admitted_script_sends_packets_to_its_target_alone(scan: Scan, scr
 @pytest.mark.proves("A23", "G12")
 @pytest.mark.parametrize("preset", Preset)
 async def test_preset_sends_packets_to_its_target_alone(scan: Scan, preset: Preset) -> None:
-    """Service and OS detection, and the scripts of each preset, send nothing to another address."""
+    """Service and OS detection and the scripts of each preset send no packet to another address."""
     host, packets = await scan(preset, {"os_detection": True, "version_intensity": 2})
     assert host.up
     assert others(packets) == set()
@@ -123,7 +123,7 @@ async def test_preset_sends_packets_to_its_target_alone(scan: Scan, preset: Pres
 async def test_script_that_leaves_its_target_is_confined(
     scan: Scan, network: Network, program: str, script: str
 ) -> None:
-    """A script that by itself fetches from elsewhere or looks names up sends packets to the target alone."""
+    """A script that fetches from other hosts or resolves names sends packets only to the target."""
     with network.capture() as unconfined:
         line = ("-n", "-sT", "-p", "80", "--script", script, TARGET)
         await (await asyncio.create_subprocess_exec(program, *line, stdout=asyncio.subprocess.DEVNULL)).wait()

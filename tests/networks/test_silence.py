@@ -1,4 +1,4 @@
-"""Networks that answer little or not at all are scanned completely, in bounded time, and no open port is missed."""
+"""Networks with few or no answers are scanned completely in bounded time, without missing an open port."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ pytestmark = pytest.mark.e2e
 
 QUICK: Final[dict[str, Any]] = {"preset": "quick", "discovery": "none"}
 SERVICES: Final = (22, 80, 443)
-LIMIT: Final = 240.0  # seconds for what takes at most one minute on a machine that has nothing else to do
+LIMIT: Final = 240.0  # timeout in seconds for scans that take up to a minute on an idle machine
 PLAIN: Final = ("nmap", "-n", "-Pn", "-T4", "--top-ports", "100")
-FASTER: Final = 10  # times than plain nmap, at least
+FASTER: Final = 10  # minimum speed-up over plain nmap
 RECALL: Final = 0.99
 
 
@@ -34,7 +34,7 @@ def found(user: Client, job_id: int) -> OpenPorts:
 
 
 def completed(user: Client, job_id: int, limit: float = LIMIT) -> dict[str, int]:
-    """The counts of the ledger of a job that must complete with an outcome for each probe."""
+    """Wait until the job completes; return its ledger's counts, which must account for each probe."""
     task = user.finished(job_id, limit)
     assert task["status"]["status"] == "completed", task["status"]["error"]
     ledger = user.ledger(job_id)
@@ -48,7 +48,7 @@ def completed(user: Client, job_id: int, limit: float = LIMIT) -> dict[str, int]
 def test_scan_of_mostly_silent_network_is_ten_times_faster_than_nmap(
     user: Client, network: Network, tmp_path: Path
 ) -> None:
-    """A /24 of which three quarters drop everything is scanned at ten times the speed of nmap, and no open port is missed."""
+    """A /24 in which three quarters drop all packets is scanned ten times faster than by nmap, with all open ports found."""
     network.filter_input("ip daddr 10.77.1.64-10.77.1.255 drop")
     servers = network.serve(places("10.77.1", range(64)))
     report = tmp_path / "plain.xml"
@@ -61,7 +61,7 @@ def test_scan_of_mostly_silent_network_is_ten_times_faster_than_nmap(
         counts = completed(user, job_id := user.scan("10.77.1.0/24", **QUICK))
         seconds = time.monotonic() - begin
         assert plain.poll() is None
-        # nmap's estimate is of the 64 addresses that it probes at the time; it has three times as many that are silent.
+        # nmap's estimate covers the 64 addresses that it is probing; three times as many are silent.
         remaining = int(re.findall(rb'<taskprogress .*remaining="(\d+)"', report.read_bytes())[-1])
     finally:
         plain.kill()
@@ -74,7 +74,7 @@ def test_scan_of_mostly_silent_network_is_ten_times_faster_than_nmap(
 
 @pytest.mark.proves("F31")
 def test_scan_finds_all_open_ports_where_packets_are_lost(user: Client, network: Network) -> None:
-    """With two packets of a hundred lost each way, at random, at least 99 of a hundred open ports are found."""
+    """With 2 % random packet loss in each direction at least 99 % of open ports are found."""
     network.filter_input("ip daddr 10.77.2.0/26 numgen random mod 100 < 2 drop")
     network.filter_output("ip saddr 10.77.2.0/26 numgen random mod 100 < 2 drop")
     servers = network.serve(places("10.77.2", range(63)))
@@ -86,7 +86,7 @@ def test_scan_finds_all_open_ports_where_packets_are_lost(user: Client, network:
 @pytest.mark.proves("F31")
 @pytest.mark.parametrize("limited", ["resets", "unreachable"])
 def test_scan_finds_all_open_ports_where_answers_are_limited(user: Client, network: Network, limited: str) -> None:
-    """Hosts that refuse closed ports at a limited rate, by RST or by ICMP, hide no open port."""
+    """Hosts that rate-limit RST or ICMP answers of closed ports hide no open port."""
     net = {"resets": "10.77.3", "unreachable": "10.77.4"}[limited]
     if limited == "resets":
         network.filter_output(f"ip saddr {net}.0/27 tcp flags & rst == rst limit rate over 200/second drop")
@@ -112,7 +112,7 @@ def test_scan_finds_all_open_ports_of_host_that_limits_connections(user: Client,
 
 @pytest.mark.proves("F31")
 def test_scan_of_host_that_answers_ping_only_completes(user: Client, network: Network) -> None:
-    """A host that answers pings and drops all else is silent on each of its ports."""
+    """A host that answers pings and drops all other packets is silent on every port."""
     network.filter_input("ip daddr 10.77.5.1 ip protocol tcp drop")
     job_id = user.scan("10.77.5.1/32", preset="full", ports="1-4096")
     counts = completed(user, job_id)
@@ -129,8 +129,8 @@ def test_udp_scan_of_linux_host_completes(user: Client) -> None:
 
 
 @pytest.mark.proves("F31")
-def test_tarpit_costs_itself_only(user: Client, network: Network) -> None:
-    """A host that accepts every connection and never speaks is timed out, and the hosts beside it are scanned whole."""
+def test_tarpit_affects_only_itself(user: Client, network: Network) -> None:
+    """A host that accepts every connection without sending data is timed out, and its neighbours are scanned completely."""
     network.serve({("10.77.7.1", port) for port in range(1000, 1040)})
     servers = network.serve({(f"10.77.7.{host}", 22) for host in (0, 2, 3)}, b"SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n")
     job_id = user.scan("10.77.7.0/29", ports="22,1000-1039", host_timeout=20)
@@ -146,7 +146,7 @@ def test_tarpit_costs_itself_only(user: Client, network: Network) -> None:
 @pytest.mark.networks
 @pytest.mark.proves("F31")
 def test_standard_scan_of_silent_network_completes_in_fifteen_minutes(user: Client, network: Network) -> None:
-    """A /27 of which nothing answers is scanned for a thousand ports within 15 minutes."""
+    """A /27 without answers is scanned for a thousand ports within 15 minutes."""
     network.filter_input("ip daddr 10.77.20.0/27 drop")
     counts = completed(user, user.scan("10.77.20.0/27", preset="standard", discovery="none"), 900)
     assert (counts["silent"], counts["excluded"]) == (31_000, 1_000)  # the broadcast address is excluded
@@ -155,7 +155,7 @@ def test_standard_scan_of_silent_network_completes_in_fifteen_minutes(user: Clie
 @pytest.mark.networks
 @pytest.mark.proves("F31")
 def test_full_scan_of_host_that_answers_ping_only_completes(user: Client, network: Network) -> None:
-    """All ports of a host that answers pings and drops all else are silent."""
+    """All ports of a host that answers pings and drops all other packets are silent."""
     network.filter_input("ip daddr 10.77.21.1 ip protocol tcp drop")
     counts = completed(user, user.scan("10.77.21.1/32", preset="full"), 1_800)
     assert counts["answered"] + counts["silent"] == 65_535

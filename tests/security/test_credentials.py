@@ -1,4 +1,4 @@
-"""A platform whose servers ask who is there: TLS, passwords, ACLs and MongoDB's users, all on at once."""
+"""A platform with authentication and authorization: TLS, passwords, ACLs and MongoDB users."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, RESULT_STORE, SCAN_
 from scanfleet.testing.consumers import until
 
 PREFIX: Final = "secured-"
-LIMIT: Final = 60.0  # seconds until any of this has happened
+LIMIT: Final = 60.0  # timeout in seconds of every wait
 
-# As the architecture has it; the code derives the same from its registry of topics.
+# The expected rights by the architecture; the code derives them from its registry of topics.
 MAY_WRITE: Final = {
     GATEWAY: {"scan-commands", "scan-audit-api-gateway"},
     ORCHESTRATOR: {
@@ -74,8 +74,8 @@ async def producer_of(stack: Stack, service: str | None = None) -> AsyncIterator
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_rights_are_those_of_the_architecture(service: str) -> None:
-    """A service writes and reads what the architecture says, and only those that share work have groups, named after them."""
+def test_acls_match_the_architecture(service: str) -> None:
+    """Each service has exactly the topics of the architecture, and only services that share work have groups, named after them."""
     acls = acls_of(service)
     assert {acl.name for acl in acls if (acl.operation, acl.resource) == ("Write", "topic")} == MAY_WRITE[service]
     assert {acl.name for acl in acls if (acl.operation, acl.resource) == ("Read", "topic")} == MAY_READ[service]
@@ -85,8 +85,8 @@ def test_rights_are_those_of_the_architecture(service: str) -> None:
 
 
 @pytest.mark.e2e
-def test_a_scan_completes(stack: Stack) -> None:
-    """The rights that services have are enough to scan and to read what was found."""
+def test_scan_with_least_privilege_completes(stack: Stack) -> None:
+    """The services' rights suffice to scan and to read the results."""
     user = Client(stack.url, stack.token(7))
     with user.http, socket.create_server(("127.9.6.1", 0)) as server:
         port = server.getsockname()[1]
@@ -97,8 +97,8 @@ def test_a_scan_completes(stack: Stack) -> None:
 
 
 @pytest.mark.e2e
-async def test_what_cannot_be_read_is_put_aside(stack: Stack) -> None:
-    """Every member of a group may write to the dead-letter topics of what it reads, and does."""
+async def test_unreadable_records_are_dead_lettered(stack: Stack) -> None:
+    """Every consumer group dead-letters unreadable records of its topics, and has the right to do so."""
     read = [topic for topic in TOPICS if set(topic.consumers) & {*MEMBERS} and topic is not SCAN_EVENTS]
     async with producer_of(stack) as producer:
         for topic in read:
@@ -114,8 +114,8 @@ async def test_what_cannot_be_read_is_put_aside(stack: Stack) -> None:
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("service", SERVICES)
-async def test_a_service_writes_nothing_else(stack: Stack, service: str) -> None:
-    """The broker refuses a record of any topic that is not for this service to write."""
+async def test_services_cannot_write_other_topics(stack: Stack, service: str) -> None:
+    """The broker rejects a record of a service to any other topic."""
     async with producer_of(stack, service) as producer:
         for name in sorted(EVERYTHING - MAY_WRITE[service]):
             with pytest.raises(TopicAuthorizationFailedError):
@@ -124,14 +124,14 @@ async def test_a_service_writes_nothing_else(stack: Stack, service: str) -> None
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("service", SERVICES)
-async def test_a_service_reads_nothing_else(stack: Stack, service: str) -> None:
-    """The broker gives no record of any topic that is not for this service to read."""
+async def test_services_cannot_read_other_topics(stack: Stack, service: str) -> None:
+    """The broker returns no record of any other topic to a service."""
     async with producer_of(stack) as producer:
         for name in sorted(EVERYTHING - MAY_READ[service]):
             await producer.send_and_wait(PREFIX + name, b"nonsense", key=b"k", partition=0)
     async with producer_of(stack, service) as client:
         for name in sorted(EVERYTHING - MAY_READ[service] - MAY_WRITE[service]):
-            with pytest.raises(TopicAuthorizationFailedError):  # not even that it is there
+            with pytest.raises(TopicAuthorizationFailedError):  # the error does not reveal whether the topic exists
                 await client.partitions_for(PREFIX + name)
     async with AIOKafkaConsumer(**access(stack.kafka_settings(service))) as consumer:
         for name in sorted(MAY_WRITE[service] - MAY_READ[service]):
@@ -143,8 +143,8 @@ async def test_a_service_reads_nothing_else(stack: Stack, service: str) -> None:
 
 
 @pytest.mark.e2e
-async def test_a_worker_joins_no_group(stack: Stack) -> None:
-    """A worker cannot take the orchestrator's share of its own topic, nor move the offsets of those who read it."""
+async def test_workers_cannot_join_groups(stack: Stack) -> None:
+    """A worker can neither join the orchestrator's group on its own topic nor move the offsets of its readers."""
     group = f"{PREFIX}{ORCHESTRATOR}-scan-progress"
     partition = TopicPartition(f"{PREFIX}scan-tasks", 0)
     async with AIOKafkaConsumer(**access(stack.kafka_settings(WORKER)), group_id=group) as consumer:
@@ -155,8 +155,8 @@ async def test_a_worker_joins_no_group(stack: Stack) -> None:
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("change", ["password", "user", "nobody", "plaintext", "authority"])
-async def test_who_has_no_credentials_is_let_nothing(stack: Stack, change: str) -> None:
-    """A wrong password, an unknown name, none at all, a connection in the clear and a broker of an unknown authority: no connection."""
+async def test_connections_without_credentials_are_rejected(stack: Stack, change: str) -> None:
+    """A wrong password, an unknown or missing name, a plaintext connection, or an unknown authority is rejected."""
     ours = access(stack.kafka_settings(WORKER))
     other: dict[str, dict[str, Any]] = {
         "password": {"sasl_plain_password": "guess"},
@@ -189,8 +189,8 @@ def mongo(uri: str) -> MongoClient[dict[str, Any]]:
 
 
 @pytest.mark.e2e
-def test_only_who_owns_a_database_reads_it(stack: Stack) -> None:
-    """Each of the two services with a database reads its own and not the other's, and lists nobody's users."""
+def test_databases_are_separate(stack: Stack) -> None:
+    """Each of the two services with a database reads only its own database, and lists no users."""
     names = {service: stack.database(service) for service in (ORCHESTRATOR, RESULT_STORE)}
     for service, mine in names.items():
         with mongo(stack.mongodb_of(service)) as client:
@@ -203,8 +203,8 @@ def test_only_who_owns_a_database_reads_it(stack: Stack) -> None:
 
 
 @pytest.mark.e2e
-def test_a_worker_cannot_read_mongodb(stack: Stack) -> None:
-    """What a worker has opens no database: not its name and password on the bus, nor being nobody, nor a connection in the clear."""
+def test_workers_cannot_read_mongodb(stack: Stack) -> None:
+    """Neither a worker's Kafka credentials, nor an anonymous or plaintext connection, give access to MongoDB."""
     password = stack.kafka_settings(WORKER).kafka_password
     address, _, options = stack.mongodb.rpartition("@")[2].partition("/?")
     tls = options.replace("&authSource=admin", "")
@@ -219,7 +219,7 @@ def test_a_worker_cannot_read_mongodb(stack: Stack) -> None:
 
 
 @pytest.mark.e2e
-def test_no_password_is_said(stack: Stack) -> None:
+def test_passwords_are_not_exposed(stack: Stack) -> None:
     """No password is in a service's environment or in its log."""
     secrets = [stack.mongodb_of(service) for service in (ORCHESTRATOR, RESULT_STORE)]
     secrets += [str(stack.kafka_settings(service).kafka_password) for service in SERVICES]
