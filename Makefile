@@ -4,7 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 .DELETE_ON_ERROR:
-.PHONY: help setup packages browser cli demo test lint fmt up down status logs token soak networks bench lock licences sbom audit images compose-demo compose-test k8s-test test-unit docs hooks
+.PHONY: help setup packages browser cli wheel demo test lint fmt up down status logs token soak networks bench lock licences sbom audit images compose-demo compose-test k8s-test test-unit docs hooks
 
 PYTHON ?= python3# makes the virtual environment; 3.11 or newer
 BIN := .venv/bin
@@ -113,6 +113,14 @@ lock: | .local/tools/uv/bin/uv ## Pin the requirements (requirements/*.in) with 
 
 # On standard error, so that `make token` prints a token and nothing else.
 setup: packages $(VENV) $(KAFKA) $(MONGOD) $(PAGE) ## Install missing dependencies; all other verbs do so first
+
+# Its dependencies come from the index when it is installed: pipx install dist/scanfleet_cli-*.whl
+wheel: setup ## Build the scanfleet command for other machines, and run it in a new environment
+	@rm -rf dist && $(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist ./cli
+	@$(PYTHON) -m venv dist/.try
+	@dist/.try/bin/pip install --quiet --disable-pip-version-check dist/scanfleet_cli-*.whl
+	@dist/.try/bin/scanfleet version && dist/.try/bin/scanfleet --help >/dev/null && rm -rf dist/.try
+	@ls dist/scanfleet_cli-*.whl
 
 ##@ Containers and Kubernetes
 

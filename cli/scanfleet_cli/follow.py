@@ -16,7 +16,7 @@ from scanfleet.messages import JobStatus
 from scanfleet_cli import calls, coverage
 from scanfleet_cli.client import AsyncClient
 from scanfleet_cli.errors import ApiError, Exit, UnavailableError
-from scanfleet_cli.output import Format, Output, count, duration, parse_time, printable
+from scanfleet_cli.output import Format, Output, Row, count, duration, parse_time, printable
 from scanfleet_cli.session import Session
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ SILENCE_SECONDS: Final = 30.0  # that a log is silent at most
 TICK_SECONDS: Final = 1.0
 BLOCKS: Final = 5  # jobs that a terminal shows at once
 BAR: Final = 40  # cells
+_TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
 
 BY_END: Final = {
     JobStatus.COMPLETED: Exit.DONE,
@@ -120,7 +121,7 @@ class Log(Silent):
             return
         status = job.task.status
         self._shown[job.job_id] = (status.status, time.monotonic())
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        now = self._output.now().strftime(_TIME)
         outcomes = f" {coverage.short(job.ledger)}" if job.ledger else ""
         self._output.note(f"{now} job {job.job_id} {status.status} {status.progress}%{outcomes}")
 
@@ -251,12 +252,12 @@ async def _watch(
 async def _read_ledgers(client: AsyncClient, jobs: dict[int, Followed]) -> None:
     """Keep the ledgers of running jobs up to date, as far as the service answers."""
     while True:
+        await asyncio.sleep(LEDGER_SECONDS)
         for job in jobs.values():
             if job.task is not None and not job.final:
                 with suppress(ApiError, UnavailableError):
                     reply = await client.ask(calls.read_ledger(job.job_id, page_size=1), timeout=0)
                     job.ledger = rest.Ledger.model_validate_json(reply.content)
-        await asyncio.sleep(LEDGER_SECONDS)
 
 
 def run(session: Session, job_ids: Sequence[int], view: View, **how: Any) -> dict[int, Followed]:
@@ -283,7 +284,7 @@ def end_lines(session: Session, task: rest.TaskStatus, ledger: rest.Ledger | Non
     start, end = job.start_time, job.end_time
     took = duration((end - start).total_seconds()) if start and end else ""
     if not output.stderr.isatty():
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        now = output.now().strftime(_TIME)
         line = f"{now} job {task.job_id} {status.status} {status.progress}% machines={status.machines_found}"
         if ledger is not None:
             line += f" accounted={str(ledger.accounted).lower()} {coverage.short(ledger)}"
@@ -329,9 +330,9 @@ def code_of(jobs: Sequence[Followed]) -> Exit:
     return Exit.DONE
 
 
-def took(job: dict[str, Any]) -> str:
+def took(job: Row, output: Output) -> str:
     """How long a job has run, from the API's object."""
     if not job["start_time"]:
         return "-"
-    end = parse_time(job["end_time"]) if job["end_time"] else datetime.now(UTC)
+    end = parse_time(job["end_time"]) if job["end_time"] else output.now()
     return duration((end - parse_time(job["start_time"])).total_seconds())

@@ -123,6 +123,8 @@ class Output:
         self.width = 0
         """Columns of the terminal; 0 when stdout is none."""
 
+        self.now: Callable[[], datetime] = lambda: datetime.now(UTC)
+
     @property
     def terminal(self) -> bool:
         return self.width > 0
@@ -311,13 +313,13 @@ def parse_time(text: str) -> datetime:
     return datetime.fromisoformat(text)
 
 
-def ago(text: str | None, *, relative: bool) -> str:
+def ago(text: str | None, output: Output) -> str:
     """A time of the API for a table: how long ago on a terminal, as it is elsewhere."""
     if text is None:
         return "-"
-    if not relative:
+    if not output.terminal:
         return text
-    seconds = (datetime.now(UTC) - parse_time(text)).total_seconds()
+    seconds = (output.now() - parse_time(text)).total_seconds()
     for unit, length in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
         if seconds >= length:
             return f"{count(int(seconds // length), unit)} ago"

@@ -18,7 +18,11 @@ _REPEATABLE: Final = frozenset({"GET", "HEAD", "PUT", "DELETE"})
 
 
 @click.command()
-@click.argument("method", type=click.Choice(["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"], case_sensitive=False))
+@click.argument(
+    "method",
+    metavar="METHOD",
+    type=click.Choice(["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"], case_sensitive=False),
+)
 @click.argument("path")
 @click.option(
     "-f", "--field", "texts", multiple=True, metavar="NAME=TEXT", help="Field of the body, or of the query of a GET."

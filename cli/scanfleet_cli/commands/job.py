@@ -108,8 +108,8 @@ def list_(
         column("SUBNET", "subnet_id") if output.format is not Format.WIDE else column("SUBNET", "subnet"),
         column("POLICY", "policy_id") if output.format is not Format.WIDE else column("POLICY", "policy"),
         *([column("USER", "user_id")] if user else []),
-        Column("STARTED", lambda row: ago(row["start_time"], relative=output.terminal)),
-        Column("TOOK", lambda row: follow.took(dict(row))),
+        Column("STARTED", lambda row: ago(row["start_time"], output)),
+        Column("TOOK", lambda row: follow.took(row, output)),
         column("MACHINES", "machines_found", wide=True),
         column("ERROR", "error", wide=True),
     ]
@@ -153,8 +153,8 @@ def _block(session: Session, task: rest.TaskStatus) -> Iterator[str]:
     yield f"job {job.id}  {output.paint(status.status)} {status.progress} %"
     yield f"  machines   {status.machines_found}"
     yield from _asked_for(session, job)
-    yield f"  created    {ago(job.model_dump(mode='json')['created_at'], relative=output.terminal)}"
-    yield f"  took       {follow.took(job.model_dump(mode='json'))}"
+    yield f"  created    {ago(job.model_dump(mode='json')['created_at'], output)}"
+    yield f"  took       {follow.took(job.model_dump(mode='json'), output)}"
     if status.error:
         yield f"  error      {printable(status.error)}"
     with suppress(ApiError):
@@ -585,7 +585,8 @@ def _ledger(session: Session, found: rest.Ledger) -> Iterator[str]:
         bar = "▇" * round(_SHARE_BAR * share) if session.output.terminal else ""
         text = name.replace("_", " ")
         yield f"{session.output.paint(name, f'{text:<10}')} {number:>14,} {share:>7.1%}  {bar}".rstrip()
-    yield f"{'asked':<10} {found.request.probes:>14,}         {found.request.addresses:,} addresses × {found.request.ports:,} ports"
+    asked = f"{count(found.request.addresses, 'address', 'addresses')} × {count(found.request.ports, 'port')}"
+    yield f"{'asked':<10} {found.request.probes:>14,}           {asked}"
     yield f"accounted: {'yes' if found.accounted else 'no'}"
     if found.status.final and not found.accounted:
         yield coverage.proof(found)

@@ -89,8 +89,8 @@ def _block(session: Session, found: Row) -> Iterator[str]:
     yield line(found)
     for network in found["exclude"]:
         yield f"  without  {network}"
-    yield f"  created  {ago(found['created_at'], relative=session.output.terminal)}"
-    yield f"  changed  {ago(found['updated_at'], relative=session.output.terminal)}"
+    yield f"  created  {ago(found['created_at'], session.output)}"
+    yield f"  changed  {ago(found['updated_at'], session.output)}"
 
 
 @subnet.command()

@@ -42,6 +42,7 @@ class FakeJob:
         self.counts: dict[str, int] = {"answered": 256}
         self.machines = 0
         self.error = ""
+        self.letters = ""
 
     @property
     def status(self) -> JobStatus:
@@ -226,11 +227,23 @@ class FakeApi(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
             "GET /events": lambda: httpx2.Response(
                 200, headers={"content-type": "text/event-stream"}, stream=_Events(self, job)
             ),
+            "GET /map": lambda: httpx2.Response(200, json=_map(job)) if job.letters else _error(404, "Not Found"),
             "GET /results": lambda: _results(request, job),
             "POST /cancel": lambda: _cancel(job),
         }
         answer = answers.get(f"{request.method} {what}")
         return answer() if answer else _error(404, "Not Found")
+
+
+def _map(job: FakeJob) -> dict[str, Any]:
+    drawn = {
+        "job_id": job.id,
+        "seq": job.seq,
+        "status": job.status,
+        "first": "127.9.9.0",
+        "addresses": len(job.letters),
+    }
+    return drawn | {"blocks": [{"ports": "22", "letters": job.letters}]}
 
 
 def _cancel(job: FakeJob) -> httpx2.Response:
