@@ -32,6 +32,9 @@ class Call(Generic[T]):
     answer: type[T]
     query: Mapping[str, Any] = field(default_factory=dict)
     body: Mapping[str, Any] | None = None
+    csv: str | None = None
+    """The body of an operation that takes CSV."""
+
     headers: Mapping[str, str] = field(default_factory=dict)
     repeatable: bool = True
     """Whether a second request has the effect of one, so that it may be repeated after a cut connection."""
@@ -159,6 +162,11 @@ def list_subnets() -> ListCall[rest.SubnetList]:
 
 def create_subnet(body: rest.SubnetBody) -> Call[rest.Subnet]:
     return Call("POST", "/api/v1/subnet", rest.Subnet, body=_given(body), repeatable=False)
+
+
+def import_subnets(csv: str) -> Call[rest.SubnetsImported]:
+    """A subnet for each line, all or none. Repeating the same call creates nothing more."""
+    return Call("POST", "/api/v1/subnet/import", rest.SubnetsImported, csv=csv, headers={"Content-Type": "text/csv"})
 
 
 def read_subnet(subnet_id: int) -> Call[rest.Subnet]:

@@ -463,6 +463,7 @@ def _request(http: httpx2.Client | httpx2.AsyncClient, call: Call[Any], token: s
         call.path,
         params=call.query or None,
         json=call.body,
+        content=call.csv,
         headers=headers,
         timeout=_STREAM_TIMEOUTS if stream else _TIMEOUTS,
     )

@@ -26,8 +26,10 @@ from scanfleet.policy import PolicyError, Preset, ScanPolicy, fill_in
 
 MAX_EXCLUDES = 1_000  # per subnet: its document stays small and readable
 MAX_BODY_BYTES = 16 * 1024  # per request; the largest policy, with 10,000 characters of ports, takes 13 kB
+MAX_IMPORT_LINES = 1_000
 BODY_LIMITS = {
     "/api/v1/task": 32 * 1024,  # 1,000 subnet ids of 17 digits
+    "/api/v1/subnet/import": 128 * 1024,  # 1,000 lines of 128 characters
     "/api/v1/subnet": 64 * 1024,  # 1,000 excluded IPv6 networks
 }
 """Larger body limits, by path prefix."""
@@ -338,6 +340,15 @@ class SubnetList(_Answer):
     total: int
     page: int
     page_size: int
+
+
+class SubnetsImported(_Answer):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    message: str
+    created: int
+    subnets: list[Subnet]
+    """One for each line, in order; those that the caller had before are not created again."""
 
 
 # Policies

@@ -174,6 +174,7 @@ CALLS: dict[str, calls.Call[Any]] = {
     "read_waiting": calls.read_waiting(1),
     "list_subnets": calls.list_subnets(),
     "create_subnet": calls.create_subnet(BODY),
+    "import_subnets": calls.import_subnets("name,cidr\nlab,127.9.8.0/24\n"),
     "read_subnet": calls.read_subnet(1),
     "replace_subnet": calls.replace_subnet(1, BODY),
     "delete_subnet": calls.delete_subnet(1),

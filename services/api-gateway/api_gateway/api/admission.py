@@ -30,6 +30,7 @@ from scanfleet.errors import BadRequestError, Rule, TooManyRequestsError, Unavai
 
 _WITH_BODY: Final = frozenset({"POST", "PUT"})
 _MAX_ERROR_CHARS: Final = 200  # an error may quote the caller, but not at length
+_JSON: Final = "application/json"
 _WINDOW_S: Final = 60  # of every rate
 
 
@@ -189,18 +190,20 @@ class Route(Guarded):
         """Say what a body has to be: the framework would take any other for a text, and say what is wrong with that.
 
         Raises:
-            BadRequestError: it is not JSON by its headers.
+            BadRequestError: it is not JSON, or what the route takes instead, by its headers.
         """
         has_body = self.body_field is not None or "requestBody" in (self.openapi_extra or {})
         if scope["method"] not in _WITH_BODY or not has_body:
             return
         headers = {name: value.decode("latin-1").lower() for name, value in scope["headers"]}
         kind = headers.get(b"content-type", "").partition(";")[0].strip()
-        is_json = kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
-        if not is_json:
-            raise BadRequestError('the body must be JSON, sent with the header "Content-Type: application/json"')
+        (taken,) = (self.openapi_extra or {}).get("requestBody", {}).get("content", {_JSON: {}})
+        name = taken.rpartition("/")[2].upper()
+        is_taken = kind == taken or (taken == _JSON and kind.startswith("application/") and kind.endswith("+json"))
+        if not is_taken:
+            raise BadRequestError(f'the body must be {name}, sent with the header "Content-Type: {taken}"')
         if headers.get(b"content-encoding", "identity") != "identity":
-            raise BadRequestError('the body must be JSON as it is, without the header "Content-Encoding"')
+            raise BadRequestError(f'the body must be {name} as it is, without the header "Content-Encoding"')
 
 
 class CancelRoute(Route):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from fastapi import APIRouter, Request, Response
 
 from api_gateway.api.admission import Route
@@ -10,6 +12,20 @@ from api_gateway.api.state import Handed
 from scanfleet import rest
 from scanfleet.auth import Caller
 from scanfleet.service import PathId
+
+_CSV: Final = {
+    "required": True,
+    "content": {
+        "text/csv": {
+            "schema": {
+                "type": "string",
+                "description": "UTF-8. The first line names the columns `name`, `cidr` and, optionally, `exclude`, in which "
+                f"semicolons separate networks; at most {rest.MAX_IMPORT_LINES:,} lines follow.",
+            },
+            "example": "name,cidr,exclude\nlab,127.9.8.0/24,127.9.8.128/25;127.9.8.1\n",
+        }
+    },
+}
 
 router = APIRouter(prefix="/api/v1/subnet", tags=["subnet"], route_class=Route)
 
@@ -34,6 +50,18 @@ async def list_subnets(request: Request, _caller: Caller, state: Handed) -> Resp
 )
 async def create_subnet(request: Request, _caller: Caller, state: Handed) -> Response:
     """Create a subnet."""
+    return await state.orchestrator.forward(request)
+
+
+@router.post(
+    "/import",
+    status_code=201,
+    response_model=rest.SubnetsImported,
+    responses=errors(400, 413),
+    openapi_extra={"requestBody": _CSV},
+)
+async def import_subnets(request: Request, _caller: Caller, state: Handed) -> Response:
+    """Create a subnet for each line of a CSV file, all or none. Equal subnets are not created again: safe to repeat."""
     return await state.orchestrator.forward(request)
 
 

@@ -29,6 +29,7 @@ PATHS = {
     "/api/v1/task/{job_id}/snapshot": {"get"},
     "/api/v1/task/{job_id}/map": {"get"},
     "/api/v1/subnet": {"get", "post"},
+    "/api/v1/subnet/import": {"post"},
     "/api/v1/subnet/{subnet_id}": {"get", "put", "delete"},
     "/api/v1/policy": {"get", "post"},
     "/api/v1/policy/{policy_id}": {"get", "put", "delete"},
@@ -243,3 +244,15 @@ async def test_a_documented_query_parameter_is_passed_on(gateway: Running, docum
             for name in names:
                 answer = await gateway.client.request(verb, re.sub(r"{\w+}", "1", path), params={name: "1"})
                 assert answer.status_code == 404, (path, name)  # the stand-ins' answer
+
+
+async def test_an_import_is_csv_alone(gateway: Running) -> None:
+    """CSV is passed on as it is; another body is a 400 that says what to send."""
+    gateway.services.on("POST", "http://orchestrator/api/v1/subnet/import", httpx.Response(201, json={}))
+    for kind, status in (("text/csv", 201), ("text/csv; charset=utf-8", 201), ("application/json", 400), ("", 400)):
+        answer = await gateway.client.post(
+            "/api/v1/subnet/import", content=b"name,cidr\n", headers={"Content-Type": kind}
+        )
+        assert answer.status_code == status, kind
+    assert answer.json()["error"] == 'the body must be CSV, sent with the header "Content-Type: text/csv"'
+    assert [asked.content for asked in gateway.services.asked("orchestrator")] == [b"name,cidr\n"] * 2

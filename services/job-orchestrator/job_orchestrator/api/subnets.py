@@ -22,7 +22,7 @@ router = APIRouter(prefix="/api/v1/subnet", route_class=Guarded)
 async def create_subnet(
     body: rest.SubnetBody, response: Response, caller: Caller, state: Handed, record: Recorded
 ) -> rest.Subnet:
-    cidr, exclude = _checked(body, state.rules)
+    cidr, exclude = checked(body, state.rules)
     now = utc_now()
     (id_,) = await state.store.take_ids("subnets")
     subnet = Subnet(
@@ -43,7 +43,7 @@ async def create_subnet(
 async def list_subnets(caller: Caller, state: Handed, paged: Paged) -> rest.SubnetList:
     found, total = await state.store.list_subnets(caller.user_id, paged.skip, paged.page_size)
     return rest.SubnetList(
-        subnets=[_view(each) for each in found],
+        subnets=[view(each) for each in found],
         total=total,
         page=paged.page,
         page_size=paged.page_size,
@@ -67,8 +67,8 @@ async def replace_subnet(
     record: Recorded,
 ) -> rest.Subnet:
     old = await _mine(state, caller.user_id, subnet_id)
-    conditional = check_unchanged(_view(old), request)
-    cidr, exclude = _checked(body, state.rules)
+    conditional = check_unchanged(view(old), request)
+    cidr, exclude = checked(body, state.rules)
     new = Subnet(
         id=old.id,
         user_id=old.user_id,
@@ -104,7 +104,7 @@ async def _mine(state: State, user_id: int, subnet_id: int) -> Subnet:
     return found[0]
 
 
-def _checked(body: rest.SubnetBody, rules: TargetRules) -> tuple[str, tuple[str, ...]]:
+def checked(body: rest.SubnetBody, rules: TargetRules) -> tuple[str, tuple[str, ...]]:
     """Return the network and its exclusions in canonical form."""
     try:
         target = Target.parse(body.cidr, body.exclude or ())
@@ -116,12 +116,12 @@ def _checked(body: rest.SubnetBody, rules: TargetRules) -> tuple[str, tuple[str,
 
 
 def _shown(subnet: Subnet, response: Response) -> rest.Subnet:
-    view = _view(subnet)
-    tagged(view, response)
-    return view
+    shown = view(subnet)
+    tagged(shown, response)
+    return shown
 
 
-def _view(subnet: Subnet) -> rest.Subnet:
+def view(subnet: Subnet) -> rest.Subnet:
     return rest.Subnet(
         id=subnet.id,
         user_id=subnet.user_id,

@@ -38,7 +38,7 @@ _BATCH: Final = 1_000  # documents per read: about a megabyte, and 20 ms of conv
 SEQUENCES: Final = ("jobs", "subnets", "policies", "users", "revocations")
 
 _INDEXES: Final = {
-    "subnets": [IndexModel([("user_id", 1), ("_id", -1)])],
+    "subnets": [IndexModel([("user_id", 1), ("_id", -1)]), IndexModel([("user_id", 1), ("cidr", 1)])],
     "policies": [IndexModel([("user_id", 1), ("_id", -1)])],
     "commands": [
         IndexModel(
@@ -141,7 +141,15 @@ class MongoStore(MongoAudit):
         return await self._database[kind].find_one({"_id": id_}, {"_id": 1}) is not None
 
     async def add_subnet(self, subnet: Subnet) -> None:
-        await insert_missing(self._subnets, [documents.write_subnet(subnet)])
+        await self.add_subnets([subnet])
+
+    async def add_subnets(self, subnets: Sequence[Subnet]) -> None:
+        await insert_missing(self._subnets, [documents.write_subnet(subnet) for subnet in subnets])
+
+    @dependency_errors()
+    async def subnets_of(self, user_id: int, cidrs: Collection[str]) -> list[Subnet]:
+        found = self._subnets.find({"user_id": user_id, "cidr": {"$in": list(cidrs)}})
+        return [documents.read_subnet(each) async for each in found]
 
     async def subnets(self, user_id: int, ids: Collection[int]) -> list[Subnet]:
         return await _owned(self._subnets, documents.read_subnet, user_id, ids)

@@ -59,6 +59,13 @@ class MemoryStore:
     async def add_subnet(self, subnet: Subnet) -> None:
         self._subnets.setdefault(subnet.id, subnet)
 
+    async def add_subnets(self, subnets: Sequence[Subnet]) -> None:
+        for subnet in subnets:
+            self._subnets.setdefault(subnet.id, subnet)
+
+    async def subnets_of(self, user_id: int, cidrs: Collection[str]) -> list[Subnet]:
+        return [each for each in self._subnets.values() if each.user_id == user_id and each.cidr in cidrs]
+
     async def subnets(self, user_id: int, ids: Collection[int]) -> list[Subnet]:
         return [each for each in self._subnets.values() if each.user_id == user_id and each.id in ids]
 

@@ -63,6 +63,7 @@ QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
     "unsettled_jobs": (lambda store: store.unsettled_jobs(10, 5), 10),
     "jobs_with_old_events": (lambda store: store.jobs_with_old_events(THEN, 10), 5),
     "has_unfinished_jobs": (lambda store: store.has_unfinished_jobs(3), 5),
+    "subnets_of": (lambda store: store.subnets_of(7, ["127.9.8.0/24", "127.9.9.0/24"]), 5),
     "list_subnets": (lambda store: store.list_subnets(7, 0, 10), 5),
     "list_policies": (lambda store: store.list_policies(7, 0, 10), 5),
     "chunks": (lambda store: store.chunks(["3-0", "3-1"]), 5),

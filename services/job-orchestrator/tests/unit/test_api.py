@@ -126,6 +126,7 @@ EVERY_ROUTE = [
     ("GET", "/api/v1/task/1/map"),
     *((verb, "/api/v1/subnet") for verb in ("GET", "POST")),
     *((verb, "/api/v1/subnet/1") for verb in ("GET", "PUT", "DELETE")),
+    ("POST", "/api/v1/subnet/import"),
     *((verb, "/api/v1/policy") for verb in ("GET", "POST")),
     *((verb, "/api/v1/policy/1") for verb in ("GET", "PUT", "DELETE")),
     ("GET", "/api/v1/audit"),
@@ -262,6 +263,54 @@ async def test_a_subnet_with_unfinished_jobs_stays(api: Api, store: MemoryStore)
     job = (await store.jobs([1]))[1]
     await store.save_jobs([change(job, JobTrigger.CANCEL, LATER)])
     await api("DELETE /api/v1/subnet/1")
+
+
+# Imports
+
+
+async def imported(api: Api, text: str | bytes, status: int = 201) -> Any:
+    answer = await api.raw("POST", "/api/v1/subnet/import", content=text, headers=ISSUER.bearer())
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+async def test_subnets_are_imported_from_csv(api: Api, store: MemoryStore) -> None:
+    """Each line is a subnet, audited, in canonical form; a repeat creates none and answers the same subnets."""
+    text = '\ufeffName,CIDR,exclude\r\n lab ,127.9.8.0/24,127.9.8.128/25; 127.9.8.1\r\n\r\n"a,b",127.9.9.7,\r\n'
+    answer = await imported(api, text)
+    assert (answer["message"], answer["created"]) == ("2 subnets created", 2)
+    assert [(each["id"], each["name"], each["cidr"], each["exclude"]) for each in answer["subnets"]] == [
+        (1, "lab", "127.9.8.0/24", ["127.9.8.1/32", "127.9.8.128/25"]),
+        (2, "a,b", "127.9.9.7/32", []),
+    ]
+    entries, _ = await store.list_audit(0, 10, action="import_subnets")
+    assert {entry.target for entry in entries} == {"/api/v1/subnet/1", "/api/v1/subnet/2"}
+    again = await imported(api, text + "lab,127.9.8.0/24,\r\nlab,127.9.8.0/24,\r\n")
+    assert (again["created"], [each["id"] for each in again["subnets"]]) == (1, [1, 2, 3, 3])
+    assert again["subnets"][:2] == answer["subnets"]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("", "the first line must be"),
+        ("cidr\n127.9.8.0/24\n", "the first line must be"),
+        ("name,cidr,owner\nx,127.9.8.0/24,8\n", "the first line must be"),
+        ("name,cidr,name\n", "the first line must be"),
+        ("name,cidr\nx\n", "line 2: 1 cells where 2 belong"),
+        ("name,cidr\ngood,127.9.8.0/24\nx,127.9.8.1/24\n,127.9.8.0/24\n", "line 3: 127.9.8.1/24 has host bits set"),
+        ("name,cidr\ngood,127.9.8.0/24\nx,10.0.0.0/8\n", "line 3: "),
+        ("name,cidr\n,127.9.8.0/24\n", "line 2: name: "),
+        ("name,cidr,exclude\nx,127.9.8.0/24,y\n", "line 2: "),
+        ('name,cidr\n"x,127.9.8.0/24\n', "the body is not CSV"),
+        (b"name,cidr\n\xff,127.9.8.0/24\n", "the body is not CSV"),
+        ("name,cidr\n" + "x,127.9.8.0/24\n" * 1_001, "more than 1000 lines"),
+    ],
+)
+async def test_an_import_with_a_bad_line_creates_nothing(api: Api, text: str | bytes, error: str) -> None:
+    """A file that is not CSV, or has a line that is no subnet, is a 400 that names the line, and no line of it counts."""
+    assert (await imported(api, text, 400))["error"].startswith(error)
+    assert (await api("GET /api/v1/subnet"))["total"] == 0
 
 
 # Policies
@@ -458,7 +507,10 @@ async def test_a_database_that_is_away_is_a_503(api: Api, store: MemoryStore) ->
         body |= {"cidr": "127.9.8.0/24"} if "subnet" in path else {}
         if path.endswith("/cancel"):
             body = {"all": True}
-        answer = await api.raw(method, path, headers=ISSUER.bearer(admin=True), json=body)
+        sent: dict[str, Any] = (
+            {"content": "name,cidr\nx,127.9.8.0/24\n"} if path.endswith("/import") else {"json": body}
+        )
+        answer = await api.raw(method, path, headers=ISSUER.bearer(admin=True), **sent)
         assert (answer.status_code, int(answer.headers["Retry-After"]) >= 1) == (503, True), path
         assert "database" not in answer.json()["error"]
 

@@ -1,0 +1,92 @@
+"""Import subnets from CSV: all lines or none, and safe to repeat."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+from collections.abc import Iterator
+from typing import Final
+
+from fastapi import APIRouter, Request
+from pydantic import ValidationError
+
+from job_orchestrator.api.state import MAX_ERROR_CHARS, Handed, Recorded
+from job_orchestrator.api.subnets import checked, view
+from job_orchestrator.domain.store import Subnet
+from scanfleet import rest
+from scanfleet.auth import Caller, Guarded
+from scanfleet.clock import utc_now
+from scanfleet.errors import BadRequestError
+
+router = APIRouter(prefix="/api/v1/subnet", route_class=Guarded)
+
+_COLUMNS: Final = {"name", "cidr", "exclude"}
+_MAX_PROBLEMS: Final = 5  # lines that an error names; enough to correct a file in a few attempts
+
+_Wanted = tuple[str, str, tuple[str, ...]]
+"""Name, network and exclusions of a line, in canonical form."""
+
+
+@router.post("/import", status_code=201)
+async def import_subnets(request: Request, caller: Caller, state: Handed, record: Recorded) -> rest.SubnetsImported:
+    wanted: list[_Wanted] = []
+    problems: list[str] = []
+    for number, row in _rows(await request.body()):
+        await asyncio.sleep(0)  # others may run between two of a thousand lines
+        try:
+            body = rest.SubnetBody.model_validate(row)
+            wanted.append((body.name, *checked(body, state.rules)))
+        except ValidationError as error:
+            first = error.errors()[0]
+            problems.append(f"line {number}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
+        except BadRequestError as error:
+            problems.append(f"line {number}: {error.message}")
+        if len(problems) == _MAX_PROBLEMS:
+            break
+    if problems:
+        raise BadRequestError("; ".join(problems)[:MAX_ERROR_CHARS])
+    found = await state.store.subnets_of(caller.user_id, {cidr for _, cidr, _ in wanted})
+    known = {(each.name, each.cidr, each.exclude): each for each in found}
+    missing = [each for each in dict.fromkeys(wanted) if each not in known]
+    now = utc_now()
+    ids = await state.store.take_ids("subnets", len(missing)) if missing else range(0)
+    created = [
+        Subnet(id=id_, user_id=caller.user_id, name=name, cidr=cidr, exclude=exclude, created_at=now, updated_at=now)
+        for id_, (name, cidr, exclude) in zip(ids, missing, strict=True)
+    ]
+    await record.each(f"/api/v1/subnet/{subnet.id}" for subnet in created)
+    await state.store.add_subnets(created)
+    known |= {(each.name, each.cidr, each.exclude): each for each in created}
+    return rest.SubnetsImported(
+        message=f"{len(created)} subnet{'' if len(created) == 1 else 's'} created",
+        created=len(created),
+        subnets=[view(known[each]) for each in wanted],
+    )
+
+
+def _rows(content: bytes) -> Iterator[tuple[int, dict[str, object]]]:
+    """Yield each line's number, from 1 as in an editor, with its fields.
+
+    Raises:
+        BadRequestError: the content is not CSV with the columns of a subnet, or has too many lines.
+    """
+    try:
+        lines = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+        columns = [name.strip().lower() for name in next(lines, [])]
+        if len(set(columns)) != len(columns) or not {"name", "cidr"} <= set(columns) <= _COLUMNS:
+            raise BadRequestError('the first line must be "name,cidr" or "name,cidr,exclude"')
+        count = 0
+        for values in lines:
+            if not values:  # an empty line
+                continue
+            count += 1
+            if count > rest.MAX_IMPORT_LINES:
+                raise BadRequestError(f"more than {rest.MAX_IMPORT_LINES} lines; import them in parts")
+            if len(values) != len(columns):
+                raise BadRequestError(f"line {lines.line_num}: {len(values)} cells where {len(columns)} belong")
+            row: dict[str, object] = dict(zip(columns, (value.strip() for value in values), strict=True))
+            row["exclude"] = [each.strip() for each in str(row.get("exclude", "")).split(";") if each.strip()]
+            yield lines.line_num, row
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise BadRequestError(f"the body is not CSV in UTF-8: {error}"[:MAX_ERROR_CHARS]) from error
