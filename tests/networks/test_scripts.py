@@ -110,7 +110,13 @@ async def test_admitted_script_sends_packets_to_its_target_alone(scan: Scan, scr
 
 
 @pytest.mark.proves("A23", "G12")
-@pytest.mark.parametrize("preset", Preset)
+@pytest.mark.parametrize(
+    "preset",
+    [
+        *(preset for preset in Preset if preset is not Preset.FULL),
+        pytest.param(Preset.FULL, marks=pytest.mark.networks),  # takes a minute
+    ],
+)
 async def test_preset_sends_packets_to_its_target_alone(scan: Scan, preset: Preset) -> None:
     """Service and OS detection and the scripts of each preset send no packet to another address."""
     host, packets = await scan(preset, {"os_detection": True, "version_intensity": 2})
