@@ -6,18 +6,22 @@ ARG SERVICE=api-gateway
 ARG PYTHON=python:3.13-slim-trixie
 
 FROM ${PYTHON} AS python
+ENTRYPOINT ["python", "-m", "scanfleet.server"]
 
 # System packages, which only the worker needs, and the licences of the image's content (`make licences`).
 FROM python AS for-api-gateway
 LABEL org.opencontainers.image.licenses="Apache-2.0 AND BSD-2-Clause AND BSD-3-Clause AND MIT AND MIT-0 AND MPL-2.0 AND PSF-2.0"
+CMD ["api-gateway"]
 FROM python AS for-job-orchestrator
 LABEL org.opencontainers.image.licenses="Apache-2.0 AND BSD-2-Clause AND BSD-3-Clause AND ISC AND MIT AND MIT-0 AND MPL-2.0 AND PSF-2.0"
+CMD ["job-orchestrator"]
 FROM python AS for-result-store
 LABEL org.opencontainers.image.licenses="Apache-2.0 AND BSD-2-Clause AND BSD-3-Clause AND ISC AND MIT AND MIT-0 AND MPL-2.0 AND PSF-2.0"
+CMD ["result-store"]
 FROM python AS for-scanner-worker
 LABEL org.opencontainers.image.licenses="Apache-2.0 AND BSD-2-Clause AND BSD-3-Clause AND GPL-3.0-or-later AND LicenseRef-NPSL AND MIT AND MIT-0 AND MPL-2.0 AND PSF-2.0"
-# `nmap-raw` is for workers with CAP_NET_RAW: file capabilities grant it to nmap only. It is a second program because the
-# kernel
+CMD ["scanner-worker"]
+# `nmap-raw` is for workers with CAP_NET_RAW: file capabilities grant it to nmap only. It is a second program because the kernel
 # refuses to start a program with file capabilities that the container does not have.
 RUN <<END
     set -e
@@ -72,16 +76,14 @@ COPY --from=built /app /app
 COPY LICENSE NOTICE /app/
 ENV PATH=/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
-    UVICORN_APP=${SERVICE//-/_}.main:create_app
+    SCANFLEET_HOST=0.0.0.0
 WORKDIR /app
 # An unprivileged user, by number so that orchestrators can verify that it is not root.
 USER 65532:65532
-EXPOSE 8080
-# After 5 seconds open responses are aborted, which leaves the rest of the grace period for current work.
-ENTRYPOINT ["uvicorn", "--factory", "--http", "scanfleet.front:BoundedProtocol", "--no-server-header", "--no-proxy-headers", \
-    "--host", "0.0.0.0", "--port", "8080", "--timeout-graceful-shutdown", "5"]
+# Requests, and probes.
+EXPOSE 8080 8081
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s \
-    CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8080/healthz', timeout=2)"]
+    CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8081/healthz', timeout=2)"]
 
 ARG VERSION=dev
 ARG REVISION=unknown

@@ -67,14 +67,15 @@ def up(stack: Stack) -> None:
 
 
 def status(stack: Stack) -> int:
-    """Print one line per process: name, pid, state, address.
+    """Print one line per process: name, pid, state, addresses; the last address of a service is that of its probes.
 
     Returns:
         The exit code: 1 unless every process is running.
     """
     processes = stack.processes()
     for process in processes:
-        print(f"{process.name:<18} {process.pid or '-':>8} {process.state:<9} {stack.address(process.name)}")
+        addresses = " ".join(stack.listens(process.name))
+        print(f"{process.name:<18} {process.pid or '-':>8} {process.state:<9} {addresses}")
     if not processes:
         print("nothing is running; `make up` starts the stack", file=sys.stderr)
     return 0 if processes and all(process.running for process in processes) else 1

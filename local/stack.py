@@ -43,15 +43,17 @@ USUAL_PORTS: Final = {
     "api-gateway": 8080,
     "job-orchestrator": 8081,
     "result-store": 8082,
-    "scanner-worker-1": 8083,
-    "scanner-worker-2": 8084,
+    "api-gateway-probes": 8090,
+    "job-orchestrator-probes": 8091,
+    "result-store-probes": 8092,
+    "scanner-worker-1-probes": 8093,
+    "scanner-worker-2-probes": 8094,
 }
 
 LEASE: Final = 10  # seconds: short for development, where workers get killed; loopback has no network delays
 WRITES: Final = 60_000  # per minute: tests and benchmarks are one user with many requests
 READY_LIMIT: Final = 120.0  # seconds until every service is ready; usually about five, on a busy machine many more
 ANSWER_LIMIT: Final = 5.0  # timeout in seconds of /readyz, longer than that of its checks
-CLOSE_LIMIT: Final = 5  # seconds that open responses may continue after SIGTERM
 LOG_TAIL: Final = 10  # lines of a log in an error
 LOG_LINE: Final = 600  # characters of such a line: the end, which has the error of a traceback
 
@@ -226,7 +228,7 @@ class Stack:
 
         def ready(name: str) -> bool:
             try:
-                answer = client.get(f"http://{self.address(name)}/readyz")
+                answer = client.get(f"{self.probes(name)}/readyz")
             except httpx.HTTPError as error:
                 unready[name] = f"does not answer ({error})"
                 return False
@@ -254,8 +256,17 @@ class Stack:
         }
 
     def address(self, name: str) -> str:
-        """Return `host:port` of a process."""
+        """Return `host:port` of a server or of a service's API."""
         return f"127.0.0.1:{self._ports()[name]}"
+
+    def listens(self, name: str) -> list[str]:
+        """Return `host:port` of each port of a process."""
+        numbers = self._ports()
+        return [f"127.0.0.1:{numbers[key]}" for key in (name, f"{name}-probes") if key in numbers]
+
+    def probes(self, name: str) -> str:
+        """Return the URL of the probes and metrics of a service's process."""
+        return f"http://127.0.0.1:{self._ports()[f'{name}-probes']}"
 
     @property
     def url(self) -> str:
@@ -336,19 +347,10 @@ class Stack:
         if "mongod" in self._servers:
             command = mongod.command(self.folder / "mongod", self._ports()["mongod"], self._credentials)
             yield Program("mongod", command, autostart=True)
-        for service, package in SERVICES.items():
+        for service in SERVICES:
             for index, name in enumerate(self.names(service)):
-                host, port = self.address(name).split(":")
-                yield Program(
-                    name,
-                    [
-                        *(sys.executable, "-m", "uvicorn", "--factory", f"{package}.main:create_app"),
-                        *("--http", "scanfleet.front:BoundedProtocol", "--no-server-header", "--no-proxy-headers"),
-                        *("--host", host, "--port", port),
-                        *("--timeout-graceful-shutdown", str(CLOSE_LIMIT)),
-                    ],
-                    self._environment(service, index, name),
-                )
+                command = [sys.executable, "-m", "scanfleet.server", service]
+                yield Program(name, command, self._environment(service, index, name))
 
     def _environment(self, service: str, index: int, name: str) -> dict[str, str]:
         def replica_url(other: str) -> str:
@@ -357,6 +359,7 @@ class Stack:
 
         variables = {
             "SCANFLEET_INSTANCE": name,
+            **self._listening(name),
             **self._way_to_the_bus(service),
             "SCANFLEET_ALLOWED_NETWORKS": "127.0.0.0/8,::1/128",
             "SCANFLEET_LEASE_SECONDS": str(LEASE),
@@ -394,6 +397,12 @@ class Stack:
         for whose in (service, name):
             more |= self._settings_of.get(whose, {})
         return {variable: value for variable, value in more.items() if value is not None}
+
+    def _listening(self, name: str) -> dict[str, str]:
+        """Return the ports of a process; a worker has no API, and a one-shot command does not listen."""
+        numbers = self._ports()
+        ports_of = {"SCANFLEET_API_PORT": name, "SCANFLEET_PROBE_PORT": f"{name}-probes"}
+        return {variable: str(numbers[key]) for variable, key in ports_of.items() if key in numbers}
 
     def _signing_keys(self, purpose: str) -> tuple[Path, Path]:
         """Return the files with the private and the public key."""
@@ -435,9 +444,10 @@ class Stack:
     def _choose_ports(self) -> None:
         """Reuse the previous ports that are still free, so that clients find the stack at the same addresses."""
         servers = [*self._servers, *(["kafka-controller"] if "kafka" in self._servers else [])]
+        apis = [name for service in SERVICES if service != "scanner-worker" for name in self.names(service)]
         before = self._ports()
         numbers: dict[str, int] = {}
-        for name in [*servers, *self._services]:
+        for name in [*servers, *apis, *(f"{name}-probes" for name in self._services)]:
             number = ports.choose(before.get(name, self._usual_ports.get(name)))
             while number in numbers.values():
                 number = ports.choose()

@@ -1,8 +1,8 @@
 """Limits on what a client may send and hold before a service has examined its request.
 
 uvicorn and its parser limit neither the size of a request line or of headers, nor the time in which they arrive, nor the number
-of connections. Every service is therefore started with `uvicorn --http scanfleet.front:BoundedProtocol`; `service.create_app`
-hands the protocol its `Front` by the lifespan's state.
+of connections. `scanfleet.server` therefore runs every service with this protocol; `service.create_app` hands it its `Front` by the
+lifespan's state.
 """
 
 from __future__ import annotations

@@ -68,8 +68,6 @@ def configure(service: str, settings: CommonSettings) -> None:
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers = []
         logging.getLogger(name).propagate = True
-    # `scanfleet.service` writes an access line with route and request id instead.
-    logging.getLogger("uvicorn.access").handlers = []
     # A line per outgoing call would only repeat the access line of the called service.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # It logs an unavailable broker a hundred times a second; `scanfleet.consumer` logs it once, and its recovery.

@@ -1,7 +1,6 @@
 """The HTTP runtime of all services: probes, metrics, request ids and one format for all errors.
 
-A service's `main.py` calls `create_app` with its routers and a lifespan that opens adapters and consumers, and is run by
-`uvicorn --factory --http scanfleet.front:BoundedProtocol --no-proxy-headers <package>.main:create_app`.
+A service's `main.py` calls `create_app` with its routers and a lifespan that opens adapters and consumers; `scanfleet.server` runs it.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from scanfleet import tracing
 from scanfleet.audit import Refusals
-from scanfleet.auth import Principal
+from scanfleet.auth import GatewayRoute, Principal
 from scanfleet.clock import utc_now
 from scanfleet.errors import ConfigurationError, DependencyError, PublicError, Rule, UnavailableError
 from scanfleet.front import Front
@@ -56,7 +55,7 @@ _DECIMAL: Final = re.compile(r"[1-9][0-9]{0,15}")
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # Probed every few seconds, so their access lines are omitted.
-_QUIET: Final = frozenset({"/healthz", "/readyz", "/metrics", "/internal/revocations"})
+_QUIET: Final = frozenset({"/healthz", "/readyz", "/metrics", "/internal/ready", "/internal/revocations"})
 _MAX_ERROR_CHARS: Final = 500  # of an error: limits quoted input of the caller
 _MAX_TARGET_CHARS: Final = 200  # of an audit entry: a path invented by a caller may be long
 _DISCONNECTED: Final = 499  # in logs and metrics, as proxies record it: the client has disconnected
@@ -103,6 +102,9 @@ class Probes:
     """The conditions of a service's health and readiness; `create_app` creates it, the lifespan fills it."""
 
     def __init__(self) -> None:
+        self.stage = ""
+        """`starting` or `ending` while the process takes no requests; the server sets it."""
+
         self._watched: list[Watched] = []
         self._checks: dict[str, Check] = {}
 
@@ -160,11 +162,8 @@ def create_app(
     """
     startup = Startup()
     app = FastAPI(
-        **({"title": name, "openapi_url": None} | documents),
+        **(_BASICS | {"title": name} | documents),
         lifespan=_watched(lifespan, settings),
-        default_response_class=AsciiJSON,
-        telemetry=_TELEMETRY,
-        redirect_slashes=False,  # a path with an extra slash is unknown; a redirect would drop the body
         middleware=[
             Middleware(
                 _Outermost,
@@ -174,21 +173,30 @@ def create_app(
             ),
             Middleware(_Opened, startup=startup),
         ],
-        exception_handlers={
-            PublicError: _public,
-            DependencyError: _dependency,
-            HTTPException: _http,
-            RequestValidationError: _invalid,
-        },
     )
+    app.state.settings = settings
     app.state.startup = startup
     app.state.probes = Probes()
     app.state.probes.watch(startup)
     app.state.refusals = Refusals(name)
-    app.include_router(_probes)
     for router in routers:
         app.include_router(router)
     return app
+
+
+def create_probes(app: FastAPI) -> FastAPI:
+    """The probes and metrics of a service, for a port of their own.
+
+    Args:
+        app: the service, as `create_app` made it.
+    """
+    probes = FastAPI(
+        **_BASICS,
+        middleware=[Middleware(_Outermost, proxies=Proxies(()), public=True, max_body_seconds=MAX_BODY_S)],
+    )
+    probes.state = app.state
+    probes.include_router(_probes)
+    return probes
 
 
 def _watched(
@@ -252,7 +260,7 @@ def error_response(status: int, message: str, headers: dict[str, str] | None = N
     return AsciiJSON({"error": message}, status, headers)
 
 
-_probes = APIRouter(include_in_schema=False)
+_probes = APIRouter()
 
 
 @_probes.get("/healthz")
@@ -266,9 +274,20 @@ async def _healthz(request: Request) -> Response:
 async def _readyz(request: Request) -> Response:
     if starting := cast(Startup, request.app.state.startup).missing:
         return error_response(503, f"starting, waiting for {starting}")
+    if stage := cast(Probes, request.app.state.probes).stage:
+        return error_response(503, stage)
     if missing := await cast(Probes, request.app.state.probes).missing():
         return error_response(503, f"unavailable: {', '.join(missing)}")
     return Response('{"status":"ok"}', media_type="application/json")
+
+
+for_gateway = APIRouter(prefix="/internal", route_class=GatewayRoute)
+"""What every service behind the gateway answers to it: the probe port may be out of its reach."""
+
+
+@for_gateway.get("/ready")
+async def _ready(request: Request) -> Response:
+    return await _readyz(request)
 
 
 @_probes.get("/metrics")
@@ -367,6 +386,21 @@ def _problem(problem: dict[str, Any]) -> str:
     return f"{where}: {what}" if where else what
 
 
+# What both applications of a service have.
+_BASICS: Final[dict[str, Any]] = {
+    "openapi_url": None,
+    "default_response_class": AsciiJSON,
+    "telemetry": _TELEMETRY,
+    "redirect_slashes": False,  # a path with an extra slash is unknown; a redirect would drop the body
+    "exception_handlers": {
+        PublicError: _public,
+        DependencyError: _dependency,
+        HTTPException: _http,
+        RequestValidationError: _invalid,
+    },
+}
+
+
 class _Opened:
     """Answers 503 until the service has started."""
 
@@ -375,7 +409,7 @@ class _Opened:
         self._startup = startup
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in _QUIET and not self._startup.ready:
+        if scope["type"] == "http" and not self._startup.ready:
             await error_response(503, "the service is starting; try again", {"Retry-After": "1"})(scope, receive, send)
         else:
             await self._app(scope, receive, send)

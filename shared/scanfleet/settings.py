@@ -101,7 +101,29 @@ class FrontSettings(_Settings):
     )
 
 
-class CommonSettings(FrontSettings):
+class ServerSettings(FrontSettings):
+    """Where a service listens."""
+
+    host: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        description="Address that the service listens on; the images set `0.0.0.0`.",
+    )
+    probe_port: int = Field(
+        8081,
+        ge=0,
+        le=65_535,
+        description="Port for `/healthz`, `/readyz` and `/metrics`, without TLS and without tokens. With 0 the system chooses one.",
+    )
+
+
+class ApiSettings(_Settings):
+    """Where the routes of a service are."""
+
+    api_port: int = Field(8080, ge=0, le=65_535, description="Port for requests. With 0 the system chooses one.")
+
+
+class CommonSettings(ServerSettings):
     """Settings of every service."""
 
     instance: str = Field(

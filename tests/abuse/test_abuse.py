@@ -291,6 +291,7 @@ def test_revoked_token_returns_401_within_seconds(stack: Stack, caller: Callers,
         ("job-orchestrator", "/api/v1/audit"),
         ("job-orchestrator", "/internal/revocations"),
         ("result-store", "/api/v1/task/1/results"),
+        ("result-store", "/internal/ready"),
     ],
 )
 def test_internal_services_reject_user_tokens(stack: Stack, service: str, path: str) -> None:
@@ -488,17 +489,14 @@ def strict_gateway(stack: Stack) -> Iterator[str]:
         "SCANFLEET_WRITES_PER_MINUTE": "20",
         "SCANFLEET_STREAMS_AT_ONCE_PER_USER": "2",
     }
-    port = ports.choose()
-    command = [
-        *(sys.executable, "-m", "uvicorn", "--factory", "api_gateway.main:create_app"),
-        *("--http", "scanfleet.front:BoundedProtocol", "--no-proxy-headers", "--port", str(port)),
-    ]
+    port, probe_port = ports.choose(), ports.choose()
+    variables |= {"SCANFLEET_API_PORT": str(port), "SCANFLEET_PROBE_PORT": str(probe_port)}
+    command = [sys.executable, "-m", "scanfleet.server", "api-gateway"]
     with (stack.folder / "logs" / "strict.log").open("wb") as log:
         gateway = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT)
         try:
-            url = f"http://127.0.0.1:{port}"
-            until(lambda: ready(url), 60, "the gateway to be ready")
-            yield url
+            until(lambda: ready(f"http://127.0.0.1:{probe_port}"), 60, "the gateway to be ready")
+            yield f"http://127.0.0.1:{port}"
         finally:
             gateway.terminate()
             gateway.wait()

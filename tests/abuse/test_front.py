@@ -91,7 +91,7 @@ def gateway(stack: Stack) -> Process:
 
 @contextmanager
 def watched(stack: Stack, process: Process) -> Iterator[Watch]:
-    watch = Watch(stack.url, process)
+    watch = Watch(stack.probes("api-gateway"), process)
     watch.start()
     try:
         yield watch

@@ -96,7 +96,7 @@ with ThreadPoolExecutor() as threads:
 """
 _METRICS: Final = """
 from urllib.request import urlopen
-print(urlopen("http://127.0.0.1:8080/metrics").read().decode())
+print(urlopen("http://127.0.0.1:8081/metrics").read().decode())
 """
 
 Manifest = dict[str, Any]

@@ -108,7 +108,7 @@ def test_images_have_labels_user_and_health_check(service: str) -> None:
     assert ours <= config["Labels"].keys()
     assert config["Labels"]["org.opencontainers.image.title"] == f"scanfleet {service}"
     assert config["User"] == "65532:65532"
-    assert (config["Entrypoint"][0], config["Cmd"]) == ("uvicorn", None)
+    assert (config["Entrypoint"], config["Cmd"]) == (["python", "-m", "scanfleet.server"], [service])
     assert config["Healthcheck"]["Test"][:2] == ["CMD", "python"]
 
 
@@ -119,7 +119,7 @@ def test_running_containers_have_minimal_privileges(service: str) -> None:
     seen = json.loads(docker("exec", containers(service)[0], "python", "-c", _LOOK_AROUND))
     assert seen["users"] == [65532]
     assert seen["rights"] == ["0000000000000000"]
-    assert set(seen["programs"]) <= {"uvicorn", "python", "nmap"}
+    assert set(seen["programs"]) <= {"python", "nmap"}
     assert seen["writable"] == (["tmp"] if service == "scanner-worker" else [])
 
 

@@ -24,8 +24,10 @@ def test_image_packages_match_the_tested_versions(service: str) -> None:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_services_have_an_image(service: str) -> None:
-    """The Dockerfile has a stage with the service's system packages."""
-    assert f"FROM python AS for-{service}\n" in (ROOT / "Dockerfile").read_text()
+    """The Dockerfile has a stage with the service's system packages, and its process runs that service."""
+    text = (ROOT / "Dockerfile").read_text()
+    (stage,) = (part for part in text.split("\nFROM ") if part.startswith(f"python AS for-{service}\n"))
+    assert f'CMD ["{service}"]' in stage
 
 
 @pytest.mark.parametrize("service", sorted(set(SERVICES) - {"scanner-worker"}))
@@ -34,12 +36,9 @@ def test_only_the_worker_has_python_nmap(service: str) -> None:
     assert not any(pin.startswith("python-nmap==") for pin in pins(service))
 
 
-@pytest.mark.parametrize("file", ["Dockerfile", "local/stack.py"])
-def test_deployments_use_the_bounded_protocol(file: str) -> None:
-    """Every deployment starts uvicorn with the protocol that limits requests."""
-    text = (ROOT / file).read_text()
-    assert (
-        len(re.findall(r'"--factory"', text))
-        == len(re.findall(r'"--http", "scanfleet.front:BoundedProtocol"', text))
-        == 1
-    )
+def test_deployments_start_services_by_the_one_server() -> None:
+    """No deployment starts uvicorn itself, past the limits and the ports of `scanfleet.server`."""
+    for file in ("Dockerfile", "local/stack.py"):
+        text = (ROOT / file).read_text()
+        assert '"-m", "scanfleet.server"' in text
+        assert "uvicorn" not in text

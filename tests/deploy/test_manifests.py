@@ -18,6 +18,7 @@ import yaml
 from k8s import generate
 from scanfleet.messages.acls import QUOTAS
 from scanfleet.messages.topics import TOPICS
+from scanfleet.settings import ServerSettings
 
 K8S: Final = Path(__file__).parents[2] / "k8s"
 KUBECTL: Final = Path(sysconfig.get_path("scripts")) / "kubectl"
@@ -300,6 +301,28 @@ def test_containers_have_resources_and_probes(manifests: list[Manifest]) -> None
                 assert {"startupProbe", "livenessProbe", "readinessProbe"} <= container.keys()
 
 
+def test_probes_have_a_port_of_their_own(manifests: list[Manifest]) -> None:
+    """Every service is probed on the probe port, which no policy opens but to those who measure, and the API on the other."""
+    ours = [each for each in workloads(manifests) if each["kind"] != "Job" and name_of(each) in SERVICES]
+    for workload in ours:
+        (container,) = pod(workload)["spec"]["containers"]
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        api = {} if name_of(workload) == "scanner-worker" else {"http": 8080}
+        assert ports == {"probes": ServerSettings.model_fields["probe_port"].default, **api}
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+            assert container[probe]["httpGet"]["port"] == "probes"
+    opened = {
+        name_of(policy)
+        for policy in of_kind(manifests, "NetworkPolicy")
+        for rule in policy["spec"].get("ingress", ())
+        if any(port["port"] == 8081 for port in rule["ports"])
+    }
+    assert opened <= {"keda", "monitoring"}
+    for ingress in of_kind(manifests, "Ingress"):
+        (host,) = ingress["spec"]["rules"]
+        assert [path["path"] for path in host["http"]["paths"]] == ["/api", "/docs", "/openapi.json"]
+
+
 def test_labels_follow_the_convention(manifests: list[Manifest]) -> None:
     """Every object has the part-of label, and every pod the name label, by which it is selected."""
     assert all(each["metadata"]["labels"]["app.kubernetes.io/part-of"] == "scanfleet" for each in manifests)
@@ -347,8 +370,10 @@ def test_autoscalers_use_the_same_metric() -> None:
     """The autoscaler, the adapter's rule in the README, and KEDA use the same metric and target."""
     (autoscaler,) = yaml.safe_load_all((K8S / "components/hpa/autoscaler.yaml").read_text(encoding="utf-8"))
     (asked,) = (each["external"] for each in autoscaler["spec"]["metrics"])
-    scaled, _ = yaml.safe_load_all((K8S / "components/keda/scaled-object.yaml").read_text(encoding="utf-8"))
+    scaled, service, _ = yaml.safe_load_all((K8S / "components/keda/scaled-object.yaml").read_text(encoding="utf-8"))
     (trigger,) = (each["metadata"] for each in scaled["spec"]["triggers"])
+    (port,) = service["spec"]["ports"]
+    assert trigger["url"] == f"http://{name_of(service)}.scanfleet:{port['port']}/metrics"
     assert asked["metric"] == {"name": trigger["valueLocation"]}
     assert asked["target"] == {"type": "AverageValue", "averageValue": trigger["targetValue"]}
     blocks = re.findall(r"```yaml\n(.*?)```", (K8S / "README.md").read_text(encoding="utf-8"), re.DOTALL)

@@ -363,14 +363,14 @@ class Platform:
         """Return the sum of a metric's series over the processes of a service."""
         total = 0.0
         for process in self.names(service):
-            text = httpx.get(f"http://{self.stack.address(process)}/metrics", timeout=LIMIT).text
+            text = httpx.get(f"{self.stack.probes(process)}/metrics", timeout=LIMIT).text
             total += sum(float(value) for value in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
         return total
 
     def ready(self, name: str) -> bool:
         """Return whether /readyz succeeds; False without an answer."""
         try:
-            return httpx.get(f"http://{self.stack.address(name)}/readyz", timeout=LIMIT).is_success
+            return httpx.get(f"{self.stack.probes(name)}/readyz", timeout=LIMIT).is_success
         except httpx.HTTPError:
             return False
 

@@ -55,7 +55,7 @@ def test_services_without_kafka_and_mongodb_at_start_wait_and_become_ready(
 def answer(platform: Platform, name: str, probe: str) -> tuple[int, str]:
     """Return status and error of a probe; (0, "") while the process does not listen."""
     try:
-        found = httpx.get(f"http://{platform.stack.address(name)}/{probe}", timeout=LIMIT)
+        found = httpx.get(f"{platform.stack.probes(name)}/{probe}", timeout=LIMIT)
     except httpx.HTTPError:
         return 0, ""
     return found.status_code, found.json().get("error", "")

@@ -1,4 +1,4 @@
-"""Builds the gateway: `uvicorn --factory api_gateway.main:create_app`."""
+"""Builds the gateway; `python -m scanfleet.server api-gateway` runs it."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, HttpUrl
 
-from scanfleet.settings import AuthSettings, CommonSettings, GrantSettings, KafkaSettings, Words
+from scanfleet.settings import ApiSettings, AuthSettings, CommonSettings, GrantSettings, KafkaSettings, Words
 
 
 def _origin(url: HttpUrl) -> HttpUrl:
@@ -16,7 +16,7 @@ def _origin(url: HttpUrl) -> HttpUrl:
     return url
 
 
-class Settings(CommonSettings, KafkaSettings, AuthSettings, GrantSettings):
+class Settings(CommonSettings, ApiSettings, KafkaSettings, AuthSettings, GrantSettings):
     internal_key_file: Path = Field(
         description="PEM file with the Ed25519 key that signs the tokens for the services behind, read once at start."
     )

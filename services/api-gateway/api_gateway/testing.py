@@ -24,6 +24,7 @@ from scanfleet.clock import utc_now
 from scanfleet.messages import CancelJob, CommandAccepted, Job, JobStatus, SubmitJobs
 from scanfleet.messages.topics import ORCHESTRATOR, RESULT_STORE, SCAN_COMMANDS, SCAN_REPLIES
 from scanfleet.rest import Revoked
+from scanfleet.service import create_probes
 from scanfleet.testing.bus import MemoryBroker, MemoryBus
 from scanfleet.testing.tokens import InternalKeys, Issuer
 
@@ -38,7 +39,7 @@ class Services(httpx.AsyncBaseTransport):
         self.requests: list[httpx.Request] = []
         self.answers: dict[tuple[str, str], Answer] = {}
         for host in ("orchestrator", "result-store"):
-            self.on("GET", f"http://{host}/readyz", httpx.Response(200, json={"status": "ok"}))
+            self.on("GET", f"http://{host}/internal/ready", httpx.Response(200, json={"status": "ok"}))
         self.away: set[str] = set()
         self.revoked: list[Revoked] = []
         self.verdict: httpx.Response | None = None
@@ -152,6 +153,7 @@ class Running:
 
     app: FastAPI
     client: httpx.AsyncClient
+    probes: httpx.AsyncClient
     services: Services
     broker: MemoryBroker
     replier: Replier
@@ -238,9 +240,10 @@ class Gateway:
             base_url="http://gateway",
             headers=self.issuer.bearer(7),
         )
-        async with app.router.lifespan_context(app), client:
+        probes = httpx.AsyncClient(transport=httpx.ASGITransport(create_probes(app)), base_url="http://gateway:8081")
+        async with app.router.lifespan_context(app), client, probes:
             await commands.start()
-            yield Running(app, client, services, broker, replier, self.issuer, internal)
+            yield Running(app, client, probes, services, broker, replier, self.issuer, internal)
             await commands.stop()
 
     def settings(self, **changed: Any) -> Settings:

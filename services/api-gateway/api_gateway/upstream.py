@@ -73,9 +73,9 @@ class Upstream:
             DependencyError: no answer so far has said that the service is ready.
         """
         if not self._reached:
-            answer = await self.ask("GET", "/readyz", {})
+            answer = await self._ask_for_itself("GET", "/internal/ready")
             if answer.status_code != httpx.codes.OK:
-                raise DependencyError(f"{self._client.base_url} answered {answer.status_code} to GET /readyz")
+                raise DependencyError(f"{self._client.base_url} answered {answer.status_code} to GET /internal/ready")
             self._reached = True
 
     def identity(self, request: Request) -> dict[str, str]:
@@ -111,6 +111,10 @@ class Upstream:
         Raises:
             DependencyError: the service is unavailable.
         """
+        return await self._read(await self._send(method, target, headers, body))
+
+    async def _ask_for_itself(self, method: str, target: str, body: bytes = b"") -> httpx.Response:
+        headers = {"authorization": self._tokens.bearer(THE_GATEWAY), "content-type": "application/json"}
         return await self._read(await self._send(method, target, headers, body))
 
     async def _read(self, answer: httpx.Response) -> httpx.Response:
@@ -253,10 +257,6 @@ class Orchestrator(Upstream):
             DependencyError: the orchestrator is unavailable.
         """
         return _parse(list[Revoked], await self._ask_for_itself("GET", "/internal/revocations"))
-
-    async def _ask_for_itself(self, method: str, target: str, body: bytes = b"") -> httpx.Response:
-        headers = {"authorization": self._tokens.bearer(THE_GATEWAY), "content-type": "application/json"}
-        return await self._read(await self._send(method, target, headers, body))
 
     async def expire(self, command_id: str, headers: Mapping[str, str]) -> CommandAccepted | CommandRejected | None:
         """See `api_gateway.handlers.commands.Arbiter`."""

@@ -1,4 +1,4 @@
-"""Build the orchestrator: `uvicorn --factory job_orchestrator.main:create_app`."""
+"""Build the orchestrator, which `python -m scanfleet.server job-orchestrator` runs."""
 
 from __future__ import annotations
 

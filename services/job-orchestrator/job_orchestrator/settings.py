@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from scanfleet.settings import (
+    ApiSettings,
     CommonSettings,
     GrantSettings,
     InternalTokenSettings,
@@ -30,7 +31,9 @@ class AuditSettings(MongoSettings):
     )
 
 
-class Settings(CommonSettings, KafkaSettings, AuditSettings, InternalTokenSettings, TargetSettings, GrantSettings):
+class Settings(
+    CommonSettings, ApiSettings, KafkaSettings, AuditSettings, InternalTokenSettings, TargetSettings, GrantSettings
+):
     chunk_key_file: Path = Field(
         description="PEM file with the Ed25519 key that signs chunks, read once at start; result-store verifies workers' reports "
         "with its public key.",

@@ -47,4 +47,5 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 app.state.probes.watch(part)
             yield
 
-    return service.create_app(name=RESULT_STORE, settings=settings, lifespan=lifespan, routers=[router])
+    routers = [router, service.for_gateway]
+    return service.create_app(name=RESULT_STORE, settings=settings, lifespan=lifespan, routers=routers)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from scanfleet.settings import CommonSettings, InternalTokenSettings, KafkaSettings, MongoSettings
+from scanfleet.settings import ApiSettings, CommonSettings, InternalTokenSettings, KafkaSettings, MongoSettings
 
 
-class Settings(CommonSettings, KafkaSettings, MongoSettings, InternalTokenSettings):
+class Settings(CommonSettings, ApiSettings, KafkaSettings, MongoSettings, InternalTokenSettings):
     """All settings of result-store."""
 
     chunk_public_keys_file: Path = Field(

@@ -22,7 +22,7 @@ from scanner_worker.settings import Settings
 
 
 def create_app() -> FastAPI:
-    """Create the service, for `uvicorn --factory`."""
+    """Create the service, which `python -m scanfleet.server scanner-worker` runs."""
     settings = Settings()
     logging.configure(topics.WORKER, settings)
     tracing.configure(topics.WORKER, settings)

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from scanfleet import logging, tracing
 from scanfleet.auth import Caller, Guarded, Principal
 from scanfleet.errors import ConflictError, DependencyError, MessageError, UnauthorizedError, UnavailableError
-from scanfleet.service import PathId, create_app
+from scanfleet.service import PathId, create_app, create_probes
 from scanfleet.settings import CommonSettings, FrontSettings
 from scanfleet.targets import Network
 from scanfleet.testing.tokens import Issuer
@@ -136,6 +136,12 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
+@pytest.fixture
+async def probes(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    async with calling(create_probes(app)) as client:
+        yield client
+
+
 def calling(app: FastAPI) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://test")
 
@@ -227,7 +233,7 @@ async def test_ids_reach_up_to_what_javascript_keeps(client: httpx.AsyncClient) 
 
 async def test_unknown_paths_and_verbs(client: httpx.AsyncClient) -> None:
     """An unknown path is a 404, and a wrong verb a 405 that names every right one."""
-    for path in ("/nope", "/thing/", "/docs", "/openapi.json"):
+    for path in ("/nope", "/thing/", "/docs", "/openapi.json", "/healthz", "/readyz", "/metrics"):
         answer = await client.get(path)
         assert (answer.status_code, answer.json()) == (404, {"error": "Not Found"})
     answer = await client.delete("/thing")
@@ -236,10 +242,11 @@ async def test_unknown_paths_and_verbs(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/thing", "/thing/1", "/thing/text/x", "/nope"])
-async def test_head_is_get_without_the_body(client: httpx.AsyncClient, path: str) -> None:
-    """HEAD works wherever GET does: the same status and headers, and no body."""
-    expected = await client.get(path)
-    answer = await client.head(path)
+async def test_head_is_get_without_the_body(app: FastAPI, path: str) -> None:
+    """HEAD works wherever GET does, on both ports: the same status and headers, and no body."""
+    async with calling(create_probes(app) if path in ("/healthz", "/readyz", "/metrics") else app) as client:
+        expected = await client.get(path)
+        answer = await client.head(path)
     assert (answer.status_code, answer.content) == (expected.status_code, b"")
     if path != "/metrics":  # which counts itself
         assert answer.headers["Content-Length"] == expected.headers["Content-Length"]
@@ -417,14 +424,14 @@ async def test_a_bad_traceparent_is_replaced(client: httpx.AsyncClient, tracepar
     assert current != traceparent
 
 
-async def test_health_is_that_of_the_loops(app: FastAPI, client: httpx.AsyncClient) -> None:
+async def test_health_is_that_of_the_loops(app: FastAPI, probes: httpx.AsyncClient) -> None:
     """A service is healthy until a loop that it watches dies."""
     loop = Loop()
     app.state.probes.watch(loop)
     loop.ready = False
-    assert (await client.get("/healthz")).status_code == 200
+    assert (await probes.get("/healthz")).status_code == 200
     loop.alive = False
-    answer = await client.get("/healthz")
+    answer = await probes.get("/healthz")
     assert (answer.status_code, set(answer.json())) == (503, {"error"})
 
 
@@ -445,7 +452,7 @@ async def test_a_process_with_a_dead_loop_ends(app: FastAPI) -> None:
         told.remove_signal_handler(signal.SIGTERM)
 
 
-async def test_readiness_is_that_of_the_dependencies(app: FastAPI, client: httpx.AsyncClient) -> None:
+async def test_readiness_is_that_of_the_dependencies(app: FastAPI, probes: httpx.AsyncClient) -> None:
     """A service is unready while a loop is or a check fails, and says which, and ready again after."""
     loop, away = Loop(), False
 
@@ -455,30 +462,39 @@ async def test_readiness_is_that_of_the_dependencies(app: FastAPI, client: httpx
 
     app.state.probes.watch(loop)
     app.state.probes.depend("mongodb", check)
-    assert (await client.get("/readyz")).status_code == 200
+    assert (await probes.get("/readyz")).status_code == 200
     loop.ready, away = False, True
-    answer = await client.get("/readyz")
+    answer = await probes.get("/readyz")
     assert (answer.status_code, answer.json()) == (503, {"error": "unavailable: mongodb, bus"})
     loop.ready, away = True, False
-    assert (await client.get("/readyz")).status_code == 200
+    assert (await probes.get("/readyz")).status_code == 200
 
 
-async def test_a_check_that_hangs_is_a_failed_one(app: FastAPI, client: httpx.AsyncClient) -> None:
+@pytest.mark.parametrize("stage", ["starting", "ending"])
+async def test_readiness_while_starting_or_ending_is_503(app: FastAPI, probes: httpx.AsyncClient, stage: str) -> None:
+    """A process that takes no requests yet or no longer is alive and unready."""
+    app.state.probes.stage = stage
+    answer = await probes.get("/readyz")
+    assert (answer.status_code, answer.json()) == (503, {"error": stage})
+    assert (await probes.get("/healthz")).status_code == 200
+
+
+async def test_a_check_that_hangs_is_a_failed_one(app: FastAPI, probes: httpx.AsyncClient) -> None:
     """A dependency that does not answer counts as away, so that the probe itself always answers."""
 
     async def hang() -> None:
         await asyncio.Event().wait()
 
     app.state.probes.depend("mongodb", hang)
-    assert (await client.get("/readyz")).json() == {"error": "unavailable: mongodb"}
+    assert (await probes.get("/readyz")).json() == {"error": "unavailable: mongodb"}
 
 
-async def test_metrics_know_routes_and_not_paths(client: httpx.AsyncClient) -> None:
+async def test_metrics_know_routes_and_not_paths(client: httpx.AsyncClient, probes: httpx.AsyncClient) -> None:
     """Requests are counted by the route's template, so that no caller can make new series."""
     for path in ("/thing/123", "/thing/456", "/never-heard-of"):
         await client.get(path)
     await client.request("BREW", "/thing")
-    metrics = (await client.get("/metrics")).text
+    metrics = (await probes.get("/metrics")).text
     assert 'scanfleet_http_requests_total{method="GET",route="/thing/{thing_id}",status="200"}' in metrics
     assert 'method="other"' in metrics
     assert not re.search("BREW|never-heard-of|/thing/123", metrics)

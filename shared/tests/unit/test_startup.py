@@ -12,7 +12,7 @@ from fastapi import APIRouter, FastAPI
 
 from scanfleet import logging
 from scanfleet.errors import DependencyError
-from scanfleet.service import create_app
+from scanfleet.service import create_app, create_probes
 from scanfleet.settings import CommonSettings
 from scanfleet.startup import Startup
 from scanfleet.testing.consumers import until
@@ -76,16 +76,16 @@ async def test_startup_without_a_dependency_serves_probes_and_answers_503() -> N
     """The process is alive and unready and names what it waits for, requests are a 503, and all turns green by itself."""
     first, second = Part(), Part()
     first.there.set()
-    async with running(first, second) as app, asking(app) as client:
-        assert (await client.get("/healthz")).status_code == 200
-        answer = await client.get("/readyz")
+    async with running(first, second) as app, asking(app) as client, asking(create_probes(app)) as probes:
+        assert (await probes.get("/healthz")).status_code == 200
+        answer = await probes.get("/readyz")
         assert (answer.status_code, answer.json()) == (503, {"error": "starting, waiting for kafka"})
         answer = await client.get("/thing")
         assert (answer.status_code, set(answer.json()), answer.headers["Retry-After"]) == (503, {"error"}, "1")
         assert answer.headers["X-Request-ID"]
         second.there.set()
         await until(lambda: app.state.startup.ready)
-        assert (await client.get("/readyz")).status_code == 200
+        assert (await probes.get("/readyz")).status_code == 200
         assert (await client.get("/thing")).status_code == 200
         assert (first.tries, second.tries) == (1, 2)
     assert not (first.open)

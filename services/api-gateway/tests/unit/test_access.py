@@ -136,7 +136,7 @@ async def test_without_the_list_nobody_is_let_in() -> None:
         answer = await ask(running)
         assert answer.status_code == 503
         assert "Retry-After" in answer.headers
-        ready = await running.client.get("/readyz")
+        ready = await running.probes.get("/readyz")
         assert (ready.status_code, "the revocations" in ready.json()["error"]) == (503, True)
 
 

@@ -178,33 +178,39 @@ async def test_a_document_answers_head(gateway: Running, path: str) -> None:
     assert (answer.status_code, answer.content) == (200, b"")
 
 
+@pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/metrics", "/internal/ready"])
+async def test_path_that_no_ingress_passes_on_is_404(gateway: Running, path: str) -> None:
+    """The API's port serves no probes, no metrics and nothing of the services behind."""
+    assert (await gateway.client.get(path)).status_code == 404
+
+
 async def test_readiness_until_each_service_has_been_ready_is_503(gateway: Running) -> None:
     """The gateway is unready until the orchestrator and result-store have each been ready once, over their own addresses."""
     gateway.services.away.update({"orchestrator", "result-store"})
-    answer = await gateway.client.get("/readyz")
+    answer = await gateway.probes.get("/readyz")
     assert (answer.status_code, answer.json()) == (503, {"error": "unavailable: job-orchestrator, result-store"})
     gateway.services.away.clear()
-    gateway.services.on("GET", "http://orchestrator/readyz", httpx.Response(503, json={"error": "unavailable: bus"}))
-    answer = await gateway.client.get("/readyz")
+    gateway.services.on("GET", "http://orchestrator/internal/ready", httpx.Response(503, json={"error": "unavailable: bus"}))
+    answer = await gateway.probes.get("/readyz")
     assert (answer.status_code, answer.json()) == (503, {"error": "unavailable: job-orchestrator"})
-    gateway.services.on("GET", "http://orchestrator/readyz", httpx.Response(200, json={"status": "ok"}))
-    assert (await gateway.client.get("/readyz")).status_code == 200
+    gateway.services.on("GET", "http://orchestrator/internal/ready", httpx.Response(200, json={"status": "ok"}))
+    assert (await gateway.probes.get("/readyz")).status_code == 200
 
 
 async def test_readiness_in_a_later_outage_behind_stays_200(gateway: Running) -> None:
     """A service behind that becomes unavailable later leaves the gateway ready: it answers what it can, and 503 to the rest."""
-    assert (await gateway.client.get("/readyz")).status_code == 200
+    assert (await gateway.probes.get("/readyz")).status_code == 200
     gateway.services.away.update({"orchestrator", "result-store"})
-    assert (await gateway.client.get("/readyz")).status_code == 200
+    assert (await gateway.probes.get("/readyz")).status_code == 200
 
 
 async def test_readiness_without_the_bus_is_503(gateway: Running) -> None:
     """The gateway is unready, and healthy, while its bus is unavailable."""
     gateway.broker.away = True
-    answer = await gateway.client.get("/readyz")
+    answer = await gateway.probes.get("/readyz")
     gateway.broker.away = False
     assert (answer.status_code, answer.json()) == (503, {"error": "unavailable: bus"})
-    assert (await gateway.client.get("/healthz")).status_code == 200
+    assert (await gateway.probes.get("/healthz")).status_code == 200
 
 
 async def test_docs_page_runs_its_own_scripts_alone(gateway: Running) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from job_orchestrator.api import access, audit, coverage, imports, internal, policies, subnets, tasks
+from scanfleet import service
 
 ROUTERS: tuple[APIRouter, ...] = (
     tasks.router,
@@ -16,4 +17,5 @@ ROUTERS: tuple[APIRouter, ...] = (
     internal.router,
     access.router,
     access.internal,
+    service.for_gateway,
 )

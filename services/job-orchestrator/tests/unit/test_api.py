@@ -115,8 +115,12 @@ def times(answer: dict[str, Any]) -> None:
         datetime.fromisoformat(answer[name])
 
 
-# In its own name: test_access.py.
-FOR_THE_GATEWAY = [("GET", "/internal/revocations"), ("POST", "/internal/users"), ("GET", "/internal/limits")]
+FOR_THE_GATEWAY = [  # in its own name: test_access.py
+    ("GET", "/internal/ready"),
+    ("GET", "/internal/revocations"),
+    ("POST", "/internal/users"),
+    ("GET", "/internal/limits"),
+]
 EVERY_ROUTE = [
     ("GET", "/api/v1/task"),
     ("GET", "/api/v1/task/1"),

@@ -57,7 +57,7 @@ class Service:
 
     def __init__(self, environment: dict[str, str]) -> None:
         self._environment = environment
-        self.port = ports.choose()
+        self.port, self.probe_port = ports.choose(), ports.choose()
         self._process: Process | None = None
 
     async def start(self) -> None:
@@ -67,17 +67,17 @@ class Service:
             "KILL",
             sys.executable,
             "-m",
-            "uvicorn",
-            "--factory",
-            "--http",
-            "scanfleet.front:BoundedProtocol",
-            "--port",
-            str(self.port),
+            "scanfleet.server",
+            "result-store",
         )
         self._process = await asyncio.create_subprocess_exec(
             *command,
-            "result_store.main:create_app",
-            env={**os.environ, **self._environment},
+            env={
+                **os.environ,
+                **self._environment,
+                "SCANFLEET_API_PORT": str(self.port),
+                "SCANFLEET_PROBE_PORT": str(self.probe_port),
+            },
             stdout=asyncio.subprocess.DEVNULL,
         )
 
@@ -161,7 +161,7 @@ async def test_service_killed_in_mid_batch_stores_each_host_once(kafka: str, mon
 
         async def ready() -> bool:
             try:
-                return (await http.get("/readyz")).is_success
+                return (await http.get(f"http://127.0.0.1:{service.probe_port}/readyz")).is_success
             except httpx.TransportError:
                 return False
 

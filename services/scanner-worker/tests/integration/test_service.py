@@ -1,4 +1,4 @@
-"""The worker as it is deployed: a process under uvicorn with real Kafka and nmap."""
+"""The worker as it is deployed: a process of its own with real Kafka and nmap."""
 
 from __future__ import annotations
 
@@ -71,9 +71,8 @@ class Deployed:
 
     async def start(self) -> None:
         self.process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "uvicorn", "--factory", "scanner_worker.main:create_app"),
-            *("--http", "scanfleet.front:BoundedProtocol", "--host", "127.0.0.1", "--port", str(self._port)),
-            env=os.environ | self._environment,
+            *(sys.executable, "-m", "scanfleet.server", "scanner-worker"),
+            env=os.environ | self._environment | {"SCANFLEET_PROBE_PORT": str(self._port)},
         )
 
     async def probe(self, path: str) -> httpx.Response:

@@ -1,0 +1,135 @@
+"""The process of a service: `python -m scanfleet.server job-orchestrator`.
+
+Two servers share its event loop. One serves the routes of the service, if it has any. The other serves probes and metrics on a port
+of its own, from before the parts of the service are opened until they are closed, so that readiness is answered while the process
+drains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import socket
+import sys
+from importlib import import_module
+from types import FrameType
+from typing import Any, Final, cast
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.config import STARTUP_FAILURE
+from uvicorn.server import ServerState
+
+from scanfleet.front import BoundedProtocol, Front
+from scanfleet.service import Probes, create_probes
+from scanfleet.settings import ApiSettings, ServerSettings
+
+DRAIN_SECONDS: Final = 5  # for answers under way; the rest of what a supervisor allows is for work in hand
+PROBE_CONNECTIONS: Final = 64  # a kubelet, Prometheus and an autoscaler have one each
+
+_SHARED: Final[dict[str, Any]] = {
+    "http": BoundedProtocol,
+    "ws": "none",
+    "log_config": None,
+    "access_log": False,  # `scanfleet.service` writes an access line that knows the route and the request id
+    "server_header": False,
+    "proxy_headers": False,
+}
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class Server(uvicorn.Server):
+    """Both servers of one service.
+
+    Args:
+        app: as `scanfleet.service.create_app` made it, with settings that are `ServerSettings`.
+    """
+
+    def __init__(self, app: FastAPI) -> None:
+        settings = cast(ServerSettings, app.state.settings)
+        api = settings if isinstance(settings, ApiSettings) else None
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=api.api_port if api else 0,
+                lifespan="on",
+                timeout_graceful_shutdown=DRAIN_SECONDS,
+                **_SHARED,
+            )
+        )
+        self._sockets: list[socket.socket] | None = None if api else []  # without an API nothing listens for it
+        self._probes = cast(Probes, app.state.probes)
+        self._probes.stage = "starting"
+        self._probe_server = _ProbeServer(create_probes(app), settings)
+
+    @property
+    def probe_port(self) -> int:
+        """The port that serves probes and metrics."""
+        return self._probe_server.port
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen for probes, open the parts of the service, listen for requests."""
+        await self._probe_server.start()
+        await super().startup(self._sockets if sockets is None else sockets)
+        if not self.should_exit:
+            self._probes.stage = ""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Be unready from the first signal on."""
+        super().handle_exit(sig, frame)
+        self._probes.stage = "ending"
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish requests, close the parts of the service, and answer probes until then."""
+        self._probes.stage = "ending"
+        await super().shutdown(sockets)
+        self._probe_server.stop()
+
+
+class _ProbeServer:
+    """Serves probes and metrics, by the same protocol with the same limits but for its connections."""
+
+    def __init__(self, app: FastAPI, settings: ServerSettings) -> None:
+        self._config = uvicorn.Config(app, host=settings.host, port=settings.probe_port, lifespan="off", **_SHARED)
+        limits = {"max_connections": PROBE_CONNECTIONS, "max_connections_per_address": PROBE_CONNECTIONS}
+        self._front = Front(settings.model_copy(update=limits))
+        self._state = ServerState()
+        self._listener: asyncio.Server
+
+    @property
+    def port(self) -> int:
+        port: int = self._listener.sockets[0].getsockname()[1]
+        return port
+
+    async def start(self) -> None:
+        config = self._config
+        config.load()
+        try:
+            self._listener = await asyncio.get_running_loop().create_server(
+                lambda: BoundedProtocol(config, self._state, {"front": self._front}), config.host, config.port
+            )
+        except OSError as error:
+            _log.critical("cannot listen for probes: set SCANFLEET_PROBE_PORT to a free port", error=str(error))
+            sys.exit(STARTUP_FAILURE)
+
+    def stop(self) -> None:
+        self._listener.close()
+        for connection in list(self._state.connections):
+            connection.shutdown()
+
+
+def main() -> None:
+    """Run a service until it is told to end."""
+    parser = argparse.ArgumentParser(prog="python -m scanfleet.server", description=__doc__)
+    parser.add_argument("service", help="its name, as in the architecture")
+    package = parser.parse_args().service.replace("-", "_")
+    with contextlib.suppress(KeyboardInterrupt):
+        Server(import_module(f"{package}.main").create_app()).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The process of a service: one port for requests, another for probes."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import httpx
+import pytest
+from fastapi import APIRouter, FastAPI
+
+from scanfleet import logging, service
+from scanfleet.errors import DependencyError
+from scanfleet.server import PROBE_CONNECTIONS, Server
+from scanfleet.settings import ApiSettings, CommonSettings
+
+pytestmark = pytest.mark.integration
+
+LIMIT = 30.0  # seconds until any of this has happened
+
+router = APIRouter()
+
+
+@router.get("/thing")
+async def thing() -> int:
+    return 1
+
+
+class Settings(CommonSettings, ApiSettings):
+    """Of a service with an API."""
+
+
+@dataclass
+class Parts:
+    """What the service opens: its dependency, and how long it takes to close."""
+
+    there: asyncio.Event
+    closing: asyncio.Event
+    may_close: asyncio.Event
+
+    async def open(self) -> None:
+        if not self.there.is_set():
+            raise DependencyError("no broker")
+
+    @asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        await app.state.startup.until_there("kafka", self.open)
+        yield
+        self.closing.set()
+        await self.may_close.wait()
+
+
+@pytest.fixture
+def parts() -> Parts:
+    """Parts that open and close at once."""
+    parts = Parts(asyncio.Event(), asyncio.Event(), asyncio.Event())
+    parts.there.set()
+    parts.may_close.set()
+    return parts
+
+
+@asynccontextmanager
+async def running(parts: Parts, settings: CommonSettings, *, patience: float = 10.0) -> AsyncIterator[Server]:
+    logging.configure("test", settings)
+    app = service.create_app(name="test", settings=settings, lifespan=parts.lifespan, routers=[router])
+    app.state.startup.patience_seconds = patience
+    server = Server(app)
+    serving = asyncio.create_task(server._serve())  # `serve` would end this process by the signals that it took
+    try:
+        await until(server, started=True)
+        yield server
+    finally:
+        parts.may_close.set()
+        server.should_exit = True
+        await serving
+
+
+async def until(server: Server, *, started: bool) -> None:
+    async with asyncio.timeout(LIMIT):
+        while server.started is not started:  # noqa: ASYNC110 # the server has no event to wait for
+            await asyncio.sleep(0.01)
+
+
+def with_api() -> Settings:
+    return Settings(instance="test", probe_port=0, api_port=0)
+
+
+def api(server: Server) -> httpx.AsyncClient:
+    port = server.servers[0].sockets[0].getsockname()[1]
+    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False)
+
+
+def probes(server: Server) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.probe_port}", trust_env=False)
+
+
+async def test_each_port_serves_its_own_paths_alone(parts: Parts) -> None:
+    """Probes and metrics are on the probe port, the routes of the service on the other; each answers 404 to the rest."""
+    async with running(parts, with_api()) as server, api(server) as requests, probes(server) as asking:
+        assert (await requests.get("/thing")).json() == 1
+        assert (await asking.get("/thing")).status_code == 404
+        for path in ("/healthz", "/readyz", "/metrics"):
+            assert (await asking.get(path)).status_code == 200
+            answer = await requests.get(path)
+            assert (answer.status_code, answer.json()) == (404, {"error": "Not Found"})
+
+
+async def test_service_without_an_api_listens_for_probes_alone(parts: Parts) -> None:
+    """A service whose settings name no API has one port."""
+    async with running(parts, CommonSettings(instance="test", probe_port=0)) as server, probes(server) as asking:
+        assert server.servers == []
+        assert (await asking.get("/readyz")).status_code == 200
+
+
+async def test_readiness_without_a_dependency_names_it_and_turns_green(parts: Parts) -> None:
+    """While a dependency is missing the probe port answers; once it is there the process is ready."""
+    parts.there.clear()
+    async with running(parts, with_api(), patience=0.05) as server, probes(server) as asking:
+        answer = await asking.get("/readyz")
+        assert (answer.status_code, answer.json()) == (503, {"error": "starting, waiting for kafka"})
+        assert (await asking.get("/healthz")).status_code == 200
+        parts.there.set()
+        async with asyncio.timeout(LIMIT):
+            while (await asking.get("/readyz")).status_code != 200:  # noqa: ASYNC110 # what is asked has no event
+                await asyncio.sleep(0.05)
+
+
+async def test_probes_while_the_process_drains_are_answered(parts: Parts) -> None:
+    """From the signal on the process is unready and alive, until its parts are closed."""
+    parts.may_close.clear()
+    async with running(parts, with_api()) as server, probes(server) as asking:
+        server.handle_exit(signal.SIGTERM, None)
+        async with asyncio.timeout(LIMIT):
+            await parts.closing.wait()
+        answer = await asking.get("/readyz")
+        assert (answer.status_code, answer.json()) == (503, {"error": "ending"})
+        assert (await asking.get("/healthz")).status_code == 200
+
+
+async def test_idle_connections_to_the_probe_port_keep_no_probe_out(parts: Parts) -> None:
+    """The probe port holds a fixed number of connections; idle ones make room for another."""
+    async with running(parts, with_api()) as server, probes(server) as asking:
+        opened = [await asyncio.open_connection("127.0.0.1", server.probe_port) for _ in range(2 * PROBE_CONNECTIONS)]
+        assert (await asking.get("/readyz")).status_code == 200
+        ends = await asyncio.gather(*(ended(reader) for reader, _ in opened))
+        assert sum(ends) >= PROBE_CONNECTIONS
+        for _, writer in opened:
+            writer.transport.abort()
+
+
+async def ended(reader: asyncio.StreamReader) -> bool:
+    """Whether the server has closed the connection."""
+    try:
+        async with asyncio.timeout(0.5):
+            return await reader.read() == b""
+    except ConnectionError:
+        return True
+    except TimeoutError:
+        return False
+
+
+async def test_taken_probe_port_ends_the_start(parts: Parts, capsys: pytest.CaptureFixture[str]) -> None:
+    """A process that cannot listen for probes names the setting and ends before it opens anything."""
+    async with running(parts, with_api()) as server:
+        settings = Settings(instance="test", probe_port=server.probe_port, api_port=0)
+        second = Server(service.create_app(name="test", settings=settings, lifespan=parts.lifespan))
+        with pytest.raises(SystemExit):
+            await second.startup()
+    assert "SCANFLEET_PROBE_PORT" in capsys.readouterr().out
