@@ -85,10 +85,11 @@ EXPOSE 8080 8081
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s \
     CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8081/healthz', timeout=2)"]
 
+ARG PYTHON
 ARG VERSION=dev
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="scanfleet ${SERVICE}" \
       org.opencontainers.image.description="Network scans as a service that prove what they did" \
-      org.opencontainers.image.base.name="python:3.13-slim-trixie" \
+      org.opencontainers.image.base.name="${PYTHON}" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"

@@ -42,7 +42,7 @@ up: setup ## Start the local stack in the background, gateway on 127.0.0.1:8080;
 down: setup ## Stop the local stack and keep its data
 	@$(BIN)/python -m local down
 
-status: setup ## Print one line per process: name, pid, state, address
+status: setup ## Print one line per process: name, pid, state, addresses
 	@$(BIN)/python -m local status
 
 logs: setup ## Print the tail of each process's log

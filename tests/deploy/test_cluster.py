@@ -29,6 +29,8 @@ from scanfleet.testing import targets
 pytestmark = pytest.mark.k8s
 
 NAMESPACE: Final = "scanfleet"
+RAW: Final = "scanfleet-raw"
+"""Where workers that send raw packets are."""
 K8S: Final = ROOT / "k8s"
 TOOLS: Final = sysconfig.get_path("scripts")
 ENVIRONMENT: Final = os.environ | {"PATH": f"{TOOLS}:{os.environ['PATH']}"}
@@ -85,8 +87,8 @@ import socket, sys
 from concurrent.futures import ThreadPoolExecutor
 def open(target):
     name, port = target.split(":")
-    address = socket.gethostbyname(name)
     try:
+        address = socket.gethostbyname(name)
         with socket.create_connection((address, int(port)), timeout=3):
             return name
     except OSError:
@@ -191,13 +193,15 @@ def needs(*kinds: str) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def deployed() -> Iterator[None]:
     """Deploy everything with the commands of k8s/README.md."""
-    assert not kubectl("get", "namespace", NAMESPACE, "--ignore-not-found"), "the namespace is in use: delete it first"
+    assert not kubectl("get", "namespace", NAMESPACE, RAW, "--ignore-not-found"), (
+        "a namespace is in use: delete it first"
+    )
     try:
         for command in DEPLOY:
             subprocess.run(["bash", "-c", command], check=True, cwd=ROOT, env=ENVIRONMENT)
         yield
     finally:
-        kubectl("delete", "namespace", NAMESPACE, "--ignore-not-found", "--timeout=5m")
+        kubectl("delete", "namespace", NAMESPACE, RAW, "--ignore-not-found", "--timeout=5m")
 
 
 @contextmanager
@@ -356,7 +360,7 @@ def test_network_policies_allow_exactly_the_flows(service: str) -> None:
 
 
 def test_network_policies_isolate_unknown_pods(stranger: Manifest) -> None:
-    """A pod without a service's labels can resolve names, but not connect to any pod."""
+    """A pod without a service's labels can neither resolve names nor connect to any pod."""
     kubectl("apply", "--filename", "-", text=json.dumps(stranger))
     kubectl("wait", "pod/stranger", "--for=condition=Ready", "--timeout=2m")
     # A cluster may need a moment to apply its policies to a new pod.
@@ -394,25 +398,35 @@ def test_disruption_budgets_allow_one_pod() -> None:
     assert expected == {service: len(pods(service)) for service in SERVICES}
 
 
-@pytest.mark.parametrize("component", ["hpa", "keda", "monitoring", "raw-packets"])
+@pytest.mark.parametrize("component", ["hpa", "keda", "monitoring"])
 def test_components_are_accepted_by_the_api_server(component: str, tmp_path: Path) -> None:
     """The API server accepts every object of the local overlay with the component, with all admission checks."""
     needs(*WANTS.get(component, ()))
     apply(variant(tmp_path, component), "--dry-run=server")
 
 
-def test_raw_packet_component_enables_syn_scans(tmp_path: Path, user: Client, truth: set[tuple[str, int]]) -> None:
-    """A SYN scan is refused by default workers, and with the component finds what plain nmap finds."""
-    syn = LONG | {"technique": "syn", "max_rate": 3000}
-    refused = user.finished(user.scan(SUBNET, **syn))["status"]
-    assert (refused["status"], "raw packets" in refused["error"]) == ("failed", True)
-    apply(variant(tmp_path, "raw-packets"))
+def test_raw_packet_namespace_enables_syn_scans(user: Client, truth: set[tuple[str, int]]) -> None:
+    """A scan by SYN waits for a worker that may send raw packets, and one of the other namespace finds what plain nmap finds."""
+    job_id = user.scan(SUBNET, **LONG | {"technique": "syn", "max_rate": 3000})
+
+    def reasons() -> set[str]:
+        waiting = user.http.get(f"/api/v1/task/{job_id}/waiting").json()
+        return {reason["kind"] for reason in waiting["reasons"]}
+
+    until(lambda: "no_raw_worker" in reasons(), 60, "the job to wait for raw packets", LOOK)
+    apply(K8S / "overlays/local-raw-packets")
     try:
-        rolled_out("deployment/scanner-worker")
-        assert_as_found(user, user.scan(SUBNET, **syn), truth)
+        kubectl("--namespace", RAW, "rollout", "status", "--timeout=5m", "deployment/scanner-worker")
+        assert_as_found(user, job_id, truth)
+        (raw,) = objects("--namespace", RAW, "pods")
+        listening = (f"{name}.{NAMESPACE}:{port}" for name, port in ADDRESSES.items())
+        reached = kubectl(
+            *("--namespace", RAW, "exec", raw["metadata"]["name"], "--container", "scanner-worker", "--"),
+            *("python", "-c", _CONNECT, *listening),
+        )
+        assert reached == f"kafka.{NAMESPACE}"
     finally:
-        apply(K8S / "overlays/local")
-        rolled_out("deployment/scanner-worker")
+        kubectl("delete", "namespace", RAW, "--ignore-not-found", "--timeout=5m")
 
 
 def test_keda_scales_workers_with_the_queue(tmp_path: Path, user: Client, truth: set[tuple[str, int]]) -> None:

@@ -54,6 +54,19 @@ for folder, _, _ in os.walk("/"):
 print(json.dumps({name: sorted(values) for name, values in seen.items()}))
 """
 
+# Which of the named ports open.
+_CONNECT: Final = """
+import socket, sys
+def opens(target):
+    name, port = target.split(":")
+    try:
+        socket.create_connection((name, int(port)), timeout=3).close()
+    except OSError:
+        return False
+    return True
+print(*(target.split(":")[0] for target in sys.argv[1:] if opens(target)))
+"""
+
 CONNECT: Final[dict[str, Any]] = {"technique": "connect", "service_detection": False}
 
 
@@ -121,6 +134,14 @@ def test_running_containers_have_minimal_privileges(service: str) -> None:
     assert seen["rights"] == ["0000000000000000"]
     assert set(seen["programs"]) <= {"python", "nmap"}
     assert seen["writable"] == (["tmp"] if service == "scanner-worker" else [])
+
+
+@pytest.mark.usefixtures("user")
+def test_worker_container_reaches_kafka_only() -> None:
+    """Of all that listens in the other containers a worker can open Kafka's port."""
+    ports = {"kafka": 9092, "mongodb": 27017, **dict.fromkeys(set(SERVICES) - {"scanner-worker"}, 8080)}
+    listening = (f"{name}:{port}" for name, port in ports.items())
+    assert docker("exec", containers("scanner-worker")[0], "python", "-c", _CONNECT, *listening) == "kafka"
 
 
 @pytest.mark.usefixtures("user")

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sysconfig
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -24,8 +25,10 @@ K8S: Final = Path(__file__).parents[2] / "k8s"
 KUBECTL: Final = Path(sysconfig.get_path("scripts")) / "kubectl"
 KUBERNETES: Final = "1.35"
 
-OVERLAYS: Final = sorted(path.name for path in (K8S / "overlays").iterdir())
-OPTIONAL: Final = ("grants", "hpa", "ingress", "keda", "monitoring", "raw-packets")
+RAW: Final = "-raw-packets"
+"""What the overlay of a namespace for raw-packet workers is named, behind the overlay that it goes beside."""
+OVERLAYS: Final = sorted(path.name for path in (K8S / "overlays").iterdir() if not path.name.endswith(RAW))
+OPTIONAL: Final = ("grants", "hpa", "ingress", "keda", "monitoring")
 """Components that an operator may add."""
 SERVICES: Final = ("api-gateway", "job-orchestrator", "scanner-worker", "result-store", "topics")
 FOREIGN: Final = {
@@ -60,17 +63,15 @@ def build(kustomization: Path) -> list[Manifest]:
     return list(yaml.safe_load_all(done.stdout))
 
 
-@pytest.fixture(scope="session", params=[*OVERLAYS, *(f"local+{component}" for component in OPTIONAL)])
-def variant(request: pytest.FixtureRequest) -> str:
-    """An overlay, or the local overlay with an additional component."""
-    name: str = request.param
-    return name
-
-
-@pytest.fixture(scope="session")
-def manifests(variant: str, tmp_path_factory: pytest.TempPathFactory) -> list[Manifest]:
-    """Return the objects that a variant builds."""
-    overlay, _, component = variant.partition("+")
+@pytest.fixture(
+    scope="session",
+    params=[*OVERLAYS, *(overlay + RAW for overlay in OVERLAYS), *(f"local+{component}" for component in OPTIONAL)],
+)
+def manifests(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Manifest]:
+    """What an overlay builds, alone or with its namespace for raw-packet workers, or the local one with a component more."""
+    overlay, _, component = request.param.removesuffix(RAW).partition("+")
+    if request.param.endswith(RAW):
+        return [*build(K8S / "overlays" / overlay), *build(K8S / "overlays" / request.param)]
     if not component:
         return build(K8S / "overlays" / overlay)
     folder = tmp_path_factory.mktemp(component)
@@ -103,6 +104,31 @@ def name_of(manifest: Manifest) -> str:
     return name
 
 
+def namespace_of(manifest: Manifest) -> str:
+    namespace: str = manifest["metadata"]["namespace"]
+    return namespace
+
+
+def is_raw(workload: Manifest) -> bool:
+    return namespace_of(workload) == "scanfleet-raw"
+
+
+def namespaces(manifests: list[Manifest]) -> list[str]:
+    return [name_of(each) for each in of_kind(manifests, "Namespace")]
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """What a network policy goes by."""
+
+    namespace: str
+    labels: Mapping[str, str]
+
+    @classmethod
+    def of(cls, workload: Manifest) -> Pod:
+        return cls(namespace_of(workload), pod(workload)["metadata"]["labels"])
+
+
 def test_objects_match_their_schemas(manifests: list[Manifest]) -> None:
     """Every object matches its schema without unknown fields; custom kinds are listed."""
     for manifest in manifests:
@@ -111,17 +137,17 @@ def test_objects_match_their_schemas(manifests: list[Manifest]) -> None:
 
 
 def test_objects_are_unique(manifests: list[Manifest]) -> None:
-    """Objects are unique, and all except the namespace are in the namespace."""
+    """Objects are unique, and all except the namespaces are in one of them."""
     ids = [(each["kind"], each["metadata"].get("namespace"), name_of(each)) for each in manifests]
     assert len(ids) == len(set(ids))
-    assert {namespace for kind, namespace, _ in ids if kind != "Namespace"} == {"scanfleet"}
+    assert {namespace for kind, namespace, _ in ids if kind != "Namespace"} == set(namespaces(manifests))
 
 
 def test_service_environment_is_complete_and_minimal(manifests: list[Manifest], judge: Judge) -> None:
     """Every service starts with its variables, and each variable is read by a service."""
-    ours = {name_of(each): environment(each, manifests) for each in workloads(manifests) if name_of(each) in SERVICES}
-    assert set(SERVICES) - ours.keys() <= {"topics"}
-    assert [wrong for service, variables in ours.items() for wrong in judge(service, variables)] == []
+    ours = [(name_of(each), environment(each, manifests)) for each in workloads(manifests) if name_of(each) in SERVICES]
+    assert set(SERVICES) - {service for service, _ in ours} <= {"topics"}
+    assert [wrong for service, variables in ours for wrong in judge(service, variables)] == []
 
 
 def environment(workload: Manifest, manifests: list[Manifest]) -> dict[str, str]:
@@ -130,7 +156,9 @@ def environment(workload: Manifest, manifests: list[Manifest]) -> dict[str, str]
     variables: dict[str, str] = {}
     for source in container.get("envFrom", ()):
         (config,) = (
-            each for each in of_kind(manifests, "ConfigMap") if name_of(each) == source["configMapRef"]["name"]
+            each
+            for each in of_kind(manifests, "ConfigMap")
+            if (namespace_of(each), name_of(each)) == (namespace_of(workload), source["configMapRef"]["name"])
         )
         variables |= config["data"]
     return variables | {each["name"]: each.get("value", "secret") for each in container.get("env", ())}
@@ -214,30 +242,34 @@ def test_production_kafka_requires_authentication(production: list[Manifest]) ->
         assert all(owner.items() <= each["metadata"]["labels"].items() for each in of_kind(production, kind))
     services = {name_of(each): each for each in workloads(production)}
     assert {name_of(user) for user in of_kind(production, "KafkaUser")} == services.keys()
-    node = owner | {"app.kubernetes.io/name": "kafka"}  # as Strimzi labels them
+    node = Pod("scanfleet", owner | {"app.kubernetes.io/name": "kafka"})  # as Strimzi labels them
     policies = of_kind(production, "NetworkPolicy")
-    (inward,) = listener["networkPolicyPeers"]
-    for name, workload in services.items():
-        variables = environment(workload, production)
-        assert variables["SCANFLEET_KAFKA"] == f"{name_of(cluster)}-kafka-bootstrap:{listener['port']}"
+    inward = {"ingress": [{"from": listener["networkPolicyPeers"]}], "podSelector": {}, "policyTypes": ["Ingress"]}
+    policies.append({"metadata": {"namespace": "scanfleet"}, "spec": inward})  # as Strimzi makes it
+    raw = build(K8S / "overlays" / f"production{RAW}")
+    policies += of_kind(raw, "NetworkPolicy")
+    for workload in [*services.values(), *workloads(raw)]:
+        name = name_of(workload)
+        variables = environment(workload, [*production, *raw])
+        elsewhere = ".scanfleet" if is_raw(workload) else ""
+        assert variables["SCANFLEET_KAFKA"] == f"{name_of(cluster)}-kafka-bootstrap{elsewhere}:{listener['port']}"
         assert variables["SCANFLEET_KAFKA_USERNAME"] == name
         (kafka,) = (volume for volume in pod(workload)["spec"]["volumes"] if volume["name"] == "kafka")
         secrets = {each["secret"]["name"] for each in kafka["projected"]["sources"]}
         assert secrets == {name, f"{name_of(cluster)}-cluster-ca-cert"}  # as Strimzi names them
-        labels = pod(workload)["metadata"]["labels"]
-        assert passes(policies, "egress", labels, node, listener["port"])
-        assert not passes(policies, "egress", labels, node, 9092)
-        assert selects(inward["podSelector"], labels)
+        assert passes(policies, "egress", Pod.of(workload), node, listener["port"])
+        assert not passes(policies, "egress", Pod.of(workload), node, 9092)
+        assert passes(policies, "ingress", node, Pod.of(workload), listener["port"])
 
 
-def test_pods_meet_the_restricted_standard(manifests: list[Manifest], variant: str) -> None:
+def test_pods_meet_the_restricted_standard(manifests: list[Manifest]) -> None:
     """No container may run as root, write to its filesystem, or have or gain privileges, except workers with raw packets."""
     for workload in workloads(manifests):
         security = pod(workload)["spec"]["securityContext"]
         assert security["runAsNonRoot"] is True
         assert security["seccompProfile"] == {"type": "RuntimeDefault"}
         for container in containers(workload):
-            raw = variant == "local+raw-packets" and container["name"] == "scanner-worker"
+            raw = is_raw(workload) and container["name"] == "scanner-worker"
             assert container["securityContext"] == {
                 "allowPrivilegeEscalation": raw,
                 "readOnlyRootFilesystem": True,
@@ -247,24 +279,38 @@ def test_pods_meet_the_restricted_standard(manifests: list[Manifest], variant: s
         assert all("hostPath" not in volume for volume in pod(workload)["spec"].get("volumes", ()))
 
 
-def test_namespace_enforces_the_restricted_standard(manifests: list[Manifest], variant: str) -> None:
-    """The namespace accepts only restricted pods, unless its workers send raw packets."""
-    (namespace,) = of_kind(manifests, "Namespace")
-    verbs = ("audit", "warn") if variant == "local+raw-packets" else ("audit", "enforce", "warn")
-    labels = {name: value for name, value in namespace["metadata"]["labels"].items() if name.startswith("pod-security")}
-    assert labels == {f"pod-security.kubernetes.io/{verb}": "restricted" for verb in verbs}
+def test_namespace_enforces_the_restricted_standard(manifests: list[Manifest]) -> None:
+    """The platform's namespace admits restricted pods only; one with raw-packet workers admits more, and holds nothing else."""
+    for namespace in of_kind(manifests, "Namespace"):
+        raw = name_of(namespace) == "scanfleet-raw"
+        labels = namespace["metadata"]["labels"]
+        modes = {name: labels[f"pod-security.kubernetes.io/{name}"] for name in ("audit", "enforce", "warn")}
+        assert modes == {"audit": "restricted", "enforce": "privileged" if raw else "restricted", "warn": "restricted"}
+    assert {name_of(each) for each in workloads(manifests) if is_raw(each)} <= {"scanner-worker"}
 
 
 def test_namespace_quota_covers_the_workloads(manifests: list[Manifest]) -> None:
     """The limits of all workloads, with twice the replicas during an update, are within the quota."""
-    (quota,) = of_kind(manifests, "ResourceQuota")
-    memory = sum(
-        2 * workload["spec"].get("replicas", 1) * _mebibytes(container["resources"]["limits"]["memory"])
-        for workload in workloads(manifests)
-        for container in containers(workload)
-    )
-    assert memory < _mebibytes(quota["spec"]["hard"]["limits.memory"])
-    assert quota["spec"]["hard"]["services.nodeports"] == "0"
+    quotas = {namespace_of(each): each["spec"]["hard"] for each in of_kind(manifests, "ResourceQuota")}
+    assert quotas.keys() == set(namespaces(manifests))
+    for namespace, quota in quotas.items():
+        memory = sum(
+            2 * workload["spec"].get("replicas", 1) * _mebibytes(container["resources"]["limits"]["memory"])
+            for workload in workloads(manifests)
+            for container in containers(workload)
+            if namespace_of(workload) == namespace
+        )
+        assert 0 < memory < _mebibytes(quota["limits.memory"])
+        assert "0" in (quota.get("services"), quota.get("services.nodeports"))
+
+
+def test_namespace_has_default_limits(manifests: list[Manifest]) -> None:
+    """Each namespace has defaults for the requests and limits that its quota counts."""
+    defaults = {namespace_of(each): each["spec"]["limits"] for each in of_kind(manifests, "LimitRange")}
+    assert defaults.keys() == set(namespaces(manifests))
+    for (limits,) in defaults.values():
+        assert {"cpu", "memory"} <= limits["defaultRequest"].keys()
+        assert {"memory", "ephemeral-storage"} <= limits["default"].keys()
 
 
 def _mebibytes(text: str) -> int:
@@ -274,7 +320,7 @@ def _mebibytes(text: str) -> int:
 def test_production_allows_no_egress_by_default(production: list[Manifest]) -> None:
     """Services reach nothing outside the cluster until a site configures its issuer, MongoDB and the networks to scan."""
     services = {name_of(each) for each in workloads(production)}
-    for policy in of_kind(production, "NetworkPolicy"):
+    for policy in of_kind([*production, *build(K8S / "overlays" / f"production{RAW}")], "NetworkPolicy"):
         for rule in policy["spec"].get("egress", ()):
             strimzi = policy["spec"]["podSelector"] == {"matchLabels": {"strimzi.io/cluster": "scanfleet"}}
             assert rule.get("to") or strimzi, name_of(policy)  # Strimzi's own pods ask Kubernetes, wherever it is
@@ -283,11 +329,15 @@ def test_production_allows_no_egress_by_default(production: list[Manifest]) -> N
 
 def test_pods_have_no_cluster_access(manifests: list[Manifest]) -> None:
     """Every pod has its own service account, without a token."""
-    accounts = {name_of(each): each["automountServiceAccountToken"] for each in of_kind(manifests, "ServiceAccount")}
+    accounts = {
+        (namespace_of(each), name_of(each)): each["automountServiceAccountToken"]
+        for each in of_kind(manifests, "ServiceAccount")
+    }
     for workload in workloads(manifests):
         spec = pod(workload)["spec"]
         assert spec["serviceAccountName"] == name_of(workload)
-        assert spec["automountServiceAccountToken"] is accounts[name_of(workload)] is False
+        account = accounts[namespace_of(workload), name_of(workload)]
+        assert spec["automountServiceAccountToken"] is account is False
 
 
 def test_containers_have_resources_and_probes(manifests: list[Manifest]) -> None:
@@ -346,24 +396,33 @@ def test_static_group_members_are_stateful_sets(manifests: list[Manifest]) -> No
 
 
 def test_default_policy_denies_everything(manifests: list[Manifest]) -> None:
-    """One policy selects every pod in both directions and allows nothing."""
+    """In each namespace one policy selects every pod in both directions and allows nothing."""
     nothing = {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
-    assert nothing in [policy["spec"] for policy in of_kind(manifests, "NetworkPolicy")]
+    denying = {namespace_of(each) for each in of_kind(manifests, "NetworkPolicy") if each["spec"] == nothing}
+    assert denying == set(namespaces(manifests))
 
 
 def test_policies_allow_exactly_the_flows(manifests: list[Manifest]) -> None:
     """Between any two pods exactly the connections of the architecture are allowed by the policies of both."""
-    pods = {name_of(each): pod(each)["metadata"]["labels"] for each in workloads(manifests)}
+    pods = [(name_of(each), Pod.of(each)) for each in workloads(manifests)]
     policies = of_kind(manifests, "NetworkPolicy")
-    allowed = {
-        (source, target, port)
-        for source in pods
-        for target in pods
-        for port in {1, *(port for _, _, port in FLOWS)}
-        if passes(policies, "egress", pods[source], pods[target], port)
-        and passes(policies, "ingress", pods[target], pods[source], port)
-    }
-    assert allowed == {flow for flow in FLOWS if set(flow[:2]) <= pods.keys()}
+    for source, sender in pods:
+        for target, receiver in pods:
+            for port in {1, 8081, *(port for _, _, port in FLOWS)}:
+                allowed = passes(policies, "egress", sender, receiver, port) and passes(
+                    policies, "ingress", receiver, sender, port
+                )
+                assert allowed is ((source, target, port) in FLOWS), (source, target, port)
+
+
+def test_a_pod_that_connects_to_no_name_asks_for_none(manifests: list[Manifest]) -> None:
+    """The cluster's name server is open to those who connect by name: the services, and what Strimzi runs."""
+    dns = Pod("kube-system", {"k8s-app": "kube-dns"})
+    policies = of_kind(manifests, "NetworkPolicy")
+    asking = {name_of(each) for each in workloads(manifests) if passes(policies, "egress", Pod.of(each), dns, 53)}
+    assert asking == {name_of(each) for each in workloads(manifests)} & set(SERVICES)
+    if of_kind(manifests, "Kafka"):
+        assert passes(policies, "egress", Pod("scanfleet", {"strimzi.io/cluster": "scanfleet"}), dns, 53)
 
 
 def test_autoscalers_use_the_same_metric() -> None:
@@ -389,23 +448,30 @@ def test_generated_manifests_are_up_to_date(file: str) -> None:
     assert (K8S / file).read_text(encoding="utf-8") == generate.text(file)
 
 
-def passes(policies: list[Manifest], way: str, ours: Mapping[str, str], other: Mapping[str, str], port: int) -> bool:
+def passes(policies: list[Manifest], way: str, ours: Pod, other: Pod, port: int) -> bool:
     """Return whether a pod's policies allow traffic in this direction; without a policy they do."""
     holding = [
         each["spec"]
         for each in policies
-        if way.capitalize() in each["spec"]["policyTypes"] and selects(each["spec"]["podSelector"], ours)
+        if namespace_of(each) == ours.namespace
+        and way.capitalize() in each["spec"]["policyTypes"]
+        and selects(each["spec"]["podSelector"], ours.labels)
     ]
     peers = "to" if way == "egress" else "from"
     return not holding or any(
         port in {each["port"] for each in rule.get("ports", [{"port": port}])}
-        and any(
-            "podSelector" in peer and "namespaceSelector" not in peer and selects(peer["podSelector"], other)
-            for peer in rule.get(peers, [{"podSelector": {}}])
-        )
+        and (peers not in rule or any(_is_peer(peer, other, ours.namespace) for peer in rule[peers]))
         for spec in holding
         for rule in spec.get(way, ())
     )
+
+
+def _is_peer(peer: Manifest, other: Pod, namespace: str) -> bool:
+    if "ipBlock" in peer:
+        return False
+    names = {"kubernetes.io/metadata.name": other.namespace}
+    here = {"matchLabels": {"kubernetes.io/metadata.name": namespace}}
+    return selects(peer.get("namespaceSelector", here), names) and selects(peer.get("podSelector", {}), other.labels)
 
 
 def selects(selector: Manifest, labels: Mapping[str, str]) -> bool:
