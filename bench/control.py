@@ -249,7 +249,7 @@ def largest(stack: Stack, user: Client) -> Iterator[Figure]:
         health = []
         while not ledger.done():
             asked = time.perf_counter()
-            httpx.get(f"http://{stack.address('job-orchestrator')}/healthz").raise_for_status()
+            httpx.get(f"{stack.probes('job-orchestrator')}/healthz").raise_for_status()
             health.append(time.perf_counter() - asked)
         ledger.result()
         yield Figure("largest_ledger_s", time.perf_counter() - begin, "its ledger", at_most=1)

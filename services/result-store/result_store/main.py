@@ -1,4 +1,4 @@
-"""Build result-store: `uvicorn --factory result_store.main:create_app`."""
+"""Build result-store, which `python -m scanfleet.server result-store` runs."""
 
 from __future__ import annotations
 
