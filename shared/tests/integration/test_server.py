@@ -47,7 +47,7 @@ class Parts:
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        await app.state.startup.until_there("kafka", self.open)
+        await app.state.startup.until_available("kafka", self.open)
         yield
         self.closing.set()
         await self.may_close.wait()

@@ -190,7 +190,9 @@ async def test_readiness_until_each_service_has_been_ready_is_503(gateway: Runni
     answer = await gateway.probes.get("/readyz")
     assert (answer.status_code, answer.json()) == (503, {"error": "unavailable: job-orchestrator, result-store"})
     gateway.services.away.clear()
-    gateway.services.on("GET", "http://orchestrator/internal/ready", httpx.Response(503, json={"error": "unavailable: bus"}))
+    gateway.services.on(
+        "GET", "http://orchestrator/internal/ready", httpx.Response(503, json={"error": "unavailable: bus"})
+    )
     answer = await gateway.probes.get("/readyz")
     assert (answer.status_code, answer.json()) == (503, {"error": "unavailable: job-orchestrator"})
     gateway.services.on("GET", "http://orchestrator/internal/ready", httpx.Response(200, json={"status": "ok"}))
