@@ -40,6 +40,7 @@ const MOST = 250_000; // rows in the page: beyond them a browser tab takes a gig
 const ROW = 32; // px
 const CARD = 56; // px of a row of two lines on a narrow screen
 const OVERSCAN = 10;
+const HAND_ON = 1_000; // ms for which rows that have arrived may wait
 const FOLLOW = 2_000; // ms between two looks for new results
 
 const portText = (row: Result) => `${row.port}/${row.protocol}`;
@@ -59,14 +60,24 @@ async function stream(jobId: string, after: number, rows: (found: Row[]) => numb
   const answer = await send("GET", path, { headers: { Accept: "application/x-ndjson" }, signal });
   const reader = answer.body!.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
+  let found: Row[] = [];
+  let handed = 0;
+  let handedAt = -Infinity;
   for (;;) {
     const { done, value } = await reader.read();
     const lines = (rest + (value ?? "")).split("\n");
     rest = done ? "" : lines.pop()!;
-    const found = lines.filter(Boolean).map((line) => toRow(JSON.parse(line) as Result));
-    if (found.length && rows(found) >= MOST) {
-      await reader.cancel();
-      return true;
+    for (const line of lines) if (line) found.push(toRow(JSON.parse(line) as Result));
+    // Whoever gets rows sorts all of them, so they are handed on in portions that double, or once a second.
+    const due = done || found.length >= handed || performance.now() - handedAt >= HAND_ON;
+    if (due && found.length) {
+      handed = rows(found);
+      handedAt = performance.now();
+      found = [];
+      if (handed >= MOST) {
+        await reader.cancel();
+        return true;
+      }
     }
     if (done) return false;
   }
