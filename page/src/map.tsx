@@ -41,7 +41,7 @@ export function together(map: OutcomeMap): string {
 
 const columnsFor = (size: number) => (size <= 256 ? 16 : size <= 1_024 ? 32 : size <= 4_096 ? 64 : 256);
 
-export function Coverage({ map, letters, words }: { map: OutcomeMap; letters: string; words: (address: string) => string }) {
+export function Coverage({ map, letters }: { map: OutcomeMap; letters: string }) {
   const canvas = useRef<HTMLCanvasElement>(null);
   const box = useRef<HTMLDivElement>(null);
   const legend = useRef<HTMLUListElement>(null);
@@ -131,7 +131,7 @@ export function Coverage({ map, letters, words }: { map: OutcomeMap; letters: st
         />
         <p class="cursor" role="status">
           {cursor.value >= 0 && cursor.value < letters.length
-            ? `${address(cursor.value)} — ${SPAN[letters[cursor.value]!] ?? "waiting"}${words(address(cursor.value))}`
+            ? `${address(cursor.value)} — ${SPAN[letters[cursor.value]!] ?? "waiting"}`
             : `${count(letters.length)} addresses from ${map.first}; point at one, or use the arrow keys`}
         </p>
       </div>

@@ -1,7 +1,7 @@
 import { useSignal } from "@preact/signals";
 import { useEffect, useMemo, useRef } from "preact/hooks";
 import { change, get, isFinal, me, send, type Ledger, type OutcomeMap, type Snapshot, type TaskStatus, type Waiting } from "../api";
-import { collapse } from "../addresses";
+import { collapse, parseNetwork, toNumber, toText } from "../addresses";
 import { watch } from "../events";
 import { Coverage, together } from "../map";
 import { Confirm, Problem, StatusWord, Title, useLoad } from "../parts";
@@ -195,9 +195,23 @@ function Overview({ id, task, settled, snapshot }: { id: string; task: TaskStatu
           ))}
         </nav>
       )}
-      {map.data && letters && <Coverage map={map.data} letters={letters} words={() => ""} />}
+      {map.data && letters && <Coverage map={map.data} letters={letters} />}
+      {from && snapshot && map.data && (
+        <nav class="pager" aria-label="parts of the map">
+          {part(snapshot, map.data, -CELLS, "previous addresses")}
+          {part(snapshot, map.data, CELLS, "next addresses")}
+        </nav>
+      )}
     </>
   );
+}
+
+/** A link to the part of a large map that begins `step` addresses from this one; nothing if there is none. */
+function part(snapshot: Snapshot, map: OutcomeMap, step: number, words: string) {
+  const network = parseNetwork(snapshot.cidr)!;
+  const first = toNumber(map.first) + BigInt(step);
+  if (first < network.first || first >= network.first + (1n << BigInt(network.bits - network.length))) return null;
+  return <a href={withQuery({ from: toText(first, network.bits) })}>{words}</a>;
 }
 
 function WaitsFor({ id, settled }: { id: string; settled: number }) {

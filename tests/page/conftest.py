@@ -1,0 +1,134 @@
+"""One stack of real processes, servers for it to find, and Debian's Chromium with a user's session."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Dialog, Page, Request, expect, sync_playwright
+
+from local import nmap
+from local.stack import Stack
+
+CHROMIUM = "/usr/bin/chromium"
+USER = 7
+PATIENCE = 30_000  # ms that an expectation waits: this machine may be busy
+HOSTILE = "SSH-2.0-<img src=x onerror=alert(1)>javascript:alert(2) \x1b[31m \u202eexe.txt\r\n"
+NET = "127.44.8"  # no other test scans it
+
+# What the page's policy refused, kept across the documents of a tab.
+COLLECT_REPORTS = """
+document.addEventListener("securitypolicyviolation", (event) =>
+    console.error(`policy: ${event.violatedDirective} ${event.blockedURI} ${event.sourceFile}:${event.lineNumber}`));
+"""
+
+
+@pytest.fixture(scope="package")
+def stack(kafka: str, mongodb: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    stack = Stack(
+        tmp_path_factory.mktemp("stack"),
+        replicas=dict.fromkeys(("api-gateway", "job-orchestrator", "scanner-worker", "result-store"), 1),
+        kafka_at=kafka,
+        mongodb_at=mongodb,
+        topic_prefix="page-",
+        database_prefix="page",
+    )
+    stack.up()
+    yield stack
+    stack.down()
+
+
+@pytest.fixture(scope="package")
+def servers() -> Iterator[nmap.OpenPorts]:
+    """Servers on some addresses of the network, each of which sends a hostile banner; answers which."""
+    places = {(f"{NET}.{host}", port) for host in (1, 7, 130, 254) for port in (8022, 8080)}
+    with ExitStack() as stack:
+        for place in sorted(places):
+            stack.enter_context(_speaker(place))
+        yield places
+
+
+@contextmanager
+def _speaker(place: tuple[str, int]) -> Iterator[None]:
+    def speak() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return  # the listener is closed
+            with connection:
+                try:
+                    connection.sendall(HOSTILE.encode())
+                except OSError:
+                    continue  # a probe that has left
+
+    listener = socket.create_server(place, backlog=128)
+    thread = threading.Thread(target=speak, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()
+
+
+@pytest.fixture(scope="package")
+def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=PATIENCE)
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # its sandbox does not start as root
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def watched(context: BrowserContext, url: str) -> Iterator[Page]:
+    """A tab whose policy reports, dialogs, faults and requests to other origins fail the test at its end."""
+    context.set_default_timeout(PATIENCE)
+    context.add_init_script(COLLECT_REPORTS)
+    page = context.new_page()
+    wrong: list[str] = []
+    page.on("console", lambda message: wrong.append(message.text) if message.text.startswith("policy: ") else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+
+    def opened(dialog: Dialog) -> None:
+        wrong.append(f"dialog {dialog.message}")
+        dialog.dismiss()
+
+    def requested(request: Request) -> None:
+        if not request.url.startswith((url, "blob:")):
+            wrong.append(f"request to {request.url}")
+
+    page.on("dialog", opened)
+    page.on("request", requested)
+    yield page
+    assert wrong == []
+
+
+@pytest.fixture(scope="package")
+def cookies(browser: Browser, stack: Stack) -> list[dict[str, object]]:
+    """The session of the user, which is an administrator's."""
+    with browser.new_context() as context, watched(context, stack.url) as page:
+        page.goto(f"{stack.url}/app/jobs")
+        page.get_by_label("Token").fill(stack.token(USER, admin=True))
+        page.get_by_role("button", name="Sign in").click()
+        expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
+        found = context.cookies()
+    return [dict(each) for each in found]
+
+
+@pytest.fixture
+def page(browser: Browser, stack: Stack, cookies: list[dict[str, object]], tmp_path: Path) -> Iterator[Page]:
+    """A tab of the signed-in user at 1280 px; a screenshot is left in `tmp_path` at the end."""
+    with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
+        context.add_cookies(cookies)  # type: ignore[arg-type] # as the browser has returned them
+        with watched(context, stack.url) as page:
+            yield page
+            page.screenshot(path=tmp_path / "end.png", full_page=True)

@@ -1,0 +1,247 @@
+"""The page in a real browser, on a real stack: scan, watch, read, and what happens when things go wrong."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from playwright.sync_api import Browser, Page, ViewportSize, expect
+
+from local.client import Client
+from local.nmap import OpenPorts, open_ports
+from local.stack import Stack
+from tests.page.conftest import NET, USER, watched
+
+pytestmark = pytest.mark.e2e
+
+PORTS = "8020-8090"
+SLOW = {"ports": "1-1000", "service_detection": False, "discovery": "none", "max_rate": 100}
+AXE = Path(__file__).parents[2] / "page" / "node_modules" / "axe-core" / "axe.min.js"
+CHECK = """async () => (await axe.run({ runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"] }))
+    .violations.map((each) => `${each.id}: ${each.nodes.map((node) => node.target.join(" ")).join(", ")}`)"""
+
+# In place of the server's answer: to stream so much through the driver would take longer than the test.
+MANY_RESULTS = """
+const real = window.fetch;
+const result = (n) => JSON.stringify({
+    id: n + 1, ip_address: `10.${20 + (n >> 16)}.${(n >> 8) & 255}.${n & 255}`, port: [22, 80, 443, 8080][n % 4], protocol: "tcp",
+    service: ["ssh", "http", "https", "http-proxy"][n % 4], version: "nginx 1.22.1", os_info: "", banner: "", status: "open" }) + "\\n";
+window.fetch = (path, options) => {
+    if (!String(path).includes("/results?")) return real(path, options);
+    let sent = 0;
+    return Promise.resolve(new Response(new ReadableStream({
+        pull(controller) {
+            if (sent === 100000) return controller.close();
+            let lines = "";
+            for (const end = sent + 500; sent < end; sent++) lines += result(sent);
+            controller.enqueue(new TextEncoder().encode(lines));
+        },
+    })));
+};
+"""
+VISIT = "to => { history.pushState(null, '', to); dispatchEvent(new PopStateEvent('popstate')); }"
+
+
+@pytest.fixture(scope="module")
+def user(stack: Stack) -> Iterator[Client]:
+    client = Client(stack.url, stack.token(USER, admin=True))
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="module")
+def finished(user: Client, servers: OpenPorts) -> int:
+    """A job that has found the servers."""
+    assert servers
+    job_id = user.scan(
+        f"{NET}.0/24", ports=PORTS, technique="connect", service_detection=False, scripts=["banner"], timing=4
+    )
+    assert user.finished(job_id)["status"]["status"] == "completed"
+    return job_id
+
+
+def rows(page: Page) -> OpenPorts:
+    """Address and port of each row of the results."""
+    cells = page.locator(".results tbody tr:not(.space)").all()
+    return {
+        (row.locator("td").nth(0).inner_text(), int(row.locator("td").nth(1).inner_text().split("/")[0]))
+        for row in cells
+    }
+
+
+def test_page_story_from_sign_in_to_results(browser: Browser, stack: Stack, servers: OpenPorts) -> None:
+    """A user signs in with a token, scans a /24, watches it end, and reads what plain nmap finds."""
+    with browser.new_context() as context, watched(context, stack.url) as page:
+        page.goto(f"{stack.url}/")
+        page.get_by_label("Token").fill("forged")
+        page.get_by_role("button", name="Sign in").click()
+        expect(page.get_by_role("alert")).to_contain_text("the token is not valid")
+        expect(page.get_by_role("alert")).to_contain_text(re.compile("request [0-9a-f]{32}"))
+        page.get_by_label("Token").fill(stack.token(8))
+        page.get_by_role("button", name="Sign in").click()
+        expect(page.get_by_text("There are no jobs yet.")).to_be_visible()
+        assert page.evaluate("document.cookie") == ""
+
+        page.get_by_role("link", name="New scan").click()
+        page.get_by_label("Another network").fill(f"{NET}.0/33")
+        page.get_by_label("Ports").fill(PORTS)
+        page.get_by_role("button", name="Start").click()
+        expect(page.get_by_role("alert")).to_contain_text(re.compile("request [0-9a-f]{32}"))
+        expect(page.get_by_label("Ports")).to_have_value(PORTS)
+        page.get_by_label("Another network").fill(f"{NET}.0/24")
+        page.get_by_label("Preset").select_option("quick")
+        expect(page.get_by_text("1 job: 256 addresses × 71 ports = 18,176 probes")).to_be_visible()
+        page.get_by_role("button", name="Start").click()
+
+        expect(page.get_by_role("heading", name=re.compile(r"Job \d+ completed"))).to_be_visible(timeout=90_000)
+        expect(page.get_by_text("✓ accounted for")).to_be_visible()
+        answered = page.locator(".legend li", has_text="answered").locator(".number").first
+        expect(answered).to_have_text("256")  # on loopback every address answers, most of them that the port is closed
+        page.get_by_role("link", name="Results").click()
+        expect(page.get_by_text(f"{len(servers)} of {len(servers)} results")).to_be_visible()
+        assert rows(page) == servers == open_ports("-sT", "-T4", "-p", PORTS, f"{NET}.0/24")
+        page.get_by_role("link", name="Not probed 0").click()
+        expect(page.get_by_text("Every address was probed to the end.")).to_be_visible()
+        page.get_by_role("link", name="Jobs").click()
+        expect(page.get_by_role("row", name="completed").first).to_contain_text(f"{NET}.0/24")
+
+
+def test_page_keyboard_alone_cancels_a_job(page: Page, stack: Stack, user: Client) -> None:
+    """With the keyboard alone a user finds a running job, walks its map and cancels it."""
+    job_id = user.scan("127.44.9.0/24", **SLOW)
+    page.goto(f"{stack.url}/app/subnets")
+    expect(page.get_by_role("heading", name="Subnets")).to_be_focused()
+    page.keyboard.press("g")
+    page.keyboard.press("j")
+    expect(page.get_by_role("link", name=str(job_id), exact=True)).to_be_visible()
+    page.keyboard.press("j")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name=re.compile(f"Job {job_id}"))).to_be_visible()
+    page.get_by_role("application").focus()
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown"):
+        page.keyboard.press(key)
+    expect(page.locator(".cursor")).to_contain_text("127.44.9.17 — ")
+    page.keyboard.press("x")
+    expect(page.get_by_role("dialog")).to_contain_text("No further packet is sent for it.")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name=re.compile(f"Job {job_id} cancelled"))).to_be_visible()
+    expect(page.get_by_role("dialog")).to_have_count(0)
+
+
+@pytest.mark.proves("A15", "A31")
+def test_page_hostile_banner_is_text(page: Page, stack: Stack, finished: int) -> None:
+    """A banner of markup, escapes and direction marks is shown as text and runs nothing."""
+    page.goto(f"{stack.url}/app/jobs/{finished}/results?columns=ip_address,port,banner")
+    cell = page.locator("td.banner").first
+    expect(cell).to_contain_text("<img src=x onerror=alert(1)>javascript:alert(2)")
+    assert "\x1b" not in cell.inner_text()
+    assert "\u202e" not in cell.inner_text()
+    assert page.locator("td.banner img").count() == 0
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_page_every_page_is_accessible_and_fits(
+    browser: Browser, stack: Stack, cookies: list[dict[str, object]], finished: int, theme: Literal["light", "dark"]
+) -> None:
+    """On every page, wide and narrow, axe finds nothing, and nothing is wider than a narrow screen."""
+    paths = [
+        "new",
+        "subnets",
+        "subnets/new",
+        "subnets/import",
+        "policies",
+        "policies/new",
+        "audit",
+        "jobs/999999",
+        "jobs",
+    ]
+    paths += [f"jobs/{finished}{tab}" for tab in ("", "/results", "/not-probed", "/request")]
+    found: list[str] = []
+    for width in (1280, 375):
+        screen: ViewportSize = {"width": width, "height": 800}
+        with (
+            browser.new_context(color_scheme=theme, viewport=screen) as context,
+            watched(context, stack.url) as page,
+        ):
+            page.goto(f"{stack.url}/app/")
+            expect(page.get_by_label("Token")).to_be_visible()
+            page.evaluate(AXE.read_text(encoding="utf-8"))
+            found += [f"sign in, {width}: {each}" for each in page.evaluate(CHECK)]
+            context.add_cookies(cookies)  # type: ignore[arg-type] # as the browser has returned them
+            page.reload()
+            expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
+            page.evaluate(AXE.read_text(encoding="utf-8"))
+            for path in paths:
+                page.evaluate(VISIT, f"/app/{path}")
+                expect(page.locator("body[data-busy]")).to_have_count(0)
+                found += [f"{path}, {width}: {each}" for each in page.evaluate(CHECK)]
+                if page.evaluate("document.documentElement.scrollWidth > innerWidth"):
+                    found.append(f"{path} is wider than {width} px")
+    assert found == []
+
+
+def test_page_gateway_restarted_says_so_and_recovers(page: Page, stack: Stack, user: Client) -> None:
+    """While the gateway is unavailable the page says that the connection is lost; then it goes on by itself."""
+    page.goto(f"{stack.url}/app/jobs")
+    expect(page.locator(".dot")).to_have_text("live")
+    stack.stop("api-gateway")
+    expect(page.locator(".dot")).to_have_text("connection lost, trying again")
+    expect(page.get_by_role("alert")).to_contain_text("The connection to Scanfleet is lost.")
+    stack.start("api-gateway")
+    stack.wait_until_ready()
+    expect(page.locator(".dot")).to_have_text("live")
+    expect(page.get_by_role("alert")).to_have_count(0)
+    job_id = user.scan("127.44.10.0/30", ports="8022", preset="quick")
+    expect(page.get_by_role("row", name=re.compile(rf"^{job_id} .*completed"))).to_be_visible()
+
+
+def test_page_session_that_ends_asks_again_and_keeps_what_was_typed(page: Page, stack: Stack) -> None:
+    """When the session is gone the page asks to sign in above the form, and goes on where it was."""
+    page.goto(f"{stack.url}/app/subnets/new")
+    page.get_by_label("Network").fill("127.44.11.0/24")
+    page.get_by_label("Name").fill("typed before")
+    page.context.clear_cookies()
+    page.get_by_role("button", name="Save").click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_contain_text("Your session has ended")
+    dialog.get_by_label("Token").fill(stack.token(USER, admin=True))
+    dialog.get_by_role("button", name="Sign in").click()
+    expect(dialog).to_have_count(0)
+    assert page.url == f"{stack.url}/app/subnets/new"
+    expect(page.get_by_label("Name")).to_have_value("typed before")
+    page.get_by_role("button", name="Save").click()
+    expect(page.get_by_role("row", name="typed before")).to_be_visible()
+
+
+def test_page_invalid_form_shows_the_sentence_at_its_field(page: Page, stack: Stack) -> None:
+    """The API's own sentence stands at the field that it names, with the request's id, and nothing typed is lost."""
+    page.goto(f"{stack.url}/app/policies/new")
+    page.get_by_label("Name").fill("mine")
+    page.get_by_label("Ports").fill("http")
+    page.get_by_role("button", name="Save").click()
+    expect(page.get_by_label("Ports")).to_have_attribute("aria-invalid", "true")
+    expect(page.get_by_role("alert")).to_contain_text("ports must look like")
+    expect(page.get_by_role("alert")).to_contain_text(re.compile("request [0-9a-f]{32}"))
+    expect(page.get_by_label("Name")).to_have_value("mine")
+
+
+def test_page_shows_100_000_results_in_a_window(page: Page, stack: Stack, finished: int) -> None:
+    """A hundred thousand results are counted, filtered, sorted and scrolled with a few dozen rows in the document."""
+    page.add_init_script(MANY_RESULTS)
+    page.goto(f"{stack.url}/app/jobs/{finished}/results")
+    expect(page.get_by_text("100,000 of 100,000 results")).to_be_visible()
+    page.get_by_label("Search results").fill("10.20.3. :443")
+    expect(page.get_by_text("64 of 100,000 results")).to_be_visible()
+    page.get_by_label("Search results").fill("")
+    page.get_by_role("button", name="Port").click()
+    page.get_by_role("button", name="Port").click()
+    expect(page.get_by_role("columnheader", name="Port")).to_have_attribute("aria-sort", "descending")
+    expect(page.locator("td.port").first).to_have_text("8080/tcp")
+    page.locator(".window").evaluate("box => { box.scrollTop = box.scrollHeight; }")
+    expect(page.locator("td.port").last).to_have_text("22/tcp")
+    assert page.locator(".results tr").count() < 100
+    expect(page.locator(".results tr").nth(5)).to_have_attribute("aria-rowindex", re.compile(r"\d{5}"))
