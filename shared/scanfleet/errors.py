@@ -22,6 +22,7 @@ class Rule(StrEnum):
     STATE = "state"
     RATE = "rate"
     CONCURRENCY = "concurrency"
+    QUOTA = "quota"
     MESSAGE = "message"
     SIGNATURE = "signature"
 

@@ -14,6 +14,7 @@ from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
 from job_orchestrator.domain.chain import read_chain_keys
 from job_orchestrator.domain.grants import JobGrants
+from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.audit import Audit
@@ -66,12 +67,21 @@ class Orchestrator:
         stored_seconds: float,
         raw_worker_seconds: float,
         grants: UserGrants | None = None,
+        quotas: Quotas,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.jobs = Jobs(store, publisher, lambda: self.dispatcher.wake(made=True), clock, monotonic=monotonic)
         job_grants = JobGrants(grants, rules.nat64)
         self.commands = Commands(
-            store, publisher, self.jobs, rules, clock, monotonic=monotonic, scripts=scripts, grants=grants
+            store,
+            publisher,
+            self.jobs,
+            rules,
+            clock,
+            monotonic=monotonic,
+            scripts=scripts,
+            grants=grants,
+            quotas=quotas,
         )
         self.progress = Progress(
             store,
@@ -155,6 +165,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 stored_seconds=settings.stored_seconds,
                 raw_worker_seconds=settings.raw_worker_seconds,
                 grants=grants,
+                quotas=settings.quotas,
             )
             app.state.orchestrator = State(
                 store,
@@ -163,6 +174,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 settings.allowed_scripts,
                 JobGrants(grants, settings.nat64_prefixes),
                 clock.now,
+                settings.quotas,
             )
             # One group per topic: no loop waits for another, and a rebalance of one does not affect the others.
             consumers = [

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
+from typing import Final
 
 from pydantic import Field
 
+from job_orchestrator.domain.quotas import Quotas
 from scanfleet.settings import (
     ApiSettings,
     CommonSettings,
@@ -31,6 +34,9 @@ class AuditSettings(MongoSettings):
     )
 
 
+_LIMITS: Final = Quotas()
+
+
 class Settings(
     CommonSettings, ApiSettings, KafkaSettings, AuditSettings, InternalTokenSettings, TargetSettings, GrantSettings
 ):
@@ -53,3 +59,39 @@ class Settings(
         gt=0,
         description="Timeout in seconds of a job that waits for a worker with raw packets, if none is available; then it fails.",
     )
+    probes_per_job: int = Field(
+        _LIMITS.probes_per_job,  # a /16 with every TCP and UDP port has 8.6e9
+        ge=1,
+        description="Maximum number of probes (addresses × ports) of one job; a larger one is answered 400.",
+    )
+    chunks_per_job: int = Field(
+        _LIMITS.chunks_per_job,  # a /16 with every TCP port has 65,536; slow timings make chunks of one port
+        ge=1,
+        description="Maximum number of chunks that one job may be cut into; a larger one is answered 400.",
+    )
+    unfinished_jobs_per_user: int = Field(
+        _LIMITS.unfinished_jobs_per_user,  # ten requests of the largest size
+        ge=1,
+        description="Maximum number of pending and running jobs of one user. A request for more is answered 429, and 400 "
+        "if it alone asks for more.",
+    )
+    queued_seconds_per_user: float = Field(
+        _LIMITS.queued_seconds_per_user,  # a thousand jobs of a /16 with every TCP port
+        gt=0,
+        description="Maximum number of slot seconds that the pending and running jobs of one user may be expected to take; "
+        "likewise.",
+    )
+    subnets_per_user: int = Field(
+        _LIMITS.subnets_per_user,
+        ge=1,
+        description="Maximum number of subnets of one user; one more is answered 400.",
+    )
+    policies_per_user: int = Field(
+        _LIMITS.policies_per_user,
+        ge=1,
+        description="Maximum number of policies of one user; likewise.",
+    )
+
+    @property
+    def quotas(self) -> Quotas:
+        return Quotas(**{field.name: getattr(self, field.name) for field in fields(Quotas)})

@@ -14,6 +14,7 @@ from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState, cancel, dispatch
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change, create, published
+from job_orchestrator.domain.quotas import Usage
 from job_orchestrator.domain.store import Command, OpenChunks, Policy, Standing, Store, Subnet
 from job_orchestrator.domain.totals import Totals
 from job_orchestrator.metrics import UNREADABLE
@@ -109,6 +110,16 @@ async def test_resources_are_listed_newest_first_by_page(store: Store) -> None:
     assert await store.list_policies(7, 4, 2) == ([policy(1)], 5)
     assert await store.list_policies(7, 10**11, 100) == ([], 5)
     assert await store.list_subnets(9, 0, 10) == ([], 0)
+
+
+async def test_resources_are_counted_up_to_a_limit(store: Store) -> None:
+    """The user's own subnets or policies are counted, and no further than asked."""
+    for id_ in range(1, 4):
+        await store.add_subnet(subnet(id_))
+        await store.add_policy(policy(id_))
+    await store.add_subnet(subnet(4, user_id=8))
+    assert [await store.owned("subnets", 7, limit) for limit in (2, 3, 4)] == [2, 3, 3]
+    assert [await store.owned("policies", user, 10) for user in (7, 8)] == [3, 0]
 
 
 async def test_a_resource_of_anybody_is_known_to_exist(store: Store) -> None:
@@ -430,6 +441,17 @@ async def test_jobs_with_old_events_are_found(store: Store) -> None:
     await store.save_jobs([published(job, {out.event.event_id for out in job.outbox})])
     assert await store.jobs_with_old_events(LATER, 10) == []
     assert set(await store.jobs_with_old_events(LATER + timedelta(hours=2), 10)) == {2}
+
+
+async def test_usage_sums_the_unfinished_jobs_of_users(store: Store) -> None:
+    """The jobs that have not ended, and the slot seconds that are left of them, are summed by user."""
+    pending, running, ended = (scan_job(id_, seconds_left=float(id_)) for id_ in (1, 2, 3))
+    running = change(running, JobTrigger.START, LATER)
+    ended = replace(change(ended, JobTrigger.CANCEL, LATER), seconds_left=3.0)
+    await store.insert_jobs([pending, running, ended, replace(ended, id=5, settled=True)])
+    await store.insert_jobs([scan_job(4, user_id=8, seconds_left=4.0)])
+    assert await store.usage([7, 9]) == {7: Usage(2, 3.0)}
+    assert await store.usage([7, 8]) == {7: Usage(2, 3.0), 8: Usage(1, 4.0)}
 
 
 async def test_a_subnet_knows_its_unfinished_jobs(store: Store) -> None:

@@ -35,7 +35,7 @@ _ERRORS: Final[dict[int, str]] = {
     409: "Its state does not allow this.",
     412: "It has changed since it was read: its `ETag` is no longer the one in `If-Match`.",
     413: "The body or the answer is too large.",
-    429: "A limit of the caller's is reached, of requests a minute or at once; the error names it.",
+    429: "A limit of the caller's is reached, of requests a minute or at once, or of unfinished jobs; the error names it.",
     500: "A fault of the service.",
     503: "A part of the service is unavailable or busy; the request may be repeated.",
 }

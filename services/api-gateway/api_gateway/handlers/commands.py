@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 import structlog
 
 from scanfleet.bus import Publisher, Record
-from scanfleet.errors import DependencyError, PublicError, UnavailableError
+from scanfleet.errors import DependencyError, PublicError, TooManyRequestsError, UnavailableError
 from scanfleet.messages import CancelJob, CommandAccepted, CommandRejected, Job, SubmitJobs
 from scanfleet.messages.topics import SCAN_COMMANDS
 
 Reply = CommandAccepted | CommandRejected
 
 _log = structlog.get_logger()
+
+_JOBS_END_SECONDS: Final = 30  # until a user who has too many unfinished jobs may have fewer
 
 
 class Arbiter(Protocol):
@@ -113,6 +115,7 @@ async def _call_off(command_id: str, arbiter: Arbiter, headers: Mapping[str, str
 def _refusal(reply: CommandRejected) -> PublicError:
     if reply.status == UnavailableError.status:
         return UnavailableError(reply.error)
-    error = PublicError(reply.error)
+    headers = {"Retry-After": str(_JOBS_END_SECONDS)} if reply.status == TooManyRequestsError.status else None
+    error = PublicError(reply.error, headers=headers)
     error.status = reply.status
     return error

@@ -130,15 +130,16 @@ async def test_a_refused_command_is_told(gateway: Running, status: int) -> None:
     assert (answer.status_code, answer.json()) == (status, {"error": "subnet 5 does not exist"})
 
 
-async def test_a_refusal_to_repeat_says_when(gateway: Running) -> None:
-    """A rejection as unavailable tells the caller when to repeat."""
+@pytest.mark.parametrize("status", [429, 503])
+async def test_a_refusal_to_repeat_says_when(gateway: Running, status: int) -> None:
+    """A rejection as unavailable, or because of what the caller has unfinished, tells the caller when to repeat."""
 
     async def reply(command: Command) -> Sequence[Reply]:
-        return [CommandRejected(command_id=command.command_id, status=503, error="too old")]
+        return [CommandRejected(command_id=command.command_id, status=status, error="too old")]
 
     gateway.replier.reply = reply
     answer = await gateway.client.post("/api/v1/task", json=BODY)
-    assert answer.status_code == 503
+    assert (answer.status_code, answer.json()) == (status, {"error": "too old"})
     assert int(answer.headers["Retry-After"]) >= 1
 
 

@@ -6,7 +6,16 @@ from datetime import timedelta
 
 from fastapi import APIRouter, Request, Response
 
-from job_orchestrator.api.state import Handed, Paged, Recorded, State, changed, check_unchanged, tagged
+from job_orchestrator.api.state import (
+    Handed,
+    Paged,
+    Recorded,
+    State,
+    changed,
+    check_unchanged,
+    tagged,
+    within_quota,
+)
 from job_orchestrator.domain.store import Policy
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded
@@ -23,6 +32,7 @@ async def create_policy(
 ) -> rest.Policy:
     scan = body.scan(state.scripts)
     now = utc_now()
+    await within_quota(state, "policies", caller.user_id)
     (id_,) = await state.store.take_ids("policies")
     policy = Policy(
         id=id_,

@@ -5,21 +5,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 from fastapi import Depends, Query, Request, Response
 from pydantic import BaseModel
 
 from job_orchestrator.domain.grants import UNLIMITED, JobGrants
+from job_orchestrator.domain.quotas import QuotaError, Quotas
 from job_orchestrator.domain.store import Store
 from job_orchestrator.handlers.commands import Commands
 from scanfleet import rest
 from scanfleet.audit import write_line
 from scanfleet.auth import Caller
 from scanfleet.clock import utc_now
-from scanfleet.errors import PreconditionFailedError, Rule
+from scanfleet.errors import BadRequestError, PreconditionFailedError, Rule
 from scanfleet.messages import AuditEntry
 from scanfleet.policy import ADMITTED_SCRIPTS
 from scanfleet.service import audit_entry
@@ -37,6 +38,7 @@ class State:
     grants: JobGrants = UNLIMITED
     now: Callable[[], datetime] = utc_now
     """The platform's time."""
+    quotas: Quotas = field(default_factory=Quotas)
 
 
 async def _state(request: Request) -> State:  # a thread would run what is not async
@@ -129,6 +131,19 @@ def changed() -> PreconditionFailedError:
 
 def _tag(view: BaseModel) -> str:
     return f'"{hashlib.sha256(view.model_dump_json().encode()).hexdigest()[:16]}"'
+
+
+async def within_quota(state: State, kind: Literal["subnets", "policies"], user_id: int) -> None:
+    """Return if the user may create one more of this kind.
+
+    Raises:
+        BadRequestError: the user has as many as the limit.
+    """
+    limit = state.quotas.subnets_per_user if kind == "subnets" else state.quotas.policies_per_user
+    try:
+        state.quotas.check_owned(kind, limit, await state.store.owned(kind, user_id, limit))
+    except QuotaError as error:
+        raise BadRequestError(str(error), rule=Rule.QUOTA) from error
 
 
 async def _paging(

@@ -6,7 +6,16 @@ from datetime import timedelta
 
 from fastapi import APIRouter, Request, Response
 
-from job_orchestrator.api.state import Handed, Paged, Recorded, State, changed, check_unchanged, tagged
+from job_orchestrator.api.state import (
+    Handed,
+    Paged,
+    Recorded,
+    State,
+    changed,
+    check_unchanged,
+    tagged,
+    within_quota,
+)
 from job_orchestrator.domain.store import Subnet
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded
@@ -24,6 +33,7 @@ async def create_subnet(
 ) -> rest.Subnet:
     cidr, exclude = checked(body, state.rules)
     now = utc_now()
+    await within_quota(state, "subnets", caller.user_id)
     (id_,) = await state.store.take_ids("subnets")
     subnet = Subnet(
         id=id_,

@@ -16,6 +16,7 @@ from typing import Final, Literal, Protocol
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.domain.job import ScanJob
+from job_orchestrator.domain.quotas import Usage
 from scanfleet import rest
 from scanfleet.messages import AuditEntry, JobStatus
 from scanfleet.policy import ScanPolicy
@@ -108,6 +109,9 @@ class Resources(Protocol):
 
     async def exists(self, kind: Literal["subnets", "policies"], id_: int) -> bool:
         """Return whether the id exists, for any user."""
+
+    async def owned(self, kind: Literal["subnets", "policies"], user_id: int, limit: int) -> int:
+        """How many the user has, counted up to `limit`."""
 
     async def add_subnet(self, subnet: Subnet) -> None: ...
     async def add_subnets(self, subnets: Sequence[Subnet]) -> None: ...
@@ -249,6 +253,9 @@ class Store(Resources, Audit, Protocol):
         policy_id: int | None = None,
     ) -> list[int]:
         """Return the ids of the user's matching unfinished jobs, in any order."""
+
+    async def usage(self, users: Collection[int]) -> dict[int, Usage]:
+        """The unfinished jobs of those of these users who have any."""
 
     # Chunks
 

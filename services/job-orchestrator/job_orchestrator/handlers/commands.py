@@ -16,9 +16,11 @@ import structlog
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.job import JobTrigger, ScanJob, create
 from job_orchestrator.domain.job import change as change_job
+from job_orchestrator.domain.quotas import QuotaError, Quotas, Request
 from job_orchestrator.domain.store import Command, Policy, Store, Subnet
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.jobs import Jobs
+from job_orchestrator.handlers.usage import Usages
 from job_orchestrator.metrics import count_transition
 from scanfleet import tracing
 from scanfleet.audit import write_line
@@ -67,6 +69,7 @@ class Commands:
         monotonic: Callable[[], float],
         scripts: AbstractSet[str] = ADMITTED_SCRIPTS,
         grants: UserGrants | None = None,
+        quotas: Quotas,
     ) -> None:
         self._store = store
         self._publisher = publisher
@@ -74,6 +77,8 @@ class Commands:
         self._rules = rules
         self._scripts = scripts
         self._grants = grants
+        self._quotas = quotas
+        self._usages = Usages(store, monotonic)
         self._clock = clock
         self._monotonic = monotonic
         self._caught_up: dict[int, float] = {}
@@ -237,34 +242,56 @@ class Commands:
             self._store.take_ids("jobs", sum(len(submit.subnet_ids) for submit in submits)),
         )
         ids = iter(taken)
+        refusals = await self._refusals(submits, decided)
         return [
-            each if isinstance(each, Command) else _accepted(submit, [make(next(ids)) for make in each])
-            for submit, each in zip(submits, decided, strict=True)
+            each
+            if isinstance(each, Command)
+            else _refused(submit, 429 if refusal.temporary else 400, str(refusal), Rule.QUOTA)
+            if refusal
+            else _accepted(submit, [_numbered(job, next(ids)) for job in each])
+            for submit, each, refusal in zip(submits, decided, refusals, strict=True)
         ]
 
-    async def _check(self, submit: SubmitJobs) -> Command | list[Callable[[int], ScanJob]]:
-        """Return a factory per job, which takes the job's id, or the rejection."""
+    async def _refusals(
+        self,
+        submits: Sequence[SubmitJobs],
+        decided: Sequence[Command | list[ScanJob]],
+    ) -> Sequence[QuotaError | None]:
+        """Which requests exceed a quota of their user. What was read a moment ago may admit them, but never refuses them."""
+        users = {submit.user_id for submit in submits}
+        requests = [
+            Request(submit.user_id, submit.idempotency_key, each)
+            for submit, each in zip(submits, decided, strict=True)
+            if not isinstance(each, Command)
+        ]
+        admission = self._quotas.admit(await self._usages.of(users), requests)
+        if admission.temporary:
+            admission = self._quotas.admit(await self._usages.of(users, fresh=True), requests)
+        self._usages.note(admission.usage)
+        refusals = iter(admission.refusals)
+        return [None if isinstance(each, Command) else next(refusals) for each in decided]
+
+    async def _check(self, submit: SubmitJobs) -> Command | list[ScanJob]:
+        """The jobs, as yet without ids, or the rejection."""
         policies, subnets = await asyncio.gather(
             self._store.policies(submit.user_id, [submit.policy_id]),
             self._store.subnets(submit.user_id, submit.subnet_ids),
         )
-        factories = []
+        jobs: list[ScanJob] = []
         try:
             for policy, subnet in _resolved(submit, policies, subnets, self._scripts):
                 target = _target(subnet, self._rules)
                 admitted = self._admitted(submit, policy, subnet, target)
-                factories.append(_job_factory(submit, subnet, target, admitted, self._clock.now()))
+                job = _planned(submit, subnet, target, admitted, self._clock.now())
+                try:
+                    self._quotas.check_job(job)
+                except QuotaError as error:
+                    raise _RefusedError(f"Subnet {subnet.id}: {error}", Rule.QUOTA) from error
+                jobs.append(job)
                 await asyncio.sleep(0)  # planning a large network takes 30 ms: let other tasks run
         except _RefusedError as refusal:
-            return Command(
-                id=submit.command_id,
-                user_id=submit.user_id,
-                state="rejected",
-                status=refusal.status,
-                error=str(refusal),
-                rule=refusal.rule,
-            )
-        return factories
+            return _refused(submit, refusal.status, str(refusal), refusal.rule)
+        return jobs
 
     def _admitted(self, submit: SubmitJobs, policy: Policy, subnet: Subnet, target: Target) -> Admitted:
         """By which of the caller's grants, and at which rate; all that the target rules allow if there are no grants."""
@@ -387,6 +414,13 @@ def _accepted(submit: SubmitJobs, jobs: Iterable[ScanJob]) -> Command:
     )
 
 
+def _refused(submit: SubmitJobs, status: int, error: str, rule: Rule) -> Command:
+    """Without its Idempotency-Key, which may be used again for the right request."""
+    return Command(
+        id=submit.command_id, user_id=submit.user_id, state="rejected", status=status, error=error, rule=rule
+    )
+
+
 def _resolved(
     submit: SubmitJobs,
     policies: Sequence[Policy],
@@ -419,11 +453,9 @@ def _target(subnet: Subnet, rules: TargetRules) -> Target:
         raise _RefusedError(f"Subnet {subnet.id}: {error}", Rule.TARGETS) from error
 
 
-def _job_factory(
-    submit: SubmitJobs, subnet: Subnet, target: Target, admitted: Admitted, now: datetime
-) -> Callable[[int], ScanJob]:
+def _planned(submit: SubmitJobs, subnet: Subnet, target: Target, admitted: Admitted, now: datetime) -> ScanJob:
     planned = plan.plan(admitted.policy, target)
-    bare = ScanJob(
+    return ScanJob(
         id=0,
         user_id=submit.user_id,
         policy_id=submit.policy_id,
@@ -447,7 +479,10 @@ def _job_factory(
         granted_by=admitted.grant,
         traceparent=submit.traceparent,
     )
-    return lambda id_: create(replace(bare, id=id_, partition=SCAN_PROGRESS.partition_of(str(id_))))
+
+
+def _numbered(job: ScanJob, id_: int) -> ScanJob:
+    return create(replace(job, id=id_, partition=SCAN_PROGRESS.partition_of(str(id_))))
 
 
 def _hash(submit: SubmitJobs) -> str:

@@ -18,6 +18,7 @@ from job_orchestrator.domain.chain import ChainKeys
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.domain.job import ScanJob
+from job_orchestrator.domain.quotas import Usage
 from job_orchestrator.domain.store import UNFINISHED, Census, Command, OpenChunks, Policy, Standing, Subnet
 from job_orchestrator.repository import documents
 from job_orchestrator.repository.audit import MongoAudit
@@ -61,6 +62,11 @@ _INDEXES: Final = {
             partialFilterExpression={"settled": False},
         ),
         IndexModel([("end_time", 1), ("user_id", 1)]),  # what ended while a stream was cut
+        # With it the unfinished jobs of a user are counted from the index alone.
+        IndexModel(
+            [("user_id", 1), ("settled", 1), ("status", 1), ("seconds_left", 1)],
+            partialFilterExpression={"settled": False},
+        ),
         IndexModel([("outbox.at", 1)], sparse=True),
         IndexModel([("subnet_id", 1)], partialFilterExpression={"settled": False}),
     ],
@@ -139,6 +145,10 @@ class MongoStore(MongoAudit):
     @dependency_errors()
     async def exists(self, kind: Literal["subnets", "policies"], id_: int) -> bool:
         return await self._database[kind].find_one({"_id": id_}, {"_id": 1}) is not None
+
+    @dependency_errors()
+    async def owned(self, kind: Literal["subnets", "policies"], user_id: int, limit: int) -> int:
+        return await self._database[kind].count_documents({"user_id": user_id}, limit=limit)
 
     async def add_subnet(self, subnet: Subnet) -> None:
         await self.add_subnets([subnet])
@@ -319,6 +329,17 @@ class MongoStore(MongoAudit):
         asked = {"subnet_id": subnet_id, "policy_id": policy_id}
         wanted |= {name: value for name, value in asked.items() if value is not None}
         return [each["_id"] async for each in self._jobs.find(wanted, {"_id": 1}).limit(limit)]
+
+    @dependency_errors()
+    async def usage(self, users: Collection[int]) -> dict[int, Usage]:
+        unfinished = {"settled": False, "status": {"$in": [status.value for status in UNFINISHED]}}
+        groups = self._jobs.aggregate(
+            [
+                {"$match": {"user_id": {"$in": list(users)}} | unfinished},
+                {"$group": {"_id": "$user_id", "jobs": {"$sum": 1}, "seconds": {"$sum": "$seconds_left"}}},
+            ],
+        )
+        return {each["_id"]: Usage(each["jobs"], float(each["seconds"])) async for each in groups}
 
     # Chunks
 

@@ -13,6 +13,7 @@ from typing import Literal
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.domain.job import ScanJob
+from job_orchestrator.domain.quotas import Usage
 from job_orchestrator.domain.store import UNFINISHED, Census, Command, OpenChunks, Policy, Standing, Subnet
 from scanfleet import rest
 from scanfleet.clock import utc_now
@@ -55,6 +56,10 @@ class MemoryStore:
 
     async def exists(self, kind: Literal["subnets", "policies"], id_: int) -> bool:
         return id_ in (self._subnets if kind == "subnets" else self._policies)
+
+    async def owned(self, kind: Literal["subnets", "policies"], user_id: int, limit: int) -> int:
+        all_: Collection[Subnet | Policy] = (self._subnets if kind == "subnets" else self._policies).values()
+        return min(limit, sum(each.user_id == user_id for each in all_))
 
     async def add_subnet(self, subnet: Subnet) -> None:
         self._subnets.setdefault(subnet.id, subnet)
@@ -243,6 +248,13 @@ class MemoryStore:
             and policy_id in (None, job.policy_id)
         )
         return list(islice(matching, limit))
+
+    async def usage(self, users: Collection[int]) -> dict[int, Usage]:
+        usage: dict[int, Usage] = {}
+        for job in self._jobs.values():
+            if job.user_id in users and not job.final:
+                usage[job.user_id] = usage.get(job.user_id, Usage()) + Usage(1, job.seconds_left)
+        return usage
 
     # Chunks
 

@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from itertools import count
 from typing import Any, Final
 
+from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.store import Policy, Store, Subnet
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.main import Orchestrator
@@ -193,11 +194,13 @@ class World:
         lease_seconds: float = 30.0,
         rules: TargetRules = RULES,
         grants: UserGrants | None = None,
+        quotas: Quotas | None = None,
     ) -> None:
         self.now = _NOW
         self.store = store
         self.rules = rules
         self.grants = grants
+        self.quotas = quotas or Quotas()
         self._clock = _Time(self)
         self.lease_seconds = lease_seconds
         self.bus = bus or MemoryBus()
@@ -220,6 +223,7 @@ class World:
             stored_seconds=60.0,
             raw_worker_seconds=600.0,
             grants=self.grants,
+            quotas=self.quotas,
             monotonic=lambda: self.now,
         )
 

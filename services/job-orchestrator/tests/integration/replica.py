@@ -14,6 +14,7 @@ from collections.abc import Iterable
 
 import structlog
 
+from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.main import Orchestrator
 from job_orchestrator.repository import MongoStore
@@ -60,6 +61,7 @@ async def main(kafka: str, mongodb: str, prefix: str, instance: str, *death: str
         clock=clock,
         lease_seconds=10.0,
         stored_seconds=5.0,
+        quotas=Quotas(),
         raw_worker_seconds=600.0,
     )
     consumers = [

@@ -57,6 +57,8 @@ QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
     "latest_jobs ended since": (lambda store: store.latest_jobs(7, 0, 10, changed_since=LATER, ended_since=LATER), 40),
     "latest_jobs of all": (lambda store: store.latest_jobs(None, 0, 5), 10),
     "unfinished_jobs": (lambda store: store.unfinished_jobs(7, 10, subnet_id=7), 5),
+    "usage": (lambda store: store.usage([7, 8]), 6),
+    "owned": (lambda store: store.owned("subnets", 3, 10), 5),
     "chunk_counts": (lambda store: store.chunk_counts(3), CHUNKS // USERS + 5),
     "live_workers": (lambda store: store.live_workers(timedelta(minutes=1)), USERS),
     "seconds_left": (lambda store: store.seconds_left(), 2 * USERS),
@@ -157,3 +159,16 @@ async def test_every_query_has_its_index(filled: MongoStore, database: Database)
         assert seen, name
         await database["system.profile"].drop()
     assert wasteful == []
+
+
+async def test_usage_of_a_user_is_read_from_the_index_alone(mongo_store: MongoStore, database: Database) -> None:
+    """Summing the unfinished jobs of a user reads a key for each and no document."""
+    await mongo_store.insert_jobs([scan_job(n, user_id=7) for n in range(1, 501)])
+    await mongo_store.insert_jobs([scan_job(n, user_id=8) for n in range(501, 601)])
+    await database.command("profile", 2)
+    usage = await mongo_store.usage([7])
+    await database.command("profile", 0)
+    assert usage[7].jobs == 500
+    (read,) = await database["system.profile"].find({"op": "command", "command.aggregate": "jobs"}).to_list(None)
+    assert read["docsExamined"] == 0
+    assert read["keysExamined"] <= 502

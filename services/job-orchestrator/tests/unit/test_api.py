@@ -18,6 +18,7 @@ from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.fairness import Credit
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change
+from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.store import Policy
 from job_orchestrator.testing import RULES, MemoryAccess, MemoryStore, World, chunk, scan_job, scan_policy
 from job_orchestrator.testing.things import THEN
@@ -96,14 +97,19 @@ def world(store: MemoryStore) -> World:
 
 
 @pytest.fixture
-def api(store: MemoryStore, world: World) -> Api:
+def quotas() -> Quotas:
+    return Quotas()
+
+
+@pytest.fixture
+def api(store: MemoryStore, world: World, quotas: Quotas) -> Api:
     @asynccontextmanager
     async def nothing(_app: FastAPI) -> AsyncIterator[None]:
         yield
 
     app = service.create_app(name="job-orchestrator", settings=FrontSettings(), lifespan=nothing, routers=ROUTERS)
     app.state.verifier = ISSUER.verifier
-    app.state.orchestrator = State(store, world.only.commands, RULES)
+    app.state.orchestrator = State(store, world.only.commands, RULES, quotas=quotas)
     app.state.access = MemoryAccess(store)
     return Api(app)
 
@@ -1133,3 +1139,19 @@ async def test_policies_of_earlier_versions_are_still_shown(api: Api, store: Mem
     await store.add_policy(old)
     shown = await api("GET /api/v1/policy/5")
     assert (shown["preset"], shown["timing"], shown["updated_at"]) == ("quick", 1, "2026-01-01T00:00:05Z")
+
+
+@pytest.mark.parametrize("quotas", [Quotas(subnets_per_user=2, policies_per_user=1)])
+async def test_one_more_than_the_quota_is_a_400(api: Api) -> None:
+    """A subnet or policy too many is refused by name until one is deleted, and another user is free to create theirs."""
+    lab = {"name": "lab", "cidr": "127.9.8.0/24"}
+    for _ in range(2):
+        await api("POST /api/v1/subnet", lab, status=201)
+    await api("POST /api/v1/policy", {"name": "lab"}, status=201)
+    refused = await api("POST /api/v1/subnet", lab, status=400)
+    assert refused["error"] == "you have 2 subnets, and the limit is 2 (SCANFLEET_SUBNETS_PER_USER); delete one first"
+    refused = await api("POST /api/v1/policy", {"name": "lab"}, status=400)
+    assert refused["error"] == "you have 1 policies, and the limit is 1 (SCANFLEET_POLICIES_PER_USER); delete one first"
+    await api("POST /api/v1/subnet", lab, user=8, status=201)
+    await api("DELETE /api/v1/subnet/1")
+    assert (await api("POST /api/v1/subnet", lab, status=201))["id"] == 4  # the refused ones took no id

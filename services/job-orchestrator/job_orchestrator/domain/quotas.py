@@ -1,0 +1,153 @@
+"""How much one job may be, and how much one user may have. ADR 0063."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from job_orchestrator.domain.job import ScanJob
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """The unfinished jobs of one user: how many, and the slot seconds that they are expected to take."""
+
+    jobs: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(self.jobs + other.jobs, self.seconds + other.seconds)
+
+
+class QuotaError(Exception):
+    """A request exceeds a quota; the text names the limit and what to do.
+
+    Attributes:
+        temporary: the same request fits once other jobs of the user have ended.
+    """
+
+    def __init__(self, text: str, *, temporary: bool = False) -> None:
+        super().__init__(text)
+        self.temporary = temporary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quotas:
+    """The limits; `settings.QuotaSettings` describes each."""
+
+    probes_per_job: int = 10_000_000_000
+    chunks_per_job: int = 1_000_000
+    unfinished_jobs_per_user: int = 10_000
+    queued_seconds_per_user: float = 1_000_000_000
+    subnets_per_user: int = 10_000
+    policies_per_user: int = 1_000
+
+    def check_job(self, job: ScanJob) -> None:
+        """Check one planned job.
+
+        Raises:
+            QuotaError: the job is too large.
+        """
+        addresses = job.addresses - job.excluded
+        probes = addresses * job.ports
+        if probes > self.probes_per_job:
+            raise QuotaError(
+                f"a job of {addresses} addresses × {job.ports} ports has {probes} probes, and the limit is "
+                f"{self.probes_per_job} (SCANFLEET_PROBES_PER_JOB); use a smaller subnet or fewer ports"
+            )
+        if job.chunk_count > self.chunks_per_job:
+            raise QuotaError(
+                f"the job would be cut into {job.chunk_count} chunks, and the limit is {self.chunks_per_job} "
+                "(SCANFLEET_CHUNKS_PER_JOB); use a smaller subnet, fewer ports or a higher timing"
+            )
+
+    def check_user(self, usage: Usage, jobs: Sequence[ScanJob]) -> Usage:
+        """Check new jobs of a user; answers what the user has with them.
+
+        Raises:
+            QuotaError: the user has too much, or the request alone is too much.
+        """
+        wanted = Usage(len(jobs), sum(job.estimate for job in jobs))
+        if wanted.jobs > self.unfinished_jobs_per_user:
+            raise QuotaError(
+                f"the request makes {wanted.jobs} jobs, and a user may have {self.unfinished_jobs_per_user} unfinished jobs "
+                "(SCANFLEET_UNFINISHED_JOBS_PER_USER); name fewer subnets"
+            )
+        if wanted.seconds > self.queued_seconds_per_user:
+            raise QuotaError(
+                f"the request is expected to take {wanted.seconds:.0f} slot seconds, and a user may have "
+                f"{self.queued_seconds_per_user:.0f} queued (SCANFLEET_QUEUED_SECONDS_PER_USER); name fewer or smaller subnets, "
+                "or fewer ports"
+            )
+        total = usage + wanted
+        if total.jobs > self.unfinished_jobs_per_user:
+            raise QuotaError(
+                f"you have {usage.jobs} unfinished jobs and ask for {wanted.jobs} more, and the limit is "
+                f"{self.unfinished_jobs_per_user} (SCANFLEET_UNFINISHED_JOBS_PER_USER); wait until some have ended, or cancel some",
+                temporary=True,
+            )
+        if total.seconds > self.queued_seconds_per_user:
+            raise QuotaError(
+                f"your unfinished jobs are expected to take {usage.seconds:.0f} slot seconds and these "
+                f"{wanted.seconds:.0f} more, and the limit is {self.queued_seconds_per_user:.0f} "
+                "(SCANFLEET_QUEUED_SECONDS_PER_USER); wait until some have ended, or cancel some",
+                temporary=True,
+            )
+        return total
+
+    def check_owned(self, kind: str, limit: int, owned: int) -> None:
+        """Check that a user who has `owned` subnets or policies may create one more.
+
+        Raises:
+            QuotaError: the user has as many as the limit.
+        """
+        if owned >= limit:
+            raise QuotaError(
+                f"you have {owned} {kind}, and the limit is {limit} (SCANFLEET_{kind.upper()}_PER_USER); delete one first"
+            )
+
+    def admit(self, usage: Mapping[int, Usage], requests: Iterable[Request]) -> Admission:
+        """Decide on requests for jobs, one after the other.
+
+        A repeat of an admitted request under its Idempotency-Key makes no jobs of its own, so it is neither counted nor refused.
+        """
+        after = dict(usage)
+        refusals: list[QuotaError | None] = []
+        keys: set[tuple[int, str]] = set()
+        for request in requests:
+            key = (request.user_id, request.key or "")
+            if request.key and key in keys:
+                refusals.append(None)
+                continue
+            try:
+                after[request.user_id] = self.check_user(after.get(request.user_id, Usage()), request.jobs)
+            except QuotaError as error:
+                refusals.append(error)
+            else:
+                refusals.append(None)
+                keys.add(key)
+        return Admission(refusals, after)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Jobs that a user asks for; none when the request is refused for another reason."""
+
+    user_id: int
+    key: str | None
+    jobs: Sequence[ScanJob]
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What was decided on some requests."""
+
+    refusals: Sequence[QuotaError | None]
+    """By request, in order; None for one that is admitted."""
+    usage: Mapping[int, Usage]
+    """By user, with the jobs that were admitted."""
+
+    @property
+    def temporary(self) -> bool:
+        """Whether a request was refused that fits once other jobs have ended."""
+        return any(refusal.temporary for refusal in self.refusals if refusal)
