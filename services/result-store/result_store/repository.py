@@ -31,6 +31,8 @@ _INDEXES: Final = {
         IndexModel([("job_id", 1), ("first_id", 1)], partialFilterExpression=_WITH_RESULTS),
     ],
 }
+_BY_PLACE: Final = [("created_at", ASCENDING), ("offset", ASCENDING)]
+_BY_ID: Final = [("first_id", ASCENDING)]
 _OF_STORED: Final = dict.fromkeys(("chunk_id", "address", "outcome", "created_at", "offset"), True)
 
 
@@ -91,28 +93,36 @@ class MongoStore:
         self, job_id: int, user_id: int | None, *, after: int | None = None, raw: bool = True
     ) -> AsyncIterator[Iterator[Result]]:
         """See `result_store.api.Results`."""
-        query: Document = {"job_id": job_id, **_WITH_RESULTS}
+        wanted: Document = {"job_id": job_id, **_WITH_RESULTS}
         if user_id is not None:
-            query["user_id"] = user_id
-        order = [("created_at", ASCENDING), ("offset", ASCENDING)]
-        async with dependency_errors():
-            if after is not None:
-                order = [("first_id", ASCENDING)]
-                query["first_id"] = {"$exists": True, "$gte": await self._host_of(job_id, after)}
-            fields = None if raw else {"ports.raw_data": False}
-            cursor = self._hosts.find_raw_batches(query, fields, sort=order, batch_size=PAGE)
-            try:
-                async for page in cursor:
-                    # Decoded twice, so that at most one host is decoded at a time, and a page needs one query for closed chunks.
-                    closed = await self.closed({document["chunk_id"] for document in self._decode(page)})
-                    for document in self._decode(page):
-                        chunk = closed.get(document["chunk_id"])
-                        # A host that arrived after its chunk was closed is stored too; only the final map tells them apart.
-                        if chunk is None or chunk.counts(document["address"]):
-                            yield _host(document).results(document["first_id"])
-            finally:
-                await cursor.close()
+            wanted["user_id"] = user_id
+        fields = None if raw else {"ports.raw_data": False}
+        order = _BY_PLACE if after is None else _BY_ID
+        rest: Document = {} if after is None else {"first_id": {"$gte": await self._host_of(job_id, after)}}
+        # Each page is an operation with its own timeout, and begins in the index where the last one ended.
+        while page := await self._page({"$and": [wanted, rest]}, fields, order):
+            # Decoded twice, so that at most one host is decoded at a time, and a page needs one query for closed chunks.
+            closed = await self.closed({document["chunk_id"] for document in self._decode(page)})
+            for document in self._decode(page):
+                rest = _behind(document) if after is None else {"first_id": {"$gt": document["first_id"]}}
+                chunk = closed.get(document["chunk_id"])
+                # A host that arrived after its chunk was closed is stored too; only the final map tells them apart.
+                if chunk is None or chunk.counts(document["address"]):
+                    yield _host(document).results(document["first_id"])
 
+    @dependency_errors()
+    async def _page(self, wanted: Document, fields: Document | None, order: list[tuple[str, int]]) -> bytes:
+        """Return the next hosts, undecoded; fewer than `PAGE` if they are large, and none at the end."""
+        cursor = self._hosts.find_raw_batches(wanted, fields, sort=order, limit=PAGE, batch_size=PAGE)
+        try:
+            async for page in cursor:
+                first: bytes = page
+                return first
+            return b""
+        finally:
+            await cursor.close()
+
+    @dependency_errors()
     async def _host_of(self, job_id: int, result_id: int) -> int:
         """Return the id of the first result of the host with this result, or of the job's last host before it."""
         query = {"job_id": job_id, "first_id": {"$exists": True, "$lte": result_id}}
@@ -121,6 +131,17 @@ class MongoStore:
 
     def _decode(self, page: bytes) -> Iterator[Document]:
         return decode_iter(page, self._hosts.codec_options)
+
+
+def _behind(document: Mapping[str, Any]) -> Document:
+    """Build the filter for the hosts behind this one, in the order of `_BY_PLACE`.
+
+    One range of the index, of which the hosts of the same millisecond before the place are left out by their keys. MongoDB
+    would answer an $or of two ranges by reading a page of each.
+    """
+    created_at = document["created_at"]
+    before = {"created_at": created_at, "offset": {"$lte": document["offset"]}}
+    return {"created_at": {"$gte": created_at}, "$nor": [before]}
 
 
 def _host_document(host: Host) -> Document:

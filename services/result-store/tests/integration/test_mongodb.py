@@ -91,15 +91,24 @@ async def test_results_mongodb_failure_in_mid_read_raises(mongodb: str, database
         await asyncio.to_thread(detour.client.close)
 
 
-async def test_results_slow_reader_gets_all_results(database: Database) -> None:
-    """A reader that pauses for longer than the operation timeout still gets the remaining results."""
-    await fill(MongoStore(database), 2 * PAGE)
-    ips = []
-    async for results in MongoStore(database).results(1, None):
-        ips += [result.ip_address for result in results]
-        if len(ips) == 1:
-            await asyncio.sleep(mongo.TIMEOUT_MS / 1000 + 0.5)  # the pause itself is under test
-    assert len(ips) == 2 * PAGE
+@pytest.mark.proves("G20")
+async def test_results_pages_cost_the_same_from_first_to_last(database: Database) -> None:
+    """Each page is an operation of its own, which reads as many documents as it returns, wherever it is in the stream."""
+    pages = 30
+    store = MongoStore(database)
+    await fill(store, pages * PAGE)
+    await database.command("profile", 2)
+    ids = [result.id async for results in store.results(1, 7) for result in results]
+    rest = [result.id async for results in store.results(1, 7, after=ids[-10]) for result in results]
+    await database.command("profile", 0)
+    assert len(ids) == pages * PAGE
+    assert rest == ids[-10:]
+    reads = database["system.profile"].find({"ns": f"{database.name}.hosts"}).sort("ts", 1)
+    read = [(each["op"], each["keysExamined"], each["docsExamined"]) async for each in reads]
+    assert {op for op, _, _ in read} == {"query"}
+    assert max(documents for _, _, documents in read) <= PAGE
+    assert max(keys for _, keys, _ in read) <= PAGE + 2
+    assert sum(documents for _, _, documents in read) <= pages * PAGE + PAGE
 
 
 @pytest.mark.proves("F6")
