@@ -19,6 +19,7 @@ from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.audit import Audit
 from job_orchestrator.handlers.commands import Commands
+from job_orchestrator.handlers.deletions import Deletions
 from job_orchestrator.handlers.dispatch import Dispatcher
 from job_orchestrator.handlers.jobs import Jobs
 from job_orchestrator.handlers.progress import Progress
@@ -36,6 +37,7 @@ from scanfleet.messages.topics import (
     ORCHESTRATOR,
     SCAN_AUDIT,
     SCAN_COMMANDS,
+    SCAN_DELETIONS,
     SCAN_PROGRESS,
     SCAN_STORED,
     SCAN_WORKERS,
@@ -68,6 +70,7 @@ class Orchestrator:
         raw_worker_seconds: float,
         grants: UserGrants | None = None,
         quotas: Quotas,
+        keep: timedelta | None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.jobs = Jobs(store, publisher, lambda: self.dispatcher.wake(made=True), clock, monotonic=monotonic)
@@ -83,6 +86,7 @@ class Orchestrator:
             grants=grants,
             quotas=quotas,
         )
+        self.deletions = Deletions(store, publisher, self.jobs, clock, keep=keep, monotonic=monotonic)
         self.progress = Progress(
             store,
             publisher,
@@ -118,12 +122,14 @@ class Orchestrator:
         )
         self.handlers: dict[Topic, Handler] = {
             SCAN_COMMANDS: self.commands,
+            SCAN_DELETIONS: self.deletions,
             SCAN_WORKERS: self.dispatcher,
             SCAN_PROGRESS: self.progress,
             SCAN_STORED: Stored(store, self.jobs, self.dispatcher.wake, clock),
             **{topic: Audit(store, service) for service, topic in SCAN_AUDIT.items()},
         }
-        self.loops = (*self.jobs.loops, self.dispatcher.loop, Loop("sweep", _SWEEP_SECONDS, self.sweeper.sweep))
+        sweep = Loop("sweep", _SWEEP_SECONDS, self.sweeper.sweep)
+        self.loops = (*self.jobs.loops, self.dispatcher.loop, sweep, self.deletions.loop)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -166,10 +172,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 raw_worker_seconds=settings.raw_worker_seconds,
                 grants=grants,
                 quotas=settings.quotas,
+                keep=settings.keep_results,
             )
             app.state.orchestrator = State(
                 store,
                 orchestrator.commands,
+                orchestrator.deletions,
                 settings.target_rules,
                 settings.allowed_scripts,
                 JobGrants(grants, settings.nat64_prefixes),

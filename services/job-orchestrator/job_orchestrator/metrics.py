@@ -40,6 +40,10 @@ SKIPPED_JOBS: Final = Counter(
 CHUNK_TRANSITIONS: Final = Counter(
     "scanfleet_chunk_transitions_total", "Chunks stored in a new state; queued counts requeued ones.", ["state"]
 )
+DELETIONS: Final = Counter("scanfleet_deletions_total", "Deletions of jobs that were accepted.", ["reason"])
+DELETED_JOBS: Final = Counter(
+    "scanfleet_deleted_jobs_total", "Deletions that are done: nothing is stored of the job but a receipt."
+)
 PROBES: Final = Counter(
     "scanfleet_job_probes_total",
     "Probes of completed and failed jobs, by outcome; those of cancelled jobs are only in their ledgers.",
@@ -56,6 +60,8 @@ for _state in ChunkState:
     CHUNK_TRANSITIONS.labels(_state)
 for _collection in ("jobs", "chunks"):
     UNREADABLE.labels(_collection)
+for _reason in ("request", "retention"):
+    DELETIONS.labels(_reason)
 for _outcome in NAMES:
     PROBES.labels(_outcome)
 for _status in JobStatus:

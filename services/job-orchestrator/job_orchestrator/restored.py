@@ -26,6 +26,7 @@ from scanfleet.messages.envelope import RawRecord, decode
 from scanfleet.messages.topics import (
     ORCHESTRATOR,
     SCAN_COMMANDS,
+    SCAN_DELETIONS,
     SCAN_EVENTS,
     SCAN_PROGRESS,
     SCAN_STORED,
@@ -44,6 +45,8 @@ async def restored(settings: Settings) -> str:
     # What waits in the log was said to another database: a chunk may be stored there whose results are not there now.
     for topic in (SCAN_COMMANDS, SCAN_WORKERS, SCAN_PROGRESS, SCAN_STORED):
         await move_group(settings, f"{ORCHESTRATOR}-{topic.name}", topic, "end")
+    # What was deleted since the backup is there again, and is deleted again.
+    await move_group(settings, f"{ORCHESTRATOR}-{SCAN_DELETIONS.name}", SCAN_DELETIONS, "beginning")
     above = mongo.next_id_floor()
     database = mongo.connect(settings.mongodb_uri, settings.database)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Final
 
@@ -59,6 +60,13 @@ class Settings(
         gt=0,
         description="Timeout in seconds of a job that waits for a worker with raw packets, if none is available; then it fails.",
     )
+    keep_results_days: int = Field(
+        365,
+        ge=0,
+        le=36_500,
+        description="How many days after its end a job is kept with its results, its chunks and its ledger; then it is deleted "
+        "as by `DELETE /api/v1/task/{id}`. 0 keeps all until they are deleted by hand.",
+    )
     probes_per_job: int = Field(
         _LIMITS.probes_per_job,  # a /16 with every TCP and UDP port has 8.6e9
         ge=1,
@@ -91,6 +99,10 @@ class Settings(
         ge=1,
         description="Maximum number of policies of one user; likewise.",
     )
+
+    @property
+    def keep_results(self) -> timedelta | None:
+        return timedelta(days=self.keep_results_days) if self.keep_results_days else None
 
     @property
     def quotas(self) -> Quotas:

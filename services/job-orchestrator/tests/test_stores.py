@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState, cancel, dispatch
+from job_orchestrator.domain.deletion import Deletion, Stage
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change, create, published
 from job_orchestrator.domain.quotas import Usage
@@ -460,6 +461,47 @@ async def test_a_subnet_knows_its_unfinished_jobs(store: Store) -> None:
     assert await store.has_unfinished_jobs(1)
     assert not await store.has_unfinished_jobs(2)
     assert not await store.has_unfinished_jobs(3)
+
+
+# Deletions
+
+
+async def test_receipt_stands_in_the_place_of_its_job(store: Store) -> None:
+    """A deleted job is found by no query, cannot be saved or made again, and its receipt goes from stage to stage."""
+    job = replace(change(scan_job(1), JobTrigger.CANCEL, LATER), settled=True, outbox=())
+    other = replace(change(scan_job(2), JobTrigger.CANCEL, THEN), settled=True, outbox=())
+    await store.insert_jobs([job, other, scan_job(3)])
+    assert await store.expired_jobs(LATER, 9) == [2]
+    assert await store.expired_jobs(LATER + timedelta(seconds=1), 9) == [2, 1]
+    assert await store.expired_jobs(LATER + timedelta(seconds=1), 1) == [2]
+    receipt = Deletion(job_id=1, user_id=7, subnet_id=1, reason="request", requested_at=LATER)
+    assert not await store.delete_job(replace(job, rev=5), receipt)
+    assert await store.delete_job(job, receipt)
+    assert not await store.delete_job(job, receipt)
+    await store.insert_jobs([job])
+    assert await store.save_jobs([job, other]) == {1}
+    assert (await store.jobs([1, 2])).keys() == {2}
+    assert [each.id for each in (await store.list_jobs(7, set(), 0, 9))[0]] == [3, 2]
+    assert await store.expired_jobs(LATER + timedelta(seconds=1), 9) == [2]
+    assert await store.due_deletions(THEN, 9) == []
+    assert await store.due_deletions(LATER, 9) == [receipt]
+    await store.advance_deletion(1, Stage.CHUNKS, Stage.DONE, None)  # it is not there yet
+    await store.advance_deletion(1, Stage.RESULTS, Stage.RESULTS, LATER + timedelta(seconds=60))
+    assert await store.due_deletions(LATER, 9) == []
+    await store.advance_deletion(1, Stage.RESULTS, Stage.CHUNKS, LATER)
+    assert await store.due_deletions(LATER, 9) == [replace(receipt, stage=Stage.CHUNKS)]
+    await store.advance_deletion(1, Stage.CHUNKS, Stage.DONE, None)
+    assert await store.due_deletions(LATER + timedelta(days=9), 9) == []
+    await store.insert_jobs([job])
+    assert await store.jobs([1]) == {}
+
+
+async def test_chunks_of_a_job_are_deleted_up_to_a_limit(store: Store) -> None:
+    """So many chunks of the job go, and none of another."""
+    await store.insert_chunks([chunk(id=f"1-{n}", index=n) for n in range(5)])
+    await store.insert_chunks([chunk(id="10-0", job_id=10)])
+    assert [await store.delete_chunks(1, 3) for _ in range(3)] == [3, 2, 0]
+    assert [each.id for each in await all_chunks(store, 10)] == ["10-0"]
 
 
 # Chunks

@@ -129,6 +129,11 @@ class Batch:
     """In log order within each chunk."""
 
     @property
+    def messages(self) -> Iterator[HostScanned | ChunkScanned]:
+        yield from (host.scanned for host in self.hosts.values())
+        yield from (chunk for chunk, _ in self.scanned)
+
+    @property
     def chunk_ids(self) -> set[str]:
         return {host.scanned.chunk_id for host in self.hosts.values()} | {chunk.chunk_id for chunk, _ in self.scanned}
 

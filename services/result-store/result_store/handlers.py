@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 import structlog
 from prometheus_client import Counter
@@ -15,8 +15,17 @@ from scanfleet.audit import Refusals
 from scanfleet.bus import Publisher, Record
 from scanfleet.errors import MessageError
 from scanfleet.grants import Grants
-from scanfleet.messages import ChunkIncomplete, ChunkMessage, ChunkScanned, ChunkStored, HostScanned
-from scanfleet.messages.topics import SCAN_STORED
+from scanfleet.loop import Loop
+from scanfleet.messages import (
+    ChunkIncomplete,
+    ChunkMessage,
+    ChunkScanned,
+    ChunkStored,
+    DeleteResults,
+    HostScanned,
+    ResultsDeleted,
+)
+from scanfleet.messages.topics import SCAN_DELETIONS, SCAN_STORED
 
 _hosts = Counter("scanfleet_results_hosts_stored", "Hosts stored.")
 _duplicates = Counter("scanfleet_results_duplicates", "Hosts that were already stored.")
@@ -24,7 +33,16 @@ _late = Counter("scanfleet_results_late", "Hosts received after their chunk was 
 _closed = Counter("scanfleet_results_chunks_closed", "Chunks closed.")
 _incomplete = Counter("scanfleet_results_chunks_incomplete", "ChunkScanned whose hosts were not all stored.")
 
+_of_deleted = Counter(
+    "scanfleet_results_of_deleted_jobs", "Batches with results of deleted jobs, which are deleted again."
+)
+_erased = Counter("scanfleet_results_deleted_documents", "Hosts and closed chunks of deleted jobs that were deleted.")
+
 _uncovered = Counter("scanfleet_results_uncovered", "Records dropped because no valid signature covers them.")
+
+_STEP_SECONDS: Final = 1.0
+_DOCUMENTS: Final = 2_000  # deleted in one step: a fraction of what storing may need of the database
+_AT_ONCE: Final = 100  # jobs that one step looks at
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -47,6 +65,21 @@ class Store(Protocol):
 
     async def closed(self, chunk_ids: Collection[str]) -> dict[str, ClosedChunk]:
         """Return those of these chunks that are closed."""
+
+    async def begin_deletions(self, job_ids: Collection[int]) -> None:
+        """Mark these jobs as deleted, so that `erase` is called for them, again if it was before."""
+
+    async def deleted(self, job_ids: Collection[int]) -> set[int]:
+        """Return those of these jobs that are marked as deleted."""
+
+    async def open_deletions(self, limit: int) -> dict[int, int]:
+        """Return the jobs to erase, each with how often its deletion began."""
+
+    async def erase(self, job_id: int, limit: int) -> int:
+        """Delete up to `limit` documents of the job, closed chunks last; return how many were deleted."""
+
+    async def end_deletion(self, job_id: int, begun: int) -> None:
+        """Note that nothing is left of the job, unless its deletion has begun again since."""
 
 
 class ResultsHandler:
@@ -79,6 +112,10 @@ class ResultsHandler:
             self._store.add(list(batch.hosts.values())),
         )
         answers = await self._answers(batch, closed)
+        # Written first and read after: either this batch sees the mark, or the deletion sees what the batch has stored.
+        if deleted := await self._store.deleted({message.job_id for message in batch.messages}):
+            _of_deleted.inc()
+            await self._store.begin_deletions(deleted)
         if answers:
             await self._publisher.publish(SCAN_STORED, answers)
         _hosts.inc(new)
@@ -136,6 +173,52 @@ class ResultsHandler:
                 addresses=len(each.addresses),
             )
         return [*incomplete, *(final[each.chunk_id].announcement(each) for each in complete)]
+
+
+class DeletionsHandler:
+    """Deletes the results of deleted jobs, in steps.
+
+    Args:
+        store: stores hosts and closed chunks.
+        publisher: publishes that a job's results are deleted.
+    """
+
+    def __init__(self, store: Store, publisher: Publisher) -> None:
+        self._store = store
+        self._publisher = publisher
+        self.loop = Loop("deletions", _STEP_SECONDS, self.step, vital=False)
+
+    async def handle(self, records: Sequence[Record]) -> None:
+        asked = {record.message.job_id for record in records if isinstance(record.message, DeleteResults)}
+        if asked:
+            await self._store.begin_deletions(asked)
+            self.loop.wake()
+
+    async def step(self) -> None:
+        """Delete some documents of deleted jobs, and publish which jobs have none left.
+
+        Raises:
+            DependencyError: the next step deletes what is left.
+        """
+        left = _DOCUMENTS
+        for job_id, begun in (await self._store.open_deletions(_AT_ONCE)).items():
+            erased = await self._store.erase(job_id, left)
+            _erased.inc(erased)
+            left -= erased
+            if not left:
+                self.loop.wake()
+                return
+            await self._publisher.publish(SCAN_DELETIONS, [ResultsDeleted(job_id=job_id)])
+            await self._store.end_deletion(job_id, begun)
+
+    async def assigned(self, partitions: Collection[int]) -> None:
+        """Do nothing: the handler has no state per partition."""
+
+    async def revoked(self, partitions: Collection[int]) -> None:
+        """Do nothing: the handler has no state per partition."""
+
+    async def caught_up(self, partitions: Collection[int]) -> None:
+        """Do nothing: the handler does not wait for the end of the log."""
 
 
 def _traces(records: Sequence[Record]) -> dict[str, str | None]:

@@ -8,14 +8,14 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from fastapi import FastAPI
 
 from result_store.api import router
-from result_store.handlers import ResultsHandler
+from result_store.handlers import DeletionsHandler, ResultsHandler
 from result_store.repository import MongoStore
 from result_store.settings import Settings
 from scanfleet import logging, mongo, service, tracing
 from scanfleet.auth import InternalVerifier, read_public_keys
 from scanfleet.grants import Grants
 from scanfleet.kafka import KafkaBus
-from scanfleet.messages.topics import RESULT_STORE, SCAN_RESULTS
+from scanfleet.messages.topics import RESULT_STORE, SCAN_DELETIONS, SCAN_RESULTS
 from scanfleet.startup import Startup
 
 
@@ -39,11 +39,16 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             await startup.until_available("kafka", bus.start)
             stack.push_async_callback(bus.stop)
             handler = ResultsHandler(store, bus, grants, app.state.refusals)
-            consumer = bus.consume(SCAN_RESULTS, RESULT_STORE, handler)
-            await startup.until_available("kafka", consumer.start)
-            stack.push_async_callback(consumer.stop)
+            deletions = DeletionsHandler(store, bus)
+            consumers = (
+                bus.consume(SCAN_RESULTS, RESULT_STORE, handler),
+                bus.consume(SCAN_DELETIONS, f"{RESULT_STORE}-{SCAN_DELETIONS.name}", deletions),
+            )
+            for loop in (*consumers, deletions.loop):
+                await startup.until_available("kafka", loop.start)
+                stack.push_async_callback(loop.stop)
             refusals = await stack.enter_async_context(app.state.refusals.publishing_to(bus))
-            for part in (bus, consumer, refusals):
+            for part in (bus, *consumers, deletions.loop, refusals):
                 app.state.probes.watch(part)
             yield
 

@@ -2,18 +2,22 @@
 
 - `hosts`: `_id` is `<chunk_id>/<address>`, so only the first insert of a host succeeds. `first_id` is the id of its first
 result; hosts without results do not have the field.
+- `deleted`: `_id` is the id of a job whose results are deleted and those that arrive late too; `begun` says how often its
+  deletion began, and `open` whether documents may be left.
 - `chunks`: `_id` is the chunk's id. The collection holds closed chunks only.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, Final
 
 from bson import decode_iter
 from pymongo import ASCENDING, DESCENDING, IndexModel
 
 from result_store.domain import ClosedChunk, Host, Place, StoredHost
+from scanfleet.errors import DependencyError
 from scanfleet.messages import HostScanned
 from scanfleet.mongo import Database, Document, Ids, dependency_errors, insert_missing, make_indexes
 from scanfleet.outcomes import Outcome
@@ -22,10 +26,17 @@ from scanfleet.rest import Result
 # Hosts fetched at once for one reader of results. They are held undecoded, usually a kilobyte each and at most 16 MB together.
 PAGE: Final = 100
 
+_SLICE: Final = 1_000  # documents deleted at once
+_KEEP_MARKS: Final = timedelta(days=30)  # longer than a dead letter can be replayed: 14 days
+
 SEQUENCE: Final = "results"
 
 _WITH_RESULTS: Final = {"first_id": {"$exists": True}}
 _INDEXES: Final = {
+    "deleted": [
+        IndexModel([("open", 1)], partialFilterExpression={"open": True}),
+        IndexModel([("forget_at", 1)], expireAfterSeconds=0),
+    ],
     "hosts": [
         IndexModel([("job_id", 1), ("created_at", 1), ("offset", 1)], partialFilterExpression=_WITH_RESULTS),
         IndexModel([("job_id", 1), ("first_id", 1)], partialFilterExpression=_WITH_RESULTS),
@@ -41,6 +52,7 @@ class MongoStore:
         self._database = database
         self._hosts = database["hosts"]
         self._chunks = database["chunks"]
+        self._deleted = database["deleted"]
         # Each batch allocates its ids in one write, so that ids increase across replicas.
         self._ids = Ids(database, SEQUENCE)
 
@@ -109,6 +121,52 @@ class MongoStore:
                 # A host that arrived after its chunk was closed is stored too; only the final map tells them apart.
                 if chunk is None or chunk.counts(document["address"]):
                     yield _host(document).results(document["first_id"])
+
+        if await self.deleted([job_id]):
+            raise DependencyError(f"job {job_id} was deleted while its results were read")
+
+    async def begin_deletions(self, job_ids: Collection[int]) -> None:
+        """Mark these jobs as deleted, so that `erase` is called for them, again if it was before."""
+        async with dependency_errors():
+            for job_id in job_ids:
+                forget_at = {"$add": ["$$NOW", int(_KEEP_MARKS.total_seconds() * 1_000)]}
+                begun = {"$add": [{"$ifNull": ["$begun", 0]}, 1]}
+                mark = [{"$set": {"open": True, "begun": begun, "forget_at": forget_at}}]
+                await self._deleted.update_one({"_id": job_id}, mark, upsert=True)
+
+    @dependency_errors()
+    async def deleted(self, job_ids: Collection[int]) -> set[int]:
+        """Return those of these jobs that are marked as deleted."""
+        found = self._deleted.find({"_id": {"$in": list(job_ids)}}, {"_id": True})
+        return {mark["_id"] async for mark in found}
+
+    @dependency_errors()
+    async def open_deletions(self, limit: int) -> dict[int, int]:
+        """Return the jobs to erase, each with how often its deletion began."""
+        found = self._deleted.find({"open": True}, {"begun": True}).limit(limit)
+        return {mark["_id"]: mark["begun"] async for mark in found}
+
+    @dependency_errors()
+    async def erase(self, job_id: int, limit: int) -> int:
+        """Delete up to `limit` documents of the job, closed chunks last; return how many were deleted.
+
+        Without its closed chunk a late host would be a result.
+        """
+        of_job = {"_id": {"$gte": f"{job_id}-", "$lt": f"{job_id}."}}  # "." follows "-"
+        deleted = 0
+        for collection in (self._hosts, self._chunks):
+            while deleted < limit:
+                page = await collection.find(of_job, {"_id": True}).limit(min(_SLICE, limit - deleted)).to_list(None)
+                if not page:
+                    break
+                await collection.delete_many({"_id": {"$in": [document["_id"] for document in page]}})
+                deleted += len(page)
+        return deleted
+
+    @dependency_errors()
+    async def end_deletion(self, job_id: int, begun: int) -> None:
+        """Note that nothing is left of the job, unless its deletion has begun again since."""
+        await self._deleted.update_one({"_id": job_id, "begun": begun}, {"$unset": {"open": ""}})
 
     @dependency_errors()
     async def _page(self, wanted: Document, fields: Document | None, order: list[tuple[str, int]]) -> bytes:

@@ -13,7 +13,7 @@ from result_store.repository import SEQUENCE
 from result_store.settings import Settings
 from scanfleet import command, mongo
 from scanfleet.kafka.groups import move_group
-from scanfleet.messages.topics import RESULT_STORE, SCAN_RESULTS
+from scanfleet.messages.topics import RESULT_STORE, SCAN_DELETIONS, SCAN_RESULTS
 
 
 async def restored(settings: Settings) -> str:
@@ -23,6 +23,7 @@ async def restored(settings: Settings) -> str:
         DependencyError: Kafka or MongoDB is unavailable, or a result-store still runs; call again.
     """
     await move_group(settings, RESULT_STORE, SCAN_RESULTS, "beginning")
+    await move_group(settings, f"{RESULT_STORE}-{SCAN_DELETIONS.name}", SCAN_DELETIONS, "beginning")
     above = mongo.next_id_floor()
     database = mongo.connect(settings.mongodb_uri, settings.database)
     try:

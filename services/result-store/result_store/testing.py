@@ -10,6 +10,7 @@ from result_store.domain import ClosedChunk, Host, StoredHost
 from result_store.handlers import ResultsHandler, Store
 from scanfleet.audit import Refusals
 from scanfleet.bus import Publisher, Record
+from scanfleet.errors import DependencyError
 from scanfleet.messages import ChunkScanned, HostScanned, Message, PortFound
 from scanfleet.messages.topics import RESULT_STORE, SCAN_RESULTS
 from scanfleet.outcomes import Outcome
@@ -28,6 +29,8 @@ class MemoryStore:
         """Each host with the id of its first result, by event id."""
 
         self.chunks: dict[str, ClosedChunk] = {}
+        self.marks: dict[int, tuple[int, bool]] = {}
+        """By deleted job, how often its deletion began, and whether documents may be left."""
         self._next_id = 1
 
     async def add(self, hosts: Sequence[Host]) -> int:
@@ -71,6 +74,31 @@ class MemoryStore:
             ):
                 found = host.results(first_id)
                 yield found if raw else [result.model_copy(update={"raw_data": ""}) for result in found]
+        if job_id in self.marks:
+            raise DependencyError(f"job {job_id} was deleted while its results were read")
+
+    async def begin_deletions(self, job_ids: Collection[int]) -> None:
+        for job_id in job_ids:
+            self.marks[job_id] = (self.marks.get(job_id, (0, False))[0] + 1, True)
+
+    async def deleted(self, job_ids: Collection[int]) -> set[int]:
+        return set(job_ids) & self.marks.keys()
+
+    async def open_deletions(self, limit: int) -> dict[int, int]:
+        return dict([(job_id, begun) for job_id, (begun, open_) in self.marks.items() if open_][:limit])
+
+    async def erase(self, job_id: int, limit: int) -> int:
+        hosts = [id_ for id_, (host, _) in self.hosts.items() if host.scanned.job_id == job_id][:limit]
+        for id_ in hosts:
+            del self.hosts[id_]
+        chunks = [id_ for id_, chunk in self.chunks.items() if chunk.job_id == job_id][: limit - len(hosts)]
+        for id_ in chunks:
+            del self.chunks[id_]
+        return len(hosts) + len(chunks)
+
+    async def end_deletion(self, job_id: int, begun: int) -> None:
+        if self.marks[job_id][0] == begun:
+            self.marks[job_id] = (begun, False)
 
 
 def handler(store: Store, publisher: Publisher) -> ResultsHandler:

@@ -11,6 +11,7 @@ from result_store.domain import ClosedChunk, Host, Place, fold
 from result_store.repository import PAGE, MongoStore
 from result_store.testing import EPOCH, Log, MemoryStore, host
 from scanfleet import mongo
+from scanfleet.errors import DependencyError
 from scanfleet.messages import HostScanned, PortFound
 from scanfleet.outcomes import Outcome
 from scanfleet.rest import Result
@@ -218,3 +219,40 @@ async def test_results_without_raw_data_leave_it_empty(store: Store) -> None:
     await store.add(hosts(host("127.9.8.1", port)))
     [result] = [each async for some in store.results(1, None, raw=False) for each in some]
     assert (result.port, result.service, result.raw_data) == (22, "ssh", "")
+
+
+async def test_erase_deletes_the_job_alone_in_slices(store: Store) -> None:
+    """Hosts go before closed chunks, at most so many at once, and jobs whose numbers begin alike keep theirs."""
+    await store.add(hosts(*(host(f"127.9.8.{n}", 22) for n in range(4)), host("127.9.8.9")))
+    await store.close([chunk("aaaa")])
+    await store.add(hosts(host("127.9.8.1", 22, job_id=10, chunk_id="10-0")))
+    await store.close([ClosedChunk(10, "10-0", "127.9.8.0", "aa")])
+    assert await store.erase(1, 5) == 5
+    assert await store.stored({"1-0"}) == {"1-0": []}
+    assert (await store.closed({"1-0"})).keys() == {"1-0"}
+    assert [await store.erase(1, 5) for _ in range(2)] == [1, 0]
+    assert (await store.closed({"1-0", "10-0"})).keys() == {"10-0"}
+    assert len(await listed(store, 10)) == 1
+
+
+async def test_deletion_that_begins_again_is_not_ended(store: Store) -> None:
+    """A job stays marked, and what arrives late opens its deletion again, also while it is being ended."""
+    await store.begin_deletions([1, 2])
+    assert await store.deleted([1, 3]) == {1}
+    assert await store.open_deletions(9) == {1: 1, 2: 1}
+    await store.begin_deletions([1])
+    await store.end_deletion(1, 1)
+    assert await store.open_deletions(9) == {1: 2, 2: 1}
+    await store.end_deletion(1, 2)
+    assert await store.open_deletions(9) == {2: 1}
+    assert await store.deleted([1]) == {1}
+
+
+async def test_results_of_a_job_deleted_while_they_are_read_end_in_an_error(store: Store) -> None:
+    """A reader of a job that is deleted meanwhile gets no list that looks complete."""
+    await store.add(hosts(*(host(f"127.9.8.{n}", 22) for n in range(4))))
+    reading = store.results(1, None)
+    await anext(reading)
+    await store.begin_deletions([1])
+    with pytest.raises(DependencyError, match="deleted"):
+        _ = [each async for each in reading]

@@ -18,6 +18,7 @@ from scanfleet.messages.chunks import (
     instance_of,
 )
 from scanfleet.messages.commands import CancelJob, CommandAccepted, CommandRejected, SubmitJobs
+from scanfleet.messages.deletions import DeleteResults, ResultsDeleted
 from scanfleet.messages.jobs import (
     Job,
     JobCancelled,
@@ -45,6 +46,7 @@ __all__ = [
     "ChunkStored",
     "CommandAccepted",
     "CommandRejected",
+    "DeleteResults",
     "HostScanned",
     "Job",
     "JobCancelled",
@@ -57,6 +59,7 @@ __all__ = [
     "JobStatus",
     "Message",
     "PortFound",
+    "ResultsDeleted",
     "ScanChunk",
     "StopChunk",
     "SubmitJobs",

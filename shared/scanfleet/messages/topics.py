@@ -22,6 +22,7 @@ from scanfleet.messages.chunks import (
     WorkerReady,
 )
 from scanfleet.messages.commands import CancelJob, CommandAccepted, CommandRejected, SubmitJobs
+from scanfleet.messages.deletions import DeleteResults, ResultsDeleted
 from scanfleet.messages.jobs import (
     JobCancelled,
     JobCompleted,
@@ -166,6 +167,15 @@ SCAN_EVENTS: Final = Topic(
     public=True,
     retention_bytes=512 * MIB,
 )
+SCAN_DELETIONS: Final = Topic(
+    name="scan-deletions",
+    key="job id",
+    messages=(DeleteResults, ResultsDeleted),
+    producers=(ORCHESTRATOR, RESULT_STORE),
+    consumers=(ORCHESTRATOR, RESULT_STORE),  # each reads the other's, and its own after its database was set back
+    retention=timedelta(days=30),  # of ids alone: a backup that is older brings deleted jobs back
+    retention_bytes=64 * MIB,
+)
 
 
 def _audit(service: str) -> Topic:
@@ -193,5 +203,6 @@ TOPICS: Final = (
     SCAN_RESULTS,
     SCAN_STORED,
     SCAN_EVENTS,
+    SCAN_DELETIONS,
     *SCAN_AUDIT.values(),
 )

@@ -184,6 +184,12 @@ async def read_task(job_id: PathId, request: Request, _caller: Caller, state: Ha
     return await state.orchestrator.forward(request)
 
 
+@router.delete("/{job_id}", response_model=rest.Done, responses=errors(404, 409))
+async def delete_task(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
+    """Delete a scan job that has ended, with its results and its ledger."""
+    return await state.orchestrator.forward(request)
+
+
 @streams.get("/{job_id}/events", response_class=Response, responses=_EVENTS | errors(404))
 async def watch_task(
     job_id: PathId,

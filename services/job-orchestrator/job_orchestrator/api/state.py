@@ -16,6 +16,7 @@ from job_orchestrator.domain.grants import UNLIMITED, JobGrants
 from job_orchestrator.domain.quotas import QuotaError, Quotas
 from job_orchestrator.domain.store import Store
 from job_orchestrator.handlers.commands import Commands
+from job_orchestrator.handlers.deletions import Deletions
 from scanfleet import rest
 from scanfleet.audit import write_line
 from scanfleet.auth import Caller
@@ -33,6 +34,7 @@ MAX_ERROR_CHARS: Final = 200  # limits how much of the caller's input an error q
 class State:
     store: Store
     commands: Commands
+    deletions: Deletions
     rules: TargetRules
     scripts: AbstractSet[str] = ADMITTED_SCRIPTS
     grants: JobGrants = UNLIMITED

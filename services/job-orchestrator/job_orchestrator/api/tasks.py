@@ -14,7 +14,7 @@ from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import OpenChunks
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded, Principal
-from scanfleet.errors import BadRequestError, ForbiddenError, NotFoundError, Rule
+from scanfleet.errors import BadRequestError, ConflictError, ForbiddenError, NotFoundError, Rule
 from scanfleet.messages import JobStatus
 from scanfleet.service import PathId
 
@@ -51,6 +51,24 @@ async def list_tasks(
 @router.get("/{job_id}")
 async def read_task(job_id: PathId, caller: Caller, state: Handed, record: Recorded) -> rest.TaskStatus:
     return task_status(await readable(state, caller, job_id, record))
+
+
+@router.delete("/{job_id}")
+async def delete_task(job_id: PathId, caller: Caller, state: Handed, record: Recorded) -> rest.Done:
+    job = (await state.store.jobs([job_id])).get(job_id)
+    if job is None or not (job.user_id == caller.user_id or caller.admin):
+        raise NotFoundError("Job not found", rule=Rule.OWNER if job else None)
+    if not job.final:
+        raise ConflictError(f"Job is {job.status}; cancel it first")
+    if not job.settled:
+        raise ConflictError(f"Job is {job.status}, and its last chunks are being stopped; try again in a few seconds")
+    if job.user_id == caller.user_id:
+        await record()
+    else:
+        await record(target=audit_target(f"/api/v1/task/{job_id}", job), rule=Rule.ROLE)
+    if not await state.deletions.delete([job_id], "request"):
+        raise NotFoundError("Job not found")  # another request has deleted it meanwhile
+    return rest.Done(message="Job deleted successfully")
 
 
 @router.get("/{job_id}/ledger")

@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 from typing import Final, Literal, Protocol
 
 from job_orchestrator.domain.chunk import Chunk, ChunkState
+from job_orchestrator.domain.deletion import Deletion, Stage
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.quotas import Usage
@@ -160,7 +161,29 @@ class Audit(Protocol):
         """
 
 
-class Store(Resources, Audit, Protocol):
+class Deletions(Protocol):
+    """Receipts of deleted jobs, which stand in the places of the jobs."""
+
+    async def delete_job(self, job: ScanJob, receipt: Deletion) -> bool:
+        """Replace the job by the receipt, due at once, unless the job has changed; answers whether it was done."""
+
+    async def due_deletions(self, now: datetime, limit: int) -> list[Deletion]:
+        """Deletions to go on with, those that wait longest first."""
+
+    async def advance_deletion(self, job_id: int, stage: Stage, to: Stage, due: datetime | None) -> None:
+        """Bring a deletion from one stage to another, to go on with at `due`; one that is elsewhere stays there.
+
+        With `due` None the receipt is forgotten after `KEEP_RECEIPTS`.
+        """
+
+    async def delete_chunks(self, job_id: int, limit: int) -> int:
+        """Delete up to so many chunks of the job; answers how many there were."""
+
+    async def expired_jobs(self, before: datetime, limit: int) -> list[int]:
+        """Jobs that ended before then with all their chunks, oldest first."""
+
+
+class Store(Resources, Audit, Deletions, Protocol):
     async def time(self) -> datetime:
         """Return the time of the database's clock, in UTC."""
 

@@ -10,6 +10,7 @@ import structlog
 
 from job_orchestrator.domain.access import Revocation
 from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState
+from job_orchestrator.domain.deletion import Deletion, Stage
 from job_orchestrator.domain.fairness import Candidate, Clock, Credit, Held
 from job_orchestrator.domain.job import Outgoing, ScanJob
 from job_orchestrator.domain.plan import MAX_PORTS
@@ -110,6 +111,17 @@ _OLD_JOB: Final = {"chunk_ports": MAX_PORTS, "estimate": 0.0, "blockwise": False
 def _totals(document: Document) -> Totals:
     known = {name: document[name] for name in Totals.__slots__ if name in document}
     return Totals(**(known | {"reasons": tuple(document.get("reasons", ()))}))
+
+
+def write_deletion(deletion: Deletion) -> Document:
+    """Without any field by which jobs are found."""
+    known = {name: getattr(deletion, name) for name in Deletion.__slots__ if name != "job_id"}
+    return {"_id": deletion.job_id, "deletion": known | {"stage": deletion.stage.value}}
+
+
+def read_deletion(document: Document) -> Deletion:
+    known = {name: document["deletion"][name] for name in Deletion.__slots__ if name != "job_id"}
+    return Deletion(job_id=document["_id"], **(known | {"stage": Stage(known["stage"])}))
 
 
 def write_chunk(chunk: Chunk) -> Document:

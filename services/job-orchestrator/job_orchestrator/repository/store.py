@@ -16,6 +16,7 @@ from pymongo.read_concern import ReadConcern
 
 from job_orchestrator.domain.chain import ChainKeys
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState
+from job_orchestrator.domain.deletion import KEEP_RECEIPTS, Deletion, Stage
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.quotas import Usage
@@ -37,6 +38,8 @@ _VIRTUAL: Final = "virtual"  # the document of the global virtual time, among th
 _BATCH: Final = 1_000  # documents per read: about a megabyte, and 20 ms of conversion
 
 SEQUENCES: Final = ("jobs", "subnets", "policies", "users", "revocations")
+
+_NO_RECEIPT: Final = {"deletion": {"$exists": False}}  # of a deleted job
 
 _INDEXES: Final = {
     "subnets": [IndexModel([("user_id", 1), ("_id", -1)]), IndexModel([("user_id", 1), ("cidr", 1)])],
@@ -67,6 +70,8 @@ _INDEXES: Final = {
             [("user_id", 1), ("settled", 1), ("status", 1), ("seconds_left", 1)],
             partialFilterExpression={"settled": False},
         ),
+        IndexModel([("due", 1)], sparse=True),  # deletions to go on with
+        IndexModel([("forget_at", 1)], expireAfterSeconds=0, sparse=True),
         IndexModel([("outbox.at", 1)], sparse=True),
         IndexModel([("subnet_id", 1)], partialFilterExpression={"settled": False}),
     ],
@@ -234,7 +239,7 @@ class MongoStore(MongoAudit):
     async def jobs(self, ids: Collection[int]) -> dict[int, ScanJob]:
         if not ids:
             return {}
-        found = self._jobs.find({"_id": {"$in": list(ids)}})
+        found = self._jobs.find({"_id": {"$in": list(ids)}} | _NO_RECEIPT)
         return {
             job.id: job
             async for each in found
@@ -340,6 +345,46 @@ class MongoStore(MongoAudit):
             ],
         )
         return {each["_id"]: Usage(each["jobs"], float(each["seconds"])) async for each in groups}
+
+    # Deletions
+
+    @dependency_errors()
+    async def delete_job(self, job: ScanJob, receipt: Deletion) -> bool:
+        document = documents.write_deletion(receipt) | {"due": receipt.requested_at}
+        wanted = {"_id": job.id, "rev": job.rev} | _NO_RECEIPT
+        return (await self._jobs.replace_one(wanted, document)).matched_count == 1
+
+    @dependency_errors()
+    async def due_deletions(self, now: datetime, limit: int) -> list[Deletion]:
+        found = self._jobs.find({"due": {"$lte": now}}).sort("due", 1).limit(limit)
+        return [documents.read_deletion(each) async for each in found]
+
+    @dependency_errors()
+    async def advance_deletion(self, job_id: int, stage: Stage, to: Stage, due: datetime | None) -> None:
+        forget_at = {"$add": ["$$NOW", int(KEEP_RECEIPTS.total_seconds() * 1_000)]}
+        at: Document = {"due": "$$REMOVE", "forget_at": forget_at} if due is None else {"due": due}
+        await self._jobs.update_one(
+            {"_id": job_id, "deletion.stage": stage.value},
+            [{"$set": {"deletion.stage": to.value} | at}],
+        )
+
+    @dependency_errors()
+    async def delete_chunks(self, job_id: int, limit: int) -> int:
+        deleted = 0
+        while deleted < limit:
+            page = self._chunks.find({"job_id": job_id}, {"_id": 1}).limit(min(_BATCH, limit - deleted))
+            ids = [each["_id"] async for each in page]
+            if not ids:
+                break
+            await self._chunks.delete_many({"_id": {"$in": ids}})
+            deleted += len(ids)
+        return deleted
+
+    @dependency_errors()
+    async def expired_jobs(self, before: datetime, limit: int) -> list[int]:
+        ended = {"end_time": {"$lt": before}, "settled": True}
+        found = self._jobs.find(ended, {"_id": 1}).sort("end_time", 1).limit(limit)
+        return [each["_id"] async for each in found]
 
     # Chunks
 
@@ -606,7 +651,7 @@ async def _save(
     if result.matched_count == len(changed):
         return set()
     # The response does not list the losers. A retried write can find its own first attempt, which is a success.
-    found = collection.find({"_id": {"$in": [each.id for each in new]}})
+    found = collection.find({"_id": {"$in": [each.id for each in new]}} | _NO_RECEIPT)
     stored = {each["_id"]: read(each) async for each in found}
     return {each.id for each in new if stored.get(each.id) != each}
 

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Literal
 
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState
+from job_orchestrator.domain.deletion import Deletion, Stage
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.quotas import Usage
@@ -35,6 +36,8 @@ class MemoryStore:
         self._policies: dict[int, Policy] = {}
         self._commands: dict[str, Command] = {}
         self._jobs: dict[int, ScanJob] = {}
+        self._receipts: dict[int, tuple[Deletion, datetime | None]] = {}
+        """By job, with when to go on."""
         self._chunks: dict[str, Chunk] = {}
         self._clocks: dict[int, Clock] = {}
         self._virtual = 0.0
@@ -164,7 +167,8 @@ class MemoryStore:
 
     async def insert_jobs(self, jobs: Sequence[ScanJob]) -> None:
         for job in jobs:
-            self._jobs.setdefault(job.id, job)
+            if job.id not in self._receipts:
+                self._jobs.setdefault(job.id, job)
 
     async def jobs(self, ids: Collection[int]) -> dict[int, ScanJob]:
         return {id_: self._jobs[id_] for id_ in ids if id_ in self._jobs}
@@ -255,6 +259,33 @@ class MemoryStore:
             if job.user_id in users and not job.final:
                 usage[job.user_id] = usage.get(job.user_id, Usage()) + Usage(1, job.seconds_left)
         return usage
+
+    # Deletions
+
+    async def delete_job(self, job: ScanJob, receipt: Deletion) -> bool:
+        if self._jobs.get(job.id) != job:
+            return False
+        del self._jobs[job.id]
+        self._receipts[job.id] = (receipt, receipt.requested_at)
+        return True
+
+    async def due_deletions(self, now: datetime, limit: int) -> list[Deletion]:
+        due = sorted((at, id_) for id_, (_, at) in self._receipts.items() if at is not None and at <= now)
+        return [self._receipts[id_][0] for _, id_ in due[:limit]]
+
+    async def advance_deletion(self, job_id: int, stage: Stage, to: Stage, due: datetime | None) -> None:
+        if job_id in self._receipts and (receipt := self._receipts[job_id][0]).stage is stage:
+            self._receipts[job_id] = (replace(receipt, stage=to), due)
+
+    async def delete_chunks(self, job_id: int, limit: int) -> int:
+        ids = [chunk.id for chunk in self._chunks.values() if chunk.job_id == job_id][:limit]
+        for id_ in ids:
+            del self._chunks[id_]
+        return len(ids)
+
+    async def expired_jobs(self, before: datetime, limit: int) -> list[int]:
+        ended = sorted((job.end_time, job.id) for job in self._jobs.values() if job.end_time and job.settled)
+        return [id_ for at, id_ in ended if at < before][:limit]
 
     # Chunks
 

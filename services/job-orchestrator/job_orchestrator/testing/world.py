@@ -27,8 +27,10 @@ from scanfleet.messages import (
     ChunkReleased,
     ChunkScanned,
     ChunkStored,
+    DeleteResults,
     Job,
     JobEvent,
+    ResultsDeleted,
     ScanChunk,
     StopChunk,
     SubmitJobs,
@@ -37,6 +39,7 @@ from scanfleet.messages import (
 from scanfleet.messages.envelope import decode
 from scanfleet.messages.topics import (
     SCAN_COMMANDS,
+    SCAN_DELETIONS,
     SCAN_EVENTS,
     SCAN_PROGRESS,
     SCAN_REPLIES,
@@ -54,7 +57,7 @@ from scanfleet.testing.grants import signer
 from scanfleet.user_grants import UserGrants
 
 RULES: Final = TargetRules((parse_network("127.0.0.0/8"),))
-_READ: Final = (SCAN_COMMANDS, SCAN_WORKERS, SCAN_PROGRESS, SCAN_STORED)
+_READ: Final = (SCAN_COMMANDS, SCAN_DELETIONS, SCAN_WORKERS, SCAN_PROGRESS, SCAN_STORED)
 _EVERY_PARTITION: Final = range(SCAN_PROGRESS.partitions)
 _NOW: Final = 1_000.0  # on its monotonic clock, when a world begins
 _STEPS: Final = 1_000  # in which a world comes to rest; one that does not goes in circles
@@ -149,6 +152,8 @@ class ResultStore(_Deaf):
 
     async def handle(self, records: Sequence[Record]) -> None:
         for record in records:
+            if isinstance(deletion := record.message, DeleteResults):
+                await self._publisher.publish(SCAN_DELETIONS, [ResultsDeleted(job_id=deletion.job_id)])
             if not isinstance(scanned := record.message, ChunkScanned):
                 continue
             addresses = self.missing.pop(scanned.chunk_id, ())
@@ -195,12 +200,14 @@ class World:
         rules: TargetRules = RULES,
         grants: UserGrants | None = None,
         quotas: Quotas | None = None,
+        keep: timedelta | None = None,
     ) -> None:
         self.now = _NOW
         self.store = store
         self.rules = rules
         self.grants = grants
         self.quotas = quotas or Quotas()
+        self.keep = keep
         self._clock = _Time(self)
         self.lease_seconds = lease_seconds
         self.bus = bus or MemoryBus()
@@ -224,6 +231,7 @@ class World:
             raw_worker_seconds=600.0,
             grants=self.grants,
             quotas=self.quotas,
+            keep=self.keep,
             monotonic=lambda: self.now,
         )
 
@@ -266,6 +274,7 @@ class World:
             for replica in self.replicas:
                 await replica.jobs.progress()
                 await replica.sweeper.sweep()
+                await replica.deletions.step()
             await self.settle()
 
     async def settle(self) -> None:
@@ -298,6 +307,8 @@ class World:
             if self.results:
                 await self.results.handle(records)
         else:
+            if topic is SCAN_DELETIONS and self.results:
+                await self.results.handle(records)
             for number, replica in enumerate(self.replicas):
                 if mine := [record for record in records if record.partition in self._partitions(number)]:
                     await replica.handlers[topic].handle(mine)

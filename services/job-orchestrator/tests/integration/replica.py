@@ -62,6 +62,7 @@ async def main(kafka: str, mongodb: str, prefix: str, instance: str, *death: str
         lease_seconds=10.0,
         stored_seconds=5.0,
         quotas=Quotas(),
+        keep=None,
         raw_worker_seconds=600.0,
     )
     consumers = [

@@ -51,7 +51,8 @@ async def api(tmp_path: Path) -> AsyncIterator[Api]:
     keys = InternalKeys(tmp_path)
     app = service.create_app(name="job-orchestrator", settings=FrontSettings(), lifespan=lifespan, routers=ROUTERS)
     app.state.verifier = InternalVerifier(read_public_keys(keys.public_keys_file), ORCHESTRATOR)
-    app.state.orchestrator = State(store, World(store).only.commands, RULES)
+    world = World(store)
+    app.state.orchestrator = State(store, world.only.commands, world.only.deletions, RULES)
     app.state.access = MemoryAccess(store)
     running = Api(app, keys, store)
     async with running.http:

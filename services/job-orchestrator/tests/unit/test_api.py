@@ -109,7 +109,7 @@ def api(store: MemoryStore, world: World, quotas: Quotas) -> Api:
 
     app = service.create_app(name="job-orchestrator", settings=FrontSettings(), lifespan=nothing, routers=ROUTERS)
     app.state.verifier = ISSUER.verifier
-    app.state.orchestrator = State(store, world.only.commands, RULES, quotas=quotas)
+    app.state.orchestrator = State(store, world.only.commands, world.only.deletions, RULES, quotas=quotas)
     app.state.access = MemoryAccess(store)
     return Api(app)
 

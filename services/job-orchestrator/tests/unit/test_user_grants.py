@@ -142,6 +142,13 @@ async def test_dispatch_leaves_users_outside_their_hours_out() -> None:
 
 
 async def why(world: World, job_id: int) -> tuple[WaitingReason, datetime | None]:
-    state = State(world.store, world.only.commands, RULES, grants=JobGrants(world.grants), now=lambda: world.time)
+    state = State(
+        world.store,
+        world.only.commands,
+        world.only.deletions,
+        RULES,
+        grants=JobGrants(world.grants),
+        now=lambda: world.time,
+    )
     answer = await read_waiting(job_id=job_id, caller=Principal(7), state=state, record=None)  # type: ignore[arg-type] # the owner's reads are not recorded
     return answer.reasons[0], answer.next_possible_start

@@ -1,0 +1,35 @@
+"""The deletion of a finished job. ADR 0064."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Final, Literal
+
+Reason = Literal["request", "retention"]
+
+KEEP_RECEIPTS: Final = timedelta(days=30)  # longer than a command can be repeated or a record replayed: 7 and 14 days
+
+
+class Stage(StrEnum):
+    """What is left to delete; each stage is safe to repeat."""
+
+    RESULTS = "results"
+    CHUNKS = "chunks"
+    DONE = "done"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deletion:
+    """The receipt of a deleted job.
+
+    It replaces the job's document under the same id: no query for jobs finds it, and a late insert of the job fails.
+    """
+
+    job_id: int
+    user_id: int
+    subnet_id: int
+    reason: Reason
+    requested_at: datetime
+    stage: Stage = Stage.RESULTS

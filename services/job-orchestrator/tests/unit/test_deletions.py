@@ -1,0 +1,220 @@
+"""Deletions: a deleted job is in no answer at once, nothing of it stays, and nothing brings it back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from job_orchestrator.api import ROUTERS
+from job_orchestrator.api.state import State
+from job_orchestrator.domain.job import JobTrigger, change
+from job_orchestrator.testing import RULES, MemoryAccess, MemoryStore, ResultStore, World, chunk, scan_job
+from job_orchestrator.testing.things import THEN
+from scanfleet import service
+from scanfleet.messages import CommandAccepted, DeleteResults
+from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_DELETIONS
+from scanfleet.settings import FrontSettings
+from scanfleet.testing.tokens import Issuer
+
+ISSUER = Issuer()
+HIDDEN = [
+    ("GET", "/api/v1/task/1"),
+    ("GET", "/api/v1/task/1/ledger"),
+    ("GET", "/api/v1/task/1/waiting"),
+    ("GET", "/internal/jobs/1/owner"),
+    ("GET", "/internal/jobs/1/latest"),
+    ("DELETE", "/api/v1/task/1"),
+]
+
+
+def client(world: World) -> httpx.AsyncClient:
+    @asynccontextmanager
+    async def nothing(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+
+    app = service.create_app(name="job-orchestrator", settings=FrontSettings(), lifespan=nothing, routers=ROUTERS)
+    app.state.verifier = ISSUER.verifier
+    app.state.orchestrator = State(world.store, world.only.commands, world.only.deletions, RULES)
+    app.state.access = MemoryAccess(MemoryStore())
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://orchestrator")
+
+
+async def delete(http: httpx.AsyncClient, job_id: int = 1, user: int = 7, *, admin: bool = False) -> tuple[int, Any]:
+    answer = await http.delete(f"/api/v1/task/{job_id}", headers=ISSUER.bearer(user, admin=admin))
+    return answer.status_code, answer.json()
+
+
+async def chunks_of(world: World, job_id: int) -> int:
+    return len([each async for each in world.store.job_chunks(job_id)])
+
+
+async def completed(world: World) -> None:
+    """Job 1 of user 7 has completed."""
+    await world.submit("127.9.8.0/30")
+    await world.settle()
+    assert (await world.store.jobs([1]))[1].settled
+
+
+@pytest.mark.proves("G24")
+async def test_deleted_job_is_gone_at_once_and_then_from_the_database(world: World) -> None:
+    """From the answer on each request is answered as if the job did not exist, for administrators too; then its chunks go."""
+    await completed(world)
+    world.results = None
+    async with client(world) as http:
+        assert await delete(http) == (200, {"message": "Job deleted successfully"})
+        for admin in (False, True):
+            for verb, path in HIDDEN:
+                answer = await http.request(verb, path, headers=ISSUER.bearer(7, admin=admin))
+                assert (answer.status_code, answer.json()) == (404, {"error": "Job not found"}), path
+        listed = await http.get("/api/v1/task", headers=ISSUER.bearer(7))
+        assert (listed.json()["jobs"], listed.json()["total"]) == ([], 0)
+    await world.wait(2)
+    assert await chunks_of(world, 1) == 1, "the chunks are the last to go"
+    world.results = ResultStore(world.bus)
+    await world.wait(3, seconds=61)
+    assert await chunks_of(world, 1) == 0
+    assert await world.store.due_deletions(world.only.commands._clock.now() + timedelta(days=9), 9) == []
+
+
+async def test_unfinished_job_is_not_deleted(world: World) -> None:
+    """A pending or running job is a 409 that says what to do, and goes on."""
+    world.worker.hold = True
+    await world.submit("127.9.8.0/30")
+    async with client(world) as http:
+        await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+        assert await delete(http) == (409, {"error": "Job is pending; cancel it first"})
+        await world.settle()
+        await world.worker.claim(world.worker.tasks[0])
+        await world.settle()
+        assert await delete(http) == (409, {"error": "Job is running; cancel it first"})
+        await world.cancel(1)
+        await world.settle()
+        assert (await delete(http))[0] == 200
+
+
+@pytest.mark.proves("G13")
+async def test_job_is_deleted_by_its_owner_and_administrators_alone(world: World) -> None:
+    """Another user gets a 404 and the job stays; an administrator deletes it under audit."""
+    await completed(world)
+    async with client(world) as http:
+        assert await delete(http, user=8) == (404, {"error": "Job not found"})
+        assert await delete(http, job_id=99) == (404, {"error": "Job not found"})
+        assert (await delete(http, user=8, admin=True))[0] == 200
+    entries, _ = await world.store.list_audit(0, 10, subject="8")
+    assert [(each.action, each.target, each.rule) for each in entries] == [
+        ("delete_task", "/api/v1/task/1 of user 7", "role")
+    ]
+
+
+async def test_two_deletes_at_once_are_one_deletion(world: World) -> None:
+    """Of two requests one is answered 200, the other 404."""
+    await completed(world)
+    async with client(world) as http:
+        answers = await asyncio.gather(delete(http), delete(http))
+    assert sorted(status for status, _ in answers) == [200, 404]
+
+
+@pytest.mark.proves("G2", "G24")
+async def test_replayed_request_brings_nothing_back(world: World) -> None:
+    """A redelivered submit, and a repeat under its key, are answered as before, and no job is made; ids go on."""
+    policy_id, subnets = await world.add("127.9.8.0/30")
+    first = await world.send(policy_id, subnets, key="k")
+    records = world.take(SCAN_COMMANDS)
+    await world.hand(SCAN_COMMANDS, records)
+    await world.settle()
+    assert await world.only.deletions.delete([1], "request") == {1}
+    await world.hand(SCAN_COMMANDS, records)
+    again = await world.send(policy_id, subnets, key="k")
+    new = await world.send(policy_id, subnets)
+    await world.wait(2)
+    for command in (first, again):
+        reply = world.replies(command)[-1]
+        assert isinstance(reply, CommandAccepted)
+        assert [job.id for job in reply.jobs] == [1]
+    assert await world.store.jobs([1]) == {}
+    assert world.accepted(new)[0].id == 2
+    assert await chunks_of(world, 1) == 0
+
+
+@pytest.mark.proves("G24")
+async def test_deletion_goes_on_after_a_restart_and_an_outage(world: World) -> None:
+    """While result-store is unavailable it is asked again each minute, whoever runs; then the rest follows."""
+    await completed(world)
+    world.results = None
+    await world.only.deletions.delete([1], "request")
+    for _ in range(3):
+        await world.restart()
+        await world.wait(2, seconds=61)
+    asked = len([each for each in world.bus.messages(SCAN_DELETIONS) if isinstance(each, DeleteResults)])
+    assert 3 <= asked <= 8
+    assert await chunks_of(world, 1) == 1
+    world.results = ResultStore(world.bus)
+    await world.wait(2, seconds=61)
+    await world.restart()
+    await world.wait(1)
+    assert await chunks_of(world, 1) == 0
+
+
+async def test_chunks_are_deleted_in_bounded_steps(world: World) -> None:
+    """One step deletes at most 2,000 chunks, of all jobs together."""
+    for job_id in (1, 2):
+        job = change(scan_job(job_id), JobTrigger.CANCEL, THEN, settled=True)
+        await world.store.insert_jobs([job])
+        await world.store.insert_chunks([chunk(id=f"{job_id}-{n}", job_id=job_id, index=n) for n in range(2_500)])
+    await world.only.deletions.delete([1, 2], "request")
+    await world.only.deletions.step()
+    await world.settle()
+    left = [await chunks_of(world, 1) + await chunks_of(world, 2)]
+    while left[-1]:
+        await world.only.deletions.step()
+        left.append(await chunks_of(world, 1) + await chunks_of(world, 2))
+    assert left == [5_000, 3_000, 1_000, 0]
+
+
+async def test_last_event_is_published_before_the_job_is_deleted(world: World) -> None:
+    """What a job's outbox holds is not lost with it."""
+    job = change(scan_job(1), JobTrigger.CANCEL, THEN, settled=True)
+    await world.store.insert_jobs([job])
+    await world.only.deletions.delete([1], "request")
+    assert [event.seq for event in world.events(1)] == [1, 2]
+
+
+async def test_old_jobs_are_deleted_by_age_under_audit() -> None:
+    """A job that ended longer ago than the setting is deleted once, with an entry in the audit log; a younger one stays."""
+    world = World(MemoryStore(), keep=timedelta(days=1))
+    await world.start()
+    await world.worker.announce()
+    await completed(world)
+    await world.wait(1, seconds=86_000)
+    await world.submit("127.9.8.0/30")
+    await world.settle()
+    assert (await world.store.jobs([1, 2])).keys() == {1, 2}
+    await world.wait(3, seconds=300)
+    assert (await world.store.jobs([1, 2])).keys() == {2}
+    entries, _ = await world.store.list_audit(0, 10, subject="")
+    assert [(each.action, each.target, each.rule) for each in entries] == [
+        ("delete_task", "/api/v1/task/1", "retention")
+    ]
+    assert await chunks_of(world, 1) == 0
+
+
+@pytest.mark.proves("G24")
+async def test_job_of_a_backup_is_deleted_again(world: World) -> None:
+    """When the topic is read again over a database that was set back, what was deleted since is deleted again."""
+    await completed(world)
+    (backup,) = (await world.store.jobs([1])).values()
+    await world.only.deletions.delete([1], "request")
+    await world.only.deletions.step()
+    records = world.take(SCAN_DELETIONS)
+    world.store = MemoryStore()
+    await world.restart()
+    await world.store.insert_jobs([backup])
+    await world.hand(SCAN_DELETIONS, records)
+    assert await world.store.jobs([1]) == {}

@@ -1,0 +1,99 @@
+"""Deletions: the results of a deleted job leave the store, whenever they arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from result_store.handlers import DeletionsHandler
+from result_store.testing import Log, MemoryStore, handler, host, scanned
+from scanfleet.bus import Record
+from scanfleet.errors import DependencyError
+from scanfleet.messages import DeleteResults, ResultsDeleted
+from scanfleet.messages.topics import SCAN_DELETIONS
+from scanfleet.testing.bus import MemoryBus
+
+ASKED = [Record(DeleteResults(job_id=1), SCAN_DELETIONS.name, 0, 0, Log().append(scanned("a"))[0].timestamp)]
+
+
+class FailingStore(MemoryStore):
+    """Fails in the middle of an erasure, once."""
+
+    failed = False
+
+    async def erase(self, job_id: int, limit: int) -> int:
+        if not self.failed:
+            self.failed = True
+            await super().erase(job_id, 3)
+            raise DependencyError("MongoDB is unavailable")
+        return await super().erase(job_id, limit)
+
+
+def bus_and_handler(store: MemoryStore) -> tuple[MemoryBus, DeletionsHandler]:
+    bus = MemoryBus()
+    return bus, DeletionsHandler(store, bus)
+
+
+def answers(bus: MemoryBus) -> list[int]:
+    return [each.job_id for each in bus.messages(SCAN_DELETIONS) if isinstance(each, ResultsDeleted)]
+
+
+def batch(count: int = 5) -> Sequence[Record]:
+    return Log().append(*(host(f"127.9.8.{n}", 22) for n in range(count)), scanned("a" * count))
+
+
+@pytest.mark.proves("G24")
+async def test_delete_removes_hosts_and_closed_chunks_and_is_answered() -> None:
+    """After the answer nothing of the job is stored; a repeated request is answered again."""
+    store = MemoryStore()
+    bus, deletions = bus_and_handler(store)
+    await handler(store, bus).handle(batch())
+    assert store.hosts
+    assert store.chunks
+    await deletions.handle(ASKED)
+    await deletions.step()
+    assert (store.hosts, store.chunks, answers(bus)) == ({}, {}, [1])
+    await deletions.handle(ASKED)
+    await deletions.step()
+    await deletions.step()
+    assert answers(bus) == [1, 1]
+
+
+@pytest.mark.proves("G24")
+async def test_results_of_a_deleted_job_are_deleted_again() -> None:
+    """What is redelivered, replayed or was under way when the job was deleted leaves no document."""
+    store = MemoryStore()
+    bus, deletions = bus_and_handler(store)
+    await deletions.handle(ASKED)
+    await deletions.step()
+    await handler(store, bus).handle(batch())
+    await deletions.step()
+    assert (store.hosts, store.chunks) == ({}, {})
+
+
+async def test_delete_goes_on_after_a_failure() -> None:
+    """A step that fails halfway is not answered; another process finishes the deletion."""
+    store = FailingStore()
+    bus, deletions = bus_and_handler(store)
+    await handler(store, bus).handle(batch())
+    await deletions.handle(ASKED)
+    with pytest.raises(DependencyError):
+        await deletions.step()
+    assert answers(bus) == []
+    await DeletionsHandler(store, bus).step()
+    assert (store.hosts, store.chunks, answers(bus)) == ({}, {}, [1])
+
+
+async def test_delete_takes_bounded_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large job takes several steps, and is answered by the last."""
+    monkeypatch.setattr("result_store.handlers._DOCUMENTS", 2)
+    store = MemoryStore()
+    bus, deletions = bus_and_handler(store)
+    await handler(store, bus).handle(batch())
+    await deletions.handle(ASKED)
+    left = []
+    while not answers(bus):
+        await deletions.step()
+        left.append(len(store.hosts) + len(store.chunks))
+    assert left == [4, 2, 0, 0]
