@@ -196,8 +196,8 @@ class MongoStore:
 def _behind(document: Mapping[str, Any]) -> Document:
     """Build the filter for the hosts behind this one, in the order of `_BY_PLACE`.
 
-    One range of the index, of which the hosts of the same millisecond before the place are left out by their keys. MongoDB
-    would answer an $or of two ranges by reading a page of each.
+    One range of the index, which begins with the hosts of the same millisecond: MongoDB would answer an $or of two ranges by
+    reading a page of each.
     """
     created_at = document["created_at"]
     before = {"created_at": created_at, "offset": {"$lte": document["offset"]}}
