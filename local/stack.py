@@ -133,8 +133,9 @@ class Stack:
             if self._credentials is not None:
                 databases = {service: self.database(service) for service in WITH_DATABASE}
                 mongod.make_users(self.address("mongod"), self._credentials, databases)
-                self._run("scanfleet.kafka", "create-acls", environment=self._way_to_the_bus())
             self._run("scanfleet.kafka", "create-topics", environment=self._way_to_the_bus())
+            if self._credentials is not None:
+                self._run("scanfleet.kafka", "create-acls", environment=self._way_to_the_bus())
             for service in WITH_DATABASE if restored else ():
                 self._run(f"{SERVICES[service]}.restored", environment=self._environment(service, 0, service))
             self._supervisor.start(self._services)

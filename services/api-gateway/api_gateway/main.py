@@ -20,7 +20,7 @@ from api_gateway.api import ROUTERS, page
 from api_gateway.api.admission import Admission
 from api_gateway.api.session import Sessions
 from api_gateway.api.state import State
-from api_gateway.auth import REFRESH_S, Revocations, SignIn, UserIds
+from api_gateway.auth import REFRESH_S, KeyReports, Revocations, SignIn, UserIds
 from api_gateway.handlers.commands import Commands
 from api_gateway.handlers.events import Watches
 from api_gateway.settings import Settings
@@ -155,7 +155,15 @@ async def _open_verifier(
             app.state.probes.depend("the issuer's keys", verifier.check)
             app.state.probes.depend("the revocations", revocations.check)
             app.state.probes.watch(refreshing)
-            yield verifier
+            reports = KeyReports(
+                lambda: verifier.key_names, lambda keys: orchestrator.report_keys(settings.jwt_issuer, keys)
+            )
+            reporting = Loop("issuer's keys", REFRESH_S, reports.refresh)
+            await reporting.start()
+            try:
+                yield verifier
+            finally:
+                await reporting.stop()
     finally:
         await refreshing.stop()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Annotated, Final, Literal, TypeVar
@@ -22,7 +22,18 @@ from scanfleet import rest, tracing
 from scanfleet.auth import THE_GATEWAY, InternalTokens
 from scanfleet.errors import BadRequestError, DependencyError
 from scanfleet.messages import CommandAccepted, CommandRejected, Job
-from scanfleet.rest import CancelJobs, CancelledPage, Revoked, Snapshot, Snapshots, Subject, UserId
+from scanfleet.rest import (
+    MAX_ISSUER_KEYS,
+    CancelJobs,
+    CancelledPage,
+    Done,
+    IssuerKeys,
+    Revoked,
+    Snapshot,
+    Snapshots,
+    Subject,
+    UserId,
+)
 from scanfleet.service import source
 
 CONNECT_SECONDS: Final = 1.0  # the services are next door
@@ -249,6 +260,15 @@ class Orchestrator(Upstream):
             DependencyError: the orchestrator is unavailable.
         """
         return _parse(rest.ScanLimits, await self._ask_for_itself("GET", "/internal/limits"))
+
+    async def report_keys(self, issuer: str, keys: Sequence[str]) -> None:
+        """Have the audit log record the keys of the issuer that verify tokens.
+
+        Raises:
+            DependencyError: the orchestrator is unavailable.
+        """
+        body = IssuerKeys(issuer=issuer, keys=list(keys)[:MAX_ISSUER_KEYS]).model_dump_json().encode()
+        _parse(Done, await self._ask_for_itself("POST", "/internal/keys", body))
 
     async def revoked(self) -> list[Revoked]:
         """All that is revoked.
