@@ -7,7 +7,7 @@ from base64 import b64encode
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from hashlib import sha256
-from typing import Final
+from typing import Final, cast
 
 import httpx
 import httpx2
@@ -122,7 +122,7 @@ def create_app(
         title="Scanfleet",
         version="1",
         description=_DESCRIPTION,
-        openapi_url="/openapi.json",
+        openapi_url=None,  # ours is ASCII, as every JSON
         docs_url=None,  # ours needs no other host
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
@@ -134,6 +134,7 @@ def create_app(
     page.serve(app)
     app.mount("/docs/assets", StaticFiles(packages=[("fastapi_swagger", "resources")]))
     app.add_route("/docs", _docs)
+    app.add_route("/openapi.json", _openapi)
     return app
 
 
@@ -166,6 +167,10 @@ async def _open_verifier(
                 await reporting.stop()
     finally:
         await refreshing.stop()
+
+
+async def _openapi(request: Request) -> service.AsciiJSON:
+    return service.AsciiJSON(cast(FastAPI, request.app).openapi())
 
 
 async def _docs(_request: Request) -> HTMLResponse:
