@@ -35,6 +35,7 @@ from scanfleet.rest import (
     UserId,
 )
 from scanfleet.service import source
+from scanfleet.tls import client_context
 
 CONNECT_SECONDS: Final = 1.0  # the services are next door
 POOL_SECONDS: Final = 1.0  # to wait for a connection while all are in use; then it is better to say so
@@ -333,7 +334,11 @@ async def connect(
     settings: Settings,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """A pool of connections to the service at `url`."""
+    """A pool of connections to the service at `url`.
+
+    Raises:
+        ConfigurationError: the files for TLS cannot be used.
+    """
     async with httpx.AsyncClient(
         base_url=url,
         # Answers pass through as they are, so nobody is asked to compress them.
@@ -341,6 +346,7 @@ async def connect(
         timeout=httpx.Timeout(settings.upstream_seconds, connect=CONNECT_SECONDS, pool=POOL_SECONDS),
         limits=httpx.Limits(max_connections=settings.upstream_connections, keepalive_expiry=KEEPALIVE_SECONDS),
         transport=transport,
+        verify=client_context(settings) or True,
         trust_env=False,  # tokens go to the services themselves, through nobody's proxy
     ) as client:
         yield client

@@ -7,10 +7,9 @@ from pathlib import Path
 from pydantic import Field
 
 from scanfleet.settings import (
-    ApiSettings,
     CommonSettings,
     GrantSettings,
-    InternalTokenSettings,
+    InternalApiSettings,
     KafkaSettings,
     MongoSettings,
     TargetSettings,
@@ -31,9 +30,7 @@ class AuditSettings(MongoSettings):
     )
 
 
-class Settings(
-    CommonSettings, ApiSettings, KafkaSettings, AuditSettings, InternalTokenSettings, TargetSettings, GrantSettings
-):
+class Settings(CommonSettings, InternalApiSettings, KafkaSettings, AuditSettings, TargetSettings, GrantSettings):
     chunk_key_file: Path = Field(
         description="PEM file with the Ed25519 key that signs chunks, read once at start; result-store verifies workers' reports "
         "with its public key.",
