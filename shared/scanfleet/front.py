@@ -59,7 +59,7 @@ class Front:
         self._count = 0
         self._by_address: dict[str, dict[BoundedProtocol, None]] = {}
 
-    def knows(self, certificate: Mapping[str, Any] | None) -> bool:
+    def accepts(self, certificate: Mapping[str, Any] | None) -> bool:
         """Whether a client with this certificate, verified by the authority, or with none may send requests."""
         return not self._caller or self._caller in names(certificate or {})
 
@@ -144,7 +144,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.transport = self._closing = _Transport(transport, self._close)
         self.address = _client(self.client[0] if self.client else "")
-        if not self._front.knows(transport.get_extra_info("peercert")):
+        if not self._front.accepts(transport.get_extra_info("peercert")):
             self._refuse(403, "the client's certificate is not that of a service which may send requests here")
         elif self._front.admit(self):
             self._await_head()
