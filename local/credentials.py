@@ -1,7 +1,8 @@
-"""TLS and passwords of the secured local stack: an authority, the servers' certificate, a password per user."""
+"""TLS and passwords of the secured stacks: authorities, certificates, a password per user."""
 
 from __future__ import annotations
 
+import argparse
 import os
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -13,10 +14,19 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 ADMIN: Final = "admin"
 LIFE: Final = timedelta(days=365)
+
+LOOPBACK: Final = x509.IPAddress(ip_address("127.0.0.1"))
+
+# Who connects, and who is connected to; a certificate for the one is refused as the other.
+_PURPOSES: Final = {
+    "api-gateway": ExtendedKeyUsageOID.CLIENT_AUTH,
+    "job-orchestrator": ExtendedKeyUsageOID.SERVER_AUTH,
+    "result-store": ExtendedKeyUsageOID.SERVER_AUTH,
+}
 
 _USES: Final = (
     "digital_signature",
@@ -59,43 +69,96 @@ class Credentials:
         return path
 
     def _make_certificates(self) -> None:
-        authority, own_key = _name("scanfleet local authority"), ec.generate_private_key(ec.SECP256R1())
-        server_key = ec.generate_private_key(ec.SECP256R1())
-        loopback = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
-        server = _certificate(_name("server"), authority, server_key, own_key, loopback)
+        authority = Authority("scanfleet local authority")
         self.server.unlink(missing_ok=True)
-        pem = server_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode() + server
-        self.file(self.server.name, pem)
+        key, certificate = authority.issue("server", x509.SubjectAlternativeName([LOOPBACK]))
+        self.file(self.server.name, key + certificate)
+        self.authority.write_text(authority.certificate)
+
+
+class Authority:
+    """Signs certificates for as long as this object exists: its key is written nowhere.
+
+    Args:
+        name: its common name.
+        life: how long it and what it signs is valid.
+    """
+
+    def __init__(self, name: str, life: timedelta = LIFE) -> None:
+        self._name = _name(name)
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._life = life
         is_authority = x509.BasicConstraints(ca=True, path_length=0)
         # Required by Python 3.13 and newer.
-        may_vouch = x509.KeyUsage(**dict.fromkeys(_USES, False) | {"key_cert_sign": True})
-        certificate = _certificate(authority, authority, own_key, own_key, is_authority, may_vouch)
-        self.authority.write_text(certificate)
+        may_sign = x509.KeyUsage(**dict.fromkeys(_USES, False) | {"key_cert_sign": True})
+        self.certificate = self._sign(self._name, self._key, is_authority, may_sign)
+        """Its own certificate, in PEM."""
+
+    def issue(self, name: str, *extensions: x509.ExtensionType) -> tuple[str, str]:
+        """A new key and its certificate, in PEM."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+        return private, self._sign(_name(name), key, *extensions)
+
+    def _sign(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, *extensions: x509.ExtensionType) -> str:
+        now = datetime.now(UTC)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now)
+            .not_valid_after(now + self._life)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+        )
+        for extension in extensions:
+            builder = builder.add_extension(extension, critical=True)
+        return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM).decode()
+
+
+def make_service_certificates(
+    folder: Path,
+    *addresses: x509.GeneralName,
+    life: timedelta = LIFE,
+    mode: int = 0o600,
+) -> None:
+    """Put `ca.crt`, `tls.crt` and `tls.key` into the folder of each service that has a part in requests, unless they are there.
+
+    All are signed by one authority, whose key is not kept: when one is missing, all are made again.
+
+    Args:
+        folder: holds a folder for each service, which is made where it is missing.
+        addresses: further names of the servers.
+        life: how long the certificates are valid.
+        mode: of the files.
+    """
+    files = [folder / service / name for service in _PURPOSES for name in ("ca.crt", "tls.crt", "tls.key")]
+    if all(file.exists() for file in files):
+        return
+    authority = Authority("scanfleet services", life)
+    for service, purpose in _PURPOSES.items():
+        named = x509.SubjectAlternativeName([x509.DNSName(service), *addresses])
+        key, certificate = authority.issue(service, named, x509.ExtendedKeyUsage([purpose]))
+        (folder / service).mkdir(parents=True, exist_ok=True)
+        for name, text in {"tls.key": key, "tls.crt": certificate, "ca.crt": authority.certificate}.items():
+            file = folder / service / name
+            file.touch(mode)
+            file.chmod(mode)
+            file.write_text(text)
 
 
 def _name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
 
-def _certificate(
-    subject: x509.Name,
-    issuer: x509.Name,
-    key: ec.EllipticCurvePrivateKey,
-    issuer_key: ec.EllipticCurvePrivateKey,
-    *extensions: x509.ExtensionType,
-) -> str:
-    now = datetime.now(UTC)
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now)
-        .not_valid_after(now + LIFE)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
-    )
-    for extension in extensions:
-        builder = builder.add_extension(extension, critical=True)
-    return builder.sign(issuer_key, hashes.SHA256()).public_bytes(Encoding.PEM).decode()
+def main() -> None:
+    """Make the certificates of the services: `python -m local.credentials FOLDER`."""
+    parser = argparse.ArgumentParser(prog="python -m local.credentials", description=make_service_certificates.__doc__)
+    parser.add_argument("folder", type=Path)
+    make_service_certificates(parser.parse_args().folder)
+
+
+if __name__ == "__main__":
+    main()

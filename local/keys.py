@@ -6,14 +6,17 @@ Each folder in `/secrets` is a volume mounted by one service only, so its files 
 from __future__ import annotations
 
 import argparse
+from datetime import timedelta
 from pathlib import Path
 from secrets import token_hex
 from typing import Final
 
 from cryptography.fernet import Fernet
 
+from local.credentials import make_service_certificates
 from local.tokens import Issuer, make_signing_keys
 
+CERTIFICATE_LIFE: Final = timedelta(days=3650)  # they are as private as the volumes, and live as long
 DATABASES: Final = {"job-orchestrator": "scanfleet_job_orchestrator", "result-store": "scanfleet_result_store"}
 
 
@@ -24,6 +27,7 @@ def make(folder: Path) -> None:
     make_signing_keys(folder / "api-gateway" / "internal.pem", *services, mode=0o644)
     public = folder / "result-store" / "chunk-public.pem"
     make_signing_keys(folder / "job-orchestrator" / "chunk.pem", public, mode=0o644)
+    make_service_certificates(folder, life=CERTIFICATE_LIFE, mode=0o644)
     _once(folder / "job-orchestrator" / "audit-key", token_hex(24))
     _once(folder / "api-gateway" / "session-keys", Fernet.generate_key().decode())
     for service in folder.iterdir():

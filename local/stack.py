@@ -21,7 +21,7 @@ from cryptography.fernet import Fernet
 from pymongo import MongoClient
 
 from local import kafka, mongod, ports, tokens
-from local.credentials import ADMIN, Credentials
+from local.credentials import ADMIN, LOOPBACK, Credentials, make_service_certificates
 from local.supervisor import Process, Program, Supervisor
 from local.wait import until
 from scanfleet.settings import KafkaSettings
@@ -90,7 +90,8 @@ class Stack:
             topic_prefix: prefix of every topic.
             database_prefix: prefix of every database.
             settings: additional environment variables for every service.
-            secured: use TLS, authenticate each service at Kafka and mongod, and authorise it by ACLs and roles.
+            secured: use TLS, authenticate each service at Kafka and mongod, and authorise it by ACLs and roles;
+                requests between services use TLS with certificates.
             settings_of: additional variables of one service or process; those with the value None are omitted.
         """
         self.folder = folder.resolve()
@@ -133,8 +134,9 @@ class Stack:
             if self._credentials is not None:
                 databases = {service: self.database(service) for service in WITH_DATABASE}
                 mongod.make_users(self.address("mongod"), self._credentials, databases)
-                self._run("scanfleet.kafka", "create-acls", environment=self._way_to_the_bus())
             self._run("scanfleet.kafka", "create-topics", environment=self._way_to_the_bus())
+            if self._credentials is not None:
+                self._run("scanfleet.kafka", "create-acls", environment=self._way_to_the_bus())
             for service in WITH_DATABASE if restored else ():
                 self._run(f"{SERVICES[service]}.restored", environment=self._environment(service, 0, service))
             self._supervisor.start(self._services)
@@ -355,11 +357,13 @@ class Stack:
     def _environment(self, service: str, index: int, name: str) -> dict[str, str]:
         def replica_url(other: str) -> str:
             names = self.names(other)
-            return f"http://{self.address(names[index % len(names)])}"
+            scheme = "http" if self._credentials is None else "https"
+            return f"{scheme}://{self.address(names[index % len(names)])}"
 
         variables = {
             "SCANFLEET_INSTANCE": name,
             **self._listening(name),
+            **self._certificates(service),
             **self._way_to_the_bus(service),
             "SCANFLEET_ALLOWED_NETWORKS": "127.0.0.0/8,::1/128",
             "SCANFLEET_LEASE_SECONDS": str(LEASE),
@@ -403,6 +407,15 @@ class Stack:
         numbers = self._ports()
         ports_of = {"SCANFLEET_API_PORT": name, "SCANFLEET_PROBE_PORT": f"{name}-probes"}
         return {variable: str(numbers[key]) for variable, key in ports_of.items() if key in numbers}
+
+    def _certificates(self, service: str) -> dict[str, str]:
+        """What a secured service sends and receives requests with; a worker does neither."""
+        if self._credentials is None or service == "scanner-worker":
+            return {}
+        folder = self.folder / "certificates"
+        make_service_certificates(folder, LOOPBACK)
+        files = {"CA": "ca.crt", "CERTIFICATE": "tls.crt", "KEY": "tls.key"}
+        return {f"SCANFLEET_TLS_{name}_FILE": str(folder / service / file) for name, file in files.items()}
 
     def _signing_keys(self, purpose: str) -> tuple[Path, Path]:
         """Return the files with the private and the public key."""

@@ -15,7 +15,7 @@ from click.shell_completion import shell_complete
 from scanfleet_cli.config import Config
 from scanfleet_cli.errors import MEANINGS, CommandError, Exit, ScanfleetError, explain
 from scanfleet_cli.output import Output
-from scanfleet_cli.session import COMPLETE, Session
+from scanfleet_cli.session import COMPLETE, Session, complete_context
 
 COMMANDS: Final = {
     "scan": "Scan networks: register what is missing, submit, watch, print what was found.",
@@ -60,7 +60,7 @@ class _Lazy(click.Group):
 @click.command(
     cls=_Lazy, epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}
 )
-@click.option("--context", metavar="NAME", help="Context to use.")
+@click.option("--context", metavar="NAME", help="Context to use.", shell_complete=complete_context)
 @click.option("--url", help="Gateway to use, instead of a context's.")
 @click.option("--token-file", type=click.Path(path_type=Path), help="File that holds the token.")
 @click.option(

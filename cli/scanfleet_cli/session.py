@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from scanfleet_cli.config import Config, Place, run_for_token
-from scanfleet_cli.errors import CommandError, Exit
+from scanfleet_cli.errors import CommandError, Exit, ScanfleetError
 from scanfleet_cli.output import Column, Format, Output, Row
 
 if TYPE_CHECKING:
@@ -279,6 +280,27 @@ def lists(command: Command) -> Command:
             help="Number of rows; 0 = all.",
         )(command)
     )
+
+
+def complete_context(context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
+    """Names of contexts, for a shell."""
+    session: Session = context.find_root().obj
+    return [name for name in session.config.contexts() if name.startswith(begun)]
+
+
+def complete_job(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    """The latest jobs, for a shell; none when the service does not answer at once."""
+    from scanfleet_cli.calls import list_tasks  # noqa: PLC0415 # only when a shell asks
+
+    session: Session = context.find_root().obj
+    root = context.find_root().params
+    session.url, session.context, session.token_file = root.get("url"), root.get("context"), root.get("token_file")
+    try:
+        jobs = session.client.ask(list_tasks().page(1, LIMIT), timeout=0).json["jobs"]
+    except ScanfleetError:
+        return []
+    found = [CompletionItem(str(job["id"]), help=f"{job['status']} subnet {job['subnet_id']}") for job in jobs]
+    return [item for item in found if item.value.startswith(begun)]
 
 
 yes = click.option("--yes", is_flag=True, help="Do not ask.")

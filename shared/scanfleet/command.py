@@ -1,13 +1,18 @@
-"""The entry point of operators' commands: print the result, or the reason for the failure."""
+"""Operators' commands: their entry point, which prints the result or the reason for the failure, and their audit entries."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
 from collections.abc import Coroutine
+from getpass import getuser
 from typing import Any
+from uuid import uuid4
 
+from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError
+from scanfleet.messages import AuditEntry
+from scanfleet.messages.audit import MAX_REASON_CHARS
 
 
 def run(work: Coroutine[Any, Any, str]) -> int:
@@ -23,3 +28,31 @@ def run(work: Coroutine[Any, Any, str]) -> int:
         return 1
     sys.stdout.write(result)
     return 0
+
+
+def command_entry(service: str, action: str, target: str, *, refused: str = "") -> AuditEntry:
+    """Return the audit entry of an operator's command.
+
+    Args:
+        service: whose command it is.
+        action: what the command does.
+        target: what it does that to.
+        refused: why the command did nothing; empty if it goes on.
+    """
+    try:
+        user = getuser()
+    except (OSError, KeyError):  # KeyError before Python 3.13: of an id without a name, as in a container
+        user = "unknown"
+    return AuditEntry(
+        id=uuid4().hex,
+        time=utc_now(),
+        service=service,
+        subject="",
+        source=f"command line, system user {user}"[:200],
+        action=action,
+        target=target,
+        decision="refused" if refused else "allowed",
+        rule="operator",
+        reason=refused[:MAX_REASON_CHARS],
+        request_id="",
+    )

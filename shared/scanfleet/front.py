@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from ipaddress import IPv6Address, IPv6Network, ip_address
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from scanfleet.settings import FrontSettings
+from scanfleet.tls import names
 
 MAX_URL_BYTES: Final = 8_192  # a list filter with a hundred ids takes a tenth of it
 MAX_HEADER_BYTES: Final = 16_384  # the largest tokens have 8 kB, and proxies add a few headers
@@ -46,15 +47,21 @@ class Front:
 
     Args:
         settings: maximum number of connections, and their timeouts.
+        caller: the DNS name that every client's certificate must have; empty for no certificate.
     """
 
-    def __init__(self, settings: FrontSettings) -> None:
+    def __init__(self, settings: FrontSettings, *, caller: str = "") -> None:
+        self._caller = caller
         self.header_seconds = settings.header_seconds
         self.stalled_seconds = settings.stalled_seconds
         self._most = _with_descriptors(settings.max_connections)
         self._most_per_address = settings.max_connections_per_address
         self._count = 0
         self._by_address: dict[str, dict[BoundedProtocol, None]] = {}
+
+    def accepts(self, certificate: Mapping[str, Any] | None) -> bool:
+        """Whether a client with this certificate, verified by the authority, or with none may send requests."""
+        return not self._caller or self._caller in names(certificate or {})
 
     def admit(self, connection: BoundedProtocol) -> bool:
         """Count a new connection.
@@ -137,7 +144,9 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.transport = self._closing = _Transport(transport, self._close)
         self.address = _client(self.client[0] if self.client else "")
-        if self._front.admit(self):
+        if not self._front.accepts(transport.get_extra_info("peercert")):
+            self._refuse(403, "the client's certificate is not that of a service which may send requests here")
+        elif self._front.admit(self):
             self._await_head()
         else:
             self._refuse(503, "too many connections; try again")

@@ -31,7 +31,7 @@ class Signer:
 
     def __init__(self, key: Ed25519PrivateKey) -> None:
         self._key = key
-        self._key_id = _key_id(key.public_key())
+        self.key_id = key_id(key.public_key())
 
     def grant(
         self,
@@ -60,7 +60,7 @@ class Signer:
         )
         signature = self._key.sign(_signed_bytes(job_id, chunk_id, attempt, worker_id, grant))
         text = urlsafe_b64encode(signature).rstrip(b"=").decode()
-        return grant.model_copy(update={"signature": f"{self._key_id}.{text}"})
+        return grant.model_copy(update={"signature": f"{self.key_id}.{text}"})
 
 
 class Grants:
@@ -71,7 +71,7 @@ class Grants:
     """
 
     def __init__(self, keys: Sequence[Ed25519PublicKey]) -> None:
-        self._keys = {_key_id(key): key for key in keys}
+        self._keys = {key_id(key): key for key in keys}
         # Keyed by the signed bytes, so that a chunk costs one verification whatever the number of its hosts.
         self._signed = lru_cache(maxsize=_VERIFIED)(self._verify)
 
@@ -87,8 +87,8 @@ class Grants:
         return "" if self._signed(signed, grant.signature) else "its signature is not valid"
 
     def _verify(self, signed: bytes, signature: str) -> bool:
-        key_id, _, text = signature.partition(".")
-        key = self._keys.get(key_id)
+        id_, _, text = signature.partition(".")
+        key = self._keys.get(id_)
         if key is None:
             return False
         try:
@@ -98,7 +98,8 @@ class Grants:
         return True
 
 
-def _key_id(key: Ed25519PublicKey) -> str:
+def key_id(key: Ed25519PublicKey) -> str:
+    """Return the id of this key in signatures and in the audit log."""
     return urlsafe_b64encode(sha256(key.public_bytes_raw()).digest()).decode()[:_KEY_ID_CHARS]
 
 

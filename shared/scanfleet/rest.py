@@ -488,6 +488,16 @@ class Subject(_Body):
     subject: Text
 
 
+MAX_ISSUER_KEYS = 100  # that are recorded; an issuer has a handful
+
+
+class IssuerKeys(_Body):
+    """Keys of an issuer that verify tokens, by their names. Not part of the public API."""
+
+    issuer: Annotated[str, Field(min_length=1, max_length=2_000)]
+    keys: Annotated[list[Text], Field(max_length=MAX_ISSUER_KEYS)]
+
+
 class UserId(_Answer):
     """Not part of the public API."""
 

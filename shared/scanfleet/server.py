@@ -24,7 +24,8 @@ from uvicorn.server import ServerState
 
 from scanfleet.front import BoundedProtocol, Front
 from scanfleet.service import Probes, create_probes
-from scanfleet.settings import ApiSettings, ServerSettings
+from scanfleet.settings import ApiSettings, InternalApiSettings, ServerSettings
+from scanfleet.tls import server_context
 
 DRAIN_SECONDS: Final = 5  # for answers under way; the rest of what a supervisor allows is for work in hand
 PROBE_CONNECTIONS: Final = 64  # a kubelet, Prometheus and an autoscaler have one each
@@ -46,16 +47,21 @@ class Server(uvicorn.Server):
 
     Args:
         app: as `scanfleet.service.create_app` made it, with settings that are `ServerSettings`.
+
+    Raises:
+        ConfigurationError: the files for TLS cannot be used.
     """
 
     def __init__(self, app: FastAPI) -> None:
         settings = cast(ServerSettings, app.state.settings)
         api = settings if isinstance(settings, ApiSettings) else None
+        context = server_context(settings) if isinstance(settings, InternalApiSettings) else None
         super().__init__(
             uvicorn.Config(
                 app,
                 host=settings.host,
                 port=api.api_port if api else 0,
+                ssl_context_factory=(lambda *_: context) if context else None,
                 lifespan="on",
                 timeout_graceful_shutdown=DRAIN_SECONDS,
                 **_SHARED,

@@ -123,6 +123,33 @@ class ApiSettings(_Settings):
     api_port: int = Field(8080, ge=0, le=65_535, description="Port for requests. With 0 the system chooses one.")
 
 
+class TlsSettings(_Settings):
+    """Who the service is to the other services. All three are set, or none."""
+
+    tls_ca_file: Path | None = Field(
+        None,
+        description="PEM file with the authority that signs the services' certificates, read once at start. With it requests between "
+        "services are TLS, with a certificate on both sides; without it they are clear text.",
+    )
+    tls_certificate_file: Path | None = Field(
+        None,
+        description="PEM file with the service's own certificate, which has the service's name as a DNS name, read once at start.",
+    )
+    tls_key_file: Path | None = Field(
+        None,
+        description="PEM file with the key of that certificate, read once at start.",
+    )
+
+    @model_validator(mode="after")
+    def _all_files_or_none(self) -> Self:
+        files = (self.tls_ca_file, self.tls_certificate_file, self.tls_key_file)
+        if len({file is None for file in files}) > 1:
+            raise ValueError(
+                "set all of SCANFLEET_TLS_CA_FILE, SCANFLEET_TLS_CERTIFICATE_FILE and SCANFLEET_TLS_KEY_FILE, or none"
+            )
+        return self
+
+
 class CommonSettings(ServerSettings):
     """Settings of every service."""
 
@@ -319,8 +346,8 @@ class AuthSettings(_Settings):
         return self.jwt_jwks_url, self.jwt_public_key_file, self.jwt_development_secret
 
 
-class InternalTokenSettings(_Settings):
-    """Verification of internal tokens in the services behind the gateway."""
+class InternalApiSettings(ApiSettings, TlsSettings):
+    """Requests that the services behind the gateway accept."""
 
     internal_public_keys_file: Path = Field(
         description="PEM file with the gateway's Ed25519 public key, read once at start; during a key rotation with "

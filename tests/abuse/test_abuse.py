@@ -300,6 +300,30 @@ def test_internal_services_reject_user_tokens(stack: Stack, service: str, path: 
     refused(httpx.get(f"http://{stack.address(service)}{path}", headers=headers), 401)
 
 
+@pytest.mark.proves("G15")
+def test_first_use_of_each_key_is_in_the_audit_log(stack: Stack) -> None:
+    """The oldest entries name the keys that sign the audit log and chunks, and those that verify users' and the gateway's tokens."""
+    headers = {"Authorization": f"Bearer {stack.token(99, admin=True)}"}
+    address = f"{stack.url}/api/v1/audit"
+    total = httpx.get(address, headers=headers).json()["total"]
+    oldest = {"page": max(1, total // 100), "page_size": 100}  # and the page after it, if there is one
+    pages = [
+        httpx.get(address, headers=headers, params=oldest | {"page": oldest["page"] + more}).json() for more in (0, 1)
+    ]
+    used = [
+        each["target"].partition(": key ")[0]
+        for page in pages
+        for each in page["entries"]
+        if each["action"] == "use_key"
+    ]
+    assert sorted(used) == [
+        "signs chunks",
+        "signs the audit log",
+        "verifies the gateway's tokens",
+        "verifies tokens of scanfleet-local",
+    ]
+
+
 def operations(stack: Stack) -> Iterator[tuple[str, str, dict[str, Any]]]:
     document = httpx.get(f"{stack.url}/openapi.json").json()
     for path, verbs in document["paths"].items():

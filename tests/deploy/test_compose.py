@@ -122,6 +122,15 @@ def test_prometheus_reaches_every_scraped_service() -> None:
     assert all(ours & set(SERVICES[name]["networks"]) for name in asked)
 
 
+def test_requests_between_services_are_encrypted() -> None:
+    """The gateway asks by https, and it and what it asks have the three files for it; nobody else has."""
+    with_files = {name for name in SERVICES if "SCANFLEET_TLS_CA_FILE" in environment(name)}
+    assert with_files == {"api-gateway", "job-orchestrator", "result-store"}
+    urls = {name: url for name, url in environment("api-gateway").items() if name.endswith("_URL")}
+    assert {url for url in urls.values() if not url.startswith("https://")} == set()
+    assert len(urls) == len(with_files) - 1
+
+
 def test_kafka_users_have_quotas() -> None:
     """The job that creates the users sets their quotas too."""
     (script,) = SERVICES["users"]["command"]

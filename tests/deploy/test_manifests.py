@@ -28,11 +28,12 @@ KUBERNETES: Final = "1.35"
 RAW: Final = "-raw-packets"
 """What the overlay of a namespace for raw-packet workers is named, behind the overlay that it goes beside."""
 OVERLAYS: Final = sorted(path.name for path in (K8S / "overlays").iterdir() if not path.name.endswith(RAW))
-OPTIONAL: Final = ("grants", "hpa", "ingress", "keda", "monitoring")
+OPTIONAL: Final = ("certificates", "grants", "hpa", "ingress", "keda", "monitoring", "tls")
 """Components that an operator may add."""
 SERVICES: Final = ("api-gateway", "job-orchestrator", "scanner-worker", "result-store", "topics")
 FOREIGN: Final = {
     "cert-manager.io/v1/Certificate",
+    "cert-manager.io/v1/Issuer",
     "kafka.strimzi.io/v1/Kafka",
     "kafka.strimzi.io/v1/KafkaNodePool",
     "kafka.strimzi.io/v1/KafkaTopic",
@@ -260,6 +261,33 @@ def test_production_kafka_requires_authentication(production: list[Manifest]) ->
         assert passes(policies, "egress", Pod.of(workload), node, listener["port"])
         assert not passes(policies, "egress", Pod.of(workload), node, 9092)
         assert passes(policies, "ingress", node, Pod.of(workload), listener["port"])
+
+
+def test_production_encrypts_requests_between_services(production: list[Manifest]) -> None:
+    """Gateway and services have the certificates that the component makes: one for each, by its name and for its side alone."""
+    (component,) = (K8S / "components/certificates").glob("certificates.yaml")
+    made = {
+        each["spec"]["secretName"]: each["spec"]
+        for each in yaml.safe_load_all(component.read_text(encoding="utf-8"))
+        if each["kind"] == "Certificate"
+    }
+    ports = {name_of(each): each["spec"]["ports"][0]["port"] for each in of_kind(production, "Service")}
+    for workload in workloads(production):
+        service = name_of(workload)
+        secrets = {volume["secret"]["secretName"] for volume in pod(workload)["spec"]["volumes"] if "secret" in volume}
+        if service == "scanner-worker":
+            assert not secrets & made.keys()
+            continue
+        assert secrets & made.keys() == {f"{service}-certificate"}
+        assert made[f"{service}-certificate"]["dnsNames"] == [service]
+        side = "client" if service == "api-gateway" else "server"
+        assert made[f"{service}-certificate"]["usages"] == ["digital signature", f"{side} auth"]
+        if side == "server":
+            assert ports[service] == 443
+    (gateway,) = (each for each in workloads(production) if name_of(each) == "api-gateway")
+    variables = environment(gateway, production)
+    assert variables["SCANFLEET_ORCHESTRATOR_URL"] == "https://job-orchestrator"
+    assert variables["SCANFLEET_RESULT_STORE_URL"] == "https://result-store"
 
 
 def test_pods_meet_the_restricted_standard(manifests: list[Manifest]) -> None:

@@ -1,4 +1,4 @@
-"""A platform with authentication and authorization: TLS, passwords, ACLs and MongoDB users."""
+"""A platform with authentication and authorization: TLS, certificates, passwords, ACLs and MongoDB users."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
+import httpx
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import (
@@ -94,6 +95,18 @@ def test_scan_with_least_privilege_completes(stack: Stack) -> None:
         assert user.finished(job_id)["status"]["status"] == "completed"
         assert user.ledger(job_id)["accounted"]
         assert [each["port"] for each in user.results(job_id)] == [port]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("service", ["job-orchestrator", "result-store"])
+def test_client_without_a_certificate_gets_no_answer(stack: Stack, service: str) -> None:
+    """A service behind the gateway answers its probes to anybody, and requests to nobody without the gateway's certificate."""
+    authority = ssl.create_default_context(cafile=str(stack.folder / "certificates" / service / "ca.crt"))
+    with httpx.Client(verify=authority) as client:
+        assert client.get(f"{stack.probes(service)}/readyz").status_code == 200
+        for scheme in ("http", "https"):
+            with pytest.raises(httpx.TransportError):
+                client.get(f"{scheme}://{stack.address(service)}/internal/ready")
 
 
 @pytest.mark.e2e

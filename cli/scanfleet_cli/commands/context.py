@@ -9,7 +9,7 @@ import click
 
 from scanfleet_cli.config import Context, check_url
 from scanfleet_cli.output import column
-from scanfleet_cli.session import Session, formats, with_session, yes
+from scanfleet_cli.session import Session, complete_context, formats, with_session, yes
 
 
 @click.group()
@@ -38,7 +38,7 @@ def list_(session: Session) -> None:
 
 
 @context.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_context)
 @with_session
 def use(session: Session, /, *, name: str) -> None:
     """Use a context from now on."""
@@ -65,7 +65,7 @@ def add(session: Session, /, *, name: str, url: str | None, token_command: str |
 
 
 @context.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_context)
 @yes
 @with_session
 def remove(session: Session, /, *, name: str, yes: bool) -> None:

@@ -17,10 +17,12 @@ from scanfleet.messages import JobStatus
 from scanfleet_cli import calls, chart, coverage, follow, resolve
 from scanfleet_cli.errors import ApiError, CommandError, Exit, ScanfleetError, UnavailableError, explain
 from scanfleet_cli.output import Column, Format, Row, ago, column, count, duration, printable
-from scanfleet_cli.session import Session, formats, lists, many_failed, with_session, yes
+from scanfleet_cli.session import Session, complete_job, formats, lists, many_failed, with_session, yes
 
-job_id = click.argument("job_id", type=click.IntRange(min=1), metavar="ID")
-job_ids = click.argument("job_ids", type=click.IntRange(min=1), nargs=-1, required=True, metavar="ID…")
+job_id = click.argument("job_id", type=click.IntRange(min=1), metavar="ID", shell_complete=complete_job)
+job_ids = click.argument(
+    "job_ids", type=click.IntRange(min=1), nargs=-1, required=True, metavar="ID…", shell_complete=complete_job
+)
 timeout_option = click.option(
     "--timeout", metavar="TIME", help="Give up waiting after 90, 90s, 30m or 2h; exit 124. The job continues."
 )
@@ -263,7 +265,7 @@ def seconds(text: str | None) -> float | None:
 
 
 @job.command()
-@click.argument("job_ids", type=click.IntRange(min=1), nargs=-1, metavar="ID…")
+@click.argument("job_ids", type=click.IntRange(min=1), nargs=-1, metavar="ID…", shell_complete=complete_job)
 @click.option("--all", "every", is_flag=True, help="All unfinished jobs of yours.")
 @click.option("--for", "state", type=click.Choice(["running", "final"]), default="final", show_default=True)
 @timeout_option
@@ -295,7 +297,7 @@ def _unfinished(session: Session) -> list[int]:
 
 
 @job.command()
-@click.argument("job_ids", type=click.IntRange(min=1), nargs=-1, metavar="ID…")
+@click.argument("job_ids", type=click.IntRange(min=1), nargs=-1, metavar="ID…", shell_complete=complete_job)
 @click.option("--all-mine", is_flag=True, help="All unfinished jobs of yours.")
 @yes
 @with_session
@@ -428,7 +430,7 @@ def results(
     network = _network(address) if address else None
     rows = (
         row
-        for row in stream_rows(session, job_id)
+        for row in stream_rows(session, job_id, port=list(ports) or None, service=service, address=address)
         if (not ports or row["port"] in ports)
         and (not service or row["service"] == service)
         and (not open_only or row["status"] == "open")
@@ -454,14 +456,14 @@ def _limited(session: Session, rows: Iterator[Row], limit: int) -> Iterator[Row]
         session.output.note(f"{limit:,} of {number:,}; --limit 0 for all")
 
 
-def stream_rows(session: Session, job_id: int) -> Iterator[Row]:
-    """A job's results as JSON, as they come.
+def stream_rows(session: Session, job_id: int, **query: Any) -> Iterator[Row]:
+    """A job's results as JSON, as they come; an older service ignores `query`.
 
     Raises:
         UnavailableError: the connection was cut: what came is not all.
     """
     try:
-        with session.client.stream(calls.read_results(job_id)) as response:
+        with session.client.stream(calls.read_results(job_id, **query)) as response:
             for line in response.iter_lines():
                 yield json.loads(line)
     except httpx2.TransportError as error:

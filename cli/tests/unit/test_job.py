@@ -132,7 +132,6 @@ def test_an_older_service_is_named_as_such(jobs: FakeApi, run: Any) -> None:
     assert "this service has no snapshots of jobs: it is older than this command" in ended.err
 
 
-@pytest.mark.usefixtures("jobs")
 @pytest.mark.parametrize(
     ("arguments", "ports"),
     [
@@ -143,10 +142,13 @@ def test_an_older_service_is_named_as_such(jobs: FakeApi, run: Any) -> None:
         (["--address", "127.9.9.0/24"], []),
     ],
 )
-def test_results_are_filtered(run: Any, arguments: list[str], ports: list[int]) -> None:
+def test_results_are_filtered(jobs: FakeApi, run: Any, arguments: list[str], ports: list[int]) -> None:
     """Results can be chosen by port, service, address and state."""
     ended = run("job", "results", "41", "-o", "json", *arguments)
     assert [each["port"] for each in json.loads(ended.out)] == ports
+    (request,) = [each for each in jobs.requests if each.url.path.endswith("/results")]
+    asked = dict(zip(arguments[::2], arguments[1::2], strict=False))
+    assert {f"--{name}": value for name, value in request.url.params.items()} == asked
 
 
 def test_results_pass_through_as_the_service_writes_them(jobs: FakeApi, run: Any) -> None:

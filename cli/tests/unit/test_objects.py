@@ -8,7 +8,12 @@ from typing import Any
 
 import httpx2
 import pytest
+from click.shell_completion import ShellComplete
 
+from scanfleet_cli import main
+from scanfleet_cli.config import Config
+from scanfleet_cli.output import Output
+from scanfleet_cli.session import COMPLETE, Session, World
 from scanfleet_cli.testing import TOKEN, FakeApi
 
 
@@ -195,3 +200,20 @@ def test_doctor_finds_what_is_wrong(api: FakeApi, run: Any) -> None:
 def test_a_completion_script_is_printed(run: Any, shell: str) -> None:
     """Each shell gets a script that asks the command."""
     assert "_SCANFLEET_COMPLETE" in run("completion", shell).out
+
+
+def test_jobs_and_contexts_are_completed(run: Any, world: World, tmp_path: Path) -> None:
+    """A shell is offered the latest jobs with their states, and the names of contexts; nothing when the service is gone."""
+    run("scan", "127.9.8.0/24", "--no-watch")
+    run("context", "add", "prod", "--url", "https://scanfleet.example.com", environment={})
+
+    def complete(environment: dict[str, str], *words: str) -> list[tuple[str, str | None]]:
+        session = Session(Config(tmp_path, environment), Output(), world)
+        found = ShellComplete(main.cli, {"obj": session}, "scanfleet", COMPLETE).get_completions(list(words), "")
+        session.close()
+        return [(item.value, item.help) for item in found]
+
+    here = {"SCANFLEET_URL": "http://scanfleet.test", "SCANFLEET_TOKEN": TOKEN}
+    assert complete(here, "job", "watch") == [("41", "pending subnet 5")]
+    assert complete({}, "context", "use") == [("prod", None)]
+    assert complete(here | {"SCANFLEET_TOKEN": "stale"}, "job", "watch") == []

@@ -56,6 +56,35 @@ class UserIds:
         return user_id
 
 
+class KeyReports:
+    """Has the audit log record which keys of the issuer verify tokens.
+
+    Args:
+        current: answers the names of the keys that do now.
+        report: records those; the same ones again do no harm.
+    """
+
+    def __init__(
+        self, current: Callable[[], Sequence[str]], report: Callable[[Sequence[str]], Awaitable[None]]
+    ) -> None:
+        self._current = current
+        self._report = report
+        self._reported: Sequence[str] = ()
+
+    async def refresh(self) -> None:
+        """Record the keys if they have changed; what could not be recorded is with the next call."""
+        names = self._current()
+        if set(names) == set(self._reported):
+            return
+        try:
+            async with asyncio.timeout(ASK_LIMIT_S):
+                await self._report(names)
+        except (DependencyError, TimeoutError) as error:
+            _log.warning("the issuer's keys are not in the audit log yet", error=repr(error))
+            return
+        self._reported = names
+
+
 class Revocations:
     """The list of revoked tokens as it was a moment ago.
 

@@ -7,7 +7,7 @@ from base64 import b64encode
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from hashlib import sha256
-from typing import Final
+from typing import Final, cast
 
 import httpx
 import httpx2
@@ -20,7 +20,7 @@ from api_gateway.api import ROUTERS, page
 from api_gateway.api.admission import Admission
 from api_gateway.api.session import Sessions
 from api_gateway.api.state import State
-from api_gateway.auth import REFRESH_S, Revocations, SignIn, UserIds
+from api_gateway.auth import REFRESH_S, KeyReports, Revocations, SignIn, UserIds
 from api_gateway.handlers.commands import Commands
 from api_gateway.handlers.events import Watches
 from api_gateway.settings import Settings
@@ -122,7 +122,7 @@ def create_app(
         title="Scanfleet",
         version="1",
         description=_DESCRIPTION,
-        openapi_url="/openapi.json",
+        openapi_url=None,  # ours is ASCII, as every JSON
         docs_url=None,  # ours needs no other host
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
@@ -134,6 +134,7 @@ def create_app(
     page.serve(app)
     app.mount("/docs/assets", StaticFiles(packages=[("fastapi_swagger", "resources")]))
     app.add_route("/docs", _docs)
+    app.add_route("/openapi.json", _openapi)
     return app
 
 
@@ -155,9 +156,21 @@ async def _open_verifier(
             app.state.probes.depend("the issuer's keys", verifier.check)
             app.state.probes.depend("the revocations", revocations.check)
             app.state.probes.watch(refreshing)
-            yield verifier
+            reports = KeyReports(
+                lambda: verifier.key_names, lambda keys: orchestrator.report_keys(settings.jwt_issuer, keys)
+            )
+            reporting = Loop("issuer's keys", REFRESH_S, reports.refresh)
+            await reporting.start()
+            try:
+                yield verifier
+            finally:
+                await reporting.stop()
     finally:
         await refreshing.stop()
+
+
+async def _openapi(request: Request) -> service.AsciiJSON:
+    return service.AsciiJSON(cast(FastAPI, request.app).openapi())
 
 
 async def _docs(_request: Request) -> HTMLResponse:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field, HttpUrl
+from pydantic import AfterValidator, Field, HttpUrl, model_validator
 
-from scanfleet.settings import ApiSettings, AuthSettings, CommonSettings, GrantSettings, KafkaSettings, Words
+from scanfleet.settings import (
+    ApiSettings,
+    AuthSettings,
+    CommonSettings,
+    GrantSettings,
+    KafkaSettings,
+    TlsSettings,
+    Words,
+)
 
 
 def _origin(url: HttpUrl) -> HttpUrl:
@@ -16,7 +24,7 @@ def _origin(url: HttpUrl) -> HttpUrl:
     return url
 
 
-class Settings(CommonSettings, ApiSettings, KafkaSettings, AuthSettings, GrantSettings):
+class Settings(CommonSettings, ApiSettings, TlsSettings, KafkaSettings, AuthSettings, GrantSettings):
     internal_key_file: Path = Field(
         description="PEM file with the Ed25519 key that signs the tokens for the services behind, read once at start."
     )
@@ -117,3 +125,12 @@ class Settings(CommonSettings, ApiSettings, KafkaSettings, AuthSettings, GrantSe
         description="The address that browsers use for the gateway (`https://scanfleet.example.com`). Without it the page's "
         "requests must come from the host that their `Host` header names.",
     )
+
+    @model_validator(mode="after")
+    def _https_with_certificates(self) -> Self:
+        wanted = "https" if self.tls_ca_file else "http"
+        if {self.orchestrator_url.scheme, self.result_store_url.scheme} != {wanted}:
+            raise ValueError(
+                "SCANFLEET_ORCHESTRATOR_URL and SCANFLEET_RESULT_STORE_URL are https with SCANFLEET_TLS_CA_FILE, and http without"
+            )
+        return self

@@ -23,7 +23,7 @@ from scanfleet.bus import Bus, Record
 from scanfleet.clock import utc_now
 from scanfleet.messages import CancelJob, CommandAccepted, Job, JobStatus, SubmitJobs
 from scanfleet.messages.topics import ORCHESTRATOR, RESULT_STORE, SCAN_COMMANDS, SCAN_REPLIES
-from scanfleet.rest import Revoked
+from scanfleet.rest import IssuerKeys, Revoked
 from scanfleet.service import create_probes
 from scanfleet.testing.bus import MemoryBroker, MemoryBus
 from scanfleet.testing.tokens import InternalKeys, Issuer
@@ -42,6 +42,8 @@ class Services(httpx.AsyncBaseTransport):
             self.on("GET", f"http://{host}/internal/ready", httpx.Response(200, json={"status": "ok"}))
         self.away: set[str] = set()
         self.revoked: list[Revoked] = []
+        self.keys: list[IssuerKeys] = []
+        """What was reported of the issuer's keys."""
         self.verdict: httpx.Response | None = None
         """What the orchestrator answers when it is asked to call a command off, whichever."""
 
@@ -60,6 +62,9 @@ class Services(httpx.AsyncBaseTransport):
             return httpx.Response(200, json=self._issuer.jwks)
         if request.url.path == "/internal/revocations" and request.url.host not in self.away:
             return httpx.Response(200, json=[each.model_dump(mode="json") for each in self.revoked])
+        if request.url.path == "/internal/keys" and request.url.host not in self.away:
+            self.keys.append(IssuerKeys.model_validate_json(request.content))
+            return httpx.Response(200, json={"message": "Keys recorded"})
         self.requests.append(request)
         if request.url.host in self.away:
             raise httpx.ConnectError("refused", request=request)

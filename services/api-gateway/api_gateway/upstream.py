@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Annotated, Final, Literal, TypeVar
@@ -22,8 +22,20 @@ from scanfleet import rest, tracing
 from scanfleet.auth import THE_GATEWAY, InternalTokens
 from scanfleet.errors import BadRequestError, DependencyError
 from scanfleet.messages import CommandAccepted, CommandRejected, Job
-from scanfleet.rest import CancelJobs, CancelledPage, Revoked, Snapshot, Snapshots, Subject, UserId
+from scanfleet.rest import (
+    MAX_ISSUER_KEYS,
+    CancelJobs,
+    CancelledPage,
+    Done,
+    IssuerKeys,
+    Revoked,
+    Snapshot,
+    Snapshots,
+    Subject,
+    UserId,
+)
 from scanfleet.service import source
+from scanfleet.tls import client_context
 
 CONNECT_SECONDS: Final = 1.0  # the services are next door
 POOL_SECONDS: Final = 1.0  # to wait for a connection while all are in use; then it is better to say so
@@ -250,6 +262,15 @@ class Orchestrator(Upstream):
         """
         return _parse(rest.ScanLimits, await self._ask_for_itself("GET", "/internal/limits"))
 
+    async def report_keys(self, issuer: str, keys: Sequence[str]) -> None:
+        """Have the audit log record the keys of the issuer that verify tokens.
+
+        Raises:
+            DependencyError: the orchestrator is unavailable.
+        """
+        body = IssuerKeys(issuer=issuer, keys=list(keys)[:MAX_ISSUER_KEYS]).model_dump_json().encode()
+        _parse(Done, await self._ask_for_itself("POST", "/internal/keys", body))
+
     async def revoked(self) -> list[Revoked]:
         """All that is revoked.
 
@@ -313,7 +334,11 @@ async def connect(
     settings: Settings,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """A pool of connections to the service at `url`."""
+    """A pool of connections to the service at `url`.
+
+    Raises:
+        ConfigurationError: the files for TLS cannot be used.
+    """
     async with httpx.AsyncClient(
         base_url=url,
         # Answers pass through as they are, so nobody is asked to compress them.
@@ -321,6 +346,7 @@ async def connect(
         timeout=httpx.Timeout(settings.upstream_seconds, connect=CONNECT_SECONDS, pool=POOL_SECONDS),
         limits=httpx.Limits(max_connections=settings.upstream_connections, keepalive_expiry=KEEPALIVE_SECONDS),
         transport=transport,
+        verify=client_context(settings) or True,
         trust_env=False,  # tokens go to the services themselves, through nobody's proxy
     ) as client:
         yield client

@@ -7,8 +7,6 @@ import asyncio
 import json
 import sys
 from datetime import timedelta
-from getpass import getuser
-from uuid import uuid4
 
 import structlog
 
@@ -16,32 +14,11 @@ from job_orchestrator.domain.chain import read_chain_keys
 from job_orchestrator.repository import MongoStore, Verification
 from job_orchestrator.settings import AuditSettings
 from scanfleet import mongo
-from scanfleet.clock import utc_now
+from scanfleet.command import command_entry
 from scanfleet.errors import DependencyError
-from scanfleet.messages import AuditEntry
 from scanfleet.messages.topics import ORCHESTRATOR
 
 _TAMPERED = 2  # the exit code; 1 is a dependency's failure
-
-
-def command_entry(action: str, target: str) -> AuditEntry:
-    """Return the audit entry of an operator's command."""
-    try:
-        user = getuser()
-    except (OSError, KeyError):  # KeyError before Python 3.13, for a user id without a name, as in a container
-        user = "unknown"
-    return AuditEntry(
-        id=uuid4().hex,
-        time=utc_now(),
-        service=ORCHESTRATOR,
-        subject="",
-        source=f"command line, system user {user}"[:200],
-        action=action,
-        target=target,
-        decision="allowed",
-        rule="operator",
-        request_id="",
-    )
 
 
 def main() -> int:
@@ -84,7 +61,7 @@ async def _run(settings: AuditSettings, asked: argparse.Namespace) -> int:
                 await _export(store, asked.after)
             case "adopt":
                 adopted = await store.adopt()
-                await store.add_audit([command_entry("adopt_audit", f"{adopted} entries")])
+                await store.add_audit([command_entry(ORCHESTRATOR, "adopt_audit", f"{adopted} entries")])
                 sys.stdout.write(f"{adopted} entries were signed\n")
     finally:
         database.client.close()

@@ -14,6 +14,7 @@ from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
 from job_orchestrator.domain.chain import read_chain_keys
 from job_orchestrator.domain.grants import JobGrants
+from job_orchestrator.domain.keys import first_use
 from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.time import PlatformTime
@@ -30,12 +31,14 @@ from job_orchestrator.settings import Settings
 from scanfleet import logging, mongo, service, tracing
 from scanfleet.auth import InternalVerifier, read_private_key, read_public_keys
 from scanfleet.bus import Handler, Publisher
-from scanfleet.grants import Signer
+from scanfleet.grants import Signer, key_id
 from scanfleet.kafka import KafkaBus
 from scanfleet.loop import Loop
 from scanfleet.messages.topics import (
+    OPERATOR,
     ORCHESTRATOR,
     SCAN_AUDIT,
+    SCAN_AUDIT_OPERATOR,
     SCAN_COMMANDS,
     SCAN_DELETIONS,
     SCAN_PROGRESS,
@@ -127,6 +130,7 @@ class Orchestrator:
             SCAN_PROGRESS: self.progress,
             SCAN_STORED: Stored(store, self.jobs, self.dispatcher.wake, clock),
             **{topic: Audit(store, service) for service, topic in SCAN_AUDIT.items()},
+            SCAN_AUDIT_OPERATOR: Audit(store, OPERATOR),
         }
         sweep = Loop("sweep", _SWEEP_SECONDS, self.sweeper.sweep)
         self.loops = (*self.jobs.loops, self.dispatcher.loop, sweep, self.deletions.loop)
@@ -141,7 +145,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         startup: Startup = app.state.startup
         async with AsyncExitStack() as stack:
-            app.state.verifier = InternalVerifier(read_public_keys(settings.internal_public_keys_file), ORCHESTRATOR)
+            gateways = read_public_keys(settings.internal_public_keys_file)
+            app.state.verifier = InternalVerifier(gateways, ORCHESTRATOR)
             grants = settings.user_grants
             signer = Signer(read_private_key(settings.chunk_key_file))
             database = mongo.connect(settings.mongodb_uri, settings.database)
@@ -149,6 +154,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             keys = read_chain_keys(settings.audit_key_file)
             store = MongoStore(database, keys, keep_audit=timedelta(days=settings.audit_days))
             await startup.until_available("mongodb", store.prepare)
+            source = f"{ORCHESTRATOR} {settings.instance}"
+            used = [
+                first_use("signs the audit log", keys.key_id, source=source),
+                first_use("signs chunks", signer.key_id, source=source),
+                *(first_use("verifies the gateway's tokens", key_id(key), source=source) for key in gateways),
+            ]
+            await startup.until_available("mongodb", lambda: store.add_audit(used))
             app.state.access = access = MongoAccess(database)
             await startup.until_available("mongodb", access.prepare)
             app.state.probes.depend("mongodb", lambda: mongo.ping(database))

@@ -11,13 +11,13 @@ import sys
 from datetime import timedelta
 from typing import Final
 
-from job_orchestrator.audit import command_entry
 from job_orchestrator.domain.chain import read_chain_keys
 from job_orchestrator.domain.job import JobTrigger, change, restored_from_backup
 from job_orchestrator.repository import MongoStore
 from job_orchestrator.settings import Settings
 from scanfleet import command, mongo
 from scanfleet.clock import utc_now
+from scanfleet.command import command_entry
 from scanfleet.errors import DependencyError, MessageError
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.groups import move_group
@@ -52,7 +52,7 @@ async def restored(settings: Settings) -> str:
     try:
         keys = read_chain_keys(settings.audit_key_file)
         store = MongoStore(database, keys, keep_audit=timedelta(days=settings.audit_days))
-        await store.add_audit([command_entry("restore_database", settings.database)])
+        await store.add_audit([command_entry(ORCHESTRATOR, "restore_database", settings.database)])
         await store.advance_ids(above)
         # Nobody sends them again, and the backup may have come between a command and the last of its jobs.
         async for submit in store.accepted_submits():

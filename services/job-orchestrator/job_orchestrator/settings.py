@@ -11,10 +11,9 @@ from pydantic import Field
 
 from job_orchestrator.domain.quotas import Quotas
 from scanfleet.settings import (
-    ApiSettings,
     CommonSettings,
     GrantSettings,
-    InternalTokenSettings,
+    InternalApiSettings,
     KafkaSettings,
     MongoSettings,
     TargetSettings,
@@ -38,9 +37,7 @@ class AuditSettings(MongoSettings):
 _LIMITS: Final = Quotas()
 
 
-class Settings(
-    CommonSettings, ApiSettings, KafkaSettings, AuditSettings, InternalTokenSettings, TargetSettings, GrantSettings
-):
+class Settings(CommonSettings, InternalApiSettings, KafkaSettings, AuditSettings, TargetSettings, GrantSettings):
     chunk_key_file: Path = Field(
         description="PEM file with the Ed25519 key that signs chunks, read once at start; result-store verifies workers' reports "
         "with its public key.",

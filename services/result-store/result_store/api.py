@@ -104,7 +104,8 @@ def _cell(value: object) -> object:
 
 
 def _json_row(result: Result, fields: Fields) -> str:
-    return result.model_dump_json(include=None if fields == ALL_FIELDS else set(fields), ensure_ascii=True)
+    text = result.model_dump_json(include=None if fields == ALL_FIELDS else set(fields), ensure_ascii=True)
+    return text.replace("\x7f", "\\u007f")  # the only control character that JSON does not escape
 
 
 JSON: Final = Format("application/json", lambda _: "[", _json_row, ",", "]")

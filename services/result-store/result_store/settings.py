@@ -6,10 +6,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from scanfleet.settings import ApiSettings, CommonSettings, InternalTokenSettings, KafkaSettings, MongoSettings
+from scanfleet.settings import CommonSettings, InternalApiSettings, KafkaSettings, MongoSettings
 
 
-class Settings(CommonSettings, ApiSettings, KafkaSettings, MongoSettings, InternalTokenSettings):
+class Settings(CommonSettings, InternalApiSettings, KafkaSettings, MongoSettings):
     """All settings of result-store."""
 
     chunk_public_keys_file: Path = Field(

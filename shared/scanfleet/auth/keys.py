@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Final, Protocol
 
 import httpx
@@ -19,6 +20,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from scanfleet.auth.principal import RefusedError
 from scanfleet.errors import ConfigurationError, DependencyError, UnavailableError
@@ -26,6 +28,8 @@ from scanfleet.errors import ConfigurationError, DependencyError, UnavailableErr
 JWKS_TIMEOUT_S: Final = 1.5  # per fetch: callers wait for it, and so does a readiness check, which has 2 s
 MAX_JWKS_BYTES: Final = 1 << 20  # far above the size of any issuer's key set
 EMPTY_COOLDOWN_S: Final = 1.0  # between fetches while no key is available and every caller gets a 503
+
+_MAX_KID_CHARS: Final = 32  # of a key's name
 
 # Raised by the library for an incomplete key or one of an unknown type.
 _UNUSABLE: Final = (
@@ -50,8 +54,21 @@ class Key:
     algorithms: tuple[str, ...]
     kid: str | None = None
 
+    @property
+    def name(self) -> str:
+        """Its fingerprint (SHA-256, shortened) and its id, in printable ASCII."""
+        if isinstance(self.material, str):
+            return "development secret"  # short enough to be guessed from a fingerprint
+        der = self.material.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        kid = f", kid {self.kid[:_MAX_KID_CHARS]!a}" if self.kid is not None else ""
+        return f"{sha256(der).hexdigest()[:16]}{kid}"
+
 
 class Keys(Protocol):
+    @property
+    def current(self) -> Sequence[Key]:
+        """The keys that verify tokens now."""
+
     async def find(self, kid: str | None, algorithm: str) -> Sequence[Key]:
         """Return the keys, at least one, that may have signed a token with this header.
 
@@ -74,6 +91,10 @@ class FixedKeys:
 
     def __init__(self, *keys: Key) -> None:
         self._keys = keys
+
+    @property
+    def current(self) -> Sequence[Key]:
+        return self._keys
 
     async def find(self, kid: str | None, algorithm: str) -> Sequence[Key]:
         return _matching(self._keys, kid, algorithm) or _refuse()
@@ -139,6 +160,10 @@ class JwksKeys:
             await self._refresh(known=True)
         if not self._keys:
             raise (ConfigurationError if self._failure.permanent else DependencyError)(str(self._failure))
+
+    @property
+    def current(self) -> Sequence[Key]:
+        return self._keys
 
     @property
     def _keys(self) -> Sequence[Key]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -101,6 +101,11 @@ class TokenVerifier:
     async def check(self) -> None:
         """Check that tokens can be verified; see `Keys.check`."""
         await self._keys.check()
+
+    @property
+    def key_names(self) -> Sequence[str]:
+        """The names of the keys that verify tokens now."""
+        return [key.name for key in self._keys.current]
 
     async def verify(self, text: str) -> Principal:
         """See `Verifier`."""

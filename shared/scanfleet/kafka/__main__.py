@@ -7,12 +7,14 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Iterable
 
+from scanfleet.command import command_entry
 from scanfleet.errors import DependencyError
 from scanfleet.kafka.acls import create_acls
 from scanfleet.kafka.bus import KafkaBus
-from scanfleet.kafka.dead_letters import CannotReplayError, DeadLetter, dead_letter, dead_letters, replay
+from scanfleet.kafka.dead_letters import CannotReplayError, DeadLetter, check, dead_letter, dead_letters, replay
 from scanfleet.kafka.topics import TopicSettings, create_topics
-from scanfleet.messages.topics import TOPICS, Topic
+from scanfleet.messages import OperatorActed
+from scanfleet.messages.topics import OPERATOR, SCAN_AUDIT_OPERATOR, TOPICS, Topic
 from scanfleet.settings import KafkaSettings
 
 _NAME = "administrator"
@@ -57,20 +59,22 @@ async def _do(asked: argparse.Namespace) -> int:
     match asked.command:
         case "create-topics":
             await create_topics(TopicSettings())
-        case "create-acls":
-            await create_acls(KafkaSettings())
         case _:
             bus = KafkaBus(KafkaSettings(), source=_NAME, instance=_NAME)
             await bus.start()
             try:
-                return await _with_letters(bus, asked)
+                return await _on_bus(bus, asked)
             finally:
                 await bus.stop()
     return 0
 
 
-async def _with_letters(bus: KafkaBus, asked: argparse.Namespace) -> int:
+async def _on_bus(bus: KafkaBus, asked: argparse.Namespace) -> int:
     match asked.command:
+        case "create-acls":
+            settings = KafkaSettings()
+            await _record(bus, "create_acls", f"users of the services, prefix '{settings.topic_prefix}'")
+            await create_acls(settings)
         case "list":
             await _list(bus, [topic for topic in TOPICS if asked.topic in (topic.name, None)])
         case "show":
@@ -99,15 +103,25 @@ def _all(bus: KafkaBus, name: str) -> AsyncIterator[DeadLetter]:
 
 async def _replay(bus: KafkaBus, chosen: AsyncIterator[DeadLetter], *, verify: bool) -> int:
     refused = 0
+    action = "replay_dead_letter" if verify else "replay_unverified_dead_letter"
     async for each in chosen:
         try:
-            await replay(bus, each, verify=verify)
+            await check(bus, each, verify=verify)
+            await _record(bus, action, each.id)
+            await replay(bus, each)
         except CannotReplayError as error:
             refused += 1
+            await _record(bus, action, each.id, refused=str(error))
             _print([f"{each.id} was not sent: {error}"])
         else:
             _print([f"{each.id} was sent to {each.topic.name}"])
     return min(refused, 1)
+
+
+async def _record(bus: KafkaBus, action: str, target: str, *, refused: str = "") -> None:
+    """Have the audit log record what is done next. Without an acknowledgement it is not done."""
+    entry = command_entry(OPERATOR, action, target, refused=refused)
+    await bus.publish(SCAN_AUDIT_OPERATOR, [OperatorActed(entry=entry)])
 
 
 def _print(lines: Iterable[str]) -> None:

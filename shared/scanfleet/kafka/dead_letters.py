@@ -134,20 +134,29 @@ async def dead_letter(broker: Broker, id_: str) -> DeadLetter:
     raise LookupError(f"there is no dead letter {id_}")
 
 
-async def replay(broker: Broker, letter: DeadLetter, *, verify: bool = True) -> None:
-    """Send the record to its original topic and wait for the acknowledgement.
+async def check(broker: Broker, letter: DeadLetter, *, verify: bool) -> None:
+    """Return if the dead letter may be replayed.
 
-    With `verify` it is sent only if that topic still holds the same record at the dead letter's origin. Otherwise a
+    With `verify` it may be only if the original topic still holds the same record at the dead letter's origin. Otherwise a
     client that may write dead letters could have an administrator send records that the client may not send.
+
+    Raises:
+        CannotReplayError: it may not.
+        DependencyError: the broker is unavailable.
+    """
+    letter.again()
+    if verify:
+        await _verify(broker, letter)
+
+
+async def replay(broker: Broker, letter: DeadLetter) -> None:
+    """Send the record of a checked dead letter to its original topic and wait for the acknowledgement.
 
     Raises:
         CannotReplayError: it was not sent.
         DependencyError: it may or may not have been sent. A retry is safe: readers deduplicate.
     """
-    again = letter.again()
-    if verify:
-        await _verify(broker, letter)
-    await broker.send(letter.topic.name, [again])
+    await broker.send(letter.topic.name, [letter.again()])
 
 
 async def _verify(broker: Broker, letter: DeadLetter) -> None:

@@ -1,6 +1,6 @@
 """All messages between services, each defined once."""
 
-from scanfleet.messages.audit import Audited, AuditEntry
+from scanfleet.messages.audit import Audited, AuditEntry, OperatorActed
 from scanfleet.messages.base import Message
 from scanfleet.messages.chunks import (
     ChunkClaimed,
@@ -58,6 +58,7 @@ __all__ = [
     "JobStarted",
     "JobStatus",
     "Message",
+    "OperatorActed",
     "PortFound",
     "ResultsDeleted",
     "ScanChunk",

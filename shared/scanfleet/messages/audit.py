@@ -53,6 +53,20 @@ class AuditEntry(BaseModel):
     """Number of equal refusals that this entry represents; `target` and `request_id` are those of the last."""
 
 
+class OperatorActed(Message):
+    """A command that an operator has run with the rights of an administrator of the bus."""
+
+    entry: AuditEntry
+
+    @property
+    def event_id(self) -> str:
+        return self.entry.id
+
+    @property
+    def subject(self) -> str:
+        return f"audit/{self.entry.id}"
+
+
 class Audited(Message):
     """A refusal for the audit log; job-orchestrator records allowed actions itself."""
 

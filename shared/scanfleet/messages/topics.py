@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Final
 
-from scanfleet.messages.audit import Audited
+from scanfleet.messages.audit import Audited, OperatorActed
 from scanfleet.messages.base import Message
 from scanfleet.messages.chunks import (
     ChunkClaimed,
@@ -37,6 +37,8 @@ GATEWAY: Final = "api-gateway"
 ORCHESTRATOR: Final = "job-orchestrator"
 WORKER: Final = "scanner-worker"
 RESULT_STORE: Final = "result-store"
+OPERATOR: Final = "operator"
+"""Not a service: administrators of the bus, who may write to any topic."""
 
 PARTITIONS: Final = 12  # divides evenly among 1, 2, 3, 4, 6 or 12 replicas; never changes
 MIB: Final = 1024 * 1024
@@ -194,6 +196,11 @@ def _audit(service: str) -> Topic:
 SCAN_AUDIT: Final = {service: _audit(service) for service in (GATEWAY, ORCHESTRATOR, WORKER, RESULT_STORE)}
 """Topic by the only service that may write to it: the topic determines the service of an entry."""
 
+SCAN_AUDIT_OPERATOR: Final = replace(
+    _audit(OPERATOR), messages=(OperatorActed,), retention_bytes=64 * MIB
+)  # a command of an operator is a few hundred bytes
+"""What operators have done on the bus. No service may write to it."""
+
 TOPICS: Final = (
     SCAN_COMMANDS,
     SCAN_REPLIES,
@@ -205,4 +212,5 @@ TOPICS: Final = (
     SCAN_EVENTS,
     SCAN_DELETIONS,
     *SCAN_AUDIT.values(),
+    SCAN_AUDIT_OPERATOR,
 )

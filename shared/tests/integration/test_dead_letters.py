@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Final, cast
 from uuid import uuid4
 
 import pytest
@@ -19,9 +19,9 @@ from scanfleet.bus import Record
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.dead_letters import REPLAY, DeadLetter, dead_letter, dead_letters
 from scanfleet.kafka.topics import DEAD_LETTER_BYTES, TopicSettings, create_topics
-from scanfleet.messages import WorkerReady
-from scanfleet.messages.envelope import Headers, RawRecord
-from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_WORKERS
+from scanfleet.messages import OperatorActed, WorkerReady
+from scanfleet.messages.envelope import Headers, RawRecord, decode
+from scanfleet.messages.topics import SCAN_AUDIT_OPERATOR, SCAN_COMMANDS, SCAN_WORKERS
 from scanfleet.testing.consumers import Recorder, Running, until
 
 pytestmark = pytest.mark.integration
@@ -77,6 +77,12 @@ class Desk:
         ) as producer:
             yield producer
 
+    async def recorded(self) -> list[tuple[str, str, str, str]]:
+        """Action, target, decision and reason of each entry that the audit log gets from operators."""
+        records = [record async for record in self.bus.past(SCAN_AUDIT_OPERATOR)]
+        acted = [cast(OperatorActed, decode(SCAN_AUDIT_OPERATOR, record)).entry for record in records]
+        return [(each.action, each.target, each.decision, each.reason) for each in acted]
+
     async def letters(self) -> list[DeadLetter]:
         return [each async for each in dead_letters(self.bus, SCAN_WORKERS)]
 
@@ -88,7 +94,7 @@ class Desk:
 @pytest.fixture
 async def desk(kafka: str) -> AsyncIterator[Desk]:
     settings = TopicSettings(kafka=kafka, topic_prefix=f"{uuid4().hex}-")
-    await create_topics(settings, HERE)
+    await create_topics(settings, (*HERE, SCAN_AUDIT_OPERATOR))
     bus = KafkaBus(settings, source="test", instance="test")
     await bus.start()
     yield Desk(settings, bus)
@@ -226,6 +232,19 @@ async def test_replay_unverified_sends_only_the_letter_that_is_named(desk: Desk)
     assert (await desk.types("replay", "--unverified", f"{topic}/0/1"))[0] == 0
     (sent,) = [record for record in await desk.records() if record not in before]
     assert sent.value == b"two"
+    assert [(*entry[:3], bool(entry[3])) for entry in await desk.recorded()] == [
+        ("replay_dead_letter", f"{topic}/0/0", "refused", True),
+        ("replay_dead_letter", f"{topic}/0/1", "refused", True),
+        ("replay_unverified_dead_letter", f"{topic}/0/1", "allowed", False),
+    ]
+
+
+@pytest.mark.proves("G15")
+async def test_rights_and_replays_are_recorded_before_they_are_done(desk: Desk) -> None:
+    """A command that fails halfway is in the audit log too; without the topic for it nothing is done."""
+    assert (await desk.types("create-acls"))[0] == 1  # this broker has no authorizer
+    prefix = desk.settings.topic_prefix
+    assert await desk.recorded() == [("create_acls", f"users of the services, prefix '{prefix}'", "allowed", "")]
 
 
 async def test_what_is_in_a_letter_is_shown(desk: Desk) -> None:

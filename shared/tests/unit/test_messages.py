@@ -18,7 +18,17 @@ from scanfleet.messages import HostScanned, Message, PortFound, export
 from scanfleet.messages.envelope import RawRecord, decode, encode
 from scanfleet.messages.fields import MAX_BYTES
 from scanfleet.messages.results import MAX_FOUND
-from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, RESULT_STORE, SCAN_RESULTS, TOPICS, WORKER, Topic
+from scanfleet.messages.topics import (
+    GATEWAY,
+    OPERATOR,
+    ORCHESTRATOR,
+    RESULT_STORE,
+    SCAN_AUDIT_OPERATOR,
+    SCAN_RESULTS,
+    TOPICS,
+    WORKER,
+    Topic,
+)
 from scanfleet.testing.contracts import with_unknown_fields
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -119,8 +129,9 @@ def test_topic_names_are_hyphenated_words_and_unique() -> None:
 def test_a_topic_names_services_and_is_kept(topic: Topic) -> None:
     """A topic has messages, comes from and goes to services that there are, and keeps what it holds for a while."""
     services = {GATEWAY, ORCHESTRATOR, WORKER, RESULT_STORE}
+    operators = {OPERATOR} if topic is SCAN_AUDIT_OPERATOR else set()
     assert topic.messages
-    assert set(topic.producers) <= services
+    assert set(topic.producers) <= services | operators
     assert set(topic.consumers) <= services
     assert topic.producers
     assert topic.consumers

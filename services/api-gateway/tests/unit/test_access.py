@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
 import pytest
 
-from api_gateway.auth import MAX_STALE_S, MAX_USERS, Revocations, UserIds
+from api_gateway.auth import MAX_STALE_S, MAX_USERS, KeyReports, Revocations, UserIds
 from api_gateway.testing import Gateway, Running
 from scanfleet.auth import Principal
 from scanfleet.errors import DependencyError, UnauthorizedError, UnavailableError
@@ -44,6 +44,42 @@ async def revoke(gateway: Running, **changed: Any) -> None:
     """Revoke, and let the gateway know."""
     gateway.services.revoked.append(revoked(**changed))
     await gateway.app.state.verifier._revoked.refresh()
+
+
+# Keys of the issuer
+
+
+@pytest.mark.proves("G15")
+async def test_gateway_reports_the_keys_that_verify_tokens(gateway: Running) -> None:
+    """Once it has fetched the issuer's keys, the orchestrator gets their names, which hold no key."""
+    async with asyncio.timeout(5):
+        while not gateway.services.keys:  # noqa: ASYNC110 # a request sets no event
+            await asyncio.sleep(0.01)
+    (reported,) = gateway.services.keys
+    issuer = gateway.issuer
+    assert (reported.issuer, len(reported.keys)) == (issuer.settings.jwt_issuer, 1)
+    assert reported.keys[0].endswith(f", kid '{issuer.kid}'")
+    assert reported.keys[0] == gateway.app.state.verifier.key_names[0]
+
+
+async def test_key_reports_are_sent_when_keys_change_and_again_until_they_arrive() -> None:
+    """A report that failed is repeated; the same keys are reported once."""
+    names, away = ["a"], True
+    reports: list[list[str]] = []
+
+    async def report(keys: Sequence[str]) -> None:
+        reports.append(list(keys))
+        if away:
+            raise DependencyError("unavailable")
+
+    keys = KeyReports(lambda: names, report)
+    await keys.refresh()
+    away = False
+    for _ in range(2):
+        await keys.refresh()
+    names = ["a", "b"]
+    await keys.refresh()
+    assert reports == [["a"], ["a"], ["a", "b"]]
 
 
 # Internal tokens

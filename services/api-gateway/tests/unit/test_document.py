@@ -50,6 +50,7 @@ async def gateway() -> AsyncIterator[Running]:
 @pytest.fixture
 async def document(gateway: Running) -> dict[str, Any]:
     answer = await gateway.client.get("/openapi.json")
+    assert re.fullmatch(rb"[\x20-\x7e]+", answer.content)
     content: dict[str, Any] = answer.json()
     return content
 

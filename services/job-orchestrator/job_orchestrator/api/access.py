@@ -9,12 +9,13 @@ from fastapi import APIRouter, Depends, Request
 
 from job_orchestrator.api.state import Handed, Paged, Recorded
 from job_orchestrator.domain.access import KEPT, MAX_REVOCATIONS, Access, Revocation
+from job_orchestrator.domain.keys import first_use
 from scanfleet import rest
 from scanfleet.auth import Caller, GatewayRoute, Guarded, Principal
 from scanfleet.clock import utc_now
 from scanfleet.errors import BadRequestError, ConflictError, ForbiddenError, NotFoundError, Rule
 from scanfleet.policy import Preset, fill_in
-from scanfleet.service import PathId
+from scanfleet.service import PathId, source
 
 _SKEW: Final = timedelta(seconds=60)  # maximum by which a caller's clock may be ahead
 
@@ -102,6 +103,15 @@ async def scan_limits(state: Handed) -> rest.ScanLimits:
         scripts=sorted(state.scripts),
         max_addresses=state.rules.max_addresses,
     )
+
+
+@internal.post("/keys")
+async def use_issuer_keys(request: Request, body: rest.IssuerKeys, state: Handed) -> rest.Done:
+    """Record the keys of an issuer that the gateway accepts, each once."""
+    await state.store.add_audit(
+        [first_use(f"verifies tokens of {body.issuer}", key, source=source(request)) for key in body.keys]
+    )
+    return rest.Done(message="Keys recorded")
 
 
 @internal.post("/users")

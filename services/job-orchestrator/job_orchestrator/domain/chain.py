@@ -32,6 +32,11 @@ class ChainKeys:
         self._secrets = {hashlib.sha256(secret.encode()).hexdigest()[:8]: secret.encode() for secret in secrets}
         self._signs = next(iter(self._secrets))
 
+    @property
+    def key_id(self) -> str:
+        """The id of the key that signs."""
+        return self._signs
+
     def sign(self, kind: str, content: Mapping[str, Any]) -> str:
         """Return the signature of `content` as a document of this kind, with the id of the key."""
         return self._sign(self._signs, kind, content)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from job_orchestrator.domain.store import Store
 from scanfleet.bus import Record
 from scanfleet.errors import MessageError
-from scanfleet.messages import Audited
+from scanfleet.messages import Audited, OperatorActed
 
 
 class Audit:
@@ -32,7 +32,7 @@ class Audit:
     async def caught_up(self, partitions: Collection[int]) -> None: ...
 
 
-def _audited(record: Record) -> Audited:
-    if not isinstance(record.message, Audited):
+def _audited(record: Record) -> Audited | OperatorActed:
+    if not isinstance(record.message, Audited | OperatorActed):
         raise MessageError(f"unexpected message type {type(record.message).__name__} on an audit topic")
     return record.message

@@ -146,6 +146,20 @@ async def test_a_user_is_given_one_id(api: Api) -> None:
     assert len(set(ids)) == 3
 
 
+@pytest.mark.proves("G15")
+async def test_key_of_the_issuer_is_recorded_once(api: Api) -> None:
+    """However many gateways report a key, and however often, the audit log has one entry of it; another key is another."""
+    for keys in (["aa, kid '1'"], ["aa, kid '1'"], ["aa, kid '1'", "bb, kid '1'"]):
+        body = {"issuer": "https://issuer.test", "keys": keys}
+        assert (await api("POST", "/internal/keys", 0, json=body)).status_code == 200
+    entries, _ = await api.store.list_audit(0, 10)
+    assert sorted((each.action, each.target, each.subject) for each in entries) == [
+        ("use_key", f"verifies tokens of https://issuer.test: key {key}", "") for key in ("aa, kid '1'", "bb, kid '1'")
+    ]
+    refused = await api("POST", "/internal/keys", 9, admin=True, json={"issuer": "i", "keys": ["aa"]})
+    assert refused.status_code == 401
+
+
 @pytest.mark.proves("G14")
 @pytest.mark.parametrize(("method", "path"), [("GET", "/internal/revocations"), ("POST", "/internal/users")])
 async def test_only_the_gateway_asks_for_itself(api: Api, method: str, path: str) -> None:

@@ -126,6 +126,7 @@ FOR_THE_GATEWAY = [  # in its own name: test_access.py
     ("GET", "/internal/revocations"),
     ("POST", "/internal/users"),
     ("GET", "/internal/limits"),
+    ("POST", "/internal/keys"),
 ]
 EVERY_ROUTE = [
     ("GET", "/api/v1/task"),

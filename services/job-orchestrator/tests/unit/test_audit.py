@@ -21,8 +21,9 @@ from job_orchestrator.testing import RULES, World, scan_job
 from job_orchestrator.testing.things import THEN
 from scanfleet import service
 from scanfleet.errors import DependencyError
-from scanfleet.messages import Audited, AuditEntry
-from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, SCAN_AUDIT, SCAN_COMMANDS, WORKER
+from scanfleet.messages import Audited, AuditEntry, OperatorActed
+from scanfleet.messages.acls import SERVICES, acls_of
+from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, SCAN_AUDIT, SCAN_AUDIT_OPERATOR, SCAN_COMMANDS, WORKER
 from scanfleet.settings import FrontSettings
 from scanfleet.testing.bus import MemoryBus
 from scanfleet.testing.tokens import Issuer
@@ -314,6 +315,26 @@ async def test_refusal_that_is_delivered_twice_is_one_entry(world: World) -> Non
     entries, total = await world.store.list_audit(0, 10)
     assert total == 1
     assert entries[0].model_dump(exclude={"id", "received_at"}) == refusal().model_dump(exclude={"id"})
+
+
+@pytest.mark.proves("G15")
+async def test_operator_command_is_an_entry_of_the_operators(world: World) -> None:
+    """What an operator does on the bus is in the log as theirs, whatever service it names."""
+    acted = OperatorActed(entry=refusal(action="replay_dead_letter", decision="allowed", rule="operator"))
+    await world.bus.publish(SCAN_AUDIT_OPERATOR, [acted])
+    await world.hand(SCAN_AUDIT_OPERATOR, world.take(SCAN_AUDIT_OPERATOR))
+    entries, _ = await world.store.list_audit(0, 10)
+    assert [(each.service, each.action, each.decision) for each in entries] == [
+        ("operator", "replay_dead_letter", "allowed")
+    ]
+
+
+@pytest.mark.proves("A26")
+def test_no_service_may_write_operators_entries() -> None:
+    """The broker lets no service write to the operators' topic."""
+    written = {acl.name for service in SERVICES for acl in acls_of(service) if acl.operation == "Write"}
+    assert SCAN_AUDIT_OPERATOR.name not in written
+    assert SCAN_AUDIT[GATEWAY].name in written
 
 
 @pytest.mark.proves("A26")

@@ -201,12 +201,18 @@ async def test_results_store_unavailable_returns_503() -> None:
     assert "secret-host" not in response.text
 
 
+@pytest.mark.proves("A29")
 async def test_json_hostile_text_is_ascii() -> None:
     """Hostile text round-trips exactly, in a document of printable ASCII that browsers do not render as a page."""
-    response = await get(await store_of(host("127.9.8.1", PortFound(port=80, banner=HOSTILE))))
-    assert response.json()[0]["banner"] == HOSTILE
+    hostile = f"{HOSTILE}\x7f\u2028\u2066"
+    store = await store_of(host("127.9.8.1", PortFound(port=80, banner=hostile)))
+    response = await get(store)
+    assert response.json()[0]["banner"] == hostile
     assert response.content.isascii()
     assert response.text.isprintable()
+    (line,) = (await get(store, accept="application/x-ndjson")).text.splitlines()
+    assert line.isascii()
+    assert line.isprintable()
     assert response.headers["x-content-type-options"] == "nosniff"
     assert response.headers["vary"] == "Accept"
 

@@ -1,0 +1,223 @@
+"""TLS between the gateway and a service behind it, on real sockets: who is served, and who is not."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
+from fastapi import APIRouter, FastAPI
+from pydantic import ValidationError
+
+from api_gateway.testing import Gateway
+from api_gateway.upstream import connect
+from local.credentials import LOOPBACK, Authority
+from scanfleet import logging, service
+from scanfleet.errors import ConfigurationError
+from scanfleet.server import Server
+from scanfleet.settings import CommonSettings, InternalApiSettings
+from scanfleet.tls import client_context
+
+pytestmark = pytest.mark.integration
+
+LIMIT = 30.0  # seconds until any of this has happened
+
+router = APIRouter()
+
+
+@router.get("/thing")
+async def thing() -> int:
+    return 1
+
+
+class Settings(CommonSettings, InternalApiSettings):
+    """Of a service behind the gateway."""
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What one side shows, and whom it believes."""
+
+    tls_ca_file: Path
+    tls_certificate_file: Path
+    tls_key_file: Path
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+class Site:
+    """An authority and the certificates that it has signed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._authority = Authority(folder.name)
+        (folder / "ca.crt").write_text(self._authority.certificate)
+
+    def files(self, name: str, *uses: x509.ObjectIdentifier, address: x509.GeneralName | None = LOOPBACK) -> Files:
+        names = [x509.DNSName(name), *([address] if address else [])]
+        extensions = [x509.SubjectAlternativeName(names), *([x509.ExtendedKeyUsage(uses)] if uses else [])]
+        files = Files(*(self._folder / each for each in ("ca.crt", f"{name}.crt", f"{name}.key")))
+        key, certificate = self._authority.issue(name, *extensions)
+        files.tls_key_file.write_text(key)
+        files.tls_certificate_file.write_text(certificate)
+        return files
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    return Site(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture(scope="module")
+def gateway(site: Site) -> Files:
+    return site.files("api-gateway", ExtendedKeyUsageOID.CLIENT_AUTH)
+
+
+@pytest.fixture(scope="module")
+def orchestrator(site: Site) -> Files:
+    return site.files("job-orchestrator", ExtendedKeyUsageOID.SERVER_AUTH)
+
+
+@asynccontextmanager
+async def serving(files: Files) -> AsyncIterator[Server]:
+    """A service behind the gateway, with this certificate."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+
+    settings = Settings(
+        instance="test", probe_port=0, api_port=0, internal_public_keys_file=Path("none"), **files.settings
+    )
+    logging.configure("test", settings)
+    server = Server(service.create_app(name="test", settings=settings, lifespan=lifespan, routers=[router]))
+    running = asyncio.create_task(server._serve())  # `serve` would end this process by the signals that it took
+    async with asyncio.timeout(LIMIT):
+        while not server.started:  # noqa: ASYNC110 # the server has no event to wait for
+            await asyncio.sleep(0.01)
+    try:
+        yield server
+    finally:
+        server.should_exit = True
+        await running
+
+
+def url(server: Server, scheme: str = "https") -> str:
+    return f"{scheme}://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+
+
+async def ask(server: Server, files: Files) -> httpx.Response:
+    """What the gateway gets with these files."""
+    urls = dict.fromkeys(("orchestrator_url", "result_store_url"), url(server))
+    async with connect(url(server), Gateway().settings(**urls, **files.settings)) as client:
+        return await client.get("/thing")
+
+
+async def test_gateway_with_its_certificate_is_served(orchestrator: Files, gateway: Files) -> None:
+    """Both sides show a certificate of the site's authority, and the request is answered over TLS 1.3."""
+    async with serving(orchestrator) as server:
+        assert (await ask(server, gateway)).json() == 1
+
+
+async def test_probes_stay_without_tls(orchestrator: Files) -> None:
+    """The probe port needs no certificate, and the port of requests answers nothing in the clear."""
+    async with serving(orchestrator) as server, httpx.AsyncClient() as client:
+        assert (await client.get(f"http://127.0.0.1:{server.probe_port}/readyz")).status_code == 200
+        with pytest.raises(httpx.TransportError):
+            await client.get(f"{url(server, 'http')}/thing")
+
+
+async def test_client_without_a_certificate_is_refused(orchestrator: Files, gateway: Files) -> None:
+    """A client that trusts the authority but shows no certificate gets no answer."""
+    context = ssl.create_default_context(cafile=str(gateway.tls_ca_file))
+    async with serving(orchestrator) as server, httpx.AsyncClient(verify=context) as client:
+        with pytest.raises(httpx.TransportError):
+            await client.get(f"{url(server)}/thing")
+
+
+async def test_client_of_another_authority_is_refused(orchestrator: Files, gateway: Files, tmp_path: Path) -> None:
+    """A certificate of the right name that another authority has signed gets no answer."""
+    forged = Site(tmp_path).files("api-gateway", ExtendedKeyUsageOID.CLIENT_AUTH)
+    async with serving(orchestrator) as server:
+        with pytest.raises(httpx.TransportError):
+            await ask(server, replace(forged, tls_ca_file=gateway.tls_ca_file))
+
+
+async def test_server_of_another_authority_is_not_asked(gateway: Files, tmp_path: Path) -> None:
+    """The gateway sends nothing to a server whose certificate another authority has signed."""
+    forged = Site(tmp_path).files("job-orchestrator", ExtendedKeyUsageOID.SERVER_AUTH)
+    async with serving(replace(forged, tls_ca_file=gateway.tls_ca_file)) as server:
+        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            await ask(server, gateway)
+
+
+async def test_server_with_another_name_is_not_asked(site: Site, gateway: Files) -> None:
+    """The gateway sends nothing to a server whose certificate does not have the name in the URL."""
+    other = site.files("elsewhere", ExtendedKeyUsageOID.SERVER_AUTH, address=None)
+    async with serving(other) as server:
+        with pytest.raises(httpx.ConnectError, match=r"not valid for '127\.0\.0\.1'"):
+            await ask(server, gateway)
+
+
+async def test_server_certificate_is_refused_as_a_clients(orchestrator: Files, site: Site) -> None:
+    """The certificate of a service behind the gateway, which is for servers, opens no other one."""
+    result_store = site.files("result-store", ExtendedKeyUsageOID.SERVER_AUTH)
+    async with serving(orchestrator) as server:
+        with pytest.raises(httpx.TransportError):
+            await ask(server, result_store)
+
+
+@pytest.mark.parametrize("name", ["scanner-worker", "xapi-gateway", "api-gateway.example.com"])
+async def test_client_with_another_name_is_refused(orchestrator: Files, site: Site, name: str) -> None:
+    """A certificate of the authority for any client but the gateway is answered 403, whatever is asked."""
+    other = site.files(name)
+    context = client_context(Settings(internal_public_keys_file=Path("none"), **other.settings))
+    async with serving(orchestrator) as server:
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", server.servers[0].sockets[0].getsockname()[1], ssl=context
+        )
+        async with asyncio.timeout(LIMIT):
+            assert (await reader.read()).startswith(b"HTTP/1.1 403 ")
+        writer.close()
+
+
+async def test_older_tls_is_refused(orchestrator: Files, gateway: Files) -> None:
+    """A client that speaks TLS 1.2 at most gets no answer."""
+    context = ssl.create_default_context(cafile=str(gateway.tls_ca_file))
+    context.load_cert_chain(gateway.tls_certificate_file, gateway.tls_key_file)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    async with serving(orchestrator) as server, httpx.AsyncClient(verify=context) as client:
+        with pytest.raises(httpx.TransportError):
+            await client.get(f"{url(server)}/thing")
+
+
+def test_file_that_is_no_certificate_ends_the_start(gateway: Files) -> None:
+    """A file that does not hold what it should is named, at start."""
+    files = replace(gateway, tls_certificate_file=gateway.tls_key_file)
+    with pytest.raises(ConfigurationError, match=re.escape(str(gateway.tls_key_file))):
+        client_context(Settings(internal_public_keys_file=Path("none"), **files.settings))
+
+
+def test_files_without_each_other_are_refused(gateway: Files) -> None:
+    """One or two of the three files are a mistake in the settings."""
+    with pytest.raises(ValidationError, match="set all of"):
+        Settings(internal_public_keys_file=Path("none"), tls_ca_file=gateway.tls_ca_file)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_urls_that_do_not_match_the_certificates_are_refused(gateway: Files, scheme: str) -> None:
+    """The gateway starts neither with certificates and clear text nor with TLS and no certificate."""
+    urls = {"orchestrator_url": f"{scheme}://o", "result_store_url": "https://r"}
+    with pytest.raises(ValidationError, match="https with"):
+        Gateway().settings(**urls, **(gateway.settings if scheme == "http" else {}))
