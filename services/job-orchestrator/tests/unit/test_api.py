@@ -131,6 +131,7 @@ FOR_THE_GATEWAY = [  # in its own name: test_access.py
 EVERY_ROUTE = [
     ("GET", "/api/v1/task"),
     ("GET", "/api/v1/task/1"),
+    ("DELETE", "/api/v1/task/1"),
     ("GET", "/api/v1/task/1/ledger"),
     ("GET", "/api/v1/task/1/waiting"),
     ("GET", "/api/v1/task/1/snapshot"),
