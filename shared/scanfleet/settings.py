@@ -397,9 +397,9 @@ class GrantSettings(_Settings):
 
     grants_file: Path | None = Field(
         None,
-        description="TOML file with the networks, rate, timing, scripts and hours that each user may use, read once at start; "
-        "without it users are not told apart. [security.md](security.md#grants) has its form. Give the gateway, the orchestrator "
-        "and the workers the same file.",
+        description="TOML file with the networks, rate, timing, scripts and hours that each user may use, read once "
+        "at start; without it all users have the same limits. [security.md](security.md#grants) has its form. Give "
+        "the gateway, the orchestrator and the workers the same file.",
     )
 
     @property

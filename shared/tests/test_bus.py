@@ -197,8 +197,8 @@ async def test_a_member_handles_each_message_once_and_the_same_key_in_order(back
         assert mine == [message for message in sent if message.worker_id == worker]
 
 
-async def test_a_record_says_where_it_stands_and_when_the_broker_took_it(backend: Backend) -> None:
-    """A record carries its topic without the prefix, its partition and offset, and the broker's own time in UTC."""
+async def test_record_has_position_and_broker_time(backend: Backend) -> None:
+    """A record has its topic without the prefix, its partition and offset, and the broker's timestamp in UTC."""
     bus, recorder = await backend.bus("one"), Recorder()
     before = datetime.now(UTC)
     async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
@@ -212,8 +212,8 @@ async def test_a_record_says_where_it_stands_and_when_the_broker_took_it(backend
     assert first.timestamp.tzinfo is UTC
 
 
-async def test_a_group_reads_from_the_earliest_record_and_goes_on_after_the_last_commit(backend: Backend) -> None:
-    """A new group begins with what was there before it, and its next member begins after what the last one committed."""
+async def test_group_starts_at_the_earliest_record_and_resumes_after_the_last_commit(backend: Backend) -> None:
+    """A new group starts with existing records, and its next member resumes after the last commit."""
     bus, first, second = await backend.bus("one"), Recorder(), Recorder()
     await bus.publish(SCAN_WORKERS, [ready(1)])
     async with Running(bus.consume(SCAN_WORKERS, GROUP, first)):
@@ -224,8 +224,8 @@ async def test_a_group_reads_from_the_earliest_record_and_goes_on_after_the_last
     assert numbers(second) == [2]
 
 
-async def test_two_members_share_the_partitions_and_lose_nothing_when_they_come_and_go(backend: Backend) -> None:
-    """Every record reaches a member, however the members change, and each partition is one member's at a time."""
+async def test_members_share_partitions_without_loss_when_they_join_and_leave(backend: Backend) -> None:
+    """Every record reaches a member, however the members change, and each partition has one member at a time."""
     one, two = await backend.bus("one"), await backend.bus("two")
     a, b = Recorder(), Recorder()
     consumer, other = one.consume(SCAN_WORKERS, GROUP, a), two.consume(SCAN_WORKERS, GROUP, b)
@@ -248,8 +248,8 @@ async def test_two_members_share_the_partitions_and_lose_nothing_when_they_come_
     assert seen() == set(range(200))
 
 
-async def test_a_batch_in_hand_at_a_rebalance_is_finished_and_committed(backend: Backend) -> None:
-    """A member that must hand over finishes its batch first, so that nobody else gets it again."""
+async def test_current_batch_at_a_rebalance_is_finished_and_committed(backend: Backend) -> None:
+    """A member finishes and commits its batch before it releases its partitions, so that it is not redelivered."""
     one, two = await backend.bus("one"), await backend.bus("two")
     go_on = asyncio.Event()
     a, b = Recorder(lambda _: go_on.wait()), Recorder()
@@ -269,11 +269,11 @@ async def test_a_batch_in_hand_at_a_rebalance_is_finished_and_committed(backend:
         assert set(Counter(numbers(a) + numbers(b)).values()) == {1}
 
 
-async def test_a_batch_held_up_at_a_rebalance_is_dropped_and_comes_again(backend: Backend) -> None:
-    """A member that waits for a dependency hands over at once, uncommitted, and the records come again to whose they are."""
+async def test_blocked_batch_at_a_rebalance_is_dropped_and_redelivered(backend: Backend) -> None:
+    """A member that waits for a dependency releases its partitions at once, and the records are redelivered."""
     one, two = await backend.bus("one"), await backend.bus("two")
     away = [True]
-    a = Recorder(failing(DependencyError("away"), lambda _: away[0]))
+    a = Recorder(failing(DependencyError("unavailable"), lambda _: away[0]))
     b = Recorder()
     async with Running(one.consume(SCAN_WORKERS, GROUP, a)):
         await one.publish(SCAN_WORKERS, workers(50))
@@ -285,10 +285,10 @@ async def test_a_batch_held_up_at_a_rebalance_is_dropped_and_comes_again(backend
             assert numbers(b)
 
 
-async def test_a_bad_day_is_retried_in_place(backend: Backend) -> None:
-    """While a dependency is away the batch is tried again, unready and uncommitted; then all is handled, none buried."""
+async def test_handle_dependency_error_is_retried_in_place(backend: Backend) -> None:
+    """While a dependency is unavailable the batch is retried without a commit; then all records are handled."""
     bus = await backend.bus("one")
-    away: list[Exception] = [DependencyError("MongoDB is away")]
+    away: list[Exception] = [DependencyError("MongoDB is unavailable")]
     recorder = Recorder(lambda _: failing(away[0], lambda _: True)(()) if away else None)
     consumer = bus.consume(SCAN_WORKERS, GROUP, recorder)
     async with Running(consumer):
@@ -308,8 +308,8 @@ async def test_a_bad_day_is_retried_in_place(backend: Backend) -> None:
     assert not await backend.records(SCAN_WORKERS.dead_letter)
 
 
-async def test_a_record_that_cannot_be_handled_is_buried_alone(backend: Backend) -> None:
-    """When a batch raises, its records are tried one by one; only the one that raises again becomes a dead letter."""
+async def test_handle_error_dead_letters_only_the_failing_record(backend: Backend) -> None:
+    """When a batch raises, its records are handled one by one; only the one that raises again is dead-lettered."""
     bus = await backend.bus("one")
     recorder = Recorder(failing(ZeroDivisionError("a bug"), lambda records: names(records, 2)))
     async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
@@ -349,13 +349,13 @@ def without(name: str, **instead: bytes | None) -> Headers:
         pytest.param(None, GOOD.value, GOOD.headers, id="null key"),
     ],
 )
-async def test_poison_is_buried_with_its_origin_and_the_next_record_is_handled(
+async def test_malformed_record_is_dead_lettered_and_the_next_is_handled(
     backend: Backend,
     key: bytes | None,
     value: bytes | None,
     headers: Headers,
 ) -> None:
-    """A record that is no message goes to the dead-letter topic whole, says where from and why, and holds up nothing."""
+    """A malformed record is sent to the dead-letter topic unchanged, with origin and reason, and blocks nothing."""
     bus, recorder = await backend.bus("one"), Recorder()
     async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
         backend.put(3, GOOD.key, GOOD.value, GOOD.headers)
@@ -427,8 +427,8 @@ async def test_a_tail_sees_all_that_is_sent_after_its_start_and_nothing_older(ba
     assert numbers(c) == [99]
 
 
-async def test_caught_up_is_said_of_every_partition_after_its_records_were_handled(backend: Backend) -> None:
-    """A partition is caught up only when all that stood in it was handled, and again and again while nothing comes."""
+async def test_caught_up_is_called_for_each_partition_after_its_records_were_handled(backend: Backend) -> None:
+    """A partition is caught up only when all of its records were handled, and repeatedly while no record arrives."""
     bus, recorder = await backend.bus("one"), Recorder()
     await bus.publish(SCAN_WORKERS, workers(100))
     async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
@@ -440,15 +440,15 @@ async def test_caught_up_is_said_of_every_partition_after_its_records_were_handl
             first = next(handled for partitions, handled in recorder.caught_up_after if partition in partitions)
             before = [record.partition for record in recorder.handled[:first]].count(partition)
             assert before == [record.partition for record in recorder.handled].count(partition)
-        said = len(recorder.caught_up_after)
-        await until(lambda: len(recorder.caught_up_after) >= said + 2)
+        calls = len(recorder.caught_up_after)
+        await until(lambda: len(recorder.caught_up_after) >= calls + 2)
 
 
-async def test_caught_up_is_not_said_while_held_up(backend: Backend) -> None:
+async def test_caught_up_is_not_called_while_blocked(backend: Backend) -> None:
     """A partition with a record that waits for a dependency is not caught up."""
     bus = await backend.bus("one")
     away = [True]
-    recorder = Recorder(failing(DependencyError("away"), lambda _: away[0]))
+    recorder = Recorder(failing(DependencyError("unavailable"), lambda _: away[0]))
     await bus.publish(SCAN_WORKERS, [ready(1)])
     async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
         await until(lambda: len(recorder.tries) >= 5)
@@ -459,8 +459,8 @@ async def test_caught_up_is_not_said_while_held_up(backend: Backend) -> None:
         await until(lambda: [p for p, _ in recorder.caught_up_after if mine in p])
 
 
-async def test_caught_up_is_not_said_on_what_was_known_before_a_freeze(backend: Backend) -> None:
-    """A process that was frozen while others wrote reads what they wrote before it says that it has caught up."""
+async def test_caught_up_after_a_freeze_is_based_on_new_ends(backend: Backend) -> None:
+    """A process that was frozen reads the records of the meantime before it is caught up."""
     bus = await backend.bus("one")
 
     def freeze(records: Sequence[Record]) -> None:
@@ -479,8 +479,8 @@ async def test_caught_up_is_not_said_on_what_was_known_before_a_freeze(backend: 
     assert not [p for p, handled in recorder.caught_up_after if mine in p and handled < 2]
 
 
-async def test_a_stop_finishes_the_batch_in_hand_and_commits_it(backend: Backend) -> None:
-    """A clean stop lets the handler finish, commits just that, and leaves the rest to the next member."""
+async def test_stop_finishes_and_commits_the_current_batch(backend: Backend) -> None:
+    """A graceful stop lets the handler finish, commits exactly that batch, and leaves the rest to the next member."""
     bus, go_on = await backend.bus("one"), asyncio.Event()
     recorder, successor = Recorder(lambda _: go_on.wait()), Recorder()
     consumer = bus.consume(SCAN_WORKERS, GROUP, recorder)
@@ -502,7 +502,7 @@ async def test_a_stop_finishes_the_batch_in_hand_and_commits_it(backend: Backend
 async def test_a_stop_does_not_wait_for_a_dependency(backend: Backend) -> None:
     """A member that is held up stops at once and commits nothing."""
     bus = await backend.bus("one")
-    recorder = Recorder(failing(DependencyError("away"), lambda _: True))
+    recorder = Recorder(failing(DependencyError("unavailable"), lambda _: True))
     consumer = bus.consume(SCAN_WORKERS, GROUP, recorder)
     await consumer.start()
     await bus.publish(SCAN_WORKERS, [ready(1)])
@@ -524,8 +524,8 @@ async def test_a_member_that_stopped_leaves_its_partitions_to_the_others(backend
             await until(lambda: len(a.partitions) == SCAN_WORKERS.partitions)
 
 
-async def test_an_error_outside_of_a_batch_ends_the_loop(backend: Backend) -> None:
-    """A handler that cannot even be told of its partitions is a fault of the process, which is then not alive."""
+async def test_assigned_error_ends_the_loop(backend: Backend) -> None:
+    """An error of a handler outside of a batch is a fault of the process, which is then dead."""
 
     class Broken(Recorder):
         async def caught_up(self, partitions: Collection[int]) -> None:
@@ -538,8 +538,8 @@ async def test_an_error_outside_of_a_batch_ends_the_loop(backend: Backend) -> No
         assert not consumer.ready
 
 
-async def test_a_message_that_must_not_be_sent_stops_the_whole_batch(backend: Backend) -> None:
-    """A message too large, or not of the topic, is refused, and those beside it are not sent either."""
+async def test_publish_invalid_message_sends_nothing(backend: Backend) -> None:
+    """If a message is too large, or not of the topic, none of its batch is sent."""
     bus = await backend.bus("one")
     large = CommandRejected(command_id="c", status=400, error="x").model_copy(update={"error": "x" * MAX_BYTES})
     small = CommandRejected(command_id="c", status=400, error="x")
@@ -574,8 +574,8 @@ async def test_a_trace_is_carried(backend: Backend) -> None:
     assert traces == {1: TRACEPARENT, 2: None, 7: None, 3: current}
 
 
-async def test_the_metrics_count_what_became_of_records(backend: Backend) -> None:
-    """Handled, failed and buried records are counted for each topic and group, and the lag is none when all is read."""
+async def test_metrics_count_handled_failed_and_dead_lettered_records(backend: Backend) -> None:
+    """Handled, failed and dead-lettered records are counted by topic and group; the lag ends at zero."""
     bus, group = await backend.bus("one"), uuid4().hex
     recorder = Recorder(failing(ZeroDivisionError("a bug"), lambda records: names(records, 2)))
 

@@ -1,4 +1,4 @@
-"""The servers that every other integration test stands on."""
+"""The native Kafka and MongoDB servers that other integration tests depend on."""
 
 from __future__ import annotations
 

@@ -70,40 +70,40 @@ def scans(user: Client) -> bool:
     return status == "completed"
 
 
-def test_the_readme_shows_what_works(stack: Stack, tmp_path: Path) -> None:
-    """Every line of the README's example runs on a new stack, and no answer is an error."""
+def test_readme_example_on_a_new_stack_succeeds(stack: Stack, tmp_path: Path) -> None:
+    """Every line of the README's example runs on a new stack without an error response."""
     (block,) = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (tmp_path / ".local").mkdir()
     (tmp_path / ".local" / "stack.env").symlink_to(stack.folder / "stack.env")
     # The verbs work on this clone's own stack, which is not ours to touch.
     verbs = f'make() {{ [ "$1" = up ] || echo {stack.token(7)}; }}\n'
-    told = subprocess.run(["bash", "-euc", verbs + block], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert '{"error"' not in told.stdout
-    assert told.stdout.count('"127.9.8.0/24"') == 1
-    assert '"not_probed"' in told.stdout
+    run = subprocess.run(["bash", "-euc", verbs + block], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert '{"error"' not in run.stdout
+    assert run.stdout.count('"127.9.8.0/24"') == 1
+    assert '"not_probed"' in run.stdout
 
 
 def pids(stack: Stack) -> dict[str, int]:
     return {process.name: process.pid for process in stack.processes()}
 
 
-def test_it_is_seven_processes(stack: Stack) -> None:
-    """A stack is Kafka, mongod and the four services, two scanner-workers among them, all running."""
+def test_up_starts_all_processes(stack: Stack) -> None:
+    """A stack is Kafka, mongod and the four services with two scanner-workers, all running."""
     assert sorted(pids(stack)) == sorted(NAMES)
     assert all(process.running for process in stack.processes())
     assert sum(LOCAL_REPLICAS.values()) == len(NAMES) - 2
 
 
-def test_a_second_up_finds_the_first(stack: Stack, folder: Path) -> None:
-    """Bringing up a stack that is up starts nothing and says so."""
+def test_up_is_idempotent(stack: Stack, folder: Path) -> None:
+    """Starting a running stack starts nothing and reports that."""
     before = pids(stack)
     assert not Stack(folder).up()
     assert pids(stack) == before
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_killed_process_comes_back(stack: Stack, user: Client, name: str) -> None:
-    """Whatever is killed with -9 is started again, and then the stack scans as before."""
+def test_killed_process_is_restarted(stack: Stack, user: Client, name: str) -> None:
+    """Every process that is killed with SIGKILL is restarted, and then the stack scans as before."""
     killed = stack.pid(name)
     stack.kill(name)
     until(lambda: pids(stack)[name] not in (0, killed), LIMIT, f"{name} to come back")
@@ -113,8 +113,8 @@ def test_a_killed_process_comes_back(stack: Stack, user: Client, name: str) -> N
     until(lambda: scans(user), LIMIT, "a scan to complete")
 
 
-def test_it_remembers(stack: Stack, user: Client, folder: Path) -> None:
-    """What was stored before `down` is there after `up`, at the same address and for the same token."""
+def test_data_survives_restart(stack: Stack, user: Client, folder: Path) -> None:
+    """Data stored before `down` is available after `up`, at the same address and with the same token."""
     subnet = user.subnet("127.9.8.0/24")
     assert stack.down()
     assert stack.processes() == []
@@ -123,8 +123,8 @@ def test_it_remembers(stack: Stack, user: Client, folder: Path) -> None:
     assert user.http.get(f"/api/v1/subnet/{subnet}").is_success
 
 
-def test_a_killed_supervisor_leaves_no_second_broker(stack: Stack, folder: Path) -> None:
-    """After supervisord itself was killed with -9, the next up ends what it left and starts anew."""
+def test_up_after_a_killed_supervisor_ends_its_processes(stack: Stack, folder: Path) -> None:
+    """After supervisord was killed with SIGKILL, the next up ends the remaining processes and restarts the stack."""
     before = pids(stack)
     os.kill(int((folder / "supervisord.pid").read_text()), signal.SIGKILL)
     until(lambda: not stack.processes(), LIMIT, "supervisord to end")
@@ -133,15 +133,15 @@ def test_a_killed_supervisor_leaves_no_second_broker(stack: Stack, folder: Path)
     assert not any(Path(f"/proc/{pid}").exists() for pid in before.values())
 
 
-def test_its_addresses_are_shell_assignments(stack: Stack, folder: Path) -> None:
-    """A shell that sources `stack.env` knows where the gateway, Kafka and MongoDB are."""
+def test_stack_env_can_be_sourced_by_a_shell(stack: Stack, folder: Path) -> None:
+    """A shell that sources `stack.env` has the addresses of the gateway, Kafka and MongoDB."""
     script = '. "$1"; echo "$SCANFLEET_URL"; echo "$SCANFLEET_KAFKA"; echo "$SCANFLEET_MONGODB"'
-    told = subprocess.run(["sh", "-c", script, "-", folder / "stack.env"], capture_output=True, text=True, check=True)
-    assert told.stdout.splitlines() == [stack.url, stack.kafka, stack.mongodb]
+    run = subprocess.run(["sh", "-c", script, "-", folder / "stack.env"], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == [stack.url, stack.kafka, stack.mongodb]
 
 
-def test_what_is_not_ready_is_named(stack: Stack) -> None:
-    """Waiting for a stack that does not become ready ends in an error that names the service and shows its log."""
+def test_wait_until_ready_timeout_names_the_unready_service(stack: Stack) -> None:
+    """Waiting for a stack that does not become ready fails with the name and log of the unready service."""
     stack.stop("result-store")
     try:
         with pytest.raises(StackError, match=r"result-store does not answer(?s:.*)result-store\.log"):

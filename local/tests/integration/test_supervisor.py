@@ -44,7 +44,7 @@ def comes_back(supervisor: Supervisor, name: str) -> None:
 
 def is_gone(number: int) -> bool:
     try:
-        return not Path(f"/proc/{number}/cmdline").read_bytes()  # empty once it has ended, whoever has yet to notice
+        return not Path(f"/proc/{number}/cmdline").read_bytes()  # empty once it has ended, even before it is reaped
     except OSError:
         return True
 
@@ -53,8 +53,8 @@ def sleeper(name: str = "sleeper", **environment: str) -> Program:
     return Program(name, [sys.executable, "-c", "import signal; signal.pause()"], environment, autostart=True)
 
 
-def test_a_killed_kafka_comes_back(supervisor: Supervisor, tmp_path: Path) -> None:
-    """A broker that was killed with -9 is started again on its data and answers clients."""
+def test_killed_kafka_is_restarted_with_its_data(supervisor: Supervisor, tmp_path: Path) -> None:
+    """A broker that was killed with SIGKILL is restarted on its data and answers clients."""
     port = ports.choose()
     supervisor.launch([Program("kafka", kafka.command(tmp_path / "kafka", port, ports.choose()), autostart=True)])
     kafka.wait_until_up(f"127.0.0.1:{port}")
@@ -62,8 +62,8 @@ def test_a_killed_kafka_comes_back(supervisor: Supervisor, tmp_path: Path) -> No
     kafka.wait_until_up(f"127.0.0.1:{port}")
 
 
-def test_a_killed_mongod_comes_back(supervisor: Supervisor, tmp_path: Path) -> None:
-    """A mongod that was killed with -9 is started again with every acknowledged document."""
+def test_killed_mongod_is_restarted_with_its_data(supervisor: Supervisor, tmp_path: Path) -> None:
+    """A mongod that was killed with SIGKILL is restarted with every acknowledged document."""
     address = f"127.0.0.1:{ports.choose()}"
     supervisor.launch([Program("mongod", mongod.command(tmp_path, int(address.split(":")[1])), autostart=True)])
     mongod.make_ready(address)
@@ -74,8 +74,8 @@ def test_a_killed_mongod_comes_back(supervisor: Supervisor, tmp_path: Path) -> N
         assert client.kept.documents.count_documents({}) == 1
 
 
-def test_a_replica_set_follows_its_port(supervisor: Supervisor, tmp_path: Path) -> None:
-    """A mongod whose port had to change becomes the primary of its old replica set."""
+def test_mongod_on_a_new_port_becomes_primary(supervisor: Supervisor, tmp_path: Path) -> None:
+    """A mongod with a changed port becomes the primary of its previous replica set."""
     for _ in range(2):
         port = ports.choose()
         supervisor.launch([Program("mongod", mongod.command(tmp_path, port), autostart=True)])
@@ -83,15 +83,15 @@ def test_a_replica_set_follows_its_port(supervisor: Supervisor, tmp_path: Path) 
         supervisor.shut_down()
 
 
-def test_a_process_that_always_ends_is_always_started(supervisor: Supervisor, tmp_path: Path) -> None:
-    """A process that ends at once is started again and again, beyond what supervisord tries by default."""
+def test_process_that_always_exits_is_always_restarted(supervisor: Supervisor, tmp_path: Path) -> None:
+    """A process that exits at once is restarted indefinitely, beyond supervisord's default number of attempts."""
     ran = tmp_path / "ran"
     supervisor.launch([Program("brief", ["sh", "-c", f"echo >> {ran}"], autostart=True)])
     until(lambda: ran.exists() and len(ran.read_text()) > 4, LIMIT, "the fifth start")
 
 
-def test_orphans_are_cleared_away(supervisor: Supervisor, tmp_path: Path) -> None:
-    """When supervisord was killed with -9, the next launch ends the processes that it left behind."""
+def test_launch_ends_orphans(supervisor: Supervisor, tmp_path: Path) -> None:
+    """After supervisord was killed with SIGKILL, the next launch ends its remaining processes."""
     supervisor.launch([sleeper()])
     until(lambda: pid(supervisor, "sleeper") != 0, LIMIT, "the process to start")
     orphan = pid(supervisor, "sleeper")
@@ -102,15 +102,15 @@ def test_orphans_are_cleared_away(supervisor: Supervisor, tmp_path: Path) -> Non
     assert is_gone(orphan)
 
 
-def test_a_child_that_is_not_yet_its_program_is_cleared_away(supervisor: Supervisor, tmp_path: Path) -> None:
-    """A process that supervisord has forked but that has not yet become its program is ended as well."""
+def test_launch_ends_a_child_before_exec(supervisor: Supervisor, tmp_path: Path) -> None:
+    """A child that supervisord has forked and that has not yet called exec is ended as well."""
     mark = ["supervisor.supervisord", "--configuration", str(tmp_path / "supervisord.conf")]
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", *mark]) as child:
         supervisor.kill()
         assert child.wait(LIMIT) == -signal.SIGKILL
 
 
-def test_a_hung_supervisor_is_replaced(supervisor: Supervisor, tmp_path: Path) -> None:
+def test_launch_replaces_a_hung_supervisor(supervisor: Supervisor, tmp_path: Path) -> None:
     """A launch ends a supervisord of the same folder, and its processes, before it starts another."""
     supervisor.launch([sleeper()])
     first = pid(supervisor, "sleeper")
@@ -119,8 +119,8 @@ def test_a_hung_supervisor_is_replaced(supervisor: Supervisor, tmp_path: Path) -
     assert is_gone(first)
 
 
-def test_a_stale_pid_is_left_alone(supervisor: Supervisor, tmp_path: Path) -> None:
-    """A pid file that names another program's process costs that process nothing."""
+def test_launch_ignores_a_stale_pid(supervisor: Supervisor, tmp_path: Path) -> None:
+    """A process of another program whose pid is in the pid file keeps running."""
     (tmp_path / "supervisord.pid").write_text(str(os.getpid()))
     supervisor.kill()
 
@@ -134,8 +134,8 @@ def test_environment_arrives_unchanged(supervisor: Supervisor) -> None:
     until(lambda: f"SCANFLEET_ODD={value}".encode() in environment.read_bytes().split(b"\0"), LIMIT, "the variable")
 
 
-def test_a_folder_with_a_long_name_works(tmp_path: Path) -> None:
-    """A folder whose name is longer than a Unix socket's may be holds a supervisord all the same."""
+def test_launch_in_a_folder_with_a_long_name_succeeds(tmp_path: Path) -> None:
+    """A folder whose name exceeds the limit of a Unix socket's path can hold a supervisord."""
     folder = tmp_path / ("long" * 20)
     folder.mkdir()
     supervisor = Supervisor(folder)

@@ -31,12 +31,12 @@ def test_compose_demo_with_a_taken_port_starts_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`make compose-demo` names the taken port and the variable that changes it, and starts no container."""
-    said = mock.Mock(return_value="")
-    monkeypatch.setattr(compose, "_said", said)
+    run = mock.Mock(return_value="")
+    monkeypatch.setattr(compose, "_said", run)
     with socket.create_server(("127.0.0.1", ports.choose())) as listener:
         port = listener.getsockname()[1]
         monkeypatch.setattr(compose, "PORT", port)
         assert compose.main() == 1
-    assert said.mock_calls == [mock.call("ps", "--quiet", "api-gateway")]
+    assert run.mock_calls == [mock.call("ps", "--quiet", "api-gateway")]
     assert f"port {port} of 127.0.0.1 is in use" in capsys.readouterr().err
     assert "SCANFLEET_PORT" in (ROOT / "docker-compose.yml").read_text()

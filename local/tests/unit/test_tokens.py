@@ -34,13 +34,13 @@ def test_an_administrators_token_says_so(tmp_path: Path) -> None:
     assert claims(issuer, issuer.token(7, admin=True))["roles"] == ["admin"]
 
 
-def test_keys_are_kept(tmp_path: Path) -> None:
-    """A token made before a restart is believed after it."""
+def test_issuer_after_a_restart_uses_the_same_keys(tmp_path: Path) -> None:
+    """A token created before a restart is accepted after it."""
     token = tokens.Issuer(tmp_path).token(7)
     assert claims(tokens.Issuer(tmp_path), token)["sub"] == "7"
 
 
-def test_the_private_key_is_private(tmp_path: Path) -> None:
-    """Nobody but its owner can read the private key."""
+def test_private_key_is_readable_by_its_owner_only(tmp_path: Path) -> None:
+    """Only its owner can read the private key."""
     tokens.Issuer(tmp_path)
     assert stat.S_IMODE((tmp_path / "private.pem").stat().st_mode) == 0o600

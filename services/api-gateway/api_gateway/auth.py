@@ -1,4 +1,4 @@
-"""What the gateway must know of a caller besides the token, and how it gets a token for one who signs in at the issuer."""
+"""Look up user ids and revocations of callers, and get tokens from the issuer for browser sign-in."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from scanfleet.rest import Revoked
 
 REFRESH_S: Final = 2.0
 ASK_LIMIT_S: Final = 5.0
-MAX_STALE_S: Final = 60.0  # a list that is older is no list: what is revoked meanwhile would not be known
-MAX_USERS: Final = 10_000  # whose ids are kept: two megabytes
+MAX_STALE_S: Final = 60.0  # an older list is not used, because it lacks recent revocations
+MAX_USERS: Final = 10_000  # maximum cached ids: two megabytes
 DISCOVERY_S: Final = 3_600.0  # for which the issuer's addresses are kept; they hardly ever change
 ISSUER_S: Final = 5.0
 
@@ -38,7 +38,7 @@ class UserIds:
     """User ids by issuer and subject, which never change once they are assigned.
 
     Args:
-        ask: the service that assigns them.
+        ask: queries the service that assigns them.
     """
 
     def __init__(self, ask: Callable[[str, str], Awaitable[int]]) -> None:
@@ -86,10 +86,10 @@ class KeyReports:
 
 
 class Revocations:
-    """The list of revoked tokens as it was a moment ago.
+    """A recent copy of the list of revoked tokens.
 
     Args:
-        ask: the service that keeps the list.
+        ask: queries the service that stores the list.
         clock: in seconds.
     """
 
@@ -220,7 +220,7 @@ class SignIn:
         return _tokens(answer)
 
     async def refresh(self, refresh_token: str) -> Tokens:
-        """New tokens for a refresh token, which may be good only once.
+        """Exchange a refresh token, which may be valid only once, for new tokens.
 
         Raises:
             RefusedSignInError: the issuer refuses it.

@@ -142,7 +142,7 @@ def create_app(
 async def _open_verifier(
     app: FastAPI, settings: Settings, orchestrator: Orchestrator, transport: httpx.AsyncBaseTransport | None
 ) -> AsyncIterator[TokenVerifier]:
-    """Who calls, by the token and by what the orchestrator knows."""
+    """Identify the caller by the token and the orchestrator's user ids and revocations."""
     revocations = Revocations(orchestrator.revoked)
     users = UserIds(orchestrator.user_id)
     roles = grants.roles if (grants := settings.user_grants) else frozenset()

@@ -28,8 +28,8 @@ class Settings(CommonSettings, ApiSettings, TlsSettings, KafkaSettings, AuthSett
     internal_key_file: Path = Field(
         description="PEM file with the Ed25519 key that signs the tokens for the services behind, read once at start."
     )
-    orchestrator_url: HttpUrl = Field(description="Where job-orchestrator answers queries.")
-    result_store_url: HttpUrl = Field(description="Where result-store answers queries.")
+    orchestrator_url: HttpUrl = Field(description="URL of job-orchestrator.")
+    result_store_url: HttpUrl = Field(description="URL of result-store.")
     reply_seconds: float = Field(
         5.0,
         gt=0,
@@ -79,14 +79,14 @@ class Settings(CommonSettings, ApiSettings, TlsSettings, KafkaSettings, AuthSett
         description="The most event streams of one user open at once; one more is answered 429. Each replica counts its own.",
     )
     streams_at_once: int = Field(
-        1_000,  # each asks the orchestrator for its job once a heartbeat: 70 small queries a second
+        1_000,  # each stream queries the orchestrator once per heartbeat: 70 small queries per second
         ge=1,
         description="The most event streams of all users open at once; one more is answered 503.",
     )
     upstream_seconds: float = Field(
         15.0,  # longer than the 10 s after which the services behind give up on their database
         gt=0,
-        description="Seconds that a service behind the gateway may be silent before it counts as unavailable.",
+        description="Read timeout in seconds of requests to the services behind the gateway.",
     )
     upstream_connections: int = Field(
         500,  # half of all requests at once: those that wait for a reply to their command need none
@@ -110,7 +110,7 @@ class Settings(CommonSettings, ApiSettings, TlsSettings, KafkaSettings, AuthSett
         "page, which signs users in there if `SCANFLEET_PUBLIC_URL` is set.",
     )
     heartbeat_seconds: float = Field(
-        15.0,  # proxies cut what is idle for 30 to 60 s
+        15.0,  # proxies close connections that are idle for 30 to 60 s
         gt=0,
         description="Seconds between two looks of an event stream at its job's state, which find events that were lost, and "
         "the most that it sends nothing.",

@@ -33,7 +33,7 @@ Command = SubmitJobs | CancelJob
 
 
 class Services(httpx.AsyncBaseTransport):
-    """Every HTTP server that the gateway knows, by host: `orchestrator`, `result-store` and the issuer."""
+    """Simulated HTTP servers, by host: `orchestrator`, `result-store` and the issuer."""
 
     def __init__(self, issuer: Issuer) -> None:
         self.requests: list[httpx.Request] = []
@@ -45,16 +45,16 @@ class Services(httpx.AsyncBaseTransport):
         self.keys: list[IssuerKeys] = []
         """What was reported of the issuer's keys."""
         self.verdict: httpx.Response | None = None
-        """What the orchestrator answers when it is asked to call a command off, whichever."""
+        """The orchestrator's answer to a request to expire any command."""
 
         self._issuer = issuer
 
     def on(self, method: str, url: str, answer: Answer | httpx.Response) -> None:
-        """Answer this from now on; whatever nothing was said about is a 404."""
+        """Set the answer of a route; other routes are a 404."""
         self.answers[method, url] = (lambda _request: answer) if isinstance(answer, httpx.Response) else answer
 
     def asked(self, host: str) -> list[httpx.Request]:
-        """What that host was asked."""
+        """Return the requests to that host."""
         return [request for request in self.requests if request.url.host == host]
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -83,7 +83,7 @@ def _fresh(answer: httpx.Response) -> httpx.Response:
 
 
 class Stream(httpx.AsyncByteStream):
-    """A body that comes piece by piece, each when `go` lets it, and may break off after the last."""
+    """A body that is sent piece by piece, each when `go` permits it, and may fail after the last."""
 
     def __init__(self, *pieces: bytes, breaks: bool = False) -> None:
         self.pieces = pieces
@@ -103,7 +103,7 @@ class Stream(httpx.AsyncByteStream):
 
 
 class Replier:
-    """An orchestrator's side of the bus: answers each command as `reply` says, not at all if it says None."""
+    """The orchestrator's side of the bus: answers each command with the result of `reply`, or not at all if it is None."""
 
     def __init__(self, bus: Bus) -> None:
         self.commands: list[Command] = []
@@ -125,7 +125,7 @@ class Replier:
 
 
 async def accept(command: Command) -> Sequence[Reply]:
-    """What an orchestrator that likes everything says."""
+    """Accept every command."""
     if isinstance(command, CancelJob):
         return [CommandAccepted(command_id=command.command_id, jobs=(job(command.job_id, JobStatus.CANCELLED),))]
     jobs = tuple(job(number, subnet_id=subnet) for number, subnet in enumerate(command.subnet_ids, 1))
@@ -133,7 +133,7 @@ async def accept(command: Command) -> Sequence[Reply]:
 
 
 async def silence(_command: Command) -> Sequence[Reply]:
-    """What an orchestrator that is away says."""
+    """Send no reply, like an unavailable orchestrator."""
     return []
 
 
@@ -166,13 +166,13 @@ class Running:
     internal: InternalKeys
 
     async def caller(self, request: httpx.Request) -> Principal:
-        """In whose name a service was asked."""
+        """Return the caller in whose name a service was called."""
         audience = {"orchestrator": ORCHESTRATOR, "result-store": RESULT_STORE}[request.url.host]
         return await self.internal.caller(audience, request.headers["authorization"])
 
 
 class Client:
-    """An ASGI client that sees every message of an answer as it comes, may take none, and may go away."""
+    """An ASGI client that receives every message of a response as it is sent, or stops reading, or disconnects."""
 
     def __init__(self, gateway: Running, path: str) -> None:
         self.app = gateway.app
@@ -218,7 +218,7 @@ class Gateway:
 
     issuer: Issuer = field(default_factory=Issuer)
     provider: httpx2.AsyncBaseTransport | None = None
-    """The issuer as it signs users in."""
+    """The issuer's sign-in endpoints."""
 
     @asynccontextmanager
     async def run(self, **settings: Any) -> AsyncIterator[Running]:

@@ -1,4 +1,4 @@
-"""The services behind the gateway: their answers go to the client as they come, byte for byte."""
+"""Forward requests to the services behind the gateway, and stream their answers unchanged to the client."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ from scanfleet.tls import client_context
 
 CONNECT_SECONDS: Final = 1.0  # the services are next door
 POOL_SECONDS: Final = 1.0  # to wait for a connection while all are in use; then it is better to say so
-SMALL_BYTES: Final = 1 << 16  # what one read of a connection brings; watching over a stream costs more than so little
+SMALL_BYTES: Final = 1 << 16  # size of one read of a connection; smaller answers are read whole instead of streamed
 LIMITS_SECONDS: Final = 60.0  # they change with a restart of the orchestrator
-KEEPALIVE_SECONDS: Final = 3.0  # shorter than the servers' 5 s, so that none closes what we are about to use
+KEEPALIVE_SECONDS: Final = 3.0  # shorter than the servers' 5 s, so that no server closes a connection that is reused
 
 _Answer = TypeVar("_Answer")
 
@@ -63,9 +63,9 @@ class Upstream:
     """One service.
 
     Args:
-        client: with the service's address as its base.
+        client: HTTP client with the service's URL as its base.
         tokens: for this service.
-        stalled_seconds: how long a client may take nothing of an answer.
+        stalled_seconds: write timeout of a client that reads nothing.
     """
 
     def __init__(self, client: httpx.AsyncClient, tokens: InternalTokens, *, stalled_seconds: float) -> None:
@@ -82,7 +82,7 @@ class Upstream:
         answered 503 with the reason, and everything else is still answered.
 
         Raises:
-            DependencyError: no answer so far has said that the service is ready.
+            DependencyError: the service has not answered as ready yet.
         """
         if not self._reached:
             answer = await self._ask_for_itself("GET", "/internal/ready")
@@ -91,7 +91,7 @@ class Upstream:
             self._reached = True
 
     def identity(self, request: Request) -> dict[str, str]:
-        """Who asks, from where, and in which request and trace: the headers of a call that is made soon."""
+        """Return the headers of a call: caller, client address, request id and trace."""
         return {
             "authorization": self._tokens.bearer(request.scope["caller"]),
             "x-forwarded-for": source(request),
@@ -103,7 +103,7 @@ class Upstream:
         """The service's answer to the same request, whatever it is; as a stream unless it is small.
 
         Raises:
-            DependencyError: the service is away.
+            DependencyError: the service is unavailable.
         """
         headers = self.identity(request) | {
             name: ", ".join(request.headers.getlist(name)) for name in _FORWARDED if name in request.headers
@@ -147,7 +147,7 @@ class Upstream:
         except httpx.HTTPError as error:
             raise DependencyError(f"{self._client.base_url}: {error!r}") from error
         self._tokens.learn(answer.headers.get("date"))
-        if answer.status_code == httpx.codes.UNAUTHORIZED:  # it is the gateway that it does not believe, not the caller
+        if answer.status_code == httpx.codes.UNAUTHORIZED:  # the service rejects the gateway's token, not the caller's
             await answer.aclose()
             raise DependencyError(f"{self._client.base_url} refuses the gateway's token: compare the internal keys")
         return answer
@@ -157,10 +157,10 @@ class Orchestrator(Upstream):
     """job-orchestrator, and the questions that only it can answer."""
 
     async def refusal(self, request: Request, job_id: int) -> Response | None:
-        """Why the caller may not read this job's results, as the answer to give; None if they may.
+        """Return the error answer if the caller may not read this job's results, else None.
 
         Raises:
-            DependencyError: the orchestrator is away.
+            DependencyError: the orchestrator is unavailable.
         """
         answer = await self.ask("GET", f"/internal/jobs/{job_id}/owner", self.identity(request))
         if answer.status_code == httpx.codes.OK:
@@ -168,14 +168,14 @@ class Orchestrator(Upstream):
         return Response(answer.content, answer.status_code, _returned(answer))
 
     async def latest(self, caller: Mapping[str, str], job_id: int) -> Snapshot | Response:
-        """The job as it is now, or why the caller may not watch it, as the answer to give.
+        """Return the current job, or the error answer if the caller may not watch it.
 
         Args:
-            caller: who asks, as HTTP headers.
+            caller: the caller, as HTTP headers.
             job_id: of the job.
 
         Raises:
-            DependencyError: the orchestrator is away.
+            DependencyError: the orchestrator is unavailable.
         """
         answer = await self.ask("GET", f"/internal/jobs/{job_id}/latest", caller)
         if answer.status_code != httpx.codes.OK:
@@ -194,10 +194,10 @@ class Orchestrator(Upstream):
         changed_since: datetime | None = None,
         ended_since: datetime | None = None,
     ) -> Snapshots | Response:
-        """A page of a user's jobs as they are now, or why the caller may not watch them, as the answer to give.
+        """Return a page of a user's current jobs, or the error answer if the caller may not watch them.
 
         Args:
-            caller: who asks, as HTTP headers.
+            caller: the caller, as HTTP headers.
             whose: a user's id or `all`; None is the caller.
             after: the id that the page goes on after.
             changed_since: leaves out unfinished jobs that have not changed since.
@@ -222,7 +222,7 @@ class Orchestrator(Upstream):
         """Cancel a page of the caller's unfinished jobs that match.
 
         Args:
-            caller: who asks, as HTTP headers.
+            caller: the caller, as HTTP headers.
             wanted: which jobs.
 
         Raises:
@@ -236,7 +236,7 @@ class Orchestrator(Upstream):
             raise DependencyError(f"the orchestrator answered {answer.status_code} and no cancelled jobs") from error
 
     async def record_session(self, caller: Mapping[str, str], what: Literal["create", "refresh", "end"]) -> None:
-        """Record in the audit log what happens to the caller's browser session, before it does.
+        """Record a change of the caller's browser session in the audit log, before the change.
 
         Raises:
             DependencyError: it is not recorded.
@@ -255,7 +255,7 @@ class Orchestrator(Upstream):
         return _parse(UserId, await self._ask_for_itself("POST", "/internal/users", body)).user_id
 
     async def scan_limits(self) -> rest.ScanLimits:
-        """What users may scan.
+        """Return the limits of scan targets.
 
         Raises:
             DependencyError: the orchestrator is unavailable.
@@ -296,10 +296,10 @@ class Orchestrator(Upstream):
 
 
 class ScanLimits:
-    """The orchestrator's limits, asked at most once a minute, since callers without a token ask for them.
+    """The orchestrator's limits, cached for a minute, since callers without a token can request them.
 
     Args:
-        ask: the orchestrator.
+        ask: queries the orchestrator.
         clock: in seconds.
     """
 
@@ -322,7 +322,9 @@ class ScanLimits:
             if self._read is None:
                 self._read, self._read_at = await self._ask(), self._clock()
             elif self._clock() - self._read_at > LIMITS_SECONDS:
-                self._read_at = self._clock()  # after a failure too, so that an outage is not asked by every caller
+                self._read_at = (
+                    self._clock()
+                )  # after a failure too, so that callers do not multiply queries during an outage
                 with contextlib.suppress(DependencyError):
                     self._read = await self._ask()
             return self._read
@@ -341,13 +343,13 @@ async def connect(
     """
     async with httpx.AsyncClient(
         base_url=url,
-        # Answers pass through as they are, so nobody is asked to compress them.
+        # Answers are forwarded unchanged, so the services are not asked to compress them.
         headers={"accept-encoding": "identity", "user-agent": "scanfleet-api-gateway"},
         timeout=httpx.Timeout(settings.upstream_seconds, connect=CONNECT_SECONDS, pool=POOL_SECONDS),
         limits=httpx.Limits(max_connections=settings.upstream_connections, keepalive_expiry=KEEPALIVE_SECONDS),
         transport=transport,
         verify=client_context(settings) or True,
-        trust_env=False,  # tokens go to the services themselves, through nobody's proxy
+        trust_env=False,  # tokens must not pass through a proxy
     ) as client:
         yield client
 

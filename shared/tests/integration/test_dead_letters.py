@@ -105,8 +105,8 @@ def refuse(_: Sequence[Record]) -> None:
     raise ValueError("not today")
 
 
-async def test_a_letter_goes_back_when_its_reader_is_mended(desk: Desk) -> None:
-    """A message that a faulty reader refused is listed with its origin, sent back as it was, handled, and still kept."""
+async def test_replay_after_a_fix_is_handled(desk: Desk) -> None:
+    """A message that a faulty reader refused is listed with its origin, replayed unchanged, handled, and still kept."""
     message, reader = WorkerReady(worker_id="w-1", slots=3, raw=False), Recorder(refuse)
     async with Running(desk.bus.consume(SCAN_WORKERS, GROUP, reader)):
         await desk.bus.publish(SCAN_WORKERS, [message])
@@ -130,8 +130,8 @@ async def test_a_letter_goes_back_when_its_reader_is_mended(desk: Desk) -> None:
         ]
         assert await desk.types("list", "scan-commands") == (0, [])
 
-        code, said = await desk.types("replay", only.id)
-        assert (code, said) == (0, ["scan-workers-dlq/0/0 was sent to scan-workers"])
+        code, printed = await desk.types("replay", only.id)
+        assert (code, printed) == (0, ["scan-workers-dlq/0/0 was sent to scan-workers"])
         await until(lambda: reader.handled)
     assert reader.messages == [message]
     first, again = [record for record in await desk.records() if record.topic == SCAN_WORKERS.name]
@@ -141,12 +141,12 @@ async def test_a_letter_goes_back_when_its_reader_is_mended(desk: Desk) -> None:
 
 
 async def _written(desk: Desk, count: int) -> None:
-    while len(await desk.letters()) < count:  # noqa: ASYNC110 # a broker tells nobody
+    while len(await desk.letters()) < count:  # noqa: ASYNC110 # a broker sends no notification
         await asyncio.sleep(0.05)
 
 
-async def test_a_letter_that_is_refused_again_says_whose_replay_it_is(desk: Desk) -> None:
-    """Poison that is sent back comes back as a letter that names the one before it, and only that."""
+async def test_replay_refused_again_names_its_dead_letter(desk: Desk) -> None:
+    """A replayed message that is refused again becomes a dead letter that names only the previous one."""
     async with Running(desk.bus.consume(SCAN_WORKERS, GROUP, Recorder())):
         await desk.put(SCAN_WORKERS.name, b"poison", [("theirs", b"1"), ("dlq_topic", b"scan-commands")])
         await asyncio.wait_for(_written(desk, 1), 30)
@@ -168,8 +168,8 @@ def refused_by_a_reader(topic: str, partition: bytes = b"0", offset: bytes = b"0
 
 
 @pytest.mark.proves("A27")
-async def test_replay_of_forged_letters_sends_only_what_the_topic_holds(desk: Desk) -> None:
-    """Letters are shown as text; only a copy of the record at its origin is sent."""
+async def test_replay_of_forged_dead_letters_sends_only_verified_copies(desk: Desk) -> None:
+    """Dead letters are shown as text; only a copy of the record at its origin is sent."""
     here, topic = refused_by_a_reader("scan-workers"), SCAN_WORKERS.dead_letter
     own: list[tuple[str, bytes | None]] = [("own", b"1")]
     await desk.put(SCAN_WORKERS.name, b"good", own)
@@ -206,21 +206,21 @@ async def test_replay_of_forged_letters_sends_only_what_the_topic_holds(desk: De
         code, lines = await desk.types("show", f"{topic}/0/{number}")
         assert code == 0
         assert all(line.isprintable() for line in lines)
-    code, said = await desk.types("replay", "--all", "scan-workers")
+    code, printed = await desk.types("replay", "--all", "scan-workers")
     assert code == 1
-    for (_, _, reason), line in zip(forged, said, strict=False):
+    for (_, _, reason), line in zip(forged, printed, strict=False):
         assert "was not sent" in line
         assert reason in line
-    assert "not dead-lettered by a reader of scan-workers" in said[-3]
-    assert "holds another record" in said[-2]
-    assert said[-1].endswith("was sent to scan-workers")
+    assert "not dead-lettered by a reader of scan-workers" in printed[-3]
+    assert "holds another record" in printed[-2]
+    assert printed[-1].endswith("was sent to scan-workers")
     (sent,) = [record for record in await desk.records() if record not in before]
     assert (sent.topic, sent.key, sent.value, sent.headers[0]) == ("scan-workers", b"k", b"good", ("own", b"1"))
 
 
 @pytest.mark.proves("A27")
-async def test_replay_unverified_sends_only_the_letter_that_is_named(desk: Desk) -> None:
-    """A letter whose record is gone is sent only by its own name; no option sends all of them unverified."""
+async def test_replay_unverified_sends_only_the_named_dead_letter(desk: Desk) -> None:
+    """A dead letter whose record is gone is sent only by its id; no option sends all of them unverified."""
     topic = SCAN_WORKERS.dead_letter
     for value in (b"one", b"two"):
         await desk.put(topic, value, refused_by_a_reader("scan-workers"))
@@ -247,8 +247,8 @@ async def test_rights_and_replays_are_recorded_before_they_are_done(desk: Desk) 
     assert await desk.recorded() == [("create_acls", f"users of the services, prefix '{prefix}'", "allowed", "")]
 
 
-async def test_what_is_in_a_letter_is_shown(desk: Desk) -> None:
-    """`show` tells key, headers and value, bytes that are no text escaped."""
+async def test_show_prints_key_headers_and_value(desk: Desk) -> None:
+    """`show` prints key, headers and value, with bytes that are not text escaped."""
     await desk.put(SCAN_WORKERS.dead_letter, b'{"name": "caf\xc3\xa9\x1b[2J"}', [("h", b"\xff"), ("none", None)])
     code, lines = await desk.types("show", "scan-workers-dlq/0/0")
     assert code == 0
@@ -256,13 +256,13 @@ async def test_what_is_in_a_letter_is_shown(desk: Desk) -> None:
     assert lines[2:] == ["key: k", r"header h: \xff", "header none: -", r'value: {"name": "café\x1b[2J"}']
 
 
-async def test_a_letter_that_is_not_there_is_not_found(desk: Desk) -> None:
-    """An id that names no letter is an error, and no other letter is taken for it."""
+async def test_show_unknown_id_fails(desk: Desk) -> None:
+    """An id of no dead letter is an error, and no other dead letter is used instead."""
     for topic in (SCAN_WORKERS.dead_letter, SCAN_WORKERS.name, SCAN_COMMANDS.dead_letter):
         await desk.put(topic, b"x")
     for id_ in ("scan-workers-dlq/1/0", "scan-workers-dlq", "scan-workers/0/0", "x/0/0", "scan-workers-dlq/0/-1"):
         with pytest.raises(LookupError, match=id_):
             await dead_letter(desk.bus, id_)
     for verb in ("show", "replay"):
-        code, said = await desk.types(verb, "scan-workers-dlq/0/7")
-        assert (code, said[-1]) == (1, "there is no dead letter scan-workers-dlq/0/7")
+        code, printed = await desk.types(verb, "scan-workers-dlq/0/7")
+        assert (code, printed[-1]) == (1, "there is no dead letter scan-workers-dlq/0/7")

@@ -214,8 +214,10 @@ async def test_request_at_every_limit_is_served(served: Served) -> None:
     ],
     ids=["url", "header", "list", "trailers"],
 )
-async def test_endless_request_is_cut_off(served: Served, begin: bytes, piece: bytes) -> None:
-    """Whatever part of a request has no end, the server stops taking it after a bounded number of bytes."""
+async def test_endless_request_is_closed_after_a_bounded_number_of_bytes(
+    served: Served, begin: bytes, piece: bytes
+) -> None:
+    """Whichever part of a request has no end, the server stops reading it after a bounded number of bytes."""
     connection = await served.connect()
     connection.send(begin)
     room = 16 << 20  # in the buffers of both sockets

@@ -139,8 +139,8 @@ async def publish_through(bus: KafkaBus, number: int) -> int:
             return tries
 
 
-async def test_a_tail_misses_nothing_once_it_has_started(bench: Bench) -> None:
-    """Whatever is sent after `start` returned is seen, two hundred times out of two hundred."""
+async def test_tail_after_start_reads_every_record(bench: Bench) -> None:
+    """Every message sent after `start` returned is read, in two hundred of two hundred trials."""
     bus = await bench.bus()
     for number in range(200):
         recorder = Recorder()
@@ -150,8 +150,8 @@ async def test_a_tail_misses_nothing_once_it_has_started(bench: Bench) -> None:
         assert numbers(recorder) == [number]
 
 
-async def test_a_topic_that_was_lost_is_read_again_when_it_is_back(bench: Bench) -> None:
-    """A group whose topic was deleted, and which therefore shares out nothing, reads the new one from its beginning."""
+async def test_member_reads_a_recreated_topic_from_its_beginning(bench: Bench) -> None:
+    """A group whose topic was deleted reads the new topic from its beginning."""
     bus, recorder = await bench.bus(), Recorder()
     admin = AIOKafkaAdminClient(bootstrap_servers=bench.settings.kafka)
     await admin.start()
@@ -167,8 +167,10 @@ async def test_a_topic_that_was_lost_is_read_again_when_it_is_back(bench: Bench)
         await admin.close()
 
 
-async def test_a_killed_broker_costs_nothing_but_time(own_broker: Broker, own_bench: Bench) -> None:
-    """A broker that is killed and comes back: every message is read by group and tail, unready meanwhile, alive all along."""
+async def test_bus_with_a_killed_broker_delivers_every_message_after_its_restart(
+    own_broker: Broker, own_bench: Bench
+) -> None:
+    """After the restart of a killed broker, group and tail have read every message and were unready, not dead."""
     bus = await own_bench.bus()
     member, tail = Recorder(), Recorder()
     group, groupless = bus.consume(SCAN_WORKERS, GROUP, member), bus.tail(SCAN_WORKERS, tail)
@@ -190,8 +192,8 @@ async def test_a_killed_broker_costs_nothing_but_time(own_broker: Broker, own_be
 
 
 @pytest.mark.proves("F18", "G7")
-async def test_a_broker_that_lost_all_is_a_stranger(own_broker: Broker, own_bench: Bench) -> None:
-    """A broker back without anything takes a new producer for an old one of its number: every old one, idle too, has ended."""
+async def test_bus_after_the_loss_of_all_data_is_dead(own_broker: Broker, own_bench: Bench) -> None:
+    """A broker without its data assigns producer ids again, so all existing producers, even idle ones, have ended."""
     bus = await own_bench.bus()
     await bus.publish(SCAN_WORKERS, workers([1]))
     own_broker.kill()
@@ -203,10 +205,8 @@ async def test_a_broker_that_lost_all_is_a_stranger(own_broker: Broker, own_benc
 
 
 @pytest.mark.proves("F15", "G7")
-async def test_a_send_that_timed_out_arrives_once_and_nothing_overtakes_it(
-    own_broker: Broker, own_bench: Bench
-) -> None:
-    """While the broker hangs a publish gives up in time and the next is held back; afterwards the log holds each once."""
+async def test_publish_timeout_delivers_once_and_in_order(own_broker: Broker, own_bench: Bench) -> None:
+    """While the broker hangs a publish times out and the next one waits; afterwards the log has each message once."""
     bus, recorder = await own_bench.bus(), Recorder()
     async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
         await bus.publish(SCAN_WORKERS, one_worker([1]))
@@ -232,8 +232,8 @@ async def test_a_send_that_timed_out_arrives_once_and_nothing_overtakes_it(
 
 
 @pytest.mark.proves("F33")
-async def test_a_partition_without_a_leader_holds_up_sends_to_itself_alone(bench: Bench) -> None:
-    """While one partition has no leader its sends wait and all others arrive, and afterwards each is in the log once."""
+async def test_publish_to_a_partition_without_a_leader_blocks_only_that_partition(bench: Bench) -> None:
+    """While one partition has no leader its sends wait and others arrive; afterwards each message is there once."""
     bus, recorder = await bench.bus(), Recorder()
     held_up, other = ready_of(bench, 0), ready_of(bench, 1)
     async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
@@ -268,8 +268,8 @@ def ready_of(bench: Bench, partition: int) -> Callable[[int], WorkerReady]:
     raise AssertionError(bench)
 
 
-async def test_a_cancelled_publish_still_arrives(own_broker: Broker, own_bench: Bench) -> None:
-    """Who stops waiting for a publish takes nothing back, and what is sent next comes after it."""
+async def test_publish_cancelled_still_delivers_in_order(own_broker: Broker, own_bench: Bench) -> None:
+    """Cancelling a publish withdraws nothing, and the next message arrives after it."""
     bus, recorder = await own_bench.bus(), Recorder()
     async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
         await bus.publish(SCAN_WORKERS, workers([1]))
@@ -287,8 +287,8 @@ async def test_a_cancelled_publish_still_arrives(own_broker: Broker, own_bench: 
         await until(lambda: sorted(numbers(recorder)) == [1, 2, 3])
 
 
-async def test_a_send_that_the_broker_refuses_for_good_ends_the_bus(bench: Bench) -> None:
-    """When the producer gives a send up the bus is dead, says so, and takes no more."""
+async def test_publish_permanently_refused_makes_the_bus_dead(bench: Bench) -> None:
+    """When the producer gives up a send the bus is dead, reports it, and accepts no more."""
     bus = await bench.bus()
     await configure(bench, **{"max.message.bytes": "100"})
 
@@ -373,8 +373,8 @@ class Listening:
         self.partitions -= set(partitions)
 
 
-async def test_a_killed_member_goes_on_under_its_name(bench: Bench) -> None:
-    """A member that comes back after a kill has its partitions at once: the group does not wait for its session to end."""
+async def test_member_restarted_after_a_kill_keeps_its_partitions(bench: Bench) -> None:
+    """A member that restarts after a kill has its partitions at once, without waiting for its session to end."""
     one, again = await bench.bus("one"), await bench.bus("one")
     a, b = Recorder(), Recorder()
     killed = cast(ConsumerLoop, one.consume(SCAN_WORKERS, GROUP, a))
@@ -392,8 +392,8 @@ async def test_a_killed_member_goes_on_under_its_name(bench: Bench) -> None:
 
 @pytest.mark.proves("F12", "G9")
 @pytest.mark.parametrize("kind", ["group", "tail"])
-async def test_a_record_that_the_client_cannot_read_is_buried(bench: Bench, kind: str) -> None:
-    """A header whose name is no text breaks the client; a group dead-letters its origin, and the rest is handled."""
+async def test_member_with_an_unreadable_record_dead_letters_its_origin(bench: Bench, kind: str) -> None:
+    """A record that the client cannot parse is dead-lettered by its origin, and the rest is handled."""
     bus, recorder = await bench.bus(), Recorder()
     consumer = bus.consume(SCAN_WORKERS, GROUP, recorder) if kind == "group" else bus.tail(SCAN_WORKERS, recorder)
     good = encode(SCAN_WORKERS, *workers([1]), source="test")
@@ -435,8 +435,8 @@ async def letters(bench: Bench) -> list[Any]:
         return [await consumer.getone() for _ in range(end)]
 
 
-async def test_a_record_larger_than_a_dead_letter_leaves_its_origin(bench: Bench) -> None:
-    """A record that unpacks to more than the dead-letter topic takes is buried without its value, and holds up nothing."""
+async def test_member_with_an_oversized_record_dead_letters_it_without_a_value(bench: Bench) -> None:
+    """A record that exceeds the dead-letter topic's limit when decompressed is dead-lettered without its value."""
     bus, recorder = await bench.bus(), Recorder()
     size = DEAD_LETTER_BYTES + 1
     async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
@@ -462,8 +462,8 @@ async def test_a_record_larger_than_a_dead_letter_leaves_its_origin(bench: Bench
     assert dict(letter.headers)["dlq_offset"] == b"0"
 
 
-async def test_topics_are_made_with_their_settings_and_made_again_in_vain(bench: Bench) -> None:
-    """Creating topics twice changes nothing, a setting that was changed comes back, and other partition counts are refused."""
+async def test_create_topics_is_idempotent_and_restores_settings(bench: Bench) -> None:
+    """Creating topics twice changes nothing, changed settings are restored, other partition counts are refused."""
     wanted = {
         "cleanup.policy": "delete",
         "message.timestamp.type": "LogAppendTime",
@@ -493,8 +493,8 @@ async def settings_of(bench: Bench, topic: str) -> dict[str, str]:
     return {name: value for name, value, *_ in found[4]}
 
 
-async def test_topics_are_not_made_without_a_broker() -> None:
-    """Creating topics waits for a broker, but not for ever."""
+async def test_create_topics_without_a_broker_times_out() -> None:
+    """Creating topics waits for a broker, with a timeout."""
     nowhere = TopicSettings(kafka=f"127.0.0.1:{ports.choose()}")
     with pytest.raises(DependencyError, match="cannot create topics"):
         await create_topics(nowhere, limit=1)

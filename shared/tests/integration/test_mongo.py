@@ -58,16 +58,16 @@ async def database(mongodb: str) -> AsyncIterator[Database]:
     database.client.close()
 
 
-async def test_a_write_counts_when_a_majority_has_it(database: Database) -> None:
-    """Writes wait for a majority's journal, reads see majority writes on the primary, and every collection inherits it."""
+async def test_connect_uses_majority_concerns(database: Database) -> None:
+    """Writes wait for a majority's journal, reads see majority writes on the primary, in every collection."""
     collection = database["any"]
     assert collection.write_concern.document == {"w": "majority", "j": True}
     assert collection.read_concern.level == "majority"
     assert collection.read_preference == ReadPreference.PRIMARY
 
 
-async def test_times_read_back_aware(database: Database) -> None:
-    """A time that was stored comes back equal, with its zone."""
+async def test_stored_time_reads_back_equal_and_aware(database: Database) -> None:
+    """A stored time reads back equal, with its time zone."""
     now = utc_now()
     await database["times"].insert_one({"_id": 1, "at": now})
     found = await database["times"].find_one({"_id": 1})
@@ -168,8 +168,8 @@ async def test_an_index_may_take_longer_than_other_operations(mongodb: str, data
 
 
 @pytest.mark.parametrize("block", [1, 7])
-async def test_nobody_gets_an_id_twice(database: Database, block: int) -> None:
-    """Replicas that take at the same time, and one that starts anew, get ids of their own, from 1 on."""
+async def test_ids_are_unique_across_replicas(database: Database, block: int) -> None:
+    """Replicas that take ids at the same time, and one that restarts, get distinct ids, from 1 on."""
     replicas = [Ids(database, "jobs", block=block) for _ in range(3)]
     taken = await asyncio.gather(*(each.take(count) for each in replicas for count in (1, 2, 3, 10)))
     ids = [number for numbers in (*taken, await Ids(database, "jobs", block=block).take(4)) for number in numbers]
@@ -304,8 +304,8 @@ async def test_errors_of_the_server_table_raise_dependency_error_unless_they_nam
 
 
 @pytest.mark.proves("F7")
-async def test_a_cut_connection_costs_nothing(mongodb: str, database: Database) -> None:
-    """A write that finds its connection cut is done once all the same, by the driver's own retry."""
+async def test_write_on_a_cut_connection_is_applied_once(mongodb: str, database: Database) -> None:
+    """A write whose connection was cut is applied once, by the driver's retry."""
     async with through_proxy(mongodb, database) as (between, detour):
         ids = Ids(detour, "jobs")
         for expected in range(1, 6):

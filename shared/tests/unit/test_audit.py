@@ -1,4 +1,4 @@
-"""Refusals reach the audit log, and however many there are, they fill nothing."""
+"""Refusals are published to the audit log, within limits."""
 
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ def entry(number: int, **changed: Any) -> AuditEntry:
     return AuditEntry(id=f"id-{number}", **(fields | changed))
 
 
-def told(bus: MemoryBus) -> list[AuditEntry]:
+def published(bus: MemoryBus) -> list[AuditEntry]:
     return [each.entry for each in bus.messages(SCAN_AUDIT[GATEWAY]) if isinstance(each, Audited)]
 
 
-async def test_refusals_are_told_one_by_one(refusals: Refusals, bus: MemoryBus) -> None:
-    """Each refusal is one entry, told once."""
+async def test_flush_publishes_each_refusal_once(refusals: Refusals, bus: MemoryBus) -> None:
+    """Each refusal is one entry, published once."""
     entries = [entry(number) for number in range(3)]
     for each in entries:
         refusals.add(each)
     await refusals.flush(bus)
     await refusals.flush(bus)
-    assert told(bus) == entries
+    assert published(bus) == entries
 
 
 async def test_a_flood_is_counted(refusals: Refusals, time: Time, bus: MemoryBus) -> None:
@@ -72,15 +72,15 @@ async def test_a_flood_is_counted(refusals: Refusals, time: Time, bus: MemoryBus
         refusals.add(entry(number))
     refusals.add(entry(9_999, subject="7"))
     await refusals.flush(bus)
-    assert len(told(bus)) == SINGLES + 1
+    assert len(published(bus)) == SINGLES + 1
     time.now += WINDOW_S
     await refusals.flush(bus)
-    last = told(bus)[-1]
+    last = published(bus)[-1]
     assert (last.count, last.request_id, last.source) == (500, f"r-{SINGLES + 499}", "192.0.2.17")
-    assert sum(each.count for each in told(bus)) == SINGLES + 501
+    assert sum(each.count for each in published(bus)) == SINGLES + 501
     refusals.add(entry(10_000))
     await refusals.flush(bus)
-    assert told(bus)[-1] == entry(10_000, time=told(bus)[-1].time)
+    assert published(bus)[-1] == entry(10_000, time=published(bus)[-1].time)
 
 
 async def test_a_flood_from_everywhere_is_bounded(refusals: Refusals, time: Time, bus: MemoryBus) -> None:
@@ -90,14 +90,14 @@ async def test_a_flood_from_everywhere_is_bounded(refusals: Refusals, time: Time
         refusals.add(entry(number, source=f"2001:db8::{number:x}"))
     time.now += WINDOW_S
     await refusals.flush(bus)
-    assert len(told(bus)) == SINGLES + MERGED + 1
-    assert sum(each.count for each in told(bus)) == flood
+    assert len(published(bus)) == SINGLES + MERGED + 1
+    assert sum(each.count for each in published(bus)) == flood
 
 
-async def test_what_could_not_be_told_waits(
+async def test_flush_without_the_bus_keeps_refusals_pending(
     refusals: Refusals, bus: MemoryBus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the bus is away refusals wait, no more than fit, and are told when it is back."""
+    """While the bus is unavailable refusals stay pending, up to a limit, and are published after its recovery."""
     monkeypatch.setattr(audit, "WAITING", 3)
     bus.broker.away = True
     for number in range(5):
@@ -106,22 +106,22 @@ async def test_what_could_not_be_told_waits(
         await refusals.flush(bus)
     bus.broker.away = False
     await refusals.flush(bus)
-    assert [each.id for each in told(bus)] == ["id-0", "id-1", "id-2"]
+    assert [each.id for each in published(bus)] == ["id-0", "id-1", "id-2"]
 
 
-async def test_what_is_left_is_told_at_the_end(refusals: Refusals, bus: MemoryBus) -> None:
-    """A process that ends in good order tells what it has counted."""
+async def test_publishing_to_publishes_the_rest_at_exit(refusals: Refusals, bus: MemoryBus) -> None:
+    """A process that shuts down gracefully publishes the refusals that it has counted."""
     async with refusals.publishing_to(bus):
         for number in range(SINGLES + 2):
             refusals.add(entry(number))
-    assert sum(each.count for each in told(bus)) == SINGLES + 2
+    assert sum(each.count for each in published(bus)) == SINGLES + 2
 
 
 @pytest.mark.proves("G15", "A13")
-async def test_a_dead_letter_is_a_refusal(refusals: Refusals, bus: MemoryBus) -> None:
-    """A message that is no message is an entry that says where it stands."""
+async def test_dead_letter_is_recorded_as_a_refusal(refusals: Refusals, bus: MemoryBus) -> None:
+    """A malformed message gets an entry with its position."""
 
-    class Nobody:
+    class Reader:
         async def handle(self, records: object) -> None: ...
 
         async def assigned(self, partitions: object) -> None: ...
@@ -130,13 +130,13 @@ async def test_a_dead_letter_is_a_refusal(refusals: Refusals, bus: MemoryBus) ->
 
         async def caught_up(self, partitions: object) -> None: ...
 
-    consumer = bus.consume(SCAN_WORKERS, "group", Nobody())
+    consumer = bus.consume(SCAN_WORKERS, "group", Reader())
     async with refusals.publishing_to(bus):
         await consumer.start()
         bus.broker.append("scan-workers", 3, value=b"junk", headers=[("ce_subject", b"worker/w-1")])
         while not bus.broker.records("scan-workers-dlq"):
             await bus.broker.news(1)
         await consumer.stop()
-    (entry,) = told(bus)
+    (entry,) = published(bus)
     assert (entry.rule, entry.source, entry.action) == ("message", "scan-workers/3/0", "consume scan-workers")
     assert entry.target.startswith("worker/w-1: no CloudEvents")

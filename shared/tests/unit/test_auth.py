@@ -1,4 +1,4 @@
-"""What `scanfleet.auth` believes, and everything that it does not."""
+"""Tokens that `scanfleet.auth` accepts and refuses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from scanfleet.errors import DependencyError, UnauthorizedError, UnavailableErro
 from scanfleet.settings import AuthSettings
 from scanfleet.testing.tokens import Issuer, JwksEndpoint
 
-NOBODY = "https://issuer.test/none"
+NO_ISSUER = "https://issuer.test/none"
 
 
 class Time:
@@ -157,8 +157,8 @@ async def test_a_user_id_of_another_type_is_refused(issuer: Issuer, sub: object)
 
 
 @pytest.mark.proves("A7", "G14")
-async def test_an_expired_token_is_told_so(issuer: Issuer) -> None:
-    """An expired token is refused with an error by which its owner can mend it."""
+async def test_expired_token_is_refused_with_that_reason(issuer: Issuer) -> None:
+    """An expired token is refused with an error that tells its owner to renew it."""
     with pytest.raises(UnauthorizedError, match="expired") as caught:
         await issuer.verifier.verify(issuer.token(iat=1_000_000, exp=1_000_300))
     assert caught.value.headers == {"WWW-Authenticate": "Bearer"}
@@ -221,7 +221,7 @@ BAD_HEADERS: dict[str, dict[str, Any]] = {
 @pytest.mark.proves("A7", "G14")
 @pytest.mark.parametrize("headers", BAD_HEADERS.values(), ids=BAD_HEADERS)
 async def test_bad_headers_are_refused(issuer: Issuer, headers: dict[str, Any]) -> None:
-    """A header that names a key or changes what is signed is refused whoever signed it."""
+    """A header that names a key or changes what is signed is refused whatever key signed it."""
     with pytest.raises(UnauthorizedError):
         await issuer.verifier.verify(issuer.token(headers=headers))
 
@@ -386,7 +386,7 @@ async def test_unknown_kids_cost_one_fetch_per_cooldown() -> None:
 
 @pytest.mark.proves("A8", "G14")
 async def test_known_keys_do_not_wait_for_unknown_ones() -> None:
-    """A fetch that hangs because of an unknown key id delays nobody whose key is known."""
+    """A fetch that hangs because of an unknown key id does not delay tokens with a known key."""
     issuer, time = Issuer(), Time()
     endpoint = JwksEndpoint(issuer.jwks)
     async with keys_of(endpoint, time) as keys:
@@ -437,8 +437,8 @@ async def test_withdrawn_keys_end_without_new_ones_in_use() -> None:
 
 @pytest.mark.proves("A9", "G14")
 @pytest.mark.parametrize("seconds", [10, 300])
-async def test_a_token_that_was_believed_ends_with_its_key(seconds: float) -> None:
-    """The very token that was good is refused once its key is known to be withdrawn, replaced under its id or not."""
+async def test_cached_token_is_refused_after_its_key_is_withdrawn(seconds: float) -> None:
+    """A token that was accepted is refused once its key is withdrawn, replaced under its id or not."""
     for new in (Issuer("new"), Issuer("old")):
         old, time = Issuer("old"), Time()
         endpoint = JwksEndpoint(old.jwks)
@@ -456,8 +456,8 @@ async def test_a_token_that_was_believed_ends_with_its_key(seconds: float) -> No
                 await verifier.verify(token)
 
 
-async def test_a_token_that_was_believed_expires() -> None:
-    """The very token that was good is refused as expired from its `exp` on."""
+async def test_cached_token_is_refused_after_its_expiry() -> None:
+    """A token that was accepted is refused as expired from its `exp` on."""
     issuer = Issuer()
     verifier = TokenVerifier(issuer.settings.model_copy(update={"jwt_leeway_seconds": 0}), issuer.verifier._keys)
     end = int(time.time()) + 2
@@ -468,8 +468,8 @@ async def test_a_token_that_was_believed_expires() -> None:
         await verifier.verify(token)
 
 
-async def test_only_so_many_tokens_are_remembered() -> None:
-    """However many good tokens there are, the memory of them is bounded, and all go on being good."""
+async def test_token_cache_is_bounded() -> None:
+    """However many valid tokens there are, the cache is bounded, and all stay accepted."""
     issuer = Issuer()
     verifier = issuer.verifier
     tokens = [issuer.token(user) for user in range(1, KNOWN_TOKENS + 3)]
@@ -570,7 +570,7 @@ def test_exactly_one_source_of_keys() -> None:
     """Settings without a source of keys, with two, or with a short secret are refused."""
     for sources in (
         {},
-        {"jwt_jwks_url": NOBODY, "jwt_public_key_file": "key.pem"},
+        {"jwt_jwks_url": NO_ISSUER, "jwt_public_key_file": "key.pem"},
         {"jwt_development_secret": "short"},
     ):
         with pytest.raises(ValidationError):

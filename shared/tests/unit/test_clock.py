@@ -11,7 +11,7 @@ from scanfleet.clock import Time, utc_now
 
 
 def test_now_is_utc_in_whole_milliseconds() -> None:
-    """The value is what MongoDB gives back: aware, UTC, without microseconds of its own."""
+    """The value equals the one that MongoDB returns: aware, UTC, whole milliseconds."""
     before = datetime.now(UTC)
     now = utc_now()
     assert now.utcoffset() == timedelta(0)

@@ -82,8 +82,8 @@ async def test_records_polled_before_a_revocation_are_not_handled_after_it() -> 
     assert script.committed == [{0: 2}]
 
 
-async def test_a_dead_letter_that_cannot_be_written_is_tried_again() -> None:
-    """Nothing is committed and nothing after it handled before a dead letter is safe."""
+async def test_dead_letter_write_failure_is_retried() -> None:
+    """Nothing is committed, and nothing after it handled, before a dead letter is stored."""
     letters: list[int] = []
     tries: list[int] = []
 
@@ -92,7 +92,7 @@ async def test_a_dead_letter_that_cannot_be_written_is_tried_again() -> None:
         assert not recorder.handled
         tries.append(raw.offset)
         if len(tries) < 3:
-            raise DependencyError("the broker is away")
+            raise DependencyError("the broker is unavailable")
         letters.append(raw.offset)
 
     async def polls() -> AsyncIterator[Sequence[RawRecord]]:
@@ -109,14 +109,14 @@ async def test_a_dead_letter_that_cannot_be_written_is_tried_again() -> None:
     assert [handled.offset for handled in recorder.handled] == [1]
 
 
-async def test_a_broker_that_is_away_makes_the_consumer_unready_until_it_is_back() -> None:
-    """A poll that finds no broker is repeated; the loop is alive, and ready again when the broker answers."""
+async def test_consumer_with_an_unavailable_broker_is_unready_until_it_recovers() -> None:
+    """A poll without a broker is retried; the loop stays alive, and is ready again when the broker answers."""
     back = asyncio.Event()
 
     class Away(Script):
         async def ends(self) -> Mapping[int, int]:
             if not back.is_set():
-                raise DependencyError("away")
+                raise DependencyError("unavailable")
             return await super().ends()
 
     async def polls() -> AsyncIterator[Sequence[RawRecord]]:
@@ -133,15 +133,15 @@ async def test_a_broker_that_is_away_makes_the_consumer_unready_until_it_is_back
         await until(lambda: consumer.ready and recorder.handled)
 
 
-async def test_a_caught_up_that_is_held_up_is_said_again() -> None:
-    """A handler that cannot act on being caught up for want of a dependency is told again, unready meanwhile."""
+async def test_caught_up_dependency_error_is_retried() -> None:
+    """A handler whose `caught_up` raises a DependencyError is called again, unready meanwhile."""
     calls: list[bool] = []
 
     class HeldUp(Recorder):
         async def caught_up(self, _: object) -> None:
             calls.append(consumer.ready)
             if len(calls) < 2:
-                raise DependencyError("MongoDB is away")
+                raise DependencyError("MongoDB is unavailable")
 
     async def polls() -> AsyncIterator[Sequence[RawRecord]]:
         yield []
@@ -157,7 +157,7 @@ async def test_steady_traffic_does_not_keep_a_partition_from_being_caught_up() -
     """What the broker named stands as the target while newer records come: a target that moves would never be met."""
 
     class Growing(Script):
-        """Its end runs ahead of its position for ever."""
+        """Its end is always ahead of its position."""
 
         async def positions(self) -> Mapping[int, int]:
             return {0: self.end - 1}
@@ -173,8 +173,8 @@ async def test_steady_traffic_does_not_keep_a_partition_from_being_caught_up() -
         await until(lambda: recorder.caught_up_after)
 
 
-async def test_what_is_done_for_one_record_says_whose_it_is() -> None:
-    """While one record is handled every line of the log has its ids, and what is sent belongs to its trace."""
+async def test_handling_one_record_sets_log_context_and_trace() -> None:
+    """While one record is handled every log line has its ids, and sent messages belong to its trace."""
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
     seen: list[tuple[dict[str, object], str | None]] = []
 
@@ -194,8 +194,8 @@ async def test_what_is_done_for_one_record_says_whose_it_is() -> None:
     assert seen == [({"job_id": 41, "chunk_id": "41-7"}, trace), ({}, None)]
 
 
-async def test_numbers_that_nobody_refreshes_are_not_shown() -> None:
-    """Lag is told while it is known, and by no number while the broker or a dependency is away or the loop has stopped."""
+async def test_lag_is_absent_while_unknown() -> None:
+    """The lag metric is absent while the broker or a dependency is unavailable or the loop has stopped."""
     group, away, broker_away = uuid4().hex, asyncio.Event(), asyncio.Event()
 
     def metric(name: str) -> float | None:
@@ -204,12 +204,12 @@ async def test_numbers_that_nobody_refreshes_are_not_shown() -> None:
     class Away(Script):
         async def ends(self) -> Mapping[int, int]:
             if broker_away.is_set():
-                raise DependencyError("away")
+                raise DependencyError("unavailable")
             return {0: self.end + 7}
 
     def does(_: object) -> None:
         if away.is_set():
-            raise DependencyError("MongoDB is away")
+            raise DependencyError("MongoDB is unavailable")
 
     async def polls() -> AsyncIterator[Sequence[RawRecord]]:
         yield []  # and there is a look
@@ -234,8 +234,8 @@ async def test_numbers_that_nobody_refreshes_are_not_shown() -> None:
 
 
 @pytest.mark.proves("F17", "G4")
-async def test_what_was_not_read_is_not_caught_up() -> None:
-    """While the position lies before the end that the broker named, nothing is caught up, however often one looks."""
+async def test_caught_up_needs_the_position_at_the_end() -> None:
+    """While the position is before the end that the broker reported, the partition is not caught up."""
 
     class Behind(Script):
         position, looks = 0, 0

@@ -9,8 +9,8 @@ from scanfleet.kafka.dead_letters import printable
 
 
 @given(st.binary() | st.text().map(lambda text: text.encode(errors="surrogatepass")))
-def test_whatever_is_in_a_letter_is_one_line_of_plain_text(data: bytes) -> None:
-    """No byte reaches a terminal as anything but a character that it prints."""
+def test_printable_any_bytes_returns_one_line_of_plain_text(data: bytes) -> None:
+    """No byte reaches a terminal other than as a printable character."""
     assert printable(data).isprintable()
 
 

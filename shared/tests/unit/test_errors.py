@@ -25,8 +25,8 @@ def test_an_answer_carries_its_status(error: type[errors.PublicError], status: i
     assert (answer.status, answer.message, str(answer)) == (status, "what is wrong", "what is wrong")
 
 
-def test_an_answer_tells_how_to_go_on() -> None:
-    """401 says how to authenticate, and 429 and 503 when to come back."""
+def test_public_error_has_retry_or_authentication_headers() -> None:
+    """401 has WWW-Authenticate, and 429 and 503 have Retry-After."""
     too_many = errors.TooManyRequestsError("slowly", retry_after=5, rule=errors.Rule.RATE)
     assert (too_many.status, too_many.headers) == (429, {"Retry-After": "5"})
     assert errors.UnauthorizedError("no token").headers == {"WWW-Authenticate": "Bearer"}
@@ -41,8 +41,8 @@ def test_a_refusal_names_its_rule() -> None:
     assert errors.NotFoundError("no such job").rule is None
 
 
-def test_the_three_ways_to_go_on_are_apart() -> None:
-    """No error is at once an answer, a bad message and a bad day; all have one root."""
+def test_error_classes_are_disjoint() -> None:
+    """No error is an answer, a message error and a dependency error at once; all have one base class."""
     ways = (errors.PublicError, errors.MessageError, errors.DependencyError)
     assert all(issubclass(way, errors.ScanfleetError) for way in ways)
     assert not any(issubclass(one, other) for one in ways for other in ways if one is not other)

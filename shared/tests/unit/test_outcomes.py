@@ -19,7 +19,7 @@ FIRST = st.sampled_from(["0.0.0.0", "10.0.0.250", "127.9.8.1", "::", "::1", "200
 
 
 @given(MAP, MAP)
-def test_the_first_letter_stays(known: str, news: str) -> None:
+def test_merge_keeps_set_outcomes(known: str, news: str) -> None:
     """Merging fills blanks and changes nothing else."""
     assert merge(known, news) == "".join(old if old != "." else new for old, new in zip(known, news, strict=True))
 

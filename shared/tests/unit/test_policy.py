@@ -166,7 +166,7 @@ def test_a_stored_policy_of_another_release_may_lack_fields_or_have_more() -> No
     ],
 )
 def test_a_stored_policy_is_bounded(forged: dict[str, Any]) -> None:
-    """Words, numbers and lists of a stored policy are bounded, whoever wrote them."""
+    """Words, numbers and lists of a stored policy are bounded, whichever release wrote them."""
     with pytest.raises(ValidationError):
         ScanPolicy.model_validate(forged)
 

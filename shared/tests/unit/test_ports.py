@@ -123,13 +123,13 @@ def test_refuses_ports_of_no_protocol_beside_udp(text: str) -> None:
 
 
 def test_refuses_a_text_that_is_too_long() -> None:
-    """The limit holds for the text as given and as written anew, so that what is stored can be read again."""
+    """The limit applies to the given and to the canonical text, so that a stored text can be parsed again."""
     with pytest.raises(ValueError, match="at most"):
         PortSet.parse("1," * MAX_TEXT + "1")
     listed = ",".join(str(port) for port in range(10_001, 10_001 + 2 * 1_666, 2))
     assert len(str(PortSet.parse(listed))) == MAX_TEXT - 5
     with pytest.raises(ValueError, match="at most"):
-        PortSet.parse(f"{listed}-")  # one character more, and six when written anew
+        PortSet.parse(f"{listed}-")  # one character more, and six in canonical form
 
 
 @given(TEXT)

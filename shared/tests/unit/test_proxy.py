@@ -25,8 +25,8 @@ async def test_a_connection_that_is_cut_before_it_was_taken_up_is_closed() -> No
 
 
 @pytest.mark.parametrize("steps", range(5))
-async def test_who_comes_while_it_begins_to_refuse_is_not_lost(steps: int) -> None:
-    """A connection that was accepted and not begun is closed like any other, at whatever step of the loop it stands."""
+async def test_proxy_closes_connections_accepted_while_it_begins_to_refuse(steps: int) -> None:
+    """A connection that was accepted but not started is closed like any other."""
     faults: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: faults.append(context))
     async with proxy("127.0.0.1", 1) as between:

@@ -68,7 +68,7 @@ async def fail(kind: str) -> None:
         "conflict": ConflictError("in use"),
         "token": UnauthorizedError("no token"),
         "away": UnavailableError("busy", retry_after=7),
-        "dependency": DependencyError("mongodb://user:password@host is away"),
+        "dependency": DependencyError("mongodb://user:password@host is unavailable"),
         "message": MessageError("internal"),
         "bug": ZeroDivisionError("internal"),
     }[kind]
@@ -348,8 +348,8 @@ async def test_a_token_comes_before_everything_else(client: httpx.AsyncClient, a
     assert (await client.get("/guarded/1")).status_code == 404
 
 
-async def test_a_token_is_verified_once(client: httpx.AsyncClient, app: FastAPI) -> None:
-    """A good token is verified once in a request, and the route hears whose it is."""
+async def test_token_is_verified_once_per_request(client: httpx.AsyncClient, app: FastAPI) -> None:
+    """A valid token is verified once per request, and the route receives its caller."""
     issuer = Issuer()
     app.state.verifier = counting = Counting(issuer)
     answer = await client.post("/guarded", json={"size": 3}, headers=issuer.bearer(7))
@@ -358,7 +358,7 @@ async def test_a_token_is_verified_once(client: httpx.AsyncClient, app: FastAPI)
 
 
 async def test_a_route_without_a_guard_has_no_caller(client: httpx.AsyncClient, app: FastAPI) -> None:
-    """A route that asks for its caller and was forgotten to be guarded answers nobody."""
+    """A route that uses the caller without being guarded answers no request."""
     app.add_api_route("/forgotten", create_guarded, methods=["POST"])
     answer = await client.post("/forgotten", json={"size": 3}, headers=Issuer().bearer(7))
     assert answer.status_code == 500
@@ -437,9 +437,9 @@ async def test_health_is_that_of_the_loops(app: FastAPI, probes: httpx.AsyncClie
 
 async def test_a_process_with_a_dead_loop_ends(app: FastAPI) -> None:
     """A service whose loop has died ends its own process, so that its supervisor starts another."""
-    loop, told, ended = Loop(), asyncio.get_running_loop(), asyncio.Event()
+    loop, running, ended = Loop(), asyncio.get_running_loop(), asyncio.Event()
     app.state.probes.watch(loop)
-    told.add_signal_handler(signal.SIGTERM, ended.set)
+    running.add_signal_handler(signal.SIGTERM, ended.set)
     try:
         async with app.router.lifespan_context(app):
             await asyncio.sleep(0)
@@ -447,9 +447,9 @@ async def test_a_process_with_a_dead_loop_ends(app: FastAPI) -> None:
             loop.alive = False
             async with asyncio.timeout(10):
                 await ended.wait()
-            told.remove_signal_handler(signal.SIGTERM)
+            running.remove_signal_handler(signal.SIGTERM)
     finally:
-        told.remove_signal_handler(signal.SIGTERM)
+        running.remove_signal_handler(signal.SIGTERM)
 
 
 async def test_readiness_is_that_of_the_dependencies(app: FastAPI, probes: httpx.AsyncClient) -> None:
@@ -458,7 +458,7 @@ async def test_readiness_is_that_of_the_dependencies(app: FastAPI, probes: httpx
 
     async def check() -> None:
         if away:
-            raise DependencyError("mongodb is away")
+            raise DependencyError("mongodb is unavailable")
 
     app.state.probes.watch(loop)
     app.state.probes.depend("mongodb", check)

@@ -44,7 +44,7 @@ def test_reads_what_ipaddress_writes(network: Network) -> None:
     ],
 )
 def test_reads_single_addresses_and_any_spelling_of_ipv6(text: str, network: str) -> None:
-    """A single address is the longest prefix, and IPv6, which nobody reads in two ways, may be spelled freely."""
+    """A single address is the longest prefix, and IPv6, which is unambiguous, may have any standard spelling."""
     assert parse_network(text) == parse_network(network)
 
 

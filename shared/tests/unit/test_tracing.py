@@ -1,4 +1,4 @@
-"""Traces: what is recorded, what is handed on, and what it costs when nobody looks."""
+"""Traces: recording, propagation, and their cost without a collector."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNSAMPLED = f"00-{TRACE}-b7ad6b7169203331-00"
 
 
 def test_without_a_collector_nothing_is_recorded_and_the_callers_span_stays_the_parent() -> None:
-    """No thread, no span; what is handed on is what came, or a new trace that nobody records."""
+    """No thread, no span; the propagated header is the received one, or a new trace that is not recorded."""
     before = threading.active_count()
     tracing.configure("test", CommonSettings(instance="test"))
     with tracing.span("work", SAMPLED) as span:
@@ -32,7 +32,7 @@ def test_without_a_collector_nothing_is_recorded_and_the_callers_span_stays_the_
 
 
 async def test_a_collector_is_served_by_one_thread_until_the_end() -> None:
-    """With a collector there is one thread more, and `stop` ends it though the collector is away."""
+    """With a collector there is one thread more, and `stop` ends it even if the collector is unavailable."""
     before = threading.active_count()
     settings = CommonSettings(instance="test", otlp_endpoint="http://127.0.0.1:9/")
     tracing.configure("test", settings)
@@ -77,7 +77,7 @@ def sampled(traceparent: str | None) -> int:
 
 @pytest.mark.parametrize("ratio", [1.0, 0.0])
 def test_a_trace_that_begins_here_is_recorded_by_the_ratio(ratio: float) -> None:
-    """Without a caller's decision the ratio decides, and those who are called are told."""
+    """Without a caller's decision the ratio decides, and the decision is propagated."""
     with recording(ratio=ratio) as exporter, tracing.span("work", None):
         assert sampled(tracing.current()) == ratio
         with tracing.span("inner", tracing.current()):
@@ -85,8 +85,8 @@ def test_a_trace_that_begins_here_is_recorded_by_the_ratio(ratio: float) -> None
     assert len(exporter.get_finished_spans()) == 2 * ratio
 
 
-def test_one_piece_of_work_for_many_traces_has_a_span_in_each() -> None:
-    """Work on a batch is told in each trace that is recorded, and each gets a parent of its own to hand on."""
+def test_spans_of_a_batch_exist_in_each_trace() -> None:
+    """Work on a batch has a span in each recorded trace, and a separate parent to propagate for each."""
     other = SAMPLED.replace("0a", "0b")
     headers = {1: SAMPLED, 2: other, 3: UNSAMPLED, 4: None}
     with (
@@ -106,8 +106,8 @@ def test_one_piece_of_work_for_many_traces_has_a_span_in_each() -> None:
     assert (onward[3], onward[4]) == (UNSAMPLED, None)
 
 
-def test_an_error_is_told_by_its_kind_alone() -> None:
-    """A span that ends by an error says so, and nothing of what the error says."""
+def test_span_records_only_the_type_of_an_error() -> None:
+    """A span that ends by an error has its type but not its message."""
     with recording() as exporter:
         with pytest.raises(ValueError, match="secret"), tracing.span("one", SAMPLED):
             raise ValueError("secret")

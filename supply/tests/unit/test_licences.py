@@ -22,7 +22,7 @@ def test_problems_name_a_package_with_another_licence() -> None:
 
 
 def test_problems_name_a_package_without_a_known_licence() -> None:
-    """A package whose licence cannot be told is a problem, not a pass."""
+    """A package with an unknown licence is a problem."""
 
     def unknown(package: Package) -> str:
         if package.name == "motor":

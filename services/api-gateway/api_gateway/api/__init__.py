@@ -1,4 +1,4 @@
-"""The public REST API. What is not a command is answered by the services behind, and only documented here."""
+"""Serve the public REST API. Queries are forwarded to the services behind the gateway and only documented here."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Places:
         self._taken: Counter[int] = Counter()
 
     def left(self, user_id: int) -> rest.PlacesLeft:
-        """How many the user may take besides those taken now."""
+        """Return how many more places the user may take."""
         return rest.PlacesLeft(limit=self._per_user, left=max(0, self._per_user - self._taken[user_id]))
 
     @asynccontextmanager
@@ -103,13 +103,13 @@ class Admission:
         """Count the request against `rate`, and hold one of the user's places in `lane` for the length of the block.
 
         Args:
-            user_id: who asks.
+            user_id: the user of the request.
             rate: `reads`, `writes` or `cancels`.
             lane: `requests`, `cancels` or `streams`.
             headers: of the answer; `RateLimit` and `RateLimit-Policy` are added, whatever the answer will be.
 
         Raises:
-            TooManyRequestsError: the user has no place left, or has asked too much in the last minute.
+            TooManyRequestsError: the user has no place left, or has exceeded the rate limit.
             UnavailableError: all users together have no place left.
         """
         granted = await self._limiter.hit(self._rates[rate], str(user_id))
@@ -129,7 +129,7 @@ class Admission:
             yield
 
     async def left(self, user_id: int) -> rest.Limits:
-        """What is left of the user's limits now."""
+        """Return the remaining limits of the user."""
         return rest.Limits(
             reads=await self._quota(user_id, "reads"),
             writes=await self._quota(user_id, "writes"),
@@ -144,7 +144,7 @@ class Admission:
 
 
 class Route(Guarded):
-    """A route of the public API: it answers a good token within its user's limits."""
+    """A route of the public API, which requires a valid token and applies its user's limits."""
 
     lane: ClassVar[str] = "requests"
 

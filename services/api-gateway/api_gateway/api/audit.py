@@ -32,5 +32,5 @@ router = APIRouter(prefix="/api/v1/audit", tags=["audit"], route_class=Route)
     },
 )
 async def list_audit(request: Request, _caller: Caller, state: Handed) -> Response:
-    """What was changed and what was refused, newest first; for administrators."""
+    """Changes and refusals, newest first; for administrators."""
     return await state.orchestrator.forward(request)

@@ -1,4 +1,4 @@
-"""Words of the OpenAPI document for what the gateway passes on without looking at it."""
+"""Parts of the OpenAPI document for requests that the gateway forwards without parsing them."""
 
 from __future__ import annotations
 

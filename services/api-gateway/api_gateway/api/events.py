@@ -1,4 +1,4 @@
-"""States of jobs as Server-Sent Events: what is true now, then every change; of one job until its last state."""
+"""Stream states of jobs as Server-Sent Events: the current state, then every change; of one job until its final state."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ def _watch(watched: JobsWatched, state: State) -> Iterator[Watch]:
 class _EventStream(StreamingResponse):
     """States as they come.
 
-    An event may be lost, the tail fall behind and a token run out, and all of it looks like silence. So every
-    `heartbeat_seconds` the orchestrator is asked again, in the caller's name, and what it says that was not heard is told.
-    If it does not say, or events cannot be heard, the stream ends, and the client's next request is told why.
+    A lost event, a lagging tail and an expired token all look like a stream without changes. Therefore the orchestrator is
+    queried every `heartbeat_seconds` with the caller's identity, and states that were not received as events are sent.
+    If the query fails, or events are unavailable, the stream ends, and the client's next request gets the error.
 
     Args:
         watch: of the jobs.
-        request: that asked for the stream.
+        request: the request for the stream.
         state: of the gateway.
         job_id: of the one job, for the log.
     """
@@ -98,14 +98,14 @@ class _EventStream(StreamingResponse):
 
     @abstractmethod
     def _pieces(self) -> AsyncIterator[bytes]:
-        """What is sent."""
+        """Yield the body of the response."""
 
     @abstractmethod
     def _look(self) -> AsyncIterator[None]:
-        """Ask the orchestrator, and let the watch hear what it says; page by page.
+        """Query the orchestrator page by page, and pass its answers to the watch.
 
         Raises:
-            PublicError: the caller may not watch any more.
+            PublicError: the caller may no longer watch.
             DependencyError: the orchestrator is unavailable.
         """
 
@@ -113,10 +113,10 @@ class _EventStream(StreamingResponse):
     def _id(self, snapshot: Snapshot) -> str: ...
 
     async def _told(self, first_look: float) -> AsyncIterator[tuple[bytes, Snapshot | None]]:
-        """Each event with its state, and heartbeats.
+        """Yield each event with its state, and heartbeats.
 
         Args:
-            first_look: in how many seconds the orchestrator is asked for the first time.
+            first_look: seconds until the orchestrator is first queried.
         """
         time = asyncio.get_running_loop().time
         until = time() + first_look
@@ -139,10 +139,10 @@ class _EventStream(StreamingResponse):
             yield KEEPALIVE_COMMENT, None
 
     async def _caller(self) -> dict[str, str]:
-        """Who asks; raises as `_look`."""
+        """Return the caller; raises the same errors as `_look`."""
         if not self._state.events.ready:
             raise DependencyError("job events cannot be read")
-        await authenticate(self._request)  # until now the token may have ended, or be revoked
+        await authenticate(self._request)  # meanwhile the token may have expired or been revoked
         return self._state.orchestrator.identity(self._request)
 
     def _event(self, snapshot: Snapshot) -> bytes:
@@ -155,7 +155,7 @@ class _EventStream(StreamingResponse):
 
 
 class JobStream(_EventStream):
-    """One job, from what its watch has begun with to its final state."""
+    """Streams one job, from the first state of its watch to its final state."""
 
     def __init__(self, watch: Watch, job_id: int, request: Request, state: State) -> None:
         super().__init__(watch, request, state, job_id=job_id)
@@ -184,8 +184,8 @@ class JobsStream(_EventStream):
     Args:
         watch: of the jobs.
         first: the first page of them.
-        whose: as the caller named the user.
-        request: that asked for the stream.
+        whose: the requested user.
+        request: the request for the stream.
         state: of the gateway.
     """
 
@@ -197,7 +197,7 @@ class JobsStream(_EventStream):
         self._ended_since = last_received(request.headers.get("last-event-id"))
 
     async def _pieces(self) -> AsyncIterator[bytes]:
-        yield b"retry: %d\n\n" % _RETRY_MS  # there may be no job to tell of for hours
+        yield b"retry: %d\n\n" % _RETRY_MS  # the first event may be hours away
         async for piece, _ in self._told(0):
             yield piece
 

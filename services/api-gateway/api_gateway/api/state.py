@@ -1,4 +1,4 @@
-"""What `main.py` hands to the routes."""
+"""Provide the routes with the state that `main.py` builds."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the gateway does with the bus: commands and their replies, and events for whoever watches a job."""
+"""Use the bus: publish commands and receive their replies, and receive job events for watches."""

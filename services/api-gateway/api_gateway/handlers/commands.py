@@ -21,7 +21,7 @@ _JOBS_END_SECONDS: Final = 30  # until a user who has too many unfinished jobs m
 
 
 class Arbiter(Protocol):
-    """Decides a command whose reply did not come."""
+    """Decides a command without a reply."""
 
     async def expire(self, command_id: str, headers: Mapping[str, str]) -> Reply | None:
         """Call the command off, None when that was done; else the reply, for it had been decided before.
@@ -36,13 +36,13 @@ class Arbiter(Protocol):
 
 
 class Commands:
-    """Requests that wait for a reply. It reads all of scan-replies: a reply may be in any partition."""
+    """Matches replies to waiting requests. It reads all partitions of scan-replies, since a reply may be in any of them."""
 
     def __init__(self, bus: Publisher, *, reply_seconds: float) -> None:
         self._bus = bus
         self._reply_seconds = reply_seconds
         self._waiting: dict[str, asyncio.Future[Reply]] = {}
-        """As many as there may be requests at once."""
+        """At most as many as there are concurrent requests."""
 
     async def handle(self, records: Sequence[Record]) -> None:
         for record in records:
@@ -60,7 +60,7 @@ class Commands:
         """Nothing is kept by partition."""
 
     async def caught_up(self, partitions: Collection[int]) -> None:
-        """Each request has its own time limit."""
+        """Do nothing: each request has its own timeout."""
 
     async def send(
         self,
@@ -72,11 +72,11 @@ class Commands:
 
         Args:
             command: with an id that no other command has.
-            arbiter: is asked if no reply comes.
+            arbiter: decides a command without a reply.
             headers: the caller's identity, for the arbiter.
 
         Raises:
-            PublicError: the command was refused or called off, or, as the error then says, its outcome is unknown.
+            PublicError: the command was rejected or expired, or its outcome is unknown; the message says which.
         """
         structlog.contextvars.bind_contextvars(command_id=command.command_id)  # so that the access line names it
         reply = await self._ask(command) or await _call_off(command.command_id, arbiter, headers)

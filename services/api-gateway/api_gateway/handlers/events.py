@@ -1,4 +1,4 @@
-"""Job events, for whoever watches a job: each state once, none after a later one, and in bounded memory."""
+"""Distribute job events to watches: each state once, in order, and in bounded memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scanfleet.messages import JobEvent, JobStatus
 from scanfleet.rest import Snapshot, TaskProgress, TaskStatus
 
 MAX_WAITING: Final = 10_000  # states that a client has not taken: 20 MB
-MAX_JOBS: Final = 100_000  # that one watch has heard of: 10 MB
+MAX_JOBS: Final = 100_000  # maximum jobs per watch: 10 MB
 
 JobsWatched = tuple[Literal["job", "user", "all"], int]
 """Which jobs: one, those of a user, or all."""
@@ -25,18 +25,18 @@ ALL_JOBS: Final[JobsWatched] = ("all", 0)
 
 
 class Watch:
-    """One look at one job, or at many. Of each job it keeps at most one state for each status: the latest not told yet."""
+    """A watch of one job or many. It keeps at most one unsent state per job and status: the latest."""
 
     def __init__(self) -> None:
         self.ended = False
         self._seqs: dict[int, int] = {}
-        """The highest heard of each job."""
+        """The highest `seq` received of each job."""
 
         self._waiting: dict[tuple[int, JobStatus], Snapshot] = {}
         self._news = asyncio.Event()
 
     def begin(self, now: Snapshot) -> None:
-        """Tell this next, then what was heard of its job since it was true; nothing older."""
+        """Send this state next, then later states of its job; drop older ones."""
         job_id = now.task.job.id
         newer = [self._waiting.pop(key) for key in list(self._waiting) if key[0] == job_id]
         for snapshot in (now, *(heard for heard in newer if heard.seq > now.seq)):
@@ -52,7 +52,7 @@ class Watch:
         self._seqs[job_id] = snapshot.seq
         self._waiting[job_id, snapshot.task.status.status] = snapshot
         if len(self._waiting) > MAX_WAITING or len(self._seqs) > MAX_JOBS:
-            self.end()  # the client asks again, and is told the state of then
+            self.end()  # the client reconnects and gets the current state
         self._news.set()
 
     def end(self) -> None:
@@ -75,7 +75,7 @@ class Watch:
 
 
 class Watches:
-    """All looks at jobs of this process. It handles all of scan-events: the job may be in any partition."""
+    """All watches of this process. It handles all partitions of scan-events, since a job may be in any of them."""
 
     def __init__(self) -> None:
         self._watches: defaultdict[JobsWatched, set[Watch]] = defaultdict(set)
@@ -100,7 +100,7 @@ class Watches:
         """Nothing is kept by partition."""
 
     async def caught_up(self, partitions: Collection[int]) -> None:
-        """What was not heard a watch asks for."""
+        """Do nothing: a watch queries for missed events."""
 
     @contextmanager
     def watch(self, watched: JobsWatched) -> Iterator[Watch]:
