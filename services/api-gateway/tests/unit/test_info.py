@@ -37,6 +37,7 @@ async def test_info_without_a_token_is_answered() -> None:
                 "audience": settings.jwt_audience,
                 "scopes": ["openid", "profile"],
                 "sign_in": ["token", "oidc"],
+                "sign_in_to_page": [],
             },
         )
         assert "ratelimit" not in answer.headers

@@ -154,7 +154,7 @@ async def test_a_large_job_is_made_in_a_window(world: World) -> None:
     standing = (await world.store.standings([job.id]))[job.id]
     assert standing.open <= plan.WINDOW
     assert job.totals.done == standing.lowest
-    assert sum(job.totals.probes.values()) == 4 * 8_192 * job.totals.done
+    assert sum(job.totals.probes.values()) == job.chunk_addresses * job.chunk_ports * job.totals.done
 
 
 async def test_a_large_job_is_cancelled_in_one_window(world: World) -> None:
