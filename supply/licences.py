@@ -37,6 +37,7 @@ _SPELLINGS: Final = {
     "Apache 2.0": "Apache-2.0",
     "Apache Software License": "Apache-2.0",
     "BSD 2-Clause License": "BSD-2-Clause",
+    "BSD License": "BSD-3-Clause",  # a classifier for both: the one with more conditions
     "BSD-derived (http://www.repoze.org/LICENSE.txt)": "LicenseRef-repoze",
     "MIT License": "MIT",
     "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
