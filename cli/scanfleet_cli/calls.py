@@ -140,6 +140,11 @@ def read_map(job_id: int, *, ports: str | None = None, first: str | None = None)
     return Call("GET", f"/api/v1/task/{job_id}/map", rest.CoverageMap, query=_set({"ports": ports, "from": first}))
 
 
+def delete_task(job_id: int) -> Call[rest.Done]:
+    """Delete a job that has ended, with its results and its ledger."""
+    return Call("DELETE", f"/api/v1/task/{job_id}", rest.Done)
+
+
 # The platform and the caller
 
 

@@ -398,7 +398,13 @@ def test_probes_have_a_port_of_their_own(manifests: list[Manifest]) -> None:
     assert opened <= {"keda", "monitoring"}
     for ingress in of_kind(manifests, "Ingress"):
         (host,) = ingress["spec"]["rules"]
-        assert [path["path"] for path in host["http"]["paths"]] == ["/api", "/app", "/session", "/docs", "/openapi.json"]
+        assert [path["path"] for path in host["http"]["paths"]] == [
+            "/api",
+            "/app",
+            "/session",
+            "/docs",
+            "/openapi.json",
+        ]
 
 
 def test_labels_follow_the_convention(manifests: list[Manifest]) -> None:

@@ -165,6 +165,7 @@ CALLS: dict[str, calls.Call[Any]] = {
     "read_task": calls.read_task(1),
     "watch_task": calls.watch_task(1),
     "watch_tasks": calls.watch_tasks(),
+    "delete_task": calls.delete_task(1),
     "cancel_task": calls.cancel_task(1),
     "cancel_tasks": calls.cancel_tasks(rest.CancelJobs(all=True)),
     "read_results": calls.read_results(1),

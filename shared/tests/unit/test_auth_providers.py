@@ -176,7 +176,7 @@ class Users:
 def recipes() -> dict[str, dict[str, str]]:
     """The variables on the page, by provider."""
     sections = [part.split("\n", 1) for part in PAGE.read_text(encoding="utf-8").split("\n## ")[1:]]
-    blocks = {title: re.search(r"```sh\n(.*?)```", body, re.DOTALL) for title, body in sections}
+    blocks = {title: re.search(r"```sh\n(SCANFLEET_JWT_.*?)```", body, re.DOTALL) for title, body in sections}
     return {
         title: dict(line.split("=", 1) for line in block[1].splitlines()) for title, block in blocks.items() if block
     }

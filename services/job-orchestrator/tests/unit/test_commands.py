@@ -143,7 +143,10 @@ async def test_policy_of_an_older_release_with_categories_is_refused(world: Worl
     (reply,) = world.replies(command)
     assert isinstance(reply, CommandRejected)
     assert reply.status == 400
-    assert "Policy 1 must be changed before it can be used: scripts.0: default is not one of the allowed scripts" in reply.error
+    assert (
+        "Policy 1 must be changed before it can be used: scripts.0: default is not one of the allowed scripts"
+        in reply.error
+    )
     assert await jobs_of(world) == []
 
 
