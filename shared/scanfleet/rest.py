@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Set as AbstractSet
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     AwareDatetime,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StrictBool,
@@ -39,6 +41,18 @@ MAX_UNKNOWN = 5  # fields reported per error; enough to correct a request in a f
 MAX_PAGE = 1_000_000_000  # keeps the number of skipped documents within MongoDB's integers
 
 Id = Annotated[StrictInt, Field(ge=1, le=MAX_ID)]
+
+
+def _rfc3339(value: Any) -> Any:
+    # pydantic also reads a number as seconds since 1970, which the document does not offer.
+    if isinstance(value, str) and not _DATE_AND_TIME.match(value):
+        raise PydanticCustomError("time", "a time as in RFC 3339 is expected, such as 2026-01-01T12:00:00Z")
+    return value
+
+
+_DATE_AND_TIME: Final = re.compile(r"\d{4}-\d{2}-\d{2}[Tt ]")
+
+QueryTime = Annotated[AwareDatetime, BeforeValidator(_rfc3339)]
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
 

@@ -37,19 +37,23 @@ MAY_WRITE: Final = {
     ORCHESTRATOR: {
         *("scan-replies", "scan-tasks", "scan-events", "scan-results", "scan-audit-job-orchestrator"),
         *("scan-commands-dlq", "scan-workers-dlq", "scan-progress-dlq", "scan-stored-dlq", "scan-events-dlq"),
-        *(f"scan-audit-{service}-dlq" for service in SERVICES),
+        *("scan-deletions", "scan-deletions-dlq"),
+        *(f"scan-audit-{writer}-dlq" for writer in (*SERVICES, "operator")),
     },
     WORKER: {"scan-workers", "scan-progress", "scan-results", "scan-audit-scanner-worker"},
-    RESULT_STORE: {"scan-stored", "scan-audit-result-store", "scan-results-dlq"},
+    RESULT_STORE: {
+        *("scan-stored", "scan-deletions", "scan-audit-result-store"),
+        *("scan-results-dlq", "scan-deletions-dlq"),
+    },
 }
 MAY_READ: Final = {
     GATEWAY: {"scan-replies", "scan-events"},
     ORCHESTRATOR: {
-        *("scan-commands", "scan-workers", "scan-progress", "scan-stored", "scan-events"),
-        *(f"scan-audit-{service}" for service in SERVICES),
+        *("scan-commands", "scan-workers", "scan-progress", "scan-stored", "scan-events", "scan-deletions"),
+        *(f"scan-audit-{writer}" for writer in (*SERVICES, "operator")),
     },
     WORKER: {"scan-tasks"},
-    RESULT_STORE: {"scan-results"},
+    RESULT_STORE: {"scan-results", "scan-deletions"},
 }
 EVERYTHING: Final = {topic.name for topic in TOPICS} | {topic.dead_letter for topic in TOPICS}
 
@@ -116,8 +120,8 @@ async def test_unreadable_records_are_dead_lettered(stack: Stack) -> None:
     async with producer_of(stack) as producer:
         for topic in read:
             await producer.send_and_wait(PREFIX + topic.name, b"nonsense", key=b"k")
-    letters = [PREFIX + topic.dead_letter for topic in read]
-    reader = AIOKafkaConsumer(*letters, **access(stack.kafka_settings()), auto_offset_reset="earliest")
+    letters = [PREFIX + topic.dead_letter for topic in read for _ in set(topic.consumers) & {*MEMBERS}]
+    reader = AIOKafkaConsumer(*set(letters), **access(stack.kafka_settings()), auto_offset_reset="earliest")
     async with reader, asyncio.timeout(LIMIT):
         while letters:
             record = await reader.getone()

@@ -83,7 +83,7 @@ def _header(name: str, description: str) -> dict[str, Any]:
         "name": name,
         "in": "header",
         "required": False,
-        "schema": {"type": "string", "maxLength": 1_000},
+        "schema": {"type": "string"},
         "description": description,
     }
 

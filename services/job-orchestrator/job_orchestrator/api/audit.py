@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Final
 
 from fastapi import APIRouter, Query, Request
-from pydantic import AwareDatetime
 
 from job_orchestrator.api.state import Handed, Paged, Recorded
 from scanfleet import rest
@@ -33,8 +32,8 @@ async def list_audit(
     decision: Text = None,
     rule: Text = None,
     source: Text = None,
-    since: AwareDatetime | None = None,
-    until: AwareDatetime | None = None,
+    since: rest.QueryTime | None = None,
+    until: rest.QueryTime | None = None,
 ) -> rest.AuditList:
     if not caller.admin:
         raise ForbiddenError("The audit log is for administrators", rule=Rule.ROLE)

@@ -6,7 +6,6 @@ from datetime import timedelta
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
-from pydantic import AwareDatetime
 
 from job_orchestrator.api.state import Handed, Paged, Recorded, Recorder, State
 from job_orchestrator.domain import ledger
@@ -38,7 +37,7 @@ async def list_tasks(
     user_id: Whose = None,
     subnet_id: Annotated[rest.QueryId | None, Query()] = None,
     policy_id: Annotated[rest.QueryId | None, Query()] = None,
-    since: AwareDatetime | None = None,
+    since: rest.QueryTime | None = None,
 ) -> rest.JobList:
     statuses = _statuses(request)
     whose = await readable_user(caller, user_id, record, target="/api/v1/task")

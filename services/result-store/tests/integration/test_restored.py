@@ -13,7 +13,7 @@ from scanfleet import mongo
 from scanfleet.errors import DependencyError
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings, create_topics
-from scanfleet.messages.topics import RESULT_STORE, SCAN_RESULTS
+from scanfleet.messages.topics import RESULT_STORE, SCAN_DELETIONS, SCAN_RESULTS
 from scanfleet.testing.consumers import Recorder, Running, until
 
 pytestmark = pytest.mark.integration
@@ -29,7 +29,7 @@ async def test_restored_log_is_replayed_and_ids_advance(kafka: str, mongodb: str
         internal_public_keys_file="unread.pem",
         chunk_public_keys_file="unread.pem",
     )
-    await create_topics(TopicSettings(kafka=kafka, topic_prefix=settings.topic_prefix), [SCAN_RESULTS])
+    await create_topics(TopicSettings(kafka=kafka, topic_prefix=settings.topic_prefix), [SCAN_RESULTS, SCAN_DELETIONS])
     bus, database = KafkaBus(settings, source="test", instance="test"), mongo.connect(mongodb, settings.database)
     await bus.start()
     try:
