@@ -61,7 +61,7 @@ test: setup
 	$(BIN)/pytest $(T)
 else
 test: lint $(PROMTOOL) browser ## Run every check and test; one file, folder or test only: make test T=path
-	$(BIN)/pytest --numprocesses 4 --dist loadscope --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder
 endif
 
 test-unit: setup ## Run the tests that need no servers: a few minutes

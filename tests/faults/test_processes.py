@@ -88,7 +88,7 @@ def test_orchestrators_killed_around_a_publish_lose_no_event(
                 platform.kill(name)
             still = unpublished()
             assert still is not None
-            assert still["outbox"] == job["outbox"]
+            assert still["outbox"][: len(job["outbox"])] == job["outbox"]  # later events may follow
             before = len(created_ids())
             assert bool(before) is published
             asked.result()
