@@ -50,7 +50,7 @@ def _rfc3339(value: Any) -> Any:
     return value
 
 
-_DATE_AND_TIME: Final = re.compile(r"\d{4}-\d{2}-\d{2}[Tt ]")
+_DATE_AND_TIME: Final = re.compile(r"\d{4}-\d{2}-\d{2}[Tt]")
 
 QueryTime = Annotated[AwareDatetime, BeforeValidator(_rfc3339)]
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
@@ -605,7 +605,7 @@ class Me(_Answer):
 MAX_RESULTS = 1_000_000  # that `limit` allows; without `limit` a response has all
 
 ALL_USERS = "all"
-WHOSE = r"^(all|[1-9][0-9]{0,15})$"
+WHOSE = r"^(all|[1-9]{0,15})$"
 """A user's id, or all users."""
 
 QueryId = Annotated[int, Field(ge=1, le=MAX_ID)]
