@@ -605,7 +605,7 @@ class Me(_Answer):
 MAX_RESULTS = 1_000_000  # that `limit` allows; without `limit` a response has all
 
 ALL_USERS = "all"
-WHOSE = r"^(all|[1-9]{0,15})$"
+WHOSE = r"^(all|[1-9][0-9]{0,15})$"
 """A user's id, or all users."""
 
 QueryId = Annotated[int, Field(ge=1, le=MAX_ID)]
