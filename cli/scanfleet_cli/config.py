@@ -61,7 +61,7 @@ class Config:
 
     @classmethod
     def of_user(cls, environment: Mapping[str, str] = os.environ) -> Config:
-        """The configuration of whoever runs the command."""
+        """Load the configuration of the current user."""
         from platformdirs import user_config_path  # noqa: PLC0415 # not for --help
 
         return cls(user_config_path("scanfleet"), environment)

@@ -103,7 +103,7 @@ class SignIn:
         """Show a code to type in a browser on any machine, and wait until it was (RFC 8628).
 
         Raises:
-            CommandError: it was refused, or nobody typed it in time.
+            CommandError: the issuer refused the code, or the code expired.
         """
         if self._issuer.device_endpoint is None:
             raise CommandError(
@@ -135,7 +135,7 @@ class SignIn:
             browse: opens an address; False when it cannot.
 
         Raises:
-            CommandError: it was refused, or nobody signed in in time.
+            CommandError: the issuer refused the sign-in, or the sign-in timed out.
         """
         if self._issuer.authorization_endpoint is None:
             raise CommandError("the issuer has no code flow", hint="scanfleet login --device, or --token-stdin")

@@ -126,7 +126,7 @@ def test_json_of_a_scan_is_one_document(api: FakeApi, run: Any) -> None:
 
 
 def test_json_lines_of_a_scan_are_states_then_results(api: FakeApi, run: Any) -> None:
-    """-o jsonl prints each state and each result, told apart by their kind."""
+    """-o jsonl prints each state and each result with its `kind`."""
     api.made = found(SSH)
     lines = [json.loads(line) for line in run("scan", "127.9.8.0/24", "-o", "jsonl").out.splitlines()]
     assert [each["kind"] for each in lines] == ["task", "task", "task", "result"]
