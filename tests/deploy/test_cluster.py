@@ -187,7 +187,7 @@ def needs(*kinds: str) -> None:
     """Skip on a cluster without these kinds, because their operator is not installed."""
     for kind in kinds:
         if not kubectl("get", "customresourcedefinition", kind, "--ignore-not-found"):
-            pytest.skip(f"this cluster has no {kind}")
+            pytest.skip(f"the cluster does not define {kind}: install its operator to run this test")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -26,7 +26,9 @@ def network() -> Iterator[Network]:
         try:
             made = stack.enter_context(Network())
         except (FileNotFoundError, PermissionError) as error:  # any other failure is a defect
-            pytest.skip(f"network namespaces are unavailable: {error}")
+            pytest.skip(
+                f"network namespaces are unavailable: run the tests as root, with iproute2 and nftables: {error}"
+            )
         yield made
 
 

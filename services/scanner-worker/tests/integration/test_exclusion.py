@@ -23,7 +23,10 @@ from scanner_worker.handlers.batch import Abilities
 from scanner_worker.handlers.worker import Worker
 from scanner_worker.scanner.process import Limits, Nmap
 
-pytestmark = [pytest.mark.integration, pytest.mark.skipif(os.geteuid() != 0, reason="mounts and limits need root")]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(os.geteuid() != 0, reason="mounts and resource limits need root: run the tests as root"),
+]
 
 MakeChunk = Callable[..., ScanChunk]
 Until = Callable[..., Awaitable[None]]

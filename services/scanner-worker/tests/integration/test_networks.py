@@ -35,7 +35,7 @@ from scanner_worker.scanner.raw import may_send_raw, privileges
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root: run the tests as root"),
 ]
 
 MakeChunk = Callable[..., ScanChunk]

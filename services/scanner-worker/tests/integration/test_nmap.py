@@ -206,7 +206,7 @@ def has_ipv6() -> bool:
     return True
 
 
-@pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1, so nothing on it can be scanned by IPv6")
+@pytest.mark.skipif(not has_ipv6(), reason="the machine has no ::1, the only IPv6 address that a test may scan")
 async def test_scan_ipv6_chunk_is_scanned(
     make_chunk: MakeChunk, make_nmap: MakeNmap, listeners: Callable[..., int], until: Until
 ) -> None:

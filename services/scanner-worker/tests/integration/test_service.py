@@ -218,7 +218,7 @@ def namespace(program: Path) -> Iterator[Callable[[], int]]:
         subprocess.run(["ip", "netns", "delete", name], check=True)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
+@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root: run the tests as root")
 class TestStopped:
     """A worker stopped with SIGSTOP while its nmap sends packets."""
 
