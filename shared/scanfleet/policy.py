@@ -34,10 +34,10 @@ _MAX_PROBLEMS: Final = 5  # reported per error; enough to correct a policy in a 
 
 GROUP_HOSTS: Final = 64  # minimum number of addresses that one nmap probes in parallel, as by its own default
 
-FLOOR_OF_ADDRESS: Final = 250
+FLOOR_OF_ADDRESS: Final = 256
 """Highest rate floor, in probes per second, for each address that one nmap scans.
 
-A host or firewall that limits SYNs to 100 per second drops open ports at 500 and more, and none at 250.
+A host or firewall that limits SYNs to 100 per second hides open ports from 500 probes per second and none from this rate.
 """
 
 VERSION_SCRIPTS: Final = frozenset({"fingerprint-strings", "http-server-header", "https-redirect", "snmp-info"})

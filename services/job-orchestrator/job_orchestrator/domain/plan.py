@@ -44,9 +44,7 @@ _SERVICE: Final = 0.1  # per address: version probes wait for banners
 _SCRIPTS: Final = 0.2
 _OS: Final = 0.1
 
-ATTEMPT_SECONDS: Final = (
-    66.0  # of an attempt on several addresses, even if all are silent: MAX_PORTS at FLOOR_OF_ADDRESS
-)
+ATTEMPT_SECONDS: Final = 65.0  # of an attempt on several addresses, even if all are silent
 _OF_HOST_TIMEOUT: Final = 0.7  # maximum planned fraction of the host timeout for an attempt on one address
 _SHORTEST: Final = 5.0  # minimum expected duration of a chunk: below it, the start of nmap dominates
 _LONGEST: Final = 30.0  # maximum expected duration of a chunk: limits the loss with a failed worker

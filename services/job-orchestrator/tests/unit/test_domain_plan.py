@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from ipaddress import IPv4Network, ip_address, ip_network
 from itertools import pairwise
+from typing import TypeVar
 
 import pytest
 from hypothesis import given, settings
@@ -24,8 +25,10 @@ from scanfleet.policy import Preset, ScanPolicy, fill_in
 from scanfleet.ports import PortSet
 from scanfleet.targets import Target
 
+Worked = TypeVar("Worked")
+
 PORTS = ["80", "1-100", "T:1-20000,U:53", "1-65535", "top:1000", "top:8192", "U:1-30", "T:1-3000,U:1-3000"]
-LONGEST = 66.0  # seconds of an attempt on several addresses
+LONGEST = 65.0  # seconds of an attempt on several addresses
 _FEW = 400  # chunks that are made quickly
 
 
@@ -140,7 +143,7 @@ def test_top_ports_are_cut_by_rank() -> None:
 @settings(max_examples=50, deadline=None)
 @given(policies(), targets(st.integers(16, 32)))
 def test_chunks_are_short_even_where_nothing_answers(policy: ScanPolicy, target: Target) -> None:
-    """Several addresses take 66 s at most, one no more than that or most of its host timeout, unless it is one port."""
+    """Several addresses take 65 s at most, one no more than that or most of its host timeout, unless it is one port."""
     told = plan.plan(policy, target)
     for block in policy.port_set.blocks(told.chunk_ports):
         if told.chunk_addresses > 1:
@@ -294,7 +297,7 @@ def test_finished_chunks_replace_the_estimate() -> None:
     known = replace(job, totals=Totals(done=1, probes={"silent": 1_000}, seconds=10.0))
     assert plan.expected(known, ports, 10) == pytest.approx(0.1 + 0.01 * 100 * 10)
     chunk = made(known)[0]
-    assert plan.attempt_size(known, replace(chunk, outcomes="." * 128)) == 66
+    assert plan.attempt_size(known, replace(chunk, outcomes="." * 128)) == 65
     slow = replace(job, totals=Totals(done=1, probes={"silent": 1_000}, seconds=1e6))
     assert plan.attempt_size(slow, chunk) == 1
 
@@ -382,18 +385,27 @@ def test_job_is_shared_by_a_few_workers(cidr: str, ports: str, timing: int) -> N
     assert told.chunk_count >= 16 or plan.estimate(policy, policy.port_set, told.chunk_addresses) <= 5
 
 
-def test_plan_largest_job_takes_less_than_a_quarter_of_a_second() -> None:
+def cheapest(work: Callable[[], Worked]) -> tuple[float, Worked]:
+    """Run `work` three times without caches; return the least CPU seconds and the result. Other processes add to the rest."""
+    seconds = []
+    for _ in range(3):
+        plan._slices.cache_clear()
+        plan._sums.cache_clear()
+        began = time.process_time()
+        worked = work()
+        seconds.append(time.process_time() - began)
+    return min(seconds), worked
+
+
+def test_plan_largest_job_takes_less_than_a_tenth_of_a_second() -> None:
     """A /16 with every port at timing 0 and a thousand excludes is planned from its map alone, and so is its window."""
     excludes = [f"127.9.{third}.{fourth}/32" for third in range(100) for fourth in range(1, 11)]
     policy, target = fill_in(Preset.FULL, {"timing": 0}), Target.parse("127.9.0.0/16", excludes)
-    began = time.process_time()
-    told = plan.plan(policy, target)
-    planned = time.process_time()
-    assert planned - began < 0.25
+    seconds, told = cheapest(lambda: plan.plan(policy, target))
+    assert seconds < 0.1
     assert (told.addresses, told.excluded, told.ports) == (65_536, 1_000, 65_535)
     assert told.chunk_count > 100_000
     job = job_of(policy, target)
-    began = time.process_time()
-    window = list(plan.chunks(job, 0, plan.made_up_to(job, 0, None)))
-    assert time.process_time() - began < 0.25
+    seconds, window = cheapest(lambda: list(plan.chunks(job, 0, plan.made_up_to(job, 0, None))))
+    assert seconds < 0.1
     assert len(window) == plan.WINDOW

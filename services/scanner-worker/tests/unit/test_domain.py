@@ -136,8 +136,8 @@ def test_arguments_have_an_option_for_each_field(make_chunk: MakeChunk) -> None:
 @pytest.mark.parametrize(
     ("of_policy", "target", "floor"),
     [
-        (None, "127.9.1.0/32", "250"),
-        (None, "127.9.1.0/30", "1000"),
+        (None, "127.9.1.0/32", "256"),
+        (None, "127.9.1.0/30", "1024"),
         (None, "127.9.1.0/28", "2000"),
         (2_000, "127.9.1.0/32", "2000"),
     ],
@@ -145,7 +145,7 @@ def test_arguments_have_an_option_for_each_field(make_chunk: MakeChunk) -> None:
 def test_arguments_of_few_addresses_have_low_rate_floor(
     make_chunk: MakeChunk, of_policy: int | None, target: str, floor: str
 ) -> None:
-    """The floor of a timing is at most 250 for each address; a policy's own min_rate is followed."""
+    """The floor of a timing is at most 256 for each address; a policy's own min_rate is followed."""
     chunk = make_chunk({"min_rate": of_policy}).model_copy(update={"min_rate": 2_000})
     argv = arguments(chunk, [ip_network(target)], raw=False)
     assert argv[argv.index("--min-rate") + 1] == floor
