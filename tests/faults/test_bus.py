@@ -187,11 +187,11 @@ def test_broker_unavailable_for_long_delays_jobs_only(platform: Platform, user: 
     try:
         for line in lines:
             line.refuse()
-        away(8)
+        away(20)
         for line in lines:
             line.heal()
             line.swallow()
-        away(30)
+        away(45)
         after = platform.memory()
         for name in before.keys() & after.keys():
             assert after[name][0] < before[name][0] + 64 * 1024, name
