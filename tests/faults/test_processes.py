@@ -73,8 +73,8 @@ def test_orchestrators_killed_around_a_publish_lose_no_event(
 
     def created_ids() -> list[str]:
         """Return the ids with which the job's creation was published."""
-        told = platform.messages(SCAN_EVENTS, JobCreated)
-        return [each.headers["ce_id"] for each in told if each.record.key == str(job["_id"]).encode()]
+        events = platform.messages(SCAN_EVENTS, JobCreated)
+        return [each.headers["ce_id"] for each in events if each.record.key == str(job["_id"]).encode()]
 
     line.delay(0.5)  # leaves time between the write and the publish
     try:
