@@ -70,7 +70,9 @@ def licence(package: Package) -> str:
     classifiers = [
         each.rpartition(" :: ")[2] for each in data.get_all("Classifier") or () if each.startswith("License ::")
     ]
-    named = [text for text in (data["License-Expression"], data["License"], *classifiers) if text]
+    # Not `data["License"]`: with the backport of importlib.metadata imported, a missing field is a KeyError.
+    fields = [text for field in ("License-Expression", "License") for text in data.get_all(field) or ()]
+    named = [text for text in (*fields, *classifiers) if text]
     for text in named:
         expression: str = _SPELLINGS.get(text.strip(), text.strip())
         if expression.startswith("LicenseRef-") or (

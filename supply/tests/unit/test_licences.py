@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from email.message import Message
 
 import pytest
 
@@ -32,6 +33,19 @@ def test_problems_name_a_package_without_a_known_licence() -> None:
     assert licences.problems(unknown) == [
         f"{lock}: motor names none" for lock in ("job-orchestrator", "result-store", "dev")
     ]
+
+
+def test_licence_without_an_optional_field_reads_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metadata that raise for a missing field, as the backport of importlib.metadata does, yield the licence they have."""
+
+    class Strict(Message):
+        def __getitem__(self, name: str) -> str:
+            raise KeyError(name)
+
+    metadata = Strict()
+    metadata["Classifier"] = "License :: OSI Approved :: MIT License"
+    monkeypatch.setattr(licences, "metadata", lambda _: metadata)
+    assert licences.licence.__wrapped__(Package("sample", "1.0")) == "MIT"
 
 
 @pytest.mark.parametrize(
