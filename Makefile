@@ -57,7 +57,7 @@ cli: setup ## Install the scanfleet command into .venv/bin
 ##@ Test
 
 ifdef T
-test: setup
+test: $(PROMTOOL) browser
 	$(BIN)/pytest $(T)
 else
 test: lint $(PROMTOOL) browser ## Run every check and test; one file, folder or test only: make test T=path
@@ -75,7 +75,7 @@ networks: setup ## Run the network tests that take minutes to an hour, in namesp
 	$(BIN)/pytest -q -m networks tests/networks
 
 bench: setup ## Compare the platform with plain nmap, Celery and other alternatives, as ratios
-	@local/install-packages bench >&2
+	@local/install-packages wrk redis-server >&2
 	@$(BIN)/python -m bench
 
 ##@ Develop

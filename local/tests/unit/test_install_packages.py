@@ -35,9 +35,10 @@ def machine(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def installed(machine: Path) -> str:
+def installed(machine: Path, *programs: str) -> str:
     environment = {**os.environ, "PATH": str(machine), "PYTHON": "python3"}
-    subprocess.run([ROOT / "local/install-packages"], env=environment, cwd=machine, check=True, capture_output=True)
+    command = [str(ROOT / "local/install-packages"), *programs]
+    subprocess.run(command, env=environment, cwd=machine, check=True, capture_output=True)
     log = machine / "installed"
     return log.read_text() if log.exists() else ""
 
@@ -56,3 +57,12 @@ def test_a_library_that_is_not_listed_is_installed(machine: Path) -> None:
     """Without libcurl in the list its package is installed."""
     program(machine, "ldconfig", "echo 'libcurl-gnutls.so.4 => /usr/lib/libcurl-gnutls.so.4'")
     assert "libcurl4" in installed(machine)
+
+
+def test_missing_programs_of_the_arguments_are_installed(machine: Path) -> None:
+    """Of the programs that the arguments name, the package of each missing one is installed."""
+    program(machine, "ldconfig", f"echo '{LIBCURL}'")
+    program(machine, "wrk")
+    words = installed(machine, "wrk", "redis-server").split()
+    assert "redis-server" in words
+    assert "wrk" not in words
