@@ -66,7 +66,7 @@ def test_document_paths_exist(page: str) -> None:
 @pytest.mark.parametrize("page", DOCUMENTS)
 def test_document_verbs_are_targets_of_the_makefile(page: str) -> None:
     """Every `make` verb in a document is a target of the Makefile."""
-    assert set(re.findall(r"(?:`|^|&& )make ([a-z][a-z0-9-]*)", text_of(page), re.MULTILINE)) <= VERBS
+    assert set(re.findall(r"(?:[`\"(]|^|&& )make ([a-z][a-z0-9-]*)", text_of(page), re.MULTILINE)) <= VERBS
 
 
 def commands() -> list[str]:
@@ -92,6 +92,17 @@ def test_contributing_command_for_one_file_runs_its_tests() -> None:
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert re.search(r"\b\d+ passed", run.stdout)
+
+
+def test_tests_of_one_file_have_the_tools_of_all_tests() -> None:
+    """`make test T=path` installs what `make test` installs."""
+
+    def installers(*arguments: str) -> set[str]:
+        recipe = make("--dry-run", "--always-make", "test", *arguments).stdout
+        return set(re.findall(r"^.*local/install-.*$", recipe, re.MULTILINE))
+
+    assert installers("T=tests/page") == installers()
+    assert any("chromium" in line for line in installers())
 
 
 def test_help_lists_every_verb_in_a_group() -> None:

@@ -89,13 +89,6 @@ def test_tests_have_a_one_sentence_docstring() -> None:
     assert silent == []
 
 
-def test_readme_make_targets_exist() -> None:
-    """Every make target in the README exists."""
-    named = set(re.findall(r"\bmake ([a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    assert named <= targets
-
-
 @pytest.mark.parametrize("page", ADRS, ids=lambda page: page.stem)
 def test_decision_records_are_one_page_and_indexed(page: Path) -> None:
     """A decision record has its three sections in at most 60 lines, and the index lists it by its title."""
