@@ -6,7 +6,7 @@ import asyncio
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
@@ -20,7 +20,7 @@ from scanfleet.grants import Signer
 from scanfleet.kafka import KafkaBus
 from scanfleet.messages import HostScanned, PortFound
 from scanfleet.messages.topics import SCAN_RESULTS
-from scanfleet.outcomes import Outcome
+from scanfleet.outcomes import MAX_ADDRESSES, Outcome
 
 HOSTS: Final = 10_000
 LIMIT: Final = 60.0  # seconds for any part
@@ -72,23 +72,24 @@ async def store(publisher: KafkaBus, results: mongo.Database, signer: Signer, co
             await asyncio.sleep(0.05)
 
 
-def made(job_id: int, count: int, signer: Signer) -> Sequence[HostScanned]:
-    """Hosts of one chunk, each with one open port."""
-    first = ip_address("127.0.0.0")
-    token = {"job_id": job_id, "chunk_id": f"{job_id}-0", "attempt": 1, "worker_id": "bench-0", "user_id": 7}
-    outcomes = Outcome.BLANK * count
-    grant = signer.grant(**token, first_address=str(first), outcomes=outcomes, ports="T:8080")  # type: ignore[arg-type] # the token's values are of two types
-    return [
-        HostScanned(
-            **token,
-            address=str(first + number),
-            outcome="a",
-            technique="connect",
-            ports=(PortFound(port=8080, service="http"),),
-            grant=grant,
-        )
-        for number in range(count)
-    ]
+def made(job_id: int, count: int, signer: Signer) -> Iterator[HostScanned]:
+    """Hosts of a job, each with one open port, in chunks of the largest size."""
+    for index, start in enumerate(range(0, count, MAX_ADDRESSES)):
+        addresses = [
+            str(ip_address("127.0.0.0") + number) for number in range(start, min(start + MAX_ADDRESSES, count))
+        ]
+        token = {"job_id": job_id, "chunk_id": f"{job_id}-{index}", "attempt": 1, "worker_id": "bench-0", "user_id": 7}
+        outcomes = Outcome.BLANK * len(addresses)
+        grant = signer.grant(**token, first_address=addresses[0], outcomes=outcomes, ports="T:8080")  # type: ignore[arg-type] # the token's values are of two types
+        for address in addresses:
+            yield HostScanned(
+                **token,
+                address=address,
+                outcome="a",
+                technique="connect",
+                ports=(PortFound(port=8080, service="http"),),
+                grant=grant,
+            )
 
 
 async def inserts(results: mongo.Database) -> float:

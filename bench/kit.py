@@ -15,7 +15,6 @@ from typing import Final
 from local.stack import Stack
 from scanfleet.bus import Record
 from scanfleet.kafka import KafkaBus
-from scanfleet.kafka.topics import TopicSettings
 from scanfleet.messages import ChunkClaimed, ChunkScanned, ScanChunk, WorkerReady
 from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_WORKERS
 from scanfleet.outcomes import Outcome
@@ -70,7 +69,7 @@ class Workers:
 
 @asynccontextmanager
 async def bus(stack: Stack) -> AsyncIterator[KafkaBus]:
-    publisher = KafkaBus(TopicSettings(kafka=stack.kafka), source="bench", instance="bench")
+    publisher = KafkaBus(stack.kafka_settings(), source="bench", instance="bench")
     await publisher.start()
     try:
         yield publisher
