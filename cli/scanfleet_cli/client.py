@@ -18,12 +18,12 @@ import json
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Self, TypeVar
 
 import httpx2
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from scanfleet import VERSION, rest
 from scanfleet_cli import calls
@@ -31,6 +31,7 @@ from scanfleet_cli.calls import Call, ListCall
 from scanfleet_cli.errors import ApiError, UnavailableError
 
 T = TypeVar("T")
+Model = TypeVar("Model", bound=BaseModel)
 Token = str | Callable[[], str] | None
 """A bearer token, or what returns the current one; None for the calls that need none."""
 
@@ -78,7 +79,25 @@ class Reply:
 
     @property
     def json(self) -> Any:
-        return json.loads(self.content)
+        """The body as JSON.
+
+        Raises:
+            ApiError: it is not JSON.
+        """
+        return parse_json(self.content)
+
+    def read(self, call: Call[T]) -> T:
+        """The body as the answer to `call`.
+
+        Raises:
+            ApiError: it is not of the answer's type.
+        """
+        try:
+            return call.read(self.content)
+        except ValidationError as error:
+            raise _unreadable(
+                f"does not have the form that this release reads ({error.error_count()} errors)"
+            ) from error
 
     @property
     def etag(self) -> str:
@@ -131,21 +150,17 @@ class Client:
             ApiError: the service refuses it.
             UnavailableError: there was no answer in time.
         """
-        return _read(call, self.ask(call))
+        return self.ask(call).read(call)
 
     def ask(self, call: Call[Any], timeout: float | None = None) -> Reply:
         """The same, and return the answer as it came."""
-        with self.stream(call, timeout) as response:
-            try:
-                content = response.read()
-            except httpx2.TransportError as error:
-                raise _no_answer(self.url, error) from error
-            return Reply(response.status_code, response.headers, content)
+        with self._answered(call, timeout, whole=True) as response:
+            return Reply(response.status_code, response.headers, response.content)
 
     def pages(self, call: ListCall[T], size: int = calls.PAGE_SIZE) -> Iterator[T]:
         """Each page of a list, until its end."""
-        for number, reply in enumerate(self.replies(call, size), 1):
-            yield _read(call.page(number, size), reply)
+        for reply in self.replies(call, size):
+            yield reply.read(call)
 
     def replies(self, call: ListCall[Any], size: int = calls.PAGE_SIZE) -> Iterator[Reply]:
         """Each page of a list as it came, until the end of the list."""
@@ -153,12 +168,11 @@ class Client:
         while more:
             reply = self.ask(call.page(number, size))
             yield reply
-            more = number * size < reply.json["total"]
+            more = number * size < page_of(reply)["total"]
             number += 1
 
-    @contextmanager
-    def stream(self, call: Call[Any], timeout: float | None = None) -> Iterator[httpx2.Response]:
-        """An answer whose body is read by the caller, as it comes.
+    def stream(self, call: Call[Any], timeout: float | None = None) -> AbstractContextManager[httpx2.Response]:
+        """An answer whose body the caller reads as it comes; a cut while it does so is not repeated.
 
         Args:
             call: to carry out.
@@ -166,27 +180,28 @@ class Client:
 
         Raises:
             ApiError: the service refuses it.
-            UnavailableError: no answer began in time.
+            UnavailableError: no answer began in time, or its body was cut.
         """
+        return self._answered(call, timeout, whole=False)
+
+    @contextmanager
+    def _answered(self, call: Call[Any], timeout: float | None, *, whole: bool) -> Iterator[httpx2.Response]:
+        """The answer to a call; if `whole`, with its body, which the retries then cover too."""
         retries = _Retries(call, self._patience, timeout)
         while True:
-            outcome = self._once(call)
+            outcome = self._once(call, whole=whole)
             if (pause := retries.pause(outcome)) is None:
                 break
             if isinstance(outcome, httpx2.Response):
                 outcome.close()
             time.sleep(pause)
-        if not isinstance(outcome, httpx2.Response):
-            raise _no_answer(
-                self.url, outcome, unsure=retries.sent and not call.repeatable, reached=retries.sent
-            ) from outcome
+        response = retries.settled(self.url, outcome)
         try:
-            if not outcome.is_success:
-                outcome.read()
-                raise _refusal(outcome, after_cut=retries.sent)
-            yield outcome
+            yield response
+        except httpx2.RequestError as error:
+            raise retries.no_answer(self.url, error) from error
         finally:
-            outcome.close()
+            response.close()
 
     def events(self, call: Call[Any]) -> Iterator[httpx2.ServerSentEvent]:
         """The events of one connection to a stream, which may be cut at any time.
@@ -196,11 +211,8 @@ class Client:
             UnavailableError: the connection could not be made, or was cut.
         """
         with self.stream(call, timeout=0) as response:
-            try:
-                if response.status_code != httpx2.codes.NO_CONTENT:
-                    yield from httpx2.EventSource(response)
-            except httpx2.TransportError as error:
-                raise _no_answer(self.url, error) from error
+            if response.status_code != httpx2.codes.NO_CONTENT:
+                yield from httpx2.EventSource(response)
 
     def watch(self, job_id: int, notice: Notice = _ignore) -> Iterator[rest.TaskStatus]:
         """Each state of a job until its final one; connects again after a cut, and polls when streams do not last.
@@ -213,7 +225,7 @@ class Client:
             time.sleep(watching.pause)
             try:
                 if watching.polling:
-                    yield watching.polled(_read(call := calls.read_task(job_id), self.ask(call, timeout=0)))
+                    yield watching.polled(self.ask(call := calls.read_task(job_id), timeout=0).read(call))
                 else:
                     for event in self.events(calls.watch_task(job_id, watching.last_event_id)):
                         yield watching.received(event)
@@ -229,18 +241,18 @@ class Client:
             UnavailableError: the connection was cut; what was yielded is not all.
         """
         with self.stream(calls.read_results(job_id)) as response:
-            try:
-                for line in response.iter_lines():
-                    yield rest.Result.model_validate_json(line)
-            except httpx2.TransportError as error:
-                raise _no_answer(self.url, error) from error
+            for line in response.iter_lines():
+                yield _parse(rest.Result, line)
 
-    def _once(self, call: Call[Any]) -> httpx2.Response | httpx2.TransportError:
+    def _once(self, call: Call[Any], *, whole: bool) -> httpx2.Response | httpx2.RequestError:
         token = self._token() if callable(self._token) else self._token
         try:
-            return self._http.send(_request(self._http, call, token), stream=True)
-        except httpx2.TransportError as error:
+            response = self._http.send(_request(self._http, call, token), stream=True)
+            if whole or not response.is_success:
+                response.read()
+        except httpx2.RequestError as error:
             return error
+        return response
 
 
 class AsyncClient:
@@ -270,58 +282,56 @@ class AsyncClient:
 
     async def send(self, call: Call[T]) -> T:
         """As `Client.send`."""
-        return _read(call, await self.ask(call))
+        return (await self.ask(call)).read(call)
 
     async def ask(self, call: Call[Any], timeout: float | None = None) -> Reply:  # noqa: ASYNC109 # of retries, not a scope
         """As `Client.ask`."""
-        async with self.stream(call, timeout) as response:
-            try:
-                content = await response.aread()
-            except httpx2.TransportError as error:
-                raise _no_answer(self.url, error) from error
-            return Reply(response.status_code, response.headers, content)
+        async with self._answered(call, timeout, whole=True) as response:
+            return Reply(response.status_code, response.headers, response.content)
 
     async def pages(self, call: ListCall[T], size: int = calls.PAGE_SIZE) -> AsyncIterator[T]:
         """As `Client.pages`."""
         number, more = 1, True
         while more:
             reply = await self.ask(call.page(number, size))
-            yield _read(call, reply)
-            more = number * size < reply.json["total"]
+            yield reply.read(call)
+            more = number * size < page_of(reply)["total"]
             number += 1
 
-    @asynccontextmanager
-    async def stream(self, call: Call[Any], timeout: float | None = None) -> AsyncIterator[httpx2.Response]:  # noqa: ASYNC109 # as above
+    def stream(self, call: Call[Any], timeout: float | None = None) -> AbstractAsyncContextManager[httpx2.Response]:
         """As `Client.stream`."""
+        return self._answered(call, timeout, whole=False)
+
+    @asynccontextmanager
+    async def _answered(
+        self,
+        call: Call[Any],
+        timeout: float | None,  # noqa: ASYNC109 # as above
+        *,
+        whole: bool,
+    ) -> AsyncIterator[httpx2.Response]:
         retries = _Retries(call, self._patience, timeout)
         while True:
-            outcome = await self._once(call)
+            outcome = await self._once(call, whole=whole)
             if (pause := retries.pause(outcome)) is None:
                 break
             if isinstance(outcome, httpx2.Response):
                 await outcome.aclose()
             await asyncio.sleep(pause)
-        if not isinstance(outcome, httpx2.Response):
-            raise _no_answer(
-                self.url, outcome, unsure=retries.sent and not call.repeatable, reached=retries.sent
-            ) from outcome
+        response = retries.settled(self.url, outcome)
         try:
-            if not outcome.is_success:
-                await outcome.aread()
-                raise _refusal(outcome, after_cut=retries.sent)
-            yield outcome
+            yield response
+        except httpx2.RequestError as error:
+            raise retries.no_answer(self.url, error) from error
         finally:
-            await outcome.aclose()
+            await response.aclose()
 
     async def events(self, call: Call[Any]) -> AsyncIterator[httpx2.ServerSentEvent]:
         """As `Client.events`."""
         async with self.stream(call, timeout=0) as response:
-            try:
-                if response.status_code != httpx2.codes.NO_CONTENT:
-                    async for event in httpx2.EventSource(response):
-                        yield event
-            except httpx2.TransportError as error:
-                raise _no_answer(self.url, error) from error
+            if response.status_code != httpx2.codes.NO_CONTENT:
+                async for event in httpx2.EventSource(response):
+                    yield event
 
     async def watch(self, job_id: int, notice: Notice = _ignore) -> AsyncIterator[rest.TaskStatus]:
         """As `Client.watch`."""
@@ -330,7 +340,8 @@ class AsyncClient:
             await asyncio.sleep(watching.pause)
             try:
                 if watching.polling:
-                    yield watching.polled(_read(call := calls.read_task(job_id), await self.ask(call, timeout=0)))
+                    reply = await self.ask(call := calls.read_task(job_id), timeout=0)
+                    yield watching.polled(reply.read(call))
                 else:
                     async for event in self.events(calls.watch_task(job_id, watching.last_event_id)):
                         yield watching.received(event)
@@ -341,18 +352,18 @@ class AsyncClient:
     async def results(self, job_id: int) -> AsyncIterator[rest.Result]:
         """As `Client.results`."""
         async with self.stream(calls.read_results(job_id)) as response:
-            try:
-                async for line in response.aiter_lines():
-                    yield rest.Result.model_validate_json(line)
-            except httpx2.TransportError as error:
-                raise _no_answer(self.url, error) from error
+            async for line in response.aiter_lines():
+                yield _parse(rest.Result, line)
 
-    async def _once(self, call: Call[Any]) -> httpx2.Response | httpx2.TransportError:
+    async def _once(self, call: Call[Any], *, whole: bool) -> httpx2.Response | httpx2.RequestError:
         token = await asyncio.to_thread(self._token) if callable(self._token) else self._token
         try:
-            return await self._http.send(_request(self._http, call, token), stream=True)
-        except httpx2.TransportError as error:
+            response = await self._http.send(_request(self._http, call, token), stream=True)
+            if whole or not response.is_success:
+                await response.aread()
+        except httpx2.RequestError as error:
             return error
+        return response
 
 
 class Watching:
@@ -384,7 +395,7 @@ class Watching:
 
     def received(self, event: httpx2.ServerSentEvent) -> rest.TaskStatus:
         """The state in an event of the stream."""
-        task = _parse(rest.TaskStatus, event.data.encode())
+        task = _parse(rest.TaskStatus, event.data)
         self._failures = 0
         self.last_event_id = event.id
         self._take(task)
@@ -427,28 +438,55 @@ class _Retries:
     """When to repeat one call: while that is safe, and `timeout` seconds (the client's own unless given) have not passed."""
 
     def __init__(self, call: Call[Any], patience: Patience, timeout: float | None) -> None:
-        self.sent = False
-        """An attempt without an answer may have reached the service."""
-
         self._call = call
         self._patience = patience
         self._until = time.monotonic() + (patience.timeout if timeout is None else timeout)
         self._failures = 0
+        self._reached = False
+        self._unsure = False
 
-    def pause(self, outcome: httpx2.Response | httpx2.TransportError) -> float | None:
+    def pause(self, outcome: httpx2.Response | httpx2.RequestError) -> float | None:
         """Seconds until the next attempt; None when `outcome` is final."""
         if isinstance(outcome, httpx2.Response):
+            self._reached = True
             refused = outcome.status_code == httpx2.codes.TOO_MANY_REQUESTS  # before anything was done
-            again = refused or (outcome.status_code in _BUSY and self._call.repeatable)
+            busy = outcome.status_code in _BUSY
+            self._unsure |= busy
+            again = refused or (busy and self._call.repeatable)
             asked = _seconds(outcome.headers.get("retry-after", ""))
         else:
             unsent = isinstance(outcome, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.PoolTimeout)
-            self.sent |= not unsent
+            self._reached |= not unsent
+            self._unsure |= not unsent
             again = unsent or self._call.repeatable
             asked = 0.0
         self._failures += 1
         pause = max(asked, self._patience.pause(self._failures))
         return pause if again and time.monotonic() + pause < self._until else None
+
+    def settled(self, url: str, outcome: httpx2.Response | httpx2.RequestError) -> httpx2.Response:
+        """The successful answer that the final `outcome` is.
+
+        Raises:
+            ApiError: the service refuses the call.
+            UnavailableError: there was no answer.
+        """
+        if not isinstance(outcome, httpx2.Response):
+            raise self.no_answer(url, outcome) from outcome
+        if outcome.is_success:
+            return outcome
+        if self._call.method == "DELETE" and outcome.status_code == httpx2.codes.NOT_FOUND and self._unsure:
+            return httpx2.Response(httpx2.codes.OK, json={"message": "deleted by an attempt whose answer was lost"})
+        raise _refusal(outcome, unsure=self._unsure, repeatable=self._call.repeatable)
+
+    def no_answer(self, url: str, error: httpx2.RequestError) -> UnavailableError:
+        """The error of a call that `error` ended."""
+        return UnavailableError(
+            f"no answer from {url}: {str(error) or type(error).__name__}",
+            unsure=self._unsure or self._reached,
+            repeatable=self._call.repeatable,
+            reached=self._reached,
+        )
 
 
 def _seconds(text: str) -> float:
@@ -469,42 +507,57 @@ def _request(http: httpx2.Client | httpx2.AsyncClient, call: Call[Any], token: s
     )
 
 
-def _read(call: Call[T], reply: Reply) -> T:
+def parse_json(text: str | bytes) -> Any:
+    """JSON from the service.
+
+    Raises:
+        ApiError: it is not JSON.
+    """
     try:
-        return call.read(reply.content)
-    except ValidationError as error:
-        raise _unreadable(error) from error
+        return json.loads(text)
+    except ValueError as error:
+        raise _unreadable("is not JSON") from error
 
 
-def _parse(model: type[rest.TaskStatus], content: bytes) -> rest.TaskStatus:
+def page_of(reply: Reply, items: str | None = None) -> dict[str, Any]:
+    """A page of a list, as JSON.
+
+    Args:
+        reply: to a `ListCall`.
+        items: the field that holds the objects, if it is to be checked.
+
+    Raises:
+        ApiError: it is not such a page.
+    """
+    page = reply.json
+    if not (
+        isinstance(page, dict)
+        and isinstance(page.get("total"), int)
+        and (items is None or isinstance(page.get(items), list))
+    ):
+        raise _unreadable("is not a page of a list")
+    return page
+
+
+def _parse(model: type[Model], text: str) -> Model:
     try:
-        return model.model_validate_json(content)
+        return model.model_validate_json(text)
     except ValidationError as error:
-        raise _unreadable(error) from error
+        raise _unreadable(f"does not have the form that this release reads ({error.error_count()} errors)") from error
 
 
-def _unreadable(error: ValidationError) -> ApiError:
-    return ApiError(
-        200, f"the answer is not what this release reads ({error.error_count()} fields); compare the versions"
-    )
+def _unreadable(problem: str) -> ApiError:
+    return ApiError(200, f"the answer {problem}: another server, or another version; see `scanfleet doctor`")
 
 
-def _refusal(response: httpx2.Response, *, after_cut: bool) -> ApiError:
+def _refusal(response: httpx2.Response, *, unsure: bool, repeatable: bool) -> ApiError:
     request_id = response.headers.get("x-request-id", "")
     try:
         message = rest.Error.model_validate_json(response.content).error
     except ValidationError:  # not the service: a proxy, or another server
         text = " ".join(response.text.split())[:_MAX_ERROR_CHARS]
         message = f"HTTP {response.status_code} {response.reason_phrase}: {text}"
-    return ApiError(response.status_code, message, request_id, after_cut=after_cut)
-
-
-def _no_answer(
-    url: str, error: httpx2.TransportError, *, unsure: bool = False, reached: bool = True
-) -> UnavailableError:
-    return UnavailableError(
-        f"no answer from {url}: {str(error) or type(error).__name__}", unsure=unsure, reached=reached
-    )
+    return ApiError(response.status_code, message, request_id, unsure=unsure, repeatable=repeatable)
 
 
 def _headers() -> dict[str, str]:

@@ -45,6 +45,7 @@ _BY_STATUS: Final = {
     503: Exit.UNAVAILABLE,
     504: Exit.UNAVAILABLE,
 }
+_UNSAFE: Final = "the request may have been carried out: check before you repeat it"
 _CLIENT_ERROR: Final = 400
 _SERVER_ERROR: Final = 500
 
@@ -60,15 +61,19 @@ class ApiError(ScanfleetError):
         status: of the answer.
         message: the service's own sentence.
         request_id: names the request in the service's logs; may be empty.
-        after_cut: an earlier attempt of the same call may have reached the service without its answer coming back.
+        unsure: the outcome of an attempt is unknown: the service may have carried it out.
+        repeatable: repeating the call is safe all the same.
     """
 
-    def __init__(self, status: int, message: str, request_id: str = "", *, after_cut: bool = False) -> None:
+    def __init__(
+        self, status: int, message: str, request_id: str = "", *, unsure: bool = False, repeatable: bool = True
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.request_id = request_id
-        self.after_cut = after_cut
+        self.unsure = unsure
+        self.repeatable = repeatable
 
 
 class UnavailableError(ScanfleetError):
@@ -76,13 +81,15 @@ class UnavailableError(ScanfleetError):
 
     Args:
         message: what failed, with the address and the cause.
-        unsure: the service may have carried out what it was asked for, and a repetition would do it twice.
+        unsure: the outcome of an attempt is unknown: the service may have carried it out.
+        repeatable: repeating the call is safe all the same.
         reached: a connection was made.
     """
 
-    def __init__(self, message: str, *, unsure: bool = False, reached: bool = True) -> None:
+    def __init__(self, message: str, *, unsure: bool = False, repeatable: bool = True, reached: bool = True) -> None:
         super().__init__(message)
         self.unsure = unsure
+        self.repeatable = repeatable
         self.reached = reached
 
 
@@ -118,17 +125,18 @@ def explain(error: ScanfleetError) -> CommandError:
     """The end of the command that `error` means."""
     if isinstance(error, CommandError):
         return error
+    unsafe = isinstance(error, ApiError | UnavailableError) and error.unsure and not error.repeatable
     if isinstance(error, ApiError):
         return CommandError(
             error.message,
-            _code(error.status),
-            hint=_hint(error.status),
+            Exit.FAULT if unsafe else _code(error.status),
+            hint=_UNSAFE if unsafe else _hint(error.status),
             status=error.status,
             request_id=error.request_id if error.status >= _SERVER_ERROR else "",
         )
-    unsure = isinstance(error, UnavailableError) and error.unsure
-    hint = "the request may have been carried out: look before you repeat it" if unsure else "scanfleet doctor"
-    return CommandError(str(error), Exit.UNAVAILABLE, hint=hint)
+    if unsafe:
+        return CommandError(str(error), Exit.FAULT, hint=_UNSAFE)
+    return CommandError(str(error), Exit.UNAVAILABLE, hint="scanfleet doctor")
 
 
 def _code(status: int) -> Exit:

@@ -256,8 +256,8 @@ async def _read_ledgers(client: AsyncClient, jobs: dict[int, Followed]) -> None:
         for job in jobs.values():
             if job.task is not None and not job.final:
                 with suppress(ApiError, UnavailableError):
-                    reply = await client.ask(calls.read_ledger(job.job_id, page_size=1), timeout=0)
-                    job.ledger = rest.Ledger.model_validate_json(reply.content)
+                    reply = await client.ask(call := calls.read_ledger(job.job_id, page_size=1), timeout=0)
+                    job.ledger = reply.read(call)
 
 
 def run(session: Session, job_ids: Sequence[int], view: View, **how: Any) -> dict[int, Followed]:

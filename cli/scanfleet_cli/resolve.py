@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from typing import Any, Final, Protocol, TypeVar
+from uuid import uuid4
 
 import click
 from pydantic import BaseModel
@@ -12,7 +13,8 @@ from pydantic import BaseModel
 from scanfleet import rest
 from scanfleet.policy import ScanPolicy
 from scanfleet_cli import calls
-from scanfleet_cli.errors import CommandError, Exit
+from scanfleet_cli.client import Reply
+from scanfleet_cli.errors import ApiError, CommandError, Exit, UnavailableError, explain
 from scanfleet_cli.session import Command, Session
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -94,6 +96,34 @@ def subnets(session: Session) -> Iterator[rest.Subnet]:
 
 def policies(session: Session) -> Iterator[rest.Policy]:
     return (each for page in session.client.pages(calls.list_policies()) for each in page.policies)
+
+
+def create_jobs(session: Session, subnet_ids: Sequence[int], policy_id: int, key: str | None) -> Reply:
+    """The answer to the request for a job for each subnet.
+
+    Args:
+        session: of the command.
+        subnet_ids: of the subnets.
+        policy_id: of the policy.
+        key: of the user; otherwise the command makes one.
+
+    Raises:
+        CommandError: the jobs may have been created under a key that the user does not have yet.
+    """
+    sent = key or uuid4().hex
+    try:
+        return session.client.ask(calls.create_tasks(subnet_ids, policy_id, sent))
+    except (ApiError, UnavailableError) as error:
+        if key is not None or not error.unsure:
+            raise
+        end = explain(error)
+        raise CommandError(
+            end.message,
+            Exit.FAULT,
+            hint=f"the jobs may have been created; to repeat the command safely, add --key {sent}",
+            status=end.status,
+            request_id=end.request_id,
+        ) from error
 
 
 def _only(found: list[Thing], text: str, noun: str) -> Thing:

@@ -166,10 +166,11 @@ class Session:
         """The objects of a list, `limit` of them (the command's own unless given; 0 = all); says how many there are."""
         limit = self.limit if limit is None else limit
         shown = 0
+        from scanfleet_cli.client import page_of  # noqa: PLC0415 # not for commands that ask nothing
+
         for reply in self.client.replies(call, size=min(limit or 100, 100)):
-            page = reply.json
-            found = page[call.items]
-            for row in islice(found, (limit - shown) if limit else None):
+            page = page_of(reply, call.items)
+            for row in islice(page[call.items], (limit - shown) if limit else None):
                 shown += 1
                 yield row
             if limit and shown >= limit:

@@ -12,6 +12,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 import click
+import httpx2
 
 from scanfleet import VERSION
 from scanfleet_cli import calls
@@ -86,22 +87,23 @@ def _answers(session: Session) -> Iterator[Finding]:
 
 def _try(ask: Callable[[], Reply]) -> Reply | ScanfleetError:
     try:
-        return ask()
+        reply = ask()
+        if not isinstance(reply.json, dict):
+            return ApiError(reply.status, "the answer is not an object: another server")
     except ScanfleetError as error:
         return error
+    return reply
 
 
 def _versions(info: Reply | ScanfleetError) -> Finding:
-    if not isinstance(info, Reply):
+    if isinstance(info, ApiError) and info.status == httpx2.codes.NOT_FOUND:
         return Finding(
             "service", ok=True, detail=f"answers, without /api/v1/info: it is older than this command ({VERSION})"
         )
-    version = printable(str(info.json.get("version")))
-    return Finding(
-        "service",
-        ok=info.json.get("api") == "v1",
-        detail=f"version {version}, API {info.json.get('api')}; this command is {VERSION}",
-    )
+    if not isinstance(info, Reply):
+        return Finding("service", ok=False, detail=str(info))
+    version, api = printable(str(info.json.get("version"))), printable(str(info.json.get("api")))
+    return Finding("service", ok=api == "v1", detail=f"version {version}, API {api}; this command is {VERSION}")
 
 
 def _clock(reply: Reply) -> Finding:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from ipaddress import ip_address, ip_network
 from typing import Any, Final
-from uuid import uuid4
 
 import click
 import httpx2
@@ -15,7 +14,8 @@ import httpx2
 from scanfleet import rest
 from scanfleet.messages import JobStatus
 from scanfleet_cli import calls, chart, coverage, follow, resolve
-from scanfleet_cli.errors import ApiError, CommandError, Exit, ScanfleetError, UnavailableError, explain
+from scanfleet_cli.client import parse_json
+from scanfleet_cli.errors import ApiError, CommandError, Exit, ScanfleetError, explain
 from scanfleet_cli.output import Column, Format, Row, ago, column, count, duration, printable
 from scanfleet_cli.session import Session, complete_job, formats, lists, many_failed, with_session, yes
 
@@ -50,7 +50,7 @@ def submit(session: Session, /, *, subnets: Sequence[str], policy: str, key: str
     chosen = [resolve.subnet_named(session, each) for each in subnets]
     policy_id = resolve.policy_named(session, policy).id
     networks = {each.id: each.cidr for each in chosen}
-    made = session.ask(calls.create_tasks([each.id for each in chosen], policy_id, key or uuid4().hex))
+    made = resolve.create_jobs(session, [each.id for each in chosen], policy_id, key).json
     if not (watch and session.output.format is Format.JSONL):
         session.output.many(made["jobs"], submitted_columns(networks))
     return _watch(session, [each["id"] for each in made["jobs"]], None) if watch else None
@@ -144,10 +144,8 @@ def _detailed(session: Session, rows: Iterator[Row], *, every: bool) -> Iterator
 @with_session
 def show(session: Session, /, *, job_id: int) -> None:
     """Show a job: status, progress, what was asked for, what became of it."""
-    reply = session.client.ask(calls.read_task(job_id))
-    session.output.one(
-        reply.json, lambda: _block(session, rest.TaskStatus.model_validate_json(reply.content)), "job_id"
-    )
+    reply = session.client.ask(call := calls.read_task(job_id))
+    session.output.one(reply.json, lambda: _block(session, reply.read(call)), "job_id")
 
 
 def _block(session: Session, task: rest.TaskStatus) -> Iterator[str]:
@@ -326,7 +324,7 @@ def _cancel(session: Session, job_id: int) -> None:
         if error.status != httpx2.codes.BAD_REQUEST:
             raise
         task = session.client.send(calls.read_task(job_id))
-        if not (error.after_cut and task.status.status is JobStatus.CANCELLED):  # else the attempt that was cut did it
+        if not (error.unsure and task.status.status is JobStatus.CANCELLED):  # else the attempt that was cut did it
             when = task.job.model_dump(mode="json")["end_time"]
             raise CommandError(f"{error.message} (since {when})", status=error.status) from error
     session.output.note(f"✓ job {job_id} cancelled")
@@ -462,22 +460,16 @@ def stream_rows(session: Session, job_id: int, **query: Any) -> Iterator[Row]:
     Raises:
         UnavailableError: the connection was cut: what came is not all.
     """
-    try:
-        with session.client.stream(calls.read_results(job_id, **query)) as response:
-            for line in response.iter_lines():
-                yield json.loads(line)
-    except httpx2.TransportError as error:
-        raise UnavailableError(f"the results were cut short: {error}") from error
+    with session.client.stream(calls.read_results(job_id, **query)) as response:
+        for line in response.iter_lines():
+            yield parse_json(line)
 
 
 def _pass_through(session: Session, job_id: int, accept: str) -> None:
     output = session.output
-    try:
-        with session.client.stream(calls.read_results(job_id, accept)) as response:
-            for text in response.iter_text():
-                output.stdout.write(text)
-    except httpx2.TransportError as error:
-        raise UnavailableError(f"the results were cut short: {error}") from error
+    with session.client.stream(calls.read_results(job_id, accept)) as response:
+        for text in response.iter_text():
+            output.stdout.write(text)
     output.stdout.flush()
 
 
@@ -541,8 +533,8 @@ def ledger(session: Session, /, *, job_id: int, not_probed: bool, wanted: Sequen
     """Show what became of every probe of a job."""
     if unknown := [each for each in wanted if each not in _LEDGER_NAMES]:
         raise CommandError(f"unknown outcome {unknown[0]}", hint=f"one of {', '.join(_LEDGER_NAMES)}")
-    reply = session.client.ask(calls.read_ledger(job_id))
-    found = rest.Ledger.model_validate_json(reply.content)
+    reply = session.client.ask(call := calls.read_ledger(job_id))
+    found = reply.read(call)
     if not (not_probed or wanted or networks):
         session.output.one(reply.json, lambda: _ledger(session, found), "job_id")
         return

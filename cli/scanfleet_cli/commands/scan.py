@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_network
 from typing import Any, Final, TypeVar
-from uuid import uuid4
 
 import click
 
@@ -20,7 +19,7 @@ from scanfleet.policy import PolicyError, Preset, ScanPolicy, fill_in
 from scanfleet.ports import PortSet
 from scanfleet_cli import calls, coverage, follow, resolve
 from scanfleet_cli.commands import job as jobs
-from scanfleet_cli.errors import CommandError, Exit, UnavailableError
+from scanfleet_cli.errors import ApiError, CommandError, Exit, UnavailableError
 from scanfleet_cli.output import Format, Row, count, printable
 from scanfleet_cli.session import Session, formats, with_session
 
@@ -90,8 +89,9 @@ def scan(
     subnets = [_subnet(session, each) for each in wanted]
     if len({subnet.id for subnet, _ in subnets}) < len(subnets):
         raise CommandError("a target is named twice")
-    call = calls.create_tasks([subnet.id for subnet, _ in subnets], chosen.id, key or uuid4().hex)
-    made = session.client.send(call).jobs
+    subnet_ids = [subnet.id for subnet, _ in subnets]
+    reply = resolve.create_jobs(session, subnet_ids, chosen.id, key)
+    made = reply.read(calls.create_tasks(subnet_ids, chosen.id)).jobs
     for each, (subnet, word) in zip(made, subnets, strict=True):
         session.output.note(
             f"job {each.id} · {subnet.cidr} (subnet {subnet.id} {_quoted(subnet.name)}, {word}) · "
@@ -284,6 +284,7 @@ def find_or_make(session: Session, find: Callable[[], T | None], make: Callable[
     A POST without an answer may have made it, so it is looked for again before the POST is repeated.
 
     Raises:
+        ApiError: the service refused it, or was busy.
         UnavailableError: the service did not answer.
     """
     for attempt in range(ATTEMPTS):
@@ -291,7 +292,7 @@ def find_or_make(session: Session, find: Callable[[], T | None], make: Callable[
             return found, "as it is" if attempt == 0 else "made now"
         try:
             return make(), "made now"
-        except UnavailableError as error:
+        except (ApiError, UnavailableError) as error:
             if not error.unsure or attempt == ATTEMPTS - 1:
                 raise
         time.sleep(session.patience.pause(attempt + 1))

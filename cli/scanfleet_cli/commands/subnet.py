@@ -169,10 +169,6 @@ def delete_each(session: Session, noun: str, deletions: Sequence[tuple[int, call
     for number, call in deletions:
         try:
             session.ask(call)
-        except ApiError as error:
-            if not (error.after_cut and error.status == 404):  # noqa: PLR2004 # else the attempt that was cut did it
-                errors.append(explain(error))
-                continue
         except ScanfleetError as error:
             errors.append(explain(error))
             continue

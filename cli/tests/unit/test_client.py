@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +216,77 @@ def test_every_operation_of_the_document_has_a_call() -> None:
         for name, (method, path) in operations().items()
     }
     assert known == wanted
+
+
+class CutBody(httpx2.SyncByteStream, httpx2.AsyncByteStream):
+    """A body that breaks off."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield b'{"message": "Scan jobs cre'
+        raise httpx2.RemoteProtocolError("peer closed connection without sending complete message body")
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in self:
+            yield piece
+
+
+def carried_out_then_cut(api: FakeApi, method: str) -> Callable[[httpx2.Request], httpx2.Response | None]:
+    """The first request of this method is carried out, and its answer breaks off in its body."""
+
+    def fault(request: httpx2.Request) -> httpx2.Response | None:
+        if request.method != method:
+            return None
+        api.fault_of = lambda _request: None
+        return httpx2.Response(api.carry_out(request).status_code, stream=CutBody())
+
+    return fault
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_post_of_jobs_with_a_cut_body_is_repeated_with_its_key(
+    api: FakeApi, client: Client, asynchronous: bool
+) -> None:
+    """The retries cover the body of the answer, so that the Idempotency-Key does too."""
+    make_job(client)
+    api.fault_of = carried_out_then_cut(api, "POST")
+    call = calls.create_tasks([5], 3)
+
+    async def send() -> rest.JobsCreated:
+        async with AsyncClient("http://scanfleet.test", TOKEN, patience=SOON, transport=api) as other:
+            return await other.send(call)
+
+    created = asyncio.run(send()) if asynchronous else client.send(call)
+    assert [job.id for job in created.jobs] == [42]
+    assert list(api.jobs) == [41, 42]
+
+
+def test_post_without_a_key_with_a_cut_body_is_not_repeated(api: FakeApi, client: Client) -> None:
+    """What may have been carried out is not asked for twice, and the error says so."""
+    api.fault_of = carried_out_then_cut(api, "POST")
+    with pytest.raises(UnavailableError) as raised:
+        client.send(calls.create_subnet(BODY))
+    assert (raised.value.unsure, raised.value.repeatable) == (True, False)
+    assert len(api.subnets) == 1
+
+
+def test_delete_repeated_after_a_cut_counts_a_404_as_done(api: FakeApi, client: Client) -> None:
+    """When the repeated DELETE finds nothing, the attempt that was cut deleted the object."""
+    client.send(calls.create_subnet(BODY))
+    api.fault_of = carried_out_then_cut(api, "DELETE")
+    assert "deleted" in client.send(calls.delete_subnet(5)).message
+    with pytest.raises(ApiError, match="no subnet 5"):
+        client.send(calls.delete_subnet(5))
+
+
+@pytest.mark.parametrize("body", ["<html>Welcome</html>", "[]", "\xff"])
+def test_answer_that_is_not_json_of_the_api_raises_api_error(api: FakeApi, client: Client, body: str) -> None:
+    """Another server behind the address is reported as such."""
+    api.fault_of = lambda _request: httpx2.Response(200, content=body.encode("latin-1"))
+    for ask in (
+        lambda: client.send(calls.read_task(41)),
+        lambda: list(client.replies(calls.list_subnets())),
+        lambda: list(client.results(41)),
+        lambda: list(client.watch(41)),
+    ):
+        with pytest.raises(ApiError, match="the answer"):
+            ask()

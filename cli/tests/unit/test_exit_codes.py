@@ -46,6 +46,47 @@ def test_a_service_that_cannot_be_reached_exits_6(api: FakeApi, run: Any) -> Non
     assert "no answer from http://scanfleet.test: connection refused" in ended.err
 
 
+@pytest.mark.parametrize("fault", [httpx2.ReadError("connection reset"), httpx2.Response(503, json={"error": "busy"})])
+def test_unknown_outcome_of_a_post_that_is_not_safe_to_repeat_exits_1(api: FakeApi, run: Any, fault: Any) -> None:
+    """Exit code 6 promises that the command may be repeated, so it is not used where a repetition may do harm."""
+    api.fault_of = lambda request: fault if request.method == "POST" else None
+    ended = run("--retry", "0.01", "subnet", "create", "lab", "127.9.8.0/24")
+    assert ended.code == 1
+    assert "may have been carried out: check before you repeat it" in ended.err
+
+
+def test_unknown_outcome_of_a_submit_names_the_key_to_repeat_it_with(api: FakeApi, run: Any) -> None:
+    """Repeated with the key that the error names, the command creates no second job."""
+    submit = ("--retry", "0.01", "scan", "127.9.8.0/24", "--no-watch")
+
+    def fault(request: httpx2.Request) -> Exception | None:
+        if request.method == "POST" and request.url.path == "/api/v1/task":
+            api.carry_out(request)
+            return httpx2.ReadError("connection reset")
+        return None
+
+    api.fault_of = fault
+    ended = run(*submit)
+    assert ended.code == 1
+    key = ended.err.split("--key ")[1].split()[0]
+    assert run(*submit, "--key", key).code == 6
+    api.fault_of = lambda _request: None
+    assert run(*submit, "--key", key).code == 0
+    assert list(api.jobs) == [41]
+
+
+def test_answer_that_is_not_json_exits_1(api: FakeApi, run: Any) -> None:
+    """A server that is not a gateway is reported in one sentence, also by doctor."""
+    api.fault_of = lambda _request: httpx2.Response(200, text="<html>Welcome</html>")
+    for command in (["job", "list"], ["job", "show", "41"], ["job", "results", "41"], ["subnet", "list"], ["whoami"]):
+        ended = run(*command)
+        assert ended.code == 1, command
+        assert "is not JSON" in ended.err
+    ended = run("doctor", "-o", "json")
+    assert ended.code == 1
+    assert [row["check"] for row in json.loads(ended.out) if not row["ok"]] == ["tls", "service", "token"]
+
+
 @pytest.mark.parametrize(("end", "code"), [(JobStatus.COMPLETED, 0), (JobStatus.FAILED, 3), (JobStatus.CANCELLED, 7)])
 def test_the_end_of_a_job_has_its_exit_code(api: FakeApi, run: Any, end: JobStatus, code: int) -> None:
     """Watching and waiting exit by how the job ends, unless asked not to."""
