@@ -75,29 +75,27 @@ async def test_subnets_are_their_owners_alone(store: Store) -> None:
     """A subnet reads back whole for its user, and for nobody else is there, replaced or deleted."""
     await store.add_subnet(subnet(1))
     await store.add_subnet(subnet(2, user_id=8, exclude=()))
-    assert await store.subnets(7, [1, 2, 3]) == [subnet(1)]
-    assert await store.subnets(8, [1]) == []
+    assert await store.subnets([(7, 1), (7, 2), (7, 3), (8, 1)]) == {(7, 1): subnet(1)}
     assert not await store.replace_subnet(subnet(1, user_id=8, name="mine now"))
     assert not await store.delete_subnet(8, 1)
     assert await store.replace_subnet(subnet(1, name="new", cidr="127.0.0.0/30", exclude=()))
-    assert await store.subnets(7, [1]) == [subnet(1, name="new", cidr="127.0.0.0/30", exclude=())]
+    assert await store.subnets([(7, 1)]) == {(7, 1): subnet(1, name="new", cidr="127.0.0.0/30", exclude=())}
     assert await store.delete_subnet(7, 1)
     assert not await store.delete_subnet(7, 1)
     assert not await store.replace_subnet(subnet(1))
-    assert await store.subnets(7, [1]) == []
+    assert await store.subnets([(7, 1)]) == {}
 
 
 async def test_policies_are_their_owners_alone(store: Store) -> None:
     """A policy reads back whole for its user, and for nobody else is there, replaced or deleted."""
     await store.add_policy(policy(1))
-    assert await store.policies(7, [1, 2]) == [policy(1)]
-    assert await store.policies(8, [1]) == []
+    assert await store.policies([(7, 1), (7, 2), (8, 1)]) == {(7, 1): policy(1)}
     assert not await store.replace_policy(policy(1, user_id=8))
     assert not await store.delete_policy(8, 1)
     assert await store.replace_policy(policy(1, name="new"))
-    assert await store.policies(7, [1]) == [policy(1, name="new")]
+    assert await store.policies([(7, 1)]) == {(7, 1): policy(1, name="new")}
     assert await store.delete_policy(7, 1)
-    assert await store.policies(7, [1]) == []
+    assert await store.policies([(7, 1)]) == {}
 
 
 async def test_resources_are_listed_newest_first_by_page(store: Store) -> None:

@@ -101,11 +101,11 @@ async def delete_policy(policy_id: PathId, caller: Caller, state: Handed, record
 
 
 async def _mine(state: State, user_id: int, policy_id: int) -> Policy:
-    found = await state.store.policies(user_id, [policy_id])
+    found = await state.store.policies([(user_id, policy_id)])
     if not found:
         theirs = await state.store.exists("policies", policy_id)
         raise NotFoundError("Policy not found", rule=Rule.OWNER if theirs else None)
-    return found[0]
+    return found[user_id, policy_id]
 
 
 def _shown(policy: Policy, response: Response) -> rest.Policy:

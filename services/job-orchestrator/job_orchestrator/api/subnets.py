@@ -107,11 +107,11 @@ async def delete_subnet(subnet_id: PathId, caller: Caller, state: Handed, record
 
 
 async def _mine(state: State, user_id: int, subnet_id: int) -> Subnet:
-    found = await state.store.subnets(user_id, [subnet_id])
+    found = await state.store.subnets([(user_id, subnet_id)])
     if not found:
         theirs = await state.store.exists("subnets", subnet_id)
         raise NotFoundError("Subnet not found", rule=Rule.OWNER if theirs else None)
-    return found[0]
+    return found[user_id, subnet_id]
 
 
 def checked(body: rest.SubnetBody, rules: TargetRules) -> tuple[str, tuple[str, ...]]:

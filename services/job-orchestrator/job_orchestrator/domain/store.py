@@ -119,7 +119,9 @@ class Resources(Protocol):
     async def subnets_of(self, user_id: int, cidrs: Collection[str]) -> list[Subnet]:
         """Return the user's subnets of these networks."""
 
-    async def subnets(self, user_id: int, ids: Collection[int]) -> list[Subnet]: ...
+    async def subnets(self, keys: Collection[tuple[int, int]]) -> dict[tuple[int, int], Subnet]:
+        """Return the existing ones of these, each given by user and id."""
+
     async def list_subnets(self, user_id: int, skip: int, limit: int) -> tuple[list[Subnet], int]: ...
     async def replace_subnet(self, subnet: Subnet, *, unchanged_since: datetime | None = None) -> bool:
         """Store its fields if it is there, and if given, if its `updated_at` is still that one."""
@@ -127,7 +129,9 @@ class Resources(Protocol):
     async def delete_subnet(self, user_id: int, subnet_id: int) -> bool: ...
 
     async def add_policy(self, policy: Policy) -> None: ...
-    async def policies(self, user_id: int, ids: Collection[int]) -> list[Policy]: ...
+    async def policies(self, keys: Collection[tuple[int, int]]) -> dict[tuple[int, int], Policy]:
+        """Return the existing ones of these, each given by user and id."""
+
     async def list_policies(self, user_id: int, skip: int, limit: int) -> tuple[list[Policy], int]: ...
     async def replace_policy(self, policy: Policy, *, unchanged_since: datetime | None = None) -> bool:
         """Store its fields if it is there, and if given, if its `updated_at` is still that one."""

@@ -236,11 +236,13 @@ class Commands:
         """Return the command to insert for each submit: accepted with all of its jobs, or rejected."""
         if not submits:
             return []
-        # Allocated before the submits are checked, so that ids of rejected submits remain unused.
-        decided, taken = await asyncio.gather(
-            asyncio.gather(*(self._check(submit) for submit in submits)),
+        # The ids are allocated before the submits are checked, so that those of rejected submits remain unused.
+        policies, subnets, taken = await asyncio.gather(
+            self._store.policies({(submit.user_id, submit.policy_id) for submit in submits}),
+            self._store.subnets({(submit.user_id, id_) for submit in submits for id_ in submit.subnet_ids}),
             self._store.take_ids("jobs", sum(len(submit.subnet_ids) for submit in submits)),
         )
+        decided = [await self._check(submit, policies, subnets) for submit in submits]
         ids = iter(taken)
         refusals = await self._refusals(submits, decided)
         return [
@@ -271,12 +273,13 @@ class Commands:
         refusals = iter(admission.refusals)
         return [None if isinstance(each, Command) else next(refusals) for each in decided]
 
-    async def _check(self, submit: SubmitJobs) -> Command | list[ScanJob]:
+    async def _check(
+        self,
+        submit: SubmitJobs,
+        policies: Mapping[tuple[int, int], Policy],
+        subnets: Mapping[tuple[int, int], Subnet],
+    ) -> Command | list[ScanJob]:
         """The jobs, as yet without ids, or the rejection."""
-        policies, subnets = await asyncio.gather(
-            self._store.policies(submit.user_id, [submit.policy_id]),
-            self._store.subnets(submit.user_id, submit.subnet_ids),
-        )
         jobs: list[ScanJob] = []
         try:
             for policy, subnet in _resolved(submit, policies, subnets, self._scripts):
@@ -423,24 +426,26 @@ def _refused(submit: SubmitJobs, status: int, error: str, rule: Rule) -> Command
 
 def _resolved(
     submit: SubmitJobs,
-    policies: Sequence[Policy],
-    subnets: Sequence[Subnet],
+    policies: Mapping[tuple[int, int], Policy],
+    subnets: Mapping[tuple[int, int], Subnet],
     scripts: AbstractSet[str],
 ) -> list[tuple[Policy, Subnet]]:
-    if not policies:
+    policy = policies.get((submit.user_id, submit.policy_id))
+    if policy is None:
         raise _RefusedError(f"Policy {submit.policy_id} not found", Rule.OWNER)
     try:
-        executable(policies[0].scan, scripts)
+        executable(policy.scan, scripts)
     except PolicyError as error:
         raise _RefusedError(f"Policy {submit.policy_id} must be changed before it can be used: {error}") from error
     if len(set(submit.subnet_ids)) < len(submit.subnet_ids):
         raise _RefusedError("The same subnet is given twice")
-    by_id = {subnet.id: subnet for subnet in subnets}
-    if missing := [str(id_) for id_ in submit.subnet_ids if id_ not in by_id]:
+    found = [subnets.get((submit.user_id, id_)) for id_ in submit.subnet_ids]
+    if missing := [str(id_) for id_, subnet in zip(submit.subnet_ids, found, strict=True) if subnet is None]:
         raise _RefusedError(f"Subnet {', '.join(missing[:10])} not found", Rule.OWNER)
-    if (excludes := sum(len(subnet.exclude) for subnet in subnets)) > _MAX_EXCLUDES:
+    own = [subnet for subnet in found if subnet is not None]
+    if (excludes := sum(len(subnet.exclude) for subnet in own)) > _MAX_EXCLUDES:
         raise _RefusedError(f"The subnets exclude {excludes} networks; those of one request at most {_MAX_EXCLUDES}")
-    return [(policies[0], by_id[id_]) for id_ in submit.subnet_ids]
+    return [(policy, subnet) for subnet in own]
 
 
 def _target(subnet: Subnet, rules: TargetRules) -> Target:

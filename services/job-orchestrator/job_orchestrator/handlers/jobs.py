@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -120,10 +121,17 @@ class Jobs:
             if not left:
                 return
             jobs = await self._store.jobs(left)
-            standings = await self._store.standings(
-                jobs
-            )  # after the jobs, so that all chunks created by then are visible
-            steps = [await self._guarded(job, standings[job.id], known) for job in jobs.values()]
+            # After the jobs, so that all chunks created by then are visible.
+            standings = await self._store.standings(jobs)
+            turns = await self._first_turns(jobs.values())
+            steps: list[_Step] = []
+            window: list[Chunk] = []
+            for job in jobs.values():
+                steps.append(await self._guarded(job, standings[job.id], known, turns, window))
+                if len(window) >= _PAGE:
+                    await self._store.insert_chunks(window)
+                    window.clear()
+            await self._store.insert_chunks(window)
             left = await self._save([step for step in steps if step.stages])
             known = {}  # chunks of jobs that lost a race may have changed
         raise DependencyError(f"jobs were changed by other replicas each time: {sorted(left)[:5]}")
@@ -303,19 +311,25 @@ class Jobs:
             SKIPPED_JOBS.inc()
             _log.exception("job_skipped", job_id=job.id, cause=repr(error))
 
-    async def _guarded(self, job: ScanJob, standing: Standing, known: Known) -> _Step:
+    async def _guarded(
+        self, job: ScanJob, standing: Standing, known: Known, turns: Mapping[int, int], window: list[Chunk]
+    ) -> _Step:
         if not self.faulty(job):
             with self._isolated(job):
-                return await self._step(self._unsent(job), standing, known)
+                step, new = await self._step(self._unsent(job), standing, known, turns)
+                window += new
+                return step
         return _Step(job)
 
-    async def _step(self, job: ScanJob, standing: Standing, known: Known) -> _Step:
-        """Derive the job's versions from its chunks, from its start to its end if it is over."""
+    async def _step(
+        self, job: ScanJob, standing: Standing, known: Known, turns: Mapping[int, int]
+    ) -> tuple[_Step, Sequence[Chunk]]:
+        """Derive the job's versions from its chunks, from its start to its end if it is over, and the chunks to create."""
         if job.final:
             await self._cancel(job, standing)
             counted = await self._count(job, standing, known)
             after = replace(counted, settled=not standing.open and counted.totals.done == job.made)
-            return _Step(job, () if after == job else (after,))
+            return _Step(job, () if after == job else (after,)), ()
         started = job
         if job.status is JobStatus.PENDING and (standing.begun or standing.open < job.made):
             started = change_job(job, JobTrigger.START, self._clock.now(), waiting="", waiting_since=None)
@@ -324,9 +338,9 @@ class Jobs:
         counted = await self._count(started, standing, known)
         if counted.totals.done == job.chunk_count:
             ended, ledger = self._end(counted)
-            return _Step(job, (ended,) if started is job else (started, ended), ledger)
-        after = await self._make(counted, standing)
-        return _Step(job, () if after == job else (after,))
+            return _Step(job, (ended,) if started is job else (started, ended), ledger), ()
+        after, new = _fill_window(counted, standing, turns.get(job.user_id, 0))
+        return _Step(job, () if after == job else (after,)), new
 
     def _end(self, job: ScanJob) -> tuple[ScanJob, Mapping[str, int]]:
         tally = Tally(job)
@@ -374,16 +388,11 @@ class Jobs:
         async for chunk in self._store.job_chunks(job.id, first, end):
             yield chunk
 
-    async def _make(self, job: ScanJob, standing: Standing) -> ScanJob:
-        """Return the job with its window of chunks filled up."""
-        end = plan.made_up_to(job, standing.open, standing.lowest)
-        if end == job.made:
-            return job
-        if not job.made:
-            job = replace(job, turn=await self._store.first_turn(job.user_id))
-        await self._store.insert_chunks(list(plan.chunks(job, job.made, end)))
-        self._wake()
-        return replace(job, made=end)
+    async def _first_turns(self, jobs: Iterable[ScanJob]) -> Mapping[int, int]:
+        """Return the turn at which new jobs of each user begin."""
+        users = sorted({job.user_id for job in jobs if not job.made and not job.final})
+        turns = await asyncio.gather(*(self._store.first_turn(user) for user in users))
+        return dict(zip(users, turns, strict=True))
 
     async def _cancel(self, job: ScanJob, standing: Standing) -> None:
         """Cancel a page of the chunks that are not final, first those that are being scanned."""
@@ -416,6 +425,8 @@ class Jobs:
     async def _save(self, steps: Sequence[_Step]) -> set[int]:
         losers = await self._store.save_jobs([step.after for step in steps])
         saved = [step for step in steps if step.after.id not in losers]
+        if any(step.after.made > step.before.made for step in saved):
+            self._wake()  # not before: a chunk that ends before its job is saved costs both another round
         for step in saved:
             for before, stage in pairwise((step.before, *step.stages)):
                 if stage.status is not before.status:
@@ -424,3 +435,13 @@ class Jobs:
                 PROBES.labels(outcome).inc(probes)
         await self.publish_outboxes([step.after for step in saved])
         return losers
+
+
+def _fill_window(job: ScanJob, standing: Standing, first_turn: int) -> tuple[ScanJob, Sequence[Chunk]]:
+    """Return the job with its window of chunks filled up, and the chunks that must be stored before it."""
+    end = plan.made_up_to(job, standing.open, standing.lowest)
+    if end == job.made:
+        return job, ()
+    if not job.made:
+        job = replace(job, turn=first_turn)
+    return replace(job, made=end), list(plan.chunks(job, job.made, end))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
@@ -166,8 +166,8 @@ class MongoStore(MongoAudit):
         found = self._subnets.find({"user_id": user_id, "cidr": {"$in": list(cidrs)}})
         return [documents.read_subnet(each) async for each in found]
 
-    async def subnets(self, user_id: int, ids: Collection[int]) -> list[Subnet]:
-        return await _owned(self._subnets, documents.read_subnet, user_id, ids)
+    async def subnets(self, keys: Collection[tuple[int, int]]) -> dict[tuple[int, int], Subnet]:
+        return await _owned(self._subnets, documents.read_subnet, keys)
 
     async def list_subnets(self, user_id: int, skip: int, limit: int) -> tuple[list[Subnet], int]:
         return await _page(self._subnets, documents.read_subnet, user_id, skip, limit)
@@ -181,8 +181,8 @@ class MongoStore(MongoAudit):
     async def add_policy(self, policy: Policy) -> None:
         await insert_missing(self._policies, [documents.write_policy(policy)])
 
-    async def policies(self, user_id: int, ids: Collection[int]) -> list[Policy]:
-        return await _owned(self._policies, documents.read_policy, user_id, ids)
+    async def policies(self, keys: Collection[tuple[int, int]]) -> dict[tuple[int, int], Policy]:
+        return await _owned(self._policies, documents.read_policy, keys)
 
     async def list_policies(self, user_id: int, skip: int, limit: int) -> tuple[list[Policy], int]:
         return await _page(self._policies, documents.read_policy, user_id, skip, limit)
@@ -664,14 +664,21 @@ def _update(document: Document, constants: AbstractSet[str]) -> Document:
     return update
 
 
-@dependency_errors()
 async def _owned(
     collection: MongoCollection,
     read: Callable[[Document], _Owned],
-    user_id: int,
-    ids: Collection[int],
-) -> list[_Owned]:
-    return [read(each) async for each in collection.find({"user_id": user_id, "_id": {"$in": list(ids)}})]
+    keys: Collection[tuple[int, int]],
+) -> dict[tuple[int, int], _Owned]:
+    found: dict[tuple[int, int], _Owned] = {}
+    ordered = sorted(set(keys))
+    for start in range(0, len(ordered), _BATCH):
+        by_user: defaultdict[int, list[int]] = defaultdict(list)
+        for user_id, id_ in ordered[start : start + _BATCH]:
+            by_user[user_id].append(id_)
+        wanted = {"$or": [{"user_id": user_id, "_id": {"$in": ids}} for user_id, ids in by_user.items()]}
+        async with dependency_errors():
+            found |= {(each["user_id"], each["_id"]): read(each) async for each in collection.find(wanted)}
+    return found
 
 
 @dependency_errors()

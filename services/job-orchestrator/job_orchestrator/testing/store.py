@@ -74,42 +74,42 @@ class MemoryStore:
     async def subnets_of(self, user_id: int, cidrs: Collection[str]) -> list[Subnet]:
         return [each for each in self._subnets.values() if each.user_id == user_id and each.cidr in cidrs]
 
-    async def subnets(self, user_id: int, ids: Collection[int]) -> list[Subnet]:
-        return [each for each in self._subnets.values() if each.user_id == user_id and each.id in ids]
+    async def subnets(self, keys: Collection[tuple[int, int]]) -> dict[tuple[int, int], Subnet]:
+        return {key: each for each in self._subnets.values() if (key := (each.user_id, each.id)) in keys}
 
     async def list_subnets(self, user_id: int, skip: int, limit: int) -> tuple[list[Subnet], int]:
         mine = sorted((s for s in self._subnets.values() if s.user_id == user_id), key=lambda s: -s.id)
         return mine[skip : skip + limit], len(mine)
 
     async def replace_subnet(self, subnet: Subnet, *, unchanged_since: datetime | None = None) -> bool:
-        before = await self.subnets(subnet.user_id, [subnet.id])
-        known = bool(before) and unchanged_since in (None, before[0].updated_at)
+        before = self._subnets.get(subnet.id)
+        known = before is not None and before.user_id == subnet.user_id and unchanged_since in (None, before.updated_at)
         if known:
             self._subnets[subnet.id] = subnet
         return known
 
     async def delete_subnet(self, user_id: int, subnet_id: int) -> bool:
-        return bool(await self.subnets(user_id, [subnet_id])) and bool(self._subnets.pop(subnet_id))
+        return bool(await self.subnets([(user_id, subnet_id)])) and bool(self._subnets.pop(subnet_id))
 
     async def add_policy(self, policy: Policy) -> None:
         self._policies.setdefault(policy.id, policy)
 
-    async def policies(self, user_id: int, ids: Collection[int]) -> list[Policy]:
-        return [each for each in self._policies.values() if each.user_id == user_id and each.id in ids]
+    async def policies(self, keys: Collection[tuple[int, int]]) -> dict[tuple[int, int], Policy]:
+        return {key: each for each in self._policies.values() if (key := (each.user_id, each.id)) in keys}
 
     async def list_policies(self, user_id: int, skip: int, limit: int) -> tuple[list[Policy], int]:
         mine = sorted((p for p in self._policies.values() if p.user_id == user_id), key=lambda p: -p.id)
         return mine[skip : skip + limit], len(mine)
 
     async def replace_policy(self, policy: Policy, *, unchanged_since: datetime | None = None) -> bool:
-        before = await self.policies(policy.user_id, [policy.id])
-        known = bool(before) and unchanged_since in (None, before[0].updated_at)
+        before = self._policies.get(policy.id)
+        known = before is not None and before.user_id == policy.user_id and unchanged_since in (None, before.updated_at)
         if known:
             self._policies[policy.id] = policy
         return known
 
     async def delete_policy(self, user_id: int, policy_id: int) -> bool:
-        return bool(await self.policies(user_id, [policy_id])) and bool(self._policies.pop(policy_id))
+        return bool(await self.policies([(user_id, policy_id)])) and bool(self._policies.pop(policy_id))
 
     # Commands
 

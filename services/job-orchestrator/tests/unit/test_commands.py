@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -136,7 +138,7 @@ async def test_all_is_checked_before_any_job_is_made(
 async def test_policy_of_an_older_release_with_categories_is_refused(world: World) -> None:
     """A stored policy that names a category of scripts makes no job, and the answer says what to change."""
     await world.add("127.9.8.0/30")
-    (stored,) = await world.store.policies(7, [1])
+    (stored,) = (await world.store.policies([(7, 1)])).values()
     await world.store.replace_policy(replace(stored, scan=stored.scan.model_copy(update={"scripts": ("default",)})))
     command = await world.send(1, [1])
     await world.settle()
@@ -159,7 +161,7 @@ async def test_a_job_leaves_out_the_broadcast_address_of_its_subnet() -> None:
     (accepted,) = world.accepted(command)
     job = (await world.store.jobs([accepted.id]))[accepted.id]
     assert (job.exclude, job.addresses, job.excluded) == (("10.0.0.7/32",), 8, 1)
-    (subnet,) = await world.store.subnets(7, [job.subnet_id])
+    (subnet,) = (await world.store.subnets([(7, job.subnet_id)])).values()
     assert subnet.exclude == ()
 
 
@@ -433,3 +435,33 @@ async def test_the_trace_of_a_request_goes_through(world: World) -> None:
     await world.settle()
     assert {event.traceparent for event in world.events(1)} == {trace}
     assert {task.traceparent for task in world.worker.tasks} == {trace}
+
+
+async def test_round_trips_of_a_batch_do_not_grow_with_its_commands() -> None:
+    """Submits of one user in one batch cost as many calls of the store as one submit, and so do their first chunks."""
+
+    class Counting(MemoryStore):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls: Counter[str] = Counter()
+
+        def __getattribute__(self, name: str) -> object:
+            found = super().__getattribute__(name)
+            if inspect.iscoroutinefunction(found):
+                self.calls[name] += 1
+            return found
+
+    calls = []
+    for count in (1, 100):
+        store = Counting()
+        world = World(store)
+        await world.start()
+        policy_id, subnets = await world.add("127.9.8.0/30")
+        for _ in range(count):
+            await world.send(policy_id, subnets)
+        store.calls.clear()
+        await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+        await world.replicas[0].jobs.work()
+        calls.append(store.calls)
+    assert calls[0] == calls[1]
+    assert calls[0]["insert_chunks"] == 1
