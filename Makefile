@@ -66,7 +66,7 @@ endif
 
 test-unit: setup ## Run the tests that need no servers: a few minutes
 	$(BIN)/pytest -q --numprocesses 2 -m 'not integration and not e2e and not compose and not k8s and not networks' \
-		cli shared services local supply tests/house
+		cli shared services local bench supply tests/house
 
 soak: setup ## Check the guarantees under load while random processes are killed: make soak MINUTES=10
 	@MINUTES='$(or $(MINUTES),10)' $(BIN)/pytest -q tests/faults/test_soak.py

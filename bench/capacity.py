@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from ipaddress import ip_address
-from pathlib import Path
 from typing import Final
 
 from bench.figures import Figure
-from bench.kit import SCRIPTED, Meter, bus, pids
+from bench.kit import SCRIPTED, Meter, bus, new_stack, pids
 from local.stack import Stack
 from scanfleet import mongo
 from scanfleet.auth import read_private_key
@@ -28,13 +26,8 @@ OURS: Final = ("result-store", "kafka", "mongod")
 
 
 def measure() -> Sequence[Figure]:
-    with tempfile.TemporaryDirectory(prefix="scanfleet-") as folder:
-        stack = Stack(Path(folder), replicas=SCRIPTED)
-        stack.up()
-        try:
-            return asyncio.run(hosts(stack))
-        finally:
-            stack.down()
+    with new_stack(replicas=SCRIPTED) as stack:
+        return asyncio.run(hosts(stack))
 
 
 async def hosts(stack: Stack) -> Sequence[Figure]:

@@ -7,7 +7,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +15,10 @@ from pathlib import Path
 from typing import Final
 
 import httpx
+from redis import Redis
 
 from bench.figures import Figure
-from bench.kit import SCRIPTED, Meter, Workers, bus, load, pids
+from bench.kit import SCRIPTED, Meter, Workers, bus, load, new_stack, pids
 from local import ports
 from local.client import FINAL, Client
 from local.stack import Stack
@@ -30,7 +30,7 @@ from scanfleet.messages.topics import SCAN_TASKS, SCAN_WORKERS
 ONE_PORT: Final = {"ports": "8080", "service_detection": False, "timing": 4}
 CLIENTS: Final = 64
 SECONDS: Final = 10  # of a load
-JOBS: Final = 400  # whose CPU time is measured
+UNFINISHED: Final = 1_000_000  # maximum number of jobs: more than a load posts
 POSTS: Final = 50
 HOPS: Final = 200
 CHUNKS: Final = 2_000  # measured of a large job
@@ -43,22 +43,14 @@ CHUNK_SIDE: Final = ("job-orchestrator", "mongod")
 BODY: Final = '{"subnet_ids": [%d], "policy_id": %d}'
 
 
-def measure() -> Sequence[Figure]:
-    with tempfile.TemporaryDirectory(prefix="scanfleet-") as name:
-        folder = Path(name)
-        stack = Stack(folder, replicas=SCRIPTED)
-        stack.up()
-        try:
-            user = Client(stack.url, stack.token(7))
-            return [
-                *idle(stack, user),
-                *accepted(stack, user, folder),
-                *queries(stack, user),
-                *asyncio.run(chunks(stack, user)),
-                *largest(stack, user),
-            ]
-        finally:
-            stack.down()
+def measure() -> Iterator[Figure]:
+    with new_stack(replicas=SCRIPTED, settings={"SCANFLEET_UNFINISHED_JOBS_PER_USER": str(UNFINISHED)}) as stack:
+        user = Client(stack.url, stack.token(7))
+        yield from idle(stack, user)
+        yield from accepted(stack, user)
+        yield from queries(stack, user)
+        yield from asyncio.run(chunks(stack, user))
+        yield from largest(stack, user)
 
 
 def idle(stack: Stack, user: Client) -> Iterator[Figure]:
@@ -100,35 +92,28 @@ async def hop_seconds(stack: Stack) -> float:
     return statistics.median(times)
 
 
-def accepted(stack: Stack, user: Client, folder: Path) -> Iterator[Figure]:
-    """Jobs posted singly, and what a job costs that scans nothing, beside FastAPI with Celery and Redis."""
+def accepted(stack: Stack, user: Client) -> Iterator[Figure]:
+    """Jobs posted singly, and the CPU time of a job that scans nothing, beside FastAPI with Celery and Redis.
+
+    On both sides no worker runs while jobs are only accepted, and the CPU time is that of all processes, workers included, from
+    an empty queue to an empty queue.
+    """
     body = BODY % (user.subnet("127.9.8.2/32"), user.policy(**ONE_PORT))
     tasks, token = f"{stack.url}/api/v1/task", stack.token(7)
     rate = load(tasks, clients=CLIENTS, seconds=SECONDS, token=token, body=body)
-    asyncio.run(drain(stack, user))
     cpu = asyncio.run(scripted(stack, user, lambda: load(tasks, clients=8, seconds=SECONDS, token=token, body=body)))
-    with celery(folder) as (url, processes):
-        other = load(url, clients=CLIENTS, seconds=SECONDS, body=body)
-        meter = Meter(processes)
-        count = SECONDS * load(url, clients=8, seconds=SECONDS, body=body)
-        other_cpu = sum(meter.cpu().values()) / count
+    other_rate, other_cpu = celery(stack.folder, body)
     yield Figure("accepted_per_s", rate, f"one-host jobs posted singly by {CLIENTS} clients, no worker")
-    yield Figure("accepted_ratio", rate / other, "the same / Celery with Redis, accepted and done", at_least=1.5)
-    yield Figure("job_cpu_ms", 1_000 * cpu, "CPU of all services and servers for a job that scans nothing")
+    yield Figure("accepted_ratio", rate / other_rate, "the same / Celery with Redis", at_least=1.5)
+    yield Figure("job_cpu_ms", 1_000 * cpu, "CPU of services, servers and workers for a job that scans nothing")
     yield Figure("job_cpu_ratio", other_cpu / cpu, "CPU of Celery's / of ours", at_least=1)
-
-
-async def drain(stack: Stack, user: Client) -> None:
-    """End all jobs with scripted workers."""
-    async with scanning(stack) as workers:
-        await ended(workers, lambda: user.unfinished() == 0)
 
 
 async def scripted(stack: Stack, user: Client, work: Callable[[], float]) -> float:
     """CPU seconds of each job that `work` posts, until the last has ended; `work` returns the rate of its posts."""
     async with scanning(stack) as workers:
-        await workers.announce()
-        meter = Meter(pids(stack, OURS))
+        await ended(workers, lambda: user.unfinished() == 0)
+        meter = Meter(pids(stack, OURS) | {"workers": os.getpid()})  # the workers are tasks of this process
         rate = await asyncio.to_thread(work)
         await ended(workers, lambda: user.unfinished() == 0)
         return sum(meter.cpu().values()) / (rate * SECONDS)
@@ -155,22 +140,32 @@ async def ended(workers: Workers, condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.25)
 
 
-@contextmanager
-def celery(folder: Path) -> Iterator[tuple[str, Mapping[str, int]]]:
-    """FastAPI, Celery and Redis that syncs each write; yields the URL to post to, and the processes."""
-    redis, web = ports.choose(), ports.choose()
+def celery(folder: Path, body: str) -> tuple[float, float]:
+    """Tasks per second that FastAPI puts on Celery's queue in Redis, which syncs each write; CPU seconds of each task."""
+    port, web = ports.choose(), ports.choose()
     python = [sys.executable, "-m"]
-    options = ["--port", str(redis), "--appendonly", "yes", "--appendfsync", "always", "--dir", str(folder)]
-    commands = {
+    options = ["--port", str(port), "--appendonly", "yes", "--appendfsync", "always", "--dir", str(folder)]
+    servers = {
         "redis": ["redis-server", "--bind", "127.0.0.1", *options],
-        "celery": [*python, "celery", "--app", "bench.alternatives:worker", "worker", "--concurrency", "2"],
         "web": [*python, "uvicorn", "--factory", "bench.alternatives:queue", "--port", str(web), "--no-access-log"],
     }
-    environment = {"SCANFLEET_BENCH_REDIS": f"redis://127.0.0.1:{redis}/0"}
-    with running(commands, environment, folder) as processes:
-        for port in (redis, web):
-            listens("127.0.0.1", port, LIMIT)
-        yield f"http://127.0.0.1:{web}/task", processes
+    worker = {"celery": [*python, "celery", "--app", "bench.alternatives:worker", "worker", "--concurrency", "2"]}
+    environment = {"SCANFLEET_BENCH_REDIS": f"redis://127.0.0.1:{port}/0"}
+    url = f"http://127.0.0.1:{web}/task"
+
+    def idle() -> bool:
+        return not (queue.llen("celery") or queue.hlen("unacked"))
+
+    with running(servers, environment, folder) as processes, Redis(port=port) as queue:
+        for each in (port, web):
+            listens("127.0.0.1", each, LIMIT)
+        rate = load(url, clients=CLIENTS, seconds=SECONDS, body=body)
+        with running(worker, environment, folder) as workers:
+            until(idle, LIMIT, "Celery to empty its queue")
+            meter = Meter({**processes, **workers})
+            count = SECONDS * load(url, clients=8, seconds=SECONDS, body=body)
+            until(idle, LIMIT, "Celery to empty its queue")
+            return rate, sum(meter.cpu().values()) / count
 
 
 @contextmanager

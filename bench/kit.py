@@ -7,10 +7,10 @@ import re
 import subprocess
 import time
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from tempfile import NamedTemporaryFile
-from typing import Final
+from tempfile import NamedTemporaryFile, TemporaryDirectory
+from typing import Any, Final
 
 from local.stack import Stack
 from scanfleet.bus import Record
@@ -65,6 +65,18 @@ class Workers:
     async def revoked(self, partitions: Collection[int]) -> None: ...
 
     async def caught_up(self, partitions: Collection[int]) -> None: ...
+
+
+@contextmanager
+def new_stack(**options: Any) -> Iterator[Stack]:
+    """Run a stack without data for the duration of the block; `options` are those of `Stack`."""
+    with TemporaryDirectory(prefix="scanfleet-") as folder:
+        stack = Stack(Path(folder), **options)
+        stack.up()
+        try:
+            yield stack
+        finally:
+            stack.down()
 
 
 @asynccontextmanager

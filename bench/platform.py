@@ -5,15 +5,14 @@ from __future__ import annotations
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 from bench.figures import Figure
+from bench.kit import new_stack
 from local.client import FINAL, Client
 from local.demo import real_servers
-from local.paths import STATE
-from local.stack import USUAL_PORTS, Stack
 from local.wait import until
 
 SUBNET = "127.9.8.0/24"
@@ -25,21 +24,13 @@ ONE_PORT = QUICK | {"ports": "8080"}
 ONE_PORT_ARGUMENTS = ("-n", "-T4", "-p", "8080")
 
 
-def measure() -> Sequence[Figure]:
-    stack = Stack(STATE, usual_ports=USUAL_PORTS)
-    started = stack.up()
-    try:
-        with real_servers():
-            user = Client(stack.url, stack.token(7))
-            return [
-                Figure("scan_ratio", scan_ratio(user, 1_000), "a /24 × 1,000 ports / plain nmap", at_most=0.85),
-                Figure("quick_ratio", scan_ratio(user, 100), "a /24 × 100 ports / plain nmap"),
-                Figure("readable_p95_ms", readable_p95_ms(user), "a host in the log to its result in the API"),
-                *jobs_ratios(user),
-            ]
-    finally:
-        if started:
-            stack.down()
+def measure() -> Iterator[Figure]:
+    with new_stack() as stack, real_servers():
+        user = Client(stack.url, stack.token(7))
+        yield Figure("scan_ratio", scan_ratio(user, 1_000), "a /24 × 1,000 ports / plain nmap", at_most=0.85)
+        yield Figure("quick_ratio", scan_ratio(user, 100), "a /24 × 100 ports / plain nmap")
+        yield Figure("readable_p95_ms", readable_p95_ms(user), "a host in the log to its result in the API")
+        yield from jobs_ratios(user)
 
 
 def scan_ratio(user: Client, ports: int) -> float:

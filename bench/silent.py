@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 from bench.figures import Figure
+from bench.kit import new_stack
 from local.client import Client
 from local.networks import NETWORK, Network
-from local.stack import Stack
 
 SUBNET: Final = "10.77.1.0/24"
 SERVERS: Final = {(f"10.77.1.{host}", port) for host in range(64) for port in (22, 80, 443)}
@@ -27,33 +28,30 @@ LIMIT: Final = 600.0  # seconds for the platform
 
 
 def measure() -> Sequence[Figure]:
-    """Nothing without the right to make namespaces, and says so."""
-    try:
-        with Network() as network, tempfile.TemporaryDirectory(prefix="scanfleet-") as folder:
-            return scanned(network, Path(folder))
-    except OSError as error:
-        print(f"silent: not measured: {error}", file=sys.stderr)
-        return []
+    """Return no figures, and log the reason, on a machine that cannot make namespaces."""
+    with ExitStack() as stack:
+        try:
+            network = stack.enter_context(Network())
+        except (FileNotFoundError, PermissionError) as error:  # any other failure is a defect
+            print(f"silent: not measured: {error}", file=sys.stderr)
+            return []
+        return scanned(network)
 
 
-def scanned(network: Network, folder: Path) -> Sequence[Figure]:
+def scanned(network: Network) -> Sequence[Figure]:
     network.filter_input("ip daddr 10.77.1.64-10.77.1.255 drop")
     network.serve(SERVERS)
-    settings = {"SCANFLEET_ALLOWED_NETWORKS": NETWORK, "SCANFLEET_NMAP": network.nmap(folder)}
-    stack = Stack(folder / "stack", settings=settings)
-    stack.folder.mkdir()
-    stack.up()
-    try:
-        user = Client(stack.url, stack.token(7))
-        begin = time.perf_counter()
-        job_id = user.scan(SUBNET, preset="sweep")
-        status = user.finished(job_id, LIMIT)["status"]
-        seconds = time.perf_counter() - begin
-        if status["status"] != "completed":
-            raise RuntimeError(f"job {job_id} is {status['status']}: {status['error']}")
-        found = {(each["ip_address"], each["port"]) for each in user.results(job_id)}
-    finally:
-        stack.down()
+    with TemporaryDirectory(prefix="scanfleet-") as folder:
+        settings = {"SCANFLEET_ALLOWED_NETWORKS": NETWORK, "SCANFLEET_NMAP": network.nmap(Path(folder))}
+        with new_stack(settings=settings) as stack:
+            user = Client(stack.url, stack.token(7))
+            begin = time.perf_counter()
+            job_id = user.scan(SUBNET, preset="sweep")
+            status = user.finished(job_id, LIMIT)["status"]
+            seconds = time.perf_counter() - begin
+            if status["status"] != "completed":
+                raise RuntimeError(f"job {job_id} is {status['status']}: {status['error']}")
+            found = {(each["ip_address"], each["port"]) for each in user.results(job_id)}
     begin = time.perf_counter()
     plain = subprocess.Popen(network.command(*PLAIN), stdout=subprocess.DEVNULL)
     try:

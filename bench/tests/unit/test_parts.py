@@ -1,0 +1,41 @@
+"""The parts of the bench, with stand-ins for what they measure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from bench.__main__ import main
+from bench.capacity import made
+from bench.figures import Figure
+from scanfleet.grants import Signer
+from scanfleet.outcomes import MAX_ADDRESSES
+
+
+def good() -> Iterator[Figure]:
+    yield Figure("good", 1.0, "a part that ends")
+
+
+def bad() -> Iterator[Figure]:
+    yield Figure("early", 2.0, "measured before the failure")
+    raise TimeoutError("no answer")
+
+
+def test_failed_part_keeps_all_other_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    """When a part fails the figures that were measured are printed, and the exit status names the part."""
+    with pytest.raises(SystemExit, match=r"^failed: bad$"):
+        main([], {"bad": bad, "good": good})
+    printed = capsys.readouterr()
+    assert json.loads(printed.out.splitlines()[-1]) == {"early": 2.0, "good": 1.0}
+    assert "TimeoutError: no answer" in printed.err
+
+
+def test_capacity_hosts_fit_into_chunks() -> None:
+    """A job of more hosts than a chunk may have is cut into chunks, each with a valid grant."""
+    count = 2 * MAX_ADDRESSES + 1
+    hosts = list(made(1, count, Signer(Ed25519PrivateKey.generate())))
+    assert len({host.address for host in hosts}) == count
+    assert {host.chunk_id for host in hosts} == {"1-0", "1-1", "1-2"}
