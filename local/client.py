@@ -57,17 +57,19 @@ class Client:
 
     def finished(self, job_id: int, limit: float = 120.0) -> dict[str, Any]:
         """Wait until the job has ended and return its task; retry while a service is unavailable."""
+        found: dict[str, Any] = {}
 
         def is_final() -> bool:
             try:
-                return self.status(job_id) in FINAL
+                found.update(self.task(job_id))
             except httpx.HTTPStatusError as error:
                 if error.response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
                     raise
                 return False
+            return found["status"]["status"] in FINAL
 
         until(is_final, limit, f"job {job_id} to end")
-        return self.task(job_id)
+        return found
 
     def watch(self, job_id: int) -> Iterator[dict[str, Any]]:
         """Yield the task in each state of the event stream until the stream ends."""
