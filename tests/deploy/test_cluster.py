@@ -25,6 +25,7 @@ from local.client import Client
 from local.paths import ROOT
 from local.wait import until
 from scanfleet.testing import targets
+from tests.deploy.inside import REACHED
 
 pytestmark = pytest.mark.k8s
 
@@ -82,20 +83,6 @@ WANTS: Final = {
 }
 """Kinds that a component needs, whose operators a cluster may have."""
 
-_CONNECT: Final = """
-import socket, sys
-from concurrent.futures import ThreadPoolExecutor
-def open(target):
-    name, port = target.split(":")
-    try:
-        address = socket.gethostbyname(name)
-        with socket.create_connection((address, int(port)), timeout=3):
-            return name
-    except OSError:
-        return None
-with ThreadPoolExecutor() as threads:
-    print(*filter(None, threads.map(open, sys.argv[1:])))
-"""
 _METRICS: Final = """
 from urllib.request import urlopen
 print(urlopen("http://127.0.0.1:8081/metrics").read().decode())
@@ -369,7 +356,7 @@ def test_network_policies_isolate_unknown_pods(stranger: Manifest) -> None:
 
 def reached_from(service: str) -> set[str]:
     listening = (f"{name}:{port}" for name, port in ADDRESSES.items())
-    return set(in_pod(service, "python", "-c", _CONNECT, *listening).split())
+    return set(in_pod(service, "python", "-c", REACHED, *listening).split())
 
 
 def test_privileged_pod_is_rejected(stranger: Manifest) -> None:
@@ -422,7 +409,7 @@ def test_raw_packet_namespace_enables_syn_scans(user: Client, truth: set[tuple[s
         listening = (f"{name}.{NAMESPACE}:{port}" for name, port in ADDRESSES.items())
         reached = kubectl(
             *("--namespace", RAW, "exec", raw["metadata"]["name"], "--container", "scanner-worker", "--"),
-            *("python", "-c", _CONNECT, *listening),
+            *("python", "-c", REACHED, *listening),
         )
         assert reached == f"kafka.{NAMESPACE}"
     finally:

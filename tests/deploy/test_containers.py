@@ -17,6 +17,7 @@ from local.client import Client
 from local.paths import ROOT
 from local.wait import until
 from scanfleet.testing import targets
+from tests.deploy.inside import REACHED
 
 pytestmark = pytest.mark.compose
 
@@ -52,19 +53,6 @@ for folder, _, _ in os.walk("/"):
     if not folder.startswith(("/proc", "/sys", "/dev")) and os.access(folder, os.W_OK):
         seen["writable"].add(folder.split("/")[1])
 print(json.dumps({name: sorted(values) for name, values in seen.items()}))
-"""
-
-# Which of the named ports open.
-_CONNECT: Final = """
-import socket, sys
-def opens(target):
-    name, port = target.split(":")
-    try:
-        socket.create_connection((name, int(port)), timeout=3).close()
-    except OSError:
-        return False
-    return True
-print(*(target.split(":")[0] for target in sys.argv[1:] if opens(target)))
 """
 
 CONNECT: Final[dict[str, Any]] = {"technique": "connect", "service_detection": False}
@@ -141,7 +129,7 @@ def test_worker_container_reaches_kafka_only() -> None:
     """Of all that listens in the other containers a worker can open Kafka's port."""
     ports = {"kafka": 9092, "mongodb": 27017, **dict.fromkeys(set(SERVICES) - {"scanner-worker"}, 8080)}
     listening = (f"{name}:{port}" for name, port in ports.items())
-    assert docker("exec", containers("scanner-worker")[0], "python", "-c", _CONNECT, *listening) == "kafka"
+    assert docker("exec", containers("scanner-worker")[0], "python", "-c", REACHED, *listening) == "kafka"
 
 
 @pytest.mark.usefixtures("user")
