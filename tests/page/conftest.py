@@ -1,8 +1,9 @@
-"""One stack of real processes, servers for it to find, and Debian's Chromium with a user's session."""
+"""One stack of real processes, servers for it to find, and Chromium with a user's session."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,6 @@ from playwright.sync_api import Browser, BrowserContext, Dialog, Page, Request, 
 from local import nmap
 from local.stack import Stack
 
-CHROMIUM = "/usr/bin/chromium"
 USER = 7
 PATIENCE = 30_000  # ms that an expectation waits: this machine may be busy
 HOSTILE = "SSH-2.0-<img src=x onerror=alert(1)>javascript:alert(2) \x1b[31m \u202eexe.txt\r\n"
@@ -80,10 +80,12 @@ def _speaker(place: tuple[str, int]) -> Iterator[None]:
 
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium")
+    assert chromium, "no chromium on PATH: install the package of that name, as Debian has it (Ubuntu has only a snap)"
     expect.set_options(timeout=PATIENCE)
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # its sandbox does not start as root
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
         yield browser
         browser.close()
 
