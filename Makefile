@@ -51,7 +51,7 @@ logs: setup ## Print the tail of each process's log
 token: setup ## Print a token: make token USER=7 [ADMIN=1]
 	@$(BIN)/python -m local token --user '$(USER)' $(if $(ADMIN),--admin)
 
-cli: setup ## Install the scanfleet command into .venv/bin
+cli: setup ## Print the line that puts the scanfleet command on PATH: eval "$(make cli)"
 	@echo 'export PATH="$(CURDIR)/$(BIN):$$PATH"'
 
 ##@ Test
@@ -60,7 +60,7 @@ ifdef T
 test: $(PROMTOOL) browser
 	$(BIN)/pytest $(T)
 else
-test: lint $(PROMTOOL) browser ## Run every check and test; one file, folder or test only: make test T=path
+test: lint $(PROMTOOL) browser ## Run all checks and tests of this machine; one file, folder or test only: make test T=path
 	$(BIN)/pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder
 endif
 

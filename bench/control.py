@@ -241,8 +241,8 @@ def largest(stack: Stack, user: Client) -> Iterator[Figure]:
     with ThreadPoolExecutor(1) as pool:
         begin = time.perf_counter()
         ledger = pool.submit(user.ledger, job["id"])
-        health = []
-        while not ledger.done():
+        health: list[float] = []
+        while not (health and ledger.done()):
             asked = time.perf_counter()
             httpx.get(f"{stack.probes('job-orchestrator')}/healthz").raise_for_status()
             health.append(time.perf_counter() - asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,25 @@ def _lost_names(before: dict[str, Any], after: dict[str, Any], where: str) -> It
             yield from (f"{where}: {each} is now required" for each in set(after[name]) - set(part))
         else:
             yield from lost(part, after[name], f"{where}/{name}")
+
+
+def test_readme_lists_every_operation() -> None:
+    """The table of endpoints in the README names the operations of the OpenAPI document, and no others."""
+    rows = re.findall(
+        r"^\| (`[A-Z].*?`) \|", (FOLDER.parents[1] / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    listed: list[tuple[str, str]] = []
+    for row in rows:
+        verbs: list[str] = []
+        for verb, path in re.findall(r"`([A-Z]+)(?: (/\S+))?`", row):
+            verbs.append(verb)
+            if path:
+                listed += [(verb, path) for verb in verbs]
+                verbs = []
+        assert verbs == [], row
+    paths = json.loads((FOLDER / "current.json").read_text(encoding="utf-8"))["paths"]
+    served = [(verb.upper(), re.sub(r"{\w+}", "{id}", path)) for path, verbs in paths.items() for verb in verbs]
+    assert sorted(listed) == sorted(served)
 
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda path: str(path.stem))

@@ -50,8 +50,7 @@ _HEAD: Final = f"""\
 # Messages
 
 The messages between services, and those for external consumers. Public topics are a contract with external consumers;
-the
-others are internal. Topic names have the configured prefix.
+the others are internal. Topic names have the configured prefix.
 
 ## Reading
 
@@ -72,17 +71,14 @@ Values on public topics contain the `ce_id` as `event_id` too, for sinks that do
 a value that would exceed the size limit omits fields with their default value.
 
 Delivery is at least once, so deduplicate. A contract grows by optional fields only: ignore unknown fields. Any other
-change is
-a new version with its own type. A value has at most {MAX_BYTES:,} bytes.
+change is a new version with its own type. A value has at most {MAX_BYTES:,} bytes.
 
 Job events contain the whole job. Its life-cycle events first appear in the order of `seq`, without gaps; skip an event
-whose
-`seq` is not greater than the last one of that job. A late subscriber needs no history: the API has the earlier state.
+whose `seq` is not greater than the last one of that job. A late subscriber needs no history: the API has the earlier state.
 
 A record that holds no message of its topic, or that cannot be handled, is sent unchanged to the dead-letter topic
 `<topic>-dlq` with these additional headers. Dead letters are kept for {DEAD_LETTER_RETENTION.days} days. A replayed
-record keeps
-its own headers and gets `dlq_replay_of`.
+record keeps its own headers and gets `dlq_replay_of`.
 
 | header | value |
 |---|---|
