@@ -127,7 +127,11 @@ class _EventStream(StreamingResponse):
                 continue
             try:
                 async for _ in self._look():
-                    while (snapshot := self._watch.take()) is not None:
+                    authenticated = time()
+                    for snapshot in self._watch.take_waiting():
+                        if time() - authenticated > self._state.settings.heartbeat_seconds:  # the client reads slowly
+                            await self._caller()
+                            authenticated = time()
                         yield self._event(snapshot), snapshot
             except PublicError as error:
                 self._log.info("stream ended: the caller may not watch any more", error=error.message)

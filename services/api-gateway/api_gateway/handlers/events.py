@@ -64,6 +64,12 @@ class Watch:
         """The state to tell next; None when there is none now."""
         return self._waiting.pop(next(iter(self._waiting))) if self._waiting else None
 
+    def take_waiting(self) -> Iterator[Snapshot]:
+        """Take the states that wait now, in order; those that arrive meanwhile stay for later calls."""
+        for _ in range(len(self._waiting)):
+            if (snapshot := self.take()) is not None:  # None once the watch has ended
+                yield snapshot
+
     async def next(self, until: float) -> Snapshot | None:
         """The state to tell next; None when there was none until then (on the loop's clock), or the watch has ended."""
         with contextlib.suppress(TimeoutError):

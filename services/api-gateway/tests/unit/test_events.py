@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client import REGISTRY
+from starlette.types import Message
 
 from api_gateway.handlers.events import MAX_WAITING, Watch
 from api_gateway.testing import Client, Gateway, Running, Stream, job
@@ -416,11 +417,23 @@ def page(*jobs: tuple[int, int, JobStatus], after: int | None = None) -> httpx.R
     return httpx.Response(200, json={"snapshots": snapshots, "next": after, "time": THEN.isoformat()})
 
 
+class SlowClient(Client):
+    """A client that reads one message for each `release` of `permits`."""
+
+    def __init__(self, gateway: Running, path: str) -> None:
+        super().__init__(gateway, path)
+        self.permits = asyncio.Semaphore(0)
+
+    async def _send(self, message: Message) -> None:
+        await self.permits.acquire()
+        await super()._send(message)
+
+
 class JobsWatcher:
     """A client that reads the stream of all jobs."""
 
-    def __init__(self, gateway: Running, query: str = "", seen: str = "") -> None:
-        self.client = Client(gateway, ALL)
+    def __init__(self, gateway: Running, query: str = "", seen: str = "", client: Client | None = None) -> None:
+        self.client = client or Client(gateway, ALL)
         self.client.scope["query_string"] = query.encode()
         if seen:
             self.client.scope["headers"] = [*self.client.scope["headers"], (b"last-event-id", seen.encode())]
@@ -519,6 +532,26 @@ async def test_a_change_of_a_job_that_is_lost_is_told_all_the_same() -> None:
         await watcher.running
 
 
+@pytest.mark.proves("A28", "G14")
+async def test_stream_of_a_slow_client_ends_once_its_token_is_revoked() -> None:
+    """A client that reads each state later than a heartbeat gets no further page of states after the token is revoked."""
+    async with watched(heartbeat_seconds=1e-6) as (gateway, _):
+        gateway.services.on("GET", PAGE, page(*((job_id, 1, RUNNING) for job_id in range(1, 11))))
+        client = SlowClient(gateway, ALL)
+        watcher = JobsWatcher(gateway, client=client)
+        for _ in range(3):
+            client.permits.release()
+        await watcher.begin()
+        assert await watcher.next() == (1, 1, "running")
+        gateway.services.revoked.append(Revoked(jti=None, sub=None, user_id=7, issued_before=utc_now()))
+        await gateway.app.state.verifier._revoked.refresh()
+        for _ in range(20):
+            client.permits.release()
+        assert await watcher.next() == (2, 1, "running")  # it was being sent when the token was revoked
+        assert await watcher.next() == "end"
+        await watcher.running
+
+
 @pytest.mark.proves("A24", "G13")
 async def test_jobs_of_others_are_watched_by_administrators(running: tuple[Running, MemoryBus]) -> None:
     """`user_id` is asked of the orchestrator, whose refusal is the answer; one that is none is a 400."""
@@ -549,6 +582,19 @@ def test_a_watch_of_many_jobs_is_bounded() -> None:
     assert not watch.ended
     watch.hear(snapshot(MAX_WAITING + 1))
     assert (watch.ended, watch.take()) == (True, None)
+
+
+def test_take_waiting_with_states_that_arrive_meanwhile_leaves_those() -> None:
+    """A look is over once the states are sent that waited for it, however fast others arrive."""
+    watch = Watch()
+    for job_id in (1, 2):
+        watch.hear(snapshot(job_id))
+    taken = []
+    for each in watch.take_waiting():
+        taken.append(each.task.job.id)
+        watch.hear(snapshot(each.task.job.id + 10))
+    assert taken == [1, 2]
+    assert [each.task.job.id for each in watch.take_waiting()] == [11, 12]
 
 
 def snapshot(job_id: int) -> Snapshot:
