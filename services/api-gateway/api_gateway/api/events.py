@@ -29,7 +29,7 @@ _OVERLAP: Final = timedelta(minutes=1)  # by which looks overlap: what was store
 _OF_JOB: Final = re.compile(r"[0-9]{1,16}")
 _OF_JOBS: Final = re.compile(
     r"([0-9]{1,14})-[0-9]{1,16}-[0-9]{1,16}"
-)  # a time in milliseconds, a job, the number of its state
+)  # the time in milliseconds up to which every change was sent, a job, the number of its state
 
 _log = structlog.get_logger()
 
@@ -185,6 +185,9 @@ class JobStream(_EventStream):
 class JobsStream(_EventStream):
     """Many jobs: first each that is unfinished or has ended since the client last received an event, then each change.
 
+    The states of a look are sent in the order of their jobs. The id of an event therefore carries the time up to which the
+    client has received every change, which advances once all states of a look are sent.
+
     Args:
         watch: of the jobs.
         first: the first page of them.
@@ -195,10 +198,12 @@ class JobsStream(_EventStream):
 
     def __init__(self, watch: Watch, first: Snapshots, whose: str | None, request: Request, state: State) -> None:
         super().__init__(watch, request, state)
+        resumed = last_received(request.headers.get("last-event-id"))
         self._page: Snapshots | None = first
         self._whose = whose
+        self._received = resumed or first.time
         self._changed_since: datetime | None = None
-        self._ended_since = last_received(request.headers.get("last-event-id"))
+        self._ended_since = overlapping(resumed)
 
     async def _pieces(self) -> AsyncIterator[bytes]:
         yield b"retry: %d\n\n" % _RETRY_MS  # the first event may be hours away
@@ -215,7 +220,8 @@ class JobsStream(_EventStream):
             if page.next is None:
                 break
             page = await self._ask(after=page.next)
-        self._changed_since = self._ended_since = looked_at - _OVERLAP
+        self._received = looked_at
+        self._changed_since = self._ended_since = overlapping(looked_at)
 
     async def _ask(self, *, after: int) -> Snapshots:
         answer = await self._state.orchestrator.latest_of(
@@ -230,8 +236,7 @@ class JobsStream(_EventStream):
         return answer
 
     def _id(self, snapshot: Snapshot) -> str:
-        job = snapshot.task.job
-        return f"{int(job.updated_at.timestamp() * 1_000)}-{job.id}-{snapshot.seq}"
+        return f"{int(self._received.timestamp() * 1_000)}-{snapshot.task.job.id}-{snapshot.seq}"
 
 
 def last_seq(last_event_id: str | None) -> int:
@@ -240,6 +245,11 @@ def last_seq(last_event_id: str | None) -> int:
 
 
 def last_received(last_event_id: str | None) -> datetime | None:
-    """Up to when the client has received the events of many jobs, all but late ones; None when it does not say."""
+    """Return the time up to which the client has received every change of many jobs; None when it does not say."""
     match = _OF_JOBS.fullmatch(last_event_id or "")
-    return datetime.fromtimestamp(int(match[1]) / 1_000, UTC) - _OVERLAP if match else None
+    return datetime.fromtimestamp(int(match[1]) / 1_000, UTC) if match else None
+
+
+def overlapping(received: datetime | None) -> datetime | None:
+    """Return the time from which to query for changes after `received`."""
+    return received - _OVERLAP if received else None

@@ -9,7 +9,16 @@ from fastapi import APIRouter, Header, Request, Response
 
 from api_gateway.api.admission import CancelRoute, Route, StreamRoute
 from api_gateway.api.document import ETAG, ID, IF_NONE_MATCH, TIME, errors, paging, query
-from api_gateway.api.events import JobsStream, JobStream, Watched, WatchedJobs, Whose, last_received, last_seq
+from api_gateway.api.events import (
+    JobsStream,
+    JobStream,
+    Watched,
+    WatchedJobs,
+    Whose,
+    last_received,
+    last_seq,
+    overlapping,
+)
 from api_gateway.api.state import Handed
 from scanfleet import rest, tracing
 from scanfleet.auth import Caller
@@ -125,15 +134,15 @@ _EVENTS: Final[dict[int | str, dict[str, Any]]] = {
 _ALL_EVENTS: Final[dict[int | str, dict[str, Any]]] = {
     200: {
         "description": "Each unfinished job as it is now, then each change of any job, new ones included. With `Last-Event-ID` "
-        "it also begins with the jobs that have ended since; a state may come twice then, under the same `id`. A stream that "
-        "ends was cut short: ask again.",
+        "it also begins with the jobs that have ended since; a state may come twice then, with the same job and number in its "
+        "`id`. A stream that ends was cut short: ask again.",
         "content": {
             "text/event-stream": {
                 "schema": {
                     "type": "string",
-                    "description": "Server-Sent Events as those of one job, but for the `id`: a time in milliseconds, the "
-                    "job's id and the number of its state. A comment is a heartbeat; the first one follows the last job that "
-                    "was there at the beginning.",
+                    "description": "Server-Sent Events as those of one job, but for the `id`: the time in milliseconds up to "
+                    "which the stream has sent every change, the job's id and the number of its state. A comment is a heartbeat; "
+                    "the first one follows the last job that was there at the beginning.",
                 },
                 "example": "retry: 3000\n\nevent: running\n"
                 'data: {"job_id":"1","status":{"status":"running",...},"job":{...}}\nid: 1767225605000-1-3\nretry: 3000\n\n',
@@ -221,7 +230,7 @@ async def watch_tasks(
 ) -> Response:
     """States and progress of all scan jobs of the caller as they come, in one stream of Server-Sent Events that does not end."""
     caller = state.orchestrator.identity(request)
-    first = await state.orchestrator.latest_of(caller, whose, ended_since=last_received(last_event_id))
+    first = await state.orchestrator.latest_of(caller, whose, ended_since=overlapping(last_received(last_event_id)))
     return first if isinstance(first, Response) else JobsStream(watch, first, whose, request, state)
 
 

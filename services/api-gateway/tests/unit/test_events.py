@@ -409,12 +409,13 @@ async def test_streams_are_bounded_overall() -> None:
 
 ALL = "/api/v1/events"
 PAGE = "http://orchestrator/internal/jobs/latest"
+_ID = re.compile(r"[0-9]{1,14}-[0-9]+-[0-9]+")
 
 
-def page(*jobs: tuple[int, int, JobStatus], after: int | None = None) -> httpx.Response:
+def page(*jobs: tuple[int, int, JobStatus], after: int | None = None, time: datetime = THEN) -> httpx.Response:
     """What the orchestrator says of several jobs: of each its id, the number of its state and its status."""
     snapshots = [{"seq": seq, "task": task(status, 0, job_id)} for job_id, seq, status in jobs]
-    return httpx.Response(200, json={"snapshots": snapshots, "next": after, "time": THEN.isoformat()})
+    return httpx.Response(200, json={"snapshots": snapshots, "next": after, "time": time.isoformat()})
 
 
 class SlowClient(Client):
@@ -434,6 +435,12 @@ class JobsWatcher:
 
     def __init__(self, gateway: Running, query: str = "", seen: str = "", client: Client | None = None) -> None:
         self.client = client or Client(gateway, ALL)
+        self.last_id = ""
+        self.received = (
+            datetime.fromtimestamp(int(seen.split("-", maxsplit=1)[0]) / 1_000, UTC) if _ID.fullmatch(seen) else THEN
+        )
+        """The time in the ids of events."""
+
         self.client.scope["query_string"] = query.encode()
         if seen:
             self.client.scope["headers"] = [*self.client.scope["headers"], (b"last-event-id", seen.encode())]
@@ -455,10 +462,17 @@ class JobsWatcher:
             return "heartbeat"
         fields = dict(line.split(": ", 1) for line in text.splitlines() if line)
         data = json.loads(fields["data"])
+        self.last_id = fields["id"]
         moment, job_id, seq = fields["id"].split("-")
-        assert int(moment) == int(datetime.fromisoformat(data["job"]["updated_at"]).timestamp() * 1_000)
+        assert int(moment) == int(self.received.timestamp() * 1_000)
         assert data["job_id"] == job_id
         return int(job_id), int(seq), fields["event"]
+
+    async def news(self) -> tuple[int, int, str] | str:
+        """The next that is no heartbeat."""
+        while (told := await self.next()) == "heartbeat":
+            pass
+        return told
 
     async def leave(self) -> None:
         self.client.leaves.set()
@@ -510,6 +524,42 @@ async def test_a_stream_of_all_jobs_goes_on_from_the_last_event(running: tuple[R
         await watcher.leave()
 
 
+@pytest.mark.parametrize("seen", ["", "1767139200000-9-9"])
+async def test_stream_of_all_jobs_cut_during_its_first_look_resumes_from_the_same_time(
+    running: tuple[Running, MemoryBus], seen: str
+) -> None:
+    """A job whose final state was not sent before the cut is asked for again, whatever jobs were sent before it."""
+    gateway, _ = running
+    pages = iter([page((1, 9, RUNNING), after=1)])
+    gateway.services.on("GET", PAGE, lambda _request: next(pages, httpx.Response(503, json={"error": "unavailable"})))
+    watcher = JobsWatcher(gateway, seen=seen)
+    await watcher.begin()
+    assert await watcher.next() == (1, 9, "running")
+    assert await watcher.next() == "end"
+    await watcher.running
+    gateway.services.requests.clear()
+    gateway.services.on("GET", PAGE, page((2, 4, COMPLETED)))
+    again = JobsWatcher(gateway, seen=watcher.last_id)
+    await again.begin()
+    assert await again.next() == (2, 4, "completed")
+    assert asked(gateway) == [{"ended_since": (watcher.received - timedelta(minutes=1)).isoformat()}]
+    await again.leave()
+
+
+async def test_stream_of_all_jobs_after_a_complete_look_has_its_time_in_ids() -> None:
+    """The time in an `id` is that of the last look whose states are all sent, so a later resumption repeats little."""
+    async with watched(heartbeat_seconds=0.02) as (gateway, _):
+        later = THEN + timedelta(hours=1)
+        pages = iter([page((1, 1, RUNNING)), page((1, 2, RUNNING), time=later)])
+        gateway.services.on("GET", PAGE, lambda _request: next(pages, page((1, 3, COMPLETED), time=later)))
+        watcher = JobsWatcher(gateway)
+        await watcher.begin()
+        assert [await watcher.news() for _ in range(2)] == [(1, 1, "running"), (1, 2, "running")]
+        watcher.received = later
+        assert await watcher.news() == (1, 3, "completed")
+        await watcher.leave()
+
+
 async def test_a_change_of_a_job_that_is_lost_is_told_all_the_same() -> None:
     """Once a heartbeat the orchestrator is asked what has changed since, and what was not heard is told once."""
     async with watched(heartbeat_seconds=0.02) as (gateway, _):
@@ -518,17 +568,13 @@ async def test_a_change_of_a_job_that_is_lost_is_told_all_the_same() -> None:
         await watcher.begin()
         assert await watcher.next() == (1, 1, "running")
         gateway.services.on("GET", PAGE, page((1, 2, COMPLETED)))
-        while (told := await watcher.next()) == "heartbeat":
-            pass
-        assert told == (1, 2, "completed")
+        assert await watcher.news() == (1, 2, "completed")
         assert await watcher.next() == "heartbeat"
         assert await watcher.next() == "heartbeat"
         since = (THEN - timedelta(minutes=1)).isoformat()
         assert asked(gateway)[1] == {"changed_since": since, "ended_since": since}
         gateway.services.away.add("orchestrator")
-        while (told := await watcher.next()) == "heartbeat":
-            pass
-        assert told == "end"
+        assert await watcher.news() == "end"
         await watcher.running
 
 
