@@ -14,6 +14,7 @@ import structlog
 from fastapi import Depends, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from httpx import codes
 from starlette.types import Receive, Scope, Send
 
 from api_gateway.api.state import Handed, State
@@ -174,7 +175,7 @@ class JobStream(_EventStream):
     async def _look(self) -> AsyncIterator[None]:
         answer = await self._state.orchestrator.latest(await self._caller(), self._job_id)
         if isinstance(answer, Response):
-            raise NotFoundError(f"the orchestrator answered {answer.status_code}")
+            raise _refused(answer)
         self._watch.hear(answer)
         yield
 
@@ -232,11 +233,17 @@ class JobsStream(_EventStream):
             ended_since=self._ended_since,
         )
         if isinstance(answer, Response):
-            raise NotFoundError(f"the orchestrator answered {answer.status_code}")
+            raise _refused(answer)
         return answer
 
     def _id(self, snapshot: Snapshot) -> str:
         return f"{int(self._received.timestamp() * 1_000)}-{snapshot.task.job.id}-{snapshot.seq}"
+
+
+def _refused(answer: Response) -> PublicError | DependencyError:
+    """Return the error of a look to which the orchestrator sent this error answer."""
+    message = f"the orchestrator answered {answer.status_code}"
+    return DependencyError(message) if answer.status_code >= codes.INTERNAL_SERVER_ERROR else NotFoundError(message)
 
 
 def last_seq(last_event_id: str | None) -> int:

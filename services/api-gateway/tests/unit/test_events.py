@@ -352,6 +352,34 @@ async def test_a_stream_that_can_no_longer_know_ends(loss: str) -> None:
         assert await watcher.rest() == []
 
 
+@pytest.mark.parametrize("path", ["task/41/events", "events"])
+@pytest.mark.parametrize(
+    ("status", "level", "logged"),
+    [
+        (404, "info", "stream ended: the caller may not watch any more"),
+        (503, "warning", "stream ended: the state of the jobs is unknown"),
+    ],
+)
+async def test_stream_ended_by_an_error_of_the_orchestrator_logs_refusal_or_outage(
+    path: str, status: int, level: str, logged: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A 503 is an outage of the orchestrator and not a refusal of the caller."""
+    async with watched(heartbeat_seconds=0.02) as (gateway, _):
+        gateway.services.on("GET", LATEST, latest(2, RUNNING))
+        gateway.services.on("GET", PAGE, page((1, 1, RUNNING)))
+        client = Client(gateway, f"/api/v1/{path}")
+        running = asyncio.create_task(client.run())
+        async with asyncio.timeout(LIMIT):
+            while b"event: running" not in (await client.messages.get()).get("body", b""):
+                pass
+        for url in (LATEST, PAGE):
+            gateway.services.on("GET", url, httpx.Response(status, json={"error": "no"}))
+        await asyncio.wait_for(running, LIMIT)
+    logs = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    ends = [(log["level"], log["event"]) for log in logs if log["event"].startswith("stream ended")]
+    assert ends == [(level, logged)]
+
+
 async def test_an_event_that_is_lost_is_told_all_the_same() -> None:
     """A state whose event never comes is told within a heartbeat, and once: no stream stays open after its job's end."""
     async with watched(heartbeat_seconds=0.02) as (gateway, bus):
