@@ -140,7 +140,8 @@ class Upstream:
 
     async def _send(self, method: str, target: str, headers: Mapping[str, str], body: bytes = b"") -> httpx.Response:
         try:
-            request = self._client.build_request(method, target, headers=headers, content=body or None)
+            encoded = {name.encode(): value.encode("latin-1") for name, value in headers.items()}  # as Starlette decodes
+            request = self._client.build_request(method, target, headers=encoded, content=body or None)
             answer = await self._client.send(request, stream=True)
         except httpx.InvalidURL as error:
             raise BadRequestError("the address is too long") from error

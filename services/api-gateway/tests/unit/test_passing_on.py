@@ -82,6 +82,15 @@ async def test_head_wants_a_token_as_get_does(gateway: Running) -> None:
     assert (await gateway.client.head("/api/v1/task/41/cancel")).status_code == 405
 
 
+async def test_forward_with_a_non_ascii_header_passes_it_on_unchanged(gateway: Running) -> None:
+    """HTTP permits bytes above 0x7f in a header; they reach the service as the client sent them."""
+    gateway.services.on("GET", "http://orchestrator/api/v1/task", httpx.Response(200, json={}))
+    answer = await gateway.client.get("/api/v1/task", headers=[(b"Accept", "text/\u00e9, \u20ac".encode())])
+    (asked,) = gateway.services.requests
+    assert answer.status_code == 200
+    assert dict(asked.headers.raw)[b"accept"] == "text/\u00e9, \u20ac".encode()
+
+
 async def test_what_goes_with_a_request(gateway: Running) -> None:
     """The caller, Accept, content type, conditions, an id and a trace of ours, the query and the true address go on; nothing else."""
     traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
