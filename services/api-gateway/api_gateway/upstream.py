@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -12,6 +11,7 @@ from typing import Annotated, Final, Literal, TypeVar
 from urllib.parse import quote, urlencode
 
 import httpx
+import structlog
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
@@ -41,7 +41,10 @@ CONNECT_SECONDS: Final = 1.0  # the services are next door
 POOL_SECONDS: Final = 1.0  # to wait for a connection while all are in use; then it is better to say so
 SMALL_BYTES: Final = 1 << 16  # size of one read of a connection; smaller answers are read whole instead of streamed
 LIMITS_SECONDS: Final = 60.0  # they change with a restart of the orchestrator
+LIMITS_RETRY_SECONDS: Final = 1.0  # after a failure, which all callers share until then
 KEEPALIVE_SECONDS: Final = 3.0  # shorter than the servers' 5 s, so that no server closes a connection that is reused
+
+_log = structlog.get_logger()
 
 _Answer = TypeVar("_Answer")
 
@@ -309,26 +312,35 @@ class ScanLimits:
     ) -> None:
         self._ask = ask
         self._clock = clock
-        self._read: rest.ScanLimits | None = None
-        self._read_at = float("-inf")
-        self._asking = asyncio.Lock()
+        self._limits: rest.ScanLimits | None = None
+        self._failure = ""
+        self._next_query = float("-inf")
+        self._lock = asyncio.Lock()
 
     async def read(self) -> rest.ScanLimits:
-        """The limits; while the orchestrator is unavailable, those read last.
+        """Return the limits; while the orchestrator is unavailable, those read last.
 
         Raises:
-            DependencyError: it is, and they were never read.
+            DependencyError: it is unavailable, and they were never read.
         """
-        async with self._asking:
-            if self._read is None:
-                self._read, self._read_at = await self._ask(), self._clock()
-            elif self._clock() - self._read_at > LIMITS_SECONDS:
-                self._read_at = (
-                    self._clock()
-                )  # after a failure too, so that callers do not multiply queries during an outage
-                with contextlib.suppress(DependencyError):
-                    self._read = await self._ask()
-            return self._read
+        # One caller waits for the query of old limits; the others get the old ones until it ends.
+        if self._limits is None or not self._lock.locked():
+            async with self._lock:  # callers that arrive during the first query share its result
+                if self._clock() >= self._next_query:
+                    await self._query()
+        if self._limits is None:
+            raise DependencyError(self._failure)
+        return self._limits
+
+    async def _query(self) -> None:
+        try:
+            self._limits = await self._ask()
+        except DependencyError as error:
+            self._failure = str(error)
+            self._next_query = self._clock() + LIMITS_RETRY_SECONDS
+            _log.warning("the scan limits could not be read", error=self._failure, known=self._limits is not None)
+        else:
+            self._next_query = self._clock() + LIMITS_SECONDS
 
 
 @asynccontextmanager

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from datetime import datetime
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
 from api_gateway.testing import Gateway, Running
-from api_gateway.upstream import LIMITS_SECONDS, ScanLimits
+from api_gateway.upstream import LIMITS_RETRY_SECONDS, LIMITS_SECONDS, ScanLimits
 from scanfleet import VERSION, rest
 from scanfleet.errors import DependencyError
 
@@ -60,7 +62,7 @@ async def test_info_before_the_orchestrator_answered_is_503() -> None:
 
 
 async def test_scan_limits_asked_often_are_read_once_a_minute() -> None:
-    """Callers without a token cost the orchestrator one question a minute, an outage of it included."""
+    """Callers without a token cost the orchestrator one query a minute, and one a second during an outage."""
     now, asked, away = 0.0, 0, False
 
     async def ask() -> rest.ScanLimits:
@@ -78,6 +80,60 @@ async def test_scan_limits_asked_often_are_read_once_a_minute() -> None:
     for _ in range(3):
         assert await limits.read() == LIMITS
     assert asked == 2
+    now += LIMITS_RETRY_SECONDS
+    for _ in range(3):
+        assert await limits.read() == LIMITS
+    assert asked == 3
+
+
+async def test_scan_limits_failed_with_callers_waiting_fails_for_all_of_them_once() -> None:
+    """Callers that wait for the first query share its failure, which is logged, until the next query a second later."""
+    now, asked = 0.0, 0
+    answered = asyncio.Event()
+
+    async def ask() -> rest.ScanLimits:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            return LIMITS
+        await answered.wait()
+        raise DependencyError("the orchestrator timed out")
+
+    limits = ScanLimits(ask, clock=lambda: now)
+    waiting = [asyncio.create_task(limits.read()) for _ in range(10)]
+    await asyncio.sleep(0)
+    with capture_logs() as logs:
+        answered.set()
+        results = await asyncio.gather(*waiting, limits.read(), return_exceptions=True)
+    assert [str(result) for result in results] == ["the orchestrator timed out"] * 11
+    assert [(log["log_level"], log["error"]) for log in logs] == [("warning", "the orchestrator timed out")]
+    with pytest.raises(DependencyError, match="timed out"):
+        await limits.read()
+    assert asked == 1
+    now = LIMITS_RETRY_SECONDS
+    assert await limits.read() == LIMITS
+
+
+async def test_scan_limits_due_with_a_query_under_way_are_answered_from_the_last_ones() -> None:
+    """A slow orchestrator delays one caller a minute, and not those that arrive meanwhile."""
+    now = 0.0
+    go = asyncio.Event()
+    go.set()
+
+    async def ask() -> rest.ScanLimits:
+        await go.wait()
+        return LIMITS
+
+    limits = ScanLimits(ask, clock=lambda: now)
+    await limits.read()
+    now = LIMITS_SECONDS
+    go.clear()
+    slow = asyncio.create_task(limits.read())
+    await asyncio.sleep(0)
+    assert await asyncio.wait_for(limits.read(), 10) == LIMITS
+    assert not slow.done()
+    go.set()
+    assert await slow == LIMITS
 
 
 async def test_me_says_who_and_what_is_left() -> None:
