@@ -160,6 +160,7 @@ async def _open_verifier(
                 lambda: verifier.key_names, lambda keys: orchestrator.report_keys(settings.jwt_issuer, keys)
             )
             reporting = Loop("issuer's keys", REFRESH_S, reports.refresh)
+            app.state.probes.watch(reporting)
             await reporting.start()
             try:
                 yield verifier

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -59,7 +60,7 @@ class Services(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         if request.url.host == "issuer.test":
-            return httpx.Response(200, json=self._issuer.jwks)
+            return httpx.Response(200, content=json.dumps(self._issuer.jwks))
         if request.url.path == "/internal/revocations" and request.url.host not in self.away:
             return httpx.Response(200, json=[each.model_dump(mode="json") for each in self.revoked])
         if request.url.path == "/internal/keys" and request.url.host not in self.away:

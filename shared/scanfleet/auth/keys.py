@@ -29,7 +29,7 @@ JWKS_TIMEOUT_S: Final = 1.5  # per fetch: callers wait for it, and so does a rea
 MAX_JWKS_BYTES: Final = 1 << 20  # far above the size of any issuer's key set
 EMPTY_COOLDOWN_S: Final = 1.0  # between fetches while no key is available and every caller gets a 503
 
-_MAX_KID_CHARS: Final = 32  # of a key's name
+_MAX_KID_CHARS: Final = 32  # of an escaped id in a key's name
 
 # Raised by the library for an incomplete key or one of an unknown type.
 _UNUSABLE: Final = (
@@ -60,7 +60,7 @@ class Key:
         if isinstance(self.material, str):
             return "development secret"  # short enough to be guessed from a fingerprint
         der = self.material.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        kid = f", kid {self.kid[:_MAX_KID_CHARS]!a}" if self.kid is not None else ""
+        kid = f", kid {ascii(self.kid)[:_MAX_KID_CHARS]}" if self.kid is not None else ""
         return f"{sha256(der).hexdigest()[:16]}{kid}"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import signal
 import time
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -16,6 +18,7 @@ from api_gateway.testing import Gateway, Running
 from scanfleet.auth import Principal
 from scanfleet.errors import DependencyError, UnauthorizedError, UnavailableError
 from scanfleet.rest import Revoked
+from scanfleet.testing.tokens import Issuer
 
 TASKS = "http://orchestrator/api/v1/task"
 USERS = "http://orchestrator/internal/users"
@@ -80,6 +83,34 @@ async def test_key_reports_are_sent_when_keys_change_and_again_until_they_arrive
     names = ["a", "b"]
     await keys.refresh()
     assert reports == [["a"], ["a"], ["a", "b"]]
+
+
+@pytest.mark.parametrize(
+    "kid", ["", "k" * 10_000, "\U0001f511" * 10_000, "\x00\x1b\x7f\r\n" * 100, "'\"\\" * 100, "\ud800"]
+)
+async def test_gateway_with_an_odd_key_id_reports_its_key(kid: str) -> None:
+    """An issuer's key id of any length and characters gives a name that the orchestrator accepts."""
+    async with Gateway(Issuer(kid=kid)).run() as gateway:
+        async with asyncio.timeout(5):
+            while not gateway.services.keys:  # noqa: ASYNC110 # a request sets no event
+                await asyncio.sleep(0.01)
+        (reported,) = gateway.services.keys
+    (name,) = reported.keys
+    assert re.fullmatch(r"[0-9a-f]{16}, kid [\x20-\x7e]{2,32}", name)
+
+
+async def test_gateway_whose_key_report_dies_is_unhealthy() -> None:
+    """A report that ended by an error cannot be repeated by this process, so the supervisor has to restart it."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which an unhealthy process sends to itself
+    try:
+        async with Gateway().run() as gateway:
+            assert gateway.app.state.probes.healthy
+            (report,) = [task for task in asyncio.all_tasks() if task.get_name() == "issuer's keys"]
+            report.cancel()
+            await asyncio.gather(report, return_exceptions=True)
+            assert not gateway.app.state.probes.healthy
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # Internal tokens
