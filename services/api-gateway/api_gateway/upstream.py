@@ -143,7 +143,8 @@ class Upstream:
 
     async def _send(self, method: str, target: str, headers: Mapping[str, str], body: bytes = b"") -> httpx.Response:
         try:
-            encoded = {name.encode(): value.encode("latin-1") for name, value in headers.items()}  # as Starlette decodes
+            # Starlette decodes headers as Latin-1.
+            encoded = {name.encode(): value.encode("latin-1") for name, value in headers.items()}
             request = self._client.build_request(method, target, headers=encoded, content=body or None)
             answer = await self._client.send(request, stream=True)
         except httpx.InvalidURL as error:
