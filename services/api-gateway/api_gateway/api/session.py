@@ -1,7 +1,7 @@
 """Browser sessions: the user's token in an encrypted cookie that scripts cannot read.
 
 The gateway keeps nothing but its keys. A cookie is sent by the browser with every request to this host, whichever site made
-it, so a request is accepted by its cookie alone only if the browser says that the page itself made it.
+it, so a request is accepted by its cookie alone only if the browser's headers show that the page made it.
 """
 
 from __future__ import annotations
@@ -154,6 +154,8 @@ async def refresh_session(request: Request, caller: Caller, state: Handed) -> Re
     token = sessions.refresh_token(request)
     if sign_in is None or token is None:
         raise BadRequestError("this session has no refresh token: it ends with its token")
+    # Before the exchange, which may use up the refresh token: an error after it would lose the new one.
+    await state.orchestrator.record_session(state.orchestrator.identity(request), "refresh")
     try:
         tokens = await sign_in.refresh(token)
     except RefusedSignInError as error:
@@ -162,7 +164,6 @@ async def refresh_session(request: Request, caller: Caller, state: Handed) -> Re
     if verified.user_id != caller.user_id:
         raise UnauthorizedError("the session is not valid; sign in again", reason="refreshed token is of another user")
     cookie = sessions.cookie(tokens.access, verified.expires_at, refresh=tokens.refresh or token)
-    await state.orchestrator.record_session(state.orchestrator.identity(request), "refresh")
     return Response(status_code=204, headers={"Set-Cookie": cookie, "Cache-Control": "no-store"})
 
 

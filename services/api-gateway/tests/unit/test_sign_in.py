@@ -127,6 +127,12 @@ async def come_back(gateway: Running, query: str, kept: str | None) -> httpx.Res
     return answer
 
 
+async def refresh(gateway: Running, session: str) -> httpx.Response:
+    answer = await gateway.client.post("/api/v1/session/refresh", headers={"Cookie": f"{COOKIE}={session}", **OWN})
+    gateway.client.cookies.clear()
+    return answer
+
+
 def failed(answer: httpx.Response, why: str) -> None:
     assert (answer.status_code, answer.headers["Location"]) == (303, f"/app/?sign_in={why}")
     assert COOKIE not in cookies(answer)
@@ -254,21 +260,29 @@ async def test_session_is_refreshed_until_the_issuer_ends_it(both: tuple[Running
     location, kept = await login(gateway)
     session = cookies(await come_back(gateway, provider.authorize(location), kept))[COOKIE]
 
-    async def refresh(cookie: str) -> httpx.Response:
-        answer = await gateway.client.post("/api/v1/session/refresh", headers={"Cookie": f"{COOKIE}={cookie}", **OWN})
-        gateway.client.cookies.clear()
-        return answer
-
-    first = await refresh(session)
+    first = await refresh(gateway, session)
     assert first.status_code == 204
-    assert (await refresh(cookies(first)[COOKIE])).status_code == 204
-    again = await refresh(session)
+    assert (await refresh(gateway, cookies(first)[COOKIE])).status_code == 204
+    again = await refresh(gateway, session)
     assert (again.status_code, again.json()["error"]) == (401, "the issuer has ended the session; sign in again")
     provider.claims = {"user_id": 9}
     location, kept = await login(gateway)
     other = cookies(await come_back(gateway, provider.authorize(location), kept))[COOKIE]
     provider.claims = {"user_id": 8}
-    assert (await refresh(other)).status_code == 401
+    assert (await refresh(gateway, other)).status_code == 401
+
+
+async def test_session_whose_refresh_is_not_recorded_keeps_its_refresh_token(both: tuple[Running, Provider]) -> None:
+    """While the audit log is unavailable a refresh is a 503 that does not use up the refresh token."""
+    gateway, provider = both
+    location, kept = await login(gateway)
+    session = cookies(await come_back(gateway, provider.authorize(location), kept))[COOKIE]
+    provider.asked.clear()
+    gateway.services.away.add("orchestrator")
+    assert (await refresh(gateway, session)).status_code == 503
+    assert provider.asked == []
+    gateway.services.away.clear()
+    assert (await refresh(gateway, session)).status_code == 204
 
 
 async def test_session_of_a_pasted_token_has_nothing_to_refresh(both: tuple[Running, Provider]) -> None:
