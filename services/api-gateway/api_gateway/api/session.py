@@ -112,7 +112,7 @@ class Sessions:
         """What was sealed; None if it is anything else."""
         try:
             opened: dict[str, Any] = json.loads(zlib.decompress(self._fernet.decrypt(text)))
-        except InvalidToken:  # whatever decrypts is what `seal` has made
+        except (InvalidToken, ValueError):  # ValueError: not ASCII; whatever decrypts is what `seal` has made
             return None
         return opened
 

@@ -181,6 +181,7 @@ async def test_sign_in_that_this_browser_did_not_begin_is_refused(both: tuple[Ru
         (f"{code}&state=%C3%A9", kept),
         (query, None),
         (query, other),
+        (query, '"\\351"'),
         (query.replace("code=", "no="), kept),
         (f"{query}&error=access_denied", kept),
     ):
