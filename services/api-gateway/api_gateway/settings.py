@@ -118,7 +118,7 @@ class Settings(CommonSettings, ApiSettings, TlsSettings, KafkaSettings, AuthSett
     session_keys_file: Path | None = Field(
         None,
         description="File with the Fernet keys that encrypt browser sessions, one on a line, the newest first, read once at start; "
-        "every replica has the same. Without it nobody can sign in to the page.",
+        "every replica has the same. Without it sign-in to the page is off.",
     )
     public_url: Annotated[HttpUrl, AfterValidator(_origin)] | None = Field(
         None,

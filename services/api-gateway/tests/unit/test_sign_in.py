@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http.cookies import SimpleCookie
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -17,10 +19,15 @@ import pytest
 from authlib.oauth2.rfc7636 import create_s256_code_challenge
 from cryptography.fernet import Fernet
 
-from api_gateway.api.session import COOKIE, Sessions
+from api_gateway.api.session import COOKIE, MAX_COOKIE_BYTES, Sessions
 from api_gateway.api.sign_in import LOGIN_COOKIE
 from api_gateway.testing import Gateway, Running
 from scanfleet.auth import Principal
+from scanfleet.errors import UnavailableError
+from scanfleet.messages import Audited, AuditEntry
+from scanfleet.messages.envelope import decode
+from scanfleet.messages.topics import GATEWAY, SCAN_AUDIT
+from scanfleet.testing.bus import MemoryBus
 from scanfleet.testing.tokens import Issuer
 
 LOGIN = "/session/login"
@@ -133,10 +140,23 @@ async def refresh(gateway: Running, session: str) -> httpx.Response:
     return answer
 
 
-def failed(answer: httpx.Response, why: str) -> None:
-    assert (answer.status_code, answer.headers["Location"]) == (303, f"/app/?sign_in={why}")
+def failed(answer: httpx.Response, why: str, to: str = "/app/jobs/41") -> None:
+    """The sign-in is over, and the user is where it began."""
+    assert (answer.status_code, answer.headers["Location"]) == (303, f"{to}?sign_in={why}")
     assert COOKIE not in cookies(answer)
     assert cookies(answer)[LOGIN_COOKIE] == ""
+
+
+def unknown(answer: httpx.Response) -> None:
+    """The callback belongs to no sign-in, and ends none."""
+    assert (answer.status_code, answer.headers["Location"]) == (303, "/app/?sign_in=refused")
+    assert cookies(answer) == {}
+
+
+async def audited(gateway: Running) -> list[AuditEntry]:
+    await gateway.app.state.refusals.flush(MemoryBus(gateway.broker))
+    messages = [decode(SCAN_AUDIT[GATEWAY], record) for record in gateway.broker.records("scan-audit-api-gateway")]
+    return [each.entry for each in messages if isinstance(each, Audited)]
 
 
 async def test_sign_in_leads_back_with_a_session(both: tuple[Running, Provider]) -> None:
@@ -182,11 +202,40 @@ async def test_sign_in_that_this_browser_did_not_begin_is_refused(both: tuple[Ru
         (query, None),
         (query, other),
         (query, '"\\351"'),
-        (query.replace("code=", "no="), kept),
-        (f"{query}&error=access_denied", kept),
     ):
-        failed(await come_back(gateway, bad, cookie), "refused")
+        unknown(await come_back(gateway, bad, cookie))
+    for bad in (query.replace("code=", "no="), f"{query}&error=access_denied"):
+        failed(await come_back(gateway, bad, kept), "refused")
     assert provider.asked == []
+
+
+async def test_sign_in_in_two_tabs_ends_in_the_later(both: tuple[Running, Provider]) -> None:
+    """A user who comes back from the earlier of two sign-ins can still end the later one."""
+    gateway, provider = both
+    earlier, _ = await login(gateway)
+    later, kept = await login(gateway)
+    unknown(await come_back(gateway, provider.authorize(earlier), kept))
+    assert COOKIE in cookies(await come_back(gateway, provider.authorize(later), kept))
+
+
+@pytest.mark.proves("G15")
+async def test_sign_in_refused_is_audited(both: tuple[Running, Provider]) -> None:
+    """A refused sign-in is an entry with its reason, in the user's name if the token is valid."""
+    gateway, provider = both
+    location, kept = await login(gateway)
+    await come_back(gateway, "code=x&state=wrong", kept)
+    await come_back(gateway, f"{provider.authorize(location)}&error=access_denied", kept)
+    for claims in ({"aud": "another"}, {"user_id": 8, "groups": [secrets.token_hex(16) for _ in range(250)]}):
+        provider.claims = claims
+        location, kept = await login(gateway)
+        await come_back(gateway, provider.authorize(location), kept)
+    entries = await audited(gateway)
+    assert {(each.action, each.decision, each.rule) for each in entries} == {("create_session", "refused", "token")}
+    state, refused, token, large = [each.reason for each in entries]
+    assert (state, refused) == ("state is not of this sign-in", "the issuer has not signed the user in")
+    assert "aud" in token
+    assert "too large for a session" in large
+    assert [each.subject for each in entries] == ["", "", "", "8"]
 
 
 @pytest.mark.proves("A31")
@@ -205,7 +254,7 @@ async def test_sign_in_expired_is_refused(both: tuple[Running, Provider]) -> Non
     location, kept = await login(gateway)
     sessions: Sessions = gateway.app.state.sessions
     old = sessions.seal((sessions.unseal(kept) or {}) | {"until": 1.0})
-    failed(await come_back(gateway, provider.authorize(location), old), "refused")
+    unknown(await come_back(gateway, provider.authorize(location), old))
 
 
 @pytest.mark.proves("A31")
@@ -219,7 +268,7 @@ async def test_sign_in_expired_is_refused(both: tuple[Running, Provider]) -> Non
         "/app//evil.test",
         "/app/\r\nX: y",
         "/apps/",
-        "/app/" + "a" * 1_000,
+        "/app/" + "a" * 2_000,
         "",
     ],
 )
@@ -230,13 +279,27 @@ async def test_sign_in_leads_nowhere_else(both: tuple[Running, Provider], to: st
     assert "Set-Cookie" not in answer.headers
 
 
+async def test_sign_in_leads_back_to_any_place_of_the_page(both: tuple[Running, Provider]) -> None:
+    """A long query and every character that a browser leaves unescaped in it survive, in a cookie that a browser keeps."""
+    gateway, provider = both
+    to = "/app/jobs?q=a*-._%20+" + secrets.token_urlsafe(1_450)
+    location, kept = await login(gateway, to)
+    assert len(kept) < MAX_COOKIE_BYTES
+    answer = await come_back(gateway, provider.authorize(location), kept)
+    assert answer.headers["Location"] == to
+    location, kept = await login(gateway, to)
+    answer = await come_back(gateway, f"{provider.authorize(location)}&error=access_denied", kept)
+    assert answer.headers["Location"] == f"{to}&sign_in=refused"
+
+
 @pytest.mark.proves("A31")
 async def test_sign_in_with_an_unacceptable_token_is_refused(both: tuple[Running, Provider]) -> None:
     """An id token with another nonce, and an access token that is not for this platform, begin no session."""
     gateway, provider = both
-    location, kept = await login(gateway)
-    provider.nonce = "another"
-    failed(await come_back(gateway, provider.authorize(location), kept), "refused")
+    for nonce in ("another",):
+        provider.nonce = nonce
+        location, kept = await login(gateway)
+        failed(await come_back(gateway, provider.authorize(location), kept), "refused")
     provider.nonce, provider.claims = None, {"aud": "another"}
     location, kept = await login(gateway)
     failed(await come_back(gateway, provider.authorize(location), kept), "token")
@@ -246,13 +309,31 @@ async def test_sign_in_while_the_issuer_is_unavailable_says_so(both: tuple[Runni
     """Without the issuer, or with another's document at its address, the page says that it is unavailable."""
     gateway, provider = both
     provider.unavailable = True
-    failed(await gateway.client.get(LOGIN), "unavailable")
+    unavailable = "/app/subnets?sign_in=unavailable"
+    assert (await gateway.client.get(LOGIN, params={"next": "/app/subnets"})).headers["Location"] == unavailable
     provider.unavailable, provider.named = False, "https://evil.test"
-    failed(await gateway.client.get(LOGIN), "unavailable")
+    assert (await gateway.client.get(LOGIN, params={"next": "/app/subnets"})).headers["Location"] == unavailable
     provider.named = "https://issuer.test"
     location, kept = await login(gateway)
     provider.unavailable = True
     failed(await come_back(gateway, provider.authorize(location), kept), "unavailable")
+
+
+async def test_sign_in_while_scanfleet_is_unavailable_says_so(both: tuple[Running, Provider]) -> None:
+    """While the session cannot be recorded, or revocations are unknown, the page says that it is unavailable."""
+    gateway, provider = both
+    location, kept = await login(gateway)
+    gateway.services.away.add("orchestrator")
+    failed(await come_back(gateway, provider.authorize(location), kept), "unavailable")
+    gateway.services.away.clear()
+
+    async def verify(_token: str) -> None:
+        raise UnavailableError("the list of revoked tokens is unavailable; try again")
+
+    gateway.app.state.verifier = SimpleNamespace(verify=verify)
+    location, kept = await login(gateway)
+    failed(await come_back(gateway, provider.authorize(location), kept), "unavailable")
+    assert await audited(gateway) == []
 
 
 async def test_session_is_refreshed_until_the_issuer_ends_it(both: tuple[Running, Provider]) -> None:
