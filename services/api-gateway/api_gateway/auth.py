@@ -57,11 +57,11 @@ class UserIds:
 
 
 class KeyReports:
-    """Has the audit log record which keys of the issuer verify tokens.
+    """Record in the audit log which keys of the issuer verify tokens.
 
     Args:
-        current: answers the names of the keys that do now.
-        report: records those; the same ones again do no harm.
+        current: returns the names of the current keys.
+        report: records them; idempotent.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class KeyReports:
         self._reported: Sequence[str] = ()
 
     async def refresh(self) -> None:
-        """Record the keys if they have changed; what could not be recorded is with the next call."""
+        """Record changed keys; a failed record is retried by the next call."""
         names = self._current()
         if set(names) == set(self._reported):
             return
@@ -180,7 +180,6 @@ class SignIn:
         self._scopes = settings.oidc_scopes
         self._own = str(settings.public_url).rstrip("/")
         self._transport = transport
-        self._lock = asyncio.Lock()
         self._found: _Discovered | None = None
         self._found_until = 0.0
 
@@ -215,7 +214,7 @@ class SignIn:
             DependencyError: the issuer is unavailable.
         """
         answer = await self._ask("authorization_code", code=code, code_verifier=verifier)
-        if not hmac.compare_digest(_nonce(answer.get("id_token")), nonce):
+        if not hmac.compare_digest(_nonce(answer.get("id_token")).encode(), nonce.encode()):
             raise RefusedSignInError("the id token has another nonce")
         return _tokens(answer)
 
@@ -248,11 +247,10 @@ class SignIn:
             raise DependencyError(f"{discovered.token_endpoint}: {error!r}") from error
 
     async def _discover(self) -> _Discovered:
-        async with self._lock:
-            if self._found is None or time.monotonic() > self._found_until:
-                self._found = await self._read_discovery()
-                self._found_until = time.monotonic() + DISCOVERY_S
-            return self._found
+        if self._found is None or time.monotonic() > self._found_until:
+            self._found = await self._read_discovery()
+            self._found_until = time.monotonic() + DISCOVERY_S
+        return self._found
 
     async def _read_discovery(self) -> _Discovered:
         url = f"{self._issuer.rstrip('/')}/.well-known/openid-configuration"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import secrets
@@ -44,6 +45,7 @@ class Provider(httpx2.AsyncBaseTransport):
         self.claims: dict[str, Any] = {}
         self.nonce: str | None = None
         self.unavailable = False
+        self.slow: asyncio.Barrier | None = None
         self.named = issuer.settings.jwt_issuer
         self.asked: list[dict[str, str]] = []
         self._codes: dict[str, dict[str, str]] = {}
@@ -59,6 +61,8 @@ class Provider(httpx2.AsyncBaseTransport):
         return f"code={code}&state={query['state']}"
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        if self.slow:
+            await self.slow.wait()
         if self.unavailable:
             raise httpx2.ConnectError("refused", request=request)
         base = "https://issuer.test"
@@ -296,7 +300,7 @@ async def test_sign_in_leads_back_to_any_place_of_the_page(both: tuple[Running, 
 async def test_sign_in_with_an_unacceptable_token_is_refused(both: tuple[Running, Provider]) -> None:
     """An id token with another nonce, and an access token that is not for this platform, begin no session."""
     gateway, provider = both
-    for nonce in ("another",):
+    for nonce in ("another", "é"):
         provider.nonce = nonce
         location, kept = await login(gateway)
         failed(await come_back(gateway, provider.authorize(location), kept), "refused")
@@ -334,6 +338,15 @@ async def test_sign_in_while_scanfleet_is_unavailable_says_so(both: tuple[Runnin
     location, kept = await login(gateway)
     failed(await come_back(gateway, provider.authorize(location), kept), "unavailable")
     assert await audited(gateway) == []
+
+
+async def test_sign_in_while_the_issuer_is_slow_delays_no_other(both: tuple[Running, Provider]) -> None:
+    """Requests for an issuer that does not answer wait side by side, not one after another."""
+    gateway, provider = both
+    provider.slow = asyncio.Barrier(3)
+    async with asyncio.timeout(10):
+        answers = await asyncio.gather(*(gateway.client.get(LOGIN) for _ in range(3)))
+    assert [each.status_code for each in answers] == [302] * 3
 
 
 async def test_session_is_refreshed_until_the_issuer_ends_it(both: tuple[Running, Provider]) -> None:
