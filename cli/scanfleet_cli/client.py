@@ -17,8 +17,15 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
 from dataclasses import dataclass
 from typing import Any, Final, Self, TypeVar
 
@@ -26,6 +33,7 @@ import httpx2
 from pydantic import BaseModel, ValidationError
 
 from scanfleet import VERSION, rest
+from scanfleet.messages import Job
 from scanfleet_cli import calls
 from scanfleet_cli.calls import Call, ListCall
 from scanfleet_cli.errors import ApiError, UnavailableError
@@ -220,16 +228,41 @@ class Client:
         Raises:
             ApiError: the caller may not watch it, or no longer.
         """
-        watching = Watching(self._patience, notice)
+        watching = Watching({job_id}, self._patience, notice)
         while not watching.over:
             time.sleep(watching.pause)
             try:
                 if watching.polling:
-                    yield watching.polled(self.ask(call := calls.read_task(job_id), timeout=0).read(call))
+                    yield from watching.polled(self.ask(call := calls.read_task(job_id), timeout=0).read(call))
                 else:
                     for event in self.events(calls.watch_task(job_id, watching.last_event_id)):
-                        yield watching.received(event)
+                        yield from watching.received(event)
                     watching.ended()
+            except (ApiError, UnavailableError) as error:
+                watching.failed(error)
+
+    def watch_jobs(self, job_ids: Collection[int], notice: Notice = _ignore) -> Iterator[rest.TaskStatus]:
+        """Each state of several jobs until all are final, over one stream; otherwise as `watch`.
+
+        Raises:
+            ApiError: the caller may not watch one of them, or no longer.
+        """
+        watching = Watching(job_ids, self._patience, notice)
+        while not watching.over:
+            time.sleep(watching.pause)
+            try:
+                with ExitStack() as opened:
+                    stream = None
+                    if not watching.polling and watching.owner is not None:
+                        stream = opened.enter_context(self.stream(calls.watch_tasks(watching.owner), timeout=0))
+                    for job_id in watching.open_jobs:  # the stream begins with unfinished jobs only
+                        yield from watching.polled(self.ask(call := calls.read_task(job_id)).read(call))
+                    if stream is not None and not watching.over:
+                        for event in httpx2.EventSource(stream):
+                            yield from watching.received(event)
+                            if watching.over:  # the stream does not end with the jobs
+                                return
+                        watching.ended()
             except (ApiError, UnavailableError) as error:
                 watching.failed(error)
 
@@ -335,17 +368,45 @@ class AsyncClient:
 
     async def watch(self, job_id: int, notice: Notice = _ignore) -> AsyncIterator[rest.TaskStatus]:
         """As `Client.watch`."""
-        watching = Watching(self._patience, notice)
+        watching = Watching({job_id}, self._patience, notice)
         while not watching.over:
             await asyncio.sleep(watching.pause)
             try:
                 if watching.polling:
                     reply = await self.ask(call := calls.read_task(job_id), timeout=0)
-                    yield watching.polled(reply.read(call))
+                    for task in watching.polled(reply.read(call)):
+                        yield task
                 else:
                     async for event in self.events(calls.watch_task(job_id, watching.last_event_id)):
-                        yield watching.received(event)
+                        for task in watching.received(event):
+                            yield task
                     watching.ended()
+            except (ApiError, UnavailableError) as error:
+                watching.failed(error)
+
+    async def watch_jobs(self, job_ids: Collection[int], notice: Notice = _ignore) -> AsyncIterator[rest.TaskStatus]:
+        """As `Client.watch_jobs`."""
+        watching = Watching(job_ids, self._patience, notice)
+        while not watching.over:
+            await asyncio.sleep(watching.pause)
+            try:
+                async with AsyncExitStack() as opened:
+                    stream = None
+                    if not watching.polling and watching.owner is not None:
+                        stream = await opened.enter_async_context(
+                            self.stream(calls.watch_tasks(watching.owner), timeout=0)
+                        )
+                    for job_id in watching.open_jobs:
+                        reply = await self.ask(call := calls.read_task(job_id))
+                        for task in watching.polled(reply.read(call)):
+                            yield task
+                    if stream is not None and not watching.over:
+                        async for event in httpx2.EventSource(stream):
+                            for task in watching.received(event):
+                                yield task
+                            if watching.over:
+                                return
+                        watching.ended()
             except (ApiError, UnavailableError) as error:
                 watching.failed(error)
 
@@ -367,21 +428,42 @@ class AsyncClient:
 
 
 class Watching:
-    """What a watch of one job does next; connects again after a pause, and polls after three failures in a row.
+    """What a watch of jobs does next; connects again after a pause, and polls after three failures in a row.
 
     Args:
+        job_ids: of the jobs.
         patience: of the client.
         notice: called when the connection is lost, once, and when it is back.
     """
 
-    def __init__(self, patience: Patience, notice: Notice = _ignore) -> None:
-        self._patience = patience
-        self.over = False
+    def __init__(self, job_ids: Collection[int], patience: Patience, notice: Notice = _ignore) -> None:
         self.last_event_id = ""
+        self._open = set(job_ids)
+        self._jobs: dict[int, Job | None] = dict.fromkeys(job_ids)
+        self._patience = patience
         self._notice = notice
         self._failures = 0
         self._lost = False
         self._unreachable = False
+
+    @property
+    def over(self) -> bool:
+        """Whether every job has reached its final state."""
+        return not self._open
+
+    @property
+    def open_jobs(self) -> list[int]:
+        """The jobs without a final state yet."""
+        return sorted(self._open)
+
+    @property
+    def owner(self) -> int | str | None:
+        """Whose jobs they are, or "all" if there are several owners; None until each job was read once."""
+        jobs = list(self._jobs.values())
+        owners = {job.user_id for job in jobs if job is not None}
+        if any(job is None for job in jobs):
+            return None
+        return owners.pop() if len(owners) == 1 else rest.ALL_USERS
 
     @property
     def polling(self) -> bool:
@@ -393,20 +475,20 @@ class Watching:
         """Seconds before the next attempt."""
         return self._patience.poll if self.polling else self._patience.pause(self._failures)
 
-    def received(self, event: httpx2.ServerSentEvent) -> rest.TaskStatus:
-        """The state in an event of the stream."""
+    def received(self, event: httpx2.ServerSentEvent) -> list[rest.TaskStatus]:
+        """The state in an event of the stream, if it is a new one of these jobs."""
+        if not event.data:  # only the stream's `retry`
+            return []
         task = _parse(rest.TaskStatus, event.data)
         self._failures = 0
         self.last_event_id = event.id
-        self._take(task)
-        return task
+        return self._new(task)
 
-    def polled(self, task: rest.TaskStatus) -> rest.TaskStatus:
-        """The state that a poll answered."""
+    def polled(self, task: rest.TaskStatus) -> list[rest.TaskStatus]:
+        """The state that a poll answered, if it is a new one."""
         if self._unreachable:  # it was the service, not the stream: the next stream may last
             self._failures = 0
-        self._take(task)
-        return task
+        return self._new(task)
 
     def ended(self) -> None:
         """The stream ended in good order."""
@@ -427,11 +509,18 @@ class Watching:
             self._lost = True
             self._notice(f"connection lost ({error}); connecting again")
 
-    def _take(self, task: rest.TaskStatus) -> None:
-        self.over = task.status.status.final
+    def _new(self, task: rest.TaskStatus) -> list[rest.TaskStatus]:
         if self._lost:
             self._lost = False
             self._notice("connected again")
+        job = task.job
+        known = self._jobs.get(job.id)
+        if job.id not in self._open or (known is not None and job.updated_at < known.updated_at):
+            return []  # of another job, or sent before this state was read
+        self._jobs[job.id] = job
+        if job.status.final:
+            self._open.discard(job.id)
+        return [task]
 
 
 class _Retries:

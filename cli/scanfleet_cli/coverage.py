@@ -15,7 +15,7 @@ PaintWord = Callable[[str, str], str]
 NOT_PROBED: Final = ("refused", "cancelled", "lost")
 """Outcomes of addresses that were asked for and not probed to their end, for no reason of their own."""
 
-_ENTRIES: Final = 10_000  # of the ledger that a sentence looks at: enough for a /19
+ENTRIES: Final = 10_000  # of the ledger that a sentence looks at: enough for a /19
 _NETWORKS: Final = 5  # that a sentence names
 
 
@@ -94,18 +94,13 @@ def networks(found: Iterable[str]) -> str:
     return ", ".join(every[:_NETWORKS]) + more
 
 
-def entries(read: Callable[[int], rest.Ledger], first: rest.Ledger) -> list[rest.LedgerEntry]:
-    """The named addresses of a ledger, `_ENTRIES` of them at most.
+def further_pages(first: rest.Ledger, limit: int | None = ENTRIES) -> range:
+    """The numbers of the pages after the first one that name more addresses.
 
     Args:
-        read: reads a page, the second being 2.
         first: the first page.
+        limit: addresses to read at most; None for all.
     """
-    found, page = list(first.not_probed.addresses), 2
-    while len(found) < min(first.not_probed.total, _ENTRIES):
-        more = read(page).not_probed.addresses
-        if not more:
-            break
-        found += more
-        page += 1
-    return found
+    page = first.not_probed
+    wanted = page.total if limit is None else min(page.total, limit)
+    return range(2, -(-wanted // page.page_size) + 1)

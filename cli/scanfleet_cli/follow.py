@@ -1,33 +1,27 @@
-"""Following jobs to their end: one stream for each, and views that show what comes."""
+"""Following jobs to their end, whatever the user or the network does meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import Any, Final
+
+import click
+import httpx2
 
 from scanfleet import rest
 from scanfleet.messages import JobStatus
 from scanfleet_cli import calls, coverage
 from scanfleet_cli.client import AsyncClient
-from scanfleet_cli.errors import ApiError, Exit, UnavailableError
-from scanfleet_cli.output import Format, Output, Row, count, duration, parse_time, printable
-from scanfleet_cli.session import Session
+from scanfleet_cli.errors import ApiError, CommandError, Exit, ScanfleetError, UnavailableError, explain
+from scanfleet_cli.output import printable
+from scanfleet_cli.session import Session, many_failed
+from scanfleet_cli.views import Followed, View, end_lines
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-LEDGER_SECONDS: Final = 2.0  # between two looks at the ledger of a job
-SILENCE_SECONDS: Final = 30.0  # that a log is silent at most
+LEDGER_SECONDS: Final = 2.0  # between two reads of the ledger of a running job
 TICK_SECONDS: Final = 1.0
-BLOCKS: Final = 5  # jobs that a terminal shows at once
-BAR: Final = 40  # cells
-_TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
 
 BY_END: Final = {
     JobStatus.COMPLETED: Exit.DONE,
@@ -35,290 +29,198 @@ BY_END: Final = {
     JobStatus.CANCELLED: Exit.JOB_CANCELLED,
 }
 
-
-@dataclass(slots=True)
-class Followed:
-    """One job as it is seen now."""
-
-    job_id: int
-    task: rest.TaskStatus | None = None
-    ledger: rest.Ledger | None = None
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def final(self) -> bool:
-        return self.task is not None and self.task.status.status.final
-
-    @property
-    def took(self) -> float:
-        """Seconds from the job's start until its end or now; 0 before its start."""
-        job = self.task.job if self.task else None
-        if job is None or job.start_time is None:
-            return 0.0
-        return ((job.end_time or datetime.now(UTC)) - job.start_time).total_seconds()
+timeout_option = click.option(
+    "--timeout", metavar="TIME", help="Give up waiting after 90, 90s, 30m or 2h; exit 124. The job continues."
+)
+cancel_option = click.option("--cancel-on-interrupt", is_flag=True, help="Ctrl-C cancels the jobs.")
 
 
-class View(Protocol):
-    """Shows jobs while they are followed."""
+def seconds(text: str | None) -> float | None:
+    """`90`, `90s`, `30m` or `2h` in seconds.
 
-    wants_ledger: bool
-
-    def changed(self, job: Followed) -> None:
-        """A job has a new state."""
-
-    def tick(self, jobs: Sequence[Followed]) -> None:
-        """A second has passed."""
-
-    def close(self) -> None:
-        """No more follows."""
-
-
-class Silent:
-    """Shows nothing."""
-
-    wants_ledger = False
-
-    def changed(self, job: Followed) -> None: ...
-
-    def tick(self, jobs: Sequence[Followed]) -> None: ...
-
-    def close(self) -> None: ...
+    Raises:
+        CommandError: the text is none of these, or no time at all.
+    """
+    if text is None:
+        return None
+    units = {"s": 1, "m": 60, "h": 3_600}
+    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
+    try:
+        value = float(number) * unit
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise CommandError(f"--timeout: {text} is not a time above 0", hint="for example 90, 90s, 30m or 2h")
+    return value
 
 
-class JsonLines(Silent):
-    """Each state as a line on stdout."""
-
-    def __init__(self, output: Output) -> None:
-        self._output = output
-
-    def changed(self, job: Followed) -> None:
-        if job.task is not None:
-            line = {"kind": "task"} | job.task.model_dump(mode="json")
-            self._output.say(json.dumps(line, separators=(",", ":")))
-
-
-class Log(Silent):
-    """A line on stderr for each change of status, and one after half a minute without."""
-
-    wants_ledger = True
-
-    def __init__(self, output: Output) -> None:
-        self._output = output
-        self._shown: dict[int, tuple[JobStatus, float]] = {}
-
-    def changed(self, job: Followed) -> None:
-        if job.task is not None and self._shown.get(job.job_id, (None, 0))[0] is not job.task.status.status:
-            self._line(job)
-
-    def tick(self, jobs: Sequence[Followed]) -> None:
-        for job in jobs:
-            shown = self._shown.get(job.job_id)
-            if not job.final and shown and time.monotonic() - shown[1] >= SILENCE_SECONDS:
-                self._line(job)
-
-    def _line(self, job: Followed) -> None:
-        if job.task is None:
-            return
-        status = job.task.status
-        self._shown[job.job_id] = (status.status, time.monotonic())
-        now = self._output.now().strftime(_TIME)
-        outcomes = f" {coverage.short(job.ledger)}" if job.ledger else ""
-        self._output.note(f"{now} job {job.job_id} {status.status} {status.progress}%{outcomes}")
-
-
-class Bars(Silent):
-    """A block for each job on the terminal, redrawn in place; nothing of it stays but what is printed at the end."""
-
-    wants_ledger = True
-
-    def __init__(self, output: Output) -> None:
-        from rich.console import Console  # noqa: PLC0415 # only where there is a terminal
-        from rich.live import Live  # noqa: PLC0415 # as above
-
-        self._output = output
-        console = Console(file=output.stderr, no_color=not output.coloured, highlight=False)
-        self._live = Live(
-            console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
-        )
-        self._live.start()
-
-    def tick(self, jobs: Sequence[Followed]) -> None:
-        self._live.update(self._blocks([job for job in jobs if not job.final]), refresh=True)
-
-    def close(self) -> None:
-        self._live.stop()
-
-    def _blocks(self, jobs: Sequence[Followed]) -> RenderableType:
-        from rich.text import Text  # noqa: PLC0415 # as above
-
-        lines = [line for job in jobs[:BLOCKS] for line in self._block(job, named=len(jobs) > 1)]
-        if len(jobs) > BLOCKS:
-            lines.append(f"and {len(jobs) - BLOCKS} more")
-        return Text.from_ansi("\n".join(lines), no_wrap=True, overflow="ellipsis")
-
-    def _block(self, job: Followed, *, named: bool) -> list[str]:
-        name = f"job {job.job_id} " if named else ""
-        if job.task is None:
-            return [f"{name}asking"]
-        status = job.task.status
-        filled = round(BAR * status.progress / 100)
-        line = f"{name}{self._output.paint(status.status)} {status.progress:>3} %  {'█' * filled}{'░' * (BAR - filled)}"
-        if job.ledger is None:
-            return [f"{line}  {duration(job.took)}"]
-        looked = f"{coverage.looked_at(job.ledger):,} of {count(job.ledger.request.addresses, 'address', 'addresses')}"
-        eta = job.ledger.eta_seconds
-        left = f", about {duration(eta)} left" if eta else ""
-        indent = " " * 9
-        return [
-            f"{line}  {looked}  {duration(job.took)}{left}",
-            indent + coverage.outcomes(job.ledger, self._output.paint),
-        ]
-
-
-def view_for(output: Output) -> View:
-    """The view that goes with stderr and the format."""
-    if output.format is Format.JSONL:
-        return JsonLines(output)
-    if output.quiet:
-        return Silent()
-    return Bars(output) if output.stderr.isatty() else Log(output)
-
-
-async def follow(
+def to_the_end(
     session: Session,
     job_ids: Sequence[int],
     view: View,
+    limit: float | None,
     *,
-    timeout: float | None = None,  # noqa: ASYNC109 # of the user, and not an error when it ends
+    cancel: bool = False,
     enough: Callable[[JobStatus], bool] = lambda status: status.final,
-    each: Callable[[Followed], None] = lambda _job: None,
-) -> dict[int, Followed]:
-    """Follow jobs until each is in a state that is `enough`.
+    ended: Callable[[Followed], None] | None = None,
+) -> list[Followed]:
+    """Follow jobs; Ctrl-C and the time limit leave them running, and print how to return to them.
 
     Args:
         session: of the command.
-        job_ids: which.
-        view: shows what comes.
-        timeout: seconds; when they end, the jobs are returned as they are.
-        enough: whether a job need not be followed further.
-        each: called for each job once it is followed no further.
+        job_ids: of the jobs.
+        view: shows their states.
+        limit: seconds.
+        cancel: whether Ctrl-C cancels them.
+        enough: whether a job in this state is followed no further.
+        ended: called for each job once its final ledger was read, in the order of their ends.
 
     Raises:
-        ApiError: a job may not be watched.
+        CommandError: the time is over, or a cancel failed.
+        KeyboardInterrupt: of Ctrl-C.
     """
-    jobs = {job_id: Followed(job_id) for job_id in job_ids}
-    open_ = set(job_ids)
-    queue: asyncio.Queue[tuple[int, rest.TaskStatus]] = asyncio.Queue()
-    until = time.monotonic() + timeout if timeout else None
-    async with AsyncClient(
-        session.place.url, session.token, patience=session.patience, transport=session.world.async_transport
-    ) as client:
-        watchers = [asyncio.create_task(_watch(client, job_id, queue, session.output)) for job_id in job_ids]
-        ledgers = asyncio.create_task(_read_ledgers(client, jobs)) if view.wants_ledger else None
-        try:
-            while open_:
-                if until is not None and time.monotonic() >= until:
-                    break
-                with suppress(TimeoutError):
-                    job_id, task = await asyncio.wait_for(queue.get(), TICK_SECONDS)
-                    jobs[job_id].task = task
-                    view.changed(jobs[job_id])
-                    if enough(task.status.status) and job_id in open_:
-                        open_.discard(job_id)
-                        each(jobs[job_id])
-                view.tick(list(jobs.values()))
-                for watcher in watchers:
-                    if watcher.done() and (error := watcher.exception()):
-                        raise error
-        finally:
-            view.close()
-            tasks = [*watchers, *([ledgers] if ledgers else [])]
-            for each_task in tasks:
-                each_task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+    ids = " ".join(map(str, job_ids))
+    try:
+        jobs = asyncio.run(_Following(session, job_ids, view, enough, ended).run(limit))
+    except KeyboardInterrupt:
+        if cancel:
+            session.output.note(f"cancelling {ids}")
+            cancel_each(session, job_ids)
+        else:
+            noun, run = ("jobs", "run") if len(job_ids) > 1 else ("job", "runs")
+            session.output.note(f"{noun} {ids} {run} on: scanfleet job watch {ids}, or scanfleet job cancel {ids}")
+        raise
+    if late := [job for job in jobs if job.task is None or not enough(job.task.status.status)]:
+        raise _gave_up(late[0], limit or 0.0)
     return jobs
 
 
-async def _watch(
-    client: AsyncClient, job_id: int, queue: asyncio.Queue[tuple[int, rest.TaskStatus]], output: Output
-) -> None:
-    def notice(sentence: str) -> None:
-        output.note(f"job {job_id}: {printable(sentence)}")
-
-    async for task in client.watch(job_id, notice):
-        await queue.put((job_id, task))
-
-
-async def _read_ledgers(client: AsyncClient, jobs: dict[int, Followed]) -> None:
-    """Keep the ledgers of running jobs up to date, as far as the service answers."""
-    while True:
-        await asyncio.sleep(LEDGER_SECONDS)
-        for job in jobs.values():
-            if job.task is not None and not job.final:
-                with suppress(ApiError, UnavailableError):
-                    reply = await client.ask(call := calls.read_ledger(job.job_id, page_size=1), timeout=0)
-                    job.ledger = reply.read(call)
+def _gave_up(late: Followed, limit: float) -> CommandError:
+    status = late.task.status if late.task else None
+    state = f"still {status.status} ({status.progress} %)" if status else "did not answer"
+    return CommandError(
+        f"job {late.job_id} {state}, gave up waiting after {limit:g} s",
+        Exit.TIMED_OUT,
+        hint=f"scanfleet job watch {late.job_id}",
+    )
 
 
-def run(session: Session, job_ids: Sequence[int], view: View, **how: Any) -> dict[int, Followed]:
-    """`follow`, in a loop of its own; Ctrl-C raises KeyboardInterrupt and changes no job."""
-    return asyncio.run(follow(session, job_ids, view, **how))
+class _Following:
+    """Jobs while they are followed, in one event loop."""
+
+    def __init__(
+        self,
+        session: Session,
+        job_ids: Sequence[int],
+        view: View,
+        enough: Callable[[JobStatus], bool],
+        ended: Callable[[Followed], None] | None,
+    ) -> None:
+        self._session = session
+        self._jobs = {job_id: Followed(job_id) for job_id in job_ids}
+        self._open = set(job_ids)
+        self._view = view
+        self._enough = enough
+        self._ended = ended
+        self._news: asyncio.Queue[rest.TaskStatus | Followed] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def run(self, limit: float | None) -> list[Followed]:
+        """Follow the jobs until none is open, or for `limit` seconds.
+
+        Raises:
+            ApiError: a job may not be watched.
+        """
+        session = self._session
+        until = time.monotonic() + limit if limit is not None else None
+        async with AsyncClient(
+            session.place.url, session.token, patience=session.patience, transport=session.world.async_transport
+        ) as client:
+            self._start(self._watch(client))
+            if self._view.wants_ledger:
+                self._start(self._read_ledgers(client))
+            try:
+                while self._open and (until is None or time.monotonic() < until):
+                    with suppress(TimeoutError):
+                        self._take(await asyncio.wait_for(self._news.get(), TICK_SECONDS), client)
+                    self._view.tick(list(self._jobs.values()))
+                    for task in self._tasks:
+                        if task.done() and (error := task.exception()):
+                            raise error
+                self._give_up_ledgers()
+            finally:
+                self._view.close()
+                for task in self._tasks:
+                    task.cancel()
+                await asyncio.gather(*self._tasks, return_exceptions=True)
+        return list(self._jobs.values())
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.append(asyncio.create_task(work))
+
+    def _take(self, news: rest.TaskStatus | Followed, client: AsyncClient) -> None:
+        """Take a job's new state, or a job whose final ledger was read."""
+        if isinstance(news, Followed):
+            self._open.discard(news.job_id)
+            if self._ended is not None:
+                self._ended(news)
+            return
+        job = self._jobs[news.job.id]
+        job.task = news
+        self._view.changed(job)
+        if self._ended is not None and job.final:
+            self._start(self._read_end(client, job))
+        elif self._ended is None and self._enough(news.status.status):
+            self._open.discard(job.job_id)
+
+    def _give_up_ledgers(self) -> None:
+        """End the jobs whose final ledger the service did not answer in time."""
+        for job_id in self._open:
+            job = self._jobs[job_id]
+            if self._ended is not None and job.final:
+                job.problem = "no answer before --timeout ran out"
+                self._ended(job)
+
+    async def _watch(self, client: AsyncClient) -> None:
+        """Queue each state of the jobs: of one from its own stream, of several from that of all jobs."""
+        first, *others = self._jobs
+        noun = f"{len(self._jobs)} jobs" if others else f"job {first}"
+
+        def notice(sentence: str) -> None:
+            self._session.output.note(f"{noun}: {printable(sentence)}")
+
+        async for task in client.watch_jobs(list(self._jobs), notice) if others else client.watch(first, notice):
+            await self._news.put(task)
+
+    async def _read_ledgers(self, client: AsyncClient) -> None:
+        """Keep the ledgers of running jobs up to date, as far as the service answers."""
+        while True:
+            await asyncio.sleep(LEDGER_SECONDS)
+            for job in self._jobs.values():
+                if job.task is not None and not job.final:
+                    with suppress(ApiError, UnavailableError):  # a bar does without; the watch reports what is wrong
+                        reply = await client.ask(call := calls.read_ledger(job.job_id, page_size=1), timeout=0)
+                        job.ledger = reply.read(call)
+
+    async def _read_end(self, client: AsyncClient, job: Followed) -> None:
+        """Read the final ledger of a job, with the addresses that were not probed, and queue the job."""
+        job.ledger = None
+        try:
+            ledger = await client.send(calls.read_ledger(job.job_id))
+            job.not_probed = list(ledger.not_probed.addresses)
+            for page in coverage.further_pages(ledger):
+                more = await client.send(calls.read_ledger(job.job_id, page))
+                job.not_probed += more.not_probed.addresses
+            job.ledger = ledger
+        except (ApiError, UnavailableError) as error:
+            job.problem = str(error)
+        await self._news.put(job)
 
 
-def end_of(session: Session, job: Followed) -> rest.Ledger | None:
-    """Print on stderr how a job ended; its ledger, when the service answers."""
-    output, task = session.output, job.task
-    if task is None:
-        return None
-    ledger: rest.Ledger | None = None
-    with suppress(ApiError, UnavailableError):
-        ledger = session.client.send(calls.read_ledger(job.job_id))
-    for line in end_lines(session, task, ledger, output):
-        output.note(line)
-    return ledger
-
-
-def end_lines(session: Session, task: rest.TaskStatus, ledger: rest.Ledger | None, output: Output) -> list[str]:
-    """How a job ended: in one line for a log, in a few for a person."""
-    status, job = task.status, task.job
-    start, end = job.start_time, job.end_time
-    took = duration((end - start).total_seconds()) if start and end else ""
-    if not output.stderr.isatty():
-        now = output.now().strftime(_TIME)
-        line = f"{now} job {task.job_id} {status.status} {status.progress}% machines={status.machines_found}"
-        if ledger is not None:
-            line += f" accounted={str(ledger.accounted).lower()} {coverage.short(ledger)}"
-        lines = [line]
-        if ledger is not None and coverage.missing(ledger):
-            lines.append(f"  {coverage.proof(ledger)}: {_why(session, task, ledger)}")
-        elif status.error:
-            lines.append(f"  {printable(status.error)}")
-        return lines
-    mark = "✓" if status.status is JobStatus.COMPLETED else "✗"
-    proof = ""
-    if ledger is not None:
-        proof = f" · {coverage.proof(ledger)}"
-        if coverage.missing(ledger):
-            proof += f": {_why(session, task, ledger)}"
-    elif status.error:
-        proof = f" · {printable(status.error)}"
-    when = "in" if status.status is JobStatus.COMPLETED else "after"
-    lines = [f"{mark} job {task.job_id} {output.paint(status.status)}{f' {when} {took}' if took else ''}{proof}"]
-    if ledger is not None:
-        lines.append(f"         {coverage.outcomes(ledger, output.paint)}")
-    if status.status is not JobStatus.COMPLETED:
-        lines.append(f"  scanfleet job ledger {task.job_id} --not-probed     which, and why")
-        lines.append(f"  scanfleet job results {task.job_id}                 what was found is readable")
-    return lines
-
-
-def _why(session: Session, task: rest.TaskStatus, ledger: rest.Ledger) -> str:
-    job_id = int(task.job_id)
-    with suppress(ApiError, UnavailableError):
-        entries = coverage.entries(lambda page: session.client.send(calls.read_ledger(job_id, page)), ledger)
-        if reasons := coverage.reasons(entries):
-            return printable("; ".join(reasons))
-    return printable(task.status.error or task.status.status)
+def print_end(session: Session, job: Followed) -> None:
+    """Print on stderr how a job ended."""
+    for line in end_lines(job, session.output):
+        session.output.note(line)
 
 
 def code_of(jobs: Sequence[Followed]) -> Exit:
@@ -330,9 +232,32 @@ def code_of(jobs: Sequence[Followed]) -> Exit:
     return Exit.DONE
 
 
-def took(job: Row, output: Output) -> str:
-    """How long a job has run, from the API's object."""
-    if not job["start_time"]:
-        return "-"
-    end = parse_time(job["end_time"]) if job["end_time"] else output.now()
-    return duration((end - parse_time(job["start_time"])).total_seconds())
+def cancel_each(session: Session, job_ids: Sequence[int]) -> None:
+    """Cancel jobs one by one; one that cannot be cancelled stops no other.
+
+    Raises:
+        CommandError: some could not be cancelled.
+    """
+    errors = []
+    for job_id in dict.fromkeys(job_ids):
+        try:
+            _cancel(session, job_id)
+        except ScanfleetError as error:
+            end = explain(error)
+            end.message = f"job {job_id} could not be cancelled: {end.message}"
+            errors.append(end)
+            continue
+        session.output.note(f"✓ job {job_id} cancelled")
+    many_failed(errors, session.output)
+
+
+def _cancel(session: Session, job_id: int) -> None:
+    try:
+        session.client.send(calls.cancel_task(job_id))
+    except ApiError as error:
+        if error.status != httpx2.codes.BAD_REQUEST:
+            raise
+        task = session.client.send(calls.read_task(job_id))
+        if not (error.unsure and task.status.status is JobStatus.CANCELLED):  # else an attempt without an answer did it
+            when = task.job.model_dump(mode="json")["end_time"]
+            raise CommandError(f"{error.message} (since {when})", status=error.status) from error

@@ -124,6 +124,8 @@ class Output:
         """Columns of the terminal; 0 when stdout is none."""
 
         self.now: Callable[[], datetime] = lambda: datetime.now(UTC)
+        self.clear: Callable[[], None] = lambda: None
+        """Erases what is being redrawn in place; called before each line that stays."""
 
     @property
     def terminal(self) -> bool:
@@ -131,15 +133,17 @@ class Output:
 
     def say(self, text: str = "") -> None:
         """A line of data."""
+        self.clear()
         print(text, file=self.stdout, flush=not self.terminal)
 
     def note(self, text: str) -> None:
         """A line beside the data: progress, a hint, what was reused."""
         if not self.quiet:
-            print(text, file=self.stderr, flush=True)
+            self.tell(text)
 
     def tell(self, text: str) -> None:
         """A line that a person must read to go on, even with --quiet."""
+        self.clear()
         print(text, file=self.stderr, flush=True)
 
     def paint(self, word: str, text: str | None = None) -> str:
@@ -172,6 +176,10 @@ class Output:
                 for line in block():
                     self.say(line)
 
+    def line(self, thing: Row) -> None:
+        """Print one object as a line of JSON."""
+        self._json(self._chosen([thing])[0], indent=False)
+
     def many(self, rows: Iterable[Row], columns: Sequence[Column], name: str = "id") -> None:
         """Print objects: as a table, or in a machine's format as they are; as they come where the format allows it."""
         if self.fields is not None and self.format in {Format.TABLE, Format.WIDE}:
@@ -181,7 +189,7 @@ class Output:
                 self._json(self._chosen(list(rows)), indent=True)
             case Format.JSONL:
                 for row in rows:
-                    self._json(self._chosen([row])[0], indent=False)
+                    self.line(row)
             case Format.CSV:
                 self._csv(rows)
             case Format.NAME:
@@ -257,7 +265,8 @@ class Output:
                 paths = self.fields or [path for path in paths_of(row) if not isinstance(pick(row, path), Mapping)]
                 writer.writerow(paths)
             writer.writerow([_csv_cell(pick(row, path)) for path in paths])
-        self.stdout.flush()
+            if not self.terminal:  # a reader sees each row as it comes
+                self.stdout.flush()
 
     def error(self, error: CommandError) -> None:
         """Print why the command ends."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any, Final, Protocol, TypeVar
 from uuid import uuid4
@@ -15,6 +15,7 @@ from scanfleet.policy import ScanPolicy
 from scanfleet_cli import calls
 from scanfleet_cli.client import Reply
 from scanfleet_cli.errors import ApiError, CommandError, Exit, UnavailableError, explain
+from scanfleet_cli.output import Column, column
 from scanfleet_cli.session import Command, Session
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -124,6 +125,15 @@ def create_jobs(session: Session, subnet_ids: Sequence[int], policy_id: int, key
             status=end.status,
             request_id=end.request_id,
         ) from error
+
+
+def submitted_columns(networks: Mapping[int, str]) -> list[Column]:
+    """Of jobs that were just created; `networks` are those of subnets, by id."""
+    return [
+        Column("JOB", lambda row: f"job {row['id']}"),
+        Column("NETWORK", lambda row: networks.get(row["subnet_id"], "")),
+        column("STATUS"),
+    ]
 
 
 def _only(found: list[Thing], text: str, noun: str) -> Thing:

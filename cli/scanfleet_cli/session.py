@@ -73,7 +73,7 @@ class Session:
         self.context: str | None = None
         self.token_file: Path | None = None
         self.timeout = 60.0
-        self.limit = LIMIT
+        self.limit: int | None = None
         self._client: Client | None = None
 
     @functools.cached_property
@@ -162,9 +162,13 @@ class Session:
         """The answer to a call, as JSON."""
         return self.client.ask(call).json
 
+    def limit_or(self, default: int) -> int:
+        """The number of rows that `--limit` names, else the default; 0 = all."""
+        return default if self.limit is None else self.limit
+
     def rows(self, call: ListCall[Any], limit: int | None = None) -> Iterator[Row]:
         """The objects of a list, `limit` of them (the command's own unless given; 0 = all); says how many there are."""
-        limit = self.limit if limit is None else limit
+        limit = self.limit_or(LIMIT) if limit is None else limit
         shown = 0
         from scanfleet_cli.client import page_of  # noqa: PLC0415 # not for commands that ask nothing
 
@@ -238,7 +242,7 @@ def _chosen_fields(context: click.Context, _parameter: click.Parameter, value: s
         context.obj.output.fields = [field.strip() for field in value.split(",") if field.strip()]
 
 
-def _chosen_limit(context: click.Context, _parameter: click.Parameter, value: int) -> None:
+def _chosen_limit(context: click.Context, _parameter: click.Parameter, value: int | None) -> None:
     context.obj.limit = value
 
 
@@ -268,19 +272,24 @@ def formats(command: Command) -> Command:
     )(command)
 
 
+def _limit(default: str) -> Callable[[Command], Command]:
+    return click.option(
+        "--limit",
+        type=click.IntRange(min=0),
+        expose_value=False,
+        callback=_chosen_limit,
+        help=f"Number of rows; 0 = all. Default: {default}.",
+    )
+
+
 def lists(command: Command) -> Command:
     """The options of a command that prints a list."""
-    return formats(
-        click.option(
-            "--limit",
-            type=click.IntRange(min=0),
-            default=LIMIT,
-            show_default=True,
-            expose_value=False,
-            callback=_chosen_limit,
-            help="Number of rows; 0 = all.",
-        )(command)
-    )
+    return formats(_limit(str(LIMIT))(command))
+
+
+def long_lists(command: Command) -> Command:
+    """The options of a command that prints what became of a job; a pipe gets all of it."""
+    return formats(_limit(f"{LIMIT} on a terminal, otherwise all")(command))
 
 
 def complete_context(context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from itertools import chain
 from typing import Any, Final
 
 import click
 
+from scanfleet.clock import rfc3339
 from scanfleet_cli import calls
-from scanfleet_cli.output import Column, Row, column
-from scanfleet_cli.session import Session, lists, with_session
+from scanfleet_cli.client import page_of
+from scanfleet_cli.output import Column, Format, Row, column
+from scanfleet_cli.session import LIMIT, Session, lists, with_session
 
-TAIL_SECONDS: Final = 2.0  # between two looks at the log
+TAIL_SECONDS: Final = 2.0  # between two reads of the log
+OVERLAP: Final = timedelta(seconds=10)  # within which entries may be recorded out of order
 
 _FILTERS: Final = (
     ("subject", "Only what this user did or was refused."),
@@ -64,23 +69,60 @@ def list_(session: Session, /, **filters: str | None) -> None:
 @lists
 @with_session
 def tail(session: Session, /, **filters: str | None) -> None:
-    """Print entries as they are recorded, until Ctrl-C."""
-    seen: set[str] = set()
-    first = True
+    """Print entries as they are recorded, until Ctrl-C; begins with the latest."""
+    output, new = session.output, _recorded(session, filters)
+    if output.format is Format.JSON:  # an array would never end
+        output.format = Format.JSONL
+    if output.format in {Format.TABLE, Format.WIDE} and output.fields is None:
+        for entries in new:
+            output.many(entries, _columns())
+    else:
+        if output.fields is not None and output.format is not Format.CSV:
+            output.format = Format.JSONL
+        output.many(chain.from_iterable(new), _columns())
+
+
+def _recorded(session: Session, filters: dict[str, str | None]) -> Iterator[list[Row]]:
+    """The latest entries, then again and again those that were recorded since, each once, oldest first.
+
+    Pages are read from the newest entry on, so an entry that is recorded meanwhile moves others to the next page: read twice, an
+    entry is known by its id. Each read begins some seconds before the last entry, since several services record at once.
+    """
+    seen: dict[str, datetime] = {}
+    earliest = filters["since"]
+    limit = session.limit_or(LIMIT)
+    latest = _latest(_entries(session, _call(filters)), limit)
     while True:
-        page: list[Row] = session.client.ask(_call(filters).page(1, 100)).json["entries"]
-        new = [row for row in reversed(page) if _key(row) not in seen]
-        seen = {_key(row) for row in page} | (seen if len(seen) < 10_000 else set())  # noqa: PLR2004 # bounded
-        if not first or session.limit == 0:
-            session.output.many(new, _columns())
-        elif new:
-            session.output.many(new[-session.limit :], _columns())
-        first = False
-        time.sleep(TAIL_SECONDS)
+        new = {str(row["id"]): row for row in reversed(latest) if row["id"] not in seen}
+        yield list(new.values())[-limit:]
+        limit = 0
+        seen |= {id_: _time(row) for id_, row in new.items()}
+        if seen:
+            since = max(seen.values()) - OVERLAP
+            seen = {id_: time for id_, time in seen.items() if time >= since}
+            if earliest is None or since > datetime.fromisoformat(earliest):
+                filters = filters | {"since": rfc3339(since)}
+        session.world.sleep(TAIL_SECONDS)
+        latest = list(_entries(session, _call(filters)))
 
 
-def _key(row: Row) -> str:
-    return repr(sorted(row.items()))
+def _latest(entries: Iterator[Row], limit: int) -> list[Row]:
+    """The first `limit` entries, or all, and those that the next read will find again."""
+    found: list[Row] = []
+    for row in entries:
+        if limit and len(found) >= limit and _time(row) < _time(found[0]) - OVERLAP:
+            break
+        found.append(row)
+    return found
+
+
+def _time(row: Row) -> datetime:
+    return datetime.fromisoformat(row["received_at"])
+
+
+def _entries(session: Session, call: calls.ListCall[Any]) -> Iterator[Row]:
+    for reply in session.client.replies(call):
+        yield from page_of(reply, call.items)[call.items]
 
 
 def _call(filters: dict[str, str | None]) -> calls.ListCall[Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from datetime import datetime
 from ipaddress import ip_address, ip_network
 from typing import Any, Final
 
@@ -13,20 +14,15 @@ import httpx2
 
 from scanfleet import rest
 from scanfleet.messages import JobStatus
-from scanfleet_cli import calls, chart, coverage, follow, resolve
-from scanfleet_cli.client import parse_json
-from scanfleet_cli.errors import ApiError, CommandError, Exit, ScanfleetError, explain
-from scanfleet_cli.output import Column, Format, Row, ago, column, count, duration, printable
-from scanfleet_cli.session import Session, complete_job, formats, lists, many_failed, with_session, yes
+from scanfleet_cli import calls, chart, coverage, findings, follow, resolve, views
+from scanfleet_cli.errors import ApiError, CommandError, Exit
+from scanfleet_cli.output import Column, Format, Output, Row, ago, column, count, duration, printable
+from scanfleet_cli.session import Session, complete_job, formats, lists, long_lists, with_session, yes
 
 job_id = click.argument("job_id", type=click.IntRange(min=1), metavar="ID", shell_complete=complete_job)
 job_ids = click.argument(
     "job_ids", type=click.IntRange(min=1), nargs=-1, required=True, metavar="ID…", shell_complete=complete_job
 )
-timeout_option = click.option(
-    "--timeout", metavar="TIME", help="Give up waiting after 90, 90s, 30m or 2h; exit 124. The job continues."
-)
-
 _LEDGER_NAMES: Final = tuple(rest.LedgerCounts.model_fields)
 _SHARE_BAR: Final = 20  # cells
 
@@ -52,17 +48,16 @@ def submit(session: Session, /, *, subnets: Sequence[str], policy: str, key: str
     networks = {each.id: each.cidr for each in chosen}
     made = resolve.create_jobs(session, [each.id for each in chosen], policy_id, key).json
     if not (watch and session.output.format is Format.JSONL):
-        session.output.many(made["jobs"], submitted_columns(networks))
-    return _watch(session, [each["id"] for each in made["jobs"]], None) if watch else None
+        session.output.many(made["jobs"], resolve.submitted_columns(networks))
+    return follow.code_of(_watch(session, [each["id"] for each in made["jobs"]], None)) if watch else None
 
 
-def submitted_columns(networks: Mapping[int, str]) -> list[Column]:
-    """Of jobs that were just created; `networks` are those of subnets, by id."""
-    return [
-        Column("JOB", lambda row: f"job {row['id']}"),
-        Column("NETWORK", lambda row: networks.get(row["subnet_id"], "")),
-        column("STATUS"),
-    ]
+def took(job: Row, output: Output) -> str:
+    """How long a job has run, from the API's object."""
+    if not job["start_time"]:
+        return "-"
+    end = datetime.fromisoformat(job["end_time"]) if job["end_time"] else output.now()
+    return duration((end - datetime.fromisoformat(job["start_time"])).total_seconds())
 
 
 def _status(job: Row) -> str:
@@ -111,7 +106,7 @@ def list_(
         column("POLICY", "policy_id") if output.format is not Format.WIDE else column("POLICY", "policy"),
         *([column("USER", "user_id")] if user else []),
         Column("STARTED", lambda row: ago(row["start_time"], output)),
-        Column("TOOK", lambda row: follow.took(row, output)),
+        Column("TOOK", lambda row: took(row, output)),
         column("MACHINES", "machines_found", wide=True),
         column("ERROR", "error", wide=True),
     ]
@@ -154,7 +149,7 @@ def _block(session: Session, task: rest.TaskStatus) -> Iterator[str]:
     yield f"  machines   {status.machines_found}"
     yield from _asked_for(session, job)
     yield f"  created    {ago(job.model_dump(mode='json')['created_at'], output)}"
-    yield f"  took       {follow.took(job.model_dump(mode='json'), output)}"
+    yield f"  took       {took(job.model_dump(mode='json'), output)}"
     if status.error:
         yield f"  error      {printable(status.error)}"
     with suppress(ApiError):
@@ -182,91 +177,47 @@ def _asked_for(session: Session, job: Any) -> Iterator[str]:
 
 @job.command()
 @job_ids
-@timeout_option
+@follow.timeout_option
 @click.option("--no-exit-status", is_flag=True, help="Exit 0 however the jobs end.")
-@click.option("--cancel-on-interrupt", is_flag=True, help="Ctrl-C cancels the jobs.")
+@follow.cancel_option
 @formats
 @with_session
 def watch(
     session: Session, /, *, job_ids: Sequence[int], timeout: str | None, no_exit_status: bool, cancel_on_interrupt: bool
 ) -> int:
-    """Watch jobs to their end; the exit code is that of the worst end."""
-    code = _watch(session, list(dict.fromkeys(job_ids)), seconds(timeout), cancel=cancel_on_interrupt)
+    """Watch jobs to their end; the exit code is that of the worst end.
+
+    JSON lines hold each state; the other formats hold the final states.
+    """
+    jobs = _watch(session, list(dict.fromkeys(job_ids)), follow.seconds(timeout), cancel=cancel_on_interrupt)
+    tasks = [job.task.model_dump(mode="json") for job in jobs if job.task is not None]
+    match session.output.format:
+        case Format.JSONL:
+            pass
+        case Format.TABLE | Format.WIDE if session.output.fields is None:
+            pass
+        case _:
+            session.output.many(tasks, [], "job_id")
+    code = follow.code_of(jobs)
     return Exit.DONE if no_exit_status and code in {Exit.JOB_FAILED, Exit.JOB_CANCELLED} else code
 
 
-def _watch(session: Session, job_ids: Sequence[int], limit: float | None, *, cancel: bool = False) -> int:
-    view = follow.view_for(session.output)
-    ends = isinstance(view, follow.Log | follow.Bars)
-    jobs = followed(
-        session, job_ids, view, limit, cancel=cancel, each=lambda job: follow.end_of(session, job) if ends else None
-    )
-    return follow.code_of(list(jobs.values()))
+def _watch(
+    session: Session, job_ids: Sequence[int], limit: float | None, *, cancel: bool = False
+) -> list[views.Followed]:
+    view = views.view_for(session.output)
 
+    def ended(job: views.Followed) -> None:
+        follow.print_end(session, job)
 
-def followed(
-    session: Session, job_ids: Sequence[int], view: follow.View, limit: float | None, *, cancel: bool, **how: Any
-) -> dict[int, follow.Followed]:
-    """Follow jobs; Ctrl-C and the time limit leave them running, and say how to come back.
-
-    Raises:
-        CommandError: the time is over.
-        KeyboardInterrupt: of Ctrl-C.
-    """
-    ids = " ".join(map(str, job_ids))
-    noun = f"job{'s' if len(job_ids) > 1 else ''} {ids}"
-    try:
-        jobs = follow.run(session, job_ids, view, timeout=limit, **how)
-    except KeyboardInterrupt:
-        if cancel:
-            for each in job_ids:
-                with suppress(ApiError):
-                    session.client.send(calls.cancel_task(each))
-            session.output.note(f"{noun} cancelled")
-        else:
-            run = "run" if len(job_ids) > 1 else "runs"
-            session.output.note(f"{noun} {run} on: scanfleet job watch {ids}, or scanfleet job cancel {ids}")
-        raise
-    late = [each for each in jobs.values() if not each.final]
-    if limit and late and "enough" not in how:
-        raise gave_up(late[0], limit)
-    return jobs
-
-
-def gave_up(late: follow.Followed, limit: float) -> CommandError:
-    status = late.task.status if late.task else None
-    state = f"still {status.status} ({status.progress} %)" if status else "did not answer"
-    return CommandError(
-        f"job {late.job_id} {state}, gave up waiting after {limit:g} s",
-        Exit.TIMED_OUT,
-        hint=f"scanfleet job watch {late.job_id}",
-    )
-
-
-def seconds(text: str | None) -> float | None:
-    """`90`, `90s`, `30m` or `2h` in seconds.
-
-    Raises:
-        CommandError: the text is none of these.
-    """
-    if text is None:
-        return None
-    units = {"s": 1, "m": 60, "h": 3_600}
-    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
-    try:
-        value = float(number) * unit
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise CommandError(f"{text} is no time", hint="for example 90, 90s, 30m or 2h")
-    return value
+    return follow.to_the_end(session, job_ids, view, limit, cancel=cancel, ended=ended if view.wants_ledger else None)
 
 
 @job.command()
 @click.argument("job_ids", type=click.IntRange(min=1), nargs=-1, metavar="ID…", shell_complete=complete_job)
 @click.option("--all", "every", is_flag=True, help="All unfinished jobs of yours.")
 @click.option("--for", "state", type=click.Choice(["running", "final"]), default="final", show_default=True)
-@timeout_option
+@follow.timeout_option
 @with_session
 def wait(session: Session, /, *, job_ids: Sequence[int], every: bool, state: str, timeout: str | None) -> int:
     """Wait for jobs, and print nothing but how they ended, on stderr."""
@@ -276,16 +227,14 @@ def wait(session: Session, /, *, job_ids: Sequence[int], every: bool, state: str
             session.output.note("no unfinished jobs")
             return Exit.DONE
         raise CommandError("name jobs, or --all", hint="scanfleet job wait --help")
-    limit = seconds(timeout)
 
     def enough(status: JobStatus) -> bool:
         return status.final or (state == "running" and status is JobStatus.RUNNING)
 
-    jobs = list(followed(session, ids, follow.Silent(), limit, cancel=False, enough=enough).values())
+    jobs = follow.to_the_end(session, ids, views.Silent(), follow.seconds(timeout), enough=enough)
     for each in jobs:
-        if each.task is None or not enough(each.task.status.status):
-            raise gave_up(each, limit or 0)
-        session.output.note(f"job {each.job_id} {each.task.status.status}")
+        if each.task is not None:
+            session.output.note(f"job {each.job_id} {each.task.status.status}")
     return follow.code_of(jobs)
 
 
@@ -308,26 +257,7 @@ def cancel(session: Session, /, *, job_ids: Sequence[int], all_mine: bool, yes: 
         cancelled = session.client.send(calls.cancel_tasks(rest.CancelJobs(all=True)))
         session.output.note(f"✓ {cancelled.message}")
         return
-    errors = []
-    for each in dict.fromkeys(job_ids):
-        try:
-            _cancel(session, each)
-        except ScanfleetError as error:
-            errors.append(explain(error))
-    many_failed(errors, session.output)
-
-
-def _cancel(session: Session, job_id: int) -> None:
-    try:
-        session.client.send(calls.cancel_task(job_id))
-    except ApiError as error:
-        if error.status != httpx2.codes.BAD_REQUEST:
-            raise
-        task = session.client.send(calls.read_task(job_id))
-        if not (error.unsure and task.status.status is JobStatus.CANCELLED):  # else the attempt that was cut did it
-            when = task.job.model_dump(mode="json")["end_time"]
-            raise CommandError(f"{error.message} (since {when})", status=error.status) from error
-    session.output.note(f"✓ job {job_id} cancelled")
+    follow.cancel_each(session, job_ids)
 
 
 @job.command()
@@ -336,7 +266,7 @@ def _cancel(session: Session, job_id: int) -> None:
 def events(session: Session, /, *, job_id: int) -> None:
     """Print a job's states as JSON lines, as they come, to its end."""
     for task in session.client.watch(job_id, session.output.note):
-        session.output.say(json.dumps(task.model_dump(mode="json"), separators=(",", ":")))
+        session.output.line(task.model_dump(mode="json"))
 
 
 @job.command()
@@ -395,26 +325,13 @@ def _added(session: Session, call: calls.Call[Any], what: str) -> Any:
         raise
 
 
-def result_columns() -> list[Column]:
-    """Of a table of results."""
-    return [
-        column("ADDRESS", "ip_address"),
-        Column("PORT", lambda row: f"{row['port']}/{row['protocol']}"),
-        column("STATE", "status"),
-        column("SERVICE"),
-        column("VERSION"),
-        column("OS", "os_info", wide=True),
-        column("BANNER", wide=True),
-    ]
-
-
 @job.command()
 @job_id
 @click.option("--port", "ports", multiple=True, type=int, help="Only this port; repeat for several.")
 @click.option("--service", help="Only this service.")
 @click.option("--address", metavar="CIDR", help="Only addresses of this network.")
 @click.option("--open-only", is_flag=True, help="Leave out open|filtered.")
-@lists
+@long_lists
 @with_session
 def results(
     session: Session, /, *, job_id: int, ports: Sequence[int], service: str | None, address: str | None, open_only: bool
@@ -422,55 +339,25 @@ def results(
     """Print what a job found. Without a filter, CSV and JSON lines pass through as the service writes them."""
     output = session.output
     filtered = bool(ports or service or address or open_only or output.fields is not None)
-    if output.format in {Format.CSV, Format.JSONL} and not filtered:
-        _pass_through(session, job_id, "text/csv" if output.format is Format.CSV else calls.NDJSON)
+    if output.format in {Format.CSV, Format.JSONL} and not filtered and not session.limit:
+        findings.pass_through(session, job_id, "text/csv" if output.format is Format.CSV else calls.NDJSON)
         return
     network = _network(address) if address else None
     rows = (
         row
-        for row in stream_rows(session, job_id, port=list(ports) or None, service=service, address=address)
+        for row in findings.rows(session, job_id, port=list(ports) or None, service=service, address=address)
         if (not ports or row["port"] in ports)
         and (not service or row["service"] == service)
         and (not open_only or row["status"] == "open")
         and (network is None or ip_address(row["ip_address"]) in network)
     )
-    limit = session.limit if output.terminal and output.format in {Format.TABLE, Format.WIDE} else 0
     session.show_list(
-        _limited(session, rows, limit),
-        result_columns(),
+        findings.limited(session, rows),
+        findings.columns(),
         "no result matches" if filtered else "no open ports",
         "ip_address",
     )
-    not_probed_note(session, job_id)
-
-
-def _limited(session: Session, rows: Iterator[Row], limit: int) -> Iterator[Row]:
-    number = 0
-    for number, row in enumerate(rows, 1):
-        if limit and number > limit:
-            continue
-        yield row
-    if limit and number > limit:
-        session.output.note(f"{limit:,} of {number:,}; --limit 0 for all")
-
-
-def stream_rows(session: Session, job_id: int, **query: Any) -> Iterator[Row]:
-    """A job's results as JSON, as they come; an older service ignores `query`.
-
-    Raises:
-        UnavailableError: the connection was cut: what came is not all.
-    """
-    with session.client.stream(calls.read_results(job_id, **query)) as response:
-        for line in response.iter_lines():
-            yield parse_json(line)
-
-
-def _pass_through(session: Session, job_id: int, accept: str) -> None:
-    output = session.output
-    with session.client.stream(calls.read_results(job_id, accept)) as response:
-        for text in response.iter_text():
-            output.stdout.write(text)
-    output.stdout.flush()
+    findings.note_not_probed(session, job_id)
 
 
 def _network(text: str) -> Any:
@@ -480,46 +367,32 @@ def _network(text: str) -> Any:
         raise CommandError(f"--address: {error}") from error
 
 
-def not_probed_note(session: Session, job_id: int) -> None:
-    """Say what a job did not probe, and how far it is when it still runs."""
-    if session.output.quiet:
-        return
-    ledger = session.client.send(calls.read_ledger(job_id, page_size=1))
-    if not ledger.status.final:
-        session.output.note(
-            f"job {job_id} is {ledger.status}: {coverage.looked_at(ledger):,} of {ledger.request.addresses:,} addresses so far"
-        )
-    elif not ledger.accounted:
-        session.output.note(f"{coverage.proof(ledger)}: scanfleet job ledger {job_id} --not-probed")
-
-
 @job.command()
 @job_id
-@lists
+@long_lists
 @with_session
 def hosts(session: Session, /, *, job_id: int) -> None:
     """Print one line for each address with open ports."""
     by_address: dict[str, list[Row]] = {}
-    for row in stream_rows(session, job_id):
+    for row in findings.rows(session, job_id):
         by_address.setdefault(row["ip_address"], []).append(row)
     rows = [
         {
             "address": address,
-            "ports": [f"{each['port']}/{each['protocol']}" for each in found],
-            "services": [each["service"] for each in found if each["service"]],
-            "os_info": next((each["os_info"] for each in found if each["os_info"]), ""),
+            "ports": [f"{each['port']}/{each['protocol']}" for each in open_ports],
+            "services": [each["service"] for each in open_ports if each["service"]],
+            "os_info": next((each["os_info"] for each in open_ports if each["os_info"]), ""),
         }
-        for address, found in sorted(by_address.items(), key=lambda item: ip_address(item[0]).packed)
+        for address, open_ports in sorted(by_address.items(), key=lambda item: ip_address(item[0]).packed)
     ]
-    limit = session.limit if session.output.terminal else 0
     columns = [
         column("ADDRESS"),
         column("PORTS"),
         Column("SERVICES", lambda row: " ".join(row["services"]) or "-"),
         column("OS", "os_info", wide=True),
     ]
-    session.show_list(_limited(session, iter(rows), limit), columns, "no open ports", "address")
-    not_probed_note(session, job_id)
+    session.show_list(findings.limited(session, iter(rows)), columns, "no open ports", "address")
+    findings.note_not_probed(session, job_id)
 
 
 @job.command()
@@ -527,19 +400,19 @@ def hosts(session: Session, /, *, job_id: int) -> None:
 @click.option("--not-probed", is_flag=True, help="Name the addresses that were not probed to their end, and why.")
 @click.option("--outcome", "wanted", multiple=True, metavar="NAME", help=f"Only these, of {', '.join(_LEDGER_NAMES)}.")
 @click.option("--networks", is_flag=True, help="Collapse addresses to networks.")
-@lists
+@long_lists
 @with_session
 def ledger(session: Session, /, *, job_id: int, not_probed: bool, wanted: Sequence[str], networks: bool) -> None:
     """Show what became of every probe of a job."""
     if unknown := [each for each in wanted if each not in _LEDGER_NAMES]:
         raise CommandError(f"unknown outcome {unknown[0]}", hint=f"one of {', '.join(_LEDGER_NAMES)}")
     reply = session.client.ask(call := calls.read_ledger(job_id))
-    found = reply.read(call)
+    first = reply.read(call)
     if not (not_probed or wanted or networks):
-        session.output.one(reply.json, lambda: _ledger(session, found), "job_id")
+        session.output.one(reply.json, lambda: _ledger(session, first), "job_id")
         return
     outcomes = set(wanted) or set(coverage.NOT_PROBED) | {"timed_out"}
-    entries = [each for each in _entries(session, job_id, found) if each.outcome in outcomes]
+    entries = [each for each in _entries(session, first, None) if each.outcome in outcomes]
     if networks:
         groups: dict[tuple[str, str], set[str]] = {}
         for each in entries:
@@ -553,39 +426,32 @@ def ledger(session: Session, /, *, job_id: int, not_probed: bool, wanted: Sequen
     else:
         rows = (each.model_dump() for each in entries)
         columns = [column("ADDRESS"), column("PORTS"), column("OUTCOME"), column("REASON")]
-    limit = session.limit if session.output.terminal else 0
     session.show_list(
-        _limited(session, rows, limit), columns, f"{coverage.proof(found)}; nothing to name", columns[0].title.lower()
+        findings.limited(session, rows), columns, f"{coverage.proof(first)}; nothing to name", columns[0].title.lower()
     )
 
 
-def _entries(session: Session, job_id: int, first: rest.Ledger) -> Iterator[rest.LedgerEntry]:
-    """Every entry of a ledger."""
+def _entries(session: Session, first: rest.Ledger, limit: int | None = coverage.ENTRIES) -> Iterator[rest.LedgerEntry]:
+    """The addresses that a ledger names, up to about `limit`; None for all."""
     yield from first.not_probed.addresses
-    seen, page = len(first.not_probed.addresses), 2
-    while seen < first.not_probed.total:
-        more = session.client.send(calls.read_ledger(job_id, page)).not_probed.addresses
-        if not more:
-            return
-        yield from more
-        seen += len(more)
-        page += 1
+    for page in coverage.further_pages(first, limit):
+        yield from session.client.send(calls.read_ledger(first.job_id, page)).not_probed.addresses
 
 
-def _ledger(session: Session, found: rest.Ledger) -> Iterator[str]:
-    probes = max(found.request.probes, 1)
-    for name, number in found.counts.model_dump().items():
+def _ledger(session: Session, first: rest.Ledger) -> Iterator[str]:
+    probes = max(first.request.probes, 1)
+    for name, number in first.counts.model_dump().items():
         share = number / probes
         bar = "▇" * round(_SHARE_BAR * share) if session.output.terminal else ""
         text = name.replace("_", " ")
         yield f"{session.output.paint(name, f'{text:<10}')} {number:>14,} {share:>7.1%}  {bar}".rstrip()
-    asked = f"{count(found.request.addresses, 'address', 'addresses')} × {count(found.request.ports, 'port')}"
-    yield f"{'asked':<10} {found.request.probes:>14,}           {asked}"
-    yield f"accounted: {'yes' if found.accounted else 'no'}"
-    if found.status.final and not found.accounted:
-        yield coverage.proof(found)
-        entries = coverage.entries(lambda page: session.client.send(calls.read_ledger(found.job_id, page)), found)
-        yield from (f"  {printable(reason)}" for reason in coverage.reasons(entries))
+    asked = f"{count(first.request.addresses, 'address', 'addresses')} × {count(first.request.ports, 'port')}"
+    yield f"{'asked':<10} {first.request.probes:>14,}           {asked}"
+    yield f"accounted: {'yes' if first.accounted else 'no'}"
+    if first.status.final and not first.accounted:
+        yield coverage.proof(first)
+        reasons = coverage.reasons(_entries(session, first))
+        yield from (f"  {printable(reason)}" for reason in reasons)
 
 
 @job.command("open")

@@ -17,8 +17,7 @@ import click
 from scanfleet import rest
 from scanfleet.policy import PolicyError, Preset, ScanPolicy, fill_in
 from scanfleet.ports import PortSet
-from scanfleet_cli import calls, coverage, follow, resolve
-from scanfleet_cli.commands import job as jobs
+from scanfleet_cli import calls, coverage, findings, follow, resolve, views
 from scanfleet_cli.errors import ApiError, CommandError, Exit, UnavailableError
 from scanfleet_cli.output import Format, Row, count, printable
 from scanfleet_cli.session import Session, formats, with_session
@@ -34,11 +33,16 @@ _Watched = Callable[[Row], bool]
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One target."""
+    """One target, as it was named."""
 
     cidr: str
     name: str | None = None
     exclude: tuple[str, ...] = ()
+
+    @property
+    def scope(self) -> tuple[str, frozenset[str]]:
+        """What is scanned: the network, and the exclusions that have an effect, merged."""
+        return _scope(self.cidr, self.exclude)
 
 
 @click.command()
@@ -56,10 +60,10 @@ class Wanted:
 )
 @click.option("--name", help="Name of a subnet that is made.")
 @click.option("--no-watch", is_flag=True, help="Submit and return.")
-@jobs.timeout_option
+@follow.timeout_option
 @click.option("--fail-on", metavar="open|PORTS", help="Exit 8 when a port is open, or one of these.")
 @click.option("--key", help="Idempotency key: repeating the command with the same key creates nothing more.")
-@click.option("--cancel-on-interrupt", is_flag=True, help="Ctrl-C cancels the jobs.")
+@follow.cancel_option
 @formats
 @with_session
 def scan(
@@ -83,23 +87,26 @@ def scan(
     TARGET is a CIDR or an address, or - for a list on stdin. A subnet with the same CIDR and exclusions, and a policy with the
     same fields, are used as they are; others are made.
     """
-    limit, watched_ports = jobs.seconds(timeout), _fail_ports(fail_on)
+    output = session.output
+    if output.fields is not None and output.format.machine:
+        raise CommandError(f"--json chooses fields of results and goes without -o {output.format}")
+    limit, watched_ports = follow.seconds(timeout), _fail_ports(fail_on)
     wanted = list(_targets(targets, file, exclude, name))
     chosen, policy_word = _policy(session, policy, resolve.policy_fields(policy_options))
-    subnets = [_subnet(session, each) for each in wanted]
-    if len({subnet.id for subnet, _ in subnets}) < len(subnets):
-        raise CommandError("a target is named twice")
+    known = list(resolve.subnets(session))
+    subnets = [_subnet(session, each, known) for each in wanted]
     subnet_ids = [subnet.id for subnet, _ in subnets]
     reply = resolve.create_jobs(session, subnet_ids, chosen.id, key)
     made = reply.read(calls.create_tasks(subnet_ids, chosen.id)).jobs
     for each, (subnet, word) in zip(made, subnets, strict=True):
-        session.output.note(
+        output.note(
             f"job {each.id} · {subnet.cidr} (subnet {subnet.id} {_quoted(subnet.name)}, {word}) · "
             f"{chosen.preset}, {_port_count(chosen)} (policy {chosen.id} {_quoted(chosen.name)}, {policy_word})"
         )
     if no_watch:
-        session.output.many(
-            [each.model_dump(mode="json") for each in made], jobs.submitted_columns({s.id: s.cidr for s, _ in subnets})
+        output.many(
+            [each.model_dump(mode="json") for each in made],
+            resolve.submitted_columns({s.id: s.cidr for s, _ in subnets}),
         )
         return Exit.DONE
     return _to_the_end(session, [each.id for each in made], limit, watched_ports, cancel=cancel_on_interrupt)
@@ -108,23 +115,23 @@ def scan(
 def _to_the_end(
     session: Session, job_ids: Sequence[int], limit: float | None, watched: _Watched | None, *, cancel: bool
 ) -> int:
-    output, view = session.output, follow.view_for(session.output)
-    ended = jobs.followed(session, job_ids, view, limit, cancel=cancel)
-    documents, rows, matched = [], [], False
-    for each in ended.values():
-        ledger = follow.end_of(session, each)
-        found = list(jobs.stream_rows(session, each.job_id))
-        matched |= watched is not None and any(watched(row) for row in found)
+    output, view = session.output, views.view_for(session.output)
+
+    def ended(job: views.Followed) -> None:
+        follow.print_end(session, job)
+
+    jobs = follow.to_the_end(session, job_ids, view, limit, cancel=cancel, ended=ended)
+    documents, rows = [], []
+    for each in jobs:
+        found = list(findings.rows(session, each.job_id))
         rows += found
-        if each.task is not None and ledger is not None:
-            task = each.task.model_dump(mode="json")
-            documents.append(
-                {"job": task, "ledger": ledger.model_dump(mode="json", exclude={"not_probed"}), "results": found}
-            )
-        if not found and ledger is not None:
-            output.note(nothing(each, ledger))
+        ledger = each.ledger and each.ledger.model_dump(mode="json", exclude={"not_probed"})
+        documents.append({"job": each.task and each.task.model_dump(mode="json"), "ledger": ledger, "results": found})
+        if not found and each.ledger is not None:
+            output.note(findings.nothing(each, each.ledger))
     _print(session, documents, rows)
-    code = follow.code_of(list(ended.values()))
+    code = follow.code_of(jobs)
+    matched = watched is not None and any(map(watched, rows))
     return Exit.MATCHED if matched and code is Exit.DONE else code
 
 
@@ -135,20 +142,12 @@ def _print(session: Session, documents: Sequence[Row], rows: Sequence[Row]) -> N
             output.say(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
         case Format.JSONL:
             for row in rows:
-                output.say(json.dumps({"kind": "result"} | dict(row), separators=(",", ":")))
+                output.line({"kind": "result"} | dict(row))
         case _:
-            output.many(rows, jobs.result_columns(), "ip_address")
+            output.many(rows, findings.columns(), "ip_address")
     if rows:
         machines = len({row["ip_address"] for row in rows})
         output.note(f"{count(len(rows), 'open port')} on {count(machines, 'machine')}")
-
-
-def nothing(job: follow.Followed, ledger: rest.Ledger) -> str:
-    """Why a job found no open port, in words."""
-    machines = job.task.status.machines_found if job.task else 0
-    if machines:
-        return f"{count(machines, 'machine')} answered, none has an open port"
-    return "no machine answered" if ledger.accounted else f"nothing found: {coverage.proof(ledger)}"
 
 
 def _quoted(name: str) -> str:
@@ -184,8 +183,13 @@ def _targets(given: Sequence[str], file: Any, exclude: Sequence[str], name: str 
     wanted = [Wanted(each) for each in given if each != "-"] + list(_of_lines(lines))
     if not wanted:
         raise CommandError("no target", hint="scanfleet scan 192.0.2.0/24, or --targets FILE")
+    named: set[tuple[str, frozenset[str]]] = set()
     for each in wanted:
-        yield Wanted(canonical(each.cidr), each.name or name, (*each.exclude, *exclude))
+        target = Wanted(canonical(each.cidr), each.name or name, (*each.exclude, *exclude))
+        if target.scope in named:
+            raise CommandError(f"target {printable(each.cidr)} is named twice")
+        named.add(target.scope)
+        yield target
 
 
 def _of_lines(lines: Iterable[str]) -> Iterator[Wanted]:
@@ -218,34 +222,27 @@ def canonical(cidr: str) -> str:
 # What is reused and what is made
 
 
-def _subnet(session: Session, wanted: Wanted) -> tuple[rest.Subnet, str]:
-    excluded = _inside(wanted.cidr, wanted.exclude)
-
-    def find() -> rest.Subnet | None:
-        return next(
-            (
-                each
-                for each in resolve.subnets(session)
-                if each.cidr == wanted.cidr and _inside(each.cidr, each.exclude) == excluded
-            ),
-            None,
-        )
-
+def _subnet(session: Session, wanted: Wanted, known: Sequence[rest.Subnet]) -> tuple[rest.Subnet, str]:
     name = wanted.name or resolve.own_name(wanted.cidr, sorted(wanted.exclude))
     body = resolve.body(rest.SubnetBody, {"name": name, "cidr": wanted.cidr, "exclude": list(wanted.exclude)})
-    return find_or_make(session, find, lambda: session.client.send(calls.create_subnet(body)))
+    return find_or_make(
+        session,
+        known,
+        lambda: resolve.subnets(session),
+        lambda each: _scope(each.cidr, each.exclude) == wanted.scope,
+        lambda: session.client.send(calls.create_subnet(body)),
+    )
 
 
-def _inside(cidr: str, exclude: Iterable[str]) -> set[str]:
-    """The excluded networks that have an effect, merged."""
+def _scope(cidr: str, exclude: Iterable[str]) -> tuple[str, frozenset[str]]:
     try:
         network = ip_network(cidr)
         within = [
             each for each in map(ip_network, exclude) if each.version == network.version and each.overlaps(network)
         ]
-        return {str(each) for each in coverage.merged(within)}
     except ValueError:
-        return set(exclude)
+        return cidr, frozenset(exclude)
+    return cidr, frozenset(map(str, coverage.merged(within)))
 
 
 def _policy(session: Session, named: str | None, fields: dict[str, Any]) -> tuple[rest.Policy, str]:
@@ -260,36 +257,45 @@ def _policy(session: Session, named: str | None, fields: dict[str, Any]) -> tupl
         given = {name: value for name, value in fields.items() if name != "preset"}
         expected = fill_in(Preset(fields["preset"]), given)
 
-    def find() -> rest.Policy | None:
-        return next(
-            (
-                each
-                for each in resolve.policies(session)
-                if expected is not None and _scan_of(each) == _scan_of(expected)
-            ),
-            None,
-        )
-
     body = resolve.body(rest.PolicyBody, {"name": resolve.own_name(sorted(fields.items())), **fields})
-    return find_or_make(session, find, lambda: session.client.send(calls.create_policy(body)))
+    return find_or_make(
+        session,
+        list(resolve.policies(session)),
+        lambda: resolve.policies(session),
+        lambda each: expected is not None and _scan_of(each) == _scan_of(expected),
+        lambda: session.client.send(calls.create_policy(body)),
+    )
 
 
 def _scan_of(policy: ScanPolicy) -> dict[str, Any]:
     return policy.model_dump(include=set(resolve.SCAN_FIELDS))
 
 
-def find_or_make(session: Session, find: Callable[[], T | None], make: Callable[[], T]) -> tuple[T, str]:
+def find_or_make(
+    session: Session,
+    known: Iterable[T],
+    read: Callable[[], Iterable[T]],
+    is_wanted: Callable[[T], bool],
+    make: Callable[[], T],
+) -> tuple[T, str]:
     """The object that is there, else a new one, and which of the two in words.
 
-    A POST without an answer may have made it, so it is looked for again before the POST is repeated.
+    A POST whose outcome is unknown may have made it, so the objects are read again before the POST is repeated.
+
+    Args:
+        session: of the command.
+        known: the objects that there are.
+        read: reads them again.
+        is_wanted: whether one will do.
+        make: makes one.
 
     Raises:
         ApiError: the service refused it, or was busy.
         UnavailableError: the service did not answer.
     """
     for attempt in range(ATTEMPTS):
-        if (found := find()) is not None:
-            return found, "as it is" if attempt == 0 else "made now"
+        if (found := next(filter(is_wanted, read() if attempt else known), None)) is not None:
+            return found, "made now" if attempt else "as it is"
         try:
             return make(), "made now"
         except (ApiError, UnavailableError) as error:

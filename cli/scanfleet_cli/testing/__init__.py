@@ -26,6 +26,8 @@ NOW = datetime(2026, 3, 14, 9, 0, tzinfo=UTC)
 
 Fault = BaseException | httpx2.Response
 
+_STREAM = {"content-type": "text/event-stream"}
+
 State = tuple[JobStatus, int]
 """Status and progress."""
 
@@ -43,6 +45,8 @@ class FakeJob:
         self.machines = 0
         self.error = ""
         self.letters = ""
+        self.page_size = 1_000
+        """Of the ledger."""
 
     @property
     def status(self) -> JobStatus:
@@ -71,8 +75,7 @@ class FakeJob:
         )
         return rest.TaskStatus(job_id=str(self.id), status=status, job=self.job)
 
-    @property
-    def ledger(self) -> rest.Ledger:
+    def ledger(self, page: int = 1) -> rest.Ledger:
         counts = dict.fromkeys(rest.LedgerCounts.model_fields, 0) | self.counts
         probes = sum(counts.values())
         return rest.Ledger(
@@ -82,7 +85,10 @@ class FakeJob:
             request=rest.LedgerRequest(addresses=probes, ports=1, probes=probes),
             counts=rest.LedgerCounts(**counts),
             not_probed=rest.LedgerPage(
-                addresses=self.not_probed, total=len(self.not_probed), page=1, page_size=max(1, len(self.not_probed))
+                addresses=self.not_probed[(page - 1) * self.page_size : page * self.page_size],
+                total=len(self.not_probed),
+                page=page,
+                page_size=self.page_size,
             ),
             eta_seconds=None,
         )
@@ -119,6 +125,7 @@ class FakeApi(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
             for pattern, handler in (
                 ("GET task", self._tasks),
                 ("POST task", self._submit),
+                ("GET events", lambda _request: httpx2.Response(200, headers=_STREAM, stream=_AllEvents(self))),
                 (r"[A-Z]+ task/([0-9]+)(/?.*)", self._job),
                 ("GET subnet", lambda request: self._list(request, "subnets", list(reversed(self.subnets.values())))),
                 ("GET policy", lambda request: self._list(request, "policies", list(reversed(self.policies.values())))),
@@ -223,10 +230,8 @@ class FakeApi(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
             return _error(404, f"no job {number}, or it is not yours")
         answers: dict[str, Callable[[], httpx2.Response]] = {
             "GET ": lambda: _model(job.task),
-            "GET /ledger": lambda: _model(job.ledger),
-            "GET /events": lambda: httpx2.Response(
-                200, headers={"content-type": "text/event-stream"}, stream=_Events(self, job)
-            ),
+            "GET /ledger": lambda: _model(job.ledger(int(request.url.params.get("page", 1)))),
+            "GET /events": lambda: httpx2.Response(200, headers=_STREAM, stream=_Events(self, job)),
             "GET /map": lambda: httpx2.Response(200, json=_map(job)) if job.letters else _error(404, "Not Found"),
             "GET /results": lambda: _results(request, job),
             "POST /cancel": lambda: _cancel(job),
@@ -279,6 +284,38 @@ class _Events(httpx2.SyncByteStream, httpx2.AsyncByteStream):
             yield piece
             if self._job.seq == len(self._job.states) and not self._job.status.final:
                 await asyncio.Event().wait()  # the job runs on
+
+
+class _AllEvents(httpx2.SyncByteStream, httpx2.AsyncByteStream):
+    """The unfinished jobs, then each of their states; it does not end with them, but a read of it times out."""
+
+    def __init__(self, api: FakeApi) -> None:
+        self._api = api
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self._events()
+        raise httpx2.ReadTimeout("no event")
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for event in self._events():
+            await asyncio.sleep(0)
+            yield event
+        await asyncio.Event().wait()
+
+    def _events(self) -> Iterator[bytes]:
+        api, sent = self._api, 0
+        changing = [job for job in api.jobs.values() if not job.status.final]
+        yield b"retry: 3000\n\n"
+        while changing:
+            for job in changing:
+                if api.cut_after is not None and sent == api.cut_after:
+                    api.cut_after = None
+                    raise httpx2.RemoteProtocolError("peer closed connection without sending complete message body")
+                yield f"event: {job.status}\ndata: {job.task.model_dump_json()}\nid: 1-{job.id}-{job.seq}\n\n".encode()
+                sent += 1
+            changing = [job for job in changing if job.seq < len(job.states) and not job.status.final]
+            for job in changing:
+                job.seq += 1
 
 
 def result(number: int, address: str, port: int, **fields: Any) -> dict[str, Any]:

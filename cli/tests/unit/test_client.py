@@ -25,11 +25,29 @@ BUSY = httpx2.Response(503, json={"error": "busy"}, headers={"Retry-After": "0"}
 BODY = rest.SubnetBody(name="lab", cidr="127.9.8.0/24")
 
 Watch = Callable[[list[str]], list[rest.TaskStatus]]
+WatchJobs = Callable[[list[int], list[str]], list[rest.TaskStatus]]
 
 
 @pytest.fixture
 def client(api: FakeApi) -> Client:
     return Client("http://scanfleet.test", TOKEN, patience=SOON, transport=api)
+
+
+@pytest.fixture(params=["sync", "async"])
+def watch_jobs(api: FakeApi, client: Client, request: pytest.FixtureRequest) -> WatchJobs:
+    """Watches several jobs by either client; the second argument gets its notices."""
+
+    def by_thread(job_ids: list[int], notices: list[str]) -> list[rest.TaskStatus]:
+        return list(client.watch_jobs(job_ids, notices.append))
+
+    def by_loop(job_ids: list[int], notices: list[str]) -> list[rest.TaskStatus]:
+        async def read() -> list[rest.TaskStatus]:
+            async with AsyncClient("http://scanfleet.test", TOKEN, patience=SOON, transport=api) as other:
+                return [task async for task in other.watch_jobs(job_ids, notices.append)]
+
+        return asyncio.run(read())
+
+    return by_thread if request.param == "sync" else by_loop
 
 
 @pytest.fixture(params=["sync", "async"])
@@ -131,6 +149,73 @@ def test_a_watch_of_anothers_job_is_refused(api: FakeApi, watch: Watch) -> None:
     with pytest.raises(ApiError, match="no job 41"):
         watch([])
     assert len(api.requests) == 1
+
+
+def final(tasks: list[rest.TaskStatus]) -> list[int]:
+    return sorted(task.job.id for task in tasks if task.status.status.final)
+
+
+def streams(api: FakeApi) -> list[str]:
+    return [request.url.path for request in api.requests if request.url.path.endswith("/events")]
+
+
+def test_several_jobs_are_watched_over_one_stream(api: FakeApi, client: Client, watch_jobs: WatchJobs) -> None:
+    """Each state of each watched job is yielded once, whatever else the stream carries and whether a job had ended before."""
+    for _ in range(4):
+        make_job(client)
+    api.jobs[42].seq = 3
+    tasks = watch_jobs([41, 42, 43], [])
+    assert final(tasks) == [41, 42, 43]
+    assert {task.job.id for task in tasks} == {41, 42, 43}
+    assert streams(api) == ["/api/v1/events"]
+    (stream,) = [request for request in api.requests if request.url.path == "/api/v1/events"]
+    assert stream.url.params["user_id"] == "7"
+
+
+def test_job_that_ends_while_the_stream_is_cut_is_not_missed(
+    api: FakeApi, client: Client, watch_jobs: WatchJobs
+) -> None:
+    """After a cut the jobs are read again, since the new stream begins with unfinished jobs only."""
+    make_job(client), make_job(client)
+    api.cut_after = 1
+    opened = [0]
+
+    def fault(request: httpx2.Request) -> None:
+        if request.url.path == "/api/v1/events":
+            opened[0] += 1
+            if opened[0] == 2:
+                api.jobs[41].seq = 3
+
+    api.fault_of = fault
+    notices: list[str] = []
+    assert final(watch_jobs([41, 42], notices)) == [41, 42]
+    assert [notice.split(" (")[0] for notice in notices] == ["connection lost", "connected again"]
+
+
+def test_several_jobs_are_polled_when_streams_do_not_last(api: FakeApi, client: Client, watch_jobs: WatchJobs) -> None:
+    """After three failed streams in a row the jobs are read instead, to their ends."""
+    make_job(client), make_job(client)
+    reads = [0]
+
+    def fault(request: httpx2.Request) -> Exception | None:
+        if request.url.path == "/api/v1/events":
+            return RESET
+        reads[0] += 1
+        if reads[0] > 4:
+            for job in api.jobs.values():
+                job.seq = min(job.seq + 1, len(job.states))
+        return None
+
+    api.fault_of = fault
+    assert final(watch_jobs([41, 42], [])) == [41, 42]
+    assert len(streams(api)) == 3
+
+
+def test_several_jobs_with_one_of_anothers_are_refused(client: Client, watch_jobs: WatchJobs) -> None:
+    """What no later attempt can change is raised."""
+    make_job(client)
+    with pytest.raises(ApiError, match="no job 42"):
+        watch_jobs([41, 42], [])
 
 
 def test_results_that_are_cut_raise(api: FakeApi, client: Client) -> None:

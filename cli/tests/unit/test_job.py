@@ -166,6 +166,17 @@ def test_hosts_are_one_line_each(run: Any) -> None:
     assert run("job", "hosts", "41").out == "127.9.8.1\t22/tcp,80/tcp\tssh http\n"
 
 
+@pytest.mark.parametrize("command", ["results", "hosts"])
+def test_limit_that_is_given_holds_without_a_terminal(jobs: FakeApi, run: Any, command: str) -> None:
+    """A pipe gets everything unless --limit names a number, and then stderr says what was left out."""
+    jobs.jobs[41].results = [result(number, f"127.9.8.{number}", 22) for number in range(1, 41)]
+    assert len(run("job", command, "41").out.splitlines()) == 40
+    for format_ in ([], ["-o", "jsonl"]):
+        ended = run("job", command, "41", "--limit", "2", *format_)
+        assert len(ended.out.splitlines()) == 2
+        assert "2 of 40; --limit 0 for all" in ended.err
+
+
 def partly(job: FakeJob) -> None:
     job.states, job.seq = [(JobStatus.CANCELLED, 50)], 1
     job.counts = {"answered": 252, "timed_out": 1, "cancelled": 2, "lost": 1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,77 @@ def test_the_audit_log_is_listed_by_filter(api: FakeApi, run: Any) -> None:
     assert dict(api.requests[-1].url.params) == {"subject": "7", "request_id": "c0ffee", "page": "1", "page_size": "30"}
     api.answers["GET", "/api/v1/audit"] = httpx2.Response(403, json={"error": "for administrators"})
     assert run("audit", "list").code == 4
+
+
+def entry(number: int, second: float) -> dict[str, Any]:
+    received = f"2026-03-14T09:00:{second:06.3f}Z"
+    return {
+        "id": f"e{number}", "time": received, "received_at": received, "service": "api-gateway", "subject": "7",
+        "action": "task.create", "target": f"task {number}", "decision": "allowed", "rule": "", "source": "127.0.0.1",
+        "reason": "", "request_id": "c0ffee", "count": 1,
+    }  # fmt: skip
+
+
+class Log:
+    """An audit log that records more entries at each time the command sleeps, and ends the command after the last."""
+
+    def __init__(self, api: FakeApi, entries: list[dict[str, Any]], *more: list[dict[str, Any]]) -> None:
+        self.entries = entries
+        self.between_pages: list[dict[str, Any]] = []
+        self._more = list(more)
+        api.fault_of = self._page
+
+    def sleep(self, _seconds: float) -> None:
+        if not self._more:
+            raise KeyboardInterrupt
+        self.entries += self._more.pop(0)
+
+    def _page(self, request: httpx2.Request) -> httpx2.Response:
+        params = request.url.params
+        page, size, since = int(params["page"]), int(params["page_size"]), params.get("since", "")
+        found = sorted(
+            (each for each in self.entries if each["received_at"] >= since),
+            key=lambda each: (each["received_at"], each["id"]),
+            reverse=True,
+        )
+        answer = {"entries": found[(page - 1) * size : page * size], "total": len(found), "page": page}
+        self.entries += self.between_pages
+        self.between_pages = []
+        return httpx2.Response(200, json=answer | {"page_size": size})
+
+
+def tailed(run: Any, world: World, log: Log, *arguments: str) -> list[str]:
+    ended = run("audit", "tail", *arguments, world=replace(world, sleep=log.sleep))
+    assert ended.code == 130
+    return [line.split("\t")[3].removeprefix("task ") for line in ended.out.splitlines()]
+
+
+def test_tail_of_the_audit_log_prints_more_than_a_page_of_new_entries(api: FakeApi, run: Any, world: World) -> None:
+    """Every new entry is printed once, in order, however many there are."""
+    burst = [entry(number, 10 + number / 1_000) for number in range(250, 500)]
+    assert tailed(run, world, Log(api, [entry(1, 1)], burst)) == ["1", *map(str, range(250, 500))]
+
+
+def test_tail_of_the_audit_log_prints_each_entry_of_a_shifting_page_once(api: FakeApi, run: Any, world: World) -> None:
+    """Entries that are recorded between two pages move others to the next page, and none is printed twice or lost."""
+    log = Log(api, [entry(number, number / 1_000) for number in range(100, 250)], [], [])
+    log.between_pages = [entry(number, 2) for number in range(500, 507)]
+    printed = tailed(run, world, log, "--limit", "0")
+    assert sorted(printed) == sorted([*map(str, range(100, 250)), *map(str, range(500, 507))])
+
+
+def test_tail_of_the_audit_log_prints_entries_of_equal_and_of_earlier_time(
+    api: FakeApi, run: Any, world: World
+) -> None:
+    """An entry of the same millisecond as the last, or of a moment before it, is printed when it is recorded late."""
+    log = Log(api, [entry(100, 5), entry(101, 5)], [entry(102, 5), entry(103, 4.9)], [entry(104, 5)])
+    assert tailed(run, world, log) == ["100", "101", "103", "102", "104"]
+
+
+def test_tail_of_the_audit_log_begins_with_the_latest_entries(api: FakeApi, run: Any, world: World) -> None:
+    """--limit is the number of entries to begin with."""
+    log = Log(api, [entry(number, number / 1_000) for number in range(100, 150)], [entry(500, 9)])
+    assert tailed(run, world, log, "--limit", "2") == ["148", "149", "500"]
 
 
 def test_whoami_says_where_the_token_came_from(api: FakeApi, run: Any) -> None:

@@ -159,6 +159,22 @@ def test_what_is_wrong_is_refused_before_anything_is_made(api: FakeApi, run: Any
     assert not api.subnets
 
 
+def test_target_that_is_named_twice_is_refused_before_anything_is_made(api: FakeApi, run: Any) -> None:
+    """Two targets with the same network and the same effective exclusions are one, however they are written."""
+    same = ("--exclude", "127.9.8.0/26", "--exclude", "127.9.8.64/26")
+    ended = run("scan", "127.9.8.0/24", "127.9.9.0/24", "127.9.8.0/24", *same)
+    assert ended.code == 2
+    assert "target 127.9.8.0/24 is named twice" in ended.err
+    assert not api.requests
+
+
+def test_subnets_are_listed_once_for_all_targets(api: FakeApi, run: Any) -> None:
+    """The number of requests to list subnets does not grow with the targets."""
+    assert run("scan", "127.9.8.0/24", "127.9.9.0/24", "127.9.10.0/24", "--no-watch").code == 0
+    lists = [each for each in api.requests if (each.method, each.url.path) == ("GET", "/api/v1/subnet")]
+    assert len(lists) == 1
+
+
 def test_the_services_sentence_about_a_bad_field_is_shown(run: Any) -> None:
     """A field that the service refuses is not refused by the command, and its sentence is shown as it is."""
     ended = run("scan", "127.9.8.0/24", "--ports", "22,99999")

@@ -1,0 +1,82 @@
+"""Results of jobs: reading them, their columns, and what a reader must know about those that are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from scanfleet import rest
+from scanfleet_cli import calls, coverage
+from scanfleet_cli.client import parse_json
+from scanfleet_cli.output import Column, Row, column, count
+from scanfleet_cli.session import LIMIT, Session
+from scanfleet_cli.views import Followed
+
+
+def columns() -> list[Column]:
+    """Of a table of results."""
+    return [
+        column("ADDRESS", "ip_address"),
+        Column("PORT", lambda row: f"{row['port']}/{row['protocol']}"),
+        column("STATE", "status"),
+        column("SERVICE"),
+        column("VERSION"),
+        column("OS", "os_info", wide=True),
+        column("BANNER", wide=True),
+    ]
+
+
+def rows(session: Session, job_id: int, **query: Any) -> Iterator[Row]:
+    """A job's results as JSON, as they come; an older service ignores `query`.
+
+    Raises:
+        UnavailableError: the connection was cut: what came is not all.
+    """
+    with session.client.stream(calls.read_results(job_id, **query)) as response:
+        for line in response.iter_lines():
+            yield parse_json(line)
+
+
+def pass_through(session: Session, job_id: int, accept: str) -> None:
+    """Write a job's results to stdout as the service writes them.
+
+    Raises:
+        UnavailableError: the connection was cut: what was written is not all.
+    """
+    output = session.output
+    with session.client.stream(calls.read_results(job_id, accept)) as response:
+        for text in response.iter_text():
+            output.stdout.write(text)
+    output.stdout.flush()
+
+
+def limited(session: Session, found: Iterator[Row]) -> Iterator[Row]:
+    """As many rows as `--limit` names, by default a screen on a terminal and all elsewhere; notes how many there are."""
+    limit = session.limit_or(LIMIT if session.output.terminal else 0)
+    number = 0
+    for number, row in enumerate(found, 1):
+        if limit and number > limit:
+            continue
+        yield row
+    if limit and number > limit:
+        session.output.note(f"{limit:,} of {number:,}; --limit 0 for all")
+
+
+def note_not_probed(session: Session, job_id: int) -> None:
+    """Note what a job did not probe, and how far it is while it runs."""
+    if session.output.quiet:
+        return
+    ledger = session.client.send(calls.read_ledger(job_id, page_size=1))
+    if not ledger.status.final:
+        looked_at = f"{coverage.looked_at(ledger):,} of {ledger.request.addresses:,} addresses"
+        session.output.note(f"job {job_id} is {ledger.status}: {looked_at} so far")
+    elif not ledger.accounted:
+        session.output.note(f"{coverage.proof(ledger)}: scanfleet job ledger {job_id} --not-probed")
+
+
+def nothing(job: Followed, ledger: rest.Ledger) -> str:
+    """Why a job found no open port, in words."""
+    machines = job.task.status.machines_found if job.task else 0
+    if machines:
+        return f"{count(machines, 'machine')} answered, none has an open port"
+    return "no machine answered" if ledger.accounted else f"nothing found: {coverage.proof(ledger)}"

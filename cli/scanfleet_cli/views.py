@@ -1,0 +1,235 @@
+"""What a person or a program sees of jobs while they are followed, and at their end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final, Protocol
+
+from scanfleet import rest
+from scanfleet.messages import JobStatus
+from scanfleet_cli import coverage
+from scanfleet_cli.output import Format, Output, count, duration, printable
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.live import Live
+
+SILENCE_SECONDS: Final = 30.0  # maximum time between two lines of a log
+BLOCKS: Final = 5  # jobs that a terminal shows at once
+BAR: Final = 40  # cells
+_TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
+
+
+@dataclass(slots=True)
+class Followed:
+    """One job as it is seen now."""
+
+    job_id: int
+    task: rest.TaskStatus | None = None
+    ledger: rest.Ledger | None = None
+    not_probed: list[rest.LedgerEntry] = field(default_factory=list)
+    """The addresses that the final ledger names."""
+
+    problem: str = ""
+    """Why the final ledger could not be read."""
+
+    @property
+    def final(self) -> bool:
+        return self.task is not None and self.task.status.status.final
+
+    @property
+    def took(self) -> float:
+        """Seconds from the job's start until its end or now; 0 before its start."""
+        job = self.task.job if self.task else None
+        if job is None or job.start_time is None:
+            return 0.0
+        return ((job.end_time or datetime.now(UTC)) - job.start_time).total_seconds()
+
+
+class View(Protocol):
+    """Shows jobs while they are followed."""
+
+    wants_ledger: bool
+
+    def changed(self, job: Followed) -> None:
+        """A job has a new state."""
+
+    def tick(self, jobs: Sequence[Followed]) -> None:
+        """A second has passed."""
+
+    def close(self) -> None:
+        """No more follows."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    wants_ledger = False
+
+    def changed(self, job: Followed) -> None: ...
+
+    def tick(self, jobs: Sequence[Followed]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines(Silent):
+    """Each state as a line on stdout."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+
+    def changed(self, job: Followed) -> None:
+        if job.task is not None:
+            self._output.line({"kind": "task"} | job.task.model_dump(mode="json"))
+
+
+class Log(Silent):
+    """A line on stderr for each change of status, and one after half a minute without."""
+
+    wants_ledger = True
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._shown: dict[int, tuple[JobStatus, float]] = {}
+
+    def changed(self, job: Followed) -> None:
+        if job.task is not None and self._shown.get(job.job_id, (None, 0))[0] is not job.task.status.status:
+            self._line(job)
+
+    def tick(self, jobs: Sequence[Followed]) -> None:
+        for job in jobs:
+            shown = self._shown.get(job.job_id)
+            if not job.final and shown and time.monotonic() - shown[1] >= SILENCE_SECONDS:
+                self._line(job)
+
+    def _line(self, job: Followed) -> None:
+        if job.task is None:
+            return
+        status = job.task.status
+        self._shown[job.job_id] = (status.status, time.monotonic())
+        now = self._output.now().strftime(_TIME)
+        outcomes = f" {coverage.short(job.ledger)}" if job.ledger else ""
+        self._output.note(f"{now} job {job.job_id} {status.status} {status.progress}%{outcomes}")
+
+
+class Bars(Silent):
+    """A block for each job on the terminal, redrawn in place; it leaves only the lines that are printed meanwhile."""
+
+    wants_ledger = True
+
+    def __init__(self, output: Output) -> None:
+        from rich.console import Console  # noqa: PLC0415 # only where there is a terminal
+
+        self._output = output
+        self._console = Console(file=output.stderr, no_color=not output.coloured, highlight=False)
+        self._live: Live | None = None
+        output.clear = self._clear
+
+    def tick(self, jobs: Sequence[Followed]) -> None:
+        if self._live is None:
+            from rich.live import Live  # noqa: PLC0415 # as above
+
+            self._live = Live(
+                console=self._console,
+                auto_refresh=False,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._live.start()
+        self._live.update(self._blocks([job for job in jobs if not job.final]), refresh=True)
+
+    def close(self) -> None:
+        self._clear()
+        self._output.clear = lambda: None
+
+    def _clear(self) -> None:
+        """Erase the blocks until the next tick: a line that is printed below them would be erased with them."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _blocks(self, jobs: Sequence[Followed]) -> RenderableType:
+        from rich.text import Text  # noqa: PLC0415 # as above
+
+        lines = [line for job in jobs[:BLOCKS] for line in self._block(job, named=len(jobs) > 1)]
+        if len(jobs) > BLOCKS:
+            lines.append(f"and {len(jobs) - BLOCKS} more")
+        return Text.from_ansi("\n".join(lines), no_wrap=True, overflow="ellipsis")
+
+    def _block(self, job: Followed, *, named: bool) -> list[str]:
+        name = f"job {job.job_id} " if named else ""
+        if job.task is None:
+            return [f"{name}asking"]
+        status = job.task.status
+        filled = round(BAR * status.progress / 100)
+        line = f"{name}{self._output.paint(status.status)} {status.progress:>3} %  {'█' * filled}{'░' * (BAR - filled)}"
+        if job.ledger is None:
+            return [f"{line}  {duration(job.took)}"]
+        looked = f"{coverage.looked_at(job.ledger):,} of {count(job.ledger.request.addresses, 'address', 'addresses')}"
+        eta = job.ledger.eta_seconds
+        left = f", about {duration(eta)} left" if eta else ""
+        indent = " " * 9
+        return [
+            f"{line}  {looked}  {duration(job.took)}{left}",
+            indent + coverage.outcomes(job.ledger, self._output.paint),
+        ]
+
+
+def view_for(output: Output) -> View:
+    """The view that goes with stderr and the format."""
+    if output.format is Format.JSONL:
+        return JsonLines(output)
+    if output.quiet:
+        return Silent()
+    return Bars(output) if output.stderr.isatty() else Log(output)
+
+
+def end_lines(followed: Followed, output: Output) -> list[str]:
+    """How a job ended: in one line for a log, in a few for a person."""
+    if followed.task is None:
+        return []
+    lines = (
+        _ended(followed, followed.task, output) if output.stderr.isatty() else _logged(followed, followed.task, output)
+    )
+    if followed.problem:
+        lines.append(f"  the ledger cannot be read: {printable(followed.problem)}")
+    return lines
+
+
+def _logged(followed: Followed, task: rest.TaskStatus, output: Output) -> list[str]:
+    ledger, status = followed.ledger, task.status
+    now = output.now().strftime(_TIME)
+    line = f"{now} job {task.job_id} {status.status} {status.progress}% machines={status.machines_found}"
+    if ledger is not None:
+        line += f" accounted={str(ledger.accounted).lower()} {coverage.short(ledger)}"
+        if coverage.missing(ledger):
+            return [line, f"  {coverage.proof(ledger)}: {_why(followed, task)}"]
+    return [line, f"  {printable(status.error)}"] if status.error else [line]
+
+
+def _ended(followed: Followed, task: rest.TaskStatus, output: Output) -> list[str]:
+    ledger, status = followed.ledger, task.status
+    completed = status.status is JobStatus.COMPLETED
+    mark, when = ("✓", "in") if completed else ("✗", "after")
+    took = f" {when} {duration(followed.took)}" if task.job.start_time and task.job.end_time else ""
+    line = f"{mark} job {task.job_id} {output.paint(status.status)}{took}"
+    lines = []
+    if ledger is not None:
+        line += f" · {coverage.proof(ledger)}" + (f": {_why(followed, task)}" if coverage.missing(ledger) else "")
+        lines.append(f"         {coverage.outcomes(ledger, output.paint)}")
+    elif status.error:
+        line += f" · {printable(status.error)}"
+    if not completed:
+        lines.append(f"  scanfleet job ledger {task.job_id} --not-probed     which, and why")
+        lines.append(f"  scanfleet job results {task.job_id}                 what was found is readable")
+    return [line, *lines]
+
+
+def _why(followed: Followed, task: rest.TaskStatus) -> str:
+    reasons = coverage.reasons(followed.not_probed)
+    return printable("; ".join(reasons) or task.status.error or task.status.status)

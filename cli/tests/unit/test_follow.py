@@ -1,0 +1,163 @@
+"""Following jobs: terminals, interrupts, streams, and what happens when the service does not answer."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from dataclasses import replace
+from typing import Any
+
+import httpx2
+import pytest
+
+from scanfleet import rest
+from scanfleet.messages import JobStatus
+from scanfleet_cli import views
+from scanfleet_cli.output import Output
+from scanfleet_cli.session import World
+from scanfleet_cli.testing import FakeApi, FakeJob
+
+
+def busy() -> httpx2.Response:
+    return httpx2.Response(503, json={"error": "busy"})
+
+
+@pytest.fixture
+def running(api: FakeApi, run: Any) -> FakeApi:
+    """Jobs 41 and 42 run, and do not end."""
+    api.states = [(JobStatus.RUNNING, 62)]
+    run("scan", "127.9.8.0/24", "--no-watch")
+    run("scan", "127.9.8.0/24", "--no-watch")
+    return api
+
+
+def interrupt(request: httpx2.Request) -> BaseException | None:
+    return KeyboardInterrupt() if request.url.path.endswith("/events") else None
+
+
+def test_failed_cancel_after_an_interrupt_is_reported(running: FakeApi, run: Any) -> None:
+    """A job that could not be cancelled is named with the reason and its exit code, and the others are cancelled."""
+
+    def fault(request: httpx2.Request) -> Any:
+        return busy() if request.url.path.endswith("/41/cancel") else interrupt(request)
+
+    running.fault_of = fault
+    ended = run("--retry", "0", "job", "watch", "41", "42", "--cancel-on-interrupt")
+    assert ended.code == 6
+    assert "job 41 could not be cancelled: busy" in ended.err
+    assert "✓ job 42 cancelled" in ended.err
+    assert running.jobs[41].status is JobStatus.RUNNING
+    assert running.jobs[42].status is JobStatus.CANCELLED
+
+
+def test_scan_without_a_readable_ledger_prints_its_results(api: FakeApi, run: Any) -> None:
+    """-o json prints job and results with the ledger null, and stderr says why it is."""
+    api.fault_of = lambda request: busy() if request.url.path.endswith("/ledger") else None
+    ended = run("--retry", "0", "scan", "127.9.8.0/24", "-o", "json")
+    document = json.loads(ended.out)
+    assert (document["ledger"], document["results"]) == (None, [])
+    assert document["job"]["status"]["status"] == "completed"
+    assert "the ledger cannot be read: busy" in ended.err
+
+
+def test_several_jobs_are_watched_over_one_stream(running: FakeApi, run: Any) -> None:
+    """`job watch` opens the stream of all jobs instead of one for each."""
+    for job in running.jobs.values():
+        job.states = [(JobStatus.RUNNING, 62), (JobStatus.COMPLETED, 100)]
+    running.requests.clear()
+    assert run("job", "watch", "41", "42").code == 0
+    streams = [each.url.path for each in running.requests if each.url.path.endswith("/events")]
+    assert streams == ["/api/v1/events"]
+
+
+class NoTransport(httpx2.BaseTransport):
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        raise AssertionError(f"blocking {request.method} {request.url.path}")
+
+
+def test_watch_sends_every_request_in_its_event_loop(run: Any, world: World) -> None:
+    """No request blocks the loop: another job's states are shown while a final ledger is read."""
+    run("scan", "127.9.8.0/24", "--no-watch")
+    ended = run("job", "watch", "41", world=replace(world, transport=NoTransport()))
+    assert ended.code == 0
+    assert "accounted=true" in ended.err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_line_on_a_terminal_is_not_erased_with_the_bar(api: FakeApi, run: Any) -> None:
+    """A line that is printed while a bar is drawn comes after the bar was erased, and nothing moves above it."""
+    run("scan", "127.9.8.0/24", "--no-watch")
+    job = views.Followed(41, api.jobs[41].task)
+    output = Output(io.StringIO(), terminal := Terminal())
+    bars = views.Bars(output)
+    bars.tick([job])
+    bars.tick([job])
+    output.note("connection lost")
+    bars.tick([job])
+    bars.close()
+    drawn, _, after = terminal.getvalue().partition("connection lost\n")
+    assert drawn.count("pending") >= 2
+    assert "\x1b[1A" not in after.partition("pending")[0]
+    assert drawn.rstrip("\n").endswith("\x1b[2K")
+
+
+def test_json_of_a_watch_is_the_final_states(api: FakeApi, run: Any) -> None:
+    """-o json and --json print the final states, and JSON lines each state with the chosen fields."""
+    run("scan", "127.9.8.0/24", "--no-watch")
+    assert json.loads(run("job", "watch", "41", "-o", "json").out) == [json.loads(api.jobs[41].task.model_dump_json())]
+    assert json.loads(run("job", "watch", "41", "--json", "job_id,status.progress").out) == [
+        {"job_id": "41", "status": {"progress": 100}}
+    ]
+    assert run("job", "watch", "41", "-o", "jsonl", "--json", "status.progress").out == '{"status":{"progress":100}}\n'
+
+
+@pytest.mark.parametrize("format_", ["json", "jsonl"])
+def test_fields_of_a_scan_in_a_format_without_a_choice_are_refused(api: FakeApi, run: Any, format_: str) -> None:
+    """--json chooses fields of results, which a document of job, ledger and results does not offer."""
+    ended = run("scan", "127.9.8.0/24", "-o", format_, "--json", "port")
+    assert ended.code == 2
+    assert "--json" in ended.err
+    assert not api.jobs
+
+
+@pytest.mark.parametrize("command", [["scan", "127.9.8.0/24"], ["job", "watch", "41"], ["job", "wait", "41"]])
+def test_time_limit_of_zero_is_refused(api: FakeApi, run: Any, command: list[str]) -> None:
+    """A limit of no time would never show a state, so it is an error instead of no limit."""
+    ended = run(*command, "--timeout", "0")
+    assert ended.code == 2
+    assert "--timeout: 0 is not a time above 0" in ended.err
+    assert not api.jobs
+
+
+def test_reasons_of_a_failed_job_are_read_from_every_page(api: FakeApi, run: Any) -> None:
+    """The end of a job names the addresses of all pages of its ledger."""
+
+    def failed(job: FakeJob) -> None:
+        job.counts = {"answered": 254, "lost": 2}
+        job.page_size = 1
+        job.not_probed = [
+            rest.LedgerEntry(address=f"127.9.8.{number}", ports="22", outcome="lost", reason=f"reason {number}")
+            for number in (1, 2)
+        ]
+
+    api.states, api.made = [(JobStatus.FAILED, 99)], failed
+    ended = run("scan", "127.9.8.0/24")
+    assert "reason 1 (127.9.8.1); reason 2 (127.9.8.2)" in ended.err
+    assert "  reason 2 (127.9.8.2)\n" in run("job", "ledger", "41").out
+    assert len(run("job", "ledger", "41", "--not-probed").out.splitlines()) == 2
+
+
+def test_time_limit_while_a_final_ledger_is_read_still_prints_the_end(api: FakeApi, run: Any) -> None:
+    """When the time is over before the ledger was read, the end is printed without it."""
+    api.fault_of = lambda request: busy() if request.url.path.endswith("/ledger") else None
+    began = time.monotonic()
+    ended = run("--retry", "30", "scan", "127.9.8.0/24", "--timeout", "0.5s")
+    assert time.monotonic() - began < 20
+    assert ended.code == 0
+    assert "completed 100%" in ended.err
+    assert "no answer before --timeout ran out" in ended.err
