@@ -57,8 +57,21 @@ class _Lazy(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
+# Not a docstring: click's mark of text that keeps its lines is a control character.
+_HELP: Final = """Scan networks with Scanfleet, and see what was probed and what was not.
+
+\b
+scanfleet context add lab --url http://127.0.0.1:8080
+scanfleet scan 127.9.8.0/24 --preset quick
+scanfleet job ledger 41 --not-probed
+"""
+
+
 @click.command(
-    cls=_Lazy, epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}
+    cls=_Lazy,
+    help=_HELP,
+    epilog=_EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 @click.option("--context", metavar="NAME", help="Context to use.", shell_complete=complete_context)
 @click.option("--url", help="Gateway to use, instead of a context's.")
@@ -85,13 +98,7 @@ def cli(
     quiet: bool,
     color: str,
 ) -> None:
-    r"""Scan networks with Scanfleet, and see what was probed and what was not.
-
-    \b
-    scanfleet context add lab --url http://127.0.0.1:8080
-    scanfleet scan 127.9.8.0/24 --preset quick
-    scanfleet job ledger 41 --not-probed
-    """
+    """Take the options of every command."""
     session.context, session.url, session.token_file, session.timeout = context, url, token_file, retry
     session.output.quiet = quiet
     session.output.coloured = _coloured(color, session)
@@ -134,6 +141,9 @@ def _run(arguments: Sequence[str], session: Session) -> int:
             code: Any = cli.invoke(context)
     except click.exceptions.Exit as end:
         return end.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        session.output.tell(error.format_message())
+        return Exit.REFUSED
     except click.UsageError as error:
         usage = error.ctx.command_path if error.ctx else "scanfleet"
         raise CommandError(error.format_message(), hint=f"{usage} --help") from error

@@ -110,6 +110,26 @@ def test_ctrl_c_detaches(api: FakeApi, run: Any) -> None:
     assert api.jobs[41].status == "cancelled"
 
 
+@pytest.mark.parametrize("command", [[], ["job"], ["context"]])
+def test_group_without_a_command_prints_its_help_and_exits_2(run: Any, command: list[str]) -> None:
+    """What is missing is shown as help, not as an error whose text is a page."""
+    ended = run(*command)
+    assert ended.code == 2
+    assert ended.err.startswith("Usage: scanfleet")
+    assert "scanfleet: " not in ended.err
+
+
+@pytest.mark.parametrize("command", [[], ["completion"]])
+def test_examples_in_the_help_keep_their_lines(
+    run: Any, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    """The mark of a paragraph that keeps its lines is not shown."""
+    assert run(*command, "--help").code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if "\\b" in line]
+    assert sum(line.startswith(("  scanfleet ", "  bash: ", "  zsh:  ", "  fish: ")) for line in lines) == 3
+
+
 def test_the_table_is_in_the_help(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """--help shows every exit code with its meaning."""
     assert run("--help").code == 0
