@@ -116,7 +116,7 @@ Notice = Callable[[str], None]
 """Called with a sentence when a watched connection is lost, and when it is back."""
 
 
-def _ignore(_sentence: str) -> None: ...
+def _ignore(_text: str) -> None: ...
 
 
 class Client:
@@ -125,6 +125,7 @@ class Client:
     Args:
         url: of the gateway.
         token: of the caller.
+        refused: called with a token that the service answered 401 to; the call is then repeated once if `token` returns another.
         patience: while the service is unavailable or busy.
         transport: carries the requests, over the network unless given.
     """
@@ -134,11 +135,13 @@ class Client:
         url: str,
         token: Token = None,
         *,
+        refused: Callable[[str], None] = _ignore,
         patience: Patience = PATIENT,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
         self.url = url
         self._token = token
+        self._refused = refused
         self._patience = patience
         self._http = httpx2.Client(base_url=url, headers=_headers(), timeout=_TIMEOUTS, transport=transport)
 
@@ -278,14 +281,22 @@ class Client:
                 yield _parse(rest.Result, line)
 
     def _once(self, call: Call[Any], *, whole: bool) -> httpx2.Response | httpx2.RequestError:
-        token = self._token() if callable(self._token) else self._token
+        token = self._current_token()
         try:
             response = self._http.send(_request(self._http, call, token), stream=True)
+            if token and response.status_code == httpx2.codes.UNAUTHORIZED:
+                self._refused(token)
+                if (renewed := self._current_token()) != token:
+                    response.close()
+                    response = self._http.send(_request(self._http, call, renewed), stream=True)
             if whole or not response.is_success:
                 response.read()
         except httpx2.RequestError as error:
             return error
         return response
+
+    def _current_token(self) -> str | None:
+        return self._token() if callable(self._token) else self._token
 
 
 class AsyncClient:
@@ -296,11 +307,13 @@ class AsyncClient:
         url: str,
         token: Token = None,
         *,
+        refused: Callable[[str], None] = _ignore,
         patience: Patience = PATIENT,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         self.url = url
         self._token = token
+        self._refused = refused
         self._patience = patience
         self._http = httpx2.AsyncClient(base_url=url, headers=_headers(), timeout=_TIMEOUTS, transport=transport)
 
@@ -417,14 +430,22 @@ class AsyncClient:
                 yield _parse(rest.Result, line)
 
     async def _once(self, call: Call[Any], *, whole: bool) -> httpx2.Response | httpx2.RequestError:
-        token = await asyncio.to_thread(self._token) if callable(self._token) else self._token
+        token = await self._current_token()
         try:
             response = await self._http.send(_request(self._http, call, token), stream=True)
+            if token and response.status_code == httpx2.codes.UNAUTHORIZED:
+                await asyncio.to_thread(self._refused, token)
+                if (renewed := await self._current_token()) != token:
+                    await response.aclose()
+                    response = await self._http.send(_request(self._http, call, renewed), stream=True)
             if whole or not response.is_success:
                 await response.aread()
         except httpx2.RequestError as error:
             return error
         return response
+
+    async def _current_token(self) -> str | None:
+        return await asyncio.to_thread(self._token) if callable(self._token) else self._token
 
 
 class Watching:

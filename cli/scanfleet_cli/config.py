@@ -13,9 +13,8 @@ token_command = ["make", "-s", "-C", "/opt/scanfleet", "token", "USER=7"]
 from __future__ import annotations
 
 import os
-import subprocess
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +22,8 @@ from urllib.parse import urlsplit
 
 from scanfleet_cli.errors import CommandError, Exit
 
-COMMAND_LIMIT: Final = 60.0  # seconds for a token command, which may ask a person
+_LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
+_PORTS: Final = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,22 +68,31 @@ class Config:
 
     @property
     def current(self) -> str:
-        """The name of the context in use; empty when there is none."""
-        return str(self._read().get("current", ""))
+        """The name of the context in use; empty when there is none.
+
+        Raises:
+            CommandError: the file does not have the form of a configuration.
+        """
+        current: str = self._read().get("current", "")
+        return current
 
     def contexts(self) -> dict[str, Context]:
         """All contexts, by name.
 
         Raises:
-            CommandError: the file is not of this form.
+            CommandError: the file does not have the form of a configuration.
         """
-        found = {}
-        for name, entry in self._read().get("context", {}).items():
-            command = entry.get("token_command", [])
-            if not isinstance(entry.get("url"), str) or not isinstance(command, list):
-                raise CommandError(f"{self.file}: context {name} needs a url, and a list as its token_command")
-            found[name] = Context(name, entry["url"], tuple(map(str, command)))
-        return found
+        entries = self._read().get("context", {})
+        return {name: self._context(name, entry) for name, entry in entries.items()}
+
+    def _context(self, name: str, entry: Any) -> Context:
+        url = entry.get("url") if isinstance(entry, dict) else None
+        command = entry.get("token_command", []) if isinstance(entry, dict) else None
+        if not isinstance(url, str):
+            raise CommandError(f"{self.file}: context {name} is not a table with a url that is text")
+        if not isinstance(command, list) or not all(isinstance(word, str) for word in command):
+            raise CommandError(f"{self.file}: the token_command of context {name} is not a list of texts")
+        return Context(name, url, tuple(command))
 
     def place(self, url: str | None = None, name: str | None = None) -> Place:
         """The gateway to use: of a flag, of the environment, else of the context in use.
@@ -116,44 +125,68 @@ class Config:
     def add(self, context: Context, *, use: bool) -> None:
         """Add a context, or change it; comments of the file stay."""
         document = self._document()
-        entry: dict[str, Any] = {"url": context.url}
+        entry = document.setdefault("context", _table()).setdefault(context.name, {})
+        entry["url"] = context.url
         if context.token_command:
             entry["token_command"] = list(context.token_command)
-        document.setdefault("context", _table())[context.name] = entry
+        else:
+            entry.pop("token_command", None)
         if use or "current" not in document:
             document["current"] = context.name
         self._write(document)
 
     def use(self, name: str) -> None:
-        self._known(name)
+        """Use a context from now on.
+
+        Raises:
+            CommandError: there is none of that name.
+        """
+        self.known(name)
         document = self._document()
         document["current"] = name
         self._write(document)
 
     def remove(self, name: str) -> None:
-        self._known(name)
+        """Remove a context.
+
+        Raises:
+            CommandError: there is none of that name.
+        """
+        self.known(name)
         document = self._document()
         del document["context"][name]
         if document.get("current") == name:
             del document["current"]
         self._write(document)
 
-    def _known(self, name: str) -> None:
-        if name not in (contexts := self.contexts()):
+    def known(self, name: str) -> Context:
+        """The context of this name.
+
+        Raises:
+            CommandError: there is none.
+        """
+        contexts = self.contexts()
+        if name not in contexts:
             raise CommandError(f"no context {name}", Exit.NOT_FOUND, hint=f"contexts: {', '.join(contexts) or 'none'}")
+        return contexts[name]
 
     def _read(self) -> dict[str, Any]:
         try:
-            return tomllib.loads(self.file.read_text(encoding="utf-8"))
+            found = tomllib.loads(self.file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise CommandError(f"{self.file} cannot be read: {error}") from error
+        if not isinstance(found.get("current", ""), str):
+            raise CommandError(f'{self.file}: current is not the name of a context, such as current = "prod"')
+        if not isinstance(found.get("context", {}), dict):
+            raise CommandError(f"{self.file}: context is not a table, such as [context.prod]")
+        return found
 
     def _document(self) -> Any:
         import tomlkit  # noqa: PLC0415 # only to write
 
-        self._read()
+        self.contexts()  # so that only a file of the right form is changed
         return tomlkit.parse(self.file.read_text(encoding="utf-8") if self.file.exists() else "")
 
     def _write(self, document: Any) -> None:
@@ -188,31 +221,32 @@ def check_url(url: str) -> str:
     """`url` without a slash at its end.
 
     Raises:
-        CommandError: it is no http(s) address.
+        CommandError: it is not an http(s) address.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise CommandError(f"{url} is no address of a gateway", hint="for example https://scanfleet.example.com")
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in _PORTS and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number, or a broken IPv6 address
+        known = False
+    if not known:
+        raise CommandError(f"{url} is not the address of a gateway", hint="for example https://scanfleet.example.com")
     return url.rstrip("/")
 
 
 def same_url(one: str, other: str) -> bool:
-    return one.rstrip("/").lower() == other.rstrip("/").lower()
+    """Whether two addresses are of one gateway: scheme and host in any case, the default port, and a slash at the end or not."""
+    return _parts(one) == _parts(other)
 
 
-def run_for_token(command: Sequence[str]) -> str:
-    """What a token command prints.
-
-    Raises:
-        CommandError: it failed, or printed nothing.
-    """
-    shown = " ".join(command)
+def _parts(url: str) -> tuple[str, str | None, int | None, str, str]:
+    parts = urlsplit(url)
     try:
-        done = subprocess.run(  # noqa: S603 # the user's own configuration names it
-            command, stdout=subprocess.PIPE, text=True, timeout=COMMAND_LIMIT, check=True
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise CommandError(f"the token command failed: {error}", Exit.NOT_ALLOWED, hint=shown) from error
-    if not (token := done.stdout.strip()):
-        raise CommandError("the token command printed no token", Exit.NOT_ALLOWED, hint=shown)
-    return token
+        port = parts.port or _PORTS.get(parts.scheme)
+    except ValueError:
+        port = None
+    return parts.scheme, parts.hostname, port, parts.path.rstrip("/"), parts.query
+
+
+def is_loopback(url: str) -> bool:
+    """Whether an address is of this machine, so that it needs no TLS."""
+    return urlsplit(url).hostname in _LOOPBACK

@@ -134,7 +134,11 @@ class _Following:
         session = self._session
         until = time.monotonic() + limit if limit is not None else None
         async with AsyncClient(
-            session.place.url, session.token, patience=session.patience, transport=session.world.async_transport
+            session.place.url,
+            session.token,
+            refused=session.token_refused,
+            patience=session.patience,
+            transport=session.world.async_transport,
         ) as client:
             self._start(self._watch(client))
             if self._view.wants_ledger:

@@ -19,6 +19,7 @@ from authlib.integrations.base_client import OAuthError
 from authlib.integrations.httpx_client import OAuth2Client
 
 from scanfleet import rest
+from scanfleet_cli.config import is_loopback
 from scanfleet_cli.errors import CommandError, Exit
 from scanfleet_cli.output import duration, printable
 from scanfleet_cli.tokens import Tokens
@@ -28,7 +29,7 @@ DEVICE_GRANT: Final = "urn:ietf:params:oauth:grant-type:device_code"
 DEVICE_SECONDS: Final = 5.0  # between two questions, unless the issuer says otherwise (RFC 8628)
 SLOWER_SECONDS: Final = 5.0  # by which the issuer's `slow_down` slows them
 _PUBLIC: Final = {"token_endpoint_auth_method": "none"}  # a command on somebody's machine keeps no secret of its own
-_LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
+IDLE_SECONDS: Final = 5.0  # for a browser's connection that sends nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +75,8 @@ def discover(issuer: str, transport: Any = None) -> Issuer:
 
 
 def _secure(url: str) -> None:
-    parts = urlsplit(url)
-    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in _LOOPBACK):
+    scheme = urlsplit(url).scheme
+    if scheme != "https" and not (scheme == "http" and is_loopback(url)):
         raise CommandError(f"{printable(url)} is not https: tokens could be read on the way", Exit.FAULT)
 
 
@@ -140,7 +141,7 @@ class SignIn:
         if self._issuer.authorization_endpoint is None:
             raise CommandError("the issuer has no code flow", hint="scanfleet login --device, or --token-stdin")
         verifier = token_urlsafe(48)
-        with _Callback() as callback, self._client(redirect_uri=callback.url, code_challenge_method="S256") as client:
+        with Callback() as callback, self._client(redirect_uri=callback.url, code_challenge_method="S256") as client:
             address, state = client.create_authorization_url(
                 self._issuer.authorization_endpoint, code_verifier=verifier, audience=self._info.audience
             )
@@ -246,13 +247,19 @@ def _refused(error: OAuthError) -> CommandError:
     return CommandError(f"the issuer refused: {text}", Exit.NOT_ALLOWED, hint="scanfleet login")
 
 
-class _Callback:
-    """A server on this machine that takes the one request with which a browser comes back."""
+class Callback:
+    """A server on this machine that takes the one request with which a browser comes back.
 
-    def __init__(self) -> None:
+    Args:
+        idle: seconds for a connection that sends nothing; browsers open some in advance, and one would block the others.
+    """
+
+    def __init__(self, idle: float = IDLE_SECONDS) -> None:
         answers: list[dict[str, str]] = []
 
         class Handler(BaseHTTPRequestHandler):
+            timeout = idle
+
             def do_GET(self) -> None:
                 parts = urlsplit(self.path)
                 if parts.path != "/callback" or answers:

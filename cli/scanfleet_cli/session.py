@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import threading
 import time
 import webbrowser
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,14 +17,14 @@ from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from scanfleet_cli.config import Config, Place, run_for_token
+from scanfleet_cli.config import Config, Place
 from scanfleet_cli.errors import CommandError, Exit, ScanfleetError
 from scanfleet_cli.output import Column, Format, Output, Row
 
 if TYPE_CHECKING:
     from scanfleet_cli.calls import Call, ListCall
     from scanfleet_cli.client import Client, Patience
-    from scanfleet_cli.tokens import Kept, Store
+    from scanfleet_cli.tokens import CommandToken, Kept, Store
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -75,6 +76,8 @@ class Session:
         self.timeout = 60.0
         self.limit: int | None = None
         self._client: Client | None = None
+        self._of_command: CommandToken | None = None
+        self._lock = threading.Lock()  # tokens are asked for by several threads
 
     @functools.cached_property
     def place(self) -> Place:
@@ -124,7 +127,7 @@ class Session:
         if file:
             return _token_in(Path(file))
         if context is not None and context.token_command:
-            return self._of_command(context.token_command)
+            return self._command_token(context.token_command).current()
         if context is not None and (kept := self.kept.current(context.name, self.place.url)):
             return kept
         raise CommandError(
@@ -133,14 +136,18 @@ class Session:
             hint=f"scanfleet login {self.place.url}, or set SCANFLEET_TOKEN or SCANFLEET_TOKEN_FILE",
         )
 
-    @functools.cached_property
-    def _command_tokens(self) -> dict[Sequence[str], str]:
-        return {}
+    def token_refused(self, token: str) -> None:
+        """Send another token from now on, if the one that the service has refused can be replaced."""
+        if self._of_command is not None:
+            self._of_command.refused(token)
 
-    def _of_command(self, command: Sequence[str]) -> str:
-        if command not in self._command_tokens:  # once in a run: a command takes a second
-            self._command_tokens[command] = run_for_token(command)
-        return self._command_tokens[command]
+    def _command_token(self, command: Sequence[str]) -> CommandToken:
+        from scanfleet_cli.tokens import CommandToken  # noqa: PLC0415 # only where a context has a command
+
+        with self._lock:
+            if self._of_command is None:
+                self._of_command = CommandToken(command)
+            return self._of_command
 
     @property
     def patience(self) -> Patience:
@@ -155,7 +162,13 @@ class Session:
         if self._client is None:
             from scanfleet_cli.client import Client  # noqa: PLC0415 # not for commands that ask nothing
 
-            self._client = Client(self.place.url, self.token, patience=self.patience, transport=self.world.transport)
+            self._client = Client(
+                self.place.url,
+                self.token,
+                refused=self.token_refused,
+                patience=self.patience,
+                transport=self.world.transport,
+            )
         return self._client
 
     def ask(self, call: Call[Any]) -> Any:

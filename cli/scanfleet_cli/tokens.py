@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +18,60 @@ from scanfleet_cli.errors import CommandError, Exit
 
 SERVICE: Final = "scanfleet"  # the name of our entries in a keyring
 EARLY_SECONDS: Final = 60.0  # before its end that a token is refreshed
+COMMAND_LIMIT: Final = 60.0  # seconds for a token command, which may ask a person
 LOCK_SECONDS: Final = 60.0  # to wait for another shell that refreshes
+
+
+class CommandToken:
+    """The token that a command of the user prints; the command runs when there is none, or it ends, or was refused.
+
+    Args:
+        command: and its arguments.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = command
+        self._token = ""
+        self._lock = threading.Lock()  # of several requests at once, one runs the command, which may ask a person
+
+    def current(self) -> str:
+        """The token to send now.
+
+        Raises:
+            CommandError: the command failed, or printed nothing.
+        """
+        with self._lock:
+            ends = expiry(self._token)
+            if not self._token or (ends is not None and time.time() > ends - EARLY_SECONDS):
+                self._token = self._run()
+            return self._token
+
+    def refused(self, token: str) -> None:
+        """Run the command again at the next request, if the service has refused this token."""
+        with self._lock:
+            if token == self._token:
+                self._token = ""
+
+    def _run(self) -> str:
+        shown = " ".join(self._command)
+        try:
+            done = subprocess.run(  # noqa: S603 # the user's own configuration names it
+                self._command, stdout=subprocess.PIPE, text=True, timeout=COMMAND_LIMIT, check=True
+            )
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            raise CommandError(f"the token command failed: {error}", Exit.NOT_ALLOWED, hint=shown) from error
+        if not (token := done.stdout.strip()):
+            raise CommandError("the token command printed no token", Exit.NOT_ALLOWED, hint=shown)
+        return token
+
+
+def expiry(token: str) -> float | None:
+    """When a token ends, in Unix time, if it is a JWT that says so. It is not verified: the service does that."""
+    try:
+        claims: Any = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))
+        return float(claims["exp"])
+    except (ValueError, LookupError, TypeError):
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +130,9 @@ class FileStore:
         write_private(self._file, json.dumps(self._all() | {name: text}))
 
     def delete(self, name: str) -> None:
-        write_private(self._file, json.dumps({key: value for key, value in self._all().items() if key != name}))
+        every = self._all()
+        if every.pop(name, None) is not None:
+            write_private(self._file, json.dumps(every))
 
     def _all(self) -> dict[str, str]:
         try:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from scanfleet_cli.config import Context, check_url
+from scanfleet_cli.errors import CommandError
 from scanfleet_cli.output import column
 from scanfleet_cli.session import Session, complete_context, formats, with_session, yes
+
+LOCAL: Final = "http://127.0.0.1:8080"
+"""The gateway of `make up` on this machine, which a new context uses unless another is given."""
 
 
 @click.group()
@@ -57,9 +61,15 @@ def use(session: Session, /, *, name: str) -> None:
 @click.option("--no-use", is_flag=True, help="Do not use it from now on.")
 @with_session
 def add(session: Session, /, *, name: str, url: str | None, token_command: str | None, no_use: bool) -> None:
-    """Add a context, or change it, and use it from now on."""
-    address = url or session.url or session.config.environment.get("SCANFLEET_URL") or "http://127.0.0.1:8080"
-    command = tuple(shlex.split(token_command)) if token_command else ()
+    """Add a context, or change what is given of it, and use it from now on."""
+    known = session.config.contexts().get(name)
+    address = url or session.url or (known and known.url) or session.config.environment.get("SCANFLEET_URL") or LOCAL
+    command = known.token_command if known else ()
+    if token_command is not None:
+        try:
+            command = tuple(shlex.split(token_command))
+        except ValueError as error:
+            raise CommandError(f"--token-command: {error}") from error
     session.config.add(Context(name, check_url(address), command), use=not no_use)
     session.output.note(f"✓ context {name}: {address} (in {session.config.file})")
 
@@ -69,8 +79,10 @@ def add(session: Session, /, *, name: str, url: str | None, token_command: str |
 @yes
 @with_session
 def remove(session: Session, /, *, name: str, yes: bool) -> None:
-    """Remove a context."""
+    """Remove a context, and the tokens that were kept for it."""
+    session.config.known(name)
     session.confirm(f"remove context {name}?", yes=yes)
+    session.kept.delete(name)  # first: what fails leaves the context, so that the command can be repeated
     session.config.remove(name)
     session.output.note(f"✓ context {name} removed")
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, Final
-from urllib.parse import urlsplit
+from typing import Final
 
 import click
 import httpx2
@@ -17,9 +15,11 @@ import httpx2
 from scanfleet import VERSION
 from scanfleet_cli import calls
 from scanfleet_cli.client import Client, Reply
+from scanfleet_cli.config import is_loopback
 from scanfleet_cli.errors import ApiError, Exit, ScanfleetError
 from scanfleet_cli.output import column, duration, printable
 from scanfleet_cli.session import Session, formats, with_session
+from scanfleet_cli.tokens import expiry
 
 CLOCK_SECONDS: Final = 30.0  # of difference, above which tokens begin to be refused
 
@@ -50,9 +50,8 @@ def _findings(session: Session) -> Iterator[Finding]:
         yield Finding("gateway", ok=False, detail=str(error))
         return
     yield Finding("gateway", ok=True, detail=f"{place.url}, from {place.source}")
-    parts = urlsplit(place.url)
-    loopback = parts.hostname in {"127.0.0.1", "::1", "localhost"}
-    if parts.scheme == "https":
+    loopback = is_loopback(place.url)
+    if place.url.startswith("https:"):
         yield Finding("tls", ok=True, detail="on")
     else:
         yield Finding(
@@ -117,11 +116,8 @@ def _clock(reply: Reply) -> Finding:
 
 
 def _ends(token: str) -> str:
-    """When a token ends, if it is one that says so. It is not verified: the service does that."""
-    try:
-        claims: Any = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))
-        left = datetime.fromtimestamp(claims["exp"], UTC) - datetime.now(UTC)
-    except (ValueError, LookupError, TypeError, OverflowError):
+    """When a token ends, in words, if it says so."""
+    if (ends := expiry(token)) is None:
         return ""
-    seconds = left.total_seconds()
+    seconds = ends - time.time()
     return f", ends in {duration(seconds)}" if seconds > 0 else f", ended {duration(-seconds)} ago"

@@ -34,18 +34,34 @@ def login(session: Session, /, *, url: str | None, name: str | None, device: boo
     else:
         tokens = _signed_in(session, address, device=device)
     user = _user(session, tokens)
+    before = session.config.contexts().get(context.name)
     session.kept.keep(context.name, tokens)
     session.config.add(context, use=True)
+    if before is not None and before.token_command:
+        session.output.note(f"the token_command of context {context.name} was removed")
     session.output.note(
         f'✓ Signed in to {urlsplit(address).netloc} as user {user} (context "{context.name}", token in {session.kept.store.where})'
     )
 
 
 def _context(session: Session, url: str, name: str | None) -> Context:
-    """The context to sign in to: that of the name, else that of the same gateway, else a new one."""
-    known = session.config.contexts().values()
-    same = next((each for each in known if same_url(each.url, url) and name in {None, each.name}), None)
-    return Context(same.name if same else name or urlsplit(url).netloc, url)
+    """The context to sign in to: the one that is named or in use if it is of this gateway, else another of it, else a new one.
+
+    Raises:
+        CommandError: the named context is of another gateway.
+    """
+    contexts = session.config.contexts()
+    named = name or session.context or session.config.environment.get("SCANFLEET_CONTEXT")
+    if named and named in contexts and not same_url(contexts[named].url, url):
+        raise CommandError(
+            f"context {named} is of {contexts[named].url}, not of {url}",
+            hint=f"scanfleet context add {named} --url {url}, or another --name",
+        )
+    if named:
+        return Context(named, url)
+    names = [each for each, known in contexts.items() if same_url(known.url, url)]
+    current = session.config.current
+    return Context(current if current in names else names[0] if names else urlsplit(url).netloc, url)
 
 
 def _signed_in(session: Session, url: str, *, device: bool) -> Tokens:

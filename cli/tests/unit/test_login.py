@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 import sys
 import threading
 import time
@@ -12,12 +13,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import keyring.backend
 import keyring.backends.fail
 import pytest
 
 from scanfleet.policy import PRESETS, Preset, fill_in
+from scanfleet_cli.login import Callback
 from scanfleet_cli.session import World
 from scanfleet_cli.testing import TOKEN, FakeApi
 from scanfleet_cli.testing.issuer import CLIENT_ID, URL, Issuer
@@ -116,6 +119,17 @@ def test_a_browser_that_comes_back_from_another_sign_in_is_refused(world: World,
     ended = run("login", GATEWAY, environment={"DISPLAY": ":0"}, world=replace(world, browse=browse))
     assert ended.code == 4
     assert "another sign-in" in ended.err
+
+
+def test_idle_connection_does_not_block_the_browser() -> None:
+    """A connection that a browser opened in advance and sends nothing on is closed, and the next one is answered."""
+    with Callback(idle=0.05) as callback, socket.create_connection(("127.0.0.1", urlsplit(callback.url).port)):
+        answers: list[dict[str, str]] = []
+        waiting = threading.Thread(target=lambda: answers.append(callback.wait(10)))
+        waiting.start()
+        urllib.request.urlopen(f"{callback.url}?code=1&state=2", timeout=5).read()  # noqa: S310 # the command's own server
+        waiting.join()
+    assert answers == [{"code": "1", "state": "2"}]
 
 
 def test_a_token_of_stdin_is_kept(api: FakeApi, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

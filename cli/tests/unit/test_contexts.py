@@ -1,0 +1,193 @@
+"""Contexts, their configuration file, and where a token comes from."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shlex
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scanfleet_cli.config import check_url, same_url
+from scanfleet_cli.errors import CommandError
+from scanfleet_cli.testing import TOKEN, FakeApi
+from scanfleet_cli.tokens import CommandToken, FileStore, Kept, Tokens
+
+URL = "http://scanfleet.test"
+
+
+def test_remove_of_a_context_deletes_its_tokens(run: Any, tmp_path: Path) -> None:
+    """The tokens of a removed context are deleted, and those of others stay."""
+    kept = Kept(tmp_path, store := FileStore(tmp_path / "tokens.json"))
+    for name in ("lab", "prod"):
+        run("context", "add", name, "--url", URL, environment={})
+        kept.keep(name, Tokens(URL, TOKEN))
+    assert run("context", "remove", "lab", "--yes", environment={}).code == 0
+    assert store.read("lab") is None
+    assert store.read("prod") is not None
+
+
+def test_remove_of_a_context_without_tokens_makes_no_file(run: Any, tmp_path: Path) -> None:
+    """Nothing is written where there is nothing to delete."""
+    run("context", "add", "lab", "--url", URL, environment={})
+    assert run("context", "remove", "lab", "--yes", environment={}).code == 0
+    assert not (tmp_path / "tokens.json").exists()
+
+
+def login(run: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{TOKEN}\n"))
+    return run(*arguments, "--token-stdin", environment={})
+
+
+def test_login_keeps_the_token_under_the_named_context(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--context names the context to sign in to, also when another context has the same gateway."""
+    for name in ("first", "second"):
+        run("context", "add", name, "--url", URL, environment={})
+    store = FileStore(tmp_path / "tokens.json")
+    assert login(run, monkeypatch, "--context", "second", "login").code == 0
+    assert (store.read("first"), store.read("second") is None) == (None, False)
+    run("context", "use", "first", environment={})
+    assert login(run, monkeypatch, "login").code == 0
+    assert store.read("first") is not None
+
+
+def test_login_to_another_gateway_under_a_known_name_is_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sign-in does not change the address of a context."""
+    run("context", "add", "lab", "--url", URL, environment={})
+    ended = login(run, monkeypatch, "login", "http://elsewhere.test", "--name", "lab")
+    assert ended.code == 2
+    assert f"context lab is of {URL}, not of http://elsewhere.test" in ended.err
+
+
+def test_change_of_a_context_keeps_what_is_not_given(run: Any) -> None:
+    """`context add` of a known name changes the options that it is given."""
+    run("context", "add", "lab", "--url", URL, "--token-command", f"echo {TOKEN}", environment={})
+    run("context", "add", "lab", "--url", f"{URL}/v2", environment={})
+    shown = json.loads(run("context", "show", "lab", "-o", "json", environment={}).out)
+    assert (shown["url"], shown["token_command"]) == (f"{URL}/v2", ["echo", TOKEN])
+    run("context", "add", "lab", "--token-command", "cat token", environment={})
+    shown = json.loads(run("context", "show", "lab", "-o", "json", environment={}).out)
+    assert (shown["url"], shown["token_command"]) == (f"{URL}/v2", ["cat", "token"])
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("current = 5", "current is not the name of a context"),
+        ('context = "prod"', "context is not a table"),
+        ('[context]\nprod = "http://scanfleet.test"', "context prod is not a table with a url"),
+        ("[context.prod]\nurl = 5", "context prod is not a table with a url"),
+        ('[context.prod]\nurl = "http://scanfleet.test"\ntoken_command = "echo x"', "is not a list of texts"),
+        ('[context.prod]\nurl = "http://scanfleet.test"\ntoken_command = [1]', "is not a list of texts"),
+        ("[[context]]\nurl = 5", "context is not a table"),
+        ("current = ", "cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("command", [["context", "list"], ["subnet", "list"], ["context", "add", "lab"]])
+def test_configuration_of_the_wrong_form_is_reported(
+    run: Any, tmp_path: Path, text: str, problem: str, command: list[str]
+) -> None:
+    """A value of the wrong type is named with its file, exits 2, and is not overwritten."""
+    file = tmp_path / "config.toml"
+    file.write_text(text)
+    ended = run(*command, environment={})
+    assert ended.code == 2, ended.err
+    assert problem in ended.err
+    assert str(file) in ended.err
+    assert file.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("https://scanfleet.test/", "HTTPS://Scanfleet.test:443", True),
+        ("http://scanfleet.test/a/", "http://scanfleet.test/a", True),
+        ("https://scanfleet.test/Team", "https://scanfleet.test/team", False),
+        ("https://scanfleet.test", "http://scanfleet.test", False),
+        ("https://scanfleet.test:8443", "https://scanfleet.test", False),
+    ],
+)
+def test_addresses_of_one_gateway(one: str, other: str, same: bool) -> None:
+    """A path is compared as it is, scheme and host in any case."""
+    assert same_url(one, other) is same
+
+
+@pytest.mark.parametrize("url", ["scanfleet.test", "ftp://scanfleet.test", "http://scanfleet.test:port", "http://[::1"])
+def test_text_that_is_not_an_address_is_refused(url: str) -> None:
+    """Each is an error with an example, and none a traceback."""
+    with pytest.raises(CommandError, match="is not the address of a gateway"):
+        check_url(url)
+
+
+# Token commands
+
+
+def jwt(seconds: float) -> str:
+    claims = json.dumps({"exp": time.time() + seconds}).encode()
+    return f"e30.{base64.urlsafe_b64encode(claims).decode().rstrip('=')}.x"
+
+
+def counting(folder: Path, *tokens: str) -> list[str]:
+    """A command that prints the next of these tokens each time it runs, the last one again and again."""
+    script = (
+        "import pathlib, sys; runs = pathlib.Path(sys.argv[1]); number = len(runs.read_text()) if runs.exists() else 0; "
+        "runs.write_text('x' * (number + 1)); print(sys.argv[2:][min(number, len(sys.argv) - 3)])"
+    )
+    return [sys.executable, "-c", script, str(folder / "runs"), *tokens]
+
+
+def runs(folder: Path) -> int:
+    return len((folder / "runs").read_text())
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(30, 2), (3_600, 1)])
+def test_token_command_runs_again_before_its_token_ends(tmp_path: Path, seconds: float, expected: int) -> None:
+    """A token is used until a minute before its end."""
+    token = CommandToken(counting(tmp_path, jwt(seconds), jwt(7_200)))
+    token.current(), token.current(), token.current()
+    assert runs(tmp_path) == expected
+
+
+def test_token_command_runs_once_for_several_threads(tmp_path: Path) -> None:
+    """Of several requests at once, one runs the command and the others use what it printed."""
+    token = CommandToken(counting(tmp_path, "opaque"))
+    threads = [threading.Thread(target=token.current) for _ in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert runs(tmp_path) == 1
+
+
+@pytest.mark.parametrize("command", [["subnet", "list"], ["job", "watch", "41"]])
+def test_token_command_runs_again_when_its_token_is_refused(run: Any, tmp_path: Path, command: list[str]) -> None:
+    """A 401 is followed by the same request with a new token, once."""
+    run("scan", "127.9.8.0/24", "--no-watch")
+    line = shlex.join(counting(tmp_path, "stale", TOKEN))
+    run("context", "add", "lab", "--url", URL, "--token-command", line, environment={})
+    assert run(*command, environment={}).code == 0
+    assert runs(tmp_path) == 2
+
+
+def test_token_that_is_refused_again_exits_4(api: FakeApi, run: Any, tmp_path: Path) -> None:
+    """A command that prints no better token ends after two runs."""
+    line = shlex.join(counting(tmp_path, "stale", "stale too"))
+    run("context", "add", "lab", "--url", URL, "--token-command", line, environment={})
+    api.requests.clear()
+    ended = run("subnet", "list", environment={})
+    assert ended.code == 4
+    assert len(api.requests) == runs(tmp_path) == 2
+
+
+def test_token_of_the_environment_that_is_refused_is_not_sent_again(api: FakeApi, run: Any) -> None:
+    """Only a token that can be replaced is followed by another request."""
+    assert run("subnet", "list", environment={"SCANFLEET_URL": URL, "SCANFLEET_TOKEN": "stale"}).code == 4
+    assert [each.headers["authorization"] for each in api.requests] == ["Bearer stale"]
