@@ -21,10 +21,11 @@ from api_gateway.api.admission import Admission
 from api_gateway.api.session import Sessions
 from api_gateway.api.state import State
 from api_gateway.auth import REFRESH_S, KeyReports, Revocations, SignIn, UserIds
+from api_gateway.connections import connect
 from api_gateway.handlers.commands import Commands
 from api_gateway.handlers.events import Watches
 from api_gateway.settings import Settings
-from api_gateway.upstream import Orchestrator, ScanLimits, Upstream, connect
+from api_gateway.upstream import Orchestrator, ScanLimits, Upstream
 from scanfleet import logging, service, tracing
 from scanfleet.auth import InternalTokens, TokenVerifier, open_verifier, read_private_key
 from scanfleet.bus import Bus
@@ -73,15 +74,14 @@ def create_app(
         async with AsyncExitStack() as stack:
             key = read_private_key(settings.internal_key_file)
             # Cancels have connections of their own: queries that take all others do not delay them.
-            queries, cancels, results = [
-                await stack.enter_async_context(connect(str(url), settings, transport))
-                for url in (settings.orchestrator_url, settings.orchestrator_url, settings.result_store_url)
-            ]
+            queries = await stack.enter_async_context(connect(settings, transport))
+            cancels = await stack.enter_async_context(connect(settings, transport))
             tokens = InternalTokens(key, ORCHESTRATOR)
-            orchestrator = Orchestrator(queries, tokens, stalled_seconds=settings.stalled_seconds)
-            canceller = Orchestrator(cancels, tokens, stalled_seconds=settings.stalled_seconds)
+            url, seconds = str(settings.orchestrator_url), settings.stalled_seconds
+            orchestrator = Orchestrator(queries, url, tokens, stalled_seconds=seconds)
+            canceller = Orchestrator(cancels, url, tokens, stalled_seconds=seconds)
             result_store = Upstream(
-                results, InternalTokens(key, RESULT_STORE), stalled_seconds=settings.stalled_seconds
+                queries, str(settings.result_store_url), InternalTokens(key, RESULT_STORE), stalled_seconds=seconds
             )
             app.state.verifier = await stack.enter_async_context(_open_verifier(app, settings, orchestrator, transport))
             await startup.until_available("kafka", bus.start)

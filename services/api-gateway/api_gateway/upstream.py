@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Final, Literal, TypeVar
 from urllib.parse import quote, urlencode
@@ -17,7 +16,6 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from starlette.types import Message, Receive, Scope, Send
 
-from api_gateway.settings import Settings
 from scanfleet import rest, tracing
 from scanfleet.auth import THE_GATEWAY, InternalTokens
 from scanfleet.errors import BadRequestError, DependencyError
@@ -35,19 +33,19 @@ from scanfleet.rest import (
     UserId,
 )
 from scanfleet.service import source
-from scanfleet.tls import client_context
 
-CONNECT_SECONDS: Final = 1.0  # the services are next door
-POOL_SECONDS: Final = 1.0  # to wait for a connection while all are in use; then it is better to say so
 SMALL_BYTES: Final = 1 << 16  # size of one read of a connection; smaller answers are read whole instead of streamed
 LIMITS_SECONDS: Final = 60.0  # they change with a restart of the orchestrator
 LIMITS_RETRY_SECONDS: Final = 1.0  # after a failure, which all callers share until then
-KEEPALIVE_SECONDS: Final = 3.0  # shorter than the servers' 5 s, so that no server closes a connection that is reused
 
 _log = structlog.get_logger()
 
 _Answer = TypeVar("_Answer")
 
+_OWN: Final = {
+    "accept-encoding": "identity",  # answers are forwarded unchanged, so the services are not asked to compress them
+    "user-agent": "scanfleet-api-gateway",
+}
 _FORWARDED: Final = ("accept", "content-type", "if-match", "if-none-match")
 _RETURNED: Final = (
     "content-type",
@@ -66,13 +64,17 @@ class Upstream:
     """One service.
 
     Args:
-        client: HTTP client with the service's URL as its base.
+        connections: carry the requests.
+        url: the service's base URL.
         tokens: for this service.
         stalled_seconds: write timeout of a client that reads nothing.
     """
 
-    def __init__(self, client: httpx.AsyncClient, tokens: InternalTokens, *, stalled_seconds: float) -> None:
-        self._client = client
+    def __init__(
+        self, connections: httpx.AsyncBaseTransport, url: str, tokens: InternalTokens, *, stalled_seconds: float
+    ) -> None:
+        self._connections = connections
+        self._url = url.rstrip("/")
         self._tokens = tokens
         self._stalled_seconds = stalled_seconds
         self._reached = False
@@ -90,7 +92,7 @@ class Upstream:
         if not self._reached:
             answer = await self._ask_for_itself("GET", "/internal/ready")
             if answer.status_code != httpx.codes.OK:
-                raise DependencyError(f"{self._client.base_url} answered {answer.status_code} to GET /internal/ready")
+                raise DependencyError(f"{self._url} answered {answer.status_code} to GET /internal/ready")
             self._reached = True
 
     def identity(self, request: Request) -> dict[str, str]:
@@ -136,7 +138,7 @@ class Upstream:
         try:
             await answer.aread()
         except httpx.HTTPError as error:
-            raise DependencyError(f"{self._client.base_url}: {error!r}") from error
+            raise DependencyError(f"{self._url}: {error!r}") from error
         finally:
             await answer.aclose()
         return answer
@@ -144,17 +146,18 @@ class Upstream:
     async def _send(self, method: str, target: str, headers: Mapping[str, str], body: bytes = b"") -> httpx.Response:
         try:
             # Starlette decodes headers as Latin-1.
-            encoded = {name.encode(): value.encode("latin-1") for name, value in headers.items()}
-            request = self._client.build_request(method, target, headers=encoded, content=body or None)
-            answer = await self._client.send(request, stream=True)
+            encoded = {name.encode(): value.encode("latin-1") for name, value in {**_OWN, **headers}.items()}
+            request = httpx.Request(method, self._url + target, headers=encoded, content=body or None)
+            answer = await self._connections.handle_async_request(request)
         except httpx.InvalidURL as error:
             raise BadRequestError("the address is too long") from error
         except httpx.HTTPError as error:
-            raise DependencyError(f"{self._client.base_url}: {error!r}") from error
+            raise DependencyError(f"{self._url}: {error!r}") from error
+        answer.request = request
         self._tokens.learn(answer.headers.get("date"))
         if answer.status_code == httpx.codes.UNAUTHORIZED:  # the service rejects the gateway's token, not the caller's
             await answer.aclose()
-            raise DependencyError(f"{self._client.base_url} refuses the gateway's token: compare the internal keys")
+            raise DependencyError(f"{self._url} refuses the gateway's token: compare the internal keys")
         return answer
 
 
@@ -342,30 +345,6 @@ class ScanLimits:
             _log.warning("the scan limits could not be read", error=self._failure, known=self._limits is not None)
         else:
             self._next_query = self._clock() + LIMITS_SECONDS
-
-
-@asynccontextmanager
-async def connect(
-    url: str,
-    settings: Settings,
-    transport: httpx.AsyncBaseTransport | None = None,
-) -> AsyncIterator[httpx.AsyncClient]:
-    """A pool of connections to the service at `url`.
-
-    Raises:
-        ConfigurationError: the files for TLS cannot be used.
-    """
-    async with httpx.AsyncClient(
-        base_url=url,
-        # Answers are forwarded unchanged, so the services are not asked to compress them.
-        headers={"accept-encoding": "identity", "user-agent": "scanfleet-api-gateway"},
-        timeout=httpx.Timeout(settings.upstream_seconds, connect=CONNECT_SECONDS, pool=POOL_SECONDS),
-        limits=httpx.Limits(max_connections=settings.upstream_connections, keepalive_expiry=KEEPALIVE_SECONDS),
-        transport=transport,
-        verify=client_context(settings) or True,
-        trust_env=False,  # tokens must not pass through a proxy
-    ) as client:
-        yield client
 
 
 def in_time(send: Send, seconds: float) -> Send:

@@ -18,8 +18,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from fastapi import APIRouter, FastAPI
 from pydantic import ValidationError
 
+from api_gateway.connections import connect
 from api_gateway.testing import Gateway
-from api_gateway.upstream import connect
 from local.credentials import LOOPBACK, Authority
 from scanfleet import logging, service
 from scanfleet.errors import ConfigurationError
@@ -120,8 +120,10 @@ def url(server: Server, scheme: str = "https") -> str:
 async def ask(server: Server, files: Files) -> httpx.Response:
     """What the gateway gets with these files."""
     urls = dict.fromkeys(("orchestrator_url", "result_store_url"), url(server))
-    async with connect(url(server), Gateway().settings(**urls, **files.settings)) as client:
-        return await client.get("/thing")
+    async with connect(Gateway().settings(**urls, **files.settings)) as connections:
+        answer = await connections.handle_async_request(httpx.Request("GET", f"{url(server)}/thing"))
+        await answer.aread()
+        return answer
 
 
 async def test_gateway_with_its_certificate_is_served(orchestrator: Files, gateway: Files) -> None:

@@ -124,7 +124,6 @@ async def test_what_goes_with_a_request(gateway: Running) -> None:
         "if-none-match": '"2"',
         "accept-encoding": "identity",
         "user-agent": "scanfleet-api-gateway",
-        "connection": "keep-alive",
         "x-forwarded-for": "127.0.0.1",
         "x-request-id": answer.headers["x-request-id"],
         "traceparent": ours,

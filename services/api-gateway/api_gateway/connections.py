@@ -1,0 +1,94 @@
+"""Connections to the services behind the gateway: aiohttp below the transport interface of httpx. ADR 0065."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+import aiohttp
+import httpx
+from yarl import URL
+
+from api_gateway.settings import Settings
+from scanfleet.tls import client_context
+
+CONNECT_SECONDS: Final = 1.0  # the services are in the same network
+POOL_SECONDS: Final = 1.0  # to wait for a connection while all are in use
+KEEPALIVE_SECONDS: Final = 3.0  # shorter than the servers' 5 s, so that no server closes a connection that is reused
+
+
+class Connections(httpx.AsyncBaseTransport):
+    """A pool of connections to each service."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        self._session = session
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send the request once, and return its answer with a body that is not read yet.
+
+        Raises:
+            httpx.TransportError: the service is unavailable, or sent an invalid answer.
+        """
+        try:
+            answer = await self._session.request(
+                request.method,
+                URL(str(request.url), encoded=True),
+                headers=request.headers.multi_items(),
+                data=request.content or None,
+                allow_redirects=False,
+            )
+        except (aiohttp.ClientError, OSError) as error:  # a timeout is an OSError
+            raise _fault(error) from error
+        return httpx.Response(answer.status, headers=answer.raw_headers, stream=_Body(answer))
+
+
+class _Body(httpx.AsyncByteStream):
+    def __init__(self, answer: aiohttp.ClientResponse) -> None:
+        self._answer = answer
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        try:
+            async for piece in self._answer.content.iter_any():
+                yield piece
+        except (aiohttp.ClientError, OSError) as error:
+            raise _fault(error) from error
+
+    async def aclose(self) -> None:
+        self._answer.release()  # closes the connection unless the body was read to its end
+
+
+def _fault(error: Exception) -> httpx.TransportError:
+    kind = httpx.ConnectError if isinstance(error, aiohttp.ClientConnectorError) else httpx.TransportError
+    return kind(f"{type(error).__name__}: {error}")
+
+
+@asynccontextmanager
+async def connect(
+    settings: Settings, transport: httpx.AsyncBaseTransport | None = None
+) -> AsyncIterator[httpx.AsyncBaseTransport]:
+    """Open a pool of connections for the length of the block, or use `transport` if it is given.
+
+    Raises:
+        ConfigurationError: the files for TLS cannot be used.
+    """
+    if transport is not None:
+        yield transport
+        return
+    connector = aiohttp.TCPConnector(
+        limit=0,
+        limit_per_host=settings.upstream_connections,
+        keepalive_timeout=KEEPALIVE_SECONDS,
+        ssl=client_context(settings) or True,
+        use_dns_cache=False,  # a restarted service may have another address
+    )
+    timeout = aiohttp.ClientTimeout(
+        connect=POOL_SECONDS + CONNECT_SECONDS, sock_connect=CONNECT_SECONDS, sock_read=settings.upstream_seconds
+    )
+    async with aiohttp.ClientSession(
+        connector=connector,
+        timeout=timeout,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+    ) as session:
+        yield Connections(session)
