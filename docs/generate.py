@@ -10,13 +10,16 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
+from pkgutil import walk_packages
 from typing import Any, Final
 
+from prometheus_client.metrics import MetricWrapperBase
 from pydantic_settings import BaseSettings
 
 from api_gateway.main import create_app
 from api_gateway.testing import Gateway
 from job_orchestrator.domain import chunk, job
+from job_orchestrator.metrics import CensusGauges
 from scanfleet.kafka.topics import TopicSettings
 from scanfleet.messages import export
 from scanfleet.messages.acls import SERVICES, acls_of
@@ -152,6 +155,49 @@ def asyncapi() -> str:
     return json.dumps(export.asyncapi(), indent=1) + "\n"
 
 
+def metrics() -> str:
+    """Return the page of all metrics, by the package that defines them."""
+    lines = [
+        HEAD,
+        "# Metrics",
+        "",
+        "Every process exports its metrics at `/metrics` of its probe port, 8081. A histogram has the suffixes `_bucket`, `_sum` and",
+        "`_count`. Alerts on them are in `k8s/`; what to do about each alert is in [runbooks.md](runbooks.md).",
+    ]
+    listed: set[str] = set()
+    for package, title in _PACKAGES.items():
+        rows = {name: row for name, row in _metrics(package) if name not in listed}
+        listed |= rows.keys()
+        lines += ["", f"## {title}", "", "| metric | type | labels | description |", "|---|---|---|---|"]
+        lines += [row for _, row in sorted(rows.items())]
+    return "\n".join(lines) + "\n"
+
+
+_PACKAGES: Final = {
+    "scanfleet": "Every service",
+    "api_gateway": "api-gateway",
+    "job_orchestrator": "job-orchestrator",
+    "scanner_worker": "scanner-worker",
+    "result_store": "result-store",
+}
+
+
+def _metrics(package: str) -> Iterator[tuple[str, str]]:
+    """Yield each metric that a module of the package has, with its row."""
+    for module in walk_packages(import_module(package).__path__ or (), f"{package}."):
+        if {"testing", "__main__"} & set(module.name.split(".")):
+            continue
+        for value in vars(import_module(module.name)).values():
+            if isinstance(value, (MetricWrapperBase, CensusGauges)):
+                for family in value.collect():
+                    name = f"{family.name}_total" if family.type == "counter" else family.name
+                    # The library shows the labels of a metric only in its samples, and there may be none.
+                    labels = getattr(value, "_labelnames", ()) or getattr(family, "_labelnames", ())
+                    named = ", ".join(f"`{label}`" for label in labels) or "none"
+                    text = family.documentation.rstrip(".")
+                    yield name, f"| `{name}` | {family.type} | {named} | {text} |"
+
+
 def cli() -> str:
     """The command line; its examples are run."""
     return f"{HEAD}\n{page.page()}"
@@ -161,6 +207,7 @@ PAGES: Final[dict[str, Callable[[], str]]] = {
     "asyncapi.json": asyncapi,
     "cli.md": cli,
     "events.md": events,
+    "metrics.md": metrics,
     "openapi/current.json": openapi,
     "security.md": security,
     "settings.md": settings,
