@@ -4,7 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 .DELETE_ON_ERROR:
-.PHONY: help setup packages browser cli wheel demo test lint fmt up down status logs token soak networks bench lock licences sbom audit images compose-demo compose-test k8s-test test-unit docs hooks
+.PHONY: help setup packages browser cli wheel demo test lint fmt up down status logs token soak networks bench lock licences sbom audit images compose-demo compose-test k8s-test test-unit docs hooks release
 
 PYTHON ?= python3# makes the virtual environment; 3.11 or newer
 BIN := .venv/bin
@@ -154,6 +154,9 @@ sbom: setup ## Write a CycloneDX document of each image into .local/sbom
 # ADVISORIES is OSV's export of PyPI's advisories, for machines that cannot reach OSV. With REQUIRED=1 it fails without advisories.
 audit: setup ## Search for known vulnerabilities; fails if a release fixes one: make audit [ADVISORIES=all.zip] [REQUIRED=1]
 	@$(BIN)/python -m supply audit $(if $(ADVISORIES),--advisories '$(ADVISORIES)') $(if $(REQUIRED),--required)
+
+release: docs ## Write a version and freeze its contracts, ready to commit and tag: make release VERSION=0.2.0
+	@$(BIN)/python -m supply release '$(VERSION)'
 
 packages:
 	@PYTHON='$(PYTHON)' local/install-packages >&2

@@ -1,4 +1,4 @@
-"""`python -m supply licences|sbom FOLDER|audit [--advisories ZIP] [--required]`."""
+"""`python -m supply licences|sbom FOLDER|audit [--advisories ZIP] [--required]|release VERSION`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from scanfleet.clock import utc_now
 from supply import licences, sbom
 from supply.audit import NotAuditedError, audit
-from supply.locks import SERVICES
+from supply.locks import ROOT, SERVICES
+from supply.release import ReleaseError, prepare
 
 
 def main() -> int:
@@ -21,12 +23,15 @@ def main() -> int:
         "--advisories", type=Path, help="PyPI advisories in OSV's format, a zip file; without it, OSV is queried"
     )
     audited.add_argument("--required", action="store_true", help="fail when the advisories cannot be read")
+    verbs.add_parser("release", help="write a version and freeze its contracts").add_argument("version")
     arguments = parser.parse_args()
     match arguments.verb:
         case "licences":
             return _licences()
         case "sbom":
             return _sbom(arguments.folder)
+        case "release":
+            return _release(arguments.version)
         case _:
             return _audit(arguments.advisories, required=arguments.required)
 
@@ -59,6 +64,16 @@ def _audit(advisories: Path | None, *, required: bool) -> int:
         print(finding)
     print(f"{audited} packages audited, {len(findings)} findings")
     return 1 if any(finding.fixed for finding in findings) else 0
+
+
+def _release(version: str) -> int:
+    try:
+        prepare(ROOT, version, utc_now().date())
+    except ReleaseError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"git commit --all --message 'release: {version}' && git tag --annotate v{version} --message v{version}")
+    return 0
 
 
 if __name__ == "__main__":
