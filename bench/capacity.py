@@ -73,7 +73,7 @@ def made(job_id: int, count: int, signer: Signer) -> Iterator[HostScanned]:
         ]
         token = {"job_id": job_id, "chunk_id": f"{job_id}-{index}", "attempt": 1, "worker_id": "bench-0", "user_id": 7}
         outcomes = Outcome.BLANK * len(addresses)
-        grant = signer.grant(**token, first_address=addresses[0], outcomes=outcomes, ports="T:8080")  # type: ignore[arg-type] # the token's values are of two types
+        grant = signer.grant(**token, first_address=addresses[0], outcomes=outcomes, ports="8080")  # type: ignore[arg-type] # the token's values are of two types
         for address in addresses:
             yield HostScanned(
                 **token,

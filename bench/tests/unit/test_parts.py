@@ -11,7 +11,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from bench.__main__ import main
 from bench.capacity import made
 from bench.figures import Figure
-from scanfleet.grants import Signer
+from scanfleet.grants import Grants, Signer
+from scanfleet.messages import HostScanned
 from scanfleet.outcomes import MAX_ADDRESSES
 
 
@@ -36,6 +37,9 @@ def test_failed_part_keeps_all_other_figures(capsys: pytest.CaptureFixture[str])
 def test_capacity_hosts_fit_into_chunks() -> None:
     """A job of more hosts than a chunk may have is cut into chunks, each with a valid grant."""
     count = 2 * MAX_ADDRESSES + 1
-    hosts = list(made(1, count, Signer(Ed25519PrivateKey.generate())))
+    key = Ed25519PrivateKey.generate()
+    hosts = [HostScanned.model_validate_json(host.model_dump_json()) for host in made(1, count, Signer(key))]
+    grants = Grants([key.public_key()])
+    assert {grants.fault(host) for host in hosts} == {""}
     assert len({host.address for host in hosts}) == count
     assert {host.chunk_id for host in hosts} == {"1-0", "1-1", "1-2"}
