@@ -109,18 +109,26 @@ _RESULTS: Final[dict[int | str, dict[str, Any]]] = {
         },
     },
 }
+
+
+def server_sent(description: str) -> dict[str, Any]:
+    """Return the schema of a stream: tools apply it to the whole text or, since OpenAPI 3.2, to each event."""
+    fields = {"event": "string", "data": "string", "id": "string", "retry": "integer"}
+    event = {"type": "object", "properties": {name: {"type": type_} for name, type_ in fields.items()}}
+    return {"anyOf": [{"type": "string", "description": description}, event]}
+
+
 _EVENTS: Final[dict[int | str, dict[str, Any]]] = {
     200: {
         "description": "The job's state as it is now, then each later one as it comes; the stream ends after a final one. "
         "One that ends before was cut short: ask again, and it begins with the state of then.",
         "content": {
             "text/event-stream": {
-                "schema": {
-                    "type": "string",
-                    "description": "Server-Sent Events. `event` is the job's status, `data` is what a GET of the task "
+                "schema": server_sent(
+                    "Server-Sent Events. `event` is the job's status, `data` is what a GET of the task "
                     "answers, in one line, `id` is the number of the state, which rises, and `retry` is when to connect "
-                    "again, in milliseconds. A comment is a heartbeat.",
-                },
+                    "again, in milliseconds. A comment is a heartbeat."
+                ),
                 "example": 'event: running\ndata: {"job_id":"1","status":{"status":"running",...},"job":{...}}\nid: 3\n'
                 "retry: 3000\n\n",
             },
@@ -138,12 +146,11 @@ _ALL_EVENTS: Final[dict[int | str, dict[str, Any]]] = {
         "`id`. A stream that ends was cut short: ask again.",
         "content": {
             "text/event-stream": {
-                "schema": {
-                    "type": "string",
-                    "description": "Server-Sent Events as those of one job, but for the `id`: the time in milliseconds up to "
+                "schema": server_sent(
+                    "Server-Sent Events as those of one job, but for the `id`: the time in milliseconds up to "
                     "which the stream has sent every change, the job's id and the number of its state. A comment is a heartbeat; "
-                    "the first one follows the last job that was there at the beginning.",
-                },
+                    "the first one follows the last job that was there at the beginning."
+                ),
                 "example": "retry: 3000\n\nevent: running\n"
                 'data: {"job_id":"1","status":{"status":"running",...},"job":{...}}\nid: 1767225605000-1-3\nretry: 3000\n\n',
             },
