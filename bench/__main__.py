@@ -42,7 +42,7 @@ def measure(parts: Mapping[str, Part]) -> tuple[Sequence[Figure], Sequence[str]]
         try:
             for figure in part():
                 figures.append(figure)  # noqa: PERF402 # one at a time: the next one may raise
-        except Exception:  # noqa: BLE001 # whatever fails in one part, the others are measured
+        except Exception:  # noqa: BLE001 # a failure of one part does not stop the others
             print(f"{name} failed:", file=sys.stderr)
             traceback.print_exc()
             failed.append(name)

@@ -21,7 +21,7 @@ worker.conf.task_ignore_result = True
 
 @worker.task  # type: ignore[untyped-decorator] # Celery has no types
 def scan(subnet_id: int, policy_id: int) -> None:
-    """Do nothing, as a scripted worker does."""
+    """Do nothing, like a scripted worker."""
 
 
 class Task(BaseModel):

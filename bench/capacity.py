@@ -1,4 +1,4 @@
-"""What results cost on their way to the documents, beside bare inserts into the same MongoDB, and to read."""
+"""The cost of results from Kafka to MongoDB, beside bare inserts into the same MongoDB."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def measure() -> Sequence[Figure]:
 
 
 async def hosts(stack: Stack) -> Sequence[Figure]:
-    """Hosts under grants of the stack's own key, of jobs that were not submitted; result-store stores them like others."""
+    """Measure hosts with grants of the stack's own key; result-store does not check that their jobs exist."""
     results = mongo.connect(stack.mongodb, stack.database("result-store"))
     signer = Signer(read_private_key(stack.folder / "chunk" / "private.pem"))
     async with bus(stack) as publisher:
@@ -42,7 +42,7 @@ async def hosts(stack: Stack) -> Sequence[Figure]:
         one = Meter({})
         await store(publisher, results, signer, {2_000: HOSTS // 4})
         one_rate = HOSTS / 4 / one.wall()
-    await results.client.admin.command("fsync")  # what is not on the disk yet has no size there
+    await results.client.admin.command("fsync")  # sizes count only what is on the disk
     sizes = await results.command("collStats", "hosts")
     return [
         Figure("hosts_per_s", rate, "hosts in the log to their documents, all partitions"),
@@ -86,7 +86,7 @@ def made(job_id: int, count: int, signer: Signer) -> Iterator[HostScanned]:
 
 
 async def inserts(results: mongo.Database) -> float:
-    """Documents per second that MongoDB takes from one client that does nothing else."""
+    """Documents per second that one client inserts into MongoDB."""
     documents = [each async for each in results["hosts"].find(limit=HOSTS)]
     rates = []
     for name in ("bare1", "bare2", "bare3"):

@@ -243,9 +243,9 @@ def largest(stack: Stack, user: Client) -> Iterator[Figure]:
         ledger = pool.submit(user.ledger, job["id"])
         health: list[float] = []
         while not (health and ledger.done()):
-            asked = time.perf_counter()
+            sent = time.perf_counter()
             httpx.get(f"{stack.probes('job-orchestrator')}/healthz").raise_for_status()
-            health.append(time.perf_counter() - asked)
+            health.append(time.perf_counter() - sent)
         ledger.result()
         yield Figure("largest_ledger_s", time.perf_counter() - begin, "its ledger", at_most=1)
     yield Figure("largest_healthz_s", max(health), "the longest /healthz of the orchestrator meanwhile", at_most=0.1)

@@ -137,14 +137,14 @@ def load(url: str, *, clients: int, seconds: int, token: str = "", body: str = "
     """Successful requests per second that `clients` connections of wrk get in `seconds`.
 
     Args:
-        url: asked with GET, or with POST if there is a body.
+        url: requested with GET, or with POST if there is a body.
         clients: connections, each with one request at a time.
         seconds: duration.
         token: bearer token, or none.
         body: JSON to post.
 
     Raises:
-        RuntimeError: an answer was an error, so there is no rate to report.
+        RuntimeError: a response was an error, so there is no valid rate.
     """
     lines = [f'wrk.headers["Authorization"] = "Bearer {token}"'] if token else []
     if body:

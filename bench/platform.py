@@ -49,7 +49,7 @@ def scan_ratio(user: Client, ports: int) -> float:
 
 
 def follow(user: Client, job_id: int) -> None:
-    """Return at the end of the job's stream: it costs the platform less than to be asked again and again."""
+    """Return at the end of the job's stream: a stream costs the platform less than polling."""
     for task in user.watch(job_id):
         final = task["status"]["status"]
     if final != "completed":
@@ -57,7 +57,7 @@ def follow(user: Client, job_id: int) -> None:
 
 
 def readable_p95_ms(user: Client) -> float:
-    """A result's `created_at` is the broker's stamp on the host in the log; the broker is on this machine."""
+    """95th percentile; a result's `created_at` is the broker's timestamp of the host, and the broker is on this machine."""
     job_id = user.scan(SUBNET, **QUICK | {"ports": "8000-8100"})
     seen: dict[int, float] = {}
     while True:

@@ -16,7 +16,7 @@ from scanner_worker.scanner import view
 from scanner_worker.scanner.xml import Reader
 
 PIECE = 1 << 16  # what a pipe holds
-ROUNDS = 7  # the best of so many, in turns: other processes disturb all sides alike
+ROUNDS = 7  # the best of so many, in turns: other processes affect all sides equally
 
 HEAD = """<?xml version="1.0" encoding="UTF-8"?>
 <!DOCTYPE nmaprun>
@@ -72,7 +72,7 @@ def document(prefix_length: int) -> Iterator[bytes]:
 
 
 def pieces(parts: Iterator[bytes]) -> Iterator[bytes]:
-    """The same bytes as they come out of a pipe."""
+    """The same bytes in the pieces that a pipe delivers."""
     held = bytearray()
     for part in parts:
         held += part
@@ -94,8 +94,8 @@ def read(parts: Iterator[bytes], *, views: bool) -> int:
 
 
 def peak_kb(prefix_length: int) -> int:
-    """The most memory of a process that reads such a document."""
-    output = subprocess.check_output([sys.executable, "-m", "bench.xml_reader", str(prefix_length)])  # ourselves
+    """Peak memory in kB of a process that reads such a document."""
+    output = subprocess.check_output([sys.executable, "-m", "bench.xml_reader", str(prefix_length)])  # this file
     return int(output)
 
 
@@ -132,6 +132,6 @@ def measure() -> Sequence[Figure]:
     ]
 
 
-if __name__ == "__main__":  # a process of its own for one document, whose memory is measured
+if __name__ == "__main__":  # a separate process for one document, whose memory is measured
     read(pieces(document(int(sys.argv[1]))), views=True)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

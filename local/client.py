@@ -51,8 +51,8 @@ class Client:
 
     def unfinished(self) -> int:
         """Return the number of the user's unfinished jobs."""
-        asked = {"status": "pending,running", "page_size": 1}
-        total: int = self._json("GET", "/api/v1/task", params=asked)["total"]
+        query = {"status": "pending,running", "page_size": 1}
+        total: int = self._json("GET", "/api/v1/task", params=query)["total"]
         return total
 
     def finished(self, job_id: int, limit: float = 120.0) -> dict[str, Any]:

@@ -21,7 +21,7 @@ LIFE: Final = timedelta(days=365)
 
 LOOPBACK: Final = x509.IPAddress(ip_address("127.0.0.1"))
 
-# Who connects, and who is connected to; a certificate for the one is refused as the other.
+# Clients and servers; a certificate of one kind is refused for the other.
 _PURPOSES: Final = {
     "api-gateway": ExtendedKeyUsageOID.CLIENT_AUTH,
     "job-orchestrator": ExtendedKeyUsageOID.SERVER_AUTH,
@@ -77,7 +77,7 @@ class Credentials:
 
 
 class Authority:
-    """Signs certificates for as long as this object exists: its key is written nowhere.
+    """Signs certificates for the lifetime of this object: its key is not stored.
 
     Args:
         name: its common name.
@@ -124,7 +124,7 @@ def make_service_certificates(
     life: timedelta = LIFE,
     mode: int = 0o600,
 ) -> None:
-    """Put `ca.crt`, `tls.crt` and `tls.key` into the folder of each service that has a part in requests, unless they are there.
+    """Write `ca.crt`, `tls.crt` and `tls.key` into the folder of each service that sends or receives requests, unless they exist.
 
     All are signed by one authority, whose key is not kept: when one is missing, all are made again.
 
@@ -154,7 +154,7 @@ def _name(text: str) -> x509.Name:
 
 
 def main() -> None:
-    """Make the certificates of the services: `python -m local.credentials FOLDER`."""
+    """Create the certificates of the services: `python -m local.credentials FOLDER`."""
     parser = argparse.ArgumentParser(prog="python -m local.credentials", description=make_service_certificates.__doc__)
     parser.add_argument("folder", type=Path)
     make_service_certificates(parser.parse_args().folder)

@@ -75,7 +75,7 @@ def show(user: Client, numbers: Iterable[int], nmap: Sequence[str]) -> int:
     else:
         console.print(f"plain nmap differs: it found {plain_up} machines up; only one of the two found:")
         _print_table(sorted(set(found) ^ set(plain)))
-    # One line whatever the terminal's width, because scripts parse it.
+    # One line for any width of the terminal, because scripts parse it.
     summary = {
         "job_id": job_id,
         "status": status["status"],

@@ -16,7 +16,7 @@ from cryptography.fernet import Fernet
 from local.credentials import make_service_certificates
 from local.tokens import Issuer, make_signing_keys
 
-CERTIFICATE_LIFE: Final = timedelta(days=3650)  # they are as private as the volumes, and live as long
+CERTIFICATE_LIFE: Final = timedelta(days=3650)  # as private and as long-lived as the volumes
 DATABASES: Final = {"job-orchestrator": "scanfleet_job_orchestrator", "result-store": "scanfleet_result_store"}
 
 

@@ -26,7 +26,7 @@ from typing import Final, Self, TypeVar
 from local.nmap import OpenPorts
 
 NETWORK: Final = "10.77.0.0/16"
-"""The addresses of the scanned side: each answers as a Linux host does, unless a rule says otherwise."""
+"""The addresses of the scanned side: each responds like a Linux host, unless a rule filters it."""
 
 # Of the veth pair, from the network that is reserved for benchmarks (RFC 2544).
 _SCANNER: Final = "198.18.0.1"

@@ -1,4 +1,4 @@
-"""Plain nmap, to compare with: what it finds, and which of its processes a stack runs."""
+"""Plain nmap for comparisons: its open ports, and the nmap processes of a stack."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def open_ports(*arguments: str) -> OpenPorts:
         subprocess.CalledProcessError: nmap failed.
     """
     done = subprocess.run(["nmap", "-n", "-oX", "-", *arguments], capture_output=True, check=True)
-    document = ET.fromstring(done.stdout)  # noqa: S314 # nmap's own output about our own servers
+    document = ET.fromstring(done.stdout)  # noqa: S314 # output of the local nmap on local servers
     return {
         (host.find("address").attrib["addr"], int(port.attrib["portid"]))  # type: ignore[union-attr] # every host has one
         for host in document.iter("host")
@@ -37,7 +37,7 @@ def _named(name: str) -> Iterator[int]:
             if (folder / "comm").read_text().strip() == name:
                 yield int(folder.name)
         except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended while we looked
+            continue  # it has just ended
 
 
 def _ancestors(pid: int) -> Iterator[int]:

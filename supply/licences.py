@@ -61,7 +61,7 @@ def licence(package: Package) -> str:
     A lock may pin another version for the Python of the images; the licence is taken to be the same.
 
     Raises:
-        UnknownLicenceError: it is not installed, or names no licence that is known here.
+        UnknownLicenceError: it is not installed, or has no licence of the table.
     """
     try:
         data = metadata(package.name)
@@ -79,7 +79,9 @@ def licence(package: Package) -> str:
             len(expression) <= _LONGEST and not _LICENSING.validate(expression).errors
         ):
             return expression
-    raise UnknownLicenceError(f"{package.name} {package.version} names no licence that is known here: {named!r:.200}")
+    raise UnknownLicenceError(
+        f"{package.name} {package.version} has a licence that is not in the table: {named!r:.200}"
+    )
 
 
 def allowed(expression: str) -> bool:

@@ -101,6 +101,6 @@ def test_decision_records_are_one_page_and_indexed(page: Path) -> None:
 
 
 def test_the_version_of_a_release_is_the_same_in_code_and_package() -> None:
-    """What the gateway publishes as its version is what pyproject.toml says."""
+    """The version that the gateway publishes is that of pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["version"] == VERSION

@@ -102,10 +102,10 @@ class Permitted:
     """Why addresses are refused; empty if none is."""
 
     denied: str
-    """Why addresses may not be scanned, as the rule says it; empty if all of them may be scanned."""
+    """Why addresses may not be scanned, in the text of the rule; empty if all of them may be scanned."""
 
     rule: Rule = Rule.TARGETS
-    """Which rule that is."""
+    """The name of that rule."""
 
 
 def together(waiting: Sequence[ScanChunk], free_slots: int) -> Sequence[ScanChunk]:

@@ -347,8 +347,8 @@ async def test_batch_cancel_stops_only_its_own_targets(
         assert rig.scanned() == {"1-47": "a" * 64, "1-49": "a" * 64}
         released = [m for m in rig.bus.messages(SCAN_PROGRESS) if isinstance(m, ChunkReleased) and m.chunk_id == "1-48"]
         assert [m.outcomes for m in released] == ["." * 64]
-        told = [m.address for m in rig.bus.messages(SCAN_RESULTS) if isinstance(m, HostScanned)]
-        assert len(set(told)) == len(told) == 128
+        reported = [m.address for m in rig.bus.messages(SCAN_RESULTS) if isinstance(m, HostScanned)]
+        assert len(set(reported)) == len(reported) == 128
         assert {a: [p.port for p in h.ports] for a, h in rig.hosts().items() if h.ports} == {"127.9.47.70": [port]}
     assert starts()[1:] == [["127.9.47.64/26", "127.9.48.64/26", "127.9.49.64/26"], ["127.9.49.64/26"]]
 
@@ -379,8 +379,8 @@ async def test_batch_nmap_crash_fails_unfinished_chunks(
             )
 
         def failed() -> dict[str, str]:
-            said = rig.bus.messages(SCAN_PROGRESS)
-            return {m.chunk_id: m.reason for m in said if isinstance(m, ChunkFailed)}
+            progress = rig.bus.messages(SCAN_PROGRESS)
+            return {m.chunk_id: m.reason for m in progress if isinstance(m, ChunkFailed)}
 
         await until(lambda: rig.scanned() and len(failed()) == 2, 60)
         assert rig.scanned() == {"1-1": "a"}

@@ -82,7 +82,7 @@ class Deployed:
     @property
     def worker_id(self) -> str:
         """The worker's current id; empty before its first announcement."""
-        return self.workers.received[-1].worker_id if self.workers.received else ""  # type: ignore[attr-defined] # the test knows the message's kind
+        return self.workers.received[-1].worker_id if self.workers.received else ""  # type: ignore[attr-defined] # another kind of message fails the test
 
     async def send(self, *tasks: Message) -> None:
         await self.bus.publish(SCAN_TASKS, [task.model_copy(update={"worker_id": self.worker_id}) for task in tasks])
@@ -153,11 +153,11 @@ async def test_service_sigterm_finishes_or_releases_chunks(
     """On SIGTERM a chunk that can finish is finished, the others are released, and the process exits with 0."""
     quick = make_chunk({"ports": "1-40", "max_rate": 80}, chunk_id="1-0", outcomes="....")
     await deployed.send(quick, make_chunk(SLOW, chunk_id="1-1"), make_chunk(SLOW, chunk_id="1-2"))
-    await until(lambda: len({m.chunk_id for m in deployed.messages(ChunkProgressed)}) == 3, 30)  # type: ignore[attr-defined] # the test knows the message's kind
+    await until(lambda: len({m.chunk_id for m in deployed.messages(ChunkProgressed)}) == 3, 30)  # type: ignore[attr-defined] # another kind of message fails the test
     deployed.process.send_signal(signal.SIGTERM)
     assert await asyncio.wait_for(deployed.process.wait(), 20) == 0
     await until(lambda: len(deployed.messages(ChunkScanned, ChunkReleased, ChunkFailed)) == 3)
-    ends = {m.chunk_id: type(m) for m in deployed.messages(ChunkScanned, ChunkReleased, ChunkFailed)}  # type: ignore[attr-defined] # the test knows the message's kind
+    ends = {m.chunk_id: type(m) for m in deployed.messages(ChunkScanned, ChunkReleased, ChunkFailed)}  # type: ignore[attr-defined] # another kind of message fails the test
     assert ends == {"1-0": ChunkScanned, "1-1": ChunkReleased, "1-2": ChunkReleased}
     goodbye = deployed.workers.received[-1]
     assert isinstance(goodbye, WorkerReady)
@@ -191,10 +191,10 @@ async def test_service_resumed_after_lease_releases_the_chunk(
 async def test_service_unknown_tasks_are_ignored(deployed: Deployed, make_chunk: MakeChunk, until: Until) -> None:
     """A task for an unknown chunk or worker is ignored, and the next task is processed."""
     stop = StopChunk(job_id=9, chunk_id="9-9", attempt=9, worker_id="x", reason="nothing")
-    await deployed.bus.publish(SCAN_TASKS, [stop, make_chunk(worker_id="nobody")])
+    await deployed.bus.publish(SCAN_TASKS, [stop, make_chunk(worker_id="another")])
     await deployed.send(stop, make_chunk(chunk_id="1-7"))
     await until(lambda: deployed.messages(ChunkScanned), 60)
-    assert {m.chunk_id for m in deployed.progress.received} == {"1-7"}  # type: ignore[attr-defined] # the test knows the message's kind
+    assert {m.chunk_id for m in deployed.progress.received} == {"1-7"}  # type: ignore[attr-defined] # another kind of message fails the test
 
 
 @contextlib.contextmanager

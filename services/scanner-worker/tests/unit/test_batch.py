@@ -116,8 +116,8 @@ class Rig:
         return {m.chunk_id: (type(m), m.outcomes) for m in self.final_reports()}
 
     def final_reports(self) -> list[ChunkScanned | ChunkFailed | ChunkReleased]:
-        said = self.bus.messages(SCAN_PROGRESS)
-        return [m for m in said if isinstance(m, ChunkScanned | ChunkFailed | ChunkReleased)]
+        progress = self.bus.messages(SCAN_PROGRESS)
+        return [m for m in progress if isinstance(m, ChunkScanned | ChunkFailed | ChunkReleased)]
 
     def hosts(self) -> list[tuple[str, str]]:
         return [(m.chunk_id, m.address) for m in self.bus.messages(SCAN_RESULTS) if isinstance(m, HostScanned)]
@@ -268,12 +268,12 @@ async def test_batch_error_of_one_chunk_is_isolated(make: MakeChunk) -> None:
 @pytest.mark.proves("F8", "G5")
 async def test_batch_unacknowledged_chunk_leaves_within_its_lease(make: MakeChunk, until: Until) -> None:
     """A chunk whose heartbeats are not acknowledged leaves within its lease, and the others continue."""
-    away = True
+    unavailable = True
     async with scanning(make(1, lease_seconds=3.0), make(2)) as rig:
-        rig.fail_publish(lambda m: DependencyError("away") if away and m.subject == "chunk/1-1" else None)
+        rig.fail_publish(lambda m: DependencyError("unavailable") if unavailable and m.subject == "chunk/1-1" else None)
         await until(lambda: len(rig.scanner.asked) == 2, 3.0)
         assert rig.scanner.asked[1] == ["127.9.1.20", "127.9.1.21"]
-        away = False
+        unavailable = False
         await until(rig.final_reports)
         assert rig.ends() == {"1-1": (ChunkReleased, "..")}
         rig.scanner.let()
@@ -286,8 +286,8 @@ async def test_batch_chunks_have_separate_heartbeats(make: MakeChunk, until: Unt
         rig.scanner.let(1)
 
         def beats() -> dict[str, str]:
-            said = rig.bus.messages(SCAN_PROGRESS)
-            return {m.chunk_id: m.outcomes for m in said if isinstance(m, ChunkProgressed)}
+            progress = rig.bus.messages(SCAN_PROGRESS)
+            return {m.chunk_id: m.outcomes for m in progress if isinstance(m, ChunkProgressed)}
 
         await until(lambda: len(beats()) == 2)
         assert beats() == {"1-1": "a.", "1-2": ".."}
@@ -296,13 +296,15 @@ async def test_batch_chunks_have_separate_heartbeats(make: MakeChunk, until: Unt
 
 async def test_batch_unpublished_hosts_apply_backpressure(make: MakeChunk, until: Until) -> None:
     """While one chunk's hosts cannot be published, no further output of nmap is read for any chunk."""
-    away = True
+    unavailable = True
     async with scanning(make(1, outcomes="....."), make(2)) as rig:
-        rig.fail_publish(lambda m: DependencyError("away") if away and isinstance(m, HostScanned) else None)
+        rig.fail_publish(
+            lambda m: DependencyError("unavailable") if unavailable and isinstance(m, HostScanned) else None
+        )
         rig.scanner.let()
         await until(lambda: len([m for m in rig.bus.messages(SCAN_PROGRESS) if isinstance(m, ChunkProgressed)]) >= 2)
         assert len(rig.scanner.yielded) == 2
-        away = False
+        unavailable = False
     assert rig.ends() == {"1-1": (ChunkScanned, "aaaaa"), "1-2": (ChunkScanned, "aa")}
 
 

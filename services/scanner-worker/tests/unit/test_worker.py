@@ -152,7 +152,7 @@ async def test_worker_announces_slots_and_capabilities(until: Until) -> None:
     async with rigged(slots=3, raw=False) as rig:
         await until(lambda: len(rig.messages(SCAN_WORKERS, WorkerReady)) >= 2)
         ready = rig.messages(SCAN_WORKERS, WorkerReady)[0]
-        assert (ready.worker_id, ready.slots, ready.raw) == ("worker", 3, False)  # type: ignore[attr-defined] # the test knows the message's kind
+        assert (ready.worker_id, ready.slots, ready.raw) == ("worker", 3, False)  # type: ignore[attr-defined] # another kind of message fails the test
 
 
 async def test_worker_chunk_is_scanned_and_reported(make_chunk: MakeChunk, until: Until) -> None:
@@ -192,7 +192,7 @@ async def test_worker_retried_chunk_scans_only_blanks(make_chunk: MakeChunk, unt
             "127.9.1.1",
             "127.9.1.3",
         ]
-        assert rig.last().outcomes == "aada"  # type: ignore[attr-defined] # the test knows the message's kind
+        assert rig.last().outcomes == "aada"  # type: ignore[attr-defined] # another kind of message fails the test
 
 
 async def test_worker_task_of_another_worker_is_ignored(make_chunk: MakeChunk, until: Until) -> None:
@@ -200,7 +200,7 @@ async def test_worker_task_of_another_worker_is_ignored(make_chunk: MakeChunk, u
     async with rigged(*hosts(0, 1, 2, 3)) as rig:
         await rig.send(make_chunk(worker_id="other", chunk_id="1-1"), make_chunk())
         await until(lambda: "ChunkScanned" in rig.progress())
-        assert {m.chunk_id for m in rig.bus.messages(SCAN_PROGRESS)} == {"1-0"}  # type: ignore[attr-defined] # the test knows the message's kind
+        assert {m.chunk_id for m in rig.bus.messages(SCAN_PROGRESS)} == {"1-0"}  # type: ignore[attr-defined] # another kind of message fails the test
 
 
 async def test_worker_repeated_task_is_ignored(make_chunk: MakeChunk, until: Until) -> None:
@@ -218,25 +218,25 @@ async def test_worker_heartbeat_has_the_map(make_chunk: MakeChunk, until: Until)
     async with rigged(*hosts(0, 2), FOREVER) as rig:
         await rig.send(make_chunk())
         await until(lambda: len(rig.messages(SCAN_PROGRESS, ChunkProgressed)) >= 2)
-        assert rig.last().outcomes == "a.a."  # type: ignore[attr-defined] # the test knows the message's kind
+        assert rig.last().outcomes == "a.a."  # type: ignore[attr-defined] # another kind of message fails the test
 
 
 async def test_worker_outcome_is_set_after_acknowledgement(make_chunk: MakeChunk, until: Until) -> None:
     """While scan-results cannot be written, the map stays blank; once it can, the host is published."""
     async with rigged(*hosts(0), FOREVER) as rig:
-        publish, away = rig.bus.publish, True
+        publish, unavailable = rig.bus.publish, True
 
         async def without_results(topic: Topic, messages: Iterable[Message]) -> None:
-            if away and topic is SCAN_RESULTS:
-                raise DependencyError("away")
+            if unavailable and topic is SCAN_RESULTS:
+                raise DependencyError("unavailable")
             await publish(topic, messages)
 
         rig.bus.publish = without_results  # type: ignore[method-assign] # simulates a failure of the broker
         await rig.send(make_chunk())
         await until(lambda: rig.messages(SCAN_PROGRESS, ChunkProgressed))
-        assert rig.last().outcomes == "...."  # type: ignore[attr-defined] # the test knows the message's kind
-        away = False
-        await until(lambda: rig.last().outcomes == "a...")  # type: ignore[attr-defined] # the test knows the message's kind
+        assert rig.last().outcomes == "...."  # type: ignore[attr-defined] # another kind of message fails the test
+        unavailable = False
+        await until(lambda: rig.last().outcomes == "a...")  # type: ignore[attr-defined] # another kind of message fails the test
         assert len(rig.messages(SCAN_RESULTS, HostScanned)) == 1
 
 
@@ -267,7 +267,7 @@ async def test_worker_waiting_compatible_chunks_share_a_slot(make_chunk: MakeChu
             ["127.9.1.4", "127.9.1.8", "127.9.1.12"],
             ["127.9.1.16"],
         ]
-        assert {m.chunk_id for m in rig.messages(SCAN_PROGRESS, ChunkScanned)} == set(lasts)  # type: ignore[attr-defined] # the test knows the message's kind
+        assert {m.chunk_id for m in rig.messages(SCAN_PROGRESS, ChunkScanned)} == set(lasts)  # type: ignore[attr-defined] # another kind of message fails the test
         assert rig.scanner.most == 1
 
 
@@ -304,7 +304,7 @@ async def test_stop_without_grace_releases_all_chunks_of_a_slot(make_chunk: Make
         await rig.send(StopChunk(job_id=1, chunk_id="1-0", attempt=1, worker_id="worker", reason="cancelled"))
         await until(lambda: len(rig.scanner.asked) == 2)
         await rig.worker.stop(0)
-        assert {m.chunk_id for m in rig.messages(SCAN_PROGRESS, ChunkReleased)} == {"1-0", "1-1", "1-2"}  # type: ignore[attr-defined] # the test knows the message's kind
+        assert {m.chunk_id for m in rig.messages(SCAN_PROGRESS, ChunkReleased)} == {"1-0", "1-1", "1-2"}  # type: ignore[attr-defined] # another kind of message fails the test
         assert len(rig.scanner.asked) == rig.scanner.closed == 2
 
 
@@ -316,7 +316,7 @@ async def test_worker_chunk_without_slot_is_released(make_chunk: MakeChunk, unti
         released = rig.messages(SCAN_PROGRESS, ChunkReleased)[0]
         assert isinstance(released, ChunkReleased)
         assert (released.chunk_id, released.outcomes, released.slot_seconds) == ("1-1", "a...", 0)
-        assert [m.chunk_id for m in rig.messages(SCAN_PROGRESS, ChunkClaimed)] == ["1-0"]  # type: ignore[attr-defined] # the test knows the message's kind
+        assert [m.chunk_id for m in rig.messages(SCAN_PROGRESS, ChunkClaimed)] == ["1-0"]  # type: ignore[attr-defined] # another kind of message fails the test
 
 
 async def test_worker_stop_chunk_releases_with_the_map(make_chunk: MakeChunk, until: Until) -> None:
@@ -351,7 +351,7 @@ async def test_worker_new_attempt_stops_the_old_one(make_chunk: MakeChunk, until
         await until(lambda: rig.scanner.asked)
         await rig.send(make_chunk(attempt=2))
         await until(lambda: "ChunkReleased" in rig.progress())
-        assert [m.attempt for m in rig.messages(SCAN_PROGRESS, ChunkReleased)] == [1]  # type: ignore[attr-defined] # the test knows the message's kind
+        assert [m.attempt for m in rig.messages(SCAN_PROGRESS, ChunkReleased)] == [1]  # type: ignore[attr-defined] # another kind of message fails the test
         await until(lambda: rig.scanner.running == 1)
 
 
@@ -362,7 +362,7 @@ async def test_worker_late_older_attempt_is_ignored(make_chunk: MakeChunk, until
         await rig.send(make_chunk(attempt=3))
         await until(lambda: rig.scanner.running == 1 if begun else "ChunkScanned" in rig.progress())
         await rig.send(make_chunk(attempt=2), make_chunk(chunk_id="1-9", first_address="10.0.0.0"))
-        await until(lambda: [m for m in rig.messages(SCAN_PROGRESS, ChunkScanned) if m.chunk_id == "1-9"])  # type: ignore[attr-defined] # the test knows the message's kind
+        await until(lambda: [m for m in rig.messages(SCAN_PROGRESS, ChunkScanned) if m.chunk_id == "1-9"])  # type: ignore[attr-defined] # another kind of message fails the test
         assert len(rig.scanner.asked) == 1
         assert rig.messages(SCAN_PROGRESS, ChunkReleased) == []
         assert rig.scanner.running == int(begun)
@@ -406,7 +406,7 @@ async def test_worker_missing_ports_fail_the_chunk(make_chunk: MakeChunk, until:
     async with rigged(*hosts(0, 1, 2), host("127.9.1.3", ports=1)) as rig:
         await rig.send(make_chunk())
         await until(lambda: "ChunkFailed" in rig.progress())
-        assert "1 of 2 ports of 127.9.1.3" in rig.last().reason  # type: ignore[attr-defined] # the test knows the message's kind
+        assert "1 of 2 ports of 127.9.1.3" in rig.last().reason  # type: ignore[attr-defined] # another kind of message fails the test
         assert len(rig.messages(SCAN_RESULTS, HostScanned)) == 3
 
 
@@ -415,7 +415,7 @@ async def test_worker_unrequested_host_fails_the_chunk(make_chunk: MakeChunk, un
     async with rigged(*hosts(9)) as rig:
         await rig.send(make_chunk())
         await until(lambda: "ChunkFailed" in rig.progress())
-        assert "127.9.1.9" in rig.last().reason  # type: ignore[attr-defined] # the test knows the message's kind
+        assert "127.9.1.9" in rig.last().reason  # type: ignore[attr-defined] # another kind of message fails the test
         assert rig.bus.messages(SCAN_RESULTS) == []
 
 
@@ -424,7 +424,7 @@ async def test_worker_unexpected_error_fails_only_the_chunk(make_chunk: MakeChun
     async with rigged(ValueError("oops")) as rig:
         await rig.send(make_chunk())
         await until(lambda: "ChunkFailed" in rig.progress())
-        assert "ValueError" in rig.last().reason  # type: ignore[attr-defined] # the test knows the message's kind
+        assert "ValueError" in rig.last().reason  # type: ignore[attr-defined] # another kind of message fails the test
         assert rig.worker.alive
 
 
@@ -445,7 +445,7 @@ async def test_worker_refused_chunk_starts_no_nmap(make_chunk: MakeChunk, until:
     async with rigged() as rig:
         await rig.send(make_chunk(first_address="10.0.0.0"))
         await until(lambda: "ChunkScanned" in rig.progress())
-        assert (rig.last().outcomes, rig.scanner.asked) == ("rrrr", [])  # type: ignore[attr-defined] # the test knows the message's kind
+        assert (rig.last().outcomes, rig.scanner.asked) == ("rrrr", [])  # type: ignore[attr-defined] # another kind of message fails the test
 
 
 @pytest.mark.proves("A13", "G15")
@@ -458,10 +458,10 @@ async def test_worker_forbidden_chunk_is_audited(
         await rig.send(make_chunk(policy, first_address="127.9.9.8", outcomes=".."))
         await until(lambda: "ChunkScanned" in rig.progress())
         await rig.refusals.flush(rig.bus)
-        (told,) = [each.entry for each in rig.bus.messages(SCAN_AUDIT[WORKER]) if isinstance(each, Audited)]
-        assert (told.service, told.subject, told.source) == ("scanner-worker", "7", "scan-tasks")
-        assert (told.action, told.decision, told.rule) == ("consume scan-tasks", "refused", "targets")
-        assert "127.9.9.9/32" in told.target
+        (entry,) = [each.entry for each in rig.bus.messages(SCAN_AUDIT[WORKER]) if isinstance(each, Audited)]
+        assert (entry.service, entry.subject, entry.source) == ("scanner-worker", "7", "scan-tasks")
+        assert (entry.action, entry.decision, entry.rule) == ("consume scan-tasks", "refused", "targets")
+        assert "127.9.9.9/32" in entry.target
 
 
 GRANTS = UserGrants.model_validate(
@@ -491,16 +491,16 @@ async def test_chunk_beyond_its_grant_is_refused_and_audited(
     letters: str,
     why: str,
 ) -> None:
-    """Whatever the orchestrator dispatches, nmap gets no address beyond the grants of this worker, and the audit log says why."""
+    """For any task nmap gets no address beyond the grants of this worker, and the audit log has the reason."""
     async with rigged(*hosts(0, 1), grants=GRANTS) as rig:
         await rig.send(make_chunk(policy, **({"granted_by": "site"} | fields)))
         await until(lambda: "ChunkScanned" in rig.progress())
-        assert rig.last().outcomes == letters  # type: ignore[attr-defined] # the test knows the message's kind
+        assert rig.last().outcomes == letters  # type: ignore[attr-defined] # another kind of message fails the test
         assert [line[line.index("--") + 1 :] for line in rig.scanner.asked] == [["127.9.1.0/31"]] * letters.count("aa")
         await rig.refusals.flush(rig.bus)
-        (told,) = [each.entry for each in rig.bus.messages(SCAN_AUDIT[WORKER]) if isinstance(each, Audited)]
-        assert told.rule == "grant"
-        assert why in told.target
+        (entry,) = [each.entry for each in rig.bus.messages(SCAN_AUDIT[WORKER]) if isinstance(each, Audited)]
+        assert entry.rule == "grant"
+        assert why in entry.target
 
 
 @pytest.mark.parametrize(("seconds", "begun"), [(0.0, 0), (0.2, 1)])
@@ -540,7 +540,7 @@ async def test_worker_results_have_the_used_technique(
         await rig.send(make_chunk())
         await until(lambda: "ChunkScanned" in rig.progress())
         assert option in rig.scanner.asked[0]
-        assert {message.technique for message in rig.bus.messages(SCAN_RESULTS)} == {used}  # type: ignore[attr-defined] # the test knows the message's kind
+        assert {message.technique for message in rig.bus.messages(SCAN_RESULTS)} == {used}  # type: ignore[attr-defined] # another kind of message fails the test
 
 
 async def test_worker_unacknowledged_heartbeats_stop_the_scan(
@@ -557,7 +557,7 @@ async def test_worker_unacknowledged_heartbeats_stop_the_scan(
         assert asyncio.get_running_loop().time() - began < 3.0
         rig.bus.broker.away = False
         await until(lambda: "ChunkReleased" in rig.progress())
-        assert rig.last().outcomes == "a..."  # type: ignore[attr-defined] # the test knows the message's kind
+        assert rig.last().outcomes == "a..."  # type: ignore[attr-defined] # another kind of message fails the test
 
 
 async def test_worker_acknowledged_heartbeats_keep_the_lease(make_chunk: MakeChunk, until: Until) -> None:
@@ -570,7 +570,7 @@ async def test_worker_acknowledged_heartbeats_keep_the_lease(make_chunk: MakeChu
 
 def slots(rig: Rig) -> int:
     """Return the slots of the worker's latest announcement."""
-    return rig.messages(SCAN_WORKERS, WorkerReady)[-1].slots  # type: ignore[attr-defined, no-any-return] # the test knows the message's kind
+    return rig.messages(SCAN_WORKERS, WorkerReady)[-1].slots  # type: ignore[attr-defined, no-any-return] # another kind of message fails the test
 
 
 @pytest.mark.proves("F25", "G17")
@@ -587,7 +587,7 @@ async def test_worker_cannot_start_nmap_is_excluded_until_check_succeeds(make_ch
         await rig.send(make_chunk(chunk_id="1-2"))
         await until(lambda: len(rig.messages(SCAN_PROGRESS, ChunkReleased)) == 3)
         assert set(rig.progress()) == {"ChunkReleased"}
-        assert all("No space left" in m.reason for m in rig.messages(SCAN_PROGRESS, ChunkReleased))  # type: ignore[attr-defined] # the test knows the message's kind
+        assert all("No space left" in m.reason for m in rig.messages(SCAN_PROGRESS, ChunkReleased))  # type: ignore[attr-defined] # another kind of message fails the test
         assert (len(rig.scanner.asked), rig.worker.alive) == (1, True)
         rig.scanner.broken, rig.scanner.script = "", (ASKED,)
         await until(lambda: slots(rig) == 1)
@@ -655,7 +655,7 @@ async def test_worker_target_failures_do_not_exclude_it(make_chunk: MakeChunk, u
             await until(lambda: len(rig.progress()) == number + 1)  # noqa: B023 # called before the next turn
         announced = len(rig.messages(SCAN_WORKERS, WorkerReady))
         await until(lambda: len(rig.messages(SCAN_WORKERS, WorkerReady)) >= announced + 2)
-        assert {m.slots for m in rig.messages(SCAN_WORKERS, WorkerReady)} == {1}  # type: ignore[attr-defined] # the test knows the message's kind
+        assert {m.slots for m in rig.messages(SCAN_WORKERS, WorkerReady)} == {1}  # type: ignore[attr-defined] # another kind of message fails the test
 
 
 async def test_stop_with_grace_finishes_running_scans(make_chunk: MakeChunk, until: Until) -> None:
@@ -664,10 +664,10 @@ async def test_stop_with_grace_finishes_running_scans(make_chunk: MakeChunk, unt
         await rig.send(make_chunk())
         await until(lambda: rig.messages(SCAN_RESULTS, HostScanned))
         leaving = asyncio.create_task(rig.worker.stop(20))
-        await until(lambda: rig.bus.messages(SCAN_WORKERS)[-1].slots == 0)  # type: ignore[attr-defined] # the test knows the message's kind
+        await until(lambda: rig.bus.messages(SCAN_WORKERS)[-1].slots == 0)  # type: ignore[attr-defined] # another kind of message fails the test
         rig.scanner.gate.set()
         await leaving
-        assert rig.last().outcomes == "aaaa"  # type: ignore[attr-defined] # the test knows the message's kind
+        assert rig.last().outcomes == "aaaa"  # type: ignore[attr-defined] # another kind of message fails the test
         await rig.send(make_chunk(chunk_id="1-9"))
         await until(lambda: "ChunkReleased" in rig.progress())
 
@@ -678,7 +678,7 @@ async def test_stop_without_grace_releases_chunks(make_chunk: MakeChunk, until: 
         await rig.send(make_chunk(), make_chunk(chunk_id="1-1"))
         await until(lambda: rig.messages(SCAN_RESULTS, HostScanned))
         await rig.worker.stop(0)
-        released = {m.chunk_id: m.outcomes for m in rig.messages(SCAN_PROGRESS, ChunkReleased)}  # type: ignore[attr-defined] # the test knows the message's kind
+        released = {m.chunk_id: m.outcomes for m in rig.messages(SCAN_PROGRESS, ChunkReleased)}  # type: ignore[attr-defined] # another kind of message fails the test
         assert released == {"1-0": "a...", "1-1": "...."}
         assert rig.scanner.closed == 1
 
@@ -691,13 +691,13 @@ async def test_worker_spans_belong_to_the_tasks_trace(make_chunk: MakeChunk, unt
             await rig.send(make_chunk().model_copy(update={"traceparent": trace}))
             await until(lambda: len(exporter.get_finished_spans()) == 2)
         nmap, scan = exporter.get_finished_spans()
-        (told,) = rig.messages(SCAN_RESULTS, ChunkScanned)
+        (scanned,) = rig.messages(SCAN_RESULTS, ChunkScanned)
     assert (nmap.name, scan.name, dict(scan.attributes or {})) == ("nmap", "scan chunk", {"scanfleet.chunk.id": "1-0"})
     assert scan.parent is not None
     assert nmap.parent is not None
     assert f"{scan.parent.trace_id:032x}-{scan.parent.span_id:016x}" == trace[3:-3]
     assert nmap.parent.span_id == ids(scan).span_id
-    assert (told.traceparent or "")[36:52] == f"{ids(scan).span_id:016x}"
+    assert (scanned.traceparent or "")[36:52] == f"{ids(scan).span_id:016x}"
 
 
 async def test_worker_messages_continue_the_trace(make_chunk: MakeChunk, until: Until) -> None:
