@@ -9,15 +9,14 @@ from contextlib import suppress
 from typing import Any, Final
 
 import click
-import httpx2
 
 from scanfleet import rest
 from scanfleet.messages import JobStatus
-from scanfleet_cli import calls, coverage
+from scanfleet_cli import calls, changes, coverage
 from scanfleet_cli.client import AsyncClient
-from scanfleet_cli.errors import ApiError, CommandError, Exit, ScanfleetError, UnavailableError, explain
+from scanfleet_cli.errors import ApiError, CommandError, Exit, UnavailableError
 from scanfleet_cli.output import printable
-from scanfleet_cli.session import Session, many_failed
+from scanfleet_cli.session import Session
 from scanfleet_cli.views import Followed, View, end_lines
 
 LEDGER_SECONDS: Final = 2.0  # between two reads of the ledger of a running job
@@ -85,7 +84,7 @@ def to_the_end(
     except KeyboardInterrupt:
         if cancel:
             session.output.note(f"cancelling {ids}")
-            cancel_each(session, job_ids)
+            changes.cancel_each(session, job_ids)
         else:
             noun, run = ("jobs", "run") if len(job_ids) > 1 else ("job", "runs")
             session.output.note(f"{noun} {ids} {run} on: scanfleet job watch {ids}, or scanfleet job cancel {ids}")
@@ -234,34 +233,3 @@ def code_of(jobs: Sequence[Followed]) -> Exit:
         if status in ends:
             return BY_END[status]
     return Exit.DONE
-
-
-def cancel_each(session: Session, job_ids: Sequence[int]) -> None:
-    """Cancel jobs one by one; one that cannot be cancelled stops no other.
-
-    Raises:
-        CommandError: some could not be cancelled.
-    """
-    errors = []
-    for job_id in dict.fromkeys(job_ids):
-        try:
-            _cancel(session, job_id)
-        except ScanfleetError as error:
-            end = explain(error)
-            end.message = f"job {job_id} could not be cancelled: {end.message}"
-            errors.append(end)
-            continue
-        session.output.note(f"✓ job {job_id} cancelled")
-    many_failed(errors, session.output)
-
-
-def _cancel(session: Session, job_id: int) -> None:
-    try:
-        session.client.send(calls.cancel_task(job_id))
-    except ApiError as error:
-        if error.status != httpx2.codes.BAD_REQUEST:
-            raise
-        task = session.client.send(calls.read_task(job_id))
-        if not (error.unsure and task.status.status is JobStatus.CANCELLED):  # else an attempt without an answer did it
-            when = task.job.model_dump(mode="json")["end_time"]
-            raise CommandError(f"{error.message} (since {when})", status=error.status) from error

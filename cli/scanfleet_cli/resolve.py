@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
+from ipaddress import ip_network
 from typing import Any, Final, Protocol, TypeVar
-from uuid import uuid4
 
 import click
 from pydantic import BaseModel
@@ -13,9 +13,7 @@ from pydantic import BaseModel
 from scanfleet import rest
 from scanfleet.policy import ScanPolicy
 from scanfleet_cli import calls
-from scanfleet_cli.client import Reply
-from scanfleet_cli.errors import ApiError, CommandError, Exit, UnavailableError, explain
-from scanfleet_cli.output import Column, column
+from scanfleet_cli.errors import CommandError, Exit
 from scanfleet_cli.session import Command, Session
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -99,41 +97,12 @@ def policies(session: Session) -> Iterator[rest.Policy]:
     return (each for page in session.client.pages(calls.list_policies()) for each in page.policies)
 
 
-def create_jobs(session: Session, subnet_ids: Sequence[int], policy_id: int, key: str | None) -> Reply:
-    """The answer to the request for a job for each subnet.
-
-    Args:
-        session: of the command.
-        subnet_ids: of the subnets.
-        policy_id: of the policy.
-        key: of the user; otherwise the command makes one.
-
-    Raises:
-        CommandError: the jobs may have been created under a key that the user does not have yet.
-    """
-    sent = key or uuid4().hex
+def canonical(cidr: str) -> str:
+    """A CIDR in the service's notation; other text stays as it is, for the service to refuse."""
     try:
-        return session.client.ask(calls.create_tasks(subnet_ids, policy_id, sent))
-    except (ApiError, UnavailableError) as error:
-        if key is not None or not error.unsure:
-            raise
-        end = explain(error)
-        raise CommandError(
-            end.message,
-            Exit.FAULT,
-            hint=f"the jobs may have been created; to repeat the command safely, add --key {sent}",
-            status=end.status,
-            request_id=end.request_id,
-        ) from error
-
-
-def submitted_columns(networks: Mapping[int, str]) -> list[Column]:
-    """Of jobs that were just created; `networks` are those of subnets, by id."""
-    return [
-        Column("JOB", lambda row: f"job {row['id']}"),
-        Column("NETWORK", lambda row: networks.get(row["subnet_id"], "")),
-        column("STATUS"),
-    ]
+        return str(ip_network(cidr))
+    except ValueError:
+        return cidr
 
 
 def _only(found: list[Thing], text: str, noun: str) -> Thing:

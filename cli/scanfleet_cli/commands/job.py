@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from datetime import datetime
 from ipaddress import ip_address, ip_network
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import click
 import httpx2
 
 from scanfleet import rest
 from scanfleet.messages import JobStatus
-from scanfleet_cli import calls, chart, coverage, findings, follow, resolve, views
+from scanfleet_cli import calls, changes, chart, coverage, findings, follow, resolve, views
 from scanfleet_cli.errors import ApiError, CommandError, Exit
 from scanfleet_cli.output import Column, Format, Output, Row, ago, column, count, duration, printable
 from scanfleet_cli.session import Session, complete_job, formats, lists, long_lists, with_session, yes
@@ -23,6 +22,8 @@ job_id = click.argument("job_id", type=click.IntRange(min=1), metavar="ID", shel
 job_ids = click.argument(
     "job_ids", type=click.IntRange(min=1), nargs=-1, required=True, metavar="ID…", shell_complete=complete_job
 )
+T = TypeVar("T")
+
 _LEDGER_NAMES: Final = tuple(rest.LedgerCounts.model_fields)
 _SHARE_BAR: Final = 20  # cells
 
@@ -46,9 +47,9 @@ def submit(session: Session, /, *, subnets: Sequence[str], policy: str, key: str
     chosen = [resolve.subnet_named(session, each) for each in subnets]
     policy_id = resolve.policy_named(session, policy).id
     networks = {each.id: each.cidr for each in chosen}
-    made = resolve.create_jobs(session, [each.id for each in chosen], policy_id, key).json
+    made = changes.create_jobs(session, [each.id for each in chosen], policy_id, key).json
     if not (watch and session.output.format is Format.JSONL):
-        session.output.many(made["jobs"], resolve.submitted_columns(networks))
+        session.output.many(made["jobs"], changes.submitted_columns(networks))
     return follow.code_of(_watch(session, [each["id"] for each in made["jobs"]], None)) if watch else None
 
 
@@ -121,12 +122,14 @@ def _detailed(session: Session, rows: Iterator[Row], *, every: bool) -> Iterator
     policy_names = {each.id: each.name for each in resolve.policies(session)} if every else {}
     for row in rows:
         shown = dict(row)
+        task = None
         if every or not JobStatus(row["status"]).final:
-            with suppress(ApiError):  # it was deleted in between
-                status = session.client.send(calls.read_task(row["id"])).status
-                shown |= {"machines_found": status.machines_found, "error": status.error}
-                if not status.status.final:
-                    shown |= {"status": str(status.status), "progress": status.progress}
+            task = _unless_missing(session, calls.read_task(row["id"]))
+        if task is not None:
+            status = task.status
+            shown |= {"machines_found": status.machines_found, "error": status.error}
+            if not status.status.final:
+                shown |= {"status": str(status.status), "progress": status.progress}
         shown.setdefault("machines_found", None)
         shown["subnet"] = names.get(row["subnet_id"], str(row["subnet_id"]))
         shown["policy"] = policy_names.get(row["policy_id"], str(row["policy_id"]))
@@ -152,19 +155,16 @@ def _block(session: Session, task: rest.TaskStatus) -> Iterator[str]:
     yield f"  took       {took(job.model_dump(mode='json'), output)}"
     if status.error:
         yield f"  error      {printable(status.error)}"
-    with suppress(ApiError):
-        ledger = session.client.send(calls.read_ledger(job.id, page_size=1))
+    ledger = _unless_missing(session, calls.read_ledger(job.id, page_size=1))
+    if ledger is not None:
         yield f"  addresses  {coverage.outcomes(ledger, output.paint)}"
         if status.status.final:
             yield f"  proof      {coverage.proof(ledger)}"
 
 
 def _asked_for(session: Session, job: Any) -> Iterator[str]:
-    try:
-        asked = session.client.send(calls.read_snapshot(job.id))
-    except ApiError as error:
-        if error.status != httpx2.codes.NOT_FOUND:
-            raise
+    asked = _unless_missing(session, calls.read_snapshot(job.id))
+    if asked is None:
         yield f"  subnet     {job.subnet_id}"
         yield f"  policy     {job.policy_id}"
         return
@@ -173,6 +173,16 @@ def _asked_for(session: Session, job: Any) -> Iterator[str]:
     yield f"  network    {asked.cidr} ({addresses}{excluded}; subnet {job.subnet_id})"
     ports = f"ports {printable(asked.policy.ports)} ({count(asked.ports, 'port')}; policy {job.policy_id})"
     yield f"  policy     {asked.policy.preset}, {ports}"
+
+
+def _unless_missing(session: Session, call: calls.Call[T]) -> T | None:
+    """The answer to a call, None when the service has no such object."""
+    try:
+        return session.client.send(call)
+    except ApiError as error:
+        if error.status != httpx2.codes.NOT_FOUND:
+            raise
+    return None
 
 
 @job.command()
@@ -257,7 +267,23 @@ def cancel(session: Session, /, *, job_ids: Sequence[int], all_mine: bool, yes: 
         cancelled = session.client.send(calls.cancel_tasks(rest.CancelJobs(all=True)))
         session.output.note(f"✓ {cancelled.message}")
         return
-    follow.cancel_each(session, job_ids)
+    changes.cancel_each(session, job_ids)
+
+
+@job.command()
+@job_ids
+@yes
+@with_session
+def delete(session: Session, /, *, job_ids: Sequence[int], yes: bool) -> None:
+    """Delete jobs that have ended, with their results and their ledgers."""
+    ids = list(dict.fromkeys(job_ids))
+    session.confirm(f"delete {count(len(ids), 'job')} ({', '.join(map(str, ids))}) with all results?", yes=yes)
+    changes.delete_each(
+        session,
+        "job",
+        [(each, calls.delete_task(each)) for each in ids],
+        conflict="cancel it with `scanfleet job cancel`, and repeat the command when its last packets are sent",
+    )
 
 
 @job.command()

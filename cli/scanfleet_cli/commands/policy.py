@@ -11,8 +11,7 @@ import click
 
 from scanfleet import rest
 from scanfleet.policy import PRESETS, Preset, ScanPolicy
-from scanfleet_cli import calls, resolve
-from scanfleet_cli.commands.subnet import delete_each, replaced
+from scanfleet_cli import calls, changes, resolve
 from scanfleet_cli.errors import CommandError
 from scanfleet_cli.output import Row, column, count, printable, text_of
 from scanfleet_cli.session import Session, formats, lists, with_session, yes
@@ -94,7 +93,7 @@ def edit(session: Session, /, *, which: str, name: str | None, **options: Any) -
     # A new preset fills in what is not given; otherwise every field stays as it is.
     kept = {} if "preset" in given else {field: before[field] for field in _FIELDS}
     body = resolve.body(rest.PolicyBody, {"name": name or before["name"], **kept, **given})
-    after = replaced(session, calls.replace_policy(before["id"], body, reply.etag))
+    after = changes.replaced(session, calls.replace_policy(before["id"], body, reply.etag))
     for field in ("name", *_FIELDS):
         if before[field] != after[field]:
             session.output.note(f"{field}: {printable(text_of(before[field]))} → {printable(text_of(after[field]))}")
@@ -110,7 +109,7 @@ def delete(session: Session, /, *, which: Sequence[str], yes: bool) -> None:
     found = [resolve.policy_named(session, each) for each in which]
     names = ", ".join(printable(each.name) for each in found)
     session.confirm(f"delete {count(len(found), 'policy', 'policies')} ({names})?", yes=yes)
-    delete_each(session, "policy", [(each.id, calls.delete_policy(each.id)) for each in found])
+    changes.delete_each(session, "policy", [(each.id, calls.delete_policy(each.id)) for each in found])
 
 
 @policy.command()

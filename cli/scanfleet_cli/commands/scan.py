@@ -17,7 +17,7 @@ import click
 from scanfleet import rest
 from scanfleet.policy import PolicyError, Preset, ScanPolicy, fill_in
 from scanfleet.ports import PortSet
-from scanfleet_cli import calls, coverage, findings, follow, resolve, views
+from scanfleet_cli import calls, changes, coverage, findings, follow, resolve, views
 from scanfleet_cli.errors import ApiError, CommandError, Exit, UnavailableError
 from scanfleet_cli.output import Format, Row, count, printable
 from scanfleet_cli.session import Session, formats, with_session
@@ -96,7 +96,7 @@ def scan(
     known = list(resolve.subnets(session))
     subnets = [_subnet(session, each, known) for each in wanted]
     subnet_ids = [subnet.id for subnet, _ in subnets]
-    reply = resolve.create_jobs(session, subnet_ids, chosen.id, key)
+    reply = changes.create_jobs(session, subnet_ids, chosen.id, key)
     made = reply.read(calls.create_tasks(subnet_ids, chosen.id)).jobs
     for each, (subnet, word) in zip(made, subnets, strict=True):
         output.note(
@@ -106,7 +106,7 @@ def scan(
     if no_watch:
         output.many(
             [each.model_dump(mode="json") for each in made],
-            resolve.submitted_columns({s.id: s.cidr for s, _ in subnets}),
+            changes.submitted_columns({s.id: s.cidr for s, _ in subnets}),
         )
         return Exit.DONE
     return _to_the_end(session, [each.id for each in made], limit, watched_ports, cancel=cancel_on_interrupt)
@@ -185,7 +185,7 @@ def _targets(given: Sequence[str], file: Any, exclude: Sequence[str], name: str 
         raise CommandError("no target", hint="scanfleet scan 192.0.2.0/24, or --targets FILE")
     named: set[tuple[str, frozenset[str]]] = set()
     for each in wanted:
-        target = Wanted(canonical(each.cidr), each.name or name, (*each.exclude, *exclude))
+        target = Wanted(resolve.canonical(each.cidr), each.name or name, (*each.exclude, *exclude))
         if target.scope in named:
             raise CommandError(f"target {printable(each.cidr)} is named twice")
         named.add(target.scope)
@@ -209,14 +209,6 @@ def _of_lines(lines: Iterable[str]) -> Iterator[Wanted]:
             )
         return
     yield from map(Wanted, rows)
-
-
-def canonical(cidr: str) -> str:
-    """A CIDR as the service writes it; what is none is left to the service to refuse."""
-    try:
-        return str(ip_network(cidr))
-    except ValueError:
-        return cidr
 
 
 # What is reused and what is made

@@ -7,11 +7,14 @@ commands against the real one.
 from __future__ import annotations
 
 import asyncio
+import csv
+import io
 import json
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
+from ipaddress import ip_network
 from typing import Any
 
 import httpx2
@@ -130,6 +133,7 @@ class FakeApi(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
                 ("GET subnet", lambda request: self._list(request, "subnets", list(reversed(self.subnets.values())))),
                 ("GET policy", lambda request: self._list(request, "policies", list(reversed(self.policies.values())))),
                 ("POST subnet", lambda request: self._put(self.subnets, _subnet, request, len(self.subnets) + 5)),
+                ("POST subnet/import", self._import),
                 ("POST policy", lambda request: self._put(self.policies, _policy, request, len(self.policies) + 3)),
                 (r"[A-Z]+ subnet/([0-9]+)", partial(self._object, self.subnets, _subnet, "Subnet")),
                 (r"[A-Z]+ policy/([0-9]+)", partial(self._object, self.policies, _policy, "Policy")),
@@ -235,9 +239,37 @@ class FakeApi(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
             "GET /map": lambda: httpx2.Response(200, json=_map(job)) if job.letters else _error(404, "Not Found"),
             "GET /results": lambda: _results(request, job),
             "POST /cancel": lambda: _cancel(job),
+            "DELETE ": lambda: self._delete(job),
         }
         answer = answers.get(f"{request.method} {what}")
         return answer() if answer else _error(404, "Not Found")
+
+    def _delete(self, job: FakeJob) -> httpx2.Response:
+        if not job.status.final:
+            return _error(409, f"Job is {job.status}; cancel it first")
+        del self.jobs[job.id]
+        return httpx2.Response(200, json={"message": "Job deleted successfully"})
+
+    def _import(self, request: httpx2.Request) -> httpx2.Response:
+        """A subnet for each line, all or none; those that are there are not made again."""
+        bodies = []
+        for number, row in enumerate(csv.DictReader(io.StringIO(request.content.decode())), 2):
+            try:
+                ip_network(row["cidr"])
+            except ValueError as error:
+                return _error(400, f"line {number}: {error}")
+            exclude = [each.strip() for each in (row.get("exclude") or "").split(";") if each.strip()]
+            bodies.append({"name": row["name"], "cidr": row["cidr"], "exclude": exclude})
+        subnets, created = [], 0
+        for body in bodies:
+            there = [each for each in self.subnets.values() if body.items() <= each.items()]
+            if not there:
+                number = len(self.subnets) + 5
+                self.subnets[number] = _subnet(number, body)
+                created += 1
+            subnets.append(there[0] if there else self.subnets[number])
+        answer = {"message": f"{created} subnets created", "created": created, "subnets": subnets}
+        return httpx2.Response(201, json=answer)
 
 
 def _map(job: FakeJob) -> dict[str, Any]:

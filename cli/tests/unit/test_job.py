@@ -236,6 +236,52 @@ def test_a_cancel_whose_answer_was_cut_is_done(jobs: FakeApi, run: Any) -> None:
     assert (ended.code, ended.err) == (0, "✓ job 42 cancelled\n")
 
 
+def test_deleted_job_is_gone_and_an_unfinished_one_stays(jobs: FakeApi, run: Any) -> None:
+    """A job that runs is refused with what to do, and the others are deleted."""
+    ended = run("job", "delete", "42", "41", "--yes")
+    assert ended.code == 2
+    assert "✓ job 41 deleted" in ended.err
+    assert "Job is running; cancel it first" in ended.err
+    assert "scanfleet job cancel" in ended.err
+    assert list(jobs.jobs) == [42]
+
+
+def test_delete_of_a_job_needs_yes_without_a_terminal(jobs: FakeApi, run: Any) -> None:
+    """Nothing is deleted where nobody can be asked."""
+    ended = run("job", "delete", "41")
+    assert ended.code == 2
+    assert "delete 1 job (41) with all results?: needs --yes without a terminal" in ended.err
+    assert list(jobs.jobs) == [41, 42]
+
+
+def test_delete_whose_answer_was_cut_counts_as_done(jobs: FakeApi, run: Any) -> None:
+    """A 404 on the repeat means that the attempt whose answer was cut deleted the job."""
+
+    def fault(request: httpx2.Request) -> Exception | None:
+        if request.method == "DELETE" and 41 in jobs.jobs:
+            jobs.carry_out(request)
+            return httpx2.ReadError("connection reset")
+        return None
+
+    jobs.fault_of = fault
+    ended = run("job", "delete", "41", "--yes")
+    assert (ended.code, ended.err) == (0, "✓ job 41 deleted\n")
+
+
+@pytest.mark.parametrize("command", [["job", "show", "41"], ["job", "list", "-o", "wide"]])
+def test_busy_service_is_not_shown_as_a_missing_object(jobs: FakeApi, run: Any, command: list[str]) -> None:
+    """Only what does not exist is left out; every other refusal ends the command with its exit code."""
+
+    def fault(request: httpx2.Request) -> httpx2.Response | None:
+        busy = request.url.path.endswith("/ledger") if command[1] == "show" else request.url.path.endswith("/41")
+        return httpx2.Response(503, json={"error": "busy"}) if busy else None
+
+    jobs.fault_of = fault
+    ended = run("--retry", "0", *command)
+    assert ended.code == 6
+    assert "busy" in ended.err
+
+
 @pytest.mark.usefixtures("jobs")
 def test_what_is_destroyed_needs_yes_without_a_terminal(run: Any) -> None:
     """Without a terminal to ask on, a command that destroys needs --yes."""

@@ -61,23 +61,31 @@ def test_a_delete_whose_answer_was_cut_is_done(api: FakeApi, run: Any) -> None:
     assert run("subnet", "delete", "5", "--yes").code == 0
 
 
-def test_subnets_are_imported(api: FakeApi, run: Any, tmp_path: Path) -> None:
-    """Each line of a CSV file is made, there already, changed or refused, and a dry run changes nothing."""
+def test_subnets_of_a_file_are_imported_once(api: FakeApi, run: Any, tmp_path: Path) -> None:
+    """The service registers the lines that are not there already, so that a repeat registers none."""
     run("subnet", "create", "old", "127.9.8.0/24")
     file = tmp_path / "networks.csv"
-    file.write_text("name,cidr,exclude\nold,127.9.8.0/24,\nnew,127.9.9.0/24,127.9.9.1/32\nbad,127.9.9.1/24,\n")
-    assert run("subnet", "import", file, "--dry-run").out == "would be: 1 made, 1 there already, 1 refused\n"
-    assert len(api.subnets) == 1
+    file.write_text("\ufeffname,cidr,exclude\nold,127.9.8.0/24,\nnew,127.9.9.0/24,127.9.9.1/32;127.9.9.128/25\n")
+    assert run("subnet", "import", file).out == "1 made, 1 there already\n"
+    assert api.requests[-1].headers["content-type"] == "text/csv"
+    assert api.subnets[6]["exclude"] == ["127.9.9.1/32", "127.9.9.128/25"]
+    assert run("subnet", "import", file).out == "0 made, 2 there already\n"
+    assert json.loads(run("subnet", "import", file, "-o", "json").out) == [api.subnets[5], api.subnets[6]]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"), [(b"name,cidr\nbad,127.9.9.1/24\n", "line 2: "), (b"name,cidr\n\xff,\n", "is not UTF-8")]
+)
+def test_import_of_a_bad_file_exits_2_and_makes_nothing(
+    api: FakeApi, run: Any, tmp_path: Path, text: bytes, problem: str
+) -> None:
+    """The service's sentence names the line."""
+    file = tmp_path / "networks.csv"
+    file.write_bytes(text)
     ended = run("subnet", "import", file)
     assert ended.code == 2
-    assert ended.out == "1 made, 1 there already, 1 refused\n"
-    assert "line 4: 127.9.9.1/24 has host bits set" in ended.err
-    file.write_text("name,cidr\nold,127.9.7.0/24\n")
-    assert run("subnet", "import", file).code == 2
-    assert run("subnet", "import", file, "--update").out == "1 changed\n"
-    assert json.loads(run("subnet", "import", file, "-o", "json").out) == [
-        {"line": 2, "action": "there", "id": 5, "error": ""}
-    ]
+    assert problem in ended.err
+    assert not api.subnets
 
 
 def test_a_policy_is_made_shown_changed_and_explained(run: Any) -> None:
