@@ -100,6 +100,7 @@ fmt: setup ## Format the code
 
 docs: setup ## Regenerate the generated pages, schemas and manifests
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/cli_page.py
 	$(BIN)/python docs/guarantees.py
 	$(BIN)/python k8s/generate.py
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from docs import generate
+from docs import cli_page, generate
 from scanner_worker.scanner.process import MIN_VERSION
 
 
@@ -12,6 +12,11 @@ from scanner_worker.scanner.process import MIN_VERSION
 def test_generated_pages_are_up_to_date(page: str) -> None:
     """The committed pages are those that `python docs/generate.py` writes."""
     assert (generate.FOLDER / page).read_text(encoding="utf-8") == generate.PAGES[page]()
+
+
+def test_page_of_the_command_line_is_up_to_date() -> None:
+    """The committed page is the one that `python docs/cli_page.py` writes."""
+    assert cli_page.PAGE.read_text(encoding="utf-8") == cli_page.page()
 
 
 def test_readme_has_the_minimum_nmap_version() -> None:
