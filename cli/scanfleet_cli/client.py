@@ -269,6 +269,22 @@ class Client:
             except (ApiError, UnavailableError) as error:
                 watching.failed(error)
 
+    def watch_all(self, user_id: int | str | None = None, notice: Notice = _ignore) -> Iterator[rest.TaskStatus]:
+        """The unfinished jobs of the caller, or for administrators of a user or of "all", then each of their states, without end.
+
+        Raises:
+            ApiError: the caller may not watch them, or no longer.
+        """
+        watching = Watching(None, self._patience, notice)
+        while True:
+            time.sleep(watching.pause)
+            try:
+                for event in self.events(calls.watch_tasks(user_id, watching.last_event_id)):
+                    yield from watching.received(event)
+                watching.ended()
+            except (ApiError, UnavailableError) as error:
+                watching.failed(error)
+
     def results(self, job_id: int) -> Iterator[rest.Result]:
         """A job's results as they come; raises instead of returning some of them.
 
@@ -423,6 +439,21 @@ class AsyncClient:
             except (ApiError, UnavailableError) as error:
                 watching.failed(error)
 
+    async def watch_all(
+        self, user_id: int | str | None = None, notice: Notice = _ignore
+    ) -> AsyncIterator[rest.TaskStatus]:
+        """As `Client.watch_all`."""
+        watching = Watching(None, self._patience, notice)
+        while True:
+            await asyncio.sleep(watching.pause)
+            try:
+                async for event in self.events(calls.watch_tasks(user_id, watching.last_event_id)):
+                    for task in watching.received(event):
+                        yield task
+                watching.ended()
+            except (ApiError, UnavailableError) as error:
+                watching.failed(error)
+
     async def results(self, job_id: int) -> AsyncIterator[rest.Result]:
         """As `Client.results`."""
         async with self.stream(calls.read_results(job_id)) as response:
@@ -452,15 +483,16 @@ class Watching:
     """What a watch of jobs does next; connects again after a pause, and polls after three failures in a row.
 
     Args:
-        job_ids: of the jobs.
+        job_ids: of the jobs; None for all that come, without end.
         patience: of the client.
         notice: called when the connection is lost, once, and when it is back.
     """
 
-    def __init__(self, job_ids: Collection[int], patience: Patience, notice: Notice = _ignore) -> None:
+    def __init__(self, job_ids: Collection[int] | None, patience: Patience, notice: Notice = _ignore) -> None:
         self.last_event_id = ""
-        self._open = set(job_ids)
-        self._jobs: dict[int, Job | None] = dict.fromkeys(job_ids)
+        self._endless = job_ids is None
+        self._open = set(job_ids or ())
+        self._jobs: dict[int, Job | None] = dict.fromkeys(self._open)
         self._patience = patience
         self._notice = notice
         self._failures = 0
@@ -470,7 +502,7 @@ class Watching:
     @property
     def over(self) -> bool:
         """Whether every job has reached its final state."""
-        return not self._open
+        return not self._open and not self._endless
 
     @property
     def open_jobs(self) -> list[int]:
@@ -535,6 +567,8 @@ class Watching:
             self._lost = False
             self._notice("connected again")
         job = task.job
+        if self._endless:
+            return [task]
         known = self._jobs.get(job.id)
         if job.id not in self._open or (known is not None and job.updated_at < known.updated_at):
             return []  # of another job, or sent before this state was read

@@ -8,7 +8,8 @@ from typing import Any
 from scanfleet import rest
 from scanfleet_cli import calls, coverage
 from scanfleet_cli.client import parse_json
-from scanfleet_cli.output import Column, Row, column, count
+from scanfleet_cli.errors import CommandError
+from scanfleet_cli.output import Column, Format, Output, Row, column, count
 from scanfleet_cli.session import LIMIT, Session
 from scanfleet_cli.views import Followed
 
@@ -48,6 +49,33 @@ def pass_through(session: Session, job_id: int, accept: str) -> None:
         for text in response.iter_text():
             output.stdout.write(text)
     output.stdout.flush()
+
+
+class Printer:
+    """Prints results as they come, each once.
+
+    Args:
+        output: of the command.
+
+    Raises:
+        CommandError: the format has no line for a single result.
+    """
+
+    def __init__(self, output: Output) -> None:
+        if output.format not in {Format.TABLE, Format.WIDE, Format.JSONL} or output.fields is not None:
+            raise CommandError("--found prints lines of a table, or with -o jsonl of JSON", hint="leave out --found")
+        self._output = output
+        self._printed: set[int] = set()
+
+    def print(self, row: Row) -> None:
+        """Print a result unless it was printed before."""
+        if row["id"] in self._printed:
+            return
+        self._printed.add(row["id"])
+        if self._output.format is Format.JSONL:
+            self._output.line({"kind": "result"} | dict(row))
+        else:
+            self._output.row(row, columns())
 
 
 def limited(session: Session, found: Iterator[Row]) -> Iterator[Row]:

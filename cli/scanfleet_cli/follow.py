@@ -13,9 +13,9 @@ import click
 from scanfleet import rest
 from scanfleet.messages import JobStatus
 from scanfleet_cli import calls, changes, coverage
-from scanfleet_cli.client import AsyncClient
+from scanfleet_cli.client import AsyncClient, parse_json
 from scanfleet_cli.errors import ApiError, CommandError, Exit, UnavailableError
-from scanfleet_cli.output import printable
+from scanfleet_cli.output import Row, printable
 from scanfleet_cli.session import Session
 from scanfleet_cli.views import Followed, View, end_lines
 
@@ -31,6 +31,7 @@ BY_END: Final = {
 timeout_option = click.option(
     "--timeout", metavar="TIME", help="Give up waiting after 90, 90s, 30m or 2h; exit 124. The job continues."
 )
+found_option = click.option("--found", is_flag=True, help="Print results as they come.")
 cancel_option = click.option("--cancel-on-interrupt", is_flag=True, help="Ctrl-C cancels the jobs.")
 
 
@@ -62,6 +63,7 @@ def to_the_end(
     cancel: bool = False,
     enough: Callable[[JobStatus], bool] = lambda status: status.final,
     ended: Callable[[Followed], None] | None = None,
+    found: Callable[[Row], None] | None = None,
 ) -> list[Followed]:
     """Follow jobs; Ctrl-C and the time limit leave them running, and print how to return to them.
 
@@ -73,6 +75,7 @@ def to_the_end(
         cancel: whether Ctrl-C cancels them.
         enough: whether a job in this state is followed no further.
         ended: called for each job once its final ledger was read, in the order of their ends.
+        found: called for results while the jobs run; those of the last seconds before the end are left to the caller.
 
     Raises:
         CommandError: the time is over, or a cancel failed.
@@ -80,7 +83,7 @@ def to_the_end(
     """
     ids = " ".join(map(str, job_ids))
     try:
-        jobs = asyncio.run(_Following(session, job_ids, view, enough, ended).run(limit))
+        jobs = asyncio.run(_Following(session, job_ids, view, enough, ended).run(limit, found))
     except KeyboardInterrupt:
         if cancel:
             session.output.note(f"cancelling {ids}")
@@ -124,7 +127,7 @@ class _Following:
         self._news: asyncio.Queue[rest.TaskStatus | Followed] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def run(self, limit: float | None) -> list[Followed]:
+    async def run(self, limit: float | None, found: Callable[[Row], None] | None) -> list[Followed]:
         """Follow the jobs until none is open, or for `limit` seconds.
 
         Raises:
@@ -142,6 +145,8 @@ class _Following:
             self._start(self._watch(client))
             if self._view.wants_ledger:
                 self._start(self._read_ledgers(client))
+            if found is not None:
+                self._start(self._read_found(client, found))
             try:
                 while self._open and (until is None or time.monotonic() < until):
                     with suppress(TimeoutError):
@@ -204,6 +209,20 @@ class _Following:
                     with suppress(ApiError, UnavailableError):  # a bar does without; the watch reports what is wrong
                         reply = await client.ask(call := calls.read_ledger(job.job_id, page_size=1), timeout=0)
                         job.ledger = reply.read(call)
+
+    async def _read_found(self, client: AsyncClient, found: Callable[[Row], None]) -> None:
+        """Read the new results of running jobs again and again."""
+        newest = dict.fromkeys(self._jobs, 0)
+        while True:
+            await asyncio.sleep(self._session.patience.poll)
+            for job_id in [each.job_id for each in self._jobs.values() if each.task is not None and not each.final]:
+                with suppress(ApiError, UnavailableError):  # what is missed now is read later
+                    call = calls.read_results(job_id, after=newest[job_id])
+                    async with client.stream(call, timeout=0) as response:
+                        async for line in response.aiter_lines():
+                            row = parse_json(line)
+                            newest[job_id] = row["id"]
+                            found(row)
 
     async def _read_end(self, client: AsyncClient, job: Followed) -> None:
         """Read the final ledger of a job, with the addresses that were not probed, and queue the job."""

@@ -196,13 +196,27 @@ class Output:
                 for row in rows:
                     self.say(printable(text_of(pick(row, name))))
             case _:
-                self._table(rows, [each for each in columns if self.format is Format.WIDE or not each.wide])
+                self._table(rows, columns)
 
     def _table(self, rows: Iterable[Row], columns: Sequence[Column]) -> None:
-        if not self.terminal:
-            for row in rows:
-                self.say("\t".join(printable(each.cell(row)) for each in columns))
+        if self.terminal:
+            for text in self.table(rows, self.shown(columns)):
+                self.say(text)
             return
+        for row in rows:
+            self.row(row, columns)
+
+    def row(self, row: Row, columns: Sequence[Column]) -> None:
+        """Print one row of a table whose other rows are not known yet, so that its cells are not aligned."""
+        cells = [printable(each.cell(row)) for each in self.shown(columns)]
+        self.say(("  " if self.terminal else "\t").join(cells))
+
+    def shown(self, columns: Sequence[Column]) -> list[Column]:
+        """The columns of the format."""
+        return [each for each in columns if self.format is Format.WIDE or not each.wide]
+
+    def table(self, rows: Iterable[Row], columns: Sequence[Column]) -> Iterator[str]:
+        """The lines of a table that fits the terminal; none without rows."""
         cells = [[each.title for each in columns]]
         cells += [[printable(each.cell(row)) for each in columns] for row in rows]
         if len(cells) == 1:
@@ -212,7 +226,7 @@ class Output:
             shown = [_fit(cell, width) for cell, width in zip(line, widths, strict=True)]
             if number:
                 shown = [self.paint(cell.split(" ")[0], text) for cell, text in zip(line, shown, strict=True)]
-            self.say((" " * _GAP).join(shown).rstrip())
+            yield (" " * _GAP).join(shown).rstrip()
 
     def _widths(self, cells: Sequence[Sequence[str]]) -> list[int]:
         """Of the columns; the widest gives way until the table fits the terminal."""

@@ -18,7 +18,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from scanfleet_cli.config import Config, Place
-from scanfleet_cli.errors import CommandError, Exit, ScanfleetError
+from scanfleet_cli.errors import ApiError, CommandError, Exit, ScanfleetError
 from scanfleet_cli.output import Column, Format, Output, Row
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ COMPLETE: Final = "_SCANFLEET_COMPLETE"
 """Environment variable by which a shell asks for completions."""
 
 LIMIT: Final = 30  # rows of a list; a screen
+_NOT_FOUND: Final = 404
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +175,15 @@ class Session:
     def ask(self, call: Call[Any]) -> Any:
         """The answer to a call, as JSON."""
         return self.client.ask(call).json
+
+    def find(self, call: Call[R]) -> R | None:
+        """The answer to a call, None when the service has no such object."""
+        try:
+            return self.client.send(call)
+        except ApiError as error:
+            if error.status != _NOT_FOUND:
+                raise
+        return None
 
     def limit_or(self, default: int) -> int:
         """The number of rows that `--limit` names, else the default; 0 = all."""

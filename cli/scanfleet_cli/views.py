@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TextIO
 
 from scanfleet import rest
 from scanfleet.messages import JobStatus
@@ -14,7 +14,6 @@ from scanfleet_cli import coverage
 from scanfleet_cli.output import Format, Output, count, duration, printable
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
     from rich.live import Live
 
 SILENCE_SECONDS: Final = 30.0  # maximum time between two lines of a log
@@ -116,20 +115,26 @@ class Log(Silent):
         self._output.note(f"{now} job {job.job_id} {status.status} {status.progress}%{outcomes}")
 
 
-class Bars(Silent):
-    """A block for each job on the terminal, redrawn in place; it leaves only the lines that are printed meanwhile."""
+class Redrawn:
+    """Lines on the terminal that are redrawn in place, below every line that is printed meanwhile.
 
-    wants_ledger = True
+    Args:
+        output: of the command.
+        file: its stdout or stderr.
+    """
 
-    def __init__(self, output: Output) -> None:
+    def __init__(self, output: Output, file: TextIO) -> None:
         from rich.console import Console  # noqa: PLC0415 # only where there is a terminal
 
         self._output = output
-        self._console = Console(file=output.stderr, no_color=not output.coloured, highlight=False)
+        self._console = Console(file=file, no_color=not output.coloured, highlight=False)
         self._live: Live | None = None
         output.clear = self._clear
 
-    def tick(self, jobs: Sequence[Followed]) -> None:
+    def draw(self, lines: Iterable[str]) -> None:
+        """Replace the lines."""
+        from rich.text import Text  # noqa: PLC0415 # as above
+
         if self._live is None:
             from rich.live import Live  # noqa: PLC0415 # as above
 
@@ -141,25 +146,40 @@ class Bars(Silent):
                 redirect_stderr=False,
             )
             self._live.start()
-        self._live.update(self._blocks([job for job in jobs if not job.final]), refresh=True)
+        self._live.update(Text.from_ansi("\n".join(lines), no_wrap=True, overflow="ellipsis"), refresh=True)
 
     def close(self) -> None:
+        """Erase the lines for good."""
         self._clear()
         self._output.clear = lambda: None
 
     def _clear(self) -> None:
-        """Erase the blocks until the next tick: a line that is printed below them would be erased with them."""
+        # Until they are drawn again: a line that is printed below them would be erased with them.
         if self._live is not None:
             self._live.stop()
             self._live = None
 
-    def _blocks(self, jobs: Sequence[Followed]) -> RenderableType:
-        from rich.text import Text  # noqa: PLC0415 # as above
 
+class Bars(Silent):
+    """A block for each job on the terminal, redrawn in place; it leaves only the lines that are printed meanwhile."""
+
+    wants_ledger = True
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._redrawn = Redrawn(output, output.stderr)
+
+    def tick(self, jobs: Sequence[Followed]) -> None:
+        self._redrawn.draw(self._blocks([job for job in jobs if not job.final]))
+
+    def close(self) -> None:
+        self._redrawn.close()
+
+    def _blocks(self, jobs: Sequence[Followed]) -> list[str]:
         lines = [line for job in jobs[:BLOCKS] for line in self._block(job, named=len(jobs) > 1)]
         if len(jobs) > BLOCKS:
             lines.append(f"and {len(jobs) - BLOCKS} more")
-        return Text.from_ansi("\n".join(lines), no_wrap=True, overflow="ellipsis")
+        return lines
 
     def _block(self, job: Followed, *, named: bool) -> list[str]:
         name = f"job {job.job_id} " if named else ""

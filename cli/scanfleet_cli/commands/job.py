@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from datetime import datetime
+from collections.abc import Callable, Iterator, Sequence
 from ipaddress import ip_address, ip_network
 from typing import Any, Final, TypeVar
 
@@ -13,9 +12,9 @@ import httpx2
 
 from scanfleet import rest
 from scanfleet.messages import JobStatus
-from scanfleet_cli import calls, changes, chart, coverage, findings, follow, resolve, views
+from scanfleet_cli import calls, changes, chart, coverage, findings, follow, joblist, resolve, views
 from scanfleet_cli.errors import ApiError, CommandError, Exit
-from scanfleet_cli.output import Column, Format, Output, Row, ago, column, count, duration, printable
+from scanfleet_cli.output import Column, Format, Row, ago, column, count, duration, printable
 from scanfleet_cli.session import Session, complete_job, formats, lists, long_lists, with_session, yes
 
 job_id = click.argument("job_id", type=click.IntRange(min=1), metavar="ID", shell_complete=complete_job)
@@ -53,18 +52,6 @@ def submit(session: Session, /, *, subnets: Sequence[str], policy: str, key: str
     return follow.code_of(_watch(session, [each["id"] for each in made["jobs"]], None)) if watch else None
 
 
-def took(job: Row, output: Output) -> str:
-    """How long a job has run, from the API's object."""
-    if not job["start_time"]:
-        return "-"
-    end = datetime.fromisoformat(job["end_time"]) if job["end_time"] else output.now()
-    return duration((end - datetime.fromisoformat(job["start_time"])).total_seconds())
-
-
-def _status(job: Row) -> str:
-    return f"{job['status']} {job['progress']} %" if "progress" in job else str(job["status"])
-
-
 @job.command("list")
 @click.option(
     "--status", "statuses", multiple=True, metavar="STATUS", help=f"{', '.join(JobStatus)}; repeat for several."
@@ -73,6 +60,7 @@ def _status(job: Row) -> str:
 @click.option("--policy", metavar="NAME|ID")
 @click.option("--since", metavar="TIME", help="Created since this time (RFC 3339).")
 @click.option("--user", metavar="ID|all", help="For administrators: the jobs of this user, or of all.")
+@click.option("--watch", is_flag=True, help="Keep the list up to date until Ctrl-C.")
 @lists
 @with_session
 def list_(
@@ -84,6 +72,7 @@ def list_(
     policy: str | None,
     since: str | None,
     user: str | None,
+    watch: bool,
 ) -> None:
     """List jobs: pending ones first, then the latest start first."""
     wanted = [each for text in statuses for each in text.split(",")]
@@ -97,43 +86,15 @@ def list_(
         since=since,
     )
     output = session.output
+    columns, details = joblist.columns(output, users=user is not None), joblist.Details(session)
+    if watch:
+        joblist.watch(session, call, columns, details)
     rows: Iterator[Row] = session.rows(call)
     if output.format in {Format.TABLE, Format.WIDE} and output.fields is None:
-        rows = _detailed(session, rows, every=output.format is Format.WIDE)
-    columns = [
-        column("ID"),
-        Column("STATUS", _status),
-        column("SUBNET", "subnet_id") if output.format is not Format.WIDE else column("SUBNET", "subnet"),
-        column("POLICY", "policy_id") if output.format is not Format.WIDE else column("POLICY", "policy"),
-        *([column("USER", "user_id")] if user else []),
-        Column("STARTED", lambda row: ago(row["start_time"], output)),
-        Column("TOOK", lambda row: took(row, output)),
-        column("MACHINES", "machines_found", wide=True),
-        column("ERROR", "error", wide=True),
-    ]
+        rows = map(details.read, rows)
     session.show_list(
         rows, columns, "no jobs match" if wanted or subnet or policy else "no jobs yet: scanfleet scan 192.0.2.0/24"
     )
-
-
-def _detailed(session: Session, rows: Iterator[Row], *, every: bool) -> Iterator[Row]:
-    """Jobs with what their lists do not hold: progress of the unfinished, and of each with `every`."""
-    names = {each.id: f"{each.cidr} {each.name}" for each in resolve.subnets(session)} if every else {}
-    policy_names = {each.id: each.name for each in resolve.policies(session)} if every else {}
-    for row in rows:
-        shown = dict(row)
-        task = None
-        if every or not JobStatus(row["status"]).final:
-            task = _unless_missing(session, calls.read_task(row["id"]))
-        if task is not None:
-            status = task.status
-            shown |= {"machines_found": status.machines_found, "error": status.error}
-            if not status.status.final:
-                shown |= {"status": str(status.status), "progress": status.progress}
-        shown.setdefault("machines_found", None)
-        shown["subnet"] = names.get(row["subnet_id"], str(row["subnet_id"]))
-        shown["policy"] = policy_names.get(row["policy_id"], str(row["policy_id"]))
-        yield shown
 
 
 @job.command()
@@ -152,10 +113,10 @@ def _block(session: Session, task: rest.TaskStatus) -> Iterator[str]:
     yield f"  machines   {status.machines_found}"
     yield from _asked_for(session, job)
     yield f"  created    {ago(job.model_dump(mode='json')['created_at'], output)}"
-    yield f"  took       {took(job.model_dump(mode='json'), output)}"
+    yield f"  took       {joblist.took(job.model_dump(mode='json'), output)}"
     if status.error:
         yield f"  error      {printable(status.error)}"
-    ledger = _unless_missing(session, calls.read_ledger(job.id, page_size=1))
+    ledger = session.find(calls.read_ledger(job.id, page_size=1))
     if ledger is not None:
         yield f"  addresses  {coverage.outcomes(ledger, output.paint)}"
         if status.status.final:
@@ -163,7 +124,7 @@ def _block(session: Session, task: rest.TaskStatus) -> Iterator[str]:
 
 
 def _asked_for(session: Session, job: Any) -> Iterator[str]:
-    asked = _unless_missing(session, calls.read_snapshot(job.id))
+    asked = session.find(calls.read_snapshot(job.id))
     if asked is None:
         yield f"  subnet     {job.subnet_id}"
         yield f"  policy     {job.policy_id}"
@@ -175,31 +136,34 @@ def _asked_for(session: Session, job: Any) -> Iterator[str]:
     yield f"  policy     {asked.policy.preset}, {ports}"
 
 
-def _unless_missing(session: Session, call: calls.Call[T]) -> T | None:
-    """The answer to a call, None when the service has no such object."""
-    try:
-        return session.client.send(call)
-    except ApiError as error:
-        if error.status != httpx2.codes.NOT_FOUND:
-            raise
-    return None
-
-
 @job.command()
 @job_ids
 @follow.timeout_option
+@follow.found_option
 @click.option("--no-exit-status", is_flag=True, help="Exit 0 however the jobs end.")
 @follow.cancel_option
 @formats
 @with_session
 def watch(
-    session: Session, /, *, job_ids: Sequence[int], timeout: str | None, no_exit_status: bool, cancel_on_interrupt: bool
+    session: Session,
+    /,
+    *,
+    job_ids: Sequence[int],
+    timeout: str | None,
+    found: bool,
+    no_exit_status: bool,
+    cancel_on_interrupt: bool,
 ) -> int:
     """Watch jobs to their end; the exit code is that of the worst end.
 
     JSON lines hold each state; the other formats hold the final states.
     """
-    jobs = _watch(session, list(dict.fromkeys(job_ids)), follow.seconds(timeout), cancel=cancel_on_interrupt)
+    printer = findings.Printer(session.output) if found else None
+    limit, ids = follow.seconds(timeout), list(dict.fromkeys(job_ids))
+    jobs = _watch(session, ids, limit, cancel=cancel_on_interrupt, found=printer.print if printer else None)
+    if printer is not None:
+        for row in (row for each in ids for row in findings.rows(session, each)):
+            printer.print(row)
     tasks = [job.task.model_dump(mode="json") for job in jobs if job.task is not None]
     match session.output.format:
         case Format.JSONL:
@@ -213,14 +177,16 @@ def watch(
 
 
 def _watch(
-    session: Session, job_ids: Sequence[int], limit: float | None, *, cancel: bool = False
+    session: Session,
+    job_ids: Sequence[int],
+    limit: float | None,
+    *,
+    cancel: bool = False,
+    found: Callable[[Row], None] | None = None,
 ) -> list[views.Followed]:
     view = views.view_for(session.output)
-
-    def ended(job: views.Followed) -> None:
-        follow.print_end(session, job)
-
-    return follow.to_the_end(session, job_ids, view, limit, cancel=cancel, ended=ended if view.wants_ledger else None)
+    ended = (lambda job: follow.print_end(session, job)) if view.wants_ledger else None
+    return follow.to_the_end(session, job_ids, view, limit, cancel=cancel, ended=ended, found=found)
 
 
 @job.command()

@@ -63,6 +63,7 @@ class Wanted:
 @follow.timeout_option
 @click.option("--fail-on", metavar="open|PORTS", help="Exit 8 when a port is open, or one of these.")
 @click.option("--key", help="Idempotency key: repeating the command with the same key creates nothing more.")
+@follow.found_option
 @follow.cancel_option
 @formats
 @with_session
@@ -79,6 +80,7 @@ def scan(
     timeout: str | None,
     fail_on: str | None,
     key: str | None,
+    found: bool,
     cancel_on_interrupt: bool,
     **policy_options: Any,
 ) -> int:
@@ -90,6 +92,7 @@ def scan(
     output = session.output
     if output.fields is not None and output.format.machine:
         raise CommandError(f"--json chooses fields of results and goes without -o {output.format}")
+    printer = findings.Printer(output) if found else None
     limit, watched_ports = follow.seconds(timeout), _fail_ports(fail_on)
     wanted = list(_targets(targets, file, exclude, name))
     chosen, policy_word = _policy(session, policy, resolve.policy_fields(policy_options))
@@ -109,18 +112,23 @@ def scan(
             changes.submitted_columns({s.id: s.cidr for s, _ in subnets}),
         )
         return Exit.DONE
-    return _to_the_end(session, [each.id for each in made], limit, watched_ports, cancel=cancel_on_interrupt)
+    jobs = follow.to_the_end(
+        session,
+        [each.id for each in made],
+        views.view_for(output),
+        limit,
+        cancel=cancel_on_interrupt,
+        ended=lambda job: follow.print_end(session, job),
+        found=printer.print if printer else None,
+    )
+    return _finish(session, jobs, watched_ports, printer)
 
 
-def _to_the_end(
-    session: Session, job_ids: Sequence[int], limit: float | None, watched: _Watched | None, *, cancel: bool
+def _finish(
+    session: Session, jobs: Sequence[views.Followed], watched: _Watched | None, printer: findings.Printer | None
 ) -> int:
-    output, view = session.output, views.view_for(session.output)
-
-    def ended(job: views.Followed) -> None:
-        follow.print_end(session, job)
-
-    jobs = follow.to_the_end(session, job_ids, view, limit, cancel=cancel, ended=ended)
+    """Print what the jobs found, except what was printed while they ran; the exit code by their ends and `watched`."""
+    output = session.output
     documents, rows = [], []
     for each in jobs:
         found = list(findings.rows(session, each.job_id))
@@ -129,15 +137,18 @@ def _to_the_end(
         documents.append({"job": each.task and each.task.model_dump(mode="json"), "ledger": ledger, "results": found})
         if not found and each.ledger is not None:
             output.note(findings.nothing(each, each.ledger))
-    _print(session, documents, rows)
+    _print(session, documents, rows, printer)
     code = follow.code_of(jobs)
     matched = watched is not None and any(map(watched, rows))
     return Exit.MATCHED if matched and code is Exit.DONE else code
 
 
-def _print(session: Session, documents: Sequence[Row], rows: Sequence[Row]) -> None:
+def _print(session: Session, documents: Sequence[Row], rows: Sequence[Row], printer: findings.Printer | None) -> None:
     output = session.output
     match output.format:
+        case _ if printer is not None:
+            for row in rows:
+                printer.print(row)
         case Format.JSON:
             output.say(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
         case Format.JSONL:

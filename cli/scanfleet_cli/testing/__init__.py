@@ -350,6 +350,19 @@ class _AllEvents(httpx2.SyncByteStream, httpx2.AsyncByteStream):
                 job.seq += 1
 
 
+class _Lines(httpx2.SyncByteStream, httpx2.AsyncByteStream):
+    def __init__(self, lines: list[str]) -> None:
+        self._lines = lines
+
+    def __iter__(self) -> Iterator[bytes]:
+        for line in self._lines:
+            yield line.encode()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for line in self._lines:
+            yield line.encode()
+
+
 def result(number: int, address: str, port: int, **fields: Any) -> dict[str, Any]:
     """An open port, as the API answers it."""
     known = {
@@ -368,7 +381,9 @@ def _results(request: httpx2.Request, job: FakeJob) -> httpx2.Response:
     if request.headers["accept"] == "text/csv":
         lines = ["ip_address,port", *(f"{each['ip_address']},{each['port']}" for each in job.results)]
         return httpx2.Response(200, text="\r\n".join(lines) + "\r\n")
-    return httpx2.Response(200, text="".join(json.dumps(each) + "\n" for each in job.results))
+    after = int(request.url.params.get("after", 0))
+    lines = [json.dumps(each) + "\n" for each in job.results if each["id"] > after]
+    return httpx2.Response(200, stream=_Lines(lines))
 
 
 def _subnet(number: int, body: dict[str, Any]) -> dict[str, Any]:

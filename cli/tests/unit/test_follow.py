@@ -16,7 +16,7 @@ from scanfleet.messages import JobStatus
 from scanfleet_cli import views
 from scanfleet_cli.output import Output
 from scanfleet_cli.session import World
-from scanfleet_cli.testing import FakeApi, FakeJob
+from scanfleet_cli.testing import FakeApi, FakeJob, result
 
 
 def busy() -> httpx2.Response:
@@ -161,3 +161,36 @@ def test_time_limit_while_a_final_ledger_is_read_still_prints_the_end(api: FakeA
     assert ended.code == 0
     assert "completed 100%" in ended.err
     assert "no answer before --timeout ran out" in ended.err
+
+
+@pytest.mark.parametrize("format_", ["table", "jsonl"])
+def test_found_prints_results_while_the_job_runs(api: FakeApi, run: Any, format_: str) -> None:
+    """--found prints each result once, also of a job that has not ended."""
+
+    def found(job: FakeJob) -> None:
+        job.results = [result(1, "127.9.8.1", 22), result(2, "127.9.8.7", 80)]
+
+    api.states, api.made = [(JobStatus.RUNNING, 62)], found
+    for command in (["scan", "127.9.8.0/24"], ["job", "watch", "41"]):
+        ended = run(*command, "--found", "--timeout", "0.5s", "-o", format_)
+        assert ended.code == 124
+        assert (ended.out.count("127.9.8.1"), ended.out.count("127.9.8.7")) == (1, 1)
+    reads = [each for each in api.requests if each.url.path.endswith("/results")]
+    assert {each.url.params["after"] for each in reads} == {"0", "2"}
+
+
+def test_found_prints_the_results_that_came_last(api: FakeApi, run: Any) -> None:
+    """What was found after the last read of a running job is printed at its end."""
+
+    def found(job: FakeJob) -> None:
+        job.results = [result(1, "127.9.8.1", 22)]
+
+    api.made = found
+    for command in (["scan", "127.9.8.0/24"], ["job", "watch", "41"]):
+        assert run(*command, "--found").out == "127.9.8.1\t22/tcp\topen\tssh\tOpenSSH 9.2p1\n"
+
+
+def test_found_in_a_format_of_whole_documents_is_refused(api: FakeApi, run: Any) -> None:
+    """A document cannot be printed as it comes."""
+    assert run("scan", "127.9.8.0/24", "--found", "-o", "json").code == 2
+    assert not api.requests

@@ -97,6 +97,54 @@ def test_a_limit_says_what_it_leaves_out(run: Any) -> None:
     assert run("job", "list", "--limit", "0", "-o", "name").err == ""
 
 
+@pytest.fixture
+def ends(jobs: FakeApi) -> FakeApi:
+    """Ctrl-C comes when the command opens its second stream."""
+    opened = [0]
+
+    def fault(request: httpx2.Request) -> BaseException | None:
+        opened[0] += request.url.path == "/api/v1/events"
+        return KeyboardInterrupt() if opened[0] == 2 else None
+
+    jobs.fault_of = fault
+    return jobs
+
+
+@pytest.mark.usefixtures("ends")
+def test_watched_list_is_followed_by_its_changes(run: Any) -> None:
+    """Without a terminal the list comes first, and then a line for each state of each job."""
+    ended = run("job", "list", "--watch")
+    assert ended.code == 130
+    states = [line.split("\t")[:2] for line in ended.out.splitlines()]
+    assert states == [["42", "running 62 %"], ["41", "completed"], ["42", "running 62 %"], ["42", "completed"]]
+    assert "connection lost" in ended.err
+
+
+@pytest.mark.usefixtures("ends")
+def test_watched_list_on_a_terminal_stays_in_its_last_state(run: Any) -> None:
+    """The table is redrawn in place, and what Ctrl-C leaves is its last state."""
+    ended = run("--color", "never", "job", "list", "--watch", width=80)
+    last = ended.out.rpartition("ID  STATUS")[2].splitlines()
+    assert [line.split()[:2] for line in last[1:]] == [["42", "completed"], ["41", "completed"]]
+
+
+def test_watched_list_has_the_jobs_that_match(ends: FakeApi, run: Any) -> None:
+    """The filters of the list hold for the stream too, in every format of lines."""
+    lines = run("job", "list", "--watch", "--status", "completed", "-o", "jsonl").out.splitlines()
+    assert [(json.loads(line)["job_id"], json.loads(line)["status"]["status"]) for line in lines] == [
+        ("42", "completed")
+    ]
+    assert ends.jobs[42].status is JobStatus.COMPLETED
+
+
+@pytest.mark.usefixtures("jobs")
+def test_watched_list_in_a_format_of_whole_documents_is_refused(run: Any) -> None:
+    """An array would never end."""
+    ended = run("job", "list", "--watch", "-o", "json")
+    assert ended.code == 2
+    assert "--watch" in ended.err
+
+
 def test_an_unknown_status_lists_the_five(run: Any) -> None:
     """A status that does not exist is refused with the five that do."""
     ended = run("job", "list", "--status", "done")
