@@ -111,15 +111,16 @@ async def test_admitted_script_sends_packets_to_its_target_alone(scan: Scan, scr
 
 @pytest.mark.proves("A23", "G12")
 @pytest.mark.parametrize(
-    "preset",
+    ("preset", "ports"),
     [
-        *(preset for preset in Preset if preset is not Preset.FULL),
-        pytest.param(Preset.FULL, marks=pytest.mark.networks),  # takes a minute
+        *(pytest.param(preset, PORTS, id=preset) for preset in Preset if preset is not Preset.FULL),
+        pytest.param(Preset.FULL, "22,80", id="full on two ports"),
+        pytest.param(Preset.FULL, PORTS, id="full", marks=pytest.mark.networks),  # takes a minute
     ],
 )
-async def test_preset_sends_packets_to_its_target_alone(scan: Scan, preset: Preset) -> None:
+async def test_preset_sends_packets_to_its_target_alone(scan: Scan, preset: Preset, ports: str) -> None:
     """Service and OS detection and the scripts of each preset send no packet to another address."""
-    host, packets = await scan(preset, {"os_detection": True, "version_intensity": 2})
+    host, packets = await scan(preset, {"os_detection": True, "version_intensity": 2, "ports": ports})
     assert host.up
     assert others(packets) == set()
 
