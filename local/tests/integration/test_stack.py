@@ -86,7 +86,9 @@ def test_readme_example_on_a_new_stack_succeeds(stack: Stack, tmp_path: Path) ->
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert '{"error"' not in run.stdout
+    assert run.stdout.count('"127.9.8.0/24"') == 1
     assert run.stdout.count("event: completed") == 1
+    assert '"not_probed"' in run.stdout
 
 
 def pids(stack: Stack) -> dict[str, int]:
