@@ -244,7 +244,9 @@ class Stack:
 
         try:
             with httpx.Client(timeout=ANSWER_LIMIT) as client:
-                until(all_ready, limit, "every service to be ready")
+                until(
+                    all_ready, limit, "every service to be ready", pause=0.2
+                )  # each check costs the starting processes CPU
         except TimeoutError as error:
             reasons = "".join(f"\n{name} {reason}" for name, reason in unready.items())
             raise StackError(f"{error}{reasons}{self._logs(list(unready))}") from error
