@@ -54,20 +54,12 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI) -> None:
         settings = cast(ServerSettings, app.state.settings)
-        api = settings if isinstance(settings, ApiSettings) else None
-        context = server_context(settings) if isinstance(settings, InternalApiSettings) else None
         super().__init__(
-            uvicorn.Config(
-                app,
-                host=settings.host,
-                port=api.api_port if api else 0,
-                ssl_context_factory=(lambda *_: context) if context else None,
-                lifespan="on",
-                timeout_graceful_shutdown=DRAIN_SECONDS,
-                **_SHARED,
-            )
+            uvicorn.Config(app, host=settings.host, lifespan="on", timeout_graceful_shutdown=DRAIN_SECONDS, **_SHARED)
         )
-        self._sockets: list[socket.socket] | None = None if api else []  # without an API nothing listens for it
+        self._api = settings if isinstance(settings, ApiSettings) else None
+        self._tls = server_context(settings) if isinstance(settings, InternalApiSettings) else None
+        self._handshake_seconds = settings.header_seconds
         self._probes = cast(Probes, app.state.probes)
         self._probes.stage = "starting"
         self._probe_server = _ProbeServer(create_probes(app), settings)
@@ -77,12 +69,33 @@ class Server(uvicorn.Server):
         """The port that serves probes and metrics."""
         return self._probe_server.port
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 # uvicorn's signature
         """Listen for probes, open the parts of the service, listen for requests."""
         await self._probe_server.start()
-        await super().startup(self._sockets if sockets is None else sockets)
+        await super().startup([])  # without a listener: uvicorn's gives a client a minute for its TLS handshake
+        if self._api:
+            self.started = False
+            self.servers = [await self._listen(self._api.api_port)]
+            self.started = True
         if not self.should_exit:
             self._probes.stage = ""
+
+    async def _listen(self, port: int) -> asyncio.Server:
+        config = self.config
+        try:
+            return await asyncio.get_running_loop().create_server(
+                lambda: BoundedProtocol(config, self.server_state, self.lifespan.state),
+                config.host,
+                port,
+                backlog=config.backlog,
+                ssl=self._tls,
+                ssl_handshake_timeout=self._handshake_seconds if self._tls else None,
+            )
+        except OSError as error:
+            _log.critical("cannot listen for requests: set SCANFLEET_API_PORT to a free port", error=str(error))
+            await self.lifespan.shutdown()
+            self._probe_server.stop()
+            sys.exit(STARTUP_FAILURE)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Be unready from the first signal on."""

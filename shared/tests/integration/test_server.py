@@ -170,3 +170,15 @@ async def test_taken_probe_port_ends_the_start(parts: Parts, capsys: pytest.Capt
         with pytest.raises(SystemExit):
             await second.startup()
     assert "SCANFLEET_PROBE_PORT" in capsys.readouterr().out
+
+
+async def test_taken_api_port_ends_the_start(parts: Parts, capsys: pytest.CaptureFixture[str]) -> None:
+    """A process that cannot listen for requests closes its parts, names the setting and ends."""
+    async with running(parts, with_api()) as server:
+        port = server.servers[0].sockets[0].getsockname()[1]
+        settings = Settings(instance="test", probe_port=0, api_port=port)
+        second = Server(service.create_app(name="test", settings=settings, lifespan=parts.lifespan))
+        with pytest.raises(SystemExit):
+            await second._serve()
+        assert parts.closing.is_set()
+    assert "SCANFLEET_API_PORT" in capsys.readouterr().out

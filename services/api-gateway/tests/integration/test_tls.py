@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import ssl
 from collections.abc import AsyncIterator
@@ -90,16 +91,16 @@ def orchestrator(site: Site) -> Files:
 
 
 @asynccontextmanager
-async def serving(files: Files) -> AsyncIterator[Server]:
+async def serving(files: Files, **changed: Any) -> AsyncIterator[Server]:
     """A service behind the gateway, with this certificate."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
 
-    settings = Settings(
-        instance="test", probe_port=0, api_port=0, internal_public_keys_file=Path("none"), **files.settings
-    )
+    ports = {"probe_port": 0, "api_port": 0}
+    given = ports | files.settings | changed
+    settings = Settings(instance="test", internal_public_keys_file=Path("none"), **given)
     logging.configure("test", settings)
     server = Server(service.create_app(name="test", settings=settings, lifespan=lifespan, routers=[router]))
     running = asyncio.create_task(server._serve())  # `serve` would end this process by the signals that it took
@@ -191,6 +192,16 @@ async def test_client_with_another_name_is_refused(orchestrator: Files, site: Si
         )
         async with asyncio.timeout(LIMIT):
             assert (await reader.read()).startswith(b"HTTP/1.1 403 ")
+        writer.close()
+
+
+async def test_client_that_begins_no_handshake_is_disconnected_in_time(orchestrator: Files) -> None:
+    """A client has as long for its TLS handshake as for its headers, and does not hold a connection for a minute."""
+    async with serving(orchestrator, header_seconds=0.1) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.servers[0].sockets[0].getsockname()[1])
+        async with asyncio.timeout(LIMIT):
+            with contextlib.suppress(ConnectionResetError):
+                assert await reader.read() == b""
         writer.close()
 
 
