@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Set as AbstractSet
+from datetime import datetime
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
@@ -45,14 +46,14 @@ Id = Annotated[StrictInt, Field(ge=1, le=MAX_ID)]
 
 def _rfc3339(value: Any) -> Any:
     # pydantic also reads a number as seconds since 1970, which the document does not offer.
-    if isinstance(value, str) and not _DATE_AND_TIME.match(value):
+    if not isinstance(value, datetime) and not (isinstance(value, str) and _DATE_AND_TIME.match(value)):
         raise PydanticCustomError("time", "a time as in RFC 3339 is expected, such as 2026-01-01T12:00:00Z")
     return value
 
 
 _DATE_AND_TIME: Final = re.compile(r"\d{4}-\d{2}-\d{2}[Tt]")
 
-QueryTime = Annotated[AwareDatetime, BeforeValidator(_rfc3339)]
+InputTime = Annotated[AwareDatetime, BeforeValidator(_rfc3339)]
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
 
@@ -453,7 +454,7 @@ class RevocationBody(_Body):
     """The user's name at the issuer."""
 
     user_id: Id | None = None
-    issued_before: AwareDatetime | None = None
+    issued_before: InputTime | None = None
     """Revoke only the user's tokens issued before this time; default now."""
 
     @model_validator(mode="after")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 
 import pytest
 from pydantic import ValidationError
 
-from scanfleet.rest import BODY_LIMITS, MAX_BODY_BYTES, MAX_EXCLUDES, CreateJobs, PolicyBody, SubnetBody
+from scanfleet.rest import BODY_LIMITS, MAX_BODY_BYTES, MAX_EXCLUDES, CreateJobs, PolicyBody, RevocationBody, SubnetBody
 
 BODY = {"subnet_ids": [1], "policy_id": 1}
 
@@ -50,6 +51,22 @@ def test_subnet_with_too_many_excludes_is_refused() -> None:
     SubnetBody.model_validate(body)
     with pytest.raises(ValidationError, match=f"at most {MAX_EXCLUDES} items"):
         SubnetBody.model_validate(body | {"exclude": ["10.0.0.1"] * (MAX_EXCLUDES + 1)})
+
+
+@pytest.mark.parametrize(
+    "value", [1_767_225_600, 1_767_225_600.5, True, "1767225600", b"2026-01-01T00:00:00Z", "2026-01-01"]
+)
+def test_input_time_that_is_not_rfc3339_is_refused(value: object) -> None:
+    """A number, which pydantic reads as seconds since 1970, is not the documented form of a time."""
+    with pytest.raises(ValidationError, match="a time as in RFC 3339 is expected"):
+        RevocationBody.model_validate({"user_id": 7, "issued_before": value})
+
+
+def test_input_time_in_rfc3339_or_as_a_datetime_is_accepted() -> None:
+    """A request has text; our own code has a datetime."""
+    time_ = datetime(2026, 1, 1, tzinfo=UTC)
+    for value in (time_, "2026-01-01T00:00:00Z", "2026-01-01t01:00:00+01:00"):
+        assert RevocationBody.model_validate({"user_id": 7, "issued_before": value}).issued_before == time_
 
 
 def test_largest_bodies_fit() -> None:

@@ -32,8 +32,8 @@ async def list_audit(
     decision: Text = None,
     rule: Text = None,
     source: Text = None,
-    since: rest.QueryTime | None = None,
-    until: rest.QueryTime | None = None,
+    since: rest.InputTime | None = None,
+    until: rest.InputTime | None = None,
 ) -> rest.AuditList:
     if not caller.admin:
         raise ForbiddenError("The audit log is for administrators", rule=Rule.ROLE)

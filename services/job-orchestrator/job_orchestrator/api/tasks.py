@@ -37,7 +37,7 @@ async def list_tasks(
     user_id: Whose = None,
     subnet_id: Annotated[rest.QueryId | None, Query()] = None,
     policy_id: Annotated[rest.QueryId | None, Query()] = None,
-    since: rest.QueryTime | None = None,
+    since: rest.InputTime | None = None,
 ) -> rest.JobList:
     statuses = _statuses(request)
     whose = await readable_user(caller, user_id, record, target="/api/v1/task")
