@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import pwd
 import sys
 from collections.abc import Coroutine
-from getpass import getuser
 from typing import Any
 from uuid import uuid4
 
@@ -39,10 +40,11 @@ def command_entry(service: str, action: str, target: str, *, refused: str = "") 
         target: what it does that to.
         refused: why the command did nothing; empty if it goes on.
     """
+    uid = os.getuid()  # not the name in the environment, which the operator can set
     try:
-        user = getuser()
-    except (OSError, KeyError):  # KeyError before Python 3.13: of an id without a name, as in a container
-        user = "unknown"
+        user = pwd.getpwuid(uid).pw_name
+    except KeyError:  # an id without a name, as in a container
+        user = str(uid)
     return AuditEntry(
         id=uuid4().hex,
         time=utc_now(),
