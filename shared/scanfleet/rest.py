@@ -297,9 +297,11 @@ class Ledger(_Answer):
 
 
 class WaitingReason(_Answer):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     kind: Literal["paused", "window", "blackout", "no_worker", "no_raw_worker", "budget", "overlap", "queue"]
     until: Time | None
-    """Seconds until the expected end of this reason; null while unknown."""
+    """For `window`, when the grant's hours begin next; null if they never do, and for the other kinds."""
 
     detail: str
 
