@@ -340,7 +340,7 @@ def _client(host: str) -> str:
 
 
 def _with_descriptors(connections: int) -> int:
-    """Return `wanted`, or less where the process's limit of file descriptors does not allow so many connections."""
+    """Raise the process's limit of open files for so many connections, and return how many of them it allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + OWN_DESCRIPTORS
     if soft != resource.RLIM_INFINITY and soft < wanted:

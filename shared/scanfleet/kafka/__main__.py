@@ -60,19 +60,19 @@ async def _do(asked: argparse.Namespace) -> int:
         case "create-topics":
             await create_topics(TopicSettings())
         case _:
-            bus = KafkaBus(KafkaSettings(), source=_NAME, instance=_NAME)
+            settings = KafkaSettings()
+            bus = KafkaBus(settings, source=_NAME, instance=_NAME)
             await bus.start()
             try:
-                return await _on_bus(bus, asked)
+                return await _on_bus(bus, settings, asked)
             finally:
                 await bus.stop()
     return 0
 
 
-async def _on_bus(bus: KafkaBus, asked: argparse.Namespace) -> int:
+async def _on_bus(bus: KafkaBus, settings: KafkaSettings, asked: argparse.Namespace) -> int:
     match asked.command:
         case "create-acls":
-            settings = KafkaSettings()
             await _record(bus, "create_acls", f"users of the services, prefix '{settings.topic_prefix}'")
             await create_acls(settings)
         case "list":

@@ -1,8 +1,7 @@
 """Export of the contracts for other languages: a JSON Schema per message, and a page about all of them.
 
 `python docs/generate.py` writes them. The examples are written by hand: `current` has every field, and is copied to a
-folder
-named after the release when that is published. The folder of a release never changes.
+folder named after the release when that is published. The folder of a release never changes.
 """
 
 from __future__ import annotations
