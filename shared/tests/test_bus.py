@@ -22,10 +22,12 @@ from scanfleet.consumer import STALE_SECONDS, ConsumerLoop
 from scanfleet.errors import DependencyError, MessageError
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings, create_topics
-from scanfleet.messages import CancelJob, CommandRejected, WorkerReady
+from scanfleet.messages import CancelJob, CommandRejected, HostScanned, WorkerReady
+from scanfleet.messages.chunks import MAX_SLOTS
 from scanfleet.messages.envelope import Headers, RawRecord, encode
 from scanfleet.messages.fields import MAX_BYTES
-from scanfleet.messages.topics import SCAN_REPLIES, SCAN_WORKERS
+from scanfleet.messages.results import PortFound
+from scanfleet.messages.topics import SCAN_REPLIES, SCAN_RESULTS, SCAN_WORKERS
 from scanfleet.settings import KafkaSettings
 from scanfleet.testing.bus import MemoryBroker, MemoryBus
 from scanfleet.testing.consumers import Recorder, Running, until
@@ -148,7 +150,7 @@ async def backend(bootstrap: str) -> AsyncIterator[Backend]:
     else:
         prefix = f"{uuid4().hex}-"
         settings = TopicSettings(kafka=bootstrap, topic_prefix=prefix)
-        await create_topics(settings, [SCAN_WORKERS, SCAN_REPLIES])
+        await create_topics(settings, [SCAN_WORKERS, SCAN_REPLIES, SCAN_RESULTS])
         made = Kafka(bootstrap, prefix)
     yield made
     await made.close()
@@ -187,7 +189,7 @@ def header(record: RawRecord, name: str) -> bytes | None:
 async def test_a_member_handles_each_message_once_and_the_same_key_in_order(backend: Backend) -> None:
     """A group handles each message once, equal to what was sent, and those of one key in the order of their sending."""
     bus, recorder = await backend.bus("one"), Recorder()
-    sent = [ready(number, worker) for number in range(250) for worker in ("a", "b", "c")]
+    sent = [ready(number % MAX_SLOTS, worker) for number in range(300) for worker in ("a", "b", "c")]
     async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
         for start in range(0, len(sent), 90):
             await bus.publish(SCAN_WORKERS, sent[start : start + 90])
@@ -524,7 +526,7 @@ async def test_a_member_that_stopped_leaves_its_partitions_to_the_others(backend
             await until(lambda: len(a.partitions) == SCAN_WORKERS.partitions)
 
 
-async def test_assigned_error_ends_the_loop(backend: Backend) -> None:
+async def test_caught_up_error_ends_the_loop(backend: Backend) -> None:
     """An error of a handler outside of a batch is a fault of the process, which is then dead."""
 
     class Broken(Recorder):
@@ -551,12 +553,30 @@ async def test_publish_invalid_message_sends_nothing(backend: Backend) -> None:
 
 
 async def test_a_message_as_large_as_allowed_arrives(backend: Backend) -> None:
-    """The size limit of a value leaves room for key and headers."""
-    bus = await backend.bus("one")
-    base = CommandRejected(command_id="c", status=400, error="")
-    room = MAX_BYTES - len(base.model_dump_json())
-    await bus.publish(SCAN_REPLIES, [base.model_copy(update={"error": "x" * room})] * 2)
-    assert len(await backend.records(SCAN_REPLIES.name)) == 2
+    """The size limit of a value leaves room for key and headers, and a reader gets such messages."""
+    bus, got = await backend.bus("one"), Recorder()
+
+    def host(raw_data: str) -> HostScanned:
+        return HostScanned(
+            job_id=1,
+            chunk_id="c",
+            attempt=1,
+            worker_id="w",
+            user_id=7,
+            address="192.0.2.1",
+            outcome="a",
+            technique="connect",
+            ports=(PortFound(port=80, raw_data=raw_data),),
+        )
+
+    value = encode(SCAN_RESULTS, host(""), source="test").value
+    assert value is not None
+    large = host("x" * (MAX_BYTES - len(value)))
+    async with Running(bus.tail(SCAN_RESULTS, got)):
+        await bus.publish(SCAN_RESULTS, [large] * 2)
+        await until(lambda: len(got.handled) == 2)
+    assert got.messages == [large, large]
+    assert [len(record.value or b"") for record in await backend.records(SCAN_RESULTS.name)] == [MAX_BYTES] * 2
 
 
 async def test_a_trace_is_carried(backend: Backend) -> None:

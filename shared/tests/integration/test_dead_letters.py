@@ -6,7 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final, cast
 from uuid import uuid4
@@ -16,12 +16,14 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.record.util import calc_crc32c
 
 from scanfleet.bus import Record
+from scanfleet.errors import DependencyError
 from scanfleet.kafka import KafkaBus
+from scanfleet.kafka.__main__ import _on_bus, _parser
 from scanfleet.kafka.dead_letters import REPLAY, DeadLetter, dead_letter, dead_letters
 from scanfleet.kafka.topics import DEAD_LETTER_BYTES, TopicSettings, create_topics
-from scanfleet.messages import OperatorActed, WorkerReady
+from scanfleet.messages import Message, OperatorActed, WorkerReady
 from scanfleet.messages.envelope import Headers, RawRecord, decode
-from scanfleet.messages.topics import SCAN_AUDIT_OPERATOR, SCAN_COMMANDS, SCAN_WORKERS
+from scanfleet.messages.topics import SCAN_AUDIT_OPERATOR, SCAN_COMMANDS, SCAN_WORKERS, Topic
 from scanfleet.testing.consumers import Recorder, Running, until
 
 pytestmark = pytest.mark.integration
@@ -240,11 +242,36 @@ async def test_replay_unverified_sends_only_the_named_dead_letter(desk: Desk) ->
 
 
 @pytest.mark.proves("G15")
-async def test_rights_and_replays_are_recorded_before_they_are_done(desk: Desk) -> None:
-    """A command that fails halfway is in the audit log too; without the topic for it nothing is done."""
+async def test_create_acls_that_fails_is_recorded(desk: Desk) -> None:
+    """A command that fails halfway is in the audit log too."""
     assert (await desk.types("create-acls"))[0] == 1  # this broker has no authorizer
     prefix = desk.settings.topic_prefix
     assert await desk.recorded() == [("create_acls", f"users of the services, prefix '{prefix}'", "allowed", "")]
+
+
+class Unrecorded(KafkaBus):
+    """A bus that cannot publish to the audit log."""
+
+    async def publish(self, topic: Topic, messages: Iterable[Message]) -> None:
+        if topic is SCAN_AUDIT_OPERATOR:
+            raise DependencyError("not recorded")
+        await super().publish(topic, messages)
+
+
+@pytest.mark.proves("G15")
+@pytest.mark.parametrize("words", [["create-acls"], ["replay", "--unverified", f"{SCAN_WORKERS.dead_letter}/0/0"]])
+async def test_command_that_cannot_be_recorded_does_nothing(desk: Desk, words: list[str]) -> None:
+    """Without an entry in the audit log no ACL is created and no dead letter is sent."""
+    await desk.put(SCAN_WORKERS.dead_letter, b"x", refused_by_a_reader("scan-workers"))
+    before = await desk.records()
+    bus = Unrecorded(desk.settings, source="test", instance="test")
+    await bus.start()
+    try:
+        with pytest.raises(DependencyError, match="not recorded"):
+            await _on_bus(bus, desk.settings, _parser().parse_args(words))
+    finally:
+        await bus.stop()
+    assert await desk.records() == before
 
 
 async def test_show_prints_key_headers_and_value(desk: Desk) -> None:
