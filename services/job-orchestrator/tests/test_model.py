@@ -374,8 +374,9 @@ class Life(RuleBasedStateMachine):
             self.runner.close()
 
     async def jobs(self) -> list[ScanJob]:
-        found = [job for user in (7, 8) for job in (await self.world.store.list_jobs(user, set(), 0, 100))[0]]
-        return sorted(found, key=lambda job: job.id)
+        listed = [job.id for user in (7, 8) for job in (await self.world.store.list_jobs(user, set(), 0, 100))[0]]
+        found = await self.world.store.jobs(listed)
+        return [found[id_] for id_ in sorted(listed)]
 
     def collect(self) -> None:
         """Note what was sent, as what is under way."""

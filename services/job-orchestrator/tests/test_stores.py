@@ -374,6 +374,8 @@ async def test_jobs_are_listed_by_start_pending_first(store: Store) -> None:
     assert await ids({JobStatus.FAILED}) == ([], 0)
     everyone, total = await store.list_jobs(None, set(), 0, 3)
     assert ([job.id for job in everyone], total) == ([7, 6, 1], 7)
+    stored = await store.jobs([7, 6, 1])
+    assert everyone == [stored[id_].view for id_ in (7, 6, 1)]
     pending, total = await store.list_jobs(None, {JobStatus.PENDING}, 0, 10)
     assert ([job.id for job in pending], total) == ([7, 6, 1], 3)
 
@@ -886,12 +888,14 @@ async def test_unreadable_chunks_are_left_out_counted_and_named(
 
 @pytest.mark.integration
 async def test_unreadable_jobs_are_left_out_counted_and_named(mongo_store: MongoStore, database: Database) -> None:
-    """A job whose policy no longer parses stops no other; it is counted, and the log names it."""
+    """A job whose policy no longer parses, or a list's fields, stops no other; it is counted, and the log names it."""
     await mongo_store.insert_jobs([scan_job(1), scan_job(2)])
     await database["jobs"].update_one({"_id": 1}, {"$set": {"policy.timing": "fast"}})
     before = UNREADABLE.labels("jobs")._value.get()
     with capture_logs() as logs:
         assert set(await mongo_store.jobs([1, 2])) == {2}
+        assert UNREADABLE.labels("jobs")._value.get() == before + 1
+        await database["jobs"].update_one({"_id": 1}, {"$set": {"created_at": "once"}})
         assert [job.id for job in (await mongo_store.list_jobs(7, set(), 0, 10))[0]] == [2]
     assert UNREADABLE.labels("jobs")._value.get() == before + 2
     assert {(line["event"], line["id"]) for line in logs} == {("unreadable_document", 1)}

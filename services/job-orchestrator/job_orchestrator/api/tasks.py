@@ -44,7 +44,7 @@ async def list_tasks(
     found, total = await state.store.list_jobs(
         whose, statuses, paged.skip, paged.page_size, subnet_id=subnet_id, policy_id=policy_id, since=since
     )
-    return rest.JobList(jobs=[job.view for job in found], total=total, page=paged.page, page_size=paged.page_size)
+    return rest.JobList(jobs=found, total=total, page=paged.page, page_size=paged.page_size)
 
 
 @router.get("/{job_id}")

@@ -19,7 +19,7 @@ from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, H
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.quotas import Usage
 from scanfleet import rest
-from scanfleet.messages import AuditEntry, JobStatus
+from scanfleet.messages import AuditEntry, Job, JobStatus
 from scanfleet.policy import ScanPolicy
 
 
@@ -226,7 +226,7 @@ class Store(Resources, Audit, Deletions, Protocol):
         subnet_id: int | None = None,
         policy_id: int | None = None,
         since: datetime | None = None,
-    ) -> tuple[list[ScanJob], int]:
+    ) -> tuple[list[Job], int]:
         """Newest start first, pending before all, ties by id, newest first; and how many match. None is every user.
 
         Args:

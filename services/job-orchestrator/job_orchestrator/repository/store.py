@@ -23,7 +23,7 @@ from job_orchestrator.domain.quotas import Usage
 from job_orchestrator.domain.store import UNFINISHED, Census, Command, OpenChunks, Policy, Standing, Subnet
 from job_orchestrator.repository import documents
 from job_orchestrator.repository.audit import MongoAudit
-from scanfleet.messages import JobStatus
+from scanfleet.messages import Job, JobStatus
 from scanfleet.messages.topics import SCAN_PROGRESS
 from scanfleet.mongo import Collection as MongoCollection
 from scanfleet.mongo import Database, Document, Ids, advance_ids, dependency_errors, insert_missing, make_indexes
@@ -260,7 +260,7 @@ class MongoStore(MongoAudit):
         subnet_id: int | None = None,
         policy_id: int | None = None,
         since: datetime | None = None,
-    ) -> tuple[list[ScanJob], int]:
+    ) -> tuple[list[Job], int]:
         wanted: Document = {} if user_id is None else {"user_id": user_id}
         if user_id is None:
             statuses = statuses or tuple(JobStatus)  # the index starts with the status
@@ -271,9 +271,10 @@ class MongoStore(MongoAudit):
         if since is not None:
             wanted["created_at"] = {"$gte": since}
             wanted["sort_time"] = {"$gte": since}  # never before it was created: bounds what is read of an index
-        newest = self._jobs.find(wanted).sort([("sort_time", -1), ("_id", -1)]).skip(skip).limit(limit)
+        newest = self._jobs.find(wanted, documents.VIEW_FIELDS)
+        page = newest.sort([("sort_time", -1), ("_id", -1)]).skip(skip).limit(limit)
         jobs = [
-            job async for each in newest if (job := documents.readable(documents.read_job, each, "jobs")) is not None
+            job async for each in page if (job := documents.readable(documents.read_view, each, "jobs")) is not None
         ]
         return jobs, await self._jobs.count_documents(wanted)
 

@@ -19,7 +19,7 @@ from job_orchestrator.domain.store import UNFINISHED, Census, Command, OpenChunk
 from scanfleet import rest
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError
-from scanfleet.messages import AuditEntry, JobStatus
+from scanfleet.messages import AuditEntry, Job, JobStatus
 
 _FAR_FUTURE = datetime(9999, 1, 1, tzinfo=UTC)
 _BUSY = HELD | {ChunkState.QUEUED}
@@ -188,7 +188,7 @@ class MemoryStore:
         subnet_id: int | None = None,
         policy_id: int | None = None,
         since: datetime | None = None,
-    ) -> tuple[list[ScanJob], int]:
+    ) -> tuple[list[Job], int]:
         mine = [
             job
             for job in self._jobs.values()
@@ -199,7 +199,7 @@ class MemoryStore:
             and (since is None or job.created_at >= since)
         ]
         mine.sort(key=lambda job: (job.start_time or job.end_time or _FAR_FUTURE, job.id), reverse=True)
-        return mine[skip : skip + limit], len(mine)
+        return [job.view for job in mine[skip : skip + limit]], len(mine)
 
     async def latest_jobs(
         self,

@@ -188,8 +188,9 @@ class Platform:
         return [command.command_id for command in commands]
 
     async def jobs(self) -> list[ScanJob]:
-        found, _ = await self.store.list_jobs(7, set(), 0, 1_000)
-        return found
+        listed, _ = await self.store.list_jobs(7, set(), 0, 1_000)
+        found = await self.store.jobs([job.id for job in listed])
+        return [found[job.id] for job in listed]
 
     async def chunks(self, jobs: Sequence[ScanJob]) -> list[Chunk]:
         return [each for job in jobs for each in [chunk async for chunk in self.store.job_chunks(job.id)]]

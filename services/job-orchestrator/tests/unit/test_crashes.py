@@ -134,8 +134,9 @@ class CrashingWorld(World):
 
     async def jobs(self) -> list[ScanJob]:
         """All jobs; their ids may have gaps."""
-        found, _ = await self.store.list_jobs(7, set(), 0, 10)
-        return found
+        listed, _ = await self.store.list_jobs(7, set(), 0, 10)
+        found = await self.store.jobs([job.id for job in listed])
+        return [found[job.id] for job in listed]
 
     async def mend(self) -> None:
         """If something broke, let pass the time in which it is mended: leases, dispatches, sweeps."""

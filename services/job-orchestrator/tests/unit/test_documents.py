@@ -51,6 +51,12 @@ def test_documents_of_earlier_releases_are_read(path: Path) -> None:
         assert read(changed) == known
 
 
+def test_view_of_a_stored_job_is_the_view_of_the_job() -> None:
+    """A list shows the same of a job, whichever release stored it, as the job itself."""
+    found = [stored(path) for path in sorted(FOLDER.glob("*/job-*.json"))]
+    assert [documents.read_view(each) for each in found] == [documents.read_job(each).view for each in found] != []
+
+
 def job(name: str) -> ScanJob:
     return documents.read_job(stored(FOLDER / "0.1.0" / f"{name}.json"))
 
