@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, HttpUrl, SecretStr,
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from scanfleet.policy import ADMITTED_SCRIPTS, ScriptName
-from scanfleet.targets import DEFAULT_MAX_ADDRESSES, NAT64_LENGTHS, Network, TargetRules, parse_network
+from scanfleet.targets import DEFAULT_MAX_ADDRESSES, FROM_TEXT, NAT64_LENGTHS, ParsedNetwork, TargetRules
 from scanfleet.user_grants import UserGrants
 
 Algorithm = Literal["RS256", "PS256", "ES256", "EdDSA"]
@@ -29,10 +29,6 @@ def _split(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-def _network(value: object) -> object:
-    return parse_network(value) if isinstance(value, str) else value
-
-
 def _nat64(prefix: IPv6Network) -> IPv6Network:
     if prefix.prefixlen not in NAT64_LENGTHS:
         raise ValueError(
@@ -41,9 +37,9 @@ def _nat64(prefix: IPv6Network) -> IPv6Network:
     return prefix
 
 
-Networks = Annotated[tuple[Annotated[Network, BeforeValidator(_network)], ...], NoDecode, BeforeValidator(_split)]
+Networks = Annotated[tuple[ParsedNetwork, ...], NoDecode, BeforeValidator(_split)]
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
-Nat64Prefix = Annotated[IPv6Network, BeforeValidator(_network), AfterValidator(_nat64)]
+Nat64Prefix = Annotated[IPv6Network, FROM_TEXT, AfterValidator(_nat64)]
 
 
 def _https(url: HttpUrl) -> HttpUrl:

@@ -10,7 +10,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_address, ip_network
-from typing import Final
+from typing import Annotated, Final
+
+from pydantic import BeforeValidator
 
 from scanfleet.outcomes import Outcome
 
@@ -76,6 +78,16 @@ def parse_network(text: str) -> Network:
     if network.network_address != ip_address(text.partition("/")[0]):
         raise ValueError(f"{text} has host bits set; the network is {network}")
     return network
+
+
+def _parsed(value: object) -> object:
+    return parse_network(value) if isinstance(value, str) else value
+
+
+FROM_TEXT: Final = BeforeValidator(_parsed)
+"""Has a field of a model parse text by `parse_network`."""
+
+ParsedNetwork = Annotated[Network, FROM_TEXT]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from scanfleet.errors import ScanfleetError
 from scanfleet.messages.commands import MAX_ROLE_CHARS, MAX_ROLES
 from scanfleet.messages.fields import MAX_ID
 from scanfleet.policy import MAX_SCRIPTS, ScanPolicy, ScriptName
-from scanfleet.targets import Network, covers, parse_network
+from scanfleet.targets import Network, ParsedNetwork, covers
 
 MAX_GRANTS: Final = 1_000
 
@@ -67,10 +67,6 @@ class Window:
         return _NOW
 
 
-def _network(value: object) -> object:
-    return parse_network(value) if isinstance(value, str) else value
-
-
 def _window(value: object) -> object:
     return Window.parse(value) if isinstance(value, str) else value
 
@@ -86,7 +82,7 @@ class _Part(BaseModel):
 class Limits(_Part):
     """What a scan may use at most; what is None has no limit here."""
 
-    networks: Annotated[list[Annotated[Network, BeforeValidator(_network)]], Field(max_length=MAX_GRANTS)] | None = None
+    networks: Annotated[list[ParsedNetwork], Field(max_length=MAX_GRANTS)] | None = None
     max_rate: Annotated[int, Field(ge=1)] | None = None
     max_timing: Annotated[int, Field(ge=0, le=5)] | None = None
     scripts: Annotated[list[ScriptName], Field(max_length=10 * MAX_SCRIPTS)] | None = None
