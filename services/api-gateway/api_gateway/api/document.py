@@ -7,7 +7,6 @@ from typing import Any, Final
 from pydantic import BaseModel, TypeAdapter
 
 from scanfleet import rest
-from scanfleet.messages.fields import MAX_ID
 
 _RETRY_AFTER: Final = {
     "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}},
@@ -15,8 +14,14 @@ _RETRY_AFTER: Final = {
 _REQUEST_ID: Final = {
     "X-Request-ID": {"description": "Names this request in every log.", "schema": {"type": "string"}},
 }
-ID: Final = {"type": "integer", "minimum": 1, "maximum": MAX_ID}
-TIME: Final = {"type": "string", "format": "date-time"}
+
+
+def _schema(type_: Any) -> dict[str, Any]:
+    return TypeAdapter(type_).json_schema()
+
+
+ID: Final = _schema(rest.QueryId)
+TIME: Final = _schema(rest.InputTime)
 TEXT: Final = {"type": "string", "maxLength": 200}
 
 ETAG: Final = {
@@ -94,7 +99,3 @@ IF_MATCH: Final = _header(
 IF_NONE_MATCH: Final = _header(
     "If-None-Match", "The `ETag` of what the caller has; the answer is 304 if it is still that."
 )
-
-
-def _schema(type_: Any) -> dict[str, Any]:
-    return TypeAdapter(type_).json_schema()
