@@ -55,7 +55,12 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _secret(file: Path) -> str:
+def read_secret(file: Path) -> str:
+    """Return the secret in a file.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     return file.read_text(encoding="utf-8").strip()  # editors append a newline
 
 
@@ -206,7 +211,7 @@ class KafkaSettings(_Settings):
     @property
     def kafka_password(self) -> str | None:
         """Raises: OSError: the file cannot be read."""
-        return _secret(self.kafka_password_file) if self.kafka_password_file else None
+        return read_secret(self.kafka_password_file) if self.kafka_password_file else None
 
 
 class MongoSettings(_Settings):
@@ -236,7 +241,7 @@ class MongoSettings(_Settings):
     @property
     def mongodb_uri(self) -> str:
         """Raises: OSError: the file cannot be read."""
-        return self.mongodb or _secret(cast(Path, self.mongodb_file))
+        return self.mongodb or read_secret(cast(Path, self.mongodb_file))
 
 
 class AuthSettings(_Settings):

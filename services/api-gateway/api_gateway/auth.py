@@ -23,6 +23,7 @@ from pydantic import BaseModel, ValidationError
 from api_gateway.settings import Settings
 from scanfleet.errors import DependencyError, UnavailableError
 from scanfleet.rest import Revoked
+from scanfleet.settings import read_secret
 
 REFRESH_S: Final = 2.0
 ASK_LIMIT_S: Final = 5.0
@@ -176,7 +177,7 @@ class SignIn:
         self._issuer = settings.jwt_issuer
         self._client_id = settings.oidc_client_id
         file = settings.oidc_client_secret_file
-        self._secret = file.read_text(encoding="utf-8").strip() if file else None
+        self._secret = read_secret(file) if file else None
         self._scopes = settings.oidc_scopes
         self._own = str(settings.public_url).rstrip("/")
         self._transport = transport

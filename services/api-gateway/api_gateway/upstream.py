@@ -13,7 +13,7 @@ import httpx
 import structlog
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, RootModel, TypeAdapter, ValidationError
 from starlette.types import Message, Receive, Scope, Send
 
 from scanfleet import rest, tracing
@@ -173,7 +173,7 @@ class Orchestrator(Upstream):
         answer = await self.ask("GET", f"/internal/jobs/{job_id}/owner", self.identity(request))
         if answer.status_code == httpx.codes.OK:
             return None
-        return Response(answer.content, answer.status_code, _returned(answer))
+        return _error(answer)
 
     async def latest(self, caller: Mapping[str, str], job_id: int) -> Snapshot | Response:
         """Return the current job, or the error answer if the caller may not watch it.
@@ -187,11 +187,8 @@ class Orchestrator(Upstream):
         """
         answer = await self.ask("GET", f"/internal/jobs/{job_id}/latest", caller)
         if answer.status_code != httpx.codes.OK:
-            return Response(answer.content, answer.status_code, _returned(answer))
-        try:
-            return Snapshot.model_validate_json(answer.content)
-        except ValidationError as error:
-            raise DependencyError("the orchestrator answered 200 and no state of a job") from error
+            return _error(answer)
+        return _parse(Snapshot, answer)
 
     async def latest_of(
         self,
@@ -223,7 +220,7 @@ class Orchestrator(Upstream):
         target = f"/internal/jobs/latest?{urlencode({name: value for name, value in query.items() if value})}"
         answer = await self.ask("GET", target, caller)
         if answer.status_code != httpx.codes.OK:
-            return Response(answer.content, answer.status_code, _returned(answer))
+            return _error(answer)
         return _parse(Snapshots, answer)
 
     async def cancel(self, caller: Mapping[str, str], wanted: CancelJobs) -> CancelledPage:
@@ -238,10 +235,7 @@ class Orchestrator(Upstream):
         """
         headers = {**caller, "content-type": "application/json"}
         answer = await self.ask("POST", "/internal/jobs/cancel", headers, wanted.model_dump_json().encode())
-        try:
-            return CancelledPage.model_validate_json(answer.content)
-        except ValidationError as error:
-            raise DependencyError(f"the orchestrator answered {answer.status_code} and no cancelled jobs") from error
+        return _parse(CancelledPage, answer)
 
     async def record_session(self, caller: Mapping[str, str], what: Literal["create", "refresh", "end"]) -> None:
         """Record a change of the caller's browser session in the audit log, before the change.
@@ -290,17 +284,13 @@ class Orchestrator(Upstream):
     async def expire(self, command_id: str, headers: Mapping[str, str]) -> CommandAccepted | CommandRejected | None:
         """See `api_gateway.handlers.commands.Arbiter`."""
         answer = await self.ask("POST", f"/internal/commands/{command_id}/expire", headers)
-        try:
-            verdict = _VERDICT.validate_json(answer.content)
-        except ValidationError as error:
-            raise DependencyError(f"the orchestrator answered {answer.status_code} and no verdict") from error
-        match verdict:
+        match _parse(_Verdict, answer).root:
+            case _Accepted(jobs=jobs):
+                return CommandAccepted(command_id=command_id, jobs=jobs)
+            case _Rejected(status=status, error=error):
+                return CommandRejected(command_id=command_id, status=status, error=error)
             case _Expired():
                 return None
-            case _Accepted():
-                return CommandAccepted(command_id=command_id, jobs=verdict.jobs)
-            case _Rejected():
-                return CommandRejected(command_id=command_id, status=verdict.status, error=verdict.error)
 
 
 class ScanLimits:
@@ -388,9 +378,12 @@ def _parse(kind: type[_Answer], answer: httpx.Response) -> _Answer:
     try:
         return TypeAdapter(kind).validate_json(answer.content)
     except ValidationError as error:
-        raise DependencyError(
-            f"{answer.url} answered {answer.status_code} and something else than was asked"
-        ) from error
+        raise DependencyError(f"{answer.url} answered {answer.status_code} without the expected body") from error
+
+
+def _error(answer: httpx.Response) -> Response:
+    """Return the service's error answer for the client."""
+    return Response(answer.content, answer.status_code, _returned(answer))
 
 
 def _returned(answer: httpx.Response) -> dict[str, str]:
@@ -412,6 +405,5 @@ class _Rejected(BaseModel):
     error: str
 
 
-_VERDICT: Final[TypeAdapter[_Expired | _Accepted | _Rejected]] = TypeAdapter(
-    Annotated[_Expired | _Accepted | _Rejected, Field(discriminator="state")],
-)
+class _Verdict(RootModel[Annotated[_Expired | _Accepted | _Rejected, Field(discriminator="state")]]):
+    """The orchestrator's answer to a request to expire a command."""
