@@ -527,9 +527,16 @@ class UserId(_Answer):
 class ScanLimits(_Answer):
     """What the orchestrator lets users scan. Not part of the public API by itself."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     presets: dict[Preset, ScanPolicy]
+    """The policy that each preset is."""
+
     scripts: list[str]
+    """NSE scripts that a policy may name."""
+
     max_addresses: int
+    """The most addresses of one subnet."""
 
 
 class Info(ScanLimits):
@@ -547,15 +554,6 @@ class Info(ScanLimits):
 
     audience: str
     scopes: list[str]
-    presets: dict[Preset, ScanPolicy]
-    """The policy that each preset is."""
-
-    scripts: list[str]
-    """NSE scripts that a policy may name."""
-
-    max_addresses: int
-    """The most addresses of one subnet."""
-
     sign_in: list[Literal["token", "oidc"]]
     """`token`: with a token that the caller has; `oidc`: at the issuer, with `client_id`."""
 
