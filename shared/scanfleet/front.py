@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from ipaddress import IPv6Address, IPv6Network, ip_address
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from scanfleet.messages.topics import GATEWAY
 from scanfleet.settings import FrontSettings
 from scanfleet.tls import names
 
@@ -47,21 +48,15 @@ class Front:
 
     Args:
         settings: maximum number of connections, and their timeouts.
-        caller: the DNS name that every client's certificate must have; empty for no certificate.
     """
 
-    def __init__(self, settings: FrontSettings, *, caller: str = "") -> None:
-        self._caller = caller
+    def __init__(self, settings: FrontSettings) -> None:
         self.header_seconds = settings.header_seconds
         self.stalled_seconds = settings.stalled_seconds
         self._most = _with_descriptors(settings.max_connections)
         self._most_per_address = settings.max_connections_per_address
         self._count = 0
         self._by_address: dict[str, dict[BoundedProtocol, None]] = {}
-
-    def accepts(self, certificate: Mapping[str, Any] | None) -> bool:
-        """Whether a client with this certificate, verified by the authority, or with none may send requests."""
-        return not self._caller or self._caller in names(certificate or {})
 
     def admit(self, connection: BoundedProtocol) -> bool:
         """Count a new connection.
@@ -144,7 +139,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.transport = self._closing = _Transport(transport, self._close)
         self.address = _client(self.client[0] if self.client else "")
-        if not self._front.accepts(transport.get_extra_info("peercert")):
+        if not _accepted(transport):
             self._refuse(403, "the client's certificate is not that of a service which may send requests here")
         elif self._front.admit(self):
             self._await_head()
@@ -320,6 +315,13 @@ class _Transport(asyncio.Transport):
 
 _TOO_LARGE: Final = f"the headers have more than {MAX_HEADER_BYTES} bytes or {MAX_HEADER_LINES} lines"
 _UNAVAILABLE: Final = 503
+
+
+def _accepted(transport: asyncio.Transport) -> bool:
+    """Whether the client may send requests: over TLS only the gateway, whose certificate the authority has signed."""
+    if transport.get_extra_info("ssl_object") is None:
+        return True
+    return GATEWAY in names(transport.get_extra_info("peercert") or {})
 
 
 def _cancel(timer: asyncio.TimerHandle | None) -> None:

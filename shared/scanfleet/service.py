@@ -39,10 +39,9 @@ from scanfleet.front import Front
 from scanfleet.messages import AuditEntry
 from scanfleet.messages.audit import MAX_REASON_CHARS
 from scanfleet.messages.fields import MAX_ID
-from scanfleet.messages.topics import GATEWAY
 from scanfleet.proxies import Proxies
 from scanfleet.rest import BODY_LIMITS, MAX_BODY_BYTES
-from scanfleet.settings import FrontSettings, InternalApiSettings
+from scanfleet.settings import FrontSettings
 from scanfleet.startup import Startup
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
@@ -210,17 +209,12 @@ def _watched(
         async with cast(Startup, app.state.startup).opening(lifespan(app)):
             watching = asyncio.create_task(_end_when_unhealthy(app.state.probes))
             try:
-                yield {"front": Front(settings, caller=_caller(settings))}  # read by the server for every connection
+                yield {"front": Front(settings)}  # read by the server for every connection
             finally:
                 watching.cancel()
                 await tracing.stop()
 
     return watched
-
-
-def _caller(settings: FrontSettings) -> str:
-    """The name that a client's certificate must have; empty where clients need none."""
-    return GATEWAY if isinstance(settings, InternalApiSettings) and settings.tls_ca_file else ""
 
 
 async def _end_when_unhealthy(probes: Probes) -> None:
