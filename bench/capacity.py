@@ -14,7 +14,7 @@ from bench.kit import SCRIPTED, Meter, bus, new_stack, pids
 from local.stack import Stack
 from scanfleet import mongo
 from scanfleet.auth import read_private_key
-from scanfleet.grants import Signer
+from scanfleet.chunk_grants import Signer
 from scanfleet.kafka import KafkaBus
 from scanfleet.messages import HostScanned, PortFound
 from scanfleet.messages.topics import SCAN_RESULTS

@@ -13,7 +13,7 @@ from job_orchestrator.domain.job import TABLE
 from local.client import FINAL
 from local.wait import until
 from scanfleet.auth import read_public_keys
-from scanfleet.grants import Grants
+from scanfleet.chunk_grants import Grants
 from scanfleet.messages import HostScanned, JobEvent, JobProgressed, JobStatus
 from scanfleet.messages.topics import SCAN_EVENTS, SCAN_RESULTS
 from scanfleet.outcomes import Outcome, index_of

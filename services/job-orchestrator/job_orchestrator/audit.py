@@ -14,9 +14,9 @@ from job_orchestrator.domain.chain import read_chain_keys
 from job_orchestrator.repository import MongoStore, Verification
 from job_orchestrator.settings import AuditSettings
 from scanfleet import mongo
-from scanfleet.command import command_entry
 from scanfleet.errors import DependencyError
 from scanfleet.messages.topics import ORCHESTRATOR
+from scanfleet.operator_command import command_entry
 
 _TAMPERED = 2  # the exit code; 1 is a dependency's failure
 

@@ -13,11 +13,11 @@ from fastapi import FastAPI
 from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
 from job_orchestrator.domain.chain import read_chain_keys
-from job_orchestrator.domain.grants import JobGrants
 from job_orchestrator.domain.keys import first_use
 from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.time import PlatformTime
+from job_orchestrator.domain.user_grants import JobGrants
 from job_orchestrator.handlers.audit import Audit
 from job_orchestrator.handlers.commands import Commands
 from job_orchestrator.handlers.deletions import Deletions
@@ -31,7 +31,7 @@ from job_orchestrator.settings import Settings
 from scanfleet import logging, mongo, service, tracing
 from scanfleet.auth import InternalVerifier, read_private_key, read_public_keys
 from scanfleet.bus import Handler, Publisher
-from scanfleet.grants import Signer, key_id
+from scanfleet.chunk_grants import Signer, key_id
 from scanfleet.kafka import KafkaBus
 from scanfleet.loop import Loop
 from scanfleet.messages.topics import (

@@ -15,9 +15,8 @@ from job_orchestrator.domain.chain import read_chain_keys
 from job_orchestrator.domain.job import JobTrigger, change, restored_from_backup
 from job_orchestrator.repository import MongoStore
 from job_orchestrator.settings import Settings
-from scanfleet import command, mongo
+from scanfleet import mongo, operator_command
 from scanfleet.clock import utc_now
-from scanfleet.command import command_entry
 from scanfleet.errors import DependencyError, MessageError
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.groups import move_group
@@ -32,6 +31,7 @@ from scanfleet.messages.topics import (
     SCAN_STORED,
     SCAN_WORKERS,
 )
+from scanfleet.operator_command import command_entry
 
 _PAGE: Final = 100  # jobs at once
 
@@ -100,4 +100,4 @@ async def _resume(store: MongoStore, cancelled: set[int], above: int) -> tuple[i
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(restored(Settings())))
+    sys.exit(operator_command.run(restored(Settings())))

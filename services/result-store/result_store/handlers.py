@@ -13,8 +13,8 @@ from result_store.domain import Batch, ClosedChunk, Host, StoredHost, close, fol
 from scanfleet import tracing
 from scanfleet.audit import Refusals
 from scanfleet.bus import Publisher, Record
+from scanfleet.chunk_grants import Grants
 from scanfleet.errors import MessageError
-from scanfleet.grants import Grants
 from scanfleet.loop import Loop
 from scanfleet.messages import (
     ChunkIncomplete,

@@ -13,7 +13,7 @@ from result_store.repository import MongoStore
 from result_store.settings import Settings
 from scanfleet import logging, mongo, service, tracing
 from scanfleet.auth import InternalVerifier, read_public_keys
-from scanfleet.grants import Grants
+from scanfleet.chunk_grants import Grants
 from scanfleet.kafka import KafkaBus
 from scanfleet.messages.topics import RESULT_STORE, SCAN_DELETIONS, SCAN_RESULTS
 from scanfleet.startup import Startup

@@ -11,7 +11,7 @@ import sys
 
 from result_store.repository import SEQUENCE
 from result_store.settings import Settings
-from scanfleet import command, mongo
+from scanfleet import mongo, operator_command
 from scanfleet.kafka.groups import move_group
 from scanfleet.messages.topics import RESULT_STORE, SCAN_DELETIONS, SCAN_RESULTS
 
@@ -34,4 +34,4 @@ async def restored(settings: Settings) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(restored(Settings())))
+    sys.exit(operator_command.run(restored(Settings())))

@@ -7,7 +7,6 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Iterable
 
-from scanfleet.command import command_entry
 from scanfleet.errors import DependencyError
 from scanfleet.kafka.acls import create_acls
 from scanfleet.kafka.bus import KafkaBus
@@ -15,6 +14,7 @@ from scanfleet.kafka.dead_letters import CannotReplayError, DeadLetter, check, d
 from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.messages import OperatorActed
 from scanfleet.messages.topics import OPERATOR, SCAN_AUDIT_OPERATOR, TOPICS, Topic
+from scanfleet.operator_command import command_entry
 from scanfleet.settings import KafkaSettings
 
 _NAME = "administrator"

@@ -61,7 +61,7 @@ class _Fenced(ChunkMessage):
 
 
 class Grant(BaseModel):
-    """The scope of an attempt, signed by the orchestrator; see `scanfleet.grants`. The worker forwards it unchanged."""
+    """The scope of an attempt, signed by the orchestrator; see `scanfleet.chunk_grants`. The worker forwards it unchanged."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 

@@ -12,9 +12,9 @@ from typing import Annotated, Final, Literal
 from fastapi import Depends, Query, Request, Response
 from pydantic import BaseModel
 
-from job_orchestrator.domain.grants import UNLIMITED, JobGrants
 from job_orchestrator.domain.quotas import QuotaError, Quotas
 from job_orchestrator.domain.store import Store
+from job_orchestrator.domain.user_grants import UNLIMITED, JobGrants
 from job_orchestrator.handlers.commands import Commands
 from job_orchestrator.handlers.deletions import Deletions
 from scanfleet import rest

@@ -11,8 +11,8 @@ from typing import Final
 from job_orchestrator.domain.chunk import HELD, Chunk, elapsed
 from job_orchestrator.domain.store import Store
 from job_orchestrator.metrics import CHUNK_TRANSITIONS
+from scanfleet.chunk_grants import Signer
 from scanfleet.errors import DependencyError
-from scanfleet.grants import Signer
 from scanfleet.messages import ChunkScanned, StopChunk
 from scanfleet.messages.chunks import Grant
 

@@ -15,18 +15,18 @@ import structlog
 from job_orchestrator.domain import fairness, plan
 from job_orchestrator.domain.chunk import Chunk, ChunkState, cancel, dispatch
 from job_orchestrator.domain.fairness import Candidate, Credit, Held
-from job_orchestrator.domain.grants import JobGrants
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.time import PlatformTime
+from job_orchestrator.domain.user_grants import JobGrants
 from job_orchestrator.handlers.chunks import change, granted
 from job_orchestrator.metrics import CHUNK_TRANSITIONS, SKIPPED_JOBS
 from scanfleet import tracing
 from scanfleet.audit import write_line
 from scanfleet.bus import Publisher, Record
+from scanfleet.chunk_grants import Signer
 from scanfleet.clock import utc_now
 from scanfleet.errors import MessageError, Rule
-from scanfleet.grants import Signer
 from scanfleet.loop import Loop
 from scanfleet.messages import AuditEntry, ScanChunk, WorkerReady
 from scanfleet.messages.audit import MAX_REASON_CHARS

@@ -53,7 +53,7 @@ from scanfleet.outcomes import Outcome
 from scanfleet.policy import ScanPolicy
 from scanfleet.targets import TargetRules, parse_network
 from scanfleet.testing.bus import MemoryBus
-from scanfleet.testing.grants import signer
+from scanfleet.testing.chunk_grants import signer
 from scanfleet.user_grants import UserGrants
 
 RULES: Final = TargetRules((parse_network("127.0.0.0/8"),))

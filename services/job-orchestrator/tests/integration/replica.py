@@ -24,7 +24,7 @@ from scanfleet.kafka import KafkaBus
 from scanfleet.messages import Message
 from scanfleet.messages.topics import ORCHESTRATOR, Topic
 from scanfleet.settings import KafkaSettings
-from scanfleet.testing.grants import signer
+from scanfleet.testing.chunk_grants import signer
 
 
 class Mortal:

@@ -54,7 +54,7 @@ from scanfleet.messages.topics import (
     Topic,
 )
 from scanfleet.settings import KafkaSettings
-from scanfleet.testing.grants import write_chunk_keys
+from scanfleet.testing.chunk_grants import write_chunk_keys
 from scanfleet.testing.tokens import InternalKeys
 
 pytestmark = pytest.mark.integration

@@ -16,7 +16,7 @@ from job_orchestrator.testing import MemoryStore, Worker, World, chunk, scan_job
 from scanfleet.clock import utc_now
 from scanfleet.messages import ChunkScanned, JobStatus, ScanChunk, WorkerReady
 from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_TASKS, SCAN_WORKERS
-from scanfleet.testing.grants import grants
+from scanfleet.testing.chunk_grants import grants
 
 
 async def chunk_of(world: World, chunk_id: str = "1-0") -> Chunk:

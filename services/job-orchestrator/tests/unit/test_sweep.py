@@ -20,7 +20,7 @@ from scanfleet.errors import DependencyError
 from scanfleet.messages import ChunkScanned, JobCancelled, JobCompleted, JobCreated, JobStarted, JobStatus
 from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_RESULTS, SCAN_TASKS
 from scanfleet.policy import Preset, fill_in
-from scanfleet.testing.grants import grants
+from scanfleet.testing.chunk_grants import grants
 
 
 async def test_an_event_that_was_not_published_is(world: World) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from job_orchestrator.api.state import State
 from job_orchestrator.api.tasks import read_waiting
-from job_orchestrator.domain.grants import JobGrants
+from job_orchestrator.domain.user_grants import JobGrants
 from job_orchestrator.testing import MemoryStore, World, scan_policy
 from job_orchestrator.testing.world import RULES
 from scanfleet.auth import Principal

@@ -25,7 +25,7 @@ from scanfleet.messages import ChunkStored, HostScanned
 from scanfleet.messages.topics import RESULT_STORE, SCAN_RESULTS, SCAN_STORED
 from scanfleet.outcomes import address_at
 from scanfleet.settings import KafkaSettings
-from scanfleet.testing.grants import write_chunk_keys
+from scanfleet.testing.chunk_grants import write_chunk_keys
 from scanfleet.testing.tokens import InternalKeys
 
 pytestmark = pytest.mark.integration

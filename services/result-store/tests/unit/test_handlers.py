@@ -15,7 +15,7 @@ from scanfleet.errors import DependencyError
 from scanfleet.messages import Audited, ChunkIncomplete, ChunkStored, Message, PortFound
 from scanfleet.messages.topics import RESULT_STORE, SCAN_AUDIT, SCAN_RESULTS, SCAN_STORED, Topic
 from scanfleet.testing.bus import MemoryBus
-from scanfleet.testing.grants import grants
+from scanfleet.testing.chunk_grants import grants
 from scanfleet.testing.tracing import ids, recording
 
 GROUP = "result-store"

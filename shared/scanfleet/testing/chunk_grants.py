@@ -8,7 +8,7 @@ from typing import Any, Final, TypeVar
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from scanfleet.grants import Grants, Signer
+from scanfleet.chunk_grants import Grants, Signer
 from scanfleet.messages import ChunkScanned, HostScanned
 
 ALL_PORTS: Final = "T:0-65535,U:0-65535"
