@@ -36,17 +36,17 @@ _INTRO: Final = """\
 
 `scanfleet` scans networks through the API of a gateway. In a checkout `make cli` installs it into `.venv/bin`. For other machines
 `make wheel` builds a wheel that needs Python 3.11 or newer and no part of the services: `pipx install scanfleet_cli-….whl`; with
-the extra `keyring` tokens are kept in the system's keyring.
+the extra `keyring` tokens are stored in the keyring of the system.
 
-Data goes to stdout, everything else to stderr. On a terminal lists are tables; elsewhere they are lines with tabs and without a
-header, times are RFC 3339, and nothing has a colour. What comes from the network is shown with escapes for whatever does not print.
+The command prints data on stdout and everything else on stderr. On a terminal lists are tables; elsewhere they are tab-separated
+lines without a header or colours, with times in RFC 3339. Non-printing characters in text from the network are escaped.
 
-## Address and token
+## URL and token
 
-The address comes from `--url`, else `SCANFLEET_URL`, else the context: `--context`, else `SCANFLEET_CONTEXT`, else the one in use.
-The token comes from `--token-file`, else `SCANFLEET_TOKEN`, else the file that `SCANFLEET_TOKEN_FILE` names, else the context: its
-`token_command`, or what `scanfleet login` brought. A token of a context goes to the context's own address and to no other.
-`scanfleet whoami` shows what is used and where it came from, `scanfleet doctor` what is wrong.
+The URL of the gateway is that of `--url`, else of `SCANFLEET_URL`, else of the context: `--context`, else `SCANFLEET_CONTEXT`, else
+the current one. The token is that of `--token-file`, else of `SCANFLEET_TOKEN`, else of the file in `SCANFLEET_TOKEN_FILE`, else of
+the context: its `token_command`, or the sign-in by `scanfleet login`. The token of a context is sent only to the gateway of that
+context. `scanfleet whoami` shows URL, user and their sources; `scanfleet doctor` checks the connection.
 
 ```toml
 # ~/.config/scanfleet/config.toml
@@ -57,12 +57,12 @@ url = "https://scanfleet.example.com"
 
 [context.local]
 url = "http://127.0.0.1:8080"
-token_command = ["make", "-s", "-C", "/opt/scanfleet", "token", "USER=7"] # run when a token is needed; its output is not stored
+token_command = ["make", "-s", "-C", "/opt/scanfleet", "token", "USER=7"] # runs when a token is needed; its output is not stored
 ```
 
-`scanfleet login URL` signs in at the issuer that the gateway names: in a browser on this machine, or, without a display or with
-`--device`, by a code that is typed in a browser on any machine. The tokens are kept in the system's keyring, else in a file that
-only you can read, and refreshed before they end.
+`scanfleet login URL` signs in at the issuer of the gateway: in a browser on this machine, or, without a display or with `--device`,
+with a code in a browser on any machine. The tokens are stored in the keyring of the system, else in a file with mode 0600, and
+refreshed before they expire.
 
 ## Examples
 """
@@ -70,7 +70,7 @@ only you can read, and refreshed before they end.
 _SDK: Final = """\
 ## From Python
 
-The command is made of a typed SDK, which has the same calls for threads and for asyncio:
+The command is built on a typed SDK with a synchronous and an asynchronous client:
 
 ```python
 from scanfleet_cli import calls
@@ -84,24 +84,24 @@ with Client("https://scanfleet.example.com", token) as client:
         print(result.ip_address, result.port)
 ```
 
-A call that is safe to repeat is repeated while the service is unavailable or busy; a POST of jobs has a key, so that it makes the
-jobs once. `watch` joins a cut stream again, and polls where streams do not last. A stream of results that is cut raises
-`UnavailableError`; it never ends as a short list.
+The client retries a call that is safe to repeat while the service is unavailable or busy; a POST of jobs has an Idempotency-Key, so
+that a retry creates no other jobs. `watch` reconnects after a cut, and polls if streams keep failing. A cut stream of results raises
+`UnavailableError` instead of ending a partial list.
 """
 
 _EXAMPLES: Final = (
-    ("Scan a network, and print what is open:", "scanfleet scan 127.9.8.0/24 --ports 22,80 --preset quick"),
-    ("The same network again uses what is there. Exit 8 when a port is open:", "scanfleet -q scan 127.9.8.0/24 --ports 22,80 --preset quick --fail-on open --json ip_address,port"),
-    ("Register a network and a policy under names, and submit:", "scanfleet subnet create lab 127.9.9.0/24 --exclude 127.9.9.128/25"),
+    ("Scan a network, and print the open ports:", "scanfleet scan 127.9.8.0/24 --ports 22,80 --preset quick"),
+    ("A second scan reuses the subnet and the policy. Exit 8 if a port is open:", "scanfleet -q scan 127.9.8.0/24 --ports 22,80 --preset quick --fail-on open --json ip_address,port"),
+    ("Create a subnet and a policy, and submit a job:", "scanfleet subnet create lab 127.9.9.0/24 --exclude 127.9.9.128/25"),
     ("", "scanfleet policy create web --preset quick --ports 22,80,443 -o name"),
     ("", "scanfleet job submit --subnet lab --policy web"),
     ("", "scanfleet job list"),
-    ("A job that did not probe everything says what, and why:", "scanfleet job wait 43"),
+    ("List the addresses that a failed job did not probe, and the reasons:", "scanfleet job wait 43"),
     ("", "scanfleet job ledger 43"),
     ("", "scanfleet job ledger 43 --not-probed --networks"),
     ("", "scanfleet job map 43"),
-    ("Fields for scripts:", "scanfleet job show 43 --json job_id,status.status,status.progress"),
-    ("An error says what failed and what to do:", "scanfleet job cancel 41"),
+    ("Select fields for scripts:", "scanfleet job show 43 --json job_id,status.status,status.progress"),
+    ("Errors have a hint:", "scanfleet job cancel 41"),
 )  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def _examples() -> Iterator[str]:
 
 
 def run(api: FakeApi, folder: Path, command: str) -> str:
-    """What a command prints, and its exit code unless that is 0."""
+    """Return the output of a command, and its exit code unless it is 0."""
     printed = io.StringIO()
     output = Output(printed, printed)
     output.width, output.now = WIDTH, lambda: NOW + timedelta(minutes=3)
@@ -133,7 +133,7 @@ def run(api: FakeApi, folder: Path, command: str) -> str:
 
 
 def _becomes(job: FakeJob) -> None:
-    """What each job of the examples finds: those of 127.9.9.0/24 fail."""
+    """Set the outcome of the jobs of the examples: those of 127.9.9.0/24 fail."""
     if job.id <= 42:  # noqa: PLR2004 # the two scans
         job.results, job.machines = (
             [result(1, "127.9.8.1", 22), result(2, "127.9.8.7", 80, service="http", version="nginx")],

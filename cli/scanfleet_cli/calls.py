@@ -1,7 +1,7 @@
-"""Every operation of the API as a value: `Client.send` and `AsyncClient.send` carry it out.
+"""The operations of the API as values, which `Client.send` and `AsyncClient.send` send.
 
-A call states method, path and the type of its answer, and whether it is safe to repeat. There is one function for each
-operation of the API, named after its `operationId` where that reads well.
+A call has a method, a path, the type of its response, and whether it is safe to repeat. Each operation of the API has one
+function, named after its `operationId` where that reads well.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from scanfleet.messages import JobStatus
 T = TypeVar("T")
 
 NDJSON: Final = "application/x-ndjson"
-PAGE_SIZE: Final = 100  # the largest page of a list
-LEDGER_PAGE_SIZE: Final = 1_000  # the largest page of a ledger
+PAGE_SIZE: Final = 100  # maximum page size of a list
+LEDGER_PAGE_SIZE: Final = 1_000  # maximum page size of a ledger
 
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
-    """One request, and the type of its answer."""
+    """One request, and the type of its response."""
 
     method: str
     path: str
@@ -33,17 +33,17 @@ class Call(Generic[T]):
     query: Mapping[str, Any] = field(default_factory=dict)
     body: Mapping[str, Any] | None = None
     csv: str | None = None
-    """The body of an operation that takes CSV."""
+    """Body of an operation that reads CSV."""
 
     headers: Mapping[str, str] = field(default_factory=dict)
     repeatable: bool = True
-    """Whether a second request has the effect of one, so that it may be repeated after a cut connection."""
+    """Whether the request is idempotent, so that it may be repeated after a cut connection."""
 
     def read(self, content: bytes) -> T:
-        """The answer from the body of a response.
+        """Parse the body of a response.
 
         Raises:
-            pydantic.ValidationError: it is not of the type.
+            pydantic.ValidationError: it does not match the type.
         """
         return TypeAdapter(self.answer).validate_json(content)
 
@@ -53,7 +53,7 @@ class ListCall(Call[T]):
     """A request for one page of a list."""
 
     items: str = ""
-    """The answer's field that holds the objects."""
+    """Field of the response that holds the objects."""
 
     def page(self, number: int, size: int) -> ListCall[T]:
         return replace(self, query={**self.query, "page": number, "page_size": size})
@@ -70,7 +70,7 @@ def list_tasks(
     policy_id: int | None = None,
     since: str | None = None,
 ) -> ListCall[rest.JobList]:
-    """The caller's jobs; for administrators those of a user, or of `"all"`."""
+    """List jobs of the caller; for administrators those of a user, or of `"all"`."""
     query = {
         "status": ",".join(status) or None,
         "user_id": user_id,
@@ -82,7 +82,7 @@ def list_tasks(
 
 
 def create_tasks(subnet_ids: Sequence[int], policy_id: int, key: str | None = None) -> Call[rest.JobsCreated]:
-    """A job for each subnet. Repeating the same call, with the same key, creates nothing more."""
+    """Create a job for each subnet; repeating the call with the same key creates no others."""
     return Call(
         "POST",
         "/api/v1/task",
@@ -97,12 +97,12 @@ def read_task(job_id: int) -> Call[rest.TaskStatus]:
 
 
 def watch_task(job_id: int, last_event_id: str = "") -> Call[Any]:
-    """The stream of a job's states; for `Client.events`."""
+    """Stream the states of a job; for `Client.events`."""
     return Call("GET", f"/api/v1/task/{job_id}/events", object, headers=_stream(last_event_id))
 
 
 def watch_tasks(user_id: int | str | None = None, last_event_id: str = "") -> Call[Any]:
-    """The stream of the states of all of the caller's jobs, or for administrators of a user's or `"all"`; it has no end."""
+    """Stream the states of all jobs of the caller, for administrators of a user or `"all"`, without end."""
     return Call("GET", "/api/v1/events", object, query=_set({"user_id": user_id}), headers=_stream(last_event_id))
 
 
@@ -115,7 +115,7 @@ def cancel_tasks(wanted: rest.CancelJobs) -> Call[rest.JobsCancelled]:
 
 
 def read_results(job_id: int, accept: str = NDJSON, **query: Any) -> Call[list[rest.Result]]:
-    """A job's results; for `Client.results` and `Client.stream`."""
+    """Read the results of a job; for `Client.results` and `Client.stream`."""
     return Call(
         "GET", f"/api/v1/task/{job_id}/results", list[rest.Result], query=_set(query), headers={"Accept": accept}
     )
@@ -131,17 +131,17 @@ def read_waiting(job_id: int) -> Call[rest.Waiting]:
 
 
 def read_snapshot(job_id: int) -> Call[rest.JobSnapshot]:
-    """What a job was asked for, whatever its subnet and policy are now."""
+    """Read the request of a job as submitted, regardless of later changes to its subnet and policy."""
     return Call("GET", f"/api/v1/task/{job_id}/snapshot", rest.JobSnapshot)
 
 
 def read_map(job_id: int, *, ports: str | None = None, first: str | None = None) -> Call[rest.CoverageMap]:
-    """What became of each address of a job, for all its blocks of ports or that of `ports`, from the address `first` on."""
+    """Read the outcome of each address of a job, for all its port blocks or that of `ports`, from the address `first`."""
     return Call("GET", f"/api/v1/task/{job_id}/map", rest.CoverageMap, query=_set({"ports": ports, "from": first}))
 
 
 def delete_task(job_id: int) -> Call[rest.Done]:
-    """Delete a job that has ended, with its results and its ledger."""
+    """Delete an ended job with its results and its ledger."""
     return Call("DELETE", f"/api/v1/task/{job_id}", rest.Done)
 
 
@@ -149,12 +149,12 @@ def delete_task(job_id: int) -> Call[rest.Done]:
 
 
 def read_info() -> Call[rest.Info]:
-    """What a client must know before it has a token."""
+    """Read the information that a client needs before it has a token."""
     return Call("GET", "/api/v1/info", rest.Info)
 
 
 def read_me() -> Call[rest.Me]:
-    """The caller, and what is left of the caller's limits."""
+    """Read the caller, and the use of the caller's limits."""
     return Call("GET", "/api/v1/me", rest.Me)
 
 
@@ -170,7 +170,7 @@ def create_subnet(body: rest.SubnetBody) -> Call[rest.Subnet]:
 
 
 def import_subnets(csv: str) -> Call[rest.SubnetsImported]:
-    """A subnet for each line, all or none. Repeating the same call creates nothing more."""
+    """Create a subnet for each line, all or none; repeating the call creates no others."""
     return Call("POST", "/api/v1/subnet/import", rest.SubnetsImported, csv=csv, headers={"Content-Type": "text/csv"})
 
 
@@ -237,7 +237,7 @@ def _set(query: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _given(body: BaseModel) -> dict[str, Any]:
-    """What the caller set: the service fills in the rest, by its own release's defaults."""
+    """Return the fields that the caller set; the service applies its own defaults to the others."""
     return body.model_dump(mode="json", exclude_unset=True, warnings=False)
 
 

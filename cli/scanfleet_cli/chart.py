@@ -1,4 +1,4 @@
-"""A coverage map as letters: one cell an address, or the worst of a block of addresses."""
+"""Draw a coverage map as letters: a cell for each address, or for the worst address of a block."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ NAMES: Final = {
     Outcome.BLANK.value: "waiting",
 }
 WORST_FIRST: Final = "lrct>.dsax"
-"""An address, or a block of them, shows the first of these that it has."""
+"""An address, or a block of addresses, shows the first of these letters that occurs in it."""
 
 SQUARE: Final = 16  # cells in a row, so that a row of a /24 is a /28
-MOST_CELLS: Final = 1_024  # 64 rows: a map stays on a screen or two
+MOST_CELLS: Final = 1_024  # 64 rows: one or two screens
 
 
 def lines(drawn: rest.CoverageMap, output: Output, width: int | None = None) -> Iterator[str]:
-    """The rows of a map, and its legend."""
+    """Yield the rows of a map, and its legend."""
     letters = _worst([block.letters for block in drawn.blocks])
     size = 1
     while len(letters) / size > MOST_CELLS:
@@ -46,11 +46,11 @@ def lines(drawn: rest.CoverageMap, output: Output, width: int | None = None) -> 
         output.paint(name, f"{letter} {name.replace('_', ' ')}") for letter, name in NAMES.items() if letter in cells
     )
     if size > 1:
-        yield f"a cell is a /{first.max_prefixlen - (size.bit_length() - 1)}: the worst of its {size} addresses"
+        yield f"each cell is a /{first.max_prefixlen - (size.bit_length() - 1)}: the worst of its {size} addresses"
 
 
 def _worst(blocks: list[str]) -> str:
-    """Of each address, over all blocks of ports."""
+    """Return the worst letter of each address over all port blocks."""
     if len(blocks) == 1:
         return blocks[0]
     return "".join(map(_worst_of, map("".join, zip(*blocks, strict=True))))

@@ -1,4 +1,4 @@
-"""The SDK: a client of the API, sync and async, that sends the calls of `scanfleet_cli.calls`.
+"""The SDK: synchronous and asynchronous clients that send the calls of `scanfleet_cli.calls`.
 
 from scanfleet_cli import calls
 from scanfleet_cli.client import Client
@@ -41,37 +41,37 @@ from scanfleet_cli.errors import ApiError, UnavailableError
 T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
 Token = str | Callable[[], str] | None
-"""A bearer token, or what returns the current one; None for the calls that need none."""
+"""A bearer token, or a function that returns the current one; None for calls without authentication."""
 
-HEARTBEAT_LIMIT: Final = 45.0  # seconds without a byte on a stream: three of the service's heartbeats
-MAX_STREAM_FAILURES: Final = 3  # in a row, after which a job is polled
+HEARTBEAT_LIMIT: Final = 45.0  # read timeout of a stream in seconds: three heartbeats of the service
+MAX_STREAM_FAILURES: Final = 3  # consecutive failures after which jobs are polled
 
 _TIMEOUTS: Final = httpx2.Timeout(30.0, connect=5.0)
 _STREAM_TIMEOUTS: Final = httpx2.Timeout(30.0, connect=5.0, read=HEARTBEAT_LIMIT)
 _BUSY: Final = frozenset({502, 503, 504})
-_MAX_ERROR_CHARS: Final = 300  # of an error that is not the service's own, from a proxy for example
+_MAX_ERROR_CHARS: Final = 300  # of an error from another server, for example a proxy
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long a client goes on while the service is unavailable or busy; all in seconds."""
+    """Retry policy while the service is unavailable or busy; all in seconds."""
 
     timeout: float = 60.0
-    """In which a call that is safe to repeat is repeated."""
+    """Time limit of the retries of a call that is safe to repeat."""
 
     first_pause: float = 0.5
-    """Before the first retry; doubles up to `longest_pause`."""
+    """Pause before the first retry; it doubles up to `longest_pause`."""
 
     longest_pause: float = 5.0
     poll: float = 5.0
-    """Between two looks at a job whose streams do not last."""
+    """Polling interval of a job whose streams fail."""
 
     def pause(self, failures: int) -> float:
-        """Before the attempt after so many failures in a row; none before the first."""
+        """Return the pause before the next attempt after this number of consecutive failures."""
         if not failures:
             return 0.0
         longest: float = min(self.first_pause * 2 ** (failures - 1), self.longest_pause)
-        return longest * random.uniform(0.75, 1.0)  # noqa: S311 # spreads clients, guards nothing
+        return longest * random.uniform(0.75, 1.0)  # noqa: S311 # spreads the load of clients; not for security
 
 
 PATIENT: Final = Patience()
@@ -79,7 +79,7 @@ PATIENT: Final = Patience()
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A whole answer, as it came."""
+    """A complete response."""
 
     status: int
     headers: Mapping[str, str]
@@ -87,7 +87,7 @@ class Reply:
 
     @property
     def json(self) -> Any:
-        """The body as JSON.
+        """Return the body as JSON.
 
         Raises:
             ApiError: it is not JSON.
@@ -95,17 +95,15 @@ class Reply:
         return parse_json(self.content)
 
     def read(self, call: Call[T]) -> T:
-        """The body as the answer to `call`.
+        """Return the body as the model of the response to `call`.
 
         Raises:
-            ApiError: it is not of the answer's type.
+            ApiError: it does not match the model.
         """
         try:
             return call.read(self.content)
         except ValidationError as error:
-            raise _unreadable(
-                f"does not have the form that this release reads ({error.error_count()} errors)"
-            ) from error
+            raise _unreadable(f"does not match the API of this release ({error.error_count()} errors)") from error
 
     @property
     def etag(self) -> str:
@@ -113,21 +111,21 @@ class Reply:
 
 
 Notice = Callable[[str], None]
-"""Called with a sentence when a watched connection is lost, and when it is back."""
+"""Receives a message when the connection of a watch is lost, and when it is restored."""
 
 
 def _ignore(_text: str) -> None: ...
 
 
 class Client:
-    """A caller of the API at `url`; safe to use from several threads.
+    """A client of the gateway at `url`; safe to use from several threads.
 
     Args:
         url: of the gateway.
         token: of the caller.
-        refused: called with a token that the service answered 401 to; the call is then repeated once if `token` returns another.
-        patience: while the service is unavailable or busy.
-        transport: carries the requests, over the network unless given.
+        refused: called with a token that the service rejected with 401; the call is repeated once if `token` then returns another.
+        patience: retry policy while the service is unavailable or busy.
+        transport: HTTP transport; the network by default.
     """
 
     def __init__(
@@ -155,26 +153,26 @@ class Client:
         self._http.close()
 
     def send(self, call: Call[T]) -> T:
-        """Carry out a call, and return its answer.
+        """Send a call and return the model of its response.
 
         Raises:
-            ApiError: the service refuses it.
-            UnavailableError: there was no answer in time.
+            ApiError: the service returned an error.
+            UnavailableError: there was no response in time.
         """
         return self.ask(call).read(call)
 
     def ask(self, call: Call[Any], timeout: float | None = None) -> Reply:
-        """The same, and return the answer as it came."""
+        """Send a call and return its raw response; the retries cover the body."""
         with self._answered(call, timeout, whole=True) as response:
             return Reply(response.status_code, response.headers, response.content)
 
     def pages(self, call: ListCall[T], size: int = calls.PAGE_SIZE) -> Iterator[T]:
-        """Each page of a list, until its end."""
+        """Yield each page of a list."""
         for reply in self.replies(call, size):
             yield reply.read(call)
 
     def replies(self, call: ListCall[Any], size: int = calls.PAGE_SIZE) -> Iterator[Reply]:
-        """Each page of a list as it came, until the end of the list."""
+        """Yield each page of a list as a raw response."""
         number, more = 1, True
         while more:
             reply = self.ask(call.page(number, size))
@@ -183,21 +181,21 @@ class Client:
             number += 1
 
     def stream(self, call: Call[Any], timeout: float | None = None) -> AbstractContextManager[httpx2.Response]:
-        """An answer whose body the caller reads as it comes; a cut while it does so is not repeated.
+        """Send a call whose body the caller streams; the retries cover the response up to its headers.
 
         Args:
-            call: to carry out.
-            timeout: seconds in which it is repeated until an answer begins; the client's own unless given.
+            call: to send.
+            timeout: time limit of retries in seconds; by default that of the client.
 
         Raises:
-            ApiError: the service refuses it.
-            UnavailableError: no answer began in time, or its body was cut.
+            ApiError: the service returned an error.
+            UnavailableError: there was no response in time, or the body was cut.
         """
         return self._answered(call, timeout, whole=False)
 
     @contextmanager
     def _answered(self, call: Call[Any], timeout: float | None, *, whole: bool) -> Iterator[httpx2.Response]:
-        """The answer to a call; if `whole`, with its body, which the retries then cover too."""
+        """Open the response to a call; if `whole`, with its body, which the retries then cover too."""
         retries = _Retries(call, self._patience, timeout)
         while True:
             outcome = self._once(call, whole=whole)
@@ -215,21 +213,21 @@ class Client:
             response.close()
 
     def events(self, call: Call[Any]) -> Iterator[httpx2.ServerSentEvent]:
-        """The events of one connection to a stream, which may be cut at any time.
+        """Yield the events of one connection to a stream.
 
         Raises:
-            ApiError: the service refuses it.
-            UnavailableError: the connection could not be made, or was cut.
+            ApiError: the service returned an error.
+            UnavailableError: the connection failed or was cut.
         """
         with self.stream(call, timeout=0) as response:
             if response.status_code != httpx2.codes.NO_CONTENT:
                 yield from httpx2.EventSource(response)
 
     def watch(self, job_id: int, notice: Notice = _ignore) -> Iterator[rest.TaskStatus]:
-        """Each state of a job until its final one; connects again after a cut, and polls when streams do not last.
+        """Yield each state of a job up to its final one; reconnect after a cut, and poll if streams keep failing.
 
         Raises:
-            ApiError: the caller may not watch it, or no longer.
+            ApiError: the caller may not watch it.
         """
         watching = Watching({job_id}, self._patience, notice)
         while not watching.over:
@@ -245,10 +243,10 @@ class Client:
                 watching.failed(error)
 
     def watch_jobs(self, job_ids: Collection[int], notice: Notice = _ignore) -> Iterator[rest.TaskStatus]:
-        """Each state of several jobs until all are final, over one stream; otherwise as `watch`.
+        """Yield each state of several jobs until all are final, over one stream; otherwise as `watch`.
 
         Raises:
-            ApiError: the caller may not watch one of them, or no longer.
+            ApiError: the caller may not watch one of them.
         """
         watching = Watching(job_ids, self._patience, notice)
         while not watching.over:
@@ -258,22 +256,22 @@ class Client:
                     stream = None
                     if not watching.polling and watching.owner is not None:
                         stream = opened.enter_context(self.stream(calls.watch_tasks(watching.owner), timeout=0))
-                    for job_id in watching.open_jobs:  # the stream begins with unfinished jobs only
+                    for job_id in watching.open_jobs:  # the stream starts with unfinished jobs only
                         yield from watching.polled(self.ask(call := calls.read_task(job_id)).read(call))
                     if stream is not None and not watching.over:
                         for event in httpx2.EventSource(stream):
                             yield from watching.received(event)
-                            if watching.over:  # the stream does not end with the jobs
+                            if watching.over:  # the stream itself does not end
                                 return
                         watching.ended()
             except (ApiError, UnavailableError) as error:
                 watching.failed(error)
 
     def watch_all(self, user_id: int | str | None = None, notice: Notice = _ignore) -> Iterator[rest.TaskStatus]:
-        """The unfinished jobs of the caller, or for administrators of a user or of "all", then each of their states, without end.
+        """Yield the unfinished jobs of the caller (for administrators, of a user or "all"), then each state of any job, without end.
 
         Raises:
-            ApiError: the caller may not watch them, or no longer.
+            ApiError: the caller may not watch them.
         """
         watching = Watching(None, self._patience, notice)
         while True:
@@ -286,11 +284,11 @@ class Client:
                 watching.failed(error)
 
     def results(self, job_id: int) -> Iterator[rest.Result]:
-        """A job's results as they come; raises instead of returning some of them.
+        """Stream the results of a job; a cut raises instead of ending a partial list.
 
         Raises:
             ApiError: the caller may not read them.
-            UnavailableError: the connection was cut; what was yielded is not all.
+            UnavailableError: the connection was cut; the results so far are incomplete.
         """
         with self.stream(calls.read_results(job_id)) as response:
             for line in response.iter_lines():
@@ -316,7 +314,7 @@ class Client:
 
 
 class AsyncClient:
-    """`Client` for asyncio: the same methods, to be awaited."""
+    """`Client` for asyncio, with the same methods."""
 
     def __init__(
         self,
@@ -480,12 +478,12 @@ class AsyncClient:
 
 
 class Watching:
-    """What a watch of jobs does next; connects again after a pause, and polls after three failures in a row.
+    """State of a watch of jobs: it reconnects after a pause, and polls after three consecutive failures.
 
     Args:
-        job_ids: of the jobs; None for all that come, without end.
+        job_ids: of the jobs; None for all, without end.
         patience: of the client.
-        notice: called when the connection is lost, once, and when it is back.
+        notice: receives one message when the connection is lost, and one when it is restored.
     """
 
     def __init__(self, job_ids: Collection[int] | None, patience: Patience, notice: Notice = _ignore) -> None:
@@ -511,7 +509,7 @@ class Watching:
 
     @property
     def owner(self) -> int | str | None:
-        """Whose jobs they are, or "all" if there are several owners; None until each job was read once."""
+        """User id of the owner, "all" for several owners; None until each job was read once."""
         jobs = list(self._jobs.values())
         owners = {job.user_id for job in jobs if job is not None}
         if any(job is None for job in jobs):
@@ -520,7 +518,7 @@ class Watching:
 
     @property
     def polling(self) -> bool:
-        """Whether streams do not last, so that the job is polled."""
+        """Whether the jobs are polled because streams keep failing."""
         return self._failures >= MAX_STREAM_FAILURES
 
     @property
@@ -529,8 +527,8 @@ class Watching:
         return self._patience.poll if self.polling else self._patience.pause(self._failures)
 
     def received(self, event: httpx2.ServerSentEvent) -> list[rest.TaskStatus]:
-        """The state in an event of the stream, if it is a new one of these jobs."""
-        if not event.data:  # only the stream's `retry`
+        """Return the state of an event of the stream, unless it is outdated or of another job."""
+        if not event.data:  # only a `retry` field
             return []
         task = _parse(rest.TaskStatus, event.data)
         self._failures = 0
@@ -538,18 +536,18 @@ class Watching:
         return self._new(task)
 
     def polled(self, task: rest.TaskStatus) -> list[rest.TaskStatus]:
-        """The state that a poll answered, if it is a new one."""
-        if self._unreachable:  # it was the service, not the stream: the next stream may last
+        """Return the state that was read, unless it is outdated."""
+        if self._unreachable:  # the service was down, not only the stream: try a stream again
             self._failures = 0
         return self._new(task)
 
     def ended(self) -> None:
-        """The stream ended in good order."""
+        """Handle the end of a stream without an error."""
         if not self.over:
-            self.failed(UnavailableError("the stream ended before the job did"))
+            self.failed(UnavailableError("the stream ended before the job"))
 
     def failed(self, error: ApiError | UnavailableError) -> None:
-        """An attempt failed.
+        """Handle a failed attempt.
 
         Raises:
             ApiError: no later attempt can succeed.
@@ -560,18 +558,18 @@ class Watching:
         self._unreachable = isinstance(error, UnavailableError) and not error.reached
         if not self._lost:
             self._lost = True
-            self._notice(f"connection lost ({error}); connecting again")
+            self._notice(f"connection lost ({error}); reconnecting")
 
     def _new(self, task: rest.TaskStatus) -> list[rest.TaskStatus]:
         if self._lost:
             self._lost = False
-            self._notice("connected again")
+            self._notice("reconnected")
         job = task.job
         if self._endless:
             return [task]
         known = self._jobs.get(job.id)
         if job.id not in self._open or (known is not None and job.updated_at < known.updated_at):
-            return []  # of another job, or sent before this state was read
+            return []  # of another job, or older than the last state
         self._jobs[job.id] = job
         if job.status.final:
             self._open.discard(job.id)
@@ -579,7 +577,7 @@ class Watching:
 
 
 class _Retries:
-    """When to repeat one call: while that is safe, and `timeout` seconds (the client's own unless given) have not passed."""
+    """Retries of one call: as long as it is safe to repeat, for up to `timeout` seconds (by default that of the client)."""
 
     def __init__(self, call: Call[Any], patience: Patience, timeout: float | None) -> None:
         self._call = call
@@ -590,10 +588,10 @@ class _Retries:
         self._unsure = False
 
     def pause(self, outcome: httpx2.Response | httpx2.RequestError) -> float | None:
-        """Seconds until the next attempt; None when `outcome` is final."""
+        """Return the seconds until the next attempt; None if `outcome` is final."""
         if isinstance(outcome, httpx2.Response):
             self._reached = True
-            refused = outcome.status_code == httpx2.codes.TOO_MANY_REQUESTS  # before anything was done
+            refused = outcome.status_code == httpx2.codes.TOO_MANY_REQUESTS  # rejected before any effect
             busy = outcome.status_code in _BUSY
             self._unsure |= busy
             again = refused or (busy and self._call.repeatable)
@@ -609,24 +607,24 @@ class _Retries:
         return pause if again and time.monotonic() + pause < self._until else None
 
     def settled(self, url: str, outcome: httpx2.Response | httpx2.RequestError) -> httpx2.Response:
-        """The successful answer that the final `outcome` is.
+        """Return the final `outcome` as a successful response.
 
         Raises:
-            ApiError: the service refuses the call.
-            UnavailableError: there was no answer.
+            ApiError: the service returned an error.
+            UnavailableError: there was no response.
         """
         if not isinstance(outcome, httpx2.Response):
             raise self.no_answer(url, outcome) from outcome
         if outcome.is_success:
             return outcome
         if self._call.method == "DELETE" and outcome.status_code == httpx2.codes.NOT_FOUND and self._unsure:
-            return httpx2.Response(httpx2.codes.OK, json={"message": "deleted by an attempt whose answer was lost"})
+            return httpx2.Response(httpx2.codes.OK, json={"message": "deleted by an attempt whose response was lost"})
         raise _refusal(outcome, unsure=self._unsure, repeatable=self._call.repeatable)
 
     def no_answer(self, url: str, error: httpx2.RequestError) -> UnavailableError:
-        """The error of a call that `error` ended."""
+        """Return the error of a call whose connection failed."""
         return UnavailableError(
-            f"no answer from {url}: {str(error) or type(error).__name__}",
+            f"no response from {url}: {str(error) or type(error).__name__}",
             unsure=self._unsure or self._reached,
             repeatable=self._call.repeatable,
             reached=self._reached,
@@ -652,7 +650,7 @@ def _request(http: httpx2.Client | httpx2.AsyncClient, call: Call[Any], token: s
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON from the service.
+    """Parse JSON of the service.
 
     Raises:
         ApiError: it is not JSON.
@@ -664,11 +662,11 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def page_of(reply: Reply, items: str | None = None) -> dict[str, Any]:
-    """A page of a list, as JSON.
+    """Parse a page of a list.
 
     Args:
-        reply: to a `ListCall`.
-        items: the field that holds the objects, if it is to be checked.
+        reply: response to a `ListCall`.
+        items: field of the objects, if it is to be checked.
 
     Raises:
         ApiError: it is not such a page.
@@ -687,18 +685,18 @@ def _parse(model: type[Model], text: str) -> Model:
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
-        raise _unreadable(f"does not have the form that this release reads ({error.error_count()} errors)") from error
+        raise _unreadable(f"does not match the API of this release ({error.error_count()} errors)") from error
 
 
 def _unreadable(problem: str) -> ApiError:
-    return ApiError(200, f"the answer {problem}: another server, or another version; see `scanfleet doctor`")
+    return ApiError(200, f"the response {problem}: not a gateway, or another version; see `scanfleet doctor`")
 
 
 def _refusal(response: httpx2.Response, *, unsure: bool, repeatable: bool) -> ApiError:
     request_id = response.headers.get("x-request-id", "")
     try:
         message = rest.Error.model_validate_json(response.content).error
-    except ValidationError:  # not the service: a proxy, or another server
+    except ValidationError:  # from a proxy or another server
         text = " ".join(response.text.split())[:_MAX_ERROR_CHARS]
         message = f"HTTP {response.status_code} {response.reason_phrase}: {text}"
     return ApiError(response.status_code, message, request_id, unsure=unsure, repeatable=repeatable)

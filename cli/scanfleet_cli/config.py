@@ -1,4 +1,4 @@
-"""Contexts: which gateway, and where its token comes from.
+"""Contexts: URLs of gateways and the sources of their tokens.
 
 current = "prod"
 
@@ -37,20 +37,20 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a command goes: the gateway, and its context if it has one."""
+    """The gateway of a command, and its context if it has one."""
 
     url: str
     source: str
-    """Where the address came from, in words."""
+    """The source of the URL, as text."""
 
     context: Context | None
 
 
 class Config:
-    """The configuration in `folder`, and what the environment changes of it.
+    """The configuration in `folder`, overridden by the environment.
 
     Args:
-        folder: of `config.toml` and of stored tokens.
+        folder: with `config.toml` and stored tokens.
         environment: of the process.
     """
 
@@ -68,7 +68,7 @@ class Config:
 
     @property
     def current(self) -> str:
-        """The name of the context in use; empty when there is none.
+        """Name of the current context; empty without one.
 
         Raises:
             CommandError: the file does not have the form of a configuration.
@@ -77,7 +77,7 @@ class Config:
         return current
 
     def contexts(self) -> dict[str, Context]:
-        """All contexts, by name.
+        """Return all contexts by name.
 
         Raises:
             CommandError: the file does not have the form of a configuration.
@@ -95,24 +95,24 @@ class Config:
         return Context(name, url, tuple(command))
 
     def place(self, url: str | None = None, name: str | None = None) -> Place:
-        """The gateway to use: of a flag, of the environment, else of the context in use.
+        """Return the gateway to use: of an option, else of the environment, else of the current context.
 
         Args:
-            url: of a flag.
-            name: of a context, of a flag.
+            url: value of --url.
+            name: value of --context.
 
         Raises:
-            CommandError: there is none, or no context of that name.
+            CommandError: no gateway is configured, or the context does not exist.
         """
         contexts = self.contexts()
         named = name or self.environment.get("SCANFLEET_CONTEXT") or ""
         if named and named not in contexts:
-            raise CommandError(f"no context {named}", hint=f"contexts: {', '.join(contexts) or 'none'}")
+            raise CommandError(f"context {named} does not exist", hint=f"contexts: {', '.join(contexts) or 'none'}")
         given = url or ("" if name else self.environment.get("SCANFLEET_URL", ""))
         context = contexts.get(named or self.current)
         if given:
-            source = "the flag --url" if url else "SCANFLEET_URL"
-            # A context's token goes to the context's own gateway and to no other.
+            source = "the option --url" if url else "SCANFLEET_URL"
+            # The token of a context is sent only to the gateway of that context.
             same = [each for each in (context, *contexts.values()) if each is not None and same_url(each.url, given)]
             return Place(check_url(given), source, same[0] if same else None)
         if context is None:
@@ -123,7 +123,7 @@ class Config:
         return Place(check_url(context.url), f'context "{context.name}" in {self.file}', context)
 
     def add(self, context: Context, *, use: bool) -> None:
-        """Add a context, or change it; comments of the file stay."""
+        """Add or replace a context; comments in the file are preserved."""
         document = self._document()
         entry = document.setdefault("context", _table()).setdefault(context.name, {})
         entry["url"] = context.url
@@ -136,10 +136,10 @@ class Config:
         self._write(document)
 
     def use(self, name: str) -> None:
-        """Use a context from now on.
+        """Make a context the current one.
 
         Raises:
-            CommandError: there is none of that name.
+            CommandError: it does not exist.
         """
         self.known(name)
         document = self._document()
@@ -150,7 +150,7 @@ class Config:
         """Remove a context.
 
         Raises:
-            CommandError: there is none of that name.
+            CommandError: it does not exist.
         """
         self.known(name)
         document = self._document()
@@ -160,14 +160,16 @@ class Config:
         self._write(document)
 
     def known(self, name: str) -> Context:
-        """The context of this name.
+        """Return the context of this name.
 
         Raises:
-            CommandError: there is none.
+            CommandError: it does not exist.
         """
         contexts = self.contexts()
         if name not in contexts:
-            raise CommandError(f"no context {name}", Exit.NOT_FOUND, hint=f"contexts: {', '.join(contexts) or 'none'}")
+            raise CommandError(
+                f"context {name} does not exist", Exit.NOT_FOUND, hint=f"contexts: {', '.join(contexts) or 'none'}"
+            )
         return contexts[name]
 
     def _read(self) -> dict[str, Any]:
@@ -176,7 +178,7 @@ class Config:
         except FileNotFoundError:
             return {}
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise CommandError(f"{self.file} cannot be read: {error}") from error
+            raise CommandError(f"cannot read {self.file}: {error}") from error
         if not isinstance(found.get("current", ""), str):
             raise CommandError(f'{self.file}: current is not the name of a context, such as current = "prod"')
         if not isinstance(found.get("context", {}), dict):
@@ -186,13 +188,13 @@ class Config:
     def _document(self) -> Any:
         import tomlkit  # noqa: PLC0415 # only to write
 
-        self.contexts()  # so that only a file of the right form is changed
+        self.contexts()  # an invalid file is reported, not rewritten
         return tomlkit.parse(self.file.read_text(encoding="utf-8") if self.file.exists() else "")
 
     def _write(self, document: Any) -> None:
         import tomlkit  # noqa: PLC0415 # as above
 
-        # "current" belongs to no table, so it must come before the first.
+        # "current" belongs to no table, so it must precede the first one.
         if "current" in document and next(iter(document)) != "current":
             current = document.pop("current")
             rest = tomlkit.dumps(document)
@@ -209,7 +211,7 @@ def _table() -> Any:
 
 
 def write_private(file: Path, text: str) -> None:
-    """Replace a file, which only its owner may read, as a whole."""
+    """Replace a file atomically, with mode 0600."""
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     new = file.with_name(f".{file.name}.{os.getpid()}")
     with os.fdopen(os.open(new, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w", encoding="utf-8") as opened:
@@ -218,23 +220,23 @@ def write_private(file: Path, text: str) -> None:
 
 
 def check_url(url: str) -> str:
-    """`url` without a slash at its end.
+    """Return `url` without a trailing slash.
 
     Raises:
-        CommandError: it is not an http(s) address.
+        CommandError: it is not an http(s) URL.
     """
     try:
         parts = urlsplit(url)
         known = parts.scheme in _PORTS and parts.hostname and parts.port != 0
-    except ValueError:  # a port that is no number, or a broken IPv6 address
+    except ValueError:  # an invalid port or IPv6 address
         known = False
     if not known:
-        raise CommandError(f"{url} is not the address of a gateway", hint="for example https://scanfleet.example.com")
+        raise CommandError(f"{url} is not the URL of a gateway", hint="for example https://scanfleet.example.com")
     return url.rstrip("/")
 
 
 def same_url(one: str, other: str) -> bool:
-    """Whether two addresses are of one gateway: scheme and host in any case, the default port, and a slash at the end or not."""
+    """Compare URLs, ignoring the case of scheme and host, the default port, and a trailing slash."""
     return _parts(one) == _parts(other)
 
 
@@ -248,5 +250,5 @@ def _parts(url: str) -> tuple[str, str | None, int | None, str, str]:
 
 
 def is_loopback(url: str) -> bool:
-    """Whether an address is of this machine, so that it needs no TLS."""
+    """Whether a URL is on this machine, so that it needs no TLS."""
     return urlsplit(url).hostname in _LOOPBACK

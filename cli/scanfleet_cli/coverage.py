@@ -1,4 +1,4 @@
-"""What a ledger says, in sentences: how much was accounted for, what was not probed, and why."""
+"""Summaries of a ledger: how much is accounted for, what was not probed, and why."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Network = IPv4Network | IPv6Network
 PaintWord = Callable[[str, str], str]
 
 NOT_PROBED: Final = ("refused", "cancelled", "lost")
-"""Outcomes of addresses that were asked for and not probed to their end, for no reason of their own."""
+"""Outcomes of requested addresses that were not fully probed."""
 
-ENTRIES: Final = 10_000  # of the ledger that a sentence looks at: enough for a /19
-_NETWORKS: Final = 5  # that a sentence names
+ENTRIES: Final = 10_000  # addresses of a ledger that a summary reads: enough for a /19
+_NETWORKS: Final = 5  # networks that a summary lists
 
 
 def addresses(ledger: rest.Ledger, probes: int) -> int:
-    """Probes as addresses; of one whose port blocks differ, its share."""
+    """Convert probes to addresses; one whose port blocks differ counts by its share."""
     return round(probes / ledger.request.ports) if ledger.request.ports else 0
 
 
@@ -29,7 +29,7 @@ def looked_at(ledger: rest.Ledger) -> int:
 
 
 def outcomes(ledger: rest.Ledger, paint: PaintWord | None = None) -> str:
-    """`answered 14 · silent 131 · waiting 97`: addresses by outcome, those that occur."""
+    """Format the addresses of each outcome that occurs: `answered 14 · silent 131 · waiting 97`."""
     shown = []
     for name, probes in ledger.counts.model_dump().items():
         if probes:
@@ -39,19 +39,19 @@ def outcomes(ledger: rest.Ledger, paint: PaintWord | None = None) -> str:
 
 
 def short(ledger: rest.Ledger) -> str:
-    """`answered=14 silent=131`: the same for a log."""
+    """Format the same for a log: `answered=14 silent=131`."""
     counts = ledger.counts.model_dump()
     return " ".join(f"{name}={addresses(ledger, probes)}" for name, probes in counts.items() if probes)
 
 
 def missing(ledger: rest.Ledger) -> int:
-    """Addresses that were not probed to their end."""
+    """Count the addresses that were not fully probed."""
     counts = ledger.counts.model_dump()
     return addresses(ledger, sum(counts[name] for name in NOT_PROBED)) or int(any(counts[name] for name in NOT_PROBED))
 
 
 def proof(ledger: rest.Ledger) -> str:
-    """The sentence about a job that ended: what is accounted for, or what was not probed."""
+    """Summarise an ended job: all probes are accounted for, or how many addresses were not probed."""
     request = ledger.request
     if ledger.accounted:
         return (
@@ -63,7 +63,7 @@ def proof(ledger: rest.Ledger) -> str:
 
 
 def reasons(entries: Iterable[rest.LedgerEntry], wanted: Iterable[str] = NOT_PROBED) -> list[str]:
-    """Why addresses were not probed, one sentence for each reason, with their networks."""
+    """List the reasons why addresses were not probed, each with its networks."""
     by_reason: dict[str, set[str]] = {}
     outcomes_wanted = set(wanted)
     for entry in entries:
@@ -73,14 +73,14 @@ def reasons(entries: Iterable[rest.LedgerEntry], wanted: Iterable[str] = NOT_PRO
 
 
 def collapse(found: Iterable[str]) -> list[str]:
-    """The fewest networks that hold exactly these addresses; a single address without its length."""
+    """Collapse addresses to the fewest networks; a single address has no prefix length."""
     parsed = [ip_address(each) for each in found]
     collapsed = merged(ip_network(each) for each in parsed)
     return [str(each.network_address) if each.num_addresses == 1 else str(each) for each in collapsed]
 
 
 def merged(found: Iterable[Network]) -> list[Network]:
-    """The fewest networks that hold the same addresses, IPv4 first."""
+    """Merge networks to the fewest with the same addresses, IPv4 first."""
     every = list(found)
     return [
         *collapse_addresses(each for each in every if isinstance(each, IPv4Network)),
@@ -95,11 +95,11 @@ def networks(found: Iterable[str]) -> str:
 
 
 def further_pages(first: rest.Ledger, limit: int | None = ENTRIES) -> range:
-    """The numbers of the pages after the first one that name more addresses.
+    """Return the numbers of the pages after the first.
 
     Args:
         first: the first page.
-        limit: addresses to read at most; None for all.
+        limit: maximum number of addresses to read; None for all.
     """
     page = first.not_probed
     wanted = page.total if limit is None else min(page.total, limit)

@@ -7,7 +7,7 @@ from typing import Final
 
 
 class Exit(IntEnum):
-    """How the command ends."""
+    """Exit codes of the command."""
 
     DONE = 0
     FAULT = 1
@@ -26,10 +26,10 @@ MEANINGS: Final[dict[Exit, str]] = {
     Exit.DONE: "done",
     Exit.FAULT: "fault of the service or of the command",
     Exit.REFUSED: "wrong usage, or the service refused the request",
-    Exit.JOB_FAILED: "the job failed: something was not probed",
+    Exit.JOB_FAILED: "the job failed: some addresses were not probed",
     Exit.NOT_ALLOWED: "not signed in, token refused, or forbidden",
-    Exit.NOT_FOUND: "no such object, or it is not yours",
-    Exit.UNAVAILABLE: "the service is unavailable or busy, also after retries; safe to repeat",
+    Exit.NOT_FOUND: "the object does not exist, or is not yours",
+    Exit.UNAVAILABLE: "the service is unavailable or busy after retries; safe to repeat",
     Exit.JOB_CANCELLED: "the job was cancelled",
     Exit.MATCHED: "--fail-on matched",
     Exit.TIMED_OUT: "--timeout ran out; the job continues",
@@ -51,18 +51,18 @@ _SERVER_ERROR: Final = 500
 
 
 class ScanfleetError(Exception):
-    """Root of every error that the SDK raises on purpose."""
+    """Base class of the errors of the SDK and of the command."""
 
 
 class ApiError(ScanfleetError):
-    """The service answered with an error.
+    """The service returned an error.
 
     Args:
-        status: of the answer.
-        message: the service's own sentence.
-        request_id: names the request in the service's logs; may be empty.
-        unsure: the outcome of an attempt is unknown: the service may have carried it out.
-        repeatable: repeating the call is safe all the same.
+        status: HTTP status.
+        message: error message of the service.
+        request_id: id of the request in the logs of the service; may be empty.
+        unsure: the outcome of an attempt is unknown; the service may have carried it out.
+        repeatable: repeating the call is safe regardless.
     """
 
     def __init__(
@@ -77,13 +77,13 @@ class ApiError(ScanfleetError):
 
 
 class UnavailableError(ScanfleetError):
-    """No answer: the service cannot be reached, or the connection was cut.
+    """The service is unreachable, or the connection was cut.
 
     Args:
-        message: what failed, with the address and the cause.
-        unsure: the outcome of an attempt is unknown: the service may have carried it out.
-        repeatable: repeating the call is safe all the same.
-        reached: a connection was made.
+        message: what failed, with the URL and the cause.
+        unsure: the outcome of an attempt is unknown; the service may have carried it out.
+        repeatable: repeating the call is safe regardless.
+        reached: a connection was established.
     """
 
     def __init__(self, message: str, *, unsure: bool = False, repeatable: bool = True, reached: bool = True) -> None:
@@ -94,14 +94,14 @@ class UnavailableError(ScanfleetError):
 
 
 class CommandError(ScanfleetError):
-    """The command ends here; says why and what to do.
+    """The command ends with an error message and an exit code.
 
     Args:
         message: what failed.
         code: exit code.
         hint: what to do next; may be empty.
-        status: HTTP status of the answer that is the cause, None if none is.
-        request_id: of that answer; may be empty.
+        status: HTTP status of the response that is the cause; None without one.
+        request_id: of that response; may be empty.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class CommandError(ScanfleetError):
 
 
 def explain(error: ScanfleetError) -> CommandError:
-    """The end of the command that `error` means."""
+    """Return the error with which the command ends."""
     if isinstance(error, CommandError):
         return error
     unsafe = isinstance(error, ApiError | UnavailableError) and error.unsure and not error.repeatable
@@ -148,11 +148,11 @@ def _code(status: int) -> Exit:
 def _hint(status: int) -> str:
     match status:
         case 401:
-            return "sign in with `scanfleet login`; `scanfleet whoami` shows where the token came from"
+            return "sign in with `scanfleet login`; `scanfleet whoami` shows the source of the token"
         case 403:
             return "scanfleet whoami"
         case 429 | 503:
-            return "repeat the command later; `scanfleet limits` shows what is left of the limits"
+            return "repeat the command later; `scanfleet limits` shows the limits and their current use"
         case 500:
             return "report the request id to the operator of the service"
     return ""

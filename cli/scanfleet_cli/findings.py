@@ -1,4 +1,4 @@
-"""Results of jobs: reading them, their columns, and what a reader must know about those that are missing."""
+"""Results of jobs: reading and printing them, and notes on addresses that were not probed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scanfleet_cli.views import Followed
 
 
 def columns() -> list[Column]:
-    """Of a table of results."""
+    """Return the columns of a table of results."""
     return [
         column("ADDRESS", "ip_address"),
         Column("PORT", lambda row: f"{row['port']}/{row['protocol']}"),
@@ -28,10 +28,10 @@ def columns() -> list[Column]:
 
 
 def rows(session: Session, job_id: int, **query: Any) -> Iterator[Row]:
-    """A job's results as JSON, as they come; an older service ignores `query`.
+    """Stream the results of a job as JSON; an older service ignores `query`.
 
     Raises:
-        UnavailableError: the connection was cut: what came is not all.
+        UnavailableError: the connection was cut; the results so far are incomplete.
     """
     with session.client.stream(calls.read_results(job_id, **query)) as response:
         for line in response.iter_lines():
@@ -39,10 +39,10 @@ def rows(session: Session, job_id: int, **query: Any) -> Iterator[Row]:
 
 
 def pass_through(session: Session, job_id: int, accept: str) -> None:
-    """Write a job's results to stdout as the service writes them.
+    """Copy the results of a job from the service to stdout.
 
     Raises:
-        UnavailableError: the connection was cut: what was written is not all.
+        UnavailableError: the connection was cut; the output is incomplete.
     """
     output = session.output
     with session.client.stream(calls.read_results(job_id, accept)) as response:
@@ -52,23 +52,23 @@ def pass_through(session: Session, job_id: int, accept: str) -> None:
 
 
 class Printer:
-    """Prints results as they come, each once.
+    """Prints results one by one, each once.
 
     Args:
         output: of the command.
 
     Raises:
-        CommandError: the format has no line for a single result.
+        CommandError: the format cannot be printed line by line.
     """
 
     def __init__(self, output: Output) -> None:
         if output.format not in {Format.TABLE, Format.WIDE, Format.JSONL} or output.fields is not None:
-            raise CommandError("--found prints lines of a table, or with -o jsonl of JSON", hint="leave out --found")
+            raise CommandError("--found prints a table, or JSON lines with -o jsonl", hint="leave out --found")
         self._output = output
         self._printed: set[int] = set()
 
     def print(self, row: Row) -> None:
-        """Print a result unless it was printed before."""
+        """Print a result unless it was already printed."""
         if row["id"] in self._printed:
             return
         self._printed.add(row["id"])
@@ -79,7 +79,7 @@ class Printer:
 
 
 def limited(session: Session, found: Iterator[Row]) -> Iterator[Row]:
-    """As many rows as `--limit` names, by default a screen on a terminal and all elsewhere; notes how many there are."""
+    """Yield up to `--limit` rows (by default one screen on a terminal, all elsewhere), and note the total if it is higher."""
     limit = session.limit_or(LIMIT if session.output.terminal else 0)
     number = 0
     for number, row in enumerate(found, 1):
@@ -91,7 +91,7 @@ def limited(session: Session, found: Iterator[Row]) -> Iterator[Row]:
 
 
 def note_not_probed(session: Session, job_id: int) -> None:
-    """Note what a job did not probe, and how far it is while it runs."""
+    """Note the progress of a running job, or the addresses that an ended job did not probe."""
     if session.output.quiet:
         return
     ledger = session.client.send(calls.read_ledger(job_id, page_size=1))
@@ -103,8 +103,8 @@ def note_not_probed(session: Session, job_id: int) -> None:
 
 
 def nothing(job: Followed, ledger: rest.Ledger) -> str:
-    """Why a job found no open port, in words."""
+    """Explain why a job found no open port."""
     machines = job.task.status.machines_found if job.task else 0
     if machines:
-        return f"{count(machines, 'machine')} answered, none has an open port"
-    return "no machine answered" if ledger.accounted else f"nothing found: {coverage.proof(ledger)}"
+        return f"{count(machines, 'machine')} answered, none with an open port"
+    return "no machine answered" if ledger.accounted else f"no open ports: {coverage.proof(ledger)}"

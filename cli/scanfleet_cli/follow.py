@@ -1,4 +1,4 @@
-"""Following jobs to their end, whatever the user or the network does meanwhile."""
+"""Follow jobs to their final state: streams, time limits, Ctrl-C and final ledgers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from scanfleet_cli.output import Row, printable
 from scanfleet_cli.session import Session
 from scanfleet_cli.views import Followed, View, end_lines
 
-LEDGER_SECONDS: Final = 2.0  # between two reads of the ledger of a running job
+LEDGER_SECONDS: Final = 2.0  # interval of reading the ledger of a running job
 TICK_SECONDS: Final = 1.0
 
 BY_END: Final = {
@@ -29,17 +29,17 @@ BY_END: Final = {
 }
 
 timeout_option = click.option(
-    "--timeout", metavar="TIME", help="Give up waiting after 90, 90s, 30m or 2h; exit 124. The job continues."
+    "--timeout", metavar="TIME", help="Stop waiting after 90, 90s, 30m or 2h and exit 124; the job continues."
 )
-found_option = click.option("--found", is_flag=True, help="Print results as they come.")
-cancel_option = click.option("--cancel-on-interrupt", is_flag=True, help="Ctrl-C cancels the jobs.")
+found_option = click.option("--found", is_flag=True, help="Print results as soon as they are found.")
+cancel_option = click.option("--cancel-on-interrupt", is_flag=True, help="Cancel the jobs on Ctrl-C.")
 
 
 def seconds(text: str | None) -> float | None:
-    """`90`, `90s`, `30m` or `2h` in seconds.
+    """Parse `90`, `90s`, `30m` or `2h` to seconds.
 
     Raises:
-        CommandError: the text is none of these, or no time at all.
+        CommandError: the text is invalid, or not above 0.
     """
     if text is None:
         return None
@@ -50,7 +50,7 @@ def seconds(text: str | None) -> float | None:
     except ValueError:
         value = -1.0
     if not 0 < value < float("inf"):
-        raise CommandError(f"--timeout: {text} is not a time above 0", hint="for example 90, 90s, 30m or 2h")
+        raise CommandError(f"--timeout: {text} is not a duration above 0", hint="for example 90, 90s, 30m or 2h")
     return value
 
 
@@ -65,21 +65,21 @@ def to_the_end(
     ended: Callable[[Followed], None] | None = None,
     found: Callable[[Row], None] | None = None,
 ) -> list[Followed]:
-    """Follow jobs; Ctrl-C and the time limit leave them running, and print how to return to them.
+    """Follow jobs to their final state; Ctrl-C and the time limit leave them running.
 
     Args:
         session: of the command.
         job_ids: of the jobs.
-        view: shows their states.
-        limit: seconds.
-        cancel: whether Ctrl-C cancels them.
+        view: shows their progress.
+        limit: time limit in seconds.
+        cancel: whether Ctrl-C cancels the jobs.
         enough: whether a job in this state is followed no further.
-        ended: called for each job once its final ledger was read, in the order of their ends.
-        found: called for results while the jobs run; those of the last seconds before the end are left to the caller.
+        ended: called for each final job once its ledger was read.
+        found: called for results while the jobs run; the caller reads those of the last seconds.
 
     Raises:
-        CommandError: the time is over, or a cancel failed.
-        KeyboardInterrupt: of Ctrl-C.
+        CommandError: the time limit expired, or a cancellation failed.
+        KeyboardInterrupt: on Ctrl-C.
     """
     ids = " ".join(map(str, job_ids))
     try:
@@ -89,8 +89,8 @@ def to_the_end(
             session.output.note(f"cancelling {ids}")
             changes.cancel_each(session, job_ids)
         else:
-            noun, run = ("jobs", "run") if len(job_ids) > 1 else ("job", "runs")
-            session.output.note(f"{noun} {ids} {run} on: scanfleet job watch {ids}, or scanfleet job cancel {ids}")
+            noun, verb = ("jobs", "continue") if len(job_ids) > 1 else ("job", "continues")
+            session.output.note(f"{noun} {ids} {verb}: scanfleet job watch {ids}, or scanfleet job cancel {ids}")
         raise
     if late := [job for job in jobs if job.task is None or not enough(job.task.status.status)]:
         raise _gave_up(late[0], limit or 0.0)
@@ -99,7 +99,7 @@ def to_the_end(
 
 def _gave_up(late: Followed, limit: float) -> CommandError:
     status = late.task.status if late.task else None
-    state = f"still {status.status} ({status.progress} %)" if status else "did not answer"
+    state = f"still {status.status} ({status.progress} %)" if status else "has no known state"
     return CommandError(
         f"job {late.job_id} {state}, gave up waiting after {limit:g} s",
         Exit.TIMED_OUT,
@@ -108,7 +108,7 @@ def _gave_up(late: Followed, limit: float) -> CommandError:
 
 
 class _Following:
-    """Jobs while they are followed, in one event loop."""
+    """Follows jobs in one event loop."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class _Following:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def run(self, limit: float | None, found: Callable[[Row], None] | None) -> list[Followed]:
-        """Follow the jobs until none is open, or for `limit` seconds.
+        """Follow the jobs until none is open, for up to `limit` seconds.
 
         Raises:
             ApiError: a job may not be watched.
@@ -167,7 +167,7 @@ class _Following:
         self._tasks.append(asyncio.create_task(work))
 
     def _take(self, news: rest.TaskStatus | Followed, client: AsyncClient) -> None:
-        """Take a job's new state, or a job whose final ledger was read."""
+        """Handle a new state of a job, or a job whose final ledger was read."""
         if isinstance(news, Followed):
             self._open.discard(news.job_id)
             if self._ended is not None:
@@ -182,15 +182,15 @@ class _Following:
             self._open.discard(job.job_id)
 
     def _give_up_ledgers(self) -> None:
-        """End the jobs whose final ledger the service did not answer in time."""
+        """Report the final jobs whose ledger was not read in time."""
         for job_id in self._open:
             job = self._jobs[job_id]
             if self._ended is not None and job.final:
-                job.problem = "no answer before --timeout ran out"
+                job.problem = "no response before --timeout expired"
                 self._ended(job)
 
     async def _watch(self, client: AsyncClient) -> None:
-        """Queue each state of the jobs: of one from its own stream, of several from that of all jobs."""
+        """Queue each state: of one job from its own stream, of several from the stream of all jobs."""
         first, *others = self._jobs
         noun = f"{len(self._jobs)} jobs" if others else f"job {first}"
 
@@ -201,22 +201,24 @@ class _Following:
             await self._news.put(task)
 
     async def _read_ledgers(self, client: AsyncClient) -> None:
-        """Keep the ledgers of running jobs up to date, as far as the service answers."""
+        """Update the ledgers of running jobs while the service is available."""
         while True:
             await asyncio.sleep(LEDGER_SECONDS)
             for job in self._jobs.values():
                 if job.task is not None and not job.final:
-                    with suppress(ApiError, UnavailableError):  # a bar does without; the watch reports what is wrong
+                    with suppress(
+                        ApiError, UnavailableError
+                    ):  # optional for a progress bar; the watch reports the failure
                         reply = await client.ask(call := calls.read_ledger(job.job_id, page_size=1), timeout=0)
                         job.ledger = reply.read(call)
 
     async def _read_found(self, client: AsyncClient, found: Callable[[Row], None]) -> None:
-        """Read the new results of running jobs again and again."""
+        """Poll the new results of running jobs."""
         newest = dict.fromkeys(self._jobs, 0)
         while True:
             await asyncio.sleep(self._session.patience.poll)
             for job_id in [each.job_id for each in self._jobs.values() if each.task is not None and not each.final]:
-                with suppress(ApiError, UnavailableError):  # what is missed now is read later
+                with suppress(ApiError, UnavailableError):  # the next poll reads them
                     call = calls.read_results(job_id, after=newest[job_id])
                     async with client.stream(call, timeout=0) as response:
                         async for line in response.aiter_lines():
@@ -225,7 +227,7 @@ class _Following:
                             found(row)
 
     async def _read_end(self, client: AsyncClient, job: Followed) -> None:
-        """Read the final ledger of a job, with the addresses that were not probed, and queue the job."""
+        """Read the final ledger of a job with all its pages, and queue the job."""
         job.ledger = None
         try:
             ledger = await client.send(calls.read_ledger(job.job_id))
@@ -240,13 +242,13 @@ class _Following:
 
 
 def print_end(session: Session, job: Followed) -> None:
-    """Print on stderr how a job ended."""
+    """Print the summary of an ended job on stderr."""
     for line in end_lines(job, session.output):
         session.output.note(line)
 
 
 def code_of(jobs: Sequence[Followed]) -> Exit:
-    """The exit code by the jobs' ends: that of the worst."""
+    """Return the exit code of the worst final state."""
     ends = [job.task.status.status for job in jobs if job.task is not None]
     for status in (JobStatus.FAILED, JobStatus.CANCELLED):
         if status in ends:

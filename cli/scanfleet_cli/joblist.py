@@ -1,4 +1,4 @@
-"""The list of jobs: its columns, what the API's list lacks, and keeping it up to date."""
+"""The list of jobs: columns, details that the API's list does not contain, and live updates."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from scanfleet_cli.views import Redrawn
 
 
 def columns(output: Output, *, users: bool) -> list[Column]:
-    """Of the table.
+    """Return the columns of the table.
 
     Args:
         output: of the command.
-        users: whether the jobs may be of several users.
+        users: whether to show the owner.
     """
     wide = output.format is Format.WIDE
     return [
@@ -38,7 +38,7 @@ def columns(output: Output, *, users: bool) -> list[Column]:
 
 
 def took(job: Row, output: Output) -> str:
-    """How long a job has run, from the API's object."""
+    """Format the run time of a job of the API."""
     if not job["start_time"]:
         return "-"
     end = datetime.fromisoformat(job["end_time"]) if job["end_time"] else output.now()
@@ -50,7 +50,7 @@ def _status(job: Row) -> str:
 
 
 class Details:
-    """What a list of jobs does not hold: progress of the unfinished, and with `-o wide` of each, and names."""
+    """Details that a list of jobs does not contain: the progress of unfinished jobs; with `-o wide` names and machines too."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -59,14 +59,14 @@ class Details:
         self._policy_names = {each.id: each.name for each in resolve.policies(session)} if self._every else {}
 
     def read(self, job: Row) -> Row:
-        """A job of a list with its details."""
+        """Read the details of a job."""
         task = None
         if self._every or not JobStatus(job["status"]).final:
             task = self._session.find(calls.read_task(job["id"]))
         return self.of(job, task.status if task else None)
 
     def of(self, job: Row, status: rest.TaskProgress | None) -> Row:
-        """A job with its details, whose status may be newer than the job."""
+        """Return a job with its details; `status` may be newer than the job."""
         shown = {"machines_found": None, "error": "", **job}
         if status is not None:
             shown |= {"machines_found": status.machines_found, "error": status.error}
@@ -78,7 +78,7 @@ class Details:
 
 
 def watch(session: Session, call: calls.ListCall[rest.JobList], columns: Sequence[Column], details: Details) -> None:
-    """Print the jobs of a list, then their changes and new jobs: redrawn in place on a terminal, else line by line.
+    """Print a list of jobs and its changes: redrawn in place on a terminal, else line by line.
 
     Args:
         session: of the command.
@@ -87,8 +87,8 @@ def watch(session: Session, call: calls.ListCall[rest.JobList], columns: Sequenc
         details: of the jobs.
 
     Raises:
-        CommandError: the format cannot be printed as it comes.
-        KeyboardInterrupt: of Ctrl-C, which alone ends it.
+        CommandError: the format cannot be printed line by line.
+        KeyboardInterrupt: on Ctrl-C, the only end.
     """
     output = session.output
     if output.format not in {Format.TABLE, Format.WIDE, Format.JSONL} or output.fields is not None:
@@ -131,11 +131,11 @@ def _redraw(
     finally:
         redrawn.close()
         for line in output.table(rows.values(), output.shown(columns)):
-            output.say(line)
+            output.emit(line)
 
 
 def _matches(job: Job, query: Mapping[str, Any]) -> bool:
-    """Whether a job of the stream is one of the list; those of the stream are later than `since`, or were in the list."""
+    """Whether a job of the stream matches the filters of the list, except `since`, which new jobs always match."""
     statuses = query.get("status")
     return (
         (statuses is None or job.status in statuses.split(","))

@@ -1,6 +1,6 @@
-"""Signing in at the issuer (OpenID Connect): by code with PKCE in a browser on this machine, or by device code in any browser.
+"""Sign in at the issuer (OpenID Connect): code flow with PKCE in a browser on this machine, or device flow in any browser.
 
-Only the access token is used, which the service verifies; so no ID token is read, and the client has no secret.
+Only the access token is used, and the service verifies it, so the client reads no ID token and has no secret.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from scanfleet_cli.errors import CommandError, Exit
 from scanfleet_cli.output import duration, printable
 from scanfleet_cli.tokens import Tokens
 
-BROWSER_SECONDS: Final = 300.0  # for a person to sign in
+BROWSER_SECONDS: Final = 300.0  # timeout of a sign-in by the user
 DEVICE_GRANT: Final = "urn:ietf:params:oauth:grant-type:device_code"
-DEVICE_SECONDS: Final = 5.0  # between two questions, unless the issuer says otherwise (RFC 8628)
-SLOWER_SECONDS: Final = 5.0  # by which the issuer's `slow_down` slows them
-_PUBLIC: Final = {"token_endpoint_auth_method": "none"}  # a command on somebody's machine keeps no secret of its own
-IDLE_SECONDS: Final = 5.0  # for a browser's connection that sends nothing
+DEVICE_SECONDS: Final = 5.0  # polling interval, unless the issuer states another (RFC 8628)
+SLOWER_SECONDS: Final = 5.0  # by which `slow_down` of the issuer lengthens it
+_PUBLIC: Final = {"token_endpoint_auth_method": "none"}  # a command on a user's machine cannot keep a client secret
+IDLE_SECONDS: Final = 5.0  # timeout of a connection that sends nothing
 
 
 @dataclass(frozen=True, slots=True)
 class Issuer:
-    """What the issuer publishes about itself."""
+    """The endpoints that the issuer publishes."""
 
     name: str
     authorization_endpoint: str | None
@@ -46,7 +46,7 @@ def discover(issuer: str, transport: Any = None) -> Issuer:
     """Read the issuer's configuration.
 
     Raises:
-        CommandError: it cannot be read, or is another issuer's.
+        CommandError: it cannot be read, or belongs to another issuer.
     """
     url = f"{issuer.rstrip('/')}/.well-known/openid-configuration"
     _secure(url)
@@ -55,9 +55,7 @@ def discover(issuer: str, transport: Any = None) -> Issuer:
             answer = client.get(url).raise_for_status()
         found = answer.json()
         if found["issuer"].rstrip("/") != issuer.rstrip("/"):
-            raise CommandError(
-                f"{url} is the configuration of another issuer: {printable(found['issuer'])}", Exit.FAULT
-            )
+            raise CommandError(f"{url} belongs to another issuer: {printable(found['issuer'])}", Exit.FAULT)
         endpoints = Issuer(
             issuer,
             found.get("authorization_endpoint"),
@@ -65,9 +63,11 @@ def discover(issuer: str, transport: Any = None) -> Issuer:
             found.get("device_authorization_endpoint"),
         )
     except httpx2.HTTPError as error:
-        raise CommandError(f"the issuer's configuration cannot be read: {error}", Exit.UNAVAILABLE, hint=url) from error
+        raise CommandError(
+            f"cannot read the configuration of the issuer: {error}", Exit.UNAVAILABLE, hint=url
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CommandError("the issuer's configuration is malformed", Exit.FAULT, hint=url) from error
+        raise CommandError("the configuration of the issuer is malformed", Exit.FAULT, hint=url) from error
     for endpoint in (endpoints.authorization_endpoint, endpoints.token_endpoint, endpoints.device_endpoint):
         if endpoint is not None:
             _secure(endpoint)
@@ -77,7 +77,7 @@ def discover(issuer: str, transport: Any = None) -> Issuer:
 def _secure(url: str) -> None:
     scheme = urlsplit(url).scheme
     if scheme != "https" and not (scheme == "http" and is_loopback(url)):
-        raise CommandError(f"{printable(url)} is not https: tokens could be read on the way", Exit.FAULT)
+        raise CommandError(f"{printable(url)} is not https: tokens would be sent unencrypted", Exit.FAULT)
 
 
 class SignIn:
@@ -86,37 +86,37 @@ class SignIn:
     Args:
         url: of the gateway.
         info: of the gateway.
-        issuer: where to sign in.
-        say: shows a person a line.
-        transport: carries requests to the issuer, over the network unless given.
+        issuer: endpoints to sign in at.
+        show: shows a line to the user.
+        transport: HTTP transport of requests to the issuer; the network by default.
     """
 
     def __init__(
-        self, url: str, info: rest.Info, issuer: Issuer, say: Callable[[str], None], transport: Any = None
+        self, url: str, info: rest.Info, issuer: Issuer, show: Callable[[str], None], transport: Any = None
     ) -> None:
         self._url = url
         self._info = info
         self._issuer = issuer
-        self._say = say
+        self._show = show
         self._transport = transport
 
     def by_device(self, sleep: Callable[[float], None] = time.sleep) -> Tokens:
-        """Show a code to type in a browser on any machine, and wait until it was (RFC 8628).
+        """Show a code to enter in a browser on any machine, and wait for the tokens (RFC 8628).
 
         Raises:
             CommandError: the issuer refused the code, or the code expired.
         """
         if self._issuer.device_endpoint is None:
             raise CommandError(
-                "the issuer has no device flow", hint="scanfleet login without --device, or --token-stdin"
+                "the issuer does not support the device flow", hint="scanfleet login without --device, or --token-stdin"
             )
         with self._client() as client:
             asked = {"client_id": self._info.client_id, "scope": self._scope, "audience": self._info.audience}
             code = self._ask_for_code(client, asked)
             life, pause = float(code.get("expires_in", BROWSER_SECONDS)), float(code.get("interval", DEVICE_SECONDS))
-            self._say(f"First copy your one-time code: {printable(code['user_code'])}")
+            self._show(f"First copy your one-time code: {printable(code['user_code'])}")
             where = code.get("verification_uri") or code["verification_uri_complete"]
-            self._say(f"Open {printable(where)} in any browser … waiting (expires in {duration(life)})")
+            self._show(f"Open {printable(where)} in any browser … waiting (expires in {duration(life)})")
             until = time.monotonic() + life
             while time.monotonic() < until:
                 sleep(pause)
@@ -130,31 +130,31 @@ class SignIn:
         raise CommandError("the code has expired", Exit.NOT_ALLOWED, hint="scanfleet login")
 
     def by_browser(self, browse: Callable[[str], bool]) -> Tokens:
-        """Open the issuer in a browser of this machine, and wait for the code that it sends back (RFC 8252, RFC 7636).
+        """Open the issuer in a browser on this machine, and wait for the redirect with the code (RFC 8252, RFC 7636).
 
         Args:
-            browse: opens an address; False when it cannot.
+            browse: opens a URL; returns False if it cannot.
 
         Raises:
             CommandError: the issuer refused the sign-in, or the sign-in timed out.
         """
         if self._issuer.authorization_endpoint is None:
-            raise CommandError("the issuer has no code flow", hint="scanfleet login --device, or --token-stdin")
+            raise CommandError(
+                "the issuer does not support the code flow", hint="scanfleet login --device, or --token-stdin"
+            )
         verifier = token_urlsafe(48)
         with Callback() as callback, self._client(redirect_uri=callback.url, code_challenge_method="S256") as client:
             address, state = client.create_authorization_url(
                 self._issuer.authorization_endpoint, code_verifier=verifier, audience=self._info.audience
             )
-            self._say(f"Opening {address}")
+            self._show(f"Opening {address}")
             if not browse(address):
-                self._say("no browser could be opened: open the address above on this machine, or use --device")
+                self._show("cannot open a browser: open the URL above on this machine, or use --device")
             answer = callback.wait(BROWSER_SECONDS)
             if answer.get("state") != state:
-                raise CommandError(
-                    "the browser came back from another sign-in", Exit.NOT_ALLOWED, hint="scanfleet login"
-                )
+                raise CommandError("the response belongs to another sign-in", Exit.NOT_ALLOWED, hint="scanfleet login")
             if answer.get("iss", self._issuer.name).rstrip("/") != self._issuer.name.rstrip("/"):
-                raise CommandError("the answer is of another issuer", Exit.NOT_ALLOWED, hint="scanfleet login")
+                raise CommandError("the response is from another issuer", Exit.NOT_ALLOWED, hint="scanfleet login")
             if "error" in answer:
                 raise _refused(OAuthError(answer["error"], answer.get("error_description", "")))
             try:
@@ -203,15 +203,15 @@ class SignIn:
 
 
 def oauth(client_id: str | None, transport: Any, **how: Any) -> Any:
-    """A public client of an issuer."""
+    """Return a public client of an issuer."""
     return OAuth2Client(client_id, transport=transport, **_PUBLIC, **how)
 
 
 def refresh(tokens: Tokens, transport: Any = None) -> Tokens:
-    """New tokens for old ones.
+    """Refresh tokens.
 
     Raises:
-        CommandError: the issuer refuses, or does not answer.
+        CommandError: the issuer rejected the refresh, or is unavailable.
     """
     with oauth(tokens.client_id, transport) as client:
         try:
@@ -231,27 +231,27 @@ def _answer(response: httpx2.Response) -> dict[str, Any]:
         if response.is_success and "device_code" in answer:
             return answer
         raise CommandError(
-            f"the issuer refused: {printable(str(answer.get('error_description') or answer.get('error')))}",
+            f"the issuer refused the sign-in: {printable(str(answer.get('error_description') or answer.get('error')))}",
             Exit.NOT_ALLOWED,
         )
     except ValueError as error:
-        raise CommandError(f"the issuer answered HTTP {response.status_code} and no JSON", Exit.FAULT) from error
+        raise CommandError(f"the issuer returned HTTP {response.status_code} without JSON", Exit.FAULT) from error
 
 
 def _silent(error: Exception) -> CommandError:
-    return CommandError(f"the issuer did not answer: {error}", Exit.UNAVAILABLE)
+    return CommandError(f"the issuer is unavailable: {error}", Exit.UNAVAILABLE)
 
 
 def _refused(error: OAuthError) -> CommandError:
     text = printable(str(error.description or error.error))
-    return CommandError(f"the issuer refused: {text}", Exit.NOT_ALLOWED, hint="scanfleet login")
+    return CommandError(f"the issuer refused the sign-in: {text}", Exit.NOT_ALLOWED, hint="scanfleet login")
 
 
 class Callback:
-    """A server on this machine that takes the one request with which a browser comes back.
+    """A server on this machine that receives the redirect of the browser.
 
     Args:
-        idle: seconds for a connection that sends nothing; browsers open some in advance, and one would block the others.
+        idle: timeout in seconds of a connection that sends nothing; browsers open some in advance, which would block the redirect.
     """
 
     def __init__(self, idle: float = IDLE_SECONDS) -> None:
@@ -277,7 +277,7 @@ class Callback:
                 self.wfile.write(body)
 
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002 # as the library names it
-                """Log nothing: the request holds the code."""
+                """Log nothing, since the request contains the code."""
 
         self._answers = answers
         self._server = HTTPServer(("127.0.0.1", 0), Handler)
@@ -290,15 +290,17 @@ class Callback:
         self._server.server_close()
 
     def wait(self, limit: float) -> dict[str, str]:
-        """The parameters of the request.
+        """Return the parameters of the redirect.
 
         Raises:
-            CommandError: it did not come in time.
+            CommandError: the sign-in timed out.
         """
         until = time.monotonic() + limit
         while not self._answers:
             if (left := until - time.monotonic()) <= 0:
-                raise CommandError("no browser came back", Exit.NOT_ALLOWED, hint="scanfleet login --device")
+                raise CommandError(
+                    "the sign-in in the browser timed out", Exit.NOT_ALLOWED, hint="scanfleet login --device"
+                )
             self._server.timeout = left
             self._server.handle_request()
         return self._answers[0]

@@ -18,25 +18,25 @@ from scanfleet_cli.output import Output
 from scanfleet_cli.session import COMPLETE, Session, complete_context
 
 COMMANDS: Final = {
-    "scan": "Scan networks: register what is missing, submit, watch, print what was found.",
-    "job": "Scan jobs: submit, watch, cancel, read.",
-    "subnet": "Networks to scan, and what to leave out of them.",
-    "policy": "How to scan: ports, technique, detection, speed.",
+    "scan": "Scan networks: register, submit, watch, and print the results.",
+    "job": "Scan jobs: submit, watch, cancel and read them.",
+    "subnet": "Networks to scan, and their exclusions.",
+    "policy": "Scan policies: ports, technique, detection, speed.",
     "audit": "The audit log, for administrators.",
-    "context": "Gateways that this command uses.",
-    "login": "Sign in to a gateway, and use it from now on.",
-    "logout": "Forget the tokens of a context.",
-    "whoami": "Show the gateway, the user, and where the token came from.",
-    "limits": "Show the rate limits and what is left of them.",
-    "api": "Send a request to the API as it is, with the token.",
+    "context": "Gateways and their credentials.",
+    "login": "Sign in to a gateway, and make it the current context.",
+    "logout": "Delete the stored tokens of a context.",
+    "whoami": "Show the gateway, the user, and the source of the token.",
+    "limits": "Show the rate limits and their current use.",
+    "api": "Send a raw request to the API, with the token.",
     "doctor": "Check address, TLS, clock, token and versions.",
     "completion": "Print the completion script of a shell.",
     "version": "Print the version.",
 }
-"""Name and help of each command; its module is loaded only when it runs, so that --help is fast."""
+"""Name and help of each command; its module is imported only when it runs, so that --help is fast."""
 
 _MODULES: Final = {"logout": "login", "whoami": "me", "limits": "me", "completion": "about", "version": "about"}
-"""Of commands that share a module; every other has its own."""
+"""Modules of the commands that share one; every other command has a module of its name."""
 
 _EXIT_CODES: Final = "\n".join(["Exit codes:", "", "\b", *(f"  {code:>3}  {text}" for code, text in MEANINGS.items())])
 
@@ -58,7 +58,7 @@ class _Lazy(click.Group):
 
 
 # Not a docstring: click's mark of text that keeps its lines is a control character.
-_HELP: Final = """Scan networks with Scanfleet, and see what was probed and what was not.
+_HELP: Final = """Scan networks with Scanfleet, and see which addresses were probed.
 
 \b
 scanfleet context add lab --url http://127.0.0.1:8080
@@ -73,18 +73,18 @@ scanfleet job ledger 41 --not-probed
     epilog=_EXIT_CODES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
-@click.option("--context", metavar="NAME", help="Context to use.", shell_complete=complete_context)
-@click.option("--url", help="Gateway to use, instead of a context's.")
-@click.option("--token-file", type=click.Path(path_type=Path), help="File that holds the token.")
+@click.option("--context", metavar="NAME", help="Context to use for this command.", shell_complete=complete_context)
+@click.option("--url", help="URL of the gateway, instead of that of a context.")
+@click.option("--token-file", type=click.Path(path_type=Path), help="File with the token.")
 @click.option(
     "--retry",
     type=click.FloatRange(min=0),
     default=60.0,
     show_default=True,
     metavar="SECONDS",
-    help="Time in which requests are repeated while the service is unavailable or busy.",
+    help="Time limit of retries while the service is unavailable or busy.",
 )
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing on stderr but errors.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only errors on stderr.")
 @click.option("--color", type=click.Choice(["auto", "always", "never"]), default="auto", help="Colour of states.")
 @click.pass_obj
 def cli(
@@ -98,7 +98,7 @@ def cli(
     quiet: bool,
     color: str,
 ) -> None:
-    """Take the options of every command."""
+    """Apply the options that all commands share."""
     session.context, session.url, session.token_file, session.timeout = context, url, token_file, retry
     session.output.quiet = quiet
     session.output.coloured = _coloured(color, session)
@@ -135,14 +135,14 @@ def run(arguments: Sequence[str], session: Session) -> int:
 
 
 def _run(arguments: Sequence[str], session: Session) -> int:
-    # Not `cli.main`, which writes what it catches itself, and ends a broken pipe with 1.
+    # Not `cli.main`, which prints errors itself and exits 1 on a broken pipe.
     try:
         with cli.make_context("scanfleet", list(arguments), obj=session) as context:
             code: Any = cli.invoke(context)
     except click.exceptions.Exit as end:
         return end.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
-        session.output.tell(error.format_message())
+        session.output.prompt(error.format_message())
         return Exit.REFUSED
     except click.UsageError as error:
         usage = error.ctx.command_path if error.ctx else "scanfleet"
@@ -163,8 +163,8 @@ def main() -> None:
     try:
         code = run(sys.argv[1:], session)
         output.stdout.flush()
-    except BrokenPipeError:  # who reads has what they want: `| head -1`
-        # Python flushes at its end once more, and would complain.
+    except BrokenPipeError:  # the reader has closed the pipe: `| head -1`
+        # Python flushes stdout again at exit, which would print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), output.stdout.fileno())
         code = Exit.DONE
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""What the command prints: formats, fields, tables, and text from the network made safe to show."""
+"""Output: formats, fields, tables, and escapes of text from the network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, Final, TextIO
 from scanfleet_cli.errors import CommandError
 
 Row = Mapping[str, Any]
-"""An object of the API, as JSON."""
+"""An object of the API as JSON."""
 
 
 class Format(StrEnum):
@@ -40,16 +40,16 @@ COLOURS: Final = {
     "lost": "red",
     "timed_out": "yellow",
 }
-"""Of words that carry a state; every other word has none."""
+"""Colours of states; other words have none."""
 
-# Where a cell may begin in a spreadsheet, before what makes it a formula; the service's CSV does the same.
+# Positions in a cell that a spreadsheet reads as the start of a formula; the CSV of the service escapes the same.
 _FORMULA: Final = re.compile(r"""(^|[;|])(?=[ "]*[=+\-@\uff1d\uff0b\uff0d\uff20])""")
 _GAP: Final = 2  # spaces between columns
 _NARROWEST: Final = 8  # characters of a cell that is cut to fit the terminal
 
 
 def printable(text: str) -> str:
-    r"""`text` with whatever does not print as an escape (`\n`, `\x1b`, `\u202e`): no text acts on the terminal."""
+    r"""Escape non-printing characters (`\n`, `\x1b`, `\u202e`), so that no text controls the terminal."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -62,11 +62,11 @@ class Column:
     title: str
     cell: Callable[[Row], str]
     wide: bool = False
-    """Shown with `-o wide` only."""
+    """Shown only with `-o wide`."""
 
 
 def column(title: str, path: str = "", *, wide: bool = False) -> Column:
-    """The column that shows one field as it is."""
+    """Return the column of one field."""
     path = path or title.lower()
     return Column(title, lambda row: text_of(pick(row, path)), wide)
 
@@ -84,10 +84,10 @@ def text_of(value: Any) -> str:
 
 
 def pick(row: Row, path: str) -> Any:
-    """The value at a dotted path.
+    """Return the value at a dotted path.
 
     Raises:
-        KeyError: there is none.
+        KeyError: the path does not exist.
     """
     value: Any = row
     for name in path.split("."):
@@ -98,7 +98,7 @@ def pick(row: Row, path: str) -> Any:
 
 
 def paths_of(row: Row, prefix: str = "") -> Iterator[str]:
-    """Every dotted path into an object."""
+    """Yield every dotted path of an object."""
     for name, value in row.items():
         yield prefix + name
         if isinstance(value, Mapping):
@@ -106,7 +106,7 @@ def paths_of(row: Row, prefix: str = "") -> Iterator[str]:
 
 
 class Output:
-    """One command's stdout and stderr.
+    """stdout and stderr of a command.
 
     Args:
         stdout: for data.
@@ -121,47 +121,47 @@ class Output:
         self.quiet = False
         self.coloured = False
         self.width = 0
-        """Columns of the terminal; 0 when stdout is none."""
+        """Columns of the terminal; 0 if stdout is not a terminal."""
 
         self.now: Callable[[], datetime] = lambda: datetime.now(UTC)
         self.clear: Callable[[], None] = lambda: None
-        """Erases what is being redrawn in place; called before each line that stays."""
+        """Erases lines that are redrawn in place; called before each permanent line."""
 
     @property
     def terminal(self) -> bool:
         return self.width > 0
 
-    def say(self, text: str = "") -> None:
-        """A line of data."""
+    def emit(self, text: str = "") -> None:
+        """Print a line on stdout."""
         self.clear()
         print(text, file=self.stdout, flush=not self.terminal)
 
     def note(self, text: str) -> None:
-        """A line beside the data: progress, a hint, what was reused."""
+        """Print a line on stderr, unless --quiet is given."""
         if not self.quiet:
-            self.tell(text)
+            self.prompt(text)
 
-    def tell(self, text: str) -> None:
-        """A line that a person must read to go on, even with --quiet."""
+    def prompt(self, text: str) -> None:
+        """Print a line on stderr that the user needs to continue, even with --quiet."""
         self.clear()
         print(text, file=self.stderr, flush=True)
 
     def paint(self, word: str, text: str | None = None) -> str:
-        """`text`, in the colour of the state `word`."""
+        """Return `text` in the colour of the state `word`."""
         text = word if text is None else text
         if not self.coloured or word not in COLOURS:
             return text
-        from click import style  # noqa: PLC0415 # only where there is a terminal
+        from click import style  # noqa: PLC0415 # only on a terminal
 
         return style(text, fg=COLOURS[word])
 
     def one(self, thing: Row, block: Callable[[], Iterable[str]], name: str = "id") -> None:
-        """Print one object: as lines, or in a machine's format as it is.
+        """Print one object.
 
         Args:
-            thing: the API's object.
-            block: makes the lines for a person.
-            name: path of what `-o name` prints.
+            thing: object of the API, which the JSON formats print unchanged.
+            block: returns the lines of the table formats.
+            name: path of the field that `-o name` prints.
         """
         match self.format:
             case Format.JSON | Format.JSONL:
@@ -169,19 +169,19 @@ class Output:
             case Format.CSV:
                 self._csv([thing])
             case Format.NAME:
-                self.say(text_of(pick(thing, name)))
+                self.emit(text_of(pick(thing, name)))
             case _ if self.fields is not None:
                 self._json(self._chosen([thing])[0], indent=True)
             case _:
                 for line in block():
-                    self.say(line)
+                    self.emit(line)
 
     def line(self, thing: Row) -> None:
-        """Print one object as a line of JSON."""
+        """Print one object as a JSON line."""
         self._json(self._chosen([thing])[0], indent=False)
 
     def many(self, rows: Iterable[Row], columns: Sequence[Column], name: str = "id") -> None:
-        """Print objects: as a table, or in a machine's format as they are; as they come where the format allows it."""
+        """Print objects as a table, or unchanged in a JSON format; streamed if the format allows it."""
         if self.fields is not None and self.format in {Format.TABLE, Format.WIDE}:
             self.format = Format.JSON
         match self.format:
@@ -194,29 +194,29 @@ class Output:
                 self._csv(rows)
             case Format.NAME:
                 for row in rows:
-                    self.say(printable(text_of(pick(row, name))))
+                    self.emit(printable(text_of(pick(row, name))))
             case _:
                 self._table(rows, columns)
 
     def _table(self, rows: Iterable[Row], columns: Sequence[Column]) -> None:
         if self.terminal:
             for text in self.table(rows, self.shown(columns)):
-                self.say(text)
+                self.emit(text)
             return
         for row in rows:
             self.row(row, columns)
 
     def row(self, row: Row, columns: Sequence[Column]) -> None:
-        """Print one row of a table whose other rows are not known yet, so that its cells are not aligned."""
+        """Print one row of a table whose other rows are not available yet; its cells are not aligned."""
         cells = [printable(each.cell(row)) for each in self.shown(columns)]
-        self.say(("  " if self.terminal else "\t").join(cells))
+        self.emit(("  " if self.terminal else "\t").join(cells))
 
     def shown(self, columns: Sequence[Column]) -> list[Column]:
-        """The columns of the format."""
+        """Return the columns that the format shows."""
         return [each for each in columns if self.format is Format.WIDE or not each.wide]
 
     def table(self, rows: Iterable[Row], columns: Sequence[Column]) -> Iterator[str]:
-        """The lines of a table that fits the terminal; none without rows."""
+        """Yield the lines of a table that fits the terminal; none without rows."""
         cells = [[each.title for each in columns]]
         cells += [[printable(each.cell(row)) for each in columns] for row in rows]
         if len(cells) == 1:
@@ -229,7 +229,7 @@ class Output:
             yield (" " * _GAP).join(shown).rstrip()
 
     def _widths(self, cells: Sequence[Sequence[str]]) -> list[int]:
-        """Of the columns; the widest gives way until the table fits the terminal."""
+        """Return the widths of the columns; the widest shrinks until the table fits the terminal."""
         widths = [max(_length(line[index]) for line in cells) for index in range(len(cells[0]))]
         over = sum(widths) + _GAP * (len(widths) - 1) - self.width
         while over > 0 and max(widths) > _NARROWEST:
@@ -242,7 +242,7 @@ class Output:
         return widths
 
     def _chosen(self, rows: list[Row]) -> list[Row]:
-        """The rows with the fields that `--json` names, nested as they were."""
+        """Return the rows with the fields of `--json`, nested as in the API."""
         if self.fields is None:
             return rows
         known = list(dict.fromkeys(path for row in rows for path in paths_of(row)))
@@ -267,7 +267,7 @@ class Output:
         return chosen
 
     def _json(self, value: Any, *, indent: bool) -> None:
-        self.say(json.dumps(value, indent=2) if indent else json.dumps(value, separators=(",", ":")))
+        self.emit(json.dumps(value, indent=2) if indent else json.dumps(value, separators=(",", ":")))
 
     def _csv(self, rows: Iterable[Row]) -> None:
         writer = csv.writer(self.stdout)
@@ -279,11 +279,11 @@ class Output:
                 paths = self.fields or [path for path in paths_of(row) if not isinstance(pick(row, path), Mapping)]
                 writer.writerow(paths)
             writer.writerow([_csv_cell(pick(row, path)) for path in paths])
-            if not self.terminal:  # a reader sees each row as it comes
+            if not self.terminal:  # a pipe receives each row at once
                 self.stdout.flush()
 
     def error(self, error: CommandError) -> None:
-        """Print why the command ends."""
+        """Print an error."""
         if self.format.machine:
             body = {"error": error.message, "status": error.status, "hint": error.hint, "request_id": error.request_id}
             print(json.dumps(body), file=self.stderr)
@@ -304,7 +304,7 @@ def _csv_cell(value: Any) -> Any:
 def _length(text: str) -> int:
     if text.isascii():
         return len(text)
-    from rich.cells import cell_len  # noqa: PLC0415 # only for text of which a letter may take two cells
+    from rich.cells import cell_len  # noqa: PLC0415 # only for text with wide characters
 
     return cell_len(text)
 
@@ -319,12 +319,12 @@ def _fit(text: str, width: int) -> str:
 
 
 def count(number: int, noun: str, plural: str = "") -> str:
-    """`1 job`, `1,204 jobs`."""
+    """Format a count: `1 job`, `1,204 jobs`."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def duration(seconds: float) -> str:
-    """`0:41`, `12:03`, `2:00:41`, `3 days 2:00:41`."""
+    """Format a duration: `0:41`, `12:03`, `2:00:41`, `3 days 2:00:41`."""
     minutes, second = divmod(round(max(seconds, 0)), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
@@ -337,7 +337,7 @@ def parse_time(text: str) -> datetime:
 
 
 def ago(text: str | None, output: Output) -> str:
-    """A time of the API for a table: how long ago on a terminal, as it is elsewhere."""
+    """Format a time of the API for a table: relative on a terminal, unchanged elsewhere."""
     if text is None:
         return "-"
     if not output.terminal:

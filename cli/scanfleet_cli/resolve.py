@@ -1,4 +1,4 @@
-"""From what a person types to the API's objects: names to ids, fields to policies."""
+"""Resolve arguments to objects of the API: names to ids, options to policies."""
 
 from __future__ import annotations
 
@@ -26,35 +26,38 @@ class _Numbered(Protocol):
 
 Thing = TypeVar("Thing", bound=_Numbered)
 
-HASH: Final = 8  # characters in the name of an object that the command makes
+HASH: Final = 8  # characters of the hash in the name of a generated object
 
 _POLICY_OPTIONS: Final[tuple[tuple[tuple[str, ...], dict[str, Any]], ...]] = (
-    (("--preset",), {"metavar": "NAME", "help": "quick, standard, full or sweep; fills in what is left out."}),
+    (("--preset",), {"metavar": "NAME", "help": "quick, standard, full or sweep: the values of omitted options."}),
     (("--ports",), {"metavar": "SPEC", "help": '"22,80,8000-8100", "T:80,U:53" or "top:100".'}),
     (("--technique",), {"metavar": "NAME", "help": "auto, connect or syn."}),
-    (("--discovery",), {"metavar": "NAME", "help": "default, or none: take every address as up."}),
-    (("--service-detection/--no-service-detection",), {"default": None, "help": "Ask open ports what runs on them."}),
+    (("--discovery",), {"metavar": "NAME", "help": "default, or none to treat every address as up."}),
+    (("--service-detection/--no-service-detection",), {"default": None, "help": "Detect the services on open ports."}),
     (("--version-intensity",), {"type": int, "help": "0 to 9."}),
-    (("--os-detection/--no-os-detection",), {"default": None, "help": "Needs a worker that may send raw packets."}),
-    (("--scripts",), {"metavar": "NAME,…", "help": "NSE scripts of the platform's list, separated by commas."}),
-    (("--timing",), {"type": int, "help": "nmap's timing template, 0 to 5."}),
-    (("--max-rate",), {"type": int, "help": "Probes a second of the whole job at most."}),
-    (("--min-rate",), {"type": int, "help": "Probes a second below which silence cannot slow the job."}),
-    (("--max-rtt-timeout",), {"type": int, "help": "Milliseconds to wait for an answer at most."}),
+    (
+        ("--os-detection/--no-os-detection",),
+        {"default": None, "help": "Detect operating systems; needs a worker with raw packets."},
+    ),
+    (("--scripts",), {"metavar": "NAME,…", "help": "NSE scripts that the platform allows, separated by commas."}),
+    (("--timing",), {"type": int, "help": "Timing template of nmap, 0 to 5."}),
+    (("--max-rate",), {"type": int, "help": "Maximum probes per second of the whole job."}),
+    (("--min-rate",), {"type": int, "help": "Minimum probes per second, also while hosts do not respond."}),
+    (("--max-rtt-timeout",), {"type": int, "help": "Maximum timeout of a probe in milliseconds."}),
     (("--max-retries",), {"type": int, "help": "0 to 10."}),
-    (("--host-timeout",), {"type": int, "help": "Seconds after which a host is given up."}),
+    (("--host-timeout",), {"type": int, "help": "Timeout of a host in seconds."}),
 )
 
 
 def policy_options(command: Command) -> Command:
-    """An option for each field of a policy; those that are not given are None."""
+    """Add an option for each field of a policy; an omitted option is None."""
     for names, how in reversed(_POLICY_OPTIONS):
         command = click.option(*names, **how)(command)
     return command
 
 
 def policy_fields(options: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a policy that the options give."""
+    """Return the fields of a policy that the options set."""
     given = {name: value for name, value in options.items() if value is not None}
     if "scripts" in given:
         given["scripts"] = [name.strip() for name in given["scripts"].split(",") if name.strip()]
@@ -62,15 +65,15 @@ def policy_fields(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def body(model: type[Body], fields: dict[str, Any]) -> Body:
-    """A request's body, not validated: the service does that, so that its own sentence is shown, and it may be newer."""
+    """Return a request body without validation: the service validates it, with its own message, and may be newer."""
     return model.model_construct(**fields)
 
 
 def subnet_named(session: Session, text: str) -> rest.Subnet:
-    """The subnet of this id, name or CIDR.
+    """Return the subnet of this id, name or CIDR.
 
     Raises:
-        CommandError: there is none, or several of that name.
+        CommandError: none or several match.
     """
     if text.isascii() and text.isdigit():
         return session.client.send(calls.read_subnet(int(text)))
@@ -79,10 +82,10 @@ def subnet_named(session: Session, text: str) -> rest.Subnet:
 
 
 def policy_named(session: Session, text: str) -> rest.Policy:
-    """The policy of this id or name.
+    """Return the policy of this id or name.
 
     Raises:
-        CommandError: there is none, or several of that name.
+        CommandError: none or several match.
     """
     if text.isascii() and text.isdigit():
         return session.client.send(calls.read_policy(int(text)))
@@ -98,7 +101,7 @@ def policies(session: Session) -> Iterator[rest.Policy]:
 
 
 def canonical(cidr: str) -> str:
-    """A CIDR in the service's notation; other text stays as it is, for the service to refuse."""
+    """Return a CIDR in the notation of the service; other text is unchanged, and the service rejects it."""
     try:
         return str(ip_network(cidr))
     except ValueError:
@@ -107,15 +110,17 @@ def canonical(cidr: str) -> str:
 
 def _only(found: list[Thing], text: str, noun: str) -> Thing:
     if not found:
-        raise CommandError(f"no {noun} {text}, or it is not yours", Exit.NOT_FOUND, hint=f"scanfleet {noun} list")
+        raise CommandError(
+            f"{noun} {text} does not exist, or is not yours", Exit.NOT_FOUND, hint=f"scanfleet {noun} list"
+        )
     if len(found) > 1:
         ids = ", ".join(str(each.id) for each in found)
-        raise CommandError(f"{len(found)} of your {noun} objects are named {text}", hint=f"use an id: {ids}")
+        raise CommandError(f"{noun} {text} is ambiguous: {len(found)} match", hint=f"use an id: {ids}")
     return found[0]
 
 
 def own_name(*parts: Iterable[Any] | object) -> str:
-    """The name of an object that the command makes from these parts."""
+    """Return the name of a generated object with these parts."""
     return f"cli-{sha256(repr(parts).encode()).hexdigest()[:HASH]}"
 
 

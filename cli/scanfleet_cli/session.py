@@ -1,4 +1,4 @@
-"""What one run of the command shares: where it goes, with which token, and what it prints."""
+"""The state that one run of the command shares: gateway, token, output and options."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ _NOT_FOUND: Final = 404
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What a run does beyond reading and printing; tests hand in doubles."""
+    """Side effects of a run beyond reading and printing; tests replace them."""
 
     transport: Any = None
-    """Carries every request, over the network unless given."""
+    """HTTP transport of all requests; the network by default."""
 
     async_transport: Any = None
-    """The same for what is watched."""
+    """HTTP transport of the asynchronous client; the network by default."""
 
     first_pause: float = 0.5
     """Seconds before the first retry."""
@@ -55,7 +55,7 @@ class World:
     browse: Callable[[str], bool] = webbrowser.open
     sleep: Callable[[float], None] = time.sleep
     store: Store | None = None
-    """Of tokens; by default the keyring, else a file."""
+    """Token store; by default the keyring, else a file."""
 
 
 class Session:
@@ -63,8 +63,8 @@ class Session:
 
     Args:
         config: contexts and environment.
-        output: where it prints.
-        world: what it does besides.
+        output: stdout and stderr.
+        world: other side effects.
     """
 
     def __init__(self, config: Config, output: Output, world: World | None = None) -> None:
@@ -78,7 +78,7 @@ class Session:
         self.limit: int | None = None
         self._client: Client | None = None
         self._of_command: CommandToken | None = None
-        self._lock = threading.Lock()  # tokens are asked for by several threads
+        self._lock = threading.Lock()  # several threads read the token
 
     @functools.cached_property
     def place(self) -> Place:
@@ -86,7 +86,7 @@ class Session:
 
     @functools.cached_property
     def token_source(self) -> str:
-        """Where the token comes from, in words; empty when there is none."""
+        """The source of the token, as text; empty without a token."""
         environment, context = self.config.environment, self.place.context
         if self.token_file is not None:
             return f"the file {self.token_file} (--token-file)"
@@ -97,29 +97,29 @@ class Session:
         if context is not None and context.token_command:
             return f"the token_command of {self.place.source}"
         if context is not None:
-            return f"the sign-in of context {context.name}, kept in {self.kept.store.where}"
+            return f"the sign-in of context {context.name}, stored in {self.kept.store.where}"
         return ""
 
     @functools.cached_property
     def kept(self) -> Kept:
-        """Tokens of sign-ins."""
+        """The stored tokens of sign-ins."""
         from scanfleet_cli.tokens import Kept  # noqa: PLC0415 # only for those who sign in
 
         return Kept(self.config.folder, self.world.store, self.world.transport)
 
     @property
     def has_display(self) -> bool:
-        """Whether a browser can be shown on this machine."""
+        """Whether this machine can show a browser."""
         environment = self.config.environment
         return sys.platform in {"darwin", "win32"} or bool(
             environment.get("DISPLAY") or environment.get("WAYLAND_DISPLAY")
         )
 
     def token(self) -> str:
-        """The token to send now.
+        """Return the token to send now.
 
         Raises:
-            CommandError: there is none.
+            CommandError: no source has a token.
         """
         environment, context = self.config.environment, self.place.context
         file = self.token_file or environment.get("SCANFLEET_TOKEN_FILE")
@@ -138,7 +138,7 @@ class Session:
         )
 
     def token_refused(self, token: str) -> None:
-        """Send another token from now on, if the one that the service has refused can be replaced."""
+        """Discard a token that the service rejected, if its source can return another."""
         if self._of_command is not None:
             self._of_command.refused(token)
 
@@ -152,16 +152,16 @@ class Session:
 
     @property
     def patience(self) -> Patience:
-        """While the service is unavailable or busy."""
-        from scanfleet_cli.client import Patience  # noqa: PLC0415 # not for commands that ask nothing
+        """Retry policy while the service is unavailable or busy."""
+        from scanfleet_cli.client import Patience  # noqa: PLC0415 # not for commands that send no request
 
         return Patience(timeout=self.timeout, first_pause=self.world.first_pause, poll=self.world.poll)
 
     @property
     def client(self) -> Client:
-        """A client with the caller's token."""
+        """The synchronous client, with the caller's token."""
         if self._client is None:
-            from scanfleet_cli.client import Client  # noqa: PLC0415 # not for commands that ask nothing
+            from scanfleet_cli.client import Client  # noqa: PLC0415 # not for commands that send no request
 
             self._client = Client(
                 self.place.url,
@@ -173,11 +173,11 @@ class Session:
         return self._client
 
     def ask(self, call: Call[Any]) -> Any:
-        """The answer to a call, as JSON."""
+        """Return the response to a call as JSON."""
         return self.client.ask(call).json
 
     def find(self, call: Call[R]) -> R | None:
-        """The answer to a call, None when the service has no such object."""
+        """Return the response to a call, None if the object does not exist."""
         try:
             return self.client.send(call)
         except ApiError as error:
@@ -186,14 +186,14 @@ class Session:
         return None
 
     def limit_or(self, default: int) -> int:
-        """The number of rows that `--limit` names, else the default; 0 = all."""
+        """Return the value of `--limit`, else the default; 0 = all."""
         return default if self.limit is None else self.limit
 
     def rows(self, call: ListCall[Any], limit: int | None = None) -> Iterator[Row]:
-        """The objects of a list, `limit` of them (the command's own unless given; 0 = all); says how many there are."""
+        """Yield up to `limit` objects of a list (by default that of the command; 0 = all), and note the total if it is higher."""
         limit = self.limit_or(LIMIT) if limit is None else limit
         shown = 0
-        from scanfleet_cli.client import page_of  # noqa: PLC0415 # not for commands that ask nothing
+        from scanfleet_cli.client import page_of  # noqa: PLC0415 # not for commands that send no request
 
         for reply in self.client.replies(call, size=min(limit or 100, 100)):
             page = page_of(reply, call.items)
@@ -206,24 +206,24 @@ class Session:
                 return
 
     def show_list(self, rows: Iterable[Row], columns: Sequence[Column], empty: str, name: str = "id") -> None:
-        """Print rows, or on stderr that there are none."""
+        """Print rows, or note `empty` if there are none."""
         counted = _Counted(rows)
         self.output.many(counted, columns, name)
         if not counted.number:
             self.output.note(empty)
 
     def confirm(self, question: str, *, yes: bool) -> None:
-        """Ask before something is destroyed.
+        """Ask for confirmation of a destructive change.
 
         Raises:
-            CommandError: the answer is no, or there is no terminal to ask on.
+            CommandError: the user declined, or there is no terminal to ask on.
         """
         if yes:
             return
         if not (os.isatty(0) and self.output.stderr.isatty()):
             raise CommandError(f"{question}: needs --yes without a terminal")
         if not click.confirm(question, err=True):
-            raise CommandError("nothing was changed", Exit.FAULT)
+            raise CommandError("cancelled; nothing was changed", Exit.FAULT)
 
     def close(self) -> None:
         if self._client is not None:
@@ -231,7 +231,7 @@ class Session:
 
 
 class _Counted:
-    """Rows, and how many of them there were."""
+    """Rows, counted while they are read."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
         self.number = 0
@@ -247,11 +247,11 @@ def _token_in(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8").strip()
     except OSError as error:
-        raise CommandError(f"the token file cannot be read: {error}", Exit.NOT_ALLOWED) from error
+        raise CommandError(f"cannot read the token file: {error}", Exit.NOT_ALLOWED) from error
 
 
 def with_session(command: Callable[Concatenate[Session, P], R]) -> Callable[P, R]:
-    """A click command whose function takes the session first."""
+    """Pass the session to a command as its first argument."""
     return click.pass_obj(command)
 
 
@@ -273,7 +273,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def formats(command: Command) -> Command:
-    """The options -o and --json, for a command that prints objects."""
+    """Add the options -o and --json to a command that prints objects."""
     # Read first, so that a mistake in any later option is already reported in this format.
     command = click.option(
         "-o",
@@ -282,7 +282,7 @@ def formats(command: Command) -> Command:
         is_eager=True,
         expose_value=False,
         callback=_chosen_format,
-        help="Format of what is printed. Default: table.",
+        help="Output format. Default: table.",
     )(command)
     return click.option(
         "--json",
@@ -291,7 +291,7 @@ def formats(command: Command) -> Command:
         flag_value="",
         expose_value=False,
         callback=_chosen_fields,
-        help="Print only these fields, as JSON: a,b.c. Without a value: fail and list the fields.",
+        help="Print only these fields as JSON, for example a,b.c. Without a value: list the fields and exit 2.",
     )(command)
 
 
@@ -301,28 +301,28 @@ def _limit(default: str) -> Callable[[Command], Command]:
         type=click.IntRange(min=0),
         expose_value=False,
         callback=_chosen_limit,
-        help=f"Number of rows; 0 = all. Default: {default}.",
+        help=f"Maximum number of rows; 0 = all. Default: {default}.",
     )
 
 
 def lists(command: Command) -> Command:
-    """The options of a command that prints a list."""
+    """Add the options of a command that prints a list."""
     return formats(_limit(str(LIMIT))(command))
 
 
 def long_lists(command: Command) -> Command:
-    """The options of a command that prints what became of a job; a pipe gets all of it."""
+    """Add the options of a command that prints results or a ledger, which a pipe receives in full by default."""
     return formats(_limit(f"{LIMIT} on a terminal, otherwise all")(command))
 
 
 def complete_context(context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
-    """Names of contexts, for a shell."""
+    """Complete the name of a context."""
     session: Session = context.find_root().obj
     return [name for name in session.config.contexts() if name.startswith(begun)]
 
 
 def complete_job(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
-    """The latest jobs, for a shell; none when the service does not answer at once."""
+    """Complete the id of one of the latest jobs; without retries, and empty if the service is unavailable."""
     from scanfleet_cli.calls import list_tasks  # noqa: PLC0415 # only when a shell asks
 
     session: Session = context.find_root().obj
@@ -336,14 +336,14 @@ def complete_job(context: click.Context, _parameter: click.Parameter, begun: str
     return [item for item in found if item.value.startswith(begun)]
 
 
-yes = click.option("--yes", is_flag=True, help="Do not ask.")
+yes = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 
 
 def many_failed(errors: Sequence[CommandError], output: Output) -> None:
-    """End a command that went on after errors, with the first one's code.
+    """Report the errors of a command that continued after each.
 
     Raises:
-        CommandError: the last one, when there are any.
+        CommandError: the last error, with the exit code of the first.
     """
     for error in errors[:-1]:
         output.error(error)

@@ -1,4 +1,4 @@
-"""Tokens of sign-ins: kept in the system's keyring, else in a file that only its owner may read; refreshed before they end."""
+"""Tokens: printed by a command of the user, or stored after a sign-in and refreshed before they expire."""
 
 from __future__ import annotations
 
@@ -16,26 +16,28 @@ from typing import Any, Final, Protocol
 from scanfleet_cli.config import write_private
 from scanfleet_cli.errors import CommandError, Exit
 
-SERVICE: Final = "scanfleet"  # the name of our entries in a keyring
-EARLY_SECONDS: Final = 60.0  # before its end that a token is refreshed
-COMMAND_LIMIT: Final = 60.0  # seconds for a token command, which may ask a person
-LOCK_SECONDS: Final = 60.0  # to wait for another shell that refreshes
+SERVICE: Final = "scanfleet"  # name of the entries in a keyring
+EARLY_SECONDS: Final = 60.0  # before a token expires that it is renewed
+COMMAND_LIMIT: Final = 60.0  # timeout of a token command, which may prompt the user
+LOCK_SECONDS: Final = 60.0  # timeout of waiting for another process that refreshes
 
 
 class CommandToken:
-    """The token that a command of the user prints; the command runs when there is none, or it ends, or was refused.
+    """The token that a command of the user prints; the command runs again when the token expires or was rejected.
 
     Args:
-        command: and its arguments.
+        command: program and arguments.
     """
 
     def __init__(self, command: Sequence[str]) -> None:
         self._command = command
         self._token = ""
-        self._lock = threading.Lock()  # of several requests at once, one runs the command, which may ask a person
+        self._lock = (
+            threading.Lock()
+        )  # only one of several concurrent requests runs the command, which may prompt the user
 
     def current(self) -> str:
-        """The token to send now.
+        """Return the token to send now.
 
         Raises:
             CommandError: the command failed, or printed nothing.
@@ -47,7 +49,7 @@ class CommandToken:
             return self._token
 
     def refused(self, token: str) -> None:
-        """Run the command again at the next request, if the service has refused this token."""
+        """Discard this token, so that the next request runs the command again."""
         with self._lock:
             if token == self._token:
                 self._token = ""
@@ -66,7 +68,7 @@ class CommandToken:
 
 
 def expiry(token: str) -> float | None:
-    """When a token ends, in Unix time, if it is a JWT that says so. It is not verified: the service does that."""
+    """Return the Unix time at which a JWT expires, None if it has none. The token is not verified: the service does that."""
     try:
         claims: Any = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))
         return float(claims["exp"])
@@ -76,14 +78,14 @@ def expiry(token: str) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What one sign-in has brought."""
+    """The tokens of one sign-in."""
 
     url: str
-    """Of the gateway; the tokens are sent to no other."""
+    """URL of the gateway; the tokens are sent to no other."""
 
     access_token: str
     expires_at: float | None = None
-    """Unix time; None when the issuer does not say."""
+    """Unix time; None if the issuer does not state it."""
 
     refresh_token: str | None = None
     token_endpoint: str | None = None
@@ -94,7 +96,7 @@ class Tokens:
         return self.expires_at is None or time.time() < self.expires_at - EARLY_SECONDS
 
     def renewed(self, answer: dict[str, Any]) -> Tokens:
-        """These, after the issuer's answer to a refresh."""
+        """Return these tokens with the values of the issuer's response to a refresh."""
         return replace(
             self,
             access_token=answer["access_token"],
@@ -104,10 +106,10 @@ class Tokens:
 
 
 class Store(Protocol):
-    """Keeps the tokens of each context."""
+    """Stores the tokens of each context."""
 
     where: str
-    """In words."""
+    """Name of the store, as text."""
 
     def read(self, name: str) -> str | None: ...
 
@@ -117,7 +119,7 @@ class Store(Protocol):
 
 
 class FileStore:
-    """A file with mode 0600."""
+    """Tokens in a file with mode 0600."""
 
     def __init__(self, file: Path) -> None:
         self.where = f"the file {file}, which only you can read"
@@ -141,13 +143,13 @@ class FileStore:
             return {}
         except (OSError, ValueError) as error:
             raise CommandError(
-                f"{self._file} cannot be read: {error}", Exit.NOT_ALLOWED, hint="scanfleet login"
+                f"cannot read {self._file}: {error}", Exit.NOT_ALLOWED, hint="scanfleet login"
             ) from error
         return found
 
 
 class KeyringStore:
-    """The system's keyring, through the optional package keyring."""
+    """Tokens in the keyring of the system, through the optional package keyring."""
 
     where = "the system keyring"
 
@@ -167,7 +169,7 @@ class KeyringStore:
 
 
 def store_in(folder: Path) -> Store:
-    """The keyring when this machine has one that works, else a file in `folder`."""
+    """Return the keyring if this machine has a usable one, else a file in `folder`."""
     try:
         import keyring  # noqa: PLC0415 # an optional package, and slow to import
         from keyring.backends.fail import Keyring as NoKeyring  # noqa: PLC0415 # as above
@@ -179,12 +181,12 @@ def store_in(folder: Path) -> Store:
 
 
 class Kept:
-    """The kept tokens of every context.
+    """The stored tokens of every context.
 
     Args:
-        folder: of the configuration; holds the lock, and the file where there is no keyring.
-        store: the keyring or the file, by default as `store_in` finds.
-        transport: carries requests to the issuer, over the network unless given.
+        folder: of the configuration, with the lock file and, without a keyring, the token file.
+        store: keyring or file; by default that of `store_in`.
+        transport: HTTP transport of requests to the issuer; the network by default.
     """
 
     def __init__(self, folder: Path, store: Store | None = None, transport: Any = None) -> None:
@@ -193,7 +195,7 @@ class Kept:
         self._transport = transport
 
     def read(self, name: str, url: str) -> Tokens | None:
-        """The tokens of a context, if there are any for the gateway at `url`."""
+        """Return the tokens of a context for the gateway at `url`, None if there are none."""
         text = self.store.read(name)
         if text is None:
             return None
@@ -201,7 +203,7 @@ class Kept:
             tokens = Tokens(**json.loads(text))
         except (ValueError, TypeError) as error:
             raise CommandError(
-                f"the tokens in {self.store.where} cannot be read", Exit.NOT_ALLOWED, hint="scanfleet login"
+                f"cannot read the tokens in {self.store.where}", Exit.NOT_ALLOWED, hint="scanfleet login"
             ) from error
         return tokens if tokens.url == url else None
 
@@ -214,17 +216,17 @@ class Kept:
             self.store.delete(name)
 
     def current(self, name: str, url: str) -> str | None:
-        """An access token that is good for another minute at least; None when there is none for this gateway.
+        """Return an access token that is valid for at least another minute; None if there is none for this gateway.
 
         Raises:
-            CommandError: it has ended, and the issuer gives no other.
+            CommandError: it has expired, and the issuer did not refresh it.
         """
         tokens = self.read(name, url)
         if tokens is None:
             return None
         if tokens.fresh:
             return tokens.access_token
-        # A refresh token may be good only once, so of several shells one refreshes, and the others read what it brought.
+        # A refresh token may be valid once, so one of several processes refreshes, and the others read the new tokens.
         with self._locked():
             tokens = self.read(name, url) or tokens
             if not tokens.fresh:
@@ -234,7 +236,7 @@ class Kept:
 
     def _refreshed(self, tokens: Tokens) -> Tokens:
         if not tokens.refresh_token or not tokens.token_endpoint:
-            raise CommandError("the token has ended", Exit.NOT_ALLOWED, hint=f"scanfleet login {tokens.url}")
+            raise CommandError("the token has expired", Exit.NOT_ALLOWED, hint=f"scanfleet login {tokens.url}")
         from scanfleet_cli.login import refresh  # noqa: PLC0415 # only when a token ends
 
         return refresh(tokens, self._transport)

@@ -1,4 +1,4 @@
-"""What a person or a program sees of jobs while they are followed, and at their end."""
+"""Views of jobs: progress bars, log lines and JSON lines, and the summary of an ended job."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from scanfleet_cli.output import Format, Output, count, duration, printable
 if TYPE_CHECKING:
     from rich.live import Live
 
-SILENCE_SECONDS: Final = 30.0  # maximum time between two lines of a log
-BLOCKS: Final = 5  # jobs that a terminal shows at once
+SILENCE_SECONDS: Final = 30.0  # maximum time between two log lines
+BLOCKS: Final = 5  # maximum number of jobs shown at once
 BAR: Final = 40  # cells
 _TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
 
 
 @dataclass(slots=True)
 class Followed:
-    """One job as it is seen now."""
+    """The current state of one job."""
 
     job_id: int
     task: rest.TaskStatus | None = None
     ledger: rest.Ledger | None = None
     not_probed: list[rest.LedgerEntry] = field(default_factory=list)
-    """The addresses that the final ledger names."""
+    """Addresses that the final ledger lists."""
 
     problem: str = ""
-    """Why the final ledger could not be read."""
+    """Reason why the final ledger could not be read."""
 
     @property
     def final(self) -> bool:
@@ -41,7 +41,7 @@ class Followed:
 
     @property
     def took(self) -> float:
-        """Seconds from the job's start until its end or now; 0 before its start."""
+        """Run time of the job in seconds; 0 before its start."""
         job = self.task.job if self.task else None
         if job is None or job.start_time is None:
             return 0.0
@@ -49,22 +49,22 @@ class Followed:
 
 
 class View(Protocol):
-    """Shows jobs while they are followed."""
+    """Shows the progress of jobs."""
 
     wants_ledger: bool
 
     def changed(self, job: Followed) -> None:
-        """A job has a new state."""
+        """Show the new state of a job."""
 
     def tick(self, jobs: Sequence[Followed]) -> None:
-        """A second has passed."""
+        """Refresh; called once a second."""
 
     def close(self) -> None:
-        """No more follows."""
+        """Stop showing progress."""
 
 
 class Silent:
-    """Shows nothing."""
+    """A view that prints nothing."""
 
     wants_ledger = False
 
@@ -76,7 +76,7 @@ class Silent:
 
 
 class JsonLines(Silent):
-    """Each state as a line on stdout."""
+    """Prints each state as a JSON line on stdout."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
@@ -87,7 +87,7 @@ class JsonLines(Silent):
 
 
 class Log(Silent):
-    """A line on stderr for each change of status, and one after half a minute without."""
+    """Prints a line on stderr for each change of status, and one after each half minute without a change."""
 
     wants_ledger = True
 
@@ -116,7 +116,7 @@ class Log(Silent):
 
 
 class Redrawn:
-    """Lines on the terminal that are redrawn in place, below every line that is printed meanwhile.
+    """Lines on the terminal that are redrawn in place, below the permanent lines.
 
     Args:
         output: of the command.
@@ -132,7 +132,7 @@ class Redrawn:
         output.clear = self._clear
 
     def draw(self, lines: Iterable[str]) -> None:
-        """Replace the lines."""
+        """Redraw the lines."""
         from rich.text import Text  # noqa: PLC0415 # as above
 
         if self._live is None:
@@ -149,19 +149,19 @@ class Redrawn:
         self._live.update(Text.from_ansi("\n".join(lines), no_wrap=True, overflow="ellipsis"), refresh=True)
 
     def close(self) -> None:
-        """Erase the lines for good."""
+        """Erase the lines and stop redrawing."""
         self._clear()
         self._output.clear = lambda: None
 
     def _clear(self) -> None:
-        # Until they are drawn again: a line that is printed below them would be erased with them.
+        # A permanent line that was printed below them would be erased by the next redraw.
         if self._live is not None:
             self._live.stop()
             self._live = None
 
 
 class Bars(Silent):
-    """A block for each job on the terminal, redrawn in place; it leaves only the lines that are printed meanwhile."""
+    """Draws a progress bar for each job, redrawn in place on the terminal."""
 
     wants_ledger = True
 
@@ -184,7 +184,7 @@ class Bars(Silent):
     def _block(self, job: Followed, *, named: bool) -> list[str]:
         name = f"job {job.job_id} " if named else ""
         if job.task is None:
-            return [f"{name}asking"]
+            return [f"{name}connecting"]
         status = job.task.status
         filled = round(BAR * status.progress / 100)
         line = f"{name}{self._output.paint(status.status)} {status.progress:>3} %  {'█' * filled}{'░' * (BAR - filled)}"
@@ -201,7 +201,7 @@ class Bars(Silent):
 
 
 def view_for(output: Output) -> View:
-    """The view that goes with stderr and the format."""
+    """Return the view for the format and stderr."""
     if output.format is Format.JSONL:
         return JsonLines(output)
     if output.quiet:
@@ -210,14 +210,14 @@ def view_for(output: Output) -> View:
 
 
 def end_lines(followed: Followed, output: Output) -> list[str]:
-    """How a job ended: in one line for a log, in a few for a person."""
+    """Summarise an ended job: in one line for a log, in several on a terminal."""
     if followed.task is None:
         return []
     lines = (
         _ended(followed, followed.task, output) if output.stderr.isatty() else _logged(followed, followed.task, output)
     )
     if followed.problem:
-        lines.append(f"  the ledger cannot be read: {printable(followed.problem)}")
+        lines.append(f"  cannot read the ledger: {printable(followed.problem)}")
     return lines
 
 
@@ -245,8 +245,8 @@ def _ended(followed: Followed, task: rest.TaskStatus, output: Output) -> list[st
     elif status.error:
         line += f" · {printable(status.error)}"
     if not completed:
-        lines.append(f"  scanfleet job ledger {task.job_id} --not-probed     which, and why")
-        lines.append(f"  scanfleet job results {task.job_id}                 what was found is readable")
+        lines.append(f"  scanfleet job ledger {task.job_id} --not-probed     addresses and reasons")
+        lines.append(f"  scanfleet job results {task.job_id}                   results so far")
     return [line, *lines]
 
 

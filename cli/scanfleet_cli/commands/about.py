@@ -29,11 +29,11 @@ def completion(context: click.Context, shell: str) -> None:
     if kind is None:
         raise CommandError(f"no completion for {shell}")
     session: Session = context.obj
-    session.output.say(kind(context.find_root().command, {}, "scanfleet", COMPLETE).source())
+    session.output.emit(kind(context.find_root().command, {}, "scanfleet", COMPLETE).source())
 
 
 @click.command()
 @with_session
 def version(session: Session) -> None:
     """Print the version."""
-    session.output.say(f"scanfleet {VERSION}")
+    session.output.emit(f"scanfleet {VERSION}")

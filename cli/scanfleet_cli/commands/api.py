@@ -1,4 +1,4 @@
-"""`scanfleet api`: a request as it is."""
+"""`scanfleet api`: raw requests."""
 
 from __future__ import annotations
 
@@ -25,14 +25,12 @@ _REPEATABLE: Final = frozenset({"GET", "HEAD", "PUT", "DELETE"})
 )
 @click.argument("path")
 @click.option(
-    "-f", "--field", "texts", multiple=True, metavar="NAME=TEXT", help="Field of the body, or of the query of a GET."
+    "-f", "--field", "texts", multiple=True, metavar="NAME=TEXT", help="Field of the body, or query parameter of a GET."
 )
-@click.option(
-    "-F", "--typed-field", "typed", multiple=True, metavar="NAME=JSON", help="The same, its value read as JSON."
-)
-@click.option("-H", "--header", "headers", multiple=True, metavar="NAME: VALUE", help="Header of the request.")
-@click.option("--input", "file", type=click.File("r"), help="File that holds the body as JSON; - is stdin.")
-@click.option("--all", "every", is_flag=True, help="Follow the pages of a list, and print one array.")
+@click.option("-F", "--typed-field", "typed", multiple=True, metavar="NAME=JSON", help="The same with a JSON value.")
+@click.option("-H", "--header", "headers", multiple=True, metavar="NAME: VALUE", help="Request header.")
+@click.option("--input", "file", type=click.File("r"), help="File with the JSON body; - is stdin.")
+@click.option("--all", "every", is_flag=True, help="Read all pages of a list, and print one array.")
 @with_session
 def api(
     session: Session,
@@ -46,7 +44,7 @@ def api(
     file: Any,
     every: bool,
 ) -> None:
-    """Send a request to the API as it is, with the token, and print the body of the answer."""
+    """Send a raw request to the API, with the token, and print the body of the response."""
     method = method.upper()
     fields: dict[str, Any] = dict(_split(each, "=") for each in texts)
     for name, text in (_split(each, "=") for each in typed):
@@ -64,14 +62,14 @@ def api(
     if every:
         _all(session, ListCall(method, path, object, query=query, headers=given))
         return
-    # A POST is repeated only where the service reads its key.
+    # A POST is repeated only if the service reads its key.
     repeatable = method in _REPEATABLE or path.rstrip("/") == "/api/v1/task"
     call: Call[Any] = Call(method, path, object, query=query, body=body, headers=given, repeatable=repeatable)
     with session.client.stream(call) as response:
         for text in response.iter_text():
             session.output.stdout.write(text)
     if session.output.terminal:
-        session.output.say()
+        session.output.emit()
     session.output.stdout.flush()
 
 
@@ -80,9 +78,9 @@ def _all(session: Session, call: ListCall[Any]) -> None:
     for reply in session.client.replies(call, PAGE_SIZE):
         lists = [value for value in reply.json.values() if isinstance(value, list)]
         if len(lists) != 1:
-            raise CommandError(f"{call.path} answers no list; leave out --all")
+            raise CommandError(f"{call.path} does not return a list; omit --all")
         rows += lists[0]
-    session.output.say(json.dumps(rows, indent=2))
+    session.output.emit(json.dumps(rows, indent=2))
 
 
 def _split(text: str, sign: str) -> tuple[str, str]:
@@ -96,4 +94,4 @@ def _json(text: str, what: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise CommandError(f"{what} is no JSON: {error}") from error
+        raise CommandError(f"{what} is not JSON: {error}") from error

@@ -15,18 +15,18 @@ from scanfleet_cli.client import page_of
 from scanfleet_cli.output import Column, Format, Row, column
 from scanfleet_cli.session import LIMIT, Session, lists, with_session
 
-TAIL_SECONDS: Final = 2.0  # between two reads of the log
+TAIL_SECONDS: Final = 2.0  # polling interval of the log
 OVERLAP: Final = timedelta(seconds=10)  # within which entries may be recorded out of order
 
 _FILTERS: Final = (
-    ("subject", "Only what this user did or was refused."),
-    ("request", "Only what became of this request id."),
-    ("action", "Only this action, for example task.create."),
+    ("subject", "Only entries of this user."),
+    ("request", "Only entries of this request id."),
+    ("action", "Only this action, for example create_tasks."),
     ("decision", "allowed or refused."),
-    ("rule", "Only what this rule decided."),
-    ("source", "Only from this address."),
-    ("since", "Only since this time (RFC 3339)."),
-    ("until", "Only until this time (RFC 3339)."),
+    ("rule", "Only decisions of this rule."),
+    ("source", "Only from this source address."),
+    ("since", "Only entries since this time (RFC 3339)."),
+    ("until", "Only entries before this time (RFC 3339)."),
 )
 
 
@@ -60,7 +60,7 @@ def audit() -> None:
 @lists
 @with_session
 def list_(session: Session, /, **filters: str | None) -> None:
-    """List what was changed and what was refused, newest first."""
+    """List changes and refusals, newest first."""
     session.show_list(session.rows(_call(filters)), _columns(), "no entry matches", "id")
 
 
@@ -69,9 +69,9 @@ def list_(session: Session, /, **filters: str | None) -> None:
 @lists
 @with_session
 def tail(session: Session, /, **filters: str | None) -> None:
-    """Print entries as they are recorded, until Ctrl-C; begins with the latest."""
+    """Print the latest entries, then new ones until Ctrl-C."""
     output, new = session.output, _recorded(session, filters)
-    if output.format is Format.JSON:  # an array would never end
+    if output.format is Format.JSON:  # an array would not end
         output.format = Format.JSONL
     if output.format in {Format.TABLE, Format.WIDE} and output.fields is None:
         for entries in new:
@@ -83,10 +83,10 @@ def tail(session: Session, /, **filters: str | None) -> None:
 
 
 def _recorded(session: Session, filters: dict[str, str | None]) -> Iterator[list[Row]]:
-    """The latest entries, then again and again those that were recorded since, each once, oldest first.
+    """Yield the latest entries, then the new ones of each poll, oldest first and without duplicates.
 
-    Pages are read from the newest entry on, so an entry that is recorded meanwhile moves others to the next page: read twice, an
-    entry is known by its id. Each read begins some seconds before the last entry, since several services record at once.
+    Pages start at the newest entry, so an entry that is recorded meanwhile moves others to the next page: duplicates are
+    recognised by id. Each poll overlaps the previous one by some seconds, since several replicas record concurrently.
     """
     seen: dict[str, datetime] = {}
     earliest = filters["since"]
@@ -107,7 +107,7 @@ def _recorded(session: Session, filters: dict[str, str | None]) -> Iterator[list
 
 
 def _latest(entries: Iterator[Row], limit: int) -> list[Row]:
-    """The first `limit` entries, or all, and those that the next read will find again."""
+    """Return the first `limit` entries, or all, and those that the next poll reads again."""
     found: list[Row] = []
     for row in entries:
         if limit and len(found) >= limit and _time(row) < _time(found[0]) - OVERLAP:

@@ -1,4 +1,4 @@
-"""`scanfleet context`: gateways that this command uses."""
+"""`scanfleet context`: gateways and their credentials."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from scanfleet_cli.output import column
 from scanfleet_cli.session import Session, complete_context, formats, with_session, yes
 
 LOCAL: Final = "http://127.0.0.1:8080"
-"""The gateway of `make up` on this machine, which a new context uses unless another is given."""
+"""URL of the gateway of `make up`, the default of a new context."""
 
 
 @click.group()
 def context() -> None:
-    """Gateways that this command uses."""
+    """Gateways and their credentials."""
 
 
 def _row(context: Context, current: str) -> dict[str, Any]:
@@ -45,23 +45,23 @@ def list_(session: Session) -> None:
 @click.argument("name", shell_complete=complete_context)
 @with_session
 def use(session: Session, /, *, name: str) -> None:
-    """Use a context from now on."""
+    """Make a context the current one."""
     session.config.use(name)
-    session.output.note(f"✓ {name} is in use")
+    session.output.note(f"✓ {name} is the current context")
 
 
 @context.command()
 @click.argument("name")
-@click.option("--url", help="Address of the gateway.")
+@click.option("--url", help="URL of the gateway.")
 @click.option(
     "--token-command",
     metavar="COMMAND",
-    help="Command that prints a token, run when one is needed; its output is never stored.",
+    help="Command that prints a token; its output is not stored.",
 )
-@click.option("--no-use", is_flag=True, help="Do not use it from now on.")
+@click.option("--no-use", is_flag=True, help="Do not make it the current context.")
 @with_session
 def add(session: Session, /, *, name: str, url: str | None, token_command: str | None, no_use: bool) -> None:
-    """Add a context, or change what is given of it, and use it from now on."""
+    """Add a context, or change the given options of one, and make it the current context."""
     known = session.config.contexts().get(name)
     address = url or session.url or (known and known.url) or session.config.environment.get("SCANFLEET_URL") or LOCAL
     command = known.token_command if known else ()
@@ -79,10 +79,10 @@ def add(session: Session, /, *, name: str, url: str | None, token_command: str |
 @yes
 @with_session
 def remove(session: Session, /, *, name: str, yes: bool) -> None:
-    """Remove a context, and the tokens that were kept for it."""
+    """Remove a context and its stored tokens."""
     session.config.known(name)
     session.confirm(f"remove context {name}?", yes=yes)
-    session.kept.delete(name)  # first: what fails leaves the context, so that the command can be repeated
+    session.kept.delete(name)  # first: after a failure the context still exists, and the command can be repeated
     session.config.remove(name)
     session.output.note(f"✓ context {name} removed")
 
@@ -92,7 +92,7 @@ def remove(session: Session, /, *, name: str, yes: bool) -> None:
 @formats
 @with_session
 def show(session: Session, /, *, name: str | None) -> None:
-    """Show a context, or the one in use."""
+    """Show a context, by default the current one."""
     found = session.config.place(name=name or session.context).context
     current = session.config.current
     row = _row(found or Context("", session.place.url), current)

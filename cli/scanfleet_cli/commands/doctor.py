@@ -1,4 +1,4 @@
-"""`scanfleet doctor`: what stands between this command and the service."""
+"""`scanfleet doctor`: checks of the connection to the service."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from scanfleet_cli.output import column, duration, printable
 from scanfleet_cli.session import Session, formats, with_session
 from scanfleet_cli.tokens import expiry
 
-CLOCK_SECONDS: Final = 30.0  # of difference, above which tokens begin to be refused
+CLOCK_SECONDS: Final = 30.0  # maximum difference before the service rejects tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     check: str
     ok: bool
@@ -37,7 +37,7 @@ class Finding:
 @formats
 @with_session
 def doctor(session: Session) -> int:
-    """Check address, TLS, clock, token and versions; exit 1 when something is wrong."""
+    """Check URL, TLS, clock, token and versions; exit 1 if a check fails."""
     rows = [{"check": each.check, "ok": each.ok, "detail": each.detail} for each in _findings(session)]
     session.output.many(rows, [column("CHECK"), column("OK"), column("DETAIL")], "check")
     return Exit.DONE if all(row["ok"] for row in rows) else Exit.FAULT
@@ -57,7 +57,7 @@ def _findings(session: Session) -> Iterator[Finding]:
         yield Finding(
             "tls",
             ok=loopback,
-            detail="off: the token can be read on the way" if not loopback else "off, on this machine",
+            detail="off: the token is sent unencrypted" if not loopback else "off, on this machine",
         )
     yield from _answers(session)
 
@@ -88,7 +88,7 @@ def _try(ask: Callable[[], Reply]) -> Reply | ScanfleetError:
     try:
         reply = ask()
         if not isinstance(reply.json, dict):
-            return ApiError(reply.status, "the answer is not an object: another server")
+            return ApiError(reply.status, "the response is not an object: not a gateway")
     except ScanfleetError as error:
         return error
     return reply
@@ -97,7 +97,7 @@ def _try(ask: Callable[[], Reply]) -> Reply | ScanfleetError:
 def _versions(info: Reply | ScanfleetError) -> Finding:
     if isinstance(info, ApiError) and info.status == httpx2.codes.NOT_FOUND:
         return Finding(
-            "service", ok=True, detail=f"answers, without /api/v1/info: it is older than this command ({VERSION})"
+            "service", ok=True, detail=f"available, without /api/v1/info: older than this command ({VERSION})"
         )
     if not isinstance(info, Reply):
         return Finding("service", ok=False, detail=str(info))
@@ -109,15 +109,15 @@ def _clock(reply: Reply) -> Finding:
     try:
         theirs = parsedate_to_datetime(reply.headers["date"])
     except (KeyError, ValueError):
-        return Finding("clock", ok=True, detail="not compared: the answer has no Date")
+        return Finding("clock", ok=True, detail="not compared: the response has no Date header")
     ahead = (datetime.now(UTC) - theirs).total_seconds()
     word = "ahead" if ahead > 0 else "behind"
-    return Finding("clock", ok=abs(ahead) < CLOCK_SECONDS, detail=f"{duration(abs(ahead))} {word} of the service's")
+    return Finding("clock", ok=abs(ahead) < CLOCK_SECONDS, detail=f"{duration(abs(ahead))} {word} of the service")
 
 
 def _ends(token: str) -> str:
-    """When a token ends, in words, if it says so."""
+    """Format the expiry of a token, if it states one."""
     if (ends := expiry(token)) is None:
         return ""
     seconds = ends - time.time()
-    return f", ends in {duration(seconds)}" if seconds > 0 else f", ended {duration(-seconds)} ago"
+    return f", expires in {duration(seconds)}" if seconds > 0 else f", expired {duration(-seconds)} ago"

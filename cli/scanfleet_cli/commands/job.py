@@ -1,4 +1,4 @@
-"""`scanfleet job`: jobs, from submit to results."""
+"""`scanfleet job`: jobs from submission to results."""
 
 from __future__ import annotations
 
@@ -29,16 +29,21 @@ _SHARE_BAR: Final = 20  # cells
 
 @click.group()
 def job() -> None:
-    """Scan jobs: submit, watch, cancel, read."""
+    """Scan jobs: submit, watch, cancel and read them."""
 
 
 @job.command()
 @click.option(
-    "--subnet", "subnets", multiple=True, required=True, metavar="NAME|ID", help="Repeat for several: one job for each."
+    "--subnet",
+    "subnets",
+    multiple=True,
+    required=True,
+    metavar="NAME|ID",
+    help="Repeat for several; each has its own job.",
 )
 @click.option("--policy", required=True, metavar="NAME|ID")
-@click.option("--key", help="Idempotency key: repeating the command with the same key creates nothing more.")
-@click.option("--watch", is_flag=True, help="Watch the jobs to their end.")
+@click.option("--key", help="Idempotency key: the same command with the same key creates no other jobs.")
+@click.option("--watch", is_flag=True, help="Watch the jobs to their final states.")
 @formats
 @with_session
 def submit(session: Session, /, *, subnets: Sequence[str], policy: str, key: str | None, watch: bool) -> int | None:
@@ -58,9 +63,9 @@ def submit(session: Session, /, *, subnets: Sequence[str], policy: str, key: str
 )
 @click.option("--subnet", metavar="NAME|ID")
 @click.option("--policy", metavar="NAME|ID")
-@click.option("--since", metavar="TIME", help="Created since this time (RFC 3339).")
-@click.option("--user", metavar="ID|all", help="For administrators: the jobs of this user, or of all.")
-@click.option("--watch", is_flag=True, help="Keep the list up to date until Ctrl-C.")
+@click.option("--since", metavar="TIME", help="Only jobs created since this time (RFC 3339).")
+@click.option("--user", metavar="ID|all", help="For administrators: jobs of this user, or of all.")
+@click.option("--watch", is_flag=True, help="Update the list until Ctrl-C.")
 @lists
 @with_session
 def list_(
@@ -93,7 +98,7 @@ def list_(
     if output.format in {Format.TABLE, Format.WIDE} and output.fields is None:
         rows = map(details.read, rows)
     session.show_list(
-        rows, columns, "no jobs match" if wanted or subnet or policy else "no jobs yet: scanfleet scan 192.0.2.0/24"
+        rows, columns, "no jobs match" if wanted or subnet or policy else "no jobs: scanfleet scan 192.0.2.0/24"
     )
 
 
@@ -102,7 +107,7 @@ def list_(
 @formats
 @with_session
 def show(session: Session, /, *, job_id: int) -> None:
-    """Show a job: status, progress, what was asked for, what became of it."""
+    """Show the status, progress, request and outcome of a job."""
     reply = session.client.ask(call := calls.read_task(job_id))
     session.output.one(reply.json, lambda: _block(session, reply.read(call)), "job_id")
 
@@ -140,7 +145,7 @@ def _asked_for(session: Session, job: Any) -> Iterator[str]:
 @job_ids
 @follow.timeout_option
 @follow.found_option
-@click.option("--no-exit-status", is_flag=True, help="Exit 0 however the jobs end.")
+@click.option("--no-exit-status", is_flag=True, help="Exit 0 for failed and cancelled jobs too.")
 @follow.cancel_option
 @formats
 @with_session
@@ -154,9 +159,9 @@ def watch(
     no_exit_status: bool,
     cancel_on_interrupt: bool,
 ) -> int:
-    """Watch jobs to their end; the exit code is that of the worst end.
+    """Watch jobs to their final states; the exit code is that of the worst one.
 
-    JSON lines hold each state; the other formats hold the final states.
+    With -o jsonl each state is printed, in the other formats the final states.
     """
     printer = findings.Printer(session.output) if found else None
     limit, ids = follow.seconds(timeout), list(dict.fromkeys(job_ids))
@@ -191,18 +196,18 @@ def _watch(
 
 @job.command()
 @click.argument("job_ids", type=click.IntRange(min=1), nargs=-1, metavar="ID…", shell_complete=complete_job)
-@click.option("--all", "every", is_flag=True, help="All unfinished jobs of yours.")
+@click.option("--all", "every", is_flag=True, help="All your unfinished jobs.")
 @click.option("--for", "state", type=click.Choice(["running", "final"]), default="final", show_default=True)
 @follow.timeout_option
 @with_session
 def wait(session: Session, /, *, job_ids: Sequence[int], every: bool, state: str, timeout: str | None) -> int:
-    """Wait for jobs, and print nothing but how they ended, on stderr."""
+    """Wait for jobs, and print only their final states, on stderr."""
     ids = list(dict.fromkeys(job_ids)) or (_unfinished(session) if every else [])
     if not ids:
         if every:
             session.output.note("no unfinished jobs")
             return Exit.DONE
-        raise CommandError("name jobs, or --all", hint="scanfleet job wait --help")
+        raise CommandError("specify jobs or --all", hint="scanfleet job wait --help")
 
     def enough(status: JobStatus) -> bool:
         return status.final or (state == "running" and status is JobStatus.RUNNING)
@@ -221,13 +226,13 @@ def _unfinished(session: Session) -> list[int]:
 
 @job.command()
 @click.argument("job_ids", type=click.IntRange(min=1), nargs=-1, metavar="ID…", shell_complete=complete_job)
-@click.option("--all-mine", is_flag=True, help="All unfinished jobs of yours.")
+@click.option("--all-mine", is_flag=True, help="All your unfinished jobs.")
 @yes
 @with_session
 def cancel(session: Session, /, *, job_ids: Sequence[int], all_mine: bool, yes: bool) -> None:
-    """Cancel jobs that are pending or running; what was found can be read."""
+    """Cancel pending or running jobs; their results so far are kept."""
     if all_mine == bool(job_ids):
-        raise CommandError("name jobs, or --all-mine", hint="scanfleet job cancel --help")
+        raise CommandError("specify jobs or --all-mine", hint="scanfleet job cancel --help")
     if all_mine:
         session.confirm("cancel all of your unfinished jobs?", yes=yes)
         cancelled = session.client.send(calls.cancel_tasks(rest.CancelJobs(all=True)))
@@ -241,14 +246,14 @@ def cancel(session: Session, /, *, job_ids: Sequence[int], all_mine: bool, yes: 
 @yes
 @with_session
 def delete(session: Session, /, *, job_ids: Sequence[int], yes: bool) -> None:
-    """Delete jobs that have ended, with their results and their ledgers."""
+    """Delete ended jobs with their results and ledgers."""
     ids = list(dict.fromkeys(job_ids))
     session.confirm(f"delete {count(len(ids), 'job')} ({', '.join(map(str, ids))}) with all results?", yes=yes)
     changes.delete_each(
         session,
         "job",
         [(each, calls.delete_task(each)) for each in ids],
-        conflict="cancel it with `scanfleet job cancel`, and repeat the command when its last packets are sent",
+        conflict="cancel it with `scanfleet job cancel`, and repeat the command after its last chunks have stopped",
     )
 
 
@@ -256,7 +261,7 @@ def delete(session: Session, /, *, job_ids: Sequence[int], yes: bool) -> None:
 @job_id
 @with_session
 def events(session: Session, /, *, job_id: int) -> None:
-    """Print a job's states as JSON lines, as they come, to its end."""
+    """Print each state of a job as a JSON line, up to the final one."""
     for task in session.client.watch(job_id, session.output.note):
         session.output.line(task.model_dump(mode="json"))
 
@@ -266,20 +271,22 @@ def events(session: Session, /, *, job_id: int) -> None:
 @formats
 @with_session
 def snapshot(session: Session, /, *, job_id: int) -> None:
-    """Show what a job was asked for, whatever its subnet and policy are now."""
+    """Show the request of a job as submitted, regardless of later changes to its subnet and policy."""
     found = _added(session, calls.read_snapshot(job_id), "snapshots of jobs")
     session.output.one(found, lambda: [json.dumps(found, indent=2)], "job_id")
 
 
 @job.command("map")
 @job_id
-@click.option("--ports", metavar="SPEC", help="Only the block of these ports; otherwise the worst of all blocks.")
-@click.option("--from", "first", metavar="ADDRESS", help="Begin at this address.")
-@click.option("--width", type=click.IntRange(min=1), help="Cells in a row; otherwise as the terminal allows.")
+@click.option(
+    "--ports", metavar="SPEC", help="Only the block of these ports; by default the worst outcome of all blocks."
+)
+@click.option("--from", "first", metavar="ADDRESS", help="First address.")
+@click.option("--width", type=click.IntRange(min=1), help="Cells per row. Default: 16.")
 @formats
 @with_session
 def map_(session: Session, /, *, job_id: int, ports: str | None, first: str | None, width: int | None) -> None:
-    """Draw what became of each address of a job, one letter each; of a large network the worst of each block."""
+    """Draw the outcome of each address of a job as a letter; for a large network the worst outcome of each block."""
     found = _added(session, calls.read_map(job_id, ports=ports, first=first), "maps of jobs")
     drawn = rest.CoverageMap.model_validate(found)
     session.output.one(found, lambda: chart.lines(drawn, session.output, width), "job_id")
@@ -290,7 +297,7 @@ def map_(session: Session, /, *, job_id: int, ports: str | None, first: str | No
 @formats
 @with_session
 def waiting(session: Session, /, *, job_id: int) -> None:
-    """Show why a job does not progress, and what it waits for."""
+    """Show the reasons why a job waits."""
     found = session.ask(calls.read_waiting(job_id))
     session.output.one(found, lambda: _waiting(found), "job_id")
 
@@ -306,13 +313,15 @@ def _waiting(found: Row) -> Iterator[str]:
 
 
 def _added(session: Session, call: calls.Call[Any], what: str) -> Any:
-    """An answer of an operation that an older service lacks."""
+    """Send a call that an older service does not support."""
     try:
         return session.ask(call)
     except ApiError as error:
         if error.status == httpx2.codes.NOT_FOUND and error.message == "Not Found":
             raise CommandError(
-                f"this service has no {what}: it is older than this command", Exit.FAULT, hint="scanfleet doctor"
+                f"this service does not support {what}: it is older than this command",
+                Exit.FAULT,
+                hint="scanfleet doctor",
             ) from error
         raise
 
@@ -322,13 +331,13 @@ def _added(session: Session, call: calls.Call[Any], what: str) -> Any:
 @click.option("--port", "ports", multiple=True, type=int, help="Only this port; repeat for several.")
 @click.option("--service", help="Only this service.")
 @click.option("--address", metavar="CIDR", help="Only addresses of this network.")
-@click.option("--open-only", is_flag=True, help="Leave out open|filtered.")
+@click.option("--open-only", is_flag=True, help="Exclude open|filtered ports.")
 @long_lists
 @with_session
 def results(
     session: Session, /, *, job_id: int, ports: Sequence[int], service: str | None, address: str | None, open_only: bool
 ) -> None:
-    """Print what a job found. Without a filter, CSV and JSON lines pass through as the service writes them."""
+    """Print the results of a job. Without a filter, CSV and JSON lines are passed through unchanged."""
     output = session.output
     filtered = bool(ports or service or address or open_only or output.fields is not None)
     if output.format in {Format.CSV, Format.JSONL} and not filtered and not session.limit:
@@ -389,13 +398,19 @@ def hosts(session: Session, /, *, job_id: int) -> None:
 
 @job.command()
 @job_id
-@click.option("--not-probed", is_flag=True, help="Name the addresses that were not probed to their end, and why.")
-@click.option("--outcome", "wanted", multiple=True, metavar="NAME", help=f"Only these, of {', '.join(_LEDGER_NAMES)}.")
+@click.option("--not-probed", is_flag=True, help="List the addresses that were not fully probed, with reasons.")
+@click.option(
+    "--outcome",
+    "wanted",
+    multiple=True,
+    metavar="NAME",
+    help=f"Only this outcome; repeat for several: {', '.join(_LEDGER_NAMES)}.",
+)
 @click.option("--networks", is_flag=True, help="Collapse addresses to networks.")
 @long_lists
 @with_session
 def ledger(session: Session, /, *, job_id: int, not_probed: bool, wanted: Sequence[str], networks: bool) -> None:
-    """Show what became of every probe of a job."""
+    """Show the outcome of every probe of a job."""
     if unknown := [each for each in wanted if each not in _LEDGER_NAMES]:
         raise CommandError(f"unknown outcome {unknown[0]}", hint=f"one of {', '.join(_LEDGER_NAMES)}")
     reply = session.client.ask(call := calls.read_ledger(job_id))
@@ -419,12 +434,15 @@ def ledger(session: Session, /, *, job_id: int, not_probed: bool, wanted: Sequen
         rows = (each.model_dump() for each in entries)
         columns = [column("ADDRESS"), column("PORTS"), column("OUTCOME"), column("REASON")]
     session.show_list(
-        findings.limited(session, rows), columns, f"{coverage.proof(first)}; nothing to name", columns[0].title.lower()
+        findings.limited(session, rows),
+        columns,
+        f"{coverage.proof(first)}; no addresses to list",
+        columns[0].title.lower(),
     )
 
 
 def _entries(session: Session, first: rest.Ledger, limit: int | None = coverage.ENTRIES) -> Iterator[rest.LedgerEntry]:
-    """The addresses that a ledger names, up to about `limit`; None for all."""
+    """Yield the addresses that a ledger lists, up to about `limit`; None for all."""
     yield from first.not_probed.addresses
     for page in coverage.further_pages(first, limit):
         yield from session.client.send(calls.read_ledger(first.job_id, page)).not_probed.addresses
@@ -450,8 +468,8 @@ def _ledger(session: Session, first: rest.Ledger) -> Iterator[str]:
 @job_id
 @with_session
 def open_(session: Session, /, *, job_id: int) -> None:
-    """Open a job's page in the browser; prints its address."""
+    """Print the URL of the page of a job, and open it in a browser."""
     url = f"{session.place.url}/app/job/{job_id}"
-    session.output.say(url)
+    session.output.emit(url)
     if session.output.terminal:
         session.world.browse(url)

@@ -19,12 +19,12 @@ from scanfleet_cli.tokens import Tokens
 
 @click.command()
 @click.argument("url", required=False)
-@click.option("--name", help="Name of the context; otherwise the gateway's host.")
-@click.option("--device", is_flag=True, help="Sign in by a code in a browser on any machine.")
+@click.option("--name", help="Name of the context; by default the host of the gateway.")
+@click.option("--device", is_flag=True, help="Sign in with a code in a browser on any machine.")
 @click.option("--token-stdin", is_flag=True, help="Read a token from stdin instead of signing in.")
 @with_session
 def login(session: Session, /, *, url: str | None, name: str | None, device: bool, token_stdin: bool) -> None:
-    """Sign in to a gateway, and use it from now on."""
+    """Sign in to a gateway, and make it the current context."""
     address = check_url(url) if url else session.place.url
     context = _context(session, address, name)
     if token_stdin:
@@ -45,16 +45,16 @@ def login(session: Session, /, *, url: str | None, name: str | None, device: boo
 
 
 def _context(session: Session, url: str, name: str | None) -> Context:
-    """The context to sign in to: the one that is named or in use if it is of this gateway, else another of it, else a new one.
+    """Return the context to sign in to: the named one, else one of this gateway, the current one first, else a new one.
 
     Raises:
-        CommandError: the named context is of another gateway.
+        CommandError: the named context has another gateway.
     """
     contexts = session.config.contexts()
     named = name or session.context or session.config.environment.get("SCANFLEET_CONTEXT")
     if named and named in contexts and not same_url(contexts[named].url, url):
         raise CommandError(
-            f"context {named} is of {contexts[named].url}, not of {url}",
+            f"context {named} has the gateway {contexts[named].url}, not {url}",
             hint=f"scanfleet context add {named} --url {url}, or another --name",
         )
     if named:
@@ -72,26 +72,26 @@ def _signed_in(session: Session, url: str, *, device: bool) -> Tokens:
             if error.status != httpx2.codes.NOT_FOUND:
                 raise
             raise CommandError(
-                f"{url} does not say where to sign in", Exit.FAULT, hint="scanfleet login --token-stdin"
+                f"{url} does not state its issuer", Exit.FAULT, hint="scanfleet login --token-stdin"
             ) from error
     if "oidc" not in info.sign_in:
         raise CommandError(
-            f"{url} has no sign-in at an issuer: it takes tokens",
+            f"{url} does not support a sign-in at an issuer, only tokens",
             Exit.NOT_ALLOWED,
             hint="scanfleet login --token-stdin",
         )
     issuer = discover(info.issuer, session.world.transport)
-    signing_in = SignIn(url, info, issuer, session.output.tell, session.world.transport)
+    signing_in = SignIn(url, info, issuer, session.output.prompt, session.world.transport)
     if device or (not session.has_display and issuer.device_endpoint):
         return signing_in.by_device(session.world.sleep)
     return signing_in.by_browser(session.world.browse)
 
 
 def _user(session: Session, tokens: Tokens) -> str:
-    """The user of a token, by the service.
+    """Return the user of a token.
 
     Raises:
-        ApiError: the service refuses it.
+        ApiError: the service rejected it.
     """
     with Client(
         tokens.url, tokens.access_token, patience=session.patience, transport=session.world.transport
@@ -101,7 +101,7 @@ def _user(session: Session, tokens: Tokens) -> str:
         except ApiError as error:
             if error.status != httpx2.codes.NOT_FOUND:
                 raise
-        client.send(calls.list_subnets().page(1, 1))  # an older service, which still refuses a bad token
+        client.send(calls.list_subnets().page(1, 1))  # an older service; it still rejects an invalid token
         return "of the token"
 
 
@@ -109,9 +109,9 @@ def _user(session: Session, tokens: Tokens) -> str:
 @click.argument("name", required=False)
 @with_session
 def logout(session: Session, /, *, name: str | None) -> None:
-    """Forget the tokens of a context, or of the one in use; its issuer still takes them until they end."""
+    """Delete the stored tokens of a context, by default the current one; they remain valid until they expire."""
     context = session.config.place(name=name or session.context).context
     if context is None:
-        raise CommandError("no context is in use", hint="scanfleet logout NAME")
+        raise CommandError("no context is configured", hint="scanfleet logout NAME")
     session.kept.delete(context.name)
     session.output.note(f"✓ signed out of {context.name}")

@@ -1,4 +1,4 @@
-"""`scanfleet whoami` and `scanfleet limits`: the caller, as the service sees them."""
+"""`scanfleet whoami` and `scanfleet limits`: the caller as the service identifies it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scanfleet_cli.session import Session, formats, with_session
 @formats
 @with_session
 def whoami(session: Session) -> None:
-    """Show the gateway, the user, and where the token came from."""
+    """Show the gateway, the user, and the source of the token."""
     me = _me(session)
     found = {
         "url": session.place.url,
@@ -34,7 +34,7 @@ def whoami(session: Session) -> None:
 def _who(found: Row) -> Iterator[str]:
     yield f"user {found['user_id']}{' (administrator)' if found['admin'] else ''}"
     yield f"  gateway  {found['url']} ({found['url_source']})"
-    yield f"  token    from {found['token_source']}, ends {found['expires_at']}"
+    yield f"  token    from {found['token_source']}, expires {found['expires_at']}"
 
 
 def _me(session: Session) -> Any:
@@ -43,7 +43,7 @@ def _me(session: Session) -> Any:
     except ApiError as error:
         if error.status == httpx2.codes.NOT_FOUND:
             raise CommandError(
-                "this service does not tell who calls it: it is older than this command",
+                "this service cannot show the caller: it is older than this command",
                 Exit.FAULT,
                 hint="scanfleet doctor",
             ) from error
@@ -54,7 +54,7 @@ def _me(session: Session) -> Any:
 @formats
 @with_session
 def limits(session: Session) -> None:
-    """Show the rate limits and what is left of them."""
+    """Show the rate limits and their current use."""
     found: dict[str, dict[str, int]] = _me(session)["limits"]
     session.output.one(found, lambda: [" · ".join(_limit(name, each) for name, each in found.items())], "writes.left")
 

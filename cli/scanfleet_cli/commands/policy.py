@@ -1,4 +1,4 @@
-"""`scanfleet policy`: how to scan."""
+"""`scanfleet policy`: scan policies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FIELDS = tuple(ScanPolicy.model_fields)
 
 @click.group()
 def policy() -> None:
-    """How to scan: ports, technique, detection, speed."""
+    """Scan policies: ports, technique, detection, speed."""
 
 
 @policy.command()
@@ -30,14 +30,14 @@ def policy() -> None:
 @formats
 @with_session
 def create(session: Session, /, *, name: str, **options: Any) -> None:
-    """Register a policy; what is left out has the preset's value."""
+    """Create a policy; omitted options have the values of the preset."""
     body = resolve.body(rest.PolicyBody, {"name": name, **resolve.policy_fields(options)})
     made = session.ask(calls.create_policy(body))
     session.output.one(made, lambda: block(session, made))
 
 
 def block(session: Session, policy: Row) -> Iterator[str]:
-    """Every field of a policy; on a terminal those of its preset are dimmed."""
+    """Yield every field of a policy; the values of its preset are dimmed on a terminal."""
     yield f"policy {policy['id']} {printable(policy['name'])}"
     preset: dict[str, Any] = PRESETS[Preset(policy["preset"])] if policy["preset"] in list(Preset) else {}
     for name in _FIELDS:
@@ -84,13 +84,13 @@ def show(session: Session, /, *, which: str) -> None:
 @formats
 @with_session
 def edit(session: Session, /, *, which: str, name: str | None, **options: Any) -> None:
-    """Change fields of a policy; jobs that were made from it keep it as it was."""
+    """Change fields of a policy; existing jobs keep the previous values."""
     given = resolve.policy_fields(options)
     if not given and name is None:
         raise CommandError("nothing to change", hint="scanfleet policy edit --help")
     reply = session.client.ask(calls.read_policy(resolve.policy_named(session, which).id))
     before = reply.json
-    # A new preset fills in what is not given; otherwise every field stays as it is.
+    # A new preset sets the omitted fields; otherwise they are unchanged.
     kept = {} if "preset" in given else {field: before[field] for field in _FIELDS}
     body = resolve.body(rest.PolicyBody, {"name": name or before["name"], **kept, **given})
     after = changes.replaced(session, calls.replace_policy(before["id"], body, reply.etag))
@@ -105,7 +105,7 @@ def edit(session: Session, /, *, which: str, name: str | None, **options: Any) -
 @yes
 @with_session
 def delete(session: Session, /, *, which: Sequence[str], yes: bool) -> None:
-    """Delete policies; jobs that were made from them keep them as they were."""
+    """Delete policies; existing jobs keep their values."""
     found = [resolve.policy_named(session, each) for each in which]
     names = ", ".join(printable(each.name) for each in found)
     session.confirm(f"delete {count(len(found), 'policy', 'policies')} ({names})?", yes=yes)
@@ -118,7 +118,7 @@ def delete(session: Session, /, *, which: Sequence[str], yes: bool) -> None:
 @formats
 @with_session
 def explain(session: Session, /, *, which: str, subnet: str | None) -> None:
-    """Show what a policy asks for: ports, probes, and whether it needs raw packets."""
+    """Show the ports and probes of a policy, and whether it needs raw packets."""
     policy = resolve.policy_named(session, which)
     ports = policy.port_set
     found: dict[str, Any] = {

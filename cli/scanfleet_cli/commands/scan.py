@@ -1,4 +1,4 @@
-"""`scanfleet scan`: from targets to a table in one command."""
+"""`scanfleet scan`: scan targets in one command."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from scanfleet_cli.session import Session, formats, with_session
 
 T = TypeVar("T")
 
-ATTEMPTS: Final = 3  # to make an object whose POST was cut, each after a look whether it is there
+ATTEMPTS: Final = 3  # to create an object; after an unknown outcome the objects are read first
 
 
 _Watched = Callable[[Row], bool]
-"""Whether a result is one of those that `--fail-on` names."""
+"""Whether a result matches `--fail-on`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One target, as it was named."""
+    """One target of the command line or of a file."""
 
     cidr: str
     name: str | None = None
@@ -41,7 +41,7 @@ class Wanted:
 
     @property
     def scope(self) -> tuple[str, frozenset[str]]:
-        """What is scanned: the network, and the exclusions that have an effect, merged."""
+        """The network, and the merged exclusions that overlap it."""
         return _scope(self.cidr, self.exclude)
 
 
@@ -51,18 +51,18 @@ class Wanted:
     "--targets",
     "file",
     type=click.File(),
-    help="File of targets, one a line, or CSV with the columns cidr,name,exclude.",
+    help="File of targets, one per line, or CSV with the columns cidr,name,exclude.",
 )
-@click.option("--policy", metavar="NAME|ID", help="Policy to scan by, instead of one of the following options.")
+@click.option("--policy", metavar="NAME|ID", help="Existing policy, instead of the following options.")
 @resolve.policy_options
 @click.option(
-    "--exclude", multiple=True, metavar="CIDR", help="Network to leave out of each target; repeat for several."
+    "--exclude", multiple=True, metavar="CIDR", help="Network to exclude from each target; repeat for several."
 )
-@click.option("--name", help="Name of a subnet that is made.")
-@click.option("--no-watch", is_flag=True, help="Submit and return.")
+@click.option("--name", help="Name of a created subnet.")
+@click.option("--no-watch", is_flag=True, help="Submit the jobs without watching them.")
 @follow.timeout_option
-@click.option("--fail-on", metavar="open|PORTS", help="Exit 8 when a port is open, or one of these.")
-@click.option("--key", help="Idempotency key: repeating the command with the same key creates nothing more.")
+@click.option("--fail-on", metavar="open|PORTS", help="Exit 8 if any port, or one of these ports, is open.")
+@click.option("--key", help="Idempotency key: the same command with the same key creates no other jobs.")
 @follow.found_option
 @follow.cancel_option
 @formats
@@ -84,14 +84,14 @@ def scan(
     cancel_on_interrupt: bool,
     **policy_options: Any,
 ) -> int:
-    """Scan networks: register what is missing, submit, watch, print what was found.
+    """Scan networks: register, submit, watch, and print the results.
 
-    TARGET is a CIDR or an address, or - for a list on stdin. A subnet with the same CIDR and exclusions, and a policy with the
-    same fields, are used as they are; others are made.
+    TARGET is a CIDR or an address, or - for a list on stdin. An existing subnet with the same CIDR and exclusions and an
+    existing policy with the same fields are reused; otherwise the command creates them.
     """
     output = session.output
     if output.fields is not None and output.format.machine:
-        raise CommandError(f"--json chooses fields of results and goes without -o {output.format}")
+        raise CommandError(f"--json selects fields of results and cannot be combined with -o {output.format}")
     printer = findings.Printer(output) if found else None
     limit, watched_ports = follow.seconds(timeout), _fail_ports(fail_on)
     wanted = list(_targets(targets, file, exclude, name))
@@ -127,7 +127,7 @@ def scan(
 def _finish(
     session: Session, jobs: Sequence[views.Followed], watched: _Watched | None, printer: findings.Printer | None
 ) -> int:
-    """Print what the jobs found, except what was printed while they ran; the exit code by their ends and `watched`."""
+    """Print the remaining results; the exit code depends on the final states and `watched`."""
     output = session.output
     documents, rows = [], []
     for each in jobs:
@@ -150,7 +150,7 @@ def _print(session: Session, documents: Sequence[Row], rows: Sequence[Row], prin
             for row in rows:
                 printer.print(row)
         case Format.JSON:
-            output.say(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
+            output.emit(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
         case Format.JSONL:
             for row in rows:
                 output.line({"kind": "result"} | dict(row))
@@ -193,18 +193,18 @@ def _targets(given: Sequence[str], file: Any, exclude: Sequence[str], name: str 
         lines += sys.stdin
     wanted = [Wanted(each) for each in given if each != "-"] + list(_of_lines(lines))
     if not wanted:
-        raise CommandError("no target", hint="scanfleet scan 192.0.2.0/24, or --targets FILE")
+        raise CommandError("no targets", hint="scanfleet scan 192.0.2.0/24, or --targets FILE")
     named: set[tuple[str, frozenset[str]]] = set()
     for each in wanted:
         target = Wanted(resolve.canonical(each.cidr), each.name or name, (*each.exclude, *exclude))
         if target.scope in named:
-            raise CommandError(f"target {printable(each.cidr)} is named twice")
+            raise CommandError(f"target {printable(each.cidr)} is given twice")
         named.add(target.scope)
         yield target
 
 
 def _of_lines(lines: Iterable[str]) -> Iterator[Wanted]:
-    """Targets of a file: a CIDR or address a line, or CSV with a first line that names the columns."""
+    """Parse targets: a CIDR or address per line, or CSV with a header."""
     rows = [line for text in lines if (line := text.partition("#")[0].strip())]
     if rows and "cidr" in rows[0].lower().split(","):
         for row in csv.DictReader(rows):
@@ -222,13 +222,13 @@ def _of_lines(lines: Iterable[str]) -> Iterator[Wanted]:
     yield from map(Wanted, rows)
 
 
-# What is reused and what is made
+# Subnets and policies
 
 
 def _subnet(session: Session, wanted: Wanted, known: Sequence[rest.Subnet]) -> tuple[rest.Subnet, str]:
     name = wanted.name or resolve.own_name(wanted.cidr, sorted(wanted.exclude))
     body = resolve.body(rest.SubnetBody, {"name": name, "cidr": wanted.cidr, "exclude": list(wanted.exclude)})
-    return find_or_make(
+    return find_or_create(
         session,
         known,
         lambda: resolve.subnets(session),
@@ -252,16 +252,16 @@ def _policy(session: Session, named: str | None, fields: dict[str, Any]) -> tupl
     if named is not None:
         if fields:
             options = ", ".join(f"--{field.replace('_', '-')}" for field in fields)
-            raise CommandError(f"--policy goes without {options}")
-        return resolve.policy_named(session, named), "as it is"
+            raise CommandError(f"--policy cannot be combined with {options}")
+        return resolve.policy_named(session, named), "reused"
     fields.setdefault("preset", str(Preset.STANDARD))
     expected: ScanPolicy | None = None
-    with suppress(PolicyError, ValueError):  # this release does not know it; the service may, and makes it
+    with suppress(PolicyError, ValueError):  # unknown to this release; a newer service may accept it
         given = {name: value for name, value in fields.items() if name != "preset"}
         expected = fill_in(Preset(fields["preset"]), given)
 
     body = resolve.body(rest.PolicyBody, {"name": resolve.own_name(sorted(fields.items())), **fields})
-    return find_or_make(
+    return find_or_create(
         session,
         list(resolve.policies(session)),
         lambda: resolve.policies(session),
@@ -274,33 +274,33 @@ def _scan_of(policy: ScanPolicy) -> dict[str, Any]:
     return policy.model_dump(include=set(resolve.SCAN_FIELDS))
 
 
-def find_or_make(
+def find_or_create(
     session: Session,
     known: Iterable[T],
     read: Callable[[], Iterable[T]],
     is_wanted: Callable[[T], bool],
     make: Callable[[], T],
 ) -> tuple[T, str]:
-    """The object that is there, else a new one, and which of the two in words.
+    """Return an existing or a new object, and the word "reused" or "created".
 
-    A POST whose outcome is unknown may have made it, so the objects are read again before the POST is repeated.
+    A POST with an unknown outcome may have created the object, so the objects are read again before the POST is repeated.
 
     Args:
         session: of the command.
-        known: the objects that there are.
-        read: reads them again.
-        is_wanted: whether one will do.
-        make: makes one.
+        known: existing objects.
+        read: reads the existing objects again.
+        is_wanted: whether an object can be reused.
+        make: creates an object.
 
     Raises:
-        ApiError: the service refused it, or was busy.
-        UnavailableError: the service did not answer.
+        ApiError: the service returned an error.
+        UnavailableError: the service is unavailable.
     """
     for attempt in range(ATTEMPTS):
         if (found := next(filter(is_wanted, read() if attempt else known), None)) is not None:
-            return found, "made now" if attempt else "as it is"
+            return found, "created" if attempt else "reused"
         try:
-            return make(), "made now"
+            return make(), "created"
         except (ApiError, UnavailableError) as error:
             if not error.unsure or attempt == ATTEMPTS - 1:
                 raise

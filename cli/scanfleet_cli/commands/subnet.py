@@ -19,17 +19,17 @@ _TARGETS_HINT: Final = "ask the operator who sets SCANFLEET_ALLOWED_NETWORKS"
 
 @click.group()
 def subnet() -> None:
-    """Networks to scan, and what to leave out of them."""
+    """Networks to scan, and their exclusions."""
 
 
 @subnet.command()
 @click.argument("name")
 @click.argument("cidr")
-@click.option("--exclude", multiple=True, metavar="CIDR", help="Network to leave out; repeat for several.")
+@click.option("--exclude", multiple=True, metavar="CIDR", help="Network to exclude; repeat for several.")
 @formats
 @with_session
 def create(session: Session, /, *, name: str, cidr: str, exclude: Sequence[str]) -> None:
-    """Register a network."""
+    """Create a subnet."""
     body = resolve.body(rest.SubnetBody, {"name": name, "cidr": resolve.canonical(cidr), "exclude": list(exclude)})
     made = _explained(session, calls.create_subnet(body))
     session.output.one(made, lambda: [line(made)])
@@ -46,7 +46,7 @@ def _explained(session: Session, call: calls.Call[Any]) -> Row:
 
 
 def line(subnet: Row) -> str:
-    """`subnet 5 lab 127.9.8.0/24 (256 addresses, 128 excluded)`."""
+    """Format a subnet: `subnet 5 lab 127.9.8.0/24 (256 addresses, 128 excluded)`."""
     network = ip_network(subnet["cidr"])
     inside = [each for each in map(ip_network, subnet["exclude"]) if each.version == network.version]
     left_out = sum(each.num_addresses for each in coverage.merged(inside))
@@ -108,12 +108,14 @@ def edit(
     add_exclude: Sequence[str],
     remove_exclude: Sequence[str],
 ) -> None:
-    """Change a subnet; jobs that were made from it keep it as it was."""
+    """Change a subnet; existing jobs keep the previous values."""
     reply = session.client.ask(calls.read_subnet(resolve.subnet_named(session, which).id))
     before = reply.json
     exclude = [each for each in before["exclude"] if each not in map(resolve.canonical, remove_exclude)]
     if len(exclude) + len(set(remove_exclude)) != len(before["exclude"]):
-        raise CommandError(f"--remove-exclude: not excluded; {', '.join(before['exclude']) or 'nothing'} is")
+        raise CommandError(
+            f"--remove-exclude: not an exclusion of this subnet, which has {', '.join(before['exclude']) or 'none'}"
+        )
     fields = {
         "name": name or before["name"],
         "cidr": resolve.canonical(cidr or before["cidr"]),
@@ -130,7 +132,7 @@ def edit(
 @yes
 @with_session
 def delete(session: Session, /, *, which: Sequence[str], yes: bool) -> None:
-    """Delete subnets that no unfinished job scans; what was found stays."""
+    """Delete subnets without unfinished jobs; results are kept."""
     found = [resolve.subnet_named(session, each) for each in which]
     names = ", ".join(printable(each.name) for each in found)
     session.confirm(f"delete {count(len(found), 'subnet')} ({names})?", yes=yes)
@@ -142,10 +144,10 @@ def delete(session: Session, /, *, which: Sequence[str], yes: bool) -> None:
 @formats
 @with_session
 def import_(session: Session, /, *, file: Any) -> None:
-    """Register the networks of a CSV file, all or none.
+    """Create the subnets of a CSV file, all or none.
 
-    The first line is name,cidr or name,cidr,exclude; exclusions are separated by semicolons. A line that is registered already is
-    not registered again, so the command can be repeated.
+    The first line is name,cidr or name,cidr,exclude; exclusions are separated by semicolons. Existing subnets are not created
+    again, so the command can be repeated.
     """
     try:
         text = file.read()
@@ -156,4 +158,4 @@ def import_(session: Session, /, *, file: Any) -> None:
         session.output.many(imported["subnets"], [])
         return
     there = len({each["id"] for each in imported["subnets"]}) - imported["created"]
-    session.output.say(f"{imported['created']} made, {there} there already")
+    session.output.emit(f"{imported['created']} created, {there} unchanged")

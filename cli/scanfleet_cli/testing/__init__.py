@@ -1,7 +1,6 @@
-"""A double of the API behind the HTTP port: what it stores, and the faults that a test sets.
+"""A fake of the API as an HTTP transport, with faults that a test sets.
 
-`FakeApi` is the transport of a client. It answers as the gateway does as far as the command needs it; tests/e2e runs the same
-commands against the real one.
+`FakeApi` implements the part of the API that the command uses; tests/e2e runs the command against a real gateway.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from scanfleet.clock import rfc3339
 from scanfleet.messages import Job, JobStatus
 from scanfleet.policy import PolicyError, Preset, fill_in
 
-TOKEN = "token-of-user-7"  # noqa: S105 # of the double, which guards nothing
+TOKEN = "token-of-user-7"  # noqa: S105 # of the fake, not a secret
 NOW = datetime(2026, 3, 14, 9, 0, tzinfo=UTC)
 
 Fault = BaseException | httpx2.Response
@@ -36,7 +35,7 @@ State = tuple[JobStatus, int]
 
 
 class FakeJob:
-    """A job that goes through `states`, one with each event of a stream."""
+    """A job that advances through `states`, one for each event of a stream."""
 
     def __init__(self, id_: int, subnet_id: int, policy_id: int, states: list[State]) -> None:
         self.id, self.subnet_id, self.policy_id = id_, subnet_id, policy_id
@@ -49,7 +48,7 @@ class FakeJob:
         self.error = ""
         self.letters = ""
         self.page_size = 1_000
-        """Of the ledger."""
+        """Page size of the ledger."""
 
     @property
     def status(self) -> JobStatus:
@@ -108,20 +107,20 @@ class FakeApi(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
         self.jobs: dict[int, FakeJob] = {}
         self.keys: dict[str, list[int]] = {}
         self.states: list[State] = [(JobStatus.PENDING, 0), (JobStatus.RUNNING, 62), (JobStatus.COMPLETED, 100)]
-        """Of the next jobs."""
+        """States of the next jobs."""
 
         self.made: Callable[[FakeJob], None] = lambda _job: None
-        """Called with each new job, to set what it finds."""
+        """Called with each new job, to set its outcome."""
 
         self.faults: list[Fault] = []
-        """What happens to the next requests instead, one each."""
+        """Faults of the next requests, one each."""
 
         self.fault_of: Callable[[httpx2.Request], Fault | None] = lambda _request: None
         self.cut_after: int | None = None
-        """Events after which a stream breaks off, once."""
+        """Number of events after which one stream is cut."""
 
         self.answers: dict[tuple[str, str], Any] = {}
-        """More operations: their answers, by method and path."""
+        """Responses of further operations, by method and path."""
 
         self._routes: list[tuple[re.Pattern[str], Callable[..., httpx2.Response]]] = [
             (re.compile(pattern), handler)
@@ -159,13 +158,13 @@ class FakeApi(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
         return fault or self.carry_out(request)
 
     def carry_out(self, request: httpx2.Request) -> httpx2.Response:
-        """Do what a request asks for; a fault may do so before it cuts the connection."""
+        """Handle a request; a fault may call it before it cuts the connection."""
         method, path = request.method, request.url.path
         if (
             request.headers.get("authorization") not in {f"Bearer {token}" for token in self.tokens}
             and path != "/api/v1/info"
         ):
-            return _error(401, "no bearer token, or not a good one")
+            return _error(401, "no valid bearer token")
         if (method, path) in self.answers:
             answer = self.answers[method, path]
             return answer if isinstance(answer, httpx2.Response) else httpx2.Response(200, json=answer)
@@ -251,7 +250,7 @@ class FakeApi(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
         return httpx2.Response(200, json={"message": "Job deleted successfully"})
 
     def _import(self, request: httpx2.Request) -> httpx2.Response:
-        """A subnet for each line, all or none; those that are there are not made again."""
+        """Create a subnet for each line, all or none, unless it exists."""
         bodies = []
         for number, row in enumerate(csv.DictReader(io.StringIO(request.content.decode())), 2):
             try:
@@ -291,7 +290,7 @@ def _cancel(job: FakeJob) -> httpx2.Response:
 
 
 class _Events(httpx2.SyncByteStream, httpx2.AsyncByteStream):
-    """A job's states from now on, each when it is read."""
+    """The remaining states of a job; each read advances it."""
 
     def __init__(self, api: FakeApi, job: FakeJob) -> None:
         self._api = api
@@ -315,11 +314,11 @@ class _Events(httpx2.SyncByteStream, httpx2.AsyncByteStream):
             await asyncio.sleep(0)
             yield piece
             if self._job.seq == len(self._job.states) and not self._job.status.final:
-                await asyncio.Event().wait()  # the job runs on
+                await asyncio.Event().wait()  # the job continues
 
 
 class _AllEvents(httpx2.SyncByteStream, httpx2.AsyncByteStream):
-    """The unfinished jobs, then each of their states; it does not end with them, but a read of it times out."""
+    """The unfinished jobs, then each of their states; the stream does not end, and a blocking read times out."""
 
     def __init__(self, api: FakeApi) -> None:
         self._api = api
@@ -364,7 +363,7 @@ class _Lines(httpx2.SyncByteStream, httpx2.AsyncByteStream):
 
 
 def result(number: int, address: str, port: int, **fields: Any) -> dict[str, Any]:
-    """An open port, as the API answers it."""
+    """Return an open port as an object of the API."""
     known = {
         "protocol": "tcp",
         "service": "ssh",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import pytest
 from scanfleet import rest
 from scanfleet.messages import JobStatus
 from scanfleet_cli import calls
-from scanfleet_cli.client import AsyncClient, Client, Patience
+from scanfleet_cli.client import AsyncClient, Client, Patience, Watching
 from scanfleet_cli.errors import ApiError, UnavailableError
-from scanfleet_cli.testing import TOKEN, FakeApi, result
+from scanfleet_cli.testing import NOW, TOKEN, FakeApi, result
 
 OPENAPI = Path(__file__).parents[3] / "docs" / "openapi" / "current.json"
 SOON = Patience(timeout=5, first_pause=0.001, poll=0.001)
@@ -78,7 +79,7 @@ def make_job(client: Client) -> int:
 @pytest.mark.parametrize(
     "fault", [RESET, BUSY, httpx2.ConnectError("refused"), httpx2.Response(429, json={"error": "slow"})]
 )
-def test_a_call_that_is_safe_to_repeat_is_repeated(api: FakeApi, client: Client, fault: Any) -> None:
+def test_call_that_is_safe_to_repeat_is_repeated(api: FakeApi, client: Client, fault: Any) -> None:
     """A cut, a busy and an unreachable service, and a limit, are followed by the same request again."""
     api.faults = [fault, fault]
     assert client.send(calls.list_subnets()).total == 0
@@ -86,7 +87,7 @@ def test_a_call_that_is_safe_to_repeat_is_repeated(api: FakeApi, client: Client,
 
 
 @pytest.mark.parametrize(("fault", "repeated"), [(RESET, False), (BUSY, False), (httpx2.ConnectError("refused"), True)])
-def test_a_post_without_a_key_is_repeated_only_if_it_was_not_sent(
+def test_post_without_a_key_is_repeated_only_if_it_was_not_sent(
     api: FakeApi, client: Client, fault: Any, repeated: bool
 ) -> None:
     """What may have been carried out is not asked for twice."""
@@ -104,12 +105,12 @@ def test_retries_end_with_the_time(api: FakeApi) -> None:
     """An unavailable service is asked until the time ends, and then the error names the address and the cause."""
     client = Client("http://scanfleet.test", TOKEN, patience=Patience(timeout=0.05, first_pause=0.02), transport=api)
     api.fault_of = lambda _request: RESET
-    with pytest.raises(UnavailableError, match=r"no answer from http://scanfleet\.test: connection reset"):
+    with pytest.raises(UnavailableError, match=r"no response from http://scanfleet\.test: connection reset"):
         client.send(calls.list_subnets())
     assert 2 <= len(api.requests) <= 4
 
 
-def test_a_watched_job_is_seen_in_each_state(client: Client, watch: Watch) -> None:
+def test_watch_yields_each_state(client: Client, watch: Watch) -> None:
     """A watch yields every state and ends with the final one."""
     make_job(client)
     notices: list[str] = []
@@ -117,19 +118,19 @@ def test_a_watched_job_is_seen_in_each_state(client: Client, watch: Watch) -> No
     assert notices == []
 
 
-def test_a_cut_stream_is_joined_again(api: FakeApi, client: Client, watch: Watch) -> None:
+def test_watch_with_a_cut_stream_reconnects(api: FakeApi, client: Client, watch: Watch) -> None:
     """A stream that breaks off is reported once, opened again from the last event, and reported back."""
     make_job(client)
     api.cut_after = 1
     notices: list[str] = []
     tasks = watch(notices)
     assert [task.status.status for task in tasks][-1] is JobStatus.COMPLETED
-    assert [notice.split(" (")[0] for notice in notices] == ["connection lost", "connected again"]
+    assert [notice.split(" (")[0] for notice in notices] == ["connection lost", "reconnected"]
     streams = [each for each in api.requests if each.url.path.endswith("/events")]
     assert [each.headers.get("last-event-id") for each in streams] == [None, "1"]
 
 
-def test_a_job_is_polled_when_streams_do_not_last(api: FakeApi, client: Client, watch: Watch) -> None:
+def test_watch_with_failing_streams_polls(api: FakeApi, client: Client, watch: Watch) -> None:
     """After three failed streams in a row the job is asked for instead, to its end."""
     job = api.jobs[make_job(client)]
 
@@ -144,8 +145,8 @@ def test_a_job_is_polled_when_streams_do_not_last(api: FakeApi, client: Client, 
     assert sum(each.url.path.endswith("/events") for each in api.requests) == 3
 
 
-def test_a_watch_of_anothers_job_is_refused(api: FakeApi, watch: Watch) -> None:
-    """What no later attempt can change is raised."""
+def test_watch_of_another_users_job_raises(api: FakeApi, watch: Watch) -> None:
+    """An error that no retry can change is raised."""
     with pytest.raises(ApiError, match="no job 41"):
         watch([])
     assert len(api.requests) == 1
@@ -189,10 +190,22 @@ def test_job_that_ends_while_the_stream_is_cut_is_not_missed(
     api.fault_of = fault
     notices: list[str] = []
     assert final(watch_jobs([41, 42], notices)) == [41, 42]
-    assert [notice.split(" (")[0] for notice in notices] == ["connection lost", "connected again"]
+    assert [notice.split(" (")[0] for notice in notices] == ["connection lost", "reconnected"]
 
 
-def test_several_jobs_are_polled_when_streams_do_not_last(api: FakeApi, client: Client, watch_jobs: WatchJobs) -> None:
+def test_state_that_is_older_than_the_last_one_is_skipped(api: FakeApi, client: Client) -> None:
+    """An event that was sent before a state was read does not set the job back."""
+    job = api.jobs[make_job(client)]
+    watching = Watching([41], SOON)
+    job.seq = 2
+    newer = job.task.model_copy(update={"job": job.job.model_copy(update={"updated_at": NOW + timedelta(seconds=1)})})
+    assert watching.polled(newer) == [newer]
+    older = httpx2.ServerSentEvent(data=job.task.model_dump_json(), id="1")
+    assert watching.received(older) == []
+    assert watching.polled(newer) == [newer]
+
+
+def test_watch_of_several_jobs_with_failing_streams_polls(api: FakeApi, client: Client, watch_jobs: WatchJobs) -> None:
     """After three failed streams in a row the jobs are read instead, to their ends."""
     make_job(client), make_job(client)
     reads = [0]
@@ -211,8 +224,8 @@ def test_several_jobs_are_polled_when_streams_do_not_last(api: FakeApi, client: 
     assert len(streams(api)) == 3
 
 
-def test_several_jobs_with_one_of_anothers_are_refused(client: Client, watch_jobs: WatchJobs) -> None:
-    """What no later attempt can change is raised."""
+def test_watch_of_several_jobs_with_an_unknown_one_raises(client: Client, watch_jobs: WatchJobs) -> None:
+    """An error that no retry can change is raised."""
     make_job(client)
     with pytest.raises(ApiError, match="no job 42"):
         watch_jobs([41, 42], [])
@@ -346,7 +359,7 @@ def test_post_of_jobs_with_a_cut_body_is_repeated_with_its_key(
 
 
 def test_post_without_a_key_with_a_cut_body_is_not_repeated(api: FakeApi, client: Client) -> None:
-    """What may have been carried out is not asked for twice, and the error says so."""
+    """A call that may have been carried out is not repeated, and the error has this fact."""
     api.fault_of = carried_out_then_cut(api, "POST")
     with pytest.raises(UnavailableError) as raised:
         client.send(calls.create_subnet(BODY))
@@ -373,5 +386,5 @@ def test_answer_that_is_not_json_of_the_api_raises_api_error(api: FakeApi, clien
         lambda: list(client.results(41)),
         lambda: list(client.watch(41)),
     ):
-        with pytest.raises(ApiError, match="the answer"):
+        with pytest.raises(ApiError, match="the response"):
             ask()

@@ -33,8 +33,8 @@ def test_remove_of_a_context_deletes_its_tokens(run: Any, tmp_path: Path) -> Non
     assert store.read("prod") is not None
 
 
-def test_remove_of_a_context_without_tokens_makes_no_file(run: Any, tmp_path: Path) -> None:
-    """Nothing is written where there is nothing to delete."""
+def test_remove_of_a_context_without_tokens_writes_no_file(run: Any, tmp_path: Path) -> None:
+    """A removal without stored tokens writes no file."""
     run("context", "add", "lab", "--url", URL, environment={})
     assert run("context", "remove", "lab", "--yes", environment={}).code == 0
     assert not (tmp_path / "tokens.json").exists()
@@ -45,12 +45,13 @@ def login(run: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
     return run(*arguments, "--token-stdin", environment={})
 
 
-def test_login_keeps_the_token_under_the_named_context(
+def test_login_with_context_stores_the_token_under_that_context(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """--context names the context to sign in to, also when another context has the same gateway."""
     for name in ("first", "second"):
         run("context", "add", name, "--url", URL, environment={})
+    run("context", "use", "first", environment={})
     store = FileStore(tmp_path / "tokens.json")
     assert login(run, monkeypatch, "--context", "second", "login").code == 0
     assert (store.read("first"), store.read("second") is None) == (None, False)
@@ -64,10 +65,10 @@ def test_login_to_another_gateway_under_a_known_name_is_refused(run: Any, monkey
     run("context", "add", "lab", "--url", URL, environment={})
     ended = login(run, monkeypatch, "login", "http://elsewhere.test", "--name", "lab")
     assert ended.code == 2
-    assert f"context lab is of {URL}, not of http://elsewhere.test" in ended.err
+    assert f"context lab has the gateway {URL}, not http://elsewhere.test" in ended.err
 
 
-def test_change_of_a_context_keeps_what_is_not_given(run: Any) -> None:
+def test_context_add_of_a_known_name_keeps_omitted_options(run: Any) -> None:
     """`context add` of a known name changes the options that it is given."""
     run("context", "add", "lab", "--url", URL, "--token-command", f"echo {TOKEN}", environment={})
     run("context", "add", "lab", "--url", f"{URL}/v2", environment={})
@@ -88,14 +89,14 @@ def test_change_of_a_context_keeps_what_is_not_given(run: Any) -> None:
         ('[context.prod]\nurl = "http://scanfleet.test"\ntoken_command = "echo x"', "is not a list of texts"),
         ('[context.prod]\nurl = "http://scanfleet.test"\ntoken_command = [1]', "is not a list of texts"),
         ("[[context]]\nurl = 5", "context is not a table"),
-        ("current = ", "cannot be read"),
+        ("current = ", "cannot read"),
     ],
 )
 @pytest.mark.parametrize("command", [["context", "list"], ["subnet", "list"], ["context", "add", "lab"]])
-def test_configuration_of_the_wrong_form_is_reported(
+def test_configuration_with_a_wrong_type_exits_2(
     run: Any, tmp_path: Path, text: str, problem: str, command: list[str]
 ) -> None:
-    """A value of the wrong type is named with its file, exits 2, and is not overwritten."""
+    """The error names the value and the file, the exit code is 2, and the file is unchanged."""
     file = tmp_path / "config.toml"
     file.write_text(text)
     ended = run(*command, environment={})
@@ -115,15 +116,15 @@ def test_configuration_of_the_wrong_form_is_reported(
         ("https://scanfleet.test:8443", "https://scanfleet.test", False),
     ],
 )
-def test_addresses_of_one_gateway(one: str, other: str, same: bool) -> None:
+def test_comparison_of_urls_ignores_what_has_no_effect(one: str, other: str, same: bool) -> None:
     """A path is compared as it is, scheme and host in any case."""
     assert same_url(one, other) is same
 
 
 @pytest.mark.parametrize("url", ["scanfleet.test", "ftp://scanfleet.test", "http://scanfleet.test:port", "http://[::1"])
-def test_text_that_is_not_an_address_is_refused(url: str) -> None:
+def test_check_of_an_invalid_url_raises(url: str) -> None:
     """Each is an error with an example, and none a traceback."""
-    with pytest.raises(CommandError, match="is not the address of a gateway"):
+    with pytest.raises(CommandError, match="is not the URL of a gateway"):
         check_url(url)
 
 

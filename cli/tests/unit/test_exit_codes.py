@@ -13,8 +13,8 @@ from scanfleet_cli.errors import MEANINGS, Exit
 from scanfleet_cli.testing import FakeApi
 
 
-def test_a_missing_token_exits_4(run: Any) -> None:
-    """Without a token the command says how to sign in."""
+def test_missing_token_exits_4(run: Any) -> None:
+    """Without a token the error has a hint to sign in."""
     ended = run("job", "list", environment={"SCANFLEET_URL": "http://scanfleet.test"})
     assert ended.code == 4
     assert "scanfleet login http://scanfleet.test" in ended.err
@@ -24,7 +24,7 @@ def test_a_missing_token_exits_4(run: Any) -> None:
     ("status", "code"),
     [(400, 2), (409, 2), (412, 2), (413, 2), (401, 4), (403, 4), (404, 5), (429, 6), (502, 6), (503, 6), (500, 1)],
 )
-def test_an_error_of_the_service_has_its_exit_code(api: FakeApi, run: Any, status: int, code: int) -> None:
+def test_error_of_the_service_has_its_exit_code(api: FakeApi, run: Any, status: int, code: int) -> None:
     """The service's sentence is printed, and the request id of a fault of the service."""
     api.fault_of = lambda _request: httpx2.Response(
         status, json={"error": "as it is"}, headers={"X-Request-ID": "c0ffee"}
@@ -38,12 +38,12 @@ def test_an_error_of_the_service_has_its_exit_code(api: FakeApi, run: Any, statu
     assert document["status"] == status
 
 
-def test_a_service_that_cannot_be_reached_exits_6(api: FakeApi, run: Any) -> None:
-    """No answer is an unavailable service, named by its address."""
+def test_service_that_cannot_be_reached_exits_6(api: FakeApi, run: Any) -> None:
+    """The error of an unreachable service names its URL."""
     api.fault_of = lambda _request: httpx2.ConnectError("connection refused")
     ended = run("--retry", "0.01", "job", "show", "41")
     assert ended.code == 6
-    assert "no answer from http://scanfleet.test: connection refused" in ended.err
+    assert "no response from http://scanfleet.test: connection refused" in ended.err
 
 
 @pytest.mark.parametrize("fault", [httpx2.ReadError("connection reset"), httpx2.Response(503, json={"error": "busy"})])
@@ -88,7 +88,7 @@ def test_answer_that_is_not_json_exits_1(api: FakeApi, run: Any) -> None:
 
 
 @pytest.mark.parametrize(("end", "code"), [(JobStatus.COMPLETED, 0), (JobStatus.FAILED, 3), (JobStatus.CANCELLED, 7)])
-def test_the_end_of_a_job_has_its_exit_code(api: FakeApi, run: Any, end: JobStatus, code: int) -> None:
+def test_end_of_a_job_has_its_exit_code(api: FakeApi, run: Any, end: JobStatus, code: int) -> None:
     """Watching and waiting exit by how the job ends, unless asked not to."""
     api.states = [(JobStatus.RUNNING, 50), (end, 90)]
     assert run("scan", "127.9.8.0/24").code == code
@@ -97,14 +97,14 @@ def test_the_end_of_a_job_has_its_exit_code(api: FakeApi, run: Any, end: JobStat
     assert run("job", "watch", "41", "--no-exit-status").code == 0
 
 
-def test_ctrl_c_detaches(api: FakeApi, run: Any) -> None:
-    """Ctrl-C exits 130, leaves the job running and says how to come back; --cancel-on-interrupt cancels it."""
+def test_ctrl_c_leaves_the_job_running(api: FakeApi, run: Any) -> None:
+    """Ctrl-C exits 130, leaves the job running and prints the command to return; --cancel-on-interrupt cancels it."""
     api.states = [(JobStatus.RUNNING, 62)]
     run("scan", "127.9.8.0/24", "--no-watch")
     api.fault_of = lambda request: KeyboardInterrupt() if request.url.path.endswith("/events") else None
     ended = run("job", "watch", "41")
     assert ended.code == 130
-    assert "job 41 runs on: scanfleet job watch 41, or scanfleet job cancel 41" in ended.err
+    assert "job 41 continues: scanfleet job watch 41, or scanfleet job cancel 41" in ended.err
     assert api.jobs[41].status == "running"
     assert run("job", "watch", "41", "--cancel-on-interrupt").code == 130
     assert api.jobs[41].status == "cancelled"
@@ -130,7 +130,7 @@ def test_examples_in_the_help_keep_their_lines(
     assert sum(line.startswith(("  scanfleet ", "  bash: ", "  zsh:  ", "  fish: ")) for line in lines) == 3
 
 
-def test_the_table_is_in_the_help(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_the_exit_codes(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """--help shows every exit code with its meaning."""
     assert run("--help").code == 0
     shown = capsys.readouterr().out

@@ -13,7 +13,7 @@ import pytest
 
 from scanfleet import rest
 from scanfleet.messages import JobStatus
-from scanfleet_cli import views
+from scanfleet_cli import findings, views
 from scanfleet_cli.output import Output
 from scanfleet_cli.session import World
 from scanfleet_cli.testing import FakeApi, FakeJob, result
@@ -37,7 +37,7 @@ def interrupt(request: httpx2.Request) -> BaseException | None:
 
 
 def test_failed_cancel_after_an_interrupt_is_reported(running: FakeApi, run: Any) -> None:
-    """A job that could not be cancelled is named with the reason and its exit code, and the others are cancelled."""
+    """The error names the job and the reason, decides the exit code, and the other jobs are cancelled."""
 
     def fault(request: httpx2.Request) -> Any:
         return busy() if request.url.path.endswith("/41/cancel") else interrupt(request)
@@ -52,13 +52,13 @@ def test_failed_cancel_after_an_interrupt_is_reported(running: FakeApi, run: Any
 
 
 def test_scan_without_a_readable_ledger_prints_its_results(api: FakeApi, run: Any) -> None:
-    """-o json prints job and results with the ledger null, and stderr says why it is."""
+    """-o json prints job and results with a null ledger, and stderr has the reason."""
     api.fault_of = lambda request: busy() if request.url.path.endswith("/ledger") else None
     ended = run("--retry", "0", "scan", "127.9.8.0/24", "-o", "json")
     document = json.loads(ended.out)
     assert (document["ledger"], document["results"]) == (None, [])
     assert document["job"]["status"]["status"] == "completed"
-    assert "the ledger cannot be read: busy" in ended.err
+    assert "cannot read the ledger: busy" in ended.err
 
 
 def test_several_jobs_are_watched_over_one_stream(running: FakeApi, run: Any) -> None:
@@ -90,7 +90,7 @@ class Terminal(io.StringIO):
 
 
 def test_line_on_a_terminal_is_not_erased_with_the_bar(api: FakeApi, run: Any) -> None:
-    """A line that is printed while a bar is drawn comes after the bar was erased, and nothing moves above it."""
+    """A permanent line is printed after the bar is erased, and the next redraw starts below it."""
     run("scan", "127.9.8.0/24", "--no-watch")
     job = views.Followed(41, api.jobs[41].task)
     output = Output(io.StringIO(), terminal := Terminal())
@@ -130,7 +130,7 @@ def test_time_limit_of_zero_is_refused(api: FakeApi, run: Any, command: list[str
     """A limit of no time would never show a state, so it is an error instead of no limit."""
     ended = run(*command, "--timeout", "0")
     assert ended.code == 2
-    assert "--timeout: 0 is not a time above 0" in ended.err
+    assert "--timeout: 0 is not a duration above 0" in ended.err
     assert not api.jobs
 
 
@@ -160,7 +160,7 @@ def test_time_limit_while_a_final_ledger_is_read_still_prints_the_end(api: FakeA
     assert time.monotonic() - began < 20
     assert ended.code == 0
     assert "completed 100%" in ended.err
-    assert "no answer before --timeout ran out" in ended.err
+    assert "no response before --timeout expired" in ended.err
 
 
 @pytest.mark.parametrize("format_", ["table", "jsonl"])
@@ -190,7 +190,15 @@ def test_found_prints_the_results_that_came_last(api: FakeApi, run: Any) -> None
         assert run(*command, "--found").out == "127.9.8.1\t22/tcp\topen\tssh\tOpenSSH 9.2p1\n"
 
 
+def test_printer_prints_a_result_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """A result that was printed while the job ran is not printed again at its end."""
+    printer = findings.Printer(Output())
+    for number in (1, 2, 1):
+        printer.print(result(number, f"127.9.8.{number}", 22))
+    assert [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()] == ["127.9.8.1", "127.9.8.2"]
+
+
 def test_found_in_a_format_of_whole_documents_is_refused(api: FakeApi, run: Any) -> None:
-    """A document cannot be printed as it comes."""
+    """A document cannot be printed line by line."""
     assert run("scan", "127.9.8.0/24", "--found", "-o", "json").code == 2
     assert not api.requests

@@ -30,7 +30,7 @@ def jobs(api: FakeApi, run: Any) -> FakeApi:
 
 
 @pytest.mark.usefixtures("jobs")
-def test_a_list_is_a_table_on_a_terminal(run: Any) -> None:
+def test_list_is_a_table_on_a_terminal(run: Any) -> None:
     """A terminal gets a header and aligned columns, and an unfinished job its progress as words."""
     lines = run("--color", "never", "job", "list", width=80).out.splitlines()
     assert lines[0].split() == ["ID", "STATUS", "SUBNET", "POLICY", "STARTED", "TOOK"]
@@ -50,8 +50,8 @@ def test_states_are_coloured_on_a_terminal_alone(run: Any) -> None:
 
 
 @pytest.mark.usefixtures("jobs")
-def test_a_list_is_tab_separated_elsewhere(run: Any) -> None:
-    """Without a terminal there is no header, and times are as the API answers them."""
+def test_list_is_tab_separated_elsewhere(run: Any) -> None:
+    """Without a terminal there is no header, and times have the format of the API."""
     (line,) = run("job", "list", "--status", "completed").out.splitlines()
     assert line.split("\t") == ["41", "completed", "5", "3", "2026-03-14T09:00:00Z", "1:07"]
 
@@ -69,7 +69,7 @@ def test_formats_of_a_list(run: Any, format_: str, printed: str) -> None:
     assert run("job", "list", "-o", format_).out.startswith(printed)
 
 
-def test_json_of_a_list_is_what_the_api_answers(jobs: FakeApi, run: Any) -> None:
+def test_list_as_json_has_the_objects_of_the_api(jobs: FakeApi, run: Any) -> None:
     """-o json is one array of the API's objects, -o jsonl one a line, --json a choice of fields."""
     wanted = [jobs.jobs[number].job.model_dump(mode="json") for number in (42, 41)]
     assert json.loads(run("job", "list", "-o", "json").out) == wanted
@@ -90,8 +90,8 @@ def test_unknown_or_missing_fields_are_listed(run: Any, fields: list[str]) -> No
 
 
 @pytest.mark.usefixtures("jobs")
-def test_a_limit_says_what_it_leaves_out(run: Any) -> None:
-    """--limit follows pages and says how many there are; 0 is all."""
+def test_list_with_a_limit_notes_the_total(run: Any) -> None:
+    """--limit reads further pages and notes the total; 0 is all."""
     ended = run("job", "list", "--limit", "1", "-o", "name")
     assert (ended.out, ended.err) == ("42\n", "1 of 2; --limit 0 for all\n")
     assert run("job", "list", "--limit", "0", "-o", "name").err == ""
@@ -99,7 +99,7 @@ def test_a_limit_says_what_it_leaves_out(run: Any) -> None:
 
 @pytest.fixture
 def ends(jobs: FakeApi) -> FakeApi:
-    """Ctrl-C comes when the command opens its second stream."""
+    """The second stream of the command is interrupted by Ctrl-C."""
     opened = [0]
 
     def fault(request: httpx2.Request) -> BaseException | None:
@@ -112,7 +112,7 @@ def ends(jobs: FakeApi) -> FakeApi:
 
 @pytest.mark.usefixtures("ends")
 def test_watched_list_is_followed_by_its_changes(run: Any) -> None:
-    """Without a terminal the list comes first, and then a line for each state of each job."""
+    """Without a terminal the list is printed, then a line for each state of each job."""
     ended = run("job", "list", "--watch")
     assert ended.code == 130
     states = [line.split("\t")[:2] for line in ended.out.splitlines()]
@@ -145,7 +145,7 @@ def test_watched_list_in_a_format_of_whole_documents_is_refused(run: Any) -> Non
     assert "--watch" in ended.err
 
 
-def test_an_unknown_status_lists_the_five(run: Any) -> None:
+def test_unknown_status_lists_the_five(run: Any) -> None:
     """A status that does not exist is refused with the five that do."""
     ended = run("job", "list", "--status", "done")
     assert ended.code == 2
@@ -153,8 +153,8 @@ def test_an_unknown_status_lists_the_five(run: Any) -> None:
 
 
 @pytest.mark.usefixtures("jobs")
-def test_a_job_is_shown_as_a_block(run: Any) -> None:
-    """A job's block says its state, what was asked, and what became of it."""
+def test_job_is_shown_as_a_block(run: Any) -> None:
+    """The block of a job has its status, request and outcome."""
     shown = run("job", "show", "41").out
     assert shown.startswith("job 41  completed 100 %\n")
     assert "  subnet     5\n" in shown
@@ -162,7 +162,7 @@ def test_a_job_is_shown_as_a_block(run: Any) -> None:
     assert "all 256 probes of 256 addresses accounted for" in shown
 
 
-def test_what_a_job_was_asked_for_is_that_of_its_snapshot(jobs: FakeApi, run: Any) -> None:
+def test_job_show_with_a_snapshot_prints_the_request_as_submitted(jobs: FakeApi, run: Any) -> None:
     """Where the service has snapshots, a job's block shows the network and the ports of its own time."""
     policy = fill_in(Preset.QUICK, {}).model_dump(mode="json")
     asked = {"job_id": 41, "cidr": "127.9.8.0/24", "exclude": [], "policy": policy, "addresses": 256, "excluded": 128}
@@ -172,12 +172,12 @@ def test_what_a_job_was_asked_for_is_that_of_its_snapshot(jobs: FakeApi, run: An
     assert "  policy     quick, ports top:100 (100 ports; policy 3)\n" in shown
 
 
-def test_an_older_service_is_named_as_such(jobs: FakeApi, run: Any) -> None:
+def test_snapshot_of_an_older_service_exits_1_with_the_reason(jobs: FakeApi, run: Any) -> None:
     """An operation that the service lacks is reported as that."""
     assert jobs
     ended = run("job", "snapshot", "41")
     assert ended.code == 1
-    assert "this service has no snapshots of jobs: it is older than this command" in ended.err
+    assert "this service does not support snapshots of jobs: it is older than this command" in ended.err
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_hosts_are_one_line_each(run: Any) -> None:
 
 @pytest.mark.parametrize("command", ["results", "hosts"])
 def test_limit_that_is_given_holds_without_a_terminal(jobs: FakeApi, run: Any, command: str) -> None:
-    """A pipe gets everything unless --limit names a number, and then stderr says what was left out."""
+    """A pipe receives everything unless --limit is given, and then stderr notes the total."""
     jobs.jobs[41].results = [result(number, f"127.9.8.{number}", 22) for number in range(1, 41)]
     assert len(run("job", command, "41").out.splitlines()) == 40
     for format_ in ([], ["-o", "jsonl"]):
@@ -236,8 +236,8 @@ def partly(job: FakeJob) -> None:
     ]
 
 
-def test_a_ledger_says_what_was_not_probed_and_why(jobs: FakeApi, run: Any) -> None:
-    """The ledger shows nine outcomes, whether they add up, and what was not probed by reason."""
+def test_ledger_of_a_partial_job_lists_reasons(jobs: FakeApi, run: Any) -> None:
+    """The ledger shows nine outcomes, whether the job is accounted for, and the reasons of addresses that were not probed."""
     partly(jobs.jobs[41])
     shown = run("job", "ledger", "41").out
     assert [line.split("  ")[0].strip() for line in shown.splitlines()[:9]] == [
@@ -248,8 +248,8 @@ def test_a_ledger_says_what_was_not_probed_and_why(jobs: FakeApi, run: Any) -> N
     assert "  nmap\\x1b crashed (127.9.8.9)\n" in shown
 
 
-def test_addresses_that_were_not_probed_are_named(jobs: FakeApi, run: Any) -> None:
-    """--not-probed names addresses, --networks collapses them, --outcome chooses."""
+def test_ledger_with_not_probed_lists_addresses(jobs: FakeApi, run: Any) -> None:
+    """--not-probed lists addresses, --networks collapses them, --outcome selects them."""
     partly(jobs.jobs[41])
     assert run("job", "ledger", "41", "--not-probed").out.splitlines() == [
         "127.9.8.4\t22\tcancelled\t",
@@ -260,7 +260,7 @@ def test_addresses_that_were_not_probed_are_named(jobs: FakeApi, run: Any) -> No
     assert run("job", "ledger", "41", "--outcome", "down", "-o", "name").out == "127.9.8.8\n"
 
 
-def test_a_cancel_of_an_ended_job_says_since_when(jobs: FakeApi, run: Any) -> None:
+def test_cancel_of_an_ended_job_exits_2_with_the_time(jobs: FakeApi, run: Any) -> None:
     """A job that has ended cannot be cancelled, and the others still are."""
     ended = run("job", "cancel", "41", "42")
     assert ended.code == 2
@@ -269,7 +269,7 @@ def test_a_cancel_of_an_ended_job_says_since_when(jobs: FakeApi, run: Any) -> No
     assert jobs.jobs[42].status is JobStatus.CANCELLED
 
 
-def test_a_cancel_whose_answer_was_cut_is_done(jobs: FakeApi, run: Any) -> None:
+def test_cancel_whose_answer_was_cut_is_done(jobs: FakeApi, run: Any) -> None:
     """When the repeated cancel finds the job cancelled, the attempt that was cut did it."""
 
     def fault(request: httpx2.Request) -> Exception | None:
@@ -284,8 +284,8 @@ def test_a_cancel_whose_answer_was_cut_is_done(jobs: FakeApi, run: Any) -> None:
     assert (ended.code, ended.err) == (0, "✓ job 42 cancelled\n")
 
 
-def test_deleted_job_is_gone_and_an_unfinished_one_stays(jobs: FakeApi, run: Any) -> None:
-    """A job that runs is refused with what to do, and the others are deleted."""
+def test_delete_of_an_unfinished_job_exits_2_and_deletes_the_others(jobs: FakeApi, run: Any) -> None:
+    """The error of a running job has a hint, and the ended job is deleted."""
     ended = run("job", "delete", "42", "41", "--yes")
     assert ended.code == 2
     assert "✓ job 41 deleted" in ended.err
@@ -295,7 +295,7 @@ def test_deleted_job_is_gone_and_an_unfinished_one_stays(jobs: FakeApi, run: Any
 
 
 def test_delete_of_a_job_needs_yes_without_a_terminal(jobs: FakeApi, run: Any) -> None:
-    """Nothing is deleted where nobody can be asked."""
+    """Without a terminal to confirm on, nothing is deleted."""
     ended = run("job", "delete", "41")
     assert ended.code == 2
     assert "delete 1 job (41) with all results?: needs --yes without a terminal" in ended.err
@@ -317,8 +317,8 @@ def test_delete_whose_answer_was_cut_counts_as_done(jobs: FakeApi, run: Any) -> 
 
 
 @pytest.mark.parametrize("command", [["job", "show", "41"], ["job", "list", "-o", "wide"]])
-def test_busy_service_is_not_shown_as_a_missing_object(jobs: FakeApi, run: Any, command: list[str]) -> None:
-    """Only what does not exist is left out; every other refusal ends the command with its exit code."""
+def test_busy_service_is_not_reported_as_a_missing_object(jobs: FakeApi, run: Any, command: list[str]) -> None:
+    """Only a missing object is omitted; every other error ends the command with its exit code."""
 
     def fault(request: httpx2.Request) -> httpx2.Response | None:
         busy = request.url.path.endswith("/ledger") if command[1] == "show" else request.url.path.endswith("/41")
@@ -331,8 +331,8 @@ def test_busy_service_is_not_shown_as_a_missing_object(jobs: FakeApi, run: Any, 
 
 
 @pytest.mark.usefixtures("jobs")
-def test_what_is_destroyed_needs_yes_without_a_terminal(run: Any) -> None:
-    """Without a terminal to ask on, a command that destroys needs --yes."""
+def test_cancel_of_all_jobs_without_a_terminal_needs_yes(run: Any) -> None:
+    """Without a terminal to confirm on, a destructive command needs --yes."""
     ended = run("job", "cancel", "--all-mine")
     assert ended.code == 2
     assert "needs --yes without a terminal" in ended.err
@@ -353,7 +353,7 @@ def test_events_are_json_lines(run: Any) -> None:
     assert [line["status"]["progress"] for line in lines] == [62, 100]
 
 
-def test_a_map_is_a_square_of_letters(jobs: FakeApi, run: Any) -> None:
+def test_map_is_a_square_of_letters(jobs: FakeApi, run: Any) -> None:
     """A /24 is 16 rows of 16 letters under their address, and the legend names those that occur."""
     block = {"ports": "22", "letters": "a" * 15 + "l" + "s" * 240}
     other = {"ports": "80", "letters": "d" * 16 + "s" * 239 + "t"}
@@ -373,12 +373,12 @@ def test_a_map_is_a_square_of_letters(jobs: FakeApi, run: Any) -> None:
     assert json.loads(run("job", "map", "41", "-o", "json").out) == drawn
 
 
-def test_a_map_of_a_large_network_shows_the_worst_of_each_block(jobs: FakeApi, run: Any) -> None:
-    """More addresses than cells are drawn as blocks, each with its worst letter, and the size of a block is named."""
+def test_map_of_a_large_network_shows_the_worst_of_each_block(jobs: FakeApi, run: Any) -> None:
+    """A large network is drawn as blocks, each with its worst letter, and the legend has the size of a block."""
     letters = "a" * 65_535 + "l"
     drawn = {"job_id": 41, "seq": 3, "status": "failed", "first": "127.9.0.0", "addresses": 65_536}
     jobs.answers["GET", "/api/v1/task/41/map"] = drawn | {"blocks": [{"ports": "22", "letters": letters}]}
     lines = run("job", "map", "41").out.splitlines()
     assert lines[0] == "127.9.0.0    " + "a" * 16
     assert lines[15] == "127.9.240.0  " + "a" * 15 + "l"
-    assert lines[17] == "a cell is a /24: the worst of its 256 addresses"
+    assert lines[17] == "each cell is a /24: the worst of its 256 addresses"

@@ -73,8 +73,8 @@ def world(api: FakeApi, issuer: Issuer, slept: list[float], tmp_path: Path) -> I
         browser.join()
 
 
-def test_a_browser_signs_in_by_code_with_pkce(issuer: Issuer, run: Any, tmp_path: Path) -> None:
-    """With a display the code comes back to this machine, and the tokens are kept for this gateway."""
+def test_browser_signs_in_by_code_with_pkce(issuer: Issuer, run: Any, tmp_path: Path) -> None:
+    """With a display the browser redirects to this machine, and the tokens are stored for this gateway."""
     ended = run("login", GATEWAY, environment={"DISPLAY": ":0"})
     assert ended.code == 0, ended.err
     file = tmp_path / "tokens.json"
@@ -88,7 +88,7 @@ def test_a_browser_signs_in_by_code_with_pkce(issuer: Issuer, run: Any, tmp_path
     assert "the sign-in of context scanfleet.test" in run("whoami", environment={}).out
 
 
-def test_a_device_signs_in_by_a_code_in_any_browser(issuer: Issuer, run: Any, slept: list[float]) -> None:
+def test_device_signs_in_by_a_code_in_any_browser(issuer: Issuer, run: Any, slept: list[float]) -> None:
     """Without a display the code is shown, and the issuer is asked at its own pace until the user has typed it."""
     issuer.pending = ["authorization_pending", "slow_down", "authorization_pending"]
     ended = run("login", GATEWAY, environment={})
@@ -100,17 +100,17 @@ def test_a_device_signs_in_by_a_code_in_any_browser(issuer: Issuer, run: Any, sl
 
 
 @pytest.mark.parametrize("flow", [["--device"], []])
-def test_a_refused_sign_in_exits_4_and_keeps_nothing(issuer: Issuer, run: Any, tmp_path: Path, flow: list[str]) -> None:
+def test_refused_sign_in_exits_4_and_keeps_nothing(issuer: Issuer, run: Any, tmp_path: Path, flow: list[str]) -> None:
     """When the user refuses, the issuer's reason is shown."""
     issuer.approves = False
     ended = run("login", GATEWAY, *flow, environment={"DISPLAY": ":0"})
     assert ended.code == 4
-    assert "the issuer refused: " in ended.err
+    assert "the issuer refused the sign-in: " in ended.err
     assert not (tmp_path / "config.toml").exists()
 
 
-def test_a_browser_that_comes_back_from_another_sign_in_is_refused(world: World, run: Any, api: FakeApi) -> None:
-    """An answer with another state is not used: somebody else may have begun that sign-in."""
+def test_redirect_of_another_sign_in_is_refused(world: World, run: Any, api: FakeApi) -> None:
+    """A redirect with another state is rejected: an attacker may have started that sign-in."""
     assert api
 
     def browse(address: str) -> bool:
@@ -132,7 +132,7 @@ def test_idle_connection_does_not_block_the_browser() -> None:
     assert answers == [{"code": "1", "state": "2"}]
 
 
-def test_a_token_of_stdin_is_kept(api: FakeApi, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_of_stdin_is_kept(api: FakeApi, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """--token-stdin keeps a token that the service takes, and no other."""
     api.tokens = [TOKEN]
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{TOKEN}\n"))
@@ -146,7 +146,7 @@ def test_a_token_of_stdin_is_kept(api: FakeApi, run: Any, monkeypatch: pytest.Mo
 
 
 def test_kept_tokens_go_to_no_other_gateway(run: Any) -> None:
-    """A context whose address is changed has no token until the user signs in there."""
+    """A context whose URL has changed has no token until the user signs in again."""
     run("login", GATEWAY, environment={})
     run("context", "add", "scanfleet.test", "--url", "http://elsewhere.test", environment={})
     ended = run("subnet", "list", environment={})
@@ -163,7 +163,7 @@ def age(folder: Path) -> None:
 
 
 def test_two_shells_refresh_once(issuer: Issuer, run: Any, tmp_path: Path) -> None:
-    """A token that ends within a minute is refreshed by one shell, and the others use what it brought."""
+    """One of several processes refreshes a token that expires within a minute, and the others use the new one."""
     run("login", GATEWAY, environment={})
     age(tmp_path)
     found: list[str | None] = []
@@ -182,7 +182,7 @@ def test_two_shells_refresh_once(issuer: Issuer, run: Any, tmp_path: Path) -> No
     assert run("subnet", "list", environment={}).code == 0
 
 
-def test_a_refresh_that_is_refused_asks_to_sign_in(issuer: Issuer, run: Any, tmp_path: Path) -> None:
+def test_refresh_that_is_refused_asks_to_sign_in(issuer: Issuer, run: Any, tmp_path: Path) -> None:
     """When the issuer gives no new token the command exits 4."""
     run("login", GATEWAY, environment={})
     age(tmp_path)
@@ -197,8 +197,8 @@ def test_a_refresh_that_is_refused_asks_to_sign_in(issuer: Issuer, run: Any, tmp
     [({"sign_in": ["token"]}, "--token-stdin"), ({"issuer": "http://issuer.test"}, "is not https")],
 )
 @pytest.mark.usefixtures("issuer")
-def test_a_sign_in_that_cannot_be_says_why(api: FakeApi, run: Any, info: dict[str, Any], hint: str) -> None:
-    """A gateway without an issuer, and an issuer without TLS, are named."""
+def test_impossible_sign_in_exits_with_the_reason(api: FakeApi, run: Any, info: dict[str, Any], hint: str) -> None:
+    """The error names a gateway without an issuer and an issuer without TLS."""
     api.answers["GET", "/api/v1/info"] |= info
     ended = run("login", GATEWAY, environment={})
     assert ended.code != 0
@@ -230,7 +230,7 @@ def use_keyring() -> Iterator[Callable[[keyring.backend.KeyringBackend], None]]:
 
 
 def test_tokens_are_kept_in_the_keyring_of_the_system(use_keyring: Any, run: Any, world: World, tmp_path: Path) -> None:
-    """Where the system has a keyring, the tokens are there and in no file."""
+    """On a system with a keyring the tokens are stored there and in no file."""
     use_keyring(backend := MemoryKeyring())
     store = store_in(tmp_path)
     assert isinstance(store, KeyringStore)
@@ -243,7 +243,7 @@ def test_tokens_are_kept_in_the_keyring_of_the_system(use_keyring: Any, run: Any
     assert backend.entries == {}
 
 
-def test_a_machine_without_a_keyring_has_a_file(use_keyring: Any, tmp_path: Path) -> None:
+def test_machine_without_a_keyring_has_a_file(use_keyring: Any, tmp_path: Path) -> None:
     """Where no keyring works, tokens go to a file."""
     use_keyring(keyring.backends.fail.Keyring())  # type: ignore[no-untyped-call] # as above
     assert isinstance(store_in(tmp_path), FileStore)

@@ -18,8 +18,8 @@ from scanfleet_cli.session import COMPLETE, Session, World
 from scanfleet_cli.testing import TOKEN, FakeApi
 
 
-def test_a_subnet_is_made_shown_changed_and_deleted(api: FakeApi, run: Any) -> None:
-    """A subnet is named by name or id, and its lines count what is excluded."""
+def test_subnet_is_made_shown_changed_and_deleted(api: FakeApi, run: Any) -> None:
+    """Commands take the name or the id of a subnet, and its line has the number of excluded addresses."""
     made = run("subnet", "create", "lab", "127.9.8.0/24", "--exclude", "127.9.8.128/25")
     assert made.out == "subnet 5 lab 127.9.8.0/24 (256 addresses, 128 excluded)\n"
     assert run("subnet", "list", width=60).out.splitlines()[1].split() == ["5", "lab", "127.9.8.0/24", "127.9.8.128/25"]
@@ -32,8 +32,8 @@ def test_a_subnet_is_made_shown_changed_and_deleted(api: FakeApi, run: Any) -> N
     assert run("subnet", "show", "web").code == 5
 
 
-def test_a_change_by_another_in_between_is_reported(api: FakeApi, run: Any) -> None:
-    """An edit goes with If-Match, and changes nothing when the object has changed since it was read."""
+def test_change_by_another_in_between_is_reported(api: FakeApi, run: Any) -> None:
+    """An edit sends If-Match, and changes nothing if the object has changed since it was read."""
     run("subnet", "create", "lab", "127.9.8.0/24")
 
     def fault(request: httpx2.Request) -> None:
@@ -47,7 +47,7 @@ def test_a_change_by_another_in_between_is_reported(api: FakeApi, run: Any) -> N
     assert api.subnets[5]["name"] == "theirs"
 
 
-def test_a_delete_whose_answer_was_cut_is_done(api: FakeApi, run: Any) -> None:
+def test_delete_whose_answer_was_cut_is_done(api: FakeApi, run: Any) -> None:
     """A 404 on the repetition of a delete that was cut counts as done."""
     run("subnet", "create", "lab", "127.9.8.0/24")
 
@@ -62,24 +62,24 @@ def test_a_delete_whose_answer_was_cut_is_done(api: FakeApi, run: Any) -> None:
 
 
 def test_subnets_of_a_file_are_imported_once(api: FakeApi, run: Any, tmp_path: Path) -> None:
-    """The service registers the lines that are not there already, so that a repeat registers none."""
+    """The service creates the missing subnets, so that a repeat creates none."""
     run("subnet", "create", "old", "127.9.8.0/24")
     file = tmp_path / "networks.csv"
     file.write_text("\ufeffname,cidr,exclude\nold,127.9.8.0/24,\nnew,127.9.9.0/24,127.9.9.1/32;127.9.9.128/25\n")
-    assert run("subnet", "import", file).out == "1 made, 1 there already\n"
+    assert run("subnet", "import", file).out == "1 created, 1 unchanged\n"
     assert api.requests[-1].headers["content-type"] == "text/csv"
     assert api.subnets[6]["exclude"] == ["127.9.9.1/32", "127.9.9.128/25"]
-    assert run("subnet", "import", file).out == "0 made, 2 there already\n"
+    assert run("subnet", "import", file).out == "0 created, 2 unchanged\n"
     assert json.loads(run("subnet", "import", file, "-o", "json").out) == [api.subnets[5], api.subnets[6]]
 
 
 @pytest.mark.parametrize(
     ("text", "problem"), [(b"name,cidr\nbad,127.9.9.1/24\n", "line 2: "), (b"name,cidr\n\xff,\n", "is not UTF-8")]
 )
-def test_import_of_a_bad_file_exits_2_and_makes_nothing(
+def test_import_of_an_invalid_file_exits_2_and_creates_nothing(
     api: FakeApi, run: Any, tmp_path: Path, text: bytes, problem: str
 ) -> None:
-    """The service's sentence names the line."""
+    """The error names the line."""
     file = tmp_path / "networks.csv"
     file.write_bytes(text)
     ended = run("subnet", "import", file)
@@ -88,7 +88,7 @@ def test_import_of_a_bad_file_exits_2_and_makes_nothing(
     assert not api.subnets
 
 
-def test_a_policy_is_made_shown_changed_and_explained(run: Any) -> None:
+def test_policy_is_made_shown_changed_and_explained(run: Any) -> None:
     """A policy shows every field, an edit keeps what it does not name, and explain counts probes."""
     made = run(
         "policy", "create", "web", "--preset", "quick", "--ports", "T:22,80,U:53", "--scripts", "banner,ssl-cert"
@@ -134,14 +134,14 @@ def test_contexts_are_kept_with_the_comments_of_their_file(run: Any, tmp_path: P
     assert run("subnet", "list", environment={}).code == 2
 
 
-def test_the_token_of_a_context_goes_to_no_other_gateway(run: Any) -> None:
+def test_token_of_a_context_is_sent_to_no_other_gateway(run: Any) -> None:
     """With another address by a flag, a context's token command is not run."""
     run("context", "add", "lab", "--url", "http://scanfleet.test", "--token-command", f"echo {TOKEN}", environment={})
     assert run("--url", "http://elsewhere.test", "subnet", "list", environment={}).code == 4
 
 
-def test_a_token_comes_from_flag_environment_or_context_in_this_order(run: Any, tmp_path: Path) -> None:
-    """A token file of a flag comes before the environment, and the environment before a context."""
+def test_token_sources_have_the_order_option_environment_context(run: Any, tmp_path: Path) -> None:
+    """A token file of an option precedes the environment, and the environment precedes a context."""
     good, bad = tmp_path / "good", tmp_path / "bad"
     good.write_text(f"{TOKEN}\n")
     bad.write_text("stale")
@@ -156,7 +156,7 @@ def test_a_token_comes_from_flag_environment_or_context_in_this_order(run: Any, 
     assert "the token command failed" in failed.err
 
 
-def test_api_sends_what_it_is_given(api: FakeApi, run: Any) -> None:
+def test_api_sends_fields_and_reads_all_pages(api: FakeApi, run: Any) -> None:
     """A raw request carries fields as its body, and a list of all pages is one array."""
     made = run("api", "POST", "subnet", "-f", "name=lab", "-f", "cidr=127.9.8.0/24", "-F", 'exclude=["127.9.8.1/32"]')
     assert json.loads(made.out) == api.subnets[5]
@@ -165,7 +165,7 @@ def test_api_sends_what_it_is_given(api: FakeApi, run: Any) -> None:
     assert run("api", "GET", "subnet", "-F", "page=one").code == 2
 
 
-def test_the_audit_log_is_listed_by_filter(api: FakeApi, run: Any) -> None:
+def test_audit_log_is_listed_by_filter(api: FakeApi, run: Any) -> None:
     """Filters are passed on, and what is for administrators exits 4."""
     entry = {"time": "t", "subject": "7", "action": "task.create", "target": "task 41", "decision": "allowed"}
     entry |= {"rule": "", "source": "127.0.0.1", "reason": "", "request_id": "c0ffee"}
@@ -221,7 +221,7 @@ def tailed(run: Any, world: World, log: Log, *arguments: str) -> list[str]:
 
 
 def test_tail_of_the_audit_log_prints_more_than_a_page_of_new_entries(api: FakeApi, run: Any, world: World) -> None:
-    """Every new entry is printed once, in order, however many there are."""
+    """Every new entry is printed once and in order, also beyond one page."""
     burst = [entry(number, 10 + number / 1_000) for number in range(250, 500)]
     assert tailed(run, world, Log(api, [entry(1, 1)], burst)) == ["1", *map(str, range(250, 500))]
 
@@ -248,7 +248,7 @@ def test_tail_of_the_audit_log_begins_with_the_latest_entries(api: FakeApi, run:
     assert tailed(run, world, log, "--limit", "2") == ["148", "149", "500"]
 
 
-def test_whoami_says_where_the_token_came_from(api: FakeApi, run: Any) -> None:
+def test_whoami_prints_the_source_of_the_token(api: FakeApi, run: Any) -> None:
     """The caller is shown with the sources of address and token, and limits by what is used of them."""
     quota = {"limit": 600, "left": 588, "reset": 30}
     limits = {"writes": quota, "at_once": {"limit": 64, "left": 61}}
@@ -265,8 +265,8 @@ def test_whoami_says_where_the_token_came_from(api: FakeApi, run: Any) -> None:
     assert run("limits").out == "writes 12 of 600 a minute · at once 3 of 64\n"
 
 
-def test_doctor_finds_what_is_wrong(api: FakeApi, run: Any) -> None:
-    """Doctor names what is right and wrong, and exits 1 when something is wrong."""
+def test_doctor_with_a_failed_check_exits_1(api: FakeApi, run: Any) -> None:
+    """Doctor lists each check, and exits 1 if one fails."""
     api.answers["GET", "/api/v1/info"] = {"version": "1", "api": "v1"}
     found = {row["check"]: row["ok"] for row in json.loads(run("doctor", "-o", "json").out)}
     assert found == {"gateway": True, "tls": False, "service": True, "clock": True, "token": True}
@@ -277,13 +277,13 @@ def test_doctor_finds_what_is_wrong(api: FakeApi, run: Any) -> None:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_a_completion_script_is_printed(run: Any, shell: str) -> None:
+def test_completion_script_is_printed(run: Any, shell: str) -> None:
     """Each shell gets a script that asks the command."""
     assert "_SCANFLEET_COMPLETE" in run("completion", shell).out
 
 
 def test_jobs_and_contexts_are_completed(run: Any, world: World, tmp_path: Path) -> None:
-    """A shell is offered the latest jobs with their states, and the names of contexts; nothing when the service is gone."""
+    """A shell completes the latest jobs with their states, and the names of contexts; nothing if the service is unavailable."""
     run("scan", "127.9.8.0/24", "--no-watch")
     run("context", "add", "prod", "--url", "https://scanfleet.example.com", environment={})
 

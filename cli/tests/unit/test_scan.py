@@ -24,7 +24,7 @@ SSH = result(1, "127.9.8.1", 22)
 WEB = result(2, "127.9.8.7", 80, service="http", version="nginx \x1b[31m1.22")
 
 
-def test_a_scan_prints_its_results_and_what_it_made(api: FakeApi, run: Any) -> None:
+def test_scan_prints_results_and_created_objects(api: FakeApi, run: Any) -> None:
     """Results go to stdout, one line each without a terminal, and everything else to stderr."""
     api.made = found(SSH, WEB)
     ended = run("scan", "127.9.8.0/24", "--ports", "22,80", "--preset", "quick")
@@ -33,24 +33,24 @@ def test_a_scan_prints_its_results_and_what_it_made(api: FakeApi, run: Any) -> N
         ended.out == "127.9.8.1\t22/tcp\topen\tssh\tOpenSSH 9.2p1\n127.9.8.7\t80/tcp\topen\thttp\tnginx \\x1b[31m1.22\n"
     )
     assert 'job 41 · 127.9.8.0/24 (subnet 5 "cli-' in ended.err
-    assert "made now) · quick, 2 ports (policy 3" in ended.err
+    assert "created) · quick, 2 ports (policy 3" in ended.err
     assert "job 41 completed 100% machines=2 accounted=true answered=256" in ended.err
     assert "2 open ports on 2 machines" in ended.err
 
 
-def test_a_second_scan_uses_what_is_there(api: FakeApi, run: Any) -> None:
+def test_second_scan_reuses_subnet_and_policy(api: FakeApi, run: Any) -> None:
     """A subnet with the same CIDR and exclusions and a policy with the same fields are used again, others are made."""
     first = ("scan", "127.9.8.0/24", "--exclude", "127.9.8.128/25", "--ports", "80,22")
     assert run(*first).code == 0
     again = run(
         "scan", "127.9.8.0/24", "--exclude", "127.9.8.128/26", "--exclude", "127.9.8.192/26", "--ports", "22,80"
     )
-    assert again.err.count("as it is") == 2
+    assert again.err.count("reused") == 2
     assert (len(api.subnets), len(api.policies), len(api.jobs)) == (1, 1, 2)
-    assert run("scan", "127.9.8.0/24", "--ports", "22").err.count("made now") == 2
+    assert run("scan", "127.9.8.0/24", "--ports", "22").err.count("created") == 2
 
 
-def test_a_cut_post_makes_one_job(api: FakeApi, run: Any) -> None:
+def test_scan_with_a_cut_post_creates_one_job(api: FakeApi, run: Any) -> None:
     """A connection that is cut after the service took the request is repeated with the same key."""
     cut = httpx2.ReadError("connection reset")
     seen: list[str] = []
@@ -70,7 +70,7 @@ def test_a_cut_post_makes_one_job(api: FakeApi, run: Any) -> None:
 
 
 @pytest.mark.parametrize("cuts", [1, 2])
-def test_a_cut_post_of_a_subnet_makes_one_subnet(api: FakeApi, run: Any, cuts: int) -> None:
+def test_scan_with_a_cut_post_of_a_subnet_creates_one_subnet(api: FakeApi, run: Any, cuts: int) -> None:
     """A subnet whose answer was lost is looked for before it is made again."""
     left = [cuts]
 
@@ -96,7 +96,7 @@ def lost(job: FakeJob) -> None:
     job.error = "64 addresses were lost"
 
 
-def test_a_failed_scan_says_what_was_not_probed(api: FakeApi, run: Any) -> None:
+def test_failed_scan_lists_addresses_that_were_not_probed(api: FakeApi, run: Any) -> None:
     """The end of a failed job names how many addresses were not probed, why, and their networks, and exits 3."""
     api.states, api.made = [(JobStatus.RUNNING, 10), (JobStatus.FAILED, 75)], lost
     ended = run("scan", "127.9.8.0/24")
@@ -144,8 +144,8 @@ def test_targets_of_a_file_are_scanned(api: FakeApi, run: Any, tmp_path: Any) ->
     assert api.subnets[7]["exclude"] == ["127.9.9.1/32", "127.9.9.2/32"]
 
 
-def test_what_is_wrong_is_refused_before_anything_is_made(api: FakeApi, run: Any) -> None:
-    """Wrong usage exits 2 and makes nothing."""
+def test_wrong_usage_exits_2_and_creates_nothing(api: FakeApi, run: Any) -> None:
+    """Wrong usage exits 2 before any object is created."""
     for arguments in (
         ["scan"],
         ["scan", "127.9.8.0/24", "--fail-on", "99999"],
@@ -159,12 +159,12 @@ def test_what_is_wrong_is_refused_before_anything_is_made(api: FakeApi, run: Any
     assert not api.subnets
 
 
-def test_target_that_is_named_twice_is_refused_before_anything_is_made(api: FakeApi, run: Any) -> None:
+def test_duplicate_target_exits_2_and_creates_nothing(api: FakeApi, run: Any) -> None:
     """Two targets with the same network and the same effective exclusions are one, however they are written."""
     same = ("--exclude", "127.9.8.0/26", "--exclude", "127.9.8.64/26")
     ended = run("scan", "127.9.8.0/24", "127.9.9.0/24", "127.9.8.0/24", *same)
     assert ended.code == 2
-    assert "target 127.9.8.0/24 is named twice" in ended.err
+    assert "target 127.9.8.0/24 is given twice" in ended.err
     assert not api.requests
 
 
@@ -175,15 +175,15 @@ def test_subnets_are_listed_once_for_all_targets(api: FakeApi, run: Any) -> None
     assert len(lists) == 1
 
 
-def test_the_services_sentence_about_a_bad_field_is_shown(run: Any) -> None:
+def test_scan_with_an_invalid_field_prints_the_message_of_the_service(run: Any) -> None:
     """A field that the service refuses is not refused by the command, and its sentence is shown as it is."""
     ended = run("scan", "127.9.8.0/24", "--ports", "22,99999")
     assert ended.code == 2
     assert "ports: " in ended.err
 
 
-def test_a_time_limit_leaves_the_job_running(api: FakeApi, run: Any) -> None:
-    """--timeout exits 124 and says how to come back."""
+def test_time_limit_leaves_the_job_running(api: FakeApi, run: Any) -> None:
+    """--timeout exits 124 and prints the command to return."""
     api.states = [(JobStatus.RUNNING, 62)]
     ended = run("scan", "127.9.8.0/24", "--timeout", "0.5s")
     assert ended.code == 124

@@ -12,7 +12,7 @@ from scanfleet import VERSION
 ROOT = Path(__file__).parents[3]
 
 
-def test_the_wheel_holds_the_modules_that_the_command_imports() -> None:
+def test_wheel_holds_the_modules_that_the_command_imports() -> None:
     """Of our own packages the wheel has exactly what `scanfleet_cli` imports, directly or not."""
     graph = grimp.build_graph("scanfleet_cli", "scanfleet", cache_dir=None)
     own = {module for module in graph.modules if module.partition(".")[0] == "scanfleet_cli"}
@@ -24,7 +24,7 @@ def test_the_wheel_holds_the_modules_that_the_command_imports() -> None:
     assert all((ROOT / "cli" / source).is_file() for source in files)
 
 
-def test_the_wheel_has_the_version_of_the_release() -> None:
+def test_wheel_has_the_version_of_the_release() -> None:
     """The wheel, the services and the checkout have one version."""
     versions = [
         tomllib.loads((ROOT / folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
