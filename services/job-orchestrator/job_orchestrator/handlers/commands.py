@@ -202,20 +202,24 @@ class Commands:
         answers = mismatched | await self._answers(
             {id_: command for id_, command in stands.items() if id_ not in mismatched and command.state != "expired"},
         )
-        self._jobs.begin([job.id for job in fresh])
         entries = [_audit_entry(messages[id_], answer) for id_, answer in answers.items()]
-        # In parallel, because the caller waits for the reply. Both are idempotent if the batch is redelivered.
+        # In parallel, because the caller waits for the reply. All are idempotent if the batch is redelivered.
         await asyncio.gather(
             self._publisher.publish(SCAN_REPLIES, answers.values()),
             self._store.add_audit(entries),
+            self._begin(fresh),
         )
         for entry in entries:
             write_line(entry)
-        await self._jobs.publish_outboxes(fresh)
         answered = {job_id for id_ in answers.keys() - mismatched.keys() for job_id in _jobs_of(stands[id_])}
         others = answered - {job.id for job in fresh}
         await self._jobs.relay(others)
         await self._jobs.reconcile(others)
+
+    async def _begin(self, fresh: Collection[ScanJob]) -> None:
+        """Publish the first events of new jobs, and then create their chunks, which saves the jobs without these events."""
+        await self._jobs.publish_outboxes(fresh)
+        self._jobs.begin([job.id for job in fresh])
 
     async def _answers(self, commands: Mapping[str, Command]) -> dict[str, Reply]:
         """Finish each command, and return the replies by the requested id."""

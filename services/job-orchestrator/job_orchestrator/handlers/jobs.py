@@ -36,8 +36,7 @@ _ROUNDS: Final = 50  # a job needs about five; more means that other replicas wi
 _PROGRESS_SECONDS: Final = 1.0  # interval of progress updates
 _PAGE: Final = 1_000  # chunks counted or cancelled at once: about 50 ms, then other jobs are processed
 _WORK_SECONDS: Final = 10.0  # interval of the work loop, which is also woken when there is work
-_EMPTY_SECONDS: Final = 1.0  # interval of the outbox clean-up, which is also woken when there is work
-_LEAST_SECONDS: Final = 0.1  # minimum interval of clean-up rounds: latency does not matter, and jobs are batched
+_EMPTY_SECONDS: Final = 1.0  # interval of the outbox clean-up: most jobs are saved meanwhile, without published events
 _STARTED: Final = 10_000  # started jobs that are cached, so that their claims need no query
 
 _BEGUN: Final = frozenset({ChunkState.RUNNING, ChunkState.SCANNED, ChunkState.STORED})
@@ -103,8 +102,11 @@ class Jobs:
         self._sent: defaultdict[int, set[str]] = defaultdict(set)
         """By job, the events in its outbox that the bus has acknowledged."""
         self._working = Loop("jobs", _WORK_SECONDS, self.work)
-        self._emptying = Loop("outbox", _EMPTY_SECONDS, self.empty, least=_LEAST_SECONDS)
-        self.loops = (self._working, self._emptying, Loop("progress", _PROGRESS_SECONDS, self.progress))
+        self.loops = (
+            self._working,
+            Loop("outbox", _EMPTY_SECONDS, self.empty),
+            Loop("progress", _PROGRESS_SECONDS, self.progress),
+        )
 
     async def reconcile(self, job_ids: Collection[int], known: Known = _NOTHING) -> None:
         """Update these jobs to the state of their chunks.
@@ -193,7 +195,6 @@ class Jobs:
             await self._publisher.publish(SCAN_EVENTS, [out.event for job in full for out in job.outbox])
         for job in full:
             self._sent[job.id] |= {out.event.event_id for out in job.outbox}
-        self._emptying.wake()
 
     async def empty(self) -> None:
         """Remove published events from the outboxes.
