@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Generic, TypeVar
 
 import pytest
 
 from tests.faults.invariants import Invariants
 from tests.faults.kit import Caller, Platform
 
+_P = TypeVar("_P", bound=Platform)
 
-class Shared:
+
+class Shared(Generic[_P]):
     """Provides one platform to all tests; after a failed test, whose effects are unknown, the next test gets a new one."""
 
-    def __init__(self, session: pytest.Session, folders: pytest.TempPathFactory) -> None:
+    def __init__(self, session: pytest.Session, folders: pytest.TempPathFactory, make: Callable[[Path], _P]) -> None:
         self._session = session
         self._folders = folders
+        self._make = make
         self._failures = 0
-        self._lent: tuple[Platform, Invariants] | None = None
+        self._lent: tuple[_P, Invariants] | None = None
 
-    def lend(self) -> tuple[Platform, Invariants]:
+    def lend(self) -> tuple[_P, Invariants]:
         if self._spoilt:
             self.close()
         if self._lent is None:
             self._failures = self._session.testsfailed
-            made = Platform(self._folders.mktemp("faults"))
+            made = self._make(self._folders.mktemp("faults"))
             self._lent = made, Invariants(made)
             made.up()
         return self._lent
@@ -40,19 +45,19 @@ class Shared:
 
 
 @pytest.fixture(scope="package")
-def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
-    found = Shared(request.session, tmp_path_factory)
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared[Platform]]:
+    found = Shared(request.session, tmp_path_factory, Platform)
     yield found
     found.close()
 
 
 @pytest.fixture
-def platform(shared: Shared) -> Platform:
+def platform(shared: Shared[Platform]) -> Platform:
     return shared.lend()[0]
 
 
 @pytest.fixture
-def invariants(shared: Shared) -> Invariants:
+def invariants(shared: Shared[Platform]) -> Invariants:
     return shared.lend()[1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,6 @@ from local.stack import SERVICES
 from local.wait import until
 from scanfleet.messages.topics import SCAN_TASKS, TOPICS
 from tests.faults.conftest import Shared
-from tests.faults.invariants import Invariants
 from tests.faults.kit import LIMIT, REPLICAS, STEADY, Platform
 
 pytestmark = pytest.mark.e2e
@@ -79,41 +79,45 @@ class Rolling(Platform):
         self.stack.wait_until_ready()
 
 
-@pytest.fixture
-def rolling(shared: Shared, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rolling]:
-    shared.close()  # a machine can run only one platform at a time
-    platform = Rolling(tmp_path_factory.mktemp("upgrade"))
-    try:
-        platform.up()
-        yield platform
-    finally:
-        platform.discard()
+@pytest.fixture(scope="module")
+def rolling(
+    request: pytest.FixtureRequest, shared: Shared[Platform], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Shared[Rolling]]:
+    shared.close()  # it scans the same addresses
+    found = Shared(request.session, tmp_path_factory, Rolling)
+    yield found
+    found.close()
 
 
 @pytest.mark.proves("F28", "G10")
 @pytest.mark.parametrize("services", [list(SERVICES), list(reversed(SERVICES))], ids=lambda names: names[0])
-def test_rolling_upgrade_and_rollback_during_scans_lose_nothing(rolling: Rolling, services: Iterable[str]) -> None:
+def test_rolling_upgrade_and_rollback_during_scans_lose_nothing(
+    rolling: Shared[Rolling], services: Iterable[str]
+) -> None:
     """During a rolling upgrade and rollback scans complete, no record is dead-lettered, and no field is erased."""
-    user, invariants = rolling.caller(), Invariants(rolling)
-    names = [name for service in services for name in rolling.names(service)]
-    with rolling.servers() as servers:
-        jobs = [user.scan(rolling.network(24), **STEADY)]
+    platform, invariants = rolling.lend()
+    user = platform.caller()
+    names = [name for service in services for name in platform.names(service)]
+    with platform.servers() as servers:
+        jobs = [user.scan(platform.network(24), **STEADY)]
         for release in ("next", "this"):
             for name in names:
-                rolling.change(name, release)
+                platform.change(name, release)
                 if user.status(jobs[-1]) == "completed":
-                    jobs.append(user.scan(rolling.network(24), **STEADY))
-            jobs.append(user.scan(rolling.network(24), **STEADY))  # all processes are of one release again
-            until(lambda: bool(rolling.nmaps()), LIMIT, "a scan to run")
+                    jobs.append(user.scan(platform.network(24), **STEADY))
+            jobs.append(user.scan(platform.network(24), **STEADY))  # all processes are of one release again
+            until(lambda: bool(platform.nmaps()), LIMIT, "a scan to run")
         for job_id in jobs:
             assert user.finished(job_id)["status"]["status"] == "completed"
             assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers
     invariants.check()
-    assert {topic.name: len(rolling.records(topic, letters=True)) for topic in TOPICS} == {
+    assert {topic.name: len(platform.records(topic, letters=True)) for topic in TOPICS} == {
         topic.name: 0 for topic in TOPICS
     }
-    assert any(FIELD.encode() in (record.value or b"") for record in rolling.records(SCAN_TASKS))
-    written = {job["_id"] for command in rolling.commands(state="accepted") for job in command["jobs"] if FIELD in job}
+    tasks = [record.value or b"" for record in platform.records(SCAN_TASKS)]
+    assert any(FIELD.encode() in task and json.loads(task)["job_id"] in jobs for task in tasks)
+    made = [job for command in platform.commands(state="accepted") for job in command["jobs"] if job["_id"] in jobs]
+    written = {job["_id"] for job in made if FIELD in job}
     assert written
-    assert {job["_id"] for job in rolling.jobs() if FIELD in job} >= written
+    assert {job["_id"] for job in platform.jobs() if FIELD in job} >= written
     user.close()
