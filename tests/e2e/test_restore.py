@@ -23,8 +23,8 @@ pytestmark = pytest.mark.e2e
 
 PREFIX: Final = "restore-"
 QUICK: Final = {"ports": "8020-8090", "service_detection": False}
-SLOW: Final = QUICK | {"discovery": "none", "max_rate": 600}
-"""A /24 with this policy takes two slots for a quarter of a minute."""
+SLOW: Final = QUICK | {"discovery": "none", "max_rate": 1000}
+"""A /24 with this policy takes 18 seconds."""
 ENDLESS: Final = {"ports": "1-1000", "service_detection": False, "discovery": "none", "max_rate": 100}
 
 
