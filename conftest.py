@@ -30,21 +30,26 @@ START = 120  # start timeout of a container in seconds, for a busy machine
 STOP = 30  # shutdown timeout of a server in seconds
 
 
-# What scans, or starts servers to be scanned, goes one after another: each would find the others' servers. The faults and the
-# networks have addresses of their own, and much of their time they wait. The third process has all the rest.
+# The tests of a part run in one process: they share a stack, or they scan addresses where another test of the part has servers.
+# No two parts have servers at the same addresses. A file belongs to the part with the longest matching path; the longest parts
+# come first, so that the files outside all parts fill the rest of the time.
 PARTS = {
     "faults": ("tests/faults",),
-    "networks": ("tests/networks",),
-    "page": ("tests/page",),
-    "scanning": (
+    "platforms": ("tests/abuse", "tests/e2e", "tests/security"),
+    "lasting faults": (
+        "tests/faults/test_soak.py",
+        "tests/faults/test_startup.py",
+        "tests/faults/test_surroundings.py",
+        "tests/faults/test_upgrade.py",
+    ),
+    "servers": (
         "local/tests",
         "shared/tests/integration/test_nmap.py",
         "services/api-gateway/tests/integration",
         "services/scanner-worker/tests/integration",
-        "tests/abuse",
-        "tests/e2e",
-        "tests/security",
     ),
+    "networks": ("tests/networks",),
+    "page": ("tests/page",),
 }
 
 
@@ -65,7 +70,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
 
 def part(nodeid: str) -> str:
     path = nodeid.split("::", maxsplit=1)[0]
-    return next((name for name, paths in PARTS.items() if path.startswith(paths)), path)
+    matching = {prefix: name for name, prefixes in PARTS.items() for prefix in prefixes if path.startswith(prefix)}
+    return matching[max(matching, key=len)] if matching else path
 
 
 @pytest.fixture(scope="session")
