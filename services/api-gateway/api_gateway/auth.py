@@ -29,7 +29,7 @@ REFRESH_S: Final = 2.0
 ASK_LIMIT_S: Final = 5.0
 MAX_STALE_S: Final = 60.0  # an older list is not used, because it lacks recent revocations
 MAX_USERS: Final = 10_000  # maximum cached ids: two megabytes
-DISCOVERY_S: Final = 3_600.0  # for which the issuer's addresses are kept; they hardly ever change
+DISCOVERY_S: Final = 3_600.0  # age at which the issuer's endpoints are read again; they rarely change
 ISSUER_S: Final = 5.0
 
 _log = structlog.get_logger()
@@ -105,7 +105,7 @@ class Revocations:
         self._by_user: dict[int, float] = {}
 
     async def refresh(self) -> None:
-        """Read the list; if that fails the one before stays for `MAX_STALE_S`."""
+        """Read the list; if that fails, the previous one stays valid for `MAX_STALE_S`."""
         asked_at = self._clock()
         try:
             async with asyncio.timeout(ASK_LIMIT_S):
@@ -125,10 +125,10 @@ class Revocations:
         self._read_at = asked_at
 
     async def check(self) -> None:
-        """Return if the list was read once.
+        """Check that the list was read at least once.
 
         Raises:
-            DependencyError: it was not.
+            DependencyError: it was not read yet.
         """
         if self._read_at == float("-inf"):
             raise DependencyError("the revocations were not read yet")
@@ -149,7 +149,7 @@ def _seconds(time_: datetime | None) -> float:
 
 
 class RefusedSignInError(Exception):
-    """The issuer or the callback's parameters are not as they must be."""
+    """The issuer refused the sign-in, or the parameters of the callback are invalid."""
 
 
 class _Discovered(BaseModel):
@@ -186,7 +186,7 @@ class SignIn:
 
     @classmethod
     def open(cls, settings: Settings, transport: httpx2.AsyncBaseTransport | None = None) -> Self | None:
-        """Sign-in as the settings describe it; None when it is off.
+        """Return the sign-in according to the settings; None if it is off.
 
         Raises:
             OSError: the file with the client's secret cannot be read.
@@ -195,7 +195,7 @@ class SignIn:
         return cls(settings, transport) if on else None
 
     async def location(self, state: str, nonce: str, verifier: str) -> str:
-        """The issuer's address to send the user to.
+        """Return the issuer's URL to redirect the user to.
 
         Raises:
             DependencyError: the issuer's addresses cannot be read.
@@ -208,7 +208,7 @@ class SignIn:
         return cast(str, url)
 
     async def redeem(self, code: str, verifier: str, nonce: str) -> Tokens:
-        """The tokens for the code that the user has brought back.
+        """Exchange the code of the callback for tokens.
 
         Raises:
             RefusedSignInError: the issuer refuses the code, or its id token is not for this sign-in.
@@ -229,7 +229,7 @@ class SignIn:
         return _tokens(await self._ask("refresh_token", refresh_token=refresh_token))
 
     async def logout_url(self) -> str | None:
-        """Where the issuer ends its own session; None if it names no such address or is unavailable."""
+        """Return the issuer's URL for sign-out; None if it has none or is unavailable."""
         try:
             end = (await self._discover()).end_session_endpoint
         except DependencyError:
@@ -286,7 +286,7 @@ def _tokens(answer: dict[str, Any]) -> Tokens:
 
 
 def _nonce(id_token: object) -> str:
-    """The nonce of an id token that the token endpoint itself has answered: TLS vouches for it (OpenID Connect Core, 3.1.3.7)."""
+    """Return the nonce of an id token from the token endpoint, which TLS authenticates (OpenID Connect Core, 3.1.3.7)."""
     try:
         payload = str(id_token).split(".")[1]
         return str(json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))["nonce"])

@@ -35,13 +35,13 @@ from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, RESULT_STORE, SCAN_
 from scanfleet.startup import Startup
 
 _DESCRIPTION = """\
-Scan networks as a service: register subnets and policies, create scan jobs, watch them run and read what was found.
+Scan networks as a service: register subnets and policies, create scan jobs, watch them run and read their results.
 
-Every error of every kind is `{"error": "..."}`. Times are RFC 3339 in UTC. Every answer to a good token carries `RateLimit` and
-`RateLimit-Policy`: what is left of the limit that the request was counted against."""
+Every error is `{"error": "..."}`. Times are RFC 3339 in UTC. Every response to a valid token has `RateLimit` and
+`RateLimit-Policy`: the remaining quota of the limit that applies to the request."""
 
 
-# The page's own scripts and requests, and nothing else: no other host, no frame. Swagger UI sets styles on its elements.
+# Only the page's own scripts and requests: no other host, no frame. Swagger UI sets styles on its elements.
 _DOCS_POLICY: Final = (
     "default-src 'none'; script-src 'self' {script}; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -73,7 +73,7 @@ def create_app(
         startup: Startup = app.state.startup
         async with AsyncExitStack() as stack:
             key = read_private_key(settings.internal_key_file)
-            # Cancels have connections of their own: queries that take all others do not delay them.
+            # Cancels have a pool of connections of their own, so that queries do not delay them.
             queries = await stack.enter_async_context(connect(settings, transport))
             cancels = await stack.enter_async_context(connect(settings, transport))
             tokens = InternalTokens(key, ORCHESTRATOR)

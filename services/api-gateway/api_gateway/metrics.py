@@ -1,4 +1,4 @@
-"""The gateway's own numbers on /metrics."""
+"""The gateway's own metrics."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from typing import Final
 
 from prometheus_client import Gauge
 
-STREAMS: Final = Gauge("scanfleet_gateway_streams", "Streams of job events that are open")
+STREAMS: Final = Gauge("scanfleet_gateway_streams", "Open streams of job events")

@@ -26,104 +26,105 @@ def _origin(url: HttpUrl) -> HttpUrl:
 
 class Settings(CommonSettings, ApiSettings, TlsSettings, KafkaSettings, AuthSettings, GrantSettings):
     internal_key_file: Path = Field(
-        description="PEM file with the Ed25519 key that signs the tokens for the services behind, read once at start."
+        description="PEM file with the Ed25519 key that signs the tokens for the services behind the gateway, read once at start."
     )
     orchestrator_url: HttpUrl = Field(description="URL of job-orchestrator.")
     result_store_url: HttpUrl = Field(description="URL of result-store.")
     reply_seconds: float = Field(
         5.0,
         gt=0,
-        le=30,  # for as long an internal token is good in any case
-        description="Seconds that a request waits for the reply to its command before the command is called off.",
+        le=30,  # minimum remaining life of an internal token
+        description="Seconds that a request waits for the reply to its command before the gateway expires the command.",
     )
     writes_per_minute: int = Field(
         600,  # ten jobs a second, from one user, without a pause
         ge=1,
-        description="The most requests of one user a minute that may change something, cancels apart; one more is answered "
-        "429. Each replica of the gateway counts its own.",
+        description="Maximum number of modifying requests per user and minute, except cancels; further ones are answered "
+        "429. Each replica of the gateway counts separately.",
     )
     reads_per_minute: int = Field(
-        60_000,  # many programs that poll in a tight loop; only against a runaway one
+        60_000,  # enough for many programs that poll in a tight loop
         ge=1,
-        description="The most other requests of one user a minute; likewise.",
+        description="Maximum number of other requests per user and minute, enforced in the same way.",
     )
     cancels_per_minute: int = Field(
         600,
         ge=1,
-        description="The most cancels of one user a minute, counted apart from all other requests; likewise.",
+        description="Maximum number of cancels per user and minute, counted separately and enforced in the same way.",
     )
     requests_at_once_per_user: int = Field(
-        64,  # below the connections to a service behind, so that one user cannot take them all
+        64,  # below `upstream_connections`, so that one user cannot use all of them
         ge=1,
-        description="The most requests of one user under way at once, answers that are still read included, cancels and "
-        "event streams apart; one more is answered 429. Each replica counts its own.",
+        description="Maximum number of concurrent requests per user, except cancels and event streams; further ones are "
+        "answered 429. A request ends when its response is sent completely. Each replica counts separately.",
     )
     requests_at_once: int = Field(
-        1_000,  # with a body of the largest size each a gigabyte; ordinary use is a thousandth of that
+        1_000,  # with bodies of the maximum size a gigabyte; ordinary use is a thousandth of that
         ge=1,
-        description="The most such requests of all users under way at once; one more is answered 503.",
+        description="Maximum number of such requests of all users; further ones are answered 503.",
     )
     cancels_at_once_per_user: int = Field(
         16,
         ge=1,
-        description="The most cancels of one user under way at once; one more is answered 429. Each replica counts its own.",
+        description="Maximum number of concurrent cancels per user; further ones are answered 429. Each replica counts separately.",
     )
     cancels_at_once: int = Field(
         500,
         ge=1,
-        description="The most cancels of all users under way at once; one more is answered 503.",
+        description="Maximum number of concurrent cancels of all users; further ones are answered 503.",
     )
     streams_at_once_per_user: int = Field(
         64,
         ge=1,
-        description="The most event streams of one user open at once; one more is answered 429. Each replica counts its own.",
+        description="Maximum number of open event streams per user; further ones are answered 429. Each replica counts separately.",
     )
     streams_at_once: int = Field(
         1_000,  # each stream queries the orchestrator once per heartbeat: 70 small queries per second
         ge=1,
-        description="The most event streams of all users open at once; one more is answered 503.",
+        description="Maximum number of open event streams of all users; further ones are answered 503.",
     )
     upstream_seconds: float = Field(
-        15.0,  # longer than the 10 s after which the services behind give up on their database
+        15.0,  # longer than the 10 s timeout of the services for their database
         gt=0,
         description="Read timeout in seconds of requests to the services behind the gateway.",
     )
     upstream_connections: int = Field(
-        500,  # half of all requests at once: those that wait for a reply to their command need none
+        500,  # half of `requests_at_once`: requests that wait for the reply to a command need none
         ge=1,
-        description="The most connections to each service behind the gateway; cancels have as many of their own.",
+        description="Maximum number of connections to each service behind the gateway. Cancels have a second pool of the "
+        "same size.",
     )
     oidc_client_id: str | None = Field(
         None,
         min_length=1,
         max_length=200,
         description="Client id at the issuer with which the command line and the page sign users in, published at "
-        "`/api/v1/info`; without it users bring tokens of their own.",
+        "`/api/v1/info`; without it users provide their own tokens.",
     )
     oidc_scopes: Words = Field(
         ("openid", "offline_access"),
-        description="Scopes that they ask the issuer for.",
+        description="Scopes that the command line and the page request from the issuer.",
     )
     oidc_client_secret_file: Path | None = Field(
         None,
-        description="File with the secret of that client, if the issuer demands one, read once at start; used by the gateway for the "
-        "page, which signs users in there if `SCANFLEET_PUBLIC_URL` is set.",
+        description="File with the secret of that client, if the issuer requires one, read once at start. The gateway uses it for "
+        "sign-in to the page, which needs `SCANFLEET_PUBLIC_URL`.",
     )
     heartbeat_seconds: float = Field(
         15.0,  # proxies close connections that are idle for 30 to 60 s
         gt=0,
-        description="Seconds between two looks of an event stream at its job's state, which find events that were lost, and "
-        "the most that it sends nothing.",
+        description="Interval in seconds at which an event stream queries the state of its jobs, to find lost events, and sends "
+        "a heartbeat.",
     )
     session_keys_file: Path | None = Field(
         None,
-        description="File with the Fernet keys that encrypt browser sessions, one on a line, the newest first, read once at start; "
-        "every replica has the same. Without it sign-in to the page is off.",
+        description="File with the Fernet keys that encrypt browser sessions, one per line, the newest first, read once at start; "
+        "the same for every replica. Without it sign-in to the page is off.",
     )
     public_url: Annotated[HttpUrl, AfterValidator(_origin)] | None = Field(
         None,
-        description="The address that browsers use for the gateway (`https://scanfleet.example.com`). Without it the page's "
-        "requests must come from the host that their `Host` header names.",
+        description="URL of the gateway for browsers (`https://scanfleet.example.com`), which the `Origin` of the page's requests "
+        "must match. Without it the `Origin` must match the `Host` header.",
     )
 
     @model_validator(mode="after")

@@ -57,7 +57,7 @@ _RETURNED: Final = (
     "vary",
     "x-content-type-options",
 )
-_QUERY_SAFE: Final = "!$&'()*+,;=:@/?%-._~"  # what RFC 3986 allows in a query, and the sign of what is escaped already
+_QUERY_SAFE: Final = "!$&'()*+,;=:@/?%-._~"  # allowed in a query by RFC 3986, and `%` of existing escapes
 
 
 class Upstream:
@@ -82,9 +82,9 @@ class Upstream:
     async def reached(self) -> None:
         """Return if the service has been ready once since this process started.
 
-        Routes, names and network policies of a new cluster may take effect some seconds after every pod is ready, so a
-        gateway that has reached nothing yet cannot answer. Later outages are not looked at here: what needs the service is
-        answered 503 with the reason, and everything else is still answered.
+        Routes, names and network policies of a new cluster may take effect some seconds after every pod is ready. A later
+        outage of the service does not make the gateway unready: requests that need the service are answered 503 with the
+        reason, and all others are answered as usual.
 
         Raises:
             DependencyError: the service has not answered as ready yet.
@@ -105,7 +105,7 @@ class Upstream:
         }
 
     async def forward(self, request: Request) -> Response:
-        """The service's answer to the same request, whatever it is; as a stream unless it is small.
+        """Return the service's answer to the same request, whatever its status; as a stream unless it is small.
 
         Raises:
             DependencyError: the service is unavailable.
@@ -113,7 +113,7 @@ class Upstream:
         headers = self.identity(request) | {
             name: ", ".join(request.headers.getlist(name)) for name in _FORWARDED if name in request.headers
         }
-        # The path is one of our routes with ids in it, so only the query can hold what a URL may not.
+        # The path is one of our routes with ids in it, so only the query can contain characters that a URL must not.
         query = quote(request.scope["query_string"], safe=_QUERY_SAFE)
         target = request.scope["path"] + (f"?{query}" if query else "")
         answer = await self._send(request.method, target, headers, await request.body())
@@ -123,7 +123,7 @@ class Upstream:
         return _Whole(await self._read(answer), self._stalled_seconds)
 
     async def ask(self, method: str, target: str, headers: Mapping[str, str], body: bytes = b"") -> httpx.Response:
-        """The whole answer to a question of our own.
+        """Send a request of the gateway itself, and return the complete answer.
 
         Raises:
             DependencyError: the service is unavailable.
@@ -162,7 +162,7 @@ class Upstream:
 
 
 class Orchestrator(Upstream):
-    """job-orchestrator, and the questions that only it can answer."""
+    """job-orchestrator, with the gateway's own queries."""
 
     async def refusal(self, request: Request, job_id: int) -> Response | None:
         """Return the error answer if the caller may not read this job's results, else None.
@@ -203,10 +203,10 @@ class Orchestrator(Upstream):
 
         Args:
             caller: the caller, as HTTP headers.
-            whose: a user's id or `all`; None is the caller.
-            after: the id that the page goes on after.
-            changed_since: leaves out unfinished jobs that have not changed since.
-            ended_since: adds finished jobs that have ended since.
+            whose: a user's id or `all`; None for the caller.
+            after: return jobs with a greater id.
+            changed_since: omit unfinished jobs that have not changed since then.
+            ended_since: include finished jobs that have ended since then.
 
         Raises:
             DependencyError: the orchestrator is unavailable.
@@ -241,14 +241,14 @@ class Orchestrator(Upstream):
         """Record a change of the caller's browser session in the audit log, before the change.
 
         Raises:
-            DependencyError: it is not recorded.
+            DependencyError: the orchestrator did not record it.
         """
         answer = await self.ask("POST", f"/internal/session/{what}", caller)
         if answer.status_code != httpx.codes.NO_CONTENT:
             raise DependencyError(f"the orchestrator answered {answer.status_code} to a session's record")
 
     async def user_id(self, issuer: str, subject: str) -> int:
-        """The id of this user, assigned the first time.
+        """Return the id of this user, which the orchestrator assigns at the first query.
 
         Raises:
             DependencyError: the orchestrator is unavailable.
@@ -265,7 +265,7 @@ class Orchestrator(Upstream):
         return _parse(rest.ScanLimits, await self._ask_for_itself("GET", "/internal/limits"))
 
     async def report_keys(self, issuer: str, keys: Sequence[str]) -> None:
-        """Have the audit log record the keys of the issuer that verify tokens.
+        """Record the keys of the issuer that verify tokens in the audit log.
 
         Raises:
             DependencyError: the orchestrator is unavailable.
@@ -274,7 +274,7 @@ class Orchestrator(Upstream):
         _parse(Done, await self._ask_for_itself("POST", "/internal/keys", body))
 
     async def revoked(self) -> list[Revoked]:
-        """All that is revoked.
+        """Return all revocations that are in force.
 
         Raises:
             DependencyError: the orchestrator is unavailable.
@@ -338,7 +338,7 @@ class ScanLimits:
 
 
 def in_time(send: Send, seconds: float) -> Send:
-    """The same, raising TimeoutError at a client that takes nothing for so long."""
+    """Return `send` with a timeout: it raises TimeoutError if the client reads nothing for so long."""
 
     async def send_in_time(message: Message) -> None:
         async with asyncio.timeout(seconds):
@@ -348,7 +348,7 @@ def in_time(send: Send, seconds: float) -> Send:
 
 
 class _Whole(Response):
-    """A small answer, all of it here: there is nothing left to wait for but the client."""
+    """A small answer that was received completely."""
 
     def __init__(self, answer: httpx.Response, stalled_seconds: float) -> None:
         super().__init__(answer.content, answer.status_code, _returned(answer))
@@ -360,7 +360,7 @@ class _Whole(Response):
 
 
 class _Relay(StreamingResponse):
-    """An answer under way. If the service fails the client's connection is cut, and if the client goes so does the service's."""
+    """An answer that is streamed. If one connection fails, the service's or the client's, the other one is closed."""
 
     def __init__(self, answer: httpx.Response, stalled_seconds: float) -> None:
         super().__init__(answer.aiter_raw(), answer.status_code, _returned(answer))

@@ -1,7 +1,7 @@
-"""How much each user may ask, so that one user's requests never delay another's.
+"""Limit the requests of each user, so that one user's requests do not delay another's.
 
-A user is who the token names, never an address or a header: another token or another address is no other user, and a
-caller without a good token uses up no user's share.
+Requests are counted by the user in the token, not by token, address or header. Requests without a valid token do not count
+against any user.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from scanfleet.auth import Guarded, Principal
 from scanfleet.errors import BadRequestError, Rule, TooManyRequestsError, UnavailableError
 
 _WITH_BODY: Final = frozenset({"POST", "PUT"})
-_MAX_ERROR_CHARS: Final = 200  # an error may quote the caller, but not at length
+_MAX_ERROR_CHARS: Final = 200  # an error may contain a part of the request
 _JSON: Final = "application/json"
 _WINDOW_S: Final = 60  # of every rate
 
 
 class Places:
-    """Requests of one kind that are under way at once, by user and in all."""
+    """Concurrent requests of one kind, by user and in total."""
 
     def __init__(self, kind: str, per_user: int, total: int) -> None:
         self._kind = kind
@@ -74,10 +74,10 @@ class Places:
 
 
 class Admission:
-    """Counts what each user asks of this replica: requests a minute, and requests at once.
+    """Counts the requests of each user at this replica: per minute, and concurrent ones.
 
-    Cancels and event streams are counted apart from all other requests, so that neither submits nor open streams delay a
-    cancel, and open streams leave the places of requests free.
+    Cancels and event streams are counted separately, so that other requests do not delay a cancel, and open streams do not
+    use up the concurrent requests.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -150,7 +150,7 @@ class Route(Guarded):
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         match, child = super().matches(scope)
-        # What cannot be an id names nothing, so that a word in its place is the path of another route alone.
+        # Ids are digits; any other word in their place can only be part of the path of another route.
         ids = child.get("path_params", {}).values()
         if not all(id_.isascii() and id_.isdigit() for id_ in ids):
             return Match.NONE, {}
@@ -169,10 +169,10 @@ class Route(Guarded):
         return "reads" if self.methods == {"GET"} else "writes"
 
     def _refuse_unknown_queries(self, scope: Scope) -> None:
-        """Refuse what the document does not name: a filter with a typing error would select everything.
+        """Refuse undocumented query parameters: a misspelled filter would otherwise select everything.
 
         Raises:
-            BadRequestError: there is a query parameter that the route does not have.
+            BadRequestError: the route does not have one of the query parameters.
         """
         if not scope["query_string"]:
             return
@@ -187,10 +187,10 @@ class Route(Guarded):
         return frozenset((*read, *(each["name"] for each in documented), *lists))
 
     def _refuse_other_content(self, scope: Scope) -> None:
-        """Say what a body has to be: the framework would take any other for a text, and say what is wrong with that.
+        """Refuse bodies of another content type; the framework would read them as text, and report a misleading error.
 
         Raises:
-            BadRequestError: it is not JSON, or what the route takes instead, by its headers.
+            BadRequestError: by its headers the body is not JSON, or not of the content type that the route accepts instead.
         """
         has_body = self.body_field is not None or "requestBody" in (self.openapi_extra or {})
         if scope["method"] not in _WITH_BODY or not has_body:
@@ -207,7 +207,7 @@ class Route(Guarded):
 
 
 class CancelRoute(Route):
-    """Stops packets: no limit of any other request delays it."""
+    """A route that cancels jobs; the limits of other requests do not apply."""
 
     lane = "cancels"
 
@@ -217,6 +217,6 @@ class CancelRoute(Route):
 
 
 class StreamRoute(Route):
-    """Answers for as long as a job runs."""
+    """A route whose response is an event stream."""
 
     lane = "streams"

@@ -1,4 +1,4 @@
-"""The audit log: kept by job-orchestrator, passed on."""
+"""The audit log of job-orchestrator; requests are forwarded."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ router = APIRouter(prefix="/api/v1/audit", tags=["audit"], route_class=Route)
     responses=errors(400, 403),
     openapi_extra={
         "parameters": [
-            query("subject", TEXT, "Only what this user did or was refused."),
-            query("request_id", TEXT, "Only what became of this request."),
-            query("action", TEXT, "Only this operation, by its `operationId`."),
-            query("decision", {"type": "string", "enum": ["allowed", "refused"]}, "Only what was decided so."),
-            query("rule", TEXT, "Only what this rule decided."),
-            query("source", TEXT, "Only what came from this address."),
-            query("since", TIME, "Only what was received then or later."),
-            query("until", TIME, "Only what was received before."),
+            query("subject", TEXT, "Only entries about this user."),
+            query("request_id", TEXT, "Only entries of this request."),
+            query("action", TEXT, "Only entries of this operation, by its `operationId`."),
+            query("decision", {"type": "string", "enum": ["allowed", "refused"]}, "Only entries with this decision."),
+            query("rule", TEXT, "Only entries decided by this rule."),
+            query("source", TEXT, "Only requests from this address."),
+            query("since", TIME, "Only entries received at or after this time."),
+            query("until", TIME, "Only entries received before this time."),
             *paging(),
         ],
     },
 )
 async def list_audit(request: Request, _caller: Caller, state: Handed) -> Response:
-    """Changes and refusals, newest first; for administrators."""
+    """List changes and refusals, newest first; for administrators."""
     return await state.orchestrator.forward(request)

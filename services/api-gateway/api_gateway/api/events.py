@@ -25,8 +25,8 @@ from scanfleet.errors import DependencyError, NotFoundError, PublicError, Unavai
 from scanfleet.rest import ALL_USERS, WHOSE, Snapshot, Snapshots
 from scanfleet.service import PathId, ascii_json
 
-_RETRY_MS: Final = 3_000  # after which a client connects again; a restarted gateway is back by then
-_OVERLAP: Final = timedelta(minutes=1)  # by which looks overlap: what was stored late or under another clock is found
+_RETRY_MS: Final = 3_000  # until a client reconnects; a gateway restarts in less
+_OVERLAP: Final = timedelta(minutes=1)  # of two queries: finds changes that were stored late or with another clock
 _OF_JOB: Final = re.compile(r"[0-9]{1,16}")
 _OF_JOBS: Final = re.compile(
     r"([0-9]{1,14})-[0-9]{1,16}-[0-9]{1,16}"
@@ -41,14 +41,14 @@ async def _watched(job_id: PathId, state: Handed) -> AsyncIterator[Watch]:
 
 
 Watched = Annotated[Watch, Depends(_watched)]
-"""Hears the events of the job in the path from before the route is called to the end of its answer."""
+"""Receives the events of the job in the path, from before the route is called to the end of its response."""
 
 Whose = Annotated[
     str | None,
     Query(
         alias="user_id",
         pattern=WHOSE,
-        description="For administrators: the jobs of this user, or of `all`; without it the caller's own.",
+        description="For administrators: the jobs of this user, or of `all` users; without it the caller's own.",
     ),
 ]
 
@@ -60,7 +60,7 @@ async def _watched_jobs(caller: Caller, state: Handed, whose: Whose = None) -> A
 
 
 WatchedJobs = Annotated[Watch, Depends(_watched_jobs)]
-"""Likewise the events of all jobs of the caller, of another user, or of everybody."""
+"""The same for all jobs of the caller, of another user, or of all users."""
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def _watch(watched: JobsWatched, state: State) -> Iterator[Watch]:
 
 
 class _EventStream(StreamingResponse):
-    """States as they come.
+    """Sends states as they arrive.
 
     A lost event, a lagging tail and an expired token all look like a stream without changes. Therefore the orchestrator is
     queried every `heartbeat_seconds` with the caller's identity, and states that were not received as events are sent.
@@ -113,7 +113,7 @@ class _EventStream(StreamingResponse):
     @abstractmethod
     def _id(self, snapshot: Snapshot) -> str: ...
 
-    async def _told(self, first_look: float) -> AsyncIterator[tuple[bytes, Snapshot | None]]:
+    async def _events(self, first_look: float) -> AsyncIterator[tuple[bytes, Snapshot | None]]:
         """Yield each event with its state, and heartbeats.
 
         Args:
@@ -135,7 +135,7 @@ class _EventStream(StreamingResponse):
                             authenticated = time()
                         yield self._event(snapshot), snapshot
             except PublicError as error:
-                self._log.info("stream ended: the caller may not watch any more", error=error.message)
+                self._log.info("stream ended: the caller may no longer watch", error=error.message)
                 return
             except DependencyError as error:
                 self._log.warning("stream ended: the state of the jobs is unknown", error=str(error))
@@ -167,7 +167,7 @@ class JobStream(_EventStream):
         self._job_id = job_id
 
     async def _pieces(self) -> AsyncIterator[bytes]:
-        async for piece, snapshot in self._told(self._state.settings.heartbeat_seconds):
+        async for piece, snapshot in self._events(self._state.settings.heartbeat_seconds):
             yield piece
             if snapshot is not None and snapshot.task.status.status.final:
                 return
@@ -176,7 +176,7 @@ class JobStream(_EventStream):
         answer = await self._state.orchestrator.latest(await self._caller(), self._job_id)
         if isinstance(answer, Response):
             raise _refused(answer)
-        self._watch.hear(answer)
+        self._watch.add(answer)
         yield
 
     def _id(self, snapshot: Snapshot) -> str:
@@ -208,7 +208,7 @@ class JobsStream(_EventStream):
 
     async def _pieces(self) -> AsyncIterator[bytes]:
         yield b"retry: %d\n\n" % _RETRY_MS  # the first event may be hours away
-        async for piece, _ in self._told(0):
+        async for piece, _ in self._events(0):
             yield piece
 
     async def _look(self) -> AsyncIterator[None]:
@@ -216,7 +216,7 @@ class JobsStream(_EventStream):
         self._page, looked_at = None, page.time
         while True:
             for snapshot in page.snapshots:
-                self._watch.hear(snapshot)
+                self._watch.add(snapshot)
             yield
             if page.next is None:
                 break

@@ -1,4 +1,4 @@
-"""What a client asks first: what the platform accepts, who the caller is, and what is left of the caller's limits."""
+"""The platform's settings for clients, and the caller with the remaining limits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ router = APIRouter(prefix="/api/v1", tags=["platform"], route_class=Route)
 
 @public.get("/info", responses=errors(guarded=False))
 async def read_info(request: Request, state: Handed) -> rest.Info:
-    """What a client must know to sign in and to fill in forms; needs no token."""
+    """Read the settings that a client needs for sign-in and forms; needs no token."""
     settings = state.settings
     limits = await state.scan_limits.read()
     return rest.Info(
@@ -45,7 +45,7 @@ def _ways_to_page(request: Request) -> list[Literal["token", "oidc"]]:
 
 @router.get("/me", responses=errors())
 async def read_me(request: Request, caller: Caller) -> rest.Me:
-    """Who the caller is by the token, and what is left of the caller's limits."""
+    """Read the caller by the token, and the remaining limits."""
     admission = cast(Admission, request.app.state.admission)
     return rest.Me(
         user_id=caller.user_id,

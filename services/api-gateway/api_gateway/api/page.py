@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 BUILT: Final = Path(__file__).parents[1] / "page"
-"""Where `make setup` and the image's build write the files."""
+"""Directory of the files that `make setup` and the image's build write."""
 
 _FEATURES: Final = (
     "accelerometer autoplay browsing-topics camera clipboard-read clipboard-write display-capture encrypted-media "
@@ -22,7 +22,7 @@ _FEATURES: Final = (
     "serial storage-access usb window-management xr-spatial-tracking"
 )
 _HEADERS: Final = {
-    # Markup that reached the page as text could run nothing: no inline code, and no string becomes code or markup.
+    # Injected markup cannot run code: inline code is forbidden, and strings are not converted to code or markup.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -31,13 +31,13 @@ _HEADERS: Final = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-_HASHED: Final = "/app/assets/"  # files whose names hold the hash of their content
+_HASHED: Final = "/app/assets/"  # files with the hash of their content in the name
 
 _log = structlog.stdlib.get_logger(__name__)
 
 
 def serve(app: FastAPI, directory: Path = BUILT) -> None:
-    """Serve the page in `directory` under /app, and lead browsers there from /."""
+    """Serve the page in `directory` under /app, and redirect browsers from / to it."""
     app.add_middleware(_Headers)
     app.add_route("/", _root)
     app.add_route("/app", _root)
@@ -54,7 +54,7 @@ async def _root(request: Request) -> Response:
 
 
 class _Headers:
-    """Adds the headers of the page to every answer under /app."""
+    """Adds the headers of the page to every response under /app."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""Policies: resources of job-orchestrator, passed on."""
+"""Policies of job-orchestrator; requests are forwarded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ router = APIRouter(prefix="/api/v1/policy", tags=["policy"], route_class=Route)
     openapi_extra={"parameters": paging()},
 )
 async def list_policies(request: Request, _caller: Caller, state: Handed) -> Response:
-    """All policies of the caller, newest first."""
+    """List the caller's policies, newest first."""
     return await state.orchestrator.forward(request)
 
 
@@ -50,7 +50,7 @@ async def read_policy(policy_id: PathId, request: Request, _caller: Caller, stat
     openapi_extra=body(rest.PolicyBody) | {"parameters": [IF_MATCH]},
 )
 async def replace_policy(policy_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
-    """Replace a policy as a whole; jobs that were made from it keep it as it was."""
+    """Replace a policy as a whole; existing jobs keep the previous one."""
     return await state.orchestrator.forward(request)
 
 

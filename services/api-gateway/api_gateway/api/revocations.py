@@ -1,4 +1,4 @@
-"""Revoked tokens: kept by job-orchestrator, passed on; every gateway refuses them."""
+"""Revocations of tokens at job-orchestrator; requests are forwarded, and every gateway applies the list."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ router = APIRouter(prefix="/api/v1/revocation", tags=["revocation"], route_class
     openapi_extra={"parameters": paging()},
 )
 async def list_revocations(request: Request, _caller: Caller, state: Handed) -> Response:
-    """All revocations that are in force, newest first; for administrators."""
+    """List the revocations that are in force, newest first; for administrators."""
     return await state.orchestrator.forward(request)
 
 
@@ -33,9 +33,9 @@ async def list_revocations(request: Request, _caller: Caller, state: Handed) -> 
     openapi_extra=body(rest.RevocationBody),
 )
 async def create_revocation(request: Request, _caller: Caller, state: Handed) -> Response:
-    """Revoke one token, or all of a user's that were issued before a time; for administrators.
+    """Revoke one token, or all tokens of a user that were issued before a time; for administrators.
 
-    Every gateway refuses them within five seconds. A revocation ends by itself when no token can live that it is about.
+    Every gateway refuses them within five seconds. A revocation ends when all of its tokens have expired.
     """
     return await state.orchestrator.forward(request)
 

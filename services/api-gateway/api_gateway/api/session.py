@@ -34,7 +34,7 @@ router = APIRouter(prefix="/api/v1/session", tags=["session"], route_class=Route
 
 
 class Sessions:
-    """Makes and reads session cookies.
+    """Creates and reads session cookies.
 
     Args:
         keys: Fernet keys, the newest first: it encrypts, all decrypt.
@@ -50,7 +50,7 @@ class Sessions:
 
     @classmethod
     def open(cls, settings: Settings) -> Self | None:
-        """The sessions that the settings describe; None when they are off.
+        """Return the sessions according to the settings; None if they are off.
 
         Raises:
             ValueError: the file holds no valid keys.
@@ -67,7 +67,7 @@ class Sessions:
             ) from error
 
     def cookie(self, token: str, expires_at: float, *, refresh: str | None = None) -> str:
-        """The value of the `Set-Cookie` header that begins or replaces a session.
+        """Return the `Set-Cookie` header that begins or replaces a session.
 
         Args:
             token: the user's access token, verified.
@@ -75,7 +75,7 @@ class Sessions:
             refresh: the refresh token that came with it, left out if both do not fit.
 
         Raises:
-            BadRequestError: a browser would not keep so large a cookie.
+            BadRequestError: the cookie is too large for browsers.
         """
         value = self.seal({"access": token} | ({"refresh": refresh} if refresh else {}))
         if refresh and len(value) > MAX_COOKIE_BYTES:
@@ -101,15 +101,15 @@ class Sessions:
         return str(opened["access"])
 
     def refresh_token(self, request: Request) -> str | None:
-        """The refresh token in the cookie of a request whose `token` was accepted; None if it has none."""
+        """Return the refresh token in the cookie of a request whose `token` was accepted; None if it has none."""
         return (self.unseal(request.cookies.get(COOKIE, "")) or {}).get("refresh")
 
     def seal(self, content: dict[str, Any]) -> str:
-        """`content` as text that only these keys open."""
+        """Return `content` encrypted with the newest key."""
         return self._fernet.encrypt(zlib.compress(json.dumps(content).encode(), level=9)).decode()
 
     def unseal(self, text: str) -> dict[str, Any] | None:
-        """What was sealed; None if it is anything else."""
+        """Return the content of a value of `seal`; None for any other value."""
         try:
             opened: dict[str, Any] = json.loads(zlib.decompress(self._fernet.decrypt(text)))
         except (InvalidToken, ValueError):  # ValueError: not ASCII; whatever decrypts is what `seal` has made
@@ -148,7 +148,7 @@ async def end_session(request: Request, response: Response, _caller: Caller, sta
 
 @router.post("/refresh", status_code=204, response_class=Response, responses=errors(400, 404))
 async def refresh_session(request: Request, caller: Caller, state: Handed) -> Response:
-    """Go on with new tokens of the issuer; for the page, once at a time, since a refresh token may be good only once."""
+    """Replace the session's tokens by new ones of the issuer. Not concurrently: a refresh token may be valid only once."""
     sessions = _sessions(request)
     sign_in: SignIn | None = request.app.state.sign_in
     token = sessions.refresh_token(request)
@@ -179,7 +179,7 @@ def _keys(file: Path) -> list[str]:
 
 
 def set_cookie(name: str, value: str, *, max_age: int, same_site: str = "Strict") -> str:
-    """The value of a `Set-Cookie` header; no seconds of life remove the cookie."""
+    """Return a `Set-Cookie` header; a `max_age` of 0 removes the cookie."""
     cookie: SimpleCookie = SimpleCookie({name: value})
     cookie[name] |= {"path": "/", "secure": True, "httponly": True, "samesite": same_site, "max-age": max_age}
     return cookie[name].OutputString()

@@ -54,7 +54,7 @@ async def login(request: Request, next: str = _HOME) -> Response:  # noqa: A002 
 
 @router.get("/callback", name="create_session")
 async def callback(request: Request, state: Handed) -> Response:
-    """Take the user back from the issuer, and begin a session."""
+    """Handle the issuer's redirect, and begin a session."""
     sign_in, sessions = _parts(request)
     try:
         kept = _kept(request, sessions)
@@ -78,7 +78,7 @@ async def callback(request: Request, state: Handed) -> Response:
 
 
 def _kept(request: Request, sessions: Sessions) -> dict[str, Any]:
-    """What `login` has kept in this browser for the sign-in from which the user comes back.
+    """Return the state that `login` stored in this browser for this sign-in.
 
     Raises:
         RefusedSignInError: the request does not belong to the latest sign-in of this browser.
@@ -117,7 +117,7 @@ def _refused(request: Request, why: str, reason: str, next_: str) -> Response:
 
 
 def _failed(why: str, next_: str) -> Response:
-    """Lead back to where the sign-in began; the page shows the message of the code `why`."""
+    """Redirect to the origin of the sign-in; the page shows the message of the code `why`."""
     location = f"{next_}{'&' if '?' in next_ else '?'}sign_in={why}"
     return RedirectResponse(location, 303, {"Cache-Control": "no-store"})
 

@@ -19,7 +19,7 @@ class State:
     commands: Commands
     orchestrator: Orchestrator
     canceller: Orchestrator
-    """The same service over connections that nothing but cancels uses."""
+    """The same service over a pool of connections for cancels only."""
     result_store: Upstream
     scan_limits: ScanLimits
     watches: Watches

@@ -1,4 +1,4 @@
-"""Subnets: resources of job-orchestrator, passed on."""
+"""Subnets of job-orchestrator; requests are forwarded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ router = APIRouter(prefix="/api/v1/subnet", tags=["subnet"], route_class=Route)
     openapi_extra={"parameters": paging()},
 )
 async def list_subnets(request: Request, _caller: Caller, state: Handed) -> Response:
-    """All subnets of the caller, newest first."""
+    """List the caller's subnets, newest first."""
     return await state.orchestrator.forward(request)
 
 
@@ -61,7 +61,7 @@ async def create_subnet(request: Request, _caller: Caller, state: Handed) -> Res
     openapi_extra={"requestBody": _CSV},
 )
 async def import_subnets(request: Request, _caller: Caller, state: Handed) -> Response:
-    """Create a subnet for each line of a CSV file, all or none. Equal subnets are not created again: safe to repeat."""
+    """Create a subnet for each line of a CSV file, all or none. Existing equal subnets are not created again, so the request is idempotent."""
     return await state.orchestrator.forward(request)
 
 
@@ -78,7 +78,7 @@ async def read_subnet(subnet_id: PathId, request: Request, _caller: Caller, stat
     openapi_extra=body(rest.SubnetBody) | {"parameters": [IF_MATCH]},
 )
 async def replace_subnet(subnet_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
-    """Replace a subnet as a whole; jobs that were made from it keep it as it was."""
+    """Replace a subnet as a whole; existing jobs keep the previous one."""
     return await state.orchestrator.forward(request)
 
 

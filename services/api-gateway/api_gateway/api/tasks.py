@@ -1,4 +1,4 @@
-"""Scan jobs: created and cancelled by commands, everything else is asked of the services behind."""
+"""Scan jobs: commands create and cancel them; all other requests are forwarded to the services behind the gateway."""
 
 from __future__ import annotations
 
@@ -38,15 +38,13 @@ IdempotencyKey = Annotated[
         min_length=1,
         max_length=255,
         pattern=r"^[\x21-\x7e]+$",
-        description="Visible ASCII. The same key with the same body gives the same answer and creates nothing.",
+        description="Visible ASCII. A request with the same key and the same body gets the same response and creates nothing.",
     ),
 ]
 
 LastEventId = Annotated[
     str | None,
-    Header(
-        alias="Last-Event-ID", description="The `id` of the last event that was received; a browser sends it by itself."
-    ),
+    Header(alias="Last-Event-ID", description="The `id` of the last received event; browsers send it automatically."),
 ]
 
 _STATUS: Final = query(
@@ -57,38 +55,42 @@ _STATUS: Final = query(
 _USER_ID: Final = query(
     "user_id",
     {"anyOf": [{"type": "integer", "minimum": 1, "maximum": MAX_ID}, {"const": "all"}]},
-    "For administrators: the jobs of this user, or of `all`; without it the caller's own.",
+    "For administrators: the jobs of this user, or of `all` users; without it the caller's own.",
 )
 _JOB_FILTERS: Final = [
     query("subnet_id", ID, "Only jobs of this subnet."),
     query("policy_id", ID, "Only jobs of this policy."),
-    query("since", TIME, "Only jobs that were created then or later."),
+    query("since", TIME, "Only jobs created at or after this time."),
 ]
 _PORTS: Final = query(
-    "ports", {"type": "string"}, "Only blocks that hold some of these ports, in the syntax of a policy's `ports`."
+    "ports", {"type": "string"}, "Only blocks with some of these ports, in the syntax of a policy's `ports`."
 )
 _FROM: Final = query(
     "from",
     {"type": "string"},
-    "Only from this address on: one answer has 65,536 addresses, and a larger subnet needs it.",
+    "Only addresses from this one on. A response has at most 65,536 addresses.",
 )
 _NOT_MODIFIED: Final[dict[int | str, dict[str, Any]]] = {
     200: {"headers": ETAG},
-    304: {"description": "The map is still the one of `If-None-Match`.", "headers": ETAG},
+    304: {"description": "The map has not changed since the one of `If-None-Match`.", "headers": ETAG},
 }
 _RESULT: Final = {"$ref": "#/components/schemas/Result"}
 _RESULT_FILTERS: Final = [
     query(
         "fields",
         {"type": "array", "items": {"type": "string", "enum": list(rest.Result.model_fields)}},
-        "Only these fields; without `raw_data` the answer is a seventh in size. Repeated, or separated by commas.",
+        "Only these fields; without `raw_data` the response has a seventh of the size. Repeated, or separated by commas.",
     ),
     query(
         "after",
         {"type": "integer", "minimum": 0, "maximum": MAX_ID},
-        "Only results with a greater `id`; with it, or with `limit`, they come in the order of their ids.",
+        "Only results with a greater `id`. With this parameter or `limit` results are sorted by `id`.",
     ),
-    query("limit", {"type": "integer", "minimum": 1, "maximum": rest.MAX_RESULTS}, "At most so many; all without it."),
+    query(
+        "limit",
+        {"type": "integer", "minimum": 1, "maximum": rest.MAX_RESULTS},
+        "Maximum number of results; all without it.",
+    ),
     query(
         "port",
         {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 65_535}},
@@ -99,12 +101,12 @@ _RESULT_FILTERS: Final = [
 ]
 _RESULTS: Final[dict[int | str, dict[str, Any]]] = {
     200: {
-        "description": "The results in order of creation, streamed; how they are written is asked for by `Accept`.",
+        "description": "The results in order of creation, streamed, in the format of `Accept`.",
         "model": list[rest.Result],
         "content": {
-            "application/x-ndjson": {"schema": {**_RESULT, "description": "One result a line."}},
+            "application/x-ndjson": {"schema": {**_RESULT, "description": "One result per line."}},
             "text/csv": {
-                "schema": {"type": "string", "description": "RFC 4180, with the fields' names as its first line."}
+                "schema": {"type": "string", "description": "RFC 4180, with the names of the fields in the first line."}
             },
         },
     },
@@ -120,14 +122,14 @@ def server_sent(description: str) -> dict[str, Any]:
 
 _EVENTS: Final[dict[int | str, dict[str, Any]]] = {
     200: {
-        "description": "The job's state as it is now, then each later one as it comes; the stream ends after a final one. "
-        "One that ends before was cut short: ask again, and it begins with the state of then.",
+        "description": "The current state of the job, then each later one; the stream ends after a final state. If it ends earlier, "
+        "reconnect: the new stream begins with the current state.",
         "content": {
             "text/event-stream": {
                 "schema": server_sent(
-                    "Server-Sent Events. `event` is the job's status, `data` is what a GET of the task "
-                    "answers, in one line, `id` is the number of the state, which rises, and `retry` is when to connect "
-                    "again, in milliseconds. A comment is a heartbeat."
+                    "Server-Sent Events. `event` is the job's status, `data` the response to a GET of the task in "
+                    "one line, `id` the increasing number of the state, and `retry` the reconnection delay in "
+                    "milliseconds. Comments are heartbeats."
                 ),
                 "example": 'event: running\ndata: {"job_id":"1","status":{"status":"running",...},"job":{...}}\nid: 3\n'
                 "retry: 3000\n\n",
@@ -135,21 +137,21 @@ _EVENTS: Final[dict[int | str, dict[str, Any]]] = {
         },
     },
     204: {
-        "description": "The job has ended, and `Last-Event-ID` says that its final state was received: do not ask again."
+        "description": "The job has ended, and the client has received its final state, by `Last-Event-ID`: do not reconnect."
     },
 }
 
 _ALL_EVENTS: Final[dict[int | str, dict[str, Any]]] = {
     200: {
-        "description": "Each unfinished job as it is now, then each change of any job, new ones included. With `Last-Event-ID` "
-        "it also begins with the jobs that have ended since; a state may come twice then, with the same job and number in its "
-        "`id`. A stream that ends was cut short: ask again.",
+        "description": "The current state of each unfinished job, then each change of any job, including new ones. With "
+        "`Last-Event-ID` also each job that has ended since; a state may be repeated, with the same job and number in its `id`. "
+        "If the stream ends, reconnect.",
         "content": {
             "text/event-stream": {
                 "schema": server_sent(
-                    "Server-Sent Events as those of one job, but for the `id`: the time in milliseconds up to "
-                    "which the stream has sent every change, the job's id and the number of its state. A comment is a heartbeat; "
-                    "the first one follows the last job that was there at the beginning."
+                    "Server-Sent Events as of one job, except the `id`: the time in milliseconds up to which the "
+                    "stream has sent every change, the job's id and the number of its state. Comments are heartbeats; the first "
+                    "one follows the last of the initial states."
                 ),
                 "example": "retry: 3000\n\nevent: running\n"
                 'data: {"job_id":"1","status":{"status":"running",...},"job":{...}}\nid: 1767225605000-1-3\nretry: 3000\n\n',
@@ -166,7 +168,7 @@ _ALL_EVENTS: Final[dict[int | str, dict[str, Any]]] = {
     openapi_extra={"parameters": [_STATUS, _USER_ID, *_JOB_FILTERS, *paging()]},
 )
 async def list_tasks(request: Request, _caller: Caller, state: Handed) -> Response:
-    """All scan jobs of the caller, pending ones first, then the latest start first."""
+    """List the caller's scan jobs, pending ones first, then by start, the latest first."""
     return await state.orchestrator.forward(request)
 
 
@@ -178,7 +180,7 @@ async def create_tasks(
     state: Handed,
     idempotency_key: IdempotencyKey = None,
 ) -> rest.JobsCreated:
-    """Create one scan job for each subnet, all or none. After the answer the jobs can be read."""
+    """Create one scan job for each subnet, all or none. The jobs can be read once the response is received."""
     command = SubmitJobs(
         command_id=uuid4().hex,
         user_id=caller.user_id,
@@ -196,13 +198,13 @@ async def create_tasks(
 
 @router.get("/{job_id}", response_model=rest.TaskStatus, responses=errors(404))
 async def read_task(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
-    """A scan job's state and progress as they are now."""
+    """Read the current state and progress of a scan job."""
     return await state.orchestrator.forward(request)
 
 
 @router.delete("/{job_id}", response_model=rest.Done, responses=errors(404, 409))
 async def delete_task(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
-    """Delete a scan job that has ended, with its results and its ledger."""
+    """Delete a scan job that has ended, with its results and ledger."""
     return await state.orchestrator.forward(request)
 
 
@@ -215,7 +217,7 @@ async def watch_task(
     watch: Watched,
     last_event_id: LastEventId = None,
 ) -> Response:
-    """A scan job's states and progress as they come, as Server-Sent Events."""
+    """Stream states and progress of a scan job as Server-Sent Events."""
     now = await state.orchestrator.latest(state.orchestrator.identity(request), job_id)
     if isinstance(now, Response):
         return now
@@ -235,7 +237,7 @@ async def watch_tasks(
     whose: Whose = None,
     last_event_id: LastEventId = None,
 ) -> Response:
-    """States and progress of all scan jobs of the caller as they come, in one stream of Server-Sent Events that does not end."""
+    """Stream states and progress of all scan jobs of the caller as Server-Sent Events, without an end."""
     caller = state.orchestrator.identity(request)
     first = await state.orchestrator.latest_of(caller, whose, ended_since=overlapping(last_received(last_event_id)))
     return first if isinstance(first, Response) else JobsStream(watch, first, whose, request, state)
@@ -243,7 +245,7 @@ async def watch_tasks(
 
 @cancels.post("/cancel", responses=errors(400, 413))
 async def cancel_tasks(body: rest.CancelJobs, request: Request, _caller: Caller, state: Handed) -> rest.JobsCancelled:
-    """Cancel all of the caller's pending and running scan jobs that match every filter, or `all`; safe to repeat."""
+    """Cancel the caller's pending and running scan jobs that match every filter, or `all` of them; idempotent."""
     job_ids: list[int] = []
     more = True
     while more:
@@ -258,7 +260,7 @@ async def cancel_tasks(body: rest.CancelJobs, request: Request, _caller: Caller,
 
 @cancels.post("/{job_id}/cancel", responses=errors(400, 404))
 async def cancel_task(job_id: PathId, request: Request, caller: Caller, state: Handed) -> rest.Done:
-    """Cancel a scan job that is pending or running. What was found until then can be read."""
+    """Cancel a pending or running scan job. Its results so far can be read."""
     command = CancelJob(
         command_id=uuid4().hex,
         user_id=caller.user_id,
@@ -276,7 +278,7 @@ async def cancel_task(job_id: PathId, request: Request, caller: Caller, state: H
     "/{job_id}/results", responses=_RESULTS | errors(400, 403, 404), openapi_extra={"parameters": _RESULT_FILTERS}
 )
 async def read_results(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:
-    """All results of a scan job so far, for its owner and administrators."""
+    """Read the results of a scan job so far; for its owner and administrators."""
     refusal = await state.orchestrator.refusal(request, job_id)
     return refusal or await state.result_store.forward(request)
 
@@ -288,13 +290,13 @@ async def read_results(job_id: PathId, request: Request, _caller: Caller, state:
     openapi_extra={"parameters": paging(rest.LedgerPageSize, 100)},
 )
 async def read_ledger(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
-    """What became of every probe of a scan job, and by name what was not probed."""
+    """Read the outcomes of all probes of a scan job, and the list of addresses that were not completely probed."""
     return await state.orchestrator.forward(request)
 
 
 @router.get("/{job_id}/snapshot", response_model=rest.JobSnapshot, responses=errors(404))
 async def read_snapshot(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
-    """What a scan job was asked for, whatever became of its subnet and policy since."""
+    """Read the subnet and policy of a scan job as they were when it was created."""
     return await state.orchestrator.forward(request)
 
 
@@ -305,11 +307,11 @@ async def read_snapshot(job_id: PathId, request: Request, _caller: Caller, state
     openapi_extra={"parameters": [_PORTS, _FROM, IF_NONE_MATCH]},
 )
 async def read_map(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
-    """What became of each address of a scan job, one letter an address, for each block of its ports."""
+    """Read the outcome of each address of a scan job as one letter, for each block of its ports."""
     return await state.orchestrator.forward(request)
 
 
 @router.get("/{job_id}/waiting", response_model=rest.Waiting, responses=errors(404))
 async def read_waiting(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
-    """Why a scan job does not progress: what no worker is scanning now, and what it waits for."""
+    """Read why a scan job does not progress: its queued chunks, and the reasons for which they wait."""
     return await state.orchestrator.forward(request)

@@ -1,4 +1,4 @@
-"""Commands: published on the bus, answered by the reply that names them, and decided even when no reply comes."""
+"""Publish commands and wait for their replies; without a reply, have the orchestrator expire the command."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Reply = CommandAccepted | CommandRejected
 
 _log = structlog.get_logger()
 
-_JOBS_END_SECONDS: Final = 30  # until a user who has too many unfinished jobs may have fewer
+_JOBS_END_SECONDS: Final = 30  # typical time until one of the unfinished jobs of a user ends
 
 
 class Arbiter(Protocol):
-    """Decides a command without a reply."""
+    """Decides commands without a reply."""
 
     async def expire(self, command_id: str, headers: Mapping[str, str]) -> Reply | None:
-        """Call the command off, None when that was done; else the reply, for it had been decided before.
+        """Expire the command and return None, or return its reply if it had been decided before.
 
         Args:
             command_id: of the command.
@@ -48,16 +48,16 @@ class Commands:
         for record in records:
             reply = record.message
             if not isinstance(reply, (CommandAccepted, CommandRejected)):
-                continue  # a kind of reply that came after this version
+                continue  # a newer kind of reply
             waiting = self._waiting.get(reply.command_id)
             if waiting is not None and not waiting.done():
                 waiting.set_result(reply)
 
     async def assigned(self, partitions: Collection[int]) -> None:
-        """Nothing is kept by partition."""
+        """Do nothing: no state depends on the partition."""
 
     async def revoked(self, partitions: Collection[int]) -> None:
-        """Nothing is kept by partition."""
+        """Do nothing: no state depends on the partition."""
 
     async def caught_up(self, partitions: Collection[int]) -> None:
         """Do nothing: each request has its own timeout."""
@@ -68,24 +68,24 @@ class Commands:
         arbiter: Arbiter,
         headers: Mapping[str, str],
     ) -> tuple[Job, ...]:
-        """The jobs that the command made or changed.
+        """Publish the command, and return the jobs that it created or changed.
 
         Args:
-            command: with an id that no other command has.
+            command: with a unique id.
             arbiter: decides a command without a reply.
             headers: the caller's identity, for the arbiter.
 
         Raises:
             PublicError: the command was rejected or expired, or its outcome is unknown; the message says which.
         """
-        structlog.contextvars.bind_contextvars(command_id=command.command_id)  # so that the access line names it
+        structlog.contextvars.bind_contextvars(command_id=command.command_id)  # for the access log line
         reply = await self._ask(command) or await _call_off(command.command_id, arbiter, headers)
         if isinstance(reply, CommandRejected):
             raise _refusal(reply)
         return reply.jobs
 
     async def _ask(self, command: SubmitJobs | CancelJob) -> Reply | None:
-        """The reply, None if there was none in time."""
+        """Return the reply, or None after the timeout."""
         waiting: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting[command.command_id] = waiting
         try:
@@ -108,7 +108,7 @@ async def _call_off(command_id: str, arbiter: Arbiter, headers: Mapping[str, str
             "the outcome of this request is unknown; repeat it, with the same Idempotency-Key if it creates something",
         ) from error
     if reply is None:
-        raise UnavailableError("the request was not carried out in time and will not be; try again")
+        raise UnavailableError("the request timed out and will not be executed; try again")
     return reply
 
 

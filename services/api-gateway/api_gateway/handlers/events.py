@@ -15,7 +15,7 @@ from scanfleet.errors import UnavailableError
 from scanfleet.messages import JobEvent, JobStatus
 from scanfleet.rest import Snapshot, TaskProgress, TaskStatus
 
-MAX_WAITING: Final = 10_000  # states that a client has not taken: 20 MB
+MAX_WAITING: Final = 10_000  # states not sent to the client yet: 20 MB
 MAX_JOBS: Final = 100_000  # maximum jobs per watch: 10 MB
 
 JobsWatched = tuple[Literal["job", "user", "all"], int]
@@ -39,13 +39,13 @@ class Watch:
         """Send this state next, then later states of its job; drop older ones."""
         job_id = now.task.job.id
         newer = [self._waiting.pop(key) for key in list(self._waiting) if key[0] == job_id]
-        for snapshot in (now, *(heard for heard in newer if heard.seq > now.seq)):
+        for snapshot in (now, *(later for later in newer if later.seq > now.seq)):
             self._waiting[job_id, snapshot.task.status.status] = snapshot
         self._seqs[job_id] = max(self._seqs.get(job_id, 0), now.seq)
         self._news.set()
 
-    def hear(self, snapshot: Snapshot) -> None:
-        """Tell this next, unless it is old or a duplicate."""
+    def add(self, snapshot: Snapshot) -> None:
+        """Queue this state, unless it is old or a duplicate."""
         job_id = snapshot.task.job.id
         if self.ended or snapshot.seq <= self._seqs.get(job_id, 0):
             return
@@ -61,17 +61,17 @@ class Watch:
         self._news.set()
 
     def take(self) -> Snapshot | None:
-        """The state to tell next; None when there is none now."""
+        """Remove and return the next state; None if none is queued."""
         return self._waiting.pop(next(iter(self._waiting))) if self._waiting else None
 
     def take_waiting(self) -> Iterator[Snapshot]:
-        """Take the states that wait now, in order; those that arrive meanwhile stay for later calls."""
+        """Remove and yield the states that are queued now; those that arrive meanwhile stay for later calls."""
         for _ in range(len(self._waiting)):
             if (snapshot := self.take()) is not None:  # None once the watch has ended
                 yield snapshot
 
     async def next(self, until: float) -> Snapshot | None:
-        """The state to tell next; None when there was none until then (on the loop's clock), or the watch has ended."""
+        """Wait for the next state; None after `until` on the loop's clock, or when the watch has ended."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(until):
                 while not (self._waiting or self.ended):
@@ -97,20 +97,20 @@ class Watches:
             if watches:
                 snapshot = _snapshot(event)
                 for watch in watches:
-                    watch.hear(snapshot)
+                    watch.add(snapshot)
 
     async def assigned(self, partitions: Collection[int]) -> None:
-        """Nothing is kept by partition."""
+        """Do nothing: no state depends on the partition."""
 
     async def revoked(self, partitions: Collection[int]) -> None:
-        """Nothing is kept by partition."""
+        """Do nothing: no state depends on the partition."""
 
     async def caught_up(self, partitions: Collection[int]) -> None:
         """Do nothing: a watch queries for missed events."""
 
     @contextmanager
     def watch(self, watched: JobsWatched) -> Iterator[Watch]:
-        """Hear every event of these jobs that is read from now on.
+        """Receive every event of these jobs that is read from now on.
 
         Raises:
             UnavailableError: this process is about to end.
@@ -129,7 +129,7 @@ class Watches:
                 del self._watches[watched]
 
     def end(self) -> None:
-        """End every watch, and begin none any more."""
+        """End every watch, and refuse new ones."""
         self._ended = True
         for watches in self._watches.values():
             for watch in watches:

@@ -356,7 +356,7 @@ async def test_a_stream_that_can_no_longer_know_ends(loss: str) -> None:
 @pytest.mark.parametrize(
     ("status", "level", "logged"),
     [
-        (404, "info", "stream ended: the caller may not watch any more"),
+        (404, "info", "stream ended: the caller may no longer watch"),
         (503, "warning", "stream ended: the state of the jobs is unknown"),
     ],
 )
@@ -652,9 +652,9 @@ def test_a_watch_of_many_jobs_is_bounded() -> None:
     """A client that takes nothing costs a bounded number of states: then its watch ends, and it is told the state of then."""
     watch = Watch()
     for job_id in range(1, MAX_WAITING + 1):
-        watch.hear(snapshot(job_id))
+        watch.add(snapshot(job_id))
     assert not watch.ended
-    watch.hear(snapshot(MAX_WAITING + 1))
+    watch.add(snapshot(MAX_WAITING + 1))
     assert (watch.ended, watch.take()) == (True, None)
 
 
@@ -662,11 +662,11 @@ def test_take_waiting_with_states_that_arrive_meanwhile_leaves_those() -> None:
     """A look is over once the states are sent that waited for it, however fast others arrive."""
     watch = Watch()
     for job_id in (1, 2):
-        watch.hear(snapshot(job_id))
+        watch.add(snapshot(job_id))
     taken = []
     for each in watch.take_waiting():
         taken.append(each.task.job.id)
-        watch.hear(snapshot(each.task.job.id + 10))
+        watch.add(snapshot(each.task.job.id + 10))
     assert taken == [1, 2]
     assert [each.task.job.id for each in watch.take_waiting()] == [11, 12]
 
