@@ -45,7 +45,7 @@ Id = Annotated[StrictInt, Field(ge=1, le=MAX_ID)]
 
 
 def _rfc3339(value: Any) -> Any:
-    # pydantic also reads a number as seconds since 1970, which the document does not offer.
+    # pydantic also accepts numbers as seconds since 1970, which are undocumented.
     if not isinstance(value, datetime) and not (isinstance(value, str) and _DATE_AND_TIME.match(value)):
         raise PydanticCustomError("time", "a time as in RFC 3339 is expected, such as 2026-01-01T12:00:00Z")
     return value
@@ -166,20 +166,20 @@ class Snapshot(_Answer):
 
 
 class Snapshots(_Answer):
-    """A page of tasks as they are now, in the order of their ids. Not part of the public API."""
+    """A page of current tasks, sorted by id. Not part of the public API."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     snapshots: list[Snapshot]
     next: int | None
-    """The id that the next page goes on after; null on the last one."""
+    """The value of `after` for the next page; null on the last one."""
 
     time: AwareDatetime
-    """By the database's clock, before it was asked."""
+    """Time of the database before the query."""
 
 
 class JobSnapshot(_Answer):
-    """What a job was asked for: its subnet and policy as they were when it was created."""
+    """The subnet and policy of a job as they were when it was created."""
 
     model_config = ConfigDict(use_attribute_docstrings=True, json_schema_serialization_defaults_required=True)
 
@@ -188,17 +188,17 @@ class JobSnapshot(_Answer):
     exclude: list[str]
     policy: ScanPolicy
     addresses: int
-    """Of the subnet, the excluded ones among them."""
+    """Number of addresses of the subnet, including excluded ones."""
 
     excluded: int
     ports: int
-    """Probes for each address."""
+    """Number of probes per address."""
 
     chunks: int
-    """How many pieces of work the job is cut into."""
+    """Number of chunks into which the job is divided."""
 
     estimate_seconds: float
-    """Slot seconds that the whole job was expected to take."""
+    """Expected slot seconds of the whole job."""
 
 
 class MapBlock(_Answer):
@@ -206,25 +206,25 @@ class MapBlock(_Answer):
 
     ports: str
     letters: str
-    """One for each address: `a` answered, `s` silent, `d` down, `t` timed out, `x` excluded, `r` refused, `l` lost, `c` cancelled,
-    `>` a worker scans it now, `.` waiting."""
+    """One letter per address: `a` answered, `s` silent, `d` down, `t` timed out, `x` excluded, `r` refused, `l` lost, `c`
+    cancelled, `>` being scanned, `.` waiting."""
 
 
 class CoverageMap(_Answer):
-    """What became of each address of a job, for each block of its ports."""
+    """The outcome of each address of a job, for each block of its ports."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     job_id: int
     seq: int
-    """Rises with every state of the job."""
+    """Increases with every state of the job."""
 
     status: JobStatus
     first: str
-    """The address of the first letter."""
+    """Address of the first letter."""
 
     addresses: int
-    """Letters of each block, of which the whole subnet may have more: then ask for the next ones with `from`."""
+    """Number of letters per block. If the subnet has more addresses, request the next ones with `from`."""
 
     blocks: list[MapBlock]
 
@@ -365,7 +365,7 @@ class SubnetsImported(_Answer):
     message: str
     created: int
     subnets: list[Subnet]
-    """One for each line, in order; those that the caller had before are not created again."""
+    """One per line, in order; existing ones of the caller are not created again."""
 
 
 # Policies
@@ -495,7 +495,7 @@ class RevocationList(_Answer):
 
 class SessionEnded(_Answer):
     logout_url: str | None
-    """Where the issuer ends its own session; null if it has no such address."""
+    """The issuer's URL for sign-out; null if it has none."""
 
 
 class Subject(_Body):
@@ -505,7 +505,7 @@ class Subject(_Body):
     subject: Text
 
 
-MAX_ISSUER_KEYS = 100  # that are recorded; an issuer has a handful
+MAX_ISSUER_KEYS = 100  # recorded keys; an issuer has only a few
 
 
 class IssuerKeys(_Body):
@@ -525,62 +525,62 @@ class UserId(_Answer):
 
 
 class ScanLimits(_Answer):
-    """What the orchestrator lets users scan. Not part of the public API by itself."""
+    """The orchestrator's limits of scans. Not part of the public API by itself."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     presets: dict[Preset, ScanPolicy]
-    """The policy that each preset is."""
+    """The policy of each preset."""
 
     scripts: list[str]
     """NSE scripts that a policy may name."""
 
     max_addresses: int
-    """The most addresses of one subnet."""
+    """Maximum number of addresses per subnet."""
 
 
 class Info(ScanLimits):
-    """What a client must know before it has a token; nothing in it is secret."""
+    """The settings that a client needs before it has a token; none of them is secret."""
 
     model_config = ConfigDict(use_attribute_docstrings=True, json_schema_serialization_defaults_required=True)
 
     version: str
     api: Literal["v1"]
     issuer: str
-    """Whose tokens are accepted."""
+    """Issuer of the accepted tokens."""
 
     client_id: str | None
-    """Of the issuer, for clients that sign in there; null when none is registered."""
+    """Client id at the issuer for sign-in; null if none is registered."""
 
     audience: str
     scopes: list[str]
     sign_in: list[Literal["token", "oidc"]]
-    """`token`: with a token that the caller has; `oidc`: at the issuer, with `client_id`."""
+    """`token`: with an existing token of the caller; `oidc`: at the issuer, with `client_id`."""
 
     sign_in_to_page: list[Literal["token", "oidc"]] = []
     """The same for the page of this gateway; empty when it has no browser sessions."""
 
 
 class Quota(_Answer):
-    """Requests a minute."""
+    """Quota of requests per minute."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     limit: int
     left: int
     reset: int
-    """Seconds until more is left."""
+    """Seconds until more requests are permitted."""
 
 
 class PlacesLeft(_Answer):
-    """Requests under way at once."""
+    """Concurrent requests."""
 
     limit: int
     left: int
 
 
 class Limits(_Answer):
-    """Of this user at this replica of the gateway, each of which counts its own."""
+    """Limits of this user at this replica of the gateway; each replica counts separately."""
 
     reads: Quota
     writes: Quota
@@ -589,21 +589,21 @@ class Limits(_Answer):
 
 
 class Me(_Answer):
-    """The caller, and what is left of the caller's limits."""
+    """The caller, and the caller's remaining limits."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     user_id: int
     admin: bool
     expires_at: Time
-    """When the token ends."""
+    """Expiry of the token."""
 
     limits: Limits
 
 
 # Paths and queries
 
-MAX_RESULTS = 1_000_000  # that `limit` allows; without `limit` a response has all
+MAX_RESULTS = 1_000_000  # maximum value of `limit`; without `limit` a response has all results
 
 ALL_USERS = "all"
 WHOSE = r"^(all|[1-9][0-9]{0,15})$"

@@ -1,8 +1,8 @@
 """The process of a service: `python -m scanfleet.server job-orchestrator`.
 
-Two servers share its event loop. One serves the routes of the service, if it has any. The other serves probes and metrics on a port
-of its own, from before the parts of the service are opened until they are closed, so that readiness is answered while the process
-drains.
+Two servers share its event loop. One serves the routes of the service, if it has any. The other serves probes and metrics on a
+separate port, from before the service's dependencies are opened until they are closed, so that readiness is answered while the
+process drains.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from scanfleet.service import Probes, create_probes
 from scanfleet.settings import ApiSettings, InternalApiSettings, ServerSettings
 from scanfleet.tls import server_context
 
-DRAIN_SECONDS: Final = 5  # for answers under way; the rest of what a supervisor allows is for work in hand
-PROBE_CONNECTIONS: Final = 64  # a kubelet, Prometheus and an autoscaler have one each
+DRAIN_SECONDS: Final = 5  # for responses in progress; the rest of the supervisor's grace period is for work in progress
+PROBE_CONNECTIONS: Final = 64  # enough for a kubelet, Prometheus and an autoscaler with one each
 
 _SHARED: Final[dict[str, Any]] = {
     "http": BoundedProtocol,
     "ws": "none",
     "log_config": None,
-    "access_log": False,  # `scanfleet.service` writes an access line that knows the route and the request id
+    "access_log": False,  # `scanfleet.service` logs each request with its route and request id
     "server_header": False,
     "proxy_headers": False,
 }
@@ -46,10 +46,10 @@ class Server(uvicorn.Server):
     """Both servers of one service.
 
     Args:
-        app: as `scanfleet.service.create_app` made it, with settings that are `ServerSettings`.
+        app: of `scanfleet.service.create_app`, with `ServerSettings`.
 
     Raises:
-        ConfigurationError: the files for TLS cannot be used.
+        ConfigurationError: a file for TLS cannot be read, or has invalid content.
     """
 
     def __init__(self, app: FastAPI) -> None:
@@ -70,9 +70,9 @@ class Server(uvicorn.Server):
         return self._probe_server.port
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 # uvicorn's signature
-        """Listen for probes, open the parts of the service, listen for requests."""
+        """Listen for probes, open the service's dependencies, then listen for requests."""
         await self._probe_server.start()
-        await super().startup([])  # without a listener: uvicorn's gives a client a minute for its TLS handshake
+        await super().startup([])  # no listener: uvicorn's has no setting for the timeout of TLS handshakes, a minute
         if self._api:
             self.started = False
             self.servers = [await self._listen(self._api.api_port)]
@@ -98,19 +98,19 @@ class Server(uvicorn.Server):
             sys.exit(STARTUP_FAILURE)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Be unready from the first signal on."""
+        """Report unready from the first signal on."""
         super().handle_exit(sig, frame)
         self._probes.stage = "ending"
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Finish requests, close the parts of the service, and answer probes until then."""
+        """Finish requests and close the service's dependencies, while probes are still answered."""
         self._probes.stage = "ending"
         await super().shutdown(sockets)
         self._probe_server.stop()
 
 
 class _ProbeServer:
-    """Serves probes and metrics, by the same protocol with the same limits but for its connections."""
+    """Serves probes and metrics with the same protocol and limits, except the maximum number of connections."""
 
     def __init__(self, app: FastAPI, settings: ServerSettings) -> None:
         self._config = uvicorn.Config(app, host=settings.host, port=settings.probe_port, lifespan="off", **_SHARED)
@@ -142,7 +142,7 @@ class _ProbeServer:
 
 
 def main() -> None:
-    """Run a service until it is told to end."""
+    """Run a service until SIGTERM or SIGINT."""
     parser = argparse.ArgumentParser(prog="python -m scanfleet.server", description=__doc__)
     parser.add_argument("service", help="its name, as in the architecture")
     package = parser.parse_args().service.replace("-", "_")

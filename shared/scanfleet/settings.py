@@ -103,7 +103,7 @@ class FrontSettings(_Settings):
 
 
 class ServerSettings(FrontSettings):
-    """Where a service listens."""
+    """Addresses and ports of a service."""
 
     host: str = Field(
         "127.0.0.1",
@@ -119,18 +119,18 @@ class ServerSettings(FrontSettings):
 
 
 class ApiSettings(_Settings):
-    """Where the routes of a service are."""
+    """Port of a service's routes."""
 
     api_port: int = Field(8080, ge=0, le=65_535, description="Port for requests. With 0 the system chooses one.")
 
 
 class TlsSettings(_Settings):
-    """Who the service is to the other services. All three are set, or none."""
+    """Mutual TLS between the services. All three are set, or none."""
 
     tls_ca_file: Path | None = Field(
         None,
-        description="PEM file with the authority that signs the services' certificates, read once at start. With it requests between "
-        "services are TLS, with a certificate on both sides; without it they are clear text.",
+        description="PEM file with the authority that signs the services' certificates, read once at start. If set, services use "
+        "mutual TLS between each other; otherwise they use clear text.",
     )
     tls_certificate_file: Path | None = Field(
         None,
@@ -394,22 +394,22 @@ class TargetSettings(_Settings):
 
 
 class GrantSettings(_Settings):
-    """What each user may scan."""
+    """Limits of each user's scans."""
 
     grants_file: Path | None = Field(
         None,
         description="TOML file with the networks, rate, timing, scripts and hours that each user may use, read once "
-        "at start; without it all users have the same limits. [security.md](security.md#grants) has its form. Give "
-        "the gateway, the orchestrator and the workers the same file.",
+        "at start; without it all users have the same limits. [security.md](security.md#grants) describes its format. "
+        "The gateway, the orchestrator and the workers need the same file.",
     )
 
     @property
     def user_grants(self) -> UserGrants | None:
-        """None if they are not limited.
+        """The user grants; None without a file.
 
         Raises:
-            ValueError: the file holds anything else.
-            OSError: it cannot be read.
+            ValueError: the content of the file is invalid.
+            OSError: the file cannot be read.
         """
         if self.grants_file is None:
             return None

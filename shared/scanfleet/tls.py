@@ -1,4 +1,4 @@
-"""TLS between the services: each side shows a certificate of the site's own authority, and checks the name in the other's."""
+"""Mutual TLS between the services: both sides present a certificate of the site's own authority and check the other's name."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from scanfleet.settings import TlsSettings
 
 
 def server_context(settings: TlsSettings) -> ssl.SSLContext | None:
-    """What a server needs to demand a certificate of its authority from every client; None without TLS.
+    """Return the context of a server that requires a certificate of its authority from every client; None without TLS.
 
     Raises:
-        ConfigurationError: a file cannot be read, or does not hold what it should.
+        ConfigurationError: a file cannot be read, or has invalid content.
     """
     return _context(settings, ssl.PROTOCOL_TLS_SERVER)
 
 
 def client_context(settings: TlsSettings) -> ssl.SSLContext | None:
-    """What a client needs to show its certificate, and to accept only a server whose certificate has the name in the URL; None without TLS.
+    """Return the context of a client that presents its certificate and accepts only a server with the name in the URL.
+
+    None without TLS.
 
     Raises:
         ConfigurationError: see `server_context`.
@@ -29,7 +31,7 @@ def client_context(settings: TlsSettings) -> ssl.SSLContext | None:
 
 
 def names(certificate: Mapping[str, Any]) -> set[str]:
-    """The DNS names of a peer's certificate, as `ssl.SSLSocket.getpeercert` returns it."""
+    """Return the DNS names of a peer's certificate, as `ssl.SSLSocket.getpeercert` returns it."""
     return {name for kind, name in certificate.get("subjectAltName", ()) if kind == "DNS"}
 
 
@@ -37,12 +39,12 @@ def _context(settings: TlsSettings, protocol: ssl._SSLMethod) -> ssl.SSLContext 
     if settings.tls_ca_file is None or settings.tls_certificate_file is None:
         return None
     context = ssl.SSLContext(protocol)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3  # both sides are ours
+    context.minimum_version = ssl.TLSVersion.TLSv1_3  # both sides support it
     context.verify_mode = ssl.CERT_REQUIRED
     try:
         context.load_verify_locations(settings.tls_ca_file)
         context.load_cert_chain(settings.tls_certificate_file, settings.tls_key_file)
-    except OSError as error:  # what OpenSSL reports is one too
+    except OSError as error:  # the base class of OpenSSL's errors
         files = f"{settings.tls_ca_file}, {settings.tls_certificate_file} and {settings.tls_key_file}"
         raise ConfigurationError(f"cannot use {files} for TLS: {error}") from error
     return context

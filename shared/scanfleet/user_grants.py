@@ -1,8 +1,8 @@
-"""User grants: which networks, rate, timing, scripts and hours each user may use, of what the platform allows.
+"""User grants: the networks, rate, timing, scripts and hours that each user may use, within the platform's limits.
 
-An operator writes them into a TOML file. A scan must satisfy the limits for every user and one whole grant of its own user.
-They are checked when a job is made, when a chunk is dispatched, and by the worker before nmap starts; only the first check
-needs the roles of the caller, since a job names its grant from then on.
+An operator writes them into a TOML file. A scan must satisfy the limits for every user and all limits of one grant of its user.
+They are checked when a job is created, when a chunk is dispatched, and by the worker before nmap starts. Only the first check
+needs the roles of the caller: it stores the name of the grant in the job.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from scanfleet.targets import Network, ParsedNetwork, covers
 
 MAX_GRANTS: Final = 1_000
 
-_NAMED: Final = 5  # networks, scripts or grants in a sentence; more would hide the first
+_NAMED: Final = 5  # maximum number of networks, scripts or grants listed in a message
 _WINDOW: Final = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])-(?:([01][0-9]|2[0-3]):([0-5][0-9])|(24):(00))")
 _DAY: Final = timedelta(days=1)
 _NOW: Final = timedelta()
@@ -34,7 +34,7 @@ _NOW: Final = timedelta()
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Hours of each day in UTC; one that ends before it begins goes on over midnight."""
+    """Hours of each day in UTC; a window whose end is before its begin extends over midnight."""
 
     begin: timedelta
     end: timedelta
@@ -42,10 +42,10 @@ class Window:
 
     @classmethod
     def parse(cls, text: str) -> Window:
-        """Read "22:00-06:00"; "24:00" is the end of a day.
+        """Parse text such as "22:00-06:00"; "24:00" is the end of a day.
 
         Raises:
-            ValueError: it is written in any other way, or holds no time.
+            ValueError: the syntax is different, or the window is empty.
         """
         found = _WINDOW.fullmatch(text)
         if found is None:
@@ -55,11 +55,11 @@ class Window:
             for hour, minute in (found.group(1, 2), found.group(3, 4) if found[3] else found.group(5, 6))
         )
         if begin == end:
-            raise ValueError(f'{text} holds no time; "00:00-24:00" is the whole day')
+            raise ValueError(f'{text} is empty; "00:00-24:00" is the whole day')
         return cls(begin, end, text)
 
     def left(self, now: datetime) -> timedelta:
-        """How long the window stays open from `now` (UTC) on; zero while it is closed."""
+        """Return the time until the window closes, from `now` (UTC); zero while it is closed."""
         time = now - now.replace(hour=0, minute=0, second=0, microsecond=0)
         for begin, end in ((self.begin, self.end), (self.begin, self.end + _DAY), (self.begin - _DAY, self.end)):
             if begin < end <= begin + _DAY and begin <= time < end:
@@ -80,7 +80,7 @@ class _Part(BaseModel):
 
 
 class Limits(_Part):
-    """What a scan may use at most; what is None has no limit here."""
+    """Limits of a scan; None is no limit."""
 
     networks: Annotated[list[ParsedNetwork], Field(max_length=MAX_GRANTS)] | None = None
     max_rate: Annotated[int, Field(ge=1)] | None = None
@@ -95,9 +95,9 @@ class Limits(_Part):
         return "for every user"
 
     def refusal(self, network: Network, policy: ScanPolicy, nat64: Sequence[IPv6Network] = ()) -> str | None:
-        """Why `network` may not be scanned by `policy`, as a sentence that names the limit; None if it may.
+        """Return the reason, with the limit, for which `policy` must not scan `network`; None if it may.
 
-        A policy without a `max_rate` is refused where there is a limit: `UserGrants.admit` gives it one.
+        Under a limit of `max_rate` a policy without a `max_rate` is refused; `UserGrants.admit` sets it first.
         """
         if self.networks is not None and not covers(network, self.networks, nat64):
             return f"{network} is not within the networks {self.title}: {_listed(map(str, self.networks))}"
@@ -113,17 +113,17 @@ class Limits(_Part):
         return None
 
     def open_for(self, now: datetime) -> timedelta | None:
-        """How long the hours go on from `now` (UTC) on; zero while they are closed, None if there are none."""
+        """Return the time until the hours end, from `now` (UTC); zero outside of them, None without hours."""
         if self.hours is None:
             return None
         left = _NOW
-        # Windows may touch or overlap: what begins where another ends goes on.
+        # Windows may be adjacent or overlap; then they count as one.
         while left < _DAY and (more := max(window.left(now + left) for window in self.hours)):
             left += more
         return None if left >= _DAY else left
 
     def closed(self, now: datetime) -> str | None:
-        """That these are not the hours, as a sentence; None if they are."""
+        """Return the reason, with the hours, for which a scan has to wait; None within the hours."""
         if self.hours is None or self.open_for(now) != _NOW:
             return None
         hours = _listed(window.text for window in self.hours)
@@ -131,7 +131,7 @@ class Limits(_Part):
 
 
 class UserGrant(Limits):
-    """Limits for these users and for callers with one of these roles; one that names neither is for every user."""
+    """Limits for these users and for callers with one of these roles; without users and roles, for every user."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
     users: list[_Id] = []
@@ -142,25 +142,25 @@ class UserGrant(Limits):
         return f"of grant {self.name}"
 
     def is_for(self, user_id: int, roles: AbstractSet[str]) -> bool:
-        """Whether a caller may use it."""
+        """Whether this caller may use the grant."""
         for_all = not self.users and not self.roles
         return for_all or user_id in self.users or not roles.isdisjoint(self.roles)
 
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A scan that may begin: by which grant, and the policy with the rate that it has at most."""
+    """A permitted scan: the name of its grant, and its policy with the grant's maximum rate."""
 
     grant: str
     policy: ScanPolicy
 
 
 class GrantError(ScanfleetError):
-    """No grant of the user covers the scan; says which limit."""
+    """No grant of the user permits the scan; the message names the limit."""
 
 
 class UserGrants(_Part):
-    """Limits for every user, and grants of which a scan needs one."""
+    """Limits for every user, and grants; a scan needs one of them."""
 
     everyone: Limits = Limits()
     grants: Annotated[list[UserGrant], Field(min_length=1, max_length=MAX_GRANTS)]
@@ -176,10 +176,10 @@ class UserGrants(_Part):
 
     @classmethod
     def parse(cls, text: str) -> UserGrants:
-        """Read a file's text.
+        """Parse the text of a file.
 
         Raises:
-            ValueError: it is no TOML, or a value is not allowed; says which.
+            ValueError: it is not TOML, or a value is not allowed; the message names it.
         """
         try:
             return cls.model_validate(tomllib.loads(text))
@@ -189,7 +189,7 @@ class UserGrants(_Part):
 
     @property
     def roles(self) -> AbstractSet[str]:
-        """All roles that matter to any grant."""
+        """The roles of all grants."""
         return frozenset(role for grant in self.grants for role in grant.roles)
 
     def admit(
@@ -202,10 +202,10 @@ class UserGrants(_Part):
         now: datetime,
         nat64: Sequence[IPv6Network] = (),
     ) -> Admitted:
-        """The first grant of the caller under which this scan may begin now.
+        """Return the first grant of the caller that permits this scan now.
 
         Raises:
-            GrantError: there is none.
+            GrantError: no grant permits it.
         """
         own = [grant for grant in self.grants if grant.is_for(user_id, roles)]
         if not own:
@@ -222,9 +222,9 @@ class UserGrants(_Part):
     def refusal(
         self, name: str, user_id: int, network: Network, policy: ScanPolicy, nat64: Sequence[IPv6Network] = ()
     ) -> str | None:
-        """Why a job under the grant of this name may not go on, whatever the hour; None if it may.
+        """Return the reason for which a job with this grant must end, regardless of the hours; None if it may continue.
 
-        A job that was made before there were grants has none: for it counts any that needs no role.
+        A job that was created before grants were configured has no grant: every grant of its user without roles applies.
         """
         found = self._of(name, user_id)
         if not found:
@@ -233,17 +233,17 @@ class UserGrants(_Part):
         return None if None in reasons else reasons[0]
 
     def open_for(self, name: str, user_id: int, now: datetime) -> timedelta | None:
-        """How long a job under the grant of this name may go on; zero while it may not, None if hours do not limit it."""
+        """Return the time until the hours of a job with this grant end; zero outside of them, None without hours."""
         hours = [self._hours(grant, now) for grant in self._of(name, user_id)]
         return max(hours, key=_duration, default=None)
 
     def closed(self, name: str, user_id: int, now: datetime) -> str | None:
-        """That a job under the grant of this name has to wait for its hours, as a sentence; None if it has not."""
+        """Return the reason for which a job with this grant has to wait for its hours; None within the hours."""
         reasons = [self._closed(grant, now) for grant in self._of(name, user_id)]
         return next(iter(reasons)) if reasons and None not in reasons else None
 
     def opens_at(self, name: str, user_id: int, now: datetime) -> datetime | None:
-        """When the hours of a job under the grant of this name begin, of which it is outside now; None if they never do."""
+        """Return when the hours of a job with this grant begin next; None if they never do."""
         windows = [window for limits in (self.everyone, *self._of(name, user_id)) for window in limits.hours or ()]
         midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
         begins = sorted(
@@ -254,7 +254,7 @@ class UserGrants(_Part):
     def _of(self, name: str, user_id: int) -> Sequence[UserGrant]:
         if not name:
             return [grant for grant in self.grants if grant.is_for(user_id, frozenset())]
-        # Whether the user still has a role of it cannot be seen here.
+        # The roles of the user are unknown here, so a grant with roles applies to every user of such a job.
         return [grant for grant in self.grants if grant.name == name and (grant.roles or grant.is_for(user_id, _NONE))]
 
     def _refusal(

@@ -38,7 +38,7 @@ ORCHESTRATOR: Final = "job-orchestrator"
 WORKER: Final = "scanner-worker"
 RESULT_STORE: Final = "result-store"
 OPERATOR: Final = "operator"
-"""Not a service: administrators of the bus, who may write to any topic."""
+"""The user of the bus's administrators, not a service; may write to any topic."""
 
 PARTITIONS: Final = 12  # divides evenly among 1, 2, 3, 4, 6 or 12 replicas; never changes
 MIB: Final = 1024 * 1024
@@ -96,7 +96,7 @@ _KEYS: Final[dict[str, Callable[[Any], str]]] = {
     "entry's id": lambda m: m.entry.id,
 }
 
-DEAD_LETTER_RETENTION: Final = timedelta(days=14)  # long enough for an operator who was absent for a week
+DEAD_LETTER_RETENTION: Final = timedelta(days=14)  # covers an operator's absence of a week
 DEAD_LETTER_RETENTION_BYTES: Final = 256 * MIB
 
 SCAN_COMMANDS: Final = Topic(
@@ -117,7 +117,7 @@ SCAN_REPLIES: Final = Topic(
 )
 SCAN_WORKERS: Final = Topic(
     name="scan-workers",
-    key="worker instance",  # shared by a worker's process and its successor, whose messages prove that it ended
+    key="worker instance",  # the same for a restarted worker, whose messages show that the previous process has ended
     messages=(WorkerReady,),
     producers=(WORKER,),
     consumers=(ORCHESTRATOR,),
@@ -149,7 +149,7 @@ SCAN_RESULTS: Final = Topic(
     consumers=(RESULT_STORE,),
     retention=timedelta(days=7),
     public=True,
-    retention_bytes=2048 * MIB,  # 25 million hosts of 1 kB: result-store's alert fires long before
+    retention_bytes=2048 * MIB,  # 25 million hosts of 1 kB; the alert of result-store's lag fires much earlier
 )
 SCAN_STORED: Final = Topic(
     name="scan-stored",
@@ -164,7 +164,7 @@ SCAN_EVENTS: Final = Topic(
     key="event's job id",
     messages=(JobCreated, JobStarted, JobProgressed, JobCompleted, JobFailed, JobCancelled),
     producers=(ORCHESTRATOR,),
-    consumers=(GATEWAY, ORCHESTRATOR),  # which reads its own events after a restore of its database
+    consumers=(GATEWAY, ORCHESTRATOR),  # the orchestrator reads its own events after a restore of its database
     retention=timedelta(days=7),
     public=True,
     retention_bytes=512 * MIB,
@@ -174,8 +174,11 @@ SCAN_DELETIONS: Final = Topic(
     key="job id",
     messages=(DeleteResults, ResultsDeleted),
     producers=(ORCHESTRATOR, RESULT_STORE),
-    consumers=(ORCHESTRATOR, RESULT_STORE),  # each reads the other's, and its own after its database was set back
-    retention=timedelta(days=30),  # of ids alone: a backup that is older brings deleted jobs back
+    consumers=(
+        ORCHESTRATOR,
+        RESULT_STORE,
+    ),  # each reads the other's messages, and its own after a restore of its database
+    retention=timedelta(days=30),  # messages with ids only; an older backup restores deleted jobs
     retention_bytes=64 * MIB,
 )
 
@@ -194,12 +197,12 @@ def _audit(service: str) -> Topic:
 
 
 SCAN_AUDIT: Final = {service: _audit(service) for service in (GATEWAY, ORCHESTRATOR, WORKER, RESULT_STORE)}
-"""Topic by the only service that may write to it: the topic determines the service of an entry."""
+"""Topics by service; only that service may write to its topic, so the topic identifies the service of an entry."""
 
 SCAN_AUDIT_OPERATOR: Final = replace(
     _audit(OPERATOR), messages=(OperatorActed,), retention_bytes=64 * MIB
-)  # a command of an operator is a few hundred bytes
-"""What operators have done on the bus. No service may write to it."""
+)  # an entry of an operator's command has a few hundred bytes
+"""Operators' commands on the bus. No service may write to it."""
 
 TOPICS: Final = (
     SCAN_COMMANDS,
