@@ -44,7 +44,7 @@ export function parseNetwork(text: string): Network | undefined {
   }
 }
 
-export const sizeOf = (network: Network): number => 2 ** (network.bits - network.length);
+const sizeOf = (network: Network): number => 2 ** (network.bits - network.length);
 
 /** The addresses of a network less those of the excluded ones within. */
 export function countAddresses(cidr: string, exclude: string[]): number {

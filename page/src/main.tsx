@@ -30,9 +30,9 @@ function Page() {
       return <NewScan />;
     case "subnets":
       if (id === "import") return <SubnetImport />;
-      return id ? <SubnetForm key={id} {...(id === "new" ? {} : { id })} /> : <Subnets />;
+      return id ? <SubnetForm key={id} id={id === "new" ? undefined : id} /> : <Subnets />;
     case "policies":
-      return id ? <PolicyForm key={id} {...(id === "new" ? {} : { id })} /> : <Policies />;
+      return id ? <PolicyForm key={id} id={id === "new" ? undefined : id} /> : <Policies />;
     case "audit":
       return <Audit />;
     default:

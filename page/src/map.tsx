@@ -6,7 +6,7 @@ import { bitsOf, toNumber, toText } from "./addresses";
 import { count } from "./text";
 
 /** Every letter of a map in the order of the legend: its name and its colour in the style sheet. */
-export const OUTCOMES: [letter: string, name: string, meaning: string][] = [
+const OUTCOMES: [letter: string, name: string, meaning: string][] = [
   ["a", "answered", "something answered"],
   ["s", "silent", "up, and no probed port answered"],
   ["d", "down", "nothing answered"],
@@ -22,7 +22,7 @@ const SPAN: Record<string, string> = Object.fromEntries(OUTCOMES.map(([letter, n
 // Of an address with several blocks of ports the letter that says most about what is still missing.
 const WORST = "lrct>.asdx";
 
-export const className = (name: string): string => name.replace(" ", "-");
+const className = (name: string): string => name.replace(" ", "-");
 
 /** One letter for each address, over all blocks of ports. */
 export function together(map: OutcomeMap): string {

@@ -1,9 +1,10 @@
 // Parts that several pages are made of.
-import { signal, useSignal } from "@preact/signals";
+import { signal, useComputed, useSignal } from "@preact/signals";
 import type { ComponentChildren } from "preact";
 import { useEffect, useId, useLayoutEffect, useRef } from "preact/hooks";
-import { ApiError, recovered, type Job, type Status } from "./api";
+import { ApiError, change, recovered, send, type Job, type Status } from "./api";
 import { go, withQuery } from "./router";
+import { draft, dropDraft, keepDraft } from "./store";
 import { ago, count, exact } from "./text";
 
 export interface Loaded<T> {
@@ -18,9 +19,9 @@ const asError = (error: unknown): ApiError =>
 /** Loads under way, on the whole page. */
 export const loading = signal(0);
 
-/** Load when `on` changes, after a lost connection, and when told; an older load is aborted. */
+/** Load when `on` changes, after a lost connection, and by `reload`; an older load is aborted. */
 export function useLoad<T>(load: (signal: AbortSignal) => Promise<T>, on: unknown[]): Loaded<T> {
-  const state = useSignal<{ data?: T; error?: ApiError | undefined; of?: string }>({});
+  const state = useSignal<{ data?: T; error?: ApiError | undefined }>({});
   const asked = useSignal(0);
   const key = JSON.stringify(on);
   useEffect(() => {
@@ -28,7 +29,7 @@ export function useLoad<T>(load: (signal: AbortSignal) => Promise<T>, on: unknow
     loading.value++;
     load(abort.signal).then(
       (data) => {
-        if (!abort.signal.aborted) state.value = { data, of: key };
+        if (!abort.signal.aborted) state.value = { data };
       },
       (error: unknown) => {
         if (!abort.signal.aborted) state.value = { ...state.peek(), error: asError(error) };
@@ -37,6 +38,25 @@ export function useLoad<T>(load: (signal: AbortSignal) => Promise<T>, on: unknow
     return () => abort.abort();
   }, [key, asked.value, recovered.value]);
   return { data: state.value.data, error: state.value.error, reload: () => void asked.value++ };
+}
+
+/**
+ * Rises when `cause` has changed, at most once in `ms`. It waits for loads under way, which it would abort: on a slow
+ * connection none would ever end.
+ */
+export function useSettled(cause: unknown, ms: number): number {
+  const settled = useSignal(0);
+  const last = useRef({ cause, at: 0 });
+  const idle = useComputed(() => loading.value === 0).value;
+  useEffect(() => {
+    if (!idle || last.current.cause === cause) return;
+    const timer = window.setTimeout(() => {
+      last.current = { cause, at: Date.now() };
+      settled.value++;
+    }, Math.max(0, last.current.at + ms - Date.now()));
+    return () => window.clearTimeout(timer);
+  }, [cause, idle]);
+  return settled.value;
 }
 
 /** An action that a button starts: whether it is under way, and what went wrong. */
@@ -148,6 +168,7 @@ export function Dialog({ title, close, children, fixed = false }: { title: strin
         event.preventDefault();
         if (!fixed) close();
       }}
+      onClose={() => (fixed ? element.current!.showModal() : close())} // a second Escape cannot be prevented
     >
       <h2 id={id}>{title}</h2>
       {children}
@@ -195,6 +216,100 @@ export function Field({ label, hint, error, children }: FieldProps) {
       </p>
     </div>
   );
+}
+
+interface Draft<T> {
+  value: T;
+  tag: string;
+}
+
+/**
+ * What a form changes: an object at `path`, or a new one without `id`. A draft keeps the tag of the version that it was
+ * made from, so that it cannot overwrite a later one.
+ *
+ * @param shown the form's content for an object of the API, or for a new one
+ * @param sent the body for the form's content
+ * @param list the page to go to at the end
+ */
+export function useEdited<T, Found>(path: string, id: string | undefined, shown: (found: Found | undefined) => T, sent: (value: T) => unknown, list: string) {
+  const key = `${path}/${id ?? "new"}`;
+  const entered = useSignal(draft<Draft<T>>(key));
+  const found = useLoad(
+    async (signal): Promise<Draft<T>> => {
+      if (!id) return { value: shown(undefined), tag: "" };
+      const answer = await send("GET", key, { signal });
+      return { value: shown((await answer.json()) as Found), tag: answer.headers.get("ETag") ?? "" };
+    },
+    [key],
+  );
+  const now = entered.value ?? found.data;
+  const value = now?.value ?? shown(undefined);
+  const enter = (changed: T) => {
+    entered.value = { value: changed, tag: now!.tag };
+    keepDraft(key, entered.value);
+  };
+  const discard = () => {
+    dropDraft(key);
+    entered.value = undefined;
+  };
+  const save = useAction(async () => {
+    if (id) await change("PUT", key, sent(value), now!.tag ? { "If-Match": now!.tag } : undefined);
+    else await change("POST", path, sent(value));
+    dropDraft(key);
+    go(list);
+  });
+  const theirs = () => {
+    discard();
+    save.clear();
+    found.reload();
+  };
+  return { id, value, enter, discard, save, theirs, list, ready: now !== undefined, error: found.error, reload: found.reload, wrong: save.error?.fields ?? {} };
+}
+
+/** The form of `useEdited` around its fields. */
+export function EditForm({ form, children }: { form: Omit<ReturnType<typeof useEdited>, "value" | "enter">; children: ComponentChildren }) {
+  const { save } = form;
+  return (
+    <>
+      <Problem error={form.error} again={form.reload} />
+      {form.ready && (
+        <form
+          onSubmit={(event) => {
+            event.preventDefault();
+            void save.run();
+          }}
+        >
+          {children}
+          <Problem error={save.error} />
+          {save.error?.status === 412 && (
+            <p>
+              Someone else has changed it meanwhile.{" "}
+              <button type="button" onClick={form.theirs}>
+                Discard mine and load theirs
+              </button>
+            </p>
+          )}
+          <p class="actions">
+            <a class="button" href={form.list} onClick={form.discard}>
+              Discard
+            </a>
+            <button class="primary" disabled={save.busy}>
+              Save
+            </button>
+          </p>
+        </form>
+      )}
+    </>
+  );
+}
+
+/** Says that a list is longer than the page keeps. */
+export function Kept({ shown, total }: { shown: number; total: number | undefined }) {
+  return total !== undefined && total > shown ? (
+    <p class="faint">
+      The page keeps the first {count(shown)} of {count(total)}.
+    </p>
+  ) : null;
 }
 
 /** A list's rows can be walked with j and k; Enter opens the row's first link. */

@@ -25,6 +25,9 @@ export function withQuery(changed: Record<string, string | number | undefined>):
 
 export const query = (name: string): string => url.value.searchParams.get(name) ?? "";
 
+/** The number of the page of a list. */
+export const pageNumber = (): number => Math.max(1, Math.floor(Number(query("page"))) || 1);
+
 addEventListener("popstate", () => {
   url.value = here();
 });

@@ -9,26 +9,35 @@ export const policies = signal<Map<number, Policy>>(new Map());
 const PAGE = 100;
 const MOST = 2_000; // that the page keeps; beyond them an id stands for a name
 
-async function all<T extends { id: number }>(path: string, name: string): Promise<Map<number, T>> {
+/** The newest objects by id, at most `MOST`, and how many there are. */
+async function all<T extends { id: number }>(path: string, name: string, signal?: AbortSignal): Promise<[Map<number, T>, number]> {
   const found = new Map<number, T>();
+  let total = 0;
   for (let page = 1; page * PAGE <= MOST; page++) {
-    const answer = await get<Record<string, T[]> & { total: number }>(`${path}?page=${page}&page_size=${PAGE}`);
+    const answer = await get<Record<string, T[]> & { total: number }>(`${path}?page=${page}&page_size=${PAGE}`, signal);
     for (const each of answer[name]!) found.set(each.id, each);
-    if (found.size >= answer.total || !answer[name]!.length) break;
+    total = answer.total;
+    if (found.size >= total || !answer[name]!.length) break;
   }
-  return found;
+  return [found, total];
 }
 
-export async function loadSubnets(): Promise<void> {
-  subnets.value = await all<Subnet>("/api/v1/subnet", "subnets");
+/** Load the caller's subnets; returns how many there are. */
+export async function loadSubnets(signal?: AbortSignal): Promise<number> {
+  const [found, total] = await all<Subnet>("/api/v1/subnet", "subnets", signal);
+  subnets.value = found;
+  return total;
 }
 
-export async function loadPolicies(): Promise<void> {
-  policies.value = await all<Policy>("/api/v1/policy", "policies");
+/** Load the caller's policies; returns how many there are. */
+export async function loadPolicies(signal?: AbortSignal): Promise<number> {
+  const [found, total] = await all<Policy>("/api/v1/policy", "policies", signal);
+  policies.value = found;
+  return total;
 }
 
-export async function loadInfo(): Promise<void> {
-  info.value = await get<Info>("/api/v1/info");
+export async function loadInfo(signal?: AbortSignal): Promise<void> {
+  info.value = await get<Info>("/api/v1/info", signal);
 }
 
 // What was typed into a form stays while the page is open, whichever page is looked at in between.

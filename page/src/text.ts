@@ -26,22 +26,31 @@ export function ago(time: string): string {
 
 export const exact = (time: string): string => time.replace("T", " ").replace(/(\.\d+)?Z$/, " UTC");
 
+// A formula prefix or its full-width form where a cell may begin; spreadsheets drop spaces and quotes before it.
+const FORMULA = /(^|[;|])(?=[ "]*[=+\-@\uff1d\uff0b\uff0d\uff20])/g;
+
+/** A line of a CSV file, in which no text from the network is a formula: the rule of the API's own CSV. */
 export function csvLine(cells: (string | number)[]): string {
-  // A spreadsheet must not take a banner for a formula.
-  const safe = cells.map(String).map((cell) => (/^[=+\-@\t\r]/.test(cell) && !/^-?\d+$/.test(cell) ? `'${cell}` : cell));
+  const safe = cells.map((cell) => (typeof cell === "string" ? visible(cell).replace(FORMULA, "$1'") : String(cell)));
   return safe.map((cell) => (/[",\r\n]/.test(cell) ? `"${cell.replaceAll('"', '""')}"` : cell)).join(",") + "\r\n";
 }
 
-/** The lines of a CSV file as cells (RFC 4180). */
-export function parseCsv(text: string): string[][] {
-  const rows: string[][] = [[]];
-  for (const match of text.matchAll(/("(?:[^"]|"")*"|[^,\r\n]*)(,|\r?\n|$)/g)) {
-    const cell = match[1]!.startsWith('"') ? match[1]!.slice(1, -1).replaceAll('""', '"') : match[1]!.trim();
-    rows.at(-1)!.push(cell);
-    if (match[2] === "") break;
-    if (match[2] !== ",") rows.push([]);
+/** The records of a CSV file (RFC 4180), each with the number of the line on which it ends; without empty lines. */
+export function parseCsv(text: string): { line: number; cells: string[] }[] {
+  const rows: { line: number; cells: string[] }[] = [];
+  let line = 1;
+  let cells: string[] = [];
+  for (const [all, cell, end] of text.matchAll(/("(?:[^"]|"")*"|[^,\r\n]*)(,|\r?\n|\r|$)/g)) {
+    cells.push(cell!.startsWith('"') ? cell!.slice(1, -1).replaceAll('""', '"').trim() : cell!.trim());
+    if (end !== ",") {
+      line += cell!.split("\n").length - 1;
+      if (cells.length > 1 || cells[0] !== "") rows.push({ line, cells });
+      line++;
+      cells = [];
+    }
+    if (all === "" || end === "") break;
   }
-  return rows.filter((row) => row.some((cell) => cell !== ""));
+  return rows;
 }
 
 export function save(name: string, content: Blob): void {

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import pytest
-from playwright.sync_api import Browser, Page, ViewportSize, expect
+from playwright.sync_api import Browser, Page, Route, ViewportSize, expect
 
 from local.client import Client
 from local.nmap import OpenPorts, open_ports
@@ -45,7 +47,12 @@ window.fetch = (path, options) => {
     })));
 };
 """
-VISIT = "to => { history.pushState(null, '', to); dispatchEvent(new PopStateEvent('popstate')); }"
+# Ends when the loads of the page, which begin after its first frame, are counted in `data-busy`.
+VISIT = """async (to) => {
+    history.pushState(null, "", to);
+    dispatchEvent(new PopStateEvent("popstate"));
+    await new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve, 60)));
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +71,10 @@ def finished(user: Client, servers: OpenPorts) -> int:
     )
     assert user.finished(job_id)["status"]["status"] == "completed"
     return job_id
+
+
+def refuse(route: Route) -> None:
+    route.fulfill(status=503, json={"error": "the service is unavailable; try again"})
 
 
 def rows(page: Page) -> OpenPorts:
@@ -181,6 +192,10 @@ def test_page_every_page_is_accessible_and_fits(
             for path in paths:
                 page.evaluate(VISIT, f"/app/{path}")
                 expect(page.locator("body[data-busy]")).to_have_count(0)
+                if path == "subnets/import":
+                    page.get_by_label("CSV").fill(f"name,cidr,exclude\nlab,{NET}.0/24,{NET}.1;{NET}.2\n")
+                    page.get_by_role("button", name="Check").click()
+                    expect(page.get_by_role("cell", name=f"{NET}.0/24")).to_be_visible()
                 found += [f"{path}, {width}: {each}" for each in page.evaluate(CHECK, RULES[theme])]
                 if page.evaluate("document.documentElement.scrollWidth > innerWidth"):
                     found.append(f"{path} is wider than {width} px")
@@ -248,3 +263,85 @@ def test_page_shows_100_000_results_in_a_window(page: Page, stack: Stack, finish
     expect(page.locator("td.port").last).to_have_text("22/tcp")
     assert page.locator(".results tr").count() < 100
     expect(page.locator(".results tr").nth(5)).to_have_attribute("aria-rowindex", re.compile(r"\d{5}"))
+
+
+def test_page_draft_does_not_overwrite_a_later_version(page: Page, stack: Stack) -> None:
+    """A draft that is older than the object is not saved over it, also if the object was loaded again meanwhile."""
+    page.goto(f"{stack.url}/app/policies")
+    change = """async ([method, path, body]) => (await (await fetch(path, { method, body: JSON.stringify(body),
+        headers: { "Content-Type": "application/json" } })).json()).id"""
+    policy_id = page.evaluate(change, ["POST", "/api/v1/policy", {"name": "first", "preset": "quick"}])
+    path = f"/app/policies/{policy_id}"
+    page.evaluate(VISIT, path)
+    page.get_by_label("Ports").fill("8022")
+    page.evaluate(VISIT, "/app/policies")
+    page.evaluate(change, ["PUT", f"/api/v1/policy/{policy_id}", {"name": "theirs", "preset": "quick"}])
+    page.evaluate(VISIT, path)
+    expect(page.get_by_label("Ports")).to_have_value("8022")
+    expect(page.locator("body[data-busy]")).to_have_count(0)
+    page.get_by_role("button", name="Save").click()
+    page.get_by_role("button", name="Discard mine and load theirs").click()
+    expect(page.get_by_label("Name")).to_have_value("theirs")
+    page.get_by_label("Ports").fill("8023")
+    page.get_by_role("button", name="Save").click()
+    expect(page.get_by_role("row", name="theirs")).to_contain_text("8023")
+
+
+def test_page_saved_results_hold_no_formula(page: Page, stack: Stack, finished: int) -> None:
+    """In the file of what is shown, text that a spreadsheet would run has a quote before it, as in the API's own file."""
+    result = {"id": 1, "ip_address": "10.20.0.1", "port": 22, "protocol": "tcp", "status": "open", "service": "=1+1"}
+    result |= {"version": ' "@SUM(1)', "os_info": "x;-1", "banner": "\uff1d1+1\u202e"}
+    page.route("**/results?fields=*", lambda route: route.fulfill(body=json.dumps(result)))
+    page.goto(f"{stack.url}/app/jobs/{finished}/results?columns=service,version,os_info,banner")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save shown as CSV").click()
+    _, line = csv.reader(Path(download.value.path()).read_text(encoding="utf-8").splitlines())
+    assert line == ["'=1+1", "' \"@SUM(1)", "x;'-1", "'\uff1d1+1\\u{202e}"]
+
+
+def test_page_long_list_is_paged_and_says_what_is_missing(page: Page, stack: Stack) -> None:
+    """Of thousands of subnets fifty are shown at once, each with its last scan, which may be unknown."""
+
+    def subnets(route: Route) -> None:
+        first = 2_500 - 100 * (int(re.findall(r"[?&]page=(\d+)", route.request.url)[0]) - 1)
+        found = [
+            {"id": n, "name": f"net {n}", "cidr": f"10.0.{n % 256}.0/24", "exclude": []}
+            for n in range(first, first - 100, -1)
+        ]
+        route.fulfill(json={"subnets": found, "total": 2_500})
+
+    asked: list[str] = []
+
+    def last_scan(route: Route) -> None:
+        asked.append(route.request.url)
+        refuse(route)
+
+    page.route("**/api/v1/subnet?*", subnets)
+    page.route("**/api/v1/task?*", last_scan)
+    page.goto(f"{stack.url}/app/subnets")
+    expect(page.get_by_text("The page keeps the first 2,000 of 2,500.")).to_be_visible()
+    expect(page.get_by_role("cell", name="unknown")).to_have_count(50)
+    assert len(asked) == 50
+    page.get_by_role("link", name="next").click()
+    expect(page.get_by_role("link", name="10.0.146.0/24", exact=True)).to_be_visible()
+
+
+def test_page_import_is_the_apis(page: Page, stack: Stack) -> None:
+    """A file is checked and sent as a whole: a bad line creates nothing, and a repeat creates nothing more."""
+    page.goto(f"{stack.url}/app/subnets/import")
+    page.get_by_label("CSV").fill(
+        'cidr,name,exclude\n127.44.13.0/24,"a, b",127.44.13.1;127.44.13.2\n\n127.44.14.1/24,c,\n'
+    )
+    page.get_by_role("button", name="Check").click()
+    expect(page.get_by_role("status").filter(has_text="2 subnets in the file")).to_be_visible()
+    expect(page.get_by_role("row", name="4 127.44.14.1/24 c")).to_be_visible()
+    page.get_by_role("button", name="Import").click()
+    expect(page.get_by_role("alert")).to_contain_text("line 4: 127.44.14.1/24 has host bits set")
+    page.get_by_label("CSV").fill(
+        'cidr,name,exclude\n127.44.13.0/24,"a, b",127.44.13.1;127.44.13.2\n127.44.14.0/24,c,\n'
+    )
+    for message in ("2 subnets created", "0 subnets created"):
+        page.get_by_role("button", name="Import").click()
+        expect(page.get_by_role("status").filter(has_text=message)).to_be_visible()
+    page.evaluate(VISIT, "/app/subnets")
+    expect(page.get_by_role("row", name="127.44.13.0/24")).to_contain_text("254")

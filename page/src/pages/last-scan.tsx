@@ -8,6 +8,7 @@ export function LastScan({ filter }: { filter: string }) {
     [filter],
   );
   const job = found.data?.jobs[0];
+  if (found.error) return <>unknown</>;
   if (!found.data) return <>…</>;
   return job ? (
     <a href={`/app/jobs/${job.id}`}>

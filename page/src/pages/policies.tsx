@@ -1,16 +1,19 @@
 import { useSignal } from "@preact/signals";
-import { change, get, send, type Policy } from "../api";
+import { change, get, type Policy } from "../api";
 import { countPorts } from "../addresses";
-import { Confirm, Field, Problem, Title, useAction, useLoad } from "../parts";
-import { go } from "../router";
-import { draft, dropDraft, info, keepDraft, loadPolicies, policies } from "../store";
+import { Confirm, EditForm, Field, Kept, Pager, Problem, Title, useEdited, useLoad } from "../parts";
+import { pageNumber } from "../router";
+import { info, loadPolicies, policies } from "../store";
 import { count, visible } from "../text";
 import { LastScan } from "./last-scan";
+
+const SIZE = 50;
 
 export function Policies() {
   const list = useLoad(loadPolicies, []);
   const deleting = useSignal<Policy | undefined>(undefined);
   const all = [...policies.value.values()];
+  const page = pageNumber();
   return (
     <>
       <Title text="Policies" />
@@ -20,7 +23,8 @@ export function Policies() {
         </a>
       </div>
       <Problem error={list.error} again={list.reload} />
-      {!all.length && !list.error && <p class="empty">There are no policies yet: ways to scan.</p>}
+      {!all.length && list.data === 0 && <p class="empty">There are no policies yet: ways to scan.</p>}
+      <Kept shown={all.length} total={list.data} />
       {!!all.length && (
         <table class="cards">
           <caption class="hidden">Policies</caption>
@@ -36,7 +40,7 @@ export function Policies() {
             </tr>
           </thead>
           <tbody>
-            {all.map((each) => (
+            {all.slice((page - 1) * SIZE, page * SIZE).map((each) => (
               <tr key={each.id}>
                 <td>
                   <a data-row href={`/app/policies/${each.id}`}>
@@ -63,6 +67,7 @@ export function Policies() {
           </tbody>
         </table>
       )}
+      {!!all.length && <Pager page={page} size={SIZE} total={all.length} />}
       {deleting.value && (
         <Confirm
           title={`Delete policy “${visible(deleting.value.name)}”?`}
@@ -91,16 +96,16 @@ interface Schema {
 }
 
 /** The fields of a policy as the API's own document describes them. */
-export const loadSchema = async (signal: AbortSignal): Promise<Record<string, Schema>> => {
+const loadSchema = async (signal: AbortSignal): Promise<Record<string, Schema>> => {
   const document = await get<{ paths: Record<string, Record<string, { requestBody: { content: Record<string, { schema: { properties: Record<string, Schema> } }> } }>> }>("/openapi.json", signal);
   const { properties } = document.paths["/api/v1/policy"]!.post!.requestBody.content["application/json"]!.schema;
   return properties;
 };
 
-export type Fields = Record<string, unknown>;
+type Fields = Record<string, unknown>;
 
 /** What is entered into a policy's form: only what differs from the preset is sent. */
-export function PolicyFields({ schema, fields, enter, wrong }: { schema: Record<string, Schema>; fields: Fields; enter: (changed: Fields) => void; wrong: Record<string, string> }) {
+function PolicyFields({ schema, fields, enter, wrong }: { schema: Record<string, Schema>; fields: Fields; enter: (changed: Fields) => void; wrong: Record<string, string> }) {
   const presets = info.value?.presets ?? {};
   const preset = String(fields.preset ?? "standard");
   const usual: Record<string, unknown> = presets[preset] ?? {};
@@ -182,67 +187,26 @@ const portsHint = (text: string, hint: string | undefined) => {
   return `${ports === undefined ? "" : `${count(ports)} ports. `}${hint ?? ""}`;
 };
 
-export function PolicyForm({ id }: { id?: string }) {
-  const tag = useSignal("");
-  const found = useLoad(
-    async (signal) => {
-      const schema = await loadSchema(signal);
-      if (!id) return { schema, policy: undefined };
-      const answer = await send("GET", `/api/v1/policy/${id}`, { signal });
-      tag.value = answer.headers.get("ETag") ?? "";
-      return { schema, policy: (await answer.json()) as Policy };
-    },
-    [id],
-  );
-  const key = `policy ${id ?? "new"}`;
-  const entered = useSignal<Fields | undefined>(draft<Fields>(key));
-  const { id: _id, user_id: _user, created_at: _made, updated_at: _changed, ...stored } = (found.data?.policy ?? {}) as Fields;
-  const now: Fields = entered.value ?? stored;
-  const enter = (fields: Fields) => {
-    entered.value = fields;
-    keepDraft(key, fields);
-  };
-  const save = useAction(async () => {
-    if (id) await change("PUT", `/api/v1/policy/${id}`, now, tag.value ? { "If-Match": tag.value } : {});
-    else await change("POST", "/api/v1/policy", now);
-    dropDraft(key);
-    await loadPolicies();
-    go("/app/policies");
-  });
-  const wrong = save.error?.fields ?? {};
+function entered(found: Policy | undefined): Fields {
+  const { id: _id, user_id: _user, created_at: _made, updated_at: _changed, ...fields } = (found ?? {}) as Fields;
+  return fields;
+}
+
+export function PolicyForm({ id }: { id: string | undefined }) {
+  const schema = useLoad(loadSchema, []);
+  const form = useEdited("/api/v1/policy", id, entered, (fields) => fields, "/app/policies");
+  const { value, enter, wrong } = form;
   return (
     <>
       <Title text={id ? `Policy ${id}` : "New policy"} />
-      <Problem error={found.error} again={found.reload} />
-      {found.data && (
-        <form
-          onSubmit={(event) => {
-            event.preventDefault();
-            void save.run();
-          }}
-        >
+      <Problem error={schema.error} again={schema.reload} />
+      {schema.data && (
+        <EditForm form={form}>
           <Field label="Name" error={wrong.name}>
-            {(attributes) => <input {...attributes} required maxLength={200} value={String(now.name ?? "")} onInput={(event) => enter({ ...now, name: event.currentTarget.value })} />}
+            {(attributes) => <input {...attributes} required maxLength={200} value={String(value.name ?? "")} onInput={(event) => enter({ ...value, name: event.currentTarget.value })} />}
           </Field>
-          <PolicyFields schema={found.data.schema} fields={now} enter={enter} wrong={wrong} />
-          <Problem error={save.error} />
-          {save.error?.status === 412 && (
-            <p>
-              Someone else has changed it meanwhile.{" "}
-              <button type="button" onClick={() => (dropDraft(key), (entered.value = undefined), save.clear(), found.reload())}>
-                Discard mine and load theirs
-              </button>
-            </p>
-          )}
-          <p class="actions">
-            <a class="button" href="/app/policies" onClick={() => dropDraft(key)}>
-              Discard
-            </a>
-            <button class="primary" disabled={save.busy}>
-              Save
-            </button>
-          </p>
-        </form>
+          <PolicyFields schema={schema.data} fields={value} enter={enter} wrong={wrong} />
+        </EditForm>
       )}
     </>
   );

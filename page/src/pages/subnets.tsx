@@ -1,11 +1,13 @@
 import { useSignal } from "@preact/signals";
-import { ApiError, change, send, type Subnet } from "../api";
-import { countAddresses, parseNetwork } from "../addresses";
-import { Confirm, Field, Problem, Title, useAction, useLoad } from "../parts";
-import { go } from "../router";
+import { change, type Subnet } from "../api";
+import { countAddresses } from "../addresses";
+import { Confirm, EditForm, Field, Kept, Pager, Problem, Title, useAction, useEdited, useLoad } from "../parts";
+import { go, pageNumber, withQuery } from "../router";
 import { draft, dropDraft, keepDraft, loadSubnets, subnets } from "../store";
 import { count, parseCsv, plural, visible } from "../text";
 import { LastScan } from "./last-scan";
+
+const SIZE = 50;
 
 export function Subnets() {
   const list = useLoad(loadSubnets, []);
@@ -14,11 +16,16 @@ export function Subnets() {
   const wanted = search.value.trim().toLowerCase();
   const all = [...subnets.value.values()];
   const found = all.filter((each) => each.name.toLowerCase().includes(wanted) || each.cidr.includes(wanted));
+  const page = pageNumber();
+  const find = (text: string) => {
+    search.value = text;
+    go(withQuery({ page: undefined }), { replace: true });
+  };
   return (
     <>
       <Title text="Subnets" />
       <div class="bar">
-        <input type="search" aria-label="Search subnets" placeholder="name, 10.20." value={search.value} onInput={(event) => void (search.value = event.currentTarget.value)} />
+        <input type="search" aria-label="Search subnets" placeholder="name, 10.20." value={search.value} onInput={(event) => find(event.currentTarget.value)} />
         <a class="button" href="/app/subnets/new">
           New subnet
         </a>
@@ -27,7 +34,8 @@ export function Subnets() {
         </a>
       </div>
       <Problem error={list.error} again={list.reload} />
-      {!all.length && !list.error && <p class="empty">There are no subnets yet: networks that you may scan.</p>}
+      {!all.length && list.data === 0 && <p class="empty">There are no subnets yet: networks that you may scan.</p>}
+      <Kept shown={all.length} total={list.data} />
       {!!all.length && (
         <>
           <table class="cards">
@@ -46,7 +54,7 @@ export function Subnets() {
               </tr>
             </thead>
             <tbody>
-              {found.map((each) => (
+              {found.slice((page - 1) * SIZE, page * SIZE).map((each) => (
                 <tr key={each.id}>
                   <td>
                     <a data-row href={`/app/subnets/${each.id}`}>
@@ -72,9 +80,7 @@ export function Subnets() {
               ))}
             </tbody>
           </table>
-          <p class="pager">
-            {count(found.length)} of {count(all.length)}
-          </p>
+          <Pager page={page} size={SIZE} total={found.length} />
         </>
       )}
       {deleting.value && (
@@ -100,77 +106,35 @@ interface Entered {
   exclude: string;
 }
 
-export function SubnetForm({ id }: { id?: string }) {
-  const tag = useSignal("");
-  const found = useLoad(
-    async (signal) => {
-      if (!id) return undefined;
-      const answer = await send("GET", `/api/v1/subnet/${id}`, { signal });
-      tag.value = answer.headers.get("ETag") ?? "";
-      return (await answer.json()) as Subnet;
-    },
-    [id],
-  );
-  const key = `subnet ${id ?? "new"}`;
-  const entered = useSignal<Entered | undefined>(draft<Entered>(key));
-  const now = entered.value ?? {
-    name: found.data?.name ?? "",
-    cidr: found.data?.cidr ?? "",
-    exclude: found.data?.exclude.join("\n") ?? "",
-  };
-  const enter = (changed: Partial<Entered>) => {
-    entered.value = { ...now, ...changed };
-    keepDraft(key, entered.value);
-  };
-  const save = useAction(async () => {
-    const body = { name: now.name || now.cidr, cidr: now.cidr.trim(), exclude: now.exclude.split(/[\s,]+/).filter(Boolean) };
-    if (id) await change("PUT", `/api/v1/subnet/${id}`, body, tag.value ? { "If-Match": tag.value } : {});
-    else await change("POST", "/api/v1/subnet", body);
-    dropDraft(key);
-    await loadSubnets();
-    go("/app/subnets");
-  });
-  const wrong = save.error?.fields ?? {};
-  const size = countAddresses(now.cidr, now.exclude.split(/[\s,]+/).filter(Boolean));
+const shown = (found: Subnet | undefined): Entered => ({
+  name: found?.name ?? "",
+  cidr: found?.cidr ?? "",
+  exclude: found?.exclude.join("\n") ?? "",
+});
+
+const networks = (text: string) => text.split(/[\s,]+/).filter(Boolean);
+
+const sent = ({ name, cidr, exclude }: Entered) => ({ name: name || cidr, cidr: cidr.trim(), exclude: networks(exclude) });
+
+export function SubnetForm({ id }: { id: string | undefined }) {
+  const form = useEdited("/api/v1/subnet", id, shown, sent, "/app/subnets");
+  const { value, wrong } = form;
+  const enter = (changed: Partial<Entered>) => form.enter({ ...value, ...changed });
+  const size = countAddresses(value.cidr, networks(value.exclude));
   return (
     <>
       <Title text={id ? `Subnet ${id}` : "New subnet"} />
-      <Problem error={found.error} again={found.reload} />
-      {(!id || found.data || entered.value) && (
-        <form
-          onSubmit={(event) => {
-            event.preventDefault();
-            void save.run();
-          }}
-        >
-          <Field label="Network" hint={size ? plural(size, "address", "addresses") : "as a CIDR, or a single address"} error={wrong.cidr}>
-            {(attributes) => <input {...attributes} required spellcheck={false} value={now.cidr} onInput={(event) => enter({ cidr: event.currentTarget.value })} />}
-          </Field>
-          <Field label="Name" hint="the network itself unless given" error={wrong.name}>
-            {(attributes) => <input {...attributes} maxLength={200} value={now.name} onInput={(event) => enter({ name: event.currentTarget.value })} />}
-          </Field>
-          <Field label="Exclude" hint="networks and addresses to leave out, one on a line" error={wrong.exclude}>
-            {(attributes) => <textarea {...attributes} rows={4} spellcheck={false} value={now.exclude} onInput={(event) => enter({ exclude: event.currentTarget.value })} />}
-          </Field>
-          <Problem error={save.error} />
-          {save.error?.status === 412 && (
-            <p>
-              Someone else has changed it meanwhile.{" "}
-              <button type="button" onClick={() => (dropDraft(key), (entered.value = undefined), save.clear(), found.reload())}>
-                Discard mine and load theirs
-              </button>
-            </p>
-          )}
-          <p class="actions">
-            <a class="button" href="/app/subnets" onClick={() => dropDraft(key)}>
-              Discard
-            </a>
-            <button class="primary" disabled={save.busy}>
-              Save
-            </button>
-          </p>
-        </form>
-      )}
+      <EditForm form={form}>
+        <Field label="Network" hint={size ? plural(size, "address", "addresses") : "as a CIDR, or a single address"} error={wrong.cidr}>
+          {(attributes) => <input {...attributes} required spellcheck={false} value={value.cidr} onInput={(event) => enter({ cidr: event.currentTarget.value })} />}
+        </Field>
+        <Field label="Name" hint="the network itself unless given" error={wrong.name}>
+          {(attributes) => <input {...attributes} maxLength={200} value={value.name} onInput={(event) => enter({ name: event.currentTarget.value })} />}
+        </Field>
+        <Field label="Exclude" hint="networks and addresses to leave out, one on a line" error={wrong.exclude}>
+          {(attributes) => <textarea {...attributes} rows={4} spellcheck={false} value={value.exclude} onInput={(event) => enter({ exclude: event.currentTarget.value })} />}
+        </Field>
+      </EditForm>
     </>
   );
 }
@@ -179,65 +143,47 @@ interface Line {
   number: number;
   name: string;
   cidr: string;
-  exclude: string[];
-  result: string;
-  good?: boolean;
+  exclude: string;
 }
 
-const MADE_ALREADY = "there already";
-
-/** The lines of a CSV file with the columns name, cidr and exclude, in any order; without a header, cidr comes first. */
+/** The lines of a file as the API reads them: a first line with the names of the columns, and the others in its order. */
 function readLines(text: string): Line[] {
-  const rows = parseCsv(text);
-  const header = rows[0]?.map((cell) => cell.toLowerCase()) ?? [];
-  const named = header.includes("cidr");
-  const at = (row: string[], name: string, place: number) => row[named ? header.indexOf(name) : place] ?? "";
-  const there = new Set([...subnets.peek().values()].map((each) => each.cidr));
-  return rows.slice(named ? 1 : 0).map((row, index) => {
-    const cidr = at(row, "cidr", 0);
-    const line = { number: index + (named ? 2 : 1), cidr, name: at(row, "name", 1) || cidr, exclude: at(row, "exclude", 2).split(/[\s;|]+/).filter(Boolean) };
-    const good = parseNetwork(cidr) !== undefined && !there.has(cidr);
-    const result = good ? "will be made" : there.has(cidr) ? MADE_ALREADY : "not a network";
-    there.add(cidr);
-    return { ...line, result, good };
-  });
+  const [header, ...rows] = parseCsv(text.replace(/^\ufeff/, ""));
+  const columns = header?.cells.map((cell) => cell.toLowerCase()) ?? [];
+  const at = (cells: string[], name: string) => cells[columns.indexOf(name)] ?? "";
+  return rows.map(({ line, cells }) => ({ number: line, name: at(cells, "name"), cidr: at(cells, "cidr"), exclude: at(cells, "exclude") }));
 }
+
+const IMPORT = "import";
 
 export function SubnetImport() {
-  const text = useSignal(draft<string>("import") ?? "");
+  const text = useSignal(draft<string>(IMPORT) ?? "");
   const lines = useSignal<Line[] | undefined>(undefined);
+  const message = useSignal("");
   const enter = (value: string) => {
     text.value = value;
-    keepDraft("import", value);
+    keepDraft(IMPORT, value);
     lines.value = undefined;
+    message.value = "";
   };
-  const make = useAction(async () => {
-    for (const line of lines.value!.filter((each) => each.good)) {
-      const { name, cidr, exclude } = line;
-      try {
-        await change("POST", "/api/v1/subnet", { name, cidr, exclude });
-        line.result = "made";
-      } catch (error) {
-        if (!(error instanceof ApiError) || error.status !== 400) throw error; // goes on from this line
-        line.result = error.message;
-      }
-      line.good = false;
-      lines.value = [...lines.value!];
-    }
-    await loadSubnets();
+  const send = useAction(async () => {
+    const answer = await change<{ message: string }>("POST", "/api/v1/subnet/import", text.value, { "Content-Type": "text/csv" });
+    message.value = answer.message;
+    dropDraft(IMPORT);
   });
-  const count_ = lines.value?.filter((each) => each.good).length ?? 0;
   return (
     <>
       <Title text="Import subnets" />
       <form
         onSubmit={(event) => {
           event.preventDefault();
-          lines.value = readLines(text.value);
+          void send.run();
         }}
       >
-        <Field label="CSV" hint="columns name, cidr and exclude (networks separated by spaces); without a header, cidr comes first">
-          {(attributes) => <textarea {...attributes} rows={8} required spellcheck={false} value={text.value} onInput={(event) => enter(event.currentTarget.value)} />}
+        <Field label="CSV" hint="The first line names the columns name, cidr and, optionally, exclude, in which semicolons separate networks.">
+          {(attributes) => (
+            <textarea {...attributes} rows={8} required spellcheck={false} disabled={send.busy} value={text.value} onInput={(event) => enter(event.currentTarget.value)} />
+          )}
         </Field>
         <Field label="or a file">
           {(attributes) => (
@@ -245,20 +191,25 @@ export function SubnetImport() {
               {...attributes}
               type="file"
               accept=".csv,text/csv,text/plain"
+              disabled={send.busy}
               onChange={async (event) => enter((await event.currentTarget.files?.[0]?.text()) ?? "")}
             />
           )}
         </Field>
         <p class="actions">
-          <button>Check</button>
-          {lines.value && (
-            <button type="button" class="primary" disabled={!count_ || make.busy} onClick={make.run}>
-              Make {plural(count_, "subnet")}
-            </button>
-          )}
+          <button type="button" onClick={() => void (lines.value = readLines(text.value))}>
+            Check
+          </button>
+          <button class="primary" disabled={send.busy}>
+            Import
+          </button>
         </p>
       </form>
-      <Problem error={make.error} again={make.run} />
+      <Problem error={send.error} />
+      <p role="status">
+        {message.value}
+        {lines.value && `${plural(lines.value.length, "subnet")} in the file`}
+      </p>
       {lines.value && (
         <table class="cards">
           <caption class="hidden">Lines of the file</caption>
@@ -267,7 +218,7 @@ export function SubnetImport() {
               <th scope="col">Line</th>
               <th scope="col">Network</th>
               <th scope="col">Name</th>
-              <th scope="col">Result</th>
+              <th scope="col">Exclude</th>
             </tr>
           </thead>
           <tbody>
@@ -278,7 +229,9 @@ export function SubnetImport() {
                   <code>{visible(each.cidr)}</code>
                 </td>
                 <td>{visible(each.name)}</td>
-                <td role="status">{each.result}</td>
+                <td data-label="Exclude">
+                  <code class="long">{visible(each.exclude)}</code>
+                </td>
               </tr>
             ))}
           </tbody>
