@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from playwright.sync_api import Browser, Page, Route, ViewportSize, expect
+from playwright.sync_api import Browser, Page, Request, Route, ViewportSize, expect
 
 from local.client import Client
 from local.nmap import OpenPorts, open_ports
@@ -324,6 +324,23 @@ def test_page_long_list_is_paged_and_says_what_is_missing(page: Page, stack: Sta
     assert len(asked) == 50
     page.get_by_role("link", name="next").click()
     expect(page.get_by_role("link", name="10.0.146.0/24", exact=True)).to_be_visible()
+
+
+def test_page_scan_from_a_preset_makes_one_policy(page: Page, stack: Stack) -> None:
+    """A second scan with the same preset and ports uses the policy of the first."""
+    made: list[Request] = []
+    page.on(
+        "request", lambda each: made.append(each) if each.method == "POST" and each.url.endswith("/policy") else None
+    )
+    for address in ("127.44.12.1", "127.44.12.2"):
+        page.goto(f"{stack.url}/app/new")
+        page.get_by_label("Another network").fill(address)
+        page.get_by_label("Preset").select_option("quick")
+        page.get_by_label("Ports").fill("8021")
+        expect(page.locator("body[data-busy]")).to_have_count(0)
+        page.get_by_role("button", name="Start").click()
+        expect(page.get_by_role("heading", name=re.compile(r"Job \d+"))).to_be_visible()
+    assert len(made) == 1
 
 
 def test_page_import_is_the_apis(page: Page, stack: Stack) -> None:

@@ -2,7 +2,7 @@ import { useSignal } from "@preact/signals";
 import { useRef } from "preact/hooks";
 import { change, get, type Job, type Policy } from "../api";
 import { countAddresses, countPorts } from "../addresses";
-import { Field, Problem, Title, took, useAction, useLoad } from "../parts";
+import { Field, Kept, Problem, Title, took, useAction, useLoad } from "../parts";
 import { go, query, withQuery } from "../router";
 import { draft, dropDraft, info, keepDraft, loadPolicies, loadSubnets, policies, subnets } from "../store";
 import { count, duration, plural, visible } from "../text";
@@ -17,8 +17,16 @@ interface Entered {
 
 const NEW = "new";
 
+/** A policy of the caller that is equal to a new one with these fields. */
+function equalPolicy(fields: { preset: string; ports?: string }): Policy | undefined {
+  const usual = info.value?.presets[fields.preset];
+  const wanted = Object.entries({ ...usual, ...fields });
+  const equal = (each: Policy) => wanted.every(([name, value]) => JSON.stringify(each[name as keyof Policy]) === JSON.stringify(value));
+  return usual && [...policies.value.values()].find(equal);
+}
+
 export function NewScan() {
-  const lists = useLoad(() => Promise.all([loadSubnets(), loadPolicies()]), []);
+  const lists = useLoad((signal) => Promise.all([loadSubnets(signal), loadPolicies(signal)]), []);
   const search = useSignal("");
   const entered = useSignal<Entered>(draft<Entered>(DRAFT) ?? { cidr: "", preset: "standard", ports: "" });
   const enter = (changed: Partial<Entered>) => {
@@ -62,16 +70,14 @@ export function NewScan() {
     }
     let id = policy?.id;
     if (!id) {
+      const fields = { preset, ...(ports.trim() ? { ports: ports.trim() } : {}) };
       const name = ports.trim() ? `${preset}: ${ports.trim()}`.slice(0, 200) : preset;
-      const body = { name, preset, ...(ports.trim() ? { ports: ports.trim() } : {}) };
-      id = made.current.policies[JSON.stringify(body)] ??= (await change<{ id: number }>("POST", "/api/v1/policy", body)).id;
+      id = made.current.policies[JSON.stringify(fields)] ??= equalPolicy(fields)?.id ?? (await change<{ id: number }>("POST", "/api/v1/policy", { name, ...fields })).id;
     }
     const body = { subnet_ids: [...new Set(ids)], policy_id: id };
     if (request.current.of !== JSON.stringify(body)) request.current = { of: JSON.stringify(body), key: crypto.randomUUID() };
     const { jobs } = await change<{ jobs: Job[] }>("POST", "/api/v1/task", body, { "Idempotency-Key": request.current.key });
     dropDraft(DRAFT);
-    void loadSubnets();
-    void loadPolicies();
     go(jobs.length === 1 ? `/app/jobs/${jobs[0]!.id}` : "/app/jobs");
   });
 
@@ -96,6 +102,7 @@ export function NewScan() {
           {all.length > 8 && (
             <input type="search" aria-label="Search subnets" placeholder="name, 10.20." value={search.value} onInput={(event) => void (search.value = event.currentTarget.value)} />
           )}
+          <Kept shown={all.length} total={lists.data?.[0]} />
           {!!all.length && (
             <div class="choices">
               {found.slice(0, 200).map((each) => (
