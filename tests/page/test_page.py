@@ -53,6 +53,14 @@ VISIT = """async (to) => {
     dispatchEvent(new PopStateEvent("popstate"));
     await new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve, 60)));
 }"""
+# Longer than the page waits between two loads of the ledger.
+SLOW_LEDGER = """
+const real = window.fetch;
+window.fetch = async (path, options) => {
+    if (String(path).includes("/ledger?")) await new Promise((resolve) => setTimeout(resolve, 3000));
+    return real(path, options);
+};
+"""
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +134,7 @@ def test_page_story_from_sign_in_to_results(browser: Browser, stack: Stack, serv
 def test_page_keyboard_alone_cancels_a_job(page: Page, stack: Stack, user: Client) -> None:
     """With the keyboard alone a user finds a running job, walks its map and cancels it."""
     job_id = user.scan("127.44.9.0/24", **SLOW)
+    page.add_init_script(SLOW_LEDGER)
     page.goto(f"{stack.url}/app/subnets")
     expect(page.get_by_role("heading", name="Subnets")).to_be_focused()
     page.keyboard.press("g")
@@ -138,6 +147,7 @@ def test_page_keyboard_alone_cancels_a_job(page: Page, stack: Stack, user: Clien
     for key in ("ArrowRight", "ArrowRight", "ArrowDown"):
         page.keyboard.press(key)
     expect(page.locator(".cursor")).to_contain_text("127.44.9.17 — ")
+    expect(page.get_by_text("of 256,000 probes accounted for")).to_be_visible()
     page.keyboard.press("x")
     expect(page.get_by_role("dialog")).to_contain_text("No further packet is sent for it.")
     page.keyboard.press("Tab")
@@ -285,6 +295,37 @@ def test_page_draft_does_not_overwrite_a_later_version(page: Page, stack: Stack)
     page.get_by_label("Ports").fill("8023")
     page.get_by_role("button", name="Save").click()
     expect(page.get_by_role("row", name="theirs")).to_contain_text("8023")
+
+
+def test_page_map_of_too_many_ports_asks_for_some(page: Page, stack: Stack, finished: int) -> None:
+    """A map that is too large for all ports of the job is offered for some of them."""
+
+    def large(route: Route) -> None:
+        if "ports=" in route.request.url:
+            route.fallback()
+        else:
+            route.fulfill(status=413, json={"error": "name some of the job's ports, as in ?ports=8020"})
+
+    page.route("**/map?*", large)
+    page.goto(f"{stack.url}/app/jobs/{finished}")
+    expect(page.get_by_role("alert")).to_contain_text("name some of the job's ports")
+    page.get_by_label("Ports of the map").fill("8022,8080")
+    page.get_by_role("button", name="Show").click()
+    expect(page.get_by_role("application")).to_be_visible()
+    expect(page.get_by_role("link", name="all ports")).to_be_visible()
+    assert page.url.endswith("?ports=8022%2C8080")
+
+
+def test_page_without_ledger_does_not_claim_that_nothing_answered(page: Page, stack: Stack, finished: int) -> None:
+    """An empty list of results says nothing about machines until the page knows what was probed."""
+    page.route("**/results?fields=*", lambda route: route.fulfill(body=""))
+    page.route("**/ledger?*", refuse)
+    page.goto(f"{stack.url}/app/jobs/{finished}/results")
+    expect(page.get_by_text("Which addresses were probed is not loaded yet.")).to_be_visible()
+    expect(page.get_by_role("alert")).to_contain_text("the service is unavailable")
+    page.unroute("**/ledger?*")
+    page.get_by_role("button", name="Try again").click()
+    expect(page.get_by_text("answered, none has an open port.")).to_be_visible()
 
 
 def test_page_saved_results_hold_no_formula(page: Page, stack: Stack, finished: int) -> None:

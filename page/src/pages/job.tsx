@@ -4,8 +4,8 @@ import { change, get, isFinal, me, send, type Ledger, type OutcomeMap, type Snap
 import { collapse, parseNetwork, toNumber, toText } from "../addresses";
 import { watch } from "../events";
 import { Coverage, together } from "../map";
-import { Confirm, Problem, StatusWord, Title, useLoad } from "../parts";
-import { query, withQuery } from "../router";
+import { Confirm, Field, Problem, StatusWord, Title, useLoad, useSettled } from "../parts";
+import { go, query, withQuery } from "../router";
 import { Results } from "../results";
 import { count, duration, exact, plural, visible } from "../text";
 import { LiveDot } from "./jobs";
@@ -21,37 +21,20 @@ const TABS = [
   ["request", "Request"],
 ] as const;
 
-/** Rises with each state of the job, but not more often than each `SETTLE`. */
-function useSettled(task: TaskStatus | undefined): number {
-  const settled = useSignal(0);
-  const last = useRef(0);
-  useEffect(() => {
-    if (!task) return;
-    const timer = window.setTimeout(
-      () => {
-        last.current = Date.now();
-        if (document.visibilityState === "visible" || isFinal(task.status.status)) settled.value++;
-      },
-      Math.max(0, last.current + SETTLE - Date.now()),
-    );
-    return () => window.clearTimeout(timer);
-  }, [task]);
-  return settled.value;
-}
-
 export function JobPage({ id, tab }: { id: string; tab: string }) {
   const task = useSignal<TaskStatus | undefined>(undefined);
   const cancelling = useSignal(false);
   const first = useLoad((signal) => get<TaskStatus>(`/api/v1/task/${id}`, signal), [id]);
   useEffect(() => {
-    if (first.data) task.value = first.data;
+    const ended = task.peek() && isFinal(task.peek()!.status.status); // the stream is ahead of a late answer
+    if (first.data && !ended) task.value = first.data;
   }, [first.data]);
   const known = first.data !== undefined;
   useEffect(() => {
     if (!known) return;
     return watch(`/api/v1/task/${id}/events`, (next) => void (task.value = next), { untilFinal: true });
   }, [id, known]);
-  const settled = useSettled(task.value);
+  const settled = useSettled(task.value, SETTLE);
   const ledger = useLoad((signal) => get<Ledger>(`/api/v1/task/${id}/ledger?page_size=1`, signal), [id, settled]);
   const snapshot = useLoad((signal) => get<Snapshot>(`/api/v1/task/${id}/snapshot`, signal), [id]);
 
@@ -102,6 +85,7 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
         {isFinal(status.status) ? job.end_time && <span>ended {exact(job.end_time)}</span> : <LiveDot />}
         {ledger.data?.accounted && <span class="good">✓ accounted for</span>}
       </p>
+      <Problem error={ledger.error} again={ledger.reload} />
       {status.error && <p class="problem">{visible(status.error)}</p>}
       {!!missing && isFinal(status.status) && (
         <p class="problem">
@@ -139,12 +123,13 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
   );
 }
 
-/** What an empty list of results says: "nothing found" is not "not looked". */
+/** The message of an empty list of results, which distinguishes "nothing found" from "not probed". */
 function whyEmpty(task: TaskStatus, ledger: Ledger | undefined): string {
   if (!isFinal(task.status.status)) return "None yet.";
-  const counts = ledger?.counts;
-  const missing = counts ? counts.lost + counts.cancelled + counts.refused + counts.timed_out + counts.waiting : 0;
-  if (counts && !counts.answered && !counts.silent && !counts.down) return "Not probed: no address of this job was scanned.";
+  if (!ledger) return "None. Which addresses were probed is not loaded yet.";
+  const { counts } = ledger;
+  const missing = counts.lost + counts.cancelled + counts.refused + counts.timed_out + counts.waiting;
+  if (!counts.answered && !counts.silent && !counts.down) return "Not probed: no address of this job was scanned.";
   const rest = missing ? " What was not probed is not claimed to be empty." : "";
   if (task.status.machines_found) return `${plural(task.status.machines_found, "machine")} answered, none has an open port.${rest}`;
   return `No machine answered.${rest}`;
@@ -154,7 +139,10 @@ function Overview({ id, task, settled, snapshot }: { id: string; task: TaskStatu
   const block = query("ports");
   const from = query("from");
   const known = useRef<{ path: string; tag: string; map: OutcomeMap } | undefined>(undefined);
-  const path = `/api/v1/task/${id}/map${from ? `?from=${encodeURIComponent(from)}` : ""}`;
+  const asked = new URLSearchParams();
+  if (from) asked.set("from", from);
+  if (block) asked.set("ports", block);
+  const path = `/api/v1/task/${id}/map?${asked}`;
   const map = useLoad(
     async (signal) => {
       const before = known.current?.path === path ? known.current : undefined;
@@ -166,12 +154,9 @@ function Overview({ id, task, settled, snapshot }: { id: string; task: TaskStatu
     },
     [path, settled],
   );
-  const letters = useMemo(
-    () => (map.data ? (map.data.blocks.find((each) => each.ports === block)?.letters ?? together(map.data)) : ""),
-    [map.data, block],
-  );
+  const letters = useMemo(() => (map.data ? together(map.data) : ""), [map.data]);
   const waits = !isFinal(task.status.status);
-  const tooLarge = map.error?.status === 413 && snapshot;
+  const tooLarge = map.error?.status === 413 && !from && snapshot && snapshot.addresses > CELLS;
   return (
     <>
       {waits && <WaitsFor id={id} settled={settled} />}
@@ -183,7 +168,8 @@ function Overview({ id, task, settled, snapshot }: { id: string; task: TaskStatu
       ) : (
         <Problem error={map.error} again={map.reload} />
       )}
-      {map.data && map.data.blocks.length > 1 && (
+      {map.error && !tooLarge && (block || map.error.status === 413) && <Ports key={block} ports={block} />}
+      {map.data && (block || map.data.blocks.length > 1) && (
         <nav class="counts" aria-label="ports of the map">
           <a href={withQuery({ ports: undefined })} aria-current={block ? undefined : "true"}>
             all ports
@@ -203,6 +189,26 @@ function Overview({ id, task, settled, snapshot }: { id: string; task: TaskStatu
         </nav>
       )}
     </>
+  );
+}
+
+/** Asks for some of the job's ports, when the map of all of them is too large. */
+function Ports({ ports }: { ports: string }) {
+  const text = useSignal(ports);
+  return (
+    <form
+      onSubmit={(event) => {
+        event.preventDefault();
+        go(withQuery({ ports: text.value.trim() }));
+      }}
+    >
+      <Field label="Ports of the map" hint="some of the job's ports: 22,80,8000-8100">
+        {(attributes) => <input {...attributes} spellcheck={false} value={text.value} onInput={(event) => void (text.value = event.currentTarget.value)} />}
+      </Field>
+      <p class="actions">
+        <button>Show</button>
+      </p>
+    </form>
   );
 }
 

@@ -1,14 +1,14 @@
-import { useComputed, useSignal } from "@preact/signals";
-import { useEffect } from "preact/hooks";
+import { signal, useComputed, useSignal } from "@preact/signals";
+import { useEffect, useRef } from "preact/hooks";
 import { get, isFinal, me, STATUSES, type Job, type TaskStatus } from "../api";
 import { live, watch } from "../events";
-import { Pager, Problem, StatusWord, Title, took, useLoad, When } from "../parts";
-import { go, query, url, withQuery } from "../router";
-import { policies, subnets } from "../store";
+import { Pager, Problem, StatusWord, Title, took, useLoad, useSettled, When } from "../parts";
+import { go, pageNumber, query, url, withQuery } from "../router";
+import { loadPolicies, loadSubnets, policies, subnets } from "../store";
 import { count, duration, visible } from "../text";
 
 const SIZE = 50;
-const AT_ONCE = 4; // requests for the details of ended jobs: the browser has six connections
+const AT_ONCE = 4; // requests for the states of jobs: the browser has six connections
 const SETTLE = 1_000; // ms between two loads of the list, however many jobs change
 
 interface List {
@@ -16,16 +16,26 @@ interface List {
   total: number;
 }
 
-// An ended job never changes, so it is asked for once.
-const endedTasks = new Map<number, TaskStatus>();
+// States of the jobs in the list. They are changed in place, and shown once for each frame of the screen.
+const tasks = new Map<number, TaskStatus>();
+const version = signal(0);
+let frame = 0;
+const show = (task: TaskStatus) => {
+  tasks.set(task.job.id, task);
+  frame ||= requestAnimationFrame(() => {
+    frame = 0;
+    version.value++;
+  });
+};
 
-async function details(jobs: Job[], seen: (task: TaskStatus) => void, signal: AbortSignal): Promise<void> {
-  const waiting = jobs.filter((job) => !endedTasks.has(job.id));
+/** Load the states that neither the stream nor an earlier load has sent. */
+async function details(jobs: Job[], signal: AbortSignal): Promise<void> {
+  const missing = ({ id, status }: Job) => !tasks.has(id) || (isFinal(status) && !isFinal(tasks.get(id)!.job.status));
+  const waiting = jobs.filter(missing);
   const next = async (): Promise<void> => {
     for (let job = waiting.shift(); job && !signal.aborted; job = waiting.shift()) {
       const task = await get<TaskStatus>(`/api/v1/task/${job.id}`, signal);
-      if (isFinal(task.status.status)) endedTasks.set(job.id, task);
-      seen(task);
+      if (missing(job)) show(task);
     }
   };
   await Promise.all(Array.from({ length: AT_ONCE }, next));
@@ -36,45 +46,50 @@ export function Jobs() {
   const whose = query("user_id");
   const filters = new URLSearchParams();
   for (const name of ["user_id", "subnet_id", "policy_id"]) if (query(name)) filters.set(name, query(name));
-  const page = Number(query("page") || 1);
+  const page = pageNumber();
   const paused = useSignal(false);
-  const tasks = useSignal(new Map<number, TaskStatus>());
-  const changed = useSignal(0);
+  const changes = useSignal(0);
+  const changed = useSettled(changes.value, SETTLE);
+  useLoad((signal) => Promise.all([loadSubnets(signal), loadPolicies(signal)]), []); // names; without them ids are shown
+  void version.value; // renders the list again when a state changes
 
   const asked = new URLSearchParams(filters);
   if (status) asked.set("status", status);
   const list = useLoad<List>(
     (signal) => get<List>(`/api/v1/task?${asked}&page=${page}&page_size=${SIZE}`, signal),
-    [asked.toString(), page, changed.value],
+    [asked.toString(), page, changed],
   );
   const totals = useLoad<number[]>(
     (signal) =>
       Promise.all(
         STATUSES.map(async (each) => (await get<List>(`/api/v1/task?${filters}&status=${each}&page_size=1`, signal)).total),
       ),
-    [filters.toString(), changed.value],
+    [filters.toString(), changed],
   );
+
+  const shown = useRef(new Set<number>());
+  useEffect(() => {
+    for (const [id, task] of tasks) if (!isFinal(task.status.status)) tasks.delete(id); // as old as the last visit
+  }, []);
 
   useEffect(() => {
     if (paused.value) return;
-    let settling = 0;
-    const seen = new Map<number, string>();
-    const stop = watch(whose ? `/api/v1/events?user_id=${encodeURIComponent(whose)}` : "/api/v1/events", (task) => {
-      const id = task.job.id;
-      tasks.value = new Map(tasks.peek()).set(id, task);
-      if (seen.get(id) !== task.status.status) settling ||= window.setTimeout(() => ((settling = 0), changed.value++), SETTLE);
-      seen.set(id, task.status.status);
+    const unfinished = new Map<number, string>(); // what the list may show of jobs that can change
+    return watch(whose ? `/api/v1/events?user_id=${encodeURIComponent(whose)}` : "/api/v1/events", (task) => {
+      const { id, status } = task.job;
+      if (shown.current.has(id)) show(task);
+      if (unfinished.get(id) !== status) changes.value++;
+      if (isFinal(status)) unfinished.delete(id);
+      else unfinished.set(id, status);
     });
-    return () => {
-      window.clearTimeout(settling);
-      stop();
-    };
   }, [paused.value, whose]);
 
   useEffect(() => {
+    if (!list.data) return;
+    shown.current = new Set(list.data.jobs.map((job) => job.id));
+    for (const id of tasks.keys()) if (!shown.current.has(id)) tasks.delete(id);
     const abort = new AbortController();
-    const ids = (list.data?.jobs ?? []).filter((job) => isFinal(job.status));
-    details(ids, (task) => void (tasks.value = new Map(tasks.peek()).set(task.job.id, task)), abort.signal).catch(() => undefined);
+    details(list.data.jobs, abort.signal).catch(() => undefined);
     return () => abort.abort();
   }, [list.data]);
 
@@ -125,7 +140,7 @@ export function Jobs() {
             </thead>
             <tbody>
               {list.data.jobs.map((job) => (
-                <Row key={job.id} job={job} task={tasks.value.get(job.id) ?? endedTasks.get(job.id)} />
+                <Row key={job.id} job={job} task={tasks.get(job.id)} />
               ))}
             </tbody>
           </table>
