@@ -1,4 +1,4 @@
-// The public API as the page calls it: by the session cookie, with the API's own words for every error.
+// Calls the public API with the session cookie and raises the API's error messages.
 import { effect, signal } from "@preact/signals";
 import type { components } from "../types/openapi";
 
@@ -6,7 +6,6 @@ type Schemas = components["schemas"];
 export type Job = Schemas["Job"];
 export type TaskStatus = Schemas["TaskStatus"];
 export type Ledger = Schemas["Ledger"];
-export type LedgerEntry = Schemas["LedgerEntry"];
 export type Waiting = Schemas["Waiting"];
 export type Subnet = Schemas["Subnet"];
 export type Policy = Schemas["Policy"];
@@ -42,13 +41,13 @@ export class ApiError extends Error {
   }
 }
 
-/** Who is signed in; undefined until that is known, null when nobody is. */
+/** The signed-in user; undefined while unknown, null when signed out. */
 export const me = signal<Me | null | undefined>(undefined);
 /** Whether a session ended while the page was in use: it asks to sign in above what is there. */
 export const ended = signal("");
-/** Whether the last request reached the gateway. */
+/** Whether the gateway can be reached: false after a failed request, until one succeeds. */
 export const reached = signal(true);
-/** Rises whenever a lost connection is back, and after each sign-in: what failed meanwhile is loaded again. */
+/** Rises when a lost connection is back and when the user signs in again: what failed meanwhile is loaded again. */
 export const recovered = signal(0);
 
 interface Options {
@@ -64,7 +63,7 @@ export async function send(method: string, path: string, { body, headers = {}, s
     answer = await fetch(path, {
       method,
       headers: body === undefined ? headers : { "Content-Type": "application/json", ...headers },
-      body: body === undefined ? null : JSON.stringify(body),
+      body: body === undefined ? null : typeof body === "string" ? body : JSON.stringify(body),
       cache: "no-store",
       redirect: "error",
       signal: signal ?? null,
@@ -74,65 +73,66 @@ export async function send(method: string, path: string, { body, headers = {}, s
     reached.value = false;
     throw new ApiError(0, "Scanfleet cannot be reached.");
   }
-  reached.value = true;
+  if (answer.status < 500) reached.value = true;
   if (answer.ok || answer.status === 304) return answer;
   const text = await answer.text().catch(() => "");
   let message = `the answer was ${answer.status}`;
   try {
     message = (JSON.parse(text) as { error: string }).error;
   } catch {
-    // A proxy's own page: its status says enough.
+    // An answer of a proxy: from 502 to 504 it has no gateway to pass the request on to.
+    if (answer.status >= 502 && answer.status <= 504) reached.value = false;
   }
   if (answer.status === 401 && me.peek()) ended.value = message;
   throw new ApiError(answer.status, message, answer.headers.get("X-Request-ID") ?? "");
 }
 
 export async function get<T>(path: string, signal?: AbortSignal): Promise<T> {
-  return (await send("GET", path, signal ? { signal } : {})).json() as Promise<T>;
+  return (await send("GET", path, { signal })).json() as Promise<T>;
 }
 
 export async function change<T>(method: string, path: string, body?: unknown, headers?: Record<string, string>): Promise<T> {
-  const answer = await send(method, path, { ...(body === undefined ? {} : { body }), ...(headers ? { headers } : {}) });
+  const answer = await send(method, path, { body, headers });
   return (answer.status === 204 ? undefined : await answer.json()) as T;
 }
 
-/** Find out who is signed in. */
+/** Take over the user of the session; for another one the page is loaded again, so that nothing of the former user's stays. */
+function enter(found: Me): void {
+  const before = me.peek();
+  if (before && before.user_id !== found.user_id) return location.reload();
+  me.value = found;
+  if (!ended.peek()) return;
+  ended.value = "";
+  recovered.value++;
+}
+
+/** Ask for the signed-in user; throws ApiError if the answer is neither the user nor that there is none. */
 export async function whoAmI(): Promise<void> {
   try {
-    const found = await get<Me>("/api/v1/me");
-    if (ended.peek()) recovered.value++;
-    me.value = found;
-    ended.value = "";
+    enter(await get<Me>("/api/v1/me"));
   } catch (error) {
-    if (error instanceof ApiError && error.status === 401 && !me.peek()) me.value = null;
+    if (!(error instanceof ApiError && error.status === 401)) throw error;
+    if (!me.peek()) me.value = null;
   }
 }
 
 /** Begin a session with a pasted token. */
 export async function signIn(token: string): Promise<void> {
   await change("POST", "/api/v1/session", undefined, { Authorization: `Bearer ${token}` });
-  const before = me.peek();
   const found = await get<Me>("/api/v1/me").catch((error: unknown) => {
     if (error instanceof ApiError && error.status === 401) {
       throw new ApiError(401, "The browser did not keep the session: open the page by https, or on 127.0.0.1.", error.requestId);
     }
     throw error;
   });
-  if (before && before.user_id !== found.user_id) location.reload(); // nothing of the other user's may stay
-  me.value = found;
-  ended.value = "";
-  recovered.value++;
+  enter(found);
 }
 
 const EARLY = 60_000; // ms before the end of a token in which it is replaced
 
 /** Replace the session's token before it ends, in one tab at a time: a refresh token may be good only once. */
 export function keepSession(): () => void {
-  let timer = 0;
-  const plan = () => {
-    const left = Date.parse(me.peek()!.expires_at) - Date.now();
-    timer = window.setTimeout(refresh, Math.min(Math.max(0, left - EARLY, left / 2), 2 ** 31 - 1));
-  };
+  const left = Date.parse(me.peek()!.expires_at) - Date.now();
   const refresh = async () => {
     const before = me.peek()?.expires_at;
     try {
@@ -141,12 +141,11 @@ export function keepSession(): () => void {
         if (!ended.peek() && me.peek()?.expires_at === before) await change("POST", "/api/v1/session/refresh");
       });
       await whoAmI();
-      if (me.peek()?.expires_at !== before) plan();
     } catch (error) {
       if (error instanceof ApiError && error.status !== 400 && error.status !== 401) timer = window.setTimeout(refresh, EARLY / 6);
     }
   };
-  plan();
+  let timer = window.setTimeout(refresh, Math.min(Math.max(0, left - EARLY, left / 2), 2 ** 31 - 1));
   return () => window.clearTimeout(timer);
 }
 
@@ -155,20 +154,25 @@ export async function signOut(): Promise<void> {
   location.assign(logout_url ?? "/app/");
 }
 
-// While nothing is reached the page asks again, at first soon, and tells everything that waits.
+const FIRST_WAIT = 500; // ms
+const LONGEST_WAIT = 5_000;
+
+// While the gateway is unreachable, retry with backoff.
+let lost = false;
 effect(() => {
-  if (reached.value) return;
-  let wait = 500;
+  if (reached.value) {
+    if (lost) recovered.value = recovered.peek() + 1;
+    lost = false;
+    return;
+  }
+  lost = true;
+  let wait = FIRST_WAIT;
   let timer = 0;
   const again = async () => {
-    try {
-      await fetch("/healthz", { cache: "no-store" });
-      reached.value = true;
-      recovered.value++;
-    } catch {
-      wait = Math.min(wait * 2, 5_000);
-      timer = window.setTimeout(again, wait);
-    }
+    await send("GET", "/api/v1/info").catch(() => undefined); // which needs no session
+    if (reached.peek()) return;
+    wait = Math.min(wait * 2, LONGEST_WAIT);
+    timer = window.setTimeout(again, wait);
   };
   timer = window.setTimeout(again, wait);
   return () => window.clearTimeout(timer);

@@ -1,11 +1,17 @@
 // Live states over one stream, which is opened again whenever it is cut.
-import { signal } from "@preact/signals";
+import { computed, effect, signal } from "@preact/signals";
 import { ended, isFinal, me, recovered, STATUSES, whoAmI, type TaskStatus } from "./api";
 
 export const live = signal<"off" | "on" | "lost">("off");
 
 const FIRST_WAIT = 500;
 const LONGEST_WAIT = 5_000;
+
+const visible = signal(document.visibilityState === "visible");
+document.addEventListener("visibilitychange", () => void (visible.value = document.visibilityState === "visible"));
+
+// A hidden tab has no stream: over HTTP/1.1 a browser has six connections for all tabs.
+const open = computed(() => visible.value && !!me.value && !ended.value);
 
 /** Call `receive` with each state that the stream at `path` sends, until the returned function is called. */
 export function watch(path: string, receive: (task: TaskStatus) => void, { untilFinal = false } = {}): () => void {
@@ -14,13 +20,7 @@ export function watch(path: string, receive: (task: TaskStatus) => void, { until
   let wait = FIRST_WAIT;
   let cut = false;
 
-  const close = () => {
-    window.clearTimeout(timer);
-    source?.close();
-    source = undefined;
-    live.value = "off";
-  };
-  const open = () => {
+  const connect = () => {
     const opened = new EventSource(path);
     source = opened;
     opened.onopen = () => {
@@ -33,7 +33,7 @@ export function watch(path: string, receive: (task: TaskStatus) => void, { until
       opened.addEventListener(status, (event) => {
         const task = JSON.parse((event as MessageEvent<string>).data) as TaskStatus;
         receive(task);
-        if (untilFinal && isFinal(task.status.status)) close();
+        if (untilFinal && isFinal(task.status.status)) stop();
       });
     }
     opened.onerror = () => {
@@ -45,14 +45,23 @@ export function watch(path: string, receive: (task: TaskStatus) => void, { until
       wait = Math.min(wait * 2, LONGEST_WAIT);
     };
   };
-  // A stream that cannot be opened does not say why: it may be the session.
+  // A stream that cannot be opened does not say why: if it is the session, the stream is closed by `open`.
   const again = async () => {
     const current = source;
-    await whoAmI();
-    if (source !== current) return;
-    if (me.peek() && !ended.peek()) open();
-    else timer = window.setTimeout(again, LONGEST_WAIT);
+    await whoAmI().catch(() => undefined);
+    if (source === current) connect();
   };
-  open();
-  return close;
+  const disconnect = () => {
+    window.clearTimeout(timer);
+    source?.close();
+    source = undefined;
+    cut = true;
+    live.value = "off";
+  };
+  const stop = effect(() => {
+    if (!open.value) return;
+    connect();
+    return disconnect;
+  });
+  return stop;
 }

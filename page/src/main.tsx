@@ -1,7 +1,7 @@
 import { effect, useSignal } from "@preact/signals";
 import { render } from "preact";
 import { useEffect } from "preact/hooks";
-import { keepSession, me, reached, recovered, signOut, whoAmI } from "./api";
+import { keepSession, me, reached, signOut, whoAmI } from "./api";
 import { Audit } from "./pages/audit";
 import { JobPage } from "./pages/job";
 import { Jobs } from "./pages/jobs";
@@ -9,9 +9,9 @@ import { NewScan } from "./pages/new";
 import { Policies, PolicyForm } from "./pages/policies";
 import { SignIn, SignInAgain } from "./pages/sign-in";
 import { SubnetForm, SubnetImport, Subnets } from "./pages/subnets";
-import { Dialog, loading, moveRow, Problem, Title, useAction } from "./parts";
+import { Dialog, loading, moveRow, Problem, Title, useAction, useLoad } from "./parts";
 import { go, url } from "./router";
-import { info, loadInfo, loadPolicies, loadSubnets } from "./store";
+import { info, loadInfo } from "./store";
 
 const PLACES: [path: string, name: string, key: string][] = [
   ["/app/jobs", "Jobs", "j"],
@@ -51,15 +51,7 @@ const places = () => PLACES.filter(([path]) => path !== "/app/audit" || me.value
 
 function App() {
   const dialog = useSignal<"" | "keys" | "palette">("");
-  useEffect(() => {
-    void loadInfo().catch(() => undefined);
-  }, [recovered.value]);
-  useEffect(() => {
-    if (me.value === undefined) void whoAmI();
-    if (!me.value) return;
-    void loadSubnets().catch(() => undefined);
-    void loadPolicies().catch(() => undefined);
-  }, [me.value?.user_id, recovered.value]);
+  const start = useLoad((signal) => Promise.all([whoAmI(), loadInfo(signal)]), []);
   useEffect(() => {
     if (me.value && info.value?.sign_in_to_page.includes("oidc")) return keepSession();
   }, [me.value?.expires_at, info.value?.sign_in_to_page.length]);
@@ -76,6 +68,7 @@ function App() {
         </p>
       )}
       {me.value && <Header />}
+      {reached.value && <Problem error={start.error} again={start.reload} />}
       {me.value === null ? (
         <SignIn />
       ) : (
@@ -285,5 +278,5 @@ function Palette({ close }: { close: () => void }) {
   );
 }
 
-effect(() => void document.body.toggleAttribute("data-busy", loading.value > 0)); // for whoever waits for the page
+effect(() => void document.body.toggleAttribute("data-busy", loading.value > 0)); // read by tests
 render(<App />, document.getElementById("app")!);

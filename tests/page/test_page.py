@@ -61,6 +61,10 @@ window.fetch = async (path, options) => {
     return real(path, options);
 };
 """
+HIDE = """(state) => {
+    Object.defineProperty(document, "visibilityState", { get: () => state, configurable: true });
+    document.dispatchEvent(new Event("visibilitychange"));
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +83,12 @@ def finished(user: Client, servers: OpenPorts) -> int:
     )
     assert user.finished(job_id)["status"]["status"] == "completed"
     return job_id
+
+
+def with_issuer(route: Route) -> None:
+    """Answer the platform's description with a sign-in at the issuer."""
+    info = route.fetch().json()
+    route.fulfill(json=info | {"sign_in_to_page": ["token", "oidc"]})
 
 
 def refuse(route: Route) -> None:
@@ -229,6 +239,7 @@ def test_page_gateway_restarted_says_so_and_recovers(page: Page, stack: Stack, u
 
 def test_page_session_that_ends_asks_again_and_keeps_what_was_typed(page: Page, stack: Stack) -> None:
     """When the session is gone the page asks to sign in above the form, and goes on where it was."""
+    page.route("**/api/v1/info", with_issuer)
     page.goto(f"{stack.url}/app/subnets/new")
     page.get_by_label("Network").fill("127.44.11.0/24")
     page.get_by_label("Name").fill("typed before")
@@ -236,6 +247,10 @@ def test_page_session_that_ends_asks_again_and_keeps_what_was_typed(page: Page, 
     page.get_by_role("button", name="Save").click()
     dialog = page.get_by_role("dialog")
     expect(dialog).to_contain_text("Your session has ended")
+    expect(dialog.get_by_role("link", name="Sign in with")).to_have_attribute("target", "_blank")
+    for _ in range(3):
+        page.keyboard.press("Escape")
+        expect(dialog).to_be_visible()
     dialog.get_by_label("Token").fill(stack.token(USER, admin=True))
     dialog.get_by_role("button", name="Sign in").click()
     expect(dialog).to_have_count(0)
@@ -275,6 +290,17 @@ def test_page_shows_100_000_results_in_a_window(page: Page, stack: Stack, finish
     expect(page.locator(".results tr").nth(5)).to_have_attribute("aria-rowindex", re.compile(r"\d{5}"))
 
 
+def test_page_session_of_another_user_loads_the_page_again(page: Page, stack: Stack) -> None:
+    """When another tab has signed in as another user, nothing of the former user's stays."""
+    page.goto(f"{stack.url}/app/subnets/new")
+    page.get_by_label("Name").fill("of the former user")
+    headers = {"Authorization": f"Bearer {stack.token(9)}"}
+    page.evaluate("async (headers) => (await fetch('/api/v1/session', { method: 'POST', headers })).status", headers)
+    page.evaluate(HIDE, "visible")
+    expect(page.get_by_text("user 9")).to_be_visible()
+    expect(page.get_by_label("Name")).to_have_value("")
+
+
 def test_page_draft_does_not_overwrite_a_later_version(page: Page, stack: Stack) -> None:
     """A draft that is older than the object is not saved over it, also if the object was loaded again meanwhile."""
     page.goto(f"{stack.url}/app/policies")
@@ -295,6 +321,47 @@ def test_page_draft_does_not_overwrite_a_later_version(page: Page, stack: Stack)
     page.get_by_label("Ports").fill("8023")
     page.get_by_role("button", name="Save").click()
     expect(page.get_by_role("row", name="theirs")).to_contain_text("8023")
+
+
+def test_page_start_that_fails_can_be_tried_again(page: Page, stack: Stack) -> None:
+    """While the gateway cannot say who the user is, the page shows its error instead of nothing."""
+    page.route("**/api/v1/me", refuse)
+    page.goto(f"{stack.url}/app/jobs")
+    expect(page.get_by_role("alert")).to_contain_text("the service is unavailable")
+    page.unroute("**/api/v1/me")
+    page.get_by_role("button", name="Try again").click()
+    expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
+    expect(page.get_by_role("alert")).to_have_count(0)
+
+
+def test_page_proxy_without_gateway_is_a_lost_connection(
+    page: Page, stack: Stack, user: Client, finished: int, servers: OpenPorts
+) -> None:
+    """A proxy's own 502 is a lost connection; when it is back all is loaded again, and no older state is shown."""
+    task = user.finished(finished)
+    late = task | {"status": task["status"] | {"status": "running"}}
+    page.route(f"**/api/v1/task/{finished}", lambda route: route.fulfill(json=late))
+    page.goto(f"{stack.url}/app/jobs/{finished}/request")
+    completed = page.get_by_role("heading", name=f"Job {finished} completed")
+    expect(completed).to_be_visible()  # by the stream
+    page.route("**/api/v1/**", lambda route: route.fulfill(status=502, body="<h1>Bad Gateway</h1>"))
+    page.evaluate(VISIT, f"/app/jobs/{finished}/results")
+    expect(page.get_by_role("alert").filter(has_text="The connection to Scanfleet is lost.")).to_be_visible()
+    with page.expect_response(lambda answer: answer.status == 200 and answer.url.endswith(f"/task/{finished}")):
+        page.unroute("**/api/v1/**")
+    expect(page.get_by_text(f"{len(servers)} of {len(servers)} results")).to_be_visible()
+    expect(page.get_by_role("alert")).to_have_count(0)
+    expect(completed).to_be_visible()
+
+
+def test_page_hidden_tab_has_no_stream(page: Page, stack: Stack) -> None:
+    """A hidden tab closes its stream, of which a browser has few, and opens it when it is shown again."""
+    page.goto(f"{stack.url}/app/jobs")
+    expect(page.locator(".dot")).to_have_text("live")
+    page.evaluate(HIDE, "hidden")
+    expect(page.locator(".dot")).to_have_text("")
+    page.evaluate(HIDE, "visible")
+    expect(page.locator(".dot")).to_have_text("live")
 
 
 def test_page_map_of_too_many_ports_asks_for_some(page: Page, stack: Stack, finished: int) -> None:

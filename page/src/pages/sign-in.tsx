@@ -3,23 +3,27 @@ import { useSignal } from "@preact/signals";
 import { useEffect } from "preact/hooks";
 import { ended, me, signIn, whoAmI } from "../api";
 import { Dialog, Field, Problem, Title, useAction } from "../parts";
-import { query, withQuery } from "../router";
+import { query, url, withQuery } from "../router";
 import { info } from "../store";
 
-// What the gateway says of a sign-in at the issuer that has failed.
+// Messages for the gateway's failure codes.
 const FAILURES: Record<string, string> = {
   refused: "The sign-in was not completed, or not in this browser. Try again.",
   unavailable: "The issuer, or a part of Scanfleet, is unavailable. Try again.",
-  token: "The issuer has signed you in, but its token is not one that Scanfleet accepts: ask whoever runs Scanfleet.",
-  large: "The issuer's token is too large for a session: ask whoever runs Scanfleet.",
+  token: "The issuer has signed you in, but its token is not one that Scanfleet accepts: ask an operator of Scanfleet.",
+  large: "The issuer's token is too large for a session: ask an operator of Scanfleet.",
 };
 
-function TokenForm({ reason }: { reason?: string }) {
+const LONGEST_NEXT = 2_000; // characters that the gateway accepts
+
+/** The forms of all ways to sign in; with `above` a page that must stay, the issuer's is in another tab. */
+function TokenForm({ above = false }: { above?: boolean }) {
   const token = useSignal("");
   const action = useAction(() => signIn(token.value.trim()));
   const ways = info.value?.sign_in_to_page ?? ["token"];
   const failed = FAILURES[query("sign_in")];
-  const next = encodeURIComponent(withQuery({ sign_in: undefined }));
+  const here = withQuery({ sign_in: undefined });
+  const next = encodeURIComponent(here.length > LONGEST_NEXT ? url.value.pathname : here);
   return (
     <form
       onSubmit={(event) => {
@@ -27,7 +31,7 @@ function TokenForm({ reason }: { reason?: string }) {
         void action.run();
       }}
     >
-      {reason && <p>{reason}</p>}
+      {above && <p>Your session has ended: {ended.value}. What you have entered is still here.</p>}
       {failed && (
         <p class="problem" role="alert">
           {failed}
@@ -35,9 +39,10 @@ function TokenForm({ reason }: { reason?: string }) {
       )}
       {ways.includes("oidc") && (
         <p>
-          <a class="button primary" href={`/session/login?next=${next}`}>
+          <a class="button primary" href={`/session/login?next=${next}`} target={above ? "_blank" : undefined}>
             Sign in with {issuerName(info.value!.issuer)}
           </a>
+          {above && " in another tab, then return to this one."}
         </p>
       )}
       {ways.includes("token") && (
@@ -70,7 +75,7 @@ function TokenForm({ reason }: { reason?: string }) {
       )}
       {!ways.length && (
         <p>
-          Nobody can sign in here: whoever runs Scanfleet must set <code>SCANFLEET_SESSION_KEYS_FILE</code>. The command line and the{" "}
+          Sign-in is off: an operator must set <code>SCANFLEET_SESSION_KEYS_FILE</code>. The command line and the{" "}
           <a href="/docs">API</a> work without.
         </p>
       )}
@@ -91,16 +96,22 @@ export function SignIn() {
 
 /** Asks to sign in again; what is behind it stays as it is. */
 export function SignInAgain() {
-  // Another tab may have signed in meanwhile: the cookie is the same.
+  // Another tab or window may have signed in meanwhile, as this user or another: the cookie is the same.
   useEffect(() => {
-    const look = () => void (document.visibilityState === "visible" && whoAmI());
+    const look = () => {
+      if (document.visibilityState === "visible") whoAmI().catch(() => undefined);
+    };
     document.addEventListener("visibilitychange", look);
-    return () => document.removeEventListener("visibilitychange", look);
+    addEventListener("focus", look);
+    return () => {
+      document.removeEventListener("visibilitychange", look);
+      removeEventListener("focus", look);
+    };
   }, []);
   if (!ended.value || !me.value) return null;
   return (
     <Dialog title="Sign in again" close={() => undefined} fixed>
-      <TokenForm reason={`Your session has ended: ${ended.value}. What you have entered is still here.`} />
+      <TokenForm above />
     </Dialog>
   );
 }
