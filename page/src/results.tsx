@@ -1,9 +1,9 @@
 // A job's results: streamed into memory line by line, shown through a window of a few rows.
 import { useComputed, useSignal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
-import { ApiError, isFinal, send, type Status } from "./api";
+import { ApiError, isFinal, recovered, send, type Status } from "./api";
 import { bitsOf, toNumber } from "./addresses";
-import { Problem, useAction } from "./parts";
+import { loading as loads, Problem, useAction } from "./parts";
 import { go, query, withQuery } from "./router";
 import { count, csvLine, save, visible } from "./text";
 
@@ -54,9 +54,10 @@ function toRow(result: Result): Row {
   };
 }
 
-/** Read results newer than `after`, and hand them on as they arrive; answers whether there were too many. */
+/** Read results with a higher id than `after`, by id, and hand them on as they arrive; returns whether there were too many. */
 async function stream(jobId: string, after: number, rows: (found: Row[]) => number, signal: AbortSignal): Promise<boolean> {
-  const path = `/api/v1/task/${jobId}/results?fields=${FIELDS}${after ? `&after=${after}` : ""}`;
+  // Without `after` the order is another, and what is missing after a cut could not be asked for.
+  const path = `/api/v1/task/${jobId}/results?fields=${FIELDS}&after=${after}`;
   const answer = await send("GET", path, { headers: { Accept: "application/x-ndjson" }, signal });
   const reader = answer.body!.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -68,7 +69,7 @@ async function stream(jobId: string, after: number, rows: (found: Row[]) => numb
     const lines = (rest + (value ?? "")).split("\n");
     rest = done ? "" : lines.pop()!;
     for (const line of lines) if (line) found.push(toRow(JSON.parse(line) as Result));
-    // Whoever gets rows sorts all of them, so they are handed on in portions that double, or once a second.
+    // All rows are sorted again with each portion, so portions double in size or come once a second.
     const due = done || found.length >= handed || performance.now() - handedAt >= HAND_ON;
     if (due && found.length) {
       handed = rows(found);
@@ -116,6 +117,7 @@ export function Results({ jobId, status, empty }: { jobId: string; status: Statu
       return rows.value.length;
     };
     const load = async () => {
+      loads.value++;
       try {
         const last = rows.peek().reduce((newest, row) => Math.max(newest, row.id), 0);
         cut.value = await stream(jobId, last, add, abort.signal);
@@ -124,8 +126,10 @@ export function Results({ jobId, status, empty }: { jobId: string; status: Statu
       } catch (thrown) {
         if (abort.signal.aborted) return;
         error.value = thrown instanceof ApiError ? thrown : new ApiError(0, "The results were cut off.");
-        if (error.value.status === 0) timer = window.setTimeout(load, FOLLOW);
+        const { status: code } = error.value;
+        if (code === 0 || code === 429 || code >= 500) timer = window.setTimeout(load, FOLLOW);
       } finally {
+        loads.value--;
         if (!abort.signal.aborted) loading.value = false;
       }
     };
@@ -134,7 +138,7 @@ export function Results({ jobId, status, empty }: { jobId: string; status: Statu
       window.clearTimeout(timer);
       abort.abort();
     };
-  }, [jobId, isFinal(status), again.value]);
+  }, [jobId, isFinal(status), again.value, recovered.value]);
 
   const order = useSignal({ sort, direction });
   order.value = order.value.sort === sort && order.value.direction === direction ? order.value : { sort, direction };
@@ -201,7 +205,8 @@ export function Results({ jobId, status, empty }: { jobId: string; status: Statu
           Save all as CSV
         </button>
       </div>
-      <Problem error={error.value ?? everything.error} />
+      <Problem error={error.value} again={() => void again.value++} />
+      <Problem error={everything.error} />
       <p class="faint" role="status">
         {count(shown.value.length)} of {count(rows.value.length)} results
         {loading.value && ", loading…"}

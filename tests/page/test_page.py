@@ -395,6 +395,14 @@ def test_page_without_ledger_does_not_claim_that_nothing_answered(page: Page, st
     expect(page.get_by_text("answered, none has an open port.")).to_be_visible()
 
 
+def test_page_results_go_on_after_an_error(page: Page, stack: Stack, finished: int, servers: OpenPorts) -> None:
+    """Results that were unavailable are asked for again, without a click."""
+    page.route("**/results?fields=*", refuse, times=1)
+    page.goto(f"{stack.url}/app/jobs/{finished}/results")
+    expect(page.get_by_text(f"{len(servers)} of {len(servers)} results")).to_be_visible()
+    expect(page.get_by_role("alert")).to_have_count(0)
+
+
 def test_page_saved_results_hold_no_formula(page: Page, stack: Stack, finished: int) -> None:
     """In the file of what is shown, text that a spreadsheet would run has a quote before it, as in the API's own file."""
     result = {"id": 1, "ip_address": "10.20.0.1", "port": 22, "protocol": "tcp", "status": "open", "service": "=1+1"}
