@@ -478,3 +478,26 @@ def test_page_import_is_the_apis(page: Page, stack: Stack) -> None:
         expect(page.get_by_role("status").filter(has_text=message)).to_be_visible()
     page.evaluate(VISIT, "/app/subnets")
     expect(page.get_by_role("row", name="127.44.13.0/24")).to_contain_text("254")
+
+
+def test_page_audit_times_are_utc(browser: Browser, stack: Stack, cookies: list[dict[str, object]]) -> None:
+    """Times of the audit log are UTC in the form as in the list; what is no time is ignored."""
+    with browser.new_context(timezone_id="Asia/Tokyo") as context, watched(context, stack.url) as page:
+        context.add_cookies(cookies)  # type: ignore[arg-type] # as the browser has returned them
+        with page.expect_request("**/api/v1/audit?since=2026-01-01T09%3A00%3A00.000Z&*"):
+            page.goto(f"{stack.url}/app/audit?since=2026-01-01T09:00&until=x")
+        expect(page.get_by_label("since (UTC)")).to_have_value("2026-01-01T09:00")
+        expect(page.get_by_role("table")).to_be_visible()
+
+
+def test_page_audit_is_not_asked_for_by_others(browser: Browser, stack: Stack) -> None:
+    """A user who is no administrator reads that the audit log is not for them, and no request is refused."""
+    with browser.new_context() as context, watched(context, stack.url) as page:
+        asked: list[str] = []
+        page.on("request", lambda each: asked.append(each.url) if "/audit?" in each.url else None)
+        page.goto(f"{stack.url}/app/audit")
+        page.get_by_label("Token").fill(stack.token(8))
+        page.get_by_role("button", name="Sign in").click()
+        expect(page.get_by_text("The audit log is for administrators.")).to_be_visible()
+        expect(page.locator("body[data-busy]")).to_have_count(0)
+    assert asked == []

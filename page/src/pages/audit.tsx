@@ -1,34 +1,42 @@
 import { useSignal } from "@preact/signals";
 import { get, me, type AuditEntry } from "../api";
 import { Filter, Pager, Problem, Title, useLoad } from "../parts";
-import { go, query, withQuery } from "../router";
+import { go, pageNumber, query, withQuery } from "../router";
 import { exact, visible } from "../text";
 
 const SIZE = 50;
 const TEXTS = ["subject", "action", "rule", "source", "request_id"] as const;
 const TIMES = ["since", "until"] as const;
 
+const isTime = (name: string) => name === "since" || name === "until";
+
+/** The time of a `datetime-local` input, taken as UTC; "" if it is none. */
+function utc(text: string): string {
+  const time = new Date(`${text}Z`);
+  return Number.isNaN(time.getTime()) ? "" : time.toISOString();
+}
+
 export function Audit() {
-  const page = Number(query("page") || 1);
+  return (
+    <>
+      <Title text="Audit" />
+      {me.value!.admin ? <Entries /> : <p class="empty">The audit log is for administrators.</p>}
+    </>
+  );
+}
+
+function Entries() {
+  const page = pageNumber();
   const asked = new URLSearchParams();
   for (const name of [...TEXTS, "decision"]) if (query(name)) asked.set(name, query(name));
-  for (const name of TIMES) if (query(name)) asked.set(name, new Date(query(name)).toISOString());
+  for (const name of TIMES) if (utc(query(name))) asked.set(name, utc(query(name)));
   const entered = useSignal<Record<string, string>>({});
   const list = useLoad(
     (signal) => get<{ entries: AuditEntry[]; total: number }>(`/api/v1/audit?${asked}&page=${page}&page_size=${SIZE}`, signal),
     [asked.toString(), page],
   );
-  if (!me.value!.admin) {
-    return (
-      <>
-        <Title text="Audit" />
-        <p class="empty">The audit log is for administrators.</p>
-      </>
-    );
-  }
   return (
     <>
-      <Title text="Audit" />
       <form
         class="bar"
         onSubmit={(event) => {
@@ -38,10 +46,11 @@ export function Audit() {
       >
         {[...TEXTS, ...TIMES].map((name) => (
           <label class="filter" key={name}>
-            {name.replace("_", " ")}{" "}
+            {name.replace("_", " ")}
+            {isTime(name) && " (UTC)"}{" "}
             <input
               size={10}
-              type={(name === "since" || name === "until" ? "datetime-local" : "text") as "text"}
+              type={(isTime(name) ? "datetime-local" : "text") as "text"}
               value={entered.value[name] ?? query(name)}
               onInput={(event) => void (entered.value = { ...entered.value, [name]: event.currentTarget.value })}
             />
