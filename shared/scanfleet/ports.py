@@ -6,6 +6,7 @@ The text is parsed into numbers and formatted from them, so user input never rea
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -87,8 +88,12 @@ class PortSet:
 
     def blocks(self, size: int) -> Iterator[PortSet]:
         """Split into sets of at most `size` ports of one protocol; a `top` set is split by frequency."""
-        for number in range(-(-self.tcp_count // size) - (-self.udp_count // size)):
-            yield self.block(number, size)
+        for above in range(self.above, self.top, size):
+            yield PortSet(top=min(self.top, above + size), above=above)
+        for part in _parts(self.tcp, size):
+            yield PortSet(tcp=part)
+        for part in _parts(self.udp, size):
+            yield PortSet(udp=part)
 
     def block(self, number: int, size: int) -> PortSet:
         """Return one of the `blocks`, by its number from 0."""
@@ -156,6 +161,24 @@ def _disjoint(ranges: list[Range]) -> tuple[Range, ...]:
     return tuple(merged)
 
 
+def _parts(ranges: tuple[Range, ...], size: int) -> Iterator[tuple[Range, ...]]:
+    """Yield the ports in parts of `size`, the last one smaller, in one pass over the ranges."""
+    part: list[Range] = []
+    room = size
+    for low, high in ranges:
+        first = low
+        while first <= high:
+            last = min(high, first + room - 1)
+            part.append((first, last))
+            room -= last - first + 1
+            first = last + 1
+            if room == 0:
+                yield tuple(part)
+                part, room = [], size
+    if part:
+        yield tuple(part)
+
+
 def _part(ranges: tuple[Range, ...], skip: int, size: int) -> tuple[Range, ...]:
     """Return up to `size` ports after the first `skip`."""
     part: list[Range] = []
@@ -177,7 +200,13 @@ def _size(ranges: tuple[Range, ...]) -> int:
 
 
 def _meet(some: tuple[Range, ...], others: tuple[Range, ...]) -> bool:
-    return any(low <= last and first <= high for low, high in some for first, last in others)
+    if len(some) > len(others):
+        some, others = others, some
+    for low, high in some:
+        begun = bisect_right(others, (high, MAX_PORT))  # of the others that begin by `high`, the last reaches furthest
+        if begun and others[begun - 1][1] >= low:
+            return True
+    return False
 
 
 def _text(ranges: tuple[Range, ...], prefix: str) -> str:

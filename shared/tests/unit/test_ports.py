@@ -165,6 +165,15 @@ def test_blocks_hold_every_port_once_in_order(text: str, size: int) -> None:
     assert set().union(*(numbers(block.tcp) for block in blocks)) == numbers(ports.tcp)
     assert set().union(*(numbers(block.udp) for block in blocks)) == numbers(ports.udp)
     assert all(PortSet.parse(str(block)) == block for block in blocks)
+    assert blocks == [ports.block(number, size) for number in range(len(blocks))]
+
+
+@given(TEXT, TEXT)
+def test_sets_meet_if_they_share_a_port(text: str, other: str) -> None:
+    """`meets` agrees with the intersection of the port numbers, in both directions."""
+    some, others = PortSet.parse(text), PortSet.parse(other)
+    shared = numbers(some.tcp) & numbers(others.tcp) or numbers(some.udp) & numbers(others.udp)
+    assert some.meets(others) == others.meets(some) == bool(shared)
 
 
 @given(st.integers(1, MAX_TOP), st.integers(1, MAX_TOP))
@@ -177,6 +186,7 @@ def test_the_most_common_ports_are_cut_by_rank(top: int, size: int) -> None:
     blocks = list(ports.blocks(size))
     assert sum(block.count for block in blocks) == top
     assert [block.above for block in blocks] == [0, *(block.top for block in blocks[:-1])]
+    assert blocks == [ports.block(number, size) for number in range(len(blocks))]
     assert all(PortSet.parse(str(block)) == block for block in blocks)
 
 

@@ -1,4 +1,4 @@
-"""What a job was asked for, and what became of each of its addresses."""
+"""Serve a job's snapshot and its coverage map."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from job_orchestrator.api.state import MAX_ERROR_CHARS, Handed, Recorded, State, tags
+from job_orchestrator.api.state import MAX_ERROR_CHARS, Handed, Recorded, tags
 from job_orchestrator.api.tasks import readable
 from job_orchestrator.domain import coverage, plan
 from job_orchestrator.domain.job import ScanJob
@@ -17,6 +17,9 @@ from scanfleet.errors import BadRequestError, TooLargeError
 from scanfleet.outcomes import address_at, index_of
 from scanfleet.ports import MAX_TEXT, PortSet
 from scanfleet.service import AsciiJSON, PathId
+
+_MAX_CHUNKS = 65_536  # read for one answer: a /16 of one address each
+_MAX_RANGES = 256  # of these, one query or more each
 
 router = APIRouter(prefix="/api/v1/task", route_class=Guarded)
 
@@ -45,45 +48,46 @@ async def read_map(
     caller: Caller,
     state: Handed,
     record: Recorded,
-    ports: Annotated[str | None, Query(max_length=MAX_TEXT)] = None,
+    ports_: Annotated[str | None, Query(alias="ports", max_length=MAX_TEXT)] = None,
     from_: Annotated[str | None, Query(alias="from", max_length=50)] = None,
 ) -> Response:
     job = await readable(state, caller, job_id, record)
     first, addresses = _part(job, from_)
-    blocks = _blocks(job, ports)
+    blocks = _blocks(job, ports_)
     if addresses * len(blocks) > coverage.MAX_LETTERS:
         raise TooLargeError(
             f"{len(blocks)} blocks of ports with {addresses} addresses each are more than {coverage.MAX_LETTERS} letters; "
-            f"name some of the job's ports, as in ?ports={plan.block_ports(job, 0)}"[:MAX_ERROR_CHARS]
+            f"{_name_ports(blocks)}"[:MAX_ERROR_CHARS]
+        )
+    ranges = plan.indexes(job, blocks, first, first + addresses)
+    chunks = sum(end - begin for begin, end in ranges)
+    if len(ranges) > _MAX_RANGES or chunks > _MAX_CHUNKS:
+        raise TooLargeError(
+            f"the map needs {chunks} chunks in {len(ranges)} ranges, and one answer reads at most {_MAX_CHUNKS} chunks in "
+            f"{_MAX_RANGES} ranges; {_name_ports(blocks)}"[:MAX_ERROR_CHARS]
         )
     known = tags(request, "if-none-match")
     tag = f'"{job.seq}"'
     if job.settled and tag in known:
         return Response(status_code=304, headers={"ETag": tag})
-    found = await _map(state, job, first, addresses, blocks)
-    if not job.settled:  # letters come without a new state of the job
-        tag = f'"{job.seq}-{zlib.crc32("".join(block.letters for block in found.blocks).encode()):08x}"'
-    if tag in known:
-        return Response(status_code=304, headers={"ETag": tag})
-    return AsciiJSON(found.model_dump(mode="json"), headers={"ETag": tag})
-
-
-async def _map(state: State, job: ScanJob, first: int, addresses: int, blocks: list[int]) -> rest.CoverageMap:
     found = coverage.Coverage(job, first, addresses, blocks)
-    for begin, end in plan.indexes(job, blocks, first, first + addresses):
+    for begin, end in ranges:
         async for chunk in state.store.job_chunks(job.id, begin, end):
             found.add(chunk)
-    return rest.CoverageMap(
+    letters = dict(found.letters())
+    if not job.settled:  # outcomes change without a new `seq`
+        tag = f'"{job.seq}-{zlib.crc32("".join(letters.values()).encode()):08x}"'
+    if tag in known:
+        return Response(status_code=304, headers={"ETag": tag})
+    answer = rest.CoverageMap(
         job_id=job.id,
         seq=job.seq,
         status=job.status,
         first=str(address_at(job.cidr.partition("/")[0], first)),
         addresses=addresses,
-        blocks=[
-            rest.MapBlock(ports=str(plan.block_ports(job, block)), letters=letters)
-            for block, letters in found.letters()
-        ],
+        blocks=[rest.MapBlock(ports=str(ports), letters=letters[block]) for block, ports in blocks.items()],
     )
+    return AsciiJSON(answer.model_dump(mode="json"), headers={"ETag": tag})
 
 
 def _part(job: ScanJob, from_: str | None) -> tuple[int, int]:
@@ -104,15 +108,20 @@ def _part(job: ScanJob, from_: str | None) -> tuple[int, int]:
     return first, min(job.addresses - first, coverage.MAX_ADDRESSES)
 
 
-def _blocks(job: ScanJob, ports: str | None) -> list[int]:
-    """Numbers of the blocks with some of these ports."""
+def _blocks(job: ScanJob, ports: str | None) -> dict[int, PortSet]:
+    """Return the job's blocks with some of these ports, by number; None is all."""
+    blocks = enumerate(job.policy.port_set.blocks(job.chunk_ports))
     if ports is None:
-        return list(range(job.blocks))
+        return dict(blocks)
     try:
         wanted = PortSet.parse(ports)
     except ValueError as error:
         raise BadRequestError(f"ports: {error}"[:MAX_ERROR_CHARS]) from error
-    found = [block for block in range(job.blocks) if plan.block_ports(job, block).meets(wanted)]
+    found = {number: block for number, block in blocks if block.meets(wanted)}
     if not found:
         raise BadRequestError(f"ports: the job has none of them; it has {job.policy.ports}"[:MAX_ERROR_CHARS])
     return found
+
+
+def _name_ports(blocks: dict[int, PortSet]) -> str:
+    return f"name some of the job's ports, as in ?ports={next(iter(blocks.values()))}"

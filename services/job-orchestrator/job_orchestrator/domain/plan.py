@@ -183,11 +183,6 @@ def block_of(job: ScanJob, index: int) -> int:
     return index // _slice_count(job) if job.blockwise else index % job.blocks
 
 
-def block_ports(job: ScanJob, block: int) -> PortSet:
-    """The ports of a block, by its number from 0."""
-    return job.policy.port_set.block(block, job.chunk_ports)
-
-
 def indexes(job: ScanJob, blocks: Iterable[int], first: int, end: int) -> list[tuple[int, int]]:
     """Indexes of the chunks of these blocks that hold places from `first` up to `end` of the job's network.
 
