@@ -67,7 +67,7 @@ async def read_map(
             f"{_MAX_RANGES} ranges; {_name_ports(blocks)}"[:MAX_ERROR_CHARS]
         )
     known = tags(request, "if-none-match")
-    tag = f'"{job.seq}"'
+    tag = f'"{job.rev}"'  # a recount after a late report changes outcomes and `rev`, but not `seq`
     if job.settled and tag in known:
         return Response(status_code=304, headers={"ETag": tag})
     found = coverage.Coverage(job, first, addresses, blocks)
