@@ -108,9 +108,9 @@ class ScanJob:
     made: int = 0
     """Number of chunks created so far: those with a lower index exist."""
     totals: Totals = EMPTY
+    """Totals of the first chunks, all of which have ended."""
     seconds_left: float = 0.0
     """Expected slot seconds of the rest of the job."""
-    """Totals of the first chunks, all of which have ended."""
     status: JobStatus = JobStatus.PENDING
     start_time: datetime | None = None
     end_time: datetime | None = None
@@ -197,15 +197,18 @@ def observe(
     news = (progress, machines_found) != (job.progress, job.machines_found)
     if job.status is not JobStatus.RUNNING or job.outbox or not news:
         return None
-    return _progressed(job, now, progress=progress, machines_found=machines_found, eta_seconds=eta_seconds, waiting="")
+    found = {"progress": progress, "machines_found": machines_found, "eta_seconds": eta_seconds}
+    return _progressed(job, now, **found, waiting="", waiting_since=None)
 
 
 def wait(job: ScanJob, reason: str, now: datetime) -> tuple[ScanJob, JobProgressed] | None:
-    """Return the job with the reason why no worker can hold its chunks ("" for none) and the event; None if unchanged."""
+    """Return the job with the reason why no worker can hold its chunks ("" for none) and the event; None if unchanged.
+
+    Each reason has its own time: a job that waited for its hours has not yet waited for a worker.
+    """
     if job.final or job.outbox or job.waiting == reason:
         return None
-    since = (job.waiting_since or now) if reason else None
-    return _progressed(job, now, waiting=reason, waiting_since=since)
+    return _progressed(job, now, waiting=reason, waiting_since=now if reason else None)
 
 
 def _progressed(job: ScanJob, now: datetime, **fields: Any) -> tuple[ScanJob, JobProgressed]:

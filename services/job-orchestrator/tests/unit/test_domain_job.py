@@ -139,8 +139,10 @@ def test_a_job_that_was_set_back_goes_on_above_its_published_seq() -> None:
 
 def test_progress_carries_the_remaining_time_and_ends_waiting() -> None:
     """Progress says how long the rest will take, null while that is unknown, and the job no longer waits."""
-    news = observe(replace(in_status(JobStatus.RUNNING), waiting="no_worker"), 40, 3, LATER, eta_seconds=12.5)
+    waiting = replace(in_status(JobStatus.RUNNING), waiting="no_worker", waiting_since=THEN)
+    news = observe(waiting, 40, 3, LATER, eta_seconds=12.5)
     assert news is not None
+    assert news[0].waiting_since is None
     assert (news[0].waiting, news[0].eta_seconds, news[1].eta_seconds, news[1].waiting) == ("", 12.5, 12.5, "")
     unknown = observe(in_status(JobStatus.RUNNING), 40, 3, LATER)
     assert unknown is not None
@@ -149,7 +151,7 @@ def test_progress_carries_the_remaining_time_and_ends_waiting() -> None:
 
 @pytest.mark.parametrize("status", [JobStatus.PENDING, JobStatus.RUNNING])
 def test_why_a_job_waits_is_published_once(status: JobStatus) -> None:
-    """A new reason raises `seq` and has an event, the same one does not; the wait began with the first."""
+    """A new reason raises `seq`, has an event and its own time; the same one changes nothing."""
     job = in_status(status)
     assert wait(job, "", LATER) is None
     news = wait(job, "no_worker", LATER)
@@ -160,7 +162,10 @@ def test_why_a_job_waits_is_published_once(status: JobStatus) -> None:
     assert wait(waiting, "no_worker", LATER) is None
     other = wait(waiting, "no_raw_worker", LATER + timedelta(seconds=60))
     assert other is not None
-    assert (other[0].waiting, other[0].waiting_since) == ("no_raw_worker", LATER)
+    assert (other[0].waiting, other[0].waiting_since) == (
+        "no_raw_worker",
+        LATER + timedelta(seconds=60),
+    )
     over = wait(other[0], "", LATER + timedelta(seconds=90))
     assert over is not None
     assert (over[0].waiting, over[0].waiting_since, over[1].waiting) == ("", None, "")

@@ -128,6 +128,23 @@ async def test_dispatch_waits_for_the_hours_of_the_grant() -> None:
     assert (await world.store.jobs([id_]))[id_].status is JobStatus.COMPLETED
 
 
+async def test_sweep_gives_a_job_its_full_time_for_a_raw_worker_after_its_hours_begin() -> None:
+    """A job that waited an hour for its hours fails only after it has waited as long as any other for raw packets."""
+    world = World(MemoryStore(), grants=grants())
+    await world.submit("127.9.8.0/30", policy=scan_policy(technique="syn"))
+    await world.settle()
+    await restart_with(world, grants(hours=hours(world, 60, 120)))
+    await world.wait(58, seconds=60.0)
+    job = (await world.store.jobs([1]))[1]
+    assert (job.status, job.waiting) == (JobStatus.PENDING, "window")
+    await world.wait(10, seconds=60.0)
+    job = (await world.store.jobs([1]))[1]
+    assert (job.status, job.waiting, job.error) == (JobStatus.PENDING, "no_raw_worker", "")
+    await world.wait(10, seconds=60.0)
+    job = (await world.store.jobs([1]))[1]
+    assert (job.status, job.error[:36]) == (JobStatus.FAILED, "no worker that may send raw packets ")
+
+
 async def test_dispatch_leaves_users_outside_their_hours_out() -> None:
     """However many users wait for their hours, another user's job is dispatched."""
     world = World(MemoryStore())
