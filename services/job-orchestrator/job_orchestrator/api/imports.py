@@ -11,7 +11,7 @@ from typing import Final
 from fastapi import APIRouter, Request
 from pydantic import ValidationError
 
-from job_orchestrator.api.state import MAX_ERROR_CHARS, Handed, Recorded
+from job_orchestrator.api.state import MAX_ERROR_CHARS, Handed, Recorded, within_quota
 from job_orchestrator.api.subnets import checked, view
 from job_orchestrator.domain.store import Subnet
 from scanfleet import rest
@@ -49,6 +49,7 @@ async def import_subnets(request: Request, caller: Caller, state: Handed, record
     found = await state.store.subnets_of(caller.user_id, {cidr for _, cidr, _ in wanted})
     known = {(each.name, each.cidr, each.exclude): each for each in found}
     missing = [each for each in dict.fromkeys(wanted) if each not in known]
+    await within_quota(state, "subnets", caller.user_id, len(missing))
     now = utc_now()
     ids = await state.store.take_ids("subnets", len(missing)) if missing else range(0)
     created = [

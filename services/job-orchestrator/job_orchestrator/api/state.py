@@ -135,15 +135,15 @@ def _tag(view: BaseModel) -> str:
     return f'"{hashlib.sha256(view.model_dump_json().encode()).hexdigest()[:16]}"'
 
 
-async def within_quota(state: State, kind: Literal["subnets", "policies"], user_id: int) -> None:
-    """Return if the user may create one more of this kind.
+async def within_quota(state: State, kind: Literal["subnets", "policies"], user_id: int, wanted: int = 1) -> None:
+    """Return if the user may create `wanted` more of this kind.
 
     Raises:
-        BadRequestError: the user has as many as the limit.
+        BadRequestError: the user would have more than the limit.
     """
     limit = state.quotas.subnets_per_user if kind == "subnets" else state.quotas.policies_per_user
     try:
-        state.quotas.check_owned(kind, limit, await state.store.owned(kind, user_id, limit))
+        state.quotas.check_owned(kind, limit, await state.store.owned(kind, user_id, limit), wanted)
     except QuotaError as error:
         raise BadRequestError(str(error), rule=Rule.QUOTA) from error
 

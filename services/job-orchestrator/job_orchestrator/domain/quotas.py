@@ -1,4 +1,4 @@
-"""How much one job may be, and how much one user may have. ADR 0063."""
+"""Limits per job and per user. ADR 0063."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Quotas:
             )
 
     def check_user(self, usage: Usage, jobs: Sequence[ScanJob]) -> Usage:
-        """Check new jobs of a user; answers what the user has with them.
+        """Check new jobs of a user; return the user's usage including them.
 
         Raises:
             QuotaError: the user has too much, or the request alone is too much.
@@ -95,16 +95,19 @@ class Quotas:
             )
         return total
 
-    def check_owned(self, kind: str, limit: int, owned: int) -> None:
-        """Check that a user who has `owned` subnets or policies may create one more.
+    def check_owned(self, kind: str, limit: int, owned: int, wanted: int = 1) -> None:
+        """Check that a user who has `owned` subnets or policies may create `wanted` more.
 
         Raises:
-            QuotaError: the user has as many as the limit.
+            QuotaError: the user would have more than the limit.
         """
-        if owned >= limit:
-            raise QuotaError(
-                f"you have {owned} {kind}, and the limit is {limit} (SCANFLEET_{kind.upper()}_PER_USER); delete one first"
-            )
+        if owned + wanted <= limit:
+            return
+        asked, first = (f" and ask for {wanted} more", "some") if wanted > 1 else ("", "one")
+        raise QuotaError(
+            f"you have {owned} {kind}{asked}, and the limit is {limit} (SCANFLEET_{kind.upper()}_PER_USER); "
+            f"delete {first} first"
+        )
 
     def admit(self, usage: Mapping[int, Usage], requests: Iterable[Request]) -> Admission:
         """Decide on requests for jobs, one after the other.

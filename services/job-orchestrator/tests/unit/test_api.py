@@ -1220,3 +1220,16 @@ async def test_one_more_than_the_quota_is_a_400(api: Api) -> None:
     await api("POST /api/v1/subnet", lab, user=8, status=201)
     await api("DELETE /api/v1/subnet/1")
     assert (await api("POST /api/v1/subnet", lab, status=201))["id"] == 4  # the refused ones took no id
+
+
+@pytest.mark.parametrize("quotas", [Quotas(subnets_per_user=2)])
+async def test_import_above_the_quota_is_a_400_and_creates_nothing(api: Api) -> None:
+    """An import counts all of its new subnets; one that repeats existing ones is accepted at the limit."""
+    two = "name,cidr\nlab,127.9.8.0/24\nlab,127.9.9.0/24\n"
+    refused = await imported(api, two + "lab,127.9.7.0/24\n", status=400)
+    assert refused["error"] == (
+        "you have 0 subnets and ask for 3 more, and the limit is 2 (SCANFLEET_SUBNETS_PER_USER); delete some first"
+    )
+    assert (await api("GET /api/v1/subnet"))["total"] == 0
+    assert (await imported(api, two))["created"] == 2
+    assert (await imported(api, two))["created"] == 0
