@@ -76,7 +76,7 @@ class Orchestrator:
         keep: timedelta | None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.jobs = Jobs(store, publisher, lambda: self.dispatcher.wake(made=True), clock, monotonic=monotonic)
+        self.jobs = Jobs(store, publisher, lambda users: self.dispatcher.wake(made=users), clock, monotonic=monotonic)
         job_grants = JobGrants(grants, rules.nat64)
         self.commands = Commands(
             store,

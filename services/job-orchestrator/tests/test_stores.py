@@ -407,7 +407,7 @@ async def test_unfinished_jobs_are_found_by_filter(store: Store) -> None:
         [
             scan_job(1),
             running(scan_job(2, subnet_id=2)),
-            scan_job(3, subnet_id=2, policy_id=5),
+            scan_job(3, subnet_id=2, policy_id=5, granted_by="site"),
             change(scan_job(4, subnet_id=2), JobTrigger.CANCEL, LATER),
             scan_job(5, user_id=8, subnet_id=2),
         ]
@@ -417,6 +417,7 @@ async def test_unfinished_jobs_are_found_by_filter(store: Store) -> None:
     assert await store.unfinished_jobs(7, 10, subnet_id=2, statuses=[JobStatus.RUNNING]) == [2]
     assert await store.unfinished_jobs(7, 10, subnet_id=2, policy_id=5) == [3]
     assert await store.unfinished_jobs(7, 10, policy_id=6) == []
+    assert await store.unfinished_jobs(7, 10, granted_by="site") == [3]
     assert len(await store.unfinished_jobs(7, 2)) == 2
 
 
@@ -735,6 +736,8 @@ async def test_clocks_rest_without_work(store: Store) -> None:
     await store.wake_clocks([], 8.0)
     await store.charge({})
     assert (await store.clocks([])).virtual == 8.0
+    await store.deactivate_clocks([7, 8])  # who wait for their hours: 8 still holds a chunk
+    assert (await store.clocks([])).users == {8: Clock(8, 1.5, active=True)}
 
 
 async def test_open_chunks_of_a_job_are_counted(store: Store) -> None:

@@ -278,6 +278,7 @@ class Store(Resources, Audit, Deletions, Protocol):
         statuses: Collection[JobStatus] = UNFINISHED,
         subnet_id: int | None = None,
         policy_id: int | None = None,
+        granted_by: str | None = None,
     ) -> list[int]:
         """Return the ids of the user's matching unfinished jobs, in any order."""
 
@@ -339,8 +340,8 @@ class Store(Resources, Audit, Deletions, Protocol):
     async def clocks(self, users: Collection[int]) -> Clocks:
         """Return the existing clocks of these users and all active clocks."""
 
-    async def deactivate_clocks(self) -> None:
-        """Deactivate the clocks of users with neither queued nor held chunks."""
+    async def deactivate_clocks(self, left_out: Collection[int] = ()) -> None:
+        """Deactivate the clocks of users with neither queued nor held chunks; the queued ones of `left_out` do not count."""
 
     async def wake_clocks(self, clocks: Iterable[Clock], virtual: float) -> None:
         """Activate these clocks, and raise the global virtual time to `virtual`."""

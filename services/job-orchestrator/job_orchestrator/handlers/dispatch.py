@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Final, TypeVar
 
 import structlog
 
@@ -48,10 +49,14 @@ _USERS: Final = 64  # maximum users per round, those with the lowest virtual tim
 _REST_SECONDS: Final = 1.0  # interval of checks for idle users and live workers
 _AHEAD_SECONDS: Final = 1.0  # interval of checks for small chunks while every slot is taken, unless chunks were created
 _PICKS: Final = 128  # maximum chunks per round, so that a round reads some thousands at most
-_SKIP_SECONDS: Final = 60.0  # for which a job whose chunks cannot be dispatched is skipped
-_CLOSED_SECONDS: Final = 10.0  # for which a user is left out whose jobs all wait for their hours
+_SKIP_SECONDS: Final = 60.0  # for which a job whose documents cannot be read is skipped
+_CLOSED_SECONDS: Final = 600.0  # for which jobs outside their hours are: the clock stops while a machine is suspended
+_LEFT_OUT_SECONDS: Final = 60.0  # for which a user with only such jobs is; a new job that another replica created waits
+_JOBS: Final = 100_000  # unfinished jobs of a user under one grant: far above the quota
 
 _log = structlog.get_logger()
+
+_Key = TypeVar("_Key")
 
 _Pick = tuple[Candidate, Credit, float]
 """A chunk, its worker, and the share of a slot that it will occupy."""
@@ -107,22 +112,22 @@ class Dispatcher:
         """By instance: a new process replaces the previous one."""
         self._caught_up: set[int] = set()
         self._live: dict[str, Credit] = {}
-        self._skipped: dict[int, float] = {}
-        self._closed: dict[int, float] = {}
-        """By user with jobs that wait for their hours, until when these are left alone."""
-        self._resting: dict[int, float] = {}
-        """By user of whom nothing else may go either, until when nothing is looked for."""
+        self._skipped: dict[int, dict[int, float]] = {}
+        """By user and job, until when its chunks are skipped."""
+        self._resting: dict[tuple[int, bool], float] = {}
+        """By user without other chunks, with and without those that need raw packets, until when none is queried."""
         self._idle = False
         self._woken = False
         self._rest_due = float("-inf")
         self._ahead_due = float("-inf")
         self.loop = Loop("dispatch", _LOOK_SECONDS, self.fill, least=_LEAST_SECONDS)
 
-    def wake(self, *, made: bool = False) -> None:
-        """Run a round immediately: there may be new work, if chunks were `made`, or a free slot."""
+    def wake(self, *, made: Collection[int] = ()) -> None:
+        """Run a round immediately: there may be a free slot, or new work of the users whose chunks were `made`."""
         self._woken = True
         if made:
             self._ahead_due = float("-inf")
+            self._resting = {key: until for key, until in self._resting.items() if key[0] not in made}
         self.loop.wake()
 
     async def handle(self, records: Sequence[Record]) -> None:
@@ -193,14 +198,14 @@ class Dispatcher:
         """Dispatch one round of chunks; return whether another round may dispatch more."""
         now = self._monotonic()
         self._workers = {id_: each for id_, each in self._workers.items() if each.at > now - self._silent_seconds}
-        self._skipped = {job_id: until for job_id, until in self._skipped.items() if until > now}
-        self._closed = {user: until for user, until in self._closed.items() if until > now}
-        self._resting = {user: until for user, until in self._resting.items() if until > now}
+        skipped = {user: _after(now, jobs) for user, jobs in self._skipped.items()}
+        self._skipped = {user: jobs for user, jobs in skipped.items() if jobs}
+        self._resting = _after(now, self._resting)
         mine = [each.credit for each in self._workers.values() if each.credit.partition in self._caught_up]
         self._idle = any(credit.slots for credit in mine)
         if not self._idle:
             return False
-        held, _ = await asyncio.gather(self._store.held(), self._refresh(now))
+        held, _ = await asyncio.gather(self._store.held(), self._refresh(now, {credit.raw for credit in mine}))
         by_worker: defaultdict[str, list[Held]] = defaultdict(list)
         for each in held:
             by_worker[each.worker_id].append(each)
@@ -218,17 +223,23 @@ class Dispatcher:
             self._ahead_due = now + _AHEAD_SECONDS
         return more
 
-    async def _refresh(self, now: float) -> None:
+    def _left_out(self, looks: AbstractSet[bool]) -> set[int]:
+        """Return the users who rest in every kind of query that the workers need, with raw packets or without."""
+        return set[int].intersection(*({user for user, raw in self._resting if raw is look} for look in looks))
+
+    async def _refresh(self, now: float, looks: AbstractSet[bool]) -> None:
         """Once a second, deactivate idle users and read the live workers."""
         if now < self._rest_due:
             return
-        _, live = await asyncio.gather(self._store.deactivate_clocks(), self._store.live_workers(LIVE))
+        _, live = await asyncio.gather(
+            self._store.deactivate_clocks(self._left_out(looks)), self._store.live_workers(LIVE)
+        )
         self._live = {credit.instance: credit for credit in live}
         self._rest_due = now + _REST_SECONDS
 
     async def _give(self, workers: Sequence[Credit], held: Sequence[Held], *, raw: bool) -> bool:
         now = self._clock.now()
-        users = [user for user in await self._store.waiting_users(raw=raw) if user not in self._resting]
+        users = [user for user in await self._store.waiting_users(raw=raw) if (user, raw) not in self._resting]
         if not users:
             return False
         room = min(_PICKS, sum(max(0, credit.slots - credit.held) + _EXTRA for credit in workers))
@@ -237,11 +248,12 @@ class Dispatcher:
         times = fairness.tags(clocks, held, now)
         neediest = sorted(times, key=times.__getitem__)[:_USERS]
         queues = await asyncio.gather(
-            *(self._store.queue(user, room, now, raw=raw, skip=self._skipped) for user in neediest)
+            *(self._store.queue(user, room, now, raw=raw, skip=self._skipped.get(user, ())) for user in neediest)
         )
+        holders = {each.user_id for each in held}
         for user, queue in zip(neediest, queues, strict=True):
-            if not queue and user in self._closed:  # else so many such users would leave none to look at
-                self._resting[user] = min(self._closed[user], self._monotonic() + _CLOSED_SECONDS)
+            if not queue and user in self._skipped:  # such users would otherwise fill the list of the neediest
+                await self._rest(user, now, raw=raw, held=user in holders)
         occupied = fairness.occupied(held, {credit.worker_id for credit in workers})
         instances = {credit.instance: credit.raw for credit in (*self._live.values(), *workers)}
         waiting = {user: queue for user, queue in zip(neediest, queues, strict=True) if queue}
@@ -268,6 +280,7 @@ class Dispatcher:
         over: list[str] = []
         due: list[Chunk] = []
         refused: dict[int, str] = {}
+        closed: dict[tuple[int, str], ScanJob] = {}
         for candidate, worker, share in picks:
             job, chunk = jobs.get(candidate.job_id), chunks.get(candidate.chunk_id)
             if job is None or chunk is None:
@@ -277,7 +290,7 @@ class Dispatcher:
             elif refusal := self._grants.refusal(job):
                 refused[job.id] = refusal
             elif self._grants.closed(job, now):
-                self._await_hours(job, now)
+                closed[job.user_id, job.granted_by] = job
             elif chunk.state is ChunkState.QUEUED:
                 size = plan.attempt_size(job, chunk)
                 due.append(dispatch(chunk, worker.worker_id, now, size=size, share=share))
@@ -291,20 +304,32 @@ class Dispatcher:
         await self._cancel(over)
         for job_id, refusal in refused.items():
             await self._refuse(jobs[job_id], refusal)
+        for job in closed.values():
+            await self._await_hours(job, now)
         return len(sent) < len(picks)
 
     def _skip(self, candidate: Candidate) -> None:
         """Skip a job whose documents cannot be read, so that the user's other jobs continue."""
-        self._skipped[candidate.job_id] = self._monotonic() + _SKIP_SECONDS
+        self._skipped.setdefault(candidate.user_id, {})[candidate.job_id] = self._monotonic() + _SKIP_SECONDS
         SKIPPED_JOBS.inc()
         _log.error("job_skipped", job_id=candidate.job_id, chunk_id=candidate.chunk_id, cause="unreadable document")
 
-    def _await_hours(self, job: ScanJob, now: datetime) -> None:
-        """Leave a job alone until the hours of its grant begin."""
+    async def _await_hours(self, job: ScanJob, now: datetime) -> None:
+        """Skip the job, and all others of its user under its grant, until the hours of the grant begin."""
         opens_at = self._grants.opens_at(job, now)
-        seconds = min((opens_at - now).total_seconds(), _SKIP_SECONDS) if opens_at else _SKIP_SECONDS
-        self._skipped[job.id] = self._monotonic() + seconds
-        self._closed[job.user_id] = max(self._skipped[job.id], self._closed.get(job.user_id, 0.0))
+        seconds = min((opens_at - now).total_seconds(), _CLOSED_SECONDS) if opens_at else _CLOSED_SECONDS
+        others = await self._store.unfinished_jobs(job.user_id, _JOBS, granted_by=job.granted_by)
+        until = self._monotonic() + seconds
+        self._skipped.setdefault(job.user_id, {}).update(dict.fromkeys((job.id, *others), until))
+
+    async def _rest(self, user: int, now: datetime, *, raw: bool, held: bool) -> None:
+        """Leave a user out whose queued chunks all belong to skipped jobs, until one of these may go on."""
+        skipped, resting = self._skipped[user], self._resting
+        monotonic = self._monotonic()
+        seconds = min(_LEFT_OUT_SECONDS, min(skipped.values()) - monotonic)
+        if held or await self._store.queue(user, 1, now + timedelta(seconds=seconds), raw=raw, skip=skipped):
+            seconds = min(seconds, _REST_SECONDS)  # a chunk of another job may be requeued or becomes due meanwhile
+        resting[user, raw] = monotonic + seconds  # without effect if `wake` has replaced the mapping during the query
 
     async def _refuse(self, job: ScanJob, reason: str) -> None:
         """Fail a job that its user may not have any more: the grants have changed since it was accepted."""
@@ -361,3 +386,7 @@ class Dispatcher:
             stop_after_seconds=left.total_seconds() if left is not None else None,
             traceparent=traceparent,
         )
+
+
+def _after(now: float, untils: Mapping[_Key, float]) -> dict[_Key, float]:
+    return {key: until for key, until in untils.items() if until > now}

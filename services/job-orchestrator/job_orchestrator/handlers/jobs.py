@@ -75,7 +75,7 @@ class Jobs:
     Args:
         store: stores jobs and chunks.
         publisher: publishes job events and stops.
-        wake: called when there are new chunks to dispatch.
+        wake: called with the users who have new chunks to dispatch.
         clock: the platform's time.
     """
 
@@ -83,7 +83,7 @@ class Jobs:
         self,
         store: Store,
         publisher: Publisher,
-        wake: Callable[[], None],
+        wake: Callable[[Collection[int]], None],
         clock: PlatformTime,
         *,
         monotonic: Callable[[], float] = time.monotonic,
@@ -426,8 +426,8 @@ class Jobs:
     async def _save(self, steps: Sequence[_Step]) -> set[int]:
         losers = await self._store.save_jobs([step.after for step in steps])
         saved = [step for step in steps if step.after.id not in losers]
-        if any(step.after.made > step.before.made for step in saved):
-            self._wake()  # not before: a chunk that ends before its job is saved costs both another round
+        if made := {step.after.user_id for step in saved if step.after.made > step.before.made}:
+            self._wake(made)  # not before: a chunk that ends before its job is saved costs both another round
         for step in saved:
             for before, stage in pairwise((step.before, *step.stages)):
                 if stage.status is not before.status:

@@ -78,7 +78,11 @@ _INDEXES: Final = {
     "chunks": [
         IndexModel([("job_id", 1), ("index", 1)]),
         IndexModel([("job_id", 1), ("state", 1), ("index", 1)]),
-        IndexModel([("state", 1), ("user_id", 1), ("needs_raw", 1), ("turn", 1)]),
+        # With job and time, the chunks of skipped jobs and those that are not due yet are passed over without reading them.
+        IndexModel(
+            [("state", 1), ("user_id", 1), ("needs_raw", 1), ("turn", 1), ("job_id", 1), ("not_before", 1)],
+            name="state_1_user_id_1_needs_raw_1_turn_1_v2",
+        ),
         IndexModel([("held", 1), ("partition", 1)], partialFilterExpression={"held": True}),
         IndexModel([("partition", 1), ("ask_at", 1)], partialFilterExpression={"state": ChunkState.SCANNED.value}),
     ],
@@ -330,9 +334,10 @@ class MongoStore(MongoAudit):
         statuses: Collection[JobStatus] = UNFINISHED,
         subnet_id: int | None = None,
         policy_id: int | None = None,
+        granted_by: str | None = None,
     ) -> list[int]:
         wanted: Document = {"user_id": user_id, "status": {"$in": [status.value for status in statuses]}}
-        asked = {"subnet_id": subnet_id, "policy_id": policy_id}
+        asked = {"subnet_id": subnet_id, "policy_id": policy_id, "granted_by": granted_by}
         wanted |= {name: value for name, value in asked.items() if value is not None}
         return [each["_id"] async for each in self._jobs.find(wanted, {"_id": 1}).limit(limit)]
 
@@ -525,10 +530,12 @@ class MongoStore(MongoAudit):
         return Clocks({user: documents.read_clock(each) for user, each in by_id.items()}, virtual)
 
     @dependency_errors()
-    async def deactivate_clocks(self) -> None:
+    async def deactivate_clocks(self, left_out: Collection[int] = ()) -> None:
         active = [each["_id"] async for each in self._clocks.find({"active": True}, {"_id": 1})]
-        busy = {"state": {"$in": [ChunkState.QUEUED.value, *(state.value for state in HELD)]}}
-        idle = set(active) - set(await self._chunks.distinct("user_id", busy))
+        # In this order: a chunk that is dispatched meanwhile counts in one of them.
+        waiting = await self._chunks.distinct("user_id", {"state": ChunkState.QUEUED.value})
+        busy = await self._chunks.distinct("user_id", {"state": {"$in": [state.value for state in HELD]}})
+        idle = set(active) - (set(waiting) - set(left_out)) - set(busy)
         if idle:
             await self._clocks.update_many({"_id": {"$in": list(idle)}}, {"$set": {"active": False}})
 

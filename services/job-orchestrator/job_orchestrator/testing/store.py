@@ -22,7 +22,6 @@ from scanfleet.errors import DependencyError
 from scanfleet.messages import AuditEntry, Job, JobStatus
 
 _FAR_FUTURE = datetime(9999, 1, 1, tzinfo=UTC)
-_BUSY = HELD | {ChunkState.QUEUED}
 
 
 class MemoryStore:
@@ -242,6 +241,7 @@ class MemoryStore:
         statuses: Collection[JobStatus] = UNFINISHED,
         subnet_id: int | None = None,
         policy_id: int | None = None,
+        granted_by: str | None = None,
     ) -> list[int]:
         matching = (
             job.id
@@ -250,6 +250,7 @@ class MemoryStore:
             and job.status in statuses
             and subnet_id in (None, job.subnet_id)
             and policy_id in (None, job.policy_id)
+            and granted_by in (None, job.granted_by)
         )
         return list(islice(matching, limit))
 
@@ -384,8 +385,12 @@ class MemoryStore:
         known = {user: clock for user, clock in self._clocks.items() if clock.active or user in users}
         return Clocks(known, self._virtual)
 
-    async def deactivate_clocks(self) -> None:
-        busy = {chunk.user_id for chunk in self._chunks.values() if chunk.state in _BUSY}
+    async def deactivate_clocks(self, left_out: Collection[int] = ()) -> None:
+        busy = {
+            chunk.user_id
+            for chunk in self._chunks.values()
+            if chunk.state in HELD or (chunk.state is ChunkState.QUEUED and chunk.user_id not in left_out)
+        }
         self._clocks |= {user: replace(clock, active=False) for user, clock in self._clocks.items() if user not in busy}
 
     async def wake_clocks(self, clocks: Iterable[Clock], virtual: float) -> None:

@@ -83,6 +83,7 @@ QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
     "waiting_users, not raw": (lambda store: store.waiting_users(raw=False), 4 * USERS),
     "queue": (lambda store: store.queue(3, 5, LATER, raw=True), 15),
     "queue, not raw": (lambda store: store.queue(3, 5, LATER, raw=False), 15),
+    "queue without any of their jobs": (lambda store: store.queue(3, 5, LATER, raw=True, skip=[3]), CHUNKS // USERS),
     "first_turn": (lambda store: store.first_turn(3), 5),
     "held": (lambda store: store.held(), 3 * USERS),
     "clocks": (lambda store: store.clocks([3, 99]), USERS + 5),
@@ -162,6 +163,15 @@ async def test_every_query_has_its_index(filled: MongoStore, database: Database)
         assert seen, name
         await database["system.profile"].drop()
     assert wasteful == []
+
+
+async def test_queue_passes_over_skipped_jobs_in_the_index_alone(filled: MongoStore, database: Database) -> None:
+    """Finding that all of a user's queued chunks are of skipped jobs reads no chunk."""
+    await database.command("profile", 2)
+    assert await filled.queue(3, 5, LATER, raw=True, skip=[3]) == []
+    await database.command("profile", 0)
+    (read,) = await database["system.profile"].find({"op": "query", "command.find": "chunks"}).to_list(None)
+    assert read["docsExamined"] == 0
 
 
 async def test_usage_of_a_user_is_read_from_the_index_alone(mongo_store: MongoStore, database: Database) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from typing import Any
 
 import pytest
 
 from job_orchestrator.api.state import State
 from job_orchestrator.api.tasks import read_waiting
+from job_orchestrator.domain.fairness import Candidate
 from job_orchestrator.domain.user_grants import JobGrants
-from job_orchestrator.testing import MemoryStore, World, scan_policy
+from job_orchestrator.testing import MemoryStore, Worker, World, scan_policy
 from job_orchestrator.testing.world import RULES
 from scanfleet.auth import Principal
 from scanfleet.messages import AuditEntry, CommandRejected, JobStatus, ScanChunk
@@ -156,6 +158,91 @@ async def test_dispatch_leaves_users_outside_their_hours_out() -> None:
     await world.submit("127.9.8.0/30", user_id=7)
     await world.wait(5)
     assert {task.user_id for task in tasks(world)} == {7}
+
+
+def two_grants(closed: list[str] | None = None) -> UserGrants:
+    """User 7 may scan 127.9.0.0/16 at any time, and 127.8.0.0/16 within these hours."""
+    site = {"name": "site", "users": [7], "networks": ["127.9.0.0/16"]}
+    day = {"name": "day", "users": [7], "networks": ["127.8.0.0/16"], **({"hours": closed} if closed else {})}
+    return UserGrants.model_validate({"grants": [site, day]})
+
+
+class CountingStore(MemoryStore):
+    """Counts the queries for queued chunks of user 7."""
+
+    queries = 0
+
+    async def queue(self, user_id: int, *args: Any, **how: Any) -> list[Candidate]:
+        self.queries += user_id == 7
+        return await super().queue(user_id, *args, **how)
+
+
+async def resting(store: MemoryStore | None = None, jobs: int = 1) -> World:
+    """A world in which user 7 has this many jobs outside their hours, and the dispatcher leaves the user out."""
+    world = World(store or MemoryStore(), grants=two_grants())
+    for _ in range(jobs):
+        await world.submit("127.8.8.0/30")
+    await world.settle()
+    world.worker.hold = True
+    await restart_with(world, two_grants(hours(world, 60, 120)))
+    await world.wait(1)
+    assert not tasks(world)
+    return world
+
+
+async def test_dispatch_queries_a_user_outside_their_hours_once_a_minute() -> None:
+    """However many jobs wait for the hours of a grant, the first one that is found makes all of them wait."""
+    store = CountingStore()
+    world = await resting(store, jobs=300)
+    assert store.queries <= 4
+    await world.wait(58)
+    assert store.queries <= 4
+    await world.wait(5)
+    assert store.queries <= 8
+
+
+async def test_dispatch_of_a_new_job_does_not_wait_for_the_hours_of_others() -> None:
+    """A job under an open grant starts at once, although its user was left out for jobs under a closed one."""
+    world = await resting()
+    await world.submit("127.9.8.0/30")
+    await world.settle()
+    assert [task.granted_by for task in tasks(world)] == ["site"]
+
+
+async def test_dispatch_to_a_raw_worker_does_not_wait_for_the_hours_of_others() -> None:
+    """A user without chunks for workers without raw packets is still queried for those with them."""
+    world = await resting()
+    await world.submit("127.9.8.0/30", policy=scan_policy(technique="syn"))
+    await world.wait(2)
+    assert not tasks(world)
+    raw = Worker(world.bus, "w-2", raw=True)
+    world.workers.append(raw)
+    await raw.announce()
+    await world.settle()
+    assert [task.granted_by for task in raw.tasks] == ["site"]
+
+
+async def test_dispatch_of_a_retry_does_not_wait_for_the_hours_of_others() -> None:
+    """A chunk that is retried after a pause goes to a worker within a second of it."""
+    world = await resting()
+    await world.submit("127.9.8.0/30")
+    await world.settle()
+    (task,) = tasks(world)
+    await world.worker.claim(task)
+    await world.worker.fail(task)
+    await world.settle()
+    (chunk,) = (await world.store.chunks([task.chunk_id])).values()
+    assert chunk.not_before is not None
+    assert len(tasks(world)) == 1
+    await world.wait(round((chunk.not_before - world.time).total_seconds()) + 2)
+    assert len(tasks(world)) == 2
+
+
+async def test_dispatch_does_not_count_closed_hours_as_waiting() -> None:
+    """The clock of a user who is left out is inactive, so that the closed hours give no priority later."""
+    world = await resting()
+    await world.wait(3)
+    assert not (await world.store.clocks([7])).users[7].active
 
 
 async def why(world: World, job_id: int) -> tuple[WaitingReason, datetime | None]:
