@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from job_orchestrator.domain.access import Access, Revocation
+from job_orchestrator.domain.deletion import Deletion, Stage
 from job_orchestrator.domain.store import Subnet
 from job_orchestrator.repository import MongoAccess, MongoStore
-from job_orchestrator.testing import KEYS, MemoryAccess, MemoryStore
+from job_orchestrator.testing import KEYS, MemoryAccess, MemoryStore, scan_job
 from scanfleet.clock import utc_now
 from scanfleet.mongo import Database
 
@@ -94,6 +95,20 @@ async def test_assigned_ids_begin_above_claimed_ones(database: Database) -> None
     await store.add_subnet(subnet)
     assert await access.user_id("https://a.test", "x") == 7_001
     assert await access.user_id("https://a.test", "y") == 7_002
+
+
+@pytest.mark.integration
+async def test_assigned_ids_begin_above_those_of_deleted_jobs(database: Database) -> None:
+    """Receipts of deleted jobs hold the ids of their users too, whether the deletion is due or done."""
+    store, access = MongoStore(database, KEYS), MongoAccess(database)
+    await store.prepare()
+    await access.prepare()
+    for job in (scan_job(1, user_id=8_000), scan_job(2, user_id=9_000)):
+        await store.insert_jobs([job])
+        receipt = Deletion(job_id=job.id, user_id=job.user_id, subnet_id=1, reason="request", requested_at=NOW)
+        assert await store.delete_job(job, receipt)
+    await store.advance_deletions([2], Stage.RESULTS, Stage.DONE, None)
+    assert await access.user_id("https://a.test", "x") == 9_001
 
 
 @pytest.mark.integration

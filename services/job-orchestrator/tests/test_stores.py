@@ -472,9 +472,11 @@ async def test_receipt_stands_in_the_place_of_its_job(store: Store) -> None:
     job = replace(change(scan_job(1), JobTrigger.CANCEL, LATER), settled=True, outbox=())
     other = replace(change(scan_job(2), JobTrigger.CANCEL, THEN), settled=True, outbox=())
     await store.insert_jobs([job, other, scan_job(3)])
-    assert await store.expired_jobs(LATER, 9) == [2]
-    assert await store.expired_jobs(LATER + timedelta(seconds=1), 9) == [2, 1]
-    assert await store.expired_jobs(LATER + timedelta(seconds=1), 1) == [2]
+    assert await store.expired_jobs(LATER, 9) == [(THEN, 2)]
+    assert await store.expired_jobs(LATER + timedelta(seconds=1), 9) == [(THEN, 2), (LATER, 1)]
+    assert await store.expired_jobs(LATER + timedelta(seconds=1), 1) == [(THEN, 2)]
+    assert await store.expired_jobs(LATER + timedelta(seconds=1), 9, (THEN, 1)) == [(THEN, 2), (LATER, 1)]
+    assert await store.expired_jobs(LATER + timedelta(seconds=1), 9, (THEN, 2)) == [(LATER, 1)]
     receipt = Deletion(job_id=1, user_id=7, subnet_id=1, reason="request", requested_at=LATER)
     assert not await store.delete_job(replace(job, rev=5), receipt)
     assert await store.delete_job(job, receipt)
@@ -483,15 +485,17 @@ async def test_receipt_stands_in_the_place_of_its_job(store: Store) -> None:
     assert await store.save_jobs([job, other]) == {1}
     assert (await store.jobs([1, 2])).keys() == {2}
     assert [each.id for each in (await store.list_jobs(7, set(), 0, 9))[0]] == [3, 2]
-    assert await store.expired_jobs(LATER + timedelta(seconds=1), 9) == [2]
+    assert await store.expired_jobs(LATER + timedelta(seconds=1), 9) == [(THEN, 2)]
     assert await store.due_deletions(THEN, 9) == []
     assert await store.due_deletions(LATER, 9) == [receipt]
-    await store.advance_deletion(1, Stage.CHUNKS, Stage.DONE, None)  # it is not there yet
-    await store.advance_deletion(1, Stage.RESULTS, Stage.RESULTS, LATER + timedelta(seconds=60))
+    assert await store.advance_deletions([], Stage.CHUNKS, Stage.DONE, None) == 0
+    assert await store.advance_deletions([1], Stage.CHUNKS, Stage.DONE, None) == 0  # it is not there yet
+    assert await store.advance_deletions([1, 2], Stage.RESULTS, Stage.RESULTS, LATER + timedelta(seconds=60)) == 1
     assert await store.due_deletions(LATER, 9) == []
-    await store.advance_deletion(1, Stage.RESULTS, Stage.CHUNKS, LATER)
+    assert await store.advance_deletions([1], Stage.RESULTS, Stage.CHUNKS, LATER) == 1
     assert await store.due_deletions(LATER, 9) == [replace(receipt, stage=Stage.CHUNKS)]
-    await store.advance_deletion(1, Stage.CHUNKS, Stage.DONE, None)
+    assert await store.advance_deletions([1], Stage.CHUNKS, Stage.DONE, None) == 1
+    assert await store.advance_deletions([1], Stage.CHUNKS, Stage.DONE, None) == 0
     assert await store.due_deletions(LATER + timedelta(days=9), 9) == []
     await store.insert_jobs([job])
     assert await store.jobs([1]) == {}

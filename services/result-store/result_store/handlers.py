@@ -186,7 +186,7 @@ class DeletionsHandler:
     def __init__(self, store: Store, publisher: Publisher) -> None:
         self._store = store
         self._publisher = publisher
-        self.loop = Loop("deletions", _STEP_SECONDS, self.step, vital=False)
+        self.loop = Loop("deletions", _STEP_SECONDS, self.step, least=_STEP_SECONDS, vital=False)
 
     async def handle(self, records: Sequence[Record]) -> None:
         asked = {record.message.job_id for record in records if isinstance(record.message, DeleteResults)}

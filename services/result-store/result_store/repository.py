@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any, Final
 
 from bson import decode_iter
-from pymongo import ASCENDING, DESCENDING, IndexModel
+from pymongo import ASCENDING, DESCENDING, IndexModel, UpdateOne
 
 from result_store.domain import ClosedChunk, Host, Place, StoredHost
 from scanfleet.errors import DependencyError
@@ -128,11 +128,11 @@ class MongoStore:
     async def begin_deletions(self, job_ids: Collection[int]) -> None:
         """Mark these jobs as deleted, so that `erase` is called for them, again if it was before."""
         async with dependency_errors():
-            for job_id in job_ids:
-                forget_at = {"$add": ["$$NOW", int(_KEEP_MARKS.total_seconds() * 1_000)]}
-                begun = {"$add": [{"$ifNull": ["$begun", 0]}, 1]}
-                mark = [{"$set": {"open": True, "begun": begun, "forget_at": forget_at}}]
-                await self._deleted.update_one({"_id": job_id}, mark, upsert=True)
+            forget_at = {"$add": ["$$NOW", int(_KEEP_MARKS.total_seconds() * 1_000)]}
+            begun = {"$add": [{"$ifNull": ["$begun", 0]}, 1]}
+            mark = [{"$set": {"open": True, "begun": begun, "forget_at": forget_at}}]
+            writes = [UpdateOne({"_id": job_id}, mark, upsert=True) for job_id in job_ids]
+            await self._deleted.bulk_write(writes, ordered=False)
 
     @dependency_errors()
     async def deleted(self, job_ids: Collection[int]) -> set[int]:

@@ -166,25 +166,27 @@ class Audit(Protocol):
 
 
 class Deletions(Protocol):
-    """Receipts of deleted jobs, which stand in the places of the jobs."""
+    """Receipts that replace the documents of deleted jobs."""
 
     async def delete_job(self, job: ScanJob, receipt: Deletion) -> bool:
         """Replace the job by the receipt, due at once, unless the job has changed; answers whether it was done."""
 
     async def due_deletions(self, now: datetime, limit: int) -> list[Deletion]:
-        """Deletions to go on with, those that wait longest first."""
+        """Return due deletions, the longest waiting first."""
 
-    async def advance_deletion(self, job_id: int, stage: Stage, to: Stage, due: datetime | None) -> None:
-        """Bring a deletion from one stage to another, to go on with at `due`; one that is elsewhere stays there.
+    async def advance_deletions(self, job_ids: Collection[int], stage: Stage, to: Stage, due: datetime | None) -> int:
+        """Move deletions from `stage` to `to`, next due at `due`; skip those in any other stage; return the number moved.
 
-        With `due` None the receipt is forgotten after `KEEP_RECEIPTS`.
+        With `due` None the receipts are forgotten after `KEEP_RECEIPTS`.
         """
 
     async def delete_chunks(self, job_id: int, limit: int) -> int:
-        """Delete up to so many chunks of the job; answers how many there were."""
+        """Delete up to `limit` chunks of the job; return the number deleted."""
 
-    async def expired_jobs(self, before: datetime, limit: int) -> list[int]:
-        """Jobs that ended before then with all their chunks, oldest first."""
+    async def expired_jobs(
+        self, before: datetime, limit: int, after: tuple[datetime, int] | None = None
+    ) -> list[tuple[datetime, int]]:
+        """Return end time and id of settled jobs that ended before then, in this order, behind `after` if it is given."""
 
 
 class Store(Resources, Audit, Deletions, Protocol):

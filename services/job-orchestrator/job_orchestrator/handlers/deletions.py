@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Collection, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Final
 
 from job_orchestrator.domain.deletion import Deletion, Reason, Stage
+from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.jobs import Jobs
@@ -21,9 +23,9 @@ from scanfleet.messages.topics import ORCHESTRATOR, SCAN_DELETIONS
 
 _STEP_SECONDS: Final = 1.0
 _CHUNKS: Final = 2_000  # deleted in one step: what this costs the database is a fraction of what dispatch may need
-_AT_ONCE: Final = 100  # deletions that one step goes on with
+_AT_ONCE: Final = 100  # maximum number of deletions per step
 _ASK_AGAIN: Final = timedelta(seconds=60)  # for result-store to delete what a large job has found
-_EXPIRE_SECONDS: Final = 10.0  # between two looks for jobs that are too old, of which `_AT_ONCE` are deleted
+_EXPIRE_SECONDS: Final = 10.0  # interval of queries for expired jobs, unless a step found as many as it may delete
 _ROUNDS: Final = 20  # each lost race is the outbox of a job that was emptied
 
 
@@ -55,10 +57,12 @@ class Deletions:
         self._keep = keep
         self._monotonic = monotonic
         self._expired = float("-inf")
-        self.loop = Loop("deletions", _STEP_SECONDS, self.step, vital=False)
+        self._after: tuple[datetime, int] | None = None
+        """End time and id of the last expired job of the previous step, if there may be more."""
+        self.loop = Loop("deletions", _STEP_SECONDS, self.step, least=_STEP_SECONDS, vital=False)
 
     async def delete(self, job_ids: Collection[int], reason: Reason) -> set[int]:
-        """Accept the deletion of those of these jobs that have ended with all their chunks; answers which.
+        """Accept the deletion of those of these jobs that are settled; return their ids.
 
         From then on the jobs are in no answer; what was stored of them is deleted step by step.
 
@@ -71,13 +75,9 @@ class Deletions:
             ended = [job for job in (await self._store.jobs(left)).values() if job.settled]
             await self._jobs.publish_outboxes(ended)  # what their outboxes hold goes with them
             now = self._clock.now()
-            for job in ended:
-                receipt = Deletion(
-                    job_id=job.id, user_id=job.user_id, subnet_id=job.subnet_id, reason=reason, requested_at=now
-                )
-                if await self._store.delete_job(job, receipt):
-                    DELETIONS.labels(reason).inc()
-                    accepted.add(job.id)
+            done = await asyncio.gather(*(self._store.delete_job(job, _receipt(job, reason, now)) for job in ended))
+            DELETIONS.labels(reason).inc(sum(done))
+            accepted |= {job.id for job, is_done in zip(ended, done, strict=True) if is_done}
             left = {job.id for job in ended} - accepted
             if not left:
                 break
@@ -86,7 +86,7 @@ class Deletions:
         return accepted
 
     async def step(self) -> None:
-        """Go on with what was accepted, and accept what is too old.
+        """Continue accepted deletions, and accept those of expired jobs.
 
         Raises:
             DependencyError: the next step does what this one left.
@@ -98,25 +98,25 @@ class Deletions:
         await self._publisher.publish(
             SCAN_DELETIONS, [DeleteResults(job_id=each.job_id, reason=each.reason) for each in asked]
         )
-        for each in asked:
-            await self._store.advance_deletion(each.job_id, Stage.RESULTS, Stage.RESULTS, now + _ASK_AGAIN)
+        asked_ids = [each.job_id for each in asked]
+        await self._store.advance_deletions(asked_ids, Stage.RESULTS, Stage.RESULTS, now + _ASK_AGAIN)
         left = _CHUNKS
+        done: list[int] = []
         for each in due:
             if each.stage is Stage.CHUNKS and left:
                 deleted = await self._store.delete_chunks(each.job_id, left)
                 if deleted < left:
-                    await self._store.advance_deletion(each.job_id, Stage.CHUNKS, Stage.DONE, None)
-                    DELETED_JOBS.inc()
+                    done.append(each.job_id)
                 else:
                     self.loop.wake()
                 left -= deleted
+        DELETED_JOBS.inc(await self._store.advance_deletions(done, Stage.CHUNKS, Stage.DONE, None))
 
     async def handle(self, records: Sequence[Record]) -> None:
         messages = [record.message for record in records]
-        for message in messages:
-            if isinstance(message, ResultsDeleted):
-                await self._store.advance_deletion(message.job_id, Stage.RESULTS, Stage.CHUNKS, self._clock.now())
-        # Our own: they find nothing, except after the database was set back to a backup, when the topic is read again.
+        deleted = {message.job_id for message in messages if isinstance(message, ResultsDeleted)}
+        await self._store.advance_deletions(deleted, Stage.RESULTS, Stage.CHUNKS, self._clock.now())
+        # DeleteResults from this service matter only after a restore, when the topic is read again.
         for reason in ("request", "retention"):
             ids = {each.job_id for each in messages if isinstance(each, DeleteResults) and each.reason == reason}
             await self.delete(ids, reason)
@@ -131,8 +131,12 @@ class Deletions:
     async def _expire(self) -> None:
         if self._keep is None or self._monotonic() - self._expired < _EXPIRE_SECONDS:
             return
-        self._expired = self._monotonic()
-        ids = await self._store.expired_jobs(self._clock.now() - self._keep, _AT_ONCE)
+        page = await self._store.expired_jobs(self._clock.now() - self._keep, _AT_ONCE, self._after)
+        if len(page) == _AT_ONCE:
+            self._after = page[-1]  # the next step continues behind it: a job that cannot be read stays
+        else:
+            self._after, self._expired = None, self._monotonic()
+        ids = (await self._store.jobs([id_ for _, id_ in page])).keys()
         if not ids:
             return
         entries = [_audit_entry(id_) for id_ in ids]
@@ -140,6 +144,10 @@ class Deletions:
         for entry in entries:
             write_line(entry)
         await self.delete(ids, "retention")
+
+
+def _receipt(job: ScanJob, reason: Reason, now: datetime) -> Deletion:
+    return Deletion(job_id=job.id, user_id=job.user_id, subnet_id=job.subnet_id, reason=reason, requested_at=now)
 
 
 def _audit_entry(job_id: int) -> AuditEntry:

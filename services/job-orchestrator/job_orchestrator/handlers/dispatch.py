@@ -15,6 +15,7 @@ import structlog
 
 from job_orchestrator.domain import fairness, plan
 from job_orchestrator.domain.chunk import Chunk, ChunkState, cancel, dispatch
+from job_orchestrator.domain.deletion import Stage
 from job_orchestrator.domain.fairness import Candidate, Credit, Held
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import Store
@@ -281,10 +282,12 @@ class Dispatcher:
         due: list[Chunk] = []
         refused: dict[int, str] = {}
         closed: dict[tuple[int, str], ScanJob] = {}
+        lost: set[int] = set()
         for candidate, worker, share in picks:
             job, chunk = jobs.get(candidate.job_id), chunks.get(candidate.chunk_id)
             if job is None or chunk is None:
                 self._skip(candidate)
+                lost |= {candidate.job_id} if job is None else set()
             elif job.final:
                 over.append(chunk.id)
             elif refusal := self._grants.refusal(job):
@@ -306,6 +309,8 @@ class Dispatcher:
             await self._refuse(jobs[job_id], refusal)
         for job in closed.values():
             await self._await_hours(job, now)
+        # A replica that stalled may have stored chunks of a job after its deletion was done.
+        await self._store.advance_deletions(lost, Stage.DONE, Stage.CHUNKS, now)
         return len(sent) < len(picks)
 
     def _skip(self, candidate: Candidate) -> None:

@@ -8,9 +8,11 @@ from pymongo import IndexModel
 
 from job_orchestrator.domain.access import MAX_REVOCATIONS, Revocation
 from job_orchestrator.repository import documents
-from scanfleet.mongo import Database, Ids, advance_ids, dependency_errors, insert_missing, make_indexes
+from scanfleet.mongo import Database, Document, Ids, advance_ids, dependency_errors, insert_missing, make_indexes
 
 _OWNED: Final = ("jobs", "subnets", "policies")
+
+_RECEIPTS: Final = {"$or": [{"due": {"$exists": True}}, {"forget_at": {"$exists": True}}]}  # of deleted jobs
 
 _INDEXES: Final = {
     "users": [IndexModel([("issuer", 1), ("subject", 1)], unique=True)],
@@ -53,8 +55,15 @@ class MongoAccess:
     async def _skip_claimed_ids(self) -> None:
         """Start above every id that tokens claimed before ids were assigned, so that no user gets another's resources."""
         if await self._users.find_one({}, {"_id": 1}) is None:
-            owned = [await self._database[name].find_one({}, {"user_id": 1}, sort=[("user_id", -1)]) for name in _OWNED]
-            await advance_ids(self._database, ["users"], max((each["user_id"] for each in owned if each), default=0))
+            claimed = [await self._highest(name, "user_id", {"user_id": {"$exists": True}}) for name in _OWNED]
+            claimed.append(await self._highest("jobs", "deletion.user_id", _RECEIPTS))
+            await advance_ids(self._database, ["users"], max(claimed))
+
+    async def _highest(self, collection: str, field: str, wanted: Document) -> int:
+        """Return the highest user id, which is in `field`, of these documents; 0 if there are none."""
+        found = await self._database[collection].find_one(wanted, {field: 1}, sort=[(field, -1)])
+        user_id: int = found.get("deletion", found)["user_id"] if found else 0
+        return user_id
 
     async def take_revocation_id(self) -> int:
         (id_,) = await self._revocation_ids.take()

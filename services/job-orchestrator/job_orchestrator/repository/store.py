@@ -65,6 +65,7 @@ _INDEXES: Final = {
             partialFilterExpression={"settled": False},
         ),
         IndexModel([("end_time", 1), ("user_id", 1)]),  # what ended while a stream was cut
+        IndexModel([("end_time", 1), ("_id", 1)]),  # expired jobs, page by page
         # With it the unfinished jobs of a user are counted from the index alone.
         IndexModel(
             [("user_id", 1), ("settled", 1), ("status", 1), ("seconds_left", 1)],
@@ -363,16 +364,23 @@ class MongoStore(MongoAudit):
     @dependency_errors()
     async def due_deletions(self, now: datetime, limit: int) -> list[Deletion]:
         found = self._jobs.find({"due": {"$lte": now}}).sort("due", 1).limit(limit)
-        return [documents.read_deletion(each) async for each in found]
+        return [
+            receipt
+            async for each in found
+            if (receipt := documents.readable(documents.read_deletion, each, "jobs")) is not None
+        ]
 
     @dependency_errors()
-    async def advance_deletion(self, job_id: int, stage: Stage, to: Stage, due: datetime | None) -> None:
+    async def advance_deletions(self, job_ids: Collection[int], stage: Stage, to: Stage, due: datetime | None) -> int:
+        if not job_ids:
+            return 0
         forget_at = {"$add": ["$$NOW", int(KEEP_RECEIPTS.total_seconds() * 1_000)]}
         at: Document = {"due": "$$REMOVE", "forget_at": forget_at} if due is None else {"due": due}
-        await self._jobs.update_one(
-            {"_id": job_id, "deletion.stage": stage.value},
+        moved = await self._jobs.update_many(
+            {"_id": {"$in": list(job_ids)}, "deletion.stage": stage.value},
             [{"$set": {"deletion.stage": to.value} | at}],
         )
+        return moved.matched_count
 
     @dependency_errors()
     async def delete_chunks(self, job_id: int, limit: int) -> int:
@@ -387,10 +395,15 @@ class MongoStore(MongoAudit):
         return deleted
 
     @dependency_errors()
-    async def expired_jobs(self, before: datetime, limit: int) -> list[int]:
-        ended = {"end_time": {"$lt": before}, "settled": True}
-        found = self._jobs.find(ended, {"_id": 1}).sort("end_time", 1).limit(limit)
-        return [each["_id"] async for each in found]
+    async def expired_jobs(
+        self, before: datetime, limit: int, after: tuple[datetime, int] | None = None
+    ) -> list[tuple[datetime, int]]:
+        ended: Document = {"end_time": {"$lt": before}, "settled": True}
+        if after is not None:  # one range of the index, which begins with the jobs of the same millisecond
+            ended["end_time"]["$gte"] = after[0]
+            ended["$nor"] = [{"end_time": after[0], "_id": {"$lte": after[1]}}]
+        found = self._jobs.find(ended, {"end_time": 1}).sort([("end_time", 1), ("_id", 1)]).limit(limit)
+        return [(each["end_time"], each["_id"]) async for each in found]
 
     # Chunks
 

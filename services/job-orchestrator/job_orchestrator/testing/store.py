@@ -274,9 +274,11 @@ class MemoryStore:
         due = sorted((at, id_) for id_, (_, at) in self._receipts.items() if at is not None and at <= now)
         return [self._receipts[id_][0] for _, id_ in due[:limit]]
 
-    async def advance_deletion(self, job_id: int, stage: Stage, to: Stage, due: datetime | None) -> None:
-        if job_id in self._receipts and (receipt := self._receipts[job_id][0]).stage is stage:
-            self._receipts[job_id] = (replace(receipt, stage=to), due)
+    async def advance_deletions(self, job_ids: Collection[int], stage: Stage, to: Stage, due: datetime | None) -> int:
+        found = {id_: self._receipts[id_][0] for id_ in job_ids if id_ in self._receipts}
+        moved = {id_: (replace(each, stage=to), due) for id_, each in found.items() if each.stage is stage}
+        self._receipts |= moved
+        return len(moved)
 
     async def delete_chunks(self, job_id: int, limit: int) -> int:
         ids = [chunk.id for chunk in self._chunks.values() if chunk.job_id == job_id][:limit]
@@ -284,9 +286,11 @@ class MemoryStore:
             del self._chunks[id_]
         return len(ids)
 
-    async def expired_jobs(self, before: datetime, limit: int) -> list[int]:
+    async def expired_jobs(
+        self, before: datetime, limit: int, after: tuple[datetime, int] | None = None
+    ) -> list[tuple[datetime, int]]:
         ended = sorted((job.end_time, job.id) for job in self._jobs.values() if job.end_time and job.settled)
-        return [id_ for at, id_ in ended if at < before][:limit]
+        return [each for each in ended if each[0] < before and (after is None or each > after)][:limit]
 
     # Chunks
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
+from prometheus_client import REGISTRY
 
 from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
-from job_orchestrator.domain.job import JobTrigger, change
+from job_orchestrator.domain.job import JobTrigger, ScanJob, change
 from job_orchestrator.testing import RULES, MemoryAccess, MemoryStore, ResultStore, World, chunk, scan_job
 from job_orchestrator.testing.things import THEN
 from scanfleet import service
@@ -202,6 +204,78 @@ async def test_old_jobs_are_deleted_by_age_under_audit() -> None:
     assert [(each.action, each.target, each.rule) for each in entries] == [
         ("delete_task", "/api/v1/task/1", "retention")
     ]
+    assert await chunks_of(world, 1) == 0
+
+
+class UnreadableStore(MemoryStore):
+    """Cannot read the documents of the first hundred jobs."""
+
+    async def jobs(self, ids: Collection[int]) -> dict[int, ScanJob]:
+        return {id_: job for id_, job in (await super().jobs(ids)).items() if id_ > 100}
+
+
+async def test_expired_jobs_are_deleted_at_the_rate_of_the_steps_and_past_unreadable_ones() -> None:
+    """Each step deletes up to a hundred expired jobs, without a pause while there are more, and only audits those."""
+    world = World(UnreadableStore(), keep=timedelta(days=1))
+    await world.store.insert_jobs(
+        [replace(change(scan_job(n), JobTrigger.CANCEL, THEN, settled=True), outbox=()) for n in range(1, 351)]
+    )
+    left = []
+    for _ in range(4):
+        await world.only.deletions.step()
+        left.append(len(await world.store.jobs(range(1, 351))))
+    assert left == [250, 150, 50, 0]
+    assert (await world.store.list_audit(0, 1))[1] == 250
+    await world.only.deletions.step()
+    assert (await world.store.list_audit(0, 1))[1] == 250
+
+
+async def test_deletion_steps_keep_their_interval_however_often_they_are_woken(world: World) -> None:
+    """Steps that have more to delete do not follow one another without a pause: the rate is what the ADR says."""
+    steps = 0
+
+    async def step() -> None:
+        nonlocal steps
+        steps += 1
+        world.only.deletions.loop.wake()
+
+    world.only.deletions.loop._step = step
+    await world.only.deletions.loop.start()
+    await asyncio.sleep(0.2)
+    await world.only.deletions.loop.stop()
+    assert steps == 1
+
+
+class SlowStore(MemoryStore):
+    """Lets others run while it deletes chunks."""
+
+    async def delete_chunks(self, job_id: int, limit: int) -> int:
+        deleted = await super().delete_chunks(job_id, limit)
+        await asyncio.sleep(0)
+        return deleted
+
+
+async def test_two_replicas_count_a_deleted_job_once() -> None:
+    """Both find the deletion due, and only one of them moves it to its last stage."""
+    world = World(SlowStore(), replicas=2)
+    await world.store.insert_jobs([change(scan_job(1), JobTrigger.CANCEL, THEN, settled=True)])
+    before = REGISTRY.get_sample_value("scanfleet_deleted_jobs_total") or 0.0
+    await world.replicas[0].deletions.delete([1], "request")
+    await world.settle()
+    await asyncio.gather(*(replica.deletions.step() for replica in world.replicas))
+    await world.settle()
+    await asyncio.gather(*(replica.deletions.step() for replica in world.replicas))
+    assert REGISTRY.get_sample_value("scanfleet_deleted_jobs_total") == before + 1
+
+
+async def test_chunks_stored_after_the_deletion_of_their_job_are_deleted(world: World) -> None:
+    """A stalled replica that inserts a window late leaves no chunk: the dispatcher has the deletion continue."""
+    await completed(world)
+    await world.only.deletions.delete([1], "request")
+    await world.wait(3)
+    assert await chunks_of(world, 1) == 0
+    await world.store.insert_chunks([chunk(id="1-5", index=5)])
+    await world.wait(3)
     assert await chunks_of(world, 1) == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import pytest
@@ -83,6 +84,23 @@ async def test_delete_goes_on_after_a_failure() -> None:
     assert answers(bus) == []
     await DeletionsHandler(store, bus).step()
     assert (store.hosts, store.chunks, answers(bus)) == ({}, {}, [1])
+
+
+async def test_deletion_steps_keep_their_interval_however_often_they_are_woken() -> None:
+    """Steps that have more to delete do not follow one another without a pause."""
+    _, deletions = bus_and_handler(MemoryStore())
+    steps = 0
+
+    async def step() -> None:
+        nonlocal steps
+        steps += 1
+        deletions.loop.wake()
+
+    deletions.loop._step = step
+    await deletions.loop.start()
+    await asyncio.sleep(0.2)
+    await deletions.loop.stop()
+    assert steps == 1
 
 
 async def test_delete_takes_bounded_steps(monkeypatch: pytest.MonkeyPatch) -> None:
