@@ -375,7 +375,7 @@ class Jobs:
             done += 1
         if done < end:  # release 0.1 stopped halfway through creating them: existing chunks are kept
             await self._store.insert_chunks(list(plan.chunks(job, done, end)))
-        if done < ended:
+        if first < done < ended:  # a job without progress, as with an unreadable chunk, waits for the next sweep
             self.begin([job.id])
         counted = replace(job, totals=tally.totals)
         return replace(counted, seconds_left=0.0 if job.final else Tally(counted).seconds_left)
@@ -400,6 +400,7 @@ class Jobs:
         if not standing.open:
             return
         now = self._clock.now()
+        moved = False
         for kind in (HELD, OPEN - HELD):
             changed = await change_chunks(
                 self._store,
@@ -408,8 +409,10 @@ class Jobs:
                 now,
             )
             held = [each.before for each in changed if each.moved and each.before.state in HELD]
+            moved |= any(each.moved for each in changed)
             await self._publisher.publish(SCAN_TASKS, [stop(chunk, f"job {job.status}") for chunk in held])
-        self.begin([job.id])  # it is settled only when a query finds none
+        if moved:
+            self.begin([job.id])  # it is settled only when a query finds none
 
     async def _recount(self, late: Mapping[int, int]) -> None:
         """Count the chunks of these jobs again from the first, because a cancelled chunk has another map."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import replace
 from datetime import timedelta
 
@@ -13,6 +13,7 @@ from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator.domain.ledger import Tally
+from job_orchestrator.domain.store import Standing
 from job_orchestrator.testing import MemoryStore, World, chunk, scan_job, scan_policy
 from job_orchestrator.testing.things import THEN
 from scanfleet.clock import utc_now
@@ -244,6 +245,43 @@ async def test_making_chunks_goes_on_after_a_failed_insert(lost: int) -> None:
             break
     job = (await store.jobs([1]))[1]
     assert (job.status, job.made) == (JobStatus.COMPLETED, job.chunk_count)
+
+
+class UnreadableChunkStore(MemoryStore):
+    """Cannot read the chunk 9-0, and counts the rounds in which jobs are reconciled."""
+
+    rounds = 0
+
+    async def chunks(self, ids: Collection[str]) -> dict[str, Chunk]:
+        return await super().chunks([id_ for id_ in ids if id_ != "9-0"])
+
+    async def job_chunks(self, job_id: int, first: int = 0, end: int | None = None) -> AsyncIterator[Chunk]:
+        async for each in super().job_chunks(job_id, first, end):
+            if each.id != "9-0":
+                yield each
+
+    async def standings(self, job_ids: Collection[int]) -> dict[int, Standing]:
+        self.rounds += bool(job_ids)
+        return await super().standings(job_ids)
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_work_leaves_a_job_with_an_unreadable_chunk_to_the_sweep(*, cancelled: bool) -> None:
+    """A job that makes no progress is not reconciled again at once, whether its chunk has ended or is to be cancelled."""
+    store = UnreadableChunkStore()
+    world = World(store)
+    await world.start()
+    job = replace(scan_job(9, chunk_count=2, made=2), status=JobStatus.RUNNING, outbox=())
+    await store.insert_jobs([change(job, JobTrigger.CANCEL, THEN) if cancelled else job])
+    state = ChunkState.QUEUED if cancelled else ChunkState.STORED
+    await store.insert_chunks([chunk(id="9-0", job_id=9, state=state), chunk(id="9-1", job_id=9, index=1, state=state)])
+    await world.only.jobs.reconcile([9])
+    for _ in range(3):
+        await world.only.jobs.work()
+    rounds = store.rounds
+    for _ in range(5):
+        await world.only.jobs.work()
+    assert store.rounds == rounds
 
 
 async def test_a_job_that_is_over_when_it_is_first_seen_to_run_is_one_change(world: World) -> None:
