@@ -66,6 +66,8 @@ async def delete_task(job_id: PathId, caller: Caller, state: Handed, record: Rec
     else:
         await record(target=audit_target(f"/api/v1/task/{job_id}", job), rule=Rule.ROLE)
     if not await state.deletions.delete([job_id], "request"):
+        if await state.store.jobs([job_id]):
+            raise ConflictError("Job is still being changed; try again in a few seconds")
         raise NotFoundError("Job not found")  # another request has deleted it meanwhile
     return rest.Done(message="Job deleted successfully")
 

@@ -16,6 +16,7 @@ from prometheus_client import REGISTRY
 
 from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
+from job_orchestrator.domain.deletion import Deletion
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change
 from job_orchestrator.testing import RULES, MemoryAccess, MemoryStore, ResultStore, World, chunk, scan_job
 from job_orchestrator.testing.things import THEN
@@ -113,6 +114,21 @@ async def test_job_is_deleted_by_its_owner_and_administrators_alone(world: World
     assert [(each.action, each.target, each.rule) for each in entries] == [
         ("delete_task", "/api/v1/task/1 of user 7", "role")
     ]
+
+
+class ChangingStore(MemoryStore):
+    """Loses every race for the deletion of a job."""
+
+    async def delete_job(self, job: ScanJob, receipt: Deletion) -> bool:  # noqa: ARG002 # the signature of the port
+        return False
+
+
+async def test_delete_of_a_job_that_changes_each_time_is_a_409() -> None:
+    """A job that exists is not answered as if it did not."""
+    world = World(ChangingStore())
+    await world.store.insert_jobs([change(scan_job(1), JobTrigger.CANCEL, THEN, settled=True)])
+    async with client(world) as http:
+        assert await delete(http) == (409, {"error": "Job is still being changed; try again in a few seconds"})
 
 
 async def test_two_deletes_at_once_are_one_deletion(world: World) -> None:
