@@ -435,8 +435,12 @@ class AuditEntry(audit.AuditEntry):
 
 
 class AuditList(_Answer):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     entries: list[AuditEntry]
     total: int
+    """With filters counted up to 10,000; on later pages it is above their last entry as long as others may follow."""
+
     page: int
     page_size: int
 

@@ -156,6 +156,9 @@ class Audit(Protocol):
     ) -> tuple[list[rest.AuditEntry], int]:
         """The last received first, ties by id; and how many there are. An entry's id is `<service>/<id>`.
 
+        With filters, at most 10,000 are counted: from there on, the number is that of the entries up to this page, and one
+        more if others may follow.
+
         Args:
             skip: how many to pass over.
             limit: how many.

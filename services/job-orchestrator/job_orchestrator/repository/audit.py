@@ -21,6 +21,7 @@ from scanfleet.clock import utc_now
 from scanfleet.messages import AuditEntry
 from scanfleet.mongo import Database, Document, dependency_errors, insert_missing
 
+MAX_COUNTED: Final = 10_000  # matching entries: counting millions would take longer than the query's timeout
 MAX_BLOCK: Final = 1_000  # maximum entries per block, which then has 250 kB
 MAX_FINDINGS: Final = 1_000  # findings that a verification lists; further ones are only counted
 
@@ -113,8 +114,14 @@ class MongoAudit:
             wanted["received_at"] = bounds
         newest = self._entries.find(wanted).sort([("received_at", -1), ("_id", -1)]).skip(skip).limit(limit)
         # A large collection is counted by its metadata instead of one by one.
-        counted = self._entries.count_documents(wanted) if wanted else self._entries.estimated_document_count()
-        found, total = await asyncio.gather(newest.to_list(limit), counted)
+        counting = (
+            self._entries.count_documents(wanted, limit=MAX_COUNTED)
+            if wanted
+            else self._entries.estimated_document_count()
+        )
+        found, total = await asyncio.gather(newest.to_list(limit), counting)
+        if wanted and total == MAX_COUNTED:
+            total = max(total, skip + len(found) + (len(found) == limit))
         return [entry for each in found if (entry := _read(each)) is not None], total
 
     # Sealing

@@ -93,6 +93,8 @@ _INDEXES: Final = {
         IndexModel([("request_id", 1)]),
         IndexModel([("action", 1), ("received_at", -1), ("_id", -1)]),
         IndexModel([("decision", 1), ("received_at", -1), ("_id", -1)]),
+        IndexModel([("rule", 1), ("received_at", -1), ("_id", -1)]),
+        IndexModel([("source", 1), ("received_at", -1), ("_id", -1)]),
         IndexModel([("block", 1), ("received_at", 1), ("_id", 1)]),
         # Each entry has its own expiry, so that the retention setting may change.
         IndexModel([("forget_at", 1)], expireAfterSeconds=0),

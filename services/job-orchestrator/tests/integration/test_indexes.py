@@ -43,6 +43,8 @@ QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
     "list_audit by request": (lambda store: store.list_audit(0, 10, request_id="r-7"), 20),
     "list_audit by action": (lambda store: store.list_audit(0, 10, action="none"), 5),
     "list_audit by decision": (lambda store: store.list_audit(0, 10, decision="refused", since=LATER), 5),
+    "list_audit by rule": (lambda store: store.list_audit(0, 10, rule="none"), 5),
+    "list_audit by source": (lambda store: store.list_audit(0, 10, source="none"), 5),
     "exists": (lambda store: store.exists("subnets", 3), 2),
     "jobs": (lambda store: store.jobs([1, 2, 3]), 6),
     "list_jobs": (lambda store: store.list_jobs(7, set(), 0, 10), 20),
@@ -163,6 +165,17 @@ async def test_every_query_has_its_index(filled: MongoStore, database: Database)
         assert seen, name
         await database["system.profile"].drop()
     assert wasteful == []
+
+
+async def test_list_audit_counts_matching_entries_up_to_a_limit(
+    filled: MongoStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Above the limit the total still leads a reader from page to page up to the last entry."""
+    monkeypatch.setattr("job_orchestrator.repository.audit.MAX_COUNTED", 50)
+    totals = [(await filled.list_audit(skip, 90, decision="allowed"))[1] for skip in (0, 90, 180)]
+    assert totals == [91, 181, 10 * USERS]
+    assert (await filled.list_audit(0, 10, decision="allowed"))[1] == 50
+    assert (await filled.list_audit(0, 10, decision="none"))[1] == 0
 
 
 async def test_queue_passes_over_skipped_jobs_in_the_index_alone(filled: MongoStore, database: Database) -> None:
