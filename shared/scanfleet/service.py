@@ -300,6 +300,12 @@ def source(request: Request) -> str:
     return request.client.host if request.client else ""
 
 
+def words(request: Request, name: str) -> list[str]:
+    """Return the values of a query parameter: `name=a&name=b`, `name[]=a&name[]=b` or `name=a,b`."""
+    given = request.query_params.getlist(name) + request.query_params.getlist(f"{name}[]")
+    return [word for text in given for word in text.split(",")]
+
+
 def audit_entry(
     request: Request,
     decision: Literal["allowed", "refused"],

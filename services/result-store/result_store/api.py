@@ -13,7 +13,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
-from itertools import islice
+from itertools import chain, islice
 from typing import Annotated, Final, Protocol, cast
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -23,7 +23,7 @@ from scanfleet.auth import Caller, Guarded
 from scanfleet.errors import BadRequestError
 from scanfleet.messages.fields import MAX_ID
 from scanfleet.rest import MAX_RESULTS, Result
-from scanfleet.service import PathId
+from scanfleet.service import PathId, words
 from scanfleet.targets import Network, parse_network
 
 PIECE: Final = (
@@ -164,14 +164,20 @@ class Selection:
             (self.after is None or result.id > self.after)
             and (not self.ports or result.port in self.ports)
             and (self.service is None or result.service == self.service)
-            and (self.addresses is None or ip_address(result.ip_address) in self.addresses)
         )
+
+    def _of_host(self, some: Iterable[Result]) -> Iterator[Result]:
+        """Yield the selected results of one host."""
+        results = iter(some)
+        first = next(results, None)
+        if first is not None and (self.addresses is None or ip_address(first.ip_address) in self.addresses):
+            yield from (result for result in chain((first,), results) if result in self)
 
     async def of(self, results: AsyncIterator[Iterable[Result]]) -> AsyncIterator[Iterator[Result]]:
         """Yield the selected results, host by host and one at a time, at most `limit`."""
         left = self.limit
         async for some in results:
-            found = (result for result in some if result in self)
+            found = self._of_host(some)
             if left is None:
                 yield found
                 continue
@@ -196,7 +202,7 @@ async def _selection(
     service: Annotated[str | None, Query(max_length=200)] = None,
     address: Annotated[str | None, Query(max_length=50)] = None,
 ) -> Selection:
-    ports = _words(request, "port")
+    ports = words(request, "port")
     if not all(_PORT.fullmatch(port) for port in ports):
         raise BadRequestError("port must be a number from 0 to 65535")
     try:
@@ -208,16 +214,10 @@ async def _selection(
 
 
 async def _fields(request: Request) -> Fields:
-    wanted = _words(request, "fields")
+    wanted = words(request, "fields")
     if not set(wanted) <= set(ALL_FIELDS):
         raise BadRequestError(f"fields must be of {', '.join(ALL_FIELDS)}")
     return tuple(name for name in ALL_FIELDS if name in wanted) or ALL_FIELDS
-
-
-def _words(request: Request, name: str) -> list[str]:
-    """Return the values of a query parameter that may be repeated, bracketed or separated by commas."""
-    given = request.query_params.getlist(name) + request.query_params.getlist(f"{name}[]")
-    return [word for text in given for word in text.split(",")]
 
 
 @router.get("/api/v1/task/{job_id}/results")

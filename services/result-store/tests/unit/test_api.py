@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import httpx
 import pytest
@@ -424,3 +425,18 @@ async def test_results_have_the_requested_fields_in_their_own_order(accept: str,
     store = await store_of(host("127.9.8.1", 22, 80))
     for query in ("fields=port,id", "fields=port&fields=id", "fields[]=port&fields[]=id"):
         assert (await get(store, f"/api/v1/task/1/results?{query}", accept=accept)).text == text
+
+
+async def test_results_filter_parses_the_address_of_a_host_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many results a host has, its address is compared with the filter once."""
+    parsed: list[str] = []
+
+    def parse(text: str) -> IPv4Address | IPv6Address:
+        parsed.append(text)
+        return ip_address(text)
+
+    monkeypatch.setattr("result_store.api.ip_address", parse)
+    store = await store_of(host("127.9.8.1", *range(1, 501)), host("127.9.9.1", *range(1, 501)))
+    answer = await get(store, "/api/v1/task/1/results?address=127.9.8.0/24")
+    assert len(answer.json()) == 500
+    assert parsed == ["127.9.8.1", "127.9.9.1"]
