@@ -12,8 +12,8 @@ from fastapi import FastAPI
 
 from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
+from job_orchestrator.domain.audit import first_use
 from job_orchestrator.domain.chain import read_chain_keys
-from job_orchestrator.domain.keys import first_use
 from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.time import PlatformTime
@@ -77,7 +77,7 @@ class Orchestrator:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.jobs = Jobs(store, publisher, lambda users: self.dispatcher.wake(made=users), clock, monotonic=monotonic)
-        job_grants = JobGrants(grants, rules.nat64)
+        self.grants = JobGrants(grants, rules.nat64)
         self.commands = Commands(
             store,
             publisher,
@@ -108,7 +108,7 @@ class Orchestrator:
             clock=clock,
             requeue_lost=self.progress.requeue_lost,
             give_up=self.jobs.give_up,
-            grants=job_grants,
+            grants=self.grants,
             monotonic=monotonic,
         )
         self.sweeper = Sweeper(
@@ -120,7 +120,7 @@ class Orchestrator:
             signer=signer,
             stored_seconds=stored_seconds,
             raw_worker_seconds=raw_worker_seconds,
-            grants=job_grants,
+            grants=self.grants,
             monotonic=monotonic,
         )
         self.handlers: dict[Topic, Handler] = {
@@ -192,7 +192,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 orchestrator.deletions,
                 settings.target_rules,
                 settings.allowed_scripts,
-                JobGrants(grants, settings.nat64_prefixes),
+                orchestrator.grants,
                 clock.now,
                 settings.quotas,
             )

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Request
 
 from job_orchestrator.api.state import Handed, Paged, Recorded
 from job_orchestrator.domain.access import KEPT, MAX_REVOCATIONS, Access, Revocation
-from job_orchestrator.domain.keys import first_use
+from job_orchestrator.domain.audit import first_use
 from scanfleet import rest
 from scanfleet.auth import Caller, GatewayRoute, Guarded, Principal
 from scanfleet.clock import utc_now

@@ -15,10 +15,10 @@ from pydantic import BaseModel
 from job_orchestrator.domain.quotas import QuotaError, Quotas
 from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.user_grants import UNLIMITED, JobGrants
+from job_orchestrator.handlers.audit import record
 from job_orchestrator.handlers.commands import Commands
 from job_orchestrator.handlers.deletions import Deletions
 from scanfleet import rest
-from scanfleet.audit import write_line
 from scanfleet.auth import Caller
 from scanfleet.clock import utc_now
 from scanfleet.errors import BadRequestError, PreconditionFailedError, Rule
@@ -77,9 +77,7 @@ class Recorder:
         await self._write(entry.model_copy(update={"id": key}))
 
     async def _write(self, *entries: AuditEntry) -> None:
-        await self.store.add_audit(entries)
-        for entry in entries:
-            write_line(entry)
+        await record(self.store, entries)
 
 
 async def _recorder(request: Request, _caller: Caller, state: Handed) -> Recorder:

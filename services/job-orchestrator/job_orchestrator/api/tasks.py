@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
 
 from job_orchestrator.api.state import Handed, Paged, Recorded, Recorder, State
 from job_orchestrator.domain import ledger
+from job_orchestrator.domain.fairness import LIVE
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import OpenChunks
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded, Principal
 from scanfleet.errors import BadRequestError, ConflictError, ForbiddenError, NotFoundError, Rule
 from scanfleet.messages import JobStatus
-from scanfleet.service import PathId
+from scanfleet.service import PathId, words
 
 router = APIRouter(prefix="/api/v1/task", route_class=Guarded)
 
@@ -23,7 +23,6 @@ Whose = Annotated[str | None, Query(pattern=rest.WHOSE)]
 """Of which user, or of all; without it the caller."""
 
 _LEDGER_PAGE = 1_000  # addresses listed per page: a few hundred kilobytes
-_WORKER_SILENT = timedelta(seconds=30)  # workers announce themselves every 2 s; announcements are stored every 5 s
 
 
 @router.get("")
@@ -135,8 +134,8 @@ async def _reasons(state: State, job: ScanJob, open_: OpenChunks) -> list[rest.W
     now = state.now()
     if closed := state.grants.closed(job, now):
         return [rest.WaitingReason(kind="window", until=state.grants.opens_at(job, now), detail=closed)]
-    workers = await state.store.live_workers(_WORKER_SILENT)
-    unseen = f"has announced itself in the last {_WORKER_SILENT.total_seconds():.0f} s"
+    workers = await state.store.live_workers(LIVE)
+    unseen = f"has announced itself in the last {LIVE.total_seconds():.0f} s"
     if not workers:
         return [_reason("no_worker", f"no worker that takes work {unseen}; start a scanner-worker")]
     reasons: list[rest.WaitingReason] = []
@@ -231,10 +230,7 @@ def task_status(job: ScanJob) -> rest.TaskStatus:
 
 
 def _statuses(request: Request) -> set[JobStatus]:
-    """Parse `status=running&status=pending`, `status[]=running` or `status=running,pending`."""
-    given = request.query_params.getlist("status") + request.query_params.getlist("status[]")
-    names = [name for text in given for name in text.split(",")]
     try:
-        return {JobStatus(name) for name in names}
+        return {JobStatus(name) for name in words(request, "status")}
     except ValueError as error:
         raise BadRequestError(f"status must be of {', '.join(JobStatus)}") from error

@@ -1,31 +1,61 @@
-"""Audit entries of keys: each is recorded when it is first used, so that one that nobody has rotated in is noticed."""
+"""Audit entries of what the orchestrator does by itself, without a request."""
 
 from __future__ import annotations
 
 from hashlib import sha256
+from typing import Literal
 
 from scanfleet.clock import utc_now
 from scanfleet.messages import AuditEntry
+from scanfleet.messages.audit import MAX_REASON_CHARS
 from scanfleet.messages.topics import ORCHESTRATOR
 
 
+def own_entry(
+    id_: str,
+    action: str,
+    target: str,
+    decision: Literal["allowed", "refused"],
+    rule: str,
+    *,
+    user_id: int | None = None,
+    source: str = "",
+    reason: str = "",
+) -> AuditEntry:
+    """Return an entry of the orchestrator itself; it is stored once, however often one of its id is added.
+
+    Args:
+        id_: unique among the entries of the orchestrator.
+        action: what it does.
+        target: the object of the action.
+        decision: whether it does that, or refuses to.
+        rule: by which rule.
+        user_id: whose object it is.
+        source: the instance that acts.
+        reason: why.
+    """
+    return AuditEntry(
+        id=id_,
+        time=utc_now(),
+        service=ORCHESTRATOR,
+        subject="" if user_id is None else str(user_id),
+        source=source[:200],
+        action=action,
+        target=target,
+        decision=decision,
+        rule=rule,
+        reason=reason[:MAX_REASON_CHARS],
+        request_id="",
+    )
+
+
 def first_use(purpose: str, key: str, *, source: str) -> AuditEntry:
-    """Return the entry of a key's first use; the same key has the same id of an entry, so that it is recorded once.
+    """Return the entry of a key's first use, so that an unauthorised key is noticed; it has the same id for the same key.
 
     Args:
         purpose: what the key signs or verifies.
         key: names the key; never the key itself.
-        source: where it was seen first.
+        source: the first instance that uses it.
     """
-    return AuditEntry(
-        id=sha256(f"{purpose}\n{key}".encode()).hexdigest()[:32],
-        time=utc_now(),
-        service=ORCHESTRATOR,
-        subject="",
-        source=source[:200],
-        action="use_key",
-        target=f"{purpose}: key {key}",
-        decision="allowed",
-        rule="first use",
-        request_id="",
-    )
+    id_ = sha256(f"{purpose}\n{key}".encode()).hexdigest()[:32]
+    return own_entry(id_, "use_key", f"{purpose}: key {key}", "allowed", "first use", source=source)

@@ -12,11 +12,12 @@ import heapq
 from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final
 
 from scanfleet.messages import instance_of
 
+LIVE: Final = timedelta(seconds=12)  # announcements are stored every 5 seconds: after this time a worker is not live
 AHEAD_SECONDS: Final = 2.0  # of work beyond a worker's slots, so that tiny chunks do not wait for the round trip
 
 

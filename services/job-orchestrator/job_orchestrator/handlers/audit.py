@@ -1,13 +1,25 @@
-"""Store the refusals of the services in the audit log."""
+"""Store audit entries: those of this service, and the refusals of all services."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
 from job_orchestrator.domain.store import Store
+from scanfleet.audit import write_line
 from scanfleet.bus import Record
 from scanfleet.errors import MessageError
-from scanfleet.messages import Audited, OperatorActed
+from scanfleet.messages import Audited, AuditEntry, OperatorActed
+
+
+async def record(store: Store, entries: Sequence[AuditEntry]) -> None:
+    """Store the entries in the audit log, and write them to this process's log.
+
+    Raises:
+        DependencyError: none or some of them are stored; a retry stores the others.
+    """
+    await store.add_audit(entries)
+    for entry in entries:
+        write_line(entry)
 
 
 class Audit:

@@ -19,11 +19,11 @@ from job_orchestrator.domain.job import change as change_job
 from job_orchestrator.domain.quotas import QuotaError, Quotas, Request
 from job_orchestrator.domain.store import Command, Policy, Store, Subnet
 from job_orchestrator.domain.time import PlatformTime
+from job_orchestrator.handlers.audit import record
 from job_orchestrator.handlers.jobs import Jobs
 from job_orchestrator.handlers.usage import Usages
 from job_orchestrator.metrics import count_transition
 from scanfleet import tracing
-from scanfleet.audit import write_line
 from scanfleet.bus import Publisher, Record
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError, MessageError, Rule
@@ -206,11 +206,9 @@ class Commands:
         # In parallel, because the caller waits for the reply. All are idempotent if the batch is redelivered.
         await asyncio.gather(
             self._publisher.publish(SCAN_REPLIES, answers.values()),
-            self._store.add_audit(entries),
+            record(self._store, entries),
             self._begin(fresh),
         )
-        for entry in entries:
-            write_line(entry)
         answered = {job_id for id_ in answers.keys() - mismatched.keys() for job_id in _jobs_of(stands[id_])}
         others = answered - {job.id for job in fresh}
         await self._jobs.relay(others)

@@ -8,18 +8,18 @@ from collections.abc import Callable, Collection, Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
+from job_orchestrator.domain.audit import own_entry
 from job_orchestrator.domain.deletion import Deletion, Reason, Stage
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.time import PlatformTime
+from job_orchestrator.handlers.audit import record
 from job_orchestrator.handlers.jobs import Jobs
 from job_orchestrator.metrics import DELETED_JOBS, DELETIONS
-from scanfleet.audit import write_line
 from scanfleet.bus import Publisher, Record
-from scanfleet.clock import utc_now
 from scanfleet.loop import Loop
-from scanfleet.messages import AuditEntry, DeleteResults, ResultsDeleted
-from scanfleet.messages.topics import ORCHESTRATOR, SCAN_DELETIONS
+from scanfleet.messages import DeleteResults, ResultsDeleted
+from scanfleet.messages.topics import SCAN_DELETIONS
 
 _STEP_SECONDS: Final = 1.0
 _CHUNKS: Final = 2_000  # deleted in one step: what this costs the database is a fraction of what dispatch may need
@@ -113,7 +113,7 @@ class Deletions:
         DELETED_JOBS.inc(await self._store.advance_deletions(done, Stage.CHUNKS, Stage.DONE, None))
 
     async def handle(self, records: Sequence[Record]) -> None:
-        messages = [record.message for record in records]
+        messages = [each.message for each in records]
         deleted = {message.job_id for message in messages if isinstance(message, ResultsDeleted)}
         await self._store.advance_deletions(deleted, Stage.RESULTS, Stage.CHUNKS, self._clock.now())
         # DeleteResults from this service matter only after a restore, when the topic is read again.
@@ -139,27 +139,12 @@ class Deletions:
         ids = (await self._store.jobs([id_ for _, id_ in page])).keys()
         if not ids:
             return
-        entries = [_audit_entry(id_) for id_ in ids]
-        await self._store.add_audit(entries)  # one of the same id stays as it is
-        for entry in entries:
-            write_line(entry)
+        expired = [
+            own_entry(f"retention-{id_}", "delete_task", f"/api/v1/task/{id_}", "allowed", "retention") for id_ in ids
+        ]
+        await record(self._store, expired)
         await self.delete(ids, "retention")
 
 
 def _receipt(job: ScanJob, reason: Reason, now: datetime) -> Deletion:
     return Deletion(job_id=job.id, user_id=job.user_id, subnet_id=job.subnet_id, reason=reason, requested_at=now)
-
-
-def _audit_entry(job_id: int) -> AuditEntry:
-    return AuditEntry(
-        id=f"retention-{job_id}",
-        time=utc_now(),
-        service=ORCHESTRATOR,
-        subject="",
-        source="",
-        action="delete_task",
-        target=f"/api/v1/task/{job_id}",
-        decision="allowed",
-        rule="retention",
-        request_id="",
-    )

@@ -14,6 +14,7 @@ from typing import Final, TypeVar
 import structlog
 
 from job_orchestrator.domain import fairness, plan
+from job_orchestrator.domain.audit import own_entry
 from job_orchestrator.domain.chunk import Chunk, ChunkState, cancel, dispatch
 from job_orchestrator.domain.deletion import Stage
 from job_orchestrator.domain.fairness import Candidate, Credit, Held
@@ -21,21 +22,17 @@ from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.user_grants import JobGrants
+from job_orchestrator.handlers.audit import record
 from job_orchestrator.handlers.chunks import change, granted
 from job_orchestrator.metrics import CHUNK_TRANSITIONS, SKIPPED_JOBS
 from scanfleet import tracing
-from scanfleet.audit import write_line
 from scanfleet.bus import Publisher, Record
 from scanfleet.chunk_grants import Signer
-from scanfleet.clock import utc_now
 from scanfleet.errors import MessageError, Rule
 from scanfleet.loop import Loop
-from scanfleet.messages import AuditEntry, ScanChunk, WorkerReady
-from scanfleet.messages.audit import MAX_REASON_CHARS
-from scanfleet.messages.topics import ORCHESTRATOR, SCAN_TASKS
+from scanfleet.messages import ScanChunk, WorkerReady
+from scanfleet.messages.topics import SCAN_TASKS
 from scanfleet.ports import PortSet
-
-LIVE: Final = timedelta(seconds=12)  # announcements are stored every 5 seconds: after this time a worker is not live
 
 _SILENT_SECONDS: Final = (
     7.0  # workers announce themselves every 2 s; after three missed announcements they get no chunks
@@ -81,7 +78,7 @@ class Dispatcher:
         clock: the platform's time.
         requeue_lost: requeues the given attempts, by chunk, of dead workers, with the reason.
         give_up: fails a job, with the reason.
-        grants: which jobs may go on, and when.
+        grants: the current user grants, which limit jobs and their hours.
     """
 
     def __init__(
@@ -134,13 +131,11 @@ class Dispatcher:
     async def handle(self, records: Sequence[Record]) -> None:
         now = self._monotonic()
         announced: dict[str, Credit] = {}
-        for record in records:
-            ready = record.message
+        for each in records:
+            ready = each.message
             if not isinstance(ready, WorkerReady):
                 raise MessageError(f"unexpected message type {type(ready).__name__} on scan-workers")
-            announced[ready.instance] = Credit(
-                ready.worker_id, ready.instance, ready.slots, ready.raw, record.partition
-            )
+            announced[ready.instance] = Credit(ready.worker_id, ready.instance, ready.slots, ready.raw, each.partition)
         news = [credit for credit in announced.values() if not self._is_noted(credit, now)]
         await self._store.seen_workers(news)
         for instance, credit in announced.items():
@@ -233,7 +228,7 @@ class Dispatcher:
         if now < self._rest_due:
             return
         _, live = await asyncio.gather(
-            self._store.deactivate_clocks(self._left_out(looks)), self._store.live_workers(LIVE)
+            self._store.deactivate_clocks(self._left_out(looks)), self._store.live_workers(fairness.LIVE)
         )
         self._live = {credit.instance: credit for credit in live}
         self._rest_due = now + _REST_SECONDS
@@ -337,23 +332,13 @@ class Dispatcher:
         resting[user, raw] = monotonic + seconds  # without effect if `wake` has replaced the mapping during the query
 
     async def _refuse(self, job: ScanJob, reason: str) -> None:
-        """Fail a job that its user may not have any more: the grants have changed since it was accepted."""
-        entry = AuditEntry(
-            id=f"dispatch-{job.id}",
-            time=utc_now(),
-            service=ORCHESTRATOR,
-            subject=str(job.user_id),
-            source="",
-            action="dispatch_task",
-            target=f"/api/v1/task/{job.id}",
-            decision="refused",
-            rule=Rule.GRANT,
-            reason=reason[:MAX_REASON_CHARS],
-            request_id="",
+        """Fail a job that the user grants no longer allow: they have changed since it was accepted."""
+        target = f"/api/v1/task/{job.id}"
+        entry = own_entry(
+            f"dispatch-{job.id}", "dispatch_task", target, "refused", Rule.GRANT, user_id=job.user_id, reason=reason
         )
-        await self._store.add_audit([entry])
-        write_line(entry)
-        await self._give_up(job.id, f"the job may not go on: {reason}")
+        await record(self._store, [entry])
+        await self._give_up(job.id, f"the user grants no longer allow the job: {reason}")
 
     async def _cancel(self, over: Collection[str]) -> None:
         """Cancel chunks of a job that ended while another replica was still creating them."""

@@ -9,12 +9,12 @@ from typing import Final
 
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import request_check
+from job_orchestrator.domain.fairness import LIVE
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.user_grants import JobGrants
 from job_orchestrator.handlers.chunks import change, scanned_again
-from job_orchestrator.handlers.dispatch import LIVE
 from job_orchestrator.handlers.jobs import Jobs
 from job_orchestrator.metrics import CENSUS
 from scanfleet.bus import Publisher

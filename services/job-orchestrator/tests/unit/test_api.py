@@ -708,7 +708,7 @@ async def test_a_job_without_workers_says_so(api: Api, store: MemoryStore) -> No
             {
                 "kind": "no_worker",
                 "until": None,
-                "detail": "no worker that takes work has announced itself in the last 30 s; start a scanner-worker",
+                "detail": "no worker that takes work has announced itself in the last 12 s; start a scanner-worker",
             }
         ],
         "queued_chunks": 1,

@@ -10,7 +10,6 @@ import pytest
 from job_orchestrator.api.state import State
 from job_orchestrator.api.tasks import read_waiting
 from job_orchestrator.domain.fairness import Candidate
-from job_orchestrator.domain.user_grants import JobGrants
 from job_orchestrator.testing import MemoryStore, Worker, World, scan_policy
 from job_orchestrator.testing.world import RULES
 from scanfleet.auth import Principal
@@ -101,7 +100,7 @@ async def test_dispatch_of_a_job_whose_grant_was_withdrawn_fails_it() -> None:
     await restart_with(world, grants(networks=["127.7.0.0/16"]))
     job = (await world.store.jobs([world.accepted(command)[0].id])).popitem()[1]
     reason = "127.9.8.0/30 is not within the networks of grant site: 127.7.0.0/16"
-    assert (job.status, job.error) == (JobStatus.FAILED, f"the job may not go on: {reason}")
+    assert (job.status, job.error) == (JobStatus.FAILED, f"the user grants no longer allow the job: {reason}")
     assert not tasks(world)
     (entry, _), _ = await world.store.list_audit(0, 10)
     assert (entry.action, entry.decision, entry.rule, entry.reason) == ("dispatch_task", "refused", "grant", reason)
@@ -251,7 +250,7 @@ async def why(world: World, job_id: int) -> tuple[WaitingReason, datetime | None
         world.only.commands,
         world.only.deletions,
         RULES,
-        grants=JobGrants(world.grants),
+        grants=world.only.grants,
         now=lambda: world.time,
     )
     answer = await read_waiting(job_id=job_id, caller=Principal(7), state=state, record=None)  # type: ignore[arg-type] # the owner's reads are not recorded
