@@ -37,15 +37,15 @@ _PAGE: Final = 100  # jobs at once
 
 
 async def restored(settings: Settings) -> str:
-    """Make a database that was set back fit for use; again does no harm. Answers what was done.
+    """Prepare a restored database for use and return a summary. Idempotent.
 
     Raises:
-        DependencyError: Kafka or MongoDB is away, or an orchestrator still runs; call again.
+        DependencyError: Kafka or MongoDB is unavailable, or an orchestrator still runs; call again.
     """
-    # What waits in the log was said to another database: a chunk may be stored there whose results are not there now.
+    # Records before the restore refer to documents that may no longer exist: skip them.
     for topic in (SCAN_COMMANDS, SCAN_WORKERS, SCAN_PROGRESS, SCAN_STORED):
         await move_group(settings, f"{ORCHESTRATOR}-{topic.name}", topic, "end")
-    # What was deleted since the backup is there again, and is deleted again.
+    # Jobs that were deleted since the backup exist again: delete them again.
     await move_group(settings, f"{ORCHESTRATOR}-{SCAN_DELETIONS.name}", SCAN_DELETIONS, "beginning")
     above = mongo.next_id_floor()
     database = mongo.connect(settings.mongodb_uri, settings.database)
@@ -54,17 +54,17 @@ async def restored(settings: Settings) -> str:
         store = MongoStore(database, keys, keep_audit=timedelta(days=settings.audit_days))
         await store.add_audit([command_entry(ORCHESTRATOR, "restore_database", settings.database)])
         await store.advance_ids(above)
-        # Nobody sends them again, and the backup may have come between a command and the last of its jobs.
+        # These commands are not sent again, and the backup may lie between a command and the last of its jobs.
         async for submit in store.accepted_submits():
             await store.insert_jobs(submit.jobs)
         unfinished, cancelled = await _resume(store, await _cancelled(settings), above)
     finally:
         database.client.close()
-    return f"ids go on above {above}\n{unfinished} unfinished jobs go on, {cancelled} were cancelled since the backup\n"
+    return f"new ids start above {above}\n{unfinished} unfinished jobs continue, {cancelled} were cancelled since the backup\n"
 
 
 async def _cancelled(settings: Settings) -> set[int]:
-    """Jobs of which the log says that they were cancelled."""
+    """Return the jobs whose cancellation is in the log."""
     bus = KafkaBus(settings, source=ORCHESTRATOR, instance=settings.instance)
     await bus.start()
     try:
@@ -79,20 +79,20 @@ def _cancelled_by(record: RawRecord) -> int:
         try:
             message = decode(SCAN_EVENTS, record)
         except MessageError:
-            return 0  # not our words
+            return 0  # not a valid event
         if isinstance(message, JobCancelled):
             return message.job.id
     return 0
 
 
 async def _resume(store: MongoStore, cancelled: set[int], above: int) -> tuple[int, int]:
-    """Bring every unfinished job up to date; answers how many go on, and how many were cancelled."""
+    """Update every unfinished job; return how many continue and how many were cancelled."""
     after, continued, ended = 0, 0, 0
     while ids := await store.unsettled_jobs(after, _PAGE):
         jobs = [restored_from_backup(job, above) for job in (await store.jobs(ids)).values() if not job.final]
         updated = [change(job, JobTrigger.CANCEL, utc_now()) if job.id in cancelled else job for job in jobs]
         if lost := await store.save_jobs(updated):
-            raise DependencyError(f"somebody else changes jobs {sorted(lost)}: stop every orchestrator")
+            raise DependencyError(f"another process changes jobs {sorted(lost)}: stop every orchestrator")
         ended += sum(job.final for job in updated)
         continued += sum(not job.final for job in updated)
         after = ids[-1]

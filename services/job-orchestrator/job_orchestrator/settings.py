@@ -83,8 +83,8 @@ class Settings(CommonSettings, InternalApiSettings, KafkaSettings, AuditSettings
     queued_seconds_per_user: float = Field(
         _LIMITS.queued_seconds_per_user,  # a thousand jobs of a /16 with every TCP port
         gt=0,
-        description="Maximum number of slot seconds that the pending and running jobs of one user may be expected to take; "
-        "likewise.",
+        description="Maximum number of slot seconds that the pending and running jobs of one user may be expected to take. "
+        "A request for more is answered 429, and 400 if it alone asks for more.",
     )
     subnets_per_user: int = Field(
         _LIMITS.subnets_per_user,
@@ -94,7 +94,7 @@ class Settings(CommonSettings, InternalApiSettings, KafkaSettings, AuditSettings
     policies_per_user: int = Field(
         _LIMITS.policies_per_user,
         ge=1,
-        description="Maximum number of policies of one user; likewise.",
+        description="Maximum number of policies of one user; one more is answered 400.",
     )
 
     @property

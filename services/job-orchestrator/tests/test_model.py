@@ -228,7 +228,7 @@ class Life(RuleBasedStateMachine):
         task = data.draw(st.sampled_from(self.tasks[-4:]) | st.sampled_from(self.tasks))
         worker = self.world.workers[int(task.worker_id[-1])]
         outcomes = "".join(news if known == "." else known for known, news in zip(task.outcomes, codes, strict=False))
-        said: dict[str, Callable[[], Awaitable[None]]] = {
+        actions: dict[str, Callable[[], Awaitable[None]]] = {
             "claim": lambda: worker.claim(task),
             "progress": lambda: worker.progress(task, outcomes),
             "scanned": lambda: worker.scanned(task, outcomes.replace(".", "s")),
@@ -237,7 +237,7 @@ class Life(RuleBasedStateMachine):
         }
 
         async def say() -> None:
-            await said[what]()
+            await actions[what]()
 
         self.run(say())
         if heard:

@@ -72,7 +72,7 @@ async def test_ids_grow_from_one_and_are_never_given_twice(store: Store) -> None
 
 
 async def test_subnets_are_their_owners_alone(store: Store) -> None:
-    """A subnet reads back whole for its user, and for nobody else is there, replaced or deleted."""
+    """A subnet reads back whole for its user; for others it does not exist and is neither replaced nor deleted."""
     await store.add_subnet(subnet(1))
     await store.add_subnet(subnet(2, user_id=8, exclude=()))
     assert await store.subnets([(7, 1), (7, 2), (7, 3), (8, 1)]) == {(7, 1): subnet(1)}
@@ -87,7 +87,7 @@ async def test_subnets_are_their_owners_alone(store: Store) -> None:
 
 
 async def test_policies_are_their_owners_alone(store: Store) -> None:
-    """A policy reads back whole for its user, and for nobody else is there, replaced or deleted."""
+    """A policy reads back whole for its user; for others it does not exist and is neither replaced nor deleted."""
     await store.add_policy(policy(1))
     assert await store.policies([(7, 1), (7, 2), (8, 1)]) == {(7, 1): policy(1)}
     assert not await store.replace_policy(policy(1, user_id=8))
@@ -122,7 +122,7 @@ async def test_resources_are_counted_up_to_a_limit(store: Store) -> None:
 
 
 async def test_a_resource_of_anybody_is_known_to_exist(store: Store) -> None:
-    """A subnet or policy exists, whoever's it is, until it is deleted."""
+    """A subnet or policy of any user exists until it is deleted."""
     await store.add_subnet(subnet(1))
     await store.add_policy(policy(2))
     assert [await store.exists("subnets", id_) for id_ in (1, 2)] == [True, False]
@@ -226,7 +226,7 @@ async def test_the_largest_command_is_kept(store: Store) -> None:
 
 
 async def test_the_first_insert_of_a_command_stands(store: Store) -> None:
-    """Of acceptance and expiry under one id the first stands, whichever it is, and both callers are told it."""
+    """Of acceptance and expiry under one id the first one is stored, and both callers get it."""
     accepted, expired = command(), command(state="expired", jobs=(), body="")
     assert await store.insert_commands([accepted]) == {"c-1": accepted}
     assert await store.insert_commands([expired]) == {"c-1": accepted}
@@ -251,7 +251,7 @@ async def test_an_idempotency_key_is_taken_once_for_each_user(store: Store) -> N
 
 
 async def test_parallel_inserts_of_one_key_leave_one_command(store: Store) -> None:
-    """Fifty commands race for one key: one is inserted, and all are told of that one."""
+    """Fifty commands race for one key: one is inserted, and all callers get that one."""
     race = [command(f"c-{n}", idempotency_key="k", jobs=(scan_job(n),)) for n in range(1, 51)]
     answers = await asyncio.gather(*(store.insert_commands([each]) for each in race))
     stood = {answer[f"c-{n}"].id for n, answer in enumerate(answers, 1)}
@@ -317,7 +317,7 @@ async def test_inserting_a_job_again_changes_nothing(store: Store) -> None:
 
 
 async def test_saving_is_a_compare_and_set(store: Store) -> None:
-    """A save counts if nobody saved since the read: it raises `rev`; whoever else saves is told that he lost."""
+    """A save succeeds if the document is as it was read, and raises `rev`; any other save is reported as lost."""
     await store.insert_jobs([scan_job(1, exclude=("127.9.8.1/32",)), scan_job(2)])
     read = await store.jobs([1, 2])
     first = replace(read[1], progress=1)
@@ -712,8 +712,8 @@ async def test_a_census_counts_what_is_unfinished(store: Store) -> None:
     created = {1: timedelta(hours=2), 2: timedelta(hours=3), 3: timedelta(hours=1), 4: -timedelta(hours=1)}
     jobs = [replace(scan_job(id_, created_at=now - age), outbox=()) for id_, age in created.items()]
     running = replace(jobs[3], status=JobStatus.RUNNING)
-    said = create(replace(scan_job(5), outbox=(), created_at=now - timedelta(minutes=5)))
-    over = [replace(change(said, JobTrigger.CANCEL, now), id=id_, settled=id_ == 7) for id_ in (6, 7)]
+    created_ = create(replace(scan_job(5), outbox=(), created_at=now - timedelta(minutes=5)))
+    over = [replace(change(created_, JobTrigger.CANCEL, now), id=id_, settled=id_ == 7) for id_ in (6, 7)]
     await store.insert_jobs([*jobs[:3], running, *over])
     await store.insert_chunks([chunk(id=f"1-{n}", index=n, state=state) for n, state in enumerate(ChunkState)])
     await store.insert_chunks([chunk(id="2-0", job_id=2, user_id=8, needs_raw=True, estimate=4.0)])

@@ -1,4 +1,4 @@
-"""What became of each address of a job, as a letter for each block of its ports: the picture that a client draws."""
+"""Build a job's coverage map: one code per address and block of ports."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Coverage:
 
 
 def _shown(chunk: Chunk, *, ended: bool) -> str:
-    """The chunk's map with its blanks told apart."""
+    """Return the chunk's map with a code for each kind of blank."""
     if chunk.state is ChunkState.FAILED:
         return chunk.outcomes.replace(Outcome.BLANK, Outcome.LOST)
     if ended or chunk.state is ChunkState.CANCELLED:

@@ -261,7 +261,7 @@ class Commands:
         submits: Sequence[SubmitJobs],
         decided: Sequence[Command | list[ScanJob]],
     ) -> Sequence[QuotaError | None]:
-        """Which requests exceed a quota of their user. What was read a moment ago may admit them, but never refuses them."""
+        """Return the quota error of each request. Cached usage may admit a request; a refusal uses a fresh read."""
         users = {submit.user_id for submit in submits}
         requests = [
             Request(submit.user_id, submit.idempotency_key, each)

@@ -1,4 +1,4 @@
-"""What users have unfinished, without reading it for each command."""
+"""Cache each user's unfinished work, so that a command needs no query."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ THEN: Final = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def scan_policy(**given: Any) -> ScanPolicy:
-    """Two ports, connect, unless said otherwise."""
+    """Two ports and connect scans by default."""
     return fill_in(Preset.QUICK, {"ports": "22,80"} | given)
 
 

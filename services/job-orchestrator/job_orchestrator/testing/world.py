@@ -63,8 +63,8 @@ _NOW: Final = 1_000.0  # on its monotonic clock, when a world begins
 _STEPS: Final = 1_000  # in which a world comes to rest; one that does not goes in circles
 
 
-class _Deaf:
-    """A handler that is no owner of partitions."""
+class _Stateless:
+    """A handler without state per partition."""
 
     async def assigned(self, partitions: Collection[int]) -> None: ...
 
@@ -73,13 +73,13 @@ class _Deaf:
     async def caught_up(self, partitions: Collection[int]) -> None: ...
 
 
-class Worker(_Deaf):
-    """A handler of scan-tasks that scans by magic. With `hold` it only notes what it was told.
+class Worker(_Stateless):
+    """A handler of scan-tasks that reports an outcome at once. With `hold` it only records its tasks.
 
     Attributes:
-        code: what becomes of every address.
-        tasks: what it was given, in order.
-        stops: what it was told to stop.
+        code: the outcome of every address.
+        tasks: the received tasks, in order.
+        stops: the received stop messages.
     """
 
     def __init__(self, publisher: Publisher, worker_id: str = "w-1", *, slots: int = 4, raw: bool = False) -> None:
@@ -138,7 +138,7 @@ class Worker(_Deaf):
         await self.publisher.publish(SCAN_PROGRESS, [scanned])
 
 
-class ResultStore(_Deaf):
+class ResultStore(_Stateless):
     """A handler of scan-results that finds every host where the map says that it is.
 
     Attributes:
@@ -186,8 +186,8 @@ class World:
 
     Attributes:
         now: the monotonic clock of all replicas.
-        workers: hear of every task.
-        results: hears of every result; None while it is down.
+        workers: receive every task.
+        results: receives every result; None while it is unavailable.
     """
 
     def __init__(
@@ -280,12 +280,12 @@ class World:
     async def settle(self) -> None:
         """Deliver all messages and do all that they lead to, until there are none."""
         for _ in range(_STEPS):
-            heard = await self.deliver()
+            delivered = await self.deliver()
             for replica in self.replicas:
                 await replica.jobs.work()
                 await replica.dispatcher.fill()
                 await replica.jobs.empty()
-            if not heard and not self._waiting():
+            if not delivered and not self._waiting():
                 return
         raise AssertionError("this world does not come to rest")
 

@@ -97,7 +97,7 @@ class Platform:
         self.store = MongoStore(self.database, KEYS)
         self.bus = KafkaBus(KafkaSettings(kafka=kafka, topic_prefix=self.prefix), source="test", instance="test")
         self.events, self.tasks, self.replies, self.progress = Listener(), Listener(), Listener(), Listener()
-        self.said = Listener()
+        self.listener = Listener()
         self.workers = [Worker(self.bus, f"w-{n}", slots=3) for n in range(4)]
 
     async def open(self) -> None:
@@ -112,7 +112,7 @@ class Platform:
             (SCAN_TASKS, self.tasks),
             (SCAN_REPLIES, self.replies),
             (SCAN_PROGRESS, self.progress),
-            *((topic, self.said) for topic in READ),
+            *((topic, self.listener) for topic in READ),
             (SCAN_RESULTS, ResultStore(self.bus)),
             *((SCAN_TASKS, worker) for worker in self.workers),
         ]
@@ -321,11 +321,11 @@ async def test_cancel_against_completion_has_one_winner(platform: Platform) -> N
     await platform.until(
         lambda: len({each.command_id for each in platform.replies.messages if isinstance(each, Reply)}) == 80,
     )
-    told = {each.command_id: each for each in platform.replies.messages if isinstance(each, Reply)}
+    replies = {each.command_id: each for each in platform.replies.messages if isinstance(each, Reply)}
     for job in jobs:
         ends = {event.seq for event in platform.heard_events() if event.job.id == job.id and event.job.status in ENDED}
         assert len(ends) == 1
-        reply = told[f"c-{job.id}"]
+        reply = replies[f"c-{job.id}"]
         if job.status is JobStatus.CANCELLED:
             assert isinstance(reply, CommandAccepted)
         else:
@@ -338,7 +338,7 @@ async def test_cancel_against_completion_has_one_winner(platform: Platform) -> N
 
 @pytest.mark.proves("F9", "F12", "G9")
 async def test_poison_and_replays_change_nothing(platform: Platform) -> None:
-    """Junk in every partition of every topic read is dead-lettered, a replay of all that was said is without effect."""
+    """Junk in every partition of every topic read is dead-lettered, a replay of all messages is without effect."""
     await platform.replica("one")
     producer = AIOKafkaProducer(bootstrap_servers=platform.kafka)
     await producer.start()
@@ -354,12 +354,12 @@ async def test_poison_and_replays_change_nothing(platform: Platform) -> None:
                 junk += 1
     await platform.submit(5)
     await platform.until_ended(5)
-    await platform.until_read()  # what a worker says may come after what result-store said
+    await platform.until_read()  # a worker's report may arrive after the reply of result-store
     before = await platform.jobs()
     chunks = await platform.chunks(before)
     for topic in READ:
-        said = [each for each in platform.said.messages if type(each) in topic.messages]
-        await platform.bus.publish(topic, said + said)
+        sent = [each for each in platform.listener.messages if type(each) in topic.messages]
+        await platform.bus.publish(topic, sent + sent)
     await platform.submit(1)
     await platform.until_ended(6)
     await platform.until_read()

@@ -85,7 +85,7 @@ BODIES: dict[str, tuple[dict[str, Any], bool]] = {
 @pytest.mark.proves("A28", "G14")
 @pytest.mark.parametrize(("body", "good"), BODIES.values(), ids=BODIES)
 async def test_an_administrator_revokes(api: Api, body: dict[str, Any], *, good: bool) -> None:
-    """A revocation names a token, a subject or a user, is listed, told to the gateway, audited, and can be deleted."""
+    """A revocation names a token, a subject or a user, is listed, read by the gateway, audited, and can be deleted."""
     before = utc_now()
     made = await api("POST", PATH, admin=True, json=body)
     if not good:
@@ -102,8 +102,8 @@ async def test_an_administrator_revokes(api: Api, body: dict[str, Any], *, good:
         assert revocation["issued_before"] == revocation["created_at"] >= before.isoformat()[:19]
     listed = (await api("GET", PATH, admin=True)).json()
     assert listed == {"revocations": [revocation], "total": 1, "page": 1, "page_size": 10}
-    (told,) = (await api("GET", "/internal/revocations", 0)).json()
-    assert told == {name: revocation[name] for name in ("jti", "sub", "user_id", "issued_before")}
+    (read,) = (await api("GET", "/internal/revocations", 0)).json()
+    assert read == {name: revocation[name] for name in ("jti", "sub", "user_id", "issued_before")}
     assert (await api("DELETE", f"{PATH}/{revocation['id']}", admin=True)).status_code == 200
     assert (await api("DELETE", f"{PATH}/{revocation['id']}", admin=True)).status_code == 404
     assert (await api("GET", "/internal/revocations", 0)).json() == []

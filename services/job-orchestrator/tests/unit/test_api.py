@@ -453,7 +453,7 @@ async def test_of_two_changes_at_once_one_is_refused(api: Api, store: MemoryStor
 
 @pytest.mark.parametrize("kind", ["subnet", "policy"])
 async def test_resources_are_listed_by_page_newest_first(api: Api, kind: str) -> None:
-    """Lists hold the user's own, newest first, by pages of 10 unless told otherwise, and `total` counts all."""
+    """Lists hold the user's own, newest first, by pages of 10 by default, and `total` counts all."""
     plural = {"subnet": "subnets", "policy": "policies"}[kind]
     body = {"name": "x"} | ({"cidr": "127.9.8.0/24"} if kind == "subnet" else {})
     for _ in range(12):
@@ -514,8 +514,8 @@ async def test_what_is_no_json_is_a_400(api: Api) -> None:
         assert (answer.status_code, list(answer.json())) == (400, ["error"])
 
 
-async def test_a_database_that_is_away_is_a_503(api: Api, store: MemoryStore) -> None:
-    """While MongoDB is away every route says so, and when to come again; nothing of it is told."""
+async def test_an_unavailable_database_is_a_503(api: Api, store: MemoryStore) -> None:
+    """While MongoDB is unavailable every route answers 503 with Retry-After, without details."""
     store.unavailable = True
     for method, path in [each for each in EVERY_ROUTE if each not in FOR_THE_GATEWAY]:
         body: dict[str, Any] = {"jti": "x"} if "revocation" in path else {"name": "x"}
@@ -1113,7 +1113,7 @@ async def test_a_completed_ledger_is_accounted_for(api: Api, store: MemoryStore)
 
 
 async def test_results_may_be_read_by_owner_and_administrator(api: Api, store: MemoryStore) -> None:
-    """The owner and an administrator are told whose job it is; others get 403, and for a job that is none 404."""
+    """The owner and an administrator get the job's owner; others get 403, and 404 for a job that does not exist."""
     await store.insert_jobs([scan_job(1)])
     assert await api("GET /internal/jobs/1/owner") == {"user_id": 7}
     assert await api("GET /internal/jobs/1/owner", user=8, admin=True) == {"user_id": 7}
@@ -1164,8 +1164,8 @@ async def test_jobs_of_others_are_watched_by_administrators_alone(api: Api, stor
     ] == []
 
 
-async def test_jobs_that_ended_long_ago_are_not_told_again(api: Api, store: MemoryStore) -> None:
-    """Jobs that ended within a day are told to a client that was away since then."""
+async def test_jobs_that_ended_long_ago_are_not_listed_again(api: Api, store: MemoryStore) -> None:
+    """Jobs that ended within a day are listed to a client that was disconnected since then."""
     now = utc_now()
     recent, old = (change(scan_job(id_), JobTrigger.CANCEL, now - timedelta(hours=id_ * 20)) for id_ in (1, 2))
     await store.insert_jobs([recent, old])

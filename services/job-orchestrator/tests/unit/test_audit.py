@@ -81,7 +81,7 @@ def ask(app: FastAPI, world: World) -> Caller:
     return Caller(app, world)
 
 
-def told(entries: Sequence[AuditEntry]) -> list[tuple[str, str, str, str, str]]:
+def fields_of(entries: Sequence[AuditEntry]) -> list[tuple[str, str, str, str, str]]:
     return [(each.subject, each.action, each.target, each.decision, each.rule) for each in entries]
 
 
@@ -95,7 +95,7 @@ async def test_every_change_is_written_down(ask: Caller) -> None:
             (f"DELETE {path}/1", 200, f"delete_{kind}"),
         ):
             status, entries = await ask(request, None if "DELETE" in request else body)
-            assert (status, told(entries)) == (answer, [("7", action, f"{path}/1", "allowed", "")])
+            assert (status, fields_of(entries)) == (answer, [("7", action, f"{path}/1", "allowed", "")])
 
 
 @pytest.mark.parametrize("request_", ["POST /api/v1/subnet", "PUT /api/v1/subnet/1", "DELETE /api/v1/subnet/1"])
@@ -149,11 +149,11 @@ async def test_every_refusal_names_its_rule(ask: Caller, world: World) -> None:
         ("GET /api/v1/audit", None, 0, 401, ("", "list_audit", "/api/v1/audit", "refused", "token")),
     ):
         answered, entries = await ask(request, body, user=user)
-        assert (answered, told(entries)[:1]) == (status, [expected]), request
+        assert (answered, fields_of(entries)[:1]) == (status, [expected]), request
 
 
 async def test_what_is_not_there_is_no_refusal(ask: Caller) -> None:
-    """Asking for what nobody has is a 404 and no entry."""
+    """A request for an object that does not exist is a 404 without an entry."""
     for path in ("subnet/9", "policy/9", "task/9", "subnet/x"):
         assert await ask(f"GET /api/v1/{path}") == (404, [])
         assert await ask(f"DELETE /api/v1/{path}") in ((404, []), (405, []))
@@ -184,7 +184,7 @@ async def test_an_administrator_who_reads_what_is_anothers_is_recorded(
         expected = [("9", action, target, "allowed", "role")] * entries
         assert (await ask(request_, user=9, admin=True))[0] == 200
         recorded, _ = await world.store.list_audit(0, 10)
-        assert told(recorded) == expected
+        assert fields_of(recorded) == expected
     if "all" not in request_:
         assert await ask(request_, user=7) == (200, [])
 
@@ -211,7 +211,7 @@ async def test_a_cancel_of_many_is_an_entry_for_each_job(ask: Caller, world: Wor
     await world.store.insert_jobs([scan_job(5), scan_job(6)])
     status, entries = await ask("POST /internal/jobs/cancel", {"all": True})
     assert status == 200
-    assert sorted(told(entries)) == [("7", "cancel_tasks", f"/api/v1/task/{id_}", "allowed", "") for id_ in (5, 6)]
+    assert sorted(fields_of(entries)) == [("7", "cancel_tasks", f"/api/v1/task/{id_}", "allowed", "") for id_ in (5, 6)]
     assert await ask("POST /internal/jobs/cancel", {"all": True}, user=8) == (200, [])
 
 
@@ -251,7 +251,7 @@ async def test_a_read_of_the_audit_log_is_recorded(ask: Caller, world: World, mo
     for query in ("", "?page=2", "?subject=7&page=1", "?page_size=3&subject=7", "?request_id=r-1&subject=7"):
         assert (await ask(f"GET /api/v1/audit{query}", user=9, admin=True))[0] == 200
     recorded, _ = await world.store.list_audit(0, 10)
-    assert sorted(told(recorded)) == [
+    assert sorted(fields_of(recorded)) == [
         ("9", "list_audit", f"/api/v1/audit{query}", "allowed", "role")
         for query in ("", "?request_id=r-1&subject=7", "?subject=7")
     ]
@@ -262,7 +262,7 @@ async def commanded(world: World, *, user: int = 7) -> list[tuple[str, str, str,
     for _ in range(2):  # a redelivery changes nothing
         await world.hand(SCAN_COMMANDS, records)
     entries, _ = await world.store.list_audit(0, 100, subject=str(user))
-    return told(entries)
+    return fields_of(entries)
 
 
 async def test_every_command_is_written_down(world: World) -> None:

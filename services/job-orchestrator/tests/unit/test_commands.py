@@ -1,4 +1,4 @@
-"""Commands: accepted once, answered always, finished by whoever finds them."""
+"""Commands: accepted once, answered always, finished by any replica."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ async def test_a_redelivery_after_the_minute_is_answered(world: World) -> None:
 
 
 async def test_what_was_expired_first_is_never_accepted(world: World) -> None:
-    """After the gateway was told that a command is expired, its record makes no job and gets no answer."""
+    """After the gateway was answered that a command is expired, its record makes no job and gets no answer."""
     command = await world.submit()
     assert await world.only.commands.expire(command, 7) is None
     await world.settle()
@@ -263,7 +263,7 @@ async def test_expiring_finishes_what_was_half_accepted(world: World) -> None:
     assert list(await world.store.jobs([99])) == [99]
 
 
-async def test_nobody_learns_of_another_users_command(world: World) -> None:
+async def test_command_of_another_user_is_not_found(world: World) -> None:
     """Expiring another user's command tells nothing of it and changes nothing."""
     command = await world.submit()
     await world.settle()
@@ -310,7 +310,7 @@ async def test_a_running_job_is_cancelled_and_its_workers_stopped(world: World) 
 
 
 async def test_a_redelivered_cancel_is_told_accepted(world: World) -> None:
-    """The cancel that did it is told so on every redelivery; another one is told that the job is cancelled already."""
+    """Every redelivery of the cancel is answered with success; another cancel is answered that the job is cancelled."""
     world.workers = []
     await world.submit()
     await world.settle()
@@ -327,7 +327,7 @@ async def test_a_redelivered_cancel_is_told_accepted(world: World) -> None:
 
 
 async def test_a_job_that_has_ended_cannot_be_cancelled(world: World) -> None:
-    """A cancel after completion is a 400 that says so, for ever, and the job stays completed."""
+    """A cancel after completion is a 400 that says so, and the job stays completed."""
     await world.submit()
     await world.settle()
     late = await world.cancel(1)

@@ -218,7 +218,7 @@ async def lose(world: CrashingWorld) -> None:
 
 
 async def cancel(world: CrashingWorld) -> None:
-    """A running job of several chunks is cancelled, and its worker told."""
+    """A running job of several chunks is cancelled, and its worker is stopped."""
     world.worker.hold = True
     await world.start()
     await world.worker.announce()
@@ -299,7 +299,7 @@ async def test_any_one_break_changes_no_outcome(
 
 
 async def test_every_reply_names_the_same_jobs() -> None:
-    """However often a submit is begun anew, all its replies name the same jobs, and there are no others."""
+    """However often a submit is begun again, all its replies name the same jobs, and there are no others."""
     count = 40  # more calls than one submit takes
     for moment in Moment:
         for number in range(1, count):

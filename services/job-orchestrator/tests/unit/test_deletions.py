@@ -163,7 +163,7 @@ async def test_replayed_request_brings_nothing_back(world: World) -> None:
 
 @pytest.mark.proves("G24")
 async def test_deletion_goes_on_after_a_restart_and_an_outage(world: World) -> None:
-    """While result-store is unavailable it is asked again each minute, whoever runs; then the rest follows."""
+    """While result-store is unavailable it is asked again each minute, by any replica; then the rest follows."""
     await completed(world)
     world.results = None
     await world.only.deletions.delete([1], "request")

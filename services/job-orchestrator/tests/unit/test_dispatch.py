@@ -49,13 +49,13 @@ async def queue(world: World, user: int, count: int, *, estimate: float = 5.0, n
 
 @pytest.fixture
 def world() -> World:
-    """One replica whose worker only notes what it is given; the test starts it."""
+    """One replica whose worker only records its tasks; the test starts it."""
     world = World(MemoryStore())
     world.worker.hold = True
     return world
 
 
-async def test_a_task_says_all_that_a_worker_needs(world: World) -> None:
+async def test_a_task_holds_all_that_a_worker_needs(world: World) -> None:
     """A ScanChunk holds the chunk's addresses, map, ports, token, lease and the job's policy."""
     await world.start()
     await world.worker.announce()
@@ -113,8 +113,8 @@ async def test_a_leaving_worker_gets_nothing(world: World) -> None:
 
 
 @pytest.mark.parametrize(("lease_seconds", "silent"), [(30.0, 8.0), (4.0, 5.0)])
-async def test_a_worker_that_fell_silent_gets_nothing(lease_seconds: float, silent: float) -> None:
-    """Silent for seven seconds, or for a lease, a worker is given no more, and from its next word on it is again."""
+async def test_a_silent_worker_gets_nothing(lease_seconds: float, silent: float) -> None:
+    """A worker silent for seven seconds, or for a lease, gets no chunk until it announces itself again."""
     world = World(MemoryStore(), lease_seconds=lease_seconds)
     world.worker.hold = True
     await world.start()
@@ -205,7 +205,7 @@ async def test_a_chunk_that_a_worker_failed_goes_to_another(world: World) -> Non
     assert [task.attempt for task in rest.tasks] == [2]
     await rest.fail(rest.tasks[0])
     await world.wait(8)
-    assert len(world.worker.tasks) + len(other.tasks) == 3  # nobody else is left
+    assert len(world.worker.tasks) + len(other.tasks) == 3  # no other worker is left
 
 
 @pytest.mark.proves("F25", "G17")
@@ -481,7 +481,7 @@ class Noting(MemoryStore):
 
 
 async def test_a_worker_is_noted_every_five_seconds_and_when_it_changes() -> None:
-    """Of a worker that says the same again and again the database is told every five seconds, of another word at once."""
+    """Unchanged announcements of a worker are stored every five seconds, changed ones at once."""
     world = World(store := Noting())
     await world.start()
     for _ in range(12):

@@ -138,7 +138,7 @@ def test_slot_time_is_shared_not_chunks() -> None:
     assert time[1] == pytest.approx(time[2], abs=10.0)
 
 
-def test_global_time_rises_to_whoever_is_served() -> None:
+def test_global_time_rises_to_the_served_user() -> None:
     """It is the highest time at which a chunk was given."""
     round_ = Round([credit(slots=3)], {1: 7.0, 2: 9.0}, {}, {})
     assert round_.virtual == 0.0
@@ -240,7 +240,7 @@ def test_user_at_their_share_gives_way_to_one_below_it() -> None:
     assert Counter(each.partition("-")[0] for each in found) == {"2": 3}
 
 
-def test_slots_that_nobody_else_can_use_go_to_whoever_has_more() -> None:
+def test_slots_without_other_candidates_go_to_users_with_more_work() -> None:
     """Shares leave no slot idle: what is left when all that wait have theirs is given too."""
     queues = {1: queue(1, *[9.0] * 9), 2: queue(2, 9.0)}
     assert len(picks([credit(slots=8)], {1: 0.0, 2: 0.0}, queues)) == 8
@@ -396,7 +396,7 @@ class Fleet:
 def test_no_user_waits_longer_than_a_turn_of_all(
     slots: int, arrivals: list[tuple[float, int, int, float, float]]
 ) -> None:
-    """With idle periods, newcomers and chunks far beyond their estimates, nobody waits longer than users × longest chunk."""
+    """With idle periods, new users and chunks far beyond their estimates, no user waits longer than users × longest chunk."""
     fleet = Fleet(slots)
     for pause, user, number, estimate, seconds in arrivals:
         fleet.run(fleet.now + pause)

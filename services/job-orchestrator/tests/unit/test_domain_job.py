@@ -33,7 +33,7 @@ FINAL = (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED)
 
 
 def in_status(status: JobStatus) -> ScanJob:
-    """A job that got there by the table, its outbox empty."""
+    """A job in this status by the table, with an empty outbox."""
     job = scan_job()
     if status is not JobStatus.PENDING:
         job = change(job, JobTrigger.START, THEN)
@@ -99,7 +99,7 @@ def test_events_wait_in_the_outbox_in_order() -> None:
 
 
 def test_progress_is_told_once_and_never_lowered() -> None:
-    """Higher progress or more machines are told under the next seq; less or the same is no news; 100 is completion's."""
+    """Higher progress or more machines are published with the next seq; less or the same is not; 100 is completion's."""
     running = in_status(JobStatus.RUNNING)
     assert observe(running, 0, 0, LATER) is None
     news = observe(running, 40, 3, LATER)
@@ -120,11 +120,11 @@ def test_progress_is_told_once_and_never_lowered() -> None:
 
 @pytest.mark.parametrize("status", sorted(set(JobStatus) - {JobStatus.RUNNING}))
 def test_only_a_running_job_progresses(status: JobStatus) -> None:
-    """No progress is told before the start or after the end."""
+    """No progress is published before the start or after the end."""
     assert observe(in_status(status), 40, 3, LATER) is None
 
 
-def test_no_progress_is_told_before_what_waits_in_the_outbox() -> None:
+def test_no_progress_is_published_before_events_in_the_outbox() -> None:
     """While an event is unpublished there is no progress, so a reader cannot miss the event by its seq."""
     assert observe(change(scan_job(), JobTrigger.START, LATER), 40, 3, LATER) is None
 

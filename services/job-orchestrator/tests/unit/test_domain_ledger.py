@@ -88,9 +88,9 @@ def test_the_ledger_sums_to_the_request_whatever_happened(given_: tuple[ScanJob,
 def test_error_is_never_empty(given_: tuple[ScanJob, list[Chunk]]) -> None:
     """Whatever became of the chunks the error gives a cause, and all is accounted for if the counts say so."""
     job, chunks = given_
-    told = tally(replace(job, status=JobStatus.RUNNING), chunks)
-    assert told.error
-    assert told.accounted is (sum(told.counts[name] for name in ACCOUNTED) == job.addresses * job.ports)
+    found = tally(replace(job, status=JobStatus.RUNNING), chunks)
+    assert found.error
+    assert found.accounted is (sum(found.counts[name] for name in ACCOUNTED) == job.addresses * job.ports)
 
 
 @settings(max_examples=60, deadline=None)
@@ -109,12 +109,12 @@ def test_pages_of_names_are_cuts_of_one_list(given_: tuple[ScanJob, list[Chunk]]
 def test_names_are_of_what_the_counts_count(given_: tuple[ScanJob, list[Chunk]]) -> None:
     """Each outcome that is named is named as often as the counts say: by address where excluded, else by port block."""
     job, chunks = given_
-    told = names(job, chunks)
+    found = names(job, chunks)
     counts = tally(job, chunks).counts
     ports = {each.ports: each.port_count for each in chunks} | {job.policy.ports: job.ports}
     for outcome in ("down", "timed_out", "excluded", "refused", "cancelled", "lost"):
-        assert sum(ports[each.ports] for each in told.page if each.outcome == outcome) == counts[outcome]
-    assert {each.outcome for each in told.page} <= set(counts) - {"answered", "silent", "waiting"}
+        assert sum(ports[each.ports] for each in found.page if each.outcome == outcome) == counts[outcome]
+    assert {each.outcome for each in found.page} <= set(counts) - {"answered", "silent", "waiting"}
 
 
 @settings(max_examples=60, deadline=None)

@@ -144,11 +144,11 @@ def test_top_ports_are_cut_by_rank() -> None:
 @given(policies(), targets(st.integers(16, 32)))
 def test_chunks_are_short_even_where_nothing_answers(policy: ScanPolicy, target: Target) -> None:
     """Several addresses take 65 s at most, one no more than that or most of its host timeout, unless it is one port."""
-    told = plan.plan(policy, target)
-    for block in policy.port_set.blocks(told.chunk_ports):
-        if told.chunk_addresses > 1:
-            assert plan.longest(policy, block, told.chunk_addresses) <= LONGEST
-        elif told.chunk_ports > 1:
+    planned = plan.plan(policy, target)
+    for block in policy.port_set.blocks(planned.chunk_ports):
+        if planned.chunk_addresses > 1:
+            assert plan.longest(policy, block, planned.chunk_addresses) <= LONGEST
+        elif planned.chunk_ports > 1:
             assert plan.longest(policy, block, 1) <= max(LONGEST, 0.7 * policy.host_timeout)
 
 
@@ -381,8 +381,8 @@ def test_slow_timing_is_estimated_with_its_waits(timing: int, delay: float) -> N
 def test_job_is_shared_by_a_few_workers(cidr: str, ports: str, timing: int) -> None:
     """A job makes sixteen chunks or more, unless they would be shorter than 5 seconds."""
     policy = scan_policy(ports=ports, timing=timing)
-    told = plan.plan(policy, Target.parse(cidr, ()))
-    assert told.chunk_count >= 16 or plan.estimate(policy, policy.port_set, told.chunk_addresses) <= 5
+    planned = plan.plan(policy, Target.parse(cidr, ()))
+    assert planned.chunk_count >= 16 or plan.estimate(policy, policy.port_set, planned.chunk_addresses) <= 5
 
 
 def cheapest(work: Callable[[], Worked]) -> tuple[float, Worked]:
@@ -401,10 +401,10 @@ def test_plan_largest_job_takes_less_than_a_tenth_of_a_second() -> None:
     """A /16 with every port at timing 0 and a thousand excludes is planned from its map alone, and so is its window."""
     excludes = [f"127.9.{third}.{fourth}/32" for third in range(100) for fourth in range(1, 11)]
     policy, target = fill_in(Preset.FULL, {"timing": 0}), Target.parse("127.9.0.0/16", excludes)
-    seconds, told = cheapest(lambda: plan.plan(policy, target))
+    seconds, planned = cheapest(lambda: plan.plan(policy, target))
     assert seconds < 0.1
-    assert (told.addresses, told.excluded, told.ports) == (65_536, 1_000, 65_535)
-    assert told.chunk_count > 100_000
+    assert (planned.addresses, planned.excluded, planned.ports) == (65_536, 1_000, 65_535)
+    assert planned.chunk_count > 100_000
     job = job_of(policy, target)
     seconds, window = cheapest(lambda: list(plan.chunks(job, 0, plan.made_up_to(job, 0, None))))
     assert seconds < 0.1

@@ -61,7 +61,7 @@ async def test_a_claim_starts_the_job(world: World, task: ScanChunk) -> None:
 
 
 async def test_a_job_is_complete_only_when_all_is_stored(world: World, task: ScanChunk) -> None:
-    """A scanned job goes on running until result-store has said that every result is readable."""
+    """A scanned job stays running until result-store has published that every result is readable."""
     world.results = None
     await claimed(world, task)
     await world.worker.scanned(task)
@@ -146,7 +146,7 @@ async def test_a_retry_scans_only_blanks(world: World, task: ScanChunk) -> None:
 
 @pytest.mark.parametrize("replicas", [1, 2])
 async def test_the_work_of_a_silent_worker_goes_to_another(replicas: int) -> None:
-    """After a lease without a sign of life the chunk is another worker's, and the silent one is told to stop."""
+    """After a lease without a heartbeat another worker gets the chunk, and the silent one is stopped."""
     world = World(MemoryStore(), replicas=replicas)
     dead, other = world.worker, Worker(world.bus, "w-2")
     dead.hold = True
@@ -304,7 +304,7 @@ async def test_a_scan_of_a_superseded_worker_may_still_be_stored(world: World, t
 
 
 async def test_messages_about_unknown_chunks_are_dropped_and_counted(world: World) -> None:
-    """A forged or ancient message stops no partition: it is counted, and who scans for nobody is stopped."""
+    """A forged or ancient message stops no partition: it is counted, and a worker without a valid attempt is stopped."""
     before = counted("unknown_chunks")
     token = {"job_id": 9, "chunk_id": "9-9", "attempt": 1, "worker_id": "w-1"}
     await world.bus.publish(
@@ -402,14 +402,14 @@ async def test_progress_that_could_not_be_told_is_told_later(task: ScanChunk, wo
 
 
 class Broken:
-    """A store that is away."""
+    """An unavailable store."""
 
     async def jobs(self, _ids: object) -> None:
         raise DependencyError("away")
 
 
 async def test_progress_stops_with_the_job(world: World, task: ScanChunk) -> None:
-    """After the end of a job no progress is stored or told, whatever its workers still say."""
+    """After the end of a job no progress is stored or published, whatever its workers still report."""
     await claimed(world, task)
     await world.cancel(1)
     await world.settle()

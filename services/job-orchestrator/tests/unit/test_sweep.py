@@ -86,7 +86,7 @@ async def test_what_was_lost_on_the_way_to_the_store_is_made_good(world: World) 
 
 
 async def test_an_unfinished_job_is_brought_to_its_end(world: World) -> None:
-    """A job whose last step nobody took, because its replica died, is ended by the next pass."""
+    """A job whose last step is missing, because its replica died, is ended by the next pass."""
     await world.store.insert_jobs([replace(scan_job(9, made=1), status=JobStatus.RUNNING, outbox=())])
     await world.store.insert_chunks([chunk(id="9-0", job_id=9, state=ChunkState.STORED, outcomes="asdt")])
     await world.only.sweeper.sweep()
@@ -155,7 +155,8 @@ async def test_a_large_job_is_made_in_a_window(world: World) -> None:
     standing = (await world.store.standings([job.id]))[job.id]
     assert standing.open <= plan.WINDOW
     assert job.totals.done == standing.lowest
-    assert sum(job.totals.probes.values()) == job.chunk_addresses * job.chunk_ports * job.totals.done
+    assert (job.chunk_addresses, job.chunk_ports) == (4, 8_192)
+    assert sum(job.totals.probes.values()) == 4 * 8_192 * job.totals.done
 
 
 async def test_a_large_job_is_cancelled_in_one_window(world: World) -> None:
@@ -285,7 +286,7 @@ async def test_work_leaves_a_job_with_an_unreadable_chunk_to_the_sweep(*, cancel
 
 
 async def test_a_job_that_is_over_when_it_is_first_seen_to_run_is_one_change(world: World) -> None:
-    """A job whose chunks are all stored starts and ends in one save, and tells of both in order."""
+    """A job whose chunks are all stored starts and ends in one save, and publishes both events in order."""
     job = replace(scan_job(9, chunk_count=1, made=1), outbox=())
     await world.store.insert_jobs([job])
     await world.store.insert_chunks([chunk(id="9-0", job_id=9, state=ChunkState.STORED, outcomes="a" * job.addresses)])

@@ -93,12 +93,16 @@ async def test_results_mongodb_failure_in_mid_read_raises(mongodb: str, database
 
 @pytest.mark.proves("G20")
 async def test_results_pages_cost_the_same_from_first_to_last(database: Database) -> None:
-    """Each page is an operation of its own, which reads as many documents as it returns, wherever it is in the stream."""
+    """Each page is one operation that reads as many documents as it returns, also after a pause above its timeout."""
     pages = 30
     store = MongoStore(database)
     await fill(store, pages * PAGE)
     await database.command("profile", 2)
-    ids = [result.id async for results in store.results(1, 7) for result in results]
+    ids: list[int] = []
+    async for results in store.results(1, 7):
+        ids += [result.id for result in results]
+        if len(ids) == PAGE:
+            await asyncio.sleep(mongo.TIMEOUT_MS / 1_000 + 0.5)  # the pause itself is under test
     rest = [result.id async for results in store.results(1, 7, after=ids[-10]) for result in results]
     await database.command("profile", 0)
     assert len(ids) == pages * PAGE
