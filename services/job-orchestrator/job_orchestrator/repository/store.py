@@ -41,6 +41,9 @@ SEQUENCES: Final = ("jobs", "subnets", "policies", "users", "revocations")
 
 _NO_RECEIPT: Final = {"deletion": {"$exists": False}}  # of a deleted job
 
+_ENDED: Final = [("end_time", 1), ("_id", 1)]
+_ENDED_OF_USER: Final = [("user_id", 1), *_ENDED]
+
 _INDEXES: Final = {
     "subnets": [IndexModel([("user_id", 1), ("_id", -1)]), IndexModel([("user_id", 1), ("cidr", 1)])],
     "policies": [IndexModel([("user_id", 1), ("_id", -1)])],
@@ -64,8 +67,9 @@ _INDEXES: Final = {
             [("settled", 1), ("_id", 1), ("partition", 1), ("status", 1), ("created_at", 1), ("seconds_left", 1)],
             partialFilterExpression={"settled": False},
         ),
-        IndexModel([("end_time", 1), ("user_id", 1)]),  # what ended while a stream was cut
-        IndexModel([("end_time", 1), ("_id", 1)]),  # expired jobs, page by page
+        # Jobs of a user that ended while a stream was interrupted.
+        IndexModel(_ENDED_OF_USER, name="end_time_1_user_id_1_v2"),
+        IndexModel(_ENDED),  # the same of all users, and expired jobs page by page
         # With it the unfinished jobs of a user are counted from the index alone.
         IndexModel(
             [("user_id", 1), ("settled", 1), ("status", 1), ("seconds_left", 1)],
@@ -299,10 +303,16 @@ class MongoStore(MongoAudit):
         unfinished = both | {"settled": False, "status": {"$in": [status.value for status in UNFINISHED]}}
         if changed_since is not None:
             unfinished["updated_at"] = {"$gte": changed_since}
-        wanted = unfinished
+        # In this order: a job that ends meanwhile is in the first answer or in both.
+        found = await self._jobs.find(unfinished, {"_id": 1}).sort("_id", 1).limit(limit).to_list(limit)
         if ended_since is not None:
-            wanted = {"$or": [unfinished, both | {"end_time": {"$gte": ended_since}}]}
-        return [each["_id"] async for each in self._jobs.find(wanted, {"_id": 1}).sort("_id", 1).limit(limit)]
+            ended = both | {"end_time": {"$gte": ended_since}}
+            # Each page is read from the keys of all that have ended since, without a document. Without a hint MongoDB may read
+            # every job with a higher id.
+            keys = _ENDED if user_id is None else _ENDED_OF_USER
+            page = self._jobs.find(ended, {"_id": 1}).hint(keys).sort("_id", 1).limit(limit)
+            found += await page.to_list(limit)
+        return sorted({each["_id"] for each in found})[:limit]
 
     @dependency_errors()
     async def unsettled_jobs(

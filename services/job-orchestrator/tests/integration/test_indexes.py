@@ -10,6 +10,7 @@ import pytest
 
 from job_orchestrator.domain.chunk import HELD, ChunkState
 from job_orchestrator.domain.fairness import Clock, Credit
+from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator.domain.store import Command
 from job_orchestrator.repository import MongoStore
 from job_orchestrator.testing import chunk, scan_job
@@ -185,6 +186,21 @@ async def test_queue_passes_over_skipped_jobs_in_the_index_alone(filled: MongoSt
     await database.command("profile", 0)
     (read,) = await database["system.profile"].find({"op": "query", "command.find": "chunks"}).to_list(None)
     assert read["docsExamined"] == 0
+
+
+@pytest.mark.parametrize(("user", "keys"), [(7, 320), (None, 420)])
+async def test_latest_jobs_that_ended_are_paged_without_reading_documents(
+    mongo_store: MongoStore, database: Database, user: int | None, keys: int
+) -> None:
+    """A page of the jobs that ended since a time costs a key for each of them, and no document."""
+    ended = [change(scan_job(n, user_id=7 + (n > 300)), JobTrigger.CANCEL, LATER, settled=True) for n in range(1, 401)]
+    await mongo_store.insert_jobs(ended)
+    await database.command("profile", 2)
+    assert await mongo_store.latest_jobs(user, 100, 10, ended_since=LATER) == list(range(101, 111))
+    await database.command("profile", 0)
+    reads = await database["system.profile"].find({"op": "query", "command.find": "jobs"}).to_list(None)
+    assert sum(each["docsExamined"] for each in reads) == 0
+    assert sum(each["keysExamined"] for each in reads) <= keys
 
 
 async def test_usage_of_a_user_is_read_from_the_index_alone(mongo_store: MongoStore, database: Database) -> None:
