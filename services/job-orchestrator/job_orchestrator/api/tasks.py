@@ -83,7 +83,8 @@ async def read_ledger(
 ) -> rest.Ledger:
     job = await readable(state, caller, job_id, record)
     tally, names = ledger.Tally(job), ledger.UnprobedPage(job, (page - 1) * page_size, page_size)
-    async for chunk in state.store.job_chunks(job.id):
+    # Chunks in the totals are read again only for the addresses to list.
+    async for chunk in state.store.job_chunks(job.id, 0 if tally.lists_addresses else job.totals.done):
         if chunk.index >= job.totals.done:
             tally.add(chunk)
         names.add(chunk)

@@ -112,6 +112,12 @@ class Tally:
         return sum(counts[name] for name in ACCOUNTED) == self._job.addresses * self._job.ports
 
     @property
+    def lists_addresses(self) -> bool:
+        """Return whether an `UnprobedPage` lists addresses of the counted chunks."""
+        counts = self.counts
+        return any(counts[name] for name in _NAMED)
+
+    @property
     def machines_found(self) -> int:
         """Return the number of addresses that answered on any port."""
         return self._addresses[ANSWERED]

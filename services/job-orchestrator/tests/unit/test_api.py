@@ -19,6 +19,7 @@ from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.fairness import Credit
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change
+from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.store import Policy
 from job_orchestrator.testing import RULES, MemoryAccess, MemoryStore, World, chunk, scan_job, scan_policy
@@ -1100,6 +1101,31 @@ async def test_a_ledger_of_a_job_without_chunks_adds_up(api: Api, store: MemoryS
     cancelled = await api("GET /api/v1/task/1/ledger")
     assert (cancelled["counts"]["cancelled"], cancelled["counts"]["excluded"]) == (6, 2)
     assert [each["outcome"] for each in cancelled["not_probed"]["addresses"]] == ["excluded"] + ["cancelled"] * 3
+
+
+@pytest.mark.parametrize(("outcomes", "read"), [("asas", 0), ("asal", 1)])
+async def test_ledger_reads_counted_chunks_only_to_list_addresses(
+    api: Api, store: MemoryStore, monkeypatch: pytest.MonkeyPatch, outcomes: str, read: int
+) -> None:
+    """A job whose addresses were all probed is answered from its totals."""
+    ended = chunk(state=ChunkState.STORED, outcomes=outcomes)
+    job = change(scan_job(1, made=1), JobTrigger.START, THEN)
+    tally = Tally(job)
+    tally.end(ended)
+    await store.insert_jobs([replace(job, totals=tally.totals)])
+    await store.insert_chunks([ended])
+    seen: list[Chunk] = []
+    job_chunks = store.job_chunks
+
+    async def counted(job_id: int, first: int = 0, end: int | None = None) -> AsyncIterator[Chunk]:
+        async for each in job_chunks(job_id, first, end):
+            seen.append(each)
+            yield each
+
+    monkeypatch.setattr(store, "job_chunks", counted)
+    answer = await api("GET /api/v1/task/1/ledger")
+    assert (len(seen), answer["not_probed"]["total"]) == (read, read)
+    assert answer["counts"]["lost"] == 2 * read
 
 
 async def test_a_completed_ledger_is_accounted_for(api: Api, store: MemoryStore) -> None:
