@@ -1,4 +1,4 @@
-"""Who the caller is to the services behind, and which tokens are refused though they are good."""
+"""The caller in requests to the services, revoked tokens, and assigned user ids."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def gateway() -> AsyncIterator[Running]:
 
 
 async def ask(gateway: Running, **claims: Any) -> httpx.Response:
-    """The caller's tasks, by a token with these claims."""
+    """Request the caller's tasks with a token of these claims."""
     headers = {"Authorization": f"Bearer {gateway.issuer.token(**claims)}"}
     return await gateway.client.get("/api/v1/task", headers=headers)
 
@@ -44,7 +44,7 @@ def revoked(**changed: Any) -> Revoked:
 
 
 async def revoke(gateway: Running, **changed: Any) -> None:
-    """Revoke, and let the gateway know."""
+    """Revoke, and have the gateway read the list."""
     gateway.services.revoked.append(revoked(**changed))
     await gateway.app.state.verifier._revoked.refresh()
 
@@ -54,7 +54,7 @@ async def revoke(gateway: Running, **changed: Any) -> None:
 
 @pytest.mark.proves("G15")
 async def test_gateway_reports_the_keys_that_verify_tokens(gateway: Running) -> None:
-    """Once it has fetched the issuer's keys, the orchestrator gets their names, which hold no key."""
+    """Once the gateway has fetched the issuer's keys, the orchestrator gets their names, which contain no key."""
     async with asyncio.timeout(5):
         while not gateway.services.keys:  # noqa: ASYNC110 # a request sets no event
             await asyncio.sleep(0.01)
@@ -66,7 +66,7 @@ async def test_gateway_reports_the_keys_that_verify_tokens(gateway: Running) -> 
 
 
 async def test_key_reports_are_sent_when_keys_change_and_again_until_they_arrive() -> None:
-    """A report that failed is repeated; the same keys are reported once."""
+    """A failed report is retried; unchanged keys are reported once."""
     names, away = ["a"], True
     reports: list[list[str]] = []
 
@@ -116,8 +116,8 @@ async def test_gateway_whose_key_report_dies_is_unhealthy() -> None:
 # Internal tokens
 
 
-async def test_a_service_gets_a_token_for_it_alone(gateway: Running) -> None:
-    """Each service gets a token of the gateway's for the same caller, which the other would not accept, and never the user's."""
+async def test_each_service_gets_its_own_token(gateway: Running) -> None:
+    """Each service gets a token of the gateway for the same caller, which the other one refuses, and never the user's token."""
     gateway.services.on("GET", "http://orchestrator/internal/jobs/41/owner", httpx.Response(200, json={"user_id": 7}))
     gateway.services.on("GET", f"http://result-store{RESULTS}", httpx.Response(200, json=[]))
     headers = gateway.issuer.bearer(7, admin=True)
@@ -130,16 +130,16 @@ async def test_a_service_gets_a_token_for_it_alone(gateway: Running) -> None:
             await gateway.internal.caller(audience, asked.headers["authorization"])
 
 
-async def test_a_service_that_does_not_believe_the_gateway_is_unavailable(gateway: Running) -> None:
-    """A 401 of a service is about the gateway's key, so the caller gets a 503."""
+async def test_service_that_refuses_the_gateways_token_is_503(gateway: Running) -> None:
+    """A 401 of a service concerns the gateway's key, so the caller gets a 503."""
     gateway.services.on("GET", TASKS, httpx.Response(401, json={"error": "the token is not valid"}))
     answer = await ask(gateway)
     assert answer.status_code == 503
     assert "Retry-After" in answer.headers
 
 
-async def test_the_services_clock_counts() -> None:
-    """With its clock two hours behind, the gateway makes tokens that are good by the service's, once that has answered."""
+async def test_token_for_a_service_follows_its_clock() -> None:
+    """A gateway whose clock is two hours late makes tokens that are valid by the service's clock, after its first response."""
     async with Gateway().run() as gateway:
         ahead = datetime.now(UTC) + timedelta(hours=2)
         date = {"Date": ahead.strftime("%a, %d %b %Y %H:%M:%S GMT")}
@@ -159,7 +159,7 @@ async def test_the_services_clock_counts() -> None:
 @pytest.mark.proves("A28", "G14")
 @pytest.mark.parametrize("which", [{"jti": "t-1"}, {"sub": "7"}, {"user_id": 7}], ids=["jti", "sub", "user_id"])
 async def test_revoked_token_is_rejected(gateway: Running, which: dict[str, Any]) -> None:
-    """A token that was accepted is a 401 once it is revoked, by its id, its subject or its user; another user's is not."""
+    """A valid token is a 401 once its id, subject or user is revoked; another user's is still accepted."""
     issued = int(time.time()) - 60
     assert (await ask(gateway, jti="t-1", iat=issued)).status_code == 200
     await revoke(gateway, **which, **({} if "jti" in which else {"issued_before": issued + 1}))
@@ -172,8 +172,8 @@ async def test_revoked_token_is_rejected(gateway: Running, which: dict[str, Any]
 
 
 @pytest.mark.proves("A28", "G14")
-async def test_a_token_that_was_issued_later_is_good(gateway: Running) -> None:
-    """Of a user whose tokens were revoked, those issued afterwards are accepted; of two revocations the later counts."""
+async def test_token_issued_after_the_revocation_is_accepted(gateway: Running) -> None:
+    """After a revocation of a user's tokens, newer tokens are accepted; of two revocations the later applies."""
     now = int(time.time())
     for before in (now - 30, now - 90):
         await revoke(gateway, user_id=7, issued_before=before)
@@ -182,8 +182,8 @@ async def test_a_token_that_was_issued_later_is_good(gateway: Running) -> None:
 
 
 @pytest.mark.proves("A28", "G14")
-async def test_the_list_is_read_again_within_seconds() -> None:
-    """What is revoked while the gateway runs is refused without anything else happening."""
+async def test_revocation_takes_effect_within_seconds() -> None:
+    """A token that is revoked while the gateway runs is refused without another event."""
     async with Gateway().run() as gateway:
         gateway.services.on("GET", TASKS, httpx.Response(200, json={}))
         assert (await ask(gateway)).status_code == 200
@@ -194,7 +194,7 @@ async def test_the_list_is_read_again_within_seconds() -> None:
             await asyncio.sleep(0.05)  # the client in memory never waits, and so would no loop run
 
 
-async def test_without_the_list_nobody_is_let_in() -> None:
+async def test_requests_before_the_list_was_read_are_503() -> None:
     """Until the list was read once every request is a 503, and the gateway is not ready."""
     gateway = Gateway()
     async with gateway.run() as running:
@@ -207,8 +207,8 @@ async def test_without_the_list_nobody_is_let_in() -> None:
         assert (ready.status_code, "the revocations" in ready.json()["error"]) == (503, True)
 
 
-async def test_a_list_outlives_an_outage_for_a_while() -> None:
-    """While it cannot be read again the list counts, until it is too old."""
+async def test_revocations_that_cannot_be_refreshed_expire() -> None:
+    """A list that cannot be refreshed stays in use until it is too old."""
     now = 0.0
     listed: list[Revoked] | None = [revoked(jti="t-1")]
 
@@ -241,8 +241,8 @@ async def mapped() -> AsyncIterator[Running]:
         yield running
 
 
-async def test_a_mapped_user_has_the_assigned_id(mapped: Running) -> None:
-    """With mapped ids the services get the assigned id, which is asked for once; the gateway asks in its own name."""
+async def test_mapped_user_has_the_assigned_id(mapped: Running) -> None:
+    """With mapped ids the services get the assigned id, which the gateway queries once and in its own name."""
     for number in range(3):
         assert (await ask(mapped, sub=UUID, jti=str(number))).status_code == 200
     assigned, *asked = mapped.services.requests
@@ -251,8 +251,8 @@ async def test_a_mapped_user_has_the_assigned_id(mapped: Running) -> None:
     assert [await mapped.caller(each) for each in asked] == [Principal(41)] * 3
 
 
-async def test_a_mapped_user_commands_by_the_assigned_id(mapped: Running) -> None:
-    """A command of a mapped user carries the assigned id."""
+async def test_command_of_a_mapped_user_has_the_assigned_id(mapped: Running) -> None:
+    """A command of a mapped user has the assigned id."""
     headers = {"Authorization": f"Bearer {mapped.issuer.token(sub=UUID)}"}
     answer = await mapped.client.post("/api/v1/task", json={"subnet_ids": [5], "policy_id": 3}, headers=headers)
     assert answer.status_code == 201
@@ -260,8 +260,8 @@ async def test_a_mapped_user_commands_by_the_assigned_id(mapped: Running) -> Non
 
 
 @pytest.mark.parametrize("answer", [httpx.Response(500), httpx.Response(200, json={"user_id": 0}), None])
-async def test_a_mapped_user_waits_for_an_id(mapped: Running, answer: httpx.Response | None) -> None:
-    """While no id can be had the answer is 503, and no service is asked in anybody's name."""
+async def test_mapped_user_without_an_id_is_503(mapped: Running, answer: httpx.Response | None) -> None:
+    """While no id can be assigned the response is 503, and nothing is forwarded."""
     if answer is None:
         mapped.services.away.add("orchestrator")
     else:
@@ -273,14 +273,14 @@ async def test_a_mapped_user_waits_for_an_id(mapped: Running, answer: httpx.Resp
 
 
 @pytest.mark.parametrize("sub", ["", "x" * 256, "a\nb", {}, ["a"], True])
-async def test_a_subject_that_cannot_be_mapped_is_refused(mapped: Running, sub: object) -> None:
-    """A subject that is no printable text of 1 to 255 characters is a 401, and gets no id."""
+async def test_subject_that_cannot_be_mapped_is_401(mapped: Running, sub: object) -> None:
+    """A subject that is not printable text of 1 to 255 characters is a 401, and gets no id."""
     assert (await ask(mapped, sub=sub)).status_code == 401
     assert not mapped.services.requests
 
 
-async def test_only_so_many_ids_are_kept() -> None:
-    """However many users there are, the memory of their ids is bounded."""
+async def test_cached_ids_are_bounded() -> None:
+    """The cache of user ids is bounded, however many users there are."""
     asked: list[str] = []
 
     async def ask_for(_issuer: str, subject: str) -> int:

@@ -1,4 +1,4 @@
-"""Nobody's requests cost others theirs: limits by the token's user, and by nothing else."""
+"""Limits of requests by the token's user: one user's requests do not affect another's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def post(gateway: Running, user_id: int = 7, **headers: str) -> httpx.Resp
 
 
 async def refused(gateway: Running, method: str, path: str, **headers: str) -> tuple[int, httpx.Response]:
-    """How many requests passed before the first 429, and that. At the turn of a minute one or two more may pass."""
+    """Return the number of requests before the first 429, and that response. At the turn of a minute it may be one or two more."""
     for passed in range(10):
         headers["X-Forwarded-For"] = headers["X-Real-IP"] = f"192.0.2.{passed}"
         token = {"Authorization": f"Bearer {gateway.issuer.token(7, jti=str(passed))}"}
@@ -36,8 +36,8 @@ async def refused(gateway: Running, method: str, path: str, **headers: str) -> t
 
 
 @pytest.mark.proves("G11", "A18")
-async def test_a_user_who_asks_too_much_is_told_to_wait(gateway: Running) -> None:
-    """Beyond the limit of writes or of reads comes a 429 with Retry-After, and one kind says nothing about the other."""
+async def test_request_above_the_rate_limit_is_429(gateway: Running) -> None:
+    """Above the limit of writes or of reads the response is 429 with Retry-After; the two limits are independent."""
     for method, path, limit in (("POST", "/api/v1/task", 5), ("GET", "/api/v1/task/1", 7)):
         passed, answer = await refused(gateway, method, path)
         assert limit <= passed <= limit + 2
@@ -49,8 +49,8 @@ async def test_a_user_who_asks_too_much_is_told_to_wait(gateway: Running) -> Non
 
 
 @pytest.mark.proves("A18")
-async def test_a_user_is_who_the_token_says(gateway: Running) -> None:
-    """Other tokens, addresses and headers of one user share one limit; another user has one of their own."""
+async def test_limits_count_by_the_user_of_the_token(gateway: Running) -> None:
+    """Tokens, addresses and headers of one user share one limit; another user has a separate one."""
     passed, _ = await refused(gateway, "POST", "/api/v1/task", Forwarded="for=192.0.2.1", **{"X-User-Id": "8"})
     assert passed <= 7
     assert len(gateway.replier.commands) == passed
@@ -58,8 +58,8 @@ async def test_a_user_is_who_the_token_says(gateway: Running) -> None:
 
 
 @pytest.mark.proves("A18")
-async def test_who_has_no_token_locks_nobody_out(gateway: Running) -> None:
-    """A flood of bad tokens in a user's name uses up nothing of that user's."""
+async def test_invalid_tokens_do_not_count_against_a_user(gateway: Running) -> None:
+    """A flood of invalid tokens in a user's name does not use up that user's limits."""
     for _ in range(20):
         forged = gateway.issuer.token(7)[:-4] + "AAAA"
         assert (await post(gateway, Authorization=f"Bearer {forged}")).status_code == 401
@@ -68,7 +68,7 @@ async def test_who_has_no_token_locks_nobody_out(gateway: Running) -> None:
 
 @pytest.mark.proves("G11", "A16")
 async def test_requests_at_once_are_bounded_by_user() -> None:
-    """A user whose places are all taken is a 429 until one is free, while another user is served."""
+    """Above a user's limit the response is 429 until a request ends, while another user is served."""
     async with Gateway().run(requests_at_once_per_user=2) as gateway:
         go = asyncio.Event()
 
@@ -91,7 +91,7 @@ async def test_requests_at_once_are_bounded_by_user() -> None:
 
 
 async def test_requests_at_once_are_bounded_overall() -> None:
-    """When all places are taken the next request of anybody is a 503 with Retry-After."""
+    """Above the limit of all users the next request of any user is a 503 with Retry-After."""
     async with Gateway().run(requests_at_once=1) as gateway:
         go = asyncio.Event()
 
@@ -111,8 +111,8 @@ async def test_requests_at_once_are_bounded_overall() -> None:
 
 
 @pytest.mark.proves("G8")
-async def test_no_other_limit_delays_a_cancel() -> None:
-    """With writes used up, and every place of requests and streams taken, a user's cancels are carried out at once."""
+async def test_cancel_with_all_other_limits_reached_is_executed() -> None:
+    """Cancels are executed at once while the limits of writes, requests and streams are reached."""
     limits = {"writes_per_minute": 2, "requests_at_once_per_user": 1, "requests_at_once": 1, "streams_at_once": 1}
     async with Gateway().run(**limits) as gateway:
         await refused(gateway, "POST", "/api/v1/task")
@@ -137,8 +137,8 @@ async def test_no_other_limit_delays_a_cancel() -> None:
 
 
 @pytest.mark.proves("G11")
-async def test_cancels_have_limits_of_their_own() -> None:
-    """A user's cancels are bounded by minute and at once, by limits that the answer names; other users' go on."""
+async def test_cancels_have_separate_limits() -> None:
+    """A user's cancels have limits per minute and of concurrent ones, which the error names; other users are not affected."""
     async with Gateway().run(cancels_per_minute=3, cancels_at_once_per_user=1, cancels_at_once=1) as gateway:
         go = asyncio.Event()
 
@@ -164,8 +164,8 @@ async def test_cancels_have_limits_of_their_own() -> None:
 
 
 @pytest.mark.proves("A7")
-async def test_a_token_comes_before_the_body(gateway: Running) -> None:
-    """Without a good token every route is a 401, whatever the body is; unknown paths and verbs stay 404 and 405."""
+async def test_invalid_token_is_refused_before_the_body(gateway: Running) -> None:
+    """Without a valid token every route is a 401, whatever the body; unknown paths and verbs stay 404 and 405."""
     for authorization in ("", "Bearer x"):
         headers = {"Authorization": authorization, "Content-Type": "application/json"}
         for content in (b"{", b"[]", b"[" * 50_000, b"\xff"):

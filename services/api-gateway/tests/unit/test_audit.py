@@ -1,4 +1,4 @@
-"""What the gateway itself refuses reaches the audit log; what it carries out says where it came from."""
+"""The gateway's refusals reach the audit log, and its commands have the source of the request."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ async def told(gateway: Running) -> list[AuditEntry]:
 
 
 @pytest.mark.proves("A7", "A17")
-async def test_a_bad_token_is_written_down(gateway: Running) -> None:
-    """A request without a good token is an entry without a subject, with address, operation and request, not the token."""
+async def test_invalid_token_is_recorded(gateway: Running) -> None:
+    """A request without a valid token is an entry without a subject, with address, operation and request id, without the token."""
     headers = {
         "Authorization": "Bearer eyJhbGciOiJub25lIn0.e30.",
         "X-Request-ID": "r-1",
@@ -52,8 +52,8 @@ async def test_a_bad_token_is_written_down(gateway: Running) -> None:
 
 
 @pytest.mark.proves("A11", "A18")
-async def test_limits_and_malformed_requests_are_written_down(gateway: Running) -> None:
-    """A malformed request and one too many are entries of the user's with their rule; what is passed on is not told twice."""
+async def test_exceeded_limits_and_malformed_requests_are_recorded(gateway: Running) -> None:
+    """A malformed request and one above a limit are entries of the user with their rule; forwarded refusals are not recorded twice."""
     await gateway.client.post("/api/v1/task", json=BODY | {"user_id": 1})
     await gateway.client.get("/api/v1/subnet/1")
     for _ in range(6):
@@ -64,8 +64,8 @@ async def test_limits_and_malformed_requests_are_written_down(gateway: Running) 
     assert {(entry.subject, entry.action) for entry in entries} == {("7", "create_tasks")}
 
 
-async def test_a_command_says_where_it_came_from(gateway: Running) -> None:
-    """A command carries the caller's address and the request's id, for the entry that the orchestrator writes."""
+async def test_command_has_address_and_request_id(gateway: Running) -> None:
+    """A command has the caller's address and the request id, for the orchestrator's entry."""
     answers = [
         await gateway.client.post("/api/v1/task", json=BODY),
         await gateway.client.post("/api/v1/task/1/cancel"),
@@ -86,8 +86,10 @@ async def test_a_command_says_where_it_came_from(gateway: Running) -> None:
     ],
     ids=["no proxy", "one proxy", "two proxies"],
 )
-async def test_source_in_the_audit_log_is_the_true_one(trusted: tuple[str, ...], forwarded: str, source: str) -> None:
-    """A caller that makes up addresses is written down under its own, behind no, one and two trusted proxies."""
+async def test_source_with_forged_addresses_is_the_real_one(
+    trusted: tuple[str, ...], forwarded: str, source: str
+) -> None:
+    """A caller that sends forged addresses is recorded under its own, behind no, one and two trusted proxies."""
     async with Gateway().run(trusted_proxies=trusted) as gateway:
         headers = {"X-Forwarded-For": forwarded}
         await gateway.client.get("/api/v1/task", headers=headers | {"Authorization": "Bearer x"})

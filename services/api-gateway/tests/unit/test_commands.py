@@ -1,4 +1,4 @@
-"""Scan jobs are made and cancelled by commands; whatever goes wrong, the caller is told the truth."""
+"""Commands create and cancel scan jobs; the response reports their true outcome, also after failures."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ async def gateway() -> AsyncIterator[Running]:
 
 @pytest.fixture
 async def hasty() -> AsyncIterator[Running]:
-    """A gateway that gives up on a reply at once, with an orchestrator that sends none."""
+    """A gateway with a very short timeout for replies, and an orchestrator that sends none."""
     async with Gateway().run(reply_seconds=0.02) as running:
         running.replier.reply = silence
         yield running
 
 
-async def test_jobs_are_created_by_a_command(gateway: Running) -> None:
-    """A POST becomes one SubmitJobs of the token's user, and its reply the answer."""
+async def test_create_tasks_publishes_one_command(gateway: Running) -> None:
+    """A POST publishes one SubmitJobs of the token's user, and its reply is the response."""
     headers = {"Idempotency-Key": "key-1"}
     answer = await gateway.client.post("/api/v1/task", json=BODY, headers=headers)
     assert answer.status_code == 201
@@ -52,7 +52,7 @@ async def test_jobs_are_created_by_a_command(gateway: Running) -> None:
 
 
 async def test_create_tasks_passes_on_the_roles_that_grants_name(tmp_path: Path) -> None:
-    """Of the roles in the token the command holds those that a grant names, and of no other place; a refusal is a 403."""
+    """The command has the roles of the token that a grant names, from no other source; a refusal is a 403."""
     file = tmp_path / "grants.toml"
     file.write_text('[[grants]]\nname = "ops"\nroles = ["ops", "night"]')
 
@@ -72,22 +72,22 @@ async def test_create_tasks_passes_on_the_roles_that_grants_name(tmp_path: Path)
 
 @pytest.mark.parametrize("trusted", [(), ("127.0.0.1/32",)])
 async def test_command_continues_the_trace_of_a_trusted_proxy_alone(trusted: tuple[str, ...]) -> None:
-    """A traceparent goes on with the command if a trusted proxy sends it; a stranger's is replaced."""
+    """The command has the traceparent of a trusted proxy; one of another client is replaced."""
     async with Gateway().run(trusted_proxies=trusted) as gateway:
         await gateway.client.post("/api/v1/task", json=BODY, headers={"traceparent": TRACEPARENT})
         (command,) = gateway.replier.commands
     assert (command.traceparent == TRACEPARENT) is bool(trusted)
 
 
-async def test_times_are_utc_with_a_z(gateway: Running) -> None:
-    """Times in an answer end in Z, and those that have not come are null."""
+async def test_times_in_a_response_end_in_z(gateway: Running) -> None:
+    """Times in a response end in Z, and unset ones are null."""
     (first, _) = (await gateway.client.post("/api/v1/task", json=BODY)).json()["jobs"]
     assert first["created_at"].endswith("Z")
     assert first["start_time"] is None
 
 
-async def test_every_request_has_a_command_id_of_its_own(gateway: Running) -> None:
-    """Two requests under one key are two commands."""
+async def test_create_tasks_with_the_same_key_has_another_command_id(gateway: Running) -> None:
+    """Two requests with the same Idempotency-Key are two commands."""
     headers = {"Idempotency-Key": "same"}
     for _ in range(2):
         await gateway.client.post("/api/v1/task", json=BODY, headers=headers)
@@ -95,8 +95,8 @@ async def test_every_request_has_a_command_id_of_its_own(gateway: Running) -> No
     assert first.command_id != second.command_id
 
 
-async def test_replies_find_their_requests(gateway: Running) -> None:
-    """Requests that wait at once each get the reply that names them, doubled and foreign ones around it or not."""
+async def test_replies_are_matched_to_their_requests(gateway: Running) -> None:
+    """Concurrent requests each get the reply with their command id, also among duplicates and replies to others."""
     everyone_waits = asyncio.Barrier(3)
 
     async def reply(command: Command) -> Sequence[Reply]:
@@ -119,8 +119,8 @@ async def test_replies_find_their_requests(gateway: Running) -> None:
 
 
 @pytest.mark.parametrize("status", [400, 404, 409])
-async def test_a_refused_command_is_told(gateway: Running, status: int) -> None:
-    """What the orchestrator rejects is answered with its status and its words."""
+async def test_rejected_command_returns_its_status_and_error(gateway: Running, status: int) -> None:
+    """A rejected command is answered with the orchestrator's status and error."""
 
     async def reply(command: Command) -> Sequence[Reply]:
         return [CommandRejected(command_id=command.command_id, status=status, error="subnet 5 does not exist")]
@@ -131,8 +131,8 @@ async def test_a_refused_command_is_told(gateway: Running, status: int) -> None:
 
 
 @pytest.mark.parametrize("status", [429, 503])
-async def test_a_refusal_to_repeat_says_when(gateway: Running, status: int) -> None:
-    """A rejection as unavailable, or because of what the caller has unfinished, tells the caller when to repeat."""
+async def test_rejected_command_that_may_be_retried_has_retry_after(gateway: Running, status: int) -> None:
+    """A 503, and a 429 for too many unfinished jobs, have Retry-After."""
 
     async def reply(command: Command) -> Sequence[Reply]:
         return [CommandRejected(command_id=command.command_id, status=status, error="too old")]
@@ -143,8 +143,8 @@ async def test_a_refusal_to_repeat_says_when(gateway: Running, status: int) -> N
     assert int(answer.headers["Retry-After"]) >= 1
 
 
-async def test_without_a_reply_the_command_is_called_off(hasty: Running) -> None:
-    """When no reply comes the orchestrator is asked, as the caller, and a called-off command is a 503 to repeat."""
+async def test_command_without_a_reply_is_expired(hasty: Running) -> None:
+    """After the timeout the gateway expires the command in the caller's name, and the response is a 503 with Retry-After."""
     hasty.services.verdict = httpx.Response(200, json={"state": "expired"})
     answer = await hasty.client.post("/api/v1/task", json=BODY)
     assert answer.status_code == 503
@@ -158,16 +158,16 @@ async def test_without_a_reply_the_command_is_called_off(hasty: Running) -> None
     assert asked.headers["x-request-id"] == answer.headers["x-request-id"]
 
 
-async def test_a_command_that_was_accepted_meanwhile_is_told(hasty: Running) -> None:
-    """A command that cannot be called off because its jobs exist is answered 201 with them."""
+async def test_command_accepted_before_its_expiry_returns_its_jobs(hasty: Running) -> None:
+    """A command that cannot expire because its jobs exist is answered 201 with them."""
     jobs = [job(41).model_dump(mode="json")]
     hasty.services.verdict = httpx.Response(200, json={"state": "accepted", "jobs": jobs})
     answer = await hasty.client.post("/api/v1/task", json=BODY)
     assert (answer.status_code, answer.json()["jobs"]) == (201, jobs)
 
 
-async def test_a_command_that_was_rejected_meanwhile_is_told(hasty: Running) -> None:
-    """A command that cannot be called off because it was rejected is answered with that."""
+async def test_command_rejected_before_its_expiry_returns_the_rejection(hasty: Running) -> None:
+    """A command that cannot expire because it was rejected is answered with the rejection."""
     hasty.services.verdict = httpx.Response(200, json={"state": "rejected", "status": 400, "error": "no such policy"})
     answer = await hasty.client.post("/api/v1/task", json=BODY)
     assert (answer.status_code, answer.json()) == (400, {"error": "no such policy"})
@@ -184,8 +184,8 @@ async def test_a_command_that_was_rejected_meanwhile_is_told(hasty: Running) -> 
         httpx.Response(200, json={"state": "accepted"}),
     ],
 )
-async def test_an_unknown_outcome_is_called_so(hasty: Running, answer: httpx.Response | None) -> None:
-    """When nobody can say what became of a command the 503 says so and names the Idempotency-Key."""
+async def test_command_with_an_unknown_outcome_is_503(hasty: Running, answer: httpx.Response | None) -> None:
+    """If the orchestrator cannot determine the outcome of a command, the 503 says so and names the Idempotency-Key."""
     if answer is None:
         hasty.services.away.add("orchestrator")
     else:
@@ -197,8 +197,8 @@ async def test_an_unknown_outcome_is_called_so(hasty: Running, answer: httpx.Res
     assert "Idempotency-Key" in response.json()["error"]
 
 
-async def test_a_broker_that_is_away_leaves_nothing_undecided(gateway: Running) -> None:
-    """A command that could not be published may yet arrive, so it is called off as well."""
+async def test_command_that_was_not_published_is_expired(gateway: Running) -> None:
+    """A command whose publication failed may still be delivered, so it is expired as well."""
     gateway.services.verdict = httpx.Response(200, json={"state": "expired"})
     gateway.broker.away = True
     answer = await gateway.client.post("/api/v1/task", json=BODY)
@@ -240,8 +240,8 @@ BAD_BODIES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("body", BAD_BODIES.values(), ids=map(ascii, BAD_BODIES))
-async def test_bad_bodies_are_refused(gateway: Running, body: object) -> None:
-    """A body that is not exactly what the API takes is a 400 with an error, and no command is sent."""
+async def test_invalid_body_is_refused(gateway: Running, body: object) -> None:
+    """An invalid body is a 400 with an error, and no command is published."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     answer = await gateway.client.post("/api/v1/task", content=content, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
@@ -251,8 +251,8 @@ async def test_bad_bodies_are_refused(gateway: Running, body: object) -> None:
 
 @pytest.mark.parametrize("path", ["/api/v1/task", "/api/v1/task/cancel", "/api/v1/subnet"])
 @pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded", "nonsense"])
-async def test_a_body_says_that_it_is_json(gateway: Running, path: str, content_type: str | None) -> None:
-    """A body of another content type, or of none, is a 400 that says what to send, and goes nowhere."""
+async def test_body_of_another_content_type_is_refused(gateway: Running, path: str, content_type: str | None) -> None:
+    """A body with another content type, or without one, is a 400 that names the right one, and is not forwarded."""
     headers = {"Content-Type": content_type} if content_type else {}
     answer = await gateway.client.post(path, content=b'{"all": true}', headers=headers)
     assert answer.status_code == 400
@@ -261,14 +261,14 @@ async def test_a_body_says_that_it_is_json(gateway: Running, path: str, content_
 
 
 @pytest.mark.parametrize("content_type", ["application/json", "Application/JSON; charset=utf-8", "application/x+json"])
-async def test_json_has_several_names(gateway: Running, content_type: str) -> None:
-    """JSON under any of its content types is read."""
+async def test_body_of_any_json_content_type_is_accepted(gateway: Running, content_type: str) -> None:
+    """Every content type of JSON is accepted."""
     headers = {"Content-Type": content_type}
     answer = await gateway.client.post("/api/v1/task", content=json.dumps(BODY).encode(), headers=headers)
     assert answer.status_code == 201
 
 
-async def test_a_compressed_body_is_refused(gateway: Running) -> None:
+async def test_compressed_body_is_refused(gateway: Running) -> None:
     """A compressed body is a 400 that names the header."""
     headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
     answer = await gateway.client.post("/api/v1/task", content=b"\x1f\x8b", headers=headers)
@@ -277,16 +277,16 @@ async def test_a_compressed_body_is_refused(gateway: Running) -> None:
 
 
 @pytest.mark.parametrize("key", ["", " ", "a b", "x" * 256, "a\tb", "\u00e9".encode(), b"\x7f"], ids=ascii)
-async def test_bad_idempotency_keys_are_refused(gateway: Running, key: str | bytes) -> None:
-    """A key that is empty, too long or not visible ASCII is a 400, and no command is sent."""
+async def test_invalid_idempotency_key_is_refused(gateway: Running, key: str | bytes) -> None:
+    """A key that is empty, too long or not visible ASCII is a 400, and no command is published."""
     raw = key.encode() if isinstance(key, str) else key
     answer = await gateway.client.post("/api/v1/task", json=BODY, headers=[(b"Idempotency-Key", raw)])
     assert answer.status_code == 400
     assert not gateway.broker.records("scan-commands")
 
 
-async def test_the_longest_idempotency_key(gateway: Running) -> None:
-    """A key of 255 visible characters is taken as it is."""
+async def test_idempotency_key_of_the_maximum_length_is_accepted(gateway: Running) -> None:
+    """A key of 255 visible characters reaches the command unchanged."""
     key = ("".join(map(chr, range(0x21, 0x7F))) * 3)[:255]
     answer = await gateway.client.post("/api/v1/task", json=BODY, headers={"Idempotency-Key": key})
     assert answer.status_code == 201
@@ -295,8 +295,8 @@ async def test_the_longest_idempotency_key(gateway: Running) -> None:
     assert command.idempotency_key == key
 
 
-async def test_a_job_is_cancelled_by_a_command(gateway: Running) -> None:
-    """A cancel becomes one CancelJob of the token's user."""
+async def test_cancel_task_publishes_one_command(gateway: Running) -> None:
+    """A cancel publishes one CancelJob of the token's user."""
     answer = await gateway.client.post("/api/v1/task/41/cancel")
     assert (answer.status_code, answer.json()) == (200, {"message": "Job cancelled successfully"})
     (command,) = gateway.replier.commands
@@ -305,7 +305,7 @@ async def test_a_job_is_cancelled_by_a_command(gateway: Running) -> None:
 
 
 @pytest.mark.proves("A24", "G13")
-async def test_cancel_is_an_administrators_only_by_the_tokens_role(gateway: Running) -> None:
+async def test_cancel_task_of_an_administrator_is_determined_by_the_token(gateway: Running) -> None:
     """CancelJob has `admin` for a token with that role; no body or header sets it, and a query is rejected."""
     for headers in (gateway.issuer.bearer(9, admin=True), {"X-Admin": "true", "Roles": "admin"}):
         await gateway.client.post("/api/v1/task/41/cancel", json={"admin": True}, headers=headers)
@@ -317,8 +317,8 @@ async def test_cancel_is_an_administrators_only_by_the_tokens_role(gateway: Runn
 CANCEL = "http://orchestrator/internal/jobs/cancel"
 
 
-async def test_jobs_are_cancelled_page_by_page(gateway: Running) -> None:
-    """A cancel of many asks the orchestrator, in the caller's name, until no more match, and answers all that it did."""
+async def test_cancel_tasks_continues_until_no_job_matches(gateway: Running) -> None:
+    """The gateway cancels page by page in the caller's name until no job matches, and returns all cancelled jobs."""
     pages = iter([{"job_ids": [1, 2], "more": True}, {"job_ids": [4], "more": False}])
     gateway.services.on("POST", CANCEL, lambda _request: httpx.Response(200, json=next(pages)))
     answer = await gateway.client.post("/api/v1/task/cancel", json={"status": ["pending"], "subnet_id": 5})
@@ -330,24 +330,24 @@ async def test_jobs_are_cancelled_page_by_page(gateway: Running) -> None:
 
 
 @pytest.mark.parametrize(("job_ids", "message"), [([], "0 jobs cancelled"), ([7], "1 job cancelled")])
-async def test_a_cancel_of_many_says_how_many(gateway: Running, job_ids: list[int], message: str) -> None:
-    """The message counts the jobs."""
+async def test_cancel_tasks_counts_the_cancelled_jobs(gateway: Running, job_ids: list[int], message: str) -> None:
+    """The message has the number of jobs."""
     gateway.services.on("POST", CANCEL, httpx.Response(200, json={"job_ids": job_ids, "more": False}))
     answer = await gateway.client.post("/api/v1/task/cancel", json={"all": True})
     assert answer.json() == {"message": message, "job_ids": job_ids}
 
 
 @pytest.mark.parametrize("body", [{}, {"all": True, "policy_id": 1}, {"status": ["failed"]}, {"user_id": 8}, [], None])
-async def test_a_cancel_of_many_names_what_it_means(gateway: Running, body: object) -> None:
-    """Without a filter or `all`, with both, or with another field, the answer is 400 and nobody is asked."""
+async def test_cancel_tasks_with_an_ambiguous_body_is_refused(gateway: Running, body: object) -> None:
+    """Without a filter or `all`, with both, or with another field, the response is 400, and nothing is forwarded."""
     answer = await gateway.client.post("/api/v1/task/cancel", json=body)
     assert (answer.status_code, set(answer.json())) == (400, {"error"})
     assert not gateway.services.requests
 
 
 @pytest.mark.parametrize("answer", [None, httpx.Response(503, json={"error": "x"}), httpx.Response(200, json={})])
-async def test_a_cancel_of_many_that_is_not_done_is_a_503(gateway: Running, answer: httpx.Response | None) -> None:
-    """While the orchestrator is unavailable, or answers no page, the caller is asked to repeat the request."""
+async def test_cancel_tasks_without_the_orchestrator_is_503(gateway: Running, answer: httpx.Response | None) -> None:
+    """While the orchestrator is unavailable, or its response is invalid, the response is 503 with Retry-After."""
     if answer is None:
         gateway.services.away.add("orchestrator")
     else:
@@ -376,8 +376,8 @@ async def test_a_cancel_of_many_that_is_not_done_is_a_503(gateway: Running, answ
         "%2e%2e",
     ],
 )
-async def test_an_id_that_cannot_be_one_is_not_found(gateway: Running, id_: str) -> None:
-    """A path whose id is not an integer in its one spelling is a 404, and nobody is asked."""
+async def test_malformed_id_in_a_path_is_404(gateway: Running, id_: str) -> None:
+    """A path whose id is not an integer in canonical form is a 404, and nothing is forwarded."""
     for method, path in (("POST", f"/api/v1/task/{id_}/cancel"), ("GET", f"/api/v1/task/{id_}")):
         answer = await gateway.client.request(method, path)
         assert (answer.status_code, answer.json()) == (404, {"error": "Not Found"})

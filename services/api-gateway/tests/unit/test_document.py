@@ -1,4 +1,4 @@
-"""The OpenAPI document is true, full and readable without any other host."""
+"""The OpenAPI document is correct, complete and readable without any other host."""
 
 from __future__ import annotations
 
@@ -61,20 +61,20 @@ def operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, A
             yield path, verb, operation
 
 
-def test_every_route_is_there(document: dict[str, Any]) -> None:
+def test_document_has_every_route(document: dict[str, Any]) -> None:
     """The document has every public path with every verb, and no other."""
     assert {path: set(verbs) for path, verbs in document["paths"].items()} == PATHS
 
 
-def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
+def test_document_has_every_referenced_schema(document: dict[str, Any]) -> None:
     """Every schema that the document refers to is in it."""
     for name in re.findall(r'"#/components/schemas/([^"]*)"', json.dumps(document)):
         assert name in document["components"]["schemas"]
     assert not re.search(r'"\$ref": "(?!#/components/schemas/)', json.dumps(document))
 
 
-def test_every_error_has_the_one_shape(document: dict[str, Any]) -> None:
-    """Every error that is documented is `{"error": string}`, none is a 422, and a token is needed on all routes but one."""
+def test_documented_errors_have_one_schema(document: dict[str, Any]) -> None:
+    """Every documented error is `{"error": string}`, none is a 422, and all routes but one require a token."""
     assert "422" not in json.dumps(document)
     error = document["components"]["schemas"]["Error"]
     assert error["properties"]["error"]["type"] == "string"
@@ -90,8 +90,8 @@ def test_every_error_has_the_one_shape(document: dict[str, Any]) -> None:
                 assert answer["content"] == {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
 
 
-def test_every_answer_has_a_schema(document: dict[str, Any]) -> None:
-    """Every success with a body has a schema of its own, and every operation has words."""
+def test_documented_successes_have_a_schema(document: dict[str, Any]) -> None:
+    """Every success with a body has a schema, and every operation has a description."""
     for path, _, operation in operations(document):
         assert operation["description"]
         if not {"200", "201"} & set(operation["responses"]):
@@ -101,8 +101,8 @@ def test_every_answer_has_a_schema(document: dict[str, Any]) -> None:
         assert success["content"]["text/event-stream" if path.endswith("/events") else "application/json"]["schema"]
 
 
-def test_every_id_has_its_bounds(document: dict[str, Any]) -> None:
-    """Every path's parameter is documented as an integer with its bounds."""
+def test_documented_ids_have_bounds(document: dict[str, Any]) -> None:
+    """Every parameter of a path is documented as an integer with its bounds."""
     for path, _, operation in operations(document):
         documented = {p["name"]: p for p in operation.get("parameters", ()) if p["in"] == "path"}
         assert set(documented) == set(re.findall(r"{(\w+)}", path))
@@ -111,8 +111,8 @@ def test_every_id_has_its_bounds(document: dict[str, Any]) -> None:
             assert (schema["type"], schema["minimum"], schema["maximum"]) == ("integer", 1, 2**53 - 1)
 
 
-def test_bodies_and_queries(document: dict[str, Any]) -> None:
-    """What the gateway only passes on is documented as if it were read here: bodies, pages and states."""
+def test_forwarded_bodies_and_queries_are_documented(document: dict[str, Any]) -> None:
+    """Bodies, pages and states that the gateway only forwards are documented completely."""
     for path in ("/api/v1/subnet", "/api/v1/policy"):
         for verb, where in (("post", path), ("put", f"{path}/{{{path.rsplit('/', 1)[1]}_id}}")):
             body = document["paths"][where][verb]["requestBody"]
@@ -130,22 +130,22 @@ def test_bodies_and_queries(document: dict[str, Any]) -> None:
     assert queries["status"]["items"]["enum"] == ["pending", "running", "completed", "failed", "cancelled"]
 
 
-def test_results_come_in_three_ways(document: dict[str, Any]) -> None:
+def test_results_are_documented_in_three_formats(document: dict[str, Any]) -> None:
     """Results are documented as JSON, NDJSON and CSV."""
     content = document["paths"]["/api/v1/task/{job_id}/results"]["get"]["responses"]["200"]["content"]
     assert set(content) == {"application/json", "application/x-ndjson", "text/csv"}
 
 
-def test_events_come_as_a_stream(document: dict[str, Any]) -> None:
-    """A stream of events is documented as Server-Sent Events alone, with what may be said against it."""
+def test_events_are_documented_as_a_stream(document: dict[str, Any]) -> None:
+    """A stream of events is documented as Server-Sent Events only, with its errors."""
     answers = document["paths"]["/api/v1/task/{job_id}/events"]["get"]["responses"]
     assert set(answers["200"]["content"]) == {"text/event-stream"}
     assert set(answers) == {"200", "204", "401", "404", "429", "500", "503", "default"}
     assert "content" not in answers["204"]
 
 
-async def test_the_page_needs_no_other_host(gateway: Running) -> None:
-    """The page at /docs and all that it loads come from the gateway itself."""
+async def test_docs_page_needs_no_other_host(gateway: Running) -> None:
+    """The page at /docs and all of its files come from the gateway itself."""
     page = (await gateway.client.get("/docs")).text
     assert not re.search(r"(?:src|href)\s*=\s*[\"'](?:https?:)?//", page)
     for asset in re.findall(r"/docs/assets/[\w.-]+", page):
@@ -157,14 +157,14 @@ async def test_the_page_needs_no_other_host(gateway: Running) -> None:
 @pytest.mark.parametrize(
     "path", ["/", "/nope", "/api/v1/task/", "/redoc", "/docs/assets/nope", "/internal/jobs/1/owner", "//"]
 )
-async def test_an_unknown_path_is_not_found(gateway: Running, path: str) -> None:
-    """A path that is not there is a 404 in the one shape, even one of the services behind."""
+async def test_unknown_path_is_404(gateway: Running, path: str) -> None:
+    """An unknown path is a 404 in the common form, also a path of the services behind the gateway."""
     answer = await gateway.client.get(f"http://gateway{path}")
     assert (answer.status_code, answer.json()) == (404, {"error": "Not Found"})
 
 
-async def test_a_wrong_verb_names_the_right_ones(gateway: Running) -> None:
-    """A verb that a path does not have is a 405 that names all those it has."""
+async def test_wrong_verb_is_405_with_the_allowed_ones(gateway: Running) -> None:
+    """An unsupported verb of a path is a 405 that names all supported ones."""
     for path, verbs in PATHS.items():
         with_head = verbs | {"head"} if "get" in verbs else verbs
         answer = await gateway.client.patch(re.sub(r"{\w+}", "1", path))
@@ -173,15 +173,15 @@ async def test_a_wrong_verb_names_the_right_ones(gateway: Running) -> None:
 
 
 @pytest.mark.parametrize("path", ["/openapi.json", "/docs", "/docs/assets/swagger-ui.css"])
-async def test_a_document_answers_head(gateway: Running, path: str) -> None:
-    """HEAD is answered as GET is, without a body."""
+async def test_head_of_a_document_has_no_body(gateway: Running, path: str) -> None:
+    """HEAD is answered like GET, without a body."""
     answer = await gateway.client.head(path)
     assert (answer.status_code, answer.content) == (200, b"")
 
 
 @pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/metrics", "/internal/ready"])
 async def test_path_that_no_ingress_passes_on_is_404(gateway: Running, path: str) -> None:
-    """The API's port serves no probes, no metrics and nothing of the services behind."""
+    """The API's port serves no probes, no metrics and no internal paths of the services."""
     assert (await gateway.client.get(path)).status_code == 404
 
 
@@ -200,8 +200,8 @@ async def test_readiness_until_each_service_has_been_ready_is_503(gateway: Runni
     assert (await gateway.probes.get("/readyz")).status_code == 200
 
 
-async def test_readiness_in_a_later_outage_behind_stays_200(gateway: Running) -> None:
-    """A service behind that becomes unavailable later leaves the gateway ready: it answers what it can, and 503 to the rest."""
+async def test_readiness_in_a_later_outage_of_a_service_stays_200(gateway: Running) -> None:
+    """The gateway stays ready when a service becomes unavailable later; only requests that need it are answered 503."""
     assert (await gateway.probes.get("/readyz")).status_code == 200
     gateway.services.away.update({"orchestrator", "result-store"})
     assert (await gateway.probes.get("/readyz")).status_code == 200
@@ -217,7 +217,7 @@ async def test_readiness_without_the_bus_is_503(gateway: Running) -> None:
 
 
 async def test_docs_page_runs_its_own_scripts_alone(gateway: Running) -> None:
-    """The policy of `/docs` admits its one inline script by its hash, its own files, no other host and no frame."""
+    """The policy of `/docs` allows its one inline script by hash and its own files, but no other host and no frame."""
     answer = await gateway.client.get("/docs")
     policy = dict(each.strip().split(" ", 1) for each in answer.headers["Content-Security-Policy"].split(";"))
     (script,) = re.findall(r"<script>(.*?)</script>", answer.text, re.DOTALL)
@@ -231,8 +231,8 @@ async def test_docs_page_runs_its_own_scripts_alone(gateway: Running) -> None:
 
 @pytest.mark.proves("A12")
 @pytest.mark.parametrize("path", [path for path, verbs in PATHS.items() if "get" in verbs and path != "/api/v1/info"])
-async def test_an_unknown_query_parameter_is_a_400(gateway: Running, path: str) -> None:
-    """A query parameter that the document does not name is refused on every route, in a short message that names it."""
+async def test_unknown_query_parameter_is_400(gateway: Running, path: str) -> None:
+    """Every route refuses an undocumented query parameter with a short message that names it."""
     before = len(gateway.services.requests)
     path = re.sub(r"{\w+}", "1", path)
     for query in ("status[$ne]=x", "status[$in][]=running", "$where=1", "_=1", "sUbnet_id=1", "x" * 5_000):
@@ -243,8 +243,8 @@ async def test_an_unknown_query_parameter_is_a_400(gateway: Running, path: str) 
     assert len(gateway.services.requests) == before
 
 
-async def test_a_documented_query_parameter_is_passed_on(gateway: Running, document: dict[str, Any]) -> None:
-    """Every query parameter of the document is known to the route that has it, a list in brackets too."""
+async def test_documented_query_parameter_is_forwarded(gateway: Running, document: dict[str, Any]) -> None:
+    """Every route accepts its documented query parameters, also lists in brackets."""
     for path, verb, operation in operations(document):
         for each in operation.get("parameters", ()):
             if each["in"] != "query" or path == "/api/v1/events":
@@ -255,8 +255,8 @@ async def test_a_documented_query_parameter_is_passed_on(gateway: Running, docum
                 assert answer.status_code == 404, (path, name)  # the stand-ins' answer
 
 
-async def test_an_import_is_csv_alone(gateway: Running) -> None:
-    """CSV is passed on as it is; another body is a 400 that says what to send."""
+async def test_import_of_another_content_type_is_400(gateway: Running) -> None:
+    """CSV is forwarded unchanged; another body is a 400 that names the right content type."""
     gateway.services.on("POST", "http://orchestrator/api/v1/subnet/import", httpx.Response(201, json={}))
     for kind, status in (("text/csv", 201), ("text/csv; charset=utf-8", 201), ("application/json", 400), ("", 400)):
         answer = await gateway.client.post(

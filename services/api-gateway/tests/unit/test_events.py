@@ -1,4 +1,4 @@
-"""A stream tells what is true when it begins and every change after it, ends with the job, and is never silent about an end."""
+"""A stream sends the current state and every later change, ends with the job, and never misses a final state."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ KINDS: dict[JobStatus, type[JobEvent]] = {
 
 
 def task(status: JobStatus, progress: int = 0, job_id: int = 41) -> dict[str, Any]:
-    """What a GET of the task answers."""
+    """Return the response to a GET of the task."""
     state = {"status": status, "progress": progress, "machines_found": progress, "error": ""}
     return {"job_id": str(job_id), "status": state, "job": SHOWN[status].model_dump(mode="json") | {"id": job_id}}
 
@@ -61,7 +61,7 @@ SHOWN = {status: job(41, status) for status in JobStatus}
 
 
 def latest(seq: int, status: JobStatus, progress: int = 0, job_id: int = 41) -> httpx.Response:
-    """What the orchestrator says of the job."""
+    """Return the orchestrator's response for the job."""
     return httpx.Response(200, json={"seq": seq, "task": task(status, progress, job_id)})
 
 
@@ -85,13 +85,13 @@ class Watcher:
         self.running = asyncio.create_task(self.client.run())
 
     async def status(self) -> int:
-        """Of the answer."""
+        """Return the status of the response."""
         async with asyncio.timeout(LIMIT):
             status: int = (await self.client.messages.get())["status"]
         return status
 
     async def next(self) -> tuple[int, str, int] | str:
-        """Number, status and progress of the next state told; `heartbeat`; or `end`."""
+        """Return number, status and progress of the next state; `heartbeat`; or `end`."""
         async with asyncio.timeout(LIMIT):
             message = await self.client.messages.get()
         if not message["more_body"]:
@@ -105,14 +105,14 @@ class Watcher:
         return int(fields["id"]), fields["event"], data["status"]["progress"]
 
     async def news(self) -> tuple[int, str, int] | str:
-        """The next that is no heartbeat."""
+        """Return the next item that is not a heartbeat."""
         async with asyncio.timeout(LIMIT):
             while (told := await self.next()) == "heartbeat":
                 pass
         return told
 
     async def rest(self) -> list[tuple[int, str, int] | str]:
-        """All up to the end, but for heartbeats."""
+        """Return all items up to the end, except heartbeats."""
         told = []
         async with asyncio.timeout(LIMIT):
             while (each := await self.next()) != "end":
@@ -123,20 +123,20 @@ class Watcher:
 
 
 def streams() -> float | None:
-    """How many are open."""
+    """Return the number of open streams."""
     return REGISTRY.get_sample_value("scanfleet_gateway_streams")
 
 
 @pytest.fixture(autouse=True)
 def _none_is_left() -> Iterator[None]:
-    """However a stream ends, nobody watches for it any more."""
+    """No watch remains after a stream, however it ended."""
     yield
     assert streams() == 0
 
 
 @asynccontextmanager
 async def watched(**settings: Any) -> AsyncIterator[tuple[Running, MemoryBus]]:
-    """A gateway, and the bus on which an orchestrator tells of its jobs."""
+    """A gateway, and the bus on which an orchestrator publishes job events."""
     async with Gateway().run(**settings) as gateway:
         yield gateway, MemoryBus(gateway.broker, source=ORCHESTRATOR)
 
@@ -148,10 +148,10 @@ async def running() -> AsyncIterator[tuple[Running, MemoryBus]]:
 
 
 @pytest.mark.parametrize("final", FINAL)
-async def test_a_job_is_told_from_its_state_now_to_its_last(
+async def test_stream_sends_all_states_up_to_the_final_one(
     running: tuple[Running, MemoryBus], final: JobStatus
 ) -> None:
-    """First comes the job as it is, then each change in the shape of a GET, and after the final state the stream ends."""
+    """A stream sends the current job, then each change in the form of a GET, and ends after the final state."""
     gateway, bus = running
     gateway.services.on("GET", LATEST, latest(1, PENDING))
     watcher = Watcher(gateway)
@@ -170,7 +170,7 @@ async def test_a_job_is_told_from_its_state_now_to_its_last(
 
 @pytest.mark.proves("A29")
 async def test_stream_of_a_hostile_error_is_printable_ascii(running: tuple[Running, MemoryBus]) -> None:
-    """Control, C1 and bidirectional characters of an error are escapes in an event, and read back as they were."""
+    """Control, C1 and bidirectional characters of an error are escaped in an event, and parsed unchanged."""
     gateway, _ = running
     hostile = "\x1b[31m\x7f\x9b31m\u202e\u2066\u2028\r\nevent: completed"
     failed = task(JobStatus.FAILED)
@@ -184,8 +184,8 @@ async def test_stream_of_a_hostile_error_is_printable_ascii(running: tuple[Runni
     assert json.loads(data)["status"]["error"] == hostile
 
 
-async def test_a_stream_is_of_one_job(running: tuple[Running, MemoryBus]) -> None:
-    """Of several streams each tells of its own job, all that watch it."""
+async def test_streams_send_only_their_own_job(running: tuple[Running, MemoryBus]) -> None:
+    """Each of several streams sends the states of its own job only."""
     gateway, bus = running
     gateway.services.on("GET", LATEST, latest(1, PENDING))
     gateway.services.on("GET", LATEST.replace("41", "42"), latest(1, PENDING, job_id=42))
@@ -202,8 +202,8 @@ async def test_a_stream_is_of_one_job(running: tuple[Running, MemoryBus]) -> Non
 
 
 @pytest.mark.parametrize("final", FINAL)
-async def test_a_finished_job_is_told_at_once(running: tuple[Running, MemoryBus], final: JobStatus) -> None:
-    """The stream of a finished job is its state, and its end."""
+async def test_stream_of_a_finished_job_ends_at_once(running: tuple[Running, MemoryBus], final: JobStatus) -> None:
+    """The stream of a finished job sends its state and ends."""
     gateway, _ = running
     gateway.services.on("GET", LATEST, latest(5, final, 40))
     watcher = Watcher(gateway)
@@ -211,8 +211,8 @@ async def test_a_finished_job_is_told_at_once(running: tuple[Running, MemoryBus]
     assert await watcher.rest() == [(5, final, 40)]
 
 
-async def test_nothing_is_missed_while_the_state_is_asked_for(running: tuple[Running, MemoryBus]) -> None:
-    """What happens after the orchestrator has looked and before its answer is here is told; what it had seen is not."""
+async def test_events_during_the_query_are_sent_after_its_state(running: tuple[Running, MemoryBus]) -> None:
+    """Events that arrive during the query are sent if they are newer than its response, and dropped otherwise."""
     gateway, bus = running
     gateway.services.on("GET", LATEST, latest(1, PENDING))
     other = Watcher(gateway)
@@ -238,8 +238,8 @@ async def test_nothing_is_missed_while_the_state_is_asked_for(running: tuple[Run
     assert await other.rest() == []
 
 
-async def test_what_is_old_or_doubled_is_not_told(running: tuple[Running, MemoryBus]) -> None:
-    """Of events that come twice, late or out of order only those above the last are told: no state goes back."""
+async def test_old_and_duplicate_events_are_dropped(running: tuple[Running, MemoryBus]) -> None:
+    """Of duplicate, late or reordered events only those newer than the last one are sent: no state goes back."""
     gateway, bus = running
     gateway.services.on("GET", LATEST, latest(5, RUNNING, 50))
     watcher = Watcher(gateway)
@@ -253,8 +253,8 @@ async def test_what_is_old_or_doubled_is_not_told(running: tuple[Running, Memory
 
 
 @pytest.mark.proves("G11")
-async def test_a_slow_client_costs_little_and_gets_the_latest(running: tuple[Running, MemoryBus]) -> None:
-    """While a client takes nothing, progress replaces progress; then it is told the latest, and no status is left out."""
+async def test_slow_client_gets_every_status_and_the_latest_progress(running: tuple[Running, MemoryBus]) -> None:
+    """While a client reads nothing, newer progress replaces older; then it gets the latest one and every status."""
     gateway, bus = running
     gateway.services.on("GET", LATEST, latest(1, PENDING))
     watcher, other = Watcher(gateway), Watcher(gateway)
@@ -273,8 +273,8 @@ async def test_a_slow_client_costs_little_and_gets_the_latest(running: tuple[Run
     assert await watcher.rest() == [(2, "running", 0), (101, "running", 99), (102, "completed", 100)]
 
 
-async def test_a_client_that_takes_nothing_is_cut_off() -> None:
-    """A stream whose client stalls for too long is given up."""
+async def test_client_that_reads_nothing_is_disconnected() -> None:
+    """A stream whose client stalls for too long is closed."""
     async with watched(stalled_seconds=0.02) as (gateway, bus):
         gateway.services.on("GET", LATEST, latest(1, PENDING))
         watcher = Watcher(gateway)
@@ -289,8 +289,10 @@ async def test_a_client_that_takes_nothing_is_cut_off() -> None:
 
 @pytest.mark.proves("A10", "G13")
 @pytest.mark.parametrize("status", [403, 404, 503])
-async def test_who_may_not_watch_is_told_why(running: tuple[Running, MemoryBus], status: int) -> None:
-    """What the orchestrator says against watching a job is the answer, and no event is told."""
+async def test_stream_refused_by_the_orchestrator_returns_its_error(
+    running: tuple[Running, MemoryBus], status: int
+) -> None:
+    """The orchestrator's refusal is the response, and no event is sent."""
     gateway, _ = running
     headers = {"Retry-After": "1"} if status == 503 else {}
     gateway.services.on("GET", LATEST, httpx.Response(status, json={"error": "not yours"}, headers=headers))
@@ -302,8 +304,8 @@ async def test_who_may_not_watch_is_told_why(running: tuple[Running, MemoryBus],
 
 
 @pytest.mark.parametrize("content", [b"{}", b"no"])
-async def test_no_stream_begins_without_the_state(running: tuple[Running, MemoryBus], content: bytes) -> None:
-    """While the orchestrator is away, or says what is no state, the answer is 503 with Retry-After."""
+async def test_stream_without_the_current_state_is_503(running: tuple[Running, MemoryBus], content: bytes) -> None:
+    """While the orchestrator is unavailable, or its response is invalid, the response is 503 with Retry-After."""
     gateway, _ = running
     gateway.services.on("GET", LATEST, httpx.Response(200, content=content))
     answers = [await gateway.client.get(EVENTS)]
@@ -313,7 +315,7 @@ async def test_no_stream_begins_without_the_state(running: tuple[Running, Memory
 
 
 async def unready(gateway: Running) -> None:
-    """Take the broker away, and wait until it was noticed."""
+    """Make the broker unavailable, and wait until the gateway has noticed."""
     gateway.broker.away = True
     async with asyncio.timeout(LIMIT):
         while gateway.app.state.gateway.events.ready:
@@ -321,8 +323,8 @@ async def unready(gateway: Running) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_no_stream_begins_while_events_cannot_be_heard(running: tuple[Running, MemoryBus]) -> None:
-    """While the broker is away the answer is 503 with Retry-After, whatever the orchestrator could say."""
+async def test_stream_without_the_broker_is_503(running: tuple[Running, MemoryBus]) -> None:
+    """While the broker is unavailable the response is 503 with Retry-After, and the orchestrator is not queried."""
     gateway, _ = running
     gateway.services.on("GET", LATEST, latest(1, PENDING))
     await unready(gateway)
@@ -334,8 +336,8 @@ async def test_no_stream_begins_while_events_cannot_be_heard(running: tuple[Runn
 
 @pytest.mark.proves("A28", "G14")
 @pytest.mark.parametrize("loss", ["broker", "orchestrator", "token"])
-async def test_a_stream_that_can_no_longer_know_ends(loss: str) -> None:
-    """When events cannot be heard, the orchestrator is away or the token is revoked, a stream ends within a heartbeat."""
+async def test_stream_that_loses_a_dependency_or_its_token_ends(loss: str) -> None:
+    """Without the broker or the orchestrator, or after a revocation of the token, a stream ends within a heartbeat."""
     async with watched(heartbeat_seconds=0.02) as (gateway, _):
         gateway.services.on("GET", LATEST, latest(2, RUNNING))
         watcher = Watcher(gateway)
@@ -380,8 +382,8 @@ async def test_stream_ended_by_an_error_of_the_orchestrator_logs_refusal_or_outa
     assert ends == [(level, logged)]
 
 
-async def test_an_event_that_is_lost_is_told_all_the_same() -> None:
-    """A state whose event never comes is told within a heartbeat, and once: no stream stays open after its job's end."""
+async def test_state_of_a_lost_event_is_sent_within_a_heartbeat() -> None:
+    """A state whose event was lost is sent within a heartbeat, once; so no stream stays open after its job's end."""
     async with watched(heartbeat_seconds=0.02) as (gateway, bus):
         gateway.services.on("GET", LATEST, latest(2, RUNNING))
         watcher = Watcher(gateway)
@@ -395,8 +397,8 @@ async def test_an_event_that_is_lost_is_told_all_the_same() -> None:
 
 
 @pytest.mark.proves("G11")
-async def test_streams_have_places_of_their_own() -> None:
-    """A user's streams are bounded by their own limit, which is named, and take no place of a request."""
+async def test_streams_of_a_user_have_a_separate_limit() -> None:
+    """A user's streams have a limit of their own, which the error names, and do not count as requests."""
     async with watched(streams_at_once_per_user=2, requests_at_once_per_user=1, requests_at_once=1) as (gateway, _):
         gateway.services.on("GET", LATEST, latest(1, PENDING))
         watchers = [Watcher(gateway), Watcher(gateway)]
@@ -419,7 +421,7 @@ async def test_streams_have_places_of_their_own() -> None:
 
 
 async def test_streams_are_bounded_overall() -> None:
-    """When all places of streams are taken the next stream of anyone is a 503 that names the limit; requests go on."""
+    """Above the limit of all streams the next one of any user is a 503 that names the limit; requests are still answered."""
     async with watched(streams_at_once=1) as (gateway, _):
         gateway.services.on("GET", LATEST, latest(1, PENDING))
         watcher = Watcher(gateway)
@@ -441,7 +443,7 @@ _ID = re.compile(r"[0-9]{1,14}-[0-9]+-[0-9]+")
 
 
 def page(*jobs: tuple[int, int, JobStatus], after: int | None = None, time: datetime = THEN) -> httpx.Response:
-    """What the orchestrator says of several jobs: of each its id, the number of its state and its status."""
+    """Return the orchestrator's response for several jobs: id, number of the state and status of each."""
     snapshots = [{"seq": seq, "task": task(status, 0, job_id)} for job_id, seq, status in jobs]
     return httpx.Response(200, json={"snapshots": snapshots, "next": after, "time": time.isoformat()})
 
@@ -480,7 +482,7 @@ class JobsWatcher:
             assert (await self.client.messages.get())["body"] == b"retry: 3000\n\n"
 
     async def next(self) -> tuple[int, int, str] | str:
-        """Job, number and status of the next state told; `heartbeat`; or `end`."""
+        """Return job, number and status of the next state; `heartbeat`; or `end`."""
         async with asyncio.timeout(LIMIT):
             message = await self.client.messages.get()
         if not message["more_body"]:
@@ -497,7 +499,7 @@ class JobsWatcher:
         return int(job_id), int(seq), fields["event"]
 
     async def news(self) -> tuple[int, int, str] | str:
-        """The next that is no heartbeat."""
+        """Return the next item that is not a heartbeat."""
         while (told := await self.next()) == "heartbeat":
             pass
         return told
@@ -508,12 +510,12 @@ class JobsWatcher:
 
 
 def asked(gateway: Running) -> list[dict[str, str]]:
-    """The queries of each page that was asked for."""
+    """Return the query of each requested page."""
     return [dict(each.url.params) for each in gateway.services.requests if each.url.path == "/internal/jobs/latest"]
 
 
-async def test_all_jobs_of_a_user_come_in_one_stream(running: tuple[Running, MemoryBus]) -> None:
-    """First comes each job as it is, page by page, then every change of the caller's jobs; it does not end with a job."""
+async def test_stream_of_all_jobs_sends_current_states_then_changes(running: tuple[Running, MemoryBus]) -> None:
+    """The stream sends the caller's current jobs page by page, then every change, and does not end with a job."""
     gateway, bus = running
     pages = iter([page((1, 3, RUNNING), (2, 1, PENDING), after=2), page((5, 1, PENDING))])
     gateway.services.on("GET", PAGE, lambda _request: next(pages))
@@ -533,8 +535,8 @@ async def test_all_jobs_of_a_user_come_in_one_stream(running: tuple[Running, Mem
     await watcher.leave()
 
 
-async def test_a_stream_of_all_jobs_goes_on_from_the_last_event(running: tuple[Running, MemoryBus]) -> None:
-    """A client that comes back with an `id` is told of what has ended since, with a minute's overlap; junk is no id."""
+async def test_stream_of_all_jobs_resumes_after_the_last_event(running: tuple[Running, MemoryBus]) -> None:
+    """A client that reconnects with an `id` gets the jobs that ended since, with a minute's overlap; malformed ids are ignored."""
     gateway, _ = running
     gateway.services.on("GET", PAGE, page((1, 4, COMPLETED)))
     seen = datetime(2026, 1, 1, tzinfo=UTC)
@@ -556,7 +558,7 @@ async def test_a_stream_of_all_jobs_goes_on_from_the_last_event(running: tuple[R
 async def test_stream_of_all_jobs_cut_during_its_first_look_resumes_from_the_same_time(
     running: tuple[Running, MemoryBus], seen: str
 ) -> None:
-    """A job whose final state was not sent before the cut is asked for again, whatever jobs were sent before it."""
+    """A job whose final state was not sent before the cut is requested again, whichever jobs were sent before it."""
     gateway, _ = running
     pages = iter([page((1, 9, RUNNING), after=1)])
     gateway.services.on("GET", PAGE, lambda _request: next(pages, httpx.Response(503, json={"error": "unavailable"})))
@@ -588,8 +590,8 @@ async def test_stream_of_all_jobs_after_a_complete_look_has_its_time_in_ids() ->
         await watcher.leave()
 
 
-async def test_a_change_of_a_job_that_is_lost_is_told_all_the_same() -> None:
-    """Once a heartbeat the orchestrator is asked what has changed since, and what was not heard is told once."""
+async def test_stream_of_all_jobs_sends_the_state_of_a_lost_event() -> None:
+    """At each heartbeat the gateway queries the changes since the last one, and sends missed states once."""
     async with watched(heartbeat_seconds=0.02) as (gateway, _):
         gateway.services.on("GET", PAGE, page((1, 1, RUNNING)))
         watcher = JobsWatcher(gateway)
@@ -627,8 +629,8 @@ async def test_stream_of_a_slow_client_ends_once_its_token_is_revoked() -> None:
 
 
 @pytest.mark.proves("A24", "G13")
-async def test_jobs_of_others_are_watched_by_administrators(running: tuple[Running, MemoryBus]) -> None:
-    """`user_id` is asked of the orchestrator, whose refusal is the answer; one that is none is a 400."""
+async def test_stream_of_other_users_jobs_is_for_administrators(running: tuple[Running, MemoryBus]) -> None:
+    """The orchestrator decides about `user_id`, and its refusal is the response; a malformed one is a 400."""
     gateway, bus = running
     gateway.services.on("GET", PAGE, page())
     for whose, events in (("8", [(3, 1, "pending")]), ("all", [(3, 1, "pending"), (4, 1, "pending")])):
@@ -648,8 +650,8 @@ async def test_jobs_of_others_are_watched_by_administrators(running: tuple[Runni
 
 
 @pytest.mark.proves("G11")
-def test_a_watch_of_many_jobs_is_bounded() -> None:
-    """A client that takes nothing costs a bounded number of states: then its watch ends, and it is told the state of then."""
+def test_watch_with_too_many_waiting_states_ends() -> None:
+    """The watch of a client that reads nothing ends at a maximum number of states; the client reconnects."""
     watch = Watch()
     for job_id in range(1, MAX_WAITING + 1):
         watch.add(snapshot(job_id))
@@ -659,7 +661,7 @@ def test_a_watch_of_many_jobs_is_bounded() -> None:
 
 
 def test_take_waiting_with_states_that_arrive_meanwhile_leaves_those() -> None:
-    """A look is over once the states are sent that waited for it, however fast others arrive."""
+    """A query's states are sent completely before states that arrive meanwhile, however many those are."""
     watch = Watch()
     for job_id in (1, 2):
         watch.add(snapshot(job_id))
@@ -676,10 +678,10 @@ def snapshot(job_id: int) -> Snapshot:
 
 
 @pytest.mark.parametrize("final", FINAL)
-async def test_a_client_that_saw_the_final_state_is_not_answered_again(
+async def test_client_that_received_the_final_state_gets_204(
     running: tuple[Running, MemoryBus], final: JobStatus
 ) -> None:
-    """Who comes back with the `id` of a final state gets a 204, which ends an EventSource; any other gets the state."""
+    """A client that reconnects with the `id` of a final state gets a 204, which ends an EventSource; others get the state."""
     gateway, _ = running
     gateway.services.on("GET", LATEST, latest(5, final, 40))
     for seen in ("5", "6", "0005"):
@@ -691,8 +693,8 @@ async def test_a_client_that_saw_the_final_state_is_not_answered_again(
         assert f"event: {final}" in answer.text
 
 
-async def test_a_client_that_returns_to_a_running_job_gets_its_state(running: tuple[Running, MemoryBus]) -> None:
-    """While a job runs a stream begins with its state, whatever the client saw, and says when to connect again."""
+async def test_client_that_reconnects_to_a_running_job_gets_its_state(running: tuple[Running, MemoryBus]) -> None:
+    """A stream of a running job begins with its state, whatever the client has received, and has the reconnection delay."""
     gateway, bus = running
     gateway.services.on("GET", LATEST, latest(3, RUNNING))
     client = Client(gateway, EVENTS)
@@ -707,8 +709,8 @@ async def test_a_client_that_returns_to_a_running_job_gets_its_state(running: tu
     assert "retry: 3000\n" in first
 
 
-async def test_streams_end_when_the_gateway_is_told_to() -> None:
-    """On SIGTERM the server is told as ever, open streams end as whole answers, and no new one begins."""
+async def test_streams_end_on_sigterm() -> None:
+    """On SIGTERM the previous handler is called too, open streams end as complete responses, and no new one begins."""
     told = []
 
     def server(number: int, _frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""What a client asks first, and what every answer says of the caller's limits."""
+"""The platform's settings for clients, and the caller's limits in every response."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INTERNAL = "http://orchestrator/internal/limits"
 
 
 async def test_info_without_a_token_is_answered() -> None:
-    """The platform says what it accepts to a caller without a token, from settings and from the orchestrator."""
+    """A caller without a token gets the platform's settings and the orchestrator's limits."""
     async with Gateway().run(oidc_client_id="scanfleet-cli", oidc_scopes="openid,profile") as gateway:
         gateway.services.on("GET", INTERNAL, ANSWER)
         answer = await gateway.client.get("/api/v1/info", headers={"Authorization": ""})
@@ -45,8 +45,8 @@ async def test_info_without_a_token_is_answered() -> None:
         assert "ratelimit" not in answer.headers
 
 
-async def test_info_without_a_client_id_names_tokens_alone() -> None:
-    """Without a registered client there is nothing to sign in with but a token."""
+async def test_info_without_a_client_id_names_only_tokens() -> None:
+    """Without a registered client the only sign-in is a token."""
     async with Gateway().run() as gateway:
         gateway.services.on("GET", INTERNAL, ANSWER)
         answer = (await gateway.client.get("/api/v1/info")).json()
@@ -54,7 +54,7 @@ async def test_info_without_a_client_id_names_tokens_alone() -> None:
 
 
 async def test_info_before_the_orchestrator_answered_is_503() -> None:
-    """Limits that were never read are not made up."""
+    """Without limits from the orchestrator the response is an error."""
     async with Gateway().run() as gateway:
         gateway.services.away.add("orchestrator")
         answer = await gateway.client.get("/api/v1/info")
@@ -136,8 +136,8 @@ async def test_scan_limits_due_with_a_query_under_way_are_answered_from_the_last
     assert await slow == LIMITS
 
 
-async def test_me_says_who_and_what_is_left() -> None:
-    """The caller learns id, role, the token's end, and limits that this request itself was counted against."""
+async def test_me_has_the_caller_and_the_remaining_limits() -> None:
+    """The response has id, role, the token's expiry, and limits that include this request."""
     async with Gateway().run(reads_per_minute=9, writes_per_minute=5, requests_at_once_per_user=3) as gateway:
         now = int(time.time())
         token = gateway.issuer.token(7, admin=True, iat=now, exp=now + 300)
@@ -167,8 +167,8 @@ async def test_me_says_who_and_what_is_left() -> None:
         ("POST", "/api/v1/task/1/cancel", 200, "cancels"),
     ],
 )
-async def test_every_answer_says_what_is_left(method: str, path: str, status: int, rate: str) -> None:
-    """Answers and errors alike name the limit that the request was counted against, and what is left of it."""
+async def test_response_has_the_remaining_quota(method: str, path: str, status: int, rate: str) -> None:
+    """Responses and errors have the limit that applies to the request, and its remaining quota."""
     async with Gateway().run(reads_per_minute=9, writes_per_minute=9, cancels_per_minute=9) as gateway:
         answer = await gateway.client.request(method, path, json={} if method == "POST" else None)
         assert answer.status_code == status
@@ -176,8 +176,8 @@ async def test_every_answer_says_what_is_left(method: str, path: str, status: in
         assert answer.headers["RateLimit"].startswith(f'"{rate}";r=8;t=')
 
 
-async def test_a_refused_answer_says_that_nothing_is_left() -> None:
-    """A 429 carries the same headers; a caller without a good token learns of no limit."""
+async def test_429_has_a_remaining_quota_of_zero() -> None:
+    """A 429 has the same headers; a response to an invalid token has none of them."""
     async with Gateway().run(reads_per_minute=1) as gateway:
         answers = [await gateway.client.get("/api/v1/me") for _ in range(4)]
         assert answers[-1].status_code == 429

@@ -1,4 +1,4 @@
-"""What other services answer passes through the gateway unchanged, as it comes, or not at all."""
+"""The gateway forwards responses of other services unchanged and as a stream, or not at all."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ async def gateway() -> AsyncIterator[Running]:
 
 
 @pytest.mark.parametrize(("method", "path"), PASSED_ON)
-async def test_a_request_goes_to_the_same_path(gateway: Running, method: str, path: str) -> None:
-    """Every query and resource is asked of the orchestrator under its own path and verb, and its answer is the answer."""
+async def test_forward_uses_the_same_path_and_verb(gateway: Running, method: str, path: str) -> None:
+    """Every query is forwarded to the orchestrator with its path and verb, and its response is the response."""
     body = b'{"as":  "it is"}'
     gateway.services.on(method, f"http://orchestrator{path}", httpx.Response(409, content=body))
     sent = b'{ "any": "thing" }' if method in ("POST", "PUT") else b""
@@ -53,8 +53,8 @@ async def test_a_request_goes_to_the_same_path(gateway: Running, method: str, pa
 
 @pytest.mark.parametrize("path", [path for method, path in PASSED_ON if method == "GET"])
 @pytest.mark.parametrize("status", [200, 404])
-async def test_head_is_answered_as_get_is(gateway: Running, path: str, status: int) -> None:
-    """HEAD asks as GET does, and answers its status and headers without a body."""
+async def test_head_is_answered_like_get(gateway: Running, path: str, status: int) -> None:
+    """HEAD is forwarded as GET, and returns its status and headers without a body."""
     gateway.services.on("GET", f"http://orchestrator{path}", httpx.Response(status, json={"error": "x"}))
     answer = await gateway.client.head(path, headers={"X-Request-ID": "same"})
     get = await gateway.client.get(path, headers={"X-Request-ID": "same"})
@@ -65,8 +65,8 @@ async def test_head_is_answered_as_get_is(gateway: Running, path: str, status: i
     assert {asked.method for asked in gateway.services.requests} == {"GET"}
 
 
-async def test_head_of_a_long_answer_reads_none_of_it(gateway: Running) -> None:
-    """HEAD of an answer that is streamed ends at its headers, and the service's answer is closed."""
+async def test_head_of_a_streamed_response_reads_no_body(gateway: Running) -> None:
+    """HEAD of a streamed response ends after the headers, and the service's response is closed."""
     stream = Stream(b"[1", b",2]")
     gateway.services.on("GET", RESULTS, httpx.Response(200, stream=stream))
     stream.go.release()
@@ -75,7 +75,7 @@ async def test_head_of_a_long_answer_reads_none_of_it(gateway: Running) -> None:
     assert stream.closed.is_set()
 
 
-async def test_head_wants_a_token_as_get_does(gateway: Running) -> None:
+async def test_head_requires_a_token_like_get(gateway: Running) -> None:
     """HEAD without a token is a 401, and on a route without GET a 405."""
     answer = await gateway.client.head("/api/v1/task", headers={"Authorization": ""})
     assert (answer.status_code, answer.content, answer.headers["WWW-Authenticate"]) == (401, b"", "Bearer")
@@ -91,8 +91,8 @@ async def test_forward_with_a_non_ascii_header_passes_it_on_unchanged(gateway: R
     assert dict(asked.headers.raw)[b"accept"] == "text/\u00e9, \u20ac".encode()
 
 
-async def test_what_goes_with_a_request(gateway: Running) -> None:
-    """The caller, Accept, content type, conditions, an id and a trace of ours, the query and the true address go on; nothing else."""
+async def test_forward_sends_only_the_known_headers(gateway: Running) -> None:
+    """The services get caller, Accept, content type, conditions, request id, trace, query and real address, and nothing else."""
     traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     answer = await gateway.client.get(
         "/api/v1/task?status%5B%5D=running&status=a,b&page=2&since=%F0%9F%98%80",
@@ -132,8 +132,8 @@ async def test_what_goes_with_a_request(gateway: Running) -> None:
     assert await gateway.caller(asked) == Principal(7)
 
 
-async def test_what_comes_back_with_an_answer(gateway: Running) -> None:
-    """The headers that a client needs come back; those of the connection and of the server do not."""
+async def test_forward_returns_only_the_known_headers(gateway: Running) -> None:
+    """The client gets the headers that it needs, but not those of the connection and of the server."""
     kept = {
         "content-type": "text/csv; charset=utf-8",
         "content-length": "2",
@@ -154,8 +154,8 @@ async def test_what_comes_back_with_an_answer(gateway: Running) -> None:
     assert dict(answer.headers) == kept | ours | {"x-request-id": asked.headers["x-request-id"]}
 
 
-async def test_not_modified_passes_through_without_a_body(gateway: Running) -> None:
-    """A 304 is passed on with its tag, as an answer that has ended."""
+async def test_forward_of_a_304_has_no_body(gateway: Running) -> None:
+    """A 304 is forwarded with its tag, as a complete response."""
     gateway.services.on("GET", "http://orchestrator/api/v1/task/41/map", httpx.Response(304, headers={"ETag": '"3"'}))
     answer = await gateway.client.get("/api/v1/task/41/map", headers={"If-None-Match": '"3"'})
     assert (answer.status_code, answer.headers["ETag"], answer.content) == (304, '"3"', b"")
@@ -164,8 +164,8 @@ async def test_not_modified_passes_through_without_a_body(gateway: Running) -> N
 @pytest.mark.parametrize(
     "value", [b"\xff\xfe", b"\x01", b"a b", b"%zz", b"#", b"\xc3\xa9", b"&&&", b"===???"], ids=repr
 )
-async def test_an_odd_query_is_passed_on_escaped(gateway: Running, value: bytes) -> None:
-    """A query with bytes that no URL may have reaches the orchestrator escaped, and breaks nothing."""
+async def test_query_with_invalid_bytes_is_forwarded_escaped(gateway: Running, value: bytes) -> None:
+    """A query with bytes that are invalid in a URL reaches the orchestrator escaped."""
     client = Client(gateway, "/api/v1/task")
     client.scope["query_string"] = b"since=" + value
     await client.run()
@@ -174,8 +174,8 @@ async def test_an_odd_query_is_passed_on_escaped(gateway: Running, value: bytes)
     assert asked.url.query.isascii()
 
 
-async def test_a_query_beyond_reason_is_refused(gateway: Running) -> None:
-    """An address too long to pass on is a 400."""
+async def test_query_that_is_too_long_is_400(gateway: Running) -> None:
+    """A URL that is too long to forward is a 400."""
     client = Client(gateway, "/api/v1/task")
     client.scope["query_string"] = b"since=" + b"x" * 100_000
     await client.run()
@@ -183,8 +183,8 @@ async def test_a_query_beyond_reason_is_refused(gateway: Running) -> None:
 
 
 @pytest.mark.parametrize(("method", "path"), PASSED_ON)
-async def test_a_service_that_is_away(gateway: Running, method: str, path: str) -> None:
-    """While the orchestrator is away its routes answer 503 with Retry-After."""
+async def test_forward_to_an_unavailable_service_is_503(gateway: Running, method: str, path: str) -> None:
+    """While the orchestrator is unavailable its routes are answered 503 with Retry-After."""
     gateway.services.away.add("orchestrator")
     answer = await gateway.client.request(method, path, json={})
     assert answer.status_code == 503
@@ -192,8 +192,8 @@ async def test_a_service_that_is_away(gateway: Running, method: str, path: str) 
     assert set(answer.json()) == {"error"}
 
 
-async def test_results_of_the_owner(gateway: Running) -> None:
-    """Results are asked of result-store with the caller's Accept once the orchestrator agreed, as the caller."""
+async def test_results_of_the_owner_are_forwarded(gateway: Running) -> None:
+    """Once the orchestrator permits it, results are requested from result-store in the caller's name with the same Accept."""
     gateway.services.on("GET", RESULTS, httpx.Response(200, content=b'{"id":1}\n', headers={"Content-Type": "x/y"}))
     answer = await gateway.client.get("/api/v1/task/41/results", headers={"Accept": "application/x-ndjson"})
     assert (answer.status_code, answer.content, answer.headers["content-type"]) == (200, b'{"id":1}\n', "x/y")
@@ -205,8 +205,8 @@ async def test_results_of_the_owner(gateway: Running) -> None:
 
 
 @pytest.mark.parametrize("status", [403, 404, 503])
-async def test_results_of_others(gateway: Running, status: int) -> None:
-    """What the orchestrator says against reading a job's results is the answer, and result-store is not asked."""
+async def test_results_refused_by_the_orchestrator_return_its_error(gateway: Running, status: int) -> None:
+    """The orchestrator's refusal is the response, and result-store is not queried."""
     refusal = httpx.Response(status, json={"error": "not yours"}, headers={"Retry-After": "1"} if status == 503 else {})
     gateway.services.on("GET", OWNER, refusal)
     answer = await gateway.client.get("/api/v1/task/41/results")
@@ -216,16 +216,16 @@ async def test_results_of_others(gateway: Running, status: int) -> None:
 
 
 @pytest.mark.parametrize("host", ["orchestrator", "result-store"])
-async def test_results_while_a_service_is_away(gateway: Running, host: str) -> None:
-    """Results need both services; while one is away the answer is 503 with Retry-After."""
+async def test_results_without_a_service_are_503(gateway: Running, host: str) -> None:
+    """Results need both services; while one is unavailable the response is 503 with Retry-After."""
     gateway.services.away.add(host)
     answer = await gateway.client.get("/api/v1/task/41/results")
     assert answer.status_code == 503
     assert "Retry-After" in answer.headers
 
 
-async def test_results_are_never_gathered(gateway: Running) -> None:
-    """Each piece of a long answer reaches the client before the next one exists."""
+async def test_long_response_is_streamed(gateway: Running) -> None:
+    """Each piece of a long response reaches the client before the next one exists."""
     stream = Stream(b"[1", b",2", b",3]")
     gateway.services.on("GET", RESULTS, httpx.Response(200, stream=stream))
     client = Client(gateway, "/api/v1/task/41/results")
@@ -240,8 +240,8 @@ async def test_results_are_never_gathered(gateway: Running) -> None:
     assert stream.closed.is_set()
 
 
-async def test_a_long_answer_of_known_length_is_not_gathered(gateway: Running) -> None:
-    """An answer that says its length reaches the client piece by piece too if it is long."""
+async def test_long_response_of_known_length_is_streamed(gateway: Running) -> None:
+    """A long response with a Content-Length reaches the client piece by piece too."""
     stream = Stream(b"x" * SMALL_BYTES, b"x")
     headers = {"Content-Length": str(SMALL_BYTES + 1)}
     gateway.services.on("GET", RESULTS, httpx.Response(200, stream=stream, headers=headers))
@@ -256,8 +256,8 @@ async def test_a_long_answer_of_known_length_is_not_gathered(gateway: Running) -
     assert stream.closed.is_set()
 
 
-async def test_a_small_answer_that_breaks_off(gateway: Running) -> None:
-    """When the service fails in the middle of a small answer nothing of it is passed on: the answer is 503."""
+async def test_small_response_that_breaks_off_is_503(gateway: Running) -> None:
+    """When the service fails in the middle of a small response, nothing of it is forwarded: the response is 503."""
     stream = Stream(b"[1", breaks=True)
     gateway.services.on("GET", RESULTS, httpx.Response(200, stream=stream, headers={"Content-Length": "4"}))
     stream.go.release()
@@ -267,8 +267,8 @@ async def test_a_small_answer_that_breaks_off(gateway: Running) -> None:
     assert stream.closed.is_set()
 
 
-async def test_a_broken_answer_does_not_look_whole(gateway: Running) -> None:
-    """When the service fails in the middle of an answer the client's is cut off: its last piece never comes."""
+async def test_long_response_that_breaks_off_is_incomplete(gateway: Running) -> None:
+    """When the service fails in the middle of a response, the client's response is cut off without its last piece."""
     stream = Stream(b"[1", breaks=True)
     gateway.services.on("GET", RESULTS, httpx.Response(200, stream=stream))
     client = Client(gateway, "/api/v1/task/41/results")
@@ -280,8 +280,8 @@ async def test_a_broken_answer_does_not_look_whole(gateway: Running) -> None:
     assert stream.closed.is_set()
 
 
-async def test_a_client_that_leaves_ends_it_all(gateway: Running) -> None:
-    """When the client goes away in the middle of an answer the service's answer is closed."""
+async def test_client_that_disconnects_closes_the_services_response(gateway: Running) -> None:
+    """When the client disconnects in the middle of a response, the service's response is closed."""
     stream = Stream(b"[1", b",2]")
     gateway.services.on("GET", RESULTS, httpx.Response(200, stream=stream))
     client = Client(gateway, "/api/v1/task/41/results")
@@ -294,8 +294,8 @@ async def test_a_client_that_leaves_ends_it_all(gateway: Running) -> None:
     assert stream.closed.is_set()
 
 
-async def test_a_client_that_takes_nothing_is_cut_off() -> None:
-    """A client that stalls for too long loses its answer, and the service's answer is closed."""
+async def test_client_that_reads_nothing_is_disconnected() -> None:
+    """A client that stalls for too long is disconnected, and the service's response is closed."""
     async with Gateway().run(stalled_seconds=0.02) as gateway:
         stream = Stream(b"[1", b",2]")
         gateway.services.on("GET", OWNER, httpx.Response(200, json={"user_id": 7}))
@@ -310,8 +310,8 @@ async def test_a_client_that_takes_nothing_is_cut_off() -> None:
         assert stream.closed.is_set()
 
 
-async def test_a_client_that_takes_nothing_of_a_small_answer_is_cut_off() -> None:
-    """A small answer that the client does not take is given up after the same time."""
+async def test_client_that_reads_nothing_of_a_small_response_is_disconnected() -> None:
+    """A client that does not read a small response is disconnected after the same time."""
     async with Gateway().run(stalled_seconds=0.02) as gateway:
         gateway.services.on("GET", "http://orchestrator/api/v1/task", httpx.Response(200, json=[]))
         client = Client(gateway, "/api/v1/task")
@@ -322,8 +322,8 @@ async def test_a_client_that_takes_nothing_of_a_small_answer_is_cut_off() -> Non
 
 
 @pytest.mark.parametrize(("method", "path"), PASSED_ON)
-async def test_nothing_is_passed_on_without_a_token(gateway: Running, method: str, path: str) -> None:
-    """Without a good token nobody behind the gateway hears of a request."""
+async def test_request_without_a_token_is_not_forwarded(gateway: Running, method: str, path: str) -> None:
+    """Without a valid token no service behind the gateway receives the request."""
     for authorization in (
         "",
         "Bearer",
@@ -337,8 +337,8 @@ async def test_nothing_is_passed_on_without_a_token(gateway: Running, method: st
     assert not gateway.services.requests
 
 
-async def test_a_body_too_large_stays_outside(gateway: Running) -> None:
-    """A body above the limit, announced or not, is a 413, and the orchestrator does not hear of it."""
+async def test_body_that_is_too_large_is_413(gateway: Running) -> None:
+    """A body above the limit, announced or not, is a 413, and is not forwarded."""
 
     async def unannounced() -> AsyncIterator[bytes]:
         for _ in range(20):
