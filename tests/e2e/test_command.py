@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -140,6 +141,28 @@ def test_ctrl_c_leaves_the_job_running(environment: dict[str, str], owner: Clien
     job_id = int(shown.decode().partition("scanfleet job watch ")[2].split(",")[0])
     assert owner.status(job_id) in {"pending", "running"}
     owner.cancel(job_id)
+
+
+def test_several_jobs_are_watched_over_one_stream_and_deleted(start: Start, tmp_path: Path) -> None:
+    """A scan of two targets ends with both jobs, whose deletion removes them, and a repeated import creates no subnet."""
+
+    def done(*arguments: str) -> tuple[int, str]:
+        process = start(*arguments)
+        out, err = process.communicate(timeout=LIMIT)
+        return process.returncode, out + err
+
+    code, printed = done("scan", "127.9.8.0/30", "127.9.8.4/30", *FAST, "--found")
+    assert code == 0, printed
+    assert printed.count("completed 100%") == 2
+    job_ids = re.findall(r"^job (\d+) ·", printed, re.MULTILINE)
+    assert len(job_ids) == 2
+    code, printed = done("job", "delete", *job_ids, "--yes")
+    assert code == 0, printed
+    assert done("job", "show", job_ids[0])[0] == 5
+    file = tmp_path / "networks.csv"
+    file.write_text("name,cidr,exclude\nimported,127.9.8.0/24,127.9.8.0/26;127.9.8.64/26\n")
+    assert done("subnet", "import", str(file)) == (0, "1 created, 0 unchanged\n")
+    assert done("subnet", "import", str(file)) == (0, "0 created, 1 unchanged\n")
 
 
 def test_new_user_lists_addresses_that_were_not_probed(start: Start, owner: Client) -> None:
