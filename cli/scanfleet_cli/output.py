@@ -332,17 +332,13 @@ def duration(seconds: float) -> str:
     return f"{count(days, 'day')} {clock}" if days else clock
 
 
-def parse_time(text: str) -> datetime:
-    return datetime.fromisoformat(text)
-
-
 def ago(text: str | None, output: Output) -> str:
     """Format a time of the API for a table: relative on a terminal, unchanged elsewhere."""
     if text is None:
         return "-"
     if not output.terminal:
         return text
-    seconds = (output.now() - parse_time(text)).total_seconds()
+    seconds = (output.now() - datetime.fromisoformat(text)).total_seconds()
     for unit, length in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
         if seconds >= length:
             return f"{count(int(seconds // length), unit)} ago"

@@ -87,7 +87,7 @@ class JsonLines(Silent):
 
 
 class Log(Silent):
-    """Prints a line on stderr for each change of status, and one after each half minute without a change."""
+    """Prints a line on stderr for each change of status up to the end, and one after each half minute without a change."""
 
     wants_ledger = True
 
@@ -96,7 +96,10 @@ class Log(Silent):
         self._shown: dict[int, tuple[JobStatus, float]] = {}
 
     def changed(self, job: Followed) -> None:
-        if job.task is not None and self._shown.get(job.job_id, (None, 0))[0] is not job.task.status.status:
+        # The summary of the ended job follows for a final state.
+        if job.task is None or job.final:
+            return
+        if self._shown.get(job.job_id, (None, 0))[0] is not job.task.status.status:
             self._line(job)
 
     def tick(self, jobs: Sequence[Followed]) -> None:

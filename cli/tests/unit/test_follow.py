@@ -61,6 +61,18 @@ def test_scan_without_a_readable_ledger_prints_its_results(api: FakeApi, run: An
     assert "cannot read the ledger: busy" in ended.err
 
 
+def test_log_has_one_line_for_the_end_of_a_job(api: FakeApi, run: Any) -> None:
+    """Without a terminal each status is printed once, the final one with its ledger."""
+    ended = run("scan", "127.9.8.0/24")
+    assert api.jobs[41].status is JobStatus.COMPLETED
+    lines = [line.split(" ", 1)[1] for line in ended.err.splitlines() if " job 41 " in line]
+    assert lines == [
+        "job 41 pending 0%",
+        "job 41 running 62%",
+        "job 41 completed 100% machines=0 accounted=true answered=256",
+    ]
+
+
 def test_several_jobs_are_watched_over_one_stream(running: FakeApi, run: Any) -> None:
     """`job watch` opens the stream of all jobs instead of one for each."""
     for job in running.jobs.values():
