@@ -167,13 +167,20 @@ def _command(context: click.Context, command: click.Command) -> Iterator[str]:
         yield f"### {context.command_path}\n"
         yield f"`{context.command_path} {usage}`".replace(" `", "`") + "\n"
         if context.parent is not None:
-            yield " ".join((command.help or "").replace("\b", "").split("\n\n")[0].split()) + "\n"
+            yield from map(_paragraph, (command.help or "").strip().split("\n\n"))
         yield from _options(context, command)
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
             found = command.get_command(context, name)
             if found is not None:
                 yield from _command(click.Context(found, parent=context, info_name=name), found)
+
+
+def _paragraph(text: str) -> str:
+    if text.startswith("\b"):  # keeps its lines
+        lines = text.removeprefix("\b").strip()
+        return f"```text\n{lines}\n```\n"
+    return " ".join(text.split()) + "\n"
 
 
 def _options(context: click.Context, command: click.Command) -> Iterator[str]:
