@@ -282,7 +282,7 @@ async def _readyz(request: Request) -> Response:
 
 
 for_gateway = APIRouter(prefix="/internal", route_class=GatewayRoute)
-"""What every service behind the gateway answers to it: the probe port may be out of its reach."""
+"""Readiness for the gateway on the API port, since it may not reach the probe port."""
 
 
 @for_gateway.get("/ready")

@@ -1,4 +1,4 @@
-"""The gateway with stand-ins for all that is around it."""
+"""The gateway with fakes of all other services."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Services(httpx.AsyncBaseTransport):
         self.away: set[str] = set()
         self.revoked: list[Revoked] = []
         self.keys: list[IssuerKeys] = []
-        """What was reported of the issuer's keys."""
+        """The reports of the issuer's keys."""
         self.verdict: httpx.Response | None = None
         """The orchestrator's answer to a request to expire any command."""
 
@@ -77,7 +77,7 @@ class Services(httpx.AsyncBaseTransport):
 
 
 def _fresh(answer: httpx.Response) -> httpx.Response:
-    """As from the network: not read yet."""
+    """Return the response as from the network: not read yet."""
     if not answer.is_closed:
         return answer
     return httpx.Response(answer.status_code, headers=answer.headers, stream=httpx.ByteStream(answer.content))
@@ -155,7 +155,7 @@ def job(id_: int, status: JobStatus = JobStatus.PENDING, *, subnet_id: int = 5) 
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A gateway that runs, and all that is around it."""
+    """A running gateway with its fakes."""
 
     app: FastAPI
     client: httpx.AsyncClient

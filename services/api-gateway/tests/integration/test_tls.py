@@ -1,4 +1,4 @@
-"""TLS between the gateway and a service behind it, on real sockets: who is served, and who is not."""
+"""TLS between the gateway and a service behind it, on real sockets: accepted and refused certificates."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Settings(CommonSettings, InternalApiSettings):
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """What one side shows, and whom it believes."""
+    """Certificate and key of one side, and the authority that it trusts."""
 
     tls_ca_file: Path
     tls_certificate_file: Path
@@ -58,7 +58,7 @@ class Files:
 
 
 class Site:
-    """An authority and the certificates that it has signed."""
+    """An authority and its certificates."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -119,7 +119,7 @@ def url(server: Server, scheme: str = "https") -> str:
 
 
 async def ask(server: Server, files: Files) -> httpx.Response:
-    """What the gateway gets with these files."""
+    """Return the response to the gateway with these files."""
     urls = dict.fromkeys(("orchestrator_url", "result_store_url"), url(server))
     async with connect(Gateway().settings(**urls, **files.settings)) as connections:
         answer = await connections.handle_async_request(httpx.Request("GET", f"{url(server)}/thing"))
@@ -128,13 +128,13 @@ async def ask(server: Server, files: Files) -> httpx.Response:
 
 
 async def test_gateway_with_its_certificate_is_served(orchestrator: Files, gateway: Files) -> None:
-    """Both sides show a certificate of the site's authority, and the request is answered over TLS 1.3."""
+    """With certificates of the site's authority on both sides the request is answered over TLS 1.3."""
     async with serving(orchestrator) as server:
         assert (await ask(server, gateway)).json() == 1
 
 
 async def test_probes_stay_without_tls(orchestrator: Files) -> None:
-    """The probe port needs no certificate, and the port of requests answers nothing in the clear."""
+    """The probe port needs no certificate, and the API port answers no request in clear text."""
     async with serving(orchestrator) as server, httpx.AsyncClient() as client:
         assert (await client.get(f"http://127.0.0.1:{server.probe_port}/readyz")).status_code == 200
         with pytest.raises(httpx.TransportError):
@@ -142,7 +142,7 @@ async def test_probes_stay_without_tls(orchestrator: Files) -> None:
 
 
 async def test_client_without_a_certificate_is_refused(orchestrator: Files, gateway: Files) -> None:
-    """A client that trusts the authority but shows no certificate gets no answer."""
+    """A client that trusts the authority but has no certificate gets no response."""
     context = ssl.create_default_context(cafile=str(gateway.tls_ca_file))
     async with serving(orchestrator) as server, httpx.AsyncClient(verify=context) as client:
         with pytest.raises(httpx.TransportError):
@@ -150,7 +150,7 @@ async def test_client_without_a_certificate_is_refused(orchestrator: Files, gate
 
 
 async def test_client_of_another_authority_is_refused(orchestrator: Files, gateway: Files, tmp_path: Path) -> None:
-    """A certificate of the right name that another authority has signed gets no answer."""
+    """A client with the right name but a certificate of another authority gets no response."""
     forged = Site(tmp_path).files("api-gateway", ExtendedKeyUsageOID.CLIENT_AUTH)
     async with serving(orchestrator) as server:
         with pytest.raises(httpx.TransportError):
@@ -174,7 +174,7 @@ async def test_server_with_another_name_is_not_asked(site: Site, gateway: Files)
 
 
 async def test_server_certificate_is_refused_as_a_clients(orchestrator: Files, site: Site) -> None:
-    """The certificate of a service behind the gateway, which is for servers, opens no other one."""
+    """The certificate of a service behind the gateway, which is for servers, is refused by another service."""
     result_store = site.files("result-store", ExtendedKeyUsageOID.SERVER_AUTH)
     async with serving(orchestrator) as server:
         with pytest.raises(httpx.TransportError):
@@ -183,7 +183,7 @@ async def test_server_certificate_is_refused_as_a_clients(orchestrator: Files, s
 
 @pytest.mark.parametrize("name", ["scanner-worker", "xapi-gateway", "api-gateway.example.com"])
 async def test_client_with_another_name_is_refused(orchestrator: Files, site: Site, name: str) -> None:
-    """A certificate of the authority for any client but the gateway is answered 403, whatever is asked."""
+    """A certificate of the authority for any client but the gateway is answered 403, whatever the request."""
     other = site.files(name)
     context = client_context(Settings(internal_public_keys_file=Path("none"), **other.settings))
     async with serving(orchestrator) as server:
@@ -195,8 +195,8 @@ async def test_client_with_another_name_is_refused(orchestrator: Files, site: Si
         writer.close()
 
 
-async def test_client_that_begins_no_handshake_is_disconnected_in_time(orchestrator: Files) -> None:
-    """A client has as long for its TLS handshake as for its headers, and does not hold a connection for a minute."""
+async def test_client_that_begins_no_handshake_is_disconnected(orchestrator: Files) -> None:
+    """The timeout of headers applies to the TLS handshake too."""
     async with serving(orchestrator, header_seconds=0.1) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.servers[0].sockets[0].getsockname()[1])
         async with asyncio.timeout(LIMIT):
@@ -206,7 +206,7 @@ async def test_client_that_begins_no_handshake_is_disconnected_in_time(orchestra
 
 
 async def test_older_tls_is_refused(orchestrator: Files, gateway: Files) -> None:
-    """A client that speaks TLS 1.2 at most gets no answer."""
+    """A client that supports TLS 1.2 at most gets no response."""
     context = ssl.create_default_context(cafile=str(gateway.tls_ca_file))
     context.load_cert_chain(gateway.tls_certificate_file, gateway.tls_key_file)
     context.maximum_version = ssl.TLSVersion.TLSv1_2
@@ -216,21 +216,21 @@ async def test_older_tls_is_refused(orchestrator: Files, gateway: Files) -> None
 
 
 def test_file_that_is_no_certificate_ends_the_start(gateway: Files) -> None:
-    """A file that does not hold what it should is named, at start."""
+    """A file with invalid content is an error at start that names it."""
     files = replace(gateway, tls_certificate_file=gateway.tls_key_file)
     with pytest.raises(ConfigurationError, match=re.escape(str(gateway.tls_key_file))):
         client_context(Settings(internal_public_keys_file=Path("none"), **files.settings))
 
 
 def test_files_without_each_other_are_refused(gateway: Files) -> None:
-    """One or two of the three files are a mistake in the settings."""
+    """One or two of the three files without the others are an error."""
     with pytest.raises(ValidationError, match="set all of"):
         Settings(internal_public_keys_file=Path("none"), tls_ca_file=gateway.tls_ca_file)
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_urls_that_do_not_match_the_certificates_are_refused(gateway: Files, scheme: str) -> None:
-    """The gateway starts neither with certificates and clear text nor with TLS and no certificate."""
+    """The gateway starts neither with certificates and http URLs nor with https URLs and no certificate."""
     urls = {"orchestrator_url": f"{scheme}://o", "result_store_url": "https://r"}
     with pytest.raises(ValidationError, match="https with"):
         Gateway().settings(**urls, **(gateway.settings if scheme == "http" else {}))

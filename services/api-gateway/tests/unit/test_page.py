@@ -1,4 +1,4 @@
-"""How the gateway serves the page."""
+"""The gateway's responses under /app."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def client(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.mark.proves("A31")
-async def test_page_every_answer_is_confined(client: httpx.AsyncClient) -> None:
+async def test_page_response_has_the_restricting_headers(client: httpx.AsyncClient) -> None:
     """Files, the fallback and misses under /app forbid frames, inline code, other hosts and every feature."""
     for path in ("/app/", "/app/jobs/41", "/app/assets/main-ABC.js", "/app/assets/none.js"):
         headers = (await client.get(path, headers=HTML)).headers
@@ -52,7 +52,7 @@ async def test_page_every_answer_is_confined(client: httpx.AsyncClient) -> None:
 
 
 async def test_page_path_of_the_page_is_its_index(client: httpx.AsyncClient) -> None:
-    """A navigation below /app is answered by the index; anything else that is no file is a 404 in the usual shape."""
+    """A navigation below /app is answered with the index; any other path without a file is a 404 in the common form."""
     assert (await client.get("/app/jobs/41", headers=HTML)).text == "<!doctype html>the page"
     miss = await client.get("/app/jobs/41", headers={"Accept": "application/json"})
     assert (miss.status_code, json.loads(miss.text)) == (404, {"error": "no"})
@@ -61,15 +61,15 @@ async def test_page_path_of_the_page_is_its_index(client: httpx.AsyncClient) -> 
 
 
 async def test_page_hashed_files_are_kept_and_the_index_is_not(client: httpx.AsyncClient) -> None:
-    """Browsers keep hashed files, and ask for everything else each time."""
+    """Browsers cache hashed files, and validate all others each time."""
     kept = (await client.get("/app/assets/main-ABC.js")).headers["Cache-Control"]
     assert kept == "public, max-age=31536000, immutable"
     for path in ("/app/", "/app/jobs", "/app/assets/none.js"):
         assert (await client.get(path, headers=HTML)).headers["Cache-Control"] == "no-cache"
 
 
-async def test_page_root_leads_browsers_to_it(client: httpx.AsyncClient) -> None:
-    """A browser that asks for / or /app is led to /app/ on the same host; any other client gets a 404."""
+async def test_page_root_redirects_browsers_to_it(client: httpx.AsyncClient) -> None:
+    """A browser is redirected from / and /app to /app/ on the same host; any other client gets a 404."""
     for path in ("/", "/app"):
         answer = await client.get(path, headers=HTML)
         assert (answer.status_code, answer.headers["Location"]) == (303, "/app/")

@@ -77,8 +77,8 @@ async def test_session_from_a_good_token_is_an_encrypted_host_cookie(gateway: Ru
     assert len(cookie.value) < 2 * len(token)
 
 
-async def test_session_request_of_the_page_is_its_users(gateway: Running) -> None:
-    """A request with the cookie is the user's to the services behind, with the same rights, and without the cookie."""
+async def test_session_request_of_the_page_is_forwarded_as_its_user(gateway: Running) -> None:
+    """A request with the cookie is forwarded in the user's name, with the same rights, and without the cookie."""
     cookie = await sign_in(gateway, user_id=8, admin=True)
     assert await ask(gateway, cookie, **OWN) == 200
     assert await ask(gateway, cookie, "POST", "/api/v1/subnet", **OWN) == 201
@@ -90,7 +90,7 @@ async def test_session_request_of_the_page_is_its_users(gateway: Running) -> Non
 @pytest.mark.proves("A31")
 @pytest.mark.parametrize("site", ["cross-site", "same-site", "none", None])
 async def test_session_request_of_another_site_is_refused(gateway: Running, site: str | None) -> None:
-    """The cookie counts for nothing unless the browser says that the page made the request."""
+    """The cookie is refused unless the browser marks the request as one of the page."""
     cookie = await sign_in(gateway)
     headers = {"Origin": "http://gateway"} | ({} if site is None else {"Sec-Fetch-Site": site})
     for method, path in (("GET", "/api/v1/task"), ("POST", "/api/v1/subnet"), ("DELETE", SESSION)):
@@ -119,8 +119,8 @@ async def test_session_origin_is_the_public_url_when_it_is_set(tmp_path: Path) -
 
 
 @pytest.mark.proves("A31")
-async def test_session_with_a_header_too_is_the_headers(gateway: Running) -> None:
-    """Of a header and a cookie the header counts, whether it is good or not."""
+async def test_session_beside_a_header_is_ignored(gateway: Running) -> None:
+    """With a header and a cookie the header applies, whether it is valid or not."""
     cookie = await sign_in(gateway, user_id=8)
     gateway.services.requests.clear()
     assert await ask(gateway, cookie, Authorization=f"Bearer {gateway.issuer.token(9)}", **OWN) == 200
@@ -129,8 +129,8 @@ async def test_session_with_a_header_too_is_the_headers(gateway: Running) -> Non
 
 
 @pytest.mark.proves("A31")
-async def test_session_cookie_that_is_not_ours_is_refused(gateway: Running) -> None:
-    """A cookie of another key, a changed one, a huge one and junk are refused as any bad token is."""
+async def test_session_cookie_that_is_invalid_is_refused(gateway: Running) -> None:
+    """A cookie of another key, a changed one, a huge one and a malformed one are refused like an invalid token."""
     cookie = await sign_in(gateway)
     other = SimpleCookie(Sessions([Fernet.generate_key().decode()]).cookie("token", 9e9))[COOKIE].value
     changed = cookie[:40] + ("A" if cookie[40] != "A" else "B") + cookie[41:]
@@ -139,7 +139,7 @@ async def test_session_cookie_that_is_not_ours_is_refused(gateway: Running) -> N
 
 
 async def test_session_ends_with_its_token(gateway: Running) -> None:
-    """A cookie outlives no token: kept by the caller, it is refused with the token."""
+    """A cookie is refused once its token has expired, even if the browser keeps it."""
     sessions: Sessions = gateway.app.state.sessions
     token = gateway.issuer.token(iat=1_000, exp=1_300)
     cookie = SimpleCookie(sessions.cookie(token, 9e9))[COOKIE].value
@@ -198,7 +198,7 @@ async def test_session_that_cannot_be_recorded_does_not_begin(gateway: Running) 
 
 
 async def test_session_without_keys_is_off() -> None:
-    """Without keys no session begins, the error says what to set, and a cookie is no token."""
+    """Without keys no session begins, the error names the setting, and a cookie is not accepted as a token."""
     async with Gateway().run() as gateway:
         answer = await gateway.client.post(SESSION)
         assert answer.status_code == 404
@@ -208,7 +208,7 @@ async def test_session_without_keys_is_off() -> None:
 
 
 @pytest.mark.parametrize("content", ["", "\n", "short\n"])
-async def test_session_keys_that_are_none_stop_the_start(tmp_path: Path, content: str) -> None:
+async def test_session_keys_that_are_invalid_end_the_start(tmp_path: Path, content: str) -> None:
     """A file without valid keys is an error at start that names the file."""
     with pytest.raises(ValueError, match=r"session\.keys does not hold Fernet keys"):
         async with running(tmp_path, content):

@@ -52,7 +52,7 @@ class Provider(httpx2.AsyncBaseTransport):
         self._refresh_tokens: set[str] = set()
 
     def authorize(self, location: str) -> str:
-        """What the user's browser brings back after they have signed in: the query of the callback."""
+        """Return the query of the callback after the user has signed in."""
         query = {name: values[0] for name, values in parse_qs(urlsplit(location).query).items()}
         assert (query["client_id"], query["redirect_uri"]) == ("page", f"{PUBLIC}{CALLBACK}")
         assert (query["response_type"], query["code_challenge_method"]) == ("code", "S256")
@@ -145,14 +145,14 @@ async def refresh(gateway: Running, session: str) -> httpx.Response:
 
 
 def failed(answer: httpx.Response, why: str, to: str = "/app/jobs/41") -> None:
-    """The sign-in is over, and the user is where it began."""
+    """Assert that the sign-in has failed with a redirect to the path where it began."""
     assert (answer.status_code, answer.headers["Location"]) == (303, f"{to}?sign_in={why}")
     assert COOKIE not in cookies(answer)
     assert cookies(answer)[LOGIN_COOKIE] == ""
 
 
 def unknown(answer: httpx.Response) -> None:
-    """The callback belongs to no sign-in, and ends none."""
+    """Assert that the callback belongs to no sign-in, and ends none."""
     assert (answer.status_code, answer.headers["Location"]) == (303, "/app/?sign_in=refused")
     assert cookies(answer) == {}
 
@@ -163,8 +163,8 @@ async def audited(gateway: Running) -> list[AuditEntry]:
     return [each.entry for each in messages if isinstance(each, Audited)]
 
 
-async def test_sign_in_leads_back_with_a_session(both: tuple[Running, Provider]) -> None:
-    """A user who comes back with the issuer's code has a session of the access token's user, at the page they came from."""
+async def test_sign_in_redirects_with_a_session(both: tuple[Running, Provider]) -> None:
+    """After the callback with the issuer's code the user has a session, and is redirected to the page where the sign-in began."""
     gateway, provider = both
     provider.claims = {"user_id": 8, "admin": True}
     location, kept = await login(gateway)
@@ -181,7 +181,7 @@ async def test_sign_in_leads_back_with_a_session(both: tuple[Running, Provider])
 
 
 async def test_sign_in_with_a_secret_authenticates_the_client(tmp_path: Path) -> None:
-    """A client with a secret sends it by HTTP Basic, and never in the address that the browser is sent to."""
+    """A client with a secret sends it by HTTP Basic, and never in the URL of the redirect."""
     (tmp_path / "secret").write_text("s3cret\n")
     async with running(tmp_path, oidc_client_secret_file=tmp_path / "secret") as (gateway, provider):
         location, kept = await login(gateway)
@@ -213,8 +213,8 @@ async def test_sign_in_that_this_browser_did_not_begin_is_refused(both: tuple[Ru
     assert provider.asked == []
 
 
-async def test_sign_in_in_two_tabs_ends_in_the_later(both: tuple[Running, Provider]) -> None:
-    """A user who comes back from the earlier of two sign-ins can still end the later one."""
+async def test_sign_in_in_two_tabs_completes_the_later_one(both: tuple[Running, Provider]) -> None:
+    """After the callback of the earlier of two sign-ins the later one can still be completed."""
     gateway, provider = both
     earlier, _ = await login(gateway)
     later, kept = await login(gateway)
@@ -243,7 +243,7 @@ async def test_sign_in_refused_is_audited(both: tuple[Running, Provider]) -> Non
 
 
 @pytest.mark.proves("A31")
-async def test_sign_in_callback_is_good_once(both: tuple[Running, Provider]) -> None:
+async def test_sign_in_callback_is_accepted_once(both: tuple[Running, Provider]) -> None:
     """The same callback a second time begins no session, with the cookie too."""
     gateway, provider = both
     location, kept = await login(gateway)
@@ -253,7 +253,7 @@ async def test_sign_in_callback_is_good_once(both: tuple[Running, Provider]) -> 
 
 
 async def test_sign_in_expired_is_refused(both: tuple[Running, Provider]) -> None:
-    """What was kept is good for ten minutes."""
+    """A sign-in that takes longer than ten minutes is refused."""
     gateway, provider = both
     location, kept = await login(gateway)
     sessions: Sessions = gateway.app.state.sessions
@@ -276,14 +276,14 @@ async def test_sign_in_expired_is_refused(both: tuple[Running, Provider]) -> Non
         "",
     ],
 )
-async def test_sign_in_leads_nowhere_else(both: tuple[Running, Provider], to: str) -> None:
-    """Where the user is led afterwards is a path of the page."""
+async def test_sign_in_redirects_only_to_the_page(both: tuple[Running, Provider], to: str) -> None:
+    """The redirect after the sign-in is to a path of the page only."""
     answer = await both[0].client.get(LOGIN, params={"next": to})
     assert answer.status_code == 400
     assert "Set-Cookie" not in answer.headers
 
 
-async def test_sign_in_leads_back_to_any_place_of_the_page(both: tuple[Running, Provider]) -> None:
+async def test_sign_in_redirects_to_any_path_of_the_page(both: tuple[Running, Provider]) -> None:
     """A long query and every character that a browser leaves unescaped in it survive, in a cookie that a browser keeps."""
     gateway, provider = both
     to = "/app/jobs?q=a*-._%20+" + secrets.token_urlsafe(1_450)
