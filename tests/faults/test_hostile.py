@@ -166,7 +166,9 @@ def test_forged_and_replayed_results_have_no_effect(platform: Platform, user: Ca
         hosts = sorted(each["_id"] for each in platform.hosts())
         return [*documents, hosts, times, user.results(job_id), other.results(others_id)]
 
-    until(lambda: not any(job.get("outbox") for job in platform.jobs()), LIMIT, "published events to leave the outboxes")
+    until(
+        lambda: not any(job.get("outbox") for job in platform.jobs()), LIMIT, "published events to leave the outboxes"
+    )
     before, dropped = effects(), platform.metric("result-store", "scanfleet_results_uncovered_total")
     forged = forgeries(host, end, theirs)
     forge(platform, SCAN_RESULTS, *forged)
