@@ -30,7 +30,6 @@ from scanfleet.messages.topics import SCAN_TASKS, SCAN_WORKERS
 ONE_PORT: Final = {"ports": "8080", "service_detection": False, "timing": 4}
 CLIENTS: Final = 64
 SECONDS: Final = 10  # of a load
-UNFINISHED: Final = 1_000_000  # maximum number of jobs: more than a load posts
 POSTS: Final = 50
 HOPS: Final = 200
 CHUNKS: Final = 2_000  # measured of a large job
@@ -38,13 +37,18 @@ SMALL: Final = [f"127.2.{number}.0/29" for number in range(30)]
 LARGE: Final = "127.1.0.0/16"
 ALL_PORTS: Final = {"ports": "1-65535", "service_detection": False, "discovery": "none"}
 LIMIT: Final = 120.0  # seconds for any part
+SETTINGS: Final = {
+    "SCANFLEET_UNFINISHED_JOBS_PER_USER": "1000000",  # more than a load posts
+    # The requests that a load leaves unanswered when it ends are still under way when the next request comes.
+    "SCANFLEET_REQUESTS_AT_ONCE_PER_USER": str(2 * CLIENTS),
+}
 OURS: Final = ("api-gateway", "job-orchestrator", "result-store", "kafka", "mongod")
 CHUNK_SIDE: Final = ("job-orchestrator", "mongod")
 BODY: Final = '{"subnet_ids": [%d], "policy_id": %d}'
 
 
 def measure() -> Iterator[Figure]:
-    with new_stack(replicas=SCRIPTED, settings={"SCANFLEET_UNFINISHED_JOBS_PER_USER": str(UNFINISHED)}) as stack:
+    with new_stack(replicas=SCRIPTED, settings=SETTINGS) as stack:
         user = Client(stack.url, stack.token(7))
         yield from idle(stack, user)
         yield from accepted(stack, user)
