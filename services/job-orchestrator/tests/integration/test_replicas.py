@@ -214,12 +214,13 @@ class Platform:
             await reader.stop()
 
     async def until_ended(self, count: int) -> list[ScanJob]:
-        """All jobs, once there are so many and each is settled, with its last event heard."""
+        """All jobs, once there are so many and each is settled, with an empty outbox and its last event received."""
         async with asyncio.timeout(PATIENCE):
             while True:
                 jobs = await self.jobs()
                 last = {event.job.id: event.job.status for event in self.heard_events() if event.job.status in ENDED}
-                if len(jobs) == count and all(job.settled and last.get(job.id) is job.status for job in jobs):
+                settled = all(job.settled and not job.outbox and last.get(job.id) is job.status for job in jobs)
+                if len(jobs) == count and settled:
                     return jobs
                 await asyncio.sleep(0.1)
 

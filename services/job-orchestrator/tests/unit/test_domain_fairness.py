@@ -396,11 +396,7 @@ class Fleet:
 def test_fair_queueing_with_any_arrivals_bounds_each_wait(
     slots: int, arrivals: list[tuple[float, int, int, float, float]]
 ) -> None:
-    """With idle periods, new users and chunks far beyond their estimates, no user waits longer than fair queueing allows.
-
-    While two users wait, what they are served differs by at most the longest chunk of each (theorem 1 of Goyal, Vin, Cheng), so
-    each other user is served two longest chunks at most. Several slots share that, and one chunk may still be running.
-    """
+    """With idle periods, new users and chunks far beyond their estimates, no user waits longer than fair queueing allows."""
     fleet = Fleet(slots)
     for pause, user, number, estimate, seconds in arrivals:
         fleet.run(fleet.now + pause)
@@ -409,6 +405,8 @@ def test_fair_queueing_with_any_arrivals_bounds_each_wait(
     users = len({user for _, user, _, _, _ in arrivals})
     longest = max(max(estimate, seconds) for _, _, _, estimate, seconds in arrivals)
     assert not any(fleet.queues.values())
+    # While two users wait, what they are served differs by at most the longest chunk of each (theorem 1 of Goyal, Vin, Cheng), so
+    # each other user is served two longest chunks at most. Several slots share that, and one chunk may still be running.
     turns = 2 * (users - 1) if slots == 1 else users
     assert max(fleet.waits.values()) <= turns * longest + 0.001
 
