@@ -303,7 +303,7 @@ export function EditForm({ form, children }: { form: Omit<ReturnType<typeof useE
   );
 }
 
-/** Says that a list is longer than the page keeps. */
+/** Notice that a list is longer than the page keeps. */
 export function Kept({ shown, total }: { shown: number; total: number | undefined }) {
   return total !== undefined && total > shown ? (
     <p class="faint">

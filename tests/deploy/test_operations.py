@@ -33,7 +33,7 @@ def test_pages_name_existing_files(page: str) -> None:
 def test_documented_commands_are_tested(commands: Mapping[str, list[str]]) -> None:
     """Every documented command is run on real containers by a test."""
     containers = (ROOT / "tests/deploy/test_containers.py").read_text(encoding="utf-8")
-    told = {title for title, lines in commands.items() if lines and f'commands["{title}"]' not in containers}
-    assert told == {"Deploy"}
+    untested = {title for title, lines in commands.items() if lines and f'commands["{title}"]' not in containers}
+    assert untested == {"Deploy"}
     assert commands["Deploy"] == ["SCANFLEET_ALLOWED_NETWORKS=192.0.2.0/24 docker compose up --wait"]
     assert "${SCANFLEET_ALLOWED_NETWORKS:-" in (ROOT / "docker-compose.yml").read_text(encoding="utf-8")

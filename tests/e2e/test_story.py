@@ -94,13 +94,13 @@ def test_event_stream_follows_a_scan_to_its_end(user: Client, stranger: Client) 
     job_id = user.scan(SUBNET, ports=PORTS, service_detection=False, max_rate=3000)
     with pytest.raises(httpx.HTTPStatusError, match="404"):
         next(stranger.watch(job_id))
-    told = list(user.watch(job_id))
+    tasks = list(user.watch(job_id))
     order = ("pending", "running", "completed")
-    states = [(order.index(task["status"]["status"]), task["status"]["progress"]) for task in told]
+    states = [(order.index(task["status"]["status"]), task["status"]["progress"]) for task in tasks]
     assert states == sorted(states)
     assert {status for status, _ in states} >= {1, 2}
-    assert told[-1] == user.task(job_id)
-    assert list(user.watch(job_id)) == told[-1:]
+    assert tasks[-1] == user.task(job_id)
+    assert list(user.watch(job_id)) == tasks[-1:]
 
 
 def test_gateway_shutdown_ends_its_streams(stack: Stack, user: Client) -> None:

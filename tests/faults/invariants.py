@@ -152,6 +152,6 @@ class Invariants:
         }
         if job["status"] == "completed":
             assert task["status"]["machines_found"] == len(answered), id_
-            told = {(host.address, port.protocol, port.port) for host in first.values() for port in host.ports}
+            reported = {(host.address, port.protocol, port.port) for host in first.values() for port in host.ports}
             if id_ not in platform.forgotten:
-                assert set(places) == told, id_
+                assert set(places) == reported, id_

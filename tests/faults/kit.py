@@ -435,12 +435,12 @@ class Platform:
         names = {service: service.replace("-", "").upper() for service in SERVICES}
         plain = f"PLAINTEXT://127.0.0.1:{self._numbers['kafka']}"
         own = [f"{names[service]}://127.0.0.1:{self._numbers[service]}" for service in SERVICES]
-        told = [f"{names[service]}://127.0.0.1:{self._to_kafka[service].port}" for service in SERVICES]
+        advertised = [f"{names[service]}://127.0.0.1:{self._to_kafka[service].port}" for service in SERVICES]
         controller = f"CONTROLLER://127.0.0.1:{self._numbers['controller']}"
         protocols = ",".join(f"{name}:PLAINTEXT" for name in ("CONTROLLER", "PLAINTEXT", *names.values()))
         with (folder / "server.properties").open("a") as properties:
             properties.write(f"listeners={','.join([plain, *own, controller])}\n")
-            properties.write(f"advertised.listeners={','.join([plain, *told])}\n")
+            properties.write(f"advertised.listeners={','.join([plain, *advertised])}\n")
             properties.write(f"listener.security.protocol.map={protocols}\n")
             properties.write("inter.broker.listener.name=PLAINTEXT\n")
         return command

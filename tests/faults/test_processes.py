@@ -133,8 +133,8 @@ def test_worker_killed_in_mid_scan_repeats_no_host(platform: Platform, user: Cal
     hosts = [each.message for each in platform.messages(SCAN_RESULTS, HostScanned)]
     first = chunk["first_address"].rpartition(".")
     base = int(first[2])
-    told = Counter(host.address for host in hosts if isinstance(host, HostScanned) and host.chunk_id == chunk["_id"])
-    assert {told[f"{first[0]}.{base + index}"] for index in done} == {1}
+    reports = Counter(host.address for host in hosts if isinstance(host, HostScanned) and host.chunk_id == chunk["_id"])
+    assert {reports[f"{first[0]}.{base + index}"] for index in done} == {1}
     invariants.check()
 
 
@@ -285,7 +285,7 @@ def reported(platform: Platform, kind: type[Reported]) -> list[Reported]:
 def assert_scanned_once(platform: Platform, jobs: Collection[int]) -> None:
     """Check that no address of these jobs was reported twice."""
     hosts = [each.message for each in platform.messages(SCAN_RESULTS, HostScanned)]
-    told = Counter(
+    reports = Counter(
         (host.chunk_id, host.address) for host in hosts if isinstance(host, HostScanned) and host.job_id in jobs
     )
-    assert set(told.values()) == {1}
+    assert set(reports.values()) == {1}

@@ -394,7 +394,7 @@ def test_page_map_of_too_many_ports_asks_for_some(page: Page, stack: Stack, fini
 
 
 def test_page_without_ledger_does_not_claim_that_nothing_answered(page: Page, stack: Stack, finished: int) -> None:
-    """An empty list of results says nothing about machines until the page knows what was probed."""
+    """An empty list of results makes no statement about machines until the ledger is loaded."""
     page.route("**/results?fields=*", lambda route: route.fulfill(body=""))
     page.route("**/ledger?*", refuse)
     page.goto(f"{stack.url}/app/jobs/{finished}/results")

@@ -23,7 +23,7 @@ async def gateway() -> AsyncIterator[Running]:
         yield running
 
 
-async def told(gateway: Running) -> list[AuditEntry]:
+async def audited(gateway: Running) -> list[AuditEntry]:
     await gateway.app.state.refusals.flush(MemoryBus(gateway.broker))
     messages = [decode(SCAN_AUDIT[GATEWAY], record) for record in gateway.broker.records("scan-audit-api-gateway")]
     return [each.entry for each in messages if isinstance(each, Audited)]
@@ -38,7 +38,7 @@ async def test_invalid_token_is_recorded(gateway: Running) -> None:
         "X-Forwarded-For": "192.0.2.1",
     }
     answer = await gateway.client.post("/api/v1/task", json=BODY, headers=headers)
-    (entry,) = await told(gateway)
+    (entry,) = await audited(gateway)
     assert (entry.service, entry.subject, entry.source) == ("api-gateway", "", "127.0.0.1")
     assert (entry.action, entry.target, entry.request_id) == (
         "create_tasks",
@@ -58,7 +58,7 @@ async def test_exceeded_limits_and_malformed_requests_are_recorded(gateway: Runn
     await gateway.client.get("/api/v1/subnet/1")
     for _ in range(6):
         await gateway.client.post("/api/v1/task", json=BODY)
-    entries = await told(gateway)
+    entries = await audited(gateway)
     assert [entry.rule for entry in entries][:2] == ["request", "rate"]
     assert {entry.rule for entry in entries[1:]} == {"rate"}
     assert {(entry.subject, entry.action) for entry in entries} == {("7", "create_tasks")}
@@ -73,7 +73,7 @@ async def test_command_has_address_and_request_id(gateway: Running) -> None:
     assert [(each.source, each.request_id) for each in gateway.replier.commands] == [
         ("127.0.0.1", answer.headers["X-Request-ID"]) for answer in answers
     ]
-    assert await told(gateway) == []
+    assert await audited(gateway) == []
 
 
 @pytest.mark.proves("A30", "G15")
@@ -94,6 +94,6 @@ async def test_source_with_forged_addresses_is_the_real_one(
         headers = {"X-Forwarded-For": forwarded}
         await gateway.client.get("/api/v1/task", headers=headers | {"Authorization": "Bearer x"})
         await gateway.client.post("/api/v1/task", json=BODY, headers=headers)
-        (entry,) = await told(gateway)
+        (entry,) = await audited(gateway)
         (command,) = gateway.replier.commands
     assert (entry.source, command.source) == (source, source)

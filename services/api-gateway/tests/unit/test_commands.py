@@ -185,7 +185,7 @@ async def test_command_rejected_before_its_expiry_returns_the_rejection(hasty: R
     ],
 )
 async def test_command_with_an_unknown_outcome_is_503(hasty: Running, answer: httpx.Response | None) -> None:
-    """If the orchestrator cannot determine the outcome of a command, the 503 says so and names the Idempotency-Key."""
+    """If the orchestrator cannot determine the outcome of a command, the 503 gives that reason and names the Idempotency-Key."""
     if answer is None:
         hasty.services.away.add("orchestrator")
     else:

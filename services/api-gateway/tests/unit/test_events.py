@@ -107,19 +107,19 @@ class Watcher:
     async def news(self) -> tuple[int, str, int] | str:
         """Return the next item that is not a heartbeat."""
         async with asyncio.timeout(LIMIT):
-            while (told := await self.next()) == "heartbeat":
+            while (item := await self.next()) == "heartbeat":
                 pass
-        return told
+        return item
 
     async def rest(self) -> list[tuple[int, str, int] | str]:
         """Return all items up to the end, except heartbeats."""
-        told = []
+        items = []
         async with asyncio.timeout(LIMIT):
             while (each := await self.next()) != "end":
                 if each != "heartbeat":
-                    told.append(each)
+                    items.append(each)
             await self.running
-        return told
+        return items
 
 
 def streams() -> float | None:
@@ -500,9 +500,9 @@ class JobsWatcher:
 
     async def news(self) -> tuple[int, int, str] | str:
         """Return the next item that is not a heartbeat."""
-        while (told := await self.next()) == "heartbeat":
+        while (item := await self.next()) == "heartbeat":
             pass
-        return told
+        return item
 
     async def leave(self) -> None:
         self.client.leaves.set()
@@ -711,10 +711,10 @@ async def test_client_that_reconnects_to_a_running_job_gets_its_state(running: t
 
 async def test_streams_end_on_sigterm() -> None:
     """On SIGTERM the previous handler is called too, open streams end as complete responses, and no new one begins."""
-    told = []
+    signals = []
 
     def server(number: int, _frame: FrameType | None) -> None:
-        told.append(number)
+        signals.append(number)
 
     before = signal.signal(signal.SIGTERM, server)
     try:
@@ -727,7 +727,7 @@ async def test_streams_end_on_sigterm() -> None:
             assert await watcher.rest() == []
             answer = await asyncio.wait_for(gateway.client.get(EVENTS), LIMIT)
             assert (answer.status_code, "Retry-After" in answer.headers) == (503, True)
-        assert told == [signal.SIGTERM]
+        assert signals == [signal.SIGTERM]
         assert signal.getsignal(signal.SIGTERM) is server
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -310,7 +310,7 @@ async def test_sign_in_with_an_unacceptable_token_is_refused(both: tuple[Running
 
 
 async def test_sign_in_while_the_issuer_is_unavailable_says_so(both: tuple[Running, Provider]) -> None:
-    """Without the issuer, or with another's document at its address, the page says that it is unavailable."""
+    """Without the issuer, or with another's document at its address, the page shows that sign-in is unavailable."""
     gateway, provider = both
     provider.unavailable = True
     unavailable = "/app/subnets?sign_in=unavailable"
@@ -324,7 +324,7 @@ async def test_sign_in_while_the_issuer_is_unavailable_says_so(both: tuple[Runni
 
 
 async def test_sign_in_while_scanfleet_is_unavailable_says_so(both: tuple[Running, Provider]) -> None:
-    """While the session cannot be recorded, or revocations are unknown, the page says that it is unavailable."""
+    """While the session cannot be recorded, or revocations are unknown, the page shows that sign-in is unavailable."""
     gateway, provider = both
     location, kept = await login(gateway)
     gateway.services.away.add("orchestrator")

@@ -327,7 +327,7 @@ async def test_a_redelivered_cancel_is_told_accepted(world: World) -> None:
 
 
 async def test_a_job_that_has_ended_cannot_be_cancelled(world: World) -> None:
-    """A cancel after completion is a 400 that says so, and the job stays completed."""
+    """A cancel after completion is a 400 with that reason, and the job stays completed."""
     await world.submit()
     await world.settle()
     late = await world.cancel(1)

@@ -247,7 +247,7 @@ async def test_expired_jobs_are_deleted_at_the_rate_of_the_steps_and_past_unread
 
 
 async def test_deletion_steps_keep_their_interval_however_often_they_are_woken(world: World) -> None:
-    """Steps that have more to delete do not follow one another without a pause: the rate is what the ADR says."""
+    """Steps that have more to delete pause between each other, which keeps the documented rate."""
     steps = 0
 
     async def step() -> None:

@@ -71,7 +71,7 @@ async def test_job_at_a_quota_is_accepted() -> None:
 
 @pytest.mark.proves("G20")
 async def test_unfinished_jobs_above_the_quota_are_refused_until_one_ends() -> None:
-    """The job that is one too many is a 429 that says what to do; when one has ended it is accepted."""
+    """The first job above the quota is a 429 with the remedy; when one has ended it is accepted."""
     world = await world_with(unfinished_jobs_per_user=2)
     first = [await world.submit("127.9.8.0/32") for _ in range(3)]
     others = await world.submit("127.9.8.0/32", user_id=8)
