@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import random
 import socket
+
+import pytest
 
 from local import ports
 
@@ -24,3 +27,11 @@ def test_is_free_with_a_listener_on_all_addresses_is_false() -> None:
     """A port is not free if a server listens on it on all addresses."""
     with socket.create_server(("0.0.0.0", ports.choose())) as listener:
         assert not ports.is_free(listener.getsockname()[1])
+
+
+def test_own_ports_claimed_by_two_processes_are_different(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second claim, which another process would make in the same way, gets other ports although it prefers the same."""
+    monkeypatch.setattr(random, "sample", lambda blocks, _: blocks)
+    first, second = (ports._own_ports.__wrapped__() for _ in range(2))
+    own = {next(first) for _ in range(ports.BLOCK)}
+    assert own.isdisjoint(next(second) for _ in range(ports.BLOCK))
