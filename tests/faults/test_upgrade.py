@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -90,14 +90,12 @@ def rolling(
 
 
 @pytest.mark.proves("F28", "G10")
-@pytest.mark.parametrize("services", [list(SERVICES), list(reversed(SERVICES))], ids=lambda names: names[0])
-def test_rolling_upgrade_and_rollback_during_scans_lose_nothing(
-    rolling: Shared[Rolling], services: Iterable[str]
-) -> None:
+def test_rolling_upgrade_and_rollback_during_scans_lose_nothing(rolling: Shared[Rolling]) -> None:
     """During a rolling upgrade and rollback scans complete, no record is dead-lettered, and no field is erased."""
     platform, invariants = rolling.lend()
     user = platform.caller()
-    names = [name for service in services for name in platform.names(service)]
+    # One order for both: a service runs the newer release beside older ones in the upgrade, and the older one in the rollback.
+    names = [name for service in SERVICES for name in platform.names(service)]
     with platform.servers() as servers:
         jobs = [user.scan(platform.network(24), **STEADY)]
         for release in ("next", "this"):
