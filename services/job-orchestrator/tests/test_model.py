@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from job_orchestrator.domain import chunk as chunks_
 from job_orchestrator.domain import job as jobs_
 from job_orchestrator.domain import plan
-from job_orchestrator.domain.chunk import HELD, MAX_FAILURES, Chunk, ChunkState, WorkerReport
+from job_orchestrator.domain.chunk import HELD, MAX_FAILURES, Chunk, ChunkState, Token, WorkerReport
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.store import Store
@@ -300,21 +300,21 @@ class Life(RuleBasedStateMachine):
         async def check() -> None:
             for job in await self.jobs():
                 stored = {each.id: each async for each in self.world.store.job_chunks(job.id)}
-                planned = [each.id for each in plan.chunks(job, 0, job.chunk_count)]
+                planned = [each.id for each in plan.chunks(job, 0, job.plan.chunk_count)]
                 assert list(stored) == planned[: len(stored)]
                 whole, ended = Tally(job, EMPTY), Tally(job, EMPTY)
                 for each in stored.values():
                     whole.add(each)
                     if each.index < job.totals.done:
                         ended.end(each)
-                assert sum(whole.counts.values()) == job.addresses * job.ports
+                assert sum(whole.counts.values()) == job.plan.addresses * job.plan.ports
                 assert min(whole.counts.values()) >= 0
                 if job.status is not JobStatus.CANCELLED or job.settled:
                     assert ended.totals == job.totals
                 if job.status is JobStatus.COMPLETED:
                     assert whole.accounted
                     assert {each.state for each in stored.values()} == {ChunkState.STORED}
-                    assert len(stored) == job.chunk_count
+                    assert len(stored) == job.plan.chunk_count
 
         if hasattr(self, "world"):
             self.run(check())
@@ -407,7 +407,7 @@ class Life(RuleBasedStateMachine):
         await self.world.hand(SCAN_PROGRESS, batch)
         for after in (await self.world.store.chunks(before)).values():
             chunk = before[after.id]
-            current = token(chunk) in {token(report) for report in reports}
+            current = chunk.token in {Token.of(report) for report in reports}
             if current and chunk.state in HELD:
                 continue
             free: dict[str, Any] = {"rev": 0}
@@ -416,15 +416,14 @@ class Life(RuleBasedStateMachine):
             cancelled = replace(chunk, state=ChunkState.CANCELLED)  # because of its job
             assert replace(after, **free) in [replace(each, **free) for each in (chunk, cancelled)], "it counts"
         sent = self.world.bus.messages(SCAN_TASKS)[tasks:]
-        stopped = {token(each) for each in sent if isinstance(each, StopChunk)}
-        held = {token(chunk) for chunk in before.values() if chunk.state in HELD}
-        scanning = {token(each) for each in reports if isinstance(each, ChunkClaimed | ChunkProgressed)}
+        stopped = {
+            Token(each.job_id, each.chunk_id, each.attempt, each.worker_id)
+            for each in sent
+            if isinstance(each, StopChunk)
+        }
+        held = {chunk.token for chunk in before.values() if chunk.state in HELD}
+        scanning = {Token.of(each) for each in reports if isinstance(each, ChunkClaimed | ChunkProgressed)}
         assert scanning - held <= stopped
-
-
-def token(of: Chunk | WorkerReport | StopChunk) -> tuple[int, str, int, str]:
-    chunk_id = of.id if isinstance(of, Chunk) else of.chunk_id
-    return of.job_id, chunk_id, of.attempt, of.worker_id
 
 
 @pytest.mark.proves("G1", "G2", "G4", "G5", "G6", "G7")

@@ -11,7 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from job_orchestrator.domain import plan
-from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState, cancel, dispatch
+from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState, Token, cancel, dispatch
 from job_orchestrator.domain.deletion import Deletion, Stage
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change, create, published
@@ -20,7 +20,7 @@ from job_orchestrator.domain.store import Command, OpenChunks, Policy, Standing,
 from job_orchestrator.domain.totals import Totals
 from job_orchestrator.metrics import UNREADABLE
 from job_orchestrator.repository import MongoStore, documents
-from job_orchestrator.testing import MemoryStore, chunk, scan_job, scan_policy
+from job_orchestrator.testing import MemoryStore, chunk, replanned, scan_job, scan_policy
 from job_orchestrator.testing.things import THEN
 from scanfleet import rest
 from scanfleet.clock import utc_now
@@ -642,9 +642,9 @@ async def test_held_chunks_are_found_by_partition(store: Store) -> None:
     ]
     chunks[0] = replace(chunks[0], dispatched_at=THEN)
     await store.insert_chunks(chunks)
-    first = Held("1-0", 2, "w-1", 7, 1, 3, 0.5, 0.5, THEN)
-    second = Held("1-1", 2, "w-1", 7, 1, 4, 0.5, 0.5, None)
-    assert sorted(await store.held(), key=lambda each: each.chunk_id) == [first, second]
+    first = Held(Token(1, "1-0", 2, "w-1"), 7, 3, 0.5, 0.5, THEN)
+    second = Held(Token(1, "1-1", 2, "w-1"), 7, 4, 0.5, 0.5, None)
+    assert sorted(await store.held(), key=lambda each: each.token) == [first, second]
     assert await store.watched_chunks([3, 5]) == [first]
     assert await store.watched_chunks([]) == []
 
@@ -788,8 +788,8 @@ async def test_time_is_the_databases(store: Store) -> None:
 async def test_plans_of_any_size_are_kept(store: Store) -> None:
     """All chunks of a job of thousands are stored once, though they are inserted twice."""
     job = scan_job(1, cidr="127.8.0.0/22", policy=scan_policy(ports="1-1000", timing=2))
-    chunks = list(plan.chunks(job, 0, job.chunk_count))
-    assert len(chunks) == job.chunk_count > 2_000
+    chunks = list(plan.chunks(job, 0, job.plan.chunk_count))
+    assert len(chunks) == job.plan.chunk_count > 2_000
     await store.insert_chunks(chunks)
     await store.insert_chunks(chunks[:10])
     assert await all_chunks(store, 1) == chunks
@@ -831,7 +831,7 @@ async def insert_old(database: Database, job: ScanJob) -> None:
     """A job with its chunks as release 0.1 wrote them."""
     document = documents.write_job(job)
     await database["jobs"].insert_one({name: document[name] for name in document if name not in OLD_JOB_LACKS})
-    for each in plan.chunks(replace(job, blockwise=False), 0, job.chunk_count):
+    for each in plan.chunks(replanned(job, blockwise=False), 0, job.plan.chunk_count):
         lies = documents.write_chunk(each) | {"charged": 0.5, "scanned_at": None, "partition": -1}
         await database["chunks"].insert_one({name: lies[name] for name in lies if name not in OLD_CHUNK_LACKS})
 
@@ -839,12 +839,11 @@ async def insert_old(database: Database, job: ScanJob) -> None:
 @pytest.mark.integration
 async def test_documents_of_release_0_1_are_read_and_adopted(mongo_store: MongoStore, database: Database) -> None:
     """A job without window, totals and partition has all of its chunks made; its partition is named in both documents."""
-    job = scan_job(1, policy=scan_policy(ports="1-20000"))
-    job = replace(job, chunk_ports=8_192, blocks=3, chunk_count=3)
+    job = scan_job(1, policy=scan_policy(ports="1-20000"), chunk_ports=8_192, blocks=3, chunk_count=3)
     await insert_old(database, job)
     await insert_old(database, replace(job, id=2, settled=True))
     old = (await mongo_store.jobs([1]))[1]
-    assert (old.made, old.blocks, old.chunk_ports, old.blockwise) == (3, 3, 8_192, False)
+    assert (old.made, old.plan.blocks, old.plan.chunk_ports, old.plan.blockwise) == (3, 3, 8_192, False)
     assert (old.partition, old.totals, old.waiting, old.eta_seconds) == (job.partition, Totals(), "", None)
     assert await mongo_store.unsettled_jobs(0, 10, [job.partition]) == []
     await mongo_store.prepare()

@@ -32,11 +32,11 @@ async def read_snapshot(job_id: PathId, caller: Caller, state: Handed, record: R
         cidr=job.cidr,
         exclude=list(job.exclude),
         policy=job.policy,
-        addresses=job.addresses,
-        excluded=job.excluded,
-        ports=job.ports,
-        chunks=job.chunk_count,
-        estimate_seconds=job.estimate,
+        addresses=job.plan.addresses,
+        excluded=job.plan.excluded,
+        ports=job.plan.ports,
+        chunks=job.plan.chunk_count,
+        estimate_seconds=job.plan.estimate,
     )
 
 
@@ -93,24 +93,24 @@ async def read_map(
 def _part(job: ScanJob, from_: str | None) -> tuple[int, int]:
     """Place of the first address that is asked for, and how many there are."""
     if from_ is None:
-        if job.addresses > coverage.MAX_ADDRESSES:
+        if job.plan.addresses > coverage.MAX_ADDRESSES:
             raise TooLargeError(
-                f"{job.cidr} has {job.addresses} addresses, and one answer at most {coverage.MAX_ADDRESSES}; ask for a part "
+                f"{job.cidr} has {job.plan.addresses} addresses, and one answer at most {coverage.MAX_ADDRESSES}; ask for a part "
                 f"of them, as in ?from={job.cidr.partition('/')[0]}"
             )
-        return 0, job.addresses
+        return 0, job.plan.addresses
     try:
         first = index_of(job.cidr.partition("/")[0], from_)
     except ValueError:
         first = -1
-    if not 0 <= first < job.addresses:
+    if not 0 <= first < job.plan.addresses:
         raise BadRequestError(f"from: {ascii(from_)[1:-1]} is not an address of {job.cidr}")
-    return first, min(job.addresses - first, coverage.MAX_ADDRESSES)
+    return first, min(job.plan.addresses - first, coverage.MAX_ADDRESSES)
 
 
 def _blocks(job: ScanJob, ports: str | None) -> dict[int, PortSet]:
     """Return the job's blocks with some of these ports, by number; None is all."""
-    blocks = enumerate(job.policy.port_set.blocks(job.chunk_ports))
+    blocks = enumerate(job.policy.port_set.blocks(job.plan.chunk_ports))
     if ports is None:
         return dict(blocks)
     try:

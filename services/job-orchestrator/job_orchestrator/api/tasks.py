@@ -94,9 +94,9 @@ async def read_ledger(
         status=job.status,
         accounted=tally.accounted,
         request=rest.LedgerRequest(
-            addresses=job.addresses,
-            ports=job.ports,
-            probes=job.addresses * job.ports,
+            addresses=job.plan.addresses,
+            ports=job.plan.ports,
+            probes=job.plan.probes,
         ),
         counts=rest.LedgerCounts(**tally.counts),
         not_probed=rest.LedgerPage(

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from scanfleet.errors import ScanfleetError
 from scanfleet.messages import (
@@ -90,6 +90,19 @@ Ended = ChunkReleased | ChunkScanned | ChunkFailed
 WorkerReport = ChunkClaimed | ChunkProgressed | Ended
 
 
+class Token(NamedTuple):
+    """The fencing token of an attempt: a message of its holder counts only while it is the chunk's current token."""
+
+    job_id: int
+    chunk_id: str
+    attempt: int
+    worker_id: str
+
+    @classmethod
+    def of(cls, report: WorkerReport) -> Token:
+        return cls(report.job_id, report.chunk_id, report.attempt, report.worker_id)
+
+
 class IllegalChunkChangeError(ScanfleetError):
     """The transition is not in the table."""
 
@@ -143,6 +156,10 @@ class Chunk:
     rev: int = 0
 
     @property
+    def token(self) -> Token:
+        return Token(self.job_id, self.id, self.attempt, self.worker_id)
+
+    @property
     def blank(self) -> int:
         """Number of addresses left to scan."""
         return self.outcomes.count(Outcome.BLANK)
@@ -170,7 +187,7 @@ def dispatch(chunk: Chunk, worker_id: str, now: datetime, *, size: int, share: f
 
 def holds(chunk: Chunk, report: WorkerReport) -> bool:
     """Return whether the report has the token of a chunk that a worker currently holds."""
-    return chunk.state in HELD and _current(chunk, report)
+    return chunk.state in HELD and chunk.token == Token.of(report)
 
 
 def apply(chunk: Chunk, report: WorkerReport, now: datetime, patience: timedelta) -> Chunk:
@@ -212,7 +229,7 @@ def apply(chunk: Chunk, report: WorkerReport, now: datetime, patience: timedelta
 
 def final_report(chunk: Chunk, report: WorkerReport) -> Chunk:
     """Return a cancelled chunk with the last map of its holder, so that the ledger shows the work before the cancel."""
-    mine = chunk.state is ChunkState.CANCELLED and _current(chunk, report)
+    mine = chunk.state is ChunkState.CANCELLED and chunk.token == Token.of(report)
     if not mine or isinstance(report, ChunkClaimed):
         return chunk
     return replace(chunk, outcomes=_merged(chunk, report.outcomes))
@@ -347,10 +364,6 @@ def _reach(outcomes: str, size: int) -> int:
         if place < 0:
             return len(outcomes)
     return place + 1
-
-
-def _current(chunk: Chunk, report: WorkerReport) -> bool:
-    return (report.job_id, report.attempt, report.worker_id) == (chunk.job_id, chunk.attempt, chunk.worker_id)
 
 
 def _merged(chunk: Chunk, news: str) -> str:

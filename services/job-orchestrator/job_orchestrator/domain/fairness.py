@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final
 
+from job_orchestrator.domain.chunk import Token
 from scanfleet.messages import instance_of
 
 LIVE: Final = timedelta(seconds=12)  # announcements are stored every 5 seconds: after this time a worker is not live
@@ -54,11 +55,8 @@ class Candidate:
 class Held:
     """A chunk that a worker holds."""
 
-    chunk_id: str
-    attempt: int
-    worker_id: str
+    token: Token
     user_id: int
-    job_id: int
     partition: int
     estimate: float
     share: float
@@ -66,7 +64,7 @@ class Held:
 
     @property
     def instance(self) -> str:
-        return instance_of(self.worker_id)
+        return instance_of(self.token.worker_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +209,6 @@ def occupied(held: Iterable[Held], workers: Collection[str]) -> Mapping[int, flo
     """Slots that each user's chunks occupy on these workers."""
     slots: defaultdict[int, float] = defaultdict(float)
     for each in held:
-        if each.worker_id in workers:
+        if each.token.worker_id in workers:
             slots[each.user_id] += each.share
     return slots

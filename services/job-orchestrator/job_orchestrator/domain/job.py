@@ -74,6 +74,32 @@ class Outgoing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The stored parameters of a job's plan, so that a release with another algorithm creates the same chunks.
+
+    `chunk_count` is the number that the job reports; a slice whose addresses are all excluded has no chunk.
+    """
+
+    addresses: int
+    excluded: int
+    ports: int
+    chunk_addresses: int
+    chunk_ports: int
+    blocks: int
+    """Number of blocks of ports, which are scanned one after the other for each address."""
+    chunk_count: int
+    estimate: float
+    """Estimated slot seconds of the whole job, by its policy."""
+    blockwise: bool = True
+    """Chunks are numbered block by block; slice by slice in documents of release 0.1."""
+
+    @property
+    def probes(self) -> int:
+        """Addresses × ports of the request."""
+        return self.addresses * self.ports
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScanJob:
     """A job with its snapshot of subnet and policy. Every stored change increments `rev`, the compare-and-set token."""
 
@@ -84,16 +110,7 @@ class ScanJob:
     cidr: str
     exclude: tuple[str, ...]
     policy: ScanPolicy
-    addresses: int
-    excluded: int
-    ports: int
-    chunk_addresses: int
-    chunk_ports: int
-    blocks: int
-    """Blocks of ports, which are scanned one after the other for each address."""
-    chunk_count: int
-    estimate: float
-    """Estimated slot seconds of the whole job, by its policy."""
+    plan: Plan
     partition: int
     """Partition of the topics that are keyed by job: its owner in scan-progress drives the job."""
     created_at: datetime
@@ -101,8 +118,6 @@ class ScanJob:
     command_id: str
     granted_by: str = ""
     """The user grant that it was accepted under; empty if there were none."""
-    blockwise: bool = True
-    """Chunks are numbered block by block; slice by slice in documents of release 0.1."""
     turn: int = 0
     """Position of its first chunk among the chunks of its user."""
     made: int = 0

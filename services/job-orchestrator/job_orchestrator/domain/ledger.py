@@ -61,7 +61,7 @@ class Tally:
         self._probes = Counter(totals.probes)
         self._addresses = Counter(totals.addresses)
         # An address is in several chunks if the ports are in several blocks.
-        self._several = job.blocks > 1
+        self._several = job.plan.blocks > 1
         self._places = {name: int.from_bytes(bits, "little") for name, bits in totals.places.items()}
         self._reasons = dict.fromkeys(totals.reasons)
         self._seconds = totals.seconds
@@ -87,7 +87,7 @@ class Tally:
     @property
     def totals(self) -> Totals:
         """Return the totals to store in the job: every chunk so far has ended."""
-        size = -(-self._job.addresses // 8)
+        size = -(-self._job.plan.addresses // 8)
         return Totals(
             done=self._done,
             probes=dict(self._probes),
@@ -100,8 +100,8 @@ class Tally:
     @property
     def counts(self) -> dict[str, int]:
         """Return the number of probes by name; they add up to the request."""
-        counts = dict.fromkeys(NAMES, 0) | self._probes | {EXCLUDED: self._job.excluded * self._job.ports}
-        left = self._job.addresses * self._job.ports - sum(counts.values())
+        counts = dict.fromkeys(NAMES, 0) | self._probes | {EXCLUDED: self._job.plan.excluded * self._job.plan.ports}
+        left = self._job.plan.probes - sum(counts.values())
         counts[CANCELLED if self._job.final else WAITING] += left
         return counts
 
@@ -109,7 +109,7 @@ class Tally:
     def accounted(self) -> bool:
         """Return whether every probe of the request has an outcome."""
         counts = self.counts
-        return sum(counts[name] for name in ACCOUNTED) == self._job.addresses * self._job.ports
+        return sum(counts[name] for name in ACCOUNTED) == self._job.plan.probes
 
     @property
     def lists_addresses(self) -> bool:
@@ -132,7 +132,7 @@ class Tally:
         """Return the expected slot seconds of the remaining probes."""
         left = max(0, self._wanted - self._settled - self._probes[LOST])
         pace = self._job.pace
-        return left * pace if pace is not None else self._job.estimate * left / self._wanted
+        return left * pace if pace is not None else self._job.plan.estimate * left / self._wanted
 
     @property
     def error(self) -> str:
@@ -144,7 +144,7 @@ class Tally:
 
     @property
     def _wanted(self) -> int:
-        return (self._job.addresses - self._job.excluded) * self._job.ports
+        return (self._job.plan.addresses - self._job.plan.excluded) * self._job.plan.ports
 
     @property
     def _settled(self) -> int:
@@ -196,12 +196,12 @@ class UnprobedPage:
             return
         first = plan.index_after(self._job, self._job.made, max(0, self._skip - self.total))
         self.total += plan.blanks(self._job, self._job.made, first)
-        for chunk in plan.chunks(self._job, first, self._job.chunk_count):
+        for chunk in plan.chunks(self._job, first, self._job.plan.chunk_count):
             if len(self.page) == self._size:
                 break
             self.add(chunk)
             first = chunk.index + 1
-        self.total += plan.blanks(self._job, first, self._job.chunk_count)
+        self.total += plan.blanks(self._job, first, self._job.plan.chunk_count)
 
     def _take(
         self,

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from typing import Final
 
 from job_orchestrator.domain.chunk import Chunk
-from job_orchestrator.domain.job import ScanJob
+from job_orchestrator.domain.job import Plan, ScanJob
 from scanfleet.outcomes import MAX_ADDRESSES, Outcome
 from scanfleet.policy import FLOOR_OF_ADDRESS, GROUP_HOSTS, ScanPolicy
 from scanfleet.ports import PortSet
@@ -50,25 +49,6 @@ _SHORTEST: Final = 5.0  # minimum expected duration of a chunk: below it, the st
 _LONGEST: Final = 30.0  # maximum expected duration of a chunk: limits the loss with a failed worker
 _SHARES: Final = 16  # minimum number of chunks per job between these two: enough to spread it evenly over a few workers
 _RATE_OF_NMAP: Final = 500  # packets per second: a job with a lower limit has one nmap at a time
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The stored parameters of a job's plan, so that a release with another algorithm creates the same chunks.
-
-    `chunk_count` is the number that the job reports; a slice whose addresses are all excluded has no chunk.
-    """
-
-    addresses: int
-    excluded: int
-    ports: int
-    chunk_addresses: int
-    chunk_ports: int
-    blocks: int
-    """Number of blocks of ports."""
-    chunk_count: int
-    estimate: float
-    """Slot seconds of the whole job."""
 
 
 def estimate(policy: ScanPolicy, ports: PortSet, addresses: int) -> float:
@@ -145,22 +125,22 @@ def made_up_to(job: ScanJob, open_: int, lowest: int | None) -> int:
         lowest: index of the first of these; None if there is none.
     """
     lowest = job.made if lowest is None else lowest
-    up_to = min(job.made + width(job.policy) - open_, lowest + min(_AHEAD, _slice_count(job)), job.chunk_count)
+    up_to = min(job.made + width(job.policy) - open_, lowest + min(_AHEAD, _slice_count(job)), job.plan.chunk_count)
     return max(job.made, up_to)
 
 
 def chunks(job: ScanJob, first: int, end: int) -> Iterator[Chunk]:
     """Yield the job's chunks from index `first` up to `end`, with their fixed ids."""
-    slices = _slices(job.cidr, job.exclude, job.chunk_addresses)
+    slices = _slices(job.cidr, job.exclude, job.plan.chunk_addresses)
     all_ports = job.policy.port_set
     first_address = parse_network(job.cidr).network_address
     for index in range(first, end):
-        if job.blockwise:
+        if job.plan.blockwise:
             block, slice_ = divmod(index, len(slices))
         else:
-            slice_, block = divmod(index, job.blocks)
+            slice_, block = divmod(index, job.plan.blocks)
         offset, outcomes = slices[slice_]
-        ports = all_ports.block(block, job.chunk_ports)
+        ports = all_ports.block(block, job.plan.chunk_ports)
         blank = outcomes.count(Outcome.BLANK)
         yield Chunk(
             id=chunk_id(job, index),
@@ -180,7 +160,7 @@ def chunks(job: ScanJob, first: int, end: int) -> Iterator[Chunk]:
 
 def block_of(job: ScanJob, index: int) -> int:
     """The block of ports of the chunk with this index."""
-    return index // _slice_count(job) if job.blockwise else index % job.blocks
+    return index // _slice_count(job) if job.plan.blockwise else index % job.plan.blocks
 
 
 def indexes(job: ScanJob, blocks: Iterable[int], first: int, end: int) -> list[tuple[int, int]]:
@@ -189,10 +169,10 @@ def indexes(job: ScanJob, blocks: Iterable[int], first: int, end: int) -> list[t
     Returns:
         Ranges, each without its end, in order; between the chunks that are asked for they may hold others.
     """
-    offsets = [offset for offset, _ in _slices(job.cidr, job.exclude, job.chunk_addresses)]
-    low, high = bisect_right(offsets, first - job.chunk_addresses), bisect_left(offsets, end)
-    if not job.blockwise:
-        return [(low * job.blocks, high * job.blocks)]
+    offsets = [offset for offset, _ in _slices(job.cidr, job.exclude, job.plan.chunk_addresses)]
+    low, high = bisect_right(offsets, first - job.plan.chunk_addresses), bisect_left(offsets, end)
+    if not job.plan.blockwise:
+        return [(low * job.plan.blocks, high * job.plan.blocks)]
     ranges: list[tuple[int, int]] = []
     for block in sorted(blocks):
         begin = block * len(offsets) + low
@@ -208,7 +188,7 @@ def chunk_id(job: ScanJob, index: int) -> str:
 
 def needs_raw(job: ScanJob, lowest: int | None) -> bool:
     """Return whether all chunks from index `lowest` on need raw packets: TCP ports come before UDP ports."""
-    first = min(job.made if lowest is None else lowest, job.chunk_count - 1)
+    first = min(job.made if lowest is None else lowest, job.plan.chunk_count - 1)
     return next(chunks(job, first, first + 1)).needs_raw
 
 
@@ -234,19 +214,21 @@ def blanks(job: ScanJob, first: int, end: int) -> int:
 
 def index_after(job: ScanJob, first: int, addresses: int) -> int:
     """Return the highest index for which the chunks from `first` have at most this many addresses to scan."""
-    if not addresses or first >= job.chunk_count:
+    if not addresses or first >= job.plan.chunk_count:
         return first
-    return first + bisect_right(range(first, job.chunk_count), addresses, key=lambda end: blanks(job, first, end)) - 1
+    return (
+        first + bisect_right(range(first, job.plan.chunk_count), addresses, key=lambda end: blanks(job, first, end)) - 1
+    )
 
 
 def _blanks_before(job: ScanJob, end: int) -> int:
-    sums = _sums(job.cidr, job.exclude, job.chunk_addresses)
+    sums = _sums(job.cidr, job.exclude, job.plan.chunk_addresses)
     blocks, slices = divmod(end, len(sums) - 1)
     return blocks * sums[-1] + sums[slices]
 
 
 def _slice_count(job: ScanJob) -> int:
-    return job.chunk_count // job.blocks
+    return job.plan.chunk_count // job.plan.blocks
 
 
 def _block_size(policy: ScanPolicy, ports: PortSet) -> int:

@@ -48,16 +48,16 @@ class Quotas:
         Raises:
             QuotaError: the job is too large.
         """
-        addresses = job.addresses - job.excluded
-        probes = addresses * job.ports
+        addresses = job.plan.addresses - job.plan.excluded
+        probes = addresses * job.plan.ports
         if probes > self.probes_per_job:
             raise QuotaError(
-                f"a job of {addresses} addresses × {job.ports} ports has {probes} probes, and the limit is "
+                f"a job of {addresses} addresses × {job.plan.ports} ports has {probes} probes, and the limit is "
                 f"{self.probes_per_job} (SCANFLEET_PROBES_PER_JOB); use a smaller subnet or fewer ports"
             )
-        if job.chunk_count > self.chunks_per_job:
+        if job.plan.chunk_count > self.chunks_per_job:
             raise QuotaError(
-                f"the job would be cut into {job.chunk_count} chunks, and the limit is {self.chunks_per_job} "
+                f"the job would be cut into {job.plan.chunk_count} chunks, and the limit is {self.chunks_per_job} "
                 "(SCANFLEET_CHUNKS_PER_JOB); use a smaller subnet, fewer ports or a higher timing"
             )
 
@@ -67,7 +67,7 @@ class Quotas:
         Raises:
             QuotaError: the user has too much, or the request alone is too much.
         """
-        wanted = Usage(len(jobs), sum(job.estimate for job in jobs))
+        wanted = Usage(len(jobs), sum(job.plan.estimate for job in jobs))
         if wanted.jobs > self.unfinished_jobs_per_user:
             raise QuotaError(
                 f"the request makes {wanted.jobs} jobs, and a user may have {self.unfinished_jobs_per_user} unfinished jobs "

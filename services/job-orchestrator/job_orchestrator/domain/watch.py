@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from job_orchestrator.domain.chunk import Chunk
+from job_orchestrator.domain.chunk import Token
 from job_orchestrator.domain.fairness import Held
 
 _LONGEST_LOOK: Final = 3.0  # maximum seconds that one check adds; checks are about a second apart
@@ -20,12 +20,12 @@ class Watch:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._silence: dict[tuple[str, int], float] = {}
+        self._silence: dict[Token, float] = {}
         self._looked = float("inf")
 
-    def renew(self, chunk: Chunk) -> None:
-        """Reset the chunk's timeout after a report of its worker."""
-        self._silence.pop((chunk.id, chunk.attempt), None)
+    def renew(self, token: Token) -> None:
+        """Reset the timeout of an attempt after a report of its worker."""
+        self._silence.pop(token, None)
 
     def overdue(self, watched: Iterable[Held], now: float) -> list[Held]:
         """Return those of `watched` whose lease has expired; chunks that are not in `watched` are no longer tracked.
@@ -36,6 +36,6 @@ class Watch:
         """
         listened = max(0.0, min(now - self._looked, _LONGEST_LOOK))
         self._looked = now
-        chunks = {(held.chunk_id, held.attempt): held for held in watched}
+        chunks = {held.token: held for held in watched}
         self._silence = {token: self._silence[token] + listened if token in self._silence else 0.0 for token in chunks}
         return [held for token, held in chunks.items() if self._silence[token] > self._seconds]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from job_orchestrator.domain.chunk import HELD, Chunk, elapsed
+from job_orchestrator.domain.chunk import HELD, Chunk, Token, elapsed
 from job_orchestrator.domain.store import Store
 from job_orchestrator.metrics import CHUNK_TRANSITIONS
 from scanfleet.chunk_grants import Signer
@@ -77,13 +77,13 @@ async def _charge(store: Store, changed: Iterable[Changed], now: datetime) -> No
     await store.charge(seconds)
 
 
-def stop(chunk: Chunk, reason: str) -> StopChunk:
+def stop(token: Token, reason: str) -> StopChunk:
     """Return the message that ends the nmap of this token's holder."""
     return StopChunk(
-        job_id=chunk.job_id,
-        chunk_id=chunk.id,
-        attempt=chunk.attempt,
-        worker_id=chunk.worker_id,
+        job_id=token.job_id,
+        chunk_id=token.chunk_id,
+        attempt=token.attempt,
+        worker_id=token.worker_id,
         reason=reason,
     )
 

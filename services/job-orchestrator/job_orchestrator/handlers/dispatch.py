@@ -15,7 +15,7 @@ import structlog
 
 from job_orchestrator.domain import fairness, plan
 from job_orchestrator.domain.audit import own_entry
-from job_orchestrator.domain.chunk import Chunk, ChunkState, cancel, dispatch
+from job_orchestrator.domain.chunk import Chunk, ChunkState, Token, cancel, dispatch
 from job_orchestrator.domain.deletion import Stage
 from job_orchestrator.domain.fairness import Candidate, Credit, Held
 from job_orchestrator.domain.job import ScanJob
@@ -76,7 +76,7 @@ class Dispatcher:
         signer: signs the scope of each attempt.
         lease_seconds: lease timeout: the maximum time without a report of the chunk's worker.
         clock: the platform's time.
-        requeue_lost: requeues the given attempts, by chunk, of dead workers, with the reason.
+        requeue_lost: requeues these attempts of dead workers, with the reason.
         give_up: fails a job, with the reason.
         grants: the current user grants, which limit jobs and their hours.
     """
@@ -89,7 +89,7 @@ class Dispatcher:
         *,
         lease_seconds: float,
         clock: PlatformTime,
-        requeue_lost: Callable[[dict[str, int], str], Awaitable[None]],
+        requeue_lost: Callable[[Collection[Token], str], Awaitable[None]],
         give_up: Callable[[int, str], Awaitable[None]],
         grants: JobGrants,
         monotonic: Callable[[], float] = time.monotonic,
@@ -166,9 +166,9 @@ class Dispatcher:
         if not living:
             return
         lost = {
-            each.chunk_id: each.attempt
+            each.token
             for each in await self._store.held()
-            if living.get(each.instance, each.worker_id) != each.worker_id
+            if living.get(each.instance, each.token.worker_id) != each.token.worker_id
         }
         await self._requeue_lost(lost, "was replaced by another process")
 
@@ -204,7 +204,7 @@ class Dispatcher:
         held, _ = await asyncio.gather(self._store.held(), self._refresh(now, {credit.raw for credit in mine}))
         by_worker: defaultdict[str, list[Held]] = defaultdict(list)
         for each in held:
-            by_worker[each.worker_id].append(each)
+            by_worker[each.token.worker_id].append(each)
         credits_ = [fairness.fill(credit, by_worker[credit.worker_id]) for credit in mine]
         self._idle = any(credit.held < credit.slots for credit in credits_)
         free = [credit for credit in credits_ if fairness.has_room(credit)]
@@ -354,7 +354,7 @@ class Dispatcher:
         ports = PortSet.parse(chunk.ports)
         left = self._grants.open_for(job, self._clock.now())
         slots = sum(credit.slots for credit in self._live.values())
-        nmaps = max(1, min(plan.width(job.policy), slots, job.chunk_count))
+        nmaps = max(1, min(plan.width(job.policy), slots, job.plan.chunk_count))
         return ScanChunk(
             job_id=chunk.job_id,
             chunk_id=chunk.id,

@@ -337,7 +337,7 @@ class Jobs:
         if started.status is JobStatus.RUNNING:
             self._remember(job.id)
         counted = await self._count(started, standing, known)
-        if counted.totals.done == job.chunk_count:
+        if counted.totals.done == job.plan.chunk_count:
             ended, ledger = self._end(counted)
             return _Step(job, (ended,) if started is job else (started, ended), ledger), ()
         after, new = _fill_window(counted, standing, turns.get(job.user_id, 0))
@@ -410,7 +410,7 @@ class Jobs:
             )
             held = [each.before for each in changed if each.moved and each.before.state in HELD]
             moved |= any(each.moved for each in changed)
-            await self._publisher.publish(SCAN_TASKS, [stop(chunk, f"job {job.status}") for chunk in held])
+            await self._publisher.publish(SCAN_TASKS, [stop(chunk.token, f"job {job.status}") for chunk in held])
         if moved:
             self.begin([job.id])  # it is settled only when a query finds none
 

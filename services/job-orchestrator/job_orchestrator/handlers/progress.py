@@ -13,6 +13,7 @@ from job_orchestrator.domain.chunk import (
     OPEN,
     Chunk,
     ChunkState,
+    Token,
     WorkerReport,
     apply,
     expire,
@@ -104,7 +105,9 @@ class Progress:
         changed = await change(self._store, by_chunk, decide, now)
         self._renew(changed, effects)
         for id_ in by_chunk.keys() - effects.keys():
-            effects[id_] = _Effects([_stop(report, "no such chunk") for report in by_chunk[id_] if _scans(report)])
+            effects[id_] = _Effects(
+                [stop(Token.of(report), "no such chunk") for report in by_chunk[id_] if _scans(report)]
+            )
             UNKNOWN_CHUNKS.inc(len(by_chunk[id_]))
         STALE_REPORTS.inc(sum(each.stale for each in effects.values()))
         await self._publisher.publish(SCAN_TASKS, [stop for each in effects.values() for stop in each.stops])
@@ -130,35 +133,36 @@ class Progress:
         for each in await self._store.watched_chunks(partitions):
             held[each.partition].append(each)
         late = {
-            each.chunk_id: each.attempt
+            each.token
             for partition in partitions
             if partition in self._leases
             for each in self._leases[partition].overdue(held[partition], now)
         }
         await self.requeue_lost(late, "sent no report for a whole lease")
 
-    async def requeue_lost(self, attempts: dict[str, int], reason: str) -> None:
+    async def requeue_lost(self, tokens: Collection[Token], reason: str) -> None:
         """Requeue chunks whose workers are lost.
 
         Args:
-            attempts: the attempt that ends, by chunk.
+            tokens: the attempts that end.
             reason: why the workers are considered lost.
 
         Raises:
             DependencyError: the next check requeues the rest.
         """
-        if not attempts:
+        if not tokens:
             return
         now = self._clock.now()
 
         def lose(chunk: Chunk) -> Chunk:
-            if chunk.state not in HELD or chunk.attempt != attempts[chunk.id]:
+            if chunk.state not in HELD or chunk.token not in tokens:
                 return chunk
             return expire(chunk, f"worker {chunk.worker_id} {reason}", now)
 
-        changed = [each for each in await change(self._store, attempts, lose, now, charge=False) if each.moved]
+        ids = {token.chunk_id for token in tokens}
+        changed = [each for each in await change(self._store, ids, lose, now, charge=False) if each.moved]
         LEASES_EXPIRED.inc(len(changed))
-        await self._publisher.publish(SCAN_TASKS, [stop(each.before, "lease expired") for each in changed])
+        await self._publisher.publish(SCAN_TASKS, [stop(each.before.token, "lease expired") for each in changed])
         self._wake()
         await self._jobs.follow(changed)
 
@@ -166,29 +170,19 @@ class Progress:
         if chunk.state in OPEN:
             effects.stale += 1
         if _scans(report):
-            effects.stops.append(_stop(report, f"the chunk is {chunk.state}, attempt {chunk.attempt}"))
+            effects.stops.append(stop(Token.of(report), f"the chunk is {chunk.state}, attempt {chunk.attempt}"))
         return final_report(chunk, report)
 
     def _renew(self, changed: Sequence[Changed], effects: dict[str, _Effects]) -> None:
         for each in changed:
             watch = self._leases.get(each.after.partition)
             if watch and effects[each.after.id].alive and each.after.state is ChunkState.RUNNING:
-                watch.renew(each.after)
+                watch.renew(each.after.token)
 
 
 def _scans(report: WorkerReport) -> bool:
     """Return whether the worker continues to scan until it is stopped."""
     return isinstance(report, ChunkClaimed | ChunkProgressed)
-
-
-def _stop(report: WorkerReport, reason: str) -> StopChunk:
-    return StopChunk(
-        job_id=report.job_id,
-        chunk_id=report.chunk_id,
-        attempt=report.attempt,
-        worker_id=report.worker_id,
-        reason=reason,
-    )
 
 
 def _report(record: Record) -> WorkerReport:

@@ -106,7 +106,7 @@ class Sweeper:
         found = await self._store.jobs(job_ids)
         jobs = {id_: job for id_, job in found.items() if not job.final and not self._jobs.faulty(job)}
         live = await self._store.live_workers(LIVE)
-        held = {each.job_id for each in await self._store.held()}
+        held = {each.token.job_id for each in await self._store.held()}
         standings = await self._store.standings(jobs)
         raw = any(worker.raw for worker in live)
         now = self._clock.now()

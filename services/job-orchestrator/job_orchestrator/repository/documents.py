@@ -9,10 +9,10 @@ from typing import Any, Final, TypeVar
 import structlog
 
 from job_orchestrator.domain.access import Revocation
-from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState
+from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState, Token
 from job_orchestrator.domain.deletion import Deletion, Stage
 from job_orchestrator.domain.fairness import Candidate, Clock, Credit, Held
-from job_orchestrator.domain.job import Outgoing, ScanJob
+from job_orchestrator.domain.job import Outgoing, Plan, ScanJob
 from job_orchestrator.domain.plan import MAX_PORTS
 from job_orchestrator.domain.store import Command, Policy, Subnet
 from job_orchestrator.domain.totals import Totals
@@ -40,6 +40,10 @@ def _shallow(each: Any) -> Document:
     return {"_id": each.id} | {name: getattr(each, name) for name in each.__slots__ if name != "id"}
 
 
+def _fields(each: Any) -> Document:
+    return {name: getattr(each, name) for name in each.__slots__}
+
+
 def write_subnet(subnet: Subnet) -> Document:
     return _shallow(subnet)
 
@@ -59,10 +63,12 @@ def read_policy(document: Document) -> Policy:
 def write_job(job: ScanJob) -> Document:
     document = _shallow(job) | {
         "policy": job.policy.model_dump(mode="json"),
-        "totals": {name: getattr(job.totals, name) for name in Totals.__slots__},
+        **_fields(job.plan),
+        "totals": _fields(job.totals),
         "status": job.status.value,
         "sort_time": job.start_time or job.end_time or _FAR_FUTURE,
     }
+    del document["plan"]  # its fields are the document's
     # An empty outbox is omitted, so that the sparse index contains only jobs with unpublished events.
     del document["outbox"]
     if job.outbox:
@@ -89,18 +95,17 @@ def read_job(document: Document) -> ScanJob:
         )
         for each in document.get("outbox", ())
     )
+    old_plan = _OLD_PLAN | {"blocks": -(-document["ports"] // MAX_PORTS)}
+    plan = Plan(**(old_plan | {name: document[name] for name in Plan.__slots__ if name in document}))
     converted = {
         "exclude": tuple(document["exclude"]),
         "policy": ScanPolicy.model_validate(document["policy"]),
+        "plan": plan,
         "totals": _totals(document.get("totals", {})),
         "status": JobStatus(document["status"]),
         "outbox": outbox,
     }
-    old = _OLD_JOB | {
-        "made": document["chunk_count"],
-        "blocks": -(-document["ports"] // MAX_PORTS),
-        "partition": SCAN_PROGRESS.partition_of(str(document["_id"])),
-    }
+    old: Document = {"made": plan.chunk_count, "partition": SCAN_PROGRESS.partition_of(str(document["_id"]))}
     return ScanJob(**(old | _known(ScanJob, document) | converted))
 
 
@@ -112,8 +117,8 @@ def read_view(document: Document) -> Job:
     return Job(**({name: document[name] for name in VIEW_FIELDS} | {"id": document["_id"]}))
 
 
-# Defaults for jobs of release 0.1: all of their chunks exist, slice by slice.
-_OLD_JOB: Final = {"chunk_ports": MAX_PORTS, "estimate": 0.0, "blockwise": False}
+# Defaults for plans of release 0.1: all of their chunks exist, slice by slice.
+_OLD_PLAN: Final = {"chunk_ports": MAX_PORTS, "estimate": 0.0, "blockwise": False}
 
 
 def _totals(document: Document) -> Totals:
@@ -169,11 +174,8 @@ CANDIDATE: Final = dict.fromkeys(("user_id", "job_id", "estimate", "needs_raw", 
 
 def read_held(document: Document) -> Held:
     return Held(
-        chunk_id=document["_id"],
-        attempt=document["attempt"],
-        worker_id=document["worker_id"],
+        token=Token(document["job_id"], document["_id"], document["attempt"], document["worker_id"]),
         user_id=document["user_id"],
-        job_id=document["job_id"],
         partition=document["partition"],
         estimate=document["estimate"],
         share=document.get("share", 1.0),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from job_orchestrator.testing.access import MemoryAccess
 from job_orchestrator.testing.store import MemoryStore
-from job_orchestrator.testing.things import KEYS, chunk, scan_job, scan_policy
+from job_orchestrator.testing.things import KEYS, chunk, replanned, scan_job, scan_policy
 from job_orchestrator.testing.world import RULES, ResultStore, Worker, World
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Worker",
     "World",
     "chunk",
+    "replanned",
     "scan_job",
     "scan_policy",
 ]

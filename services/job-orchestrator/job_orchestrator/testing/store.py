@@ -441,11 +441,8 @@ class MemoryStore:
     def _held(self) -> list[Held]:
         return [
             Held(
-                chunk_id=chunk.id,
-                attempt=chunk.attempt,
-                worker_id=chunk.worker_id,
+                token=chunk.token,
                 user_id=chunk.user_id,
-                job_id=chunk.job_id,
                 partition=chunk.partition,
                 estimate=chunk.estimate,
                 share=chunk.share,

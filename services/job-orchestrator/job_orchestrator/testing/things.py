@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chain import ChainKeys
 from job_orchestrator.domain.chunk import Chunk
-from job_orchestrator.domain.job import ScanJob, create
+from job_orchestrator.domain.job import Plan, ScanJob, create
 from scanfleet.messages.topics import SCAN_PROGRESS
 from scanfleet.policy import Preset, ScanPolicy, fill_in
 from scanfleet.targets import Target
@@ -42,14 +43,7 @@ def scan_job(
         "cidr": cidr,
         "exclude": exclude,
         "policy": policy,
-        "addresses": planned.addresses,
-        "excluded": planned.excluded,
-        "ports": planned.ports,
-        "chunk_addresses": planned.chunk_addresses,
-        "chunk_ports": planned.chunk_ports,
-        "blocks": planned.blocks,
-        "chunk_count": planned.chunk_count,
-        "estimate": planned.estimate,
+        "plan": replace(planned, **{name: changed.pop(name) for name in Plan.__slots__ if name in changed}),
         "seconds_left": planned.estimate,
         "partition": SCAN_PROGRESS.partition_of(str(id_)),
         "created_at": THEN,
@@ -57,6 +51,10 @@ def scan_job(
         "command_id": f"command-{id_}",
     }
     return create(ScanJob(**(fields | changed)))
+
+
+def replanned(job: ScanJob, **changed: Any) -> ScanJob:
+    return replace(job, plan=replace(job.plan, **changed))
 
 
 def chunk(**changed: Any) -> Chunk:

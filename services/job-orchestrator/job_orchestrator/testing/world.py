@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from itertools import count
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.store import Policy, Store, Subnet
@@ -61,6 +61,13 @@ _READ: Final = (SCAN_COMMANDS, SCAN_DELETIONS, SCAN_WORKERS, SCAN_PROGRESS, SCAN
 _EVERY_PARTITION: Final = range(SCAN_PROGRESS.partitions)
 _NOW: Final = 1_000.0  # on its monotonic clock, when a world begins
 _STEPS: Final = 1_000  # in which a world comes to rest; one that does not goes in circles
+
+
+class _Token(TypedDict):
+    job_id: int
+    chunk_id: str
+    attempt: int
+    worker_id: str
 
 
 class _Stateless:
@@ -391,7 +398,7 @@ class World:
         return [each for each in events if each.job.id == job_id]
 
 
-def _token(task: ScanChunk | ChunkScanned) -> dict[str, Any]:
+def _token(task: ScanChunk | ChunkScanned) -> _Token:
     return {
         "job_id": task.job_id,
         "chunk_id": task.chunk_id,

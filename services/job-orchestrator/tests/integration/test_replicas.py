@@ -294,7 +294,7 @@ async def test_two_replicas_share_the_work(platform: Platform) -> None:
     platform.check_tokens()
     for job in jobs:
         states = [chunk.state async for chunk in platform.store.job_chunks(job.id)]
-        assert states == [ChunkState.STORED] * job.chunk_count
+        assert states == [ChunkState.STORED] * job.plan.chunk_count
 
 
 @pytest.mark.proves("F11", "F22", "G6", "G8")

@@ -773,8 +773,8 @@ async def test_a_snapshot_shows_what_was_asked_for(api: Api, store: MemoryStore)
         "addresses": 8,
         "excluded": 1,
         "ports": 2,
-        "chunks": job.chunk_count,
-        "estimate_seconds": job.estimate,
+        "chunks": job.plan.chunk_count,
+        "estimate_seconds": job.plan.estimate,
     }
     assert set(job.policy.model_dump()) == POLICY - {"id", "user_id", "name", "created_at", "updated_at"}
 
@@ -927,7 +927,7 @@ async def test_map_of_many_blocks_is_refused_before_chunks_are_read(
 ) -> None:
     """Timing 0 plans a chunk per port and address: a map of too many of them is a 413 within a bounded CPU time."""
     job = scan_job(1, cidr="127.9.8.0/29", policy=scan_policy(ports=ports, timing=0))
-    assert job.chunk_count >= 8 * 2_000
+    assert job.plan.chunk_count >= 8 * 2_000
     await store.insert_jobs([job])
     began = time.process_time()
     assert "?ports=" in (await api(f"GET /api/v1/task/1/map{query}", status=413))["error"]

@@ -160,7 +160,7 @@ async def test_a_job_leaves_out_the_broadcast_address_of_its_subnet() -> None:
     await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
     (accepted,) = world.accepted(command)
     job = (await world.store.jobs([accepted.id]))[accepted.id]
-    assert (job.exclude, job.addresses, job.excluded) == (("10.0.0.7/32",), 8, 1)
+    assert (job.exclude, job.plan.addresses, job.plan.excluded) == (("10.0.0.7/32",), 8, 1)
     (subnet,) = (await world.store.subnets([(7, job.subnet_id)])).values()
     assert subnet.exclude == ()
 

@@ -187,7 +187,7 @@ async def scan(world: CrashingWorld) -> None:
             tally.end(chunk)
         assert tally.accounted
         assert tally.totals == job.totals
-        assert (tally.counts["silent"], job.settled) == (job.addresses * job.ports, True)
+        assert (tally.counts["silent"], job.settled) == (job.plan.addresses * job.plan.ports, True)
 
 
 async def lose(world: CrashingWorld) -> None:

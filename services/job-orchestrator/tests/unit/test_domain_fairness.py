@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from job_orchestrator.domain.chunk import Token
 from job_orchestrator.domain.fairness import (
     AHEAD_SECONDS,
     Candidate,
@@ -45,17 +46,14 @@ def credit(name: str = "w-1", slots: int = 2, **changed: Any) -> Credit:
     return Credit(name, slots=slots, **(fields | changed))
 
 
-def held(user: int = 1, worker: str = "w-1", **changed: Any) -> Held:
+def held(user: int = 1, worker: str = "w-1", id_: str = "1-0", **changed: Any) -> Held:
     fields: dict[str, Any] = {
-        "chunk_id": "1-0",
-        "attempt": 1,
-        "job_id": user,
         "partition": 0,
         "estimate": 5.0,
         "share": 1.0,
         "dispatched_at": THEN,
     }
-    return Held(worker_id=worker, user_id=user, **(fields | changed))
+    return Held(Token(user, id_, 1, worker), user_id=user, **(fields | changed))
 
 
 def picks(
@@ -375,7 +373,7 @@ class Fleet:
             user = chosen.user_id
             estimate, seconds = self.queues[user].popleft()
             number = next(self._ids)
-            taken = held(user, chunk_id=str(number), estimate=estimate, share=share, dispatched_at=moment)
+            taken = held(user, id_=str(number), estimate=estimate, share=share, dispatched_at=moment)
             heapq.heappush(self.running, (self.now + seconds, number, taken))
             self.log.append((user, self.now, self.now + seconds))
             self.waits[user] = max(self.waits[user], self.now - self._since.pop(user, self.now))

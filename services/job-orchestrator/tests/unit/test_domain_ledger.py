@@ -14,7 +14,7 @@ from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ledger import ACCOUNTED, NAMES, NotProbed, Tally, UnprobedPage
 from job_orchestrator.domain.totals import EMPTY
 from job_orchestrator.repository import documents
-from job_orchestrator.testing import chunk, scan_job, scan_policy
+from job_orchestrator.testing import chunk, replanned, scan_job, scan_policy
 from scanfleet.messages import JobStatus
 from scanfleet.outcomes import Outcome
 from scanfleet.targets import Target
@@ -25,14 +25,14 @@ LETTERS = [code for code in Outcome if code is not Outcome.EXCLUDED]
 def cut(*, exclude: tuple[str, ...] = (), ports: str = "22,80", size: int = 8) -> ScanJob:
     """A /28 in slices of so many addresses and blocks of 8,192 ports, all of its chunks made."""
     job = scan_job(cidr="127.9.8.0/28", exclude=exclude, policy=scan_policy(ports=ports))
-    job = replace(job, chunk_addresses=size, chunk_ports=8_192, blocks=-(-job.ports // 8_192))
+    job = replanned(job, chunk_addresses=size, chunk_ports=8_192, blocks=-(-job.plan.ports // 8_192))
     slices = {address // size for address, code in enumerate(Target.parse(job.cidr, exclude).outcomes()) if code == "."}
-    count = len(slices) * job.blocks
-    return replace(job, chunk_count=count, made=count)
+    count = len(slices) * job.plan.blocks
+    return replace(replanned(job, chunk_count=count), made=count)
 
 
 def whole(job: ScanJob) -> list[Chunk]:
-    return list(plan.chunks(job, 0, job.chunk_count))
+    return list(plan.chunks(job, 0, job.plan.chunk_count))
 
 
 @st.composite
@@ -79,7 +79,7 @@ def test_the_ledger_sums_to_the_request_whatever_happened(given_: tuple[ScanJob,
     job, chunks = given_
     counts = tally(job, chunks).counts
     assert list(counts) == list(NAMES)
-    assert sum(counts.values()) == job.addresses * job.ports
+    assert sum(counts.values()) == job.plan.addresses * job.plan.ports
     assert min(counts.values()) >= 0
 
 
@@ -90,7 +90,7 @@ def test_error_is_never_empty(given_: tuple[ScanJob, list[Chunk]]) -> None:
     job, chunks = given_
     found = tally(replace(job, status=JobStatus.RUNNING), chunks)
     assert found.error
-    assert found.accounted is (sum(found.counts[name] for name in ACCOUNTED) == job.addresses * job.ports)
+    assert found.accounted is (sum(found.counts[name] for name in ACCOUNTED) == job.plan.addresses * job.plan.ports)
 
 
 @settings(max_examples=60, deadline=None)
@@ -111,7 +111,7 @@ def test_names_are_of_what_the_counts_count(given_: tuple[ScanJob, list[Chunk]])
     job, chunks = given_
     found = names(job, chunks)
     counts = tally(job, chunks).counts
-    ports = {each.ports: each.port_count for each in chunks} | {job.policy.ports: job.ports}
+    ports = {each.ports: each.port_count for each in chunks} | {job.policy.ports: job.plan.ports}
     for outcome in ("down", "timed_out", "excluded", "refused", "cancelled", "lost"):
         assert sum(ports[each.ports] for each in found.page if each.outcome == outcome) == counts[outcome]
     assert {each.outcome for each in found.page} <= set(counts) - {"answered", "silent", "waiting"}
@@ -127,7 +127,7 @@ def test_progress_is_99_at_most(given_: tuple[ScanJob, list[Chunk]]) -> None:
 def test_machines_are_counted_once_over_port_blocks() -> None:
     """An address that answers in three port blocks is one machine; another slice's are others."""
     job = scan_job(cidr="127.9.8.0/29", policy=scan_policy(ports="1-20000"))
-    job = replace(job, blocks=3)
+    job = replanned(job, blocks=3)
     blocks = [
         chunk(id=f"1-{index}", index=index, outcomes=outcomes, ports=ports, first_address=first)
         for index, (first, ports, outcomes) in enumerate(
@@ -145,7 +145,7 @@ def test_machines_are_counted_once_over_port_blocks() -> None:
 def test_progress_is_weighted_by_ports() -> None:
     """A block of few ports moves progress less than one of many; what is excluded is not waited for."""
     job = scan_job(cidr="127.9.8.0/30", exclude=("127.9.8.3/32",), policy=scan_policy(ports="1-10000"))
-    job = replace(job, chunk_addresses=4, chunk_ports=8_192, blocks=2, chunk_count=2)
+    job = replanned(job, chunk_addresses=4, chunk_ports=8_192, blocks=2, chunk_count=2)
     large, small = plan.chunks(job, 0, 2)
     assert (large.port_count, small.port_count) == (8_192, 1_808)
     done = "sssx"
@@ -242,7 +242,7 @@ def test_totals_of_chunks_folded_one_by_one_are_the_whole_tally(
     assert folded.totals.done == len(chunks)
     result = Tally(folded)
     assert result.counts == at_once.counts
-    assert sum(result.counts.values()) == job.addresses * job.ports
+    assert sum(result.counts.values()) == job.plan.addresses * job.plan.ports
     assert (result.machines_found, result.error, result.progress) == (
         at_once.machines_found,
         at_once.error,
@@ -275,7 +275,7 @@ def test_pages_include_chunks_that_were_never_made(
     """Addresses of chunks that a cancelled job never made are on the pages of one list, and counted in its total."""
     job = cut(exclude=exclude, ports=ports, size=4)
     chunks = whole(job)
-    job = replace(job, made=min(made, job.chunk_count), status=JobStatus.CANCELLED)
+    job = replace(job, made=min(made, job.plan.chunk_count), status=JobStatus.CANCELLED)
     all_made = names(job, [replace(each, state=ChunkState.CANCELLED) for each in chunks])
     page = names(job, [replace(each, state=ChunkState.CANCELLED) for each in chunks[: job.made]], skip, size)
     page.add_unmade()
@@ -293,7 +293,7 @@ def test_unmade_chunks_of_an_unfinished_job_are_not_named() -> None:
 
 def test_seconds_left_follow_the_pace_of_finished_chunks() -> None:
     """Until a thousand probes are done the estimate is scaled by what is left, then the measured pace counts."""
-    job = replace(cut(ports="1-1000"), estimate=160.0)
+    job = replanned(cut(ports="1-1000"), estimate=160.0)
     first = replace(whole(job)[0], outcomes="ssssssss", state=ChunkState.STORED, seconds=16.0)
     assert Tally(job).seconds_left == pytest.approx(160.0)
     step = Tally(job)

@@ -19,7 +19,7 @@ from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import Chunk
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.totals import Totals
-from job_orchestrator.testing import scan_job, scan_policy
+from job_orchestrator.testing import replanned, scan_job, scan_policy
 from scanfleet.outcomes import MAX_ADDRESSES, Outcome
 from scanfleet.policy import Preset, ScanPolicy, fill_in
 from scanfleet.ports import PortSet
@@ -76,11 +76,11 @@ def jobs(draw: st.DrawFn) -> ScanJob:
     """A job of at most some hundred chunks."""
     policy = draw(policies())
     job = job_of(policy, draw(targets(st.integers(23, 32))))
-    return job if job.chunk_count <= _FEW else job_of(policy, Target.parse("127.9.8.8/30", ["127.9.8.9/32"]))
+    return job if job.plan.chunk_count <= _FEW else job_of(policy, Target.parse("127.9.8.8/30", ["127.9.8.9/32"]))
 
 
 def made(job: ScanJob) -> list[Chunk]:
-    return list(plan.chunks(job, 0, min(job.chunk_count, _FEW)))
+    return list(plan.chunks(job, 0, min(job.plan.chunk_count, _FEW)))
 
 
 @settings(max_examples=30, deadline=None)
@@ -88,7 +88,7 @@ def made(job: ScanJob) -> list[Chunk]:
 def test_plan_covers_the_request_and_nothing_else(job: ScanJob) -> None:
     """Every address that is not excluded is blank in one chunk for each port block, and the blocks are the ports."""
     chunks = made(job)
-    if len(chunks) < job.chunk_count:
+    if len(chunks) < job.plan.chunk_count:
         return
     blocks: defaultdict[str, set[str]] = defaultdict(set)
     for each in chunks:
@@ -103,7 +103,7 @@ def test_plan_covers_the_request_and_nothing_else(job: ScanJob) -> None:
     target = Target.parse(job.cidr, job.exclude)
     wanted = {str(each) for each in target.network} - {str(each) for net in target.exclude for each in net}
     assert all(addresses == wanted for addresses in blocks.values())
-    assert len(blocks) == job.blocks
+    assert len(blocks) == job.plan.blocks
     assert probed(PortSet.parse(text) for text in blocks) == probed([job.policy.port_set])
 
 
@@ -121,11 +121,11 @@ def probed(sets: Iterable[PortSet]) -> list[tuple[str, int]]:
 @given(jobs())
 def test_blocks_never_mix_protocols(job: ScanJob) -> None:
     """A chunk has TCP ports or UDP ports, TCP first, and needs raw packets for its own ports alone."""
-    blocks = list(job.policy.port_set.blocks(job.chunk_ports))
+    blocks = list(job.policy.port_set.blocks(job.plan.chunk_ports))
     assert all(not (each.tcp_count and each.udp_count) for each in blocks)
     assert [bool(each.udp_count) for each in blocks] == sorted(bool(each.udp_count) for each in blocks)
-    assert len(blocks) == job.blocks
-    for each in plan.chunks(job, 0, min(job.chunk_count, 200)):
+    assert len(blocks) == job.plan.blocks
+    for each in plan.chunks(job, 0, min(job.plan.chunk_count, 200)):
         assert each.needs_raw == job.policy.needs_raw_for(PortSet.parse(each.ports))
 
 
@@ -134,8 +134,8 @@ def test_top_ports_are_cut_by_rank() -> None:
     job = job_of(scan_policy(ports="top:1000", timing=1, host_timeout=900), Target.parse("127.9.8.8/32"))
     blocks = [PortSet.parse(each.ports) for each in made(job)]
     assert len(blocks) > 1
-    assert str(blocks[0]) == f"top:{job.chunk_ports}"
-    assert str(blocks[1]) == f"top:{job.chunk_ports + 1}-{2 * job.chunk_ports}"
+    assert str(blocks[0]) == f"top:{job.plan.chunk_ports}"
+    assert str(blocks[1]) == f"top:{job.plan.chunk_ports + 1}-{2 * job.plan.chunk_ports}"
     assert (blocks[0].above, blocks[-1].top) == (0, 1_000)
     assert all(one.top == other.above for one, other in pairwise(blocks))
 
@@ -191,10 +191,10 @@ def test_chunks_have_fixed_ids_and_bounded_sizes(job: ScanJob) -> None:
     assert chunks == made(job)
     assert [each.id for each in chunks] == [f"1-{index}" for index in range(len(chunks))]
     assert [each.turn for each in chunks] == list(range(len(chunks)))
-    assert job.addresses - job.excluded == Target.parse(job.cidr, job.exclude).included
+    assert job.plan.addresses - job.plan.excluded == Target.parse(job.cidr, job.exclude).included
     for each in chunks:
-        assert 0 < len(each.outcomes) <= min(MAX_ADDRESSES, job.chunk_addresses)
-        assert 0 < each.port_count <= job.chunk_ports <= plan.MAX_PORTS
+        assert 0 < len(each.outcomes) <= min(MAX_ADDRESSES, job.plan.chunk_addresses)
+        assert 0 < each.port_count <= job.plan.chunk_ports <= plan.MAX_PORTS
         assert each.port_count == PortSet.parse(each.ports).count
         assert each.estimate > 0
         assert each.partition == job.partition
@@ -237,14 +237,14 @@ def test_two_blocks_of_a_slice_are_never_open_together(job: ScanJob, burst: int,
     open_: dict[int, Chunk] = {}
     for _ in range(60):
         end = plan.made_up_to(job, len(open_), min(open_, default=None))
-        assert job.made <= end <= job.chunk_count
+        assert job.made <= end <= job.plan.chunk_count
         open_ |= {each.index: each for each in plan.chunks(job, job.made, end)}
         job = replace(job, made=end)
         assert len(open_) <= width
         slices = [each.first_address for each in open_.values()]
         assert len(slices) == len(set(slices))
         if not open_:
-            assert job.made == job.chunk_count
+            assert job.made == job.plan.chunk_count
             break
         indices = sorted(open_)
         chance.shuffle(indices)
@@ -255,7 +255,7 @@ def test_two_blocks_of_a_slice_are_never_open_together(job: ScanJob, burst: int,
 def test_window_is_filled_again_as_chunks_end() -> None:
     """The first window is as wide as it may be, and each chunk that ends makes room for one more."""
     job = job_of(scan_policy(ports="1-1000", service_detection=True), Target.parse("127.9.0.0/16"))
-    assert job.chunk_count > 2 * plan.WINDOW
+    assert job.plan.chunk_count > 2 * plan.WINDOW
     assert plan.made_up_to(job, 0, None) == plan.WINDOW
     job = replace(job, made=plan.WINDOW)
     assert plan.made_up_to(job, plan.WINDOW, 0) == plan.WINDOW
@@ -265,8 +265,8 @@ def test_window_is_filled_again_as_chunks_end() -> None:
 def test_one_chunk_that_stays_open_holds_the_window_back() -> None:
     """However many others have ended, chunks are made no further than 4,096 past the first that is open."""
     job = replace(job_of(scan_policy(ports="1-65535"), Target.parse("127.9.0.0/16")), made=4_090)
-    assert job.chunk_count > 10_000
-    assert plan.made_up_to(job, 1, 0) == min(4_096, job.chunk_count // job.blocks)
+    assert job.plan.chunk_count > 10_000
+    assert plan.made_up_to(job, 1, 0) == min(4_096, job.plan.chunk_count // job.plan.blocks)
 
 
 @pytest.mark.parametrize(("max_rate", "width"), [(1, 1), (999, 1), (1_000, 2), (5_000, 10), (10_000_000, 256)])
@@ -334,19 +334,19 @@ def test_slice_that_is_all_excluded_makes_no_chunk() -> None:
 
 def test_job_keeps_how_it_was_cut() -> None:
     """The sizes of a chunk come from the job, so a release that would cut otherwise makes the same chunks."""
-    job = replace(scan_job(cidr="127.9.8.0/29"), chunk_addresses=2, chunk_count=4)
+    job = scan_job(cidr="127.9.8.0/29", chunk_addresses=2, chunk_count=4)
     addresses = ["127.9.8.0", "127.9.8.2", "127.9.8.4", "127.9.8.6"]
     assert [each.first_address for each in plan.chunks(job, 0, 4)] == addresses
-    blockwise = replace(job, chunk_addresses=4, chunk_ports=1, blocks=2)
+    blockwise = replanned(job, chunk_addresses=4, chunk_ports=1, blocks=2)
     cut = [(each.first_address, each.ports) for each in plan.chunks(blockwise, 0, 4)]
     assert cut == [("127.9.8.0", "22"), ("127.9.8.4", "22"), ("127.9.8.0", "80"), ("127.9.8.4", "80")]
-    old = [(each.first_address, each.ports) for each in plan.chunks(replace(blockwise, blockwise=False), 0, 4)]
+    old = [(each.first_address, each.ports) for each in plan.chunks(replanned(blockwise, blockwise=False), 0, 4)]
     assert old == [("127.9.8.0", "22"), ("127.9.8.0", "80"), ("127.9.8.4", "22"), ("127.9.8.4", "80")]
 
 
 def test_turns_begin_at_the_jobs() -> None:
     """The first chunk has the turn of its job, and each next one the next."""
-    job = replace(scan_job(cidr="127.9.8.0/30"), chunk_addresses=1, chunk_count=4, turn=40)
+    job = scan_job(cidr="127.9.8.0/30", chunk_addresses=1, chunk_count=4, turn=40)
     assert [each.turn for each in plan.chunks(job, 0, 4)] == [40, 41, 42, 43]
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from job_orchestrator.domain.chunk import Token
 from job_orchestrator.domain.fairness import Held
 from job_orchestrator.domain.watch import Watch
-from job_orchestrator.testing import chunk
 from job_orchestrator.testing.things import THEN
 
 LEASE = 10.0
@@ -12,11 +12,8 @@ LEASE = 10.0
 
 def held(id_: str, attempt: int = 1) -> Held:
     return Held(
-        chunk_id=id_,
-        attempt=attempt,
-        worker_id="w-1",
+        token=Token(1, id_, attempt, "w-1"),
         user_id=7,
-        job_id=1,
         partition=0,
         estimate=1.0,
         share=1.0,
@@ -31,9 +28,9 @@ def look_on(watch: Watch, start: float, seconds: int, *, reporting: bool = False
     """Look each second, and stop at the first that is overdue."""
     for second in range(1, seconds + 1):
         if reporting:
-            watch.renew(chunk(id="1-0", attempt=1))
+            watch.renew(FIRST.token)
         if late := watch.overdue([FIRST], start + second):
-            return [each.chunk_id for each in late]
+            return [each.token.chunk_id for each in late]
     return []
 
 
@@ -68,7 +65,7 @@ def test_what_is_seen_for_the_first_time_starts_afresh() -> None:
     look_on(watch, 0.0, 10)
     again = held("1-0", attempt=2)
     assert watch.overdue([again, SECOND], 12.0) == []
-    assert [each.chunk_id for each in watch.overdue([FIRST], 13.0)] == []
+    assert [each.token.chunk_id for each in watch.overdue([FIRST], 13.0)] == []
 
 
 def test_a_clock_that_stands_still_adds_no_silence() -> None:
@@ -82,6 +79,6 @@ def test_one_is_overdue_beside_one_that_is_not() -> None:
     watch = Watch(LEASE)
     late: set[str] = set()
     for second in range(12):
-        watch.renew(chunk(id="1-1", attempt=1))
-        late |= {each.chunk_id for each in watch.overdue([FIRST, SECOND], float(second))}
+        watch.renew(SECOND.token)
+        late |= {each.token.chunk_id for each in watch.overdue([FIRST, SECOND], float(second))}
     assert late == {"1-0"}

@@ -140,7 +140,7 @@ async def test_a_large_job_is_made_in_a_window(world: World) -> None:
     await world.settle()
     (large_job,), (small_job,) = world.accepted(large), world.accepted(small)
     job = (await world.store.jobs([large_job.id]))[large_job.id]
-    assert job.chunk_count > 65_000
+    assert job.plan.chunk_count > 65_000
     assert job.made == plan.WINDOW
     assert (await world.store.jobs([small_job.id]))[small_job.id].made == 1
     done = 0
@@ -155,7 +155,7 @@ async def test_a_large_job_is_made_in_a_window(world: World) -> None:
     standing = (await world.store.standings([job.id]))[job.id]
     assert standing.open <= plan.WINDOW
     assert job.totals.done == standing.lowest
-    assert (job.chunk_addresses, job.chunk_ports) == (4, 8_192)
+    assert (job.plan.chunk_addresses, job.plan.chunk_ports) == (4, 8_192)
     assert sum(job.totals.probes.values()) == 4 * 8_192 * job.totals.done
 
 
@@ -169,7 +169,7 @@ async def test_a_large_job_is_cancelled_in_one_window(world: World) -> None:
     job = (await world.store.jobs([1]))[1]
     assert (job.status, job.settled) == (JobStatus.CANCELLED, True)
     assert [each.state async for each in world.store.job_chunks(1)] == [ChunkState.CANCELLED] * plan.WINDOW
-    assert Tally(job).counts["cancelled"] == job.addresses * job.ports
+    assert Tally(job).counts["cancelled"] == job.plan.addresses * job.plan.ports
 
 
 async def test_three_replicas_make_each_chunk_once() -> None:
@@ -188,7 +188,7 @@ async def test_three_replicas_make_each_chunk_once() -> None:
     await world.wait(40)
     job = (await world.store.jobs([1]))[1]
     assert job.status is JobStatus.COMPLETED
-    assert inserted.total() == len(inserted) == job.chunk_count
+    assert inserted.total() == len(inserted) == job.plan.chunk_count
 
 
 @pytest.mark.proves("F27", "G17")
@@ -245,7 +245,7 @@ async def test_making_chunks_goes_on_after_a_failed_insert(lost: int) -> None:
         if (await store.jobs([1]))[1].final:
             break
     job = (await store.jobs([1]))[1]
-    assert (job.status, job.made) == (JobStatus.COMPLETED, job.chunk_count)
+    assert (job.status, job.made) == (JobStatus.COMPLETED, job.plan.chunk_count)
 
 
 class UnreadableChunkStore(MemoryStore):
@@ -289,7 +289,9 @@ async def test_a_job_that_is_over_when_it_is_first_seen_to_run_is_one_change(wor
     """A job whose chunks are all stored starts and ends in one save, and publishes both events in order."""
     job = replace(scan_job(9, chunk_count=1, made=1), outbox=())
     await world.store.insert_jobs([job])
-    await world.store.insert_chunks([chunk(id="9-0", job_id=9, state=ChunkState.STORED, outcomes="a" * job.addresses)])
+    await world.store.insert_chunks(
+        [chunk(id="9-0", job_id=9, state=ChunkState.STORED, outcomes="a" * job.plan.addresses)]
+    )
     await world.only.jobs.reconcile([9])
     ended = (await world.store.jobs([9]))[9]
     assert (ended.status, ended.rev) == (JobStatus.COMPLETED, job.rev + 1)
