@@ -15,7 +15,6 @@ from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.messages import OperatorActed
 from scanfleet.messages.topics import OPERATOR, SCAN_AUDIT_OPERATOR, TOPICS, Topic
 from scanfleet.operator_command import command_entry
-from scanfleet.settings import KafkaSettings
 
 _NAME = "administrator"
 
@@ -56,22 +55,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 async def _do(asked: argparse.Namespace) -> int:
+    settings = TopicSettings()
+    if asked.command == "create-topics":
+        await create_topics(settings, [SCAN_AUDIT_OPERATOR])  # the command is recorded there before it does the rest
+    bus = KafkaBus(settings, source=_NAME, instance=_NAME)
+    await bus.start()
+    try:
+        return await _on_bus(bus, settings, asked)
+    finally:
+        await bus.stop()
+
+
+async def _on_bus(bus: KafkaBus, settings: TopicSettings, asked: argparse.Namespace) -> int:
     match asked.command:
         case "create-topics":
-            await create_topics(TopicSettings())
-        case _:
-            settings = KafkaSettings()
-            bus = KafkaBus(settings, source=_NAME, instance=_NAME)
-            await bus.start()
-            try:
-                return await _on_bus(bus, settings, asked)
-            finally:
-                await bus.stop()
-    return 0
-
-
-async def _on_bus(bus: KafkaBus, settings: KafkaSettings, asked: argparse.Namespace) -> int:
-    match asked.command:
+            await _record(bus, "create_topics", f"topics of the services, prefix '{settings.topic_prefix}'")
+            await create_topics(settings)
         case "create-acls":
             await _record(bus, "create_acls", f"users of the services, prefix '{settings.topic_prefix}'")
             await create_acls(settings)

@@ -249,6 +249,21 @@ async def test_create_acls_that_fails_is_recorded(desk: Desk) -> None:
     assert await desk.recorded() == [("create_acls", f"users of the services, prefix '{prefix}'", "allowed", "")]
 
 
+@pytest.mark.proves("G15")
+async def test_create_topics_without_topics_is_recorded(kafka: str) -> None:
+    """The first command on a new cluster is in the audit log too."""
+    settings = TopicSettings(kafka=kafka, topic_prefix=f"{uuid4().hex}-")
+    bus = KafkaBus(settings, source="test", instance="test")
+    await bus.start()
+    try:
+        desk = Desk(settings, bus)
+        assert await desk.types("create-topics") == (0, [])
+        target = f"topics of the services, prefix '{settings.topic_prefix}'"
+        assert await desk.recorded() == [("create_topics", target, "allowed", "")]
+    finally:
+        await bus.stop()
+
+
 class Unrecorded(KafkaBus):
     """A bus that cannot publish to the audit log."""
 
