@@ -218,7 +218,7 @@ ABUSE: Final[Mapping[str, Trial]] = {
     ),
     "A26": Trial(
         "an audit entry changed, removed or added in the database, or sent by a service in the name of another",
-        "`verify` names it; over the bus each service can add only refusals of its own",
+        "`verify` names it; over the bus each service can add only refusals of its own, and result-store its restores",
     ),
     "A27": Trial(
         "a forged dead letter replayed by an administrator", "refused, unless the administrator names it as unverified"

@@ -21,6 +21,7 @@ from scanfleet.errors import DependencyError, MessageError
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.groups import move_group
 from scanfleet.messages import JobCancelled
+from scanfleet.messages.audit import RESTORE
 from scanfleet.messages.envelope import RawRecord, decode
 from scanfleet.messages.topics import (
     ORCHESTRATOR,
@@ -52,7 +53,7 @@ async def restored(settings: Settings) -> str:
     try:
         keys = read_chain_keys(settings.audit_key_file)
         store = MongoStore(database, keys, keep_audit=timedelta(days=settings.audit_days))
-        await store.add_audit([command_entry(ORCHESTRATOR, "restore_database", settings.database)])
+        await store.add_audit([command_entry(ORCHESTRATOR, RESTORE, settings.database)])
         await store.advance_ids(above)
         # These commands are not sent again, and the backup may lie between a command and the last of its jobs.
         async for submit in store.accepted_submits():

@@ -12,8 +12,12 @@ import sys
 from result_store.repository import SEQUENCE
 from result_store.settings import Settings
 from scanfleet import mongo, operator_command
+from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.groups import move_group
-from scanfleet.messages.topics import RESULT_STORE, SCAN_DELETIONS, SCAN_RESULTS
+from scanfleet.messages import OperatorActed
+from scanfleet.messages.audit import RESTORE
+from scanfleet.messages.topics import RESULT_STORE, SCAN_AUDIT, SCAN_DELETIONS, SCAN_RESULTS
+from scanfleet.operator_command import command_entry
 
 
 async def restored(settings: Settings) -> str:
@@ -22,6 +26,7 @@ async def restored(settings: Settings) -> str:
     Raises:
         DependencyError: Kafka or MongoDB is unavailable, or a result-store still runs; call again.
     """
+    await _record(settings)
     await move_group(settings, RESULT_STORE, SCAN_RESULTS, "beginning")
     await move_group(settings, f"{RESULT_STORE}-{SCAN_DELETIONS.name}", SCAN_DELETIONS, "beginning")
     above = mongo.next_id_floor()
@@ -31,6 +36,17 @@ async def restored(settings: Settings) -> str:
     finally:
         database.client.close()
     return f"new ids start above {above}\n{SCAN_RESULTS.name} will be read from its beginning\n"
+
+
+async def _record(settings: Settings) -> None:
+    """Publish the audit entry of this command, which the orchestrator stores once it runs."""
+    bus = KafkaBus(settings, source=RESULT_STORE, instance=settings.instance)
+    await bus.start()
+    try:
+        entry = command_entry(RESULT_STORE, RESTORE, settings.database)
+        await bus.publish(SCAN_AUDIT[RESULT_STORE], [OperatorActed(entry=entry)])
+    finally:
+        await bus.stop()
 
 
 if __name__ == "__main__":

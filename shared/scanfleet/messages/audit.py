@@ -10,6 +10,7 @@ from scanfleet.clock import Time
 from scanfleet.messages.base import Message
 from scanfleet.messages.fields import Positive
 
+RESTORE: Final = "restore_database"  # action of a service's restore command
 MAX_REASON_CHARS: Final = 300
 MAX_TARGET_CHARS: Final = 300  # for a refusal
 MAX_TARGETS_CHARS: Final = 32_000  # for one command that names a thousand subnets or jobs
@@ -54,7 +55,7 @@ class AuditEntry(BaseModel):
 
 
 class OperatorActed(Message):
-    """A command that an operator has run with the rights of an administrator of the bus."""
+    """A command that an operator has run: as an administrator of the bus, or the restore command of result-store."""
 
     entry: AuditEntry
 

@@ -196,13 +196,16 @@ def _audit(service: str) -> Topic:
     )
 
 
-SCAN_AUDIT: Final = {service: _audit(service) for service in (GATEWAY, ORCHESTRATOR, WORKER, RESULT_STORE)}
+SCAN_AUDIT: Final = {service: _audit(service) for service in (GATEWAY, ORCHESTRATOR, WORKER)} | {
+    # Its restore command runs while the orchestrator, which records its own in the database, is stopped.
+    RESULT_STORE: replace(_audit(RESULT_STORE), messages=(Audited, OperatorActed)),
+}
 """Topics by service; only that service may write to its topic, so the topic identifies the service of an entry."""
 
 SCAN_AUDIT_OPERATOR: Final = replace(
     _audit(OPERATOR), messages=(OperatorActed,), retention_bytes=64 * MIB
 )  # an entry of an operator's command has a few hundred bytes
-"""Operators' commands on the bus. No service may write to it."""
+"""Commands of the bus's administrators. No service may write to it."""
 
 TOPICS: Final = (
     SCAN_COMMANDS,

@@ -1,4 +1,4 @@
-"""Store audit entries: those of this service, and the refusals of all services."""
+"""Store audit entries: those of this service, the refusals of all services, and operators' commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from job_orchestrator.domain.store import Store
 from scanfleet.audit import write_line
 from scanfleet.bus import Record
 from scanfleet.errors import MessageError
-from scanfleet.messages import Audited, AuditEntry, OperatorActed
+from scanfleet.messages import Audited, AuditEntry, Message, OperatorActed
+from scanfleet.messages.audit import RESTORE
+from scanfleet.messages.topics import OPERATOR
 
 
 async def record(store: Store, entries: Sequence[AuditEntry]) -> None:
@@ -34,17 +36,19 @@ class Audit:
         self._service = service
 
     async def handle(self, records: Sequence[Record]) -> None:
-        entries = [_audited(record).entry for record in records]
+        entries = [self._entry(record.message) for record in records]
         await self._store.add_audit([entry.model_copy(update={"service": self._service}) for entry in entries])
+
+    def _entry(self, message: Message) -> AuditEntry:
+        match message:
+            case Audited(entry=entry):
+                return entry
+            case OperatorActed(entry=entry) if self._service == OPERATOR or entry.action == RESTORE:
+                return entry
+        raise MessageError(f"{type(message).__name__} is not a permitted message of {self._service}'s audit topic")
 
     async def assigned(self, partitions: Collection[int]) -> None: ...
 
     async def revoked(self, partitions: Collection[int]) -> None: ...
 
     async def caught_up(self, partitions: Collection[int]) -> None: ...
-
-
-def _audited(record: Record) -> Audited | OperatorActed:
-    if not isinstance(record.message, Audited | OperatorActed):
-        raise MessageError(f"unexpected message type {type(record.message).__name__} on an audit topic")
-    return record.message

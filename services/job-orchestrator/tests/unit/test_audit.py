@@ -20,10 +20,19 @@ from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator.testing import RULES, World, scan_job
 from job_orchestrator.testing.things import THEN
 from scanfleet import service
-from scanfleet.errors import DependencyError
+from scanfleet.errors import DependencyError, MessageError
 from scanfleet.messages import Audited, AuditEntry, OperatorActed
 from scanfleet.messages.acls import SERVICES, acls_of
-from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, SCAN_AUDIT, SCAN_AUDIT_OPERATOR, SCAN_COMMANDS, WORKER
+from scanfleet.messages.envelope import encode
+from scanfleet.messages.topics import (
+    GATEWAY,
+    ORCHESTRATOR,
+    RESULT_STORE,
+    SCAN_AUDIT,
+    SCAN_AUDIT_OPERATOR,
+    SCAN_COMMANDS,
+    WORKER,
+)
 from scanfleet.settings import FrontSettings
 from scanfleet.testing.bus import MemoryBus
 from scanfleet.testing.tokens import Issuer
@@ -327,6 +336,38 @@ async def test_operator_command_is_an_entry_of_the_operators(world: World) -> No
     assert [(each.service, each.action, each.decision) for each in entries] == [
         ("operator", "replay_dead_letter", "allowed")
     ]
+
+
+@pytest.mark.proves("G15")
+async def test_restore_command_of_result_store_is_an_entry_of_result_store(world: World) -> None:
+    """result-store publishes its restore command over its own topic."""
+    topic = SCAN_AUDIT[RESULT_STORE]
+    acted = OperatorActed(entry=refusal(action="restore_database", decision="allowed", rule="operator"))
+    await world.bus.publish(topic, [acted])
+    await world.hand(topic, world.take(topic))
+    entries, _ = await world.store.list_audit(0, 10)
+    assert [(each.service, each.action, each.decision) for each in entries] == [
+        ("result-store", "restore_database", "allowed")
+    ]
+
+
+@pytest.mark.proves("A26")
+async def test_other_command_on_the_topic_of_result_store_is_refused(world: World) -> None:
+    """result-store cannot add entries of commands that only an administrator of the bus can run."""
+    topic = SCAN_AUDIT[RESULT_STORE]
+    await world.bus.publish(topic, [OperatorActed(entry=refusal(action="create_acls", decision="allowed"))])
+    with pytest.raises(MessageError, match="OperatorActed"):
+        await world.hand(topic, world.take(topic))
+    assert await world.store.list_audit(0, 10) == ([], 0)
+
+
+@pytest.mark.proves("A26")
+@pytest.mark.parametrize("service", [GATEWAY, ORCHESTRATOR, WORKER])
+def test_command_on_the_topic_of_another_service_is_not_encoded(service: str) -> None:
+    """Over the topics of the other services only refusals are recorded."""
+    acted = OperatorActed(entry=refusal(action="restore_database", decision="allowed"))
+    with pytest.raises(MessageError, match="OperatorActed is not a message"):
+        encode(SCAN_AUDIT[service], acted, source=service)
 
 
 @pytest.mark.proves("A26")

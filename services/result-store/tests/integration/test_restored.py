@@ -13,14 +13,16 @@ from scanfleet import mongo
 from scanfleet.errors import DependencyError
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings, create_topics
-from scanfleet.messages.topics import RESULT_STORE, SCAN_DELETIONS, SCAN_RESULTS
+from scanfleet.messages import OperatorActed
+from scanfleet.messages.envelope import decode
+from scanfleet.messages.topics import RESULT_STORE, SCAN_AUDIT, SCAN_DELETIONS, SCAN_RESULTS
 from scanfleet.testing.consumers import Recorder, Running, until
 
 pytestmark = pytest.mark.integration
 
 
 async def test_restored_log_is_replayed_and_ids_advance(kafka: str, mongodb: str) -> None:
-    """The log is read again, new ids exceed all earlier ones, and the command fails while a result-store runs."""
+    """The log is read again, new ids exceed all earlier ones, and a run is recorded, which fails while a result-store runs."""
     settings = Settings(
         kafka=kafka,
         topic_prefix=f"{uuid4().hex}-",
@@ -29,7 +31,9 @@ async def test_restored_log_is_replayed_and_ids_advance(kafka: str, mongodb: str
         internal_public_keys_file="unread.pem",
         chunk_public_keys_file="unread.pem",
     )
-    await create_topics(TopicSettings(kafka=kafka, topic_prefix=settings.topic_prefix), [SCAN_RESULTS, SCAN_DELETIONS])
+    audit = SCAN_AUDIT[RESULT_STORE]
+    topics = [SCAN_RESULTS, SCAN_DELETIONS, audit]
+    await create_topics(TopicSettings(kafka=kafka, topic_prefix=settings.topic_prefix), topics)
     bus, database = KafkaBus(settings, source="test", instance="test"), mongo.connect(mongodb, settings.database)
     await bus.start()
     try:
@@ -46,6 +50,8 @@ async def test_restored_log_is_replayed_and_ids_advance(kafka: str, mongodb: str
         assert (await ids.take()).start > above > before.stop
         async with Running(bus.consume(SCAN_RESULTS, RESULT_STORE, again)):
             await until(lambda: again.handled)
+        acted = [decode(audit, record) async for record in bus.past(audit)]
+        assert [each.entry.action for each in acted if isinstance(each, OperatorActed)] == ["restore_database"] * 2
     finally:
         await bus.stop()
         await database.client.drop_database(database.name)
