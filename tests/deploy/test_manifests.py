@@ -66,10 +66,15 @@ def build(kustomization: Path) -> list[Manifest]:
 
 @pytest.fixture(
     scope="session",
-    params=[*OVERLAYS, *(overlay + RAW for overlay in OVERLAYS), *(f"local+{component}" for component in OPTIONAL)],
+    params=[
+        *OVERLAYS,
+        *(overlay + RAW for overlay in OVERLAYS),
+        *(f"local+{component}" for component in OPTIONAL),
+        "production+sessions",  # `local` has it
+    ],
 )
 def manifests(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Manifest]:
-    """What an overlay builds, alone or with its namespace for raw-packet workers, or the local one with a component more."""
+    """What an overlay builds, alone or with its namespace for raw-packet workers, or with a component more."""
     overlay, _, component = request.param.removesuffix(RAW).partition("+")
     if request.param.endswith(RAW):
         return [*build(K8S / "overlays" / overlay), *build(K8S / "overlays" / request.param)]
@@ -288,6 +293,22 @@ def test_production_encrypts_requests_between_services(production: list[Manifest
     variables = environment(gateway, production)
     assert variables["SCANFLEET_ORCHESTRATOR_URL"] == "https://job-orchestrator"
     assert variables["SCANFLEET_RESULT_STORE_URL"] == "https://result-store"
+
+
+def test_session_keys_are_in_the_gateway_only() -> None:
+    """The gateway has the keys of browser sessions, as in compose, and no other pod has them."""
+    local = build(K8S / "overlays" / "local")
+    holders = {
+        name_of(workload): volume["name"]
+        for workload in workloads(local)
+        for volume in pod(workload)["spec"].get("volumes", ())
+        if volume.get("secret", {}).get("secretName") == "session-keys"
+    }
+    assert holders.keys() == {"api-gateway"}
+    (gateway,) = (each for each in workloads(local) if name_of(each) == "api-gateway")
+    (container,) = containers(gateway)
+    (mount,) = (each for each in container["volumeMounts"] if each["name"] == holders["api-gateway"])
+    assert environment(gateway, local)["SCANFLEET_SESSION_KEYS_FILE"] == f"{mount['mountPath']}/session-keys"
 
 
 def test_pods_meet_the_restricted_standard(manifests: list[Manifest]) -> None:
