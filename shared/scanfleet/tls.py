@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
+
+from cryptography import x509
+from prometheus_client import Gauge
 
 from scanfleet.errors import ConfigurationError
 from scanfleet.settings import TlsSettings
+
+_EXPIRY: Final = Gauge(
+    "scanfleet_certificate_expiry_timestamp_seconds",
+    "Time of the first expiry of a certificate in this file as it was read at start, in seconds since 1970",
+    ["file"],
+)
 
 
 def server_context(settings: TlsSettings) -> ssl.SSLContext | None:
@@ -44,7 +54,13 @@ def _context(settings: TlsSettings, protocol: ssl._SSLMethod) -> ssl.SSLContext 
     try:
         context.load_verify_locations(settings.tls_ca_file)
         context.load_cert_chain(settings.tls_certificate_file, settings.tls_key_file)
-    except OSError as error:  # the base class of OpenSSL's errors
+        _EXPIRY.labels("authority").set(_expiry(settings.tls_ca_file))
+        _EXPIRY.labels("certificate").set(_expiry(settings.tls_certificate_file))
+    except (OSError, ValueError) as error:  # the base class of OpenSSL's errors, and that of an unreadable certificate
         files = f"{settings.tls_ca_file}, {settings.tls_certificate_file} and {settings.tls_key_file}"
         raise ConfigurationError(f"cannot use {files} for TLS: {error}") from error
     return context
+
+
+def _expiry(file: Path) -> float:
+    return min(each.not_valid_after_utc for each in x509.load_pem_x509_certificates(file.read_bytes())).timestamp()

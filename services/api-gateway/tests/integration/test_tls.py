@@ -9,6 +9,7 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from fastapi import APIRouter, FastAPI
+from prometheus_client import REGISTRY
 from pydantic import ValidationError
 
 from api_gateway.connections import connect
 from api_gateway.testing import Gateway
-from local.credentials import LOOPBACK, Authority
+from local.credentials import LIFE, LOOPBACK, Authority
 from scanfleet import logging, service
 from scanfleet.errors import ConfigurationError
 from scanfleet.server import Server
@@ -60,9 +62,9 @@ class Files:
 class Site:
     """An authority and its certificates."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, life: timedelta = LIFE) -> None:
         self._folder = folder
-        self._authority = Authority(folder.name)
+        self._authority = Authority(folder.name, life)
         (folder / "ca.crt").write_text(self._authority.certificate)
 
     def files(self, name: str, *uses: x509.ObjectIdentifier, address: x509.GeneralName | None = LOOPBACK) -> Files:
@@ -220,6 +222,17 @@ def test_file_that_is_no_certificate_ends_the_start(gateway: Files) -> None:
     files = replace(gateway, tls_certificate_file=gateway.tls_key_file)
     with pytest.raises(ConfigurationError, match=re.escape(str(gateway.tls_key_file))):
         client_context(Settings(internal_public_keys_file=Path("none"), **files.settings))
+
+
+def test_expiry_of_the_files_is_exported(tmp_path: Path) -> None:
+    """The metric has the expiry of the own certificate, and of the authority that expires first."""
+    files = Site(tmp_path, timedelta(days=30)).files("api-gateway")
+    with files.tls_ca_file.open("a") as authorities:
+        authorities.write(Authority("another", timedelta(days=20)).certificate)
+    client_context(Settings(internal_public_keys_file=Path("none"), **files.settings))
+    for file, days in {"certificate": 30, "authority": 20}.items():
+        expiry = REGISTRY.get_sample_value("scanfleet_certificate_expiry_timestamp_seconds", {"file": file})
+        assert expiry == pytest.approx((datetime.now(UTC) + timedelta(days=days)).timestamp(), abs=60)
 
 
 def test_files_without_each_other_are_refused(gateway: Files) -> None:
