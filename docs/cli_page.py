@@ -22,8 +22,8 @@ from scanfleet_cli.config import Config
 from scanfleet_cli.errors import MEANINGS
 from scanfleet_cli.output import Output
 from scanfleet_cli.session import Session, World
-from scanfleet_cli.testing import NOW, TOKEN, FakeApi, FakeJob, result
 from scanfleet_cli.tokens import FileStore
+from scanfleet_cli_testing import NOW, TOKEN, FakeApi, FakeJob, result
 
 WIDTH: Final = 100  # columns of the terminal in the examples
 URL: Final = "https://scanfleet.example.com"

@@ -24,6 +24,17 @@ PATTERNS: Final = {"topic": "literal", "group": "prefix"}
 Manifest = dict[str, Any]
 
 
+class Dumper(yaml.SafeDumper):
+    """Writes a text of several lines as a block."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+Dumper.add_representer(str, _text)
+
+
 def alerts() -> Iterator[Manifest]:
     """Return the alerts of observability/ for the Prometheus operator."""
     rules = yaml.safe_load((FOLDER.parent / "observability/prometheus/rules.yml").read_text(encoding="utf-8"))
@@ -41,6 +52,17 @@ def topics() -> Iterator[Manifest]:
     for plan in plans(settings, TOPICS):
         spec = {"partitions": plan.partitions, "replicas": settings.replication, "config": dict(plan.configs)}
         yield _of_cluster("KafkaTopic", plan.name, spec)
+
+
+def targets() -> Iterator[Manifest]:
+    """Return the program of the target servers, which the images do not contain."""
+    program = (FOLDER.parent / "local/targets.py").read_text(encoding="utf-8")
+    yield {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "scan-targets"},
+        "data": {"targets.py": program},
+    }
 
 
 def users() -> Iterator[Manifest]:
@@ -75,13 +97,14 @@ def _of_cluster(kind: str, name: str, spec: Manifest) -> Manifest:
 
 FILES: Final[dict[str, Callable[[], Iterator[Manifest]]]] = {
     "components/monitoring/rules.yaml": alerts,
+    "components/scan-targets/targets.yaml": targets,
     "overlays/production/topics.yaml": topics,
     "overlays/production/users.yaml": users,
 }
 
 
 def text(file: str) -> str:
-    return HEAD + yaml.safe_dump_all(FILES[file](), sort_keys=False)
+    return HEAD + yaml.dump_all(FILES[file](), Dumper=Dumper, sort_keys=False)
 
 
 if __name__ == "__main__":

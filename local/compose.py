@@ -10,12 +10,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Final
 
-from local import demo, ports
+from local import demo, ports, targets
 from local.client import Client
 from local.paths import ROOT
-from scanfleet.testing import targets
 
 PORT: Final = int(os.environ.get("SCANFLEET_PORT") or 8080)
 """Published port of the gateway."""
@@ -64,7 +64,7 @@ def _servers_in(worker: str) -> Iterator[None]:
     ).stdout.strip()
     argv = [
         *("docker", "run", "--rm", "--network", f"container:{worker}", "--read-only", "--cap-drop", "ALL"),
-        *("--no-healthcheck", "--entrypoint", "python", image, "-m", "scanfleet.testing.targets"),
+        *("--no-healthcheck", "--entrypoint", "python", image, "-c", Path(targets.__file__).read_text()),
     ]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as container:
         try:

@@ -15,11 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from local import ports
+from local import ports, targets
 from local.client import FINAL, Client
 from local.stack import Stack
 from local.wait import until
-from scanfleet.testing import targets
 
 SUBNET: Final = "127.9.8.0/24"
 USER: Final = 7

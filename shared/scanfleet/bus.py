@@ -1,6 +1,6 @@
 """The bus as services see it: publish batches, handle batches.
 
-`scanfleet.kafka` implements it on Kafka, `scanfleet.testing` in memory; both pass the same test suite.
+`scanfleet.kafka` implements it on Kafka, `scanfleet_testing` in memory; both pass the same test suite.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ from scanfleet.messages.fields import MAX_BYTES
 from scanfleet.messages.results import PortFound
 from scanfleet.messages.topics import SCAN_REPLIES, SCAN_RESULTS, SCAN_WORKERS
 from scanfleet.settings import KafkaSettings
-from scanfleet.testing.bus import MemoryBroker, MemoryBus
-from scanfleet.testing.consumers import Recorder, Running, until
+from scanfleet_testing.bus import MemoryBroker, MemoryBus
+from scanfleet_testing.consumers import Recorder, Running, until
 
 GROUP = "test"
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

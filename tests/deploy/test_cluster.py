@@ -20,11 +20,10 @@ from xml.etree import ElementTree as ET
 import pytest
 import yaml
 
-from local import demo, ports, wait
+from local import demo, ports, targets, wait
 from local.client import Client
 from local.paths import ROOT
 from local.wait import until
-from scanfleet.testing import targets
 from tests.deploy.inside import REACHED
 
 pytestmark = pytest.mark.k8s

@@ -12,11 +12,10 @@ from typing import Any, Final
 import httpx
 import pytest
 
-from local import compose
+from local import compose, targets
 from local.client import Client
 from local.paths import ROOT
 from local.wait import until
-from scanfleet.testing import targets
 from tests.deploy.inside import REACHED
 
 pytestmark = pytest.mark.compose
@@ -38,6 +37,10 @@ print(json.dumps([*tools, *modules, *setuid]))
 """
 
 # The view of a process inside: users, capabilities, programs and writable folders.
+_PACKAGES: Final = (
+    "import json, pathlib; print(json.dumps([path.parent.name for path in pathlib.Path('/app').glob('*/__init__.py')]))"
+)
+
 _LOOK_AROUND: Final = """
 import json, os, pathlib, re
 seen = {"users": set(), "rights": set(), "programs": set(), "writable": set()}
@@ -90,6 +93,14 @@ def test_images_have_no_installers_and_setuid_programs(service: str) -> None:
     """An image has no pip, no apt and no setuid program."""
     found = docker("run", "--rm", "--entrypoint", "python", f"scanfleet/{service}:dev", "-c", _TOOLS)
     assert json.loads(found) == []
+
+
+@pytest.mark.usefixtures("user")
+@pytest.mark.parametrize("service", SERVICES)
+def test_images_contain_the_runtime_packages_only(service: str) -> None:
+    """Of the project's code an image has the shared library and the service's package."""
+    found = docker("run", "--rm", "--entrypoint", "python", f"scanfleet/{service}:dev", "-c", _PACKAGES)
+    assert set(json.loads(found)) == {"scanfleet", service.replace("-", "_")}
 
 
 @pytest.mark.usefixtures("user")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Final
 
@@ -34,6 +37,38 @@ def test_services_have_an_image(service: str) -> None:
 def test_only_the_worker_has_python_nmap(service: str) -> None:
     """python-nmap, with its own licence, is in no other service's lock."""
     assert not any(pin.startswith("python-nmap==") for pin in pins(service))
+
+
+def sent_to_the_builder(folder: str) -> set[str]:
+    """Return what the Docker builder gets of `folder`: all files that .dockerignore does not exclude."""
+    patterns = (ROOT / ".dockerignore").read_text().split("\n*\n")[1].split()
+    excluded = {pattern.removeprefix("**/") for pattern in patterns if pattern.startswith("**/")}
+    tracked = subprocess.run(
+        ["git", "ls-files", folder], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout.splitlines()
+    assert f"!{folder.partition('/')[0]}" in patterns
+    return {path for path in tracked if not any(fnmatch(part, name) for part in Path(path).parts for name in excluded)}
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_images_contain_no_test_support(service: str) -> None:
+    """Of the project's code an image has the service's package and the shared library, without test support."""
+    assert "COPY shared services/${SERVICE} /app/\n" in (ROOT / "Dockerfile").read_text()
+    copied = {
+        Path(path).relative_to(folder).parts[0]
+        for folder in ("shared", f"services/{service}")
+        for path in sent_to_the_builder(folder)
+    }
+    assert copied == {"scanfleet", service.replace("-", "_")}
+
+
+def test_the_built_package_contains_no_test_support() -> None:
+    """The wheels of the project and of the command line have the runtime packages only."""
+    for file in ("pyproject.toml", "cli/pyproject.toml"):
+        build = tomllib.loads((ROOT / file).read_text())["tool"]["hatch"]["build"]
+        names = {Path(package).name for package in build["targets"]["wheel"]["packages"]}
+        assert names
+        assert not any("testing" in name for name in names)
 
 
 def test_deployments_start_services_by_the_one_server() -> None:

@@ -39,7 +39,7 @@ from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.messages import Message
 from scanfleet.messages.envelope import RawRecord, decode
 from scanfleet.messages.topics import SCAN_EVENTS, TOPICS, Topic
-from scanfleet.testing.tokens import Issuer
+from scanfleet_testing.tokens import Issuer
 from tests.faults.lines import Line, Lines
 
 LEASE: Final = 5  # seconds: longer than a busy machine delays a heartbeat, and short to wait for

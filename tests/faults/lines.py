@@ -8,7 +8,7 @@ from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any, Final
 
-from scanfleet.testing.proxy import Proxy
+from scanfleet_testing.proxy import Proxy
 
 LIMIT: Final = 10.0  # timeout in seconds for a command to a proxy
 

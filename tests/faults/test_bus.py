@@ -26,7 +26,7 @@ from scanfleet.messages.topics import (
     SCAN_WORKERS,
     Topic,
 )
-from scanfleet.testing.hostile import hostile_messages
+from scanfleet_testing.hostile import hostile_messages
 from tests.faults.invariants import Invariants
 from tests.faults.kit import LEASE, LIMIT, STEADY, TINY, Caller, Document, Platform
 

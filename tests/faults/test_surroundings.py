@@ -11,7 +11,7 @@ from local.client import FINAL
 from local.wait import until
 from scanfleet.messages import ChunkScanned
 from scanfleet.messages.topics import SCAN_PROGRESS
-from scanfleet.testing.tokens import Issuer
+from scanfleet_testing.tokens import Issuer
 from tests.faults.invariants import Invariants
 from tests.faults.kit import LIMIT, STEADY, TINY, Caller, Platform
 

@@ -13,8 +13,8 @@ from scanfleet_cli import main
 from scanfleet_cli.config import Config
 from scanfleet_cli.output import Output
 from scanfleet_cli.session import Session, World
-from scanfleet_cli.testing import TOKEN, FakeApi
 from scanfleet_cli.tokens import FileStore
+from scanfleet_cli_testing import TOKEN, FakeApi
 
 URL = "http://scanfleet.test"
 

@@ -17,7 +17,7 @@ from scanfleet.messages import JobStatus
 from scanfleet_cli import calls
 from scanfleet_cli.client import AsyncClient, Client, Patience, Watching
 from scanfleet_cli.errors import ApiError, UnavailableError
-from scanfleet_cli.testing import NOW, TOKEN, FakeApi, result
+from scanfleet_cli_testing import NOW, TOKEN, FakeApi, result
 
 OPENAPI = Path(__file__).parents[3] / "docs" / "openapi" / "current.json"
 SOON = Patience(timeout=5, first_pause=0.001, poll=0.001)

@@ -16,8 +16,8 @@ import pytest
 
 from scanfleet_cli.config import check_url, same_url
 from scanfleet_cli.errors import CommandError
-from scanfleet_cli.testing import TOKEN, FakeApi
 from scanfleet_cli.tokens import CommandToken, FileStore, Kept, Tokens
+from scanfleet_cli_testing import TOKEN, FakeApi
 
 URL = "http://scanfleet.test"
 

@@ -10,7 +10,7 @@ import pytest
 
 from scanfleet.messages import JobStatus
 from scanfleet_cli.errors import MEANINGS, Exit
-from scanfleet_cli.testing import FakeApi
+from scanfleet_cli_testing import FakeApi
 
 
 def test_missing_token_exits_4(run: Any) -> None:

@@ -16,7 +16,7 @@ from scanfleet.messages import JobStatus
 from scanfleet_cli import findings, views
 from scanfleet_cli.output import Output
 from scanfleet_cli.session import World
-from scanfleet_cli.testing import FakeApi, FakeJob, result
+from scanfleet_cli_testing import FakeApi, FakeJob, result
 
 
 def busy() -> httpx2.Response:

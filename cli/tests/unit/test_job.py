@@ -11,7 +11,7 @@ import pytest
 from scanfleet import rest
 from scanfleet.messages import JobStatus
 from scanfleet.policy import Preset, fill_in
-from scanfleet_cli.testing import TOKEN, FakeApi, FakeJob, result
+from scanfleet_cli_testing import TOKEN, FakeApi, FakeJob, result
 
 
 @pytest.fixture

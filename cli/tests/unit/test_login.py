@@ -22,9 +22,9 @@ import pytest
 from scanfleet.policy import PRESETS, Preset, fill_in
 from scanfleet_cli.login import Callback
 from scanfleet_cli.session import World
-from scanfleet_cli.testing import TOKEN, FakeApi
-from scanfleet_cli.testing.issuer import CLIENT_ID, URL, Issuer
 from scanfleet_cli.tokens import FileStore, Kept, KeyringStore, store_in
+from scanfleet_cli_testing import TOKEN, FakeApi
+from scanfleet_cli_testing.issuer import CLIENT_ID, URL, Issuer
 
 GATEWAY = "http://scanfleet.test"
 ME = {"user_id": 7, "admin": False, "expires_at": "2026-03-14T21:00:00Z"}

@@ -10,7 +10,7 @@ import pytest
 
 from scanfleet import rest
 from scanfleet.messages import JobStatus
-from scanfleet_cli.testing import FakeApi, FakeJob, result
+from scanfleet_cli_testing import FakeApi, FakeJob, result
 
 
 def found(*results: dict[str, Any], machines: int = 2) -> Any:

@@ -8,7 +8,7 @@ from uuid import uuid4
 import pytest
 
 from job_orchestrator.repository import MongoStore
-from job_orchestrator.testing import KEYS, MemoryStore, World
+from job_orchestrator_testing import KEYS, MemoryStore, World
 from scanfleet import mongo
 from scanfleet.mongo import Database
 

@@ -12,7 +12,7 @@ from job_orchestrator.domain.access import Access, Revocation
 from job_orchestrator.domain.deletion import Deletion, Stage
 from job_orchestrator.domain.store import Subnet
 from job_orchestrator.repository import MongoAccess, MongoStore
-from job_orchestrator.testing import KEYS, MemoryAccess, MemoryStore, scan_job
+from job_orchestrator_testing import KEYS, MemoryAccess, MemoryStore, scan_job
 from scanfleet.clock import utc_now
 from scanfleet.mongo import Database
 

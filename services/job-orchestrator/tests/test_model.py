@@ -24,7 +24,7 @@ from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.totals import EMPTY
 from job_orchestrator.repository import MongoStore
-from job_orchestrator.testing import KEYS, MemoryStore, Worker, World, scan_policy
+from job_orchestrator_testing import KEYS, MemoryStore, Worker, World, scan_policy
 from scanfleet import mongo
 from scanfleet.bus import Record
 from scanfleet.messages import (

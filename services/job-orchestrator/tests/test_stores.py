@@ -20,8 +20,8 @@ from job_orchestrator.domain.store import Command, OpenChunks, Policy, Standing,
 from job_orchestrator.domain.totals import Totals
 from job_orchestrator.metrics import UNREADABLE
 from job_orchestrator.repository import MongoStore, documents
-from job_orchestrator.testing import MemoryStore, chunk, replanned, scan_job, scan_policy
-from job_orchestrator.testing.things import THEN
+from job_orchestrator_testing import MemoryStore, chunk, replanned, scan_job, scan_policy
+from job_orchestrator_testing.things import THEN
 from scanfleet import rest
 from scanfleet.clock import utc_now
 from scanfleet.messages import AuditEntry, JobStatus
@@ -189,7 +189,7 @@ async def test_add_audit_of_an_id_that_another_service_has_keeps_both(store: Sto
 def clock_of(store: Store) -> str:
     """The clock that stamps what it receives."""
     memory = isinstance(store, MemoryStore)
-    return "job_orchestrator.testing.store.utc_now" if memory else "job_orchestrator.repository.audit.utc_now"
+    return "job_orchestrator_testing.store.utc_now" if memory else "job_orchestrator.repository.audit.utc_now"
 
 
 # Commands

@@ -9,7 +9,7 @@ import pytest
 
 from result_store.domain import ClosedChunk, Host, Place, fold
 from result_store.repository import PAGE, MongoStore
-from result_store.testing import EPOCH, Log, MemoryStore, host
+from result_store_testing import EPOCH, Log, MemoryStore, host
 from scanfleet import mongo
 from scanfleet.errors import DependencyError
 from scanfleet.messages import HostScanned, PortFound

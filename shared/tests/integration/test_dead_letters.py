@@ -24,7 +24,7 @@ from scanfleet.kafka.topics import DEAD_LETTER_BYTES, TopicSettings, create_topi
 from scanfleet.messages import Message, OperatorActed, WorkerReady
 from scanfleet.messages.envelope import Headers, RawRecord, decode
 from scanfleet.messages.topics import SCAN_AUDIT_OPERATOR, SCAN_COMMANDS, SCAN_WORKERS, Topic
-from scanfleet.testing.consumers import Recorder, Running, until
+from scanfleet_testing.consumers import Recorder, Running, until
 
 pytestmark = pytest.mark.integration
 

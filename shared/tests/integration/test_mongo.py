@@ -16,7 +16,7 @@ from scanfleet import mongo
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError
 from scanfleet.mongo import TIMEOUT_MS, Database, Ids, insert_missing, make_indexes
-from scanfleet.testing.proxy import Proxy, proxy
+from scanfleet_testing.proxy import Proxy, proxy
 
 pytestmark = pytest.mark.integration
 

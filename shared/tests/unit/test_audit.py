@@ -12,7 +12,7 @@ from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError
 from scanfleet.messages import Audited, AuditEntry
 from scanfleet.messages.topics import GATEWAY, SCAN_AUDIT, SCAN_WORKERS
-from scanfleet.testing.bus import MemoryBus
+from scanfleet_testing.bus import MemoryBus
 
 
 class Time:

@@ -24,7 +24,7 @@ from scanfleet.auth import JwksKeys, Principal, TokenVerifier, open_verifier
 from scanfleet.auth.tokens import KNOWN_TOKENS
 from scanfleet.errors import DependencyError, UnauthorizedError, UnavailableError
 from scanfleet.settings import AuthSettings
-from scanfleet.testing.tokens import Issuer, JwksEndpoint
+from scanfleet_testing.tokens import Issuer, JwksEndpoint
 
 NO_ISSUER = "https://issuer.test/none"
 

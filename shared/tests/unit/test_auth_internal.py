@@ -24,7 +24,7 @@ from scanfleet.auth import (
 )
 from scanfleet.auth.internal import ISSUER, LEEWAY_S, LIFE_S, MAX_SIGNED, REUSE_S, TYPE
 from scanfleet.errors import UnauthorizedError
-from scanfleet.testing.tokens import InternalKeys, Issuer
+from scanfleet_testing.tokens import InternalKeys, Issuer
 
 pytestmark = pytest.mark.proves("G14")
 

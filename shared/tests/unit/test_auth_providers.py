@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from scanfleet.auth import Principal, open_verifier
 from scanfleet.errors import UnauthorizedError
 from scanfleet.settings import AuthSettings
-from scanfleet.testing.tokens import JwksEndpoint
+from scanfleet_testing.tokens import JwksEndpoint
 
 PAGE = Path(__file__).parents[3] / "docs" / "identity-providers.md"
 ASSIGNED = 41

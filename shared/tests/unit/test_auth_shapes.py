@@ -20,7 +20,7 @@ from scanfleet.auth import Principal, TokenVerifier, open_verifier
 from scanfleet.auth.keys import _FetchError, _from_jwks
 from scanfleet.errors import ConfigurationError, UnauthorizedError, UnavailableError
 from scanfleet.settings import AuthSettings
-from scanfleet.testing.tokens import Issuer, JwksEndpoint
+from scanfleet_testing.tokens import Issuer, JwksEndpoint
 
 PRIVATE_KEYS: dict[str, Any] = {
     "RSA": rsa.generate_private_key(65537, 2048),

@@ -16,7 +16,7 @@ from scanfleet.messages.fields import MAX_BYTES
 from scanfleet.messages.results import MAX_FOUND
 from scanfleet.messages.topics import SCAN_RESULTS, TOPICS, Topic
 from scanfleet.ports import MAX_RANGES_TEXT
-from scanfleet.testing.hostile import hostile_messages
+from scanfleet_testing.hostile import hostile_messages
 
 CPU_SECONDS = 0.5  # for one record of 100 kB, on a loaded machine; a quadratic step takes seconds
 

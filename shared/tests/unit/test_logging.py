@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scanfleet import logging as ours
 from scanfleet import tracing
 from scanfleet.settings import CommonSettings
-from scanfleet.testing.tokens import Issuer
+from scanfleet_testing.tokens import Issuer
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from scanfleet.messages.topics import (
     WORKER,
     Topic,
 )
-from scanfleet.testing.contracts import with_unknown_fields
+from scanfleet_testing.contracts import with_unknown_fields
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 

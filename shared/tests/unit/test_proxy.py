@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from scanfleet.testing.proxy import Proxy, proxy
+from scanfleet_testing.proxy import Proxy, proxy
 
 LIMIT = 10.0  # seconds for what comes at once
 

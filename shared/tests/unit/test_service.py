@@ -24,7 +24,7 @@ from scanfleet.errors import ConflictError, DependencyError, MessageError, Unaut
 from scanfleet.service import PathId, create_app, create_probes
 from scanfleet.settings import CommonSettings, FrontSettings
 from scanfleet.targets import Network
-from scanfleet.testing.tokens import Issuer
+from scanfleet_testing.tokens import Issuer
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from api_gateway.connections import connect
-from api_gateway.testing import Gateway
+from api_gateway_testing import Gateway
 
 pytestmark = pytest.mark.integration
 

@@ -17,14 +17,14 @@ from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
 from api_gateway.main import create_app
-from api_gateway.testing import Gateway, Replier, Services
+from api_gateway_testing import Gateway, Replier, Services
 from scanfleet.front import BoundedProtocol
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES
 from scanfleet.settings import KafkaSettings
-from scanfleet.testing.bus import MemoryBus
-from scanfleet.testing.tokens import InternalKeys
+from scanfleet_testing.bus import MemoryBus
+from scanfleet_testing.tokens import InternalKeys
 
 pytestmark = pytest.mark.integration
 

@@ -22,7 +22,7 @@ from prometheus_client import REGISTRY
 from pydantic import ValidationError
 
 from api_gateway.connections import connect
-from api_gateway.testing import Gateway
+from api_gateway_testing import Gateway
 from local.credentials import LIFE, LOOPBACK, Authority
 from scanfleet import logging, service
 from scanfleet.errors import ConfigurationError

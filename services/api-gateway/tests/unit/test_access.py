@@ -14,11 +14,11 @@ import httpx
 import pytest
 
 from api_gateway.auth import MAX_STALE_S, MAX_USERS, KeyReports, Revocations, UserIds
-from api_gateway.testing import Gateway, Running
+from api_gateway_testing import Gateway, Running
 from scanfleet.auth import Principal
 from scanfleet.errors import DependencyError, UnauthorizedError, UnavailableError
 from scanfleet.rest import Revoked
-from scanfleet.testing.tokens import Issuer
+from scanfleet_testing.tokens import Issuer
 
 TASKS = "http://orchestrator/api/v1/task"
 USERS = "http://orchestrator/internal/users"

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from api_gateway.handlers.commands import Reply
-from api_gateway.testing import Client, Command, Gateway, Running, Stream, accept
+from api_gateway_testing import Client, Command, Gateway, Running, Stream, accept
 
 BODY = {"subnet_ids": [5], "policy_id": 3}
 

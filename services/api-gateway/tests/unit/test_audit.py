@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from api_gateway.testing import Gateway, Running
+from api_gateway_testing import Gateway, Running
 from scanfleet.messages import Audited, AuditEntry
 from scanfleet.messages.envelope import decode
 from scanfleet.messages.topics import GATEWAY, SCAN_AUDIT
-from scanfleet.testing.bus import MemoryBus
+from scanfleet_testing.bus import MemoryBus
 
 BODY = {"subnet_ids": [5], "policy_id": 3}
 

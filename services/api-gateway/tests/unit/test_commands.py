@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from api_gateway.handlers.commands import Reply
-from api_gateway.testing import Command, Gateway, Running, accept, job, silence
+from api_gateway_testing import Command, Gateway, Running, accept, job, silence
 from scanfleet.auth import Principal
 from scanfleet.messages import CancelJob, CommandAccepted, CommandRejected, SubmitJobs
 

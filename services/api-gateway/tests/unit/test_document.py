@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from api_gateway.testing import Gateway, Running
+from api_gateway_testing import Gateway, Running
 
 PATHS = {
     "/api/v1/info": {"get"},

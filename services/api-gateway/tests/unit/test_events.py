@@ -18,7 +18,7 @@ from prometheus_client import REGISTRY
 from starlette.types import Message
 
 from api_gateway.handlers.events import MAX_WAITING, Watch
-from api_gateway.testing import Client, Gateway, Running, Stream, job
+from api_gateway_testing import Client, Gateway, Running, Stream, job
 from scanfleet.auth import Principal
 from scanfleet.clock import utc_now
 from scanfleet.messages import (
@@ -33,7 +33,7 @@ from scanfleet.messages import (
 )
 from scanfleet.messages.topics import ORCHESTRATOR, SCAN_EVENTS
 from scanfleet.rest import Revoked, Snapshot
-from scanfleet.testing.bus import MemoryBus
+from scanfleet_testing.bus import MemoryBus
 
 EVENTS = "/api/v1/task/41/events"
 LATEST = "http://orchestrator/internal/jobs/41/latest"

@@ -10,8 +10,8 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 
-from api_gateway.testing import Gateway, Running
 from api_gateway.upstream import LIMITS_RETRY_SECONDS, LIMITS_SECONDS, ScanLimits
+from api_gateway_testing import Gateway, Running
 from scanfleet import VERSION, rest
 from scanfleet.errors import DependencyError
 

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from api_gateway.testing import Client, Gateway, Running, Stream
 from api_gateway.upstream import SMALL_BYTES
+from api_gateway_testing import Client, Gateway, Running, Stream
 from scanfleet.auth import Principal
 
 OWNER = "http://orchestrator/internal/jobs/41/owner"

@@ -14,7 +14,7 @@ import pytest
 from cryptography.fernet import Fernet
 
 from api_gateway.api.session import COOKIE, Sessions
-from api_gateway.testing import Gateway, Running
+from api_gateway_testing import Gateway, Running
 from scanfleet.auth import Principal
 
 SESSION = "/api/v1/session"

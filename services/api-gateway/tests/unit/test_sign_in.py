@@ -22,14 +22,14 @@ from cryptography.fernet import Fernet
 
 from api_gateway.api.session import COOKIE, MAX_COOKIE_BYTES, Sessions
 from api_gateway.api.sign_in import LOGIN_COOKIE
-from api_gateway.testing import Gateway, Running
+from api_gateway_testing import Gateway, Running
 from scanfleet.auth import Principal
 from scanfleet.errors import UnavailableError
 from scanfleet.messages import Audited, AuditEntry
 from scanfleet.messages.envelope import decode
 from scanfleet.messages.topics import GATEWAY, SCAN_AUDIT
-from scanfleet.testing.bus import MemoryBus
-from scanfleet.testing.tokens import Issuer
+from scanfleet_testing.bus import MemoryBus
+from scanfleet_testing.tokens import Issuer
 
 LOGIN = "/session/login"
 CALLBACK = "/session/callback"

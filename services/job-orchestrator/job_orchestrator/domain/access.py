@@ -1,6 +1,6 @@
 """User ids and revoked tokens.
 
-`job_orchestrator.repository` has the MongoDB store, `job_orchestrator.testing` the in-memory one; both pass the same suite.
+`job_orchestrator.repository` has the MongoDB store, `job_orchestrator_testing` the in-memory one; both pass the same suite.
 Every method raises `DependencyError` if the database is unavailable.
 """
 

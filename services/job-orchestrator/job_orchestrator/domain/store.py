@@ -1,6 +1,6 @@
 """The database port of the handlers: documents that change by compare-and-set on their `rev`, and queries over them.
 
-`job_orchestrator.repository` has the MongoDB store, `job_orchestrator.testing` the in-memory one; both pass the same suite.
+`job_orchestrator.repository` has the MongoDB store, `job_orchestrator_testing` the in-memory one; both pass the same suite.
 Every method raises `DependencyError` if the database is unavailable; its writes may then be done or not. A document that
 cannot be read is logged, counted and omitted from the result, so that it affects no other.
 """

@@ -18,13 +18,13 @@ from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.main import Orchestrator
 from job_orchestrator.repository import MongoStore
-from job_orchestrator.testing import KEYS, RULES
+from job_orchestrator_testing import KEYS, RULES
 from scanfleet import mongo
 from scanfleet.kafka import KafkaBus
 from scanfleet.messages import Message
 from scanfleet.messages.topics import ORCHESTRATOR, Topic
 from scanfleet.settings import KafkaSettings
-from scanfleet.testing.chunk_grants import signer
+from scanfleet_testing.chunk_grants import signer
 
 
 class Mortal:

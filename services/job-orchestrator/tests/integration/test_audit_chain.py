@@ -16,7 +16,7 @@ import pytest
 
 from job_orchestrator.domain.chain import ChainKeys
 from job_orchestrator.repository import MongoStore, audit
-from job_orchestrator.testing import KEYS
+from job_orchestrator_testing import KEYS
 from scanfleet.clock import utc_now
 from scanfleet.messages import AuditEntry
 from scanfleet.mongo import Database

@@ -13,8 +13,8 @@ from job_orchestrator.domain.fairness import Clock, Credit
 from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator.domain.store import Command
 from job_orchestrator.repository import MongoStore
-from job_orchestrator.testing import chunk, scan_job
-from job_orchestrator.testing.things import THEN
+from job_orchestrator_testing import chunk, scan_job
+from job_orchestrator_testing.things import THEN
 from scanfleet.clock import utc_now
 from scanfleet.messages import AuditEntry, JobStatus
 from scanfleet.mongo import Database

@@ -12,7 +12,7 @@ import pytest
 from job_orchestrator.domain.chunk import ChunkState
 from job_orchestrator.domain.job import TABLE
 from job_orchestrator.repository import MongoStore
-from job_orchestrator.testing import World
+from job_orchestrator_testing import World
 from scanfleet.bus import Handler, Record
 from scanfleet.clock import utc_now
 from scanfleet.messages import (

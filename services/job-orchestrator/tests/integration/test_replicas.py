@@ -22,8 +22,8 @@ from job_orchestrator.domain.store import Policy, Subnet
 from job_orchestrator.main import create_app
 from job_orchestrator.repository import MongoStore
 from job_orchestrator.settings import Settings
-from job_orchestrator.testing import KEYS, ResultStore, Worker, scan_policy
-from job_orchestrator.testing.things import THEN
+from job_orchestrator_testing import KEYS, ResultStore, Worker, scan_policy
+from job_orchestrator_testing.things import THEN
 from scanfleet import mongo
 from scanfleet.bus import Handler, Record
 from scanfleet.kafka import KafkaBus
@@ -54,8 +54,8 @@ from scanfleet.messages.topics import (
     Topic,
 )
 from scanfleet.settings import KafkaSettings
-from scanfleet.testing.chunk_grants import write_chunk_keys
-from scanfleet.testing.tokens import InternalKeys
+from scanfleet_testing.chunk_grants import write_chunk_keys
+from scanfleet_testing.tokens import InternalKeys
 
 pytestmark = pytest.mark.integration
 

@@ -15,13 +15,13 @@ from fastapi import FastAPI
 from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
 from job_orchestrator.domain import access
-from job_orchestrator.testing import RULES, MemoryAccess, MemoryStore, World
+from job_orchestrator_testing import RULES, MemoryAccess, MemoryStore, World
 from scanfleet import service
 from scanfleet.auth import InternalVerifier, read_public_keys
 from scanfleet.clock import utc_now
 from scanfleet.messages.topics import ORCHESTRATOR
 from scanfleet.settings import FrontSettings
-from scanfleet.testing.tokens import InternalKeys, Issuer
+from scanfleet_testing.tokens import InternalKeys, Issuer
 
 PATH = "/api/v1/revocation"
 
@@ -132,7 +132,7 @@ async def test_revocations_outlive_every_token(api: Api) -> None:
 
 async def test_there_are_only_so_many_revocations(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the list is full the answer is 409, and nothing is added."""
-    monkeypatch.setattr("job_orchestrator.testing.access.MAX_REVOCATIONS", 2)
+    monkeypatch.setattr("job_orchestrator_testing.access.MAX_REVOCATIONS", 2)
     statuses = [(await api("POST", PATH, admin=True, json={"jti": str(number)})).status_code for number in range(3)]
     assert statuses == [201, 201, 409]
     assert access.MAX_REVOCATIONS == 1_000

@@ -22,13 +22,13 @@ from job_orchestrator.domain.job import JobTrigger, ScanJob, change
 from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.store import Policy
-from job_orchestrator.testing import RULES, MemoryAccess, MemoryStore, World, chunk, scan_job, scan_policy
-from job_orchestrator.testing.things import THEN
+from job_orchestrator_testing import RULES, MemoryAccess, MemoryStore, World, chunk, scan_job, scan_policy
+from job_orchestrator_testing.things import THEN
 from scanfleet import service
 from scanfleet.clock import utc_now
 from scanfleet.messages.topics import SCAN_COMMANDS
 from scanfleet.settings import FrontSettings
-from scanfleet.testing.tokens import Issuer
+from scanfleet_testing.tokens import Issuer
 
 ISSUER = Issuer()
 JOB = ["id", "user_id", "policy_id", "subnet_id", "status", "start_time", "end_time", "created_at", "updated_at"]

@@ -17,8 +17,8 @@ from pydantic import ValidationError
 from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
 from job_orchestrator.domain.job import JobTrigger, change
-from job_orchestrator.testing import RULES, World, scan_job
-from job_orchestrator.testing.things import THEN
+from job_orchestrator_testing import RULES, World, scan_job
+from job_orchestrator_testing.things import THEN
 from scanfleet import service
 from scanfleet.errors import DependencyError, MessageError
 from scanfleet.messages import Audited, AuditEntry, OperatorActed
@@ -34,8 +34,8 @@ from scanfleet.messages.topics import (
     WORKER,
 )
 from scanfleet.settings import FrontSettings
-from scanfleet.testing.bus import MemoryBus
-from scanfleet.testing.tokens import Issuer
+from scanfleet_testing.bus import MemoryBus
+from scanfleet_testing.tokens import Issuer
 
 ISSUER = Issuer()
 SUBNET = {"name": "lab", "cidr": "127.9.8.0/24"}

@@ -13,14 +13,14 @@ import pytest
 from job_orchestrator.domain.chunk import ChunkState
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import Command, Subnet
-from job_orchestrator.testing import MemoryStore, World, scan_job, scan_policy
-from job_orchestrator.testing.things import THEN
+from job_orchestrator_testing import MemoryStore, World, scan_job, scan_policy
+from job_orchestrator_testing.things import THEN
 from scanfleet.bus import Record
 from scanfleet.errors import DependencyError
 from scanfleet.messages import CommandAccepted, CommandRejected, JobStatus
 from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_TASKS
 from scanfleet.targets import TargetRules, parse_network
-from scanfleet.testing.tracing import ids, recording
+from scanfleet_testing.tracing import ids, recording
 
 
 async def jobs_of(world: World, user_id: int = 7) -> list[int]:

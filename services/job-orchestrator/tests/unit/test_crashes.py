@@ -19,12 +19,12 @@ from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.totals import EMPTY
 from job_orchestrator.main import Orchestrator
-from job_orchestrator.testing import MemoryStore, World, scan_policy
+from job_orchestrator_testing import MemoryStore, World, scan_policy
 from scanfleet.bus import Publisher, Record
 from scanfleet.errors import DependencyError
 from scanfleet.messages import CommandAccepted, JobEvent, JobProgressed, JobStatus, Message, ScanChunk
 from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_TASKS, Topic
-from scanfleet.testing.bus import MemoryBus
+from scanfleet_testing.bus import MemoryBus
 
 
 class Killed(BaseException):

@@ -18,13 +18,13 @@ from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
 from job_orchestrator.domain.deletion import Deletion
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change
-from job_orchestrator.testing import RULES, MemoryAccess, MemoryStore, ResultStore, World, chunk, scan_job
-from job_orchestrator.testing.things import THEN
+from job_orchestrator_testing import RULES, MemoryAccess, MemoryStore, ResultStore, World, chunk, scan_job
+from job_orchestrator_testing.things import THEN
 from scanfleet import service
 from scanfleet.messages import CommandAccepted, DeleteResults
 from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_DELETIONS
 from scanfleet.settings import FrontSettings
-from scanfleet.testing.tokens import Issuer
+from scanfleet_testing.tokens import Issuer
 
 ISSUER = Issuer()
 HIDDEN = [

@@ -12,11 +12,11 @@ import pytest
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.fairness import Clock, Credit, Held
 from job_orchestrator.domain.job import JobTrigger, change
-from job_orchestrator.testing import MemoryStore, Worker, World, chunk, scan_job, scan_policy
+from job_orchestrator_testing import MemoryStore, Worker, World, chunk, scan_job, scan_policy
 from scanfleet.clock import utc_now
 from scanfleet.messages import ChunkScanned, JobStatus, ScanChunk, WorkerReady
 from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_TASKS, SCAN_WORKERS
-from scanfleet.testing.chunk_grants import grants
+from scanfleet_testing.chunk_grants import grants
 
 
 async def chunk_of(world: World, chunk_id: str = "1-0") -> Chunk:

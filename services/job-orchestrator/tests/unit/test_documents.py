@@ -13,7 +13,7 @@ from job_orchestrator.domain.chunk import ChunkState
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.repository import documents
 from scanfleet.messages import JobCreated, JobStatus
-from scanfleet.testing.contracts import with_unknown_fields
+from scanfleet_testing.contracts import with_unknown_fields
 
 FOLDER: Final = Path(__file__).parents[1] / "documents"
 READERS: Final[dict[str, Callable[[Any], Any]]] = {

@@ -36,8 +36,8 @@ from job_orchestrator.domain.chunk import (
     request_check,
     store,
 )
-from job_orchestrator.testing import chunk
-from job_orchestrator.testing.things import THEN
+from job_orchestrator_testing import chunk
+from job_orchestrator_testing.things import THEN
 from scanfleet.messages import ChunkClaimed, ChunkFailed, ChunkProgressed, ChunkReleased, ChunkScanned
 
 FINAL = (ChunkState.STORED, ChunkState.FAILED, ChunkState.CANCELLED)

@@ -29,7 +29,7 @@ from job_orchestrator.domain.fairness import (
     tags,
     wake,
 )
-from job_orchestrator.testing.things import THEN
+from job_orchestrator_testing.things import THEN
 
 
 def candidate(id_: str = "1-0", user: int = 1, estimate: float = 5.0, **changed: Any) -> Candidate:

@@ -18,8 +18,8 @@ from job_orchestrator.domain.job import (
     restored_from_backup,
     wait,
 )
-from job_orchestrator.testing import scan_job
-from job_orchestrator.testing.things import THEN
+from job_orchestrator_testing import scan_job
+from job_orchestrator_testing.things import THEN
 from scanfleet.messages import JobCancelled, JobCompleted, JobFailed, JobProgressed, JobStarted, JobStatus
 
 LATER = THEN + timedelta(seconds=5)

@@ -14,7 +14,7 @@ from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ledger import ACCOUNTED, NAMES, NotProbed, Tally, UnprobedPage
 from job_orchestrator.domain.totals import EMPTY
 from job_orchestrator.repository import documents
-from job_orchestrator.testing import chunk, replanned, scan_job, scan_policy
+from job_orchestrator_testing import chunk, replanned, scan_job, scan_policy
 from scanfleet.messages import JobStatus
 from scanfleet.outcomes import Outcome
 from scanfleet.targets import Target

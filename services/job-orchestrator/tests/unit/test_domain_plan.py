@@ -19,7 +19,7 @@ from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import Chunk
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.totals import Totals
-from job_orchestrator.testing import replanned, scan_job, scan_policy
+from job_orchestrator_testing import replanned, scan_job, scan_policy
 from scanfleet.outcomes import MAX_ADDRESSES, Outcome
 from scanfleet.policy import Preset, ScanPolicy, fill_in
 from scanfleet.ports import PortSet

@@ -5,7 +5,7 @@ from __future__ import annotations
 from job_orchestrator.domain.chunk import Token
 from job_orchestrator.domain.fairness import Held
 from job_orchestrator.domain.watch import Watch
-from job_orchestrator.testing.things import THEN
+from job_orchestrator_testing.things import THEN
 
 LEASE = 10.0
 

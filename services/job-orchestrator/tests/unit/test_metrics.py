@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from job_orchestrator.domain.chunk import ChunkState
 from job_orchestrator.domain.store import Census
 from job_orchestrator.metrics import CensusGauges
-from job_orchestrator.testing import MemoryStore, World, scan_job
+from job_orchestrator_testing import MemoryStore, World, scan_job
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError
 from scanfleet.messages import JobStatus

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from job_orchestrator.domain.chunk import MAX_FAILURES, Chunk, ChunkState
-from job_orchestrator.testing import MemoryStore, Worker, World, scan_policy
+from job_orchestrator_testing import MemoryStore, Worker, World, scan_policy
 from scanfleet.errors import DependencyError
 from scanfleet.messages import (
     ChunkClaimed,

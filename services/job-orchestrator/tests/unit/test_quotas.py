@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from job_orchestrator.domain.quotas import Quotas, Usage
-from job_orchestrator.testing import MemoryStore, World, scan_policy
+from job_orchestrator_testing import MemoryStore, World, scan_policy
 from scanfleet.messages import CommandAccepted, CommandRejected
 from scanfleet.messages.topics import SCAN_COMMANDS
 

@@ -14,14 +14,14 @@ from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.store import Standing
-from job_orchestrator.testing import MemoryStore, World, chunk, scan_job, scan_policy
-from job_orchestrator.testing.things import THEN
+from job_orchestrator_testing import MemoryStore, World, chunk, scan_job, scan_policy
+from job_orchestrator_testing.things import THEN
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError
 from scanfleet.messages import ChunkScanned, JobCancelled, JobCompleted, JobCreated, JobStarted, JobStatus
 from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_RESULTS, SCAN_TASKS
 from scanfleet.policy import Preset, fill_in
-from scanfleet.testing.chunk_grants import grants
+from scanfleet_testing.chunk_grants import grants
 
 
 async def test_an_event_that_was_not_published_is(world: World) -> None:

@@ -10,8 +10,8 @@ import pytest
 from job_orchestrator.api.state import State
 from job_orchestrator.api.tasks import read_waiting
 from job_orchestrator.domain.fairness import Candidate
-from job_orchestrator.testing import MemoryStore, Worker, World, scan_policy
-from job_orchestrator.testing.world import RULES
+from job_orchestrator_testing import MemoryStore, Worker, World, scan_policy
+from job_orchestrator_testing.world import RULES
 from scanfleet.auth import Principal
 from scanfleet.messages import AuditEntry, CommandRejected, JobStatus, ScanChunk
 from scanfleet.messages.topics import SCAN_TASKS

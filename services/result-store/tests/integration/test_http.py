@@ -14,14 +14,14 @@ from structlog.testing import capture_logs
 
 from result_store.api import PIECE, router
 from result_store.domain import fold
-from result_store.testing import Log, MemoryStore, host
+from result_store_testing import Log, MemoryStore, host
 from scanfleet import service
 from scanfleet.errors import DependencyError
 from scanfleet.front import BoundedProtocol
 from scanfleet.messages import PortFound
 from scanfleet.rest import Result
 from scanfleet.settings import FrontSettings
-from scanfleet.testing.tokens import Issuer
+from scanfleet_testing.tokens import Issuer
 
 pytestmark = pytest.mark.integration
 

@@ -11,14 +11,14 @@ from pymongo.uri_parser import parse_uri
 
 from result_store.domain import ClosedChunk, fold
 from result_store.repository import PAGE, MongoStore
-from result_store.testing import FIRST, Log, handler, host, scanned
+from result_store_testing import FIRST, Log, handler, host, scanned
 from scanfleet import mongo
 from scanfleet.errors import DependencyError
 from scanfleet.messages.topics import SCAN_RESULTS, SCAN_STORED
 from scanfleet.mongo import Database
 from scanfleet.outcomes import address_at
-from scanfleet.testing.bus import MemoryBus
-from scanfleet.testing.proxy import proxy
+from scanfleet_testing.bus import MemoryBus
+from scanfleet_testing.proxy import proxy
 
 pytestmark = pytest.mark.integration
 

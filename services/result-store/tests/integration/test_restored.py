@@ -8,7 +8,7 @@ import pytest
 
 from result_store.restored import restored
 from result_store.settings import Settings
-from result_store.testing import host
+from result_store_testing import host
 from scanfleet import mongo
 from scanfleet.errors import DependencyError
 from scanfleet.kafka import KafkaBus
@@ -16,7 +16,7 @@ from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.messages import OperatorActed
 from scanfleet.messages.envelope import decode
 from scanfleet.messages.topics import RESULT_STORE, SCAN_AUDIT, SCAN_DELETIONS, SCAN_RESULTS
-from scanfleet.testing.consumers import Recorder, Running, until
+from scanfleet_testing.consumers import Recorder, Running, until
 
 pytestmark = pytest.mark.integration
 

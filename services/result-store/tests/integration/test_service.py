@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from local import ports
-from result_store.testing import FIRST, host, scanned
+from result_store_testing import FIRST, host, scanned
 from scanfleet import mongo
 from scanfleet.bus import Record
 from scanfleet.kafka import KafkaBus
@@ -25,8 +25,8 @@ from scanfleet.messages import ChunkStored, HostScanned
 from scanfleet.messages.topics import RESULT_STORE, SCAN_RESULTS, SCAN_STORED
 from scanfleet.outcomes import address_at
 from scanfleet.settings import KafkaSettings
-from scanfleet.testing.chunk_grants import write_chunk_keys
-from scanfleet.testing.tokens import InternalKeys
+from scanfleet_testing.chunk_grants import write_chunk_keys
+from scanfleet_testing.tokens import InternalKeys
 
 pytestmark = pytest.mark.integration
 

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from result_store.api import CSV, JSON, NDJSON, PIECE, Format, negotiate, router, write
 from result_store.domain import ClosedChunk, fold
-from result_store.testing import Log, MemoryStore, host
+from result_store_testing import Log, MemoryStore, host
 from scanfleet import service
 from scanfleet.errors import DependencyError
 from scanfleet.messages import HostScanned, PortFound
 from scanfleet.rest import Result
 from scanfleet.settings import FrontSettings
-from scanfleet.testing.tokens import Issuer
+from scanfleet_testing.tokens import Issuer
 
 FIELDS = [
     *("id", "job_id", "ip_address", "port", "protocol", "service", "version"),

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import pytest
 
 from result_store.handlers import DeletionsHandler
-from result_store.testing import Log, MemoryStore, handler, host, scanned
+from result_store_testing import Log, MemoryStore, handler, host, scanned
 from scanfleet.bus import Record
 from scanfleet.errors import DependencyError
 from scanfleet.messages import DeleteResults, ResultsDeleted
 from scanfleet.messages.topics import SCAN_DELETIONS
-from scanfleet.testing.bus import MemoryBus
+from scanfleet_testing.bus import MemoryBus
 
 ASKED = [Record(DeleteResults(job_id=1), SCAN_DELETIONS.name, 0, 0, Log().append(scanned("a"))[0].timestamp)]
 

@@ -9,7 +9,7 @@ import pytest
 from bson import json_util
 
 from result_store import repository
-from scanfleet.testing.contracts import with_unknown_fields
+from scanfleet_testing.contracts import with_unknown_fields
 
 FOLDER: Final = Path(__file__).parents[1] / "documents"
 

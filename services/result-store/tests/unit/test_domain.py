@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from result_store.domain import ClosedChunk, Host, Place, StoredHost, close, fold
-from result_store.testing import EPOCH, Log, host, scanned
+from result_store_testing import EPOCH, Log, host, scanned
 from scanfleet.errors import MessageError
 from scanfleet.messages import ChunkIncomplete, PortFound
 from scanfleet.outcomes import Outcome

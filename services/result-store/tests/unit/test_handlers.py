@@ -8,15 +8,15 @@ from prometheus_client import REGISTRY
 
 from result_store.domain import ClosedChunk, StoredHost
 from result_store.handlers import ResultsHandler
-from result_store.testing import Log, MemoryStore, host, scanned
-from result_store.testing import handler as results_handler
+from result_store_testing import Log, MemoryStore, host, scanned
+from result_store_testing import handler as results_handler
 from scanfleet.audit import SINGLES, Refusals
 from scanfleet.errors import DependencyError
 from scanfleet.messages import Audited, ChunkIncomplete, ChunkStored, Message, PortFound
 from scanfleet.messages.topics import RESULT_STORE, SCAN_AUDIT, SCAN_RESULTS, SCAN_STORED, Topic
-from scanfleet.testing.bus import MemoryBus
-from scanfleet.testing.chunk_grants import grants
-from scanfleet.testing.tracing import ids, recording
+from scanfleet_testing.bus import MemoryBus
+from scanfleet_testing.chunk_grants import grants
+from scanfleet_testing.tracing import ids, recording
 
 GROUP = "result-store"
 

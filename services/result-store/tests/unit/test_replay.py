@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from result_store.domain import ClosedChunk, Host
-from result_store.testing import FIRST, Log, MemoryStore, host, scanned
-from result_store.testing import handler as results_handler
+from result_store_testing import FIRST, Log, MemoryStore, host, scanned
+from result_store_testing import handler as results_handler
 from scanfleet.bus import Record
 from scanfleet.errors import DependencyError
 from scanfleet.messages import ChunkIncomplete, ChunkStored, Message

@@ -18,7 +18,7 @@ from scanfleet.audit import Refusals
 from scanfleet.messages import ChunkFailed, ChunkReleased, ChunkScanned, ScanChunk, WorkerReady
 from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_TASKS, SCAN_WORKERS
 from scanfleet.targets import TargetRules
-from scanfleet.testing.bus import MemoryBus
+from scanfleet_testing.bus import MemoryBus
 from scanner_worker.handlers.batch import Abilities
 from scanner_worker.handlers.worker import Worker
 from scanner_worker.scanner.process import Limits, Nmap

@@ -24,7 +24,7 @@ from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS
 from scanfleet.policy import ADMITTED_SCRIPTS, VERSION_SCRIPTS
 from scanfleet.ports import PortSet
 from scanfleet.targets import TargetRules
-from scanfleet.testing.bus import MemoryBus
+from scanfleet_testing.bus import MemoryBus
 from scanner_worker.domain import CannotStartError, ScanError, scripts_of
 from scanner_worker.handlers.batch import Abilities
 from scanner_worker.handlers.worker import Worker

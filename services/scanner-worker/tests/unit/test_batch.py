@@ -26,7 +26,7 @@ from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, Topic
 from scanfleet.policy import Preset, fill_in
 from scanfleet.ports import PortSet
 from scanfleet.targets import TargetRules
-from scanfleet.testing.bus import MemoryBus
+from scanfleet_testing.bus import MemoryBus
 from scanner_worker.domain import CannotStartError, Host, KilledByGuardError, ScanError, arguments, permit
 from scanner_worker.handlers import batch
 from scanner_worker.handlers.batch import Abilities, Batch, Found

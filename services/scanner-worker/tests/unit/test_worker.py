@@ -28,9 +28,9 @@ from scanfleet.messages import (
 from scanfleet.messages.topics import SCAN_AUDIT, SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS, SCAN_WORKERS, WORKER, Topic
 from scanfleet.ports import PortSet
 from scanfleet.targets import TargetRules
-from scanfleet.testing.bus import MemoryBus
-from scanfleet.testing.tracing import ids, recording
 from scanfleet.user_grants import UserGrants
+from scanfleet_testing.bus import MemoryBus
+from scanfleet_testing.tracing import ids, recording
 from scanner_worker.domain import CannotStartError, Host, ScanError
 from scanner_worker.handlers.batch import Abilities, Found
 from scanner_worker.handlers.worker import Worker

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import count
 
 from job_orchestrator.domain.access import MAX_REVOCATIONS, Revocation
-from job_orchestrator.testing.store import MemoryStore
+from job_orchestrator_testing.store import MemoryStore
 from scanfleet.errors import DependencyError
 
 

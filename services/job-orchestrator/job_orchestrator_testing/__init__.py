@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from job_orchestrator.testing.access import MemoryAccess
-from job_orchestrator.testing.store import MemoryStore
-from job_orchestrator.testing.things import KEYS, chunk, replanned, scan_job, scan_policy
-from job_orchestrator.testing.world import RULES, ResultStore, Worker, World
+from job_orchestrator_testing.access import MemoryAccess
+from job_orchestrator_testing.store import MemoryStore
+from job_orchestrator_testing.things import KEYS, chunk, replanned, scan_job, scan_policy
+from job_orchestrator_testing.world import RULES, ResultStore, Worker, World
 
 __all__ = [
     "KEYS",

@@ -15,7 +15,7 @@ from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.store import Policy, Store, Subnet
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.main import Orchestrator
-from job_orchestrator.testing.things import scan_policy
+from job_orchestrator_testing.things import scan_policy
 from scanfleet.bus import Publisher, Record
 from scanfleet.clock import utc_now
 from scanfleet.messages import (
@@ -52,9 +52,9 @@ from scanfleet.messages.topics import (
 from scanfleet.outcomes import Outcome
 from scanfleet.policy import ScanPolicy
 from scanfleet.targets import TargetRules, parse_network
-from scanfleet.testing.bus import MemoryBus
-from scanfleet.testing.chunk_grants import signer
 from scanfleet.user_grants import UserGrants
+from scanfleet_testing.bus import MemoryBus
+from scanfleet_testing.chunk_grants import signer
 
 RULES: Final = TargetRules((parse_network("127.0.0.0/8"),))
 _READ: Final = (SCAN_COMMANDS, SCAN_DELETIONS, SCAN_WORKERS, SCAN_PROGRESS, SCAN_STORED)

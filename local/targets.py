@@ -1,4 +1,7 @@
-"""Servers on loopback addresses as scan targets; `python -m scanfleet.testing.targets` runs them alone."""
+"""Servers on loopback addresses as scan targets; `python -m local.targets` runs them alone.
+
+It uses the standard library only, so that the images, which do not contain it, can run its text.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +86,7 @@ async def _serve() -> None:
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     await listen()
-    print("listening", flush=True)  # noqa: T201 # the parent process waits for it
+    print("listening", flush=True)  # the parent process waits for it
     await stopping.wait()
 
 

@@ -26,8 +26,8 @@ from scanfleet.messages import CancelJob, CommandAccepted, Job, JobStatus, Submi
 from scanfleet.messages.topics import ORCHESTRATOR, RESULT_STORE, SCAN_COMMANDS, SCAN_REPLIES
 from scanfleet.rest import IssuerKeys, Revoked
 from scanfleet.service import create_probes
-from scanfleet.testing.bus import MemoryBroker, MemoryBus
-from scanfleet.testing.tokens import InternalKeys, Issuer
+from scanfleet_testing.bus import MemoryBroker, MemoryBus
+from scanfleet_testing.tokens import InternalKeys, Issuer
 
 Answer = Callable[[httpx.Request], httpx.Response]
 Command = SubmitJobs | CancelJob

@@ -15,7 +15,7 @@ from scanfleet.messages import ChunkScanned, HostScanned, Message, PortFound
 from scanfleet.messages.topics import RESULT_STORE, SCAN_RESULTS
 from scanfleet.outcomes import Outcome
 from scanfleet.rest import Result
-from scanfleet.testing.chunk_grants import grants, signed
+from scanfleet_testing.chunk_grants import grants, signed
 
 EPOCH: Final = datetime(2026, 1, 1, tzinfo=UTC)
 FIRST: Final = "127.9.8.0"
