@@ -22,8 +22,11 @@ from job_orchestrator.handlers.audit import Audit
 from job_orchestrator.handlers.commands import Commands
 from job_orchestrator.handlers.deletions import Deletions
 from job_orchestrator.handlers.dispatch import Dispatcher
-from job_orchestrator.handlers.jobs import Jobs
+from job_orchestrator.handlers.faults import Faults
+from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.handlers.progress import Progress
+from job_orchestrator.handlers.reconciler import Reconciler
+from job_orchestrator.handlers.reporter import Reporter
 from job_orchestrator.handlers.stored import Stored
 from job_orchestrator.handlers.sweep import Sweeper
 from job_orchestrator.repository import MongoAccess, MongoStore
@@ -76,47 +79,66 @@ class Orchestrator:
         keep: timedelta | None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.jobs = Jobs(store, publisher, lambda users: self.dispatcher.wake(made=users), clock, monotonic=monotonic)
+        faults = Faults()
         self.grants = JobGrants(grants, rules.nat64)
+        self.outbox = Outbox(store, publisher)
+        self.reporter = Reporter(
+            store=store, publisher=publisher, outbox=self.outbox, faults=faults, clock=clock, monotonic=monotonic
+        )
+        self.reconciler = Reconciler(
+            store=store,
+            publisher=publisher,
+            outbox=self.outbox,
+            reporter=self.reporter,
+            faults=faults,
+            wake=lambda users: self.dispatcher.wake(made=users),
+            clock=clock,
+        )
         self.commands = Commands(
-            store,
-            publisher,
-            self.jobs,
-            rules,
-            clock,
+            store=store,
+            publisher=publisher,
+            outbox=self.outbox,
+            reconciler=self.reconciler,
+            rules=rules,
+            clock=clock,
             monotonic=monotonic,
             scripts=scripts,
             grants=grants,
             quotas=quotas,
         )
-        self.deletions = Deletions(store, publisher, self.jobs, clock, keep=keep, monotonic=monotonic)
+        self.deletions = Deletions(
+            store=store, publisher=publisher, outbox=self.outbox, clock=clock, keep=keep, monotonic=monotonic
+        )
         self.progress = Progress(
-            store,
-            publisher,
-            self.jobs,
-            lambda: self.dispatcher.wake(),  # noqa: PLW0108 # the dispatcher is created below
+            store=store,
+            publisher=publisher,
+            reconciler=self.reconciler,
+            wake=lambda: self.dispatcher.wake(),  # noqa: PLW0108 # the dispatcher is created below
             lease_seconds=lease_seconds,
             stored_seconds=stored_seconds,
             clock=clock,
             monotonic=monotonic,
         )
         self.dispatcher = Dispatcher(
-            store,
-            publisher,
-            signer,
+            store=store,
+            publisher=publisher,
+            signer=signer,
             lease_seconds=lease_seconds,
             clock=clock,
             requeue_lost=self.progress.requeue_lost,
-            give_up=self.jobs.give_up,
+            give_up=self.reconciler.give_up,
             grants=self.grants,
             monotonic=monotonic,
         )
         self.sweeper = Sweeper(
-            store,
-            publisher,
-            self.jobs,
-            lambda: self.progress.partitions,
-            clock,
+            store=store,
+            publisher=publisher,
+            outbox=self.outbox,
+            reporter=self.reporter,
+            faults=faults,
+            reconciler=self.reconciler,
+            partitions=lambda: self.progress.partitions,
+            clock=clock,
             signer=signer,
             stored_seconds=stored_seconds,
             raw_worker_seconds=raw_worker_seconds,
@@ -128,12 +150,13 @@ class Orchestrator:
             SCAN_DELETIONS: self.deletions,
             SCAN_WORKERS: self.dispatcher,
             SCAN_PROGRESS: self.progress,
-            SCAN_STORED: Stored(store, self.jobs, self.dispatcher.wake, clock),
+            SCAN_STORED: Stored(store, self.reconciler, self.dispatcher.wake, clock),
             **{topic: Audit(store, service) for service, topic in SCAN_AUDIT.items()},
             SCAN_AUDIT_OPERATOR: Audit(store, OPERATOR),
         }
         sweep = Loop("sweep", _SWEEP_SECONDS, self.sweeper.sweep)
-        self.loops = (*self.jobs.loops, self.dispatcher.loop, sweep, self.deletions.loop)
+        owners = (self.reconciler, self.outbox, self.reporter, self.dispatcher, self.deletions)
+        self.loops = (*(owner.loop for owner in owners), sweep)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:

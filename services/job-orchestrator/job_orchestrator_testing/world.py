@@ -279,7 +279,7 @@ class World:
             await self.settle()
             await self.catch_up()
             for replica in self.replicas:
-                await replica.jobs.progress()
+                await replica.reporter.report()
                 await replica.sweeper.sweep()
                 await replica.deletions.step()
             await self.settle()
@@ -289,9 +289,9 @@ class World:
         for _ in range(_STEPS):
             delivered = await self.deliver()
             for replica in self.replicas:
-                await replica.jobs.work()
+                await replica.reconciler.work()
                 await replica.dispatcher.fill()
-                await replica.jobs.empty()
+                await replica.outbox.empty()
             if not delivered and not self._waiting():
                 return
         raise AssertionError("this world does not come to rest")

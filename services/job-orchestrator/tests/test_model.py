@@ -284,7 +284,7 @@ class Life(RuleBasedStateMachine):
 
         async def act() -> None:
             replica = self.world.replicas[number]
-            await replica.jobs.work()
+            await replica.reconciler.work()
             await replica.dispatcher.fill()
 
         self.run(act())

@@ -20,7 +20,8 @@ from job_orchestrator.domain.quotas import QuotaError, Quotas, Request
 from job_orchestrator.domain.store import Command, Policy, Store, Subnet
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.audit import record
-from job_orchestrator.handlers.jobs import Jobs
+from job_orchestrator.handlers.outbox import Outbox
+from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.handlers.usage import Usages
 from job_orchestrator.metrics import count_transition
 from scanfleet import tracing
@@ -60,12 +61,13 @@ class Commands:
 
     def __init__(
         self,
+        *,
         store: Store,
         publisher: Publisher,
-        jobs: Jobs,
+        outbox: Outbox,
+        reconciler: Reconciler,
         rules: TargetRules,
         clock: PlatformTime,
-        *,
         monotonic: Callable[[], float],
         scripts: AbstractSet[str] = ADMITTED_SCRIPTS,
         grants: UserGrants | None = None,
@@ -73,7 +75,8 @@ class Commands:
     ) -> None:
         self._store = store
         self._publisher = publisher
-        self._jobs = jobs
+        self._outbox = outbox
+        self._reconciler = reconciler
         self._rules = rules
         self._scripts = scripts
         self._grants = grants
@@ -143,8 +146,8 @@ class Commands:
         if stands.state == "expired" or stands.user_id != user_id:
             return None
         answer = (await self._answers({command_id: stands}))[command_id]
-        await self._jobs.relay(_jobs_of(stands))
-        await self._jobs.reconcile(_jobs_of(stands))
+        await self._outbox.relay(_jobs_of(stands))
+        await self._reconciler.reconcile(_jobs_of(stands))
         return answer
 
     async def cancel(self, job_ids: Collection[int]) -> list[int]:
@@ -158,10 +161,10 @@ class Commands:
         ended = await self._end(dict.fromkeys(unfinished))
         cancelled = sorted(job.id for job in ended.values() if job.status is JobStatus.CANCELLED)
         try:
-            await self._jobs.relay(cancelled)
+            await self._outbox.relay(cancelled)
         except DependencyError as error:  # the sweep publishes the events
             _log.warning("publishing of cancelled jobs delayed", jobs=len(cancelled), error=str(error))
-        self._jobs.begin(cancelled)
+        self._reconciler.begin(cancelled)
         return cancelled
 
     def _too_old(self, record: Record) -> bool:
@@ -211,13 +214,13 @@ class Commands:
         )
         answered = {job_id for id_ in answers.keys() - mismatched.keys() for job_id in _jobs_of(stands[id_])}
         others = answered - {job.id for job in fresh}
-        await self._jobs.relay(others)
-        await self._jobs.reconcile(others)
+        await self._outbox.relay(others)
+        await self._reconciler.reconcile(others)
 
     async def _begin(self, fresh: Collection[ScanJob]) -> None:
         """Publish the first events of new jobs, and then create their chunks, which saves the jobs without these events."""
-        await self._jobs.publish_outboxes(fresh)
-        self._jobs.begin([job.id for job in fresh])
+        await self._outbox.publish(fresh)
+        self._reconciler.begin([job.id for job in fresh])
 
     async def _answers(self, commands: Mapping[str, Command]) -> dict[str, Reply]:
         """Finish each command, and return the replies by the requested id."""

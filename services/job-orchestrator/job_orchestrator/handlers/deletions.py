@@ -14,7 +14,7 @@ from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.audit import record
-from job_orchestrator.handlers.jobs import Jobs
+from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.metrics import DELETED_JOBS, DELETIONS
 from scanfleet.bus import Publisher, Record
 from scanfleet.loop import Loop
@@ -35,24 +35,24 @@ class Deletions:
     Args:
         store: where jobs and chunks are.
         publisher: for requests to result-store.
-        jobs: publishes what is left in the outboxes of the jobs.
+        outbox: publishes what is left in the outboxes of the jobs.
         clock: the platform's time.
         keep: age after the end at which jobs are deleted; None deletes none by age.
     """
 
     def __init__(
         self,
+        *,
         store: Store,
         publisher: Publisher,
-        jobs: Jobs,
+        outbox: Outbox,
         clock: PlatformTime,
-        *,
         keep: timedelta | None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._publisher = publisher
-        self._jobs = jobs
+        self._outbox = outbox
         self._clock = clock
         self._keep = keep
         self._monotonic = monotonic
@@ -73,7 +73,7 @@ class Deletions:
         left = set(job_ids)
         for _ in range(_ROUNDS):
             ended = [job for job in (await self._store.jobs(left)).values() if job.settled]
-            await self._jobs.publish_outboxes(ended)  # what their outboxes hold goes with them
+            await self._outbox.publish(ended)  # what their outboxes hold goes with them
             now = self._clock.now()
             done = await asyncio.gather(*(self._store.delete_job(job, _receipt(job, reason, now)) for job in ended))
             DELETIONS.labels(reason).inc(sum(done))

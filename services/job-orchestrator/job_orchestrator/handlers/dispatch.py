@@ -83,10 +83,10 @@ class Dispatcher:
 
     def __init__(
         self,
+        *,
         store: Store,
         publisher: Publisher,
         signer: Signer,
-        *,
         lease_seconds: float,
         clock: PlatformTime,
         requeue_lost: Callable[[Collection[Token], str], Awaitable[None]],

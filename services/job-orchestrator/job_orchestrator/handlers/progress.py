@@ -25,7 +25,7 @@ from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.watch import Watch
 from job_orchestrator.handlers.chunks import Changed, change, stop
-from job_orchestrator.handlers.jobs import Jobs
+from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.metrics import LEASES_EXPIRED, STALE_REPORTS, UNKNOWN_CHUNKS
 from scanfleet.bus import Publisher, Record
 from scanfleet.errors import MessageError
@@ -48,7 +48,7 @@ class Progress:
     Args:
         store: stores chunks.
         publisher: publishes stops.
-        jobs: updated after every change of a chunk.
+        reconciler: updates jobs after every change of a chunk.
         wake: called when a chunk is requeued or a slot is free.
         lease_seconds: lease timeout: the maximum time without a report of the chunk's worker.
         stored_seconds: timeout for result-store to check a scanned chunk before it is asked again.
@@ -57,11 +57,11 @@ class Progress:
 
     def __init__(
         self,
+        *,
         store: Store,
         publisher: Publisher,
-        jobs: Jobs,
+        reconciler: Reconciler,
         wake: Callable[[], None],
-        *,
         lease_seconds: float,
         stored_seconds: float,
         clock: PlatformTime,
@@ -69,7 +69,7 @@ class Progress:
     ) -> None:
         self._store = store
         self._publisher = publisher
-        self._jobs = jobs
+        self._reconciler = reconciler
         self._wake = wake
         self._lease_seconds = lease_seconds
         self._patience = timedelta(seconds=stored_seconds)
@@ -113,7 +113,7 @@ class Progress:
         await self._publisher.publish(SCAN_TASKS, [stop for each in effects.values() for stop in each.stops])
         if any(each.moved and each.before.state in HELD for each in changed):
             self._wake()
-        await self._jobs.follow(changed)
+        await self._reconciler.follow(changed)
 
     async def assigned(self, partitions: Collection[int]) -> None:
         for partition in partitions:
@@ -164,7 +164,7 @@ class Progress:
         LEASES_EXPIRED.inc(len(changed))
         await self._publisher.publish(SCAN_TASKS, [stop(each.before.token, "lease expired") for each in changed])
         self._wake()
-        await self._jobs.follow(changed)
+        await self._reconciler.follow(changed)
 
     def _not_held(self, chunk: Chunk, report: WorkerReport, effects: _Effects) -> Chunk:
         if chunk.state in OPEN:

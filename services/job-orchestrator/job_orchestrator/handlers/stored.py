@@ -9,7 +9,7 @@ from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState, incomplete, s
 from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.chunks import change
-from job_orchestrator.handlers.jobs import Jobs
+from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.metrics import UNKNOWN_CHUNKS
 from scanfleet.bus import Record
 from scanfleet.errors import MessageError
@@ -21,9 +21,9 @@ Verdict = ChunkStored | ChunkIncomplete
 class Stored:
     """Handles scan-stored. `wake` is called when a chunk is requeued or a slot is free."""
 
-    def __init__(self, store: Store, jobs: Jobs, wake: Callable[[], None], clock: PlatformTime) -> None:
+    def __init__(self, store: Store, reconciler: Reconciler, wake: Callable[[], None], clock: PlatformTime) -> None:
         self._store = store
-        self._jobs = jobs
+        self._reconciler = reconciler
         self._wake = wake
         self._clock = clock
 
@@ -50,7 +50,7 @@ class Stored:
         UNKNOWN_CHUNKS.inc(sum(len(by_chunk[id_]) for id_ in unknown))
         if any(each.moved and (each.before.state in HELD or each.after.state is ChunkState.QUEUED) for each in changed):
             self._wake()
-        await self._jobs.follow(changed)
+        await self._reconciler.follow(changed)
 
     async def assigned(self, partitions: Collection[int]) -> None: ...
 

@@ -15,7 +15,10 @@ from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.user_grants import JobGrants
 from job_orchestrator.handlers.chunks import change, scanned_again
-from job_orchestrator.handlers.jobs import Jobs
+from job_orchestrator.handlers.faults import Faults
+from job_orchestrator.handlers.outbox import Outbox
+from job_orchestrator.handlers.reconciler import Reconciler
+from job_orchestrator.handlers.reporter import Reporter
 from job_orchestrator.metrics import CENSUS
 from scanfleet.bus import Publisher
 from scanfleet.chunk_grants import Signer
@@ -33,7 +36,10 @@ class Sweeper:
     Args:
         store: stores jobs and chunks.
         publisher: publishes repeated requests to result-store.
-        jobs: relays and reconciles.
+        outbox: publishes events that another replica did not.
+        reporter: publishes why jobs wait.
+        faults: the jobs to skip.
+        reconciler: updates jobs.
         partitions: returns the partitions of scan-progress that this replica owns.
         clock: the platform's time.
         signer: signs the repeated requests.
@@ -44,12 +50,15 @@ class Sweeper:
 
     def __init__(
         self,
+        *,
         store: Store,
         publisher: Publisher,
-        jobs: Jobs,
+        outbox: Outbox,
+        reporter: Reporter,
+        faults: Faults,
+        reconciler: Reconciler,
         partitions: Callable[[], Collection[int]],
         clock: PlatformTime,
-        *,
         signer: Signer,
         stored_seconds: float,
         raw_worker_seconds: float,
@@ -59,7 +68,10 @@ class Sweeper:
         self._store = store
         self._publisher = publisher
         self._signer = signer
-        self._jobs = jobs
+        self._outbox = outbox
+        self._reporter = reporter
+        self._faults = faults
+        self._reconciler = reconciler
         self._partitions = partitions
         self._clock = clock
         self._monotonic = monotonic
@@ -75,7 +87,7 @@ class Sweeper:
         Raises:
             DependencyError: the next pass does the rest.
         """
-        await self._jobs.relay(await self._store.jobs_with_old_events(self._clock.now() - _OLD_EVENT, _PAGE))
+        await self._outbox.relay(await self._store.jobs_with_old_events(self._clock.now() - _OLD_EVENT, _PAGE))
         await self._request_checks()
         now = self._monotonic()
         if now - self._counted > _CENSUS_SECONDS:
@@ -97,14 +109,14 @@ class Sweeper:
     async def _reconcile_all(self) -> None:
         after = 0
         while page := await self._store.unsettled_jobs(after, _PAGE, self._partitions()):
-            await self._jobs.reconcile(page)
+            await self._reconciler.reconcile(page)
             await self._look_for_workers(page)
             after = page[-1]
 
     async def _look_for_workers(self, job_ids: Collection[int]) -> None:
         """Report why jobs without a held chunk are waiting, and fail those that have waited too long."""
         found = await self._store.jobs(job_ids)
-        jobs = {id_: job for id_, job in found.items() if not job.final and not self._jobs.faulty(job)}
+        jobs = {id_: job for id_, job in found.items() if not job.final and not self._faults.has(job)}
         live = await self._store.live_workers(LIVE)
         held = {each.token.job_id for each in await self._store.held()}
         standings = await self._store.standings(jobs)
@@ -121,11 +133,11 @@ class Sweeper:
             return "no_raw_worker" if not raw and plan.needs_raw(job, standings[job.id].lowest) else ""
 
         reasons = {id_: reason(job) for id_, job in jobs.items()}
-        await self._jobs.publish_waiting({id_: why for id_, why in reasons.items() if why != jobs[id_].waiting})
+        await self._reporter.publish_waiting({id_: why for id_, why in reasons.items() if why != jobs[id_].waiting})
         since = now - self._raw_patience
         for id_, job in jobs.items():
             if reasons[id_] == job.waiting == "no_raw_worker" and job.waiting_since and job.waiting_since < since:
-                await self._jobs.give_up(
+                await self._reconciler.give_up(
                     id_,
                     f"no worker that may send raw packets was available for {self._raw_patience.total_seconds():.0f} s: "
                     "start one, or use a policy without SYN scans, UDP ports and OS detection",

@@ -276,7 +276,7 @@ async def test_a_pending_job_is_cancelled(world: World) -> None:
     world.workers = []
     submitted = await world.submit()
     await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
-    await world.only.jobs.work()
+    await world.only.reconciler.work()
     cancelled = await world.cancel(world.accepted(submitted)[0].id)
     await world.settle()
     (reply,) = world.replies(cancelled)
@@ -461,7 +461,7 @@ async def test_round_trips_of_a_batch_do_not_grow_with_its_commands() -> None:
             await world.send(policy_id, subnets)
         store.calls.clear()
         await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
-        await world.replicas[0].jobs.work()
+        await world.replicas[0].reconciler.work()
         calls.append(store.calls)
     assert calls[0] == calls[1]
     assert calls[0]["insert_chunks"] == 1

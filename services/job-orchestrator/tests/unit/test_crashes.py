@@ -123,7 +123,7 @@ class CrashingWorld(World):
     async def settle(self) -> None:
         for _ in range(1_000):
             heard = await self.deliver()
-            await self.step(lambda replica: replica.jobs.work())
+            await self.step(lambda replica: replica.reconciler.work())
             await self.step(lambda replica: replica.dispatcher.fill())
             if not heard and not self._waiting():
                 return

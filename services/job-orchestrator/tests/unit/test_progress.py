@@ -374,16 +374,16 @@ async def test_one_look_tells_all_progress_since_the_last(world: World) -> None:
     for done in range(1, 6):
         await world.worker.progress(task, "a" * done + "." * (size - done))
         await world.settle()
-    await world.only.jobs.progress()
+    await world.only.reporter.report()
     job = (await world.store.jobs([1]))[1]
     progressed = [each for each in world.events(1) if isinstance(each, JobProgressed)]
     assert [each.machines_found for each in progressed] == [5]
     assert job.machines_found == 5
     world.now += 1.1
-    await world.only.jobs.progress()
+    await world.only.reporter.report()
     await world.worker.progress(task, "a" * 6 + "." * (size - 6))
     await world.settle()
-    await world.only.jobs.progress()
+    await world.only.reporter.report()
     assert [each.machines_found for each in world.events(1) if isinstance(each, JobProgressed)] == [5, 6]
 
 
@@ -392,12 +392,12 @@ async def test_progress_that_could_not_be_told_is_told_later(task: ScanChunk, wo
     await claimed(world, task)
     await world.worker.progress(task, "as..")
     await world.settle()
-    jobs = world.only.jobs
-    jobs._store, store = Broken(), jobs._store  # type: ignore[assignment] # it only has to be away
+    reporter = world.only.reporter
+    reporter._store, store = Broken(), reporter._store  # type: ignore[assignment] # it only has to be away
     with pytest.raises(DependencyError):
-        await jobs.progress()
-    jobs._store = store
-    await jobs.progress()
+        await reporter.report()
+    reporter._store = store
+    await reporter.report()
     assert (await world.store.jobs([1]))[1].progress == 50
 
 
@@ -417,7 +417,7 @@ async def test_progress_stops_with_the_job(world: World, task: ScanChunk) -> Non
     world.now += 10.0
     await world.worker.progress(task, "aaa.")
     await world.settle()
-    await world.only.jobs.progress()
+    await world.only.reporter.report()
     after = (await world.store.jobs([1]))[1]
     assert replace(after, rev=job.rev, totals=job.totals) == job
     assert after.totals.probes == {"answered": 6}
@@ -429,7 +429,7 @@ async def test_progress_is_stored_for_the_status(world: World, task: ScanChunk) 
     await claimed(world, task)
     await world.worker.progress(task, "as..")
     await world.settle()
-    await world.only.jobs.progress()
+    await world.only.reporter.report()
     job = (await world.store.jobs([1]))[1]
     assert (job.progress, job.machines_found) == (50, 1)
 

@@ -276,12 +276,12 @@ async def test_work_leaves_a_job_with_an_unreadable_chunk_to_the_sweep(*, cancel
     await store.insert_jobs([change(job, JobTrigger.CANCEL, THEN) if cancelled else job])
     state = ChunkState.QUEUED if cancelled else ChunkState.STORED
     await store.insert_chunks([chunk(id="9-0", job_id=9, state=state), chunk(id="9-1", job_id=9, index=1, state=state)])
-    await world.only.jobs.reconcile([9])
+    await world.only.reconciler.reconcile([9])
     for _ in range(3):
-        await world.only.jobs.work()
+        await world.only.reconciler.work()
     rounds = store.rounds
     for _ in range(5):
-        await world.only.jobs.work()
+        await world.only.reconciler.work()
     assert store.rounds == rounds
 
 
@@ -292,7 +292,7 @@ async def test_a_job_that_is_over_when_it_is_first_seen_to_run_is_one_change(wor
     await world.store.insert_chunks(
         [chunk(id="9-0", job_id=9, state=ChunkState.STORED, outcomes="a" * job.plan.addresses)]
     )
-    await world.only.jobs.reconcile([9])
+    await world.only.reconciler.reconcile([9])
     ended = (await world.store.jobs([9]))[9]
     assert (ended.status, ended.rev) == (JobStatus.COMPLETED, job.rev + 1)
     assert [(type(each), each.job.status) for each in world.events(9)] == [
@@ -315,18 +315,18 @@ async def test_outboxes_are_emptied_together(world: World) -> None:
     """One round takes what was published out of the outboxes of many jobs, and the next has nothing to do."""
     jobs = [scan_job(id_) for id_ in (7, 8, 9)]
     await world.store.insert_jobs(jobs)
-    await world.only.jobs.publish_outboxes(jobs)
-    await world.only.jobs.empty()
+    await world.only.outbox.publish(jobs)
+    await world.only.outbox.empty()
     assert [(job.outbox, job.rev) for job in (await world.store.jobs([7, 8, 9])).values()] == 3 * [((), 1)]
-    await world.only.jobs.empty()
+    await world.only.outbox.empty()
     assert {job.rev for job in (await world.store.jobs([7, 8, 9])).values()} == {1}
 
 
 async def test_an_event_that_comes_while_outboxes_are_emptied_stays(world: World) -> None:
     """What is added to an outbox after its first event was published is left in it until it is published too."""
     await world.store.insert_jobs([scan_job(9)])
-    await world.only.jobs.publish_outboxes([scan_job(9)])
+    await world.only.outbox.publish([scan_job(9)])
     await world.store.save_jobs([change(scan_job(9), JobTrigger.CANCEL, THEN)])
-    await world.only.jobs.empty()
+    await world.only.outbox.empty()
     (left,) = (await world.store.jobs([9]))[9].outbox
     assert isinstance(left.event, JobCancelled)

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Final
 
-import structlog
-
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState, cancel
-from job_orchestrator.domain.job import JobTrigger, ScanJob, observe, published, wait
+from job_orchestrator.domain.job import JobTrigger, ScanJob
 from job_orchestrator.domain.job import change as change_job
 from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.store import Standing, Store
@@ -24,25 +19,23 @@ from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.totals import EMPTY
 from job_orchestrator.handlers.chunks import Changed, stop
 from job_orchestrator.handlers.chunks import change as change_chunks
-from job_orchestrator.metrics import PROBES, SKIPPED_JOBS, count_transition
-from scanfleet import tracing
+from job_orchestrator.handlers.faults import Faults
+from job_orchestrator.handlers.outbox import Outbox
+from job_orchestrator.handlers.reporter import Reporter
+from job_orchestrator.metrics import PROBES, count_transition
 from scanfleet.bus import Publisher
 from scanfleet.errors import DependencyError
 from scanfleet.loop import Loop
-from scanfleet.messages import JobProgressed, JobStatus
-from scanfleet.messages.topics import SCAN_EVENTS, SCAN_TASKS
+from scanfleet.messages import JobStatus
+from scanfleet.messages.topics import SCAN_TASKS
 
 _ROUNDS: Final = 50  # a job needs about five; more means that other replicas win every race
-_PROGRESS_SECONDS: Final = 1.0  # interval of progress updates
 _PAGE: Final = 1_000  # chunks counted or cancelled at once: about 50 ms, then other jobs are processed
 _WORK_SECONDS: Final = 10.0  # interval of the work loop, which is also woken when there is work
-_EMPTY_SECONDS: Final = 1.0  # interval of the outbox clean-up: most jobs are saved meanwhile, without published events
 _STARTED: Final = 10_000  # started jobs that are cached, so that their claims need no query
 
 _BEGUN: Final = frozenset({ChunkState.RUNNING, ChunkState.SCANNED, ChunkState.STORED})
 _DONE: Final = frozenset(ChunkState) - OPEN
-
-_log = structlog.get_logger()
 
 Known = Mapping[str, Chunk]
 """Chunks by id, as they were just stored."""
@@ -64,49 +57,43 @@ class _Step:
         return self.stages[-1] if self.stages else self.before
 
 
-class Jobs:
+class Reconciler:
     """Drives jobs. Safe to call for any job at any time, on any replica.
 
     Chunks are created in a window ahead of dispatch, and added to the job's totals in index order as they end. The work loop
-    continues work that is too large for one step, so that neither handlers nor small jobs wait for a large job. The progress
-    loop publishes progress once a second; most short jobs have ended by then. The clean-up loop removes published events from
-    the outboxes, many jobs at once; until then they are cached here.
+    continues work that is too large for one step, so that neither handlers nor small jobs wait for a large job.
 
     Args:
         store: stores jobs and chunks.
-        publisher: publishes job events and stops.
+        publisher: publishes stops.
+        outbox: publishes the events of jobs that were saved.
+        reporter: publishes the progress of jobs that continue.
+        faults: isolates the errors of one job from the others.
         wake: called with the users who have new chunks to dispatch.
         clock: the platform's time.
     """
 
     def __init__(
         self,
+        *,
         store: Store,
         publisher: Publisher,
+        outbox: Outbox,
+        reporter: Reporter,
+        faults: Faults,
         wake: Callable[[Collection[int]], None],
         clock: PlatformTime,
-        *,
-        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._publisher = publisher
+        self._outbox = outbox
+        self._reporter = reporter
+        self._faults = faults
         self._wake = wake
         self._clock = clock
-        self._monotonic = monotonic
-        self._further: set[int] = set()
-        self._next_progress: dict[int, float] = {}
         self._unfinished: set[int] = set()
         self._started: dict[int, None] = {}
-        self._faulty: dict[int, int] = {}
-        """The `rev` at which each job raised an unexpected error."""
-        self._sent: defaultdict[int, set[str]] = defaultdict(set)
-        """By job, the events in its outbox that the bus has acknowledged."""
-        self._working = Loop("jobs", _WORK_SECONDS, self.work)
-        self.loops = (
-            self._working,
-            Loop("outbox", _EMPTY_SECONDS, self.empty),
-            Loop("progress", _PROGRESS_SECONDS, self.progress),
-        )
+        self.loop = Loop("jobs", _WORK_SECONDS, self.work)
 
     async def reconcile(self, job_ids: Collection[int], known: Known = _NOTHING) -> None:
         """Update these jobs to the state of their chunks.
@@ -141,7 +128,7 @@ class Jobs:
     def begin(self, job_ids: Collection[int]) -> None:
         """Create the first chunks of these new jobs soon; `reconcile` would do it too, but later."""
         self._unfinished |= set(job_ids)
-        self._working.wake()
+        self.loop.wake()
 
     async def work(self) -> None:
         """Continue the jobs that have more to do than fits into one step.
@@ -153,7 +140,7 @@ class Jobs:
             self._unfinished = set()
             await self.reconcile(wanted)
         if self._unfinished:
-            self._working.wake()
+            self.loop.wake()
 
     async def follow(self, changes: Iterable[Changed]) -> None:
         """Update the jobs of these changed chunks, and publish their progress.
@@ -170,92 +157,7 @@ class Jobs:
             await self._recount(late)
         moved = {each.after.job_id for each in changes if self._matters(each)}
         await self.reconcile(moved | late.keys(), {each.after.id: each.after for each in changes})
-        self._further |= {each.after.job_id for each in changes if each.after.outcomes != each.before.outcomes}
-
-    async def relay(self, job_ids: Collection[int]) -> None:
-        """Publish the events in the outboxes of these jobs.
-
-        Raises:
-            DependencyError: some of them may be published; a retry publishes all of them.
-        """
-        await self.publish_outboxes((await self._store.jobs(job_ids)).values())
-
-    async def publish_outboxes(self, jobs: Iterable[ScanJob]) -> None:
-        """Publish the events in the outboxes of these jobs as they are stored, in order, and schedule their removal.
-
-        Raises:
-            DependencyError: some of them may be published; a retry publishes all of them.
-        """
-        full = [job for each in jobs if (job := self._unsent(each)).outbox]
-        if not full:
-            return
-        news = {job.id: type(job.outbox[-1].event).__name__ for job in full}
-        traces = {job.id: job.traceparent for job in full}
-        with tracing.spans(news.__getitem__, traces, "producer", "scanfleet.job.id"):
-            await self._publisher.publish(SCAN_EVENTS, [out.event for job in full for out in job.outbox])
-        for job in full:
-            self._sent[job.id] |= {out.event.event_id for out in job.outbox}
-
-    async def empty(self) -> None:
-        """Remove published events from the outboxes.
-
-        Raises:
-            DependencyError: they are still there, and the next call removes them; another replica may publish them again.
-        """
-        sent = {id_: frozenset(events) for id_, events in self._sent.items()}
-        left: Collection[int] = sent
-        for _ in range(_ROUNDS):
-            if not left:
-                break
-            jobs = await self._store.jobs(left)
-            emptied = [(job, published(job, sent[job.id])) for job in jobs.values()]
-            left = await self._store.save_jobs([after for before, after in emptied if after != before])
-        else:
-            raise DependencyError(f"outboxes were changed by other replicas each time: {sorted(left)[:5]}")
-        for id_, events in sent.items():
-            self._sent[id_] -= events
-            if not self._sent[id_]:
-                del self._sent[id_]
-
-    async def progress(self) -> None:
-        """Publish the progress of jobs that has increased since the last call; called about once a second.
-
-        Raises:
-            DependencyError: nothing is lost; the next call publishes more.
-        """
-        now = self._monotonic()
-        self._next_progress = {id_: due for id_, due in self._next_progress.items() if due > now}
-        due = self._further - self._next_progress.keys()
-        if not due:
-            return
-        unpublished: set[int] = set()
-        seen: dict[int, tuple[ScanJob, JobProgressed]] = {}
-        for each in (await self._store.jobs(due)).values():
-            job = self._unsent(each)
-            if job.status is not JobStatus.RUNNING:
-                continue
-            if job.outbox:
-                unpublished.add(job.id)
-                continue
-            self._next_progress[job.id] = now + _PROGRESS_SECONDS
-            with self._isolated(job):
-                if news := await self._observe(job):
-                    seen[job.id] = news
-        unpublished |= await self._store.save_jobs([job for job, _ in seen.values()])
-        self._further -= due - unpublished
-        await self._publish({id_: news for id_, news in seen.items() if id_ not in unpublished})
-
-    async def publish_waiting(self, reasons: Mapping[int, str]) -> None:
-        """Store and publish why these jobs are waiting; "" for those that no longer are.
-
-        Raises:
-            DependencyError: the next sweep does it.
-        """
-        jobs = (await self._store.jobs(reasons)).values()
-        now = self._clock.now()
-        news = {job.id: each for job in jobs if (each := wait(self._unsent(job), reasons[job.id], now))}
-        losers = await self._store.save_jobs([job for job, _ in news.values()])
-        await self._publish({id_: each for id_, each in news.items() if id_ not in losers})
+        self._reporter.note(each.after.job_id for each in changes if each.after.outcomes != each.before.outcomes)
 
     async def give_up(self, job_id: int, error: str) -> None:
         """Fail a job that no worker can execute, unless it has ended meanwhile, and cancel its chunks.
@@ -270,25 +172,6 @@ class Jobs:
         if not await self._save([_Step(job, (failed,))]):
             await self.reconcile([job_id])
 
-    async def _observe(self, job: ScanJob) -> tuple[ScanJob, JobProgressed] | None:
-        now = self._clock.now()
-        tally = Tally(job)
-        held = 0.0
-        for chunk in await self._store.active_chunks(job.id, job.totals.done):
-            tally.add(chunk)
-            held += chunk.share * (chunk.state in HELD)
-        left = tally.seconds_left
-        eta = round(left / max(1.0, held), 1) if job.pace is not None else None
-        job = replace(job, seconds_left=left)
-        return observe(job, tally.progress, tally.machines_found, now, eta_seconds=eta)
-
-    async def _publish(self, news: Mapping[int, tuple[ScanJob, JobProgressed]]) -> None:
-        await self._publisher.publish(SCAN_EVENTS, [event for _, event in news.values()])
-
-    def _unsent(self, job: ScanJob) -> ScanJob:
-        """Return the job without events in its outbox that were already published."""
-        return published(job, self._sent[job.id]) if job.id in self._sent else job
-
     def _matters(self, changed: Changed) -> bool:
         """Return whether the change may start, continue or end the job."""
         before, after = changed.before.state, changed.after.state
@@ -296,28 +179,12 @@ class Jobs:
             return True
         return after in _BEGUN and before not in _BEGUN and changed.after.job_id not in self._started
 
-    def faulty(self, job: ScanJob) -> bool:
-        """Return whether the current version of the job raised an unexpected error: it is skipped until it changes."""
-        return self._faulty.get(job.id) == job.rev
-
-    @contextmanager
-    def _isolated(self, job: ScanJob) -> Iterator[None]:
-        """Isolate an unexpected error of the job from other jobs: log and count it, and skip the job."""
-        try:
-            yield
-        except DependencyError:
-            raise
-        except Exception as error:  # noqa: BLE001 # an error of one job must not stop the others
-            self._faulty[job.id] = job.rev
-            SKIPPED_JOBS.inc()
-            _log.exception("job_skipped", job_id=job.id, cause=repr(error))
-
     async def _guarded(
         self, job: ScanJob, standing: Standing, known: Known, turns: Mapping[int, int], window: list[Chunk]
     ) -> _Step:
-        if not self.faulty(job):
-            with self._isolated(job):
-                step, new = await self._step(self._unsent(job), standing, known, turns)
+        if not self._faults.has(job):
+            with self._faults.isolated(job):
+                step, new = await self._step(self._outbox.unsent(job), standing, known, turns)
                 window += new
                 return step
         return _Step(job)
@@ -437,7 +304,7 @@ class Jobs:
                     count_transition(stage)
             for outcome, probes in step.ledger.items():
                 PROBES.labels(outcome).inc(probes)
-        await self.publish_outboxes([step.after for step in saved])
+        await self._outbox.publish([step.after for step in saved])
         return losers
 
 

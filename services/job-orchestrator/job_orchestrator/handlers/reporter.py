@@ -1,0 +1,113 @@
+"""Publish the progress of running jobs, and why jobs wait."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Final
+
+from job_orchestrator.domain.chunk import HELD
+from job_orchestrator.domain.job import ScanJob, observe, wait
+from job_orchestrator.domain.ledger import Tally
+from job_orchestrator.domain.store import Store
+from job_orchestrator.domain.time import PlatformTime
+from job_orchestrator.handlers.faults import Faults
+from job_orchestrator.handlers.outbox import Outbox
+from scanfleet.bus import Publisher
+from scanfleet.loop import Loop
+from scanfleet.messages import JobProgressed, JobStatus
+from scanfleet.messages.topics import SCAN_EVENTS
+
+_PROGRESS_SECONDS: Final = 1.0  # interval of progress updates
+
+
+class Reporter:
+    """Publishes progress once a second; most short jobs have ended by then.
+
+    Args:
+        store: stores jobs and chunks.
+        publisher: publishes job events.
+        outbox: has the events of a job that come before its progress.
+        faults: isolates the errors of one job from the others.
+        clock: the platform's time.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        publisher: Publisher,
+        outbox: Outbox,
+        faults: Faults,
+        clock: PlatformTime,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._publisher = publisher
+        self._outbox = outbox
+        self._faults = faults
+        self._clock = clock
+        self._monotonic = monotonic
+        self._further: set[int] = set()
+        self._next_progress: dict[int, float] = {}
+        self.loop = Loop("progress", _PROGRESS_SECONDS, self.report)
+
+    def note(self, job_ids: Iterable[int]) -> None:
+        """Report the progress of these jobs soon: outcomes of their chunks have changed."""
+        self._further |= set(job_ids)
+
+    async def report(self) -> None:
+        """Publish the progress of jobs that has increased since the last call; called about once a second.
+
+        Raises:
+            DependencyError: nothing is lost; the next call publishes more.
+        """
+        now = self._monotonic()
+        self._next_progress = {id_: due for id_, due in self._next_progress.items() if due > now}
+        due = self._further - self._next_progress.keys()
+        if not due:
+            return
+        unpublished: set[int] = set()
+        seen: dict[int, tuple[ScanJob, JobProgressed]] = {}
+        for each in (await self._store.jobs(due)).values():
+            job = self._outbox.unsent(each)
+            if job.status is not JobStatus.RUNNING:
+                continue
+            if job.outbox:
+                unpublished.add(job.id)
+                continue
+            self._next_progress[job.id] = now + _PROGRESS_SECONDS
+            with self._faults.isolated(job):
+                if news := await self._observe(job):
+                    seen[job.id] = news
+        unpublished |= await self._store.save_jobs([job for job, _ in seen.values()])
+        self._further -= due - unpublished
+        await self._publish({id_: news for id_, news in seen.items() if id_ not in unpublished})
+
+    async def publish_waiting(self, reasons: Mapping[int, str]) -> None:
+        """Store and publish why these jobs are waiting; "" for those that no longer are.
+
+        Raises:
+            DependencyError: the next sweep does it.
+        """
+        jobs = (await self._store.jobs(reasons)).values()
+        now = self._clock.now()
+        news = {job.id: each for job in jobs if (each := wait(self._outbox.unsent(job), reasons[job.id], now))}
+        losers = await self._store.save_jobs([job for job, _ in news.values()])
+        await self._publish({id_: each for id_, each in news.items() if id_ not in losers})
+
+    async def _observe(self, job: ScanJob) -> tuple[ScanJob, JobProgressed] | None:
+        now = self._clock.now()
+        tally = Tally(job)
+        held = 0.0
+        for chunk in await self._store.active_chunks(job.id, job.totals.done):
+            tally.add(chunk)
+            held += chunk.share * (chunk.state in HELD)
+        left = tally.seconds_left
+        eta = round(left / max(1.0, held), 1) if job.pace is not None else None
+        job = replace(job, seconds_left=left)
+        return observe(job, tally.progress, tally.machines_found, now, eta_seconds=eta)
+
+    async def _publish(self, news: Mapping[int, tuple[ScanJob, JobProgressed]]) -> None:
+        await self._publisher.publish(SCAN_EVENTS, [event for _, event in news.values()])
