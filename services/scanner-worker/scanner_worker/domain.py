@@ -8,10 +8,10 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from ipaddress import ip_address
 from math import ceil
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from scanfleet.errors import Rule
-from scanfleet.messages import HostScanned, ScanChunk, Technique
+from scanfleet.messages import HostDetails, HostScanned, ScanChunk, Technique
 from scanfleet.messages.fields import MAX_BYTES, MAX_EVENT_ID_CHARS
 from scanfleet.outcomes import MAX_ADDRESSES, Outcome, index_of, networks
 from scanfleet.policy import (
@@ -86,11 +86,14 @@ class Host(NamedTuple):
     element: bytes
     """The element as nmap wrote it, without the end tag: UTF-8 with well-formed elements and no other markup.
 
-    It includes host scripts (`<hostscript>`), OS matches and other details of the host; only ports are read from it so far.
+    It includes host scripts (`<hostscript>`), OS matches and other details of the host.
     """
 
     open_filtered: str = ""
     """The silent UDP ports that nmap summarizes, as in HostScanned."""
+
+    details: HostDetails | None = None
+    """What nmap reports about the host as a whole; None before it was read, and of a host that is down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,12 +301,16 @@ def printable(text: str, *, keep: str = "") -> str:
 def fit(host: HostScanned, limit: int = MAX_BYTES - 2 * MAX_EVENT_ID_CHARS) -> HostScanned:
     """Return `host` trimmed to the size limit of a message: texts are dropped, ports are kept."""
     for field in _EXPENDABLE:
-        if len(host.model_dump_json(exclude_defaults=True)) <= limit:
+        if len(host.model_dump_json(exclude_defaults=True).encode()) <= limit:
             break
-        host = host.model_copy(
-            update={"ports": tuple(port.model_copy(update={field: ""}) for port in host.ports), "trimmed": True},
-        )
+        host = host.model_copy(update={**_without(host, field), "trimmed": True})
     return host
 
 
-_EXPENDABLE: Final = ("raw_data", "banner", "os_info", "version", "service")
+def _without(host: HostScanned, field: str) -> dict[str, Any]:
+    if field != "scripts":
+        return {"ports": tuple(port.model_copy(update={field: ""}) for port in host.ports)}
+    return {"details": host.details and host.details.model_copy(update={"scripts": ()})}
+
+
+_EXPENDABLE: Final = ("scripts", "raw_data", "banner", "os_info", "version", "service")

@@ -30,7 +30,7 @@ from scanfleet.messages.jobs import (
     JobStarted,
     JobStatus,
 )
-from scanfleet.messages.results import HostScanned, PortFound
+from scanfleet.messages.results import HostDetails, HostScanned, PortFound, ScriptOutput, SystemMatch
 
 __all__ = [
     "AuditEntry",
@@ -47,6 +47,7 @@ __all__ = [
     "CommandAccepted",
     "CommandRejected",
     "DeleteResults",
+    "HostDetails",
     "HostScanned",
     "Job",
     "JobCancelled",
@@ -62,8 +63,10 @@ __all__ = [
     "PortFound",
     "ResultsDeleted",
     "ScanChunk",
+    "ScriptOutput",
     "StopChunk",
     "SubmitJobs",
+    "SystemMatch",
     "Technique",
     "WorkerReady",
     "instance_of",

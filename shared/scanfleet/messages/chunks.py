@@ -12,6 +12,7 @@ from scanfleet.messages.base import Message
 from scanfleet.messages.fields import Address, ChunkId, Id, Number, Positive, Reason, Seconds, Word, WorkerId
 from scanfleet.outcomes import MAX_ADDRESSES, OutcomeMap
 from scanfleet.policy import MAX_SCRIPTS, ChunkPorts, ScanPolicy, ScriptName
+from scanfleet.ports import MAX_RANGES_TEXT
 
 MAX_SLOTS: Final = 256  # per worker
 MAX_EXCLUDED_CHARS: Final = 5 * MAX_ADDRESSES
@@ -173,6 +174,9 @@ class ChunkScanned(_Mapped):
 
     scripts: Annotated[tuple[ScriptName, ...], Field(max_length=2 * MAX_SCRIPTS), FailFast()] = ()
     """The NSE scripts that were enabled: the policy's, and those of service detection."""
+
+    common_ports: Annotated[str, Field(max_length=MAX_RANGES_TEXT)] = ""
+    """The TCP ports of a `top` set by number, as ranges; empty for another set, and when there was nothing to scan."""
 
     @property
     def event_id(self) -> str:

@@ -44,7 +44,7 @@ class Scanner(Protocol):
         """nmap's version in its last run; empty before the first check."""
 
     async def ranked(self, ports: PortSet) -> PortSet:
-        """Return the TCP ports that a part of a `top` set stands for.
+        """Return the TCP ports that a `top` set, or a part of one, stands for.
 
         Raises:
             ScanError, CannotStartError: as `scan`.
@@ -93,12 +93,14 @@ class Batch:
         shares: one per chunk, in order. nmap starts once each share has either requested its addresses or left.
         fault: the error that ended nmap; None if nmap finished, was not needed, or all shares left.
         finished: whether nmap finished successfully.
+        common_ports: the ports of a `top` set by number; empty for another set.
     """
 
     def __init__(self, chunks: Sequence[ScanChunk], abilities: Abilities, scanner: Scanner) -> None:
         self.shares = tuple(Share(self, chunk) for chunk in chunks)
         self.fault: BaseException | None = None
         self.finished = False
+        self.common_ports = ""
         self._abilities = abilities
         self._scanner = scanner
         self._chunk = chunks[0]  # all chunks have the same policy and ports
@@ -180,9 +182,11 @@ class Batch:
 
     async def _run_nmap(self, targets: Sequence[Network]) -> None:
         chunk, ports = self._chunk, PortSet.parse(self._chunk.ports)
-        if ports.above:
-            ports = await self._scanner.ranked(ports)
-            chunk = chunk.model_copy(update={"ports": str(ports)})
+        if ports.top:
+            ranked = await self._scanner.ranked(ports)
+            self.common_ports = str(ranked)
+            if ports.above:  # nmap has no option for a part of its most common ports
+                ports, chunk = ranked, chunk.model_copy(update={"ports": self.common_ports})
         line = arguments(chunk, targets, raw=self._abilities.raw, scripts=self._abilities.scripts)
         async with aclosing(self._scanner.scan(line, services(ports))) as found:
             async for hosts in found:
@@ -249,6 +253,11 @@ class Share:
     def nmap(self) -> str:
         """The version of the nmap that scanned; empty if there was nothing to scan."""
         return self._batch.nmap if self.requested else ""
+
+    @property
+    def common_ports(self) -> str:
+        """The ports of a `top` set by number; empty for another set, and if there was nothing to scan."""
+        return self._batch.common_ports
 
     @property
     def targets(self) -> Sequence[Network]:

@@ -124,6 +124,7 @@ class ChunkScan:
             technique=self._technique,
             nmap=share.nmap,
             scripts=scripts_of(self.chunk.policy) if share.nmap else (),
+            common_ports=share.common_ports,
             reason=permitted.reason[:REASON_CHARS],
             grant=self.chunk.grant,
         )
@@ -191,6 +192,8 @@ class ChunkScan:
                 technique=self._technique,
                 ports=ports,
                 open_filtered=host.open_filtered,
+                # A silent host has none worth its bytes: there may be as many as addresses.
+                details=host.details if code is Outcome.ANSWERED or ports or host.open_filtered else None,
                 grant=self.chunk.grant,
             ),
         )

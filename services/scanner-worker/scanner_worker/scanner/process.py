@@ -199,7 +199,9 @@ class Nmap:
             )
 
     async def ranked(self, ports: PortSet) -> PortSet:
-        """Return the TCP ports that a part of a `top` set stands for, by nmap's own table. Sends no packets.
+        """Return the TCP ports that a `top` set, or a part of one, stands for, by nmap's own table. Sends no packets.
+
+        The ports are listed once per number of ports.
 
         Raises:
             CannotStartError: nmap does not start.
@@ -343,7 +345,8 @@ def _whole(reader: Reader, data: bytes) -> tuple[Found, str]:
     hosts: Found = []
     try:
         for host in reader.feed(data):
-            hosts.append((host, view.ports(host)))  # hosts before an error are valid
+            detailed = host._replace(details=view.details(host)) if host.up else host
+            hosts.append((detailed, view.ports(host)))  # hosts before an error are valid
     except BadXmlError as error:
         return hosts, str(error)
     return hosts, ""

@@ -1,16 +1,25 @@
-"""Convert the open ports of a finished host, read by python-nmap, to the public result format."""
+"""Convert the open ports and the details of a finished host, read by python-nmap, to the public result format."""
 
 from __future__ import annotations
 
 import contextlib
 import re
-from html import unescape
 from typing import Any, Final
+from xml.etree import ElementTree as ET
 
 import nmap
 
-from scanfleet.messages import PortFound
-from scanfleet.messages.results import MAX_LINE_CHARS, MAX_TEXT_CHARS
+from scanfleet.messages import HostDetails, PortFound, ScriptOutput, SystemMatch
+from scanfleet.messages.fields import MAX_NUMBER
+from scanfleet.messages.results import (
+    MAX_HOSTNAMES,
+    MAX_LINE_CHARS,
+    MAX_NAME_CHARS,
+    MAX_OUTPUT_CHARS,
+    MAX_OUTPUTS,
+    MAX_SYSTEMS,
+    MAX_TEXT_CHARS,
+)
 from scanner_worker.domain import Host, printable
 from scanner_worker.scanner.xml import BadXmlError
 
@@ -19,10 +28,20 @@ _PORT: Final = re.compile(
     re.DOTALL,
 )
 _OS: Final = re.compile(rb"<os>.*</os>", re.DOTALL)
+_HOST_SCRIPTS: Final = re.compile(rb"<hostscript>.*</hostscript>", re.DOTALL)
+_TIMES: Final = re.compile(rb'<host starttime="([0-9]{1,12})" endtime="([0-9]{1,12})"')
+_REASON: Final = re.compile(rb'<status state="up" reason="([^"]*)"')
+_MAC: Final = re.compile(rb'<address addr="([0-9A-F:]{17})" addrtype="mac"(?: vendor="([^"]*)")?')
+_HOSTNAME: Final = re.compile(rb'<(?:hostname name|service [^>]*hostname)="([^"]*)"')
+_NOT_OPEN: Final = re.compile(
+    rb'<(?:state state="(closed|filtered)"|extraports state="(closed|filtered)" count="([0-9]+)")'
+)
 _OS_TYPE: Final = re.compile(rb'<service [^>]*ostype="([^"]*)"')
 _TLS: Final = re.compile(rb'<service [^>]*tunnel="ssl"')
 
 _LINES: Final = "\n\t"  # allowed in fields that may have several lines
+_REASON_CHARS: Final = 100
+_ID_CHARS: Final = 100
 
 
 def ports(host: Host) -> tuple[PortFound, ...]:
@@ -42,10 +61,59 @@ def ports(host: Host) -> tuple[PortFound, ...]:
     return tuple(sorted(found, key=lambda port: (port.protocol, port.port)))
 
 
+def details(host: Host) -> HostDetails:
+    """Return what nmap reports about `host` as a whole.
+
+    Raises:
+        BadXmlError: python-nmap cannot read the host.
+    """
+    element = host.element
+    whole = _OS.search(element) or _HOST_SCRIPTS.search(element)
+    viewed = _view(host, b"") if whole else {}
+    times, reason, mac = _TIMES.match(element), _REASON.search(element), _MAC.search(element)
+    numbers = {b"closed": 0, b"filtered": 0}
+    for listed, summed_up, count in _NOT_OPEN.findall(element):
+        numbers[listed or summed_up] += int(count or 1)
+    names = dict.fromkeys(_value(each)[:MAX_NAME_CHARS] for each in _HOSTNAME.findall(element))
+    return HostDetails(
+        reason=reason[1].decode()[:_REASON_CHARS] if reason else "",
+        mac=mac[1].decode() if mac else "",
+        vendor=_value(mac[2])[:MAX_LINE_CHARS] if mac and mac[2] else "",
+        hostnames=tuple(name for name in names if name)[:MAX_HOSTNAMES],
+        systems=_systems(viewed)[:MAX_SYSTEMS],
+        scripts=_scripts(viewed),
+        closed=numbers[b"closed"],
+        filtered=numbers[b"filtered"],
+        seconds=max(0.0, float(times[2]) - float(times[1])) if times else None,
+    )
+
+
+def _systems(viewed: dict[str, Any]) -> tuple[SystemMatch, ...]:
+    found = (
+        SystemMatch(
+            name=_text(match["name"])[:MAX_LINE_CHARS],
+            accuracy=min(int(match["accuracy"] or 0), 100),
+            line=min(int(match["line"] or 0), MAX_NUMBER),
+        )
+        for match in viewed.get("osmatch", ())
+    )
+    return tuple(sorted(found, key=lambda match: -match.accuracy))
+
+
+def _scripts(viewed: dict[str, Any]) -> tuple[ScriptOutput, ...]:
+    found: list[ScriptOutput] = []
+    left = MAX_OUTPUT_CHARS
+    for each in viewed.get("hostscript", ())[:MAX_OUTPUTS]:
+        output = _text(each["output"], keep=_LINES)[:left]
+        left -= len(output)
+        found.append(ScriptOutput(id=_text(each["id"])[:_ID_CHARS], output=output))
+    return tuple(found)
+
+
 def _view(host: Host, listed: bytes) -> dict[str, Any]:
     # Bypass the constructor, which runs `nmap -V` in the worker's own environment; parsing does not need its result.
     reader = object.__new__(nmap.PortScanner)
-    system = _OS.search(host.element)
+    system, scripts = _OS.search(host.element), _HOST_SCRIPTS.search(host.element)
     document = b"".join(
         (
             b'<nmaprun><host><address addr="',
@@ -54,6 +122,7 @@ def _view(host: Host, listed: bytes) -> dict[str, Any]:
             listed,
             b"</ports>",
             system[0] if system else b"",
+            scripts[0] if scripts else b"",
             b"</host><runstats><finished/><hosts/></runstats></nmaprun>",
         ),
     )
@@ -74,7 +143,7 @@ def _port(viewed: dict[str, Any], protocol: str, number: int, system: str, raw: 
     if viewed["extrainfo"]:
         version = f"{version} ({viewed['extrainfo']})".lstrip()
     if not system and (own := _OS_TYPE.search(raw)):
-        system = _text(unescape(own[1].decode()))
+        system = _value(own[1])
     # The service inside TLS, in nmap's own notation.
     service = "/".join(part for part in ("ssl", viewed["name"]) if part) if _TLS.search(raw) else viewed["name"]
     return PortFound.model_validate(
@@ -89,6 +158,12 @@ def _port(viewed: dict[str, Any], protocol: str, number: int, system: str, raw: 
             "raw_data": printable(raw.decode(), keep=_LINES)[:MAX_TEXT_CHARS],
         },
     )
+
+
+def _value(written: bytes) -> str:
+    """Return the value of an attribute as plain text."""
+    element = ET.fromstring(b'<a value="' + written + b'"/>')  # noqa: S314 # expat has checked these bytes
+    return _text(element.get("value"))
 
 
 def _text(written: str | None, *, keep: str = "") -> str:

@@ -372,6 +372,16 @@ async def test_scan_of_a_part_of_the_top_ports_names_them(make: MakeChunk) -> No
     assert argv[argv.index("-p") + 1] == "51-100"
 
 
+async def test_report_lists_the_common_ports_by_number(make: MakeChunk) -> None:
+    """The final report of a chunk of the most common ports has their numbers; that of other ports has none."""
+    reported = []
+    for ports in ("top:2", "top:51-52", "22,80"):
+        async with scanning(make(1, outcomes="a.", ports=ports)) as rig:
+            rig.scanner.let()
+        reported += [each.common_ports for each in rig.bus.messages(SCAN_PROGRESS) if isinstance(each, ChunkScanned)]
+    assert reported == ["1-2", "51-52", ""]
+
+
 async def test_scan_of_a_single_address_is_not_bound_by_the_limit_for_several(make: MakeChunk) -> None:
     """A single address, blank or within the chunk's limit, is scanned without the timeout for several."""
     for chunk in (make(1, outcomes="a.d"), make(1, outcomes="...", limit=1)):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scanfleet.messages import HostScanned, PortFound, ScanChunk
+from scanfleet.messages import HostDetails, HostScanned, PortFound, ScanChunk, ScriptOutput
 from scanfleet.messages.fields import MAX_BYTES
 from scanfleet.outcomes import Outcome, networks
 from scanfleet.policy import ADMITTED_SCRIPTS, Preset, ScanPolicy, fill_in
@@ -410,6 +410,17 @@ def test_fit_drops_raw_data_before_banners() -> None:
     assert {(port.raw_data, port.banner) for port in without_raw.ports} == {("", "hello")}
     without_banner = fit(scanned(100, raw_data="x" * 20_000, banner="é" * 20_000, version="1.0"))
     assert {(port.raw_data, port.banner, port.version) for port in without_banner.ports} == {("", "", "1.0")}
+
+
+def test_fit_drops_output_of_host_scripts_first() -> None:
+    """A host that is too large loses the output of its host scripts before anything else, and keeps its other details."""
+    details = HostDetails(mac="52:54:00:12:34:56", scripts=(ScriptOutput(id="x", output="é" * 60_000),))
+    kept = fit(scanned(1, raw_data="x" * 870_000).model_copy(update={"details": details}))
+    assert kept.details == details
+    trimmed = fit(scanned(1, raw_data="x" * 890_000).model_copy(update={"details": details}))
+    assert trimmed.trimmed
+    assert trimmed.details == HostDetails(mac="52:54:00:12:34:56")
+    assert len(trimmed.ports[0].raw_data) == 890_000
 
 
 def test_fit_keeps_all_ports() -> None:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from scanfleet.messages import PortFound
+from scanfleet.messages import HostDetails, PortFound, ScriptOutput, SystemMatch
+from scanfleet.messages.results import MAX_HOSTNAMES, MAX_OUTPUT_CHARS, MAX_OUTPUTS
 from scanner_worker.domain import Host
-from scanner_worker.scanner.view import ports
+from scanner_worker.scanner.view import details, ports
 from scanner_worker.scanner.xml import BadXmlError, Reader
 
 Recording = Callable[[str], bytes]
@@ -98,3 +99,58 @@ def test_ports_unreadable_host_raises_without_document() -> None:
     with pytest.raises(BadXmlError) as raised:
         ports(Host("127.9.1.1", True, False, 1, set(), element))
     assert "service" not in str(raised.value)
+
+
+def of_host(element: bytes) -> HostDetails:
+    """Return the details of this element."""
+    return details(Host("127.9.1.1", True, False, 1, set(), element))
+
+
+def test_details_of_a_recorded_host(recording: Recording) -> None:
+    """Details have nmap's reason, systems by accuracy, numbers of closed ports, and the duration."""
+    (found,) = hosts(recording("os"))
+    of_host = details(found)
+    assert (of_host.reason, of_host.closed, of_host.seconds) == ("localhost-response", 22, 12.0)
+    assert of_host.systems[:2] == (
+        SystemMatch(name="Linux 5.0 - 5.2", accuracy=97, line=68062),
+        SystemMatch(name="Linux 3.1", accuracy=95, line=62917),
+    )
+    by_address = {each.address: details(each) for each in hosts(recording("many_open"))}
+    assert {address: each.closed for address, each in by_address.items()} == {"127.9.1.2": 40, "127.9.1.3": 100}
+    assert {details(each).filtered for each in hosts(recording("silent")) if each.address != "127.9.1.8"} == {100}
+
+
+def test_details_names_are_those_of_services(recording: Recording) -> None:
+    """Names that services report are listed once each, as plain text."""
+    (found,) = hosts(recording("versions"))
+    assert details(found).hostnames == (" ma.il..x",)
+    twice = b'<service name="a" hostname="&#xe2;&#x80;&#xae;b"/>' * 2
+    assert of_host(twice).hostnames == (r"\u202eb",)
+
+
+def test_details_have_the_hardware_address_and_its_vendor() -> None:
+    """The hardware address of a neighbour is listed with its vendor, if nmap knows it."""
+    element = b'<address addr="52:54:00:12:34:56" addrtype="mac"%s/>'
+    known = of_host(element % b' vendor="Q&amp;A"')
+    assert (known.mac, known.vendor) == ("52:54:00:12:34:56", "Q&A")
+    unknown = of_host(element % b"")
+    assert (unknown.mac, unknown.vendor) == ("52:54:00:12:34:56", "")
+
+
+def test_details_output_of_host_scripts_is_plain_text() -> None:
+    """The output of host scripts keeps its lines; markup is text, and control characters are escapes."""
+    element = (
+        b'<hostscript><script id="smb-os-discovery" output="&#xa;  OS: &lt;b&gt;&#x9b;[31m"><elem key="os">x</elem>'
+    )
+    assert of_host(element + b"</script></hostscript>").scripts == (
+        ScriptOutput(id="smb-os-discovery", output="\n  OS: <b>\\x9b[31m"),
+    )
+
+
+def test_details_hostile_host_is_bounded() -> None:
+    """A host with more names, scripts and output than a message may have is cut to the limits."""
+    script = b'<script id="' + b"i" * 1_000 + b'" output="' + b"o" * 10_000 + b'"/>'
+    names = b"".join(b'<service name="x" hostname="%d"/>' % number for number in range(1_000))
+    cut = of_host(names + b"<hostscript>" + script * 1_000 + b"</hostscript>")
+    assert sum(len(each.output) for each in cut.scripts) == MAX_OUTPUT_CHARS
+    assert (len(cut.scripts), len(cut.hostnames)) == (MAX_OUTPUTS, MAX_HOSTNAMES)

@@ -18,6 +18,7 @@ from scanfleet.messages import (
     ChunkProgressed,
     ChunkReleased,
     ChunkScanned,
+    HostDetails,
     HostScanned,
     Message,
     PortFound,
@@ -44,6 +45,10 @@ ASKED = "asked"
 
 def host(address: str, *, up: bool = True, late: bool = False, ports: int = 2, reason: bytes = b"reset") -> Host:
     return Host(address, up, late, ports, {reason}, b"")
+
+
+def detailed(address: str, reason: bytes) -> Host:
+    return host(address, reason=reason)._replace(details=HostDetails(reason=reason.decode(), closed=2))
 
 
 class ScriptedScanner:
@@ -73,7 +78,7 @@ class ScriptedScanner:
         try:
             for step in self.script:
                 if isinstance(step, Host):
-                    yield [(step, (PortFound(port=22),))]
+                    yield [(step, () if step.reasons == {b"user-set"} else (PortFound(port=22),))]
                 elif isinstance(step, Exception):
                     raise step
                 elif step == ASKED:
@@ -179,6 +184,16 @@ async def test_worker_chunk_is_scanned_and_reported(make_chunk: MakeChunk, until
         assert (scanned.nmap, scanned.scripts) == ("7.95", ())
         assert isinstance(host_scanned := results[0], HostScanned)
         assert (host_scanned.user_id, host_scanned.attempt, host_scanned.ports) == (7, 1, (PortFound(port=22),))
+
+
+async def test_worker_publishes_details_of_hosts_with_findings(make_chunk: MakeChunk, until: Until) -> None:
+    """Details are published for hosts that answered, and not for silent ones, of which there may be very many."""
+    script = [detailed("127.9.1.0", b"reset"), detailed("127.9.1.1", b"user-set")]
+    async with rigged(*script) as rig:
+        await rig.send(make_chunk(outcomes="..dd"))
+        await until(lambda: "ChunkScanned" in rig.progress())
+        found = [m for m in rig.bus.messages(SCAN_RESULTS) if isinstance(m, HostScanned)]
+        assert [(m.outcome, m.details and m.details.reason) for m in found] == [("a", "reset"), ("s", None)]
 
 
 async def test_worker_retried_chunk_scans_only_blanks(make_chunk: MakeChunk, until: Until) -> None:
