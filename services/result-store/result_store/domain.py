@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from enum import Enum, auto
 from heapq import merge
+from ipaddress import ip_address
 from typing import Final
 
 from scanfleet.bus import Record
@@ -44,6 +46,16 @@ class Place:
 class Host:
     scanned: HostScanned
     place: Place
+
+    @property
+    def found(self) -> bool:
+        """Whether the host has answered or has results, so that it is listed as a host."""
+        return self.scanned.outcome == Outcome.ANSWERED.value or self.result_count > 0
+
+    @property
+    def key(self) -> str:
+        """Sorts the hosts of a job by address, and those of one address by the number of their chunk."""
+        return key_of(self.scanned.address, self.scanned.chunk_id)
 
     @property
     def result_count(self) -> int:
@@ -81,18 +93,58 @@ class Host:
                 yield PortFound(port=number, protocol="udp", status="open|filtered")
 
 
+class Parts(Enum):
+    """The fields of a stored host that a reader needs; large texts that it does not need are not read."""
+
+    SUMMARY = auto()
+    """All but the banners and `raw_data` of ports."""
+
+    DETAILS = auto()
+    """All but the ports."""
+
+    PORTS = auto()
+    """All but the details."""
+
+
 def _order(found: PortFound) -> tuple[int, str]:
     return found.port, found.protocol
 
 
+def address_key(address: str) -> str:
+    """Return a text of fixed width per family; the order of these texts is the order of addresses, IPv4 first."""
+    parsed = ip_address(address)
+    return f"{parsed.version}{parsed.packed.hex()}"
+
+
+def key_of(address: str, chunk_id: str) -> str:
+    """Return the sort key of an address of a chunk: `<address_key>/<chunk>`, in numerical order of a job's chunks."""
+    # The chunk ids of a job have one prefix, so their order is that of their lengths, then of their texts.
+    return f"{address_key(address)}/{len(chunk_id):02}{chunk_id}"
+
+
 @dataclass(frozen=True, slots=True)
 class ClosedChunk:
-    """A chunk whose results are complete; `outcomes` is its final outcome map."""
+    """A chunk whose results are complete; `outcomes` is its final outcome map.
+
+    The other fields are empty for a chunk that release 0.1 has closed.
+    """
 
     job_id: int
     chunk_id: str
     first_address: str
     outcomes: str
+    user_id: int | None = None
+    technique: str = ""
+    nmap: str = ""
+    """The version of nmap; empty if no address was scanned."""
+
+    ports: str = ""
+    """The ports that were scanned, as in a policy; those of a `top` set by number."""
+
+    @property
+    def key(self) -> str:
+        """Sorts the chunks of a job by first address, and those of one address by number."""
+        return key_of(self.first_address, self.chunk_id)
 
     def counts(self, address: str) -> bool:
         """Return whether the chunk's host at this address is a result."""
@@ -187,6 +239,10 @@ def close(scanned: ChunkScanned, place: Place, stored: Iterable[StoredHost]) -> 
         chunk_id=scanned.chunk_id,
         first_address=scanned.first_address,
         outcomes="".join(letters),
+        user_id=scanned.grant.user_id if scanned.grant else None,
+        technique=scanned.technique,
+        nmap=scanned.nmap,
+        ports=scanned.common_ports or (scanned.grant.ports if scanned.grant else ""),
     )
 
 

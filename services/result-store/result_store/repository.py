@@ -1,10 +1,12 @@
 """Store hosts and closed chunks in MongoDB. Documents are inserted and never changed, so every call is idempotent.
 
 - `hosts`: `_id` is `<chunk_id>/<address>`, so only the first insert of a host succeeds. `first_id` is the id of its first
-result; hosts without results do not have the field.
+result; hosts without results do not have the field. `key` sorts the hosts that are listed by address; silent ones do not have it.
 - `deleted`: `_id` is the id of a job whose results are deleted and those that arrive late too; `begun` says how often its
   deletion began, and `open` whether documents may be left.
-- `chunks`: `_id` is the chunk's id. The collection holds closed chunks only.
+- `chunks`: `_id` is the chunk's id. The collection holds closed chunks only; `key` sorts them by address.
+
+Documents of release 0.1 have no `key`.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ from typing import Any, Final
 from bson import decode_iter
 from pymongo import ASCENDING, DESCENDING, IndexModel, UpdateOne
 
-from result_store.domain import ClosedChunk, Host, Place, StoredHost
+from result_store.domain import ClosedChunk, Host, Parts, Place, StoredHost, address_key
 from scanfleet.errors import DependencyError
 from scanfleet.messages import HostScanned
 from scanfleet.mongo import Database, Document, Ids, dependency_errors, insert_missing, make_indexes
 from scanfleet.outcomes import Outcome
 from scanfleet.rest import Result
+from scanfleet.targets import Network
 
 # Hosts fetched at once for one reader of results. They are held undecoded, usually a kilobyte each and at most 16 MB together.
 PAGE: Final = 100
@@ -32,6 +35,7 @@ _KEEP_MARKS: Final = timedelta(days=30)  # longer than a dead letter can be repl
 SEQUENCE: Final = "results"
 
 _WITH_RESULTS: Final = {"first_id": {"$exists": True}}
+_WITH_KEY: Final = {"key": {"$exists": True}}
 _INDEXES: Final = {
     "deleted": [
         IndexModel([("open", 1)], partialFilterExpression={"open": True}),
@@ -40,10 +44,18 @@ _INDEXES: Final = {
     "hosts": [
         IndexModel([("job_id", 1), ("created_at", 1), ("offset", 1)], partialFilterExpression=_WITH_RESULTS),
         IndexModel([("job_id", 1), ("first_id", 1)], partialFilterExpression=_WITH_RESULTS),
+        IndexModel([("job_id", 1), ("key", 1)], partialFilterExpression=_WITH_KEY),
     ],
+    "chunks": [IndexModel([("job_id", 1), ("key", 1)], partialFilterExpression=_WITH_KEY)],
 }
 _BY_PLACE: Final = [("created_at", ASCENDING), ("offset", ASCENDING)]
 _BY_ID: Final = [("first_id", ASCENDING)]
+_BY_KEY: Final = [("key", ASCENDING)]
+_WITHOUT: Final[dict[Parts, Document]] = {
+    Parts.SUMMARY: {"ports.raw_data": False, "ports.banner": False},
+    Parts.DETAILS: {"ports": False, "open_filtered": False},
+    Parts.PORTS: {"details": False},
+}
 _OF_STORED: Final = dict.fromkeys(("chunk_id", "address", "outcome", "created_at", "offset"), True)
 
 
@@ -125,6 +137,56 @@ class MongoStore:
         if await self.deleted([job_id]):
             raise DependencyError(f"job {job_id} was deleted while its results were read")
 
+    async def hosts_by_address(
+        self,
+        job_id: int,
+        user_id: int | None,
+        parts: Parts,
+        *,
+        after: str | None = None,
+        within: Network | None = None,
+    ) -> AsyncIterator[Host]:
+        """See `result_store.api.hosts.Hosts`."""
+        low, high = (_behind_address(after) if after else ""), ":"  # ":" follows every digit
+        if within is not None:
+            low = max(low, address_key(str(within.network_address)))
+            high = _behind_address(str(within.broadcast_address))
+        wanted = {"job_id": job_id, **({} if user_id is None else {"user_id": user_id})}
+        above: Document = {"$gte": low}
+        while page := await self._page({**wanted, "key": {**above, "$lt": high}}, _WITHOUT[parts], _BY_KEY):
+            closed = await self.closed({document["chunk_id"] for document in self._decode(page)})
+            for document in self._decode(page):
+                above = {"$gt": document["key"]}
+                chunk = closed.get(document["chunk_id"])
+                if chunk is None or chunk.counts(document["address"]):
+                    yield _host(document)
+        if await self.deleted([job_id]):
+            raise DependencyError(f"job {job_id} was deleted while its hosts were read")
+
+    async def chunks_by_address(self, job_id: int, user_id: int | None) -> AsyncIterator[ClosedChunk]:
+        """See `result_store.api.nmap_xml.Chunks`."""
+        wanted = {"job_id": job_id, **({} if user_id is None else {"user_id": user_id})}
+        above: Document = {"$gte": ""}
+        while page := await self._chunk_page({**wanted, "key": above}):
+            for document in page:
+                yield _chunk(document)
+            above = {"$gt": page[-1]["key"]}
+
+    @dependency_errors()
+    async def is_unsorted(self, job_id: int) -> bool:
+        """See `result_store.api.hosts.Hosts`."""
+        # A job's records are in one partition, so the earliest ones are those that an older release has stored.
+        earliest = await self._hosts.find_one(
+            {"job_id": job_id, **_WITH_RESULTS}, {"key": True}, sort=[("job_id", ASCENDING), *_BY_PLACE]
+        )
+        first = await self._chunks.find_one({"_id": _ids_of(job_id)}, {"key": True}, sort=[("_id", ASCENDING)])
+        return any(document is not None and "key" not in document for document in (earliest, first))
+
+    @dependency_errors()
+    async def _chunk_page(self, wanted: Document) -> list[Document]:
+        index = [("job_id", ASCENDING), *_BY_KEY]
+        return await self._chunks.find(wanted, sort=_BY_KEY, limit=PAGE, hint=index).to_list(None)
+
     async def begin_deletions(self, job_ids: Collection[int]) -> None:
         """Mark these jobs as deleted, so that `erase` is called for them, again if it was before."""
         async with dependency_errors():
@@ -152,7 +214,7 @@ class MongoStore:
 
         Without its closed chunk a late host would be a result.
         """
-        of_job = {"_id": {"$gte": f"{job_id}-", "$lt": f"{job_id}."}}  # "." follows "-"
+        of_job = {"_id": _ids_of(job_id)}
         deleted = 0
         for collection in (self._hosts, self._chunks):
             while deleted < limit:
@@ -204,9 +266,20 @@ def _behind(document: Mapping[str, Any]) -> Document:
     return {"created_at": {"$gte": created_at}, "$nor": [before]}
 
 
+def _behind_address(address: str) -> str:
+    """Return the lowest key behind those of an address: "0" follows "/"."""
+    return f"{address_key(address)}0"
+
+
+def _ids_of(job_id: int) -> Document:
+    """Build the condition for the ids of a job's documents: "." follows "-"."""
+    return {"$gte": f"{job_id}-", "$lt": f"{job_id}."}
+
+
 def _host_document(host: Host) -> Document:
     return {
         "_id": host.scanned.event_id,
+        **({"key": host.key} if host.found else {}),
         "created_at": host.place.created_at,
         "offset": host.place.offset,
         **host.scanned.model_dump(exclude_defaults=True, exclude={"grant"}),
@@ -221,10 +294,24 @@ def _chunk_document(chunk: ClosedChunk) -> Document:
     return {
         "_id": chunk.chunk_id,
         "job_id": chunk.job_id,
+        "key": chunk.key,
+        "user_id": chunk.user_id,
         "first_address": chunk.first_address,
         "outcomes": chunk.outcomes,
+        "technique": chunk.technique,
+        "nmap": chunk.nmap,
+        "ports": chunk.ports,
     }
 
 
 def _chunk(document: Mapping[str, Any]) -> ClosedChunk:
-    return ClosedChunk(document["job_id"], document["_id"], document["first_address"], document["outcomes"])
+    return ClosedChunk(
+        document["job_id"],
+        document["_id"],
+        document["first_address"],
+        document["outcomes"],
+        document.get("user_id"),
+        document.get("technique", ""),
+        document.get("nmap", ""),
+        document.get("ports", ""),
+    )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from typing import Any, Final
 
-from result_store.domain import ClosedChunk, Host, StoredHost
+from result_store.domain import ClosedChunk, Host, Parts, StoredHost, address_key
 from result_store.handlers import ResultsHandler, Store
 from scanfleet.audit import Refusals
 from scanfleet.bus import Publisher, Record
@@ -15,6 +16,7 @@ from scanfleet.messages import ChunkScanned, HostScanned, Message, PortFound
 from scanfleet.messages.topics import RESULT_STORE, SCAN_RESULTS
 from scanfleet.outcomes import Outcome
 from scanfleet.rest import Result
+from scanfleet.targets import Network
 from scanfleet_testing.chunk_grants import grants, signed
 
 EPOCH: Final = datetime(2026, 1, 1, tzinfo=UTC)
@@ -31,6 +33,10 @@ class MemoryStore:
         self.chunks: dict[str, ClosedChunk] = {}
         self.marks: dict[int, tuple[int, bool]] = {}
         """By deleted job, how often its deletion began, and whether documents may be left."""
+
+        self.unsorted: set[int] = set()
+        """Jobs with documents of a release without keys."""
+
         self._next_id = 1
 
     async def add(self, hosts: Sequence[Host]) -> int:
@@ -76,6 +82,38 @@ class MemoryStore:
                 yield found if raw else [result.model_copy(update={"raw_data": ""}) for result in found]
         if job_id in self.marks:
             raise DependencyError(f"job {job_id} was deleted while its results were read")
+
+    async def hosts_by_address(
+        self,
+        job_id: int,
+        user_id: int | None,
+        parts: Parts,  # noqa: ARG002 # all of them
+        *,
+        after: str | None = None,
+        within: Network | None = None,
+    ) -> AsyncIterator[Host]:
+        for host, _ in sorted(self.hosts.values(), key=lambda each: each[0].key):
+            scanned = host.scanned
+            chunk = self.chunks.get(scanned.chunk_id)
+            if (
+                scanned.job_id == job_id
+                and user_id in (None, scanned.user_id)
+                and host.found
+                and (after is None or address_key(scanned.address) > address_key(after))
+                and (within is None or ip_address(scanned.address) in within)
+                and (chunk is None or chunk.counts(scanned.address))
+            ):
+                yield host
+        if job_id in self.marks:
+            raise DependencyError(f"job {job_id} was deleted while its hosts were read")
+
+    async def chunks_by_address(self, job_id: int, user_id: int | None) -> AsyncIterator[ClosedChunk]:
+        for chunk in sorted(self.chunks.values(), key=lambda each: each.key):
+            if chunk.job_id == job_id and user_id in (None, chunk.user_id):
+                yield chunk
+
+    async def is_unsorted(self, job_id: int) -> bool:
+        return job_id in self.unsorted
 
     async def begin_deletions(self, job_ids: Collection[int]) -> None:
         for job_id in job_ids:

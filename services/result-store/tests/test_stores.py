@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 from uuid import uuid4
 
 import pytest
 
-from result_store.domain import ClosedChunk, Host, Place, fold
+from result_store.domain import ClosedChunk, Host, Parts, Place, fold
 from result_store.repository import PAGE, MongoStore
 from result_store_testing import EPOCH, Log, MemoryStore, host
 from scanfleet import mongo
 from scanfleet.errors import DependencyError
-from scanfleet.messages import HostScanned, PortFound
+from scanfleet.messages import HostDetails, HostScanned, PortFound, ScriptOutput
 from scanfleet.outcomes import Outcome
 from scanfleet.rest import Result
+from scanfleet.targets import parse_network
 
 Store = MemoryStore | MongoStore
 
@@ -211,6 +213,87 @@ async def test_results_after_an_id_are_in_order_of_ids(store: Store) -> None:
     assert await after(0) == [(1, "127.9.8.2"), (2, "127.9.8.1"), (3, "127.9.8.1"), (4, "127.9.8.3"), (5, "127.9.8.3")]
     assert await after(2) == [(3, "127.9.8.1"), (4, "127.9.8.3"), (5, "127.9.8.3")]
     assert await after(5) == []
+
+
+async def by_address(store: Store, user_id: int | None = None, **select: Any) -> list[tuple[str, str]]:
+    found = store.hosts_by_address(1, user_id, Parts.SUMMARY, **select)
+    return [(each.scanned.address, each.scanned.chunk_id) async for each in found]
+
+
+async def test_hosts_are_sorted_by_address_and_chunk(store: Store) -> None:
+    """Hosts with findings are listed in the order of their addresses, and those of one address in that of their chunks."""
+    answered = [host(f"127.9.8.{n}", chunk_id=f"1-{chunk}") for n, chunk in [(10, 10), (9, 0), (10, 9)]]
+    silent = host("127.9.8.1", outcome="s")
+    await store.add(hosts(*answered, silent, host("127.9.8.2", outcome="s", open_filtered="1-3"), host("::1")))
+    assert await by_address(store) == [
+        ("127.9.8.2", "1-0"),
+        ("127.9.8.9", "1-0"),
+        ("127.9.8.10", "1-9"),
+        ("127.9.8.10", "1-10"),
+        ("::1", "1-0"),
+    ]
+
+
+async def test_hosts_of_a_range_are_those_within_it(store: Store) -> None:
+    """A network and an address to begin after select hosts, alone and together."""
+    await store.add(hosts(*(host(f"127.9.{n}.{m}") for n in (8, 9) for m in (0, 1, 255)), host("::1")))
+    first = parse_network("127.9.8.0/24")
+    assert [address for address, _ in await by_address(store, within=first)] == [f"127.9.8.{n}" for n in (0, 1, 255)]
+    assert [address for address, _ in await by_address(store, after="127.9.9.0")] == ["127.9.9.1", "127.9.9.255", "::1"]
+    assert [address for address, _ in await by_address(store, after="127.9.8.1", within=first)] == ["127.9.8.255"]
+    assert await by_address(store, after="127.9.9.0", within=first) == []
+    assert [address for address, _ in await by_address(store, within=parse_network("::/64"))] == ["::1"]
+
+
+async def test_hosts_of_other_users_and_late_ones_are_not_listed(store: Store) -> None:
+    """A host of another user or job, or one that a closed chunk does not claim, is not listed."""
+    others = [host("127.9.8.2", user_id=8, chunk_id="1-1"), host("127.9.8.3", job_id=2, chunk_id="2-0")]
+    await store.add(hosts(host("127.9.8.0", 22), host("127.9.8.1", 22), *others))
+    await store.close([chunk("ad")])
+    assert await by_address(store, 7) == [("127.9.8.0", "1-0")]
+    assert await by_address(store) == [("127.9.8.0", "1-0"), ("127.9.8.2", "1-1")]
+
+
+async def test_hosts_span_several_pages(store: Store) -> None:
+    """A job with more hosts than a page is listed completely."""
+    addresses = [f"127.9.{n}.{m}" for n in range(2) for m in range(PAGE + 1)]
+    await store.add(hosts(*(host(address, 22) for address in addresses)))
+    assert [address for address, _ in await by_address(store)] == addresses
+
+
+async def test_hosts_have_the_parts_that_are_read(store: Store) -> None:
+    """Ports without large texts, details without ports, or ports without details are read as they were stored."""
+    details = HostDetails(reason="syn-ack", scripts=(ScriptOutput(id="x", output="y"),), closed=3, seconds=1.5)
+    port = PortFound(port=22, service="ssh", banner="SSH", raw_data="<port/>")
+    await store.add(hosts(host("127.9.8.1", port, details=details)))
+
+    async def read(parts: Parts) -> HostScanned:
+        [only] = [each async for each in store.hosts_by_address(1, 7, parts)]
+        return only.scanned
+
+    assert (await read(Parts.DETAILS)).details == details
+    assert (await read(Parts.SUMMARY)).details == details
+    assert [(each.port, each.service) for each in (await read(Parts.SUMMARY)).ports] == [(22, "ssh")]
+    assert (await read(Parts.PORTS)).ports == (port,)
+
+
+async def test_hosts_of_a_job_deleted_while_they_are_read_end_in_an_error(store: Store) -> None:
+    """A reader of a job that is deleted meanwhile gets no list that looks complete."""
+    await store.add(hosts(host("127.9.8.1", 22)))
+    await store.begin_deletions([1])
+    with pytest.raises(DependencyError, match="deleted"):
+        await by_address(store)
+
+
+async def test_closed_chunks_are_sorted_by_address(store: Store) -> None:
+    """The closed chunks of a job are listed in order of their addresses, then of their numbers, as they were closed."""
+    places = [("1-10", "127.9.8.4"), ("1-2", "127.9.8.4"), ("1-11", "127.9.8.0")]
+    mine = [ClosedChunk(1, id_, first, "ad", 7, "syn", "7.93", "22") for id_, first in places]
+    await store.close([*mine, ClosedChunk(1, "1-3", "127.9.8.8", "a", 8), ClosedChunk(2, "2-0", "127.9.8.0", "a", 7)])
+    found = [each async for each in store.chunks_by_address(1, 7)]
+    assert found == [mine[2], mine[1], mine[0]]
+    assert len([each async for each in store.chunks_by_address(1, None)]) == 4
+    assert not await store.is_unsorted(1)
 
 
 async def test_results_without_raw_data_leave_it_empty(store: Store) -> None:

@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 from pymongo.uri_parser import parse_uri
 
-from result_store.domain import ClosedChunk, fold
+from result_store.domain import ClosedChunk, Parts, fold
 from result_store.repository import PAGE, MongoStore
 from result_store_testing import FIRST, Log, handler, host, scanned
 from scanfleet import mongo
@@ -54,6 +54,11 @@ async def test_queries_use_an_index(database: Database) -> None:
         pass
     async for _ in store.results(1, 7, after=2):
         pass
+    async for _ in store.hosts_by_address(1, 7, Parts.SUMMARY, after="127.9.8.1"):
+        pass
+    async for _ in store.chunks_by_address(1, 7):
+        pass
+    assert not await store.is_unsorted(1)
     await store.stored({"1-0", "1-1"})
     await store.closed({"1-0"})
     await database.command("profile", 0)
@@ -61,6 +66,7 @@ async def test_queries_use_an_index(database: Database) -> None:
     assert {each["planSummary"] for each in profiled} == {
         "IXSCAN { job_id: 1, created_at: 1, offset: 1 }",
         "IXSCAN { job_id: 1, first_id: 1 }",
+        "IXSCAN { job_id: 1, key: 1 }",
         "IXSCAN { _id: 1 }, IXSCAN { _id: 1 }",
         "IXSCAN { _id: 1 }",
     }
@@ -72,7 +78,20 @@ async def test_prepare_existing_index_is_kept(database: Database) -> None:
     before = await database["hosts"].index_information()
     await MongoStore(database).prepare()
     assert await database["hosts"].index_information() == before
-    assert set(before) == {"_id_", "job_id_1_created_at_1_offset_1", "job_id_1_first_id_1"}
+    assert set(before) == {"_id_", "job_id_1_created_at_1_offset_1", "job_id_1_first_id_1", "job_id_1_key_1"}
+    assert set(await database["chunks"].index_information()) == {"_id_", "job_id_1_key_1"}
+
+
+async def test_job_of_the_first_release_is_not_sorted(database: Database) -> None:
+    """A job with a host or a closed chunk of a release without keys is known as such, also if later ones have keys."""
+    store = MongoStore(database)
+    await fill(store, 2)
+    await store.close([ClosedChunk(1, "1-0", FIRST, "aa"), ClosedChunk(2, "2-0", FIRST, "d")])
+    assert not await store.is_unsorted(1)
+    await database["hosts"].update_one({"_id": f"1-0/{FIRST}"}, {"$unset": {"key": ""}})
+    await database["chunks"].update_one({"_id": "2-0"}, {"$unset": {"key": ""}})
+    assert await store.is_unsorted(1)
+    assert await store.is_unsorted(2)
 
 
 async def test_results_mongodb_failure_in_mid_read_raises(mongodb: str, database: Database) -> None:

@@ -3,14 +3,18 @@ from __future__ import annotations
 import tracemalloc
 from collections import deque
 from datetime import timedelta
+from ipaddress import IPv4Address, IPv6Address
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from result_store.domain import ClosedChunk, Host, Place, StoredHost, close, fold
+from result_store.domain import ClosedChunk, Host, Place, StoredHost, close, fold, key_of
 from result_store_testing import EPOCH, Log, host, scanned
 from scanfleet.errors import MessageError
 from scanfleet.messages import ChunkIncomplete, PortFound
 from scanfleet.outcomes import Outcome
+from scanfleet_testing.chunk_grants import ALL_PORTS
 
 
 def stored(address: str, outcome: str = "a", *, at: int = 0) -> StoredHost:
@@ -60,8 +64,8 @@ def test_results_of_all_ports_have_bounded_memory() -> None:
 def test_close_all_claimed_hosts_stored_closes() -> None:
     """A chunk closes if each code that claims a host has one; down, excluded and refused claim none."""
     hosts = [stored("127.9.8.0", "a"), stored("127.9.8.1", "s"), stored("127.9.8.2", "t")]
-    chunk = close(scanned("astdxr"), END, hosts)
-    assert chunk == ClosedChunk(1, "1-0", "127.9.8.0", "astdxr")
+    chunk = close(scanned("astdxr", nmap="7.95"), END, hosts)
+    assert chunk == ClosedChunk(1, "1-0", "127.9.8.0", "astdxr", 7, "connect", "7.95", ALL_PORTS)
 
 
 @pytest.mark.parametrize("letter", ["a", "s", "t", "."])
@@ -174,3 +178,19 @@ def test_results_fields_come_from_port_and_host() -> None:
         "created_at": END.created_at,
         "updated_at": END.created_at,
     }
+
+
+def test_close_names_the_common_ports_by_number() -> None:
+    """The ports of a closed chunk are the numbers of its most common ports, not their count."""
+    chunk = close(scanned("d", common_ports="22,80,443"), END, [])
+    assert isinstance(chunk, ClosedChunk)
+    assert chunk.ports == "22,80,443"
+
+
+@given(st.lists(st.ip_addresses(), min_size=2, max_size=2), st.lists(st.integers(0, 300_000), min_size=2, max_size=2))
+def test_keys_sort_by_address_then_chunk(addresses: list[IPv4Address | IPv6Address], numbers: list[int]) -> None:
+    """Keys sort by family, address and number of the chunk."""
+    keys = [key_of(str(address), f"41-{number}") for address, number in zip(addresses, numbers, strict=True)]
+    places = [(each.version, int(each), number) for each, number in zip(addresses, numbers, strict=True)]
+    assert (keys[0] < keys[1]) == (places[0] < places[1])
+    assert (keys[0] == keys[1]) == (places[0] == places[1])
