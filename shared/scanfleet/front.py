@@ -8,8 +8,10 @@ lifespan's state.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import resource
+import socket
 from collections.abc import Callable
 from ipaddress import IPv6Address, IPv6Network, ip_address
 from typing import Any, Final
@@ -56,9 +58,9 @@ class Front:
         self._most = _with_descriptors(settings.max_connections)
         self._most_per_address = settings.max_connections_per_address
         self._count = 0
-        self._by_address: dict[str, dict[BoundedProtocol, None]] = {}
+        self._by_address: dict[str, dict[Connection, None]] = {}
 
-    def admit(self, connection: BoundedProtocol) -> bool:
+    def admit(self, connection: Connection) -> bool:
         """Count a new connection.
 
         At a limit, close the oldest idle connection of the client with the most connections, or of this client if it
@@ -77,7 +79,7 @@ class Front:
             self._count += 1
         return admitted
 
-    def release(self, connection: BoundedProtocol) -> None:
+    def release(self, connection: Connection) -> None:
         """Stop counting a connection, if it is counted."""
         same = self._by_address.get(connection.address, {})
         if connection in same:
@@ -86,13 +88,40 @@ class Front:
             if not same:
                 del self._by_address[connection.address]
 
-    def _close_idle(self, connections: dict[BoundedProtocol, None]) -> bool:
+    def _close_idle(self, connections: dict[Connection, None]) -> bool:
         idle = next((connection for connection in connections if connection.idle), None)
         if idle is None:
             return False
         self.release(idle)
         idle.abort()
         return True
+
+
+class Handshake:
+    """An accepted connection until its TLS handshake is complete.
+
+    Args:
+        accepted: its socket.
+        host: the client's IP address.
+    """
+
+    idle: Final = True
+
+    def __init__(self, accepted: socket.socket, host: str) -> None:
+        self._socket = accepted
+        self.address = _client(host)
+        """See `BoundedProtocol.address`."""
+
+    def abort(self) -> None:
+        """End the connection: its handshake fails, which closes the socket."""
+        with contextlib.suppress(OSError):  # the client has closed it
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def refuse(self) -> None:
+        """Close a connection that was not admitted; without TLS it cannot be answered."""
+        _refused.labels(_UNAVAILABLE).inc()
+        _log.info("connection refused", error="too many connections", client=self.address)
+        self._socket.close()
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -109,6 +138,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._front: Front = app_state["front"]
         self.address = ""
         """The client's IPv4 address, or the /64 network of its IPv6 address."""
+
+        self.handshake: Handshake | None = None
+        """The connection as it was counted until now, if it uses TLS."""
 
         self._closing: _Transport
         self._in_head = False  # between the first byte of a request and the end of its headers
@@ -139,6 +171,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.transport = self._closing = _Transport(transport, self._close)
         self.address = _client(self.client[0] if self.client else "")
+        if self.handshake is not None:
+            self._front.release(self.handshake)
         if not _accepted(transport):
             self._refuse(403, "the client's certificate is not that of a service which may send requests here")
         elif self._front.admit(self):
@@ -290,6 +324,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def _linger(self) -> None:
         self.flow.resume_reading()
         self._linger_timer = self._linger_timer or self.loop.call_later(LINGER_SECONDS, self.abort)
+
+
+Connection = BoundedProtocol | Handshake
 
 
 class _Transport(asyncio.Transport):

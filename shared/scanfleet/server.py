@@ -11,7 +11,9 @@ import argparse
 import asyncio
 import contextlib
 import socket
+import ssl
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from types import FrameType
 from typing import Any, Final, cast
@@ -22,12 +24,13 @@ from fastapi import FastAPI
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.server import ServerState
 
-from scanfleet.front import BoundedProtocol, Front
+from scanfleet.front import BoundedProtocol, Front, Handshake
 from scanfleet.service import Probes, create_probes
 from scanfleet.settings import ApiSettings, InternalApiSettings, ServerSettings
 from scanfleet.tls import server_context
 
 DRAIN_SECONDS: Final = 5  # for responses in progress; the rest of the supervisor's grace period is for work in progress
+ACCEPT_RETRY_SECONDS: Final = 1.0  # while no descriptor is free
 PROBE_CONNECTIONS: Final = 64  # enough for a kubelet, Prometheus and an autoscaler with one each
 
 _SHARED: Final[dict[str, Any]] = {
@@ -59,7 +62,6 @@ class Server(uvicorn.Server):
         )
         self._api = settings if isinstance(settings, ApiSettings) else None
         self._tls = server_context(settings) if isinstance(settings, InternalApiSettings) else None
-        self._handshake_seconds = settings.header_seconds
         self._probes = cast(Probes, app.state.probes)
         self._probes.stage = "starting"
         self._probe_server = _ProbeServer(create_probes(app), settings)
@@ -72,7 +74,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 # uvicorn's signature
         """Listen for probes, open the service's dependencies, then listen for requests."""
         await self._probe_server.start()
-        await super().startup([])  # no listener: uvicorn's has no setting for the timeout of TLS handshakes, a minute
+        await super().startup([])  # no listener: uvicorn's does not bound TLS handshakes
         if self._api:
             self.started = False
             self.servers = [await self._listen(self._api.api_port)]
@@ -80,17 +82,17 @@ class Server(uvicorn.Server):
         if not self.should_exit:
             self._probes.stage = ""
 
-    async def _listen(self, port: int) -> asyncio.Server:
+    async def _listen(self, port: int) -> asyncio.AbstractServer:
         config = self.config
+
+        def protocol() -> BoundedProtocol:
+            return BoundedProtocol(config, self.server_state, self.lifespan.state)
+
         try:
-            return await asyncio.get_running_loop().create_server(
-                lambda: BoundedProtocol(config, self.server_state, self.lifespan.state),
-                config.host,
-                port,
-                backlog=config.backlog,
-                ssl=self._tls,
-                ssl_handshake_timeout=self._handshake_seconds if self._tls else None,
-            )
+            if self._tls is not None:
+                listener = _listen(config.host, port, config.backlog)
+                return _TlsServer(listener, protocol, self._tls, self.lifespan.state["front"])
+            return await asyncio.get_running_loop().create_server(protocol, config.host, port, backlog=config.backlog)
         except OSError as error:
             _log.critical("cannot listen for requests: set SCANFLEET_API_PORT to a free port", error=str(error))
             await self.lifespan.shutdown()
@@ -107,6 +109,82 @@ class Server(uvicorn.Server):
         self._probes.stage = "ending"
         await super().shutdown(sockets)
         self._probe_server.stop()
+
+
+class _TlsServer(asyncio.AbstractServer):
+    """Accepts connections and completes their TLS handshakes.
+
+    The event loop's own server shows a connection only after its handshake, so that no limit would apply to handshakes in progress.
+
+    Args:
+        listener: the listening socket, which this server closes.
+        protocol: returns the protocol of a connection.
+        context: of TLS.
+        front: the limits of all connections.
+    """
+
+    def __init__(
+        self, listener: socket.socket, protocol: Callable[[], BoundedProtocol], context: ssl.SSLContext, front: Front
+    ) -> None:
+        self.sockets = (listener,)
+        self._listener = listener
+        self._protocol = protocol
+        self._context = context
+        self._front = front
+        self._handshakes: dict[Handshake, asyncio.Task[None]] = {}
+        self._accepting = asyncio.create_task(self._accept())
+
+    def close(self) -> None:
+        """Stop accepting, and end the handshakes in progress."""
+        self._accepting.cancel()
+        for handshake in self._handshakes:
+            handshake.abort()
+
+    async def wait_closed(self) -> None:
+        await asyncio.wait([self._accepting, *self._handshakes.values()])
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                try:
+                    accepted, (host, *_) = await loop.sock_accept(self._listener)
+                except ConnectionError:
+                    continue  # the client has closed it already
+                except OSError as error:
+                    _log.error("cannot accept a connection", error=str(error))
+                    await asyncio.sleep(ACCEPT_RETRY_SECONDS)
+                    continue
+                handshake = Handshake(accepted, host)
+                if self._front.admit(handshake):
+                    self._handshakes[handshake] = asyncio.create_task(self._secure(accepted, handshake))
+                else:
+                    handshake.refuse()
+        finally:
+            self._listener.close()
+
+    async def _secure(self, accepted: socket.socket, handshake: Handshake) -> None:
+        def protocol() -> BoundedProtocol:
+            made = self._protocol()
+            made.handshake = handshake
+            return made
+
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                protocol, accepted, ssl=self._context, ssl_handshake_timeout=self._front.header_seconds
+            )
+        except OSError as error:
+            _log.info("TLS handshake failed", client=handshake.address, error=str(error))
+        finally:
+            self._front.release(handshake)
+            del self._handshakes[handshake]
+
+
+def _listen(host: str, port: int, backlog: int) -> socket.socket:
+    family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    listener = socket.create_server((host, port), family=family, backlog=backlog)
+    listener.setblocking(False)
+    return listener
 
 
 class _ProbeServer:

@@ -74,8 +74,8 @@ class FrontSettings(_Settings):
     max_connections: int = Field(
         2_000,  # twice the gateway's concurrent requests; an idle connection costs about 20 kB
         ge=1,
-        description="Maximum number of connections. Beyond it, an idle connection of the client with the most "
-        "connections is closed; if none is idle, the new connection is answered 503.",
+        description="Maximum number of connections, TLS handshakes in progress included. Beyond it, an idle connection "
+        "of the client with the most connections is closed; if none is idle, the new connection is answered 503.",
     )
     max_connections_per_address: int = Field(
         600,  # more than the 500 connections of a gateway to each internal service

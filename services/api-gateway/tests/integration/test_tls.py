@@ -120,6 +120,11 @@ def url(server: Server, scheme: str = "https") -> str:
     return f"{scheme}://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
 
 
+def ended(reader: asyncio.StreamReader) -> bool:
+    """Whether the server has closed the connection."""
+    return reader.at_eof() or reader.exception() is not None
+
+
 async def ask(server: Server, files: Files) -> httpx.Response:
     """Return the response to the gateway with these files."""
     urls = dict.fromkeys(("orchestrator_url", "result_store_url"), url(server))
@@ -205,6 +210,29 @@ async def test_client_that_begins_no_handshake_is_disconnected(orchestrator: Fil
             with contextlib.suppress(ConnectionResetError):
                 assert await reader.read() == b""
         writer.close()
+
+
+@pytest.mark.proves("A19")
+async def test_handshakes_in_progress_are_counted_as_connections(orchestrator: Files, gateway: Files) -> None:
+    """Clients that finish no handshake hold as many connections as any others, and keep no gateway out."""
+    async with serving(orchestrator, header_seconds=10 * LIMIT, max_connections=5) as server:
+        port = server.servers[0].sockets[0].getsockname()[1]
+        clients = [await asyncio.open_connection("127.0.0.1", port) for _ in range(50)]
+        for _, writer in clients[::2]:
+            writer.write(bytes.fromhex("160301020001"))  # the beginning of a ClientHello
+        assert (await ask(server, gateway)).json() == 1
+        async with asyncio.timeout(LIMIT):
+            while sum(ended(reader) for reader, _ in clients) < 45:  # noqa: ASYNC110 # there is no event of all of them
+                await asyncio.sleep(0.01)
+        for _, writer in clients:
+            writer.transport.abort()
+
+
+async def test_handshake_is_not_counted_beside_its_connection(orchestrator: Files, gateway: Files) -> None:
+    """At a limit of one connection a request is answered, and then another."""
+    async with serving(orchestrator, max_connections=1) as server:
+        assert (await ask(server, gateway)).json() == 1
+        assert (await ask(server, gateway)).json() == 1
 
 
 async def test_older_tls_is_refused(orchestrator: Files, gateway: Files) -> None:
