@@ -1,4 +1,4 @@
-"""Consumers in tests: a recording handler, a context manager that runs them, and waiting for conditions."""
+"""Consumers in tests: a recording handler, and a context manager that runs them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Callable, Collection, Sequence
 
 from scanfleet.bus import Consumer, Record
 from scanfleet.messages import Message
-
-PATIENCE = 30  # seconds that a test waits for a condition: far above the usual time
 
 
 class Recorder:
@@ -56,10 +54,3 @@ class Running:
 
     async def __aexit__(self, *_: object) -> None:
         await asyncio.gather(*(consumer.stop() for consumer in self._consumers))
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Wait until `condition` holds."""
-    async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110 # the awaited objects have no events
-            await asyncio.sleep(0.01)

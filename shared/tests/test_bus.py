@@ -17,7 +17,6 @@ from prometheus_client import REGISTRY
 
 from scanfleet import tracing
 from scanfleet.bus import Bus, Record
-from scanfleet.clock import utc_now
 from scanfleet.consumer import STALE_SECONDS, ConsumerLoop
 from scanfleet.errors import DependencyError, MessageError
 from scanfleet.kafka import KafkaBus
@@ -27,10 +26,12 @@ from scanfleet.messages.chunks import MAX_SLOTS
 from scanfleet.messages.envelope import Headers, RawRecord, encode
 from scanfleet.messages.fields import MAX_BYTES
 from scanfleet.messages.results import PortFound
-from scanfleet.messages.topics import SCAN_REPLIES, SCAN_RESULTS, SCAN_WORKERS
+from scanfleet.messages.topics import SCAN_REPLIES, SCAN_RESULTS, SCAN_WORKERS, Topic
 from scanfleet.settings import KafkaSettings
 from scanfleet_testing.bus import MemoryBroker, MemoryBus
-from scanfleet_testing.consumers import Recorder, Running, until
+from scanfleet_testing.consumers import Recorder, Running
+from scanfleet_testing.kafka import read
+from scanfleet_testing.waiting import until
 
 GROUP = "test"
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -45,7 +46,7 @@ class Backend(Protocol):
     def put(self, partition: int, key: bytes | None, value: bytes | None, headers: Headers) -> None:
         """Append any bytes to SCAN_WORKERS; returns when they are in the log, the event loop frozen until then."""
 
-    async def records(self, topic: str) -> list[RawRecord]:
+    async def records(self, topic: Topic, *, dead_letters: bool = False) -> list[RawRecord]:
         """All that is in a topic."""
 
     async def committed(self) -> Mapping[int, int]:
@@ -64,8 +65,8 @@ class Memory:
     def put(self, partition: int, key: bytes | None, value: bytes | None, headers: Headers) -> None:
         self._broker.append(SCAN_WORKERS.name, partition, key=key, value=value, headers=headers)
 
-    async def records(self, topic: str) -> list[RawRecord]:
-        return self._broker.records(topic)
+    async def records(self, topic: Topic, *, dead_letters: bool = False) -> list[RawRecord]:
+        return self._broker.records(topic.dead_letter if dead_letters else topic.name)
 
     async def committed(self) -> Mapping[int, int]:
         return self._broker.committed(SCAN_WORKERS, GROUP)
@@ -111,17 +112,8 @@ class Kafka:
                 headers=list(headers),
             )
 
-    async def records(self, topic: str) -> list[RawRecord]:
-        found: list[RawRecord] = []
-        name = self._prefix + topic
-        async with AIOKafkaConsumer(name, bootstrap_servers=self._bootstrap, auto_offset_reset="earliest") as consumer:
-            ends = await consumer.end_offsets(consumer.assignment())
-            while any([await consumer.position(partition) < end for partition, end in ends.items()]):
-                for records in (await consumer.getmany(timeout_ms=1000)).values():
-                    found += [
-                        RawRecord(topic, r.partition, r.offset, utc_now(), r.key, r.value, r.headers) for r in records
-                    ]
-        return found
+    async def records(self, topic: Topic, *, dead_letters: bool = False) -> list[RawRecord]:
+        return await read(self._bootstrap, topic, prefix=self._prefix, dead_letters=dead_letters)
 
     async def committed(self) -> Mapping[int, int]:
         async with AIOKafkaConsumer(bootstrap_servers=self._bootstrap, group_id=self._prefix + GROUP) as consumer:
@@ -307,7 +299,7 @@ async def test_handle_dependency_error_is_retried_in_place(backend: Backend) -> 
         away.clear()
         await until(lambda: numbers(recorder) == [1, 2] and consumer.ready)
     assert sum((await backend.committed()).values()) == 2
-    assert not await backend.records(SCAN_WORKERS.dead_letter)
+    assert not await backend.records(SCAN_WORKERS, dead_letters=True)
 
 
 async def test_handle_error_dead_letters_only_the_failing_record(backend: Backend) -> None:
@@ -317,7 +309,7 @@ async def test_handle_error_dead_letters_only_the_failing_record(backend: Backen
     async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
         await bus.publish(SCAN_WORKERS, [ready(number) for number in range(5)])
         await until(lambda: set(numbers(recorder)) == {0, 1, 3, 4})
-    (letter,) = await backend.records(SCAN_WORKERS.dead_letter)
+    (letter,) = await backend.records(SCAN_WORKERS, dead_letters=True)
     assert letter.value == encode(SCAN_WORKERS, ready(2), source="test").value
     assert b"a bug" in (header(letter, "dlq_reason") or b"")
     assert sum((await backend.committed()).values()) == 5
@@ -365,7 +357,7 @@ async def test_malformed_record_is_dead_lettered_and_the_next_is_handled(
         backend.put(3, GOOD.key, GOOD.value, GOOD.headers)
         await until(lambda: len(recorder.handled) == 2)
     assert [record.offset for record in recorder.handled] == [0, 2]
-    (letter,) = await backend.records(SCAN_WORKERS.dead_letter)
+    (letter,) = await backend.records(SCAN_WORKERS, dead_letters=True)
     assert letter.value == value
     assert (letter.key or b"") == (key or b"")
     assert [pair for pair in letter.headers if not pair[0].startswith("dlq_")] == list(headers)
@@ -400,7 +392,7 @@ async def test_a_tail_skips_and_counts_what_it_cannot_handle(backend: Backend) -
         await bus.publish(SCAN_WORKERS, [ready(1)])
         await until(lambda: numbers(recorder) == [1])
         await until(lambda: skipped() == before + 3)
-    assert not await backend.records(SCAN_WORKERS.dead_letter)
+    assert not await backend.records(SCAN_WORKERS, dead_letters=True)
 
 
 async def test_a_tail_of_one_key_does_not_decode_other_records(backend: Backend) -> None:
@@ -549,7 +541,7 @@ async def test_publish_invalid_message_sends_nothing(backend: Backend) -> None:
         await bus.publish(SCAN_REPLIES, [small, large])
     with pytest.raises(MessageError, match="CancelJob is not a message of scan-replies"):
         await bus.publish(SCAN_REPLIES, [small, CancelJob(command_id="c", user_id=1, job_id=1)])
-    assert not await backend.records(SCAN_REPLIES.name)
+    assert not await backend.records(SCAN_REPLIES)
 
 
 async def test_a_message_as_large_as_allowed_arrives(backend: Backend) -> None:
@@ -576,7 +568,7 @@ async def test_a_message_as_large_as_allowed_arrives(backend: Backend) -> None:
         await bus.publish(SCAN_RESULTS, [large] * 2)
         await until(lambda: len(got.handled) == 2)
     assert got.messages == [large, large]
-    assert [len(record.value or b"") for record in await backend.records(SCAN_RESULTS.name)] == [MAX_BYTES] * 2
+    assert [len(record.value or b"") for record in await backend.records(SCAN_RESULTS)] == [MAX_BYTES] * 2
 
 
 async def test_a_trace_is_carried(backend: Backend) -> None:

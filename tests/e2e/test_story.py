@@ -10,13 +10,13 @@ from typing import Any
 
 import httpx
 import pytest
-from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from local.client import FINAL, Client
 from local.nmap import OpenPorts, open_ports
 from local.stack import Stack
 from local.wait import until
 from scanfleet.messages.topics import SCAN_EVENTS
+from scanfleet_testing.kafka import read
 
 pytestmark = pytest.mark.e2e
 
@@ -32,20 +32,9 @@ def found(results: list[dict[str, Any]]) -> list[tuple[str, int]]:
 
 async def events(stack: Stack, job_id: int) -> list[tuple[str, dict[str, Any]]]:
     """Return type and value of every event of the job, in log order."""
-    consumer = AIOKafkaConsumer(bootstrap_servers=stack.kafka, enable_auto_commit=False)
-    await consumer.start()
-    try:
-        parts = [TopicPartition(f"e2e-{SCAN_EVENTS.name}", number) for number in range(SCAN_EVENTS.partitions)]
-        consumer.assign(parts)
-        await consumer.seek_to_beginning(*parts)
-        ends = await consumer.end_offsets(parts)
-        read: list[tuple[str, dict[str, Any]]] = []
-        while any([await consumer.position(part) < ends[part] for part in parts]):
-            for batch in (await consumer.getmany(timeout_ms=500)).values():
-                read += [(dict(each.headers)["ce_type"].decode(), json.loads(each.value)) for each in batch]
-    finally:
-        await consumer.stop()
-    return [(kind.split(".")[1], value) for kind, value in read if value["job"]["id"] == job_id]
+    records = await read(stack.kafka, SCAN_EVENTS, prefix="e2e-")
+    events = [((dict(each.headers)["ce_type"] or b"").decode(), json.loads(each.value or b"")) for each in records]
+    return [(kind.split(".")[1], value) for kind, value in events if value["job"]["id"] == job_id]
 
 
 @pytest.mark.proves("F22", "G16")

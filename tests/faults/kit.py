@@ -19,14 +19,12 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final
 
 import httpx
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka import AIOKafkaProducer
 from pymongo import MongoClient
 
 from local import kafka, mongod, nmap, ports
@@ -39,6 +37,7 @@ from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.messages import Message
 from scanfleet.messages.envelope import RawRecord, decode
 from scanfleet.messages.topics import SCAN_EVENTS, TOPICS, Topic
+from scanfleet_testing.kafka import behind, read
 from scanfleet_testing.tokens import Issuer
 from tests.faults.lines import Line, Lines
 
@@ -375,8 +374,7 @@ class Platform:
 
     def records(self, topic: Topic, *, letters: bool = False) -> list[RawRecord]:
         """Return all records of a topic, or of its dead-letter topic, partition by partition."""
-        name = topic.dead_letter if letters else topic.name
-        return asyncio.run(_read(self.kafka, name, 1 if letters else topic.partitions))
+        return asyncio.run(read(self.kafka, topic, dead_letters=letters))
 
     def messages(self, topic: Topic, *kinds: type[Message]) -> list[Published]:
         """Return the valid messages of a topic."""
@@ -394,7 +392,7 @@ class Platform:
 
     def behind(self, group: str, topic: Topic) -> int:
         """Return the number of records of the topic that the group has not committed."""
-        return asyncio.run(_behind(self.kafka, group, topic))
+        return asyncio.run(behind(self.kafka, group, topic))
 
     def until_read(self) -> None:
         """Wait until the services have committed all records of the topics."""
@@ -450,34 +448,6 @@ class Platform:
         return [*command, "--setParameter", "enableTestCommands=1"]  # required by failCommand
 
 
-async def _read(bootstrap: str, name: str, partitions: int) -> list[RawRecord]:
-    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False)
-    await consumer.start()
-    try:
-        parts = [TopicPartition(name, number) for number in range(partitions)]
-        consumer.assign(parts)
-        await consumer.seek_to_beginning(*parts)
-        ends = await consumer.end_offsets(parts)
-        found = []
-        while any([await consumer.position(part) < ends[part] for part in parts]):
-            for batch in (await consumer.getmany(timeout_ms=500)).values():
-                found += [
-                    RawRecord(
-                        name,
-                        each.partition,
-                        each.offset,
-                        datetime.fromtimestamp(each.timestamp / 1000, UTC),
-                        each.key,
-                        each.value,
-                        each.headers,
-                    )
-                    for each in batch
-                ]
-    finally:
-        await consumer.stop()
-    return sorted(found, key=lambda record: (record.partition, record.offset))
-
-
 async def _write(
     bootstrap: str,
     records: Sequence[tuple[str, int | None, bytes | None, bytes | None, Any]],
@@ -496,21 +466,6 @@ async def _write(
         await asyncio.gather(*acks)
     finally:
         await producer.stop()
-
-
-async def _behind(bootstrap: str, group: str, topic: Topic) -> int:
-    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap)
-    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
-    await asyncio.gather(consumer.start(), admin.start())
-    try:
-        places = [TopicPartition(topic.name, number) for number in range(topic.partitions)]
-        ends = await consumer.end_offsets(places)
-        committed = await admin.list_consumer_group_offsets(group)
-        return sum(
-            max(0, end - max(0, committed[place].offset)) if place in committed else end for place, end in ends.items()
-        )
-    finally:
-        await asyncio.gather(consumer.stop(), admin.close())
 
 
 def caught(condition: Callable[[], Document | None], limit: float, what: str) -> Document:

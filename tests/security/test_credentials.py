@@ -26,7 +26,7 @@ from local.stack import Stack
 from scanfleet.kafka.broker import access
 from scanfleet.messages.acls import MEMBERS, SERVICES, acls_of
 from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, RESULT_STORE, SCAN_EVENTS, TOPICS, WORKER
-from scanfleet_testing.consumers import until
+from scanfleet_testing.waiting import until
 
 PREFIX: Final = "secured-"
 LIMIT: Final = 60.0  # timeout in seconds of every wait

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +44,3 @@ def make_chunk() -> Callable[..., ScanChunk]:
 def recording() -> Callable[[str], bytes]:
     """Return a function that reads recorded output of real nmap; `recordings/record.sh` records it again."""
     return lambda name: (RECORDINGS / f"{name}.xml").read_bytes()
-
-
-@pytest.fixture
-async def until() -> Callable[..., Awaitable[None]]:
-    """Return a function that waits until a condition holds and fails the test after a timeout."""
-
-    async def wait(condition: Callable[[], object], seconds: float = 20) -> None:
-        async with asyncio.timeout(seconds):
-            while not condition():  # noqa: ASYNC110 # any condition, also of files and processes, which set no event
-                await asyncio.sleep(0.01)
-
-    return wait

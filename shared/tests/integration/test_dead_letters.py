@@ -24,7 +24,8 @@ from scanfleet.kafka.topics import DEAD_LETTER_BYTES, TopicSettings, create_topi
 from scanfleet.messages import Message, OperatorActed, WorkerReady
 from scanfleet.messages.envelope import Headers, RawRecord, decode
 from scanfleet.messages.topics import SCAN_AUDIT_OPERATOR, SCAN_COMMANDS, SCAN_WORKERS, Topic
-from scanfleet_testing.consumers import Recorder, Running, until
+from scanfleet_testing.consumers import Recorder, Running
+from scanfleet_testing.waiting import until
 
 pytestmark = pytest.mark.integration
 
@@ -88,6 +89,10 @@ class Desk:
     async def letters(self) -> list[DeadLetter]:
         return [each async for each in dead_letters(self.bus, SCAN_WORKERS)]
 
+    async def written(self, count: int) -> bool:
+        """Return whether there are so many dead letters."""
+        return len(await self.letters()) >= count
+
     async def records(self) -> list[RawRecord]:
         """What is in the topics that services read."""
         return [record for topic in HERE async for record in self.bus.past(topic)]
@@ -114,7 +119,7 @@ async def test_replay_after_a_fix_is_handled(desk: Desk) -> None:
         await desk.bus.publish(SCAN_WORKERS, [message])
         await until(lambda: len(reader.tries) == 2)  # with its batch, and alone
         reader._does = lambda _: None
-        await asyncio.wait_for(_written(desk, 1), 30)
+        await until(lambda: desk.written(1))
         (only,) = await desk.letters()
         (origin,) = [record for record in await desk.records() if record.topic == SCAN_WORKERS.name]
 
@@ -142,20 +147,15 @@ async def test_replay_after_a_fix_is_handled(desk: Desk) -> None:
     assert len(await desk.letters()) == 1
 
 
-async def _written(desk: Desk, count: int) -> None:
-    while len(await desk.letters()) < count:  # noqa: ASYNC110 # a broker sends no notification
-        await asyncio.sleep(0.05)
-
-
 async def test_replay_refused_again_names_its_dead_letter(desk: Desk) -> None:
     """A replayed message that is refused again becomes a dead letter that names only the previous one."""
     async with Running(desk.bus.consume(SCAN_WORKERS, GROUP, Recorder())):
         await desk.put(SCAN_WORKERS.name, b"poison", [("theirs", b"1"), ("dlq_topic", b"scan-commands")])
-        await asyncio.wait_for(_written(desk, 1), 30)
+        await until(lambda: desk.written(1))
         assert (await desk.types("replay", "--all", "scan-workers"))[0] == 0
-        await asyncio.wait_for(_written(desk, 2), 30)
+        await until(lambda: desk.written(2))
         assert (await desk.types("replay", "scan-workers-dlq/0/1"))[0] == 0
-        await asyncio.wait_for(_written(desk, 3), 30)
+        await until(lambda: desk.written(3))
     _, lines = await desk.types("list", "scan-workers")
     assert [line.split("\t")[5] for line in lines] == ["-", "scan-workers-dlq/0/0", "scan-workers-dlq/0/1"]
     names = [name for name, _ in (await desk.letters())[2].record.headers]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -18,6 +18,7 @@ from fastapi.responses import StreamingResponse
 from scanfleet import front, service
 from scanfleet.front import BoundedProtocol
 from scanfleet.settings import FrontSettings
+from scanfleet_testing.waiting import until
 
 pytestmark = pytest.mark.integration
 
@@ -125,11 +126,6 @@ class Served:
         self.opened.append(connection)
         return connection
 
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(LIMIT):
-            while not condition():  # noqa: ASYNC110 # the server has no event to wait for
-                await asyncio.sleep(0.01)
-
 
 @asynccontextmanager
 async def serve(**settings: Any) -> AsyncIterator[Served]:
@@ -147,7 +143,7 @@ async def serve(**settings: Any) -> AsyncIterator[Served]:
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         served = Served(app, server, listening.getsockname())
         try:
-            await served.until(lambda: server.started)
+            await until(lambda: server.started)
             yield served
         finally:
             app.state.answer.set()
@@ -222,7 +218,7 @@ async def test_endless_request_is_closed_after_a_bounded_number_of_bytes(
     connection.send(begin)
     room = 16 << 20  # in the buffers of both sockets
     assert await connection.flood(piece) < front.LINGER_BYTES + room
-    await served.until(lambda: served.connections == 0)
+    await until(lambda: served.connections == 0)
 
 
 @pytest.mark.proves("A19")
@@ -277,7 +273,7 @@ async def test_client_that_sends_without_end_is_cut_off(served: Served) -> None:
     connection.send(CHUNKED)
     room = 16 << 20  # in the buffers of both sockets
     assert await connection.flood(b"4000\r\n" + b"x" * 16_384 + b"\r\n") < front.LINGER_BYTES + room
-    await served.until(lambda: served.connections == 0)
+    await until(lambda: served.connections == 0)
 
 
 async def test_early_answer_keeps_the_connection(served: Served) -> None:
@@ -323,7 +319,7 @@ async def test_pipelined_requests_are_answered_in_order_and_bounded(served: Serv
     found = [(await connection.answer()).json for _ in range(front.MAX_PIPELINED)]
     assert found == [1, 2] * (front.MAX_PIPELINED // 2)
     connection.send((HEAD + b"\r\n") * 1_000)
-    await served.until(lambda: served.connections == 0)
+    await until(lambda: served.connections == 0)
 
 
 @pytest.mark.proves("A19")
@@ -334,11 +330,11 @@ async def test_connections_of_one_address_are_bounded() -> None:
         busy = [await served.connect() for _ in range(2)]
         for connection in busy:
             connection.send(b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\n")
-        await served.until(lambda: served.app.state.asked == 2)  # both
+        await until(lambda: served.app.state.asked == 2)  # both
         newest = await served.connect()
         assert await idle.closed()
         newest.send(b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\n")
-        await served.until(lambda: served.app.state.asked == 3)  # all three
+        await until(lambda: served.app.state.asked == 3)  # all three
         refused = await served.connect()
         answer = await refused.answer()
         assert (answer.status, answer.json) == (503, {"error": "too many connections; try again"})
@@ -357,7 +353,7 @@ async def test_connections_of_all_addresses_are_bounded() -> None:
     async with serve(max_connections=10) as served:
         many = [await served.connect("127.0.0.3") for _ in range(8)]
         few = [await served.connect("127.0.0.2") for _ in range(2)]
-        await served.until(lambda: served.connections == 10)  # all
+        await until(lambda: served.connections == 10)  # all
         new = await served.connect()
         assert (await new.ask(HEAD + b"\r\n")).status == 200
         assert await many[0].closed()
@@ -372,8 +368,8 @@ async def test_client_that_reads_nothing_is_cut_off() -> None:
         connection = await served.connect()
         connection.writer.transport.pause_reading()  # type: ignore[attr-defined] # it is a read transport too
         connection.send(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
-        await served.until(lambda: served.connections == 1)
-        await served.until(lambda: served.connections == 0)
+        await until(lambda: served.connections == 1)
+        await until(lambda: served.connections == 0)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ from scanfleet.kafka.topics import DEAD_LETTER_BYTES, TopicSettings, create_topi
 from scanfleet.messages import WorkerReady
 from scanfleet.messages.envelope import encode
 from scanfleet.messages.topics import SCAN_WORKERS
-from scanfleet_testing.consumers import Recorder, Running, until
+from scanfleet_testing.consumers import Recorder, Running
+from scanfleet_testing.waiting import until
 
 pytestmark = pytest.mark.integration
 

@@ -16,6 +16,7 @@ from scanfleet import logging, service
 from scanfleet.errors import DependencyError
 from scanfleet.server import PROBE_CONNECTIONS, Server
 from scanfleet.settings import ApiSettings, CommonSettings
+from scanfleet_testing.waiting import until
 
 pytestmark = pytest.mark.integration
 
@@ -70,18 +71,12 @@ async def running(parts: Parts, settings: CommonSettings, *, patience: float = 1
     server = Server(app)
     serving = asyncio.create_task(server._serve())  # `serve` would end this process by the signals that it took
     try:
-        await until(server, started=True)
+        await until(lambda: server.started)
         yield server
     finally:
         parts.may_close.set()
         server.should_exit = True
         await serving
-
-
-async def until(server: Server, *, started: bool) -> None:
-    async with asyncio.timeout(LIMIT):
-        while server.started is not started:  # noqa: ASYNC110 # the server has no event to wait for
-            await asyncio.sleep(0.01)
 
 
 def with_api() -> Settings:
@@ -123,9 +118,11 @@ async def test_readiness_without_a_dependency_names_it_and_turns_green(parts: Pa
         assert (answer.status_code, answer.json()) == (503, {"error": "starting, waiting for kafka"})
         assert (await asking.get("/healthz")).status_code == 200
         parts.there.set()
-        async with asyncio.timeout(LIMIT):
-            while (await asking.get("/readyz")).status_code != 200:  # noqa: ASYNC110 # what is asked has no event
-                await asyncio.sleep(0.05)
+
+        async def ready() -> bool:
+            return (await asking.get("/readyz")).is_success
+
+        await until(ready)
 
 
 async def test_probes_while_the_process_drains_are_answered(parts: Parts) -> None:

@@ -17,7 +17,8 @@ from scanfleet.errors import DependencyError
 from scanfleet.messages import ChunkStored, WorkerReady
 from scanfleet.messages.envelope import RawRecord, encode
 from scanfleet.messages.topics import SCAN_STORED, SCAN_WORKERS
-from scanfleet_testing.consumers import Recorder, Running, until
+from scanfleet_testing.consumers import Recorder, Running
+from scanfleet_testing.waiting import until
 
 
 class Script:

@@ -8,7 +8,7 @@ import pytest
 
 from scanfleet.errors import DependencyError
 from scanfleet.loop import Loop
-from scanfleet_testing.consumers import until
+from scanfleet_testing.waiting import until
 
 
 async def test_what_comes_soon_after_a_step_shares_the_next_one() -> None:

@@ -15,7 +15,7 @@ from scanfleet.errors import DependencyError
 from scanfleet.service import create_app, create_probes
 from scanfleet.settings import CommonSettings
 from scanfleet.startup import Startup
-from scanfleet_testing.consumers import until
+from scanfleet_testing.waiting import until
 
 router = APIRouter()
 

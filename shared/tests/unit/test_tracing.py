@@ -8,8 +8,8 @@ import pytest
 
 from scanfleet import tracing
 from scanfleet.settings import CommonSettings
-from scanfleet_testing.consumers import until
 from scanfleet_testing.tracing import ids, recording
+from scanfleet_testing.waiting import until
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 SAMPLED = f"00-{TRACE}-b7ad6b7169203331-01"

@@ -29,6 +29,7 @@ from scanfleet.errors import ConfigurationError
 from scanfleet.server import Server
 from scanfleet.settings import CommonSettings, InternalApiSettings
 from scanfleet.tls import client_context
+from scanfleet_testing.waiting import until
 
 pytestmark = pytest.mark.integration
 
@@ -106,9 +107,7 @@ async def serving(files: Files, **changed: Any) -> AsyncIterator[Server]:
     logging.configure("test", settings)
     server = Server(service.create_app(name="test", settings=settings, lifespan=lifespan, routers=[router]))
     running = asyncio.create_task(server._serve())  # `serve` would end this process by the signals that it took
-    async with asyncio.timeout(LIMIT):
-        while not server.started:  # noqa: ASYNC110 # the server has no event to wait for
-            await asyncio.sleep(0.01)
+    await until(lambda: server.started)
     try:
         yield server
     finally:

@@ -19,6 +19,7 @@ from scanfleet.auth import Principal
 from scanfleet.errors import DependencyError, UnauthorizedError, UnavailableError
 from scanfleet.rest import Revoked
 from scanfleet_testing.tokens import Issuer
+from scanfleet_testing.waiting import until
 
 TASKS = "http://orchestrator/api/v1/task"
 USERS = "http://orchestrator/internal/users"
@@ -55,9 +56,7 @@ async def revoke(gateway: Running, **changed: Any) -> None:
 @pytest.mark.proves("G15")
 async def test_gateway_reports_the_keys_that_verify_tokens(gateway: Running) -> None:
     """Once the gateway has fetched the issuer's keys, the orchestrator gets their names, which contain no key."""
-    async with asyncio.timeout(5):
-        while not gateway.services.keys:  # noqa: ASYNC110 # a request sets no event
-            await asyncio.sleep(0.01)
+    await until(lambda: gateway.services.keys)
     (reported,) = gateway.services.keys
     issuer = gateway.issuer
     assert (reported.issuer, len(reported.keys)) == (issuer.settings.jwt_issuer, 1)
@@ -91,9 +90,7 @@ async def test_key_reports_are_sent_when_keys_change_and_again_until_they_arrive
 async def test_gateway_with_an_odd_key_id_reports_its_key(kid: str) -> None:
     """An issuer's key id of any length and characters gives a name that the orchestrator accepts."""
     async with Gateway(Issuer(kid=kid)).run() as gateway:
-        async with asyncio.timeout(5):
-            while not gateway.services.keys:  # noqa: ASYNC110 # a request sets no event
-                await asyncio.sleep(0.01)
+        await until(lambda: gateway.services.keys)
         (reported,) = gateway.services.keys
     (name,) = reported.keys
     assert re.fullmatch(r"[0-9a-f]{16}, kid [\x20-\x7e]{2,32}", name)

@@ -6,15 +6,14 @@ import asyncio
 import random
 import sys
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka import AIOKafkaProducer
 
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.job import ScanJob
@@ -25,7 +24,7 @@ from job_orchestrator.settings import Settings
 from job_orchestrator_testing import KEYS, ResultStore, Worker, scan_policy
 from job_orchestrator_testing.things import THEN
 from scanfleet import mongo
-from scanfleet.bus import Handler, Record
+from scanfleet.bus import Handler
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.loop import Loop
@@ -37,7 +36,6 @@ from scanfleet.messages import (
     JobEvent,
     JobProgressed,
     JobStatus,
-    Message,
     ScanChunk,
     SubmitJobs,
 )
@@ -55,29 +53,16 @@ from scanfleet.messages.topics import (
 )
 from scanfleet.settings import KafkaSettings
 from scanfleet_testing.chunk_grants import write_chunk_keys
+from scanfleet_testing.consumers import Recorder
+from scanfleet_testing.kafka import behind, read
 from scanfleet_testing.tokens import InternalKeys
+from scanfleet_testing.waiting import until
 
 pytestmark = pytest.mark.integration
 
 READ = (SCAN_COMMANDS, SCAN_WORKERS, SCAN_PROGRESS, SCAN_STORED)
 ENDED = {JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED}
 PATIENCE = 90  # seconds for what takes a few, on a machine that does much else
-
-
-class Listener:
-    """A handler that keeps what it hears."""
-
-    def __init__(self) -> None:
-        self.messages: list[Message] = []
-
-    async def handle(self, records: Sequence[Record]) -> None:
-        self.messages += [record.message for record in records]
-
-    async def assigned(self, partitions: Collection[int]) -> None: ...
-
-    async def revoked(self, partitions: Collection[int]) -> None: ...
-
-    async def caught_up(self, partitions: Collection[int]) -> None: ...
 
 
 class Platform:
@@ -96,8 +81,8 @@ class Platform:
         self.database = mongo.connect(mongodb, self.prefix.strip("-"))
         self.store = MongoStore(self.database, KEYS)
         self.bus = KafkaBus(KafkaSettings(kafka=kafka, topic_prefix=self.prefix), source="test", instance="test")
-        self.events, self.tasks, self.replies, self.progress = Listener(), Listener(), Listener(), Listener()
-        self.listener = Listener()
+        self.events, self.tasks, self.replies, self.progress = Recorder(), Recorder(), Recorder(), Recorder()
+        self.listener = Recorder()
         self.workers = [Worker(self.bus, f"w-{n}", slots=3) for n in range(4)]
 
     async def open(self) -> None:
@@ -197,21 +182,12 @@ class Platform:
 
     async def dead_letters(self) -> int:
         """How many records the replicas have refused."""
-        reader = AIOKafkaConsumer(bootstrap_servers=self.kafka)
-        await reader.start()
-        try:
-            places = [TopicPartition(self.prefix + topic.dead_letter, 0) for topic in READ]
-            reader.assign(places)
-            await reader.seek_to_beginning(*places)
-            ends = await reader.end_offsets(places)
-            count = 0
-            while any([await reader.position(place) < end for place, end in ends.items()]):
-                for records in (await reader.getmany(timeout_ms=1_000)).values():
-                    groups = [dict(record.headers)["dlq_group"] for record in records]
-                    count += sum(group.startswith(ORCHESTRATOR.encode()) for group in groups)
-            return count
-        finally:
-            await reader.stop()
+        groups = [
+            dict(record.headers)["dlq_group"] or b""
+            for topic in READ
+            for record in await read(self.kafka, topic, prefix=self.prefix, dead_letters=True)
+        ]
+        return sum(group.startswith(ORCHESTRATOR.encode()) for group in groups)
 
     async def until_ended(self, count: int) -> list[ScanJob]:
         """All jobs, once there are so many and each is settled, with an empty outbox and its last event received."""
@@ -224,31 +200,14 @@ class Platform:
                     return jobs
                 await asyncio.sleep(0.1)
 
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(PATIENCE):
-            while True:
-                if condition():
-                    return
-                await asyncio.sleep(0.05)
-
     async def until_read(self) -> None:
-        """Until the replicas have committed all that stands in the topics that they read."""
-        reader = AIOKafkaConsumer(bootstrap_servers=self.kafka)
-        admin = AIOKafkaAdminClient(bootstrap_servers=self.kafka)
-        await asyncio.gather(reader.start(), admin.start())
-        try:
-            async with asyncio.timeout(PATIENCE):
-                for topic in READ:
-                    places = [TopicPartition(self.prefix + topic.name, number) for number in range(topic.partitions)]
-                    group = f"{self.prefix}{ORCHESTRATOR}-{topic.name}"
-                    while True:
-                        ends = await reader.end_offsets(places)
-                        committed = await admin.list_consumer_group_offsets(group)
-                        if all(committed[place].offset >= end for place, end in ends.items() if end):
-                            break
-                        await asyncio.sleep(0.1)
-        finally:
-            await asyncio.gather(reader.stop(), admin.close())
+        """Wait until the replicas have committed all records in the topics that they read."""
+        for topic in READ:
+
+            async def read(topic: Topic = topic) -> bool:
+                return await behind(self.kafka, f"{ORCHESTRATOR}-{topic.name}", topic, prefix=self.prefix) == 0
+
+            await until(read, PATIENCE)
 
     def heard_events(self) -> list[JobEvent]:
         return [event for event in self.events.messages if isinstance(event, JobEvent)]
@@ -315,11 +274,11 @@ async def test_cancel_against_completion_has_one_winner(platform: Platform) -> N
     for _ in range(8):
         before = submitted()
         await platform.submit(5)
-        await platform.until(lambda before=before: len(submitted()) == len(before) + 5)  # type: ignore[misc] # mypy infers no type for a lambda with a default
+        await until(lambda before=before: len(submitted()) == len(before) + 5)  # type: ignore[misc] # mypy infers no type for a lambda with a default
         await asyncio.gather(*(cancel_soon(job_id) for job_id in submitted() - before))
         cancelled |= submitted()
     jobs = await platform.until_ended(40)
-    await platform.until(
+    await until(
         lambda: len({each.command_id for each in platform.replies.messages if isinstance(each, Reply)}) == 80,
     )
     replies = {each.command_id: each for each in platform.replies.messages if isinstance(each, Reply)}

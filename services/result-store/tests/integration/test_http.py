@@ -22,6 +22,7 @@ from scanfleet.messages import PortFound
 from scanfleet.rest import Result
 from scanfleet.settings import FrontSettings
 from scanfleet_testing.tokens import Issuer
+from scanfleet_testing.waiting import until
 
 pytestmark = pytest.mark.integration
 
@@ -67,9 +68,7 @@ async def served(store: MemoryStore) -> AsyncIterator[httpx.AsyncClient]:
     )
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
-    async with asyncio.timeout(10):
-        while not server.started:  # noqa: ASYNC110 # the server has no event to wait for
-            await asyncio.sleep(0.01)
+    await until(lambda: server.started)
     port = server.servers[0].sockets[0].getsockname()[1]
     # Render nothing: structlog's default logger would print every local of every frame.
     with capture_logs():

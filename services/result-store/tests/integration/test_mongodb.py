@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from uuid import uuid4
 
 import pytest
@@ -19,6 +19,7 @@ from scanfleet.mongo import Database
 from scanfleet.outcomes import address_at
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.proxy import proxy
+from scanfleet_testing.waiting import until
 
 pytestmark = pytest.mark.integration
 
@@ -36,12 +37,6 @@ async def fill(store: MongoStore, count: int) -> None:
     await store.add(
         list(fold(Log().append(*(host(str(address_at(FIRST, n)), 22) for n in range(count)))).hosts.values())
     )
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():  # noqa: ASYNC110 # the condition changes in another process
-            await asyncio.sleep(0.02)
 
 
 async def test_queries_use_an_index(database: Database) -> None:

@@ -16,7 +16,8 @@ from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.messages import OperatorActed
 from scanfleet.messages.envelope import decode
 from scanfleet.messages.topics import RESULT_STORE, SCAN_AUDIT, SCAN_DELETIONS, SCAN_RESULTS
-from scanfleet_testing.consumers import Recorder, Running, until
+from scanfleet_testing.consumers import Recorder, Running
+from scanfleet_testing.waiting import until
 
 pytestmark = pytest.mark.integration
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import signal
-import sys
-from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -18,7 +14,6 @@ import pytest
 from local import ports
 from result_store_testing import FIRST, host, scanned
 from scanfleet import mongo
-from scanfleet.bus import Record
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.messages import ChunkStored, HostScanned
@@ -26,104 +21,52 @@ from scanfleet.messages.topics import RESULT_STORE, SCAN_RESULTS, SCAN_STORED
 from scanfleet.outcomes import address_at
 from scanfleet.settings import KafkaSettings
 from scanfleet_testing.chunk_grants import write_chunk_keys
+from scanfleet_testing.consumers import Recorder, Running
+from scanfleet_testing.process import ServiceProcess
 from scanfleet_testing.tokens import InternalKeys
+from scanfleet_testing.waiting import until
 
 pytestmark = pytest.mark.integration
 
 CHUNKS = 4  # the service is killed once per chunk
 HOSTS = 200  # per chunk
-
-
-class Stored:
-    """Keeps the messages that result-store publishes."""
-
-    def __init__(self) -> None:
-        self.maps: dict[str, set[str]] = {}
-
-    async def handle(self, records: Sequence[Record]) -> None:
-        for record in records:
-            assert isinstance(record.message, ChunkStored)
-            self.maps.setdefault(record.message.chunk_id, set()).add(record.message.outcomes)
-
-    async def assigned(self, partitions: Collection[int]) -> None: ...
-
-    async def revoked(self, partitions: Collection[int]) -> None: ...
-
-    async def caught_up(self, partitions: Collection[int]) -> None: ...
-
-
-class Service:
-    """A result-store process, as a supervisor runs it."""
-
-    def __init__(self, environment: dict[str, str]) -> None:
-        self._environment = environment
-        self.port, self.probe_port = ports.choose(), ports.choose()
-        self._process: Process | None = None
-
-    async def start(self) -> None:
-        command = (
-            "setpriv",
-            "--pdeathsig",
-            "KILL",
-            sys.executable,
-            "-m",
-            "scanfleet.server",
-            "result-store",
-        )
-        self._process = await asyncio.create_subprocess_exec(
-            *command,
-            env={
-                **os.environ,
-                **self._environment,
-                "SCANFLEET_API_PORT": str(self.port),
-                "SCANFLEET_PROBE_PORT": str(self.probe_port),
-            },
-            stdout=asyncio.subprocess.DEVNULL,
-        )
-
-    async def end(self, number: signal.Signals) -> int:
-        """Send the signal; return the exit code."""
-        assert self._process is not None
-        self._process.send_signal(number)
-        async with asyncio.timeout(60):
-            return await self._process.wait()
-
-
-@asynccontextmanager
-async def running(environment: dict[str, str]) -> AsyncIterator[Service]:
-    service = Service(environment)
-    await service.start()
-    try:
-        yield service
-    finally:
-        if service._process is not None and service._process.returncode is None:
-            service._process.kill()
-            await service._process.wait()
+LIMIT = 180  # timeout in seconds for steps that usually take a few, on a loaded machine
 
 
 def chunk(number: int) -> list[HostScanned]:
     return [host(str(address_at(FIRST, n)), 22, 80, chunk_id=f"1-{number}") for n in range(HOSTS)]
 
 
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(180):
-        while not await condition():  # noqa: ASYNC110 # the condition changes in other processes
-            await asyncio.sleep(0.005)
+@asynccontextmanager
+async def bus_of_a_worker(kafka: str, prefix: str) -> AsyncIterator[tuple[KafkaBus, Recorder]]:
+    """Yield the bus that workers publish with, and the messages on scan-stored."""
+    bus = KafkaBus(KafkaSettings(kafka=kafka, topic_prefix=prefix), source="scanner-worker", instance="test")
+    stored = Recorder()
+    await bus.start()
+    try:
+        async with Running(bus.consume(SCAN_STORED, "test", stored)):
+            yield bus, stored
+    finally:
+        await bus.stop()
 
 
 @asynccontextmanager
-async def bus_of_a_worker(kafka: str, prefix: str) -> AsyncIterator[tuple[KafkaBus, Stored]]:
-    """Yield the bus that workers publish with, and the messages on scan-stored."""
-    bus = KafkaBus(KafkaSettings(kafka=kafka, topic_prefix=prefix), source="scanner-worker", instance="test")
-    stored = Stored()
-    reader = bus.consume(SCAN_STORED, "test", stored)
-    await bus.start()
+async def running(environment: dict[str, str]) -> AsyncIterator[ServiceProcess]:
+    process = ServiceProcess(RESULT_STORE, environment, ports.choose())
+    await process.start()
     try:
-        await reader.start()
-        yield bus, stored
+        yield process
     finally:
-        await reader.stop()
-        await bus.stop()
+        await process.discard()
+
+
+def maps(stored: Recorder) -> dict[str, set[str]]:
+    """Return the outcome maps of the ChunkStored messages, by chunk."""
+    found: dict[str, set[str]] = {}
+    for message in stored.messages:
+        assert isinstance(message, ChunkStored)
+        found.setdefault(message.chunk_id, set()).add(message.outcomes)
+    return found
 
 
 @asynccontextmanager
@@ -143,7 +86,9 @@ async def test_service_killed_in_mid_batch_stores_each_host_once(kafka: str, mon
     prefix = f"{name}."
     await create_topics(TopicSettings(kafka=kafka, topic_prefix=prefix))
     keys = InternalKeys(tmp_path)
+    port = ports.choose()
     environment = {
+        "SCANFLEET_API_PORT": str(port),
         "SCANFLEET_INSTANCE": "result-store-1",
         "SCANFLEET_KAFKA": kafka,
         "SCANFLEET_TOPIC_PREFIX": prefix,
@@ -156,12 +101,12 @@ async def test_service_killed_in_mid_batch_stores_each_host_once(kafka: str, mon
         emptied(mongodb, name) as database,
         bus_of_a_worker(kafka, prefix) as (bus, stored),
         running(environment) as service,
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{service.port}") as http,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http,
     ):
 
         async def ready() -> bool:
             try:
-                return (await http.get(f"http://127.0.0.1:{service.probe_port}/readyz")).is_success
+                return (await service.probe("/readyz")).is_success
             except httpx.TransportError:
                 return False
 
@@ -172,21 +117,18 @@ async def test_service_killed_in_mid_batch_stores_each_host_once(kafka: str, mon
                 return await database["hosts"].estimated_document_count() > before
 
             await bus.publish(SCAN_RESULTS, [*chunk(number), scanned("a" * HOSTS, chunk_id=f"1-{number}")])
-            await until(begun)
+            await until(begun, LIMIT)
             await service.end(signal.SIGKILL)
             await service.start()
 
-        async def all_closed() -> bool:
-            return len(stored.maps) == CHUNKS
-
-        await until(all_closed)
-        await until(ready)
+        await until(lambda: len(maps(stored)) == CHUNKS, LIMIT)
+        await until(ready, LIMIT)
         results = (await http.get("/api/v1/task/1/results", headers=keys.bearer(RESULT_STORE))).json()
         assert await service.end(signal.SIGTERM) in {
             0,
             -signal.SIGTERM,
         }  # uvicorn re-raises the signal after a graceful shutdown
-        assert stored.maps == {f"1-{number}": {"a" * HOSTS} for number in range(CHUNKS)}
+        assert maps(stored) == {f"1-{number}": {"a" * HOSTS} for number in range(CHUNKS)}
         assert await database["hosts"].count_documents({}) == CHUNKS * HOSTS
         assert len({result["id"] for result in results}) == len(results) == CHUNKS * HOSTS * 2
         times = [result["created_at"] for result in results]

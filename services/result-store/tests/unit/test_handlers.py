@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 
 import pytest
@@ -17,6 +16,7 @@ from scanfleet.messages.topics import RESULT_STORE, SCAN_AUDIT, SCAN_RESULTS, SC
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.chunk_grants import grants
 from scanfleet_testing.tracing import ids, recording
+from scanfleet_testing.waiting import until
 
 GROUP = "result-store"
 
@@ -56,12 +56,6 @@ def stored(outcomes: str, chunk_id: str = "1-0") -> ChunkStored:
 
 def metric(name: str) -> float:
     return REGISTRY.get_sample_value(f"scanfleet_results_{name}_total") or 0.0
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 # the fakes have no event to wait for
-            await asyncio.sleep(0.01)
 
 
 async def test_handle_hosts_and_end_in_one_batch_closes_the_chunk(

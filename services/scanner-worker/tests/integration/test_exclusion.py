@@ -8,7 +8,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from ipaddress import ip_network
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from scanfleet.messages import ChunkFailed, ChunkReleased, ChunkScanned, ScanChu
 from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_TASKS, SCAN_WORKERS
 from scanfleet.targets import TargetRules
 from scanfleet_testing.bus import MemoryBus
+from scanfleet_testing.waiting import until
 from scanner_worker.handlers.batch import Abilities
 from scanner_worker.handlers.worker import Worker
 from scanner_worker.scanner.process import Limits, Nmap
@@ -29,7 +30,6 @@ pytestmark = [
 ]
 
 MakeChunk = Callable[..., ScanChunk]
-Until = Callable[..., Awaitable[None]]
 
 NMAP = "/usr/bin/nmap"
 # The output of nmap before it sends any packet.
@@ -75,7 +75,7 @@ async def rigged(program: str | Path = NMAP) -> AsyncIterator[Rig]:
 
 
 async def released_and_recovers(
-    rig: Rig, make_chunk: MakeChunk, until: Until, fault: contextlib.AbstractContextManager[object], reason: str
+    rig: Rig, make_chunk: MakeChunk, fault: contextlib.AbstractContextManager[object], reason: str
 ) -> None:
     """Check that no chunk fails and no slot is announced during the fault, and that the worker then recovers by itself."""
     await until(lambda: rig.slots == 2)
@@ -124,12 +124,11 @@ def disk(
 @pytest.mark.proves("F21", "F25", "G17")
 async def test_worker_with_full_disk_releases_its_chunks(
     make_chunk: MakeChunk,
-    until: Until,
     disk: Callable[[], contextlib.AbstractContextManager[None]],
 ) -> None:
     """A disk without space for a temporary folder is the worker's failure, and does not count against the chunk."""
     async with rigged() as rig:
-        await released_and_recovers(rig, make_chunk, until, disk(), "No space left on device")
+        await released_and_recovers(rig, make_chunk, disk(), "No space left on device")
 
 
 @contextlib.contextmanager
@@ -144,10 +143,10 @@ def no_descriptor() -> Iterator[None]:
 
 
 @pytest.mark.proves("F25", "G17")
-async def test_worker_without_descriptors_releases_its_chunks(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_without_descriptors_releases_its_chunks(make_chunk: MakeChunk) -> None:
     """Too many open files are a failure of the worker."""
     async with rigged() as rig:
-        await released_and_recovers(rig, make_chunk, until, no_descriptor(), "Too many open files")
+        await released_and_recovers(rig, make_chunk, no_descriptor(), "Too many open files")
 
 
 FORKLESS = """
@@ -188,9 +187,7 @@ async def test_nmap_fork_failure_raises_cannot_start() -> None:
 
 
 @pytest.mark.proves("F25")
-async def test_worker_without_nmap_recovers_after_installation(
-    make_chunk: MakeChunk, until: Until, tmp_path: Path
-) -> None:
+async def test_worker_without_nmap_recovers_after_installation(make_chunk: MakeChunk, tmp_path: Path) -> None:
     """Without nmap the worker starts, announces no slots and reports the cause; after the installation it scans without restart."""
     program = tmp_path / "nmap"
     async with rigged(program) as rig:
@@ -204,9 +201,7 @@ async def test_worker_without_nmap_recovers_after_installation(
 
 
 @pytest.mark.proves("F25", "G17")
-async def test_worker_with_failing_nmap_takes_no_fourth_chunk(
-    make_chunk: MakeChunk, until: Until, tmp_path: Path
-) -> None:
+async def test_worker_with_failing_nmap_takes_no_fourth_chunk(make_chunk: MakeChunk, tmp_path: Path) -> None:
     """After three consecutive failed chunks the worker announces no slots until nmap works again."""
     program = tmp_path / "nmap"
     program.symlink_to(NMAP)

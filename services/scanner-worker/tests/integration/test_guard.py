@@ -8,18 +8,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from uuid import uuid4
 
 import pytest
 
+from scanfleet_testing.waiting import until
 from scanner_worker.domain import CannotStartError, KilledByGuardError, ScanError
 from scanner_worker.scanner import guard
 from scanner_worker.scanner.process import Limits, Nmap
 
 pytestmark = pytest.mark.integration
 
-Until = Callable[..., Awaitable[None]]
 
 NMAP = "/usr/bin/nmap"
 LIMITS = Limits(output=16 << 20, host=4 << 20, stall_seconds=60)
@@ -147,7 +147,7 @@ def kill_from_outside(nmap: Nmap) -> None:
 
 
 @pytest.mark.proves("F32", "G17")
-async def test_scan_blocked_event_loop_raises_killed_by_guard(nmap: Nmap, until: Until) -> None:
+async def test_scan_blocked_event_loop_raises_killed_by_guard(nmap: Nmap) -> None:
     """After the event loop is blocked for the limit, nmap was killed by the guard, and the next scan runs."""
     nmap.hold(2.0)
     scanning = asyncio.create_task(scan(nmap, *SLOW))
@@ -164,7 +164,7 @@ async def test_scan_blocked_event_loop_raises_killed_by_guard(nmap: Nmap, until:
         await again
 
 
-async def test_scan_foreign_sigkill_is_not_attributed_to_the_guard(nmap: Nmap, until: Until) -> None:
+async def test_scan_foreign_sigkill_is_not_attributed_to_the_guard(nmap: Nmap) -> None:
     """SIGKILL by the kernel or an operator is reported as such, even after the guard has killed earlier runs."""
     nmap.hold(0.5)
     time.sleep(1)  # noqa: ASYNC251 # the guard kills while no nmap runs

@@ -25,6 +25,7 @@ from scanfleet.policy import ADMITTED_SCRIPTS, VERSION_SCRIPTS
 from scanfleet.ports import PortSet
 from scanfleet.targets import TargetRules
 from scanfleet_testing.bus import MemoryBus
+from scanfleet_testing.waiting import until
 from scanner_worker.domain import CannotStartError, ScanError, scripts_of
 from scanner_worker.handlers.batch import Abilities
 from scanner_worker.handlers.worker import Worker
@@ -35,7 +36,6 @@ from scanner_worker.scanner.raw import may_send_raw, privileges
 pytestmark = pytest.mark.integration
 
 MakeChunk = Callable[..., ScanChunk]
-Until = Callable[..., Awaitable[None]]
 MakeNmap = Callable[..., Awaitable[Nmap]]
 
 NMAP = "/usr/bin/nmap"
@@ -179,7 +179,6 @@ async def test_scan_real_hosts_have_outcomes_and_open_ports(
     make_chunk: MakeChunk,
     make_nmap: MakeNmap,
     listeners: Callable[..., int],
-    until: Until,
 ) -> None:
     """With real nmap and listeners every address has its outcome, and exactly the listening ports are open."""
     port = listeners("127.9.41.3", "127.9.41.17")
@@ -208,7 +207,7 @@ def has_ipv6() -> bool:
 
 @pytest.mark.skipif(not has_ipv6(), reason="the machine has no ::1, the only IPv6 address that a test may scan")
 async def test_scan_ipv6_chunk_is_scanned(
-    make_chunk: MakeChunk, make_nmap: MakeNmap, listeners: Callable[..., int], until: Until
+    make_chunk: MakeChunk, make_nmap: MakeNmap, listeners: Callable[..., int]
 ) -> None:
     """An IPv6 chunk is scanned like any other."""
     port = listeners("::1")
@@ -219,9 +218,7 @@ async def test_scan_ipv6_chunk_is_scanned(
         assert [each.port for each in rig.hosts()["::1"].ports] == [port]
 
 
-async def test_scan_finished_group_is_published_while_nmap_runs(
-    make_chunk: MakeChunk, make_nmap: MakeNmap, until: Until
-) -> None:
+async def test_scan_finished_group_is_published_while_nmap_runs(make_chunk: MakeChunk, make_nmap: MakeNmap) -> None:
     """The hosts of a finished host group are published before the scan of the chunk ends."""
     chunk = make_chunk(
         {"ports": "1-20", "max_rate": 600},
@@ -237,7 +234,7 @@ async def test_scan_finished_group_is_published_while_nmap_runs(
 
 
 @pytest.mark.proves("F2", "G10")
-async def test_scan_resumed_chunk_scans_only_blanks(make_chunk: MakeChunk, make_nmap: MakeNmap, until: Until) -> None:
+async def test_scan_resumed_chunk_scans_only_blanks(make_chunk: MakeChunk, make_nmap: MakeNmap) -> None:
     """Addresses that the first attempt finished are neither scanned nor reported again by the second."""
     async with rigged(await make_nmap()) as rig:
         await rig.send(make_chunk(attempt=2, first_address="127.9.43.0", outcomes="aa.d.s.."))
@@ -252,7 +249,6 @@ async def test_scan_resumed_chunk_scans_only_blanks(make_chunk: MakeChunk, make_
 async def test_stop_kills_nmap_within_two_seconds(
     make_chunk: MakeChunk,
     make_nmap: MakeNmap,
-    until: Until,
 ) -> None:
     """StopChunk ends all processes of real nmap within two seconds."""
     chunk = make_chunk({"ports": "1-1000", "max_rate": 1}, first_address="127.9.44.0")
@@ -279,7 +275,7 @@ def recorded(tmp_path: Path) -> tuple[Path, Callable[[], list[list[str]]]]:
 
 
 @contextlib.asynccontextmanager
-async def busy(rig: Rig, make_chunk: MakeChunk, until: Until) -> AsyncIterator[None]:
+async def busy(rig: Rig, make_chunk: MakeChunk) -> AsyncIterator[None]:
     """Occupy the only slot, and free it on exit, so that the chunks sent meanwhile start together."""
     taking = make_chunk({"ports": "1-1000", "max_rate": 1}, chunk_id="9-0", first_address="127.9.45.0", outcomes=".")
     await rig.send(taking)
@@ -293,7 +289,6 @@ async def test_batch_small_chunks_share_one_nmap(
     make_nmap: MakeNmap,
     recorded: tuple[Path, Callable[[], list[list[str]]]],
     listeners: Callable[..., int],
-    until: Until,
 ) -> None:
     """Five waiting chunks of one host start one nmap, and each has the same results as alone."""
     port = listeners("127.9.46.1", "127.9.46.3")
@@ -310,9 +305,9 @@ async def test_batch_small_chunks_share_one_nmap(
     for how, failures in (("together", 0), ("alone", 1)):
         async with rigged(await make_nmap(program), slots=1) as rig:
             before = len(starts())
-            async with busy(rig, make_chunk, until):
+            async with busy(rig, make_chunk):
                 await rig.send(*chunks(failures))
-            await until(lambda rig=rig: len(rig.scanned()) == 5, 60)
+            await until(lambda rig=rig: len(rig.scanned()) == 5, 60)  # type: ignore[misc] # mypy infers no type for a lambda with a default
             assert rig.scanned() == {f"1-{last}": "a" for last in range(5)}
             found[how] = {a: (h.chunk_id, [p.port for p in h.ports]) for a, h in rig.hosts().items()}
             assert len(starts()) - before == 1 + {"together": 1, "alone": 5}[how]
@@ -326,7 +321,6 @@ async def test_batch_cancel_stops_only_its_own_targets(
     make_nmap: MakeNmap,
     recorded: tuple[Path, Callable[[], list[list[str]]]],
     listeners: Callable[..., int],
-    until: Until,
 ) -> None:
     """Two seconds after one chunk is cancelled no nmap has its targets; the others are finished, no address twice."""
     port = listeners("127.9.47.70", "127.9.48.5", "127.9.49.9")
@@ -338,7 +332,7 @@ async def test_batch_cancel_stops_only_its_own_targets(
         for net in (47, 48, 49)
     ]
     async with rigged(await make_nmap(program), slots=1) as rig:
-        async with busy(rig, make_chunk, until):
+        async with busy(rig, make_chunk):
             await rig.send(*chunks)
         await until(lambda: len(rig.hosts()) == 64, 60)
         await rig.send(StopChunk(job_id=1, chunk_id="1-48", attempt=1, worker_id="worker", reason="cancelled"))
@@ -365,7 +359,6 @@ async def test_batch_nmap_crash_fails_unfinished_chunks(
     make_chunk: MakeChunk,
     make_nmap: MakeNmap,
     stand_in: Callable[[str], Path],
-    until: Until,
 ) -> None:
     """Of three chunks in one nmap that crashes, the one with a complete result is scanned, and the others fail."""
     body = """
@@ -373,7 +366,7 @@ async def test_batch_nmap_crash_fails_unfinished_chunks(
         write(HEAD, host(1)); os.kill(os.getpid(), signal.SIGSEGV)
     """
     async with rigged(await make_nmap(stand_in(body)), slots=1) as rig:
-        async with busy(rig, make_chunk, until):
+        async with busy(rig, make_chunk):
             await rig.send(
                 *(make_chunk(chunk_id=f"1-{n}", first_address=f"127.9.1.{n}", outcomes=".") for n in (1, 2, 3)),
             )
@@ -447,7 +440,6 @@ async def test_scan_faulty_nmap_fails_the_chunk_with_a_reason(  # noqa: PLR0917 
     make_chunk: MakeChunk,
     make_nmap: MakeNmap,
     stand_in: Callable[[str], Path],
-    until: Until,
     body: str,
     reason: str,
     outcomes: str,
@@ -508,7 +500,7 @@ async def test_scan_expected_pauses_extend_the_stall_timeout(
 
 
 @pytest.mark.proves("F20")
-async def test_scan_stopped_nmap_is_killed(make_nmap: MakeNmap, until: Until) -> None:
+async def test_scan_stopped_nmap_is_killed(make_nmap: MakeNmap) -> None:
     """Real nmap that receives SIGSTOP makes no progress, and is killed after the stall timeout."""
     nmap = await make_nmap(NMAP, replace(LIMITS, stall_seconds=2))
     line = ["-n", "-sT", "-Pn", "-p", "1-900", "--scan-delay", "100ms", "-oX", "-", "--stats-every", "1s", "127.9.40.1"]
@@ -618,7 +610,6 @@ async def test_scan_leftover_child_is_killed(
     make_chunk: MakeChunk,
     make_nmap: MakeNmap,
     stand_in: Callable[[str], Path],
-    until: Until,
 ) -> None:
     """A run that succeeds is valid, and processes left in its process group are killed."""
     body = """
@@ -632,11 +623,10 @@ async def test_scan_leftover_child_is_killed(
         await until(lambda: not marked(rig.nmap), 2)
 
 
-async def test_scan_nmap_inherits_nothing(  # noqa: PLR0917 # pytest passes fixtures by name
+async def test_scan_nmap_inherits_nothing(  # pytest passes fixtures by name
     make_chunk: MakeChunk,
     make_nmap: MakeNmap,
     stand_in: Callable[[str], Path],
-    until: Until,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -698,7 +688,7 @@ def guards(nmap: Nmap) -> list[int]:
 
 
 @pytest.mark.proves("F2", "G8")
-async def test_guard_killed_worker_leaves_no_nmap(until: Until) -> None:
+async def test_guard_killed_worker_leaves_no_nmap() -> None:
     """After kill -9 of a scanning worker neither its nmap nor the guard is left."""
     process, theirs = await start_scanning(NMAP, *SLOW)
     await until(lambda: marked(theirs))
@@ -708,7 +698,7 @@ async def test_guard_killed_worker_leaves_no_nmap(until: Until) -> None:
     await until(lambda: not guards(theirs), 5)
 
 
-async def test_guard_ignores_signals_of_the_process_group(until: Until) -> None:
+async def test_guard_ignores_signals_of_the_process_group() -> None:
     """After SIGTERM to the worker's process group and kill -9 of the worker no nmap is left."""
     process, theirs = await start_scanning(NMAP, *SLOW, start_new_session=True)
     await until(lambda: marked(theirs))
@@ -720,7 +710,7 @@ async def test_guard_ignores_signals_of_the_process_group(until: Until) -> None:
 
 
 @pytest.mark.proves("F2", "F20")
-async def test_guard_killed_worker_leaves_no_forked_process(stand_in: Callable[[str], Path], until: Until) -> None:
+async def test_guard_killed_worker_leaves_no_forked_process(stand_in: Callable[[str], Path]) -> None:
     """Processes that nmap forked, even into new sessions, are killed with the worker."""
     program = stand_in("""
         subprocess.Popen(["sleep", "600"], start_new_session=True)
@@ -735,13 +725,13 @@ async def test_guard_killed_worker_leaves_no_forked_process(stand_in: Callable[[
 
 
 @pytest.mark.proves("F2")
-async def test_guard_worker_killed_during_start_leaves_no_nmap(until: Until) -> None:
+async def test_guard_worker_killed_during_start_leaves_no_nmap() -> None:
     """A worker killed while it starts nmap, before it has the process id, leaves no process."""
     for _ in range(4):
         process, theirs = await start_scanning(NMAP, *SLOW)
         process.kill()
         await process.wait()
-        await until(lambda theirs=theirs: not guards(theirs), 5)
+        await until(lambda theirs=theirs: not guards(theirs), 5)  # type: ignore[misc] # mypy infers no type for a lambda with a default
         assert marked(theirs) == []
 
 
@@ -759,7 +749,7 @@ async def test_guard_identifies_processes_by_command_line() -> None:
         await other.wait()
 
 
-async def test_worker_without_guard_is_not_alive(make_nmap: MakeNmap, until: Until) -> None:
+async def test_worker_without_guard_is_not_alive(make_nmap: MakeNmap) -> None:
     """A worker whose guard has died is not alive."""
     nmap = await make_nmap()
     assert nmap.alive

@@ -8,17 +8,14 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
-import httpx
 import pytest
 
-from scanfleet.bus import Record
+from local import ports
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.messages import (
@@ -31,64 +28,38 @@ from scanfleet.messages import (
     StopChunk,
     WorkerReady,
 )
-from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS, SCAN_WORKERS
+from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS, SCAN_WORKERS, WORKER
 from scanfleet.settings import KafkaSettings
+from scanfleet_testing.consumers import Recorder
+from scanfleet_testing.process import ServiceProcess
+from scanfleet_testing.waiting import until
 
 pytestmark = pytest.mark.integration
 
 MakeChunk = Callable[..., ScanChunk]
-Until = Callable[..., Awaitable[None]]
 
 SLOW = {"ports": "1-1000", "max_rate": 1}  # runs until it is stopped
 STEADY = {"ports": "1-1000", "max_rate": 100}  # sends packets for longer than a test runs
 
 
-class Listener:
-    """Keeps every message of a topic."""
-
-    def __init__(self) -> None:
-        self.received: list[Message] = []
-
-    async def handle(self, records: Sequence[Record]) -> None:
-        self.received += [record.message for record in records]
-
-    async def assigned(self, partitions: Collection[int]) -> None: ...
-
-    async def revoked(self, partitions: Collection[int]) -> None: ...
-
-    async def caught_up(self, partitions: Collection[int]) -> None: ...
-
-
 class Deployed:
     """A worker process, and the bus that it is connected to."""
 
-    def __init__(self, bus: KafkaBus, environment: dict[str, str], port: int) -> None:
+    def __init__(self, bus: KafkaBus, process: ServiceProcess) -> None:
         self.bus = bus
-        self.workers, self.progress, self.results = Listener(), Listener(), Listener()
-        self._environment = environment
-        self._port = port
-        self.process: asyncio.subprocess.Process
-
-    async def start(self) -> None:
-        self.process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "scanfleet.server", "scanner-worker"),
-            env=os.environ | self._environment | {"SCANFLEET_PROBE_PORT": str(self._port)},
-        )
-
-    async def probe(self, path: str) -> httpx.Response:
-        async with httpx.AsyncClient(trust_env=False) as client:
-            return await client.get(f"http://127.0.0.1:{self._port}{path}")
+        self.process = process
+        self.workers, self.progress, self.results = Recorder(), Recorder(), Recorder()
 
     @property
     def worker_id(self) -> str:
         """The worker's current id; empty before its first announcement."""
-        return self.workers.received[-1].worker_id if self.workers.received else ""  # type: ignore[attr-defined] # another kind of message fails the test
+        return self.workers.messages[-1].worker_id if self.workers.messages else ""  # type: ignore[attr-defined] # another kind of message fails the test
 
     async def send(self, *tasks: Message) -> None:
         await self.bus.publish(SCAN_TASKS, [task.model_copy(update={"worker_id": self.worker_id}) for task in tasks])
 
     def messages(self, *kinds: type[Message]) -> list[Message]:
-        return [message for message in self.progress.received if isinstance(message, kinds)]
+        return [message for message in self.progress.messages if isinstance(message, kinds)]
 
 
 @pytest.fixture
@@ -98,12 +69,10 @@ def nmap() -> str:
 
 
 @pytest.fixture
-async def deployed(kafka: str, until: Until, nmap: str) -> AsyncIterator[Deployed]:
+async def deployed(kafka: str, nmap: str) -> AsyncIterator[Deployed]:
     """Yield a worker that has announced itself; the loopback network may be scanned."""
     prefix = f"test-{uuid4().hex[:8]}-"
     await create_topics(TopicSettings(kafka=kafka, topic_prefix=prefix))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     environment = {
         "SCANFLEET_KAFKA": kafka,
         "SCANFLEET_TOPIC_PREFIX": prefix,
@@ -114,7 +83,7 @@ async def deployed(kafka: str, until: Until, nmap: str) -> AsyncIterator[Deploye
         "SCANFLEET_STOP_GRACE_SECONDS": "6",
     }
     bus = KafkaBus(KafkaSettings(kafka=kafka, topic_prefix=prefix), source="test", instance="test")
-    worker = Deployed(bus, environment, port)
+    worker = Deployed(bus, ServiceProcess(WORKER, environment, ports.choose()))
     async with contextlib.AsyncExitStack() as stack:
         await bus.start()
         stack.push_async_callback(bus.stop)
@@ -123,78 +92,69 @@ async def deployed(kafka: str, until: Until, nmap: str) -> AsyncIterator[Deploye
             consumer = bus.tail(topic, listener)
             await consumer.start()
             stack.push_async_callback(consumer.stop)
-        await worker.start()
-        try:
-            await until(lambda: worker.worker_id, 30)
-            yield worker
-        finally:
-            if worker.process.returncode is None:
-                worker.process.kill()
-            await worker.process.wait()
+        stack.push_async_callback(worker.process.discard)
+        await worker.process.start()
+        await until(lambda: worker.worker_id)
+        yield worker
 
 
-async def test_service_scans_a_chunk_over_kafka(deployed: Deployed, make_chunk: MakeChunk, until: Until) -> None:
+async def test_service_scans_a_chunk_over_kafka(deployed: Deployed, make_chunk: MakeChunk) -> None:
     """The process is healthy, ready and exports metrics; it scans a chunk, and reports to results before progress."""
-    assert (await deployed.probe("/healthz")).status_code == 200
-    assert (await deployed.probe("/readyz")).status_code == 200
+    assert (await deployed.process.probe("/healthz")).status_code == 200
+    assert (await deployed.process.probe("/readyz")).status_code == 200
     await deployed.send(make_chunk())
     await until(lambda: deployed.messages(ChunkScanned), 60)
-    await until(lambda: len(deployed.results.received) == 5)
-    assert [type(message).__name__ for message in deployed.results.received] == [*["HostScanned"] * 4, "ChunkScanned"]
-    assert 'scanfleet_worker_addresses_total{outcome="answered"} 4.0' in (await deployed.probe("/metrics")).text
+    await until(lambda: len(deployed.results.messages) == 5)
+    assert [type(message).__name__ for message in deployed.results.messages] == [*["HostScanned"] * 4, "ChunkScanned"]
+    assert 'scanfleet_worker_addresses_total{outcome="answered"} 4.0' in (await deployed.process.probe("/metrics")).text
 
 
 @pytest.mark.proves("F14", "G10")
 async def test_service_sigterm_finishes_or_releases_chunks(
     deployed: Deployed,
     make_chunk: MakeChunk,
-    until: Until,
 ) -> None:
     """On SIGTERM a chunk that can finish is finished, the others are released, and the process exits with 0."""
     quick = make_chunk({"ports": "1-40", "max_rate": 80}, chunk_id="1-0", outcomes="....")
     await deployed.send(quick, make_chunk(SLOW, chunk_id="1-1"), make_chunk(SLOW, chunk_id="1-2"))
     await until(lambda: len({m.chunk_id for m in deployed.messages(ChunkProgressed)}) == 3, 30)  # type: ignore[attr-defined] # another kind of message fails the test
-    deployed.process.send_signal(signal.SIGTERM)
-    assert await asyncio.wait_for(deployed.process.wait(), 20) == 0
+    assert await deployed.process.end(signal.SIGTERM) == 0
     await until(lambda: len(deployed.messages(ChunkScanned, ChunkReleased, ChunkFailed)) == 3)
     ends = {m.chunk_id: type(m) for m in deployed.messages(ChunkScanned, ChunkReleased, ChunkFailed)}  # type: ignore[attr-defined] # another kind of message fails the test
     assert ends == {"1-0": ChunkScanned, "1-1": ChunkReleased, "1-2": ChunkReleased}
-    goodbye = deployed.workers.received[-1]
+    goodbye = deployed.workers.messages[-1]
     assert isinstance(goodbye, WorkerReady)
     assert goodbye.slots == 0
 
 
-async def test_service_restart_changes_the_worker_id(deployed: Deployed, until: Until) -> None:
+async def test_service_restart_changes_the_worker_id(deployed: Deployed) -> None:
     """After a restart the instance announces itself with a new id, so that no task for the old one reaches it."""
     before = deployed.worker_id
-    deployed.process.kill()
-    await deployed.process.wait()
-    await deployed.start()
+    await deployed.process.end(signal.SIGKILL)
+    await deployed.process.start()
     await until(lambda: deployed.worker_id != before, 30)
     assert before.startswith("scanner-worker-1-")
     assert deployed.worker_id.startswith("scanner-worker-1-")
 
 
 @pytest.mark.proves("F8", "G5")
-async def test_service_resumed_after_lease_releases_the_chunk(
-    deployed: Deployed, make_chunk: MakeChunk, until: Until
-) -> None:
+async def test_service_resumed_after_lease_releases_the_chunk(deployed: Deployed, make_chunk: MakeChunk) -> None:
     """A worker that is stopped for longer than its lease and resumed kills its nmap by itself and releases the chunk."""
     await deployed.send(make_chunk(SLOW, lease_seconds=3.0))
     await until(lambda: deployed.messages(ChunkProgressed), 30)
-    deployed.process.send_signal(signal.SIGSTOP)
+    deployed.process.send(signal.SIGSTOP)
     await asyncio.sleep(3.5)  # the lease itself is the condition
-    deployed.process.send_signal(signal.SIGCONT)
+    deployed.process.send(signal.SIGCONT)
     await until(lambda: deployed.messages(ChunkReleased), 2)
 
 
-async def test_service_unknown_tasks_are_ignored(deployed: Deployed, make_chunk: MakeChunk, until: Until) -> None:
+async def test_service_unknown_tasks_are_ignored(deployed: Deployed, make_chunk: MakeChunk) -> None:
     """A task for an unknown chunk or worker is ignored, and the next task is processed."""
     stop = StopChunk(job_id=9, chunk_id="9-9", attempt=9, worker_id="x", reason="nothing")
     await deployed.bus.publish(SCAN_TASKS, [stop, make_chunk(worker_id="another")])
     await deployed.send(stop, make_chunk(chunk_id="1-7"))
     await until(lambda: deployed.messages(ChunkScanned), 60)
-    assert {m.chunk_id for m in deployed.progress.received} == {"1-7"}  # type: ignore[attr-defined] # another kind of message fails the test
+    assert {m.chunk_id for m in deployed.progress.messages} == {"1-7"}  # type: ignore[attr-defined] # another kind of message fails the test
 
 
 @contextlib.contextmanager
@@ -238,13 +198,12 @@ class TestStopped:
         deployed: Deployed,
         counted: tuple[str, Callable[[], int]],
         make_chunk: MakeChunk,
-        until: Until,
     ) -> None:
         """nmap continues while its worker is stopped, until the guard kills it; the resumed worker releases the chunk."""
         lease, packets, loop = 6.0, counted[1], asyncio.get_running_loop()
         await deployed.send(make_chunk(STEADY, lease_seconds=lease))
         await until(lambda: deployed.messages(ChunkProgressed) and packets() > 100, 30)
-        deployed.process.send_signal(signal.SIGSTOP)
+        deployed.process.send(signal.SIGSTOP)
         stopped = last = loop.time()
         try:
             seen = packets()
@@ -253,7 +212,7 @@ class TestStopped:
                     seen, last = now, loop.time()
                 await asyncio.sleep(0.02)
         finally:
-            deployed.process.send_signal(signal.SIGCONT)
+            deployed.process.send(signal.SIGCONT)
         assert 1 < last - stopped < lease * 2 / 3 + 1
         await until(lambda: deployed.messages(ChunkReleased, ChunkFailed), 10)
         assert isinstance(deployed.messages(ChunkReleased, ChunkFailed)[0], ChunkReleased)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
@@ -27,13 +27,13 @@ from scanfleet.policy import Preset, fill_in
 from scanfleet.ports import PortSet
 from scanfleet.targets import TargetRules
 from scanfleet_testing.bus import MemoryBus
+from scanfleet_testing.waiting import until
 from scanner_worker.domain import CannotStartError, Host, KilledByGuardError, ScanError, arguments, permit
 from scanner_worker.handlers import batch
 from scanner_worker.handlers.batch import Abilities, Batch, Found
 from scanner_worker.handlers.chunk import ChunkScan
 
 MakeChunk = Callable[..., ScanChunk]
-Until = Callable[..., Awaitable[None]]
 
 RULES = TargetRules((ip_network("127.0.0.0/8"), ip_network("::1/128")), (ip_network("127.9.9.9/32"),))
 ABILITIES = Abilities(slots=1, raw=True, rules=RULES, attempt_seconds=60)
@@ -175,7 +175,7 @@ async def test_batch_chunks_have_separate_reports(make: MakeChunk) -> None:
     ]
 
 
-async def test_batch_finished_hosts_are_published_immediately(make: MakeChunk, until: Until) -> None:
+async def test_batch_finished_hosts_are_published_immediately(make: MakeChunk) -> None:
     """Finished hosts of one chunk are published while the same nmap scans the others."""
     async with scanning(make(1), make(2)) as rig:
         rig.scanner.let(1)
@@ -185,7 +185,7 @@ async def test_batch_finished_hosts_are_published_immediately(make: MakeChunk, u
 
 
 @pytest.mark.proves("G8")
-async def test_batch_stopped_chunk_removes_its_targets(make: MakeChunk, until: Until) -> None:
+async def test_batch_stopped_chunk_removes_its_targets(make: MakeChunk) -> None:
     """Stopping a chunk ends nmap; the next nmap gets the remaining addresses of the others, and none twice."""
     async with scanning(make(1), make(2), make(3)) as rig:
         rig.scanner.let(3)
@@ -200,7 +200,7 @@ async def test_batch_stopped_chunk_removes_its_targets(make: MakeChunk, until: U
     assert rig.scanner.most == 1
 
 
-async def test_batch_finished_chunk_does_not_stop_nmap(make: MakeChunk, until: Until) -> None:
+async def test_batch_finished_chunk_does_not_stop_nmap(make: MakeChunk) -> None:
     """A chunk that leaves after all of its addresses are finished does not stop nmap."""
     async with scanning(make(1), make(2)) as rig:
         rig.scanner.let(2)
@@ -212,7 +212,7 @@ async def test_batch_finished_chunk_does_not_stop_nmap(make: MakeChunk, until: U
     assert rig.ends() == {"1-1": (ChunkScanned, "aa"), "1-2": (ChunkScanned, "aa")}
 
 
-async def test_batch_all_stopped_starts_no_nmap(make: MakeChunk, until: Until) -> None:
+async def test_batch_all_stopped_starts_no_nmap(make: MakeChunk) -> None:
     """If all chunks are stopped, nmap is killed and not restarted; each chunk reports its own map."""
     async with scanning(make(1), make(2), make(3)) as rig:
         rig.scanner.let(1)
@@ -245,7 +245,7 @@ async def test_batch_rules_apply_to_each_chunk(make: MakeChunk) -> None:
     assert rig.ends() == {"1-1": (ChunkScanned, "aa"), "1-2": (ChunkScanned, "ar"), "1-3": (ChunkScanned, "r")}
 
 
-async def test_batch_failed_nmap_fails_unfinished_chunks(make: MakeChunk, until: Until) -> None:
+async def test_batch_failed_nmap_fails_unfinished_chunks(make: MakeChunk) -> None:
     """If nmap crashes, chunks whose hosts are complete are scanned; the others fail with the reason, and nmap is not restarted."""
     async with scanning(make(1), make(2), make(3)) as rig:
         rig.scanner.let(3)
@@ -266,7 +266,7 @@ async def test_batch_error_of_one_chunk_is_isolated(make: MakeChunk) -> None:
 
 
 @pytest.mark.proves("F8", "G5")
-async def test_batch_unacknowledged_chunk_leaves_within_its_lease(make: MakeChunk, until: Until) -> None:
+async def test_batch_unacknowledged_chunk_leaves_within_its_lease(make: MakeChunk) -> None:
     """A chunk whose heartbeats are not acknowledged leaves within its lease, and the others continue."""
     unavailable = True
     async with scanning(make(1, lease_seconds=3.0), make(2)) as rig:
@@ -280,7 +280,7 @@ async def test_batch_unacknowledged_chunk_leaves_within_its_lease(make: MakeChun
     assert rig.ends()["1-2"] == (ChunkScanned, "aa")
 
 
-async def test_batch_chunks_have_separate_heartbeats(make: MakeChunk, until: Until) -> None:
+async def test_batch_chunks_have_separate_heartbeats(make: MakeChunk) -> None:
     """While one nmap scans several chunks, each of them reports its own map every second."""
     async with scanning(make(1), make(2)) as rig:
         rig.scanner.let(1)
@@ -294,7 +294,7 @@ async def test_batch_chunks_have_separate_heartbeats(make: MakeChunk, until: Unt
         rig.scanner.let()
 
 
-async def test_batch_unpublished_hosts_apply_backpressure(make: MakeChunk, until: Until) -> None:
+async def test_batch_unpublished_hosts_apply_backpressure(make: MakeChunk) -> None:
     """While one chunk's hosts cannot be published, no further output of nmap is read for any chunk."""
     unavailable = True
     async with scanning(make(1, outcomes="....."), make(2)) as rig:
@@ -308,7 +308,7 @@ async def test_batch_unpublished_hosts_apply_backpressure(make: MakeChunk, until
     assert rig.ends() == {"1-1": (ChunkScanned, "aaaaa"), "1-2": (ChunkScanned, "aa")}
 
 
-async def test_batch_slot_seconds_add_up(make: MakeChunk, until: Until) -> None:
+async def test_batch_slot_seconds_add_up(make: MakeChunk) -> None:
     """The slot seconds that the chunks of one nmap report add up to the time in the slot."""
     began = asyncio.get_running_loop().time()
     async with scanning(make(1), make(2), make(3)) as rig:
@@ -339,7 +339,7 @@ async def test_scan_of_several_addresses_past_its_time_is_released_as_too_slow(m
     assert (len(rig.scanner.asked), rig.scanner.running) == (1, 0)
 
 
-async def test_scan_of_several_addresses_has_one_time_limit_for_all_its_nmaps(make: MakeChunk, until: Until) -> None:
+async def test_scan_of_several_addresses_has_one_time_limit_for_all_its_nmaps(make: MakeChunk) -> None:
     """A chunk that leaves causes another nmap for the rest, and both share one timeout."""
     began = asyncio.get_running_loop().time()
     async with scanning(make(1), make(2), abilities=replace(BRIEF, attempt_seconds=1.0)) as rig:

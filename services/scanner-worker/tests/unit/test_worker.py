@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from ipaddress import ip_network
 
@@ -32,12 +32,12 @@ from scanfleet.targets import TargetRules
 from scanfleet.user_grants import UserGrants
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.tracing import ids, recording
+from scanfleet_testing.waiting import until
 from scanner_worker.domain import CannotStartError, Host, ScanError
 from scanner_worker.handlers.batch import Abilities, Found
 from scanner_worker.handlers.worker import Worker
 
 MakeChunk = Callable[..., ScanChunk]
-Until = Callable[..., Awaitable[None]]
 
 FOREVER = "forever"
 ASKED = "asked"
@@ -152,7 +152,7 @@ def hosts(*lasts: int) -> Iterable[Host]:
     return [host(f"127.9.1.{last}") for last in lasts]
 
 
-async def test_worker_announces_slots_and_capabilities(until: Until) -> None:
+async def test_worker_announces_slots_and_capabilities() -> None:
     """At the start and every two seconds the worker announces its slots and capabilities."""
     async with rigged(slots=3, raw=False) as rig:
         await until(lambda: len(rig.messages(SCAN_WORKERS, WorkerReady)) >= 2)
@@ -160,7 +160,7 @@ async def test_worker_announces_slots_and_capabilities(until: Until) -> None:
         assert (ready.worker_id, ready.slots, ready.raw) == ("worker", 3, False)  # type: ignore[attr-defined] # another kind of message fails the test
 
 
-async def test_worker_chunk_is_scanned_and_reported(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_chunk_is_scanned_and_reported(make_chunk: MakeChunk) -> None:
     """Each host that is not down is published, the final report goes to results before progress, and a short scan has no claim."""
     script = [
         host("127.9.1.0"),
@@ -186,7 +186,7 @@ async def test_worker_chunk_is_scanned_and_reported(make_chunk: MakeChunk, until
         assert (host_scanned.user_id, host_scanned.attempt, host_scanned.ports) == (7, 1, (PortFound(port=22),))
 
 
-async def test_worker_publishes_details_of_hosts_with_findings(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_publishes_details_of_hosts_with_findings(make_chunk: MakeChunk) -> None:
     """Details are published for hosts that answered, and not for silent ones, of which there may be very many."""
     script = [detailed("127.9.1.0", b"reset"), detailed("127.9.1.1", b"user-set")]
     async with rigged(*script) as rig:
@@ -196,7 +196,7 @@ async def test_worker_publishes_details_of_hosts_with_findings(make_chunk: MakeC
         assert [(m.outcome, m.details and m.details.reason) for m in found] == [("a", "reset"), ("s", None)]
 
 
-async def test_worker_retried_chunk_scans_only_blanks(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_retried_chunk_scans_only_blanks(make_chunk: MakeChunk) -> None:
     """A retried chunk keeps its outcomes and passes only blank addresses to nmap."""
     async with rigged(*hosts(1, 0, 3)) as rig:
         await rig.send(make_chunk(outcomes="a.d."))
@@ -210,7 +210,7 @@ async def test_worker_retried_chunk_scans_only_blanks(make_chunk: MakeChunk, unt
         assert rig.last().outcomes == "aada"  # type: ignore[attr-defined] # another kind of message fails the test
 
 
-async def test_worker_task_of_another_worker_is_ignored(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_task_of_another_worker_is_ignored(make_chunk: MakeChunk) -> None:
     """A worker ignores tasks for other worker ids."""
     async with rigged(*hosts(0, 1, 2, 3)) as rig:
         await rig.send(make_chunk(worker_id="other", chunk_id="1-1"), make_chunk())
@@ -218,7 +218,7 @@ async def test_worker_task_of_another_worker_is_ignored(make_chunk: MakeChunk, u
         assert {m.chunk_id for m in rig.bus.messages(SCAN_PROGRESS)} == {"1-0"}  # type: ignore[attr-defined] # another kind of message fails the test
 
 
-async def test_worker_repeated_task_is_ignored(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_repeated_task_is_ignored(make_chunk: MakeChunk) -> None:
     """A repeated ScanChunk of the same attempt is ignored, during and after the scan."""
     async with rigged(*hosts(0, 1, 2, 3)) as rig:
         await rig.send(make_chunk(), make_chunk())
@@ -228,7 +228,7 @@ async def test_worker_repeated_task_is_ignored(make_chunk: MakeChunk, until: Unt
         assert len(rig.scanner.asked) == 2
 
 
-async def test_worker_heartbeat_has_the_map(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_heartbeat_has_the_map(make_chunk: MakeChunk) -> None:
     """While a scan runs, a heartbeat every second has the map of finished addresses."""
     async with rigged(*hosts(0, 2), FOREVER) as rig:
         await rig.send(make_chunk())
@@ -236,7 +236,7 @@ async def test_worker_heartbeat_has_the_map(make_chunk: MakeChunk, until: Until)
         assert rig.last().outcomes == "a.a."  # type: ignore[attr-defined] # another kind of message fails the test
 
 
-async def test_worker_outcome_is_set_after_acknowledgement(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_outcome_is_set_after_acknowledgement(make_chunk: MakeChunk) -> None:
     """While scan-results cannot be written, the map stays blank; once it can, the host is published."""
     async with rigged(*hosts(0), FOREVER) as rig:
         publish, unavailable = rig.bus.publish, True
@@ -255,7 +255,7 @@ async def test_worker_outcome_is_set_after_acknowledgement(make_chunk: MakeChunk
         assert len(rig.messages(SCAN_RESULTS, HostScanned)) == 1
 
 
-async def test_worker_slots_limit_concurrent_chunks(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_slots_limit_concurrent_chunks(make_chunk: MakeChunk) -> None:
     """At most as many chunks as slots run concurrently, and the rest start as slots become free."""
     async with rigged(FOREVER, *hosts(0, 1, 2, 3), slots=2) as rig:
         await rig.send(*(make_chunk(chunk_id=f"1-{number}") for number in range(6)))
@@ -265,7 +265,7 @@ async def test_worker_slots_limit_concurrent_chunks(make_chunk: MakeChunk, until
         assert rig.scanner.most == 2
 
 
-async def test_worker_waiting_compatible_chunks_share_a_slot(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_waiting_compatible_chunks_share_a_slot(make_chunk: MakeChunk) -> None:
     """A slot that becomes free takes all waiting compatible chunks; a chunk that finds a free slot does not wait."""
     lasts = {"1-0": 0, "1-1": 4, "1-2": 8, "1-3": 12, "1-4": 16}
     chunks = [make_chunk(chunk_id=id_, first_address=f"127.9.1.{last}", outcomes=".") for id_, last in lasts.items()]
@@ -286,7 +286,7 @@ async def test_worker_waiting_compatible_chunks_share_a_slot(make_chunk: MakeChu
         assert rig.scanner.most == 1
 
 
-async def test_worker_compatible_chunks_are_split_over_free_slots(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_compatible_chunks_are_split_over_free_slots(make_chunk: MakeChunk) -> None:
     """Compatible chunks that arrive together are split over the free slots, so that no slot is idle."""
     chunks = [make_chunk(chunk_id=f"1-{number}", first_address=f"127.9.{number}.0") for number in range(8)]
     async with rigged(FOREVER, slots=3) as rig:
@@ -295,7 +295,7 @@ async def test_worker_compatible_chunks_are_split_over_free_slots(make_chunk: Ma
         assert [len(argv) - argv.index("--") - 1 for argv in rig.scanner.asked] == [3, 3, 2]
 
 
-async def test_worker_chunks_of_one_nmap_take_one_slot(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_chunks_of_one_nmap_take_one_slot(make_chunk: MakeChunk) -> None:
     """While one slot scans several chunks, the other slot is free for other chunks."""
     chunks = [make_chunk(chunk_id=f"1-{number}", first_address=f"127.9.{number}.0") for number in range(4)]
     async with rigged(FOREVER, slots=2) as rig:
@@ -310,7 +310,7 @@ async def test_worker_chunks_of_one_nmap_take_one_slot(make_chunk: MakeChunk, un
         assert [len(argv) - argv.index("--") - 1 for argv in rig.scanner.asked] == [1, 3, 1]
 
 
-async def test_stop_without_grace_releases_all_chunks_of_a_slot(make_chunk: MakeChunk, until: Until) -> None:
+async def test_stop_without_grace_releases_all_chunks_of_a_slot(make_chunk: MakeChunk) -> None:
     """Without grace nmap is killed once for all its chunks, and each chunk is released."""
     chunks = [make_chunk(chunk_id=f"1-{number}", first_address=f"127.9.{number}.0") for number in range(3)]
     async with rigged(FOREVER, slots=1) as rig:
@@ -323,7 +323,7 @@ async def test_stop_without_grace_releases_all_chunks_of_a_slot(make_chunk: Make
         assert len(rig.scanner.asked) == rig.scanner.closed == 2
 
 
-async def test_worker_chunk_without_slot_is_released(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_chunk_without_slot_is_released(make_chunk: MakeChunk) -> None:
     """A chunk that gets no slot within two seconds is released, unclaimed and at no cost."""
     async with rigged(FOREVER, slots=1) as rig:
         await rig.send(make_chunk(), make_chunk(chunk_id="1-1", outcomes="a..."))
@@ -334,7 +334,7 @@ async def test_worker_chunk_without_slot_is_released(make_chunk: MakeChunk, unti
         assert [m.chunk_id for m in rig.messages(SCAN_PROGRESS, ChunkClaimed)] == ["1-0"]  # type: ignore[attr-defined] # another kind of message fails the test
 
 
-async def test_worker_stop_chunk_releases_with_the_map(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_stop_chunk_releases_with_the_map(make_chunk: MakeChunk) -> None:
     """StopChunk of this token closes the scanner and releases the chunk with its finished addresses."""
     async with rigged(*hosts(1), FOREVER) as rig:
         await rig.send(make_chunk())
@@ -346,7 +346,7 @@ async def test_worker_stop_chunk_releases_with_the_map(make_chunk: MakeChunk, un
         assert (released.outcomes, released.reason, rig.scanner.closed) == (".a..", "cancelled", 1)
 
 
-async def test_worker_unknown_stop_chunk_gets_no_reply(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_unknown_stop_chunk_gets_no_reply(make_chunk: MakeChunk) -> None:
     """A StopChunk for an unknown attempt or chunk stops nothing and gets no reply, which would cause an endless loop."""
     async with rigged(FOREVER) as rig:
         await rig.send(make_chunk(attempt=2))
@@ -359,7 +359,7 @@ async def test_worker_unknown_stop_chunk_gets_no_reply(make_chunk: MakeChunk, un
         assert set(rig.progress()) == {"ChunkClaimed", "ChunkProgressed"}
 
 
-async def test_worker_new_attempt_stops_the_old_one(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_new_attempt_stops_the_old_one(make_chunk: MakeChunk) -> None:
     """If the same worker gets a chunk again, the earlier attempt stops."""
     async with rigged(FOREVER) as rig:
         await rig.send(make_chunk())
@@ -371,7 +371,7 @@ async def test_worker_new_attempt_stops_the_old_one(make_chunk: MakeChunk, until
 
 
 @pytest.mark.parametrize("begun", [True, False], ids=["running", "ended"])
-async def test_worker_late_older_attempt_is_ignored(make_chunk: MakeChunk, until: Until, begun: bool) -> None:
+async def test_worker_late_older_attempt_is_ignored(make_chunk: MakeChunk, begun: bool) -> None:
     """A ScanChunk of a lower attempt neither stops a newer one nor starts, even after the newer one has ended."""
     async with rigged(*([FOREVER] if begun else hosts(0, 1, 2, 3))) as rig:
         await rig.send(make_chunk(attempt=3))
@@ -383,7 +383,7 @@ async def test_worker_late_older_attempt_is_ignored(make_chunk: MakeChunk, until
         assert rig.scanner.running == int(begun)
 
 
-async def test_worker_guard_limit_follows_the_shortest_lease(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_guard_limit_follows_the_shortest_lease(make_chunk: MakeChunk) -> None:
     """The guard's limit is two thirds of the shortest lease, set before each scan starts and when one ends."""
     async with rigged(FOREVER, slots=2) as rig:
         await rig.send(make_chunk(lease_seconds=30.0, failures=1))
@@ -396,7 +396,7 @@ async def test_worker_guard_limit_follows_the_shortest_lease(make_chunk: MakeChu
         assert rig.scanner.held == [20.0, 4.0, 20.0]
 
 
-async def test_worker_failed_run_keeps_hosts_and_reason(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_failed_run_keeps_hosts_and_reason(make_chunk: MakeChunk) -> None:
     """Hosts before the failure count, and the reason of the failure is reported."""
     async with rigged(*hosts(0), ScanError("nmap exited with 1")) as rig:
         await rig.send(make_chunk())
@@ -406,7 +406,7 @@ async def test_worker_failed_run_keeps_hosts_and_reason(make_chunk: MakeChunk, u
         assert (failed.outcomes, failed.reason) == ("a...", "nmap exited with 1")
 
 
-async def test_worker_missing_host_fails_the_chunk(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_missing_host_fails_the_chunk(make_chunk: MakeChunk) -> None:
     """An address that nmap omits stays blank and fails the chunk although the run succeeded."""
     async with rigged(*hosts(0, 1, 3)) as rig:
         await rig.send(make_chunk())
@@ -416,7 +416,7 @@ async def test_worker_missing_host_fails_the_chunk(make_chunk: MakeChunk, until:
         assert (failed.outcomes, failed.reason) == ("aa.a", "1 addresses are missing from nmap's output")
 
 
-async def test_worker_missing_ports_fail_the_chunk(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_missing_ports_fail_the_chunk(make_chunk: MakeChunk) -> None:
     """A host that accounts for fewer ports than requested has no outcome, and the reason names the host."""
     async with rigged(*hosts(0, 1, 2), host("127.9.1.3", ports=1)) as rig:
         await rig.send(make_chunk())
@@ -425,7 +425,7 @@ async def test_worker_missing_ports_fail_the_chunk(make_chunk: MakeChunk, until:
         assert len(rig.messages(SCAN_RESULTS, HostScanned)) == 3
 
 
-async def test_worker_unrequested_host_fails_the_chunk(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_unrequested_host_fails_the_chunk(make_chunk: MakeChunk) -> None:
     """A host that is not a target fails the chunk."""
     async with rigged(*hosts(9)) as rig:
         await rig.send(make_chunk())
@@ -434,7 +434,7 @@ async def test_worker_unrequested_host_fails_the_chunk(make_chunk: MakeChunk, un
         assert rig.bus.messages(SCAN_RESULTS) == []
 
 
-async def test_worker_unexpected_error_fails_only_the_chunk(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_unexpected_error_fails_only_the_chunk(make_chunk: MakeChunk) -> None:
     """An unexpected error while scanning is reported as a failure, and the worker continues."""
     async with rigged(ValueError("oops")) as rig:
         await rig.send(make_chunk())
@@ -443,7 +443,7 @@ async def test_worker_unexpected_error_fails_only_the_chunk(make_chunk: MakeChun
         assert rig.worker.alive
 
 
-async def test_worker_refused_targets_never_reach_nmap(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_refused_targets_never_reach_nmap(make_chunk: MakeChunk) -> None:
     """Addresses that the rules forbid are refused with the reason, the others are scanned."""
     async with rigged(host("127.9.9.8")) as rig:
         await rig.send(make_chunk(first_address="127.9.9.8", outcomes=".."))
@@ -455,7 +455,7 @@ async def test_worker_refused_targets_never_reach_nmap(make_chunk: MakeChunk, un
         assert "127.9.9.9/32" in scanned.reason
 
 
-async def test_worker_refused_chunk_starts_no_nmap(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_refused_chunk_starts_no_nmap(make_chunk: MakeChunk) -> None:
     """If everything is refused, the chunk is finished immediately without nmap."""
     async with rigged() as rig:
         await rig.send(make_chunk(first_address="10.0.0.0"))
@@ -465,9 +465,7 @@ async def test_worker_refused_chunk_starts_no_nmap(make_chunk: MakeChunk, until:
 
 @pytest.mark.proves("A13", "G15")
 @pytest.mark.parametrize("policy", [{}, {"os_detection": True}], ids=["able", "unable"])
-async def test_worker_forbidden_chunk_is_audited(
-    make_chunk: MakeChunk, until: Until, policy: dict[str, object]
-) -> None:
+async def test_worker_forbidden_chunk_is_audited(make_chunk: MakeChunk, policy: dict[str, object]) -> None:
     """A chunk with forbidden addresses has one audit entry, even if the worker cannot scan it for another reason."""
     async with rigged(host("127.9.9.8"), raw=False) as rig:
         await rig.send(make_chunk(policy, first_address="127.9.9.8", outcomes=".."))
@@ -500,7 +498,6 @@ GRANTS = UserGrants.model_validate(
 async def test_chunk_beyond_its_grant_is_refused_and_audited(
     *,
     make_chunk: MakeChunk,
-    until: Until,
     policy: dict[str, object],
     fields: dict[str, object],
     letters: str,
@@ -520,7 +517,7 @@ async def test_chunk_beyond_its_grant_is_refused_and_audited(
 
 @pytest.mark.parametrize(("seconds", "begun"), [(0.0, 0), (0.2, 1)])
 async def test_chunk_is_released_when_the_hours_of_its_user_end(
-    make_chunk: MakeChunk, until: Until, seconds: float, begun: int
+    make_chunk: MakeChunk, seconds: float, begun: int
 ) -> None:
     """nmap is stopped at the end of the hours, and not started after it; what is left is released."""
     async with rigged(*hosts(0), FOREVER) as rig:
@@ -533,7 +530,7 @@ async def test_chunk_is_released_when_the_hours_of_its_user_end(
         assert (len(rig.scanner.asked), rig.scanner.closed) == (begun, begun)
 
 
-async def test_worker_missing_raw_packets_are_not_audited(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_missing_raw_packets_are_not_audited(make_chunk: MakeChunk) -> None:
     """A chunk that needs raw packets on a worker without them violates no rule and is not audited."""
     async with rigged(raw=False) as rig:
         await rig.send(make_chunk({"os_detection": True}))
@@ -545,7 +542,6 @@ async def test_worker_missing_raw_packets_are_not_audited(make_chunk: MakeChunk,
 @pytest.mark.parametrize(("raw", "used", "option"), [(True, "syn", "-sS"), (False, "connect", "-sT")])
 async def test_worker_results_have_the_used_technique(
     make_chunk: MakeChunk,
-    until: Until,
     raw: bool,
     used: str,
     option: str,
@@ -560,7 +556,6 @@ async def test_worker_results_have_the_used_technique(
 
 async def test_worker_unacknowledged_heartbeats_stop_the_scan(
     make_chunk: MakeChunk,
-    until: Until,
 ) -> None:
     """If the bus is unavailable for two thirds of the lease, nmap is stopped, and the chunk is released once it recovers."""
     async with rigged(*hosts(0), FOREVER) as rig:
@@ -575,7 +570,7 @@ async def test_worker_unacknowledged_heartbeats_stop_the_scan(
         assert rig.last().outcomes == "a..."  # type: ignore[attr-defined] # another kind of message fails the test
 
 
-async def test_worker_acknowledged_heartbeats_keep_the_lease(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_acknowledged_heartbeats_keep_the_lease(make_chunk: MakeChunk) -> None:
     """Acknowledged heartbeats keep a scan running for longer than one lease."""
     async with rigged(FOREVER) as rig:
         await rig.send(make_chunk(lease_seconds=2.0))
@@ -589,7 +584,7 @@ def slots(rig: Rig) -> int:
 
 
 @pytest.mark.proves("F25", "G17")
-async def test_worker_cannot_start_nmap_is_excluded_until_check_succeeds(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_cannot_start_nmap_is_excluded_until_check_succeeds(make_chunk: MakeChunk) -> None:
     """The worker releases all chunks and announces no slots until a check succeeds."""
     async with rigged(CannotStartError("No space left on device"), slots=1) as rig:
         await until(lambda: rig.messages(SCAN_WORKERS, WorkerReady))
@@ -612,7 +607,7 @@ async def test_worker_cannot_start_nmap_is_excluded_until_check_succeeds(make_ch
 
 
 @pytest.mark.proves("F25", "G17")
-async def test_worker_excluded_finishes_running_scans(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_excluded_finishes_running_scans(make_chunk: MakeChunk) -> None:
     """A scan that runs beside one that could not start is finished."""
     async with rigged(*hosts(0, 1), "until the gate opens", *hosts(2, 3)) as rig:
         await rig.send(make_chunk(failures=1))
@@ -628,7 +623,7 @@ async def test_worker_excluded_finishes_running_scans(make_chunk: MakeChunk, unt
 
 
 @pytest.mark.proves("F25")
-async def test_worker_without_nmap_at_start_announces_no_slots(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_without_nmap_at_start_announces_no_slots(make_chunk: MakeChunk) -> None:
     """With nmap missing or too old the worker is alive, announces 0 slots, and releases every chunk until a check succeeds."""
     rig = Rig(ScriptedScanner(ASKED), slots=2, raw=True)
     rig.scanner.broken = "nmap 7.80 is too old"
@@ -642,7 +637,7 @@ async def test_worker_without_nmap_at_start_announces_no_slots(make_chunk: MakeC
 
 
 @pytest.mark.proves("F25", "G17")
-async def test_worker_three_failed_chunks_exclude_it(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_three_failed_chunks_exclude_it(make_chunk: MakeChunk) -> None:
     """Each of three failures counts against its chunk; the worker takes no fourth chunk before a check succeeds."""
     async with rigged(ScanError("nmap exited with 1"), slots=1) as rig:
         rig.scanner.broken = "nmap exited with 1"
@@ -656,7 +651,7 @@ async def test_worker_three_failed_chunks_exclude_it(make_chunk: MakeChunk, unti
 
 
 @pytest.mark.parametrize("ends", ["one chunk", "a success between", "one nmap"])
-async def test_worker_target_failures_do_not_exclude_it(make_chunk: MakeChunk, until: Until, ends: str) -> None:
+async def test_worker_target_failures_do_not_exclude_it(make_chunk: MakeChunk, ends: str) -> None:
     """Three failures of one chunk, with a success in between, or in one nmap do not exclude the worker."""
     async with rigged(ScanError("nmap exited with 1"), slots=1) as rig:
         if ends == "one nmap":
@@ -673,7 +668,7 @@ async def test_worker_target_failures_do_not_exclude_it(make_chunk: MakeChunk, u
         assert {m.slots for m in rig.messages(SCAN_WORKERS, WorkerReady)} == {1}  # type: ignore[attr-defined] # another kind of message fails the test
 
 
-async def test_stop_with_grace_finishes_running_scans(make_chunk: MakeChunk, until: Until) -> None:
+async def test_stop_with_grace_finishes_running_scans(make_chunk: MakeChunk) -> None:
     """A worker that shuts down announces no slots, accepts no tasks, and lets a scan finish within the grace period."""
     async with rigged(*hosts(0, 1), "until the gate opens", *hosts(2, 3)) as rig:
         await rig.send(make_chunk())
@@ -687,7 +682,7 @@ async def test_stop_with_grace_finishes_running_scans(make_chunk: MakeChunk, unt
         await until(lambda: "ChunkReleased" in rig.progress())
 
 
-async def test_stop_without_grace_releases_chunks(make_chunk: MakeChunk, until: Until) -> None:
+async def test_stop_without_grace_releases_chunks(make_chunk: MakeChunk) -> None:
     """Without grace every chunk, running or waiting, is released with its map."""
     async with rigged(*hosts(0), FOREVER, slots=1) as rig:
         await rig.send(make_chunk(), make_chunk(chunk_id="1-1"))
@@ -698,7 +693,7 @@ async def test_stop_without_grace_releases_chunks(make_chunk: MakeChunk, until: 
         assert rig.scanner.closed == 1
 
 
-async def test_worker_spans_belong_to_the_tasks_trace(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_spans_belong_to_the_tasks_trace(make_chunk: MakeChunk) -> None:
     """The scan of a chunk and its nmap are spans in the task's trace, and their messages carry it on."""
     trace = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
     with recording() as exporter:
@@ -715,7 +710,7 @@ async def test_worker_spans_belong_to_the_tasks_trace(make_chunk: MakeChunk, unt
     assert (scanned.traceparent or "")[36:52] == f"{ids(scan).span_id:016x}"
 
 
-async def test_worker_messages_continue_the_trace(make_chunk: MakeChunk, until: Until) -> None:
+async def test_worker_messages_continue_the_trace(make_chunk: MakeChunk) -> None:
     """Every message about a chunk belongs to the trace of its task."""
     trace = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
     async with rigged(*hosts(0, 1, 2, 3)) as rig:
