@@ -283,6 +283,7 @@ TOTALS = Totals(
     places={"answered": b"\x03\x00"},
     reasons=("nmap died",),
     seconds=4.5,
+    unprobed=(0, 3),
 )
 
 

@@ -83,10 +83,11 @@ async def read_ledger(
 ) -> rest.Ledger:
     job = await readable(state, caller, job_id, record)
     tally, names = ledger.Tally(job), ledger.UnprobedPage(job, (page - 1) * page_size, page_size)
-    # Chunks in the totals are read again only for the addresses to list.
-    async for chunk in state.store.job_chunks(job.id, 0 if tally.lists_addresses else job.totals.done):
-        if chunk.index >= job.totals.done:
-            tally.add(chunk)
+    for first, end in names.ranges():
+        async for chunk in state.store.job_chunks(job.id, first, end):
+            names.add(chunk)
+    async for chunk in state.store.job_chunks(job.id, job.totals.done):
+        tally.add(chunk)
         names.add(chunk)
     names.add_unmade()
     return rest.Ledger(

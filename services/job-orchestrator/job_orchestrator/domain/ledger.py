@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -33,6 +33,8 @@ _SETTLED: Final = (ANSWERED, SILENT, DOWN, TIMED_OUT, REFUSED)
 _FAILING: Final = (REFUSED, LOST)
 _DISTINCT: Final = (ANSWERED, REFUSED, LOST)  # also counted as addresses
 _NAMED: Final = frozenset({DOWN, TIMED_OUT, REFUSED, CANCELLED, LOST})
+_SLICES: Final = 256  # for which unprobed addresses are counted: a kilobyte or two in the job
+_GAP: Final = 1_000  # chunks that are read on the way to the next ones, rather than by a further query
 _REASONS: Final = 3  # maximum number in a job's error; the ledger has all
 _MAX_ERROR: Final = 1_000  # characters: a reason can quote nmap at length
 
@@ -65,6 +67,7 @@ class Tally:
         self._places = {name: int.from_bytes(bits, "little") for name, bits in totals.places.items()}
         self._reasons = dict.fromkeys(totals.reasons)
         self._seconds = totals.seconds
+        self._unprobed = None if totals.unprobed is None else list(totals.unprobed)
 
     def add(self, chunk: Chunk) -> None:
         """Count a chunk that is not in the totals."""
@@ -83,6 +86,11 @@ class Tally:
         """Count a chunk that has ended; chunks must be counted in index order."""
         self.add(chunk)
         self._done = chunk.index + 1
+        listed = sum(count for code, count in outcomes.counts(chunk.outcomes).items() if _name(code, chunk) in _NAMED)
+        if self._unprobed is not None and listed:
+            slice_ = chunk.index // _slice_size(self._job)
+            self._unprobed += [0] * (slice_ + 1 - len(self._unprobed))
+            self._unprobed[slice_] += listed
 
     @property
     def totals(self) -> Totals:
@@ -95,6 +103,7 @@ class Tally:
             places={name: bits.to_bytes(size, "little") for name, bits in self._places.items()},
             reasons=tuple(self._reasons),
             seconds=self._seconds,
+            unprobed=None if self._unprobed is None else tuple(self._unprobed),
         )
 
     @property
@@ -110,12 +119,6 @@ class Tally:
         """Return whether every probe of the request has an outcome."""
         counts = self.counts
         return sum(counts[name] for name in ACCOUNTED) == self._job.plan.probes
-
-    @property
-    def lists_addresses(self) -> bool:
-        """Return whether an `UnprobedPage` lists addresses of the counted chunks."""
-        counts = self.counts
-        return any(counts[name] for name in _NAMED)
 
     @property
     def machines_found(self) -> int:
@@ -181,6 +184,29 @@ class UnprobedPage:
             first = str(network.network_address)
             self._take(range(network.num_addresses), first, job.policy.ports, lambda _: (EXCLUDED, ""))
 
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield the ranges of chunk indexes to add, of those in the job's totals, and count the addresses of the others."""
+        totals, size = self._job.totals, _slice_size(self._job)
+        if totals.unprobed is None:
+            yield 0, totals.done
+            return
+        at, before, after = self.total, 0, 0
+        runs: list[tuple[int, int]] = []
+        for number, listed in enumerate(totals.unprobed):
+            first, end = number * size, min((number + 1) * size, totals.done)
+            if at + listed <= self._skip:
+                before += listed
+            elif at >= self._skip + self._size:
+                after += listed
+            elif listed:
+                if runs and first - runs[-1][1] <= _GAP:
+                    first = runs.pop()[0]
+                runs.append((first, end))
+            at += listed
+        self.total += before
+        yield from runs
+        self.total += after
+
     def add(self, chunk: Chunk) -> None:
         names = {code: _name(code, chunk, cancelled=self._job.final) for code in set(chunk.outcomes)}
         wanted = {code for code, name in names.items() if name in _NAMED}
@@ -215,6 +241,11 @@ class UnprobedPage:
         for place in places[start : start + self._size - len(self.page)]:
             self.page.append(NotProbed(str(address_at(first, place)), ports, *why(place)))
         self.total += len(places)
+
+
+def _slice_size(job: ScanJob) -> int:
+    """Return the number of chunks in each slice of `Totals.unprobed`."""
+    return -(-job.plan.chunk_count // _SLICES)
 
 
 def _name(code: str, chunk: Chunk, *, cancelled: bool = False) -> str:

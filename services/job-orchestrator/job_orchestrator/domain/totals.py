@@ -22,6 +22,9 @@ class Totals:
             each address one chunk.
         reasons: the first reasons why addresses were refused or lost.
         seconds: slot seconds.
+        unprobed: number of addresses that the ledger lists, for each of at most 256 slices of the job's chunks, up to the last
+            that has any; with it a page of them is found without reading the chunks before. None if an earlier release has
+            counted some of the chunks.
     """
 
     done: int = 0
@@ -30,6 +33,7 @@ class Totals:
     places: Mapping[str, bytes] = field(default_factory=lambda: MappingProxyType({}))
     reasons: tuple[str, ...] = ()
     seconds: float = 0.0
+    unprobed: tuple[int, ...] | None = ()
 
     @property
     def pace(self) -> float | None:

@@ -123,7 +123,12 @@ _OLD_PLAN: Final = {"chunk_ports": MAX_PORTS, "estimate": 0.0, "blockwise": Fals
 
 def _totals(document: Document) -> Totals:
     known = {name: document[name] for name in Totals.__slots__ if name in document}
-    return Totals(**(known | {"reasons": tuple(document.get("reasons", ()))}))
+    unprobed = document.get("unprobed", None if known.get("done") else ())
+    lists = {
+        "reasons": tuple(document.get("reasons", ())),
+        "unprobed": None if unprobed is None else tuple(unprobed),
+    }
+    return Totals(**(known | lists))
 
 
 def write_deletion(deletion: Deletion) -> Document:

@@ -1103,17 +1103,32 @@ async def test_a_ledger_of_a_job_without_chunks_adds_up(api: Api, store: MemoryS
     assert [each["outcome"] for each in cancelled["not_probed"]["addresses"]] == ["excluded"] + ["cancelled"] * 3
 
 
-@pytest.mark.parametrize(("outcomes", "read"), [("asas", 0), ("asal", 1)])
-async def test_ledger_reads_counted_chunks_only_to_list_addresses(
-    api: Api, store: MemoryStore, monkeypatch: pytest.MonkeyPatch, outcomes: str, read: int
+@pytest.mark.parametrize(
+    ("lost", "page", "read"),
+    [
+        ([], 1, 0),
+        ([2_000], 1, 8),
+        ([3, 2_000], 1, 16),
+        ([3, 2_000], 2, 0),
+        ([7 * each for each in range(250)], 1, 696),
+        ([7 * each for each in range(250)], 3, 344),
+    ],
+)
+async def test_ledger_reads_the_chunks_of_its_page_only(
+    api: Api, store: MemoryStore, monkeypatch: pytest.MonkeyPatch, *, lost: list[int], page: int, read: int
 ) -> None:
-    """A job whose addresses were all probed is answered from its totals."""
-    ended = chunk(state=ChunkState.STORED, outcomes=outcomes)
-    job = change(scan_job(1, made=1), JobTrigger.START, THEN)
+    """Of a job with 2,048 finished chunks a page reads those that it lists, and at most 7 others on each side."""
+    job = scan_job(1, cidr="127.9.0.0/19", chunk_addresses=4, chunk_count=2_048, made=2_048)
+    job = change(job, JobTrigger.START, THEN)
+    ended = [
+        replace(each, state=ChunkState.STORED, outcomes="asal" if each.index in lost else "asas")
+        for each in plan.chunks(job, 0, 2_048)
+    ]
     tally = Tally(job)
-    tally.end(ended)
-    await store.insert_jobs([replace(job, totals=tally.totals)])
-    await store.insert_chunks([ended])
+    for each in ended:
+        tally.end(each)
+    await store.insert_jobs([change(replace(job, totals=tally.totals), JobTrigger.FAIL, THEN, settled=True)])
+    await store.insert_chunks(ended)
     seen: list[Chunk] = []
     job_chunks = store.job_chunks
 
@@ -1123,9 +1138,11 @@ async def test_ledger_reads_counted_chunks_only_to_list_addresses(
             yield each
 
     monkeypatch.setattr(store, "job_chunks", counted)
-    answer = await api("GET /api/v1/task/1/ledger")
-    assert (len(seen), answer["not_probed"]["total"]) == (read, read)
-    assert answer["counts"]["lost"] == 2 * read
+    answer = await api(f"GET /api/v1/task/1/ledger?page={page}")
+    assert len(seen) == read
+    assert answer["not_probed"]["total"] == len(lost)
+    assert len(answer["not_probed"]["addresses"]) == min(100, max(0, len(lost) - 100 * (page - 1)))
+    assert answer["counts"]["lost"] == 2 * len(lost)
 
 
 async def test_a_completed_ledger_is_accounted_for(api: Api, store: MemoryStore) -> None:

@@ -11,7 +11,9 @@ from bson import json_util
 
 from job_orchestrator.domain.chunk import ChunkState
 from job_orchestrator.domain.job import ScanJob
+from job_orchestrator.domain.ledger import UnprobedPage
 from job_orchestrator.repository import documents
+from job_orchestrator_testing import scan_job
 from scanfleet.messages import JobCreated, JobStatus
 from scanfleet_testing.contracts import with_unknown_fields
 
@@ -88,6 +90,17 @@ def test_chunks_of_the_first_release_keep_their_meaning() -> None:
         "scanner-worker-1-3f9ac2",
         "aads....",
     )
+
+
+def test_totals_without_unprobed_addresses_are_read_as_not_counted() -> None:
+    """Another release has counted the chunks so far, so the ledger must look into them; of a new job there are none."""
+    document = documents.write_job(scan_job())
+    del document["totals"]["unprobed"]
+    assert documents.read_job(document).totals.unprobed == ()
+    document["totals"]["done"] = 1
+    old = documents.read_job(document)
+    assert old.totals.unprobed is None
+    assert list(UnprobedPage(old, 0, 10).ranges()) == [(0, 1)]
 
 
 def test_a_job_whose_scripts_are_no_longer_allowed_is_read() -> None:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job_orchestrator.domain import plan
-from job_orchestrator.domain.chunk import MAX_FAILURES, Chunk, ChunkState
+from job_orchestrator.domain import ledger, plan
+from job_orchestrator.domain.chunk import MAX_FAILURES, Chunk, ChunkState, store
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ledger import ACCOUNTED, NAMES, NotProbed, Tally, UnprobedPage
 from job_orchestrator.domain.totals import EMPTY
@@ -102,6 +102,42 @@ def test_pages_of_names_are_cuts_of_one_list(given_: tuple[ScanJob, list[Chunk]]
     page = names(job, chunks, skip, size)
     assert page.page == whole.page[skip : skip + size]
     assert page.total == whole.total == len(whole.page)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    given_=jobs(),
+    done=st.integers(0, 6),
+    skip=st.integers(0, 40),
+    size=st.integers(1, 10),
+    slices=st.integers(1, 6),
+    gap=st.integers(0, 2),
+)
+def test_pages_from_totals_are_those_of_all_chunks(
+    *, given_: tuple[ScanJob, list[Chunk]], done: int, skip: int, size: int, slices: int, gap: int
+) -> None:
+    """A page that leaves out chunks by their totals is that of all chunks, and has the same total."""
+    job, chunks = given_
+    ended = [
+        each if each.state is ChunkState.FAILED else store(replace(each, state=ChunkState.SCANNED), codes)
+        for each in chunks[:done]
+        for codes in (each.outcomes.replace(".", "d"),)
+    ]
+    chunks = ended + chunks[done:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger, "_SLICES", slices)
+        patch.setattr(ledger, "_GAP", gap)
+        step = Tally(job)
+        for each in ended:
+            step.end(each)
+        page = UnprobedPage(replace(job, totals=step.totals), skip, size)
+        for first, end in page.ranges():
+            for each in chunks[first:end]:
+                page.add(each)
+    for each in chunks[len(ended) :]:
+        page.add(each)
+    whole = names(job, chunks, skip, size)
+    assert (page.page, page.total) == (whole.page, whole.total)
 
 
 @settings(max_examples=60, deadline=None)
@@ -231,7 +267,9 @@ def test_totals_of_chunks_folded_one_by_one_are_the_whole_tally(
         replace(each, state=each.state if each.state in ENDED else ChunkState.CANCELLED, seconds=0.5 * each.index)
         for each in chunks
     ]
-    at_once = tally(job, chunks)
+    at_once = Tally(job)
+    for each in chunks:
+        at_once.end(each)
     folded = job
     for each in chunks:
         step = Tally(folded)
@@ -248,7 +286,7 @@ def test_totals_of_chunks_folded_one_by_one_are_the_whole_tally(
         at_once.error,
         at_once.progress,
     )
-    assert result.totals == replace(at_once.totals, done=len(chunks))
+    assert result.totals == at_once.totals
 
 
 def test_totals_of_a_job_with_one_block_keep_no_places() -> None:
