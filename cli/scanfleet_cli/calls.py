@@ -121,6 +121,11 @@ def read_results(job_id: int, accept: str = NDJSON, **query: Any) -> Call[list[r
     )
 
 
+def read_hosts(job_id: int, **query: Any) -> Call[list[rest.Host]]:
+    """Read the hosts of a job; for `Client.hosts` and `Client.stream`."""
+    return Call("GET", f"/api/v1/task/{job_id}/hosts", list[rest.Host], query=_set(query), headers={"Accept": NDJSON})
+
+
 def read_ledger(job_id: int, page: int = 1, page_size: int = LEDGER_PAGE_SIZE) -> Call[rest.Ledger]:
     query = {"page": page, "page_size": page_size}
     return Call("GET", f"/api/v1/task/{job_id}/ledger", rest.Ledger, query=query)

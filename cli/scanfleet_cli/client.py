@@ -294,6 +294,17 @@ class Client:
             for line in response.iter_lines():
                 yield _parse(rest.Result, line)
 
+    def hosts(self, job_id: int) -> Iterator[rest.Host]:
+        """Stream the hosts of a job in order of their addresses; a cut raises instead of ending a partial list.
+
+        Raises:
+            ApiError: the caller may not read them, or the job is of release 0.1.
+            UnavailableError: the connection was cut; the hosts so far are incomplete.
+        """
+        with self.stream(calls.read_hosts(job_id)) as response:
+            for line in response.iter_lines():
+                yield _parse(rest.Host, line)
+
     def _once(self, call: Call[Any], *, whole: bool) -> httpx2.Response | httpx2.RequestError:
         token = self._current_token()
         try:
@@ -457,6 +468,12 @@ class AsyncClient:
         async with self.stream(calls.read_results(job_id)) as response:
             async for line in response.aiter_lines():
                 yield _parse(rest.Result, line)
+
+    async def hosts(self, job_id: int) -> AsyncIterator[rest.Host]:
+        """As `Client.hosts`."""
+        async with self.stream(calls.read_hosts(job_id)) as response:
+            async for line in response.aiter_lines():
+                yield _parse(rest.Host, line)
 
     async def _once(self, call: Call[Any], *, whole: bool) -> httpx2.Response | httpx2.RequestError:
         token = await self._current_token()

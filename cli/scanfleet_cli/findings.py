@@ -33,7 +33,42 @@ def rows(session: Session, job_id: int, **query: Any) -> Iterator[Row]:
     Raises:
         UnavailableError: the connection was cut; the results so far are incomplete.
     """
-    with session.client.stream(calls.read_results(job_id, **query)) as response:
+    return _lines(session, calls.read_results(job_id, **query))
+
+
+def host_columns() -> list[Column]:
+    """Return the columns of a table of hosts."""
+    return [
+        column("ADDRESS", "ip_address"),
+        Column("PORTS", _ports),
+        Column("SERVICES", lambda row: " ".join(each["service"] for each in row["ports"] if each["service"]) or "-"),
+        column("OUTCOME", wide=True),
+        column("OS", "os_info", wide=True),
+        column("MAC", wide=True),
+        column("NAMES", "hostnames", wide=True),
+        Column("SCRIPTS", lambda row: ",".join(each["id"] for each in row["scripts"]) or "-", wide=True),
+    ]
+
+
+def _ports(row: Row) -> str:
+    listed = [f"{each['port']}/{each['protocol']}" for each in row["ports"]]
+    listed += [f"{ports}/udp?" for ports in row["open_filtered"].split(",") if ports]
+    if len(row["ports"]) == rest.MAX_HOST_PORTS:
+        listed.append(f"… of {row['port_count']:,}")
+    return ",".join(listed) or "-"
+
+
+def host_rows(session: Session, job_id: int, **query: Any) -> Iterator[Row]:
+    """Stream the hosts of a job as JSON.
+
+    Raises:
+        UnavailableError: the connection was cut; the hosts so far are incomplete.
+    """
+    return _lines(session, calls.read_hosts(job_id, **query))
+
+
+def _lines(session: Session, call: calls.Call[Any]) -> Iterator[Row]:
+    with session.client.stream(call) as response:
         for line in response.iter_lines():
             yield parse_json(line)
 

@@ -42,6 +42,7 @@ class FakeJob:
         self.states = states
         self.seq = 1
         self.results: list[dict[str, Any]] = []
+        self.hosts: list[dict[str, Any]] = []
         self.not_probed: list[rest.LedgerEntry] = []
         self.counts: dict[str, int] = {"answered": 256}
         self.machines = 0
@@ -237,6 +238,7 @@ class FakeApi(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
             "GET /events": lambda: httpx2.Response(200, headers=_STREAM, stream=_Events(self, job)),
             "GET /map": lambda: httpx2.Response(200, json=_map(job)) if job.letters else _error(404, "Not Found"),
             "GET /results": lambda: _results(request, job),
+            "GET /hosts": lambda: httpx2.Response(200, stream=_Lines([json.dumps(each) + "\n" for each in job.hosts])),
             "POST /cancel": lambda: _cancel(job),
             "DELETE ": lambda: self._delete(job),
         }
@@ -374,6 +376,31 @@ def result(number: int, address: str, port: int, **fields: Any) -> dict[str, Any
     }
     times = {"created_at": rfc3339(NOW), "updated_at": rfc3339(NOW)}
     return {"id": number, "job_id": 41, "ip_address": address, "port": port, **known, "raw_data": "", **times, **fields}
+
+
+def host_found(address: str, *ports: int, **fields: Any) -> dict[str, Any]:
+    """Return a host as the service lists it."""
+    found = rest.Host(
+        job_id=41,
+        ip_address=address,
+        outcome="answered",
+        reason="syn-ack",
+        hostnames=[],
+        mac="",
+        vendor="",
+        os_info="",
+        systems=[],
+        ports=[rest.HostPort(port=port, protocol="tcp", status="open", service="", version="") for port in ports],
+        open_filtered="",
+        port_count=len(ports),
+        closed=0,
+        filtered=0,
+        scripts=[],
+        seconds=None,
+        created_at=NOW,
+        updated_at=NOW,
+    )
+    return found.model_dump(mode="json") | fields
 
 
 def _results(request: httpx2.Request, job: FakeJob) -> httpx2.Response:

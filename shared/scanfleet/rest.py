@@ -247,6 +247,81 @@ class Result(_Answer):
     updated_at: Time
 
 
+HostOutcome = Literal["answered", "silent", "timed_out"]
+
+
+class HostPort(_Answer):
+    """One port of a host that nmap found open or open|filtered; its texts are in the results."""
+
+    port: int
+    protocol: str
+    status: str
+    service: str
+    version: str
+
+
+class HostSystem(_Answer):
+    """An operating system that nmap found probable."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    name: str
+    accuracy: int
+    """Percent."""
+
+
+class HostScript(_Answer):
+    """What a script printed about a host as a whole."""
+
+    id: str
+    output: str
+
+
+class Host(_Answer):
+    """An address that answered, or has ports that nmap found open or open|filtered."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    job_id: int
+    ip_address: str
+    outcome: HostOutcome
+    """As in the ledger; `answered` if the address answered for any block of ports."""
+
+    reason: str
+    """Why the host is up, in nmap's words: `echo-reply`, `syn-ack`, `user-set` …"""
+
+    hostnames: list[str]
+    """Names that its services report; the platform does not query DNS."""
+
+    mac: str
+    """Hardware address, if the host is on a network of the worker."""
+
+    vendor: str
+    os_info: str
+    """The most probable operating system; without OS detection what a service reports."""
+
+    systems: list[HostSystem]
+    """What OS detection found, the most accurate first."""
+
+    ports: list[HostPort]
+    """The first ports that are open or open|filtered, at most 1,000."""
+
+    open_filtered: str
+    """UDP ports that are open|filtered without further information, as ranges; they are not in `ports`."""
+
+    port_count: int
+    """Number of ports that are open or open|filtered."""
+
+    closed: int
+    filtered: int
+    scripts: list[HostScript]
+    seconds: float | None
+    """Duration of the scan of this host; null if unknown."""
+
+    created_at: Time
+    updated_at: Time
+
+
 class LedgerRequest(_Answer):
     addresses: int
     ports: int
@@ -607,6 +682,7 @@ class Me(_Answer):
 
 # Paths and queries
 
+MAX_HOST_PORTS = 1_000  # listed per host; the results have all
 MAX_RESULTS = 1_000_000  # maximum value of `limit`; without `limit` a response has all results
 
 ALL_USERS = "all"

@@ -297,6 +297,7 @@ def test_revoked_token_returns_401_within_seconds(stack: Stack, caller: Callers,
         ("job-orchestrator", "/api/v1/audit"),
         ("job-orchestrator", "/internal/revocations"),
         ("result-store", "/api/v1/task/1/results"),
+        ("result-store", "/api/v1/task/1/hosts"),
         ("result-store", "/internal/ready"),
     ],
 )
@@ -337,6 +338,9 @@ def operations(stack: Stack) -> Iterator[tuple[str, str, dict[str, Any]]]:
             yield verb.upper(), path, operation
 
 
+OF_RESULTS = ("/results", "/hosts")
+"""Ends of the paths on which another user's job is a 403 instead of a 404."""
+
 FOR_ADMINISTRATORS = ("/api/v1/audit", "/api/v1/revocation")
 BODIES = {"subnet": subnet(name="taken"), "policy": policy(name="taken")}
 
@@ -356,6 +360,7 @@ def test_other_users_resources_return_404(stack: Stack, caller: Callers, audited
             f"policy/{policy_id}",
             f"task/{job['id']}",
             f"task/{job['id']}/results",
+            f"task/{job['id']}/hosts",
             "subnet",
             "policy",
             "task",
@@ -368,7 +373,7 @@ def test_other_users_resources_return_404(stack: Stack, caller: Callers, audited
         if "{" in path and not path.startswith(FOR_ADMINISTRATORS):
             body = BODIES.get(path.split("/")[3]) if method == "PUT" else None
             answer = theirs.http.request(method, path.format(**ids), json=body)
-            id_ = refused(answer, 403 if path.endswith("/results") else 404, f"{method} {path}")
+            id_ = refused(answer, 403 if path.endswith(OF_RESULTS) else 404, f"{method} {path}")
             tried[operation["operationId"]] = id_, path.format(**ids).removesuffix("/cancel")
     assert len(tried) >= 10
     for action, (id_, target) in tried.items():

@@ -263,12 +263,13 @@ def banner_server(place: tuple[str, int], words: bytes) -> Iterator[None]:
 
 @pytest.mark.proves("A15", "G16")
 def test_hostile_banner_is_escaped(platform: Platform, user: Caller, invariants: Invariants) -> None:
-    """A banner with markup, terminal escapes and direction marks is plain text in every format of the results."""
+    """A banner with markup, terminal escapes and direction marks is plain text in every format of results and hosts."""
     words = "SSH-2.0-<script>alert(1)</script> \x1b]0;owned\x07\x1b[31m \u202eexe.txt \x00\r\n".encode()
-    with banner_server((f"{platform.net}.8.1", 8022), words):
+    name = "220 <b>\x1b[31m\u202e ESMTP Postfix (Debian)\r\n".encode()  # which nmap reports as the name of the host
+    with banner_server((f"{platform.net}.8.1", 8022), words), banner_server((f"{platform.net}.8.1", 8025), name):
         job_id = user.scan(
             platform.network(30),
-            **{**TINY, "ports": "8022", "service_detection": True, "scripts": ["banner"]},
+            **{**TINY, "ports": "8022,8025", "service_detection": True, "scripts": ["banner"]},
         )
         assert user.finished(job_id)["status"]["status"] == "completed"
     answers = {
@@ -281,8 +282,18 @@ def test_hostile_banner_is_escaped(platform: Platform, user: Caller, invariants:
         assert "<script>alert(1)" in answer.text.replace("&lt;", "<").replace("\\u003c", "<")
         assert not [letter for letter in answer.text if not letter.isprintable() and letter not in "\r\n"]
     assert answers["application/json"].content.isascii()
-    (result,) = json.loads(answers["application/json"].content)
+    (result, _) = json.loads(answers["application/json"].content)
     assert "\x1b" not in "".join(map(str, result.values()))
     assert "\u202e" not in "".join(map(str, result.values()))
     assert "script" in result["banner"]
+    listed = user.http.get(f"/api/v1/task/{job_id}/hosts")
+    assert listed.headers["x-content-type-options"] == "nosniff"
+    assert listed.text.isascii()
+    assert listed.text.isprintable()
+    (found,) = [host for host in listed.json() if host["ports"]]
+    (of_host,) = found["hostnames"]
+    assert "<b>" in of_host
+    assert of_host.isprintable()
+    assert (found["outcome"], found["port_count"]) == ("answered", 2)
+    assert found["reason"]
     invariants.check()

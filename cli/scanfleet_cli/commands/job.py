@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from ipaddress import ip_address, ip_network
 from typing import Any, Final, TypeVar
 
@@ -14,7 +15,7 @@ from scanfleet import rest
 from scanfleet.messages import JobStatus
 from scanfleet_cli import calls, changes, chart, coverage, findings, follow, joblist, resolve, views
 from scanfleet_cli.errors import ApiError, CommandError, Exit
-from scanfleet_cli.output import Column, Format, Row, ago, column, count, duration, printable
+from scanfleet_cli.output import Format, Row, ago, column, count, duration, printable
 from scanfleet_cli.session import Session, complete_job, formats, lists, long_lists, with_session, yes
 
 job_id = click.argument("job_id", type=click.IntRange(min=1), metavar="ID", shell_complete=complete_job)
@@ -314,8 +315,15 @@ def _waiting(found: Row) -> Iterator[str]:
 
 def _added(session: Session, call: calls.Call[Any], what: str) -> Any:
     """Send a call that an older service does not support."""
-    try:
+    with _supported(what):
         return session.ask(call)
+
+
+@contextmanager
+def _supported(what: str) -> Iterator[None]:
+    """Name the reason if a service does not support an operation because it is older than this command."""
+    try:
+        yield
     except ApiError as error:
         if error.status == httpx2.codes.NOT_FOUND and error.message == "Not Found":
             raise CommandError(
@@ -370,29 +378,25 @@ def _network(text: str) -> Any:
 
 @job.command()
 @job_id
+@click.option("--port", "ports", multiple=True, type=int, help="Only hosts with this port; repeat for several.")
+@click.option("--service", help="Only hosts with this service.")
+@click.option("--address", metavar="CIDR", help="Only addresses of this network.")
 @long_lists
 @with_session
-def hosts(session: Session, /, *, job_id: int) -> None:
-    """Print one line for each address with open ports."""
-    by_address: dict[str, list[Row]] = {}
-    for row in findings.rows(session, job_id):
-        by_address.setdefault(row["ip_address"], []).append(row)
-    rows = [
-        {
-            "address": address,
-            "ports": [f"{each['port']}/{each['protocol']}" for each in open_ports],
-            "services": [each["service"] for each in open_ports if each["service"]],
-            "os_info": next((each["os_info"] for each in open_ports if each["os_info"]), ""),
-        }
-        for address, open_ports in sorted(by_address.items(), key=lambda item: ip_address(item[0]).packed)
-    ]
-    columns = [
-        column("ADDRESS"),
-        column("PORTS"),
-        Column("SERVICES", lambda row: " ".join(row["services"]) or "-"),
-        column("OS", "os_info", wide=True),
-    ]
-    session.show_list(findings.limited(session, iter(rows)), columns, "no open ports", "address")
+def hosts(session: Session, /, *, job_id: int, ports: Sequence[int], service: str | None, address: str | None) -> None:
+    """Print one line for each address that answered or has ports.
+
+    A port with a question mark is open or filtered, without further information. `-o wide` adds what nmap reports about the host
+    as a whole, and the JSON formats all of it, with the output of host scripts.
+    """
+    rows = findings.host_rows(session, job_id, port=list(ports) or None, service=service, address=address)
+    with _supported("lists of hosts"):
+        session.show_list(
+            findings.limited(session, rows),
+            findings.host_columns(),
+            "no host matches" if ports or service or address else "no host answered",
+            "ip_address",
+        )
     findings.note_not_probed(session, job_id)
 
 

@@ -11,7 +11,7 @@ import pytest
 from scanfleet import rest
 from scanfleet.messages import JobStatus
 from scanfleet.policy import Preset, fill_in
-from scanfleet_cli_testing import TOKEN, FakeApi, FakeJob, result
+from scanfleet_cli_testing import TOKEN, FakeApi, FakeJob, host_found, result
 
 
 @pytest.fixture
@@ -208,16 +208,47 @@ def test_results_pass_through_as_the_service_writes_them(jobs: FakeApi, run: Any
     )
 
 
-@pytest.mark.usefixtures("jobs")
-def test_hosts_are_one_line_each(run: Any) -> None:
-    """Open ports are grouped by address."""
-    assert run("job", "hosts", "41").out == "127.9.8.1\t22/tcp,80/tcp\tssh http\n"
+def test_hosts_are_one_line_each(jobs: FakeApi, run: Any) -> None:
+    """Each host is a line with its ports and services, of which those that are open or filtered have a question mark."""
+    ssh = {"port": 22, "protocol": "tcp", "status": "open", "service": "ssh", "version": ""}
+    jobs.jobs[41].hosts = [
+        host_found("127.9.8.1", ports=[ssh, ssh | {"port": 80, "service": "http"}], port_count=2),
+        host_found("127.9.8.2", open_filtered="53,67-69", os_info="Linux 5\x1b", mac="52:54:00:12:34:56"),
+        host_found("127.9.8.3", scripts=[{"id": "smb-os-discovery", "output": "x"}], hostnames=["a", "b"]),
+    ]
+    assert run("job", "hosts", "41").out.splitlines() == [
+        "127.9.8.1\t22/tcp,80/tcp\tssh http",
+        "127.9.8.2\t53/udp?,67-69/udp?\t-",
+        "127.9.8.3\t-\t-",
+    ]
+    wide = run("job", "hosts", "41", "-o", "wide").out.splitlines()
+    assert wide[1] == "127.9.8.2\t53/udp?,67-69/udp?\t-\tanswered\tLinux 5\\x1b\t52:54:00:12:34:56\t-\t-"
+    assert wide[2].endswith("\ta,b\tsmb-os-discovery")
+    assert json.loads(run("job", "hosts", "41", "-o", "json").out) == jobs.jobs[41].hosts
+    assert run("job", "hosts", "41", "-o", "name").out == "127.9.8.1\n127.9.8.2\n127.9.8.3\n"
+
+
+def test_hosts_are_filtered_by_the_service(jobs: FakeApi, run: Any) -> None:
+    """The filters of hosts are those of the request."""
+    ended = run("job", "hosts", "41", "--port", "22", "--port", "80", "--service", "ssh", "--address", "127.9.8.0/24")
+    asked = jobs.requests[-2].url.params
+    assert (asked.get_list("port"), asked["service"], asked["address"]) == (["22", "80"], "ssh", "127.9.8.0/24")
+    assert "no host matches" in ended.err
+
+
+def test_hosts_of_an_older_service_exit_1_with_the_reason(jobs: FakeApi, run: Any) -> None:
+    """A service without lists of hosts is reported as that."""
+    jobs.answers["GET", "/api/v1/task/41/hosts"] = httpx2.Response(404, json={"error": "Not Found"})
+    ended = run("job", "hosts", "41")
+    assert ended.code == 1
+    assert "this service does not support lists of hosts: it is older than this command" in ended.err
 
 
 @pytest.mark.parametrize("command", ["results", "hosts"])
 def test_limit_that_is_given_holds_without_a_terminal(jobs: FakeApi, run: Any, command: str) -> None:
     """A pipe receives everything unless --limit is given, and then stderr notes the total."""
     jobs.jobs[41].results = [result(number, f"127.9.8.{number}", 22) for number in range(1, 41)]
+    jobs.jobs[41].hosts = [host_found(f"127.9.8.{number}", 22) for number in range(1, 41)]
     assert len(run("job", command, "41").out.splitlines()) == 40
     for format_ in ([], ["-o", "jsonl"]):
         ended = run("job", command, "41", "--limit", "2", *format_)

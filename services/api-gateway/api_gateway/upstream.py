@@ -164,13 +164,14 @@ class Upstream:
 class Orchestrator(Upstream):
     """job-orchestrator, with the gateway's own queries."""
 
-    async def refusal(self, request: Request, job_id: int) -> Response | None:
-        """Return the error answer if the caller may not read this job's results, else None.
+    async def refusal(self, request: Request, job_id: int, *, hosts: bool = False) -> Response | None:
+        """Return the error answer if the caller may not read this job's results, or its hosts, else None.
 
         Raises:
             DependencyError: the orchestrator is unavailable.
         """
-        answer = await self.ask("GET", f"/internal/jobs/{job_id}/owner", self.identity(request))
+        target = f"/internal/jobs/{job_id}/owner{'/hosts' if hosts else ''}"
+        answer = await self.ask("GET", target, self.identity(request))
         if answer.status_code == httpx.codes.OK:
             return None
         return _error(answer)

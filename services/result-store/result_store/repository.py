@@ -116,7 +116,7 @@ class MongoStore:
     async def results(
         self, job_id: int, user_id: int | None, *, after: int | None = None, raw: bool = True
     ) -> AsyncIterator[Iterator[Result]]:
-        """See `result_store.api.Results`."""
+        """See `result_store.api.results.Results`."""
         wanted: Document = {"job_id": job_id, **_WITH_RESULTS}
         if user_id is not None:
             wanted["user_id"] = user_id
@@ -164,7 +164,7 @@ class MongoStore:
             raise DependencyError(f"job {job_id} was deleted while its hosts were read")
 
     async def chunks_by_address(self, job_id: int, user_id: int | None) -> AsyncIterator[ClosedChunk]:
-        """See `result_store.api.nmap_xml.Chunks`."""
+        """See `result_store.api.hosts.Hosts`."""
         wanted = {"job_id": job_id, **({} if user_id is None else {"user_id": user_id})}
         above: Document = {"$gte": ""}
         while page := await self._chunk_page({**wanted, "key": above}):

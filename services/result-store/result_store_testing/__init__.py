@@ -24,7 +24,7 @@ FIRST: Final = "127.9.8.0"
 
 
 class MemoryStore:
-    """A `result_store.handlers.Store` and a `result_store.api.Results`."""
+    """A `result_store.handlers.Store` and a `result_store.api.results.Results`."""
 
     def __init__(self) -> None:
         self.hosts: dict[str, tuple[Host, int]] = {}

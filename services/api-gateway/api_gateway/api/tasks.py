@@ -99,6 +99,33 @@ _RESULT_FILTERS: Final = [
     query("service", {"type": "string", "maxLength": 200}, "Only this service, as nmap names it."),
     query("address", {"type": "string", "maxLength": 50}, "Only this address, or the addresses of this network."),
 ]
+_HOST_FILTERS: Final = [
+    query(
+        "after", {"type": "string", "maxLength": 50}, "Only hosts after this address: the last one of the page before."
+    ),
+    query(
+        "limit",
+        {"type": "integer", "minimum": 1, "maximum": rest.MAX_RESULTS},
+        "Maximum number of hosts; all without it.",
+    ),
+    query(
+        "port",
+        {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 65_535}},
+        "Only hosts with one of these ports; repeated, or separated by commas.",
+    ),
+    query(
+        "service", {"type": "string", "maxLength": 200}, "Only hosts with this service, on one of the `port`s if given."
+    ),
+    query("address", {"type": "string", "maxLength": 50}, "Only this address, or the addresses of this network."),
+]
+_HOST: Final = {"$ref": "#/components/schemas/Host"}
+_HOSTS: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "description": "The hosts in order of their addresses, streamed, in the format of `Accept`.",
+        "model": list[rest.Host],
+        "content": {"application/x-ndjson": {"schema": {**_HOST, "description": "One host per line."}}},
+    },
+}
 _RESULTS: Final[dict[int | str, dict[str, Any]]] = {
     200: {
         "description": "The results in order of creation, streamed, in the format of `Accept`.",
@@ -280,6 +307,19 @@ async def cancel_task(job_id: PathId, request: Request, caller: Caller, state: H
 async def read_results(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:
     """Read the results of a scan job so far; for its owner and administrators."""
     refusal = await state.orchestrator.refusal(request, job_id)
+    return refusal or await state.result_store.forward(request)
+
+
+@router.get(
+    "/{job_id}/hosts", responses=_HOSTS | errors(400, 403, 404, 409), openapi_extra={"parameters": _HOST_FILTERS}
+)
+async def read_hosts(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:
+    """Read the hosts of a scan job so far: each address that answered, or that has a port that is open or open|filtered.
+
+    For the job's owner and administrators. The map has the outcomes of all other addresses. Of a job of release 0.1 only the
+    results can be read: 409.
+    """
+    refusal = await state.orchestrator.refusal(request, job_id, hosts=True)
     return refusal or await state.result_store.forward(request)
 
 

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from api_gateway_testing import Gateway, Running
+from scanfleet import rest
 
 PATHS = {
     "/api/v1/info": {"get"},
@@ -24,6 +25,7 @@ PATHS = {
     "/api/v1/task/{job_id}/events": {"get"},
     "/api/v1/task/{job_id}/cancel": {"post"},
     "/api/v1/task/{job_id}/results": {"get"},
+    "/api/v1/task/{job_id}/hosts": {"get"},
     "/api/v1/task/{job_id}/ledger": {"get"},
     "/api/v1/task/{job_id}/waiting": {"get"},
     "/api/v1/task/{job_id}/snapshot": {"get"},
@@ -128,6 +130,14 @@ def test_forwarded_bodies_and_queries_are_documented(document: dict[str, Any]) -
         10,
     )
     assert queries["status"]["items"]["enum"] == ["pending", "running", "completed", "failed", "cancelled"]
+
+
+def test_hosts_are_documented_in_two_formats(document: dict[str, Any]) -> None:
+    """Hosts are documented as a list of objects with every field, and as one object per line."""
+    content = document["paths"]["/api/v1/task/{job_id}/hosts"]["get"]["responses"]["200"]["content"]
+    assert set(content) == {"application/json", "application/x-ndjson"}
+    of_host = document["components"]["schemas"]["Host"]
+    assert set(of_host["required"]) == set(of_host["properties"]) == set(rest.Host.model_fields)
 
 
 def test_results_are_documented_in_three_formats(document: dict[str, Any]) -> None:

@@ -204,6 +204,19 @@ async def test_results_of_the_owner_are_forwarded(gateway: Running) -> None:
         assert await gateway.caller(asked) == Principal(7)
 
 
+async def test_hosts_of_the_owner_are_forwarded(gateway: Running) -> None:
+    """Hosts are requested from result-store with the same query, once the orchestrator permits it."""
+    hosts = "http://result-store/api/v1/task/41/hosts"
+    gateway.services.on("GET", f"{OWNER}/hosts", httpx.Response(200, json={"user_id": 7}))
+    gateway.services.on("GET", hosts, httpx.Response(200, json=[]))
+    assert (await gateway.client.get("/api/v1/task/41/hosts?limit=2&after=127.9.8.1")).json() == []
+    permitted, asked = gateway.services.requests
+    assert (permitted.url.path, str(asked.url)) == ("/internal/jobs/41/owner/hosts", f"{hosts}?limit=2&after=127.9.8.1")
+    gateway.services.on("GET", f"{OWNER}/hosts", httpx.Response(403, json={"error": "not yours"}))
+    assert (await gateway.client.get("/api/v1/task/41/hosts")).status_code == 403
+    assert len(gateway.services.asked("result-store")) == 1
+
+
 @pytest.mark.parametrize("status", [403, 404, 503])
 async def test_results_refused_by_the_orchestrator_return_its_error(gateway: Running, status: int) -> None:
     """The orchestrator's refusal is the response, and result-store is not queried."""

@@ -8,11 +8,12 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Path, Query
 from pydantic import AwareDatetime
 
-from job_orchestrator.api.state import Handed, Recorded
+from job_orchestrator.api.state import Handed, Recorded, Recorder, State
 from job_orchestrator.api.tasks import Whose, audit_target, readable, readable_user, task_status
+from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.store import UNFINISHED
 from scanfleet import rest
-from scanfleet.auth import Caller, Guarded
+from scanfleet.auth import Caller, Guarded, Principal
 from scanfleet.errors import ForbiddenError, NotFoundError
 from scanfleet.messages import CommandAccepted
 from scanfleet.messages.fields import MAX_ID
@@ -28,15 +29,33 @@ _CANCEL_PAGE: Final = 1_000  # jobs cancelled per request: about a second of wor
 @router.get("/jobs/{job_id}/owner", name="read_results")
 async def owner(job_id: PathId, caller: Caller, state: Handed, record: Recorded) -> dict[str, int]:
     """Return the owner of the job, for callers who may read its results."""
+    job = await _with_results(job_id, "results", caller, state, record)
+    return {"user_id": job.user_id}
+
+
+@router.get("/jobs/{job_id}/owner/hosts", name="read_hosts")
+async def owner_of_hosts(job_id: PathId, caller: Caller, state: Handed, record: Recorded) -> dict[str, int]:
+    """Return the owner of the job, for callers who may read its hosts."""
+    job = await _with_results(job_id, "hosts", caller, state, record)
+    return {"user_id": job.user_id}
+
+
+async def _with_results(job_id: int, what: str, caller: Principal, state: State, record: Recorder) -> ScanJob:
+    """Return the job to a caller who may read its results, of which `what` is a part or a form.
+
+    Raises:
+        NotFoundError: the job does not exist.
+        ForbiddenError: it belongs to another user, and the caller is no administrator.
+    """
     job = (await state.store.jobs([job_id])).get(job_id)
     if job is None:
         raise NotFoundError("Job not found")
     if job.user_id != caller.user_id:
-        results = f"/api/v1/task/{job_id}/results"
+        target = f"/api/v1/task/{job_id}/{what}"
         if not caller.admin:
-            raise ForbiddenError("Job belongs to another user", target=results)
-        await record.reading(audit_target(results, job))
-    return {"user_id": job.user_id}
+            raise ForbiddenError("Job belongs to another user", target=target)
+        await record.reading(audit_target(target, job))
+    return job
 
 
 @router.get("/jobs/{job_id}/latest", name="watch_task")

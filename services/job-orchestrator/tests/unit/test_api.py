@@ -150,6 +150,7 @@ EVERY_ROUTE = [
     ("DELETE", "/api/v1/revocation/1"),
     *FOR_THE_GATEWAY,
     ("GET", "/internal/jobs/1/owner"),
+    ("GET", "/internal/jobs/1/owner/hosts"),
     ("GET", "/internal/jobs/1/latest"),
     ("GET", "/internal/jobs/latest"),
     ("POST", "/internal/jobs/cancel"),
@@ -1158,12 +1159,13 @@ async def test_a_completed_ledger_is_accounted_for(api: Api, store: MemoryStore)
 async def test_results_may_be_read_by_owner_and_administrator(api: Api, store: MemoryStore) -> None:
     """The owner and an administrator get the job's owner; others get 403, and 404 for a job that does not exist."""
     await store.insert_jobs([scan_job(1)])
-    assert await api("GET /internal/jobs/1/owner") == {"user_id": 7}
-    assert await api("GET /internal/jobs/1/owner", user=8, admin=True) == {"user_id": 7}
-    await api("GET /internal/jobs/1/owner", user=8, status=403)
-    await api("GET /internal/jobs/2/owner", status=404)
-    await api("GET /internal/jobs/2/owner", user=8, admin=True, status=404)
-    await api("GET /internal/jobs/x/owner", status=404)
+    for what in ("owner", "owner/hosts"):
+        assert await api(f"GET /internal/jobs/1/{what}") == {"user_id": 7}
+        assert await api(f"GET /internal/jobs/1/{what}", user=8, admin=True) == {"user_id": 7}
+        await api(f"GET /internal/jobs/1/{what}", user=8, status=403)
+        await api(f"GET /internal/jobs/2/{what}", status=404)
+        await api(f"GET /internal/jobs/2/{what}", user=8, admin=True, status=404)
+        await api(f"GET /internal/jobs/x/{what}", status=404)
 
 
 async def test_a_job_is_watched_by_owner_and_administrator(api: Api, store: MemoryStore) -> None:

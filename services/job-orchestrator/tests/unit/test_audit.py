@@ -170,6 +170,7 @@ async def test_what_is_not_there_is_no_refusal(ask: Caller) -> None:
 
 READS = {
     "GET /internal/jobs/5/owner": ("read_results", "/api/v1/task/5/results of user 7"),
+    "GET /internal/jobs/5/owner/hosts": ("read_hosts", "/api/v1/task/5/hosts of user 7"),
     "GET /internal/jobs/5/latest": ("watch_task", "/api/v1/task/5/events of user 7"),
     "GET /api/v1/task/5": ("read_task", "/api/v1/task/5 of user 7"),
     "GET /api/v1/task/5/ledger": ("read_ledger", "/api/v1/task/5/ledger of user 7"),

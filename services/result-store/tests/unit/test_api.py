@@ -4,32 +4,26 @@ import csv
 import io
 import json
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
-import httpx
 import pytest
-from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
 
-from result_store.api import CSV, JSON, NDJSON, PIECE, Format, negotiate, router, write
+from result_store.api.formats import CSV, JSON, NDJSON, PIECE, Format, negotiate, write
+from result_store.api.results import ALL_FIELDS
 from result_store.domain import ClosedChunk, fold
 from result_store_testing import Log, MemoryStore, host
-from scanfleet import service
+from result_store_testing.http import ISSUER, client, get, store_of
 from scanfleet.errors import DependencyError
-from scanfleet.messages import HostScanned, PortFound
+from scanfleet.messages import PortFound
 from scanfleet.rest import Result
-from scanfleet.settings import FrontSettings
-from scanfleet_testing.tokens import Issuer
 
 FIELDS = [
     *("id", "job_id", "ip_address", "port", "protocol", "service", "version"),
     *("os_info", "status", "banner", "raw_data", "created_at", "updated_at"),
 ]
 HOSTILE = "<script>alert(1)</script>\x1b[2J\x1b]0;pwned\x07\u202e\r\n\"quoted\", 'and' \N{SNOWMAN}\x9b31m"
-
-ISSUER = Issuer()
 
 
 class UnavailableStore(MemoryStore):
@@ -43,36 +37,6 @@ class UnavailableStore(MemoryStore):
     ) -> AsyncIterator[Iterable[Result]]:
         raise DependencyError("mongodb://secret-host is unavailable")
         yield []
-
-
-def client(store: MemoryStore) -> httpx.AsyncClient:
-    @asynccontextmanager
-    async def nothing(_app: FastAPI) -> AsyncIterator[None]:
-        yield
-
-    app = service.create_app(name="result-store", settings=FrontSettings(), lifespan=nothing, routers=[router])
-    app.state.store = store
-    app.state.verifier = ISSUER.verifier
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://result-store")
-
-
-async def store_of(*messages: HostScanned) -> MemoryStore:
-    store = MemoryStore()
-    await store.add(list(fold(Log().append(*messages)).hosts.values()))
-    return store
-
-
-async def get(
-    store: MemoryStore,
-    path: str = "/api/v1/task/1/results",
-    *,
-    user: int = 7,
-    admin: bool = False,
-    accept: str | None = None,
-) -> httpx.Response:
-    headers = ISSUER.bearer(user, admin=admin) | ({} if accept is None else {"Accept": accept})
-    async with client(store) as http:
-        return await http.get(path, headers=headers)
 
 
 async def test_results_have_exactly_the_public_fields() -> None:
@@ -353,7 +317,7 @@ async def test_write_pieces_are_bounded(form: Format) -> None:
             asked += 1
             yield one.results(asked)
 
-    pieces = write(form, endless())
+    pieces = write(form, endless(), ALL_FIELDS)
     for number in range(1, 4):
         piece = await anext(pieces)
         assert PIECE <= len(piece) < 2 * PIECE
@@ -435,7 +399,7 @@ async def test_results_filter_parses_the_address_of_a_host_once(monkeypatch: pyt
         parsed.append(text)
         return ip_address(text)
 
-    monkeypatch.setattr("result_store.api.ip_address", parse)
+    monkeypatch.setattr("result_store.api.results.ip_address", parse)
     store = await store_of(host("127.9.8.1", *range(1, 501)), host("127.9.9.1", *range(1, 501)))
     answer = await get(store, "/api/v1/task/1/results?address=127.9.8.0/24")
     assert len(answer.json()) == 500

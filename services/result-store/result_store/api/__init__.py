@@ -1,0 +1,1 @@
+"""Serve results and hosts to the gateway."""

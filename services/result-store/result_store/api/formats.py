@@ -1,0 +1,134 @@
+r"""The formats of lists: JSON, NDJSON and CSV.
+
+JSON and NDJSON hold every text exactly, written in ASCII, so that no escape sequence or right-to-left override acts on
+a reader's terminal. CSV is for spreadsheets and people: RFC 4180, one line per record; unprintable characters are written
+as escapes (`\n`, `\t`, `\x1b`, `\u202e`). An apostrophe precedes each part of a text that a spreadsheet would evaluate as a
+formula: at the start of the text, and after `;` and `|`, which separate cells in some locales.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, cast
+
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+
+PIECE: Final = (
+    1 << 16
+)  # characters per chunk of the response: as much as the server buffers before it waits for the reader
+
+# A formula prefix or its full-width form where a cell may begin. Spreadsheets drop spaces and quotes before it.
+_FORMULA: Final = re.compile(r"""(^|[;|])(?=[ "]*[=+\-@\uff1d\uff0b\uff0d\uff20])""")
+_RANGE: Final = re.compile(
+    r"([\w.+*-]+/[\w.+*-]+)(?:;(?!q=)[^;]*)*(?:;q=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?))?", re.ASCII
+)
+
+# A banner may contain HTML: browsers must not sniff the response as a page.
+_HEADERS: Final = {"Vary": "Accept", "X-Content-Type-Options": "nosniff"}
+
+Fields = tuple[str, ...]
+"""Names of fields of an object, in the object's own order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How a list of objects is serialized."""
+
+    media_type: str
+    head: Callable[[Fields], str]
+    row: Callable[[BaseModel, Fields], str]
+    between: str
+    tail: str
+
+
+class _Line:
+    """A file for `csv.writer` whose `write` returns the line, so that `writerow` returns it too."""
+
+    def write(self, text: str) -> str:
+        return text
+
+
+_csv: Final = csv.writer(_Line())
+
+
+def _csv_row(item: BaseModel, fields: Fields) -> str:
+    values = item.model_dump(mode="json", include=set(fields))
+    return cast(str, _csv.writerow([_cell(value) for value in values.values()]))
+
+
+def _csv_head(fields: Fields) -> str:
+    return ",".join(fields) + "\r\n"
+
+
+def _cell(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    if not value.isprintable():
+        value = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
+    return _FORMULA.sub(r"\1'", value)
+
+
+def _json_row(item: BaseModel, fields: Fields) -> str:
+    some = set(fields) if len(fields) < len(type(item).model_fields) else None
+    text = item.model_dump_json(include=some, ensure_ascii=True)
+    return text.replace("\x7f", "\\u007f")  # the only control character that JSON does not escape
+
+
+JSON: Final = Format("application/json", lambda _: "[", _json_row, ",", "]")
+NDJSON: Final = Format(
+    "application/x-ndjson", lambda _: "", lambda item, fields: _json_row(item, fields) + "\n", "", ""
+)
+CSV: Final = Format("text/csv", _csv_head, _csv_row, "", "")
+FORMATS: Final = (JSON, NDJSON, CSV)
+
+
+def negotiate(accept: str, formats: Sequence[Format] = FORMATS) -> Format:
+    """Return the format with the highest quality in an Accept header; the first if none is acceptable or several are equal."""
+    liked: dict[str, float] = {}
+    for item in accept.lower().split(","):
+        if match := _RANGE.fullmatch(re.sub(r"\s", "", item)):
+            liked[match[1]] = float(match[2] or 1)
+
+    def quality(form: Format) -> float:
+        anything_like = form.media_type.split("/")[0] + "/*"
+        return liked.get(form.media_type, liked.get(anything_like, liked.get("*/*", 0)))
+
+    return max(formats, key=quality)
+
+
+async def write(form: Format, found: AsyncIterator[Iterable[BaseModel]], fields: Fields) -> AsyncIterator[bytes]:
+    """Yield the document in pieces of about `PIECE` bytes; at least one."""
+    parts, size, between = [form.head(fields)], 0, ""
+    async for some in found:
+        for item in some:
+            row = form.row(item, fields)
+            parts += (between, row)
+            size += len(row)
+            between = form.between
+            if size >= PIECE:
+                yield "".join(parts).encode()
+                parts, size = [], 0
+    parts.append(form.tail)
+    yield "".join(parts).encode()
+
+
+async def stream(
+    pieces: AsyncIterator[bytes], media_type: str, headers: Mapping[str, str] = _HEADERS
+) -> StreamingResponse:
+    """Return a response with these pieces, of which there is at least one.
+
+    Raises:
+        DependencyError: the store is unavailable now; later the response can only be cut off.
+    """
+    first = await anext(pieces)
+
+    async def body() -> AsyncIterator[bytes]:
+        yield first
+        async for piece in pieces:
+            yield piece
+
+    return StreamingResponse(body(), media_type=media_type, headers=headers)

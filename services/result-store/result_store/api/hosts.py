@@ -1,0 +1,252 @@
+"""The hosts of a task, one object per address, streamed as JSON or NDJSON."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass
+from ipaddress import ip_address
+from itertools import islice
+from typing import Annotated, Final, Protocol, cast
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import StreamingResponse
+
+from result_store.api.formats import JSON, NDJSON, Fields, negotiate, stream, write
+from result_store.api.queries import AddressText, ServiceName, network_in, owner, ports_in
+from result_store.domain import Host, Parts
+from scanfleet import rest
+from scanfleet.auth import Caller, Guarded
+from scanfleet.errors import BadRequestError, ConflictError
+from scanfleet.messages import HostDetails, HostScanned, PortFound, ScriptOutput
+from scanfleet.messages.results import MAX_HOSTNAMES, MAX_OUTPUT_CHARS, MAX_OUTPUTS
+from scanfleet.outcomes import Outcome
+from scanfleet.ports import Range, parse_ranges, ranges_text
+from scanfleet.rest import MAX_HOST_PORTS, MAX_RESULTS
+from scanfleet.service import PathId
+from scanfleet.targets import Network
+
+_FORMATS: Final = (JSON, NDJSON)
+_ALL_FIELDS: Final[Fields] = tuple(rest.Host.model_fields)
+UNSORTED: Final = "A part of the job was stored by release 0.1, which did not record hosts; read its results"
+
+_PRECEDENCE: Final = (Outcome.ANSWERED, Outcome.TIMED_OUT, Outcome.SILENT)
+"""Of the outcomes of an address in several chunks the first of these is that of the host."""
+
+_NAMES: Final[Mapping[Outcome, rest.HostOutcome]] = {
+    Outcome.ANSWERED: "answered",
+    Outcome.TIMED_OUT: "timed_out",
+    Outcome.SILENT: "silent",
+}
+
+
+class Hosts(Protocol):
+    def hosts_by_address(
+        self,
+        job_id: int,
+        user_id: int | None,
+        parts: Parts,
+        *,
+        after: str | None = None,
+        within: Network | None = None,
+    ) -> AsyncIterator[Host]:
+        """Yield the job's hosts with findings in order of their addresses, those of one address in order of their chunks.
+
+        Args:
+            job_id: the job.
+            user_id: limits the hosts to those of this user.
+            parts: the fields to read; others have their defaults.
+            after: skips the hosts up to this address.
+            within: skips the hosts at other addresses.
+
+        Raises:
+            DependencyError: the store is unavailable; it can fail after some hosts were yielded.
+        """
+
+    async def is_unsorted(self, job_id: int) -> bool:
+        """Return whether a release without keys has stored a part of the job, which no reader by address finds.
+
+        Raises:
+            DependencyError: the store is unavailable.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which of a job's hosts are requested: those with a port that matches, if ports or a service are given."""
+
+    limit: int | None = None
+    ports: frozenset[int] = frozenset()
+    """Empty selects every host."""
+
+    service: str | None = None
+
+    def selects(self, host: HostScanned, silent: Iterable[Range]) -> bool:
+        if not self.ports and self.service is None:
+            return True
+        if any(self._selects(found) for found in host.ports):
+            return True
+        in_ranges = (low <= port <= high for low, high in silent for port in self.ports)
+        return self.service is None and any(in_ranges)
+
+    def _selects(self, found: PortFound) -> bool:
+        return (not self.ports or found.port in self.ports) and self.service in (None, found.service)
+
+
+class Machine:
+    """The host at one address, merged from its chunks. Its size is bounded, however many chunks and ports there are.
+
+    Attributes:
+        selected: whether the selection requests it.
+        details: those of all chunks.
+    """
+
+    def __init__(self, first: Host, selection: Selection = Selection()) -> None:
+        self.selected = False
+        self.details = HostDetails()
+        self._selection = selection
+        self._job_id = first.scanned.job_id
+        self._address = first.scanned.address
+        self._created_at = self._updated_at = first.place.created_at
+        self._outcomes: set[str] = set()
+        self._ports: list[rest.HostPort] = []
+        self._silent: list[Range] = []
+        self._port_count = 0
+        self._os_info = ""
+
+    def add(self, host: Host) -> None:
+        """Add the report of one chunk about this address."""
+        scanned, silent = host.scanned, parse_ranges(host.scanned.open_filtered)
+        self.selected = self.selected or self._selection.selects(scanned, silent)
+        self._created_at = min(self._created_at, host.place.created_at)
+        self._updated_at = max(self._updated_at, host.place.created_at)
+        self._outcomes.add(scanned.outcome)
+        self._silent += silent
+        self._port_count += host.result_count
+        self._os_info = self._os_info or next((port.os_info for port in scanned.ports if port.os_info), "")
+        listed = scanned.ports[: MAX_HOST_PORTS - len(self._ports)]
+        self._ports += (rest.HostPort.model_validate(port, from_attributes=True) for port in listed)
+        if scanned.details is not None:
+            self.details = _joined(self.details, scanned.details)
+
+    @property
+    def outcome(self) -> Outcome:
+        return next(each for each in _PRECEDENCE if each in self._outcomes)
+
+    def view(self) -> rest.Host:
+        """Return the host in the format of the API."""
+        details = self.details
+        return rest.Host(
+            job_id=self._job_id,
+            ip_address=self._address,
+            outcome=_NAMES[self.outcome],
+            reason=details.reason,
+            hostnames=list(details.hostnames),
+            mac=details.mac,
+            vendor=details.vendor,
+            os_info=details.systems[0].name if details.systems else self._os_info,
+            systems=[rest.HostSystem(name=each.name, accuracy=each.accuracy) for each in details.systems],
+            ports=sorted(self._ports, key=lambda port: (port.port, port.protocol)),
+            open_filtered=ranges_text(tuple(sorted(self._silent))),
+            port_count=self._port_count,
+            closed=details.closed,
+            filtered=details.filtered,
+            scripts=[rest.HostScript(id=each.id, output=each.output) for each in details.scripts],
+            seconds=details.seconds,
+            created_at=self._created_at,
+            updated_at=self._updated_at,
+        )
+
+
+def _joined(one: HostDetails, other: HostDetails) -> HostDetails:
+    """Return the details of two chunks together, within the bounds of one."""
+    seconds = [each.seconds for each in (one, other) if each.seconds is not None]
+    return HostDetails.model_construct(  # not validated: both are valid, and the sums may exceed those of one chunk
+        reason=one.reason or other.reason,
+        mac=one.mac or other.mac,
+        vendor=one.vendor or other.vendor,
+        hostnames=tuple(dict.fromkeys((*one.hostnames, *other.hostnames)))[:MAX_HOSTNAMES],
+        systems=one.systems or other.systems,
+        scripts=_within_bounds(dict.fromkeys((*one.scripts, *other.scripts))),
+        closed=one.closed + other.closed,
+        filtered=one.filtered + other.filtered,
+        seconds=sum(seconds) if seconds else None,
+    )
+
+
+def _within_bounds(scripts: Iterable[ScriptOutput]) -> tuple[ScriptOutput, ...]:
+    kept: list[ScriptOutput] = []
+    left = MAX_OUTPUT_CHARS
+    for script in islice(scripts, MAX_OUTPUTS):
+        left -= len(script.output)
+        if left >= 0:
+            kept.append(script)
+    return tuple(kept)
+
+
+async def machines(hosts: AsyncIterator[Host], selection: Selection = Selection()) -> AsyncIterator[Machine]:
+    """Merge the hosts of each address; they are sorted by address."""
+    machine, address = None, ""
+    async for host in hosts:
+        if machine is None or host.scanned.address != address:
+            if machine is not None:
+                yield machine
+            machine, address = Machine(host, selection), host.scanned.address
+        machine.add(host)
+    if machine is not None:
+        yield machine
+
+
+async def _selected(hosts: AsyncIterator[Host], selection: Selection) -> AsyncIterator[Iterable[rest.Host]]:
+    """Yield the selected hosts, one at a time, at most `limit`."""
+    left = selection.limit
+    async for machine in machines(hosts, selection):
+        if machine.selected:
+            yield (machine.view(),)
+            left = None if left is None else left - 1
+            if left == 0:
+                return
+
+
+async def _store(request: Request) -> Hosts:  # a thread would run what is not async
+    return cast(Hosts, request.app.state.store)
+
+
+router = APIRouter(route_class=Guarded)
+
+
+async def _selection(
+    request: Request,
+    limit: Annotated[int | None, Query(ge=1, le=MAX_RESULTS)] = None,
+    service: ServiceName = None,
+) -> Selection:
+    return Selection(limit, ports_in(request), service)
+
+
+async def _after(after: AddressText = None) -> str | None:
+    try:
+        return None if after is None else str(ip_address(after))
+    except ValueError as error:
+        raise BadRequestError(f"after: {error}") from error
+
+
+@router.get("/api/v1/task/{job_id}/hosts")
+async def hosts(
+    *,
+    job_id: PathId,
+    caller: Caller,
+    request: Request,
+    store: Annotated[Hosts, Depends(_store)],
+    selection: Annotated[Selection, Depends(_selection)],
+    after: Annotated[str | None, Depends(_after)],
+    address: AddressText = None,
+) -> StreamingResponse:
+    """Stream the selected hosts of the task in order of their addresses, limited to those that the caller owns.
+
+    As for results, the gateway asks the orchestrator first.
+    """
+    form = negotiate(",".join(request.headers.getlist("accept")), _FORMATS)
+    within = network_in(address)
+    if await store.is_unsorted(job_id):
+        raise ConflictError(UNSORTED)
+    found = store.hosts_by_address(job_id, owner(caller), Parts.SUMMARY, after=after, within=within)
+    return await stream(write(form, _selected(found, selection), _ALL_FIELDS), form.media_type)

@@ -1,0 +1,52 @@
+"""The API of result-store over a store in memory."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+import httpx
+from fastapi import FastAPI
+
+from result_store.api import hosts, results
+from result_store.domain import fold
+from result_store_testing import Log, MemoryStore
+from scanfleet import service
+from scanfleet.messages import HostScanned
+from scanfleet.settings import FrontSettings
+from scanfleet_testing.tokens import Issuer
+
+ISSUER: Final = Issuer()
+
+
+def client(store: MemoryStore) -> httpx.AsyncClient:
+    @asynccontextmanager
+    async def nothing(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+
+    app = service.create_app(
+        name="result-store", settings=FrontSettings(), lifespan=nothing, routers=[results.router, hosts.router]
+    )
+    app.state.store = store
+    app.state.verifier = ISSUER.verifier
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://result-store")
+
+
+async def store_of(*messages: HostScanned) -> MemoryStore:
+    store = MemoryStore()
+    await store.add(list(fold(Log().append(*messages)).hosts.values()))
+    return store
+
+
+async def get(
+    store: MemoryStore,
+    path: str = "/api/v1/task/1/results",
+    *,
+    user: int = 7,
+    admin: bool = False,
+    accept: str | None = None,
+) -> httpx.Response:
+    headers = ISSUER.bearer(user, admin=admin) | ({} if accept is None else {"Accept": accept})
+    async with client(store) as http:
+        return await http.get(path, headers=headers)
