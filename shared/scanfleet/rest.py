@@ -172,7 +172,10 @@ class Snapshots(_Answer):
 
     snapshots: list[Snapshot]
     next: int | None
-    """The value of `after` for the next page; null on the last one."""
+    """The value of `after` for the next page; null if no unfinished task follows."""
+
+    next_ended: str | None = None
+    """The value of `ended_after` for the next page; null if no finished task follows."""
 
     time: AwareDatetime
     """Time of the database before the query."""

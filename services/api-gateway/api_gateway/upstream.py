@@ -196,7 +196,8 @@ class Orchestrator(Upstream):
         caller: Mapping[str, str],
         whose: str | None,
         *,
-        after: int = 0,
+        after: int | None = None,
+        ended_after: str | None = None,
         changed_since: datetime | None = None,
         ended_since: datetime | None = None,
     ) -> Snapshots | Response:
@@ -205,7 +206,8 @@ class Orchestrator(Upstream):
         Args:
             caller: the caller, as HTTP headers.
             whose: a user's id or `all`; None for the caller.
-            after: return jobs with a greater id.
+            after: return unfinished jobs with a greater id.
+            ended_after: return finished jobs from there on; see `Snapshots.next_ended`.
             changed_since: omit unfinished jobs that have not changed since then.
             ended_since: include finished jobs that have ended since then.
 
@@ -214,7 +216,8 @@ class Orchestrator(Upstream):
         """
         query = {
             "user_id": whose,
-            "after": after or None,
+            "after": after,
+            "ended_after": ended_after,
             "changed_since": changed_since and changed_since.isoformat(),
             "ended_since": ended_since and ended_since.isoformat(),
         }

@@ -201,21 +201,18 @@ class MemoryStore:
         return [job.view for job in mine[skip : skip + limit]], len(mine)
 
     async def latest_jobs(
-        self,
-        user_id: int | None,
-        after: int,
-        limit: int,
-        *,
-        changed_since: datetime | None = None,
-        ended_since: datetime | None = None,
+        self, user_id: int | None, after: int, limit: int, *, changed_since: datetime | None = None
     ) -> list[int]:
-        def is_wanted(job: ScanJob) -> bool:
-            if job.final:
-                return ended_since is not None and job.end_time is not None and job.end_time >= ended_since
-            return changed_since is None or job.updated_at >= changed_since
-
         mine = (job for job in self._jobs.values() if user_id in (None, job.user_id) and job.id > after)
-        return sorted(job.id for job in mine if is_wanted(job))[:limit]
+        unfinished = (job for job in mine if not job.final)
+        return sorted(job.id for job in unfinished if changed_since is None or job.updated_at >= changed_since)[:limit]
+
+    async def ended_jobs(
+        self, user_id: int | None, since: datetime, limit: int, after: tuple[datetime, int] | None = None
+    ) -> list[tuple[datetime, int]]:
+        mine = (job for job in self._jobs.values() if user_id in (None, job.user_id))
+        ended = sorted((job.end_time, job.id) for job in mine if job.end_time is not None and job.end_time >= since)
+        return [each for each in ended if after is None or each > after][:limit]
 
     async def unsettled_jobs(
         self,

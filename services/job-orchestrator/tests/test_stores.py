@@ -381,8 +381,8 @@ async def test_jobs_are_listed_by_start_pending_first(store: Store) -> None:
     assert ([job.id for job in pending], total) == ([7, 6, 1], 3)
 
 
-async def test_latest_jobs_are_unfinished_or_have_ended_since(store: Store) -> None:
-    """Ids come in order, page by page: every unfinished job, or those that changed since; finished ones only by their end."""
+async def test_latest_jobs_are_unfinished(store: Store) -> None:
+    """Ids come in order, page by page: every unfinished job, or those that changed since."""
     ended = LATER + timedelta(seconds=5)
     await store.insert_jobs(
         [
@@ -398,8 +398,22 @@ async def test_latest_jobs_are_unfinished_or_have_ended_since(store: Store) -> N
     assert await store.latest_jobs(None, 0, 2) == [1, 2]
     assert await store.latest_jobs(None, 0, 10) == [1, 2, 5]
     assert await store.latest_jobs(7, 0, 10, changed_since=LATER) == [2]
-    assert await store.latest_jobs(7, 0, 10, ended_since=ended) == [1, 2, 4]
-    assert await store.latest_jobs(7, 0, 10, changed_since=ended, ended_since=LATER) == [3, 4]
+    assert await store.latest_jobs(7, 0, 10, changed_since=ended) == []
+
+
+async def test_ended_jobs_come_by_their_end(store: Store) -> None:
+    """Jobs that ended then or later come page by page in the order of their ends, those of the same time by id."""
+    ends = {1: LATER, 2: THEN, 3: LATER, 4: LATER + timedelta(seconds=5), 5: LATER}
+    await store.insert_jobs([change(scan_job(id_), JobTrigger.CANCEL, at) for id_, at in ends.items()])
+    await store.insert_jobs([scan_job(6), change(scan_job(7, user_id=8), JobTrigger.CANCEL, LATER)])
+    mine = [(ends[id_], id_) for id_ in (1, 3, 5, 4)]
+    assert await store.ended_jobs(7, LATER, 10) == mine
+    assert await store.ended_jobs(7, LATER, 2) == mine[:2]
+    assert await store.ended_jobs(7, LATER, 2, mine[1]) == mine[2:]
+    assert await store.ended_jobs(7, LATER, 1, mine[0]) == mine[1:2]
+    assert await store.ended_jobs(7, LATER, 10, mine[3]) == []
+    assert await store.ended_jobs(None, LATER, 10, mine[2]) == [(LATER, 7), mine[3]]
+    assert await store.ended_jobs(None, THEN, 1) == [(THEN, 2)]
 
 
 async def test_unfinished_jobs_are_found_by_filter(store: Store) -> None:

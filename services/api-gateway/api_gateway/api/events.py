@@ -186,7 +186,7 @@ class JobStream(_EventStream):
 class JobsStream(_EventStream):
     """Many jobs: first each that is unfinished or has ended since the client last received an event, then each change.
 
-    The states of a look are sent in the order of their jobs. The id of an event therefore carries the time up to which the
+    The states of a page are sent in the order of their jobs. The id of an event therefore carries the time up to which the
     client has received every change, which advances once all states of a look are sent.
 
     Args:
@@ -212,23 +212,24 @@ class JobsStream(_EventStream):
             yield piece
 
     async def _look(self) -> AsyncIterator[None]:
-        page = self._page or await self._ask(after=0)
+        page = self._page or await self._ask()
         self._page, looked_at = None, page.time
         while True:
             for snapshot in page.snapshots:
                 self._watch.add(snapshot)
             yield
-            if page.next is None:
+            if page.next is None and page.next_ended is None:
                 break
-            page = await self._ask(after=page.next)
+            page = await self._ask(after=page.next, ended_after=page.next_ended)
         self._received = looked_at
         self._changed_since = self._ended_since = overlapping(looked_at)
 
-    async def _ask(self, *, after: int) -> Snapshots:
+    async def _ask(self, *, after: int | None = None, ended_after: str | None = None) -> Snapshots:
         answer = await self._state.orchestrator.latest_of(
             await self._caller(),
             self._whose,
             after=after,
+            ended_after=ended_after,
             changed_since=self._changed_since,
             ended_since=self._ended_since,
         )

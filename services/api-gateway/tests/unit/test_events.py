@@ -442,10 +442,13 @@ PAGE = "http://orchestrator/internal/jobs/latest"
 _ID = re.compile(r"[0-9]{1,14}-[0-9]+-[0-9]+")
 
 
-def page(*jobs: tuple[int, int, JobStatus], after: int | None = None, time: datetime = THEN) -> httpx.Response:
+def page(
+    *jobs: tuple[int, int, JobStatus], after: int | None = None, ended_after: str | None = None, time: datetime = THEN
+) -> httpx.Response:
     """Return the orchestrator's response for several jobs: id, number of the state and status of each."""
     snapshots = [{"seq": seq, "task": task(status, 0, job_id)} for job_id, seq, status in jobs]
-    return httpx.Response(200, json={"snapshots": snapshots, "next": after, "time": time.isoformat()})
+    answer = {"snapshots": snapshots, "next": after, "next_ended": ended_after, "time": time.isoformat()}
+    return httpx.Response(200, json=answer)
 
 
 class SlowClient(Client):
@@ -517,17 +520,19 @@ def asked(gateway: Running) -> list[dict[str, str]]:
 async def test_stream_of_all_jobs_sends_current_states_then_changes(running: tuple[Running, MemoryBus]) -> None:
     """The stream sends the caller's current jobs page by page, then every change, and does not end with a job."""
     gateway, bus = running
-    pages = iter([page((1, 3, RUNNING), (2, 1, PENDING), after=2), page((5, 1, PENDING))])
+    first, second = page((1, 3, RUNNING), (2, 1, PENDING), after=2), page((5, 1, PENDING), ended_after="9-5")
+    pages = iter([first, second, page((4, 7, COMPLETED))])
     gateway.services.on("GET", PAGE, lambda _request: next(pages))
     watcher = JobsWatcher(gateway)
     await watcher.begin()
-    assert [await watcher.next() for _ in range(4)] == [
+    assert [await watcher.next() for _ in range(5)] == [
         (1, 3, "running"),
         (2, 1, "pending"),
         (5, 1, "pending"),
+        (4, 7, "completed"),
         "heartbeat",
     ]
-    assert asked(gateway) == [{}, {"after": "2"}]
+    assert asked(gateway) == [{}, {"after": "2"}, {"ended_after": "9-5"}]
     others = event(9, RUNNING, 10, job_id=3).model_copy(update={"user_id": 8})
     await bus.publish(SCAN_EVENTS, [event(3, RUNNING, job_id=1), others, event(4, COMPLETED, job_id=1)])
     await bus.publish(SCAN_EVENTS, [event(1, PENDING, job_id=7)])

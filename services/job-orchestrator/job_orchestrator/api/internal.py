@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Path, Query
@@ -73,25 +73,37 @@ async def latest_of(
     record: Recorded,
     user_id: Whose = None,
     after: Annotated[int, Query(ge=0, le=MAX_ID)] = 0,
+    ended_after: Annotated[str | None, Query(pattern=r"^\d{1,14}-\d{1,19}$")] = None,
     changed_since: AwareDatetime | None = None,
     ended_since: AwareDatetime | None = None,
 ) -> rest.Snapshots:
-    """A page of a user's jobs as they are now: unfinished ones, and those that have ended in a time."""
+    """A page of a user's jobs as they are now: first the unfinished ones, then those that have ended in a time.
+
+    A job that ends between two pages is in one of them, or in both.
+    """
     whose = await readable_user(caller, user_id, record, target="/api/v1/events", streamed=True)
     time = await state.store.time()
-    ids = await state.store.latest_jobs(
-        whose,
-        after,
-        _LATEST_PAGE,
-        changed_since=changed_since,
-        ended_since=max(ended_since, time - _ENDED_WITHIN) if ended_since else None,
-    )
-    jobs = await state.store.jobs(ids)
+    ids: list[int] = []
+    ended: list[tuple[datetime, int]] = []
+    if ended_after is None:
+        ids = await state.store.latest_jobs(whose, after, _LATEST_PAGE, changed_since=changed_since)
+    room = _LATEST_PAGE - len(ids)
+    if room and ended_since is not None:
+        place = None if ended_after is None else _place(ended_after)
+        ended = await state.store.ended_jobs(whose, max(ended_since, time - _ENDED_WITHIN), room, place)
+    jobs = await state.store.jobs([*ids, *(job_id for _, job_id in ended)])
     return rest.Snapshots(
         snapshots=[rest.Snapshot(seq=job.seq, task=task_status(job)) for _, job in sorted(jobs.items())],
-        next=ids[-1] if len(ids) == _LATEST_PAGE else None,
+        next=None if room else ids[-1],
+        next_ended=f"{ended[-1][0].timestamp() * 1_000:.0f}-{ended[-1][1]}" if room and len(ended) == room else None,
         time=time,
     )
+
+
+def _place(ended_after: str) -> tuple[datetime, int]:
+    """Return end time and id of the last job of a page, as `next_ended` has them."""
+    milliseconds, _, job_id = ended_after.partition("-")
+    return datetime.fromtimestamp(int(milliseconds) / 1_000, UTC), min(int(job_id), MAX_ID)
 
 
 @router.post("/jobs/cancel", name="cancel_tasks")

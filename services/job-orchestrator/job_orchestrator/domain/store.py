@@ -245,23 +245,21 @@ class Store(Resources, Audit, Deletions, Protocol):
         """
 
     async def latest_jobs(
-        self,
-        user_id: int | None,
-        after: int,
-        limit: int,
-        *,
-        changed_since: datetime | None = None,
-        ended_since: datetime | None = None,
+        self, user_id: int | None, after: int, limit: int, *, changed_since: datetime | None = None
     ) -> list[int]:
-        """Ids above `after`, in order, of jobs that are unfinished or have ended since. None is every user.
+        """Return ids above `after`, in order, of unfinished jobs. None is every user.
 
         Args:
             user_id: whose jobs.
             after: the id to go on after.
             limit: how many.
-            changed_since: leaves out unfinished ones that have not changed since.
-            ended_since: without it none that has ended.
+            changed_since: leaves out those that have not changed since.
         """
+
+    async def ended_jobs(
+        self, user_id: int | None, since: datetime, limit: int, after: tuple[datetime, int] | None = None
+    ) -> list[tuple[datetime, int]]:
+        """Return end time and id of jobs that ended then or later, in this order, behind `after` if it is given. None is every user."""
 
     async def unsettled_jobs(
         self,

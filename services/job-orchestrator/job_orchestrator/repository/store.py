@@ -291,28 +291,31 @@ class MongoStore(MongoAudit):
 
     @dependency_errors()
     async def latest_jobs(
-        self,
-        user_id: int | None,
-        after: int,
-        limit: int,
-        *,
-        changed_since: datetime | None = None,
-        ended_since: datetime | None = None,
+        self, user_id: int | None, after: int, limit: int, *, changed_since: datetime | None = None
     ) -> list[int]:
-        both: Document = {"_id": {"$gt": after}} | ({} if user_id is None else {"user_id": user_id})
-        unfinished = both | {"settled": False, "status": {"$in": [status.value for status in UNFINISHED]}}
+        wanted: Document = {"_id": {"$gt": after}, "settled": False}
+        wanted["status"] = {"$in": [status.value for status in UNFINISHED]}
+        if user_id is not None:
+            wanted["user_id"] = user_id
         if changed_since is not None:
-            unfinished["updated_at"] = {"$gte": changed_since}
-        # In this order: a job that ends meanwhile is in the first answer or in both.
-        found = await self._jobs.find(unfinished, {"_id": 1}).sort("_id", 1).limit(limit).to_list(limit)
-        if ended_since is not None:
-            ended = both | {"end_time": {"$gte": ended_since}}
-            # Each page is read from the keys of all that have ended since, without a document. Without a hint MongoDB may read
-            # every job with a higher id.
-            keys = _ENDED if user_id is None else _ENDED_OF_USER
-            page = self._jobs.find(ended, {"_id": 1}).hint(keys).sort("_id", 1).limit(limit)
-            found += await page.to_list(limit)
-        return sorted({each["_id"] for each in found})[:limit]
+            wanted["updated_at"] = {"$gte": changed_since}
+        return [each["_id"] async for each in self._jobs.find(wanted, {"_id": 1}).sort("_id", 1).limit(limit)]
+
+    @dependency_errors()
+    async def ended_jobs(
+        self, user_id: int | None, since: datetime, limit: int, after: tuple[datetime, int] | None = None
+    ) -> list[tuple[datetime, int]]:
+        # One range of an index each: many jobs that are cancelled together end at the same time.
+        ranges: list[Document] = [{"end_time": {"$gte": since}}]
+        if after is not None:
+            ranges = [{"end_time": after[0], "_id": {"$gt": after[1]}}, {"end_time": {"$gt": after[0]}}]
+        whose, keys = ({}, _ENDED) if user_id is None else ({"user_id": user_id}, _ENDED_OF_USER)
+        found: list[tuple[datetime, int]] = []
+        for each in ranges:
+            if room := limit - len(found):
+                page = self._jobs.find(whose | each, {"end_time": 1}).hint(keys).sort(_ENDED).limit(room)
+                found += [(job["end_time"], job["_id"]) async for job in page]
+        return found
 
     @dependency_errors()
     async def unsettled_jobs(

@@ -57,7 +57,7 @@ QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
     "list_jobs of all": (lambda store: store.list_jobs(None, set(), 0, 10), 2 * USERS),
     "list_jobs of all by status": (lambda store: store.list_jobs(None, {JobStatus.RUNNING}, 0, 10), 5),
     "latest_jobs": (lambda store: store.latest_jobs(7, 0, 10), 20),
-    "latest_jobs ended since": (lambda store: store.latest_jobs(7, 0, 10, changed_since=LATER, ended_since=LATER), 40),
+    "ended_jobs": (lambda store: store.ended_jobs(7, LATER, 10), 5),
     "latest_jobs of all": (lambda store: store.latest_jobs(None, 0, 5), 10),
     "unfinished_jobs": (lambda store: store.unfinished_jobs(7, 10, subnet_id=7), 5),
     "usage": (lambda store: store.usage([7, 8]), 6),
@@ -188,19 +188,22 @@ async def test_queue_passes_over_skipped_jobs_in_the_index_alone(filled: MongoSt
     assert read["docsExamined"] == 0
 
 
-@pytest.mark.parametrize(("user", "keys"), [(7, 320), (None, 420)])
-async def test_latest_jobs_that_ended_are_paged_without_reading_documents(
-    mongo_store: MongoStore, database: Database, user: int | None, keys: int
+@pytest.mark.parametrize("user", [7, None])
+async def test_a_page_of_ended_jobs_reads_its_own_keys(
+    mongo_store: MongoStore, database: Database, user: int | None
 ) -> None:
-    """A page of the jobs that ended since a time costs a key for each of them, and no document."""
-    ended = [change(scan_job(n, user_id=7 + (n > 300)), JobTrigger.CANCEL, LATER, settled=True) for n in range(1, 401)]
+    """A page costs a key for each of its jobs, however many ended before or after, or at the same time; and no document."""
+    ended = [
+        change(scan_job(n), JobTrigger.CANCEL, LATER + timedelta(seconds=n > 300), settled=True) for n in range(1, 401)
+    ]
     await mongo_store.insert_jobs(ended)
     await database.command("profile", 2)
-    assert await mongo_store.latest_jobs(user, 100, 10, ended_since=LATER) == list(range(101, 111))
+    found = await mongo_store.ended_jobs(user, THEN, 10, (LATER, 295))
     await database.command("profile", 0)
+    assert [job_id for _, job_id in found] == list(range(296, 306))
     reads = await database["system.profile"].find({"op": "query", "command.find": "jobs"}).to_list(None)
     assert sum(each["docsExamined"] for each in reads) == 0
-    assert sum(each["keysExamined"] for each in reads) <= keys
+    assert sum(each["keysExamined"] for each in reads) <= 12
 
 
 async def test_usage_of_a_user_is_read_from_the_index_alone(mongo_store: MongoStore, database: Database) -> None:

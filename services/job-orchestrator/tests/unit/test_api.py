@@ -1193,6 +1193,26 @@ async def test_many_jobs_are_watched_page_by_page(api: Api, store: MemoryStore) 
     assert datetime.fromisoformat(second["time"]).tzinfo is not None
 
 
+async def test_ended_jobs_follow_the_unfinished_ones(api: Api, store: MemoryStore) -> None:
+    """Pages go on with the jobs that ended since, by their end; a page may hold the last of one kind and the first of the other."""
+    now = utc_now().replace(microsecond=0)
+    await store.insert_jobs([scan_job(id_) for id_ in range(1, 151)])
+    ended = [change(scan_job(id_), JobTrigger.CANCEL, now) for id_ in range(151, 402)]
+    await store.insert_jobs(ended)
+    path = f"/internal/jobs/latest?ended_since={now.isoformat()}".replace("+", "%2B")
+    first = await api(f"GET {path}")
+    second = await api(f"GET {path}&ended_after={first['next_ended']}")
+    third = await api(f"GET {path}&ended_after={second['next_ended']}")
+    pages = [[int(each["task"]["job_id"]) for each in page["snapshots"]] for page in (first, second, third)]
+    assert pages == [list(range(1, 201)), list(range(201, 401)), [401]]
+    assert [(page["next"], bool(page["next_ended"])) for page in (first, second, third)] == [
+        (None, True),
+        (None, True),
+        (None, False),
+    ]
+    await api(f"GET {path}&ended_after=1-x", status=400)
+
+
 @pytest.mark.proves("A24", "G13")
 async def test_jobs_of_others_are_watched_by_administrators_alone(api: Api, store: MemoryStore) -> None:
     """Another user's jobs, or all, are an administrator's to watch, with one audit entry for the stream; others get 403."""
