@@ -100,23 +100,39 @@ def delete_each(
     many_failed(errors, session.output)
 
 
-def cancel_each(session: Session, job_ids: Sequence[int]) -> None:
+class AlreadyEndedError(CommandError):
+    """The job had ended before it could be cancelled."""
+
+
+def cancel_each(session: Session, job_ids: Sequence[int], *, pass_over_ended: bool = False) -> bool:
     """Cancel jobs one by one, and continue after errors.
+
+    Args:
+        session: of the command.
+        job_ids: of the jobs.
+        pass_over_ended: whether a job that has ended already is no error.
+
+    Returns:
+        Whether a job was cancelled.
 
     Raises:
         CommandError: some jobs could not be cancelled.
     """
-    errors = []
+    errors, cancelled = [], False
     for job_id in dict.fromkeys(job_ids):
         try:
             _cancel(session, job_id)
         except ScanfleetError as error:
+            if pass_over_ended and isinstance(error, AlreadyEndedError):
+                continue
             end = explain(error)
             end.message = f"job {job_id} could not be cancelled: {end.message}"
             errors.append(end)
             continue
+        cancelled = True
         session.output.note(f"✓ job {job_id} cancelled")
     many_failed(errors, session.output)
+    return cancelled
 
 
 def _cancel(session: Session, job_id: int) -> None:
@@ -130,4 +146,4 @@ def _cancel(session: Session, job_id: int) -> None:
             error.unsure and task.status.status is JobStatus.CANCELLED
         ):  # else an attempt without a response has cancelled it
             when = task.job.model_dump(mode="json")["end_time"]
-            raise CommandError(f"{error.message} (since {when})", status=error.status) from error
+            raise AlreadyEndedError(f"{error.message} (since {when})", status=error.status) from error

@@ -65,7 +65,9 @@ def to_the_end(
     ended: Callable[[Followed], None] | None = None,
     found: Callable[[Row], None] | None = None,
 ) -> list[Followed]:
-    """Follow jobs to their final state; Ctrl-C and the time limit leave them running.
+    """Follow jobs to their final state; Ctrl-C and the time limit leave them running, unless `cancel` is set.
+
+    If every job has ended before it could be cancelled, Ctrl-C changes nothing.
 
     Args:
         session: of the command.
@@ -82,16 +84,18 @@ def to_the_end(
         KeyboardInterrupt: on Ctrl-C.
     """
     ids = " ".join(map(str, job_ids))
+    following = _Following(session, job_ids, view, enough, ended)
     try:
-        jobs = asyncio.run(_Following(session, job_ids, view, enough, ended).run(limit, found))
+        jobs = asyncio.run(following.run(limit, found))
     except KeyboardInterrupt:
-        if cancel:
-            session.output.note(f"cancelling {ids}")
-            changes.cancel_each(session, job_ids)
-        else:
+        if not cancel:
             noun, verb = ("jobs", "continue") if len(job_ids) > 1 else ("job", "continues")
             session.output.note(f"{noun} {ids} {verb}: scanfleet job watch {ids}, or scanfleet job cancel {ids}")
-        raise
+            raise
+        session.output.note(f"cancelling {ids}")
+        if changes.cancel_each(session, job_ids, pass_over_ended=True):
+            raise
+        jobs = asyncio.run(following.run(limit, found))
     if late := [job for job in jobs if job.task is None or not enough(job.task.status.status)]:
         raise _gave_up(late[0], limit or 0.0)
     return jobs
@@ -124,16 +128,17 @@ class _Following:
         self._view = view
         self._enough = enough
         self._ended = ended
-        self._news: asyncio.Queue[rest.TaskStatus | Followed] = asyncio.Queue()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._news: asyncio.Queue[rest.TaskStatus | Followed]
+        self._tasks: list[asyncio.Task[None]]
 
     async def run(self, limit: float | None, found: Callable[[Row], None] | None) -> list[Followed]:
-        """Follow the jobs until none is open, for up to `limit` seconds.
+        """Follow the jobs until none is open, for up to `limit` seconds; another call goes on with those that are open.
 
         Raises:
             ApiError: a job may not be watched.
         """
         session = self._session
+        self._news, self._tasks = asyncio.Queue(), []
         until = time.monotonic() + limit if limit is not None else None
         async with AsyncClient(
             session.place.url,
@@ -174,6 +179,8 @@ class _Following:
                 self._ended(news)
             return
         job = self._jobs[news.job.id]
+        if job.job_id not in self._open:
+            return
         job.task = news
         self._view.changed(job)
         if self._ended is not None and job.final:

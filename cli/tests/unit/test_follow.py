@@ -51,6 +51,38 @@ def test_failed_cancel_after_an_interrupt_is_reported(running: FakeApi, run: Any
     assert running.jobs[42].status is JobStatus.CANCELLED
 
 
+@pytest.mark.parametrize(("end", "code"), [(JobStatus.COMPLETED, 0), (JobStatus.FAILED, 3), (JobStatus.CANCELLED, 7)])
+def test_interrupt_after_the_end_exits_with_the_end(api: FakeApi, run: Any, end: JobStatus, code: int) -> None:
+    """A job that ended just before Ctrl-C cannot be cancelled: its results are printed, and its end decides the exit code."""
+    api.states = [(JobStatus.RUNNING, 62)]
+
+    def ends(request: httpx2.Request) -> BaseException | None:
+        if not request.url.path.endswith("/events"):
+            return None
+        api.fault_of = lambda _request: None
+        api.jobs[41].states = [(end, 99)]
+        api.jobs[41].results = [result(1, "127.9.8.1", 22)]
+        return KeyboardInterrupt()
+
+    api.fault_of = ends
+    ended = run("scan", "127.9.8.0/24", "--cancel-on-interrupt")
+    assert ended.code == code
+    assert ended.out.startswith("127.9.8.1\t22/tcp")
+    assert "cancelling 41" in ended.err
+    assert ended.err.count(f"job 41 {end}") == 1
+    assert "could not be cancelled" not in ended.err
+
+
+def test_interrupt_after_the_end_of_some_jobs_cancels_the_others(running: FakeApi, run: Any) -> None:
+    """A job that has ended is no error; the exit code says that the others were interrupted."""
+    running.jobs[41].states = [(JobStatus.COMPLETED, 100)]
+    running.fault_of = interrupt
+    ended = run("job", "watch", "41", "42", "--cancel-on-interrupt")
+    assert ended.code == 130
+    assert "✓ job 42 cancelled" in ended.err
+    assert running.jobs[42].status is JobStatus.CANCELLED
+
+
 def test_scan_without_a_readable_ledger_prints_its_results(api: FakeApi, run: Any) -> None:
     """-o json prints job and results with a null ledger, and stderr has the reason."""
     api.fault_of = lambda request: busy() if request.url.path.endswith("/ledger") else None
