@@ -11,7 +11,7 @@ from datetime import timedelta
 import structlog
 
 from job_orchestrator.domain.chain import read_chain_keys
-from job_orchestrator.repository import MongoStore, Verification
+from job_orchestrator.repository import MongoAudit, Verification
 from job_orchestrator.settings import AuditSettings
 from scanfleet import mongo
 from scanfleet.errors import DependencyError
@@ -52,26 +52,26 @@ def _parser() -> argparse.ArgumentParser:
 async def _run(settings: AuditSettings, asked: argparse.Namespace) -> int:
     database = mongo.connect(settings.mongodb_uri, settings.database)
     keep = timedelta(days=settings.audit_days)
-    store = MongoStore(database, read_chain_keys(settings.audit_key_file), keep_audit=keep)
+    audit = MongoAudit(database, read_chain_keys(settings.audit_key_file), keep)
     try:
         match asked.command:
             case "verify":
-                return await _verify(store, asked.head)
+                return await _verify(audit, asked.head)
             case "export":
-                await _export(store, asked.after)
+                await _export(audit, asked.after)
             case "adopt":
-                adopted = await store.adopt()
-                await store.add_audit([command_entry(ORCHESTRATOR, "adopt_audit", f"{adopted} entries")])
+                adopted = await audit.adopt()
+                await audit.add([command_entry(ORCHESTRATOR, "adopt_audit", f"{adopted} entries")])
                 sys.stdout.write(f"{adopted} entries were signed\n")
     finally:
         database.client.close()
     return 0
 
 
-async def _verify(store: MongoStore, head: str | None) -> int:
-    found = await store.verify()
+async def _verify(audit: MongoAudit, head: str | None) -> int:
+    found = await audit.verify()
     if head is not None:
-        await _verify_head(store, found, head)
+        await _verify_head(audit, found, head)
     for finding in found.findings:
         sys.stdout.write(f"{_ascii(finding)}\n")
     if found.more:
@@ -85,18 +85,18 @@ async def _verify(store: MongoStore, head: str | None) -> int:
     return _TAMPERED if found.findings else 0
 
 
-async def _verify_head(store: MongoStore, found: Verification, head: str) -> None:
+async def _verify_head(audit: MongoAudit, found: Verification, head: str) -> None:
     """Compare the chain with a head that was stored elsewhere."""
     number, _, signature = head.partition("/")
     block = int(number) if number.isascii() and number.isdigit() else 0
     if 0 < block < found.first:
         return  # the block has expired, and `verify` has checked that it was due
-    if await store.block_signature(block) != signature:
+    if await audit.block_signature(block) != signature:
         found.add(f"block {number}: removed or replaced: it does not match the given head")
 
 
-async def _export(store: MongoStore, after: int) -> None:
-    async for each in store.export(after):
+async def _export(audit: MongoAudit, after: int) -> None:
+    async for each in audit.export(after):
         entry = each.entry.model_dump(mode="json")
         line = json.dumps(entry | {"block": each.block, "block_signature": each.block_signature})
         sys.stdout.write(f"{line}\n".replace("\x7f", "\\u007f"))

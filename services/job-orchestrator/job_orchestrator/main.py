@@ -14,11 +14,12 @@ from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
 from job_orchestrator.domain.audit import first_use
 from job_orchestrator.domain.chain import read_chain_keys
+from job_orchestrator.domain.ports import Store
 from job_orchestrator.domain.quotas import Quotas
-from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.user_grants import JobGrants
 from job_orchestrator.handlers.audit import Audit
+from job_orchestrator.handlers.chunks import ChunkChanger
 from job_orchestrator.handlers.commands import Commands
 from job_orchestrator.handlers.deletions import Deletions
 from job_orchestrator.handlers.dispatch import Dispatcher
@@ -29,7 +30,7 @@ from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.handlers.reporter import Reporter
 from job_orchestrator.handlers.stored import Stored
 from job_orchestrator.handlers.sweep import Sweeper
-from job_orchestrator.repository import MongoAccess, MongoStore
+from job_orchestrator.repository import MongoStore
 from job_orchestrator.settings import Settings
 from scanfleet import logging, mongo, service, tracing
 from scanfleet.auth import InternalVerifier, read_private_key, read_public_keys
@@ -80,13 +81,23 @@ class Orchestrator:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         faults = Faults()
+        changer = ChunkChanger(store.chunks, store.dispatch)
         self.grants = JobGrants(grants, rules.nat64)
-        self.outbox = Outbox(store, publisher)
+        self.outbox = Outbox(store.jobs, publisher)
         self.reporter = Reporter(
-            store=store, publisher=publisher, outbox=self.outbox, faults=faults, clock=clock, monotonic=monotonic
+            jobs=store.jobs,
+            chunks=store.chunks,
+            publisher=publisher,
+            outbox=self.outbox,
+            faults=faults,
+            clock=clock,
+            monotonic=monotonic,
         )
         self.reconciler = Reconciler(
-            store=store,
+            jobs=store.jobs,
+            chunks=store.chunks,
+            dispatch=store.dispatch,
+            changer=changer,
             publisher=publisher,
             outbox=self.outbox,
             reporter=self.reporter,
@@ -95,7 +106,11 @@ class Orchestrator:
             clock=clock,
         )
         self.commands = Commands(
-            store=store,
+            commands=store.commands,
+            jobs=store.jobs,
+            policies=store.policies,
+            subnets=store.subnets,
+            audit=store.audit,
             publisher=publisher,
             outbox=self.outbox,
             reconciler=self.reconciler,
@@ -107,10 +122,19 @@ class Orchestrator:
             quotas=quotas,
         )
         self.deletions = Deletions(
-            store=store, publisher=publisher, outbox=self.outbox, clock=clock, keep=keep, monotonic=monotonic
+            jobs=store.jobs,
+            deletions=store.deletions,
+            chunks=store.chunks,
+            audit=store.audit,
+            publisher=publisher,
+            outbox=self.outbox,
+            clock=clock,
+            keep=keep,
+            monotonic=monotonic,
         )
         self.progress = Progress(
-            store=store,
+            dispatch=store.dispatch,
+            changer=changer,
             publisher=publisher,
             reconciler=self.reconciler,
             wake=lambda: self.dispatcher.wake(),  # noqa: PLW0108 # the dispatcher is created below
@@ -120,7 +144,12 @@ class Orchestrator:
             monotonic=monotonic,
         )
         self.dispatcher = Dispatcher(
-            store=store,
+            jobs=store.jobs,
+            chunks=store.chunks,
+            dispatch=store.dispatch,
+            deletions=store.deletions,
+            audit=store.audit,
+            changer=changer,
             publisher=publisher,
             signer=signer,
             lease_seconds=lease_seconds,
@@ -131,7 +160,10 @@ class Orchestrator:
             monotonic=monotonic,
         )
         self.sweeper = Sweeper(
-            store=store,
+            jobs=store.jobs,
+            chunks=store.chunks,
+            dispatch=store.dispatch,
+            changer=changer,
             publisher=publisher,
             outbox=self.outbox,
             reporter=self.reporter,
@@ -150,9 +182,9 @@ class Orchestrator:
             SCAN_DELETIONS: self.deletions,
             SCAN_WORKERS: self.dispatcher,
             SCAN_PROGRESS: self.progress,
-            SCAN_STORED: Stored(store, self.reconciler, self.dispatcher.wake, clock),
-            **{topic: Audit(store, service) for service, topic in SCAN_AUDIT.items()},
-            SCAN_AUDIT_OPERATOR: Audit(store, OPERATOR),
+            SCAN_STORED: Stored(changer, self.reconciler, self.dispatcher.wake, clock),
+            **{topic: Audit(store.audit, service) for service, topic in SCAN_AUDIT.items()},
+            SCAN_AUDIT_OPERATOR: Audit(store.audit, OPERATOR),
         }
         sweep = Loop("sweep", _SWEEP_SECONDS, self.sweeper.sweep)
         owners = (self.reconciler, self.outbox, self.reporter, self.dispatcher, self.deletions)
@@ -183,9 +215,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 first_use("signs chunks", signer.key_id, source=source),
                 *(first_use("verifies the gateway's tokens", key_id(key), source=source) for key in gateways),
             ]
-            await startup.until_available("mongodb", lambda: store.add_audit(used))
-            app.state.access = access = MongoAccess(database)
-            await startup.until_available("mongodb", access.prepare)
+            await startup.until_available("mongodb", lambda: store.audit.add(used))
             app.state.probes.depend("mongodb", lambda: mongo.ping(database))
             bus = KafkaBus(settings, source=ORCHESTRATOR, instance=settings.instance)
             await startup.until_available("kafka", bus.start)
@@ -224,7 +254,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 bus.consume(topic, f"{ORCHESTRATOR}-{topic.name}", handler)
                 for topic, handler in orchestrator.handlers.items()
             ]
-            seal = Loop("audit seal", _SEAL_SECONDS, store.seal, vital=False)
+            seal = Loop("audit seal", _SEAL_SECONDS, store.audit.seal, vital=False)
             for loop in (Loop("time", _TIME_SECONDS, clock.refresh), seal, *orchestrator.loops, *consumers):
                 await startup.until_available("kafka", loop.start)
                 stack.push_async_callback(loop.stop)

@@ -10,10 +10,10 @@ from prometheus_client import Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import REGISTRY, Collector
 
+from job_orchestrator.domain.census import Census
 from job_orchestrator.domain.chunk import OPEN, ChunkState
-from job_orchestrator.domain.job import ScanJob
+from job_orchestrator.domain.job import UNFINISHED, ScanJob
 from job_orchestrator.domain.ledger import NAMES
-from job_orchestrator.domain.store import UNFINISHED, Census
 from scanfleet.messages import JobStatus
 
 _FRESH_SECONDS: Final = 30.0  # maximum age of an exported census; they are 10 s apart
@@ -103,11 +103,11 @@ class CensusGauges(Collector):
 _GAUGES: Final[dict[tuple[str, str], tuple[str, Callable[[Census], Mapping[str, float]]]]] = {
     ("scanfleet_jobs", "status"): (
         "Unfinished jobs",
-        lambda census: {status: census.jobs[status] for status in UNFINISHED},
+        lambda census: {status: census.jobs.numbers[status] for status in UNFINISHED},
     ),
     ("scanfleet_oldest_job_age_seconds", "status"): (
         "Age of the oldest unfinished job since its creation, 0 if there is none",
-        lambda census: {status: census.job_ages.get(status, 0.0) for status in UNFINISHED},
+        lambda census: {status: census.jobs.ages.get(status, 0.0) for status in UNFINISHED},
     ),
     ("scanfleet_chunks", "state"): (
         "Chunks that are not final",
@@ -115,11 +115,11 @@ _GAUGES: Final[dict[tuple[str, str], tuple[str, Callable[[Census], Mapping[str, 
     ),
     ("scanfleet_queued_slot_seconds", ""): (
         "Expected slot seconds of all unfinished jobs, for scaling workers",
-        lambda census: {"": census.slot_seconds},
+        lambda census: {"": census.jobs.slot_seconds},
     ),
     ("scanfleet_outbox_age_seconds", ""): (
         "Age of the oldest unpublished job event, 0 if there is none",
-        lambda census: {"": census.outbox_age},
+        lambda census: {"": census.jobs.outbox_age},
     ),
 }
 

@@ -53,11 +53,11 @@ async def restored(settings: Settings) -> str:
     try:
         keys = read_chain_keys(settings.audit_key_file)
         store = MongoStore(database, keys, keep_audit=timedelta(days=settings.audit_days))
-        await store.add_audit([command_entry(ORCHESTRATOR, RESTORE, settings.database)])
+        await store.audit.add([command_entry(ORCHESTRATOR, RESTORE, settings.database)])
         await store.advance_ids(above)
         # These commands are not sent again, and the backup may lie between a command and the last of its jobs.
-        async for submit in store.accepted_submits():
-            await store.insert_jobs(submit.jobs)
+        async for submit in store.commands.accepted_submits():
+            await store.jobs.insert(submit.jobs)
         unfinished, cancelled = await _resume(store, await _cancelled(settings), above)
     finally:
         database.client.close()
@@ -89,10 +89,10 @@ def _cancelled_by(record: RawRecord) -> int:
 async def _resume(store: MongoStore, cancelled: set[int], above: int) -> tuple[int, int]:
     """Update every unfinished job; return how many continue and how many were cancelled."""
     after, continued, ended = 0, 0, 0
-    while ids := await store.unsettled_jobs(after, _PAGE):
-        jobs = [restored_from_backup(job, above) for job in (await store.jobs(ids)).values() if not job.final]
+    while ids := await store.jobs.unsettled(after, _PAGE):
+        jobs = [restored_from_backup(job, above) for job in (await store.jobs.get(ids)).values() if not job.final]
         updated = [change(job, JobTrigger.CANCEL, utc_now()) if job.id in cancelled else job for job in jobs]
-        if lost := await store.save_jobs(updated):
+        if lost := await store.jobs.save(updated):
             raise DependencyError(f"another process changes jobs {sorted(lost)}: stop every orchestrator")
         ended += sum(job.final for job in updated)
         continued += sum(not job.final for job in updated)

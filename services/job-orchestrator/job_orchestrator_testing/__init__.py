@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from job_orchestrator_testing.access import MemoryAccess
-from job_orchestrator_testing.store import MemoryStore
+from job_orchestrator_testing.repository import MemoryStore
 from job_orchestrator_testing.things import KEYS, chunk, replanned, scan_job, scan_policy
 from job_orchestrator_testing.world import RULES, ResultStore, Worker, World
 
 __all__ = [
     "KEYS",
     "RULES",
-    "MemoryAccess",
     "MemoryStore",
     "ResultStore",
     "Worker",

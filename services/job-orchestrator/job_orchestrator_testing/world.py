@@ -11,8 +11,9 @@ from datetime import datetime, timedelta
 from itertools import count
 from typing import Any, Final, TypedDict
 
+from job_orchestrator.domain.ports import Store
 from job_orchestrator.domain.quotas import Quotas
-from job_orchestrator.domain.store import Policy, Store, Subnet
+from job_orchestrator.domain.resources import Policy, Subnet
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.main import Orchestrator
 from job_orchestrator_testing.things import scan_policy
@@ -338,13 +339,13 @@ class World:
     async def add(self, *cidrs: str, user_id: int = 7, policy: ScanPolicy | None = None) -> tuple[int, list[int]]:
         """A policy and subnets; answers their ids."""
         now = utc_now()
-        (policy_id,) = await self.store.take_ids("policies")
-        ids = await self.store.take_ids("subnets", len(cidrs))
+        (policy_id,) = await self.store.policies.take_ids()
+        ids = await self.store.subnets.take_ids(len(cidrs))
         scan = policy or scan_policy()
         common: dict[str, Any] = {"user_id": user_id, "name": "x", "created_at": now, "updated_at": now}
-        await self.store.add_policy(Policy(id=policy_id, scan=scan, **common))
+        await self.store.policies.add(Policy(id=policy_id, scan=scan, **common))
         for id_, cidr in zip(ids, cidrs, strict=True):
-            await self.store.add_subnet(Subnet(id=id_, cidr=cidr, exclude=(), **common))
+            await self.store.subnets.add(Subnet(id=id_, cidr=cidr, exclude=(), **common))
         return policy_id, list(ids)
 
     async def submit(

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from job_orchestrator.domain.access import Access, Revocation
+from job_orchestrator.domain.access import Revocation
 from job_orchestrator.domain.deletion import Deletion, Stage
-from job_orchestrator.domain.store import Subnet
-from job_orchestrator.repository import MongoAccess, MongoStore
-from job_orchestrator_testing import KEYS, MemoryAccess, MemoryStore, scan_job
+from job_orchestrator.domain.ports import AccessRepository, Store
+from job_orchestrator.domain.resources import Subnet
+from job_orchestrator.repository import MongoStore
+from job_orchestrator_testing import KEYS, scan_job
 from scanfleet.clock import utc_now
 from scanfleet.mongo import Database
 
@@ -20,18 +21,8 @@ NOW = datetime(2026, 11, 28, 4, tzinfo=UTC)
 
 
 @pytest.fixture
-async def mongo_access(database: Database) -> MongoAccess:
-    access = MongoAccess(database)
-    await access.prepare()
-    return access
-
-
-@pytest.fixture(params=["memory", pytest.param("mongodb", marks=pytest.mark.integration)])
-def access(request: pytest.FixtureRequest) -> Access:
-    if request.param == "memory":
-        return MemoryAccess(MemoryStore())
-    mongo: MongoAccess = request.getfixturevalue("mongo_access")
-    return mongo
+def access(store: Store) -> AccessRepository:
+    return store.access
 
 
 def revocation(id_: int, **changed: Any) -> Revocation:
@@ -47,7 +38,7 @@ def revocation(id_: int, **changed: Any) -> Revocation:
     return Revocation(id=id_, **(fields | changed))
 
 
-async def test_a_user_has_one_id(access: Access) -> None:
+async def test_a_user_has_one_id(access: AccessRepository) -> None:
     """A subject has the same id each time; another subject or issuer has another."""
     first = await access.user_id("https://a.test", "x")
     others = [await access.user_id(*each) for each in (("https://a.test", "X"), ("https://b.test", "x"))]
@@ -56,14 +47,14 @@ async def test_a_user_has_one_id(access: Access) -> None:
     assert min(first, *others) > 0
 
 
-async def test_first_uses_at_once_agree(access: Access) -> None:
+async def test_first_uses_at_once_agree(access: AccessRepository) -> None:
     """However many ask for a new user's id at once, all get the same."""
     ids = await asyncio.gather(*(access.user_id("https://a.test", f"s-{n % 5}") for n in range(50)))
     assert len(set(ids)) == 5
     assert ids[:5] * 10 == ids
 
 
-async def test_revocations_are_listed_until_they_are_deleted(access: Access) -> None:
+async def test_revocations_are_listed_until_they_are_deleted(access: AccessRepository) -> None:
     """What is added is listed whole, newest first, and deleted once; adding it again changes nothing."""
     one = revocation(await access.take_revocation_id())
     two = revocation(await access.take_revocation_id(), jti="t-1", user_id=None, issued_before=None)
@@ -76,10 +67,9 @@ async def test_revocations_are_listed_until_they_are_deleted(access: Access) -> 
 
 
 @pytest.mark.integration
-async def test_replicas_agree_on_a_new_user(database: Database) -> None:
+async def test_replicas_agree_on_a_new_user(mongo_store: MongoStore, database: Database) -> None:
     """Two replicas that meet a new user at the same moment give one id."""
-    replicas = [MongoAccess(database) for _ in range(2)]
-    await replicas[0].prepare()
+    replicas = [mongo_store.access, MongoStore(database, KEYS).access]
     ids = await asyncio.gather(*(replicas[n % 2].user_id("https://a.test", f"s-{n // 10}") for n in range(50)))
     assert [len(set(ids[n : n + 10])) for n in range(0, 50, 10)] == [1] * 5
     assert len(set(ids)) == 5
@@ -87,34 +77,28 @@ async def test_replicas_agree_on_a_new_user(database: Database) -> None:
 
 
 @pytest.mark.integration
-async def test_assigned_ids_begin_above_claimed_ones(database: Database) -> None:
+async def test_assigned_ids_begin_above_claimed_ones(mongo_store: MongoStore) -> None:
     """On a platform where tokens claimed their users' ids before, no assigned id is one of those."""
-    store, access = MongoStore(database, KEYS), MongoAccess(database)
-    await access.prepare()
     subnet = Subnet(id=1, user_id=7_000, name="x", cidr="127.0.0.0/24", exclude=(), created_at=NOW, updated_at=NOW)
-    await store.add_subnet(subnet)
-    assert await access.user_id("https://a.test", "x") == 7_001
-    assert await access.user_id("https://a.test", "y") == 7_002
+    await mongo_store.subnets.add(subnet)
+    assert await mongo_store.access.user_id("https://a.test", "x") == 7_001
+    assert await mongo_store.access.user_id("https://a.test", "y") == 7_002
 
 
 @pytest.mark.integration
-async def test_assigned_ids_begin_above_those_of_deleted_jobs(database: Database) -> None:
+async def test_assigned_ids_begin_above_those_of_deleted_jobs(mongo_store: MongoStore) -> None:
     """Receipts of deleted jobs hold the ids of their users too, whether the deletion is due or done."""
-    store, access = MongoStore(database, KEYS), MongoAccess(database)
-    await store.prepare()
-    await access.prepare()
     for job in (scan_job(1, user_id=8_000), scan_job(2, user_id=9_000)):
-        await store.insert_jobs([job])
+        await mongo_store.jobs.insert([job])
         receipt = Deletion(job_id=job.id, user_id=job.user_id, subnet_id=1, reason="request", requested_at=NOW)
-        assert await store.delete_job(job, receipt)
-    await store.advance_deletions([2], Stage.RESULTS, Stage.DONE, None)
-    assert await access.user_id("https://a.test", "x") == 9_001
+        assert await mongo_store.deletions.begin(job, receipt)
+    await mongo_store.deletions.advance([2], Stage.RESULTS, Stage.DONE, None)
+    assert await mongo_store.access.user_id("https://a.test", "x") == 9_001
 
 
 @pytest.mark.integration
+@pytest.mark.usefixtures("mongo_store")
 async def test_revocations_end_by_themselves(database: Database) -> None:
     """The database removes a revocation at the time that it names."""
-    access = MongoAccess(database)
-    await access.prepare()
     indexes = await database["revocations"].index_information()
     assert indexes["expires_at_1"]["expireAfterSeconds"] == 0

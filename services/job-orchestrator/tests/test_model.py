@@ -21,7 +21,7 @@ from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import HELD, MAX_FAILURES, Chunk, ChunkState, Token, WorkerReport
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ledger import Tally
-from job_orchestrator.domain.store import Store
+from job_orchestrator.domain.ports import ChunkRepository, JobRepository, Store
 from job_orchestrator.domain.totals import EMPTY
 from job_orchestrator.repository import MongoStore
 from job_orchestrator_testing import KEYS, MemoryStore, Worker, World, scan_policy
@@ -60,34 +60,35 @@ LOOKS = 100  # after the last fault: three leases and what is between them
 
 
 class Inspector:
-    """A store that lets no save pass that breaks a rule. To it every event is old, and no chunk was asked for lately."""
+    """A store that lets no save pass that breaks a rule."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self.jobs = InspectedJobs(store.jobs)
+        self.chunks = InspectedChunks(store.chunks)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
-    async def jobs_with_old_events(self, before: datetime, limit: int) -> list[int]:
-        return await self._store.jobs_with_old_events(before + timedelta(days=1), limit)
 
-    async def overdue_chunks(self, now: datetime, limit: int, partitions: Collection[int]) -> list[Chunk]:
-        return await self._store.overdue_chunks(now + timedelta(days=1), limit, partitions)
+class InspectedJobs:
+    """Every event is old."""
 
-    async def save_jobs(self, jobs: Sequence[ScanJob]) -> set[int]:
-        before = await self._store.jobs([job.id for job in jobs])
-        losers = await self._store.save_jobs(jobs)
+    def __init__(self, jobs: JobRepository) -> None:
+        self._jobs = jobs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._jobs, name)
+
+    async def with_old_events(self, before: datetime, limit: int) -> list[int]:
+        return await self._jobs.with_old_events(before + timedelta(days=1), limit)
+
+    async def save(self, jobs: Sequence[ScanJob]) -> set[int]:
+        before = await self._jobs.get([job.id for job in jobs])
+        losers = await self._jobs.save(jobs)
         for after in jobs:
             if after.id not in losers:
                 self._check_job(before[after.id], after)
-        return losers
-
-    async def save_chunks(self, chunks: Sequence[Chunk]) -> set[str]:
-        before = await self._store.chunks([chunk.id for chunk in chunks])
-        losers = await self._store.save_chunks(chunks)
-        for after in chunks:
-            if after.id not in losers:
-                self._check_chunk(before[after.id], after)
         return losers
 
     @staticmethod
@@ -108,6 +109,27 @@ class Inspector:
         assert after.end_time is None or after.end_time >= (after.start_time or after.created_at)
         assert (after.progress == 100) is (after.status is JobStatus.COMPLETED)
         assert bool(after.error) is (after.status is JobStatus.FAILED)
+
+
+class InspectedChunks:
+    """No chunk was asked for lately."""
+
+    def __init__(self, chunks: ChunkRepository) -> None:
+        self._chunks = chunks
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._chunks, name)
+
+    async def overdue(self, now: datetime, limit: int, partitions: Collection[int]) -> list[Chunk]:
+        return await self._chunks.overdue(now + timedelta(days=1), limit, partitions)
+
+    async def save(self, chunks: Sequence[Chunk]) -> set[str]:
+        before = await self._chunks.get([chunk.id for chunk in chunks])
+        losers = await self._chunks.save(chunks)
+        for after in chunks:
+            if after.id not in losers:
+                self._check_chunk(before[after.id], after)
+        return losers
 
     @staticmethod
     def _check_chunk(before: Chunk, after: Chunk) -> None:
@@ -299,7 +321,7 @@ class Life(RuleBasedStateMachine):
     def the_ledger_adds_up(self) -> None:
         async def check() -> None:
             for job in await self.jobs():
-                stored = {each.id: each async for each in self.world.store.job_chunks(job.id)}
+                stored = {each.id: each async for each in self.world.store.chunks.of_job(job.id)}
                 planned = [each.id for each in plan.chunks(job, 0, job.plan.chunk_count)]
                 assert list(stored) == planned[: len(stored)]
                 whole, ended = Tally(job, EMPTY), Tally(job, EMPTY)
@@ -374,8 +396,8 @@ class Life(RuleBasedStateMachine):
             self.runner.close()
 
     async def jobs(self) -> list[ScanJob]:
-        listed = [job.id for user in (7, 8) for job in (await self.world.store.list_jobs(user, set(), 0, 100))[0]]
-        found = await self.world.store.jobs(listed)
+        listed = [job.id for user in (7, 8) for job in (await self.world.store.jobs.page(user, set(), 0, 100))[0]]
+        found = await self.world.store.jobs.get(listed)
         return [found[id_] for id_ in sorted(listed)]
 
     def collect(self) -> None:
@@ -402,10 +424,10 @@ class Life(RuleBasedStateMachine):
     async def hear(self, batch: Sequence[Record]) -> None:
         """Hand reports over: one that is not of a chunk's holder changes no state, and who scans all the same is stopped."""
         reports = [each.message for each in batch if isinstance(each.message, WorkerReport)]
-        before = await self.world.store.chunks({report.chunk_id for report in reports})
+        before = await self.world.store.chunks.get({report.chunk_id for report in reports})
         tasks = len(self.world.bus.messages(SCAN_TASKS))
         await self.world.hand(SCAN_PROGRESS, batch)
-        for after in (await self.world.store.chunks(before)).values():
+        for after in (await self.world.store.chunks.get(before)).values():
             chunk = before[after.id]
             current = chunk.token in {Token.of(report) for report in reports}
             if current and chunk.state in HELD:

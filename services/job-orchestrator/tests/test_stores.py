@@ -11,12 +11,15 @@ import pytest
 from structlog.testing import capture_logs
 
 from job_orchestrator.domain import plan
+from job_orchestrator.domain.census import OpenChunks, Standing
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState, Token, cancel, dispatch
+from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.deletion import Deletion, Stage
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change, create, published
+from job_orchestrator.domain.ports import Store
 from job_orchestrator.domain.quotas import Usage
-from job_orchestrator.domain.store import Command, OpenChunks, Policy, Standing, Store, Subnet
+from job_orchestrator.domain.resources import Policy, Subnet
 from job_orchestrator.domain.totals import Totals
 from job_orchestrator.metrics import UNREADABLE
 from job_orchestrator.repository import MongoStore, documents
@@ -54,7 +57,7 @@ def policy(id_: int = 1, **changed: Any) -> Policy:
 
 
 async def all_chunks(store: Store, job_id: int) -> list[Chunk]:
-    return [each async for each in store.job_chunks(job_id)]
+    return [each async for each in store.chunks.of_job(job_id)]
 
 
 # Ids
@@ -62,10 +65,10 @@ async def all_chunks(store: Store, job_id: int) -> list[Chunk]:
 
 async def test_ids_grow_from_one_and_are_never_given_twice(store: Store) -> None:
     """Ids of one name start at 1, parallel takers get different ones, and another name counts by itself."""
-    assert await store.take_ids("jobs", 3) == range(1, 4)
-    taken = await asyncio.gather(*(store.take_ids("jobs", 2) for _ in range(10)))
+    assert await store.jobs.take_ids(3) == range(1, 4)
+    taken = await asyncio.gather(*(store.jobs.take_ids(2) for _ in range(10)))
     assert sorted(id_ for block in taken for id_ in block) == list(range(4, 24))
-    assert await store.take_ids("subnets") == range(1, 2)
+    assert await store.subnets.take_ids() == range(1, 2)
 
 
 # Subnets and policies
@@ -73,62 +76,62 @@ async def test_ids_grow_from_one_and_are_never_given_twice(store: Store) -> None
 
 async def test_subnets_are_their_owners_alone(store: Store) -> None:
     """A subnet reads back whole for its user; for others it does not exist and is neither replaced nor deleted."""
-    await store.add_subnet(subnet(1))
-    await store.add_subnet(subnet(2, user_id=8, exclude=()))
-    assert await store.subnets([(7, 1), (7, 2), (7, 3), (8, 1)]) == {(7, 1): subnet(1)}
-    assert not await store.replace_subnet(subnet(1, user_id=8, name="mine now"))
-    assert not await store.delete_subnet(8, 1)
-    assert await store.replace_subnet(subnet(1, name="new", cidr="127.0.0.0/30", exclude=()))
-    assert await store.subnets([(7, 1)]) == {(7, 1): subnet(1, name="new", cidr="127.0.0.0/30", exclude=())}
-    assert await store.delete_subnet(7, 1)
-    assert not await store.delete_subnet(7, 1)
-    assert not await store.replace_subnet(subnet(1))
-    assert await store.subnets([(7, 1)]) == {}
+    await store.subnets.add(subnet(1))
+    await store.subnets.add(subnet(2, user_id=8, exclude=()))
+    assert await store.subnets.get([(7, 1), (7, 2), (7, 3), (8, 1)]) == {(7, 1): subnet(1)}
+    assert not await store.subnets.replace(subnet(1, user_id=8, name="mine now"))
+    assert not await store.subnets.delete(8, 1)
+    assert await store.subnets.replace(subnet(1, name="new", cidr="127.0.0.0/30", exclude=()))
+    assert await store.subnets.get([(7, 1)]) == {(7, 1): subnet(1, name="new", cidr="127.0.0.0/30", exclude=())}
+    assert await store.subnets.delete(7, 1)
+    assert not await store.subnets.delete(7, 1)
+    assert not await store.subnets.replace(subnet(1))
+    assert await store.subnets.get([(7, 1)]) == {}
 
 
 async def test_policies_are_their_owners_alone(store: Store) -> None:
     """A policy reads back whole for its user; for others it does not exist and is neither replaced nor deleted."""
-    await store.add_policy(policy(1))
-    assert await store.policies([(7, 1), (7, 2), (8, 1)]) == {(7, 1): policy(1)}
-    assert not await store.replace_policy(policy(1, user_id=8))
-    assert not await store.delete_policy(8, 1)
-    assert await store.replace_policy(policy(1, name="new"))
-    assert await store.policies([(7, 1)]) == {(7, 1): policy(1, name="new")}
-    assert await store.delete_policy(7, 1)
-    assert await store.policies([(7, 1)]) == {}
+    await store.policies.add(policy(1))
+    assert await store.policies.get([(7, 1), (7, 2), (8, 1)]) == {(7, 1): policy(1)}
+    assert not await store.policies.replace(policy(1, user_id=8))
+    assert not await store.policies.delete(8, 1)
+    assert await store.policies.replace(policy(1, name="new"))
+    assert await store.policies.get([(7, 1)]) == {(7, 1): policy(1, name="new")}
+    assert await store.policies.delete(7, 1)
+    assert await store.policies.get([(7, 1)]) == {}
 
 
 async def test_resources_are_listed_newest_first_by_page(store: Store) -> None:
     """A page holds the user's own, newest first, and the total counts them all."""
     for id_ in range(1, 6):
-        await store.add_subnet(subnet(id_))
-        await store.add_policy(policy(id_))
-    await store.add_subnet(subnet(6, user_id=8))
-    await store.add_policy(policy(6, user_id=8))
-    assert await store.list_subnets(7, 1, 2) == ([subnet(4), subnet(3)], 5)
-    assert await store.list_policies(7, 4, 2) == ([policy(1)], 5)
-    assert await store.list_policies(7, 10**11, 100) == ([], 5)
-    assert await store.list_subnets(9, 0, 10) == ([], 0)
+        await store.subnets.add(subnet(id_))
+        await store.policies.add(policy(id_))
+    await store.subnets.add(subnet(6, user_id=8))
+    await store.policies.add(policy(6, user_id=8))
+    assert await store.subnets.page(7, 1, 2) == ([subnet(4), subnet(3)], 5)
+    assert await store.policies.page(7, 4, 2) == ([policy(1)], 5)
+    assert await store.policies.page(7, 10**11, 100) == ([], 5)
+    assert await store.subnets.page(9, 0, 10) == ([], 0)
 
 
 async def test_resources_are_counted_up_to_a_limit(store: Store) -> None:
     """The user's own subnets or policies are counted, and no further than asked."""
     for id_ in range(1, 4):
-        await store.add_subnet(subnet(id_))
-        await store.add_policy(policy(id_))
-    await store.add_subnet(subnet(4, user_id=8))
-    assert [await store.owned("subnets", 7, limit) for limit in (2, 3, 4)] == [2, 3, 3]
-    assert [await store.owned("policies", user, 10) for user in (7, 8)] == [3, 0]
+        await store.subnets.add(subnet(id_))
+        await store.policies.add(policy(id_))
+    await store.subnets.add(subnet(4, user_id=8))
+    assert [await store.subnets.count(7, limit) for limit in (2, 3, 4)] == [2, 3, 3]
+    assert [await store.policies.count(user, 10) for user in (7, 8)] == [3, 0]
 
 
 async def test_a_resource_of_anybody_is_known_to_exist(store: Store) -> None:
     """A subnet or policy of any user exists until it is deleted."""
-    await store.add_subnet(subnet(1))
-    await store.add_policy(policy(2))
-    assert [await store.exists("subnets", id_) for id_ in (1, 2)] == [True, False]
-    assert [await store.exists("policies", id_) for id_ in (1, 2)] == [False, True]
-    await store.delete_subnet(7, 1)
-    assert not await store.exists("subnets", 1)
+    await store.subnets.add(subnet(1))
+    await store.policies.add(policy(2))
+    assert [await store.subnets.exists(id_) for id_ in (1, 2)] == [True, False]
+    assert [await store.policies.exists(id_) for id_ in (1, 2)] == [False, True]
+    await store.subnets.delete(7, 1)
+    assert not await store.subnets.exists(1)
 
 
 # The audit log
@@ -162,26 +165,26 @@ async def test_list_audit_is_ordered_by_the_time_received(store: Store, monkeypa
     for number, each in enumerate(added):
         now = begin + timedelta(seconds=number)
         monkeypatch.setattr(clock_of(store), lambda now=now: now)
-        await store.add_audit([each, entry("a", subject="9")])
+        await store.audit.add([each, entry("a", subject="9")])
         kept.append(rest.AuditEntry(**each.model_dump() | {"id": f"job-orchestrator/{each.id}", "received_at": now}))
     a, b, c = kept
-    assert await store.list_audit(0, 10) == ([c, b, a], 3)
-    assert await store.list_audit(1, 1) == ([b], 3)
-    assert await store.list_audit(0, 10, subject="7") == ([a], 1)
-    assert await store.list_audit(0, 10, subject="") == ([b], 1)
-    assert await store.list_audit(0, 10, subject="7", request_id="r-2") == ([], 0)
-    assert await store.list_audit(0, 10, request_id="r-1") == ([c, a], 2)
-    assert await store.list_audit(0, 10, request_id="r-1", action=a.action, source=a.source, rule=None) == ([c, a], 2)
-    assert await store.list_audit(0, 10, since=b.received_at) == ([c, b], 2)
-    assert await store.list_audit(0, 10, until=b.received_at) == ([a], 1)
-    assert await store.list_audit(0, 10, since=b.received_at, until=c.received_at, decision=b.decision) == ([b], 1)
+    assert await store.audit.page(0, 10) == ([c, b, a], 3)
+    assert await store.audit.page(1, 1) == ([b], 3)
+    assert await store.audit.page(0, 10, subject="7") == ([a], 1)
+    assert await store.audit.page(0, 10, subject="") == ([b], 1)
+    assert await store.audit.page(0, 10, subject="7", request_id="r-2") == ([], 0)
+    assert await store.audit.page(0, 10, request_id="r-1") == ([c, a], 2)
+    assert await store.audit.page(0, 10, request_id="r-1", action=a.action, source=a.source, rule=None) == ([c, a], 2)
+    assert await store.audit.page(0, 10, since=b.received_at) == ([c, b], 2)
+    assert await store.audit.page(0, 10, until=b.received_at) == ([a], 1)
+    assert await store.audit.page(0, 10, since=b.received_at, until=c.received_at, decision=b.decision) == ([b], 1)
 
 
 async def test_add_audit_of_an_id_that_another_service_has_keeps_both(store: Store) -> None:
     """Ids are in the namespace of their service: none suppresses the entry of another."""
-    await store.add_audit([entry("a", service="api-gateway", decision="refused")])
-    await store.add_audit([entry("a")])
-    entries, total = await store.list_audit(0, 10)
+    await store.audit.add([entry("a", service="api-gateway", decision="refused")])
+    await store.audit.add([entry("a")])
+    entries, total = await store.audit.page(0, 10)
     assert total == 2
     assert {each.id for each in entries} == {"api-gateway/a", "job-orchestrator/a"}
 
@@ -189,7 +192,9 @@ async def test_add_audit_of_an_id_that_another_service_has_keeps_both(store: Sto
 def clock_of(store: Store) -> str:
     """The clock that stamps what it receives."""
     memory = isinstance(store, MemoryStore)
-    return "job_orchestrator_testing.store.utc_now" if memory else "job_orchestrator.repository.audit.utc_now"
+    return (
+        "job_orchestrator_testing.repository.audit.utc_now" if memory else "job_orchestrator.repository.audit.utc_now"
+    )
 
 
 # Commands
@@ -211,8 +216,8 @@ def command(id_: str = "c-1", **changed: Any) -> Command:
 )
 async def test_a_command_reads_back_whole(store: Store, given: Command) -> None:
     """Every field of a command, its jobs with their first events among them, is kept."""
-    assert await store.insert_commands([given]) == {"c-1": given}
-    assert await store.commands(["c-1", "c-2"]) == {"c-1": given}
+    assert await store.commands.insert([given]) == {"c-1": given}
+    assert await store.commands.get(["c-1", "c-2"]) == {"c-1": given}
 
 
 async def test_the_largest_command_is_kept(store: Store) -> None:
@@ -221,18 +226,18 @@ async def test_the_largest_command_is_kept(store: Store) -> None:
     ports = ",".join(str(port) for port in range(1, 4_000, 2))[:9_000].rpartition(",")[0]
     one = replace(scan_job(1, policy=scan_policy(ports=ports)), exclude=excludes)
     largest = command(jobs=tuple(replace(one, id=10**9 + number) for number in range(1_000)))
-    await store.insert_commands([largest])
-    assert await store.commands(["c-1"]) == {"c-1": largest}
+    await store.commands.insert([largest])
+    assert await store.commands.get(["c-1"]) == {"c-1": largest}
 
 
 async def test_the_first_insert_of_a_command_stands(store: Store) -> None:
     """Of acceptance and expiry under one id the first one is stored, and both callers get it."""
     accepted, expired = command(), command(state="expired", jobs=(), body="")
-    assert await store.insert_commands([accepted]) == {"c-1": accepted}
-    assert await store.insert_commands([expired]) == {"c-1": accepted}
+    assert await store.commands.insert([accepted]) == {"c-1": accepted}
+    assert await store.commands.insert([expired]) == {"c-1": accepted}
     other = replace(expired, id="c-2")
-    assert await store.insert_commands([other]) == {"c-2": other}
-    assert await store.insert_commands([replace(accepted, id="c-2")]) == {"c-2": other}
+    assert await store.commands.insert([other]) == {"c-2": other}
+    assert await store.commands.insert([replace(accepted, id="c-2")]) == {"c-2": other}
 
 
 async def test_an_idempotency_key_is_taken_once_for_each_user(store: Store) -> None:
@@ -240,33 +245,33 @@ async def test_an_idempotency_key_is_taken_once_for_each_user(store: Store) -> N
     first, second = command("c-1", idempotency_key="k"), command("c-2", idempotency_key="k", jobs=(scan_job(9),))
     stranger = command("c-3", idempotency_key="k", user_id=8)
     keyless = [command("c-4"), command("c-5")]
-    stands = await store.insert_commands([first, second, stranger, *keyless])
+    stands = await store.commands.insert([first, second, stranger, *keyless])
     assert stands == {"c-1": first, "c-2": first, "c-3": stranger, "c-4": keyless[0], "c-5": keyless[1]}
-    assert await store.insert_commands([replace(second, id="c-6")]) == {"c-6": first}
-    assert await store.commands_by_key([(7, "k"), (8, "k"), (9, "k"), (7, "x")]) == {
+    assert await store.commands.insert([replace(second, id="c-6")]) == {"c-6": first}
+    assert await store.commands.by_key([(7, "k"), (8, "k"), (9, "k"), (7, "x")]) == {
         (7, "k"): first,
         (8, "k"): stranger,
     }
-    assert await store.commands_by_key([]) == {}
+    assert await store.commands.by_key([]) == {}
 
 
 async def test_parallel_inserts_of_one_key_leave_one_command(store: Store) -> None:
     """Fifty commands race for one key: one is inserted, and all callers get that one."""
     race = [command(f"c-{n}", idempotency_key="k", jobs=(scan_job(n),)) for n in range(1, 51)]
-    answers = await asyncio.gather(*(store.insert_commands([each]) for each in race))
+    answers = await asyncio.gather(*(store.commands.insert([each]) for each in race))
     stood = {answer[f"c-{n}"].id for n, answer in enumerate(answers, 1)}
     assert len(stood) == 1
-    assert len(await store.commands([each.id for each in race])) == 1
+    assert len(await store.commands.get([each.id for each in race])) == 1
 
 
 async def test_a_cancel_that_came_too_late_is_rejected_for_good(store: Store) -> None:
     """Rejecting changes an accepted command once; what was decided before stays."""
     cancel_ = command(jobs=(), cancels=3, body="")
-    await store.insert_commands([cancel_])
-    await store.reject_command("c-1", 400, "too late", "state")
-    await store.reject_command("c-1", 404, "other", "owner")
+    await store.commands.insert([cancel_])
+    await store.commands.reject("c-1", 400, "too late", "state")
+    await store.commands.reject("c-1", 404, "other", "owner")
     rejected = replace(cancel_, state="rejected", status=400, error="too late", rule="state")
-    assert (await store.commands(["c-1"]))["c-1"] == rejected
+    assert (await store.commands.get(["c-1"]))["c-1"] == rejected
 
 
 # Jobs
@@ -305,54 +310,54 @@ async def test_a_job_reads_back_whole(store: Store) -> None:
     )
     job = change(job, JobTrigger.START, LATER)
     ended = change(job, JobTrigger.FAIL, LATER, progress=7, machines_found=3, error="nmap died")
-    await store.insert_jobs([replace(ended, settled=True)])
-    assert await store.jobs([1, 2]) == {1: replace(ended, settled=True)}
+    await store.jobs.insert([replace(ended, settled=True)])
+    assert await store.jobs.get([1, 2]) == {1: replace(ended, settled=True)}
     assert [type(out.event).__name__ for out in ended.outbox] == ["JobCreated", "JobStarted", "JobFailed"]
 
 
 async def test_inserting_a_job_again_changes_nothing(store: Store) -> None:
     """A job that is there stays as it is, and those beside it are inserted."""
-    await store.insert_jobs([scan_job(1)])
-    await store.insert_jobs([scan_job(1, user_id=8), scan_job(2)])
-    assert await store.jobs([1, 2]) == {1: scan_job(1), 2: scan_job(2)}
+    await store.jobs.insert([scan_job(1)])
+    await store.jobs.insert([scan_job(1, user_id=8), scan_job(2)])
+    assert await store.jobs.get([1, 2]) == {1: scan_job(1), 2: scan_job(2)}
 
 
 async def test_saving_is_a_compare_and_set(store: Store) -> None:
     """A save succeeds if the document is as it was read, and raises `rev`; any other save is reported as lost."""
-    await store.insert_jobs([scan_job(1, exclude=("127.9.8.1/32",)), scan_job(2)])
-    read = await store.jobs([1, 2])
+    await store.jobs.insert([scan_job(1, exclude=("127.9.8.1/32",)), scan_job(2)])
+    read = await store.jobs.get([1, 2])
     first = replace(read[1], progress=1)
-    assert await store.save_jobs([first]) == set()
-    assert await store.save_jobs([replace(read[1], progress=2), replace(read[2], progress=3)]) == {1}
-    stored = await store.jobs([1, 2])
+    assert await store.jobs.save([first]) == set()
+    assert await store.jobs.save([replace(read[1], progress=2), replace(read[2], progress=3)]) == {1}
+    stored = await store.jobs.get([1, 2])
     assert stored[1] == replace(first, rev=1)
     assert stored[2] == replace(read[2], progress=3, rev=1)
-    assert await store.save_jobs([]) == set()
-    assert await store.save_jobs([scan_job(99)]) == {99}
+    assert await store.jobs.save([]) == set()
+    assert await store.jobs.save([scan_job(99)]) == {99}
 
 
 async def test_winners_beside_a_loser_are_no_losers(store: Store) -> None:
     """In a batch with one lost race every other job, whatever it holds, is known to be saved."""
     jobs = [scan_job(id_, exclude=("127.9.8.1/32",), policy=scan_policy(scripts=("banner",))) for id_ in (1, 2)]
-    await store.insert_jobs(jobs)
-    await store.save_jobs([jobs[0]])
-    assert await store.save_jobs([running(job) for job in jobs]) == {1}
+    await store.jobs.insert(jobs)
+    await store.jobs.save([jobs[0]])
+    assert await store.jobs.save([running(job) for job in jobs]) == {1}
 
 
 async def test_one_of_many_racing_saves_wins(store: Store) -> None:
     """Twenty writers change one job at once: exactly one of them does not lose."""
-    await store.insert_jobs([scan_job(1)])
-    job = (await store.jobs([1]))[1]
-    results = await asyncio.gather(*(store.save_jobs([replace(job, progress=n)]) for n in range(1, 21)))
+    await store.jobs.insert([scan_job(1)])
+    job = (await store.jobs.get([1]))[1]
+    results = await asyncio.gather(*(store.jobs.save([replace(job, progress=n)]) for n in range(1, 21)))
     winners = [n for n, losers in enumerate(results, 1) if not losers]
     assert len(winners) == 1
-    assert (await store.jobs([1]))[1] == replace(job, progress=winners[0], rev=1)
+    assert (await store.jobs.get([1]))[1] == replace(job, progress=winners[0], rev=1)
 
 
 async def test_jobs_are_listed_by_start_pending_first(store: Store) -> None:
     """Pending jobs come first, then the newest start, ties by id; one that never started stands where it ended."""
     never_started = change(scan_job(3), JobTrigger.CANCEL, LATER + timedelta(seconds=1))
-    await store.insert_jobs(
+    await store.jobs.insert(
         [
             scan_job(1),
             running(scan_job(2)),
@@ -365,7 +370,7 @@ async def test_jobs_are_listed_by_start_pending_first(store: Store) -> None:
     )
 
     async def ids(statuses: set[JobStatus], skip: int = 0, limit: int = 10) -> tuple[list[int], int]:
-        jobs, total = await store.list_jobs(7, statuses, skip, limit)
+        jobs, total = await store.jobs.page(7, statuses, skip, limit)
         return [job.id for job in jobs], total
 
     assert await ids(set()) == ([6, 1, 5, 3, 4, 2], 6)
@@ -373,18 +378,18 @@ async def test_jobs_are_listed_by_start_pending_first(store: Store) -> None:
     assert await ids({JobStatus.RUNNING}) == ([5, 4, 2], 3)
     assert await ids({JobStatus.RUNNING, JobStatus.CANCELLED}, 1, 2) == ([3, 4], 4)
     assert await ids({JobStatus.FAILED}) == ([], 0)
-    everyone, total = await store.list_jobs(None, set(), 0, 3)
+    everyone, total = await store.jobs.page(None, set(), 0, 3)
     assert ([job.id for job in everyone], total) == ([7, 6, 1], 7)
-    stored = await store.jobs([7, 6, 1])
+    stored = await store.jobs.get([7, 6, 1])
     assert everyone == [stored[id_].view for id_ in (7, 6, 1)]
-    pending, total = await store.list_jobs(None, {JobStatus.PENDING}, 0, 10)
+    pending, total = await store.jobs.page(None, {JobStatus.PENDING}, 0, 10)
     assert ([job.id for job in pending], total) == ([7, 6, 1], 3)
 
 
 async def test_latest_jobs_are_unfinished(store: Store) -> None:
     """Ids come in order, page by page: every unfinished job, or those that changed since."""
     ended = LATER + timedelta(seconds=5)
-    await store.insert_jobs(
+    await store.jobs.insert(
         [
             scan_job(1),
             running(scan_job(2)),
@@ -393,32 +398,32 @@ async def test_latest_jobs_are_unfinished(store: Store) -> None:
             scan_job(5, user_id=8),
         ]
     )
-    assert await store.latest_jobs(7, 0, 10) == [1, 2]
-    assert await store.latest_jobs(7, 1, 10) == [2]
-    assert await store.latest_jobs(None, 0, 2) == [1, 2]
-    assert await store.latest_jobs(None, 0, 10) == [1, 2, 5]
-    assert await store.latest_jobs(7, 0, 10, changed_since=LATER) == [2]
-    assert await store.latest_jobs(7, 0, 10, changed_since=ended) == []
+    assert await store.jobs.latest(7, 0, 10) == [1, 2]
+    assert await store.jobs.latest(7, 1, 10) == [2]
+    assert await store.jobs.latest(None, 0, 2) == [1, 2]
+    assert await store.jobs.latest(None, 0, 10) == [1, 2, 5]
+    assert await store.jobs.latest(7, 0, 10, changed_since=LATER) == [2]
+    assert await store.jobs.latest(7, 0, 10, changed_since=ended) == []
 
 
 async def test_ended_jobs_come_by_their_end(store: Store) -> None:
     """Jobs that ended then or later come page by page in the order of their ends, those of the same time by id."""
     ends = {1: LATER, 2: THEN, 3: LATER, 4: LATER + timedelta(seconds=5), 5: LATER}
-    await store.insert_jobs([change(scan_job(id_), JobTrigger.CANCEL, at) for id_, at in ends.items()])
-    await store.insert_jobs([scan_job(6), change(scan_job(7, user_id=8), JobTrigger.CANCEL, LATER)])
+    await store.jobs.insert([change(scan_job(id_), JobTrigger.CANCEL, at) for id_, at in ends.items()])
+    await store.jobs.insert([scan_job(6), change(scan_job(7, user_id=8), JobTrigger.CANCEL, LATER)])
     mine = [(ends[id_], id_) for id_ in (1, 3, 5, 4)]
-    assert await store.ended_jobs(7, LATER, 10) == mine
-    assert await store.ended_jobs(7, LATER, 2) == mine[:2]
-    assert await store.ended_jobs(7, LATER, 2, mine[1]) == mine[2:]
-    assert await store.ended_jobs(7, LATER, 1, mine[0]) == mine[1:2]
-    assert await store.ended_jobs(7, LATER, 10, mine[3]) == []
-    assert await store.ended_jobs(None, LATER, 10, mine[2]) == [(LATER, 7), mine[3]]
-    assert await store.ended_jobs(None, THEN, 1) == [(THEN, 2)]
+    assert await store.jobs.ended(7, LATER, 10) == mine
+    assert await store.jobs.ended(7, LATER, 2) == mine[:2]
+    assert await store.jobs.ended(7, LATER, 2, mine[1]) == mine[2:]
+    assert await store.jobs.ended(7, LATER, 1, mine[0]) == mine[1:2]
+    assert await store.jobs.ended(7, LATER, 10, mine[3]) == []
+    assert await store.jobs.ended(None, LATER, 10, mine[2]) == [(LATER, 7), mine[3]]
+    assert await store.jobs.ended(None, THEN, 1) == [(THEN, 2)]
 
 
 async def test_unfinished_jobs_are_found_by_filter(store: Store) -> None:
     """Pending and running jobs of one user match by every filter that is given, at most so many."""
-    await store.insert_jobs(
+    await store.jobs.insert(
         [
             scan_job(1),
             running(scan_job(2, subnet_id=2)),
@@ -427,37 +432,37 @@ async def test_unfinished_jobs_are_found_by_filter(store: Store) -> None:
             scan_job(5, user_id=8, subnet_id=2),
         ]
     )
-    assert sorted(await store.unfinished_jobs(7, 10)) == [1, 2, 3]
-    assert sorted(await store.unfinished_jobs(7, 10, subnet_id=2)) == [2, 3]
-    assert await store.unfinished_jobs(7, 10, subnet_id=2, statuses=[JobStatus.RUNNING]) == [2]
-    assert await store.unfinished_jobs(7, 10, subnet_id=2, policy_id=5) == [3]
-    assert await store.unfinished_jobs(7, 10, policy_id=6) == []
-    assert await store.unfinished_jobs(7, 10, granted_by="site") == [3]
-    assert len(await store.unfinished_jobs(7, 2)) == 2
+    assert sorted(await store.jobs.unfinished(7, 10)) == [1, 2, 3]
+    assert sorted(await store.jobs.unfinished(7, 10, subnet_id=2)) == [2, 3]
+    assert await store.jobs.unfinished(7, 10, subnet_id=2, statuses=[JobStatus.RUNNING]) == [2]
+    assert await store.jobs.unfinished(7, 10, subnet_id=2, policy_id=5) == [3]
+    assert await store.jobs.unfinished(7, 10, policy_id=6) == []
+    assert await store.jobs.unfinished(7, 10, granted_by="site") == [3]
+    assert len(await store.jobs.unfinished(7, 2)) == 2
 
 
 async def test_unsettled_jobs_are_found_page_by_page(store: Store) -> None:
     """Only jobs that are not settled are found, in order of their ids, after the one given."""
-    await store.insert_jobs([scan_job(id_, settled=id_ in {2, 4}) for id_ in range(1, 7)])
-    assert await store.unsettled_jobs(0, 2) == [1, 3]
-    assert await store.unsettled_jobs(3, 2) == [5, 6]
-    assert await store.unsettled_jobs(6, 2) == []
+    await store.jobs.insert([scan_job(id_, settled=id_ in {2, 4}) for id_ in range(1, 7)])
+    assert await store.jobs.unsettled(0, 2) == [1, 3]
+    assert await store.jobs.unsettled(3, 2) == [5, 6]
+    assert await store.jobs.unsettled(6, 2) == []
     mine = scan_job(3).partition
-    assert set(await store.unsettled_jobs(0, 10, [mine])) == {
+    assert set(await store.jobs.unsettled(0, 10, [mine])) == {
         id_ for id_ in (1, 3, 5, 6) if scan_job(id_).partition == mine
     }
-    assert await store.unsettled_jobs(0, 10, []) == []
+    assert await store.jobs.unsettled(0, 10, []) == []
 
 
 async def test_jobs_with_old_events_are_found(store: Store) -> None:
     """A job is found while an event of an age stands in its outbox, and no longer."""
-    await store.insert_jobs([scan_job(1), running(scan_job(2), LATER + timedelta(hours=1))])
-    assert await store.jobs_with_old_events(LATER, 10) == [1]
-    assert await store.jobs_with_old_events(THEN, 10) == []
-    job = (await store.jobs([1]))[1]
-    await store.save_jobs([published(job, {out.event.event_id for out in job.outbox})])
-    assert await store.jobs_with_old_events(LATER, 10) == []
-    assert set(await store.jobs_with_old_events(LATER + timedelta(hours=2), 10)) == {2}
+    await store.jobs.insert([scan_job(1), running(scan_job(2), LATER + timedelta(hours=1))])
+    assert await store.jobs.with_old_events(LATER, 10) == [1]
+    assert await store.jobs.with_old_events(THEN, 10) == []
+    job = (await store.jobs.get([1]))[1]
+    await store.jobs.save([published(job, {out.event.event_id for out in job.outbox})])
+    assert await store.jobs.with_old_events(LATER, 10) == []
+    assert set(await store.jobs.with_old_events(LATER + timedelta(hours=2), 10)) == {2}
 
 
 async def test_usage_sums_the_unfinished_jobs_of_users(store: Store) -> None:
@@ -465,18 +470,18 @@ async def test_usage_sums_the_unfinished_jobs_of_users(store: Store) -> None:
     pending, running, ended = (scan_job(id_, seconds_left=float(id_)) for id_ in (1, 2, 3))
     running = change(running, JobTrigger.START, LATER)
     ended = replace(change(ended, JobTrigger.CANCEL, LATER), seconds_left=3.0)
-    await store.insert_jobs([pending, running, ended, replace(ended, id=5, settled=True)])
-    await store.insert_jobs([scan_job(4, user_id=8, seconds_left=4.0)])
-    assert await store.usage([7, 9]) == {7: Usage(2, 3.0)}
-    assert await store.usage([7, 8]) == {7: Usage(2, 3.0), 8: Usage(1, 4.0)}
+    await store.jobs.insert([pending, running, ended, replace(ended, id=5, settled=True)])
+    await store.jobs.insert([scan_job(4, user_id=8, seconds_left=4.0)])
+    assert await store.jobs.usage([7, 9]) == {7: Usage(2, 3.0)}
+    assert await store.jobs.usage([7, 8]) == {7: Usage(2, 3.0), 8: Usage(1, 4.0)}
 
 
 async def test_a_subnet_knows_its_unfinished_jobs(store: Store) -> None:
     """Pending and running jobs hold a subnet; ended ones do not, settled or not."""
-    await store.insert_jobs([scan_job(1, subnet_id=1), change(scan_job(2, subnet_id=2), JobTrigger.CANCEL, LATER)])
-    assert await store.has_unfinished_jobs(1)
-    assert not await store.has_unfinished_jobs(2)
-    assert not await store.has_unfinished_jobs(3)
+    await store.jobs.insert([scan_job(1, subnet_id=1), change(scan_job(2, subnet_id=2), JobTrigger.CANCEL, LATER)])
+    assert await store.jobs.has_unfinished(1)
+    assert not await store.jobs.has_unfinished(2)
+    assert not await store.jobs.has_unfinished(3)
 
 
 # Deletions
@@ -486,41 +491,41 @@ async def test_receipt_stands_in_the_place_of_its_job(store: Store) -> None:
     """A deleted job is found by no query, cannot be saved or made again, and its receipt goes from stage to stage."""
     job = replace(change(scan_job(1), JobTrigger.CANCEL, LATER), settled=True, outbox=())
     other = replace(change(scan_job(2), JobTrigger.CANCEL, THEN), settled=True, outbox=())
-    await store.insert_jobs([job, other, scan_job(3)])
-    assert await store.expired_jobs(LATER, 9) == [(THEN, 2)]
-    assert await store.expired_jobs(LATER + timedelta(seconds=1), 9) == [(THEN, 2), (LATER, 1)]
-    assert await store.expired_jobs(LATER + timedelta(seconds=1), 1) == [(THEN, 2)]
-    assert await store.expired_jobs(LATER + timedelta(seconds=1), 9, (THEN, 1)) == [(THEN, 2), (LATER, 1)]
-    assert await store.expired_jobs(LATER + timedelta(seconds=1), 9, (THEN, 2)) == [(LATER, 1)]
+    await store.jobs.insert([job, other, scan_job(3)])
+    assert await store.jobs.expired(LATER, 9) == [(THEN, 2)]
+    assert await store.jobs.expired(LATER + timedelta(seconds=1), 9) == [(THEN, 2), (LATER, 1)]
+    assert await store.jobs.expired(LATER + timedelta(seconds=1), 1) == [(THEN, 2)]
+    assert await store.jobs.expired(LATER + timedelta(seconds=1), 9, (THEN, 1)) == [(THEN, 2), (LATER, 1)]
+    assert await store.jobs.expired(LATER + timedelta(seconds=1), 9, (THEN, 2)) == [(LATER, 1)]
     receipt = Deletion(job_id=1, user_id=7, subnet_id=1, reason="request", requested_at=LATER)
-    assert not await store.delete_job(replace(job, rev=5), receipt)
-    assert await store.delete_job(job, receipt)
-    assert not await store.delete_job(job, receipt)
-    await store.insert_jobs([job])
-    assert await store.save_jobs([job, other]) == {1}
-    assert (await store.jobs([1, 2])).keys() == {2}
-    assert [each.id for each in (await store.list_jobs(7, set(), 0, 9))[0]] == [3, 2]
-    assert await store.expired_jobs(LATER + timedelta(seconds=1), 9) == [(THEN, 2)]
-    assert await store.due_deletions(THEN, 9) == []
-    assert await store.due_deletions(LATER, 9) == [receipt]
-    assert await store.advance_deletions([], Stage.CHUNKS, Stage.DONE, None) == 0
-    assert await store.advance_deletions([1], Stage.CHUNKS, Stage.DONE, None) == 0  # it is not there yet
-    assert await store.advance_deletions([1, 2], Stage.RESULTS, Stage.RESULTS, LATER + timedelta(seconds=60)) == 1
-    assert await store.due_deletions(LATER, 9) == []
-    assert await store.advance_deletions([1], Stage.RESULTS, Stage.CHUNKS, LATER) == 1
-    assert await store.due_deletions(LATER, 9) == [replace(receipt, stage=Stage.CHUNKS)]
-    assert await store.advance_deletions([1], Stage.CHUNKS, Stage.DONE, None) == 1
-    assert await store.advance_deletions([1], Stage.CHUNKS, Stage.DONE, None) == 0
-    assert await store.due_deletions(LATER + timedelta(days=9), 9) == []
-    await store.insert_jobs([job])
-    assert await store.jobs([1]) == {}
+    assert not await store.deletions.begin(replace(job, rev=5), receipt)
+    assert await store.deletions.begin(job, receipt)
+    assert not await store.deletions.begin(job, receipt)
+    await store.jobs.insert([job])
+    assert await store.jobs.save([job, other]) == {1}
+    assert (await store.jobs.get([1, 2])).keys() == {2}
+    assert [each.id for each in (await store.jobs.page(7, set(), 0, 9))[0]] == [3, 2]
+    assert await store.jobs.expired(LATER + timedelta(seconds=1), 9) == [(THEN, 2)]
+    assert await store.deletions.due(THEN, 9) == []
+    assert await store.deletions.due(LATER, 9) == [receipt]
+    assert await store.deletions.advance([], Stage.CHUNKS, Stage.DONE, None) == 0
+    assert await store.deletions.advance([1], Stage.CHUNKS, Stage.DONE, None) == 0  # it is not there yet
+    assert await store.deletions.advance([1, 2], Stage.RESULTS, Stage.RESULTS, LATER + timedelta(seconds=60)) == 1
+    assert await store.deletions.due(LATER, 9) == []
+    assert await store.deletions.advance([1], Stage.RESULTS, Stage.CHUNKS, LATER) == 1
+    assert await store.deletions.due(LATER, 9) == [replace(receipt, stage=Stage.CHUNKS)]
+    assert await store.deletions.advance([1], Stage.CHUNKS, Stage.DONE, None) == 1
+    assert await store.deletions.advance([1], Stage.CHUNKS, Stage.DONE, None) == 0
+    assert await store.deletions.due(LATER + timedelta(days=9), 9) == []
+    await store.jobs.insert([job])
+    assert await store.jobs.get([1]) == {}
 
 
 async def test_chunks_of_a_job_are_deleted_up_to_a_limit(store: Store) -> None:
     """So many chunks of the job go, and none of another."""
-    await store.insert_chunks([chunk(id=f"1-{n}", index=n) for n in range(5)])
-    await store.insert_chunks([chunk(id="10-0", job_id=10)])
-    assert [await store.delete_chunks(1, 3) for _ in range(3)] == [3, 2, 0]
+    await store.chunks.insert([chunk(id=f"1-{n}", index=n) for n in range(5)])
+    await store.chunks.insert([chunk(id="10-0", job_id=10)])
+    assert [await store.chunks.delete(1, 3) for _ in range(3)] == [3, 2, 0]
     assert [each.id for each in await all_chunks(store, 10)] == ["10-0"]
 
 
@@ -555,48 +560,48 @@ async def test_a_chunk_reads_back_whole(store: Store) -> None:
         )
         for index, state in enumerate(ChunkState)
     ]
-    await store.insert_chunks([*chunks, chunk(id="2-0", job_id=2)])
+    await store.chunks.insert([*chunks, chunk(id="2-0", job_id=2)])
     assert await all_chunks(store, 1) == chunks
-    assert await store.chunks(["1-3", "2-0", "9-9"]) == {"1-3": chunks[3], "2-0": chunk(id="2-0", job_id=2)}
+    assert await store.chunks.get(["1-3", "2-0", "9-9"]) == {"1-3": chunks[3], "2-0": chunk(id="2-0", job_id=2)}
 
 
 async def test_inserting_chunks_again_changes_nothing(store: Store) -> None:
     """Chunks that are there stay as they are, those beside them are inserted, and all come in order of their index."""
-    await store.insert_chunks([chunk(id="1-10", index=10), chunk(id="1-2", index=2)])
-    await store.insert_chunks([chunk(id="1-2", index=2, user_id=8), chunk(id="1-0", index=0)])
+    await store.chunks.insert([chunk(id="1-10", index=10), chunk(id="1-2", index=2)])
+    await store.chunks.insert([chunk(id="1-2", index=2, user_id=8), chunk(id="1-0", index=0)])
     assert [(each.id, each.user_id) for each in await all_chunks(store, 1)] == [("1-0", 7), ("1-2", 7), ("1-10", 7)]
-    await store.insert_chunks([])
+    await store.chunks.insert([])
 
 
 async def test_saving_chunks_is_a_compare_and_set(store: Store) -> None:
     """Of two saves of one read of a chunk the second loses; the others of its batch do not."""
-    await store.insert_chunks([chunk(), chunk(id="1-1", index=1)])
+    await store.chunks.insert([chunk(), chunk(id="1-1", index=1)])
     taken = dispatch(chunk(), "w-1", LATER, size=4, share=1.0)
-    assert await store.save_chunks([taken]) == set()
+    assert await store.chunks.save([taken]) == set()
     beside = dispatch(chunk(id="1-1", index=1), "w-2", LATER, size=4, share=0.5)
-    assert await store.save_chunks([dispatch(chunk(), "w-2", LATER, size=4, share=1.0), beside]) == {"1-0"}
-    assert await store.chunks(["1-0", "1-1"]) == {"1-0": replace(taken, rev=1), "1-1": replace(beside, rev=1)}
-    assert await store.save_chunks([chunk(id="9-9")]) == {"9-9"}
+    assert await store.chunks.save([dispatch(chunk(), "w-2", LATER, size=4, share=1.0), beside]) == {"1-0"}
+    assert await store.chunks.get(["1-0", "1-1"]) == {"1-0": replace(taken, rev=1), "1-1": replace(beside, rev=1)}
+    assert await store.chunks.save([chunk(id="9-9")]) == {"9-9"}
 
 
 async def test_chunks_are_found_by_state(store: Store) -> None:
     """Ids of a job's chunks in some states are found up to the limit, and chunks that are not queued from an index on."""
     states = [ChunkState.QUEUED, ChunkState.QUEUED, ChunkState.RUNNING, ChunkState.STORED]
     chunks = [chunk(id=f"1-{n}", index=n, state=state) for n, state in enumerate(states)]
-    await store.insert_chunks([*chunks, chunk(id="3-0", job_id=3)])
-    assert await store.chunks_in(1, HELD, 10) == ["1-2"]
-    assert len(await store.chunks_in(1, OPEN, 2)) == 2
-    assert set(await store.chunks_in(1, OPEN, 10)) == {"1-0", "1-1", "1-2"}
-    assert {each.id for each in await store.active_chunks(1, 0)} == {"1-2", "1-3"}
-    assert await store.active_chunks(1, 3) == [chunks[3]]
+    await store.chunks.insert([*chunks, chunk(id="3-0", job_id=3)])
+    assert await store.chunks.ids_in(1, HELD, 10) == ["1-2"]
+    assert len(await store.chunks.ids_in(1, OPEN, 2)) == 2
+    assert set(await store.chunks.ids_in(1, OPEN, 10)) == {"1-0", "1-1", "1-2"}
+    assert {each.id for each in await store.chunks.active(1, 0)} == {"1-2", "1-3"}
+    assert await store.chunks.active(1, 3) == [chunks[3]]
 
 
 async def test_chunks_are_read_from_an_index_to_another(store: Store) -> None:
     """A part of a job's chunks comes in order, from the first index up to the end."""
-    await store.insert_chunks([chunk(id=f"1-{n}", index=n) for n in range(6)])
-    assert [each.index async for each in store.job_chunks(1, 2, 5)] == [2, 3, 4]
-    assert [each.index async for each in store.job_chunks(1, 4)] == [4, 5]
-    assert [each.index async for each in store.job_chunks(1, 3, 3)] == []
+    await store.chunks.insert([chunk(id=f"1-{n}", index=n) for n in range(6)])
+    assert [each.index async for each in store.chunks.of_job(1, 2, 5)] == [2, 3, 4]
+    assert [each.index async for each in store.chunks.of_job(1, 4)] == [4, 5]
+    assert [each.index async for each in store.chunks.of_job(1, 3, 3)] == []
 
 
 @pytest.mark.parametrize(
@@ -613,16 +618,16 @@ async def test_standing_of_a_job_is_what_has_not_ended(
     store: Store, states: list[ChunkState], standing: Standing
 ) -> None:
     """A job's standing counts its open chunks, with the first of them and whether one has begun."""
-    await store.insert_chunks([chunk(id=f"1-{n}", index=n, state=state) for n, state in enumerate(states)])
-    await store.insert_chunks([chunk(id="3-0", job_id=3)])
-    assert await store.standings([1, 2]) == {1: standing, 2: Standing()}
-    assert await store.standings([]) == {}
+    await store.chunks.insert([chunk(id=f"1-{n}", index=n, state=state) for n, state in enumerate(states)])
+    await store.chunks.insert([chunk(id="3-0", job_id=3)])
+    assert await store.chunks.standings([1, 2]) == {1: standing, 2: Standing()}
+    assert await store.chunks.standings([]) == {}
 
 
 async def test_standings_are_of_one_moment(store: Store) -> None:
     """However chunks move between open states meanwhile, each is counted once."""
     chunks = [chunk(id=f"1-{n}", index=n) for n in range(5_000)]  # so many that a count lets writes go between
-    await store.insert_chunks(chunks)
+    await store.chunks.insert(chunks)
     stop = asyncio.Event()
 
     async def churn() -> None:
@@ -631,7 +636,7 @@ async def test_standings_are_of_one_moment(store: Store) -> None:
             for state in (ChunkState.RUNNING, ChunkState.DISPATCHED, ChunkState.SCANNED, ChunkState.QUEUED):
                 changed = [replace(each, state=state) for each in current.values()]
                 for start in range(0, len(changed), 500):
-                    assert await store.save_chunks(changed[start : start + 500]) == set()
+                    assert await store.chunks.save(changed[start : start + 500]) == set()
                 current = {each.id: replace(each, rev=each.rev + 1) for each in changed}
         finally:
             stop.set()
@@ -639,7 +644,7 @@ async def test_standings_are_of_one_moment(store: Store) -> None:
     moving = asyncio.create_task(churn())
     totals = set()
     while not stop.is_set():
-        standing = (await store.standings([1]))[1]
+        standing = (await store.chunks.standings([1]))[1]
         totals.add((standing.open, standing.lowest))
         totals.add((len(await all_chunks(store, 1)), 0))
         await asyncio.sleep(0)
@@ -656,18 +661,18 @@ async def test_held_chunks_are_found_by_partition(store: Store) -> None:
         )
     ]
     chunks[0] = replace(chunks[0], dispatched_at=THEN)
-    await store.insert_chunks(chunks)
+    await store.chunks.insert(chunks)
     first = Held(Token(1, "1-0", 2, "w-1"), 7, 3, 0.5, 0.5, THEN)
     second = Held(Token(1, "1-1", 2, "w-1"), 7, 4, 0.5, 0.5, None)
-    assert sorted(await store.held(), key=lambda each: each.token) == [first, second]
-    assert await store.watched_chunks([3, 5]) == [first]
-    assert await store.watched_chunks([]) == []
+    assert sorted(await store.dispatch.held(), key=lambda each: each.token) == [first, second]
+    assert await store.dispatch.held([3, 5]) == [first]
+    assert await store.dispatch.held([]) == []
 
 
 async def test_overdue_chunks_are_scanned_and_were_not_asked_about_lately(store: Store) -> None:
     """Overdue is a scanned chunk of the partitions that is to be asked about at once, or since a time; up to a limit."""
     scanned = ChunkState.SCANNED
-    await store.insert_chunks(
+    await store.chunks.insert(
         [
             chunk(id="1-0", index=0, state=scanned, partition=3, ask_at=None),
             chunk(id="1-1", index=1, state=scanned, partition=3, ask_at=THEN),
@@ -676,10 +681,10 @@ async def test_overdue_chunks_are_scanned_and_were_not_asked_about_lately(store:
             chunk(id="1-4", index=4, state=scanned, partition=5, ask_at=THEN),
         ],
     )
-    assert {each.id for each in await store.overdue_chunks(LATER, 10, [3])} == {"1-0", "1-1"}
-    assert {each.id for each in await store.overdue_chunks(LATER, 10, [3, 5])} == {"1-0", "1-1", "1-4"}
-    assert len(await store.overdue_chunks(LATER, 1, [3])) == 1
-    assert await store.overdue_chunks(LATER, 10, []) == []
+    assert {each.id for each in await store.chunks.overdue(LATER, 10, [3])} == {"1-0", "1-1"}
+    assert {each.id for each in await store.chunks.overdue(LATER, 10, [3, 5])} == {"1-0", "1-1", "1-4"}
+    assert len(await store.chunks.overdue(LATER, 1, [3])) == 1
+    assert await store.chunks.overdue(LATER, 10, []) == []
 
 
 # Dispatch
@@ -687,7 +692,7 @@ async def test_overdue_chunks_are_scanned_and_were_not_asked_about_lately(store:
 
 async def test_the_queue_is_by_user_and_turn(store: Store) -> None:
     """A user's queued chunks come by turn, without those that need raw packets, pause, or are of jobs to skip."""
-    await store.insert_chunks(
+    await store.chunks.insert(
         [
             chunk(id="1-0", turn=5, failed_by=("w-1",)),
             chunk(id="1-1", index=1, turn=3, needs_raw=True),
@@ -700,10 +705,10 @@ async def test_the_queue_is_by_user_and_turn(store: Store) -> None:
     )
 
     async def ids(user: int, limit: int = 10, now: Any = THEN, *, raw: bool, skip: tuple[int, ...] = ()) -> list[str]:
-        return [each.chunk_id for each in await store.queue(user, limit, now, raw=raw, skip=skip)]
+        return [each.chunk_id for each in await store.dispatch.queue(user, limit, now, raw=raw, skip=skip)]
 
-    assert sorted(await store.waiting_users(raw=True)) == [7, 8, 9]
-    assert sorted(await store.waiting_users(raw=False)) == [7, 9]
+    assert sorted(await store.dispatch.waiting_users(raw=True)) == [7, 8, 9]
+    assert sorted(await store.dispatch.waiting_users(raw=False)) == [7, 9]
     assert await ids(9, raw=True) == []
     assert await ids(7, raw=True) == ["1-1", "1-2", "1-0"]
     assert await ids(7, now=LATER, raw=True) == ["1-1", "1-2", "1-0", "1-4"]
@@ -711,17 +716,17 @@ async def test_the_queue_is_by_user_and_turn(store: Store) -> None:
     assert await ids(7, 1, raw=True) == ["1-1"]
     assert await ids(7, raw=True, skip=(1,)) == []
     assert await ids(8, raw=False) == []
-    assert (await store.queue(7, 10, THEN, raw=False))[1] == Candidate(
+    assert (await store.dispatch.queue(7, 10, THEN, raw=False))[1] == Candidate(
         "1-0", 7, 1, 0.5, needs_raw=False, failed_by=("w-1",)
     )
-    assert await store.first_turn(7) == 3
-    assert await store.first_turn(99) == 0
+    assert await store.dispatch.first_turn(7) == 3
+    assert await store.dispatch.first_turn(99) == 0
 
 
 async def test_a_census_counts_what_is_unfinished(store: Store) -> None:
     """Jobs and chunks that are not final are counted by state, with the age of the oldest job and event, in seconds."""
-    nothing = await store.census()
-    assert (nothing.jobs, nothing.job_ages, nothing.chunks) == ({}, {}, {})
+    nothing = await store.jobs.census()
+    assert (nothing.numbers, nothing.ages, await store.chunks.census()) == ({}, {}, {})
     assert (nothing.slot_seconds, nothing.outbox_age) == (0.0, 0.0)
     now = utc_now()
     created = {1: timedelta(hours=2), 2: timedelta(hours=3), 3: timedelta(hours=1), 4: -timedelta(hours=1)}
@@ -729,40 +734,40 @@ async def test_a_census_counts_what_is_unfinished(store: Store) -> None:
     running = replace(jobs[3], status=JobStatus.RUNNING)
     created_ = create(replace(scan_job(5), outbox=(), created_at=now - timedelta(minutes=5)))
     over = [replace(change(created_, JobTrigger.CANCEL, now), id=id_, settled=id_ == 7) for id_ in (6, 7)]
-    await store.insert_jobs([*jobs[:3], running, *over])
-    await store.insert_chunks([chunk(id=f"1-{n}", index=n, state=state) for n, state in enumerate(ChunkState)])
-    await store.insert_chunks([chunk(id="2-0", job_id=2, user_id=8, needs_raw=True, estimate=4.0)])
-    census = await store.census()
-    assert census.jobs == {JobStatus.PENDING: 3, JobStatus.RUNNING: 1}
-    assert census.job_ages == {JobStatus.PENDING: pytest.approx(3 * 3_600, abs=60), JobStatus.RUNNING: 0.0}
-    assert census.chunks == dict.fromkeys(OPEN, 1) | {ChunkState.QUEUED: 2}
+    await store.jobs.insert([*jobs[:3], running, *over])
+    await store.chunks.insert([chunk(id=f"1-{n}", index=n, state=state) for n, state in enumerate(ChunkState)])
+    await store.chunks.insert([chunk(id="2-0", job_id=2, user_id=8, needs_raw=True, estimate=4.0)])
+    census = await store.jobs.census()
+    assert census.numbers == {JobStatus.PENDING: 3, JobStatus.RUNNING: 1}
+    assert census.ages == {JobStatus.PENDING: pytest.approx(3 * 3_600, abs=60), JobStatus.RUNNING: 0.0}
+    assert await store.chunks.census() == dict.fromkeys(OPEN, 1) | {ChunkState.QUEUED: 2}
     assert census.slot_seconds == pytest.approx(sum(job.seconds_left for job in [*jobs[:3], running]))
     assert census.outbox_age == pytest.approx(300, abs=60)
 
 
 async def test_clocks_rest_without_work(store: Store) -> None:
     """A user without queued or held chunks becomes idle and keeps its time; neither time nor virtual time falls."""
-    await store.insert_chunks([chunk(), chunk(id="2-0", job_id=2, user_id=8, state=ChunkState.RUNNING)])
-    await store.wake_clocks([Clock(7, 5.0), Clock(8, 1.0), Clock(9, 2.0)], 4.0)
-    await store.deactivate_clocks()
+    await store.chunks.insert([chunk(), chunk(id="2-0", job_id=2, user_id=8, state=ChunkState.RUNNING)])
+    await store.dispatch.wake_clocks([Clock(7, 5.0), Clock(8, 1.0), Clock(9, 2.0)], 4.0)
+    await store.dispatch.deactivate_clocks()
     working = {7: Clock(7, 5.0, active=True), 8: Clock(8, 1.0, active=True)}
-    assert await store.clocks([]) == Clocks(working, 4.0)
-    assert await store.clocks([9, 11]) == Clocks(working | {9: Clock(9, 2.0, active=False)}, 4.0)
-    await store.wake_clocks([Clock(7, 3.0)], 3.0)
-    await store.charge({7: 1.5, 8: 0.5, 10: 1.0})
+    assert await store.dispatch.clocks([]) == Clocks(working, 4.0)
+    assert await store.dispatch.clocks([9, 11]) == Clocks(working | {9: Clock(9, 2.0, active=False)}, 4.0)
+    await store.dispatch.wake_clocks([Clock(7, 3.0)], 3.0)
+    await store.dispatch.charge({7: 1.5, 8: 0.5, 10: 1.0})
     known = {7: Clock(7, 6.5, active=True), 8: Clock(8, 1.5, active=True), 10: Clock(10, 1.0, active=False)}
-    assert await store.clocks([10]) == Clocks(known, 4.0)
-    await store.wake_clocks([], 8.0)
-    await store.charge({})
-    assert (await store.clocks([])).virtual == 8.0
-    await store.deactivate_clocks([7, 8])  # who wait for their hours: 8 still holds a chunk
-    assert (await store.clocks([])).users == {8: Clock(8, 1.5, active=True)}
+    assert await store.dispatch.clocks([10]) == Clocks(known, 4.0)
+    await store.dispatch.wake_clocks([], 8.0)
+    await store.dispatch.charge({})
+    assert (await store.dispatch.clocks([])).virtual == 8.0
+    await store.dispatch.deactivate_clocks([7, 8])  # who wait for their hours: 8 still holds a chunk
+    assert (await store.dispatch.clocks([])).users == {8: Clock(8, 1.5, active=True)}
 
 
 async def test_open_chunks_of_a_job_are_counted(store: Store) -> None:
     """Queued chunks, those of them that need raw packets, and held ones; no other job's, no ended ones."""
-    assert await store.chunk_counts(1) == OpenChunks()
-    await store.insert_chunks(
+    assert await store.chunks.count_open(1) == OpenChunks()
+    await store.chunks.insert(
         [
             chunk(),
             chunk(id="1-1", index=1, estimate=1.0, needs_raw=True),
@@ -773,7 +778,7 @@ async def test_open_chunks_of_a_job_are_counted(store: Store) -> None:
             chunk(id="2-0", job_id=2, estimate=4.0),
         ]
     )
-    assert await store.chunk_counts(1) == OpenChunks(queued=2, queued_raw=1, held=2)
+    assert await store.chunks.count_open(1) == OpenChunks(queued=2, queued_raw=1, held=2)
 
 
 def worker(name: str, slots: int = 2, *, raw: bool = False) -> Credit:
@@ -783,13 +788,13 @@ def worker(name: str, slots: int = 2, *, raw: bool = False) -> Credit:
 async def test_workers_are_live_for_a_while_after_their_announcement(store: Store) -> None:
     """A worker with slots that announced itself within a time is live; one without slots is not."""
     minute = timedelta(minutes=1)
-    await store.seen_workers([worker("w-1"), worker("w-2", 0), worker("w-3", raw=True)])
-    live = sorted(await store.live_workers(minute), key=lambda each: each.instance)
+    await store.dispatch.seen_workers([worker("w-1"), worker("w-2", 0), worker("w-3", raw=True)])
+    live = sorted(await store.dispatch.live_workers(minute), key=lambda each: each.instance)
     assert live == [replace(worker("w-1"), partition=-1), replace(worker("w-3", raw=True), partition=-1)]
-    assert await store.live_workers(timedelta(seconds=-1)) == []
-    await store.seen_workers([worker("w-3", 0, raw=True)])
-    assert [each.instance for each in await store.live_workers(minute)] == ["w-1"]
-    await store.seen_workers([])
+    assert await store.dispatch.live_workers(timedelta(seconds=-1)) == []
+    await store.dispatch.seen_workers([worker("w-3", 0, raw=True)])
+    assert [each.instance for each in await store.dispatch.live_workers(minute)] == ["w-1"]
+    await store.dispatch.seen_workers([])
 
 
 async def test_time_is_the_databases(store: Store) -> None:
@@ -805,10 +810,10 @@ async def test_plans_of_any_size_are_kept(store: Store) -> None:
     job = scan_job(1, cidr="127.8.0.0/22", policy=scan_policy(ports="1-1000", timing=2))
     chunks = list(plan.chunks(job, 0, job.plan.chunk_count))
     assert len(chunks) == job.plan.chunk_count > 2_000
-    await store.insert_chunks(chunks)
-    await store.insert_chunks(chunks[:10])
+    await store.chunks.insert(chunks)
+    await store.chunks.insert(chunks[:10])
     assert await all_chunks(store, 1) == chunks
-    assert await store.save_chunks([cancel(each) for each in chunks]) == set()
+    assert await store.chunks.save([cancel(each) for each in chunks]) == set()
 
 
 # Documents of other releases
@@ -857,12 +862,12 @@ async def test_documents_of_release_0_1_are_read_and_adopted(mongo_store: MongoS
     job = scan_job(1, policy=scan_policy(ports="1-20000"), chunk_ports=8_192, blocks=3, chunk_count=3)
     await insert_old(database, job)
     await insert_old(database, replace(job, id=2, settled=True))
-    old = (await mongo_store.jobs([1]))[1]
+    old = (await mongo_store.jobs.get([1]))[1]
     assert (old.made, old.plan.blocks, old.plan.chunk_ports, old.plan.blockwise) == (3, 3, 8_192, False)
     assert (old.partition, old.totals, old.waiting, old.eta_seconds) == (job.partition, Totals(), "", None)
-    assert await mongo_store.unsettled_jobs(0, 10, [job.partition]) == []
+    assert await mongo_store.jobs.unsettled(0, 10, [job.partition]) == []
     await mongo_store.prepare()
-    assert await mongo_store.unsettled_jobs(0, 10, [job.partition]) == [1]
+    assert await mongo_store.jobs.unsettled(0, 10, [job.partition]) == [1]
     chunks = await all_chunks(mongo_store, 1)
     assert {each.partition for each in chunks} == {job.partition}
     assert chunks == list(plan.chunks(old, 0, 3))
@@ -873,18 +878,18 @@ async def test_documents_of_release_0_1_are_read_and_adopted(mongo_store: MongoS
 async def test_saves_keep_fields_of_newer_releases(mongo_store: MongoStore, database: Database) -> None:
     """A field that this release does not know survives a save of the job or chunk, and hinders no reading."""
     job, one = scan_job(1), chunk()
-    await mongo_store.insert_jobs([job])
-    await mongo_store.insert_chunks([one])
+    await mongo_store.jobs.insert([job])
+    await mongo_store.chunks.insert([one])
     for name in ("jobs", "chunks"):
         await database[name].update_one({}, {"$set": {"newer": {"deep": 1}}})
-    assert await mongo_store.save_jobs([running(job)]) == set()
-    assert await mongo_store.save_chunks([dispatch(one, "w-1", LATER, size=4, share=1.0)]) == set()
+    assert await mongo_store.jobs.save([running(job)]) == set()
+    assert await mongo_store.chunks.save([dispatch(one, "w-1", LATER, size=4, share=1.0)]) == set()
     for name in ("jobs", "chunks"):
         document = await database[name].find_one({})
         assert document is not None
         assert (document["newer"], document["rev"]) == ({"deep": 1}, 1)
-    emptied = published((await mongo_store.jobs([1]))[1], {"job-1-2"})
-    assert await mongo_store.save_jobs([emptied]) == set()
+    emptied = published((await mongo_store.jobs.get([1]))[1], {"job-1-2"})
+    assert await mongo_store.jobs.save([emptied]) == set()
     document = await database["jobs"].find_one({})
     assert document is not None
     assert "outbox" not in document
@@ -897,12 +902,12 @@ async def test_unreadable_chunks_are_left_out_counted_and_named(
     mongo_store: MongoStore, database: Database, broken: dict[str, Any]
 ) -> None:
     """A chunk that cannot be read stops no other; it is counted, and the log names it."""
-    await mongo_store.insert_chunks([chunk(), chunk(id="1-1", index=1)])
+    await mongo_store.chunks.insert([chunk(), chunk(id="1-1", index=1)])
     await database["chunks"].update_one({"_id": "1-0"}, {"$set": broken})
     before = UNREADABLE.labels("chunks")._value.get()
     with capture_logs() as logs:
         assert [each.id for each in await all_chunks(mongo_store, 1)] == ["1-1"]
-        assert set(await mongo_store.chunks(["1-0", "1-1"])) == {"1-1"}
+        assert set(await mongo_store.chunks.get(["1-0", "1-1"])) == {"1-1"}
     assert UNREADABLE.labels("chunks")._value.get() == before + 2
     assert {(line["event"], line["id"]) for line in logs} == {("unreadable_document", "1-0")}
 
@@ -910,13 +915,13 @@ async def test_unreadable_chunks_are_left_out_counted_and_named(
 @pytest.mark.integration
 async def test_unreadable_jobs_are_left_out_counted_and_named(mongo_store: MongoStore, database: Database) -> None:
     """A job whose policy no longer parses, or a list's fields, stops no other; it is counted, and the log names it."""
-    await mongo_store.insert_jobs([scan_job(1), scan_job(2)])
+    await mongo_store.jobs.insert([scan_job(1), scan_job(2)])
     await database["jobs"].update_one({"_id": 1}, {"$set": {"policy.timing": "fast"}})
     before = UNREADABLE.labels("jobs")._value.get()
     with capture_logs() as logs:
-        assert set(await mongo_store.jobs([1, 2])) == {2}
+        assert set(await mongo_store.jobs.get([1, 2])) == {2}
         assert UNREADABLE.labels("jobs")._value.get() == before + 1
         await database["jobs"].update_one({"_id": 1}, {"$set": {"created_at": "once"}})
-        assert [job.id for job in (await mongo_store.list_jobs(7, set(), 0, 10))[0]] == [2]
+        assert [job.id for job in (await mongo_store.jobs.page(7, set(), 0, 10))[0]] == [2]
     assert UNREADABLE.labels("jobs")._value.get() == before + 2
     assert {(line["event"], line["id"]) for line in logs} == {("unreadable_document", 1)}

@@ -8,8 +8,9 @@ from typing import Annotated, Final
 from fastapi import APIRouter, Depends, Request
 
 from job_orchestrator.api.state import Handed, Paged, Recorded
-from job_orchestrator.domain.access import KEPT, MAX_REVOCATIONS, Access, Revocation
+from job_orchestrator.domain.access import KEPT, MAX_REVOCATIONS, Revocation
 from job_orchestrator.domain.audit import first_use
+from job_orchestrator.domain.ports import AccessRepository
 from scanfleet import rest
 from scanfleet.auth import Caller, GatewayRoute, Guarded, Principal
 from scanfleet.clock import utc_now
@@ -23,12 +24,11 @@ router = APIRouter(prefix="/api/v1/revocation", route_class=Guarded)
 internal = APIRouter(prefix="/internal", route_class=GatewayRoute)
 
 
-async def _access(request: Request) -> Access:
-    access: Access = request.app.state.access
-    return access
+async def _access(state: Handed) -> AccessRepository:
+    return state.store.access
 
 
-Kept = Annotated[Access, Depends(_access)]
+Kept = Annotated[AccessRepository, Depends(_access)]
 
 
 async def _administrator(caller: Caller) -> Principal:
@@ -108,7 +108,7 @@ async def scan_limits(state: Handed) -> rest.ScanLimits:
 @internal.post("/keys")
 async def use_issuer_keys(request: Request, body: rest.IssuerKeys, state: Handed) -> rest.Done:
     """Record the keys of an issuer that the gateway accepts, each once."""
-    await state.store.add_audit(
+    await state.store.audit.add(
         [first_use(f"verifies tokens of {body.issuer}", key, source=source(request)) for key in body.keys]
     )
     return rest.Done(message="Keys recorded")

@@ -39,7 +39,7 @@ async def list_audit(
         raise ForbiddenError("The audit log is for administrators", rule=Rule.ROLE)
     asked = sorted(f"{name}={value}" for name, value in request.query_params.items() if name not in _PAGING)
     await record.reading("?".join(("/api/v1/audit", *filter(None, ["&".join(asked)]))))
-    entries, total = await state.store.list_audit(
+    entries, total = await state.store.audit.page(
         paged.skip,
         paged.page_size,
         since=since,

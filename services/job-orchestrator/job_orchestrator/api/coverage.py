@@ -72,7 +72,7 @@ async def read_map(
         return Response(status_code=304, headers={"ETag": tag})
     found = coverage.Coverage(job, first, addresses, blocks)
     for begin, end in ranges:
-        async for chunk in state.store.job_chunks(job.id, begin, end):
+        async for chunk in state.store.chunks.of_job(job.id, begin, end):
             found.add(chunk)
     letters = dict(found.letters())
     if not job.settled:  # outcomes change without a new `seq`

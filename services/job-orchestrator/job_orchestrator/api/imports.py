@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from job_orchestrator.api.state import MAX_ERROR_CHARS, Handed, Recorded, within_quota
 from job_orchestrator.api.subnets import checked, view
-from job_orchestrator.domain.store import Subnet
+from job_orchestrator.domain.resources import Subnet
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded
 from scanfleet.clock import utc_now
@@ -46,18 +46,18 @@ async def import_subnets(request: Request, caller: Caller, state: Handed, record
             break
     if problems:
         raise BadRequestError("; ".join(problems)[:MAX_ERROR_CHARS])
-    found = await state.store.subnets_of(caller.user_id, {cidr for _, cidr, _ in wanted})
+    found = await state.store.subnets.with_cidrs(caller.user_id, {cidr for _, cidr, _ in wanted})
     known = {(each.name, each.cidr, each.exclude): each for each in found}
     missing = [each for each in dict.fromkeys(wanted) if each not in known]
     await within_quota(state, "subnets", caller.user_id, len(missing))
     now = utc_now()
-    ids = await state.store.take_ids("subnets", len(missing)) if missing else range(0)
+    ids = await state.store.subnets.take_ids(len(missing)) if missing else range(0)
     created = [
         Subnet(id=id_, user_id=caller.user_id, name=name, cidr=cidr, exclude=exclude, created_at=now, updated_at=now)
         for id_, (name, cidr, exclude) in zip(ids, missing, strict=True)
     ]
     await record.each(f"/api/v1/subnet/{subnet.id}" for subnet in created)
-    await state.store.add_subnets(created)
+    await state.store.subnets.add(*created)
     known |= {(each.name, each.cidr, each.exclude): each for each in created}
     return rest.SubnetsImported(
         message=f"{len(created)} subnet{'' if len(created) == 1 else 's'} created",

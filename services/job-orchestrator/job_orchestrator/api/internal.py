@@ -10,8 +10,7 @@ from pydantic import AwareDatetime
 
 from job_orchestrator.api.state import Handed, Recorded, Recorder, State
 from job_orchestrator.api.tasks import Whose, audit_target, readable, readable_user, task_status
-from job_orchestrator.domain.job import ScanJob
-from job_orchestrator.domain.store import UNFINISHED
+from job_orchestrator.domain.job import UNFINISHED, ScanJob
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded, Principal
 from scanfleet.errors import ForbiddenError, NotFoundError
@@ -47,7 +46,7 @@ async def _with_results(job_id: int, what: str, caller: Principal, state: State,
         NotFoundError: the job does not exist.
         ForbiddenError: it belongs to another user, and the caller is no administrator.
     """
-    job = (await state.store.jobs([job_id])).get(job_id)
+    job = (await state.store.jobs.get([job_id])).get(job_id)
     if job is None:
         raise NotFoundError("Job not found")
     if job.user_id != caller.user_id:
@@ -86,12 +85,12 @@ async def latest_of(
     ids: list[int] = []
     ended: list[tuple[datetime, int]] = []
     if ended_after is None:
-        ids = await state.store.latest_jobs(whose, after, _LATEST_PAGE, changed_since=changed_since)
+        ids = await state.store.jobs.latest(whose, after, _LATEST_PAGE, changed_since=changed_since)
     room = _LATEST_PAGE - len(ids)
     if room and ended_since is not None:
         place = None if ended_after is None else _place(ended_after)
-        ended = await state.store.ended_jobs(whose, max(ended_since, time - _ENDED_WITHIN), room, place)
-    jobs = await state.store.jobs([*ids, *(job_id for _, job_id in ended)])
+        ended = await state.store.jobs.ended(whose, max(ended_since, time - _ENDED_WITHIN), room, place)
+    jobs = await state.store.jobs.get([*ids, *(job_id for _, job_id in ended)])
     return rest.Snapshots(
         snapshots=[rest.Snapshot(seq=job.seq, task=task_status(job)) for _, job in sorted(jobs.items())],
         next=None if room else ids[-1],
@@ -109,7 +108,7 @@ def _place(ended_after: str) -> tuple[datetime, int]:
 @router.post("/jobs/cancel", name="cancel_tasks")
 async def cancel_page(body: rest.CancelJobs, caller: Caller, state: Handed, record: Recorded) -> rest.CancelledPage:
     """Cancel a page of the caller's matching unfinished jobs; the caller repeats the request while there are more."""
-    job_ids = await state.store.unfinished_jobs(
+    job_ids = await state.store.jobs.unfinished(
         caller.user_id,
         _CANCEL_PAGE,
         statuses=body.status or UNFINISHED,

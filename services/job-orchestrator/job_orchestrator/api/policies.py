@@ -16,7 +16,7 @@ from job_orchestrator.api.state import (
     tagged,
     within_quota,
 )
-from job_orchestrator.domain.store import Policy
+from job_orchestrator.domain.resources import Policy
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded
 from scanfleet.clock import utc_now
@@ -33,7 +33,7 @@ async def create_policy(
     scan = body.scan(state.scripts)
     now = utc_now()
     await within_quota(state, "policies", caller.user_id)
-    (id_,) = await state.store.take_ids("policies")
+    (id_,) = await state.store.policies.take_ids()
     policy = Policy(
         id=id_,
         user_id=caller.user_id,
@@ -43,13 +43,13 @@ async def create_policy(
         updated_at=now,
     )
     await record(target=f"/api/v1/policy/{id_}")
-    await state.store.add_policy(policy)
+    await state.store.policies.add(policy)
     return _shown(policy, response)
 
 
 @router.get("")
 async def list_policies(caller: Caller, state: Handed, paged: Paged) -> rest.PolicyList:
-    found, total = await state.store.list_policies(caller.user_id, paged.skip, paged.page_size)
+    found, total = await state.store.policies.page(caller.user_id, paged.skip, paged.page_size)
     return rest.PolicyList(
         policies=[_view(each) for each in found],
         total=total,
@@ -85,7 +85,7 @@ async def replace_policy(
         updated_at=max(utc_now(), old.updated_at + timedelta(milliseconds=1)),  # each state has its own time
     )
     await record()
-    if not await state.store.replace_policy(new, unchanged_since=old.updated_at if conditional else None):
+    if not await state.store.policies.replace(new, unchanged_since=old.updated_at if conditional else None):
         await _mine(state, caller.user_id, policy_id)  # it may have been deleted
         raise changed()
     return _shown(new, response)
@@ -95,15 +95,15 @@ async def replace_policy(
 async def delete_policy(policy_id: PathId, caller: Caller, state: Handed, record: Recorded) -> rest.Done:
     await _mine(state, caller.user_id, policy_id)
     await record()
-    if not await state.store.delete_policy(caller.user_id, policy_id):
+    if not await state.store.policies.delete(caller.user_id, policy_id):
         raise NotFoundError("Policy not found")
     return rest.Done(message="Policy deleted successfully")
 
 
 async def _mine(state: State, user_id: int, policy_id: int) -> Policy:
-    found = await state.store.policies([(user_id, policy_id)])
+    found = await state.store.policies.get([(user_id, policy_id)])
     if not found:
-        theirs = await state.store.exists("policies", policy_id)
+        theirs = await state.store.policies.exists(policy_id)
         raise NotFoundError("Policy not found", rule=Rule.OWNER if theirs else None)
     return found[user_id, policy_id]
 

@@ -12,8 +12,8 @@ from typing import Annotated, Final, Literal
 from fastapi import Depends, Query, Request, Response
 from pydantic import BaseModel
 
+from job_orchestrator.domain.ports import AuditRepository, Store
 from job_orchestrator.domain.quotas import QuotaError, Quotas
-from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.user_grants import UNLIMITED, JobGrants
 from job_orchestrator.handlers.audit import record
 from job_orchestrator.handlers.commands import Commands
@@ -56,7 +56,7 @@ class Recorder:
     """Writes the intended change of a request to the audit log. If the entry cannot be written, the request fails."""
 
     request: Request
-    store: Store
+    audit: AuditRepository
 
     async def __call__(self, *, target: str = "", rule: Rule | None = None) -> None:
         await self._write(audit_entry(self.request, "allowed", rule=rule, target=target))
@@ -77,11 +77,11 @@ class Recorder:
         await self._write(entry.model_copy(update={"id": key}))
 
     async def _write(self, *entries: AuditEntry) -> None:
-        await record(self.store, entries)
+        await record(self.audit, entries)
 
 
 async def _recorder(request: Request, _caller: Caller, state: Handed) -> Recorder:
-    return Recorder(request, state.store)
+    return Recorder(request, state.store.audit)
 
 
 Recorded = Annotated[Recorder, Depends(_recorder)]
@@ -139,9 +139,14 @@ async def within_quota(state: State, kind: Literal["subnets", "policies"], user_
     Raises:
         BadRequestError: the user would have more than the limit.
     """
-    limit = state.quotas.subnets_per_user if kind == "subnets" else state.quotas.policies_per_user
+    if kind == "subnets":
+        limit = state.quotas.subnets_per_user
+        owned = await state.store.subnets.count(user_id, limit)
+    else:
+        limit = state.quotas.policies_per_user
+        owned = await state.store.policies.count(user_id, limit)
     try:
-        state.quotas.check_owned(kind, limit, await state.store.owned(kind, user_id, limit), wanted)
+        state.quotas.check_owned(kind, limit, owned, wanted)
     except QuotaError as error:
         raise BadRequestError(str(error), rule=Rule.QUOTA) from error
 

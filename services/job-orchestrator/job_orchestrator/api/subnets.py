@@ -16,7 +16,7 @@ from job_orchestrator.api.state import (
     tagged,
     within_quota,
 )
-from job_orchestrator.domain.store import Subnet
+from job_orchestrator.domain.resources import Subnet
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded
 from scanfleet.clock import utc_now
@@ -34,7 +34,7 @@ async def create_subnet(
     cidr, exclude = checked(body, state.rules)
     now = utc_now()
     await within_quota(state, "subnets", caller.user_id)
-    (id_,) = await state.store.take_ids("subnets")
+    (id_,) = await state.store.subnets.take_ids()
     subnet = Subnet(
         id=id_,
         user_id=caller.user_id,
@@ -45,13 +45,13 @@ async def create_subnet(
         updated_at=now,
     )
     await record(target=f"/api/v1/subnet/{id_}")
-    await state.store.add_subnet(subnet)
+    await state.store.subnets.add(subnet)
     return _shown(subnet, response)
 
 
 @router.get("")
 async def list_subnets(caller: Caller, state: Handed, paged: Paged) -> rest.SubnetList:
-    found, total = await state.store.list_subnets(caller.user_id, paged.skip, paged.page_size)
+    found, total = await state.store.subnets.page(caller.user_id, paged.skip, paged.page_size)
     return rest.SubnetList(
         subnets=[view(each) for each in found],
         total=total,
@@ -89,7 +89,7 @@ async def replace_subnet(
         updated_at=max(utc_now(), old.updated_at + timedelta(milliseconds=1)),  # each state has its own time
     )
     await record()
-    if not await state.store.replace_subnet(new, unchanged_since=old.updated_at if conditional else None):
+    if not await state.store.subnets.replace(new, unchanged_since=old.updated_at if conditional else None):
         await _mine(state, caller.user_id, subnet_id)  # it may have been deleted
         raise changed()
     return _shown(new, response)
@@ -98,18 +98,18 @@ async def replace_subnet(
 @router.delete("/{subnet_id}")
 async def delete_subnet(subnet_id: PathId, caller: Caller, state: Handed, record: Recorded) -> rest.Done:
     await _mine(state, caller.user_id, subnet_id)
-    if await state.store.has_unfinished_jobs(subnet_id):
+    if await state.store.jobs.has_unfinished(subnet_id):
         raise ConflictError("Subnet has unfinished jobs")
     await record()
-    if not await state.store.delete_subnet(caller.user_id, subnet_id):
+    if not await state.store.subnets.delete(caller.user_id, subnet_id):
         raise NotFoundError("Subnet not found")
     return rest.Done(message="Subnet deleted successfully")
 
 
 async def _mine(state: State, user_id: int, subnet_id: int) -> Subnet:
-    found = await state.store.subnets([(user_id, subnet_id)])
+    found = await state.store.subnets.get([(user_id, subnet_id)])
     if not found:
-        theirs = await state.store.exists("subnets", subnet_id)
+        theirs = await state.store.subnets.exists(subnet_id)
         raise NotFoundError("Subnet not found", rule=Rule.OWNER if theirs else None)
     return found[user_id, subnet_id]
 

@@ -8,9 +8,9 @@ from fastapi import APIRouter, Query, Request
 
 from job_orchestrator.api.state import Handed, Paged, Recorded, Recorder, State
 from job_orchestrator.domain import ledger
+from job_orchestrator.domain.census import OpenChunks
 from job_orchestrator.domain.fairness import LIVE
 from job_orchestrator.domain.job import ScanJob
-from job_orchestrator.domain.store import OpenChunks
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded, Principal
 from scanfleet.errors import BadRequestError, ConflictError, ForbiddenError, NotFoundError, Rule
@@ -40,7 +40,7 @@ async def list_tasks(
 ) -> rest.JobList:
     statuses = _statuses(request)
     whose = await readable_user(caller, user_id, record, target="/api/v1/task")
-    found, total = await state.store.list_jobs(
+    found, total = await state.store.jobs.page(
         whose, statuses, paged.skip, paged.page_size, subnet_id=subnet_id, policy_id=policy_id, since=since
     )
     return rest.JobList(jobs=found, total=total, page=paged.page, page_size=paged.page_size)
@@ -53,7 +53,7 @@ async def read_task(job_id: PathId, caller: Caller, state: Handed, record: Recor
 
 @router.delete("/{job_id}")
 async def delete_task(job_id: PathId, caller: Caller, state: Handed, record: Recorded) -> rest.Done:
-    job = (await state.store.jobs([job_id])).get(job_id)
+    job = (await state.store.jobs.get([job_id])).get(job_id)
     if job is None or not (job.user_id == caller.user_id or caller.admin):
         raise NotFoundError("Job not found", rule=Rule.OWNER if job else None)
     if not job.final:
@@ -65,7 +65,7 @@ async def delete_task(job_id: PathId, caller: Caller, state: Handed, record: Rec
     else:
         await record(target=audit_target(f"/api/v1/task/{job_id}", job), rule=Rule.ROLE)
     if not await state.deletions.delete([job_id], "request"):
-        if await state.store.jobs([job_id]):
+        if await state.store.jobs.get([job_id]):
             raise ConflictError("Job is still being changed; try again in a few seconds")
         raise NotFoundError("Job not found")  # another request has deleted it meanwhile
     return rest.Done(message="Job deleted successfully")
@@ -84,9 +84,9 @@ async def read_ledger(
     job = await readable(state, caller, job_id, record)
     tally, names = ledger.Tally(job), ledger.UnprobedPage(job, (page - 1) * page_size, page_size)
     for first, end in names.ranges():
-        async for chunk in state.store.job_chunks(job.id, first, end):
+        async for chunk in state.store.chunks.of_job(job.id, first, end):
             names.add(chunk)
-    async for chunk in state.store.job_chunks(job.id, job.totals.done):
+    async for chunk in state.store.chunks.of_job(job.id, job.totals.done):
         tally.add(chunk)
         names.add(chunk)
     names.add_unmade()
@@ -116,7 +116,7 @@ async def read_ledger(
 @router.get("/{job_id}/waiting")
 async def read_waiting(job_id: PathId, caller: Caller, state: Handed, record: Recorded) -> rest.Waiting:
     job = await readable(state, caller, job_id, record)
-    open_ = OpenChunks() if job.final else await state.store.chunk_counts(job_id)
+    open_ = OpenChunks() if job.final else await state.store.chunks.count_open(job_id)
     waiting = not job.final and not open_.held and (open_.queued > 0 or job.status is JobStatus.PENDING)
     reasons = await _reasons(state, job, open_) if waiting else []
     return rest.Waiting(
@@ -136,7 +136,7 @@ async def _reasons(state: State, job: ScanJob, open_: OpenChunks) -> list[rest.W
     now = state.now()
     if closed := state.grants.closed(job, now):
         return [rest.WaitingReason(kind="window", until=state.grants.opens_at(job, now), detail=closed)]
-    workers = await state.store.live_workers(LIVE)
+    workers = await state.store.dispatch.live_workers(LIVE)
     unseen = f"has announced itself in the last {LIVE.total_seconds():.0f} s"
     if not workers:
         return [_reason("no_worker", f"no worker that takes work {unseen}; start a scanner-worker")]
@@ -148,7 +148,7 @@ async def _reasons(state: State, job: ScanJob, open_: OpenChunks) -> list[rest.W
         )
         reasons.append(_reason("no_raw_worker", f"{detail} {unseen}"))
     if not lacks_raw or open_.queued_raw < open_.queued or not open_.queued:
-        ahead = max(0.0, await state.store.seconds_left() - job.seconds_left)
+        ahead = max(0.0, await state.store.jobs.seconds_left() - job.seconds_left)
         reasons.append(_reason("queue", f"{ahead:.0f} slot seconds of work are ahead"))
     return reasons
 
@@ -183,7 +183,7 @@ async def readable(
     Raises:
         NotFoundError: the job does not exist or belongs to another user.
     """
-    job = (await state.store.jobs([job_id])).get(job_id)
+    job = (await state.store.jobs.get([job_id])).get(job_id)
     if job is None or not (job.user_id == caller.user_id or caller.admin):
         raise NotFoundError("Job not found", rule=Rule.OWNER if job else None, target=target)
     if job.user_id != caller.user_id:

@@ -1,14 +1,10 @@
-"""User ids and revoked tokens.
-
-`job_orchestrator.repository` has the MongoDB store, `job_orchestrator_testing` the in-memory one; both pass the same suite.
-Every method raises `DependencyError` if the database is unavailable.
-"""
+"""Revoked tokens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final, Protocol
+from typing import Final
 
 from scanfleet.settings import MAX_LIFE_SECONDS
 
@@ -29,19 +25,3 @@ class Revocation:
     created_by: int
     created_at: datetime
     expires_at: datetime
-
-
-class Access(Protocol):
-    async def user_id(self, issuer: str, subject: str) -> int:
-        """Return the id of the issuer's user `subject`; the first call assigns it, and it never changes."""
-
-    async def add_revocation(self, revocation: Revocation) -> bool:
-        """Store the revocation; return False if there are already `MAX_REVOCATIONS`."""
-
-    async def take_revocation_id(self) -> int: ...
-
-    async def revocations(self) -> list[Revocation]:
-        """Return all revocations, newest first."""
-
-    async def delete_revocation(self, id_: int) -> bool:
-        """Delete the revocation; return False if it does not exist."""

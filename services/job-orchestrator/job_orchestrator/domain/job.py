@@ -61,6 +61,9 @@ _EVENTS: Final[dict[JobTrigger, type[JobEvent]]] = {
 }
 
 
+UNFINISHED: Final = (JobStatus.PENDING, JobStatus.RUNNING)
+
+
 class IllegalJobChangeError(ScanfleetError):
     """The transition is not in the table."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from job_orchestrator.domain.store import Store
+from job_orchestrator.domain.ports import AuditRepository
 from scanfleet.audit import write_line
 from scanfleet.bus import Record
 from scanfleet.errors import MessageError
@@ -13,13 +13,13 @@ from scanfleet.messages.audit import RESTORE
 from scanfleet.messages.topics import OPERATOR
 
 
-async def record(store: Store, entries: Sequence[AuditEntry]) -> None:
+async def record(audit: AuditRepository, entries: Sequence[AuditEntry]) -> None:
     """Store the entries in the audit log, and write them to this process's log.
 
     Raises:
         DependencyError: none or some of them are stored; a retry stores the others.
     """
-    await store.add_audit(entries)
+    await audit.add(entries)
     for entry in entries:
         write_line(entry)
 
@@ -31,13 +31,13 @@ class Audit:
     topic. Its id is in the service's own namespace, so that it cannot suppress an entry of another service.
     """
 
-    def __init__(self, store: Store, service: str) -> None:
-        self._store = store
+    def __init__(self, audit: AuditRepository, service: str) -> None:
+        self._audit = audit
         self._service = service
 
     async def handle(self, records: Sequence[Record]) -> None:
         entries = [self._entry(record.message) for record in records]
-        await self._store.add_audit([entry.model_copy(update={"service": self._service}) for entry in entries])
+        await self._audit.add([entry.model_copy(update={"service": self._service}) for entry in entries])
 
     def _entry(self, message: Message) -> AuditEntry:
         match message:

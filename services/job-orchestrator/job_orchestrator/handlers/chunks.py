@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Final
 
 from job_orchestrator.domain.chunk import HELD, Chunk, Token, elapsed
-from job_orchestrator.domain.store import Store
+from job_orchestrator.domain.ports import ChunkRepository, DispatchRepository
 from job_orchestrator.metrics import CHUNK_TRANSITIONS
 from scanfleet.chunk_grants import Signer
 from scanfleet.errors import DependencyError
@@ -31,50 +31,50 @@ class Changed:
         return self.before.state is not self.after.state
 
 
-async def change(
-    store: Store,
-    ids: Collection[str],
-    decide: Callable[[Chunk], Chunk],
-    now: datetime,
-    *,
-    charge: bool = True,
-) -> list[Changed]:
-    """Apply `decide` to each chunk and store the changes; `decide` runs again for a chunk that lost a race.
+class ChunkChanger:
+    """Changes chunks, and charges their users for attempts that end."""
 
-    Args:
-        store: stores the chunks.
-        ids: ids of the chunks.
-        decide: returns the new version of a chunk.
-        now: platform time.
-        charge: whether users are charged for attempts that end; not for those of lost workers.
+    def __init__(self, chunks: ChunkRepository, dispatch: DispatchRepository) -> None:
+        self._chunks = chunks
+        self._dispatch = dispatch
 
-    Raises:
-        DependencyError: the database is unavailable.
-    """
-    done: list[Changed] = []
-    left = set(ids)
-    for _ in range(_ROUNDS):
-        if not left:
-            if charge:
-                await _charge(store, done, now)
-            return done
-        changes = [Changed(chunk, decide(chunk)) for chunk in (await store.chunks(left)).values()]
-        left = await store.save_chunks([each.after for each in changes if each.after != each.before])
-        stored = [each for each in changes if each.before.id not in left]
-        for each in stored:
-            if each.moved:
-                CHUNK_TRANSITIONS.labels(each.after.state).inc()
-        done += stored
-    raise DependencyError(f"chunks were changed by other replicas {_ROUNDS} times in a row: {sorted(left)[:5]}")
+    async def change(
+        self, ids: Collection[str], decide: Callable[[Chunk], Chunk], now: datetime, *, charge: bool = True
+    ) -> list[Changed]:
+        """Apply `decide` to each chunk and store the changes; `decide` runs again for a chunk that lost a race.
 
+        Args:
+            ids: ids of the chunks.
+            decide: returns the new version of a chunk.
+            now: platform time.
+            charge: whether users are charged for attempts that end; not for those of lost workers.
 
-async def _charge(store: Store, changed: Iterable[Changed], now: datetime) -> None:
-    """Charge users for attempts that have ended, by the orchestrator's clock."""
-    seconds: defaultdict[int, float] = defaultdict(float)
-    for each in changed:
-        if each.before.state in HELD and each.after.state not in HELD:
-            seconds[each.after.user_id] += elapsed(each.before, now)
-    await store.charge(seconds)
+        Raises:
+            DependencyError: the database is unavailable.
+        """
+        done: list[Changed] = []
+        left = set(ids)
+        for _ in range(_ROUNDS):
+            if not left:
+                if charge:
+                    await self._charge(done, now)
+                return done
+            changes = [Changed(chunk, decide(chunk)) for chunk in (await self._chunks.get(left)).values()]
+            left = await self._chunks.save([each.after for each in changes if each.after != each.before])
+            stored = [each for each in changes if each.before.id not in left]
+            for each in stored:
+                if each.moved:
+                    CHUNK_TRANSITIONS.labels(each.after.state).inc()
+            done += stored
+        raise DependencyError(f"chunks were changed by other replicas {_ROUNDS} times in a row: {sorted(left)[:5]}")
+
+    async def _charge(self, changed: Iterable[Changed], now: datetime) -> None:
+        """Charge users for attempts that have ended, by the orchestrator's clock."""
+        seconds: defaultdict[int, float] = defaultdict(float)
+        for each in changed:
+            if each.before.state in HELD and each.after.state not in HELD:
+                seconds[each.after.user_id] += elapsed(each.before, now)
+        await self._dispatch.charge(seconds)
 
 
 def stop(token: Token, reason: str) -> StopChunk:

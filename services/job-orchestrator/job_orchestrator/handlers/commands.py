@@ -14,10 +14,18 @@ from typing import Final
 import structlog
 
 from job_orchestrator.domain import plan
+from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.job import JobTrigger, ScanJob, create
 from job_orchestrator.domain.job import change as change_job
+from job_orchestrator.domain.ports import (
+    AuditRepository,
+    CommandRepository,
+    JobRepository,
+    PolicyRepository,
+    SubnetRepository,
+)
 from job_orchestrator.domain.quotas import QuotaError, Quotas, Request
-from job_orchestrator.domain.store import Command, Policy, Store, Subnet
+from job_orchestrator.domain.resources import Policy, Subnet
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.audit import record
 from job_orchestrator.handlers.outbox import Outbox
@@ -62,7 +70,11 @@ class Commands:
     def __init__(
         self,
         *,
-        store: Store,
+        commands: CommandRepository,
+        jobs: JobRepository,
+        policies: PolicyRepository,
+        subnets: SubnetRepository,
+        audit: AuditRepository,
         publisher: Publisher,
         outbox: Outbox,
         reconciler: Reconciler,
@@ -73,7 +85,11 @@ class Commands:
         grants: UserGrants | None = None,
         quotas: Quotas,
     ) -> None:
-        self._store = store
+        self._commands = commands
+        self._jobs = jobs
+        self._policies = policies
+        self._subnets = subnets
+        self._audit = audit
         self._publisher = publisher
         self._outbox = outbox
         self._reconciler = reconciler
@@ -81,7 +97,7 @@ class Commands:
         self._scripts = scripts
         self._grants = grants
         self._quotas = quotas
-        self._usages = Usages(store, monotonic)
+        self._usages = Usages(jobs, monotonic)
         self._clock = clock
         self._monotonic = monotonic
         self._caught_up: dict[int, float] = {}
@@ -117,7 +133,7 @@ class Commands:
             else:
                 submits.append(message)
         new += await self._decide(submits)
-        decided = await self._store.insert_commands(new)
+        decided = await self._commands.insert(new)
         fresh = [job for command in new if decided[command.id] is command for job in command.jobs]
         for job in fresh:
             count_transition(job)
@@ -142,7 +158,7 @@ class Commands:
             DependencyError: the outcome is unknown.
         """
         expired = Command(id=command_id, user_id=user_id, state="expired")
-        stands = (await self._store.insert_commands([expired]))[command_id]
+        stands = (await self._commands.insert([expired]))[command_id]
         if stands.state == "expired" or stands.user_id != user_id:
             return None
         answer = (await self._answers({command_id: stands}))[command_id]
@@ -156,7 +172,7 @@ class Commands:
         Raises:
             DependencyError: some are cancelled; calling again cancels the others.
         """
-        before = await self._store.jobs(job_ids)
+        before = await self._jobs.get(job_ids)
         unfinished = [job.id for job in before.values() if not job.final]
         ended = await self._end(dict.fromkeys(unfinished))
         cancelled = sorted(job.id for job in ended.values() if job.status is JobStatus.CANCELLED)
@@ -186,8 +202,8 @@ class Commands:
             if isinstance(message, SubmitJobs) and message.idempotency_key
         }
         by_id, by_key = await asyncio.gather(
-            self._store.commands(messages),
-            self._store.commands_by_key(keys.values()),
+            self._commands.get(messages),
+            self._commands.by_key(keys.values()),
         )
         return {id_: by_key[key] for id_, key in keys.items() if key in by_key} | by_id
 
@@ -209,7 +225,7 @@ class Commands:
         # In parallel, because the caller waits for the reply. All are idempotent if the batch is redelivered.
         await asyncio.gather(
             self._publisher.publish(SCAN_REPLIES, answers.values()),
-            record(self._store, entries),
+            record(self._audit, entries),
             self._begin(fresh),
         )
         answered = {job_id for id_ in answers.keys() - mismatched.keys() for job_id in _jobs_of(stands[id_])}
@@ -224,7 +240,7 @@ class Commands:
 
     async def _answers(self, commands: Mapping[str, Command]) -> dict[str, Reply]:
         """Finish each command, and return the replies by the requested id."""
-        await self._store.insert_jobs([job for command in commands.values() for job in command.jobs])
+        await self._jobs.insert([job for command in commands.values() for job in command.jobs])
         answers = await self._cancel(
             [command for command in commands.values() if command.state == "accepted" and command.cancels is not None]
         )
@@ -243,9 +259,9 @@ class Commands:
             return []
         # The ids are allocated before the submits are checked, so that those of rejected submits remain unused.
         policies, subnets, taken = await asyncio.gather(
-            self._store.policies({(submit.user_id, submit.policy_id) for submit in submits}),
-            self._store.subnets({(submit.user_id, id_) for submit in submits for id_ in submit.subnet_ids}),
-            self._store.take_ids("jobs", sum(len(submit.subnet_ids) for submit in submits)),
+            self._policies.get({(submit.user_id, submit.policy_id) for submit in submits}),
+            self._subnets.get({(submit.user_id, id_) for submit in submits for id_ in submit.subnet_ids}),
+            self._jobs.take_ids(sum(len(submit.subnet_ids) for submit in submits)),
         )
         decided = [await self._check(submit, policies, subnets) for submit in submits]
         ids = iter(taken)
@@ -321,7 +337,7 @@ class Commands:
         """Cancel the job of each command unless it has ended; a retry of the command that cancelled it gets the same reply."""
         if not commands:
             return {}
-        jobs = await self._store.jobs({command.cancels or 0 for command in commands})
+        jobs = await self._jobs.get({command.cancels or 0 for command in commands})
         allowed = {
             command.id: job.id
             for command in commands
@@ -352,14 +368,14 @@ class Commands:
         for _ in range(_ROUNDS):
             if not left:
                 return ended
-            jobs = await self._store.jobs(left)
+            jobs = await self._jobs.get(left)
             ended |= {job.id: job for job in jobs.values() if job.final}
             cancelled = {
                 job.id: change_job(job, JobTrigger.CANCEL, self._clock.now(), cancel_command=commands[job.id])
                 for job in jobs.values()
                 if not job.final
             }
-            left = await self._store.save_jobs(list(cancelled.values()))
+            left = await self._jobs.save(list(cancelled.values()))
             for job in cancelled.values():
                 if job.id not in left:
                     count_transition(job)
@@ -367,7 +383,7 @@ class Commands:
         raise DependencyError(f"jobs were changed by other replicas {_ROUNDS} times in a row: {sorted(left)[:5]}")
 
     async def _too_late(self, command: Command, status: int, error: str, rule: Rule) -> Reply:
-        await self._store.reject_command(command.id, status, error, rule)
+        await self._commands.reject(command.id, status, error, rule)
         return _rejected(command.id, status, error, rule)
 
 

@@ -11,7 +11,7 @@ from typing import Final
 from job_orchestrator.domain.audit import own_entry
 from job_orchestrator.domain.deletion import Deletion, Reason, Stage
 from job_orchestrator.domain.job import ScanJob
-from job_orchestrator.domain.store import Store
+from job_orchestrator.domain.ports import AuditRepository, ChunkRepository, DeletionRepository, JobRepository
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.audit import record
 from job_orchestrator.handlers.outbox import Outbox
@@ -33,7 +33,10 @@ class Deletions:
     """Handles scan-deletions. Runs on every replica; two of them do no harm.
 
     Args:
-        store: where jobs and chunks are.
+        jobs: stores jobs.
+        deletions: stores receipts.
+        chunks: stores chunks.
+        audit: stores audit entries.
         publisher: for requests to result-store.
         outbox: publishes what is left in the outboxes of the jobs.
         clock: the platform's time.
@@ -43,14 +46,20 @@ class Deletions:
     def __init__(
         self,
         *,
-        store: Store,
+        jobs: JobRepository,
+        deletions: DeletionRepository,
+        chunks: ChunkRepository,
+        audit: AuditRepository,
         publisher: Publisher,
         outbox: Outbox,
         clock: PlatformTime,
         keep: timedelta | None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._store = store
+        self._jobs = jobs
+        self._deletions = deletions
+        self._chunks = chunks
+        self._audit = audit
         self._publisher = publisher
         self._outbox = outbox
         self._clock = clock
@@ -72,10 +81,10 @@ class Deletions:
         accepted: set[int] = set()
         left = set(job_ids)
         for _ in range(_ROUNDS):
-            ended = [job for job in (await self._store.jobs(left)).values() if job.settled]
+            ended = [job for job in (await self._jobs.get(left)).values() if job.settled]
             await self._outbox.publish(ended)  # what their outboxes hold goes with them
             now = self._clock.now()
-            done = await asyncio.gather(*(self._store.delete_job(job, _receipt(job, reason, now)) for job in ended))
+            done = await asyncio.gather(*(self._deletions.begin(job, _receipt(job, reason, now)) for job in ended))
             DELETIONS.labels(reason).inc(sum(done))
             accepted |= {job.id for job, is_done in zip(ended, done, strict=True) if is_done}
             left = {job.id for job in ended} - accepted
@@ -93,29 +102,29 @@ class Deletions:
         """
         await self._expire()
         now = self._clock.now()
-        due = await self._store.due_deletions(now, _AT_ONCE)
+        due = await self._deletions.due(now, _AT_ONCE)
         asked = [each for each in due if each.stage is Stage.RESULTS]
         await self._publisher.publish(
             SCAN_DELETIONS, [DeleteResults(job_id=each.job_id, reason=each.reason) for each in asked]
         )
         asked_ids = [each.job_id for each in asked]
-        await self._store.advance_deletions(asked_ids, Stage.RESULTS, Stage.RESULTS, now + _ASK_AGAIN)
+        await self._deletions.advance(asked_ids, Stage.RESULTS, Stage.RESULTS, now + _ASK_AGAIN)
         left = _CHUNKS
         done: list[int] = []
         for each in due:
             if each.stage is Stage.CHUNKS and left:
-                deleted = await self._store.delete_chunks(each.job_id, left)
+                deleted = await self._chunks.delete(each.job_id, left)
                 if deleted < left:
                     done.append(each.job_id)
                 else:
                     self.loop.wake()
                 left -= deleted
-        DELETED_JOBS.inc(await self._store.advance_deletions(done, Stage.CHUNKS, Stage.DONE, None))
+        DELETED_JOBS.inc(await self._deletions.advance(done, Stage.CHUNKS, Stage.DONE, None))
 
     async def handle(self, records: Sequence[Record]) -> None:
         messages = [each.message for each in records]
         deleted = {message.job_id for message in messages if isinstance(message, ResultsDeleted)}
-        await self._store.advance_deletions(deleted, Stage.RESULTS, Stage.CHUNKS, self._clock.now())
+        await self._deletions.advance(deleted, Stage.RESULTS, Stage.CHUNKS, self._clock.now())
         # DeleteResults from this service matter only after a restore, when the topic is read again.
         for reason in ("request", "retention"):
             ids = {each.job_id for each in messages if isinstance(each, DeleteResults) and each.reason == reason}
@@ -131,18 +140,18 @@ class Deletions:
     async def _expire(self) -> None:
         if self._keep is None or self._monotonic() - self._expired < _EXPIRE_SECONDS:
             return
-        page = await self._store.expired_jobs(self._clock.now() - self._keep, _AT_ONCE, self._after)
+        page = await self._jobs.expired(self._clock.now() - self._keep, _AT_ONCE, self._after)
         if len(page) == _AT_ONCE:
             self._after = page[-1]  # the next step continues behind it: a job that cannot be read stays
         else:
             self._after, self._expired = None, self._monotonic()
-        ids = (await self._store.jobs([id_ for _, id_ in page])).keys()
+        ids = (await self._jobs.get([id_ for _, id_ in page])).keys()
         if not ids:
             return
         expired = [
             own_entry(f"retention-{id_}", "delete_task", f"/api/v1/task/{id_}", "allowed", "retention") for id_ in ids
         ]
-        await record(self._store, expired)
+        await record(self._audit, expired)
         await self.delete(ids, "retention")
 
 

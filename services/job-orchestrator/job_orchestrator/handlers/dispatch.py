@@ -19,11 +19,17 @@ from job_orchestrator.domain.chunk import Chunk, ChunkState, Token, cancel, disp
 from job_orchestrator.domain.deletion import Stage
 from job_orchestrator.domain.fairness import Candidate, Credit, Held
 from job_orchestrator.domain.job import ScanJob
-from job_orchestrator.domain.store import Store
+from job_orchestrator.domain.ports import (
+    AuditRepository,
+    ChunkRepository,
+    DeletionRepository,
+    DispatchRepository,
+    JobRepository,
+)
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.user_grants import JobGrants
 from job_orchestrator.handlers.audit import record
-from job_orchestrator.handlers.chunks import change, granted
+from job_orchestrator.handlers.chunks import ChunkChanger, granted
 from job_orchestrator.metrics import CHUNK_TRANSITIONS, SKIPPED_JOBS
 from scanfleet import tracing
 from scanfleet.bus import Publisher, Record
@@ -71,7 +77,12 @@ class Dispatcher:
     """Handles scan-workers, and dispatches chunks to the workers whose partitions this replica owns.
 
     Args:
-        store: stores jobs, chunks and clocks.
+        jobs: stores jobs.
+        chunks: stores chunks.
+        dispatch: has queued and held chunks, clocks and workers.
+        deletions: stores receipts of deleted jobs.
+        audit: stores audit entries.
+        changer: cancels chunks.
         publisher: publishes tasks.
         signer: signs the scope of each attempt.
         lease_seconds: lease timeout: the maximum time without a report of the chunk's worker.
@@ -84,7 +95,12 @@ class Dispatcher:
     def __init__(
         self,
         *,
-        store: Store,
+        jobs: JobRepository,
+        chunks: ChunkRepository,
+        dispatch: DispatchRepository,
+        deletions: DeletionRepository,
+        audit: AuditRepository,
+        changer: ChunkChanger,
         publisher: Publisher,
         signer: Signer,
         lease_seconds: float,
@@ -94,7 +110,12 @@ class Dispatcher:
         grants: JobGrants,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._store = store
+        self._jobs = jobs
+        self._chunks = chunks
+        self._dispatch = dispatch
+        self._deletions = deletions
+        self._audit = audit
+        self._changer = changer
         self._publisher = publisher
         self._signer = signer
         self._clock = clock
@@ -137,7 +158,7 @@ class Dispatcher:
                 raise MessageError(f"unexpected message type {type(ready).__name__} on scan-workers")
             announced[ready.instance] = Credit(ready.worker_id, ready.instance, ready.slots, ready.raw, each.partition)
         news = [credit for credit in announced.values() if not self._is_noted(credit, now)]
-        await self._store.seen_workers(news)
+        await self._dispatch.seen_workers(news)
         for instance, credit in announced.items():
             noted = now if credit in news else self._workers[instance].noted
             self._workers[instance] = _Announced(credit, now, noted)
@@ -167,7 +188,7 @@ class Dispatcher:
             return
         lost = {
             each.token
-            for each in await self._store.held()
+            for each in await self._dispatch.held()
             if living.get(each.instance, each.token.worker_id) != each.token.worker_id
         }
         await self._requeue_lost(lost, "was replaced by another process")
@@ -201,7 +222,7 @@ class Dispatcher:
         self._idle = any(credit.slots for credit in mine)
         if not self._idle:
             return False
-        held, _ = await asyncio.gather(self._store.held(), self._refresh(now, {credit.raw for credit in mine}))
+        held, _ = await asyncio.gather(self._dispatch.held(), self._refresh(now, {credit.raw for credit in mine}))
         by_worker: defaultdict[str, list[Held]] = defaultdict(list)
         for each in held:
             by_worker[each.token.worker_id].append(each)
@@ -228,23 +249,23 @@ class Dispatcher:
         if now < self._rest_due:
             return
         _, live = await asyncio.gather(
-            self._store.deactivate_clocks(self._left_out(looks)), self._store.live_workers(fairness.LIVE)
+            self._dispatch.deactivate_clocks(self._left_out(looks)), self._dispatch.live_workers(fairness.LIVE)
         )
         self._live = {credit.instance: credit for credit in live}
         self._rest_due = now + _REST_SECONDS
 
     async def _give(self, workers: Sequence[Credit], held: Sequence[Held], *, raw: bool) -> bool:
         now = self._clock.now()
-        users = [user for user in await self._store.waiting_users(raw=raw) if (user, raw) not in self._resting]
+        users = [user for user in await self._dispatch.waiting_users(raw=raw) if (user, raw) not in self._resting]
         if not users:
             return False
         room = min(_PICKS, sum(max(0, credit.slots - credit.held) + _EXTRA for credit in workers))
-        known = await self._store.clocks(users)
+        known = await self._dispatch.clocks(users)
         clocks = fairness.wake(known, users)
         times = fairness.tags(clocks, held, now)
         neediest = sorted(times, key=times.__getitem__)[:_USERS]
         queues = await asyncio.gather(
-            *(self._store.queue(user, room, now, raw=raw, skip=self._skipped.get(user, ())) for user in neediest)
+            *(self._dispatch.queue(user, room, now, raw=raw, skip=self._skipped.get(user, ())) for user in neediest)
         )
         holders = {each.user_id for each in held}
         for user, queue in zip(neediest, queues, strict=True):
@@ -261,7 +282,7 @@ class Dispatcher:
                 break
         woken = [clock for clock in clocks.values() if clock != known.users.get(clock.user_id)]
         if woken or picks:
-            await self._store.wake_clocks(woken, max(known.virtual, round_.virtual))
+            await self._dispatch.wake_clocks(woken, max(known.virtual, round_.virtual))
         if not picks:
             return False
         return await self._send(picks) or len(picks) == room
@@ -270,8 +291,8 @@ class Dispatcher:
         """Return whether some were not sent, because another replica changed them or their job has ended."""
         now = self._clock.now()
         jobs, chunks = await asyncio.gather(
-            self._store.jobs({candidate.job_id for candidate, _, _ in picks}),
-            self._store.chunks([candidate.chunk_id for candidate, _, _ in picks]),
+            self._jobs.get({candidate.job_id for candidate, _, _ in picks}),
+            self._chunks.get([candidate.chunk_id for candidate, _, _ in picks]),
         )
         over: list[str] = []
         due: list[Chunk] = []
@@ -292,7 +313,7 @@ class Dispatcher:
             elif chunk.state is ChunkState.QUEUED:
                 size = plan.attempt_size(job, chunk)
                 due.append(dispatch(chunk, worker.worker_id, now, size=size, share=share))
-        losers = await self._store.save_chunks(due)
+        losers = await self._chunks.save(due)
         sent = [chunk for chunk in due if chunk.id not in losers]
         CHUNK_TRANSITIONS.labels(ChunkState.DISPATCHED).inc(len(sent))
         traces = {chunk.id: jobs[chunk.job_id].traceparent for chunk in sent}
@@ -305,7 +326,7 @@ class Dispatcher:
         for job in closed.values():
             await self._await_hours(job, now)
         # A replica that stalled may have stored chunks of a job after its deletion was done.
-        await self._store.advance_deletions(lost, Stage.DONE, Stage.CHUNKS, now)
+        await self._deletions.advance(lost, Stage.DONE, Stage.CHUNKS, now)
         return len(sent) < len(picks)
 
     def _skip(self, candidate: Candidate) -> None:
@@ -318,7 +339,7 @@ class Dispatcher:
         """Skip the job, and all others of its user under its grant, until the hours of the grant begin."""
         opens_at = self._grants.opens_at(job, now)
         seconds = min((opens_at - now).total_seconds(), _CLOSED_SECONDS) if opens_at else _CLOSED_SECONDS
-        others = await self._store.unfinished_jobs(job.user_id, _JOBS, granted_by=job.granted_by)
+        others = await self._jobs.unfinished(job.user_id, _JOBS, granted_by=job.granted_by)
         until = self._monotonic() + seconds
         self._skipped.setdefault(job.user_id, {}).update(dict.fromkeys((job.id, *others), until))
 
@@ -327,7 +348,7 @@ class Dispatcher:
         skipped, resting = self._skipped[user], self._resting
         monotonic = self._monotonic()
         seconds = min(_LEFT_OUT_SECONDS, min(skipped.values()) - monotonic)
-        if held or await self._store.queue(user, 1, now + timedelta(seconds=seconds), raw=raw, skip=skipped):
+        if held or await self._dispatch.queue(user, 1, now + timedelta(seconds=seconds), raw=raw, skip=skipped):
             seconds = min(seconds, _REST_SECONDS)  # a chunk of another job may be requeued or becomes due meanwhile
         resting[user, raw] = monotonic + seconds  # without effect if `wake` has replaced the mapping during the query
 
@@ -337,14 +358,13 @@ class Dispatcher:
         entry = own_entry(
             f"dispatch-{job.id}", "dispatch_task", target, "refused", Rule.GRANT, user_id=job.user_id, reason=reason
         )
-        await record(self._store, [entry])
+        await record(self._audit, [entry])
         await self._give_up(job.id, f"the user grants no longer allow the job: {reason}")
 
     async def _cancel(self, over: Collection[str]) -> None:
         """Cancel chunks of a job that ended while another replica was still creating them."""
         if over:
-            await change(
-                self._store,
+            await self._changer.change(
                 over,
                 lambda chunk: cancel(chunk) if chunk.state is ChunkState.QUEUED else chunk,
                 self._clock.now(),

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from typing import Final
 
 from job_orchestrator.domain.job import ScanJob, published
-from job_orchestrator.domain.store import Store
+from job_orchestrator.domain.ports import JobRepository
 from scanfleet import tracing
 from scanfleet.bus import Publisher
 from scanfleet.errors import DependencyError
@@ -22,12 +22,12 @@ class Outbox:
     """Publishes events, and removes them from the jobs later, many jobs at once; until then they are cached here.
 
     Args:
-        store: stores jobs.
+        jobs: stores jobs.
         publisher: publishes job events.
     """
 
-    def __init__(self, store: Store, publisher: Publisher) -> None:
-        self._store = store
+    def __init__(self, jobs: JobRepository, publisher: Publisher) -> None:
+        self._jobs = jobs
         self._publisher = publisher
         self._sent: defaultdict[int, set[str]] = defaultdict(set)
         """By job, the events in its outbox that the bus has acknowledged."""
@@ -39,7 +39,7 @@ class Outbox:
         Raises:
             DependencyError: some of them may be published; a retry publishes all of them.
         """
-        await self.publish((await self._store.jobs(job_ids)).values())
+        await self.publish((await self._jobs.get(job_ids)).values())
 
     async def publish(self, jobs: Iterable[ScanJob]) -> None:
         """Publish the events in the outboxes of these jobs as they are stored, in order, and schedule their removal.
@@ -72,9 +72,9 @@ class Outbox:
         for _ in range(_ROUNDS):
             if not left:
                 break
-            jobs = await self._store.jobs(left)
+            jobs = await self._jobs.get(left)
             emptied = [(job, published(job, sent[job.id])) for job in jobs.values()]
-            left = await self._store.save_jobs([after for before, after in emptied if after != before])
+            left = await self._jobs.save([after for before, after in emptied if after != before])
         else:
             raise DependencyError(f"outboxes were changed by other replicas each time: {sorted(left)[:5]}")
         for id_, events in sent.items():

@@ -21,10 +21,10 @@ from job_orchestrator.domain.chunk import (
     holds,
 )
 from job_orchestrator.domain.fairness import Held
-from job_orchestrator.domain.store import Store
+from job_orchestrator.domain.ports import DispatchRepository
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.watch import Watch
-from job_orchestrator.handlers.chunks import Changed, change, stop
+from job_orchestrator.handlers.chunks import Changed, ChunkChanger, stop
 from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.metrics import LEASES_EXPIRED, STALE_REPORTS, UNKNOWN_CHUNKS
 from scanfleet.bus import Publisher, Record
@@ -46,7 +46,8 @@ class Progress:
     """Handles scan-progress: this replica manages the leases of the jobs in its partitions, from dispatch to the end.
 
     Args:
-        store: stores chunks.
+        dispatch: has the chunks that workers hold.
+        changer: changes chunks.
         publisher: publishes stops.
         reconciler: updates jobs after every change of a chunk.
         wake: called when a chunk is requeued or a slot is free.
@@ -58,7 +59,8 @@ class Progress:
     def __init__(
         self,
         *,
-        store: Store,
+        dispatch: DispatchRepository,
+        changer: ChunkChanger,
         publisher: Publisher,
         reconciler: Reconciler,
         wake: Callable[[], None],
@@ -67,7 +69,8 @@ class Progress:
         clock: PlatformTime,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._store = store
+        self._dispatch = dispatch
+        self._changer = changer
         self._publisher = publisher
         self._reconciler = reconciler
         self._wake = wake
@@ -102,7 +105,7 @@ class Progress:
                     chunk = self._not_held(chunk, report, effects[chunk.id])
             return chunk
 
-        changed = await change(self._store, by_chunk, decide, now)
+        changed = await self._changer.change(by_chunk, decide, now)
         self._renew(changed, effects)
         for id_ in by_chunk.keys() - effects.keys():
             effects[id_] = _Effects(
@@ -130,7 +133,7 @@ class Progress:
         """Check the leases: all reports have been read, so a missing report is the worker's."""
         now = self._monotonic()
         held: dict[int, list[Held]] = defaultdict(list)
-        for each in await self._store.watched_chunks(partitions):
+        for each in await self._dispatch.held(partitions):
             held[each.partition].append(each)
         late = {
             each.token
@@ -160,7 +163,7 @@ class Progress:
             return expire(chunk, f"worker {chunk.worker_id} {reason}", now)
 
         ids = {token.chunk_id for token in tokens}
-        changed = [each for each in await change(self._store, ids, lose, now, charge=False) if each.moved]
+        changed = [each for each in await self._changer.change(ids, lose, now, charge=False) if each.moved]
         LEASES_EXPIRED.inc(len(changed))
         await self._publisher.publish(SCAN_TASKS, [stop(each.before.token, "lease expired") for each in changed])
         self._wake()

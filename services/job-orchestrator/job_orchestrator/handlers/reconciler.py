@@ -10,15 +10,15 @@ from types import MappingProxyType
 from typing import Final
 
 from job_orchestrator.domain import plan
+from job_orchestrator.domain.census import Standing
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState, cancel
 from job_orchestrator.domain.job import JobTrigger, ScanJob
 from job_orchestrator.domain.job import change as change_job
 from job_orchestrator.domain.ledger import Tally
-from job_orchestrator.domain.store import Standing, Store
+from job_orchestrator.domain.ports import ChunkRepository, DispatchRepository, JobRepository
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.totals import EMPTY
-from job_orchestrator.handlers.chunks import Changed, stop
-from job_orchestrator.handlers.chunks import change as change_chunks
+from job_orchestrator.handlers.chunks import Changed, ChunkChanger, stop
 from job_orchestrator.handlers.faults import Faults
 from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.handlers.reporter import Reporter
@@ -64,7 +64,10 @@ class Reconciler:
     continues work that is too large for one step, so that neither handlers nor small jobs wait for a large job.
 
     Args:
-        store: stores jobs and chunks.
+        jobs: stores jobs.
+        chunks: stores chunks.
+        dispatch: has the turns of queued chunks.
+        changer: cancels chunks.
         publisher: publishes stops.
         outbox: publishes the events of jobs that were saved.
         reporter: publishes the progress of jobs that continue.
@@ -76,7 +79,10 @@ class Reconciler:
     def __init__(
         self,
         *,
-        store: Store,
+        jobs: JobRepository,
+        chunks: ChunkRepository,
+        dispatch: DispatchRepository,
+        changer: ChunkChanger,
         publisher: Publisher,
         outbox: Outbox,
         reporter: Reporter,
@@ -84,7 +90,10 @@ class Reconciler:
         wake: Callable[[Collection[int]], None],
         clock: PlatformTime,
     ) -> None:
-        self._store = store
+        self._jobs = jobs
+        self._chunks = chunks
+        self._dispatch = dispatch
+        self._changer = changer
         self._publisher = publisher
         self._outbox = outbox
         self._reporter = reporter
@@ -109,18 +118,18 @@ class Reconciler:
         for _ in range(_ROUNDS):
             if not left:
                 return
-            jobs = await self._store.jobs(left)
+            jobs = await self._jobs.get(left)
             # After the jobs, so that all chunks created by then are visible.
-            standings = await self._store.standings(jobs)
+            standings = await self._chunks.standings(jobs)
             turns = await self._first_turns(jobs.values())
             steps: list[_Step] = []
             window: list[Chunk] = []
             for job in jobs.values():
                 steps.append(await self._guarded(job, standings[job.id], known, turns, window))
                 if len(window) >= _PAGE:
-                    await self._store.insert_chunks(window)
+                    await self._chunks.insert(window)
                     window.clear()
-            await self._store.insert_chunks(window)
+            await self._chunks.insert(window)
             left = await self._save([step for step in steps if step.stages])
             known = {}  # chunks of jobs that lost a race may have changed
         raise DependencyError(f"jobs were changed by other replicas each time: {sorted(left)[:5]}")
@@ -165,7 +174,7 @@ class Reconciler:
         Raises:
             DependencyError: the next sweep does it.
         """
-        job = (await self._store.jobs([job_id])).get(job_id)
+        job = (await self._jobs.get([job_id])).get(job_id)
         if job is None or job.final:
             return
         failed = change_job(job, JobTrigger.FAIL, self._clock.now(), error=error)
@@ -235,31 +244,31 @@ class Reconciler:
             return job
         tally = Tally(job)
         done = first
-        async for chunk in self._chunks(job, first, end, known):
+        async for chunk in self._counted(job, first, end, known):
             if chunk.index != done or chunk.state in OPEN:
                 break
             tally.end(chunk)
             done += 1
         if done < end:  # release 0.1 stopped halfway through creating them: existing chunks are kept
-            await self._store.insert_chunks(list(plan.chunks(job, done, end)))
+            await self._chunks.insert(list(plan.chunks(job, done, end)))
         if first < done < ended:  # a job without progress, as with an unreadable chunk, waits for the next sweep
             self.begin([job.id])
         counted = replace(job, totals=tally.totals)
         return replace(counted, seconds_left=0.0 if job.final else Tally(counted).seconds_left)
 
-    async def _chunks(self, job: ScanJob, first: int, end: int, known: Known) -> AsyncIterator[Chunk]:
+    async def _counted(self, job: ScanJob, first: int, end: int, known: Known) -> AsyncIterator[Chunk]:
         ids = [plan.chunk_id(job, index) for index in range(first, end)]
         if all(id_ in known for id_ in ids):
             for id_ in ids:
                 yield known[id_]
             return
-        async for chunk in self._store.job_chunks(job.id, first, end):
+        async for chunk in self._chunks.of_job(job.id, first, end):
             yield chunk
 
     async def _first_turns(self, jobs: Iterable[ScanJob]) -> Mapping[int, int]:
         """Return the turn at which new jobs of each user begin."""
         users = sorted({job.user_id for job in jobs if not job.made and not job.final})
-        turns = await asyncio.gather(*(self._store.first_turn(user) for user in users))
+        turns = await asyncio.gather(*(self._dispatch.first_turn(user) for user in users))
         return dict(zip(users, turns, strict=True))
 
     async def _cancel(self, job: ScanJob, standing: Standing) -> None:
@@ -269,9 +278,8 @@ class Reconciler:
         now = self._clock.now()
         moved = False
         for kind in (HELD, OPEN - HELD):
-            changed = await change_chunks(
-                self._store,
-                await self._store.chunks_in(job.id, kind, _PAGE),
+            changed = await self._changer.change(
+                await self._chunks.ids_in(job.id, kind, _PAGE),
                 lambda chunk: cancel(chunk) if chunk.state in OPEN else chunk,
                 now,
             )
@@ -283,9 +291,9 @@ class Reconciler:
 
     async def _recount(self, late: Mapping[int, int]) -> None:
         """Count the chunks of these jobs again from the first, because a cancelled chunk has another map."""
-        jobs = await self._store.jobs(late)
+        jobs = await self._jobs.get(late)
         again = [replace(job, totals=EMPTY, settled=False) for job in jobs.values() if job.totals.done > late[job.id]]
-        if await self._store.save_jobs(again):
+        if await self._jobs.save(again):
             raise DependencyError("a job was changed by another replica while its totals were reset")
 
     def _remember(self, job_id: int) -> None:
@@ -294,7 +302,7 @@ class Reconciler:
             del self._started[next(iter(self._started))]
 
     async def _save(self, steps: Sequence[_Step]) -> set[int]:
-        losers = await self._store.save_jobs([step.after for step in steps])
+        losers = await self._jobs.save([step.after for step in steps])
         saved = [step for step in steps if step.after.id not in losers]
         if made := {step.after.user_id for step in saved if step.after.made > step.before.made}:
             self._wake(made)  # not before: a chunk that ends before its job is saved costs both another round

@@ -10,7 +10,7 @@ from typing import Final
 from job_orchestrator.domain.chunk import HELD
 from job_orchestrator.domain.job import ScanJob, observe, wait
 from job_orchestrator.domain.ledger import Tally
-from job_orchestrator.domain.store import Store
+from job_orchestrator.domain.ports import ChunkRepository, JobRepository
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.faults import Faults
 from job_orchestrator.handlers.outbox import Outbox
@@ -26,7 +26,8 @@ class Reporter:
     """Publishes progress once a second; most short jobs have ended by then.
 
     Args:
-        store: stores jobs and chunks.
+        jobs: stores jobs.
+        chunks: stores chunks.
         publisher: publishes job events.
         outbox: has the events of a job that come before its progress.
         faults: isolates the errors of one job from the others.
@@ -36,14 +37,16 @@ class Reporter:
     def __init__(
         self,
         *,
-        store: Store,
+        jobs: JobRepository,
+        chunks: ChunkRepository,
         publisher: Publisher,
         outbox: Outbox,
         faults: Faults,
         clock: PlatformTime,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._store = store
+        self._jobs = jobs
+        self._chunks = chunks
         self._publisher = publisher
         self._outbox = outbox
         self._faults = faults
@@ -70,7 +73,7 @@ class Reporter:
             return
         unpublished: set[int] = set()
         seen: dict[int, tuple[ScanJob, JobProgressed]] = {}
-        for each in (await self._store.jobs(due)).values():
+        for each in (await self._jobs.get(due)).values():
             job = self._outbox.unsent(each)
             if job.status is not JobStatus.RUNNING:
                 continue
@@ -81,7 +84,7 @@ class Reporter:
             with self._faults.isolated(job):
                 if news := await self._observe(job):
                     seen[job.id] = news
-        unpublished |= await self._store.save_jobs([job for job, _ in seen.values()])
+        unpublished |= await self._jobs.save([job for job, _ in seen.values()])
         self._further -= due - unpublished
         await self._publish({id_: news for id_, news in seen.items() if id_ not in unpublished})
 
@@ -91,17 +94,17 @@ class Reporter:
         Raises:
             DependencyError: the next sweep does it.
         """
-        jobs = (await self._store.jobs(reasons)).values()
+        jobs = (await self._jobs.get(reasons)).values()
         now = self._clock.now()
         news = {job.id: each for job in jobs if (each := wait(self._outbox.unsent(job), reasons[job.id], now))}
-        losers = await self._store.save_jobs([job for job, _ in news.values()])
+        losers = await self._jobs.save([job for job, _ in news.values()])
         await self._publish({id_: each for id_, each in news.items() if id_ not in losers})
 
     async def _observe(self, job: ScanJob) -> tuple[ScanJob, JobProgressed] | None:
         now = self._clock.now()
         tally = Tally(job)
         held = 0.0
-        for chunk in await self._store.active_chunks(job.id, job.totals.done):
+        for chunk in await self._chunks.active(job.id, job.totals.done):
             tally.add(chunk)
             held += chunk.share * (chunk.state in HELD)
         left = tally.seconds_left

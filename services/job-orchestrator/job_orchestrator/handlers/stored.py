@@ -6,9 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 
 from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState, incomplete, store
-from job_orchestrator.domain.store import Store
 from job_orchestrator.domain.time import PlatformTime
-from job_orchestrator.handlers.chunks import change
+from job_orchestrator.handlers.chunks import ChunkChanger
 from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.metrics import UNKNOWN_CHUNKS
 from scanfleet.bus import Record
@@ -21,8 +20,10 @@ Verdict = ChunkStored | ChunkIncomplete
 class Stored:
     """Handles scan-stored. `wake` is called when a chunk is requeued or a slot is free."""
 
-    def __init__(self, store: Store, reconciler: Reconciler, wake: Callable[[], None], clock: PlatformTime) -> None:
-        self._store = store
+    def __init__(
+        self, changer: ChunkChanger, reconciler: Reconciler, wake: Callable[[], None], clock: PlatformTime
+    ) -> None:
+        self._changer = changer
         self._reconciler = reconciler
         self._wake = wake
         self._clock = clock
@@ -45,7 +46,7 @@ class Stored:
                     chunk = incomplete(chunk, verdict.attempt, verdict.addresses, now)
             return chunk
 
-        changed = await change(self._store, by_chunk, decide, now)
+        changed = await self._changer.change(by_chunk, decide, now)
         unknown = by_chunk.keys() - {each.after.id for each in changed}
         UNKNOWN_CHUNKS.inc(sum(len(by_chunk[id_]) for id_ in unknown))
         if any(each.moved and (each.before.state in HELD or each.after.state is ChunkState.QUEUED) for each in changed):

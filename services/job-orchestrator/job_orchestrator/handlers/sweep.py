@@ -8,13 +8,14 @@ from datetime import timedelta
 from typing import Final
 
 from job_orchestrator.domain import plan
+from job_orchestrator.domain.census import Census
 from job_orchestrator.domain.chunk import request_check
 from job_orchestrator.domain.fairness import LIVE
 from job_orchestrator.domain.job import ScanJob
-from job_orchestrator.domain.store import Store
+from job_orchestrator.domain.ports import ChunkRepository, DispatchRepository, JobRepository
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.user_grants import JobGrants
-from job_orchestrator.handlers.chunks import change, scanned_again
+from job_orchestrator.handlers.chunks import ChunkChanger, scanned_again
 from job_orchestrator.handlers.faults import Faults
 from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.handlers.reconciler import Reconciler
@@ -34,7 +35,10 @@ class Sweeper:
     """Runs on every replica for the jobs in its partitions; concurrent sweeps are harmless.
 
     Args:
-        store: stores jobs and chunks.
+        jobs: stores jobs.
+        chunks: stores chunks.
+        dispatch: has held chunks and live workers.
+        changer: changes chunks.
         publisher: publishes repeated requests to result-store.
         outbox: publishes events that another replica did not.
         reporter: publishes why jobs wait.
@@ -51,7 +55,10 @@ class Sweeper:
     def __init__(
         self,
         *,
-        store: Store,
+        jobs: JobRepository,
+        chunks: ChunkRepository,
+        dispatch: DispatchRepository,
+        changer: ChunkChanger,
         publisher: Publisher,
         outbox: Outbox,
         reporter: Reporter,
@@ -65,7 +72,10 @@ class Sweeper:
         grants: JobGrants,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._store = store
+        self._jobs = jobs
+        self._chunks = chunks
+        self._dispatch = dispatch
+        self._changer = changer
         self._publisher = publisher
         self._signer = signer
         self._outbox = outbox
@@ -87,39 +97,39 @@ class Sweeper:
         Raises:
             DependencyError: the next pass does the rest.
         """
-        await self._outbox.relay(await self._store.jobs_with_old_events(self._clock.now() - _OLD_EVENT, _PAGE))
+        await self._outbox.relay(await self._jobs.with_old_events(self._clock.now() - _OLD_EVENT, _PAGE))
         await self._request_checks()
         now = self._monotonic()
         if now - self._counted > _CENSUS_SECONDS:
             self._counted = now  # also after a failure, so that a failing database is not queried more often
-            CENSUS.show(await self._store.census())
+            CENSUS.show(Census(await self._jobs.census(), await self._chunks.census()))
         if now - self._reconciled > _RECONCILE_SECONDS:
             await self._reconcile_all()
             self._reconciled = now
 
     async def _request_checks(self) -> None:
         now = self._clock.now()
-        overdue = await self._store.overdue_chunks(now, _PAGE, self._partitions())
+        overdue = await self._chunks.overdue(now, _PAGE, self._partitions())
         if not overdue:
             return
         await self._publisher.publish(SCAN_RESULTS, scanned_again(overdue, self._signer))
         ids = [chunk.id for chunk in overdue]
-        await change(self._store, ids, lambda chunk: request_check(chunk, now, self._patience), now)
+        await self._changer.change(ids, lambda chunk: request_check(chunk, now, self._patience), now)
 
     async def _reconcile_all(self) -> None:
         after = 0
-        while page := await self._store.unsettled_jobs(after, _PAGE, self._partitions()):
+        while page := await self._jobs.unsettled(after, _PAGE, self._partitions()):
             await self._reconciler.reconcile(page)
             await self._look_for_workers(page)
             after = page[-1]
 
     async def _look_for_workers(self, job_ids: Collection[int]) -> None:
         """Report why jobs without a held chunk are waiting, and fail those that have waited too long."""
-        found = await self._store.jobs(job_ids)
+        found = await self._jobs.get(job_ids)
         jobs = {id_: job for id_, job in found.items() if not job.final and not self._faults.has(job)}
-        live = await self._store.live_workers(LIVE)
-        held = {each.token.job_id for each in await self._store.held()}
-        standings = await self._store.standings(jobs)
+        live = await self._dispatch.live_workers(LIVE)
+        held = {each.token.job_id for each in await self._dispatch.held()}
+        standings = await self._chunks.standings(jobs)
         raw = any(worker.raw for worker in live)
         now = self._clock.now()
 

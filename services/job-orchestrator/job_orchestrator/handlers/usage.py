@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
+from job_orchestrator.domain.ports import JobRepository
 from job_orchestrator.domain.quotas import Usage
-from job_orchestrator.domain.store import Store
 
 _FRESH_SECONDS: Final = 1.0  # reading 10,000 unfinished jobs of a user takes 10 ms
 
@@ -17,8 +17,8 @@ class Usages:
     The jobs that other replicas admit within that second are missing, so users may exceed a quota by them.
     """
 
-    def __init__(self, store: Store, monotonic: Callable[[], float]) -> None:
-        self._store = store
+    def __init__(self, jobs: JobRepository, monotonic: Callable[[], float]) -> None:
+        self._jobs = jobs
         self._monotonic = monotonic
         self._known: dict[int, tuple[float, Usage]] = {}
         """With the time at which it was read."""
@@ -33,7 +33,7 @@ class Usages:
         self._known = {user: known for user, known in self._known.items() if now - known[0] < _FRESH_SECONDS}
         unknown = set(users) if fresh else set(users) - self._known.keys()
         if unknown:
-            read = await self._store.usage(unknown)
+            read = await self._jobs.usage(unknown)
             self._known |= {user: (now, read.get(user, Usage())) for user in unknown}
         return {user: self._known[user][1] for user in users}
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from job_orchestrator.repository.access import MongoAccess
 from job_orchestrator.repository.audit import Exported, MongoAudit, Verification
 from job_orchestrator.repository.store import MongoStore
 
-__all__ = ["Exported", "MongoAccess", "MongoAudit", "MongoStore", "Verification"]
+__all__ = ["Exported", "MongoAudit", "MongoStore", "Verification"]

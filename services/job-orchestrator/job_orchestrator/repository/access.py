@@ -8,20 +8,20 @@ from pymongo import IndexModel
 
 from job_orchestrator.domain.access import MAX_REVOCATIONS, Revocation
 from job_orchestrator.repository import documents
-from scanfleet.mongo import Database, Document, Ids, advance_ids, dependency_errors, insert_missing, make_indexes
+from scanfleet.mongo import Database, Document, Ids, advance_ids, dependency_errors, insert_missing
 
 _OWNED: Final = ("jobs", "subnets", "policies")
 
 _RECEIPTS: Final = {"$or": [{"due": {"$exists": True}}, {"forget_at": {"$exists": True}}]}  # of deleted jobs
 
-_INDEXES: Final = {
+INDEXES: Final = {
     "users": [IndexModel([("issuer", 1), ("subject", 1)], unique=True)],
     "revocations": [IndexModel([("expires_at", 1)], expireAfterSeconds=0)],
 }
 
 
 class MongoAccess:
-    """`Access` on MongoDB."""
+    """`AccessRepository` on MongoDB."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -29,10 +29,6 @@ class MongoAccess:
         self._revocations = database["revocations"]
         self._user_ids = Ids(database, "users")
         self._revocation_ids = Ids(database, "revocations")
-
-    async def prepare(self) -> None:
-        """Create the indexes."""
-        await make_indexes(self._database, _INDEXES)
 
     async def user_id(self, issuer: str, subject: str) -> int:
         found = await self._find_user(issuer, subject)

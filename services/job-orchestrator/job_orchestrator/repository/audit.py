@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 import structlog
+from pymongo import IndexModel
 
 from job_orchestrator.domain.chain import ChainKeys
 from job_orchestrator.repository import documents
@@ -33,6 +34,22 @@ _OUTSIDE: Final = frozenset({"mac", "block"})  # fields that an entry's signatur
 
 _NUMBERED: Final = {"_id": {"$gte": 1}}
 """Blocks with a numeric key: anyone with access to the database may have added others."""
+
+INDEXES: Final = {
+    "audit": [
+        IndexModel([("received_at", -1), ("_id", -1)]),
+        IndexModel([("subject", 1), ("received_at", -1), ("_id", -1)]),
+        IndexModel([("request_id", 1)]),
+        IndexModel([("action", 1), ("received_at", -1), ("_id", -1)]),
+        IndexModel([("decision", 1), ("received_at", -1), ("_id", -1)]),
+        IndexModel([("rule", 1), ("received_at", -1), ("_id", -1)]),
+        IndexModel([("source", 1), ("received_at", -1), ("_id", -1)]),
+        IndexModel([("block", 1), ("received_at", 1), ("_id", 1)]),
+        # Each entry has its own expiry, so that the retention setting may change.
+        IndexModel([("forget_at", 1)], expireAfterSeconds=0),
+    ],
+    "audit_blocks": [IndexModel([("forget_at", 1)], expireAfterSeconds=0)],
+}
 
 _log = structlog.get_logger()
 
@@ -92,14 +109,14 @@ class MongoAudit:
         self._keys = keys
         self._keep = keep
 
-    async def add_audit(self, entries: Sequence[AuditEntry]) -> None:
+    async def add(self, entries: Sequence[AuditEntry]) -> None:
         now = utc_now()
         await insert_missing(
             self._entries, [self._signed(documents.write_audit(entry, now, now + self._keep)) for entry in entries]
         )
 
     @dependency_errors()
-    async def list_audit(
+    async def page(
         self,
         skip: int,
         limit: int,

@@ -10,11 +10,12 @@ import structlog
 
 from job_orchestrator.domain.access import Revocation
 from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState, Token
+from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.deletion import Deletion, Stage
 from job_orchestrator.domain.fairness import Candidate, Clock, Credit, Held
 from job_orchestrator.domain.job import Outgoing, Plan, ScanJob
 from job_orchestrator.domain.plan import MAX_PORTS
-from job_orchestrator.domain.store import Command, Policy, Subnet
+from job_orchestrator.domain.resources import Policy, Subnet
 from job_orchestrator.domain.totals import Totals
 from job_orchestrator.metrics import UNREADABLE
 from scanfleet import rest

@@ -47,9 +47,9 @@ def entry(id_: int, **changed: Any) -> AuditEntry:
 async def filled(store: MongoStore) -> None:
     """Three blocks of two entries each, and an entry that is not sealed yet."""
     for number in range(0, 6, 2):
-        await store.add_audit([entry(number), entry(number + 1)])
-        await store.seal()
-    await store.add_audit([entry(6)])
+        await store.audit.add([entry(number), entry(number + 1)])
+        await store.audit.seal()
+    await store.audit.add([entry(6)])
 
 
 async def forge(database: Database, block: int) -> None:
@@ -78,9 +78,9 @@ def remove(collection: str, *ids: object) -> Tamper:
 async def test_verify_of_an_untouched_log_finds_nothing(mongo_store: MongoStore) -> None:
     """Sealed entries and those that wait are counted, and the head is the last block's signature."""
     await filled(mongo_store)
-    found = await mongo_store.verify()
+    found = await mongo_store.audit.verify()
     assert (found.findings, found.blocks, found.sealed, found.waiting, found.first) == ([], 3, 6, 1, 1)
-    assert found.head == (3, await mongo_store.block_signature(3))
+    assert found.head == (3, await mongo_store.audit.block_signature(3))
 
 
 @pytest.mark.proves("A26", "G15")
@@ -114,11 +114,11 @@ async def test_verify_names_what_was_tampered_with(
     """Every change, removal and addition is named, also after the next entries were sealed."""
     await filled(mongo_store)
     await tamper(database)
-    before = await mongo_store.verify()
-    await mongo_store.seal()
-    await mongo_store.add_audit([entry(7)])
-    await mongo_store.seal()
-    after = await mongo_store.verify()
+    before = await mongo_store.audit.verify()
+    await mongo_store.audit.seal()
+    await mongo_store.audit.add([entry(7)])
+    await mongo_store.audit.seal()
+    after = await mongo_store.audit.verify()
     if named is None:  # the mark is not what proves: the block names the entry all the same
         assert before.findings == after.findings == []
         return
@@ -130,13 +130,13 @@ async def test_verify_names_what_was_tampered_with(
 async def test_verify_with_an_earlier_head_notices_a_cut_chain(mongo_store: MongoStore, database: Database) -> None:
     """A chain whose end was removed with its entries is whole in itself, and differs from the head that was kept."""
     await filled(mongo_store)
-    head = (await mongo_store.verify()).head
+    head = (await mongo_store.audit.verify()).head
     await database["audit_blocks"].delete_one({"_id": 3})
     await database["audit"].delete_many({"_id": {"$in": [f"job-orchestrator/{number}" for number in (4, 5)]}})
-    assert (await mongo_store.verify()).findings == []
-    assert await mongo_store.block_signature(head[0]) != head[1]
-    await mongo_store.seal()
-    assert await mongo_store.block_signature(head[0]) != head[1]
+    assert (await mongo_store.audit.verify()).findings == []
+    assert await mongo_store.audit.block_signature(head[0]) != head[1]
+    await mongo_store.audit.seal()
+    assert await mongo_store.audit.block_signature(head[0]) != head[1]
 
 
 async def test_seal_by_many_replicas_makes_one_chain(mongo_store: MongoStore, database: Database) -> None:
@@ -145,14 +145,14 @@ async def test_seal_by_many_replicas_makes_one_chain(mongo_store: MongoStore, da
 
     async def work(number: int, store: MongoStore) -> None:
         for each in range(20):
-            await store.add_audit([entry(100 * number + each)])
-            await store.seal()
+            await store.audit.add([entry(100 * number + each)])
+            await store.audit.seal()
 
     await asyncio.gather(*(work(number, store) for number, store in enumerate(replicas)))
-    await mongo_store.seal()
-    found = await mongo_store.verify()
+    await mongo_store.audit.seal()
+    found = await mongo_store.audit.verify()
     assert (found.findings, found.sealed, found.waiting) == ([], 80, 0)
-    exported = [each.entry.id async for each in mongo_store.export()]
+    exported = [each.entry.id async for each in mongo_store.audit.export()]
     assert len(exported) == len(set(exported)) == 80
 
 
@@ -160,19 +160,19 @@ async def test_seal_after_a_death_between_block_and_marks_goes_on(
     mongo_store: MongoStore, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A replica that dies when its block is written leaves a whole chain, and the next seals what came since only."""
-    await mongo_store.add_audit([entry(1)])
+    await mongo_store.audit.add([entry(1)])
 
     async def dies(*_: object) -> None:
         raise asyncio.CancelledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(mongo_store, "_mark", dies)
+        patch.setattr(mongo_store.audit, "_mark", dies)
         with pytest.raises(asyncio.CancelledError):
-            await mongo_store.seal()
-    found = await mongo_store.verify()
+            await mongo_store.audit.seal()
+    found = await mongo_store.audit.verify()
     assert (found.findings, found.sealed, found.waiting) == ([], 1, 0)
-    await mongo_store.add_audit([entry(2)])
-    await mongo_store.seal()
+    await mongo_store.audit.add([entry(2)])
+    await mongo_store.audit.seal()
     blocks = [[each["id"] for each in block["entries"]] async for block in database["audit_blocks"].find().sort("_id")]
     assert blocks == [["job-orchestrator/1"], ["job-orchestrator/2"]]
 
@@ -180,9 +180,9 @@ async def test_seal_after_a_death_between_block_and_marks_goes_on(
 async def test_seal_makes_blocks_of_a_bounded_size(mongo_store: MongoStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A backlog is sealed in one call, in blocks of at most so many entries."""
     monkeypatch.setattr(audit, "MAX_BLOCK", 10)
-    await mongo_store.add_audit([entry(number) for number in range(25)])
-    await mongo_store.seal()
-    found = await mongo_store.verify()
+    await mongo_store.audit.add([entry(number) for number in range(25)])
+    await mongo_store.audit.seal()
+    found = await mongo_store.audit.verify()
     assert (found.findings, found.blocks, found.sealed) == ([], 3, 25)
 
 
@@ -194,19 +194,19 @@ async def test_verify_knows_what_was_forgotten_by_age(
     short = MongoStore(database, KEYS, keep_audit=timedelta(hours=1))
     begin = utc_now()
     for number, store in enumerate((short, short, mongo_store)):
-        await store.add_audit([entry(number)])
-        await store.seal()
+        await store.audit.add([entry(number)])
+        await store.audit.seal()
     later = begin + timedelta(hours=2)
     monkeypatch.setattr(audit, "utc_now", lambda: later)
     await database["audit"].delete_one({"_id": "job-orchestrator/1"})
-    found = await mongo_store.verify()
+    found = await mongo_store.audit.verify()
     assert (found.findings, found.sealed, found.forgotten) == ([], 2, 1)
     await database["audit_blocks"].delete_one({"_id": 1})  # its entry is not deleted yet
     await database["audit_blocks"].delete_one({"_id": 2})
-    found = await mongo_store.verify()
+    found = await mongo_store.audit.verify()
     assert (found.findings, found.blocks, found.first, found.sealed) == ([], 1, 3, 1)
     monkeypatch.setattr(audit, "utc_now", lambda: begin)
-    assert (await mongo_store.verify()).findings == [
+    assert (await mongo_store.audit.verify()).findings == [
         "block 2: removed before its time, and every one before it that is not there",
         "entry job-orchestrator/0: added, or its block removed: it belongs to block 1, which does not exist",
     ]
@@ -217,12 +217,12 @@ async def test_adopt_signs_the_entries_of_an_earlier_release(mongo_store: MongoS
     old = entry(1).model_dump(exclude={"id"}) | {"forget_at": utc_now() + timedelta(days=365)}
     far = old | {"time": utc_now() + timedelta(days=365_000)}
     await database["audit"].insert_many([old | {"_id": "plain"}, far | {"_id": "far"}])
-    assert len((await mongo_store.verify()).findings) == 2
-    assert await mongo_store.adopt() == 2
-    await mongo_store.seal()
-    found = await mongo_store.verify()
+    assert len((await mongo_store.audit.verify()).findings) == 2
+    assert await mongo_store.audit.adopt() == 2
+    await mongo_store.audit.seal()
+    found = await mongo_store.audit.verify()
     assert (found.findings, found.sealed) == ([], 2)
-    entries, _ = await mongo_store.list_audit(0, 10)
+    entries, _ = await mongo_store.audit.page(0, 10)
     assert all(each.received_at <= utc_now() for each in entries)
 
 
@@ -258,12 +258,12 @@ async def test_commands_verify_and_export(database: Database, mongodb: str, tmp_
     await store.prepare()
     desk = Desk(mongodb, database.name, file)
     await filled(store)
-    await store.add_audit([entry(8, target="\x1b[31m\x9b31m\u202e\x7f")])
+    await store.audit.add([entry(8, target="\x1b[31m\x9b31m\u202e\x7f")])
     code, (summary,) = await desk.types("verify")
     assert code == 0
     assert summary.startswith("3 blocks; entries: 6 sealed, 2 not sealed yet; head 3/")
     head = summary.rpartition(" ")[2]
-    await store.seal()
+    await store.audit.seal()
     assert (await desk.types("verify", "--head", head))[0] == 0
     assert (await desk.types("verify", "--head", head[:-1] + "x"))[0] == 2
 
@@ -274,7 +274,7 @@ async def test_commands_verify_and_export(database: Database, mongodb: str, tmp_
         ("job-orchestrator/8", 4),
     ]
     assert exported[1]["target"] == "\x1b[31m\x9b31m\u202e\x7f"
-    assert {each["block_signature"] for each in exported} == {await store.block_signature(4)}
+    assert {each["block_signature"] for each in exported} == {await store.audit.block_signature(4)}
     assert len((await desk.types("export"))[1]) == 8
 
     await database["audit"].update_one({"_id": "job-orchestrator/0"}, {"$set": {"subject": "8"}})

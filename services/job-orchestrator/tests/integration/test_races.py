@@ -66,7 +66,7 @@ async def test_cancel_against_completion_five_hundred_times(mongo_store: MongoSt
         cancel = CancelJob(command_id=f"cancel-{each.job_id}", user_id=7, job_id=each.job_id)
         moment = max(0.0, lead + chance.uniform(-MOMENT / 2, MOMENT / 2))
         await asyncio.gather(soon(stores, stored, 0), soon(commands, cancel, moment))
-        (job,) = (await mongo_store.jobs([each.job_id])).values()
+        (job,) = (await mongo_store.jobs.get([each.job_id])).values()
         lead = max(0.0, lead + (STEP if job.status is JobStatus.CANCELLED else -STEP))
 
     left: Sequence[ChunkScanned] = list(scanned.values())
@@ -80,9 +80,9 @@ async def test_cancel_against_completion_five_hundred_times(mongo_store: MongoSt
     for event in world.bus.messages(SCAN_EVENTS):
         if isinstance(event, JobEvent) and not TABLE[event.job.status]:
             last[event.job.id][event.seq] = event.job.status
-    states = {job_id: {chunk.state async for chunk in mongo_store.job_chunks(job_id)} for job_id in scanned}
+    states = {job_id: {chunk.state async for chunk in mongo_store.chunks.of_job(job_id)} for job_id in scanned}
     ends = Counter[JobStatus]()
-    for job in (await mongo_store.jobs(scanned)).values():
+    for job in (await mongo_store.jobs.get(scanned)).values():
         assert list(last[job.id].values()) == [job.status]
         accepted = isinstance(replies[f"cancel-{job.id}"], CommandAccepted)
         assert accepted == (job.status is JobStatus.CANCELLED)

@@ -17,7 +17,7 @@ from aiokafka import AIOKafkaProducer
 
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.job import ScanJob
-from job_orchestrator.domain.store import Policy, Subnet
+from job_orchestrator.domain.resources import Policy, Subnet
 from job_orchestrator.main import create_app
 from job_orchestrator.repository import MongoStore
 from job_orchestrator.settings import Settings
@@ -108,7 +108,7 @@ class Platform:
             self.stack.push_async_callback(each.stop)
         scan = scan_policy(ports="1-2000")
         policy = Policy(id=1, user_id=7, name="x", scan=scan, created_at=THEN, updated_at=THEN)
-        await self.store.add_policy(policy)
+        await self.store.policies.add(policy)
 
     async def replica(self, instance: str) -> None:
         """One as it is really built."""
@@ -155,9 +155,9 @@ class Platform:
 
     async def submit(self, count: int) -> list[str]:
         """So many commands of one subnet each; answers their ids."""
-        ids = await self.store.take_ids("subnets", count)
+        ids = await self.store.subnets.take_ids(count)
         for id_ in ids:
-            await self.store.add_subnet(
+            await self.store.subnets.add(
                 Subnet(
                     id=id_,
                     user_id=7,
@@ -173,12 +173,12 @@ class Platform:
         return [command.command_id for command in commands]
 
     async def jobs(self) -> list[ScanJob]:
-        listed, _ = await self.store.list_jobs(7, set(), 0, 1_000)
-        found = await self.store.jobs([job.id for job in listed])
+        listed, _ = await self.store.jobs.page(7, set(), 0, 1_000)
+        found = await self.store.jobs.get([job.id for job in listed])
         return [found[job.id] for job in listed]
 
     async def chunks(self, jobs: Sequence[ScanJob]) -> list[Chunk]:
-        return [each for job in jobs for each in [chunk async for chunk in self.store.job_chunks(job.id)]]
+        return [each for job in jobs for each in [chunk async for chunk in self.store.chunks.of_job(job.id)]]
 
     async def dead_letters(self) -> int:
         """How many records the replicas have refused."""
@@ -252,7 +252,7 @@ async def test_two_replicas_share_the_work(platform: Platform) -> None:
     platform.check_order()
     platform.check_tokens()
     for job in jobs:
-        states = [chunk.state async for chunk in platform.store.job_chunks(job.id)]
+        states = [chunk.state async for chunk in platform.store.chunks.of_job(job.id)]
         assert states == [ChunkState.STORED] * job.plan.chunk_count
 
 

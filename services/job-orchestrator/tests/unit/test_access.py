@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
 from job_orchestrator.domain import access
-from job_orchestrator_testing import RULES, MemoryAccess, MemoryStore, World
+from job_orchestrator_testing import RULES, MemoryStore, World
 from scanfleet import service
 from scanfleet.auth import InternalVerifier, read_public_keys
 from scanfleet.clock import utc_now
@@ -53,7 +53,6 @@ async def api(tmp_path: Path) -> AsyncIterator[Api]:
     app.state.verifier = InternalVerifier(read_public_keys(keys.public_keys_file), ORCHESTRATOR)
     world = World(store)
     app.state.orchestrator = State(store, world.only.commands, world.only.deletions, RULES)
-    app.state.access = MemoryAccess(store)
     running = Api(app, keys, store)
     async with running.http:
         yield running
@@ -107,7 +106,7 @@ async def test_an_administrator_revokes(api: Api, body: dict[str, Any], *, good:
     assert (await api("DELETE", f"{PATH}/{revocation['id']}", admin=True)).status_code == 200
     assert (await api("DELETE", f"{PATH}/{revocation['id']}", admin=True)).status_code == 404
     assert (await api("GET", "/internal/revocations", 0)).json() == []
-    entries, _ = await api.store.list_audit(0, 10)
+    entries, _ = await api.store.audit.page(0, 10)
     assert sorted((entry.action, entry.target, entry.subject, entry.decision) for entry in entries) == [
         ("create_revocation", f"{PATH}/1", "9", "allowed"),
         ("delete_revocation", f"{PATH}/1", "9", "allowed"),
@@ -132,7 +131,7 @@ async def test_revocations_outlive_every_token(api: Api) -> None:
 
 async def test_there_are_only_so_many_revocations(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the list is full the answer is 409, and nothing is added."""
-    monkeypatch.setattr("job_orchestrator_testing.access.MAX_REVOCATIONS", 2)
+    monkeypatch.setattr("job_orchestrator_testing.repository.access.MAX_REVOCATIONS", 2)
     statuses = [(await api("POST", PATH, admin=True, json={"jti": str(number)})).status_code for number in range(3)]
     assert statuses == [201, 201, 409]
     assert access.MAX_REVOCATIONS == 1_000
@@ -155,7 +154,7 @@ async def test_key_of_the_issuer_is_recorded_once(api: Api) -> None:
     for keys in (["aa, kid '1'"], ["aa, kid '1'"], ["aa, kid '1'", "bb, kid '1'"]):
         body = {"issuer": "https://issuer.test", "keys": keys}
         assert (await api("POST", "/internal/keys", 0, json=body)).status_code == 200
-    entries, _ = await api.store.list_audit(0, 10)
+    entries, _ = await api.store.audit.page(0, 10)
     assert sorted((each.action, each.target, each.subject) for each in entries) == [
         ("use_key", f"verifies tokens of https://issuer.test: key {key}", "") for key in ("aa, kid '1'", "bb, kid '1'")
     ]
@@ -176,7 +175,7 @@ async def test_only_the_gateway_asks_for_itself(api: Api, method: str, path: str
 
 async def test_a_database_that_is_unavailable_is_a_503(api: Api) -> None:
     """While MongoDB is unavailable the gateway's own requests are a 503."""
-    api.store.unavailable = True
+    api.store.data.unavailable = True
     for method, path in (("GET", "/internal/revocations"), ("POST", "/internal/users")):
         assert (await api(method, path, 0, json={"issuer": "i", "subject": "s"})).status_code == 503
 

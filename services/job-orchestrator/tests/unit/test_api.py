@@ -21,8 +21,8 @@ from job_orchestrator.domain.fairness import Credit
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change
 from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.quotas import Quotas
-from job_orchestrator.domain.store import Policy
-from job_orchestrator_testing import RULES, MemoryAccess, MemoryStore, World, chunk, scan_job, scan_policy
+from job_orchestrator.domain.resources import Policy
+from job_orchestrator_testing import RULES, MemoryStore, World, chunk, scan_job, scan_policy
 from job_orchestrator_testing.things import THEN
 from scanfleet import service
 from scanfleet.clock import utc_now
@@ -114,7 +114,6 @@ def api(store: MemoryStore, world: World, quotas: Quotas) -> Api:
     app = service.create_app(name="job-orchestrator", settings=FrontSettings(), lifespan=nothing, routers=ROUTERS)
     app.state.verifier = ISSUER.verifier
     app.state.orchestrator = State(store, world.only.commands, world.only.deletions, RULES, quotas=quotas)
-    app.state.access = MemoryAccess(store)
     return Api(app)
 
 
@@ -275,10 +274,10 @@ async def test_a_bad_subnet_is_a_400(api: Api, body: object) -> None:
 async def test_a_subnet_with_unfinished_jobs_stays(api: Api, store: MemoryStore) -> None:
     """Deleting a subnet while a job on it is not over is a 409; once it is over the subnet can go."""
     await api("POST /api/v1/subnet", {"name": "x", "cidr": "127.9.8.0/30"}, status=201)
-    await store.insert_jobs([scan_job(1, subnet_id=1)])
+    await store.jobs.insert([scan_job(1, subnet_id=1)])
     await api("DELETE /api/v1/subnet/1", status=409)
-    job = (await store.jobs([1]))[1]
-    await store.save_jobs([change(job, JobTrigger.CANCEL, LATER)])
+    job = (await store.jobs.get([1]))[1]
+    await store.jobs.save([change(job, JobTrigger.CANCEL, LATER)])
     await api("DELETE /api/v1/subnet/1")
 
 
@@ -300,7 +299,7 @@ async def test_subnets_are_imported_from_csv(api: Api, store: MemoryStore) -> No
         (1, "lab", "127.9.8.0/24", ["127.9.8.1/32", "127.9.8.128/25"]),
         (2, "a,b", "127.9.9.7/32", []),
     ]
-    entries, _ = await store.list_audit(0, 10, action="import_subnets")
+    entries, _ = await store.audit.page(0, 10, action="import_subnets")
     assert {entry.target for entry in entries} == {"/api/v1/subnet/1", "/api/v1/subnet/2"}
     again = await imported(api, text + "lab,127.9.8.0/24,\r\nlab,127.9.8.0/24,\r\n")
     assert (again["created"], [each["id"] for each in again["subnets"]]) == (1, [1, 2, 3, 3])
@@ -437,14 +436,14 @@ async def test_of_two_changes_at_once_one_is_refused(api: Api, store: MemoryStor
     """A change between the look at the tag and the write is found by the write."""
     body = {"name": "x"} | ({"cidr": "127.9.8.0/24"} if kind == "subnet" else {})
     made = await api.raw("POST", f"/api/v1/{kind}", json=body, headers=ISSUER.bearer())
-    add_audit = store.add_audit
+    add_audit = store.audit.add
 
     async def change_meanwhile(entries: Any) -> None:
-        store.add_audit = add_audit  # type: ignore[method-assign] # once
+        store.audit.add = add_audit  # type: ignore[method-assign] # once
         await api(f"PUT /api/v1/{kind}/1", body | {"name": "first"})
         await add_audit(entries)
 
-    store.add_audit = change_meanwhile  # type: ignore[method-assign] # what lies between look and write
+    store.audit.add = change_meanwhile  # type: ignore[method-assign] # what lies between look and write
     headers = ISSUER.bearer() | {"If-Match": made.headers["ETag"]}
     answer = await api.raw("PUT", f"/api/v1/{kind}/1", json=body | {"name": "second"}, headers=headers)
     assert (answer.status_code, (await api(f"GET /api/v1/{kind}/1"))["name"]) == (412, "first")
@@ -518,7 +517,7 @@ async def test_what_is_no_json_is_a_400(api: Api) -> None:
 
 async def test_an_unavailable_database_is_a_503(api: Api, store: MemoryStore) -> None:
     """While MongoDB is unavailable every route answers 503 with Retry-After, without details."""
-    store.unavailable = True
+    store.data.unavailable = True
     for method, path in [each for each in EVERY_ROUTE if each not in FOR_THE_GATEWAY]:
         body: dict[str, Any] = {"jti": "x"} if "revocation" in path else {"name": "x"}
         body |= {"cidr": "127.9.8.0/24"} if "subnet" in path else {}
@@ -537,7 +536,7 @@ async def test_an_unavailable_database_is_a_503(api: Api, store: MemoryStore) ->
 
 async def test_a_task_list_has_exactly_the_documented_shape(api: Api, store: MemoryStore) -> None:
     """A job in the list has the documented fields in their order, times with a Z, and null where nothing happened."""
-    await store.insert_jobs([scan_job(1), change(scan_job(2), JobTrigger.START, LATER)])
+    await store.jobs.insert([scan_job(1), change(scan_job(2), JobTrigger.START, LATER)])
     answer = await api("GET /api/v1/task")
     assert list(answer) == ["jobs", "total", "page", "page_size"]
     pending, running = answer["jobs"]
@@ -558,7 +557,7 @@ async def test_a_task_list_has_exactly_the_documented_shape(api: Api, store: Mem
 
 async def test_tasks_are_ones_own_newest_start_first(api: Api, store: MemoryStore) -> None:
     """Only the caller's jobs are listed, pending ones first, then by start, for an administrator too."""
-    await store.insert_jobs(
+    await store.jobs.insert(
         [
             change(scan_job(1), JobTrigger.START, LATER),
             scan_job(2),
@@ -589,7 +588,7 @@ async def test_tasks_are_filtered_by_status(api: Api, store: MemoryStore, query:
     """`status` may be repeated, bracketed or separated by commas, and `total` counts what matches."""
     started = change(scan_job(2), JobTrigger.START, LATER)
     cancelled = change(scan_job(3), JobTrigger.CANCEL, LATER)
-    await store.insert_jobs([scan_job(1), started, cancelled])
+    await store.jobs.insert([scan_job(1), started, cancelled])
     answer = await api(f"GET /api/v1/task?{query}")
     assert ([job["id"] for job in answer["jobs"]], answer["total"]) == (ids, len(ids))
 
@@ -610,7 +609,7 @@ async def test_tasks_are_filtered_by_what_they_scan_and_when(
 ) -> None:
     """Jobs are selected by subnet, policy and the time of their creation, all of which must match."""
     later: Any = {"created_at": LATER, "updated_at": LATER}
-    await store.insert_jobs(
+    await store.jobs.insert(
         [
             scan_job(1),
             scan_job(2, subnet_id=2, policy_id=5),
@@ -637,13 +636,13 @@ async def test_an_unknown_status_is_a_400(api: Api, query: str) -> None:
 async def test_a_task_shows_its_status(api: Api, store: MemoryStore) -> None:
     """The answer has the id as text, the live status with its four fields, and the job."""
     running = change(scan_job(1), JobTrigger.START, LATER, progress=42, machines_found=17)
-    await store.insert_jobs([running])
+    await store.jobs.insert([running])
     assert await api("GET /api/v1/task/1") == {
         "job_id": "1",
         "status": {"status": "running", "progress": 42, "machines_found": 17, "error": ""},
         "job": (await api("GET /api/v1/task"))["jobs"][0],
     }
-    await store.save_jobs([change(running, JobTrigger.FAIL, LATER, error="1 address lost")])
+    await store.jobs.save([change(running, JobTrigger.FAIL, LATER, error="1 address lost")])
     assert (await api("GET /api/v1/task/1"))["status"] == {
         "status": "failed",
         "progress": 42,
@@ -657,17 +656,17 @@ async def test_a_task_shows_its_status(api: Api, store: MemoryStore) -> None:
 async def test_another_users_task_is_not_there(api: Api, store: MemoryStore, of: str) -> None:
     """What a job shows its owner it shows an administrator under audit, and to any other user it is a 404."""
     path = f"/api/v1/task/1{of}"
-    await store.insert_jobs([scan_job(1)])
+    await store.jobs.insert([scan_job(1)])
     await api(f"GET {path}", user=8, status=404)
     assert await api(f"GET {path}", user=9, admin=True) == await api(f"GET {path}")
-    (entry,), _ = await store.list_audit(0, 10)
+    (entry,), _ = await store.audit.page(0, 10)
     assert (entry.subject, entry.rule, entry.target) == ("9", "role", f"{path} of user 7")
 
 
 @pytest.mark.proves("A24", "G13")
 async def test_an_administrator_lists_the_jobs_of_others(api: Api, store: MemoryStore) -> None:
     """With `user_id` an administrator lists that user's jobs, or all; any other user gets a 403 except for their own."""
-    await store.insert_jobs([scan_job(1), scan_job(2, user_id=8), change(scan_job(3), JobTrigger.START, LATER)])
+    await store.jobs.insert([scan_job(1), scan_job(2, user_id=8), change(scan_job(3), JobTrigger.START, LATER)])
 
     async def ids(query: str, *, user: int = 9, admin: bool = True) -> list[int]:
         return [job["id"] for job in (await api(f"GET /api/v1/task{query}", user=user, admin=admin))["jobs"]]
@@ -698,9 +697,9 @@ async def kinds(api: Api) -> list[str]:
 
 async def test_a_job_without_workers_says_so(api: Api, store: MemoryStore) -> None:
     """While no worker takes work, a job that no worker holds a chunk of waits for one, since it last moved."""
-    await store.insert_jobs([scan_job(1)])
-    await store.insert_chunks([chunk()])
-    await store.seen_workers([Credit("leaving", "leaving", 0, raw=True, partition=0)])
+    await store.jobs.insert([scan_job(1)])
+    await store.chunks.insert([chunk()])
+    await store.dispatch.seen_workers([Credit("leaving", "leaving", 0, raw=True, partition=0)])
     assert await waiting(api) == {
         "job_id": 1,
         "waiting": True,
@@ -721,22 +720,22 @@ async def test_a_job_without_workers_says_so(api: Api, store: MemoryStore) -> No
 
 async def test_a_job_that_needs_raw_packets_says_so(api: Api, store: MemoryStore) -> None:
     """Queued chunks that need raw packets wait for a raw worker while only others live; what any may do is queued."""
-    await store.insert_jobs([scan_job(1)])
-    await store.insert_chunks([chunk(needs_raw=True)])
-    await store.seen_workers([Credit("plain", "plain", 2, raw=False, partition=0)])
+    await store.jobs.insert([scan_job(1)])
+    await store.chunks.insert([chunk(needs_raw=True)])
+    await store.dispatch.seen_workers([Credit("plain", "plain", 2, raw=False, partition=0)])
     (reason,) = (await waiting(api))["reasons"]
     assert reason["kind"] == "no_raw_worker"
     assert reason["detail"].startswith("1 of 1 queued chunks need raw packets, and no worker that may send them")
-    await store.insert_chunks([chunk(id="1-1", index=1)])
+    await store.chunks.insert([chunk(id="1-1", index=1)])
     assert await kinds(api) == ["no_raw_worker", "queue"]
-    await store.seen_workers([Credit("raw", "raw", 2, raw=True, partition=0)])
+    await store.dispatch.seen_workers([Credit("raw", "raw", 2, raw=True, partition=0)])
     assert await kinds(api) == ["queue"]
 
 
 async def test_a_job_in_the_queue_says_what_is_ahead(api: Api, store: MemoryStore) -> None:
     """With workers alive a job waits for its turn, and is shown the queued work of others."""
-    await store.insert_jobs([scan_job(1, seconds_left=5.0), scan_job(2, user_id=8, seconds_left=42.0)])
-    await store.seen_workers([Credit("plain", "plain", 2, raw=False, partition=0)])
+    await store.jobs.insert([scan_job(1, seconds_left=5.0), scan_job(2, user_id=8, seconds_left=42.0)])
+    await store.dispatch.seen_workers([Credit("plain", "plain", 2, raw=False, partition=0)])
     (reason,) = (await waiting(api))["reasons"]
     assert (reason["kind"], reason["detail"]) == ("queue", "42 slot seconds of work are ahead")
 
@@ -744,16 +743,16 @@ async def test_a_job_in_the_queue_says_what_is_ahead(api: Api, store: MemoryStor
 async def test_a_job_that_is_scanned_or_over_waits_for_nothing(api: Api, store: MemoryStore) -> None:
     """While a worker holds a chunk, while only results are awaited, and once it is final, a job does not wait."""
     running = change(scan_job(1), JobTrigger.START, LATER, eta_seconds=12.5)
-    await store.insert_jobs([running])
-    await store.insert_chunks([chunk(state=ChunkState.RUNNING), chunk(id="1-1", index=1)])
+    await store.jobs.insert([running])
+    await store.chunks.insert([chunk(state=ChunkState.RUNNING), chunk(id="1-1", index=1)])
     scanning = await waiting(api)
     assert (scanning["waiting"], scanning["since"], scanning["reasons"]) == (False, None, [])
     assert (scanning["queued_chunks"], scanning["held_chunks"], scanning["eta_seconds"]) == (1, 1, 12.5)
     assert (await api("GET /api/v1/task/1/ledger"))["eta_seconds"] == 12.5
-    both = await store.chunks(["1-0", "1-1"])
-    await store.save_chunks([replace(each, state=ChunkState.SCANNED) for each in both.values()])
+    both = await store.chunks.get(["1-0", "1-1"])
+    await store.chunks.save([replace(each, state=ChunkState.SCANNED) for each in both.values()])
     assert (await waiting(api))["waiting"] is False
-    await store.save_jobs([change(running, JobTrigger.CANCEL, LATER)])
+    await store.jobs.save([change(running, JobTrigger.CANCEL, LATER)])
     over = await waiting(api)
     assert (over["waiting"], over["reasons"], over["queued_chunks"], over["eta_seconds"]) == (False, [], 0, None)
     assert (await api("GET /api/v1/task/1/ledger"))["eta_seconds"] is None
@@ -765,7 +764,7 @@ async def test_a_job_that_is_scanned_or_over_waits_for_nothing(api: Api, store: 
 async def test_a_snapshot_shows_what_was_asked_for(api: Api, store: MemoryStore) -> None:
     """Subnet and policy are shown as they were when the job was created, whether or not they still exist."""
     job = scan_job(1, cidr="127.9.8.0/29", exclude=("127.9.8.7/32",), policy=scan_policy(ports="T:22,U:53"))
-    await store.insert_jobs([job])
+    await store.jobs.insert([job])
     assert await api("GET /api/v1/task/1/snapshot") == {
         "job_id": 1,
         "cidr": "127.9.8.0/29",
@@ -803,8 +802,8 @@ def mapped_chunk(job: ScanJob, index: int, **changed: Any) -> Chunk:
 async def test_a_map_has_a_letter_for_each_address(api: Api, store: MemoryStore) -> None:
     """Each block of ports shows outcomes, exclusions, what a worker scans now, and what waits."""
     job = change(mapped_job(), JobTrigger.START, LATER)
-    await store.insert_jobs([job])
-    await store.insert_chunks(
+    await store.jobs.insert([job])
+    await store.chunks.insert(
         [
             mapped_chunk(job, 0, state=ChunkState.STORED, outcomes="asdx"),
             mapped_chunk(job, 1, state=ChunkState.RUNNING, outcomes="a...", reach=3),
@@ -832,8 +831,8 @@ async def test_a_map_has_a_letter_for_each_address(api: Api, store: MemoryStore)
 async def test_a_map_of_a_cancelled_job_shows_what_was_cancelled(api: Api, store: MemoryStore) -> None:
     """Once a job has ended nothing waits: what has no outcome was cancelled, in chunks that were never made too."""
     job = change(mapped_job(), JobTrigger.CANCEL, LATER)
-    await store.insert_jobs([job])
-    await store.insert_chunks([mapped_chunk(job, 0, state=ChunkState.CANCELLED, outcomes="a..x")])
+    await store.jobs.insert([job])
+    await store.chunks.insert([mapped_chunk(job, 0, state=ChunkState.CANCELLED, outcomes="a..x")])
     answer = letters(await api("GET /api/v1/task/1/map"))
     assert answer == {"22": "accxccccxxxxcccc", "U:53": "cccxccccxxxxcccc"}
 
@@ -841,8 +840,8 @@ async def test_a_map_of_a_cancelled_job_shows_what_was_cancelled(api: Api, store
 async def test_a_map_of_a_job_of_release_0_1_is_read_slice_by_slice(api: Api, store: MemoryStore) -> None:
     """Chunks that are numbered slice by slice show at the same places."""
     job = change(mapped_job(blockwise=False), JobTrigger.START, LATER)
-    await store.insert_jobs([job])
-    await store.insert_chunks([mapped_chunk(job, 3, state=ChunkState.STORED, outcomes="aaaa")])
+    await store.jobs.insert([job])
+    await store.chunks.insert([mapped_chunk(job, 3, state=ChunkState.STORED, outcomes="aaaa")])
     answer = letters(await api("GET /api/v1/task/1/map?from=127.9.8.4"))
     assert answer == {"22": "....xxxx....", "U:53": "aaaaxxxx...."}
 
@@ -850,8 +849,8 @@ async def test_a_map_of_a_job_of_release_0_1_is_read_slice_by_slice(api: Api, st
 async def test_a_map_is_named_by_its_tag(api: Api, store: MemoryStore) -> None:
     """A caller who has the map gets 304; the tag changes with a code that no state of the job announces."""
     job = change(mapped_job(), JobTrigger.START, LATER)
-    await store.insert_jobs([job])
-    await store.insert_chunks([mapped_chunk(job, 0)])
+    await store.jobs.insert([job])
+    await store.chunks.insert([mapped_chunk(job, 0)])
 
     async def ask(tag: str = "") -> httpx.Response:
         headers = ISSUER.bearer() | ({"If-None-Match": tag} if tag else {})
@@ -862,12 +861,12 @@ async def test_a_map_is_named_by_its_tag(api: Api, store: MemoryStore) -> None:
     assert tag.startswith(f'"{job.seq}')
     again = await ask(f'"other", W/{tag}')
     assert (again.status_code, again.headers["ETag"], again.content) == (304, tag, b"")
-    (chunk_,) = (await store.chunks(["1-0"])).values()
-    await store.save_chunks([replace(chunk_, outcomes="a..x")])
+    (chunk_,) = (await store.chunks.get(["1-0"])).values()
+    await store.chunks.save([replace(chunk_, outcomes="a..x")])
     changed = await ask(tag)
     assert (changed.status_code, changed.headers["ETag"] != tag) == (200, True)
 
-    await store.save_jobs([replace(change(job, JobTrigger.CANCEL, LATER), settled=True)])
+    await store.jobs.save([replace(change(job, JobTrigger.CANCEL, LATER), settled=True)])
     over = await ask(tag)
     assert (over.status_code, over.headers["ETag"]) == (200, f'"{job.rev + 1}"')
     assert (await ask(over.headers["ETag"])).status_code == 304
@@ -888,12 +887,12 @@ async def test_map_tag_of_a_settled_job_changes_with_a_late_report(api: Api, sto
     await world.worker.claim(task)
     await world.cancel(1)
     await world.settle()
-    assert (await store.jobs([1]))[1].settled
+    assert (await store.jobs.get([1]))[1].settled
     before = await ask()
     assert (await ask(before.headers["ETag"])).status_code == 304
     await world.worker.scanned(task)
     await world.wait(2, seconds=11.0)
-    assert (await store.jobs([1]))[1].settled
+    assert (await store.jobs.get([1]))[1].settled
     after = await ask(before.headers["ETag"])
     assert (before.json()["blocks"][0]["letters"], after.status_code) == ("cccc", 200)
     assert after.json()["blocks"][0]["letters"] == "ssss"
@@ -902,7 +901,7 @@ async def test_map_tag_of_a_settled_job_changes_with_a_late_report(api: Api, sto
 async def test_a_map_that_is_too_large_is_asked_for_in_parts(api: Api, store: MemoryStore) -> None:
     """Above 65,536 addresses, or a megabyte of letters, the answer is a 413 that says how to ask."""
     many = scan_job(2, cidr="10.0.0.0/16", policy=scan_policy(ports="1-17"), blocks=17, chunk_ports=1)
-    await store.insert_jobs([scan_job(1, cidr="10.0.0.0/15"), many])
+    await store.jobs.insert([scan_job(1, cidr="10.0.0.0/15"), many])
     assert "?from=10.0.0.0" in (await api("GET /api/v1/task/1/map", status=413))["error"]
     first = await api("GET /api/v1/task/1/map?from=10.0.0.0")
     second = await api("GET /api/v1/task/1/map?from=10.1.0.0")
@@ -929,7 +928,7 @@ async def test_map_of_many_blocks_is_refused_before_chunks_are_read(
     """Timing 0 plans a chunk per port and address: a map of too many of them is a 413 within a bounded CPU time."""
     job = scan_job(1, cidr="127.9.8.0/29", policy=scan_policy(ports=ports, timing=0))
     assert job.plan.chunk_count >= 8 * 2_000
-    await store.insert_jobs([job])
+    await store.jobs.insert([job])
     began = time.process_time()
     assert "?ports=" in (await api(f"GET /api/v1/task/1/map{query}", status=413))["error"]
     assert time.process_time() - began < MAP_CPU_SECONDS
@@ -939,7 +938,7 @@ async def test_map_of_the_largest_number_of_blocks_is_answered_within_a_bounded_
     api: Api, store: MemoryStore
 ) -> None:
     """A map of 65,535 blocks of one address is one range of chunks, and costs a fraction of a second beside the chunks."""
-    await store.insert_jobs([scan_job(1, cidr="127.9.8.0/32", policy=scan_policy(ports="-", timing=0))])
+    await store.jobs.insert([scan_job(1, cidr="127.9.8.0/32", policy=scan_policy(ports="-", timing=0))])
     began = time.process_time()
     answer = await api("GET /api/v1/task/1/map")
     assert time.process_time() - began < 2 * MAP_CPU_SECONDS
@@ -949,7 +948,7 @@ async def test_map_of_the_largest_number_of_blocks_is_answered_within_a_bounded_
 @pytest.mark.parametrize("query", ["from=127.9.9.0", "from=x", "from=::1", "from=127.9.7.255", "ports=x", "ports=U:53"])
 async def test_a_map_of_what_the_job_does_not_hold_is_a_400(api: Api, store: MemoryStore, query: str) -> None:
     """An address or a port that the job does not ask for is named in the error."""
-    await store.insert_jobs([scan_job(1)])
+    await store.jobs.insert([scan_job(1)])
     error = (await api(f"GET /api/v1/task/1/map?{query}", status=400))["error"]
     assert error.startswith(f"{query.partition('=')[0]}: ")
 
@@ -972,7 +971,7 @@ async def test_jobs_are_cancelled_by_filter(
     api: Api, world: World, store: MemoryStore, wanted: object, cancelled: list[int]
 ) -> None:
     """The caller's unfinished jobs that match every filter are cancelled, with their events; no other job changes."""
-    await store.insert_jobs(
+    await store.jobs.insert(
         [
             scan_job(1),
             change(scan_job(2, policy_id=5), JobTrigger.START, LATER),
@@ -981,11 +980,11 @@ async def test_jobs_are_cancelled_by_filter(
             scan_job(5, user_id=8, policy_id=5),
         ]
     )
-    before = await store.jobs(range(1, 6))
+    before = await store.jobs.get(range(1, 6))
     for admin in (False, True):
         answer = await api("POST /internal/jobs/cancel", wanted, admin=admin)
         assert answer == {"job_ids": [] if admin else cancelled, "more": False}  # a repeat finds none
-    after = await store.jobs(range(1, 6))
+    after = await store.jobs.get(range(1, 6))
     assert [id_ for id_ in after if after[id_].status != before[id_].status] == cancelled
     for id_ in cancelled:
         assert (after[id_].status, world.events(id_)[-1].job.status) == ("cancelled", "cancelled")
@@ -993,19 +992,19 @@ async def test_jobs_are_cancelled_by_filter(
 
 async def test_more_jobs_than_a_page_are_cancelled_in_steps(api: Api, store: MemoryStore) -> None:
     """One request cancels a page of a thousand jobs and says that there may be more."""
-    await store.insert_jobs([scan_job(id_) for id_ in range(1, 1_003)])
+    await store.jobs.insert([scan_job(id_) for id_ in range(1, 1_003)])
     first, second = [await api("POST /internal/jobs/cancel", {"all": True}) for _ in range(2)]
     assert (len(first["job_ids"]), first["more"], len(second["job_ids"]), second["more"]) == (1_000, True, 2, False)
-    assert not await store.unfinished_jobs(7, 10)
+    assert not await store.jobs.unfinished(7, 10)
 
 
 async def test_jobs_are_cancelled_while_the_bus_is_unavailable(api: Api, world: World, store: MemoryStore) -> None:
     """Without the bus jobs are cancelled all the same, and their events are published once it is back."""
-    await store.insert_jobs([scan_job(1)])
+    await store.jobs.insert([scan_job(1)])
     world.bus.broker.away = True
     assert (await api("POST /internal/jobs/cancel", {"all": True}))["job_ids"] == [1]
     world.bus.broker.away = False
-    await world.only.outbox.relay(await store.jobs_with_old_events(utc_now() + timedelta(hours=1), 10))
+    await world.only.outbox.relay(await store.jobs.with_old_events(utc_now() + timedelta(hours=1), 10))
     assert world.events(1)[-1].job.status == "cancelled"
 
 
@@ -1031,9 +1030,9 @@ async def test_jobs_are_cancelled_while_the_bus_is_unavailable(api: Api, world: 
 )
 async def test_a_cancel_of_many_names_what_it_means(api: Api, store: MemoryStore, body: object) -> None:
     """Without a filter or `all`, with both, or with a value that is none, nothing is cancelled and the answer is 400."""
-    await store.insert_jobs([scan_job(1)])
+    await store.jobs.insert([scan_job(1)])
     await api("POST /internal/jobs/cancel", body, status=400)
-    assert await store.unfinished_jobs(7, 10) == [1]
+    assert await store.jobs.unfinished(7, 10) == [1]
 
 
 # The ledger
@@ -1042,8 +1041,8 @@ async def test_a_cancel_of_many_names_what_it_means(api: Api, store: MemoryStore
 async def test_a_ledger_accounts_for_every_probe(api: Api, store: MemoryStore) -> None:
     """It shows the request, counts that add up to it, and by name what was not probed and why."""
     job = scan_job(1, cidr="127.9.8.0/29", exclude=("127.9.8.7/32",), chunk_addresses=4, chunk_count=2)
-    await store.insert_jobs([change(job, JobTrigger.START, LATER)])
-    await store.insert_chunks(
+    await store.jobs.insert([change(job, JobTrigger.START, LATER)])
+    await store.chunks.insert(
         [
             chunk(state=ChunkState.STORED, outcomes="aasd"),
             chunk(
@@ -1095,10 +1094,10 @@ async def test_a_ledger_accounts_for_every_probe(api: Api, store: MemoryStore) -
 
 async def test_a_ledger_of_a_job_without_chunks_adds_up(api: Api, store: MemoryStore) -> None:
     """Before its chunks are made all waits; cancelled before that, all is cancelled, and named."""
-    await store.insert_jobs([scan_job(1, exclude=("127.9.8.3/32",))])
+    await store.jobs.insert([scan_job(1, exclude=("127.9.8.3/32",))])
     waiting = await api("GET /api/v1/task/1/ledger")
     assert (waiting["counts"]["waiting"], waiting["counts"]["excluded"], waiting["accounted"]) == (6, 2, False)
-    await store.save_jobs([change((await store.jobs([1]))[1], JobTrigger.CANCEL, LATER)])
+    await store.jobs.save([change((await store.jobs.get([1]))[1], JobTrigger.CANCEL, LATER)])
     cancelled = await api("GET /api/v1/task/1/ledger")
     assert (cancelled["counts"]["cancelled"], cancelled["counts"]["excluded"]) == (6, 2)
     assert [each["outcome"] for each in cancelled["not_probed"]["addresses"]] == ["excluded"] + ["cancelled"] * 3
@@ -1128,17 +1127,17 @@ async def test_ledger_reads_the_chunks_of_its_page_only(
     tally = Tally(job)
     for each in ended:
         tally.end(each)
-    await store.insert_jobs([change(replace(job, totals=tally.totals), JobTrigger.FAIL, THEN, settled=True)])
-    await store.insert_chunks(ended)
+    await store.jobs.insert([change(replace(job, totals=tally.totals), JobTrigger.FAIL, THEN, settled=True)])
+    await store.chunks.insert(ended)
     seen: list[Chunk] = []
-    job_chunks = store.job_chunks
+    of_job = store.chunks.of_job
 
     async def counted(job_id: int, first: int = 0, end: int | None = None) -> AsyncIterator[Chunk]:
-        async for each in job_chunks(job_id, first, end):
+        async for each in of_job(job_id, first, end):
             seen.append(each)
             yield each
 
-    monkeypatch.setattr(store, "job_chunks", counted)
+    monkeypatch.setattr(store.chunks, "of_job", counted)
     answer = await api(f"GET /api/v1/task/1/ledger?page={page}")
     assert len(seen) == read
     assert answer["not_probed"]["total"] == len(lost)
@@ -1148,8 +1147,8 @@ async def test_ledger_reads_the_chunks_of_its_page_only(
 
 async def test_a_completed_ledger_is_accounted_for(api: Api, store: MemoryStore) -> None:
     """When every chunk is stored and every probe has an outcome, the ledger says so."""
-    await store.insert_jobs([scan_job(1)])
-    await store.insert_chunks([chunk(state=ChunkState.STORED, outcomes="asdt")])
+    await store.jobs.insert([scan_job(1)])
+    await store.chunks.insert([chunk(state=ChunkState.STORED, outcomes="asdt")])
     assert (await api("GET /api/v1/task/1/ledger"))["accounted"] is True
 
 
@@ -1158,7 +1157,7 @@ async def test_a_completed_ledger_is_accounted_for(api: Api, store: MemoryStore)
 
 async def test_results_may_be_read_by_owner_and_administrator(api: Api, store: MemoryStore) -> None:
     """The owner and an administrator get the job's owner; others get 403, and 404 for a job that does not exist."""
-    await store.insert_jobs([scan_job(1)])
+    await store.jobs.insert([scan_job(1)])
     for what in ("owner", "owner/hosts"):
         assert await api(f"GET /internal/jobs/1/{what}") == {"user_id": 7}
         assert await api(f"GET /internal/jobs/1/{what}", user=8, admin=True) == {"user_id": 7}
@@ -1171,7 +1170,7 @@ async def test_results_may_be_read_by_owner_and_administrator(api: Api, store: M
 async def test_a_job_is_watched_by_owner_and_administrator(api: Api, store: MemoryStore) -> None:
     """The answer is the task and the `seq` of its last event; for any other user it is a 404."""
     job = scan_job(1, seq=3)
-    await store.insert_jobs([job])
+    await store.jobs.insert([job])
     shown = {"seq": job.seq, "task": await api("GET /api/v1/task/1")}
     assert await api("GET /internal/jobs/1/latest") == shown
     assert await api("GET /internal/jobs/1/latest", user=9, admin=True) == shown
@@ -1182,7 +1181,7 @@ async def test_a_job_is_watched_by_owner_and_administrator(api: Api, store: Memo
 
 async def test_many_jobs_are_watched_page_by_page(api: Api, store: MemoryStore) -> None:
     """A page holds 200 jobs by id, says where the next one begins, and shows each as a GET does."""
-    await store.insert_jobs([scan_job(id_) for id_ in range(1, 202)])
+    await store.jobs.insert([scan_job(id_) for id_ in range(1, 202)])
     first = await api("GET /internal/jobs/latest")
     assert ([each["task"]["job_id"] for each in first["snapshots"]][-1], first["next"]) == ("200", 200)
     second = await api("GET /internal/jobs/latest?after=200")
@@ -1196,9 +1195,9 @@ async def test_many_jobs_are_watched_page_by_page(api: Api, store: MemoryStore) 
 async def test_ended_jobs_follow_the_unfinished_ones(api: Api, store: MemoryStore) -> None:
     """Pages go on with the jobs that ended since, by their end; a page may hold the last of one kind and the first of the other."""
     now = utc_now().replace(microsecond=0)
-    await store.insert_jobs([scan_job(id_) for id_ in range(1, 151)])
+    await store.jobs.insert([scan_job(id_) for id_ in range(1, 151)])
     ended = [change(scan_job(id_), JobTrigger.CANCEL, now) for id_ in range(151, 402)]
-    await store.insert_jobs(ended)
+    await store.jobs.insert(ended)
     path = f"/internal/jobs/latest?ended_since={now.isoformat()}".replace("+", "%2B")
     first = await api(f"GET {path}")
     second = await api(f"GET {path}&ended_after={first['next_ended']}")
@@ -1216,13 +1215,13 @@ async def test_ended_jobs_follow_the_unfinished_ones(api: Api, store: MemoryStor
 @pytest.mark.proves("A24", "G13")
 async def test_jobs_of_others_are_watched_by_administrators_alone(api: Api, store: MemoryStore) -> None:
     """Another user's jobs, or all, are an administrator's to watch, with one audit entry for the stream; others get 403."""
-    await store.insert_jobs([scan_job(1), scan_job(2, user_id=8)])
+    await store.jobs.insert([scan_job(1), scan_job(2, user_id=8)])
     for whose, ids in (("7", ["1"]), ("all", ["1", "2"])):
         path = f"/internal/jobs/latest?user_id={whose}"
         await api(f"GET {path}", user=8, status=403)
         answer = await api(f"GET {path}", user=9, admin=True)
         assert [each["task"]["job_id"] for each in answer["snapshots"]] == ids
-        (entry, *_), _ = await store.list_audit(0, 10)
+        (entry, *_), _ = await store.audit.page(0, 10)
         assert (entry.action, entry.rule, entry.target) == ("watch_tasks", "role", f"/api/v1/events?user_id={whose}")
     assert [
         each["task"]["job_id"] for each in (await api("GET /internal/jobs/latest", user=9, admin=True))["snapshots"]
@@ -1233,7 +1232,7 @@ async def test_jobs_that_ended_long_ago_are_not_listed_again(api: Api, store: Me
     """Jobs that ended within a day are listed to a client that was disconnected since then."""
     now = utc_now()
     recent, old = (change(scan_job(id_), JobTrigger.CANCEL, now - timedelta(hours=id_ * 20)) for id_ in (1, 2))
-    await store.insert_jobs([recent, old])
+    await store.jobs.insert([recent, old])
     since = (now - timedelta(days=30)).isoformat().replace("+", "%2B")
     answer = await api(f"GET /internal/jobs/latest?ended_since={since}")
     assert [each["task"]["job_id"] for each in answer["snapshots"]] == ["1"]
@@ -1266,7 +1265,7 @@ async def test_a_command_id_that_is_none_is_a_404(api: Api, id_: str) -> None:
 async def test_policies_of_earlier_versions_are_still_shown(api: Api, store: MemoryStore) -> None:
     """A stored policy is answered with its own values, not with the presets of today."""
     old = Policy(id=5, user_id=7, name="old", scan=scan_policy(timing=1), created_at=THEN, updated_at=LATER)
-    await store.add_policy(old)
+    await store.policies.add(old)
     shown = await api("GET /api/v1/policy/5")
     assert (shown["preset"], shown["timing"], shown["updated_at"]) == ("quick", 1, "2026-01-01T00:00:05Z")
 

@@ -78,8 +78,8 @@ class Caller:
         bus = MemoryBus()
         await self._app.state.refusals.flush(bus)
         refused = [each.entry for each in bus.messages(SCAN_AUDIT[ORCHESTRATOR]) if isinstance(each, Audited)]
-        await self._world.store.add_audit(refused)
-        entries, _ = await self._world.store.list_audit(0, 100, request_id=id_)
+        await self._world.store.audit.add(refused)
+        entries, _ = await self._world.store.audit.page(0, 100, request_id=id_)
         assert {entry.service for entry in entries} <= {"job-orchestrator"}
         assert {entry.source for entry in entries} <= {"127.0.0.1"}
         return answer.status_code, entries
@@ -113,16 +113,16 @@ async def test_what_cannot_be_written_down_is_not_done(
 ) -> None:
     """When the audit log cannot be written a change is a 503 and does not happen."""
     await ask("POST /api/v1/subnet", SUBNET)
-    before = await world.store.list_subnets(7, 0, 10)
+    before = await world.store.subnets.page(7, 0, 10)
 
     async def away(_entries: object) -> None:
         raise DependencyError("no disk")
 
     with monkeypatch.context() as patch:
-        patch.setattr(world.store, "add_audit", away)
+        patch.setattr(world.store.audit, "add", away)
         answer = await ask._http.request(*request_.split(" "), json=SUBNET | {"name": "new"}, headers=ISSUER.bearer(7))
     assert answer.status_code == 503
-    assert await world.store.list_subnets(7, 0, 10) == before
+    assert await world.store.subnets.page(7, 0, 10) == before
 
 
 @pytest.mark.proves("A3", "A10")
@@ -130,7 +130,7 @@ async def test_every_refusal_names_its_rule(ask: Caller, world: World) -> None:
     """Another's things, refused targets, wrong roles, bad tokens and malformed requests are one entry each with the rule."""
     await ask("POST /api/v1/subnet", SUBNET)
     await ask("POST /api/v1/policy", {"name": "p"})
-    await world.store.insert_jobs([scan_job(5)])
+    await world.store.jobs.insert([scan_job(5)])
     metadata = {"name": "x", "cidr": "169.254.169.254/32"}
     for request, body, user, status, expected in (
         ("GET /api/v1/subnet/1", None, 8, 404, ("8", "read_subnet", "/api/v1/subnet/1", "refused", "owner")),
@@ -186,14 +186,14 @@ async def test_an_administrator_who_reads_what_is_anothers_is_recorded(
     ask: Caller, world: World, monkeypatch: pytest.MonkeyPatch, request_: str
 ) -> None:
     """Reads of another's job are one entry a minute that names job and owner, however often asked; one's own are none."""
-    await world.store.insert_jobs([scan_job(5)])
+    await world.store.jobs.insert([scan_job(5)])
     action, target = READS[request_]
     times = [THEN, THEN + timedelta(seconds=59), THEN + timedelta(days=1)]
     for now, entries in zip(times, (1, 1, 2), strict=True):
         monkeypatch.setattr("scanfleet.service.utc_now", lambda now=now: now)
         expected = [("9", action, target, "allowed", "role")] * entries
         assert (await ask(request_, user=9, admin=True))[0] == 200
-        recorded, _ = await world.store.list_audit(0, 10)
+        recorded, _ = await world.store.audit.page(0, 10)
         assert fields_of(recorded) == expected
     if "all" not in request_:
         assert await ask(request_, user=7) == (200, [])
@@ -204,21 +204,21 @@ async def test_a_stream_of_an_administrator_is_recorded_once(
     ask: Caller, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stream that asks for the job's state for an hour is one entry; another stream has its own."""
-    await world.store.insert_jobs([scan_job(5)])
+    await world.store.jobs.insert([scan_job(5)])
     for minute in range(60):
         monkeypatch.setattr("scanfleet.service.utc_now", lambda minute=minute: THEN + timedelta(minutes=minute))
         await ask("GET /internal/jobs/5/latest", user=9, admin=True)
-    _, total = await world.store.list_audit(0, 10)
+    _, total = await world.store.audit.page(0, 10)
     assert total == 1
     headers = {"X-Request-ID": "another"} | ISSUER.bearer(9, admin=True)
     await ask._http.get("/internal/jobs/5/latest", headers=headers)
-    _, total = await world.store.list_audit(0, 10)
+    _, total = await world.store.audit.page(0, 10)
     assert total == 2
 
 
 async def test_a_cancel_of_many_is_an_entry_for_each_job(ask: Caller, world: World) -> None:
     """Each job that a filter finds is recorded before it is cancelled; a request that finds none is no entry."""
-    await world.store.insert_jobs([scan_job(5), scan_job(6)])
+    await world.store.jobs.insert([scan_job(5), scan_job(6)])
     status, entries = await ask("POST /internal/jobs/cancel", {"all": True})
     assert status == 200
     assert sorted(fields_of(entries)) == [("7", "cancel_tasks", f"/api/v1/task/{id_}", "allowed", "") for id_ in (5, 6)]
@@ -228,7 +228,7 @@ async def test_a_cancel_of_many_is_an_entry_for_each_job(ask: Caller, world: Wor
 @pytest.mark.proves("A24", "G13")
 async def test_a_cancel_by_an_administrator_names_the_owner(world: World) -> None:
     """An administrator's cancel of another's job is an entry by the rule `role`, of one's own it is an ordinary one."""
-    await world.store.insert_jobs([scan_job(5), scan_job(6, user_id=9)])
+    await world.store.jobs.insert([scan_job(5), scan_job(6, user_id=9)])
     for job_id in (5, 6):
         await world.cancel(job_id, user_id=9, admin=True)
     assert sorted(await commanded(world, user=9)) == [
@@ -260,7 +260,7 @@ async def test_a_read_of_the_audit_log_is_recorded(ask: Caller, world: World, mo
     monkeypatch.setattr("scanfleet.service.utc_now", lambda: THEN)
     for query in ("", "?page=2", "?subject=7&page=1", "?page_size=3&subject=7", "?request_id=r-1&subject=7"):
         assert (await ask(f"GET /api/v1/audit{query}", user=9, admin=True))[0] == 200
-    recorded, _ = await world.store.list_audit(0, 10)
+    recorded, _ = await world.store.audit.page(0, 10)
     assert sorted(fields_of(recorded)) == [
         ("9", "list_audit", f"/api/v1/audit{query}", "allowed", "role")
         for query in ("", "?request_id=r-1&subject=7", "?subject=7")
@@ -271,7 +271,7 @@ async def commanded(world: World, *, user: int = 7) -> list[tuple[str, str, str,
     records = world.take(SCAN_COMMANDS)
     for _ in range(2):  # a redelivery changes nothing
         await world.hand(SCAN_COMMANDS, records)
-    entries, _ = await world.store.list_audit(0, 100, subject=str(user))
+    entries, _ = await world.store.audit.page(0, 100, subject=str(user))
     return fields_of(entries)
 
 
@@ -287,7 +287,7 @@ async def test_every_command_is_written_down(world: World) -> None:
 async def test_every_refused_command_names_its_rule(world: World) -> None:
     """Another's policy, subnet or job, a refused target and a job that has ended are refusals by their rule."""
     policy_id, subnet_ids = await world.add("127.9.8.0/30")
-    await world.store.insert_jobs([scan_job(50), change(scan_job(51, user_id=11), JobTrigger.CANCEL, THEN)])
+    await world.store.jobs.insert([scan_job(50), change(scan_job(51, user_id=11), JobTrigger.CANCEL, THEN)])
 
     async def rules(user: int) -> Any:
         return [(action, decision, rule) for _, action, _, decision, rule in await commanded(world, user=user)]
@@ -322,7 +322,7 @@ async def test_refusal_that_is_delivered_twice_is_one_entry(world: World) -> Non
     """What comes over an audit topic is in the log once, however often it is delivered."""
     await world.bus.publish(SCAN_AUDIT[GATEWAY], [Audited(entry=refusal())] * 2)
     await world.hand(SCAN_AUDIT[GATEWAY], world.take(SCAN_AUDIT[GATEWAY]))
-    entries, total = await world.store.list_audit(0, 10)
+    entries, total = await world.store.audit.page(0, 10)
     assert total == 1
     assert entries[0].model_dump(exclude={"id", "received_at"}) == refusal().model_dump(exclude={"id"})
 
@@ -333,7 +333,7 @@ async def test_operator_command_is_an_entry_of_the_operators(world: World) -> No
     acted = OperatorActed(entry=refusal(action="replay_dead_letter", decision="allowed", rule="operator"))
     await world.bus.publish(SCAN_AUDIT_OPERATOR, [acted])
     await world.hand(SCAN_AUDIT_OPERATOR, world.take(SCAN_AUDIT_OPERATOR))
-    entries, _ = await world.store.list_audit(0, 10)
+    entries, _ = await world.store.audit.page(0, 10)
     assert [(each.service, each.action, each.decision) for each in entries] == [
         ("operator", "replay_dead_letter", "allowed")
     ]
@@ -346,7 +346,7 @@ async def test_restore_command_of_result_store_is_an_entry_of_result_store(world
     acted = OperatorActed(entry=refusal(action="restore_database", decision="allowed", rule="operator"))
     await world.bus.publish(topic, [acted])
     await world.hand(topic, world.take(topic))
-    entries, _ = await world.store.list_audit(0, 10)
+    entries, _ = await world.store.audit.page(0, 10)
     assert [(each.service, each.action, each.decision) for each in entries] == [
         ("result-store", "restore_database", "allowed")
     ]
@@ -359,7 +359,7 @@ async def test_other_command_on_the_topic_of_result_store_is_refused(world: Worl
     await world.bus.publish(topic, [OperatorActed(entry=refusal(action="create_acls", decision="allowed"))])
     with pytest.raises(MessageError, match="OperatorActed"):
         await world.hand(topic, world.take(topic))
-    assert await world.store.list_audit(0, 10) == ([], 0)
+    assert await world.store.audit.page(0, 10) == ([], 0)
 
 
 @pytest.mark.proves("A26")
@@ -389,7 +389,7 @@ async def test_refusal_in_the_name_of_another_service_is_its_writers(world: Worl
     await world.bus.publish(SCAN_AUDIT[WORKER], [Audited(entry=forged)])
     await world.hand(SCAN_AUDIT[WORKER], world.take(SCAN_AUDIT[WORKER]))
     await world.hand(SCAN_COMMANDS, [command])
-    entries, _ = await world.store.list_audit(0, 10, subject="7")
+    entries, _ = await world.store.audit.page(0, 10, subject="7")
     assert {(each.service, each.decision) for each in entries} == {
         ("scanner-worker", "refused"),
         ("job-orchestrator", "allowed"),

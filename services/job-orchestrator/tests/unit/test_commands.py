@@ -7,12 +7,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
+from typing import cast
 
 import pytest
 
 from job_orchestrator.domain.chunk import ChunkState
+from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.job import ScanJob
-from job_orchestrator.domain.store import Command, Subnet
+from job_orchestrator.domain.ports import Store
+from job_orchestrator.domain.resources import Subnet
 from job_orchestrator_testing import MemoryStore, World, scan_job, scan_policy
 from job_orchestrator_testing.things import THEN
 from scanfleet.bus import Record
@@ -24,7 +27,7 @@ from scanfleet_testing.tracing import ids, recording
 
 
 async def jobs_of(world: World, user_id: int = 7) -> list[int]:
-    jobs, _ = await world.store.list_jobs(user_id, set(), 0, 100)
+    jobs, _ = await world.store.jobs.page(user_id, set(), 0, 100)
     return sorted(job.id for job in jobs)
 
 
@@ -38,7 +41,7 @@ async def test_a_submit_makes_a_job_for_each_subnet(world: World) -> None:
         (1, 1, 7, JobStatus.PENDING),
         (2, 2, 7, JobStatus.PENDING),
     ]
-    stored = await world.store.jobs([1, 2])
+    stored = await world.store.jobs.get([1, 2])
     assert [stored[1].view, stored[2].view] == list(reply.jobs)
     assert [event.seq for event in world.events(1)] == [1]
 
@@ -47,10 +50,10 @@ async def test_a_job_lives_on_its_snapshot(world: World) -> None:
     """Changing or deleting subnet and policy after the submit changes nothing of the job."""
     command = await world.submit("127.9.8.0/30", policy=scan_policy(ports="22"))
     await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
-    await world.store.delete_subnet(7, 1)
-    await world.store.delete_policy(7, 1)
+    await world.store.subnets.delete(7, 1)
+    await world.store.policies.delete(7, 1)
     await world.settle()
-    job = (await world.store.jobs([world.accepted(command)[0].id]))[1]
+    job = (await world.store.jobs.get([world.accepted(command)[0].id]))[1]
     assert (job.status, job.cidr, job.policy.ports) == (JobStatus.COMPLETED, "127.9.8.0/30", "22")
 
 
@@ -138,8 +141,8 @@ async def test_all_is_checked_before_any_job_is_made(
 async def test_policy_of_an_older_release_with_categories_is_refused(world: World) -> None:
     """A stored policy that names a category of scripts makes no job, and the answer says what to change."""
     await world.add("127.9.8.0/30")
-    (stored,) = (await world.store.policies([(7, 1)])).values()
-    await world.store.replace_policy(replace(stored, scan=stored.scan.model_copy(update={"scripts": ("default",)})))
+    (stored,) = (await world.store.policies.get([(7, 1)])).values()
+    await world.store.policies.replace(replace(stored, scan=stored.scan.model_copy(update={"scripts": ("default",)})))
     command = await world.send(1, [1])
     await world.settle()
     (reply,) = world.replies(command)
@@ -159,9 +162,9 @@ async def test_a_job_leaves_out_the_broadcast_address_of_its_subnet() -> None:
     command = await world.submit("10.0.0.0/29")
     await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
     (accepted,) = world.accepted(command)
-    job = (await world.store.jobs([accepted.id]))[accepted.id]
+    job = (await world.store.jobs.get([accepted.id]))[accepted.id]
     assert (job.exclude, job.plan.addresses, job.plan.excluded) == (("10.0.0.7/32",), 8, 1)
-    (subnet,) = (await world.store.subnets([(7, job.subnet_id)])).values()
+    (subnet,) = (await world.store.subnets.get([(7, job.subnet_id)])).values()
     assert subnet.exclude == ()
 
 
@@ -170,7 +173,7 @@ async def test_a_request_that_fits_no_document_is_refused(world: World) -> None:
     policy_id, _ = await world.add()
     excludes = tuple(f"127.{n >> 8}.{n & 255}.1/32" for n in range(1_000))
     for id_ in range(1, 102):
-        await world.store.add_subnet(
+        await world.store.subnets.add(
             Subnet(
                 id=id_,
                 user_id=7,
@@ -248,19 +251,19 @@ async def test_what_was_accepted_first_is_not_expired(world: World) -> None:
         assert isinstance(answer, CommandAccepted)
         assert [job.id for job in answer.jobs] == [1]
         assert isinstance(await world.only.commands.expire(rejected, 7), CommandRejected)
-    assert (await world.store.jobs([1]))[1].status is JobStatus.COMPLETED
+    assert (await world.store.jobs.get([1]))[1].status is JobStatus.COMPLETED
 
 
 async def test_expiring_finishes_what_was_half_accepted(world: World) -> None:
     """A command accepted by a replica that died before it made the jobs is finished by the one that is asked."""
     await world.submit()
     await world.settle()
-    (job,) = (await world.store.jobs([1])).values()
+    (job,) = (await world.store.jobs.get([1])).values()
     half = Command(id="half", user_id=7, state="accepted", jobs=(replace(job, id=99, command_id="half"),))
-    await world.store.insert_commands([half])
+    await world.store.commands.insert([half])
     answer = await world.only.commands.expire("half", 7)
     assert isinstance(answer, CommandAccepted)
-    assert list(await world.store.jobs([99])) == [99]
+    assert list(await world.store.jobs.get([99])) == [99]
 
 
 async def test_command_of_another_user_is_not_found(world: World) -> None:
@@ -268,7 +271,7 @@ async def test_command_of_another_user_is_not_found(world: World) -> None:
     command = await world.submit()
     await world.settle()
     assert await world.only.commands.expire(command, 8) is None
-    assert (await world.store.commands([command]))[command].state == "accepted"
+    assert (await world.store.commands.get([command]))[command].state == "accepted"
 
 
 async def test_a_pending_job_is_cancelled(world: World) -> None:
@@ -281,11 +284,11 @@ async def test_a_pending_job_is_cancelled(world: World) -> None:
     await world.settle()
     (reply,) = world.replies(cancelled)
     assert isinstance(reply, CommandAccepted)
-    job = (await world.store.jobs([1]))[1]
+    job = (await world.store.jobs.get([1]))[1]
     assert (job.status, job.start_time, job.settled) == (JobStatus.CANCELLED, None, True)
     assert reply.jobs == (job.view,)
     assert job.end_time is not None
-    assert [chunk.state async for chunk in world.store.job_chunks(1)] == [ChunkState.CANCELLED]
+    assert [chunk.state async for chunk in world.store.chunks.of_job(1)] == [ChunkState.CANCELLED]
     assert [type(event).__name__ for event in world.events(1)] == ["JobCreated", "JobCancelled"]
     assert world.bus.messages(SCAN_TASKS) == []
 
@@ -303,9 +306,9 @@ async def test_a_running_job_is_cancelled_and_its_workers_stopped(world: World) 
     assert [(stop.chunk_id, stop.attempt) for stop in world.worker.stops] == [(task.chunk_id, task.attempt)]
     await world.worker.release(task, "as..")
     await world.settle()
-    job = (await world.store.jobs([1]))[1]
+    job = (await world.store.jobs.get([1]))[1]
     assert (job.status, job.settled) == (JobStatus.CANCELLED, True)
-    [chunk] = [each async for each in world.store.job_chunks(1)]
+    [chunk] = [each async for each in world.store.chunks.of_job(1)]
     assert (chunk.state, chunk.outcomes) == (ChunkState.CANCELLED, "as..")
 
 
@@ -336,7 +339,7 @@ async def test_a_job_that_has_ended_cannot_be_cancelled(world: World) -> None:
     await world.hand(SCAN_COMMANDS, records)
     rejected = CommandRejected(command_id=late, status=400, error="Job is already completed", rule="state")
     assert world.replies(late) == [rejected, rejected]
-    assert (await world.store.jobs([1]))[1].status is JobStatus.COMPLETED
+    assert (await world.store.jobs.get([1]))[1].status is JobStatus.COMPLETED
 
 
 async def test_a_job_is_told_in_the_trace_of_its_request(world: World) -> None:
@@ -364,7 +367,7 @@ async def test_only_the_owner_can_cancel(world: World) -> None:
     for command in (await world.cancel(1, user_id=8), await world.cancel(99)):
         await world.settle()
         assert [(each.status, each.error) for each in world.replies(command)] == [(404, "Job not found")]
-    assert (await world.store.jobs([1]))[1].status is JobStatus.PENDING
+    assert (await world.store.jobs.get([1]))[1].status is JobStatus.PENDING
 
 
 @pytest.mark.proves("A24", "G13")
@@ -377,7 +380,7 @@ async def test_an_administrator_cancels_the_job_of_another_user(world: World) ->
     await world.settle()
     assert world.accepted(cancelled)[0].status is JobStatus.CANCELLED
     assert [each.status for each in world.replies(unknown)] == [404]
-    assert (await world.store.jobs([1]))[1].status is JobStatus.CANCELLED
+    assert (await world.store.jobs.get([1]))[1].status is JobStatus.CANCELLED
 
 
 async def test_of_several_cancels_in_one_batch_the_first_ends_the_job(world: World) -> None:
@@ -394,15 +397,15 @@ async def test_of_several_cancels_in_one_batch_the_first_ends_the_job(world: Wor
 
 async def test_a_batch_of_cancels_costs_a_fixed_number_of_writes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundred cancels are decided by as many saves of jobs as one, so that none waits behind the others."""
-    await world.store.insert_jobs([scan_job(id_) for id_ in range(1, 102)])
+    await world.store.jobs.insert([scan_job(id_) for id_ in range(1, 102)])
     saves: list[int] = []
-    save_jobs = world.store.save_jobs
+    save = world.store.jobs.save
 
     async def counted(jobs: Sequence[ScanJob]) -> set[int]:
         saves.append(len(jobs))
-        return await save_jobs(jobs)
+        return await save(jobs)
 
-    monkeypatch.setattr(world.store, "save_jobs", counted)
+    monkeypatch.setattr(world.store.jobs, "save", counted)
     await world.cancel(101)
     await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
     alone = len(saves)
@@ -437,24 +440,36 @@ async def test_the_trace_of_a_request_goes_through(world: World) -> None:
     assert {task.traceparent for task in world.worker.tasks} == {trace}
 
 
+class CountingStore:
+    """Counts the calls of each method of the repositories."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self._store = store
+        self.calls: Counter[str] = Counter()
+
+    def __getattr__(self, name: str) -> object:
+        return _CountingRepository(name, getattr(self._store, name), self.calls)
+
+
+class _CountingRepository:
+    def __init__(self, name: str, repository: object, calls: Counter[str]) -> None:
+        self._name = name
+        self._repository = repository
+        self._calls = calls
+
+    def __getattr__(self, name: str) -> object:
+        found = getattr(self._repository, name)
+        if inspect.iscoroutinefunction(found):
+            self._calls[f"{self._name}.{name}"] += 1
+        return found
+
+
 async def test_round_trips_of_a_batch_do_not_grow_with_its_commands() -> None:
     """Submits of one user in one batch cost as many calls of the store as one submit, and so do their first chunks."""
-
-    class Counting(MemoryStore):
-        def __init__(self) -> None:
-            super().__init__()
-            self.calls: Counter[str] = Counter()
-
-        def __getattribute__(self, name: str) -> object:
-            found = super().__getattribute__(name)
-            if inspect.iscoroutinefunction(found):
-                self.calls[name] += 1
-            return found
-
     calls = []
     for count in (1, 100):
-        store = Counting()
-        world = World(store)
+        store = CountingStore(MemoryStore())
+        world = World(cast(Store, store))
         await world.start()
         policy_id, subnets = await world.add("127.9.8.0/30")
         for _ in range(count):
@@ -464,4 +479,4 @@ async def test_round_trips_of_a_batch_do_not_grow_with_its_commands() -> None:
         await world.replicas[0].reconciler.work()
         calls.append(store.calls)
     assert calls[0] == calls[1]
-    assert calls[0]["insert_chunks"] == 1
+    assert calls[0]["chunks.insert"] == 1

@@ -16,10 +16,11 @@ import pytest
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ledger import Tally
-from job_orchestrator.domain.store import Store
+from job_orchestrator.domain.ports import Store
 from job_orchestrator.domain.totals import EMPTY
 from job_orchestrator.main import Orchestrator
 from job_orchestrator_testing import MemoryStore, World, scan_policy
+from job_orchestrator_testing.repository import MemoryChunks, MemoryJobs
 from scanfleet.bus import Publisher, Record
 from scanfleet.errors import DependencyError
 from scanfleet.messages import CommandAccepted, JobEvent, JobProgressed, JobStatus, Message, ScanChunk
@@ -61,23 +62,32 @@ class Fuse:
 
 
 class FragileStore:
-    """A store behind a fuse."""
+    """A store whose repositories are behind a fuse."""
 
     def __init__(self, store: MemoryStore, fuse: Fuse) -> None:
         self._store = store
         self._fuse = fuse
 
+    def __getattr__(self, name: str) -> FragileRepository:
+        return FragileRepository(getattr(self._store, name), self._fuse)
+
+
+class FragileRepository:
+    def __init__(self, repository: Any, fuse: Fuse) -> None:
+        self._repository = repository
+        self._fuse = fuse
+
     def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
-        method = getattr(self._store, name)
+        method = getattr(self._repository, name)
 
         async def call(*arguments: Any, **named: Any) -> Any:
             return await self._fuse.call(method, list(arguments), named)
 
         return call
 
-    async def job_chunks(self, job_id: int, first: int = 0, end: int | None = None) -> AsyncIterator[Chunk]:
-        await self._fuse.call(self._store.chunks, [[]], {})  # stands for the first read
-        async for chunk in self._store.job_chunks(job_id, first, end):
+    async def of_job(self, job_id: int, first: int = 0, end: int | None = None) -> AsyncIterator[Chunk]:
+        await self._fuse.call(self._repository.get, [[]], {})  # stands for the first read
+        async for chunk in self._repository.of_job(job_id, first, end):
             yield chunk
 
 
@@ -92,21 +102,26 @@ class FragileBus:
         await self._fuse.call(self._bus.publish, [topic, list(messages)], {})
 
 
-class ImpatientStore(MemoryStore):
-    """To whom every event is old, and every scanned chunk was asked for long ago."""
+class ImpatientJobs(MemoryJobs):
+    """Every event is old."""
 
-    async def jobs_with_old_events(self, before: datetime, limit: int) -> list[int]:
-        return await super().jobs_with_old_events(before + timedelta(days=1), limit)
+    async def with_old_events(self, before: datetime, limit: int) -> list[int]:
+        return await super().with_old_events(before + timedelta(days=1), limit)
 
-    async def overdue_chunks(self, now: datetime, limit: int, partitions: Collection[int]) -> list[Chunk]:
-        return await super().overdue_chunks(now + timedelta(days=1), limit, partitions)
+
+class ImpatientChunks(MemoryChunks):
+    """Every scanned chunk was asked for long ago."""
+
+    async def overdue(self, now: datetime, limit: int, partitions: Collection[int]) -> list[Chunk]:
+        return await super().overdue(now + timedelta(days=1), limit, partitions)
 
 
 class CrashingWorld(World):
     """Its replica works on doubles; what breaks in its hands is done again, by another process if it died."""
 
     def __init__(self, fuse: Fuse) -> None:
-        store = ImpatientStore()
+        store = MemoryStore()
+        store.jobs, store.chunks = ImpatientJobs(store.data), ImpatientChunks(store.data)
         super().__init__(store)
         self.fuse = fuse
         self.broken = False
@@ -134,8 +149,8 @@ class CrashingWorld(World):
 
     async def jobs(self) -> list[ScanJob]:
         """All jobs; their ids may have gaps."""
-        listed, _ = await self.store.list_jobs(7, set(), 0, 10)
-        found = await self.store.jobs([job.id for job in listed])
+        listed, _ = await self.store.jobs.page(7, set(), 0, 10)
+        found = await self.store.jobs.get([job.id for job in listed])
         return [found[job.id] for job in listed]
 
     async def mend(self) -> None:
@@ -144,7 +159,7 @@ class CrashingWorld(World):
             return
         for _ in range(12):
             await self.wait(1, seconds=3.0)
-            if not await self.store.unsettled_jobs(0, 1) and await self.jobs():
+            if not await self.store.jobs.unsettled(0, 1) and await self.jobs():
                 return
 
     async def wait(self, looks: int, *, seconds: float = 1.0) -> None:
@@ -183,7 +198,7 @@ async def scan(world: CrashingWorld) -> None:
     assert [job.status for job in jobs] == [JobStatus.COMPLETED] * 2
     for job in jobs:
         tally = Tally(job, EMPTY)
-        async for chunk in world.store.job_chunks(job.id):
+        async for chunk in world.store.chunks.of_job(job.id):
             tally.end(chunk)
         assert tally.accounted
         assert tally.totals == job.totals
@@ -234,7 +249,7 @@ async def cancel(world: CrashingWorld) -> None:
     await world.settle()
     await world.mend()
     (job,) = await world.jobs()
-    states = [chunk.state async for chunk in world.store.job_chunks(job.id)]
+    states = [chunk.state async for chunk in world.store.chunks.of_job(job.id)]
     assert (job.status, job.settled, job.error) == (JobStatus.CANCELLED, True, "")
     assert states == [ChunkState.CANCELLED] * job.made
     assert (running.chunk_id, running.attempt) in {(stop.chunk_id, stop.attempt) for stop in world.worker.stops}

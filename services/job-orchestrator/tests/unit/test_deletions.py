@@ -18,7 +18,8 @@ from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
 from job_orchestrator.domain.deletion import Deletion
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change
-from job_orchestrator_testing import RULES, MemoryAccess, MemoryStore, ResultStore, World, chunk, scan_job
+from job_orchestrator_testing import RULES, MemoryStore, ResultStore, World, chunk, scan_job
+from job_orchestrator_testing.repository import MemoryChunks, MemoryDeletions, MemoryJobs
 from job_orchestrator_testing.things import THEN
 from scanfleet import service
 from scanfleet.messages import CommandAccepted, DeleteResults
@@ -45,7 +46,6 @@ def client(world: World) -> httpx.AsyncClient:
     app = service.create_app(name="job-orchestrator", settings=FrontSettings(), lifespan=nothing, routers=ROUTERS)
     app.state.verifier = ISSUER.verifier
     app.state.orchestrator = State(world.store, world.only.commands, world.only.deletions, RULES)
-    app.state.access = MemoryAccess(MemoryStore())
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://orchestrator")
 
 
@@ -55,14 +55,14 @@ async def delete(http: httpx.AsyncClient, job_id: int = 1, user: int = 7, *, adm
 
 
 async def chunks_of(world: World, job_id: int) -> int:
-    return len([each async for each in world.store.job_chunks(job_id)])
+    return len([each async for each in world.store.chunks.of_job(job_id)])
 
 
 async def completed(world: World) -> None:
     """Job 1 of user 7 has completed."""
     await world.submit("127.9.8.0/30")
     await world.settle()
-    assert (await world.store.jobs([1]))[1].settled
+    assert (await world.store.jobs.get([1]))[1].settled
 
 
 @pytest.mark.proves("G24")
@@ -83,7 +83,7 @@ async def test_deleted_job_is_gone_at_once_and_then_from_the_database(world: Wor
     world.results = ResultStore(world.bus)
     await world.wait(3, seconds=61)
     assert await chunks_of(world, 1) == 0
-    assert await world.store.due_deletions(world.only.commands._clock.now() + timedelta(days=9), 9) == []
+    assert await world.store.deletions.due(world.only.commands._clock.now() + timedelta(days=9), 9) == []
 
 
 async def test_unfinished_job_is_not_deleted(world: World) -> None:
@@ -110,23 +110,25 @@ async def test_job_is_deleted_by_its_owner_and_administrators_alone(world: World
         assert await delete(http, user=8) == (404, {"error": "Job not found"})
         assert await delete(http, job_id=99) == (404, {"error": "Job not found"})
         assert (await delete(http, user=8, admin=True))[0] == 200
-    entries, _ = await world.store.list_audit(0, 10, subject="8")
+    entries, _ = await world.store.audit.page(0, 10, subject="8")
     assert [(each.action, each.target, each.rule) for each in entries] == [
         ("delete_task", "/api/v1/task/1 of user 7", "role")
     ]
 
 
-class ChangingStore(MemoryStore):
+class ChangingJobs(MemoryDeletions):
     """Loses every race for the deletion of a job."""
 
-    async def delete_job(self, job: ScanJob, receipt: Deletion) -> bool:  # noqa: ARG002 # the signature of the port
+    async def begin(self, job: ScanJob, receipt: Deletion) -> bool:  # noqa: ARG002 # the signature of the port
         return False
 
 
 async def test_delete_of_a_job_that_changes_each_time_is_a_409() -> None:
     """A job that exists is not answered as if it did not."""
-    world = World(ChangingStore())
-    await world.store.insert_jobs([change(scan_job(1), JobTrigger.CANCEL, THEN, settled=True)])
+    store = MemoryStore()
+    store.deletions = ChangingJobs(store.data)
+    world = World(store)
+    await world.store.jobs.insert([change(scan_job(1), JobTrigger.CANCEL, THEN, settled=True)])
     async with client(world) as http:
         assert await delete(http) == (409, {"error": "Job is still being changed; try again in a few seconds"})
 
@@ -156,7 +158,7 @@ async def test_replayed_request_brings_nothing_back(world: World) -> None:
         reply = world.replies(command)[-1]
         assert isinstance(reply, CommandAccepted)
         assert [job.id for job in reply.jobs] == [1]
-    assert await world.store.jobs([1]) == {}
+    assert await world.store.jobs.get([1]) == {}
     assert world.accepted(new)[0].id == 2
     assert await chunks_of(world, 1) == 0
 
@@ -184,8 +186,8 @@ async def test_chunks_are_deleted_in_bounded_steps(world: World) -> None:
     """One step deletes at most 2,000 chunks, of all jobs together."""
     for job_id in (1, 2):
         job = change(scan_job(job_id), JobTrigger.CANCEL, THEN, settled=True)
-        await world.store.insert_jobs([job])
-        await world.store.insert_chunks([chunk(id=f"{job_id}-{n}", job_id=job_id, index=n) for n in range(2_500)])
+        await world.store.jobs.insert([job])
+        await world.store.chunks.insert([chunk(id=f"{job_id}-{n}", job_id=job_id, index=n) for n in range(2_500)])
     await world.only.deletions.delete([1, 2], "request")
     await world.only.deletions.step()
     await world.settle()
@@ -199,7 +201,7 @@ async def test_chunks_are_deleted_in_bounded_steps(world: World) -> None:
 async def test_last_event_is_published_before_the_job_is_deleted(world: World) -> None:
     """What a job's outbox holds is not lost with it."""
     job = change(scan_job(1), JobTrigger.CANCEL, THEN, settled=True)
-    await world.store.insert_jobs([job])
+    await world.store.jobs.insert([job])
     await world.only.deletions.delete([1], "request")
     assert [event.seq for event in world.events(1)] == [1, 2]
 
@@ -213,37 +215,39 @@ async def test_old_jobs_are_deleted_by_age_under_audit() -> None:
     await world.wait(1, seconds=86_000)
     await world.submit("127.9.8.0/30")
     await world.settle()
-    assert (await world.store.jobs([1, 2])).keys() == {1, 2}
+    assert (await world.store.jobs.get([1, 2])).keys() == {1, 2}
     await world.wait(3, seconds=300)
-    assert (await world.store.jobs([1, 2])).keys() == {2}
-    entries, _ = await world.store.list_audit(0, 10, subject="")
+    assert (await world.store.jobs.get([1, 2])).keys() == {2}
+    entries, _ = await world.store.audit.page(0, 10, subject="")
     assert [(each.action, each.target, each.rule) for each in entries] == [
         ("delete_task", "/api/v1/task/1", "retention")
     ]
     assert await chunks_of(world, 1) == 0
 
 
-class UnreadableStore(MemoryStore):
+class UnreadableJobs(MemoryJobs):
     """Cannot read the documents of the first hundred jobs."""
 
-    async def jobs(self, ids: Collection[int]) -> dict[int, ScanJob]:
-        return {id_: job for id_, job in (await super().jobs(ids)).items() if id_ > 100}
+    async def get(self, ids: Collection[int]) -> dict[int, ScanJob]:
+        return {id_: job for id_, job in (await super().get(ids)).items() if id_ > 100}
 
 
 async def test_expired_jobs_are_deleted_at_the_rate_of_the_steps_and_past_unreadable_ones() -> None:
     """Each step deletes up to a hundred expired jobs, without a pause while there are more, and only audits those."""
-    world = World(UnreadableStore(), keep=timedelta(days=1))
-    await world.store.insert_jobs(
+    store = MemoryStore()
+    store.jobs = UnreadableJobs(store.data)
+    world = World(store, keep=timedelta(days=1))
+    await world.store.jobs.insert(
         [replace(change(scan_job(n), JobTrigger.CANCEL, THEN, settled=True), outbox=()) for n in range(1, 351)]
     )
     left = []
     for _ in range(4):
         await world.only.deletions.step()
-        left.append(len(await world.store.jobs(range(1, 351))))
+        left.append(len(await world.store.jobs.get(range(1, 351))))
     assert left == [250, 150, 50, 0]
-    assert (await world.store.list_audit(0, 1))[1] == 250
+    assert (await world.store.audit.page(0, 1))[1] == 250
     await world.only.deletions.step()
-    assert (await world.store.list_audit(0, 1))[1] == 250
+    assert (await world.store.audit.page(0, 1))[1] == 250
 
 
 async def test_deletion_steps_keep_their_interval_however_often_they_are_woken(world: World) -> None:
@@ -262,19 +266,21 @@ async def test_deletion_steps_keep_their_interval_however_often_they_are_woken(w
     assert steps == 1
 
 
-class SlowStore(MemoryStore):
+class SlowChunks(MemoryChunks):
     """Lets others run while it deletes chunks."""
 
-    async def delete_chunks(self, job_id: int, limit: int) -> int:
-        deleted = await super().delete_chunks(job_id, limit)
+    async def delete(self, job_id: int, limit: int) -> int:
+        deleted = await super().delete(job_id, limit)
         await asyncio.sleep(0)
         return deleted
 
 
 async def test_two_replicas_count_a_deleted_job_once() -> None:
     """Both find the deletion due, and only one of them moves it to its last stage."""
-    world = World(SlowStore(), replicas=2)
-    await world.store.insert_jobs([change(scan_job(1), JobTrigger.CANCEL, THEN, settled=True)])
+    store = MemoryStore()
+    store.chunks = SlowChunks(store.data)
+    world = World(store, replicas=2)
+    await world.store.jobs.insert([change(scan_job(1), JobTrigger.CANCEL, THEN, settled=True)])
     before = REGISTRY.get_sample_value("scanfleet_deleted_jobs_total") or 0.0
     await world.replicas[0].deletions.delete([1], "request")
     await world.settle()
@@ -290,7 +296,7 @@ async def test_chunks_stored_after_the_deletion_of_their_job_are_deleted(world: 
     await world.only.deletions.delete([1], "request")
     await world.wait(3)
     assert await chunks_of(world, 1) == 0
-    await world.store.insert_chunks([chunk(id="1-5", index=5)])
+    await world.store.chunks.insert([chunk(id="1-5", index=5)])
     await world.wait(3)
     assert await chunks_of(world, 1) == 0
 
@@ -299,12 +305,12 @@ async def test_chunks_stored_after_the_deletion_of_their_job_are_deleted(world: 
 async def test_job_of_a_backup_is_deleted_again(world: World) -> None:
     """When the topic is read again over a database that was set back, what was deleted since is deleted again."""
     await completed(world)
-    (backup,) = (await world.store.jobs([1])).values()
+    (backup,) = (await world.store.jobs.get([1])).values()
     await world.only.deletions.delete([1], "request")
     await world.only.deletions.step()
     records = world.take(SCAN_DELETIONS)
     world.store = MemoryStore()
     await world.restart()
-    await world.store.insert_jobs([backup])
+    await world.store.jobs.insert([backup])
     await world.hand(SCAN_DELETIONS, records)
-    assert await world.store.jobs([1]) == {}
+    assert await world.store.jobs.get([1]) == {}

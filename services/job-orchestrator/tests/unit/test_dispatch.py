@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.fairness import Clock, Credit, Held
 from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator_testing import MemoryStore, Worker, World, chunk, scan_job, scan_policy
+from job_orchestrator_testing.repository import Data, MemoryDispatch
 from scanfleet.clock import utc_now
 from scanfleet.messages import ChunkScanned, JobStatus, ScanChunk, WorkerReady
 from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_TASKS, SCAN_WORKERS
@@ -20,7 +21,7 @@ from scanfleet_testing.chunk_grants import grants
 
 
 async def chunk_of(world: World, chunk_id: str = "1-0") -> Chunk:
-    return (await world.store.chunks([chunk_id]))[chunk_id]
+    return (await world.store.chunks.get([chunk_id]))[chunk_id]
 
 
 def tasks(world: World) -> list[ScanChunk]:
@@ -29,8 +30,8 @@ def tasks(world: World) -> list[ScanChunk]:
 
 async def queue(world: World, user: int, count: int, *, estimate: float = 5.0, needs_raw: bool = False) -> None:
     """A job of a user with so many chunks."""
-    await world.store.insert_jobs([scan_job(user, user_id=user, chunk_count=count, made=count)])
-    await world.store.insert_chunks(
+    await world.store.jobs.insert([scan_job(user, user_id=user, chunk_count=count, made=count)])
+    await world.store.chunks.insert(
         [
             chunk(
                 id=f"{user}-{n}",
@@ -168,7 +169,7 @@ async def test_a_task_that_is_never_claimed_is_requeued_after_a_lease(world: Wor
     await world.wait(3)
     assert [task.attempt for task in world.worker.tasks] == [1, 2]
     assert (await chunk_of(world, "7-0")).failures == 1
-    assert (await world.store.clocks([7])).users[7].time == 0.0
+    assert (await world.store.dispatch.clocks([7])).users[7].time == 0.0
 
 
 async def test_a_late_claim_of_a_requeued_chunk_is_stopped(world: World) -> None:
@@ -224,9 +225,9 @@ async def test_a_broken_worker_among_good_ones_loses_nothing() -> None:
             failed += 1
             await broken.fail(task, "exited with 1")
         await world.wait(1)
-        if (await world.store.jobs([1]))[1].final:
+        if (await world.store.jobs.get([1]))[1].final:
             break
-    assert (await world.store.jobs([1]))[1].status is JobStatus.COMPLETED
+    assert (await world.store.jobs.get([1]))[1].status is JobStatus.COMPLETED
     assert failed
 
 
@@ -264,7 +265,7 @@ async def test_two_port_blocks_of_an_address_are_never_scanned_at_once(world: Wo
         await world.worker.scanned(tasks(world)[-1])
         await world.worker.announce()
         await world.settle()
-    assert (await world.store.jobs([1]))[1].status is JobStatus.COMPLETED
+    assert (await world.store.jobs.get([1]))[1].status is JobStatus.COMPLETED
 
 
 @pytest.mark.proves("F27", "G17")
@@ -273,7 +274,7 @@ async def test_an_unreadable_job_keeps_no_other_from_being_dispatched(world: Wor
     await world.start()
     await world.worker.announce()
     await queue(world, 7, 2)
-    await world.store.insert_chunks([chunk(id="99-0", job_id=99, turn=-5)])
+    await world.store.chunks.insert([chunk(id="99-0", job_id=99, turn=-5)])
     world.only.dispatcher.wake()
     await world.settle()
     assert [task.chunk_id for task in tasks(world)] == ["7-0", "7-1"]
@@ -288,13 +289,13 @@ async def test_nothing_is_read_while_no_worker_has_room(world: World) -> None:
     await world.settle()
     reads: list[int] = []
     store = world.store
-    count = store.queue
+    count = store.dispatch.queue
 
     async def counted(user_id: int, *arguments: Any, **named: Any) -> Any:
         reads.append(user_id)
         return await count(user_id, *arguments, **named)
 
-    store.queue = counted  # type: ignore[method-assign] # counts what is read
+    store.dispatch.queue = counted  # type: ignore[method-assign] # counts what is read
     await world.worker.announce()
     await world.settle()
     assert reads == []
@@ -330,7 +331,7 @@ async def test_one_who_used_much_waits_for_one_who_used_little(world: World) -> 
     await world.start()
     await queue(world, 1, 10)
     await queue(world, 2, 10)
-    await world.store.wake_clocks([Clock(1, 10.0), Clock(2, 0.0)], 0.0)
+    await world.store.dispatch.wake_clocks([Clock(1, 10.0), Clock(2, 0.0)], 0.0)
     await world.worker.announce()
     await world.settle()
     assert [task.user_id for task in tasks(world)][:2] == [2, 2]
@@ -350,7 +351,7 @@ async def test_a_user_pays_what_the_orchestrator_measured_once(world: World) -> 
     for _ in range(3):
         await world.worker.scanned(task)
     await world.settle()
-    assert (await world.store.clocks([7])).users[7].time == pytest.approx(7.0)
+    assert (await world.store.dispatch.clocks([7])).users[7].time == pytest.approx(7.0)
 
 
 async def test_jobs_of_one_user_take_turns(world: World) -> None:
@@ -400,13 +401,13 @@ async def test_raw_chunks_never_go_to_a_plain_worker(world: World) -> None:
         await raw.release(task)
     await world.wait(15)
     assert world.worker.tasks == []
-    job = (await world.store.jobs([1]))[1]
+    job = (await world.store.jobs.get([1]))[1]
     assert (job.waiting, job.error, job.final) == ("no_raw_worker", "", False)
     assert world.events(1)[-1].waiting == "no_raw_worker"
     raw.slots = 4
     raw.hold = False
     await world.wait(15)
-    job = (await world.store.jobs([1]))[1]
+    job = (await world.store.jobs.get([1]))[1]
     assert (job.status, job.waiting) == (JobStatus.COMPLETED, "")
 
 
@@ -415,9 +416,9 @@ async def test_a_job_without_a_raw_worker_fails_after_a_while(world: World) -> N
     await world.start()
     await world.submit("127.9.8.0/30", policy=scan_policy(technique="syn"))
     await world.wait(590)
-    assert not (await world.store.jobs([1]))[1].final
+    assert not (await world.store.jobs.get([1]))[1].final
     await world.wait(40)
-    job = (await world.store.jobs([1]))[1]
+    job = (await world.store.jobs.get([1]))[1]
     assert (job.status, job.settled) == (JobStatus.FAILED, True)
     assert "no worker that may send raw packets was available for 600 s" in job.error
 
@@ -425,14 +426,14 @@ async def test_a_job_without_a_raw_worker_fails_after_a_while(world: World) -> N
 async def test_chunks_of_an_ended_job_are_cancelled_and_not_sent(world: World) -> None:
     """Chunks that a slow replica inserts after their job was cancelled and settled are never scanned, nor left queued."""
     ended = change(scan_job(1, chunk_count=30, made=30, settled=True), JobTrigger.CANCEL, utc_now())
-    await world.store.insert_jobs([ended])
-    await world.store.insert_chunks([chunk(id=f"1-{n}", index=n, turn=n) for n in range(30)])
+    await world.store.jobs.insert([ended])
+    await world.store.chunks.insert([chunk(id=f"1-{n}", index=n, turn=n) for n in range(30)])
     await queue(world, 8, 1)
     await world.start()
     await world.worker.announce()
     await world.settle()
     assert [task.job_id for task in world.worker.tasks] == [8]
-    assert [each.state async for each in world.store.job_chunks(1)] == [ChunkState.CANCELLED] * 30
+    assert [each.state async for each in world.store.chunks.of_job(1)] == [ChunkState.CANCELLED] * 30
 
 
 async def test_two_replicas_never_dispatch_a_chunk_twice() -> None:
@@ -462,11 +463,11 @@ async def test_an_announcement_is_taken_as_it_stands(world: World) -> None:
     assert len(tasks(world)) == 2
 
 
-class Noting(MemoryStore):
+class Noting(MemoryDispatch):
     """Notes which workers announced themselves, and when it is asked what they hold: once in each round."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, data: Data) -> None:
+        super().__init__(data)
         self.seen: list[str] = []
         self.rounds: list[float] = []
 
@@ -475,29 +476,33 @@ class Noting(MemoryStore):
         self.seen += [worker.worker_id for worker in seen]
         await super().seen_workers(seen)
 
-    async def held(self) -> list[Held]:
+    async def held(self, partitions: Collection[int] | None = None) -> list[Held]:
         self.rounds.append(asyncio.get_running_loop().time())
-        return await super().held()
+        return await super().held(partitions)
 
 
 async def test_a_worker_is_noted_every_five_seconds_and_when_it_changes() -> None:
     """Unchanged announcements of a worker are stored every five seconds, changed ones at once."""
-    world = World(store := Noting())
+    store = MemoryStore()
+    store.dispatch = noting = Noting(store.data)
+    world = World(store)
     await world.start()
     for _ in range(12):
         await world.worker.announce()
         await world.settle()
         world.now += 1.0
-    assert len(store.seen) == 3
+    assert len(noting.seen) == 3
     world.worker.slots = 1
     await world.worker.announce()
     await world.settle()
-    assert store.seen == ["w-1"] * 4
+    assert noting.seen == ["w-1"] * 4
 
 
 async def test_rounds_keep_their_distance() -> None:
     """However often it is woken, a dispatcher leaves 25 ms between two rounds, and the next sees all that came meanwhile."""
-    world = World(store := Noting())
+    store = MemoryStore()
+    store.dispatch = noting = Noting(store.data)
+    world = World(store)
     world.worker.hold = True
     world.worker.slots = 1
     await world.start()
@@ -505,14 +510,14 @@ async def test_rounds_keep_their_distance() -> None:
     await world.worker.announce()
     await world.settle()
     assert len(tasks(world)) == 1
-    store.rounds.clear()
+    noting.rounds.clear()
     dispatcher = world.only.dispatcher
     await dispatcher.loop.start()
     try:
         async with asyncio.timeout(20):
-            while len(store.rounds) < 2:
+            while len(noting.rounds) < 2:
                 dispatcher.wake()
                 await asyncio.sleep(0)
     finally:
         await dispatcher.loop.stop()
-    assert store.rounds[1] - store.rounds[0] >= 0.025
+    assert noting.rounds[1] - noting.rounds[0] >= 0.025

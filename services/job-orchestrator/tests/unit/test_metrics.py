@@ -9,20 +9,23 @@ from datetime import timedelta
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry
 
+from job_orchestrator.domain.census import Census, JobCensus
 from job_orchestrator.domain.chunk import ChunkState
-from job_orchestrator.domain.store import Census
 from job_orchestrator.metrics import CensusGauges
 from job_orchestrator_testing import MemoryStore, World, scan_job
+from job_orchestrator_testing.repository import MemoryJobs
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError
 from scanfleet.messages import JobStatus
 
 CENSUS = Census(
-    jobs=Counter({JobStatus.PENDING: 3}),
-    job_ages={JobStatus.PENDING: 40.0},
-    chunks=Counter({ChunkState.QUEUED: 5}),
-    slot_seconds=2.5,
-    outbox_age=0.25,
+    JobCensus(
+        numbers=Counter({JobStatus.PENDING: 3}),
+        ages={JobStatus.PENDING: 40.0},
+        slot_seconds=2.5,
+        outbox_age=0.25,
+    ),
+    Counter({ChunkState.QUEUED: 5}),
 )
 
 
@@ -54,7 +57,7 @@ def test_a_census_is_shown_until_it_is_old() -> None:
 async def test_the_sweep_takes_a_census_every_ten_seconds(world: World) -> None:
     """What a scrape shows follows the database by ten seconds at most, and the database is not asked more often."""
     await world.only.sweeper.sweep()
-    await world.store.insert_jobs([replace(scan_job(9, created_at=utc_now() - timedelta(hours=1)), outbox=())])
+    await world.store.jobs.insert([replace(scan_job(9, created_at=utc_now() - timedelta(hours=1)), outbox=())])
     world.now += 9.0
     await world.only.sweeper.sweep()
     assert counted("jobs", status="pending") == 0
@@ -109,24 +112,25 @@ async def test_a_cancelled_job_is_counted_once(world: World) -> None:
     assert after == (before[0] + 1, before[1])
 
 
-class Refusing(MemoryStore):
+class Refusing(MemoryJobs):
     """Takes no census."""
 
     asked = 0
 
-    async def census(self) -> Census:
+    async def census(self) -> JobCensus:
         self.asked += 1
         raise DependencyError("the database is unavailable")
 
 
 async def test_a_database_in_trouble_is_not_asked_for_a_census_in_every_sweep() -> None:
     """A census that fails is tried again ten seconds later, and the repairs go on meanwhile."""
-    store = Refusing()
+    store = MemoryStore()
+    store.jobs = refusing = Refusing(store.data)
     world = World(store)
     await world.start()
-    await store.insert_jobs([scan_job(9)])
+    await store.jobs.insert([scan_job(9)])
     with pytest.raises(DependencyError):
         await world.only.sweeper.sweep()
     await world.only.sweeper.sweep()
     await world.settle()
-    assert (store.asked, (await store.standings([9]))[9].open) == (1, 1)
+    assert (refusing.asked, (await store.chunks.standings([9]))[9].open) == (1, 1)

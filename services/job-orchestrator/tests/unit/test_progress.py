@@ -31,11 +31,11 @@ def counted(name: str) -> float:
 
 
 async def chunk_of(world: World, chunk_id: str = "1-0") -> Chunk:
-    return (await world.store.chunks([chunk_id]))[chunk_id]
+    return (await world.store.chunks.get([chunk_id]))[chunk_id]
 
 
 async def status_of(world: World, job_id: int = 1) -> JobStatus:
-    return (await world.store.jobs([job_id]))[job_id].status
+    return (await world.store.jobs.get([job_id]))[job_id].status
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ async def test_an_address_that_fails_alone_is_lost_and_costs_no_other(world: Wor
                 await world.worker.release(again, "".join(scanned))
         await world.wait(1)
         assert done < 20
-    job = (await world.store.jobs([1]))[1]
+    job = (await world.store.jobs.get([1]))[1]
     assert (job.status, job.error) == (JobStatus.FAILED, "1 address lost: worker w-1: nmap died")
     assert (await chunk_of(world)).outcomes == "ssls"
     assert (job.progress, job.settled) == (75, True)
@@ -226,7 +226,7 @@ async def test_three_lost_leases_of_three_workers_lose_the_addresses(world: Worl
         for again in world.workers[0].tasks:
             await world.workers[0].claim(again)
         await world.settle()
-    job = (await world.store.jobs([1]))[1]
+    job = (await world.store.jobs.get([1]))[1]
     assert (job.status, job.error) == (
         JobStatus.FAILED,
         "4 addresses lost: worker w-3 sent no report for a whole lease",
@@ -375,7 +375,7 @@ async def test_one_look_tells_all_progress_since_the_last(world: World) -> None:
         await world.worker.progress(task, "a" * done + "." * (size - done))
         await world.settle()
     await world.only.reporter.report()
-    job = (await world.store.jobs([1]))[1]
+    job = (await world.store.jobs.get([1]))[1]
     progressed = [each for each in world.events(1) if isinstance(each, JobProgressed)]
     assert [each.machines_found for each in progressed] == [5]
     assert job.machines_found == 5
@@ -393,18 +393,18 @@ async def test_progress_that_could_not_be_told_is_told_later(task: ScanChunk, wo
     await world.worker.progress(task, "as..")
     await world.settle()
     reporter = world.only.reporter
-    reporter._store, store = Broken(), reporter._store  # type: ignore[assignment] # it only has to be away
+    reporter._jobs, jobs = Broken(), reporter._jobs  # type: ignore[assignment] # it only has to be away
     with pytest.raises(DependencyError):
         await reporter.report()
-    reporter._store = store
+    reporter._jobs = jobs
     await reporter.report()
-    assert (await world.store.jobs([1]))[1].progress == 50
+    assert (await world.store.jobs.get([1]))[1].progress == 50
 
 
 class Broken:
-    """An unavailable store."""
+    """An unavailable repository."""
 
-    async def jobs(self, _ids: object) -> None:
+    async def get(self, _ids: object) -> None:
         raise DependencyError("away")
 
 
@@ -413,12 +413,12 @@ async def test_progress_stops_with_the_job(world: World, task: ScanChunk) -> Non
     await claimed(world, task)
     await world.cancel(1)
     await world.settle()
-    job, events = (await world.store.jobs([1]))[1], world.events(1)
+    job, events = (await world.store.jobs.get([1]))[1], world.events(1)
     world.now += 10.0
     await world.worker.progress(task, "aaa.")
     await world.settle()
     await world.only.reporter.report()
-    after = (await world.store.jobs([1]))[1]
+    after = (await world.store.jobs.get([1]))[1]
     assert replace(after, rev=job.rev, totals=job.totals) == job
     assert after.totals.probes == {"answered": 6}
     assert world.events(1) == events
@@ -430,7 +430,7 @@ async def test_progress_is_stored_for_the_status(world: World, task: ScanChunk) 
     await world.worker.progress(task, "as..")
     await world.settle()
     await world.only.reporter.report()
-    job = (await world.store.jobs([1]))[1]
+    job = (await world.store.jobs.get([1]))[1]
     assert (job.progress, job.machines_found) == (50, 1)
 
 
@@ -451,5 +451,5 @@ async def test_refused_addresses_fail_the_job_with_the_reason(world: World, task
     await world.bus.publish(SCAN_RESULTS, [refused])
     await world.bus.publish(SCAN_PROGRESS, [refused])
     await world.settle()
-    job = (await world.store.jobs([1]))[1]
+    job = (await world.store.jobs.get([1]))[1]
     assert (job.status, job.error) == (JobStatus.FAILED, "4 addresses refused: OS detection needs raw packets")

@@ -9,13 +9,14 @@ import pytest
 
 from job_orchestrator.domain.quotas import Quotas, Usage
 from job_orchestrator_testing import MemoryStore, World, scan_policy
+from job_orchestrator_testing.repository import MemoryJobs
 from scanfleet.messages import CommandAccepted, CommandRejected
 from scanfleet.messages.topics import SCAN_COMMANDS
 
 SECONDS = 0.1 + 2 * (2 / 4_000)  # expected of `scan_policy` on a /31
 
 
-class CountingStore(MemoryStore):
+class CountingJobs(MemoryJobs):
     """Counts how often usage was read."""
 
     reads = 0
@@ -60,7 +61,7 @@ async def test_job_above_a_quota_is_refused_by_name(quotas: dict[str, Any], word
     command = await world.submit("127.9.9.0/32", "127.9.8.0/30", policy=policy)
     assert await decided(world, command) == [400]
     assert all(word in error(world, command) for word in ["Subnet", *words]), error(world, command)
-    assert await world.store.list_jobs(7, set(), 0, 10) == ([], 0)
+    assert await world.store.jobs.page(7, set(), 0, 10) == ([], 0)
 
 
 async def test_job_at_a_quota_is_accepted() -> None:
@@ -133,12 +134,13 @@ async def test_refused_request_keeps_its_key() -> None:
 
 async def test_usage_is_not_read_for_each_command() -> None:
     """A user who submits without a pause costs one read of their jobs a second."""
-    store = CountingStore()
+    store = MemoryStore()
+    store.jobs = counting = CountingJobs(store.data)
     world = await world_with(store=store)
     policy_id, subnets = await world.add("127.9.8.0/32")
     for _ in range(20):
         assert await decided(world, await world.send(policy_id, subnets)) == [201]
-    assert store.reads == 1
+    assert counting.reads == 1
     world.now += 1.5
     assert await decided(world, await world.send(policy_id, subnets)) == [201]
-    assert store.reads == 2
+    assert counting.reads == 2

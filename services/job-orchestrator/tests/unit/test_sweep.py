@@ -10,11 +10,12 @@ from datetime import timedelta
 import pytest
 
 from job_orchestrator.domain import plan
+from job_orchestrator.domain.census import Standing
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator.domain.ledger import Tally
-from job_orchestrator.domain.store import Standing
 from job_orchestrator_testing import MemoryStore, World, chunk, scan_job, scan_policy
+from job_orchestrator_testing.repository import Data, MemoryChunks
 from job_orchestrator_testing.things import THEN
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError
@@ -27,10 +28,10 @@ from scanfleet_testing.chunk_grants import grants
 async def test_an_event_that_was_not_published_is(world: World) -> None:
     """What stands in an outbox for five seconds is published in order by any replica, and removed."""
     job = change(scan_job(9), JobTrigger.CANCEL, THEN)
-    await world.store.insert_jobs([job])
+    await world.store.jobs.insert([job])
     await world.only.sweeper.sweep()
     assert [event.seq for event in world.events(9)] == [1, 2]
-    assert (await world.store.jobs([9]))[9].outbox == ()
+    assert (await world.store.jobs.get([9]))[9].outbox == ()
     await world.only.sweeper.sweep()
     assert len(world.events(9)) == 2
 
@@ -38,7 +39,7 @@ async def test_an_event_that_was_not_published_is(world: World) -> None:
 async def test_a_fresh_event_is_left_to_its_replica(world: World) -> None:
     """An event younger than five seconds is not swept up: it would be published twice for nothing."""
     await world.only.sweeper.sweep()
-    await world.store.insert_jobs([scan_job(9, created_at=utc_now())])
+    await world.store.jobs.insert([scan_job(9, created_at=utc_now())])
     await world.only.sweeper.sweep()
     assert world.events(9) == []
 
@@ -57,7 +58,7 @@ async def test_a_scanned_chunk_is_asked_for_again(world: World) -> None:
         ask_at=utc_now() - timedelta(seconds=1),
     )
     later = replace(scanned, id="9-1", index=1, ask_at=utc_now() + timedelta(seconds=3_600))
-    await world.store.insert_chunks([scanned, later])
+    await world.store.chunks.insert([scanned, later])
     await world.only.sweeper.sweep()
     await world.only.sweeper.sweep()
     (asked,) = world.bus.messages(SCAN_RESULTS)
@@ -77,35 +78,35 @@ async def test_a_scanned_chunk_is_asked_for_again(world: World) -> None:
 
 async def test_what_was_lost_on_the_way_to_the_store_is_made_good(world: World) -> None:
     """A job whose ChunkScanned got lost completes after it was asked for again."""
-    await world.store.insert_jobs([replace(scan_job(9, made=1), status=JobStatus.RUNNING, outbox=())])
-    await world.store.insert_chunks(
+    await world.store.jobs.insert([replace(scan_job(9, made=1), status=JobStatus.RUNNING, outbox=())])
+    await world.store.chunks.insert(
         [chunk(id="9-0", job_id=9, state=ChunkState.SCANNED, outcomes="asdt", attempt=1, worker_id="w")]
     )
     await world.wait(1)
-    assert (await world.store.jobs([9]))[9].status is JobStatus.COMPLETED
+    assert (await world.store.jobs.get([9]))[9].status is JobStatus.COMPLETED
 
 
 async def test_an_unfinished_job_is_brought_to_its_end(world: World) -> None:
     """A job whose last step is missing, because its replica died, is ended by the next pass."""
-    await world.store.insert_jobs([replace(scan_job(9, made=1), status=JobStatus.RUNNING, outbox=())])
-    await world.store.insert_chunks([chunk(id="9-0", job_id=9, state=ChunkState.STORED, outcomes="asdt")])
+    await world.store.jobs.insert([replace(scan_job(9, made=1), status=JobStatus.RUNNING, outbox=())])
+    await world.store.chunks.insert([chunk(id="9-0", job_id=9, state=ChunkState.STORED, outcomes="asdt")])
     await world.only.sweeper.sweep()
-    job = (await world.store.jobs([9]))[9]
+    job = (await world.store.jobs.get([9]))[9]
     assert (job.status, job.progress, job.machines_found, job.settled) == (JobStatus.COMPLETED, 100, 1, True)
 
 
 async def test_a_job_without_chunks_gets_them(world: World) -> None:
     """A job of a replica that died right after accepting it is planned and scanned by another."""
-    await world.store.insert_jobs([scan_job(9, cidr="127.9.8.0/24")])
+    await world.store.jobs.insert([scan_job(9, cidr="127.9.8.0/24")])
     await world.wait(1)
-    assert (await world.store.jobs([9]))[9].status is JobStatus.COMPLETED
+    assert (await world.store.jobs.get([9]))[9].status is JobStatus.COMPLETED
 
 
 async def test_open_chunks_of_an_ended_job_are_cancelled(world: World) -> None:
     """A cancelled job that was left with open chunks, settled or not, is cleaned up, and their holders are stopped."""
     ended = change(scan_job(9, chunk_count=2, made=2), JobTrigger.CANCEL, THEN)
-    await world.store.insert_jobs([ended])
-    await world.store.insert_chunks(
+    await world.store.jobs.insert([ended])
+    await world.store.chunks.insert(
         [
             chunk(id="9-0", job_id=9, state=ChunkState.RUNNING, worker_id="w-1", attempt=1, partition=3),
             chunk(id="9-1", job_id=9, index=1),
@@ -113,22 +114,22 @@ async def test_open_chunks_of_an_ended_job_are_cancelled(world: World) -> None:
     )
     await world.only.sweeper.sweep()
     await world.settle()
-    assert [each.state async for each in world.store.job_chunks(9)] == [ChunkState.CANCELLED] * 2
-    assert (await world.store.jobs([9]))[9].settled
+    assert [each.state async for each in world.store.chunks.of_job(9)] == [ChunkState.CANCELLED] * 2
+    assert (await world.store.jobs.get([9]))[9].settled
     assert [stop.chunk_id for stop in world.worker.stops] == ["9-0"]
 
 
 async def test_unfinished_jobs_are_looked_at_every_ten_seconds(world: World) -> None:
     """Between two looks at all unfinished jobs lie ten seconds, whatever else is swept."""
     await world.only.sweeper.sweep()
-    await world.store.insert_jobs([replace(scan_job(9, made=1), status=JobStatus.RUNNING, outbox=())])
-    await world.store.insert_chunks([chunk(id="9-0", job_id=9, state=ChunkState.STORED, outcomes="asdt")])
+    await world.store.jobs.insert([replace(scan_job(9, made=1), status=JobStatus.RUNNING, outbox=())])
+    await world.store.chunks.insert([chunk(id="9-0", job_id=9, state=ChunkState.STORED, outcomes="asdt")])
     world.now += 9.0
     await world.only.sweeper.sweep()
-    assert (await world.store.jobs([9]))[9].status is JobStatus.RUNNING
+    assert (await world.store.jobs.get([9]))[9].status is JobStatus.RUNNING
     world.now += 2.0
     await world.only.sweeper.sweep()
-    assert (await world.store.jobs([9]))[9].status is JobStatus.COMPLETED
+    assert (await world.store.jobs.get([9]))[9].status is JobStatus.COMPLETED
 
 
 @pytest.mark.proves("F34", "G20")
@@ -139,10 +140,10 @@ async def test_a_large_job_is_made_in_a_window(world: World) -> None:
     small = await world.submit("127.9.8.0/30", user_id=8)
     await world.settle()
     (large_job,), (small_job,) = world.accepted(large), world.accepted(small)
-    job = (await world.store.jobs([large_job.id]))[large_job.id]
+    job = (await world.store.jobs.get([large_job.id]))[large_job.id]
     assert job.plan.chunk_count > 65_000
     assert job.made == plan.WINDOW
-    assert (await world.store.jobs([small_job.id]))[small_job.id].made == 1
+    assert (await world.store.jobs.get([small_job.id]))[small_job.id].made == 1
     done = 0
     while done < 2_000:
         for task in world.worker.tasks[done:]:
@@ -151,8 +152,8 @@ async def test_a_large_job_is_made_in_a_window(world: World) -> None:
             await world.worker.scanned(task)
         await world.worker.announce()
         await world.settle()
-    job = (await world.store.jobs([large_job.id]))[large_job.id]
-    standing = (await world.store.standings([job.id]))[job.id]
+    job = (await world.store.jobs.get([large_job.id]))[large_job.id]
+    standing = (await world.store.chunks.standings([job.id]))[job.id]
     assert standing.open <= plan.WINDOW
     assert job.totals.done == standing.lowest
     assert (job.plan.chunk_addresses, job.plan.chunk_ports) == (4, 8_192)
@@ -166,9 +167,9 @@ async def test_a_large_job_is_cancelled_in_one_window(world: World) -> None:
     await world.settle()
     await world.cancel(1)
     await world.settle()
-    job = (await world.store.jobs([1]))[1]
+    job = (await world.store.jobs.get([1]))[1]
     assert (job.status, job.settled) == (JobStatus.CANCELLED, True)
-    assert [each.state async for each in world.store.job_chunks(1)] == [ChunkState.CANCELLED] * plan.WINDOW
+    assert [each.state async for each in world.store.chunks.of_job(1)] == [ChunkState.CANCELLED] * plan.WINDOW
     assert Tally(job).counts["cancelled"] == job.plan.addresses * job.plan.ports
 
 
@@ -176,17 +177,19 @@ async def test_three_replicas_make_each_chunk_once() -> None:
     """Each chunk of a job is inserted by the replica that works on the job, and by no other."""
     inserted: Counter[str] = Counter()
 
-    class Counting(MemoryStore):
-        async def insert_chunks(self, chunks: Sequence[Chunk]) -> None:
+    class Counting(MemoryChunks):
+        async def insert(self, chunks: Sequence[Chunk]) -> None:
             inserted.update(each.id for each in chunks)
-            await super().insert_chunks(chunks)
+            await super().insert(chunks)
 
-    world = World(Counting(), replicas=3)
+    store = MemoryStore()
+    store.chunks = Counting(store.data)
+    world = World(store, replicas=3)
     await world.start()
     await world.worker.announce()
     await world.submit("127.9.0.0/20", policy=scan_policy(ports="1-1000"))
     await world.wait(40)
-    job = (await world.store.jobs([1]))[1]
+    job = (await world.store.jobs.get([1]))[1]
     assert job.status is JobStatus.COMPLETED
     assert inserted.total() == len(inserted) == job.plan.chunk_count
 
@@ -194,44 +197,45 @@ async def test_three_replicas_make_each_chunk_once() -> None:
 @pytest.mark.proves("F27", "G17")
 async def test_a_faulty_job_stops_no_other(world: World) -> None:
     """A job that raises a fault of ours is skipped with a line in the log until it changes; the others end."""
-    await world.store.insert_jobs([scan_job(8, cidr="127.9.8.0/30", chunk_addresses=0), scan_job(9)])
+    await world.store.jobs.insert([scan_job(8, cidr="127.9.8.0/30", chunk_addresses=0), scan_job(9)])
     await world.wait(2)
-    assert (await world.store.jobs([9]))[9].status is JobStatus.COMPLETED
-    assert (await world.store.jobs([8]))[8].status is JobStatus.PENDING
+    assert (await world.store.jobs.get([9]))[9].status is JobStatus.COMPLETED
+    assert (await world.store.jobs.get([8]))[8].status is JobStatus.PENDING
 
 
 async def test_running_chunks_of_a_large_job_are_stopped_first(world: World) -> None:
     """A cancel of a job with thousands of queued chunks stops those that send packets at once, not when it gets there."""
-    await world.store.insert_jobs(
+    await world.store.jobs.insert(
         [replace(scan_job(9, chunk_count=5_001, made=5_001), status=JobStatus.RUNNING, outbox=())]
     )
-    await world.store.insert_chunks([chunk(id=f"9-{n}", job_id=9, index=n) for n in range(5_000)])
+    await world.store.chunks.insert([chunk(id=f"9-{n}", job_id=9, index=n) for n in range(5_000)])
     held = chunk(id="9-5000", job_id=9, index=5_000, state=ChunkState.RUNNING, worker_id="w-1", attempt=1)
-    await world.store.insert_chunks([held])
+    await world.store.chunks.insert([held])
     await world.cancel(9)
     await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
     assert len(world.bus.messages(SCAN_TASKS)) == 1
-    assert (await world.store.chunks([held.id]))[held.id].state is ChunkState.CANCELLED
+    assert (await world.store.chunks.get([held.id]))[held.id].state is ChunkState.CANCELLED
 
 
-class ForgetfulStore(MemoryStore):
+class ForgetfulChunks(MemoryChunks):
     """Loses one insert of chunks: it fails, and nothing of it is stored."""
 
-    def __init__(self, lost: int) -> None:
-        super().__init__()
+    def __init__(self, data: Data, lost: int) -> None:
+        super().__init__(data)
         self.left = lost
 
-    async def insert_chunks(self, chunks: Sequence[Chunk]) -> None:
+    async def insert(self, chunks: Sequence[Chunk]) -> None:
         self.left -= 1
         if self.left == 0:
             raise DependencyError("the database is unavailable")
-        await super().insert_chunks(chunks)
+        await super().insert(chunks)
 
 
 @pytest.mark.parametrize("lost", [1, 2, 3])
 async def test_making_chunks_goes_on_after_a_failed_insert(lost: int) -> None:
     """When chunks cannot be stored none of them is left out in the end."""
-    store = ForgetfulStore(lost)
+    store = MemoryStore()
+    store.chunks = ForgetfulChunks(store.data, lost)
     world = World(store)
     world.worker.slots = 100
     await world.start()
@@ -242,22 +246,22 @@ async def test_making_chunks_goes_on_after_a_failed_insert(lost: int) -> None:
             await world.wait(1)
         except DependencyError:
             continue
-        if (await store.jobs([1]))[1].final:
+        if (await store.jobs.get([1]))[1].final:
             break
-    job = (await store.jobs([1]))[1]
+    job = (await store.jobs.get([1]))[1]
     assert (job.status, job.made) == (JobStatus.COMPLETED, job.plan.chunk_count)
 
 
-class UnreadableChunkStore(MemoryStore):
+class UnreadableChunks(MemoryChunks):
     """Cannot read the chunk 9-0, and counts the rounds in which jobs are reconciled."""
 
     rounds = 0
 
-    async def chunks(self, ids: Collection[str]) -> dict[str, Chunk]:
-        return await super().chunks([id_ for id_ in ids if id_ != "9-0"])
+    async def get(self, ids: Collection[str]) -> dict[str, Chunk]:
+        return await super().get([id_ for id_ in ids if id_ != "9-0"])
 
-    async def job_chunks(self, job_id: int, first: int = 0, end: int | None = None) -> AsyncIterator[Chunk]:
-        async for each in super().job_chunks(job_id, first, end):
+    async def of_job(self, job_id: int, first: int = 0, end: int | None = None) -> AsyncIterator[Chunk]:
+        async for each in super().of_job(job_id, first, end):
             if each.id != "9-0":
                 yield each
 
@@ -269,31 +273,32 @@ class UnreadableChunkStore(MemoryStore):
 @pytest.mark.parametrize("cancelled", [False, True])
 async def test_work_leaves_a_job_with_an_unreadable_chunk_to_the_sweep(*, cancelled: bool) -> None:
     """A job that makes no progress is not reconciled again at once, whether its chunk has ended or is to be cancelled."""
-    store = UnreadableChunkStore()
+    store = MemoryStore()
+    store.chunks = unreadable = UnreadableChunks(store.data)
     world = World(store)
     await world.start()
     job = replace(scan_job(9, chunk_count=2, made=2), status=JobStatus.RUNNING, outbox=())
-    await store.insert_jobs([change(job, JobTrigger.CANCEL, THEN) if cancelled else job])
+    await store.jobs.insert([change(job, JobTrigger.CANCEL, THEN) if cancelled else job])
     state = ChunkState.QUEUED if cancelled else ChunkState.STORED
-    await store.insert_chunks([chunk(id="9-0", job_id=9, state=state), chunk(id="9-1", job_id=9, index=1, state=state)])
+    await store.chunks.insert([chunk(id="9-0", job_id=9, state=state), chunk(id="9-1", job_id=9, index=1, state=state)])
     await world.only.reconciler.reconcile([9])
     for _ in range(3):
         await world.only.reconciler.work()
-    rounds = store.rounds
+    rounds = unreadable.rounds
     for _ in range(5):
         await world.only.reconciler.work()
-    assert store.rounds == rounds
+    assert unreadable.rounds == rounds
 
 
 async def test_a_job_that_is_over_when_it_is_first_seen_to_run_is_one_change(world: World) -> None:
     """A job whose chunks are all stored starts and ends in one save, and publishes both events in order."""
     job = replace(scan_job(9, chunk_count=1, made=1), outbox=())
-    await world.store.insert_jobs([job])
-    await world.store.insert_chunks(
+    await world.store.jobs.insert([job])
+    await world.store.chunks.insert(
         [chunk(id="9-0", job_id=9, state=ChunkState.STORED, outcomes="a" * job.plan.addresses)]
     )
     await world.only.reconciler.reconcile([9])
-    ended = (await world.store.jobs([9]))[9]
+    ended = (await world.store.jobs.get([9]))[9]
     assert (ended.status, ended.rev) == (JobStatus.COMPLETED, job.rev + 1)
     assert [(type(each), each.job.status) for each in world.events(9)] == [
         (JobStarted, JobStatus.RUNNING),
@@ -305,7 +310,7 @@ async def test_what_was_published_is_not_published_again(world: World) -> None:
     """An event that is still in the outbox after the bus has acknowledged it is not sent with the next one."""
     await world.submit()
     await world.deliver()
-    assert [type(out.event) for out in (await world.store.jobs([1]))[1].outbox] == [JobCreated]
+    assert [type(out.event) for out in (await world.store.jobs.get([1]))[1].outbox] == [JobCreated]
     await world.cancel(1)
     await world.deliver()
     assert [type(each) for each in world.events(1)] == [JobCreated, JobCancelled]
@@ -314,19 +319,19 @@ async def test_what_was_published_is_not_published_again(world: World) -> None:
 async def test_outboxes_are_emptied_together(world: World) -> None:
     """One round takes what was published out of the outboxes of many jobs, and the next has nothing to do."""
     jobs = [scan_job(id_) for id_ in (7, 8, 9)]
-    await world.store.insert_jobs(jobs)
+    await world.store.jobs.insert(jobs)
     await world.only.outbox.publish(jobs)
     await world.only.outbox.empty()
-    assert [(job.outbox, job.rev) for job in (await world.store.jobs([7, 8, 9])).values()] == 3 * [((), 1)]
+    assert [(job.outbox, job.rev) for job in (await world.store.jobs.get([7, 8, 9])).values()] == 3 * [((), 1)]
     await world.only.outbox.empty()
-    assert {job.rev for job in (await world.store.jobs([7, 8, 9])).values()} == {1}
+    assert {job.rev for job in (await world.store.jobs.get([7, 8, 9])).values()} == {1}
 
 
 async def test_an_event_that_comes_while_outboxes_are_emptied_stays(world: World) -> None:
     """What is added to an outbox after its first event was published is left in it until it is published too."""
-    await world.store.insert_jobs([scan_job(9)])
+    await world.store.jobs.insert([scan_job(9)])
     await world.only.outbox.publish([scan_job(9)])
-    await world.store.save_jobs([change(scan_job(9), JobTrigger.CANCEL, THEN)])
+    await world.store.jobs.save([change(scan_job(9), JobTrigger.CANCEL, THEN)])
     await world.only.outbox.empty()
-    (left,) = (await world.store.jobs([9]))[9].outbox
+    (left,) = (await world.store.jobs.get([9]))[9].outbox
     assert isinstance(left.event, JobCancelled)

@@ -11,6 +11,7 @@ from job_orchestrator.api.state import State
 from job_orchestrator.api.tasks import read_waiting
 from job_orchestrator.domain.fairness import Candidate
 from job_orchestrator_testing import MemoryStore, Worker, World, scan_policy
+from job_orchestrator_testing.repository import MemoryDispatch
 from job_orchestrator_testing.world import RULES
 from scanfleet.auth import Principal
 from scanfleet.messages import AuditEntry, CommandRejected, JobStatus, ScanChunk
@@ -37,7 +38,7 @@ def hours(world: World, begin: int, end: int) -> list[str]:
 async def rejection(world: World, command: str) -> tuple[CommandRejected, AuditEntry]:
     (reply,) = world.replies(command)
     assert isinstance(reply, CommandRejected)
-    entries, _ = await world.store.list_audit(0, 10)
+    entries, _ = await world.store.audit.page(0, 10)
     return reply, entries[0]
 
 
@@ -62,7 +63,7 @@ async def test_submit_beyond_a_grant_is_403_and_audited_with_the_limit() -> None
     assert (reply.status, reply.rule) == (403, "grant")
     assert reply.error == "Subnet 1: timing 4 is above 3, the highest of grant site"
     assert (entry.decision, entry.rule, entry.reason, entry.subject) == ("refused", "grant", reply.error, "7")
-    assert await world.store.list_jobs(7, set(), 0, 10) == ([], 0)
+    assert await world.store.jobs.page(7, set(), 0, 10) == ([], 0)
 
 
 async def test_submit_by_a_role_needs_the_role() -> None:
@@ -74,7 +75,7 @@ async def test_submit_by_a_role_needs_the_role() -> None:
     await world.worker.announce()
     await world.settle()
     assert (await rejection(world, refused))[0].status == 403
-    job = (await world.store.jobs([world.accepted(accepted)[0].id])).popitem()[1]
+    job = (await world.store.jobs.get([world.accepted(accepted)[0].id])).popitem()[1]
     assert (job.granted_by, job.status) == ("ops", JobStatus.COMPLETED)
 
 
@@ -85,10 +86,10 @@ async def test_submit_without_a_rate_gets_the_rate_of_the_grant() -> None:
     await world.start()
     await world.worker.announce()
     await world.settle()
-    job = (await world.store.jobs([world.accepted(command)[0].id])).popitem()[1]
+    job = (await world.store.jobs.get([world.accepted(command)[0].id])).popitem()[1]
     assert job.policy.max_rate == 400
     assert {(task.max_rate, task.policy.max_rate, task.granted_by) for task in tasks(world)} == {(400, 400, "site")}
-    assert (await world.store.policies([(7, job.policy_id)]))[7, job.policy_id].scan.max_rate is None
+    assert (await world.store.policies.get([(7, job.policy_id)]))[7, job.policy_id].scan.max_rate is None
 
 
 @pytest.mark.proves("G15")
@@ -98,11 +99,11 @@ async def test_dispatch_of_a_job_whose_grant_was_withdrawn_fails_it() -> None:
     command = await world.submit("127.9.8.0/30")
     await world.settle()
     await restart_with(world, grants(networks=["127.7.0.0/16"]))
-    job = (await world.store.jobs([world.accepted(command)[0].id])).popitem()[1]
+    job = (await world.store.jobs.get([world.accepted(command)[0].id])).popitem()[1]
     reason = "127.9.8.0/30 is not within the networks of grant site: 127.7.0.0/16"
     assert (job.status, job.error) == (JobStatus.FAILED, f"the user grants no longer allow the job: {reason}")
     assert not tasks(world)
-    (entry, _), _ = await world.store.list_audit(0, 10)
+    (entry, _), _ = await world.store.audit.page(0, 10)
     assert (entry.action, entry.decision, entry.rule, entry.reason) == ("dispatch_task", "refused", "grant", reason)
 
 
@@ -115,7 +116,7 @@ async def test_dispatch_waits_for_the_hours_of_the_grant() -> None:
     await world.restart()
     await world.wait(20)
     id_ = world.accepted(command)[0].id
-    job = (await world.store.jobs([id_]))[id_]
+    job = (await world.store.jobs.get([id_]))[id_]
     assert (job.status, job.waiting) == (JobStatus.PENDING, "window")
     assert not tasks(world)
     reason, next_start = await why(world, id_)
@@ -126,7 +127,7 @@ async def test_dispatch_waits_for_the_hours_of_the_grant() -> None:
     (task,) = tasks(world)
     assert task.stop_after_seconds is not None
     assert 0 < task.stop_after_seconds <= 120
-    assert (await world.store.jobs([id_]))[id_].status is JobStatus.COMPLETED
+    assert (await world.store.jobs.get([id_]))[id_].status is JobStatus.COMPLETED
 
 
 async def test_sweep_gives_a_job_its_full_time_for_a_raw_worker_after_its_hours_begin() -> None:
@@ -136,13 +137,13 @@ async def test_sweep_gives_a_job_its_full_time_for_a_raw_worker_after_its_hours_
     await world.settle()
     await restart_with(world, grants(hours=hours(world, 60, 120)))
     await world.wait(58, seconds=60.0)
-    job = (await world.store.jobs([1]))[1]
+    job = (await world.store.jobs.get([1]))[1]
     assert (job.status, job.waiting) == (JobStatus.PENDING, "window")
     await world.wait(10, seconds=60.0)
-    job = (await world.store.jobs([1]))[1]
+    job = (await world.store.jobs.get([1]))[1]
     assert (job.status, job.waiting, job.error) == (JobStatus.PENDING, "no_raw_worker", "")
     await world.wait(10, seconds=60.0)
-    job = (await world.store.jobs([1]))[1]
+    job = (await world.store.jobs.get([1]))[1]
     assert (job.status, job.error[:36]) == (JobStatus.FAILED, "no worker that may send raw packets ")
 
 
@@ -166,7 +167,7 @@ def two_grants(closed: list[str] | None = None) -> UserGrants:
     return UserGrants.model_validate({"grants": [site, day]})
 
 
-class CountingStore(MemoryStore):
+class CountingDispatch(MemoryDispatch):
     """Counts the queries for queued chunks of user 7."""
 
     queries = 0
@@ -191,13 +192,14 @@ async def resting(store: MemoryStore | None = None, jobs: int = 1) -> World:
 
 async def test_dispatch_queries_a_user_outside_their_hours_once_a_minute() -> None:
     """However many jobs wait for the hours of a grant, the first one that is found makes all of them wait."""
-    store = CountingStore()
+    store = MemoryStore()
+    store.dispatch = counting = CountingDispatch(store.data)
     world = await resting(store, jobs=300)
-    assert store.queries <= 4
+    assert counting.queries <= 4
     await world.wait(58)
-    assert store.queries <= 4
+    assert counting.queries <= 4
     await world.wait(5)
-    assert store.queries <= 8
+    assert counting.queries <= 8
 
 
 async def test_dispatch_of_a_new_job_does_not_wait_for_the_hours_of_others() -> None:
@@ -230,7 +232,7 @@ async def test_dispatch_of_a_retry_does_not_wait_for_the_hours_of_others() -> No
     await world.worker.claim(task)
     await world.worker.fail(task)
     await world.settle()
-    (chunk,) = (await world.store.chunks([task.chunk_id])).values()
+    (chunk,) = (await world.store.chunks.get([task.chunk_id])).values()
     assert chunk.not_before is not None
     assert len(tasks(world)) == 1
     await world.wait(round((chunk.not_before - world.time).total_seconds()) + 2)
@@ -241,7 +243,7 @@ async def test_dispatch_does_not_count_closed_hours_as_waiting() -> None:
     """The clock of a user who is left out is inactive, so that the closed hours give no priority later."""
     world = await resting()
     await world.wait(3)
-    assert not (await world.store.clocks([7])).users[7].active
+    assert not (await world.store.dispatch.clocks([7])).users[7].active
 
 
 async def why(world: World, job_id: int) -> tuple[WaitingReason, datetime | None]:

@@ -1,0 +1,52 @@
+"""Numbers of jobs and chunks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from job_orchestrator.domain.chunk import ChunkState
+from scanfleet.messages import JobStatus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenChunks:
+    """Numbers of chunks of one job that workers hold or can get."""
+
+    queued: int = 0
+    queued_raw: int = 0
+    """The queued chunks that need raw packets."""
+    held: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """The chunks of a job that have not ended, in one consistent read."""
+
+    open: int = 0
+    begun: bool = False
+    """Whether a worker has started one of them."""
+    lowest: int | None = None
+    """The lowest index of them; None if there is none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobCensus:
+    """Numbers of unfinished jobs. Ages are in seconds by the database's clock."""
+
+    numbers: Counter[JobStatus]
+    ages: Mapping[JobStatus, float]
+    """Age of the oldest job in each status, since its creation."""
+    slot_seconds: float
+    """Expected slot seconds of all unfinished jobs, for scaling."""
+    outbox_age: float
+    """Age of the oldest unpublished event; 0 if there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """Numbers of unfinished jobs, and of their chunks that are not final."""
+
+    jobs: JobCensus
+    chunks: Counter[ChunkState]

@@ -1,0 +1,323 @@
+"""The ports of the database: a repository for each subject.
+
+Documents change by compare-and-set on their `rev`. `job_orchestrator.repository` has the MongoDB repositories,
+`job_orchestrator_testing` the in-memory ones; both pass the same suite. Every method raises `DependencyError` if the database is
+unavailable; its writes may then be done or not. A document that cannot be read is logged, counted and omitted from the
+result, so that it affects no other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Protocol, TypeVar
+
+from job_orchestrator.domain.access import Revocation
+from job_orchestrator.domain.census import JobCensus, OpenChunks, Standing
+from job_orchestrator.domain.chunk import Chunk, ChunkState
+from job_orchestrator.domain.command import Command
+from job_orchestrator.domain.deletion import Deletion, Stage
+from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
+from job_orchestrator.domain.job import UNFINISHED, ScanJob
+from job_orchestrator.domain.quotas import Usage
+from job_orchestrator.domain.resources import Policy, Subnet
+from scanfleet import rest
+from scanfleet.messages import AuditEntry, Job, JobStatus
+
+_Owned = TypeVar("_Owned", bound=Subnet | Policy)
+
+
+class ResourceRepository(Protocol[_Owned]):
+    """Subnets or policies."""
+
+    async def take_ids(self, count: int = 1) -> range:
+        """Allocate `count` ids; the first one is 1."""
+
+    async def exists(self, id_: int) -> bool:
+        """Return whether the id exists, for any user."""
+
+    async def count(self, user_id: int, limit: int) -> int:
+        """Return how many the user has, counted up to `limit`."""
+
+    async def add(self, *resources: _Owned) -> None: ...
+
+    async def get(self, keys: Collection[tuple[int, int]]) -> dict[tuple[int, int], _Owned]:
+        """Return the existing ones of these, each given by user and id."""
+
+    async def page(self, user_id: int, skip: int, limit: int) -> tuple[list[_Owned], int]:
+        """Return the user's own, newest first, and how many there are."""
+
+    async def replace(self, resource: _Owned, *, unchanged_since: datetime | None = None) -> bool:
+        """Store its fields if it is there, and if given, if its `updated_at` is still that one."""
+
+    async def delete(self, user_id: int, id_: int) -> bool: ...
+
+
+class SubnetRepository(ResourceRepository[Subnet], Protocol):
+    async def with_cidrs(self, user_id: int, cidrs: Collection[str]) -> list[Subnet]:
+        """Return the user's subnets of these networks."""
+
+
+PolicyRepository = ResourceRepository[Policy]
+
+
+class AuditRepository(Protocol):
+    """The audit log: entries are added, read, and deleted by age; they never change."""
+
+    async def add(self, entries: Sequence[AuditEntry]) -> None:
+        """Store the entries with the current time; entries with an existing id of the same service are ignored."""
+
+    async def page(
+        self,
+        skip: int,
+        limit: int,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        **words: str | None,
+    ) -> tuple[list[rest.AuditEntry], int]:
+        """The last received first, ties by id; and how many there are. An entry's id is `<service>/<id>`.
+
+        With filters, at most 10,000 are counted: from there on, the number is that of the entries up to this page, and one
+        more if others may follow.
+
+        Args:
+            skip: how many to pass over.
+            limit: how many.
+            since: only those received then or later.
+            until: only those received before.
+            words: only those whose fields of these names have these values; None is any.
+        """
+
+
+class AccessRepository(Protocol):
+    """User ids and revoked tokens."""
+
+    async def user_id(self, issuer: str, subject: str) -> int:
+        """Return the id of the issuer's user `subject`; the first call assigns it, and it never changes."""
+
+    async def add_revocation(self, revocation: Revocation) -> bool:
+        """Store the revocation; return False if there are already `MAX_REVOCATIONS`."""
+
+    async def take_revocation_id(self) -> int: ...
+
+    async def revocations(self) -> list[Revocation]:
+        """Return all revocations, newest first."""
+
+    async def delete_revocation(self, id_: int) -> bool:
+        """Delete the revocation; return False if it does not exist."""
+
+
+class CommandRepository(Protocol):
+    async def insert(self, commands: Sequence[Command]) -> dict[str, Command]:
+        """Insert each command unless its id or its user's idempotency key exists; return the stored ones by requested id."""
+
+    async def get(self, ids: Collection[str]) -> dict[str, Command]: ...
+
+    async def by_key(self, keys: Collection[tuple[int, str]]) -> dict[tuple[int, str], Command]: ...
+
+    async def reject(self, command_id: str, status: int, error: str, rule: str) -> None:
+        """Reject an accepted cancel that came too late."""
+
+
+class JobRepository(Protocol):
+    async def take_ids(self, count: int = 1) -> range:
+        """Allocate `count` ids; the first one is 1."""
+
+    async def insert(self, jobs: Sequence[ScanJob]) -> None:
+        """Insert those that do not exist yet."""
+
+    async def get(self, ids: Collection[int]) -> dict[int, ScanJob]: ...
+
+    async def save(self, jobs: Sequence[ScanJob]) -> set[int]:
+        """Store each if its stored `rev` is unchanged, with `rev` incremented; return the ids that lost the race."""
+
+    async def page(
+        self,
+        user_id: int | None,
+        statuses: Collection[JobStatus],
+        skip: int,
+        limit: int,
+        *,
+        subnet_id: int | None = None,
+        policy_id: int | None = None,
+        since: datetime | None = None,
+    ) -> tuple[list[Job], int]:
+        """Newest start first, pending before all, ties by id, newest first; and how many match. None is every user.
+
+        Args:
+            user_id: whose jobs.
+            statuses: only these; none is all.
+            skip: how many to pass over.
+            limit: how many.
+            subnet_id: only jobs of this subnet.
+            policy_id: only jobs of this policy.
+            since: only jobs that were created then or later.
+        """
+
+    async def latest(
+        self, user_id: int | None, after: int, limit: int, *, changed_since: datetime | None = None
+    ) -> list[int]:
+        """Return ids above `after`, in order, of unfinished jobs. None is every user.
+
+        Args:
+            user_id: whose jobs.
+            after: the id to go on after.
+            limit: how many.
+            changed_since: leaves out those that have not changed since.
+        """
+
+    async def ended(
+        self, user_id: int | None, since: datetime, limit: int, after: tuple[datetime, int] | None = None
+    ) -> list[tuple[datetime, int]]:
+        """Return end time and id of jobs that ended then or later, in this order, behind `after` if it is given. None is every user."""
+
+    async def unsettled(self, after: int, limit: int, partitions: Collection[int] | None = None) -> list[int]:
+        """Return ids above `after`, in order, of jobs in `partitions` that are not settled."""
+
+    async def with_old_events(self, before: datetime, limit: int) -> list[int]: ...
+
+    async def has_unfinished(self, subnet_id: int) -> bool: ...
+
+    async def unfinished(
+        self,
+        user_id: int,
+        limit: int,
+        *,
+        statuses: Collection[JobStatus] = UNFINISHED,
+        subnet_id: int | None = None,
+        policy_id: int | None = None,
+        granted_by: str | None = None,
+    ) -> list[int]:
+        """Return the ids of the user's matching unfinished jobs, in any order."""
+
+    async def expired(
+        self, before: datetime, limit: int, after: tuple[datetime, int] | None = None
+    ) -> list[tuple[datetime, int]]:
+        """Return end time and id of settled jobs that ended before then, in this order, behind `after` if it is given."""
+
+    async def usage(self, users: Collection[int]) -> dict[int, Usage]:
+        """The unfinished jobs of those of these users who have any."""
+
+    async def seconds_left(self) -> float:
+        """Return the expected slot seconds of all unfinished jobs."""
+
+    async def census(self) -> JobCensus: ...
+
+
+class DeletionRepository(Protocol):
+    """Receipts that replace the documents of deleted jobs."""
+
+    async def begin(self, job: ScanJob, receipt: Deletion) -> bool:
+        """Replace the job by the receipt, due at once, unless the job has changed; answers whether it was done."""
+
+    async def due(self, now: datetime, limit: int) -> list[Deletion]:
+        """Return due deletions, the longest waiting first."""
+
+    async def advance(self, job_ids: Collection[int], stage: Stage, to: Stage, due: datetime | None) -> int:
+        """Move deletions from `stage` to `to`, next due at `due`; skip those in any other stage; return the number moved.
+
+        With `due` None the receipts are forgotten after `KEEP_RECEIPTS`.
+        """
+
+
+class ChunkRepository(Protocol):
+    async def insert(self, chunks: Sequence[Chunk]) -> None:
+        """Insert those that do not exist yet."""
+
+    async def get(self, ids: Collection[str]) -> dict[str, Chunk]: ...
+
+    async def save(self, chunks: Sequence[Chunk]) -> set[str]:
+        """Store chunks as `JobRepository.save` stores jobs."""
+
+    def of_job(self, job_id: int, first: int = 0, end: int | None = None) -> AsyncIterator[Chunk]:
+        """Yield the chunks with an index from `first` up to `end`, in order; a job can have hundreds of thousands."""
+
+    async def active(self, job_id: int, first: int) -> list[Chunk]:
+        """Return the chunks from index `first` on that are not queued."""
+
+    async def ids_in(self, job_id: int, states: Collection[ChunkState], limit: int) -> list[str]:
+        """Return ids of chunks in these states; one that changes its state meanwhile may be omitted."""
+
+    async def standings(self, job_ids: Collection[int]) -> dict[int, Standing]:
+        """Return the standing of each job, in one consistent read."""
+
+    async def overdue(self, now: datetime, limit: int, partitions: Collection[int]) -> list[Chunk]:
+        """Return the scanned chunks of jobs in these partitions for which result-store is due to be asked."""
+
+    async def count_open(self, job_id: int) -> OpenChunks: ...
+
+    async def delete(self, job_id: int, limit: int) -> int:
+        """Delete up to `limit` chunks of the job; return the number deleted."""
+
+    async def census(self) -> Counter[ChunkState]:
+        """Return the number of chunks in each state that is not final."""
+
+
+class DispatchRepository(Protocol):
+    """Queued and held chunks, users' clocks, and workers."""
+
+    async def waiting_users(self, *, raw: bool) -> list[int]:
+        """Return the users with queued chunks; without `raw`, chunks that need raw packets do not count."""
+
+    async def queue(
+        self,
+        user_id: int,
+        limit: int,
+        now: datetime,
+        *,
+        raw: bool,
+        skip: Collection[int] = (),
+    ) -> list[Candidate]:
+        """Return the user's first `limit` queued chunks that may start, by turn, without those of the jobs to `skip`."""
+
+    async def first_turn(self, user_id: int) -> int:
+        """Return the lowest turn among the user's queued chunks, or 0."""
+
+    async def held(self, partitions: Collection[int] | None = None) -> list[Held]:
+        """Return the chunks that workers hold; with `partitions` only those of jobs in these partitions."""
+
+    async def clocks(self, users: Collection[int]) -> Clocks:
+        """Return the existing clocks of these users and all active clocks."""
+
+    async def deactivate_clocks(self, left_out: Collection[int] = ()) -> None:
+        """Deactivate the clocks of users with neither queued nor held chunks; the queued ones of `left_out` do not count."""
+
+    async def wake_clocks(self, clocks: Iterable[Clock], virtual: float) -> None:
+        """Activate these clocks, and raise the global virtual time to `virtual`."""
+
+    async def charge(self, seconds: Mapping[int, float]) -> None:
+        """Add seconds to the clocks of these users."""
+
+    async def seen_workers(self, workers: Iterable[Credit]) -> None:
+        """Store that these workers announced themselves now, by the database's clock."""
+
+    async def live_workers(self, within: timedelta) -> list[Credit]:
+        """Return workers with slots that announced themselves within a time, without their partition."""
+
+
+class Store(Protocol):
+    """The repositories of one database."""
+
+    @property
+    def subnets(self) -> SubnetRepository: ...
+    @property
+    def policies(self) -> PolicyRepository: ...
+    @property
+    def audit(self) -> AuditRepository: ...
+    @property
+    def access(self) -> AccessRepository: ...
+    @property
+    def commands(self) -> CommandRepository: ...
+    @property
+    def jobs(self) -> JobRepository: ...
+    @property
+    def deletions(self) -> DeletionRepository: ...
+    @property
+    def chunks(self) -> ChunkRepository: ...
+    @property
+    def dispatch(self) -> DispatchRepository: ...
+
+    async def time(self) -> datetime:
+        """Return the time of the database's clock, in UTC."""

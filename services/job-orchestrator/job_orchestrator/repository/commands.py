@@ -1,0 +1,67 @@
+"""Store decisions on commands in MongoDB."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection, Sequence
+from datetime import timedelta
+from typing import Final
+
+from pymongo import IndexModel
+
+from job_orchestrator.domain.command import Command
+from job_orchestrator.repository import documents
+from scanfleet.mongo import Database, dependency_errors, insert_missing
+
+INDEXES: Final = {
+    "commands": [
+        IndexModel(
+            [("user_id", 1), ("idempotency_key", 1)],
+            unique=True,
+            partialFilterExpression={"idempotency_key": {"$exists": True}},
+        ),
+        # Clients retry within minutes; idempotency keys are kept as long as their commands.
+        IndexModel([("at", 1)], expireAfterSeconds=int(timedelta(days=7).total_seconds())),
+    ],
+}
+
+
+class MongoCommands:
+    """`CommandRepository` on MongoDB."""
+
+    def __init__(self, database: Database) -> None:
+        self._commands = database["commands"]
+
+    async def insert(self, commands: Sequence[Command]) -> dict[str, Command]:
+        taken = await insert_missing(self._commands, [documents.write_command(command) for command in commands])
+        stands = {command.id: command for command in commands}
+        if taken:
+            losers = [commands[index] for index in taken]
+            first = await self.get([command.id for command in losers])
+            keys = [(command.user_id, command.idempotency_key) for command in losers if command.idempotency_key]
+            by_key = await self.by_key(keys)
+            for loser in losers:
+                stands[loser.id] = first.get(loser.id) or by_key[loser.user_id, loser.idempotency_key or ""]
+        return stands
+
+    @dependency_errors()
+    async def get(self, ids: Collection[str]) -> dict[str, Command]:
+        found = self._commands.find({"_id": {"$in": list(ids)}})
+        return {document["_id"]: documents.read_command(document) async for document in found}
+
+    @dependency_errors()
+    async def by_key(self, keys: Collection[tuple[int, str]]) -> dict[tuple[int, str], Command]:
+        if not keys:
+            return {}
+        found = self._commands.find({"$or": [{"user_id": user, "idempotency_key": key} for user, key in keys]})
+        return {(each["user_id"], each["idempotency_key"]): documents.read_command(each) async for each in found}
+
+    @dependency_errors()
+    async def reject(self, command_id: str, status: int, error: str, rule: str) -> None:
+        rejection = {"state": "rejected", "status": status, "error": error, "rule": rule}
+        await self._commands.update_one({"_id": command_id, "state": "accepted"}, {"$set": rejection})
+
+    async def accepted_submits(self) -> AsyncIterator[Command]:
+        """Yield every command that created jobs."""
+        async with dependency_errors():
+            async for each in self._commands.find({"state": "accepted", "jobs": {"$ne": []}}):
+                yield documents.read_command(each)

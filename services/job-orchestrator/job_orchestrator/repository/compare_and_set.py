@@ -1,0 +1,49 @@
+"""Store documents by compare-and-set on their `rev`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
+from typing import Any, Final, TypeVar
+
+from pymongo import UpdateOne
+
+from job_orchestrator.domain.chunk import Chunk
+from job_orchestrator.domain.job import ScanJob
+from scanfleet.mongo import Collection, Document, dependency_errors
+
+_Revised = TypeVar("_Revised", ScanJob, Chunk)
+
+NO_RECEIPT: Final = {"deletion": {"$exists": False}}  # of a deleted job
+
+
+@dependency_errors()
+async def save(
+    collection: Collection,
+    changed: Sequence[_Revised],
+    write: Callable[[_Revised], Document],
+    read: Callable[[Document], _Revised],
+    constants: AbstractSet[str],
+) -> set[Any]:
+    if not changed:
+        return set()
+    new = [replace(each, rev=each.rev + 1) for each in changed]
+    result = await collection.bulk_write(
+        [UpdateOne({"_id": each.id, "rev": each.rev - 1}, _update(write(each), constants)) for each in new],
+        ordered=False,
+    )
+    if result.matched_count == len(changed):
+        return set()
+    # The response does not list the losers. A retried write can find its own first attempt, which is a success.
+    found = collection.find({"_id": {"$in": [each.id for each in new]}} | NO_RECEIPT)
+    stored = {each["_id"]: read(each) async for each in found}
+    return {each.id for each in new if stored.get(each.id) != each}
+
+
+def _update(document: Document, constants: AbstractSet[str]) -> Document:
+    """Return an update of the fields that can change, so that fields of a newer release are kept."""
+    update: Document = {"$set": {name: value for name, value in document.items() if name not in constants}}
+    if "rev" in document and "outbox" not in document and "seq" in document:
+        update["$unset"] = {"outbox": ""}
+    return update

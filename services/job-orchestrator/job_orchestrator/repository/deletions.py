@@ -1,0 +1,46 @@
+"""Store receipts of deleted jobs in MongoDB, in the place of the jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from datetime import datetime
+
+from job_orchestrator.domain.deletion import KEEP_RECEIPTS, Deletion, Stage
+from job_orchestrator.domain.job import ScanJob
+from job_orchestrator.repository import documents
+from job_orchestrator.repository.compare_and_set import NO_RECEIPT
+from scanfleet.mongo import Database, Document, dependency_errors
+
+
+class MongoDeletions:
+    """`DeletionRepository` on MongoDB. The indexes are those of the jobs."""
+
+    def __init__(self, database: Database) -> None:
+        self._jobs = database["jobs"]
+
+    @dependency_errors()
+    async def begin(self, job: ScanJob, receipt: Deletion) -> bool:
+        document = documents.write_deletion(receipt) | {"due": receipt.requested_at}
+        wanted = {"_id": job.id, "rev": job.rev} | NO_RECEIPT
+        return (await self._jobs.replace_one(wanted, document)).matched_count == 1
+
+    @dependency_errors()
+    async def due(self, now: datetime, limit: int) -> list[Deletion]:
+        found = self._jobs.find({"due": {"$lte": now}}).sort("due", 1).limit(limit)
+        return [
+            receipt
+            async for each in found
+            if (receipt := documents.readable(documents.read_deletion, each, "jobs")) is not None
+        ]
+
+    @dependency_errors()
+    async def advance(self, job_ids: Collection[int], stage: Stage, to: Stage, due: datetime | None) -> int:
+        if not job_ids:
+            return 0
+        forget_at = {"$add": ["$$NOW", int(KEEP_RECEIPTS.total_seconds() * 1_000)]}
+        at: Document = {"due": "$$REMOVE", "forget_at": forget_at} if due is None else {"due": due}
+        moved = await self._jobs.update_many(
+            {"_id": {"$in": list(job_ids)}, "deletion.stage": stage.value},
+            [{"$set": {"deletion.stage": to.value} | at}],
+        )
+        return moved.matched_count

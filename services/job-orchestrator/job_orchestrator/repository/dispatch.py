@@ -1,0 +1,123 @@
+"""Query queued and held chunks in MongoDB, and store users' clocks and workers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from datetime import datetime, timedelta
+from typing import Final
+
+from pymongo import IndexModel, UpdateOne
+
+from job_orchestrator.domain.chunk import HELD, ChunkState
+from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
+from job_orchestrator.repository import documents
+from scanfleet.mongo import Database, Document, dependency_errors
+
+_VIRTUAL: Final = "virtual"  # the document of the global virtual time, among the users' clocks
+
+INDEXES: Final = {
+    "clocks": [IndexModel([("active", 1)], partialFilterExpression={"active": True})],
+    # A worker without announcements for an hour has ended: a new process has a new id.
+    "workers": [
+        IndexModel([("seen", 1)], expireAfterSeconds=3_600),
+    ],
+}
+
+
+class MongoDispatch:
+    """`DispatchRepository` on MongoDB. The indexes of the chunks are those of their own repository."""
+
+    def __init__(self, database: Database) -> None:
+        self._chunks = database["chunks"]
+        self._clocks = database["clocks"]
+        self._workers = database["workers"]
+
+    @dependency_errors()
+    async def waiting_users(self, *, raw: bool) -> list[int]:
+        found: list[int] = await self._chunks.distinct("user_id", _queued(raw=raw))
+        return found
+
+    @dependency_errors()
+    async def queue(
+        self,
+        user_id: int,
+        limit: int,
+        now: datetime,
+        *,
+        raw: bool,
+        skip: Collection[int] = (),
+    ) -> list[Candidate]:
+        may_go = {"$or": [{"not_before": None}, {"not_before": {"$lte": now}}]}
+        wanted = _queued(raw=raw) | {"user_id": user_id} | may_go
+        if skip:
+            wanted["job_id"] = {"$nin": list(skip)}
+        found = self._chunks.find(wanted, documents.CANDIDATE).sort("turn", 1).limit(limit)
+        return [documents.read_candidate(each) async for each in found]
+
+    @dependency_errors()
+    async def first_turn(self, user_id: int) -> int:
+        queued = {"state": ChunkState.QUEUED.value, "user_id": user_id, "needs_raw": {"$in": [False, True]}}
+        first = await self._chunks.find_one(queued, {"turn": 1}, sort=[("turn", 1)])
+        return first["turn"] if first else 0
+
+    @dependency_errors()
+    async def held(self, partitions: Collection[int] | None = None) -> list[Held]:
+        wanted: Document = {"held": True}
+        if partitions is not None:
+            wanted["partition"] = {"$in": list(partitions)}
+        return [documents.read_held(each) async for each in self._chunks.find(wanted, documents.HELD_FIELDS)]
+
+    @dependency_errors()
+    async def clocks(self, users: Collection[int]) -> Clocks:
+        found = self._clocks.find({"$or": [{"active": True}, {"_id": {"$in": [*users, _VIRTUAL]}}]})
+        by_id = {each["_id"]: each async for each in found}
+        virtual = by_id.pop(_VIRTUAL, {}).get("time", 0.0)
+        return Clocks({user: documents.read_clock(each) for user, each in by_id.items()}, virtual)
+
+    @dependency_errors()
+    async def deactivate_clocks(self, left_out: Collection[int] = ()) -> None:
+        active = [each["_id"] async for each in self._clocks.find({"active": True}, {"_id": 1})]
+        # In this order: a chunk that is dispatched meanwhile counts in one of them.
+        waiting = await self._chunks.distinct("user_id", {"state": ChunkState.QUEUED.value})
+        busy = await self._chunks.distinct("user_id", {"state": {"$in": [state.value for state in HELD]}})
+        idle = set(active) - (set(waiting) - set(left_out)) - set(busy)
+        if idle:
+            await self._clocks.update_many({"_id": {"$in": list(idle)}}, {"$set": {"active": False}})
+
+    @dependency_errors()
+    async def wake_clocks(self, clocks: Iterable[Clock], virtual: float) -> None:
+        writes = [
+            UpdateOne({"_id": clock.user_id}, {"$max": {"time": clock.time}, "$set": {"active": True}}, upsert=True)
+            for clock in clocks
+        ]
+        writes.append(UpdateOne({"_id": _VIRTUAL}, {"$max": {"time": virtual}}, upsert=True))
+        await self._clocks.bulk_write(writes, ordered=False)
+
+    @dependency_errors()
+    async def charge(self, seconds: Mapping[int, float]) -> None:
+        writes = [UpdateOne({"_id": user}, {"$inc": {"time": time}}, upsert=True) for user, time in seconds.items()]
+        if writes:
+            await self._clocks.bulk_write(writes, ordered=False)
+
+    @dependency_errors()
+    async def seen_workers(self, workers: Iterable[Credit]) -> None:
+        writes = [
+            UpdateOne(
+                {"_id": worker.worker_id},
+                {"$set": {"slots": worker.slots, "raw": worker.raw}, "$currentDate": {"seen": True}},
+                upsert=True,
+            )
+            for worker in workers
+        ]
+        if writes:
+            await self._workers.bulk_write(writes, ordered=False)
+
+    @dependency_errors()
+    async def live_workers(self, within: timedelta) -> list[Credit]:
+        since = {"$gt": ["$seen", {"$subtract": ["$$NOW", int(within.total_seconds() * 1_000)]}]}
+        found = self._workers.find({"slots": {"$gt": 0}, "$expr": since})
+        return [documents.read_worker(each) async for each in found]
+
+
+def _queued(*, raw: bool) -> Document:
+    return {"state": ChunkState.QUEUED.value, "needs_raw": {"$in": [False, True] if raw else [False]}}

@@ -1,0 +1,238 @@
+"""Store jobs in MongoDB."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from datetime import datetime
+from typing import Any, Final
+
+from pymongo import IndexModel
+
+from job_orchestrator.domain.census import JobCensus
+from job_orchestrator.domain.job import UNFINISHED, ScanJob
+from job_orchestrator.domain.quotas import Usage
+from job_orchestrator.repository import documents
+from job_orchestrator.repository.compare_and_set import NO_RECEIPT, save
+from scanfleet.messages import Job, JobStatus
+from scanfleet.mongo import Database, Document, Ids, dependency_errors, insert_missing
+
+_ENDED: Final = [("end_time", 1), ("_id", 1)]
+_ENDED_OF_USER: Final = [("user_id", 1), *_ENDED]
+
+INDEXES: Final = {
+    "jobs": [
+        IndexModel([("user_id", 1), ("sort_time", -1), ("_id", -1)]),
+        IndexModel([("user_id", 1), ("status", 1), ("sort_time", -1), ("_id", -1)]),
+        IndexModel([("subnet_id", 1), ("sort_time", -1), ("_id", -1)]),
+        IndexModel([("policy_id", 1), ("sort_time", -1), ("_id", -1)]),
+        IndexModel([("status", 1), ("sort_time", -1), ("_id", -1)]),  # for administrators, who list every user's
+        # With status and age, unfinished jobs are counted from the index alone.
+        IndexModel(
+            [("settled", 1), ("_id", 1), ("partition", 1), ("status", 1), ("created_at", 1), ("seconds_left", 1)],
+            partialFilterExpression={"settled": False},
+        ),
+        # Jobs of a user that ended while a stream was interrupted.
+        IndexModel(_ENDED_OF_USER, name="end_time_1_user_id_1_v2"),
+        IndexModel(_ENDED),  # the same of all users, and expired jobs page by page
+        # With it the unfinished jobs of a user are counted from the index alone.
+        IndexModel(
+            [("user_id", 1), ("settled", 1), ("status", 1), ("seconds_left", 1)],
+            partialFilterExpression={"settled": False},
+        ),
+        IndexModel([("due", 1)], sparse=True),  # deletions to go on with
+        IndexModel([("forget_at", 1)], expireAfterSeconds=0, sparse=True),
+        IndexModel([("outbox.at", 1)], sparse=True),
+        IndexModel([("subnet_id", 1)], partialFilterExpression={"settled": False}),
+    ],
+}
+
+_UNFINISHED: Final = {"settled": False, "status": {"$in": [status.value for status in UNFINISHED]}}
+
+
+class MongoJobs:
+    """`JobRepository` on MongoDB."""
+
+    def __init__(self, database: Database) -> None:
+        self._jobs = database["jobs"]
+        self._ids = Ids(database, "jobs")
+
+    async def take_ids(self, count: int = 1) -> range:
+        return await self._ids.take(count)
+
+    async def insert(self, jobs: Sequence[ScanJob]) -> None:
+        await insert_missing(self._jobs, [documents.write_job(job) for job in jobs])
+
+    @dependency_errors()
+    async def get(self, ids: Collection[int]) -> dict[int, ScanJob]:
+        if not ids:
+            return {}
+        found = self._jobs.find({"_id": {"$in": list(ids)}} | NO_RECEIPT)
+        return {
+            job.id: job
+            async for each in found
+            if (job := documents.readable(documents.read_job, each, "jobs")) is not None
+        }
+
+    async def save(self, jobs: Sequence[ScanJob]) -> set[int]:
+        return await save(self._jobs, jobs, documents.write_job, documents.read_job, documents.JOB_CONSTANTS)
+
+    @dependency_errors()
+    async def page(
+        self,
+        user_id: int | None,
+        statuses: Collection[JobStatus],
+        skip: int,
+        limit: int,
+        *,
+        subnet_id: int | None = None,
+        policy_id: int | None = None,
+        since: datetime | None = None,
+    ) -> tuple[list[Job], int]:
+        wanted: Document = {} if user_id is None else {"user_id": user_id}
+        if user_id is None:
+            statuses = statuses or tuple(JobStatus)  # the index starts with the status
+        if statuses:
+            wanted["status"] = {"$in": [status.value for status in statuses]}
+        asked = {"subnet_id": subnet_id, "policy_id": policy_id}
+        wanted |= {name: value for name, value in asked.items() if value is not None}
+        if since is not None:
+            wanted["created_at"] = {"$gte": since}
+            wanted["sort_time"] = {"$gte": since}  # never before it was created: bounds what is read of an index
+        newest = self._jobs.find(wanted, documents.VIEW_FIELDS)
+        page = newest.sort([("sort_time", -1), ("_id", -1)]).skip(skip).limit(limit)
+        jobs = [
+            job async for each in page if (job := documents.readable(documents.read_view, each, "jobs")) is not None
+        ]
+        return jobs, await self._jobs.count_documents(wanted)
+
+    @dependency_errors()
+    async def latest(
+        self, user_id: int | None, after: int, limit: int, *, changed_since: datetime | None = None
+    ) -> list[int]:
+        wanted: Document = {"_id": {"$gt": after}} | _UNFINISHED
+        if user_id is not None:
+            wanted["user_id"] = user_id
+        if changed_since is not None:
+            wanted["updated_at"] = {"$gte": changed_since}
+        return [each["_id"] async for each in self._jobs.find(wanted, {"_id": 1}).sort("_id", 1).limit(limit)]
+
+    @dependency_errors()
+    async def ended(
+        self, user_id: int | None, since: datetime, limit: int, after: tuple[datetime, int] | None = None
+    ) -> list[tuple[datetime, int]]:
+        # One range of an index each: many jobs that are cancelled together end at the same time.
+        ranges: list[Document] = [{"end_time": {"$gte": since}}]
+        if after is not None:
+            ranges = [{"end_time": after[0], "_id": {"$gt": after[1]}}, {"end_time": {"$gt": after[0]}}]
+        whose, keys = ({}, _ENDED) if user_id is None else ({"user_id": user_id}, _ENDED_OF_USER)
+        found: list[tuple[datetime, int]] = []
+        for each in ranges:
+            if room := limit - len(found):
+                page = self._jobs.find(whose | each, {"end_time": 1}).hint(keys).sort(_ENDED).limit(room)
+                found += [(job["end_time"], job["_id"]) async for job in page]
+        return found
+
+    @dependency_errors()
+    async def unsettled(
+        self,
+        after: int,
+        limit: int,
+        partitions: Collection[int] | None = None,
+    ) -> list[int]:
+        wanted: Document = {"settled": False, "_id": {"$gt": after}}
+        if partitions is not None:
+            wanted["partition"] = {"$in": list(partitions)}
+        found = self._jobs.find(wanted, {"_id": 1}).sort("_id", 1).limit(limit)
+        return [each["_id"] async for each in found]
+
+    @dependency_errors()
+    async def with_old_events(self, before: datetime, limit: int) -> list[int]:
+        found = self._jobs.find({"outbox.at": {"$lt": before}}, {"_id": 1}).limit(limit)
+        return [each["_id"] async for each in found]
+
+    @dependency_errors()
+    async def has_unfinished(self, subnet_id: int) -> bool:
+        wanted = {"subnet_id": subnet_id} | _UNFINISHED
+        return await self._jobs.find_one(wanted, {"_id": 1}) is not None
+
+    @dependency_errors()
+    async def unfinished(
+        self,
+        user_id: int,
+        limit: int,
+        *,
+        statuses: Collection[JobStatus] = UNFINISHED,
+        subnet_id: int | None = None,
+        policy_id: int | None = None,
+        granted_by: str | None = None,
+    ) -> list[int]:
+        wanted: Document = {"user_id": user_id, "status": {"$in": [status.value for status in statuses]}}
+        asked = {"subnet_id": subnet_id, "policy_id": policy_id, "granted_by": granted_by}
+        wanted |= {name: value for name, value in asked.items() if value is not None}
+        return [each["_id"] async for each in self._jobs.find(wanted, {"_id": 1}).limit(limit)]
+
+    @dependency_errors()
+    async def expired(
+        self, before: datetime, limit: int, after: tuple[datetime, int] | None = None
+    ) -> list[tuple[datetime, int]]:
+        ended: Document = {"end_time": {"$lt": before}, "settled": True}
+        if after is not None:  # one range of the index, which begins with the jobs of the same millisecond
+            ended["end_time"]["$gte"] = after[0]
+            ended["$nor"] = [{"end_time": after[0], "_id": {"$lte": after[1]}}]
+        found = self._jobs.find(ended, {"end_time": 1}).sort([("end_time", 1), ("_id", 1)]).limit(limit)
+        return [(each["end_time"], each["_id"]) async for each in found]
+
+    @dependency_errors()
+    async def usage(self, users: Collection[int]) -> dict[int, Usage]:
+        groups = self._jobs.aggregate(
+            [
+                {"$match": {"user_id": {"$in": list(users)}} | _UNFINISHED},
+                {"$group": {"_id": "$user_id", "jobs": {"$sum": 1}, "seconds": {"$sum": "$seconds_left"}}},
+            ],
+        )
+        return {each["_id"]: Usage(each["jobs"], float(each["seconds"])) async for each in groups}
+
+    @dependency_errors()
+    async def seconds_left(self) -> float:
+        total = self._jobs.aggregate(
+            [{"$match": _UNFINISHED}, {"$group": {"_id": None, "seconds": {"$sum": "$seconds_left"}}}],
+        )
+        return sum([float(each["seconds"]) async for each in total])
+
+    @dependency_errors()
+    async def census(self) -> JobCensus:
+        jobs = self._jobs.aggregate(
+            [
+                {"$match": _UNFINISHED},
+                {
+                    "$group": {
+                        "_id": "$status",
+                        "n": {"$sum": 1},
+                        "oldest": {"$min": "$created_at"},
+                        "seconds": {"$sum": "$seconds_left"},
+                    },
+                },
+                {"$set": {"age": _age("$oldest")}},
+            ],
+        )
+        unsent = self._jobs.aggregate(
+            [
+                {"$match": {"outbox.at": {"$exists": True}}},
+                {"$sort": {"outbox.at": 1}},
+                {"$limit": 1},
+                {"$project": {"age": _age({"$min": "$outbox.at"})}},
+            ],
+        )
+        by_status = {JobStatus(each["_id"]): each async for each in jobs}
+        return JobCensus(
+            numbers=Counter({status: each["n"] for status, each in by_status.items()}),
+            ages={status: each["age"] for status, each in by_status.items()},
+            slot_seconds=float(sum(each["seconds"] for each in by_status.values())),
+            outbox_age=max([each["age"] async for each in unsent], default=0.0),
+        )
+
+
+def _age(time: Any) -> Document:
+    """Return the seconds from `time` to the database's current time; `time` can be in the future due to clock skew."""
+    return {"$max": [0.0, {"$divide": [{"$subtract": ["$$NOW", time]}, 1_000]}]}

@@ -1,0 +1,41 @@
+"""The audit log in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from job_orchestrator_testing.repository.data import MemoryRepository
+from scanfleet import rest
+from scanfleet.clock import utc_now
+from scanfleet.messages import AuditEntry
+
+
+class MemoryAudit(MemoryRepository):
+    """An `AuditRepository`."""
+
+    async def add(self, entries: Sequence[AuditEntry]) -> None:
+        now = utc_now()
+        for entry in entries:
+            id_ = f"{entry.service}/{entry.id}"
+            kept = rest.AuditEntry(**entry.model_dump() | {"id": id_, "received_at": now})
+            self._data.audit.setdefault(id_, kept)
+
+    async def page(
+        self,
+        skip: int,
+        limit: int,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        **words: str | None,
+    ) -> tuple[list[rest.AuditEntry], int]:
+        found = [
+            entry
+            for entry in self._data.audit.values()
+            if all(value in (None, getattr(entry, name)) for name, value in words.items())
+            and (since is None or entry.received_at >= since)
+            and (until is None or entry.received_at < until)
+        ]
+        found.sort(key=lambda entry: (entry.received_at, entry.id), reverse=True)
+        return found[skip : skip + limit], len(found)

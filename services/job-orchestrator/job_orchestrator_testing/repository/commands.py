@@ -1,0 +1,35 @@
+"""Decisions on commands in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from job_orchestrator.domain.command import Command
+from job_orchestrator_testing.repository.data import MemoryRepository
+
+
+class MemoryCommands(MemoryRepository):
+    """A `CommandRepository`."""
+
+    async def insert(self, commands: Sequence[Command]) -> dict[str, Command]:
+        stands: dict[str, Command] = {}
+        for command in commands:
+            key = (command.user_id, command.idempotency_key or "")
+            same_key = (await self.by_key([key])).get(key) if command.idempotency_key else None
+            stands[command.id] = self._data.commands.get(command.id) or same_key or command
+            if stands[command.id] is command:
+                self._data.commands[command.id] = command
+        return stands
+
+    async def get(self, ids: Collection[str]) -> dict[str, Command]:
+        return {id_: self._data.commands[id_] for id_ in ids if id_ in self._data.commands}
+
+    async def by_key(self, keys: Collection[tuple[int, str]]) -> dict[tuple[int, str], Command]:
+        by_key = {(each.user_id, each.idempotency_key): each for each in self._data.commands.values()}
+        return {key: by_key[key] for key in keys if key in by_key}
+
+    async def reject(self, command_id: str, status: int, error: str, rule: str) -> None:
+        command = self._data.commands[command_id]
+        if command.state == "accepted":
+            self._data.commands[command_id] = replace(command, state="rejected", status=status, error=error, rule=rule)

@@ -1,0 +1,98 @@
+"""Queued and held chunks, users' clocks and workers in memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState
+from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
+from job_orchestrator_testing.repository.data import MemoryRepository
+
+
+class MemoryDispatch(MemoryRepository):
+    """A `DispatchRepository`."""
+
+    async def waiting_users(self, *, raw: bool) -> list[int]:
+        return sorted({chunk.user_id for chunk in self._queued(raw=raw)})
+
+    async def queue(
+        self,
+        user_id: int,
+        limit: int,
+        now: datetime,
+        *,
+        raw: bool,
+        skip: Collection[int] = (),
+    ) -> list[Candidate]:
+        mine = (
+            chunk
+            for chunk in self._queued(raw=raw)
+            if chunk.user_id == user_id
+            and chunk.job_id not in skip
+            and (chunk.not_before is None or chunk.not_before <= now)
+        )
+        return [
+            Candidate(chunk.id, user_id, chunk.job_id, chunk.estimate, chunk.needs_raw, chunk.failed_by)
+            for chunk in sorted(mine, key=lambda chunk: chunk.turn)[:limit]
+        ]
+
+    async def first_turn(self, user_id: int) -> int:
+        queued = (chunk for chunk in self._data.chunks.values() if chunk.state is ChunkState.QUEUED)
+        return min((chunk.turn for chunk in queued if chunk.user_id == user_id), default=0)
+
+    async def held(self, partitions: Collection[int] | None = None) -> list[Held]:
+        return [
+            Held(
+                token=chunk.token,
+                user_id=chunk.user_id,
+                partition=chunk.partition,
+                estimate=chunk.estimate,
+                share=chunk.share,
+                dispatched_at=chunk.dispatched_at,
+            )
+            for chunk in self._data.chunks.values()
+            if chunk.state in HELD and (partitions is None or chunk.partition in partitions)
+        ]
+
+    async def clocks(self, users: Collection[int]) -> Clocks:
+        known = {user: clock for user, clock in self._data.clocks.items() if clock.active or user in users}
+        return Clocks(known, self._data.virtual)
+
+    async def deactivate_clocks(self, left_out: Collection[int] = ()) -> None:
+        busy = {
+            chunk.user_id
+            for chunk in self._data.chunks.values()
+            if chunk.state in HELD or (chunk.state is ChunkState.QUEUED and chunk.user_id not in left_out)
+        }
+        self._data.clocks |= {
+            user: replace(clock, active=False) for user, clock in self._data.clocks.items() if user not in busy
+        }
+
+    async def wake_clocks(self, clocks: Iterable[Clock], virtual: float) -> None:
+        self._data.virtual = max(self._data.virtual, virtual)
+        for clock in clocks:
+            time_ = max(clock.time, self._data.clocks.get(clock.user_id, clock).time)
+            self._data.clocks[clock.user_id] = Clock(clock.user_id, time_, active=True)
+
+    async def charge(self, seconds: Mapping[int, float]) -> None:
+        for user, more in seconds.items():
+            clock = self._data.clocks.get(user, Clock(user))
+            self._data.clocks[user] = replace(clock, time=clock.time + more)
+
+    async def seen_workers(self, workers: Iterable[Credit]) -> None:
+        self._data.workers |= {worker.worker_id: (worker, time.monotonic()) for worker in workers}
+
+    async def live_workers(self, within: timedelta) -> list[Credit]:
+        since = time.monotonic() - within.total_seconds()
+        return [
+            replace(worker, partition=-1)
+            for worker, seen in self._data.workers.values()
+            if worker.slots and seen > since
+        ]
+
+    def _queued(self, *, raw: bool) -> list[Chunk]:
+        queued = (chunk for chunk in self._data.chunks.values() if chunk.state is ChunkState.QUEUED)
+        return [chunk for chunk in queued if raw or not chunk.needs_raw]

@@ -1,0 +1,144 @@
+"""Jobs in memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from itertools import islice
+
+from job_orchestrator.domain.census import JobCensus
+from job_orchestrator.domain.job import UNFINISHED, ScanJob
+from job_orchestrator.domain.quotas import Usage
+from job_orchestrator_testing.repository.data import MemoryRepository
+from scanfleet.messages import Job, JobStatus
+
+_FAR_FUTURE = datetime(9999, 1, 1, tzinfo=UTC)
+
+
+class MemoryJobs(MemoryRepository):
+    """A `JobRepository`."""
+
+    async def take_ids(self, count: int = 1) -> range:
+        return self._take_ids("jobs", count)
+
+    async def insert(self, jobs: Sequence[ScanJob]) -> None:
+        for job in jobs:
+            if job.id not in self._data.receipts:
+                self._data.jobs.setdefault(job.id, job)
+
+    async def get(self, ids: Collection[int]) -> dict[int, ScanJob]:
+        return {id_: self._data.jobs[id_] for id_ in ids if id_ in self._data.jobs}
+
+    async def save(self, jobs: Sequence[ScanJob]) -> set[int]:
+        losers = {job.id for job in jobs if job.id not in self._data.jobs or self._data.jobs[job.id].rev != job.rev}
+        self._data.jobs |= {job.id: replace(job, rev=job.rev + 1) for job in jobs if job.id not in losers}
+        return losers
+
+    async def page(
+        self,
+        user_id: int | None,
+        statuses: Collection[JobStatus],
+        skip: int,
+        limit: int,
+        *,
+        subnet_id: int | None = None,
+        policy_id: int | None = None,
+        since: datetime | None = None,
+    ) -> tuple[list[Job], int]:
+        mine = [
+            job
+            for job in self._data.jobs.values()
+            if user_id in (None, job.user_id)
+            and (not statuses or job.status in statuses)
+            and subnet_id in (None, job.subnet_id)
+            and policy_id in (None, job.policy_id)
+            and (since is None or job.created_at >= since)
+        ]
+        mine.sort(key=lambda job: (job.start_time or job.end_time or _FAR_FUTURE, job.id), reverse=True)
+        return [job.view for job in mine[skip : skip + limit]], len(mine)
+
+    async def latest(
+        self, user_id: int | None, after: int, limit: int, *, changed_since: datetime | None = None
+    ) -> list[int]:
+        mine = (job for job in self._data.jobs.values() if user_id in (None, job.user_id) and job.id > after)
+        unfinished = (job for job in mine if not job.final)
+        return sorted(job.id for job in unfinished if changed_since is None or job.updated_at >= changed_since)[:limit]
+
+    async def ended(
+        self, user_id: int | None, since: datetime, limit: int, after: tuple[datetime, int] | None = None
+    ) -> list[tuple[datetime, int]]:
+        mine = (job for job in self._data.jobs.values() if user_id in (None, job.user_id))
+        ended = sorted((job.end_time, job.id) for job in mine if job.end_time is not None and job.end_time >= since)
+        return [each for each in ended if after is None or each > after][:limit]
+
+    async def unsettled(
+        self,
+        after: int,
+        limit: int,
+        partitions: Collection[int] | None = None,
+    ) -> list[int]:
+        unsettled = (job for job in self._data.jobs.values() if job.id > after and not job.settled)
+        return sorted(job.id for job in unsettled if partitions is None or job.partition in partitions)[:limit]
+
+    async def with_old_events(self, before: datetime, limit: int) -> list[int]:
+        old = (job.id for job in self._data.jobs.values() if any(out.at < before for out in job.outbox))
+        return list(islice(old, limit))
+
+    async def has_unfinished(self, subnet_id: int) -> bool:
+        return any(job.subnet_id == subnet_id and not job.final for job in self._data.jobs.values())
+
+    async def unfinished(
+        self,
+        user_id: int,
+        limit: int,
+        *,
+        statuses: Collection[JobStatus] = UNFINISHED,
+        subnet_id: int | None = None,
+        policy_id: int | None = None,
+        granted_by: str | None = None,
+    ) -> list[int]:
+        matching = (
+            job.id
+            for job in self._data.jobs.values()
+            if job.user_id == user_id
+            and job.status in statuses
+            and subnet_id in (None, job.subnet_id)
+            and policy_id in (None, job.policy_id)
+            and granted_by in (None, job.granted_by)
+        )
+        return list(islice(matching, limit))
+
+    async def expired(
+        self, before: datetime, limit: int, after: tuple[datetime, int] | None = None
+    ) -> list[tuple[datetime, int]]:
+        ended = sorted((job.end_time, job.id) for job in self._data.jobs.values() if job.end_time and job.settled)
+        return [each for each in ended if each[0] < before and (after is None or each > after)][:limit]
+
+    async def usage(self, users: Collection[int]) -> dict[int, Usage]:
+        usage: dict[int, Usage] = {}
+        for job in self._data.jobs.values():
+            if job.user_id in users and not job.final:
+                usage[job.user_id] = usage.get(job.user_id, Usage()) + Usage(1, job.seconds_left)
+        return usage
+
+    async def seconds_left(self) -> float:
+        return sum(job.seconds_left for job in self._data.jobs.values() if job.status in UNFINISHED)
+
+    async def census(self) -> JobCensus:
+        jobs = [job for job in self._data.jobs.values() if job.status in UNFINISHED]
+        outgoing = [out.at for job in self._data.jobs.values() for out in job.outbox]
+        return JobCensus(
+            numbers=Counter(job.status for job in jobs),
+            ages={
+                status: max(_age(job.created_at) for job in jobs if job.status is status)
+                for status in {job.status for job in jobs}
+            },
+            slot_seconds=sum(job.seconds_left for job in jobs),
+            outbox_age=max(map(_age, outgoing), default=0.0),
+        )
+
+
+def _age(time_: datetime) -> float:
+    return max(0.0, (datetime.now(UTC) - time_).total_seconds())

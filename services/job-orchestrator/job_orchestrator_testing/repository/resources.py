@@ -1,0 +1,59 @@
+"""Subnets and policies in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from datetime import datetime
+from typing import Generic, TypeVar
+
+from job_orchestrator.domain.resources import Policy, Subnet
+from job_orchestrator_testing.repository.data import Data, MemoryRepository
+
+_Owned = TypeVar("_Owned", bound=Subnet | Policy)
+
+
+class MemoryResources(MemoryRepository, Generic[_Owned]):
+    """A `ResourceRepository`."""
+
+    def __init__(self, data: Data, name: str) -> None:
+        super().__init__(data)
+        self._name = name
+        self._resources: dict[int, _Owned] = {}
+
+    async def take_ids(self, count: int = 1) -> range:
+        return self._take_ids(self._name, count)
+
+    async def exists(self, id_: int) -> bool:
+        return id_ in self._resources
+
+    async def count(self, user_id: int, limit: int) -> int:
+        return min(limit, len(self._of(user_id)))
+
+    async def add(self, *resources: _Owned) -> None:
+        for each in resources:
+            self._resources.setdefault(each.id, each)
+
+    async def get(self, keys: Collection[tuple[int, int]]) -> dict[tuple[int, int], _Owned]:
+        return {key: each for each in self._resources.values() if (key := (each.user_id, each.id)) in keys}
+
+    async def page(self, user_id: int, skip: int, limit: int) -> tuple[list[_Owned], int]:
+        mine = sorted(self._of(user_id), key=lambda each: -each.id)
+        return mine[skip : skip + limit], len(mine)
+
+    async def replace(self, resource: _Owned, *, unchanged_since: datetime | None = None) -> bool:
+        before = (await self.get([(resource.user_id, resource.id)])).get((resource.user_id, resource.id))
+        known = before is not None and unchanged_since in (None, before.updated_at)
+        if known:
+            self._resources[resource.id] = resource
+        return known
+
+    async def delete(self, user_id: int, id_: int) -> bool:
+        return bool(await self.get([(user_id, id_)])) and bool(self._resources.pop(id_))
+
+    def _of(self, user_id: int) -> list[_Owned]:
+        return [each for each in self._resources.values() if each.user_id == user_id]
+
+
+class MemorySubnets(MemoryResources[Subnet]):
+    async def with_cidrs(self, user_id: int, cidrs: Collection[str]) -> list[Subnet]:
+        return [each for each in self._of(user_id) if each.cidr in cidrs]
