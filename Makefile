@@ -8,7 +8,7 @@ MAKEFLAGS += --no-print-directory --no-builtin-rules
 
 PYTHON ?= python3# makes the virtual environment; 3.11 or newer
 BIN := .venv/bin
-SERVICES := api-gateway job-orchestrator scanner-worker result-store
+SERVICES := $(sort $(notdir $(wildcard services/*)))
 
 # An installed dependency has a stamp named after the hash of its inputs, so that another checkout reinstalls exactly the
 # dependencies that differ.

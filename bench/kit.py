@@ -18,8 +18,9 @@ from scanfleet.kafka import KafkaBus
 from scanfleet.messages import ChunkClaimed, ChunkScanned, ScanChunk, WorkerReady
 from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_WORKERS
 from scanfleet.outcomes import Outcome
+from scanfleet.services import SERVICES, WORKER
 
-SCRIPTED: Final = {"api-gateway": 1, "job-orchestrator": 1, "scanner-worker": 0, "result-store": 1}
+SCRIPTED: Final = dict.fromkeys(SERVICES, 1) | {WORKER: 0}
 """Replicas of a stack whose workers are scripted."""
 _WORKERS: Final = 8
 _SLOTS: Final = 200  # of each: no chunk waits for a slot

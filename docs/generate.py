@@ -22,7 +22,8 @@ from job_orchestrator.domain import chunk, job
 from job_orchestrator.metrics import CensusGauges
 from scanfleet.kafka.topics import TopicSettings
 from scanfleet.messages import export
-from scanfleet.messages.acls import SERVICES, acls_of
+from scanfleet.messages.acls import acls_of
+from scanfleet.services import SERVICES
 from scanfleet_testing.bus import MemoryBus
 
 FOLDER: Final = Path(__file__).parent
@@ -172,13 +173,7 @@ def metrics() -> str:
     return "\n".join(lines) + "\n"
 
 
-_PACKAGES: Final = {
-    "scanfleet": "Every service",
-    "api_gateway": "api-gateway",
-    "job_orchestrator": "job-orchestrator",
-    "scanner_worker": "scanner-worker",
-    "result_store": "result-store",
-}
+_PACKAGES: Final = {"scanfleet": "Every service"} | {service.package: name for name, service in SERVICES.items()}
 
 
 def _metrics(package: str) -> Iterator[tuple[str, str]]:

@@ -12,8 +12,9 @@ from typing import Any, Final
 import yaml
 
 from scanfleet.kafka.topics import TopicSettings, plans
-from scanfleet.messages.acls import QUOTAS, SERVICES, acls_of
+from scanfleet.messages.acls import QUOTAS, acls_of
 from scanfleet.messages.topics import TOPICS
+from scanfleet.services import SERVICES
 
 FOLDER: Final = Path(__file__).parent
 HEAD: Final = "# Written by `python k8s/generate.py`; change what it reads, not this file.\n"

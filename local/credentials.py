@@ -16,17 +16,15 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from scanfleet.services import GATEWAY, WITH_API
+
 ADMIN: Final = "admin"
 LIFE: Final = timedelta(days=365)
 
 LOOPBACK: Final = x509.IPAddress(ip_address("127.0.0.1"))
 
 # Clients and servers; a certificate of one kind is refused for the other.
-_PURPOSES: Final = {
-    "api-gateway": ExtendedKeyUsageOID.CLIENT_AUTH,
-    "job-orchestrator": ExtendedKeyUsageOID.SERVER_AUTH,
-    "result-store": ExtendedKeyUsageOID.SERVER_AUTH,
-}
+_PURPOSES: Final = dict.fromkeys(WITH_API, ExtendedKeyUsageOID.SERVER_AUTH) | {GATEWAY: ExtendedKeyUsageOID.CLIENT_AUTH}
 
 _USES: Final = (
     "digital_signature",

@@ -15,21 +15,22 @@ from cryptography.fernet import Fernet
 
 from local.credentials import make_service_certificates
 from local.tokens import Issuer, make_signing_keys
+from scanfleet.services import GATEWAY, ORCHESTRATOR, RESULT_STORE, SERVICES, WITH_DATABASE
 
 CERTIFICATE_LIFE: Final = timedelta(days=3650)  # as private and as long-lived as the volumes
-DATABASES: Final = {"job-orchestrator": "scanfleet_job_orchestrator", "result-store": "scanfleet_result_store"}
+DATABASES: Final = {service: f"scanfleet_{SERVICES[service].package}" for service in WITH_DATABASE}
 
 
 def make(folder: Path) -> None:
     """Create the missing files in each service's folder: passwords, keys, MongoDB URIs, MongoDB's member key."""
     # A volume belongs to one service, which runs as another user.
     services = (folder / service / "internal-public.pem" for service in DATABASES)
-    make_signing_keys(folder / "api-gateway" / "internal.pem", *services, mode=0o644)
-    public = folder / "result-store" / "chunk-public.pem"
-    make_signing_keys(folder / "job-orchestrator" / "chunk.pem", public, mode=0o644)
+    make_signing_keys(folder / GATEWAY / "internal.pem", *services, mode=0o644)
+    public = folder / RESULT_STORE / "chunk-public.pem"
+    make_signing_keys(folder / ORCHESTRATOR / "chunk.pem", public, mode=0o644)
     make_service_certificates(folder, life=CERTIFICATE_LIFE, mode=0o644)
-    _once(folder / "job-orchestrator" / "audit-key", token_hex(24))
-    _once(folder / "api-gateway" / "session-keys", Fernet.generate_key().decode())
+    _once(folder / ORCHESTRATOR / "audit-key", token_hex(24))
+    _once(folder / GATEWAY / "session-keys", Fernet.generate_key().decode())
     for service in folder.iterdir():
         if service.name == "mongodb":
             _once(service / "key", token_hex(24))

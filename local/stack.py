@@ -24,30 +24,17 @@ from local import kafka, mongod, ports, tokens
 from local.credentials import ADMIN, LOOPBACK, Credentials, make_service_certificates
 from local.supervisor import Process, Program, Supervisor
 from local.wait import until
+from scanfleet.services import GATEWAY, ORCHESTRATOR, RESULT_STORE, SERVICES, WITH_API, WITH_DATABASE, WORKER
 from scanfleet.settings import KafkaSettings
 
 SERVERS: Final = ("kafka", "mongod")
-SERVICES: Final = {
-    "result-store": "result_store",
-    "job-orchestrator": "job_orchestrator",
-    "scanner-worker": "scanner_worker",
-    "api-gateway": "api_gateway",
-}
-"""Package of each service."""
-WITH_DATABASE: Final = ("job-orchestrator", "result-store")
-LOCAL_REPLICAS: Final = {"result-store": 1, "job-orchestrator": 1, "scanner-worker": 2, "api-gateway": 1}
+LOCAL_REPLICAS: Final = dict.fromkeys(SERVICES, 1) | {WORKER: 2}
 USUAL_PORTS: Final = {
     "kafka": 9092,
     "kafka-controller": 9093,
     "mongod": 27017,
-    "api-gateway": 8080,
-    "job-orchestrator": 8081,
-    "result-store": 8082,
-    "api-gateway-probes": 8090,
-    "job-orchestrator-probes": 8091,
-    "result-store-probes": 8092,
-    "scanner-worker-1-probes": 8093,
-    "scanner-worker-2-probes": 8094,
+    **{service: 8080 + number for number, service in enumerate(WITH_API)},
+    **{f"{name}-probes": 8090 + number for number, name in enumerate((*WITH_API, f"{WORKER}-1", f"{WORKER}-2"))},
 }
 
 LEASE: Final = 10  # seconds: short for development, where workers get killed; loopback has no network delays
@@ -138,7 +125,7 @@ class Stack:
             if self._credentials is not None:
                 self._run("scanfleet.kafka", "create-acls", environment=self._way_to_the_bus())
             for service in WITH_DATABASE if restored else ():
-                self._run(f"{SERVICES[service]}.restored", environment=self._environment(service, 0, service))
+                self._run(f"{SERVICES[service].package}.restored", environment=self._environment(service, 0, service))
             self._supervisor.start(self._services)
             self.wait_until_ready()
             text = "".join(f"{name}={shlex.quote(value)}\n" for name, value in self.env.items())
@@ -295,7 +282,7 @@ class Stack:
 
     def database(self, service: str) -> str:
         """Return the name of a service's database."""
-        return f"{self._database_prefix}_{SERVICES[service]}"
+        return f"{self._database_prefix}_{SERVICES[service].package}"
 
     def kafka_settings(self, service: str | None = None) -> KafkaSettings:
         """Return the Kafka settings of a service, or of the administrator."""
@@ -373,7 +360,7 @@ class Stack:
         }
         key, public_keys = self._signing_keys("internal")
         chunk_key, chunk_public_keys = self._signing_keys("chunk")
-        if service == "job-orchestrator":
+        if service == ORCHESTRATOR:
             variables["SCANFLEET_AUDIT_KEY_FILE"] = str(self._secret_file("audit-key", token_hex(24)))
         if service in WITH_DATABASE:
             variables["SCANFLEET_INTERNAL_PUBLIC_KEYS_FILE"] = str(public_keys)
@@ -383,11 +370,11 @@ class Stack:
                 variables["SCANFLEET_MONGODB"] = uri
             else:
                 variables["SCANFLEET_MONGODB_FILE"] = str(self._credentials.file(f"{service}-mongodb", uri))
-        if service == "job-orchestrator":
+        if service == ORCHESTRATOR:
             variables["SCANFLEET_CHUNK_KEY_FILE"] = str(chunk_key)
-        if service == "result-store":
+        if service == RESULT_STORE:
             variables["SCANFLEET_CHUNK_PUBLIC_KEYS_FILE"] = str(chunk_public_keys)
-        if service != "api-gateway":
+        if service != GATEWAY:
             variables["SCANFLEET_TRUSTED_PROXIES"] = "127.0.0.1/32"  # the gateway
         else:
             variables |= {
@@ -397,8 +384,8 @@ class Stack:
                 "SCANFLEET_INTERNAL_KEY_FILE": str(key),
                 "SCANFLEET_SESSION_KEYS_FILE": str(self._secret_file("session-keys", Fernet.generate_key().decode())),
             }
-            variables["SCANFLEET_ORCHESTRATOR_URL"] = replica_url("job-orchestrator")
-            variables["SCANFLEET_RESULT_STORE_URL"] = replica_url("result-store")
+            variables["SCANFLEET_ORCHESTRATOR_URL"] = replica_url(ORCHESTRATOR)
+            variables["SCANFLEET_RESULT_STORE_URL"] = replica_url(RESULT_STORE)
         more: dict[str, str | None] = {**variables, **self._settings}
         for whose in (service, name):
             more |= self._settings_of.get(whose, {})
@@ -459,7 +446,7 @@ class Stack:
     def _choose_ports(self) -> None:
         """Reuse the previous ports that are still free, so that clients find the stack at the same addresses."""
         servers = [*self._servers, *(["kafka-controller"] if "kafka" in self._servers else [])]
-        apis = [name for service in SERVICES if service != "scanner-worker" for name in self.names(service)]
+        apis = [name for service in WITH_API for name in self.names(service)]
         before = self._ports()
         numbers: dict[str, int] = {}
         for name in [*servers, *apis, *(f"{name}-probes" for name in self._services)]:

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 from scanfleet.clock import utc_now
+from scanfleet.services import SERVICES
 from supply import licences, sbom
 from supply.audit import NotAuditedError, audit
-from supply.locks import ROOT, SERVICES
+from supply.locks import ROOT
 from supply.release import ReleaseError, prepare
 
 

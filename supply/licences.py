@@ -9,7 +9,8 @@ from typing import Final
 
 from license_expression import get_spdx_licensing
 
-from supply.locks import SERVICES, Package, packages
+from scanfleet.services import SERVICES
+from supply.locks import Package, packages
 
 ALLOWED: Final = frozenset(
     {"Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "ISC", "MIT", "MIT-0", "MPL-2.0", "PSF-2.0"},

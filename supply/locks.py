@@ -9,8 +9,9 @@ from typing import Final
 
 from packaging.requirements import Requirement
 
+from scanfleet.services import SERVICES
+
 ROOT: Final = Path(__file__).parents[1]
-SERVICES: Final = tuple(sorted(path.name for path in (ROOT / "services").iterdir()))
 LOCKS: Final = (*SERVICES, "dev", "mongod", "uv")
 
 _IMAGE: Final = {  # what an image runs on; other packages of the lock are for other machines

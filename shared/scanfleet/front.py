@@ -23,7 +23,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from scanfleet.messages.topics import GATEWAY
+from scanfleet.services import GATEWAY
 from scanfleet.settings import FrontSettings
 from scanfleet.tls import names
 

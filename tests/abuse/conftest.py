@@ -13,6 +13,7 @@ import pytest
 from local.client import Client
 from local.stack import Stack
 from local.wait import until
+from scanfleet.services import SERVICES
 
 
 @pytest.fixture(scope="package")
@@ -40,7 +41,7 @@ def recording_nmap(calls: Path) -> Path:
 def stack(kafka: str, mongodb: str, recording_nmap: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     stack = Stack(
         tmp_path_factory.mktemp("stack"),
-        replicas=dict.fromkeys(("api-gateway", "job-orchestrator", "scanner-worker", "result-store"), 1),
+        replicas=dict.fromkeys(SERVICES, 1),
         kafka_at=kafka,
         mongodb_at=mongodb,
         topic_prefix="abuse-",

@@ -24,6 +24,7 @@ from local import demo, ports, targets, wait
 from local.client import Client
 from local.paths import ROOT
 from local.wait import until
+from scanfleet.services import SERVICES, WITH_API
 from tests.deploy.inside import REACHED
 
 pytestmark = pytest.mark.k8s
@@ -55,7 +56,6 @@ LONG: Final[dict[str, Any]] = {
 }
 FINISH: Final = 300.0  # seconds for such a scan, whatever happens to it
 
-SERVICES: Final = ("api-gateway", "job-orchestrator", "scanner-worker", "result-store")
 WORKLOADS: Final = (
     "deployment/api-gateway",
     "statefulset/job-orchestrator",
@@ -65,7 +65,7 @@ WORKLOADS: Final = (
 ADDRESSES: Final = {
     "kafka": 9092,
     "mongodb": 27017,
-    **dict.fromkeys(("api-gateway", "job-orchestrator", "result-store"), 80),
+    **dict.fromkeys(WITH_API, 80),
 }
 REACHES: Final[dict[str, set[str]]] = {
     "api-gateway": {"kafka", "job-orchestrator", "result-store"},

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from scanfleet.messages.acls import QUOTAS
+from scanfleet.services import WITH_API, WITH_DATABASE
 
 ROOT: Final = Path(__file__).parents[2]
 COMPOSE: Final[dict[str, Any]] = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
@@ -98,8 +99,8 @@ def test_only_gateway_and_monitoring_have_external_networks() -> None:
 
 CONNECTIONS: Final = {
     *(frozenset({service, "kafka"}) for service in OURS - {"topics"}),
-    *(frozenset({service, "mongodb"}) for service in ("job-orchestrator", "result-store")),
-    *(frozenset({"api-gateway", service}) for service in ("job-orchestrator", "result-store")),
+    *(frozenset({service, "mongodb"}) for service in WITH_DATABASE),
+    *(frozenset({"api-gateway", service}) for service in WITH_DATABASE),
 }
 
 
@@ -125,7 +126,7 @@ def test_prometheus_reaches_every_scraped_service() -> None:
 def test_requests_between_services_are_encrypted() -> None:
     """The gateway asks by https, and it and what it asks have the three files for it; nobody else has."""
     with_files = {name for name in SERVICES if "SCANFLEET_TLS_CA_FILE" in environment(name)}
-    assert with_files == {"api-gateway", "job-orchestrator", "result-store"}
+    assert with_files == set(WITH_API)
     urls = {name: url for name, url in environment("api-gateway").items() if name.endswith("_URL")}
     assert {url for url in urls.values() if not url.startswith("https://")} == set()
     assert len(urls) == len(with_files) - 1

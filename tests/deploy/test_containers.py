@@ -16,11 +16,11 @@ from local import compose, targets
 from local.client import Client
 from local.paths import ROOT
 from local.wait import until
+from scanfleet.services import SERVICES
 from tests.deploy.inside import REACHED
 
 pytestmark = pytest.mark.compose
 
-SERVICES: Final = sorted(path.name for path in (ROOT / "services").iterdir())
 BASE: Final = "python:3.13-slim-trixie"
 MB: Final = 1_000_000
 PROMETHEUS: Final = "http://127.0.0.1:9090"

@@ -11,8 +11,9 @@ from typing import Final
 
 import pytest
 
+from scanfleet.services import SERVICES
+
 ROOT: Final = Path(__file__).parents[2]
-SERVICES: Final = sorted(path.name for path in (ROOT / "services").iterdir())
 
 
 def pins(name: str) -> set[str]:

@@ -19,6 +19,7 @@ import yaml
 from k8s import generate
 from scanfleet.messages.acls import QUOTAS
 from scanfleet.messages.topics import TOPICS
+from scanfleet.services import SERVICES
 from scanfleet.settings import ServerSettings
 
 K8S: Final = Path(__file__).parents[2] / "k8s"
@@ -30,7 +31,7 @@ RAW: Final = "-raw-packets"
 OVERLAYS: Final = sorted(path.name for path in (K8S / "overlays").iterdir() if not path.name.endswith(RAW))
 OPTIONAL: Final = ("certificates", "grants", "hpa", "ingress", "keda", "monitoring", "tls")
 """Components that an operator may add."""
-SERVICES: Final = ("api-gateway", "job-orchestrator", "scanner-worker", "result-store", "topics")
+WORKLOADS: Final = (*SERVICES, "topics")
 FOREIGN: Final = {
     "cert-manager.io/v1/Certificate",
     "cert-manager.io/v1/Issuer",
@@ -50,7 +51,7 @@ FLOWS: Final = {
     ("api-gateway", "result-store", 8080),
     ("job-orchestrator", "mongodb", 27017),
     ("result-store", "mongodb", 27017),
-    *((service, "kafka", 9092) for service in SERVICES),
+    *((service, "kafka", 9092) for service in WORKLOADS),
 }
 
 Manifest = dict[str, Any]
@@ -151,8 +152,10 @@ def test_objects_are_unique(manifests: list[Manifest]) -> None:
 
 def test_service_environment_is_complete_and_minimal(manifests: list[Manifest], judge: Judge) -> None:
     """Every service starts with its variables, and each variable is read by a service."""
-    ours = [(name_of(each), environment(each, manifests)) for each in workloads(manifests) if name_of(each) in SERVICES]
-    assert set(SERVICES) - {service for service, _ in ours} <= {"topics"}
+    ours = [
+        (name_of(each), environment(each, manifests)) for each in workloads(manifests) if name_of(each) in WORKLOADS
+    ]
+    assert set(WORKLOADS) - {service for service, _ in ours} <= {"topics"}
     assert [wrong for service, variables in ours for wrong in judge(service, variables)] == []
 
 
@@ -402,7 +405,7 @@ def test_containers_have_resources_and_probes(manifests: list[Manifest]) -> None
 
 def test_probes_have_a_port_of_their_own(manifests: list[Manifest]) -> None:
     """Every service is probed on the probe port, which no policy opens but to those who measure, and the API on the other."""
-    ours = [each for each in workloads(manifests) if each["kind"] != "Job" and name_of(each) in SERVICES]
+    ours = [each for each in workloads(manifests) if each["kind"] != "Job" and name_of(each) in WORKLOADS]
     for workload in ours:
         (container,) = pod(workload)["spec"]["containers"]
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
@@ -441,7 +444,7 @@ def test_labels_follow_the_convention(manifests: list[Manifest]) -> None:
 def test_services_have_a_disruption_budget(manifests: list[Manifest]) -> None:
     """A drain evicts one pod of a service at a time."""
     budgets = {name_of(each): each["spec"]["maxUnavailable"] for each in of_kind(manifests, "PodDisruptionBudget")}
-    assert budgets == dict.fromkeys(set(SERVICES) - {"topics"}, 1)
+    assert budgets == dict.fromkeys(set(WORKLOADS) - {"topics"}, 1)
 
 
 def test_static_group_members_are_stateful_sets(manifests: list[Manifest]) -> None:
@@ -475,7 +478,7 @@ def test_a_pod_that_connects_to_no_name_asks_for_none(manifests: list[Manifest])
     dns = Pod("kube-system", {"k8s-app": "kube-dns"})
     policies = of_kind(manifests, "NetworkPolicy")
     asking = {name_of(each) for each in workloads(manifests) if passes(policies, "egress", Pod.of(each), dns, 53)}
-    assert asking == {name_of(each) for each in workloads(manifests)} & set(SERVICES)
+    assert asking == {name_of(each) for each in workloads(manifests)} & set(WORKLOADS)
     if of_kind(manifests, "Kafka"):
         assert passes(policies, "egress", Pod("scanfleet", {"strimzi.io/cluster": "scanfleet"}), dns, 53)
 

@@ -11,9 +11,10 @@ import pytest
 from local import nmap
 from local.client import Client
 from local.stack import Stack
+from scanfleet.services import SERVICES
 from tests.e2e.collector import Collector, collecting
 
-REPLICAS = {"api-gateway": 2, "job-orchestrator": 2, "scanner-worker": 2, "result-store": 2}
+REPLICAS = dict.fromkeys(SERVICES, 2)
 
 
 @pytest.fixture(scope="package")

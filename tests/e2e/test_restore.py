@@ -18,6 +18,7 @@ from scanfleet.kafka.topics import TopicSettings
 from scanfleet.messages import JobEvent
 from scanfleet.messages.envelope import decode
 from scanfleet.messages.topics import SCAN_EVENTS
+from scanfleet.services import SERVICES
 
 pytestmark = pytest.mark.e2e
 
@@ -31,7 +32,7 @@ ENDLESS: Final = {"ports": "1-1000", "service_detection": False, "discovery": "n
 @pytest.fixture
 def own_stack(kafka: str, tmp_path: Path) -> Iterator[Stack]:
     """One of every service, with a separate MongoDB that can be restored."""
-    replicas = dict.fromkeys(("api-gateway", "job-orchestrator", "scanner-worker", "result-store"), 1)
+    replicas = dict.fromkeys(SERVICES, 1)
     stack = Stack(tmp_path / "stack", replicas=replicas, kafka_at=kafka, topic_prefix=PREFIX)
     stack.up()
     yield stack

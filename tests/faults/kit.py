@@ -29,7 +29,7 @@ from pymongo import MongoClient
 
 from local import kafka, mongod, nmap, ports
 from local.client import Client
-from local.stack import SERVICES, Stack
+from local.stack import Stack
 from local.supervisor import Program, Supervisor
 from local.wait import until
 from scanfleet.errors import MessageError
@@ -37,6 +37,7 @@ from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.messages import Message
 from scanfleet.messages.envelope import RawRecord, decode
 from scanfleet.messages.topics import SCAN_EVENTS, TOPICS, Topic
+from scanfleet.services import SERVICES, WITH_DATABASE
 from scanfleet_testing.kafka import behind, read
 from scanfleet_testing.tokens import Issuer
 from tests.faults.lines import Line, Lines
@@ -44,7 +45,6 @@ from tests.faults.lines import Line, Lines
 LEASE: Final = 5  # seconds: longer than a busy machine delays a heartbeat, and short to wait for
 SLOTS: Final = 3
 REPLICAS: Final = dict.fromkeys(SERVICES, 2)
-WITH_MONGODB: Final = ("job-orchestrator", "result-store")
 OFF: Final = 7_200  # seconds by which some clocks are wrong
 LIMIT: Final = 90.0  # timeout in seconds for steps that usually take a few, on a loaded machine
 
@@ -154,7 +154,7 @@ class Platform:
         self._lines = Lines()
         self._numbers = {name: ports.choose() for name in ("kafka", "controller", "mongod", *SERVICES)}
         self._to_kafka = {name: self._lines.open("127.0.0.1", self._numbers[name]) for name in SERVICES}
-        self._to_mongod = {name: self._lines.open("127.0.0.1", self._numbers["mongod"]) for name in WITH_MONGODB}
+        self._to_mongod = {name: self._lines.open("127.0.0.1", self._numbers["mongod"]) for name in WITH_DATABASE}
         self._users = iter(range(100, 1_000_000))
         self.kafka = f"127.0.0.1:{self._numbers['kafka']}"
         self.net = f"127.{64 + os.getpid() % 64}"  # another process of this run has another platform
@@ -399,7 +399,7 @@ class Platform:
         for topic in TOPICS:
             for service in topic.consumers:
                 # The orchestrator reads its own topics only after a restore.
-                if service in WITH_MONGODB and topic is not SCAN_EVENTS:
+                if service in WITH_DATABASE and topic is not SCAN_EVENTS:
                     group = service if service == "result-store" else f"{service}-{topic.name}"
                     until(lambda g=group, t=topic: self.behind(g, t) == 0, LIMIT, f"{group} to have read all", 0.2)  # type: ignore[misc] # mypy infers no type for a lambda with a default
 

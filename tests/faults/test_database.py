@@ -12,8 +12,9 @@ import pytest
 from pymongo.errors import AutoReconnect
 
 from local.wait import until
+from scanfleet.services import WITH_DATABASE
 from tests.faults.invariants import Invariants
-from tests.faults.kit import LIMIT, STEADY, TINY, WITH_MONGODB, Caller, Platform
+from tests.faults.kit import LIMIT, STEADY, TINY, Caller, Platform
 
 pytestmark = pytest.mark.e2e
 
@@ -66,7 +67,7 @@ def test_mongod_outage_in_mid_scan_loses_nothing(platform: Platform, user: Calle
         until(lambda: bool(platform.hosts(job_id=job_id)), LIMIT, "hosts to be stored")
         platform.stop_server("mongod")
         try:
-            names = [name for service in WITH_MONGODB for name in platform.names(service)]
+            names = [name for service in WITH_DATABASE for name in platform.names(service)]
             until(lambda: not any(map(platform.ready, names)), LIMIT, "all that need it to be unready")
             assert user.http.get(f"/api/v1/task/{job_id}").status_code == httpx.codes.SERVICE_UNAVAILABLE
             assert platform.ready("api-gateway-1")

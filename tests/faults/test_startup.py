@@ -7,10 +7,10 @@ from typing import Final
 import httpx
 import pytest
 
-from local.stack import SERVICES
 from local.wait import until
+from scanfleet.services import SERVICES, WITH_DATABASE
 from tests.faults.invariants import Invariants
-from tests.faults.kit import LIMIT, TINY, WITH_MONGODB, Caller, Platform
+from tests.faults.kit import LIMIT, TINY, Caller, Platform
 
 pytestmark = pytest.mark.e2e
 
@@ -38,7 +38,7 @@ def test_services_without_kafka_and_mongodb_at_start_wait_and_become_ready(
         platform.wait(MISSING)
         for service in SERVICES:
             for name in platform.names(service):
-                missing = "mongodb" if service in WITH_MONGODB else "kafka"
+                missing = "mongodb" if service in WITH_DATABASE else "kafka"
                 assert answer(platform, name, "readyz") == (503, f"starting, waiting for {missing}")
                 assert answer(platform, name, "healthz") == (200, "")
         refused = user.http.post("/api/v1/task", json={"subnet_ids": [subnet], "policy_id": policy})

@@ -11,9 +11,9 @@ from typing import Final
 
 import pytest
 
-from local.stack import SERVICES
 from local.wait import until
 from scanfleet.messages.topics import SCAN_TASKS, TOPICS
+from scanfleet.services import SERVICES
 from tests.faults.conftest import Shared
 from tests.faults.kit import LIMIT, REPLICAS, STEADY, Platform
 

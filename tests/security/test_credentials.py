@@ -24,8 +24,9 @@ from pymongo.errors import OperationFailure, ServerSelectionTimeoutError
 from local.client import Client
 from local.stack import Stack
 from scanfleet.kafka.broker import access
-from scanfleet.messages.acls import MEMBERS, SERVICES, acls_of
-from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, RESULT_STORE, SCAN_EVENTS, TOPICS, WORKER
+from scanfleet.messages.acls import acls_of
+from scanfleet.messages.topics import SCAN_EVENTS, TOPICS
+from scanfleet.services import GATEWAY, ORCHESTRATOR, RESULT_STORE, SERVICES, WITH_DATABASE, WORKER
 from scanfleet_testing.waiting import until
 
 PREFIX: Final = "secured-"
@@ -116,11 +117,11 @@ def test_client_without_a_certificate_gets_no_answer(stack: Stack, service: str)
 @pytest.mark.e2e
 async def test_unreadable_records_are_dead_lettered(stack: Stack) -> None:
     """Every consumer group dead-letters unreadable records of its topics, and has the right to do so."""
-    read = [topic for topic in TOPICS if set(topic.consumers) & {*MEMBERS} and topic is not SCAN_EVENTS]
+    read = [topic for topic in TOPICS if set(topic.consumers) & {*WITH_DATABASE} and topic is not SCAN_EVENTS]
     async with producer_of(stack) as producer:
         for topic in read:
             await producer.send_and_wait(PREFIX + topic.name, b"nonsense", key=b"k")
-    letters = [PREFIX + topic.dead_letter for topic in read for _ in set(topic.consumers) & {*MEMBERS}]
+    letters = [PREFIX + topic.dead_letter for topic in read for _ in set(topic.consumers) & {*WITH_DATABASE}]
     reader = AIOKafkaConsumer(*set(letters), **access(stack.kafka_settings()), auto_offset_reset="earliest")
     async with reader, asyncio.timeout(LIMIT):
         while letters:

@@ -31,7 +31,8 @@ from scanfleet.auth import InternalTokens, TokenVerifier, open_verifier, read_pr
 from scanfleet.bus import Bus
 from scanfleet.kafka import KafkaBus
 from scanfleet.loop import Loop
-from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, RESULT_STORE, SCAN_EVENTS, SCAN_REPLIES
+from scanfleet.messages.topics import SCAN_EVENTS, SCAN_REPLIES
+from scanfleet.services import GATEWAY, ORCHESTRATOR, RESULT_STORE
 from scanfleet.startup import Startup
 
 _DESCRIPTION = """\

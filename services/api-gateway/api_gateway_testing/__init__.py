@@ -23,9 +23,10 @@ from scanfleet.auth import Principal
 from scanfleet.bus import Bus, Record
 from scanfleet.clock import utc_now
 from scanfleet.messages import CancelJob, CommandAccepted, Job, JobStatus, SubmitJobs
-from scanfleet.messages.topics import ORCHESTRATOR, RESULT_STORE, SCAN_COMMANDS, SCAN_REPLIES
+from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_REPLIES
 from scanfleet.rest import IssuerKeys, Revoked
 from scanfleet.service import create_probes
+from scanfleet.services import ORCHESTRATOR, RESULT_STORE
 from scanfleet_testing.bus import MemoryBroker, MemoryBus
 from scanfleet_testing.tokens import InternalKeys, Issuer
 

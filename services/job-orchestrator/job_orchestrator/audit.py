@@ -15,8 +15,8 @@ from job_orchestrator.repository import MongoAudit, Verification
 from job_orchestrator.settings import AuditSettings
 from scanfleet import mongo
 from scanfleet.errors import DependencyError
-from scanfleet.messages.topics import ORCHESTRATOR
 from scanfleet.operator_command import command_entry
+from scanfleet.services import ORCHESTRATOR
 
 _TAMPERED = 2  # the exit code; 1 is a dependency's failure
 

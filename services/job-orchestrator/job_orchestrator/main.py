@@ -40,7 +40,6 @@ from scanfleet.kafka import KafkaBus
 from scanfleet.loop import Loop
 from scanfleet.messages.topics import (
     OPERATOR,
-    ORCHESTRATOR,
     SCAN_AUDIT,
     SCAN_AUDIT_OPERATOR,
     SCAN_COMMANDS,
@@ -51,6 +50,7 @@ from scanfleet.messages.topics import (
     Topic,
 )
 from scanfleet.policy import ADMITTED_SCRIPTS
+from scanfleet.services import ORCHESTRATOR
 from scanfleet.startup import Startup
 from scanfleet.targets import TargetRules
 from scanfleet.user_grants import UserGrants

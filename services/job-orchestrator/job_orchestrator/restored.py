@@ -24,7 +24,6 @@ from scanfleet.messages import JobCancelled
 from scanfleet.messages.audit import RESTORE
 from scanfleet.messages.envelope import RawRecord, decode
 from scanfleet.messages.topics import (
-    ORCHESTRATOR,
     SCAN_COMMANDS,
     SCAN_DELETIONS,
     SCAN_EVENTS,
@@ -33,6 +32,7 @@ from scanfleet.messages.topics import (
     SCAN_WORKERS,
 )
 from scanfleet.operator_command import command_entry
+from scanfleet.services import ORCHESTRATOR
 
 _PAGE: Final = 100  # jobs at once
 

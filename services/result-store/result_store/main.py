@@ -15,7 +15,8 @@ from scanfleet import logging, mongo, service, tracing
 from scanfleet.auth import InternalVerifier, read_public_keys
 from scanfleet.chunk_grants import Grants
 from scanfleet.kafka import KafkaBus
-from scanfleet.messages.topics import RESULT_STORE, SCAN_DELETIONS, SCAN_RESULTS
+from scanfleet.messages.topics import SCAN_DELETIONS, SCAN_RESULTS
+from scanfleet.services import RESULT_STORE
 from scanfleet.startup import Startup
 
 

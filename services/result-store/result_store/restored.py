@@ -16,8 +16,9 @@ from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.groups import move_group
 from scanfleet.messages import OperatorActed
 from scanfleet.messages.audit import RESTORE
-from scanfleet.messages.topics import RESULT_STORE, SCAN_AUDIT, SCAN_DELETIONS, SCAN_RESULTS
+from scanfleet.messages.topics import SCAN_AUDIT, SCAN_DELETIONS, SCAN_RESULTS
 from scanfleet.operator_command import command_entry
+from scanfleet.services import RESULT_STORE
 
 
 async def restored(settings: Settings) -> str:

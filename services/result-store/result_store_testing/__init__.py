@@ -13,9 +13,10 @@ from scanfleet.audit import Refusals
 from scanfleet.bus import Publisher, Record
 from scanfleet.errors import DependencyError
 from scanfleet.messages import ChunkScanned, HostScanned, Message, PortFound
-from scanfleet.messages.topics import RESULT_STORE, SCAN_RESULTS
+from scanfleet.messages.topics import SCAN_RESULTS
 from scanfleet.outcomes import Outcome
 from scanfleet.rest import Result
+from scanfleet.services import RESULT_STORE
 from scanfleet.targets import Network
 from scanfleet_testing.chunk_grants import grants, signed
 

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from scanfleet import logging, service, tracing
 from scanfleet.kafka import KafkaBus
 from scanfleet.messages import topics
+from scanfleet.services import WORKER
 from scanfleet.startup import Startup
 from scanner_worker.handlers.batch import Abilities
 from scanner_worker.handlers.worker import Worker
@@ -24,8 +25,8 @@ from scanner_worker.settings import Settings
 def create_app() -> FastAPI:
     """Create the service, which `python -m scanfleet.server scanner-worker` runs."""
     settings = Settings()
-    logging.configure(topics.WORKER, settings)
-    tracing.configure(topics.WORKER, settings)
+    logging.configure(WORKER, settings)
+    tracing.configure(WORKER, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -35,7 +36,7 @@ def create_app() -> FastAPI:
         )  # without nmap the worker stays excluded and logs the cause
         # The random part gives a restarted worker a new id, so that no task for the old process reaches it.
         worker_id = f"{settings.instance}-{token_hex(4)}"
-        bus = KafkaBus(settings, source=topics.WORKER, instance=settings.instance)
+        bus = KafkaBus(settings, source=WORKER, instance=settings.instance)
         limits = Limits(settings.max_output_bytes, settings.max_host_bytes, settings.stall_seconds)
         nmap = Nmap(program, limits, settings.allowed_scripts)
         abilities = Abilities(
@@ -66,7 +67,7 @@ def create_app() -> FastAPI:
                 app.state.probes.watch(part)
             yield
 
-    return service.create_app(name=topics.WORKER, settings=settings, lifespan=lifespan)
+    return service.create_app(name=WORKER, settings=settings, lifespan=lifespan)
 
 
 def _exit_with_0() -> None:

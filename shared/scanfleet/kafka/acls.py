@@ -9,7 +9,8 @@ from aiokafka.errors import NoError, for_code
 from aiokafka.protocol.admin import CreateAclsRequest
 
 from scanfleet.kafka.broker import administering
-from scanfleet.messages.acls import SERVICES, Acl, acls_of
+from scanfleet.messages.acls import Acl, acls_of
+from scanfleet.services import SERVICES
 from scanfleet.settings import KafkaSettings
 
 # Kafka's numeric codes.

@@ -8,11 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from scanfleet.messages.topics import GATEWAY, MIB, ORCHESTRATOR, RESULT_STORE, TOPICS, WORKER
-
-SERVICES: Final = (GATEWAY, ORCHESTRATOR, WORKER, RESULT_STORE)
-MEMBERS: Final = (ORCHESTRATOR, RESULT_STORE)
-"""Services that read as members of groups; the others read without one. Group names start with the service's name."""
+from scanfleet.messages.topics import MIB, TOPICS
+from scanfleet.services import WITH_DATABASE
 
 QUOTAS: Final = {"producer_byte_rate": 16 * MIB, "consumer_byte_rate": 64 * MIB}
 """Quota in bytes per second of each service (all processes together) at each broker; the broker throttles the excess.
@@ -33,11 +30,14 @@ class Acl:
 
 
 def acls_of(service: str) -> tuple[Acl, ...]:
-    """Return a service's ACLs: to write and read its topics, and for groups their offsets and dead letters."""
+    """Return a service's ACLs: to write and read its topics, and for groups their offsets and dead letters.
+
+    Services with a database read as members of groups, whose names start with the service's name; the others without one.
+    """
     read = [topic for topic in TOPICS if service in topic.consumers]
     return (
         *(Acl(service, "Write", "topic", topic.name) for topic in TOPICS if service in topic.producers),
-        *(Acl(service, "Write", "topic", topic.dead_letter) for topic in read if service in MEMBERS),
+        *(Acl(service, "Write", "topic", topic.dead_letter) for topic in read if service in WITH_DATABASE),
         *(Acl(service, "Read", "topic", topic.name) for topic in read),
-        *([Acl(service, "Read", "group", service)] if service in MEMBERS else ()),
+        *([Acl(service, "Read", "group", service)] if service in WITH_DATABASE else ()),
     )

@@ -32,11 +32,8 @@ from scanfleet.messages.jobs import (
     JobStarted,
 )
 from scanfleet.messages.results import HostScanned
+from scanfleet.services import GATEWAY, ORCHESTRATOR, RESULT_STORE, WORKER
 
-GATEWAY: Final = "api-gateway"
-ORCHESTRATOR: Final = "job-orchestrator"
-WORKER: Final = "scanner-worker"
-RESULT_STORE: Final = "result-store"
 OPERATOR: Final = "operator"
 """The user of the bus's administrators, not a service; may write to any topic."""
 

@@ -11,7 +11,8 @@ from scanfleet.audit import MERGED, SINGLES, WINDOW_S, Refusals
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError
 from scanfleet.messages import Audited, AuditEntry
-from scanfleet.messages.topics import GATEWAY, SCAN_AUDIT, SCAN_WORKERS
+from scanfleet.messages.topics import SCAN_AUDIT, SCAN_WORKERS
+from scanfleet.services import GATEWAY
 from scanfleet_testing.bus import MemoryBus
 
 

@@ -18,17 +18,8 @@ from scanfleet.messages import HostScanned, Message, PortFound, export
 from scanfleet.messages.envelope import RawRecord, decode, encode
 from scanfleet.messages.fields import MAX_BYTES
 from scanfleet.messages.results import MAX_FOUND
-from scanfleet.messages.topics import (
-    GATEWAY,
-    OPERATOR,
-    ORCHESTRATOR,
-    RESULT_STORE,
-    SCAN_AUDIT_OPERATOR,
-    SCAN_RESULTS,
-    TOPICS,
-    WORKER,
-    Topic,
-)
+from scanfleet.messages.topics import OPERATOR, SCAN_AUDIT_OPERATOR, SCAN_RESULTS, TOPICS, Topic
+from scanfleet.services import GATEWAY, ORCHESTRATOR, RESULT_STORE, WORKER
 from scanfleet_testing.contracts import with_unknown_fields
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

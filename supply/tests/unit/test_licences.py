@@ -7,8 +7,9 @@ from email.message import Message
 
 import pytest
 
+from scanfleet.services import SERVICES
 from supply import licences
-from supply.locks import ROOT, SERVICES, Package
+from supply.locks import ROOT, Package
 
 
 def test_problems_of_the_locks_are_none() -> None:

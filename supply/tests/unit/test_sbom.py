@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from scanfleet.services import SERVICES
 from supply import sbom
-from supply.locks import SERVICES, packages
+from supply.locks import packages
 
 
 @pytest.mark.parametrize("service", SERVICES)

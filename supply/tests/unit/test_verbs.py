@@ -8,7 +8,8 @@ import subprocess
 from hashlib import file_digest
 from typing import Final
 
-from supply.locks import ROOT, SERVICES
+from scanfleet.services import SERVICES
+from supply.locks import ROOT
 
 MAKEFILE: Final = (ROOT / "Makefile").read_text(encoding="utf-8")
 

@@ -21,7 +21,8 @@ from api_gateway_testing import Gateway, Replier, Services
 from scanfleet.front import BoundedProtocol
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings, create_topics
-from scanfleet.messages.topics import GATEWAY, ORCHESTRATOR, SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES
+from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES
+from scanfleet.services import GATEWAY, ORCHESTRATOR
 from scanfleet.settings import KafkaSettings
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.tokens import InternalKeys

@@ -9,7 +9,8 @@ import pytest
 from api_gateway_testing import Gateway, Running
 from scanfleet.messages import Audited, AuditEntry
 from scanfleet.messages.envelope import decode
-from scanfleet.messages.topics import GATEWAY, SCAN_AUDIT
+from scanfleet.messages.topics import SCAN_AUDIT
+from scanfleet.services import GATEWAY
 from scanfleet_testing.bus import MemoryBus
 
 BODY = {"subnet_ids": [5], "policy_id": 3}

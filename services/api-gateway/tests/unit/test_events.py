@@ -31,8 +31,9 @@ from scanfleet.messages import (
     JobStarted,
     JobStatus,
 )
-from scanfleet.messages.topics import ORCHESTRATOR, SCAN_EVENTS
+from scanfleet.messages.topics import SCAN_EVENTS
 from scanfleet.rest import Revoked, Snapshot
+from scanfleet.services import ORCHESTRATOR
 from scanfleet_testing.bus import MemoryBus
 
 EVENTS = "/api/v1/task/41/events"

@@ -27,7 +27,8 @@ from scanfleet.auth import Principal
 from scanfleet.errors import UnavailableError
 from scanfleet.messages import Audited, AuditEntry
 from scanfleet.messages.envelope import decode
-from scanfleet.messages.topics import GATEWAY, SCAN_AUDIT
+from scanfleet.messages.topics import SCAN_AUDIT
+from scanfleet.services import GATEWAY
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.tokens import Issuer
 

@@ -8,7 +8,7 @@ from typing import Literal
 from scanfleet.clock import utc_now
 from scanfleet.messages import AuditEntry
 from scanfleet.messages.audit import MAX_REASON_CHARS
-from scanfleet.messages.topics import ORCHESTRATOR
+from scanfleet.services import ORCHESTRATOR
 
 
 def own_entry(

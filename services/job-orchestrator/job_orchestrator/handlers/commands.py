@@ -38,8 +38,9 @@ from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError, MessageError, Rule
 from scanfleet.messages import AuditEntry, CancelJob, CommandAccepted, CommandRejected, JobStatus, SubmitJobs
 from scanfleet.messages.audit import MAX_REASON_CHARS
-from scanfleet.messages.topics import ORCHESTRATOR, SCAN_PROGRESS, SCAN_REPLIES
+from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_REPLIES
 from scanfleet.policy import ADMITTED_SCRIPTS, PolicyError, executable
+from scanfleet.services import ORCHESTRATOR
 from scanfleet.targets import Target, TargetRules
 from scanfleet.user_grants import Admitted, GrantError, UserGrants
 

@@ -22,7 +22,8 @@ from job_orchestrator_testing import KEYS, RULES
 from scanfleet import mongo
 from scanfleet.kafka import KafkaBus
 from scanfleet.messages import Message
-from scanfleet.messages.topics import ORCHESTRATOR, Topic
+from scanfleet.messages.topics import Topic
+from scanfleet.services import ORCHESTRATOR
 from scanfleet.settings import KafkaSettings
 from scanfleet_testing.chunk_grants import signer
 

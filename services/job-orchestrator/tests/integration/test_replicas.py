@@ -40,7 +40,6 @@ from scanfleet.messages import (
     SubmitJobs,
 )
 from scanfleet.messages.topics import (
-    ORCHESTRATOR,
     SCAN_COMMANDS,
     SCAN_EVENTS,
     SCAN_PROGRESS,
@@ -51,6 +50,7 @@ from scanfleet.messages.topics import (
     SCAN_WORKERS,
     Topic,
 )
+from scanfleet.services import ORCHESTRATOR
 from scanfleet.settings import KafkaSettings
 from scanfleet_testing.chunk_grants import write_chunk_keys
 from scanfleet_testing.consumers import Recorder

@@ -19,7 +19,7 @@ from job_orchestrator_testing import RULES, MemoryStore, World
 from scanfleet import service
 from scanfleet.auth import InternalVerifier, read_public_keys
 from scanfleet.clock import utc_now
-from scanfleet.messages.topics import ORCHESTRATOR
+from scanfleet.services import ORCHESTRATOR
 from scanfleet.settings import FrontSettings
 from scanfleet_testing.tokens import InternalKeys, Issuer
 

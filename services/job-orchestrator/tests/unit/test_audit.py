@@ -22,17 +22,10 @@ from job_orchestrator_testing.things import THEN
 from scanfleet import service
 from scanfleet.errors import DependencyError, MessageError
 from scanfleet.messages import Audited, AuditEntry, OperatorActed
-from scanfleet.messages.acls import SERVICES, acls_of
+from scanfleet.messages.acls import acls_of
 from scanfleet.messages.envelope import encode
-from scanfleet.messages.topics import (
-    GATEWAY,
-    ORCHESTRATOR,
-    RESULT_STORE,
-    SCAN_AUDIT,
-    SCAN_AUDIT_OPERATOR,
-    SCAN_COMMANDS,
-    WORKER,
-)
+from scanfleet.messages.topics import SCAN_AUDIT, SCAN_AUDIT_OPERATOR, SCAN_COMMANDS
+from scanfleet.services import GATEWAY, ORCHESTRATOR, RESULT_STORE, SERVICES, WORKER
 from scanfleet.settings import FrontSettings
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.tokens import Issuer

@@ -15,7 +15,8 @@ from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.messages import OperatorActed
 from scanfleet.messages.envelope import decode
-from scanfleet.messages.topics import RESULT_STORE, SCAN_AUDIT, SCAN_DELETIONS, SCAN_RESULTS
+from scanfleet.messages.topics import SCAN_AUDIT, SCAN_DELETIONS, SCAN_RESULTS
+from scanfleet.services import RESULT_STORE
 from scanfleet_testing.consumers import Recorder, Running
 from scanfleet_testing.waiting import until
 

@@ -17,8 +17,9 @@ from scanfleet import mongo
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.messages import ChunkStored, HostScanned
-from scanfleet.messages.topics import RESULT_STORE, SCAN_RESULTS, SCAN_STORED
+from scanfleet.messages.topics import SCAN_RESULTS, SCAN_STORED
 from scanfleet.outcomes import address_at
+from scanfleet.services import RESULT_STORE
 from scanfleet.settings import KafkaSettings
 from scanfleet_testing.chunk_grants import write_chunk_keys
 from scanfleet_testing.consumers import Recorder, Running

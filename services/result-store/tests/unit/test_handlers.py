@@ -12,7 +12,8 @@ from result_store_testing import handler as results_handler
 from scanfleet.audit import SINGLES, Refusals
 from scanfleet.errors import DependencyError
 from scanfleet.messages import Audited, ChunkIncomplete, ChunkStored, Message, PortFound
-from scanfleet.messages.topics import RESULT_STORE, SCAN_AUDIT, SCAN_RESULTS, SCAN_STORED, Topic
+from scanfleet.messages.topics import SCAN_AUDIT, SCAN_RESULTS, SCAN_STORED, Topic
+from scanfleet.services import RESULT_STORE
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.chunk_grants import grants
 from scanfleet_testing.tracing import ids, recording

@@ -28,7 +28,8 @@ from scanfleet.messages import (
     StopChunk,
     WorkerReady,
 )
-from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS, SCAN_WORKERS, WORKER
+from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS, SCAN_WORKERS
+from scanfleet.services import WORKER
 from scanfleet.settings import KafkaSettings
 from scanfleet_testing.consumers import Recorder
 from scanfleet_testing.process import ServiceProcess

@@ -26,8 +26,9 @@ from scanfleet.messages import (
     StopChunk,
     WorkerReady,
 )
-from scanfleet.messages.topics import SCAN_AUDIT, SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS, SCAN_WORKERS, WORKER, Topic
+from scanfleet.messages.topics import SCAN_AUDIT, SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS, SCAN_WORKERS, Topic
 from scanfleet.ports import PortSet
+from scanfleet.services import WORKER
 from scanfleet.targets import TargetRules
 from scanfleet.user_grants import UserGrants
 from scanfleet_testing.bus import MemoryBus
