@@ -7,9 +7,18 @@ from collections.abc import Collection, Sequence
 from typing import Final, Protocol
 
 import structlog
-from prometheus_client import Counter
 
 from result_store.domain import Batch, ClosedChunk, Host, StoredHost, close, fold
+from result_store.metrics import (
+    CHUNKS_CLOSED,
+    CHUNKS_INCOMPLETE,
+    DELETED_DOCUMENTS,
+    DUPLICATES,
+    HOSTS_STORED,
+    LATE,
+    OF_DELETED_JOBS,
+    UNCOVERED,
+)
 from scanfleet import tracing
 from scanfleet.audit import Refusals
 from scanfleet.bus import Publisher, Record
@@ -26,19 +35,6 @@ from scanfleet.messages import (
     ResultsDeleted,
 )
 from scanfleet.messages.topics import SCAN_DELETIONS, SCAN_STORED
-
-_hosts = Counter("scanfleet_results_hosts_stored", "Hosts stored.")
-_duplicates = Counter("scanfleet_results_duplicates", "Hosts that were already stored.")
-_late = Counter("scanfleet_results_late", "Hosts received after their chunk was closed; new ones are not results.")
-_closed = Counter("scanfleet_results_chunks_closed", "Chunks closed.")
-_incomplete = Counter("scanfleet_results_chunks_incomplete", "ChunkScanned whose hosts were not all stored.")
-
-_of_deleted = Counter(
-    "scanfleet_results_of_deleted_jobs", "Batches with results of deleted jobs, which are deleted again."
-)
-_erased = Counter("scanfleet_results_deleted_documents", "Hosts and closed chunks of deleted jobs that were deleted.")
-
-_uncovered = Counter("scanfleet_results_uncovered", "Records dropped because no valid signature covers them.")
 
 _STEP_SECONDS: Final = 1.0
 _DOCUMENTS: Final = 2_000  # deleted in one step: a fraction of what storing may need of the database
@@ -114,20 +110,20 @@ class ResultsHandler:
         answers = await self._answers(batch, closed)
         # Written first and read after: either this batch sees the mark, or the deletion sees what the batch has stored.
         if deleted := await self._store.deleted({message.job_id for message in batch.messages}):
-            _of_deleted.inc()
+            OF_DELETED_JOBS.inc()
             await self._store.begin_deletions(deleted)
         if answers:
             await self._publisher.publish(SCAN_STORED, answers)
-        _hosts.inc(new)
-        _duplicates.inc(len(records) - len(batch.scanned) - new)
-        _late.inc(sum(host.scanned.chunk_id in closed for host in batch.hosts.values()))
+        HOSTS_STORED.inc(new)
+        DUPLICATES.inc(len(records) - len(batch.scanned) - new)
+        LATE.inc(sum(host.scanned.chunk_id in closed for host in batch.hosts.values()))
 
     def _covered(self, record: Record) -> bool:
         message = record.message
         if not isinstance(message, HostScanned | ChunkScanned):
             raise MessageError(f"unexpected message type {type(message).__name__} on scan-results")
         if fault := self._grants.fault(message):
-            _uncovered.inc()
+            UNCOVERED.inc()
             self._refusals.add_uncovered(record, fault)
         return not fault
 
@@ -160,9 +156,9 @@ class ResultsHandler:
             complete.append(scanned)
         before = await self._store.close(list(closing.values()))
         final = closed | closing | before
-        _closed.inc(len(closing) - len(before))
+        CHUNKS_CLOSED.inc(len(closing) - len(before))
         for each in incomplete:
-            _incomplete.inc()
+            CHUNKS_INCOMPLETE.inc()
             _log.warning(
                 "hosts missing",
                 job_id=each.job_id,
@@ -203,7 +199,7 @@ class DeletionsHandler:
         left = _DOCUMENTS
         for job_id, begun in (await self._store.open_deletions(_AT_ONCE)).items():
             erased = await self._store.erase(job_id, left)
-            _erased.inc(erased)
+            DELETED_DOCUMENTS.inc(erased)
             left -= erased
             if not left:
                 self.loop.wake()

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, aclosing
 from typing import Any, Final
 
 import structlog
-from prometheus_client import Counter
 
 from scanfleet import tracing
 from scanfleet.bus import Publisher
@@ -40,6 +39,7 @@ from scanner_worker.domain import (
     technique,
 )
 from scanner_worker.handlers.batch import Abilities, Found, Share, TooSlowError
+from scanner_worker.metrics import ADDRESSES, CHUNKS
 
 CLAIM_S: Final = 0.25  # delay before a claim is published; a shorter scan publishes only its final report
 BEAT_S: Final = 1.0  # interval of ChunkProgressed: a third of the shortest lease
@@ -54,8 +54,6 @@ _HOURS_OVER: Final = "the hours in which the user may scan have ended"
 Denied = Callable[[ScanChunk, str, Rule], None]
 """Called with a chunk that has forbidden addresses, why they are forbidden, and by which rule."""
 
-_addresses = Counter("scanfleet_worker_addresses", "Addresses finished, by outcome.", ["outcome"])
-_ends = Counter("scanfleet_worker_chunks", "Chunk attempts finished on this worker, by result.", ["end"])
 _log = structlog.stdlib.get_logger(__name__)
 
 
@@ -180,7 +178,7 @@ class ChunkScan:
         await self._publish(SCAN_RESULTS, messages)
         for index, code in codes.items():
             self._map[index] = code
-            _addresses.labels(code.name.lower()).inc()
+            ADDRESSES.labels(code.name.lower()).inc()
 
     def _host(self, host: Host, code: Outcome, ports: tuple[PortFound, ...]) -> HostScanned:
         return fit(
@@ -215,7 +213,7 @@ class ChunkScan:
         if isinstance(end, ChunkScanned):
             await self._publish(SCAN_RESULTS, [end])
         await self._publish(SCAN_PROGRESS, [end])
-        _ends.labels(type(end).__name__.removeprefix("Chunk").lower()).inc()
+        CHUNKS.labels(type(end).__name__.removeprefix("Chunk").lower()).inc()
         _log.info("chunk ended", how=type(end).__name__, reason=getattr(end, "reason", ""))
 
     async def _publish(self, topic: Topic, messages: Sequence[Message]) -> None:

@@ -7,16 +7,15 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 import structlog
-from prometheus_client import Gauge
 
 from scanfleet.errors import DependencyError
 from scanner_worker.domain import CannotStartError
+from scanner_worker.metrics import EXCLUDED
 
 FAILURES: Final = 3  # consecutive failed runs on different chunks: one bad chunk does not exclude a worker
 SHORTEST_S: Final = 1.0  # delay before the first trial run; doubled after each further one
 LONGEST_S: Final = 60.0
 
-_excluded = Gauge("scanfleet_worker_excluded", "1 if the worker gets no chunks because it cannot run nmap, else 0.")
 _log = structlog.stdlib.get_logger(__name__)
 
 
@@ -73,7 +72,7 @@ class Exclusion:
             remedy="free the disk of the temporary folder, raise the process or memory limit, or install nmap; no restart needed",
         )
         self.reason = reason
-        _excluded.set(1)
+        EXCLUDED.set(1)
         self._begun.set()
         self._changed()
 
@@ -106,5 +105,5 @@ class Exclusion:
             _log.info("trial run of nmap succeeded, the worker is available again", before=self.reason)
             self.reason = ""
             self._begun.clear()
-            _excluded.set(0)
+            EXCLUDED.set(0)
             self._changed()

@@ -8,7 +8,6 @@ from collections.abc import Collection, Coroutine, Mapping, Sequence
 from typing import Final
 
 import structlog
-from prometheus_client import Gauge
 
 from scanfleet.bus import Publisher, Record
 from scanfleet.errors import DependencyError, MessageError
@@ -19,6 +18,7 @@ from scanner_worker.domain import CannotStartError, together
 from scanner_worker.handlers.batch import Abilities, Batch, Scanner
 from scanner_worker.handlers.chunk import FENCE, ChunkScan, Denied
 from scanner_worker.handlers.exclusion import Exclusion
+from scanner_worker.metrics import SLOTS
 
 READY_S: Final = 2.0  # interval of announcements: an orchestrator discovers its workers within this time of its start
 START_S: Final = 2.0  # timeout for a chunk to get a slot; then it is released, since another worker may have a free one
@@ -26,8 +26,6 @@ FLUSH_S: Final = 5.0  # timeout for the final reports of a worker that shuts dow
 SEEN: Final = 4_096  # chunks whose attempt is remembered for deduplication: minutes of the shortest chunks
 
 _LEAVING: Final = "the worker is shutting down"
-
-_slots = Gauge("scanfleet_worker_slots", "Maximum number of concurrent nmap processes; 0 during shutdown or exclusion.")
 
 _Token = tuple[str, int]
 _log = structlog.stdlib.get_logger(__name__)
@@ -212,7 +210,7 @@ class Worker:
 
     async def _announce(self) -> None:
         slots = 0 if self._closed else self._abilities.slots
-        _slots.set(slots)
+        SLOTS.set(slots)
         ready = WorkerReady(worker_id=self._id, slots=slots, raw=self._abilities.raw)
         await self._publisher.publish(SCAN_WORKERS, [ready])
 

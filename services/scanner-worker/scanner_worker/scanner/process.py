@@ -19,12 +19,12 @@ from secrets import token_hex
 from typing import Final
 
 import structlog
-from prometheus_client import Counter, Gauge
 
 from scanfleet.messages import PortFound
 from scanfleet.policy import ADMITTED_SCRIPTS
 from scanfleet.ports import PortSet, parse_ranges
 from scanner_worker.domain import CannotStartError, Host, KilledByGuardError, ScanError, printable
+from scanner_worker.metrics import NMAP_RUNNING, NMAP_STARTS
 from scanner_worker.scanner import datadir, guard, view
 from scanner_worker.scanner.xml import BadXmlError, Reader
 
@@ -58,8 +58,6 @@ _COARSE_TASKS: Final = frozenset({"Service scan", "NSE"})
 
 Found = list[tuple[Host, tuple[PortFound, ...]]]
 
-_starts = Counter("scanfleet_worker_nmap_starts", "nmap processes started; one process can scan several small chunks.")
-_running = Gauge("scanfleet_worker_nmap_running", "nmap processes running.")
 _log = structlog.stdlib.get_logger(__name__)
 
 
@@ -248,7 +246,7 @@ class Nmap:
     async def _started(self, arguments: Sequence[str]) -> AsyncIterator[_Run]:
         """Run nmap in a temporary folder, and remove both on exit."""
         self._runs += 1
-        _starts.inc()
+        NMAP_STARTS.inc()
         mark = f"{self._mark}-{self._runs}."  # the dot prevents that one mark is a prefix of another
         try:
             folder = tempfile.TemporaryDirectory(prefix="scanfleet-", ignore_cleanup_errors=True)
@@ -262,7 +260,7 @@ class Nmap:
                 raise CannotStartError(f"cannot write nmap's data folder: {error}") from error
             arguments = ("--datadir", str(data), *arguments)
             starting = asyncio.create_task(self._start(arguments, mark, folder.name))
-            with _running.track_inprogress():
+            with NMAP_RUNNING.track_inprogress():
                 try:
                     # Shielded: a start that is cancelled halfway would leave an orphaned nmap.
                     yield await asyncio.shield(starting)

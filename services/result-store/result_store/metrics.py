@@ -1,0 +1,24 @@
+"""The metrics of result-store."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from prometheus_client import Counter
+
+HOSTS_STORED: Final = Counter("scanfleet_results_hosts_stored", "Hosts stored.")
+DUPLICATES: Final = Counter("scanfleet_results_duplicates", "Hosts that were already stored.")
+LATE: Final = Counter(
+    "scanfleet_results_late", "Hosts received after their chunk was closed; new ones are not results."
+)
+CHUNKS_CLOSED: Final = Counter("scanfleet_results_chunks_closed", "Chunks closed.")
+CHUNKS_INCOMPLETE: Final = Counter(
+    "scanfleet_results_chunks_incomplete", "ChunkScanned whose hosts were not all stored."
+)
+OF_DELETED_JOBS: Final = Counter(
+    "scanfleet_results_of_deleted_jobs", "Batches with results of deleted jobs, which are deleted again."
+)
+DELETED_DOCUMENTS: Final = Counter(
+    "scanfleet_results_deleted_documents", "Hosts and closed chunks of deleted jobs that were deleted."
+)
+UNCOVERED: Final = Counter("scanfleet_results_uncovered", "Records dropped because no valid signature covers them.")
