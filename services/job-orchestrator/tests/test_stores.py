@@ -925,3 +925,23 @@ async def test_unreadable_jobs_are_left_out_counted_and_named(mongo_store: Mongo
         assert [job.id for job in (await mongo_store.jobs.page(7, set(), 0, 10))[0]] == [2]
     assert UNREADABLE.labels("jobs")._value.get() == before + 2
     assert {(line["event"], line["id"]) for line in logs} == {("unreadable_document", 1)}
+
+
+@pytest.mark.integration
+@pytest.mark.proves("G17")
+async def test_unreadable_receipts_keep_no_deletion_back(mongo_store: MongoStore, database: Database) -> None:
+    """As many receipts as one answer has, which cannot be read and wait longest, are counted, named, and tried again later."""
+    jobs = [replace(change(scan_job(n), JobTrigger.CANCEL, THEN, settled=True), outbox=()) for n in range(1, 5)]
+    await mongo_store.jobs.insert(jobs)
+    for job in jobs:
+        asked = THEN + timedelta(seconds=job.id)
+        receipt = Deletion(job_id=job.id, user_id=7, subnet_id=1, reason="request", requested_at=asked)
+        assert await mongo_store.deletions.begin(job, receipt)
+    await database["jobs"].update_many({"_id": {"$lt": 4}}, {"$set": {"deletion.stage": "unknown"}})
+    now = THEN + timedelta(minutes=1)
+    with capture_logs() as logs:
+        assert await mongo_store.deletions.due(now, 3) == []
+    assert [(line["event"], line["id"]) for line in logs] == [("unreadable_document", n) for n in (1, 2, 3)]
+    assert [each.job_id for each in await mongo_store.deletions.due(now, 3)] == [4]
+    await database["jobs"].update_one({"_id": 2}, {"$set": {"deletion.stage": "results"}})
+    assert [each.job_id for each in await mongo_store.deletions.due(now + timedelta(hours=1), 9)] == [4, 2]

@@ -213,7 +213,7 @@ class DeletionRepository(Protocol):
         """Replace the job by the receipt, due at once, unless the job has changed; answers whether it was done."""
 
     async def due(self, now: datetime, limit: int) -> list[Deletion]:
-        """Return due deletions, the longest waiting first."""
+        """Return due deletions, the longest waiting first; those that cannot be read are due again after a pause."""
 
     async def advance(self, job_ids: Collection[int], stage: Stage, to: Stage, due: datetime | None) -> int:
         """Move deletions from `stage` to `to`, next due at `due`; skip those in any other stage; return the number moved.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from datetime import datetime
+from datetime import datetime, timedelta
+from typing import Final
 
 from job_orchestrator.domain.deletion import KEEP_RECEIPTS, Deletion, Stage
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.repository import documents
 from job_orchestrator.repository.compare_and_set import NO_RECEIPT
 from scanfleet.mongo import Database, Document, dependency_errors
+
+UNREADABLE_PAUSE: Final = timedelta(hours=1)  # between two attempts to read a receipt, which an operator has to repair
 
 
 class MongoDeletions:
@@ -26,12 +29,12 @@ class MongoDeletions:
 
     @dependency_errors()
     async def due(self, now: datetime, limit: int) -> list[Deletion]:
-        found = self._jobs.find({"due": {"$lte": now}}).sort("due", 1).limit(limit)
-        return [
-            receipt
-            async for each in found
-            if (receipt := documents.readable(documents.read_deletion, each, "jobs")) is not None
-        ]
+        found = await self._jobs.find({"due": {"$lte": now}}).sort("due", 1).to_list(limit)
+        receipts = [documents.readable(documents.read_deletion, each, "jobs") for each in found]
+        unreadable = [each["_id"] for each, receipt in zip(found, receipts, strict=True) if receipt is None]
+        if unreadable:  # else they would be the longest waiting ones again and again, and could fill every answer
+            await self._jobs.update_many({"_id": {"$in": unreadable}}, {"$set": {"due": now + UNREADABLE_PAUSE}})
+        return [receipt for receipt in receipts if receipt is not None]
 
     @dependency_errors()
     async def advance(self, job_ids: Collection[int], stage: Stage, to: Stage, due: datetime | None) -> int:
