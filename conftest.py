@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import settings
 from testcontainers.community.kafka import KafkaContainer
 from testcontainers.core.container import DockerContainer
@@ -51,6 +52,15 @@ PARTS = {
     "networks": ("tests/networks",),
     "page": ("tests/page",),
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def uncached_loggers() -> Iterator[None]:
+    """Keep `structlog.testing.capture_logs` effective: it does not see a logger cached under an earlier configuration."""
+    configure = structlog.configure
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(structlog, "configure", lambda **named: configure(**named | {"cache_logger_on_first_use": False}))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
