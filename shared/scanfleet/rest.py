@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Set as AbstractSet
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     AwareDatetime,
     BaseModel,
     BeforeValidator,
@@ -51,9 +52,17 @@ def _rfc3339(value: Any) -> Any:
     return value
 
 
+def _utc(value: datetime) -> datetime:
+    # In UTC it may lie outside the years 1 to 9999, which neither datetime nor MongoDB can express.
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise PydanticCustomError("time", "the time is out of range") from None
+
+
 _DATE_AND_TIME: Final = re.compile(r"\d{4}-\d{2}-\d{2}[Tt]")
 
-InputTime = Annotated[AwareDatetime, BeforeValidator(_rfc3339)]
+InputTime = Annotated[AwareDatetime, BeforeValidator(_rfc3339), AfterValidator(_utc)]
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
 
@@ -517,7 +526,7 @@ class AuditList(_Answer):
 
     entries: list[AuditEntry]
     total: int
-    """With filters counted up to 10,000; on later pages it is above their last entry as long as others may follow."""
+    """With filters, counted up to 10,000. On later pages it exceeds the number of entries up to that page while more may follow."""
 
     page: int
     page_size: int

@@ -62,6 +62,13 @@ def test_input_time_that_is_not_rfc3339_is_refused(value: object) -> None:
         RevocationBody.model_validate({"user_id": 7, "issued_before": value})
 
 
+@pytest.mark.parametrize("value", ["9999-12-31T23:59:59-23:59", "0001-01-01T00:00:00+23:59"])
+def test_input_time_outside_the_calendar_is_refused(value: str) -> None:
+    """A time whose UTC lies outside the years 1 to 9999 could not be compared with stored times."""
+    with pytest.raises(ValidationError, match="the time is out of range"):
+        RevocationBody.model_validate({"user_id": 7, "issued_before": value})
+
+
 def test_input_time_in_rfc3339_or_as_a_datetime_is_accepted() -> None:
     """A request has text; our own code has a datetime."""
     time_ = datetime(2026, 1, 1, tzinfo=UTC)
