@@ -185,10 +185,10 @@ def create_app(
 
 
 def create_probes(app: FastAPI) -> FastAPI:
-    """The probes and metrics of a service, for a port of their own.
+    """Create the application that serves a service's probes and metrics on a separate port.
 
     Args:
-        app: the service, as `create_app` made it.
+        app: the result of `create_app`.
     """
     probes = FastAPI(
         **_BASICS,
@@ -331,7 +331,8 @@ def audit_entry(
     )
 
 
-def _refused(request: Request, rule: Rule, target: str = "", reason: str = "") -> None:
+def record_refusal(request: Request, rule: Rule, *, target: str = "", reason: str = "") -> None:
+    """Add a refused request to the entries that the service publishes for the audit log."""
     entry = audit_entry(request, "refused", rule=rule, target=target, reason=reason)
     cast(Refusals, request.app.state.refusals).add(entry)
 
@@ -339,7 +340,7 @@ def _refused(request: Request, rule: Rule, target: str = "", reason: str = "") -
 async def _public(request: Request, error: Exception) -> Response:
     public = cast(PublicError, error)
     if public.rule is not None:
-        _refused(request, public.rule, public.target, public.reason)
+        record_refusal(request, public.rule, target=public.target, reason=public.reason)
     return error_response(public.status, public.message, public.headers)
 
 
@@ -355,7 +356,7 @@ async def _http(request: Request, error: Exception) -> Response:
         allowed = _allowed(request)
         headers["Allow"] = ", ".join(sorted(allowed | ({"HEAD"} if "GET" in allowed else set())))
     elif "caller" in request.scope:  # then a route was found, and the request is invalid
-        _refused(request, Rule.REQUEST)
+        record_refusal(request, Rule.REQUEST)
     return error_response(http.status_code, http.detail, headers)
 
 
@@ -372,7 +373,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
     if any(problem["loc"][0] == "path" for problem in problems):
         return error_response(404, "Not Found")  # an invalid id names no object
     if "caller" in request.scope:
-        _refused(request, Rule.REQUEST)
+        record_refusal(request, Rule.REQUEST)
     if any(problem["loc"] == ("body",) for problem in problems) and not _is_json(request):
         return error_response(400, "the body must be JSON: send it with Content-Type: application/json")
     text = "; ".join(_problem(problem) for problem in problems[:_MAX_ERRORS])

@@ -181,6 +181,8 @@ class SignIn:
         self._scopes = settings.oidc_scopes
         self._own = str(settings.public_url).rstrip("/")
         self._transport = transport
+        self._tls = httpx2.create_ssl_context()  # takes tens of milliseconds of CPU, so once for all clients
+        self._reading: asyncio.Task[_Discovered] | None = None
         self._found: _Discovered | None = None
         self._found_until = 0.0
 
@@ -248,15 +250,18 @@ class SignIn:
             raise DependencyError(f"{discovered.token_endpoint}: {error!r}") from error
 
     async def _discover(self) -> _Discovered:
-        if self._found is None or time.monotonic() > self._found_until:
-            self._found = await self._read_discovery()
-            self._found_until = time.monotonic() + DISCOVERY_S
+        if self._found is not None and time.monotonic() <= self._found_until:
+            return self._found
+        if self._reading is None or self._reading.done():  # callers share the request in progress
+            self._reading = asyncio.create_task(self._read_discovery())
+        self._found = await asyncio.shield(self._reading)
+        self._found_until = time.monotonic() + DISCOVERY_S
         return self._found
 
     async def _read_discovery(self) -> _Discovered:
         url = f"{self._issuer.rstrip('/')}/.well-known/openid-configuration"
         try:
-            async with httpx2.AsyncClient(transport=self._transport, timeout=ISSUER_S) as client:
+            async with httpx2.AsyncClient(verify=self._tls, transport=self._transport, timeout=ISSUER_S) as client:
                 answer = await client.get(url)
             found = _Discovered.model_validate_json(answer.raise_for_status().content)
         except (httpx2.HTTPError, ValidationError) as error:
@@ -273,6 +278,7 @@ class SignIn:
             scope=" ".join(self._scopes),
             redirect_uri=f"{self._own}/session/callback",
             code_challenge_method="S256",
+            verify=self._tls,
             transport=self._transport,
             timeout=ISSUER_S,
         )

@@ -21,7 +21,7 @@ from api_gateway.api.state import Handed, State
 from api_gateway.auth import RefusedSignInError, SignIn
 from scanfleet.auth import Verifier
 from scanfleet.errors import BadRequestError, DependencyError, NotFoundError, Rule, UnauthorizedError, UnavailableError
-from scanfleet.service import audit_entry
+from scanfleet.service import record_refusal
 
 LOGIN_COOKIE: Final = "__Host-login"
 LOGIN_SECONDS: Final = 600  # to enter a password and a second factor
@@ -112,7 +112,7 @@ async def _begin(request: Request, state: State, sign_in: SignIn, sessions: Sess
 
 
 def _refused(request: Request, why: str, reason: str, next_: str) -> Response:
-    request.app.state.refusals.add(audit_entry(request, "refused", rule=Rule.TOKEN, reason=reason))
+    record_refusal(request, Rule.TOKEN, reason=reason)
     return _failed(why, next_)
 
 

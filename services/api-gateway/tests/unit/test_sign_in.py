@@ -12,8 +12,10 @@ from http.cookies import SimpleCookie
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock, Mock
 from urllib.parse import parse_qs, urlsplit
 
+import httpcore2
 import httpx
 import httpx2
 import pytest
@@ -22,6 +24,7 @@ from cryptography.fernet import Fernet
 
 from api_gateway.api.session import COOKIE, MAX_COOKIE_BYTES, Sessions
 from api_gateway.api.sign_in import LOGIN_COOKIE
+from api_gateway.auth import SignIn
 from api_gateway_testing import Gateway, Running
 from scanfleet.auth import Principal
 from scanfleet.errors import UnavailableError
@@ -30,9 +33,11 @@ from scanfleet.messages.envelope import decode
 from scanfleet.messages.topics import SCAN_AUDIT
 from scanfleet.services import GATEWAY
 from scanfleet_testing.bus import MemoryBus
+from scanfleet_testing.consumers import until
 from scanfleet_testing.tokens import Issuer
 
 LOGIN = "/session/login"
+ENDPOINTS = ("authorization_endpoint", "token_endpoint")
 CALLBACK = "/session/callback"
 PUBLIC = "https://scanfleet.test"
 OWN = {"Sec-Fetch-Site": "same-origin", "Origin": PUBLIC}
@@ -46,7 +51,9 @@ class Provider(httpx2.AsyncBaseTransport):
         self.claims: dict[str, Any] = {}
         self.nonce: str | None = None
         self.unavailable = False
-        self.slow: asyncio.Barrier | None = None
+        self.answers = asyncio.Event()
+        self.answers.set()
+        self.discoveries = 0
         self.named = issuer.settings.jwt_issuer
         self.asked: list[dict[str, str]] = []
         self._codes: dict[str, dict[str, str]] = {}
@@ -62,12 +69,12 @@ class Provider(httpx2.AsyncBaseTransport):
         return f"code={code}&state={query['state']}"
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        if self.slow:
-            await self.slow.wait()
         if self.unavailable:
             raise httpx2.ConnectError("refused", request=request)
         base = "https://issuer.test"
         if request.url.path == "/.well-known/openid-configuration":
+            self.discoveries += 1
+            await self.answers.wait()
             endpoints = {"authorization_endpoint": f"{base}/authorize", "token_endpoint": f"{base}/token"}
             return httpx2.Response(200, json={"issuer": self.named, "end_session_endpoint": f"{base}/out", **endpoints})
         form = {name: values[0] for name, values in parse_qs((await request.aread()).decode()).items()}
@@ -341,17 +348,34 @@ async def test_sign_in_while_scanfleet_is_unavailable_says_so(both: tuple[Runnin
     assert await audited(gateway) == []
 
 
-async def test_sign_in_while_the_issuer_is_slow_delays_no_other(both: tuple[Running, Provider]) -> None:
-    """Requests for an issuer that does not answer wait side by side, not one after another."""
+async def test_sign_in_while_the_issuer_is_slow_shares_one_request(both: tuple[Running, Provider]) -> None:
+    """Concurrent sign-ins wait for one request of the issuer's addresses, and one that is given up ends no other."""
     gateway, provider = both
-    provider.slow = asyncio.Barrier(3)
+    provider.answers.clear()
+    sign_ins = [asyncio.create_task(gateway.client.get(LOGIN)) for _ in range(3)]
+    await until(lambda: provider.discoveries)
+    sign_ins.pop(0).cancel()
+    provider.answers.set()
     async with asyncio.timeout(10):
-        answers = await asyncio.gather(*(gateway.client.get(LOGIN) for _ in range(3)))
-    assert [each.status_code for each in answers] == [302] * 3
+        assert [each.status_code for each in await asyncio.gather(*sign_ins)] == [302] * 2
+    assert provider.discoveries == 1
+
+
+async def test_sign_in_creates_no_tls_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A context costs tens of milliseconds of CPU, and a request for the issuer's address needs no token."""
+    sign_in = SignIn(Gateway().settings(public_url=PUBLIC, oidc_client_id="page"))
+    location = "https://issuer.test/authorize"
+    discovered = httpx2.Response(
+        200, json={"issuer": Issuer().settings.jwt_issuer} | dict.fromkeys(ENDPOINTS, location)
+    )
+    discovered.request = httpx2.Request("GET", location)
+    monkeypatch.setattr(httpx2.AsyncClient, "get", AsyncMock(return_value=discovered))
+    monkeypatch.setattr(httpcore2, "default_ssl_context", Mock(side_effect=AssertionError("a TLS context is created")))
+    assert (await sign_in.location("state", "nonce", "verifier")).startswith(location)
 
 
 async def test_session_is_refreshed_until_the_issuer_ends_it(both: tuple[Running, Provider]) -> None:
-    """A session goes on with new tokens, each refresh token once; one that the issuer refuses is a 401."""
+    """A session continues with new tokens, each refresh token is accepted once, and a refresh that the issuer refuses is a 401."""
     gateway, provider = both
     location, kept = await login(gateway)
     session = cookies(await come_back(gateway, provider.authorize(location), kept))[COOKIE]
