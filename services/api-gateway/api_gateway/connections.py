@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
@@ -19,28 +20,51 @@ KEEPALIVE_SECONDS: Final = 3.0  # shorter than the servers' 5 s, so that no serv
 
 
 class Connections(httpx.AsyncBaseTransport):
-    """A pool of connections to each service."""
+    """A pool of connections to each service.
 
-    def __init__(self, session: aiohttp.ClientSession) -> None:
+    Args:
+        session: holds the connections.
+        head_seconds: timeout until the head of an answer. aiohttp has none for writing a body.
+    """
+
+    def __init__(self, session: aiohttp.ClientSession, head_seconds: float) -> None:
         self._session = session
+        self._head_seconds = head_seconds
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send the request once, and return its answer with a body that is not read yet.
+        """Send the request, and return its answer with a body that is not read yet.
+
+        A GET is sent again if its connection ends without an answer.
 
         Raises:
             httpx.TransportError: the service is unavailable, or sent an invalid answer.
         """
         try:
-            answer = await self._session.request(
-                request.method,
-                URL(str(request.url), encoded=True),
-                headers=request.headers.multi_items(),
-                data=request.content or None,
-                allow_redirects=False,
-            )
+            async with asyncio.timeout(self._head_seconds):
+                answer = await self._session.request(
+                    request.method,
+                    URL(str(request.url), encoded=True),
+                    headers=request.headers.multi_items(),
+                    data=request.content or None,
+                    allow_redirects=False,
+                )
         except (aiohttp.ClientError, OSError) as error:  # a timeout is an OSError
             raise _fault(error) from error
         return httpx.Response(answer.status, headers=answer.raw_headers, stream=_Body(answer))
+
+
+async def _without_repetition(
+    request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+) -> aiohttp.ClientResponse:
+    """Keep aiohttp from sending a PUT or DELETE again: one that was executed would be answered 404 or 412."""
+    try:
+        return await handler(request)
+    except aiohttp.ClientConnectorError:
+        raise
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+        if request.method == "GET":
+            raise
+        raise aiohttp.ClientConnectionError(f"{type(error).__name__}: {error}") from error
 
 
 class _Body(httpx.AsyncByteStream):
@@ -59,8 +83,7 @@ class _Body(httpx.AsyncByteStream):
 
 
 def _fault(error: Exception) -> httpx.TransportError:
-    kind = httpx.ConnectError if isinstance(error, aiohttp.ClientConnectorError) else httpx.TransportError
-    return kind(f"{type(error).__name__}: {error}")
+    return httpx.TransportError(f"{type(error).__name__}: {error}")
 
 
 @asynccontextmanager
@@ -90,5 +113,6 @@ async def connect(
         timeout=timeout,
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
+        middlewares=(_without_repetition,),
     ) as session:
-        yield Connections(session)
+        yield Connections(session, POOL_SECONDS + CONNECT_SECONDS + 2 * settings.upstream_seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -24,6 +25,7 @@ class Server:
     def __init__(self, answers: Sequence[bytes | None]) -> None:
         self.url = ""
         self.requests: list[bytes] = []
+        self.bodies: list[bytes] = []
         self.connections = 0
         self.closed = asyncio.Event()
         self._answers = iter(answers)
@@ -33,6 +35,8 @@ class Server:
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 self.requests.append(head)
+                if length := re.search(rb"content-length: (\d+)", head.lower()):
+                    self.bodies.append(await reader.readexactly(int(length[1])))
                 if (answer := next(self._answers)) is None:
                     break
                 writer.write(answer)
@@ -101,6 +105,28 @@ async def test_answer_that_is_not_http_is_an_error() -> None:
         for _ in range(2):
             with pytest.raises(httpx.TransportError):
                 await read(connections, server.url)
+        assert len(server.requests) == 3  # a GET is sent again
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "POST"])
+async def test_change_whose_connection_ends_is_not_sent_again(method: str) -> None:
+    """A change may have been executed before the connection ended; a second one would be answered 404 or 412."""
+    async with serving(None, WHOLE) as server, connect(Gateway().settings()) as connections:
+        with pytest.raises(httpx.TransportError):
+            await connections.handle_async_request(httpx.Request(method, server.url, content=b"{}"))
+        assert len(server.requests) == 1
+
+
+async def test_headers_and_body_are_sent_unchanged() -> None:
+    """Each header arrives once, in UTF-8, and the body after it."""
+    sent = {"if-match": '"é"', "content-type": "application/json", "accept-encoding": "identity"}
+    async with serving(WHOLE) as server, connect(Gateway().settings()) as connections:
+        request = httpx.Request("PUT", server.url, headers=httpx.Headers(sent, encoding="utf-8"), content=b'{"a": 1}')
+        await (await connections.handle_async_request(request)).aclose()
+        lines = server.requests[0].decode().lower().splitlines()
+        assert all(lines.count(f"{name}: {value}") == 1 for name, value in sent.items())
+        assert sum(line.startswith(tuple(sent)) for line in lines) == len(sent)
+        assert server.bodies == [b'{"a": 1}']
 
 
 async def test_answer_that_is_closed_early_closes_its_connection() -> None:
