@@ -1,7 +1,7 @@
 """Limits on what a client may send and hold before a service has examined its request.
 
 uvicorn and its parser limit neither the size of a request line or of headers, nor the time in which they arrive, nor the number
-of connections. `scanfleet.server` therefore runs every service with this protocol; `service.create_app` hands it its `Front` by the
+of connections. `scanfleet.server` therefore runs every service with this protocol; `service.create_app` provides its `Front` in the
 lifespan's state.
 """
 

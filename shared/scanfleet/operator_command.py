@@ -35,10 +35,10 @@ def command_entry(service: str, action: str, target: str, *, refused: str = "") 
     """Return the audit entry of an operator's command.
 
     Args:
-        service: whose command it is.
-        action: what the command does.
-        target: what it does that to.
-        refused: why the command did nothing; empty if it goes on.
+        service: the service of the command.
+        action: the name of the operation.
+        target: the object of the operation.
+        refused: the reason for a refusal; empty if the command is executed.
     """
     uid = os.getuid()  # not the name in the environment, which the operator can set
     try:

@@ -37,7 +37,8 @@ GROUP_HOSTS: Final = 64  # minimum number of addresses that one nmap probes in p
 FLOOR_OF_ADDRESS: Final = 256
 """Highest rate floor, in probes per second, for each address that one nmap scans.
 
-A host or firewall that limits SYNs to 100 per second hides open ports from 500 probes per second and none from this rate.
+A host or firewall that limits SYNs to 100 per second drops probes of open ports at 500 per second and more, and none at 250
+(measured). At 256 two probes to each of the 8,192 ports of a chunk take 64 s.
 """
 
 VERSION_SCRIPTS: Final = frozenset({"fingerprint-strings", "http-server-header", "https-redirect", "snmp-info"})

@@ -106,7 +106,7 @@ class PortSet:
         return PortSet(udp=_part(self.udp, (number - of_tcp) * size, size))
 
     def meets(self, other: PortSet) -> bool:
-        """Whether a port is in both, as far as numbers tell: a `top` set may hold any TCP port."""
+        """Return whether a port is in both sets. A `top` set may contain any TCP port, since its numbers are unknown here."""
         if self.top and other.top:
             return self.above < other.top and other.above < self.top
         if (self.top and other.tcp_count) or (other.top and self.tcp_count):

@@ -85,7 +85,7 @@ def _parsed(value: object) -> object:
 
 
 FROM_TEXT: Final = BeforeValidator(_parsed)
-"""Has a field of a model parse text by `parse_network`."""
+"""Validator that parses text with `parse_network`."""
 
 ParsedNetwork = Annotated[Network, FROM_TEXT]
 

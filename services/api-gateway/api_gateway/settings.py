@@ -59,7 +59,7 @@ class Settings(CommonSettings, ApiSettings, TlsSettings, KafkaSettings, AuthSett
         "answered 429. A request ends when its response is sent completely. Each replica counts separately.",
     )
     requests_at_once: int = Field(
-        1_000,  # with bodies of the maximum size a gigabyte; ordinary use is a thousandth of that
+        1_000,  # with bodies of the maximum size 128 MiB; ordinary use is a thousandth of that
         ge=1,
         description="Maximum number of such requests of all users; further ones are answered 503.",
     )

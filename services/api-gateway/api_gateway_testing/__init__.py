@@ -185,7 +185,7 @@ class Client:
         headers = [(b"authorization", gateway.client.headers["authorization"].encode())]
         self.scope: Scope = {
             "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.3"},  # as uvicorn says
+            "asgi": {"version": "3.0", "spec_version": "2.3"},  # as sent by uvicorn
             "http_version": "1.1",
             "method": "GET",
             "scheme": "http",

@@ -54,6 +54,13 @@ _HEADERS: Final[dict[int, dict[str, Any]]] = {
 }
 
 
+def server_sent(description: str) -> dict[str, Any]:
+    """Return the schema of a stream: tools apply it to the whole text or, since OpenAPI 3.2, to each event."""
+    fields = {"event": "string", "data": "string", "id": "string", "retry": "integer"}
+    event = {"type": "object", "properties": {name: {"type": type_} for name, type_ in fields.items()}}
+    return {"anyOf": [{"type": "string", "description": description}, event]}
+
+
 def errors(*statuses: int, guarded: bool = True) -> dict[int | str, dict[str, Any]]:
     """Return the error responses of a route: the given ones, and those of every route; `guarded` if it requires a token."""
     always = {401, 429, 500, 503} if guarded else {500, 503}

@@ -248,12 +248,12 @@ def _refused(answer: Response) -> PublicError | DependencyError:
 
 
 def last_seq(last_event_id: str | None) -> int:
-    """The number of the last state of a job that the client received; 0 when it does not say."""
+    """Return the number of the last state of a job that the client received; 0 if the id is missing or malformed."""
     return int(last_event_id) if last_event_id and _OF_JOB.fullmatch(last_event_id) else 0
 
 
 def last_received(last_event_id: str | None) -> datetime | None:
-    """Return the time up to which the client has received every change of many jobs; None when it does not say."""
+    """Return the time up to which the client has received every change of many jobs; None if the id is missing or malformed."""
     match = _OF_JOBS.fullmatch(last_event_id or "")
     return datetime.fromtimestamp(int(match[1]) / 1_000, UTC) if match else None
 

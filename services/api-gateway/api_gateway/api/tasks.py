@@ -8,7 +8,7 @@ from uuid import uuid4
 from fastapi import APIRouter, Header, Request, Response
 
 from api_gateway.api.admission import CancelRoute, Route, StreamRoute
-from api_gateway.api.document import ETAG, ID, IF_NONE_MATCH, TIME, errors, paging, query
+from api_gateway.api.document import ETAG, ID, IF_NONE_MATCH, TIME, errors, paging, query, server_sent
 from api_gateway.api.events import (
     JobsStream,
     JobStream,
@@ -54,7 +54,7 @@ _STATUS: Final = query(
 )
 _USER_ID: Final = query(
     "user_id",
-    {"anyOf": [{"type": "integer", "minimum": 1, "maximum": MAX_ID}, {"const": "all"}]},
+    {"anyOf": [ID, {"const": rest.ALL_USERS}]},
     "For administrators: the jobs of this user, or of `all` users; without it the caller's own.",
 )
 _JOB_FILTERS: Final = [
@@ -138,13 +138,6 @@ _RESULTS: Final[dict[int | str, dict[str, Any]]] = {
         },
     },
 }
-
-
-def server_sent(description: str) -> dict[str, Any]:
-    """Return the schema of a stream: tools apply it to the whole text or, since OpenAPI 3.2, to each event."""
-    fields = {"event": "string", "data": "string", "id": "string", "retry": "integer"}
-    event = {"type": "object", "properties": {name: {"type": type_} for name, type_ in fields.items()}}
-    return {"anyOf": [{"type": "string", "description": description}, event]}
 
 
 _EVENTS: Final[dict[int | str, dict[str, Any]]] = {

@@ -79,7 +79,7 @@ class Commands:
             PublicError: the command was rejected or expired, or its outcome is unknown; the message says which.
         """
         structlog.contextvars.bind_contextvars(command_id=command.command_id)  # for the access log line
-        reply = await self._ask(command) or await _call_off(command.command_id, arbiter, headers)
+        reply = await self._ask(command) or await _expire(command.command_id, arbiter, headers)
         if isinstance(reply, CommandRejected):
             raise _refusal(reply)
         return reply.jobs
@@ -99,7 +99,7 @@ class Commands:
             del self._waiting[command.command_id]
 
 
-async def _call_off(command_id: str, arbiter: Arbiter, headers: Mapping[str, str]) -> Reply:
+async def _expire(command_id: str, arbiter: Arbiter, headers: Mapping[str, str]) -> Reply:
     try:
         reply = await arbiter.expire(command_id, headers)
     except DependencyError as error:

@@ -33,7 +33,9 @@ pytestmark = pytest.mark.integration
 @asynccontextmanager
 async def served(app: FastAPI, http: type[asyncio.Protocol] | str = BoundedProtocol) -> AsyncIterator[str]:
     """The app on a port of its own; yields its address."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:  # so that who comes before the server is up can wait
+    with socket.create_server(
+        ("127.0.0.1", 0)
+    ) as listening:  # connections made before the server is up wait in the backlog
         server = uvicorn.Server(uvicorn.Config(app, http=http, log_config=None, timeout_graceful_shutdown=1))
         task = asyncio.create_task(server.serve(sockets=[listening]))
         try:

@@ -262,7 +262,7 @@ async def test_documented_query_parameter_is_forwarded(gateway: Running, documen
             names = [each["name"]] + ([f"{each['name']}[]"] if each["schema"].get("type") == "array" else [])
             for name in names:
                 answer = await gateway.client.request(verb, re.sub(r"{\w+}", "1", path), params={name: "1"})
-                assert answer.status_code == 404, (path, name)  # the stand-ins' answer
+                assert answer.status_code == 404, (path, name)  # the fakes' answer
 
 
 async def test_import_of_another_content_type_is_400(gateway: Running) -> None:

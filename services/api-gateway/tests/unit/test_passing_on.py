@@ -83,7 +83,7 @@ async def test_head_requires_a_token_like_get(gateway: Running) -> None:
 
 
 async def test_forward_with_a_non_ascii_header_passes_it_on_unchanged(gateway: Running) -> None:
-    """HTTP permits bytes above 0x7f in a header; they reach the service as the client sent them."""
+    """HTTP permits bytes above 0x7f in a header; UTF-8 reaches the service unchanged."""
     gateway.services.on("GET", "http://orchestrator/api/v1/task", httpx.Response(200, json={}))
     answer = await gateway.client.get("/api/v1/task", headers=[(b"Accept", "text/\u00e9, \u20ac".encode())])
     (asked,) = gateway.services.requests

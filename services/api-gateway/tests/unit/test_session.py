@@ -163,7 +163,7 @@ async def test_session_keys_rotate(tmp_path: Path) -> None:
 
 
 async def test_session_of_a_token_too_large_is_refused(gateway: Running) -> None:
-    """A token that no cookie can hold is a 400 that says how large it is."""
+    """A token that is too large for a cookie is a 400 with its size."""
     token = gateway.issuer.token(groups=[secrets.token_hex(16) for _ in range(250)])
     answer = await gateway.client.post(SESSION, headers={"Authorization": f"Bearer {token}"})
     assert answer.status_code == 400
