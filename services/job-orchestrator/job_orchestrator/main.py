@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from collections.abc import Set as AbstractSet
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
@@ -78,7 +77,6 @@ class Orchestrator:
         grants: UserGrants | None = None,
         quotas: Quotas,
         keep: timedelta | None,
-        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         faults = Faults()
         changer = ChunkChanger(store.chunks, store.dispatch)
@@ -91,7 +89,6 @@ class Orchestrator:
             outbox=self.outbox,
             faults=faults,
             clock=clock,
-            monotonic=monotonic,
         )
         self.reconciler = Reconciler(
             jobs=store.jobs,
@@ -116,7 +113,6 @@ class Orchestrator:
             reconciler=self.reconciler,
             rules=rules,
             clock=clock,
-            monotonic=monotonic,
             scripts=scripts,
             grants=grants,
             quotas=quotas,
@@ -130,7 +126,6 @@ class Orchestrator:
             outbox=self.outbox,
             clock=clock,
             keep=keep,
-            monotonic=monotonic,
         )
         self.progress = Progress(
             dispatch=store.dispatch,
@@ -141,7 +136,6 @@ class Orchestrator:
             lease_seconds=lease_seconds,
             stored_seconds=stored_seconds,
             clock=clock,
-            monotonic=monotonic,
         )
         self.dispatcher = Dispatcher(
             jobs=store.jobs,
@@ -157,7 +151,6 @@ class Orchestrator:
             requeue_lost=self.progress.requeue_lost,
             give_up=self.reconciler.give_up,
             grants=self.grants,
-            monotonic=monotonic,
         )
         self.sweeper = Sweeper(
             jobs=store.jobs,
@@ -175,7 +168,6 @@ class Orchestrator:
             stored_seconds=stored_seconds,
             raw_worker_seconds=raw_worker_seconds,
             grants=self.grants,
-            monotonic=monotonic,
         )
         self.handlers: dict[Topic, Handler] = {
             SCAN_COMMANDS: self.commands,

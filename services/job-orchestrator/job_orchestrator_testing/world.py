@@ -178,7 +178,7 @@ class _Time(PlatformTime):
     """The database's clock as it goes with a world's."""
 
     def __init__(self, world: World) -> None:
-        super().__init__(self._never)
+        super().__init__(self._never, lambda: world.now)
         self._began = utc_now()
         self._world = world
 
@@ -240,7 +240,6 @@ class World:
             grants=self.grants,
             quotas=self.quotas,
             keep=self.keep,
-            monotonic=lambda: self.now,
         )
 
     @property

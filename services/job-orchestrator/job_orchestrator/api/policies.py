@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 from fastapi import APIRouter, Request, Response
@@ -10,9 +11,9 @@ from job_orchestrator.api.state import (
     Handed,
     Paged,
     Recorded,
-    State,
     changed,
     check_unchanged,
+    mine,
     tagged,
     within_quota,
 )
@@ -20,7 +21,7 @@ from job_orchestrator.domain.resources import Policy
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded
 from scanfleet.clock import utc_now
-from scanfleet.errors import NotFoundError, Rule
+from scanfleet.errors import NotFoundError
 from scanfleet.service import PathId
 
 router = APIRouter(prefix="/api/v1/policy", route_class=Guarded)
@@ -44,7 +45,7 @@ async def create_policy(
     )
     await record(target=f"/api/v1/policy/{id_}")
     await state.store.policies.add(policy)
-    return _shown(policy, response)
+    return tagged(_view(policy), response)
 
 
 @router.get("")
@@ -60,7 +61,7 @@ async def list_policies(caller: Caller, state: Handed, paged: Paged) -> rest.Pol
 
 @router.get("/{policy_id}")
 async def read_policy(policy_id: PathId, response: Response, caller: Caller, state: Handed) -> rest.Policy:
-    return _shown(await _mine(state, caller.user_id, policy_id), response)
+    return tagged(_view(await mine(state.store.policies, "Policy", caller.user_id, policy_id)), response)
 
 
 @router.put("/{policy_id}")
@@ -74,44 +75,24 @@ async def replace_policy(
     state: Handed,
     record: Recorded,
 ) -> rest.Policy:
-    old = await _mine(state, caller.user_id, policy_id)
+    old = await mine(state.store.policies, "Policy", caller.user_id, policy_id)
     conditional = check_unchanged(_view(old), request)
-    new = Policy(
-        id=old.id,
-        user_id=old.user_id,
-        name=body.name,
-        scan=body.scan(state.scripts),
-        created_at=old.created_at,
-        updated_at=max(utc_now(), old.updated_at + timedelta(milliseconds=1)),  # each state has its own time
-    )
+    updated_at = max(utc_now(), old.updated_at + timedelta(milliseconds=1))  # each state has its own time
+    new = replace(old, name=body.name, scan=body.scan(state.scripts), updated_at=updated_at)
     await record()
     if not await state.store.policies.replace(new, unchanged_since=old.updated_at if conditional else None):
-        await _mine(state, caller.user_id, policy_id)  # it may have been deleted
+        await mine(state.store.policies, "Policy", caller.user_id, policy_id)  # it may have been deleted
         raise changed()
-    return _shown(new, response)
+    return tagged(_view(new), response)
 
 
 @router.delete("/{policy_id}")
 async def delete_policy(policy_id: PathId, caller: Caller, state: Handed, record: Recorded) -> rest.Done:
-    await _mine(state, caller.user_id, policy_id)
+    await mine(state.store.policies, "Policy", caller.user_id, policy_id)
     await record()
     if not await state.store.policies.delete(caller.user_id, policy_id):
         raise NotFoundError("Policy not found")
     return rest.Done(message="Policy deleted successfully")
-
-
-async def _mine(state: State, user_id: int, policy_id: int) -> Policy:
-    found = await state.store.policies.get([(user_id, policy_id)])
-    if not found:
-        theirs = await state.store.policies.exists(policy_id)
-        raise NotFoundError("Policy not found", rule=Rule.OWNER if theirs else None)
-    return found[user_id, policy_id]
-
-
-def _shown(policy: Policy, response: Response) -> rest.Policy:
-    view = _view(policy)
-    tagged(view, response)
-    return view
 
 
 def _view(policy: Policy) -> rest.Policy:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, TypeVar
 
 from fastapi import Depends, Query, Request, Response
 from pydantic import BaseModel
 
-from job_orchestrator.domain.ports import AuditRepository, Store
+from job_orchestrator.domain.ports import AuditRepository, ResourceRepository, Store
 from job_orchestrator.domain.quotas import QuotaError, Quotas
+from job_orchestrator.domain.resources import Policy, Subnet
 from job_orchestrator.domain.user_grants import UNLIMITED, JobGrants
 from job_orchestrator.handlers.audit import record
 from job_orchestrator.handlers.commands import Commands
@@ -21,11 +22,14 @@ from job_orchestrator.handlers.deletions import Deletions
 from scanfleet import rest
 from scanfleet.auth import Caller
 from scanfleet.clock import utc_now
-from scanfleet.errors import BadRequestError, PreconditionFailedError, Rule
+from scanfleet.errors import BadRequestError, NotFoundError, PreconditionFailedError, Rule
 from scanfleet.messages import AuditEntry
 from scanfleet.policy import ADMITTED_SCRIPTS
 from scanfleet.service import audit_entry
 from scanfleet.targets import TargetRules
+
+_Owned = TypeVar("_Owned", bound=Subnet | Policy)
+_View = TypeVar("_View", bound=BaseModel)
 
 MAX_ERROR_CHARS: Final = 200  # limits how much of the caller's input an error quotes
 
@@ -106,9 +110,10 @@ def tags(request: Request, header: str, *, weak: bool = True) -> set[str]:
     return {tag.removeprefix("W/") if weak else tag for tag in stripped if tag}
 
 
-def tagged(view: BaseModel, response: Response) -> None:
-    """Let the answer name the state of the thing that it shows."""
+def tagged(view: _View, response: Response) -> _View:
+    """Return the view, with its entity tag in the headers of the response."""
     response.headers["ETag"] = _tag(view)
+    return view
 
 
 def check_unchanged(view: BaseModel, request: Request) -> bool:
@@ -131,6 +136,18 @@ def changed() -> PreconditionFailedError:
 
 def _tag(view: BaseModel) -> str:
     return f'"{hashlib.sha256(view.model_dump_json().encode()).hexdigest()[:16]}"'
+
+
+async def mine(repository: ResourceRepository[_Owned], kind: str, user_id: int, id_: int) -> _Owned:
+    """Return the user's subnet or policy.
+
+    Raises:
+        NotFoundError: it does not exist or belongs to another user.
+    """
+    found = await repository.get([(user_id, id_)])
+    if not found:
+        raise NotFoundError(f"{kind} not found", rule=Rule.OWNER if await repository.exists(id_) else None)
+    return found[user_id, id_]
 
 
 async def within_quota(state: State, kind: Literal["subnets", "policies"], user_id: int, wanted: int = 1) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 from fastapi import APIRouter, Request, Response
@@ -10,9 +11,9 @@ from job_orchestrator.api.state import (
     Handed,
     Paged,
     Recorded,
-    State,
     changed,
     check_unchanged,
+    mine,
     tagged,
     within_quota,
 )
@@ -46,7 +47,7 @@ async def create_subnet(
     )
     await record(target=f"/api/v1/subnet/{id_}")
     await state.store.subnets.add(subnet)
-    return _shown(subnet, response)
+    return tagged(view(subnet), response)
 
 
 @router.get("")
@@ -62,7 +63,7 @@ async def list_subnets(caller: Caller, state: Handed, paged: Paged) -> rest.Subn
 
 @router.get("/{subnet_id}")
 async def read_subnet(subnet_id: PathId, response: Response, caller: Caller, state: Handed) -> rest.Subnet:
-    return _shown(await _mine(state, caller.user_id, subnet_id), response)
+    return tagged(view(await mine(state.store.subnets, "Subnet", caller.user_id, subnet_id)), response)
 
 
 @router.put("/{subnet_id}")
@@ -76,42 +77,27 @@ async def replace_subnet(
     state: Handed,
     record: Recorded,
 ) -> rest.Subnet:
-    old = await _mine(state, caller.user_id, subnet_id)
+    old = await mine(state.store.subnets, "Subnet", caller.user_id, subnet_id)
     conditional = check_unchanged(view(old), request)
     cidr, exclude = checked(body, state.rules)
-    new = Subnet(
-        id=old.id,
-        user_id=old.user_id,
-        name=body.name,
-        cidr=cidr,
-        exclude=exclude,
-        created_at=old.created_at,
-        updated_at=max(utc_now(), old.updated_at + timedelta(milliseconds=1)),  # each state has its own time
-    )
+    updated_at = max(utc_now(), old.updated_at + timedelta(milliseconds=1))  # each state has its own time
+    new = replace(old, name=body.name, cidr=cidr, exclude=exclude, updated_at=updated_at)
     await record()
     if not await state.store.subnets.replace(new, unchanged_since=old.updated_at if conditional else None):
-        await _mine(state, caller.user_id, subnet_id)  # it may have been deleted
+        await mine(state.store.subnets, "Subnet", caller.user_id, subnet_id)  # it may have been deleted
         raise changed()
-    return _shown(new, response)
+    return tagged(view(new), response)
 
 
 @router.delete("/{subnet_id}")
 async def delete_subnet(subnet_id: PathId, caller: Caller, state: Handed, record: Recorded) -> rest.Done:
-    await _mine(state, caller.user_id, subnet_id)
+    await mine(state.store.subnets, "Subnet", caller.user_id, subnet_id)
     if await state.store.jobs.has_unfinished(subnet_id):
         raise ConflictError("Subnet has unfinished jobs")
     await record()
     if not await state.store.subnets.delete(caller.user_id, subnet_id):
         raise NotFoundError("Subnet not found")
     return rest.Done(message="Subnet deleted successfully")
-
-
-async def _mine(state: State, user_id: int, subnet_id: int) -> Subnet:
-    found = await state.store.subnets.get([(user_id, subnet_id)])
-    if not found:
-        theirs = await state.store.subnets.exists(subnet_id)
-        raise NotFoundError("Subnet not found", rule=Rule.OWNER if theirs else None)
-    return found[user_id, subnet_id]
 
 
 def checked(body: rest.SubnetBody, rules: TargetRules) -> tuple[str, tuple[str, ...]]:
@@ -123,12 +109,6 @@ def checked(body: rest.SubnetBody, rules: TargetRules) -> tuple[str, tuple[str, 
     if refusal := rules.refusal(target.network):
         raise BadRequestError(refusal, rule=Rule.TARGETS, target=body.cidr)
     return str(target.network), tuple(str(network) for network in target.exclude)
-
-
-def _shown(subnet: Subnet, response: Response) -> rest.Subnet:
-    shown = view(subnet)
-    tagged(shown, response)
-    return shown
 
 
 def view(subnet: Subnet) -> rest.Subnet:

@@ -15,13 +15,16 @@ class PlatformTime:
     Args:
         read: reads the time of the database.
         monotonic: returns seconds of a monotonic clock.
+
+    Attributes:
+        monotonic: for intervals within this process.
     """
 
     def __init__(
         self, read: Callable[[], Awaitable[datetime]], monotonic: Callable[[], float] = time.monotonic
     ) -> None:
         self._read = read
-        self._monotonic = monotonic
+        self.monotonic = monotonic
         self._read_at: float | None = None
         self._then: datetime | None = None
 
@@ -31,7 +34,7 @@ class PlatformTime:
         Raises:
             DependencyError: the database is unavailable; the time continues from the last answer.
         """
-        asked = self._monotonic()
+        asked = self.monotonic()
         self._then = await self._read()
         self._read_at = asked
 
@@ -43,5 +46,5 @@ class PlatformTime:
         """
         if self._then is None or self._read_at is None:
             raise DependencyError("the database's time has not been read yet")
-        now = self._then + timedelta(seconds=self._monotonic() - self._read_at)
+        now = self._then + timedelta(seconds=self.monotonic() - self._read_at)
         return now.replace(microsecond=now.microsecond // 1000 * 1000)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -81,7 +81,6 @@ class Commands:
         reconciler: Reconciler,
         rules: TargetRules,
         clock: PlatformTime,
-        monotonic: Callable[[], float],
         scripts: AbstractSet[str] = ADMITTED_SCRIPTS,
         grants: UserGrants | None = None,
         quotas: Quotas,
@@ -98,9 +97,8 @@ class Commands:
         self._scripts = scripts
         self._grants = grants
         self._quotas = quotas
-        self._usages = Usages(jobs, monotonic)
+        self._usages = Usages(jobs, clock)
         self._clock = clock
-        self._monotonic = monotonic
         self._caught_up: dict[int, float] = {}
         """When all records of each partition had last been read."""
 
@@ -147,7 +145,7 @@ class Commands:
             self._caught_up.pop(partition, None)
 
     async def caught_up(self, partitions: Collection[int]) -> None:
-        self._caught_up |= dict.fromkeys(partitions, self._monotonic())
+        self._caught_up |= dict.fromkeys(partitions, self._clock.monotonic())
 
     async def expire(self, command_id: str, user_id: int) -> Reply | None:
         """Ensure that the command will never be accepted; if it was accepted already, finish it and return its reply.
@@ -191,7 +189,7 @@ class Commands:
         log before that depends on the broker's timestamp, and on the clocks of broker and orchestrator.
         """
         caught_up = self._caught_up.get(record.partition)
-        if caught_up is not None and self._monotonic() - caught_up < _TOO_OLD.total_seconds():
+        if caught_up is not None and self._clock.monotonic() - caught_up < _TOO_OLD.total_seconds():
             return False
         return record.timestamp < self._clock.now() - _TOO_OLD
 

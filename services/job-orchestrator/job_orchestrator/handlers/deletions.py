@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -33,13 +32,7 @@ class Deletions:
     """Handles scan-deletions. Runs on every replica; two of them do no harm.
 
     Args:
-        jobs: stores jobs.
-        deletions: stores receipts.
-        chunks: stores chunks.
-        audit: stores audit entries.
         publisher: for requests to result-store.
-        outbox: publishes what is left in the outboxes of the jobs.
-        clock: the platform's time.
         keep: age after the end at which jobs are deleted; None deletes none by age.
     """
 
@@ -54,7 +47,6 @@ class Deletions:
         outbox: Outbox,
         clock: PlatformTime,
         keep: timedelta | None,
-        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._jobs = jobs
         self._deletions = deletions
@@ -64,7 +56,6 @@ class Deletions:
         self._outbox = outbox
         self._clock = clock
         self._keep = keep
-        self._monotonic = monotonic
         self._expired = float("-inf")
         self._after: tuple[datetime, int] | None = None
         """End time and id of the last expired job of the previous step, if there may be more."""
@@ -138,13 +129,13 @@ class Deletions:
     async def caught_up(self, partitions: Collection[int]) -> None: ...
 
     async def _expire(self) -> None:
-        if self._keep is None or self._monotonic() - self._expired < _EXPIRE_SECONDS:
+        if self._keep is None or self._clock.monotonic() - self._expired < _EXPIRE_SECONDS:
             return
         page = await self._jobs.expired(self._clock.now() - self._keep, _AT_ONCE, self._after)
         if len(page) == _AT_ONCE:
             self._after = page[-1]  # the next step continues behind it: a job that cannot be read stays
         else:
-            self._after, self._expired = None, self._monotonic()
+            self._after, self._expired = None, self._clock.monotonic()
         ids = (await self._jobs.get([id_ for _, id_ in page])).keys()
         if not ids:
             return

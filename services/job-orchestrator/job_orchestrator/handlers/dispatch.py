@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -77,16 +76,9 @@ class Dispatcher:
     """Handles scan-workers, and dispatches chunks to the workers whose partitions this replica owns.
 
     Args:
-        jobs: stores jobs.
-        chunks: stores chunks.
-        dispatch: has queued and held chunks, clocks and workers.
-        deletions: stores receipts of deleted jobs.
-        audit: stores audit entries.
-        changer: cancels chunks.
         publisher: publishes tasks.
         signer: signs the scope of each attempt.
         lease_seconds: lease timeout: the maximum time without a report of the chunk's worker.
-        clock: the platform's time.
         requeue_lost: requeues these attempts of dead workers, with the reason.
         give_up: fails a job, with the reason.
         grants: the current user grants, which limit jobs and their hours.
@@ -108,7 +100,6 @@ class Dispatcher:
         requeue_lost: Callable[[Collection[Token], str], Awaitable[None]],
         give_up: Callable[[int, str], Awaitable[None]],
         grants: JobGrants,
-        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._jobs = jobs
         self._chunks = chunks
@@ -122,7 +113,6 @@ class Dispatcher:
         self._requeue_lost = requeue_lost
         self._give_up = give_up
         self._grants = grants
-        self._monotonic = monotonic
         self._lease_seconds = lease_seconds
         self._silent_seconds = min(
             _SILENT_SECONDS, lease_seconds
@@ -150,7 +140,7 @@ class Dispatcher:
         self.loop.wake()
 
     async def handle(self, records: Sequence[Record]) -> None:
-        now = self._monotonic()
+        now = self._clock.monotonic()
         announced: dict[str, Credit] = {}
         for each in records:
             ready = each.message
@@ -213,7 +203,7 @@ class Dispatcher:
 
     async def _round(self) -> bool:
         """Dispatch one round of chunks; return whether another round may dispatch more."""
-        now = self._monotonic()
+        now = self._clock.monotonic()
         self._workers = {id_: each for id_, each in self._workers.items() if each.at > now - self._silent_seconds}
         skipped = {user: _after(now, jobs) for user, jobs in self._skipped.items()}
         self._skipped = {user: jobs for user, jobs in skipped.items() if jobs}
@@ -331,7 +321,7 @@ class Dispatcher:
 
     def _skip(self, candidate: Candidate) -> None:
         """Skip a job whose documents cannot be read, so that the user's other jobs continue."""
-        self._skipped.setdefault(candidate.user_id, {})[candidate.job_id] = self._monotonic() + _SKIP_SECONDS
+        self._skipped.setdefault(candidate.user_id, {})[candidate.job_id] = self._clock.monotonic() + _SKIP_SECONDS
         SKIPPED_JOBS.inc()
         _log.error("job_skipped", job_id=candidate.job_id, chunk_id=candidate.chunk_id, cause="unreadable document")
 
@@ -340,13 +330,13 @@ class Dispatcher:
         opens_at = self._grants.opens_at(job, now)
         seconds = min((opens_at - now).total_seconds(), _CLOSED_SECONDS) if opens_at else _CLOSED_SECONDS
         others = await self._jobs.unfinished(job.user_id, _JOBS, granted_by=job.granted_by)
-        until = self._monotonic() + seconds
+        until = self._clock.monotonic() + seconds
         self._skipped.setdefault(job.user_id, {}).update(dict.fromkeys((job.id, *others), until))
 
     async def _rest(self, user: int, now: datetime, *, raw: bool, held: bool) -> None:
         """Leave a user out whose queued chunks all belong to skipped jobs, until one of these may go on."""
         skipped, resting = self._skipped[user], self._resting
-        monotonic = self._monotonic()
+        monotonic = self._clock.monotonic()
         seconds = min(_LEFT_OUT_SECONDS, min(skipped.values()) - monotonic)
         if held or await self._dispatch.queue(user, 1, now + timedelta(seconds=seconds), raw=raw, skip=skipped):
             seconds = min(seconds, _REST_SECONDS)  # a chunk of another job may be requeued or becomes due meanwhile

@@ -22,7 +22,6 @@ class Outbox:
     """Publishes events, and removes them from the jobs later, many jobs at once; until then they are cached here.
 
     Args:
-        jobs: stores jobs.
         publisher: publishes job events.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -46,14 +45,10 @@ class Progress:
     """Handles scan-progress: this replica manages the leases of the jobs in its partitions, from dispatch to the end.
 
     Args:
-        dispatch: has the chunks that workers hold.
-        changer: changes chunks.
         publisher: publishes stops.
-        reconciler: updates jobs after every change of a chunk.
         wake: called when a chunk is requeued or a slot is free.
         lease_seconds: lease timeout: the maximum time without a report of the chunk's worker.
         stored_seconds: timeout for result-store to check a scanned chunk before it is asked again.
-        clock: the platform's time.
     """
 
     def __init__(
@@ -67,7 +62,6 @@ class Progress:
         lease_seconds: float,
         stored_seconds: float,
         clock: PlatformTime,
-        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._dispatch = dispatch
         self._changer = changer
@@ -77,7 +71,6 @@ class Progress:
         self._lease_seconds = lease_seconds
         self._patience = timedelta(seconds=stored_seconds)
         self._clock = clock
-        self._monotonic = monotonic
         self._leases: dict[int, Watch] = {}
         self._revoked: dict[int, Watch] = {}
         """Kept until the next assignment: a partition that is reassigned to this replica keeps its leases."""
@@ -131,7 +124,7 @@ class Progress:
 
     async def caught_up(self, partitions: Collection[int]) -> None:
         """Check the leases: all reports have been read, so a missing report is the worker's."""
-        now = self._monotonic()
+        now = self._clock.monotonic()
         held: dict[int, list[Held]] = defaultdict(list)
         for each in await self._dispatch.held(partitions):
             held[each.partition].append(each)

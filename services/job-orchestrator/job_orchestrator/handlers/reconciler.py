@@ -64,16 +64,8 @@ class Reconciler:
     continues work that is too large for one step, so that neither handlers nor small jobs wait for a large job.
 
     Args:
-        jobs: stores jobs.
-        chunks: stores chunks.
-        dispatch: has the turns of queued chunks.
-        changer: cancels chunks.
         publisher: publishes stops.
-        outbox: publishes the events of jobs that were saved.
-        reporter: publishes the progress of jobs that continue.
-        faults: isolates the errors of one job from the others.
         wake: called with the users who have new chunks to dispatch.
-        clock: the platform's time.
     """
 
     def __init__(

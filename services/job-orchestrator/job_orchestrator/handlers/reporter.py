@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -26,12 +25,7 @@ class Reporter:
     """Publishes progress once a second; most short jobs have ended by then.
 
     Args:
-        jobs: stores jobs.
-        chunks: stores chunks.
         publisher: publishes job events.
-        outbox: has the events of a job that come before its progress.
-        faults: isolates the errors of one job from the others.
-        clock: the platform's time.
     """
 
     def __init__(
@@ -43,7 +37,6 @@ class Reporter:
         outbox: Outbox,
         faults: Faults,
         clock: PlatformTime,
-        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._jobs = jobs
         self._chunks = chunks
@@ -51,7 +44,6 @@ class Reporter:
         self._outbox = outbox
         self._faults = faults
         self._clock = clock
-        self._monotonic = monotonic
         self._further: set[int] = set()
         self._next_progress: dict[int, float] = {}
         self.loop = Loop("progress", _PROGRESS_SECONDS, self.report)
@@ -66,7 +58,7 @@ class Reporter:
         Raises:
             DependencyError: nothing is lost; the next call publishes more.
         """
-        now = self._monotonic()
+        now = self._clock.monotonic()
         self._next_progress = {id_: due for id_, due in self._next_progress.items() if due > now}
         due = self._further - self._next_progress.keys()
         if not due:

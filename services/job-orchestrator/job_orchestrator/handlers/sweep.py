@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection
 from datetime import timedelta
 from typing import Final
@@ -35,17 +34,8 @@ class Sweeper:
     """Runs on every replica for the jobs in its partitions; concurrent sweeps are harmless.
 
     Args:
-        jobs: stores jobs.
-        chunks: stores chunks.
-        dispatch: has held chunks and live workers.
-        changer: changes chunks.
         publisher: publishes repeated requests to result-store.
-        outbox: publishes events that another replica did not.
-        reporter: publishes why jobs wait.
-        faults: the jobs to skip.
-        reconciler: updates jobs.
         partitions: returns the partitions of scan-progress that this replica owns.
-        clock: the platform's time.
         signer: signs the repeated requests.
         stored_seconds: timeout for result-store to check a scanned chunk before it is asked again.
         raw_worker_seconds: timeout of a job that waits for a worker with raw packets; then it fails.
@@ -70,7 +60,6 @@ class Sweeper:
         stored_seconds: float,
         raw_worker_seconds: float,
         grants: JobGrants,
-        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._jobs = jobs
         self._chunks = chunks
@@ -84,7 +73,6 @@ class Sweeper:
         self._reconciler = reconciler
         self._partitions = partitions
         self._clock = clock
-        self._monotonic = monotonic
         self._patience = timedelta(seconds=stored_seconds)
         self._raw_patience = timedelta(seconds=raw_worker_seconds)
         self._grants = grants
@@ -99,7 +87,7 @@ class Sweeper:
         """
         await self._outbox.relay(await self._jobs.with_old_events(self._clock.now() - _OLD_EVENT, _PAGE))
         await self._request_checks()
-        now = self._monotonic()
+        now = self._clock.monotonic()
         if now - self._counted > _CENSUS_SECONDS:
             self._counted = now  # also after a failure, so that a failing database is not queried more often
             CENSUS.show(Census(await self._jobs.census(), await self._chunks.census()))

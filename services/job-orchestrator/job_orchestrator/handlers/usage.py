@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 
 from job_orchestrator.domain.ports import JobRepository
 from job_orchestrator.domain.quotas import Usage
+from job_orchestrator.domain.time import PlatformTime
 
 _FRESH_SECONDS: Final = 1.0  # reading 10,000 unfinished jobs of a user takes 10 ms
 
@@ -17,9 +18,9 @@ class Usages:
     The jobs that other replicas admit within that second are missing, so users may exceed a quota by them.
     """
 
-    def __init__(self, jobs: JobRepository, monotonic: Callable[[], float]) -> None:
+    def __init__(self, jobs: JobRepository, clock: PlatformTime) -> None:
         self._jobs = jobs
-        self._monotonic = monotonic
+        self._clock = clock
         self._known: dict[int, tuple[float, Usage]] = {}
         """With the time at which it was read."""
 
@@ -29,7 +30,7 @@ class Usages:
         Raises:
             DependencyError: the database is unavailable.
         """
-        now = self._monotonic()
+        now = self._clock.monotonic()
         self._known = {user: known for user, known in self._known.items() if now - known[0] < _FRESH_SECONDS}
         unknown = set(users) if fresh else set(users) - self._known.keys()
         if unknown:
