@@ -28,6 +28,7 @@ from job_orchestrator.handlers.progress import Progress
 from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.handlers.reporter import Reporter
 from job_orchestrator.handlers.stored import Stored
+from job_orchestrator.handlers.submits import Submits
 from job_orchestrator.handlers.sweep import Sweeper
 from job_orchestrator.repository import MongoStore
 from job_orchestrator.settings import Settings
@@ -102,20 +103,25 @@ class Orchestrator:
             wake=lambda users: self.dispatcher.wake(made=users),
             clock=clock,
         )
-        self.commands = Commands(
-            commands=store.commands,
+        submits = Submits(
             jobs=store.jobs,
             policies=store.policies,
             subnets=store.subnets,
+            rules=rules,
+            scripts=scripts,
+            grants=grants,
+            quotas=quotas,
+            clock=clock,
+        )
+        self.commands = Commands(
+            commands=store.commands,
+            jobs=store.jobs,
             audit=store.audit,
             publisher=publisher,
             outbox=self.outbox,
             reconciler=self.reconciler,
-            rules=rules,
+            submits=submits,
             clock=clock,
-            scripts=scripts,
-            grants=grants,
-            quotas=quotas,
         )
         self.deletions = Deletions(
             jobs=store.jobs,
