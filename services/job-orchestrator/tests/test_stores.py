@@ -63,8 +63,8 @@ async def all_chunks(store: Store, job_id: int) -> list[Chunk]:
 # Ids
 
 
-async def test_ids_grow_from_one_and_are_never_given_twice(store: Store) -> None:
-    """Ids of one name start at 1, parallel takers get different ones, and another name counts by itself."""
+async def test_ids_start_at_one_and_are_unique(store: Store) -> None:
+    """Ids of one sequence start at 1, parallel callers get different ones, and sequences are independent."""
     assert await store.jobs.take_ids(3) == range(1, 4)
     taken = await asyncio.gather(*(store.jobs.take_ids(2) for _ in range(10)))
     assert sorted(id_ for block in taken for id_ in block) == list(range(4, 24))
@@ -74,8 +74,8 @@ async def test_ids_grow_from_one_and_are_never_given_twice(store: Store) -> None
 # Subnets and policies
 
 
-async def test_subnets_are_their_owners_alone(store: Store) -> None:
-    """A subnet reads back whole for its user; for others it does not exist and is neither replaced nor deleted."""
+async def test_subnets_are_private_to_their_owner(store: Store) -> None:
+    """A subnet reads back whole for its user; for other users it does not exist and is neither replaced nor deleted."""
     await store.subnets.add(subnet(1))
     await store.subnets.add(subnet(2, user_id=8, exclude=()))
     assert await store.subnets.get([(7, 1), (7, 2), (7, 3), (8, 1)]) == {(7, 1): subnet(1)}
@@ -89,8 +89,8 @@ async def test_subnets_are_their_owners_alone(store: Store) -> None:
     assert await store.subnets.get([(7, 1)]) == {}
 
 
-async def test_policies_are_their_owners_alone(store: Store) -> None:
-    """A policy reads back whole for its user; for others it does not exist and is neither replaced nor deleted."""
+async def test_policies_are_private_to_their_owner(store: Store) -> None:
+    """A policy reads back whole for its user; for other users it does not exist and is neither replaced nor deleted."""
     await store.policies.add(policy(1))
     assert await store.policies.get([(7, 1), (7, 2), (8, 1)]) == {(7, 1): policy(1)}
     assert not await store.policies.replace(policy(1, user_id=8))
@@ -124,7 +124,7 @@ async def test_resources_are_counted_up_to_a_limit(store: Store) -> None:
     assert [await store.policies.count(user, 10) for user in (7, 8)] == [3, 0]
 
 
-async def test_a_resource_of_anybody_is_known_to_exist(store: Store) -> None:
+async def test_resource_of_any_user_exists(store: Store) -> None:
     """A subnet or policy of any user exists until it is deleted."""
     await store.subnets.add(subnet(1))
     await store.policies.add(policy(2))
@@ -220,7 +220,7 @@ async def test_a_command_reads_back_whole(store: Store, given: Command) -> None:
     assert await store.commands.get(["c-1", "c-2"]) == {"c-1": given}
 
 
-async def test_the_largest_command_is_kept(store: Store) -> None:
+async def test_largest_command_fits_in_a_document(store: Store) -> None:
     """A thousand subnets with a hundred thousand excludes among them, of a policy as long as one can be, fit."""
     excludes = tuple(f"2001:db8:aaaa:bbbb:cccc:dddd:eeee:{number:x}/128" for number in range(100))
     ports = ",".join(str(port) for port in range(1, 4_000, 2))[:9_000].rpartition(",")[0]
@@ -264,8 +264,8 @@ async def test_parallel_inserts_of_one_key_leave_one_command(store: Store) -> No
     assert len(await store.commands.get([each.id for each in race])) == 1
 
 
-async def test_a_cancel_that_came_too_late_is_rejected_for_good(store: Store) -> None:
-    """Rejecting changes an accepted command once; what was decided before stays."""
+async def test_reject_changes_an_accepted_command_once(store: Store) -> None:
+    """Rejecting changes an accepted command once; an earlier decision stays."""
     cancel_ = command(jobs=(), cancels=3, body="")
     await store.commands.insert([cancel_])
     await store.commands.reject("c-1", 400, "too late", "state")
@@ -476,7 +476,7 @@ async def test_usage_sums_the_unfinished_jobs_of_users(store: Store) -> None:
     assert await store.jobs.usage([7, 8]) == {7: Usage(2, 3.0), 8: Usage(1, 4.0)}
 
 
-async def test_a_subnet_knows_its_unfinished_jobs(store: Store) -> None:
+async def test_has_unfinished_jobs_of_a_subnet(store: Store) -> None:
     """Pending and running jobs hold a subnet; ended ones do not, settled or not."""
     await store.jobs.insert([scan_job(1, subnet_id=1), change(scan_job(2, subnet_id=2), JobTrigger.CANCEL, LATER)])
     assert await store.jobs.has_unfinished(1)

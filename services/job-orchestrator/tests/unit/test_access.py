@@ -83,8 +83,10 @@ BODIES: dict[str, tuple[dict[str, Any], bool]] = {
 
 @pytest.mark.proves("A28", "G14")
 @pytest.mark.parametrize(("body", "good"), BODIES.values(), ids=BODIES)
-async def test_an_administrator_revokes(api: Api, body: dict[str, Any], *, good: bool) -> None:
-    """A revocation names a token, a subject or a user, is listed, read by the gateway, audited, and can be deleted."""
+async def test_revocation_by_an_administrator_is_listed_and_audited(
+    api: Api, body: dict[str, Any], *, good: bool
+) -> None:
+    """A revocation of a token, a subject or a user is listed, read by the gateway, audited, and can be deleted."""
     before = utc_now()
     made = await api("POST", PATH, admin=True, json=body)
     if not good:
@@ -115,29 +117,29 @@ async def test_an_administrator_revokes(api: Api, body: dict[str, Any], *, good:
 
 @pytest.mark.proves("A10", "G13")
 @pytest.mark.parametrize(("method", "path"), [("POST", PATH), ("GET", PATH), ("DELETE", f"{PATH}/1")])
-async def test_only_an_administrator_revokes(api: Api, method: str, path: str) -> None:
+async def test_revocation_by_another_user_is_a_403(api: Api, method: str, path: str) -> None:
     """Another user gets a 403, and nothing is revoked."""
     answer = await api(method, path, json={"jti": "t-1"})
     assert answer.status_code == 403
     assert (await api("GET", "/internal/revocations", 0)).json() == []
 
 
-async def test_revocations_outlive_every_token(api: Api) -> None:
-    """A revocation ends after the longest life that any setting allows a token."""
+async def test_revocation_outlives_every_token(api: Api) -> None:
+    """A revocation expires after the longest lifetime that any setting allows a token."""
     made = (await api("POST", PATH, admin=True, json={"user_id": 7})).json()
     ends = made["expires_at"]
     assert ends > (utc_now() + timedelta(days=30)).isoformat()[:19]
 
 
-async def test_there_are_only_so_many_revocations(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the list is full the answer is 409, and nothing is added."""
+async def test_revocation_above_the_limit_is_a_409(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the list is full, a new revocation is a 409 and is not added."""
     monkeypatch.setattr("job_orchestrator_testing.repository.access.MAX_REVOCATIONS", 2)
     statuses = [(await api("POST", PATH, admin=True, json={"jti": str(number)})).status_code for number in range(3)]
     assert statuses == [201, 201, 409]
     assert access.MAX_REVOCATIONS == 1_000
 
 
-async def test_a_user_is_given_one_id(api: Api) -> None:
+async def test_user_id_is_assigned_once(api: Api) -> None:
     """Each issuer's subject has an id of its own, the same each time."""
     named = [("https://a.test", "x"), ("https://a.test", "y"), ("https://b.test", "x"), ("https://a.test", "x")]
     ids = [
@@ -164,8 +166,8 @@ async def test_key_of_the_issuer_is_recorded_once(api: Api) -> None:
 
 @pytest.mark.proves("G14")
 @pytest.mark.parametrize(("method", "path"), [("GET", "/internal/revocations"), ("POST", "/internal/users")])
-async def test_only_the_gateway_asks_for_itself(api: Api, method: str, path: str) -> None:
-    """A token of any user's does not open what the gateway asks in its own name, and the gateway's opens nothing of a user's."""
+async def test_internal_routes_need_a_token_of_the_gateway(api: Api, method: str, path: str) -> None:
+    """A user's token opens no route of the gateway, and the gateway's own token opens no route of a user."""
     body = {"issuer": "i", "subject": "s"}
     assert (await api(method, path, 9, admin=True, json=body)).status_code == 401
     assert (await api(method, path, 0, json=body)).status_code == 200

@@ -158,7 +158,7 @@ EVERY_ROUTE = [
 ]
 
 
-def test_every_route_is_known_here() -> None:
+def test_every_route_is_in_this_file() -> None:
     """The list of routes that these tests go through is what the service serves."""
     served = {(verb, route.path) for router in ROUTERS for route in router.routes for verb in route.methods}  # type: ignore[attr-defined] # these routers hold API routes only
     listed = {
@@ -432,8 +432,8 @@ async def test_a_resource_is_changed_only_as_it_was_read(api: Api, kind: str) ->
 
 
 @pytest.mark.parametrize("kind", ["subnet", "policy"])
-async def test_of_two_changes_at_once_one_is_refused(api: Api, store: MemoryStore, kind: str) -> None:
-    """A change between the look at the tag and the write is found by the write."""
+async def test_concurrent_change_is_a_412(api: Api, store: MemoryStore, kind: str) -> None:
+    """A change between the check of the tag and the write is detected by the write."""
     body = {"name": "x"} | ({"cidr": "127.9.8.0/24"} if kind == "subnet" else {})
     made = await api.raw("POST", f"/api/v1/{kind}", json=body, headers=ISSUER.bearer())
     add_audit = store.audit.add
@@ -480,8 +480,8 @@ async def test_a_page_that_cannot_be_is_a_400(api: Api, kind: str, query: str) -
 
 
 @pytest.mark.parametrize("kind", ["subnet", "policy"])
-async def test_another_users_resource_is_not_there(api: Api, kind: str) -> None:
-    """Reading, replacing or deleting what is another user's is a 404, for an administrator too, and changes nothing."""
+async def test_resource_of_another_user_is_a_404(api: Api, kind: str) -> None:
+    """Reading, replacing or deleting another user's resource is a 404 without effect, for an administrator too."""
     body = {"name": "x"} | ({"cidr": "127.9.8.0/24"} if kind == "subnet" else {})
     made = await api(f"POST /api/v1/{kind}", body, status=201)
     for admin in (False, True):
@@ -507,7 +507,7 @@ async def test_other_verbs_and_paths(api: Api) -> None:
     assert answer.headers["Allow"] == "DELETE, GET, HEAD, PUT"
 
 
-async def test_what_is_no_json_is_a_400(api: Api) -> None:
+async def test_malformed_json_is_a_400(api: Api) -> None:
     """A body that cannot be read is the caller's mistake."""
     headers = ISSUER.bearer() | {"Content-Type": "application/json"}
     for content in (b"{", b"\xff", b"", b"[" * 60_000):
@@ -604,7 +604,7 @@ async def test_tasks_are_filtered_by_status(api: Api, store: MemoryStore, query:
         ("since=2026-01-01T02:00:05%2B02:00&subnet_id=2", [3]),
     ],
 )
-async def test_tasks_are_filtered_by_what_they_scan_and_when(
+async def test_tasks_are_filtered_by_subnet_policy_and_time(
     api: Api, store: MemoryStore, query: str, ids: list[int]
 ) -> None:
     """Jobs are selected by subnet, policy and the time of their creation, all of which must match."""
@@ -653,7 +653,7 @@ async def test_a_task_shows_its_status(api: Api, store: MemoryStore) -> None:
 
 @pytest.mark.proves("A10", "A24", "G13")
 @pytest.mark.parametrize("of", ["", "/ledger", "/waiting", "/snapshot", "/map"])
-async def test_another_users_task_is_not_there(api: Api, store: MemoryStore, of: str) -> None:
+async def test_task_of_another_user_is_a_404(api: Api, store: MemoryStore, of: str) -> None:
     """What a job shows its owner it shows an administrator under audit, and to any other user it is a 404."""
     path = f"/api/v1/task/1{of}"
     await store.jobs.insert([scan_job(1)])
@@ -695,7 +695,7 @@ async def kinds(api: Api) -> list[str]:
     return [reason["kind"] for reason in (await waiting(api))["reasons"]]
 
 
-async def test_a_job_without_workers_says_so(api: Api, store: MemoryStore) -> None:
+async def test_waiting_without_workers_has_the_reason(api: Api, store: MemoryStore) -> None:
     """While no worker takes work, a job that no worker holds a chunk of waits for one, since it last moved."""
     await store.jobs.insert([scan_job(1)])
     await store.chunks.insert([chunk()])
@@ -718,7 +718,7 @@ async def test_a_job_without_workers_says_so(api: Api, store: MemoryStore) -> No
     }
 
 
-async def test_a_job_that_needs_raw_packets_says_so(api: Api, store: MemoryStore) -> None:
+async def test_waiting_for_a_raw_worker_has_the_reason(api: Api, store: MemoryStore) -> None:
     """Queued chunks that need raw packets wait for a raw worker while only others live; what any may do is queued."""
     await store.jobs.insert([scan_job(1)])
     await store.chunks.insert([chunk(needs_raw=True)])
@@ -732,7 +732,7 @@ async def test_a_job_that_needs_raw_packets_says_so(api: Api, store: MemoryStore
     assert await kinds(api) == ["queue"]
 
 
-async def test_a_job_in_the_queue_says_what_is_ahead(api: Api, store: MemoryStore) -> None:
+async def test_waiting_of_a_queued_job_has_the_work_ahead(api: Api, store: MemoryStore) -> None:
     """With workers alive a job waits for its turn, and is shown the queued work of others."""
     await store.jobs.insert([scan_job(1, seconds_left=5.0), scan_job(2, user_id=8, seconds_left=42.0)])
     await store.dispatch.seen_workers([Credit("plain", "plain", 2, raw=False, partition=0)])
@@ -740,7 +740,7 @@ async def test_a_job_in_the_queue_says_what_is_ahead(api: Api, store: MemoryStor
     assert (reason["kind"], reason["detail"]) == ("queue", "42 slot seconds of work are ahead")
 
 
-async def test_a_job_that_is_scanned_or_over_waits_for_nothing(api: Api, store: MemoryStore) -> None:
+async def test_waiting_of_a_scanned_or_final_job_is_false(api: Api, store: MemoryStore) -> None:
     """While a worker holds a chunk, while only results are awaited, and once it is final, a job does not wait."""
     running = change(scan_job(1), JobTrigger.START, LATER, eta_seconds=12.5)
     await store.jobs.insert([running])
@@ -761,7 +761,7 @@ async def test_a_job_that_is_scanned_or_over_waits_for_nothing(api: Api, store: 
 # Snapshot and map
 
 
-async def test_a_snapshot_shows_what_was_asked_for(api: Api, store: MemoryStore) -> None:
+async def test_snapshot_has_the_request(api: Api, store: MemoryStore) -> None:
     """Subnet and policy are shown as they were when the job was created, whether or not they still exist."""
     job = scan_job(1, cidr="127.9.8.0/29", exclude=("127.9.8.7/32",), policy=scan_policy(ports="T:22,U:53"))
     await store.jobs.insert([job])
@@ -828,8 +828,8 @@ async def test_a_map_has_a_letter_for_each_address(api: Api, store: MemoryStore)
     assert (part["first"], part["addresses"], letters(part)) == ("127.9.8.5", 11, {"22": ">>.xxxx...."})
 
 
-async def test_a_map_of_a_cancelled_job_shows_what_was_cancelled(api: Api, store: MemoryStore) -> None:
-    """Once a job has ended nothing waits: what has no outcome was cancelled, in chunks that were never made too."""
+async def test_map_of_a_cancelled_job_has_cancelled_addresses(api: Api, store: MemoryStore) -> None:
+    """In a final job no address waits: those without an outcome were cancelled, in chunks that were never created too."""
     job = change(mapped_job(), JobTrigger.CANCEL, LATER)
     await store.jobs.insert([job])
     await store.chunks.insert([mapped_chunk(job, 0, state=ChunkState.CANCELLED, outcomes="a..x")])
@@ -946,7 +946,7 @@ async def test_map_of_the_largest_number_of_blocks_is_answered_within_a_bounded_
 
 
 @pytest.mark.parametrize("query", ["from=127.9.9.0", "from=x", "from=::1", "from=127.9.7.255", "ports=x", "ports=U:53"])
-async def test_a_map_of_what_the_job_does_not_hold_is_a_400(api: Api, store: MemoryStore, query: str) -> None:
+async def test_map_of_other_addresses_or_ports_is_a_400(api: Api, store: MemoryStore, query: str) -> None:
     """An address or a port that the job does not ask for is named in the error."""
     await store.jobs.insert([scan_job(1)])
     error = (await api(f"GET /api/v1/task/1/map?{query}", status=400))["error"]
@@ -1028,8 +1028,8 @@ async def test_jobs_are_cancelled_while_the_bus_is_unavailable(api: Api, world: 
         {"all": True, "user_id": 8},
     ],
 )
-async def test_a_cancel_of_many_names_what_it_means(api: Api, store: MemoryStore, body: object) -> None:
-    """Without a filter or `all`, with both, or with a value that is none, nothing is cancelled and the answer is 400."""
+async def test_cancel_without_a_clear_filter_is_a_400(api: Api, store: MemoryStore, body: object) -> None:
+    """Without a filter or `all`, with both, or with an invalid value, no job is cancelled and the answer is 400."""
     await store.jobs.insert([scan_job(1)])
     await api("POST /internal/jobs/cancel", body, status=400)
     assert await store.jobs.unfinished(7, 10) == [1]

@@ -87,8 +87,8 @@ def fields_of(entries: Sequence[AuditEntry]) -> list[tuple[str, str, str, str, s
     return [(each.subject, each.action, each.target, each.decision, each.rule) for each in entries]
 
 
-async def test_every_change_is_written_down(ask: Caller) -> None:
-    """Making, replacing and deleting a subnet or a policy is one entry each, with who and what."""
+async def test_change_of_a_resource_is_audited(ask: Caller) -> None:
+    """Creating, replacing and deleting a subnet or a policy adds one entry each, with subject, action and target."""
     for kind, body in (("subnet", SUBNET), ("policy", {"name": "p"})):
         path = f"/api/v1/{kind}"
         for request, answer, action in (
@@ -101,10 +101,10 @@ async def test_every_change_is_written_down(ask: Caller) -> None:
 
 
 @pytest.mark.parametrize("request_", ["POST /api/v1/subnet", "PUT /api/v1/subnet/1", "DELETE /api/v1/subnet/1"])
-async def test_what_cannot_be_written_down_is_not_done(
+async def test_change_without_an_audit_entry_is_a_503_and_not_made(
     ask: Caller, world: World, monkeypatch: pytest.MonkeyPatch, request_: str
 ) -> None:
-    """When the audit log cannot be written a change is a 503 and does not happen."""
+    """If the audit log cannot be written, a change is a 503 and does not happen."""
     await ask("POST /api/v1/subnet", SUBNET)
     before = await world.store.subnets.page(7, 0, 10)
 
@@ -119,8 +119,8 @@ async def test_what_cannot_be_written_down_is_not_done(
 
 
 @pytest.mark.proves("A3", "A10")
-async def test_every_refusal_names_its_rule(ask: Caller, world: World) -> None:
-    """Another's things, refused targets, wrong roles, bad tokens and malformed requests are one entry each with the rule."""
+async def test_refusal_is_audited_with_its_rule(ask: Caller, world: World) -> None:
+    """Resources of other users, refused targets, wrong roles, bad tokens and malformed requests add one entry each with the rule."""
     await ask("POST /api/v1/subnet", SUBNET)
     await ask("POST /api/v1/policy", {"name": "p"})
     await world.store.jobs.insert([scan_job(5)])
@@ -154,7 +154,7 @@ async def test_every_refusal_names_its_rule(ask: Caller, world: World) -> None:
         assert (answered, fields_of(entries)[:1]) == (status, [expected]), request
 
 
-async def test_what_is_not_there_is_no_refusal(ask: Caller) -> None:
+async def test_request_for_a_missing_object_is_not_audited(ask: Caller) -> None:
     """A request for an object that does not exist is a 404 without an entry."""
     for path in ("subnet/9", "policy/9", "task/9", "subnet/x"):
         assert await ask(f"GET /api/v1/{path}") == (404, [])
@@ -175,7 +175,7 @@ READS = {
 
 @pytest.mark.proves("A24", "G13")
 @pytest.mark.parametrize("request_", READS)
-async def test_an_administrator_who_reads_what_is_anothers_is_recorded(
+async def test_read_by_an_administrator_of_another_users_data_is_audited(
     ask: Caller, world: World, monkeypatch: pytest.MonkeyPatch, request_: str
 ) -> None:
     """Reads of another's job are one entry a minute that names job and owner, however often asked; one's own are none."""
@@ -193,7 +193,7 @@ async def test_an_administrator_who_reads_what_is_anothers_is_recorded(
 
 
 @pytest.mark.proves("A24", "G13")
-async def test_a_stream_of_an_administrator_is_recorded_once(
+async def test_stream_of_an_administrator_is_audited_once(
     ask: Caller, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stream that asks for the job's state for an hour is one entry; another stream has its own."""
@@ -209,8 +209,8 @@ async def test_a_stream_of_an_administrator_is_recorded_once(
     assert total == 2
 
 
-async def test_a_cancel_of_many_is_an_entry_for_each_job(ask: Caller, world: World) -> None:
-    """Each job that a filter finds is recorded before it is cancelled; a request that finds none is no entry."""
+async def test_cancel_by_filter_is_audited_for_each_job(ask: Caller, world: World) -> None:
+    """Each job that a filter matches is audited before it is cancelled; a request that matches none adds no entry."""
     await world.store.jobs.insert([scan_job(5), scan_job(6)])
     status, entries = await ask("POST /internal/jobs/cancel", {"all": True})
     assert status == 200
@@ -219,8 +219,8 @@ async def test_a_cancel_of_many_is_an_entry_for_each_job(ask: Caller, world: Wor
 
 
 @pytest.mark.proves("A24", "G13")
-async def test_a_cancel_by_an_administrator_names_the_owner(world: World) -> None:
-    """An administrator's cancel of another's job is an entry by the rule `role`, of one's own it is an ordinary one."""
+async def test_cancel_by_an_administrator_is_audited_with_the_owner(world: World) -> None:
+    """An administrator's cancel of another user's job is audited with the rule `role`, of their own job without it."""
     await world.store.jobs.insert([scan_job(5), scan_job(6, user_id=9)])
     for job_id in (5, 6):
         await world.cancel(job_id, user_id=9, admin=True)
@@ -230,7 +230,7 @@ async def test_a_cancel_by_an_administrator_names_the_owner(world: World) -> Non
     ]
 
 
-async def test_administrators_read_the_log_by_page(ask: Caller, app: FastAPI) -> None:
+async def test_audit_log_is_paged_newest_first(ask: Caller, app: FastAPI) -> None:
     """The log is answered in the documented shape, newest first, by page, by subject and by request."""
     for number in range(3):
         await ask("POST /api/v1/subnet", SUBNET, user=number + 1)
@@ -248,8 +248,8 @@ async def test_administrators_read_the_log_by_page(ask: Caller, app: FastAPI) ->
 
 
 @pytest.mark.proves("A24")
-async def test_a_read_of_the_audit_log_is_recorded(ask: Caller, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who reads the log is in the log with the filters, once a minute for each of them."""
+async def test_read_of_the_audit_log_is_audited(ask: Caller, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read of the log is in the log with its filters, once a minute for each of them."""
     monkeypatch.setattr("scanfleet.service.utc_now", lambda: THEN)
     for query in ("", "?page=2", "?subject=7&page=1", "?page_size=3&subject=7", "?request_id=r-1&subject=7"):
         assert (await ask(f"GET /api/v1/audit{query}", user=9, admin=True))[0] == 200
@@ -268,8 +268,8 @@ async def commanded(world: World, *, user: int = 7) -> list[tuple[str, str, str,
     return fields_of(entries)
 
 
-async def test_every_command_is_written_down(world: World) -> None:
-    """A command that was carried out is one entry, however often it is delivered."""
+async def test_command_is_audited_once(world: World) -> None:
+    """A command that was carried out adds one entry, however often it is delivered."""
     await world.submit("127.9.8.0/30", "127.9.9.0/30")
     assert await commanded(world) == [("7", "create_tasks", "/api/v1/task/1,2", "allowed", "")]
     await world.cancel(1)
@@ -277,8 +277,8 @@ async def test_every_command_is_written_down(world: World) -> None:
 
 
 @pytest.mark.proves("A10", "A13")
-async def test_every_refused_command_names_its_rule(world: World) -> None:
-    """Another's policy, subnet or job, a refused target and a job that has ended are refusals by their rule."""
+async def test_refused_command_is_audited_with_its_rule(world: World) -> None:
+    """A policy, subnet or job of another user, a refused target and a job that has ended are refusals with their rule."""
     policy_id, subnet_ids = await world.add("127.9.8.0/30")
     await world.store.jobs.insert([scan_job(50), change(scan_job(51, user_id=11), JobTrigger.CANCEL, THEN)])
 

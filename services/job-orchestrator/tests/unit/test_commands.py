@@ -31,7 +31,7 @@ async def jobs_of(world: World, user_id: int = 7) -> list[int]:
     return sorted(job.id for job in jobs)
 
 
-async def test_a_submit_makes_a_job_for_each_subnet(world: World) -> None:
+async def test_submit_creates_a_job_for_each_subnet(world: World) -> None:
     """One reply names a pending job for each subnet, in the order asked for, and they are stored when it is sent."""
     command = await world.submit("127.9.8.0/30", "127.9.9.0/30")
     await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
@@ -46,8 +46,8 @@ async def test_a_submit_makes_a_job_for_each_subnet(world: World) -> None:
     assert [event.seq for event in world.events(1)] == [1]
 
 
-async def test_a_job_lives_on_its_snapshot(world: World) -> None:
-    """Changing or deleting subnet and policy after the submit changes nothing of the job."""
+async def test_job_keeps_its_snapshot_of_subnet_and_policy(world: World) -> None:
+    """Changing or deleting subnet and policy after the submit does not change the job."""
     command = await world.submit("127.9.8.0/30", policy=scan_policy(ports="22"))
     await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
     await world.store.subnets.delete(7, 1)
@@ -57,7 +57,7 @@ async def test_a_job_lives_on_its_snapshot(world: World) -> None:
     assert (job.status, job.cidr, job.policy.ports) == (JobStatus.COMPLETED, "127.9.8.0/30", "22")
 
 
-async def test_a_redelivered_command_is_answered_again_and_makes_nothing(world: World) -> None:
+async def test_redelivered_command_is_answered_again_without_new_jobs(world: World) -> None:
     """The same record handled three times, alone or twice in a batch, leaves one set of jobs and the same answer."""
     command = await world.submit("127.9.8.0/30", "127.9.9.0/30")
     records = world.take(SCAN_COMMANDS)
@@ -70,7 +70,7 @@ async def test_a_redelivered_command_is_answered_again_and_makes_nothing(world: 
     assert len(world.replies(command)) == 3
 
 
-async def test_a_key_makes_jobs_once(world: World) -> None:
+async def test_idempotency_key_creates_jobs_once(world: World) -> None:
     """Commands under one key and body, in one batch or later, are all answered with the first one's jobs."""
     policy_id, subnets = await world.add("127.9.8.0/30")
     commands = [await world.send(policy_id, subnets, key="k") for _ in range(50)]
@@ -96,7 +96,7 @@ async def test_a_key_with_another_body_is_refused(world: World) -> None:
     assert world.accepted(theirs)[0].user_id == 8
 
 
-async def test_a_refused_command_does_not_use_up_its_key(world: World) -> None:
+async def test_refused_command_leaves_its_key_unused(world: World) -> None:
     """After a 400 the same key can be sent again once the request is right."""
     policy_id, _ = await world.add()
     first = await world.send(policy_id, [1], key="k")
@@ -119,7 +119,7 @@ async def test_a_refused_command_does_not_use_up_its_key(world: World) -> None:
         (1, [3], "Subnet 3: 10.0.0.0/30 is not within the networks that this platform allows"),
     ],
 )
-async def test_all_is_checked_before_any_job_is_made(
+async def test_submit_is_checked_before_any_job_is_created(
     world: World,
     policy: int,
     subnets: list[int],
@@ -168,8 +168,8 @@ async def test_a_job_leaves_out_the_broadcast_address_of_its_subnet() -> None:
     assert subnet.exclude == ()
 
 
-async def test_a_request_that_fits_no_document_is_refused(world: World) -> None:
-    """A thousand subnets with a thousand excludes each are a 400, not a fault."""
+async def test_submit_too_large_for_a_document_is_a_400(world: World) -> None:
+    """A thousand subnets with a thousand excludes each are a 400, not an error of the service."""
     policy_id, _ = await world.add()
     excludes = tuple(f"127.{n >> 8}.{n & 255}.1/32" for n in range(1_000))
     for id_ in range(1, 102):
@@ -191,8 +191,8 @@ async def test_a_request_that_fits_no_document_is_refused(world: World) -> None:
     assert (reply.status, "exclude 101000 networks" in reply.error) == (400, True)
 
 
-async def test_a_late_command_is_never_accepted(world: World) -> None:
-    """A command that stood in the log for more than a minute is expired: no jobs, no answer, not on redelivery either."""
+async def test_late_command_expires(world: World) -> None:
+    """A command that was in the log for more than a minute expires: no jobs and no reply, after a redelivery either."""
     command = await world.submit()
     world.now += 61  # in which nothing was read
     old = [replace(each, timestamp=each.timestamp - timedelta(seconds=61)) for each in world.take(SCAN_COMMANDS)]
@@ -204,8 +204,8 @@ async def test_a_late_command_is_never_accepted(world: World) -> None:
     assert await jobs_of(world) == []
 
 
-async def test_a_clock_that_is_wrong_refuses_nothing_that_was_waited_for(world: World) -> None:
-    """A replica that has read all within the last minute takes every new command, an hour old by its own clock or not."""
+async def test_command_is_accepted_by_a_caught_up_replica_whatever_its_clock(world: World) -> None:
+    """A replica that has read everything within the last minute accepts each new command, even one an hour old by its clock."""
     command = await world.submit()
     records = [replace(each, timestamp=each.timestamp - timedelta(hours=1)) for each in world.take(SCAN_COMMANDS)]
     world.now += 59
@@ -213,8 +213,8 @@ async def test_a_clock_that_is_wrong_refuses_nothing_that_was_waited_for(world: 
     assert isinstance(world.replies(command)[0], CommandAccepted)
 
 
-async def test_what_was_there_when_a_replica_came_is_as_old_as_its_stamp_says(world: World) -> None:
-    """After a rebalance that a replica has read a partition before proves nothing: an old command is expired."""
+async def test_age_of_a_command_after_a_rebalance_is_by_its_timestamp(world: World) -> None:
+    """After a rebalance, an earlier read of the partition does not count: an old command expires."""
     await world.only.commands.revoked(range(SCAN_COMMANDS.partitions))
     command = await world.submit()
     records = [replace(each, timestamp=each.timestamp - timedelta(hours=1)) for each in world.take(SCAN_COMMANDS)]
@@ -223,8 +223,8 @@ async def test_what_was_there_when_a_replica_came_is_as_old_as_its_stamp_says(wo
     assert await jobs_of(world) == []
 
 
-async def test_a_redelivery_after_the_minute_is_answered(world: World) -> None:
-    """What was accepted in time stays accepted, however late its record comes again."""
+async def test_redelivery_of_an_accepted_command_after_a_minute_is_answered(world: World) -> None:
+    """A command that was accepted in time stays accepted, however late its record is redelivered."""
     command = await world.submit()
     records = world.take(SCAN_COMMANDS)
     await world.hand(SCAN_COMMANDS, records)
@@ -232,8 +232,8 @@ async def test_a_redelivery_after_the_minute_is_answered(world: World) -> None:
     assert [type(reply) for reply in world.replies(command)] == [CommandAccepted] * 2
 
 
-async def test_what_was_expired_first_is_never_accepted(world: World) -> None:
-    """After the gateway was answered that a command is expired, its record makes no job and gets no answer."""
+async def test_expired_command_is_never_accepted(world: World) -> None:
+    """After the gateway was answered that a command is expired, its record creates no job and gets no reply."""
     command = await world.submit()
     assert await world.only.commands.expire(command, 7) is None
     await world.settle()
@@ -241,8 +241,8 @@ async def test_what_was_expired_first_is_never_accepted(world: World) -> None:
     assert await jobs_of(world) == []
 
 
-async def test_what_was_accepted_first_is_not_expired(world: World) -> None:
-    """Asking to expire an accepted or rejected command gives its answer, as often as asked, and the jobs go on."""
+async def test_expire_of_a_decided_command_returns_its_reply(world: World) -> None:
+    """Expiring an accepted or rejected command returns its reply, however often, and the jobs continue."""
     accepted = await world.submit()
     rejected = await world.send(99, [1])
     await world.settle()
@@ -254,8 +254,8 @@ async def test_what_was_accepted_first_is_not_expired(world: World) -> None:
     assert (await world.store.jobs.get([1]))[1].status is JobStatus.COMPLETED
 
 
-async def test_expiring_finishes_what_was_half_accepted(world: World) -> None:
-    """A command accepted by a replica that died before it made the jobs is finished by the one that is asked."""
+async def test_expire_finishes_a_command_of_a_crashed_replica(world: World) -> None:
+    """A command that was accepted by a replica that crashed before creating the jobs is finished by the replica that is asked."""
     await world.submit()
     await world.settle()
     (job,) = (await world.store.jobs.get([1])).values()
@@ -266,8 +266,8 @@ async def test_expiring_finishes_what_was_half_accepted(world: World) -> None:
     assert list(await world.store.jobs.get([99])) == [99]
 
 
-async def test_command_of_another_user_is_not_found(world: World) -> None:
-    """Expiring another user's command tells nothing of it and changes nothing."""
+async def test_expire_of_another_users_command_reveals_and_changes_nothing(world: World) -> None:
+    """Expiring another user's command is answered as for an unknown one, and changes nothing."""
     command = await world.submit()
     await world.settle()
     assert await world.only.commands.expire(command, 8) is None
@@ -312,7 +312,7 @@ async def test_a_running_job_is_cancelled_and_its_workers_stopped(world: World) 
     assert (chunk.state, chunk.outcomes) == (ChunkState.CANCELLED, "as..")
 
 
-async def test_a_redelivered_cancel_is_told_accepted(world: World) -> None:
+async def test_redelivered_cancel_is_accepted_again(world: World) -> None:
     """Every redelivery of the cancel is answered with success; another cancel is answered that the job is cancelled."""
     world.workers = []
     await world.submit()
@@ -342,7 +342,7 @@ async def test_a_job_that_has_ended_cannot_be_cancelled(world: World) -> None:
     assert (await world.store.jobs.get([1]))[1].status is JobStatus.COMPLETED
 
 
-async def test_a_job_is_told_in_the_trace_of_its_request(world: World) -> None:
+async def test_spans_of_a_job_are_in_the_trace_of_its_request(world: World) -> None:
     """The command, each dispatch and each life-cycle event are spans of the request's trace; a worker continues its dispatch."""
     trace = "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
     await world.submit()
@@ -359,7 +359,7 @@ async def test_a_job_is_told_in_the_trace_of_its_request(world: World) -> None:
     assert (task.traceparent or "")[36:52] == f"{ids(dispatched).span_id:016x}"
 
 
-async def test_only_the_owner_can_cancel(world: World) -> None:
+async def test_cancel_of_another_users_job_is_a_404(world: World) -> None:
     """A cancel of another user's job, or of none, is a 404 and changes nothing."""
     world.workers = []
     await world.submit()
@@ -383,8 +383,8 @@ async def test_an_administrator_cancels_the_job_of_another_user(world: World) ->
     assert (await world.store.jobs.get([1]))[1].status is JobStatus.CANCELLED
 
 
-async def test_of_several_cancels_in_one_batch_the_first_ends_the_job(world: World) -> None:
-    """Cancels of one job that come together are answered as if one came after the other, and a stranger's never counts."""
+async def test_first_of_several_cancels_in_a_batch_ends_the_job(world: World) -> None:
+    """Cancels of one job in one batch are answered as if one came after the other, and another user's never counts."""
     world.workers = []
     await world.submit()
     await world.settle()
@@ -415,8 +415,8 @@ async def test_a_batch_of_cancels_costs_a_fixed_number_of_writes(world: World, m
     assert {world.accepted(command)[0].status for command in commands} == {JobStatus.CANCELLED}
 
 
-async def test_a_command_is_not_lost_while_the_broker_is_away(world: World) -> None:
-    """When the reply cannot be sent the batch fails as a bad day, and handled again it is answered."""
+async def test_command_is_answered_after_the_broker_was_unavailable(world: World) -> None:
+    """When the reply cannot be published, the batch fails with a DependencyError; the next attempt answers it."""
     command = await world.submit()
     records: list[Record] = world.take(SCAN_COMMANDS)
     world.bus.broker.away = True

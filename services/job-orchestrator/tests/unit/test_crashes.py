@@ -297,12 +297,12 @@ def check(world: CrashingWorld) -> None:
 # A kill before a call is a kill after the one before it.
 @pytest.mark.parametrize(("error", "moment"), [(Killed, Moment.AFTER), (DependencyError, Moment.HALF)])
 @pytest.mark.parametrize("scenario", [scan, lose, cancel, fail])
-async def test_any_one_break_changes_no_outcome(
+async def test_one_failed_call_changes_no_outcome(
     scenario: Scenario,
     error: type[BaseException],
     moment: Moment,
 ) -> None:
-    """Whichever call on store or bus breaks, and however, the jobs end as if nothing had, with every event in order."""
+    """Whichever call of a repository or the bus fails, and however, the jobs end the same, with every event in order."""
     whole = CrashingWorld(Fuse())
     await scenario(whole)
     check(whole)

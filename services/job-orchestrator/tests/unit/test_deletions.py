@@ -142,7 +142,7 @@ async def test_two_deletes_at_once_are_one_deletion(world: World) -> None:
 
 
 @pytest.mark.proves("G2", "G24")
-async def test_replayed_request_brings_nothing_back(world: World) -> None:
+async def test_replayed_request_recreates_no_deleted_job(world: World) -> None:
     """A redelivered submit, and a repeat under its key, are answered as before, and no job is made; ids go on."""
     policy_id, subnets = await world.add("127.9.8.0/30")
     first = await world.send(policy_id, subnets, key="k")
@@ -164,7 +164,7 @@ async def test_replayed_request_brings_nothing_back(world: World) -> None:
 
 
 @pytest.mark.proves("G24")
-async def test_deletion_goes_on_after_a_restart_and_an_outage(world: World) -> None:
+async def test_deletion_continues_after_a_restart_and_an_outage(world: World) -> None:
     """While result-store is unavailable it is asked again each minute, by any replica; then the rest follows."""
     await completed(world)
     world.results = None

@@ -56,8 +56,8 @@ def world() -> World:
     return world
 
 
-async def test_a_task_holds_all_that_a_worker_needs(world: World) -> None:
-    """A ScanChunk holds the chunk's addresses, map, ports, token, lease and the job's policy."""
+async def test_task_contains_chunk_token_lease_and_policy(world: World) -> None:
+    """A ScanChunk contains the chunk's addresses, map, ports, token and lease, and the job's policy."""
     await world.start()
     await world.worker.announce()
     await world.submit("127.9.8.0/30", policy=scan_policy(ports="22,80", max_rate=100))
@@ -84,8 +84,8 @@ async def test_fill_dispatched_chunk_carries_a_valid_grant(world: World) -> None
     assert grants().fault(end.model_copy(update={"chunk_id": "1-1"})) != ""
 
 
-async def test_a_worker_gets_no_more_than_its_slots(world: World) -> None:
-    """However many chunks wait, and however often it announces itself, a worker holds one for each slot."""
+async def test_worker_holds_at_most_one_chunk_per_slot(world: World) -> None:
+    """However many chunks are queued, and however often the worker announces itself, it holds one chunk per slot."""
     await world.start()
     await queue(world, 7, 20)
     for _ in range(3):
@@ -94,8 +94,8 @@ async def test_a_worker_gets_no_more_than_its_slots(world: World) -> None:
     assert len(tasks(world)) == 4
 
 
-async def test_tiny_chunks_are_sent_ahead(world: World) -> None:
-    """Of chunks far below a second a worker holds two seconds' work beyond its slots."""
+async def test_tiny_chunks_are_prefetched(world: World) -> None:
+    """A worker holds up to two seconds of tiny chunks beyond its slots."""
     await world.start()
     await queue(world, 7, 40, estimate=0.2)
     await world.worker.announce()
@@ -103,8 +103,8 @@ async def test_tiny_chunks_are_sent_ahead(world: World) -> None:
     assert len(tasks(world)) == 4 + 10
 
 
-async def test_a_leaving_worker_gets_nothing(world: World) -> None:
-    """A worker that announces no slots is given no chunk."""
+async def test_worker_without_slots_gets_no_chunk(world: World) -> None:
+    """A worker that announces no slots is not given a chunk."""
     world.worker.slots = 0
     await world.start()
     await queue(world, 7, 3)
@@ -114,7 +114,7 @@ async def test_a_leaving_worker_gets_nothing(world: World) -> None:
 
 
 @pytest.mark.parametrize(("lease_seconds", "silent"), [(30.0, 8.0), (4.0, 5.0)])
-async def test_a_silent_worker_gets_nothing(lease_seconds: float, silent: float) -> None:
+async def test_silent_worker_gets_no_chunk(lease_seconds: float, silent: float) -> None:
     """A worker silent for seven seconds, or for a lease, gets no chunk until it announces itself again."""
     world = World(MemoryStore(), lease_seconds=lease_seconds)
     world.worker.hold = True
@@ -131,8 +131,8 @@ async def test_a_silent_worker_gets_nothing(lease_seconds: float, silent: float)
     assert len(tasks(world)) == 1
 
 
-async def test_nothing_is_given_before_the_announcements_are_current(world: World) -> None:
-    """A replica that has not read its partitions to their end gives nothing: what it knows may be long past."""
+async def test_replica_dispatches_only_after_reading_all_announcements(world: World) -> None:
+    """A replica that has not read its partitions to their end dispatches no chunk: the announcements may be outdated."""
     replica = world.only
     for handler in replica.handlers.values():
         await handler.assigned(range(12))
@@ -146,8 +146,8 @@ async def test_nothing_is_given_before_the_announcements_are_current(world: Worl
     assert len(tasks(world)) == 1
 
 
-async def test_a_replica_gives_nothing_to_workers_of_lost_partitions(world: World) -> None:
-    """After a revocation the workers of that partition are another replica's to fill."""
+async def test_replica_dispatches_no_chunk_to_workers_of_revoked_partitions(world: World) -> None:
+    """After a revocation another replica dispatches to the workers of that partition."""
     await world.start()
     await world.worker.announce()
     await world.settle()
@@ -210,8 +210,8 @@ async def test_a_chunk_that_a_worker_failed_goes_to_another(world: World) -> Non
 
 
 @pytest.mark.proves("F25", "G17")
-async def test_a_broken_worker_among_good_ones_loses_nothing() -> None:
-    """One of ten workers fails whatever it gets, at once: a /20 completes all the same."""
+async def test_failing_worker_among_others_loses_no_chunk() -> None:
+    """One of ten workers fails every chunk at once, and a /20 still completes."""
     world = World(MemoryStore())
     world.workers = [Worker(world.bus, f"w-{n}", slots=2) for n in range(9)]
     broken = Worker(world.bus, "w-broken", slots=2)
@@ -280,7 +280,7 @@ async def test_an_unreadable_job_keeps_no_other_from_being_dispatched(world: Wor
     assert [task.chunk_id for task in tasks(world)] == ["7-0", "7-1"]
 
 
-async def test_nothing_is_read_while_no_worker_has_room(world: World) -> None:
+async def test_round_reads_no_queue_while_no_worker_has_room(world: World) -> None:
     """With every worker full, a look reads what workers hold and no queue, however many users wait."""
     await world.start()
     for user in range(1, 9):
@@ -337,7 +337,7 @@ async def test_one_who_used_much_waits_for_one_who_used_little(world: World) -> 
     assert [task.user_id for task in tasks(world)][:2] == [2, 2]
 
 
-async def test_a_user_pays_what_the_orchestrator_measured_once(world: World) -> None:
+async def test_user_is_charged_the_measured_time_once(world: World) -> None:
     """At the end of a chunk its user has paid the time since its dispatch, whatever the worker reports, and only once."""
     await world.start()
     await queue(world, 7, 1)
@@ -481,7 +481,7 @@ class Noting(MemoryDispatch):
         return await super().held(partitions)
 
 
-async def test_a_worker_is_noted_every_five_seconds_and_when_it_changes() -> None:
+async def test_announcement_is_stored_every_five_seconds_or_when_changed() -> None:
     """Unchanged announcements of a worker are stored every five seconds, changed ones at once."""
     store = MemoryStore()
     store.dispatch = noting = Noting(store.data)
@@ -498,8 +498,8 @@ async def test_a_worker_is_noted_every_five_seconds_and_when_it_changes() -> Non
     assert noting.seen == ["w-1"] * 4
 
 
-async def test_rounds_keep_their_distance() -> None:
-    """However often it is woken, a dispatcher leaves 25 ms between two rounds, and the next sees all that came meanwhile."""
+async def test_rounds_keep_a_minimum_interval() -> None:
+    """However often it is woken, a dispatcher leaves 25 ms between two rounds, and the next round sees all changes since."""
     store = MemoryStore()
     store.dispatch = noting = Noting(store.data)
     world = World(store)

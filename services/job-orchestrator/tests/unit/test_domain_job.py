@@ -98,7 +98,7 @@ def test_events_wait_in_the_outbox_in_order() -> None:
     assert [out.event.seq for out in published(job, {"job-1-2", "job-9-1"}).outbox] == [1, 3]
 
 
-def test_progress_is_told_once_and_never_lowered() -> None:
+def test_progress_is_published_once_and_never_decreases() -> None:
     """Higher progress or more machines are published with the next seq; less or the same is not; 100 is completion's."""
     running = in_status(JobStatus.RUNNING)
     assert observe(running, 0, 0, LATER) is None
@@ -129,7 +129,7 @@ def test_no_progress_is_published_before_events_in_the_outbox() -> None:
     assert observe(change(scan_job(), JobTrigger.START, LATER), 40, 3, LATER) is None
 
 
-def test_a_job_that_was_set_back_goes_on_above_its_published_seq() -> None:
+def test_restored_job_continues_above_its_published_seq() -> None:
     """Its next event has a `seq` above the given one and above its own, and nothing else has changed."""
     job = in_status(JobStatus.RUNNING)
     assert change(restored_from_backup(job, 1_000), JobTrigger.COMPLETE, LATER).seq == 1_001
@@ -172,7 +172,7 @@ def test_why_a_job_waits_is_published_once(status: JobStatus) -> None:
 
 
 @pytest.mark.parametrize("status", FINAL)
-def test_a_job_that_has_ended_waits_for_nothing(status: JobStatus) -> None:
+def test_final_job_does_not_wait(status: JobStatus) -> None:
     """Its end clears the reason, the remaining time and slot seconds, and no wait is published after it."""
     job = replace(
         in_status(JobStatus.RUNNING), waiting="no_worker", waiting_since=THEN, eta_seconds=9.0, seconds_left=9.0

@@ -74,7 +74,7 @@ def names(job: ScanJob, chunks: list[Chunk], skip: int = 0, size: int = 1_000) -
 
 @settings(max_examples=60, deadline=None)
 @given(jobs())
-def test_the_ledger_sums_to_the_request_whatever_happened(given_: tuple[ScanJob, list[Chunk]]) -> None:
+def test_counts_add_up_to_the_request(given_: tuple[ScanJob, list[Chunk]]) -> None:
     """Counts by outcome add up to addresses × ports, and none is negative."""
     job, chunks = given_
     counts = tally(job, chunks).counts
@@ -142,8 +142,8 @@ def test_pages_from_totals_are_those_of_all_chunks(
 
 @settings(max_examples=60, deadline=None)
 @given(jobs())
-def test_names_are_of_what_the_counts_count(given_: tuple[ScanJob, list[Chunk]]) -> None:
-    """Each outcome that is named is named as often as the counts say: by address where excluded, else by port block."""
+def test_listed_addresses_match_the_counts(given_: tuple[ScanJob, list[Chunk]]) -> None:
+    """Each outcome is listed as often as it is counted: by address where excluded, else by port block."""
     job, chunks = given_
     found = names(job, chunks)
     counts = tally(job, chunks).counts
@@ -155,8 +155,8 @@ def test_names_are_of_what_the_counts_count(given_: tuple[ScanJob, list[Chunk]])
 
 @settings(max_examples=60, deadline=None)
 @given(jobs())
-def test_progress_is_99_at_most(given_: tuple[ScanJob, list[Chunk]]) -> None:
-    """The ledger never says 100: only completion does."""
+def test_progress_is_at_most_99(given_: tuple[ScanJob, list[Chunk]]) -> None:
+    """The ledger never reports 100 %: only completion does."""
     assert 0 <= tally(*given_).progress <= 99
 
 
@@ -204,7 +204,7 @@ def test_progress_is_weighted_by_ports() -> None:
         ([("....", ChunkState.FAILED, text) for text in "abcde"], "20 addresses lost: a; b; c"),
     ],
 )
-def test_the_error_says_how_many_and_why(chunks: list[tuple[str, ChunkState, str]], error: str) -> None:
+def test_error_has_counts_and_reasons(chunks: list[tuple[str, ChunkState, str]], error: str) -> None:
     """A failed job's error counts the addresses refused and lost, and gives the first reasons, each once."""
     job = scan_job(cidr="127.9.8.0/24")
     made = [
@@ -222,13 +222,13 @@ def test_the_error_says_how_many_and_why(chunks: list[tuple[str, ChunkState, str
     assert tally(job, made).error == error
 
 
-def test_an_error_is_no_longer_than_one_reads() -> None:
-    """A reason quotes nmap at length; the job's error is cut."""
+def test_error_is_truncated() -> None:
+    """A reason may quote nmap at length; the error of the job is truncated."""
     assert len(tally(scan_job(), [chunk(state=ChunkState.FAILED, reason="x" * 5_000)]).error) == 1_000
 
 
-def test_names_say_where_what_and_why() -> None:
-    """Excluded addresses come first with all ports, then each chunk's, with the chunk's reason for those that failed."""
+def test_listed_addresses_have_ports_outcome_and_reason() -> None:
+    """Excluded addresses come first with all ports, then each chunk's, with the chunk's reason for failed ones."""
     job = scan_job(cidr="127.9.8.0/29", exclude=("127.9.8.6/31",))
     chunks = [
         chunk(outcomes="asdt", state=ChunkState.STORED),
@@ -246,8 +246,8 @@ def test_names_say_where_what_and_why() -> None:
     ]
 
 
-def test_what_a_cancelled_job_left_is_cancelled() -> None:
-    """Blanks of a cancelled job are cancelled, whatever state their chunks are still in; of a running job they wait."""
+def test_blanks_of_a_cancelled_job_are_cancelled() -> None:
+    """Blanks of a cancelled job are counted as cancelled, whatever the state of their chunks; of a running job, as waiting."""
     cancelled = replace(scan_job(), status=JobStatus.CANCELLED)
     assert tally(cancelled, [chunk(outcomes="as..")]).counts["cancelled"] == 4
     assert tally(replace(cancelled, status=JobStatus.RUNNING), [chunk(outcomes="as..")]).counts["waiting"] == 4

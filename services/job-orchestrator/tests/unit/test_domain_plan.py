@@ -332,8 +332,8 @@ def test_slice_that_is_all_excluded_makes_no_chunk() -> None:
     assert chunks[-1].id == f"1-{len(chunks) - 1}"
 
 
-def test_job_keeps_how_it_was_cut() -> None:
-    """The sizes of a chunk come from the job, so a release that would cut otherwise makes the same chunks."""
+def test_plan_of_a_job_is_kept() -> None:
+    """The sizes of a chunk come from the job, so a release with another algorithm creates the same chunks."""
     job = scan_job(cidr="127.9.8.0/29", chunk_addresses=2, chunk_count=4)
     addresses = ["127.9.8.0", "127.9.8.2", "127.9.8.4", "127.9.8.6"]
     assert [each.first_address for each in plan.chunks(job, 0, 4)] == addresses
@@ -363,7 +363,7 @@ def test_turns_begin_at_the_jobs() -> None:
         ({"timing": 3}, {"timing": 2}),
     ],
 )
-def test_what_takes_longer_is_estimated_longer(less: dict[str, object], more: dict[str, object]) -> None:
+def test_estimate_grows_with_the_work(less: dict[str, object], more: dict[str, object]) -> None:
     """More ports, detection, scripts, UDP, lower rates and slower timings raise the estimate, and so do more addresses."""
     one, other = scan_policy(**less), scan_policy(**more)
     assert plan.estimate(other, other.port_set, 10) > plan.estimate(one, one.port_set, 10)

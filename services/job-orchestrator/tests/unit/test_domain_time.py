@@ -64,7 +64,7 @@ async def test_time_is_wrong_by_one_round_trip_at_most() -> None:
     assert timedelta(0) <= clock.now() - NOON <= timedelta(seconds=0.5)
 
 
-async def test_time_goes_on_while_the_database_is_unavailable() -> None:
+async def test_time_continues_while_the_database_is_unavailable() -> None:
     """A refresh that fails raises, and the last answer still counts."""
     clocks = Clocks()
     clock = clocks.clock()

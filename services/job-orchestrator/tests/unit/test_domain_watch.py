@@ -59,8 +59,8 @@ def test_a_frozen_observer_expires_no_lease() -> None:
     assert look_on(watch, 3_607.0, 1) == ["1-0"]
 
 
-def test_what_is_seen_for_the_first_time_starts_afresh() -> None:
-    """A chunk that turns up among silent ones, or under another attempt, has its whole lease."""
+def test_lease_of_a_new_chunk_or_attempt_starts_at_zero() -> None:
+    """A chunk that appears among silent ones, or under another attempt, has its whole lease."""
     watch = Watch(LEASE)
     look_on(watch, 0.0, 10)
     again = held("1-0", attempt=2)

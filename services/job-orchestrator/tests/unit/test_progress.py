@@ -60,7 +60,7 @@ async def test_a_claim_starts_the_job(world: World, task: ScanChunk) -> None:
     assert (await status_of(world), (await chunk_of(world)).state) == (JobStatus.RUNNING, ChunkState.RUNNING)
 
 
-async def test_a_job_is_complete_only_when_all_is_stored(world: World, task: ScanChunk) -> None:
+async def test_job_completes_only_when_all_chunks_are_stored(world: World, task: ScanChunk) -> None:
     """A scanned job stays running until result-store has published that every result is readable."""
     world.results = None
     await claimed(world, task)
@@ -72,8 +72,8 @@ async def test_a_job_is_complete_only_when_all_is_stored(world: World, task: Sca
     assert await status_of(world) is JobStatus.COMPLETED
 
 
-async def test_stored_may_be_heard_before_scanned(world: World, task: ScanChunk) -> None:
-    """When result-store is faster than the worker's own word the job completes, and that word changes nothing."""
+async def test_stored_before_scanned_completes_the_job(world: World, task: ScanChunk) -> None:
+    """When the message of result-store arrives before the worker's report, the job completes, and the report changes nothing."""
     await claimed(world, task)
     await world.bus.publish(SCAN_STORED, [ChunkStored(job_id=1, chunk_id="1-0", outcomes="asds")])
     await world.settle()
@@ -169,8 +169,8 @@ async def test_the_work_of_a_silent_worker_goes_to_another(replicas: int) -> Non
     assert (await chunk_of(world)).reason == "worker w-1 sent no report for a whole lease"
 
 
-async def test_a_heartbeat_keeps_the_lease(world: World, task: ScanChunk) -> None:
-    """A worker that says the same map each second is never taken for dead."""
+async def test_heartbeat_renews_the_lease(world: World, task: ScanChunk) -> None:
+    """A worker that reports the same map each second keeps its lease."""
     await claimed(world, task)
     for _ in range(2 * LEASE):
         await world.worker.progress(task, "s...")
@@ -271,8 +271,8 @@ async def test_verdicts_may_be_read_before_the_report_that_they_are_about(world:
     assert await chunk_of(world) == again
 
 
-async def test_a_superseded_worker_changes_nothing_and_is_stopped(world: World, task: ScanChunk) -> None:
-    """Every claim and progress of an old token is answered with a stop, however often; nothing it says is taken."""
+async def test_reports_of_an_old_token_are_ignored_and_stopped(world: World, task: ScanChunk) -> None:
+    """Every claim and progress of an old token is answered with a StopChunk, and its outcomes are ignored."""
     await claimed(world, task)
     await world.wait(LEASE + 2)
     assert world.worker.tasks[-1].attempt == 2
@@ -289,8 +289,8 @@ async def test_a_superseded_worker_changes_nothing_and_is_stopped(world: World, 
     assert counted("stale_reports") == stale + 4
 
 
-async def test_a_scan_of_a_superseded_worker_may_still_be_stored(world: World, task: ScanChunk) -> None:
-    """ChunkStored of the old attempt ends the chunk; the new one is stopped at its next sign of life."""
+async def test_stored_of_an_old_attempt_ends_the_chunk(world: World, task: ScanChunk) -> None:
+    """ChunkStored of the old attempt ends the chunk; the new attempt is stopped at its next heartbeat."""
     await claimed(world, task)
     await world.wait(LEASE + 2)
     new = world.worker.tasks[-1]
@@ -324,7 +324,7 @@ async def test_messages_about_unknown_chunks_are_dropped_and_counted(world: Worl
     assert [stop.chunk_id for stop in world.worker.stops] == ["9-9", "9-9"]
 
 
-async def test_a_message_that_names_another_job_is_not_believed(world: World, task: ScanChunk) -> None:
+async def test_message_with_another_job_id_is_ignored(world: World, task: ScanChunk) -> None:
     """A chunk is changed only under its own job's id: another would stand in another partition, out of order."""
     before = await chunk_of(world)
     forged = {"job_id": 2, "chunk_id": "1-0", "attempt": task.attempt, "worker_id": task.worker_id}
@@ -363,7 +363,7 @@ async def test_a_redelivered_batch_changes_nothing(world: World, task: ScanChunk
     assert world.bus.messages(SCAN_EVENTS) == events
 
 
-async def test_one_look_tells_all_progress_since_the_last(world: World) -> None:
+async def test_progress_event_contains_all_progress_since_the_last(world: World) -> None:
     """Many reports between two looks make one JobProgressed, and a look without news makes none."""
     world.worker.hold = True
     await world.submit("127.9.8.0/24", policy=scan_policy(ports="1-1000"))
@@ -387,8 +387,8 @@ async def test_one_look_tells_all_progress_since_the_last(world: World) -> None:
     assert [each.machines_found for each in world.events(1) if isinstance(each, JobProgressed)] == [5, 6]
 
 
-async def test_progress_that_could_not_be_told_is_told_later(task: ScanChunk, world: World) -> None:
-    """A look on a bad day loses nothing: the next one tells what it could not."""
+async def test_progress_is_published_after_a_failed_attempt(task: ScanChunk, world: World) -> None:
+    """A round that fails because the database is unavailable loses no progress: the next one publishes it."""
     await claimed(world, task)
     await world.worker.progress(task, "as..")
     await world.settle()
@@ -424,8 +424,8 @@ async def test_progress_stops_with_the_job(world: World, task: ScanChunk) -> Non
     assert world.events(1) == events
 
 
-async def test_progress_is_stored_for_the_status(world: World, task: ScanChunk) -> None:
-    """What the events tell is what the job shows: per cent and machines, while it runs and after it has failed."""
+async def test_progress_is_stored_in_the_job(world: World, task: ScanChunk) -> None:
+    """The job has the same percentage and machines as its events, while it runs and after it has failed."""
     await claimed(world, task)
     await world.worker.progress(task, "as..")
     await world.settle()

@@ -76,7 +76,7 @@ async def test_a_scanned_chunk_is_asked_for_again(world: World) -> None:
     )
 
 
-async def test_what_was_lost_on_the_way_to_the_store_is_made_good(world: World) -> None:
+async def test_lost_request_to_result_store_is_repeated(world: World) -> None:
     """A job whose ChunkScanned got lost completes after it was asked for again."""
     await world.store.jobs.insert([replace(scan_job(9, made=1), status=JobStatus.RUNNING, outbox=())])
     await world.store.chunks.insert(
@@ -173,7 +173,7 @@ async def test_a_large_job_is_cancelled_in_one_window(world: World) -> None:
     assert Tally(job).counts["cancelled"] == job.plan.addresses * job.plan.ports
 
 
-async def test_three_replicas_make_each_chunk_once() -> None:
+async def test_three_replicas_create_each_chunk_once() -> None:
     """Each chunk of a job is inserted by the replica that works on the job, and by no other."""
     inserted: Counter[str] = Counter()
 
@@ -195,16 +195,16 @@ async def test_three_replicas_make_each_chunk_once() -> None:
 
 
 @pytest.mark.proves("F27", "G17")
-async def test_a_faulty_job_stops_no_other(world: World) -> None:
-    """A job that raises a fault of ours is skipped with a line in the log until it changes; the others end."""
+async def test_faulty_job_is_skipped(world: World) -> None:
+    """A job that raises an unexpected error is logged and skipped until it changes; the others end."""
     await world.store.jobs.insert([scan_job(8, cidr="127.9.8.0/30", chunk_addresses=0), scan_job(9)])
     await world.wait(2)
     assert (await world.store.jobs.get([9]))[9].status is JobStatus.COMPLETED
     assert (await world.store.jobs.get([8]))[8].status is JobStatus.PENDING
 
 
-async def test_running_chunks_of_a_large_job_are_stopped_first(world: World) -> None:
-    """A cancel of a job with thousands of queued chunks stops those that send packets at once, not when it gets there."""
+async def test_cancel_of_a_large_job_stops_running_chunks_first(world: World) -> None:
+    """A cancel of a job with thousands of queued chunks stops the running ones first."""
     await world.store.jobs.insert(
         [replace(scan_job(9, chunk_count=5_001, made=5_001), status=JobStatus.RUNNING, outbox=())]
     )
@@ -232,8 +232,8 @@ class ForgetfulChunks(MemoryChunks):
 
 
 @pytest.mark.parametrize("lost", [1, 2, 3])
-async def test_making_chunks_goes_on_after_a_failed_insert(lost: int) -> None:
-    """When chunks cannot be stored none of them is left out in the end."""
+async def test_chunks_are_created_after_a_failed_insert(lost: int) -> None:
+    """After failed inserts no chunk is missing."""
     store = MemoryStore()
     store.chunks = ForgetfulChunks(store.data, lost)
     world = World(store)
@@ -306,7 +306,7 @@ async def test_a_job_that_is_over_when_it_is_first_seen_to_run_is_one_change(wor
     ]
 
 
-async def test_what_was_published_is_not_published_again(world: World) -> None:
+async def test_published_event_is_not_published_again(world: World) -> None:
     """An event that is still in the outbox after the bus has acknowledged it is not sent with the next one."""
     await world.submit()
     await world.deliver()
