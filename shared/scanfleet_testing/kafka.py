@@ -17,7 +17,9 @@ async def read(bootstrap: str, topic: Topic, *, prefix: str = "", dead_letters: 
     name = topic.dead_letter if dead_letters else topic.name
     places = [TopicPartition(prefix + name, number) for number in range(1 if dead_letters else topic.partitions)]
     found: list[RawRecord] = []
-    async with AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False) as consumer:
+    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False)
+    try:  # not the client's own context manager, which leaves its connections open if the start fails
+        await consumer.start()
         consumer.assign(places)
         await consumer.seek_to_beginning(*places)
         ends = await consumer.end_offsets(places)
@@ -35,6 +37,8 @@ async def read(bootstrap: str, topic: Topic, *, prefix: str = "", dead_letters: 
                     )
                     for each in batch
                 ]
+    finally:
+        await consumer.stop()
     return sorted(found, key=lambda record: (record.partition, record.offset))
 
 
@@ -43,8 +47,9 @@ async def behind(bootstrap: str, group: str, topic: Topic, *, prefix: str = "") 
     places = [TopicPartition(prefix + topic.name, number) for number in range(topic.partitions)]
     consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap)
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
-    await asyncio.gather(consumer.start(), admin.start())
     try:
+        await consumer.start()
+        await admin.start()
         ends = await consumer.end_offsets(places)
         committed = await admin.list_consumer_group_offsets(prefix + group)
         return sum(
