@@ -33,8 +33,8 @@ from scanfleet.messages.envelope import decode
 from scanfleet.messages.topics import SCAN_AUDIT
 from scanfleet.services import GATEWAY
 from scanfleet_testing.bus import MemoryBus
-from scanfleet_testing.consumers import until
 from scanfleet_testing.tokens import Issuer
+from scanfleet_testing.waiting import until
 
 LOGIN = "/session/login"
 ENDPOINTS = ("authorization_endpoint", "token_endpoint")
