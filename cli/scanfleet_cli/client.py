@@ -49,6 +49,7 @@ MAX_STREAM_FAILURES: Final = 3  # consecutive failures after which jobs are poll
 _TIMEOUTS: Final = httpx2.Timeout(30.0, connect=5.0)
 _STREAM_TIMEOUTS: Final = httpx2.Timeout(30.0, connect=5.0, read=HEARTBEAT_LIMIT)
 _BUSY: Final = frozenset({502, 503, 504})
+_MAX_DOUBLINGS: Final = 30
 _MAX_ERROR_CHARS: Final = 300  # of an error from another server, for example a proxy
 
 
@@ -70,7 +71,8 @@ class Patience:
         """Return the pause before the next attempt after this number of consecutive failures."""
         if not failures:
             return 0.0
-        longest: float = min(self.first_pause * 2 ** (failures - 1), self.longest_pause)
+        doublings = min(failures - 1, _MAX_DOUBLINGS)  # a float overflows at 1,024
+        longest: float = min(self.first_pause * 2**doublings, self.longest_pause)
         return longest * random.uniform(0.75, 1.0)  # noqa: S311 # spreads the load of clients; not for security
 
 
@@ -115,6 +117,9 @@ Notice = Callable[[str], None]
 
 
 def _ignore(_text: str) -> None: ...
+
+
+def _nothing() -> None: ...
 
 
 class Client:
@@ -242,13 +247,20 @@ class Client:
             except (ApiError, UnavailableError) as error:
                 watching.failed(error)
 
-    def watch_jobs(self, job_ids: Collection[int], notice: Notice = _ignore) -> Iterator[rest.TaskStatus]:
+    def watch_jobs(
+        self, job_ids: Collection[int], notice: Notice = _ignore, owner: int | None = None
+    ) -> Iterator[rest.TaskStatus]:
         """Yield each state of several jobs until all are final, over one stream; otherwise as `watch`.
+
+        Args:
+            job_ids: of the jobs.
+            notice: as for `watch`.
+            owner: user id of their owner; without it each job is read twice at the start, first to find its owner.
 
         Raises:
             ApiError: the caller may not watch one of them.
         """
-        watching = Watching(job_ids, self._patience, notice)
+        watching = Watching(job_ids, self._patience, notice, owner)
         while not watching.over:
             time.sleep(watching.pause)
             try:
@@ -267,8 +279,19 @@ class Client:
             except (ApiError, UnavailableError) as error:
                 watching.failed(error)
 
-    def watch_all(self, user_id: int | str | None = None, notice: Notice = _ignore) -> Iterator[rest.TaskStatus]:
+    def watch_all(
+        self,
+        user_id: int | str | None = None,
+        notice: Notice = _ignore,
+        opened: Callable[[], None] = _nothing,
+    ) -> Iterator[rest.TaskStatus]:
         """Yield the unfinished jobs of the caller (for administrators, of a user or "all"), then each state of any job, without end.
+
+        Args:
+            user_id: of the owner of the jobs.
+            notice: as for `watch`.
+            opened: called whenever the stream is open, before its first state. What it reads misses no state: a job that ends
+                afterwards is in the stream.
 
         Raises:
             ApiError: the caller may not watch them.
@@ -277,8 +300,10 @@ class Client:
         while True:
             time.sleep(watching.pause)
             try:
-                for event in self.events(calls.watch_tasks(user_id, watching.last_event_id)):
-                    yield from watching.received(event)
+                with self.stream(calls.watch_tasks(user_id, watching.last_event_id), timeout=0) as response:
+                    opened()
+                    for event in httpx2.EventSource(response):
+                        yield from watching.received(event)
                 watching.ended()
             except (ApiError, UnavailableError) as error:
                 watching.failed(error)
@@ -310,9 +335,9 @@ class Client:
         try:
             response = self._http.send(_request(self._http, call, token), stream=True)
             if token and response.status_code == httpx2.codes.UNAUTHORIZED:
+                response.read()  # releases the connection, also if the source of the token fails
                 self._refused(token)
                 if (renewed := self._current_token()) != token:
-                    response.close()
                     response = self._http.send(_request(self._http, call, renewed), stream=True)
             if whole or not response.is_success:
                 response.read()
@@ -422,9 +447,11 @@ class AsyncClient:
             except (ApiError, UnavailableError) as error:
                 watching.failed(error)
 
-    async def watch_jobs(self, job_ids: Collection[int], notice: Notice = _ignore) -> AsyncIterator[rest.TaskStatus]:
+    async def watch_jobs(
+        self, job_ids: Collection[int], notice: Notice = _ignore, owner: int | None = None
+    ) -> AsyncIterator[rest.TaskStatus]:
         """As `Client.watch_jobs`."""
-        watching = Watching(job_ids, self._patience, notice)
+        watching = Watching(job_ids, self._patience, notice, owner)
         while not watching.over:
             await asyncio.sleep(watching.pause)
             try:
@@ -449,16 +476,21 @@ class AsyncClient:
                 watching.failed(error)
 
     async def watch_all(
-        self, user_id: int | str | None = None, notice: Notice = _ignore
+        self,
+        user_id: int | str | None = None,
+        notice: Notice = _ignore,
+        opened: Callable[[], None] = _nothing,
     ) -> AsyncIterator[rest.TaskStatus]:
         """As `Client.watch_all`."""
         watching = Watching(None, self._patience, notice)
         while True:
             await asyncio.sleep(watching.pause)
             try:
-                async for event in self.events(calls.watch_tasks(user_id, watching.last_event_id)):
-                    for task in watching.received(event):
-                        yield task
+                async with self.stream(calls.watch_tasks(user_id, watching.last_event_id), timeout=0) as response:
+                    opened()
+                    async for event in httpx2.EventSource(response):
+                        for task in watching.received(event):
+                            yield task
                 watching.ended()
             except (ApiError, UnavailableError) as error:
                 watching.failed(error)
@@ -480,9 +512,9 @@ class AsyncClient:
         try:
             response = await self._http.send(_request(self._http, call, token), stream=True)
             if token and response.status_code == httpx2.codes.UNAUTHORIZED:
+                await response.aread()  # as in `Client`
                 await asyncio.to_thread(self._refused, token)
                 if (renewed := await self._current_token()) != token:
-                    await response.aclose()
                     response = await self._http.send(_request(self._http, call, renewed), stream=True)
             if whole or not response.is_success:
                 await response.aread()
@@ -501,10 +533,18 @@ class Watching:
         job_ids: of the jobs; None for all, without end.
         patience: of the client.
         notice: receives one message when the connection is lost, and one when it is restored.
+        owner: user id of the owner of the jobs, if known.
     """
 
-    def __init__(self, job_ids: Collection[int] | None, patience: Patience, notice: Notice = _ignore) -> None:
+    def __init__(
+        self,
+        job_ids: Collection[int] | None,
+        patience: Patience,
+        notice: Notice = _ignore,
+        owner: int | None = None,
+    ) -> None:
         self.last_event_id = ""
+        self._owner = owner
         self._endless = job_ids is None
         self._open = set(job_ids or ())
         self._jobs: dict[int, Job | None] = dict.fromkeys(self._open)
@@ -526,7 +566,9 @@ class Watching:
 
     @property
     def owner(self) -> int | str | None:
-        """User id of the owner, "all" for several owners; None until each job was read once."""
+        """User id of the owner, "all" for several owners; None while unknown: until each job was read once."""
+        if self._owner is not None:
+            return self._owner
         jobs = list(self._jobs.values())
         owners = {job.user_id for job in jobs if job is not None}
         if any(job is None for job in jobs):

@@ -64,6 +64,7 @@ def to_the_end(
     enough: Callable[[JobStatus], bool] = lambda status: status.final,
     ended: Callable[[Followed], None] | None = None,
     found: Callable[[Row], None] | None = None,
+    owner: int | None = None,
 ) -> list[Followed]:
     """Follow jobs to their final state; Ctrl-C and the time limit leave them running, unless `cancel` is set.
 
@@ -78,13 +79,14 @@ def to_the_end(
         enough: whether a job in this state is followed no further.
         ended: called for each final job once its ledger was read.
         found: called for results while the jobs run; the caller reads those of the last seconds.
+        owner: user id of the owner of the jobs, if known.
 
     Raises:
         CommandError: the time limit expired, or a cancellation failed.
         KeyboardInterrupt: on Ctrl-C.
     """
     ids = " ".join(map(str, job_ids))
-    following = _Following(session, job_ids, view, enough, ended)
+    following = _Following(session, job_ids, view, enough, ended, owner=owner)
     try:
         jobs = asyncio.run(following.run(limit, found))
     except KeyboardInterrupt:
@@ -121,6 +123,8 @@ class _Following:
         view: View,
         enough: Callable[[JobStatus], bool],
         ended: Callable[[Followed], None] | None,
+        *,
+        owner: int | None,
     ) -> None:
         self._session = session
         self._jobs = {job_id: Followed(job_id) for job_id in job_ids}
@@ -128,6 +132,7 @@ class _Following:
         self._view = view
         self._enough = enough
         self._ended = ended
+        self._owner = owner
         self._news: asyncio.Queue[rest.TaskStatus | Followed]
         self._tasks: list[asyncio.Task[None]]
 
@@ -156,6 +161,8 @@ class _Following:
                 while self._open and (until is None or time.monotonic() < until):
                     with suppress(TimeoutError):
                         self._take(await asyncio.wait_for(self._news.get(), TICK_SECONDS), client)
+                        while not self._news.empty():  # one redraw for all of them
+                            self._take(self._news.get_nowait(), client)
                     self._view.tick(list(self._jobs.values()))
                     for task in self._tasks:
                         if task.done() and (error := task.exception()):
@@ -204,7 +211,8 @@ class _Following:
         def notice(sentence: str) -> None:
             self._session.output.note(f"{noun}: {printable(sentence)}")
 
-        async for task in client.watch_jobs(list(self._jobs), notice) if others else client.watch(first, notice):
+        jobs, owner = list(self._jobs), self._owner
+        async for task in client.watch_jobs(jobs, notice, owner) if others else client.watch(first, notice):
             await self._news.put(task)
 
     async def _read_ledgers(self, client: AsyncClient) -> None:
@@ -217,7 +225,9 @@ class _Following:
                         ApiError, UnavailableError
                     ):  # optional for a progress bar; the watch reports the failure
                         reply = await client.ask(call := calls.read_ledger(job.job_id, page_size=1), timeout=0)
-                        job.ledger = reply.read(call)
+                        ledger = reply.read(call)
+                        if not job.final:  # else the job has ended in between, and `_read_end` reads its final ledger
+                            job.ledger = ledger
 
     async def _read_found(self, client: AsyncClient, found: Callable[[Row], None]) -> None:
         """Poll the new results of running jobs."""

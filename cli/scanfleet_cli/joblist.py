@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from itertools import islice
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from scanfleet import rest
 from scanfleet.messages import Job, JobStatus
@@ -87,58 +89,121 @@ def watch(session: Session, call: calls.ListCall[rest.JobList], columns: Sequenc
         details: of the jobs.
 
     Raises:
-        CommandError: the format cannot be printed line by line.
+        CommandError: the format cannot be printed line by line, or `since` is not a time.
         KeyboardInterrupt: on Ctrl-C, the only end.
     """
     output = session.output
     if output.format not in {Format.TABLE, Format.WIDE, Format.JSONL} or output.fields is not None:
         raise CommandError("--watch prints a table, or JSON lines with -o jsonl", hint="leave out --watch")
-    states = session.client.watch_all(call.query.get("user_id"), output.note)
-    matching = (task for task in states if _matches(task.job, call.query))
+    matches = _filter(call.query)
     if output.format is Format.JSONL:
-        for task in matching:
-            output.line(task.model_dump(mode="json"))
-    elif output.terminal:
-        _redraw(session, call, states, columns, details)
-    else:
-        for row in session.rows(call):
-            output.row(details.read(row), columns)
-        for task in matching:
-            output.row(details.of(task.job.model_dump(mode="json"), task.status), columns)
-
-
-def _redraw(
-    session: Session,
-    call: calls.ListCall[rest.JobList],
-    states: Iterator[rest.TaskStatus],
-    columns: Sequence[Column],
-    details: Details,
-) -> None:
-    output = session.output
-    rows = {row["id"]: details.read(row) for row in session.rows(call)}
-    redrawn = Redrawn(output, output.stdout)
+        for task in session.client.watch_all(call.query.get("user_id"), output.note):
+            if matches(task.job):
+                output.line(task.model_dump(mode="json"))
+        return
+    table = (_Redrawn if output.terminal else _Lines)(session, call, columns, details)
     try:
-        redrawn.draw(output.table(rows.values(), output.shown(columns)))
-        for task in states:
-            row = details.of(task.job.model_dump(mode="json"), task.status)
-            if not _matches(task.job, call.query):
-                rows.pop(task.job.id, None)
-            elif task.job.id in rows:
-                rows[task.job.id] = row
-            else:
-                rows = dict(islice({task.job.id: row, **rows}.items(), session.limit_or(LIMIT) or None))
-            redrawn.draw(output.table(rows.values(), output.shown(columns)))
+        for task in session.client.watch_all(call.query.get("user_id"), output.note, table.opened):
+            table.changed(task, matches=matches(task.job))
     finally:
-        redrawn.close()
-        for line in output.table(rows.values(), output.shown(columns)):
-            output.emit(line)
+        table.close()
 
 
-def _matches(job: Job, query: Mapping[str, Any]) -> bool:
-    """Whether a job of the stream matches the filters of the list, except `since`, which new jobs always match."""
-    statuses = query.get("status")
-    return (
-        (statuses is None or job.status in statuses.split(","))
-        and query.get("subnet_id") in {None, job.subnet_id}
-        and query.get("policy_id") in {None, job.policy_id}
-    )
+class _Lines:
+    """The list, then a line for each state of a matching job."""
+
+    def __init__(
+        self, session: Session, call: calls.ListCall[rest.JobList], columns: Sequence[Column], details: Details
+    ) -> None:
+        self._session = session
+        self._call = call
+        self._columns = columns
+        self._details = details
+        self._rows: dict[int, Row] = {}
+        self._read = False
+
+    def opened(self) -> None:
+        """Read and print the list when the stream is first open: a job that ends during the read has an event in the stream."""
+        if not self._read:
+            self._rows = {row["id"]: self._details.read(row) for row in self._session.rows(self._call)}
+            self._read = True
+            self._print()
+
+    def changed(self, task: rest.TaskStatus, *, matches: bool) -> None:
+        """Show the new state of a job."""
+        if matches:
+            self._session.output.row(self._row(task), self._columns)
+
+    def close(self) -> None:
+        """Print what remains."""
+
+    def _row(self, task: rest.TaskStatus) -> Row:
+        return self._details.of(task.job.model_dump(mode="json"), task.status)
+
+    def _print(self) -> None:
+        for row in self._rows.values():
+            self._session.output.row(row, self._columns)
+
+
+class _Redrawn(_Lines):
+    """The list in its current state, redrawn in place."""
+
+    def __init__(
+        self, session: Session, call: calls.ListCall[rest.JobList], columns: Sequence[Column], details: Details
+    ) -> None:
+        super().__init__(session, call, columns, details)
+        self._limit = session.limit_or(LIMIT)
+        self._redrawn = Redrawn(session.output, session.output.stdout)
+
+    def changed(self, task: rest.TaskStatus, *, matches: bool) -> None:
+        rows, job_id = self._rows, task.job.id
+        full = self._limit and len(rows) >= self._limit
+        if not matches:
+            rows.pop(job_id, None)
+        elif job_id in rows:
+            rows[job_id] = self._row(task)
+        elif not full or task.status.status.final or job_id > max(rows):
+            # Other jobs of the stream are further down in the list than the table shows.
+            self._rows = dict(islice({job_id: self._row(task), **rows}.items(), self._limit or None))
+        self._print()
+
+    def close(self) -> None:
+        self._redrawn.close()
+        for line in self._table():
+            self._session.output.emit(line)
+
+    def _print(self) -> None:
+        self._redrawn.draw(self._table())
+
+    def _table(self) -> Iterable[str]:
+        output = self._session.output
+        return output.table(self._rows.values(), output.shown(self._columns))
+
+
+def _filter(query: Mapping[str, Any]) -> Callable[[Job], bool]:
+    """Return whether a job of the stream matches the filters of the list.
+
+    Raises:
+        CommandError: `since` is not a time with a time zone.
+    """
+    since = _time(query["since"]) if "since" in query else None
+    statuses = query["status"].split(",") if "status" in query else None
+
+    def matches(job: Job) -> bool:
+        return (
+            (statuses is None or job.status in statuses)
+            and query.get("subnet_id") in {None, job.subnet_id}
+            and query.get("policy_id") in {None, job.policy_id}
+            and (since is None or job.created_at >= since)
+        )
+
+    return matches
+
+
+def _time(text: str) -> datetime:
+    try:
+        return TypeAdapter(rest.InputTime).validate_python(text)
+    except ValueError as error:
+        raise CommandError(
+            f"--since: {text} is not a time with a time zone", hint="for example 2026-01-01T12:00:00Z"
+        ) from error

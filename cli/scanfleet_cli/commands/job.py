@@ -55,7 +55,10 @@ def submit(session: Session, /, *, subnets: Sequence[str], policy: str, key: str
     made = changes.create_jobs(session, [each.id for each in chosen], policy_id, key).json
     if not (watch and session.output.format is Format.JSONL):
         session.output.many(made["jobs"], changes.submitted_columns(networks))
-    return follow.code_of(_watch(session, [each["id"] for each in made["jobs"]], None)) if watch else None
+    if not watch:
+        return None
+    ids, owner = [each["id"] for each in made["jobs"]], made["jobs"][0]["user_id"]
+    return follow.code_of(_watch(session, ids, None, owner=owner))
 
 
 @job.command("list")
@@ -189,10 +192,11 @@ def _watch(
     *,
     cancel: bool = False,
     found: Callable[[Row], None] | None = None,
+    owner: int | None = None,
 ) -> list[views.Followed]:
     view = views.view_for(session.output)
     ended = (lambda job: follow.print_end(session, job)) if view.wants_ledger else None
-    return follow.to_the_end(session, job_ids, view, limit, cancel=cancel, ended=ended, found=found)
+    return follow.to_the_end(session, job_ids, view, limit, cancel=cancel, ended=ended, found=found, owner=owner)
 
 
 @job.command()

@@ -6,7 +6,7 @@ import csv
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_network
@@ -30,6 +30,9 @@ ATTEMPTS: Final = 3  # to create an object; after an unknown outcome the objects
 _Watched = Callable[[Row], bool]
 """Whether a result matches `--fail-on`."""
 
+_Scope = tuple[str, frozenset[str]]
+"""A network, and the merged exclusions that overlap it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -40,8 +43,7 @@ class Wanted:
     exclude: tuple[str, ...] = ()
 
     @property
-    def scope(self) -> tuple[str, frozenset[str]]:
-        """The network, and the merged exclusions that overlap it."""
+    def scope(self) -> _Scope:
         return _scope(self.cidr, self.exclude)
 
 
@@ -96,7 +98,7 @@ def scan(
     limit, watched_ports = follow.seconds(timeout), _fail_ports(fail_on)
     wanted = list(_targets(targets, file, exclude, name))
     chosen, policy_word = _policy(session, policy, resolve.policy_fields(policy_options))
-    known = list(resolve.subnets(session))
+    known = {_scope(each.cidr, each.exclude): each for each in reversed(list(resolve.subnets(session)))}
     subnets = [_subnet(session, each, known) for each in wanted]
     subnet_ids = [subnet.id for subnet, _ in subnets]
     reply = changes.create_jobs(session, subnet_ids, chosen.id, key)
@@ -120,6 +122,7 @@ def scan(
         cancel=cancel_on_interrupt,
         ended=lambda job: follow.print_end(session, job),
         found=printer.print if printer else None,
+        owner=made[0].user_id,
     )
     return _finish(session, jobs, watched_ports, printer)
 
@@ -194,7 +197,7 @@ def _targets(given: Sequence[str], file: Any, exclude: Sequence[str], name: str 
     wanted = [Wanted(each) for each in given if each != "-"] + list(_of_lines(lines))
     if not wanted:
         raise CommandError("no targets", hint="scanfleet scan 192.0.2.0/24, or --targets FILE")
-    named: set[tuple[str, frozenset[str]]] = set()
+    named: set[_Scope] = set()
     for each in wanted:
         target = Wanted(resolve.canonical(each.cidr), each.name or name, (*each.exclude, *exclude))
         if target.scope in named:
@@ -225,19 +228,20 @@ def _of_lines(lines: Iterable[str]) -> Iterator[Wanted]:
 # Subnets and policies
 
 
-def _subnet(session: Session, wanted: Wanted, known: Sequence[rest.Subnet]) -> tuple[rest.Subnet, str]:
+def _subnet(session: Session, wanted: Wanted, known: Mapping[_Scope, rest.Subnet]) -> tuple[rest.Subnet, str]:
+    scope = wanted.scope
     name = wanted.name or resolve.own_name(wanted.cidr, sorted(wanted.exclude))
     body = resolve.body(rest.SubnetBody, {"name": name, "cidr": wanted.cidr, "exclude": list(wanted.exclude)})
     return find_or_create(
         session,
-        known,
+        [known[scope]] if scope in known else [],
         lambda: resolve.subnets(session),
-        lambda each: _scope(each.cidr, each.exclude) == wanted.scope,
+        lambda each: _scope(each.cidr, each.exclude) == scope,
         lambda: session.client.send(calls.create_subnet(body)),
     )
 
 
-def _scope(cidr: str, exclude: Iterable[str]) -> tuple[str, frozenset[str]]:
+def _scope(cidr: str, exclude: Iterable[str]) -> _Scope:
     try:
         network = ip_network(cidr)
         within = [
@@ -271,7 +275,7 @@ def _policy(session: Session, named: str | None, fields: dict[str, Any]) -> tupl
 
 
 def _scan_of(policy: ScanPolicy) -> dict[str, Any]:
-    return policy.model_dump(include=set(resolve.SCAN_FIELDS))
+    return policy.model_dump(include=set(ScanPolicy.model_fields))
 
 
 def find_or_create(

@@ -16,7 +16,7 @@ from scanfleet import rest
 from scanfleet.messages import JobStatus
 from scanfleet_cli import calls
 from scanfleet_cli.client import AsyncClient, Client, Patience, Watching
-from scanfleet_cli.errors import ApiError, UnavailableError
+from scanfleet_cli.errors import ApiError, CommandError, UnavailableError
 from scanfleet_cli_testing import NOW, TOKEN, FakeApi, result
 
 OPENAPI = Path(__file__).parents[3] / "docs" / "openapi" / "current.json"
@@ -90,7 +90,7 @@ def test_call_that_is_safe_to_repeat_is_repeated(api: FakeApi, client: Client, f
 def test_post_without_a_key_is_repeated_only_if_it_was_not_sent(
     api: FakeApi, client: Client, fault: Any, repeated: bool
 ) -> None:
-    """What may have been carried out is not asked for twice."""
+    """A request that may have been executed is not sent again."""
     api.faults = [fault]
     if repeated:
         assert client.send(calls.create_subnet(BODY)).name == "lab"
@@ -108,6 +108,56 @@ def test_retries_end_with_the_time(api: FakeApi) -> None:
     with pytest.raises(UnavailableError, match=r"no response from http://scanfleet\.test: connection reset"):
         client.send(calls.list_subnets())
     assert 2 <= len(api.requests) <= 4
+
+
+@pytest.mark.parametrize("failures", [1, 1_026, 100_000])
+def test_pause_after_many_failures_is_the_longest_one(failures: int) -> None:
+    """The doubling of the pause has an end."""
+    assert 0 < Patience().pause(failures) <= Patience().longest_pause
+
+
+class Open(httpx2.SyncByteStream, httpx2.AsyncByteStream):
+    """A body that knows whether it was closed."""
+
+    closed = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield b'{"error": "expired"}'
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield b'{"error": "expired"}'
+
+    def close(self) -> None:
+        self.closed = True
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_refused_stream_is_closed_if_the_token_source_raises(api: FakeApi, asynchronous: bool) -> None:
+    """The connection of a 401 is released before the next token is requested."""
+    body = Open()
+    api.faults = [httpx2.Response(401, stream=body)]
+    tokens = iter([TOKEN])
+
+    def token() -> str:
+        for each in tokens:
+            return each
+        raise CommandError("the token command failed")
+
+    async def read() -> None:
+        other = AsyncClient("http://scanfleet.test", token, transport=api)
+        async with other.stream(calls.watch_tasks()):
+            raise AssertionError("not refused")
+
+    def read_by_thread() -> None:
+        with Client("http://scanfleet.test", token, transport=api).stream(calls.watch_tasks()):
+            raise AssertionError("not refused")
+
+    with pytest.raises(CommandError, match="the token command failed"):
+        asyncio.run(read()) if asynchronous else read_by_thread()
+    assert body.closed
 
 
 def test_watch_yields_each_state(client: Client, watch: Watch) -> None:
@@ -131,7 +181,7 @@ def test_watch_with_a_cut_stream_reconnects(api: FakeApi, client: Client, watch:
 
 
 def test_watch_with_failing_streams_polls(api: FakeApi, client: Client, watch: Watch) -> None:
-    """After three failed streams in a row the job is asked for instead, to its end."""
+    """After three consecutive failed streams the job is polled to its final state."""
     job = api.jobs[make_job(client)]
 
     def fault(request: httpx2.Request) -> Exception | None:
@@ -222,6 +272,49 @@ def test_watch_of_several_jobs_with_failing_streams_polls(api: FakeApi, client: 
     api.fault_of = fault
     assert final(watch_jobs([41, 42], [])) == [41, 42]
     assert len(streams(api)) == 3
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_several_jobs_of_a_known_owner_are_read_once_at_the_start(
+    api: FakeApi, client: Client, asynchronous: bool
+) -> None:
+    """With the owner, the stream is opened before the first read instead of after it."""
+    make_job(client), make_job(client)
+    api.requests.clear()
+
+    async def read() -> list[rest.TaskStatus]:
+        async with AsyncClient("http://scanfleet.test", TOKEN, patience=SOON, transport=api) as other:
+            return [task async for task in other.watch_jobs([41, 42], owner=7)]
+
+    tasks = asyncio.run(read()) if asynchronous else list(client.watch_jobs([41, 42], owner=7))
+    assert final(tasks) == [41, 42]
+    assert [request.url.path.removeprefix("/api/v1/") for request in api.requests] == ["events", "task/41", "task/42"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_watch_of_all_jobs_calls_back_whenever_the_stream_is_open(
+    api: FakeApi, client: Client, asynchronous: bool
+) -> None:
+    """`opened` is called before the first state of each connection."""
+    make_job(client)
+    api.cut_after = 1
+    seen: list[str] = []
+
+    async def read() -> None:
+        async with AsyncClient("http://scanfleet.test", TOKEN, patience=SOON, transport=api) as other:
+            async for task in other.watch_all(opened=lambda: seen.append("opened")):
+                seen.append(task.status.status)
+                if task.status.status.final:
+                    return
+
+    def read_by_thread() -> None:
+        for task in client.watch_all(opened=lambda: seen.append("opened")):
+            seen.append(task.status.status)
+            if task.status.status.final:
+                return
+
+    asyncio.run(read()) if asynchronous else read_by_thread()
+    assert seen == ["opened", "pending", "opened", "running", "completed"]
 
 
 def test_watch_of_several_jobs_with_an_unknown_one_raises(client: Client, watch_jobs: WatchJobs) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import time
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -13,10 +16,11 @@ import pytest
 
 from scanfleet import rest
 from scanfleet.messages import JobStatus
-from scanfleet_cli import findings, views
+from scanfleet_cli import findings, follow, views
+from scanfleet_cli.config import Config
 from scanfleet_cli.output import Output
-from scanfleet_cli.session import World
-from scanfleet_cli_testing import FakeApi, FakeJob, result
+from scanfleet_cli.session import Session, World
+from scanfleet_cli_testing import TOKEN, FakeApi, FakeJob, result
 
 
 def busy() -> httpx2.Response:
@@ -113,6 +117,91 @@ def test_several_jobs_are_watched_over_one_stream(running: FakeApi, run: Any) ->
     assert run("job", "watch", "41", "42").code == 0
     streams = [each.url.path for each in running.requests if each.url.path.endswith("/events")]
     assert streams == ["/api/v1/events"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["scan", "127.9.8.0/24", "127.9.9.0/24"],
+        ["job", "submit", "--subnet", "5", "--subnet", "6", "--policy", "3", "--watch"],
+    ],
+)
+def test_several_new_jobs_are_read_once_at_the_start(api: FakeApi, run: Any, command: list[str]) -> None:
+    """The command knows the owner of the jobs that it created, so the stream is opened before they are read."""
+    run("scan", "127.9.8.0/24", "127.9.9.0/24", "--no-watch")
+    assert run(*command).code == 0
+    reads = [each.url.path for each in api.requests if each.method == "GET" and each.url.path[-3:] in {"/43", "/44"}]
+    assert reads == ["/api/v1/task/43", "/api/v1/task/44"]
+
+
+class Counting(views.Silent):
+    """Counts the redraws."""
+
+    wants_ledger = True
+    ticks = 0
+
+    def tick(self, _jobs: Sequence[views.Followed]) -> None:
+        self.ticks += 1
+
+
+@pytest.fixture
+def session(world: World, tmp_path: Path) -> Session:
+    environment = {"SCANFLEET_URL": "http://scanfleet.test", "SCANFLEET_TOKEN": TOKEN}
+    return Session(Config(tmp_path, environment), Output(io.StringIO(), io.StringIO()), world)
+
+
+def event(job: FakeJob, state: JobStatus) -> bytes:
+    job.states = [(state, 50)]
+    return f"event: {state}\ndata: {job.task.model_dump_json()}\nid: 1-{job.id}-1\n\n".encode()
+
+
+def test_states_that_arrive_together_are_drawn_once(running: FakeApi, session: Session) -> None:
+    """The number of redraws does not grow with the number of events that wait."""
+    job = running.jobs[41]
+    content = event(job, JobStatus.RUNNING) * 200 + event(job, JobStatus.COMPLETED)
+    stream = httpx2.Response(200, headers={"content-type": "text/event-stream"}, content=content)
+    running.answers["GET", "/api/v1/task/41/events"] = stream
+    view = Counting()
+    (followed,) = follow.to_the_end(session, [41], view, None)
+    assert followed.final
+    assert view.ticks < 10
+
+
+class Late(FakeApi, httpx2.AsyncByteStream):
+    """The response with the ledger of running job 41 arrives after the end of the job; then job 42 ends too."""
+
+    def __init__(self, jobs: dict[int, FakeJob]) -> None:
+        super().__init__()
+        self.jobs = jobs
+        self.asked, self.ended, self.arrived = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        headers = {"content-type": "text/event-stream"}
+        self.answers["GET", "/api/v1/events"] = httpx2.Response(200, headers=headers, stream=self)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for job in self.jobs.values():
+            yield event(job, JobStatus.RUNNING)
+        await self.asked.wait()
+        yield event(self.jobs[41], JobStatus.COMPLETED)
+        await self.arrived.wait()
+        yield event(self.jobs[42], JobStatus.COMPLETED)
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        response = await super().handle_async_request(request)
+        if request.url.path.endswith("/41/ledger") and request.url.params["page_size"] == "1":
+            self.asked.set()
+            await self.ended.wait()
+            self.arrived.set()
+        return response
+
+
+def test_late_ledger_of_a_running_job_does_not_replace_the_final_one(
+    running: FakeApi, session: Session, world: World
+) -> None:
+    """A ledger that was requested before the end of the job and arrives after it is dropped."""
+    late = Late(running.jobs)
+    session.world = replace(world, transport=late, async_transport=late)
+    jobs = follow.to_the_end(session, [41, 42], Counting(), None, ended=lambda _job: late.ended.set(), owner=7)
+    assert [job.ledger and job.ledger.status for job in jobs] == [JobStatus.COMPLETED, JobStatus.COMPLETED]
 
 
 class NoTransport(httpx2.BaseTransport):
@@ -224,7 +313,7 @@ def test_found_prints_results_while_the_job_runs(api: FakeApi, run: Any, format_
 
 
 def test_found_prints_the_results_that_came_last(api: FakeApi, run: Any) -> None:
-    """What was found after the last read of a running job is printed at its end."""
+    """Results found after the last poll of a running job are printed at its end."""
 
     def found(job: FakeJob) -> None:
         job.results = [result(1, "127.9.8.1", 22)]

@@ -128,6 +128,53 @@ def test_watched_list_on_a_terminal_stays_in_its_last_state(run: Any) -> None:
     assert [line.split()[:2] for line in last[1:]] == [["42", "completed"], ["41", "completed"]]
 
 
+@pytest.mark.parametrize("width", [0, 80])
+def test_watched_list_shows_the_end_of_a_job_that_ends_before_the_stream_opens(
+    jobs: FakeApi, run: Any, width: int
+) -> None:
+    """The list is read when the stream is first open, whose first events do not contain the job that has ended."""
+    opened = [0]
+
+    def fault(request: httpx2.Request) -> BaseException | None:
+        if request.url.path == "/api/v1/events":
+            opened[0] += 1
+            jobs.jobs[42].seq = 3
+        return KeyboardInterrupt() if opened[0] == 3 else None
+
+    jobs.fault_of = fault
+    ended = run("--color", "never", "job", "list", "--watch", width=width)
+    assert [line.split()[:2] for line in ended.out.splitlines()[-2:]] == [["42", "completed"], ["41", "completed"]]
+    lists = [each for each in jobs.requests if (each.method, each.url.path) == ("GET", "/api/v1/task")]
+    assert len(lists) == 1
+
+
+def test_watched_list_with_more_unfinished_jobs_than_the_limit_keeps_its_rows(ends: FakeApi, run: Any) -> None:
+    """An unfinished job that the list does not show stays out, and a job that ends comes in."""
+    for _ in range(3):
+        run("scan", "127.9.8.0/24", "--no-watch")
+    for number, end in ((42, JobStatus.COMPLETED), (43, JobStatus.RUNNING)):
+        ends.jobs[number].states = [(JobStatus.RUNNING, 10)] * 4 + [(end, 100)]
+        ends.jobs[number].seq = 1
+    ended = run("--color", "never", "job", "list", "--watch", "--limit", "2", width=80)
+    last = ended.out.rpartition("ID  STATUS")[2].splitlines()
+    assert [line.split()[:2] for line in last[1:]] == [["42", "completed"], ["45", "completed"]]
+
+
+def test_watched_list_since_a_time_has_no_older_jobs(ends: FakeApi, run: Any) -> None:
+    """--since holds for the stream too."""
+    assert run("job", "list", "--watch", "--since", "2026-03-14T09:00:01Z", "-o", "jsonl").out == ""
+    assert ends.jobs[42].status is JobStatus.COMPLETED
+
+
+@pytest.mark.parametrize("since", ["yesterday", "2026-03-14T09:00:00"])
+def test_watched_list_since_an_invalid_time_is_refused(jobs: FakeApi, run: Any, since: str) -> None:
+    """A text that is not a time, and a time without a zone, exit 2 before any request."""
+    ended = run("job", "list", "--watch", "--since", since)
+    assert ended.code == 2
+    assert f"--since: {since} is not a time with a time zone" in ended.err
+    assert not jobs.requests
+
+
 def test_watched_list_has_the_jobs_that_match(ends: FakeApi, run: Any) -> None:
     """The filters of the list hold for the stream too, in every format of lines."""
     lines = run("job", "list", "--watch", "--status", "completed", "-o", "jsonl").out.splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import httpx2
@@ -173,6 +174,18 @@ def test_subnets_are_listed_once_for_all_targets(api: FakeApi, run: Any) -> None
     assert run("scan", "127.9.8.0/24", "127.9.9.0/24", "127.9.10.0/24", "--no-watch").code == 0
     lists = [each for each in api.requests if (each.method, each.url.path) == ("GET", "/api/v1/subnet")]
     assert len(lists) == 1
+
+
+def test_scan_of_many_targets_compares_each_with_the_subnets_once(api: FakeApi, run: Any, tmp_path: Any) -> None:
+    """The time to find the subnets of targets grows with their sum, not with their product."""
+    networks = [f"127.{9 + number // 256}.{number % 256}.0/24" for number in range(1_000)]
+    run("subnet", "create", "first", networks[0])
+    api.subnets = {5 + at: api.subnets[5] | {"id": 5 + at, "cidr": cidr} for at, cidr in enumerate(networks)}
+    (tmp_path / "targets").write_text("\n".join(networks[:200]))  # the last ones of the list
+    began = time.process_time()
+    ended = run("scan", "--targets", tmp_path / "targets", "--no-watch")
+    assert time.process_time() - began < 2
+    assert (ended.code, ended.err.count(", reused)"), len(api.subnets)) == (0, 200, 1_000)
 
 
 def test_scan_with_an_invalid_field_prints_the_message_of_the_service(run: Any) -> None:
