@@ -111,10 +111,11 @@ class Config:
         given = url or ("" if name else self.environment.get("SCANFLEET_URL", ""))
         context = contexts.get(named or self.current)
         if given:
+            checked = check_url(given)
             source = "the option --url" if url else "SCANFLEET_URL"
             # The token of a context is sent only to the gateway of that context.
             same = [each for each in (context, *contexts.values()) if each is not None and same_url(each.url, given)]
-            return Place(check_url(given), source, same[0] if same else None)
+            return Place(checked, source, same[0] if same else None)
         if context is None:
             raise CommandError(
                 "no gateway is configured",
@@ -241,11 +242,11 @@ def same_url(one: str, other: str) -> bool:
 
 
 def _parts(url: str) -> tuple[str, str | None, int | None, str, str]:
-    parts = urlsplit(url)
     try:
+        parts = urlsplit(url)
         port = parts.port or _PORTS.get(parts.scheme)
-    except ValueError:
-        port = None
+    except ValueError:  # an invalid port or IPv6 address: equal to itself only
+        return "", None, None, url, ""
     return parts.scheme, parts.hostname, port, parts.path.rstrip("/"), parts.query
 
 

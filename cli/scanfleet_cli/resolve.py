@@ -11,7 +11,6 @@ import click
 from pydantic import BaseModel
 
 from scanfleet import rest
-from scanfleet.policy import ScanPolicy
 from scanfleet_cli import calls
 from scanfleet_cli.errors import CommandError, Exit
 from scanfleet_cli.session import Command, Session
@@ -75,10 +74,28 @@ def subnet_named(session: Session, text: str) -> rest.Subnet:
     Raises:
         CommandError: none or several match.
     """
-    if text.isascii() and text.isdigit():
+    if _is_id(text):
         return session.client.send(calls.read_subnet(int(text)))
     found = [each for each in subnets(session) if text in {each.name, each.cidr}]
     return _only(found, text, "subnet")
+
+
+def subnet_id(session: Session, text: str) -> int:
+    """Return the id of the subnet of this id, name or CIDR; an id is not looked up.
+
+    Raises:
+        CommandError: none or several match.
+    """
+    return int(text) if _is_id(text) else subnet_named(session, text).id
+
+
+def policy_id(session: Session, text: str) -> int:
+    """Return the id of the policy of this id or name; an id is not looked up.
+
+    Raises:
+        CommandError: none or several match.
+    """
+    return int(text) if _is_id(text) else policy_named(session, text).id
 
 
 def policy_named(session: Session, text: str) -> rest.Policy:
@@ -87,9 +104,14 @@ def policy_named(session: Session, text: str) -> rest.Policy:
     Raises:
         CommandError: none or several match.
     """
-    if text.isascii() and text.isdigit():
+    if _is_id(text):
         return session.client.send(calls.read_policy(int(text)))
     return _only([each for each in policies(session) if each.name == text], text, "policy")
+
+
+def distinct(found: Iterable[Thing]) -> list[Thing]:
+    """Return objects without duplicates: the same one may be given by its id and by its name."""
+    return list({each.id: each for each in found}.values())
 
 
 def subnets(session: Session) -> Iterator[rest.Subnet]:
@@ -108,6 +130,10 @@ def canonical(cidr: str) -> str:
         return cidr
 
 
+def _is_id(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
 def _only(found: list[Thing], text: str, noun: str) -> Thing:
     if not found:
         raise CommandError(
@@ -122,6 +148,3 @@ def _only(found: list[Thing], text: str, noun: str) -> Thing:
 def own_name(*parts: Iterable[Any] | object) -> str:
     """Return the name of a generated object with these parts."""
     return f"cli-{sha256(repr(parts).encode()).hexdigest()[:HASH]}"
-
-
-SCAN_FIELDS: Final = frozenset(ScanPolicy.model_fields)

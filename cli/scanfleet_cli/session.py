@@ -316,9 +316,13 @@ def long_lists(command: Command) -> Command:
 
 
 def complete_context(context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
-    """Complete the name of a context."""
+    """Complete the name of a context; empty if the configuration is invalid."""
     session: Session = context.find_root().obj
-    return [name for name in session.config.contexts() if name.startswith(begun)]
+    try:
+        names = session.config.contexts()
+    except ScanfleetError:
+        return []
+    return [name for name in names if name.startswith(begun)]
 
 
 def complete_job(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from scanfleet_cli.config import write_private
+from scanfleet_cli.config import same_url, write_private
 from scanfleet_cli.errors import CommandError, Exit
 
 SERVICE: Final = "scanfleet"  # name of the entries in a keyring
@@ -205,7 +205,7 @@ class Kept:
             raise CommandError(
                 f"cannot read the tokens in {self.store.where}", Exit.NOT_ALLOWED, hint="scanfleet login"
             ) from error
-        return tokens if tokens.url == url else None
+        return tokens if same_url(tokens.url, url) else None
 
     def keep(self, name: str, tokens: Tokens) -> None:
         with self._locked():

@@ -11,7 +11,6 @@ import click
 
 from scanfleet.clock import rfc3339
 from scanfleet_cli import calls
-from scanfleet_cli.client import page_of
 from scanfleet_cli.output import Column, Format, Row, column
 from scanfleet_cli.session import LIMIT, Session, lists, with_session
 
@@ -91,7 +90,7 @@ def _recorded(session: Session, filters: dict[str, str | None]) -> Iterator[list
     seen: dict[str, datetime] = {}
     earliest = filters["since"]
     limit = session.limit_or(LIMIT)
-    latest = _latest(_entries(session, _call(filters)), limit)
+    latest = _latest(session.rows(_call(filters), 0), limit)
     while True:
         new = {str(row["id"]): row for row in reversed(latest) if row["id"] not in seen}
         yield list(new.values())[-limit:]
@@ -103,7 +102,7 @@ def _recorded(session: Session, filters: dict[str, str | None]) -> Iterator[list
             if earliest is None or since > datetime.fromisoformat(earliest):
                 filters = filters | {"since": rfc3339(since)}
         session.world.sleep(TAIL_SECONDS)
-        latest = list(_entries(session, _call(filters)))
+        latest = list(session.rows(_call(filters), 0))
 
 
 def _latest(entries: Iterator[Row], limit: int) -> list[Row]:
@@ -118,11 +117,6 @@ def _latest(entries: Iterator[Row], limit: int) -> list[Row]:
 
 def _time(row: Row) -> datetime:
     return datetime.fromisoformat(row["received_at"])
-
-
-def _entries(session: Session, call: calls.ListCall[Any]) -> Iterator[Row]:
-    for reply in session.client.replies(call):
-        yield from page_of(reply, call.items)[call.items]
 
 
 def _call(filters: dict[str, str | None]) -> calls.ListCall[Any]:

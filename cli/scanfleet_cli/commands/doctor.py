@@ -69,13 +69,15 @@ def _answers(session: Session) -> Iterator[Finding]:
             yield Finding("service", ok=False, detail=str(info))
             return
         yield _versions(info)
+    if isinstance(info, Reply):
+        yield _clock(info)
     try:
         token = session.token()
     except ScanfleetError as error:
         yield Finding("token", ok=False, detail=str(error))
         return
     reply = _try(lambda: session.client.ask(calls.list_policies().page(1, 1), timeout=0))
-    if isinstance(reply, Reply):
+    if isinstance(reply, Reply) and not isinstance(info, Reply):  # an older gateway
         yield _clock(reply)
     ends = _ends(token)
     detail = f"from {session.token_source}{ends}"

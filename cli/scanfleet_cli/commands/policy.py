@@ -16,8 +16,6 @@ from scanfleet_cli.errors import CommandError
 from scanfleet_cli.output import Row, column, count, printable, text_of
 from scanfleet_cli.session import Session, formats, lists, with_session, yes
 
-_FIELDS = tuple(ScanPolicy.model_fields)
-
 
 @click.group()
 def policy() -> None:
@@ -40,7 +38,7 @@ def block(session: Session, policy: Row) -> Iterator[str]:
     """Yield every field of a policy; the values of its preset are dimmed on a terminal."""
     yield f"policy {policy['id']} {printable(policy['name'])}"
     preset: dict[str, Any] = PRESETS[Preset(policy["preset"])] if policy["preset"] in list(Preset) else {}
-    for name in _FIELDS:
+    for name in ScanPolicy.model_fields:
         line = f"  {name:<18} {printable(text_of(policy[name]))}"
         usual = json.loads(json.dumps(preset.get(name, object), default=str)) == policy[name]
         yield click.style(line, dim=True) if usual and session.output.coloured else line
@@ -73,7 +71,7 @@ def list_(session: Session) -> None:
 @with_session
 def show(session: Session, /, *, which: str) -> None:
     """Show every field of a policy."""
-    found = session.ask(calls.read_policy(resolve.policy_named(session, which).id))
+    found = session.ask(calls.read_policy(resolve.policy_id(session, which)))
     session.output.one(found, lambda: block(session, found))
 
 
@@ -88,13 +86,13 @@ def edit(session: Session, /, *, which: str, name: str | None, **options: Any) -
     given = resolve.policy_fields(options)
     if not given and name is None:
         raise CommandError("nothing to change", hint="scanfleet policy edit --help")
-    reply = session.client.ask(calls.read_policy(resolve.policy_named(session, which).id))
+    reply = session.client.ask(calls.read_policy(resolve.policy_id(session, which)))
     before = reply.json
     # A new preset sets the omitted fields; otherwise they are unchanged.
-    kept = {} if "preset" in given else {field: before[field] for field in _FIELDS}
+    kept = {} if "preset" in given else {field: before[field] for field in ScanPolicy.model_fields}
     body = resolve.body(rest.PolicyBody, {"name": name or before["name"], **kept, **given})
     after = changes.replaced(session, calls.replace_policy(before["id"], body, reply.etag))
-    for field in ("name", *_FIELDS):
+    for field in ("name", *ScanPolicy.model_fields):
         if before[field] != after[field]:
             session.output.note(f"{field}: {printable(text_of(before[field]))} → {printable(text_of(after[field]))}")
     session.output.one(after, lambda: block(session, after))
@@ -106,7 +104,7 @@ def edit(session: Session, /, *, which: str, name: str | None, **options: Any) -
 @with_session
 def delete(session: Session, /, *, which: Sequence[str], yes: bool) -> None:
     """Delete policies; existing jobs keep their values."""
-    found = [resolve.policy_named(session, each) for each in which]
+    found = resolve.distinct(resolve.policy_named(session, each) for each in which)
     names = ", ".join(printable(each.name) for each in found)
     session.confirm(f"delete {count(len(found), 'policy', 'policies')} ({names})?", yes=yes)
     changes.delete_each(session, "policy", [(each.id, calls.delete_policy(each.id)) for each in found])

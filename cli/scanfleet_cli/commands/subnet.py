@@ -78,7 +78,7 @@ def list_(session: Session) -> None:
 @with_session
 def show(session: Session, /, *, which: str) -> None:
     """Show a subnet."""
-    found = session.ask(calls.read_subnet(resolve.subnet_named(session, which).id))
+    found = session.ask(calls.read_subnet(resolve.subnet_id(session, which)))
     session.output.one(found, lambda: _block(session, found))
 
 
@@ -109,7 +109,7 @@ def edit(
     remove_exclude: Sequence[str],
 ) -> None:
     """Change a subnet; existing jobs keep the previous values."""
-    reply = session.client.ask(calls.read_subnet(resolve.subnet_named(session, which).id))
+    reply = session.client.ask(calls.read_subnet(resolve.subnet_id(session, which)))
     before = reply.json
     exclude = [each for each in before["exclude"] if each not in map(resolve.canonical, remove_exclude)]
     if len(exclude) + len(set(remove_exclude)) != len(before["exclude"]):
@@ -133,7 +133,7 @@ def edit(
 @with_session
 def delete(session: Session, /, *, which: Sequence[str], yes: bool) -> None:
     """Delete subnets without unfinished jobs; results are kept."""
-    found = [resolve.subnet_named(session, each) for each in which]
+    found = resolve.distinct(resolve.subnet_named(session, each) for each in which)
     names = ", ".join(printable(each.name) for each in found)
     session.confirm(f"delete {count(len(found), 'subnet')} ({names})?", yes=yes)
     changes.delete_each(session, "subnet", [(each.id, calls.delete_subnet(each.id)) for each in found])

@@ -114,6 +114,7 @@ def test_configuration_with_a_wrong_type_exits_2(
         ("https://scanfleet.test/Team", "https://scanfleet.test/team", False),
         ("https://scanfleet.test", "http://scanfleet.test", False),
         ("https://scanfleet.test:8443", "https://scanfleet.test", False),
+        ("https://scanfleet.test", "http://[::1", False),
     ],
 )
 def test_comparison_of_urls_ignores_what_has_no_effect(one: str, other: str, same: bool) -> None:
@@ -126,6 +127,22 @@ def test_check_of_an_invalid_url_raises(url: str) -> None:
     """Each is an error with an example, and none a traceback."""
     with pytest.raises(CommandError, match="is not the URL of a gateway"):
         check_url(url)
+
+
+def test_url_that_cannot_be_parsed_exits_2(run: Any) -> None:
+    """The error names the URL, also where a context's URL is compared with it."""
+    run("context", "add", "lab", "--url", URL, environment={})
+    ended = run("--url", "http://[::1", "job", "list", environment={})
+    assert ended.code == 2
+    assert "http://[::1 is not the URL of a gateway" in ended.err
+
+
+def test_tokens_of_the_same_gateway_in_another_notation_are_used(tmp_path: Path) -> None:
+    """Tokens belong to a gateway however its URL is written, and to no other gateway."""
+    kept = Kept(tmp_path, FileStore(tmp_path / "tokens.json"))
+    kept.keep("lab", Tokens("https://scanfleet.test", TOKEN))
+    assert kept.current("lab", "https://Scanfleet.test:443") == TOKEN
+    assert kept.current("lab", "https://scanfleet.test:8443") is None
 
 
 # Token commands

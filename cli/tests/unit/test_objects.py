@@ -47,6 +47,30 @@ def test_change_by_another_in_between_is_reported(api: FakeApi, run: Any) -> Non
     assert api.subnets[5]["name"] == "theirs"
 
 
+@pytest.mark.parametrize("kind", ["subnet", "policy"])
+def test_delete_of_an_object_given_twice_deletes_it_once(run: Any, kind: str) -> None:
+    """The same object by its id and by its name is one."""
+    run("subnet", "create", "lab", "127.9.8.0/24")
+    run("policy", "create", "lab")
+    number = {"subnet": "5", "policy": "3"}[kind]
+    ended = run(kind, "delete", "lab", number, "--yes")
+    assert (ended.code, ended.err) == (0, f"✓ {kind} {number} deleted\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "change"), [("subnet", 5, "--cidr=127.9.9.0/24"), ("policy", 3, "--timing=2")]
+)
+def test_object_given_by_id_is_read_once(api: FakeApi, run: Any, kind: str, number: int, change: str) -> None:
+    """An id needs no request to find it."""
+    run("subnet", "create", "lab", "127.9.8.0/24")
+    run("policy", "create", "lab")
+    for command in (["show"], ["edit", change]):
+        api.requests.clear()
+        assert run(kind, command[0], number, *command[1:]).code == 0
+        reads = [each.url.path for each in api.requests if each.method == "GET"]
+        assert reads == [f"/api/v1/{kind}/{number}"]
+
+
 def test_delete_whose_answer_was_cut_is_done(api: FakeApi, run: Any) -> None:
     """A 404 on the repetition of a delete that was cut counts as done."""
     run("subnet", "create", "lab", "127.9.8.0/24")
@@ -276,6 +300,25 @@ def test_doctor_with_a_failed_check_exits_1(api: FakeApi, run: Any) -> None:
     assert "connection refused" in ended.out
 
 
+def test_doctor_checks_the_clock_if_the_token_is_refused(api: FakeApi, run: Any) -> None:
+    """A wrong clock is a common cause of a refused token, so the check does not depend on the token."""
+    date = {"Date": "Sat, 14 Mar 2026 09:00:00 GMT"}
+    api.answers["GET", "/api/v1/info"] = httpx2.Response(200, json={"version": "1", "api": "v1"}, headers=date)
+    environment = {"SCANFLEET_URL": "http://scanfleet.test", "SCANFLEET_TOKEN": "stale"}
+    for given in (environment, {"SCANFLEET_URL": "http://scanfleet.test"}):
+        found = {row["check"]: row["ok"] for row in json.loads(run("doctor", "-o", "json", environment=given).out)}
+        assert found == {"gateway": True, "tls": False, "service": True, "clock": False, "token": False}
+
+
+def test_doctor_checks_the_clock_of_an_older_gateway_with_the_token(api: FakeApi, run: Any) -> None:
+    """A gateway without /api/v1/info is compared by an authenticated response."""
+    page = {"policies": [], "total": 0, "page": 1, "page_size": 1}
+    date = {"Date": "Sat, 14 Mar 2026 09:00:00 GMT"}
+    api.answers["GET", "/api/v1/policy"] = httpx2.Response(200, json=page, headers=date)
+    found = {row["check"]: row["ok"] for row in json.loads(run("doctor", "-o", "json").out)}
+    assert found["clock"] is False
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_script_is_printed(run: Any, shell: str) -> None:
     """Each shell gets a script that asks the command."""
@@ -283,7 +326,7 @@ def test_completion_script_is_printed(run: Any, shell: str) -> None:
 
 
 def test_jobs_and_contexts_are_completed(run: Any, world: World, tmp_path: Path) -> None:
-    """A shell completes the latest jobs with their states, and the names of contexts; nothing if the service is unavailable."""
+    """A shell completes the latest jobs with their states, and the names of contexts; nothing if they cannot be read."""
     run("scan", "127.9.8.0/24", "--no-watch")
     run("context", "add", "prod", "--url", "https://scanfleet.example.com", environment={})
 
@@ -297,3 +340,5 @@ def test_jobs_and_contexts_are_completed(run: Any, world: World, tmp_path: Path)
     assert complete(here, "job", "watch") == [("41", "pending subnet 5")]
     assert complete({}, "context", "use") == [("prod", None)]
     assert complete(here | {"SCANFLEET_TOKEN": "stale"}, "job", "watch") == []
+    (tmp_path / "config.toml").write_text("current = ")
+    assert complete({}, "context", "use") == []
