@@ -61,12 +61,6 @@ class Workers:
         busy = {task.worker_id for task in tasks}
         await self._bus.publish(SCAN_WORKERS, [ready for ready in self._ready if ready.worker_id in busy])
 
-    async def assigned(self, partitions: Collection[int]) -> None: ...
-
-    async def revoked(self, partitions: Collection[int]) -> None: ...
-
-    async def caught_up(self, partitions: Collection[int]) -> None: ...
-
 
 @contextmanager
 def new_stack(**options: Any) -> Iterator[Stack]:

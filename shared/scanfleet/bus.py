@@ -8,20 +8,25 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Protocol
+from typing import Generic, Protocol
+
+from typing_extensions import TypeVar  # with defaults, which Python has from 3.13 on
 
 from scanfleet.messages import Message
 from scanfleet.messages.envelope import RawRecord
-from scanfleet.messages.topics import Topic
+from scanfleet.messages.topics import M_co, Topic
+
+M = TypeVar("M", bound=Message, default=Message)
+M_contra = TypeVar("M_contra", bound=Message, contravariant=True, default=Message)
 
 DeadLetterCallback = Callable[[RawRecord, str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class Record(Generic[M_co]):
     """A decoded message and its position in the log."""
 
-    message: Message
+    message: M_co
     topic: str
     partition: int
     offset: int
@@ -29,8 +34,10 @@ class Record:
     """Time at which the broker appended the record (UTC): the only clock that all readers share."""
 
 
-class Handler(Protocol):
+class Handler(Protocol[M_contra]):
     """Handles the messages of a topic. One loop calls one handler, so its methods never run concurrently.
+
+    A handler with state per partition derives from `PartitionListener` too.
 
     A batch is one unit of work. Only the loop commits, after `handle` has returned. Delivery is at least once: a batch
     may be redelivered, whole or in part, so `handle` must be idempotent. The exception that `handle` raises decides
@@ -41,7 +48,14 @@ class Handler(Protocol):
       reader without a group skips and counts it.
     """
 
-    async def handle(self, records: Sequence[Record]) -> None: ...
+    async def handle(self, records: Sequence[Record[M_contra]]) -> None: ...
+
+
+class PartitionListener:
+    """Base of handlers with state per partition: the loop calls these methods, which do nothing unless overridden.
+
+    They never run concurrently with `handle`.
+    """
 
     async def assigned(self, partitions: Collection[int]) -> None:
         """React to the assignment of these partitions."""
@@ -107,10 +121,10 @@ class Bus(Publisher, Protocol):
     def on_dead_letter(self, callback: DeadLetterCallback) -> None:
         """Call `callback` with each record that is dead-lettered from now on, and the reason."""
 
-    def consume(self, topic: Topic, group: str, handler: Handler) -> Consumer:
+    def consume(self, topic: Topic[M], group: str, handler: Handler[M]) -> Consumer:
         """Return a member of `group`: it shares the topic's partitions, starts at the earliest record and commits."""
 
-    def tail(self, topic: Topic, handler: Handler, *, key: str | None = None) -> Consumer:
+    def tail(self, topic: Topic[M], handler: Handler[M], *, key: str | None = None) -> Consumer:
         """Return a reader of every partition without a group, from the end, without commits.
 
         It skips and counts records that it cannot handle, because other processes read the same records. With `key` it

@@ -16,13 +16,13 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Generic, Protocol
 
 import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
 from scanfleet import tracing
-from scanfleet.bus import Handler, Record
+from scanfleet.bus import Handler, M, PartitionListener, Record
 from scanfleet.errors import DependencyError, MessageError, ScanfleetError
 from scanfleet.messages.envelope import RawRecord, decode
 from scanfleet.messages.topics import Topic
@@ -102,7 +102,7 @@ class _Target:
         return now - self.asked > STALE_SECONDS
 
 
-class ConsumerLoop:
+class ConsumerLoop(Generic[M]):
     """A `scanfleet.bus.Consumer`.
 
     Args:
@@ -118,9 +118,9 @@ class ConsumerLoop:
 
     def __init__(
         self,
-        topic: Topic,
+        topic: Topic[M],
         group: str,
-        handler: Handler,
+        handler: Handler[M],
         source: Source,
         dead_letter: Callable[[RawRecord, str], Awaitable[None]] | None,
         *,
@@ -129,6 +129,7 @@ class ConsumerLoop:
         self._topic = topic
         self._key = None if key is None else key.encode()
         self._handler = handler
+        self._partitions = handler if isinstance(handler, PartitionListener) else PartitionListener()
         self._source = source
         self._dead_letter = dead_letter
         self._name = f"{topic.name} ({group})"
@@ -185,7 +186,7 @@ class ConsumerLoop:
     async def assigned(self, partitions: Collection[int]) -> None:
         async with self._handler_lock:
             self._hurry.clear()
-            await self._handler.assigned(partitions)
+            await self._partitions.assigned(partitions)
 
     async def revoked(self, partitions: Collection[int]) -> None:
         self._epoch += 1
@@ -193,7 +194,7 @@ class ConsumerLoop:
         async with self._handler_lock:
             self._targets.clear()
             if partitions:
-                await self._handler.revoked(partitions)
+                await self._partitions.revoked(partitions)
 
     def _hurry_up(self) -> None:
         self._hurry.set()
@@ -268,7 +269,7 @@ class ConsumerLoop:
         if not fresh:
             return
         try:
-            await self._handler.caught_up(fresh)
+            await self._partitions.caught_up(fresh)
             self._blocked = False
         except _UNAVAILABLE as error:
             self._blocked = True  # the next query triggers the next call
@@ -293,7 +294,7 @@ class ConsumerLoop:
         return True
 
     async def _handle(self, records: Sequence[RawRecord]) -> None:
-        batch: list[tuple[RawRecord, Record]] = []
+        batch: list[tuple[RawRecord, Record[M]]] = []
         for raw in records:
             if self._key not in {None, raw.key}:
                 continue
@@ -316,7 +317,7 @@ class ConsumerLoop:
                 with _log_context(record):
                     await self._isolate(raw, record)
 
-    async def _isolate(self, raw: RawRecord, record: Record) -> None:
+    async def _isolate(self, raw: RawRecord, record: Record[M]) -> None:
         try:
             await self._call_handler([record])
         except BatchDroppedError:
@@ -325,7 +326,7 @@ class ConsumerLoop:
             log.exception("%s cannot be handled: partition %d, offset %d", self._name, raw.partition, raw.offset)
             await self._dead_letter_or_skip(raw, repr(error))
 
-    async def _call_handler(self, records: Sequence[Record]) -> None:
+    async def _call_handler(self, records: Sequence[Record[M]]) -> None:
         try:
             await self._retry_until_available(lambda: self._handler.handle(records))
         except BatchDroppedError:

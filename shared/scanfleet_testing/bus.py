@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
-from scanfleet.bus import Consumer, DeadLetterCallback, Handler
+from scanfleet.bus import Consumer, DeadLetterCallback, Handler, M
 from scanfleet.clock import utc_now
 from scanfleet.consumer import BatchDroppedError, ConsumerLoop, Listener
 from scanfleet.errors import DependencyError
@@ -113,17 +113,17 @@ class MemoryBus:
     def on_dead_letter(self, callback: DeadLetterCallback) -> None:
         self._dead_letter_callbacks.append(callback)
 
-    def consume(self, topic: Topic, group: str, handler: Handler) -> Consumer:
+    def consume(self, topic: Topic[M], group: str, handler: Handler[M]) -> Consumer:
         return self._member(topic, group, handler, _Member(self.broker, topic, group))
 
-    def tail(self, topic: Topic, handler: Handler, *, key: str | None = None) -> Consumer:
+    def tail(self, topic: Topic[M], handler: Handler[M], *, key: str | None = None) -> Consumer:
         return ConsumerLoop(topic, f"{self._source}-tail", handler, _Tail(self.broker, topic), None, key=key)
 
-    def messages(self, topic: Topic) -> list[Message]:
+    def messages(self, topic: Topic[M]) -> list[M]:
         """Return all messages sent to `topic`, in order of arrival."""
         return [decode(topic, record) for record in self.broker.records(topic.name)]
 
-    def _member(self, topic: Topic, group: str, handler: Handler, source: _Tail) -> ConsumerLoop:
+    def _member(self, topic: Topic[M], group: str, handler: Handler[M], source: _Tail) -> ConsumerLoop[M]:
         async def dead_letter(record: RawRecord, reason: str) -> None:
             self.broker.check()
             headers = dead_letter_headers(record, group=group, reason=reason)

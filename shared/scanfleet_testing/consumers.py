@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Sequence
 
-from scanfleet.bus import Consumer, Record
+from scanfleet.bus import Consumer, PartitionListener, Record
 from scanfleet.messages import Message
 
 
-class Recorder:
+class Recorder(PartitionListener):
     """A handler that records its calls; `does` is called with each batch before it counts as handled."""
 
     def __init__(self, does: Callable[[Sequence[Record]], object] = lambda _: None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,12 +118,6 @@ class Replier:
             if isinstance(command, (SubmitJobs, CancelJob)):
                 self.commands.append(command)
                 await self._bus.publish(SCAN_REPLIES, await self.reply(command))
-
-    async def assigned(self, partitions: Collection[int]) -> None: ...
-
-    async def revoked(self, partitions: Collection[int]) -> None: ...
-
-    async def caught_up(self, partitions: Collection[int]) -> None: ...
 
 
 async def accept(command: Command) -> Sequence[Reply]:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from collections.abc import Set as AbstractSet
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -34,7 +35,7 @@ from job_orchestrator.repository import MongoStore
 from job_orchestrator.settings import Settings
 from scanfleet import logging, mongo, service, tracing
 from scanfleet.auth import InternalVerifier, read_private_key, read_public_keys
-from scanfleet.bus import Handler, Publisher
+from scanfleet.bus import Handler, M, Publisher
 from scanfleet.chunk_grants import Signer, key_id
 from scanfleet.kafka import KafkaBus
 from scanfleet.loop import Loop
@@ -175,18 +176,25 @@ class Orchestrator:
             raw_worker_seconds=raw_worker_seconds,
             grants=self.grants,
         )
-        self.handlers: dict[Topic, Handler] = {
-            SCAN_COMMANDS: self.commands,
-            SCAN_DELETIONS: self.deletions,
-            SCAN_WORKERS: self.dispatcher,
-            SCAN_PROGRESS: self.progress,
-            SCAN_STORED: Stored(changer, self.reconciler, self.dispatcher.wake, clock),
-            **{topic: Audit(store.audit, service) for service, topic in SCAN_AUDIT.items()},
-            SCAN_AUDIT_OPERATOR: Audit(store.audit, OPERATOR),
-        }
+        self.handlers = dict(
+            (
+                _handled(SCAN_COMMANDS, self.commands),
+                _handled(SCAN_DELETIONS, self.deletions),
+                _handled(SCAN_WORKERS, self.dispatcher),
+                _handled(SCAN_PROGRESS, self.progress),
+                _handled(SCAN_STORED, Stored(changer, self.reconciler, self.dispatcher.wake, clock)),
+                *(_handled(topic, Audit(store.audit, service)) for service, topic in SCAN_AUDIT.items()),
+                _handled(SCAN_AUDIT_OPERATOR, Audit(store.audit, OPERATOR)),
+            )
+        )
         sweep = Loop("sweep", _SWEEP_SECONDS, self.sweeper.sweep)
         owners = (self.reconciler, self.outbox, self.reporter, self.dispatcher, self.deletions)
         self.loops = (*(owner.loop for owner in owners), sweep)
+
+
+def _handled(topic: Topic[M], handler: Handler[M]) -> tuple[Topic, Handler[Any]]:
+    """Return the pair; the type checker ensures that the handler accepts every message of the topic."""
+    return topic, handler
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:

@@ -6,7 +6,7 @@ Nothing runs by itself. A test delivers messages, lets time pass and breaks thin
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from itertools import count
 from typing import Any, Final, TypedDict
@@ -17,7 +17,7 @@ from job_orchestrator.domain.resources import Policy, Subnet
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.main import Orchestrator
 from job_orchestrator_testing.things import scan_policy
-from scanfleet.bus import Publisher, Record
+from scanfleet.bus import PartitionListener, Publisher, Record
 from scanfleet.clock import utc_now
 from scanfleet.messages import (
     CancelJob,
@@ -71,17 +71,12 @@ class _Token(TypedDict):
     worker_id: str
 
 
-class _Stateless:
-    """A handler without state per partition."""
-
-    async def assigned(self, partitions: Collection[int]) -> None: ...
-
-    async def revoked(self, partitions: Collection[int]) -> None: ...
-
-    async def caught_up(self, partitions: Collection[int]) -> None: ...
+def listeners(replica: Orchestrator) -> list[PartitionListener]:
+    """Return the handlers that keep state per partition."""
+    return [handler for handler in replica.handlers.values() if isinstance(handler, PartitionListener)]
 
 
-class Worker(_Stateless):
+class Worker:
     """A handler of scan-tasks that reports an outcome at once. With `hold` it only records its tasks.
 
     Attributes:
@@ -146,7 +141,7 @@ class Worker(_Stateless):
         await self.publisher.publish(SCAN_PROGRESS, [scanned])
 
 
-class ResultStore(_Stateless):
+class ResultStore:
     """A handler of scan-results that finds every host where the map says that it is.
 
     Attributes:
@@ -255,9 +250,9 @@ class World:
     async def start(self) -> None:
         """Share the partitions out, as a first rebalance does."""
         for number, replica in enumerate(self.replicas):
-            for handler in replica.handlers.values():
-                await handler.revoked(_EVERY_PARTITION)
-                await handler.assigned(self._partitions(number))
+            for listener in listeners(replica):
+                await listener.revoked(_EVERY_PARTITION)
+                await listener.assigned(self._partitions(number))
         await self.catch_up()
 
     async def restart(self, number: int = 0) -> None:
@@ -267,8 +262,8 @@ class World:
 
     async def catch_up(self) -> None:
         for number, replica in enumerate(self.replicas):
-            for handler in replica.handlers.values():
-                await handler.caught_up(self._partitions(number))
+            for listener in listeners(replica):
+                await listener.caught_up(self._partitions(number))
 
     async def wait(self, looks: int, *, seconds: float = 1.0) -> None:
         """Let time pass, so much between two looks, in which all is read as it comes and workers announce themselves."""
@@ -394,8 +389,7 @@ class World:
 
     def events(self, job_id: int) -> list[JobEvent]:
         """All events of a job as they were published, duplicates too."""
-        events = [each for each in self.bus.messages(SCAN_EVENTS) if isinstance(each, JobEvent)]
-        return [each for each in events if each.job.id == job_id]
+        return [each for each in self.bus.messages(SCAN_EVENTS) if each.job.id == job_id]
 
 
 def _token(task: ScanChunk | ChunkScanned) -> _Token:

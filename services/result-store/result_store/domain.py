@@ -23,6 +23,8 @@ from scanfleet.outcomes import Outcome, address_at, index_of
 from scanfleet.ports import Range, parse_ranges
 from scanfleet.rest import Result
 
+Scanned = HostScanned | ChunkScanned
+
 WITH_HOST: Final = frozenset({Outcome.ANSWERED, Outcome.SILENT, Outcome.TIMED_OUT})
 """The outcome codes that claim a stored host."""
 
@@ -181,7 +183,7 @@ class Batch:
     """In log order within each chunk."""
 
     @property
-    def messages(self) -> Iterator[HostScanned | ChunkScanned]:
+    def messages(self) -> Iterator[Scanned]:
         yield from (host.scanned for host in self.hosts.values())
         yield from (chunk for chunk, _ in self.scanned)
 
@@ -190,7 +192,7 @@ class Batch:
         return {host.scanned.chunk_id for host in self.hosts.values()} | {chunk.chunk_id for chunk, _ in self.scanned}
 
 
-def fold(records: Iterable[Record]) -> Batch:
+def fold(records: Iterable[Record[Scanned]]) -> Batch:
     """Collect the hosts and ChunkScanned messages of some records into a batch.
 
     Raises:

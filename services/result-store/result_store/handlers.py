@@ -8,7 +8,7 @@ from typing import Final, Protocol
 
 import structlog
 
-from result_store.domain import Batch, ClosedChunk, Host, StoredHost, close, fold
+from result_store.domain import Batch, ClosedChunk, Host, Scanned, StoredHost, close, fold
 from result_store.metrics import (
     CHUNKS_CLOSED,
     CHUNKS_INCOMPLETE,
@@ -23,15 +23,12 @@ from scanfleet import tracing
 from scanfleet.audit import Refusals
 from scanfleet.bus import Publisher, Record
 from scanfleet.chunk_grants import Grants
-from scanfleet.errors import MessageError
 from scanfleet.loop import Loop
 from scanfleet.messages import (
     ChunkIncomplete,
-    ChunkMessage,
     ChunkScanned,
     ChunkStored,
     DeleteResults,
-    HostScanned,
     ResultsDeleted,
 )
 from scanfleet.messages.topics import SCAN_DELETIONS, SCAN_STORED
@@ -94,7 +91,7 @@ class ResultsHandler:
         self._grants = grants
         self._refusals = refusals
 
-    async def handle(self, records: Sequence[Record]) -> None:
+    async def handle(self, records: Sequence[Record[Scanned]]) -> None:
         records = [record for record in records if self._covered(record)]
         if not records:
             return
@@ -102,7 +99,7 @@ class ResultsHandler:
         with tracing.spans("store results", _traces(records), "consumer", "scanfleet.chunk.id"):
             await self._store_and_answer(records, batch)
 
-    async def _store_and_answer(self, records: Sequence[Record], batch: Batch) -> None:
+    async def _store_and_answer(self, records: Sequence[Record[Scanned]], batch: Batch) -> None:
         closed, new = await asyncio.gather(
             self._store.closed(batch.chunk_ids),
             self._store.add(list(batch.hosts.values())),
@@ -118,23 +115,11 @@ class ResultsHandler:
         DUPLICATES.inc(len(records) - len(batch.scanned) - new)
         LATE.inc(sum(host.scanned.chunk_id in closed for host in batch.hosts.values()))
 
-    def _covered(self, record: Record) -> bool:
-        message = record.message
-        if not isinstance(message, HostScanned | ChunkScanned):
-            raise MessageError(f"unexpected message type {type(message).__name__} on scan-results")
-        if fault := self._grants.fault(message):
+    def _covered(self, record: Record[Scanned]) -> bool:
+        if fault := self._grants.fault(record.message):
             UNCOVERED.inc()
             self._refusals.add_uncovered(record, fault)
         return not fault
-
-    async def assigned(self, partitions: Collection[int]) -> None:
-        """Do nothing: the handler has no state per partition."""
-
-    async def revoked(self, partitions: Collection[int]) -> None:
-        """Do nothing: the handler has no state per partition."""
-
-    async def caught_up(self, partitions: Collection[int]) -> None:
-        """Do nothing: the handler does not wait for the end of the log."""
 
     async def _answers(
         self,
@@ -184,7 +169,7 @@ class DeletionsHandler:
         self._publisher = publisher
         self.loop = Loop("deletions", _STEP_SECONDS, self.step, least=_STEP_SECONDS, vital=False)
 
-    async def handle(self, records: Sequence[Record]) -> None:
+    async def handle(self, records: Sequence[Record[DeleteResults | ResultsDeleted]]) -> None:
         asked = {record.message.job_id for record in records if isinstance(record.message, DeleteResults)}
         if asked:
             await self._store.begin_deletions(asked)
@@ -207,17 +192,7 @@ class DeletionsHandler:
             await self._publisher.publish(SCAN_DELETIONS, [ResultsDeleted(job_id=job_id)])
             await self._store.end_deletion(job_id, begun)
 
-    async def assigned(self, partitions: Collection[int]) -> None:
-        """Do nothing: the handler has no state per partition."""
 
-    async def revoked(self, partitions: Collection[int]) -> None:
-        """Do nothing: the handler has no state per partition."""
-
-    async def caught_up(self, partitions: Collection[int]) -> None:
-        """Do nothing: the handler does not wait for the end of the log."""
-
-
-def _traces(records: Sequence[Record]) -> dict[str, str | None]:
+def _traces(records: Sequence[Record[Scanned]]) -> dict[str, str | None]:
     """Map each chunk id to the traceparent of its last record."""
-    messages = (record.message for record in records)
-    return {each.chunk_id: each.traceparent for each in messages if isinstance(each, ChunkMessage)}
+    return {record.message.chunk_id: record.message.traceparent for record in records}

@@ -7,12 +7,12 @@ from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from typing import Any, Final
 
-from result_store.domain import ClosedChunk, Host, Parts, StoredHost, address_key
+from result_store.domain import ClosedChunk, Host, Parts, Scanned, StoredHost, address_key
 from result_store.handlers import ResultsHandler, Store
 from scanfleet.audit import Refusals
 from scanfleet.bus import Publisher, Record
 from scanfleet.errors import DependencyError
-from scanfleet.messages import ChunkScanned, HostScanned, Message, PortFound
+from scanfleet.messages import ChunkScanned, HostScanned, PortFound
 from scanfleet.messages.topics import SCAN_RESULTS
 from scanfleet.outcomes import Outcome
 from scanfleet.rest import Result
@@ -149,9 +149,9 @@ class Log:
     """One partition of scan-results, stamped as a broker would: one record per millisecond."""
 
     def __init__(self) -> None:
-        self.records: list[Record] = []
+        self.records: list[Record[Scanned]] = []
 
-    def append(self, *messages: Message) -> list[Record]:
+    def append(self, *messages: Scanned) -> list[Record[Scanned]]:
         """Append these messages and return their records."""
         start = len(self.records)
         for offset, message in enumerate(messages, start):

@@ -24,7 +24,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError
 from aiokafka.partitioner import DefaultPartitioner
 
-from scanfleet.bus import Consumer, DeadLetterCallback, Handler
+from scanfleet.bus import Consumer, DeadLetterCallback, Handler, M
 from scanfleet.consumer import ConsumerLoop, Source
 from scanfleet.errors import DependencyError
 from scanfleet.kafka.broker import BACKOFF_MS, access, connect, depending
@@ -146,7 +146,7 @@ class KafkaBus:
     def on_dead_letter(self, callback: DeadLetterCallback) -> None:
         self._dead_letter_callbacks.append(callback)
 
-    def consume(self, topic: Topic, group: str, handler: Handler) -> Consumer:
+    def consume(self, topic: Topic[M], group: str, handler: Handler[M]) -> Consumer:
         source = Member(
             topic,
             name=self._prefix + topic.name,
@@ -157,7 +157,7 @@ class KafkaBus:
         )
         return self._member(topic, group, handler, source)
 
-    def tail(self, topic: Topic, handler: Handler, *, key: str | None = None) -> Consumer:
+    def tail(self, topic: Topic[M], handler: Handler[M], *, key: str | None = None) -> Consumer:
         source = Tail(
             topic,
             name=self._prefix + topic.name,
@@ -199,7 +199,7 @@ class KafkaBus:
         finally:
             await source.close()
 
-    def _member(self, topic: Topic, group: str, handler: Handler, source: Source) -> ConsumerLoop:
+    def _member(self, topic: Topic[M], group: str, handler: Handler[M], source: Source) -> ConsumerLoop[M]:
         async def dead_letter(record: RawRecord, reason: str) -> None:
             if weight(record) > DEAD_LETTER_BYTES - DEAD_LETTER_ROOM:
                 record = replace(record, value=None, headers=())  # too large when decompressed; see its origin

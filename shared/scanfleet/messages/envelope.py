@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
+from typing import Final, TypeVar
 
 from pydantic import ValidationError
 
@@ -17,6 +17,8 @@ from scanfleet.messages.base import Message
 from scanfleet.messages.fields import MAX_BYTES
 from scanfleet.messages.topics import Topic
 from scanfleet.tracing import TRACEPARENT
+
+M = TypeVar("M", bound=Message)
 
 Headers = Sequence[tuple[str, bytes | None]]
 Outgoing = tuple[bytes, bytes | None, Headers]
@@ -90,7 +92,7 @@ def _value(message: Message, named: Mapping[str, str], *, exclude_defaults: bool
     return json.dumps(named, separators=(",", ":")).encode()[:-1] + b"," + text[1:] if named else text
 
 
-def decode(topic: Topic, record: RawRecord) -> Message:
+def decode(topic: Topic[M], record: RawRecord) -> M:
     """Decode the message in `record`. An invalid traceparent is ignored.
 
     Raises:

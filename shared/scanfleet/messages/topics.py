@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, Generic
+
+from typing_extensions import TypeVar  # with defaults, which Python has from 3.13 on
 
 from scanfleet.messages.audit import Audited, OperatorActed
 from scanfleet.messages.base import Message
@@ -27,6 +29,7 @@ from scanfleet.messages.jobs import (
     JobCancelled,
     JobCompleted,
     JobCreated,
+    JobEvent,
     JobFailed,
     JobProgressed,
     JobStarted,
@@ -41,13 +44,17 @@ PARTITIONS: Final = 12  # divides evenly among 1, 2, 3, 4, 6 or 12 replicas; nev
 MIB: Final = 1024 * 1024
 
 
+M_co = TypeVar("M_co", bound=Message, covariant=True, default=Message)
+"""The messages of a topic: a class or a union of classes. `Topic` alone is a topic of any messages."""
+
+
 @dataclass(frozen=True, slots=True)
-class Topic:
+class Topic(Generic[M_co]):
     """One topic; the broker keeps records for `retention`, and at most `retention_bytes` per partition."""
 
     name: str
     key: str
-    messages: tuple[type[Message], ...]
+    messages: tuple[type[M_co], ...]
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
     retention: timedelta
@@ -96,7 +103,7 @@ _KEYS: Final[dict[str, Callable[[Any], str]]] = {
 DEAD_LETTER_RETENTION: Final = timedelta(days=14)  # covers an operator's absence of a week
 DEAD_LETTER_RETENTION_BYTES: Final = 256 * MIB
 
-SCAN_COMMANDS: Final = Topic(
+SCAN_COMMANDS: Final[Topic[SubmitJobs | CancelJob]] = Topic(
     name="scan-commands",
     key="command id",
     messages=(SubmitJobs, CancelJob),
@@ -104,7 +111,7 @@ SCAN_COMMANDS: Final = Topic(
     consumers=(ORCHESTRATOR,),
     retention=timedelta(days=1),
 )
-SCAN_REPLIES: Final = Topic(
+SCAN_REPLIES: Final[Topic[CommandAccepted | CommandRejected]] = Topic(
     name="scan-replies",
     key="command id",
     messages=(CommandAccepted, CommandRejected),
@@ -112,7 +119,7 @@ SCAN_REPLIES: Final = Topic(
     consumers=(GATEWAY,),
     retention=timedelta(hours=1),
 )
-SCAN_WORKERS: Final = Topic(
+SCAN_WORKERS: Final[Topic[WorkerReady]] = Topic(
     name="scan-workers",
     key="worker instance",  # the same for a restarted worker, whose messages show that the previous process has ended
     messages=(WorkerReady,),
@@ -120,7 +127,7 @@ SCAN_WORKERS: Final = Topic(
     consumers=(ORCHESTRATOR,),
     retention=timedelta(hours=1),
 )
-SCAN_TASKS: Final = Topic(
+SCAN_TASKS: Final[Topic[ScanChunk | StopChunk]] = Topic(
     name="scan-tasks",
     key="worker id",
     messages=(ScanChunk, StopChunk),
@@ -128,7 +135,7 @@ SCAN_TASKS: Final = Topic(
     consumers=(WORKER,),
     retention=timedelta(hours=1),
 )
-SCAN_PROGRESS: Final = Topic(
+SCAN_PROGRESS: Final[Topic[ChunkClaimed | ChunkProgressed | ChunkReleased | ChunkScanned | ChunkFailed]] = Topic(
     name="scan-progress",
     key="job id",
     messages=(ChunkClaimed, ChunkProgressed, ChunkReleased, ChunkScanned, ChunkFailed),
@@ -137,7 +144,7 @@ SCAN_PROGRESS: Final = Topic(
     retention=timedelta(days=1),
     retention_bytes=1024 * MIB,
 )
-SCAN_RESULTS: Final = Topic(
+SCAN_RESULTS: Final[Topic[HostScanned | ChunkScanned]] = Topic(
     name="scan-results",
     key="job id",
     messages=(HostScanned, ChunkScanned),
@@ -148,7 +155,7 @@ SCAN_RESULTS: Final = Topic(
     public=True,
     retention_bytes=2048 * MIB,  # 25 million hosts of 1 kB; the alert of result-store's lag fires much earlier
 )
-SCAN_STORED: Final = Topic(
+SCAN_STORED: Final[Topic[ChunkStored | ChunkIncomplete]] = Topic(
     name="scan-stored",
     key="job id",
     messages=(ChunkStored, ChunkIncomplete),
@@ -156,7 +163,7 @@ SCAN_STORED: Final = Topic(
     consumers=(ORCHESTRATOR,),
     retention=timedelta(days=1),
 )
-SCAN_EVENTS: Final = Topic(
+SCAN_EVENTS: Final[Topic[JobEvent]] = Topic(
     name="scan-events",
     key="event's job id",
     messages=(JobCreated, JobStarted, JobProgressed, JobCompleted, JobFailed, JobCancelled),
@@ -166,7 +173,7 @@ SCAN_EVENTS: Final = Topic(
     public=True,
     retention_bytes=512 * MIB,
 )
-SCAN_DELETIONS: Final = Topic(
+SCAN_DELETIONS: Final[Topic[DeleteResults | ResultsDeleted]] = Topic(
     name="scan-deletions",
     key="job id",
     messages=(DeleteResults, ResultsDeleted),
@@ -180,31 +187,33 @@ SCAN_DELETIONS: Final = Topic(
 )
 
 
-def _audit(service: str) -> Topic:
+def _audit(
+    service: str, *messages: type[Audited | OperatorActed], retention_bytes: int = 1024 * MIB
+) -> Topic[Audited | OperatorActed]:
     return Topic(
         name=f"scan-audit-{service}",
         key="entry's id",
-        messages=(Audited,),
+        messages=messages,
         producers=(service,),
         consumers=(ORCHESTRATOR,),
         retention=timedelta(days=7),  # longer than any outage of the orchestrator
-        retention_bytes=1024 * MIB,
+        retention_bytes=retention_bytes,
         partitions=1,  # a few hundred a minute at most, by the limits in `scanfleet.audit`
     )
 
 
-SCAN_AUDIT: Final = {service: _audit(service) for service in (GATEWAY, ORCHESTRATOR, WORKER)} | {
+SCAN_AUDIT: Final = {service: _audit(service, Audited) for service in (GATEWAY, ORCHESTRATOR, WORKER)} | {
     # Its restore command runs while the orchestrator, which records its own in the database, is stopped.
-    RESULT_STORE: replace(_audit(RESULT_STORE), messages=(Audited, OperatorActed)),
+    RESULT_STORE: _audit(RESULT_STORE, Audited, OperatorActed),
 }
 """Topics by service; only that service may write to its topic, so the topic identifies the service of an entry."""
 
-SCAN_AUDIT_OPERATOR: Final = replace(
-    _audit(OPERATOR), messages=(OperatorActed,), retention_bytes=64 * MIB
+SCAN_AUDIT_OPERATOR: Final = _audit(
+    OPERATOR, OperatorActed, retention_bytes=64 * MIB
 )  # an entry of an operator's command has a few hundred bytes
 """Commands of the bus's administrators. No service may write to it."""
 
-TOPICS: Final = (
+TOPICS: Final[tuple[Topic, ...]] = (
     SCAN_COMMANDS,
     SCAN_REPLIES,
     SCAN_WORKERS,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
 import structlog
@@ -44,23 +44,12 @@ class Commands:
         self._waiting: dict[str, asyncio.Future[Reply]] = {}
         """At most as many as there are concurrent requests."""
 
-    async def handle(self, records: Sequence[Record]) -> None:
+    async def handle(self, records: Sequence[Record[Reply]]) -> None:
         for record in records:
             reply = record.message
-            if not isinstance(reply, (CommandAccepted, CommandRejected)):
-                continue  # a newer kind of reply
             waiting = self._waiting.get(reply.command_id)
             if waiting is not None and not waiting.done():
                 waiting.set_result(reply)
-
-    async def assigned(self, partitions: Collection[int]) -> None:
-        """Do nothing: no state depends on the partition."""
-
-    async def revoked(self, partitions: Collection[int]) -> None:
-        """Do nothing: no state depends on the partition."""
-
-    async def caught_up(self, partitions: Collection[int]) -> None:
-        """Do nothing: each request has its own timeout."""
 
     async def send(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final, Literal
 
@@ -87,26 +87,15 @@ class Watches:
         self._watches: defaultdict[JobsWatched, set[Watch]] = defaultdict(set)
         self._ended = False
 
-    async def handle(self, records: Sequence[Record]) -> None:
+    async def handle(self, records: Sequence[Record[JobEvent]]) -> None:
         for record in records:
             event = record.message
-            if not isinstance(event, JobEvent):
-                continue
             of: tuple[JobsWatched, ...] = (("job", event.job.id), ("user", event.user_id), ALL_JOBS)
             watches = [watch for each in of for watch in self._watches.get(each, ())]
             if watches:
                 snapshot = _snapshot(event)
                 for watch in watches:
                     watch.add(snapshot)
-
-    async def assigned(self, partitions: Collection[int]) -> None:
-        """Do nothing: no state depends on the partition."""
-
-    async def revoked(self, partitions: Collection[int]) -> None:
-        """Do nothing: no state depends on the partition."""
-
-    async def caught_up(self, partitions: Collection[int]) -> None:
-        """Do nothing: a watch queries for missed events."""
 
     @contextmanager
     def watch(self, watched: JobsWatched) -> Iterator[Watch]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from job_orchestrator.domain.ports import AuditRepository
 from scanfleet.audit import write_line
 from scanfleet.bus import Record
 from scanfleet.errors import MessageError
-from scanfleet.messages import Audited, AuditEntry, Message, OperatorActed
+from scanfleet.messages import Audited, AuditEntry, OperatorActed
 from scanfleet.messages.audit import RESTORE
 from scanfleet.messages.topics import OPERATOR
 
@@ -35,20 +35,14 @@ class Audit:
         self._audit = audit
         self._service = service
 
-    async def handle(self, records: Sequence[Record]) -> None:
+    async def handle(self, records: Sequence[Record[Audited | OperatorActed]]) -> None:
         entries = [self._entry(record.message) for record in records]
         await self._audit.add([entry.model_copy(update={"service": self._service}) for entry in entries])
 
-    def _entry(self, message: Message) -> AuditEntry:
+    def _entry(self, message: Audited | OperatorActed) -> AuditEntry:
         match message:
             case Audited(entry=entry):
                 return entry
             case OperatorActed(entry=entry) if self._service == OPERATOR or entry.action == RESTORE:
                 return entry
         raise MessageError(f"{type(message).__name__} is not a permitted message of {self._service}'s audit topic")
-
-    async def assigned(self, partitions: Collection[int]) -> None: ...
-
-    async def revoked(self, partitions: Collection[int]) -> None: ...
-
-    async def caught_up(self, partitions: Collection[int]) -> None: ...

@@ -24,9 +24,9 @@ from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.handlers.submits import Submits, body_hash
 from job_orchestrator.metrics import count_transition
 from scanfleet import tracing
-from scanfleet.bus import Publisher, Record
+from scanfleet.bus import PartitionListener, Publisher, Record
 from scanfleet.clock import utc_now
-from scanfleet.errors import DependencyError, MessageError, Rule
+from scanfleet.errors import DependencyError, Rule
 from scanfleet.messages import AuditEntry, CancelJob, CommandAccepted, CommandRejected, JobStatus, SubmitJobs
 from scanfleet.messages.audit import MAX_REASON_CHARS
 from scanfleet.messages.topics import SCAN_REPLIES
@@ -43,7 +43,7 @@ _MAX_NAMED_CHARS: Final = 200  # characters that an audit entry copies from a co
 _ROUNDS: Final = 50  # each lost race is a change of the job, which has few changes
 
 
-class Commands:
+class Commands(PartitionListener):
     """Handles scan-commands."""
 
     def __init__(
@@ -69,8 +69,8 @@ class Commands:
         self._caught_up: dict[int, float] = {}
         """When all records of each partition had last been read."""
 
-    async def handle(self, records: Sequence[Record]) -> None:
-        messages = {(message := _command(record)).command_id: message for record in records}
+    async def handle(self, records: Sequence[Record[SubmitJobs | CancelJob]]) -> None:
+        messages = {record.message.command_id: record.message for record in records}
         traces = {id_: message.traceparent for id_, message in messages.items()}
         with tracing.spans(
             lambda id_: type(messages[id_]).__name__,
@@ -80,9 +80,11 @@ class Commands:
         ):
             await self._carry_out(records, messages)
 
-    async def _carry_out(self, records: Sequence[Record], messages: Mapping[str, SubmitJobs | CancelJob]) -> None:
+    async def _carry_out(
+        self, records: Sequence[Record[SubmitJobs | CancelJob]], messages: Mapping[str, SubmitJobs | CancelJob]
+    ) -> None:
         stands = await self._known(messages)
-        too_old = {_command(record).command_id for record in records if self._too_old(record)}
+        too_old = {record.message.command_id for record in records if self._too_old(record)}
         new: list[Command] = []
         submits: list[SubmitJobs] = []
         for id_, message in messages.items():
@@ -104,8 +106,6 @@ class Commands:
         for job in fresh:
             count_transition(job)
         await self._finish(stands | decided, messages, fresh)
-
-    async def assigned(self, partitions: Collection[int]) -> None: ...
 
     async def revoked(self, partitions: Collection[int]) -> None:
         for partition in partitions:
@@ -273,12 +273,6 @@ class Commands:
     async def _too_late(self, command: Command, status: int, error: str, rule: Rule) -> Reply:
         await self._commands.reject(command.id, status, error, rule)
         return _rejected(command.id, status, error, rule)
-
-
-def _command(record: Record) -> SubmitJobs | CancelJob:
-    if not isinstance(record.message, SubmitJobs | CancelJob):
-        raise MessageError(f"unexpected message type {type(record.message).__name__} on scan-commands")
-    return record.message
 
 
 def _rejected(command_id: str, status: int, error: str, rule: str) -> CommandRejected:

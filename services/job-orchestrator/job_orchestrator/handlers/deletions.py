@@ -112,7 +112,7 @@ class Deletions:
                 left -= deleted
         DELETED_JOBS.inc(await self._deletions.advance(done, Stage.CHUNKS, Stage.DONE, None))
 
-    async def handle(self, records: Sequence[Record]) -> None:
+    async def handle(self, records: Sequence[Record[DeleteResults | ResultsDeleted]]) -> None:
         messages = [each.message for each in records]
         deleted = {message.job_id for message in messages if isinstance(message, ResultsDeleted)}
         await self._deletions.advance(deleted, Stage.RESULTS, Stage.CHUNKS, self._clock.now())
@@ -121,12 +121,6 @@ class Deletions:
             ids = {each.job_id for each in messages if isinstance(each, DeleteResults) and each.reason == reason}
             await self.delete(ids, reason)
         self.loop.wake()
-
-    async def assigned(self, partitions: Collection[int]) -> None: ...
-
-    async def revoked(self, partitions: Collection[int]) -> None: ...
-
-    async def caught_up(self, partitions: Collection[int]) -> None: ...
 
     async def _expire(self) -> None:
         if self._keep is None or self._clock.monotonic() - self._expired < _EXPIRE_SECONDS:

@@ -31,9 +31,9 @@ from job_orchestrator.handlers.audit import record
 from job_orchestrator.handlers.chunks import ChunkChanger, granted
 from job_orchestrator.metrics import CHUNK_TRANSITIONS, SKIPPED_JOBS
 from scanfleet import tracing
-from scanfleet.bus import Publisher, Record
+from scanfleet.bus import PartitionListener, Publisher, Record
 from scanfleet.chunk_grants import Signer
-from scanfleet.errors import MessageError, Rule
+from scanfleet.errors import Rule
 from scanfleet.loop import Loop
 from scanfleet.messages import ScanChunk, WorkerReady
 from scanfleet.messages.topics import SCAN_TASKS
@@ -72,7 +72,7 @@ class _Announced:
     noted: float
 
 
-class Dispatcher:
+class Dispatcher(PartitionListener):
     """Handles scan-workers, and dispatches chunks to the workers whose partitions this replica owns.
 
     Args:
@@ -139,13 +139,11 @@ class Dispatcher:
             self._resting = {key: until for key, until in self._resting.items() if key[0] not in made}
         self.loop.wake()
 
-    async def handle(self, records: Sequence[Record]) -> None:
+    async def handle(self, records: Sequence[Record[WorkerReady]]) -> None:
         now = self._clock.monotonic()
         announced: dict[str, Credit] = {}
         for each in records:
             ready = each.message
-            if not isinstance(ready, WorkerReady):
-                raise MessageError(f"unexpected message type {type(ready).__name__} on scan-workers")
             announced[ready.instance] = Credit(ready.worker_id, ready.instance, ready.slots, ready.raw, each.partition)
         news = [credit for credit in announced.values() if not self._is_noted(credit, now)]
         await self._dispatch.seen_workers(news)
@@ -153,9 +151,6 @@ class Dispatcher:
             noted = now if credit in news else self._workers[instance].noted
             self._workers[instance] = _Announced(credit, now, noted)
         self.wake()
-
-    async def assigned(self, partitions: Collection[int]) -> None:
-        """Do nothing: the announcements are complete only after the partitions were read to their end."""
 
     async def revoked(self, partitions: Collection[int]) -> None:
         self._caught_up -= set(partitions)

@@ -26,8 +26,7 @@ from job_orchestrator.domain.watch import Watch
 from job_orchestrator.handlers.chunks import Changed, ChunkChanger, stop
 from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.metrics import LEASES_EXPIRED, STALE_REPORTS, UNKNOWN_CHUNKS
-from scanfleet.bus import Publisher, Record
-from scanfleet.errors import MessageError
+from scanfleet.bus import PartitionListener, Publisher, Record
 from scanfleet.messages import ChunkClaimed, ChunkProgressed, StopChunk
 from scanfleet.messages.topics import SCAN_TASKS
 
@@ -41,7 +40,7 @@ class _Effects:
     stale: int = 0
 
 
-class Progress:
+class Progress(PartitionListener):
     """Handles scan-progress: this replica manages the leases of the jobs in its partitions, from dispatch to the end.
 
     Args:
@@ -80,11 +79,10 @@ class Progress:
         """The partitions that this replica owns."""
         return self._leases.keys()
 
-    async def handle(self, records: Sequence[Record]) -> None:
+    async def handle(self, records: Sequence[Record[WorkerReport]]) -> None:
         by_chunk: dict[str, list[WorkerReport]] = defaultdict(list)
         for record in records:
-            report = _report(record)
-            by_chunk[report.chunk_id].append(report)
+            by_chunk[record.message.chunk_id].append(record.message)
         effects: dict[str, _Effects] = {}
         now = self._clock.now()
 
@@ -179,9 +177,3 @@ class Progress:
 def _scans(report: WorkerReport) -> bool:
     """Return whether the worker continues to scan until it is stopped."""
     return isinstance(report, ChunkClaimed | ChunkProgressed)
-
-
-def _report(record: Record) -> WorkerReport:
-    if not isinstance(record.message, WorkerReport):
-        raise MessageError(f"unexpected message type {type(record.message).__name__} on scan-progress")
-    return record.message

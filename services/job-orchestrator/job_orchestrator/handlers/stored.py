@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState, incomplete, store
 from job_orchestrator.domain.time import PlatformTime
@@ -11,7 +11,6 @@ from job_orchestrator.handlers.chunks import ChunkChanger
 from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.metrics import UNKNOWN_CHUNKS
 from scanfleet.bus import Record
-from scanfleet.errors import MessageError
 from scanfleet.messages import ChunkIncomplete, ChunkStored
 
 Verdict = ChunkStored | ChunkIncomplete
@@ -28,11 +27,10 @@ class Stored:
         self._wake = wake
         self._clock = clock
 
-    async def handle(self, records: Sequence[Record]) -> None:
+    async def handle(self, records: Sequence[Record[Verdict]]) -> None:
         by_chunk: dict[str, list[Verdict]] = defaultdict(list)
         for record in records:
-            verdict = _verdict(record)
-            by_chunk[verdict.chunk_id].append(verdict)
+            by_chunk[record.message.chunk_id].append(record.message)
 
         now = self._clock.now()
 
@@ -52,15 +50,3 @@ class Stored:
         if any(each.moved and (each.before.state in HELD or each.after.state is ChunkState.QUEUED) for each in changed):
             self._wake()
         await self._reconciler.follow(changed)
-
-    async def assigned(self, partitions: Collection[int]) -> None: ...
-
-    async def revoked(self, partitions: Collection[int]) -> None: ...
-
-    async def caught_up(self, partitions: Collection[int]) -> None: ...
-
-
-def _verdict(record: Record) -> Verdict:
-    if not isinstance(record.message, ChunkStored | ChunkIncomplete):
-        raise MessageError(f"unexpected message type {type(record.message).__name__} on scan-stored")
-    return record.message

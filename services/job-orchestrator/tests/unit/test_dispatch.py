@@ -14,6 +14,7 @@ from job_orchestrator.domain.fairness import Clock, Credit, Held
 from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator_testing import MemoryStore, Worker, World, chunk, scan_job, scan_policy
 from job_orchestrator_testing.repository import Data, MemoryDispatch
+from job_orchestrator_testing.world import listeners
 from scanfleet.clock import utc_now
 from scanfleet.messages import ChunkScanned, JobStatus, ScanChunk, WorkerReady
 from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_TASKS, SCAN_WORKERS
@@ -134,8 +135,8 @@ async def test_silent_worker_gets_no_chunk(lease_seconds: float, silent: float) 
 async def test_replica_dispatches_only_after_reading_all_announcements(world: World) -> None:
     """A replica that has not read its partitions to their end dispatches no chunk: the announcements may be outdated."""
     replica = world.only
-    for handler in replica.handlers.values():
-        await handler.assigned(range(12))
+    for listener in listeners(replica):
+        await listener.assigned(range(12))
     await queue(world, 7, 1)
     await world.worker.announce()
     await world.settle()

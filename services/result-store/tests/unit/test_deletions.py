@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from result_store.domain import Scanned
 from result_store.handlers import DeletionsHandler
 from result_store_testing import Log, MemoryStore, handler, host, scanned
 from scanfleet.bus import Record
@@ -40,7 +41,7 @@ def answers(bus: MemoryBus) -> list[int]:
     return [each.job_id for each in bus.messages(SCAN_DELETIONS) if isinstance(each, ResultsDeleted)]
 
 
-def batch(count: int = 5) -> Sequence[Record]:
+def batch(count: int = 5) -> Sequence[Record[Scanned]]:
     return Log().append(*(host(f"127.9.8.{n}", 22) for n in range(count)), scanned("a" * count))
 
 

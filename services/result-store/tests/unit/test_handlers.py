@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 import pytest
 from prometheus_client import REGISTRY
 
-from result_store.domain import ClosedChunk, StoredHost
+from result_store.domain import ClosedChunk, Scanned, StoredHost
 from result_store.handlers import ResultsHandler
 from result_store_testing import Log, MemoryStore, host, scanned
 from result_store_testing import handler as results_handler
@@ -258,7 +258,7 @@ async def test_handle_uncovered_results_are_dropped_counted_and_audited(store: M
     refusals = Refusals("result-store")
     handler = ResultsHandler(store, answers, grants(), refusals)
     before = metric("uncovered")
-    forged = [
+    forged: list[Scanned] = [
         host("127.9.8.1", 4444).model_copy(update={"user_id": 8}),
         scanned("d").model_copy(update={"grant": None}),
     ]

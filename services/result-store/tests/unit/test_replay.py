@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from result_store.domain import ClosedChunk, Host
+from result_store.domain import ClosedChunk, Host, Scanned
 from result_store_testing import FIRST, Log, MemoryStore, host, scanned
 from result_store_testing import handler as results_handler
 from scanfleet.bus import Record
@@ -29,7 +29,7 @@ events = st.tuples(st.integers(0, 1), hosts | maps)
 
 
 @st.composite
-def recordings(draw: st.DrawFn) -> list[list[Record]]:
+def recordings(draw: st.DrawFn) -> list[list[Record[Scanned]]]:
     """Draw a partition for each of some jobs of two chunks, with hosts and ChunkScanned messages in any possible order."""
     logs = []
     for job_id in range(1, draw(st.integers(1, JOBS)) + 1):
@@ -84,7 +84,7 @@ class Sent:
         self.messages += messages
 
 
-async def plainly(logs: list[list[Record]]) -> tuple[MemoryStore, Sent]:
+async def plainly(logs: list[list[Record[Scanned]]]) -> tuple[MemoryStore, Sent]:
     """Handle each record once, one at a time, job by job."""
     store, sent = MemoryStore(), Sent()
     handler = results_handler(store, sent)
@@ -94,7 +94,7 @@ async def plainly(logs: list[list[Record]]) -> tuple[MemoryStore, Sent]:
     return store, sent
 
 
-async def roughly(logs: list[list[Record]], chance: Random) -> tuple[MemoryStore, Sent]:
+async def roughly(logs: list[list[Record[Scanned]]], chance: Random) -> tuple[MemoryStore, Sent]:
     """Handle random batches of the jobs in random order, with failures, redeliveries and a replica that resumes late."""
     store, sent = TornStore(chance), Sent()
     handler = results_handler(store, sent)
@@ -129,7 +129,7 @@ def announced(sent: Sent) -> set[str]:
 
 @settings(max_examples=400, deadline=None)
 @given(recordings(), st.integers(0, 1_000_000))
-def test_replay_any_order_gives_the_same_database(logs: list[list[Record]], seed: int) -> None:
+def test_replay_any_order_gives_the_same_database(logs: list[list[Record[Scanned]]], seed: int) -> None:
     """However a log is batched, interleaved, redelivered and interrupted, the stored, read and announced data are the same."""
 
     async def story() -> None:
@@ -147,7 +147,7 @@ def test_replay_any_order_gives_the_same_database(logs: list[list[Record]], seed
 
 @settings(max_examples=100, deadline=None)
 @given(recordings())
-def test_replay_closed_chunk_is_complete(logs: list[list[Record]]) -> None:
+def test_replay_closed_chunk_is_complete(logs: list[list[Record[Scanned]]]) -> None:
     """In every closed chunk no code is blank, each claim has its host, and no other host is a result."""
 
     async def story() -> None:

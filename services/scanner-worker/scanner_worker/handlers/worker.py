@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Collection, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Final
 
 import structlog
 
 from scanfleet.bus import Publisher, Record
-from scanfleet.errors import DependencyError, MessageError
+from scanfleet.errors import DependencyError
 from scanfleet.loop import Loop
 from scanfleet.messages import ChunkFailed, Message, ScanChunk, StopChunk, WorkerReady
 from scanfleet.messages.topics import SCAN_WORKERS
@@ -93,11 +93,9 @@ class Worker:
     def ready(self) -> bool:
         return self._announcing.ready
 
-    async def handle(self, records: Sequence[Record]) -> None:
+    async def handle(self, records: Sequence[Record[ScanChunk | StopChunk]]) -> None:
         for record in records:
             task = record.message
-            if not isinstance(task, ScanChunk | StopChunk):
-                raise MessageError(f"unexpected message type {type(task).__name__} on scan-tasks")
             if task.worker_id != self._id:
                 continue
             if isinstance(task, ScanChunk):
@@ -106,15 +104,6 @@ class Worker:
                 # A StopChunk for an unknown chunk gets no reply: each reply would cause another StopChunk.
                 self._end((task.chunk_id, task.attempt), task.reason)
         self._fill()  # after all records, so that chunks of one batch can share an nmap
-
-    async def assigned(self, partitions: Collection[int]) -> None:
-        """Do nothing: a worker reads every partition and handles only tasks for its own id."""
-
-    async def revoked(self, partitions: Collection[int]) -> None:
-        """Do nothing: the worker has no state per partition."""
-
-    async def caught_up(self, partitions: Collection[int]) -> None:
-        """Do nothing: the worker does not wait for the end of the log."""
 
     def _take(self, chunk: ScanChunk) -> None:
         token = _token(chunk)
