@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Final, TypeVar
 
 import structlog
@@ -54,7 +54,7 @@ _AHEAD_SECONDS: Final = 1.0  # interval of checks for small chunks while every s
 _PICKS: Final = 128  # maximum chunks per round, so that a round reads some thousands at most
 _SKIP_SECONDS: Final = 60.0  # for which a job whose documents cannot be read is skipped
 _CLOSED_SECONDS: Final = 600.0  # for which jobs outside their hours are: the clock stops while a machine is suspended
-_LEFT_OUT_SECONDS: Final = 60.0  # for which a user with only such jobs is; a new job that another replica created waits
+_LEFT_OUT_SECONDS: Final = 10.0  # for which a user with only such jobs is; a new job that another replica created waits
 _JOBS: Final = 100_000  # unfinished jobs of a user under one grant: far above the quota
 
 _log = structlog.get_logger()
@@ -252,10 +252,10 @@ class Dispatcher(PartitionListener):
         queues = await asyncio.gather(
             *(self._dispatch.queue(user, room, now, raw=raw, skip=self._skipped.get(user, ())) for user in neediest)
         )
-        holders = {each.user_id for each in held}
-        for user, queue in zip(neediest, queues, strict=True):
-            if not queue and user in self._skipped:  # such users would otherwise fill the list of the neediest
-                await self._rest(user, now, raw=raw, held=user in holders)
+        without = [user for user, queue in zip(neediest, queues, strict=True) if not queue and user in self._skipped]
+        await asyncio.gather(
+            *(self._rest(user, raw=raw) for user in without)
+        )  # they would fill the list of the neediest
         occupied = fairness.occupied(held, {credit.worker_id for credit in workers})
         instances = {credit.instance: credit.raw for credit in (*self._live.values(), *workers)}
         waiting = {user: queue for user, queue in zip(neediest, queues, strict=True) if queue}
@@ -328,13 +328,14 @@ class Dispatcher(PartitionListener):
         until = self._clock.monotonic() + seconds
         self._skipped.setdefault(job.user_id, {}).update(dict.fromkeys((job.id, *others), until))
 
-    async def _rest(self, user: int, now: datetime, *, raw: bool, held: bool) -> None:
-        """Leave a user out whose queued chunks all belong to skipped jobs, until one of these may go on."""
+    async def _rest(self, user: int, *, raw: bool) -> None:
+        """Leave a user out whose queued chunks all belong to skipped jobs, until one of these may continue."""
         skipped, resting = self._skipped[user], self._resting
         monotonic = self._clock.monotonic()
         seconds = min(_LEFT_OUT_SECONDS, min(skipped.values()) - monotonic)
-        if held or await self._dispatch.queue(user, 1, now + timedelta(seconds=seconds), raw=raw, skip=skipped):
-            seconds = min(seconds, _REST_SECONDS)  # a chunk of another job may be requeued or becomes due meanwhile
+        unfinished = await self._jobs.unfinished(user, len(skipped) + 1)
+        if not skipped.keys() >= set(unfinished):
+            seconds = min(seconds, _REST_SECONDS)  # any replica may create or requeue a chunk of another job
         resting[user, raw] = monotonic + seconds  # without effect if `wake` has replaced the mapping during the query
 
     async def _refuse(self, job: ScanJob, reason: str) -> None:
