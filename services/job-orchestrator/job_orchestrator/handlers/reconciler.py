@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from types import MappingProxyType
 from typing import Final
 
@@ -119,10 +119,10 @@ class Reconciler:
             for job in jobs.values():
                 steps.append(await self._guarded(job, standings[job.id], known, turns, window))
                 if len(window) >= _PAGE:
-                    await self._chunks.insert(window)
+                    await self._create(jobs, window)
                     window.clear()
-            await self._chunks.insert(window)
-            left = await self._save([step for step in steps if step.stages])
+            await self._create(jobs, window)
+            left = await self._save([step for step in steps if step.stages and not self._faults.has(step.before)])
             known = {}  # chunks of jobs that lost a race may have changed
         raise DependencyError(f"jobs were changed by other replicas each time: {sorted(left)[:5]}")
 
@@ -179,6 +179,17 @@ class Reconciler:
         if after in _DONE and before not in _DONE:
             return True
         return after in _BEGUN and before not in _BEGUN and changed.after.job_id not in self._started
+
+    async def _create(self, jobs: Mapping[int, ScanJob], window: Sequence[Chunk]) -> None:
+        """Store the new chunks of all these jobs at once, or, after an unexpected error, those of each job by itself."""
+        try:
+            await self._chunks.insert(window)
+        except DependencyError:
+            raise
+        except Exception:  # noqa: BLE001 # `isolated` reports the error of the job that causes it
+            for job_id, chunks in groupby(window, key=lambda chunk: chunk.job_id):
+                with self._faults.isolated(jobs[job_id]):
+                    await self._chunks.insert(list(chunks))
 
     async def _guarded(
         self, job: ScanJob, standing: Standing, known: Known, turns: Mapping[int, int], window: list[Chunk]

@@ -290,6 +290,28 @@ async def test_work_leaves_a_job_with_an_unreadable_chunk_to_the_sweep(*, cancel
     assert unreadable.rounds == rounds
 
 
+class RejectingChunks(MemoryChunks):
+    """Rejects every insert with a chunk of job 8, as the driver does with a number that BSON cannot hold."""
+
+    async def insert(self, chunks: Sequence[Chunk]) -> None:
+        if any(each.job_id == 8 for each in chunks):
+            raise OverflowError("MongoDB can only handle up to 8-byte ints")
+        await super().insert(chunks)
+
+
+async def test_job_whose_chunks_cannot_be_stored_affects_no_other() -> None:
+    """Of jobs that are processed together, only the one that causes the error gets no chunks and stays as it was."""
+    store = MemoryStore()
+    store.chunks = RejectingChunks(store.data)
+    world = World(store)
+    await world.start()
+    await store.jobs.insert([replace(scan_job(id_, outbox=()), made=0) for id_ in (7, 8, 9)])
+    await world.only.reconciler.reconcile([7, 8, 9])
+    jobs = await store.jobs.get([7, 8, 9])
+    assert [jobs[id_].made > 0 for id_ in (7, 8, 9)] == [True, False, True]
+    assert {each.job_id for each in (await store.chunks.get(["7-0", "8-0", "9-0"])).values()} == {7, 9}
+
+
 async def test_a_job_that_is_over_when_it_is_first_seen_to_run_is_one_change(world: World) -> None:
     """A job whose chunks are all stored starts and ends in one save, and publishes both events in order."""
     job = replace(scan_job(9, chunk_count=1, made=1), outbox=())
