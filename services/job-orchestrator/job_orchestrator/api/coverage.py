@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import zlib
 from typing import Annotated
 
@@ -52,8 +53,13 @@ async def read_map(
     from_: Annotated[str | None, Query(alias="from", max_length=50)] = None,
 ) -> Response:
     job = await readable(state, caller, job_id, record)
+    known = tags(request, "if-none-match")
+    # A recount after a late report changes outcomes and `rev`, but not `seq`; a restore sets `rev` back, but raises `seq`.
+    tag = f'"{job.seq}.{job.rev}"'
+    if job.settled and tag in known:
+        return Response(status_code=304, headers={"ETag": tag})
     first, addresses = _part(job, from_)
-    blocks = _blocks(job, ports_)
+    blocks = await asyncio.to_thread(_blocks, job, ports_)  # up to 65,535: too many for the event loop, as below
     if addresses * len(blocks) > coverage.MAX_LETTERS:
         raise TooLargeError(
             f"{len(blocks)} blocks of ports with {addresses} addresses each are more than {coverage.MAX_LETTERS} letters; "
@@ -66,28 +72,28 @@ async def read_map(
             f"the map needs {chunks} chunks in {len(ranges)} ranges, and one answer reads at most {_MAX_CHUNKS} chunks in "
             f"{_MAX_RANGES} ranges; {_name_ports(blocks)}"[:MAX_ERROR_CHARS]
         )
-    known = tags(request, "if-none-match")
-    tag = f'"{job.rev}"'  # a recount after a late report changes outcomes and `rev`, but not `seq`
-    if job.settled and tag in known:
-        return Response(status_code=304, headers={"ETag": tag})
     found = coverage.Coverage(job, first, addresses, blocks)
     for begin, end in ranges:
         async for chunk in state.store.chunks.of_job(job.id, begin, end):
             found.add(chunk)
-    letters = dict(found.letters())
+    letters = await asyncio.to_thread(lambda: dict(found.letters()))
     if not job.settled:  # outcomes change without a new `seq`
         tag = f'"{job.seq}-{zlib.crc32("".join(letters.values()).encode()):08x}"'
     if tag in known:
         return Response(status_code=304, headers={"ETag": tag})
-    answer = rest.CoverageMap(
-        job_id=job.id,
-        seq=job.seq,
-        status=job.status,
-        first=str(address_at(job.cidr.partition("/")[0], first)),
-        addresses=addresses,
-        blocks=[rest.MapBlock(ports=str(ports), letters=letters[block]) for block, ports in blocks.items()],
-    )
-    return AsciiJSON(answer.model_dump(mode="json"), headers={"ETag": tag})
+
+    def render() -> Response:
+        answer = rest.CoverageMap(
+            job_id=job.id,
+            seq=job.seq,
+            status=job.status,
+            first=str(address_at(job.cidr.partition("/")[0], first)),
+            addresses=addresses,
+            blocks=[rest.MapBlock(ports=str(ports), letters=letters[block]) for block, ports in blocks.items()],
+        )
+        return AsciiJSON(answer.model_dump(mode="json"), headers={"ETag": tag})
+
+    return await asyncio.to_thread(render)
 
 
 def _part(job: ScanJob, from_: str | None) -> tuple[int, int]:
