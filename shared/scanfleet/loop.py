@@ -86,7 +86,7 @@ class Loop:
             return
         await asyncio.sleep(self._least)
         try:
-            async with asyncio.timeout(self._seconds):
+            async with asyncio.timeout(self._seconds - self._least):
                 await self._woken.wait()
         except TimeoutError:
             return

@@ -34,6 +34,20 @@ async def test_what_comes_soon_after_a_step_shares_the_next_one() -> None:
     assert begun[1] - begun[0] >= 0.1
 
 
+async def test_steps_of_a_loop_that_is_not_woken_keep_the_interval() -> None:
+    """The minimum interval is a part of the interval, not an addition to it."""
+    begun: list[float] = []
+
+    async def step() -> None:
+        begun.append(asyncio.get_running_loop().time())
+
+    loop = Loop("test", 0.5, step, least=0.5)
+    await loop.start()
+    await until(lambda: len(begun) == 3)
+    await loop.stop()
+    assert begun[2] - begun[0] < 4 * 0.5  # twice the interval, and as much again for a slow machine
+
+
 @pytest.mark.parametrize("vital", [True, False])
 async def test_loop_with_a_failed_dependency_is_unready_only_if_it_is_vital(*, vital: bool) -> None:
     """A repair that cannot reach its database keeps trying, and leaves the service ready and alive."""
