@@ -73,7 +73,9 @@ def _release(version: str) -> int:
     except ReleaseError as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"git commit --all --message 'release: {version}' && git tag --annotate v{version} --message v{version}")
+    print(
+        f"git add --all && git commit --message 'release: {version}' && git tag --annotate v{version} --message v{version}"
+    )
     return 0
 
 

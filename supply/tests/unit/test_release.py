@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 
 import pytest
 
+import supply.__main__
 from supply.locks import ROOT
 from supply.release import ReleaseError, prepare
 
@@ -47,6 +50,28 @@ def test_release_writes_its_version_everywhere(checkout: Path) -> None:
     assert "## [Unreleased]\n\n## [9.8.7] - 2030-01-02\n\n### Added\n- A thing." in (
         checkout / "CHANGELOG.md"
     ).read_text("utf-8")
+
+
+def test_release_commands_commit_every_file(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The printed commands commit new files too, and tag the commit."""
+
+    def run(*command: str) -> str:
+        return subprocess.run(command, cwd=checkout, check=True, capture_output=True, text=True).stdout
+
+    for role in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{role}_NAME", "test")
+        monkeypatch.setenv(f"GIT_{role}_EMAIL", "test@example.com")
+    monkeypatch.setattr(supply.__main__, "ROOT", checkout)
+    monkeypatch.setattr(sys, "argv", ["supply", "release", "9.8.7"])
+    run("git", "init", "--quiet")
+    run("git", "add", "--all")
+    run("git", "commit", "--quiet", "--message", "before")
+    assert supply.__main__.main() == 0
+    run("sh", "-ec", capsys.readouterr().out)
+    assert run("git", "status", "--porcelain") == ""
+    assert run("git", "tag", "--points-at", "HEAD") == "v9.8.7\n"
 
 
 @pytest.mark.parametrize("folder", ["docs/openapi", "shared/scanfleet/messages/examples"])
