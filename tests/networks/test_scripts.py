@@ -20,7 +20,7 @@ import pytest
 from local.networks import Network, Packet
 from scanfleet.messages import ScanChunk
 from scanfleet.policy import ADMITTED_SCRIPTS, Preset, fill_in
-from scanner_worker.domain import Host, arguments, services
+from scanner_worker.domain.scan import Host, arguments, services
 from scanner_worker.scanner.process import Limits, Nmap
 from tests.networks import hostile
 

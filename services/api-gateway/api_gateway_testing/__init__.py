@@ -16,7 +16,7 @@ import httpx2
 from fastapi import FastAPI
 from starlette.types import Message, Scope
 
-from api_gateway.handlers.commands import Reply
+from api_gateway.domain.ports import Reply
 from api_gateway.main import create_app
 from api_gateway.settings import Settings
 from scanfleet.auth import Principal

@@ -4,35 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 import structlog
 
+from api_gateway.domain.ports import Arbiter, Reply
 from scanfleet.bus import Publisher, Record
 from scanfleet.errors import DependencyError, PublicError, TooManyRequestsError, UnavailableError
 from scanfleet.messages import CancelJob, CommandAccepted, CommandRejected, Job, SubmitJobs
 from scanfleet.messages.topics import SCAN_COMMANDS
 
-Reply = CommandAccepted | CommandRejected
-
 _log = structlog.get_logger()
 
 _JOBS_END_SECONDS: Final = 30  # typical time until one of the unfinished jobs of a user ends
-
-
-class Arbiter(Protocol):
-    """Decides commands without a reply."""
-
-    async def expire(self, command_id: str, headers: Mapping[str, str]) -> Reply | None:
-        """Expire the command and return None, or return its reply if it had been decided before.
-
-        Args:
-            command_id: of the command.
-            headers: the caller's identity, as HTTP headers.
-
-        Raises:
-            DependencyError: the orchestrator is unavailable.
-        """
 
 
 class Commands:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 import httpx
 import pytest
 
-from api_gateway.handlers.commands import Reply
+from api_gateway.domain.ports import Reply
 from api_gateway_testing import Client, Command, Gateway, Running, Stream, accept
 
 BODY = {"subnet_ids": [5], "policy_id": 3}

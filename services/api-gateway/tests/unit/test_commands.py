@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from api_gateway.handlers.commands import Reply
+from api_gateway.domain.ports import Reply
 from api_gateway_testing import Command, Gateway, Running, accept, job, silence
 from scanfleet.auth import Principal
 from scanfleet.messages import CancelJob, CommandAccepted, CommandRejected, SubmitJobs

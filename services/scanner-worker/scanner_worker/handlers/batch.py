@@ -8,57 +8,24 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Final, Protocol, Self
+from typing import Final, Self
 
 import structlog
 
-from scanfleet.messages import PortFound, ScanChunk
+from scanfleet.messages import ScanChunk
 from scanfleet.outcomes import Outcome, index_of, networks
 from scanfleet.policy import ADMITTED_SCRIPTS
 from scanfleet.ports import PortSet
 from scanfleet.targets import Network, TargetRules
 from scanfleet.user_grants import UserGrants
-from scanner_worker.domain import Host, ScanError, arguments, services
+from scanner_worker.domain.ports import Found, Scanner
+from scanner_worker.domain.scan import Host, ScanError, arguments, services
 
 SLACK_S: Final = 15.0  # extra time in which nmap applies its host timeout to a single address itself
 
 _FINISHED: Final = (
     Outcome.EXCLUDED
 )  # marks an address in a share's map as finished, so that no later nmap scans it again
-
-Found = list[tuple[Host, tuple[PortFound, ...]]]
-
-
-class Scanner(Protocol):
-    def scan(self, arguments: Sequence[str], services: Mapping[str, int]) -> AsyncGenerator[Found]:
-        """Yield finished hosts with their open ports. After the generator is closed, no process is left.
-
-        Raises:
-            ScanError: the run failed; the hosts that were yielded are valid.
-            CannotStartError: nmap cannot be started.
-            KilledByGuardError: the guard killed nmap.
-        """
-
-    @property
-    def version(self) -> str:
-        """nmap's version in its last run; empty before the first check."""
-
-    async def ranked(self, ports: PortSet) -> PortSet:
-        """Return the TCP ports that a `top` set, or a part of one, stands for.
-
-        Raises:
-            ScanError, CannotStartError: as `scan`.
-        """
-
-    def hold(self, seconds: float) -> None:
-        """Have every nmap killed if the event loop is blocked for `seconds`."""
-
-    async def check(self) -> None:
-        """Run nmap once without sending packets.
-
-        Raises:
-            CannotStartError: nmap cannot be used here; the message has the cause.
-        """
 
 
 @dataclass(frozen=True, slots=True)

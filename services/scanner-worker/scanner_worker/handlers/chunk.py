@@ -26,7 +26,8 @@ from scanfleet.messages import (
 from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, Topic
 from scanfleet.outcomes import Outcome, index_of
 from scanfleet.ports import PortSet
-from scanner_worker.domain import (
+from scanner_worker.domain.ports import Found
+from scanner_worker.domain.scan import (
     REASON_CHARS,
     CannotStartError,
     Host,
@@ -38,7 +39,7 @@ from scanner_worker.domain import (
     scripts_of,
     technique,
 )
-from scanner_worker.handlers.batch import Abilities, Found, Share, TooSlowError
+from scanner_worker.handlers.batch import Abilities, Share, TooSlowError
 from scanner_worker.metrics import ADDRESSES, CHUNKS
 
 CLAIM_S: Final = 0.25  # delay before a claim is published; a shorter scan publishes only its final report

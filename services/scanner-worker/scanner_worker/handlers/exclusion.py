@@ -9,7 +9,7 @@ from typing import Final
 import structlog
 
 from scanfleet.errors import DependencyError
-from scanner_worker.domain import CannotStartError
+from scanner_worker.domain.scan import CannotStartError
 from scanner_worker.metrics import EXCLUDED
 
 FAILURES: Final = 3  # consecutive failed runs on different chunks: one bad chunk does not exclude a worker

@@ -14,8 +14,9 @@ from scanfleet.errors import DependencyError
 from scanfleet.loop import Loop
 from scanfleet.messages import ChunkFailed, Message, ScanChunk, StopChunk, WorkerReady
 from scanfleet.messages.topics import SCAN_WORKERS
-from scanner_worker.domain import CannotStartError, together
-from scanner_worker.handlers.batch import Abilities, Batch, Scanner
+from scanner_worker.domain.ports import Scanner
+from scanner_worker.domain.scan import CannotStartError, together
+from scanner_worker.handlers.batch import Abilities, Batch
 from scanner_worker.handlers.chunk import FENCE, ChunkScan, Denied
 from scanner_worker.handlers.exclusion import Exclusion
 from scanner_worker.metrics import SLOTS

@@ -20,10 +20,10 @@ from typing import Final
 
 import structlog
 
-from scanfleet.messages import PortFound
 from scanfleet.policy import ADMITTED_SCRIPTS
 from scanfleet.ports import PortSet, parse_ranges
-from scanner_worker.domain import CannotStartError, Host, KilledByGuardError, ScanError, printable
+from scanner_worker.domain.ports import Found
+from scanner_worker.domain.scan import CannotStartError, KilledByGuardError, ScanError, printable
 from scanner_worker.metrics import NMAP_RUNNING, NMAP_STARTS
 from scanner_worker.scanner import datadir, guard, view
 from scanner_worker.scanner.xml import BadXmlError, Reader
@@ -55,8 +55,6 @@ _PROBE_DELAYS: Final = {"-T0": 300.0, "-T1": 15.0}
 # Phases whose percentage counts whole services or scripts: a silent port takes 510 s at intensity 9. The host timeout
 # limits these phases.
 _COARSE_TASKS: Final = frozenset({"Service scan", "NSE"})
-
-Found = list[tuple[Host, tuple[PortFound, ...]]]
 
 _log = structlog.stdlib.get_logger(__name__)
 

@@ -20,7 +20,7 @@ from scanfleet.messages.results import (
     MAX_SYSTEMS,
     MAX_TEXT_CHARS,
 )
-from scanner_worker.domain import Host, printable
+from scanner_worker.domain.scan import Host, printable
 from scanner_worker.scanner.xml import BadXmlError
 
 _PORT: Final = re.compile(

@@ -18,7 +18,7 @@ from typing import Final, NoReturn
 from xml.parsers import expat
 
 from scanfleet.ports import parse_ranges, ranges_text
-from scanner_worker.domain import FROM_HOST, Host
+from scanner_worker.domain.scan import FROM_HOST, Host
 
 # Maximum size of one tag with its attributes; the longest real ones contain a script's output, some kilobytes. Two pieces
 # below a power of two: expat keeps an unfinished token in a buffer that doubles, and must not double it for a rejected token.

@@ -151,7 +151,7 @@ async def test_worker_without_descriptors_releases_its_chunks(make_chunk: MakeCh
 
 FORKLESS = """
 import asyncio, os, resource, sys
-from scanner_worker.domain import CannotStartError
+from scanner_worker.domain.scan import CannotStartError
 from scanner_worker.scanner.process import Limits, Nmap
 
 async def main():

@@ -14,7 +14,7 @@ from uuid import uuid4
 import pytest
 
 from scanfleet_testing.waiting import until
-from scanner_worker.domain import CannotStartError, KilledByGuardError, ScanError
+from scanner_worker.domain.scan import CannotStartError, KilledByGuardError, ScanError
 from scanner_worker.scanner import guard
 from scanner_worker.scanner.process import Limits, Nmap
 

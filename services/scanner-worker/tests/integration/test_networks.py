@@ -29,7 +29,7 @@ from cryptography.x509.oid import NameOID
 
 from scanfleet.messages import HostScanned, PortFound, ScanChunk
 from scanfleet.outcomes import Outcome
-from scanner_worker.domain import Host, arguments, fit, outcome, services
+from scanner_worker.domain.scan import Host, arguments, fit, outcome, services
 from scanner_worker.scanner.process import Limits, Nmap
 from scanner_worker.scanner.raw import may_send_raw, privileges
 

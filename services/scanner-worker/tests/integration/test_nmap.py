@@ -26,7 +26,7 @@ from scanfleet.ports import PortSet
 from scanfleet.targets import TargetRules
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.waiting import until
-from scanner_worker.domain import CannotStartError, ScanError, scripts_of
+from scanner_worker.domain.scan import CannotStartError, ScanError, scripts_of
 from scanner_worker.handlers.batch import Abilities
 from scanner_worker.handlers.worker import Worker
 from scanner_worker.scanner import guard, process
@@ -649,7 +649,7 @@ async def test_scan_nmap_inherits_nothing(  # pytest passes fixtures by name
 
 WORKER = """
 import asyncio, sys
-from scanner_worker.domain import CannotStartError, ScanError
+from scanner_worker.domain.scan import CannotStartError, ScanError
 from scanner_worker.scanner import guard, process
 from scanner_worker.scanner.process import Limits, Nmap
 

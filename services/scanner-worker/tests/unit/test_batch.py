@@ -28,9 +28,10 @@ from scanfleet.ports import PortSet
 from scanfleet.targets import TargetRules
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.waiting import until
-from scanner_worker.domain import CannotStartError, Host, KilledByGuardError, ScanError, arguments, permit
+from scanner_worker.domain.ports import Found
+from scanner_worker.domain.scan import CannotStartError, Host, KilledByGuardError, ScanError, arguments, permit
 from scanner_worker.handlers import batch
-from scanner_worker.handlers.batch import Abilities, Batch, Found
+from scanner_worker.handlers.batch import Abilities, Batch
 from scanner_worker.handlers.chunk import ChunkScan
 
 MakeChunk = Callable[..., ScanChunk]

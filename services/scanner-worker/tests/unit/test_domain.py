@@ -15,7 +15,7 @@ from scanfleet.messages.fields import MAX_BYTES
 from scanfleet.outcomes import Outcome, networks
 from scanfleet.policy import ADMITTED_SCRIPTS, Preset, ScanPolicy, fill_in
 from scanfleet.targets import TargetRules
-from scanner_worker.domain import (
+from scanner_worker.domain.scan import (
     Host,
     ScanError,
     arguments,

@@ -8,7 +8,7 @@ import pytest
 
 from scanfleet.messages import HostDetails, PortFound, ScriptOutput, SystemMatch
 from scanfleet.messages.results import MAX_HOSTNAMES, MAX_OUTPUT_CHARS, MAX_OUTPUTS
-from scanner_worker.domain import Host
+from scanner_worker.domain.scan import Host
 from scanner_worker.scanner.view import details, ports
 from scanner_worker.scanner.xml import BadXmlError, Reader
 

@@ -34,8 +34,9 @@ from scanfleet.user_grants import UserGrants
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.tracing import ids, recording
 from scanfleet_testing.waiting import until
-from scanner_worker.domain import CannotStartError, Host, ScanError
-from scanner_worker.handlers.batch import Abilities, Found
+from scanner_worker.domain.ports import Found
+from scanner_worker.domain.scan import CannotStartError, Host, ScanError
+from scanner_worker.handlers.batch import Abilities
 from scanner_worker.handlers.worker import Worker
 
 MakeChunk = Callable[..., ScanChunk]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scanfleet.outcomes import Outcome
-from scanner_worker.domain import Host, outcome
+from scanner_worker.domain.scan import Host, outcome
 from scanner_worker.scanner.xml import MAX_TOKEN, BadXmlError, Reader
 
 Recording = Callable[[str], bytes]
