@@ -11,7 +11,7 @@ import structlog
 from api_gateway.domain.ports import Arbiter, Reply
 from scanfleet.bus import Publisher, Record
 from scanfleet.errors import DependencyError, PublicError, TooManyRequestsError, UnavailableError
-from scanfleet.messages import CancelJob, CommandAccepted, CommandRejected, Job, SubmitJobs
+from scanfleet.messages import CancelJob, CommandRejected, Job, SubmitJobs
 from scanfleet.messages.topics import SCAN_COMMANDS
 
 _log = structlog.get_logger()
