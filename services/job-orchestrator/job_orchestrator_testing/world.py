@@ -61,7 +61,7 @@ RULES: Final = TargetRules((parse_network("127.0.0.0/8"),))
 _READ: Final = (SCAN_COMMANDS, SCAN_DELETIONS, SCAN_WORKERS, SCAN_PROGRESS, SCAN_STORED)
 _EVERY_PARTITION: Final = range(SCAN_PROGRESS.partitions)
 _NOW: Final = 1_000.0  # on its monotonic clock, when a world begins
-_STEPS: Final = 1_000  # in which a world comes to rest; one that does not goes in circles
+_STEPS: Final = 1_000  # maximum number until a world is idle
 
 
 class _Token(TypedDict):
@@ -142,7 +142,7 @@ class Worker:
 
 
 class ResultStore:
-    """A handler of scan-results that finds every host where the map says that it is.
+    """A handler of scan-results that finds every host of the map.
 
     Attributes:
         missing: addresses by chunk that it misses, once.

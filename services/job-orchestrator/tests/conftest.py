@@ -40,7 +40,7 @@ def store(request: pytest.FixtureRequest) -> MemoryStore | MongoStore:
 
 @pytest.fixture
 async def world() -> World:
-    """One replica on memory, caught up, and a worker that it knows."""
+    """One caught-up replica on memory, and a worker that has announced itself."""
     world = World(MemoryStore())
     await world.start()
     await world.worker.announce()

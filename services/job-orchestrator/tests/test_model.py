@@ -197,7 +197,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(data=st.data(), number=st.integers(0, REPLICAS - 1))
     def give_up(self, data: st.DataObject, number: int) -> None:
-        """The gateway heard no reply in time; most likely to the last command."""
+        """The gateway received no reply in time; most likely to the last command."""
         command, user = data.draw(st.sampled_from(self.asked[-1:]) | st.sampled_from(self.asked))
         if self.run(self.world.replicas[number].commands.expire(command, user)) is None:
             self.expired.add(command)
@@ -244,7 +244,7 @@ class Life(RuleBasedStateMachine):
         heard=st.sampled_from([True, True, False]),
     )
     def work(self, data: st.DataObject, what: str, codes: str, heard: bool) -> None:
-        """A worker says something of any task that it ever got; the last ones are the likeliest to matter."""
+        """A worker reports on any task that it has received, most likely on one of the last."""
         if not self.tasks:
             return
         task = data.draw(st.sampled_from(self.tasks[-4:]) | st.sampled_from(self.tasks))

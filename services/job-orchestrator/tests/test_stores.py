@@ -876,7 +876,7 @@ async def test_documents_of_release_0_1_are_read_and_adopted(mongo_store: MongoS
 
 @pytest.mark.integration
 async def test_saves_keep_fields_of_newer_releases(mongo_store: MongoStore, database: Database) -> None:
-    """A field that this release does not know survives a save of the job or chunk, and hinders no reading."""
+    """An unknown field survives a save of the job or chunk, and the document can still be read."""
     job, one = scan_job(1), chunk()
     await mongo_store.jobs.insert([job])
     await mongo_store.chunks.insert([one])

@@ -251,7 +251,7 @@ class Desk:
 
 @pytest.mark.proves("A26", "A29")
 async def test_commands_verify_and_export(database: Database, mongodb: str, tmp_path: Path) -> None:
-    """`verify` prints a head that it accepts later, and names a change with exit code 2; `export` goes on after a block."""
+    """`verify` prints a head that it accepts later, and names a change with exit code 2; `export` continues after a block."""
     file = tmp_path / "audit-key"
     file.write_text(KEY)
     store = MongoStore(database, ChainKeys([KEY]))

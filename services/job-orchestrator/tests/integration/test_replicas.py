@@ -334,7 +334,7 @@ async def test_poison_and_replays_change_nothing(platform: Platform) -> None:
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("kind", ["JobCreated", "JobStarted", "JobCompleted"])
 async def test_a_replica_killed_around_a_publish_loses_no_event(platform: Platform, kind: str, moment: str) -> None:
-    """After SIGKILL between the write and the publish, or before the outbox is emptied, another replica goes on."""
+    """After SIGKILL between the write and the publish, or before the outbox is emptied, another replica continues."""
     mortal = await platform.process("one", kind, moment)
     await platform.submit(3)
     async with asyncio.timeout(PATIENCE):

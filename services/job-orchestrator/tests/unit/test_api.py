@@ -179,7 +179,7 @@ def test_every_route_is_in_this_file() -> None:
 
 @pytest.mark.parametrize(("method", "path"), EVERY_ROUTE)
 async def test_every_route_wants_a_good_token(api: Api, method: str, path: str) -> None:
-    """Without a token, with junk for one, or with an expired one the answer is 401 and says how to authenticate."""
+    """Without a token, or with a malformed or expired one, the answer is 401 with WWW-Authenticate."""
     expired = f"Bearer {ISSUER.token(exp=1)}"
     for headers in ({}, {"Authorization": "Bearer junk"}, {"Authorization": expired}):
         answer = await api.raw(method, path, headers=headers, json={})
@@ -900,7 +900,7 @@ async def test_map_tag_of_a_settled_job_changes_with_a_late_report(api: Api, sto
 
 
 async def test_a_map_that_is_too_large_is_asked_for_in_parts(api: Api, store: MemoryStore) -> None:
-    """Above 65,536 addresses, or a megabyte of letters, the answer is a 413 that says how to ask."""
+    """Above 65,536 addresses, or a megabyte of letters, the answer is a 413 that names a request that would succeed."""
     many = scan_job(2, cidr="10.0.0.0/16", policy=scan_policy(ports="1-17"), blocks=17, chunk_ports=1)
     await store.jobs.insert([scan_job(1, cidr="10.0.0.0/15"), many])
     assert "?from=10.0.0.0" in (await api("GET /api/v1/task/1/map", status=413))["error"]
@@ -1003,7 +1003,7 @@ async def test_jobs_are_cancelled_by_filter(
 
 
 async def test_more_jobs_than_a_page_are_cancelled_in_steps(api: Api, store: MemoryStore) -> None:
-    """One request cancels a page of a thousand jobs and says that there may be more."""
+    """One request cancels a page of a thousand jobs and reports whether there may be more."""
     await store.jobs.insert([scan_job(id_) for id_ in range(1, 1_003)])
     first, second = [await api("POST /internal/jobs/cancel", {"all": True}) for _ in range(2)]
     assert (len(first["job_ids"]), first["more"], len(second["job_ids"]), second["more"]) == (1_000, True, 2, False)
@@ -1158,7 +1158,7 @@ async def test_ledger_reads_the_chunks_of_its_page_only(
 
 
 async def test_a_completed_ledger_is_accounted_for(api: Api, store: MemoryStore) -> None:
-    """When every chunk is stored and every probe has an outcome, the ledger says so."""
+    """When every chunk is stored and every probe has an outcome, the ledger is accounted."""
     await store.jobs.insert([scan_job(1)])
     await store.chunks.insert([chunk(state=ChunkState.STORED, outcomes="asdt")])
     assert (await api("GET /api/v1/task/1/ledger"))["accounted"] is True
@@ -1192,7 +1192,7 @@ async def test_a_job_is_watched_by_owner_and_administrator(api: Api, store: Memo
 
 
 async def test_many_jobs_are_watched_page_by_page(api: Api, store: MemoryStore) -> None:
-    """A page holds 200 jobs by id, says where the next one begins, and shows each as a GET does."""
+    """A page has 200 jobs by id and the start of the next page, and shows each job as a GET does."""
     await store.jobs.insert([scan_job(id_) for id_ in range(1, 202)])
     first = await api("GET /internal/jobs/latest")
     assert ([each["task"]["job_id"] for each in first["snapshots"]][-1], first["next"]) == ("200", 200)

@@ -374,7 +374,7 @@ def test_no_service_may_write_operators_entries() -> None:
 
 @pytest.mark.proves("A26")
 async def test_refusal_in_the_name_of_another_service_is_its_writers(world: World) -> None:
-    """The topic says whose entry it is; an id of another service's entry suppresses nothing."""
+    """An entry is attributed by its topic; an id of another service's entry suppresses nothing."""
     await world.submit("127.9.8.0/30")
     (command,) = world.take(SCAN_COMMANDS)
     command_id = getattr(command.message, "command_id")  # noqa: B009 # of one of two messages

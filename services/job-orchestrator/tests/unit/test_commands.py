@@ -139,7 +139,7 @@ async def test_submit_is_checked_before_any_job_is_created(
 
 @pytest.mark.proves("A23", "G12")
 async def test_policy_of_an_older_release_with_categories_is_refused(world: World) -> None:
-    """A stored policy that names a category of scripts makes no job, and the answer says what to change."""
+    """A stored policy that names a category of scripts creates no job, and the answer names the change to make."""
     await world.add("127.9.8.0/30")
     (stored,) = (await world.store.policies.get([(7, 1)])).values()
     await world.store.policies.replace(replace(stored, scan=stored.scan.model_copy(update={"scripts": ("default",)})))

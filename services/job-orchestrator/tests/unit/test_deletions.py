@@ -87,7 +87,7 @@ async def test_deleted_job_is_gone_at_once_and_then_from_the_database(world: Wor
 
 
 async def test_unfinished_job_is_not_deleted(world: World) -> None:
-    """A pending or running job is a 409 that says what to do, and goes on."""
+    """Deleting a pending or running job is a 409 that names the remedy, and the job continues."""
     world.worker.hold = True
     await world.submit("127.9.8.0/30")
     async with client(world) as http:

@@ -45,7 +45,7 @@ def reader(path: Path) -> Callable[[Any], Any]:
 @pytest.mark.proves("F28")
 @every_document
 def test_documents_of_earlier_releases_are_read(path: Path) -> None:
-    """A document is read, whichever release stored it, and fields that this release does not know change nothing."""
+    """A document is read, whichever release stored it, and unknown fields are ignored."""
     read = reader(path)
     known = read(stored(path))
     assert known.id == stored(path)["_id"] if hasattr(known, "id") else known.user_id == stored(path)["_id"]

@@ -46,7 +46,7 @@ def in_status(status: JobStatus) -> ScanJob:
 @pytest.mark.parametrize("status", JobStatus)
 @pytest.mark.parametrize("trigger", JobTrigger)
 def test_the_table_decides_every_change(status: JobStatus, trigger: JobTrigger) -> None:
-    """A change in the table leads where it says, under the next seq with its event; any other raises."""
+    """A transition in the table leads to its status, with the next seq and its event; any other raises."""
     job = in_status(status)
     if trigger not in TABLE[status]:
         with pytest.raises(IllegalJobChangeError, match=f"it is {status}"):
@@ -138,7 +138,7 @@ def test_restored_job_continues_above_its_published_seq() -> None:
 
 
 def test_progress_carries_the_remaining_time_and_ends_waiting() -> None:
-    """Progress says how long the rest will take, null while that is unknown, and the job no longer waits."""
+    """Progress has the time left, null while it is unknown, and the job no longer waits."""
     waiting = replace(in_status(JobStatus.RUNNING), waiting="no_worker", waiting_since=THEN)
     news = observe(waiting, 40, 3, LATER, eta_seconds=12.5)
     assert news is not None

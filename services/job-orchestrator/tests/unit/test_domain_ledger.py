@@ -86,7 +86,7 @@ def test_counts_add_up_to_the_request(given_: tuple[ScanJob, list[Chunk]]) -> No
 @settings(max_examples=60, deadline=None)
 @given(jobs())
 def test_error_is_never_empty(given_: tuple[ScanJob, list[Chunk]]) -> None:
-    """Whatever became of the chunks the error gives a cause, and all is accounted for if the counts say so."""
+    """Whatever the state of the chunks, the error has a cause, and `accounted` agrees with the counts."""
     job, chunks = given_
     found = tally(replace(job, status=JobStatus.RUNNING), chunks)
     assert found.error

@@ -43,7 +43,7 @@ def test_time_is_unknown_before_the_first_answer() -> None:
 
 
 async def test_time_is_the_databases_carried_on_by_the_monotonic_clock() -> None:
-    """Between two answers the time goes on as the monotonic clock does, in milliseconds; the next answer corrects it."""
+    """Between two answers the time advances with the monotonic clock, in milliseconds; the next answer corrects it."""
     clocks = Clocks()
     clock = clocks.clock()
     await clock.refresh()

@@ -1,4 +1,4 @@
-"""Reports of workers, their leases, and what result-store says: who is believed, and what comes of it."""
+"""Reports of workers, leases, and messages of result-store: which of them count, and their effects."""
 
 from __future__ import annotations
 
@@ -435,7 +435,7 @@ async def test_progress_is_stored_in_the_job(world: World, task: ScanChunk) -> N
 
 
 async def test_refused_addresses_fail_the_job_with_the_reason(world: World, task: ScanChunk) -> None:
-    """A worker that may not do what a policy needs says why, and the job says it."""
+    """The error of the job contains the reason why a worker refused the policy."""
     await claimed(world, task)
     refused = ChunkScanned(
         job_id=1,

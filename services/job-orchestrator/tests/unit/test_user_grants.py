@@ -94,7 +94,7 @@ async def test_submit_without_a_rate_gets_the_rate_of_the_grant() -> None:
 
 @pytest.mark.proves("G15")
 async def test_dispatch_of_a_job_whose_grant_was_withdrawn_fails_it() -> None:
-    """After a restart with other grants no chunk of the job goes to a worker; the job says why, and so does the audit log."""
+    """After a restart with other grants no chunk of the job goes to a worker; the job and the audit log contain the reason."""
     world = World(MemoryStore(), grants=grants())
     command = await world.submit("127.9.8.0/30")
     await world.settle()
@@ -108,7 +108,7 @@ async def test_dispatch_of_a_job_whose_grant_was_withdrawn_fails_it() -> None:
 
 
 async def test_dispatch_waits_for_the_hours_of_the_grant() -> None:
-    """Outside its hours a job waits and says until when; in them its tasks say how long they go on."""
+    """Outside its hours a job waits and shows until when; within them its tasks contain the time left."""
     world = World(MemoryStore(), grants=grants())
     command = await world.submit("127.9.8.0/30")
     await world.settle()
