@@ -186,7 +186,7 @@ class Reconciler:
             await self._chunks.insert(window)
         except DependencyError:
             raise
-        except Exception:  # noqa: BLE001 # `isolated` reports the error of the job that causes it
+        except Exception:  # noqa: BLE001 # an error that recurs for a single job is reported there
             for job_id, chunks in groupby(window, key=lambda chunk: chunk.job_id):
                 with self._faults.isolated(jobs[job_id]):
                     await self._chunks.insert(list(chunks))
