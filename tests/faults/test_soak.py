@@ -14,6 +14,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
+from scanfleet.services import SERVICES
 from tests.faults.invariants import Invariants
 from tests.faults.kit import LIMIT, STEADY, TINY, Platform
 
@@ -86,11 +87,7 @@ def test_soak_keeps_every_guarantee(
     """Under mixed load with a random process killed every ten seconds every guarantee holds, and no resource leaks."""
     invariants.check()
     chance = random.Random()  # noqa: S311 # any seed
-    names = [
-        name
-        for service in ("api-gateway", "job-orchestrator", "scanner-worker", "result-store")
-        for name in platform.names(service)
-    ] + ["kafka", "mongod"]
+    names = [name for service in SERVICES for name in platform.names(service)] + ["kafka", "mongod"]
     before = platform.memory()
     over = Event()
     users = [User(platform, seed, over) for seed in range(3)]

@@ -15,6 +15,7 @@ from playwright.sync_api import Browser, BrowserContext, Dialog, Page, Request, 
 
 from local import nmap
 from local.stack import Stack
+from scanfleet.services import SERVICES
 
 USER = 7
 PATIENCE = 30_000  # ms that an expectation waits: this machine may be busy
@@ -32,7 +33,7 @@ document.addEventListener("securitypolicyviolation", (event) =>
 def stack(kafka: str, mongodb: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     stack = Stack(
         tmp_path_factory.mktemp("stack"),
-        replicas=dict.fromkeys(("api-gateway", "job-orchestrator", "scanner-worker", "result-store"), 1),
+        replicas=dict.fromkeys(SERVICES, 1),
         kafka_at=kafka,
         mongodb_at=mongodb,
         topic_prefix="page-",

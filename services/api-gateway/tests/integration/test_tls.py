@@ -220,9 +220,7 @@ async def test_handshakes_in_progress_are_counted_as_connections(orchestrator: F
         for _, writer in clients[::2]:
             writer.write(bytes.fromhex("160301020001"))  # the beginning of a ClientHello
         assert (await ask(server, gateway)).json() == 1
-        async with asyncio.timeout(LIMIT):
-            while sum(ended(reader) for reader, _ in clients) < 45:  # noqa: ASYNC110 # there is no event of all of them
-                await asyncio.sleep(0.01)
+        await until(lambda: sum(ended(reader) for reader, _ in clients) >= 45)
         for _, writer in clients:
             writer.transport.abort()
 
