@@ -126,6 +126,11 @@ def read_hosts(job_id: int, **query: Any) -> Call[list[rest.Host]]:
     return Call("GET", f"/api/v1/task/{job_id}/hosts", list[rest.Host], query=_set(query), headers={"Accept": NDJSON})
 
 
+def read_nmap_xml(job_id: int, hosts: str | None = None) -> Call[Any]:
+    """Read the results of an ended job as nmap's XML; for `Client.stream`. `hosts="up"` leaves out those that are down."""
+    return Call("GET", f"/api/v1/task/{job_id}/nmap.xml", object, query=_set({"hosts": hosts}))
+
+
 def read_ledger(job_id: int, page: int = 1, page_size: int = LEDGER_PAGE_SIZE) -> Call[rest.Ledger]:
     query = {"page": page, "page_size": page_size}
     return Call("GET", f"/api/v1/task/{job_id}/ledger", rest.Ledger, query=query)

@@ -79,11 +79,24 @@ def pass_through(session: Session, job_id: int, accept: str) -> None:
     Raises:
         UnavailableError: the connection was cut; the output is incomplete.
     """
-    output = session.output
-    with session.client.stream(calls.read_results(job_id, accept)) as response:
+    _copy(session, calls.read_results(job_id, accept))
+
+
+def nmap_xml(session: Session, job_id: int) -> None:
+    """Copy the results of an ended job from the service to stdout, as nmap's XML.
+
+    Raises:
+        UnavailableError: the connection was cut; the output is incomplete and has no end tag.
+    """
+    _copy(session, calls.read_nmap_xml(job_id))
+
+
+def _copy(session: Session, call: calls.Call[Any]) -> None:
+    stdout = session.output.stdout
+    with session.client.stream(call) as response:
         for text in response.iter_text():
-            output.stdout.write(text)
-    output.stdout.flush()
+            stdout.write(text)
+    stdout.flush()
 
 
 class Printer:

@@ -25,6 +25,8 @@ class Format(StrEnum):
     JSONL = "jsonl"
     CSV = "csv"
     NAME = "name"
+    XML = "xml"
+    """nmap's; of results only."""
 
     @property
     def machine(self) -> bool:

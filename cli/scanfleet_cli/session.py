@@ -272,13 +272,13 @@ def _chosen_limit(context: click.Context, _parameter: click.Parameter, value: in
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def formats(command: Command) -> Command:
-    """Add the options -o and --json to a command that prints objects."""
+def formats(command: Command, *, xml: bool = False) -> Command:
+    """Add the options -o and --json to a command that prints objects, or results, which have nmap's XML too."""
     # Read first, so that a mistake in any later option is already reported in this format.
     command = click.option(
         "-o",
         "--output",
-        type=click.Choice([each.value for each in Format]),
+        type=click.Choice([each.value for each in Format if xml or each is not Format.XML]),
         is_eager=True,
         expose_value=False,
         callback=_chosen_format,
@@ -305,6 +305,9 @@ def _limit(default: str) -> Callable[[Command], Command]:
     )
 
 
+_long_limit = _limit(f"{LIMIT} on a terminal, otherwise all")
+
+
 def lists(command: Command) -> Command:
     """Add the options of a command that prints a list."""
     return formats(_limit(str(LIMIT))(command))
@@ -312,7 +315,12 @@ def lists(command: Command) -> Command:
 
 def long_lists(command: Command) -> Command:
     """Add the options of a command that prints results or a ledger, which a pipe receives in full by default."""
-    return formats(_limit(f"{LIMIT} on a terminal, otherwise all")(command))
+    return formats(_long_limit(command))
+
+
+def result_lists(command: Command) -> Command:
+    """Add the options of a command that prints results, also as nmap's XML."""
+    return formats(_long_limit(command), xml=True)
 
 
 def complete_context(context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:

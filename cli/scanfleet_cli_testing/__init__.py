@@ -238,6 +238,7 @@ class FakeApi(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
             "GET /events": lambda: httpx2.Response(200, headers=_STREAM, stream=_Events(self, job)),
             "GET /map": lambda: httpx2.Response(200, json=_map(job)) if job.letters else _error(404, "Not Found"),
             "GET /results": lambda: _results(request, job),
+            "GET /nmap.xml": lambda: httpx2.Response(200, stream=_Lines(["<nmaprun>", "</nmaprun>"])),
             "GET /hosts": lambda: httpx2.Response(200, stream=_Lines([json.dumps(each) + "\n" for each in job.hosts])),
             "POST /cancel": lambda: _cancel(job),
             "DELETE ": lambda: self._delete(job),

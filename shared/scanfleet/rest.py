@@ -334,6 +334,18 @@ class Host(_Answer):
     updated_at: Time
 
 
+class ExportedJob(_Answer):
+    """A finished job, for the document of its results. Not part of the public API."""
+
+    job_id: int
+    status: JobStatus
+    error: str
+    cidr: str
+    ports: str
+    start: AwareDatetime
+    end: AwareDatetime
+
+
 class LedgerRequest(_Answer):
     addresses: int
     ports: int

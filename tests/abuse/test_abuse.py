@@ -338,7 +338,7 @@ def operations(stack: Stack) -> Iterator[tuple[str, str, dict[str, Any]]]:
             yield verb.upper(), path, operation
 
 
-OF_RESULTS = ("/results", "/hosts")
+OF_RESULTS = ("/results", "/hosts", "/nmap.xml")
 """Ends of the paths on which another user's job is a 403 instead of a 404."""
 
 FOR_ADMINISTRATORS = ("/api/v1/audit", "/api/v1/revocation")

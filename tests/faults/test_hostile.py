@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from ipaddress import ip_address
 from typing import Any
 from uuid import uuid4
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -296,4 +297,14 @@ def test_hostile_banner_is_escaped(platform: Platform, user: Caller, invariants:
     assert of_host.isprintable()
     assert (found["outcome"], found["port_count"]) == ("answered", 2)
     assert found["reason"]
+    export = user.http.get(f"/api/v1/task/{job_id}/nmap.xml")
+    assert export.headers["content-disposition"] == f'attachment; filename="scanfleet-job-{job_id}.xml"'
+    assert export.headers["x-content-type-options"] == "nosniff"
+    assert export.text.isascii()
+    assert export.text.replace("\n", "").isprintable()
+    root = ET.fromstring(export.text)  # noqa: S314 # written by result-store
+    (service,) = root.findall("host/ports/port[@portid='8025']/service")
+    assert "<b>" in service.attrib["hostname"]
+    assert [each.get("exit") for each in root.iter("finished")] == ["success"]
+    assert len(root.findall("host")) == 4
     invariants.check()

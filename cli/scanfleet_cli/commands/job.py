@@ -16,7 +16,7 @@ from scanfleet.messages import JobStatus
 from scanfleet_cli import calls, changes, chart, coverage, findings, follow, joblist, resolve, views
 from scanfleet_cli.errors import ApiError, CommandError, Exit
 from scanfleet_cli.output import Format, Row, ago, column, count, duration, printable
-from scanfleet_cli.session import Session, complete_job, formats, lists, long_lists, with_session, yes
+from scanfleet_cli.session import Session, complete_job, formats, lists, long_lists, result_lists, with_session, yes
 
 job_id = click.argument("job_id", type=click.IntRange(min=1), metavar="ID", shell_complete=complete_job)
 job_ids = click.argument(
@@ -344,14 +344,24 @@ def _supported(what: str) -> Iterator[None]:
 @click.option("--service", help="Only this service.")
 @click.option("--address", metavar="CIDR", help="Only addresses of this network.")
 @click.option("--open-only", is_flag=True, help="Exclude open|filtered ports.")
-@long_lists
+@result_lists
 @with_session
 def results(
     session: Session, /, *, job_id: int, ports: Sequence[int], service: str | None, address: str | None, open_only: bool
 ) -> None:
-    """Print the results of a job. Without a filter, CSV and JSON lines are passed through unchanged."""
+    """Print the results of a job. Without a filter, CSV and JSON lines are passed through unchanged.
+
+    `-o xml` prints all results of an ended job in nmap's XML format.
+    """
     output = session.output
     filtered = bool(ports or service or address or open_only or output.fields is not None)
+    if output.format is Format.XML:
+        if filtered or session.limit:
+            raise CommandError("-o xml prints the whole job", hint="leave out the filters, --json and --limit")
+        with _supported("exports in nmap's XML format"):
+            findings.nmap_xml(session, job_id)
+        findings.note_not_probed(session, job_id)
+        return
     if output.format in {Format.CSV, Format.JSONL} and not filtered and not session.limit:
         findings.pass_through(session, job_id, "text/csv" if output.format is Format.CSV else calls.NDJSON)
         return

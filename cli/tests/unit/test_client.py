@@ -361,6 +361,7 @@ CALLS: dict[str, calls.Call[Any]] = {
     "cancel_tasks": calls.cancel_tasks(rest.CancelJobs(all=True)),
     "read_results": calls.read_results(1),
     "read_hosts": calls.read_hosts(1),
+    "read_nmap_xml": calls.read_nmap_xml(1),
     "read_snapshot": calls.read_snapshot(1),
     "read_map": calls.read_map(1),
     "read_ledger": calls.read_ledger(1),

@@ -255,6 +255,16 @@ def test_results_pass_through_as_the_service_writes_them(jobs: FakeApi, run: Any
     )
 
 
+def test_results_as_xml_pass_through(jobs: FakeApi, run: Any) -> None:
+    """nmap's XML is printed as the service writes it; a filter, or the format for another command, is wrong usage."""
+    assert run("job", "results", "41", "-o", "xml").out == "<nmaprun></nmaprun>"
+    for arguments in (["--port", "22"], ["--limit", "1"], ["--json", "port"]):
+        asked = len(jobs.requests)
+        ended = run("job", "results", "41", "-o", "xml", *arguments)
+        assert (ended.code, ended.out, len(jobs.requests)) == (2, "", asked)
+    assert run("job", "hosts", "41", "-o", "xml").code == 2
+
+
 def test_hosts_are_one_line_each(jobs: FakeApi, run: Any) -> None:
     """Each host is a line with its ports and services, of which those that are open or filtered have a question mark."""
     ssh = {"port": 22, "protocol": "tcp", "status": "open", "service": "ssh", "version": ""}

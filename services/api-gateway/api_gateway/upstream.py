@@ -116,7 +116,18 @@ class Upstream:
         # The path is one of our routes with ids in it, so only the query can contain characters that a URL must not.
         query = quote(request.scope["query_string"], safe=_QUERY_SAFE)
         target = request.scope["path"] + (f"?{query}" if query else "")
-        answer = await self._send(request.method, target, headers, await request.body())
+        return await self._relayed(await self._send(request.method, target, headers, await request.body()))
+
+    async def pass_on(self, request: Request, target: str, body: bytes) -> Response:
+        """Return the service's answer to a POST of the gateway itself, as `forward`.
+
+        Raises:
+            DependencyError: the service is unavailable.
+        """
+        headers = self.identity(request) | {"content-type": "application/json"}
+        return await self._relayed(await self._send("POST", target, headers, body))
+
+    async def _relayed(self, answer: httpx.Response) -> Response:
         has_body = answer.status_code != httpx.codes.NOT_MODIFIED
         if has_body and int(answer.headers.get("content-length", SMALL_BYTES + 1)) > SMALL_BYTES:
             return _Relay(answer, self._stalled_seconds)
@@ -175,6 +186,15 @@ class Orchestrator(Upstream):
         if answer.status_code == httpx.codes.OK:
             return None
         return _error(answer)
+
+    async def exported(self, request: Request, job_id: int) -> rest.ExportedJob | Response:
+        """Return the facts of a finished job, or the error answer if the caller may not export its results.
+
+        Raises:
+            DependencyError: the orchestrator is unavailable.
+        """
+        answer = await self.ask("GET", f"/internal/jobs/{job_id}/export", self.identity(request))
+        return _parse(rest.ExportedJob, answer) if answer.status_code == httpx.codes.OK else _error(answer)
 
     async def latest(self, caller: Mapping[str, str], job_id: int) -> Snapshot | Response:
         """Return the current job, or the error answer if the caller may not watch it.

@@ -102,10 +102,10 @@ class Parts(Enum):
     """All but the banners and `raw_data` of ports."""
 
     DETAILS = auto()
-    """All but the ports."""
+    """All but the listed ports."""
 
     PORTS = auto()
-    """All but the details."""
+    """The ports with all their texts."""
 
 
 def _order(found: PortFound) -> tuple[int, str]:
@@ -206,6 +206,7 @@ def fold(records: Iterable[Record[Scanned]]) -> Batch:
                 _check_ports(host)
                 batch.hosts.setdefault(host.event_id, Host(host, place))
             case ChunkScanned() as chunk:
+                _check_common_ports(chunk)
                 batch.scanned.append((chunk, place))
     return batch
 
@@ -253,6 +254,13 @@ def _index(first: str, address: str) -> int:
         return index_of(first, address)
     except ValueError:  # the other address family: not in this chunk's map
         return -1
+
+
+def _check_common_ports(chunk: ChunkScanned) -> None:
+    try:
+        parse_ranges(chunk.common_ports)
+    except ValueError as error:
+        raise MessageError(f"common_ports of {chunk.chunk_id}: {error}") from error
 
 
 def _check_ports(host: HostScanned) -> None:

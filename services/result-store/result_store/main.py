@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
 
-from result_store.api import hosts, results
+from result_store.api import hosts, nmap_xml, results
 from result_store.handlers import DeletionsHandler, ResultsHandler
 from result_store.repository import MongoStore
 from result_store.settings import Settings
@@ -53,5 +53,5 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 app.state.probes.watch(part)
             yield
 
-    routers = [results.router, hosts.router, service.for_gateway]
+    routers = [results.router, hosts.router, nmap_xml.router, service.for_gateway]
     return service.create_app(name=RESULT_STORE, settings=settings, lifespan=lifespan, routers=routers)

@@ -53,8 +53,8 @@ _BY_ID: Final = [("first_id", ASCENDING)]
 _BY_KEY: Final = [("key", ASCENDING)]
 _WITHOUT: Final[dict[Parts, Document]] = {
     Parts.SUMMARY: {"ports.raw_data": False, "ports.banner": False},
-    Parts.DETAILS: {"ports": False, "open_filtered": False},
-    Parts.PORTS: {"details": False},
+    Parts.DETAILS: {"ports": False},
+    Parts.PORTS: {"details": False, "open_filtered": False},
 }
 _OF_STORED: Final = dict.fromkeys(("chunk_id", "address", "outcome", "created_at", "offset"), True)
 

@@ -9,7 +9,7 @@ from typing import Final
 import httpx
 from fastapi import FastAPI
 
-from result_store.api import hosts, results
+from result_store.api import hosts, nmap_xml, results
 from result_store.domain import fold
 from result_store_testing import Log, MemoryStore
 from scanfleet import service
@@ -26,7 +26,10 @@ def client(store: MemoryStore) -> httpx.AsyncClient:
         yield
 
     app = service.create_app(
-        name="result-store", settings=FrontSettings(), lifespan=nothing, routers=[results.router, hosts.router]
+        name="result-store",
+        settings=FrontSettings(),
+        lifespan=nothing,
+        routers=[results.router, hosts.router, nmap_xml.router],
     )
     app.state.store = store
     app.state.verifier = ISSUER.verifier

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 from uuid import uuid4
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 
 from api_gateway.api.admission import CancelRoute, Route, StreamRoute
 from api_gateway.api.document import ETAG, ID, IF_NONE_MATCH, TIME, errors, paging, query, server_sent
@@ -124,6 +124,15 @@ _HOSTS: Final[dict[int | str, dict[str, Any]]] = {
         "description": "The hosts in order of their addresses, streamed, in the format of `Accept`.",
         "model": list[rest.Host],
         "content": {"application/x-ndjson": {"schema": {**_HOST, "description": "One host per line."}}},
+    },
+}
+_NMAP_XML: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "description": "The document, streamed; one that was cut off has no end tag.",
+        "headers": {
+            "Content-Disposition": {"description": "`attachment`, with a file name.", "schema": {"type": "string"}},
+        },
+        "content": {"application/xml": {"schema": {"type": "string", "description": "Conforms to nmap's `nmap.dtd`."}}},
     },
 }
 _RESULTS: Final[dict[int | str, dict[str, Any]]] = {
@@ -314,6 +323,25 @@ async def read_hosts(job_id: PathId, request: Request, _caller: Caller, state: H
     """
     refusal = await state.orchestrator.refusal(request, job_id, hosts=True)
     return refusal or await state.result_store.forward(request)
+
+
+@router.get("/{job_id}/nmap.xml", response_class=Response, responses=_NMAP_XML | errors(400, 403, 404, 409))
+async def read_nmap_xml(
+    job_id: PathId,
+    request: Request,
+    _caller: Caller,
+    state: Handed,
+    hosts: Annotated[Literal["all", "up"], Query(description="`up` leaves out the hosts that are down.")] = "all",
+) -> Response:
+    """Read all results of a scan job that has ended as one document in nmap's XML format; for its owner and administrators.
+
+    Before the end of the job the response is 409, as for a job of release 0.1.
+    """
+    job = await state.orchestrator.exported(request, job_id)
+    if isinstance(job, Response):
+        return job
+    target = f"/internal/jobs/{job_id}/nmap.xml?hosts={hosts}"
+    return await state.result_store.pass_on(request, target, job.model_dump_json().encode())
 
 
 @router.get(

@@ -12,6 +12,9 @@ import pytest
 from api_gateway.upstream import SMALL_BYTES
 from api_gateway_testing import Client, Gateway, Running, Stream
 from scanfleet.auth import Principal
+from scanfleet.clock import utc_now
+from scanfleet.messages import JobStatus
+from scanfleet.rest import ExportedJob
 
 OWNER = "http://orchestrator/internal/jobs/41/owner"
 RESULTS = "http://result-store/api/v1/task/41/results"
@@ -215,6 +218,39 @@ async def test_hosts_of_the_owner_are_forwarded(gateway: Running) -> None:
     gateway.services.on("GET", f"{OWNER}/hosts", httpx.Response(403, json={"error": "not yours"}))
     assert (await gateway.client.get("/api/v1/task/41/hosts")).status_code == 403
     assert len(gateway.services.asked("result-store")) == 1
+
+
+async def test_nmap_xml_of_a_finished_job_is_streamed(gateway: Running) -> None:
+    """result-store gets the facts of the job from the orchestrator, and its document is streamed as an attachment."""
+    now = utc_now()
+    job = ExportedJob(
+        job_id=41, status=JobStatus.COMPLETED, error="", cidr="127.9.8.0/24", ports="22", start=now, end=now
+    )
+    export, target = "http://orchestrator/internal/jobs/41/export", "http://result-store/internal/jobs/41/nmap.xml"
+    gateway.services.on("GET", export, httpx.Response(200, content=job.model_dump_json()))
+    headers = {"Content-Type": "application/xml", "Content-Disposition": "attachment"}
+    stream = Stream(b"<nmaprun>", b"</nmaprun>")
+    stream.go.release()
+    stream.go.release()
+    gateway.services.on("POST", target, httpx.Response(200, headers=headers, stream=stream))
+    answer = await gateway.client.get("/api/v1/task/41/nmap.xml?hosts=up")
+    assert answer.text == "<nmaprun></nmaprun>"
+    assert (answer.headers["content-type"], answer.headers["content-disposition"]) == ("application/xml", "attachment")
+    _, asked = gateway.services.requests
+    assert asked.url.query == b"hosts=up"
+    assert ExportedJob.model_validate_json(asked.content) == job
+    assert await gateway.caller(asked) == Principal(7)
+
+
+@pytest.mark.parametrize("status", [403, 404, 409])
+async def test_nmap_xml_refused_by_the_orchestrator_returns_its_error(gateway: Running, status: int) -> None:
+    """The orchestrator's refusal is the response, and result-store is not queried; an unknown selection is a 400."""
+    refusal = httpx.Response(status, json={"error": "not now"})
+    gateway.services.on("GET", "http://orchestrator/internal/jobs/41/export", refusal)
+    answer = await gateway.client.get("/api/v1/task/41/nmap.xml")
+    assert (answer.status_code, answer.json()) == (status, {"error": "not now"})
+    assert (await gateway.client.get("/api/v1/task/41/nmap.xml?hosts=some")).status_code == 400
+    assert not gateway.services.asked("result-store")
 
 
 @pytest.mark.parametrize("status", [403, 404, 503])

@@ -13,7 +13,7 @@ from job_orchestrator.api.tasks import Whose, audit_target, readable, readable_u
 from job_orchestrator.domain.job import UNFINISHED, ScanJob
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded, Principal
-from scanfleet.errors import ForbiddenError, NotFoundError
+from scanfleet.errors import ConflictError, ForbiddenError, NotFoundError
 from scanfleet.messages import CommandAccepted
 from scanfleet.messages.fields import MAX_ID
 from scanfleet.service import PathId
@@ -37,6 +37,23 @@ async def owner_of_hosts(job_id: PathId, caller: Caller, state: Handed, record: 
     """Return the owner of the job, for callers who may read its hosts."""
     job = await _with_results(job_id, "hosts", caller, state, record)
     return {"user_id": job.user_id}
+
+
+@router.get("/jobs/{job_id}/export", name="read_nmap_xml")
+async def exported(job_id: PathId, caller: Caller, state: Handed, record: Recorded) -> rest.ExportedJob:
+    """Return the facts of a finished job for the document of its results, for callers who may read them."""
+    job = await _with_results(job_id, "nmap.xml", caller, state, record)
+    if not job.final or job.end_time is None:
+        raise ConflictError(f"Job is {job.status}; its results are exported once it has ended")
+    return rest.ExportedJob(
+        job_id=job.id,
+        status=job.status,
+        error=job.error,
+        cidr=job.cidr,
+        ports=job.policy.ports,
+        start=job.start_time or job.created_at,
+        end=job.end_time,
+    )
 
 
 async def _with_results(job_id: int, what: str, caller: Principal, state: State, record: Recorder) -> ScanJob:

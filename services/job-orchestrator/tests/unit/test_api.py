@@ -25,8 +25,9 @@ from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.resources import Policy
 from job_orchestrator_testing import RULES, MemoryStore, World, chunk, scan_job, scan_policy
 from job_orchestrator_testing.things import THEN
-from scanfleet import service
+from scanfleet import rest, service
 from scanfleet.clock import utc_now
+from scanfleet.messages import JobStatus
 from scanfleet.messages.topics import SCAN_COMMANDS
 from scanfleet.settings import FrontSettings
 from scanfleet_testing.tokens import Issuer
@@ -151,6 +152,7 @@ EVERY_ROUTE = [
     *FOR_THE_GATEWAY,
     ("GET", "/internal/jobs/1/owner"),
     ("GET", "/internal/jobs/1/owner/hosts"),
+    ("GET", "/internal/jobs/1/export"),
     ("GET", "/internal/jobs/1/latest"),
     ("GET", "/internal/jobs/latest"),
     ("POST", "/internal/jobs/cancel"),
@@ -1177,6 +1179,25 @@ async def test_results_may_be_read_by_owner_and_administrator(api: Api, store: M
         await api(f"GET /internal/jobs/2/{what}", status=404)
         await api(f"GET /internal/jobs/2/{what}", user=8, admin=True, status=404)
         await api(f"GET /internal/jobs/x/{what}", status=404)
+
+
+async def test_results_are_exported_after_the_end_of_the_job(api: Api, store: MemoryStore) -> None:
+    """What an export needs of a job is returned to those who may read its results, once the job has ended."""
+    ended = utc_now()
+    finished = scan_job(1, status=JobStatus.FAILED, error="64 lost", start_time=None, end_time=ended)
+    await store.jobs.insert([finished, scan_job(2)])
+    found = rest.ExportedJob.model_validate(await api("GET /internal/jobs/1/export"))
+    assert (found.status, found.error, found.cidr, found.ports) == (
+        "failed",
+        "64 lost",
+        finished.cidr,
+        finished.policy.ports,
+    )
+    assert (found.start, found.end) == (finished.created_at, ended)
+    await api("GET /internal/jobs/1/export", user=8, admin=True)
+    await api("GET /internal/jobs/1/export", user=8, status=403)
+    await api("GET /internal/jobs/3/export", status=404)
+    assert "pending" in (await api("GET /internal/jobs/2/export", status=409))["error"]
 
 
 async def test_a_job_is_watched_by_owner_and_administrator(api: Api, store: MemoryStore) -> None:

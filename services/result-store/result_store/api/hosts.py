@@ -96,8 +96,10 @@ class Machine:
     """The host at one address, merged from its chunks. Its size is bounded, however many chunks and ports there are.
 
     Attributes:
+        address: its address.
         selected: whether the selection requests it.
         details: those of all chunks.
+        updated_at: time of the last report about it.
     """
 
     def __init__(self, first: Host, selection: Selection = Selection()) -> None:
@@ -105,8 +107,8 @@ class Machine:
         self.details = HostDetails()
         self._selection = selection
         self._job_id = first.scanned.job_id
-        self._address = first.scanned.address
-        self._created_at = self._updated_at = first.place.created_at
+        self.address = first.scanned.address
+        self._created_at = self.updated_at = first.place.created_at
         self._outcomes: set[str] = set()
         self._ports: list[rest.HostPort] = []
         self._silent: list[Range] = []
@@ -118,7 +120,7 @@ class Machine:
         scanned, silent = host.scanned, parse_ranges(host.scanned.open_filtered)
         self.selected = self.selected or self._selection.selects(scanned, silent)
         self._created_at = min(self._created_at, host.place.created_at)
-        self._updated_at = max(self._updated_at, host.place.created_at)
+        self.updated_at = max(self.updated_at, host.place.created_at)
         self._outcomes.add(scanned.outcome)
         self._silent += silent
         self._port_count += host.result_count
@@ -132,12 +134,27 @@ class Machine:
     def outcome(self) -> Outcome:
         return next(each for each in _PRECEDENCE if each in self._outcomes)
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Sorts hosts by family and address."""
+        address = ip_address(self.address)
+        return address.version, int(address)
+
+    @property
+    def open_filtered(self) -> str:
+        """The silent UDP ports that nmap summarizes, as ranges."""
+        return ranges_text(tuple(sorted(self._silent)))
+
+    @property
+    def open_filtered_count(self) -> int:
+        return sum(last - first + 1 for first, last in self._silent)
+
     def view(self) -> rest.Host:
         """Return the host in the format of the API."""
         details = self.details
         return rest.Host(
             job_id=self._job_id,
-            ip_address=self._address,
+            ip_address=self.address,
             outcome=_NAMES[self.outcome],
             reason=details.reason,
             hostnames=list(details.hostnames),
@@ -146,14 +163,14 @@ class Machine:
             os_info=details.systems[0].name if details.systems else self._os_info,
             systems=[rest.HostSystem(name=each.name, accuracy=each.accuracy) for each in details.systems],
             ports=sorted(self._ports, key=lambda port: (port.port, port.protocol)),
-            open_filtered=ranges_text(tuple(sorted(self._silent))),
+            open_filtered=self.open_filtered,
             port_count=self._port_count,
             closed=details.closed,
             filtered=details.filtered,
             scripts=[rest.HostScript(id=each.id, output=each.output) for each in details.scripts],
             seconds=details.seconds,
             created_at=self._created_at,
-            updated_at=self._updated_at,
+            updated_at=self.updated_at,
         )
 
 

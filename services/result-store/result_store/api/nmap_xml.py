@@ -1,0 +1,318 @@
+"""The results of a finished task as one document in nmap's XML format.
+
+The document is written while three streams are read in order of addresses: details of hosts, their ports, and the maps of closed
+chunks, which have the outcomes of all other addresses. So its size does not matter for memory. A document that breaks off has no
+end tag, and no reader takes it for a whole one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from ipaddress import ip_address
+from typing import Annotated, Final, Literal, Protocol, cast
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import StreamingResponse
+
+from result_store.api.formats import PIECE, stream
+from result_store.api.hosts import UNSORTED, Hosts, Machine, machines
+from result_store.api.port_xml import attribute, port
+from result_store.api.queries import owner
+from result_store.domain import ClosedChunk, Host, Parts, address_key
+from scanfleet.auth import Caller, Guarded
+from scanfleet.errors import ConflictError
+from scanfleet.messages import JobStatus
+from scanfleet.outcomes import Outcome, address_at
+from scanfleet.ports import PortSet, parse_ranges, ranges_text
+from scanfleet.rest import ExportedJob
+from scanfleet.service import PathId
+
+_UNKNOWN: Final = "unknown-response"  # nmap's own word for a reason that it does not know
+_PRECEDENCE: Final = "atsd"
+"""Of the outcomes of an address in several chunks the first of these is that of the address; others are not written."""
+
+
+class Store(Hosts, Protocol):
+    def chunks_by_address(self, job_id: int, user_id: int | None) -> AsyncIterator[ClosedChunk]:
+        """Yield the job's closed chunks in order of their first addresses, those of one address in order of their numbers.
+
+        Args:
+            job_id: the job.
+            user_id: limits the chunks to those of this user.
+
+        Raises:
+            DependencyError: the store is unavailable; it can fail after some chunks were yielded.
+        """
+
+
+@dataclass(slots=True)
+class Block:
+    """The closed chunks of one slice of addresses, one per block of ports, merged."""
+
+    first_address: str
+    letters: list[str] = field(default_factory=list)
+    nmap: str = ""
+    technique: str = ""
+    """Of its TCP ports."""
+
+    common_ports: set[str] = field(default_factory=set)
+
+    def add(self, chunk: ClosedChunk) -> None:
+        self.letters += " " * (len(chunk.outcomes) - len(self.letters))
+        for index, letter in enumerate(chunk.outcomes):
+            self.letters[index] = min(self.letters[index], letter, key=_rank)
+        self.nmap = self.nmap or chunk.nmap
+        if chunk.ports and not chunk.ports.startswith("U:"):
+            self.technique = self.technique or chunk.technique
+            if not chunk.ports.startswith("top:"):  # their numbers are unknown if no address was scanned
+                self.common_ports.add(chunk.ports)
+
+
+def _rank(letter: str) -> int:
+    return _PRECEDENCE.index(letter) if letter in _PRECEDENCE else len(_PRECEDENCE)
+
+
+async def blocks(chunks: AsyncIterator[ClosedChunk]) -> AsyncIterator[Block]:
+    """Merge the chunks of each slice of addresses; they are sorted by address."""
+    block: Block | None = None
+    async for chunk in chunks:
+        if block is None or chunk.first_address != block.first_address:
+            if block is not None:
+                yield block
+            block = Block(chunk.first_address)
+        block.add(chunk)
+    if block is not None:
+        yield block
+
+
+class _Ports:
+    """The ports of hosts, read in the order of their addresses."""
+
+    def __init__(self, hosts: AsyncIterator[Host]) -> None:
+        self._hosts = hosts
+        self._next: Host | None = None
+
+    async def of(self, address: str) -> AsyncIterator[Host]:
+        """Yield what the chunks of an address have found; addresses before it are skipped."""
+        key = address_key(address)
+        while (host := self._next or await anext(self._hosts, None)) is not None:
+            self._next = host
+            if (its_key := address_key(host.scanned.address)) > key:
+                return
+            self._next = None
+            if its_key == key:
+                yield host
+
+
+async def document(
+    job: ExportedJob,
+    details: AsyncIterator[Machine],
+    ports: AsyncIterator[Host],
+    chunks: AsyncIterator[ClosedChunk],
+    *,
+    down: bool = True,
+) -> AsyncIterator[str]:
+    """Yield the document in small parts.
+
+    Args:
+        job: the finished job.
+        details: its hosts, by address.
+        ports: the ports of its hosts, by address.
+        chunks: its closed chunks, by address.
+        down: whether hosts that are down are written too; they are counted in any case.
+    """
+    numbers = Counter[str]()
+    of_hosts = _Ports(ports)
+    slices = blocks(chunks)
+    first = await anext(slices, None)
+    yield _head(job, first)
+    async for each in _merged(details, first, slices):
+        if isinstance(each, Machine):
+            numbers["up"] += 1
+            async for part in _found(each, of_hosts):
+                yield part
+        else:
+            address, letter = each
+            numbers["down" if letter == Outcome.DOWN else "up"] += 1
+            if down or letter != Outcome.DOWN:
+                yield _without_details(address, letter)
+    yield _tail(job, numbers["up"], numbers["down"])
+
+
+async def _merged(
+    details: AsyncIterator[Machine], block: Block | None, further: AsyncIterator[Block]
+) -> AsyncIterator[Machine | tuple[str, str]]:
+    """Yield each host with findings, and each other address with its outcome, in order of addresses."""
+    machine = await anext(details, None)
+    while block is not None:
+        for index, letter in enumerate(block.letters):
+            address = str(address_at(block.first_address, index))
+            here, last = _place(address), None
+            # Hosts before it are of chunks that were never closed.
+            while machine is not None and machine.place <= here:
+                yield machine
+                last = machine.place
+                machine = await anext(details, None)
+            if last != here and letter in _PRECEDENCE:
+                yield address, letter
+        block = await anext(further, None)
+    while machine is not None:
+        yield machine
+        machine = await anext(details, None)
+
+
+def _place(address: str) -> tuple[int, int]:
+    parsed = ip_address(address)
+    return parsed.version, int(parsed)
+
+
+def _head(job: ExportedJob, block: Block | None) -> str:
+    ports = PortSet.parse(job.ports)
+    wanted = f"--top-ports {ports.top}" if ports.top else f"-p {ports}"
+    arguments = f"nmap {wanted} {job.cidr} (Scanfleet job {job.job_id})"
+    infos = []
+    if block is not None and block.technique and ports.tcp_count:
+        numbers = [each for text in block.common_ports for each in parse_ranges(text)] if ports.top else ports.tcp
+        infos.append(_scan_info(block.technique, "tcp", ports.tcp_count, ranges_text(tuple(sorted(numbers)))))
+    if ports.udp_count:
+        infos.append(_scan_info("udp", "udp", ports.udp_count, ranges_text(ports.udp)))
+    return "".join(
+        (
+            '<?xml version="1.0" encoding="UTF-8"?>\n<!DOCTYPE nmaprun>\n',
+            f'<nmaprun scanner="nmap"{attribute("args", arguments)} start="{_seconds(job.start)}"',
+            f"{attribute('startstr', _written(job.start))}{attribute('version', block.nmap if block else '')}",
+            ' xmloutputversion="1.05">\n',
+            *infos,
+            '<verbose level="1"/>\n<debugging level="0"/>\n',
+        ),
+    )
+
+
+def _scan_info(technique: str, protocol: str, count: int, services: str) -> str:
+    attributes = {"type": technique, "protocol": protocol, "numservices": count, "services": services}
+    return f"<scaninfo{''.join(attribute(*each) for each in attributes.items())}/>\n"
+
+
+async def _found(machine: Machine, ports: _Ports) -> AsyncIterator[str]:
+    """Yield the element of a host with findings in parts, one per port."""
+    details, late = machine.details, machine.outcome is Outcome.TIMED_OUT
+    ended = _seconds(machine.updated_at)
+    began = "" if details.seconds is None else f' starttime="{ended - round(details.seconds)}"'
+    yield f'<host{began} endtime="{ended}"{_LATE if late else ""}>'
+    yield _status("up", details.reason or _UNKNOWN) + _address(machine.address)
+    if details.mac:
+        vendor = attribute("vendor", details.vendor) if details.vendor else ""
+        yield f'<address addr="{details.mac}" addrtype="mac"{vendor}/>\n'
+    yield "<hostnames>\n</hostnames>\n<ports>"
+    summed_up = {"closed": details.closed, "filtered": details.filtered}
+    yield "".join(_extra(state, count) for state, count in summed_up.items() if count)
+    if machine.open_filtered:
+        count = machine.open_filtered_count
+        reasons = f'<extrareasons reason="no-response" count="{count}" proto="udp" ports="{machine.open_filtered}"/>\n'
+        yield _extra("open|filtered", count, reasons)
+    async for host in ports.of(machine.address):
+        for found in sorted(host.scanned.ports, key=lambda each: (each.protocol, each.port)):
+            yield port(found) + "\n"
+    yield "</ports>\n"
+    if details.systems:
+        yield "<os>"
+        for match in details.systems:
+            yield f'<osmatch{attribute("name", match.name)} accuracy="{match.accuracy}" line="{match.line}"/>\n'
+        yield "</os>\n"
+    if details.scripts:
+        outputs = (f"<script{attribute('id', each.id)}{attribute('output', each.output)}/>" for each in details.scripts)
+        yield f"<hostscript>{''.join(outputs)}</hostscript>"
+    yield "</host>\n"
+
+
+_LATE: Final = ' timedout="true"'
+
+
+def _without_details(address: str, letter: str) -> str:
+    if letter == Outcome.DOWN:
+        return f"<host>{_status('down', 'no-response')}{_address(address)}</host>\n"
+    late = _LATE if letter == Outcome.TIMED_OUT else ""
+    return f"<host{late}>{_status('up', _UNKNOWN)}{_address(address)}<hostnames>\n</hostnames>\n</host>\n"
+
+
+def _status(state: str, reason: str) -> str:
+    return f'<status state="{state}"{attribute("reason", reason)} reason_ttl="0"/>\n'
+
+
+def _address(address: str) -> str:
+    return f'<address addr="{address}" addrtype="ipv{ip_address(address).version}"/>\n'
+
+
+def _extra(state: str, count: int, reasons: str = "") -> str:
+    return f'<extraports state="{state}" count="{count}">{reasons}</extraports>\n'
+
+
+def _tail(job: ExportedJob, up: int, down: int) -> str:
+    total, elapsed = up + down, max((job.end - job.start).total_seconds(), 0.0)
+    summary = f"{total} addresses ({up} up) scanned in {elapsed:.2f} seconds"
+    end = 'exit="success"'
+    if job.status is not JobStatus.COMPLETED:
+        end = f'exit="error"{attribute("errormsg", f"job {job.status}: {job.error}" if job.error else f"job {job.status}")}'
+    return (
+        f'<runstats><finished time="{_seconds(job.end)}"{attribute("timestr", _written(job.end))}'
+        f'{attribute("summary", summary)} elapsed="{elapsed:.2f}" {end}/>'
+        f'<hosts up="{up}" down="{down}" total="{total}"/>\n</runstats>\n</nmaprun>\n'
+    )
+
+
+def _seconds(moment: datetime) -> int:
+    return int(moment.timestamp())
+
+
+def _written(moment: datetime) -> str:
+    return time.asctime(moment.utctimetuple())
+
+
+async def _pieces(parts: AsyncIterator[str]) -> AsyncIterator[bytes]:
+    """Join small parts to pieces of about `PIECE` bytes."""
+    held: list[str] = []
+    size = 0
+    async for part in parts:
+        held.append(part)
+        size += len(part)
+        if size >= PIECE:
+            yield "".join(held).encode("ascii")
+            held, size = [], 0
+    yield "".join(held).encode("ascii")
+
+
+async def _store(request: Request) -> Store:  # a thread would run what is not async
+    return cast(Store, request.app.state.store)
+
+
+router = APIRouter(route_class=Guarded)
+
+
+@router.post("/internal/jobs/{job_id}/nmap.xml", name="read_nmap_xml")
+async def nmap_xml(
+    job_id: PathId,
+    job: ExportedJob,
+    caller: Caller,
+    store: Annotated[Store, Depends(_store)],
+    hosts: Annotated[Literal["all", "up"], Query()] = "all",
+) -> StreamingResponse:
+    """Stream the document of a job, which the gateway has read from the orchestrator, limited to what the caller owns."""
+    if await store.is_unsorted(job_id):
+        raise ConflictError(UNSORTED)
+    whose = owner(caller)
+    parts = document(
+        job,
+        machines(store.hosts_by_address(job_id, whose, Parts.DETAILS)),
+        store.hosts_by_address(job_id, whose, Parts.PORTS),
+        store.chunks_by_address(job_id, whose),
+        down=hosts == "all",
+    )
+    headers = {
+        "Content-Disposition": f'attachment; filename="scanfleet-job-{job_id}.xml"',
+        "X-Content-Type-Options": "nosniff",
+    }
+    return await stream(_pieces(parts), "application/xml", headers)

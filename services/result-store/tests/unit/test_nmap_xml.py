@@ -1,0 +1,284 @@
+"""The document in nmap's XML format: what it has, what it refuses, and its bounds."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import httpx
+import nmap
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from result_store.api.hosts import machines
+from result_store.api.nmap_xml import document
+from result_store.api.port_xml import port, text
+from result_store.domain import ClosedChunk, Host, Parts, Place
+from result_store_testing import EPOCH, MemoryStore, host
+from result_store_testing.http import ISSUER, client, store_of
+from scanfleet.messages import HostDetails, PortFound, ScriptOutput, SystemMatch
+from scanfleet.rest import ExportedJob
+
+JOB: dict[str, Any] = {
+    "job_id": 1,
+    "status": "completed",
+    "error": "",
+    "cidr": "127.9.8.0/29",
+    "ports": "T:22,80,U:53",
+    "start": datetime(2026, 1, 1, tzinfo=UTC).isoformat(),
+    "end": datetime(2026, 1, 1, 0, 0, 12, tzinfo=UTC).isoformat(),
+}
+RAW = (
+    '<port protocol="tcp" portid="22"><state state="open" reason="syn-ack" reason_ttl="64"/><service name="ssh" '
+    'product="OpenSSH" method="probed" conf="10"><cpe>cpe:/a:openbsd:openssh</cpe></service><script id="banner" '
+    'output="SSH&#xa;2"><elem key="k">v&lt;</elem>\n</script></port>'
+)
+HOSTILE = "]]>&\"'<script>\x00\x1b[31m\x9b\u202e\ufffe\r\n\t\N{SNOWMAN}"
+
+
+async def post(store: MemoryStore, query: str = "", *, user: int = 7, **changed: Any) -> httpx.Response:
+    async with client(store) as http:
+        path = f"/internal/jobs/1/nmap.xml{query}"
+        return await http.post(path, json=JOB | changed, headers=ISSUER.bearer(user))
+
+
+async def written(store: MemoryStore, query: str = "", **changed: Any) -> ET.Element:
+    response = await post(store, query, **changed)
+    assert response.status_code == 200, response.text
+    return ET.fromstring(response.text)  # noqa: S314 # written by this service
+
+
+def attributes(element: ET.Element | None) -> dict[str, str]:
+    assert element is not None
+    return element.attrib
+
+
+async def full() -> MemoryStore:
+    details = HostDetails(
+        reason="echo-reply",
+        mac="52:54:00:12:34:56",
+        vendor="Q&A",
+        systems=(SystemMatch(name="Linux 5", accuracy=98, line=7),),
+        scripts=(ScriptOutput(id="smb-os-discovery", output="\n  OS"),),
+        closed=1,
+        filtered=2,
+        seconds=11,
+    )
+    store = await store_of(
+        host("127.9.8.1", PortFound(port=22, service="ssh", raw_data=RAW), details=details, chunk_id="1-0"),
+        host("127.9.8.1", open_filtered="53", outcome="s", chunk_id="1-1"),
+        host("127.9.8.9", 80, chunk_id="1-2"),
+    )
+    await store.close(
+        [
+            ClosedChunk(1, "1-0", "127.9.8.0", "dastxr", 7, "syn", "7.93", "22,80"),
+            ClosedChunk(1, "1-1", "127.9.8.0", "dsssxr", 7, "syn", "7.93", "U:53"),
+        ]
+    )
+    return store
+
+
+async def test_document_has_the_job_and_every_probed_address() -> None:
+    """Head, hosts by address, and statistics are nmap's; excluded and refused addresses are left out."""
+    root = await written(await full())
+    assert root.attrib == {
+        "scanner": "nmap",
+        "args": "nmap -p T:22,80,U:53 127.9.8.0/29 (Scanfleet job 1)",
+        "start": "1767225600",
+        "startstr": "Thu Jan  1 00:00:00 2026",
+        "version": "7.93",
+        "xmloutputversion": "1.05",
+    }
+    assert [each.attrib for each in root.findall("scaninfo")] == [
+        {"type": "syn", "protocol": "tcp", "numservices": "2", "services": "22,80"},
+        {"type": "udp", "protocol": "udp", "numservices": "1", "services": "53"},
+    ]
+    found = [
+        (attributes(each.find("address"))["addr"], attributes(each.find("status"))["state"])
+        for each in root.iter("host")
+    ]
+    assert found == [(f"127.9.8.{n}", "down" if n == 0 else "up") for n in (0, 1, 2, 3, 9)]
+    assert [each.get("timedout") for each in root.iter("host")] == [None, None, None, "true", None]
+    assert attributes(root.find("runstats/hosts")) == {"up": "4", "down": "1", "total": "5"}
+    finished = attributes(root.find("runstats/finished"))
+    assert (finished["exit"], finished["elapsed"], finished["time"]) == ("success", "12.00", "1767225612")
+    assert len((await written(await full(), "?hosts=up")).findall("host")) == 4
+
+
+async def test_document_host_has_its_details_and_ports() -> None:
+    """Chunks of an address are one host, with the numbers of ports in each state and the elements that nmap wrote."""
+    found = (await written(await full())).findall("host")[1]
+    assert found.attrib == {"starttime": "1767225589", "endtime": "1767225600"}
+    assert attributes(found.find("status")) == {"state": "up", "reason": "echo-reply", "reason_ttl": "0"}
+    assert [each.attrib for each in found.findall("address")][1] == {
+        "addr": "52:54:00:12:34:56",
+        "addrtype": "mac",
+        "vendor": "Q&A",
+    }
+    assert [(each.get("state"), each.get("count")) for each in found.findall("ports/extraports")] == [
+        ("closed", "1"),
+        ("filtered", "2"),
+        ("open|filtered", "1"),
+    ]
+    assert attributes(found.find("ports/extraports/extrareasons"))["ports"] == "53"
+    ssh = found.find("ports/port")
+    assert ssh is not None
+    assert ET.canonicalize(ET.tostring(ssh), strip_text=True) == ET.canonicalize(RAW, strip_text=True)
+    assert attributes(found.find("os/osmatch")) == {"name": "Linux 5", "accuracy": "98", "line": "7"}
+    assert attributes(found.find("hostscript/script")) == {"id": "smb-os-discovery", "output": "\n  OS"}
+
+
+async def test_document_is_read_by_python_nmap() -> None:
+    """Another reader of nmap's documents finds the same hosts and ports."""
+    response = await post(await full())
+    assert response.headers["content-type"].startswith("application/xml")
+    assert response.headers["content-disposition"] == 'attachment; filename="scanfleet-job-1.xml"'
+    assert response.headers["x-content-type-options"] == "nosniff"
+    reader = object.__new__(nmap.PortScanner)  # without the constructor, which runs nmap
+    scan = reader.analyse_nmap_xml_scan(response.text)["scan"]
+    assert scan["127.9.8.1"]["tcp"][22]["product"] == "OpenSSH"
+    assert scan["127.9.8.1"]["vendor"] == {"52:54:00:12:34:56": "Q&A"}
+    assert scan["127.9.8.9"]["tcp"][80]["state"] == "open"
+    assert scan["127.9.8.0"]["status"]["state"] == "down"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"status": "failed", "error": HOSTILE},
+            "job failed: ]]>&\"'<script>\\x00\\x1b[31m\x9b\u202e\\ufffe\r\n\t\N{SNOWMAN}",
+        ),
+        ({"status": "cancelled"}, "job cancelled"),
+    ],
+)
+async def test_document_of_an_unsuccessful_job_has_an_error(changed: dict[str, Any], message: str) -> None:
+    """The statistics of a failed or cancelled job say so; a job without any chunk is a valid document."""
+    finished = attributes((await written(MemoryStore(), **changed)).find("runstats/finished"))
+    assert (finished["exit"], finished["errormsg"]) == ("error", message)
+
+
+async def test_document_names_common_ports_by_number() -> None:
+    """The ports of a `top` set are those that the chunks of an address list; without a list there is no number of them."""
+    store = MemoryStore()
+    parts = [("1-0", "22,80"), ("1-1", "443"), ("1-2", "top:4-5")]
+    await store.close([ClosedChunk(1, id_, "127.9.8.0", "d", 7, "connect", "7.93", ports) for id_, ports in parts])
+    root = await written(store, ports="top:5")
+    expected = {"type": "connect", "protocol": "tcp", "numservices": "5", "services": "22,80,443"}
+    assert attributes(root.find("scaninfo")) == expected
+    assert root.get("args") == "nmap --top-ports 5 127.9.8.0/29 (Scanfleet job 1)"
+
+
+async def test_document_is_limited_to_the_caller_and_refused_if_unsorted() -> None:
+    """Neither hosts nor maps of another user are written, and a job that an earlier release has stored is a 409."""
+    store = await full()
+    other = await post(store, user=8)
+    assert ET.fromstring(other.text).findall("host") == []  # noqa: S314 # written by this service
+    store.unsorted.add(1)
+    assert (await post(store)).status_code == 409
+    async with client(store) as http:
+        assert (await http.post("/internal/jobs/1/nmap.xml", json=JOB)).status_code == 401
+
+
+@pytest.mark.proves("A29")
+async def test_document_hostile_text_is_ascii() -> None:
+    """Hostile names, banners and outputs are text of a well-formed document of printable ASCII."""
+    details = HostDetails(
+        reason=HOSTILE, vendor=HOSTILE, mac="52:54:00:12:34:56", scripts=(ScriptOutput(id=HOSTILE, output=HOSTILE),)
+    )
+    found = PortFound(port=80, service=HOSTILE, version=HOSTILE, banner=HOSTILE, raw_data=HOSTILE)
+    store = await store_of(host("127.9.8.1", found, details=details))
+    response = await post(store)
+    assert response.content.isascii()
+    assert response.text.replace("\n", "").isprintable()
+    expected = "]]>&\"'<script>\\x00\\x1b[31m\x9b\u202e\\ufffe\r\n\t\N{SNOWMAN}"
+    [only] = ET.fromstring(response.text).findall("host")  # noqa: S314 # written by this service
+    assert attributes(only.find("hostscript/script")) == {"id": expected, "output": expected}
+    assert attributes(only.find("ports/port/script"))["output"] == expected
+    assert attributes(only.find("ports/port/service"))["product"] == expected
+
+
+DEEP = (
+    '<port protocol="tcp" portid="22"><state state="open" reason="syn-ack" reason_ttl="64"/><script id="x" output="y">'
+)
+
+
+@pytest.mark.proves("A29")
+@pytest.mark.parametrize(
+    "raw",
+    [
+        "",
+        "<port",
+        RAW[:-1],
+        RAW + "<port/>",
+        RAW.replace('portid="22"', 'portid="23"'),
+        RAW.replace('protocol="tcp"', 'protocol="udp"'),
+        RAW.replace('state="open"', 'state="closed"'),
+        RAW.replace("<state ", "<state onload='x' "),
+        RAW.replace("reason_ttl=", "ttl="),
+        RAW.replace('reason_ttl="64"', 'reason_ttl="&lt;"'),
+        RAW.replace('conf="10"', 'conf="11"'),
+        RAW.replace("<cpe>", "<host>").replace("</cpe>", "</host>"),
+        RAW.replace("<cpe>", "text<cpe>"),
+        RAW.replace("<service", "<script id='a' output='b'/><service"),
+        RAW.replace("cpe:/a", "&entity;"),
+        '<!DOCTYPE port [<!ENTITY e "x">]>' + RAW,
+        "<port protocol='tcp' portid='22'></port>",
+        "<port protocol='tcp' portid='22'><?php x?></port>",
+        f"{DEEP}{'<table>' * 100_000}",
+        f"{DEEP}{'<table>' * 100}{'</table>' * 100}</script></port>",
+    ],
+)
+def test_port_that_nmap_did_not_write_is_written_from_its_fields(raw: str) -> None:
+    """A reported element that is cut, forged or does not conform to nmap's document type is not copied."""
+    found = PortFound(port=22, service="ssl/http", version="nginx 1", banner="<b>", raw_data=raw)
+    assert port(found) == (
+        '<port protocol="tcp" portid="22"><state state="open" reason="unknown-response" reason_ttl="0"/>'
+        '<service name="http" product="nginx 1" tunnel="ssl" method="probed" conf="10"/>'
+        '<script id="banner" output="&#60;b&#62;"/></port>'
+    )
+
+
+@given(st.text(alphabet=st.characters(codec=None)))
+def test_text_is_printable_ascii_and_reads_back(value: str) -> None:
+    """Any text is printable ASCII, and reads back unless XML does not allow a character of it."""
+    made = text(value)
+    assert made.isascii()
+    assert made.isprintable()
+    read = ET.fromstring(f'<a b="{made}">{made}</a>')  # noqa: S314 # written by this service
+    assert read.get("b") == (read.text or "")
+    if all(ord(c) >= 32 and not 0xD800 <= ord(c) < 0xE000 and c not in "\ufffe\uffff" for c in value):
+        assert read.get("b") == value
+
+
+async def test_document_of_a_large_job_is_bounded_in_memory() -> None:
+    """Memory does not grow with the number of hosts, ports and chunks."""
+    details = HostDetails(scripts=(ScriptOutput(id="x", output="y" * 1_000),))
+    ports = tuple(PortFound(port=number, raw_data="x" * 1_000) for number in range(100))
+
+    async def hosts(parts: Parts) -> AsyncIterator[Host]:
+        for number in range(2_000):
+            reported = details if parts is Parts.DETAILS else None
+            scanned = host(
+                f"127.9.{number // 250}.{number % 250}", *(ports if parts is Parts.PORTS else ()), details=reported
+            )
+            yield Host(scanned, Place(EPOCH, number))
+
+    async def chunks() -> AsyncIterator[ClosedChunk]:
+        for number in range(8):
+            for block in range(50):
+                yield ClosedChunk(1, f"1-{number}-{block}", f"127.9.{number}.0", "s" * 256, 7, "syn", "7.93", "1-100")
+
+    job = ExportedJob.model_validate(JOB)
+    size = 0
+    tracemalloc.start()
+    async for part in document(job, machines(hosts(Parts.DETAILS)), hosts(Parts.PORTS), chunks()):
+        size += len(part)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size > 20 << 20
+    assert peak < 4 << 20
