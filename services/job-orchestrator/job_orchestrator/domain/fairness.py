@@ -117,8 +117,8 @@ class Round:
     Args:
         workers: that may be given chunks.
         times: virtual times of the users that wait.
-        occupied: slots that each user's chunks occupy on these workers.
-        instances: every live worker instance, with whether it may send raw packets.
+        occupied: slots that each user's chunks occupy on all workers.
+        fleet: all live workers, including `workers`.
     """
 
     def __init__(
@@ -126,13 +126,13 @@ class Round:
         workers: Iterable[Credit],
         times: Mapping[int, float],
         occupied: Mapping[int, float],
-        instances: Mapping[str, bool],
+        fleet: Collection[Credit],
     ) -> None:
         self._workers = {worker.worker_id: worker for worker in workers}
         self._times = dict(times)
         self._occupied = defaultdict(float, occupied)
-        self._instances = instances
-        slots = sum(worker.slots for worker in self._workers.values())
+        self._instances = {worker.instance: worker.raw for worker in fleet}
+        slots = sum(worker.slots for worker in fleet)
         users = len(self._times.keys() | {user for user, share in occupied.items() if share})
         # While others wait, no user holds more than their share of the slots plus one.
         self._most = slots / users + 1 if users > 1 else float("inf")
@@ -205,10 +205,9 @@ def _in_time(worker: Credit, candidate: Candidate) -> bool:
     return worker.held < worker.slots or worker.ahead_seconds + candidate.estimate <= AHEAD_SECONDS
 
 
-def occupied(held: Iterable[Held], workers: Collection[str]) -> Mapping[int, float]:
-    """Slots that each user's chunks occupy on these workers."""
+def occupied(held: Iterable[Held]) -> Mapping[int, float]:
+    """Return the slots that each user's chunks occupy."""
     slots: defaultdict[int, float] = defaultdict(float)
     for each in held:
-        if each.token.worker_id in workers:
-            slots[each.user_id] += each.share
+        slots[each.user_id] += each.share
     return slots

@@ -226,7 +226,8 @@ def wait(job: ScanJob, reason: str, now: datetime) -> tuple[ScanJob, JobProgress
     """
     if job.final or job.outbox or job.waiting == reason:
         return None
-    return _progressed(job, now, waiting=reason, waiting_since=now if reason else None)
+    fields = {"waiting_since": now, "eta_seconds": None} if reason else {"waiting_since": None}
+    return _progressed(job, now, waiting=reason, **fields)
 
 
 def _progressed(job: ScanJob, now: datetime, **fields: Any) -> tuple[ScanJob, JobProgressed]:

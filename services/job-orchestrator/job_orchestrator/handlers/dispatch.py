@@ -253,13 +253,12 @@ class Dispatcher(PartitionListener):
             *(self._dispatch.queue(user, room, now, raw=raw, skip=self._skipped.get(user, ())) for user in neediest)
         )
         without = [user for user, queue in zip(neediest, queues, strict=True) if not queue and user in self._skipped]
-        await asyncio.gather(
-            *(self._rest(user, raw=raw) for user in without)
-        )  # they would fill the list of the neediest
-        occupied = fairness.occupied(held, {credit.worker_id for credit in workers})
-        instances = {credit.instance: credit.raw for credit in (*self._live.values(), *workers)}
+        # They would fill the list of the neediest.
+        await asyncio.gather(*(self._rest(user, raw=raw) for user in without))
+        fleet = self._live | {credit.instance: credit for credit in workers}
         waiting = {user: queue for user, queue in zip(neediest, queues, strict=True) if queue}
-        round_ = fairness.Round(workers, {user: times[user] for user in waiting}, occupied, instances)
+        of_waiting = {user: times[user] for user in waiting}
+        round_ = fairness.Round(workers, of_waiting, fairness.occupied(held), fleet.values())
         picks: list[_Pick] = []
         for pick in round_.picks(waiting):
             picks.append(pick)
@@ -297,7 +296,8 @@ class Dispatcher(PartitionListener):
                 closed[job.user_id, job.granted_by] = job
             elif chunk.state is ChunkState.QUEUED:
                 size = plan.attempt_size(job, chunk)
-                due.append(dispatch(chunk, worker.worker_id, now, size=size, share=share))
+                seconds = plan.expected(job, PortSet.parse(chunk.ports), size)
+                due.append(dispatch(chunk, worker.worker_id, now, size=size, estimate=seconds, share=share))
         losers = await self._chunks.save(due)
         sent = [chunk for chunk in due if chunk.id not in losers]
         CHUNK_TRANSITIONS.labels(ChunkState.DISPATCHED).inc(len(sent))
@@ -372,7 +372,7 @@ class Dispatcher(PartitionListener):
             policy=job.policy,
             ports=chunk.ports,
             lease_seconds=self._lease_seconds,
-            estimate_seconds=plan.expected(job, ports, chunk.attempted),
+            estimate_seconds=chunk.estimate,
             failures=chunk.failures,
             limit=chunk.attempted if chunk.limit or chunk.attempted < chunk.blank else None,
             max_rate=plan.nmap_rate(job.policy),

@@ -62,10 +62,9 @@ def picks(
     queues: dict[int, list[Candidate]],
     *,
     occupied_: dict[int, float] | None = None,
-    instances: dict[str, bool] | None = None,
+    fleet: list[Credit] | None = None,
 ) -> list[tuple[str, str]]:
-    known = {worker.instance: worker.raw for worker in workers} if instances is None else instances
-    round_ = Round(workers, times, occupied_ or {}, known)
+    round_ = Round(workers, times, occupied_ or {}, workers if fleet is None else fleet)
     return [(each.chunk_id, worker.worker_id) for each, worker, _ in round_.picks(queues)]
 
 
@@ -99,10 +98,17 @@ def test_held_chunks_count_as_long_as_they_take() -> None:
     assert tags(clocks, chunks, THEN + timedelta(seconds=60)) == {1: 70.0, 2: 20 + 30 + 5, 3: 0.0}
 
 
-def test_occupied_slots_are_those_on_the_workers_named() -> None:
-    """Each user occupies the shares of what they hold on these workers."""
-    chunks = [held(1), held(1, share=0.25), held(2, "w-2"), held(3, "w-3")]
-    assert occupied(chunks, {"w-1", "w-2"}) == {1: 1.25, 2: 1.0}
+def test_occupied_slots_are_shares_on_all_workers() -> None:
+    """Each user occupies the shares of their held chunks, on any worker."""
+    assert occupied([held(1), held(1, share=0.25), held(2, "w-2"), held(1, "w-3")]) == {1: 2.25, 2: 1.0}
+
+
+def test_share_of_the_fleet_counts_full_workers() -> None:
+    """A user with more than their share of all slots gets no slot of the worker that has room while another user waits."""
+    workers = [credit("w-1", slots=8, held=8), credit("w-2", slots=8, held=3)]
+    queues = {1: queue(1, *[5] * 8), 2: queue(2, *[5] * 8)}
+    found = picks(workers[1:], {1: 0.0, 2: 100.0}, queues, occupied_={1: 11.0}, fleet=workers)
+    assert ids(found) == [f"2-{number}" for number in range(5)]
 
 
 # Order
@@ -127,7 +133,7 @@ def test_user_with_many_chunks_does_not_starve_one_with_few() -> None:
 
 def test_slot_time_is_shared_not_chunks() -> None:
     """Of two users, one with chunks ten times as long, each gets about half of the time."""
-    round_ = Round([credit(slots=10_000)], {1: 0.0, 2: 0.0}, {}, {})
+    round_ = Round([credit(slots=10_000)], {1: 0.0, 2: 0.0}, {}, [credit(slots=10_000)])
     time: dict[int, float] = defaultdict(float)
     for each, _, share in round_.picks({1: queue(1, *[10.0] * 100), 2: queue(2, *[1.0] * 1_000)}):
         time[each.user_id] += each.estimate * share
@@ -138,7 +144,7 @@ def test_slot_time_is_shared_not_chunks() -> None:
 
 def test_global_time_rises_to_the_served_user() -> None:
     """It is the highest time at which a chunk was given."""
-    round_ = Round([credit(slots=3)], {1: 7.0, 2: 9.0}, {}, {})
+    round_ = Round([credit(slots=3)], {1: 7.0, 2: 9.0}, {}, [credit(slots=3)])
     assert round_.virtual == 0.0
     list(round_.picks({1: queue(1, 1.0), 2: queue(2, 4.0, 1.0)}))
     assert round_.virtual == 13.0
@@ -171,7 +177,7 @@ def test_worker_gets_a_chunk_for_each_slot() -> None:
 
 def test_tiny_chunks_are_given_ahead() -> None:
     """Beyond its slots a worker gets up to two seconds of work, and each of them shares its slots."""
-    round_ = Round([credit(slots=1)], {1: 0.0}, {}, {})
+    round_ = Round([credit(slots=1)], {1: 0.0}, {}, [credit(slots=1)])
     given_ = list(round_.picks({1: queue(1, *[0.4] * 20)}))
     assert len(given_) == 1 + AHEAD_SECONDS / 0.4
     assert [share for _, _, share in given_[:3]] == [1.0, 0.5, pytest.approx(1 / 3)]
@@ -204,7 +210,7 @@ def test_raw_chunks_go_to_raw_workers_alone() -> None:
     raw, plain = candidate("1-0", needs_raw=True), candidate("1-1")
     assert picks([credit("w-1", 2)], {1: 0.0}, {1: [raw, plain]}) == [("1-1", "w-1")]
     assert ("1-0", "w-2") in picks([credit("w-1", 2), credit("w-2", 2, raw=True)], {1: 0.0}, {1: [raw, plain]})
-    assert picks([credit("w-1", 2)], {1: 0.0}, {1: [raw]}, instances={"w-1": False, "w-2": True}) == []
+    assert picks([credit("w-1", 2)], {1: 0.0}, {1: [raw]}, fleet=[credit("w-1"), credit("w-2", raw=True)]) == []
 
 
 def test_chunk_avoids_instances_that_failed_it_while_another_could_take_it() -> None:
@@ -212,7 +218,7 @@ def test_chunk_avoids_instances_that_failed_it_while_another_could_take_it() -> 
     failed = candidate(failed_by=("w-1",))
     workers = [credit("w-1", 2), credit("w-2", 2)]
     assert picks(workers, {1: 0.0}, {1: [failed]}) == [("1-0", "w-2")]
-    assert picks([credit("w-1", 2)], {1: 0.0}, {1: [failed]}, instances={"w-1": False, "w-2": False}) == []
+    assert picks([credit("w-1", 2)], {1: 0.0}, {1: [failed]}, fleet=[credit("w-1"), credit("w-2")]) == []
     assert picks([credit("w-1", 2)], {1: 0.0}, {1: [failed]}) == [("1-0", "w-1")]
     both = candidate(failed_by=("w-1", "w-2"))
     assert len(picks(workers, {1: 0.0}, {1: [both]})) == 1
@@ -222,8 +228,8 @@ def test_raw_chunk_does_not_wait_for_a_plain_worker_that_could_not_take_it() -> 
     """Of those that have not failed a raw chunk only raw workers count."""
     failed = candidate(failed_by=("w-1",), needs_raw=True)
     worker = credit("w-1", 2, raw=True)
-    assert picks([worker], {1: 0.0}, {1: [failed]}, instances={"w-1": True, "w-2": False}) == [("1-0", "w-1")]
-    assert picks([worker], {1: 0.0}, {1: [failed]}, instances={"w-1": True, "w-2": True}) == []
+    assert picks([worker], {1: 0.0}, {1: [failed]}, fleet=[worker, credit("w-2")]) == [("1-0", "w-1")]
+    assert picks([worker], {1: 0.0}, {1: [failed]}, fleet=[worker, credit("w-2", raw=True)]) == []
 
 
 # Shares
@@ -285,8 +291,9 @@ def test_round_leaves_no_slot_idle_that_a_chunk_could_use(
 ) -> None:
     """After a round no worker has a free slot while a chunk waits that it may take; raw and failed ones are respected."""
     workers, times, occupied_, queues = given_
-    instances = {worker.instance: worker.raw for worker in workers if worker.slots}
-    round_ = Round(workers, times, occupied_, instances)
+    fleet = [worker for worker in workers if worker.slots]
+    instances = {worker.instance: worker.raw for worker in fleet}
+    round_ = Round(workers, times, occupied_, fleet)
     found = list(round_.picks(queues))
     assert len({each.chunk_id for each, _, _ in found}) == len(found)
     given_to = Counter(worker.worker_id for _, worker, _ in found)
@@ -364,7 +371,7 @@ class Fleet:
         awake = wake(self.clocks, waiting)
         moment = THEN + timedelta(seconds=self.now)
         worker = fill(credit(slots=self.slots), holds)
-        round_ = Round([worker], tags(awake, holds, moment), occupied(holds, {"w-1"}), {"w-1": False})
+        round_ = Round([worker], tags(awake, holds, moment), occupied(holds), [worker])
         candidates = {
             user: queue(user, *(max(_NOT_AHEAD, each) for each, _ in islice(self.queues[user], self.slots)))
             for user in waiting

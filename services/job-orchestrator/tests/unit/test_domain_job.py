@@ -151,13 +151,14 @@ def test_progress_carries_the_remaining_time_and_ends_waiting() -> None:
 
 @pytest.mark.parametrize("status", [JobStatus.PENDING, JobStatus.RUNNING])
 def test_why_a_job_waits_is_published_once(status: JobStatus) -> None:
-    """A new reason raises `seq`, has an event and its own time; the same one changes nothing."""
-    job = in_status(status)
+    """A new reason raises `seq`, has an event and its own time, and the end is unknown; the same one changes nothing."""
+    job = replace(in_status(status), eta_seconds=12.5)
     assert wait(job, "", LATER) is None
     news = wait(job, "no_worker", LATER)
     assert news is not None
     waiting, event = news
     assert (waiting.waiting, waiting.waiting_since, waiting.seq) == ("no_worker", LATER, job.seq + 1)
+    assert (waiting.eta_seconds, event.eta_seconds) == (None, None)
     assert (event.waiting, event.seq, event.job.status, event.error) == ("no_worker", waiting.seq, status, "")
     assert wait(waiting, "no_worker", LATER) is None
     other = wait(waiting, "no_raw_worker", LATER + timedelta(seconds=60))
