@@ -1,4 +1,4 @@
-"""Two releases running concurrently: this one, and a next one that adds a field to every contract."""
+"""Two releases running concurrently: this one, and a next one that adds a field to the contracts in `GROWN`."""
 
 from __future__ import annotations
 
