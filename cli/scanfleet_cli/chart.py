@@ -22,7 +22,7 @@ NAMES: Final = {
     ">": "running",
     Outcome.BLANK.value: "waiting",
 }
-WORST_FIRST: Final = "lrct>.dsax"
+WORST_FIRST: Final = "lrct>.asdx"
 """An address, or a block of addresses, shows the first of these letters that occurs in it."""
 
 SQUARE: Final = 16  # cells in a row, so that a row of a /24 is a /28

@@ -43,7 +43,7 @@ export class ApiError extends Error {
 
 /** The signed-in user; undefined while unknown, null when signed out. */
 export const me = signal<Me | null | undefined>(undefined);
-/** Whether a session ended while the page was in use: it asks to sign in above what is there. */
+/** Error message of a session that ended while the page was in use, else empty; the page then shows a sign-in dialog. */
 export const ended = signal("");
 /** Whether the gateway can be reached: false after a failed request, until one succeeds. */
 export const reached = signal(true);

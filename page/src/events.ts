@@ -26,7 +26,7 @@ export function watch(path: string, receive: (task: TaskStatus) => void, { until
     opened.onopen = () => {
       live.value = "on";
       wait = FIRST_WAIT;
-      if (cut) recovered.value++; // what is not in the stream has to be asked for again
+      if (cut) recovered.value++; // load changes that the stream does not repeat
       cut = false;
     };
     for (const status of STATUSES) {
@@ -45,7 +45,7 @@ export function watch(path: string, receive: (task: TaskStatus) => void, { until
       wait = Math.min(wait * 2, LONGEST_WAIT);
     };
   };
-  // A stream that cannot be opened does not say why: if it is the session, the stream is closed by `open`.
+  // EventSource does not report why a connection failed. If the session has ended, `open` closes the stream.
   const again = async () => {
     const current = source;
     await whoAmI().catch(() => undefined);

@@ -9,7 +9,7 @@ import { NewScan } from "./pages/new";
 import { Policies, PolicyForm } from "./pages/policies";
 import { SignIn, SignInAgain } from "./pages/sign-in";
 import { SubnetForm, SubnetImport, Subnets } from "./pages/subnets";
-import { Dialog, loading, moveRow, Problem, Title, useAction, useLoad } from "./parts";
+import { Dialog, loading, moveRow, Problem, streaming, Title, useAction, useLoad } from "./parts";
 import { go, url } from "./router";
 import { info, loadInfo } from "./store";
 
@@ -64,7 +64,7 @@ function App() {
       </a>
       {!reached.value && (
         <p class="cut" role="alert">
-          The connection to Scanfleet is lost. The page tries again until it is back; nothing that you have entered is gone.
+          The connection to Scanfleet is lost. The page reconnects automatically and keeps your input.
         </p>
       )}
       {me.value && <Header />}
@@ -278,5 +278,5 @@ function Palette({ close }: { close: () => void }) {
   );
 }
 
-effect(() => void document.body.toggleAttribute("data-busy", loading.value > 0)); // read by tests
+effect(() => void document.body.toggleAttribute("data-busy", loading.value + streaming.value > 0)); // read by tests
 render(<App />, document.getElementById("app")!);

@@ -19,7 +19,7 @@ const OUTCOMES: [letter: string, name: string, meaning: string][] = [
   ["c", "cancelled", "not probed: the job was cancelled"],
 ];
 const SPAN: Record<string, string> = Object.fromEntries(OUTCOMES.map(([letter, name]) => [letter, name]));
-// Of an address with several blocks of ports the letter that says most about what is still missing.
+// Of an address with several port blocks, the first of these letters that occurs is shown.
 const WORST = "lrct>.asdx";
 
 const className = (name: string): string => name.replace(" ", "-");

@@ -16,8 +16,10 @@ export interface Loaded<T> {
 const asError = (error: unknown): ApiError =>
   error instanceof ApiError ? error : new ApiError(0, `The page has a fault: ${String(error)}`);
 
-/** Loads under way, on the whole page. */
+/** Loads under way, on the whole page, except streams. */
 export const loading = signal(0);
+/** Streams of results under way; no other load waits for them, since they may take minutes. */
+export const streaming = signal(0);
 
 /** Load when `on` changes, after a lost connection, and by `reload`; an older load is aborted. */
 export function useLoad<T>(load: (signal: AbortSignal) => Promise<T>, on: unknown[]): Loaded<T> {
@@ -41,7 +43,7 @@ export function useLoad<T>(load: (signal: AbortSignal) => Promise<T>, on: unknow
 }
 
 /**
- * Rises when `cause` has changed, at most once in `ms`. It waits for loads under way, which it would abort: on a slow
+ * Rises when `cause` has changed since it was first known, at most once in `ms`. It waits for loads under way, which it would abort: on a slow
  * connection none would ever end.
  */
 export function useSettled(cause: unknown, ms: number): number {
@@ -49,6 +51,7 @@ export function useSettled(cause: unknown, ms: number): number {
   const last = useRef({ cause, at: 0 });
   const idle = useComputed(() => loading.value === 0).value;
   useEffect(() => {
+    if (last.current.cause === undefined) last.current = { cause, at: Date.now() }; // that of the loads under way
     if (!idle || last.current.cause === cause) return;
     const timer = window.setTimeout(() => {
       last.current = { cause, at: Date.now() };

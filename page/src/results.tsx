@@ -3,7 +3,7 @@ import { useComputed, useSignal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
 import { ApiError, isFinal, recovered, send, type Status } from "./api";
 import { bitsOf, toNumber } from "./addresses";
-import { loading as loads, Problem, useAction } from "./parts";
+import { Problem, streaming, useAction } from "./parts";
 import { go, query, withQuery } from "./router";
 import { count, csvLine, save, visible } from "./text";
 
@@ -56,7 +56,7 @@ function toRow(result: Result): Row {
 
 /** Read results with a higher id than `after`, by id, and hand them on as they arrive; returns whether there were too many. */
 async function stream(jobId: string, after: number, rows: (found: Row[]) => number, signal: AbortSignal): Promise<boolean> {
-  // Without `after` the order is another, and what is missing after a cut could not be asked for.
+  // Only with `after` are results sorted by id, so that a load can continue after a broken connection.
   const path = `/api/v1/task/${jobId}/results?fields=${FIELDS}&after=${after}`;
   const answer = await send("GET", path, { headers: { Accept: "application/x-ndjson" }, signal });
   const reader = answer.body!.pipeThrough(new TextDecoderStream()).getReader();
@@ -117,7 +117,7 @@ export function Results({ jobId, status, empty }: { jobId: string; status: Statu
       return rows.value.length;
     };
     const load = async () => {
-      loads.value++;
+      streaming.value++;
       try {
         const last = rows.peek().reduce((newest, row) => Math.max(newest, row.id), 0);
         cut.value = await stream(jobId, last, add, abort.signal);
@@ -129,7 +129,7 @@ export function Results({ jobId, status, empty }: { jobId: string; status: Statu
         const { status: code } = error.value;
         if (code === 0 || code === 429 || code >= 500) timer = window.setTimeout(load, FOLLOW);
       } finally {
-        loads.value--;
+        streaming.value--;
         if (!abort.signal.aborted) loading.value = false;
       }
     };

@@ -42,8 +42,8 @@ export function parseCsv(text: string): { line: number; cells: string[] }[] {
   let cells: string[] = [];
   for (const [all, cell, end] of text.matchAll(/("(?:[^"]|"")*"|[^,\r\n]*)(,|\r?\n|\r|$)/g)) {
     cells.push(cell!.startsWith('"') ? cell!.slice(1, -1).replaceAll('""', '"').trim() : cell!.trim());
+    line += cell!.split("\n").length - 1;
     if (end !== ",") {
-      line += cell!.split("\n").length - 1;
       if (cells.length > 1 || cells[0] !== "") rows.push({ line, cells });
       line++;
       cells = [];

@@ -15,6 +15,7 @@ from typing import Final
 import pytest
 
 from scanfleet import VERSION
+from scanfleet_cli.chart import WORST_FIRST
 
 ROOT: Final = Path(__file__).parents[2]
 ADRS: Final = sorted((ROOT / "docs" / "adr").glob("[0-9]*.md"))
@@ -98,6 +99,12 @@ def test_decision_records_are_one_page_and_indexed(page: Path) -> None:
     assert [line for line in lines if line.startswith("## ")] == ["## Context", "## Decision", "## Consequences"]
     assert len(lines) <= 60
     assert f"- [{title}]({page.name})" in (page.parent / "README.md").read_text(encoding="utf-8").splitlines()
+
+
+def test_page_and_command_show_the_same_letter_of_an_address() -> None:
+    """Where several letters occur, the map of the page and that of the command choose by the same order."""
+    page = (ROOT / "page" / "src" / "map.tsx").read_text(encoding="utf-8")
+    assert re.findall(r'^const WORST = "(.+)";$', page, re.MULTILINE) == [WORST_FIRST]
 
 
 def test_the_version_of_a_release_is_the_same_in_code_and_package() -> None:

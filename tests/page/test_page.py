@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Browser, Page, Request, Route, ViewportSize, expect
@@ -233,7 +234,7 @@ def test_page_every_page_is_accessible_and_fits(
 
 
 def test_page_gateway_restarted_says_so_and_recovers(page: Page, stack: Stack, user: Client) -> None:
-    """While the gateway is unavailable the page says that the connection is lost; then it goes on by itself."""
+    """While the gateway is unavailable the page shows that the connection is lost; then it recovers without user action."""
     page.goto(f"{stack.url}/app/jobs")
     expect(page.locator(".dot")).to_have_text("live")
     stack.stop("api-gateway")
@@ -248,7 +249,7 @@ def test_page_gateway_restarted_says_so_and_recovers(page: Page, stack: Stack, u
 
 
 def test_page_session_that_ends_asks_again_and_keeps_what_was_typed(page: Page, stack: Stack) -> None:
-    """When the session is gone the page asks to sign in above the form, and goes on where it was."""
+    """When the session has ended the page shows a sign-in dialog above the form, and keeps its content."""
     page.route("**/api/v1/info", with_issuer)
     page.goto(f"{stack.url}/app/subnets/new")
     page.get_by_label("Network").fill("127.44.11.0/24")
@@ -415,8 +416,43 @@ def test_page_busy_job_shows_a_slow_ledger(page: Page, stack: Stack, user: Clien
     expect(page.get_by_text("probes accounted for")).to_be_visible()
 
 
+def test_page_busy_job_with_a_slow_stream_of_results_updates_its_ledger(
+    page: Page, stack: Stack, user: Client, finished: int
+) -> None:
+    """The ledger of a running job is loaded again while its results are still being sent."""
+    task = user.finished(finished)
+    running = task | {"status": task["status"] | {"status": "running"}}
+    page.route(f"**/api/v1/task/{finished}", lambda route: route.fulfill(json=running))
+    page.route("**/results?fields=*", lambda _route: None)
+    page.add_init_script(BUSY_STREAM.replace("TASK", json.dumps(json.dumps(running))))
+    page.goto(f"{stack.url}/app/jobs/{finished}/results")
+    expect(page.get_by_text("Loading results…")).to_be_visible()
+    for _ in range(2):
+        with page.expect_request("**/ledger?*"):
+            pass
+
+
+def test_page_ended_job_is_loaded_once(page: Page, stack: Stack, finished: int) -> None:
+    """The page of an ended job opens no stream, and loads its ledger and its map once."""
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(urlsplit(request.url).path.rpartition("/")[2]))
+    page.goto(f"{stack.url}/app/jobs/{finished}")
+    expect(page.get_by_role("application")).to_be_visible()
+    page.evaluate(VISIT, f"/app/jobs/{finished}")
+    expect(page.locator("body[data-busy]")).to_have_count(0)
+    assert (asked.count("ledger"), asked.count("map"), asked.count("events")) == (1, 1, 0)
+
+
+def test_page_ledger_from_before_the_end_is_loaded_again(page: Page, stack: Stack, user: Client, finished: int) -> None:
+    """A ledger that was read just before the job ended is replaced, although an ended job has no stream."""
+    early = user.ledger(finished) | {"status": "running", "accounted": False}
+    page.route("**/ledger?*", lambda route: route.fulfill(json=early), times=1)
+    page.goto(f"{stack.url}/app/jobs/{finished}")
+    expect(page.get_by_text("✓ accounted for")).to_be_visible()
+
+
 def test_page_results_go_on_after_an_error(page: Page, stack: Stack, finished: int, servers: OpenPorts) -> None:
-    """Results that were unavailable are asked for again, without a click."""
+    """Results that were unavailable are requested again, without a click."""
     page.route("**/results?fields=*", refuse, times=1)
     page.goto(f"{stack.url}/app/jobs/{finished}/results")
     expect(page.get_by_text(f"{len(servers)} of {len(servers)} results")).to_be_visible()
@@ -482,6 +518,9 @@ def test_page_scan_from_a_preset_makes_one_policy(page: Page, stack: Stack) -> N
 def test_page_import_is_the_apis(page: Page, stack: Stack) -> None:
     """A file is checked and sent as a whole: a bad line creates nothing, and a repeat creates nothing more."""
     page.goto(f"{stack.url}/app/subnets/import")
+    page.get_by_label("CSV").fill('cidr,name,exclude\n127.44.13.0/24,"a\nb",\n127.44.14.0/24,c,\n')
+    page.get_by_role("button", name="Check").click()
+    expect(page.get_by_role("row", name="4 127.44.14.0/24 c")).to_be_visible()
     page.get_by_label("CSV").fill(
         'cidr,name,exclude\n127.44.13.0/24,"a, b",127.44.13.1;127.44.13.2\n\n127.44.14.1/24,c,\n'
     )

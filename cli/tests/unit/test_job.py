@@ -455,9 +455,9 @@ def test_map_is_a_square_of_letters(jobs: FakeApi, run: Any) -> None:
     }
     jobs.answers["GET", "/api/v1/task/41/map"] = drawn
     lines = run("job", "map", "41").out.splitlines()
-    assert lines[0] == "127.9.8.0    dddddddddddddddl"
+    assert lines[0] == "127.9.8.0    aaaaaaaaaaaaaaal"
     assert lines[15] == "127.9.8.240  ssssssssssssssst"
-    assert lines[16:] == ["s silent · d down · t timed out · l lost"]
+    assert lines[16:] == ["a answered · s silent · t timed out · l lost"]
     assert json.loads(run("job", "map", "41", "-o", "json").out) == drawn
 
 

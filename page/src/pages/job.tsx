@@ -29,13 +29,17 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
     const ended = task.peek() && isFinal(task.peek()!.status.status); // the stream is ahead of a late answer
     if (first.data && !ended) task.value = first.data;
   }, [first.data]);
-  const known = first.data !== undefined;
+  const unfinished = first.data !== undefined && !isFinal(first.data.status.status);
   useEffect(() => {
-    if (!known) return;
+    if (!unfinished) return;
     return watch(`/api/v1/task/${id}/events`, (next) => void (task.value = next), { untilFinal: true });
-  }, [id, known]);
+  }, [id, unfinished]);
   const settled = useSettled(task.value, SETTLE);
   const ledger = useLoad((signal) => get<Ledger>(`/api/v1/task/${id}/ledger?page_size=1`, signal), [id, settled]);
+  const outdated = !!first.data && !unfinished && !!ledger.data && !isFinal(ledger.data.status);
+  useEffect(() => {
+    if (outdated) ledger.reload(); // it was read just before the end
+  }, [outdated]);
   const snapshot = useLoad((signal) => get<Snapshot>(`/api/v1/task/${id}/snapshot`, signal), [id]);
 
   if (first.error && !task.value) {
@@ -306,7 +310,7 @@ function Request({ snapshot, job }: { snapshot: Snapshot; job: TaskStatus }) {
   const { policy, exclude } = snapshot;
   return (
     <>
-      <p>What the job was asked for; its subnet and policy may have changed since.</p>
+      <p>The request as submitted; its subnet and policy may have changed since.</p>
       <dl class="facts">
         <dt>Network</dt>
         <dd>
