@@ -157,7 +157,9 @@ class Platform:
         self._to_mongod = {name: self._lines.open("127.0.0.1", self._numbers["mongod"]) for name in WITH_DATABASE}
         self._users = iter(range(100, 1_000_000))
         self.kafka = f"127.0.0.1:{self._numbers['kafka']}"
-        self.net = f"127.{64 + os.getpid() % 64}"  # another process of this run has another platform
+        # Each worker of a run has its own network; process ids of two workers may be equal modulo 64.
+        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+        self.net = f"127.{64 + (os.getppid() + worker) % 64}"
         self.acknowledged: set[int] = set()
         self.forgotten: set[int] = set()
         self.keys = Keys()
