@@ -157,7 +157,7 @@ class Issuer(AuthorizationServer, httpx2.BaseTransport):  # type: ignore[misc] #
         self.access_tokens: list[str] = []
         self.approves = True
         self.pending: list[str] = []
-        """What a device is answered before the user has typed the code."""
+        """Errors returned to a device until the user has entered the code."""
 
         self._beyond = beyond
         self.register_grant(_CodeGrant, [CodeChallenge(required=True)])
@@ -191,7 +191,7 @@ class Issuer(AuthorizationServer, httpx2.BaseTransport):  # type: ignore[misc] #
         return answer
 
     def sign_in(self, address: str) -> str:
-        """What a browser does with an authorization address: the user approves or not, and it is sent back to the answer."""
+        """Act as the browser: approve or deny, and follow the redirect to the callback."""
         request = httpx2.Request("GET", address)
         grant = self.get_consent_grant(request, end_user="7")
         answer = self.create_authorization_response(request, grant_user="7" if self.approves else None, grant=grant)

@@ -38,7 +38,7 @@ def known() -> frozenset[str]:
 
 @pytest.fixture(scope="session")
 def reads() -> Callable[[str, str], bool]:
-    """Return a function that tells whether a service reads a variable."""
+    """Return a function that checks whether a service reads a variable."""
 
     def does(service: str, variable: str) -> bool:
         ours = (ROOT / "services" / service).exists() or service == "topics"

@@ -124,7 +124,7 @@ def test_prometheus_reaches_every_scraped_service() -> None:
 
 
 def test_requests_between_services_are_encrypted() -> None:
-    """The gateway asks by https, and it and what it asks have the three files for it; nobody else has."""
+    """The gateway calls services by https; it and those services alone have the three TLS files."""
     with_files = {name for name in SERVICES if "SCANFLEET_TLS_CA_FILE" in environment(name)}
     assert with_files == set(WITH_API)
     urls = {name: url for name, url in environment("api-gateway").items() if name.endswith("_URL")}

@@ -234,7 +234,7 @@ def test_broker_data_loss_is_survived(platform: Platform, user: Caller, invarian
         before = {each.name: platform.pid(each.name) for each in platform.stack.processes()}
         platform.lose_the_log()
         for name, pid in before.items():
-            until(lambda: platform.running(name) not in (0, pid), LIMIT, f"{name} to begin anew")  # noqa: B023 # called before the next turn
+            until(lambda: platform.running(name) not in (0, pid), LIMIT, f"{name} to restart")  # noqa: B023 # called before the next turn
         platform.stack.wait_until_ready()
         for job_id in jobs:
             assert user.finished(job_id, 180)["status"]["status"] == "completed"

@@ -105,7 +105,7 @@ def test_scan_with_least_privilege_completes(stack: Stack) -> None:
 @pytest.mark.e2e
 @pytest.mark.parametrize("service", ["job-orchestrator", "result-store"])
 def test_client_without_a_certificate_gets_no_answer(stack: Stack, service: str) -> None:
-    """A service behind the gateway answers its probes to anybody, and requests to nobody without the gateway's certificate."""
+    """A service behind the gateway answers probes without a certificate, and other requests only with the gateway's certificate."""
     authority = ssl.create_default_context(cafile=str(stack.folder / "certificates" / service / "ca.crt"))
     with httpx.Client(verify=authority) as client:
         assert client.get(f"{stack.probes(service)}/readyz").status_code == 200
@@ -242,6 +242,6 @@ def test_passwords_are_not_exposed(stack: Stack) -> None:
     secrets = [stack.mongodb_of(service) for service in (ORCHESTRATOR, RESULT_STORE)]
     secrets += [str(stack.kafka_settings(service).kafka_password) for service in SERVICES]
     for service in SERVICES:
-        said = Path(f"/proc/{stack.pid(service)}/environ").read_text(encoding="utf-8")
-        said += (stack.folder / "logs" / f"{service}.log").read_text(encoding="utf-8")
-        assert not [secret for secret in secrets if secret in said]
+        visible = Path(f"/proc/{stack.pid(service)}/environ").read_text(encoding="utf-8")
+        visible += (stack.folder / "logs" / f"{service}.log").read_text(encoding="utf-8")
+        assert not [secret for secret in secrets if secret in visible]

@@ -112,7 +112,7 @@ def test_ctrl_c_leaves_the_job_running(api: FakeApi, run: Any) -> None:
 
 @pytest.mark.parametrize("command", [[], ["job"], ["context"]])
 def test_group_without_a_command_prints_its_help_and_exits_2(run: Any, command: list[str]) -> None:
-    """What is missing is shown as help, not as an error whose text is a page."""
+    """A group without a command prints its help, not an error message."""
     ended = run(*command)
     assert ended.code == 2
     assert ended.err.startswith("Usage: scanfleet")
