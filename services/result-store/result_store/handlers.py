@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
-from typing import Final, Protocol
+from collections.abc import Sequence
+from typing import Final
 
 import structlog
 
-from result_store.domain import Batch, ClosedChunk, Host, Scanned, StoredHost, close, fold
+from result_store.domain.ports import Store
+from result_store.domain.results import Batch, ClosedChunk, Scanned, close, fold
 from result_store.metrics import (
     CHUNKS_CLOSED,
     CHUNKS_INCOMPLETE,
@@ -38,41 +39,6 @@ _DOCUMENTS: Final = 2_000  # deleted in one step: a fraction of what storing may
 _AT_ONCE: Final = 100  # jobs that one step looks at
 
 _log = structlog.stdlib.get_logger(__name__)
-
-
-class Store(Protocol):
-    """Store of hosts and closed chunks. Documents never change after insertion, so every call is idempotent.
-
-    Raises:
-        DependencyError: from every method, if the store is unavailable.
-    """
-
-    async def add(self, hosts: Sequence[Host]) -> int:
-        """Store each host whose chunk and address are not stored yet; return the number of new hosts."""
-
-    async def stored(self, chunk_ids: Collection[str]) -> dict[str, list[StoredHost]]:
-        """Return the hosts of each of these chunks."""
-
-    async def close(self, chunks: Sequence[ClosedChunk]) -> dict[str, ClosedChunk]:
-        """Close these chunks; return those that were already closed, as they are stored."""
-
-    async def closed(self, chunk_ids: Collection[str]) -> dict[str, ClosedChunk]:
-        """Return those of these chunks that are closed."""
-
-    async def begin_deletions(self, job_ids: Collection[int]) -> None:
-        """Mark these jobs as deleted, so that `erase` is called for them, again if it was before."""
-
-    async def deleted(self, job_ids: Collection[int]) -> set[int]:
-        """Return those of these jobs that are marked as deleted."""
-
-    async def open_deletions(self, limit: int) -> dict[int, int]:
-        """Return the jobs to erase, each with how often its deletion began."""
-
-    async def erase(self, job_id: int, limit: int) -> int:
-        """Delete up to `limit` documents of the job, closed chunks last; return how many were deleted."""
-
-    async def end_deletion(self, job_id: int, begun: int) -> None:
-        """Note that nothing is left of the job, unless its deletion has begun again since."""
 
 
 class ResultsHandler:

@@ -18,7 +18,7 @@ from typing import Any, Final
 from bson import decode_iter
 from pymongo import ASCENDING, DESCENDING, IndexModel, UpdateOne
 
-from result_store.domain import ClosedChunk, Host, Parts, Place, StoredHost, address_key
+from result_store.domain.results import ClosedChunk, Host, Parts, Place, StoredHost, address_key
 from scanfleet.errors import DependencyError
 from scanfleet.messages import HostScanned
 from scanfleet.mongo import Database, Document, Ids, dependency_errors, insert_missing, make_indexes
@@ -116,7 +116,7 @@ class MongoStore:
     async def results(
         self, job_id: int, user_id: int | None, *, after: int | None = None, raw: bool = True
     ) -> AsyncIterator[Iterator[Result]]:
-        """See `result_store.api.results.Results`."""
+        """See `result_store.domain.ports.Results`."""
         wanted: Document = {"job_id": job_id, **_WITH_RESULTS}
         if user_id is not None:
             wanted["user_id"] = user_id
@@ -146,7 +146,7 @@ class MongoStore:
         after: str | None = None,
         within: Network | None = None,
     ) -> AsyncIterator[Host]:
-        """See `result_store.api.hosts.Hosts`."""
+        """See `result_store.domain.ports.Hosts`."""
         low, high = (_behind_address(after) if after else ""), ":"  # ":" follows every digit
         if within is not None:
             low = max(low, address_key(str(within.network_address)))
@@ -164,7 +164,7 @@ class MongoStore:
             raise DependencyError(f"job {job_id} was deleted while its hosts were read")
 
     async def chunks_by_address(self, job_id: int, user_id: int | None) -> AsyncIterator[ClosedChunk]:
-        """See `result_store.api.hosts.Hosts`."""
+        """See `result_store.domain.ports.Hosts`."""
         wanted = {"job_id": job_id, **({} if user_id is None else {"user_id": user_id})}
         above: Document = {"$gte": ""}
         while page := await self._chunk_page({**wanted, "key": above}):
@@ -174,7 +174,7 @@ class MongoStore:
 
     @dependency_errors()
     async def is_unsorted(self, job_id: int) -> bool:
-        """See `result_store.api.hosts.Hosts`."""
+        """See `result_store.domain.ports.Hosts`."""
         # A job's records are in one partition, so the earliest ones are those that an older release has stored.
         earliest = await self._hosts.find_one(
             {"job_id": job_id, **_WITH_RESULTS}, {"key": True}, sort=[("job_id", ASCENDING), *_BY_PLACE]

@@ -7,8 +7,9 @@ from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from typing import Any, Final
 
-from result_store.domain import ClosedChunk, Host, Parts, Scanned, StoredHost, address_key
-from result_store.handlers import ResultsHandler, Store
+from result_store.domain.ports import Store
+from result_store.domain.results import ClosedChunk, Host, Parts, Scanned, StoredHost, address_key
+from result_store.handlers import ResultsHandler
 from scanfleet.audit import Refusals
 from scanfleet.bus import Publisher, Record
 from scanfleet.errors import DependencyError
@@ -25,7 +26,7 @@ FIRST: Final = "127.9.8.0"
 
 
 class MemoryStore:
-    """A `result_store.handlers.Store` and a `result_store.api.results.Results`."""
+    """A `result_store.domain.ports.Store` and a `result_store.domain.ports.Results`."""
 
     def __init__(self) -> None:
         self.hosts: dict[str, tuple[Host, int]] = {}

@@ -10,7 +10,7 @@ import httpx
 from fastapi import FastAPI
 
 from result_store.api import hosts, nmap_xml, results
-from result_store.domain import fold
+from result_store.domain.results import fold
 from result_store_testing import Log, MemoryStore
 from scanfleet import service
 from scanfleet.messages import HostScanned

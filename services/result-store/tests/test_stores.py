@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import pytest
 
-from result_store.domain import ClosedChunk, Host, Parts, Place, fold
+from result_store.domain.results import ClosedChunk, Host, Parts, Place, fold
 from result_store.repository import PAGE, MongoStore
 from result_store_testing import EPOCH, Log, MemoryStore, host
 from scanfleet import mongo

@@ -6,14 +6,15 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
 from itertools import islice
-from typing import Annotated, Final, Protocol, cast
+from typing import Annotated, Final, cast
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
 
 from result_store.api.formats import JSON, NDJSON, Fields, negotiate, stream, write
 from result_store.api.queries import AddressText, ServiceName, network_in, owner, ports_in
-from result_store.domain import Host, Parts
+from result_store.domain.ports import Hosts
+from result_store.domain.results import Host, Parts
 from scanfleet import rest
 from scanfleet.auth import Caller, Guarded
 from scanfleet.errors import BadRequestError, ConflictError
@@ -23,7 +24,6 @@ from scanfleet.outcomes import Outcome
 from scanfleet.ports import Range, parse_ranges, ranges_text
 from scanfleet.rest import MAX_HOST_PORTS, MAX_RESULTS
 from scanfleet.service import PathId
-from scanfleet.targets import Network
 
 _FORMATS: Final = (JSON, NDJSON)
 _ALL_FIELDS: Final[Fields] = tuple(rest.Host.model_fields)
@@ -37,37 +37,6 @@ _NAMES: Final[Mapping[Outcome, rest.HostOutcome]] = {
     Outcome.TIMED_OUT: "timed_out",
     Outcome.SILENT: "silent",
 }
-
-
-class Hosts(Protocol):
-    def hosts_by_address(
-        self,
-        job_id: int,
-        user_id: int | None,
-        parts: Parts,
-        *,
-        after: str | None = None,
-        within: Network | None = None,
-    ) -> AsyncIterator[Host]:
-        """Yield the job's hosts with findings in order of their addresses, those of one address in order of their chunks.
-
-        Args:
-            job_id: the job.
-            user_id: limits the hosts to those of this user.
-            parts: the fields to read; others have their defaults.
-            after: skips the hosts up to this address.
-            within: skips the hosts at other addresses.
-
-        Raises:
-            DependencyError: the store is unavailable; it can fail after some hosts were yielded.
-        """
-
-    async def is_unsorted(self, job_id: int) -> bool:
-        """Return whether a release without keys has stored a part of the job, which no reader by address finds.
-
-        Raises:
-            DependencyError: the store is unavailable.
-        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,16 +13,17 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from ipaddress import ip_address
-from typing import Annotated, Final, Literal, Protocol, cast
+from typing import Annotated, Final, Literal, cast
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
 
 from result_store.api.formats import PIECE, stream
-from result_store.api.hosts import UNSORTED, Hosts, Machine, machines
+from result_store.api.hosts import UNSORTED, Machine, machines
 from result_store.api.port_xml import attribute, port
 from result_store.api.queries import owner
-from result_store.domain import ClosedChunk, Host, Parts, address_key
+from result_store.domain.ports import Findings
+from result_store.domain.results import ClosedChunk, Host, Parts, address_key
 from scanfleet.auth import Caller, Guarded
 from scanfleet.errors import ConflictError
 from scanfleet.messages import JobStatus
@@ -34,19 +35,6 @@ from scanfleet.service import PathId
 _UNKNOWN: Final = "unknown-response"  # nmap's own word for a reason that it does not know
 _PRECEDENCE: Final = "atsd"
 """Of the outcomes of an address in several chunks the first of these is that of the address; others are not written."""
-
-
-class Store(Hosts, Protocol):
-    def chunks_by_address(self, job_id: int, user_id: int | None) -> AsyncIterator[ClosedChunk]:
-        """Yield the job's closed chunks in order of their first addresses, those of one address in order of their numbers.
-
-        Args:
-            job_id: the job.
-            user_id: limits the chunks to those of this user.
-
-        Raises:
-            DependencyError: the store is unavailable; it can fail after some chunks were yielded.
-        """
 
 
 @dataclass(slots=True)
@@ -285,8 +273,8 @@ async def _pieces(parts: AsyncIterator[str]) -> AsyncIterator[bytes]:
     yield "".join(held).encode("ascii")
 
 
-async def _store(request: Request) -> Store:  # a thread would run what is not async
-    return cast(Store, request.app.state.store)
+async def _store(request: Request) -> Findings:  # a thread would run what is not async
+    return cast(Findings, request.app.state.store)
 
 
 router = APIRouter(route_class=Guarded)
@@ -297,7 +285,7 @@ async def nmap_xml(
     job_id: PathId,
     job: ExportedJob,
     caller: Caller,
-    store: Annotated[Store, Depends(_store)],
+    store: Annotated[Findings, Depends(_store)],
     hosts: Annotated[Literal["all", "up"], Query()] = "all",
 ) -> StreamingResponse:
     """Stream the document of a job, which the gateway has read from the orchestrator, limited to what the caller owns."""

@@ -6,13 +6,14 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
 from itertools import chain, islice
-from typing import Annotated, Final, Protocol, cast
+from typing import Annotated, Final, cast
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
 
 from result_store.api.formats import Fields, negotiate, stream, write
 from result_store.api.queries import AddressText, ServiceName, network_in, owner, ports_in
+from result_store.domain.ports import Results
 from scanfleet.auth import Caller, Guarded
 from scanfleet.errors import BadRequestError
 from scanfleet.messages.fields import MAX_ID
@@ -21,23 +22,6 @@ from scanfleet.service import PathId, words
 from scanfleet.targets import Network
 
 ALL_FIELDS: Final[Fields] = tuple(Result.model_fields)
-
-
-class Results(Protocol):
-    def results(
-        self, job_id: int, user_id: int | None, *, after: int | None = None, raw: bool = True
-    ) -> AsyncIterator[Iterable[Result]]:
-        """Yield the job's results in order of creation, host by host.
-
-        Args:
-            job_id: the job.
-            user_id: limits the results to those of this user.
-            after: skips the hosts whose results all have lower ids, and yields the others in order of their ids.
-            raw: include `raw_data`; without it, the field is empty.
-
-        Raises:
-            DependencyError: the store is unavailable; it can fail after some results were yielded.
-        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from result_store.api.formats import PIECE
 from result_store.api.results import router
-from result_store.domain import fold
+from result_store.domain.results import fold
 from result_store_testing import Log, MemoryStore, host
 from scanfleet import service
 from scanfleet.errors import DependencyError

@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 from pymongo.uri_parser import parse_uri
 
-from result_store.domain import ClosedChunk, Parts, fold
+from result_store.domain.results import ClosedChunk, Parts, fold
 from result_store.repository import PAGE, MongoStore
 from result_store_testing import FIRST, Log, handler, host, scanned
 from scanfleet import mongo

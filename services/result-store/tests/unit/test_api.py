@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from result_store.api.formats import CSV, JSON, NDJSON, PIECE, Format, negotiate, write
 from result_store.api.results import ALL_FIELDS
-from result_store.domain import ClosedChunk, fold
+from result_store.domain.results import ClosedChunk, fold
 from result_store_testing import Log, MemoryStore, host
 from result_store_testing.http import ISSUER, client, get, store_of
 from scanfleet.errors import DependencyError

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from result_store.domain import Scanned
+from result_store.domain.results import Scanned
 from result_store.handlers import DeletionsHandler
 from result_store_testing import Log, MemoryStore, handler, host, scanned
 from scanfleet.bus import Record

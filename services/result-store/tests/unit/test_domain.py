@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from result_store.domain import ClosedChunk, Host, Place, StoredHost, close, fold, key_of
+from result_store.domain.results import ClosedChunk, Host, Place, StoredHost, close, fold, key_of
 from result_store_testing import EPOCH, Log, host, scanned
 from scanfleet.errors import MessageError
 from scanfleet.messages import ChunkIncomplete, PortFound

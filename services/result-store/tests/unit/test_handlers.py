@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 import pytest
 from prometheus_client import REGISTRY
 
-from result_store.domain import ClosedChunk, Scanned, StoredHost
+from result_store.domain.results import ClosedChunk, Scanned, StoredHost
 from result_store.handlers import ResultsHandler
 from result_store_testing import Log, MemoryStore, host, scanned
 from result_store_testing import handler as results_handler

@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 
 from result_store.api.hosts import machines
-from result_store.domain import ClosedChunk, Parts
+from result_store.domain.results import ClosedChunk, Parts
 from result_store_testing import MemoryStore, host
 from result_store_testing.http import client, get, store_of
 from scanfleet.messages import HostDetails, PortFound, ScriptOutput, SystemMatch

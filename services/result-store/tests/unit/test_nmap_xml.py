@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from result_store.api.hosts import machines
 from result_store.api.nmap_xml import document
 from result_store.api.port_xml import port, text
-from result_store.domain import ClosedChunk, Host, Parts, Place
+from result_store.domain.results import ClosedChunk, Host, Parts, Place
 from result_store_testing import EPOCH, MemoryStore, host
 from result_store_testing.http import ISSUER, client, store_of
 from scanfleet.messages import HostDetails, PortFound, ScriptOutput, SystemMatch

@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from result_store.domain import ClosedChunk, Host, Scanned
+from result_store.domain.results import ClosedChunk, Host, Scanned
 from result_store_testing import FIRST, Log, MemoryStore, host, scanned
 from result_store_testing import handler as results_handler
 from scanfleet.bus import Record

@@ -1,0 +1,1 @@
+"""Decisions of result-store without I/O, and the ports of its handlers and routes."""
