@@ -21,17 +21,18 @@ _FILTERS: Final = (
     ("subject", "Only entries of this user."),
     ("request", "Only entries of this request id."),
     ("action", "Only this action, for example create_tasks."),
-    ("decision", "allowed or refused."),
+    ("decision", "Only entries with this decision."),
     ("rule", "Only decisions of this rule."),
     ("source", "Only from this source address."),
     ("since", "Only entries since this time (RFC 3339)."),
     ("until", "Only entries before this time (RFC 3339)."),
 )
+_TYPES: Final = {"decision": click.Choice(["allowed", "refused"])}
 
 
 def _filters(command: Any) -> Any:
     for name, text in reversed(_FILTERS):
-        command = click.option(f"--{name}", help=text)(command)
+        command = click.option(f"--{name}", type=_TYPES.get(name), help=text)(command)
     return command
 
 

@@ -199,6 +199,7 @@ def test_audit_log_is_listed_by_filter(api: FakeApi, run: Any) -> None:
     assert dict(api.requests[-1].url.params) == {"subject": "7", "request_id": "c0ffee", "page": "1", "page_size": "30"}
     api.answers["GET", "/api/v1/audit"] = httpx2.Response(403, json={"error": "for administrators"})
     assert run("audit", "list").code == 4
+    assert run("audit", "list", "--decision", "x").code == 2
 
 
 def entry(number: int, second: float) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 from fastapi import APIRouter, Query, Request
 
@@ -29,7 +29,7 @@ async def list_audit(
     subject: Text = None,
     request_id: Text = None,
     action: Text = None,
-    decision: Text = None,
+    decision: Literal["allowed", "refused"] | None = None,
     rule: Text = None,
     source: Text = None,
     since: rest.InputTime | None = None,

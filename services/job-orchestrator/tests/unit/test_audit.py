@@ -245,6 +245,8 @@ async def test_audit_log_is_paged_newest_first(ask: Caller, app: FastAPI) -> Non
     assert [each["subject"] for each in mine["entries"]] == ["2"]
     one = (await http.get("/api/v1/audit?request_id=r-POST-.api.v1.subnet-3", headers=bearer)).json()
     assert [each["subject"] for each in one["entries"]] == ["3"]
+    assert (await http.get("/api/v1/audit?decision=refused", headers=bearer)).json()["total"] == 0
+    assert (await http.get("/api/v1/audit?decision=x", headers=bearer)).status_code == 400
 
 
 @pytest.mark.proves("A24")
