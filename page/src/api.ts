@@ -33,9 +33,11 @@ export class ApiError extends Error {
   /** What is wrong with each field, when the API names fields: "cidr: has host bits set; name: is missing". */
   get fields(): Record<string, string> {
     const found: Record<string, string> = {};
+    let field = "";
     for (const part of this.status === 400 ? this.message.split("; ") : []) {
       const match = /^([a-z_]+)(?:\.[\w.]*)?: (.*)$/.exec(part);
-      if (match) found[match[1]!] = match[2]!;
+      if (match) found[(field = match[1]!)] = match[2]!;
+      else if (field) found[field] += `; ${part}`; // a sentence may have a semicolon
     }
     return found;
   }

@@ -283,6 +283,22 @@ def test_page_invalid_form_shows_the_sentence_at_its_field(page: Page, stack: St
     expect(page.get_by_label("Name")).to_have_value("mine")
 
 
+def test_page_invalid_network_shows_the_sentence_at_its_field(page: Page, stack: Stack) -> None:
+    """A network that is none, one that the platform does not allow, and a wrong exclusion are each shown at their field."""
+    page.goto(f"{stack.url}/app/subnets/new")
+    for network, exclude, field, sentence in (
+        ("127.44.8.1/24", "", "Network", "has host bits set; the network is 127.44.8.0/24"),
+        ("10.0.0.0/24", "", "Network", "is not within the networks that this platform allows"),
+        (f"{NET}.0/24", "127.44.8.1/24", "Exclude", "has host bits set"),
+    ):
+        page.get_by_label("Network").fill(network)
+        page.get_by_label("Exclude").fill(exclude)
+        page.get_by_role("button", name="Save").click()
+        expect(page.get_by_label(field)).to_have_attribute("aria-invalid", "true")
+        expect(page.locator(".field", has=page.get_by_label(field)).locator(".wrong")).to_contain_text(sentence)
+        expect(page.locator("[aria-invalid=true]")).to_have_count(1)
+
+
 def test_page_shows_100_000_results_in_a_window(page: Page, stack: Stack, finished: int) -> None:
     """A hundred thousand results are counted, filtered, sorted and scrolled with a few dozen rows in the document."""
     page.add_init_script(MANY_RESULTS)
@@ -528,7 +544,7 @@ def test_page_import_is_the_apis(page: Page, stack: Stack) -> None:
     expect(page.get_by_role("status").filter(has_text="2 subnets in the file")).to_be_visible()
     expect(page.get_by_role("row", name="4 127.44.14.1/24 c")).to_be_visible()
     page.get_by_role("button", name="Import").click()
-    expect(page.get_by_role("alert")).to_contain_text("line 4: 127.44.14.1/24 has host bits set")
+    expect(page.get_by_role("alert")).to_contain_text("line 4: cidr: 127.44.14.1/24 has host bits set")
     page.get_by_label("CSV").fill(
         'cidr,name,exclude\n127.44.13.0/24,"a, b",127.44.13.1;127.44.13.2\n127.44.14.0/24,c,\n'
     )

@@ -6,6 +6,7 @@ import asyncio
 import csv
 import io
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Final
 
 from fastapi import APIRouter, Request
@@ -22,7 +23,7 @@ from scanfleet.errors import BadRequestError
 router = APIRouter(prefix="/api/v1/subnet", route_class=Guarded)
 
 _COLUMNS: Final = {"name", "cidr", "exclude"}
-_MAX_PROBLEMS: Final = 5  # lines that an error names; enough to correct a file in a few attempts
+_MAX_PROBLEM_CHARS: Final = 1_000  # of an error; enough to correct a file in a few attempts
 
 _Wanted = tuple[str, str, tuple[str, ...]]
 """Name, network and exclusions of a line, in canonical form."""
@@ -42,10 +43,8 @@ async def import_subnets(request: Request, caller: Caller, state: Handed, record
             problems.append(f"line {number}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
         except BadRequestError as error:
             problems.append(f"line {number}: {error.message}")
-        if len(problems) == _MAX_PROBLEMS:
-            break
     if problems:
-        raise BadRequestError("; ".join(problems)[:MAX_ERROR_CHARS])
+        raise BadRequestError(_summary(problems))
     found = await state.store.subnets.with_cidrs(caller.user_id, {cidr for _, cidr, _ in wanted})
     known = {(each.name, each.cidr, each.exclude): each for each in found}
     missing = [each for each in dict.fromkeys(wanted) if each not in known]
@@ -64,6 +63,14 @@ async def import_subnets(request: Request, caller: Caller, state: Handed, record
         created=len(created),
         subnets=[view(known[each]) for each in wanted],
     )
+
+
+def _summary(problems: list[str]) -> str:
+    """Return as many whole problems as fit, at least one, and the number of the others."""
+    lengths = accumulate(len(problem) + len("; ") for problem in problems)
+    named = max(1, sum(length <= _MAX_PROBLEM_CHARS for length in lengths))
+    more = [f"and {len(problems) - named} more"] if named < len(problems) else []
+    return "; ".join([*problems[:named], *more])
 
 
 def _rows(content: bytes) -> Iterator[tuple[int, dict[str, object]]]:

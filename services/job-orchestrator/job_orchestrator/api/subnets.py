@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
+from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 
@@ -23,7 +24,7 @@ from scanfleet.auth import Caller, Guarded
 from scanfleet.clock import utc_now
 from scanfleet.errors import BadRequestError, ConflictError, NotFoundError, Rule
 from scanfleet.service import PathId
-from scanfleet.targets import Target, TargetRules
+from scanfleet.targets import Target, TargetRules, parse_network
 
 router = APIRouter(prefix="/api/v1/subnet", route_class=Guarded)
 
@@ -101,14 +102,26 @@ async def delete_subnet(subnet_id: PathId, caller: Caller, state: Handed, record
 
 
 def checked(body: rest.SubnetBody, rules: TargetRules) -> tuple[str, tuple[str, ...]]:
-    """Return the network and its exclusions in canonical form."""
+    """Return the network and its exclusions in canonical form.
+
+    Raises:
+        BadRequestError: one of them is not a network, or must not be scanned. The message begins with the field at fault.
+    """
+    try:
+        network = parse_network(body.cidr)
+    except ValueError as error:
+        raise _wrong(body, "cidr", str(error)) from error
+    if refusal := rules.refusal(network):
+        raise _wrong(body, "cidr", refusal)
     try:
         target = Target.parse(body.cidr, body.exclude or ())
     except ValueError as error:
-        raise BadRequestError(str(error), rule=Rule.TARGETS, target=body.cidr) from error
-    if refusal := rules.refusal(target.network):
-        raise BadRequestError(refusal, rule=Rule.TARGETS, target=body.cidr)
-    return str(target.network), tuple(str(network) for network in target.exclude)
+        raise _wrong(body, "exclude", str(error)) from error
+    return str(target.network), tuple(str(each) for each in target.exclude)
+
+
+def _wrong(body: rest.SubnetBody, field: Literal["cidr", "exclude"], reason: str) -> BadRequestError:
+    return BadRequestError(f"{field}: {reason}", rule=Rule.TARGETS, target=body.cidr)
 
 
 def view(subnet: Subnet) -> rest.Subnet:

@@ -317,10 +317,13 @@ async def test_subnets_are_imported_from_csv(api: Api, store: MemoryStore) -> No
         ("name,cidr,owner\nx,127.9.8.0/24,8\n", "the first line must be"),
         ("name,cidr,name\n", "the first line must be"),
         ("name,cidr\nx\n", "line 2: 1 cells where 2 belong"),
-        ("name,cidr\ngood,127.9.8.0/24\nx,127.9.8.1/24\n,127.9.8.0/24\n", "line 3: 127.9.8.1/24 has host bits set"),
-        ("name,cidr\ngood,127.9.8.0/24\nx,10.0.0.0/8\n", "line 3: "),
+        (
+            "name,cidr\ngood,127.9.8.0/24\nx,127.9.8.1/24\n,127.9.8.0/24\n",
+            "line 3: cidr: 127.9.8.1/24 has host bits set",
+        ),
+        ("name,cidr\ngood,127.9.8.0/24\nx,10.0.0.0/8\n", "line 3: cidr: "),
         ("name,cidr\n,127.9.8.0/24\n", "line 2: name: "),
-        ("name,cidr,exclude\nx,127.9.8.0/24,y\n", "line 2: "),
+        ("name,cidr,exclude\nx,127.9.8.0/24,y\n", "line 2: exclude: "),
         ('name,cidr\n"x,127.9.8.0/24\n', "the body is not CSV"),
         (b"name,cidr\n\xff,127.9.8.0/24\n", "the body is not CSV"),
         ("name,cidr\n" + "x,127.9.8.0/24\n" * 1_001, "more than 1000 lines"),
@@ -330,6 +333,17 @@ async def test_an_import_with_a_bad_line_creates_nothing(api: Api, text: str | b
     """A file that is not CSV, or has a line that is no subnet, is a 400 that names the line, and no line of it counts."""
     assert (await imported(api, text, 400))["error"].startswith(error)
     assert (await api("GET /api/v1/subnet"))["total"] == 0
+
+
+async def test_an_import_with_many_bad_lines_names_whole_ones(api: Api) -> None:
+    """The error has about a thousand characters, cuts no problem in the middle, and counts those that it does not name."""
+    lines = [f"x{number},127.9.8.{number}/24" for number in range(1, 101)]
+    error = (await imported(api, "name,cidr\n" + "\n".join(lines), 400))["error"]
+    *named, more = error.split("; line ")
+    last, rest = more.split("; and ")
+    assert 900 < len(error) < 1_100
+    assert all(each.endswith("has host bits set; the network is 127.9.8.0/24") for each in (*named, last))
+    assert rest == f"{100 - len(named) - 1} more"
 
 
 # Policies
