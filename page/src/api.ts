@@ -8,6 +8,7 @@ export type TaskStatus = Schemas["TaskStatus"];
 export type Ledger = Schemas["Ledger"];
 export type Waiting = Schemas["Waiting"];
 export type Subnet = Schemas["Subnet"];
+export type Verdict = Schemas["SubnetImportLine"];
 export type Policy = Schemas["Policy"];
 export type AuditEntry = Schemas["AuditEntry"];
 export type Status = Job["status"];

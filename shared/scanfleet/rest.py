@@ -467,6 +467,31 @@ class SubnetsImported(_Answer):
     """One per line, in order; existing ones of the caller are not created again."""
 
 
+class SubnetImportLine(_Answer):
+    """What an import would do with one line of the file."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    line: int
+    """Number of the line in the file, from 1."""
+
+    action: Literal["create", "exists", "refused"]
+    """`exists` if the caller has an equal subnet, or an earlier line creates it."""
+
+    id: int | None
+    """Id of the existing subnet; null if there is none yet."""
+
+    error: str | None
+    """Why the line is refused."""
+
+
+class SubnetImportCheck(_Answer):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    lines: list[SubnetImportLine]
+    """One per line, in order."""
+
+
 # Policies
 
 

@@ -1,5 +1,5 @@
 import { useSignal } from "@preact/signals";
-import { change, type Subnet } from "../api";
+import { change, type Subnet, type Verdict } from "../api";
 import { countAddresses } from "../addresses";
 import { Confirm, EditForm, Field, Kept, Pager, Problem, Title, useAction, useEdited, useLoad } from "../parts";
 import { go, pageNumber, withQuery } from "../router";
@@ -155,10 +155,12 @@ function readLines(text: string): Line[] {
 }
 
 const IMPORT = "import";
+const VERDICTS = { create: "to create", exists: "there already", refused: "refused" };
+const ACTIONS = ["create", "exists", "refused"] as const;
 
 export function SubnetImport() {
   const text = useSignal(draft<string>(IMPORT) ?? "");
-  const lines = useSignal<Line[] | undefined>(undefined);
+  const lines = useSignal<(Line & Partial<Verdict>)[] | undefined>(undefined);
   const message = useSignal("");
   const enter = (value: string) => {
     text.value = value;
@@ -166,7 +168,16 @@ export function SubnetImport() {
     lines.value = undefined;
     message.value = "";
   };
+  const check = useAction(async () => {
+    const checked = text.value;
+    send.clear();
+    const answer = await change<{ lines: Verdict[] }>("POST", "/api/v1/subnet/import?dry_run=true", checked, { "Content-Type": "text/csv" });
+    const verdicts = new Map(answer.lines.map((each) => [each.line, each]));
+    if (text.value === checked) lines.value = readLines(checked).map((line) => ({ ...line, ...verdicts.get(line.number) }));
+  });
   const send = useAction(async () => {
+    check.clear();
+    lines.value = undefined;
     const answer = await change<{ message: string }>("POST", "/api/v1/subnet/import", text.value, { "Content-Type": "text/csv" });
     message.value = answer.message;
     dropDraft(IMPORT);
@@ -197,7 +208,7 @@ export function SubnetImport() {
           )}
         </Field>
         <p class="actions">
-          <button type="button" onClick={() => void (lines.value = readLines(text.value))}>
+          <button type="button" disabled={check.busy || !text.value.trim()} onClick={check.run}>
             Check
           </button>
           <button class="primary" disabled={send.busy}>
@@ -205,10 +216,10 @@ export function SubnetImport() {
           </button>
         </p>
       </form>
-      <Problem error={send.error} />
+      <Problem error={check.error ?? send.error} />
       <p role="status">
         {message.value}
-        {lines.value && `${plural(lines.value.length, "subnet")} in the file`}
+        {lines.value && `${plural(lines.value.length, "subnet")} in the file: ${ACTIONS.map((action) => `${count(lines.value!.filter((each) => each.action === action).length)} ${VERDICTS[action]}`).join(", ")}`}
       </p>
       {lines.value && (
         <table class="cards">
@@ -219,6 +230,7 @@ export function SubnetImport() {
               <th scope="col">Network</th>
               <th scope="col">Name</th>
               <th scope="col">Exclude</th>
+              <th scope="col">Import</th>
             </tr>
           </thead>
           <tbody>
@@ -231,6 +243,9 @@ export function SubnetImport() {
                 <td>{visible(each.name)}</td>
                 <td data-label="Exclude">
                   <code class="long">{visible(each.exclude)}</code>
+                </td>
+                <td>
+                  {each.error ? <strong class="wrong">{visible(each.error)}</strong> : each.id ? <a href={`/app/subnets/${each.id}`}>{VERDICTS.exists}</a> : each.action && VERDICTS[each.action]}
                 </td>
               </tr>
             ))}

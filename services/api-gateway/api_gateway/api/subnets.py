@@ -7,7 +7,7 @@ from typing import Final
 from fastapi import APIRouter, Request, Response
 
 from api_gateway.api.admission import Route
-from api_gateway.api.document import IF_MATCH, TAGGED, body, errors, paging
+from api_gateway.api.document import IF_MATCH, TAGGED, body, errors, paging, query
 from api_gateway.api.state import Handed
 from scanfleet import rest
 from scanfleet.auth import Caller
@@ -57,8 +57,13 @@ async def create_subnet(request: Request, _caller: Caller, state: Handed) -> Res
     "/import",
     status_code=201,
     response_model=rest.SubnetsImported,
-    responses=errors(400, 413),
-    openapi_extra={"requestBody": _CSV},
+    responses={200: {"model": rest.SubnetImportCheck, "description": "The verdicts of a dry run."}, **errors(400, 413)},
+    openapi_extra={
+        "requestBody": _CSV,
+        "parameters": [
+            query("dry_run", {"type": "boolean", "default": False}, "Whether to check each line and create nothing.")
+        ],
+    },
 )
 async def import_subnets(request: Request, _caller: Caller, state: Handed) -> Response:
     """Create a subnet for each line of a CSV file, all or none. Existing equal subnets are not created again, so the request is idempotent."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Final
+from typing import Final, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
 
 from job_orchestrator.api.state import MAX_ERROR_CHARS, Handed, Recorded, within_quota
@@ -19,6 +20,7 @@ from scanfleet import rest
 from scanfleet.auth import Caller, Guarded
 from scanfleet.clock import utc_now
 from scanfleet.errors import BadRequestError
+from scanfleet.targets import TargetRules
 
 router = APIRouter(prefix="/api/v1/subnet", route_class=Guarded)
 
@@ -29,26 +31,40 @@ _Wanted = tuple[str, str, tuple[str, ...]]
 """Name, network and exclusions of a line, in canonical form."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A line of the file, with either its subnet or what is wrong with it."""
+
+    number: int
+    wanted: _Wanted | None = None
+    error: str = ""
+
+
 @router.post("/import", status_code=201)
-async def import_subnets(request: Request, caller: Caller, state: Handed, record: Recorded) -> rest.SubnetsImported:
-    wanted: list[_Wanted] = []
-    problems: list[str] = []
+async def import_subnets(
+    *,
+    request: Request,
+    response: Response,
+    caller: Caller,
+    state: Handed,
+    record: Recorded,
+    dry_run: bool = False,
+) -> rest.SubnetsImported | rest.SubnetImportCheck:
+    lines = []
     for number, row in _rows(await request.body()):
         await asyncio.sleep(0)  # others may run between two of a thousand lines
-        try:
-            body = rest.SubnetBody.model_validate(row)
-            wanted.append((body.name, *checked(body, state.rules)))
-        except ValidationError as error:
-            first = error.errors()[0]
-            problems.append(f"line {number}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
-        except BadRequestError as error:
-            problems.append(f"line {number}: {error.message}")
-    if problems:
+        lines.append(_read(number, row, state.rules))
+    problems = [f"line {line.number}: {line.error}" for line in lines if line.error]
+    if problems and not dry_run:
         raise BadRequestError(_summary(problems))
+    wanted = [line.wanted for line in lines if line.wanted]
     found = await state.store.subnets.with_cidrs(caller.user_id, {cidr for _, cidr, _ in wanted})
     known = {(each.name, each.cidr, each.exclude): each for each in found}
     missing = [each for each in dict.fromkeys(wanted) if each not in known]
     await within_quota(state, "subnets", caller.user_id, len(missing))
+    if dry_run:
+        response.status_code = 200
+        return rest.SubnetImportCheck(lines=_verdicts(lines, {each: known[each].id for each in known}))
     now = utc_now()
     ids = await state.store.subnets.take_ids(len(missing)) if missing else range(0)
     created = [
@@ -63,6 +79,34 @@ async def import_subnets(request: Request, caller: Caller, state: Handed, record
         created=len(created),
         subnets=[view(known[each]) for each in wanted],
     )
+
+
+def _read(number: int, row: dict[str, object], rules: TargetRules) -> _Line:
+    try:
+        body = rest.SubnetBody.model_validate(row)
+        return _Line(number, (body.name, *checked(body, rules)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        return _Line(number, error=f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+    except BadRequestError as error:
+        return _Line(number, error=error.message)
+
+
+def _verdicts(lines: Iterable[_Line], existing: Mapping[_Wanted, int]) -> list[rest.SubnetImportLine]:
+    """Return what an import would do with each line."""
+    verdicts = []
+    planned: set[_Wanted] = set()
+    for line in lines:
+        action: Literal["create", "exists", "refused"] = "create"
+        if line.wanted is None:
+            action = "refused"
+        elif line.wanted in existing or line.wanted in planned:
+            action = "exists"
+        else:
+            planned.add(line.wanted)
+        id_ = existing.get(line.wanted) if line.wanted else None
+        verdicts.append(rest.SubnetImportLine(line=line.number, action=action, id=id_, error=line.error or None))
+    return verdicts
 
 
 def _summary(problems: list[str]) -> str:

@@ -346,6 +346,28 @@ async def test_an_import_with_many_bad_lines_names_whole_ones(api: Api) -> None:
     assert rest == f"{100 - len(named) - 1} more"
 
 
+async def test_dry_run_of_an_import_has_a_verdict_per_line_and_creates_nothing(api: Api, store: MemoryStore) -> None:
+    """Each line is to be created, exists already or in an earlier line, or is refused; nothing is stored or audited."""
+    await api("POST /api/v1/subnet", {"name": "lab", "cidr": "127.9.8.0/24"}, status=201)
+    _, audited = await store.audit.page(0, 10)
+    text = "name,cidr\nlab,127.9.8.0/24\n\nnew,127.9.9.0/24\nnew,127.9.9.0/24\nx,127.9.8.1/24\n"
+    answer = await api.raw("POST", "/api/v1/subnet/import?dry_run=1", content=text, headers=ISSUER.bearer())
+    error = "cidr: 127.9.8.1/24 has host bits set; the network is 127.9.8.0/24"
+    assert (answer.status_code, answer.json()) == (
+        200,
+        {
+            "lines": [
+                {"line": 2, "action": "exists", "id": 1, "error": None},
+                {"line": 4, "action": "create", "id": None, "error": None},
+                {"line": 5, "action": "exists", "id": None, "error": None},
+                {"line": 6, "action": "refused", "id": None, "error": error},
+            ]
+        },
+    )
+    assert (await api("GET /api/v1/subnet"))["total"] == 1
+    assert (await store.audit.page(0, 10))[1] == audited
+
+
 # Policies
 
 
