@@ -283,6 +283,37 @@ def test_page_invalid_form_shows_the_sentence_at_its_field(page: Page, stack: St
     expect(page.get_by_label("Name")).to_have_value("mine")
 
 
+def test_page_counts_each_address_and_port_once(page: Page, stack: Stack) -> None:
+    """Overlapping exclusions and ports that are named twice are counted once, as the scan takes them."""
+    page.goto(f"{stack.url}/app/subnets/new")
+    page.get_by_label("Network").fill(f"{NET}.0/24")
+    page.get_by_label("Exclude").fill("127.44.8.128/25 127.44.8.192/26 127.44.8.1 127.44.8.1")
+    expect(page.get_by_text("127 addresses")).to_be_visible()
+    page.evaluate(VISIT, "/app/new")
+    page.get_by_label("Another network").fill(f"{NET}.1")
+    page.get_by_label("Ports").fill("22,22,20-25,U:22")
+    expect(page.get_by_text("1 address × 7 ports = 7 probes")).to_be_visible()
+
+
+def test_page_jobs_of_all_users_name_their_owner(page: Page, stack: Stack) -> None:
+    """The list of all users' jobs has a column of owners, and one's own list has none."""
+    job = {
+        "id": 9,
+        "user_id": 8,
+        "policy_id": 1,
+        "subnet_id": 1,
+        "status": "pending",
+        "start_time": None,
+        "end_time": None,
+    }
+    page.route("**/api/v1/task?*", lambda route: route.fulfill(json={"jobs": [job], "total": 1}))
+    page.goto(f"{stack.url}/app/jobs?user_id=all")
+    expect(page.get_by_role("row", name="9 8 pending")).to_be_visible()
+    page.evaluate(VISIT, "/app/jobs")
+    expect(page.get_by_role("row", name="9 pending")).to_be_visible()
+    expect(page.get_by_role("columnheader", name="User")).to_have_count(0)
+
+
 def test_page_invalid_network_shows_the_sentence_at_its_field(page: Page, stack: Stack) -> None:
     """A network that is none, one that the platform does not allow, and a wrong exclusion are each shown at their field."""
     page.goto(f"{stack.url}/app/subnets/new")
@@ -541,8 +572,9 @@ def test_page_import_is_the_apis(page: Page, stack: Stack) -> None:
         'cidr,name,exclude\n127.44.13.0/24,"a, b",127.44.13.1;127.44.13.2\n\n127.44.14.1/24,c,\n'
     )
     page.get_by_role("button", name="Check").click()
-    expect(page.get_by_role("status").filter(has_text="2 subnets in the file")).to_be_visible()
-    expect(page.get_by_role("row", name="4 127.44.14.1/24 c")).to_be_visible()
+    summary = "2 subnets in the file: 1 to create, 0 there already, 1 refused"
+    expect(page.get_by_role("status").filter(has_text=summary)).to_be_visible()
+    expect(page.get_by_role("row", name="4 127.44.14.1/24 c")).to_contain_text("cidr: 127.44.14.1/24 has host bits set")
     page.get_by_role("button", name="Import").click()
     expect(page.get_by_role("alert")).to_contain_text("line 4: cidr: 127.44.14.1/24 has host bits set")
     page.get_by_label("CSV").fill(
@@ -551,6 +583,8 @@ def test_page_import_is_the_apis(page: Page, stack: Stack) -> None:
     for message in ("2 subnets created", "0 subnets created"):
         page.get_by_role("button", name="Import").click()
         expect(page.get_by_role("status").filter(has_text=message)).to_be_visible()
+    page.get_by_role("button", name="Check").click()
+    expect(page.get_by_role("link", name="there already")).to_have_count(2)
     page.evaluate(VISIT, "/app/subnets")
     expect(page.get_by_role("row", name="127.44.13.0/24")).to_contain_text("254")
 

@@ -126,6 +126,7 @@ export function Jobs() {
             <thead>
               <tr>
                 <th scope="col">ID</th>
+                {whose && <th scope="col">User</th>}
                 <th scope="col">Status</th>
                 <th scope="col">Subnet</th>
                 <th scope="col">Policy</th>
@@ -140,7 +141,7 @@ export function Jobs() {
             </thead>
             <tbody>
               {list.data.jobs.map((job) => (
-                <Row key={job.id} job={job} task={tasks.get(job.id)} />
+                <Row key={job.id} job={job} task={tasks.get(job.id)} owner={!!whose} />
               ))}
             </tbody>
           </table>
@@ -151,7 +152,7 @@ export function Jobs() {
   );
 }
 
-function Row({ job, task }: { job: Job; task: TaskStatus | undefined }) {
+function Row({ job, task, owner }: { job: Job; task: TaskStatus | undefined; owner: boolean }) {
   // The stream may be ahead of the list, or the list of the stream.
   const now = task && (isFinal(task.job.status) || !isFinal(job.status)) ? task.job : job;
   const seconds = took(now);
@@ -164,6 +165,7 @@ function Row({ job, task }: { job: Job; task: TaskStatus | undefined }) {
             {job.id}
           </a>
         </td>
+        {owner && <td data-label="User">{job.user_id}</td>}
         <td>
           <StatusWord status={now.status} progress={task?.status.progress} />
         </td>
@@ -190,7 +192,7 @@ function Row({ job, task }: { job: Job; task: TaskStatus | undefined }) {
       {task?.status.error && (
         <tr class="reason">
           <td />
-          <td colSpan={6}>{visible(task.status.error)}</td>
+          <td colSpan={owner ? 7 : 6}>{visible(task.status.error)}</td>
         </tr>
       )}
     </>
