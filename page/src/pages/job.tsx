@@ -1,6 +1,6 @@
 import { useSignal } from "@preact/signals";
 import { useEffect, useMemo, useRef } from "preact/hooks";
-import { change, get, isFinal, me, send, type Ledger, type OutcomeMap, type Snapshot, type TaskStatus, type Waiting } from "../api";
+import { change, get, isFinal, me, send, type Ledger, type OutcomeMap, type Policy, type Snapshot, type Subnet, type TaskStatus, type Waiting } from "../api";
 import { collapse, parseNetwork, toNumber, toText } from "../addresses";
 import { watch } from "../events";
 import { Coverage, together } from "../map";
@@ -12,6 +12,7 @@ import { LiveDot } from "./jobs";
 
 const SETTLE = 2_000; // ms between two looks at map and ledger, however often the job reports
 const CELLS = 65_536; // of one map
+const SPOKEN = 10_000; // ms between two announcements of the progress to a screen reader
 const NAMED = 10; // pages of a thousand addresses that were not probed; more are counted
 
 const TABS = [
@@ -42,6 +43,16 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
   }, [outdated]);
   const snapshot = useLoad((signal) => get<Snapshot>(`/api/v1/task/${id}/snapshot`, signal), [id]);
 
+  const about = first.data?.job;
+  const named = useLoad(
+    async (signal) => {
+      if (!about || about.user_id !== me.value!.user_id) return {}; // names are their owner's
+      const [subnet, policy] = await Promise.allSettled([get<Subnet>(`/api/v1/subnet/${about.subnet_id}`, signal), get<Policy>(`/api/v1/policy/${about.policy_id}`, signal)]);
+      return { subnet: subnet.status === "fulfilled" ? subnet.value.name : "", policy: policy.status === "fulfilled" ? policy.value.name : "" }; // they may be deleted
+    },
+    [about?.subnet_id, about?.policy_id],
+  ).data;
+
   if (first.error && !task.value) {
     return (
       <>
@@ -62,6 +73,7 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
       <div class="head">
         <Title text={`Job ${id}`}>
           Job {id} <StatusWord status={status.status} progress={status.progress} />
+          {status.status === "completed" && ledger.data?.accounted && " ✓"}
         </Title>
         {!isFinal(status.status) && (
           <button type="button" class="danger" data-key="x" onClick={() => void (cancelling.value = true)}>
@@ -72,11 +84,13 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
       <p>
         {snapshot.data && (
           <>
-            <code>{snapshot.data.cidr}</code> · {plural(snapshot.data.ports, "port")} · {String(snapshot.data.policy.technique)}
+            <code>{snapshot.data.cidr}</code> {named?.subnet !== snapshot.data.cidr && visible(named?.subnet ?? "")} · {named?.policy && `${visible(named.policy)} · `}
+            {plural(snapshot.data.ports, "port")} · {String(snapshot.data.policy.technique)}
           </>
         )}
         {me.value!.admin && job.user_id !== me.value!.user_id && <> · user {job.user_id}</>}
       </p>
+      <Spoken text={`Job ${id} ${status.status}, ${status.progress} %, ${plural(status.machines_found, "machine")} found`} final={isFinal(status.status)} />
       <progress max={100} value={status.progress} aria-label="progress" />
       <p class="line">
         {counts && ledger.data && (
@@ -124,6 +138,25 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
         </Confirm>
       )}
     </>
+  );
+}
+
+/** A live region that speaks at most once in `SPOKEN`, and of the end at once. */
+function Spoken({ text, final }: { text: string; final: boolean }) {
+  const spoken = useSignal("");
+  const last = useRef(0);
+  useEffect(() => {
+    const speak = () => {
+      last.current = Date.now();
+      spoken.value = text;
+    };
+    const timer = window.setTimeout(speak, final ? 0 : Math.max(0, last.current + SPOKEN - Date.now()));
+    return () => window.clearTimeout(timer);
+  }, [text, final]);
+  return (
+    <p class="hidden" role="status">
+      {spoken.value}
+    </p>
   );
 }
 
