@@ -23,6 +23,7 @@ pytestmark = pytest.mark.e2e
 PORTS = "8020-8090"
 SLOW = {"ports": "1-1000", "service_detection": False, "discovery": "none", "max_rate": 100}
 AXE = Path(__file__).parents[2] / "page" / "node_modules" / "axe-core" / "axe.min.js"
+SCREENSHOTS = Path(__file__).parents[2] / ".local" / "screenshots"  # an artefact of CI
 CHECK = """async (only) => (await axe.run({ runOnly: only }))
     .violations.map((each) => `${each.id}: ${each.nodes.map((node) => node.target.join(" ")).join(", ")}`)"""
 RULES = {
@@ -141,7 +142,9 @@ def test_page_story_from_sign_in_to_results(browser: Browser, stack: Stack, serv
         expect(page.get_by_text("1 job: 256 addresses × 71 ports = 18,176 probes")).to_be_visible()
         page.get_by_role("button", name="Start").click()
 
-        expect(page.get_by_role("heading", name=re.compile(r"Job \d+ completed"))).to_be_visible(timeout=90_000)
+        expect(page.get_by_role("heading", name=re.compile(r"Job \d+ completed ✓"))).to_be_visible(timeout=90_000)
+        expect(page.get_by_role("status").filter(has_text=re.compile(r"Job \d+ completed, 100 %"))).to_have_count(1)
+        expect(page.get_by_text("· quick: ")).to_be_visible()
         expect(page.get_by_text("✓ accounted for")).to_be_visible()
         answered = page.locator(".legend li", has_text="answered").locator(".number").first
         expect(answered).to_have_text("256")  # on loopback every address answers, most of them that the port is closed
@@ -188,11 +191,45 @@ def test_page_hostile_banner_is_text(page: Page, stack: Stack, finished: int) ->
     assert page.locator("td.banner img").count() == 0
 
 
+@pytest.mark.proves("A15", "A31")
+def test_page_hostile_names_and_reasons_are_text(page: Page, stack: Stack, finished: int) -> None:
+    """Markup in the names of subnets and policies, in the audit log and in the reasons of a ledger is shown as text."""
+    hostile = "<img src=x onerror=alert(1)>\x1b[31m\u202e"
+    subnet = {"id": 1, "name": hostile, "cidr": "10.0.0.0/24", "exclude": []}
+    policy = {"id": 1, "name": hostile, "ports": "80", "technique": "connect", "timing": 3, "scripts": []}
+    entry = {"id": "1", "time": "2026-01-01T00:00:00Z", "subject": hostile, "action": hostile, "target": hostile}
+    entry |= {"decision": "refused", "rule": "owner", "reason": hostile, "source": hostile, "request_id": hostile}
+    unprobed = {"address": "10.0.0.1", "ports": "80", "outcome": "lost", "reason": hostile}
+    page.route("**/api/v1/subnet?*", lambda route: route.fulfill(json={"subnets": [subnet], "total": 1}))
+    page.route("**/api/v1/policy?*", lambda route: route.fulfill(json={"policies": [policy], "total": 1}))
+    page.route("**/api/v1/audit?*", lambda route: route.fulfill(json={"entries": [entry], "total": 1}))
+
+    def ledger(route: Route) -> None:
+        real = route.fetch().json()
+        route.fulfill(json=real | {"not_probed": {"addresses": [unprobed], "total": 1}})
+
+    page.route("**/ledger?*", ledger)
+    page.goto(f"{stack.url}/app/subnets")
+    for path in ("subnets", "policies", "audit", "new", f"jobs/{finished}/not-probed"):
+        page.evaluate(VISIT, f"/app/{path}")
+        main = page.locator("main")
+        expect(main).to_contain_text("<img src=x onerror=alert(1)>")
+        assert main.locator("img").count() == 0, path
+        assert not {"\x1b", "\u202e"} & set(main.inner_text()), path
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_page_every_page_is_accessible_and_fits(
-    browser: Browser, stack: Stack, cookies: list[dict[str, object]], finished: int, theme: Literal["light", "dark"]
+    *,
+    browser: Browser,
+    stack: Stack,
+    user: Client,
+    cookies: list[dict[str, object]],
+    finished: int,
+    theme: Literal["light", "dark"],
 ) -> None:
-    """On every page, wide and narrow, axe finds nothing, and nothing is wider than a narrow screen."""
+    """On every page, wide and narrow, axe finds nothing, and nothing is wider than a narrow screen; screenshots are kept."""
+    job = user.finished(finished)["job"]
     paths = [
         "new",
         "subnets",
@@ -200,6 +237,8 @@ def test_page_every_page_is_accessible_and_fits(
         "subnets/import",
         "policies",
         "policies/new",
+        f"subnets/{job['subnet_id']}",
+        f"policies/{job['policy_id']}",
         "audit",
         "jobs/999999",
         "jobs",
@@ -228,6 +267,8 @@ def test_page_every_page_is_accessible_and_fits(
                     page.get_by_role("button", name="Check").click()
                     expect(page.get_by_role("cell", name=f"{NET}.0/24")).to_be_visible()
                 found += [f"{path}, {width}: {each}" for each in page.evaluate(CHECK, RULES[theme])]
+                name = re.sub(r"\W+", "-", re.sub(r"\d+", "n", path)).strip("-")
+                page.screenshot(path=SCREENSHOTS / f"{name}-{width}-{theme}.png")
                 if page.evaluate("document.documentElement.scrollWidth > innerWidth"):
                     found.append(f"{path} is wider than {width} px")
     assert found == []
