@@ -67,6 +67,7 @@ def replaced(session: Session, call: calls.Call[Any]) -> Row:
                 "another request has changed the object in the meantime; nothing was changed",
                 hint="repeat the command",
                 status=error.status,
+                request_id=error.request_id,
             ) from error
         raise
     return after
@@ -81,7 +82,7 @@ def delete_each(
         session: of the command.
         noun: of the objects.
         deletions: id and call of each deletion.
-        conflict: hint for a conflict with the state of an object; may be empty.
+        conflict: hint for a conflict with the state of an object, in which `{id}` is its id; may be empty.
 
     Raises:
         CommandError: some objects could not be deleted.
@@ -93,7 +94,8 @@ def delete_each(
         except ScanfleetError as error:
             end = explain(error)
             if end.status == httpx2.codes.CONFLICT:
-                end.hint = conflict
+                end.hint = conflict.format(id=number)
+            end.message = f"{noun} {number}: {end.message}"
             errors.append(end)
             continue
         session.output.note(f"✓ {noun} {number} deleted")
@@ -146,4 +148,6 @@ def _cancel(session: Session, job_id: int) -> None:
             error.unsure and task.status.status is JobStatus.CANCELLED
         ):  # else an attempt without a response has cancelled it
             when = task.job.model_dump(mode="json")["end_time"]
-            raise AlreadyEndedError(f"{error.message} (since {when})", status=error.status) from error
+            raise AlreadyEndedError(
+                f"{error.message} (since {when})", status=error.status, request_id=error.request_id
+            ) from error

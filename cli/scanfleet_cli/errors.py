@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import IntEnum
 from typing import Final
 
@@ -46,6 +47,10 @@ _BY_STATUS: Final = {
     504: Exit.UNAVAILABLE,
 }
 _UNSAFE: Final = "the request may have been carried out: check before you repeat it"
+_NOT_FOUND: Final = re.compile(r"\b(Job|Policy|Subnet)\b.* not found")
+_TARGET_RULE: Final = re.compile(
+    "is not within the networks that this platform allows|are never scanned|which this platform denies|a subnet has at most"
+)
 _CLIENT_ERROR: Final = 400
 _SERVER_ERROR: Final = 500
 
@@ -130,9 +135,9 @@ def explain(error: ScanfleetError) -> CommandError:
         return CommandError(
             error.message,
             Exit.FAULT if unsafe else _code(error.status),
-            hint=_UNSAFE if unsafe else _hint(error.status),
+            hint=_UNSAFE if unsafe else _hint(error.status, error.message),
             status=error.status,
-            request_id=error.request_id if error.status >= _SERVER_ERROR else "",
+            request_id=error.request_id,
         )
     if unsafe:
         return CommandError(str(error), Exit.FAULT, hint=_UNSAFE)
@@ -145,8 +150,10 @@ def _code(status: int) -> Exit:
     return Exit.REFUSED if _CLIENT_ERROR <= status < _SERVER_ERROR else Exit.FAULT
 
 
-def _hint(status: int) -> str:
+def _hint(status: int, message: str) -> str:
     match status:
+        case 400 | 404:
+            return _hint_of_refusal(message)
         case 401:
             return "sign in with `scanfleet login`; `scanfleet whoami` shows the source of the token"
         case 403:
@@ -156,3 +163,10 @@ def _hint(status: int) -> str:
         case 500:
             return "report the request id to the operator of the service"
     return ""
+
+
+def _hint_of_refusal(message: str) -> str:
+    if _TARGET_RULE.search(message):
+        return "ask the operator who sets SCANFLEET_ALLOWED_NETWORKS"
+    missing = _NOT_FOUND.search(message)
+    return f"scanfleet {missing[1].lower()} list" if missing else ""

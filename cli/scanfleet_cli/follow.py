@@ -107,10 +107,16 @@ def _gave_up(late: Followed, limit: float) -> CommandError:
     status = late.task.status if late.task else None
     state = f"still {status.status} ({status.progress} %)" if status else "has no known state"
     return CommandError(
-        f"job {late.job_id} {state}, gave up waiting after {limit:g} s",
+        f"job {late.job_id} {state}, gave up waiting after {_given(limit)}",
         Exit.TIMED_OUT,
         hint=f"scanfleet job watch {late.job_id}",
     )
+
+
+def _given(limit: float) -> str:
+    """Format seconds as `--timeout` takes them: `90s`, `30m` or `2h`."""
+    size, unit = next((each for each in ((3_600, "h"), (60, "m")) if limit % each[0] == 0), (1, "s"))
+    return f"{limit / size:g}{unit}"
 
 
 class _Following:

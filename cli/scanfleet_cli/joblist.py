@@ -97,13 +97,13 @@ def watch(session: Session, call: calls.ListCall[rest.JobList], columns: Sequenc
         raise CommandError("--watch prints a table, or JSON lines with -o jsonl", hint="leave out --watch")
     matches = _filter(call.query)
     if output.format is Format.JSONL:
-        for task in session.client.watch_all(call.query.get("user_id"), output.note):
+        for task in session.client.watch_all(call.query.get("user_id"), session.notice):
             if matches(task.job):
                 output.line(task.model_dump(mode="json"))
         return
     table = (_Redrawn if output.terminal else _Lines)(session, call, columns, details)
     try:
-        for task in session.client.watch_all(call.query.get("user_id"), output.note, table.opened):
+        for task in session.client.watch_all(call.query.get("user_id"), session.notice, table.opened):
             table.changed(task, matches=matches(task.job))
     finally:
         table.close()

@@ -19,7 +19,7 @@ from click.shell_completion import CompletionItem
 
 from scanfleet_cli.config import Config, Place
 from scanfleet_cli.errors import ApiError, CommandError, Exit, ScanfleetError
-from scanfleet_cli.output import Column, Format, Output, Row
+from scanfleet_cli.output import Column, Format, Output, Row, printable
 
 if TYPE_CHECKING:
     from scanfleet_cli.calls import Call, ListCall
@@ -175,6 +175,10 @@ class Session:
     def ask(self, call: Call[Any]) -> Any:
         """Return the response to a call as JSON."""
         return self.client.ask(call).json
+
+    def notice(self, sentence: str) -> None:
+        """Note a sentence that may contain text from the network."""
+        self.output.note(printable(sentence))
 
     def find(self, call: Call[R]) -> R | None:
         """Return the response to a call, None if the object does not exist."""

@@ -202,7 +202,7 @@ class FakeApi(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
         number: str,
     ) -> httpx2.Response:
         if int(number) not in kind:
-            return _error(404, f"no {noun.lower()} {number}, or it is not yours")
+            return _error(404, f"{noun} not found")
         etag = f'"{hash(json.dumps(kind[int(number)])) & 0xFFFF}"'
         match request.method:
             case "GET":
@@ -217,7 +217,7 @@ class FakeApi(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
     def _submit(self, request: httpx2.Request) -> httpx2.Response:
         body, key = json.loads(request.content), request.headers["idempotency-key"]
         if body["policy_id"] not in self.policies:
-            return _error(400, f"policy {body['policy_id']} is unknown or not yours")
+            return _error(400, f"Policy {body['policy_id']} not found")
         if key not in self.keys:
             self.keys[key] = []
             for subnet_id in body["subnet_ids"]:
@@ -231,7 +231,7 @@ class FakeApi(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
     def _job(self, request: httpx2.Request, number: str, what: str) -> httpx2.Response:
         job = self.jobs.get(int(number))
         if job is None:
-            return _error(404, f"no job {number}, or it is not yours")
+            return _error(404, "Job not found")
         answers: dict[str, Callable[[], httpx2.Response]] = {
             "GET ": lambda: _model(job.task),
             "GET /ledger": lambda: _model(job.ledger(int(request.url.params.get("page", 1)))),
@@ -287,7 +287,7 @@ def _map(job: FakeJob) -> dict[str, Any]:
 
 def _cancel(job: FakeJob) -> httpx2.Response:
     if job.status.final:
-        return _error(400, f"job {job.id} is already {job.status}")
+        return _error(400, f"Job is already {job.status}")
     job.states = [(JobStatus.CANCELLED, 62)]
     return httpx2.Response(200, json={"message": "Job cancelled successfully"})
 

@@ -108,12 +108,15 @@ def list_(
 
 @job.command()
 @job_id
+@click.option("--open", "browse", is_flag=True, help="Open the page of the job in a browser too.")
 @formats
 @with_session
-def show(session: Session, /, *, job_id: int) -> None:
+def show(session: Session, /, *, job_id: int, browse: bool) -> None:
     """Show the status, progress, request and outcome of a job."""
     reply = session.client.ask(call := calls.read_task(job_id))
     session.output.one(reply.json, lambda: _block(session, reply.read(call)), "job_id")
+    if browse:
+        session.world.browse(_page(session, job_id))
 
 
 def _block(session: Session, task: rest.TaskStatus) -> Iterator[str]:
@@ -258,7 +261,7 @@ def delete(session: Session, /, *, job_ids: Sequence[int], yes: bool) -> None:
         session,
         "job",
         [(each, calls.delete_task(each)) for each in ids],
-        conflict="cancel it with `scanfleet job cancel`, and repeat the command after its last chunks have stopped",
+        conflict="cancel it with `scanfleet job cancel {id}`, and repeat the command after its last chunks have stopped",
     )
 
 
@@ -267,7 +270,7 @@ def delete(session: Session, /, *, job_ids: Sequence[int], yes: bool) -> None:
 @with_session
 def events(session: Session, /, *, job_id: int) -> None:
     """Print each state of a job as a JSON line, up to the final one."""
-    for task in session.client.watch(job_id, session.output.note):
+    for task in session.client.watch(job_id, session.notice):
         session.output.line(task.model_dump(mode="json"))
 
 
@@ -334,6 +337,8 @@ def _supported(what: str) -> Iterator[None]:
                 f"this service does not support {what}: it is older than this command",
                 Exit.FAULT,
                 hint="scanfleet doctor",
+                status=error.status,
+                request_id=error.request_id,
             ) from error
         raise
 
@@ -487,7 +492,11 @@ def _ledger(session: Session, first: rest.Ledger) -> Iterator[str]:
 @with_session
 def open_(session: Session, /, *, job_id: int) -> None:
     """Print the URL of the page of a job, and open it in a browser."""
-    url = f"{session.place.url}/app/job/{job_id}"
+    url = _page(session, job_id)
     session.output.emit(url)
     if session.output.terminal:
         session.world.browse(url)
+
+
+def _page(session: Session, job_id: int) -> str:
+    return f"{session.place.url}/app/job/{job_id}"

@@ -182,7 +182,9 @@ def _fail_ports(text: str | None) -> _Watched | None:
     except ValueError as error:
         raise CommandError(f"--fail-on: {error}", hint='"open", or ports such as 22,8000-8100') from error
     ranges = {"tcp": ports.tcp, "udp": ports.udp}
-    return lambda row: any(first <= row["port"] <= last for first, last in ranges.get(row["protocol"], ()))
+    return lambda row: (
+        row["status"] == "open" and any(first <= row["port"] <= last for first, last in ranges.get(row["protocol"], ()))
+    )
 
 
 # Targets
@@ -208,8 +210,8 @@ def _targets(given: Sequence[str], file: Any, exclude: Sequence[str], name: str 
 
 def _of_lines(lines: Iterable[str]) -> Iterator[Wanted]:
     """Parse targets: a CIDR or address per line, or CSV with a header."""
-    rows = [line for text in lines if (line := text.partition("#")[0].strip())]
-    if rows and "cidr" in rows[0].lower().split(","):
+    rows = [line for text in lines if (line := text.strip()) and not line.startswith("#")]
+    if rows and "cidr" in [cell.strip() for cell in rows[0].lower().split(",")]:
         for row in csv.DictReader(rows):
             cells = {
                 (key or "").strip().lower(): (value or "").strip()
@@ -222,7 +224,7 @@ def _of_lines(lines: Iterable[str]) -> Iterator[Wanted]:
                 tuple(cells.get("exclude", "").replace(";", " ").split()),
             )
         return
-    yield from map(Wanted, rows)
+    yield from (Wanted(line.partition("#")[0].strip()) for line in rows)
 
 
 # Subnets and policies

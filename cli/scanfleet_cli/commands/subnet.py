@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from ipaddress import ip_network
-from typing import Any, Final
+from typing import Any
 
 import click
 
 from scanfleet import rest
 from scanfleet_cli import calls, changes, coverage, resolve
-from scanfleet_cli.errors import ApiError, CommandError
+from scanfleet_cli.errors import CommandError
 from scanfleet_cli.output import Format, Row, ago, column, count, printable
 from scanfleet_cli.session import Session, formats, lists, with_session, yes
-
-_TARGETS_HINT: Final = "ask the operator who sets SCANFLEET_ALLOWED_NETWORKS"
 
 
 @click.group()
@@ -31,18 +29,8 @@ def subnet() -> None:
 def create(session: Session, /, *, name: str, cidr: str, exclude: Sequence[str]) -> None:
     """Create a subnet."""
     body = resolve.body(rest.SubnetBody, {"name": name, "cidr": resolve.canonical(cidr), "exclude": list(exclude)})
-    made = _explained(session, calls.create_subnet(body))
+    made = session.ask(calls.create_subnet(body))
     session.output.one(made, lambda: [line(made)])
-
-
-def _explained(session: Session, call: calls.Call[Any]) -> Row:
-    try:
-        made: Row = session.ask(call)
-    except ApiError as error:
-        if "not allowed" in error.message or "target" in error.message:
-            raise CommandError(error.message, hint=_TARGETS_HINT, status=error.status) from error
-        raise
-    return made
 
 
 def line(subnet: Row) -> str:
@@ -153,7 +141,7 @@ def import_(session: Session, /, *, file: Any) -> None:
         text = file.read()
     except UnicodeDecodeError as error:
         raise CommandError(f"{file.name} is not UTF-8: {error}") from error
-    imported = _explained(session, calls.import_subnets(text))
+    imported = session.ask(calls.import_subnets(text))
     if session.output.format not in {Format.TABLE, Format.WIDE} or session.output.fields is not None:
         session.output.many(imported["subnets"], [])
         return

@@ -25,17 +25,18 @@ def test_missing_token_exits_4(run: Any) -> None:
     [(400, 2), (409, 2), (412, 2), (413, 2), (401, 4), (403, 4), (404, 5), (429, 6), (502, 6), (503, 6), (500, 1)],
 )
 def test_error_of_the_service_has_its_exit_code(api: FakeApi, run: Any, status: int, code: int) -> None:
-    """The service's sentence is printed, and the request id of a fault of the service."""
+    """The service's sentence and the request id are printed, whatever the format."""
     api.fault_of = lambda _request: httpx2.Response(
         status, json={"error": "as it is"}, headers={"X-Request-ID": "c0ffee"}
     )
     ended = run("--retry", "0", "job", "show", "41")
     assert ended.code == code
     assert ended.err.startswith("scanfleet: as it is\n")
-    assert ("c0ffee" in ended.err) == (status >= 500)
+    assert "c0ffee" in ended.err
     document = json.loads(run("--retry", "0", "job", "show", "41", "-o", "json").err)
     assert document["error"] == "as it is"
     assert document["status"] == status
+    assert document["request_id"] == "c0ffee"
 
 
 def test_service_that_cannot_be_reached_exits_6(api: FakeApi, run: Any) -> None:

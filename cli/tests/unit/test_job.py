@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx2
@@ -11,6 +12,7 @@ import pytest
 from scanfleet import rest
 from scanfleet.messages import JobStatus
 from scanfleet.policy import Preset, fill_in
+from scanfleet_cli.session import World
 from scanfleet_cli_testing import TOKEN, FakeApi, FakeJob, host_found, result
 
 
@@ -352,7 +354,7 @@ def test_cancel_of_an_ended_job_exits_2_with_the_time(jobs: FakeApi, run: Any) -
     """A job that has ended cannot be cancelled, and the others still are."""
     ended = run("job", "cancel", "41", "42")
     assert ended.code == 2
-    assert "job 41 is already completed (since 2026-03-14T09:01:07Z)" in ended.err
+    assert "job 41 could not be cancelled: Job is already completed (since 2026-03-14T09:01:07Z)" in ended.err
     assert "✓ job 42 cancelled" in ended.err
     assert jobs.jobs[42].status is JobStatus.CANCELLED
 
@@ -377,9 +379,18 @@ def test_delete_of_an_unfinished_job_exits_2_and_deletes_the_others(jobs: FakeAp
     ended = run("job", "delete", "42", "41", "--yes")
     assert ended.code == 2
     assert "✓ job 41 deleted" in ended.err
-    assert "Job is running; cancel it first" in ended.err
-    assert "scanfleet job cancel" in ended.err
+    assert "job 42: Job is running; cancel it first" in ended.err
+    assert "`scanfleet job cancel 42`" in ended.err
     assert list(jobs.jobs) == [42]
+
+
+@pytest.mark.usefixtures("jobs")
+def test_delete_of_missing_jobs_names_each(run: Any) -> None:
+    """Each error names its job, and has a hint and the request id."""
+    ended = run("job", "delete", "1", "2", "--yes")
+    assert ended.code == 5
+    each = "scanfleet: job {}: Job not found\n  scanfleet job list\n  request c0ffee\n"
+    assert ended.err == each.format(1) + each.format(2)
 
 
 def test_delete_of_a_job_needs_yes_without_a_terminal(jobs: FakeApi, run: Any) -> None:
@@ -439,6 +450,37 @@ def test_events_are_json_lines(run: Any) -> None:
     """`job events` prints each state of the stream."""
     lines = [json.loads(line) for line in run("job", "events", "42").out.splitlines()]
     assert [line["status"]["progress"] for line in lines] == [62, 100]
+
+
+@pytest.mark.parametrize("command", [["job", "events", "42"], ["job", "list", "--watch"]])
+def test_notice_of_a_lost_connection_is_escaped(jobs: FakeApi, run: Any, command: list[str]) -> None:
+    """The body of an error controls no terminal."""
+    opened = [0]
+
+    def fault(request: httpx2.Request) -> BaseException | httpx2.Response | None:
+        opened[0] += request.url.path.endswith("/events")
+        if opened[0] == 2:
+            raise KeyboardInterrupt
+        return httpx2.Response(502, json={"error": "bad \x1b[2J"}) if request.url.path.endswith("/events") else None
+
+    jobs.fault_of = fault
+    ended = run(*command)
+    assert "bad \\x1b[2J" in ended.err
+    assert "\x1b" not in ended.err
+
+
+def test_job_show_with_open_opens_the_page(jobs: FakeApi, run: Any, world: World) -> None:
+    """--open prints the block and opens the page of the job."""
+    assert jobs
+    opened: list[str] = []
+
+    def browse(url: str) -> bool:
+        opened.append(url)
+        return True
+
+    ended = run("job", "show", "41", "--open", world=replace(world, browse=browse))
+    assert ended.out.startswith("job 41  completed")
+    assert opened == ["http://scanfleet.test/app/job/41"]
 
 
 def test_map_is_a_square_of_letters(jobs: FakeApi, run: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import httpx2
 import pytest
 from click.shell_completion import ShellComplete
 
+from scanfleet.targets import TargetRules
 from scanfleet_cli import main
 from scanfleet_cli.config import Config
 from scanfleet_cli.output import Output
@@ -343,3 +345,47 @@ def test_jobs_and_contexts_are_completed(run: Any, world: World, tmp_path: Path)
     assert complete(here | {"SCANFLEET_TOKEN": "stale"}, "job", "watch") == []
     (tmp_path / "config.toml").write_text("current = ")
     assert complete({}, "context", "use") == []
+
+
+REFUSALS = [
+    TargetRules((ip_network("127.0.0.0/8"),), (ip_network("127.9.0.0/16"),)).refusal(ip_network(each))
+    for each in ("10.0.0.0/8", "10.1.2.0/24", "169.254.0.0/24", "127.9.8.0/24", "::ffff:10.1.2.0/120")
+]
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+@pytest.mark.parametrize("command", ["create", "import", "edit", "scan"])
+def test_refusal_by_the_target_rules_has_a_hint(
+    api: FakeApi, run: Any, tmp_path: Path, command: str, refusal: str
+) -> None:
+    """The sentence of each target rule is shown unchanged, with the hint and the request id, by every command that sends targets."""
+    run("subnet", "create", "lab", "127.9.8.0/24")
+    (tmp_path / "csv").write_text("name,cidr\nweb,127.9.9.0/24\n")
+    arguments = {
+        "create": ("subnet", "create", "web", "127.9.9.0/24"),
+        "import": ("subnet", "import", tmp_path / "csv"),
+        "edit": ("subnet", "edit", "lab", "--cidr", "127.9.9.0/24"),
+        "scan": ("scan", "127.9.9.0/24"),
+    }
+    refused = httpx2.Response(400, json={"error": f"cidr: {refusal}"}, headers={"X-Request-ID": "c0ffee"})
+    api.fault_of = lambda request: refused if request.method != "GET" and "/subnet" in request.url.path else None
+    ended = run(*arguments[command])
+    assert ended.code == 2
+    assert f"scanfleet: cidr: {refusal}\n  ask the operator who sets SCANFLEET_ALLOWED_NETWORKS\n" in ended.err
+    assert "request c0ffee" in ended.err
+
+
+@pytest.mark.parametrize("kind", ["subnet", "policy"])
+def test_missing_object_has_the_list_as_hint(run: Any, kind: str) -> None:
+    """An id that does not exist exits 5 with the command that lists the objects."""
+    ended = run(kind, "show", "99")
+    assert ended.code == 5
+    assert f"scanfleet {kind} list" in ended.err
+
+
+def test_job_submit_with_an_unknown_policy_has_the_list_as_hint(run: Any) -> None:
+    """The unknown policy is named, with the command that lists policies."""
+    run("subnet", "create", "lab", "127.9.8.0/24")
+    ended = run("job", "submit", "--subnet", "lab", "--policy", "99")
+    assert ended.code == 5
+    assert "Policy not found\n  scanfleet policy list" in ended.err

@@ -108,7 +108,13 @@ def test_failed_scan_lists_addresses_that_were_not_probed(api: FakeApi, run: Any
 
 @pytest.mark.parametrize(
     ("results", "fail_on", "code"),
-    [([SSH], "open", 8), ([SSH], "80", 0), ([SSH], "20-25", 8), ([], "open", 0)],
+    [
+        ([SSH], "open", 8),
+        ([SSH], "80", 0),
+        ([SSH], "20-25", 8),
+        ([], "open", 0),
+        ([SSH | {"status": "open|filtered"}], "22", 0),
+    ],
 )
 def test_fail_on_matches_open_ports(api: FakeApi, run: Any, results: list[Any], fail_on: str, code: int) -> None:
     """--fail-on exits 8 when a result matches."""
@@ -143,6 +149,15 @@ def test_targets_of_a_file_are_scanned(api: FakeApi, run: Any, tmp_path: Any) ->
     assert [each["cidr"] for each in api.subnets.values()] == ["127.9.8.0/30", "127.9.8.9/32", "127.9.9.0/24"]
     assert api.subnets[7]["name"] == "web"
     assert api.subnets[7]["exclude"] == ["127.9.9.1/32", "127.9.9.2/32"]
+
+
+def test_targets_as_csv_keep_number_signs_in_cells_and_may_have_spaces_in_the_header(
+    api: FakeApi, run: Any, tmp_path: Any
+) -> None:
+    """Header cells are stripped, and only a line that begins with # is a comment."""
+    (tmp_path / "csv").write_text("# site A\nname, cidr\nrack #3,127.9.9.0/24\n")
+    assert run("scan", "--targets", tmp_path / "csv", "--no-watch").code == 0
+    assert [(each["name"], each["cidr"]) for each in api.subnets.values()] == [("rack #3", "127.9.9.0/24")]
 
 
 def test_wrong_usage_exits_2_and_creates_nothing(api: FakeApi, run: Any) -> None:
@@ -200,5 +215,5 @@ def test_time_limit_leaves_the_job_running(api: FakeApi, run: Any) -> None:
     api.states = [(JobStatus.RUNNING, 62)]
     ended = run("scan", "127.9.8.0/24", "--timeout", "0.5s")
     assert ended.code == 124
-    assert "job 41 still running (62 %), gave up waiting after 0.5 s" in ended.err
+    assert "job 41 still running (62 %), gave up waiting after 0.5s" in ended.err
     assert api.jobs[41].status is JobStatus.RUNNING
