@@ -576,12 +576,10 @@ async def test_inserting_chunks_again_changes_nothing(store: Store) -> None:
 async def test_saving_chunks_is_a_compare_and_set(store: Store) -> None:
     """Of two saves of one read of a chunk the second loses; the others of its batch do not."""
     await store.chunks.insert([chunk(), chunk(id="1-1", index=1)])
-    taken = dispatch(chunk(), "w-1", LATER, size=4, estimate=5.0, share=1.0)
+    taken = dispatch(chunk(), "w-1", LATER, size=4, share=1.0)
     assert await store.chunks.save([taken]) == set()
-    beside = dispatch(chunk(id="1-1", index=1), "w-2", LATER, size=4, estimate=5.0, share=0.5)
-    assert await store.chunks.save([dispatch(chunk(), "w-2", LATER, size=4, estimate=5.0, share=1.0), beside]) == {
-        "1-0"
-    }
+    beside = dispatch(chunk(id="1-1", index=1), "w-2", LATER, size=4, share=0.5)
+    assert await store.chunks.save([dispatch(chunk(), "w-2", LATER, size=4, share=1.0), beside]) == {"1-0"}
     assert await store.chunks.get(["1-0", "1-1"]) == {"1-0": replace(taken, rev=1), "1-1": replace(beside, rev=1)}
     assert await store.chunks.save([chunk(id="9-9")]) == {"9-9"}
 
@@ -885,7 +883,7 @@ async def test_saves_keep_fields_of_newer_releases(mongo_store: MongoStore, data
     for name in ("jobs", "chunks"):
         await database[name].update_one({}, {"$set": {"newer": {"deep": 1}}})
     assert await mongo_store.jobs.save([running(job)]) == set()
-    assert await mongo_store.chunks.save([dispatch(one, "w-1", LATER, size=4, estimate=5.0, share=1.0)]) == set()
+    assert await mongo_store.chunks.save([dispatch(one, "w-1", LATER, size=4, share=1.0)]) == set()
     for name in ("jobs", "chunks"):
         document = await database[name].find_one({})
         assert document is not None
@@ -931,7 +929,7 @@ async def test_unreadable_jobs_are_left_out_counted_and_named(mongo_store: Mongo
 
 @pytest.mark.integration
 @pytest.mark.proves("G17")
-async def test_unreadable_receipts_keep_no_deletion_back(mongo_store: MongoStore, database: Database) -> None:
+async def test_unreadable_receipts_delay_no_other_deletion(mongo_store: MongoStore, database: Database) -> None:
     """As many receipts as one answer has, which cannot be read and wait longest, are counted, named, and tried again later."""
     jobs = [replace(change(scan_job(n), JobTrigger.CANCEL, THEN, settled=True), outbox=()) for n in range(1, 5)]
     await mongo_store.jobs.insert(jobs)

@@ -10,7 +10,6 @@ from fastapi import APIRouter, Depends, Request
 from job_orchestrator.api.state import Handed, Paged, Recorded
 from job_orchestrator.domain.access import KEPT, MAX_REVOCATIONS, Revocation
 from job_orchestrator.domain.audit import first_use
-from job_orchestrator.domain.ports import AccessRepository
 from scanfleet import rest
 from scanfleet.auth import Caller, GatewayRoute, Guarded, Principal
 from scanfleet.clock import utc_now
@@ -24,13 +23,6 @@ router = APIRouter(prefix="/api/v1/revocation", route_class=Guarded)
 internal = APIRouter(prefix="/internal", route_class=GatewayRoute)
 
 
-async def _access(state: Handed) -> AccessRepository:
-    return state.store.access
-
-
-Kept = Annotated[AccessRepository, Depends(_access)]
-
-
 async def _administrator(caller: Caller) -> Principal:
     if not caller.admin:
         raise ForbiddenError("Revocations are for administrators", rule=Rule.ROLE)
@@ -42,12 +34,12 @@ Administrator = Annotated[Principal, Depends(_administrator)]
 
 @router.post("", status_code=201)
 async def create_revocation(
-    body: rest.RevocationBody, caller: Administrator, access: Kept, record: Recorded
+    body: rest.RevocationBody, caller: Administrator, state: Handed, record: Recorded
 ) -> rest.Revocation:
     now = utc_now()
     if body.issued_before is not None and body.issued_before > now + _SKEW:
         raise BadRequestError("issued_before: is in the future")
-    id_ = await access.take_revocation_id()
+    id_ = await state.store.access.take_revocation_id()
     revocation = Revocation(
         id=id_,
         jti=body.jti,
@@ -59,7 +51,7 @@ async def create_revocation(
         expires_at=now + KEPT,
     )
     await record(target=f"/api/v1/revocation/{id_}")
-    if not await access.add_revocation(revocation):
+    if not await state.store.access.add_revocation(revocation):
         raise ConflictError(
             f"There are {MAX_REVOCATIONS} revocations already; delete some, or revoke all of a user's tokens"
         )
@@ -67,8 +59,8 @@ async def create_revocation(
 
 
 @router.get("")
-async def list_revocations(_caller: Administrator, access: Kept, paged: Paged) -> rest.RevocationList:
-    found = await access.revocations()
+async def list_revocations(_caller: Administrator, state: Handed, paged: Paged) -> rest.RevocationList:
+    found = await state.store.access.revocations()
     return rest.RevocationList(
         revocations=[_view(each) for each in found[paged.skip : paged.skip + paged.page_size]],
         total=len(found),
@@ -78,20 +70,22 @@ async def list_revocations(_caller: Administrator, access: Kept, paged: Paged) -
 
 
 @router.delete("/{revocation_id}")
-async def delete_revocation(revocation_id: PathId, _caller: Administrator, access: Kept, record: Recorded) -> rest.Done:
-    if all(each.id != revocation_id for each in await access.revocations()):
+async def delete_revocation(
+    revocation_id: PathId, _caller: Administrator, state: Handed, record: Recorded
+) -> rest.Done:
+    if all(each.id != revocation_id for each in await state.store.access.revocations()):
         raise NotFoundError("Revocation not found")
     await record()
-    await access.delete_revocation(revocation_id)
+    await state.store.access.delete_revocation(revocation_id)
     return rest.Done(message="Revocation deleted successfully")
 
 
 @internal.get("/revocations")
-async def revoked(access: Kept) -> list[rest.Revoked]:
+async def revoked(state: Handed) -> list[rest.Revoked]:
     """List all revocations; every gateway polls this route every two seconds."""
     return [
         rest.Revoked(jti=each.jti, sub=each.sub, user_id=each.user_id, issued_before=each.issued_before)
-        for each in await access.revocations()
+        for each in await state.store.access.revocations()
     ]
 
 
@@ -115,9 +109,9 @@ async def use_issuer_keys(request: Request, body: rest.IssuerKeys, state: Handed
 
 
 @internal.post("/users")
-async def user_id(body: rest.Subject, access: Kept) -> rest.UserId:
+async def user_id(body: rest.Subject, state: Handed) -> rest.UserId:
     """Return the id of this user; the first call assigns it."""
-    return rest.UserId(user_id=await access.user_id(body.issuer, body.subject))
+    return rest.UserId(user_id=await state.store.access.user_id(body.issuer, body.subject))
 
 
 def _view(each: Revocation) -> rest.Revocation:

@@ -170,8 +170,8 @@ class Chunk:
         return self.outcomes.count(Outcome.BLANK, 0, self.reach)
 
 
-def dispatch(chunk: Chunk, worker_id: str, now: datetime, *, size: int, estimate: float, share: float) -> Chunk:
-    """Return the chunk with a new token, for an attempt of `estimate` seconds on its first `size` blanks."""
+def dispatch(chunk: Chunk, worker_id: str, now: datetime, *, size: int, share: float) -> Chunk:
+    """Return the chunk with a new token, for an attempt on its first `size` blanks."""
     return _move(
         chunk,
         ChunkTrigger.DISPATCH,
@@ -179,7 +179,6 @@ def dispatch(chunk: Chunk, worker_id: str, now: datetime, *, size: int, estimate
         attempt=chunk.attempt + 1,
         worker_id=worker_id,
         reach=_reach(chunk.outcomes, size),
-        estimate=estimate,
         share=share,
         dispatched_at=now,
         fruitless=chunk.fruitless + 1,

@@ -187,8 +187,10 @@ class UnprobedPage:
     def ranges(self) -> Iterator[tuple[int, int]]:
         """Yield the ranges of chunk indexes to add, of those in the job's totals, and count the addresses of the others."""
         totals, size = self._job.totals, _slice_size(self._job)
-        if totals.unprobed is None:
-            yield 0, totals.done
+        if totals.unprobed is None:  # counted by an earlier release
+            counts = Tally(self._job).counts
+            if any(counts[name] for name in _NAMED):
+                yield 0, totals.done
             return
         at, before, after = self.total, 0, 0
         runs: list[tuple[int, int]] = []

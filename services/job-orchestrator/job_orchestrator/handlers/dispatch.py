@@ -296,8 +296,7 @@ class Dispatcher(PartitionListener):
                 closed[job.user_id, job.granted_by] = job
             elif chunk.state is ChunkState.QUEUED:
                 size = plan.attempt_size(job, chunk)
-                seconds = plan.expected(job, PortSet.parse(chunk.ports), size)
-                due.append(dispatch(chunk, worker.worker_id, now, size=size, estimate=seconds, share=share))
+                due.append(dispatch(chunk, worker.worker_id, now, size=size, share=share))
         losers = await self._chunks.save(due)
         sent = [chunk for chunk in due if chunk.id not in losers]
         CHUNK_TRANSITIONS.labels(ChunkState.DISPATCHED).inc(len(sent))
@@ -372,7 +371,7 @@ class Dispatcher(PartitionListener):
             policy=job.policy,
             ports=chunk.ports,
             lease_seconds=self._lease_seconds,
-            estimate_seconds=chunk.estimate,
+            estimate_seconds=plan.expected(job, ports, chunk.attempted),
             failures=chunk.failures,
             limit=chunk.attempted if chunk.limit or chunk.attempted < chunk.blank else None,
             max_rate=plan.nmap_rate(job.policy),

@@ -65,7 +65,7 @@ class MongoChunks:
 
     @dependency_errors()
     async def _job_page(self, wanted: Document) -> list[Document]:
-        return await self._chunks.find(wanted).sort("index", 1).to_list(_BATCH)
+        return await self._chunks.find(wanted).sort("index", 1).limit(_BATCH).to_list(_BATCH)
 
     async def active(self, job_id: int, first: int) -> list[Chunk]:
         queued = {"$ne": ChunkState.QUEUED.value}

@@ -12,7 +12,7 @@ from job_orchestrator.repository import documents
 from job_orchestrator.repository.compare_and_set import NO_RECEIPT
 from scanfleet.mongo import Database, Document, dependency_errors
 
-UNREADABLE_PAUSE: Final = timedelta(hours=1)  # between two attempts to read a receipt, which an operator has to repair
+_UNREADABLE_PAUSE: Final = timedelta(hours=1)  # between two attempts to read a receipt, which an operator has to repair
 
 
 class MongoDeletions:
@@ -29,11 +29,13 @@ class MongoDeletions:
 
     @dependency_errors()
     async def due(self, now: datetime, limit: int) -> list[Deletion]:
-        found = await self._jobs.find({"due": {"$lte": now}}).sort("due", 1).to_list(limit)
+        found = await self._jobs.find({"due": {"$lte": now}}).sort("due", 1).limit(limit).to_list(limit)
         receipts = [documents.readable(documents.read_deletion, each, "jobs") for each in found]
         unreadable = [each["_id"] for each, receipt in zip(found, receipts, strict=True) if receipt is None]
         if unreadable:  # else they would be the longest waiting ones again and again, and could fill every answer
-            await self._jobs.update_many({"_id": {"$in": unreadable}}, {"$set": {"due": now + UNREADABLE_PAUSE}})
+            # Unless another release, which can read them, has advanced them meanwhile.
+            still_due = {"_id": {"$in": unreadable}, "due": {"$lte": now}}
+            await self._jobs.update_many(still_due, {"$set": {"due": now + _UNREADABLE_PAUSE}})
         return [receipt for receipt in receipts if receipt is not None]
 
     @dependency_errors()

@@ -40,7 +40,7 @@ INDEXES: Final = {
             [("user_id", 1), ("settled", 1), ("status", 1), ("seconds_left", 1)],
             partialFilterExpression={"settled": False},
         ),
-        IndexModel([("due", 1)], sparse=True),  # deletions to go on with
+        IndexModel([("due", 1)], sparse=True),  # deletions to continue
         IndexModel([("forget_at", 1)], expireAfterSeconds=0, sparse=True),
         IndexModel([("outbox.at", 1)], sparse=True),
         IndexModel([("subnet_id", 1)], partialFilterExpression={"settled": False}),

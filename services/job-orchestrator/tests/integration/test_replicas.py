@@ -274,12 +274,13 @@ async def test_cancel_against_completion_has_one_winner(platform: Platform) -> N
     for _ in range(8):
         before = submitted()
         await platform.submit(5)
-        await until(lambda before=before: len(submitted()) == len(before) + 5)  # type: ignore[misc] # mypy infers no type for a lambda with a default
+        await until(lambda before=before: len(submitted()) == len(before) + 5, PATIENCE)  # type: ignore[misc] # mypy infers no type for a lambda with a default
         await asyncio.gather(*(cancel_soon(job_id) for job_id in submitted() - before))
         cancelled |= submitted()
     jobs = await platform.until_ended(40)
     await until(
         lambda: len({each.command_id for each in platform.replies.messages if isinstance(each, Reply)}) == 80,
+        PATIENCE,
     )
     replies = {each.command_id: each for each in platform.replies.messages if isinstance(each, Reply)}
     for job in jobs:

@@ -116,7 +116,7 @@ async def test_job_is_deleted_by_its_owner_and_administrators_alone(world: World
     ]
 
 
-class ChangingJobs(MemoryDeletions):
+class LosingDeletions(MemoryDeletions):
     """Loses every race for the deletion of a job."""
 
     async def begin(self, job: ScanJob, receipt: Deletion) -> bool:  # noqa: ARG002 # the signature of the port
@@ -126,7 +126,7 @@ class ChangingJobs(MemoryDeletions):
 async def test_delete_of_a_job_that_changes_each_time_is_a_409() -> None:
     """A job that exists is not answered as if it did not."""
     store = MemoryStore()
-    store.deletions = ChangingJobs(store.data)
+    store.deletions = LosingDeletions(store.data)
     world = World(store)
     await world.store.jobs.insert([change(scan_job(1), JobTrigger.CANCEL, THEN, settled=True)])
     async with client(world) as http:

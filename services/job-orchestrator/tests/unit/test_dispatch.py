@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.fairness import Clock, Credit, Held
 from job_orchestrator.domain.job import JobTrigger, change
@@ -18,6 +19,7 @@ from job_orchestrator_testing.world import listeners
 from scanfleet.clock import utc_now
 from scanfleet.messages import ChunkScanned, JobStatus, ScanChunk, WorkerReady
 from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_TASKS, SCAN_WORKERS
+from scanfleet.ports import PortSet
 from scanfleet_testing.chunk_grants import grants
 
 
@@ -65,10 +67,15 @@ async def test_task_contains_chunk_token_lease_and_policy(world: World) -> None:
     await world.settle()
     (task,) = world.worker.tasks
     stored = await chunk_of(world)
+    job = (await world.store.jobs.get([1]))[1]
     assert (task.job_id, task.chunk_id, task.user_id) == (1, "1-0", 7)
     assert (task.attempt, task.worker_id) == (stored.attempt, stored.worker_id) == (1, "w-1")
     assert (task.first_address, task.outcomes, task.ports) == ("127.9.8.0", "....", "22,80")
-    assert (task.policy.max_rate, task.lease_seconds, task.estimate_seconds) == (100, 30.0, stored.estimate)
+    assert (task.policy.max_rate, task.lease_seconds, task.estimate_seconds) == (
+        100,
+        30.0,
+        plan.expected(job, PortSet.parse("22,80"), 4),
+    )
 
 
 @pytest.mark.proves("G19")

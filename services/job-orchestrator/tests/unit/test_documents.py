@@ -93,14 +93,16 @@ def test_chunks_of_the_first_release_keep_their_meaning() -> None:
 
 
 def test_totals_without_unprobed_addresses_are_read_as_not_counted() -> None:
-    """Another release has counted the chunks so far, so the ledger must look into them; of a new job there are none."""
+    """If another release has counted chunks with such addresses, the ledger must look into them; of a new job there are none."""
     document = documents.write_job(scan_job())
     del document["totals"]["unprobed"]
     assert documents.read_job(document).totals.unprobed == ()
     document["totals"]["done"] = 1
-    old = documents.read_job(document)
-    assert old.totals.unprobed is None
-    assert list(UnprobedPage(old, 0, 10).ranges()) == [(0, 1)]
+    for probes, ranges in (({"answered": 2}, []), ({"lost": 1}, [(0, 1)])):
+        document["totals"]["probes"] = probes
+        old = documents.read_job(document)
+        assert old.totals.unprobed is None
+        assert list(UnprobedPage(old, 0, 10).ranges()) == ranges
 
 
 def test_a_job_whose_scripts_are_no_longer_allowed_is_read() -> None:

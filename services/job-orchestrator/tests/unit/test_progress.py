@@ -8,6 +8,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from job_orchestrator.domain.chunk import MAX_FAILURES, Chunk, ChunkState
+from job_orchestrator.domain.job import ScanJob
 from job_orchestrator_testing import MemoryStore, Worker, World, scan_policy
 from scanfleet.errors import DependencyError
 from scanfleet.messages import (
@@ -393,7 +394,7 @@ async def test_progress_is_published_after_a_failed_attempt(task: ScanChunk, wor
     await world.worker.progress(task, "as..")
     await world.settle()
     reporter = world.only.reporter
-    reporter._jobs, jobs = Broken(), reporter._jobs  # type: ignore[assignment] # it only has to be away
+    reporter._jobs, jobs = Broken(), reporter._jobs  # type: ignore[assignment] # only has to be unavailable
     with pytest.raises(DependencyError):
         await reporter.report()
     reporter._jobs = jobs
@@ -406,6 +407,17 @@ class Broken:
 
     async def get(self, _ids: object) -> None:
         raise DependencyError("away")
+
+
+async def test_progress_has_the_expected_end(world: World, task: ScanChunk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The remaining probes take their measured time, in as many slots as the job holds."""
+    monkeypatch.setattr(ScanJob, "pace", 2.0)
+    await claimed(world, task)
+    await world.worker.progress(task, "as..")
+    await world.settle()
+    await world.only.reporter.report()
+    job = (await world.store.jobs.get([1]))[1]
+    assert job.eta_seconds == 2.0 * job.plan.probes / 2
 
 
 async def test_progress_stops_with_the_job(world: World, task: ScanChunk) -> None:
