@@ -46,7 +46,7 @@ _INDEXES: Final = {
         IndexModel([("job_id", 1), ("first_id", 1)], partialFilterExpression=_WITH_RESULTS),
         IndexModel([("job_id", 1), ("key", 1)], partialFilterExpression=_WITH_KEY),
     ],
-    "chunks": [IndexModel([("job_id", 1), ("key", 1)], partialFilterExpression=_WITH_KEY)],
+    "chunks": [IndexModel([("job_id", 1), ("key", 1)])],  # complete, so that it finds the chunks without a key
 }
 _BY_PLACE: Final = [("created_at", ASCENDING), ("offset", ASCENDING)]
 _BY_ID: Final = [("first_id", ASCENDING)]
@@ -171,6 +171,8 @@ class MongoStore:
             for document in page:
                 yield _chunk(document)
             above = {"$gt": page[-1]["key"]}
+        if await self.deleted([job_id]):
+            raise DependencyError(f"job {job_id} was deleted while its closed chunks were read")
 
     @dependency_errors()
     async def is_unsorted(self, job_id: int) -> bool:
@@ -179,8 +181,9 @@ class MongoStore:
         earliest = await self._hosts.find_one(
             {"job_id": job_id, **_WITH_RESULTS}, {"key": True}, sort=[("job_id", ASCENDING), *_BY_PLACE]
         )
-        first = await self._chunks.find_one({"_id": _ids_of(job_id)}, {"key": True}, sort=[("_id", ASCENDING)])
-        return any(document is not None and "key" not in document for document in (earliest, first))
+        if earliest is not None and "key" not in earliest:
+            return True
+        return await self._chunks.find_one({"job_id": job_id, "key": None}, {"_id": True}) is not None
 
     @dependency_errors()
     async def _chunk_page(self, wanted: Document) -> list[Document]:

@@ -113,6 +113,8 @@ class MemoryStore:
         for chunk in sorted(self.chunks.values(), key=lambda each: each.key):
             if chunk.job_id == job_id and user_id in (None, chunk.user_id):
                 yield chunk
+        if job_id in self.marks:
+            raise DependencyError(f"job {job_id} was deleted while its closed chunks were read")
 
     async def is_unsorted(self, job_id: int) -> bool:
         return job_id in self.unsorted

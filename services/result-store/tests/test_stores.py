@@ -296,6 +296,14 @@ async def test_closed_chunks_are_sorted_by_address(store: Store) -> None:
     assert not await store.is_unsorted(1)
 
 
+async def test_closed_chunks_of_a_job_deleted_while_they_are_read_end_in_an_error(store: Store) -> None:
+    """A reader of a job that is deleted meanwhile gets no list that looks complete."""
+    await store.close([chunk("d")])
+    await store.begin_deletions([1])
+    with pytest.raises(DependencyError, match="deleted"):
+        _ = [each async for each in store.chunks_by_address(1, None)]
+
+
 async def test_results_without_raw_data_leave_it_empty(store: Store) -> None:
     """Without `raw` every field but `raw_data` is as it was reported."""
     port = PortFound(port=22, service="ssh", raw_data='<port portid="22"/>')

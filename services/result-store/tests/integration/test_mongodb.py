@@ -78,13 +78,16 @@ async def test_prepare_existing_index_is_kept(database: Database) -> None:
 
 
 async def test_job_of_the_first_release_is_not_sorted(database: Database) -> None:
-    """A job with a host or a closed chunk of a release without keys is known as such, also if later ones have keys."""
+    """A job with a host or a closed chunk of a release without keys is known as such, also if others have keys."""
     store = MongoStore(database)
     await fill(store, 2)
-    await store.close([ClosedChunk(1, "1-0", FIRST, "aa"), ClosedChunk(2, "2-0", FIRST, "d")])
+    await store.close(
+        [ClosedChunk(1, "1-0", FIRST, "aa"), ClosedChunk(2, "2-0", FIRST, "d"), ClosedChunk(2, "2-5", FIRST, "d")]
+    )
     assert not await store.is_unsorted(1)
+    assert not await store.is_unsorted(2)
     await database["hosts"].update_one({"_id": f"1-0/{FIRST}"}, {"$unset": {"key": ""}})
-    await database["chunks"].update_one({"_id": "2-0"}, {"$unset": {"key": ""}})
+    await database["chunks"].update_one({"_id": "2-5"}, {"$unset": {"key": ""}})
     assert await store.is_unsorted(1)
     assert await store.is_unsorted(2)
 
