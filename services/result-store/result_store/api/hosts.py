@@ -163,9 +163,9 @@ def _within_bounds(scripts: Iterable[ScriptOutput]) -> tuple[ScriptOutput, ...]:
     kept: list[ScriptOutput] = []
     left = MAX_OUTPUT_CHARS
     for script in islice(scripts, MAX_OUTPUTS):
-        left -= len(script.output)
-        if left >= 0:
+        if len(script.output) <= left:
             kept.append(script)
+            left -= len(script.output)
     return tuple(kept)
 
 

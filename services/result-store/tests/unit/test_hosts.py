@@ -176,6 +176,17 @@ async def test_hosts_hostile_text_is_ascii() -> None:
     assert lines.text.removesuffix("\n").isprintable()
 
 
+async def test_host_output_that_does_not_fit_omits_no_other() -> None:
+    """An output that exceeds the amount of one host is left out, and smaller ones after it are kept."""
+    first, large, small = (
+        ScriptOutput(id=f"{n}", output="x" * length) for n, length in enumerate((MAX_OUTPUT_CHARS - 10, 11, 10))
+    )
+    details = HostDetails(scripts=(first,)), HostDetails(scripts=(large, small))
+    store = await store_of(*(host("127.9.8.1", chunk_id=f"1-{n}", details=each) for n, each in enumerate(details)))
+    [found] = (await get(store, PATH)).json()
+    assert [each["id"] for each in found["scripts"]] == [first.id, small.id]
+
+
 async def test_host_with_every_port_and_many_chunks_is_bounded() -> None:
     """A host lists 1,000 ports and one host's amount of output, whatever its chunks have; it counts all of its ports."""
     details = [HostDetails(scripts=(ScriptOutput(id="x", output=f"{n}" * 30_000),)) for n in range(10)]
