@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 MAX_PORT = 65_535
@@ -68,7 +68,7 @@ class PortSet:
             found[protocol].append((low, high))
         if found["U"] and text[0] not in "TUtu":
             raise ValueError('with UDP ports, TCP ports need "T:" before them, as in "T:80,U:53"')
-        ports = cls(tcp=_disjoint(found["T"]), udp=_disjoint(found["U"]))
+        ports = cls(tcp=disjoint(found["T"]), udp=disjoint(found["U"]))
         if len(str(ports)) > MAX_TEXT:  # open ranges are longer when written out; the result must be parseable
             raise ValueError(f"ports must be at most {MAX_TEXT} characters")
         return ports
@@ -117,7 +117,7 @@ class PortSet:
         """Return the TCP ports of this set that are not in the other one."""
         taken = {port for low, high in others.tcp for port in range(low, high + 1)}
         left = (port for low, high in self.tcp for port in range(low, high + 1) if port not in taken)
-        return PortSet(tcp=_disjoint([(port, port) for port in left]))
+        return PortSet(tcp=disjoint([(port, port) for port in left]))
 
     def __str__(self) -> str:
         """Return the canonical text; `PortSet.parse(str(ports)) == ports`."""
@@ -143,7 +143,7 @@ def parse_ranges(text: str) -> tuple[Range, ...]:
         if match is None or not int(match[1]) <= int(match[2] or match[1]) <= MAX_PORT:
             raise ValueError(f"{item[:20]!r} is not a port or a range of ports from 0 to {MAX_PORT}")
         ranges.append((int(match[1]), int(match[2] or match[1])))
-    return _disjoint(ranges)
+    return disjoint(ranges)
 
 
 def ranges_text(ranges: tuple[Range, ...]) -> str:
@@ -151,7 +151,8 @@ def ranges_text(ranges: tuple[Range, ...]) -> str:
     return _text(ranges, "")
 
 
-def _disjoint(ranges: list[Range]) -> tuple[Range, ...]:
+def disjoint(ranges: Iterable[Range]) -> tuple[Range, ...]:
+    """Return the same ports as sorted ranges that neither overlap nor adjoin."""
     merged: list[Range] = []
     for low, high in sorted(ranges):
         if merged and low <= merged[-1][1] + 1:

@@ -21,7 +21,7 @@ from scanfleet.errors import BadRequestError, ConflictError
 from scanfleet.messages import HostDetails, HostScanned, PortFound, ScriptOutput
 from scanfleet.messages.results import MAX_HOSTNAMES, MAX_OUTPUT_CHARS, MAX_OUTPUTS
 from scanfleet.outcomes import Outcome
-from scanfleet.ports import Range, parse_ranges, ranges_text
+from scanfleet.ports import Range, disjoint, parse_ranges, ranges_text
 from scanfleet.rest import MAX_HOST_PORTS, MAX_RESULTS
 from scanfleet.service import PathId
 
@@ -104,15 +104,9 @@ class Machine:
         return next(each for each in _PRECEDENCE if each in self._outcomes)
 
     @property
-    def place(self) -> tuple[int, int]:
-        """Sorts hosts by family and address."""
-        address = ip_address(self.address)
-        return address.version, int(address)
-
-    @property
     def open_filtered(self) -> str:
         """The silent UDP ports that nmap summarizes, as ranges."""
-        return ranges_text(tuple(sorted(self._silent)))
+        return ranges_text(disjoint(self._silent))
 
     @property
     def open_filtered_count(self) -> int:

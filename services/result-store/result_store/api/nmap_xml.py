@@ -7,12 +7,13 @@ end tag, and no reader takes it for a whole one.
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from itertools import zip_longest
 from typing import Annotated, Final, Literal, cast
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -27,14 +28,18 @@ from result_store.domain.results import ClosedChunk, Host, Parts, address_key
 from scanfleet.auth import Caller, Guarded
 from scanfleet.errors import ConflictError
 from scanfleet.messages import JobStatus
-from scanfleet.outcomes import Outcome, address_at
-from scanfleet.ports import PortSet, parse_ranges, ranges_text
+from scanfleet.outcomes import Outcome, index_of
+from scanfleet.ports import PortSet, disjoint, parse_ranges, ranges_text
 from scanfleet.rest import ExportedJob
 from scanfleet.service import PathId
+
+_Address = IPv4Address | IPv6Address
 
 _UNKNOWN: Final = "unknown-response"  # nmap's own word for a reason that it does not know
 _PRECEDENCE: Final = "atsd"
 """Of the outcomes of an address in several chunks the first of these is that of the address; others are not written."""
+
+_RANKS: Final = {each.value: (_PRECEDENCE + each.value).index(each.value) for each in Outcome}
 
 
 @dataclass(slots=True)
@@ -42,7 +47,7 @@ class Block:
     """The closed chunks of one slice of addresses, one per block of ports, merged."""
 
     first_address: str
-    letters: list[str] = field(default_factory=list)
+    letters: str = ""
     nmap: str = ""
     technique: str = ""
     """Of its TCP ports."""
@@ -50,18 +55,16 @@ class Block:
     common_ports: set[str] = field(default_factory=set)
 
     def add(self, chunk: ClosedChunk) -> None:
-        self.letters += " " * (len(chunk.outcomes) - len(self.letters))
-        for index, letter in enumerate(chunk.outcomes):
-            self.letters[index] = min(self.letters[index], letter, key=_rank)
+        if self.letters:
+            pairs = zip_longest(self.letters, chunk.outcomes, fillvalue=Outcome.BLANK.value)
+            self.letters = "".join(one if _RANKS[one] <= _RANKS[other] else other for one, other in pairs)
+        else:
+            self.letters = chunk.outcomes
         self.nmap = self.nmap or chunk.nmap
         if chunk.ports and not chunk.ports.startswith("U:"):
             self.technique = self.technique or chunk.technique
             if not chunk.ports.startswith("top:"):  # their numbers are unknown if no address was scanned
                 self.common_ports.add(chunk.ports)
-
-
-def _rank(letter: str) -> int:
-    return _PRECEDENCE.index(letter) if letter in _PRECEDENCE else len(_PRECEDENCE)
 
 
 async def blocks(chunks: AsyncIterator[ClosedChunk]) -> AsyncIterator[Block]:
@@ -113,49 +116,53 @@ async def document(
         chunks: its closed chunks, by address.
         down: whether hosts that are down are written too; they are counted in any case.
     """
-    numbers = Counter[str]()
+    up_count = down_count = 0
+    written = _PRECEDENCE if down else _PRECEDENCE.replace(Outcome.DOWN, "")
     of_hosts = _Ports(ports)
     slices = blocks(chunks)
     first = await anext(slices, None)
     yield _head(job, first)
     async for each in _merged(details, first, slices):
         if isinstance(each, Machine):
-            numbers["up"] += 1
+            up_count += 1
             async for part in _found(each, of_hosts):
                 yield part
         else:
-            address, letter = each
-            numbers["down" if letter == Outcome.DOWN else "up"] += 1
-            if down or letter != Outcome.DOWN:
-                yield _without_details(address, letter)
-    yield _tail(job, numbers["up"], numbers["down"])
+            begin, letters = each
+            of_run = sum(letters.count(letter) for letter in _PRECEDENCE)
+            down_of_run = letters.count(Outcome.DOWN)
+            up_count, down_count = up_count + of_run - down_of_run, down_count + down_of_run
+            yield "".join(
+                _without_details(begin + index, letter) for index, letter in enumerate(letters) if letter in written
+            )
+    yield _tail(job, up_count, down_count)
 
 
 async def _merged(
     details: AsyncIterator[Machine], block: Block | None, further: AsyncIterator[Block]
-) -> AsyncIterator[Machine | tuple[str, str]]:
-    """Yield each host with findings, and each other address with its outcome, in order of addresses."""
+) -> AsyncIterator[Machine | tuple[_Address, str]]:
+    """Yield each host with findings, and the outcomes of the addresses between them, in order of addresses.
+
+    The outcomes are those of the addresses from the given one on.
+    """
     machine = await anext(details, None)
     while block is not None:
-        for index, letter in enumerate(block.letters):
-            address = str(address_at(block.first_address, index))
-            here, last = _place(address), None
-            # Hosts before it are of chunks that were never closed.
-            while machine is not None and machine.place <= here:
-                yield machine
-                last = machine.place
-                machine = await anext(details, None)
-            if last != here and letter in _PRECEDENCE:
-                yield address, letter
+        base, index = ip_address(block.first_address), 0
+        first, last = address_key(str(base)), address_key(str(base + (len(block.letters) - 1)))
+        while machine is not None and (key := address_key(machine.address)) <= last:
+            if key >= first:  # hosts before it are of chunks that were never closed
+                until = index_of(block.first_address, machine.address)
+                yield base + index, block.letters[index:until]
+                index = until + 1
+            yield machine
+            machine = await anext(details, None)
+        if index < len(block.letters):
+            yield base + index, block.letters[index:]
+        await asyncio.sleep(0)  # chunks come in pages: without it, other requests would wait for all blocks of one
         block = await anext(further, None)
     while machine is not None:
         yield machine
         machine = await anext(details, None)
-
-
-def _place(address: str) -> tuple[int, int]:
-    parsed = ip_address(address)
-    return parsed.version, int(parsed)
 
 
 def _head(job: ExportedJob, block: Block | None) -> str:
@@ -165,7 +172,7 @@ def _head(job: ExportedJob, block: Block | None) -> str:
     infos = []
     if block is not None and block.technique and ports.tcp_count:
         numbers = [each for text in block.common_ports for each in parse_ranges(text)] if ports.top else ports.tcp
-        infos.append(_scan_info(block.technique, "tcp", ports.tcp_count, ranges_text(tuple(sorted(numbers)))))
+        infos.append(_scan_info(block.technique, "tcp", ports.tcp_count, ranges_text(disjoint(numbers))))
     if ports.udp_count:
         infos.append(_scan_info("udp", "udp", ports.udp_count, ranges_text(ports.udp)))
     return "".join(
@@ -191,7 +198,7 @@ async def _found(machine: Machine, ports: _Ports) -> AsyncIterator[str]:
     ended = _seconds(machine.updated_at)
     began = "" if details.seconds is None else f' starttime="{ended - round(details.seconds)}"'
     yield f'<host{began} endtime="{ended}"{_LATE if late else ""}>'
-    yield _status("up", details.reason or _UNKNOWN) + _address(machine.address)
+    yield _status("up", details.reason or _UNKNOWN) + _address(ip_address(machine.address))
     if details.mac:
         vendor = attribute("vendor", details.vendor) if details.vendor else ""
         yield f'<address addr="{details.mac}" addrtype="mac"{vendor}/>\n'
@@ -220,19 +227,23 @@ async def _found(machine: Machine, ports: _Ports) -> AsyncIterator[str]:
 _LATE: Final = ' timedout="true"'
 
 
-def _without_details(address: str, letter: str) -> str:
+def _without_details(address: _Address, letter: str) -> str:
     if letter == Outcome.DOWN:
-        return f"<host>{_status('down', 'no-response')}{_address(address)}</host>\n"
+        return f"<host>{_DOWN}{_address(address)}</host>\n"
     late = _LATE if letter == Outcome.TIMED_OUT else ""
-    return f"<host{late}>{_status('up', _UNKNOWN)}{_address(address)}<hostnames>\n</hostnames>\n</host>\n"
+    return f"<host{late}>{_UP}{_address(address)}<hostnames>\n</hostnames>\n</host>\n"
 
 
 def _status(state: str, reason: str) -> str:
     return f'<status state="{state}"{attribute("reason", reason)} reason_ttl="0"/>\n'
 
 
-def _address(address: str) -> str:
-    return f'<address addr="{address}" addrtype="ipv{ip_address(address).version}"/>\n'
+_DOWN: Final = _status("down", "no-response")
+_UP: Final = _status("up", _UNKNOWN)
+
+
+def _address(address: _Address) -> str:
+    return f'<address addr="{address}" addrtype="ipv{address.version}"/>\n'
 
 
 def _extra(state: str, count: int, reasons: str = "") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tracemalloc
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -173,6 +174,36 @@ async def test_document_names_common_ports_by_number() -> None:
     assert root.get("args") == "nmap --top-ports 5 127.9.8.0/29 (Scanfleet job 1)"
 
 
+async def test_document_ranges_of_several_blocks_are_joined() -> None:
+    """Ranges of ports that adjoin, in the head and at a host, are written as one."""
+    store = await store_of(
+        host("127.9.8.1", open_filtered="1-1000", outcome="s", chunk_id="1-0"),
+        host("127.9.8.1", open_filtered="1001-2000", outcome="s", chunk_id="1-1"),
+    )
+    parts = [("1-2", "1-1000"), ("1-3", "1001-2000")]
+    await store.close([ClosedChunk(1, id_, "127.9.8.8", "d", 7, "connect", "7.93", ports) for id_, ports in parts])
+    root = await written(store, ports="top:2000")
+    assert attributes(root.find("scaninfo"))["services"] == "1-2000"
+    assert attributes(root.find("host/ports/extraports/extrareasons"))["ports"] == "1-2000"
+
+
+@pytest.mark.parametrize("outcomes", [("dddd", "d.ad"), ("d.ad", "dd"), ("ddad",)])
+async def test_document_lists_addresses_at_both_ends_of_a_block(outcomes: tuple[str, ...]) -> None:
+    """Outcomes before, between and after hosts are written, also if the block ends at the last address of its family."""
+    first, second, last = (f"255.255.255.{n}" for n in (252, 253, 255))
+    store = await store_of(host("127.9.8.1", 22), host(first, 22), host(last, 22))
+    await store.close(
+        [ClosedChunk(1, f"1-{number}", first, letters, 7) for number, letters in enumerate(outcomes, start=1)]
+    )
+    store.chunks["1-9"] = ClosedChunk(1, "1-9", "::1", "d", 7)
+    root = await written(store)
+    found = [attributes(each.find("address")) for each in root.iter("host")]
+    expected = ["127.9.8.1", first, second, "255.255.255.254", last, "::1"]
+    assert [each["addr"] for each in found] == expected
+    assert {each["addrtype"] for each in found} == {"ipv4", "ipv6"}
+    assert attributes(root.find("runstats/hosts")) == {"up": "4", "down": "2", "total": "6"}
+
+
 async def test_document_is_limited_to_the_caller_and_refused_if_unsorted() -> None:
     """Neither hosts nor maps of another user are written, and a job that an earlier release has stored is a 409."""
     store = await full()
@@ -282,3 +313,30 @@ async def test_document_of_a_large_job_is_bounded_in_memory() -> None:
     tracemalloc.stop()
     assert size > 20 << 20
     assert peak < 4 << 20
+
+
+async def test_document_of_a_large_job_leaves_turns_to_others() -> None:
+    """While a long list of addresses is merged and written, the event loop runs other tasks after each block."""
+    blocks, store = 64, MemoryStore()
+
+    async def chunks() -> AsyncIterator[ClosedChunk]:
+        for number in range(blocks):
+            yield ClosedChunk(1, f"1-{number}", f"127.9.{4 * number}.0", "d" * 1_024, 7)
+
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    running = asyncio.create_task(other())
+    size = 0
+    found = machines(store.hosts_by_address(1, 7, Parts.DETAILS))
+    ports = store.hosts_by_address(1, 7, Parts.PORTS)
+    async for part in document(ExportedJob.model_validate(JOB), found, ports, chunks()):
+        size += len(part)
+    running.cancel()
+    assert size > blocks * 1_024 * 100
+    assert turns >= blocks
