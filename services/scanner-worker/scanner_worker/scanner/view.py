@@ -32,11 +32,12 @@ _HOST_SCRIPTS: Final = re.compile(rb"<hostscript>.*</hostscript>", re.DOTALL)
 _TIMES: Final = re.compile(rb'<host starttime="([0-9]{1,12})" endtime="([0-9]{1,12})"')
 _REASON: Final = re.compile(rb'<status state="up" reason="([^"]*)"')
 _MAC: Final = re.compile(rb'<address addr="([0-9A-F:]{17})" addrtype="mac"(?: vendor="([^"]*)")?')
-_HOSTNAME: Final = re.compile(rb'<(?:hostname name|service [^>]*hostname)="([^"]*)"')
+# Whole attributes, because a value may contain the name of another one.
+_HOSTNAME: Final = re.compile(rb'<(?:hostname name|service (?:\w+="[^"]*" )*hostname)="([^"]*)"')
 _NOT_OPEN: Final = re.compile(
     rb'<(?:state state="(closed|filtered)"|extraports state="(closed|filtered)" count="([0-9]+)")'
 )
-_OS_TYPE: Final = re.compile(rb'<service [^>]*ostype="([^"]*)"')
+_OS_TYPE: Final = re.compile(rb'<service (?:\w+="[^"]*" )*ostype="([^"]*)"')
 _TLS: Final = re.compile(rb'<service [^>]*tunnel="ssl"')
 
 _LINES: Final = "\n\t"  # allowed in fields that may have several lines

@@ -93,6 +93,12 @@ def test_ports_utf8_references_are_decoded() -> None:
     assert service(b'name="x" product="caf&#xe9; &#xc3;&#xb6;"').version == "café Ã¶"
 
 
+def test_ports_system_is_not_read_from_other_values() -> None:
+    """The system that a service reports is the value of its attribute, not a text that looks like one."""
+    assert service(b'name="x" product="a ostype=" version="1" method="probed"').os_info == ""
+    assert service(b'name="x" product="a ostype=" version="1" ostype="BSD" method="probed"').os_info == "BSD"
+
+
 def test_ports_unreadable_host_raises_without_document() -> None:
     """A host that python-nmap cannot read raises a short error without the document in it."""
     element = b'<port protocol="tcp" portid="1"><state state="open"/><service name="x"></port>'
@@ -124,6 +130,8 @@ def test_details_names_are_those_of_services(recording: Recording) -> None:
     """Names that services report are listed once each, as plain text."""
     (found,) = hosts(recording("versions"))
     assert details(found).hostnames == (" ma.il..x",)
+    quoted = b'<service name="a" product="a hostname=" version="1" extrainfo=" ostype=" method="probed"/>'
+    assert of_host(quoted).hostnames == ()
     twice = b'<service name="a" hostname="&#xe2;&#x80;&#xae;b"/>' * 2
     assert of_host(twice).hostnames == (r"\u202eb",)
 
