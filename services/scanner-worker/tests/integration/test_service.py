@@ -119,7 +119,8 @@ async def test_service_sigterm_finishes_or_releases_chunks(
     quick = make_chunk({"ports": "1-40", "max_rate": 80}, chunk_id="1-0", outcomes="....")
     await deployed.send(quick, make_chunk(SLOW, chunk_id="1-1"), make_chunk(SLOW, chunk_id="1-2"))
     await until(lambda: len({m.chunk_id for m in deployed.messages(ChunkProgressed)}) == 3, 30)  # type: ignore[attr-defined] # another kind of message fails the test
-    assert await deployed.process.end(signal.SIGTERM) == 0
+    async with asyncio.timeout(20):
+        assert await deployed.process.end(signal.SIGTERM) == 0
     await until(lambda: len(deployed.messages(ChunkScanned, ChunkReleased, ChunkFailed)) == 3)
     ends = {m.chunk_id: type(m) for m in deployed.messages(ChunkScanned, ChunkReleased, ChunkFailed)}  # type: ignore[attr-defined] # another kind of message fails the test
     assert ends == {"1-0": ChunkScanned, "1-1": ChunkReleased, "1-2": ChunkReleased}
