@@ -71,6 +71,7 @@ def test_cancel_during_completion_has_one_outcome(platform: Platform, user: Call
 
     with ThreadPoolExecutor(3) as threads:
         races: list[tuple[int, httpx.Response, str]] = list(threads.map(race, range(40)))
+    invariants.check()  # and all events are published
     ends: dict[int, Any] = {}
     for published in platform.messages(SCAN_EVENTS, JobEvent):
         assert isinstance(published.message, JobEvent)
@@ -80,4 +81,3 @@ def test_cancel_during_completion_has_one_outcome(platform: Platform, user: Call
         assert (answer.status_code, status) in {(200, "cancelled"), (400, "completed")}
         assert user.status(job_id) == status
         assert ends[job_id] == {status}
-    invariants.check()
