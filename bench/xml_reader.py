@@ -88,7 +88,7 @@ def read(parts: Iterator[bytes], *, views: bool) -> int:
     for piece in parts:
         for host in reader.feed(piece):
             if views:
-                ports += len(view.ports(host))
+                ports += len(view.read(host)[1])
     reader.close()
     return ports
 

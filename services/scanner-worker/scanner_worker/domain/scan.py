@@ -93,7 +93,12 @@ class Host(NamedTuple):
     """The silent UDP ports that nmap summarizes, as in HostScanned."""
 
     details: HostDetails | None = None
-    """What nmap reports about the host as a whole; None before it was read, and of a host that is down."""
+    """What nmap reports about the host as a whole; None before it was read, and of a host that is silent or down."""
+
+    @property
+    def answered(self) -> bool:
+        # Without discovery nmap reports every address as up, "user-set"; then only a port can have answered.
+        return self.up and not self.timed_out and bool(self.reasons & FROM_HOST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,8 +290,7 @@ def outcome(host: Host, ports: int) -> Outcome:
         return Outcome.TIMED_OUT
     if host.ports != ports:
         return Outcome.BLANK
-    # Without discovery nmap reports every address as up, "user-set"; then only a port can have answered.
-    return Outcome.ANSWERED if host.reasons & FROM_HOST else Outcome.SILENT
+    return Outcome.ANSWERED if host.answered else Outcome.SILENT
 
 
 def printable(text: str, *, keep: str = "") -> str:

@@ -191,8 +191,7 @@ class ChunkScan:
                 technique=self._technique,
                 ports=ports,
                 open_filtered=host.open_filtered,
-                # A silent host has none worth its bytes: there may be as many as addresses.
-                details=host.details if code is Outcome.ANSWERED or ports or host.open_filtered else None,
+                details=host.details,
                 grant=self.chunk.grant,
             ),
         )

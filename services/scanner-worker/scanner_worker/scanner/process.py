@@ -341,8 +341,8 @@ def _whole(reader: Reader, data: bytes) -> tuple[Found, str]:
     hosts: Found = []
     try:
         for host in reader.feed(data):
-            detailed = host._replace(details=view.details(host)) if host.up else host
-            hosts.append((detailed, view.ports(host)))  # hosts before an error are valid
+            details, ports = view.read(host)
+            hosts.append((host._replace(details=details), ports))  # hosts before an error are valid
     except BadXmlError as error:
         return hosts, str(error)
     return hosts, ""

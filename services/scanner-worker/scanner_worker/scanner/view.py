@@ -45,32 +45,29 @@ _REASON_CHARS: Final = 100
 _ID_CHARS: Final = 100
 
 
-def ports(host: Host) -> tuple[PortFound, ...]:
-    """Return the ports of `host` that are `open` or `open|filtered`, without summarized ones: see `host.open_filtered`.
+def read(host: Host) -> tuple[HostDetails | None, tuple[PortFound, ...]]:
+    """Return the details of `host` as a whole, and its ports that are `open` or `open|filtered`.
+
+    Summarized ports are not returned: see `host.open_filtered`. Details of silent hosts are omitted: there may be as many as
+    addresses.
 
     Raises:
         BadXmlError: python-nmap cannot read the host.
     """
-    if b'state="open' not in host.element:
-        return ()
-    listed = {(match[1].decode(), int(match[2])): match[0] for match in _PORT.finditer(host.element)}
-    viewed = _view(host, b"".join(listed.values())) if listed else {}
-    system = _best_match(viewed)
-    found = [
-        _port(viewed[protocol][number], protocol, number, system, raw) for (protocol, number), raw in listed.items()
-    ]
-    return tuple(sorted(found, key=lambda port: (port.protocol, port.port)))
+    listed: dict[tuple[str, int], bytes] = {}
+    if b'state="open' in host.element:
+        listed = {(match[1].decode(), int(match[2])): match[0] for match in _PORT.finditer(host.element)}
+    if not (listed or host.answered or host.open_filtered):
+        return None, ()
+    system, scripts = _OS.search(host.element), _HOST_SCRIPTS.search(host.element)
+    whole = b"".join(match[0] for match in (system, scripts) if match)
+    viewed = _view(host.address, b"".join(listed.values()), whole) if listed or whole else {}
+    best = _best_match(viewed)
+    ports = (_port(viewed[protocol][number], protocol, number, best, raw) for (protocol, number), raw in listed.items())
+    return _details(host.element, viewed), tuple(sorted(ports, key=lambda port: (port.protocol, port.port)))
 
 
-def details(host: Host) -> HostDetails:
-    """Return what nmap reports about `host` as a whole.
-
-    Raises:
-        BadXmlError: python-nmap cannot read the host.
-    """
-    element = host.element
-    whole = _OS.search(element) or _HOST_SCRIPTS.search(element)
-    viewed = _view(host, b"") if whole else {}
+def _details(element: bytes, viewed: dict[str, Any]) -> HostDetails:
     times, reason, mac = _TIMES.match(element), _REASON.search(element), _MAC.search(element)
     numbers = {b"closed": 0, b"filtered": 0}
     for listed, summed_up, count in _NOT_OPEN.findall(element):
@@ -111,27 +108,26 @@ def _scripts(viewed: dict[str, Any]) -> tuple[ScriptOutput, ...]:
     return tuple(found)
 
 
-def _view(host: Host, listed: bytes) -> dict[str, Any]:
+def _view(address: str, listed: bytes, whole: bytes) -> dict[str, Any]:
+    """Return what python-nmap reads from these ports of a host, and from these elements about it as a whole."""
     # Bypass the constructor, which runs `nmap -V` in the worker's own environment; parsing does not need its result.
     reader = object.__new__(nmap.PortScanner)
-    system, scripts = _OS.search(host.element), _HOST_SCRIPTS.search(host.element)
     document = b"".join(
         (
             b'<nmaprun><host><address addr="',
-            host.address.encode(),
+            address.encode(),
             b'" addrtype="ip"/><ports>',
             listed,
             b"</ports>",
-            system[0] if system else b"",
-            scripts[0] if scripts else b"",
+            whole,
             b"</host><runstats><finished/><hosts/></runstats></nmaprun>",
         ),
     )
     try:
         scan: dict[str, Any] = reader.analyse_nmap_xml_scan(document.decode())["scan"]
     except (nmap.PortScannerError, AttributeError, ValueError):  # the error message contains the whole document
-        raise BadXmlError(f"python-nmap cannot read the host {host.address}") from None
-    return scan[host.address]  # type: ignore[no-any-return] # python-nmap has no types
+        raise BadXmlError(f"python-nmap cannot read the host {address}") from None
+    return scan[address]  # type: ignore[no-any-return] # python-nmap has no types
 
 
 def _best_match(viewed: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import pytest
 from scanfleet.messages import HostDetails, PortFound, ScriptOutput, SystemMatch
 from scanfleet.messages.results import MAX_HOSTNAMES, MAX_OUTPUT_CHARS, MAX_OUTPUTS
 from scanner_worker.domain.scan import Host
-from scanner_worker.scanner.view import details, ports
+from scanner_worker.scanner.view import read
 from scanner_worker.scanner.xml import BadXmlError, Reader
 
 Recording = Callable[[str], bytes]
@@ -17,6 +17,16 @@ Recording = Callable[[str], bytes]
 
 def hosts(document: bytes) -> list[Host]:
     return list(Reader(max_host_bytes=1 << 20).feed(document))
+
+
+def ports(host: Host) -> tuple[PortFound, ...]:
+    return read(host)[1]
+
+
+def details(host: Host) -> HostDetails:
+    found, _ = read(host)
+    assert found is not None
+    return found
 
 
 def found(document: bytes) -> dict[str, tuple[PortFound, ...]]:
@@ -107,9 +117,9 @@ def test_ports_unreadable_host_raises_without_document() -> None:
     assert "service" not in str(raised.value)
 
 
-def of_host(element: bytes) -> HostDetails:
+def of_element(element: bytes) -> HostDetails:
     """Return the details of this element."""
-    return details(Host("127.9.1.1", True, False, 1, set(), element))
+    return details(Host("127.9.1.1", True, False, 1, {b"syn-ack"}, element))
 
 
 def test_details_of_a_recorded_host(recording: Recording) -> None:
@@ -123,7 +133,14 @@ def test_details_of_a_recorded_host(recording: Recording) -> None:
     )
     by_address = {each.address: details(each) for each in hosts(recording("many_open"))}
     assert {address: each.closed for address, each in by_address.items()} == {"127.9.1.2": 40, "127.9.1.3": 100}
-    assert {details(each).filtered for each in hosts(recording("silent")) if each.address != "127.9.1.8"} == {100}
+    ignored = b'<extraports state="filtered" count="97"/><port><state state="filtered"/></port>'
+    assert of_element(ignored).filtered == 98
+
+
+def test_details_of_silent_hosts_are_omitted(recording: Recording) -> None:
+    """A host that neither answered nor has ports has no details, and one with silent UDP ports has."""
+    assert {read(each) for each in hosts(recording("silent")) if each.address != "127.9.1.8"} == {(None, ())}
+    assert details(next(host for host in hosts(recording("udp")) if host.open_filtered == "1-60")).reason
 
 
 def test_details_names_are_those_of_services(recording: Recording) -> None:
@@ -131,17 +148,17 @@ def test_details_names_are_those_of_services(recording: Recording) -> None:
     (found,) = hosts(recording("versions"))
     assert details(found).hostnames == (" ma.il..x",)
     quoted = b'<service name="a" product="a hostname=" version="1" extrainfo=" ostype=" method="probed"/>'
-    assert of_host(quoted).hostnames == ()
+    assert of_element(quoted).hostnames == ()
     twice = b'<service name="a" hostname="&#xe2;&#x80;&#xae;b"/>' * 2
-    assert of_host(twice).hostnames == (r"\u202eb",)
+    assert of_element(twice).hostnames == (r"\u202eb",)
 
 
 def test_details_have_the_hardware_address_and_its_vendor() -> None:
     """The hardware address of a neighbour is listed with its vendor, if nmap knows it."""
     element = b'<address addr="52:54:00:12:34:56" addrtype="mac"%s/>'
-    known = of_host(element % b' vendor="Q&amp;A"')
+    known = of_element(element % b' vendor="Q&amp;A"')
     assert (known.mac, known.vendor) == ("52:54:00:12:34:56", "Q&A")
-    unknown = of_host(element % b"")
+    unknown = of_element(element % b"")
     assert (unknown.mac, unknown.vendor) == ("52:54:00:12:34:56", "")
 
 
@@ -150,7 +167,7 @@ def test_details_output_of_host_scripts_is_plain_text() -> None:
     element = (
         b'<hostscript><script id="smb-os-discovery" output="&#xa;  OS: &lt;b&gt;&#x9b;[31m"><elem key="os">x</elem>'
     )
-    assert of_host(element + b"</script></hostscript>").scripts == (
+    assert of_element(element + b"</script></hostscript>").scripts == (
         ScriptOutput(id="smb-os-discovery", output="\n  OS: <b>\\x9b[31m"),
     )
 
@@ -159,6 +176,6 @@ def test_details_hostile_host_is_bounded() -> None:
     """A host with more names, scripts and output than a message may have is cut to the limits."""
     script = b'<script id="' + b"i" * 1_000 + b'" output="' + b"o" * 10_000 + b'"/>'
     names = b"".join(b'<service name="x" hostname="%d"/>' % number for number in range(1_000))
-    cut = of_host(names + b"<hostscript>" + script * 1_000 + b"</hostscript>")
+    cut = of_element(names + b"<hostscript>" + script * 1_000 + b"</hostscript>")
     assert sum(len(each.output) for each in cut.scripts) == MAX_OUTPUT_CHARS
     assert (len(cut.scripts), len(cut.hostnames)) == (MAX_OUTPUTS, MAX_HOSTNAMES)

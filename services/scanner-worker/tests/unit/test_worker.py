@@ -188,9 +188,9 @@ async def test_worker_chunk_is_scanned_and_reported(make_chunk: MakeChunk) -> No
         assert (host_scanned.user_id, host_scanned.attempt, host_scanned.ports) == (7, 1, (PortFound(port=22),))
 
 
-async def test_worker_publishes_details_of_hosts_with_findings(make_chunk: MakeChunk) -> None:
-    """Details are published for hosts that answered, and not for silent ones, of which there may be very many."""
-    script = [detailed("127.9.1.0", b"reset"), detailed("127.9.1.1", b"user-set")]
+async def test_worker_publishes_details_of_hosts(make_chunk: MakeChunk) -> None:
+    """Details that the scanner has read are published; silent hosts have none."""
+    script = [detailed("127.9.1.0", b"reset"), host("127.9.1.1", reason=b"user-set")]
     async with rigged(*script) as rig:
         await rig.send(make_chunk(outcomes="..dd"))
         await until(lambda: "ChunkScanned" in rig.progress())
