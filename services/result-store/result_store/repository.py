@@ -56,6 +56,7 @@ _WITHOUT: Final[dict[Parts, Document]] = {
     Parts.DETAILS: {"ports": False},
     Parts.PORTS: {"details": False, "open_filtered": False},
 }
+_OF_CLOSED: Final = dict.fromkeys(("job_id", "first_address", "outcomes"), True)
 _OF_STORED: Final = dict.fromkeys(("chunk_id", "address", "outcome", "created_at", "offset"), True)
 
 
@@ -101,16 +102,16 @@ class MongoStore:
 
     @dependency_errors()
     async def close(self, chunks: Sequence[ClosedChunk]) -> dict[str, ClosedChunk]:
-        """Close these chunks; return those that were already closed, as they are stored."""
+        """Close these chunks; return those that were already closed, as `closed` does."""
         before = await insert_missing(self._chunks, [_chunk_document(chunk) for chunk in chunks])
         return await self.closed([chunks[index].chunk_id for index in before])
 
     @dependency_errors()
     async def closed(self, chunk_ids: Collection[str]) -> dict[str, ClosedChunk]:
-        """Return those of these chunks that are closed."""
+        """Return those of these chunks that are closed, with what decides about their hosts; other fields are empty."""
         if not chunk_ids:
             return {}
-        documents = await self._chunks.find({"_id": {"$in": list(chunk_ids)}}).to_list(None)
+        documents = await self._chunks.find({"_id": {"$in": list(chunk_ids)}}, _OF_CLOSED).to_list(None)
         return {document["_id"]: _chunk(document) for document in documents}
 
     async def results(
@@ -120,7 +121,7 @@ class MongoStore:
         wanted: Document = {"job_id": job_id, **_WITH_RESULTS}
         if user_id is not None:
             wanted["user_id"] = user_id
-        fields = None if raw else {"ports.raw_data": False}
+        fields = {"details": False} if raw else {"details": False, "ports.raw_data": False}
         order = _BY_PLACE if after is None else _BY_ID
         rest: Document = {} if after is None else {"first_id": {"$gte": await self._host_of(job_id, after)}}
         # Each page is an operation with its own timeout, and begins in the index where the last one ended.

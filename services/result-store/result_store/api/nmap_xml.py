@@ -1,8 +1,8 @@
 """The results of a finished task as one document in nmap's XML format.
 
 The document is written while three streams are read in order of addresses: details of hosts, their ports, and the maps of closed
-chunks, which have the outcomes of all other addresses. So its size does not matter for memory. A document that breaks off has no
-end tag, and no reader takes it for a whole one.
+chunks, which have the outcomes of all other addresses. Memory use does not depend on the size of the document. A truncated
+document has no end tag, so readers reject it.
 """
 
 from __future__ import annotations
@@ -61,10 +61,9 @@ class Block:
         else:
             self.letters = chunk.outcomes
         self.nmap = self.nmap or chunk.nmap
-        if chunk.ports and not chunk.ports.startswith("U:"):
-            self.technique = self.technique or chunk.technique
-            if not chunk.ports.startswith("top:"):  # their numbers are unknown if no address was scanned
-                self.common_ports.add(chunk.ports)
+        self.technique = self.technique or chunk.technique
+        if chunk.ports:
+            self.common_ports.add(chunk.ports)
 
 
 async def blocks(chunks: AsyncIterator[ClosedChunk]) -> AsyncIterator[Block]:

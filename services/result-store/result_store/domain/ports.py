@@ -24,10 +24,13 @@ class Store(Protocol):
         """Return the hosts of each of these chunks."""
 
     async def close(self, chunks: Sequence[ClosedChunk]) -> dict[str, ClosedChunk]:
-        """Close these chunks; return those that were already closed, as they are stored."""
+        """Close these chunks; return those that were already closed, as `closed` does."""
 
     async def closed(self, chunk_ids: Collection[str]) -> dict[str, ClosedChunk]:
-        """Return those of these chunks that are closed."""
+        """Return those of these chunks that are closed, with their ids, first addresses and outcomes.
+
+        Other fields may be empty.
+        """
 
     async def begin_deletions(self, job_ids: Collection[int]) -> None:
         """Mark these jobs as deleted, so that `erase` is called for them, again if it was before."""

@@ -137,11 +137,13 @@ class ClosedChunk:
     outcomes: str
     user_id: int | None = None
     technique: str = ""
+    """Of its TCP ports; empty if it has none."""
+
     nmap: str = ""
     """The version of nmap; empty if no address was scanned."""
 
     ports: str = ""
-    """The ports that were scanned, as in a policy; those of a `top` set by number."""
+    """The ports of a `top` set by number; empty for other sets, and if no address was scanned."""
 
     @property
     def key(self) -> str:
@@ -243,9 +245,9 @@ def close(scanned: ChunkScanned, place: Place, stored: Iterable[StoredHost]) -> 
         first_address=scanned.first_address,
         outcomes="".join(letters),
         user_id=scanned.grant.user_id if scanned.grant else None,
-        technique=scanned.technique,
+        technique="" if scanned.grant and scanned.grant.ports.startswith("U:") else scanned.technique,
         nmap=scanned.nmap,
-        ports=scanned.common_ports or (scanned.grant.ports if scanned.grant else ""),
+        ports=scanned.common_ports,
     )
 
 

@@ -14,7 +14,6 @@ from result_store_testing import EPOCH, Log, host, scanned
 from scanfleet.errors import MessageError
 from scanfleet.messages import ChunkIncomplete, PortFound
 from scanfleet.outcomes import Outcome
-from scanfleet_testing.chunk_grants import ALL_PORTS
 
 
 def stored(address: str, outcome: str = "a", *, at: int = 0) -> StoredHost:
@@ -65,7 +64,7 @@ def test_close_all_claimed_hosts_stored_closes() -> None:
     """A chunk closes if each code that claims a host has one; down, excluded and refused claim none."""
     hosts = [stored("127.9.8.0", "a"), stored("127.9.8.1", "s"), stored("127.9.8.2", "t")]
     chunk = close(scanned("astdxr", nmap="7.95"), END, hosts)
-    assert chunk == ClosedChunk(1, "1-0", "127.9.8.0", "astdxr", 7, "connect", "7.95", ALL_PORTS)
+    assert chunk == ClosedChunk(1, "1-0", "127.9.8.0", "astdxr", 7, "connect", "7.95")
 
 
 @pytest.mark.parametrize("letter", ["a", "s", "t", "."])
@@ -181,10 +180,24 @@ def test_results_fields_come_from_port_and_host() -> None:
 
 
 def test_close_names_the_common_ports_by_number() -> None:
-    """The ports of a closed chunk are the numbers of its most common ports, not their count."""
+    """The ports of a closed chunk are the numbers of its most common ports; those that a policy lists are not repeated."""
     chunk = close(scanned("d", common_ports="22,80,443"), END, [])
     assert isinstance(chunk, ClosedChunk)
     assert chunk.ports == "22,80,443"
+    listed = close(scanned("d"), END, [])
+    assert isinstance(listed, ClosedChunk)
+    assert listed.ports == ""
+
+
+@pytest.mark.parametrize(("ports", "technique"), [("T:22,U:53", "connect"), ("U:53", "")])
+def test_close_has_the_technique_of_tcp_ports(ports: str, technique: str) -> None:
+    """A chunk of UDP ports has no TCP technique, whatever its policy names."""
+    message = scanned("d")
+    assert message.grant is not None
+    grant = message.grant.model_copy(update={"ports": ports})
+    chunk = close(message.model_copy(update={"grant": grant}), END, [])
+    assert isinstance(chunk, ClosedChunk)
+    assert chunk.technique == technique
 
 
 @given(st.lists(st.ip_addresses(), min_size=2, max_size=2), st.lists(st.integers(0, 300_000), min_size=2, max_size=2))

@@ -76,8 +76,8 @@ async def full() -> MemoryStore:
     )
     await store.close(
         [
-            ClosedChunk(1, "1-0", "127.9.8.0", "dastxr", 7, "syn", "7.93", "22,80"),
-            ClosedChunk(1, "1-1", "127.9.8.0", "dsssxr", 7, "syn", "7.93", "U:53"),
+            ClosedChunk(1, "1-0", "127.9.8.0", "dastxr", 7, "syn", "7.93"),
+            ClosedChunk(1, "1-1", "127.9.8.0", "dsssxr", 7, "", "7.93"),
         ]
     )
     return store
@@ -166,7 +166,7 @@ async def test_document_of_an_unsuccessful_job_has_an_error(changed: dict[str, A
 async def test_document_names_common_ports_by_number() -> None:
     """The ports of a `top` set are those that the chunks of an address list; without a list there is no number of them."""
     store = MemoryStore()
-    parts = [("1-0", "22,80"), ("1-1", "443"), ("1-2", "top:4-5")]
+    parts = [("1-0", "22,80"), ("1-1", "443"), ("1-2", "")]
     await store.close([ClosedChunk(1, id_, "127.9.8.0", "d", 7, "connect", "7.93", ports) for id_, ports in parts])
     root = await written(store, ports="top:5")
     expected = {"type": "connect", "protocol": "tcp", "numservices": "5", "services": "22,80,443"}
