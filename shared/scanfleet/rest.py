@@ -283,7 +283,7 @@ class HostSystem(_Answer):
 
 
 class HostScript(_Answer):
-    """What a script printed about a host as a whole."""
+    """Output of an NSE script about a host as a whole."""
 
     id: str
     output: str
@@ -313,7 +313,7 @@ class Host(_Answer):
     """The most probable operating system; without OS detection what a service reports."""
 
     systems: list[HostSystem]
-    """What OS detection found, the most accurate first."""
+    """Operating systems found by OS detection, the most accurate first."""
 
     ports: list[HostPort]
     """The first ports that are open or open|filtered, at most 1,000."""

@@ -114,7 +114,7 @@ class Server(uvicorn.Server):
 class _TlsServer(asyncio.AbstractServer):
     """Accepts connections and completes their TLS handshakes.
 
-    The event loop's own server shows a connection only after its handshake, so that no limit would apply to handshakes in progress.
+    asyncio's own server calls the protocol only after the handshake, so handshakes in progress would not count against any limit.
 
     Args:
         listener: the listening socket, which this server closes.

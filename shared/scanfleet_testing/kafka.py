@@ -1,4 +1,4 @@
-"""Reads topics and groups past the bus, as an observer of any service."""
+"""Read topics and groups directly from Kafka, as an observer of any service."""
 
 from __future__ import annotations
 

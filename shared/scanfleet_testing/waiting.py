@@ -10,7 +10,7 @@ PAUSE = 0.01  # seconds between two checks
 
 
 async def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
-    """Wait until `condition()`, or what it returns to await, holds.
+    """Wait until `condition()` is true; an awaitable result is awaited first.
 
     Raises:
         TimeoutError: it did not hold in time.

@@ -50,7 +50,7 @@ class SystemMatch(BaseModel):
 
 
 class ScriptOutput(BaseModel):
-    """What an NSE script printed about a host."""
+    """Output of an NSE script about a host as a whole."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -1,8 +1,9 @@
 r"""Write one port as nmap does, from the element that its worker reported or from the stored fields.
 
-The reported text came through a worker, the least trusted part of the platform. It is parsed and written anew, and only if it
-conforms to nmap's own document type; any other port is written from its fields. Every text is written in printable ASCII, with
-references for other characters, so that nothing acts on a terminal; characters that XML does not allow are escapes (`\x00`).
+The reported text came through a worker, the least trusted part of the platform. It is parsed and serialized again, and only if
+it conforms to nmap's own document type; any other port is written from its fields. Every text is written in printable ASCII,
+with references for other characters, so that nothing acts on a terminal; characters that XML does not allow are escapes
+(`\x00`).
 """
 
 from __future__ import annotations
