@@ -123,9 +123,8 @@ def test_watch_continues_after_an_outage_of_the_gateway(stack: Stack, start: Sta
 def test_ctrl_c_leaves_the_job_running(environment: dict[str, str], owner: Client) -> None:
     """On a terminal a bar is drawn, and Ctrl-C ends the command with 130 and leaves the job as it is."""
     ours, theirs = pty.openpty()
-    scan = subprocess.Popen(
-        [SCANFLEET, "scan", SUBNET, *SLOW], env=environment | {"TERM": "xterm"}, stdout=theirs, stderr=theirs
-    )
+    command = ["env", "--default-signal=INT", SCANFLEET, "scan", SUBNET, *SLOW]  # a shell's background jobs ignore it
+    scan = subprocess.Popen(command, env=environment | {"TERM": "xterm"}, stdout=theirs, stderr=theirs)
     os.close(theirs)
     shown = b""
     try:
