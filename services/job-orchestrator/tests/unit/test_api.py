@@ -989,7 +989,7 @@ async def test_map_of_the_largest_number_of_blocks_is_answered_within_a_bounded_
     others = asyncio.create_task(count_turns())
     began = time.process_time()
     answer = await api("GET /api/v1/task/1/map")
-    assert time.process_time() - began < 4 * MAP_CPU_SECONDS  # 1.3 s on a busy machine, with the client's part
+    assert time.process_time() - began < 2 * MAP_CPU_SECONDS
     others.cancel()
     assert turns > 10  # the event loop served others meanwhile
     assert (len(answer["blocks"]), answer["blocks"][-1]) == (65_535, {"ports": "65535", "letters": "."})
