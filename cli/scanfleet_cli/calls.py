@@ -184,6 +184,18 @@ def import_subnets(csv: str) -> Call[rest.SubnetsImported]:
     return Call("POST", "/api/v1/subnet/import", rest.SubnetsImported, csv=csv, headers={"Content-Type": "text/csv"})
 
 
+def check_subnets(csv: str) -> Call[rest.SubnetImportCheck]:
+    """Check each line of an import, and create nothing."""
+    return Call(
+        "POST",
+        "/api/v1/subnet/import",
+        rest.SubnetImportCheck,
+        query={"dry_run": "true"},
+        csv=csv,
+        headers={"Content-Type": "text/csv"},
+    )
+
+
 def read_subnet(subnet_id: int) -> Call[rest.Subnet]:
     return Call("GET", f"/api/v1/subnet/{subnet_id}", rest.Subnet)
 

@@ -63,6 +63,8 @@ def replaced(session: Session, call: calls.Call[Any]) -> Row:
         after: Row = session.ask(call)
     except ApiError as error:
         if error.status == httpx2.codes.PRECONDITION_FAILED:
+            if error.unsure and (current := _as_sent(session, call)) is not None:
+                return current
             raise CommandError(
                 "another request has changed the object in the meantime; nothing was changed",
                 hint="repeat the command",
@@ -71,6 +73,12 @@ def replaced(session: Session, call: calls.Call[Any]) -> Row:
             ) from error
         raise
     return after
+
+
+def _as_sent(session: Session, call: calls.Call[Any]) -> Row | None:
+    """Return the object if an attempt without a response has replaced it."""
+    current: Row = session.ask(calls.Call("GET", call.path, call.answer))
+    return current if all(current[name] == value for name, value in (call.body or {}).items()) else None
 
 
 def delete_each(

@@ -153,7 +153,7 @@ def _code(status: int) -> Exit:
 def _hint(status: int, message: str) -> str:
     match status:
         case 400 | 404:
-            return _hint_of_refusal(message)
+            return hint_of_refusal(message)
         case 401:
             return "sign in with `scanfleet login`; `scanfleet whoami` shows the source of the token"
         case 403:
@@ -165,7 +165,8 @@ def _hint(status: int, message: str) -> str:
     return ""
 
 
-def _hint_of_refusal(message: str) -> str:
+def hint_of_refusal(message: str) -> str:
+    """Return what to do about a refused request; may be empty."""
     if _TARGET_RULE.search(message):
         return "ask the operator who sets SCANFLEET_ALLOWED_NETWORKS"
     missing = _NOT_FOUND.search(message)

@@ -253,23 +253,33 @@ class FakeApi(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
         return httpx2.Response(200, json={"message": "Job deleted successfully"})
 
     def _import(self, request: httpx2.Request) -> httpx2.Response:
-        """Create a subnet for each line, all or none, unless it exists."""
-        bodies = []
+        """Create a subnet for each line, all or none, unless it exists; a dry run returns a verdict per line."""
+        verdicts, wanted = [], []
         for number, row in enumerate(csv.DictReader(io.StringIO(request.content.decode())), 2):
+            exclude = [each.strip() for each in (row.get("exclude") or "").split(";") if each.strip()]
+            body = {"name": row["name"], "cidr": row["cidr"], "exclude": exclude}
+            there = [each["id"] for each in self.subnets.values() if body.items() <= each.items()]
             try:
                 ip_network(row["cidr"])
             except ValueError as error:
-                return _error(400, f"line {number}: {error}")
-            exclude = [each.strip() for each in (row.get("exclude") or "").split(";") if each.strip()]
-            bodies.append({"name": row["name"], "cidr": row["cidr"], "exclude": exclude})
+                verdicts.append({"line": number, "action": "refused", "id": None, "error": str(error)})
+                continue
+            exists = bool(there) or body in wanted
+            action = "exists" if exists else "create"
+            verdicts.append({"line": number, "action": action, "id": there[0] if there else None, "error": None})
+            wanted.append(body)
+        if request.url.params.get("dry_run"):
+            return httpx2.Response(200, json={"lines": verdicts})
+        if refused := [each for each in verdicts if each["error"]]:
+            return _error(400, f"line {refused[0]['line']}: {refused[0]['error']}")
         subnets, created = [], 0
-        for body in bodies:
-            there = [each for each in self.subnets.values() if body.items() <= each.items()]
-            if not there:
+        for body in wanted:
+            known = [each for each in self.subnets.values() if body.items() <= each.items()]
+            if not known:
                 number = len(self.subnets) + 5
                 self.subnets[number] = _subnet(number, body)
                 created += 1
-            subnets.append(there[0] if there else self.subnets[number])
+            subnets.append(known[0] if known else self.subnets[number])
         answer = {"message": f"{created} subnets created", "created": created, "subnets": subnets}
         return httpx2.Response(201, json=answer)
 

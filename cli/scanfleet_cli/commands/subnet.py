@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from scanfleet import rest
-from scanfleet_cli import calls, changes, coverage, resolve
-from scanfleet_cli.errors import CommandError
+from scanfleet_cli import calls, changes, coverage, imports, resolve
+from scanfleet_cli.errors import CommandError, Exit, hint_of_refusal
 from scanfleet_cli.output import Format, Row, ago, column, count, printable
 from scanfleet_cli.session import Session, formats, lists, with_session, yes
 
@@ -129,21 +129,30 @@ def delete(session: Session, /, *, which: Sequence[str], yes: bool) -> None:
 
 @subnet.command("import")
 @click.argument("file", type=click.File(encoding="utf-8-sig"))
+@click.option("--dry-run", is_flag=True, help="Check each line, and change nothing.")
+@click.option("--update", is_flag=True, help="Change subnets of the same name whose network or exclusions differ.")
 @formats
 @with_session
-def import_(session: Session, /, *, file: Any) -> None:
-    """Create the subnets of a CSV file, all or none.
+def import_(session: Session, /, *, file: Any, dry_run: bool, update: bool) -> int:
+    """Create the subnets of a CSV file.
 
-    The first line is name,cidr or name,cidr,exclude; exclusions are separated by semicolons. Existing subnets are not created
-    again, so the command can be repeated.
+    The first line is name,cidr or name,cidr,exclude; exclusions are separated by semicolons. A line that the service refuses is
+    reported, and the command exits 2. Existing subnets are not created again, so the command can be repeated. The JSON formats
+    print line, action, id and error of each line; an action is create, update, exists or refused.
     """
     try:
         text = file.read()
     except UnicodeDecodeError as error:
         raise CommandError(f"{file.name} is not UTF-8: {error}") from error
-    imported = session.ask(calls.import_subnets(text))
-    if session.output.format not in {Format.TABLE, Format.WIDE} or session.output.fields is not None:
-        session.output.many(imported["subnets"], [])
-        return
-    there = len({each["id"] for each in imported["subnets"]}) - imported["created"]
-    session.output.emit(f"{imported['created']} created, {there} unchanged")
+    lines = imports.planned(session, text, update=update)
+    if not dry_run:
+        imports.carry_out(session, text, lines)
+    output = session.output
+    if output.format in {Format.TABLE, Format.WIDE} and output.fields is None:
+        output.emit(imports.summary(lines, dry_run=dry_run))
+    else:
+        output.many([line.row for line in lines], [])
+    refused = [line.error for line in lines if line.action == "refused"]
+    for hint in dict.fromkeys(filter(None, map(hint_of_refusal, refused))):
+        output.note(hint)
+    return Exit.REFUSED if refused else Exit.DONE

@@ -96,22 +96,93 @@ def test_subnets_of_a_file_are_imported_once(api: FakeApi, run: Any, tmp_path: P
     assert api.requests[-1].headers["content-type"] == "text/csv"
     assert api.subnets[6]["exclude"] == ["127.9.9.1/32", "127.9.9.128/25"]
     assert run("subnet", "import", file).out == "0 created, 2 unchanged\n"
-    assert json.loads(run("subnet", "import", file, "-o", "json").out) == [api.subnets[5], api.subnets[6]]
+    assert json.loads(run("subnet", "import", file, "-o", "json").out) == [
+        {"line": 2, "action": "exists", "id": 5, "error": None},
+        {"line": 3, "action": "exists", "id": 6, "error": None},
+    ]
 
 
-@pytest.mark.parametrize(
-    ("text", "problem"), [(b"name,cidr\nbad,127.9.9.1/24\n", "line 2: "), (b"name,cidr\n\xff,\n", "is not UTF-8")]
-)
-def test_import_of_an_invalid_file_exits_2_and_creates_nothing(
-    api: FakeApi, run: Any, tmp_path: Path, text: bytes, problem: str
+def test_import_creates_the_subnets_of_valid_lines_and_exits_2_for_others(
+    api: FakeApi, run: Any, tmp_path: Path
 ) -> None:
-    """The error names the line."""
+    """A refused line is named with its error, and the ids of the others are printed."""
     file = tmp_path / "networks.csv"
-    file.write_bytes(text)
+    file.write_text("name,cidr\none,127.9.8.0/24\nbad,127.9.9.1/24\ntwo,127.9.10.0/24\ntwo,127.9.10.0/24\n")
+    ended = run("subnet", "import", file, "-o", "json")
+    assert ended.code == 2
+    bad = {"line": 3, "action": "refused", "id": None, "error": "127.9.9.1/24 has host bits set"}
+    assert json.loads(ended.out) == [
+        {"line": 2, "action": "create", "id": 5, "error": None},
+        bad,
+        {"line": 4, "action": "create", "id": 6, "error": None},
+        {"line": 5, "action": "exists", "id": 6, "error": None},
+    ]
+    assert [each["name"] for each in api.subnets.values()] == ["one", "two"]
+    ended = run("subnet", "import", file)
+    assert (ended.code, ended.out) == (2, "0 created, 3 unchanged, 1 refused: line 3: 127.9.9.1/24 has host bits set\n")
+
+
+def test_dry_run_of_an_import_changes_nothing(api: FakeApi, run: Any, tmp_path: Path) -> None:
+    """The verdict on each line is printed, and no request changes a subnet."""
+    run("subnet", "create", "lab", "127.9.8.0/24")
+    before = dict(api.subnets)
+    file = tmp_path / "networks.csv"
+    file.write_text("name,cidr\nlab,127.9.9.0/24\nnew,127.9.10.0/24\n")
+    assert run("subnet", "import", file, "--dry-run").out == "2 to create, 0 unchanged\n"
+    ended = run("subnet", "import", file, "--dry-run", "--update")
+    assert (ended.code, ended.out) == (0, "1 to create, 0 unchanged, 1 to update\n")
+    assert api.subnets == before
+
+
+def test_import_with_update_changes_the_subnets_of_the_same_name(api: FakeApi, run: Any, tmp_path: Path) -> None:
+    """A subnet whose network or exclusions differ is replaced with If-Match; a name that is ambiguous is refused."""
+    for number, name in enumerate(("lab", "web", "twice", "twice")):
+        run("subnet", "create", name, f"127.9.{number}.0/24")
+    file = tmp_path / "networks.csv"
+    file.write_text(
+        "name,cidr,exclude\nlab,127.9.0.0/24,127.9.0.1/32\nweb,127.9.8.0/24,\nweb,127.9.9.0/24,\ntwice,127.9.9.0/24,\n"
+    )
+    ended = run("subnet", "import", file, "--update", "-o", "json")
+    assert ended.code == 2
+    assert [(each["action"], each["id"], each["error"]) for each in json.loads(ended.out)] == [
+        ("update", 5, None),
+        ("refused", None, "several lines have the name web of subnet 6"),
+        ("refused", None, "several lines have the name web of subnet 6"),
+        ("refused", None, "several subnets have the name twice: 8, 7"),
+    ]
+    assert api.subnets[5]["exclude"] == ["127.9.0.1/32"]
+    (put,) = [each for each in api.requests if each.method == "PUT"]
+    assert put.headers["if-match"]
+    file.write_text("name,cidr\nweb,127.9.8.0/24\n")
+    api.fault_of = lambda request: httpx2.Response(412, json={"error": "changed"}) if request.method == "PUT" else None
+    ended = run("subnet", "import", file, "--update")
+    assert ended.code == 2
+    assert ended.out.startswith("0 created, 0 unchanged, 1 refused: line 2: another request has changed the object")
+
+
+def test_edit_whose_answer_was_cut_is_done(api: FakeApi, run: Any) -> None:
+    """When the repeated PUT finds the subnet changed as asked, the attempt that was cut did it."""
+    run("subnet", "create", "lab", "127.9.8.0/24")
+
+    def fault(request: httpx2.Request) -> Exception | None:
+        if request.method == "PUT" and api.subnets[5]["name"] == "lab":
+            api.carry_out(request)
+            return httpx2.ReadError("connection reset")
+        return None
+
+    api.fault_of = fault
+    ended = run("subnet", "edit", "5", "--name", "web")
+    assert (ended.code, ended.out) == (0, "is   subnet 5 web 127.9.8.0/24 (256 addresses)\n")
+
+
+def test_import_of_a_file_that_is_not_utf_8_exits_2(api: FakeApi, run: Any, tmp_path: Path) -> None:
+    """The error names the file, and nothing is sent."""
+    file = tmp_path / "networks.csv"
+    file.write_bytes(b"name,cidr\n\xff,\n")
     ended = run("subnet", "import", file)
     assert ended.code == 2
-    assert problem in ended.err
-    assert not api.subnets
+    assert "is not UTF-8" in ended.err
+    assert not api.requests
 
 
 def test_policy_is_made_shown_changed_and_explained(run: Any) -> None:

@@ -1,0 +1,122 @@
+"""Imports of subnets from CSV: the verdict of the service on each line, and updates of existing subnets."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from scanfleet import rest
+from scanfleet_cli import calls, changes, resolve
+from scanfleet_cli.errors import ApiError, CommandError, explain
+from scanfleet_cli.output import Row, printable
+from scanfleet_cli.session import Session
+
+
+@dataclass(slots=True)
+class Line:
+    """One line of the file, and what is done with it."""
+
+    line: int
+    """Number of the line in the file, from 1."""
+
+    action: Literal["create", "update", "exists", "refused"]
+    id: int | None = None
+    error: str = ""
+
+    @property
+    def row(self) -> Row:
+        return asdict(self) | {"error": self.error or None}
+
+    def refuse(self, error: str) -> None:
+        self.action, self.error = "refused", error
+
+
+def planned(session: Session, text: str, *, update: bool) -> list[Line]:
+    """Return what is to be done with each line; nothing is changed.
+
+    Args:
+        session: of the command.
+        text: the CSV file.
+        update: whether to change existing subnets of the same name.
+
+    Raises:
+        ApiError: the text is not CSV with the columns of a subnet.
+    """
+    checked = session.client.send(calls.check_subnets(text)).lines
+    lines = [Line(each.line, each.action, each.id, each.error or "") for each in checked]
+    if update and (new := [line for line in lines if line.action == "create"]):
+        _choose_updates(session, new, _bodies(text))
+    return lines
+
+
+def _choose_updates(session: Session, new: Sequence[Line], bodies: dict[int, rest.SubnetBody]) -> None:
+    """Turn the lines that name an existing subnet into updates."""
+    known: dict[str, list[int]] = {}
+    for subnet in resolve.subnets(session):
+        known.setdefault(subnet.name, []).append(subnet.id)
+    named = Counter(body.name for body in bodies.values())
+    for line in new:
+        name = bodies[line.line].name
+        ids = known.get(name, [])
+        if len(ids) > 1:
+            line.refuse(f"several subnets have the name {name}: {', '.join(map(str, ids))}")
+        elif ids and named[name] > 1:
+            line.refuse(f"several lines have the name {name} of subnet {ids[0]}")
+        elif ids:
+            line.action, line.id = "update", ids[0]
+
+
+def carry_out(session: Session, text: str, lines: Sequence[Line]) -> None:
+    """Create and update the subnets; an update that the service refuses changes its line."""
+    bodies = _bodies(text)
+    accepted = [line for line in lines if line.action in {"create", "exists"}]
+    if any(line.action == "create" for line in accepted):
+        made = session.client.send(calls.import_subnets(_csv([bodies[line.line] for line in accepted])))
+        for line, subnet in zip(accepted, made.subnets, strict=True):
+            line.id = subnet.id
+    for line in lines:
+        if line.action == "update" and line.id is not None:
+            try:
+                etag = session.client.ask(calls.read_subnet(line.id)).etag
+                changes.replaced(session, calls.replace_subnet(line.id, bodies[line.line], etag))
+            except (ApiError, CommandError) as error:
+                line.refuse(explain(error).message)
+
+
+def summary(lines: Sequence[Line], *, dry_run: bool) -> str:
+    """Format the actions: `12 created, 3 unchanged, 1 refused: line 7: …`."""
+    counts = Counter(line.action for line in lines)
+    words = {"create": "to create", "update": "to update"} if dry_run else {"create": "created", "update": "updated"}
+    shown = [f"{counts['create']} {words['create']}", f"{counts['exists']} unchanged"]
+    if counts["update"]:
+        shown.append(f"{counts['update']} {words['update']}")
+    if counts["refused"]:
+        errors = "; ".join(f"line {line.line}: {line.error}" for line in lines if line.action == "refused")
+        shown.append(f"{counts['refused']} refused: {printable(errors)}")
+    return ", ".join(shown)
+
+
+def _bodies(text: str) -> dict[int, rest.SubnetBody]:
+    """Parse the lines of a file that the service accepted as CSV, by number."""
+    reader = csv.reader(io.StringIO(text, newline=""))
+    columns = [name.strip().lower() for name in next(reader, [])]
+    bodies = {}
+    for values in reader:
+        if values:
+            cells: dict[str, Any] = dict(zip(columns, map(str.strip, values), strict=False))
+            exclude = [each.strip() for each in cells.get("exclude", "").split(";") if each.strip()]
+            fields = {"name": cells["name"], "cidr": cells["cidr"], "exclude": exclude}
+            bodies[reader.line_num] = resolve.body(rest.SubnetBody, fields)
+    return bodies
+
+
+def _csv(bodies: Sequence[rest.SubnetBody]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("name", "cidr", "exclude"))
+    writer.writerows((body.name, body.cidr, ";".join(body.exclude or [])) for body in bodies)
+    return text.getvalue()
