@@ -7,13 +7,16 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from scanfleet import rest
 from scanfleet_cli import calls, changes, resolve
 from scanfleet_cli.errors import ApiError, CommandError, explain
 from scanfleet_cli.output import Row, printable
 from scanfleet_cli.session import Session
+
+FIELDS: Final = ("line", "action", "id", "error")
+"""Fields of a line as JSON."""
 
 
 @dataclass(slots=True)

@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, Final, TextIO
+from typing import TYPE_CHECKING, Any, Final, TextIO, TypeAlias
 
 from scanfleet_cli.errors import CommandError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 Row = Mapping[str, Any]
 """An object of the API as JSON."""
@@ -107,6 +110,23 @@ def paths_of(row: Row, prefix: str = "") -> Iterator[str]:
             yield from paths_of(value, f"{prefix}{name}.")
 
 
+Kind: TypeAlias = "type[BaseModel] | tuple[str, ...]"
+"""A kind of object that a command prints: the model of the API, or the paths of its fields."""
+
+
+def fields_of(kind: Kind) -> list[str]:
+    """Return every dotted path of the objects of a kind."""
+    return list(kind) if isinstance(kind, tuple) else list(_fields_of_model(kind))
+
+
+def _fields_of_model(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        nested: Any = field.annotation
+        if hasattr(nested, "model_fields"):
+            yield from _fields_of_model(nested, f"{prefix}{name}.")
+
+
 class Output:
     """stdout and stderr of a command.
 
@@ -167,20 +187,20 @@ class Output:
         """
         match self.format:
             case Format.JSON | Format.JSONL:
-                self._json(self._chosen([thing])[0], indent=self.format is Format.JSON)
+                self._json(self._chosen(thing), indent=self.format is Format.JSON)
             case Format.CSV:
                 self._csv([thing])
             case Format.NAME:
                 self.emit(text_of(pick(thing, name)))
             case _ if self.fields is not None:
-                self._json(self._chosen([thing])[0], indent=True)
+                self._json(self._chosen(thing), indent=True)
             case _:
                 for line in block():
                     self.emit(line)
 
     def line(self, thing: Row) -> None:
         """Print one object as a JSON line."""
-        self._json(self._chosen([thing])[0], indent=False)
+        self._json(self._chosen(thing), indent=False)
 
     def many(self, rows: Iterable[Row], columns: Sequence[Column], name: str = "id") -> None:
         """Print objects as a table, or unchanged in a JSON format; streamed if the format allows it."""
@@ -188,7 +208,7 @@ class Output:
             self.format = Format.JSON
         match self.format:
             case Format.JSON:
-                self._json(self._chosen(list(rows)), indent=True)
+                self._json([self._chosen(row) for row in rows], indent=True)
             case Format.JSONL:
                 for row in rows:
                     self.line(row)
@@ -243,29 +263,31 @@ class Output:
             over -= cut
         return widths
 
-    def _chosen(self, rows: list[Row]) -> list[Row]:
-        """Return the rows with the fields of `--json`, nested as in the API."""
-        if self.fields is None:
-            return rows
-        known = list(dict.fromkeys(path for row in rows for path in paths_of(row)))
-        if rows and (not self.fields or any(path not in known for path in self.fields)):
-            unknown = ", ".join(path for path in self.fields if path not in known)
-            raise CommandError(
-                f"--json: {'no field ' + unknown if unknown else 'name the fields'}", hint=f"fields: {', '.join(known)}"
-            )
-        return [self._nested(row) for row in rows]
+    def check_fields(self, kind: Kind) -> None:
+        """Check the fields of `--json`.
 
-    def _nested(self, row: Row) -> Row:
+        Raises:
+            CommandError: there is none, or the objects of this kind have no such field.
+        """
+        if self.fields is None:
+            return
+        known = fields_of(kind)
+        unknown = [path for path in self.fields if path not in known]
+        if unknown or not self.fields:
+            problem = f"no field {', '.join(unknown)}" if unknown else "name the fields"
+            raise CommandError(f"--json: {problem}", hint=f"fields: {', '.join(known)}")
+
+    def _chosen(self, row: Row) -> Row:
+        """Return a row with the fields of `--json`, nested as in the API; null if an older service omits one."""
+        if self.fields is None:
+            return row
         chosen: dict[str, Any] = {}
-        for path in self.fields or ():
+        for path in self.fields:
             *above, name = path.split(".")
             place = chosen
             for each in above:
                 place = place.setdefault(each, {})
-            try:
-                place[name] = pick(row, path)
-            except KeyError:
-                place[name] = None
+            place[name] = _value(row, path)
         return chosen
 
     def _json(self, value: Any, *, indent: bool) -> None:
@@ -276,11 +298,9 @@ class Output:
         paths: list[str] | None = None
         for row in rows:
             if paths is None:
-                if self.fields is not None:
-                    self._chosen([row])
                 paths = self.fields or [path for path in paths_of(row) if not isinstance(pick(row, path), Mapping)]
                 writer.writerow(paths)
-            writer.writerow([_csv_cell(pick(row, path)) for path in paths])
+            writer.writerow([_csv_cell(_value(row, path)) for path in paths])
             if not self.terminal:  # a pipe receives each row at once
                 self.stdout.flush()
 
@@ -295,6 +315,13 @@ class Output:
             print(f"  {printable(error.hint)}", file=self.stderr)
         if error.request_id:
             print(f"  request {printable(error.request_id)}", file=self.stderr)
+
+
+def _value(row: Row, path: str) -> Any:
+    try:
+        return pick(row, path)
+    except KeyError:
+        return None
 
 
 def _csv_cell(value: Any) -> Any:

@@ -19,7 +19,7 @@ from click.shell_completion import CompletionItem
 
 from scanfleet_cli.config import Config, Place
 from scanfleet_cli.errors import ApiError, CommandError, Exit, ScanfleetError
-from scanfleet_cli.output import Column, Format, Output, Row, printable
+from scanfleet_cli.output import Column, Format, Kind, Output, Row, fields_of, printable
 
 if TYPE_CHECKING:
     from scanfleet_cli.calls import Call, ListCall
@@ -264,11 +264,6 @@ def _chosen_format(context: click.Context, _parameter: click.Parameter, value: s
         context.obj.output.format = Format(value)
 
 
-def _chosen_fields(context: click.Context, _parameter: click.Parameter, value: str | None) -> None:
-    if value is not None:
-        context.obj.output.fields = [field.strip() for field in value.split(",") if field.strip()]
-
-
 def _chosen_limit(context: click.Context, _parameter: click.Parameter, value: int | None) -> None:
     context.obj.limit = value
 
@@ -276,27 +271,49 @@ def _chosen_limit(context: click.Context, _parameter: click.Parameter, value: in
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def formats(command: Command, *, xml: bool = False) -> Command:
-    """Add the options -o and --json to a command that prints objects, or results, which have nmap's XML too."""
-    # Read first, so that a mistake in any later option is already reported in this format.
-    command = click.option(
-        "-o",
-        "--output",
-        type=click.Choice([each.value for each in Format if xml or each is not Format.XML]),
-        is_eager=True,
-        expose_value=False,
-        callback=_chosen_format,
-        help="Output format. Default: table.",
-    )(command)
-    return click.option(
-        "--json",
-        metavar="FIELDS",
-        is_flag=False,
-        flag_value="",
-        expose_value=False,
-        callback=_chosen_fields,
-        help="Print only these fields as JSON, for example a,b.c. Without a value: list the fields and exit 2.",
-    )(command)
+def formats(*kinds: Kind, xml: bool = False) -> Callable[[Command], Command]:
+    """Add the options -o and --json to a command that prints objects, or results, which have nmap's XML too.
+
+    Args:
+        kinds: of the objects; with several, the command itself checks the fields against that which it prints.
+        xml: whether the command prints nmap's XML too.
+    """
+
+    def choose(context: click.Context, _parameter: click.Parameter, value: str | None) -> None:
+        output: Output = context.obj.output
+        if value is not None:
+            output.fields = [field.strip() for field in value.split(",") if field.strip()]
+        if len(kinds) == 1:
+            output.check_fields(kinds[0])
+
+    def complete(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
+        before, comma, last = begun.rpartition(",")
+        names = dict.fromkeys(name for kind in kinds for name in fields_of(kind))
+        return [before + comma + name for name in names if name.startswith(last)]
+
+    def add(command: Command) -> Command:
+        # Read first, so that a mistake in any later option is already reported in this format.
+        command = click.option(
+            "-o",
+            "--output",
+            type=click.Choice([each.value for each in Format if xml or each is not Format.XML]),
+            is_eager=True,
+            expose_value=False,
+            callback=_chosen_format,
+            help="Output format. Default: table.",
+        )(command)
+        return click.option(
+            "--json",
+            metavar="FIELDS",
+            is_flag=False,
+            flag_value="",
+            expose_value=False,
+            callback=choose,
+            shell_complete=complete,
+            help="Print only these fields as JSON, for example a,b.c. Without a value: list the fields and exit 2.",
+        )(command)
+
+    return add
 
 
 def _limit(default: str) -> Callable[[Command], Command]:
@@ -312,19 +329,14 @@ def _limit(default: str) -> Callable[[Command], Command]:
 _long_limit = _limit(f"{LIMIT} on a terminal, otherwise all")
 
 
-def lists(command: Command) -> Command:
+def lists(kind: Kind) -> Callable[[Command], Command]:
     """Add the options of a command that prints a list."""
-    return formats(_limit(str(LIMIT))(command))
+    return lambda command: formats(kind)(_limit(str(LIMIT))(command))
 
 
-def long_lists(command: Command) -> Command:
+def long_lists(*kinds: Kind, xml: bool = False) -> Callable[[Command], Command]:
     """Add the options of a command that prints results or a ledger, which a pipe receives in full by default."""
-    return formats(_long_limit(command))
-
-
-def result_lists(command: Command) -> Command:
-    """Add the options of a command that prints results, also as nmap's XML."""
-    return formats(_long_limit(command), xml=True)
+    return lambda command: formats(*kinds, xml=xml)(_long_limit(command))
 
 
 def complete_context(context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import click
 
+from scanfleet import rest
 from scanfleet.clock import rfc3339
 from scanfleet_cli import calls
 from scanfleet_cli.output import Column, Format, Row, column
@@ -57,7 +58,7 @@ def audit() -> None:
 
 @audit.command("list")
 @_filters
-@lists
+@lists(rest.AuditEntry)
 @with_session
 def list_(session: Session, /, **filters: str | None) -> None:
     """List changes and refusals, newest first."""
@@ -66,7 +67,7 @@ def list_(session: Session, /, **filters: str | None) -> None:
 
 @audit.command()
 @_filters
-@lists
+@lists(rest.AuditEntry)
 @with_session
 def tail(session: Session, /, **filters: str | None) -> None:
     """Print the latest entries, then new ones until Ctrl-C."""

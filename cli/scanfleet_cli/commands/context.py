@@ -15,6 +15,8 @@ from scanfleet_cli.session import Session, complete_context, formats, with_sessi
 LOCAL: Final = "http://127.0.0.1:8080"
 """URL of the gateway of `make up`, the default of a new context."""
 
+_FIELDS: Final = ("name", "url", "current", "token_command")
+
 
 @click.group()
 def context() -> None:
@@ -31,7 +33,7 @@ def _row(context: Context, current: str) -> dict[str, Any]:
 
 
 @context.command("list")
-@formats
+@formats(_FIELDS)
 @with_session
 def list_(session: Session) -> None:
     """List contexts."""
@@ -89,7 +91,7 @@ def remove(session: Session, /, *, name: str, yes: bool) -> None:
 
 @context.command()
 @click.argument("name", required=False)
-@formats
+@formats(_FIELDS)
 @with_session
 def show(session: Session, /, *, name: str | None) -> None:
     """Show a context, by default the current one."""

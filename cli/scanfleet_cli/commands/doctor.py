@@ -23,6 +23,8 @@ from scanfleet_cli.tokens import expiry
 
 CLOCK_SECONDS: Final = 30.0  # maximum difference before the service rejects tokens
 
+_FIELDS: Final = ("check", "ok", "detail")
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -34,11 +36,11 @@ class Finding:
 
 
 @click.command()
-@formats
+@formats(_FIELDS)
 @with_session
 def doctor(session: Session) -> int:
     """Check URL, TLS, clock, token and versions; exit 1 if a check fails."""
-    rows = [{"check": each.check, "ok": each.ok, "detail": each.detail} for each in _findings(session)]
+    rows = [{name: getattr(each, name) for name in _FIELDS} for each in _findings(session)]
     session.output.many(rows, [column("CHECK"), column("OK"), column("DETAIL")], "check")
     return Exit.DONE if all(row["ok"] for row in rows) else Exit.FAULT
 

@@ -12,11 +12,11 @@ import click
 import httpx2
 
 from scanfleet import rest
-from scanfleet.messages import JobStatus
+from scanfleet.messages import Job, JobStatus
 from scanfleet_cli import calls, changes, chart, coverage, findings, follow, joblist, resolve, views
 from scanfleet_cli.errors import ApiError, CommandError, Exit
 from scanfleet_cli.output import Format, Row, ago, column, count, duration, printable
-from scanfleet_cli.session import Session, complete_job, formats, lists, long_lists, result_lists, with_session, yes
+from scanfleet_cli.session import Session, complete_job, formats, lists, long_lists, with_session, yes
 
 job_id = click.argument("job_id", type=click.IntRange(min=1), metavar="ID", shell_complete=complete_job)
 job_ids = click.argument(
@@ -25,6 +25,8 @@ job_ids = click.argument(
 T = TypeVar("T")
 
 _LEDGER_NAMES: Final = tuple(rest.LedgerCounts.model_fields)
+_NETWORK: Final = ("network", "outcome", "reason")
+_LEDGERS: Final = (rest.Ledger, rest.LedgerEntry, _NETWORK)
 _SHARE_BAR: Final = 20  # cells
 
 
@@ -45,7 +47,7 @@ def job() -> None:
 @click.option("--policy", required=True, metavar="NAME|ID")
 @click.option("--key", help="Idempotency key: the same command with the same key creates no other jobs.")
 @click.option("--watch", is_flag=True, help="Watch the jobs to their final states.")
-@formats
+@formats(Job)
 @with_session
 def submit(session: Session, /, *, subnets: Sequence[str], policy: str, key: str | None, watch: bool) -> int | None:
     """Create a job for each subnet."""
@@ -70,7 +72,7 @@ def submit(session: Session, /, *, subnets: Sequence[str], policy: str, key: str
 @click.option("--since", metavar="TIME", help="Only jobs created since this time (RFC 3339).")
 @click.option("--user", metavar="ID|all", help="For administrators: jobs of this user, or of all.")
 @click.option("--watch", is_flag=True, help="Update the list until Ctrl-C.")
-@lists
+@lists(Job)
 @with_session
 def list_(
     session: Session,
@@ -109,7 +111,7 @@ def list_(
 @job.command()
 @job_id
 @click.option("--open", "browse", is_flag=True, help="Open the page of the job in a browser too.")
-@formats
+@formats(rest.TaskStatus)
 @with_session
 def show(session: Session, /, *, job_id: int, browse: bool) -> None:
     """Show the status, progress, request and outcome of a job."""
@@ -154,7 +156,7 @@ def _asked_for(session: Session, job: Any) -> Iterator[str]:
 @follow.found_option
 @click.option("--no-exit-status", is_flag=True, help="Exit 0 for failed and cancelled jobs too.")
 @follow.cancel_option
-@formats
+@formats(rest.TaskStatus)
 @with_session
 def watch(
     session: Session,
@@ -276,7 +278,7 @@ def events(session: Session, /, *, job_id: int) -> None:
 
 @job.command()
 @job_id
-@formats
+@formats(rest.JobSnapshot)
 @with_session
 def snapshot(session: Session, /, *, job_id: int) -> None:
     """Show the request of a job as submitted, regardless of later changes to its subnet and policy."""
@@ -291,7 +293,7 @@ def snapshot(session: Session, /, *, job_id: int) -> None:
 )
 @click.option("--from", "first", metavar="ADDRESS", help="First address.")
 @click.option("--width", type=click.IntRange(min=1), help="Cells per row. Default: 16.")
-@formats
+@formats(rest.CoverageMap)
 @with_session
 def map_(session: Session, /, *, job_id: int, ports: str | None, first: str | None, width: int | None) -> None:
     """Draw the outcome of each address of a job as a letter; for a large network the worst outcome of each block."""
@@ -302,7 +304,7 @@ def map_(session: Session, /, *, job_id: int, ports: str | None, first: str | No
 
 @job.command()
 @job_id
-@formats
+@formats(rest.Waiting)
 @with_session
 def waiting(session: Session, /, *, job_id: int) -> None:
     """Show the reasons why a job waits."""
@@ -349,7 +351,7 @@ def _supported(what: str) -> Iterator[None]:
 @click.option("--service", help="Only this service.")
 @click.option("--address", metavar="CIDR", help="Only addresses of this network.")
 @click.option("--open-only", is_flag=True, help="Exclude open|filtered ports.")
-@result_lists
+@long_lists(rest.Result, xml=True)
 @with_session
 def results(
     session: Session, /, *, job_id: int, ports: Sequence[int], service: str | None, address: str | None, open_only: bool
@@ -400,7 +402,7 @@ def _network(text: str) -> Any:
 @click.option("--port", "ports", multiple=True, type=int, help="Only hosts with this port; repeat for several.")
 @click.option("--service", help="Only hosts with this service.")
 @click.option("--address", metavar="CIDR", help="Only addresses of this network.")
-@long_lists
+@long_lists(rest.Host)
 @with_session
 def hosts(session: Session, /, *, job_id: int, ports: Sequence[int], service: str | None, address: str | None) -> None:
     """Print one line for each address that answered or has ports.
@@ -430,15 +432,17 @@ def hosts(session: Session, /, *, job_id: int, ports: Sequence[int], service: st
     help=f"Only this outcome; repeat for several: {', '.join(_LEDGER_NAMES)}.",
 )
 @click.option("--networks", is_flag=True, help="Collapse addresses to networks.")
-@long_lists
+@long_lists(*_LEDGERS)
 @with_session
 def ledger(session: Session, /, *, job_id: int, not_probed: bool, wanted: Sequence[str], networks: bool) -> None:
     """Show the outcome of every probe of a job."""
     if unknown := [each for each in wanted if each not in _LEDGER_NAMES]:
         raise CommandError(f"unknown outcome {unknown[0]}", hint=f"one of {', '.join(_LEDGER_NAMES)}")
+    whole = not (not_probed or wanted or networks)
+    session.output.check_fields(rest.Ledger if whole else _NETWORK if networks else rest.LedgerEntry)
     reply = session.client.ask(call := calls.read_ledger(job_id))
     first = reply.read(call)
-    if not (not_probed or wanted or networks):
+    if whole:
         session.output.one(reply.json, lambda: _ledger(session, first), "job_id")
         return
     outcomes = set(wanted) or set(coverage.NOT_PROBED) | {"timed_out"}

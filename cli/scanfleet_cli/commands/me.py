@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import click
 import httpx2
 
+from scanfleet import rest
 from scanfleet_cli import calls
 from scanfleet_cli.errors import ApiError, CommandError, Exit
 from scanfleet_cli.output import Row
 from scanfleet_cli.session import Session, formats, with_session
 
+_WHO: Final = ("url", "url_source", "token_source", "user_id", "admin", "expires_at")
+
 
 @click.command()
-@formats
+@formats(_WHO)
 @with_session
 def whoami(session: Session) -> None:
     """Show the gateway, the user, and the source of the token."""
@@ -51,7 +54,7 @@ def _me(session: Session) -> Any:
 
 
 @click.command()
-@formats
+@formats(rest.Limits)
 @with_session
 def limits(session: Session) -> None:
     """Show the rate limits and their current use."""

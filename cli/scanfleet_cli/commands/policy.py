@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from ipaddress import ip_network
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -16,6 +16,8 @@ from scanfleet_cli.errors import CommandError
 from scanfleet_cli.output import Row, column, count, printable, text_of
 from scanfleet_cli.session import Session, formats, lists, with_session, yes
 
+_EXPLAINED: Final = ("policy_id", "tcp_ports", "udp_ports", "needs_raw", "subnet_id", "addresses", "probes")
+
 
 @click.group()
 def policy() -> None:
@@ -25,7 +27,7 @@ def policy() -> None:
 @policy.command()
 @click.argument("name")
 @resolve.policy_options
-@formats
+@formats(rest.Policy)
 @with_session
 def create(session: Session, /, *, name: str, **options: Any) -> None:
     """Create a policy; omitted options have the values of the preset."""
@@ -45,7 +47,7 @@ def block(session: Session, policy: Row) -> Iterator[str]:
 
 
 @policy.command("list")
-@lists
+@lists(rest.Policy)
 @with_session
 def list_(session: Session) -> None:
     """List policies, newest first."""
@@ -67,7 +69,7 @@ def list_(session: Session) -> None:
 
 @policy.command()
 @click.argument("which", metavar="NAME|ID")
-@formats
+@formats(rest.Policy)
 @with_session
 def show(session: Session, /, *, which: str) -> None:
     """Show every field of a policy."""
@@ -79,7 +81,7 @@ def show(session: Session, /, *, which: str) -> None:
 @click.argument("which", metavar="NAME|ID")
 @click.option("--name", help="New name.")
 @resolve.policy_options
-@formats
+@formats(rest.Policy)
 @with_session
 def edit(session: Session, /, *, which: str, name: str | None, **options: Any) -> None:
     """Change fields of a policy; existing jobs keep the previous values."""
@@ -113,7 +115,7 @@ def delete(session: Session, /, *, which: Sequence[str], yes: bool) -> None:
 @policy.command()
 @click.argument("which", metavar="NAME|ID")
 @click.option("--subnet", metavar="NAME|ID", help="Count the probes of this subnet.")
-@formats
+@formats(_EXPLAINED)
 @with_session
 def explain(session: Session, /, *, which: str, subnet: str | None) -> None:
     """Show the ports and probes of a policy, and whether it needs raw packets."""

@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 import click
 
 from scanfleet import rest
+from scanfleet.messages import Job
 from scanfleet.policy import PolicyError, Preset, ScanPolicy, fill_in
 from scanfleet.ports import PortSet
 from scanfleet_cli import calls, changes, coverage, findings, follow, resolve, views
@@ -67,7 +68,7 @@ class Wanted:
 @click.option("--key", help="Idempotency key: the same command with the same key creates no other jobs.")
 @follow.found_option
 @follow.cancel_option
-@formats
+@formats(rest.Result, Job)
 @with_session
 def scan(
     session: Session,
@@ -94,6 +95,7 @@ def scan(
     output = session.output
     if output.fields is not None and output.format.machine:
         raise CommandError(f"--json selects fields of results and cannot be combined with -o {output.format}")
+    output.check_fields(Job if no_watch else rest.Result)
     printer = findings.Printer(output) if found else None
     limit, watched_ports = follow.seconds(timeout), _fail_ports(fail_on)
     wanted = list(_targets(targets, file, exclude, name))

@@ -24,7 +24,7 @@ def subnet() -> None:
 @click.argument("name")
 @click.argument("cidr")
 @click.option("--exclude", multiple=True, metavar="CIDR", help="Network to exclude; repeat for several.")
-@formats
+@formats(rest.Subnet)
 @with_session
 def create(session: Session, /, *, name: str, cidr: str, exclude: Sequence[str]) -> None:
     """Create a subnet."""
@@ -44,7 +44,7 @@ def line(subnet: Row) -> str:
 
 
 @subnet.command("list")
-@lists
+@lists(rest.Subnet)
 @with_session
 def list_(session: Session) -> None:
     """List subnets, newest first."""
@@ -62,7 +62,7 @@ def list_(session: Session) -> None:
 
 @subnet.command()
 @click.argument("which", metavar="NAME|ID")
-@formats
+@formats(rest.Subnet)
 @with_session
 def show(session: Session, /, *, which: str) -> None:
     """Show a subnet."""
@@ -84,7 +84,7 @@ def _block(session: Session, found: Row) -> Iterator[str]:
 @click.option("--cidr", help="New network.")
 @click.option("--add-exclude", multiple=True, metavar="CIDR")
 @click.option("--remove-exclude", multiple=True, metavar="CIDR")
-@formats
+@formats(rest.Subnet)
 @with_session
 def edit(
     session: Session,
@@ -131,7 +131,7 @@ def delete(session: Session, /, *, which: Sequence[str], yes: bool) -> None:
 @click.argument("file", type=click.File(encoding="utf-8-sig"))
 @click.option("--dry-run", is_flag=True, help="Check each line, and change nothing.")
 @click.option("--update", is_flag=True, help="Change subnets of the same name whose network or exclusions differ.")
-@formats
+@formats(imports.FIELDS)
 @with_session
 def import_(session: Session, /, *, file: Any, dry_run: bool, update: bool) -> int:
     """Create the subnets of a CSV file.

@@ -12,6 +12,7 @@ import pytest
 from scanfleet import rest
 from scanfleet.messages import JobStatus
 from scanfleet.policy import Preset, fill_in
+from scanfleet_cli.output import fields_of, paths_of
 from scanfleet_cli.session import World
 from scanfleet_cli_testing import TOKEN, FakeApi, FakeJob, host_found, result
 
@@ -82,13 +83,50 @@ def test_list_as_json_has_the_objects_of_the_api(jobs: FakeApi, run: Any) -> Non
     ]
 
 
-@pytest.mark.usefixtures("jobs")
-@pytest.mark.parametrize("fields", [["--json", "id,nonsense"], ["--json"]])
-def test_unknown_or_missing_fields_are_listed(run: Any, fields: list[str]) -> None:
-    """--json without a field that exists exits 2 and lists the fields."""
-    ended = run("job", "show", "41", *fields)
-    assert ended.code == 2
-    assert "fields: job_id, status, status.status, status.progress" in ended.err
+@pytest.mark.parametrize("fields", [["--json", "job_id,nonsense"], ["--json"]])
+@pytest.mark.parametrize(
+    "command",
+    [["job", "show", "41"], ["job", "ledger", "41"], ["subnet", "list"], ["scan", "127.9.8.0/24"], ["whoami"]],
+)
+def test_unknown_or_missing_fields_are_listed_before_any_request(
+    api: FakeApi, run: Any, command: list[str], fields: list[str]
+) -> None:
+    """--json without a field that exists exits 2 and lists the fields, also where there is nothing to print."""
+    ended = run(*command, *fields)
+    assert (ended.code, ended.out) == (2, "")
+    listed = {
+        "show": "job_id, status, status.status, status.progress",
+        "ledger": "job_id, status, accounted, request, request.addresses",
+        "list": "id, user_id, name, cidr",
+        "127.9.8.0/24": "id, job_id, ip_address",
+        "whoami": "url, url_source",
+    }[(command * 2)[1]]
+    assert f"fields: {listed}" in ended.err
+    assert not api.requests
+
+
+def test_fields_of_a_kind_are_those_of_its_objects(jobs: FakeApi, run: Any) -> None:
+    """The list of fields, made from the models, has every path of the objects that the service returns."""
+    job = jobs.jobs[41]
+    host = host_found("127.9.8.1", 22)
+    for kind, found in (
+        (rest.TaskStatus, job.task.model_dump(mode="json")),
+        (rest.Ledger, job.ledger().model_dump(mode="json")),
+        (rest.Result, job.results[0]),
+        (rest.Host, host),
+        (rest.Subnet, jobs.subnets[5]),
+        (rest.Policy, jobs.policies[3]),
+    ):
+        assert fields_of(kind) == list(paths_of(found))
+    assert run("job", "ledger", "41", "--not-probed", "--json", "address,reason").code == 0
+    assert run("job", "ledger", "41", "--networks", "--json", "address").code == 2
+
+
+def test_field_that_an_older_service_omits_is_null(jobs: FakeApi, run: Any) -> None:
+    """A field of this release that the response lacks is null, not an error."""
+    del jobs.jobs[41].results[0]["banner"]
+    (first, *_) = json.loads(run("job", "results", "41", "--json", "port,banner").out)
+    assert first == {"port": 22, "banner": None}
 
 
 @pytest.mark.usefixtures("jobs")
