@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Generic, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -80,6 +81,12 @@ class _Body(BaseModel):
             more = f" and {len(unknown) - MAX_UNKNOWN} more" if len(unknown) > MAX_UNKNOWN else ""
             raise PydanticCustomError("unknown_fields", "unknown fields: {named}{more}", {"named": named, "more": more})
         return given
+
+
+class NamedBody(_Body):
+    """The body of an object that its user names."""
+
+    name: Name
 
 
 class _Answer(BaseModel):
@@ -428,8 +435,7 @@ class Waiting(_Answer):
 # Subnets
 
 
-class SubnetBody(_Body):
-    name: Name
+class SubnetBody(NamedBody):
     cidr: Annotated[str, Field(max_length=50)]
     exclude: Annotated[
         list[Annotated[str, Field(max_length=50)]] | None,
@@ -499,10 +505,9 @@ def _preset_decides() -> Any:
     """Default of a field that `PolicyBody.scan` fills in; a factory, so that no default is documented."""
 
 
-class PolicyBody(_Body):
+class PolicyBody(NamedBody):
     """A policy; omitted fields have the preset's values."""
 
-    name: Name
     preset: Preset = Preset.STANDARD
     ports: vocabulary.Ports = Field(default_factory=_preset_decides)
     technique: vocabulary.TcpTechnique = Field(default_factory=_preset_decides)
@@ -546,6 +551,65 @@ class PolicyList(_Answer):
     total: int
     page: int
     page_size: int
+
+
+# Resources
+
+Body_co = TypeVar("Body_co", bound=NamedBody, covariant=True)
+Answer_co = TypeVar("Answer_co", bound=BaseModel, covariant=True)
+List_co = TypeVar("List_co", bound=BaseModel, covariant=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resource(Generic[Body_co, Answer_co, List_co]):
+    """Objects of one kind, each owned by one user, which the user lists, creates, reads, replaces and deletes.
+
+    The routes of the gateway and the orchestrator, and the calls of the client, are derived from it.
+    """
+
+    name: str
+    """Of one object, in paths, ids and messages: `subnet`."""
+
+    plural: str
+    """The field of `listed` with the objects; also the collection, and the sequence of ids."""
+
+    body: type[Body_co]
+    answer: type[Answer_co]
+    listed: type[List_co]
+    replacing: str = ""
+    """Documents the effect of a replacement on other objects."""
+
+    deletable: str = ""
+    """Documents which objects can be deleted, if not all; a deletion of others is answered 409."""
+
+    @property
+    def path(self) -> str:
+        return f"/api/v1/{self.name}"
+
+    @property
+    def id_name(self) -> str:
+        """Name of the id in paths and queries."""
+        return f"{self.name}_id"
+
+
+SUBNETS: Final = Resource(
+    name="subnet",
+    plural="subnets",
+    body=SubnetBody,
+    answer=Subnet,
+    listed=SubnetList,
+    replacing="existing jobs keep the previous one",
+    deletable="that no unfinished job scans",
+)
+POLICIES: Final = Resource(
+    name="policy",
+    plural="policies",
+    body=PolicyBody,
+    answer=Policy,
+    listed=PolicyList,
+    replacing="existing jobs keep the previous one",
+)
+RESOURCES: Final[tuple[Resource[NamedBody, BaseModel, BaseModel], ...]] = (SUBNETS, POLICIES)
 
 
 # Audit

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from types import FrameType
-from typing import Annotated, Any, Final, Literal, Protocol, cast
+from typing import Annotated, Any, Final, Literal, Protocol, TypeVar, cast
 from uuid import uuid4
 
 import structlog
@@ -80,6 +80,19 @@ def _decimal(text: str) -> str:
 
 PathId = Annotated[int, Field(ge=1, le=MAX_ID), BeforeValidator(_decimal), Path()]
 """An id in a path, in canonical form; anything else is answered 404."""
+
+
+_Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
+
+
+def typed(**types: Any) -> Callable[[_Endpoint], _Endpoint]:
+    """Decorate a route or dependency defined in a function: the framework resolves names in annotations of the module only."""
+
+    def typing(endpoint: _Endpoint) -> _Endpoint:
+        endpoint.__annotations__.update(types)
+        return endpoint
+
+    return typing
 
 
 _requests = Counter("scanfleet_http_requests", "HTTP requests answered.", ["method", "route", "status"])

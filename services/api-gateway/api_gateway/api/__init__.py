@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from api_gateway.api import audit, info, policies, revocations, session, sign_in, subnets, tasks
+from api_gateway.api import audit, imports, info, resources, revocations, session, sign_in, tasks
+from scanfleet import rest
 
 ROUTERS: tuple[APIRouter, ...] = (
     info.public,
@@ -13,8 +14,8 @@ ROUTERS: tuple[APIRouter, ...] = (
     tasks.cancels,
     tasks.streams,
     tasks.all_streams,
-    subnets.router,
-    policies.router,
+    *map(resources.router_of, rest.RESOURCES),
+    imports.router,
     audit.router,
     revocations.router,
     session.router,

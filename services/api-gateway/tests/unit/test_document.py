@@ -118,8 +118,8 @@ def test_documented_ids_have_bounds(document: dict[str, Any]) -> None:
 
 def test_forwarded_bodies_and_queries_are_documented(document: dict[str, Any]) -> None:
     """Bodies, pages and states that the gateway only forwards are documented completely."""
-    for path in ("/api/v1/subnet", "/api/v1/policy"):
-        for verb, where in (("post", path), ("put", f"{path}/{{{path.rsplit('/', 1)[1]}_id}}")):
+    for each in rest.RESOURCES:
+        for verb, where in (("post", each.path), ("put", f"{each.path}/{{{each.id_name}}}")):
             body = document["paths"][where][verb]["requestBody"]
             schema = body["content"]["application/json"]["schema"]
             assert body["required"]

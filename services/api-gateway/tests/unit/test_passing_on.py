@@ -14,7 +14,7 @@ from api_gateway_testing import Client, Gateway, Running, Stream
 from scanfleet.auth import Principal
 from scanfleet.clock import utc_now
 from scanfleet.messages import JobStatus
-from scanfleet.rest import ExportedJob
+from scanfleet.rest import RESOURCES, ExportedJob
 
 OWNER = "http://orchestrator/internal/jobs/41/owner"
 RESULTS = "http://result-store/api/v1/task/41/results"
@@ -30,8 +30,8 @@ PASSED_ON = [
     ("GET", "/api/v1/revocation"),
     ("POST", "/api/v1/revocation"),
     ("DELETE", "/api/v1/revocation/41"),
-    *((verb, f"/api/v1/{kind}") for kind in ("subnet", "policy") for verb in ("GET", "POST")),
-    *((verb, f"/api/v1/{kind}/41") for kind in ("subnet", "policy") for verb in ("GET", "PUT", "DELETE")),
+    *((verb, each.path) for each in RESOURCES for verb in ("GET", "POST")),
+    *((verb, f"{each.path}/41") for each in RESOURCES for verb in ("GET", "PUT", "DELETE")),
 ]
 
 

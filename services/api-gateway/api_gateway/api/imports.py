@@ -1,0 +1,46 @@
+"""The import of subnets into job-orchestrator; requests are forwarded."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fastapi import APIRouter, Request, Response
+
+from api_gateway.api.admission import Route
+from api_gateway.api.document import errors, query
+from api_gateway.api.state import Handed
+from scanfleet import rest
+from scanfleet.auth import Caller
+
+_CSV: Final = {
+    "required": True,
+    "content": {
+        "text/csv": {
+            "schema": {
+                "type": "string",
+                "description": "UTF-8. The first line names the columns `name`, `cidr` and, optionally, `exclude`, in which "
+                f"semicolons separate networks; at most {rest.MAX_IMPORT_LINES:,} lines follow.",
+            },
+            "example": "name,cidr,exclude\nlab,127.9.8.0/24,127.9.8.128/25;127.9.8.1\n",
+        }
+    },
+}
+
+router = APIRouter(prefix=rest.SUBNETS.path, tags=[rest.SUBNETS.name], route_class=Route)
+
+
+@router.post(
+    "/import",
+    status_code=201,
+    response_model=rest.SubnetsImported,
+    responses={200: {"model": rest.SubnetImportCheck, "description": "The verdicts of a dry run."}, **errors(400, 413)},
+    openapi_extra={
+        "requestBody": _CSV,
+        "parameters": [
+            query("dry_run", {"type": "boolean", "default": False}, "Whether to check each line and create nothing.")
+        ],
+    },
+)
+async def import_subnets(request: Request, _caller: Caller, state: Handed) -> Response:
+    """Create a subnet for each line of a CSV file, all or none. Existing equal subnets are not created again, so the request is idempotent."""
+    return await state.orchestrator.forward(request)
