@@ -547,6 +547,7 @@ async def test_a_chunk_reads_back_whole(store: Store) -> None:
             technique="syn",
             reach=2,
             share=0.25,
+            attempt_estimate=0.125,
             dispatched_at=THEN,
             not_before=LATER,
             limit=3,
@@ -576,10 +577,12 @@ async def test_inserting_chunks_again_changes_nothing(store: Store) -> None:
 async def test_saving_chunks_is_a_compare_and_set(store: Store) -> None:
     """Of two saves of one read of a chunk the second loses; the others of its batch do not."""
     await store.chunks.insert([chunk(), chunk(id="1-1", index=1)])
-    taken = dispatch(chunk(), "w-1", LATER, size=4, share=1.0)
+    taken = dispatch(chunk(), "w-1", LATER, size=4, share=1.0, estimate=1.5)
     assert await store.chunks.save([taken]) == set()
-    beside = dispatch(chunk(id="1-1", index=1), "w-2", LATER, size=4, share=0.5)
-    assert await store.chunks.save([dispatch(chunk(), "w-2", LATER, size=4, share=1.0), beside]) == {"1-0"}
+    beside = dispatch(chunk(id="1-1", index=1), "w-2", LATER, size=4, share=0.5, estimate=1.5)
+    assert await store.chunks.save([dispatch(chunk(), "w-2", LATER, size=4, share=1.0, estimate=1.5), beside]) == {
+        "1-0"
+    }
     assert await store.chunks.get(["1-0", "1-1"]) == {"1-0": replace(taken, rev=1), "1-1": replace(beside, rev=1)}
     assert await store.chunks.save([chunk(id="9-9")]) == {"9-9"}
 
@@ -653,16 +656,16 @@ async def test_standings_are_of_one_moment(store: Store) -> None:
 
 
 async def test_held_chunks_are_found_by_partition(store: Store) -> None:
-    """What workers hold, dispatched or running, is found for all, or for the partitions asked for."""
+    """What workers hold is found for all, or for the partitions asked for, with the estimate of the attempt if it has one."""
     chunks = [
         chunk(id=f"1-{n}", index=n, state=state, partition=partition, attempt=2, worker_id="w-1", share=0.5)
         for n, (state, partition) in enumerate(
             [(ChunkState.RUNNING, 3), (ChunkState.DISPATCHED, 4), (ChunkState.QUEUED, 3), (ChunkState.SCANNED, 3)]
         )
     ]
-    chunks[0] = replace(chunks[0], dispatched_at=THEN)
+    chunks[0] = replace(chunks[0], dispatched_at=THEN, attempt_estimate=0.125)
     await store.chunks.insert(chunks)
-    first = Held(Token(1, "1-0", 2, "w-1"), 7, 3, 0.5, 0.5, THEN)
+    first = Held(Token(1, "1-0", 2, "w-1"), 7, 3, 0.125, 0.5, THEN)
     second = Held(Token(1, "1-1", 2, "w-1"), 7, 4, 0.5, 0.5, None)
     assert sorted(await store.dispatch.held(), key=lambda each: each.token) == [first, second]
     assert await store.dispatch.held([3, 5]) == [first]
@@ -835,6 +838,7 @@ OLD_JOB_LACKS = {
 OLD_CHUNK_LACKS = {
     "reach",
     "share",
+    "attempt_estimate",
     "dispatched_at",
     "not_before",
     "limit",
@@ -883,7 +887,7 @@ async def test_saves_keep_fields_of_newer_releases(mongo_store: MongoStore, data
     for name in ("jobs", "chunks"):
         await database[name].update_one({}, {"$set": {"newer": {"deep": 1}}})
     assert await mongo_store.jobs.save([running(job)]) == set()
-    assert await mongo_store.chunks.save([dispatch(one, "w-1", LATER, size=4, share=1.0)]) == set()
+    assert await mongo_store.chunks.save([dispatch(one, "w-1", LATER, size=4, share=1.0, estimate=1.5)]) == set()
     for name in ("jobs", "chunks"):
         document = await database[name].find_one({})
         assert document is not None

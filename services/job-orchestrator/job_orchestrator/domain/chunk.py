@@ -134,6 +134,8 @@ class Chunk:
     """The attempt scans the blanks before this index of the map."""
     share: float = 1.0
     """Fraction of a slot that the attempt occupies: small chunks share a slot."""
+    attempt_estimate: float | None = None
+    """Estimated slot seconds of the attempt's blanks; None in documents of earlier releases."""
     dispatched_at: datetime | None = None
     not_before: datetime | None = None
     """Earliest start of the next attempt; None for immediately."""
@@ -160,6 +162,11 @@ class Chunk:
         return Token(self.job_id, self.id, self.attempt, self.worker_id)
 
     @property
+    def expected(self) -> float:
+        """Estimated slot seconds of the current attempt."""
+        return self.estimate if self.attempt_estimate is None else self.attempt_estimate
+
+    @property
     def blank(self) -> int:
         """Number of addresses left to scan."""
         return self.outcomes.count(Outcome.BLANK)
@@ -170,8 +177,8 @@ class Chunk:
         return self.outcomes.count(Outcome.BLANK, 0, self.reach)
 
 
-def dispatch(chunk: Chunk, worker_id: str, now: datetime, *, size: int, share: float) -> Chunk:
-    """Return the chunk with a new token, for an attempt on its first `size` blanks."""
+def dispatch(chunk: Chunk, worker_id: str, now: datetime, *, size: int, share: float, estimate: float) -> Chunk:
+    """Return the chunk with a new token, for an attempt on its first `size` blanks that is expected to take `estimate`."""
     return _move(
         chunk,
         ChunkTrigger.DISPATCH,
@@ -180,6 +187,7 @@ def dispatch(chunk: Chunk, worker_id: str, now: datetime, *, size: int, share: f
         worker_id=worker_id,
         reach=_reach(chunk.outcomes, size),
         share=share,
+        attempt_estimate=estimate,
         dispatched_at=now,
         fruitless=chunk.fruitless + 1,
     )

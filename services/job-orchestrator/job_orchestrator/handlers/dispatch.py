@@ -296,7 +296,8 @@ class Dispatcher(PartitionListener):
                 closed[job.user_id, job.granted_by] = job
             elif chunk.state is ChunkState.QUEUED:
                 size = plan.attempt_size(job, chunk)
-                due.append(dispatch(chunk, worker.worker_id, now, size=size, share=share))
+                estimate = plan.expected(job, PortSet.parse(chunk.ports), size)
+                due.append(dispatch(chunk, worker.worker_id, now, size=size, share=share, estimate=estimate))
         losers = await self._chunks.save(due)
         sent = [chunk for chunk in due if chunk.id not in losers]
         CHUNK_TRANSITIONS.labels(ChunkState.DISPATCHED).inc(len(sent))
@@ -371,7 +372,7 @@ class Dispatcher(PartitionListener):
             policy=job.policy,
             ports=chunk.ports,
             lease_seconds=self._lease_seconds,
-            estimate_seconds=plan.expected(job, ports, chunk.attempted),
+            estimate_seconds=chunk.expected,
             failures=chunk.failures,
             limit=chunk.attempted if chunk.limit or chunk.attempted < chunk.blank else None,
             max_rate=plan.nmap_rate(job.policy),

@@ -179,18 +179,30 @@ CANDIDATE: Final = dict.fromkeys(("user_id", "job_id", "estimate", "needs_raw", 
 
 
 def read_held(document: Document) -> Held:
+    estimate = document.get("attempt_estimate")  # earlier releases store that of the whole chunk only
     return Held(
         token=Token(document["job_id"], document["_id"], document["attempt"], document["worker_id"]),
         user_id=document["user_id"],
         partition=document["partition"],
-        estimate=document["estimate"],
+        estimate=document["estimate"] if estimate is None else estimate,
         share=document.get("share", 1.0),
         dispatched_at=document.get("dispatched_at"),
     )
 
 
 HELD_FIELDS: Final = dict.fromkeys(
-    ("attempt", "worker_id", "user_id", "job_id", "partition", "estimate", "share", "dispatched_at"), 1
+    (
+        "attempt",
+        "worker_id",
+        "user_id",
+        "job_id",
+        "partition",
+        "estimate",
+        "attempt_estimate",
+        "share",
+        "dispatched_at",
+    ),
+    1,
 )
 
 

@@ -49,7 +49,7 @@ class MemoryDispatch(MemoryRepository):
                 token=chunk.token,
                 user_id=chunk.user_id,
                 partition=chunk.partition,
-                estimate=chunk.estimate,
+                estimate=chunk.expected,
                 share=chunk.share,
                 dispatched_at=chunk.dispatched_at,
             )

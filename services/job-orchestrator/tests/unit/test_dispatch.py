@@ -362,6 +362,22 @@ async def test_user_is_charged_the_measured_time_once(world: World) -> None:
     assert (await world.store.dispatch.clocks([7])).users[7].time == pytest.approx(7.0)
 
 
+async def test_user_is_charged_for_what_an_attempt_has_left(world: World) -> None:
+    """The next attempt on a chunk is expected to take as long as its blanks need, for its user's time and for the worker."""
+    await world.start()
+    await world.worker.announce()
+    await world.submit("127.9.8.0/28")
+    await world.settle()
+    (first,) = world.worker.tasks
+    await world.worker.release(first, "s" * 15 + ".")
+    await world.settle()
+    (_, second), job = world.worker.tasks, (await world.store.jobs.get([1]))[1]
+    whole, rest = (plan.expected(job, PortSet.parse(second.ports), addresses) for addresses in (16, 1))
+    (held,) = await world.store.dispatch.held()
+    assert (first.estimate_seconds, second.estimate_seconds, held.estimate) == (whole, rest, rest)
+    assert (await chunk_of(world)).estimate == whole > rest
+
+
 async def test_jobs_of_one_user_take_turns(world: World) -> None:
     """A small job that comes after a large one of the same user is not last."""
     world.worker.slots = 6

@@ -72,7 +72,7 @@ REPORTS = (ChunkClaimed, ChunkProgressed, ChunkReleased, ChunkScanned, ChunkFail
 
 # How each trigger is applied, and the chunks that lead to each of the states that the table names.
 APPLY = {
-    ChunkTrigger.DISPATCH: lambda c: dispatch(c, "w-2", NOW, size=4, share=1.0),
+    ChunkTrigger.DISPATCH: lambda c: dispatch(c, "w-2", NOW, size=4, share=1.0, estimate=1.5),
     ChunkTrigger.CLAIM: lambda c: after(c, report(ChunkClaimed)),
     ChunkTrigger.SCAN: lambda c: after(c, report(ChunkScanned, "asdt")),
     ChunkTrigger.RELEASE: lambda c: release(c, NOW),
@@ -111,9 +111,17 @@ def test_no_change_leads_to_failed() -> None:
 
 def test_dispatch_makes_a_new_token() -> None:
     """A dispatched chunk has the next attempt, its worker, its time and its share of a slot."""
-    sent = dispatch(chunk(attempt=4, worker_id="old", fruitless=3), "w-2", NOW, size=4, share=0.5)
+    sent = dispatch(chunk(attempt=4, worker_id="old", fruitless=3), "w-2", NOW, size=4, share=0.5, estimate=1.5)
     assert (sent.state, sent.attempt, sent.worker_id) == (ChunkState.DISPATCHED, 5, "w-2")
     assert (sent.dispatched_at, sent.share, sent.fruitless) == (NOW, 0.5, 4)
+
+
+def test_attempt_has_an_estimate_of_its_own() -> None:
+    """What an attempt is expected to take does not replace the estimate of the whole chunk; without one that counts."""
+    sent = dispatch(chunk(estimate=8.0), "w-1", NOW, size=1, share=1.0, estimate=2.0)
+    assert (sent.expected, sent.estimate) == (2.0, 8.0)
+    assert release(sent, NOW).estimate == 8.0
+    assert chunk(estimate=8.0).expected == 8.0
 
 
 @pytest.mark.parametrize(
@@ -122,7 +130,7 @@ def test_dispatch_makes_a_new_token() -> None:
 )
 def test_attempt_covers_the_first_blanks(outcomes: str, size: int, attempted: int) -> None:
     """An attempt of a size is on so many blanks from the front, or on all where there are fewer."""
-    sent = dispatch(chunk(outcomes=outcomes), "w-1", NOW, size=size, share=1.0)
+    sent = dispatch(chunk(outcomes=outcomes), "w-1", NOW, size=size, share=1.0, estimate=1.5)
     assert sent.attempted == attempted
     assert outcomes[: sent.reach].count(".") == attempted
 
@@ -249,7 +257,7 @@ def run(left: Chunk, poison: Collection[int]) -> tuple[Chunk, int]:
         if left.state is ChunkState.SCANNED:
             return left, attempts
         size = min(left.blank, left.limit or left.blank)
-        held = dispatch(left, "w-1", NOW, size=size, share=1.0)
+        held = dispatch(left, "w-1", NOW, size=size, share=1.0, estimate=1.5)
         tried = [place for place in range(held.reach) if held.outcomes[place] == "."]
         token = {"attempt": held.attempt}
         if set(tried) & set(poison):
@@ -284,7 +292,7 @@ def test_limit_doubles_after_each_success_until_it_is_none() -> None:
     left = chunk(outcomes="." * 32, limit=1)
     limits = []
     while left.limit:
-        held = dispatch(left, "w-1", NOW, size=left.limit, share=1.0)
+        held = dispatch(left, "w-1", NOW, size=left.limit, share=1.0, estimate=1.5)
         done = "s" * held.reach + held.outcomes[held.reach :]
         left = after(held, report(ChunkReleased, done, attempt=held.attempt))
         limits.append(left.limit)
@@ -311,7 +319,7 @@ def test_dispatches_without_progress_count_as_failures() -> None:
     left, dispatches = chunk(), 0
     while left.state is not ChunkState.SCANNED:
         assert dispatches < 1_000
-        left = release(dispatch(left, "w-1", NOW, size=4, share=1.0), NOW)
+        left = release(dispatch(left, "w-1", NOW, size=4, share=1.0, estimate=1.5), NOW)
         dispatches += 1
         assert left.failures == dispatches // MAX_FRUITLESS % MAX_FAILURES
     assert (left.outcomes, dispatches) == ("llll", MAX_FAILURES * MAX_FRUITLESS)
@@ -323,7 +331,7 @@ def test_lost_lease_counts_once_for_each_worker_instance() -> None:
     left = chunk()
     failures = []
     for worker in ("w-1-00000001", "w-1-00000002", "w-2-00000001", "w-1-00000003", "w-3-00000001"):
-        left = expire(dispatch(left, worker, NOW, size=4, share=1.0), "no report", NOW)
+        left = expire(dispatch(left, worker, NOW, size=4, share=1.0, estimate=1.5), "no report", NOW)
         failures.append(left.failures)
         assert left.not_before is None
     assert failures == [1, 1, 2, 2, 0]
@@ -335,7 +343,7 @@ def test_lost_leases_of_one_instance_are_bounded() -> None:
     left, dispatches = chunk(), 0
     while left.state is not ChunkState.SCANNED:
         assert dispatches < 1_000
-        left = expire(dispatch(left, f"w-1-{dispatches:08x}", NOW, size=4, share=1.0), "no report", NOW)
+        left = expire(dispatch(left, f"w-1-{dispatches:08x}", NOW, size=4, share=1.0, estimate=1.5), "no report", NOW)
         dispatches += 1
     assert (left.outcomes, dispatches) == ("llll", 1 + 2 * MAX_FRUITLESS)
 
@@ -462,7 +470,7 @@ def step(left: Chunk, kind: str, what: Any, news: Any) -> Chunk:
     token = {"attempt": left.attempt, "worker_id": left.worker_id}
     match kind:
         case "dispatch" if left.state is ChunkState.QUEUED:
-            return dispatch(left, what, NOW, size=news, share=1.0)
+            return dispatch(left, what, NOW, size=news, share=1.0, estimate=1.5)
         case "report" if left.state in HELD:
             return after(left, report(what, news, **token))
         case "slow" if left.state in HELD:
