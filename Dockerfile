@@ -6,7 +6,7 @@ ARG SERVICE=api-gateway
 ARG PYTHON=python:3.13-slim-trixie
 
 FROM ${PYTHON} AS python
-ENTRYPOINT ["python", "-m", "scanfleet.server"]
+ENTRYPOINT ["python", "-m", "scanfleet.runtime.server"]
 
 # System packages, which only the worker needs, and the licences of the image's content (`make licences`).
 FROM python AS for-api-gateway

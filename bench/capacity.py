@@ -12,13 +12,13 @@ from typing import Final
 from bench.figures import Figure
 from bench.kit import SCRIPTED, Meter, bus, new_stack, pids
 from local.stack import Stack
-from scanfleet import mongo
-from scanfleet.auth import read_private_key
-from scanfleet.chunk_grants import Signer
+from scanfleet.contracts.messages import HostScanned, PortFound
+from scanfleet.contracts.messages.topics import SCAN_RESULTS
 from scanfleet.kafka import KafkaBus
-from scanfleet.messages import HostScanned, PortFound
-from scanfleet.messages.topics import SCAN_RESULTS
-from scanfleet.outcomes import MAX_ADDRESSES, Outcome
+from scanfleet.runtime import mongo
+from scanfleet.scanning.outcomes import MAX_ADDRESSES, Outcome
+from scanfleet.security.auth import read_private_key
+from scanfleet.security.chunk_grants import Signer
 
 HOSTS: Final = 10_000
 LIMIT: Final = 60.0  # seconds for any part

@@ -23,9 +23,9 @@ from local import ports
 from local.client import FINAL, Client
 from local.stack import Stack
 from local.wait import listens, until
-from scanfleet.bus import Record
-from scanfleet.messages import WorkerReady
-from scanfleet.messages.topics import SCAN_TASKS, SCAN_WORKERS
+from scanfleet.contracts.messages import WorkerReady
+from scanfleet.contracts.messages.topics import SCAN_TASKS, SCAN_WORKERS
+from scanfleet.runtime.bus import Record
 
 ONE_PORT: Final = {"ports": "8080", "service_detection": False, "timing": 4}
 CLIENTS: Final = 64

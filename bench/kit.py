@@ -13,11 +13,11 @@ from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any, Final
 
 from local.stack import Stack
-from scanfleet.bus import Record
+from scanfleet.contracts.messages import ChunkClaimed, ChunkScanned, ScanChunk, WorkerReady
+from scanfleet.contracts.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_WORKERS
 from scanfleet.kafka import KafkaBus
-from scanfleet.messages import ChunkClaimed, ChunkScanned, ScanChunk, WorkerReady
-from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_WORKERS
-from scanfleet.outcomes import Outcome
+from scanfleet.runtime.bus import Record
+from scanfleet.scanning.outcomes import Outcome
 from scanfleet.services import SERVICES, WORKER
 
 SCRIPTED: Final = dict.fromkeys(SERVICES, 1) | {WORKER: 0}

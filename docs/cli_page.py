@@ -15,8 +15,8 @@ from typing import Final
 
 import click
 
-from scanfleet import rest
-from scanfleet.messages import JobStatus
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import JobStatus
 from scanfleet_cli import main
 from scanfleet_cli.config import Config
 from scanfleet_cli.errors import MEANINGS

@@ -20,9 +20,9 @@ from api_gateway.main import create_app
 from api_gateway_testing import Gateway
 from job_orchestrator.domain import chunk, job
 from job_orchestrator.metrics import CensusGauges
+from scanfleet.contracts.messages import export
+from scanfleet.contracts.messages.acls import acls_of
 from scanfleet.kafka.topics import TopicSettings
-from scanfleet.messages import export
-from scanfleet.messages.acls import acls_of
 from scanfleet.services import SERVICES
 from scanfleet_testing.bus import MemoryBus
 

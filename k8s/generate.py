@@ -11,9 +11,9 @@ from typing import Any, Final
 
 import yaml
 
+from scanfleet.contracts.messages.acls import QUOTAS, acls_of
+from scanfleet.contracts.messages.topics import TOPICS
 from scanfleet.kafka.topics import TopicSettings, plans
-from scanfleet.messages.acls import QUOTAS, acls_of
-from scanfleet.messages.topics import TOPICS
 from scanfleet.services import SERVICES
 
 FOLDER: Final = Path(__file__).parent

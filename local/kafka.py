@@ -20,7 +20,7 @@ from local.credentials import ADMIN, Credentials
 from local.paths import TOOLS
 from local.wait import listens
 from scanfleet.kafka.broker import access
-from scanfleet.settings import KafkaSettings
+from scanfleet.runtime.settings import KafkaSettings
 
 PROPERTIES = """\
 process.roles=broker,controller

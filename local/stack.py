@@ -24,8 +24,8 @@ from local import kafka, mongod, ports, tokens
 from local.credentials import ADMIN, LOOPBACK, Credentials, make_service_certificates
 from local.supervisor import Process, Program, Supervisor
 from local.wait import until
+from scanfleet.runtime.settings import KafkaSettings
 from scanfleet.services import GATEWAY, ORCHESTRATOR, RESULT_STORE, SERVICES, WITH_API, WITH_DATABASE, WORKER
-from scanfleet.settings import KafkaSettings
 
 SERVERS: Final = ("kafka", "mongod")
 LOCAL_REPLICAS: Final = dict.fromkeys(SERVICES, 1) | {WORKER: 2}
@@ -340,7 +340,7 @@ class Stack:
             yield Program("mongod", command, autostart=True)
         for service in SERVICES:
             for index, name in enumerate(self.names(service)):
-                command = [sys.executable, "-m", "scanfleet.server", service]
+                command = [sys.executable, "-m", "scanfleet.runtime.server", service]
                 yield Program(name, command, self._environment(service, index, name))
 
     def _environment(self, service: str, index: int, name: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ _WRITTEN: Final = {
     "k8s/overlays/production-raw-packets/kustomization.yaml": "newTag: {}",
 }
 _API: Final = "docs/openapi"
-_EXAMPLES: Final = "shared/scanfleet/messages/examples"
+_EXAMPLES: Final = "shared/scanfleet/contracts/messages/examples"
 _UNRELEASED: Final = "## [Unreleased]\n"
 
 

@@ -13,8 +13,8 @@ from uuid import uuid4
 
 from pydantic import BaseModel, TypeAdapter
 
-from scanfleet import rest
-from scanfleet.messages import JobStatus
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import JobStatus
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import httpx2
 
-from scanfleet.messages import JobStatus
+from scanfleet.contracts.messages import JobStatus
 from scanfleet_cli import calls
 from scanfleet_cli.client import Reply
 from scanfleet_cli.errors import ApiError, CommandError, Exit, ScanfleetError, UnavailableError, explain

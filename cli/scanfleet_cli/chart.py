@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from ipaddress import ip_address
 from typing import Final
 
-from scanfleet import rest
-from scanfleet.outcomes import Outcome
+from scanfleet.contracts import rest
+from scanfleet.scanning.outcomes import Outcome
 from scanfleet_cli.output import Output
 
 NAMES: Final = {

@@ -32,8 +32,9 @@ from typing import Any, Final, Self, TypeVar
 import httpx2
 from pydantic import BaseModel, ValidationError
 
-from scanfleet import VERSION, rest
-from scanfleet.messages import Job
+from scanfleet import VERSION
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import Job
 from scanfleet_cli import calls
 from scanfleet_cli.calls import Call, ListCall
 from scanfleet_cli.errors import ApiError, UnavailableError

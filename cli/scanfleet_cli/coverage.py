@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_address, ip_network
 from typing import Final
 
-from scanfleet import rest
+from scanfleet.contracts import rest
 from scanfleet_cli.output import count
 
 Network = IPv4Network | IPv6Network

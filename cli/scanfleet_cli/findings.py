@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from scanfleet import rest
+from scanfleet.contracts import rest
 from scanfleet_cli import calls, coverage
 from scanfleet_cli.client import parse_json
 from scanfleet_cli.errors import CommandError

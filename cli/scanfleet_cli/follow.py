@@ -10,8 +10,8 @@ from typing import Any, Final
 
 import click
 
-from scanfleet import rest
-from scanfleet.messages import JobStatus
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import JobStatus
 from scanfleet_cli import calls, changes, coverage
 from scanfleet_cli.client import AsyncClient, parse_json
 from scanfleet_cli.errors import ApiError, CommandError, Exit, UnavailableError

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
-from scanfleet import rest
+from scanfleet.contracts import rest
 from scanfleet_cli import calls, changes, resolve
 from scanfleet_cli.errors import ApiError, CommandError, explain
 from scanfleet_cli.output import Row, printable

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from scanfleet import rest
-from scanfleet.messages import Job, JobStatus
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import Job, JobStatus
 from scanfleet_cli import calls, resolve
 from scanfleet_cli.errors import CommandError
 from scanfleet_cli.output import Column, Format, Output, Row, ago, column, duration

@@ -18,7 +18,7 @@ import httpx2
 from authlib.integrations.base_client import OAuthError
 from authlib.integrations.httpx_client import OAuth2Client
 
-from scanfleet import rest
+from scanfleet.contracts import rest
 from scanfleet_cli.config import is_loopback
 from scanfleet_cli.errors import CommandError, Exit
 from scanfleet_cli.output import duration, printable

@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol, TypeVar
 import click
 from pydantic import BaseModel
 
-from scanfleet import rest
+from scanfleet.contracts import rest
 from scanfleet_cli import calls
 from scanfleet_cli.errors import CommandError, Exit
 from scanfleet_cli.session import Command, Session

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, Protocol, TextIO
 
-from scanfleet import rest
-from scanfleet.messages import JobStatus
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import JobStatus
 from scanfleet_cli import coverage
 from scanfleet_cli.output import Format, Output, count, duration, printable
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import httpx2
 
-from scanfleet import rest
 from scanfleet.clock import rfc3339
-from scanfleet.messages import Job, JobStatus
-from scanfleet.policy import PolicyError, Preset, fill_in
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import Job, JobStatus
+from scanfleet.scanning.policy import PolicyError, Preset, fill_in
 
 TOKEN = "token-of-user-7"  # noqa: S105 # of the fake, not a secret
 NOW = datetime(2026, 3, 14, 9, 0, tzinfo=UTC)

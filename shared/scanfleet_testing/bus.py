@@ -11,13 +11,13 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
-from scanfleet.bus import Consumer, DeadLetterCallback, Handler, M
 from scanfleet.clock import utc_now
-from scanfleet.consumer import BatchDroppedError, ConsumerLoop, Listener
+from scanfleet.contracts.messages import Message
+from scanfleet.contracts.messages.envelope import Headers, RawRecord, dead_letter_headers, decode, encode
+from scanfleet.contracts.messages.topics import Topic
 from scanfleet.errors import DependencyError
-from scanfleet.messages import Message
-from scanfleet.messages.envelope import Headers, RawRecord, dead_letter_headers, decode, encode
-from scanfleet.messages.topics import Topic
+from scanfleet.runtime.bus import Consumer, DeadLetterCallback, Handler, M
+from scanfleet.runtime.consumer import BatchDroppedError, ConsumerLoop, Listener
 
 BATCH: Final = 500  # records per poll, as in Kafka's consumers
 
@@ -82,7 +82,7 @@ class MemoryBroker:
 
 
 class MemoryBus:
-    """A `scanfleet.bus.Bus`."""
+    """A `scanfleet.runtime.bus.Bus`."""
 
     def __init__(self, broker: MemoryBroker | None = None, *, source: str = "test") -> None:
         self.broker = broker or MemoryBroker()
@@ -135,7 +135,7 @@ class MemoryBus:
 
 
 class _Tail:
-    """A `scanfleet.consumer.Source` of every partition, from the end."""
+    """A `scanfleet.runtime.consumer.Source` of every partition, from the end."""
 
     def __init__(self, broker: MemoryBroker, topic: Topic) -> None:
         self._broker = broker
@@ -181,7 +181,7 @@ class _Tail:
 
 
 class _Member(_Tail):
-    """A `scanfleet.consumer.Source`: a group member's share of the partitions, from the committed offsets."""
+    """A `scanfleet.runtime.consumer.Source`: a group member's share of the partitions, from the committed offsets."""
 
     def __init__(self, broker: MemoryBroker, topic: Topic, group: str) -> None:
         super().__init__(broker, topic)

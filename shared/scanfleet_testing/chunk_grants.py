@@ -8,8 +8,8 @@ from typing import Any, Final, TypeVar
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from scanfleet.chunk_grants import Grants, Signer
-from scanfleet.messages import ChunkScanned, HostScanned
+from scanfleet.contracts.messages import ChunkScanned, HostScanned
+from scanfleet.security.chunk_grants import Grants, Signer
 
 ALL_PORTS: Final = "T:0-65535,U:0-65535"
 

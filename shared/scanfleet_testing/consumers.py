@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Sequence
 
-from scanfleet.bus import Consumer, PartitionListener, Record
-from scanfleet.messages import Message
+from scanfleet.contracts.messages import Message
+from scanfleet.runtime.bus import Consumer, PartitionListener, Record
 
 
 class Recorder(PartitionListener):

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 
-from scanfleet.messages.envelope import RawRecord
-from scanfleet.messages.topics import Topic
+from scanfleet.contracts.messages.envelope import RawRecord
+from scanfleet.contracts.messages.topics import Topic
 
 
 async def read(bootstrap: str, topic: Topic, *, prefix: str = "", dead_letters: bool = False) -> list[RawRecord]:

@@ -24,7 +24,7 @@ class ServiceProcess:
 
     def __init__(self, service: str, environment: Mapping[str, str], probe_port: int) -> None:
         # It dies with the test.
-        self._command = ("setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "scanfleet.server", service)
+        self._command = ("setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "scanfleet.runtime.server", service)
         self._environment = {**os.environ, **environment, "SCANFLEET_PROBE_PORT": str(probe_port)}
         self._probe_port = probe_port
         self._process: asyncio.subprocess.Process | None = None

@@ -14,8 +14,8 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from scanfleet.auth import FixedKeys, InternalTokens, InternalVerifier, Key, Principal, TokenVerifier
-from scanfleet.settings import AuthSettings
+from scanfleet.runtime.settings import AuthSettings
+from scanfleet.security.auth import FixedKeys, InternalTokens, InternalVerifier, Key, Principal, TokenVerifier
 
 
 class JwksEndpoint(httpx.AsyncBaseTransport):

@@ -10,8 +10,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanContext
 
-from scanfleet import tracing
-from scanfleet.tracing.export import SdkExporting
+from scanfleet.runtime import tracing
+from scanfleet.runtime.tracing.export import SdkExporting
 
 
 @contextmanager

@@ -15,19 +15,19 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from prometheus_client import REGISTRY
 
-from scanfleet import tracing
-from scanfleet.bus import Bus, Record
-from scanfleet.consumer import STALE_SECONDS, ConsumerLoop
+from scanfleet.contracts.messages import CancelJob, CommandRejected, HostScanned, WorkerReady
+from scanfleet.contracts.messages.chunks import MAX_SLOTS
+from scanfleet.contracts.messages.envelope import Headers, RawRecord, encode
+from scanfleet.contracts.messages.fields import MAX_BYTES
+from scanfleet.contracts.messages.results import PortFound
+from scanfleet.contracts.messages.topics import SCAN_REPLIES, SCAN_RESULTS, SCAN_WORKERS, Topic
 from scanfleet.errors import DependencyError, MessageError
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings, create_topics
-from scanfleet.messages import CancelJob, CommandRejected, HostScanned, WorkerReady
-from scanfleet.messages.chunks import MAX_SLOTS
-from scanfleet.messages.envelope import Headers, RawRecord, encode
-from scanfleet.messages.fields import MAX_BYTES
-from scanfleet.messages.results import PortFound
-from scanfleet.messages.topics import SCAN_REPLIES, SCAN_RESULTS, SCAN_WORKERS, Topic
-from scanfleet.settings import KafkaSettings
+from scanfleet.runtime import tracing
+from scanfleet.runtime.bus import Bus, Record
+from scanfleet.runtime.consumer import STALE_SECONDS, ConsumerLoop
+from scanfleet.runtime.settings import KafkaSettings
 from scanfleet_testing.bus import MemoryBroker, MemoryBus
 from scanfleet_testing.consumers import Recorder, Running
 from scanfleet_testing.kafka import read

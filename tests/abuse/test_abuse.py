@@ -526,7 +526,7 @@ def strict_gateway(stack: Stack) -> Iterator[str]:
     }
     port, probe_port = ports.choose(), ports.choose()
     variables |= {"SCANFLEET_API_PORT": str(port), "SCANFLEET_PROBE_PORT": str(probe_port)}
-    command = [sys.executable, "-m", "scanfleet.server", "api-gateway"]
+    command = [sys.executable, "-m", "scanfleet.runtime.server", "api-gateway"]
     with (stack.folder / "logs" / "strict.log").open("wb") as log:
         gateway = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT)
         try:

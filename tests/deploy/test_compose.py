@@ -10,7 +10,7 @@ from typing import Any, Final
 import pytest
 import yaml
 
-from scanfleet.messages.acls import QUOTAS
+from scanfleet.contracts.messages.acls import QUOTAS
 from scanfleet.services import WITH_API, WITH_DATABASE
 
 ROOT: Final = Path(__file__).parents[2]

@@ -120,7 +120,7 @@ def test_images_have_labels_user_and_health_check(service: str) -> None:
     assert ours <= config["Labels"].keys()
     assert config["Labels"]["org.opencontainers.image.title"] == f"scanfleet {service}"
     assert config["User"] == "65532:65532"
-    assert (config["Entrypoint"], config["Cmd"]) == (["python", "-m", "scanfleet.server"], [service])
+    assert (config["Entrypoint"], config["Cmd"]) == (["python", "-m", "scanfleet.runtime.server"], [service])
     assert config["Healthcheck"]["Test"][:2] == ["CMD", "python"]
 
 
@@ -202,7 +202,7 @@ def test_killed_worker_loses_no_result(user: Client) -> None:
 _POISON: Final = """
 import asyncio
 from scanfleet.kafka import KafkaBus
-from scanfleet.settings import KafkaSettings
+from scanfleet.runtime.settings import KafkaSettings
 async def send():
     bus = KafkaBus(KafkaSettings(), source="test", instance="test")
     await bus.start()

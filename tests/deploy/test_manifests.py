@@ -17,10 +17,10 @@ import pytest
 import yaml
 
 from k8s import generate
-from scanfleet.messages.acls import QUOTAS
-from scanfleet.messages.topics import TOPICS
+from scanfleet.contracts.messages.acls import QUOTAS
+from scanfleet.contracts.messages.topics import TOPICS
+from scanfleet.runtime.settings import ServerSettings
 from scanfleet.services import SERVICES
-from scanfleet.settings import ServerSettings
 
 K8S: Final = Path(__file__).parents[2] / "k8s"
 KUBECTL: Final = Path(sysconfig.get_path("scripts")) / "kubectl"

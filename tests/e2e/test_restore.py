@@ -13,11 +13,11 @@ import pytest
 from local.client import FINAL, Client
 from local.stack import Stack
 from local.wait import until
+from scanfleet.contracts.messages import JobEvent
+from scanfleet.contracts.messages.envelope import decode
+from scanfleet.contracts.messages.topics import SCAN_EVENTS
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings
-from scanfleet.messages import JobEvent
-from scanfleet.messages.envelope import decode
-from scanfleet.messages.topics import SCAN_EVENTS
 from scanfleet.services import SERVICES
 
 pytestmark = pytest.mark.e2e

@@ -15,7 +15,7 @@ from local.client import FINAL, Client
 from local.nmap import OpenPorts, open_ports
 from local.stack import Stack
 from local.wait import until
-from scanfleet.messages.topics import SCAN_EVENTS
+from scanfleet.contracts.messages.topics import SCAN_EVENTS
 from scanfleet_testing.kafka import read
 
 pytestmark = pytest.mark.e2e

@@ -32,11 +32,11 @@ from local.client import Client
 from local.stack import Stack
 from local.supervisor import Program, Supervisor
 from local.wait import until
+from scanfleet.contracts.messages import Message
+from scanfleet.contracts.messages.envelope import RawRecord, decode
+from scanfleet.contracts.messages.topics import SCAN_EVENTS, TOPICS, Topic
 from scanfleet.errors import MessageError
 from scanfleet.kafka.topics import TopicSettings, create_topics
-from scanfleet.messages import Message
-from scanfleet.messages.envelope import RawRecord, decode
-from scanfleet.messages.topics import SCAN_EVENTS, TOPICS, Topic
 from scanfleet.services import SERVICES, WITH_DATABASE
 from scanfleet_testing.kafka import behind, read
 from scanfleet_testing.tokens import Issuer

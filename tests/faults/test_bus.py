@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from local.wait import until
-from scanfleet.messages import WorkerReady, export
-from scanfleet.messages.envelope import RawRecord, encode
-from scanfleet.messages.topics import (
+from scanfleet.contracts.messages import WorkerReady, export
+from scanfleet.contracts.messages.envelope import RawRecord, encode
+from scanfleet.contracts.messages.topics import (
     SCAN_COMMANDS,
     SCAN_PROGRESS,
     SCAN_REPLIES,

@@ -15,7 +15,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from local.wait import until
-from scanfleet.messages import (
+from scanfleet.contracts.messages import (
     CancelJob,
     ChunkProgressed,
     ChunkReleased,
@@ -29,8 +29,8 @@ from scanfleet.messages import (
     SubmitJobs,
     WorkerReady,
 )
-from scanfleet.messages.envelope import encode
-from scanfleet.messages.topics import (
+from scanfleet.contracts.messages.envelope import encode
+from scanfleet.contracts.messages.topics import (
     SCAN_COMMANDS,
     SCAN_PROGRESS,
     SCAN_REPLIES,
@@ -39,7 +39,7 @@ from scanfleet.messages.topics import (
     SCAN_WORKERS,
     Topic,
 )
-from scanfleet.policy import Preset, fill_in
+from scanfleet.scanning.policy import Preset, fill_in
 from tests.faults.invariants import Invariants
 from tests.faults.kit import ENDLESS, LIMIT, TINY, Caller, Document, Platform, caught
 

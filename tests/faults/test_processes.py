@@ -15,9 +15,9 @@ import httpx
 import pytest
 
 from local.wait import until
-from scanfleet.messages import ChunkClaimed, ChunkReleased, HostScanned, JobCreated, ScanChunk, SubmitJobs
-from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS
-from scanfleet.outcomes import Outcome
+from scanfleet.contracts.messages import ChunkClaimed, ChunkReleased, HostScanned, JobCreated, ScanChunk, SubmitJobs
+from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS
+from scanfleet.scanning.outcomes import Outcome
 from tests.faults.invariants import Invariants
 from tests.faults.kit import ENDLESS, LEASE, LIMIT, SLOTS, STEADY, TINY, Caller, Document, Platform, caught
 

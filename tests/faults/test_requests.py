@@ -11,8 +11,8 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from scanfleet.messages import JobEvent
-from scanfleet.messages.topics import SCAN_EVENTS
+from scanfleet.contracts.messages import JobEvent
+from scanfleet.contracts.messages.topics import SCAN_EVENTS
 from tests.faults.invariants import Invariants
 from tests.faults.kit import TINY, Caller, Platform
 

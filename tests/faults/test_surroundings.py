@@ -9,8 +9,8 @@ import pytest
 
 from local.client import FINAL
 from local.wait import until
-from scanfleet.messages import ChunkScanned
-from scanfleet.messages.topics import SCAN_PROGRESS
+from scanfleet.contracts.messages import ChunkScanned
+from scanfleet.contracts.messages.topics import SCAN_PROGRESS
 from scanfleet_testing.tokens import Issuer
 from tests.faults.invariants import Invariants
 from tests.faults.kit import LIMIT, STEADY, TINY, Caller, Platform

@@ -12,7 +12,7 @@ from typing import Final
 import pytest
 
 from local.wait import until
-from scanfleet.messages.topics import SCAN_TASKS, TOPICS
+from scanfleet.contracts.messages.topics import SCAN_TASKS, TOPICS
 from scanfleet.services import SERVICES
 from tests.faults.conftest import Shared
 from tests.faults.kit import LIMIT, REPLICAS, STEADY, Platform
@@ -23,10 +23,10 @@ ROOT: Final = Path(__file__).parents[2]
 FIELD: Final = "added_by_the_next_release"
 # The position of a class's own fields: after its docstring and an optional configuration.
 GROWN: Final = {
-    "scanfleet/policy.py": r"class ScanPolicy\(BaseModel\):.*?model_config = [^\n]*\n",
-    "scanfleet/messages/chunks.py": r'class ScanChunk\(_Fenced\):\n    """.*?"""\n',
-    "scanfleet/messages/jobs.py": r'class JobEvent\(Message\):\n    """.*?"""\n',
-    "scanfleet/messages/results.py": r'class HostScanned\(_Fenced\):\n    """.*?"""\n',
+    "scanfleet/scanning/policy.py": r"class ScanPolicy\(BaseModel\):.*?model_config = [^\n]*\n",
+    "scanfleet/contracts/messages/chunks.py": r'class ScanChunk\(_Fenced\):\n    """.*?"""\n',
+    "scanfleet/contracts/messages/jobs.py": r'class JobEvent\(Message\):\n    """.*?"""\n',
+    "scanfleet/contracts/messages/results.py": r'class HostScanned\(_Fenced\):\n    """.*?"""\n',
     "job_orchestrator/domain/job.py": r'class ScanJob:\n    """.*?"""\n',
     "job_orchestrator/domain/chunk.py": r'class Chunk:\n    """.*?"""\n',
 }

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from scanfleet.messages import Message, export
+from scanfleet.contracts.messages import Message, export
 
 RANGES = [{low, high} for low in ("minimum", "exclusiveMinimum") for high in ("maximum", "exclusiveMaximum")]
 LIMITS: dict[Any, list[set[str]]] = {

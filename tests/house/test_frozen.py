@@ -33,5 +33,5 @@ def test_release_folders_have_a_record() -> None:
         "docs/openapi",
         "services/job-orchestrator/tests/documents",
         "services/result-store/tests/documents",
-        "shared/scanfleet/messages/examples",
+        "shared/scanfleet/contracts/messages/examples",
     ]

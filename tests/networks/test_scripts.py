@@ -18,8 +18,8 @@ from typing import Any, Final
 import pytest
 
 from local.networks import Network, Packet
-from scanfleet.messages import ScanChunk
-from scanfleet.policy import ADMITTED_SCRIPTS, Preset, fill_in
+from scanfleet.contracts.messages import ScanChunk
+from scanfleet.scanning.policy import ADMITTED_SCRIPTS, Preset, fill_in
 from scanner_worker.domain.scan import Host, arguments, services
 from scanner_worker.scanner.process import Limits, Nmap
 from tests.networks import hostile

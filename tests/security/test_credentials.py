@@ -23,9 +23,9 @@ from pymongo.errors import OperationFailure, ServerSelectionTimeoutError
 
 from local.client import Client
 from local.stack import Stack
+from scanfleet.contracts.messages.acls import acls_of
+from scanfleet.contracts.messages.topics import SCAN_EVENTS, TOPICS
 from scanfleet.kafka.broker import access
-from scanfleet.messages.acls import acls_of
-from scanfleet.messages.topics import SCAN_EVENTS, TOPICS
 from scanfleet.services import GATEWAY, ORCHESTRATOR, RESULT_STORE, SERVICES, WITH_DATABASE, WORKER
 from scanfleet_testing.waiting import until
 

@@ -11,9 +11,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from bench.__main__ import main
 from bench.capacity import made
 from bench.figures import Figure
-from scanfleet.chunk_grants import Grants, Signer
-from scanfleet.messages import HostScanned
-from scanfleet.outcomes import MAX_ADDRESSES
+from scanfleet.contracts.messages import HostScanned
+from scanfleet.scanning.outcomes import MAX_ADDRESSES
+from scanfleet.security.chunk_grants import Grants, Signer
 
 
 def good() -> Iterator[Figure]:

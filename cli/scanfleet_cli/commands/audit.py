@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import click
 
-from scanfleet import rest
 from scanfleet.clock import rfc3339
+from scanfleet.contracts import rest
 from scanfleet_cli import calls
 from scanfleet_cli.output import Column, Format, Row, column
 from scanfleet_cli.session import LIMIT, Session, lists, with_session

@@ -11,8 +11,8 @@ from typing import Any, Final, TypeVar
 import click
 import httpx2
 
-from scanfleet import rest
-from scanfleet.messages import Job, JobStatus
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import Job, JobStatus
 from scanfleet_cli import calls, changes, chart, coverage, findings, follow, joblist, resolve, views
 from scanfleet_cli.errors import ApiError, CommandError, Exit
 from scanfleet_cli.output import Format, Row, ago, column, count, duration, printable

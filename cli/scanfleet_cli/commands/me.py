@@ -8,7 +8,7 @@ from typing import Any, Final
 import click
 import httpx2
 
-from scanfleet import rest
+from scanfleet.contracts import rest
 from scanfleet_cli import calls
 from scanfleet_cli.errors import ApiError, CommandError, Exit
 from scanfleet_cli.output import Row

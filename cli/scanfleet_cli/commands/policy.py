@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import click
 
-from scanfleet import rest
-from scanfleet.policy import PRESETS, Preset, ScanPolicy
+from scanfleet.contracts import rest
+from scanfleet.scanning.policy import PRESETS, Preset, ScanPolicy
 from scanfleet_cli import calls, changes, resolve
 from scanfleet_cli.errors import CommandError
 from scanfleet_cli.output import Row, column, count, printable, text_of

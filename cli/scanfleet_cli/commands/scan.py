@@ -14,10 +14,10 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from scanfleet import rest
-from scanfleet.messages import Job
-from scanfleet.policy import PolicyError, Preset, ScanPolicy, fill_in
-from scanfleet.ports import PortSet
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import Job
+from scanfleet.scanning.policy import PolicyError, Preset, ScanPolicy, fill_in
+from scanfleet.scanning.ports import PortSet
 from scanfleet_cli import calls, changes, coverage, findings, follow, resolve, views
 from scanfleet_cli.errors import ApiError, CommandError, Exit, UnavailableError
 from scanfleet_cli.output import Format, Row, count, printable

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from scanfleet import rest
+from scanfleet.contracts import rest
 from scanfleet_cli import calls, changes, coverage, imports, resolve
 from scanfleet_cli.errors import CommandError, Exit, hint_of_refusal
 from scanfleet_cli.output import Format, Row, ago, column, count, printable

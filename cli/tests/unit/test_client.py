@@ -12,8 +12,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from scanfleet import rest
-from scanfleet.messages import JobStatus
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import JobStatus
 from scanfleet_cli import calls
 from scanfleet_cli.client import AsyncClient, Client, Patience, Watching
 from scanfleet_cli.errors import ApiError, CommandError, UnavailableError

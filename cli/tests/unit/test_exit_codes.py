@@ -8,7 +8,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from scanfleet.messages import JobStatus
+from scanfleet.contracts.messages import JobStatus
 from scanfleet_cli.errors import MEANINGS, Exit
 from scanfleet_cli_testing import FakeApi
 

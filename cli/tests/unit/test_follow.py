@@ -14,8 +14,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from scanfleet import rest
-from scanfleet.messages import JobStatus
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import JobStatus
 from scanfleet_cli import findings, follow, views
 from scanfleet_cli.config import Config
 from scanfleet_cli.output import Output

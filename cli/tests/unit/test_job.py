@@ -9,9 +9,9 @@ from typing import Any
 import httpx2
 import pytest
 
-from scanfleet import rest
-from scanfleet.messages import JobStatus
-from scanfleet.policy import Preset, fill_in
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import JobStatus
+from scanfleet.scanning.policy import Preset, fill_in
 from scanfleet_cli.output import fields_of, paths_of
 from scanfleet_cli.session import World
 from scanfleet_cli_testing import TOKEN, FakeApi, FakeJob, host_found, result

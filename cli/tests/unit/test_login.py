@@ -19,7 +19,7 @@ import keyring.backend
 import keyring.backends.fail
 import pytest
 
-from scanfleet.policy import PRESETS, Preset, fill_in
+from scanfleet.scanning.policy import PRESETS, Preset, fill_in
 from scanfleet_cli.login import Callback
 from scanfleet_cli.session import World
 from scanfleet_cli.tokens import FileStore, Kept, KeyringStore, store_in

@@ -12,7 +12,7 @@ import httpx2
 import pytest
 from click.shell_completion import ShellComplete
 
-from scanfleet.targets import TargetRules
+from scanfleet.scanning.targets import TargetRules
 from scanfleet_cli import main
 from scanfleet_cli.config import Config
 from scanfleet_cli.output import Output

@@ -9,8 +9,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from scanfleet import rest
-from scanfleet.messages import JobStatus
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import JobStatus
 from scanfleet_cli_testing import FakeApi, FakeJob, result
 
 

@@ -21,9 +21,9 @@ from authlib.integrations.httpx_client import AsyncOAuth2Client
 from pydantic import BaseModel, ValidationError
 
 from api_gateway.settings import Settings
+from scanfleet.contracts.rest import Revoked
 from scanfleet.errors import DependencyError, UnavailableError
-from scanfleet.rest import Revoked
-from scanfleet.settings import read_secret
+from scanfleet.runtime.settings import read_secret
 
 REFRESH_S: Final = 2.0
 ASK_LIMIT_S: Final = 5.0
@@ -47,7 +47,7 @@ class UserIds:
         self._known: dict[tuple[str, str], int] = {}
 
     async def user_id(self, issuer: str, subject: str) -> int:
-        """See `scanfleet.auth.Users`."""
+        """See `scanfleet.security.auth.Users`."""
         user_id = self._known.get((issuer, subject))
         if user_id is None:
             user_id = await self._ask(issuer, subject)
@@ -134,7 +134,7 @@ class Revocations:
             raise DependencyError("the revocations were not read yet")
 
     def revokes(self, *, token_id: str, subject: str, user_id: int, issued_at: float) -> bool:
-        """See `scanfleet.auth.Revoked`."""
+        """See `scanfleet.security.auth.Revoked`."""
         if self._clock() - self._read_at > MAX_STALE_S:
             raise UnavailableError("the list of revoked tokens is unavailable; try again")
         return (

@@ -12,7 +12,7 @@ import httpx
 from yarl import URL
 
 from api_gateway.settings import Settings
-from scanfleet.tls import client_context
+from scanfleet.runtime.tls import client_context
 
 CONNECT_SECONDS: Final = 1.0  # the services are in the same network
 POOL_SECONDS: Final = 1.0  # to wait for a connection while all are in use

@@ -1,4 +1,4 @@
-"""Builds the gateway; `python -m scanfleet.server api-gateway` runs it."""
+"""Builds the gateway; `python -m scanfleet.runtime.server api-gateway` runs it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from api_gateway.handlers.commands import Commands
 from api_gateway.handlers.events import Watches
 from api_gateway.settings import Settings
 from api_gateway.upstream import Orchestrator, ScanLimits, Upstream
-from scanfleet import logging, service, tracing
-from scanfleet.auth import InternalTokens, TokenVerifier, open_verifier, read_private_key
-from scanfleet.bus import Bus
+from scanfleet.contracts.messages.topics import SCAN_EVENTS, SCAN_REPLIES
 from scanfleet.kafka import KafkaBus
-from scanfleet.loop import Loop
-from scanfleet.messages.topics import SCAN_EVENTS, SCAN_REPLIES
+from scanfleet.runtime import logging, service, tracing
+from scanfleet.runtime.bus import Bus
+from scanfleet.runtime.loop import Loop
+from scanfleet.runtime.startup import Startup
+from scanfleet.security.auth import InternalTokens, TokenVerifier, open_verifier, read_private_key
 from scanfleet.services import GATEWAY, ORCHESTRATOR, RESULT_STORE
-from scanfleet.startup import Startup
 
 _DESCRIPTION = """\
 Scan networks as a service: register subnets and policies, create scan jobs, watch them run and read their results.

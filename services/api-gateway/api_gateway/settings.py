@@ -7,7 +7,7 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, HttpUrl, model_validator
 
-from scanfleet.settings import (
+from scanfleet.runtime.settings import (
     ApiSettings,
     AuthSettings,
     CommonSettings,

@@ -16,11 +16,9 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field, RootModel, TypeAdapter, ValidationError
 from starlette.types import Message, Receive, Scope, Send
 
-from scanfleet import rest, tracing
-from scanfleet.auth import THE_GATEWAY, InternalTokens
-from scanfleet.errors import BadRequestError, DependencyError
-from scanfleet.messages import CommandAccepted, CommandRejected, Job
-from scanfleet.rest import (
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import CommandAccepted, CommandRejected, Job
+from scanfleet.contracts.rest import (
     MAX_ISSUER_KEYS,
     CancelJobs,
     CancelledPage,
@@ -32,7 +30,10 @@ from scanfleet.rest import (
     Subject,
     UserId,
 )
-from scanfleet.service import source
+from scanfleet.errors import BadRequestError, DependencyError
+from scanfleet.runtime import tracing
+from scanfleet.runtime.service import source
+from scanfleet.security.auth import THE_GATEWAY, InternalTokens
 
 SMALL_BYTES: Final = 1 << 16  # size of one read of a connection; smaller answers are read whole instead of streamed
 LIMITS_SECONDS: Final = 60.0  # they change with a restart of the orchestrator

@@ -19,13 +19,13 @@ from starlette.types import Message, Scope
 from api_gateway.domain.ports import Reply
 from api_gateway.main import create_app
 from api_gateway.settings import Settings
-from scanfleet.auth import Principal
-from scanfleet.bus import Bus, Record
 from scanfleet.clock import utc_now
-from scanfleet.messages import CancelJob, CommandAccepted, Job, JobStatus, SubmitJobs
-from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_REPLIES
-from scanfleet.rest import IssuerKeys, Revoked
-from scanfleet.service import create_probes
+from scanfleet.contracts.messages import CancelJob, CommandAccepted, Job, JobStatus, SubmitJobs
+from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_REPLIES
+from scanfleet.contracts.rest import IssuerKeys, Revoked
+from scanfleet.runtime.bus import Bus, Record
+from scanfleet.runtime.service import create_probes
+from scanfleet.security.auth import Principal
 from scanfleet.services import ORCHESTRATOR, RESULT_STORE
 from scanfleet_testing.bus import MemoryBroker, MemoryBus
 from scanfleet_testing.tokens import InternalKeys, Issuer

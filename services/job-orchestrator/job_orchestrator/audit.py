@@ -13,9 +13,9 @@ import structlog
 from job_orchestrator.domain.chain import read_chain_keys
 from job_orchestrator.repository import MongoAudit, Verification
 from job_orchestrator.settings import AuditSettings
-from scanfleet import mongo
 from scanfleet.errors import DependencyError
-from scanfleet.operator_command import command_entry
+from scanfleet.runtime import mongo
+from scanfleet.runtime.operator_command import command_entry
 from scanfleet.services import ORCHESTRATOR
 
 _TAMPERED = 2  # the exit code; 1 is a dependency's failure

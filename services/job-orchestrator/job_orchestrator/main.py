@@ -1,4 +1,4 @@
-"""Build the orchestrator, which `python -m scanfleet.server job-orchestrator` runs."""
+"""Build the orchestrator, which `python -m scanfleet.runtime.server job-orchestrator` runs."""
 
 from __future__ import annotations
 
@@ -33,13 +33,7 @@ from job_orchestrator.handlers.submits import Submits
 from job_orchestrator.handlers.sweep import Sweeper
 from job_orchestrator.repository import MongoStore
 from job_orchestrator.settings import Settings
-from scanfleet import logging, mongo, service, tracing
-from scanfleet.auth import InternalVerifier, read_private_key, read_public_keys
-from scanfleet.bus import Handler, M, Publisher
-from scanfleet.chunk_grants import Signer, key_id
-from scanfleet.kafka import KafkaBus
-from scanfleet.loop import Loop
-from scanfleet.messages.topics import (
+from scanfleet.contracts.messages.topics import (
     OPERATOR,
     SCAN_AUDIT,
     SCAN_AUDIT_OPERATOR,
@@ -50,11 +44,17 @@ from scanfleet.messages.topics import (
     SCAN_WORKERS,
     Topic,
 )
-from scanfleet.policy import ADMITTED_SCRIPTS
+from scanfleet.contracts.user_grants import UserGrants
+from scanfleet.kafka import KafkaBus
+from scanfleet.runtime import logging, mongo, service, tracing
+from scanfleet.runtime.bus import Handler, M, Publisher
+from scanfleet.runtime.loop import Loop
+from scanfleet.runtime.startup import Startup
+from scanfleet.scanning.policy import ADMITTED_SCRIPTS
+from scanfleet.scanning.targets import TargetRules
+from scanfleet.security.auth import InternalVerifier, read_private_key, read_public_keys
+from scanfleet.security.chunk_grants import Signer, key_id
 from scanfleet.services import ORCHESTRATOR
-from scanfleet.startup import Startup
-from scanfleet.targets import TargetRules
-from scanfleet.user_grants import UserGrants
 
 _SWEEP_SECONDS = 1.0
 _SEAL_SECONDS = 5.0  # interval within which a removed entry would not be detected

@@ -14,7 +14,7 @@ from job_orchestrator.domain.census import Census
 from job_orchestrator.domain.chunk import OPEN, ChunkState
 from job_orchestrator.domain.job import UNFINISHED, ScanJob
 from job_orchestrator.domain.ledger import NAMES
-from scanfleet.messages import JobStatus
+from scanfleet.contracts.messages import JobStatus
 
 _FRESH_SECONDS: Final = 30.0  # maximum age of an exported census; they are 10 s apart
 _SECONDS: Final = (0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3_600, 14_400, 86_400)  # a scan takes from a second to a day

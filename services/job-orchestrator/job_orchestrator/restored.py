@@ -15,15 +15,11 @@ from job_orchestrator.domain.chain import read_chain_keys
 from job_orchestrator.domain.job import JobTrigger, change, restored_from_backup
 from job_orchestrator.repository import MongoStore
 from job_orchestrator.settings import Settings
-from scanfleet import mongo, operator_command
 from scanfleet.clock import utc_now
-from scanfleet.errors import DependencyError, MessageError
-from scanfleet.kafka import KafkaBus
-from scanfleet.kafka.groups import move_group
-from scanfleet.messages import JobCancelled
-from scanfleet.messages.audit import RESTORE
-from scanfleet.messages.envelope import RawRecord, decode
-from scanfleet.messages.topics import (
+from scanfleet.contracts.messages import JobCancelled
+from scanfleet.contracts.messages.audit import RESTORE
+from scanfleet.contracts.messages.envelope import RawRecord, decode
+from scanfleet.contracts.messages.topics import (
     SCAN_COMMANDS,
     SCAN_DELETIONS,
     SCAN_EVENTS,
@@ -31,7 +27,11 @@ from scanfleet.messages.topics import (
     SCAN_STORED,
     SCAN_WORKERS,
 )
-from scanfleet.operator_command import command_entry
+from scanfleet.errors import DependencyError, MessageError
+from scanfleet.kafka import KafkaBus
+from scanfleet.kafka.groups import move_group
+from scanfleet.runtime import mongo, operator_command
+from scanfleet.runtime.operator_command import command_entry
 from scanfleet.services import ORCHESTRATOR
 
 _PAGE: Final = 100  # jobs at once

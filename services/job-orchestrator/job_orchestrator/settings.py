@@ -10,7 +10,7 @@ from typing import Final
 from pydantic import Field
 
 from job_orchestrator.domain.quotas import Quotas
-from scanfleet.settings import (
+from scanfleet.runtime.settings import (
     CommonSettings,
     GrantSettings,
     InternalApiSettings,

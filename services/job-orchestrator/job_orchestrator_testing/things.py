@@ -10,9 +10,9 @@ from job_orchestrator.domain import plan
 from job_orchestrator.domain.chain import ChainKeys
 from job_orchestrator.domain.chunk import Chunk
 from job_orchestrator.domain.job import Plan, ScanJob, create
-from scanfleet.messages.topics import SCAN_PROGRESS
-from scanfleet.policy import Preset, ScanPolicy, fill_in
-from scanfleet.targets import Target
+from scanfleet.contracts.messages.topics import SCAN_PROGRESS
+from scanfleet.scanning.policy import Preset, ScanPolicy, fill_in
+from scanfleet.scanning.targets import Target
 
 KEYS: Final = ChainKeys(["signs the audit log in tests alone"])
 THEN: Final = datetime(2026, 1, 1, tzinfo=UTC)

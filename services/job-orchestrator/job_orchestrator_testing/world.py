@@ -17,9 +17,8 @@ from job_orchestrator.domain.resources import Policy, Subnet
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.main import Orchestrator
 from job_orchestrator_testing.things import scan_policy
-from scanfleet.bus import PartitionListener, Publisher, Record
 from scanfleet.clock import utc_now
-from scanfleet.messages import (
+from scanfleet.contracts.messages import (
     CancelJob,
     ChunkClaimed,
     ChunkFailed,
@@ -37,8 +36,8 @@ from scanfleet.messages import (
     SubmitJobs,
     WorkerReady,
 )
-from scanfleet.messages.envelope import decode
-from scanfleet.messages.topics import (
+from scanfleet.contracts.messages.envelope import decode
+from scanfleet.contracts.messages.topics import (
     SCAN_COMMANDS,
     SCAN_DELETIONS,
     SCAN_EVENTS,
@@ -50,10 +49,11 @@ from scanfleet.messages.topics import (
     SCAN_WORKERS,
     Topic,
 )
-from scanfleet.outcomes import Outcome
-from scanfleet.policy import ScanPolicy
-from scanfleet.targets import TargetRules, parse_network
-from scanfleet.user_grants import UserGrants
+from scanfleet.contracts.user_grants import UserGrants
+from scanfleet.runtime.bus import PartitionListener, Publisher, Record
+from scanfleet.scanning.outcomes import Outcome
+from scanfleet.scanning.policy import ScanPolicy
+from scanfleet.scanning.targets import TargetRules, parse_network
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.chunk_grants import signer
 

@@ -9,8 +9,8 @@ import pytest
 
 from job_orchestrator.repository import MongoStore
 from job_orchestrator_testing import KEYS, MemoryStore, World
-from scanfleet import mongo
-from scanfleet.mongo import Database
+from scanfleet.runtime import mongo
+from scanfleet.runtime.mongo import Database
 
 
 @pytest.fixture

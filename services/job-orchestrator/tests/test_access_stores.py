@@ -15,7 +15,7 @@ from job_orchestrator.domain.resources import Subnet
 from job_orchestrator.repository import MongoStore
 from job_orchestrator_testing import KEYS, scan_job
 from scanfleet.clock import utc_now
-from scanfleet.mongo import Database
+from scanfleet.runtime.mongo import Database
 
 NOW = datetime(2026, 11, 28, 4, tzinfo=UTC)
 

@@ -25,9 +25,7 @@ from job_orchestrator.domain.ports import ChunkRepository, JobRepository, Store
 from job_orchestrator.domain.totals import EMPTY
 from job_orchestrator.repository import MongoStore
 from job_orchestrator_testing import KEYS, MemoryStore, Worker, World, scan_policy
-from scanfleet import mongo
-from scanfleet.bus import Record
-from scanfleet.messages import (
+from scanfleet.contracts.messages import (
     ChunkClaimed,
     ChunkIncomplete,
     ChunkProgressed,
@@ -40,7 +38,7 @@ from scanfleet.messages import (
     ScanChunk,
     StopChunk,
 )
-from scanfleet.messages.topics import (
+from scanfleet.contracts.messages.topics import (
     SCAN_COMMANDS,
     SCAN_EVENTS,
     SCAN_PROGRESS,
@@ -50,6 +48,8 @@ from scanfleet.messages.topics import (
     SCAN_TASKS,
     SCAN_WORKERS,
 )
+from scanfleet.runtime import mongo
+from scanfleet.runtime.bus import Record
 
 _T = TypeVar("_T")
 

@@ -25,10 +25,10 @@ from job_orchestrator.metrics import UNREADABLE
 from job_orchestrator.repository import MongoStore, documents
 from job_orchestrator_testing import MemoryStore, chunk, replanned, scan_job, scan_policy
 from job_orchestrator_testing.things import THEN
-from scanfleet import rest
 from scanfleet.clock import utc_now
-from scanfleet.messages import AuditEntry, JobStatus
-from scanfleet.mongo import Database
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import AuditEntry, JobStatus
+from scanfleet.runtime.mongo import Database
 
 LATER = THEN + timedelta(seconds=1)
 

@@ -20,19 +20,19 @@ from result_store.metrics import (
     OF_DELETED_JOBS,
     UNCOVERED,
 )
-from scanfleet import tracing
-from scanfleet.audit import Refusals
-from scanfleet.bus import Publisher, Record
-from scanfleet.chunk_grants import Grants
-from scanfleet.loop import Loop
-from scanfleet.messages import (
+from scanfleet.contracts.messages import (
     ChunkIncomplete,
     ChunkScanned,
     ChunkStored,
     DeleteResults,
     ResultsDeleted,
 )
-from scanfleet.messages.topics import SCAN_DELETIONS, SCAN_STORED
+from scanfleet.contracts.messages.topics import SCAN_DELETIONS, SCAN_STORED
+from scanfleet.runtime import tracing
+from scanfleet.runtime.bus import Publisher, Record
+from scanfleet.runtime.loop import Loop
+from scanfleet.security.audit import Refusals
+from scanfleet.security.chunk_grants import Grants
 
 _STEP_SECONDS: Final = 1.0
 _DOCUMENTS: Final = 2_000  # deleted in one step: a fraction of what storing may need of the database

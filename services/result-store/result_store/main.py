@@ -1,4 +1,4 @@
-"""Build result-store, which `python -m scanfleet.server result-store` runs."""
+"""Build result-store, which `python -m scanfleet.runtime.server result-store` runs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from result_store.api import hosts, nmap_xml, results
 from result_store.handlers import DeletionsHandler, ResultsHandler
 from result_store.repository import MongoStore
 from result_store.settings import Settings
-from scanfleet import logging, mongo, service, tracing
-from scanfleet.auth import InternalVerifier, read_public_keys
-from scanfleet.chunk_grants import Grants
+from scanfleet.contracts.messages.topics import SCAN_DELETIONS, SCAN_RESULTS
 from scanfleet.kafka import KafkaBus
-from scanfleet.messages.topics import SCAN_DELETIONS, SCAN_RESULTS
+from scanfleet.runtime import logging, mongo, service, tracing
+from scanfleet.runtime.startup import Startup
+from scanfleet.security.auth import InternalVerifier, read_public_keys
+from scanfleet.security.chunk_grants import Grants
 from scanfleet.services import RESULT_STORE
-from scanfleet.startup import Startup
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:

@@ -19,12 +19,12 @@ from bson import decode_iter
 from pymongo import ASCENDING, DESCENDING, IndexModel, UpdateOne
 
 from result_store.domain.results import ClosedChunk, Host, Parts, Place, StoredHost, address_key
+from scanfleet.contracts.messages import HostScanned
+from scanfleet.contracts.rest import Result
 from scanfleet.errors import DependencyError
-from scanfleet.messages import HostScanned
-from scanfleet.mongo import Database, Document, Ids, dependency_errors, insert_missing, make_indexes
-from scanfleet.outcomes import Outcome
-from scanfleet.rest import Result
-from scanfleet.targets import Network
+from scanfleet.runtime.mongo import Database, Document, Ids, dependency_errors, insert_missing, make_indexes
+from scanfleet.scanning.outcomes import Outcome
+from scanfleet.scanning.targets import Network
 
 # Hosts fetched at once for one reader of results. They are held undecoded, usually a kilobyte each and at most 16 MB together.
 PAGE: Final = 100

@@ -11,13 +11,13 @@ import sys
 
 from result_store.repository import SEQUENCE
 from result_store.settings import Settings
-from scanfleet import mongo, operator_command
+from scanfleet.contracts.messages import OperatorActed
+from scanfleet.contracts.messages.audit import RESTORE
+from scanfleet.contracts.messages.topics import SCAN_AUDIT, SCAN_DELETIONS, SCAN_RESULTS
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.groups import move_group
-from scanfleet.messages import OperatorActed
-from scanfleet.messages.audit import RESTORE
-from scanfleet.messages.topics import SCAN_AUDIT, SCAN_DELETIONS, SCAN_RESULTS
-from scanfleet.operator_command import command_entry
+from scanfleet.runtime import mongo, operator_command
+from scanfleet.runtime.operator_command import command_entry
 from scanfleet.services import RESULT_STORE
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from scanfleet.settings import CommonSettings, InternalApiSettings, KafkaSettings, MongoSettings
+from scanfleet.runtime.settings import CommonSettings, InternalApiSettings, KafkaSettings, MongoSettings
 
 
 class Settings(CommonSettings, InternalApiSettings, KafkaSettings, MongoSettings):

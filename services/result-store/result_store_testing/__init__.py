@@ -10,15 +10,15 @@ from typing import Any, Final
 from result_store.domain.ports import Store
 from result_store.domain.results import ClosedChunk, Host, Parts, Scanned, StoredHost, address_key
 from result_store.handlers import ResultsHandler
-from scanfleet.audit import Refusals
-from scanfleet.bus import Publisher, Record
+from scanfleet.contracts.messages import ChunkScanned, HostScanned, PortFound
+from scanfleet.contracts.messages.topics import SCAN_RESULTS
+from scanfleet.contracts.rest import Result
 from scanfleet.errors import DependencyError
-from scanfleet.messages import ChunkScanned, HostScanned, PortFound
-from scanfleet.messages.topics import SCAN_RESULTS
-from scanfleet.outcomes import Outcome
-from scanfleet.rest import Result
+from scanfleet.runtime.bus import Publisher, Record
+from scanfleet.scanning.outcomes import Outcome
+from scanfleet.scanning.targets import Network
+from scanfleet.security.audit import Refusals
 from scanfleet.services import RESULT_STORE
-from scanfleet.targets import Network
 from scanfleet_testing.chunk_grants import grants, signed
 
 EPOCH: Final = datetime(2026, 1, 1, tzinfo=UTC)

@@ -12,9 +12,9 @@ from fastapi import FastAPI
 from result_store.api import hosts, nmap_xml, results
 from result_store.domain.results import fold
 from result_store_testing import Log, MemoryStore
-from scanfleet import service
-from scanfleet.messages import HostScanned
-from scanfleet.settings import FrontSettings
+from scanfleet.contracts.messages import HostScanned
+from scanfleet.runtime import service
+from scanfleet.runtime.settings import FrontSettings
 from scanfleet_testing.tokens import Issuer
 
 ISSUER: Final = Issuer()

@@ -11,12 +11,12 @@ import pytest
 from result_store.domain.results import ClosedChunk, Host, Parts, Place, fold
 from result_store.repository import PAGE, MongoStore
 from result_store_testing import EPOCH, Log, MemoryStore, host
-from scanfleet import mongo
+from scanfleet.contracts.messages import HostDetails, HostScanned, PortFound, ScriptOutput
+from scanfleet.contracts.rest import Result
 from scanfleet.errors import DependencyError
-from scanfleet.messages import HostDetails, HostScanned, PortFound, ScriptOutput
-from scanfleet.outcomes import Outcome
-from scanfleet.rest import Result
-from scanfleet.targets import parse_network
+from scanfleet.runtime import mongo
+from scanfleet.scanning.outcomes import Outcome
+from scanfleet.scanning.targets import parse_network
 
 Store = MemoryStore | MongoStore
 

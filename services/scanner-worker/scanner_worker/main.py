@@ -10,11 +10,11 @@ from secrets import token_hex
 
 from fastapi import FastAPI
 
-from scanfleet import logging, service, tracing
+from scanfleet.contracts.messages import topics
 from scanfleet.kafka import KafkaBus
-from scanfleet.messages import topics
+from scanfleet.runtime import logging, service, tracing
+from scanfleet.runtime.startup import Startup
 from scanfleet.services import WORKER
-from scanfleet.startup import Startup
 from scanner_worker.handlers.batch import Abilities
 from scanner_worker.handlers.worker import Worker
 from scanner_worker.scanner.process import Limits, Nmap
@@ -23,7 +23,7 @@ from scanner_worker.settings import Settings
 
 
 def create_app() -> FastAPI:
-    """Create the service, which `python -m scanfleet.server scanner-worker` runs."""
+    """Create the service, which `python -m scanfleet.runtime.server scanner-worker` runs."""
     settings = Settings()
     logging.configure(WORKER, settings)
     tracing.configure(WORKER, settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from scanfleet.settings import CommonSettings, GrantSettings, KafkaSettings, TargetSettings
+from scanfleet.runtime.settings import CommonSettings, GrantSettings, KafkaSettings, TargetSettings
 
 
 class Settings(CommonSettings, KafkaSettings, TargetSettings, GrantSettings):

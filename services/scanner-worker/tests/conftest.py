@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from scanfleet.messages import ScanChunk
-from scanfleet.policy import Preset, fill_in
+from scanfleet.contracts.messages import ScanChunk
+from scanfleet.scanning.policy import Preset, fill_in
 
 RECORDINGS = Path(__file__).parent / "recordings"
 

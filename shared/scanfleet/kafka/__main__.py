@@ -7,14 +7,14 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Iterable
 
+from scanfleet.contracts.messages import OperatorActed
+from scanfleet.contracts.messages.topics import OPERATOR, SCAN_AUDIT_OPERATOR, TOPICS, Topic
 from scanfleet.errors import DependencyError
 from scanfleet.kafka.acls import create_acls
 from scanfleet.kafka.bus import KafkaBus
 from scanfleet.kafka.dead_letters import CannotReplayError, DeadLetter, check, dead_letter, dead_letters, replay
 from scanfleet.kafka.topics import TopicSettings, create_topics
-from scanfleet.messages import OperatorActed
-from scanfleet.messages.topics import OPERATOR, SCAN_AUDIT_OPERATOR, TOPICS, Topic
-from scanfleet.operator_command import command_entry
+from scanfleet.runtime.operator_command import command_entry
 
 _NAME = "administrator"
 

@@ -8,10 +8,10 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import NoError, for_code
 from aiokafka.protocol.admin import CreateAclsRequest
 
+from scanfleet.contracts.messages.acls import Acl, acls_of
 from scanfleet.kafka.broker import administering
-from scanfleet.messages.acls import Acl, acls_of
+from scanfleet.runtime.settings import KafkaSettings
 from scanfleet.services import SERVICES
-from scanfleet.settings import KafkaSettings
 
 # Kafka's numeric codes.
 _RESOURCES: Final = {"topic": 2, "group": 3}

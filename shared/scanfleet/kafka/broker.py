@@ -12,7 +12,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from scanfleet.errors import DependencyError
-from scanfleet.settings import KafkaSettings
+from scanfleet.runtime.settings import KafkaSettings
 
 BACKOFF_MS: Final = 300  # retry backoff of a client: cheap while a broker is unavailable, and notices its recovery soon
 

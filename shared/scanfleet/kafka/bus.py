@@ -24,16 +24,16 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError
 from aiokafka.partitioner import DefaultPartitioner
 
-from scanfleet.bus import Consumer, DeadLetterCallback, Handler, M
-from scanfleet.consumer import ConsumerLoop, Source
+from scanfleet.contracts.messages import Message
+from scanfleet.contracts.messages.envelope import Outgoing, RawRecord, dead_letter_headers, encode, weight
+from scanfleet.contracts.messages.topics import Topic
 from scanfleet.errors import DependencyError
 from scanfleet.kafka.broker import BACKOFF_MS, access, connect, depending
 from scanfleet.kafka.sources import Member, Past, Tail
 from scanfleet.kafka.topics import DEAD_LETTER_BYTES
-from scanfleet.messages import Message
-from scanfleet.messages.envelope import Outgoing, RawRecord, dead_letter_headers, encode, weight
-from scanfleet.messages.topics import Topic
-from scanfleet.settings import KafkaSettings
+from scanfleet.runtime.bus import Consumer, DeadLetterCallback, Handler, M
+from scanfleet.runtime.consumer import ConsumerLoop, Source
+from scanfleet.runtime.settings import KafkaSettings
 
 START_SECONDS: Final = 30.0  # for a broker that starts at the same time; it takes 3 to 10 s
 SEND_SECONDS: Final = 10.0  # timeout of an acknowledgement; long enough for a broker's restart
@@ -56,7 +56,7 @@ _partition_of: Final = DefaultPartitioner()
 
 
 class KafkaBus:
-    """A `scanfleet.bus.Bus`.
+    """A `scanfleet.runtime.bus.Bus`.
 
     Args:
         settings: the brokers, and the prefix of every topic and group.

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from scanfleet.clock import rfc3339
+from scanfleet.contracts.messages.envelope import Outgoing, RawRecord, split_dead_letter, weight
+from scanfleet.contracts.messages.topics import TOPICS, Topic
 from scanfleet.errors import ScanfleetError
-from scanfleet.messages.envelope import Outgoing, RawRecord, split_dead_letter, weight
-from scanfleet.messages.topics import TOPICS, Topic
 
 REPLAY: Final = "dlq_replay_of"
 """Header of a replayed record with the id of its dead letter; a dead letter of the replay has it too."""

@@ -9,10 +9,10 @@ from typing import Final, Literal
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import CommitFailedError
 
+from scanfleet.contracts.messages.topics import Topic
 from scanfleet.errors import DependencyError
 from scanfleet.kafka.broker import BACKOFF_MS, access, connect, depending
-from scanfleet.messages.topics import Topic
-from scanfleet.settings import KafkaSettings
+from scanfleet.runtime.settings import KafkaSettings
 
 MOVE_SECONDS: Final = 60.0  # includes the start of a broker
 

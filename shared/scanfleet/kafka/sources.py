@@ -1,4 +1,4 @@
-"""Kafka implementations of `scanfleet.consumer.Source`: a tail and a member of a group."""
+"""Kafka implementations of `scanfleet.runtime.consumer.Source`: a tail and a member of a group."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from aiokafka.errors import (
     UnsupportedCodecError,
 )
 
-from scanfleet.consumer import HURRY_SECONDS, BatchDroppedError, Listener
+from scanfleet.contracts.messages.envelope import RawRecord
+from scanfleet.contracts.messages.topics import Topic
 from scanfleet.errors import DependencyError
 from scanfleet.kafka.broker import BACKOFF_MS, connect, depending
-from scanfleet.messages.envelope import RawRecord
-from scanfleet.messages.topics import Topic
+from scanfleet.runtime.consumer import HURRY_SECONDS, BatchDroppedError, Listener
 
 EndOffsets = Callable[[Collection[TopicPartition]], Awaitable[Mapping[TopicPartition, int]]]
 
@@ -58,7 +58,7 @@ log = logging.getLogger(__name__)
 
 
 class Tail:
-    """A `scanfleet.consumer.Source`: every partition, from the end, no commits."""
+    """A `scanfleet.runtime.consumer.Source`: every partition, from the end, no commits."""
 
     def __init__(
         self, topic: Topic, *, name: str, client_id: str, access: Mapping[str, Any], end_offsets: EndOffsets
@@ -195,7 +195,7 @@ class Past(Tail):
 
 
 class Member(Tail):
-    """A `scanfleet.consumer.Source`: a group member's share of the partitions, from the committed offsets."""
+    """A `scanfleet.runtime.consumer.Source`: a group member's share of the partitions, from the committed offsets."""
 
     def __init__(self, topic: Topic, *, group: str, instance: str, **more: Any) -> None:
         super().__init__(topic, client_id=instance, **more)

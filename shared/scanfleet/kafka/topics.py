@@ -13,9 +13,9 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import NoError, TopicAlreadyExistsError, for_code
 from pydantic import Field
 
+from scanfleet.contracts.messages.topics import DEAD_LETTER_RETENTION, DEAD_LETTER_RETENTION_BYTES, TOPICS, Topic
 from scanfleet.kafka.broker import administering
-from scanfleet.messages.topics import DEAD_LETTER_RETENTION, DEAD_LETTER_RETENTION_BYTES, TOPICS, Topic
-from scanfleet.settings import KafkaSettings
+from scanfleet.runtime.settings import KafkaSettings
 
 # A record may exceed the platform's own limit: other clients can write too, and a compressed batch expands.
 DEAD_LETTER_BYTES: Final = 16 * 1024 * 1024

@@ -15,15 +15,15 @@ import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.record.util import calc_crc32c
 
-from scanfleet.bus import Record
+from scanfleet.contracts.messages import Message, OperatorActed, WorkerReady
+from scanfleet.contracts.messages.envelope import Headers, RawRecord, decode
+from scanfleet.contracts.messages.topics import SCAN_AUDIT_OPERATOR, SCAN_COMMANDS, SCAN_WORKERS, Topic
 from scanfleet.errors import DependencyError
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.__main__ import _on_bus, _parser
 from scanfleet.kafka.dead_letters import REPLAY, DeadLetter, dead_letter, dead_letters
 from scanfleet.kafka.topics import DEAD_LETTER_BYTES, TopicSettings, create_topics
-from scanfleet.messages import Message, OperatorActed, WorkerReady
-from scanfleet.messages.envelope import Headers, RawRecord, decode
-from scanfleet.messages.topics import SCAN_AUDIT_OPERATOR, SCAN_COMMANDS, SCAN_WORKERS, Topic
+from scanfleet.runtime.bus import Record
 from scanfleet_testing.consumers import Recorder, Running
 from scanfleet_testing.waiting import until
 

@@ -15,9 +15,9 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import StreamingResponse
 
-from scanfleet import front, service
-from scanfleet.front import BoundedProtocol
-from scanfleet.settings import FrontSettings
+from scanfleet.runtime import front, service
+from scanfleet.runtime.front import BoundedProtocol
+from scanfleet.runtime.settings import FrontSettings
 from scanfleet_testing.waiting import until
 
 pytestmark = pytest.mark.integration

@@ -26,16 +26,16 @@ from aiokafka.record.util import calc_crc32c
 
 from local import kafka as native_kafka
 from local import ports
-from scanfleet.bus import Record
-from scanfleet.consumer import BatchDroppedError, ConsumerLoop
+from scanfleet.contracts.messages import WorkerReady
+from scanfleet.contracts.messages.envelope import encode
+from scanfleet.contracts.messages.topics import SCAN_WORKERS
 from scanfleet.errors import DependencyError
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.broker import access
 from scanfleet.kafka.sources import Member
 from scanfleet.kafka.topics import DEAD_LETTER_BYTES, TopicSettings, create_topics
-from scanfleet.messages import WorkerReady
-from scanfleet.messages.envelope import encode
-from scanfleet.messages.topics import SCAN_WORKERS
+from scanfleet.runtime.bus import Record
+from scanfleet.runtime.consumer import BatchDroppedError, ConsumerLoop
 from scanfleet_testing.consumers import Recorder, Running
 from scanfleet_testing.waiting import until
 

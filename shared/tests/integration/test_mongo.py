@@ -12,10 +12,10 @@ from pymongo import IndexModel, ReadPreference
 from pymongo.errors import BulkWriteError, OperationFailure
 from pymongo.uri_parser import parse_uri
 
-from scanfleet import mongo
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError
-from scanfleet.mongo import TIMEOUT_MS, Database, Ids, insert_missing, make_indexes
+from scanfleet.runtime import mongo
+from scanfleet.runtime.mongo import TIMEOUT_MS, Database, Ids, insert_missing, make_indexes
 from scanfleet_testing.proxy import Proxy, proxy
 
 pytestmark = pytest.mark.integration

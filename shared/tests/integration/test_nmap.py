@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scanfleet.ports import MAX_PORT, MAX_TOP, PortSet, Range
+from scanfleet.scanning.ports import MAX_PORT, MAX_TOP, PortSet, Range
 
 pytestmark = pytest.mark.integration
 

@@ -12,10 +12,10 @@ import httpx
 import pytest
 from fastapi import APIRouter, FastAPI
 
-from scanfleet import logging, service
 from scanfleet.errors import DependencyError
-from scanfleet.server import PROBE_CONNECTIONS, Server
-from scanfleet.settings import ApiSettings, CommonSettings
+from scanfleet.runtime import logging, service
+from scanfleet.runtime.server import PROBE_CONNECTIONS, Server
+from scanfleet.runtime.settings import ApiSettings, CommonSettings
 from scanfleet_testing.waiting import until
 
 pytestmark = pytest.mark.integration

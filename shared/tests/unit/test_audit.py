@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from scanfleet import audit
-from scanfleet.audit import MERGED, SINGLES, WINDOW_S, Refusals
 from scanfleet.clock import utc_now
+from scanfleet.contracts.messages import Audited, AuditEntry
+from scanfleet.contracts.messages.topics import SCAN_AUDIT, SCAN_WORKERS
 from scanfleet.errors import DependencyError
-from scanfleet.messages import Audited, AuditEntry
-from scanfleet.messages.topics import SCAN_AUDIT, SCAN_WORKERS
+from scanfleet.security import audit
+from scanfleet.security.audit import MERGED, SINGLES, WINDOW_S, Refusals
 from scanfleet.services import GATEWAY
 from scanfleet_testing.bus import MemoryBus
 

@@ -1,4 +1,4 @@
-"""Tokens that `scanfleet.auth` accepts and refuses."""
+"""Tokens that `scanfleet.security.auth` accepts and refuses."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import ValidationError
 
-from scanfleet.auth import JwksKeys, Principal, TokenVerifier, open_verifier
-from scanfleet.auth.tokens import KNOWN_TOKENS
 from scanfleet.errors import DependencyError, UnauthorizedError, UnavailableError
-from scanfleet.settings import AuthSettings
+from scanfleet.runtime.settings import AuthSettings
+from scanfleet.security.auth import JwksKeys, Principal, TokenVerifier, open_verifier
+from scanfleet.security.auth.tokens import KNOWN_TOKENS
 from scanfleet_testing.tokens import Issuer, JwksEndpoint
 
 NO_ISSUER = "https://issuer.test/none"

@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from scanfleet.auth import (
+from scanfleet.errors import UnauthorizedError
+from scanfleet.security.auth import (
     THE_GATEWAY,
     InternalTokens,
     InternalVerifier,
@@ -22,8 +23,7 @@ from scanfleet.auth import (
     read_private_key,
     read_public_keys,
 )
-from scanfleet.auth.internal import ISSUER, LEEWAY_S, LIFE_S, MAX_SIGNED, REUSE_S, TYPE
-from scanfleet.errors import UnauthorizedError
+from scanfleet.security.auth.internal import ISSUER, LEEWAY_S, LIFE_S, MAX_SIGNED, REUSE_S, TYPE
 from scanfleet_testing.tokens import InternalKeys, Issuer
 
 pytestmark = pytest.mark.proves("G14")

@@ -16,9 +16,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
-from scanfleet.auth import Principal, open_verifier
 from scanfleet.errors import UnauthorizedError
-from scanfleet.settings import AuthSettings
+from scanfleet.runtime.settings import AuthSettings
+from scanfleet.security.auth import Principal, open_verifier
 from scanfleet_testing.tokens import JwksEndpoint
 
 PAGE = Path(__file__).parents[3] / "docs" / "identity-providers.md"

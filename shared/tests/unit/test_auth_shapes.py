@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from structlog.testing import capture_logs
 
-from scanfleet.auth import Principal, TokenVerifier, open_verifier
-from scanfleet.auth.keys import _FetchError, _from_jwks
 from scanfleet.errors import ConfigurationError, UnauthorizedError, UnavailableError
-from scanfleet.settings import AuthSettings
+from scanfleet.runtime.settings import AuthSettings
+from scanfleet.security.auth import Principal, TokenVerifier, open_verifier
+from scanfleet.security.auth.keys import _FetchError, _from_jwks
 from scanfleet_testing.tokens import Issuer, JwksEndpoint
 
 PRIVATE_KEYS: dict[str, Any] = {

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from scanfleet.clock import utc_now
+from scanfleet.contracts.messages import HostScanned, Message, PortFound, export
+from scanfleet.contracts.messages.envelope import RawRecord, decode, encode
+from scanfleet.contracts.messages.fields import MAX_BYTES
+from scanfleet.contracts.messages.results import MAX_FOUND
+from scanfleet.contracts.messages.topics import SCAN_RESULTS, TOPICS, Topic
 from scanfleet.errors import MessageError
-from scanfleet.messages import HostScanned, Message, PortFound, export
-from scanfleet.messages.envelope import RawRecord, decode, encode
-from scanfleet.messages.fields import MAX_BYTES
-from scanfleet.messages.results import MAX_FOUND
-from scanfleet.messages.topics import SCAN_RESULTS, TOPICS, Topic
-from scanfleet.ports import MAX_RANGES_TEXT
+from scanfleet.scanning.ports import MAX_RANGES_TEXT
 from scanfleet_testing.hostile import hostile_messages
 
 CPU_SECONDS = 0.5  # for one record of 100 kB, on a loaded machine; a quadratic step takes seconds

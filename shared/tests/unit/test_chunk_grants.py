@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from scanfleet.chunk_grants import Grants, Signer
-from scanfleet.messages import ChunkScanned, HostScanned, PortFound
-from scanfleet.messages.chunks import Grant
+from scanfleet.contracts.messages import ChunkScanned, HostScanned, PortFound
+from scanfleet.contracts.messages.chunks import Grant
+from scanfleet.security.chunk_grants import Grants, Signer
 from scanfleet_testing.chunk_grants import grants, signer
 
 TOKEN: dict[str, Any] = {"job_id": 41, "chunk_id": "41-3", "attempt": 2, "worker_id": "w-1"}

@@ -10,13 +10,13 @@ import pytest
 import structlog
 from prometheus_client import REGISTRY
 
-from scanfleet import tracing
 from scanfleet.clock import utc_now
-from scanfleet.consumer import LOOK_SECONDS, ConsumerLoop, Listener
+from scanfleet.contracts.messages import ChunkStored, WorkerReady
+from scanfleet.contracts.messages.envelope import RawRecord, encode
+from scanfleet.contracts.messages.topics import SCAN_STORED, SCAN_WORKERS
 from scanfleet.errors import DependencyError
-from scanfleet.messages import ChunkStored, WorkerReady
-from scanfleet.messages.envelope import RawRecord, encode
-from scanfleet.messages.topics import SCAN_STORED, SCAN_WORKERS
+from scanfleet.runtime import tracing
+from scanfleet.runtime.consumer import LOOK_SECONDS, ConsumerLoop, Listener
 from scanfleet_testing.consumers import Recorder, Running
 from scanfleet_testing.waiting import until
 

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from aiokafka.errors import KafkaError
 
-from scanfleet.messages.topics import SCAN_WORKERS
+from scanfleet.contracts.messages.topics import SCAN_WORKERS
 from scanfleet_testing.kafka import behind, read
 
 OBSERVERS: list[Callable[[str], Awaitable[object]]] = [

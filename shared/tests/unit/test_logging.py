@@ -14,9 +14,9 @@ import structlog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scanfleet import logging as ours
-from scanfleet import tracing
-from scanfleet.settings import CommonSettings
+from scanfleet.runtime import logging as ours
+from scanfleet.runtime import tracing
+from scanfleet.runtime.settings import CommonSettings
 from scanfleet_testing.tokens import Issuer
 
 

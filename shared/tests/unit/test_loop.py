@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from scanfleet.errors import DependencyError
-from scanfleet.loop import Loop
+from scanfleet.runtime.loop import Loop
 from scanfleet_testing.waiting import until
 
 

@@ -14,11 +14,11 @@ import pytest
 from cloudevents.core.bindings.kafka import KafkaMessage, from_binary_event
 
 from scanfleet.clock import utc_now
-from scanfleet.messages import HostScanned, Message, PortFound, export
-from scanfleet.messages.envelope import RawRecord, decode, encode
-from scanfleet.messages.fields import MAX_BYTES
-from scanfleet.messages.results import MAX_FOUND
-from scanfleet.messages.topics import OPERATOR, SCAN_AUDIT_OPERATOR, SCAN_RESULTS, TOPICS, Topic
+from scanfleet.contracts.messages import HostScanned, Message, PortFound, export
+from scanfleet.contracts.messages.envelope import RawRecord, decode, encode
+from scanfleet.contracts.messages.fields import MAX_BYTES
+from scanfleet.contracts.messages.results import MAX_FOUND
+from scanfleet.contracts.messages.topics import OPERATOR, SCAN_AUDIT_OPERATOR, SCAN_RESULTS, TOPICS, Topic
 from scanfleet.services import GATEWAY, ORCHESTRATOR, RESULT_STORE, WORKER
 from scanfleet_testing.contracts import with_unknown_fields
 

@@ -7,7 +7,7 @@ from pymongo import errors
 from pymongo.errors import BulkWriteError, OperationFailure, PyMongoError
 
 from scanfleet.errors import DependencyError
-from scanfleet.mongo import DOCUMENT_CODES, DUPLICATE_KEY, dependency_errors
+from scanfleet.runtime.mongo import DOCUMENT_CODES, DUPLICATE_KEY, dependency_errors
 
 
 def bulk(*codes: int, concern: bool = False) -> BulkWriteError:

@@ -7,7 +7,7 @@ import pwd
 
 import pytest
 
-from scanfleet.operator_command import command_entry
+from scanfleet.runtime.operator_command import command_entry
 
 
 @pytest.mark.parametrize("variable", ["LOGNAME", "USER", "LNAME", "USERNAME"])

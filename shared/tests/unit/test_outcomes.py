@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from scanfleet.outcomes import MAX_ADDRESSES, Outcome, OutcomeMap, address_at, counts, done, index_of, merge, networks
+from scanfleet.scanning.outcomes import (
+    MAX_ADDRESSES,
+    Outcome,
+    OutcomeMap,
+    address_at,
+    counts,
+    done,
+    index_of,
+    merge,
+    networks,
+)
 
 LETTERS = "".join(Outcome)
 SIZE = 12

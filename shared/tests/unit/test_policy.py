@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from scanfleet.policy import (
+from scanfleet.scanning.policy import (
     ADMITTED_SCRIPTS,
     PRESETS,
     VERSION_SCRIPTS,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scanfleet.ports import (
+from scanfleet.scanning.ports import (
     MAX_PORT,
     MAX_RANGES_TEXT,
     MAX_TEXT,

@@ -8,7 +8,15 @@ from datetime import UTC, datetime
 import pytest
 from pydantic import ValidationError
 
-from scanfleet.rest import BODY_LIMITS, MAX_BODY_BYTES, MAX_EXCLUDES, CreateJobs, PolicyBody, RevocationBody, SubnetBody
+from scanfleet.contracts.rest import (
+    BODY_LIMITS,
+    MAX_BODY_BYTES,
+    MAX_EXCLUDES,
+    CreateJobs,
+    PolicyBody,
+    RevocationBody,
+    SubnetBody,
+)
 
 BODY = {"subnet_ids": [1], "policy_id": 1}
 

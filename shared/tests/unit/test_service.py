@@ -18,12 +18,12 @@ from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from scanfleet import logging, tracing
-from scanfleet.auth import Caller, Guarded, Principal
 from scanfleet.errors import ConflictError, DependencyError, MessageError, UnauthorizedError, UnavailableError
-from scanfleet.service import PathId, create_app, create_probes
-from scanfleet.settings import CommonSettings, FrontSettings
-from scanfleet.targets import Network
+from scanfleet.runtime import logging, tracing
+from scanfleet.runtime.service import PathId, create_app, create_probes
+from scanfleet.runtime.settings import CommonSettings, FrontSettings
+from scanfleet.scanning.targets import Network
+from scanfleet.security.auth import Caller, Guarded, Principal
 from scanfleet_testing.tokens import Issuer
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from scanfleet.settings import AuthSettings, CommonSettings, KafkaSettings, MongoSettings, TargetSettings
+from scanfleet.runtime.settings import AuthSettings, CommonSettings, KafkaSettings, MongoSettings, TargetSettings
 
 
 def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,11 @@ import httpx
 import pytest
 from fastapi import APIRouter, FastAPI
 
-from scanfleet import logging
 from scanfleet.errors import DependencyError
-from scanfleet.service import create_app, create_probes
-from scanfleet.settings import CommonSettings
-from scanfleet.startup import Startup
+from scanfleet.runtime import logging
+from scanfleet.runtime.service import create_app, create_probes
+from scanfleet.runtime.settings import CommonSettings
+from scanfleet.runtime.startup import Startup
 from scanfleet_testing.waiting import until
 
 router = APIRouter()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scanfleet.targets import NAT64_LENGTHS, Network, Target, TargetRules, parse_network
+from scanfleet.scanning.targets import NAT64_LENGTHS, Network, Target, TargetRules, parse_network
 
 EVERYTHING = (IPv4Network("0.0.0.0/0"), IPv6Network("::/0"))
 

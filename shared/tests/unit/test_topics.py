@@ -7,8 +7,8 @@ from aiokafka.partitioner import DefaultPartitioner, murmur2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scanfleet.messages import topics
-from scanfleet.messages.topics import SCAN_PROGRESS, TOPICS, Topic
+from scanfleet.contracts.messages import topics
+from scanfleet.contracts.messages.topics import SCAN_PROGRESS, TOPICS, Topic
 
 
 @given(st.text())

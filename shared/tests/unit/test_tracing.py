@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from scanfleet import tracing
-from scanfleet.settings import CommonSettings
+from scanfleet.runtime import tracing
+from scanfleet.runtime.settings import CommonSettings
 from scanfleet_testing.tracing import ids, recording
 from scanfleet_testing.waiting import until
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from scanfleet.policy import Preset, ScanPolicy, fill_in
-from scanfleet.settings import GrantSettings
-from scanfleet.user_grants import Admitted, GrantError, Limits, UserGrants, Window
+from scanfleet.contracts.user_grants import Admitted, GrantError, Limits, UserGrants, Window
+from scanfleet.runtime.settings import GrantSettings
+from scanfleet.scanning.policy import Preset, ScanPolicy, fill_in
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 INSIDE = IPv4Network("10.1.2.0/24")

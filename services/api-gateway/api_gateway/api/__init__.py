@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from api_gateway.api import audit, imports, info, resources, revocations, session, sign_in, tasks
-from scanfleet import rest
+from scanfleet.contracts import rest
 
 ROUTERS: tuple[APIRouter, ...] = (
     info.public,

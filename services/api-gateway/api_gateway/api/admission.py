@@ -24,9 +24,9 @@ from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from api_gateway.settings import Settings
-from scanfleet import rest
-from scanfleet.auth import Guarded, Principal
+from scanfleet.contracts import rest
 from scanfleet.errors import BadRequestError, Rule, TooManyRequestsError, UnavailableError
+from scanfleet.security.auth import Guarded, Principal
 
 _WITH_BODY: Final = frozenset({"POST", "PUT"})
 _MAX_ERROR_CHARS: Final = 200  # an error may contain a part of the request

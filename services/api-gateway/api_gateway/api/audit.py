@@ -7,8 +7,8 @@ from fastapi import APIRouter, Request, Response
 from api_gateway.api.admission import Route
 from api_gateway.api.document import TEXT, TIME, errors, paging, query
 from api_gateway.api.state import Handed
-from scanfleet import rest
-from scanfleet.auth import Caller
+from scanfleet.contracts import rest
+from scanfleet.security.auth import Caller
 
 router = APIRouter(prefix="/api/v1/audit", tags=["audit"], route_class=Route)
 

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel, TypeAdapter
 
-from scanfleet import rest
+from scanfleet.contracts import rest
 
 _RETRY_AFTER: Final = {
     "Retry-After": {

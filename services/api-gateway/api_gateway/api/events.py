@@ -20,10 +20,10 @@ from starlette.types import Receive, Scope, Send
 from api_gateway.api.state import Handed, State
 from api_gateway.handlers.events import ALL_JOBS, JobsWatched, Watch
 from api_gateway.upstream import in_time
-from scanfleet.auth import Caller, authenticate
+from scanfleet.contracts.rest import ALL_USERS, WHOSE, Snapshot, Snapshots
 from scanfleet.errors import DependencyError, NotFoundError, PublicError, UnavailableError
-from scanfleet.rest import ALL_USERS, WHOSE, Snapshot, Snapshots
-from scanfleet.service import PathId, ascii_json
+from scanfleet.runtime.service import PathId, ascii_json
+from scanfleet.security.auth import Caller, authenticate
 
 _RETRY_MS: Final = 3_000  # until a client reconnects; a gateway restarts in less
 _OVERLAP: Final = timedelta(minutes=1)  # of two queries: finds changes that were stored late or with another clock

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Request, Response
 from api_gateway.api.admission import Route
 from api_gateway.api.document import errors, query
 from api_gateway.api.state import Handed
-from scanfleet import rest
-from scanfleet.auth import Caller
+from scanfleet.contracts import rest
+from scanfleet.security.auth import Caller
 
 _CSV: Final = {
     "required": True,

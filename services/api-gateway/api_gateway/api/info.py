@@ -10,8 +10,9 @@ from fastapi import APIRouter, Request
 from api_gateway.api.admission import Admission, Route
 from api_gateway.api.document import errors
 from api_gateway.api.state import Handed
-from scanfleet import VERSION, rest
-from scanfleet.auth import Caller
+from scanfleet import VERSION
+from scanfleet.contracts import rest
+from scanfleet.security.auth import Caller
 
 public = APIRouter(prefix="/api/v1", tags=["platform"])
 router = APIRouter(prefix="/api/v1", tags=["platform"], route_class=Route)

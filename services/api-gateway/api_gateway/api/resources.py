@@ -11,9 +11,9 @@ from pydantic import BaseModel
 from api_gateway.api.admission import Route
 from api_gateway.api.document import IF_MATCH, TAGGED, body, errors, paging
 from api_gateway.api.state import Handed
-from scanfleet import rest
-from scanfleet.auth import Caller
-from scanfleet.service import PathId, typed
+from scanfleet.contracts import rest
+from scanfleet.runtime.service import PathId, typed
+from scanfleet.security.auth import Caller
 
 
 def router_of(resource: rest.Resource[rest.NamedBody, BaseModel, BaseModel]) -> APIRouter:

@@ -7,9 +7,9 @@ from fastapi import APIRouter, Request, Response
 from api_gateway.api.admission import Route
 from api_gateway.api.document import body, errors, paging
 from api_gateway.api.state import Handed
-from scanfleet import rest
-from scanfleet.auth import Caller
-from scanfleet.service import PathId
+from scanfleet.contracts import rest
+from scanfleet.runtime.service import PathId
+from scanfleet.security.auth import Caller
 
 router = APIRouter(prefix="/api/v1/revocation", tags=["revocation"], route_class=Route)
 

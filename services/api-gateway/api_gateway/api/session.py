@@ -21,9 +21,9 @@ from api_gateway.api.document import errors
 from api_gateway.api.state import Handed
 from api_gateway.auth import RefusedSignInError, SignIn
 from api_gateway.settings import Settings
-from scanfleet import rest
-from scanfleet.auth import Caller, Verifier, bearer_token
+from scanfleet.contracts import rest
 from scanfleet.errors import BadRequestError, NotFoundError, UnauthorizedError
+from scanfleet.security.auth import Caller, Verifier, bearer_token
 
 COOKIE: Final = "__Host-session"  # the prefix binds it to this host, path / and https
 MAX_COOKIE_BYTES: Final = 3_800  # browsers drop a cookie above 4,096 bytes, its name and attributes included
@@ -87,7 +87,7 @@ class Sessions:
         return set_cookie(COOKIE, value, max_age=max(1, int(expires_at - time.time())))
 
     def token(self, request: Request) -> str | None:
-        """See `scanfleet.auth.Sessions`."""
+        """See `scanfleet.security.auth.Sessions`."""
         value = request.cookies.get(COOKIE)
         if value is None:
             return None

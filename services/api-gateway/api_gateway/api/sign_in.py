@@ -19,9 +19,9 @@ from fastapi.responses import RedirectResponse
 from api_gateway.api.session import Sessions, set_cookie
 from api_gateway.api.state import Handed, State
 from api_gateway.auth import RefusedSignInError, SignIn
-from scanfleet.auth import Verifier
 from scanfleet.errors import BadRequestError, DependencyError, NotFoundError, Rule, UnauthorizedError, UnavailableError
-from scanfleet.service import record_refusal
+from scanfleet.runtime.service import record_refusal
+from scanfleet.security.auth import Verifier
 
 LOGIN_COOKIE: Final = "__Host-login"
 LOGIN_SECONDS: Final = 600  # to enter a password and a second factor

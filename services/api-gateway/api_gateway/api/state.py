@@ -11,7 +11,7 @@ from api_gateway.handlers.commands import Commands
 from api_gateway.handlers.events import Watches
 from api_gateway.settings import Settings
 from api_gateway.upstream import Orchestrator, ScanLimits, Upstream
-from scanfleet.bus import Consumer
+from scanfleet.runtime.bus import Consumer
 
 
 @dataclass(frozen=True, slots=True)

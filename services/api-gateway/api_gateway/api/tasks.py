@@ -20,11 +20,12 @@ from api_gateway.api.events import (
     overlapping,
 )
 from api_gateway.api.state import Handed
-from scanfleet import rest, tracing
-from scanfleet.auth import Caller
-from scanfleet.messages import CancelJob, JobStatus, SubmitJobs
-from scanfleet.messages.fields import MAX_ID
-from scanfleet.service import PathId, source
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import CancelJob, JobStatus, SubmitJobs
+from scanfleet.contracts.messages.fields import MAX_ID
+from scanfleet.runtime import tracing
+from scanfleet.runtime.service import PathId, source
+from scanfleet.security.auth import Caller
 
 router = APIRouter(prefix="/api/v1/task", tags=["task"], route_class=Route)
 cancels = APIRouter(prefix="/api/v1/task", tags=["task"], route_class=CancelRoute)

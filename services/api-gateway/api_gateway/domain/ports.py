@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from scanfleet.messages import CommandAccepted, CommandRejected
+from scanfleet.contracts.messages import CommandAccepted, CommandRejected
 
 Reply = CommandAccepted | CommandRejected
 

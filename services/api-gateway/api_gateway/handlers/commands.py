@@ -9,10 +9,10 @@ from typing import Final
 import structlog
 
 from api_gateway.domain.ports import Arbiter, Reply
-from scanfleet.bus import Publisher, Record
+from scanfleet.contracts.messages import CancelJob, CommandRejected, Job, SubmitJobs
+from scanfleet.contracts.messages.topics import SCAN_COMMANDS
 from scanfleet.errors import DependencyError, PublicError, TooManyRequestsError, UnavailableError
-from scanfleet.messages import CancelJob, CommandRejected, Job, SubmitJobs
-from scanfleet.messages.topics import SCAN_COMMANDS
+from scanfleet.runtime.bus import Publisher, Record
 
 _log = structlog.get_logger()
 

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from typing import Final, Literal
 
 from api_gateway.metrics import STREAMS
-from scanfleet.bus import Record
+from scanfleet.contracts.messages import JobEvent, JobStatus
+from scanfleet.contracts.rest import Snapshot, TaskProgress, TaskStatus
 from scanfleet.errors import UnavailableError
-from scanfleet.messages import JobEvent, JobStatus
-from scanfleet.rest import Snapshot, TaskProgress, TaskStatus
+from scanfleet.runtime.bus import Record
 
 MAX_WAITING: Final = 10_000  # states not sent to the client yet: 20 MB
 MAX_JOBS: Final = 100_000  # maximum jobs per watch: 10 MB

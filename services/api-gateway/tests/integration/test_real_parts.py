@@ -18,12 +18,12 @@ from fastapi.responses import StreamingResponse
 
 from api_gateway.main import create_app
 from api_gateway_testing import Gateway, Replier, Services
-from scanfleet.front import BoundedProtocol
+from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings, create_topics
-from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES
+from scanfleet.runtime.front import BoundedProtocol
+from scanfleet.runtime.settings import KafkaSettings
 from scanfleet.services import GATEWAY, ORCHESTRATOR
-from scanfleet.settings import KafkaSettings
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.tokens import InternalKeys
 

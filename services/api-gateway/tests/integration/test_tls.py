@@ -24,11 +24,11 @@ from pydantic import ValidationError
 from api_gateway.connections import connect
 from api_gateway_testing import Gateway
 from local.credentials import LIFE, LOOPBACK, Authority
-from scanfleet import logging, service
 from scanfleet.errors import ConfigurationError
-from scanfleet.server import Server
-from scanfleet.settings import CommonSettings, InternalApiSettings
-from scanfleet.tls import client_context
+from scanfleet.runtime import logging, service
+from scanfleet.runtime.server import Server
+from scanfleet.runtime.settings import CommonSettings, InternalApiSettings
+from scanfleet.runtime.tls import client_context
 from scanfleet_testing.waiting import until
 
 pytestmark = pytest.mark.integration

@@ -15,9 +15,9 @@ import pytest
 
 from api_gateway.auth import MAX_STALE_S, MAX_USERS, KeyReports, Revocations, UserIds
 from api_gateway_testing import Gateway, Running
-from scanfleet.auth import Principal
+from scanfleet.contracts.rest import Revoked
 from scanfleet.errors import DependencyError, UnauthorizedError, UnavailableError
-from scanfleet.rest import Revoked
+from scanfleet.security.auth import Principal
 from scanfleet_testing.tokens import Issuer
 from scanfleet_testing.waiting import until
 

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 import pytest
 
 from api_gateway_testing import Gateway, Running
-from scanfleet.messages import Audited, AuditEntry
-from scanfleet.messages.envelope import decode
-from scanfleet.messages.topics import SCAN_AUDIT
+from scanfleet.contracts.messages import Audited, AuditEntry
+from scanfleet.contracts.messages.envelope import decode
+from scanfleet.contracts.messages.topics import SCAN_AUDIT
 from scanfleet.services import GATEWAY
 from scanfleet_testing.bus import MemoryBus
 

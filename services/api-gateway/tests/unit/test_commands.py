@@ -13,8 +13,8 @@ import pytest
 
 from api_gateway.domain.ports import Reply
 from api_gateway_testing import Command, Gateway, Running, accept, job, silence
-from scanfleet.auth import Principal
-from scanfleet.messages import CancelJob, CommandAccepted, CommandRejected, SubmitJobs
+from scanfleet.contracts.messages import CancelJob, CommandAccepted, CommandRejected, SubmitJobs
+from scanfleet.security.auth import Principal
 
 BODY = {"subnet_ids": [5, 6], "policy_id": 3}
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from api_gateway_testing import Gateway, Running
-from scanfleet import rest
+from scanfleet.contracts import rest
 
 PATHS = {
     "/api/v1/info": {"get"},

@@ -19,9 +19,8 @@ from starlette.types import Message
 
 from api_gateway.handlers.events import MAX_WAITING, Watch
 from api_gateway_testing import Client, Gateway, Running, Stream, job
-from scanfleet.auth import Principal
 from scanfleet.clock import utc_now
-from scanfleet.messages import (
+from scanfleet.contracts.messages import (
     JobCancelled,
     JobCompleted,
     JobCreated,
@@ -31,8 +30,9 @@ from scanfleet.messages import (
     JobStarted,
     JobStatus,
 )
-from scanfleet.messages.topics import SCAN_EVENTS
-from scanfleet.rest import Revoked, Snapshot
+from scanfleet.contracts.messages.topics import SCAN_EVENTS
+from scanfleet.contracts.rest import Revoked, Snapshot
+from scanfleet.security.auth import Principal
 from scanfleet.services import ORCHESTRATOR
 from scanfleet_testing.bus import MemoryBus
 

@@ -12,7 +12,8 @@ from structlog.testing import capture_logs
 
 from api_gateway.upstream import LIMITS_RETRY_SECONDS, LIMITS_SECONDS, ScanLimits
 from api_gateway_testing import Gateway, Running
-from scanfleet import VERSION, rest
+from scanfleet import VERSION
+from scanfleet.contracts import rest
 from scanfleet.errors import DependencyError
 
 LIMITS = rest.ScanLimits(presets={}, scripts=["banner"], max_addresses=65_536)

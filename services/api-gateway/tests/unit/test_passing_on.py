@@ -11,10 +11,10 @@ import pytest
 
 from api_gateway.upstream import SMALL_BYTES
 from api_gateway_testing import Client, Gateway, Running, Stream
-from scanfleet.auth import Principal
 from scanfleet.clock import utc_now
-from scanfleet.messages import JobStatus
-from scanfleet.rest import RESOURCES, ExportedJob
+from scanfleet.contracts.messages import JobStatus
+from scanfleet.contracts.rest import RESOURCES, ExportedJob
+from scanfleet.security.auth import Principal
 
 OWNER = "http://orchestrator/internal/jobs/41/owner"
 RESULTS = "http://result-store/api/v1/task/41/results"

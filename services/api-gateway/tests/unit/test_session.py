@@ -15,7 +15,7 @@ from cryptography.fernet import Fernet
 
 from api_gateway.api.session import COOKIE, Sessions
 from api_gateway_testing import Gateway, Running
-from scanfleet.auth import Principal
+from scanfleet.security.auth import Principal
 
 SESSION = "/api/v1/session"
 TASKS = "http://orchestrator/api/v1/task"

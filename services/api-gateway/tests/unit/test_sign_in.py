@@ -26,11 +26,11 @@ from api_gateway.api.session import COOKIE, MAX_COOKIE_BYTES, Sessions
 from api_gateway.api.sign_in import LOGIN_COOKIE
 from api_gateway.auth import SignIn
 from api_gateway_testing import Gateway, Running
-from scanfleet.auth import Principal
+from scanfleet.contracts.messages import Audited, AuditEntry
+from scanfleet.contracts.messages.envelope import decode
+from scanfleet.contracts.messages.topics import SCAN_AUDIT
 from scanfleet.errors import UnavailableError
-from scanfleet.messages import Audited, AuditEntry
-from scanfleet.messages.envelope import decode
-from scanfleet.messages.topics import SCAN_AUDIT
+from scanfleet.security.auth import Principal
 from scanfleet.services import GATEWAY
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.tokens import Issuer

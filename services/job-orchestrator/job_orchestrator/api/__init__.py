@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from job_orchestrator.api import access, audit, coverage, imports, internal, policies, subnets, tasks
-from scanfleet import service
+from scanfleet.runtime import service
 
 ROUTERS: tuple[APIRouter, ...] = (
     tasks.router,

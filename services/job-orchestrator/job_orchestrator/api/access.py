@@ -10,12 +10,12 @@ from fastapi import APIRouter, Depends, Request
 from job_orchestrator.api.state import Handed, Paged, Recorded
 from job_orchestrator.domain.access import KEPT, MAX_REVOCATIONS, Revocation
 from job_orchestrator.domain.audit import first_use
-from scanfleet import rest
-from scanfleet.auth import Caller, GatewayRoute, Guarded, Principal
 from scanfleet.clock import utc_now
+from scanfleet.contracts import rest
 from scanfleet.errors import BadRequestError, ConflictError, ForbiddenError, NotFoundError, Rule
-from scanfleet.policy import Preset, fill_in
-from scanfleet.service import PathId, source
+from scanfleet.runtime.service import PathId, source
+from scanfleet.scanning.policy import Preset, fill_in
+from scanfleet.security.auth import Caller, GatewayRoute, Guarded, Principal
 
 _SKEW: Final = timedelta(seconds=60)  # maximum by which a caller's clock may be ahead
 

@@ -7,9 +7,9 @@ from typing import Annotated, Final, Literal
 from fastapi import APIRouter, Query, Request
 
 from job_orchestrator.api.state import Handed, Paged, Recorded
-from scanfleet import rest
-from scanfleet.auth import Caller, Guarded
+from scanfleet.contracts import rest
 from scanfleet.errors import ForbiddenError, Rule
+from scanfleet.security.auth import Caller, Guarded
 
 router = APIRouter(prefix="/api/v1/audit", route_class=Guarded)
 

@@ -12,12 +12,12 @@ from job_orchestrator.api.state import MAX_ERROR_CHARS, Handed, Recorded, tags
 from job_orchestrator.api.tasks import readable
 from job_orchestrator.domain import coverage, plan
 from job_orchestrator.domain.job import ScanJob
-from scanfleet import rest
-from scanfleet.auth import Caller, Guarded
+from scanfleet.contracts import rest
 from scanfleet.errors import BadRequestError, TooLargeError
-from scanfleet.outcomes import address_at, index_of
-from scanfleet.ports import MAX_TEXT, PortSet
-from scanfleet.service import AsciiJSON, PathId
+from scanfleet.runtime.service import AsciiJSON, PathId
+from scanfleet.scanning.outcomes import address_at, index_of
+from scanfleet.scanning.ports import MAX_TEXT, PortSet
+from scanfleet.security.auth import Caller, Guarded
 
 _MAX_CHUNKS = 65_536  # read for one answer: a /16 of one address each
 _MAX_RANGES = 256  # of these, one query or more each

@@ -16,11 +16,11 @@ from pydantic import ValidationError
 from job_orchestrator.api.state import MAX_ERROR_CHARS, Handed, Recorded, within_quota
 from job_orchestrator.api.subnets import checked, view
 from job_orchestrator.domain.resources import Subnet
-from scanfleet import rest
-from scanfleet.auth import Caller, Guarded
 from scanfleet.clock import utc_now
+from scanfleet.contracts import rest
 from scanfleet.errors import BadRequestError
-from scanfleet.targets import TargetRules
+from scanfleet.scanning.targets import TargetRules
+from scanfleet.security.auth import Caller, Guarded
 
 router = APIRouter(prefix="/api/v1/subnet", route_class=Guarded)
 

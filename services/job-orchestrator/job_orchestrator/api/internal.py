@@ -11,12 +11,12 @@ from pydantic import AwareDatetime
 from job_orchestrator.api.state import Handed, Recorded, Recorder, State
 from job_orchestrator.api.tasks import Whose, audit_target, readable, readable_user, task_status
 from job_orchestrator.domain.job import UNFINISHED, ScanJob
-from scanfleet import rest
-from scanfleet.auth import Caller, Guarded, Principal
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import CommandAccepted
+from scanfleet.contracts.messages.fields import MAX_ID
 from scanfleet.errors import ConflictError, ForbiddenError, NotFoundError
-from scanfleet.messages import CommandAccepted
-from scanfleet.messages.fields import MAX_ID
-from scanfleet.service import PathId
+from scanfleet.runtime.service import PathId
+from scanfleet.security.auth import Caller, Guarded, Principal
 
 router = APIRouter(prefix="/internal", route_class=Guarded)
 

@@ -18,11 +18,11 @@ from job_orchestrator.api.state import (
     within_quota,
 )
 from job_orchestrator.domain.resources import Policy
-from scanfleet import rest
-from scanfleet.auth import Caller, Guarded
 from scanfleet.clock import utc_now
+from scanfleet.contracts import rest
 from scanfleet.errors import NotFoundError
-from scanfleet.service import PathId
+from scanfleet.runtime.service import PathId
+from scanfleet.security.auth import Caller, Guarded
 
 router = APIRouter(prefix="/api/v1/policy", route_class=Guarded)
 

@@ -19,14 +19,14 @@ from job_orchestrator.domain.user_grants import UNLIMITED, JobGrants
 from job_orchestrator.handlers.audit import record
 from job_orchestrator.handlers.commands import Commands
 from job_orchestrator.handlers.deletions import Deletions
-from scanfleet import rest
-from scanfleet.auth import Caller
 from scanfleet.clock import utc_now
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import AuditEntry
 from scanfleet.errors import BadRequestError, NotFoundError, PreconditionFailedError, Rule
-from scanfleet.messages import AuditEntry
-from scanfleet.policy import ADMITTED_SCRIPTS
-from scanfleet.service import audit_entry
-from scanfleet.targets import TargetRules
+from scanfleet.runtime.service import audit_entry
+from scanfleet.scanning.policy import ADMITTED_SCRIPTS
+from scanfleet.scanning.targets import TargetRules
+from scanfleet.security.auth import Caller
 
 _Owned = TypeVar("_Owned", bound=Subnet | Policy)
 _View = TypeVar("_View", bound=BaseModel)

@@ -19,12 +19,12 @@ from job_orchestrator.api.state import (
     within_quota,
 )
 from job_orchestrator.domain.resources import Subnet
-from scanfleet import rest
-from scanfleet.auth import Caller, Guarded
 from scanfleet.clock import utc_now
+from scanfleet.contracts import rest
 from scanfleet.errors import BadRequestError, ConflictError, NotFoundError, Rule
-from scanfleet.service import PathId
-from scanfleet.targets import Target, TargetRules, parse_network
+from scanfleet.runtime.service import PathId
+from scanfleet.scanning.targets import Target, TargetRules, parse_network
+from scanfleet.security.auth import Caller, Guarded
 
 router = APIRouter(prefix="/api/v1/subnet", route_class=Guarded)
 

@@ -11,11 +11,11 @@ from job_orchestrator.domain import ledger
 from job_orchestrator.domain.census import OpenChunks
 from job_orchestrator.domain.fairness import LIVE
 from job_orchestrator.domain.job import ScanJob
-from scanfleet import rest
-from scanfleet.auth import Caller, Guarded, Principal
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import JobStatus
 from scanfleet.errors import BadRequestError, ConflictError, ForbiddenError, NotFoundError, Rule
-from scanfleet.messages import JobStatus
-from scanfleet.service import PathId, words
+from scanfleet.runtime.service import PathId, words
+from scanfleet.security.auth import Caller, Guarded, Principal
 
 router = APIRouter(prefix="/api/v1/task", route_class=Guarded)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from scanfleet.settings import MAX_LIFE_SECONDS
+from scanfleet.runtime.settings import MAX_LIFE_SECONDS
 
 MAX_REVOCATIONS: Final = 1_000  # every gateway reads all of them every two seconds
 KEPT: Final = timedelta(seconds=MAX_LIFE_SECONDS) + timedelta(days=1)

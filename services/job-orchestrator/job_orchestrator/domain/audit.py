@@ -6,8 +6,8 @@ from hashlib import sha256
 from typing import Literal
 
 from scanfleet.clock import utc_now
-from scanfleet.messages import AuditEntry
-from scanfleet.messages.audit import MAX_REASON_CHARS
+from scanfleet.contracts.messages import AuditEntry
+from scanfleet.contracts.messages.audit import MAX_REASON_CHARS
 from scanfleet.services import ORCHESTRATOR
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from job_orchestrator.domain.chunk import ChunkState
-from scanfleet.messages import JobStatus
+from scanfleet.contracts.messages import JobStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

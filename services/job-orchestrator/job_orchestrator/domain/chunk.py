@@ -12,8 +12,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
-from scanfleet.errors import ScanfleetError
-from scanfleet.messages import (
+from scanfleet.contracts.messages import (
     ChunkClaimed,
     ChunkFailed,
     ChunkProgressed,
@@ -22,7 +21,8 @@ from scanfleet.messages import (
     Technique,
     instance_of,
 )
-from scanfleet.outcomes import Outcome, index_of, merge
+from scanfleet.errors import ScanfleetError
+from scanfleet.scanning.outcomes import Outcome, index_of, merge
 
 MAX_FAILURES = 3  # one failure can be the network and two a coincidence; the third is attributed to the target
 MAX_FRUITLESS = 20  # dispatches without progress after which the chunk itself is assumed to end them

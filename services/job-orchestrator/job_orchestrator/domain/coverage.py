@@ -8,8 +8,8 @@ from typing import Final
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState
 from job_orchestrator.domain.job import ScanJob
-from scanfleet.outcomes import Outcome, index_of
-from scanfleet.targets import Target
+from scanfleet.scanning.outcomes import Outcome, index_of
+from scanfleet.scanning.targets import Target
 
 MAX_ADDRESSES: Final = 65_536  # of one answer: a /16
 MAX_LETTERS: Final = 16 * MAX_ADDRESSES  # over all blocks: a megabyte

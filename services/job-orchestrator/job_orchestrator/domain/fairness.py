@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from job_orchestrator.domain.chunk import Token
-from scanfleet.messages import instance_of
+from scanfleet.contracts.messages import instance_of
 
 LIVE: Final = timedelta(seconds=12)  # announcements are stored every 5 seconds: after this time a worker is not live
 AHEAD_SECONDS: Final = 2.0  # of work beyond a worker's slots, so that tiny chunks do not wait for the round trip

@@ -13,8 +13,7 @@ from enum import StrEnum
 from typing import Any, Final, TypeVar
 
 from job_orchestrator.domain.totals import EMPTY, Totals
-from scanfleet.errors import ScanfleetError
-from scanfleet.messages import (
+from scanfleet.contracts.messages import (
     Job,
     JobCancelled,
     JobCompleted,
@@ -25,7 +24,8 @@ from scanfleet.messages import (
     JobStarted,
     JobStatus,
 )
-from scanfleet.policy import ScanPolicy
+from scanfleet.errors import ScanfleetError
+from scanfleet.scanning.policy import ScanPolicy
 
 _E = TypeVar("_E", bound=JobEvent)
 

@@ -11,9 +11,9 @@ from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.totals import Totals
-from scanfleet import outcomes
-from scanfleet.outcomes import Outcome, address_at, index_of
-from scanfleet.targets import Target
+from scanfleet.scanning import outcomes
+from scanfleet.scanning.outcomes import Outcome, address_at, index_of
+from scanfleet.scanning.targets import Target
 
 ANSWERED, SILENT, DOWN, TIMED_OUT = "answered", "silent", "down", "timed_out"
 EXCLUDED, REFUSED, CANCELLED, LOST, WAITING = "excluded", "refused", "cancelled", "lost", "waiting"

@@ -15,10 +15,10 @@ from typing import Final
 
 from job_orchestrator.domain.chunk import Chunk
 from job_orchestrator.domain.job import Plan, ScanJob
-from scanfleet.outcomes import MAX_ADDRESSES, Outcome
-from scanfleet.policy import FLOOR_OF_ADDRESS, GROUP_HOSTS, ScanPolicy
-from scanfleet.ports import PortSet
-from scanfleet.targets import Target, parse_network
+from scanfleet.scanning.outcomes import MAX_ADDRESSES, Outcome
+from scanfleet.scanning.policy import FLOOR_OF_ADDRESS, GROUP_HOSTS, ScanPolicy
+from scanfleet.scanning.ports import PortSet
+from scanfleet.scanning.targets import Target, parse_network
 
 MAX_PORTS: Final = 8_192  # per chunk: all of them open on one host still fit in one message
 WINDOW: Final = 256  # maximum number of open chunks per job: enough for every slot of a large fleet

@@ -22,8 +22,8 @@ from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, H
 from job_orchestrator.domain.job import UNFINISHED, ScanJob
 from job_orchestrator.domain.quotas import Usage
 from job_orchestrator.domain.resources import Policy, Subnet
-from scanfleet import rest
-from scanfleet.messages import AuditEntry, Job, JobStatus
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import AuditEntry, Job, JobStatus
 
 _Owned = TypeVar("_Owned", bound=Subnet | Policy)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from scanfleet.policy import ScanPolicy
+from scanfleet.scanning.policy import ScanPolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,8 @@ from ipaddress import IPv6Network
 from typing import Final
 
 from job_orchestrator.domain.job import ScanJob
-from scanfleet.targets import parse_network
-from scanfleet.user_grants import UserGrants
+from scanfleet.contracts.user_grants import UserGrants
+from scanfleet.scanning.targets import parse_network
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from job_orchestrator.domain.ports import AuditRepository
-from scanfleet.audit import write_line
-from scanfleet.bus import Record
+from scanfleet.contracts.messages import Audited, AuditEntry, OperatorActed
+from scanfleet.contracts.messages.audit import RESTORE
+from scanfleet.contracts.messages.topics import OPERATOR
 from scanfleet.errors import MessageError
-from scanfleet.messages import Audited, AuditEntry, OperatorActed
-from scanfleet.messages.audit import RESTORE
-from scanfleet.messages.topics import OPERATOR
+from scanfleet.runtime.bus import Record
+from scanfleet.security.audit import write_line
 
 
 async def record(audit: AuditRepository, entries: Sequence[AuditEntry]) -> None:

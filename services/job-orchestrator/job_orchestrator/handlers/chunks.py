@@ -11,10 +11,10 @@ from typing import Final
 from job_orchestrator.domain.chunk import HELD, Chunk, Token, elapsed
 from job_orchestrator.domain.ports import ChunkRepository, DispatchRepository
 from job_orchestrator.metrics import CHUNK_TRANSITIONS
-from scanfleet.chunk_grants import Signer
+from scanfleet.contracts.messages import ChunkScanned, StopChunk
+from scanfleet.contracts.messages.chunks import Grant
 from scanfleet.errors import DependencyError
-from scanfleet.messages import ChunkScanned, StopChunk
-from scanfleet.messages.chunks import Grant
+from scanfleet.security.chunk_grants import Signer
 
 _ROUNDS: Final = 20  # each lost race is progress of another replica; this many in a row are an error
 

@@ -23,13 +23,13 @@ from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.handlers.submits import Submits, body_hash
 from job_orchestrator.metrics import count_transition
-from scanfleet import tracing
-from scanfleet.bus import PartitionListener, Publisher, Record
 from scanfleet.clock import utc_now
+from scanfleet.contracts.messages import AuditEntry, CancelJob, CommandAccepted, CommandRejected, JobStatus, SubmitJobs
+from scanfleet.contracts.messages.audit import MAX_REASON_CHARS
+from scanfleet.contracts.messages.topics import SCAN_REPLIES
 from scanfleet.errors import DependencyError, Rule
-from scanfleet.messages import AuditEntry, CancelJob, CommandAccepted, CommandRejected, JobStatus, SubmitJobs
-from scanfleet.messages.audit import MAX_REASON_CHARS
-from scanfleet.messages.topics import SCAN_REPLIES
+from scanfleet.runtime import tracing
+from scanfleet.runtime.bus import PartitionListener, Publisher, Record
 from scanfleet.services import ORCHESTRATOR
 
 Reply = CommandAccepted | CommandRejected

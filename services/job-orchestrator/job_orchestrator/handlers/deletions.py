@@ -15,10 +15,10 @@ from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.audit import record
 from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.metrics import DELETED_JOBS, DELETIONS
-from scanfleet.bus import Publisher, Record
-from scanfleet.loop import Loop
-from scanfleet.messages import DeleteResults, ResultsDeleted
-from scanfleet.messages.topics import SCAN_DELETIONS
+from scanfleet.contracts.messages import DeleteResults, ResultsDeleted
+from scanfleet.contracts.messages.topics import SCAN_DELETIONS
+from scanfleet.runtime.bus import Publisher, Record
+from scanfleet.runtime.loop import Loop
 
 _STEP_SECONDS: Final = 1.0
 _CHUNKS: Final = 2_000  # deleted in one step: what this costs the database is a fraction of what dispatch may need

@@ -30,14 +30,14 @@ from job_orchestrator.domain.user_grants import JobGrants
 from job_orchestrator.handlers.audit import record
 from job_orchestrator.handlers.chunks import ChunkChanger, granted
 from job_orchestrator.metrics import CHUNK_TRANSITIONS, SKIPPED_JOBS
-from scanfleet import tracing
-from scanfleet.bus import PartitionListener, Publisher, Record
-from scanfleet.chunk_grants import Signer
+from scanfleet.contracts.messages import ScanChunk, WorkerReady
+from scanfleet.contracts.messages.topics import SCAN_TASKS
 from scanfleet.errors import Rule
-from scanfleet.loop import Loop
-from scanfleet.messages import ScanChunk, WorkerReady
-from scanfleet.messages.topics import SCAN_TASKS
-from scanfleet.ports import PortSet
+from scanfleet.runtime import tracing
+from scanfleet.runtime.bus import PartitionListener, Publisher, Record
+from scanfleet.runtime.loop import Loop
+from scanfleet.scanning.ports import PortSet
+from scanfleet.security.chunk_grants import Signer
 
 _SILENT_SECONDS: Final = (
     7.0  # workers announce themselves every 2 s; after three missed announcements they get no chunks

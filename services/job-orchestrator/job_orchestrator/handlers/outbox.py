@@ -8,11 +8,11 @@ from typing import Final
 
 from job_orchestrator.domain.job import ScanJob, published
 from job_orchestrator.domain.ports import JobRepository
-from scanfleet import tracing
-from scanfleet.bus import Publisher
+from scanfleet.contracts.messages.topics import SCAN_EVENTS
 from scanfleet.errors import DependencyError
-from scanfleet.loop import Loop
-from scanfleet.messages.topics import SCAN_EVENTS
+from scanfleet.runtime import tracing
+from scanfleet.runtime.bus import Publisher
+from scanfleet.runtime.loop import Loop
 
 _ROUNDS: Final = 50  # more lost races in a row are an error
 _EMPTY_SECONDS: Final = 1.0  # interval of the clean-up: most jobs are saved meanwhile, without published events

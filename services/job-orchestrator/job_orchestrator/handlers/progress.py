@@ -26,9 +26,9 @@ from job_orchestrator.domain.watch import Watch
 from job_orchestrator.handlers.chunks import Changed, ChunkChanger, stop
 from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.metrics import LEASES_EXPIRED, STALE_REPORTS, UNKNOWN_CHUNKS
-from scanfleet.bus import PartitionListener, Publisher, Record
-from scanfleet.messages import ChunkClaimed, ChunkProgressed, StopChunk
-from scanfleet.messages.topics import SCAN_TASKS
+from scanfleet.contracts.messages import ChunkClaimed, ChunkProgressed, StopChunk
+from scanfleet.contracts.messages.topics import SCAN_TASKS
+from scanfleet.runtime.bus import PartitionListener, Publisher, Record
 
 
 @dataclass

@@ -23,11 +23,11 @@ from job_orchestrator.handlers.faults import Faults
 from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.handlers.reporter import Reporter
 from job_orchestrator.metrics import PROBES, count_transition
-from scanfleet.bus import Publisher
+from scanfleet.contracts.messages import JobStatus
+from scanfleet.contracts.messages.topics import SCAN_TASKS
 from scanfleet.errors import DependencyError
-from scanfleet.loop import Loop
-from scanfleet.messages import JobStatus
-from scanfleet.messages.topics import SCAN_TASKS
+from scanfleet.runtime.bus import Publisher
+from scanfleet.runtime.loop import Loop
 
 _ROUNDS: Final = 50  # a job needs about five; more means that other replicas win every race
 _PAGE: Final = 1_000  # chunks counted or cancelled at once: about 50 ms, then other jobs are processed

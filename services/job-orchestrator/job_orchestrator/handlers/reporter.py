@@ -13,10 +13,10 @@ from job_orchestrator.domain.ports import ChunkRepository, JobRepository
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.faults import Faults
 from job_orchestrator.handlers.outbox import Outbox
-from scanfleet.bus import Publisher
-from scanfleet.loop import Loop
-from scanfleet.messages import JobProgressed, JobStatus
-from scanfleet.messages.topics import SCAN_EVENTS
+from scanfleet.contracts.messages import JobProgressed, JobStatus
+from scanfleet.contracts.messages.topics import SCAN_EVENTS
+from scanfleet.runtime.bus import Publisher
+from scanfleet.runtime.loop import Loop
 
 _PROGRESS_SECONDS: Final = 1.0  # interval of progress updates
 

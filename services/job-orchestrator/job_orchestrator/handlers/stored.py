@@ -10,8 +10,8 @@ from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.chunks import ChunkChanger
 from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.metrics import UNKNOWN_CHUNKS
-from scanfleet.bus import Record
-from scanfleet.messages import ChunkIncomplete, ChunkStored
+from scanfleet.contracts.messages import ChunkIncomplete, ChunkStored
+from scanfleet.runtime.bus import Record
 
 Verdict = ChunkStored | ChunkIncomplete
 

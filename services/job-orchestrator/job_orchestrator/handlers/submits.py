@@ -19,12 +19,12 @@ from job_orchestrator.domain.quotas import QuotaError, Quotas, Request
 from job_orchestrator.domain.resources import Policy, Subnet
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.usage import Usages
+from scanfleet.contracts.messages import SubmitJobs
+from scanfleet.contracts.messages.topics import SCAN_PROGRESS
+from scanfleet.contracts.user_grants import Admitted, GrantError, UserGrants
 from scanfleet.errors import Rule
-from scanfleet.messages import SubmitJobs
-from scanfleet.messages.topics import SCAN_PROGRESS
-from scanfleet.policy import PolicyError, executable
-from scanfleet.targets import Target, TargetRules
-from scanfleet.user_grants import Admitted, GrantError, UserGrants
+from scanfleet.scanning.policy import PolicyError, executable
+from scanfleet.scanning.targets import Target, TargetRules
 
 _MAX_EXCLUDES: Final = 100_000  # of all subnets of one command, so that its document stays below MongoDB's 16 MB
 

@@ -20,9 +20,9 @@ from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.handlers.reporter import Reporter
 from job_orchestrator.metrics import CENSUS
-from scanfleet.bus import Publisher
-from scanfleet.chunk_grants import Signer
-from scanfleet.messages.topics import SCAN_RESULTS
+from scanfleet.contracts.messages.topics import SCAN_RESULTS
+from scanfleet.runtime.bus import Publisher
+from scanfleet.security.chunk_grants import Signer
 
 _OLD_EVENT: Final = timedelta(seconds=5)  # a running replica publishes its events within milliseconds
 _RECONCILE_SECONDS: Final = 10.0

@@ -8,7 +8,7 @@ from pymongo import IndexModel
 
 from job_orchestrator.domain.access import MAX_REVOCATIONS, Revocation
 from job_orchestrator.repository import documents
-from scanfleet.mongo import Database, Document, Ids, advance_ids, dependency_errors, insert_missing
+from scanfleet.runtime.mongo import Database, Document, Ids, advance_ids, dependency_errors, insert_missing
 
 _OWNED: Final = ("jobs", "subnets", "policies")
 

@@ -17,10 +17,10 @@ from pymongo import IndexModel
 
 from job_orchestrator.domain.chain import ChainKeys
 from job_orchestrator.repository import documents
-from scanfleet import rest
 from scanfleet.clock import utc_now
-from scanfleet.messages import AuditEntry
-from scanfleet.mongo import Database, Document, dependency_errors, insert_missing
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import AuditEntry
+from scanfleet.runtime.mongo import Database, Document, dependency_errors, insert_missing
 
 MAX_COUNTED: Final = 10_000  # matching entries: counting millions would take longer than the query's timeout
 MAX_BLOCK: Final = 1_000  # maximum entries per block, which then has 250 kB

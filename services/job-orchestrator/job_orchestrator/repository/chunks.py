@@ -14,7 +14,7 @@ from job_orchestrator.domain.census import OpenChunks, Standing
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState
 from job_orchestrator.repository import documents
 from job_orchestrator.repository.compare_and_set import save
-from scanfleet.mongo import Database, Document, dependency_errors, insert_missing
+from scanfleet.runtime.mongo import Database, Document, dependency_errors, insert_missing
 
 _BATCH: Final = 1_000  # documents per read: about a megabyte, and 20 ms of conversion
 

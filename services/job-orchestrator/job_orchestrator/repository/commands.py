@@ -10,7 +10,7 @@ from pymongo import IndexModel
 
 from job_orchestrator.domain.command import Command
 from job_orchestrator.repository import documents
-from scanfleet.mongo import Database, dependency_errors, insert_missing
+from scanfleet.runtime.mongo import Database, dependency_errors, insert_missing
 
 INDEXES: Final = {
     "commands": [

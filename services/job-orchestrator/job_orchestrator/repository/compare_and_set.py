@@ -11,7 +11,7 @@ from pymongo import UpdateOne
 
 from job_orchestrator.domain.chunk import Chunk
 from job_orchestrator.domain.job import ScanJob
-from scanfleet.mongo import Collection, Document, dependency_errors
+from scanfleet.runtime.mongo import Collection, Document, dependency_errors
 
 _Revised = TypeVar("_Revised", ScanJob, Chunk)
 

@@ -10,7 +10,7 @@ from job_orchestrator.domain.deletion import KEEP_RECEIPTS, Deletion, Stage
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.repository import documents
 from job_orchestrator.repository.compare_and_set import NO_RECEIPT
-from scanfleet.mongo import Database, Document, dependency_errors
+from scanfleet.runtime.mongo import Database, Document, dependency_errors
 
 _UNREADABLE_PAUSE: Final = timedelta(hours=1)  # between two attempts to read a receipt, which an operator has to repair
 

@@ -11,7 +11,7 @@ from pymongo import IndexModel, UpdateOne
 from job_orchestrator.domain.chunk import HELD, ChunkState
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.repository import documents
-from scanfleet.mongo import Database, Document, dependency_errors
+from scanfleet.runtime.mongo import Database, Document, dependency_errors
 
 _VIRTUAL: Final = "virtual"  # the document of the global virtual time, among the users' clocks
 

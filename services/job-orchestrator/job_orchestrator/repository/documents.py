@@ -18,12 +18,12 @@ from job_orchestrator.domain.plan import MAX_PORTS
 from job_orchestrator.domain.resources import Policy, Subnet
 from job_orchestrator.domain.totals import Totals
 from job_orchestrator.metrics import UNREADABLE
-from scanfleet import rest
 from scanfleet.clock import utc_now
-from scanfleet.messages import AuditEntry, Job, JobEvent, JobStatus, instance_of
-from scanfleet.messages.topics import SCAN_EVENTS, SCAN_PROGRESS
-from scanfleet.mongo import Document
-from scanfleet.policy import ScanPolicy
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import AuditEntry, Job, JobEvent, JobStatus, instance_of
+from scanfleet.contracts.messages.topics import SCAN_EVENTS, SCAN_PROGRESS
+from scanfleet.runtime.mongo import Document
+from scanfleet.scanning.policy import ScanPolicy
 
 # Pending jobs have no start and come first: MongoDB sorts null last when descending, so they sort as if in the far future.
 _FAR_FUTURE: Final = datetime(9999, 1, 1, tzinfo=UTC)

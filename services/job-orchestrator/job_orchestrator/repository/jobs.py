@@ -14,8 +14,8 @@ from job_orchestrator.domain.job import UNFINISHED, ScanJob
 from job_orchestrator.domain.quotas import Usage
 from job_orchestrator.repository import documents
 from job_orchestrator.repository.compare_and_set import NO_RECEIPT, save
-from scanfleet.messages import Job, JobStatus
-from scanfleet.mongo import Database, Document, Ids, dependency_errors, insert_missing
+from scanfleet.contracts.messages import Job, JobStatus
+from scanfleet.runtime.mongo import Database, Document, Ids, dependency_errors, insert_missing
 
 _ENDED: Final = [("end_time", 1), ("_id", 1)]
 _ENDED_OF_USER: Final = [("user_id", 1), *_ENDED]

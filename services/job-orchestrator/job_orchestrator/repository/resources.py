@@ -12,7 +12,7 @@ from pymongo import IndexModel
 
 from job_orchestrator.domain.resources import Policy, Subnet
 from job_orchestrator.repository import documents
-from scanfleet.mongo import Database, Document, Ids, dependency_errors, insert_missing
+from scanfleet.runtime.mongo import Database, Document, Ids, dependency_errors, insert_missing
 
 _Owned = TypeVar("_Owned", bound=Subnet | Policy)
 

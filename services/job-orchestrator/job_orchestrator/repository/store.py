@@ -15,8 +15,8 @@ from job_orchestrator.repository.deletions import MongoDeletions
 from job_orchestrator.repository.dispatch import MongoDispatch
 from job_orchestrator.repository.jobs import MongoJobs
 from job_orchestrator.repository.resources import MongoPolicies, MongoSubnets
-from scanfleet.messages.topics import SCAN_PROGRESS
-from scanfleet.mongo import Database, advance_ids, dependency_errors, make_indexes
+from scanfleet.contracts.messages.topics import SCAN_PROGRESS
+from scanfleet.runtime.mongo import Database, advance_ids, dependency_errors, make_indexes
 
 SEQUENCES: Final = ("jobs", "subnets", "policies", "users", "revocations")
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from job_orchestrator_testing.repository.data import MemoryRepository
-from scanfleet import rest
 from scanfleet.clock import utc_now
-from scanfleet.messages import AuditEntry
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import AuditEntry
 
 
 class MemoryAudit(MemoryRepository):

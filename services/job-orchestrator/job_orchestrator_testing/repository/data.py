@@ -12,7 +12,7 @@ from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.deletion import Deletion
 from job_orchestrator.domain.fairness import Clock, Credit
 from job_orchestrator.domain.job import ScanJob
-from scanfleet import rest
+from scanfleet.contracts import rest
 from scanfleet.errors import DependencyError
 
 

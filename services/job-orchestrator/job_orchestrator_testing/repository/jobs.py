@@ -12,7 +12,7 @@ from job_orchestrator.domain.census import JobCensus
 from job_orchestrator.domain.job import UNFINISHED, ScanJob
 from job_orchestrator.domain.quotas import Usage
 from job_orchestrator_testing.repository.data import MemoryRepository
-from scanfleet.messages import Job, JobStatus
+from scanfleet.contracts.messages import Job, JobStatus
 
 _FAR_FUTURE = datetime(9999, 1, 1, tzinfo=UTC)
 

@@ -19,12 +19,12 @@ from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.main import Orchestrator
 from job_orchestrator.repository import MongoStore
 from job_orchestrator_testing import KEYS, RULES
-from scanfleet import mongo
+from scanfleet.contracts.messages import Message
+from scanfleet.contracts.messages.topics import Topic
 from scanfleet.kafka import KafkaBus
-from scanfleet.messages import Message
-from scanfleet.messages.topics import Topic
+from scanfleet.runtime import mongo
+from scanfleet.runtime.settings import KafkaSettings
 from scanfleet.services import ORCHESTRATOR
-from scanfleet.settings import KafkaSettings
 from scanfleet_testing.chunk_grants import signer
 
 

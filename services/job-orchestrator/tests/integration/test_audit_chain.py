@@ -18,8 +18,8 @@ from job_orchestrator.domain.chain import ChainKeys
 from job_orchestrator.repository import MongoStore, audit
 from job_orchestrator_testing import KEYS
 from scanfleet.clock import utc_now
-from scanfleet.messages import AuditEntry
-from scanfleet.mongo import Database
+from scanfleet.contracts.messages import AuditEntry
+from scanfleet.runtime.mongo import Database
 
 pytestmark = pytest.mark.integration
 

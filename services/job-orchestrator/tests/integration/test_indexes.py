@@ -16,8 +16,8 @@ from job_orchestrator.repository import MongoStore
 from job_orchestrator_testing import chunk, scan_job
 from job_orchestrator_testing.things import THEN
 from scanfleet.clock import utc_now
-from scanfleet.messages import AuditEntry, JobStatus
-from scanfleet.mongo import Database
+from scanfleet.contracts.messages import AuditEntry, JobStatus
+from scanfleet.runtime.mongo import Database
 
 pytestmark = pytest.mark.integration
 

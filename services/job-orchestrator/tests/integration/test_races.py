@@ -13,9 +13,8 @@ from job_orchestrator.domain.chunk import ChunkState
 from job_orchestrator.domain.job import TABLE
 from job_orchestrator.repository import MongoStore
 from job_orchestrator_testing import World
-from scanfleet.bus import Handler, Record
 from scanfleet.clock import utc_now
-from scanfleet.messages import (
+from scanfleet.contracts.messages import (
     CancelJob,
     ChunkScanned,
     ChunkStored,
@@ -25,8 +24,9 @@ from scanfleet.messages import (
     JobStatus,
     Message,
 )
-from scanfleet.messages.chunks import MAX_SLOTS
-from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES, SCAN_RESULTS, SCAN_STORED
+from scanfleet.contracts.messages.chunks import MAX_SLOTS
+from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES, SCAN_RESULTS, SCAN_STORED
+from scanfleet.runtime.bus import Handler, Record
 
 pytestmark = pytest.mark.integration
 

@@ -23,12 +23,7 @@ from job_orchestrator.repository import MongoStore
 from job_orchestrator.settings import Settings
 from job_orchestrator_testing import KEYS, ResultStore, Worker, scan_policy
 from job_orchestrator_testing.things import THEN
-from scanfleet import mongo
-from scanfleet.bus import Handler
-from scanfleet.kafka import KafkaBus
-from scanfleet.kafka.topics import TopicSettings, create_topics
-from scanfleet.loop import Loop
-from scanfleet.messages import (
+from scanfleet.contracts.messages import (
     CancelJob,
     ChunkClaimed,
     CommandAccepted,
@@ -39,7 +34,7 @@ from scanfleet.messages import (
     ScanChunk,
     SubmitJobs,
 )
-from scanfleet.messages.topics import (
+from scanfleet.contracts.messages.topics import (
     SCAN_COMMANDS,
     SCAN_EVENTS,
     SCAN_PROGRESS,
@@ -50,8 +45,13 @@ from scanfleet.messages.topics import (
     SCAN_WORKERS,
     Topic,
 )
+from scanfleet.kafka import KafkaBus
+from scanfleet.kafka.topics import TopicSettings, create_topics
+from scanfleet.runtime import mongo
+from scanfleet.runtime.bus import Handler
+from scanfleet.runtime.loop import Loop
+from scanfleet.runtime.settings import KafkaSettings
 from scanfleet.services import ORCHESTRATOR
-from scanfleet.settings import KafkaSettings
 from scanfleet_testing.chunk_grants import write_chunk_keys
 from scanfleet_testing.consumers import Recorder
 from scanfleet_testing.kafka import behind, read

@@ -16,11 +16,11 @@ from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
 from job_orchestrator.domain import access
 from job_orchestrator_testing import RULES, MemoryStore, World
-from scanfleet import service
-from scanfleet.auth import InternalVerifier, read_public_keys
 from scanfleet.clock import utc_now
+from scanfleet.runtime import service
+from scanfleet.runtime.settings import FrontSettings
+from scanfleet.security.auth import InternalVerifier, read_public_keys
 from scanfleet.services import ORCHESTRATOR
-from scanfleet.settings import FrontSettings
 from scanfleet_testing.tokens import InternalKeys, Issuer
 
 PATH = "/api/v1/revocation"

@@ -25,11 +25,12 @@ from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.resources import Policy
 from job_orchestrator_testing import RULES, MemoryStore, World, chunk, scan_job, scan_policy
 from job_orchestrator_testing.things import THEN
-from scanfleet import rest, service
 from scanfleet.clock import utc_now
-from scanfleet.messages import JobStatus
-from scanfleet.messages.topics import SCAN_COMMANDS
-from scanfleet.settings import FrontSettings
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import JobStatus
+from scanfleet.contracts.messages.topics import SCAN_COMMANDS
+from scanfleet.runtime import service
+from scanfleet.runtime.settings import FrontSettings
 from scanfleet_testing.tokens import Issuer
 
 ISSUER = Issuer()

@@ -19,14 +19,14 @@ from job_orchestrator.api.state import State
 from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator_testing import RULES, World, scan_job
 from job_orchestrator_testing.things import THEN
-from scanfleet import service
+from scanfleet.contracts.messages import Audited, AuditEntry, OperatorActed
+from scanfleet.contracts.messages.acls import acls_of
+from scanfleet.contracts.messages.envelope import encode
+from scanfleet.contracts.messages.topics import SCAN_AUDIT, SCAN_AUDIT_OPERATOR, SCAN_COMMANDS
 from scanfleet.errors import DependencyError, MessageError
-from scanfleet.messages import Audited, AuditEntry, OperatorActed
-from scanfleet.messages.acls import acls_of
-from scanfleet.messages.envelope import encode
-from scanfleet.messages.topics import SCAN_AUDIT, SCAN_AUDIT_OPERATOR, SCAN_COMMANDS
+from scanfleet.runtime import service
+from scanfleet.runtime.settings import FrontSettings
 from scanfleet.services import GATEWAY, ORCHESTRATOR, RESULT_STORE, SERVICES, WORKER
-from scanfleet.settings import FrontSettings
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.tokens import Issuer
 
@@ -183,7 +183,7 @@ async def test_read_by_an_administrator_of_another_users_data_is_audited(
     action, target = READS[request_]
     times = [THEN, THEN + timedelta(seconds=59), THEN + timedelta(days=1)]
     for now, entries in zip(times, (1, 1, 2), strict=True):
-        monkeypatch.setattr("scanfleet.service.utc_now", lambda now=now: now)
+        monkeypatch.setattr("scanfleet.runtime.service.utc_now", lambda now=now: now)
         expected = [("9", action, target, "allowed", "role")] * entries
         assert (await ask(request_, user=9, admin=True))[0] == 200
         recorded, _ = await world.store.audit.page(0, 10)
@@ -199,7 +199,7 @@ async def test_stream_of_an_administrator_is_audited_once(
     """A stream that asks for the job's state for an hour is one entry; another stream has its own."""
     await world.store.jobs.insert([scan_job(5)])
     for minute in range(60):
-        monkeypatch.setattr("scanfleet.service.utc_now", lambda minute=minute: THEN + timedelta(minutes=minute))
+        monkeypatch.setattr("scanfleet.runtime.service.utc_now", lambda minute=minute: THEN + timedelta(minutes=minute))
         await ask("GET /internal/jobs/5/latest", user=9, admin=True)
     _, total = await world.store.audit.page(0, 10)
     assert total == 1
@@ -252,7 +252,7 @@ async def test_audit_log_is_paged_newest_first(ask: Caller, app: FastAPI) -> Non
 @pytest.mark.proves("A24")
 async def test_read_of_the_audit_log_is_audited(ask: Caller, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read of the log is in the log with its filters, once a minute for each of them."""
-    monkeypatch.setattr("scanfleet.service.utc_now", lambda: THEN)
+    monkeypatch.setattr("scanfleet.runtime.service.utc_now", lambda: THEN)
     for query in ("", "?page=2", "?subject=7&page=1", "?page_size=3&subject=7", "?request_id=r-1&subject=7"):
         assert (await ask(f"GET /api/v1/audit{query}", user=9, admin=True))[0] == 200
     recorded, _ = await world.store.audit.page(0, 10)

@@ -18,11 +18,11 @@ from job_orchestrator.domain.ports import Store
 from job_orchestrator.domain.resources import Subnet
 from job_orchestrator_testing import MemoryStore, World, scan_job, scan_policy
 from job_orchestrator_testing.things import THEN
-from scanfleet.bus import Record
+from scanfleet.contracts.messages import CommandAccepted, CommandRejected, JobStatus
+from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_TASKS
 from scanfleet.errors import DependencyError
-from scanfleet.messages import CommandAccepted, CommandRejected, JobStatus
-from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_TASKS
-from scanfleet.targets import TargetRules, parse_network
+from scanfleet.runtime.bus import Record
+from scanfleet.scanning.targets import TargetRules, parse_network
 from scanfleet_testing.tracing import ids, recording
 
 

@@ -21,10 +21,10 @@ from job_orchestrator.domain.totals import EMPTY
 from job_orchestrator.main import Orchestrator
 from job_orchestrator_testing import MemoryStore, World, scan_policy
 from job_orchestrator_testing.repository import MemoryChunks, MemoryJobs
-from scanfleet.bus import Publisher, Record
+from scanfleet.contracts.messages import CommandAccepted, JobEvent, JobProgressed, JobStatus, Message, ScanChunk
+from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_TASKS, Topic
 from scanfleet.errors import DependencyError
-from scanfleet.messages import CommandAccepted, JobEvent, JobProgressed, JobStatus, Message, ScanChunk
-from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_TASKS, Topic
+from scanfleet.runtime.bus import Publisher, Record
 from scanfleet_testing.bus import MemoryBus
 
 

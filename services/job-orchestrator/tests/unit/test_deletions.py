@@ -21,10 +21,10 @@ from job_orchestrator.domain.job import JobTrigger, ScanJob, change
 from job_orchestrator_testing import RULES, MemoryStore, ResultStore, World, chunk, scan_job
 from job_orchestrator_testing.repository import MemoryChunks, MemoryDeletions, MemoryJobs
 from job_orchestrator_testing.things import THEN
-from scanfleet import service
-from scanfleet.messages import CommandAccepted, DeleteResults
-from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_DELETIONS
-from scanfleet.settings import FrontSettings
+from scanfleet.contracts.messages import CommandAccepted, DeleteResults
+from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_DELETIONS
+from scanfleet.runtime import service
+from scanfleet.runtime.settings import FrontSettings
 from scanfleet_testing.tokens import Issuer
 
 ISSUER = Issuer()

@@ -17,9 +17,9 @@ from job_orchestrator_testing import MemoryStore, Worker, World, chunk, scan_job
 from job_orchestrator_testing.repository import Data, MemoryDispatch
 from job_orchestrator_testing.world import listeners
 from scanfleet.clock import utc_now
-from scanfleet.messages import ChunkScanned, JobStatus, ScanChunk, WorkerReady
-from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_TASKS, SCAN_WORKERS
-from scanfleet.ports import PortSet
+from scanfleet.contracts.messages import ChunkScanned, JobStatus, ScanChunk, WorkerReady
+from scanfleet.contracts.messages.topics import SCAN_PROGRESS, SCAN_TASKS, SCAN_WORKERS
+from scanfleet.scanning.ports import PortSet
 from scanfleet_testing.chunk_grants import grants
 
 

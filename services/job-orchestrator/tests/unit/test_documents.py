@@ -14,7 +14,7 @@ from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ledger import UnprobedPage
 from job_orchestrator.repository import documents
 from job_orchestrator_testing import scan_job
-from scanfleet.messages import JobCreated, JobStatus
+from scanfleet.contracts.messages import JobCreated, JobStatus
 from scanfleet_testing.contracts import with_unknown_fields
 
 FOLDER: Final = Path(__file__).parents[1] / "documents"

@@ -38,7 +38,7 @@ from job_orchestrator.domain.chunk import (
 )
 from job_orchestrator_testing import chunk
 from job_orchestrator_testing.things import THEN
-from scanfleet.messages import ChunkClaimed, ChunkFailed, ChunkProgressed, ChunkReleased, ChunkScanned
+from scanfleet.contracts.messages import ChunkClaimed, ChunkFailed, ChunkProgressed, ChunkReleased, ChunkScanned
 
 FINAL = (ChunkState.STORED, ChunkState.FAILED, ChunkState.CANCELLED)
 NOT_FINAL = tuple(state for state in ChunkState if state not in FINAL)

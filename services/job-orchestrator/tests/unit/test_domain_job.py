@@ -20,7 +20,7 @@ from job_orchestrator.domain.job import (
 )
 from job_orchestrator_testing import scan_job
 from job_orchestrator_testing.things import THEN
-from scanfleet.messages import JobCancelled, JobCompleted, JobFailed, JobProgressed, JobStarted, JobStatus
+from scanfleet.contracts.messages import JobCancelled, JobCompleted, JobFailed, JobProgressed, JobStarted, JobStatus
 
 LATER = THEN + timedelta(seconds=5)
 EVENTS = {

@@ -15,9 +15,9 @@ from job_orchestrator.domain.ledger import ACCOUNTED, NAMES, NotProbed, Tally, U
 from job_orchestrator.domain.totals import EMPTY
 from job_orchestrator.repository import documents
 from job_orchestrator_testing import chunk, replanned, scan_job, scan_policy
-from scanfleet.messages import JobStatus
-from scanfleet.outcomes import Outcome
-from scanfleet.targets import Target
+from scanfleet.contracts.messages import JobStatus
+from scanfleet.scanning.outcomes import Outcome
+from scanfleet.scanning.targets import Target
 
 LETTERS = [code for code in Outcome if code is not Outcome.EXCLUDED]
 

@@ -20,10 +20,10 @@ from job_orchestrator.domain.chunk import Chunk
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.totals import Totals
 from job_orchestrator_testing import replanned, scan_job, scan_policy
-from scanfleet.outcomes import MAX_ADDRESSES, Outcome
-from scanfleet.policy import Preset, ScanPolicy, fill_in
-from scanfleet.ports import PortSet
-from scanfleet.targets import Target
+from scanfleet.scanning.outcomes import MAX_ADDRESSES, Outcome
+from scanfleet.scanning.policy import Preset, ScanPolicy, fill_in
+from scanfleet.scanning.ports import PortSet
+from scanfleet.scanning.targets import Target
 
 Worked = TypeVar("Worked")
 

@@ -15,8 +15,8 @@ from job_orchestrator.metrics import CensusGauges
 from job_orchestrator_testing import MemoryStore, World, scan_job
 from job_orchestrator_testing.repository import MemoryJobs
 from scanfleet.clock import utc_now
+from scanfleet.contracts.messages import JobStatus
 from scanfleet.errors import DependencyError
-from scanfleet.messages import JobStatus
 
 CENSUS = Census(
     JobCensus(

@@ -10,8 +10,7 @@ from prometheus_client import REGISTRY
 from job_orchestrator.domain.chunk import MAX_FAILURES, Chunk, ChunkState
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator_testing import MemoryStore, Worker, World, scan_policy
-from scanfleet.errors import DependencyError
-from scanfleet.messages import (
+from scanfleet.contracts.messages import (
     ChunkClaimed,
     ChunkIncomplete,
     ChunkProgressed,
@@ -22,7 +21,8 @@ from scanfleet.messages import (
     JobStatus,
     ScanChunk,
 )
-from scanfleet.messages.topics import SCAN_EVENTS, SCAN_PROGRESS, SCAN_RESULTS, SCAN_STORED, SCAN_WORKERS
+from scanfleet.contracts.messages.topics import SCAN_EVENTS, SCAN_PROGRESS, SCAN_RESULTS, SCAN_STORED, SCAN_WORKERS
+from scanfleet.errors import DependencyError
 
 LEASE = 31  # seconds in which silence is found out: the lease and the look after it
 

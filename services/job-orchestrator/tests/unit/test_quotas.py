@@ -10,8 +10,8 @@ import pytest
 from job_orchestrator.domain.quotas import Quotas, Usage
 from job_orchestrator_testing import MemoryStore, World, scan_policy
 from job_orchestrator_testing.repository import MemoryJobs
-from scanfleet.messages import CommandAccepted, CommandRejected
-from scanfleet.messages.topics import SCAN_COMMANDS
+from scanfleet.contracts.messages import CommandAccepted, CommandRejected
+from scanfleet.contracts.messages.topics import SCAN_COMMANDS
 
 SECONDS = 0.1 + 2 * (2 / 4_000)  # expected of `scan_policy` on a /31
 

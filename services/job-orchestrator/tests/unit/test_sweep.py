@@ -18,10 +18,10 @@ from job_orchestrator_testing import MemoryStore, World, chunk, scan_job, scan_p
 from job_orchestrator_testing.repository import Data, MemoryChunks
 from job_orchestrator_testing.things import THEN
 from scanfleet.clock import utc_now
+from scanfleet.contracts.messages import ChunkScanned, JobCancelled, JobCompleted, JobCreated, JobStarted, JobStatus
+from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_RESULTS, SCAN_TASKS
 from scanfleet.errors import DependencyError
-from scanfleet.messages import ChunkScanned, JobCancelled, JobCompleted, JobCreated, JobStarted, JobStatus
-from scanfleet.messages.topics import SCAN_COMMANDS, SCAN_RESULTS, SCAN_TASKS
-from scanfleet.policy import Preset, fill_in
+from scanfleet.scanning.policy import Preset, fill_in
 from scanfleet_testing.chunk_grants import grants
 
 

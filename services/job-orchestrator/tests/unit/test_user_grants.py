@@ -13,11 +13,11 @@ from job_orchestrator.domain.fairness import Candidate
 from job_orchestrator_testing import MemoryStore, Worker, World, scan_policy
 from job_orchestrator_testing.repository import MemoryDispatch
 from job_orchestrator_testing.world import RULES
-from scanfleet.auth import Principal
-from scanfleet.messages import AuditEntry, ChunkIncomplete, CommandRejected, JobStatus, ScanChunk
-from scanfleet.messages.topics import SCAN_STORED, SCAN_TASKS
-from scanfleet.rest import WaitingReason
-from scanfleet.user_grants import UserGrants
+from scanfleet.contracts.messages import AuditEntry, ChunkIncomplete, CommandRejected, JobStatus, ScanChunk
+from scanfleet.contracts.messages.topics import SCAN_STORED, SCAN_TASKS
+from scanfleet.contracts.rest import WaitingReason
+from scanfleet.contracts.user_grants import UserGrants
+from scanfleet.security.auth import Principal
 
 
 def grants(**limits: object) -> UserGrants:

@@ -15,15 +15,15 @@ from result_store.api.formats import JSON, NDJSON, Fields, negotiate, stream, wr
 from result_store.api.queries import AddressText, ServiceName, network_in, owner, ports_in
 from result_store.domain.ports import Hosts
 from result_store.domain.results import Host, Parts
-from scanfleet import rest
-from scanfleet.auth import Caller, Guarded
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import HostDetails, HostScanned, PortFound, ScriptOutput
+from scanfleet.contracts.messages.results import MAX_HOSTNAMES, MAX_OUTPUT_CHARS, MAX_OUTPUTS
+from scanfleet.contracts.rest import MAX_HOST_PORTS, MAX_RESULTS
 from scanfleet.errors import BadRequestError, ConflictError
-from scanfleet.messages import HostDetails, HostScanned, PortFound, ScriptOutput
-from scanfleet.messages.results import MAX_HOSTNAMES, MAX_OUTPUT_CHARS, MAX_OUTPUTS
-from scanfleet.outcomes import Outcome
-from scanfleet.ports import Range, disjoint, parse_ranges, ranges_text
-from scanfleet.rest import MAX_HOST_PORTS, MAX_RESULTS
-from scanfleet.service import PathId
+from scanfleet.runtime.service import PathId
+from scanfleet.scanning.outcomes import Outcome
+from scanfleet.scanning.ports import Range, disjoint, parse_ranges, ranges_text
+from scanfleet.security.auth import Caller, Guarded
 
 _FORMATS: Final = (JSON, NDJSON)
 _ALL_FIELDS: Final[Fields] = tuple(rest.Host.model_fields)

@@ -25,13 +25,13 @@ from result_store.api.port_xml import attribute, port
 from result_store.api.queries import owner
 from result_store.domain.ports import Findings
 from result_store.domain.results import ClosedChunk, Host, Parts, address_key
-from scanfleet.auth import Caller, Guarded
+from scanfleet.contracts.messages import JobStatus
+from scanfleet.contracts.rest import ExportedJob
 from scanfleet.errors import ConflictError
-from scanfleet.messages import JobStatus
-from scanfleet.outcomes import Outcome, index_of
-from scanfleet.ports import PortSet, disjoint, parse_ranges, ranges_text
-from scanfleet.rest import ExportedJob
-from scanfleet.service import PathId
+from scanfleet.runtime.service import PathId
+from scanfleet.scanning.outcomes import Outcome, index_of
+from scanfleet.scanning.ports import PortSet, disjoint, parse_ranges, ranges_text
+from scanfleet.security.auth import Caller, Guarded
 
 _Address = IPv4Address | IPv6Address
 

@@ -12,7 +12,7 @@ import re
 from typing import Final
 from xml.parsers import expat
 
-from scanfleet.messages import PortFound
+from scanfleet.contracts.messages import PortFound
 
 MAX_DEPTH: Final = 64  # as in the worker's reader; nmap's own output is about ten levels deep
 

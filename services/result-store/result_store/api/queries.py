@@ -7,10 +7,10 @@ from typing import Annotated, Final
 
 from fastapi import Query, Request
 
-from scanfleet.auth import Principal
 from scanfleet.errors import BadRequestError
-from scanfleet.service import words
-from scanfleet.targets import Network, parse_network
+from scanfleet.runtime.service import words
+from scanfleet.scanning.targets import Network, parse_network
+from scanfleet.security.auth import Principal
 
 _PORT: Final = re.compile(r"[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]")
 

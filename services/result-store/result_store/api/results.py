@@ -14,12 +14,12 @@ from fastapi.responses import StreamingResponse
 from result_store.api.formats import Fields, negotiate, stream, write
 from result_store.api.queries import AddressText, ServiceName, network_in, owner, ports_in
 from result_store.domain.ports import Results
-from scanfleet.auth import Caller, Guarded
+from scanfleet.contracts.messages.fields import MAX_ID
+from scanfleet.contracts.rest import MAX_RESULTS, Result
 from scanfleet.errors import BadRequestError
-from scanfleet.messages.fields import MAX_ID
-from scanfleet.rest import MAX_RESULTS, Result
-from scanfleet.service import PathId, words
-from scanfleet.targets import Network
+from scanfleet.runtime.service import PathId, words
+from scanfleet.scanning.targets import Network
+from scanfleet.security.auth import Caller, Guarded
 
 ALL_FIELDS: Final[Fields] = tuple(Result.model_fields)
 

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from typing import Protocol
 
 from result_store.domain.results import ClosedChunk, Host, Parts, StoredHost
-from scanfleet.rest import Result
-from scanfleet.targets import Network
+from scanfleet.contracts.rest import Result
+from scanfleet.scanning.targets import Network
 
 
 class Store(Protocol):

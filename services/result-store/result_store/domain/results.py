@@ -16,12 +16,12 @@ from heapq import merge
 from ipaddress import ip_address
 from typing import Final
 
-from scanfleet.bus import Record
+from scanfleet.contracts.messages import ChunkIncomplete, ChunkScanned, ChunkStored, HostScanned, PortFound
+from scanfleet.contracts.rest import Result
 from scanfleet.errors import MessageError
-from scanfleet.messages import ChunkIncomplete, ChunkScanned, ChunkStored, HostScanned, PortFound
-from scanfleet.outcomes import Outcome, address_at, index_of
-from scanfleet.ports import Range, parse_ranges
-from scanfleet.rest import Result
+from scanfleet.runtime.bus import Record
+from scanfleet.scanning.outcomes import Outcome, address_at, index_of
+from scanfleet.scanning.ports import Range, parse_ranges
 
 Scanned = HostScanned | ChunkScanned
 

@@ -16,12 +16,12 @@ from result_store.api.formats import PIECE
 from result_store.api.results import router
 from result_store.domain.results import fold
 from result_store_testing import Log, MemoryStore, host
-from scanfleet import service
+from scanfleet.contracts.messages import PortFound
+from scanfleet.contracts.rest import Result
 from scanfleet.errors import DependencyError
-from scanfleet.front import BoundedProtocol
-from scanfleet.messages import PortFound
-from scanfleet.rest import Result
-from scanfleet.settings import FrontSettings
+from scanfleet.runtime import service
+from scanfleet.runtime.front import BoundedProtocol
+from scanfleet.runtime.settings import FrontSettings
 from scanfleet_testing.tokens import Issuer
 from scanfleet_testing.waiting import until
 

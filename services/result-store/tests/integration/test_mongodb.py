@@ -12,11 +12,11 @@ from pymongo.uri_parser import parse_uri
 from result_store.domain.results import ClosedChunk, Parts, fold
 from result_store.repository import PAGE, MongoStore
 from result_store_testing import FIRST, Log, handler, host, scanned
-from scanfleet import mongo
+from scanfleet.contracts.messages.topics import SCAN_RESULTS, SCAN_STORED
 from scanfleet.errors import DependencyError
-from scanfleet.messages.topics import SCAN_RESULTS, SCAN_STORED
-from scanfleet.mongo import Database
-from scanfleet.outcomes import address_at
+from scanfleet.runtime import mongo
+from scanfleet.runtime.mongo import Database
+from scanfleet.scanning.outcomes import address_at
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.proxy import proxy
 from scanfleet_testing.waiting import until

@@ -9,13 +9,13 @@ import pytest
 from result_store.restored import restored
 from result_store.settings import Settings
 from result_store_testing import host
-from scanfleet import mongo
+from scanfleet.contracts.messages import OperatorActed
+from scanfleet.contracts.messages.envelope import decode
+from scanfleet.contracts.messages.topics import SCAN_AUDIT, SCAN_DELETIONS, SCAN_RESULTS
 from scanfleet.errors import DependencyError
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings, create_topics
-from scanfleet.messages import OperatorActed
-from scanfleet.messages.envelope import decode
-from scanfleet.messages.topics import SCAN_AUDIT, SCAN_DELETIONS, SCAN_RESULTS
+from scanfleet.runtime import mongo
 from scanfleet.services import RESULT_STORE
 from scanfleet_testing.consumers import Recorder, Running
 from scanfleet_testing.waiting import until

@@ -13,14 +13,14 @@ import pytest
 
 from local import ports
 from result_store_testing import FIRST, host, scanned
-from scanfleet import mongo
+from scanfleet.contracts.messages import ChunkStored, HostScanned
+from scanfleet.contracts.messages.topics import SCAN_RESULTS, SCAN_STORED
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings, create_topics
-from scanfleet.messages import ChunkStored, HostScanned
-from scanfleet.messages.topics import SCAN_RESULTS, SCAN_STORED
-from scanfleet.outcomes import address_at
+from scanfleet.runtime import mongo
+from scanfleet.runtime.settings import KafkaSettings
+from scanfleet.scanning.outcomes import address_at
 from scanfleet.services import RESULT_STORE
-from scanfleet.settings import KafkaSettings
 from scanfleet_testing.chunk_grants import write_chunk_keys
 from scanfleet_testing.consumers import Recorder, Running
 from scanfleet_testing.process import ServiceProcess

@@ -15,9 +15,9 @@ from result_store.api.results import ALL_FIELDS
 from result_store.domain.results import ClosedChunk, fold
 from result_store_testing import Log, MemoryStore, host
 from result_store_testing.http import ISSUER, client, get, store_of
+from scanfleet.contracts.messages import PortFound
+from scanfleet.contracts.rest import Result
 from scanfleet.errors import DependencyError
-from scanfleet.messages import PortFound
-from scanfleet.rest import Result
 
 FIELDS = [
     *("id", "job_id", "ip_address", "port", "protocol", "service", "version"),

@@ -10,10 +10,10 @@ import pytest
 from result_store.domain.results import Scanned
 from result_store.handlers import DeletionsHandler
 from result_store_testing import Log, MemoryStore, handler, host, scanned
-from scanfleet.bus import Record
+from scanfleet.contracts.messages import DeleteResults, ResultsDeleted
+from scanfleet.contracts.messages.topics import SCAN_DELETIONS
 from scanfleet.errors import DependencyError
-from scanfleet.messages import DeleteResults, ResultsDeleted
-from scanfleet.messages.topics import SCAN_DELETIONS
+from scanfleet.runtime.bus import Record
 from scanfleet_testing.bus import MemoryBus
 
 ASKED = [Record(DeleteResults(job_id=1), SCAN_DELETIONS.name, 0, 0, Log().append(scanned("a"))[0].timestamp)]

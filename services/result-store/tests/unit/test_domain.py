@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from result_store.domain.results import ClosedChunk, Host, Place, StoredHost, close, fold, key_of
 from result_store_testing import EPOCH, Log, host, scanned
+from scanfleet.contracts.messages import ChunkIncomplete, PortFound
 from scanfleet.errors import MessageError
-from scanfleet.messages import ChunkIncomplete, PortFound
-from scanfleet.outcomes import Outcome
+from scanfleet.scanning.outcomes import Outcome
 
 
 def stored(address: str, outcome: str = "a", *, at: int = 0) -> StoredHost:

@@ -9,10 +9,10 @@ from result_store.domain.results import ClosedChunk, Scanned, StoredHost
 from result_store.handlers import ResultsHandler
 from result_store_testing import Log, MemoryStore, host, scanned
 from result_store_testing import handler as results_handler
-from scanfleet.audit import SINGLES, Refusals
+from scanfleet.contracts.messages import Audited, ChunkIncomplete, ChunkStored, Message, PortFound
+from scanfleet.contracts.messages.topics import SCAN_AUDIT, SCAN_RESULTS, SCAN_STORED, Topic
 from scanfleet.errors import DependencyError
-from scanfleet.messages import Audited, ChunkIncomplete, ChunkStored, Message, PortFound
-from scanfleet.messages.topics import SCAN_AUDIT, SCAN_RESULTS, SCAN_STORED, Topic
+from scanfleet.security.audit import SINGLES, Refusals
 from scanfleet.services import RESULT_STORE
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.chunk_grants import grants

@@ -11,9 +11,9 @@ from result_store.api.hosts import machines
 from result_store.domain.results import ClosedChunk, Parts
 from result_store_testing import MemoryStore, host
 from result_store_testing.http import client, get, store_of
-from scanfleet.messages import HostDetails, PortFound, ScriptOutput, SystemMatch
-from scanfleet.messages.results import MAX_OUTPUT_CHARS
-from scanfleet.rest import MAX_HOST_PORTS, Host
+from scanfleet.contracts.messages import HostDetails, PortFound, ScriptOutput, SystemMatch
+from scanfleet.contracts.messages.results import MAX_OUTPUT_CHARS
+from scanfleet.contracts.rest import MAX_HOST_PORTS, Host
 
 PATH = "/api/v1/task/1/hosts"
 HOSTILE = "<script>alert(1)</script>\x1b[2J\u202e\r\n]]>&\x7f\x9b31m"

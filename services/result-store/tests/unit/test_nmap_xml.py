@@ -21,8 +21,8 @@ from result_store.api.port_xml import port, text
 from result_store.domain.results import ClosedChunk, Host, Parts, Place
 from result_store_testing import EPOCH, MemoryStore, host
 from result_store_testing.http import ISSUER, client, store_of
-from scanfleet.messages import HostDetails, PortFound, ScriptOutput, SystemMatch
-from scanfleet.rest import ExportedJob
+from scanfleet.contracts.messages import HostDetails, PortFound, ScriptOutput, SystemMatch
+from scanfleet.contracts.rest import ExportedJob
 
 JOB: dict[str, Any] = {
     "job_id": 1,

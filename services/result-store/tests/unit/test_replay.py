@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from result_store.domain.results import ClosedChunk, Host, Scanned
 from result_store_testing import FIRST, Log, MemoryStore, host, scanned
 from result_store_testing import handler as results_handler
-from scanfleet.bus import Record
+from scanfleet.contracts.messages import ChunkIncomplete, ChunkStored, Message
+from scanfleet.contracts.messages.topics import Topic
 from scanfleet.errors import DependencyError
-from scanfleet.messages import ChunkIncomplete, ChunkStored, Message
-from scanfleet.messages.topics import Topic
-from scanfleet.outcomes import address_at
+from scanfleet.runtime.bus import Record
+from scanfleet.scanning.outcomes import address_at
 
 ADDRESSES = 3
 JOBS = 3

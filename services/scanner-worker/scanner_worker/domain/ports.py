@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Protocol
 
-from scanfleet.messages import PortFound
-from scanfleet.ports import PortSet
+from scanfleet.contracts.messages import PortFound
+from scanfleet.scanning.ports import PortSet
 from scanner_worker.domain.scan import Host
 
 Found = list[tuple[Host, tuple[PortFound, ...]]]

@@ -10,11 +10,12 @@ from ipaddress import ip_address
 from math import ceil
 from typing import Any, Final, NamedTuple
 
+from scanfleet.contracts.messages import HostDetails, HostScanned, ScanChunk, Technique
+from scanfleet.contracts.messages.fields import MAX_BYTES, MAX_EVENT_ID_CHARS
+from scanfleet.contracts.user_grants import UserGrants
 from scanfleet.errors import Rule
-from scanfleet.messages import HostDetails, HostScanned, ScanChunk, Technique
-from scanfleet.messages.fields import MAX_BYTES, MAX_EVENT_ID_CHARS
-from scanfleet.outcomes import MAX_ADDRESSES, Outcome, index_of, networks
-from scanfleet.policy import (
+from scanfleet.scanning.outcomes import MAX_ADDRESSES, Outcome, index_of, networks
+from scanfleet.scanning.policy import (
     ADMITTED_SCRIPTS,
     FLOOR_OF_ADDRESS,
     GROUP_HOSTS,
@@ -24,9 +25,8 @@ from scanfleet.policy import (
     ScanPolicy,
     executable,
 )
-from scanfleet.ports import PortSet
-from scanfleet.targets import Network, TargetRules
-from scanfleet.user_grants import UserGrants
+from scanfleet.scanning.ports import PortSet
+from scanfleet.scanning.targets import Network, TargetRules
 
 REASON_CHARS: Final = 500  # maximum length of a failure reason, which becomes part of the job's `error`
 

@@ -12,12 +12,12 @@ from typing import Final, Self
 
 import structlog
 
-from scanfleet.messages import ScanChunk
-from scanfleet.outcomes import Outcome, index_of, networks
-from scanfleet.policy import ADMITTED_SCRIPTS
-from scanfleet.ports import PortSet
-from scanfleet.targets import Network, TargetRules
-from scanfleet.user_grants import UserGrants
+from scanfleet.contracts.messages import ScanChunk
+from scanfleet.contracts.user_grants import UserGrants
+from scanfleet.scanning.outcomes import Outcome, index_of, networks
+from scanfleet.scanning.policy import ADMITTED_SCRIPTS
+from scanfleet.scanning.ports import PortSet
+from scanfleet.scanning.targets import Network, TargetRules
 from scanner_worker.domain.ports import Found, Scanner
 from scanner_worker.domain.scan import Host, ScanError, arguments, services
 

@@ -9,10 +9,7 @@ from typing import Any, Final
 
 import structlog
 
-from scanfleet import tracing
-from scanfleet.bus import Publisher
-from scanfleet.errors import DependencyError, Rule
-from scanfleet.messages import (
+from scanfleet.contracts.messages import (
     ChunkClaimed,
     ChunkFailed,
     ChunkProgressed,
@@ -23,9 +20,12 @@ from scanfleet.messages import (
     PortFound,
     ScanChunk,
 )
-from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, Topic
-from scanfleet.outcomes import Outcome, index_of
-from scanfleet.ports import PortSet
+from scanfleet.contracts.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, Topic
+from scanfleet.errors import DependencyError, Rule
+from scanfleet.runtime import tracing
+from scanfleet.runtime.bus import Publisher
+from scanfleet.scanning.outcomes import Outcome, index_of
+from scanfleet.scanning.ports import PortSet
 from scanner_worker.domain.ports import Found
 from scanner_worker.domain.scan import (
     REASON_CHARS,

@@ -9,11 +9,11 @@ from typing import Final
 
 import structlog
 
-from scanfleet.bus import Publisher, Record
+from scanfleet.contracts.messages import ChunkFailed, Message, ScanChunk, StopChunk, WorkerReady
+from scanfleet.contracts.messages.topics import SCAN_WORKERS
 from scanfleet.errors import DependencyError
-from scanfleet.loop import Loop
-from scanfleet.messages import ChunkFailed, Message, ScanChunk, StopChunk, WorkerReady
-from scanfleet.messages.topics import SCAN_WORKERS
+from scanfleet.runtime.bus import Publisher, Record
+from scanfleet.runtime.loop import Loop
 from scanner_worker.domain.ports import Scanner
 from scanner_worker.domain.scan import CannotStartError, together
 from scanner_worker.handlers.batch import Abilities, Batch

@@ -10,7 +10,7 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Final
 
-from scanfleet.policy import VERSION_SCRIPTS
+from scanfleet.scanning.policy import VERSION_SCRIPTS
 
 _ENGINE: Final = Path(__file__).with_name("confined.lua")
 

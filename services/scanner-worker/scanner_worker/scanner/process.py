@@ -20,8 +20,8 @@ from typing import Final
 
 import structlog
 
-from scanfleet.policy import ADMITTED_SCRIPTS
-from scanfleet.ports import PortSet, parse_ranges
+from scanfleet.scanning.policy import ADMITTED_SCRIPTS
+from scanfleet.scanning.ports import PortSet, parse_ranges
 from scanner_worker.domain.ports import Found
 from scanner_worker.domain.scan import CannotStartError, KilledByGuardError, ScanError, printable
 from scanner_worker.metrics import NMAP_RUNNING, NMAP_STARTS

@@ -9,9 +9,9 @@ from xml.etree import ElementTree as ET
 
 import nmap
 
-from scanfleet.messages import HostDetails, PortFound, ScriptOutput, SystemMatch
-from scanfleet.messages.fields import MAX_NUMBER
-from scanfleet.messages.results import (
+from scanfleet.contracts.messages import HostDetails, PortFound, ScriptOutput, SystemMatch
+from scanfleet.contracts.messages.fields import MAX_NUMBER
+from scanfleet.contracts.messages.results import (
     MAX_HOSTNAMES,
     MAX_LINE_CHARS,
     MAX_NAME_CHARS,

@@ -17,7 +17,7 @@ from ipaddress import ip_address
 from typing import Final, NoReturn
 from xml.parsers import expat
 
-from scanfleet.ports import parse_ranges, ranges_text
+from scanfleet.scanning.ports import parse_ranges, ranges_text
 from scanner_worker.domain.scan import FROM_HOST, Host
 
 # Maximum size of one tag with its attributes; the longest real ones contain a script's output, some kilobytes. Two pieces

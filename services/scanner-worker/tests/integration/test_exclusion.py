@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from scanfleet.audit import Refusals
-from scanfleet.messages import ChunkFailed, ChunkReleased, ChunkScanned, ScanChunk, WorkerReady
-from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_TASKS, SCAN_WORKERS
-from scanfleet.targets import TargetRules
+from scanfleet.contracts.messages import ChunkFailed, ChunkReleased, ChunkScanned, ScanChunk, WorkerReady
+from scanfleet.contracts.messages.topics import SCAN_PROGRESS, SCAN_TASKS, SCAN_WORKERS
+from scanfleet.scanning.targets import TargetRules
+from scanfleet.security.audit import Refusals
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.waiting import until
 from scanner_worker.handlers.batch import Abilities

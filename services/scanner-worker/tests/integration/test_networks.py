@@ -27,8 +27,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
-from scanfleet.messages import HostScanned, PortFound, ScanChunk
-from scanfleet.outcomes import Outcome
+from scanfleet.contracts.messages import HostScanned, PortFound, ScanChunk
+from scanfleet.scanning.outcomes import Outcome
 from scanner_worker.domain.scan import Host, arguments, fit, outcome, services
 from scanner_worker.scanner.process import Limits, Nmap
 from scanner_worker.scanner.raw import may_send_raw, privileges

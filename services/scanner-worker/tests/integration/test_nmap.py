@@ -18,12 +18,20 @@ from pathlib import Path
 
 import pytest
 
-from scanfleet.audit import Refusals
-from scanfleet.messages import ChunkFailed, ChunkReleased, ChunkScanned, HostScanned, Message, ScanChunk, StopChunk
-from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS
-from scanfleet.policy import ADMITTED_SCRIPTS, VERSION_SCRIPTS
-from scanfleet.ports import PortSet
-from scanfleet.targets import TargetRules
+from scanfleet.contracts.messages import (
+    ChunkFailed,
+    ChunkReleased,
+    ChunkScanned,
+    HostScanned,
+    Message,
+    ScanChunk,
+    StopChunk,
+)
+from scanfleet.contracts.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS
+from scanfleet.scanning.policy import ADMITTED_SCRIPTS, VERSION_SCRIPTS
+from scanfleet.scanning.ports import PortSet
+from scanfleet.scanning.targets import TargetRules
+from scanfleet.security.audit import Refusals
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.waiting import until
 from scanner_worker.domain.scan import CannotStartError, ScanError, scripts_of

@@ -16,9 +16,7 @@ from uuid import uuid4
 import pytest
 
 from local import ports
-from scanfleet.kafka import KafkaBus
-from scanfleet.kafka.topics import TopicSettings, create_topics
-from scanfleet.messages import (
+from scanfleet.contracts.messages import (
     ChunkFailed,
     ChunkProgressed,
     ChunkReleased,
@@ -28,9 +26,11 @@ from scanfleet.messages import (
     StopChunk,
     WorkerReady,
 )
-from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS, SCAN_WORKERS
+from scanfleet.contracts.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS, SCAN_WORKERS
+from scanfleet.kafka import KafkaBus
+from scanfleet.kafka.topics import TopicSettings, create_topics
+from scanfleet.runtime.settings import KafkaSettings
 from scanfleet.services import WORKER
-from scanfleet.settings import KafkaSettings
 from scanfleet_testing.consumers import Recorder
 from scanfleet_testing.process import ServiceProcess
 from scanfleet_testing.waiting import until

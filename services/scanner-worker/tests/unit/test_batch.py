@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scanfleet.errors import DependencyError
-from scanfleet.messages import (
+from scanfleet.contracts.messages import (
     ChunkFailed,
     ChunkProgressed,
     ChunkReleased,
@@ -22,10 +21,11 @@ from scanfleet.messages import (
     Message,
     ScanChunk,
 )
-from scanfleet.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, Topic
-from scanfleet.policy import Preset, fill_in
-from scanfleet.ports import PortSet
-from scanfleet.targets import TargetRules
+from scanfleet.contracts.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, Topic
+from scanfleet.errors import DependencyError
+from scanfleet.scanning.policy import Preset, fill_in
+from scanfleet.scanning.ports import PortSet
+from scanfleet.scanning.targets import TargetRules
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.waiting import until
 from scanner_worker.domain.ports import Found

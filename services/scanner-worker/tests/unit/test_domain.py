@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scanfleet.messages import HostDetails, HostScanned, PortFound, ScanChunk, ScriptOutput
-from scanfleet.messages.fields import MAX_BYTES
-from scanfleet.outcomes import Outcome, networks
-from scanfleet.policy import ADMITTED_SCRIPTS, Preset, ScanPolicy, fill_in
-from scanfleet.targets import TargetRules
+from scanfleet.contracts.messages import HostDetails, HostScanned, PortFound, ScanChunk, ScriptOutput
+from scanfleet.contracts.messages.fields import MAX_BYTES
+from scanfleet.scanning.outcomes import Outcome, networks
+from scanfleet.scanning.policy import ADMITTED_SCRIPTS, Preset, ScanPolicy, fill_in
+from scanfleet.scanning.targets import TargetRules
 from scanner_worker.domain.scan import (
     Host,
     ScanError,

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from scanfleet.messages import HostDetails, PortFound, ScriptOutput, SystemMatch
-from scanfleet.messages.results import MAX_HOSTNAMES, MAX_OUTPUT_CHARS, MAX_OUTPUTS
+from scanfleet.contracts.messages import HostDetails, PortFound, ScriptOutput, SystemMatch
+from scanfleet.contracts.messages.results import MAX_HOSTNAMES, MAX_OUTPUT_CHARS, MAX_OUTPUTS
 from scanner_worker.domain.scan import Host
 from scanner_worker.scanner.view import read
 from scanner_worker.scanner.xml import BadXmlError, Reader

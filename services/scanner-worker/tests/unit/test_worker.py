@@ -9,9 +9,7 @@ from ipaddress import ip_network
 
 import pytest
 
-from scanfleet.audit import Refusals
-from scanfleet.errors import DependencyError
-from scanfleet.messages import (
+from scanfleet.contracts.messages import (
     Audited,
     ChunkClaimed,
     ChunkFailed,
@@ -26,11 +24,13 @@ from scanfleet.messages import (
     StopChunk,
     WorkerReady,
 )
-from scanfleet.messages.topics import SCAN_AUDIT, SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS, SCAN_WORKERS, Topic
-from scanfleet.ports import PortSet
+from scanfleet.contracts.messages.topics import SCAN_AUDIT, SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS, SCAN_WORKERS, Topic
+from scanfleet.contracts.user_grants import UserGrants
+from scanfleet.errors import DependencyError
+from scanfleet.scanning.ports import PortSet
+from scanfleet.scanning.targets import TargetRules
+from scanfleet.security.audit import Refusals
 from scanfleet.services import WORKER
-from scanfleet.targets import TargetRules
-from scanfleet.user_grants import UserGrants
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.tracing import ids, recording
 from scanfleet_testing.waiting import until

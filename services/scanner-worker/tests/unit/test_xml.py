@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scanfleet.outcomes import Outcome
+from scanfleet.scanning.outcomes import Outcome
 from scanner_worker.domain.scan import Host, outcome
 from scanner_worker.scanner.xml import MAX_TOKEN, BadXmlError, Reader
 

@@ -1,0 +1,1 @@
+"""Contracts between services, clients and operators: messages, REST models and the grants file."""

@@ -1,0 +1,1 @@
+"""The runtime of every service: HTTP, consumers, loops, MongoDB, settings, logs and traces."""

@@ -1,0 +1,379 @@
+"""The loop between a topic and its handler, the same for Kafka and for memory.
+
+This module alone decides whether a record is committed, retried, isolated, dead-lettered or dropped. A `Source`
+provides the records.
+
+Rebalances and stops take effect between two batches. They bound the current batch: it ends at once if it waits for a
+dependency, else within `HURRY_SECONDS`. An unfinished batch is dropped without a commit and is redelivered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Generic, Protocol
+
+import structlog
+from prometheus_client import Counter, Gauge, Histogram
+
+from scanfleet.contracts.messages.envelope import RawRecord, decode
+from scanfleet.contracts.messages.topics import Topic
+from scanfleet.errors import DependencyError, MessageError, ScanfleetError
+from scanfleet.runtime import tracing
+from scanfleet.runtime.bus import Handler, M, PartitionListener, Record
+
+HURRY_SECONDS: Final = 10.0  # for the current batch at a rebalance: a few slow writes
+FIRST_PAUSE: Final = 0.1  # seconds before the first retry: short, for a brief interruption
+LONGEST_PAUSE: Final = 5.0  # maximum retry delay in seconds: notices recovery soon without overloading the dependency
+LOOK_SECONDS: Final = 1.0  # between two queries of the partitions' end offsets
+STALE_SECONDS: Final = 3.0  # maximum age of end offsets that prove "caught up": far below the shortest lease, 10 s
+
+_UNAVAILABLE: Final = (DependencyError, OSError)  # OSError includes TimeoutError, refused connections and full disks
+
+log = logging.getLogger(__name__)
+
+_LABELS: Final = ("topic", "group")
+_CONSUMED: Final = Counter("scanfleet_bus_consumed", "Records handled", _LABELS)
+_FAILED: Final = Counter("scanfleet_bus_failed", "Batches or records whose handling raised", _LABELS)
+_RETRIED: Final = Counter("scanfleet_bus_retried", "Attempts that failed because a dependency was unavailable", _LABELS)
+_DEAD_LETTERED: Final = Counter("scanfleet_bus_dead_lettered", "Records sent to the dead-letter topic", _LABELS)
+_SKIPPED: Final = Counter("scanfleet_bus_skipped", "Records that a reader without a group cannot handle", _LABELS)
+_LAG: Final = Gauge("scanfleet_bus_lag", "Records not yet handled; absent while unknown", _LABELS)
+_IN_HAND: Final = Gauge("scanfleet_bus_in_hand_seconds", "Age of the current batch in seconds, 0 without one", _LABELS)
+_HANDLING: Final = Histogram("scanfleet_bus_handling_seconds", "Time to handle one batch, retries included", _LABELS)
+
+
+class BatchDroppedError(ScanfleetError):
+    """The current batch was abandoned without a commit; it is redelivered, here or to another member."""
+
+
+class Listener(Protocol):
+    """Receives the rebalances of a source."""
+
+    async def assigned(self, partitions: Collection[int]) -> None: ...
+
+    async def revoked(self, partitions: Collection[int]) -> None:
+        """Return when the current batch is finished or dropped."""
+
+
+class Source(Protocol):
+    """Provides the records of one topic to a loop, as a member of a group or as a tail.
+
+    Each method raises DependencyError, or OSError, when the broker is unavailable.
+    """
+
+    async def open(self, listener: Listener) -> None:
+        """Return when the positions are resolved and `listener.assigned` has been called."""
+
+    async def poll(self, seconds: float) -> Sequence[RawRecord]:
+        """Return the next records in order for each partition, or nothing after `seconds`."""
+
+    async def commit(self, offsets: Mapping[int, int]) -> None:
+        """Store for each partition the offset to resume from; a tail does nothing.
+
+        Raises:
+            BatchDroppedError: the partitions are assigned to another member.
+        """
+
+    async def positions(self) -> Mapping[int, int]:
+        """Return the next offset of `poll` for each assigned partition with a known position."""
+
+    async def ends(self) -> Mapping[int, int]:
+        """Query the broker for the offset that the next record of each assigned partition will get."""
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """The end of a partition when the broker was last queried."""
+
+    end: int
+    asked: float
+    """Monotonic time before the query was sent."""
+
+    def stale(self, now: float) -> bool:
+        """Whether the process was too slow, or frozen, for this end to be current."""
+        return now - self.asked > STALE_SECONDS
+
+
+class ConsumerLoop(Generic[M]):
+    """A `scanfleet.runtime.bus.Consumer`.
+
+    Args:
+        topic: the topic to read.
+        group: name of the group, or of a reader without one; a metric label.
+        handler: receives the messages.
+        source: provides the records.
+        dead_letter: `dead_letter(record, reason)` returns when the record is stored, or raises DependencyError to be
+            retried. None for a reader without a group, which skips and counts instead because others read the same
+            records.
+        key: handle only the records with this key; others are not decoded.
+    """
+
+    def __init__(
+        self,
+        topic: Topic[M],
+        group: str,
+        handler: Handler[M],
+        source: Source,
+        dead_letter: Callable[[RawRecord, str], Awaitable[None]] | None,
+        *,
+        key: str | None = None,
+    ) -> None:
+        self._topic = topic
+        self._key = None if key is None else key.encode()
+        self._handler = handler
+        self._partitions = handler if isinstance(handler, PartitionListener) else PartitionListener()
+        self._source = source
+        self._dead_letter = dead_letter
+        self._name = f"{topic.name} ({group})"
+        self._consumed = _CONSUMED.labels(topic.name, group)
+        self._failed = _FAILED.labels(topic.name, group)
+        self._retried = _RETRIED.labels(topic.name, group)
+        self._dead_lettered = _DEAD_LETTERED.labels(topic.name, group)
+        self._skipped = _SKIPPED.labels(topic.name, group)
+        self._handling = _HANDLING.labels(topic.name, group)
+        self._labels = (topic.name, group)
+        self._taken: float | None = None  # when the current batch was read, on the monotonic clock
+        self._task: asyncio.Task[None] | None = None
+        self._handler_lock = asyncio.Lock()  # serialises calls to the handler
+        self._hurry = asyncio.Event()
+        self._deadline: asyncio.Timeout | None = None  # of the current batch
+        self._epoch = 0  # counts revocations: records polled before one may belong to another member
+        self._looked = 0.0
+        self._targets: dict[int, _Target] = {}
+        self._broker_available = True
+        self._blocked = False
+
+    async def start(self) -> None:
+        try:
+            await self._source.open(self)
+        except OSError as error:
+            await self._source.close()
+            raise DependencyError(f"cannot read {self._name}: {error}") from error
+        except BaseException:
+            await self._source.close()
+            raise
+        _IN_HAND.labels(*self._labels).set_function(self._batch_age_seconds)
+        self._task = asyncio.create_task(self._run(), name=f"consumer of {self._name}")
+
+    async def stop(self) -> None:
+        if self._task is None:
+            return
+        self._hurry_up()
+        async with self._handler_lock:
+            task, self._task = self._task, None
+            task.cancel()
+        await asyncio.wait([task])
+        await self._source.close()
+        for gauge in (_LAG, _IN_HAND):
+            gauge.remove(*self._labels)
+
+    @property
+    def alive(self) -> bool:
+        return self._task is None or not self._task.done()
+
+    @property
+    def ready(self) -> bool:
+        return self.alive and self._broker_available and not self._blocked
+
+    async def assigned(self, partitions: Collection[int]) -> None:
+        async with self._handler_lock:
+            self._hurry.clear()
+            await self._partitions.assigned(partitions)
+
+    async def revoked(self, partitions: Collection[int]) -> None:
+        self._epoch += 1
+        self._hurry_up()
+        async with self._handler_lock:
+            self._targets.clear()
+            if partitions:
+                await self._partitions.revoked(partitions)
+
+    def _hurry_up(self) -> None:
+        self._hurry.set()
+        if self._deadline is not None:
+            self._deadline.reschedule(asyncio.get_running_loop().time() + HURRY_SECONDS)
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                await self._run_once()
+        except Exception:
+            log.exception("the consumer of %s died", self._name)
+            raise
+
+    async def _run_once(self) -> None:
+        try:
+            records = await self._source.poll(max(0.0, self._looked + LOOK_SECONDS - time.monotonic()))
+        except _UNAVAILABLE as error:
+            self._set_broker_state(available=False, cause=error)
+            await asyncio.sleep(FIRST_PAUSE)
+            return
+        epoch = self._epoch
+        if time.monotonic() >= self._looked + LOOK_SECONDS:
+            await self._query_ends()
+        async with self._handler_lock:
+            if epoch != self._epoch:
+                return
+            if records and not await self._finish(records):
+                return
+            await self._report()
+
+    async def _query_ends(self) -> None:
+        self._looked = now = time.monotonic()
+        try:
+            ends = await self._source.ends()
+        except _UNAVAILABLE as error:
+            self._set_broker_state(available=False, cause=error)
+            return
+        self._set_broker_state(available=True)
+        positions = await self._source.positions()
+        _LAG.labels(*self._labels).set(
+            sum(max(0, end - positions.get(partition, end)) for partition, end in ends.items())
+        )
+        for partition, end in ends.items():
+            # A target is kept until it is reached: under steady traffic a moving target never would be.
+            if partition not in self._targets or self._targets[partition].stale(now):
+                self._targets[partition] = _Target(end, asked=now)
+
+    def _set_broker_state(self, *, available: bool, cause: Exception | None = None) -> None:
+        if available != self._broker_available:
+            state = "available again" if available else f"unavailable: {cause!r}"
+            log.warning("the broker of %s is %s", self._name, state)
+        self._broker_available = available
+        if not available:
+            self._remove_lag()
+
+    def _remove_lag(self) -> None:
+        """Remove the lag metric: the last known value would look like a reader that keeps up."""
+        _LAG.remove(*self._labels)
+
+    def _batch_age_seconds(self) -> float:
+        return 0.0 if self._taken is None else time.monotonic() - self._taken
+
+    async def _report(self) -> None:
+        """Report to the handler which partitions were read to their end."""
+        if not self._targets:
+            return
+        now = time.monotonic()
+        positions = await self._source.positions()
+        reached = {p for p, target in self._targets.items() if positions.get(p, -1) >= target.end}
+        fresh = {p for p in reached if not self._targets.pop(p).stale(now)}
+        if not fresh:
+            return
+        try:
+            await self._partitions.caught_up(fresh)
+            self._blocked = False
+        except _UNAVAILABLE as error:
+            self._blocked = True  # the next query triggers the next call
+            log.warning("caught up with %s, but the handler failed: %r", self._name, error)
+
+    async def _finish(self, records: Sequence[RawRecord]) -> bool:
+        """Handle and commit one batch; return False when it was dropped."""
+        self._taken = time.monotonic()
+        try:
+            with self._handling.time():
+                async with asyncio.timeout(None) as self._deadline:
+                    await self._handle(records)
+                    # Later records of a partition overwrite earlier ones.
+                    offsets = {record.partition: record.offset + 1 for record in records}
+                    await self._retry_until_available(lambda: self._source.commit(offsets))
+        except (BatchDroppedError, TimeoutError) as error:
+            log.info("dropped %d records of %s uncommitted: %r", len(records), self._name, error)
+            return False
+        finally:
+            self._deadline = self._taken = None
+            self._blocked = False
+        return True
+
+    async def _handle(self, records: Sequence[RawRecord]) -> None:
+        batch: list[tuple[RawRecord, Record[M]]] = []
+        for raw in records:
+            if self._key not in {None, raw.key}:
+                continue
+            try:
+                message = decode(self._topic, raw)
+            except MessageError as error:
+                await self._dead_letter_or_skip(raw, str(error))
+            else:
+                batch.append((raw, Record(message, raw.topic, raw.partition, raw.offset, raw.timestamp)))
+        if not batch:
+            return
+        try:
+            with _log_context(batch[0][1]) if len(batch) == 1 else contextlib.nullcontext():
+                await self._call_handler([record for _, record in batch])
+        except BatchDroppedError:
+            raise
+        except Exception:
+            log.exception("a batch of %s failed: handling its %d records one by one", self._name, len(batch))
+            for raw, record in batch:
+                with _log_context(record):
+                    await self._isolate(raw, record)
+
+    async def _isolate(self, raw: RawRecord, record: Record[M]) -> None:
+        try:
+            await self._call_handler([record])
+        except BatchDroppedError:
+            raise
+        except Exception as error:
+            log.exception("%s cannot be handled: partition %d, offset %d", self._name, raw.partition, raw.offset)
+            await self._dead_letter_or_skip(raw, repr(error))
+
+    async def _call_handler(self, records: Sequence[Record[M]]) -> None:
+        try:
+            await self._retry_until_available(lambda: self._handler.handle(records))
+        except BatchDroppedError:
+            raise
+        except Exception:
+            self._failed.inc()
+            raise
+        self._consumed.inc(len(records))
+
+    async def _dead_letter_or_skip(self, raw: RawRecord, reason: str) -> None:
+        dead_letter = self._dead_letter
+        if dead_letter is None:
+            log.debug("skipped %s, partition %d, offset %d: %s", self._name, raw.partition, raw.offset, reason)
+            self._skipped.inc()
+            return
+        log.error("dead letter from %s, partition %d, offset %d: %s", self._name, raw.partition, raw.offset, reason)
+        await self._retry_until_available(lambda: dead_letter(raw, reason))
+        self._dead_lettered.inc()
+
+    async def _retry_until_available(self, action: Callable[[], Awaitable[None]]) -> None:
+        """Run `action`, retrying while a dependency is unavailable.
+
+        Raises:
+            BatchDroppedError: a rebalance or a stop ends the retries.
+        """
+        for attempt in itertools.count():
+            try:
+                await action()
+            except _UNAVAILABLE as error:
+                self._blocked = True
+                self._retried.inc()
+                self._remove_lag()
+                log.warning("%s is blocked by an unavailable dependency: %r", self._name, error)
+            else:
+                self._blocked = False
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(attempt, 10))):
+                    await self._hurry.wait()
+            if self._hurry.is_set():
+                raise BatchDroppedError("a rebalance or a stop ended the wait for a dependency")
+
+
+@contextlib.contextmanager
+def _log_context(record: Record) -> Iterator[None]:
+    """Add the record's subject to every log line, and its trace to every message sent."""
+    named = {name: getattr(record.message, name, None) for name in ("command_id", "job_id", "chunk_id")}
+    ids = {name: id_ for name, id_ in named.items() if id_ is not None}
+    with tracing.within(record.message.traceparent), structlog.contextvars.bound_contextvars(**ids):
+        yield

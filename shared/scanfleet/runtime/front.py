@@ -1,0 +1,393 @@
+"""Limits on what a client may send and hold before a service has examined its request.
+
+uvicorn and its parser limit neither the size of a request line or of headers, nor the time in which they arrive, nor the number
+of connections. `scanfleet.runtime.server` therefore runs every service with this protocol; `service.create_app` provides its `Front` in the
+lifespan's state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import resource
+import socket
+from collections.abc import Callable
+from ipaddress import IPv6Address, IPv6Network, ip_address
+from typing import Any, Final
+
+import httptools
+import structlog
+from prometheus_client import Counter
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from scanfleet.runtime.settings import FrontSettings
+from scanfleet.runtime.tls import names
+from scanfleet.services import GATEWAY
+
+MAX_URL_BYTES: Final = 8_192  # a list filter with a hundred ids takes a tenth of it
+MAX_HEADER_BYTES: Final = 16_384  # the largest tokens have 8 kB, and proxies add a few headers
+MAX_HEADER_LINES: Final = 100
+MAX_PIPELINED: Final = 16  # requests of one connection waiting behind an earlier one; common clients do not pipeline
+LINGER_SECONDS: Final = 3.0  # read on after an early answer, so that a client that is still sending can read the answer
+LINGER_BYTES: Final = 16 << 20  # discarded in that time, which takes about 10 ms
+OWN_DESCRIPTORS: Final = (
+    2_048  # not for clients: both services behind a gateway, brokers, the database, files, nmap's pipes
+)
+
+_SLICE: Final = 16_384  # passed to the parser at once, so that it buffers at most twice that of a header
+_IPV6_SITE: Final = 64  # smallest prefix of one subscriber: all of its addresses are one client
+
+_refused = Counter("scanfleet_front_refused", "Requests and connections refused before any route.", ["status"])
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class Front:
+    """The limits of one server, and its connections by client.
+
+    Args:
+        settings: maximum number of connections, and their timeouts.
+    """
+
+    def __init__(self, settings: FrontSettings) -> None:
+        self.header_seconds = settings.header_seconds
+        self.stalled_seconds = settings.stalled_seconds
+        self._most = _with_descriptors(settings.max_connections)
+        self._most_per_address = settings.max_connections_per_address
+        self._count = 0
+        self._by_address: dict[str, dict[Connection, None]] = {}
+
+    def admit(self, connection: Connection) -> bool:
+        """Count a new connection.
+
+        At a limit, close the oldest idle connection of the client with the most connections, or of this client if it
+        has reached its own limit, so that idle connections never keep a new one out.
+
+        Returns:
+            False when the limit is reached: every connection that could be closed has a request in progress.
+        """
+        same = self._by_address.get(connection.address, {})
+        if len(same) >= self._most_per_address:
+            admitted = self._close_idle(same)
+        else:
+            admitted = self._count < self._most or self._close_idle(max(self._by_address.values(), key=len))
+        if admitted:
+            self._by_address.setdefault(connection.address, {})[connection] = None
+            self._count += 1
+        return admitted
+
+    def release(self, connection: Connection) -> None:
+        """Stop counting a connection, if it is counted."""
+        same = self._by_address.get(connection.address, {})
+        if connection in same:
+            del same[connection]
+            self._count -= 1
+            if not same:
+                del self._by_address[connection.address]
+
+    def _close_idle(self, connections: dict[Connection, None]) -> bool:
+        idle = next((connection for connection in connections if connection.idle), None)
+        if idle is None:
+            return False
+        self.release(idle)
+        idle.abort()
+        return True
+
+
+class Handshake:
+    """An accepted connection until its TLS handshake is complete.
+
+    Args:
+        accepted: its socket.
+        host: the client's IP address.
+    """
+
+    idle: Final = True
+
+    def __init__(self, accepted: socket.socket, host: str) -> None:
+        self._socket = accepted
+        self.address = _client(host)
+        """See `BoundedProtocol.address`."""
+
+    def abort(self) -> None:
+        """End the connection: its handshake fails, which closes the socket."""
+        with contextlib.suppress(OSError):  # the client has closed it
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def refuse(self) -> None:
+        """Close a connection that was not admitted; without TLS it cannot be answered."""
+        _refused.labels(_UNAVAILABLE).inc()
+        _log.info("connection refused", error="too many connections", client=self.address)
+        self._socket.close()
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 protocol with limits; its own refusals also have the form `{"error": ...}`."""
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._front: Front = app_state["front"]
+        self.address = ""
+        """The client's IPv4 address, or the /64 network of its IPv6 address."""
+
+        self.handshake: Handshake | None = None
+        """The connection as it was counted until now, if it uses TLS."""
+
+        self._closing: _Transport
+        self._in_head = False  # between the first byte of a request and the end of its headers
+        self._receiving = False  # between the first byte of a request and its last
+        self._header_bytes = 0
+        self._header_lines = 0
+        self._silent = 0  # bytes since the parser's last callback, which it buffers
+        self._refusal: tuple[int, str] | None = None
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None
+        self._linger_timer: asyncio.TimerHandle | None = None
+        self._linger_bytes = LINGER_BYTES
+
+    @property
+    def idle(self) -> bool:
+        """Whether every completely received request has been answered."""
+        return not self._owes
+
+    @property
+    def _owes(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def abort(self) -> None:
+        """Close the connection at once and discard unsent data."""
+        self._closing.raw.abort()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn declares it
+        super().connection_made(transport)
+        self.transport = self._closing = _Transport(transport, self._close)
+        self.address = _client(self.client[0] if self.client else "")
+        if self.handshake is not None:
+            self._front.release(self.handshake)
+        if not _accepted(transport):
+            self._refuse(403, "the client's certificate is not that of a service which may send requests here")
+        elif self._front.admit(self):
+            self._await_head()
+        else:
+            self._refuse(503, "too many connections; try again")
+
+    def _should_upgrade(self) -> bool:
+        return False  # no service supports upgrades; the request is answered as HTTP
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._front.release(self)
+        for timer in (self._head_timer, self._stall_timer, self._linger_timer):
+            _cancel(timer)
+
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        if self._linger_timer is not None:
+            self._linger_bytes -= len(data)
+            if self._linger_bytes < 0:
+                self.abort()
+        if self.transport.is_closing():
+            return
+        try:
+            self._feed(data)
+        except httptools.HttpParserUpgrade:
+            self.cycle.keep_alive = False  # the request is answered as received; the parser accepts nothing more
+        except httptools.HttpParserError:
+            self._receiving = True  # everything that follows belongs to it
+            self._refuse(*(self._refusal or (400, "the request is not valid HTTP/1.1")))
+        if not self._owes and (self._in_head or not self._receiving):
+            self._await_head()
+
+    def _feed(self, data: bytes) -> None:
+        view = memoryview(data)
+        for start in range(0, len(data), _SLICE):
+            piece = view[start : start + _SLICE]
+            self._silent += len(piece)
+            self.parser.feed_data(piece)
+            if self._silent > MAX_HEADER_BYTES:
+                self._over(431, _TOO_LARGE)
+
+    def _over(self, status: int, error: str) -> None:
+        """Stop the parser, from within one of its callbacks or outside."""
+        self._refusal = (status, error)
+        raise httptools.HttpParserError(error)
+
+    # Callbacks of the parser
+
+    def on_message_begin(self) -> None:
+        self._in_head = self._receiving = True
+        self._header_bytes = self._header_lines = self._silent = 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._silent = 0
+        super().on_url(url)
+        if len(self.url) > MAX_URL_BYTES:
+            self._over(414, f"the request line has more than {MAX_URL_BYTES} bytes")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._silent = 0
+        self._header_lines += 1
+        self._header_bytes += len(name) + len(value)
+        if self._header_bytes > MAX_HEADER_BYTES or self._header_lines > MAX_HEADER_LINES:
+            self._over(431, _TOO_LARGE)
+        if self._in_head:  # trailers after the body are ignored: the request has been checked by then
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._silent = 0
+        self._in_head = False
+        _cancel(self._head_timer)
+        self._head_timer = None
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._over(400, f"more than {MAX_PIPELINED} pipelined requests")
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._silent = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._silent = 0
+        self._receiving = False
+        _cancel(self._linger_timer)
+        self._linger_timer = None
+        super().on_message_complete()
+
+    # Callbacks of the server
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._receiving and not self._owes:
+            self._linger()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stall_timer = self.loop.call_later(self._front.stalled_seconds, self.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        _cancel(self._stall_timer)
+        self._stall_timer = None
+
+    # End of a connection
+
+    def _await_head(self) -> None:
+        if self._head_timer is None and not self.transport.is_closing():
+            self._head_timer = self.loop.call_later(self._front.header_seconds, self._late)
+
+    def _late(self) -> None:
+        if self._in_head:
+            seconds = self._front.header_seconds
+            self._refuse(408, f"the request line and headers did not arrive within {seconds:g} seconds")
+        else:
+            self.transport.close()
+
+    def _refuse(self, status: int, error: str) -> None:
+        _refused.labels(status).inc()
+        _log.info("request refused", status=status, error=error, client=self.address)
+        if self._owes:
+            if self._in_head or self.pipeline or self.cycle.response_started:
+                self.abort()  # the answer to an earlier request is still pending
+                return
+            self.cycle.disconnected = True  # the handler that waits for the body stops without an answer
+            self.cycle.message_event.set()
+        body = json.dumps({"error": error}).encode()
+        self.transport.write(
+            b"%bcontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n%b\r\n%b"
+            % (STATUS_LINE[status], len(body), b"retry-after: 1\r\n" if status == _UNAVAILABLE else b"", body)
+        )
+        self.transport.close()
+
+    def _close(self) -> None:
+        """Close once the written data is sent; if the client is still sending, read on for a while first.
+
+        Closing a connection with unread bytes resets it, and a reset makes the client discard an unread answer.
+        """
+        raw = self._closing.raw
+        if self._receiving and raw.can_write_eof() and not raw.is_closing():
+            raw.write_eof()
+            self._linger()
+        else:
+            raw.close()
+            self._stall_timer = self._stall_timer or self.loop.call_later(self._front.stalled_seconds, self.abort)
+
+    def _linger(self) -> None:
+        self.flow.resume_reading()
+        self._linger_timer = self._linger_timer or self.loop.call_later(LINGER_SECONDS, self.abort)
+
+
+Connection = BoundedProtocol | Handshake
+
+
+class _Transport(asyncio.Transport):
+    """A transport with a replaced `close`."""
+
+    def __init__(self, raw: asyncio.Transport, close: Callable[[], None]) -> None:
+        super().__init__()
+        self.raw = raw
+        self._close = close
+        self._closed = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.raw.write(data)
+
+    def is_closing(self) -> bool:
+        return self._closed or self.raw.is_closing()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._close()
+
+
+_TOO_LARGE: Final = f"the headers have more than {MAX_HEADER_BYTES} bytes or {MAX_HEADER_LINES} lines"
+_UNAVAILABLE: Final = 503
+
+
+def _accepted(transport: asyncio.Transport) -> bool:
+    """Whether the client may send requests: over TLS only the gateway, whose certificate the authority has signed."""
+    if transport.get_extra_info("ssl_object") is None:
+        return True
+    return GATEWAY in names(transport.get_extra_info("peercert") or {})
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
+
+
+def _client(host: str) -> str:
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return host
+    if not isinstance(address, IPv6Address):
+        return host
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(IPv6Network((int(address), _IPV6_SITE), strict=False))
+
+
+def _with_descriptors(connections: int) -> int:
+    """Raise the process's limit of open files for so many connections, and return how many of them it allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + OWN_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        if soft < wanted:
+            connections = max(1, min(connections, soft // 2))
+            _log.warning(
+                "connection limit reduced: the limit of open files is too low", files=soft, connections=connections
+            )
+    return connections

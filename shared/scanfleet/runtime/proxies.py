@@ -1,0 +1,57 @@
+"""The source address of a request behind trusted proxies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+from scanfleet.scanning.targets import Network
+
+
+class Proxies:
+    """The trusted proxies in front of a service.
+
+    Args:
+        networks: every address in these networks is a trusted proxy.
+    """
+
+    def __init__(self, networks: Sequence[Network]) -> None:
+        self._networks = networks
+
+    def __contains__(self, host: str) -> bool:
+        if not self._networks or (address := _address(host)) is None:
+            return False
+        return any(address in network for network in self._networks)
+
+    def source(self, peer: str, forwarded: Sequence[str]) -> str:
+        """Return the address that the request came from.
+
+        Each proxy appends the address of its client to X-Forwarded-For; everything before that entry may be invented by
+        the client. So the source is the last address that is not a trusted proxy, or the first one if all are.
+
+        Args:
+            peer: address of the connection's other end.
+            forwarded: values of X-Forwarded-For, in order.
+        """
+        source = peer
+        hops = [hop for value in forwarded for hop in value.split(",")]
+        while source in self and hops:
+            address = _address(hops.pop())
+            if address is None:
+                break  # the proxy reported an invalid address, so that proxy is the last known hop
+            source = str(address)
+        return source
+
+
+def _address(text: str) -> IPv4Address | IPv6Address | None:
+    """Return the address in one hop; some proxies add the port, and brackets around IPv6."""
+    host = text.strip()
+    if host.startswith("["):
+        host = host[1:].partition("]")[0]
+    elif host.count(":") == 1:
+        host = host.partition(":")[0]
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return None
+    return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address

@@ -1,0 +1,1 @@
+"""The vocabulary of a scan: targets, ports, policies and outcomes."""

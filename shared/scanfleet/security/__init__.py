@@ -1,0 +1,1 @@
+"""Tokens, the audit log and signed chunks."""
