@@ -16,6 +16,7 @@ from scanfleet.contracts.messages import Message
 from scanfleet.contracts.messages.envelope import Headers, RawRecord, dead_letter_headers, decode, encode
 from scanfleet.contracts.messages.topics import Topic
 from scanfleet.errors import DependencyError
+from scanfleet.runtime import tracing
 from scanfleet.runtime.bus import Consumer, DeadLetterCallback, Handler, M
 from scanfleet.runtime.consumer import BatchDroppedError, ConsumerLoop, Listener
 
@@ -104,7 +105,7 @@ class MemoryBus:
         return not self.broker.away
 
     async def publish(self, topic: Topic, messages: Iterable[Message]) -> None:
-        envelopes = [encode(topic, message, source=self._source) for message in messages]
+        envelopes = [encode(topic, message, source=self._source, traceparent=tracing.current()) for message in messages]
         self.broker.check()
         for envelope in envelopes:
             partition = topic.partition_of(envelope.key.decode())

@@ -56,9 +56,9 @@ LISTS: Final[dict[str, Callable[[], set[str]]]] = {
     "pyproject.toml, mypy_path": lambda: folders(project()["mypy"]["mypy_path"].split(":")),
     "pyproject.toml, coverage": lambda: named(project()["coverage"]["run"]["source_pkgs"]),
     "pyproject.toml, root_packages": lambda: named(project()["importlinter"]["root_packages"]),
-    "pyproject.toml, contract of services": lambda: named(layers("Services stand")),
+    "pyproject.toml, contract of services": lambda: named(layers("Services import")),
     "pyproject.toml, contract of test support": lambda: named(layers("No runtime package")),
-    "pyproject.toml, contract of the command line": lambda: named(layers("The command line stands")),
+    "pyproject.toml, contract of the command line": lambda: named(layers("The command line imports")),
     "pyproject.toml, contract of layers": lambda: named(
         next(
             each["containers"]

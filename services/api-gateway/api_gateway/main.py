@@ -32,6 +32,7 @@ from scanfleet.runtime import logging, service, tracing
 from scanfleet.runtime.bus import Bus
 from scanfleet.runtime.loop import Loop
 from scanfleet.runtime.startup import Startup
+from scanfleet.security.audit import Refusals
 from scanfleet.security.auth import InternalTokens, TokenVerifier, open_verifier, read_private_key
 from scanfleet.services import GATEWAY, ORCHESTRATOR, RESULT_STORE
 
@@ -67,6 +68,7 @@ def create_app(
     settings = settings or Settings()
     logging.configure(GATEWAY, settings)
     tracing.configure(GATEWAY, settings)
+    refusals = Refusals(GATEWAY)
     bus = bus or KafkaBus(settings, source=GATEWAY, instance=settings.instance)
 
     @asynccontextmanager
@@ -101,7 +103,7 @@ def create_app(
             app.state.probes.watch(bus)
             app.state.probes.watch(replies)
             app.state.probes.watch(events)
-            app.state.probes.watch(await stack.enter_async_context(app.state.refusals.publishing_to(bus)))
+            app.state.probes.watch(await stack.enter_async_context(refusals.publishing_to(bus)))
             app.state.gateway = State(
                 commands,
                 orchestrator,
@@ -118,6 +120,7 @@ def create_app(
         name=GATEWAY,
         settings=settings,
         lifespan=lifespan,
+        refusals=refusals,
         routers=ROUTERS,
         public=True,
         title="Scanfleet",

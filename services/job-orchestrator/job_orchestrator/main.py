@@ -52,6 +52,7 @@ from scanfleet.runtime.loop import Loop
 from scanfleet.runtime.startup import Startup
 from scanfleet.scanning.policy import ADMITTED_SCRIPTS
 from scanfleet.scanning.targets import TargetRules
+from scanfleet.security.audit import Refusals
 from scanfleet.security.auth import InternalVerifier, read_private_key, read_public_keys
 from scanfleet.security.chunk_grants import Signer, key_id
 from scanfleet.services import ORCHESTRATOR
@@ -201,6 +202,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     settings = settings or Settings()
     logging.configure(ORCHESTRATOR, settings)
     tracing.configure(ORCHESTRATOR, settings)
+    refusals = Refusals(ORCHESTRATOR)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -227,7 +229,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             await startup.until_available("kafka", bus.start)
             stack.push_async_callback(bus.stop)
             app.state.probes.watch(bus)
-            app.state.probes.watch(await stack.enter_async_context(app.state.refusals.publishing_to(bus)))
+            app.state.probes.watch(await stack.enter_async_context(refusals.publishing_to(bus)))
 
             clock = PlatformTime(store.time)
             await startup.until_available("mongodb", clock.refresh)
@@ -267,4 +269,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 app.state.probes.watch(loop)
             yield
 
-    return service.create_app(name=ORCHESTRATOR, settings=settings, lifespan=lifespan, routers=ROUTERS)
+    return service.create_app(
+        name=ORCHESTRATOR, settings=settings, lifespan=lifespan, refusals=refusals, routers=ROUTERS
+    )

@@ -15,7 +15,8 @@ from scanfleet.contracts.messages.topics import SCAN_DELETIONS, SCAN_RESULTS
 from scanfleet.kafka import KafkaBus
 from scanfleet.runtime import logging, mongo, service, tracing
 from scanfleet.runtime.startup import Startup
-from scanfleet.security.auth import InternalVerifier, read_public_keys
+from scanfleet.security.audit import Refusals
+from scanfleet.security.auth import InternalVerifier, for_gateway, read_public_keys
 from scanfleet.security.chunk_grants import Grants
 from scanfleet.services import RESULT_STORE
 
@@ -24,6 +25,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     settings = settings or Settings()
     logging.configure(RESULT_STORE, settings)
     tracing.configure(RESULT_STORE, settings)
+    refusals = Refusals(RESULT_STORE)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -39,7 +41,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             bus = KafkaBus(settings, source=RESULT_STORE, instance=settings.instance)
             await startup.until_available("kafka", bus.start)
             stack.push_async_callback(bus.stop)
-            handler = ResultsHandler(store, bus, grants, app.state.refusals)
+            handler = ResultsHandler(store, bus, grants, refusals)
             deletions = DeletionsHandler(store, bus)
             consumers = (
                 bus.consume(SCAN_RESULTS, RESULT_STORE, handler),
@@ -48,10 +50,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             for loop in (*consumers, deletions.loop):
                 await startup.until_available("kafka", loop.start)
                 stack.push_async_callback(loop.stop)
-            refusals = await stack.enter_async_context(app.state.refusals.publishing_to(bus))
-            for part in (bus, *consumers, deletions.loop, refusals):
+            publishing = await stack.enter_async_context(refusals.publishing_to(bus))
+            for part in (bus, *consumers, deletions.loop, publishing):
                 app.state.probes.watch(part)
             yield
 
-    routers = [results.router, hosts.router, nmap_xml.router, service.for_gateway]
-    return service.create_app(name=RESULT_STORE, settings=settings, lifespan=lifespan, routers=routers)
+    routers = [results.router, hosts.router, nmap_xml.router, for_gateway]
+    return service.create_app(
+        name=RESULT_STORE, settings=settings, lifespan=lifespan, refusals=refusals, routers=routers
+    )

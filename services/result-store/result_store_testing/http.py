@@ -15,6 +15,7 @@ from result_store_testing import Log, MemoryStore
 from scanfleet.contracts.messages import HostScanned
 from scanfleet.runtime import service
 from scanfleet.runtime.settings import FrontSettings
+from scanfleet.security.audit import Refusals
 from scanfleet_testing.tokens import Issuer
 
 ISSUER: Final = Issuer()
@@ -27,6 +28,7 @@ def client(store: MemoryStore) -> httpx.AsyncClient:
 
     app = service.create_app(
         name="result-store",
+        refusals=Refusals("result-store"),
         settings=FrontSettings(),
         lifespan=nothing,
         routers=[results.router, hosts.router, nmap_xml.router],

@@ -14,6 +14,7 @@ from scanfleet.contracts.messages import topics
 from scanfleet.kafka import KafkaBus
 from scanfleet.runtime import logging, service, tracing
 from scanfleet.runtime.startup import Startup
+from scanfleet.security.audit import Refusals
 from scanfleet.services import WORKER
 from scanner_worker.handlers.batch import Abilities
 from scanner_worker.handlers.worker import Worker
@@ -27,6 +28,7 @@ def create_app() -> FastAPI:
     settings = Settings()
     logging.configure(WORKER, settings)
     tracing.configure(WORKER, settings)
+    refusals = Refusals(WORKER)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -47,7 +49,7 @@ def create_app() -> FastAPI:
             scripts=settings.allowed_scripts,
             grants=grants,
         )
-        worker = Worker(worker_id, abilities, nmap, bus, app.state.refusals.add_denied_chunk)
+        worker = Worker(worker_id, abilities, nmap, bus, refusals.add_denied_chunk)
         tasks = bus.tail(topics.SCAN_TASKS, worker, key=worker_id)
         startup: Startup = app.state.startup
         async with AsyncExitStack() as stack:
@@ -56,7 +58,7 @@ def create_app() -> FastAPI:
             stack.push_async_callback(nmap.stop)
             await startup.until_available("kafka", bus.start)
             stack.push_async_callback(bus.stop)
-            app.state.probes.watch(await stack.enter_async_context(app.state.refusals.publishing_to(bus)))
+            app.state.probes.watch(await stack.enter_async_context(refusals.publishing_to(bus)))
             await startup.until_available("kafka", tasks.start)
             stack.push_async_callback(tasks.stop)
             await worker.start()
@@ -67,7 +69,7 @@ def create_app() -> FastAPI:
                 app.state.probes.watch(part)
             yield
 
-    return service.create_app(name=WORKER, settings=settings, lifespan=lifespan)
+    return service.create_app(name=WORKER, settings=settings, lifespan=lifespan, refusals=refusals)
 
 
 def _exit_with_0() -> None:

@@ -31,6 +31,7 @@ from scanfleet.errors import DependencyError
 from scanfleet.kafka.broker import BACKOFF_MS, access, connect, depending
 from scanfleet.kafka.sources import Member, Past, Tail
 from scanfleet.kafka.topics import DEAD_LETTER_BYTES
+from scanfleet.runtime import tracing
 from scanfleet.runtime.bus import Consumer, DeadLetterCallback, Handler, M
 from scanfleet.runtime.consumer import ConsumerLoop, Source
 from scanfleet.runtime.settings import KafkaSettings
@@ -140,7 +141,7 @@ class KafkaBus:
         return self.alive and not self._count_overdue()
 
     async def publish(self, topic: Topic, messages: Iterable[Message]) -> None:
-        envelopes = [encode(topic, message, source=self._source) for message in messages]
+        envelopes = [encode(topic, message, source=self._source, traceparent=tracing.current()) for message in messages]
         await self.send(topic.name, [(envelope.key, envelope.value, envelope.headers) for envelope in envelopes])
 
     def on_dead_letter(self, callback: DeadLetterCallback) -> None:

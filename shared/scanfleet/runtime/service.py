@@ -41,8 +41,6 @@ from scanfleet.runtime.front import Front
 from scanfleet.runtime.proxies import Proxies
 from scanfleet.runtime.settings import FrontSettings
 from scanfleet.runtime.startup import Startup
-from scanfleet.security.audit import Refusals
-from scanfleet.security.auth import GatewayRoute, Principal
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 Check = Callable[[], Awaitable[None]]
@@ -111,6 +109,21 @@ class Watched(Protocol):
     def ready(self) -> bool: ...
 
 
+class Refusals(Protocol):
+    """The record of refused requests, for the audit log."""
+
+    service: str
+
+    def add(self, entry: AuditEntry) -> None: ...
+
+
+class _Caller(Protocol):
+    """The authenticated caller, in `scope["caller"]`."""
+
+    @property
+    def user_id(self) -> int: ...
+
+
 class Probes:
     """The conditions of a service's health and readiness; `create_app` creates it, the lifespan fills it."""
 
@@ -154,6 +167,7 @@ def create_app(
     name: str,
     settings: FrontSettings,
     lifespan: Lifespan,
+    refusals: Refusals,
     routers: Sequence[APIRouter] = (),
     public: bool = False,
     max_body_seconds: float = MAX_BODY_S,
@@ -164,8 +178,9 @@ def create_app(
     Args:
         name: the service's name.
         settings: limits of connections and requests.
-        lifespan: opens adapters and consumers and closes them in reverse. It registers them at `app.state.probes`,
-            publishes `app.state.refusals` on the bus, and waits for dependencies with `app.state.startup`.
+        lifespan: opens adapters and consumers and closes them in reverse. It registers them at `app.state.probes`
+            and waits for dependencies with `app.state.startup`.
+        refusals: the record of refused requests.
         routers: the service's own routes.
         public: the service is exposed to clients, so it assigns every request id itself. A service behind the gateway
             keeps the id that a trusted proxy, the gateway, sends.
@@ -191,7 +206,7 @@ def create_app(
     app.state.startup = startup
     app.state.probes = Probes()
     app.state.probes.watch(startup)
-    app.state.refusals = Refusals(name)
+    app.state.refusals = refusals
     for router in routers:
         app.include_router(router)
     return app
@@ -284,7 +299,8 @@ async def _healthz(request: Request) -> Response:
 
 
 @_probes.get("/readyz")
-async def _readyz(request: Request) -> Response:
+async def readiness(request: Request) -> Response:
+    """Answer whether the service is ready."""
     if starting := cast(Startup, request.app.state.startup).missing:
         return error_response(503, f"starting, waiting for {starting}")
     if stage := cast(Probes, request.app.state.probes).stage:
@@ -292,15 +308,6 @@ async def _readyz(request: Request) -> Response:
     if missing := await cast(Probes, request.app.state.probes).missing():
         return error_response(503, f"unavailable: {', '.join(missing)}")
     return Response('{"status":"ok"}', media_type="application/json")
-
-
-for_gateway = APIRouter(prefix="/internal", route_class=GatewayRoute)
-"""Readiness for the gateway on the API port, since it may not reach the probe port."""
-
-
-@for_gateway.get("/ready")
-async def _ready(request: Request) -> Response:
-    return await _readyz(request)
 
 
 @_probes.get("/metrics")
@@ -328,7 +335,7 @@ def audit_entry(
     reason: str = "",
 ) -> AuditEntry:
     """Return the audit entry of this request; the default target is its path."""
-    caller = cast(Principal | None, request.scope.get("caller"))
+    caller = cast(_Caller | None, request.scope.get("caller"))
     return AuditEntry(
         id=uuid4().hex,
         time=utc_now(),

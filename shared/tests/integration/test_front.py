@@ -18,6 +18,7 @@ from fastapi.responses import StreamingResponse
 from scanfleet.runtime import front, service
 from scanfleet.runtime.front import BoundedProtocol
 from scanfleet.runtime.settings import FrontSettings
+from scanfleet.security.audit import Refusals
 from scanfleet_testing.waiting import until
 
 pytestmark = pytest.mark.integration
@@ -133,7 +134,9 @@ async def serve(**settings: Any) -> AsyncIterator[Served]:
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
 
-    app = service.create_app(name="test", settings=FrontSettings(**settings), lifespan=lifespan, routers=[router])
+    app = service.create_app(
+        name="test", refusals=Refusals("test"), settings=FrontSettings(**settings), lifespan=lifespan, routers=[router]
+    )
     app.state.asked = 0
     app.state.answer = asyncio.Event()
     with socket.create_server(("127.0.0.1", 0)) as listening:

@@ -16,6 +16,7 @@ from scanfleet.errors import DependencyError
 from scanfleet.runtime import logging, service
 from scanfleet.runtime.server import PROBE_CONNECTIONS, Server
 from scanfleet.runtime.settings import ApiSettings, CommonSettings
+from scanfleet.security.audit import Refusals
 from scanfleet_testing.waiting import until
 
 pytestmark = pytest.mark.integration
@@ -66,7 +67,9 @@ def parts() -> Parts:
 @asynccontextmanager
 async def running(parts: Parts, settings: CommonSettings, *, patience: float = 10.0) -> AsyncIterator[Server]:
     logging.configure("test", settings)
-    app = service.create_app(name="test", settings=settings, lifespan=parts.lifespan, routers=[router])
+    app = service.create_app(
+        name="test", refusals=Refusals("test"), settings=settings, lifespan=parts.lifespan, routers=[router]
+    )
     app.state.startup.patience_seconds = patience
     server = Server(app)
     serving = asyncio.create_task(server._serve())  # `serve` would end this process by the signals that it took
@@ -163,7 +166,9 @@ async def test_taken_probe_port_ends_the_start(parts: Parts, capsys: pytest.Capt
     """A process that cannot listen for probes names the setting and ends before it opens anything."""
     async with running(parts, with_api()) as server:
         settings = Settings(instance="test", probe_port=server.probe_port, api_port=0)
-        second = Server(service.create_app(name="test", settings=settings, lifespan=parts.lifespan))
+        second = Server(
+            service.create_app(name="test", refusals=Refusals("test"), settings=settings, lifespan=parts.lifespan)
+        )
         with pytest.raises(SystemExit):
             await second.startup()
     assert "SCANFLEET_PROBE_PORT" in capsys.readouterr().out
@@ -174,7 +179,9 @@ async def test_taken_api_port_ends_the_start(parts: Parts, capsys: pytest.Captur
     async with running(parts, with_api()) as server:
         port = server.servers[0].sockets[0].getsockname()[1]
         settings = Settings(instance="test", probe_port=0, api_port=port)
-        second = Server(service.create_app(name="test", settings=settings, lifespan=parts.lifespan))
+        second = Server(
+            service.create_app(name="test", refusals=Refusals("test"), settings=settings, lifespan=parts.lifespan)
+        )
         with pytest.raises(SystemExit):
             await second._serve()
         assert parts.closing.is_set()

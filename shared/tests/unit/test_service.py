@@ -23,6 +23,7 @@ from scanfleet.runtime import logging, tracing
 from scanfleet.runtime.service import PathId, create_app, create_probes
 from scanfleet.runtime.settings import CommonSettings, FrontSettings
 from scanfleet.scanning.targets import Network
+from scanfleet.security.audit import Refusals
 from scanfleet.security.auth import Caller, Guarded, Principal
 from scanfleet_testing.tokens import Issuer
 
@@ -127,7 +128,14 @@ def app() -> FastAPI:
 def make_app(proxies: Sequence[Network] = (), *, public: bool = False) -> FastAPI:
     logging.configure("test", CommonSettings(instance="test"))
     settings = FrontSettings(trusted_proxies=tuple(proxies))
-    return create_app(name="test", settings=settings, lifespan=lifespan, routers=[router, guarded], public=public)
+    return create_app(
+        name="test",
+        refusals=Refusals("test"),
+        settings=settings,
+        lifespan=lifespan,
+        routers=[router, guarded],
+        public=public,
+    )
 
 
 @pytest.fixture

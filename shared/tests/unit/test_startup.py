@@ -15,6 +15,7 @@ from scanfleet.runtime import logging
 from scanfleet.runtime.service import create_app, create_probes
 from scanfleet.runtime.settings import CommonSettings
 from scanfleet.runtime.startup import Startup
+from scanfleet.security.audit import Refusals
 from scanfleet_testing.waiting import until
 
 router = APIRouter()
@@ -59,7 +60,13 @@ async def running(first: Part, second: Part, *, fault: Exception | None = None) 
                 raise fault
             yield
 
-    app = create_app(name="test", settings=CommonSettings(instance="test"), lifespan=lifespan, routers=[router])
+    app = create_app(
+        name="test",
+        refusals=Refusals("test"),
+        settings=CommonSettings(instance="test"),
+        lifespan=lifespan,
+        routers=[router],
+    )
     app.state.startup.patience_seconds = 0.05
     async with app.router.lifespan_context(app):
         yield app

@@ -29,6 +29,7 @@ from scanfleet.runtime import logging, service
 from scanfleet.runtime.server import Server
 from scanfleet.runtime.settings import CommonSettings, InternalApiSettings
 from scanfleet.runtime.tls import client_context
+from scanfleet.security.audit import Refusals
 from scanfleet_testing.waiting import until
 
 pytestmark = pytest.mark.integration
@@ -105,7 +106,11 @@ async def serving(files: Files, **changed: Any) -> AsyncIterator[Server]:
     given = ports | files.settings | changed
     settings = Settings(instance="test", internal_public_keys_file=Path("none"), **given)
     logging.configure("test", settings)
-    server = Server(service.create_app(name="test", settings=settings, lifespan=lifespan, routers=[router]))
+    server = Server(
+        service.create_app(
+            name="test", refusals=Refusals("test"), settings=settings, lifespan=lifespan, routers=[router]
+        )
+    )
     running = asyncio.create_task(server._serve())  # `serve` would end this process by the signals that it took
     await until(lambda: server.started)
     try:

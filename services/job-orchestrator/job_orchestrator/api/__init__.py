@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from job_orchestrator.api import access, audit, coverage, imports, internal, policies, subnets, tasks
-from scanfleet.runtime import service
+from scanfleet.security.auth import for_gateway
 
 ROUTERS: tuple[APIRouter, ...] = (
     tasks.router,
@@ -17,5 +17,5 @@ ROUTERS: tuple[APIRouter, ...] = (
     internal.router,
     access.router,
     access.internal,
-    service.for_gateway,
+    for_gateway,
 )

@@ -19,6 +19,7 @@ from job_orchestrator_testing import RULES, MemoryStore, World
 from scanfleet.clock import utc_now
 from scanfleet.runtime import service
 from scanfleet.runtime.settings import FrontSettings
+from scanfleet.security.audit import Refusals
 from scanfleet.security.auth import InternalVerifier, read_public_keys
 from scanfleet.services import ORCHESTRATOR
 from scanfleet_testing.tokens import InternalKeys, Issuer
@@ -49,7 +50,13 @@ async def api(tmp_path: Path) -> AsyncIterator[Api]:
 
     store = MemoryStore()
     keys = InternalKeys(tmp_path)
-    app = service.create_app(name="job-orchestrator", settings=FrontSettings(), lifespan=lifespan, routers=ROUTERS)
+    app = service.create_app(
+        name="job-orchestrator",
+        refusals=Refusals("job-orchestrator"),
+        settings=FrontSettings(),
+        lifespan=lifespan,
+        routers=ROUTERS,
+    )
     app.state.verifier = InternalVerifier(read_public_keys(keys.public_keys_file), ORCHESTRATOR)
     world = World(store)
     app.state.orchestrator = State(store, world.only.commands, world.only.deletions, RULES)

@@ -31,6 +31,7 @@ from scanfleet.contracts.messages import JobStatus
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS
 from scanfleet.runtime import service
 from scanfleet.runtime.settings import FrontSettings
+from scanfleet.security.audit import Refusals
 from scanfleet_testing.tokens import Issuer
 
 ISSUER = Issuer()
@@ -114,7 +115,13 @@ def api(store: MemoryStore, world: World, quotas: Quotas) -> Api:
     async def nothing(_app: FastAPI) -> AsyncIterator[None]:
         yield
 
-    app = service.create_app(name="job-orchestrator", settings=FrontSettings(), lifespan=nothing, routers=ROUTERS)
+    app = service.create_app(
+        name="job-orchestrator",
+        refusals=Refusals("job-orchestrator"),
+        settings=FrontSettings(),
+        lifespan=nothing,
+        routers=ROUTERS,
+    )
     app.state.verifier = ISSUER.verifier
     app.state.orchestrator = State(store, world.only.commands, world.only.deletions, RULES, quotas=quotas)
     return Api(app)

@@ -26,6 +26,7 @@ from scanfleet.contracts.messages.topics import SCAN_AUDIT, SCAN_AUDIT_OPERATOR,
 from scanfleet.errors import DependencyError, MessageError
 from scanfleet.runtime import service
 from scanfleet.runtime.settings import FrontSettings
+from scanfleet.security.audit import Refusals
 from scanfleet.services import GATEWAY, ORCHESTRATOR, RESULT_STORE, SERVICES, WORKER
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.tokens import Issuer
@@ -44,6 +45,7 @@ def app(world: World) -> FastAPI:
 
     app = service.create_app(
         name="job-orchestrator",
+        refusals=Refusals("job-orchestrator"),
         settings=FrontSettings(trusted_proxies=(ip_network("127.0.0.1"),)),
         lifespan=nothing,
         routers=ROUTERS,

@@ -25,6 +25,7 @@ from scanfleet.contracts.messages import CommandAccepted, DeleteResults
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_DELETIONS
 from scanfleet.runtime import service
 from scanfleet.runtime.settings import FrontSettings
+from scanfleet.security.audit import Refusals
 from scanfleet_testing.tokens import Issuer
 
 ISSUER = Issuer()
@@ -43,7 +44,13 @@ def client(world: World) -> httpx.AsyncClient:
     async def nothing(_app: FastAPI) -> AsyncIterator[None]:
         yield
 
-    app = service.create_app(name="job-orchestrator", settings=FrontSettings(), lifespan=nothing, routers=ROUTERS)
+    app = service.create_app(
+        name="job-orchestrator",
+        refusals=Refusals("job-orchestrator"),
+        settings=FrontSettings(),
+        lifespan=nothing,
+        routers=ROUTERS,
+    )
     app.state.verifier = ISSUER.verifier
     app.state.orchestrator = State(world.store, world.only.commands, world.only.deletions, RULES)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://orchestrator")

@@ -22,6 +22,7 @@ from scanfleet.errors import DependencyError
 from scanfleet.runtime import service
 from scanfleet.runtime.front import BoundedProtocol
 from scanfleet.runtime.settings import FrontSettings
+from scanfleet.security.audit import Refusals
 from scanfleet_testing.tokens import Issuer
 from scanfleet_testing.waiting import until
 
@@ -63,7 +64,13 @@ async def served(store: MemoryStore) -> AsyncIterator[httpx.AsyncClient]:
         app.state.verifier = ISSUER.verifier
         yield
 
-    app = service.create_app(name="result-store", settings=FrontSettings(), lifespan=lifespan, routers=[router])
+    app = service.create_app(
+        name="result-store",
+        refusals=Refusals("result-store"),
+        settings=FrontSettings(),
+        lifespan=lifespan,
+        routers=[router],
+    )
     config = uvicorn.Config(
         app, http=BoundedProtocol, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=1
     )

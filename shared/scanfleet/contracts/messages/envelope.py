@@ -11,12 +11,10 @@ from typing import Final, TypeVar
 from pydantic import ValidationError
 
 from scanfleet.clock import utc_now
-from scanfleet.contracts.messages.base import Message
+from scanfleet.contracts.messages.base import TRACEPARENT, Message
 from scanfleet.contracts.messages.fields import MAX_BYTES
 from scanfleet.contracts.messages.topics import Topic
 from scanfleet.errors import MessageError
-from scanfleet.runtime import tracing
-from scanfleet.runtime.tracing import TRACEPARENT
 
 M = TypeVar("M", bound=Message)
 
@@ -55,10 +53,14 @@ class RawRecord:
     headers: Headers
 
 
-def encode(topic: Topic, message: Message, *, source: str) -> Envelope:
-    """Encode `message` for `topic`; `source` is the publishing service.
+def encode(topic: Topic, message: Message, *, source: str, traceparent: str | None = None) -> Envelope:
+    """Encode `message` for `topic`.
 
-    The trace is the message's own, else the current one.
+    Args:
+        topic: the message's topic.
+        message: the value.
+        source: the publishing service.
+        traceparent: the current trace, for a message that has none of its own.
 
     Raises:
         MessageError: the message does not belong to this topic, or is too large.
@@ -81,8 +83,8 @@ def encode(topic: Topic, message: Message, *, source: str) -> Envelope:
         ("ce_time", utc_now().isoformat()),
         ("ce_subject", message.subject),
     ]
-    if traceparent := message.traceparent or tracing.current():
-        headers.append(("traceparent", traceparent))
+    if trace := message.traceparent or traceparent:
+        headers.append(("traceparent", trace))
     return Envelope(topic.key_of(message).encode(), value, tuple((name, text.encode()) for name, text in headers))
 
 

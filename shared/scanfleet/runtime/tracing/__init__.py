@@ -7,13 +7,12 @@ downstream calls, at the cost of a microsecond.
 from __future__ import annotations
 
 import asyncio
-import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Final, Literal, Protocol, TypeGuard, TypeVar
+from typing import Literal, Protocol, TypeGuard, TypeVar
 
 from opentelemetry.context import Context
 from opentelemetry.trace import (
@@ -28,16 +27,15 @@ from opentelemetry.trace import (
     set_span_in_context,
 )
 
+from scanfleet.contracts.messages.base import TRACEPARENT
 from scanfleet.runtime.settings import CommonSettings
-
-TRACEPARENT: Final = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 Kind = Literal["internal", "server", "producer", "consumer"]
 Attributes = Mapping[str, str | int]
 
 _K = TypeVar("_K", int, str)
 
-__all__ = ["TRACEPARENT", "Span", "configure", "current", "export_to", "span", "spans", "stop", "trace_id", "within"]
+__all__ = ["Span", "configure", "current", "export_to", "span", "spans", "stop", "trace_id", "within"]
 
 
 class Exporting(Protocol):

@@ -11,7 +11,15 @@ from scanfleet.security.auth.internal import (
 )
 from scanfleet.security.auth.keys import FixedKeys, JwksKeys, Key, Keys
 from scanfleet.security.auth.principal import Principal
-from scanfleet.security.auth.routes import Caller, GatewayRoute, Guarded, Sessions, authenticate, bearer_token
+from scanfleet.security.auth.routes import (
+    Caller,
+    GatewayRoute,
+    Guarded,
+    Sessions,
+    authenticate,
+    bearer_token,
+    for_gateway,
+)
 from scanfleet.security.auth.verifier import Revoked, TokenVerifier, Users, Verifier, open_verifier
 
 __all__ = [
@@ -33,6 +41,7 @@ __all__ = [
     "Verifier",
     "authenticate",
     "bearer_token",
+    "for_gateway",
     "open_verifier",
     "read_private_key",
     "read_public_keys",

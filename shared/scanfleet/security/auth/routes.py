@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Annotated, Final, Protocol, cast
 
 import structlog
-from fastapi import Request, Security
+from fastapi import APIRouter, Request, Response, Security
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from fastapi.security.base import SecurityBase
 from starlette.types import Receive, Scope, Send
 
 from scanfleet.errors import UnauthorizedError
+from scanfleet.runtime.service import readiness
 from scanfleet.security.auth.principal import Principal
 from scanfleet.security.auth.verifier import Verifier
 
@@ -93,6 +94,15 @@ class GatewayRoute(Guarded):
         if caller.user_id:
             raise UnauthorizedError("the token is not valid", reason="sub is a user")
         return caller
+
+
+for_gateway = APIRouter(prefix="/internal", route_class=GatewayRoute)
+"""Readiness for the gateway on the API port, since it may not reach the probe port."""
+
+
+@for_gateway.get("/ready")
+async def _ready(request: Request) -> Response:
+    return await readiness(request)
 
 
 class _LetIn(SecurityBase):
