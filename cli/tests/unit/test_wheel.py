@@ -20,8 +20,8 @@ def test_wheel_holds_the_modules_that_the_command_imports() -> None:
     project = tomllib.loads((ROOT / "cli" / "pyproject.toml").read_text(encoding="utf-8"))
     files = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
     packed = {file.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for file in files.values()}
-    packages = {module.rpartition(".")[0] for module in needed}
-    assert packed - {"scanfleet.py.typed"} == needed | packages | {"scanfleet"}
+    packages = {module.rpartition(".")[0] for module in needed} - {""}
+    assert packed - {"scanfleet.py.typed"} == needed | packages
     assert all((ROOT / "cli" / source).is_file() for source in files)
 
 
