@@ -114,7 +114,9 @@ class AlreadyEndedError(CommandError):
     """The job had ended before it could be cancelled."""
 
 
-def cancel_each(session: Session, job_ids: Sequence[int], *, pass_over_ended: bool = False) -> bool:
+def cancel_each(
+    session: Session, job_ids: Sequence[int], *, pass_over_ended: bool = False
+) -> tuple[list[int], list[CommandError]]:
     """Cancel jobs one by one, and continue after errors.
 
     Args:
@@ -123,12 +125,9 @@ def cancel_each(session: Session, job_ids: Sequence[int], *, pass_over_ended: bo
         pass_over_ended: whether a job that has ended already is no error.
 
     Returns:
-        Whether a job was cancelled.
-
-    Raises:
-        CommandError: some jobs could not be cancelled.
+        The ids of the cancelled jobs, and the errors of others.
     """
-    errors, cancelled = [], False
+    errors, cancelled = [], []
     for job_id in dict.fromkeys(job_ids):
         try:
             _cancel(session, job_id)
@@ -139,10 +138,9 @@ def cancel_each(session: Session, job_ids: Sequence[int], *, pass_over_ended: bo
             end.message = f"job {job_id} could not be cancelled: {end.message}"
             errors.append(end)
             continue
-        cancelled = True
+        cancelled.append(job_id)
         session.output.note(f"✓ job {job_id} cancelled")
-    many_failed(errors, session.output)
-    return cancelled
+    return cancelled, errors
 
 
 def _cancel(session: Session, job_id: int) -> None:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
 
 from scanfleet.contracts import rest
 from scanfleet_cli import calls, coverage
 from scanfleet_cli.client import parse_json
 from scanfleet_cli.errors import CommandError
-from scanfleet_cli.output import Column, Format, Output, Row, column, count
-from scanfleet_cli.session import LIMIT, Session
+from scanfleet_cli.output import Column, Format, Output, Row, column, count, printable
+from scanfleet_cli.session import Session
 from scanfleet_cli.views import Followed
 
+TABLE_FIELDS: Final = "id,ip_address,port,protocol,status,service,version,os_info,banner"
+"""Fields of the results that a table needs; without `raw_data` a response has a seventh of the size."""
 
-def columns() -> list[Column]:
-    """Return the columns of a table of results."""
+
+def columns(*, grouped: bool = False) -> list[Column]:
+    """Return the columns of a table of results.
+
+    Args:
+        grouped: whether to show each address only in its first row; for rows in order of addresses.
+    """
     return [
-        column("ADDRESS", "ip_address"),
+        Column("ADDRESS", _address_once()) if grouped else column("ADDRESS", "ip_address"),
         Column("PORT", lambda row: f"{row['port']}/{row['protocol']}"),
         column("STATE", "status"),
         column("SERVICE"),
@@ -25,6 +32,18 @@ def columns() -> list[Column]:
         column("OS", "os_info", wide=True),
         column("BANNER", wide=True),
     ]
+
+
+def _address_once() -> Callable[[Row], str]:
+    last = ""
+
+    def cell(row: Row) -> str:
+        nonlocal last
+        same = row["ip_address"] == last
+        last = row["ip_address"]
+        return "" if same else last
+
+    return cell
 
 
 def rows(session: Session, job_id: int, **query: Any) -> Iterator[Row]:
@@ -104,15 +123,22 @@ class Printer:
 
     Args:
         output: of the command.
+        option: of the command that makes it print line by line.
+        raw: whether to print nmap's XML of each port instead of a table.
 
     Raises:
         CommandError: the format cannot be printed line by line.
     """
 
-    def __init__(self, output: Output) -> None:
-        if output.format not in {Format.TABLE, Format.WIDE, Format.JSONL} or output.fields is not None:
-            raise CommandError("--found prints a table, or JSON lines with -o jsonl", hint="leave out --found")
+    def __init__(self, output: Output, option: str = "--found", *, raw: bool = False) -> None:
+        table = output.format in {Format.TABLE, Format.WIDE}
+        if raw and not (table and output.fields is None):
+            raise CommandError("--raw prints text; in the other formats it is the field raw_data", hint="omit --raw")
+        if not (table or output.format is Format.JSONL):
+            raise CommandError(f"{option} prints a table, or JSON lines with -o jsonl", hint=f"omit {option}")
         self._output = output
+        self._tagged = option == "--found"
+        self._raw = raw
         self._printed: set[int] = set()
 
     def print(self, row: Row) -> None:
@@ -120,22 +146,18 @@ class Printer:
         if row["id"] in self._printed:
             return
         self._printed.add(row["id"])
-        if self._output.format is Format.JSONL:
-            self._output.line({"kind": "result"} | dict(row))
+        if self._raw:
+            self._output.emit("\n".join(map(printable, row["raw_data"].splitlines())))
+        elif self._output.fields is not None:
+            self._output.line(row)
+        elif self._output.format is Format.JSONL:
+            self._output.line(({"kind": "result"} if self._tagged else {}) | dict(row))
         else:
             self._output.row(row, columns())
 
-
-def limited(session: Session, found: Iterator[Row]) -> Iterator[Row]:
-    """Yield up to `--limit` rows (by default one screen on a terminal, all elsewhere), and note the total if it is higher."""
-    limit = session.limit_or(LIMIT if session.output.terminal else 0)
-    number = 0
-    for number, row in enumerate(found, 1):
-        if limit and number > limit:
-            continue
-        yield row
-    if limit and number > limit:
-        session.output.note(f"{limit:,} of {number:,}; --limit 0 for all")
+    def print_all(self, found: Iterable[Row]) -> None:
+        for row in found:
+            self.print(row)
 
 
 def note_not_probed(session: Session, job_id: int) -> None:

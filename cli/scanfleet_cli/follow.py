@@ -16,7 +16,7 @@ from scanfleet_cli import calls, changes, coverage
 from scanfleet_cli.client import AsyncClient, parse_json
 from scanfleet_cli.errors import ApiError, CommandError, Exit, UnavailableError
 from scanfleet_cli.output import Row, printable
-from scanfleet_cli.session import Session
+from scanfleet_cli.session import Session, many_failed
 from scanfleet_cli.views import Followed, View, end_lines
 
 LEDGER_SECONDS: Final = 2.0  # interval of reading the ledger of a running job
@@ -95,7 +95,9 @@ def to_the_end(
             session.output.note(f"{noun} {ids} {verb}: scanfleet job watch {ids}, or scanfleet job cancel {ids}")
             raise
         session.output.note(f"cancelling {ids}")
-        if changes.cancel_each(session, job_ids, pass_over_ended=True):
+        cancelled, errors = changes.cancel_each(session, job_ids, pass_over_ended=True)
+        many_failed(errors, session.output)
+        if cancelled:
             raise
         jobs = asyncio.run(following.run(limit, found))
     if late := [job for job in jobs if job.task is None or not enough(job.task.status.status)]:
@@ -215,7 +217,7 @@ class _Following:
         noun = f"{len(self._jobs)} jobs" if others else f"job {first}"
 
         def notice(sentence: str) -> None:
-            self._session.output.note(f"{noun}: {printable(sentence)}")
+            self._view.notice(noun, printable(sentence))
 
         jobs, owner = list(self._jobs), self._owner
         async for task in client.watch_jobs(jobs, notice, owner) if others else client.watch(first, notice):

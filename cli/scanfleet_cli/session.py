@@ -209,6 +209,22 @@ class Session:
                     self.output.note(f"{shown:,} of {page['total']:,}; --limit 0 for all")
                 return
 
+    def limited(self, found: Iterable[Row], default: int | None = None) -> Iterator[Row]:
+        """Yield up to `--limit` rows, and note the total if it is higher.
+
+        Args:
+            found: the rows.
+            default: limit if there is no `--limit`; one screen on a terminal and all elsewhere if omitted.
+        """
+        limit = self.limit_or((LIMIT if self.output.terminal else 0) if default is None else default)
+        number = 0
+        for number, row in enumerate(found, 1):
+            if limit and number > limit:
+                continue
+            yield row
+        if limit and number > limit:
+            self.output.note(f"{limit:,} of {number:,}; --limit 0 for all")
+
     def show_list(self, rows: Iterable[Row], columns: Sequence[Column], empty: str, name: str = "id") -> None:
         """Print rows, or note `empty` if there are none."""
         counted = _Counted(rows)

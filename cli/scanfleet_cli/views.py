@@ -59,27 +59,33 @@ class View(Protocol):
     def tick(self, jobs: Sequence[Followed]) -> None:
         """Refresh; called once a second."""
 
+    def notice(self, noun: str, sentence: str) -> None:
+        """Report that the connection is lost or restored."""
+
     def close(self) -> None:
         """Stop showing progress."""
 
 
 class Silent:
-    """A view that prints nothing."""
+    """A view that prints nothing but notices."""
 
     wants_ledger = False
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
 
     def changed(self, job: Followed) -> None: ...
 
     def tick(self, jobs: Sequence[Followed]) -> None: ...
+
+    def notice(self, noun: str, sentence: str) -> None:
+        self._output.note(f"{noun}: {sentence}")
 
     def close(self) -> None: ...
 
 
 class JsonLines(Silent):
     """Prints each state as a JSON line on stdout."""
-
-    def __init__(self, output: Output) -> None:
-        self._output = output
 
     def changed(self, job: Followed) -> None:
         if job.task is not None:
@@ -92,7 +98,7 @@ class Log(Silent):
     wants_ledger = True
 
     def __init__(self, output: Output) -> None:
-        self._output = output
+        super().__init__(output)
         self._shown: dict[int, tuple[JobStatus, float]] = {}
 
     def changed(self, job: Followed) -> None:
@@ -107,6 +113,9 @@ class Log(Silent):
             shown = self._shown.get(job.job_id)
             if not job.final and shown and time.monotonic() - shown[1] >= SILENCE_SECONDS:
                 self._line(job)
+
+    def notice(self, noun: str, sentence: str) -> None:
+        self._output.note(f"{self._output.now().strftime(_TIME)} {noun} {sentence}")
 
     def _line(self, job: Followed) -> None:
         if job.task is None:
@@ -164,19 +173,23 @@ class Redrawn:
 
 
 class Bars(Silent):
-    """Draws a progress bar for each job, redrawn in place on the terminal."""
+    """Draws a progress bar for each job, redrawn in place on the terminal; the last one of an unfinished job remains."""
 
     wants_ledger = True
 
     def __init__(self, output: Output) -> None:
-        self._output = output
+        super().__init__(output)
         self._redrawn = Redrawn(output, output.stderr)
+        self._open: list[Followed] = []
 
     def tick(self, jobs: Sequence[Followed]) -> None:
-        self._redrawn.draw(self._blocks([job for job in jobs if not job.final]))
+        self._open = [job for job in jobs if not job.final]
+        self._redrawn.draw(self._blocks(self._open))
 
     def close(self) -> None:
         self._redrawn.close()
+        for line in self._blocks([job for job in self._open if job.task is not None and not job.final]):
+            self._output.note(line)
 
     def _blocks(self, jobs: Sequence[Followed]) -> list[str]:
         lines = [line for job in jobs[:BLOCKS] for line in self._block(job, named=len(jobs) > 1)]
@@ -208,7 +221,7 @@ def view_for(output: Output) -> View:
     if output.format is Format.JSONL:
         return JsonLines(output)
     if output.quiet:
-        return Silent()
+        return Silent(output)
     return Bars(output) if output.stderr.isatty() else Log(output)
 
 

@@ -10,7 +10,7 @@ import click
 from scanfleet_cli.config import Context, check_url
 from scanfleet_cli.errors import CommandError
 from scanfleet_cli.output import column
-from scanfleet_cli.session import Session, complete_context, formats, with_session, yes
+from scanfleet_cli.session import LIMIT, Session, complete_context, formats, lists, with_session, yes
 
 LOCAL: Final = "http://127.0.0.1:8080"
 """URL of the gateway of `make up`, the default of a new context."""
@@ -33,14 +33,16 @@ def _row(context: Context, current: str) -> dict[str, Any]:
 
 
 @context.command("list")
-@formats(_FIELDS)
+@lists(_FIELDS)
 @with_session
 def list_(session: Session) -> None:
     """List contexts."""
     current = session.config.current
     rows = [_row(each, current) for each in session.config.contexts().values()]
     columns = [column("NAME"), column("URL"), column("CURRENT"), column("TOKEN COMMAND", "token_command", wide=True)]
-    session.show_list(rows, columns, "no contexts yet: scanfleet context add NAME --url URL", "name")
+    session.show_list(
+        session.limited(rows, LIMIT), columns, "no contexts yet: scanfleet context add NAME --url URL", "name"
+    )
 
 
 @context.command()
@@ -90,7 +92,7 @@ def remove(session: Session, /, *, name: str, yes: bool) -> None:
 
 
 @context.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_context)
 @formats(_FIELDS)
 @with_session
 def show(session: Session, /, *, name: str | None) -> None:

@@ -16,7 +16,7 @@ from scanfleet.contracts.messages import Job, JobStatus
 from scanfleet_cli import calls, changes, chart, coverage, findings, follow, joblist, resolve, views
 from scanfleet_cli.errors import ApiError, CommandError, Exit
 from scanfleet_cli.output import Format, Row, ago, column, count, duration, printable
-from scanfleet_cli.session import Session, complete_job, formats, lists, long_lists, with_session, yes
+from scanfleet_cli.session import Session, complete_job, formats, lists, long_lists, many_failed, with_session, yes
 
 job_id = click.argument("job_id", type=click.IntRange(min=1), metavar="ID", shell_complete=complete_job)
 job_ids = click.argument(
@@ -172,12 +172,14 @@ def watch(
 
     With -o jsonl each state is printed, in the other formats the final states.
     """
+    if found and session.output.fields is not None:
+        raise CommandError("--json selects fields of jobs and cannot be combined with --found")
     printer = findings.Printer(session.output) if found else None
     limit, ids = follow.seconds(timeout), list(dict.fromkeys(job_ids))
     jobs = _watch(session, ids, limit, cancel=cancel_on_interrupt, found=printer.print if printer else None)
     if printer is not None:
-        for row in (row for each in ids for row in findings.rows(session, each)):
-            printer.print(row)
+        for each in ids:
+            printer.print_all(findings.rows(session, each))
     tasks = [job.task.model_dump(mode="json") for job in jobs if job.task is not None]
     match session.output.format:
         case Format.JSONL:
@@ -222,7 +224,7 @@ def wait(session: Session, /, *, job_ids: Sequence[int], every: bool, state: str
     def enough(status: JobStatus) -> bool:
         return status.final or (state == "running" and status is JobStatus.RUNNING)
 
-    jobs = follow.to_the_end(session, ids, views.Silent(), follow.seconds(timeout), enough=enough)
+    jobs = follow.to_the_end(session, ids, views.Silent(session.output), follow.seconds(timeout), enough=enough)
     for each in jobs:
         if each.task is not None:
             session.output.note(f"job {each.job_id} {each.task.status.status}")
@@ -237,18 +239,23 @@ def _unfinished(session: Session) -> list[int]:
 @job.command()
 @click.argument("job_ids", type=click.IntRange(min=1), nargs=-1, metavar="ID…", shell_complete=complete_job)
 @click.option("--all-mine", is_flag=True, help="All your unfinished jobs.")
+@click.option("--wait", "waits", is_flag=True, help="Wait for the final states, and print them.")
 @yes
 @with_session
-def cancel(session: Session, /, *, job_ids: Sequence[int], all_mine: bool, yes: bool) -> None:
+def cancel(session: Session, /, *, job_ids: Sequence[int], all_mine: bool, waits: bool, yes: bool) -> int:
     """Cancel pending or running jobs; their results so far are kept."""
     if all_mine == bool(job_ids):
         raise CommandError("specify jobs or --all-mine", hint="scanfleet job cancel --help")
     if all_mine:
         session.confirm("cancel all of your unfinished jobs?", yes=yes)
-        cancelled = session.client.send(calls.cancel_tasks(rest.CancelJobs(all=True)))
-        session.output.note(f"✓ {cancelled.message}")
-        return
-    changes.cancel_each(session, job_ids)
+        answer = session.client.send(calls.cancel_tasks(rest.CancelJobs(all=True)))
+        session.output.note(f"✓ {answer.message}")
+        cancelled, errors = answer.job_ids, list[CommandError]()
+    else:
+        cancelled, errors = changes.cancel_each(session, job_ids)
+    code = follow.code_of(_watch(session, cancelled, None)) if waits and cancelled else Exit.DONE
+    many_failed(errors, session.output)
+    return Exit.DONE if code is Exit.JOB_CANCELLED else code
 
 
 @job.command()
@@ -292,14 +299,35 @@ def snapshot(session: Session, /, *, job_id: int) -> None:
     "--ports", metavar="SPEC", help="Only the block of these ports; by default the worst outcome of all blocks."
 )
 @click.option("--from", "first", metavar="ADDRESS", help="First address.")
-@click.option("--width", type=click.IntRange(min=1), help="Cells per row. Default: 16.")
+@click.option(
+    "--block",
+    type=click.IntRange(min=0, max=128),
+    metavar="LENGTH",
+    help="Size of a cell as a prefix length, for example 28. Default: one address up to 1,024 addresses, else 16.",
+)
+@click.option(
+    "--width", type=click.IntRange(min=1), help="Cells per row. Default: 16 to 64, so that the map is square."
+)
+@click.option("--ascii", "plain", is_flag=True, help="Only ASCII characters, and no colours.")
 @formats(rest.CoverageMap)
 @with_session
-def map_(session: Session, /, *, job_id: int, ports: str | None, first: str | None, width: int | None) -> None:
+def map_(
+    session: Session,
+    /,
+    *,
+    job_id: int,
+    ports: str | None,
+    first: str | None,
+    block: int | None,
+    width: int | None,
+    plain: bool,
+) -> None:
     """Draw the outcome of each address of a job as a letter; for a large network the worst outcome of each block."""
     found = _added(session, calls.read_map(job_id, ports=ports, first=first), "maps of jobs")
     drawn = rest.CoverageMap.model_validate(found)
-    session.output.one(found, lambda: chart.lines(drawn, session.output, width), "job_id")
+    session.output.one(
+        found, lambda: chart.lines(drawn, session.output, block=block, width=width, plain=plain), "job_id"
+    )
 
 
 @job.command()
@@ -351,42 +379,72 @@ def _supported(what: str) -> Iterator[None]:
 @click.option("--service", help="Only this service.")
 @click.option("--address", metavar="CIDR", help="Only addresses of this network.")
 @click.option("--open-only", is_flag=True, help="Exclude open|filtered ports.")
+@click.option("--raw", is_flag=True, help="Print nmap's XML of each port instead of a table.")
+@click.option("--follow", "following", is_flag=True, help="Print new results until the job has ended.")
+@follow.timeout_option
 @long_lists(rest.Result, xml=True)
 @with_session
 def results(
-    session: Session, /, *, job_id: int, ports: Sequence[int], service: str | None, address: str | None, open_only: bool
+    session: Session,
+    /,
+    *,
+    job_id: int,
+    ports: Sequence[int],
+    service: str | None,
+    address: str | None,
+    open_only: bool,
+    raw: bool,
+    following: bool,
+    timeout: str | None,
 ) -> None:
     """Print the results of a job. Without a filter, CSV and JSON lines are passed through unchanged.
 
     `-o xml` prints all results of an ended job in nmap's XML format.
     """
     output = session.output
+    lines = findings.Printer(output, "--follow" if following else "--raw", raw=raw) if raw or following else None
     filtered = bool(ports or service or address or open_only or output.fields is not None)
     if output.format is Format.XML:
         if filtered or session.limit:
-            raise CommandError("-o xml prints the whole job", hint="leave out the filters, --json and --limit")
+            raise CommandError("-o xml prints the whole job", hint="omit the filters, --json and --limit")
         with _supported("exports in nmap's XML format"):
             findings.nmap_xml(session, job_id)
         findings.note_not_probed(session, job_id)
         return
-    if output.format in {Format.CSV, Format.JSONL} and not filtered and not session.limit:
+    if output.format in {Format.CSV, Format.JSONL} and not filtered and not session.limit and not following:
         findings.pass_through(session, job_id, "text/csv" if output.format is Format.CSV else calls.NDJSON)
         return
     network = _network(address) if address else None
-    rows = (
-        row
-        for row in findings.rows(session, job_id, port=list(ports) or None, service=service, address=address)
-        if (not ports or row["port"] in ports)
-        and (not service or row["service"] == service)
-        and (not open_only or row["status"] == "open")
-        and (network is None or ip_address(row["ip_address"]) in network)
-    )
-    session.show_list(
-        findings.limited(session, rows),
-        findings.columns(),
-        "no result matches" if filtered else "no open ports",
-        "ip_address",
-    )
+
+    def matches(row: Row) -> bool:
+        return (
+            (not ports or row["port"] in ports)
+            and (not service or row["service"] == service)
+            and (not open_only or row["status"] == "open")
+            and (network is None or ip_address(row["ip_address"]) in network)
+        )
+
+    if following and lines is not None:
+        show = lines.print
+        follow.to_the_end(
+            session,
+            [job_id],
+            views.Silent(output),
+            follow.seconds(timeout),
+            found=lambda row: show(row) if matches(row) else None,
+        )
+    query: dict[str, Any] = {"port": list(ports) or None, "service": service, "address": address}
+    if output.format not in {Format.JSON, Format.JSONL, Format.CSV} and output.fields is None and not raw:
+        query["fields"] = findings.TABLE_FIELDS
+    rows = filter(matches, findings.rows(session, job_id, **query))
+    if lines is not None:
+        lines.print_all(rows if following else session.limited(rows))
+    else:
+        found = session.limited(rows)
+        if output.format is Format.WIDE and output.terminal:
+            found = iter(sorted(found, key=lambda row: (ip_address(row["ip_address"]).packed, row["port"])))
+        columns = findings.columns(grouped=output.format is Format.WIDE and output.terminal)
+        session.show_list(found, columns, "no result matches" if filtered else "no open ports", "ip_address")
     findings.note_not_probed(session, job_id)
 
 
@@ -413,7 +471,7 @@ def hosts(session: Session, /, *, job_id: int, ports: Sequence[int], service: st
     rows = findings.host_rows(session, job_id, port=list(ports) or None, service=service, address=address)
     with _supported("lists of hosts"):
         session.show_list(
-            findings.limited(session, rows),
+            session.limited(rows),
             findings.host_columns(),
             "no host matches" if ports or service or address else "no host answered",
             "ip_address",
@@ -461,7 +519,7 @@ def ledger(session: Session, /, *, job_id: int, not_probed: bool, wanted: Sequen
         rows = (each.model_dump() for each in entries)
         columns = [column("ADDRESS"), column("PORTS"), column("OUTCOME"), column("REASON")]
     session.show_list(
-        findings.limited(session, rows),
+        session.limited(rows),
         columns,
         f"{coverage.proof(first)}; no addresses to list",
         columns[0].title.lower(),

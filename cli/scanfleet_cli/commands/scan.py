@@ -152,8 +152,7 @@ def _print(session: Session, documents: Sequence[Row], rows: Sequence[Row], prin
     output = session.output
     match output.format:
         case _ if printer is not None:
-            for row in rows:
-                printer.print(row)
+            printer.print_all(rows)
         case Format.JSON:
             output.emit(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
         case Format.JSONL:

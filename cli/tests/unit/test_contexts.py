@@ -40,6 +40,14 @@ def test_remove_of_a_context_without_tokens_writes_no_file(run: Any, tmp_path: P
     assert not (tmp_path / "tokens.json").exists()
 
 
+def test_list_of_contexts_has_a_limit(run: Any) -> None:
+    """--limit is as of any list, and the total is noted."""
+    for name in ("lab", "prod"):
+        run("context", "add", name, "--url", URL, environment={})
+    ended = run("context", "list", "--limit", "1", "-o", "name", environment={})
+    assert (ended.out, ended.err) == ("lab\n", "1 of 2; --limit 0 for all\n")
+
+
 def login(run: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{TOKEN}\n"))
     return run(*arguments, "--token-stdin", environment={})

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ def test_states_that_arrive_together_are_drawn_once(running: FakeApi, session: S
     content = event(job, JobStatus.RUNNING) * 200 + event(job, JobStatus.COMPLETED)
     stream = httpx2.Response(200, headers={"content-type": "text/event-stream"}, content=content)
     running.answers["GET", "/api/v1/task/41/events"] = stream
-    view = Counting()
+    view = Counting(session.output)
     (followed,) = follow.to_the_end(session, [41], view, None)
     assert followed.final
     assert view.ticks < 10
@@ -200,7 +201,9 @@ def test_late_ledger_of_a_running_job_does_not_replace_the_final_one(
     """A ledger that was requested before the end of the job and arrives after it is dropped."""
     late = Late(running.jobs)
     session.world = replace(world, transport=late, async_transport=late)
-    jobs = follow.to_the_end(session, [41, 42], Counting(), None, ended=lambda _job: late.ended.set(), owner=7)
+    jobs = follow.to_the_end(
+        session, [41, 42], Counting(session.output), None, ended=lambda _job: late.ended.set(), owner=7
+    )
     assert [job.ledger and job.ledger.status for job in jobs] == [JobStatus.COMPLETED, JobStatus.COMPLETED]
 
 
@@ -237,6 +240,33 @@ def test_line_on_a_terminal_is_not_erased_with_the_bar(api: FakeApi, run: Any) -
     assert drawn.count("pending") >= 2
     assert "\x1b[1A" not in after.partition("pending")[0]
     assert drawn.rstrip("\n").endswith("\x1b[2K")
+
+
+def test_bar_of_an_unfinished_job_remains_on_the_terminal(api: FakeApi, run: Any) -> None:
+    """Ctrl-C and a time limit leave the last bar in the scrollback; the end of a job replaces its bar."""
+    api.states = [(JobStatus.RUNNING, 62), (JobStatus.COMPLETED, 100)]
+    run("scan", "127.9.8.0/24", "--no-watch")
+    job = views.Followed(41, api.jobs[41].task)
+    output = Output(io.StringIO(), terminal := Terminal())
+    bars = views.Bars(output)
+    bars.tick([job])
+    bars.close()
+    assert terminal.getvalue().rpartition("\x1b[2K")[2].startswith("running  62 %")
+    bars.tick([job])
+    api.jobs[41].seq = 2
+    job.task = api.jobs[41].task
+    bars.close()
+    assert terminal.getvalue().rpartition("\x1b[2K")[2].strip() == ""
+
+
+def test_notice_in_a_log_has_its_time(running: FakeApi, run: Any) -> None:
+    """Without a terminal the lost and the restored connection are lines of the log."""
+    running.jobs[41].states = [(JobStatus.RUNNING, 62), (JobStatus.COMPLETED, 100)]
+    running.cut_after = 1
+    lines = run("job", "watch", "41").err.splitlines()
+    words = [line.split(" ", 2)[::2] for line in lines if "connect" in line]
+    assert [word.partition(" (")[0] for _, word in words] == ["41 connection lost", "41 reconnected"]
+    assert all(datetime.fromisoformat(time) for time, _ in words)
 
 
 def test_json_of_a_watch_is_the_final_states(api: FakeApi, run: Any) -> None:

@@ -36,11 +36,21 @@ def jobs(api: FakeApi, run: Any) -> FakeApi:
 def test_list_is_a_table_on_a_terminal(run: Any) -> None:
     """A terminal gets a header and aligned columns, and an unfinished job its progress as words."""
     lines = run("--color", "never", "job", "list", width=80).out.splitlines()
-    assert lines[0].split() == ["ID", "STATUS", "SUBNET", "POLICY", "STARTED", "TOOK"]
+    assert lines[0].split() == ["ID", "STATUS", "SUBNET", "POLICY", "STARTED", "TOOK", "ERROR"]
     assert lines[1].startswith("42  running 62 %  5       3")
     assert lines[2].startswith("41  completed     5       3")
     assert lines[2].endswith("1:07")
     assert all(len(line) <= 80 for line in lines)
+
+
+def test_list_has_the_error_of_a_failed_job(jobs: FakeApi, run: Any) -> None:
+    """A failed job has its reason in the list, and a completed one is not read for it."""
+    jobs.jobs[42].states = [(JobStatus.FAILED, 75)]
+    jobs.jobs[42].error = "64 addresses lost"
+    lines = run("--color", "never", "job", "list", width=80).out.splitlines()
+    assert lines[1].split()[:2] == ["42", "failed"]
+    assert lines[1].endswith("  64 addresses lost")
+    assert [each.url.path for each in jobs.requests] == ["/api/v1/task", "/api/v1/task/42"]
 
 
 @pytest.mark.usefixtures("jobs")
@@ -56,7 +66,7 @@ def test_states_are_coloured_on_a_terminal_alone(run: Any) -> None:
 def test_list_is_tab_separated_elsewhere(run: Any) -> None:
     """Without a terminal there is no header, and times have the format of the API."""
     (line,) = run("job", "list", "--status", "completed").out.splitlines()
-    assert line.split("\t") == ["41", "completed", "5", "3", "2026-03-14T09:00:00Z", "1:07"]
+    assert line.split("\t") == ["41", "completed", "5", "3", "2026-03-14T09:00:00Z", "1:07", ""]
 
 
 @pytest.mark.usefixtures("jobs")
@@ -295,6 +305,56 @@ def test_results_pass_through_as_the_service_writes_them(jobs: FakeApi, run: Any
     )
 
 
+def test_results_with_raw_print_the_xml_of_nmap(jobs: FakeApi, run: Any) -> None:
+    """--raw prints the XML of each port with controls escaped; a table is read without it."""
+    jobs.jobs[41].results[0]["raw_data"] = '<port portid="22">\n<x \x1b/>\n</port>'
+    ended = run("job", "results", "41", "--raw", "--port", "22")
+    assert ended.out == '<port portid="22">\n<x \\x1b/>\n</port>\n'
+    assert run("job", "results", "41", "--raw", "-o", "csv").code == 2
+    jobs.requests.clear()
+    assert run("job", "results", "41").code == 0
+    assert "raw_data" not in jobs.requests[0].url.params["fields"]
+
+
+def test_wide_results_on_a_terminal_are_grouped_by_address(jobs: FakeApi, run: Any) -> None:
+    """Addresses are in numeric order, and each is in its first row only."""
+    jobs.jobs[41].results = [
+        result(n, f"127.9.8.{host}", port) for n, (host, port) in enumerate([(10, 22), (9, 80), (10, 21)], 1)
+    ]
+    lines = run("job", "results", "41", "-o", "wide", width=120).out.splitlines()
+    assert [line[:19].split() for line in lines[1:]] == [["127.9.8.9", "80/tcp"], ["127.9.8.10", "21/tcp"], ["22/tcp"]]
+
+
+@pytest.mark.parametrize("arguments", [[], ["-o", "jsonl"], ["--json", "id"], ["--address", "127.9.8.0/30"]])
+def test_followed_results_are_printed_once(jobs: FakeApi, run: Any, arguments: list[str]) -> None:
+    """Results of a running job are printed as they come, each once, up to its end; also one with a lower id than another."""
+    job = jobs.jobs[42]
+    job.states = [(JobStatus.RUNNING, 62)]
+    asked: list[str] = []
+
+    def grows(request: httpx2.Request) -> None:
+        if not request.url.path.endswith("/results"):
+            return
+        asked.append(request.url.params.get("after", "none"))
+        match len(asked):
+            case 1:
+                job.results = [result(3, "127.9.8.1", 22), result(5, "127.9.8.2", 22)]
+            case 2:
+                job.results.append(result(7, "127.9.8.3", 22))
+            case 3:
+                job.results.append(result(6, "127.9.8.4", 22))
+                job.states.append((JobStatus.COMPLETED, 100))
+                job.seq = 2
+
+    jobs.fault_of = grows
+    ended = run("job", "results", "42", "--follow", *arguments)
+    assert ended.code == 0, ended.err
+    printed = ended.out.splitlines()
+    assert len(printed) == len(set(printed)) == (3 if arguments[:1] == ["--address"] else 4)
+    assert asked[:3] == ["0", "5", "7"]
+    assert asked[-1] == "none"
+
+
 def test_results_as_xml_pass_through(jobs: FakeApi, run: Any) -> None:
     """nmap's XML is printed as the service writes it; a filter, or the format for another command, is wrong usage."""
     assert run("job", "results", "41", "-o", "xml").out == "<nmaprun></nmaprun>"
@@ -395,6 +455,35 @@ def test_cancel_of_an_ended_job_exits_2_with_the_time(jobs: FakeApi, run: Any) -
     assert "job 41 could not be cancelled: Job is already completed (since 2026-03-14T09:01:07Z)" in ended.err
     assert "✓ job 42 cancelled" in ended.err
     assert jobs.jobs[42].status is JobStatus.CANCELLED
+
+
+def test_cancel_with_wait_prints_the_final_state_and_exits_0(jobs: FakeApi, run: Any) -> None:
+    """The end of each cancelled job is printed, and the error of another job still decides the exit code."""
+    jobs.jobs[42].counts = {"answered": 250, "cancelled": 6}
+    ended = run("job", "cancel", "42", "--wait")
+    assert ended.code == 0
+    assert "job 42 cancelled 62%" in ended.err
+    assert "6 of 256 addresses were NOT probed" in ended.err
+    run("scan", "127.9.8.0/24", "--no-watch")
+    ended = run("job", "cancel", "41", "43", "--wait")
+    assert ended.code == 2
+    assert "job 43 cancelled 62%" in ended.err
+    assert "job 41 could not be cancelled" in ended.err
+
+
+def test_cancel_of_all_jobs_with_wait_waits_for_each(jobs: FakeApi, run: Any) -> None:
+    """The service names the jobs that it cancelled."""
+
+    def cancelled(request: httpx2.Request) -> httpx2.Response | None:
+        if request.url.path != "/api/v1/task/cancel":
+            return None
+        jobs.jobs[42].states = [(JobStatus.CANCELLED, 62)]
+        return httpx2.Response(200, json={"message": "1 job cancelled", "job_ids": [42]})
+
+    jobs.fault_of = cancelled
+    ended = run("job", "cancel", "--all-mine", "--yes", "--wait")
+    assert ended.code == 0
+    assert "job 42 cancelled 62%" in ended.err
 
 
 def test_cancel_whose_answer_was_cut_is_done(jobs: FakeApi, run: Any) -> None:
@@ -547,6 +636,16 @@ def test_map_of_a_large_network_shows_the_worst_of_each_block(jobs: FakeApi, run
     drawn = {"job_id": 41, "seq": 3, "status": "failed", "first": "127.9.0.0", "addresses": 65_536}
     jobs.answers["GET", "/api/v1/task/41/map"] = drawn | {"blocks": [{"ports": "22", "letters": letters}]}
     lines = run("job", "map", "41").out.splitlines()
-    assert lines[0] == "127.9.0.0    " + "a" * 16
-    assert lines[15] == "127.9.240.0  " + "a" * 15 + "l"
-    assert lines[17] == "each cell is a /24: the worst of its 256 addresses"
+    assert lines[0] == "127.9.0.0    " + "a" * 64
+    assert lines[63] == "127.9.252.0  " + "a" * 63 + "l"
+    assert lines[65] == "each cell is a /28: the worst of its 16 addresses"
+    narrow = run("--color", "never", "job", "map", "41", width=60)
+    assert narrow.err == "too wide for this terminal: showing /24s\n"
+    assert narrow.out.splitlines()[15] == "127.9.240.0  " + "a" * 15 + "l"
+    assert narrow.out.splitlines()[17] == "each cell is a /24: the worst of its 256 addresses"
+    lines = run("job", "map", "41", "--block", "20", "--width", "4", "--ascii").out.splitlines()
+    assert lines == [
+        "127.9.0.0    aaaa", "127.9.64.0   aaaa", "127.9.128.0  aaaa", "127.9.192.0  aaal",
+        "a answered, l lost", "each cell is a /20: the worst of its 4,096 addresses",
+    ]  # fmt: skip
+    assert run("job", "map", "41", "--block", "8").code == 2
