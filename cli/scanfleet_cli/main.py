@@ -12,10 +12,11 @@ from typing import Any, Final
 import click
 from click.shell_completion import shell_complete
 
+from scanfleet_cli.completion import complete_context
 from scanfleet_cli.config import Config
 from scanfleet_cli.errors import MEANINGS, CommandError, Exit, ScanfleetError, explain
 from scanfleet_cli.output import Output
-from scanfleet_cli.session import COMPLETE, Session, complete_context
+from scanfleet_cli.session import COMPLETE, Session
 
 COMMANDS: Final = {
     "scan": "Scan networks: register, submit, watch, and print the results.",
@@ -157,6 +158,8 @@ def _run(arguments: Sequence[str], session: Session) -> int:
 def main() -> None:
     session = Session(Config.of_user(), output := Output())
     if instruction := os.environ.get(COMPLETE):
+        # An error, or a prompt of a token command, would appear within the line that the user is typing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
         sys.exit(shell_complete(cli, {"obj": session}, "scanfleet", COMPLETE, instruction))
     if output.stdout.isatty():
         output.width = os.get_terminal_size(output.stdout.fileno()).columns or 80

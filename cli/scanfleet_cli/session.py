@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
 
 import click
-from click.shell_completion import CompletionItem
 
 from scanfleet_cli.config import Config, Place
-from scanfleet_cli.errors import ApiError, CommandError, Exit, ScanfleetError
+from scanfleet_cli.errors import ApiError, CommandError, Exit
 from scanfleet_cli.output import Column, Format, Kind, Output, Row, fields_of, printable
 
 if TYPE_CHECKING:
@@ -353,31 +352,6 @@ def lists(kind: Kind) -> Callable[[Command], Command]:
 def long_lists(*kinds: Kind, xml: bool = False) -> Callable[[Command], Command]:
     """Add the options of a command that prints results or a ledger, which a pipe receives in full by default."""
     return lambda command: formats(*kinds, xml=xml)(_long_limit(command))
-
-
-def complete_context(context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
-    """Complete the name of a context; empty if the configuration is invalid."""
-    session: Session = context.find_root().obj
-    try:
-        names = session.config.contexts()
-    except ScanfleetError:
-        return []
-    return [name for name in names if name.startswith(begun)]
-
-
-def complete_job(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
-    """Complete the id of one of the latest jobs; without retries, and empty if the service is unavailable."""
-    from scanfleet_cli.calls import list_tasks  # noqa: PLC0415 # only when a shell asks
-
-    session: Session = context.find_root().obj
-    root = context.find_root().params
-    session.url, session.context, session.token_file = root.get("url"), root.get("context"), root.get("token_file")
-    try:
-        jobs = session.client.ask(list_tasks().page(1, LIMIT), timeout=0).json["jobs"]
-    except ScanfleetError:
-        return []
-    found = [CompletionItem(str(job["id"]), help=f"{job['status']} subnet {job['subnet_id']}") for job in jobs]
-    return [item for item in found if item.value.startswith(begun)]
 
 
 yes = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")

@@ -7,10 +7,11 @@ from typing import Any, Final
 
 import click
 
+from scanfleet_cli.completion import complete_context
 from scanfleet_cli.config import Context, check_url
 from scanfleet_cli.errors import CommandError
 from scanfleet_cli.output import column
-from scanfleet_cli.session import LIMIT, Session, complete_context, formats, lists, with_session, yes
+from scanfleet_cli.session import LIMIT, Session, formats, lists, with_session, yes
 
 LOCAL: Final = "http://127.0.0.1:8080"
 """URL of the gateway of `make up`, the default of a new context."""

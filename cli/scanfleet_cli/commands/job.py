@@ -14,9 +14,10 @@ import httpx2
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import Job, JobStatus
 from scanfleet_cli import calls, changes, chart, coverage, findings, follow, joblist, resolve, views
+from scanfleet_cli.completion import complete_job, complete_policy, complete_subnet
 from scanfleet_cli.errors import ApiError, CommandError, Exit
 from scanfleet_cli.output import Format, Row, ago, column, count, duration, printable
-from scanfleet_cli.session import Session, complete_job, formats, lists, long_lists, many_failed, with_session, yes
+from scanfleet_cli.session import Session, formats, lists, long_lists, many_failed, with_session, yes
 
 job_id = click.argument("job_id", type=click.IntRange(min=1), metavar="ID", shell_complete=complete_job)
 job_ids = click.argument(
@@ -42,9 +43,10 @@ def job() -> None:
     multiple=True,
     required=True,
     metavar="NAME|ID",
+    shell_complete=complete_subnet,
     help="Repeat for several; each has its own job.",
 )
-@click.option("--policy", required=True, metavar="NAME|ID")
+@click.option("--policy", required=True, metavar="NAME|ID", shell_complete=complete_policy)
 @click.option("--key", help="Idempotency key: the same command with the same key creates no other jobs.")
 @click.option("--watch", is_flag=True, help="Watch the jobs to their final states.")
 @formats(Job)
@@ -67,8 +69,8 @@ def submit(session: Session, /, *, subnets: Sequence[str], policy: str, key: str
 @click.option(
     "--status", "statuses", multiple=True, metavar="STATUS", help=f"{', '.join(JobStatus)}; repeat for several."
 )
-@click.option("--subnet", metavar="NAME|ID")
-@click.option("--policy", metavar="NAME|ID")
+@click.option("--subnet", metavar="NAME|ID", shell_complete=complete_subnet)
+@click.option("--policy", metavar="NAME|ID", shell_complete=complete_policy)
 @click.option("--since", metavar="TIME", help="Only jobs created since this time (RFC 3339).")
 @click.option("--user", metavar="ID|all", help="For administrators: jobs of this user, or of all.")
 @click.option("--watch", is_flag=True, help="Update the list until Ctrl-C.")

@@ -12,6 +12,7 @@ import click
 from scanfleet.contracts import rest
 from scanfleet.scanning.policy import PRESETS, Preset, ScanPolicy
 from scanfleet_cli import calls, changes, resolve
+from scanfleet_cli.completion import complete_policy, complete_subnet
 from scanfleet_cli.errors import CommandError
 from scanfleet_cli.output import Row, column, count, printable, text_of
 from scanfleet_cli.session import Session, formats, lists, with_session, yes
@@ -68,7 +69,7 @@ def list_(session: Session) -> None:
 
 
 @policy.command()
-@click.argument("which", metavar="NAME|ID")
+@click.argument("which", metavar="NAME|ID", shell_complete=complete_policy)
 @formats(rest.Policy)
 @with_session
 def show(session: Session, /, *, which: str) -> None:
@@ -78,7 +79,7 @@ def show(session: Session, /, *, which: str) -> None:
 
 
 @policy.command()
-@click.argument("which", metavar="NAME|ID")
+@click.argument("which", metavar="NAME|ID", shell_complete=complete_policy)
 @click.option("--name", help="New name.")
 @resolve.policy_options
 @formats(rest.Policy)
@@ -101,7 +102,7 @@ def edit(session: Session, /, *, which: str, name: str | None, **options: Any) -
 
 
 @policy.command()
-@click.argument("which", metavar="NAME|ID…", nargs=-1, required=True)
+@click.argument("which", metavar="NAME|ID…", nargs=-1, required=True, shell_complete=complete_policy)
 @yes
 @with_session
 def delete(session: Session, /, *, which: Sequence[str], yes: bool) -> None:
@@ -113,8 +114,8 @@ def delete(session: Session, /, *, which: Sequence[str], yes: bool) -> None:
 
 
 @policy.command()
-@click.argument("which", metavar="NAME|ID")
-@click.option("--subnet", metavar="NAME|ID", help="Count the probes of this subnet.")
+@click.argument("which", metavar="NAME|ID", shell_complete=complete_policy)
+@click.option("--subnet", metavar="NAME|ID", shell_complete=complete_subnet, help="Count the probes of this subnet.")
 @formats(_EXPLAINED)
 @with_session
 def explain(session: Session, /, *, which: str, subnet: str | None) -> None:

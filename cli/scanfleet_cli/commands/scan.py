@@ -19,6 +19,7 @@ from scanfleet.contracts.messages import Job
 from scanfleet.scanning.policy import PolicyError, Preset, ScanPolicy, fill_in
 from scanfleet.scanning.ports import PortSet
 from scanfleet_cli import calls, changes, coverage, findings, follow, resolve, views
+from scanfleet_cli.completion import complete_policy
 from scanfleet_cli.errors import ApiError, CommandError, Exit, UnavailableError
 from scanfleet_cli.output import Format, Row, count, printable
 from scanfleet_cli.session import Session, formats, with_session
@@ -56,7 +57,12 @@ class Wanted:
     type=click.File(),
     help="File of targets, one per line, or CSV with the columns cidr,name,exclude.",
 )
-@click.option("--policy", metavar="NAME|ID", help="Existing policy, instead of the following options.")
+@click.option(
+    "--policy",
+    metavar="NAME|ID",
+    shell_complete=complete_policy,
+    help="Existing policy, instead of the following options.",
+)
 @resolve.policy_options
 @click.option(
     "--exclude", multiple=True, metavar="CIDR", help="Network to exclude from each target; repeat for several."

@@ -10,6 +10,7 @@ import click
 
 from scanfleet.contracts import rest
 from scanfleet_cli import calls, changes, coverage, imports, resolve
+from scanfleet_cli.completion import complete_subnet
 from scanfleet_cli.errors import CommandError, Exit, hint_of_refusal
 from scanfleet_cli.output import Format, Row, ago, column, count, printable
 from scanfleet_cli.session import Session, formats, lists, with_session, yes
@@ -61,7 +62,7 @@ def list_(session: Session) -> None:
 
 
 @subnet.command()
-@click.argument("which", metavar="NAME|ID")
+@click.argument("which", metavar="NAME|ID", shell_complete=complete_subnet)
 @formats(rest.Subnet)
 @with_session
 def show(session: Session, /, *, which: str) -> None:
@@ -79,7 +80,7 @@ def _block(session: Session, found: Row) -> Iterator[str]:
 
 
 @subnet.command()
-@click.argument("which", metavar="NAME|ID")
+@click.argument("which", metavar="NAME|ID", shell_complete=complete_subnet)
 @click.option("--name", help="New name.")
 @click.option("--cidr", help="New network.")
 @click.option("--add-exclude", multiple=True, metavar="CIDR")
@@ -116,7 +117,7 @@ def edit(
 
 
 @subnet.command()
-@click.argument("which", metavar="NAME|ID…", nargs=-1, required=True)
+@click.argument("which", metavar="NAME|ID…", nargs=-1, required=True, shell_complete=complete_subnet)
 @yes
 @with_session
 def delete(session: Session, /, *, which: Sequence[str], yes: bool) -> None:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from ipaddress import ip_network
 from pathlib import Path
@@ -399,23 +405,86 @@ def test_completion_script_is_printed(run: Any, shell: str) -> None:
     assert "_SCANFLEET_COMPLETE" in run("completion", shell).out
 
 
-def test_jobs_and_contexts_are_completed(run: Any, world: World, tmp_path: Path) -> None:
-    """A shell completes the latest jobs with their states, and the names of contexts; nothing if they cannot be read."""
-    run("scan", "127.9.8.0/24", "--no-watch")
-    run("context", "add", "prod", "--url", "https://scanfleet.example.com", environment={})
+Complete = Callable[..., list[tuple[str, str | None]]]
+HERE = {"SCANFLEET_URL": "http://scanfleet.test", "SCANFLEET_TOKEN": TOKEN}
 
-    def complete(environment: dict[str, str], *words: str) -> list[tuple[str, str | None]]:
+
+@pytest.fixture
+def complete(world: World, tmp_path: Path) -> Complete:
+    """Returns the completions, with their descriptions, of the last of some words."""
+
+    def ask(*words: str, environment: dict[str, str] = HERE) -> list[tuple[str, str | None]]:
         session = Session(Config(tmp_path, environment), Output(), world)
-        found = ShellComplete(main.cli, {"obj": session}, "scanfleet", COMPLETE).get_completions(list(words), "")
-        session.close()
+        completions = ShellComplete(main.cli, {"obj": session}, "scanfleet", COMPLETE)
+        found = completions.get_completions(list(words[:-1]), words[-1])
         return [(item.value, item.help) for item in found]
 
-    here = {"SCANFLEET_URL": "http://scanfleet.test", "SCANFLEET_TOKEN": TOKEN}
-    assert complete(here, "job", "watch") == [("41", "pending subnet 5")]
-    assert complete({}, "context", "use") == [("prod", None)]
-    assert complete(here | {"SCANFLEET_TOKEN": "stale"}, "job", "watch") == []
+    return ask
+
+
+def test_objects_are_completed_with_a_description(run: Any, complete: Complete) -> None:
+    """A shell completes the latest jobs with state and network, and the names of subnets and policies."""
+    run("subnet", "create", "lab", "127.9.8.0/24")
+    run("subnet", "create", "two words", "127.9.9.0/24")
+    run("policy", "create", "web", "--preset", "quick", "--ports", "80")
+    run("job", "submit", "--subnet", "lab", "--policy", "web")
+    assert complete("job", "watch", "") == [("41", "pending 0 % 127.9.8.0/24")]
+    assert complete("job", "watch", "5") == []
+    assert complete("subnet", "show", "") == [("6", "two words 127.9.9.0/24"), ("lab", "127.9.8.0/24")]
+    assert complete("scan", "--policy", "w") == [("web", "quick, ports 80")]
+
+
+def test_fields_and_contexts_are_completed(run: Any, complete: Complete) -> None:
+    """The fields of --json are completed after a comma too, and contexts have their URLs."""
+    run("context", "add", "prod", "--url", "https://scanfleet.example.com", environment={})
+    assert complete("context", "use", "", environment={}) == [("prod", "https://scanfleet.example.com")]
+    assert complete("job", "show", "--json", "job_id,status.p", environment={}) == [("job_id,status.progress", None)]
+
+
+def test_completion_without_an_answer_is_empty(run: Any, complete: Complete, tmp_path: Path) -> None:
+    """A refused token, an invalid configuration, and a token command that fails give no completions."""
+    assert complete("job", "watch", "", environment=HERE | {"SCANFLEET_TOKEN": "stale"}) == []
+    run("context", "add", "lab", "--url", "http://scanfleet.test", "--token-command", "false", environment={})
+    assert complete("subnet", "show", "", environment={}) == []
     (tmp_path / "config.toml").write_text("current = ")
-    assert complete({}, "context", "use") == []
+    assert complete("context", "use", "", environment={}) == []
+
+
+def test_completion_gives_up_after_a_second_with_what_it_has(api: FakeApi, run: Any, complete: Complete) -> None:
+    """Jobs are completed although the networks of their descriptions are not read in time."""
+    run("scan", "127.9.8.0/24", "--no-watch")
+    answered = threading.Event()
+
+    def fault(request: httpx2.Request) -> None:
+        if request.url.path == "/api/v1/subnet":
+            answered.wait(60)
+
+    api.fault_of = fault
+    started = time.monotonic()
+    assert complete("job", "watch", "") == [("41", "pending subnet 5")]
+    assert time.monotonic() - started < 10
+    answered.set()
+    for thread in threading.enumerate():
+        if thread.name == "completion":
+            thread.join()
+
+
+def test_completion_prints_no_errors(tmp_path: Path) -> None:
+    """The command prints nothing on stderr when a shell asks for completions, also not what a token command prints."""
+    folder = tmp_path / "scanfleet"
+    folder.mkdir()
+    (folder / "config.toml").write_text(
+        'current = "lab"\n[context.lab]\nurl = "http://127.0.0.1:9"\ntoken_command = ["ls", "/nonexistent"]\n'
+    )
+    environment = {COMPLETE: "bash_complete", "COMP_WORDS": "scanfleet job show ", "COMP_CWORD": "3"}
+    done = subprocess.run(
+        [Path(sys.executable).with_name("scanfleet")],
+        env=os.environ | environment | {"XDG_CONFIG_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
 
 
 REFUSALS = [
