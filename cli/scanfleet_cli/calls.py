@@ -155,6 +155,11 @@ def delete_task(job_id: int) -> Call[rest.Done]:
     return Call("DELETE", f"/api/v1/task/{job_id}", rest.Done)
 
 
+def list_deletions(*, state: str | None = None, user_id: int | str | None = None) -> ListCall[rest.DeletionList]:
+    """List receipts of the caller's deleted jobs, all or those that are `"open"` or `"done"`; for administrators others' too."""
+    return _list("/api/v1/deletion", rest.DeletionList, "deletions", {"state": state, "user_id": user_id})
+
+
 # The platform and the caller
 
 

@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "job": "Scan jobs: submit, watch, cancel and read them.",
     "subnet": "Networks to scan, and their exclusions.",
     "policy": "Scan policies: ports, technique, detection, speed.",
+    "deletion": "Receipts of deleted jobs.",
     "audit": "The audit log, for administrators.",
     "context": "Gateways and their credentials.",
     "login": "Sign in to a gateway, and make it the current context.",

@@ -378,6 +378,7 @@ CALLS: dict[str, calls.Call[Any]] = {
     "replace_policy": calls.replace_policy(1, rest.PolicyBody(name="web")),
     "delete_policy": calls.delete_policy(1),
     "list_audit": calls.list_audit(),
+    "list_deletions": calls.list_deletions(),
     "list_revocations": calls.list_revocations(),
     "create_revocation": calls.create_revocation(rest.RevocationBody(user_id=1)),
     "delete_revocation": calls.delete_revocation(1),

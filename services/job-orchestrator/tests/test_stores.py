@@ -14,7 +14,7 @@ from job_orchestrator.domain import plan
 from job_orchestrator.domain.census import OpenChunks, Standing
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState, Token, cancel, dispatch
 from job_orchestrator.domain.command import Command
-from job_orchestrator.domain.deletion import Deletion, Stage
+from job_orchestrator.domain.deletion import Counts, Deletion, Stage
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change, create, published
 from job_orchestrator.domain.ports import Store
@@ -497,7 +497,7 @@ async def test_receipt_stands_in_the_place_of_its_job(store: Store) -> None:
     assert await store.jobs.expired(LATER + timedelta(seconds=1), 1) == [(THEN, 2)]
     assert await store.jobs.expired(LATER + timedelta(seconds=1), 9, (THEN, 1)) == [(THEN, 2), (LATER, 1)]
     assert await store.jobs.expired(LATER + timedelta(seconds=1), 9, (THEN, 2)) == [(LATER, 1)]
-    receipt = Deletion(job_id=1, user_id=7, subnet_id=1, reason="request", requested_at=LATER)
+    receipt = Deletion(job_id=1, user_id=7, subnet_id=1, reason="request", requested_at=LATER, requested_by=9)
     assert not await store.deletions.begin(replace(job, rev=5), receipt)
     assert await store.deletions.begin(job, receipt)
     assert not await store.deletions.begin(job, receipt)
@@ -512,19 +512,50 @@ async def test_receipt_stands_in_the_place_of_its_job(store: Store) -> None:
     assert await store.deletions.advance([1], Stage.CHUNKS, Stage.DONE, None) == 0  # it is not there yet
     assert await store.deletions.advance([1, 2], Stage.RESULTS, Stage.RESULTS, LATER + timedelta(seconds=60)) == 1
     assert await store.deletions.due(LATER, 9) == []
-    assert await store.deletions.advance([1], Stage.RESULTS, Stage.CHUNKS, LATER) == 1
-    assert await store.deletions.due(LATER, 9) == [replace(receipt, stage=Stage.CHUNKS)]
+    counts = Counts(hosts=3, rows=5, chunks=1)
+    assert await store.deletions.advance([1], Stage.RESULTS, Stage.CHUNKS, LATER, counts) == 1
+    assert await store.deletions.due(LATER, 9) == [replace(receipt, stage=Stage.CHUNKS, counts=counts)]
     assert await store.deletions.advance([1], Stage.CHUNKS, Stage.DONE, None) == 1
     assert await store.deletions.advance([1], Stage.CHUNKS, Stage.DONE, None) == 0
     assert await store.deletions.due(LATER + timedelta(days=9), 9) == []
+    [done], _ = await store.deletions.page(7, [Stage.DONE], 0, 9)
+    assert done.completed_at is not None
+    assert done == replace(receipt, stage=Stage.DONE, counts=counts, completed_at=done.completed_at)
     await store.jobs.insert([job])
     assert await store.jobs.get([1]) == {}
+
+
+async def test_receipts_are_listed_by_user_and_stage_the_newest_first(store: Store) -> None:
+    """A page has the last requested first, ties by id; jobs that are not deleted are in none."""
+    jobs = [
+        replace(change(scan_job(n, user_id=7 if n < 4 else 8), JobTrigger.CANCEL, THEN), settled=True, outbox=())
+        for n in range(1, 6)
+    ]
+    await store.jobs.insert(jobs)
+    for job, requested_at in zip(jobs[:4], (LATER, THEN, LATER, LATER), strict=True):
+        receipt = Deletion(
+            job_id=job.id, user_id=job.user_id, subnet_id=1, reason="retention", requested_at=requested_at
+        )
+        assert await store.deletions.begin(job, receipt)
+    await store.deletions.advance([1], Stage.RESULTS, Stage.CHUNKS, LATER)
+
+    async def page(user_id: int | None, *stages: Stage, skip: int = 0, limit: int = 9) -> tuple[list[int], int]:
+        found, total = await store.deletions.page(user_id, stages or list(Stage), skip, limit)
+        return [each.job_id for each in found], total
+
+    assert await page(7) == ([3, 1, 2], 3)
+    assert await page(7, skip=1, limit=1) == ([1], 3)
+    assert await page(7, Stage.RESULTS) == ([3, 2], 2)
+    assert await page(7, Stage.DONE) == ([], 0)
+    assert await page(None) == ([4, 3, 1, 2], 4)
+    assert await page(None, Stage.CHUNKS, Stage.DONE) == ([1], 1)
 
 
 async def test_chunks_of_a_job_are_deleted_up_to_a_limit(store: Store) -> None:
     """So many chunks of the job go, and none of another."""
     await store.chunks.insert([chunk(id=f"1-{n}", index=n) for n in range(5)])
     await store.chunks.insert([chunk(id="10-0", job_id=10)])
+    assert [await store.chunks.count(n) for n in (1, 10, 2)] == [5, 1, 0]
     assert [await store.chunks.delete(1, 3) for _ in range(3)] == [3, 2, 0]
     assert [each.id for each in await all_chunks(store, 10)] == ["10-0"]
 

@@ -155,7 +155,9 @@ class DeletionsHandler:
             if not left:
                 self.loop.wake()
                 return
-            await self._publisher.publish(SCAN_DELETIONS, [ResultsDeleted(job_id=job_id)])
+            total = await self._store.erased(job_id)
+            answer = ResultsDeleted(job_id=job_id, hosts=total.hosts, rows=total.rows)
+            await self._publisher.publish(SCAN_DELETIONS, [answer])
             await self._store.end_deletion(job_id, begun)
 
 

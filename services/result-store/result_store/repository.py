@@ -3,7 +3,8 @@
 - `hosts`: `_id` is `<chunk_id>/<address>`, so only the first insert of a host succeeds. `first_id` is the id of its first
 result; hosts without results do not have the field. `key` sorts the hosts that are listed by address; silent ones do not have it.
 - `deleted`: `_id` is the id of a job whose results are deleted and those that arrive late too; `begun` says how often its
-  deletion began, and `open` whether documents may be left.
+  deletion began, and `open` whether documents may be left. `hosts` and `rows` count what was deleted, and `slice` are the first
+  and last id of the hosts that were counted last: they may not be deleted yet.
 - `chunks`: `_id` is the chunk's id. The collection holds closed chunks only; `key` sorts them by address.
 
 Documents of release 0.1 have no `key`.
@@ -18,12 +19,13 @@ from typing import Any, Final
 from bson import decode_iter
 from pymongo import ASCENDING, DESCENDING, IndexModel, UpdateOne
 
-from result_store.domain.results import ClosedChunk, Host, Parts, Place, StoredHost, address_key
+from result_store.domain.results import ClosedChunk, Erased, Host, Parts, Place, StoredHost, address_key
 from scanfleet.contracts.messages import HostScanned
 from scanfleet.contracts.rest import Result
 from scanfleet.errors import DependencyError
 from scanfleet.runtime.mongo import Database, Document, Ids, dependency_errors, insert_missing, make_indexes
 from scanfleet.scanning.outcomes import Outcome
+from scanfleet.scanning.ports import parse_ranges
 from scanfleet.scanning.targets import Network
 
 # Hosts fetched at once for one reader of results. They are held undecoded, usually a kilobyte each and at most 16 MB together.
@@ -56,6 +58,7 @@ _WITHOUT: Final[dict[Parts, Document]] = {
     Parts.DETAILS: {"ports": False},
     Parts.PORTS: {"details": False, "open_filtered": False},
 }
+_SIZE: Final = {"ports": {"$size": {"$ifNull": ["$ports", []]}}, "open_filtered": True}
 _OF_CLOSED: Final = dict.fromkeys(("job_id", "first_address", "outcomes"), True)
 _OF_STORED: Final = dict.fromkeys(("chunk_id", "address", "outcome", "created_at", "offset"), True)
 
@@ -214,20 +217,45 @@ class MongoStore:
 
     @dependency_errors()
     async def erase(self, job_id: int, limit: int) -> int:
-        """Delete up to `limit` documents of the job, closed chunks last; return how many were deleted.
+        """See `result_store.domain.ports.Store`.
 
         Without its closed chunk a late host would be a result.
         """
-        of_job = {"_id": _ids_of(job_id)}
         deleted = 0
-        for collection in (self._hosts, self._chunks):
-            while deleted < limit:
-                page = await collection.find(of_job, {"_id": True}).limit(min(_SLICE, limit - deleted)).to_list(None)
-                if not page:
-                    break
-                await collection.delete_many({"_id": {"$in": [document["_id"] for document in page]}})
-                deleted += len(page)
+        while deleted < limit and (hosts := await self._erase_hosts(job_id, min(_SLICE, limit - deleted))):
+            deleted += hosts
+        of_job = {"_id": _ids_of(job_id)}
+        while deleted < limit:
+            page = await self._chunks.find(of_job, {"_id": True}).limit(min(_SLICE, limit - deleted)).to_list(None)
+            if not page:
+                break
+            await self._chunks.delete_many({"_id": {"$in": [document["_id"] for document in page]}})
+            deleted += len(page)
         return deleted
+
+    async def _erase_hosts(self, job_id: int, limit: int) -> int:
+        """Count some hosts of the job in its mark, then delete them; return how many.
+
+        The mark names the slice that was counted last, so that no crash between the two, and no other replica, counts one twice.
+        """
+        mark = await self._deleted.find_one({"_id": job_id}, {"slice": True}) or {}
+        if counted := mark.get("slice"):
+            await self._hosts.delete_many({"_id": {"$gte": counted[0], "$lte": counted[1]}})
+        page = await self._hosts.find({"_id": _ids_of(job_id)}, _SIZE).sort("_id", 1).limit(limit).to_list(None)
+        if not page:
+            return 0
+        first, last = page[0]["_id"], page[-1]["_id"]
+        total = {"hosts": len(page), "rows": sum(map(_rows, page))}
+        update = {"$set": {"slice": [first, last]}, "$inc": total}
+        if (await self._deleted.update_one({"_id": job_id, "slice": counted}, update)).matched_count:
+            await self._hosts.delete_many({"_id": {"$gte": first, "$lte": last}})
+        return len(page)
+
+    @dependency_errors()
+    async def erased(self, job_id: int) -> Erased:
+        """See `result_store.domain.ports.Store`."""
+        mark = await self._deleted.find_one({"_id": job_id}, {"hosts": True, "rows": True}) or {}
+        return Erased(mark.get("hosts", 0), mark.get("rows", 0))
 
     @dependency_errors()
     async def end_deletion(self, job_id: int, begun: int) -> None:
@@ -292,6 +320,12 @@ def _host_document(host: Host) -> Document:
 
 def _host(document: Mapping[str, Any]) -> Host:
     return Host(HostScanned.model_validate(document), Place(document["created_at"], document["offset"]))
+
+
+def _rows(document: Document) -> int:
+    silent = parse_ranges(document.get("open_filtered", ""))
+    rows: int = document["ports"] + sum(last - first + 1 for first, last in silent)
+    return rows
 
 
 def _chunk_document(chunk: ClosedChunk) -> Document:

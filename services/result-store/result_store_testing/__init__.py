@@ -8,7 +8,7 @@ from ipaddress import ip_address
 from typing import Any, Final
 
 from result_store.domain.ports import Store
-from result_store.domain.results import ClosedChunk, Host, Parts, Scanned, StoredHost, address_key
+from result_store.domain.results import ClosedChunk, Erased, Host, Parts, Scanned, StoredHost, address_key
 from result_store.handlers import ResultsHandler
 from scanfleet.contracts.messages import ChunkScanned, HostScanned, PortFound
 from scanfleet.contracts.messages.topics import SCAN_RESULTS
@@ -36,6 +36,7 @@ class MemoryStore:
         self.marks: dict[int, tuple[int, bool]] = {}
         """By deleted job, how often its deletion began, and whether documents may be left."""
 
+        self.erasures: dict[int, Erased] = {}
         self.unsorted: set[int] = set()
         """Jobs with documents of a release without keys."""
 
@@ -131,12 +132,16 @@ class MemoryStore:
 
     async def erase(self, job_id: int, limit: int) -> int:
         hosts = [id_ for id_, (host, _) in self.hosts.items() if host.scanned.job_id == job_id][:limit]
-        for id_ in hosts:
-            del self.hosts[id_]
+        before = self.erasures.get(job_id, Erased())
+        rows = sum(self.hosts.pop(id_)[0].result_count for id_ in hosts)
+        self.erasures[job_id] = Erased(before.hosts + len(hosts), before.rows + rows)
         chunks = [id_ for id_, chunk in self.chunks.items() if chunk.job_id == job_id][: limit - len(hosts)]
         for id_ in chunks:
             del self.chunks[id_]
         return len(hosts) + len(chunks)
+
+    async def erased(self, job_id: int) -> Erased:
+        return self.erasures.get(job_id, Erased())
 
     async def end_deletion(self, job_id: int, begun: int) -> None:
         if self.marks[job_id][0] == begun:

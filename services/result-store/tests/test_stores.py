@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 from uuid import uuid4
 
 import pytest
 
-from result_store.domain.results import ClosedChunk, Host, Parts, Place, fold
+from result_store.domain.results import ClosedChunk, Erased, Host, Parts, Place, fold
 from result_store.repository import PAGE, MongoStore
 from result_store_testing import EPOCH, Log, MemoryStore, host
 from scanfleet.contracts.messages import HostDetails, HostScanned, PortFound, ScriptOutput
@@ -318,12 +319,53 @@ async def test_erase_deletes_the_job_alone_in_slices(store: Store) -> None:
     await store.close([chunk("aaaa")])
     await store.add(hosts(host("127.9.8.1", 22, job_id=10, chunk_id="10-0")))
     await store.close([ClosedChunk(10, "10-0", "127.9.8.0", "aa")])
+    await store.begin_deletions([1])
     assert await store.erase(1, 5) == 5
     assert await store.stored({"1-0"}) == {"1-0": []}
     assert (await store.closed({"1-0"})).keys() == {"1-0"}
     assert [await store.erase(1, 5) for _ in range(2)] == [1, 0]
     assert (await store.closed({"1-0", "10-0"})).keys() == {"10-0"}
     assert len(await listed(store, 10)) == 1
+
+
+async def test_erased_documents_are_counted_once(store: Store) -> None:
+    """Hosts and results are counted while they are deleted, each once, in several slices and after another beginning."""
+    one = host("127.9.8.0", 22, 80)
+    two = host("127.9.8.1", PortFound(port=53, protocol="udp"), open_filtered="67-69")
+    await store.add(hosts(one, two, host("127.9.8.2"), host("127.9.8.3", 22, job_id=2, chunk_id="2-0")))
+    await store.begin_deletions([1])
+    assert await store.erased(1) == Erased()
+    while await store.erase(1, 1):
+        pass
+    assert await store.erased(1) == Erased(hosts=3, rows=6)
+    await store.begin_deletions([1])
+    await store.add(hosts(host("127.9.8.4", 22)))
+    await store.erase(1, 9)
+    assert await store.erased(1) == Erased(hosts=4, rows=7)
+    assert len(await listed(store, 2)) == 1
+
+
+@pytest.mark.integration
+async def test_interrupted_erasure_counts_no_host_twice(mongodb: str) -> None:
+    """A process that ends between the count of a slice and its deletion, and two at once, leave exact counts."""
+    database = mongo.connect(mongodb, f"results-{uuid4().hex[:12]}")
+    stores = [MongoStore(database) for _ in range(2)]
+    try:
+        await stores[0].add(hosts(*(host(f"127.9.8.{n}", 22) for n in range(60))))
+        await stores[0].begin_deletions([1])
+        counted = {"slice": ["1-0/127.9.8.0", "1-0/127.9.8.19"], "hosts": 12, "rows": 12}  # 0, 1 and 10 to 19
+        await database["deleted"].update_one({"_id": 1}, {"$set": counted})
+
+        async def erase(store: MongoStore) -> None:
+            while await store.erase(1, 7):
+                pass
+
+        await asyncio.gather(*map(erase, stores))
+        assert await stores[0].erased(1) == Erased(hosts=60, rows=60)
+        assert await stores[0].stored(["1-0"]) == {"1-0": []}
+    finally:
+        await database.client.drop_database(database.name)
+        database.client.close()
 
 
 async def test_deletion_that_begins_again_is_not_ended(store: Store) -> None:

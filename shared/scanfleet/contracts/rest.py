@@ -432,6 +432,52 @@ class Waiting(_Answer):
     """Seconds until the expected end of the job; null while unknown and after its end."""
 
 
+# Deletions
+
+
+class DeletedCounts(_Answer):
+    """How much was stored of a deleted job; each is null while it is unknown."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    hosts: int | None
+    """Host documents of result-store: one per address and block of ports."""
+
+    rows: int | None
+    """Results."""
+
+    chunks: int | None
+
+
+class Deletion(_Answer):
+    """The receipt of a deleted job."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    job_id: int
+    user_id: int
+    """Owner of the job."""
+
+    subnet_id: int
+    reason: Literal["request", "retention"]
+    requested_by: int | None
+    """The user who requested it; null for retention, and for deletions of older releases."""
+
+    requested_at: Time
+    state: Literal["results", "chunks", "done"]
+    """What is being deleted: the results, then the chunks with the ledger. The job itself is gone from the first state on."""
+
+    completed_at: Time | None
+    deleted: DeletedCounts
+
+
+class DeletionList(_Answer):
+    deletions: list[Deletion]
+    total: int
+    page: int
+    page_size: int
+
+
 # Subnets
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from api_gateway.api import audit, imports, info, resources, revocations, session, sign_in, tasks
+from api_gateway.api import audit, deletions, imports, info, resources, revocations, session, sign_in, tasks
 from scanfleet.contracts import rest
 
 ROUTERS: tuple[APIRouter, ...] = (
@@ -14,6 +14,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     tasks.cancels,
     tasks.streams,
     tasks.all_streams,
+    deletions.router,
     *map(resources.router_of, rest.RESOURCES),
     imports.router,
     audit.router,

@@ -37,6 +37,7 @@ PATHS = {
     "/api/v1/policy": {"get", "post"},
     "/api/v1/policy/{policy_id}": {"get", "put", "delete"},
     "/api/v1/audit": {"get"},
+    "/api/v1/deletion": {"get"},
     "/api/v1/revocation": {"get", "post"},
     "/api/v1/revocation/{revocation_id}": {"delete"},
     "/api/v1/session": {"post", "delete"},

@@ -27,6 +27,7 @@ PASSED_ON = [
     ("GET", "/api/v1/task/41/snapshot"),
     ("GET", "/api/v1/task/41/map"),
     ("GET", "/api/v1/audit"),
+    ("GET", "/api/v1/deletion"),
     ("GET", "/api/v1/revocation"),
     ("POST", "/api/v1/revocation"),
     ("DELETE", "/api/v1/revocation/41"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from job_orchestrator.api import access, audit, coverage, imports, internal, policies, subnets, tasks
+from job_orchestrator.api import access, audit, coverage, deletions, imports, internal, policies, subnets, tasks
 from scanfleet.security.auth import for_gateway
 
 ROUTERS: tuple[APIRouter, ...] = (
     tasks.router,
     coverage.router,
+    deletions.router,
     subnets.router,
     imports.router,
     policies.router,

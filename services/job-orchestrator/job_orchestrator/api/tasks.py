@@ -64,7 +64,7 @@ async def delete_task(job_id: PathId, caller: Caller, state: Handed, record: Rec
         await record()
     else:
         await record(target=audit_target(f"/api/v1/task/{job_id}", job), rule=Rule.ROLE)
-    if not await state.deletions.delete([job_id], "request"):
+    if not await state.deletions.delete([job_id], "request", requested_by=caller.user_id):
         if await state.store.jobs.get([job_id]):
             raise ConflictError("Job is still being changed; try again in a few seconds")
         raise NotFoundError("Job not found")  # another request has deleted it meanwhile
@@ -192,7 +192,13 @@ async def readable(
 
 
 async def readable_user(
-    caller: Principal, whose: str | None, record: Recorder, *, target: str, streamed: bool = False
+    caller: Principal,
+    whose: str | None,
+    record: Recorder,
+    *,
+    target: str,
+    streamed: bool = False,
+    what: str = "jobs",
 ) -> int | None:
     """Whose jobs the caller may read, None for every user's; others' under audit.
 
@@ -202,6 +208,7 @@ async def readable_user(
         record: writes that an administrator reads another user's jobs.
         target: what was asked for.
         streamed: whether the request is one of many of a stream.
+        what: the requested objects, for the error.
 
     Raises:
         ForbiddenError: they are another user's, and the caller is no administrator.
@@ -210,7 +217,7 @@ async def readable_user(
     if user_id != caller.user_id:
         target = f"{target}?user_id={whose}"
         if not caller.admin:
-            raise ForbiddenError("The jobs of other users are for administrators", rule=Rule.ROLE, target=target)
+            raise ForbiddenError(f"The {what} of other users are for administrators", rule=Rule.ROLE, target=target)
         await record.reading(target, streamed=streamed)
     return user_id
 

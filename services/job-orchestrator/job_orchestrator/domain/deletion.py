@@ -9,7 +9,8 @@ from typing import Final, Literal
 
 Reason = Literal["request", "retention"]
 
-KEEP_RECEIPTS: Final = timedelta(days=30)  # longer than a command can be repeated or a record replayed: 7 and 14 days
+LEAST_RECEIPT_DAYS: Final = 30  # longer than a command can be repeated or a record replayed: 7 and 14 days
+KEEP_RECEIPTS: Final = timedelta(days=1_095)
 
 
 class Stage(StrEnum):
@@ -18,6 +19,15 @@ class Stage(StrEnum):
     RESULTS = "results"
     CHUNKS = "chunks"
     DONE = "done"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """How much was stored of a deleted job; None while unknown."""
+
+    hosts: int | None = None
+    rows: int | None = None
+    chunks: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,4 +42,8 @@ class Deletion:
     subnet_id: int
     reason: Reason
     requested_at: datetime
+    requested_by: int | None = None
+    """The user who requested it; None for retention, and in receipts of older releases."""
     stage: Stage = Stage.RESULTS
+    counts: Counts = Counts()
+    completed_at: datetime | None = None

@@ -17,7 +17,7 @@ from job_orchestrator.domain.access import Revocation
 from job_orchestrator.domain.census import JobCensus, OpenChunks, Standing
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.command import Command
-from job_orchestrator.domain.deletion import Deletion, Stage
+from job_orchestrator.domain.deletion import Counts, Deletion, Stage
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.domain.job import UNFINISHED, ScanJob
 from job_orchestrator.domain.quotas import Usage
@@ -215,11 +215,18 @@ class DeletionRepository(Protocol):
     async def due(self, now: datetime, limit: int) -> list[Deletion]:
         """Return due deletions, the longest waiting first; those that cannot be read are due again after a pause."""
 
-    async def advance(self, job_ids: Collection[int], stage: Stage, to: Stage, due: datetime | None) -> int:
+    async def advance(
+        self, job_ids: Collection[int], stage: Stage, to: Stage, due: datetime | None, counts: Counts | None = None
+    ) -> int:
         """Move deletions from `stage` to `to`, next due at `due`; skip those in any other stage; return the number moved.
 
-        With `due` None the receipts are forgotten after `KEEP_RECEIPTS`.
+        With `due` None they are complete, and their receipts are forgotten after the store's retention of receipts.
         """
+
+    async def page(
+        self, user_id: int | None, stages: Collection[Stage], skip: int, limit: int
+    ) -> tuple[list[Deletion], int]:
+        """Return deletions in these stages, the last requested first, and how many there are. None is every user."""
 
 
 class ChunkRepository(Protocol):
@@ -247,6 +254,9 @@ class ChunkRepository(Protocol):
         """Return the scanned chunks of jobs in these partitions for which result-store is due to be asked."""
 
     async def count_open(self, job_id: int) -> OpenChunks: ...
+
+    async def count(self, job_id: int) -> int:
+        """Return the number of chunks of the job."""
 
     async def delete(self, job_id: int, limit: int) -> int:
         """Delete up to `limit` chunks of the job; return the number deleted."""

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from job_orchestrator.domain.audit import own_entry
-from job_orchestrator.domain.deletion import Deletion, Reason, Stage
+from job_orchestrator.domain.deletion import Counts, Deletion, Reason, Stage
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ports import AuditRepository, ChunkRepository, DeletionRepository, JobRepository
 from job_orchestrator.domain.time import PlatformTime
@@ -61,29 +61,51 @@ class Deletions:
         """End time and id of the last expired job of the previous step, if there may be more."""
         self.loop = Loop("deletions", _STEP_SECONDS, self.step, least=_STEP_SECONDS, vital=False)
 
-    async def delete(self, job_ids: Collection[int], reason: Reason) -> set[int]:
+    async def delete(self, job_ids: Collection[int], reason: Reason, *, requested_by: int | None = None) -> set[int]:
         """Accept the deletion of those of these jobs that are settled; return their ids.
 
         From then on the jobs are in no answer; what was stored of them is deleted step by step.
 
+        Args:
+            job_ids: of the jobs.
+            reason: why they are deleted.
+            requested_by: the user who requested it.
+
         Raises:
             DependencyError: some are accepted; calling again accepts the others.
         """
+        now = self._clock.now()
+        return await self._accept(
+            [DeleteResults(job_id=id_, reason=reason, requested_by=requested_by, requested_at=now) for id_ in job_ids]
+        )
+
+    async def _accept(self, requests: Collection[DeleteResults]) -> set[int]:
+        left = {request.job_id: request for request in requests}
         accepted: set[int] = set()
-        left = set(job_ids)
         for _ in range(_ROUNDS):
             ended = [job for job in (await self._jobs.get(left)).values() if job.settled]
             await self._outbox.publish(ended)  # what their outboxes hold goes with them
-            now = self._clock.now()
-            done = await asyncio.gather(*(self._deletions.begin(job, _receipt(job, reason, now)) for job in ended))
-            DELETIONS.labels(reason).inc(sum(done))
+            receipts = [self._receipt(job, left[job.id]) for job in ended]
+            done = await asyncio.gather(*map(self._deletions.begin, ended, receipts))
+            for receipt, is_done in zip(receipts, done, strict=True):
+                DELETIONS.labels(receipt.reason).inc(is_done)
             accepted |= {job.id for job, is_done in zip(ended, done, strict=True) if is_done}
-            left = {job.id for job in ended} - accepted
+            left = {job.id: left[job.id] for job in ended if job.id not in accepted}
             if not left:
                 break
         if accepted:
             self.loop.wake()
         return accepted
+
+    def _receipt(self, job: ScanJob, request: DeleteResults) -> Deletion:
+        return Deletion(
+            job_id=job.id,
+            user_id=job.user_id,
+            subnet_id=job.subnet_id,
+            reason=request.reason,
+            requested_by=request.requested_by,
+            requested_at=request.requested_at or self._clock.now(),
+        )
 
     async def step(self) -> None:
         """Continue accepted deletions, and accept those of expired jobs.
@@ -95,9 +117,7 @@ class Deletions:
         now = self._clock.now()
         due = await self._deletions.due(now, _AT_ONCE)
         asked = [each for each in due if each.stage is Stage.RESULTS]
-        await self._publisher.publish(
-            SCAN_DELETIONS, [DeleteResults(job_id=each.job_id, reason=each.reason) for each in asked]
-        )
+        await self._publisher.publish(SCAN_DELETIONS, [_request(each) for each in asked])
         asked_ids = [each.job_id for each in asked]
         await self._deletions.advance(asked_ids, Stage.RESULTS, Stage.RESULTS, now + _ASK_AGAIN)
         left = _CHUNKS
@@ -114,13 +134,17 @@ class Deletions:
 
     async def handle(self, records: Sequence[Record[DeleteResults | ResultsDeleted]]) -> None:
         messages = [each.message for each in records]
-        deleted = {message.job_id for message in messages if isinstance(message, ResultsDeleted)}
-        await self._deletions.advance(deleted, Stage.RESULTS, Stage.CHUNKS, self._clock.now())
+        deleted = {each.job_id: each for each in messages if isinstance(each, ResultsDeleted)}
+        await asyncio.gather(*map(self._delete_chunks, deleted.values()))
         # DeleteResults from this service matter only after a restore, when the topic is read again.
-        for reason in ("request", "retention"):
-            ids = {each.job_id for each in messages if isinstance(each, DeleteResults) and each.reason == reason}
-            await self.delete(ids, reason)
+        await self._accept([each for each in messages if isinstance(each, DeleteResults)])
         self.loop.wake()
+
+    async def _delete_chunks(self, message: ResultsDeleted) -> None:
+        # Counted before the first is deleted, so that a repeated step counts none twice.
+        chunks = await self._chunks.count(message.job_id)
+        counts = Counts(hosts=message.hosts, rows=message.rows, chunks=chunks)
+        await self._deletions.advance([message.job_id], Stage.RESULTS, Stage.CHUNKS, self._clock.now(), counts)
 
     async def _expire(self) -> None:
         if self._keep is None or self._clock.monotonic() - self._expired < _EXPIRE_SECONDS:
@@ -140,5 +164,10 @@ class Deletions:
         await self.delete(ids, "retention")
 
 
-def _receipt(job: ScanJob, reason: Reason, now: datetime) -> Deletion:
-    return Deletion(job_id=job.id, user_id=job.user_id, subnet_id=job.subnet_id, reason=reason, requested_at=now)
+def _request(deletion: Deletion) -> DeleteResults:
+    return DeleteResults(
+        job_id=deletion.job_id,
+        reason=deletion.reason,
+        requested_by=deletion.requested_by,
+        requested_at=deletion.requested_at,
+    )

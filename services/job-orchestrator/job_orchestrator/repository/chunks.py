@@ -126,6 +126,10 @@ class MongoChunks:
         )
 
     @dependency_errors()
+    async def count(self, job_id: int) -> int:
+        return await self._chunks.count_documents({"job_id": job_id})
+
+    @dependency_errors()
     async def delete(self, job_id: int, limit: int) -> int:
         deleted = 0
         while deleted < limit:

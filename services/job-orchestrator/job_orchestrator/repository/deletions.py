@@ -4,22 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
-from job_orchestrator.domain.deletion import KEEP_RECEIPTS, Deletion, Stage
+from pymongo import IndexModel
+
+from job_orchestrator.domain.deletion import Counts, Deletion, Stage
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.repository import documents
 from job_orchestrator.repository.compare_and_set import NO_RECEIPT
 from scanfleet.runtime.mongo import Database, Document, dependency_errors
 
+_RECEIPTS: Final = {"deletion.stage": {"$exists": True}}
+_NEWEST: Final = [("deletion.requested_at", -1), ("_id", -1)]
+
+INDEXES: Final = {
+    "jobs": [  # of receipts only, so that writes of jobs cost nothing more
+        IndexModel([("deletion.user_id", 1), ("deletion.stage", 1), *_NEWEST], partialFilterExpression=_RECEIPTS),
+        IndexModel([("deletion.stage", 1), *_NEWEST], partialFilterExpression=_RECEIPTS),
+    ],
+}
+
 _UNREADABLE_PAUSE: Final = timedelta(hours=1)  # between two attempts to read a receipt, which an operator has to repair
 
 
 class MongoDeletions:
-    """`DeletionRepository` on MongoDB. The indexes are those of the jobs."""
+    """`DeletionRepository` on MongoDB. The index of due ones is with those of the jobs."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, keep: timedelta) -> None:
         self._jobs = database["jobs"]
+        self._keep = keep
 
     @dependency_errors()
     async def begin(self, job: ScanJob, receipt: Deletion) -> bool:
@@ -39,13 +52,32 @@ class MongoDeletions:
         return [receipt for receipt in receipts if receipt is not None]
 
     @dependency_errors()
-    async def advance(self, job_ids: Collection[int], stage: Stage, to: Stage, due: datetime | None) -> int:
+    async def advance(
+        self, job_ids: Collection[int], stage: Stage, to: Stage, due: datetime | None, counts: Counts | None = None
+    ) -> int:
         if not job_ids:
             return 0
-        forget_at = {"$add": ["$$NOW", int(KEEP_RECEIPTS.total_seconds() * 1_000)]}
-        at: Document = {"due": "$$REMOVE", "forget_at": forget_at} if due is None else {"due": due}
+        changes: dict[str, Any] = {"deletion.stage": to.value}
+        if due is None:
+            forget_at = {"$add": ["$$NOW", int(self._keep.total_seconds() * 1_000)]}
+            changes |= {"due": "$$REMOVE", "forget_at": forget_at, "deletion.completed_at": "$$NOW"}
+        else:
+            changes |= {"due": due, "deletion.completed_at": None}
+        if counts is not None:
+            changes["deletion.counts"] = documents.write_counts(counts)
         moved = await self._jobs.update_many(
-            {"_id": {"$in": list(job_ids)}, "deletion.stage": stage.value},
-            [{"$set": {"deletion.stage": to.value} | at}],
+            {"_id": {"$in": list(job_ids)}, "deletion.stage": stage.value}, [{"$set": changes}]
         )
         return moved.matched_count
+
+    @dependency_errors()
+    async def page(
+        self, user_id: int | None, stages: Collection[Stage], skip: int, limit: int
+    ) -> tuple[list[Deletion], int]:
+        wanted: Document = {"deletion.stage": {"$in": [stage.value for stage in stages]}}
+        if user_id is not None:
+            wanted["deletion.user_id"] = user_id
+        page = await self._jobs.find(wanted).sort(_NEWEST).skip(skip).limit(limit).to_list(limit)
+        receipts = [documents.readable(documents.read_deletion, each, "jobs") for each in page]
+        total = await self._jobs.count_documents(wanted)
+        return [receipt for receipt in receipts if receipt is not None], total

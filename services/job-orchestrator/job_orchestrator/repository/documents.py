@@ -11,7 +11,7 @@ import structlog
 from job_orchestrator.domain.access import Revocation
 from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState, Token
 from job_orchestrator.domain.command import Command
-from job_orchestrator.domain.deletion import Deletion, Stage
+from job_orchestrator.domain.deletion import Counts, Deletion, Stage
 from job_orchestrator.domain.fairness import Candidate, Clock, Credit, Held
 from job_orchestrator.domain.job import Outgoing, Plan, ScanJob
 from job_orchestrator.domain.plan import MAX_PORTS
@@ -135,12 +135,21 @@ def _totals(document: Document) -> Totals:
 def write_deletion(deletion: Deletion) -> Document:
     """Without any field by which jobs are found."""
     known = {name: getattr(deletion, name) for name in Deletion.__slots__ if name != "job_id"}
-    return {"_id": deletion.job_id, "deletion": known | {"stage": deletion.stage.value}}
+    return {
+        "_id": deletion.job_id,
+        "deletion": known | {"stage": deletion.stage.value, "counts": write_counts(deletion.counts)},
+    }
+
+
+def write_counts(counts: Counts) -> Document:
+    return _fields(counts)
 
 
 def read_deletion(document: Document) -> Deletion:
-    known = {name: document["deletion"][name] for name in Deletion.__slots__ if name != "job_id"}
-    return Deletion(job_id=document["_id"], **(known | {"stage": Stage(known["stage"])}))
+    stored = document["deletion"]
+    known = {name: stored[name] for name in Deletion.__slots__ if name in stored}
+    counts = {name: stored["counts"][name] for name in Counts.__slots__} if "counts" in stored else {}
+    return Deletion(job_id=document["_id"], **(known | {"stage": Stage(known["stage"]), "counts": Counts(**counts)}))
 
 
 def write_chunk(chunk: Chunk) -> Document:

@@ -6,7 +6,8 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from job_orchestrator.domain.chain import ChainKeys
-from job_orchestrator.repository import access, audit, chunks, commands, dispatch, jobs, resources
+from job_orchestrator.domain.deletion import KEEP_RECEIPTS
+from job_orchestrator.repository import access, audit, chunks, commands, deletions, dispatch, jobs, resources
 from job_orchestrator.repository.access import MongoAccess
 from job_orchestrator.repository.audit import MongoAudit
 from job_orchestrator.repository.chunks import MongoChunks
@@ -24,21 +25,28 @@ SEQUENCES: Final = ("jobs", "subnets", "policies", "users", "revocations")
 class MongoStore:
     """`Store` on MongoDB."""
 
-    def __init__(self, database: Database, keys: ChainKeys, *, keep_audit: timedelta = timedelta(days=365)) -> None:
+    def __init__(
+        self,
+        database: Database,
+        keys: ChainKeys,
+        *,
+        keep_audit: timedelta = timedelta(days=365),
+        keep_receipts: timedelta = KEEP_RECEIPTS,
+    ) -> None:
         self.subnets = MongoSubnets(database)
         self.policies = MongoPolicies(database)
         self.audit = MongoAudit(database, keys, keep_audit)
         self.access = MongoAccess(database)
         self.commands = MongoCommands(database)
         self.jobs = MongoJobs(database)
-        self.deletions = MongoDeletions(database)
+        self.deletions = MongoDeletions(database, keep_receipts)
         self.chunks = MongoChunks(database)
         self.dispatch = MongoDispatch(database)
         self._database = database
 
     async def prepare(self) -> None:
         """Create or replace the indexes, and migrate unfinished jobs of release 0.1."""
-        for module in (resources, audit, access, commands, jobs, chunks, dispatch):
+        for module in (resources, audit, access, commands, jobs, deletions, chunks, dispatch):
             await make_indexes(self._database, module.INDEXES)
         await self._adopt()
 

@@ -74,6 +74,9 @@ class MemoryChunks(MemoryRepository):
             held=sum(chunk.state in HELD for chunk in mine),
         )
 
+    async def count(self, job_id: int) -> int:
+        return sum(chunk.job_id == job_id for chunk in self._data.chunks.values())
+
     async def delete(self, job_id: int, limit: int) -> int:
         ids = [chunk.id for chunk in self._data.chunks.values() if chunk.job_id == job_id][:limit]
         for id_ in ids:

@@ -6,9 +6,10 @@ from collections.abc import Collection
 from dataclasses import replace
 from datetime import datetime
 
-from job_orchestrator.domain.deletion import Deletion, Stage
+from job_orchestrator.domain.deletion import Counts, Deletion, Stage
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator_testing.repository.data import MemoryRepository
+from scanfleet.clock import utc_now
 
 
 class MemoryDeletions(MemoryRepository):
@@ -25,8 +26,23 @@ class MemoryDeletions(MemoryRepository):
         due = sorted((at, id_) for id_, (_, at) in self._data.receipts.items() if at is not None and at <= now)
         return [self._data.receipts[id_][0] for _, id_ in due[:limit]]
 
-    async def advance(self, job_ids: Collection[int], stage: Stage, to: Stage, due: datetime | None) -> int:
+    async def advance(
+        self, job_ids: Collection[int], stage: Stage, to: Stage, due: datetime | None, counts: Counts | None = None
+    ) -> int:
         found = {id_: self._data.receipts[id_][0] for id_ in job_ids if id_ in self._data.receipts}
-        moved = {id_: (replace(each, stage=to), due) for id_, each in found.items() if each.stage is stage}
+        completed_at = utc_now() if due is None else None
+        moved = {
+            id_: (replace(each, stage=to, counts=counts or each.counts, completed_at=completed_at), due)
+            for id_, each in found.items()
+            if each.stage is stage
+        }
         self._data.receipts |= moved
         return len(moved)
+
+    async def page(
+        self, user_id: int | None, stages: Collection[Stage], skip: int, limit: int
+    ) -> tuple[list[Deletion], int]:
+        receipts = [each for each, _ in self._data.receipts.values()]
+        found = [each for each in receipts if user_id in (None, each.user_id) and each.stage in stages]
+        found.sort(key=lambda each: (each.requested_at, each.job_id), reverse=True)
+        return found[skip : skip + limit], len(found)

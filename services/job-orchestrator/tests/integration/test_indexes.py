@@ -10,6 +10,7 @@ import pytest
 
 from job_orchestrator.domain.chunk import HELD, ChunkState
 from job_orchestrator.domain.command import Command
+from job_orchestrator.domain.deletion import Stage
 from job_orchestrator.domain.fairness import Clock, Credit
 from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator.repository import MongoStore
@@ -63,6 +64,9 @@ QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
     "jobs.usage": (lambda store: store.jobs.usage([7, 8]), 6),
     "subnets.count": (lambda store: store.subnets.count(3, 10), 5),
     "deletions.due": (lambda store: store.deletions.due(LATER, 10), 2),
+    "deletions.page": (lambda store: store.deletions.page(7, list(Stage), 0, 10), 2),
+    "deletions.page of all": (lambda store: store.deletions.page(None, [Stage.DONE], 0, 10), 2),
+    "chunks.count": (lambda store: store.chunks.count(99), 2),
     "jobs.expired": (lambda store: store.jobs.expired(THEN, 10), 2),
     "chunks.delete": (lambda store: store.chunks.delete(99, 10), 2),
     "chunks.count_open": (lambda store: store.chunks.count_open(3), CHUNKS // USERS + 5),

@@ -149,6 +149,7 @@ EVERY_ROUTE = [
     ("GET", "/api/v1/task/1/waiting"),
     ("GET", "/api/v1/task/1/snapshot"),
     ("GET", "/api/v1/task/1/map"),
+    ("GET", "/api/v1/deletion"),
     *((verb, "/api/v1/subnet") for verb in ("GET", "POST")),
     *((verb, "/api/v1/subnet/1") for verb in ("GET", "PUT", "DELETE")),
     ("POST", "/api/v1/subnet/import"),

@@ -16,7 +16,7 @@ from prometheus_client import REGISTRY
 
 from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
-from job_orchestrator.domain.deletion import Deletion
+from job_orchestrator.domain.deletion import Deletion, Stage
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change
 from job_orchestrator_testing import RULES, MemoryStore, ResultStore, World, chunk, scan_job
 from job_orchestrator_testing.repository import MemoryChunks, MemoryDeletions, MemoryJobs
@@ -33,7 +33,11 @@ HIDDEN = [
     ("GET", "/api/v1/task/1"),
     ("GET", "/api/v1/task/1/ledger"),
     ("GET", "/api/v1/task/1/waiting"),
+    ("GET", "/api/v1/task/1/map"),
+    ("GET", "/api/v1/task/1/snapshot"),
     ("GET", "/internal/jobs/1/owner"),
+    ("GET", "/internal/jobs/1/owner/hosts"),
+    ("GET", "/internal/jobs/1/export"),
     ("GET", "/internal/jobs/1/latest"),
     ("DELETE", "/api/v1/task/1"),
 ]
@@ -65,6 +69,13 @@ async def chunks_of(world: World, job_id: int) -> int:
     return len([each async for each in world.store.chunks.of_job(job_id)])
 
 
+async def assert_hidden(http: httpx.AsyncClient) -> None:
+    for admin in (False, True):
+        for verb, path in HIDDEN:
+            answer = await http.request(verb, path, headers=ISSUER.bearer(7, admin=admin))
+            assert (answer.status_code, answer.json()) == (404, {"error": "Job not found"}), path
+
+
 async def completed(world: World) -> None:
     """Job 1 of user 7 has completed."""
     await world.submit("127.9.8.0/30")
@@ -79,18 +90,85 @@ async def test_deleted_job_is_gone_at_once_and_then_from_the_database(world: Wor
     world.results = None
     async with client(world) as http:
         assert await delete(http) == (200, {"message": "Job deleted successfully"})
-        for admin in (False, True):
-            for verb, path in HIDDEN:
-                answer = await http.request(verb, path, headers=ISSUER.bearer(7, admin=admin))
-                assert (answer.status_code, answer.json()) == (404, {"error": "Job not found"}), path
+        await assert_hidden(http)
         listed = await http.get("/api/v1/task", headers=ISSUER.bearer(7))
         assert (listed.json()["jobs"], listed.json()["total"]) == ([], 0)
-    await world.wait(2)
-    assert await chunks_of(world, 1) == 1, "the chunks are the last to go"
-    world.results = ResultStore(world.bus)
-    await world.wait(3, seconds=61)
-    assert await chunks_of(world, 1) == 0
+        await world.wait(2)
+        assert await chunks_of(world, 1) == 1, "the chunks are the last to go"
+        world.results = ResultStore(world.bus)
+        await world.wait(3, seconds=61)
+        assert await chunks_of(world, 1) == 0
+        await assert_hidden(http)
     assert await world.store.deletions.due(world.only.commands._clock.now() + timedelta(days=9), 9) == []
+
+
+async def test_cancel_of_a_deleted_job_is_a_404(world: World) -> None:
+    """A cancel goes over the bus, and is answered as for a job that never existed, for administrators too."""
+    await completed(world)
+    await world.only.deletions.delete([1], "request")
+    commands = [await world.cancel(1, admin=admin) for admin in (False, True)]
+    await world.settle()
+    for command in commands:
+        assert [(each.status, each.error) for each in world.replies(command)] == [(404, "Job not found")]
+
+
+async def deletions(http: httpx.AsyncClient, user: int = 7, *, admin: bool = False, **query: Any) -> Any:
+    answer = await http.get("/api/v1/deletion", params=query, headers=ISSUER.bearer(user, admin=admin))
+    return answer.json() if answer.status_code == 200 else answer.status_code
+
+
+async def test_receipt_shows_the_progress_of_a_deletion_and_what_was_deleted(world: World) -> None:
+    """A deletion is listed from its acceptance on, with its state, who requested it, and counts once they are known."""
+    await completed(world)
+    world.results = None
+    async with client(world) as http:
+        assert (await deletions(http))["total"] == 0
+        await delete(http, user=9, admin=True)
+        [receipt] = (await deletions(http, state="open"))["deletions"]
+        unknown = {"hosts": None, "rows": None, "chunks": None}
+        assert receipt == {
+            "job_id": 1,
+            "user_id": 7,
+            "subnet_id": 1,
+            "reason": "request",
+            "requested_by": 9,
+            "requested_at": receipt["requested_at"],
+            "state": "results",
+            "completed_at": None,
+            "deleted": unknown,
+        }
+        world.results = ResultStore(world.bus)
+        await world.wait(3, seconds=61)
+        [done] = (await deletions(http, state="done"))["deletions"]
+        counts = {"hosts": 4, "rows": 9, "chunks": 1}
+        assert done == receipt | {"state": "done", "completed_at": done["completed_at"], "deleted": counts}
+        assert done["completed_at"].endswith("Z")
+        assert (await deletions(http, state="open"))["deletions"] == []
+
+
+@pytest.mark.proves("G13")
+async def test_deletions_are_listed_for_the_owner_of_the_jobs_and_administrators(world: World) -> None:
+    """Each user sees their own, newest first and by pages; administrators see all, under audit."""
+    ended = [change(scan_job(n, user_id=7 if n < 4 else 8), JobTrigger.CANCEL, THEN, settled=True) for n in range(1, 5)]
+    await world.store.jobs.insert(ended)
+    for n in range(1, 5):
+        world.now += 1
+        await world.only.deletions.delete([n], "retention")
+    async with client(world) as http:
+        page = await deletions(http, page=1, page_size=2)
+        assert ([each["job_id"] for each in page["deletions"]], page["total"]) == ([3, 2], 3)
+        assert [each["job_id"] for each in (await deletions(http, page=2, page_size=2))["deletions"]] == [1]
+        assert [each["job_id"] for each in (await deletions(http, user=8))["deletions"]] == [4]
+        assert await deletions(http, user_id="8") == 403
+        assert await deletions(http, state="waiting") == 400
+        every = await deletions(http, user=9, admin=True, user_id="all")
+        assert [(each["job_id"], each["requested_by"]) for each in every["deletions"]] == [
+            (n, None) for n in (4, 3, 2, 1)
+        ]
+    entries, _ = await world.store.audit.page(0, 10, subject="9")
+    assert [(each.action, each.target, each.rule) for each in entries] == [
+        ("list_deletions", "/api/v1/deletion?user_id=all", "role")
+    ]
 
 
 async def test_unfinished_job_is_not_deleted(world: World) -> None:
@@ -313,7 +391,9 @@ async def test_job_of_a_backup_is_deleted_again(world: World) -> None:
     """When the topic is read again over a database that was set back, what was deleted since is deleted again."""
     await completed(world)
     (backup,) = (await world.store.jobs.get([1])).values()
-    await world.only.deletions.delete([1], "request")
+    asked_at = world.time
+    await world.only.deletions.delete([1], "request", requested_by=9)
+    world.now += 100
     await world.only.deletions.step()
     records = world.take(SCAN_DELETIONS)
     world.store = MemoryStore()
@@ -321,3 +401,5 @@ async def test_job_of_a_backup_is_deleted_again(world: World) -> None:
     await world.store.jobs.insert([backup])
     await world.hand(SCAN_DELETIONS, records)
     assert await world.store.jobs.get([1]) == {}
+    [again], _ = await world.store.deletions.page(7, list(Stage), 0, 9)
+    assert (again.requested_by, again.requested_at) == (9, asked_at)

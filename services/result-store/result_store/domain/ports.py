@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from typing import Protocol
 
-from result_store.domain.results import ClosedChunk, Host, Parts, StoredHost
+from result_store.domain.results import ClosedChunk, Erased, Host, Parts, StoredHost
 from scanfleet.contracts.rest import Result
 from scanfleet.scanning.targets import Network
 
@@ -42,7 +42,10 @@ class Store(Protocol):
         """Return the jobs to erase, each with how often its deletion began."""
 
     async def erase(self, job_id: int, limit: int) -> int:
-        """Delete up to `limit` documents of the job, closed chunks last; return how many were deleted."""
+        """Delete up to `limit` documents of a job that is marked as deleted, closed chunks last; return how many were deleted."""
+
+    async def erased(self, job_id: int) -> Erased:
+        """Return how much of a job that is marked as deleted was deleted, each document counted once."""
 
     async def end_deletion(self, job_id: int, begun: int) -> None:
         """Note that nothing is left of the job, unless its deletion has begun again since."""

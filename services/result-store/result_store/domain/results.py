@@ -174,6 +174,15 @@ class StoredHost:
     place: Place
 
 
+@dataclass(frozen=True, slots=True)
+class Erased:
+    """How much of a deleted job was deleted."""
+
+    hosts: int = 0
+    rows: int = 0
+    """Results."""
+
+
 @dataclass(slots=True)
 class Batch:
     """A batch of scan-results, deduplicated by host."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import AwareDatetime
+
 from scanfleet.contracts.messages.base import Message
-from scanfleet.contracts.messages.fields import Id
+from scanfleet.contracts.messages.fields import Count, Id
 
 
 class _OfJob(Message):
@@ -20,7 +22,18 @@ class DeleteResults(_OfJob):
     """Delete all results of the job. It is repeated until ResultsDeleted answers it."""
 
     reason: Literal["request", "retention"] = "request"
+    requested_by: Id | None = None
+    """The user who requested it; null for retention, and if the sender is of release 0.1."""
+
+    requested_at: AwareDatetime | None = None
+    """When it was accepted."""
 
 
 class ResultsDeleted(_OfJob):
     """No result of the job is stored any more, and those that arrive late will be deleted too."""
+
+    hosts: Count | None = None
+    """Number of deleted host documents: one per address and block of ports; null if unknown."""
+
+    rows: Count | None = None
+    """Number of results that were deleted with them."""

@@ -1,0 +1,38 @@
+"""Receipts of deleted jobs of job-orchestrator; requests are forwarded."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from api_gateway.api.admission import Route
+from api_gateway.api.document import ID, errors, paging, query
+from api_gateway.api.state import Handed
+from scanfleet.contracts import rest
+from scanfleet.security.auth import Caller
+
+router = APIRouter(prefix="/api/v1/deletion", tags=["task"], route_class=Route)
+
+
+@router.get(
+    "",
+    response_model=rest.DeletionList,
+    responses=errors(400, 403),
+    openapi_extra={
+        "parameters": [
+            query(
+                "state",
+                {"type": "string", "enum": ["open", "done"]},
+                "Only deletions that continue, or those that are complete.",
+            ),
+            query(
+                "user_id",
+                {"anyOf": [ID, {"const": rest.ALL_USERS}]},
+                "For administrators: deletions of jobs of this user, or of `all` users; without it of the caller's own.",
+            ),
+            *paging(),
+        ]
+    },
+)
+async def list_deletions(request: Request, _caller: Caller, state: Handed) -> Response:
+    """List the receipts of deleted scan jobs, the last requested first."""
+    return await state.orchestrator.forward(request)
