@@ -223,13 +223,15 @@ def types(command: str, folder: Path) -> str:
 
 @pytest.mark.usefixtures("user")
 def test_dead_letter_commands_work(commands: Mapping[str, list[str]], tmp_path: Path) -> None:
-    """The documented commands list, show and replay a dead letter."""
-    list_, show, replay, replay_all = commands["Dead letters"]
+    """The documented commands list, show and replay a dead letter, and replay one whose record is gone."""
+    list_, show, replay, replay_all, replay_unverified = commands["Dead letters"]
     docker(*compose.COMPOSE[1:], "run", "--rm", "-T", "--entrypoint", "python", "topics", "-c", _POISON)
     until(lambda: "scan-progress-dlq/0/0" in types(list_, tmp_path), 60, "the letter to be there")
     assert "value: poison" in types(show, tmp_path)
     assert types(replay, tmp_path) == "scan-progress-dlq/0/0 was sent to scan-progress\n"
     assert "scan-progress-dlq/0/0 was sent to scan-progress\n" in types(replay_all, tmp_path)
+    until(lambda: "scan-progress-dlq/0/1" in types(list_, tmp_path), 60, "the replayed letter to be refused again")
+    assert types(replay_unverified, tmp_path) == "scan-progress-dlq/0/1 was sent to scan-progress\n"
 
 
 def test_audit_log_is_verified_and_exported(user: Client, commands: Mapping[str, list[str]], tmp_path: Path) -> None:

@@ -35,5 +35,7 @@ def test_documented_commands_are_tested(commands: Mapping[str, list[str]]) -> No
     containers = (ROOT / "tests/deploy/test_containers.py").read_text(encoding="utf-8")
     untested = {title for title, lines in commands.items() if lines and f'commands["{title}"]' not in containers}
     assert untested == {"Deploy"}
+    for names, title in re.findall(r'^ +(.+) = commands\["(.+)"\]$', containers, re.MULTILINE):
+        assert names == "steps" or len(names.split(", ")) == len(commands[title]), title
     assert commands["Deploy"] == ["SCANFLEET_ALLOWED_NETWORKS=192.0.2.0/24 docker compose up --wait"]
     assert "${SCANFLEET_ALLOWED_NETWORKS:-" in (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
