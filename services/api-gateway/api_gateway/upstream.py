@@ -96,22 +96,27 @@ class Upstream:
                 raise DependencyError(f"{self._url} answered {answer.status_code} to GET /internal/ready")
             self._reached = True
 
-    def identity(self, request: Request) -> dict[str, str]:
+    def identity(self, request: Request, *, with_roles: bool = False) -> dict[str, str]:
         """Return the headers of a call: caller, client address, request id and trace."""
         return {
-            "authorization": self._tokens.bearer(request.scope["caller"]),
+            "authorization": self._tokens.bearer(request.scope["caller"], with_roles=with_roles),
             "x-forwarded-for": source(request),
             "x-request-id": request.scope["request_id"],
             "traceparent": tracing.current() or "",
         }
 
-    async def forward(self, request: Request) -> Response:
+    async def forward(self, request: Request, *, with_roles: bool = False) -> Response:
         """Return the service's answer to the same request, whatever its status; as a stream unless it is small.
 
+        Args:
+            request: of the client.
+            with_roles: whether the service needs the caller's roles.
+
         Raises:
+            BadRequestError: the roles are too long.
             DependencyError: the service is unavailable.
         """
-        headers = self.identity(request) | {
+        headers = self.identity(request, with_roles=with_roles) | {
             name: ", ".join(request.headers.getlist(name)) for name in _FORWARDED if name in request.headers
         }
         # The path is one of our routes with ids in it, so only the query can contain characters that a URL must not.

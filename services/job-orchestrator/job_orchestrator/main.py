@@ -15,6 +15,7 @@ from job_orchestrator.api.state import State
 from job_orchestrator.domain.audit import first_use
 from job_orchestrator.domain.chain import read_chain_keys
 from job_orchestrator.domain.ports import Store
+from job_orchestrator.domain.proposal import Checks
 from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.user_grants import JobGrants
@@ -105,14 +106,11 @@ class Orchestrator:
             wake=lambda users: self.dispatcher.wake(made=users),
             clock=clock,
         )
-        submits = Submits(
+        self.submits = Submits(
             jobs=store.jobs,
             policies=store.policies,
             subnets=store.subnets,
-            rules=rules,
-            scripts=scripts,
-            grants=grants,
-            quotas=quotas,
+            checks=Checks(rules=rules, scripts=scripts, grants=grants, quotas=quotas),
             clock=clock,
         )
         self.commands = Commands(
@@ -122,7 +120,7 @@ class Orchestrator:
             publisher=publisher,
             outbox=self.outbox,
             reconciler=self.reconciler,
-            submits=submits,
+            submits=self.submits,
             clock=clock,
         )
         self.deletions = Deletions(
@@ -255,6 +253,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             app.state.orchestrator = State(
                 store,
                 orchestrator.commands,
+                orchestrator.submits,
                 orchestrator.deletions,
                 settings.target_rules,
                 settings.allowed_scripts,

@@ -330,7 +330,9 @@ class World:
 
     # What users do and see
 
-    async def add(self, *cidrs: str, user_id: int = 7, policy: ScanPolicy | None = None) -> tuple[int, list[int]]:
+    async def add(
+        self, *cidrs: str, user_id: int = 7, policy: ScanPolicy | None = None, exclude: tuple[str, ...] = ()
+    ) -> tuple[int, list[int]]:
         """A policy and subnets; answers their ids."""
         now = utc_now()
         (policy_id,) = await self.store.policies.take_ids()
@@ -339,7 +341,7 @@ class World:
         common: dict[str, Any] = {"user_id": user_id, "name": "x", "created_at": now, "updated_at": now}
         await self.store.policies.add(Policy(id=policy_id, scan=scan, **common))
         for id_, cidr in zip(ids, cidrs, strict=True):
-            await self.store.subnets.add(Subnet(id=id_, cidr=cidr, exclude=(), **common))
+            await self.store.subnets.add(Subnet(id=id_, cidr=cidr, exclude=exclude, **common))
         return policy_id, list(ids)
 
     async def submit(

@@ -33,6 +33,7 @@ MAX_EXCLUDES = 1_000  # per subnet: its document stays small and readable
 MAX_BODY_BYTES = 16 * 1024  # per request; the largest policy, with 10,000 characters of ports, takes 13 kB
 MAX_IMPORT_LINES = 1_000
 BODY_LIMITS = {
+    "/api/v1/task/estimate": 80 * 1024,  # 1,000 excluded IPv6 networks, and the values of a policy
     "/api/v1/task": 32 * 1024,  # 1,000 subnet ids of 17 digits
     "/api/v1/subnet/import": 128 * 1024,  # 1,000 lines of 128 characters
     "/api/v1/subnet": 64 * 1024,  # 1,000 excluded IPv6 networks
@@ -481,16 +482,20 @@ class DeletionList(_Answer):
 # Subnets
 
 
+Cidr = Annotated[str, Field(max_length=50)]
+Exclude = Annotated[
+    list[Cidr] | None,
+    Field(
+        max_length=MAX_EXCLUDES,
+        description="Networks to exclude; those outside the subnet have no effect, and the response shows the "
+        "others merged.",
+    ),
+]
+
+
 class SubnetBody(NamedBody):
-    cidr: Annotated[str, Field(max_length=50)]
-    exclude: Annotated[
-        list[Annotated[str, Field(max_length=50)]] | None,
-        Field(
-            max_length=MAX_EXCLUDES,
-            description="Networks to exclude; those outside the subnet have no effect, and the response shows the "
-            "others merged.",
-        ),
-    ] = []
+    cidr: Cidr
+    exclude: Exclude = []
 
 
 class Subnet(_Answer):
@@ -551,8 +556,8 @@ def _preset_decides() -> Any:
     """Default of a field that `PolicyBody.scan` fills in; a factory, so that no default is documented."""
 
 
-class PolicyBody(NamedBody):
-    """A policy; omitted fields have the preset's values."""
+class PolicyValues(_Body):
+    """The values of a policy; omitted fields have the preset's values."""
 
     preset: Preset = Preset.STANDARD
     ports: vocabulary.Ports = Field(default_factory=_preset_decides)
@@ -580,6 +585,10 @@ class PolicyBody(NamedBody):
             return fill_in(self.preset, given, scripts)
         except PolicyError as error:
             raise BadRequestError(str(error)) from error
+
+
+class PolicyBody(PolicyValues, NamedBody):
+    """A policy; omitted fields have the preset's values."""
 
 
 class Policy(ScanPolicy):
@@ -656,6 +665,73 @@ POLICIES: Final = Resource(
     replacing="existing jobs keep the previous one",
 )
 RESOURCES: Final[tuple[Resource[NamedBody, BaseModel, BaseModel], ...]] = (SUBNETS, POLICIES)
+
+
+# Estimates
+
+
+class EstimateBody(_Body):
+    """A scan to estimate: a subnet by id or by its networks, and a policy by id or by its values."""
+
+    subnet_id: Id | None = None
+    cidr: Cidr | None = None
+    exclude: Exclude = []
+    policy_id: Id | None = None
+    policy: PolicyValues | None = None
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        if (self.subnet_id is None) == (self.cidr is None):
+            raise ValueError("give either subnet_id or cidr")
+        if self.exclude and self.cidr is None:
+            raise ValueError("exclude needs cidr: a subnet has its own")
+        if (self.policy_id is None) == (self.policy is None):
+            raise ValueError("give either policy_id or policy")
+        return self
+
+
+class EstimateRefusal(_Answer):
+    """A reason for which the scan would be refused now."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    rule: str
+    """Name of the rule, as in the audit log: `targets`, `grant`, `quota`, `request`."""
+
+    field: str | None
+    """The field of the request at fault; null if it is not one alone."""
+
+    error: str
+
+
+class Estimate(_Answer):
+    """What a scan would be, if it were requested now. Nothing is created."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    addresses: int
+    """Number of addresses of the subnet, including excluded ones."""
+
+    excluded: int
+    exclude: list[str]
+    """The networks that are excluded: those within the subnet, merged, with its broadcast address."""
+
+    tcp_ports: int
+    udp_ports: int
+    probes: int
+    """Addresses that are not excluded × ports."""
+
+    chunks: int
+    """Number of chunks into which the job would be divided."""
+
+    estimate_seconds: float
+    """Expected slot seconds of the whole job: a fleet with several free slots needs less time."""
+
+    needs_raw_packets: bool
+    """Whether some of its ports need a worker that can send raw packets."""
+
+    refusals: list[EstimateRefusal]
+    """Every reason for which the scan would be refused; empty if it would be accepted."""
 
 
 # Audit

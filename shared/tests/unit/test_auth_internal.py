@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from scanfleet.errors import UnauthorizedError
+from scanfleet.errors import BadRequestError, UnauthorizedError
 from scanfleet.security.auth import (
     THE_GATEWAY,
     InternalTokens,
@@ -23,7 +23,16 @@ from scanfleet.security.auth import (
     read_private_key,
     read_public_keys,
 )
-from scanfleet.security.auth.internal import ISSUER, LEEWAY_S, LIFE_S, MAX_SIGNED, REUSE_S, TYPE
+from scanfleet.security.auth.internal import (
+    ISSUER,
+    LEEWAY_S,
+    LIFE_S,
+    MAX_CHARS,
+    MAX_ROLES_CHARS,
+    MAX_SIGNED,
+    REUSE_S,
+    TYPE,
+)
 from scanfleet_testing.tokens import InternalKeys, Issuer
 
 pytestmark = pytest.mark.proves("G14")
@@ -59,6 +68,27 @@ async def test_a_service_learns_the_caller() -> None:
     assert claims.keys() == {"iss", "aud", "sub", "roles", "token_hash", "iat", "exp"}
     assert claims["exp"] - claims["iat"] == LIFE_S
     assert await verify(InternalTokens(KEY, "result-store").bearer(THE_GATEWAY)) == THE_GATEWAY
+
+
+async def test_token_with_roles_carries_those_that_grants_name() -> None:
+    """A token has the caller's roles only on request, and a token without them is of a caller without roles."""
+    caller = Principal(7, roles=frozenset({"ops", "night"}), token_hash=CALLER.token_hash)
+    tokens = InternalTokens(KEY, "result-store")
+    assert (await verify(tokens.bearer(caller, with_roles=True))).roles == {"ops", "night"}
+    assert (await verify(tokens.bearer(caller))).roles == frozenset()
+
+
+async def test_token_with_the_longest_roles_is_accepted_and_longer_ones_are_refused() -> None:
+    """The longest claim fits into the limit of a token; beyond it the caller reads the limit."""
+    tokens = InternalTokens(KEY, "result-store")
+    around = len('{"grant_roles": [""]}')
+    longest = Principal(2**53 - 1, admin=True, roles=frozenset({"x" * (MAX_ROLES_CHARS - around)}), token_hash="f" * 16)
+    bearer = tokens.bearer(longest, with_roles=True)
+    assert len(text(bearer)) <= MAX_CHARS
+    assert (await verify(bearer)).roles == longest.roles
+    longer = Principal(7, roles=frozenset({"x" * (MAX_ROLES_CHARS - around + 1)}))
+    with pytest.raises(BadRequestError, match=f"{MAX_ROLES_CHARS + 1} characters, and the limit is {MAX_ROLES_CHARS}"):
+        tokens.bearer(longer, with_roles=True)
 
 
 @pytest.mark.proves("A7")

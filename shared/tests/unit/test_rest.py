@@ -13,7 +13,9 @@ from scanfleet.contracts.rest import (
     MAX_BODY_BYTES,
     MAX_EXCLUDES,
     CreateJobs,
+    EstimateBody,
     PolicyBody,
+    PolicyValues,
     RevocationBody,
     SubnetBody,
 )
@@ -94,3 +96,6 @@ def test_largest_bodies_fit() -> None:
     assert len(subnet.model_dump_json(ensure_ascii=True)) < BODY_LIMITS["/api/v1/subnet"]
     ports = ",".join(["1"] * 5_000)
     assert len(PolicyBody(name=name, ports=ports).model_dump_json(ensure_ascii=True)) < MAX_BODY_BYTES
+    values = PolicyValues(ports=ports, scripts=("x" * 64,) * 64)
+    estimate = EstimateBody(cidr=network, exclude=subnet.exclude, policy=values)
+    assert len(estimate.model_dump_json()) < BODY_LIMITS["/api/v1/task/estimate"]

@@ -11,6 +11,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     info.public,
     info.router,
     tasks.router,
+    tasks.queries,
     tasks.cancels,
     tasks.streams,
     tasks.all_streams,

@@ -48,6 +48,14 @@ async def test_request_above_the_rate_limit_is_429(gateway: Running) -> None:
         assert 1 <= int(answer.headers["Retry-After"]) <= 60
 
 
+async def test_estimates_count_as_reads(gateway: Running) -> None:
+    """An estimate is a POST that changes nothing, so it is limited as a read and takes no write."""
+    passed, answer = await refused(gateway, "POST", "/api/v1/task/estimate")
+    assert 7 <= passed <= 9
+    assert answer.json()["error"].startswith("more than 7 reads a minute")
+    assert (await post(gateway)).status_code == 201
+
+
 @pytest.mark.proves("A18")
 async def test_limits_count_by_the_user_of_the_token(gateway: Running) -> None:
     """Tokens, addresses and headers of one user share one limit; another user has a separate one."""

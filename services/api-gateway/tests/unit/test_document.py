@@ -21,6 +21,7 @@ PATHS = {
     "/api/v1/events": {"get"},
     "/api/v1/task": {"get", "post"},
     "/api/v1/task/cancel": {"post"},
+    "/api/v1/task/estimate": {"post"},
     "/api/v1/task/{job_id}": {"get", "delete"},
     "/api/v1/task/{job_id}/events": {"get"},
     "/api/v1/task/{job_id}/cancel": {"post"},

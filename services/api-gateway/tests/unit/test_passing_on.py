@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -53,6 +54,26 @@ async def test_forward_uses_the_same_path_and_verb(gateway: Running, method: str
     assert (answer.status_code, answer.content) == (409, body)
     (asked,) = gateway.services.requests
     assert asked.content == sent
+
+
+async def test_estimate_is_forwarded_with_the_roles_that_grants_name(tmp_path: Path) -> None:
+    """The orchestrator gets the body as it is, in the name of the caller with the roles that a grant names; other queries have none."""
+    file = tmp_path / "grants.toml"
+    file.write_text('[[grants]]\nname = "ops"\nroles = ["ops", "night"]')
+    url = "http://orchestrator/api/v1/task"
+    async with Gateway().run(grants_file=file) as gateway:
+        gateway.services.on("POST", f"{url}/estimate", httpx.Response(200, json={"probes": 4}))
+        gateway.services.on("GET", url, httpx.Response(200, json={}))
+        token = gateway.issuer.token(7, roles=["staff", "ops"])
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        body = b'{"subnet_id": 5,  "policy_id": 3}'
+        answer = await gateway.client.post("/api/v1/task/estimate", content=body, headers=headers)
+        await gateway.client.get("/api/v1/task", headers=headers)
+        assert (answer.status_code, answer.json()) == (200, {"probes": 4})
+        asked, listed = gateway.services.requests
+        assert asked.content == body
+        assert (await gateway.caller(asked)).roles == {"ops"}
+        assert (await gateway.caller(listed)).roles == frozenset()
 
 
 @pytest.mark.parametrize("path", [path for method, path in PASSED_ON if method == "GET"])

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from job_orchestrator.api import access, audit, coverage, deletions, imports, internal, policies, subnets, tasks
+from job_orchestrator.api import (
+    access,
+    audit,
+    coverage,
+    deletions,
+    estimates,
+    imports,
+    internal,
+    policies,
+    subnets,
+    tasks,
+)
 from scanfleet.security.auth import for_gateway
 
 ROUTERS: tuple[APIRouter, ...] = (
     tasks.router,
+    estimates.router,
     coverage.router,
     deletions.router,
     subnets.router,

@@ -19,6 +19,7 @@ from job_orchestrator.domain.user_grants import UNLIMITED, JobGrants
 from job_orchestrator.handlers.audit import record
 from job_orchestrator.handlers.commands import Commands
 from job_orchestrator.handlers.deletions import Deletions
+from job_orchestrator.handlers.submits import Submits
 from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import AuditEntry
@@ -38,6 +39,7 @@ MAX_ERROR_CHARS: Final = 200  # limits how much of the caller's input an error q
 class State:
     store: Store
     commands: Commands
+    submits: Submits
     deletions: Deletions
     rules: TargetRules
     scripts: AbstractSet[str] = ADMITTED_SCRIPTS

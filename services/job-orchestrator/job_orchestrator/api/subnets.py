@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Literal
@@ -107,21 +108,30 @@ def checked(body: rest.SubnetBody, rules: TargetRules) -> tuple[str, tuple[str, 
     Raises:
         BadRequestError: one of them is not a network, or must not be scanned. The message begins with the field at fault.
     """
-    try:
-        network = parse_network(body.cidr)
-    except ValueError as error:
-        raise _wrong(body, "cidr", str(error)) from error
-    if refusal := rules.refusal(network):
-        raise _wrong(body, "cidr", refusal)
-    try:
-        target = Target.parse(body.cidr, body.exclude or ())
-    except ValueError as error:
-        raise _wrong(body, "exclude", str(error)) from error
+    target = parsed(body.cidr, body.exclude)
+    if refusal := rules.refusal(target.network):
+        raise _wrong("cidr", refusal, body.cidr)
     return str(target.network), tuple(str(each) for each in target.exclude)
 
 
-def _wrong(body: rest.SubnetBody, field: Literal["cidr", "exclude"], reason: str) -> BadRequestError:
-    return BadRequestError(f"{field}: {reason}", rule=Rule.TARGETS, target=body.cidr)
+def parsed(cidr: str, exclude: Sequence[str] | None) -> Target:
+    """Return the networks of a request.
+
+    Raises:
+        BadRequestError: one of them is not a network, or every address is excluded. The message begins with the field at fault.
+    """
+    try:
+        parse_network(cidr)
+    except ValueError as error:
+        raise _wrong("cidr", str(error), cidr) from error
+    try:
+        return Target.parse(cidr, exclude or ())
+    except ValueError as error:
+        raise _wrong("exclude", str(error), cidr) from error
+
+
+def _wrong(field: Literal["cidr", "exclude"], reason: str, cidr: str) -> BadRequestError:
+    return BadRequestError(f"{field}: {reason}", rule=Rule.TARGETS, target=cidr)
 
 
 def view(subnet: Subnet) -> rest.Subnet:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from job_orchestrator.domain.job import ScanJob
+from job_orchestrator.domain.job import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,32 +42,32 @@ class Quotas:
     subnets_per_user: int = 10_000
     policies_per_user: int = 1_000
 
-    def check_job(self, job: ScanJob) -> None:
-        """Check one planned job.
+    def check_job(self, plan: Plan) -> None:
+        """Check the plan of one job.
 
         Raises:
             QuotaError: the job is too large.
         """
-        addresses = job.plan.addresses - job.plan.excluded
-        probes = addresses * job.plan.ports
+        addresses = plan.addresses - plan.excluded
+        probes = addresses * plan.ports
         if probes > self.probes_per_job:
             raise QuotaError(
-                f"a job of {addresses} addresses × {job.plan.ports} ports has {probes} probes, and the limit is "
+                f"a job of {addresses} addresses × {plan.ports} ports has {probes} probes, and the limit is "
                 f"{self.probes_per_job} (SCANFLEET_PROBES_PER_JOB); use a smaller subnet or fewer ports"
             )
-        if job.plan.chunk_count > self.chunks_per_job:
+        if plan.chunk_count > self.chunks_per_job:
             raise QuotaError(
-                f"the job would be cut into {job.plan.chunk_count} chunks, and the limit is {self.chunks_per_job} "
+                f"the job would be cut into {plan.chunk_count} chunks, and the limit is {self.chunks_per_job} "
                 "(SCANFLEET_CHUNKS_PER_JOB); use a smaller subnet, fewer ports or a higher timing"
             )
 
-    def check_user(self, usage: Usage, jobs: Sequence[ScanJob]) -> Usage:
-        """Check new jobs of a user; return the user's usage including them.
+    def check_user(self, usage: Usage, plans: Sequence[Plan]) -> Usage:
+        """Check the plans of new jobs of a user; return the user's usage including them.
 
         Raises:
             QuotaError: the user has too much, or the request alone is too much.
         """
-        wanted = Usage(len(jobs), sum(job.plan.estimate for job in jobs))
+        wanted = Usage(len(plans), sum(plan.estimate for plan in plans))
         if wanted.jobs > self.unfinished_jobs_per_user:
             raise QuotaError(
                 f"the request makes {wanted.jobs} jobs, and a user may have {self.unfinished_jobs_per_user} unfinished jobs "
@@ -123,7 +123,7 @@ class Quotas:
                 refusals.append(None)
                 continue
             try:
-                after[request.user_id] = self.check_user(after.get(request.user_id, Usage()), request.jobs)
+                after[request.user_id] = self.check_user(after.get(request.user_id, Usage()), request.plans)
             except QuotaError as error:
                 refusals.append(error)
             else:
@@ -134,11 +134,11 @@ class Quotas:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Jobs that a user asks for; none when the request is refused for another reason."""
+    """The plans of the jobs that a user asks for."""
 
     user_id: int
     key: str | None
-    jobs: Sequence[ScanJob]
+    plans: Sequence[Plan]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Decide on requests for jobs: plan the jobs, or reject the request."""
+"""Decide on requests for jobs: plan the jobs, or reject the request; and estimate them beforehand."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Final
 
-from job_orchestrator.domain import plan
 from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.job import ScanJob, create
 from job_orchestrator.domain.ports import JobRepository, PolicyRepository, SubnetRepository
-from job_orchestrator.domain.quotas import QuotaError, Quotas, Request
+from job_orchestrator.domain.proposal import Checks, Proposal, Refusal
+from job_orchestrator.domain.quotas import QuotaError, Request, Usage
 from job_orchestrator.domain.resources import Policy, Subnet
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.usage import Usages
 from scanfleet.contracts.messages import SubmitJobs
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS
-from scanfleet.contracts.user_grants import Admitted, GrantError, UserGrants
 from scanfleet.errors import Rule
-from scanfleet.scanning.policy import PolicyError, executable
-from scanfleet.scanning.targets import Target, TargetRules
+from scanfleet.scanning.policy import ScanPolicy
+from scanfleet.scanning.targets import Target
 
 _MAX_EXCLUDES: Final = 100_000  # of all subnets of one command, so that its document stays below MongoDB's 16 MB
 
@@ -47,19 +46,13 @@ class Submits:
         jobs: JobRepository,
         policies: PolicyRepository,
         subnets: SubnetRepository,
-        rules: TargetRules,
-        scripts: AbstractSet[str],
-        grants: UserGrants | None,
-        quotas: Quotas,
+        checks: Checks,
         clock: PlatformTime,
     ) -> None:
         self._jobs = jobs
         self._policies = policies
         self._subnets = subnets
-        self._rules = rules
-        self._scripts = scripts
-        self._grants = grants
-        self._quotas = quotas
+        self._checks = checks
         self._usages = Usages(jobs, clock)
         self._clock = clock
 
@@ -79,11 +72,26 @@ class Submits:
         return [
             each
             if isinstance(each, Command)
-            else _refused(submit, 429 if refusal.temporary else 400, str(refusal), Rule.QUOTA)
+            else _refused(submit, _status(refusal), str(refusal), Rule.QUOTA)
             if refusal
             else _accepted(submit, [_numbered(job, next(ids)) for job in each])
             for submit, each, refusal in zip(submits, decided, refusals, strict=True)
         ]
+
+    async def estimate(self, user_id: int, roles: AbstractSet[str], policy: ScanPolicy, target: Target) -> Proposal:
+        """Return what a submit of this scan would make, with every reason to refuse it; nothing is stored.
+
+        Raises:
+            DependencyError: the database is unavailable.
+        """
+        proposal = self._checks.propose(user_id, roles, policy, target, self._clock.now())
+        usage = await self._jobs.usage({user_id})
+        try:
+            self._checks.quotas.check_user(usage.get(user_id, Usage()), [proposal.plan])
+        except QuotaError as error:
+            refusal = Refusal(str(error), Rule.QUOTA, _status(error))
+            return replace(proposal, refusals=[*proposal.refusals, refusal])
+        return proposal
 
     async def _refusals(
         self,
@@ -93,13 +101,14 @@ class Submits:
         """Return the quota error of each request. Cached usage may admit a request; a refusal uses a fresh read."""
         users = {submit.user_id for submit in submits}
         requests = [
-            Request(submit.user_id, submit.idempotency_key, each)
+            Request(submit.user_id, submit.idempotency_key, [job.plan for job in each])
             for submit, each in zip(submits, decided, strict=True)
             if not isinstance(each, Command)
         ]
-        admission = self._quotas.admit(await self._usages.of(users), requests)
+        quotas = self._checks.quotas
+        admission = quotas.admit(await self._usages.of(users), requests)
         if admission.temporary:
-            admission = self._quotas.admit(await self._usages.of(users, fresh=True), requests)
+            admission = quotas.admit(await self._usages.of(users, fresh=True), requests)
         self._usages.note(admission.usage)
         refusals = iter(admission.refusals)
         return [None if isinstance(each, Command) else next(refusals) for each in decided]
@@ -112,36 +121,20 @@ class Submits:
     ) -> Command | list[ScanJob]:
         """The jobs, as yet without ids, or the rejection."""
         jobs: list[ScanJob] = []
+        roles, now = frozenset(submit.roles), self._clock.now()
         try:
-            for policy, subnet in _resolved(submit, policies, subnets, self._scripts):
-                target = _target(subnet, self._rules)
-                admitted = self._admitted(submit, policy, subnet, target)
-                job = _planned(submit, subnet, target, admitted, self._clock.now())
-                try:
-                    self._quotas.check_job(job)
-                except QuotaError as error:
-                    raise _RefusedError(f"Subnet {subnet.id}: {error}", Rule.QUOTA) from error
-                jobs.append(job)
-                await asyncio.sleep(0)  # planning a large network takes 30 ms: let other tasks run
+            for policy, subnet in _resolved(submit, policies, subnets):
+                target = Target.parse(subnet.cidr, subnet.exclude)
+                proposal = self._checks.propose(submit.user_id, roles, policy.scan, target, now)
+                jobs.append(_planned(submit, subnet, proposal, now))
+                await asyncio.sleep(0)  # a command may have a thousand subnets: let other tasks run
         except _RefusedError as refusal:
             return _refused(submit, refusal.status, str(refusal), refusal.rule)
         return jobs
 
-    def _admitted(self, submit: SubmitJobs, policy: Policy, subnet: Subnet, target: Target) -> Admitted:
-        """By which of the caller's grants, and at which rate; all that the target rules allow if there are no grants."""
-        if self._grants is None:
-            return Admitted("", policy.scan)
-        try:
-            return self._grants.admit(
-                submit.user_id,
-                frozenset(submit.roles),
-                target.network,
-                policy.scan,
-                now=self._clock.now(),
-                nat64=self._rules.nat64,
-            )
-        except GrantError as error:
-            raise _RefusedError(f"Subnet {subnet.id}: {error}", Rule.GRANT, status=403) from error
+
+def _status(error: QuotaError) -> int:
+    return 429 if error.temporary else 400
 
 
 def _accepted(submit: SubmitJobs, jobs: Iterable[ScanJob]) -> Command:
@@ -166,15 +159,10 @@ def _resolved(
     submit: SubmitJobs,
     policies: Mapping[tuple[int, int], Policy],
     subnets: Mapping[tuple[int, int], Subnet],
-    scripts: AbstractSet[str],
 ) -> list[tuple[Policy, Subnet]]:
     policy = policies.get((submit.user_id, submit.policy_id))
     if policy is None:
         raise _RefusedError(f"Policy {submit.policy_id} not found", Rule.OWNER)
-    try:
-        executable(policy.scan, scripts)
-    except PolicyError as error:
-        raise _RefusedError(f"Policy {submit.policy_id} must be changed before it can be used: {error}") from error
     if len(set(submit.subnet_ids)) < len(submit.subnet_ids):
         raise _RefusedError("The same subnet is given twice")
     found = [subnets.get((submit.user_id, id_)) for id_ in submit.subnet_ids]
@@ -186,33 +174,26 @@ def _resolved(
     return [(policy, subnet) for subnet in own]
 
 
-def _target(subnet: Subnet, rules: TargetRules) -> Target:
-    target = Target.parse(subnet.cidr, subnet.exclude)
-    if refusal := rules.refusal(target.network):
-        raise _RefusedError(f"Subnet {subnet.id}: {refusal}", Rule.TARGETS)
-    try:
-        return target.without_broadcast()
-    except ValueError as error:
-        raise _RefusedError(f"Subnet {subnet.id}: {error}", Rule.TARGETS) from error
-
-
-def _planned(submit: SubmitJobs, subnet: Subnet, target: Target, admitted: Admitted, now: datetime) -> ScanJob:
-    planned = plan.plan(admitted.policy, target)
+def _planned(submit: SubmitJobs, subnet: Subnet, proposal: Proposal, now: datetime) -> ScanJob:
+    if proposal.refusals:
+        refusal = proposal.refusals[0]
+        about = f"Policy {submit.policy_id} " if refusal.part == "policy" else f"Subnet {subnet.id}: "
+        raise _RefusedError(about + refusal.text, refusal.rule, refusal.status)
     return ScanJob(
         id=0,
         user_id=submit.user_id,
         policy_id=submit.policy_id,
         subnet_id=subnet.id,
         cidr=subnet.cidr,
-        exclude=tuple(map(str, target.exclude)),
-        policy=admitted.policy,
-        plan=planned,
-        seconds_left=planned.estimate,
+        exclude=tuple(map(str, proposal.target.exclude)),
+        policy=proposal.admitted.policy,
+        plan=proposal.plan,
+        seconds_left=proposal.plan.estimate,
         partition=-1,
         created_at=now,
         updated_at=now,
         command_id=submit.command_id,
-        granted_by=admitted.grant,
+        granted_by=proposal.admitted.grant,
         traceparent=submit.traceparent,
     )
 

@@ -123,7 +123,9 @@ def api(store: MemoryStore, world: World, quotas: Quotas) -> Api:
         routers=ROUTERS,
     )
     app.state.verifier = ISSUER.verifier
-    app.state.orchestrator = State(store, world.only.commands, world.only.deletions, RULES, quotas=quotas)
+    app.state.orchestrator = State(
+        store, world.only.commands, world.only.submits, world.only.deletions, RULES, quotas=quotas
+    )
     return Api(app)
 
 
@@ -143,6 +145,7 @@ FOR_THE_GATEWAY = [  # in its own name: test_access.py
 ]
 EVERY_ROUTE = [
     ("GET", "/api/v1/task"),
+    ("POST", "/api/v1/task/estimate"),
     ("GET", "/api/v1/task/1"),
     ("DELETE", "/api/v1/task/1"),
     ("GET", "/api/v1/task/1/ledger"),
@@ -571,6 +574,8 @@ async def test_an_unavailable_database_is_a_503(api: Api, store: MemoryStore) ->
         body |= {"cidr": "127.9.8.0/24"} if "subnet" in path else {}
         if path.endswith("/cancel"):
             body = {"all": True}
+        if path.endswith("/estimate"):
+            body = {"subnet_id": 1, "policy_id": 1}
         sent: dict[str, Any] = (
             {"content": "name,cidr\nx,127.9.8.0/24\n"} if path.endswith("/import") else {"json": body}
         )

@@ -51,7 +51,7 @@ def app(world: World) -> FastAPI:
         routers=ROUTERS,
     )
     app.state.verifier = ISSUER.verifier
-    app.state.orchestrator = State(world.store, world.only.commands, world.only.deletions, RULES)
+    app.state.orchestrator = State(world.store, world.only.commands, world.only.submits, world.only.deletions, RULES)
     return app
 
 

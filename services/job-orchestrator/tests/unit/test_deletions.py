@@ -56,7 +56,7 @@ def client(world: World) -> httpx.AsyncClient:
         routers=ROUTERS,
     )
     app.state.verifier = ISSUER.verifier
-    app.state.orchestrator = State(world.store, world.only.commands, world.only.deletions, RULES)
+    app.state.orchestrator = State(world.store, world.only.commands, world.only.submits, world.only.deletions, RULES)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://orchestrator")
 
 

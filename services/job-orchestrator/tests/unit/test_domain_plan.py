@@ -385,6 +385,14 @@ def test_job_is_shared_by_a_few_workers(cidr: str, ports: str, timing: int) -> N
     assert planned.chunk_count >= 16 or plan.estimate(policy, policy.port_set, planned.chunk_addresses) <= 5
 
 
+@settings(max_examples=60, deadline=None)
+@given(targets(st.integers(20, 32)), st.integers(0, 12))
+def test_cut_count_equals_the_slices_of_the_map(target: Target, power: int) -> None:
+    """The number of slices follows from the networks as it does from the outcome map, also for slices larger than the subnet."""
+    merged = Target.parse(str(target.network), map(str, target.exclude))
+    assert plan._cut_count(merged, 2**power) == sum(1 for _ in plan._cut(merged, 2**power))
+
+
 def cheapest(work: Callable[[], Worked]) -> tuple[float, Worked]:
     """Run `work` three times without caches; return the least CPU seconds and the result. Other processes add to the rest."""
     seconds = []

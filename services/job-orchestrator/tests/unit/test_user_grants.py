@@ -266,6 +266,7 @@ async def why(world: World, job_id: int) -> tuple[WaitingReason, datetime | None
     state = State(
         world.store,
         world.only.commands,
+        world.only.submits,
         world.only.deletions,
         RULES,
         grants=world.only.grants,

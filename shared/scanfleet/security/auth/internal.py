@@ -6,8 +6,10 @@ gateway has the signing key, so no service can create a token.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -17,6 +19,7 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
+from scanfleet.errors import BadRequestError
 from scanfleet.security.auth import claims
 from scanfleet.security.auth.claims import Expected
 from scanfleet.security.auth.keys import FixedKeys, Key
@@ -29,7 +32,8 @@ TYPE: Final = "scanfleet-internal+jwt"
 LIFE_S: Final = 60
 REUSE_S: Final = 20  # reuse of a token for requests of the same caller; most of its lifetime remains for the last one
 LEEWAY_S: Final = 10
-MAX_CHARS: Final = 1_000
+MAX_ROLES_CHARS: Final = 9_000  # of the claim with roles: what the largest token of a user can have in ASCII
+MAX_CHARS: Final = 13_000  # with that claim; other tokens have 500, and the headers of a request at most 16,384
 MAX_SIGNED: Final = 1_000  # callers with a cached token
 MAX_OFFSET_S: Final = 86_400  # maximum clock difference; beyond it the clock of a machine must be corrected first
 
@@ -61,18 +65,27 @@ class InternalTokens:
         self._audience = audience
         self._clock = clock
         self._offset = 0.0
-        self._signed: dict[tuple[int, bool, str], _Signed] = {}
+        self._signed: dict[tuple[int, bool, str, AbstractSet[str]], _Signed] = {}
 
-    def bearer(self, caller: Principal) -> str:
-        """Return the value of the Authorization header for a request of this caller."""
+    def bearer(self, caller: Principal, *, with_roles: bool = False) -> str:
+        """Return the value of the Authorization header for a request of this caller.
+
+        Args:
+            caller: the caller.
+            with_roles: whether the token has the caller's roles, which few requests need.
+
+        Raises:
+            BadRequestError: the roles are longer than `MAX_ROLES_CHARS`.
+        """
         now = self._clock() + self._offset
-        whose = (caller.user_id, caller.admin, caller.token_hash)
+        roles: AbstractSet[str] = caller.roles if with_roles else frozenset()
+        whose = (caller.user_id, caller.admin, caller.token_hash, roles)
         signed = self._signed.get(whose)
         if signed is None or not 0 <= now - signed.at < REUSE_S:
             self._signed.pop(whose, None)
             if len(self._signed) >= MAX_SIGNED:
                 del self._signed[next(iter(self._signed))]
-            signed = self._signed[whose] = _Signed(f"Bearer {self._sign(caller, int(now))}", now)
+            signed = self._signed[whose] = _Signed(f"Bearer {self._sign(caller, roles, int(now))}", now)
         return signed.text
 
     def learn(self, date: str | None) -> None:
@@ -85,7 +98,12 @@ class InternalTokens:
             self._offset = offset
             self._signed.clear()
 
-    def _sign(self, caller: Principal, now: int) -> str:
+    def _sign(self, caller: Principal, roles: AbstractSet[str], now: int) -> str:
+        named = {"grant_roles": sorted(roles)} if roles else {}
+        if (chars := len(json.dumps(named))) > MAX_ROLES_CHARS:
+            raise BadRequestError(
+                f"the roles of your token that the user grants name have {chars} characters, and the limit is {MAX_ROLES_CHARS}"
+            )
         return jwt.encode(
             {
                 "iss": ISSUER,
@@ -93,6 +111,7 @@ class InternalTokens:
                 "sub": str(caller.user_id),
                 "roles": ["admin"] if caller.admin else [],
                 "token_hash": caller.token_hash,
+                **named,
                 "iat": now,
                 "exp": now + LIFE_S,
             },
@@ -131,7 +150,12 @@ async def _judge(of_token: Mapping[str, Any]) -> Principal:
     if not isinstance(token_hash, str):
         raise RefusedError("token_hash", "is not a string")
     user_id = 0 if of_token["sub"] == "0" else claims.user_id(of_token, "sub")
-    return Principal(user_id, admin="admin" in claims.roles(of_token, "roles"), token_hash=token_hash)
+    return Principal(
+        user_id,
+        admin="admin" in claims.roles(of_token, "roles"),
+        roles=frozenset(claims.roles(of_token, "grant_roles")),
+        token_hash=token_hash,
+    )
 
 
 def read_private_key(file: Path) -> Ed25519PrivateKey:

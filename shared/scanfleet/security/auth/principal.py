@@ -14,7 +14,7 @@ class Principal:
 
     admin: bool = False
     roles: frozenset[str] = field(default=frozenset(), compare=False)
-    """Of the roles in the caller's token those that grants name."""
+    """Of the roles in the caller's token those that grants name; few internal tokens have them."""
 
     token_hash: str = field(default="", compare=False)
     """Identifies the caller's token in the logs of every service without revealing it."""

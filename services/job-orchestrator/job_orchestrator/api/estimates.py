@@ -1,0 +1,61 @@
+"""Estimate scans before they are requested."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from job_orchestrator.api.state import Handed, State, mine
+from job_orchestrator.api.subnets import parsed
+from job_orchestrator.domain.proposal import Part, Proposal
+from scanfleet.contracts import rest
+from scanfleet.scanning.policy import ScanPolicy
+from scanfleet.scanning.targets import Target
+from scanfleet.security.auth import Caller, Guarded, Principal
+
+router = APIRouter(prefix="/api/v1/task", route_class=Guarded)
+
+
+@router.post("/estimate")
+async def estimate_task(body: rest.EstimateBody, caller: Caller, state: Handed) -> rest.Estimate:
+    policy, target = await _policy(body, caller, state), await _target(body, caller, state)
+    return _view(body, await state.submits.estimate(caller.user_id, caller.roles, policy, target))
+
+
+async def _policy(body: rest.EstimateBody, caller: Principal, state: State) -> ScanPolicy:
+    if body.policy is not None:
+        return body.policy.scan(state.scripts)
+    return (await mine(state.store.policies, "Policy", caller.user_id, body.policy_id or 0)).scan
+
+
+async def _target(body: rest.EstimateBody, caller: Principal, state: State) -> Target:
+    if body.cidr is not None:
+        return parsed(body.cidr, body.exclude)
+    subnet = await mine(state.store.subnets, "Subnet", caller.user_id, body.subnet_id or 0)
+    return Target.parse(subnet.cidr, subnet.exclude)
+
+
+def _field(body: rest.EstimateBody, part: Part | None) -> str | None:
+    if part is None:
+        return None
+    if part == "policy":
+        return "policy_id" if body.policy is None else "policy"
+    return "subnet_id" if body.cidr is None else part
+
+
+def _view(body: rest.EstimateBody, proposal: Proposal) -> rest.Estimate:
+    target, ports = proposal.target, proposal.admitted.policy.port_set
+    return rest.Estimate(
+        addresses=target.network.num_addresses,
+        excluded=proposal.plan.excluded,
+        exclude=list(map(str, target.exclude)),
+        tcp_ports=ports.tcp_count,
+        udp_ports=ports.udp_count,
+        probes=target.included * ports.count,
+        chunks=proposal.plan.chunk_count,
+        estimate_seconds=proposal.plan.estimate,
+        needs_raw_packets=proposal.admitted.policy.needs_raw,
+        refusals=[
+            rest.EstimateRefusal(rule=each.rule, field=_field(body, each.part), error=each.text)
+            for each in proposal.refusals
+        ],
+    )
