@@ -39,13 +39,17 @@ export function together(map: OutcomeMap): string {
   return letters;
 }
 
+const REST = 250; // ms that the cursor stays on an address before its ports are loaded
+
 const columnsFor = (size: number) => (size <= 256 ? 16 : size <= 1_024 ? 32 : size <= 4_096 ? 64 : 256);
 
-export function Coverage({ map, letters }: { map: OutcomeMap; letters: string }) {
+/** The map of the job's addresses; `openPorts` describes the open ports of one that answered. */
+export function Coverage({ map, letters, openPorts }: { map: OutcomeMap; letters: string; openPorts: (address: string, signal: AbortSignal) => Promise<string> }) {
   const canvas = useRef<HTMLCanvasElement>(null);
   const box = useRef<HTMLDivElement>(null);
   const legend = useRef<HTMLUListElement>(null);
   const cursor = useSignal(-1);
+  const found = useSignal({ address: "", text: "" });
   const only = useSignal("");
   const width = useSignal(0);
   const theme = useSignal(0);
@@ -101,6 +105,19 @@ export function Coverage({ map, letters }: { map: OutcomeMap; letters: string })
     }
   }, [letters, only.value, cursor.value, cell, columns, rows, theme.value]);
 
+  const pointed = cursor.value >= 0 && cursor.value < letters.length ? address(cursor.value) : "";
+  const answered = !!pointed && letters[cursor.value] === "a";
+  useEffect(() => {
+    if (!answered) return;
+    const abort = new AbortController();
+    const show = (text: string) => void (found.value = { address: pointed, text });
+    const timer = window.setTimeout(() => openPorts(pointed, abort.signal).then(show, () => undefined), REST); // the outcome alone is shown then
+    return () => {
+      window.clearTimeout(timer);
+      abort.abort();
+    };
+  }, [pointed, answered, map]);
+
   const move = (event: KeyboardEvent) => {
     const steps: Record<string, number> = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns, Home: -Infinity, End: Infinity };
     const step = steps[event.key];
@@ -130,8 +147,8 @@ export function Coverage({ map, letters }: { map: OutcomeMap; letters: string })
           onPointerDown={point}
         />
         <p class="cursor" role="status">
-          {cursor.value >= 0 && cursor.value < letters.length
-            ? `${address(cursor.value)} — ${SPAN[letters[cursor.value]!] ?? "waiting"}`
+          {pointed
+            ? `${pointed} — ${SPAN[letters[cursor.value]!] ?? "waiting"}${answered && found.value.address === pointed ? found.value.text : ""}`
             : `${count(letters.length)} addresses from ${map.first}; point at one, or use the arrow keys`}
         </p>
       </div>

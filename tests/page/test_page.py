@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Browser, Page, Request, Route, ViewportSize, expect
+from playwright.sync_api import TimeoutError as WaitError
 
 from local.client import Client
 from local.nmap import OpenPorts, open_ports
@@ -21,6 +22,8 @@ from tests.page.conftest import NET, USER, watched
 pytestmark = pytest.mark.e2e
 
 PORTS = "8020-8090"
+WIDE = 1280  # px
+NARROWEST = 320  # px at which nothing scrolls sideways (WCAG 1.4.10)
 SLOW = {"ports": "1-1000", "service_detection": False, "discovery": "none", "max_rate": 100}
 AXE = Path(__file__).parents[2] / "page" / "node_modules" / "axe-core" / "axe.min.js"
 SCREENSHOTS = Path(__file__).parents[2] / ".local" / "screenshots"  # an artefact of CI
@@ -157,6 +160,17 @@ def test_page_story_from_sign_in_to_results(browser: Browser, stack: Stack, serv
         expect(page.get_by_role("row", name="completed").first).to_contain_text(f"{NET}.0/24")
 
 
+def test_page_map_cursor_shows_the_open_ports_of_its_address(page: Page, stack: Stack, finished: int) -> None:
+    """At the cell of a machine the cursor's text has the number of its open ports, and names some of them."""
+    page.goto(f"{stack.url}/app/jobs/{finished}")
+    page.get_by_role("application").focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator(".cursor")).to_have_text(f"{NET}.1 — answered, 2 ports open: 8022/tcp, 8080/tcp")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator(".cursor")).to_have_text(f"{NET}.2 — answered, no port open")
+
+
 def test_page_keyboard_alone_cancels_a_job(page: Page, stack: Stack, user: Client) -> None:
     """With the keyboard alone a user finds a running job, walks its map and cancels it."""
     job_id = user.scan("127.44.9.0/24", **SLOW)
@@ -245,7 +259,7 @@ def test_page_every_page_is_accessible_and_fits(
     ]
     paths += [f"jobs/{finished}{tab}" for tab in ("", "/results", "/not-probed", "/request")]
     found: list[str] = []
-    for width in (1280, 375):
+    for width in (WIDE, 375):
         screen: ViewportSize = {"width": width, "height": 800}
         with (
             browser.new_context(color_scheme=theme, viewport=screen) as context,
@@ -269,8 +283,25 @@ def test_page_every_page_is_accessible_and_fits(
                 found += [f"{path}, {width}: {each}" for each in page.evaluate(CHECK, RULES[theme])]
                 name = re.sub(r"\W+", "-", re.sub(r"\d+", "n", path)).strip("-")
                 page.screenshot(path=SCREENSHOTS / f"{name}-{width}-{theme}.png")
-                if page.evaluate("document.documentElement.scrollWidth > innerWidth"):
-                    found.append(f"{path} is wider than {width} px")
+                for narrow in (width, NARROWEST) if width < WIDE else (width,):
+                    page.set_viewport_size({"width": narrow, "height": 800})
+                    try:
+                        page.wait_for_function("document.documentElement.scrollWidth <= innerWidth", timeout=5_000)
+                    except WaitError:  # longer than the map takes to adapt to the new width
+                        found.append(f"{path} is wider than {narrow} px")
+                page.set_viewport_size(screen)
+            if width == WIDE:
+                running = user.scan("127.44.10.0/24", **SLOW)
+                page.goto(f"{stack.url}/app/jobs/{running}")
+                expect(page.get_by_role("heading", name=re.compile("running"))).to_be_visible()
+                page.evaluate(AXE.read_text(encoding="utf-8"))
+                found += [f"running job: {each}" for each in page.evaluate(CHECK, RULES[theme])]
+                page.keyboard.press("x")
+                expect(page.get_by_role("dialog")).to_be_visible()
+                found += [f"dialog: {each}" for each in page.evaluate(CHECK, RULES[theme])]
+                page.keyboard.press("Tab")
+                page.keyboard.press("Enter")
+                expect(page.get_by_role("heading", name=re.compile("cancelled"))).to_be_visible()
     assert found == []
 
 

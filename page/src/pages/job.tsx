@@ -6,13 +6,15 @@ import { watch } from "../events";
 import { Coverage, together } from "../map";
 import { Confirm, Field, Problem, StatusWord, Title, useLoad, useSettled } from "../parts";
 import { go, query, withQuery } from "../router";
-import { Results } from "../results";
+import { Results, type Result } from "../results";
 import { count, duration, exact, plural, visible } from "../text";
 import { LiveDot } from "./jobs";
 
 const SETTLE = 2_000; // ms between two looks at map and ledger, however often the job reports
 const CELLS = 65_536; // of one map
 const SPOKEN = 10_000; // ms between two announcements of the progress to a screen reader
+const PORTS = 1_000; // of one address, counted at its cell of the map
+const PORTS_NAMED = 5;
 const NAMED = 10; // pages of a thousand addresses that were not probed; more are counted
 
 const TABS = [
@@ -218,7 +220,7 @@ function Overview({ id, task, settled, snapshot }: { id: string; task: TaskStatu
           ))}
         </nav>
       )}
-      {map.data && letters && <Coverage map={map.data} letters={letters} />}
+      {map.data && letters && <Coverage map={map.data} letters={letters} openPorts={(address, signal) => openPorts(id, address, signal)} />}
       {from && snapshot && map.data && (
         <nav class="pager" aria-label="parts of the map">
           {part(snapshot, map.data, -CELLS, "previous addresses")}
@@ -227,6 +229,16 @@ function Overview({ id, task, settled, snapshot }: { id: string; task: TaskStatu
       )}
     </>
   );
+}
+
+/** The open ports of an address, as the end of a sentence. */
+async function openPorts(id: string, address: string, signal: AbortSignal): Promise<string> {
+  const asked = new URLSearchParams({ address, fields: "port,protocol,status", limit: String(PORTS) });
+  const found = await get<Pick<Result, "port" | "protocol" | "status">[]>(`/api/v1/task/${id}/results?${asked}`, signal);
+  const open = found.filter((each) => each.status === "open").map((each) => `${each.port}/${each.protocol}`);
+  if (!open.length) return ", no port open";
+  const named = open.slice(0, PORTS_NAMED).join(", ") + (open.length > PORTS_NAMED ? ", …" : "");
+  return `, ${found.length === PORTS ? "at least " : ""}${plural(open.length, "port")} open: ${named}`;
 }
 
 /** Asks for some of the job's ports, when the map of all of them is too large. */

@@ -168,6 +168,7 @@ function Row({ job, task, owner }: { job: Job; task: TaskStatus | undefined; own
         {owner && <td data-label="User">{job.user_id}</td>}
         <td>
           <StatusWord status={now.status} progress={task?.status.progress} />
+          {now.status === "completed" && <span title="every address and port is accounted for"> ✓</span>}
         </td>
         <td data-label="Subnet">
           {subnet ? (
