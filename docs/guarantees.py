@@ -38,7 +38,7 @@ PROMISES: Final[Mapping[str, str]] = {
     "G18": "A job's probe rate in discovery and port scan never exceeds its `max_rate`, whatever the number of workers; service detection and scripts are not limited",
     "G19": "A job's results and ledger come only from chunks that the orchestrator dispatched",
     "G20": "The cost of a step is independent of the size of the job and the backlog; no user can exhaust the platform",
-    "G24": "Once a delete of a job is answered the job cannot be read; its results and its ledger leave the databases, and no redelivery or replay within 30 days brings them back",
+    "G24": "Once the delete of a job is acknowledged the job cannot be read; its results and its ledger are removed from the databases, and no redelivery or replay within 30 days restores them",
 }
 
 
