@@ -1,0 +1,127 @@
+"""The SDK covers the API: each operation of the OpenAPI document has a call, and each call is as documented."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import httpx2
+import pytest
+
+from scanfleet.contracts import rest
+from scanfleet.contracts.messages import JobStatus
+from scanfleet_cli import calls
+from scanfleet_cli.client import Client
+
+DOCUMENT = json.loads((Path(__file__).parents[3] / "docs" / "openapi" / "current.json").read_text(encoding="utf-8"))
+OF_BROWSERS = {"create_session", "refresh_session", "end_session"}
+"""Operations that set or need a cookie; the SDK sends tokens."""
+
+ARGUMENTS: dict[str, Any] = {
+    "status": [JobStatus.RUNNING],
+    "subnet_ids": [5],
+    "key": "k",
+    "csv": "name,cidr\n",
+    "wanted": rest.CancelJobs(all=True),
+    "if_match": '"1"',
+    "last_event_id": "1-41-2",
+    "hosts": "up",
+    "accept": calls.NDJSON,
+}
+"""Arguments that are not a plain number."""
+
+BODIES: dict[str, Any] = {
+    "create_subnet": rest.SubnetBody(name="lab", cidr="127.9.8.0/24"),
+    "create_policy": rest.PolicyBody(name="web"),
+    "create_revocation": rest.RevocationBody(user_id=7),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operation of the document."""
+
+    method: str
+    path: re.Pattern[str]
+    fields: Mapping[str, Any]
+
+    @property
+    def id(self) -> str:
+        return str(self.fields["operationId"])
+
+    def parameters(self, place: str) -> set[str]:
+        return {each["name"].lower() for each in self.fields.get("parameters", []) if each["in"] == place}
+
+    @property
+    def models(self) -> set[str]:
+        """Return the names of the models of successful responses."""
+        answers = {status: each for status, each in self.fields["responses"].items() if status.startswith("2")}
+        return set(re.findall(r"#/components/schemas/(\w+)", json.dumps(answers)))
+
+
+OPERATIONS = [
+    Operation(method.upper(), re.compile(re.sub(r"{\w+}", "[^/]+", path)), fields)
+    for path, methods in DOCUMENT["paths"].items()
+    for method, fields in methods.items()
+]
+FUNCTIONS = [
+    function
+    for name, function in inspect.getmembers(calls, inspect.isfunction)
+    if function.__module__ == calls.__name__ and not name.startswith("_")
+]
+
+
+def called(function: Callable[..., calls.Call[Any]]) -> calls.Call[Any]:
+    """Return a call with every argument."""
+    given: dict[str, Any] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            given[name] = ARGUMENTS.get(name, 3)
+            if name == "body":
+                given[name] = BODIES[function.__name__.replace("replace_", "create_")]
+    return function(**given)
+
+
+def operations_of(call: calls.Call[Any]) -> Iterator[Operation]:
+    yield from (each for each in OPERATIONS if each.method == call.method and each.path.fullmatch(call.path))
+
+
+def test_each_operation_has_a_call() -> None:
+    """A route without a call of the SDK is found here; those of browsers need none."""
+    covered = {operation.id for function in FUNCTIONS for operation in operations_of(called(function))}
+    assert covered == {each.id for each in OPERATIONS} - OF_BROWSERS
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: str(function.__name__))
+def test_call_is_as_documented(function: Callable[..., calls.Call[Any]]) -> None:
+    """The request has documented parameters and body, and the model of the response is the documented one."""
+    call = called(function)
+    sent: list[httpx2.Request] = []
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        sent.append(request)
+        return httpx2.Response(200)
+
+    with Client("http://scanfleet.test", transport=httpx2.MockTransport(answer)) as client:
+        if isinstance(call, calls.ListCall):
+            call = call.page(1, calls.PAGE_SIZE)
+        client.ask(call)
+    (operation,) = operations_of(call)
+    (request,) = sent
+    assert set(request.url.params) <= operation.parameters("query")
+    assert {name.lower() for name in call.headers} - {"accept", "content-type"} <= operation.parameters("header")
+    if request.content:
+        content = operation.fields["requestBody"]["content"]
+        assert request.headers["content-type"] in content
+    if call.body is not None:
+        schema = content["application/json"]["schema"]
+        schema = DOCUMENT["components"]["schemas"].get(schema.get("$ref", "").rpartition("/")[2], schema)
+        assert call.body.keys() <= schema["properties"].keys()
+    model = next(iter(get_args(call.answer)), call.answer)
+    if model is not object:
+        assert model.__name__ in operation.models
