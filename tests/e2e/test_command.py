@@ -73,6 +73,22 @@ def test_scan_prints_the_ports_that_nmap_finds(start: Start, servers: OpenPorts)
     assert "\x1b" not in out + err
 
 
+@pytest.mark.proves("F2", "G3")
+def test_scan_with_a_killed_worker_prints_the_same_table(
+    stack: Stack, start: Start, servers: OpenPorts, running_nmaps: Callable[[], list[int]]
+) -> None:
+    """After kill -9 of a worker in the middle of the scan, the command exits 0 and prints every port once."""
+    scan = start("scan", SUBNET, *FAST, "--max-rate", "1500")
+    until(lambda: bool(running_nmaps()), 30, "the scan to run")
+    stack.kill("scanner-worker-1")
+    out, err = scan.communicate(timeout=LIMIT)
+    assert scan.returncode == 0, err
+    rows = [line.split("\t")[:2] for line in out.splitlines()]
+    assert sorted((address, int(port.removesuffix("/tcp"))) for address, port in rows) == sorted(servers)
+    assert "accounted=true" in err
+    stack.wait_until_ready()
+
+
 def test_closed_pipe_exits_0(environment: dict[str, str], servers: OpenPorts) -> None:
     """With a reader of one line the command exits 0 and prints no traceback."""
     assert servers
