@@ -20,12 +20,12 @@ from redis import Redis
 from bench.figures import Figure
 from bench.kit import SCRIPTED, Meter, Workers, bus, load, new_stack, pids
 from local import ports
-from local.client import FINAL, Client
 from local.stack import Stack
 from local.wait import listens, until
 from scanfleet.contracts.messages import WorkerReady
 from scanfleet.contracts.messages.topics import SCAN_TASKS, SCAN_WORKERS
 from scanfleet.runtime.bus import Record
+from tests.client import FINAL, Client
 
 ONE_PORT: Final = {"ports": "8080", "service_detection": False, "timing": 4}
 CLIENTS: Final = 64

@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 
 from bench.figures import Figure
 from bench.kit import new_stack
-from local.client import FINAL, Client
 from local.demo import real_servers
 from local.wait import until
+from tests.client import FINAL, Client
 
 SUBNET = "127.9.8.0/24"
 QUICK = {"service_detection": False, "timing": 4}

@@ -17,8 +17,8 @@ from typing import Final
 
 from bench.figures import Figure
 from bench.kit import new_stack
-from local.client import Client
 from local.networks import NETWORK, Network
+from tests.client import Client
 
 SUBNET: Final = "10.77.1.0/24"
 SERVERS: Final = {(f"10.77.1.{host}", port) for host in range(64) for port in (22, 80, 443)}

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Final
 
 from local import demo, ports, targets
-from local.client import Client
 from local.paths import ROOT
 
 PORT: Final = int(os.environ.get("SCANFLEET_PORT") or 8080)
@@ -37,7 +36,7 @@ def main() -> int:
     try:
         with servers():
             nmap = [*COMPOSE, "exec", "-T", "scanner-worker", "nmap"]
-            return demo.show(Client(URL, token(demo.USER)), targets.USUAL, nmap)
+            return demo.show(URL, token(demo.USER), targets.USUAL, nmap)
     finally:
         if not was_up:
             subprocess.run([*COMPOSE, "down"], check=True)

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from local.client import Client
 from local.stack import Stack
 from local.wait import until
 from scanfleet.services import SERVICES
+from tests.client import Client
 
 
 @pytest.fixture(scope="package")

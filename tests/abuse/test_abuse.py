@@ -19,10 +19,10 @@ import jwt
 import pytest
 
 from local import nmap, ports
-from local.client import Client
 from local.stack import Stack
 from local.tokens import AUDIENCE, ISSUER
 from local.wait import until
+from tests.client import Client
 
 pytestmark = [pytest.mark.e2e, pytest.mark.proves("G15")]
 

@@ -15,9 +15,9 @@ from typing import Final
 import httpx
 import pytest
 
-from local.client import Client
 from local.stack import Stack
 from local.wait import until
+from tests.client import Client
 
 pytestmark = pytest.mark.e2e
 

@@ -21,10 +21,10 @@ import pytest
 import yaml
 
 from local import demo, ports, targets, wait
-from local.client import Client
 from local.paths import ROOT
 from local.wait import until
 from scanfleet.services import SERVICES, WITH_API
+from tests.client import Client
 from tests.deploy.inside import REACHED
 
 pytestmark = pytest.mark.k8s
@@ -275,7 +275,7 @@ def test_scan_finds_the_same_as_nmap(user: Client) -> None:
     """A scan through the gateway finds the same machines, ports, services and versions as nmap in a worker's pod."""
     worker = pods("scanner-worker")[0]["metadata"]["name"]
     nmap = ["kubectl", "--namespace", NAMESPACE, "exec", worker, "--container", "scanner-worker", "--", "nmap"]
-    assert demo.show(user, targets.USUAL, nmap) == 0
+    assert demo.show(user.url, user.token, targets.USUAL, nmap) == 0
 
 
 def test_scaling_workers_during_a_scan_loses_nothing(user: Client, truth: set[tuple[str, int]]) -> None:

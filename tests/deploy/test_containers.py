@@ -13,10 +13,10 @@ import httpx
 import pytest
 
 from local import compose, targets
-from local.client import Client
 from local.paths import ROOT
 from local.wait import until
 from scanfleet.services import SERVICES
+from tests.client import Client
 from tests.deploy.inside import REACHED
 
 pytestmark = pytest.mark.compose

@@ -9,9 +9,9 @@ from contextlib import ExitStack
 import pytest
 
 from local import nmap
-from local.client import Client
 from local.stack import Stack
 from scanfleet.services import SERVICES
+from tests.client import Client
 from tests.e2e.collector import Collector, collecting
 
 REPLICAS = dict.fromkeys(SERVICES, 2)

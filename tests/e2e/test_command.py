@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from local.client import Client
 from local.nmap import OpenPorts
 from local.stack import Stack
 from local.wait import until
+from tests.client import Client
 
 pytestmark = pytest.mark.e2e
 

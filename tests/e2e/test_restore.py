@@ -10,7 +10,6 @@ from typing import Any, Final
 
 import pytest
 
-from local.client import FINAL, Client
 from local.stack import Stack
 from local.wait import until
 from scanfleet.contracts.messages import JobEvent
@@ -19,6 +18,7 @@ from scanfleet.contracts.messages.topics import SCAN_EVENTS
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings
 from scanfleet.services import SERVICES
+from tests.client import FINAL, Client
 
 pytestmark = pytest.mark.e2e
 

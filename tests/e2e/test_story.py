@@ -11,12 +11,12 @@ from typing import Any
 import httpx
 import pytest
 
-from local.client import FINAL, Client
 from local.nmap import OpenPorts, open_ports
 from local.stack import Stack
 from local.wait import until
 from scanfleet.contracts.messages.topics import SCAN_EVENTS
 from scanfleet_testing.kafka import read
+from tests.client import FINAL, Client
 
 pytestmark = pytest.mark.e2e
 

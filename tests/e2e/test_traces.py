@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from local.client import Client
 from local.stack import Stack
 from local.wait import until
+from tests.client import Client
 from tests.e2e.collector import Collector
 
 pytestmark = pytest.mark.e2e

@@ -10,13 +10,13 @@ from itertools import pairwise
 from typing import Any, Final
 
 from job_orchestrator.domain.job import TABLE
-from local.client import FINAL
 from local.wait import until
 from scanfleet.contracts.messages import HostScanned, JobEvent, JobProgressed, JobStatus
 from scanfleet.contracts.messages.topics import SCAN_EVENTS, SCAN_RESULTS
 from scanfleet.scanning.outcomes import Outcome, index_of
 from scanfleet.security.auth import read_public_keys
 from scanfleet.security.chunk_grants import Grants
+from tests.client import FINAL
 from tests.faults.kit import Document, Platform
 
 PATIENCE: Final = 180.0  # timeout in seconds for every job to end, on a loaded machine

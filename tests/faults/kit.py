@@ -28,7 +28,6 @@ from aiokafka import AIOKafkaProducer
 from pymongo import MongoClient
 
 from local import kafka, mongod, nmap, ports
-from local.client import Client
 from local.stack import Stack
 from local.supervisor import Program, Supervisor
 from local.wait import until
@@ -40,6 +39,7 @@ from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.services import SERVICES, WITH_DATABASE
 from scanfleet_testing.kafka import behind, read
 from scanfleet_testing.tokens import Issuer
+from tests.client import Client
 from tests.faults.lines import Line, Lines
 
 LEASE: Final = 5  # seconds: longer than a busy machine delays a heartbeat, and short to wait for

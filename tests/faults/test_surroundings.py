@@ -7,11 +7,11 @@ from datetime import datetime, timedelta
 import httpx
 import pytest
 
-from local.client import FINAL
 from local.wait import until
 from scanfleet.contracts.messages import ChunkScanned
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS
 from scanfleet_testing.tokens import Issuer
+from tests.client import FINAL
 from tests.faults.invariants import Invariants
 from tests.faults.kit import LIMIT, STEADY, TINY, Caller, Platform
 

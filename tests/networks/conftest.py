@@ -9,9 +9,9 @@ from typing import Final
 
 import pytest
 
-from local.client import Client
 from local.networks import NETWORK, Network
 from local.stack import Stack
+from tests.client import Client
 
 SLOTS: Final = 4
 REPLICAS: Final = {"result-store": 1, "job-orchestrator": 1, "scanner-worker": 2, "api-gateway": 1}

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import pytest
 
-from local.client import Client
 from local.networks import Network, busiest_second, by_address, gaps
+from tests.client import Client
 
 pytestmark = pytest.mark.e2e
 

@@ -10,10 +10,10 @@ from typing import Any, Final
 
 import pytest
 
-from local.client import Client
 from local.networks import Network
 from local.nmap import OpenPorts
 from local.wait import until
+from tests.client import Client
 
 pytestmark = pytest.mark.e2e
 

@@ -14,9 +14,9 @@ import pytest
 from playwright.sync_api import Browser, Page, Request, Route, ViewportSize, expect
 from playwright.sync_api import TimeoutError as WaitError
 
-from local.client import Client
 from local.nmap import OpenPorts, open_ports
 from local.stack import Stack
+from tests.client import Client
 from tests.page.conftest import NET, USER, watched
 
 pytestmark = pytest.mark.e2e

@@ -21,13 +21,13 @@ from aiokafka.errors import (
 from pymongo import MongoClient
 from pymongo.errors import OperationFailure, ServerSelectionTimeoutError
 
-from local.client import Client
 from local.stack import Stack
 from scanfleet.contracts.messages.acls import acls_of
 from scanfleet.contracts.messages.topics import SCAN_EVENTS, TOPICS
 from scanfleet.kafka.broker import access
 from scanfleet.services import GATEWAY, ORCHESTRATOR, RESULT_STORE, SERVICES, WITH_DATABASE, WORKER
 from scanfleet_testing.waiting import until
+from tests.client import Client
 
 PREFIX: Final = "secured-"
 LIMIT: Final = 60.0  # timeout in seconds of every wait

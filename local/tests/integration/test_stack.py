@@ -14,10 +14,10 @@ import httpx
 import pytest
 
 from local import kafka
-from local.client import Client
 from local.paths import ROOT
 from local.stack import LOCAL_REPLICAS, Stack, StackError
 from local.wait import until
+from tests.client import Client
 
 pytestmark = pytest.mark.e2e
 

@@ -1,22 +1,24 @@
-"""A client of the public API for the demo, tests and benchmarks."""
+"""A client of the public API for tests and benchmarks: it returns the JSON of each response unchanged, and sends any token."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Any
 
 import httpx
 
 from local.wait import until
+from scanfleet.contracts.messages import JobStatus
 
-FINAL: Final = frozenset({"completed", "failed", "cancelled"})
+FINAL = frozenset(status for status in JobStatus if status.final)
 
 
 class Client:
     """One user of the gateway at `url`. Every method raises `httpx.HTTPStatusError` for an error response."""
 
     def __init__(self, url: str, token: str) -> None:
+        self.url, self.token = url, token
         self.http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=30)
 
     def close(self) -> None:

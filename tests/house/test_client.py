@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from local.client import Client
+from tests.client import Client
 
 
 def answering(*answers: httpx.Response) -> Client:
