@@ -70,11 +70,16 @@ def host_columns() -> list[Column]:
 
 
 def _ports(row: Row) -> str:
-    listed = [f"{each['port']}/{each['protocol']}" for each in row["ports"]]
-    listed += [f"{ports}/udp?" for ports in row["open_filtered"].split(",") if ports]
+    """Format the ports of a host by protocol: `22,80/tcp 53/udp 67-69/udp?`."""
+    by_protocol: dict[str, list[str]] = {}
+    for each in row["ports"]:
+        by_protocol.setdefault(each["protocol"], []).append(str(each["port"]))
+    listed = [f"{','.join(ports)}/{protocol}" for protocol, ports in by_protocol.items()]
+    if row["open_filtered"]:
+        listed.append(f"{row['open_filtered']}/udp?")
     if len(row["ports"]) == rest.MAX_HOST_PORTS:
         listed.append(f"… of {row['port_count']:,}")
-    return ",".join(listed) or "-"
+    return " ".join(listed) or "-"
 
 
 def host_rows(session: Session, job_id: int, **query: Any) -> Iterator[Row]:

@@ -93,13 +93,19 @@ class JsonLines(Silent):
 
 
 class Log(Silent):
-    """Prints a line on stderr for each change of status up to the end, and one after each half minute without a change."""
+    """Prints a line on stderr for each change of status up to the end, and one after each half minute without a change.
+
+    Args:
+        output: of the command.
+        silence: maximum seconds between two lines of a job.
+    """
 
     wants_ledger = True
 
-    def __init__(self, output: Output) -> None:
+    def __init__(self, output: Output, silence: float = SILENCE_SECONDS) -> None:
         super().__init__(output)
-        self._shown: dict[int, tuple[JobStatus, float]] = {}
+        self._silence = silence
+        self._shown: dict[int, tuple[JobStatus | None, float]] = {}
 
     def changed(self, job: Followed) -> None:
         # The summary of the ended job follows for a final state.
@@ -110,19 +116,20 @@ class Log(Silent):
 
     def tick(self, jobs: Sequence[Followed]) -> None:
         for job in jobs:
-            shown = self._shown.get(job.job_id)
-            if not job.final and shown and time.monotonic() - shown[1] >= SILENCE_SECONDS:
+            _, when = self._shown.setdefault(job.job_id, (None, time.monotonic()))
+            if not job.final and time.monotonic() - when >= self._silence:
                 self._line(job)
 
     def notice(self, noun: str, sentence: str) -> None:
         self._output.note(f"{self._output.now().strftime(_TIME)} {noun} {sentence}")
 
     def _line(self, job: Followed) -> None:
-        if job.task is None:
-            return
-        status = job.task.status
-        self._shown[job.job_id] = (status.status, time.monotonic())
         now = self._output.now().strftime(_TIME)
+        status = job.task.status if job.task else None
+        self._shown[job.job_id] = (status.status if status else None, time.monotonic())
+        if status is None:
+            self._output.note(f"{now} job {job.job_id} no state yet")
+            return
         outcomes = f" {coverage.short(job.ledger)}" if job.ledger else ""
         self._output.note(f"{now} job {job.job_id} {status.status} {status.progress}%{outcomes}")
 

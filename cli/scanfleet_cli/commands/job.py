@@ -415,6 +415,7 @@ def results(
         return
     if output.format in {Format.CSV, Format.JSONL} and not filtered and not session.limit and not following:
         findings.pass_through(session, job_id, "text/csv" if output.format is Format.CSV else calls.NDJSON)
+        findings.note_not_probed(session, job_id)
         return
     network = _network(address) if address else None
 

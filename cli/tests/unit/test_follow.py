@@ -110,6 +110,18 @@ def test_log_has_one_line_for_the_end_of_a_job(api: FakeApi, run: Any) -> None:
     ]
 
 
+def test_log_is_never_silent_for_long(running: FakeApi) -> None:
+    """A job without a change has a line after each interval, also before its first state was read."""
+    log = views.Log(output := Output(io.StringIO(), io.StringIO()), silence=0)
+    job = views.Followed(41)
+    log.tick([job])
+    job.task = running.jobs[41].task
+    log.tick([job])
+    assert isinstance(output.stderr, io.StringIO)
+    lines = output.stderr.getvalue().splitlines()
+    assert [line.partition(" ")[2] for line in lines] == ["job 41 no state yet", "job 41 running 62%"]
+
+
 def test_several_jobs_are_watched_over_one_stream(running: FakeApi, run: Any) -> None:
     """`job watch` opens the stream of all jobs instead of one for each."""
     for job in running.jobs.values():
