@@ -92,6 +92,11 @@ def create_tasks(subnet_ids: Sequence[int], policy_id: int, key: str | None = No
     )
 
 
+def estimate_task(wanted: rest.EstimateBody) -> Call[rest.Estimate]:
+    """Estimate a scan, with every reason to refuse it; creates nothing."""
+    return Call("POST", "/api/v1/task/estimate", rest.Estimate, body=_given(wanted))
+
+
 def read_task(job_id: int) -> Call[rest.TaskStatus]:
     return Call("GET", f"/api/v1/task/{job_id}", rest.TaskStatus)
 

@@ -27,7 +27,6 @@ ARGUMENTS: dict[str, Any] = {
     "subnet_ids": [5],
     "key": "k",
     "csv": "name,cidr\n",
-    "wanted": rest.CancelJobs(all=True),
     "if_match": '"1"',
     "last_event_id": "1-41-2",
     "hosts": "up",
@@ -36,6 +35,8 @@ ARGUMENTS: dict[str, Any] = {
 """Arguments that are not a plain number."""
 
 BODIES: dict[str, Any] = {
+    "cancel_tasks": rest.CancelJobs(all=True),
+    "estimate_task": rest.EstimateBody(cidr="127.9.8.0/24", policy_id=3),
     "create_subnet": rest.SubnetBody(name="lab", cidr="127.9.8.0/24"),
     "create_policy": rest.PolicyBody(name="web"),
     "create_revocation": rest.RevocationBody(user_id=7),
@@ -82,7 +83,7 @@ def called(function: Callable[..., calls.Call[Any]]) -> calls.Call[Any]:
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is not parameter.VAR_KEYWORD:
             given[name] = ARGUMENTS.get(name, 3)
-            if name == "body":
+            if name in {"body", "wanted"}:
                 given[name] = BODIES[function.__name__.replace("replace_", "create_")]
     return function(**given)
 
