@@ -98,7 +98,7 @@ class TooLargeError(PublicError):
 
 
 class PreconditionFailedError(PublicError):
-    """The thing has changed since the caller read it."""
+    """The object has changed since the caller read it."""
 
     status = 412
     rule = Rule.STATE

@@ -56,7 +56,7 @@ class Connections(httpx.AsyncBaseTransport):
 async def _without_repetition(
     request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
 ) -> aiohttp.ClientResponse:
-    """Keep aiohttp from sending a PUT or DELETE again: one that was executed would be answered 404 or 412."""
+    """Prevent aiohttp from resending a PUT or DELETE: if the first one was executed, the second would get 404 or 412."""
     try:
         return await handler(request)
     except aiohttp.ClientConnectorError:

@@ -76,7 +76,7 @@ def create_app(
         startup: Startup = app.state.startup
         async with AsyncExitStack() as stack:
             key = read_private_key(settings.internal_key_file)
-            # Cancels have a pool of connections of their own, so that queries do not delay them.
+            # Cancels have a separate pool of connections, so that queries do not delay them.
             queries = await stack.enter_async_context(connect(settings, transport))
             cancels = await stack.enter_async_context(connect(settings, transport))
             tokens = InternalTokens(key, ORCHESTRATOR)
@@ -126,8 +126,8 @@ def create_app(
         title="Scanfleet",
         version="1",
         description=_DESCRIPTION,
-        openapi_url=None,  # ours is ASCII, as every JSON
-        docs_url=None,  # ours needs no other host
+        openapi_url=None,  # served by `_openapi` as ASCII, like all JSON
+        docs_url=None,  # served by `_docs` without files from other hosts
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
         swagger_ui_oauth2_redirect_url=None,
@@ -150,7 +150,7 @@ async def _open_verifier(
     revocations = Revocations(orchestrator.revoked)
     users = UserIds(orchestrator.user_id)
     roles = grants.roles if (grants := settings.user_grants) else frozenset()
-    await revocations.refresh()  # without the list no request is answered
+    await revocations.refresh()  # no request is accepted without the list
     refreshing = Loop("revocations", REFRESH_S, revocations.refresh)
     await refreshing.start()
     try:

@@ -2,9 +2,9 @@
 
 - `hosts`: `_id` is `<chunk_id>/<address>`, so only the first insert of a host succeeds. `first_id` is the id of its first
 result; hosts without results do not have the field. `key` sorts the hosts that are listed by address; silent ones do not have it.
-- `deleted`: `_id` is the id of a job whose results are deleted and those that arrive late too; `begun` says how often its
-  deletion began, and `open` whether documents may be left. `hosts` and `rows` count what was deleted, and `slice` are the first
-  and last id of the hosts that were counted last: they may not be deleted yet.
+- `deleted`: `_id` is the id of a job whose results are deleted, including late ones; `begun` is the number of times that its
+  deletion began, and `open` is set while documents may be left. `hosts` and `rows` count deleted documents and results, and
+  `slice` is the first and last id of the hosts that were counted last: they may not be deleted yet.
 - `chunks`: `_id` is the chunk's id. The collection holds closed chunks only; `key` sorts them by address.
 
 Documents of release 0.1 have no `key`.
@@ -211,7 +211,7 @@ class MongoStore:
 
     @dependency_errors()
     async def open_deletions(self, limit: int) -> dict[int, int]:
-        """Return the jobs to erase, each with how often its deletion began."""
+        """Return the jobs to erase, each with the number of times that its deletion began."""
         found = self._deleted.find({"open": True}, {"begun": True}).limit(limit)
         return {mark["_id"]: mark["begun"] async for mark in found}
 
@@ -234,9 +234,9 @@ class MongoStore:
         return deleted
 
     async def _erase_hosts(self, job_id: int, limit: int) -> int:
-        """Count some hosts of the job in its mark, then delete them; return how many.
+        """Count some hosts of the job in its mark, then delete them; return their number.
 
-        The mark names the slice that was counted last, so that no crash between the two, and no other replica, counts one twice.
+        The mark contains the slice that was counted last, so that a crash in between or another replica counts no host twice.
         """
         mark = await self._deleted.find_one({"_id": job_id}, {"slice": True}) or {}
         if counted := mark.get("slice"):
@@ -259,7 +259,7 @@ class MongoStore:
 
     @dependency_errors()
     async def end_deletion(self, job_id: int, begun: int) -> None:
-        """Note that nothing is left of the job, unless its deletion has begun again since."""
+        """Record that no document of the job is left, unless its deletion has begun again since."""
         await self._deleted.update_one({"_id": job_id, "begun": begun}, {"$unset": {"open": ""}})
 
     @dependency_errors()
@@ -288,7 +288,7 @@ class MongoStore:
 
 
 def _behind(document: Mapping[str, Any]) -> Document:
-    """Build the filter for the hosts behind this one, in the order of `_BY_PLACE`.
+    """Build the filter for the hosts after this one, in the order of `_BY_PLACE`.
 
     One range of the index, which begins with the hosts of the same millisecond: MongoDB would answer an $or of two ranges by
     reading a page of each.
@@ -299,7 +299,7 @@ def _behind(document: Mapping[str, Any]) -> Document:
 
 
 def _behind_address(address: str) -> str:
-    """Return the lowest key behind those of an address: "0" follows "/"."""
+    """Return the lowest key after those of an address: "0" follows "/"."""
     return f"{address_key(address)}0"
 
 

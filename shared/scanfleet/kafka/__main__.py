@@ -118,7 +118,7 @@ async def _replay(bus: KafkaBus, chosen: AsyncIterator[DeadLetter], *, verify: b
 
 
 async def _record(bus: KafkaBus, action: str, target: str, *, refused: str = "") -> None:
-    """Have the audit log record what is done next. Without an acknowledgement it is not done."""
+    """Publish the audit entry of the next step, and wait for its acknowledgement."""
     entry = command_entry(OPERATOR, action, target, refused=refused)
     await bus.publish(SCAN_AUDIT_OPERATOR, [OperatorActed(entry=entry)])
 

@@ -112,7 +112,7 @@ class Sessions:
         """Return the content of a value of `seal`; None for any other value."""
         try:
             opened: dict[str, Any] = json.loads(zlib.decompress(self._fernet.decrypt(text)))
-        except (InvalidToken, ValueError):  # ValueError: not ASCII; whatever decrypts is what `seal` has made
+        except (InvalidToken, ValueError):  # ValueError: not ASCII; only values of `seal` can be decrypted
             return None
         return opened
 

@@ -1,6 +1,6 @@
 """Signing in to the page at the issuer: OpenID Connect's code flow with PKCE, of which the gateway is the client.
 
-What must be kept until the user returns is in an encrypted cookie of ten minutes. Errors redirect to the page with a code; the
+The state of a sign-in is in an encrypted cookie for ten minutes. Errors redirect to the page with a code; the
 issuer's text is not shown, because any link to the callback can contain text.
 """
 

@@ -28,7 +28,7 @@ class State:
     settings: Settings
 
 
-async def _state(request: Request) -> State:  # a thread would run what is not async
+async def _state(request: Request) -> State:  # without async the framework would use a thread
     return cast(State, request.app.state.gateway)
 
 

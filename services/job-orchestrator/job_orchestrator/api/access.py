@@ -91,7 +91,7 @@ async def revoked(state: Handed) -> list[rest.Revoked]:
 
 @internal.get("/limits")
 async def scan_limits(state: Handed) -> rest.ScanLimits:
-    """What users may scan."""
+    """Return the limits of scans."""
     return rest.ScanLimits(
         presets={preset: fill_in(preset, {}, state.scripts) for preset in Preset},
         scripts=sorted(state.scripts),

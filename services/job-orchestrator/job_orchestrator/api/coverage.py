@@ -91,7 +91,7 @@ async def read_map(
             addresses=addresses,
             blocks=[],
         )
-        # Tens of thousands of models would cost more than the rest of the answer.
+        # Creating tens of thousands of models would cost more than the rest of the response.
         shown = [{"ports": str(ports), "letters": letters[block]} for block, ports in blocks.items()]
         return AsciiJSON(answer.model_dump(mode="json") | {"blocks": shown}, headers={"ETag": tag})
 
@@ -99,7 +99,7 @@ async def read_map(
 
 
 def _part(job: ScanJob, from_: str | None) -> tuple[int, int]:
-    """Place of the first address that is asked for, and how many there are."""
+    """Return the position of the first requested address, and the number of requested addresses."""
     if from_ is None:
         if job.plan.addresses > coverage.MAX_ADDRESSES:
             raise TooLargeError(
@@ -117,7 +117,7 @@ def _part(job: ScanJob, from_: str | None) -> tuple[int, int]:
 
 
 def _blocks(job: ScanJob, ports: str | None) -> dict[int, PortSet]:
-    """Return the job's blocks with some of these ports, by number; None is all."""
+    """Return the job's blocks with any of these ports, by number; None selects all."""
     blocks = enumerate(job.policy.port_set.blocks(job.plan.chunk_ports))
     if ports is None:
         return dict(blocks)

@@ -33,7 +33,7 @@ _Wanted = tuple[str, str, tuple[str, ...]]
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """A line of the file, with either its subnet or what is wrong with it."""
+    """A line of the file, with either its subnet or its error."""
 
     number: int
     wanted: _Wanted | None = None
@@ -52,7 +52,7 @@ async def import_subnets(
 ) -> rest.SubnetsImported | rest.SubnetImportCheck:
     lines = []
     for number, row in _rows(await request.body()):
-        await asyncio.sleep(0)  # others may run between two of a thousand lines
+        await asyncio.sleep(0)  # lets other requests run between the lines, of which there may be a thousand
         lines.append(_read(number, row, state.rules))
     problems = [f"line {line.number}: {line.error}" for line in lines if line.error]
     if problems and not dry_run:

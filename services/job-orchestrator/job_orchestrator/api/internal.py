@@ -57,7 +57,7 @@ async def exported(job_id: PathId, caller: Caller, state: Handed, record: Record
 
 
 async def _with_results(job_id: int, what: str, caller: Principal, state: State, record: Recorder) -> ScanJob:
-    """Return the job to a caller who may read its results, of which `what` is a part or a form.
+    """Return the job to a caller who may read its results; `what` is the requested part or form of them.
 
     Raises:
         NotFoundError: the job does not exist.
@@ -93,7 +93,7 @@ async def latest_of(
     changed_since: AwareDatetime | None = None,
     ended_since: AwareDatetime | None = None,
 ) -> rest.Snapshots:
-    """A page of a user's jobs as they are now: first the unfinished ones, then those that have ended in a time.
+    """Return a page of a user's jobs in their current state: first unfinished ones, then those that ended since a time.
 
     A job that ends between two pages is in one of them, or in both.
     """
@@ -158,5 +158,5 @@ async def expire(
 @router.post("/session/refresh", name="refresh_session", status_code=204)
 @router.post("/session/end", name="end_session", status_code=204)
 async def record_session(_caller: Caller, record: Recorded) -> None:
-    """Record in the audit log what the gateway is about to do to the caller's browser session."""
+    """Record a change of the caller's browser session in the audit log, before the gateway makes it."""
     await record(target="/api/v1/session")

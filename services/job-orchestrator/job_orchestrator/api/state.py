@@ -49,7 +49,7 @@ class State:
     quotas: Quotas = field(default_factory=Quotas)
 
 
-async def _state(request: Request) -> State:  # a thread would run what is not async
+async def _state(request: Request) -> State:  # without async the framework would use a thread
     state: State = request.app.state.orchestrator
     return state
 
@@ -68,7 +68,7 @@ class Recorder:
         await self._write(audit_entry(self.request, "allowed", rule=rule, target=target))
 
     async def each(self, targets: Iterable[str]) -> None:
-        """Write one entry for each of the objects that one request changes."""
+        """Write one entry for each object that the request changes."""
         await self._write(*(audit_entry(self.request, "allowed", target=target) for target in targets))
 
     async def reading(self, target: str, *, streamed: bool = False) -> None:
@@ -106,7 +106,7 @@ class Paging:
 
 
 def tags(request: Request, header: str, *, weak: bool = True) -> set[str]:
-    """The entity tags of `If-None-Match`, weak ones as strong ones; or of `If-Match`, where none may be `weak`."""
+    """Return the entity tags of `If-None-Match`, weak ones as strong ones, or of `If-Match`, which allows no `weak` ones."""
     listed = ",".join(request.headers.getlist(header))
     stripped = (tag.strip() for tag in listed.split(","))
     return {tag.removeprefix("W/") if weak else tag for tag in stripped if tag}
@@ -119,10 +119,10 @@ def tagged(view: _View, response: Response) -> _View:
 
 
 def check_unchanged(view: BaseModel, request: Request) -> bool:
-    """Whether the caller wants to change the thing only as it is now, which was checked; False when in any state.
+    """Check `If-Match`; return whether the change applies only to the current state of the object, not to any state.
 
     Raises:
-        PreconditionFailedError: the caller has read another state of it.
+        PreconditionFailedError: the caller has read another state of the object.
     """
     wanted = tags(request, "if-match", weak=False)
     if not wanted or wanted == {"*"}:

@@ -200,13 +200,13 @@ async def readable_user(
     streamed: bool = False,
     what: str = "jobs",
 ) -> int | None:
-    """Whose jobs the caller may read, None for every user's; others' under audit.
+    """Return the user whose jobs the caller may read, None for all users; access to others' jobs is audited.
 
     Args:
         caller: the authenticated caller.
-        whose: as the caller named the user.
-        record: writes that an administrator reads another user's jobs.
-        target: what was asked for.
+        whose: the user as named in the request.
+        record: writes the audit entry if an administrator reads another user's jobs.
+        target: the requested object.
         streamed: whether the request is one of many of a stream.
         what: the requested objects, for the error.
 

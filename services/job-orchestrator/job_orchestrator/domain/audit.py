@@ -22,17 +22,17 @@ def own_entry(
     source: str = "",
     reason: str = "",
 ) -> AuditEntry:
-    """Return an entry of the orchestrator itself; it is stored once, however often one of its id is added.
+    """Return an entry of the orchestrator itself; entries with an existing id are not stored again.
 
     Args:
         id_: unique among the entries of the orchestrator.
-        action: what it does.
-        target: the object of the action.
-        decision: whether it does that, or refuses to.
-        rule: by which rule.
-        user_id: whose object it is.
-        source: the instance that acts.
-        reason: why.
+        action: the operation.
+        target: the object of the operation.
+        decision: whether the operation was allowed or refused.
+        rule: the deciding rule.
+        user_id: the owner of the object.
+        source: the acting instance.
+        reason: the reason of the decision.
     """
     return AuditEntry(
         id=id_,
@@ -50,11 +50,11 @@ def own_entry(
 
 
 def first_use(purpose: str, key: str, *, source: str) -> AuditEntry:
-    """Return the entry of a key's first use, so that an unauthorised key is noticed; it has the same id for the same key.
+    """Return the entry of a key's first use, which reveals an unauthorised key; its id is the same for the same key.
 
     Args:
-        purpose: what the key signs or verifies.
-        key: names the key; never the key itself.
+        purpose: the objects that the key signs or verifies.
+        key: name of the key; never the key itself.
         source: the first instance that uses it.
     """
     id_ = sha256(f"{purpose}\n{key}".encode()).hexdigest()[:32]

@@ -11,23 +11,23 @@ from job_orchestrator.domain.job import ScanJob
 from scanfleet.scanning.outcomes import Outcome, index_of
 from scanfleet.scanning.targets import Target
 
-MAX_ADDRESSES: Final = 65_536  # of one answer: a /16
+MAX_ADDRESSES: Final = 65_536  # per response: a /16
 MAX_LETTERS: Final = 16 * MAX_ADDRESSES  # over all blocks: a megabyte
 
 CANCELLED: Final = "c"
 IN_WORK: Final = ">"
-"""Beside the letters of outcome maps."""
+"""In addition to the codes of outcome maps."""
 
 
 class Coverage:
     """The letters of a part of a job's addresses, filled in chunk by chunk.
 
-    What is in no chunk that was added is excluded, or it waits, or it was cancelled with the job.
+    Addresses that are in none of the added chunks are excluded, are waiting, or were cancelled with the job.
 
     Args:
-        job: of the addresses.
-        first: place of the first address in the job's network.
-        addresses: how many.
+        job: the job of the addresses.
+        first: position of the first address in the job's network.
+        addresses: number of addresses.
         blocks: numbers of the blocks of ports.
     """
 
@@ -44,7 +44,7 @@ class Coverage:
         self._letters = {block: bytearray(empty) for block in sorted(blocks)}
 
     def add(self, chunk: Chunk) -> None:
-        """Fill in a chunk, or the part of it that is asked for."""
+        """Fill in the requested part of a chunk."""
         block = plan.block_of(self._job, chunk.index)
         if block in self._letters:
             letters = self._letters[block]
@@ -54,7 +54,7 @@ class Coverage:
                 letters[low:high] = _shown(chunk, ended=self._job.final)[low - start : high - start].encode()
 
     def letters(self) -> Iterator[tuple[int, str]]:
-        """Each block's number and letters, in order."""
+        """Yield each block's number and letters, in order."""
         for block, letters in self._letters.items():
             yield block, letters.decode()
 

@@ -14,7 +14,7 @@ KEEP_RECEIPTS: Final = timedelta(days=1_095)
 
 
 class Stage(StrEnum):
-    """What is left to delete; each stage is safe to repeat."""
+    """The remaining work of a deletion; each stage is safe to repeat."""
 
     RESULTS = "results"
     CHUNKS = "chunks"
@@ -23,7 +23,7 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """How much was stored of a deleted job; None while unknown."""
+    """Numbers of deleted documents of a job; None while unknown."""
 
     hosts: int | None = None
     rows: int | None = None

@@ -24,7 +24,7 @@ AHEAD_SECONDS: Final = 2.0  # of work beyond a worker's slots, so that tiny chun
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """A user's virtual time without what is held; `active` while any chunk of theirs is queued or held."""
+    """A user's virtual time without held chunks; `active` while the user has queued or held chunks."""
 
     user_id: int
     time: float = 0.0
@@ -41,7 +41,7 @@ class Clocks:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A queued chunk, as far as its turn is decided."""
+    """The fields of a queued chunk that decide its turn."""
 
     chunk_id: str
     user_id: int
@@ -69,7 +69,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Credit:
-    """What one worker may be given: its slots, and what it holds already."""
+    """The capacity of one worker: its slots, and the chunks that it already holds."""
 
     worker_id: str
     instance: str
@@ -82,7 +82,7 @@ class Credit:
 
 
 def wake(clocks: Clocks, waiting: Iterable[int]) -> dict[int, Clock]:
-    """The clocks of the users that wait, those back from idle raised to the global virtual time."""
+    """Return the clocks of the waiting users; those of users who were idle are raised to the global virtual time."""
     awake: dict[int, Clock] = {}
     for user in waiting:
         clock = clocks.users.get(user, Clock(user))
@@ -91,7 +91,7 @@ def wake(clocks: Clocks, waiting: Iterable[int]) -> dict[int, Clock]:
 
 
 def tags(clocks: Mapping[int, Clock], held: Iterable[Held], now: datetime) -> dict[int, float]:
-    """The virtual time of each user, with what they hold: as long as it takes, and at least as long as expected."""
+    """Return the virtual time of each user with the held chunks, by elapsed or expected time, whichever is longer."""
     times = {user: clock.time for user, clock in clocks.items()}
     for each in held:
         if each.user_id in times:
@@ -101,7 +101,7 @@ def tags(clocks: Mapping[int, Clock], held: Iterable[Held], now: datetime) -> di
 
 
 def fill(credit: Credit, held: Iterable[Held]) -> Credit:
-    """The credit with what its worker holds."""
+    """Return the credit with the chunks that its worker holds."""
     estimates = sorted(each.estimate for each in held)
     beyond = estimates[: max(0, len(estimates) - credit.slots)]
     return replace(credit, held=len(estimates), ahead_seconds=sum(beyond))
@@ -112,11 +112,11 @@ def has_room(credit: Credit) -> bool:
 
 
 class Round:
-    """Decides who gets what, chunk by chunk, among the workers that have room.
+    """Assigns queued chunks, one after the other, to the workers with capacity.
 
     Args:
-        workers: that may be given chunks.
-        times: virtual times of the users that wait.
+        workers: those that may get chunks.
+        times: virtual times of the waiting users.
         occupied: slots that each user's chunks occupy on all workers.
         fleet: all live workers, including `workers`.
     """
@@ -137,14 +137,15 @@ class Round:
         # While others wait, no user holds more than their share of the slots plus one.
         self._most = slots / users + 1 if users > 1 else float("inf")
         self._reserved: set[str] = set()
-        """Workers whose next slot is due to a chunk that is too long to be given ahead."""
+        """Workers whose next free slot is reserved for a chunk that is too long to be prefetched."""
         self.virtual = 0.0
-        """The highest virtual time that was served."""
+        """The highest virtual time of a user served in this round."""
 
     def picks(self, queues: Mapping[int, Sequence[Candidate]]) -> Iterable[tuple[Candidate, Credit, float]]:
-        """The chunks in the order in which slots are due to them, each with its worker and its share of a slot.
+        """Yield the chunks in dispatch order, each with its worker and its share of a slot.
 
-        Each queue is in its user's own order. What is left when all that wait have their shares goes to users with more work.
+        Each queue is in its user's own order. Slots that remain once every waiting user has their share go to users with more
+        work.
         """
         left: defaultdict[int, deque[Candidate]] = defaultdict(deque)
         yield from self._pass({user: deque(queue) for user, queue in queues.items() if queue}, left, self._most)
@@ -174,13 +175,13 @@ class Round:
                 yield candidate, worker, share
             elif able:
                 left[user].append(candidate)
-            elif within:  # short chunks of others given ahead would take each slot as it becomes free
+            elif within:  # prefetched short chunks of others would take each slot as it becomes free
                 self._reserved |= {worker.worker_id for worker in free if self._may_take(worker, candidate)}
             if queues[user]:
                 heapq.heappush(heap, (time, user))
 
     def _may_take(self, worker: Credit, candidate: Candidate) -> bool:
-        """Whether the worker may be given the chunk: one that failed it only when no other live worker could take it."""
+        """Whether the worker may get the chunk; one that failed it only if no other live worker can run it."""
         if candidate.needs_raw and not worker.raw:
             return False
         if worker.instance not in candidate.failed_by:
@@ -201,7 +202,7 @@ class Round:
 
 
 def _in_time(worker: Credit, candidate: Candidate) -> bool:
-    """Whether the worker has a slot for the chunk, or the chunk is short enough to be given ahead."""
+    """Whether the worker has a free slot, or the chunk is short enough to be prefetched."""
     return worker.held < worker.slots or worker.ahead_seconds + candidate.estimate <= AHEAD_SECONDS
 
 

@@ -159,15 +159,15 @@ def chunks(job: ScanJob, first: int, end: int) -> Iterator[Chunk]:
 
 
 def block_of(job: ScanJob, index: int) -> int:
-    """The block of ports of the chunk with this index."""
+    """Return the number of the port block of the chunk with this index."""
     return index // _slice_count(job) if job.plan.blockwise else index % job.plan.blocks
 
 
 def indexes(job: ScanJob, blocks: Iterable[int], first: int, end: int) -> list[tuple[int, int]]:
-    """Indexes of the chunks of these blocks that hold places from `first` up to `end` of the job's network.
+    """Return the indexes of the chunks of these blocks that contain positions from `first` up to `end` of the job's network.
 
     Returns:
-        Ranges, each without its end, in order; between the chunks that are asked for they may hold others.
+        Half-open ranges, in order; they may contain other chunks between the requested ones.
     """
     offsets = [offset for offset, _ in _slices(job.cidr, job.exclude, job.plan.chunk_addresses)]
     low, high = bisect_right(offsets, first - job.plan.chunk_addresses), bisect_left(offsets, end)

@@ -38,18 +38,18 @@ class ResourceRepository(Protocol[_Owned]):
         """Return whether the id exists, for any user."""
 
     async def count(self, user_id: int, limit: int) -> int:
-        """Return how many the user has, counted up to `limit`."""
+        """Return the user's number of objects, counted up to `limit`."""
 
     async def add(self, *resources: _Owned) -> None: ...
 
     async def get(self, keys: Collection[tuple[int, int]]) -> dict[tuple[int, int], _Owned]:
-        """Return the existing ones of these, each given by user and id."""
+        """Return the existing objects with these keys, each a user id and an object id."""
 
     async def page(self, user_id: int, skip: int, limit: int) -> tuple[list[_Owned], int]:
-        """Return the user's own, newest first, and how many there are."""
+        """Return a page of the user's objects, newest first, and their total number."""
 
     async def replace(self, resource: _Owned, *, unchanged_since: datetime | None = None) -> bool:
-        """Store its fields if it is there, and if given, if its `updated_at` is still that one."""
+        """Update the object if it exists and, if given, its `updated_at` still equals `unchanged_since`."""
 
     async def delete(self, user_id: int, id_: int) -> bool: ...
 
@@ -77,17 +77,17 @@ class AuditRepository(Protocol):
         until: datetime | None = None,
         **words: str | None,
     ) -> tuple[list[rest.AuditEntry], int]:
-        """The last received first, ties by id; and how many there are. An entry's id is `<service>/<id>`.
+        """Return a page of entries, the last received first, ties by id, and their number. An entry's id is `<service>/<id>`.
 
-        With filters, at most 10,000 are counted: from there on, the number is that of the entries up to this page, and one
-        more if others may follow.
+        With filters, at most 10,000 are counted: beyond that, the number is that of the entries up to this page, plus one if
+        others may follow.
 
         Args:
-            skip: how many to pass over.
-            limit: how many.
-            since: only those received then or later.
-            until: only those received before.
-            words: only those whose fields of these names have these values; None is any.
+            skip: number of entries to skip.
+            limit: maximum number of entries.
+            since: only entries received at or after this time.
+            until: only entries received before this time.
+            words: only entries whose fields have these values; None matches any value.
         """
 
 
@@ -144,34 +144,34 @@ class JobRepository(Protocol):
         policy_id: int | None = None,
         since: datetime | None = None,
     ) -> tuple[list[Job], int]:
-        """Newest start first, pending before all, ties by id, newest first; and how many match. None is every user.
+        """Return a page of jobs, pending ones first, then by start and id, the latest first; and the number of matches.
 
         Args:
-            user_id: whose jobs.
-            statuses: only these; none is all.
-            skip: how many to pass over.
-            limit: how many.
+            user_id: owner of the jobs; None for every user.
+            statuses: only jobs in these statuses; empty for all.
+            skip: number of jobs to skip.
+            limit: maximum number of jobs.
             subnet_id: only jobs of this subnet.
             policy_id: only jobs of this policy.
-            since: only jobs that were created then or later.
+            since: only jobs created at or after this time.
         """
 
     async def latest(
         self, user_id: int | None, after: int, limit: int, *, changed_since: datetime | None = None
     ) -> list[int]:
-        """Return ids above `after`, in order, of unfinished jobs. None is every user.
+        """Return the ids of unfinished jobs, in order.
 
         Args:
-            user_id: whose jobs.
-            after: the id to go on after.
-            limit: how many.
-            changed_since: leaves out those that have not changed since.
+            user_id: owner of the jobs; None for every user.
+            after: only greater ids.
+            limit: maximum number of ids.
+            changed_since: omit jobs that have not changed since this time.
         """
 
     async def ended(
         self, user_id: int | None, since: datetime, limit: int, after: tuple[datetime, int] | None = None
     ) -> list[tuple[datetime, int]]:
-        """Return end time and id of jobs that ended then or later, in this order, behind `after` if it is given. None is every user."""
+        """Return end time and id of the user's (None: all) jobs that ended at or after `since`, in this order, after `after`."""
 
     async def unsettled(self, after: int, limit: int, partitions: Collection[int] | None = None) -> list[int]:
         """Return ids above `after`, in order, of jobs in `partitions` that are not settled."""
@@ -195,10 +195,10 @@ class JobRepository(Protocol):
     async def expired(
         self, before: datetime, limit: int, after: tuple[datetime, int] | None = None
     ) -> list[tuple[datetime, int]]:
-        """Return end time and id of settled jobs that ended before then, in this order, behind `after` if it is given."""
+        """Return end time and id of settled jobs that ended before `before`, in this order, after `after` if given."""
 
     async def usage(self, users: Collection[int]) -> dict[int, Usage]:
-        """The unfinished jobs of those of these users who have any."""
+        """Return the usage of those of these users who have unfinished jobs."""
 
     async def seconds_left(self) -> float:
         """Return the expected slot seconds of all unfinished jobs."""
@@ -210,7 +210,7 @@ class DeletionRepository(Protocol):
     """Receipts that replace the documents of deleted jobs."""
 
     async def begin(self, job: ScanJob, receipt: Deletion) -> bool:
-        """Replace the job by the receipt, due at once, unless the job has changed; answers whether it was done."""
+        """Replace the job by the receipt, due at once, unless the job has changed; return whether it was replaced."""
 
     async def due(self, now: datetime, limit: int) -> list[Deletion]:
         """Return due deletions, the longest waiting first; those that cannot be read are due again after a pause."""
@@ -220,13 +220,13 @@ class DeletionRepository(Protocol):
     ) -> int:
         """Move deletions from `stage` to `to`, next due at `due`; skip those in any other stage; return the number moved.
 
-        With `due` None they are complete, and their receipts are forgotten after the store's retention of receipts.
+        With `due` None they are complete, and their receipts expire after the store's retention time of receipts.
         """
 
     async def page(
         self, user_id: int | None, stages: Collection[Stage], skip: int, limit: int
     ) -> tuple[list[Deletion], int]:
-        """Return deletions in these stages, the last requested first, and how many there are. None is every user."""
+        """Return the user's (None: all) deletions in these stages, the last requested first, and their total number."""
 
 
 class ChunkRepository(Protocol):
@@ -251,7 +251,7 @@ class ChunkRepository(Protocol):
         """Return the standing of each job, in one consistent read."""
 
     async def overdue(self, now: datetime, limit: int, partitions: Collection[int]) -> list[Chunk]:
-        """Return the scanned chunks of jobs in these partitions for which result-store is due to be asked."""
+        """Return the scanned chunks of jobs in these partitions that result-store must be asked to check now."""
 
     async def count_open(self, job_id: int) -> OpenChunks: ...
 
@@ -292,7 +292,7 @@ class DispatchRepository(Protocol):
         """Return the existing clocks of these users and all active clocks."""
 
     async def deactivate_clocks(self, left_out: Collection[int] = ()) -> None:
-        """Deactivate the clocks of users with neither queued nor held chunks; the queued ones of `left_out` do not count."""
+        """Deactivate the clocks of users without queued or held chunks; the queued chunks of `left_out` do not count."""
 
     async def wake_clocks(self, clocks: Iterable[Clock], virtual: float) -> None:
         """Activate these clocks, and raise the global virtual time to `virtual`."""

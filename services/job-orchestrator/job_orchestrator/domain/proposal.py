@@ -1,4 +1,4 @@
-"""Check and plan one scan that a user asks for: for a submit, which makes a job of it, and for an estimate."""
+"""Check and plan one requested scan, for a submit, which creates a job from it, or for an estimate."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ Part = Literal["cidr", "exclude", "policy"]
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """One reason for which a scan is refused."""
+    """One reason to refuse a scan."""
 
     text: str
     rule: Rule
     status: int = 400
     part: Part | None = None
-    """The part of the request at fault; None if several together are."""
+    """The invalid part of the request; None if it is not a single one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """A scan as its job would be made."""
+    """A scan as its job would be created."""
 
     target: Target
     admitted: Admitted
-    """The policy as given if no grant permits the scan."""
+    """If no grant permits the scan, the unchanged policy."""
 
     plan: Plan
     refusals: Sequence[Refusal]
-    """Every reason against it, in the order of the checks."""
+    """Every reason to refuse it, in the order of the checks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checks:
-    """What users may scan on this platform."""
+    """The limits of scans on this platform."""
 
     rules: TargetRules
     scripts: AbstractSet[str]

@@ -134,7 +134,7 @@ class Quotas:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The plans of the jobs that a user asks for."""
+    """The plans of the jobs that a user requests."""
 
     user_id: int
     key: str | None
@@ -143,14 +143,14 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What was decided on some requests."""
+    """The decisions on some requests."""
 
     refusals: Sequence[QuotaError | None]
-    """By request, in order; None for one that is admitted."""
+    """By request, in order; None if it is admitted."""
     usage: Mapping[int, Usage]
-    """By user, with the jobs that were admitted."""
+    """By user, including the admitted jobs."""
 
     @property
     def temporary(self) -> bool:
-        """Whether a request was refused that fits once other jobs have ended."""
+        """Whether one of the refused requests fits once other jobs have ended."""
         return any(refusal.temporary for refusal in self.refusals if refusal)

@@ -21,15 +21,15 @@ from scanfleet.runtime.bus import Publisher, Record
 from scanfleet.runtime.loop import Loop
 
 _STEP_SECONDS: Final = 1.0
-_CHUNKS: Final = 2_000  # deleted in one step: what this costs the database is a fraction of what dispatch may need
+_CHUNKS: Final = 2_000  # deleted in one step: their cost for the database is a fraction of that of dispatch
 _AT_ONCE: Final = 100  # maximum number of deletions per step
-_ASK_AGAIN: Final = timedelta(seconds=60)  # for result-store to delete what a large job has found
+_ASK_AGAIN: Final = timedelta(seconds=60)  # for result-store to delete the results of a large job
 _EXPIRE_SECONDS: Final = 10.0  # interval of queries for expired jobs, unless a step found as many as it may delete
-_ROUNDS: Final = 20  # each lost race is the outbox of a job that was emptied
+_ROUNDS: Final = 20  # each lost race is a job whose outbox was emptied
 
 
 class Deletions:
-    """Handles scan-deletions. Runs on every replica; two of them do no harm.
+    """Handles scan-deletions. Runs on every replica; concurrent steps are harmless.
 
     Args:
         publisher: for requests to result-store.
@@ -64,11 +64,11 @@ class Deletions:
     async def delete(self, job_ids: Collection[int], reason: Reason, *, requested_by: int | None = None) -> set[int]:
         """Accept the deletion of those of these jobs that are settled; return their ids.
 
-        From then on the jobs are in no answer; what was stored of them is deleted step by step.
+        From then on no response contains the jobs; their stored data is deleted step by step.
 
         Args:
-            job_ids: of the jobs.
-            reason: why they are deleted.
+            job_ids: ids of the jobs.
+            reason: the reason of the deletion.
             requested_by: the user who requested it.
 
         Raises:
@@ -84,7 +84,7 @@ class Deletions:
         accepted: set[int] = set()
         for _ in range(_ROUNDS):
             ended = [job for job in (await self._jobs.get(left)).values() if job.settled]
-            await self._outbox.publish(ended)  # what their outboxes hold goes with them
+            await self._outbox.publish(ended)  # their outboxes are deleted with them
             receipts = [self._receipt(job, left[job.id]) for job in ended]
             done = await asyncio.gather(*map(self._deletions.begin, ended, receipts))
             for receipt, is_done in zip(receipts, done, strict=True):
@@ -151,7 +151,7 @@ class Deletions:
             return
         page = await self._jobs.expired(self._clock.now() - self._keep, _AT_ONCE, self._after)
         if len(page) == _AT_ONCE:
-            self._after = page[-1]  # the next step continues behind it: a job that cannot be read stays
+            self._after = page[-1]  # the next step continues after it: a job that cannot be read stays
         else:
             self._after, self._expired = None, self._clock.monotonic()
         ids = (await self._jobs.get([id_ for _, id_ in page])).keys()

@@ -29,7 +29,7 @@ _MAX_EXCLUDES: Final = 100_000  # of all subnets of one command, so that its doc
 
 
 class _RefusedError(Exception):
-    """The answer is `status` with this text, because of this rule."""
+    """The submit is refused with `status` and this text, by this rule."""
 
     def __init__(self, text: str, rule: Rule = Rule.REQUEST, status: int = 400) -> None:
         super().__init__(text)
@@ -38,7 +38,7 @@ class _RefusedError(Exception):
 
 
 class Submits:
-    """Decides on submits by what their users may scan and how much they have."""
+    """Decides on submits by the limits and quotas of their users."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Submits:
         ]
 
     async def estimate(self, user_id: int, roles: AbstractSet[str], policy: ScanPolicy, target: Target) -> Proposal:
-        """Return what a submit of this scan would make, with every reason to refuse it; nothing is stored.
+        """Return the result that a submit of this scan would have, with every reason to refuse it; store nothing.
 
         Raises:
             DependencyError: the database is unavailable.
@@ -119,7 +119,7 @@ class Submits:
         policies: Mapping[tuple[int, int], Policy],
         subnets: Mapping[tuple[int, int], Subnet],
     ) -> Command | list[ScanJob]:
-        """The jobs, as yet without ids, or the rejection."""
+        """Return the jobs, which do not have ids yet, or the rejection."""
         jobs: list[ScanJob] = []
         roles, now = frozenset(submit.roles), self._clock.now()
         try:
@@ -149,7 +149,7 @@ def _accepted(submit: SubmitJobs, jobs: Iterable[ScanJob]) -> Command:
 
 
 def _refused(submit: SubmitJobs, status: int, error: str, rule: Rule) -> Command:
-    """Without its Idempotency-Key, which may be used again for the right request."""
+    """Return the rejection, without the Idempotency-Key, which may be used again for the corrected request."""
     return Command(
         id=submit.command_id, user_id=submit.user_id, state="rejected", status=status, error=error, rule=rule
     )

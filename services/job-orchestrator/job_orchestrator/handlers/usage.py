@@ -22,10 +22,10 @@ class Usages:
         self._jobs = jobs
         self._clock = clock
         self._known: dict[int, tuple[float, Usage]] = {}
-        """With the time at which it was read."""
+        """By user, with the time of reading."""
 
     async def of(self, users: Collection[int], *, fresh: bool = False) -> dict[int, Usage]:
-        """The usage of these users; with `fresh` as the database has it now.
+        """Return the usage of these users; with `fresh`, read it from the database.
 
         Raises:
             DependencyError: the database is unavailable.
@@ -39,6 +39,6 @@ class Usages:
         return {user: self._known[user][1] for user in users}
 
     def note(self, usage: Mapping[int, Usage]) -> None:
-        """Note what these users have with what was just admitted."""
+        """Cache the usage of these users after an admission."""
         for user, each in usage.items():
             self._known[user] = (self._known[user][0], each)

@@ -49,14 +49,14 @@ class MongoAccess:
 
     @dependency_errors()
     async def _skip_claimed_ids(self) -> None:
-        """Start above every id that tokens claimed before ids were assigned, so that no user gets another's resources."""
+        """Start above every id claimed by tokens before ids were assigned, so that no user gets another's resources."""
         if await self._users.find_one({}, {"_id": 1}) is None:
             claimed = [await self._highest(name, "user_id", {"user_id": {"$exists": True}}) for name in _OWNED]
             claimed.append(await self._highest("jobs", "deletion.user_id", _RECEIPTS))
             await advance_ids(self._database, ["users"], max(claimed))
 
     async def _highest(self, collection: str, field: str, wanted: Document) -> int:
-        """Return the highest user id, which is in `field`, of these documents; 0 if there are none."""
+        """Return the highest user id, stored in `field`, of these documents; 0 if there are none."""
         found = await self._database[collection].find_one(wanted, {field: 1}, sort=[(field, -1)])
         user_id: int = found.get("deletion", found)["user_id"] if found else 0
         return user_id

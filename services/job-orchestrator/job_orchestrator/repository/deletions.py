@@ -45,7 +45,7 @@ class MongoDeletions:
         found = await self._jobs.find({"due": {"$lte": now}}).sort("due", 1).limit(limit).to_list(limit)
         receipts = [documents.readable(documents.read_deletion, each, "jobs") for each in found]
         unreadable = [each["_id"] for each, receipt in zip(found, receipts, strict=True) if receipt is None]
-        if unreadable:  # else they would be the longest waiting ones again and again, and could fill every answer
+        if unreadable:  # otherwise they would stay the longest waiting ones, and could fill every result
             # Unless another release, which can read them, has advanced them meanwhile.
             still_due = {"_id": {"$in": unreadable}, "due": {"$lte": now}}
             await self._jobs.update_many(still_due, {"$set": {"due": now + _UNREADABLE_PAUSE}})

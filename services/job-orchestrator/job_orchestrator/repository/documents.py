@@ -114,7 +114,7 @@ VIEW_FIELDS: Final = {name: 1 for name in Job.model_fields if name != "id"}
 
 
 def read_view(document: Document) -> Job:
-    """Read what a list shows of a job, from a document with `VIEW_FIELDS` only: a tenth of the cost of the whole job."""
+    """Read the fields of a job that a list shows, from a document with `VIEW_FIELDS` only: a tenth of the cost."""
     return Job(**({name: document[name] for name in VIEW_FIELDS if name in document} | {"id": document["_id"]}))
 
 

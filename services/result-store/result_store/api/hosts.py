@@ -187,7 +187,7 @@ async def _selected(hosts: AsyncIterator[Host], selection: Selection) -> AsyncIt
                 return
 
 
-async def _store(request: Request) -> Hosts:  # a thread would run what is not async
+async def _store(request: Request) -> Hosts:  # without async the framework would use a thread
     return cast(Hosts, request.app.state.store)
 
 

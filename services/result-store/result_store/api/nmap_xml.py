@@ -35,7 +35,7 @@ from scanfleet.security.auth import Caller, Guarded
 
 _Address = IPv4Address | IPv6Address
 
-_UNKNOWN: Final = "unknown-response"  # nmap's own word for a reason that it does not know
+_UNKNOWN: Final = "unknown-response"  # nmap's name for an unknown reason
 _PRECEDENCE: Final = "atsd"
 """Of the outcomes of an address in several chunks the first of these is that of the address; others are not written."""
 
@@ -87,7 +87,7 @@ class _Ports:
         self._next: Host | None = None
 
     async def of(self, address: str) -> AsyncIterator[Host]:
-        """Yield what the chunks of an address have found; addresses before it are skipped."""
+        """Yield the findings of the chunks of an address; skip addresses before it."""
         key = address_key(address)
         while (host := self._next or await anext(self._hosts, None)) is not None:
             self._next = host
@@ -283,7 +283,7 @@ async def _pieces(parts: AsyncIterator[str]) -> AsyncIterator[bytes]:
     yield "".join(held).encode("ascii")
 
 
-async def _store(request: Request) -> Findings:  # a thread would run what is not async
+async def _store(request: Request) -> Findings:  # without async the framework would use a thread
     return cast(Findings, request.app.state.store)
 
 
@@ -298,7 +298,7 @@ async def nmap_xml(
     store: Annotated[Findings, Depends(_store)],
     hosts: Annotated[Literal["all", "up"], Query()] = "all",
 ) -> StreamingResponse:
-    """Stream the document of a job, which the gateway has read from the orchestrator, limited to what the caller owns."""
+    """Stream the document of a job, which the gateway has read from the orchestrator, limited to the caller's own."""
     if await store.is_unsorted(job_id):
         raise ConflictError(UNSORTED)
     whose = owner(caller)

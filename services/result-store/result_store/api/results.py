@@ -65,7 +65,7 @@ class Selection:
                 return
 
 
-async def _store(request: Request) -> Results:  # a thread would run what is not async
+async def _store(request: Request) -> Results:  # without async the framework would use a thread
     return cast(Results, request.app.state.store)
 
 

@@ -39,16 +39,16 @@ class Store(Protocol):
         """Return those of these jobs that are marked as deleted."""
 
     async def open_deletions(self, limit: int) -> dict[int, int]:
-        """Return the jobs to erase, each with how often its deletion began."""
+        """Return the jobs to erase, each with the number of times that its deletion began."""
 
     async def erase(self, job_id: int, limit: int) -> int:
-        """Delete up to `limit` documents of a job that is marked as deleted, closed chunks last; return how many were deleted."""
+        """Delete up to `limit` documents of a job that is marked as deleted, closed chunks last; return the number of deleted ones."""
 
     async def erased(self, job_id: int) -> Erased:
-        """Return how much of a job that is marked as deleted was deleted, each document counted once."""
+        """Return the numbers of deleted documents and results of a job marked as deleted, each counted once."""
 
     async def end_deletion(self, job_id: int, begun: int) -> None:
-        """Note that nothing is left of the job, unless its deletion has begun again since."""
+        """Record that no document of the job is left, unless its deletion has begun again since."""
 
 
 class Results(Protocol):
@@ -92,7 +92,7 @@ class Hosts(Protocol):
         """
 
     async def is_unsorted(self, job_id: int) -> bool:
-        """Return whether a release without keys has stored a part of the job, which no reader by address finds.
+        """Return whether a release without keys has stored a part of the job, which readers by address cannot find.
 
         Raises:
             DependencyError: the store is unavailable.

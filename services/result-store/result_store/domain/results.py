@@ -176,7 +176,7 @@ class StoredHost:
 
 @dataclass(frozen=True, slots=True)
 class Erased:
-    """How much of a deleted job was deleted."""
+    """Numbers of deleted documents and results of a job."""
 
     hosts: int = 0
     rows: int = 0
