@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import APIRouter
 
 from job_orchestrator.api.state import Handed, State, mine
@@ -18,7 +20,8 @@ router = APIRouter(prefix="/api/v1/task", route_class=Guarded)
 @router.post("/estimate")
 async def estimate_task(body: rest.EstimateBody, caller: Caller, state: Handed) -> rest.Estimate:
     policy, target = await _policy(body, caller, state), await _target(body, caller, state)
-    return _view(body, await state.submits.estimate(caller.user_id, caller.roles, policy, target))
+    proposal = await state.submits.estimate(caller.user_id, caller.roles, policy, target)
+    return _view(body, proposal, state.submits.nmap_options(proposal))
 
 
 async def _policy(body: rest.EstimateBody, caller: Principal, state: State) -> ScanPolicy:
@@ -42,7 +45,7 @@ def _field(body: rest.EstimateBody, part: Part | None) -> str | None:
     return "subnet_id" if body.cidr is None else part
 
 
-def _view(body: rest.EstimateBody, proposal: Proposal) -> rest.Estimate:
+def _view(body: rest.EstimateBody, proposal: Proposal, nmap_options: Sequence[str]) -> rest.Estimate:
     target, ports = proposal.target, proposal.admitted.policy.port_set
     return rest.Estimate(
         addresses=target.network.num_addresses,
@@ -54,6 +57,7 @@ def _view(body: rest.EstimateBody, proposal: Proposal) -> rest.Estimate:
         chunks=proposal.plan.chunk_count,
         estimate_seconds=proposal.plan.estimate,
         needs_raw_packets=proposal.admitted.policy.needs_raw,
+        nmap_options=list(nmap_options),
         refusals=[
             rest.EstimateRefusal(rule=each.rule, field=_field(body, each.part), error=each.text)
             for each in proposal.refusals

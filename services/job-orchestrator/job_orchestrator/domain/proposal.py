@@ -13,6 +13,7 @@ from job_orchestrator.domain.job import Plan
 from job_orchestrator.domain.quotas import QuotaError, Quotas
 from scanfleet.contracts.user_grants import Admitted, GrantError, UserGrants
 from scanfleet.errors import Rule
+from scanfleet.scanning.nmap_options import nmap_options
 from scanfleet.scanning.policy import PolicyError, ScanPolicy, executable
 from scanfleet.scanning.targets import Target, TargetRules
 
@@ -80,3 +81,23 @@ class Checks:
         except QuotaError as error:
             refusals.append(Refusal(str(error), Rule.QUOTA))
         return Proposal(target, admitted, planned, refusals)
+
+    def nmap_options(self, proposal: Proposal) -> Sequence[str]:
+        """Return nmap's options for the first chunk with one free slot; none if the policy cannot be executed.
+
+        The worker has no raw packets unless the chunk needs them.
+        """
+        try:
+            policy = executable(proposal.admitted.policy, self.scripts)
+        except PolicyError:
+            return ()
+        ports = policy.port_set.block(0, proposal.plan.chunk_ports)
+        return nmap_options(
+            policy,
+            ports,
+            addresses=min(proposal.plan.chunk_addresses, proposal.target.included),
+            family=proposal.target.network.version,
+            min_rate=plan.min_rate(policy, ports),
+            max_rate=plan.nmap_rate(policy),
+            raw=policy.needs_raw_for(ports),
+        )

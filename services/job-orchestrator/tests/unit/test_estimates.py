@@ -105,6 +105,7 @@ async def test_estimate_is_the_plan_of_the_job_that_a_submit_makes(cidr: str, po
     job = (await world.store.jobs.get([world.accepted(command)[0].id])).popitem()[1]
     ports = policy.port_set
     assert job.policy.max_rate == 400
+    assert "--max-rate 400" in " ".join(answer.pop("nmap_options"))
     assert answer == {
         "addresses": job.plan.addresses,
         "excluded": job.plan.excluded,
@@ -117,6 +118,18 @@ async def test_estimate_is_the_plan_of_the_job_that_a_submit_makes(cidr: str, po
         "needs_raw_packets": bool(ports.udp_count),
         "refusals": [],
     }
+
+
+async def test_estimate_has_the_options_of_the_first_nmap() -> None:
+    """They are for the first chunk: the ports of its block, and raw packets only where it needs them."""
+    body = {"cidr": "10.9.8.0/30", "policy": {"preset": "quick", "ports": "T:1-9000,U:53", "scripts": ["banner"]}}
+    options = " ".join((await estimate(world_with(), body))["nmap_options"])
+    assert options == (
+        "-v -n -oX - --stats-every 1s --unprivileged -sT -p 1-8192 --script banner -T4 --min-rate 512 --host-timeout 900s "
+        "--min-hostgroup 64 --max-hostgroup 64"
+    )
+    answer = await estimate(world_with(), {"cidr": "10.9.8.0/30", "policy": POLICY | {"ports": "U:53"}})
+    assert answer["nmap_options"][6:10] == ["--privileged", "-sU", "-p", "U:53"]
 
 
 async def test_estimate_of_networks_and_values_needs_no_stored_object() -> None:

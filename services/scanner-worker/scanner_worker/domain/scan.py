@@ -10,15 +10,14 @@ from ipaddress import ip_address
 from math import ceil
 from typing import Any, Final, NamedTuple
 
-from scanfleet.contracts.messages import HostDetails, HostScanned, ScanChunk, Technique
+from scanfleet.contracts.messages import HostDetails, HostScanned, ScanChunk
 from scanfleet.contracts.messages.fields import MAX_BYTES, MAX_EVENT_ID_CHARS
 from scanfleet.contracts.user_grants import UserGrants
 from scanfleet.errors import Rule
+from scanfleet.scanning.nmap_options import nmap_options
 from scanfleet.scanning.outcomes import MAX_ADDRESSES, Outcome, index_of, networks
 from scanfleet.scanning.policy import (
     ADMITTED_SCRIPTS,
-    FLOOR_OF_ADDRESS,
-    GROUP_HOSTS,
     VERSION_SCRIPTS,
     ExecutablePolicy,
     PolicyError,
@@ -31,10 +30,6 @@ from scanfleet.scanning.targets import Network, TargetRules
 REASON_CHARS: Final = 500  # maximum length of a failure reason, which becomes part of the job's `error`
 
 BATCH_SECONDS: Final = 5.0  # estimated seconds per shared nmap: with less, the start of nmap dominates
-
-_GROUP_PROBES: Final = 1024  # minimum number of probes in a host group, as in nmap itself
-
-_SILENT_GROUP_HOSTS: Final = 16  # size of a host group whose addresses may all be silent
 
 FROM_HOST: Final = frozenset(
     {
@@ -200,11 +195,6 @@ def _judged(network: Network, refusal: Callable[[Network], str | None]) -> Itera
             yield from _judged(half, refusal)
 
 
-def technique(policy: ScanPolicy, *, raw: bool) -> Technique:
-    """Return the TCP technique of the policy; auto is SYN if raw packets may be sent, else connect."""
-    return "syn" if policy.technique == "syn" or (policy.technique == "auto" and raw) else "connect"
-
-
 def _executable(chunk: ScanChunk, scripts: AbstractSet[str]) -> ExecutablePolicy:
     try:
         return executable(chunk.policy, scripts)
@@ -225,55 +215,17 @@ def arguments(
     Raises:
         ScanError: the policy has values that this worker does not support, or a script that is not in `scripts`.
     """
-    policy, ports = _executable(chunk, scripts), PortSet.parse(chunk.ports)
-    max_rate = chunk.max_rate or policy.max_rate
-    min_rate = chunk.min_rate and min(chunk.min_rate, max_rate or chunk.min_rate)
-    if min_rate and policy.min_rate is None:  # the floor of the timing
-        min_rate = min(min_rate, FLOOR_OF_ADDRESS * sum(target.num_addresses for target in targets))
-    group = str(_group(policy, ports.count))
-    return [
-        *("-v", "-n", "-oX", "-", "--stats-every", "1s"),
-        # By default nmap assumes that only root is privileged, regardless of capabilities.
-        "--privileged" if raw else "--unprivileged",
-        *(["-6"] if targets[0].version == 6 else []),  # noqa: PLR2004 # IPv6
-        *(["-Pn"] if policy.discovery == "none" else []),
-        *([_TECHNIQUES[technique(policy, raw=raw)]] if ports.tcp_count else []),
-        *(["-sU"] if ports.udp_count else []),
-        *(["--top-ports", str(ports.top)] if ports.top else ["-p", str(ports)]),
-        *(["-sV", "--version-intensity", str(policy.version_intensity)] if policy.service_detection else []),
-        *(["-O"] if policy.os_detection else []),
-        *(["--script", ",".join(policy.scripts)] if policy.scripts else []),
-        f"-T{policy.timing}",
-        *_number("--min-rate", min_rate),
-        *_number("--max-rate", max_rate),
-        # nmap lowers its initial timeout to this by itself.
-        *_number("--max-rtt-timeout", policy.max_rtt_timeout, "ms"),
-        *_number("--max-retries", policy.max_retries),
-        *_number("--host-timeout", policy.host_timeout, "s"),
-        *("--min-hostgroup", group, "--max-hostgroup", group),
-        "--",
-        *map(str, targets),
-    ]
-
-
-def _group(policy: ScanPolicy, ports: int) -> int:
-    """Return the size of nmap's host groups: how many addresses it probes in parallel.
-
-    nmap writes a group when all of it is finished, so the group is the unit of streaming and resuming. With discovery a group
-    contains hosts that answered, and nmap's own size works best, but not the small first groups that it makes by default.
-    Without discovery a whole group may be silent, and a small group limits how much an interrupted attempt loses: a silent
-    /26 with 100 ports at 2,000 probes per second takes 11.5 s in groups of 8, 7.4 s in one group of 64, and little more than
-    that in groups of 16.
-    """
-    hosts = _SILENT_GROUP_HOSTS if policy.discovery == "none" else GROUP_HOSTS
-    return max(hosts, _GROUP_PROBES // ports)
-
-
-_TECHNIQUES: Final[dict[Technique, str]] = {"connect": "-sT", "syn": "-sS"}
-
-
-def _number(option: str, value: int | None, unit: str = "") -> list[str]:
-    return [] if value is None else [option, f"{value}{unit}"]
+    policy = _executable(chunk, scripts)
+    options = nmap_options(
+        policy,
+        PortSet.parse(chunk.ports),
+        addresses=sum(target.num_addresses for target in targets),
+        family=targets[0].version,
+        min_rate=chunk.min_rate,
+        max_rate=chunk.max_rate or policy.max_rate,
+        raw=raw,
+    )
+    return [*options, "--", *map(str, targets)]
 
 
 def services(ports: PortSet) -> dict[str, int]:

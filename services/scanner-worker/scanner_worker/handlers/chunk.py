@@ -24,6 +24,7 @@ from scanfleet.contracts.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, Top
 from scanfleet.errors import DependencyError, Rule
 from scanfleet.runtime import tracing
 from scanfleet.runtime.bus import Publisher
+from scanfleet.scanning.nmap_options import technique
 from scanfleet.scanning.outcomes import Outcome, index_of
 from scanfleet.scanning.ports import PortSet
 from scanner_worker.domain.ports import Found
@@ -37,7 +38,6 @@ from scanner_worker.domain.scan import (
     outcome,
     permit,
     scripts_of,
-    technique,
 )
 from scanner_worker.handlers.batch import Abilities, Share, TooSlowError
 from scanner_worker.metrics import ADDRESSES, CHUNKS

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from scanfleet.contracts.messages import HostDetails, HostScanned, PortFound, ScanChunk, ScriptOutput
 from scanfleet.contracts.messages.fields import MAX_BYTES
+from scanfleet.scanning.nmap_options import technique
 from scanfleet.scanning.outcomes import Outcome, networks
 from scanfleet.scanning.policy import ADMITTED_SCRIPTS, Preset, ScanPolicy, fill_in
 from scanfleet.scanning.targets import TargetRules
@@ -24,7 +25,6 @@ from scanner_worker.domain.scan import (
     permit,
     printable,
     services,
-    technique,
     together,
 )
 
