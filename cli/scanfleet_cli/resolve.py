@@ -80,6 +80,21 @@ def subnet_named(session: Session, text: str) -> rest.Subnet:
     return _only(found, text, "subnet")
 
 
+def subnet_or_network(session: Session, text: str) -> rest.Subnet | str:
+    """Return the subnet of this id, name or CIDR, else the CIDR in the notation of the service.
+
+    Raises:
+        CommandError: several match, or none does and the text is not a CIDR.
+    """
+    if _is_id(text):
+        return subnet_named(session, text)
+    network = canonical(text)
+    found = [each for each in subnets(session) if text == each.name or network == each.cidr]
+    if not found and _is_network(network):
+        return network
+    return _only(found, text, "subnet")
+
+
 def subnet_id(session: Session, text: str) -> int:
     """Return the id of the subnet of this id, name or CIDR; an id is not looked up.
 
@@ -128,6 +143,14 @@ def canonical(cidr: str) -> str:
         return str(ip_network(cidr))
     except ValueError:
         return cidr
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ip_network(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_id(text: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from ipaddress import ip_network
 from typing import Any, Final
 
 import click
@@ -14,10 +13,17 @@ from scanfleet.scanning.policy import PRESETS, Preset, ScanPolicy
 from scanfleet_cli import calls, changes, resolve
 from scanfleet_cli.completion import complete_policy, complete_subnet
 from scanfleet_cli.errors import CommandError
-from scanfleet_cli.output import Row, column, count, printable, text_of
+from scanfleet_cli.output import Row, column, count, duration, printable, text_of
 from scanfleet_cli.session import Session, formats, lists, with_session, yes
 
-_EXPLAINED: Final = ("policy_id", "tcp_ports", "udp_ports", "needs_raw", "subnet_id", "addresses", "probes")
+_NAMED: Final = 5  # excluded networks in a line; JSON has all
+_OF_POLICY: Final = ("tcp_ports", "udp_ports", "needs_raw_packets")  # known without a subnet
+_EXPLAINED: Final = (
+    "policy_id",
+    *_OF_POLICY,
+    "subnet_id",
+    *(name for name in rest.Estimate.model_fields if name not in _OF_POLICY),
+)
 
 
 @click.group()
@@ -115,29 +121,46 @@ def delete(session: Session, /, *, which: Sequence[str], yes: bool) -> None:
 
 @policy.command()
 @click.argument("which", metavar="NAME|ID", shell_complete=complete_policy)
-@click.option("--subnet", metavar="NAME|ID", shell_complete=complete_subnet, help="Count the probes of this subnet.")
+@click.option(
+    "--subnet", metavar="NAME|ID|CIDR", shell_complete=complete_subnet, help="Estimate a scan of this network."
+)
 @formats(_EXPLAINED)
 @with_session
 def explain(session: Session, /, *, which: str, subnet: str | None) -> None:
-    """Show the ports and probes of a policy, and whether it needs raw packets."""
+    """Show the ports of a policy, and whether it needs raw packets.
+
+    With --subnet, also show what a scan of it would be, without requesting it: excluded networks, probes, chunks, expected time,
+    options of nmap, and every reason to refuse it.
+    """
     policy = resolve.policy_named(session, which)
     ports = policy.port_set
-    found: dict[str, Any] = {
-        "policy_id": policy.id,
-        "tcp_ports": ports.tcp_count,
-        "udp_ports": ports.udp_count,
-        "needs_raw": policy.needs_raw,
-    }
+    found: dict[str, Any] = {"policy_id": policy.id}
+    found |= zip(_OF_POLICY, (ports.tcp_count, ports.udp_count, policy.needs_raw), strict=True)
+    lines = [f"policy {policy.id} {printable(policy.name)}"]
     if subnet is not None:
-        network = resolve.subnet_named(session, subnet)
-        addresses = ip_network(network.cidr).num_addresses
-        found |= {"subnet_id": network.id, "addresses": addresses, "probes": addresses * ports.count}
-    session.output.one(found, lambda: _explained(found, policy), "policy_id")
+        scanned = resolve.subnet_or_network(session, subnet)
+        if isinstance(scanned, str):
+            wanted = rest.EstimateBody(policy_id=policy.id, cidr=scanned)
+            lines.append(f"network {scanned}")
+        else:
+            wanted = rest.EstimateBody(policy_id=policy.id, subnet_id=scanned.id)
+            lines.append(f"subnet {scanned.id} {printable(scanned.name)} {scanned.cidr}")
+        found |= {"subnet_id": wanted.subnet_id} | session.ask(calls.estimate_task(wanted))
+    session.output.one(found, lambda: [*lines, *_explained(found)], "policy_id")
 
 
-def _explained(found: Row, policy: rest.Policy) -> Iterator[str]:
-    yield f"policy {policy.id} {printable(policy.name)}"
+def _explained(found: Row) -> Iterator[str]:
     yield f"  ports             {found['tcp_ports']:,} TCP, {found['udp_ports']:,} UDP"
-    yield f"  needs raw packets {text_of(found['needs_raw'])}"
-    if "probes" in found:
-        yield f"  probes            {found['probes']:,} ({found['addresses']:,} addresses, before exclusions)"
+    yield f"  needs raw packets {text_of(found['needs_raw_packets'])}"
+    if "probes" not in found:
+        return
+    named = found["exclude"][:_NAMED] + (["…"] if len(found["exclude"]) > _NAMED else [])
+    exclude = f": {printable(', '.join(named))}" if named else ""
+    yield f"  addresses         {found['addresses']:,} ({found['excluded']:,} excluded{exclude})"
+    yield f"  probes            {found['probes']:,}"
+    yield f"  chunks            {found['chunks']:,}"
+    yield f"  estimate          {duration(found['estimate_seconds'])} of one slot"
+    if found["nmap_options"]:
+        yield f"  nmap options      {printable(' '.join(found['nmap_options']))}"
+    for refusal in found["refusals"]:
+        yield f"  refused           {printable(refusal['rule'])}: {printable(refusal['error'])}"

@@ -353,6 +353,7 @@ CALLS: dict[str, calls.Call[Any]] = {
     "read_me": calls.read_me(),
     "list_tasks": calls.list_tasks(),
     "create_tasks": calls.create_tasks([1], 1),
+    "estimate_task": calls.estimate_task(rest.EstimateBody(subnet_id=1, policy_id=1)),
     "read_task": calls.read_task(1),
     "watch_task": calls.watch_task(1),
     "watch_tasks": calls.watch_tasks(),

@@ -192,7 +192,7 @@ def test_import_of_a_file_that_is_not_utf_8_exits_2(api: FakeApi, run: Any, tmp_
 
 
 def test_policy_is_made_shown_changed_and_explained(run: Any) -> None:
-    """A policy shows every field, an edit keeps what it does not name, and explain counts probes."""
+    """A policy shows every field, an edit keeps what it does not name, and explain counts ports."""
     made = run(
         "policy", "create", "web", "--preset", "quick", "--ports", "T:22,80,U:53", "--scripts", "banner,ssl-cert"
     )
@@ -200,12 +200,64 @@ def test_policy_is_made_shown_changed_and_explained(run: Any) -> None:
     edited = run("policy", "edit", "web", "--timing", "2")
     assert edited.err == "timing: 4 → 2\n"
     assert "  scripts            banner,ssl-cert\n" in edited.out
-    run("subnet", "create", "lab", "127.9.8.0/24")
-    explained = json.loads(run("policy", "explain", "web", "--subnet", "lab", "-o", "json").out)
-    assert explained["needs_raw"] is True
-    assert explained["probes"] == 256 * 3
+    explained = json.loads(run("policy", "explain", "web", "-o", "json").out)
+    assert explained == {"policy_id": 3, "tcp_ports": 2, "udp_ports": 1, "needs_raw_packets": True}
     assert run("policy", "edit", "web").code == 2
     assert run("policy", "delete", "web", "--yes").code == 0
+
+
+ESTIMATE = {
+    "addresses": 256,
+    "excluded": 129,
+    "exclude": ["127.9.8.128/25", "127.9.8.1/32"],
+    "tcp_ports": 100,
+    "udp_ports": 0,
+    "probes": 12_700,
+    "chunks": 2,
+    "estimate_seconds": 41.3,
+    "needs_raw_packets": False,
+    "nmap_options": ["-v", "-n", "-sT", "--top-ports", "100"],
+    "refusals": [{"rule": "grant", "field": None, "error": "timing 4 is above 3, the highest of grant site"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("subnet", "sent", "line"),
+    [
+        ("lab", {"subnet_id": 5}, "subnet 5 lab 127.9.8.0/24"),
+        ("5", {"subnet_id": 5}, "subnet 5 lab 127.9.8.0/24"),
+        ("127.9.8.0/24", {"subnet_id": 5}, "subnet 5 lab 127.9.8.0/24"),
+        ("127.9.9.1", {"cidr": "127.9.9.1/32"}, "network 127.9.9.1/32"),
+    ],
+)
+def test_policy_is_explained_for_a_subnet_by_the_estimate(
+    api: FakeApi, run: Any, subnet: str, sent: dict[str, Any], line: str
+) -> None:
+    """Numbers, excluded networks, options of nmap and reasons to refuse a scan are those of the API."""
+    run("policy", "create", "web", "--preset", "quick")
+    run("subnet", "create", "lab", "127.9.8.0/24")
+    api.answers["POST", "/api/v1/task/estimate"] = ESTIMATE
+    assert run("policy", "explain", "web", "--subnet", subnet).out.splitlines() == [
+        "policy 3 web",
+        line,
+        "  ports             100 TCP, 0 UDP",
+        "  needs raw packets no",
+        "  addresses         256 (129 excluded: 127.9.8.128/25, 127.9.8.1/32)",
+        "  probes            12,700",
+        "  chunks            2",
+        "  estimate          0:41 of one slot",
+        "  nmap options      -v -n -sT --top-ports 100",
+        "  refused           grant: timing 4 is above 3, the highest of grant site",
+    ]
+    assert json.loads(api.requests[-1].content) == {"policy_id": 3} | sent
+    explained = json.loads(run("policy", "explain", "3", "--subnet", subnet, "-o", "json").out)
+    assert explained == {"policy_id": 3, "subnet_id": sent.get("subnet_id")} | ESTIMATE
+
+
+def test_policy_is_not_explained_for_an_unknown_subnet(run: Any) -> None:
+    """A name of no subnet that is not a network either is refused without a request for an estimate."""
+    run("policy", "create", "web", "--preset", "quick")
+    assert run("policy", "explain", "web", "--subnet", "lab").code == 5
 
 
 def test_contexts_are_kept_with_the_comments_of_their_file(run: Any, tmp_path: Path) -> None:
