@@ -959,7 +959,7 @@ async def test_unreadable_jobs_are_left_out_counted_and_named(mongo_store: Mongo
         await database["jobs"].update_one({"_id": 1}, {"$set": {"created_at": "once"}})
         assert [job.id for job in (await mongo_store.jobs.page(7, set(), 0, 10))[0]] == [2]
     assert UNREADABLE.labels("jobs")._value.get() == before + 2
-    assert {(line["event"], line["id"]) for line in logs} == {("unreadable_document", 1)}
+    assert {(line["event"], line["id"]) for line in logs} == {("unreadable_document", "1")}
 
 
 @pytest.mark.integration
@@ -976,7 +976,7 @@ async def test_unreadable_receipts_delay_no_other_deletion(mongo_store: MongoSto
     now = THEN + timedelta(minutes=1)
     with capture_logs() as logs:
         assert await mongo_store.deletions.due(now, 3) == []
-    assert [(line["event"], line["id"]) for line in logs] == [("unreadable_document", n) for n in (1, 2, 3)]
+    assert [(line["event"], line["id"]) for line in logs] == [("unreadable_document", str(n)) for n in (1, 2, 3)]
     assert [each.job_id for each in await mongo_store.deletions.due(now, 3)] == [4]
     await database["jobs"].update_one({"_id": 2}, {"$set": {"deletion.stage": "results"}})
     assert [each.job_id for each in await mongo_store.deletions.due(now + timedelta(hours=1), 9)] == [4, 2]

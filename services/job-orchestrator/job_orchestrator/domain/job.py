@@ -12,6 +12,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final, TypeVar
 
+from pydantic import PositiveInt
+
 from job_orchestrator.domain.totals import EMPTY, Totals
 from scanfleet.contracts.messages import (
     Job,
@@ -86,9 +88,9 @@ class Plan:
     addresses: int
     excluded: int
     ports: int
-    chunk_addresses: int
-    chunk_ports: int
-    blocks: int
+    chunk_addresses: PositiveInt
+    chunk_ports: PositiveInt
+    blocks: PositiveInt
     """Number of blocks of ports, which are scanned one after the other for each address."""
     chunk_count: int
     estimate: float

@@ -279,14 +279,14 @@ class Dispatcher(PartitionListener):
             self._chunks.get([candidate.chunk_id for candidate, _, _ in picks]),
         )
         over: list[str] = []
-        due: list[Chunk] = []
+        due: dict[str, tuple[Chunk, ScanChunk]] = {}
         refused: dict[int, str] = {}
         closed: dict[tuple[int, str], ScanJob] = {}
         lost: set[int] = set()
         for candidate, worker, share in picks:
             job, chunk = jobs.get(candidate.job_id), chunks.get(candidate.chunk_id)
             if job is None or chunk is None:
-                self._skip(candidate)
+                self._skip(candidate, "unreadable document")
                 lost |= {candidate.job_id} if job is None else set()
             elif job.final:
                 over.append(chunk.id)
@@ -295,15 +295,19 @@ class Dispatcher(PartitionListener):
             elif self._grants.closed(job, now):
                 closed[job.user_id, job.granted_by] = job
             elif chunk.state is ChunkState.QUEUED:
-                size = plan.attempt_size(job, chunk)
-                estimate = plan.expected(job, PortSet.parse(chunk.ports), size)
-                due.append(dispatch(chunk, worker.worker_id, now, size=size, share=share, estimate=estimate))
-        losers = await self._chunks.save(due)
-        sent = [chunk for chunk in due if chunk.id not in losers]
+                try:
+                    size = plan.attempt_size(job, chunk)
+                    estimate = plan.expected(job, PortSet.parse(chunk.ports), size)
+                    attempt = dispatch(chunk, worker.worker_id, now, size=size, share=share, estimate=estimate)
+                    due[chunk.id] = attempt, self._task(attempt, job)
+                except Exception as error:  # noqa: BLE001 # an error of one job must not stop the others
+                    self._skip(candidate, repr(error))
+        losers = await self._chunks.save([chunk for chunk, _ in due.values()])
+        sent = [task for id_, (_, task) in due.items() if id_ not in losers]
         CHUNK_TRANSITIONS.labels(ChunkState.DISPATCHED).inc(len(sent))
-        traces = {chunk.id: jobs[chunk.job_id].traceparent for chunk in sent}
+        traces = {task.chunk_id: task.traceparent for task in sent}
         with tracing.spans("dispatch chunk", traces, "producer", "scanfleet.chunk.id") as onward:
-            tasks = [self._task(chunk, jobs[chunk.job_id], onward[chunk.id]) for chunk in sent]
+            tasks = [task.model_copy(update={"traceparent": onward[task.chunk_id]}) for task in sent]
             await self._publisher.publish(SCAN_TASKS, tasks)
         await self._cancel(over)
         for job_id, refusal in refused.items():
@@ -314,11 +318,11 @@ class Dispatcher(PartitionListener):
         await self._deletions.advance(lost, Stage.DONE, Stage.CHUNKS, now)
         return len(sent) < len(picks)
 
-    def _skip(self, candidate: Candidate) -> None:
-        """Skip a job whose documents cannot be read, so that the user's other jobs continue."""
+    def _skip(self, candidate: Candidate, cause: str) -> None:
+        """Skip a job whose documents cannot be read or dispatched, so that the user's other jobs continue."""
         self._skipped.setdefault(candidate.user_id, {})[candidate.job_id] = self._clock.monotonic() + _SKIP_SECONDS
         SKIPPED_JOBS.inc()
-        _log.error("job_skipped", job_id=candidate.job_id, chunk_id=candidate.chunk_id, cause="unreadable document")
+        _log.error("job_skipped", job_id=candidate.job_id, chunk_id=candidate.chunk_id, cause=cause)
 
     async def _await_hours(self, job: ScanJob, now: datetime) -> None:
         """Skip the job, and all others of its user under its grant, until the hours of the grant begin."""
@@ -356,7 +360,7 @@ class Dispatcher(PartitionListener):
                 self._clock.now(),
             )
 
-    def _task(self, chunk: Chunk, job: ScanJob, traceparent: str | None) -> ScanChunk:
+    def _task(self, chunk: Chunk, job: ScanJob) -> ScanChunk:
         ports = PortSet.parse(chunk.ports)
         left = self._grants.open_for(job, self._clock.now())
         slots = sum(credit.slots for credit in self._live.values())
@@ -380,7 +384,7 @@ class Dispatcher(PartitionListener):
             grant=granted(chunk, self._signer),
             granted_by=job.granted_by,
             stop_after_seconds=left.total_seconds() if left is not None else None,
-            traceparent=traceparent,
+            traceparent=job.traceparent,
         )
 
 

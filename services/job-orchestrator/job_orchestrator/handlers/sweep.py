@@ -130,11 +130,15 @@ class Sweeper:
                 return "no_worker"
             return "no_raw_worker" if not raw and plan.needs_raw(job, standings[job.id].lowest) else ""
 
-        reasons = {id_: reason(job) for id_, job in jobs.items()}
+        reasons: dict[int, str] = {}
+        for job in jobs.values():
+            with self._faults.isolated(job):
+                reasons[job.id] = reason(job)
         await self._reporter.publish_waiting({id_: why for id_, why in reasons.items() if why != jobs[id_].waiting})
         since = now - self._raw_patience
-        for id_, job in jobs.items():
-            if reasons[id_] == job.waiting == "no_raw_worker" and job.waiting_since and job.waiting_since < since:
+        for id_, why in reasons.items():
+            job = jobs[id_]
+            if why == job.waiting == "no_raw_worker" and job.waiting_since and job.waiting_since < since:
                 await self._reconciler.give_up(
                     id_,
                     f"no worker that may send raw packets was available for {self._raw_patience.total_seconds():.0f} s: "

@@ -153,8 +153,4 @@ class MongoChunks:
 
     @dependency_errors()
     async def _find(self, wanted: Document, limit: int = 0) -> list[Chunk]:
-        found = [
-            documents.readable(documents.read_chunk, each, "chunks")
-            async for each in self._chunks.find(wanted).limit(limit)
-        ]
-        return [chunk for chunk in found if chunk is not None]
+        return await documents.read_all(documents.read_chunk, self._chunks.find(wanted).limit(limit), "chunks")

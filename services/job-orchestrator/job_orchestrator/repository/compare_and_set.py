@@ -11,6 +11,7 @@ from pymongo import UpdateOne
 
 from job_orchestrator.domain.chunk import Chunk
 from job_orchestrator.domain.job import ScanJob
+from job_orchestrator.repository.documents import read_all
 from scanfleet.runtime.mongo import Collection, Document, dependency_errors
 
 _Revised = TypeVar("_Revised", ScanJob, Chunk)
@@ -37,7 +38,7 @@ async def save(
         return set()
     # The response does not list the losers. A retried write can find its own first attempt, which is a success.
     found = collection.find({"_id": {"$in": [each.id for each in new]}} | NO_RECEIPT)
-    stored = {each["_id"]: read(each) async for each in found}
+    stored = {each.id: each for each in await read_all(read, found, collection.name)}
     return {each.id for each in new if stored.get(each.id) != each}
 
 

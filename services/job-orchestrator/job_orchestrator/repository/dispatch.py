@@ -52,7 +52,7 @@ class MongoDispatch:
         if skip:
             wanted["job_id"] = {"$nin": list(skip)}
         found = self._chunks.find(wanted, documents.CANDIDATE).sort("turn", 1).limit(limit)
-        return [documents.read_candidate(each) async for each in found]
+        return await documents.read_all(documents.read_candidate, found, "chunks")
 
     @dependency_errors()
     async def first_turn(self, user_id: int) -> int:
@@ -65,14 +65,24 @@ class MongoDispatch:
         wanted: Document = {"held": True}
         if partitions is not None:
             wanted["partition"] = {"$in": list(partitions)}
-        return [documents.read_held(each) async for each in self._chunks.find(wanted, documents.HELD_FIELDS)]
+        found = self._chunks.find(wanted, documents.HELD_FIELDS)
+        return await documents.read_all(documents.read_held, found, "chunks")
 
     @dependency_errors()
     async def clocks(self, users: Collection[int]) -> Clocks:
         found = self._clocks.find({"$or": [{"active": True}, {"_id": {"$in": [*users, _VIRTUAL]}}]})
-        by_id = {each["_id"]: each async for each in found}
-        virtual = by_id.pop(_VIRTUAL, {}).get("time", 0.0)
-        return Clocks({user: documents.read_clock(each) for user, each in by_id.items()}, virtual)
+        by_id = {
+            each["_id"]: documents.readable(
+                documents.read_virtual if each["_id"] == _VIRTUAL else documents.read_clock, each, "clocks"
+            )
+            async for each in found
+        }
+        if unreadable := [id_ for id_, clock in by_id.items() if clock is None]:
+            # Its time can neither be read nor advanced. Without one, the clock starts again at the global virtual time.
+            await self._clocks.delete_many({"_id": {"$in": unreadable}})
+        clocks = {id_: clock for id_, clock in by_id.items() if clock is not None}
+        virtual = clocks.pop(_VIRTUAL, Clock(0))
+        return Clocks(clocks, virtual.time)
 
     @dependency_errors()
     async def deactivate_clocks(self, left_out: Collection[int] = ()) -> None:
@@ -116,7 +126,7 @@ class MongoDispatch:
     async def live_workers(self, within: timedelta) -> list[Credit]:
         since = {"$gt": ["$seen", {"$subtract": ["$$NOW", int(within.total_seconds() * 1_000)]}]}
         found = self._workers.find({"slots": {"$gt": 0}, "$expr": since})
-        return [documents.read_worker(each) async for each in found]
+        return await documents.read_all(documents.read_worker, found, "workers")
 
 
 def _queued(*, raw: bool) -> Document:

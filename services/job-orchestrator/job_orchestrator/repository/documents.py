@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import AsyncIterable, Callable
 from datetime import UTC, datetime
+from functools import lru_cache
+from ipaddress import ip_address
 from typing import Any, Final, TypeVar
 
 import structlog
+from pydantic import TypeAdapter
 
 from job_orchestrator.domain.access import Revocation
-from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState, Token
+from job_orchestrator.domain.chunk import HELD, Chunk, Token
 from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.deletion import Counts, Deletion, Stage
 from job_orchestrator.domain.fairness import Candidate, Clock, Credit, Held
 from job_orchestrator.domain.job import Outgoing, Plan, ScanJob
 from job_orchestrator.domain.plan import MAX_PORTS
 from job_orchestrator.domain.resources import Policy, Subnet
-from job_orchestrator.domain.totals import Totals
 from job_orchestrator.metrics import UNREADABLE
 from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
-from scanfleet.contracts.messages import AuditEntry, Job, JobEvent, JobStatus, instance_of
+from scanfleet.contracts.messages import AuditEntry, Job, JobEvent, instance_of
 from scanfleet.contracts.messages.topics import SCAN_EVENTS, SCAN_PROGRESS
 from scanfleet.runtime.mongo import Document
 from scanfleet.scanning.policy import ScanPolicy
+from scanfleet.scanning.ports import PortSet
+
+# Every field is validated, so that code that reads many documents at once meets no damaged object: `readable` omits those.
+_JOB: Final = TypeAdapter(ScanJob)
+_CHUNK: Final = TypeAdapter(Chunk)
+_CANDIDATE: Final = TypeAdapter(Candidate)
+_HELD: Final = TypeAdapter(Held)
+_CREDIT: Final = TypeAdapter(Credit)
+_CLOCK: Final = TypeAdapter(Clock)
 
 # Pending jobs have no start and come first: MongoDB sorts null last when descending, so they sort as if in the far future.
 _FAR_FUTURE: Final = datetime(9999, 1, 1, tzinfo=UTC)
@@ -97,17 +109,10 @@ def read_job(document: Document) -> ScanJob:
         for each in document.get("outbox", ())
     )
     old_plan = _OLD_PLAN | {"blocks": -(-document["ports"] // MAX_PORTS)}
-    plan = Plan(**(old_plan | {name: document[name] for name in Plan.__slots__ if name in document}))
-    converted = {
-        "exclude": tuple(document["exclude"]),
-        "policy": ScanPolicy.model_validate(document["policy"]),
-        "plan": plan,
-        "totals": _totals(document.get("totals", {})),
-        "status": JobStatus(document["status"]),
-        "outbox": outbox,
-    }
-    old: Document = {"made": plan.chunk_count, "partition": SCAN_PROGRESS.partition_of(str(document["_id"]))}
-    return ScanJob(**(old | _known(ScanJob, document) | converted))
+    plan = old_plan | {name: document[name] for name in Plan.__slots__ if name in document}
+    converted = {"id": document["_id"], "plan": plan, "totals": _totals(document.get("totals", {})), "outbox": outbox}
+    old: Document = {"made": plan["chunk_count"], "partition": SCAN_PROGRESS.partition_of(str(document["_id"]))}
+    return _JOB.validate_python(old | document | converted)
 
 
 VIEW_FIELDS: Final = {name: 1 for name in Job.model_fields if name != "id"}
@@ -122,14 +127,8 @@ def read_view(document: Document) -> Job:
 _OLD_PLAN: Final = {"chunk_ports": MAX_PORTS, "estimate": 0.0, "blockwise": False}
 
 
-def _totals(document: Document) -> Totals:
-    known = {name: document[name] for name in Totals.__slots__ if name in document}
-    unprobed = document.get("unprobed", None if known.get("done") else ())
-    lists = {
-        "reasons": tuple(document.get("reasons", ())),
-        "unprobed": None if unprobed is None else tuple(unprobed),
-    }
-    return Totals(**(known | lists))
+def _totals(document: Document) -> Document:
+    return {"unprobed": None if document.get("done") else ()} | document
 
 
 def write_deletion(deletion: Deletion) -> Document:
@@ -169,34 +168,30 @@ CHUNK_CONSTANTS: Final = frozenset(
 
 
 def read_chunk(document: Document) -> Chunk:
-    converted = {"state": ChunkState(document["state"]), "failed_by": tuple(document.get("failed_by", ()))}
-    return Chunk(**(_known(Chunk, document) | converted))
+    chunk = _CHUNK.validate_python(document | {"id": document["_id"]})
+    ip_address(chunk.first_address)
+    _ports(chunk.ports)
+    return chunk
+
+
+_ports: Final = lru_cache(maxsize=1_000)(PortSet.parse)  # the chunks of a job have few different ones
 
 
 def read_candidate(document: Document) -> Candidate:
-    return Candidate(
-        chunk_id=document["_id"],
-        user_id=document["user_id"],
-        job_id=document["job_id"],
-        estimate=document["estimate"],
-        needs_raw=document["needs_raw"],
-        failed_by=tuple(document.get("failed_by", ())),
-    )
+    return _CANDIDATE.validate_python(document | {"chunk_id": document["_id"]})
 
 
 CANDIDATE: Final = dict.fromkeys(("user_id", "job_id", "estimate", "needs_raw", "failed_by"), 1)
 
 
 def read_held(document: Document) -> Held:
-    estimate = document.get("attempt_estimate")  # earlier releases store that of the whole chunk only
-    return Held(
-        token=Token(document["job_id"], document["_id"], document["attempt"], document["worker_id"]),
-        user_id=document["user_id"],
-        partition=document["partition"],
-        estimate=document["estimate"] if estimate is None else estimate,
-        share=document.get("share", 1.0),
-        dispatched_at=document.get("dispatched_at"),
-    )
+    token = Token(document["job_id"], document["_id"], document["attempt"], document["worker_id"])
+    read: Document = {"share": 1.0, "dispatched_at": None} | document | {"token": token}
+    if (
+        estimate := document.get("attempt_estimate")
+    ) is not None:  # earlier releases store that of the whole chunk only
+        read["estimate"] = estimate
+    return _HELD.validate_python(read)
 
 
 HELD_FIELDS: Final = dict.fromkeys(
@@ -216,13 +211,8 @@ HELD_FIELDS: Final = dict.fromkeys(
 
 
 def read_worker(document: Document) -> Credit:
-    return Credit(
-        worker_id=document["_id"],
-        instance=instance_of(document["_id"]),
-        slots=document["slots"],
-        raw=document["raw"],
-        partition=-1,
-    )
+    id_ = document["_id"]
+    return _CREDIT.validate_python(document | {"worker_id": id_, "instance": instance_of(id_), "partition": -1})
 
 
 def write_command(command: Command) -> Document:
@@ -255,7 +245,12 @@ def read_audit(document: Document) -> rest.AuditEntry:
 
 
 def read_clock(document: Document) -> Clock:
-    return Clock(document["_id"], document.get("time", 0.0), document.get("active", False))
+    return _CLOCK.validate_python(document | {"user_id": document["_id"]})
+
+
+def read_virtual(document: Document) -> Clock:
+    """Read the global virtual time, which is stored among the users' clocks, as the clock of a user 0."""
+    return read_clock(document | {"_id": 0})
 
 
 def write_revocation(revocation: Revocation) -> Document:
@@ -266,11 +261,22 @@ def read_revocation(document: Document) -> Revocation:
     return Revocation(**_known(Revocation, document))
 
 
+async def read_all(read: Callable[[Document], _Any], found: AsyncIterable[Document], collection: str) -> list[_Any]:
+    """Return the documents that can be read."""
+    read_ = [readable(read, document, collection) async for document in found]
+    return [each for each in read_ if each is not None]
+
+
 def readable(read: Callable[[Document], _Any], document: Document, collection: str) -> _Any | None:
-    """Return the document converted by `read`; log an error and return None if it cannot be read."""
+    """Return the document converted by `read`; count it and return None if it cannot be read, and log it once a minute."""
     try:
         return read(document)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # noqa: BLE001 # one document must not stop the others, whatever is wrong with it
         UNREADABLE.labels(collection).inc()
-        _log.error("unreadable_document", collection=collection, id=document.get("_id"), error=str(error)[:500])
+        _log_unreadable(collection, str(document.get("_id")), str(error)[:500], int(time.monotonic() // 60))
         return None
+
+
+@lru_cache(maxsize=1_000)  # dispatch reads the documents of held chunks up to forty times a second
+def _log_unreadable(collection: str, id_: str, error: str, minute: int) -> None:  # noqa: ARG001 # the key of the cache
+    _log.error("unreadable_document", collection=collection, id=id_, error=error)

@@ -68,11 +68,7 @@ class MongoJobs:
         if not ids:
             return {}
         found = self._jobs.find({"_id": {"$in": list(ids)}} | NO_RECEIPT)
-        return {
-            job.id: job
-            async for each in found
-            if (job := documents.readable(documents.read_job, each, "jobs")) is not None
-        }
+        return {job.id: job for job in await documents.read_all(documents.read_job, found, "jobs")}
 
     async def save(self, jobs: Sequence[ScanJob]) -> set[int]:
         return await save(self._jobs, jobs, documents.write_job, documents.read_job, documents.JOB_CONSTANTS)
@@ -101,9 +97,7 @@ class MongoJobs:
             wanted["sort_time"] = {"$gte": since}  # never before it was created: bounds what is read of an index
         newest = self._jobs.find(wanted, documents.VIEW_FIELDS)
         page = newest.sort([("sort_time", -1), ("_id", -1)]).skip(skip).limit(limit)
-        jobs = [
-            job async for each in page if (job := documents.readable(documents.read_view, each, "jobs")) is not None
-        ]
+        jobs = await documents.read_all(documents.read_view, page, "jobs")
         return jobs, await self._jobs.count_documents(wanted)
 
     @dependency_errors()

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import Chunk, ChunkState
@@ -286,6 +287,22 @@ async def test_an_unreadable_job_keeps_no_other_from_being_dispatched(world: Wor
     world.only.dispatcher.wake()
     await world.settle()
     assert [task.chunk_id for task in tasks(world)] == ["7-0", "7-1"]
+
+
+@pytest.mark.proves("F27", "G17")
+async def test_chunk_that_cannot_be_dispatched_stays_queued_and_its_job_is_skipped(world: World) -> None:
+    """An error while the task is made is logged with its job, before the chunk is stored; other chunks are dispatched."""
+    await world.start()
+    await world.worker.announce()
+    await queue(world, 7, 2)
+    await world.store.jobs.insert([scan_job(99)])
+    await world.store.chunks.insert([chunk(id="99-0", job_id=99, turn=-5, ports="foo")])
+    world.only.dispatcher.wake()
+    with capture_logs() as logs:
+        await world.settle()
+    assert [task.chunk_id for task in tasks(world)] == ["7-0", "7-1"]
+    assert (await world.store.chunks.get(["99-0"]))["99-0"].state is ChunkState.QUEUED
+    assert [each["job_id"] for each in logs if each["event"] == "job_skipped"] == [99]
 
 
 async def test_round_reads_no_queue_while_no_worker_has_room(world: World) -> None:

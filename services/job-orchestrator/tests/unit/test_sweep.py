@@ -203,6 +203,16 @@ async def test_faulty_job_is_skipped(world: World) -> None:
     assert (await world.store.jobs.get([8]))[8].status is JobStatus.PENDING
 
 
+@pytest.mark.proves("F27", "G17")
+async def test_job_whose_reason_to_wait_is_unknown_is_skipped(world: World) -> None:
+    """An unexpected error in finding out why a job waits stops neither the sweep nor the other jobs."""
+    running = replace(scan_job(8, made=1, chunk_addresses=0), status=JobStatus.RUNNING, outbox=())
+    await world.store.jobs.insert([running, scan_job(9)])
+    await world.store.chunks.insert([chunk(id="8-0", job_id=8, needs_raw=True)])
+    await world.wait(12)
+    assert (await world.store.jobs.get([9]))[9].status is JobStatus.COMPLETED
+
+
 async def test_cancel_of_a_large_job_stops_running_chunks_first(world: World) -> None:
     """A cancel of a job with thousands of queued chunks stops the running ones first."""
     await world.store.jobs.insert(
