@@ -1,6 +1,6 @@
 """Completions of a shell: contexts, and objects of the API with a description.
 
-A shell waits for them, so a read is given up after a second, and errors give no completions.
+A shell waits for them, so a read is given up after about a second, and errors give no completions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from scanfleet_cli.output import Row
     from scanfleet_cli.session import Session
 
-SECONDS: Final = 0.9  # of a read; a shell with the start of the command waits for about a second
 LATEST: Final = 30  # jobs
 OBJECTS: Final = 100  # subnets and policies: one page
 
@@ -39,20 +38,20 @@ def complete_context(context: click.Context, _parameter: click.Parameter, begun:
 
 def complete_job(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
     """Complete the id of one of the latest jobs: `41  running 62 % 127.9.8.0/24`."""
-    return _within_a_second(context, _jobs, begun)
+    return _in_time(context, _jobs, begun)
 
 
 def complete_subnet(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
     """Complete the name of a subnet with its network."""
-    return _within_a_second(context, _subnets, begun)
+    return _in_time(context, _subnets, begun)
 
 
 def complete_policy(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
     """Complete the name of a policy with its ports."""
-    return _within_a_second(context, _policies, begun)
+    return _in_time(context, _policies, begun)
 
 
-def _within_a_second(context: click.Context, read: Read, begun: str) -> list[CompletionItem]:
+def _in_time(context: click.Context, read: Read, begun: str) -> list[CompletionItem]:
     root = context.find_root()
     session: Session = root.obj
     session.url, session.context = root.params.get("url"), root.params.get("context")
@@ -67,7 +66,7 @@ def _within_a_second(context: click.Context, read: Read, begun: str) -> list[Com
     # A daemon does not delay the end of the process, for example while a token command runs.
     thread = threading.Thread(target=work, name="completion", daemon=True)
     thread.start()
-    thread.join(SECONDS)
+    thread.join(session.world.completion)
     return list(found)
 
 

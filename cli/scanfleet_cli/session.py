@@ -51,6 +51,9 @@ class World:
     poll: float = 5.0
     """Seconds between two polls."""
 
+    completion: float = 0.9
+    """Seconds after which a read for completions is given up; a shell waits for it, and for the start of the command."""
+
     browse: Callable[[str], bool] = webbrowser.open
     sleep: Callable[[float], None] = time.sleep
     store: Store | None = None

@@ -404,7 +404,7 @@ def results(
     `-o xml` prints all results of an ended job in nmap's XML format.
     """
     output = session.output
-    lines = findings.Printer(output, "--follow" if following else "--raw", raw=raw) if raw or following else None
+    lines = _line_printer(session, raw=raw, following=following, timed=timeout is not None)
     filtered = bool(ports or service or address or open_only or output.fields is not None)
     if output.format is Format.XML:
         if filtered or session.limit:
@@ -449,6 +449,17 @@ def results(
         columns = findings.columns(grouped=output.format is Format.WIDE and output.terminal)
         session.show_list(found, columns, "no result matches" if filtered else "no open ports", "ip_address")
     findings.note_not_probed(session, job_id)
+
+
+def _line_printer(session: Session, *, raw: bool, following: bool, timed: bool) -> findings.Printer | None:
+    """Return the printer of results that are printed line by line, None for a table or a document."""
+    if timed and not following:
+        raise CommandError("--timeout is the time limit of --follow", hint="add --follow, or omit --timeout")
+    if following and session.limit:
+        raise CommandError("--follow prints every result", hint="omit --limit")
+    if raw or following:
+        return findings.Printer(session.output, "--follow" if following else "--raw", raw=raw)
+    return None
 
 
 def _network(text: str) -> Any:

@@ -6,7 +6,6 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -19,7 +18,6 @@ from scanfleet_cli.client import AsyncClient, Client, Patience, Watching
 from scanfleet_cli.errors import ApiError, CommandError, UnavailableError
 from scanfleet_cli_testing import NOW, TOKEN, FakeApi, result
 
-OPENAPI = Path(__file__).parents[3] / "docs" / "openapi" / "current.json"
 SOON = Patience(timeout=5, first_pause=0.001, poll=0.001)
 RESET = httpx2.ReadError("connection reset")
 BUSY = httpx2.Response(503, json={"error": "busy"}, headers={"Retry-After": "0"})
@@ -346,71 +344,6 @@ def test_pages_are_followed_to_the_end(client: Client) -> None:
         client.send(calls.create_subnet(rest.SubnetBody(name=f"lab{number}", cidr="127.9.8.0/24")))
     pages = list(client.pages(calls.list_subnets(), size=2))
     assert [len(page.subnets) for page in pages] == [2, 2, 1]
-
-
-CALLS: dict[str, calls.Call[Any]] = {
-    "read_info": calls.read_info(),
-    "read_me": calls.read_me(),
-    "list_tasks": calls.list_tasks(),
-    "create_tasks": calls.create_tasks([1], 1),
-    "estimate_task": calls.estimate_task(rest.EstimateBody(subnet_id=1, policy_id=1)),
-    "read_task": calls.read_task(1),
-    "watch_task": calls.watch_task(1),
-    "watch_tasks": calls.watch_tasks(),
-    "delete_task": calls.delete_task(1),
-    "cancel_task": calls.cancel_task(1),
-    "cancel_tasks": calls.cancel_tasks(rest.CancelJobs(all=True)),
-    "read_results": calls.read_results(1),
-    "read_hosts": calls.read_hosts(1),
-    "read_nmap_xml": calls.read_nmap_xml(1),
-    "read_snapshot": calls.read_snapshot(1),
-    "read_map": calls.read_map(1),
-    "read_ledger": calls.read_ledger(1),
-    "read_waiting": calls.read_waiting(1),
-    "list_subnets": calls.list_subnets(),
-    "create_subnet": calls.create_subnet(BODY),
-    "import_subnets": calls.import_subnets("name,cidr\nlab,127.9.8.0/24\n"),
-    "read_subnet": calls.read_subnet(1),
-    "replace_subnet": calls.replace_subnet(1, BODY),
-    "delete_subnet": calls.delete_subnet(1),
-    "list_policies": calls.list_policies(),
-    "create_policy": calls.create_policy(rest.PolicyBody(name="web")),
-    "read_policy": calls.read_policy(1),
-    "replace_policy": calls.replace_policy(1, rest.PolicyBody(name="web")),
-    "delete_policy": calls.delete_policy(1),
-    "list_audit": calls.list_audit(),
-    "list_deletions": calls.list_deletions(),
-    "list_revocations": calls.list_revocations(),
-    "create_revocation": calls.create_revocation(rest.RevocationBody(user_id=1)),
-    "delete_revocation": calls.delete_revocation(1),
-}
-"""A call of each operation of the document, by its id."""
-
-
-OF_BROWSERS = {"session"}  # tags of operations that only the page needs
-
-
-def operations() -> dict[str, tuple[str, str]]:
-    paths = json.loads(OPENAPI.read_text(encoding="utf-8"))["paths"]
-    return {
-        operation["operationId"]: (method.upper(), path)
-        for path, methods in paths.items()
-        for method, operation in methods.items()
-        if not OF_BROWSERS & set(operation["tags"])
-    }
-
-
-def test_every_operation_of_the_document_has_a_call() -> None:
-    """The SDK calls each operation that docs/openapi/current.json names, by its method and path."""
-    known = {
-        name: (call.method, "/".join("{}" if part == "1" else part for part in call.path.split("/")))
-        for name, call in CALLS.items()
-    }
-    wanted = {
-        name: (method, "/".join("{}" if part.startswith("{") else part for part in path.split("/")))
-        for name, (method, path) in operations().items()
-    }
-    assert known == wanted
 
 
 class CutBody(httpx2.SyncByteStream, httpx2.AsyncByteStream):

@@ -355,6 +355,13 @@ def test_followed_results_are_printed_once(jobs: FakeApi, run: Any, arguments: l
     assert asked[-1] == "none"
 
 
+@pytest.mark.parametrize("arguments", [["--timeout", "5"], ["--follow", "--limit", "5"], ["--follow", "-o", "csv"]])
+def test_options_that_exclude_each_other_are_refused(jobs: FakeApi, run: Any, arguments: list[str]) -> None:
+    """A time limit needs --follow, which has no limit of rows and prints line by line."""
+    assert run("job", "results", "42", *arguments).code == 2
+    assert not jobs.requests
+
+
 def test_results_as_xml_pass_through(jobs: FakeApi, run: Any) -> None:
     """nmap's XML is printed as the service writes it; a filter, or the format for another command, is wrong usage."""
     assert run("job", "results", "41", "-o", "xml").out == "<nmaprun></nmaprun>"
