@@ -178,8 +178,8 @@ def header(record: RawRecord, name: str) -> bytes | None:
     return dict(record.headers)[name]
 
 
-async def test_a_member_handles_each_message_once_and_the_same_key_in_order(backend: Backend) -> None:
-    """A group handles each message once, equal to what was sent, and those of one key in the order of their sending."""
+async def test_member_handles_each_message_once_and_in_key_order(backend: Backend) -> None:
+    """A group handles each message once, equal to the sent one, and those of one key in order."""
     bus, recorder = await backend.bus("one"), Recorder()
     sent = [ready(number % MAX_SLOTS, worker) for number in range(300) for worker in ("a", "b", "c")]
     async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
@@ -376,8 +376,8 @@ def skipped() -> float:
 
 
 @pytest.mark.proves("F12")
-async def test_a_tail_skips_and_counts_what_it_cannot_handle(backend: Backend) -> None:
-    """A reader without a group passes over junk, unknown types and what its handler rejects, and dead-letters nothing."""
+async def test_tail_skips_and_counts_unhandled_records(backend: Backend) -> None:
+    """A reader without a group skips invalid records, unknown types and rejected records, and dead-letters none."""
 
     def reject(records: Sequence[Record]) -> None:
         if any(record.message == ready(2) for record in records):
@@ -395,8 +395,8 @@ async def test_a_tail_skips_and_counts_what_it_cannot_handle(backend: Backend) -
     assert not await backend.records(SCAN_WORKERS, dead_letters=True)
 
 
-async def test_a_tail_of_one_key_does_not_decode_other_records(backend: Backend) -> None:
-    """A reader of one key handles its records and does not even count what others have."""
+async def test_tail_of_one_key_does_not_decode_other_records(backend: Backend) -> None:
+    """A reader of one key handles its records and does not count records with other keys."""
     bus, recorder = await backend.bus("one"), Recorder()
     before = skipped()
     async with Running(bus.tail(SCAN_WORKERS, recorder, key=SCAN_WORKERS.key_of(ready(1)))):
@@ -407,8 +407,8 @@ async def test_a_tail_of_one_key_does_not_decode_other_records(backend: Backend)
     assert skipped() == before
 
 
-async def test_a_tail_sees_all_that_is_sent_after_its_start_and_nothing_older(backend: Backend) -> None:
-    """Two tails both see every partition from the end on; a restarted one begins at the end again."""
+async def test_tail_receives_only_messages_after_its_start(backend: Backend) -> None:
+    """Two tails both read every partition from its end; a restarted one starts at the end again."""
     bus, a, b, c = await backend.bus("one"), Recorder(), Recorder(), Recorder()
     await bus.publish(SCAN_WORKERS, workers(20))
     async with Running(bus.tail(SCAN_WORKERS, a), bus.tail(SCAN_WORKERS, b)):
@@ -493,8 +493,8 @@ async def test_stop_finishes_and_commits_the_current_batch(backend: Backend) -> 
     assert numbers(successor) == [2]
 
 
-async def test_a_stop_does_not_wait_for_a_dependency(backend: Backend) -> None:
-    """A member that is held up stops at once and commits nothing."""
+async def test_stop_does_not_wait_for_a_dependency(backend: Backend) -> None:
+    """A member that waits for a dependency stops at once and commits nothing."""
     bus = await backend.bus("one")
     recorder = Recorder(failing(DependencyError("unavailable"), lambda _: True))
     consumer = bus.consume(SCAN_WORKERS, GROUP, recorder)
@@ -505,8 +505,8 @@ async def test_a_stop_does_not_wait_for_a_dependency(backend: Backend) -> None:
     assert await backend.committed() == {}
 
 
-async def test_a_member_that_stopped_leaves_its_partitions_to_the_others(backend: Backend) -> None:
-    """After a clean stop the others have all partitions, without waiting for a session to end."""
+async def test_stopped_member_releases_its_partitions(backend: Backend) -> None:
+    """After a clean stop the others have all partitions, without waiting for the session timeout."""
     one, two = await backend.bus("one"), await backend.bus("two")
     a, b = Recorder(), Recorder()
     leaving = two.consume(SCAN_WORKERS, GROUP, b)
@@ -544,7 +544,7 @@ async def test_publish_invalid_message_sends_nothing(backend: Backend) -> None:
     assert not await backend.records(SCAN_REPLIES)
 
 
-async def test_a_message_as_large_as_allowed_arrives(backend: Backend) -> None:
+async def test_message_of_the_maximum_size_arrives(backend: Backend) -> None:
     """The size limit of a value leaves room for key and headers, and a reader gets such messages."""
     bus, got = await backend.bus("one"), Recorder()
 
@@ -571,8 +571,8 @@ async def test_a_message_as_large_as_allowed_arrives(backend: Backend) -> None:
     assert [len(record.value or b"") for record in await backend.records(SCAN_RESULTS)] == [MAX_BYTES] * 2
 
 
-async def test_a_trace_is_carried(backend: Backend) -> None:
-    """A message's traceparent arrives with it, else the one in whose course it was sent; a false one is left out."""
+async def test_traceparent_is_propagated(backend: Backend) -> None:
+    """A message's traceparent arrives with it, else that of its context; an invalid one is omitted."""
     bus, recorder = await backend.bus("one"), Recorder()
     async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
         await bus.publish(SCAN_WORKERS, [ready(1).model_copy(update={"traceparent": TRACEPARENT})])

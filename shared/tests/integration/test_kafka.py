@@ -314,8 +314,8 @@ async def configure(bench: Bench, **configs: str) -> None:
         await admin.close()
 
 
-async def test_a_commit_after_revocation_drops_the_batch(bench: Bench) -> None:
-    """A member whose partitions went to another while it was slow commits nothing: the other one has the records."""
+async def test_commit_after_revocation_drops_the_batch(bench: Bench) -> None:
+    """A slow member whose partitions were reassigned commits nothing: the other member has the records."""
     one, two = await bench.bus("one"), await bench.bus("two")
     freed = asyncio.Event()
 

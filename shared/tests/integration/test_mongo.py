@@ -75,8 +75,8 @@ async def test_stored_time_reads_back_equal_and_aware(database: Database) -> Non
     assert found["at"] == now
 
 
-async def test_only_missing_documents_are_inserted(database: Database) -> None:
-    """Documents whose keys are there already are named by index and stay as they were; the others are stored."""
+async def test_insert_missing_stores_only_new_documents(database: Database) -> None:
+    """Documents with existing keys are returned by index and stay unchanged; the others are stored."""
     things = database["things"]
     assert await insert_missing(things, [{"_id": 1, "by": "first"}]) == set()
     batch = [{"_id": 0, "by": "second"}, {"_id": 1, "by": "second"}, {"_id": 2, "by": "second"}]
@@ -84,8 +84,8 @@ async def test_only_missing_documents_are_inserted(database: Database) -> None:
     assert [each["by"] for each in await things.find(sort=[("_id", 1)]).to_list(None)] == ["second", "first", "second"]
 
 
-async def test_a_document_that_cannot_be_stored_is_no_duplicate(database: Database) -> None:
-    """An error other than a taken key is raised, whatever else the batch holds."""
+async def test_insert_missing_raises_errors_other_than_duplicates(database: Database) -> None:
+    """An error other than a duplicate key is raised, whatever else the batch contains."""
     with pytest.raises(BulkWriteError):
         await insert_missing(database["things"], [{"_id": 1}, {"_id": 1}, {"_id": [1]}])
 
@@ -157,8 +157,8 @@ async def test_replicas_that_start_together_agree_on_indexes(database: Database)
     assert (await indexes_of(database)).keys() == {"_id_", "at_1_v2"}
 
 
-async def test_an_index_may_take_longer_than_other_operations(mongodb: str, database: Database) -> None:
-    """Building an index waits for as long as it takes, however short the limit of ordinary operations is."""
+async def test_make_indexes_is_not_limited_by_the_operation_timeout(mongodb: str, database: Database) -> None:
+    """Building an index may take longer than the timeout of ordinary operations."""
     hasty: AsyncIOMotorClient[mongo.Document] = AsyncIOMotorClient(mongodb, timeoutMS=1)
     try:
         await make_indexes(hasty[database.name], {"things": [IndexModel("at")]})
@@ -186,7 +186,7 @@ async def test_ids_of_one_replica_grow(database: Database) -> None:
     assert numbers == sorted(set(numbers))
 
 
-async def test_each_sequence_counts_for_itself(database: Database) -> None:
+async def test_ids_of_two_sequences_are_independent(database: Database) -> None:
     """Two sequences both start at 1, in one document."""
     assert await Ids(database, "jobs").take() == range(1, 2)
     assert await Ids(database, "subnets").take(2) == range(1, 3)
@@ -204,8 +204,8 @@ async def through_proxy(mongodb: str, database: Database) -> AsyncIterator[tuple
 
 
 @pytest.mark.parametrize("trouble", ["refuse", "swallow"])
-async def test_an_unreachable_server_raises_dependency_error(mongodb: str, database: Database, trouble: str) -> None:
-    """With MongoDB gone or silent every call raises DependencyError in bounded time, and works again after it."""
+async def test_unreachable_server_raises_dependency_error(mongodb: str, database: Database, trouble: str) -> None:
+    """While MongoDB is down or silent every call raises DependencyError in bounded time, and succeeds afterwards."""
     async with through_proxy(mongodb, database) as (between, detour):
         await mongo.ping(detour)
         if trouble == "refuse":
@@ -246,10 +246,8 @@ def hurried(mongodb: str, database: Database) -> Iterator[mongo.Collection]:
 
 @pytest.mark.proves("F33")
 @pytest.mark.parametrize("code", [365, 8000, 371, 100, 112, 24, 211, 292, 13_388, 11_601, 10_107, 91])
-async def test_an_error_of_the_server_raises_dependency_error(
-    mongodb: str, hurried: mongo.Collection, code: int
-) -> None:
-    """An answer of a server that is full, blocked or busy is a dependency's error to a read and to a write."""
+async def test_server_error_raises_dependency_error(mongodb: str, hurried: mongo.Collection, code: int) -> None:
+    """For reads and writes, an error of a full, blocked or busy server is a DependencyError."""
     async with failing(mongodb, code):
         with pytest.raises(DependencyError):
             await insert_missing(hurried, [{"_id": 1}])
@@ -260,8 +258,8 @@ async def test_an_error_of_the_server_raises_dependency_error(
 
 
 @pytest.mark.proves("F33")
-async def test_a_write_concern_error_raises_dependency_error(mongodb: str, hurried: mongo.Collection) -> None:
-    """A write that is not confirmed by a majority is a dependency's error, though it may be stored."""
+async def test_write_concern_error_raises_dependency_error(mongodb: str, hurried: mongo.Collection) -> None:
+    """A write that no majority confirms raises DependencyError, although it may be stored."""
     concern = {"code": 100, "errmsg": "no majority"}
     async with failing(mongodb, 0, writeConcernError=concern):
         with pytest.raises(DependencyError):

@@ -95,8 +95,8 @@ def probes(server: Server) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.probe_port}", trust_env=False)
 
 
-async def test_each_port_serves_its_own_paths_alone(parts: Parts) -> None:
-    """Probes and metrics are on the probe port, the routes of the service on the other; each answers 404 to the rest."""
+async def test_ports_serve_only_their_own_paths(parts: Parts) -> None:
+    """Probes and metrics are on the probe port, routes on the other; each port answers 404 to the rest."""
     async with running(parts, with_api()) as server, api(server) as requests, probes(server) as asking:
         assert (await requests.get("/thing")).json() == 1
         assert (await asking.get("/thing")).status_code == 404

@@ -67,8 +67,10 @@ async def test_flush_publishes_each_refusal_once(refusals: Refusals, bus: Memory
     assert published(bus) == entries
 
 
-async def test_a_flood_is_counted(refusals: Refusals, time: Time, bus: MemoryBus) -> None:
-    """Above its share a subject's refusals alike become one entry with their number at the window's end, others' do not."""
+async def test_refusals_above_the_limit_of_a_subject_are_counted(
+    refusals: Refusals, time: Time, bus: MemoryBus
+) -> None:
+    """Above the limit, equal refusals of a subject become one entry with their number when the window ends."""
     for number in range(SINGLES + 500):
         refusals.add(entry(number))
     refusals.add(entry(9_999, subject="7"))
@@ -84,8 +86,10 @@ async def test_a_flood_is_counted(refusals: Refusals, time: Time, bus: MemoryBus
     assert published(bus)[-1] == entry(10_000, time=published(bus)[-1].time)
 
 
-async def test_a_flood_from_everywhere_is_bounded(refusals: Refusals, time: Time, bus: MemoryBus) -> None:
-    """However many addresses a flood comes from, a window is a bounded number of entries, and all are counted."""
+async def test_refusals_from_many_addresses_are_bounded_and_counted(
+    refusals: Refusals, time: Time, bus: MemoryBus
+) -> None:
+    """With refusals from any number of addresses, a window has a bounded number of entries, and all are counted."""
     flood = SINGLES + 3 * MERGED
     for number in range(flood):
         refusals.add(entry(number, source=f"2001:db8::{number:x}"))

@@ -67,13 +67,13 @@ async def keys_of(endpoint: JwksEndpoint, time: Time) -> AsyncIterator[JwksKeys]
         )
 
 
-async def test_a_good_token_names_its_user(issuer: Issuer) -> None:
-    """A token of the issuer's key and claims is its user's, who is no administrator."""
+async def test_verifier_accepts_a_valid_token(issuer: Issuer) -> None:
+    """A valid token identifies its user, who is no administrator."""
     assert await issuer.verifier.verify(issuer.token(7)) == Principal(7, admin=False)
 
 
-async def test_a_role_makes_an_administrator(issuer: Issuer) -> None:
-    """A token whose roles hold admin is an administrator's."""
+async def test_verifier_recognises_the_administrator_role(issuer: Issuer) -> None:
+    """A token whose roles contain admin is an administrator's."""
     assert await issuer.verifier.verify(issuer.token(7, admin=True)) == Principal(7, admin=True)
 
 
@@ -82,8 +82,8 @@ async def test_roles_may_be_absent(issuer: Issuer) -> None:
     assert await issuer.verifier.verify(issuer.token(7, roles=None)) == Principal(7, admin=False)
 
 
-async def test_an_audience_among_several(issuer: Issuer) -> None:
-    """A token made for several audiences is good if we are one of them."""
+async def test_verifier_accepts_one_of_several_audiences(issuer: Issuer) -> None:
+    """A token for several audiences is valid if the service is one of them."""
     assert (await issuer.verifier.verify(issuer.token(aud=["other", "scanfleet"]))).user_id == 7
 
 
@@ -141,15 +141,15 @@ BAD_CLAIMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.proves("A7", "G14")
 @pytest.mark.parametrize("changed", BAD_CLAIMS.values(), ids=BAD_CLAIMS)
-async def test_bad_claims_are_refused(issuer: Issuer, changed: dict[str, Any]) -> None:
-    """A token that its issuer signed is still refused for what it claims."""
+async def test_verifier_refuses_invalid_claims(issuer: Issuer, changed: dict[str, Any]) -> None:
+    """A token with a valid signature is refused if a claim is invalid."""
     with pytest.raises(UnauthorizedError):
         await issuer.verifier.verify(issuer.token(**changed))
 
 
 @pytest.mark.proves("A7", "G14")
 @pytest.mark.parametrize("sub", [True, 7.0, 0, 2**53, ["7"], {"7": 7}])
-async def test_a_user_id_of_another_type_is_refused(issuer: Issuer, sub: object) -> None:
+async def test_verifier_refuses_a_user_id_of_another_type(issuer: Issuer, sub: object) -> None:
     """A user id that is neither an integer within bounds nor a string is refused."""
     token = issuer.token(sub=sub)
     with pytest.raises(UnauthorizedError):
@@ -191,16 +191,16 @@ async def test_junk_is_refused(issuer: Issuer, token: str) -> None:
 
 
 @pytest.mark.proves("A7", "G14")
-async def test_a_deep_payload_is_refused(issuer: Issuer) -> None:
-    """A payload too deep to read is refused even if its signature is good."""
+async def test_verifier_refuses_a_deeply_nested_payload(issuer: Issuer) -> None:
+    """A payload that is nested too deeply is refused even if its signature is valid."""
     token = issuer.sign(b"[" * 3000)
     with pytest.raises(UnauthorizedError):
         await issuer.verifier.verify(token)
 
 
 @pytest.mark.proves("A7", "G14")
-async def test_a_huge_token_is_refused_at_once(issuer: Issuer) -> None:
-    """A token above the limit is refused, though its signature is good."""
+async def test_verifier_refuses_a_token_above_the_size_limit(issuer: Issuer) -> None:
+    """A token above the limit is refused, although its signature is valid."""
     token = issuer.token(padding="x" * issuer.settings.jwt_max_chars)
     with pytest.raises(UnauthorizedError):
         await issuer.verifier.verify(token)
@@ -220,16 +220,16 @@ BAD_HEADERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.proves("A7", "G14")
 @pytest.mark.parametrize("headers", BAD_HEADERS.values(), ids=BAD_HEADERS)
-async def test_bad_headers_are_refused(issuer: Issuer, headers: dict[str, Any]) -> None:
-    """A header that names a key or changes what is signed is refused whatever key signed it."""
+async def test_verifier_refuses_invalid_headers(issuer: Issuer, headers: dict[str, Any]) -> None:
+    """A header that names a key, or changes the signed content, is refused whichever key signed the token."""
     with pytest.raises(UnauthorizedError):
         await issuer.verifier.verify(issuer.token(headers=headers))
 
 
 @pytest.mark.proves("A7", "G14")
 @pytest.mark.parametrize("kid", [7, True, ["key-1"], {"key-1": 1}, None, 10**40])
-async def test_a_kid_of_another_type_is_refused(kid: object) -> None:
-    """A key id that is no string is refused, and no error of ours."""
+async def test_verifier_refuses_a_kid_of_another_type(kid: object) -> None:
+    """A key id that is not a string is refused and does not cause an internal error."""
     issuer = Issuer()
     document = {"keys": issuer.jwks["keys"] + Issuer("key-2").jwks["keys"]}
     async with keys_of(JwksEndpoint(document), Time()) as keys:
@@ -239,8 +239,8 @@ async def test_a_kid_of_another_type_is_refused(kid: object) -> None:
 
 
 @pytest.mark.proves("A7", "G14")
-async def test_an_unsigned_token_is_refused(issuer: Issuer) -> None:
-    """`alg: none` is refused in every spelling, with a signature or without."""
+async def test_verifier_refuses_an_unsigned_token(issuer: Issuer) -> None:
+    """`alg: none` is refused in every spelling, with or without a signature."""
     for alg in ("none", "None", "NONE", ""):
         for signature in ("", "x"):
             token = f"{segment({'alg': alg, 'kid': issuer.kid})}.{segment(issuer.claims())}.{signature}"
@@ -249,14 +249,14 @@ async def test_an_unsigned_token_is_refused(issuer: Issuer) -> None:
 
 
 @pytest.mark.proves("A7", "G14")
-async def test_another_key_is_refused(issuer: Issuer) -> None:
-    """A token by another key under our key's id is refused."""
+async def test_verifier_refuses_a_signature_of_another_key(issuer: Issuer) -> None:
+    """A token signed by another key under the issuer's key id is refused."""
     with pytest.raises(UnauthorizedError):
         await issuer.verifier.verify(Issuer().token())
 
 
 @pytest.mark.proves("A7", "G14")
-async def test_a_public_key_is_no_secret(issuer: Issuer) -> None:
+async def test_verifier_refuses_a_public_key_as_hs256_secret(issuer: Issuer) -> None:
     """An HS256 token signed with the published key, in any of its forms, is refused."""
     public = issuer.private_key.public_key()
     forms = (
@@ -280,8 +280,8 @@ PRIVATE_KEYS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("algorithm", PRIVATE_KEYS)
-async def test_every_algorithm_from_a_jwks_and_from_a_file(algorithm: str, tmp_path: Path) -> None:
-    """Each algorithm works through a key set, with or without `alg`, and through a PEM file."""
+async def test_keys_work_for_each_algorithm_from_jwks_and_file(algorithm: str, tmp_path: Path) -> None:
+    """Each algorithm works with a key set, with or without `alg`, and with a PEM file."""
     issuer = Issuer()
     private = PRIVATE_KEYS[algorithm]()
     token = jwt.encode(issuer.claims(), private, algorithm, headers={"kid": "k"})
@@ -302,8 +302,8 @@ async def test_every_algorithm_from_a_jwks_and_from_a_file(algorithm: str, tmp_p
 
 
 @pytest.mark.proves("A7", "G14")
-async def test_an_algorithm_that_is_not_configured_is_refused(tmp_path: Path) -> None:
-    """A key of a type that the configured algorithms do not use stops the start."""
+async def test_keys_of_an_unconfigured_algorithm_prevent_the_start(tmp_path: Path) -> None:
+    """A key of a type that the configured algorithms do not use prevents the start."""
     pem = tmp_path / "key.pem"
     pem.write_bytes(Issuer().private_key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     settings = AuthSettings(jwt_issuer="i", jwt_audience="a", jwt_public_key_file=pem, jwt_algorithms=("ES256",))
@@ -313,7 +313,7 @@ async def test_an_algorithm_that_is_not_configured_is_refused(tmp_path: Path) ->
 
 
 @pytest.mark.proves("A7", "G14")
-async def test_a_key_keeps_to_the_algorithm_it_was_published_for() -> None:
+async def test_keys_verify_only_their_published_algorithm() -> None:
     """An RSA key published for PS256 verifies no RS256 token."""
     issuer = Issuer()
     private = rsa.generate_private_key(65537, 2048)
@@ -324,7 +324,7 @@ async def test_a_key_keeps_to_the_algorithm_it_was_published_for() -> None:
             await verifier.verify(jwt.encode(issuer.claims(), private, "RS256", headers={"kid": "k"}))
 
 
-async def test_a_short_rsa_key_is_refused() -> None:
+async def test_keys_exclude_short_rsa_keys() -> None:
     """An RSA key below 2048 bits verifies nothing."""
     issuer = Issuer()
     private = rsa.generate_private_key(65537, 1024)  # noqa: S505 # that is the claim
@@ -336,8 +336,8 @@ async def test_a_short_rsa_key_is_refused() -> None:
             await TokenVerifier(issuer.settings, keys).verify(token)
 
 
-async def test_a_key_set_is_searched_for_signing_keys_only() -> None:
-    """Secrets, private keys, encryption keys and junk in a key set are passed over."""
+async def test_keys_ignore_all_but_public_signing_keys_of_a_set() -> None:
+    """Secrets, private keys, encryption keys and invalid entries of a key set are ignored."""
     issuer = Issuer()
     good = issuer.jwks["keys"][0]
     secret = {"kty": "oct", "k": segment(b"s" * 32), "kid": "secret"}
@@ -353,8 +353,8 @@ async def test_a_key_set_is_searched_for_signing_keys_only() -> None:
             await verifier.verify(hs256({"alg": "HS256", "kid": "secret"}, issuer.claims(), b"s" * 32))
 
 
-async def test_a_token_without_kid_is_tried_with_every_key() -> None:
-    """A token that names no key is good if any key of its algorithm signed it, and refused otherwise."""
+async def test_keys_are_all_tried_for_a_token_without_kid() -> None:
+    """A token without a key id is valid if any key of its algorithm signed it, and refused otherwise."""
     issuer, other = Issuer(), Issuer("key-2")
     token = jwt.encode(issuer.claims(), issuer.private_key, "EdDSA")
     for keys_in in (issuer.jwks["keys"], other.jwks["keys"] + issuer.jwks["keys"]):
@@ -518,8 +518,8 @@ async def test_known_keys_end_when_they_cannot_be_fetched_for_too_long(answer: o
         assert (await verifier.verify(issuer.token())).user_id == 7
 
 
-async def test_without_any_key_no_token_is_judged() -> None:
-    """Before the first key set was had, the answer is 503 for all, and good as soon as the endpoint is back."""
+async def test_keys_before_the_first_fetch_answer_503() -> None:
+    """Until the first key set was fetched the answer is 503, and tokens are verified once the endpoint recovers."""
     issuer, time = Issuer(), Time()
     endpoint = JwksEndpoint(issuer.jwks)
     endpoint.unavailable = True
@@ -532,8 +532,8 @@ async def test_without_any_key_no_token_is_judged() -> None:
         assert (await verifier.verify(issuer.token())).user_id == 7
 
 
-async def test_first_callers_share_the_first_fetch() -> None:
-    """Callers that come during the first fetch wait for it instead of failing."""
+async def test_keys_share_the_first_fetch_between_callers() -> None:
+    """Callers during the first fetch wait for it instead of failing."""
     issuer = Issuer()
     endpoint = JwksEndpoint(issuer.jwks)
     async with keys_of(endpoint, Time()) as keys:
@@ -543,15 +543,15 @@ async def test_first_callers_share_the_first_fetch() -> None:
     assert endpoint.calls == 1
 
 
-async def test_the_settings_lead_to_the_endpoint() -> None:
-    """With a JWKS URL in the settings, keys come from there."""
+async def test_keys_of_a_jwks_url_are_fetched_from_it() -> None:
+    """With a JWKS URL in the settings, keys are fetched from it."""
     issuer = Issuer()
     async with open_verifier(issuer.settings, transport=JwksEndpoint(issuer.jwks)) as verifier:
         assert (await verifier.verify(issuer.token())).user_id == 7
 
 
-async def test_the_development_secret_is_for_hs256_alone() -> None:
-    """With a development secret HS256 is accepted and nothing else is."""
+async def test_development_secret_accepts_hs256_only() -> None:
+    """With a development secret only HS256 is accepted."""
     issuer = Issuer()
     secret = "for development only, and long enough"  # noqa: S105 # a made-up one
     settings = AuthSettings(

@@ -59,8 +59,8 @@ async def verify(bearer: str, *keys: Ed25519PrivateKey, audience: str = "result-
     return await InternalVerifier([key.public_key() for key in keys or [KEY]], audience).verify(text(bearer))
 
 
-async def test_a_service_learns_the_caller() -> None:
-    """A token carries the user id, the role and the hash of the caller's own token, and nothing else about them."""
+async def test_token_identifies_the_caller() -> None:
+    """A token has the user id, the role and the hash of the caller's own token, and no other data of the caller."""
     bearer = InternalTokens(KEY, "result-store").bearer(CALLER)
     found = await verify(bearer)
     assert (found, found.token_hash) == (CALLER, CALLER.token_hash)
@@ -92,7 +92,7 @@ async def test_token_with_the_longest_roles_is_accepted_and_longer_ones_are_refu
 
 
 @pytest.mark.proves("A7")
-async def test_a_token_is_for_one_service() -> None:
+async def test_token_for_another_service_is_refused() -> None:
     """A token for one service is refused by another."""
     bearer = InternalTokens(KEY, "result-store").bearer(CALLER)
     with pytest.raises(UnauthorizedError) as caught:
@@ -101,8 +101,8 @@ async def test_a_token_is_for_one_service() -> None:
 
 
 @pytest.mark.proves("A7")
-async def test_a_token_lives_for_a_minute() -> None:
-    """A token is refused a minute after it was made, give or take what clocks may differ."""
+async def test_token_expires_after_a_minute() -> None:
+    """A token is refused a minute after its creation, plus the allowed clock difference."""
     clock = Time()
     for age, good in ((LIFE_S + LEEWAY_S - 2, True), (LIFE_S + LEEWAY_S + 2, False), (-LEEWAY_S - 2, False)):
         clock.now = time.time() - age
@@ -125,8 +125,8 @@ CLAIMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.proves("A7")
 @pytest.mark.parametrize("changed", CLAIMS.values(), ids=CLAIMS)
-async def test_other_claims_are_refused(changed: dict[str, Any]) -> None:
-    """Even a token by the gateway's key must hold what one of the gateway's holds."""
+async def test_verifier_refuses_other_claims(changed: dict[str, Any]) -> None:
+    """A token signed with the gateway's key is refused if its claims are not those of the gateway."""
     now = int(time.time())
     claims = {"iss": ISSUER, "aud": "result-store", "sub": "7", "token_hash": "", "iat": now, "exp": now + LIFE_S}
     good = jwt.encode(claims, KEY, "EdDSA", headers={"typ": TYPE})
@@ -137,8 +137,8 @@ async def test_other_claims_are_refused(changed: dict[str, Any]) -> None:
 
 
 @pytest.mark.proves("A7")
-async def test_a_user_cannot_make_one() -> None:
-    """Tokens by other keys, of the issuer of users, of another type or without a signature are refused."""
+async def test_verifier_refuses_tokens_of_other_keys_and_types() -> None:
+    """Tokens by other keys, of the users' issuer, of another type or without a signature are refused."""
     issuer = Issuer()
     claims = {
         "iss": ISSUER,
@@ -159,8 +159,8 @@ async def test_a_user_cannot_make_one() -> None:
             await verify(forged)
 
 
-async def test_a_token_is_signed_once_in_a_while() -> None:
-    """Requests of one caller share a token for some seconds; other callers, services and times have others."""
+async def test_token_is_reused_for_requests_of_one_caller() -> None:
+    """Requests of one caller share a token for some seconds; other callers, services and times get others."""
     clock = Time()
     tokens = InternalTokens(KEY, "result-store", clock=clock)
     first = tokens.bearer(CALLER)
@@ -176,16 +176,16 @@ async def test_a_token_is_signed_once_in_a_while() -> None:
     assert tokens.bearer(CALLER) != first
 
 
-async def test_only_so_many_tokens_are_kept() -> None:
-    """However many callers there are, the memory of their tokens is bounded."""
+async def test_token_cache_is_bounded() -> None:
+    """The memory of cached tokens is bounded for any number of callers."""
     tokens = InternalTokens(KEY, "result-store")
     for user in range(1, MAX_SIGNED + 3):
         tokens.bearer(Principal(user))
     assert len(tokens._signed) == MAX_SIGNED
 
 
-async def test_a_request_costs_little() -> None:
-    """A caller's next request costs a tenth of a millisecond at most on both sides, a new caller's two."""
+async def test_token_costs_little_cpu_time() -> None:
+    """A caller's next request costs at most 0.1 ms on both sides, a new caller's 2 ms."""
     tokens = InternalTokens(KEY, "result-store")
     verifier = InternalVerifier([KEY.public_key()], "result-store")
     await verifier.verify(text(tokens.bearer(CALLER)))
@@ -200,8 +200,8 @@ async def test_a_request_costs_little() -> None:
 
 
 @pytest.mark.parametrize("hours", [-2, 2])
-async def test_the_clock_of_the_service_counts(hours: int) -> None:
-    """A gateway whose clock is hours off makes good tokens once the service has answered, and keeps on when its own is set."""
+async def test_token_times_follow_the_services_clock(hours: int) -> None:
+    """A gateway with a wrong clock creates valid tokens after the first response, also when its clock is corrected."""
     clock = Time()
     clock.now += hours * 3_600
     tokens = InternalTokens(KEY, "result-store", clock=clock)
@@ -218,8 +218,8 @@ async def test_the_clock_of_the_service_counts(hours: int) -> None:
 @pytest.mark.parametrize(
     "date", [None, "", "yesterday", "Fri, 31 Dec 9999 23:59:59 GMT", "Thu, 01 Jan 1970 00:00:00 GMT"]
 )
-async def test_a_clock_far_off_is_not_followed(date: str | None) -> None:
-    """A Date that is missing, unreadable or more than a day off changes nothing."""
+async def test_token_times_ignore_an_invalid_date_header(date: str | None) -> None:
+    """A Date that is missing, invalid or more than a day off changes nothing."""
     tokens = InternalTokens(KEY, "result-store")
     first = tokens.bearer(CALLER)
     tokens.learn(date)
@@ -241,8 +241,8 @@ async def test_keys_rotate(tmp_path: Path) -> None:
         await verifier.verify(text(bearers[0]))
 
 
-def test_a_wrong_file_stops_the_start(tmp_path: Path) -> None:
-    """A file without keys, with too many, with another kind or with the private half is refused by name."""
+def test_invalid_key_file_prevents_the_start(tmp_path: Path) -> None:
+    """A file without keys, with too many, of another kind or with the private key is refused by name."""
     keys = InternalKeys(tmp_path)
     other = ec.generate_private_key(ec.SECP256R1())
     public = keys.public_keys_file.read_text()

@@ -194,14 +194,14 @@ def token(header: dict[str, Any], claims: dict[str, Any]) -> str:
     return jwt.encode(claims | times, SIGNING, "RS256", headers=header)
 
 
-def test_every_provider_has_a_recipe() -> None:
-    """The page has a recipe for each provider whose shapes are here, and for no other."""
+def test_page_has_a_recipe_for_each_provider() -> None:
+    """The page has a recipe for each provider of these tests, and for no other."""
     assert recipes().keys() == SHAPES.keys()
 
 
 @pytest.mark.parametrize("provider", SHAPES)
-async def test_a_recipe_accepts_the_providers_tokens(provider: str) -> None:
-    """With the settings of the page, users and administrators of the provider are accepted as such, under assigned ids."""
+async def test_recipe_accepts_the_providers_tokens(provider: str) -> None:
+    """With the page's settings, users and administrators of the provider are accepted, under assigned ids."""
     header, claims, admins, keys = SHAPES[provider]
     users = Users()
     async with open_verifier(
@@ -214,7 +214,7 @@ async def test_a_recipe_accepts_the_providers_tokens(provider: str) -> None:
 
 
 @pytest.mark.parametrize("provider", SHAPES)
-async def test_a_recipe_refuses_other_audiences(provider: str) -> None:
+async def test_recipe_refuses_other_audiences(provider: str) -> None:
     """A token of the same provider for another application is refused."""
     header, claims, _, keys = SHAPES[provider]
     recipe = recipes()[provider]
@@ -226,8 +226,8 @@ async def test_a_recipe_refuses_other_audiences(provider: str) -> None:
 
 
 @pytest.mark.parametrize("provider", SHAPES)
-async def test_without_mapped_ids_the_reason_is_named(provider: str) -> None:
-    """No provider's `sub` is a user id; without `mapped` the reason says so."""
+async def test_recipe_without_mapped_ids_names_the_reason(provider: str) -> None:
+    """No provider's `sub` is a user id; without `mapped` the error names the reason."""
     header, claims, _, keys = SHAPES[provider]
     recipe = recipes()[provider] | {"SCANFLEET_JWT_USER_IDS": "claim"}
     async with open_verifier(settings(recipe), transport=JwksEndpoint({"keys": keys})) as verifier:

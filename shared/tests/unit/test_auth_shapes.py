@@ -111,8 +111,8 @@ async def test_roles_of_every_shape_are_read(claim: str, claims: dict[str, Any],
         ("https://example.test/user_id", {"https://example.test/user_id": 9}),
     ],
 )
-async def test_a_user_id_may_be_a_number(claim: str, claims: dict[str, Any]) -> None:
-    """A user id is read from a number or a string, at the top or at a path."""
+async def test_user_id_is_a_number_or_string_at_any_path(claim: str, claims: dict[str, Any]) -> None:
+    """A user id is read from a number or a string, at the top level or at a path."""
     issuer = Issuer()
     verifier = with_settings(issuer, jwt_user_claim=claim)
     assert (await verifier.verify(issuer.token(**({"sub": "someone"} | claims)))).user_id == 9
@@ -144,8 +144,8 @@ TYPES: dict[str, tuple[Any, bool]] = {
 
 @pytest.mark.proves("A28", "G14")
 @pytest.mark.parametrize(("type_", "good"), TYPES.values(), ids=TYPES)
-async def test_a_token_of_another_type_is_refused(type_: Any, *, good: bool) -> None:
-    """A type that is present must be an accepted one, in any case."""
+async def test_token_of_another_type_is_refused(type_: Any, *, good: bool) -> None:
+    """If `typ` is present it must be an accepted one, in any case."""
     issuer = Issuer()
     token = issuer.token(headers={"typ": type_})
     if good:
@@ -185,10 +185,10 @@ REASONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 @pytest.mark.proves("A28", "A7", "G14")
 @pytest.mark.parametrize(("claims", "headers", "reason"), REASONS.values(), ids=REASONS)
-async def test_a_refusal_names_the_claim_and_no_value(
+async def test_refusal_names_the_claim_but_not_its_value(
     claims: dict[str, Any], headers: dict[str, Any], reason: str
 ) -> None:
-    """The log and the audit log get the claim and what is wrong with it; the caller gets neither, and no one the value."""
+    """The logs have the claim and the reason; the caller gets neither, and the value is in none of them."""
     issuer = Issuer()
     async with verifying(issuer.jwks) as verifier:
         with capture_logs() as logs, pytest.raises(UnauthorizedError) as caught:
@@ -200,8 +200,8 @@ async def test_a_refusal_names_the_claim_and_no_value(
     assert "secret" not in json.dumps(logs)
 
 
-async def test_two_keys_may_share_an_id() -> None:
-    """Of keys under one id, the token's algorithm selects."""
+async def test_keys_with_the_same_id_are_selected_by_algorithm() -> None:
+    """Among keys with the same id, the token's algorithm selects."""
     keys = {"keys": [jwk("RSA", kid="k", alg="RS256"), jwk("EC", kid="k"), jwk("RSA", kid="k", alg="PS256")]}
     async with verifying(keys) as verifier:
         for token in (sign("RSA", "RS256"), sign("RSA", "PS256"), sign("EC")):
@@ -217,8 +217,8 @@ async def test_members_of_null_are_absent() -> None:
         assert (await verifier.verify(sign("RSA"))).user_id == 7
 
 
-async def test_a_set_without_ids_is_tried_by_algorithm() -> None:
-    """Where keys have no id, any token that one of them signed is good, whatever id it names."""
+async def test_keys_without_ids_are_tried_by_algorithm() -> None:
+    """If keys have no id, a token that one of them signed is valid, whatever id it names."""
     async with verifying({"keys": [jwk("EC"), jwk("OKP"), jwk("RSA")]}) as verifier:
         for kind in ("RSA", "EC", "OKP"):
             assert (await verifier.verify(sign(kind))).user_id == 7
@@ -244,8 +244,8 @@ MISTAKES: dict[str, tuple[object, str]] = {
 
 @pytest.mark.proves("A28", "G14")
 @pytest.mark.parametrize(("answer", "reason"), MISTAKES.values(), ids=MISTAKES)
-async def test_a_mistake_is_reported_as_one(answer: object, reason: str) -> None:
-    """A JWKS URL that is wrong is reported at start and by the readiness check, and callers are not asked to try again soon."""
+async def test_wrong_jwks_url_is_a_configuration_error(answer: object, reason: str) -> None:
+    """A wrong JWKS URL is reported at start and by the readiness check, without a short Retry-After for callers."""
     with capture_logs() as logs:
         async with verifying(answer) as verifier:
             assert [line["log_level"] for line in logs] == ["error", "critical"]
@@ -259,8 +259,8 @@ async def test_a_mistake_is_reported_as_one(answer: object, reason: str) -> None
 @pytest.mark.parametrize(
     "key", [jwk("RSA", alg="RS512"), jwk("P-384"), jwk("RSA", use="enc"), {"kty": "oct", "k": "AAAA"}]
 )
-async def test_a_set_without_a_key_for_us_is_reported(key: dict[str, Any]) -> None:
-    """If no key is for an allowed algorithm, readiness says so and tokens are refused: no retry can help."""
+async def test_key_set_without_an_allowed_algorithm_is_reported(key: dict[str, Any]) -> None:
+    """If no key is for an allowed algorithm, readiness names it and tokens are refused: a retry cannot help."""
     async with verifying({"keys": [key]}) as verifier:
         with pytest.raises(ConfigurationError, match="for an allowed algorithm"):
             await verifier.check()
@@ -269,8 +269,8 @@ async def test_a_set_without_a_key_for_us_is_reported(key: dict[str, Any]) -> No
     assert caught.value.reason.startswith("header alg no key of the JWKS is for an allowed algorithm (RS256, PS256,")
 
 
-async def test_an_outage_is_reported_as_one() -> None:
-    """An endpoint that fails for now is no mistake: callers may try again soon."""
+async def test_unavailable_jwks_url_is_a_dependency_failure() -> None:
+    """A temporarily failing endpoint is not a configuration error: callers may retry soon."""
     for answer in (httpx.Response(500), httpx.Response(429), httpx.Response(408)):
         async with verifying(answer) as verifier:
             with pytest.raises(UnavailableError) as caught:
@@ -327,8 +327,8 @@ HEADERS = ["alg", "kid", "typ", "crit", "jku", "x5c", "b64", "zip"]
 @pytest.mark.parametrize(
     ("claim", "good"), [("jti", True), ("roles", True), ("sub", False), ("aud", False), ("iss", False)]
 )
-async def test_a_lone_surrogate_is_no_error_of_ours(claim: str, *, good: bool) -> None:
-    """Text that JSON can hold and UTF-8 cannot is refused, or does no harm where any text may be."""
+async def test_lone_surrogate_causes_no_internal_error(claim: str, *, good: bool) -> None:
+    """Text that is valid in JSON but not in UTF-8 is refused, or harmless where any text is allowed."""
     changed: dict[str, Any] = {claim: "\ud800"}
     token = ISSUER.token(**changed)
     if good:
@@ -345,10 +345,10 @@ async def test_a_lone_surrogate_is_no_error_of_ours(claim: str, *, good: bool) -
     headers=st.dictionaries(st.sampled_from(HEADERS), JSON, max_size=3),
     user_claim=st.sampled_from(["sub", "roles", "a.b", "jti"]),
 )
-async def test_no_shape_of_a_token_is_an_error_of_ours(
+async def test_token_of_any_shape_causes_no_internal_error(
     claims: dict[str, Any], headers: dict[str, Any], user_claim: str
 ) -> None:
-    """Whatever JSON a signed token holds in any place, it is accepted or refused."""
+    """A signed token with any JSON in any place is accepted or refused."""
     issuer = ISSUER
     verifier = with_settings(issuer, jwt_user_claim=user_claim, jwt_roles_claim="roles")
     good = issuer.claims() | claims
@@ -359,7 +359,7 @@ async def test_no_shape_of_a_token_is_an_error_of_ours(
 
 @settings(max_examples=150, deadline=None)
 @given(document=JSON | st.fixed_dictionaries({"keys": st.lists(JSON | JWK, max_size=3)}))
-async def test_no_shape_of_a_key_set_is_an_error_of_ours(document: Any) -> None:
-    """Whatever JSON the JWKS URL answers, it has no usable key or some."""
+async def test_key_set_of_any_shape_causes_no_internal_error(document: Any) -> None:
+    """Any JSON from the JWKS URL yields some usable keys or none."""
     with suppress(_FetchError):
         assert _from_jwks(document, ("RS256", "ES256", "EdDSA"))

@@ -34,7 +34,7 @@ def test_times_are_written_in_one_width(time: datetime, text: str) -> None:
     assert model.json_schema(mode="serialization") == {"type": "string", "format": "date-time"}
 
 
-def test_a_time_without_a_zone_is_none() -> None:
-    """A time that does not say where it holds is refused."""
+def test_time_without_a_zone_is_refused() -> None:
+    """A time without a time zone is refused."""
     with pytest.raises(ValidationError):
         TypeAdapter(Time).validate_python(datetime(2026, 1, 1))  # noqa: DTZ001 # that is the claim

@@ -19,8 +19,8 @@ from scanfleet import errors
         (errors.UnavailableError, 503),
     ],
 )
-def test_an_answer_carries_its_status(error: type[errors.PublicError], status: int) -> None:
-    """Each public error is one HTTP status with the caller's message."""
+def test_public_error_has_its_status_and_message(error: type[errors.PublicError], status: int) -> None:
+    """Each public error has one HTTP status and the caller's message."""
     answer = error("what is wrong")
     assert (answer.status, answer.message, str(answer)) == (status, "what is wrong", "what is wrong")
 
@@ -34,8 +34,8 @@ def test_public_error_has_retry_or_authentication_headers() -> None:
     assert errors.NotFoundError("no such job").headers == {}
 
 
-def test_a_refusal_names_its_rule() -> None:
-    """An error is a refusal when it names the rule that was broken; a missing token always does."""
+def test_refusal_names_its_rule() -> None:
+    """An error is a refusal if it names the violated rule; a missing token always does."""
     assert errors.UnauthorizedError("no token").rule is errors.Rule.TOKEN
     assert errors.ForbiddenError("not yours", rule=errors.Rule.OWNER).rule is errors.Rule.OWNER
     assert errors.NotFoundError("no such job").rule is None

@@ -53,8 +53,8 @@ def test_entry_with_control_characters_is_one_printable_line(lines: Any) -> None
     assert second["event"] == f"from a library: {hostile}"
 
 
-def test_an_entry_says_where_it_is_from(lines: Any) -> None:
-    """An entry names its service, instance, logger and level, and the request and the trace in hand."""
+def test_entry_names_service_logger_request_and_trace(lines: Any) -> None:
+    """An entry has its service, instance, logger and level, and the current request and trace."""
     with (
         tracing.within("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
         structlog.contextvars.bound_contextvars(request_id="r-1", job_id=41),
@@ -68,15 +68,15 @@ def test_an_entry_says_where_it_is_from(lines: Any) -> None:
     assert entry["timestamp"].endswith("Z")
 
 
-def test_the_level_is_a_setting(lines: Any) -> None:
-    """Entries below the configured level are left out."""
+def test_entries_below_the_level_are_omitted(lines: Any) -> None:
+    """Entries below the configured level are omitted."""
     structlog.stdlib.get_logger("x").debug("hidden")
     logging.getLogger("library").debug("hidden")
     assert lines() == []
 
 
 @pytest.mark.proves("A17")
-def test_an_exception_is_on_its_line(lines: Any) -> None:
+def test_exception_is_in_one_line_with_its_entry(lines: Any) -> None:
     """A traceback is part of its entry."""
     structlog.stdlib.get_logger("x").error("failed", exc_info=ValueError("two\nlines"))
     (entry,) = lines()

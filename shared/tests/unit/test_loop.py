@@ -11,8 +11,8 @@ from scanfleet.runtime.loop import Loop
 from scanfleet_testing.waiting import until
 
 
-async def test_what_comes_soon_after_a_step_shares_the_next_one() -> None:
-    """However often a loop is woken within its least pause, one more step follows, and not before the pause is over."""
+async def test_wake_ups_within_the_least_interval_share_one_step() -> None:
+    """Any number of wake-ups within the minimum interval cause one more step, and only after the interval."""
     begun: list[float] = []
     stepped = asyncio.Event()
 

@@ -60,36 +60,36 @@ def leaves(kind: type[Message]) -> Iterator[type[Message]]:
         yield kind
 
 
-def test_every_message_has_a_topic() -> None:
-    """A message that is defined is in the registry."""
+def test_registry_contains_every_message() -> None:
+    """Every message that is defined is in the registry."""
     assert {leaf for kind in Message.__subclasses__() for leaf in leaves(kind)} == set(export.messages())
 
 
 @pytest.mark.parametrize(
     "folder", [export.EXAMPLES / export.CURRENT, export.SCHEMAS], ids=lambda folder: str(folder.name)
 )
-def test_every_message_has_its_example_and_schema(folder: Any) -> None:
+def test_messages_have_one_example_and_schema_per_version(folder: Any) -> None:
     """There is one file for each version of each message, and no other."""
     assert {path.name for path in folder.iterdir()} == {export.file_name(kind) for kind in export.messages()}
 
 
 @every_example
-def test_an_example_of_any_release_is_read(path: Path) -> None:
-    """An example parses, whichever release published it, and the message writes that very JSON again."""
+def test_examples_of_every_release_round_trip(path: Path) -> None:
+    """An example of any release parses, and the message is serialised to the same JSON."""
     message = kind_of(path).model_validate_json(json.dumps(read(path)))
     assert json.loads(message.model_dump_json(exclude_unset=True)) == read(path)
 
 
 @every_message
-def test_the_current_example_shows_every_field(kind: type[Message]) -> None:
-    """The example of the release in the making leaves no field out, at any depth."""
+def test_current_examples_have_every_field(kind: type[Message]) -> None:
+    """The example of the unreleased version has every field, at any depth."""
     assert json.loads(kind.model_validate(example(kind)).model_dump_json()) == example(kind)
 
 
 @pytest.mark.proves("F28")
 @every_example
-def test_an_unknown_field_is_ignored_at_any_depth(path: Path) -> None:
-    """An optional field that a later release adds to a message, or to any part of one, leaves the message as it was."""
+def test_unknown_field_is_ignored_at_any_depth(path: Path) -> None:
+    """An optional field that a later release adds to any part of a message does not change the message."""
     kind, known = kind_of(path), kind_of(path).model_validate(read(path))
     (topic, *_) = (topic for topic in TOPICS if kind in topic.messages)
     envelope = encode(topic, known, source="test")
@@ -100,8 +100,8 @@ def test_an_unknown_field_is_ignored_at_any_depth(path: Path) -> None:
 
 
 @every_message
-def test_a_schema_is_that_of_its_message(kind: type[Message]) -> None:
-    """The committed schema is what the code says, and the examples of all releases conform to it."""
+def test_schemas_match_their_messages(kind: type[Message]) -> None:
+    """The committed schema matches the code, and the examples of all releases conform to it."""
     text = (export.SCHEMAS / export.file_name(kind)).read_text(encoding="utf-8")
     assert text == export.schemas()[export.file_name(kind)]
     jsonschema.Draft202012Validator.check_schema(json.loads(text))
@@ -117,8 +117,8 @@ def test_topic_names_are_hyphenated_words_and_unique() -> None:
 
 
 @every_topic
-def test_a_topic_names_services_and_is_kept(topic: Topic) -> None:
-    """A topic has messages, comes from and goes to services that there are, and keeps what it holds for a while."""
+def test_topics_have_messages_services_and_retention(topic: Topic) -> None:
+    """A topic has messages, existing services as producers and consumers, and a retention time."""
     services = {GATEWAY, ORCHESTRATOR, WORKER, RESULT_STORE}
     operators = {OPERATOR} if topic is SCAN_AUDIT_OPERATOR else set()
     assert topic.messages
@@ -131,7 +131,7 @@ def test_a_topic_names_services_and_is_kept(topic: Topic) -> None:
 
 
 @every_pair
-def test_a_message_has_what_its_key_and_envelope_need(topic: Topic, kind: type[Message]) -> None:
+def test_messages_have_key_and_subject(topic: Topic, kind: type[Message]) -> None:
     """Key and subject of a message come from its own fields."""
     message = kind.model_validate(example(kind))
     assert topic.key_of(message)
@@ -139,8 +139,8 @@ def test_a_message_has_what_its_key_and_envelope_need(topic: Topic, kind: type[M
 
 
 @every_pair
-def test_another_library_reads_our_events(topic: Topic, kind: type[Message]) -> None:
-    """The CloudEvents project's own reader finds in a record what was put there."""
+def test_records_are_read_by_the_cloudevents_library(topic: Topic, kind: type[Message]) -> None:
+    """The CloudEvents project's own library reads the same event from a record."""
     message = kind.model_validate(example(kind) | {"traceparent": TRACEPARENT})
     envelope = encode(topic, message, source="job-orchestrator")
     event = from_binary_event(KafkaMessage(dict(envelope.headers), envelope.key, envelope.value))
@@ -159,8 +159,8 @@ def test_another_library_reads_our_events(topic: Topic, kind: type[Message]) -> 
 
 
 @every_pair
-def test_what_is_encoded_is_decoded(topic: Topic, kind: type[Message]) -> None:
-    """A message comes out of its record equal, its traceparent from the header and not from the value."""
+def test_decode_is_the_inverse_of_encode(topic: Topic, kind: type[Message]) -> None:
+    """A decoded message is equal to the encoded one; its traceparent is from the header, not from the value."""
     message = kind.model_validate(example(kind) | {"traceparent": TRACEPARENT})
     envelope = encode(topic, message, source="test")
     assert TRACEPARENT.encode() not in envelope.value
@@ -177,16 +177,16 @@ def test_copies_of_a_message_can_be_told(name: str) -> None:
     assert kind.model_validate(example(kind)).event_id == kind.model_validate(example(kind)).event_id
 
 
-def test_a_host_is_the_same_event_in_every_attempt() -> None:
-    """Two attempts that find one address make one event id: the first in the log wins."""
+def test_host_scanned_id_is_the_same_in_every_attempt() -> None:
+    """Two attempts that find the same address use one event id: the first in the log wins."""
     (kind,) = (kind for kind in export.messages() if kind.__name__ == "HostScanned")
     again = example(kind) | {"attempt": 2, "worker_id": "another"}
     assert kind.model_validate(again).event_id == kind.model_validate(example(kind)).event_id
 
 
 @every_pair
-def test_a_value_on_a_public_topic_names_its_event_and_has_every_field(topic: Topic, kind: type[Message]) -> None:
-    """A sink that reads values alone can deduplicate public events, and finds enumerations that hold their default."""
+def test_public_values_have_event_id_and_every_field(topic: Topic, kind: type[Message]) -> None:
+    """A sink that reads only values can deduplicate public events, and gets fields with default values too."""
     bare = {name: value for name, value in example(kind).items() if kind.model_fields[name].is_required()}
     message = kind.model_validate(bare)
     envelope = encode(topic, message, source="test")
@@ -195,8 +195,8 @@ def test_a_value_on_a_public_topic_names_its_event_and_has_every_field(topic: To
     assert value == json.loads(message.model_dump_json())
 
 
-def test_a_host_that_is_too_large_leaves_out_what_holds_its_default() -> None:
-    """Only a value that would exceed the limit is written without defaults, and reads back equal."""
+def test_oversized_host_omits_fields_with_default_values() -> None:
+    """Only a value that would exceed the limit omits default values, and it decodes to an equal message."""
     found = tuple(PortFound(port=port, service="tcpwrapped-service") for port in range(MAX_FOUND))
     host = HostScanned.model_validate(example(HostScanned)).model_copy(update={"ports": found})
     envelope = encode(SCAN_RESULTS, host, source="test")
@@ -205,8 +205,8 @@ def test_a_host_that_is_too_large_leaves_out_what_holds_its_default() -> None:
     assert (value["event_id"], value["ports"][0]) == (host.event_id, {"port": 0, "service": "tcpwrapped-service"})
 
 
-def test_the_asyncapi_document_describes_the_public_topics() -> None:
-    """Every reference leads somewhere, every public topic and message is there, and the examples conform to their schemas."""
+def test_asyncapi_document_describes_the_public_topics() -> None:
+    """Every reference resolves, every public topic and message is present, and the examples conform to their schemas."""
     document = export.asyncapi()
     for path in re.findall(r'"\$ref": "#/([^"]*)"', json.dumps(document)):
         found: Any = document

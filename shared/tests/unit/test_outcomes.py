@@ -79,13 +79,13 @@ def test_counts_account_for_every_address(outcomes: str) -> None:
 
 
 @given(FIRST, st.integers(0, MAX_ADDRESSES))
-def test_an_address_has_one_place(first: str, index: int) -> None:
-    """The address of a place is at that place."""
+def test_index_of_is_the_inverse_of_address_at(first: str, index: int) -> None:
+    """The address at a position is found at that position."""
     assert index_of(first, str(address_at(first, index))) == index
 
 
-def test_an_address_may_lie_outside_the_map() -> None:
-    """An address before the first has a negative place."""
+def test_index_of_an_address_before_the_map_is_negative() -> None:
+    """An address before the first has a negative position."""
     assert index_of("10.0.0.5", "10.0.0.1") == -4
 
 
@@ -110,13 +110,13 @@ def test_networks_are_few() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "b", "a b", "a\n", "." * (MAX_ADDRESSES + 1)])
-def test_a_message_carries_only_maps(text: str) -> None:
-    """Other letters, an empty map and one that no chunk can have are invalid."""
+def test_message_with_an_invalid_map_is_refused(text: str) -> None:
+    """Other letters, an empty map and one above the size of a chunk are invalid."""
     with pytest.raises(ValidationError):
         TypeAdapter(OutcomeMap).validate_python(text)
 
 
-def test_a_message_carries_every_letter() -> None:
-    """A map may hold each letter, and be as long as a chunk may be."""
+def test_message_accepts_every_letter_and_the_maximum_length() -> None:
+    """A map may contain each letter, and be as long as a chunk may be."""
     assert TypeAdapter(OutcomeMap).validate_python(LETTERS) == LETTERS
     assert TypeAdapter(OutcomeMap).validate_python("." * MAX_ADDRESSES)

@@ -19,22 +19,22 @@ from scanfleet.scanning.policy import (
 )
 
 
-def test_every_preset_is_told_apart_and_complete() -> None:
-    """A preset needs nothing else, and no two scan alike."""
+def test_presets_are_distinct_and_complete() -> None:
+    """A preset needs no other value, and no two presets are equal."""
     policies = [fill_in(preset, {}) for preset in Preset]
     assert len({policy.model_dump_json(exclude={"preset"}) for policy in policies}) == len(Preset)
     assert all(PRESETS[preset].keys() == ScanPolicy.model_fields.keys() - {"preset"} for preset in Preset)
 
 
 @pytest.mark.parametrize("preset", Preset)
-def test_what_is_given_wins_over_the_preset(preset: Preset) -> None:
+def test_given_field_overrides_the_preset(preset: Preset) -> None:
     """A given field replaces the preset's value and leaves the others."""
     policy = fill_in(preset, {"ports": "22", "timing": 0})
     assert policy == fill_in(preset, {}).model_copy(update={"ports": "22", "timing": 0})
 
 
-def test_a_policy_reads_back() -> None:
-    """The JSON of a policy is the policy."""
+def test_policy_round_trips_through_json() -> None:
+    """The JSON of a policy parses to an equal policy."""
     policy = fill_in(Preset.FULL, {"ports": "80,22,81", "max_rate": 100})
     assert policy.ports == "22,80-81"
     assert ScanPolicy.model_validate_json(policy.model_dump_json()) == policy
@@ -132,16 +132,16 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_stored_policy_of_another_release_is_read_and_not_executed(name: str) -> None:
-    """A value that only another release allows is read and written back, and stops in front of the command line."""
+def test_stored_policy_of_another_release_is_read_but_not_executed(name: str) -> None:
+    """A value that only another release allows is read and written unchanged, but not executed."""
     policy = ScanPolicy.model_validate({name: OTHERS[name]})
     assert policy.model_dump(mode="json")[name] == OTHERS[name]
     with pytest.raises(PolicyError, match=name):
         executable(policy)
 
 
-def test_a_stored_policy_of_another_release_may_lack_fields_or_have_more() -> None:
-    """A missing field has its default and an unknown one is ignored, at no loss of the others."""
+def test_stored_policy_with_missing_or_unknown_fields_is_read() -> None:
+    """A missing field has its default and an unknown one is ignored; the other fields are kept."""
     assert ScanPolicy.model_validate({}) == fill_in(Preset.STANDARD, {})
     assert ScanPolicy.model_validate({"timing": 1, "colour": {"deep": [1]}}).timing == 1
 
@@ -165,14 +165,14 @@ def test_a_stored_policy_of_another_release_may_lack_fields_or_have_more() -> No
         {"timing": 6},
     ],
 )
-def test_a_stored_policy_is_bounded(forged: dict[str, Any]) -> None:
+def test_stored_policy_fields_are_bounded(forged: dict[str, Any]) -> None:
     """Words, numbers and lists of a stored policy are bounded, whichever release wrote them."""
     with pytest.raises(ValidationError):
         ScanPolicy.model_validate(forged)
 
 
-def test_an_executable_policy_has_its_rates_in_order() -> None:
-    """A floor above the ceiling is read and not executed."""
+def test_policy_with_min_rate_above_max_rate_is_not_executable() -> None:
+    """A policy with min_rate above max_rate is read but not executed."""
     policy = ScanPolicy.model_validate({"min_rate": 200, "max_rate": 100})
     with pytest.raises(PolicyError, match="above max_rate"):
         executable(policy)

@@ -109,8 +109,8 @@ def test_refuses_what_is_not_of_the_syntax(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["ssh,80", "http*", "[1-1024]"])
-def test_a_refusal_says_what_is_accepted(text: str) -> None:
-    """A name of a service or a bracket gets the accepted forms, and what is not accepted."""
+def test_parse_error_names_the_accepted_syntax(text: str) -> None:
+    """The error for a service name or a bracket names it and the accepted forms."""
     with pytest.raises(ValueError, match=r'"T:80,U:53" or "top:100".*not names of services and nothing in brackets'):
         PortSet.parse(text)
 
@@ -133,8 +133,8 @@ def test_refuses_a_text_that_is_too_long() -> None:
 
 
 @given(TEXT)
-def test_the_canonical_text_reads_back(text: str) -> None:
-    """Writing and reading again changes neither the ports nor the text."""
+def test_canonical_text_round_trips(text: str) -> None:
+    """Formatting and parsing again changes neither the ports nor the text."""
     ports = PortSet.parse(text)
     assert PortSet.parse(str(ports)) == ports
     assert str(PortSet.parse(str(ports))) == str(ports)
@@ -177,8 +177,8 @@ def test_sets_meet_if_they_share_a_port(text: str, other: str) -> None:
 
 
 @given(st.integers(1, MAX_TOP), st.integers(1, MAX_TOP))
-def test_the_most_common_ports_are_cut_by_rank(top: int, size: int) -> None:
-    """`top:N` counts N TCP ports, reads back, and its blocks are consecutive ranks that read back too."""
+def test_blocks_of_top_ports_are_consecutive_ranks(top: int, size: int) -> None:
+    """`top:N` counts N TCP ports, round-trips, and its blocks are consecutive ranks that round-trip too."""
     ports = PortSet.parse(f"top:{top}")
     assert (ports.count, ports.tcp_count, ports.udp_count) == (top, top, 0)
     assert str(ports) == f"top:{top}"
@@ -227,7 +227,7 @@ def test_parse_ranges_malformed_is_rejected(text: str) -> None:
         ("top:50", "U:53", False),
     ],
 )
-def test_two_sets_meet_where_a_port_is_in_both(some: str, others: str, *, meet: bool) -> None:
-    """Numbers are compared by protocol, ranks with ranks; which numbers a rank has is unknown, so it may be any of TCP."""
+def test_meets_compares_numbers_and_ranks(some: str, others: str, *, meet: bool) -> None:
+    """Numbers are compared by protocol, ranks with ranks; a rank may be any TCP port, since its number is unknown."""
     assert PortSet.parse(some).meets(PortSet.parse(others)) is meet
     assert PortSet.parse(others).meets(PortSet.parse(some)) is meet

@@ -13,8 +13,8 @@ from scanfleet_testing.proxy import Proxy, proxy
 LIMIT = 10.0  # seconds for what comes at once
 
 
-async def test_a_connection_that_is_cut_before_it_was_taken_up_is_closed() -> None:
-    """A cut ends every connection, one whose other end was not yet looked for too."""
+async def test_cut_closes_a_connection_without_an_upstream() -> None:
+    """A cut closes every connection, also one whose upstream connection is not open yet."""
     ours, theirs = socket.socketpair()
     with theirs:
         reader, writer = await asyncio.open_connection(sock=ours)

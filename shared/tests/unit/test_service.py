@@ -165,22 +165,22 @@ def calling(app: FastAPI) -> httpx.AsyncClient:
         ("bug", 500, "Internal Server Error", {}),
     ],
 )
-async def test_every_error_is_an_answer(
+async def test_errors_have_one_format_and_no_internal_details(
     client: httpx.AsyncClient,
     kind: str,
     status: int,
     error: str,
     headers: dict[str, str],
 ) -> None:
-    """An error is answered with its status and headers in the one shape, and what is internal stays inside."""
+    """An error is answered with its status and headers in the common format, without internal details."""
     answer = await client.get(f"/thing/raise/{kind}")
     assert (answer.status_code, answer.json()) == (status, {"error": error})
     assert answer.headers["X-Request-ID"]
     assert {name: answer.headers.get(name) for name in headers} == headers
 
 
-async def test_a_late_failure_is_not_hidden(app: FastAPI) -> None:
-    """A failure in the middle of an answer reaches the server, which cuts the connection."""
+async def test_error_during_a_response_aborts_the_connection(app: FastAPI) -> None:
+    """An error in the middle of a response reaches the server, which aborts the connection."""
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         with pytest.raises(ZeroDivisionError):
             await client.get("/thing/raise/late/bug")
@@ -203,22 +203,22 @@ async def test_a_late_failure_is_not_hidden(app: FastAPI) -> None:
         (b"", ""),
     ],
 )
-async def test_an_invalid_body_is_a_400(client: httpx.AsyncClient, body: bytes, error: str) -> None:
-    """An invalid body is a 400 that says where and how, never a 422 or a 500."""
+async def test_invalid_body_is_a_400(client: httpx.AsyncClient, body: bytes, error: str) -> None:
+    """An invalid body is a 400 that names the field and the reason, never a 422 or a 500."""
     answer = await client.post("/thing", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
     assert error in answer.json()["error"]
 
 
-async def test_an_error_quotes_little(client: httpx.AsyncClient) -> None:
-    """However much is wrong with a request, its error stays short and plain ASCII."""
+async def test_error_of_a_very_invalid_request_is_short(client: httpx.AsyncClient) -> None:
+    """The error of a request with many invalid values is short, plain ASCII."""
     answer = await client.post("/thing", json={"\u202e" * 40 + str(number): 1 for number in range(5)})
     assert answer.status_code == 400
     assert len(answer.json()["error"]) <= 500
     assert answer.content.isascii()
 
 
-async def test_an_invalid_query_is_a_400(client: httpx.AsyncClient) -> None:
+async def test_invalid_query_is_a_400(client: httpx.AsyncClient) -> None:
     """An invalid query parameter is a 400 that names it."""
     for page in ("0", "x", "", "1.5", "9" * 5000):
         answer = await client.get("/thing", params={"page": page})
@@ -227,8 +227,8 @@ async def test_an_invalid_query_is_a_400(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize("id_", ["0", "-1", "01", "1.0", "x", "%201", "\u0661", str(2**53), "9" * 5000])
-async def test_an_id_that_cannot_be_one_is_not_found(client: httpx.AsyncClient, id_: str) -> None:
-    """An id in a path that is not an integer in its one spelling is a 404."""
+async def test_invalid_path_id_is_a_404(client: httpx.AsyncClient, id_: str) -> None:
+    """An id in a path that is not an integer in canonical form is a 404."""
     answer = await client.get(f"/thing/{id_}")
     assert (answer.status_code, answer.json()) == (404, {"error": "Not Found"})
 
@@ -297,8 +297,8 @@ async def test_json_is_printable_ascii(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.proves("A16")
-async def test_a_body_has_a_limit(client: httpx.AsyncClient) -> None:
-    """A body of the limit is read; one byte more is a 413, announced or not."""
+async def test_body_above_the_limit_is_a_413(client: httpx.AsyncClient) -> None:
+    """A body of the maximum size is accepted; one byte more is a 413, announced or not."""
 
     async def pieces(count: int) -> AsyncIterator[bytes]:
         for _ in range(count):
@@ -313,8 +313,8 @@ async def test_a_body_has_a_limit(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.proves("A16")
-async def test_a_body_has_its_time(client: httpx.AsyncClient, app: FastAPI) -> None:
-    """A body that comes too slowly is a 408 that ends the connection."""
+async def test_body_that_arrives_too_slowly_is_a_408(client: httpx.AsyncClient, app: FastAPI) -> None:
+    """A body that arrives too slowly is a 408 that closes the connection."""
     app.user_middleware[0].kwargs["max_body_seconds"] = 0.02
 
     async def stalling() -> AsyncIterator[bytes]:
@@ -339,8 +339,8 @@ class Counting:
 
 
 @pytest.mark.proves("A7")
-async def test_a_token_comes_before_everything_else(client: httpx.AsyncClient, app: FastAPI) -> None:
-    """Without a good token the answer is 401 whatever the body is, and not a byte of it is read."""
+async def test_invalid_token_is_a_401_before_the_body_is_read(client: httpx.AsyncClient, app: FastAPI) -> None:
+    """Without a valid token the answer is 401 whatever the body is, and no byte of it is read."""
     app.state.verifier = Issuer().verifier
 
     async def untouched() -> AsyncIterator[bytes]:
@@ -365,7 +365,7 @@ async def test_token_is_verified_once_per_request(client: httpx.AsyncClient, app
     assert len(counting.asked) == 1
 
 
-async def test_a_route_without_a_guard_has_no_caller(client: httpx.AsyncClient, app: FastAPI) -> None:
+async def test_unguarded_route_has_no_caller(client: httpx.AsyncClient, app: FastAPI) -> None:
     """A route that uses the caller without being guarded answers no request."""
     app.add_api_route("/forgotten", create_guarded, methods=["POST"])
     answer = await client.post("/forgotten", json={"size": 3}, headers=Issuer().bearer(7))
@@ -393,8 +393,8 @@ async def test_request_id_of_a_caller_is_kept_apart(
 
 @pytest.mark.proves("A17")
 @pytest.mark.parametrize("request_id", ["", " ", "a b", "x" * 65, "a\tb", "{}", "\u00e9", "a\x85b"])
-async def test_a_bad_request_id_is_replaced(client: httpx.AsyncClient, request_id: str) -> None:
-    """A request id of other characters or too long is replaced by one of ours."""
+async def test_invalid_request_id_is_replaced(client: httpx.AsyncClient, request_id: str) -> None:
+    """A request id that is too long or has other characters is replaced by a generated one."""
     raw = [(b"X-Request-ID", request_id.encode("latin-1"))]
     answer = await client.get("/thing", headers=raw)
     assert re.fullmatch("[0-9a-f]{32}", answer.headers["X-Request-ID"])
@@ -407,8 +407,8 @@ async def test_traceparent_of_a_stranger_is_replaced() -> None:
     assert current[3:35] != TRACEPARENT[3:35]
 
 
-async def test_a_good_traceparent_is_continued(client: httpx.AsyncClient) -> None:
-    """A traceparent that can be parsed is what goes on from here."""
+async def test_valid_traceparent_is_continued(client: httpx.AsyncClient) -> None:
+    """A valid traceparent is propagated."""
     assert (await client.get("/thing/trace/current", headers={"traceparent": TRACEPARENT})).json() == TRACEPARENT
 
 
@@ -425,8 +425,8 @@ async def test_a_good_traceparent_is_continued(client: httpx.AsyncClient) -> Non
         TRACEPARENT[:36] + "0" * 16 + "-01",
     ],
 )
-async def test_a_bad_traceparent_is_replaced(client: httpx.AsyncClient, traceparent: str) -> None:
-    """A traceparent that cannot be parsed is replaced by a new trace."""
+async def test_invalid_traceparent_is_replaced(client: httpx.AsyncClient, traceparent: str) -> None:
+    """An invalid traceparent is replaced by a new trace."""
     current = (await client.get("/thing/trace/current", headers={"traceparent": traceparent})).json()
     assert re.fullmatch("00-[0-9a-f]{32}-[0-9a-f]{16}-00", current)
     assert current != traceparent
@@ -443,8 +443,8 @@ async def test_health_is_that_of_the_loops(app: FastAPI, probes: httpx.AsyncClie
     assert (answer.status_code, set(answer.json())) == (503, {"error"})
 
 
-async def test_a_process_with_a_dead_loop_ends(app: FastAPI) -> None:
-    """A service whose loop has died ends its own process, so that its supervisor starts another."""
+async def test_process_with_a_dead_loop_exits(app: FastAPI) -> None:
+    """A service whose loop has died exits, so that its supervisor restarts it."""
     loop, running, ended = Loop(), asyncio.get_running_loop(), asyncio.Event()
     app.state.probes.watch(loop)
     running.add_signal_handler(signal.SIGTERM, ended.set)
@@ -487,8 +487,8 @@ async def test_readiness_while_starting_or_ending_is_503(app: FastAPI, probes: h
     assert (await probes.get("/healthz")).status_code == 200
 
 
-async def test_a_check_that_hangs_is_a_failed_one(app: FastAPI, probes: httpx.AsyncClient) -> None:
-    """A dependency that does not answer counts as away, so that the probe itself always answers."""
+async def test_readiness_check_that_hangs_counts_as_failed(app: FastAPI, probes: httpx.AsyncClient) -> None:
+    """A dependency that does not answer counts as unavailable, so that the probe itself always answers."""
 
     async def hang() -> None:
         await asyncio.Event().wait()

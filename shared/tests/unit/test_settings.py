@@ -20,7 +20,7 @@ def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.denied_networks == ()
 
 
-def test_nothing_may_be_scanned_by_default() -> None:
+def test_default_settings_refuse_every_target() -> None:
     """Without a setting every target is refused."""
     assert TargetSettings().target_rules.refusal(IPv4Network("127.0.0.1/32"))
 
@@ -43,8 +43,8 @@ def test_rules_are_made_of_the_settings() -> None:
 
 
 @pytest.mark.parametrize("network", ["127.0.0.1/8", "127.1", "0x7f000001", "localhost", "127.0.0.0/33", "2130706433"])
-def test_a_misspelt_network_stops_the_start(network: str) -> None:
-    """An allowed or denied network in any odd spelling is refused, so that no list is other than it looks."""
+def test_misspelt_network_prevents_the_start(network: str) -> None:
+    """An allowed or denied network in a non-canonical spelling is refused, so that a list means what it appears to."""
     for field in ("allowed_networks", "denied_networks"):
         with pytest.raises(ValidationError):
             TargetSettings.model_validate({field: f"10.0.0.0/8,{network}"})
@@ -81,14 +81,14 @@ def test_a_misspelt_network_stops_the_start(network: str) -> None:
         (AuthSettings, {"jwt_issuer": "i", "jwt_audience": "a", "jwt_jwks_url": "file:///etc/passwd"}),
     ],
 )
-def test_a_bad_setting_stops_the_start(settings: type[CommonSettings], values: dict[str, object]) -> None:
-    """A setting that is missing or cannot be right is refused."""
+def test_invalid_setting_prevents_the_start(settings: type[CommonSettings], values: dict[str, object]) -> None:
+    """A setting that is missing or invalid is refused."""
     with pytest.raises(ValidationError):
         settings.model_validate(values)
 
 
-def test_a_secret_is_read_from_its_file(tmp_path: Path) -> None:
-    """A file holds the secret, with or without the newline that an editor puts at its end, and is asked for when it is needed."""
+def test_secret_is_read_from_its_file(tmp_path: Path) -> None:
+    """A file contains the secret, with or without a final newline, and is read when it is needed."""
     for number, ending in enumerate(("", "\n", "\r\n")):
         secret = tmp_path / str(number)
         kafka = KafkaSettings(kafka="h:1", kafka_username="u", kafka_password_file=secret)

@@ -104,8 +104,8 @@ def test_names_the_network_of_an_address_with_host_bits(text: str, network: str)
 
 @pytest.mark.proves("A1", "A4", "G12")
 @given(st.text(max_size=60))
-def test_a_text_is_read_or_refused_as_a_value_error(text: str) -> None:
-    """No text raises anything but ValueError, and one that is read is plain ASCII without spaces."""
+def test_parse_network_returns_or_raises_value_error(text: str) -> None:
+    """Every text is parsed or raises ValueError; a parsed one is plain ASCII without spaces."""
     try:
         parse_network(text)
     except ValueError:
@@ -114,7 +114,7 @@ def test_a_text_is_read_or_refused_as_a_value_error(text: str) -> None:
     assert not set(text) - set("0123456789abcdefABCDEF.:/")
 
 
-def test_nothing_is_allowed_by_default() -> None:
+def test_rules_allow_no_target_by_default() -> None:
     """An operator who names no networks has allowed none."""
     assert rules().refusal(parse_network("127.0.0.1")) == (
         "127.0.0.1/32 is not within the networks that this platform allows"
@@ -148,8 +148,8 @@ def test_deny_wins_over_allow() -> None:
 
 
 @pytest.mark.proves("A5")
-def test_a_network_has_a_size_limit() -> None:
-    """The largest network holds exactly the limit."""
+def test_rules_refuse_a_network_above_the_size_limit() -> None:
+    """The largest allowed network has exactly the maximum size."""
     small = rules("10.0.0.0/8", max_addresses=256)
     assert small.refusal(parse_network("10.0.0.0/24")) is None
     assert small.refusal(parse_network("10.0.0.0/23")) == "10.0.0.0/23 has 512 addresses; a subnet has at most 256"
@@ -186,8 +186,8 @@ def test_a_network_has_a_size_limit() -> None:
         "64:ff9b:1::7f00:1",
     ],
 )
-def test_some_networks_are_never_scanned(text: str) -> None:
-    """Metadata, link-local, multicast, unspecified, reserved and unknowable addresses are refused though all is allowed."""
+def test_rules_always_refuse_special_networks(text: str) -> None:
+    """Special and undecidable networks are refused even if all networks are allowed."""
     everything = TargetRules(EVERYTHING, max_addresses=2**128)
     reason = everything.refusal(parse_network(text))
     assert reason is not None
@@ -223,8 +223,8 @@ def test_some_networks_are_never_scanned(text: str) -> None:
         "::/0",
     ],
 )
-def test_an_embedded_ipv4_address_must_be_acceptable_itself(text: str) -> None:
-    """An IPv6 network is refused if any IPv4 address that its packets may end at is refused."""
+def test_rules_refuse_ipv6_with_a_refused_embedded_ipv4(text: str) -> None:
+    """An IPv6 network is refused if an IPv4 address that its packets may reach is refused."""
     everything = TargetRules(EVERYTHING, (IPv4Network("10.0.0.0/8"),), max_addresses=2**128)
     assert everything.refusal(parse_network(text)) is not None
 
@@ -233,8 +233,8 @@ def test_an_embedded_ipv4_address_must_be_acceptable_itself(text: str) -> None:
     "text",
     ["::ffff:127.0.0.0/104", "64:ff9b::127.0.0.1", "2002:7f00:1::/96", "2001:db8::200:5efe:127.0.0.0/104"],
 )
-def test_an_embedding_network_is_allowed_when_it_and_its_ipv4_are(text: str) -> None:
-    """Allowing the IPv6 network alone, or the IPv4 network alone, does not allow the embedding."""
+def test_rules_allow_ipv6_only_if_its_embedded_ipv4_is_allowed(text: str) -> None:
+    """Allowing only the IPv6 network, or only the IPv4 network, does not allow the embedding."""
     network = parse_network(text)
     limit = 2**128
     assert rules("127.0.0.0/8", "::/0", max_addresses=limit).refusal(network) is None
@@ -251,13 +251,13 @@ def test_loopback_of_ipv6_embeds_nothing() -> None:
 
 
 @given(networks(), st.lists(networks(), max_size=4), st.lists(networks(), max_size=4), st.data())
-def test_a_network_is_allowed_only_if_each_address_is(
+def test_rules_allow_a_network_only_if_each_address_is_allowed(
     network: Network,
     allowed: list[Network],
     denied: list[Network],
     data: st.DataObject,
 ) -> None:
-    """No address of an allowed network is refused by itself."""
+    """Every address of an allowed network is allowed by itself."""
     both = TargetRules((*allowed, *EVERYTHING), tuple(denied), max_addresses=2**128)
     if both.refusal(network) is None:
         inner = network[data.draw(st.integers(0, network.num_addresses - 1))]
@@ -270,8 +270,8 @@ def test_a_network_is_allowed_only_if_each_address_is(
     address=st.ip_addresses(v=4),
     tail=st.integers(0, 2**80 - 1),
 )
-def test_an_embedding_address_is_refused_whenever_its_ipv4_is(prefix: str, address: IPv4Address, tail: int) -> None:
-    """Writing an IPv4 address as IPv6 never gets it past the rules."""
+def test_rules_refuse_every_embedding_of_a_refused_ipv4(prefix: str, address: IPv4Address, tail: int) -> None:
+    """No IPv6 spelling of a refused IPv4 address is allowed."""
     outer = IPv6Network(prefix)
     room = 96 - outer.prefixlen
     embedding = outer[(int(address) << room) | (tail >> (80 - room))]
@@ -286,8 +286,8 @@ def test_an_embedding_address_is_refused_whenever_its_ipv4_is(prefix: str, addre
     identifier=st.sampled_from([0x0000_5EFE, 0x0200_5EFE]),
     address=st.ip_addresses(v=4),
 )
-def test_an_isatap_address_is_refused_whenever_its_ipv4_is(subnet: int, identifier: int, address: IPv4Address) -> None:
-    """The IPv4 address at the end of an ISATAP identifier never gets past the rules, whatever network it is in."""
+def test_rules_refuse_isatap_with_a_refused_ipv4(subnet: int, identifier: int, address: IPv4Address) -> None:
+    """An ISATAP identifier with a refused IPv4 address is refused in any network."""
     embedding = IPv6Network((subnet << 64) | (identifier << 32) | int(address))
     everything = TargetRules(EVERYTHING, (IPv4Network("10.0.0.0/8"), IPv4Network("0.0.0.0/5")))
     if everything.refusal(IPv4Network(address)) is not None:
@@ -306,8 +306,8 @@ _RFC_6052 = [  # the table of its section 2.4: 192.0.2.33 below each prefix
 
 @pytest.mark.proves("A3", "G12")
 @pytest.mark.parametrize(("prefix", "text"), _RFC_6052)
-def test_an_address_below_the_sites_nat64_prefix_leads_to_its_ipv4(prefix: str, text: str) -> None:
-    """A named NAT64 prefix of each length makes its addresses as forbidden as the IPv4 addresses behind them."""
+def test_rules_apply_to_ipv4_behind_a_nat64_prefix(prefix: str, text: str) -> None:
+    """Addresses of a named NAT64 prefix of each length are refused like the IPv4 addresses behind them."""
     allowed = (IPv6Network("2001:db8::/32"), IPv4Network("192.0.0.0/16"))
     network = parse_network(text)
     site = TargetRules(allowed, (IPv4Network("192.0.2.33/32"),), nat64=(IPv6Network(prefix),))
@@ -368,8 +368,8 @@ def test_reduced_excludes_leave_out_the_same_addresses(exclude: list[Network]) -
         (["10.0.0.1/30"], "has host bits set"),
     ],
 )
-def test_a_target_refuses_senseless_excludes(exclude: list[str], message: str) -> None:
-    """What is no network, or leaves nothing to scan, is refused by name."""
+def test_target_refuses_invalid_excludes(exclude: list[str], message: str) -> None:
+    """An exclude that is not a network, or leaves nothing to scan, is refused by name."""
     with pytest.raises(ValueError, match=message):
         Target.parse("10.0.0.0/24", exclude)
 
@@ -391,15 +391,15 @@ def test_without_broadcast_leaves_out_the_last_address(cidr: str, exclude: list[
     assert list(map(str, Target.parse(cidr, exclude).without_broadcast().exclude)) == effective
 
 
-def test_without_broadcast_of_all_that_is_left_is_refused() -> None:
+def test_without_broadcast_of_the_only_address_is_refused() -> None:
     """A target that consists of the broadcast address alone is refused by name."""
     with pytest.raises(ValueError, match=r"every address of 10\.0\.0\.0/30 but its broadcast address is excluded"):
         Target.parse("10.0.0.0/30", ["10.0.0.0/31", "10.0.0.2"]).without_broadcast()
 
 
 @given(st.data())
-def test_a_map_marks_exactly_the_excluded_addresses(data: st.DataObject) -> None:
-    """Letter by letter, an address is excluded in the map if and only if it lies in an excluded network."""
+def test_outcomes_mark_exactly_the_excluded_addresses(data: st.DataObject) -> None:
+    """An address is excluded in the map if and only if it is in an excluded network."""
     network = parse_network(data.draw(st.sampled_from(["10.0.0.0/26", "255.255.255.192/26", "2001:db8::40/122"])))
     pieces: list[Network] = list(network.subnets(new_prefix=network.max_prefixlen - data.draw(st.integers(0, 5))))
     exclude = data.draw(st.lists(st.sampled_from(pieces), unique=True, max_size=len(pieces) - 1))

@@ -16,8 +16,8 @@ SAMPLED = f"00-{TRACE}-b7ad6b7169203331-01"
 UNSAMPLED = f"00-{TRACE}-b7ad6b7169203331-00"
 
 
-def test_without_a_collector_nothing_is_recorded_and_the_callers_span_stays_the_parent() -> None:
-    """No thread, no span; the propagated header is the received one, or a new trace that is not recorded."""
+def test_tracing_without_a_collector_keeps_the_callers_span_as_parent() -> None:
+    """No thread and no span; the propagated header is the received one, or a new trace that is not recorded."""
     before = threading.active_count()
     tracing.configure("test", CommonSettings(instance="test"))
     with tracing.span("work", SAMPLED) as span:
@@ -31,8 +31,8 @@ def test_without_a_collector_nothing_is_recorded_and_the_callers_span_stays_the_
     assert threading.active_count() == before
 
 
-async def test_a_collector_is_served_by_one_thread_until_the_end() -> None:
-    """With a collector there is one thread more, and `stop` ends it even if the collector is unavailable."""
+async def test_tracing_with_a_collector_runs_one_thread_until_stop() -> None:
+    """A collector adds one thread, and `stop` ends it even if the collector is unavailable."""
     before = threading.active_count()
     settings = CommonSettings(instance="test", otlp_endpoint="http://127.0.0.1:9/")
     tracing.configure("test", settings)
@@ -61,8 +61,8 @@ def test_spans_of_a_trace_hang_together() -> None:
     assert {f"{ids(span).trace_id:032x}" for span in (child, parent)} == {TRACE}
 
 
-def test_the_callers_decision_stands() -> None:
-    """What comes with the sampled flag is recorded whatever the ratio, what comes without it is not."""
+def test_ratio_does_not_override_the_callers_decision() -> None:
+    """A request with the sampled flag is recorded whatever the ratio is; one without it is not."""
     with recording(ratio=0.0) as exporter, tracing.span("work", SAMPLED):
         assert sampled(tracing.current())
     assert len(exporter.get_finished_spans()) == 1
@@ -76,7 +76,7 @@ def sampled(traceparent: str | None) -> int:
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.0])
-def test_a_trace_that_begins_here_is_recorded_by_the_ratio(ratio: float) -> None:
+def test_ratio_decides_for_new_traces(ratio: float) -> None:
     """Without a caller's decision the ratio decides, and the decision is propagated."""
     with recording(ratio=ratio) as exporter, tracing.span("work", None):
         assert sampled(tracing.current()) == ratio
