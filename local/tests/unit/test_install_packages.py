@@ -43,8 +43,8 @@ def installed(machine: Path, *programs: str) -> str:
     return log.read_text() if log.exists() else ""
 
 
-def test_a_library_that_is_listed_early_is_not_installed_again(machine: Path) -> None:
-    """With libcurl at the top of a list that is longer than a pipe holds, nothing is installed."""
+def test_listed_library_is_not_installed_again(machine: Path) -> None:
+    """With libcurl at the top of a list that exceeds a pipe's buffer, nothing is installed."""
     program(
         machine,
         "ldconfig",
@@ -53,7 +53,7 @@ def test_a_library_that_is_listed_early_is_not_installed_again(machine: Path) ->
     assert "libcurl4" not in installed(machine)
 
 
-def test_a_library_that_is_not_listed_is_installed(machine: Path) -> None:
+def test_missing_library_is_installed(machine: Path) -> None:
     """Without libcurl in the list its package is installed."""
     program(machine, "ldconfig", "echo 'libcurl-gnutls.so.4 => /usr/lib/libcurl-gnutls.so.4'")
     assert "libcurl4" in installed(machine)

@@ -20,16 +20,16 @@ def claims(issuer: tokens.Issuer, token: str) -> dict[str, object]:
     return decoded
 
 
-def test_a_token_names_its_user(tmp_path: Path) -> None:
-    """A token is signed with the folder's key, names its user in `sub`, and gives no role."""
+def test_token_has_its_user_in_sub(tmp_path: Path) -> None:
+    """A token is signed with the folder's key, has its user in `sub`, and no role."""
     issuer = tokens.Issuer(tmp_path)
     found = claims(issuer, issuer.token(7))
     assert found["sub"] == "7"
     assert "roles" not in found
 
 
-def test_an_administrators_token_says_so(tmp_path: Path) -> None:
-    """The token of an administrator holds the role `admin`."""
+def test_token_of_an_administrator_has_the_role(tmp_path: Path) -> None:
+    """The token of an administrator has the role `admin`."""
     issuer = tokens.Issuer(tmp_path)
     assert claims(issuer, issuer.token(7, admin=True))["roles"] == ["admin"]
 

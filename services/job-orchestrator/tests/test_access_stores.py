@@ -38,8 +38,8 @@ def revocation(id_: int, **changed: Any) -> Revocation:
     return Revocation(id=id_, **(fields | changed))
 
 
-async def test_a_user_has_one_id(access: AccessRepository) -> None:
-    """A subject has the same id each time; another subject or issuer has another."""
+async def test_user_id_is_stable_per_subject(access: AccessRepository) -> None:
+    """A subject always has the same id; another subject or issuer has another."""
     first = await access.user_id("https://a.test", "x")
     others = [await access.user_id(*each) for each in (("https://a.test", "X"), ("https://b.test", "x"))]
     assert await access.user_id("https://a.test", "x") == first
@@ -47,8 +47,8 @@ async def test_a_user_has_one_id(access: AccessRepository) -> None:
     assert min(first, *others) > 0
 
 
-async def test_first_uses_at_once_agree(access: AccessRepository) -> None:
-    """However many ask for a new user's id at once, all get the same."""
+async def test_concurrent_first_uses_get_the_same_id(access: AccessRepository) -> None:
+    """Concurrent requests for a new user's id all get the same one."""
     ids = await asyncio.gather(*(access.user_id("https://a.test", f"s-{n % 5}") for n in range(50)))
     assert len(set(ids)) == 5
     assert ids[:5] * 10 == ids

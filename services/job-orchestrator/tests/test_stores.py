@@ -214,8 +214,8 @@ def command(id_: str = "c-1", **changed: Any) -> Command:
         command(state="expired", jobs=(), body=""),
     ],
 )
-async def test_a_command_reads_back_whole(store: Store, given: Command) -> None:
-    """Every field of a command, its jobs with their first events among them, is kept."""
+async def test_command_round_trips(store: Store, given: Command) -> None:
+    """Every field of a command is kept, including its jobs with their first events."""
     assert await store.commands.insert([given]) == {"c-1": given}
     assert await store.commands.get(["c-1", "c-2"]) == {"c-1": given}
 
@@ -230,7 +230,7 @@ async def test_largest_command_fits_in_a_document(store: Store) -> None:
     assert await store.commands.get(["c-1"]) == {"c-1": largest}
 
 
-async def test_the_first_insert_of_a_command_stands(store: Store) -> None:
+async def test_first_insert_of_a_command_wins(store: Store) -> None:
     """Of acceptance and expiry under one id the first one is stored, and both callers get it."""
     accepted, expired = command(), command(state="expired", jobs=(), body="")
     assert await store.commands.insert([accepted]) == {"c-1": accepted}
@@ -240,8 +240,8 @@ async def test_the_first_insert_of_a_command_stands(store: Store) -> None:
     assert await store.commands.insert([replace(accepted, id="c-2")]) == {"c-2": other}
 
 
-async def test_an_idempotency_key_is_taken_once_for_each_user(store: Store) -> None:
-    """Of commands with one user and key the first stands, in one batch or two; other users and keyless ones are free."""
+async def test_idempotency_key_is_unique_per_user(store: Store) -> None:
+    """Of commands with the same user and key the first wins, in one batch or two; other users and no key do not conflict."""
     first, second = command("c-1", idempotency_key="k"), command("c-2", idempotency_key="k", jobs=(scan_job(9),))
     stranger = command("c-3", idempotency_key="k", user_id=8)
     keyless = [command("c-4"), command("c-5")]
@@ -292,8 +292,8 @@ TOTALS = Totals(
 )
 
 
-async def test_a_job_reads_back_whole(store: Store) -> None:
-    """Every field of a job is kept, its policy, times and outbox among them."""
+async def test_job_round_trips(store: Store) -> None:
+    """Every field of a job is kept, including its policy, times and outbox."""
     job = scan_job(
         1,
         exclude=("127.9.8.1/32", "127.9.8.2/32"),
@@ -344,8 +344,8 @@ async def test_winners_beside_a_loser_are_no_losers(store: Store) -> None:
     assert await store.jobs.save([running(job) for job in jobs]) == {1}
 
 
-async def test_one_of_many_racing_saves_wins(store: Store) -> None:
-    """Twenty writers change one job at once: exactly one of them does not lose."""
+async def test_concurrent_saves_have_one_winner(store: Store) -> None:
+    """If twenty writers change one job at the same time, exactly one succeeds."""
     await store.jobs.insert([scan_job(1)])
     job = (await store.jobs.get([1]))[1]
     results = await asyncio.gather(*(store.jobs.save([replace(job, progress=n)]) for n in range(1, 21)))
@@ -563,7 +563,7 @@ async def test_chunks_of_a_job_are_deleted_up_to_a_limit(store: Store) -> None:
 # Chunks
 
 
-async def test_a_chunk_reads_back_whole(store: Store) -> None:
+async def test_chunk_round_trips(store: Store) -> None:
     """Every field of a chunk is kept, in every state."""
     chunks = [
         chunk(
@@ -724,8 +724,8 @@ async def test_overdue_chunks_are_scanned_and_were_not_asked_about_lately(store:
 # Dispatch
 
 
-async def test_the_queue_is_by_user_and_turn(store: Store) -> None:
-    """A user's queued chunks come by turn, without those that need raw packets, pause, or are of jobs to skip."""
+async def test_queue_is_ordered_by_user_and_turn(store: Store) -> None:
+    """A user's queued chunks are in order of turn, without raw, delayed and skipped ones."""
     await store.chunks.insert(
         [
             chunk(id="1-0", turn=5, failed_by=("w-1",)),
@@ -757,8 +757,8 @@ async def test_the_queue_is_by_user_and_turn(store: Store) -> None:
     assert await store.dispatch.first_turn(99) == 0
 
 
-async def test_a_census_counts_what_is_unfinished(store: Store) -> None:
-    """Jobs and chunks that are not final are counted by state, with the age of the oldest job and event, in seconds."""
+async def test_census_counts_unfinished_jobs_and_chunks(store: Store) -> None:
+    """Unfinished jobs and chunks are counted by state, with the age of the oldest job and event in seconds."""
     nothing = await store.jobs.census()
     assert (nothing.numbers, nothing.ages, await store.chunks.census()) == ({}, {}, {})
     assert (nothing.slot_seconds, nothing.outbox_age) == (0.0, 0.0)

@@ -87,8 +87,8 @@ async def test_replies_cross_kafka(kafka: str, tmp_path: Path) -> None:
         assert await asyncio.gather(*(post(subnet) for subnet in subnets)) == list(subnets)
 
 
-async def test_a_broken_answer_breaks_the_connection(tmp_path: Path) -> None:
-    """When result-store fails in the middle of an answer, the client's connection ends before the answer does."""
+async def test_aborted_response_of_result_store_aborts_the_clients(tmp_path: Path) -> None:
+    """When result-store fails in the middle of a response, the client's connection ends before the response does."""
     gateway = Gateway()
     pem = tmp_path / "issuer.pem"
     public_key = gateway.issuer.private_key.public_key()

@@ -113,8 +113,8 @@ async def test_gateway_whose_key_report_dies_is_unhealthy() -> None:
 # Internal tokens
 
 
-async def test_each_service_gets_its_own_token(gateway: Running) -> None:
-    """Each service gets a token of the gateway for the same caller, which the other one refuses, and never the user's token."""
+async def test_services_get_separate_internal_tokens(gateway: Running) -> None:
+    """Each service gets a token for the same caller that the other one refuses, and never the user's token."""
     gateway.services.on("GET", "http://orchestrator/internal/jobs/41/owner", httpx.Response(200, json={"user_id": 7}))
     gateway.services.on("GET", f"http://result-store{RESULTS}", httpx.Response(200, json=[]))
     headers = gateway.issuer.bearer(7, admin=True)

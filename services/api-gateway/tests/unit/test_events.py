@@ -240,7 +240,7 @@ async def test_events_during_the_query_are_sent_after_its_state(running: tuple[R
 
 
 async def test_old_and_duplicate_events_are_dropped(running: tuple[Running, MemoryBus]) -> None:
-    """Of duplicate, late or reordered events only those newer than the last one are sent: no state goes back."""
+    """Of duplicate, late or reordered events only those newer than the last one are sent: no state goes backwards."""
     gateway, bus = running
     gateway.services.on("GET", LATEST, latest(5, RUNNING, 50))
     watcher = Watcher(gateway)

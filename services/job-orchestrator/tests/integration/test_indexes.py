@@ -157,8 +157,8 @@ async def filled(mongo_store: MongoStore) -> MongoStore:
     return mongo_store
 
 
-async def test_every_query_has_its_index(filled: MongoStore, database: Database) -> None:
-    """No query scans a collection, and each looks at about as much as it answers, whatever else is there."""
+async def test_queries_use_indexes(filled: MongoStore, database: Database) -> None:
+    """No query scans a collection, and each reads about as much as it returns, whatever else is stored."""
     wasteful: list[str] = []
     for name, (ask, bound) in QUERIES.items():
         before = utc_now()
@@ -200,10 +200,10 @@ async def test_queue_passes_over_skipped_jobs_in_the_index_alone(filled: MongoSt
 
 
 @pytest.mark.parametrize("user", [7, None])
-async def test_a_page_of_ended_jobs_reads_its_own_keys(
+async def test_page_of_ended_jobs_reads_only_its_own_keys(
     mongo_store: MongoStore, database: Database, user: int | None
 ) -> None:
-    """A page costs a key for each of its jobs, however many ended before or after, or at the same time; and no document."""
+    """A page reads one key for each of its jobs and no document, whatever number ended before, after or at the same time."""
     ended = [
         change(scan_job(n), JobTrigger.CANCEL, LATER + timedelta(seconds=n > 300), settled=True) for n in range(1, 401)
     ]

@@ -243,8 +243,8 @@ async def platform(kafka: str, mongodb: str) -> AsyncIterator[Platform]:
 
 
 @pytest.mark.proves("F22", "G3", "G7")
-async def test_two_replicas_share_the_work(platform: Platform) -> None:
-    """Fifty jobs run to completion over two replicas: no chunk is given twice, and all events come in order."""
+async def test_replicas_share_the_work(platform: Platform) -> None:
+    """Fifty jobs complete on two replicas: no chunk is dispatched twice, and all events are in order."""
     await asyncio.gather(platform.replica("one"), platform.replica("two"))
     await platform.submit(50)
     jobs = await platform.until_ended(50)
@@ -334,8 +334,8 @@ async def test_poison_and_replays_change_nothing(platform: Platform) -> None:
 @pytest.mark.proves("F3", "F4", "G7")
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("kind", ["JobCreated", "JobStarted", "JobCompleted"])
-async def test_a_replica_killed_around_a_publish_loses_no_event(platform: Platform, kind: str, moment: str) -> None:
-    """After SIGKILL between the write and the publish, or before the outbox is emptied, another replica continues."""
+async def test_replica_killed_around_a_publish_loses_no_event(platform: Platform, kind: str, moment: str) -> None:
+    """After SIGKILL between write and publish, or before the outbox is emptied, another replica continues."""
     mortal = await platform.process("one", kind, moment)
     await platform.submit(3)
     async with asyncio.timeout(PATIENCE):

@@ -182,15 +182,15 @@ async def test_internal_routes_need_a_token_of_the_gateway(api: Api, method: str
     assert (await api("GET", PATH, 0, admin=True)).status_code == 401
 
 
-async def test_a_database_that_is_unavailable_is_a_503(api: Api) -> None:
-    """While MongoDB is unavailable the gateway's own requests are a 503."""
+async def test_unavailable_database_is_a_503(api: Api) -> None:
+    """While MongoDB is unavailable the gateway's own requests get a 503."""
     api.store.data.unavailable = True
     for method, path in (("GET", "/internal/revocations"), ("POST", "/internal/users")):
         assert (await api(method, path, 0, json={"issuer": "i", "subject": "s"})).status_code == 503
 
 
 @pytest.mark.proves("A7", "G14")
-async def test_only_tokens_of_the_gateway_are_accepted(api: Api, tmp_path: Path) -> None:
+async def test_internal_routes_accept_only_tokens_of_the_gateway(api: Api, tmp_path: Path) -> None:
     """A user's own token, one for another service and one by another key are refused."""
     (tmp_path / "other").mkdir()
     for headers in (
@@ -202,8 +202,8 @@ async def test_only_tokens_of_the_gateway_are_accepted(api: Api, tmp_path: Path)
         assert answer.status_code == 401
 
 
-async def test_the_gateway_reads_what_users_may_scan(api: Api) -> None:
-    """In its own name it gets presets with every field, scripts and the size of a subnet; a user gets a 401."""
+async def test_scan_limits_are_readable_by_the_gateway_only(api: Api) -> None:
+    """The gateway gets presets with every field, scripts and the maximum size of a subnet; a user gets a 401."""
     answer = await api("GET", "/internal/limits", 0)
     limits = answer.json()
     assert (limits["presets"]["quick"]["ports"], limits["presets"]["full"]["version_intensity"]) == ("top:100", 9)

@@ -173,8 +173,8 @@ EVERY_ROUTE = [
 ]
 
 
-def test_every_route_is_in_this_file() -> None:
-    """The list of routes that these tests go through is what the service serves."""
+def test_routes_are_all_tested() -> None:
+    """The list of routes in these tests is that of the service."""
     served = {(verb, route.path) for router in ROUTERS for route in router.routes for verb in route.methods}  # type: ignore[attr-defined] # these routers hold API routes only
     listed = {
         (
@@ -192,7 +192,7 @@ def test_every_route_is_in_this_file() -> None:
 
 
 @pytest.mark.parametrize(("method", "path"), EVERY_ROUTE)
-async def test_every_route_wants_a_good_token(api: Api, method: str, path: str) -> None:
+async def test_routes_require_a_valid_token(api: Api, method: str, path: str) -> None:
     """Without a token, or with a malformed or expired one, the answer is 401 with WWW-Authenticate."""
     expired = f"Bearer {ISSUER.token(exp=1)}"
     for headers in ({}, {"Authorization": "Bearer junk"}, {"Authorization": expired}):
@@ -205,8 +205,8 @@ async def test_every_route_wants_a_good_token(api: Api, method: str, path: str) 
 # Subnets
 
 
-async def test_a_subnet_goes_round(api: Api) -> None:
-    """What is posted is answered 201, read back the same, replaced, listed, and deleted with the documented message."""
+async def test_subnet_is_created_read_replaced_listed_and_deleted(api: Api) -> None:
+    """A POST is answered 201, and the subnet is read, replaced, listed, and deleted with the documented message."""
     made = await api("POST /api/v1/subnet", {"name": "lab", "cidr": "127.9.8.0/24"}, status=201)
     assert list(made) == SUBNET
     assert (made["id"], made["user_id"], made["name"], made["cidr"], made["exclude"]) == (
@@ -235,8 +235,8 @@ async def test_a_subnet_goes_round(api: Api) -> None:
         (None, []),
     ],
 )
-async def test_a_subnet_shows_its_effective_excludes(api: Api, exclude: object, effective: list[str]) -> None:
-    """POST and PUT answer the excluded networks canonical, sorted and reduced to those within the subnet."""
+async def test_subnet_has_its_effective_excludes(api: Api, exclude: object, effective: list[str]) -> None:
+    """POST and PUT return the excluded networks in canonical form, sorted and limited to those within the subnet."""
     body = {"name": "x", "cidr": "127.9.8.0/24", "exclude": exclude}
     made = await api("POST /api/v1/subnet", body, status=201)
     assert made["exclude"] == effective
@@ -278,16 +278,16 @@ async def test_a_subnet_shows_its_effective_excludes(api: Api, exclude: object, 
         None,
     ],
 )
-async def test_a_bad_subnet_is_a_400(api: Api, body: object) -> None:
-    """What is missing, malformed, unknown, denied or too large is a 400 on POST and on PUT, and changes nothing."""
+async def test_invalid_subnet_is_a_400(api: Api, body: object) -> None:
+    """Missing, malformed, unknown, denied and too large values are a 400 on POST and PUT, and change nothing."""
     await api("POST /api/v1/subnet", body, status=400)
     made = await api("POST /api/v1/subnet", {"name": "good", "cidr": "127.9.8.0/24"}, status=201)
     await api(f"PUT /api/v1/subnet/{made['id']}", body, status=400)
     assert await api(f"GET /api/v1/subnet/{made['id']}") == made
 
 
-async def test_a_subnet_with_unfinished_jobs_stays(api: Api, store: MemoryStore) -> None:
-    """Deleting a subnet while a job on it is not over is a 409; once it is over the subnet can go."""
+async def test_delete_of_a_subnet_with_unfinished_jobs_is_a_409(api: Api, store: MemoryStore) -> None:
+    """A subnet with an unfinished job cannot be deleted: 409; once the job has ended it can."""
     await api("POST /api/v1/subnet", {"name": "x", "cidr": "127.9.8.0/30"}, status=201)
     await store.jobs.insert([scan_job(1, subnet_id=1)])
     await api("DELETE /api/v1/subnet/1", status=409)
@@ -341,14 +341,14 @@ async def test_subnets_are_imported_from_csv(api: Api, store: MemoryStore) -> No
         ("name,cidr\n" + "x,127.9.8.0/24\n" * 1_001, "more than 1000 lines"),
     ],
 )
-async def test_an_import_with_a_bad_line_creates_nothing(api: Api, text: str | bytes, error: str) -> None:
-    """A file that is not CSV, or has a line that is no subnet, is a 400 that names the line, and no line of it counts."""
+async def test_import_with_an_invalid_line_creates_nothing(api: Api, text: str | bytes, error: str) -> None:
+    """A file that is not CSV, or has an invalid line, is a 400 that names the line, and no subnet is created."""
     assert (await imported(api, text, 400))["error"].startswith(error)
     assert (await api("GET /api/v1/subnet"))["total"] == 0
 
 
-async def test_an_import_with_many_bad_lines_names_whole_ones(api: Api) -> None:
-    """The error has about a thousand characters, cuts no problem in the middle, and counts those that it does not name."""
+async def test_import_error_with_many_lines_has_whole_problems(api: Api) -> None:
+    """The error has about a thousand characters, truncates no problem, and counts those that it omits."""
     lines = [f"x{number},127.9.8.{number}/24" for number in range(1, 101)]
     error = (await imported(api, "name,cidr\n" + "\n".join(lines), 400))["error"]
     *named, more = error.split("; line ")
@@ -383,8 +383,8 @@ async def test_dry_run_of_an_import_has_a_verdict_per_line_and_creates_nothing(a
 # Policies
 
 
-async def test_a_policy_goes_round(api: Api) -> None:
-    """What is posted is answered 201 with every field, read back the same, replaced, listed and deleted."""
+async def test_policy_is_created_read_replaced_listed_and_deleted(api: Api) -> None:
+    """A POST is answered 201 with every field, and the policy is read, replaced, listed and deleted."""
     made = await api("POST /api/v1/policy", {"name": "lab"}, status=201)
     assert set(made) == POLICY
     assert (made["preset"], made["ports"], made["scripts"], made["max_rate"]) == ("standard", "top:1000", [], None)
@@ -397,8 +397,8 @@ async def test_a_policy_goes_round(api: Api) -> None:
     await api("GET /api/v1/policy/1", status=404)
 
 
-async def test_every_field_of_a_policy_can_be_given(api: Api) -> None:
-    """Each documented field is taken as it is, and answered so."""
+async def test_policy_accepts_every_documented_field(api: Api) -> None:
+    """Each documented field is stored and returned unchanged."""
     given = {
         "name": "all",
         "preset": "full",
@@ -452,8 +452,8 @@ async def test_every_field_of_a_policy_can_be_given(api: Api) -> None:
         {"id": 8},
     ],
 )
-async def test_a_bad_policy_is_a_400(api: Api, wrong: dict[str, object]) -> None:
-    """A value that is not documented, a field that is unknown, and a type that is another are 400s."""
+async def test_invalid_policy_is_a_400(api: Api, wrong: dict[str, object]) -> None:
+    """An undocumented value, an unknown field and a value of another type are 400s."""
     await api("POST /api/v1/policy", {"name": "x"} | wrong, status=400)
 
 
@@ -461,8 +461,8 @@ async def test_a_bad_policy_is_a_400(api: Api, wrong: dict[str, object]) -> None
 
 
 @pytest.mark.parametrize("kind", ["subnet", "policy"])
-async def test_a_resource_is_changed_only_as_it_was_read(api: Api, kind: str) -> None:
-    """A PUT with the tag of an earlier state is a 412 and changes nothing; with the present one, `*` or none it is done."""
+async def test_put_with_an_outdated_etag_is_a_412(api: Api, kind: str) -> None:
+    """A PUT with the tag of an earlier state is a 412 and changes nothing; with the current tag, `*` or none it succeeds."""
     path = f"/api/v1/{kind}"
     body = {"name": "x"} | ({"cidr": "127.9.8.0/24"} if kind == "subnet" else {})
 
@@ -525,7 +525,7 @@ async def test_resources_are_listed_by_page_newest_first(api: Api, kind: str) ->
     "query",
     ["page=0", "page=-1", "page=x", "page=", "page=1.5", "page=99999999999999999999", "page_size=0", "page_size=101"],
 )
-async def test_a_page_that_cannot_be_is_a_400(api: Api, kind: str, query: str) -> None:
+async def test_invalid_page_is_a_400(api: Api, kind: str, query: str) -> None:
     """`page` is from 1, `page_size` from 1 to 100, both integers."""
     await api(f"GET /api/v1/{kind}?{query}", status=400)
 
@@ -544,13 +544,13 @@ async def test_resource_of_another_user_is_a_404(api: Api, kind: str) -> None:
 
 @pytest.mark.parametrize("path", ["subnet/{}", "policy/{}", "task/{}", "task/{}/ledger"])
 @pytest.mark.parametrize("id_", ["x", "0", "-1", "1.0", "01", "99", str(2**53), "1" * 40, "%00", "null"])
-async def test_an_id_that_is_none_is_a_404(api: Api, path: str, id_: str) -> None:
-    """What is no integer from 1, or names nothing, is not found."""
+async def test_invalid_or_unknown_id_is_a_404(api: Api, path: str, id_: str) -> None:
+    """An id that is not an integer from 1, or does not exist, is a 404."""
     await api(f"GET /api/v1/{path.format(id_)}", status=404)
 
 
-async def test_other_verbs_and_paths(api: Api) -> None:
-    """An unknown path is a 404, a verb that a path has not is a 405 that names those it has; both in the one shape."""
+async def test_unknown_path_is_a_404_and_unknown_method_a_405(api: Api) -> None:
+    """An unknown path is a 404, an unsupported method a 405 that names the supported ones; both in the common format."""
     await api("GET /api/v1/tasks", status=404)
     await api("GET /api/v1/subnet/", status=404)
     await api("PATCH /api/v1/subnet/1", {}, status=405)
@@ -566,7 +566,7 @@ async def test_malformed_json_is_a_400(api: Api) -> None:
         assert (answer.status_code, list(answer.json())) == (400, ["error"])
 
 
-async def test_an_unavailable_database_is_a_503(api: Api, store: MemoryStore) -> None:
+async def test_unavailable_database_is_a_503(api: Api, store: MemoryStore) -> None:
     """While MongoDB is unavailable every route answers 503 with Retry-After, without details."""
     store.data.unavailable = True
     for method, path in [each for each in EVERY_ROUTE if each not in FOR_THE_GATEWAY]:
@@ -587,8 +587,8 @@ async def test_an_unavailable_database_is_a_503(api: Api, store: MemoryStore) ->
 # Tasks
 
 
-async def test_a_task_list_has_exactly_the_documented_shape(api: Api, store: MemoryStore) -> None:
-    """A job in the list has the documented fields in their order, times with a Z, and null where nothing happened."""
+async def test_task_list_has_exactly_the_documented_fields(api: Api, store: MemoryStore) -> None:
+    """A job in the list has the documented fields in order, times with a Z, and null where there is no value yet."""
     await store.jobs.insert([scan_job(1), change(scan_job(2), JobTrigger.START, LATER)])
     answer = await api("GET /api/v1/task")
     assert list(answer) == ["jobs", "total", "page", "page_size"]
@@ -675,19 +675,19 @@ async def test_tasks_are_filtered_by_subnet_policy_and_time(
 
 
 @pytest.mark.parametrize("query", ["subnet_id=0", "subnet_id=x", "policy_id=", "since=x", "since=2026-01-01T00:00:00"])
-async def test_a_filter_that_is_none_is_a_400(api: Api, query: str) -> None:
-    """An id that cannot be one, and a time that is none or has no zone, are refused by name."""
+async def test_invalid_filter_is_a_400(api: Api, query: str) -> None:
+    """An invalid id, and a time that is invalid or has no zone, are refused by name."""
     assert query.split("=", maxsplit=1)[0] in (await api(f"GET /api/v1/task?{query}", status=400))["error"]
 
 
 @pytest.mark.parametrize("query", ["status=done", "status=", "status=running,", "status[]=PENDING", "status=running,x"])
-async def test_an_unknown_status_is_a_400(api: Api, query: str) -> None:
-    """What is no job status is a mistake that is named."""
+async def test_unknown_status_is_a_400(api: Api, query: str) -> None:
+    """A value that is not a job status is refused by name."""
     assert "status" in (await api(f"GET /api/v1/task?{query}", status=400))["error"]
 
 
-async def test_a_task_shows_its_status(api: Api, store: MemoryStore) -> None:
-    """The answer has the id as text, the live status with its four fields, and the job."""
+async def test_task_has_id_status_and_job(api: Api, store: MemoryStore) -> None:
+    """The response has the id as text, the live status with its four fields, and the job."""
     running = change(scan_job(1), JobTrigger.START, LATER, progress=42, machines_found=17)
     await store.jobs.insert([running])
     assert await api("GET /api/v1/task/1") == {
@@ -717,7 +717,7 @@ async def test_task_of_another_user_is_a_404(api: Api, store: MemoryStore, of: s
 
 
 @pytest.mark.proves("A24", "G13")
-async def test_an_administrator_lists_the_jobs_of_others(api: Api, store: MemoryStore) -> None:
+async def test_administrator_lists_jobs_of_other_users(api: Api, store: MemoryStore) -> None:
     """With `user_id` an administrator lists that user's jobs, or all; any other user gets a 403 except for their own."""
     await store.jobs.insert([scan_job(1), scan_job(2, user_id=8), change(scan_job(3), JobTrigger.START, LATER)])
 
@@ -852,8 +852,8 @@ def mapped_chunk(job: ScanJob, index: int, **changed: Any) -> Chunk:
     return replace(made, **changed)
 
 
-async def test_a_map_has_a_letter_for_each_address(api: Api, store: MemoryStore) -> None:
-    """Each block of ports shows outcomes, exclusions, what a worker scans now, and what waits."""
+async def test_map_has_a_letter_for_each_address(api: Api, store: MemoryStore) -> None:
+    """Each block of ports has outcomes, exclusions, addresses being scanned, and waiting ones."""
     job = change(mapped_job(), JobTrigger.START, LATER)
     await store.jobs.insert([job])
     await store.chunks.insert(
@@ -890,8 +890,8 @@ async def test_map_of_a_cancelled_job_has_cancelled_addresses(api: Api, store: M
     assert answer == {"22": "accxccccxxxxcccc", "U:53": "cccxccccxxxxcccc"}
 
 
-async def test_a_map_of_a_job_of_release_0_1_is_read_slice_by_slice(api: Api, store: MemoryStore) -> None:
-    """Chunks that are numbered slice by slice show at the same places."""
+async def test_map_of_a_job_of_release_0_1_is_read_slice_by_slice(api: Api, store: MemoryStore) -> None:
+    """Chunks that are numbered slice by slice are at the same positions."""
     job = change(mapped_job(blockwise=False), JobTrigger.START, LATER)
     await store.jobs.insert([job])
     await store.chunks.insert([mapped_chunk(job, 3, state=ChunkState.STORED, outcomes="aaaa")])
@@ -899,8 +899,8 @@ async def test_a_map_of_a_job_of_release_0_1_is_read_slice_by_slice(api: Api, st
     assert answer == {"22": "....xxxx....", "U:53": "aaaaxxxx...."}
 
 
-async def test_a_map_is_named_by_its_tag(api: Api, store: MemoryStore) -> None:
-    """A caller who has the map gets 304; the tag changes with a code that no state of the job announces."""
+async def test_map_etag_changes_with_each_code(api: Api, store: MemoryStore) -> None:
+    """A caller with the current map gets 304; the tag changes with each code, even if the job's state does not."""
     job = change(mapped_job(), JobTrigger.START, LATER)
     await store.jobs.insert([job])
     await store.chunks.insert([mapped_chunk(job, 0)])
@@ -951,7 +951,7 @@ async def test_map_tag_of_a_settled_job_changes_with_a_late_report(api: Api, sto
     assert after.json()["blocks"][0]["letters"] == "ssss"
 
 
-async def test_a_map_that_is_too_large_is_asked_for_in_parts(api: Api, store: MemoryStore) -> None:
+async def test_too_large_map_is_a_413_that_names_a_valid_request(api: Api, store: MemoryStore) -> None:
     """Above 65,536 addresses, or a megabyte of letters, the answer is a 413 that names a request that would succeed."""
     many = scan_job(2, cidr="10.0.0.0/16", policy=scan_policy(ports="1-17"), blocks=17, chunk_ports=1)
     await store.jobs.insert([scan_job(1, cidr="10.0.0.0/15"), many])
@@ -1054,7 +1054,7 @@ async def test_jobs_are_cancelled_by_filter(
         assert (after[id_].status, world.events(id_)[-1].job.status) == ("cancelled", "cancelled")
 
 
-async def test_more_jobs_than_a_page_are_cancelled_in_steps(api: Api, store: MemoryStore) -> None:
+async def test_bulk_cancel_above_a_page_needs_several_requests(api: Api, store: MemoryStore) -> None:
     """One request cancels a page of a thousand jobs and reports whether there may be more."""
     await store.jobs.insert([scan_job(id_) for id_ in range(1, 1_003)])
     first, second = [await api("POST /internal/jobs/cancel", {"all": True}) for _ in range(2)]
@@ -1102,8 +1102,8 @@ async def test_cancel_without_a_clear_filter_is_a_400(api: Api, store: MemorySto
 # The ledger
 
 
-async def test_a_ledger_accounts_for_every_probe(api: Api, store: MemoryStore) -> None:
-    """It shows the request, counts that add up to it, and by name what was not probed and why."""
+async def test_ledger_accounts_for_every_probe(api: Api, store: MemoryStore) -> None:
+    """It has the request, counts that add up to it, and the addresses that were not probed with the reason."""
     job = scan_job(1, cidr="127.9.8.0/29", exclude=("127.9.8.7/32",), chunk_addresses=4, chunk_count=2)
     await store.jobs.insert([change(job, JobTrigger.START, LATER)])
     await store.chunks.insert(
@@ -1156,8 +1156,8 @@ async def test_a_ledger_accounts_for_every_probe(api: Api, store: MemoryStore) -
     await api("GET /api/v1/task/1/ledger?page=0", status=400)
 
 
-async def test_a_ledger_of_a_job_without_chunks_adds_up(api: Api, store: MemoryStore) -> None:
-    """Before its chunks are made all waits; cancelled before that, all is cancelled, and named."""
+async def test_ledger_of_a_job_without_chunks_adds_up(api: Api, store: MemoryStore) -> None:
+    """Before its chunks are created all addresses are waiting; after a cancel before that, all are listed as cancelled."""
     await store.jobs.insert([scan_job(1, exclude=("127.9.8.3/32",))])
     waiting = await api("GET /api/v1/task/1/ledger")
     assert (waiting["counts"]["waiting"], waiting["counts"]["excluded"], waiting["accounted"]) == (6, 2, False)
@@ -1209,7 +1209,7 @@ async def test_ledger_reads_the_chunks_of_its_page_only(
     assert answer["counts"]["lost"] == 2 * len(lost)
 
 
-async def test_a_completed_ledger_is_accounted_for(api: Api, store: MemoryStore) -> None:
+async def test_ledger_of_a_completed_job_is_accounted(api: Api, store: MemoryStore) -> None:
     """When every chunk is stored and every probe has an outcome, the ledger is accounted."""
     await store.jobs.insert([scan_job(1)])
     await store.chunks.insert([chunk(state=ChunkState.STORED, outcomes="asdt")])
@@ -1250,8 +1250,8 @@ async def test_results_are_exported_after_the_end_of_the_job(api: Api, store: Me
     assert "pending" in (await api("GET /internal/jobs/2/export", status=409))["error"]
 
 
-async def test_a_job_is_watched_by_owner_and_administrator(api: Api, store: MemoryStore) -> None:
-    """The answer is the task and the `seq` of its last event; for any other user it is a 404."""
+async def test_watched_task_is_readable_by_owner_and_administrator(api: Api, store: MemoryStore) -> None:
+    """The response is the task and the `seq` of its last event; for any other user it is a 404."""
     job = scan_job(1, seq=3)
     await store.jobs.insert([job])
     shown = {"seq": job.seq, "task": await api("GET /api/v1/task/1")}
@@ -1262,7 +1262,7 @@ async def test_a_job_is_watched_by_owner_and_administrator(api: Api, store: Memo
         await api("GET /internal/jobs/2/latest", admin=admin, status=404)
 
 
-async def test_many_jobs_are_watched_page_by_page(api: Api, store: MemoryStore) -> None:
+async def test_watched_tasks_are_paged(api: Api, store: MemoryStore) -> None:
     """A page has 200 jobs by id and the start of the next page, and shows each job as a GET does."""
     await store.jobs.insert([scan_job(id_) for id_ in range(1, 202)])
     first = await api("GET /internal/jobs/latest")
@@ -1321,8 +1321,8 @@ async def test_jobs_that_ended_long_ago_are_not_listed_again(api: Api, store: Me
     assert [each["task"]["job_id"] for each in answer["snapshots"]] == ["1"]
 
 
-async def test_a_command_is_decided_when_asked(api: Api, world: World) -> None:
-    """An unknown command is expired for good; one that was decided before is answered as it was."""
+async def test_expire_decides_an_undecided_command(api: Api, world: World) -> None:
+    """An unknown command is expired permanently; a decided one gets its original reply."""
     assert await api("POST /internal/commands/c-1/expire") == {"state": "expired"}
     assert await api("POST /internal/commands/c-1/expire") == {"state": "expired"}
     accepted = await world.submit()
@@ -1340,7 +1340,7 @@ async def test_a_command_is_decided_when_asked(api: Api, world: World) -> None:
 
 
 @pytest.mark.parametrize("id_", ["a b", "a/b", "x" * 65, "$ne"])
-async def test_a_command_id_that_is_none_is_a_404(api: Api, id_: str) -> None:
+async def test_invalid_command_id_is_a_404(api: Api, id_: str) -> None:
     """Ids of commands are short and plain."""
     await api(f"POST /internal/commands/{id_.replace(' ', '%20')}/expire", status=404)
 
@@ -1354,8 +1354,8 @@ async def test_policies_of_earlier_versions_are_still_shown(api: Api, store: Mem
 
 
 @pytest.mark.parametrize("quotas", [Quotas(subnets_per_user=2, policies_per_user=1)])
-async def test_one_more_than_the_quota_is_a_400(api: Api) -> None:
-    """A subnet or policy too many is refused by name until one is deleted, and another user is free to create theirs."""
+async def test_resource_above_the_quota_is_a_400(api: Api) -> None:
+    """A subnet or policy above the quota is refused by name until one is deleted; other users are not affected."""
     lab = {"name": "lab", "cidr": "127.9.8.0/24"}
     for _ in range(2):
         await api("POST /api/v1/subnet", lab, status=201)

@@ -350,7 +350,7 @@ async def test_restore_command_of_result_store_is_an_entry_of_result_store(world
 
 
 @pytest.mark.proves("A26")
-async def test_other_command_on_the_topic_of_result_store_is_refused(world: World) -> None:
+async def test_other_command_on_result_stores_topic_is_refused(world: World) -> None:
     """result-store cannot add entries of commands that only an administrator of the bus can run."""
     topic = SCAN_AUDIT[RESULT_STORE]
     await world.bus.publish(topic, [OperatorActed(entry=refusal(action="create_acls", decision="allowed"))])
@@ -369,8 +369,8 @@ def test_command_on_the_topic_of_another_service_is_not_encoded(service: str) ->
 
 
 @pytest.mark.proves("A26")
-def test_no_service_may_write_operators_entries() -> None:
-    """The broker lets no service write to the operators' topic."""
+def test_operators_topic_is_not_writable_by_services() -> None:
+    """The broker allows no service to write to the operators' topic."""
     written = {acl.name for service in SERVICES for acl in acls_of(service) if acl.operation == "Write"}
     assert SCAN_AUDIT_OPERATOR.name not in written
     assert SCAN_AUDIT[GATEWAY].name in written

@@ -81,8 +81,8 @@ async def test_idempotency_key_creates_jobs_once(world: World) -> None:
     assert {world.accepted(command)[0].id for command in commands} == {1}
 
 
-async def test_a_key_with_another_body_is_refused(world: World) -> None:
-    """The same key under another policy or subnet is a 400; under another user it is another key."""
+async def test_idempotency_key_with_another_body_is_refused(world: World) -> None:
+    """The same key with another policy or subnet is a 400; for another user it is another key."""
     policy_id, (one, other) = await world.add("127.9.8.0/30", "127.9.9.0/30")
     await world.send(policy_id, [one], key="k")
     mismatched = [await world.send(policy_id, [other], key="k"), await world.send(policy_id, [one, other], key="k")]
@@ -155,8 +155,8 @@ async def test_policy_of_an_older_release_with_categories_is_refused(world: Worl
     assert await jobs_of(world) == []
 
 
-async def test_a_job_leaves_out_the_broadcast_address_of_its_subnet() -> None:
-    """The job excludes one address more than its subnet, which stays as its owner wrote it, and the plan counts it."""
+async def test_job_excludes_the_broadcast_address_of_its_subnet() -> None:
+    """The job excludes one address more than its subnet, which does not change, and the plan counts it."""
     world = World(MemoryStore(), rules=TargetRules((parse_network("10.0.0.0/8"),)))
     await world.start()
     command = await world.submit("10.0.0.0/29")
@@ -274,8 +274,8 @@ async def test_expire_of_another_users_command_reveals_and_changes_nothing(world
     assert (await world.store.commands.get([command]))[command].state == "accepted"
 
 
-async def test_a_pending_job_is_cancelled(world: World) -> None:
-    """A cancel of a pending job ends it, without a start, and its chunks are never dispatched."""
+async def test_cancel_ends_a_pending_job(world: World) -> None:
+    """A cancel of a pending job ends it without a start, and its chunks are never dispatched."""
     world.workers = []
     submitted = await world.submit()
     await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
@@ -293,7 +293,7 @@ async def test_a_pending_job_is_cancelled(world: World) -> None:
     assert world.bus.messages(SCAN_TASKS) == []
 
 
-async def test_a_running_job_is_cancelled_and_its_workers_stopped(world: World) -> None:
+async def test_cancel_of_a_running_job_stops_its_workers(world: World) -> None:
     """A cancel of a running job stops the holder of each chunk at once, and the last map is kept."""
     world.worker.hold = True
     await world.submit()
@@ -329,7 +329,7 @@ async def test_redelivered_cancel_is_accepted_again(world: World) -> None:
     ]
 
 
-async def test_a_job_that_has_ended_cannot_be_cancelled(world: World) -> None:
+async def test_cancel_of_an_ended_job_is_refused(world: World) -> None:
     """A cancel after completion is a 400 with that reason, and the job stays completed."""
     await world.submit()
     await world.settle()
@@ -371,8 +371,8 @@ async def test_cancel_of_another_users_job_is_a_404(world: World) -> None:
 
 
 @pytest.mark.proves("A24", "G13")
-async def test_an_administrator_cancels_the_job_of_another_user(world: World) -> None:
-    """A cancel by an administrator's token ends any job, and is answered as to the owner; no job at all is a 404."""
+async def test_administrator_cancels_the_job_of_another_user(world: World) -> None:
+    """A cancel by an administrator ends any job, with the same reply as for the owner; an unknown job is a 404."""
     world.workers = []
     await world.submit()
     await world.settle()
@@ -383,8 +383,8 @@ async def test_an_administrator_cancels_the_job_of_another_user(world: World) ->
     assert (await world.store.jobs.get([1]))[1].status is JobStatus.CANCELLED
 
 
-async def test_first_of_several_cancels_in_a_batch_ends_the_job(world: World) -> None:
-    """Cancels of one job in one batch are answered as if one came after the other, and another user's never counts."""
+async def test_cancels_in_one_batch_are_answered_in_order(world: World) -> None:
+    """Cancels of one job in one batch are answered as if sent one after the other; another user's has no effect."""
     world.workers = []
     await world.submit()
     await world.settle()
@@ -395,8 +395,8 @@ async def test_first_of_several_cancels_in_a_batch_ends_the_job(world: World) ->
     assert [(each.status, each.error) for each in world.replies(second)] == [(400, "Job is already cancelled")]
 
 
-async def test_a_batch_of_cancels_costs_a_fixed_number_of_writes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hundred cancels are decided by as many saves of jobs as one, so that none waits behind the others."""
+async def test_batch_of_cancels_costs_a_fixed_number_of_writes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred cancels need as many saves of jobs as one, so that none waits for the others."""
     await world.store.jobs.insert([scan_job(id_) for id_ in range(1, 102)])
     saves: list[int] = []
     save = world.store.jobs.save
@@ -428,8 +428,8 @@ async def test_command_is_answered_after_the_broker_was_unavailable(world: World
     assert await jobs_of(world) == [1]
 
 
-async def test_the_trace_of_a_request_goes_through(world: World) -> None:
-    """Events and tasks of a job carry the traceparent of the request that made it."""
+async def test_traceparent_of_a_request_is_in_events_and_tasks(world: World) -> None:
+    """Events and tasks of a job have the traceparent of the request that created it."""
     trace = "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
     await world.submit()
     records = world.take(SCAN_COMMANDS)

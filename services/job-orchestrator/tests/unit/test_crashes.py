@@ -297,12 +297,12 @@ def check(world: CrashingWorld) -> None:
 # A kill before a call is a kill after the one before it.
 @pytest.mark.parametrize(("error", "moment"), [(Killed, Moment.AFTER), (DependencyError, Moment.HALF)])
 @pytest.mark.parametrize("scenario", [scan, lose, cancel, fail])
-async def test_one_failed_call_changes_no_outcome(
+async def test_single_failed_call_changes_no_outcome(
     scenario: Scenario,
     error: type[BaseException],
     moment: Moment,
 ) -> None:
-    """Whichever call of a repository or the bus fails, and however, the jobs end the same, with every event in order."""
+    """Whichever call of a repository or the bus fails, the jobs end the same, with every event in order."""
     whole = CrashingWorld(Fuse())
     await scenario(whole)
     check(whole)
@@ -313,8 +313,8 @@ async def test_one_failed_call_changes_no_outcome(
         check(world)
 
 
-async def test_every_reply_names_the_same_jobs() -> None:
-    """However often a submit is begun again, all its replies name the same jobs, and there are no others."""
+async def test_replies_of_a_repeated_submit_name_the_same_jobs() -> None:
+    """After any number of repetitions of a submit, all its replies name the same jobs, and there are no others."""
     count = 40  # more calls than one submit takes
     for moment in Moment:
         for number in range(1, count):

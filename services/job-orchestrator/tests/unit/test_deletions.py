@@ -218,7 +218,7 @@ async def test_delete_of_a_job_that_changes_each_time_is_a_409() -> None:
         assert await delete(http) == (409, {"error": "Job is still being changed; try again in a few seconds"})
 
 
-async def test_two_deletes_at_once_are_one_deletion(world: World) -> None:
+async def test_concurrent_deletes_are_one_deletion(world: World) -> None:
     """Of two requests one is answered 200, the other 404."""
     await completed(world)
     async with client(world) as http:
@@ -291,8 +291,8 @@ async def test_last_event_is_published_before_the_job_is_deleted(world: World) -
     assert [event.seq for event in world.events(1)] == [1, 2]
 
 
-async def test_old_jobs_are_deleted_by_age_under_audit() -> None:
-    """A job that ended longer ago than the setting is deleted once, with an entry in the audit log; a younger one stays."""
+async def test_expired_job_is_deleted_with_an_audit_entry() -> None:
+    """A job that ended longer ago than the setting is deleted once, with an audit entry; a younger one stays."""
     world = World(MemoryStore(), keep=timedelta(days=1))
     await world.start()
     await world.worker.announce()
@@ -360,7 +360,7 @@ class SlowChunks(MemoryChunks):
         return deleted
 
 
-async def test_two_replicas_count_a_deleted_job_once() -> None:
+async def test_concurrent_replicas_count_a_deleted_job_once() -> None:
     """Both find the deletion due, and only one of them moves it to its last stage."""
     store = MemoryStore()
     store.chunks = SlowChunks(store.data)

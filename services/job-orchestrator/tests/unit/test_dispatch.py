@@ -167,8 +167,8 @@ async def test_replica_dispatches_no_chunk_to_workers_of_revoked_partitions(worl
     assert tasks(world) == []
 
 
-async def test_a_task_that_is_never_claimed_is_requeued_after_a_lease(world: World) -> None:
-    """One lease covers a chunk from its dispatch on, and a lost one costs its user nothing."""
+async def test_unclaimed_task_is_requeued_after_a_lease(world: World) -> None:
+    """One lease covers a chunk from its dispatch on, and a lost one is not charged to its user."""
     await world.start()
     await queue(world, 7, 1)
     await world.worker.announce()
@@ -181,8 +181,8 @@ async def test_a_task_that_is_never_claimed_is_requeued_after_a_lease(world: Wor
     assert (await world.store.dispatch.clocks([7])).users[7].time == 0.0
 
 
-async def test_a_late_claim_of_a_requeued_chunk_is_stopped(world: World) -> None:
-    """The worker that claims at last, under the old token, is sent a StopChunk."""
+async def test_late_claim_of_a_requeued_chunk_is_stopped(world: World) -> None:
+    """A worker that claims late, with the old token, gets a StopChunk."""
     await world.start()
     await queue(world, 7, 1)
     await world.worker.announce()
@@ -195,8 +195,8 @@ async def test_a_late_claim_of_a_requeued_chunk_is_stopped(world: World) -> None
 
 
 @pytest.mark.proves("F25", "G17")
-async def test_a_chunk_that_a_worker_failed_goes_to_another(world: World) -> None:
-    """While another live worker could take it, a failed chunk is not given to the instance that failed it."""
+async def test_failed_chunk_is_dispatched_to_another_instance(world: World) -> None:
+    """While another live worker can run it, a failed chunk is not dispatched to the instance that failed it."""
     other = Worker(world.bus, "w-2", slots=1)
     other.hold = True
     world.workers.append(other)
@@ -242,8 +242,8 @@ async def test_failing_worker_among_others_loses_no_chunk() -> None:
 
 @pytest.mark.proves("F30", "G18")
 @pytest.mark.parametrize(("max_rate", "width"), [(100, 1), (1_000, 2), (1_700, 3)])
-async def test_the_rates_of_a_job_add_up_to_its_max_rate(world: World, max_rate: int, width: int) -> None:
-    """However many slots are free, the nmaps of a job that run at once share its `max_rate`."""
+async def test_rates_of_a_job_add_up_to_its_max_rate(world: World, max_rate: int, width: int) -> None:
+    """The concurrent nmap processes of a job share its `max_rate`, whatever the number of free slots."""
     world.worker.slots = 20
     await world.start()
     await world.worker.announce()
@@ -261,8 +261,8 @@ async def test_the_rates_of_a_job_add_up_to_its_max_rate(world: World, max_rate:
 
 
 @pytest.mark.proves("F30")
-async def test_two_port_blocks_of_an_address_are_never_scanned_at_once(world: World) -> None:
-    """All ports of one host are scanned block after block, however many slots are free."""
+async def test_port_blocks_of_an_address_are_scanned_one_at_a_time(world: World) -> None:
+    """All ports of a host are scanned block after block, whatever the number of free slots."""
     world.worker.slots = 20
     await world.start()
     await world.worker.announce()
@@ -278,8 +278,8 @@ async def test_two_port_blocks_of_an_address_are_never_scanned_at_once(world: Wo
 
 
 @pytest.mark.proves("F27", "G17")
-async def test_an_unreadable_job_keeps_no_other_from_being_dispatched(world: World) -> None:
-    """A chunk whose job cannot be read is skipped with a line in the log; the user's other chunks go on."""
+async def test_unreadable_job_does_not_block_other_jobs(world: World) -> None:
+    """A chunk whose job cannot be read is skipped and logged; the user's other chunks are dispatched."""
     await world.start()
     await world.worker.announce()
     await queue(world, 7, 2)
@@ -350,8 +350,8 @@ async def test_users_share_the_slots(world: World) -> None:
     assert Counter(task.user_id for task in tasks(world)) == {1: 5, 2: 5}
 
 
-async def test_one_who_used_much_waits_for_one_who_used_little(world: World) -> None:
-    """Among active users the one with less slot time goes first, until they are level."""
+async def test_user_with_less_slot_time_is_served_first(world: World) -> None:
+    """Among active users the one with less slot time is served first, until they are equal."""
     world.worker.slots = 3
     await world.start()
     await queue(world, 1, 10)
@@ -452,8 +452,8 @@ async def test_raw_chunks_never_go_to_a_plain_worker(world: World) -> None:
     assert (job.status, job.waiting) == (JobStatus.COMPLETED, "")
 
 
-async def test_a_job_without_a_raw_worker_fails_after_a_while(world: World) -> None:
-    """A job that waited for a raw worker for as long as is set fails, with what to do in its error."""
+async def test_job_without_a_raw_worker_fails_after_the_timeout(world: World) -> None:
+    """A job that waited for a raw worker for the configured time fails, and its error names the remedy."""
     await world.start()
     await world.submit("127.9.8.0/30", policy=scan_policy(technique="syn"))
     await world.wait(590)
@@ -477,8 +477,8 @@ async def test_chunks_of_an_ended_job_are_cancelled_and_not_sent(world: World) -
     assert [each.state async for each in world.store.chunks.of_job(1)] == [ChunkState.CANCELLED] * 30
 
 
-async def test_two_replicas_never_dispatch_a_chunk_twice() -> None:
-    """With workers of both replicas hungry at once every chunk goes to one of them."""
+async def test_replicas_never_dispatch_a_chunk_twice() -> None:
+    """With waiting workers of both replicas every chunk is dispatched to one of them."""
     world = World(MemoryStore(), replicas=2)
     world.workers = [Worker(world.bus, f"w-{n}", slots=8) for n in range(6)]
     for worker in world.workers:
@@ -492,8 +492,8 @@ async def test_two_replicas_never_dispatch_a_chunk_twice() -> None:
     assert len(given) == len(set(given)) > 100
 
 
-async def test_an_announcement_is_taken_as_it_stands(world: World) -> None:
-    """Of several announcements in a batch the last one counts."""
+async def test_last_announcement_of_a_batch_counts(world: World) -> None:
+    """Among several announcements of a worker in a batch the last one counts."""
     await world.start()
     await queue(world, 7, 9)
     await world.bus.publish(

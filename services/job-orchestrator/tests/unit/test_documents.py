@@ -105,7 +105,7 @@ def test_totals_without_unprobed_addresses_are_read_as_not_counted() -> None:
         assert list(UnprobedPage(old, 0, 10).ranges()) == ranges
 
 
-def test_a_job_whose_scripts_are_no_longer_allowed_is_read() -> None:
+def test_job_with_scripts_no_longer_allowed_is_read() -> None:
     """A release that allows fewer scripts still reads and lists the jobs that were created with them."""
     document = stored(FOLDER / "0.1.0" / "job-failed.json")
     document["policy"]["scripts"] = ["default", "http-robots"]

@@ -104,8 +104,8 @@ def test_states_are_open_held_or_final() -> None:
     assert {ChunkState.DISPATCHED, ChunkState.RUNNING} == HELD
 
 
-def test_no_change_leads_to_failed() -> None:
-    """`failed` is read from documents of release 0.1 alone: a chunk that fails is stored with its addresses lost."""
+def test_changes_never_lead_to_failed() -> None:
+    """`failed` is read only from documents of release 0.1: a failing chunk is stored with its addresses lost."""
     assert ChunkState.FAILED not in {end for ways in TABLE.values() for ends in ways.values() for end in ends}
 
 
@@ -137,8 +137,8 @@ def test_attempt_covers_the_first_blanks(outcomes: str, size: int, attempted: in
 
 @pytest.mark.parametrize("state", ChunkState)
 @pytest.mark.parametrize("kind", REPORTS)
-def test_only_reports_of_the_current_token_of_a_held_chunk_count(state: ChunkState, kind: type[WorkerReport]) -> None:
-    """A report counts if a worker holds the chunk and attempt, worker and job are the chunk's; no other does."""
+def test_report_counts_only_with_the_current_token_of_a_held_chunk(state: ChunkState, kind: type[WorkerReport]) -> None:
+    """A report counts if a worker holds the chunk and attempt, worker and job are the chunk's."""
     held = in_state(state)
     assert holds(held, report(kind)) is (state in HELD)
     for stale in ({"attempt": 1}, {"attempt": 3}, {"worker_id": "w-2"}, {"job_id": 2}):
@@ -147,15 +147,15 @@ def test_only_reports_of_the_current_token_of_a_held_chunk_count(state: ChunkSta
 
 @pytest.mark.parametrize("state", sorted(HELD))
 @pytest.mark.parametrize("kind", [ChunkClaimed, ChunkProgressed])
-def test_first_report_is_a_claim(state: ChunkState, kind: type[WorkerReport]) -> None:
+def test_first_report_implies_a_claim(state: ChunkState, kind: type[WorkerReport]) -> None:
     """A dispatched chunk runs from its holder's first report on, in the partition of its job."""
     changed = after(in_state(state, partition=3), report(kind))
     assert (changed.state, changed.partition) == (ChunkState.RUNNING, 3)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in REPORTS if kind is not ChunkClaimed])
-def test_first_letter_stays(kind: type[WorkerReport]) -> None:
-    """Whatever a report's map contains, codes that are set stay and blanks are filled."""
+def test_codes_of_a_map_never_change(kind: type[WorkerReport]) -> None:
+    """Whatever a report's map contains, existing codes stay and blanks are filled."""
     assert after(in_state(ChunkState.RUNNING, outcomes="d.x."), report(kind, "aaxa")).outcomes == "daxa"
 
 
@@ -169,8 +169,8 @@ def test_map_of_another_chunk_is_ignored(news: str) -> None:
 @given(
     first=st.text(LETTERS + ".", min_size=4, max_size=4), news=st.lists(st.text(LETTERS + ".", min_size=4, max_size=4))
 )
-def test_no_order_of_reports_changes_a_letter(first: str, news: list[str]) -> None:
-    """A code that is set stays the same."""
+def test_codes_are_kept_in_any_order_of_reports(first: str, news: list[str]) -> None:
+    """An existing code never changes."""
     held = in_state(ChunkState.RUNNING, outcomes=first)
     for outcomes in news:
         changed = after(held, report(ChunkProgressed, outcomes))
@@ -305,8 +305,8 @@ def test_release_before_the_limit_was_reached_keeps_it() -> None:
     assert after(held, report(ChunkReleased, "a...")).limit == 2
 
 
-def test_new_letters_reset_failures() -> None:
-    """Failures, failing instances and fruitless dispatches count since the last progress."""
+def test_new_codes_reset_failures() -> None:
+    """Failures, failing instances and dispatches without progress count since the last progress."""
     held = in_state(ChunkState.RUNNING, failures=2, failed_by=("w-2", "w-3"), fruitless=9)
     same = after(held, report(ChunkProgressed, "...."))
     assert (same.failures, same.failed_by, same.fruitless) == (2, ("w-2", "w-3"), 9)
@@ -384,8 +384,8 @@ def test_questions_to_result_store_double_their_pause_up_to_an_hour() -> None:
 
 
 @pytest.mark.parametrize("state", sorted(set(ChunkState) - {ChunkState.SCANNED}))
-def test_only_scanned_chunks_are_asked_about(state: ChunkState) -> None:
-    """A chunk that is not scanned is left as it is."""
+def test_check_is_requested_only_for_scanned_chunks(state: ChunkState) -> None:
+    """A chunk that is not scanned does not change."""
     assert request_check(in_state(state), NOW, PATIENCE) == in_state(state)
 
 

@@ -418,8 +418,8 @@ def test_fair_queueing_with_any_arrivals_bounds_each_wait(
 
 @settings(max_examples=30, deadline=None)
 @given(slots=st.integers(1, 8), users=st.integers(2, 4), seed=st.integers())
-def test_no_user_holds_more_than_their_share_and_one_while_others_wait(slots: int, users: int, seed: int) -> None:
-    """With all users waiting throughout, none ever holds more than slots / users + 1."""
+def test_user_holds_at_most_one_slot_above_their_share_while_others_wait(slots: int, users: int, seed: int) -> None:
+    """While all users wait, none ever holds more than slots / users + 1."""
     chance = random.Random(seed)  # noqa: S311 # durations, not secrets
     fleet = Fleet(slots)
     for user in range(users):

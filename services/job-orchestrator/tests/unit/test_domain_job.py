@@ -45,7 +45,7 @@ def in_status(status: JobStatus) -> ScanJob:
 
 @pytest.mark.parametrize("status", JobStatus)
 @pytest.mark.parametrize("trigger", JobTrigger)
-def test_the_table_decides_every_change(status: JobStatus, trigger: JobTrigger) -> None:
+def test_change_follows_the_table(status: JobStatus, trigger: JobTrigger) -> None:
     """A transition in the table leads to its status, with the next seq and its event; any other raises."""
     job = in_status(status)
     if trigger not in TABLE[status]:
@@ -60,8 +60,8 @@ def test_the_table_decides_every_change(status: JobStatus, trigger: JobTrigger) 
     assert (out.event.seq, out.event.job, out.at) == (after.seq, after.view, LATER)
 
 
-def test_the_table_is_the_published_graph() -> None:
-    """Jobs go from pending over running to an end, or from pending to failed or cancelled, and nowhere else."""
+def test_table_matches_the_published_graph() -> None:
+    """Jobs change from pending to running to a final status, or from pending to failed or cancelled, only."""
     edges = {(start, end) for start, ways in TABLE.items() for end in ways.values()}
     assert edges == {
         (JobStatus.PENDING, JobStatus.RUNNING),
@@ -72,8 +72,8 @@ def test_the_table_is_the_published_graph() -> None:
     assert {status for status in JobStatus if in_status(status).final} == set(FINAL)
 
 
-def test_a_new_job_has_its_creation_to_publish() -> None:
-    """A job begins pending, without times of its own, with its creation to be published under seq 1."""
+def test_new_job_has_its_creation_event_in_the_outbox() -> None:
+    """A new job is pending, without start and end, and its creation event has seq 1."""
     job = scan_job(traceparent="00-" + "1" * 32 + "-" + "2" * 16 + "-01")
     assert (job.status, job.seq, job.start_time, job.end_time, job.progress) == (JobStatus.PENDING, 1, None, None, 0)
     (out,) = job.outbox
@@ -119,12 +119,12 @@ def test_progress_is_published_once_and_never_decreases() -> None:
 
 
 @pytest.mark.parametrize("status", sorted(set(JobStatus) - {JobStatus.RUNNING}))
-def test_only_a_running_job_progresses(status: JobStatus) -> None:
+def test_progress_is_published_only_while_running(status: JobStatus) -> None:
     """No progress is published before the start or after the end."""
     assert observe(in_status(status), 40, 3, LATER) is None
 
 
-def test_no_progress_is_published_before_events_in_the_outbox() -> None:
+def test_progress_waits_for_events_in_the_outbox() -> None:
     """While an event is unpublished there is no progress, so a reader cannot miss the event by its seq."""
     assert observe(change(scan_job(), JobTrigger.START, LATER), 40, 3, LATER) is None
 
@@ -184,6 +184,6 @@ def test_final_job_does_not_wait(status: JobStatus) -> None:
     assert wait(in_status(status), "no_worker", LATER) is None
 
 
-def test_no_wait_is_published_before_an_event_in_the_outbox() -> None:
+def test_waiting_reason_waits_for_events_in_the_outbox() -> None:
     """While an event is unpublished no reason is published, so a reader cannot skip the event by its seq."""
     assert wait(scan_job(), "no_worker", LATER) is None

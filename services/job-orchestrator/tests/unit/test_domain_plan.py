@@ -230,8 +230,8 @@ def test_parts_of_the_plan_agree_with_the_whole(job: ScanJob, data: st.DataObjec
 
 @settings(max_examples=50, deadline=None)
 @given(jobs(), st.integers(1, 400), st.integers())
-def test_two_blocks_of_a_slice_are_never_open_together(job: ScanJob, burst: int, seed: int) -> None:
-    """However chunks end, no address is in two open chunks, no more than the width are open, and each is made once."""
+def test_blocks_of_a_slice_are_never_open_together(job: ScanJob, burst: int, seed: int) -> None:
+    """In any order of ends, no address is in two open chunks, the window is kept, and each chunk is created once."""
     chance = random.Random(seed)  # noqa: S311 # an order, not a secret
     width = plan.width(job.policy)
     open_: dict[int, Chunk] = {}
@@ -262,8 +262,8 @@ def test_window_is_filled_again_as_chunks_end() -> None:
     assert plan.made_up_to(job, plan.WINDOW - 3, 0) == plan.WINDOW + 3
 
 
-def test_one_chunk_that_stays_open_holds_the_window_back() -> None:
-    """However many others have ended, chunks are made no further than 4,096 past the first that is open."""
+def test_open_chunk_limits_the_window() -> None:
+    """Chunks are created at most 4,096 beyond the first open one, whatever number of others have ended."""
     job = replace(job_of(scan_policy(ports="1-65535"), Target.parse("127.9.0.0/16")), made=4_090)
     assert job.plan.chunk_count > 10_000
     assert plan.made_up_to(job, 1, 0) == min(4_096, job.plan.chunk_count // job.plan.blocks)

@@ -42,16 +42,16 @@ def test_silence_for_longer_than_the_lease_is_overdue() -> None:
     assert look_on(watch, 110.0, 1) == ["1-0"]
 
 
-def test_a_report_renews_the_lease() -> None:
-    """A chunk that is reported on between looks is never overdue, and after its last report it has a whole lease."""
+def test_report_renews_the_lease() -> None:
+    """A chunk with reports between checks is never overdue, and after its last report it has a whole lease."""
     watch = Watch(LEASE)
     assert look_on(watch, 0.0, 60, reporting=True) == []
     assert look_on(watch, 60.0, 10) == []
     assert look_on(watch, 70.0, 1) == ["1-0"]
 
 
-def test_a_frozen_observer_expires_no_lease() -> None:
-    """An hour between two looks adds a few seconds of silence, not an hour."""
+def test_frozen_observer_expires_no_lease() -> None:
+    """An hour between two checks adds a few seconds to the silence, not an hour."""
     watch = Watch(LEASE)
     watch.overdue([FIRST], 0.0)
     assert watch.overdue([FIRST], 3_600.0) == []
@@ -68,14 +68,14 @@ def test_lease_of_a_new_chunk_or_attempt_starts_at_zero() -> None:
     assert [each.token.chunk_id for each in watch.overdue([FIRST], 13.0)] == []
 
 
-def test_a_clock_that_stands_still_adds_no_silence() -> None:
-    """Any number of looks at one moment are one look."""
+def test_repeated_checks_at_one_time_add_no_silence() -> None:
+    """Any number of checks at the same time count as one."""
     watch = Watch(LEASE)
     assert [watch.overdue([FIRST], 5.0) for _ in range(100)] == [[]] * 100
 
 
-def test_one_is_overdue_beside_one_that_is_not() -> None:
-    """Each chunk's silence is its own."""
+def test_chunks_are_overdue_independently() -> None:
+    """The silence of each chunk is measured separately."""
     watch = Watch(LEASE)
     late: set[str] = set()
     for second in range(12):

@@ -33,8 +33,8 @@ def counted(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(f"scanfleet_{name}", labels) or 0.0
 
 
-def test_a_census_is_shown_until_it_is_old() -> None:
-    """Its numbers, zeros too, are shown for half a minute, and then none: an old one is no number of now."""
+def test_census_is_exported_for_half_a_minute() -> None:
+    """Its numbers, including zeros, are exported for half a minute and then omitted: they would be outdated."""
     now = 100.0
     registry = CollectorRegistry()
     gauges = CensusGauges(monotonic=lambda: now)
@@ -54,8 +54,8 @@ def test_a_census_is_shown_until_it_is_old() -> None:
     assert [sample for metric in registry.collect() for sample in metric.samples] == []
 
 
-async def test_the_sweep_takes_a_census_every_ten_seconds(world: World) -> None:
-    """What a scrape shows follows the database by ten seconds at most, and the database is not asked more often."""
+async def test_sweep_takes_a_census_every_ten_seconds(world: World) -> None:
+    """Exported numbers are at most ten seconds old, and the database is queried no more often."""
     await world.only.sweeper.sweep()
     await world.store.jobs.insert([replace(scan_job(9, created_at=utc_now() - timedelta(hours=1)), outbox=())])
     world.now += 9.0
@@ -99,7 +99,7 @@ async def test_jobs_chunks_and_probes_are_counted_as_they_go(world: World) -> No
     }
 
 
-async def test_a_cancelled_job_is_counted_once(world: World) -> None:
+async def test_cancelled_job_is_counted_once(world: World) -> None:
     """A cancel counts one job, however often it is delivered, and no probes."""
     world.workers = []
     await world.submit("127.9.8.0/30")
@@ -122,8 +122,8 @@ class Refusing(MemoryJobs):
         raise DependencyError("the database is unavailable")
 
 
-async def test_a_database_in_trouble_is_not_asked_for_a_census_in_every_sweep() -> None:
-    """A census that fails is tried again ten seconds later, and the repairs go on meanwhile."""
+async def test_failed_census_is_retried_after_ten_seconds() -> None:
+    """A failed census is retried ten seconds later, and repairs continue meanwhile."""
     store = MemoryStore()
     store.jobs = refusing = Refusing(store.data)
     world = World(store)

@@ -54,7 +54,7 @@ async def claimed(world: World, task: ScanChunk) -> ScanChunk:
     return task
 
 
-async def test_a_claim_starts_the_job(world: World, task: ScanChunk) -> None:
+async def test_claim_starts_the_job(world: World, task: ScanChunk) -> None:
     """A job is pending while its chunks wait, and runs from the first claim."""
     assert (await status_of(world), (await chunk_of(world)).state) == (JobStatus.PENDING, ChunkState.DISPATCHED)
     await claimed(world, task)
@@ -86,8 +86,8 @@ async def test_stored_before_scanned_completes_the_job(world: World, task: ScanC
 
 
 @pytest.mark.proves("F26", "G17")
-async def test_an_address_that_fails_alone_is_lost_and_costs_no_other(world: World, task: ScanChunk) -> None:
-    """Attempts that fail get half of the addresses; after three failures of one alone it is lost, and all others are scanned."""
+async def test_failing_address_is_isolated_and_lost(world: World, task: ScanChunk) -> None:
+    """Failed attempts are halved; after three failures of a single address it is lost, and all others are scanned."""
     poison = 2  # the place of the address that nmap cannot bear
     done = 0
     while not (await status_of(world)).final:
@@ -112,8 +112,8 @@ async def test_an_address_that_fails_alone_is_lost_and_costs_no_other(world: Wor
     assert task.attempt == 1
 
 
-async def test_a_failed_attempt_pauses_before_the_next(world: World, task: ScanChunk) -> None:
-    """The next attempt on a chunk that nmap failed on comes two seconds later, on half of the addresses."""
+async def test_failed_attempt_is_retried_after_a_delay(world: World, task: ScanChunk) -> None:
+    """After a failure of nmap the next attempt starts two seconds later, on half of the addresses."""
     await claimed(world, task)
     await world.worker.fail(task)
     await world.wait(1)
@@ -122,8 +122,8 @@ async def test_a_failed_attempt_pauses_before_the_next(world: World, task: ScanC
     assert [(each.attempt, each.limit) for each in world.worker.tasks] == [(1, None), (2, 2)]
 
 
-async def test_an_attempt_that_was_too_slow_is_halved_at_no_cost(world: World, task: ScanChunk) -> None:
-    """After an attempt that ran out of its time the next one has half of the addresses, at once and without a failure."""
+async def test_too_slow_attempt_is_halved_without_a_failure(world: World, task: ScanChunk) -> None:
+    """After an attempt that timed out the next one has half of the addresses, at once and without a failure."""
     await claimed(world, task)
     slow = ChunkReleased(
         job_id=1, chunk_id="1-0", attempt=1, worker_id="w-1", outcomes="....", reason="slow", too_slow=True
@@ -134,8 +134,8 @@ async def test_an_attempt_that_was_too_slow_is_halved_at_no_cost(world: World, t
     assert [(each.attempt, each.limit, each.failures) for each in world.worker.tasks] == [(1, None, 0), (2, 2, 0)]
 
 
-async def test_a_retry_scans_only_blanks(world: World, task: ScanChunk) -> None:
-    """The next attempt is given the map of the last, whatever ended it."""
+async def test_retry_scans_only_blanks(world: World, task: ScanChunk) -> None:
+    """The next attempt gets the map of the previous one, whatever ended it."""
     await claimed(world, task)
     await world.worker.progress(task, "ad..")
     await world.settle()
@@ -146,7 +146,7 @@ async def test_a_retry_scans_only_blanks(world: World, task: ScanChunk) -> None:
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-async def test_the_work_of_a_silent_worker_goes_to_another(replicas: int) -> None:
+async def test_chunk_of_a_silent_worker_is_dispatched_to_another(replicas: int) -> None:
     """After a lease without a heartbeat another worker gets the chunk, and the silent one is stopped."""
     world = World(MemoryStore(), replicas=replicas)
     dead, other = world.worker, Worker(world.bus, "w-2")
@@ -179,8 +179,8 @@ async def test_heartbeat_renews_the_lease(world: World, task: ScanChunk) -> None
     assert ((await chunk_of(world)).state, (await chunk_of(world)).attempt) == (ChunkState.RUNNING, 1)
 
 
-async def test_a_replica_that_was_frozen_or_is_new_expires_no_lease(world: World, task: ScanChunk) -> None:
-    """After a restart or an hour of being frozen a lease starts over."""
+async def test_new_or_frozen_replica_expires_no_lease(world: World, task: ScanChunk) -> None:
+    """After a restart, or an hour of being frozen, a lease restarts."""
     await claimed(world, task)
     await world.wait(LEASE - 5)
     await world.restart()
@@ -191,8 +191,8 @@ async def test_a_replica_that_was_frozen_or_is_new_expires_no_lease(world: World
 
 
 @pytest.mark.proves("F29", "G4")
-async def test_a_rebalance_keeps_the_leases(world: World, task: ScanChunk) -> None:
-    """However often partitions are revoked and come back in the same rebalance, a dead worker's lease ends in its time."""
+async def test_rebalance_keeps_the_leases(world: World, task: ScanChunk) -> None:
+    """Rebalances that return the same partitions do not extend the lease of a dead worker."""
     await claimed(world, task)
     for _ in range(LEASE):
         await world.wait(1)
@@ -202,8 +202,8 @@ async def test_a_rebalance_keeps_the_leases(world: World, task: ScanChunk) -> No
 
 
 @pytest.mark.proves("F29")
-async def test_an_unread_claim_expires_no_lease(world: World, task: ScanChunk) -> None:
-    """While scan-progress lags behind, and scan-workers does not, no chunk is dispatched a second time."""
+async def test_unread_claim_expires_no_lease(world: World, task: ScanChunk) -> None:
+    """While scan-progress lags and scan-workers does not, no chunk is dispatched a second time."""
     await world.worker.claim(task)
     unread = world.take(SCAN_PROGRESS)
     for _ in range(2 * LEASE):
@@ -235,10 +235,10 @@ async def test_three_lost_leases_of_three_workers_lose_the_addresses(world: Worl
 
 
 @pytest.mark.parametrize("others", [0, 1])
-async def test_a_new_process_of_an_instance_ends_the_leases_of_the_old(
+async def test_new_process_of_an_instance_ends_the_leases_of_the_old(
     world: World, task: ScanChunk, others: int
 ) -> None:
-    """A worker that was restarted gets or leaves its predecessor's chunk at once, at the cost of one failure."""
+    """The chunk of a restarted worker's previous process is requeued at once, as one failure."""
     old = Worker(world.bus, "w-00000001")
     world.workers = [old]
     old.hold = True
@@ -348,8 +348,8 @@ async def test_lost_results_are_scanned_again(world: World, task: ScanChunk) -> 
     assert await status_of(world) is JobStatus.COMPLETED
 
 
-async def test_a_redelivered_batch_changes_nothing(world: World, task: ScanChunk) -> None:
-    """Every report handled three times leaves the chunk, the events and the failures as handled once."""
+async def test_redelivered_batch_changes_nothing(world: World, task: ScanChunk) -> None:
+    """Handling every report three times has the same result as once, for chunk, events and failures."""
     await world.worker.claim(task)
     await world.worker.progress(task, "a...")
     await world.worker.fail(task, outcomes="as..")

@@ -25,8 +25,8 @@ from scanfleet.scanning.policy import Preset, fill_in
 from scanfleet_testing.chunk_grants import grants
 
 
-async def test_an_event_that_was_not_published_is(world: World) -> None:
-    """What stands in an outbox for five seconds is published in order by any replica, and removed."""
+async def test_old_event_in_an_outbox_is_published(world: World) -> None:
+    """Events that are in an outbox for five seconds are published in order by any replica, and removed."""
     job = change(scan_job(9), JobTrigger.CANCEL, THEN)
     await world.store.jobs.insert([job])
     await world.only.sweeper.sweep()
@@ -36,16 +36,16 @@ async def test_an_event_that_was_not_published_is(world: World) -> None:
     assert len(world.events(9)) == 2
 
 
-async def test_a_fresh_event_is_left_to_its_replica(world: World) -> None:
-    """An event younger than five seconds is not swept up: it would be published twice for nothing."""
+async def test_fresh_event_is_left_to_its_replica(world: World) -> None:
+    """An event younger than five seconds is not published by the sweep: it would be published twice."""
     await world.only.sweeper.sweep()
     await world.store.jobs.insert([scan_job(9, created_at=utc_now())])
     await world.only.sweeper.sweep()
     assert world.events(9) == []
 
 
-async def test_a_scanned_chunk_is_asked_for_again(world: World) -> None:
-    """A chunk that waits for result-store has its ChunkScanned sent again when it is due, by the owner of its partition."""
+async def test_overdue_scanned_chunk_is_requested_again(world: World) -> None:
+    """The ChunkScanned of a chunk without a verdict is sent again when due, by the owner of its partition."""
     scanned = chunk(
         id="9-0",
         job_id=9,
@@ -86,8 +86,8 @@ async def test_lost_request_to_result_store_is_repeated(world: World) -> None:
     assert (await world.store.jobs.get([9]))[9].status is JobStatus.COMPLETED
 
 
-async def test_an_unfinished_job_is_brought_to_its_end(world: World) -> None:
-    """A job whose last step is missing, because its replica died, is ended by the next pass."""
+async def test_job_without_its_last_step_is_completed(world: World) -> None:
+    """A job whose replica died before the last step is ended by the next pass."""
     await world.store.jobs.insert([replace(scan_job(9, made=1), status=JobStatus.RUNNING, outbox=())])
     await world.store.chunks.insert([chunk(id="9-0", job_id=9, state=ChunkState.STORED, outcomes="asdt")])
     await world.only.sweeper.sweep()
@@ -95,8 +95,8 @@ async def test_an_unfinished_job_is_brought_to_its_end(world: World) -> None:
     assert (job.status, job.progress, job.machines_found, job.settled) == (JobStatus.COMPLETED, 100, 1, True)
 
 
-async def test_a_job_without_chunks_gets_them(world: World) -> None:
-    """A job of a replica that died right after accepting it is planned and scanned by another."""
+async def test_job_without_chunks_is_planned(world: World) -> None:
+    """A job of a replica that died immediately after accepting it is planned and scanned by another."""
     await world.store.jobs.insert([scan_job(9, cidr="127.9.8.0/24")])
     await world.wait(1)
     assert (await world.store.jobs.get([9]))[9].status is JobStatus.COMPLETED
@@ -133,8 +133,8 @@ async def test_unfinished_jobs_are_looked_at_every_ten_seconds(world: World) -> 
 
 
 @pytest.mark.proves("F34", "G20")
-async def test_a_large_job_is_made_in_a_window(world: World) -> None:
-    """Of a job of 65,536 chunks at most a window is made ahead of dispatch, and all of it is scanned and counted once."""
+async def test_large_job_is_created_in_a_window(world: World) -> None:
+    """Of a job of 65,536 chunks at most a window is created ahead of dispatch, and all are scanned and counted once."""
     world.worker.hold = True
     large = await world.submit("127.8.0.0/16", policy=fill_in(Preset.FULL, {"service_detection": False, "scripts": ()}))
     small = await world.submit("127.9.8.0/30", user_id=8)
@@ -160,8 +160,8 @@ async def test_a_large_job_is_made_in_a_window(world: World) -> None:
     assert sum(job.totals.probes.values()) == 4 * 8_192 * job.totals.done
 
 
-async def test_a_large_job_is_cancelled_in_one_window(world: World) -> None:
-    """A cancel of a job of thousands of chunks cancels those that were made, and none is made afterwards."""
+async def test_cancel_of_a_large_job_creates_no_further_chunks(world: World) -> None:
+    """A cancel of a job of thousands of chunks cancels the existing ones, and no others are created afterwards."""
     world.workers = []
     await world.submit("127.8.0.0/16", policy=scan_policy(ports="1-5000"))
     await world.settle()
@@ -322,7 +322,7 @@ async def test_job_whose_chunks_cannot_be_stored_affects_no_other() -> None:
     assert {each.job_id for each in (await store.chunks.get(["7-0", "8-0", "9-0"])).values()} == {7, 9}
 
 
-async def test_a_job_that_is_over_when_it_is_first_seen_to_run_is_one_change(world: World) -> None:
+async def test_job_with_all_chunks_stored_starts_and_ends_in_one_save(world: World) -> None:
     """A job whose chunks are all stored starts and ends in one save, and publishes both events in order."""
     job = replace(scan_job(9, chunk_count=1, made=1), outbox=())
     await world.store.jobs.insert([job])
@@ -359,8 +359,8 @@ async def test_outboxes_are_emptied_together(world: World) -> None:
     assert {job.rev for job in (await world.store.jobs.get([7, 8, 9])).values()} == {1}
 
 
-async def test_an_event_that_comes_while_outboxes_are_emptied_stays(world: World) -> None:
-    """What is added to an outbox after its first event was published is left in it until it is published too."""
+async def test_event_added_during_the_cleanup_of_outboxes_is_kept(world: World) -> None:
+    """An event that is added after the first one was published stays in the outbox until it is published too."""
     await world.store.jobs.insert([scan_job(9)])
     await world.only.outbox.publish([scan_job(9)])
     await world.store.jobs.save([change(scan_job(9), JobTrigger.CANCEL, THEN)])
