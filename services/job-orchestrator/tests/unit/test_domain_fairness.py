@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import Token
 from job_orchestrator.domain.fairness import (
     AHEAD_SECONDS,
@@ -29,6 +30,7 @@ from job_orchestrator.domain.fairness import (
     tags,
     wake,
 )
+from job_orchestrator_testing import scan_job, scan_policy
 from job_orchestrator_testing.things import THEN
 
 
@@ -414,6 +416,25 @@ def test_fair_queueing_with_any_arrivals_bounds_each_wait(
     # each other user is served two longest chunks at most. Several slots share that, and one chunk may still be running.
     turns = 2 * (users - 1) if slots == 1 else users
     assert max(fleet.waits.values()) <= turns * longest + 0.001
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_slowest_scan_delays_another_user_by_one_host_timeout(slots: int) -> None:
+    """Beside a /28 at timing 0, of which each address times out, one-port jobs of another user get the next free slot."""
+    slow = scan_job(1, cidr="127.9.8.0/28", policy=scan_policy(ports="80", timing=0))
+    small = scan_job(2, cidr="127.9.9.1/32", policy=scan_policy(ports="80"))
+    addresses = list(plan.chunks(slow, 0, slow.plan.chunk_count))
+    (one,) = plan.chunks(small, 0, small.plan.chunk_count)
+    timeout = float(slow.policy.host_timeout)
+    fleet = Fleet(slots)
+    fleet.submit(1, *[(each.estimate, timeout) for each in addresses])
+    while fleet.queues[1]:
+        fleet.run(fleet.now + 1.0)
+        fleet.submit(2, (one.estimate, 0.2))
+        fleet.run(fleet.now + timeout)
+        assert not fleet.queues[2]
+    assert len(addresses) == 16
+    assert fleet.waits[2] <= timeout
 
 
 @settings(max_examples=30, deadline=None)

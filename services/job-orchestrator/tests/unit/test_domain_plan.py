@@ -140,6 +140,15 @@ def test_top_ports_are_cut_by_rank() -> None:
     assert all(one.top == other.above for one, other in pairwise(blocks))
 
 
+@pytest.mark.parametrize(("host_timeout", "ports"), [(900, 1), (86_400, 16)])
+def test_slowest_timing_is_cut_to_what_a_silent_host_takes_within_its_timeout(host_timeout: int, ports: int) -> None:
+    """At timing 0 a chunk has one address, and one port where discovery alone takes longer than the host timeout."""
+    policy = scan_policy(ports="1-16", timing=0, host_timeout=host_timeout)
+    job = job_of(policy, Target.parse("127.9.8.8/31"))
+    assert [(each.blank, each.port_count) for each in made(job)] == [(1, ports)] * (2 * 16 // ports)
+    assert (plan.longest(policy, PortSet.parse("1"), 1) > host_timeout) is (ports == 1)
+
+
 @settings(max_examples=50, deadline=None)
 @given(policies(), targets(st.integers(16, 32)))
 def test_chunks_are_short_even_where_nothing_answers(policy: ScanPolicy, target: Target) -> None:
