@@ -59,6 +59,13 @@ ENDLESS: Final[Mapping[str, Any]] = {"ports": "1-1000", "service_detection": Fal
 FULL: Final = ("mount", "-t", "tmpfs", "-o", "size=4k,nr_inodes=2", "tmpfs")
 """A folder in which a single entry can be created."""
 
+NMAP: Final = """\
+#!/bin/sh
+case "$*" in *--stats-every*) [ -e {switch} ] && exit 1 ;; esac
+exec nmap "$@"
+"""
+"""An nmap whose scans can be made to fail; a worker's trial runs always succeed."""
+
 Document = dict[str, Any]
 
 
@@ -165,6 +172,10 @@ class Platform:
         self.keys = Keys()
         self.temporary = folder / "temporary"
         self.temporary.mkdir(parents=True)
+        self._nmap_fails = folder / "nmap-fails"
+        self._nmap = folder / "nmap"
+        self._nmap.write_text(NMAP.format(switch=self._nmap_fails))
+        self._nmap.chmod(0o755)
         self.stack = Stack(
             folder / "stack",
             replicas=REPLICAS,
@@ -303,6 +314,15 @@ class Platform:
         finally:
             self.temporary.with_name("away").rename(self.temporary)
 
+    @contextmanager
+    def no_scan(self) -> Iterator[None]:
+        """Make each scan of the second worker exit with 1 for the duration of the block; its trial runs succeed."""
+        self._nmap_fails.touch()
+        try:
+            yield
+        finally:
+            self._nmap_fails.unlink()
+
     @staticmethod
     def wait(seconds: float) -> None:
         """Let a fault last; no other code may wait for time."""
@@ -418,7 +438,11 @@ class Platform:
     def _settings_of(self) -> dict[str, dict[str, str | None]]:
         found: dict[str, dict[str, str | None]] = {
             "scanner-worker-1": {**shifted(OFF), "SCANFLEET_STOP_GRACE_SECONDS": "20"},
-            "scanner-worker-2": {"TMPDIR": str(self.temporary), "SCANFLEET_STOP_GRACE_SECONDS": "0"},
+            "scanner-worker-2": {
+                "TMPDIR": str(self.temporary),
+                "SCANFLEET_NMAP": str(self._nmap),
+                "SCANFLEET_STOP_GRACE_SECONDS": "0",
+            },
             "api-gateway-2": shifted(-OFF),
         }
         for name, line in self._to_kafka.items():
@@ -448,6 +472,17 @@ class Platform:
     def _mongod_command(self) -> list[str]:
         command = mongod.command(self._folder / "servers" / "mongod", self._numbers["mongod"])
         return [*command, "--setParameter", "enableTestCommands=1"]  # required by failCommand
+
+
+def scanned(user: Client, job_id: int) -> tuple[dict[str, int], set[tuple[str, ...]]]:
+    """Wait for a job to complete; return its ledger's counts and its results, which another job on its network has too."""
+    task = user.finished(job_id)
+    assert task["status"]["status"] == "completed", task["status"]["error"]
+    results = user.results(job_id)
+    names = ("ip_address", "protocol", "port", "status", "service")
+    found = {tuple(str(each[name]) for name in names) for each in results}
+    assert len(found) == len(results)
+    return user.ledger(job_id)["counts"], found
 
 
 async def _write(

@@ -19,7 +19,7 @@ from scanfleet.contracts.messages import ChunkClaimed, ChunkReleased, HostScanne
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS
 from scanfleet.scanning.outcomes import Outcome
 from tests.faults.invariants import Invariants
-from tests.faults.kit import ENDLESS, LEASE, LIMIT, SLOTS, STEADY, TINY, Caller, Document, Platform, caught
+from tests.faults.kit import ENDLESS, LEASE, LIMIT, SLOTS, STEADY, TINY, Caller, Document, Platform, caught, scanned
 
 pytestmark = pytest.mark.e2e
 
@@ -204,6 +204,27 @@ def test_worker_stopped_past_its_lease_is_superseded(platform: Platform, user: C
     assert now["failures"] == chunk["failures"] + 1
     assert [host for host in platform.hosts(job_id=job_id) if host in hosts] == hosts
     user.cancel(job_id)
+    invariants.check()
+
+
+@pytest.mark.proves("F8", "G3", "G4", "G5")
+def test_job_of_a_worker_stopped_in_mid_scan_has_the_same_results(
+    platform: Platform, user: Caller, invariants: Invariants
+) -> None:
+    """A job whose worker is stopped in mid-scan and never resumed has the results and ledger of a job without the fault."""
+    expired = platform.metric("job-orchestrator", "scanfleet_leases_expired_total")
+    with platform.servers():
+        before = scanned(user, user.scan(platform.network(25), **STEADY))
+        job_id = user.scan(platform.network(25), **STEADY)
+        chunk = caught(lambda: halfway(platform, job_id), LIMIT, "a chunk to be half done")
+        platform.kill(platform.holder(chunk), signal.SIGSTOP)
+        try:
+            after = scanned(user, job_id)
+        finally:
+            platform.kill(platform.holder(chunk), signal.SIGCONT)
+    assert after == before
+    assert before[0]["answered"] == 128 * 20
+    assert platform.metric("job-orchestrator", "scanfleet_leases_expired_total") > expired
     invariants.check()
 
 

@@ -13,7 +13,7 @@ from scanfleet.contracts.messages.topics import SCAN_PROGRESS
 from scanfleet_testing.tokens import Issuer
 from tests.client import FINAL
 from tests.faults.invariants import Invariants
-from tests.faults.kit import LIMIT, STEADY, TINY, Caller, Platform
+from tests.faults.kit import LIMIT, STEADY, TINY, Caller, Platform, scanned
 
 pytestmark = pytest.mark.e2e
 
@@ -97,6 +97,27 @@ def test_worker_without_disk_does_not_affect_results(platform: Platform, user: C
         assert user.ledger(job_id)["counts"]["answered"] == 256 * 20
         assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == places
         assert {chunk["failures"] for chunk in platform.chunks(job_id)} == {0}
+    until(lambda: platform.ready("scanner-worker-2"), LIMIT, "the worker to be included again")
+    invariants.check()
+
+
+@pytest.mark.proves("F25", "G17")
+def test_worker_whose_scans_fail_does_not_affect_results(
+    platform: Platform, user: Caller, invariants: Invariants
+) -> None:
+    """With nmap always exiting with 1 on one of two workers, jobs have the results and ledger of a job without that worker."""
+    with platform.servers():
+        before = scanned(user, user.scan(platform.network(24), **TINY))
+        with platform.no_scan():
+            jobs = [user.scan(platform.network(24), **TINY) for _ in range(6)]  # more than the other worker has slots
+            until(
+                lambda: platform.metric("scanner-worker", "scanfleet_worker_excluded") == 1,
+                LIMIT,
+                "the broken worker to exclude itself",
+            )
+            after = [scanned(user, job_id) for job_id in jobs]
+    assert before[0]["answered"] == 256 * 20
+    assert after == [before] * len(jobs)
     until(lambda: platform.ready("scanner-worker-2"), LIMIT, "the worker to be included again")
     invariants.check()
 
