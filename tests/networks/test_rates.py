@@ -15,6 +15,8 @@ pytestmark = pytest.mark.e2e
 PLAIN: Final[dict[str, Any]] = {"service_detection": False, "discovery": "none"}
 RATE: Final = 100
 BURST: Final = 1.15  # factor by which nmap exceeds its own limit within one second
+FAST: Final = 1_200  # a rate for two nmaps
+TWO_BURSTS: Final = 1.03  # factor by which two such nmaps exceed it
 LIMIT: Final = 240.0  # timeout in seconds for scans that take up to a minute on an idle machine
 
 
@@ -27,6 +29,19 @@ def test_job_never_sends_faster_than_its_max_rate(user: Client, network: Network
     sent = [packet for packet in packets if packet.address.startswith("10.77.40.")]
     assert set(by_address(sent)) == {f"10.77.40.{host}" for host in range(255)}  # not the broadcast address
     assert busiest_second(sent) <= math.ceil(RATE * BURST)
+
+
+@pytest.mark.proves("F30", "G18")
+@pytest.mark.parametrize(("technique", "net"), [("syn", "10.77.43"), ("connect", "10.77.44")])
+def test_nmaps_of_a_job_together_keep_to_its_max_rate(user: Client, network: Network, technique: str, net: str) -> None:
+    """A job whose rate allows two nmaps at once sends at most `max_rate` packets in any second where no port is open."""
+    network.filter_input(f"ip daddr {{ {net}.16/28, {net}.48/28 }} drop")
+    with network.capture() as packets:
+        job_id = user.scan(f"{net}.0/26", **PLAIN, ports="1-100", technique=technique, max_rate=FAST)
+        assert user.finished(job_id, LIMIT)["status"]["status"] == "completed"
+    sent = [packet for packet in packets if packet.address.startswith(f"{net}.")]
+    assert len({(packet.address, packet.port) for packet in sent}) == 63 * 100  # not the broadcast address
+    assert FAST * 0.6 < busiest_second(sent) <= FAST * TWO_BURSTS  # more than one nmap may send
 
 
 @pytest.mark.proves("F30")
