@@ -48,7 +48,7 @@ from scanfleet.contracts.messages.topics import (
 from scanfleet.contracts.user_grants import UserGrants
 from scanfleet.kafka import KafkaBus
 from scanfleet.runtime import logging, mongo, service, tracing
-from scanfleet.runtime.bus import Handler, M, Publisher
+from scanfleet.runtime.bus import Consumer, Handler, M, Publisher
 from scanfleet.runtime.loop import Loop
 from scanfleet.runtime.startup import Startup
 from scanfleet.scanning.policy import ADMITTED_SCRIPTS
@@ -187,8 +187,9 @@ class Orchestrator:
             )
         )
         sweep = Loop("sweep", _SWEEP_SECONDS, self.sweeper.sweep)
-        owners = (self.reconciler, self.outbox, self.reporter, self.dispatcher, self.deletions)
-        self.loops = (*(owner.loop for owner in owners), sweep)
+        self.request_loops = (self.reconciler.loop, self.outbox.loop, self.deletions.loop)
+        """They continue what requests began, so that every replica runs them."""
+        self.job_loops = (self.reporter.loop, self.dispatcher.loop, sweep)
 
 
 def _handled(topic: Topic[M], handler: Handler[M]) -> tuple[Topic, Handler[Any]]:
@@ -261,13 +262,20 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 clock.now,
                 settings.quotas,
             )
-            # One group per topic: no loop waits for another, and a rebalance of one does not affect the others.
-            consumers = [
-                bus.consume(topic, f"{ORCHESTRATOR}-{topic.name}", handler)
-                for topic, handler in orchestrator.handlers.items()
-            ]
             seal = Loop("audit seal", _SEAL_SECONDS, store.audit.seal, vital=False)
-            for loop in (Loop("time", _TIME_SECONDS, clock.refresh), seal, *orchestrator.loops, *consumers):
+            loops: list[Loop | Consumer] = [
+                Loop("time", _TIME_SECONDS, clock.refresh),
+                seal,
+                *orchestrator.request_loops,
+            ]
+            if not settings.requests_only:
+                # One group per topic: no loop waits for another, and a rebalance of one does not affect the others.
+                consumers = (
+                    bus.consume(topic, f"{ORCHESTRATOR}-{topic.name}", handler)
+                    for topic, handler in orchestrator.handlers.items()
+                )
+                loops += [*orchestrator.job_loops, *consumers]
+            for loop in loops:
                 await startup.until_available("kafka", loop.start)
                 stack.push_async_callback(loop.stop)
                 app.state.probes.watch(loop)

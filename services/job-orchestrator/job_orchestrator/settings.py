@@ -43,6 +43,11 @@ class Settings(CommonSettings, InternalApiSettings, KafkaSettings, AuditSettings
         description="PEM file with the Ed25519 key that signs chunks, read once at start; result-store verifies workers' reports "
         "with its public key.",
     )
+    requests_only: bool = Field(
+        False,
+        description="Whether this process only answers the gateway's requests: it consumes no topic and dispatches no chunk. See "
+        "[operations](operations.md#processes-for-queries).",
+    )
     lease_seconds: float = Field(
         30.0,
         ge=3.0,  # workers report every second

@@ -69,7 +69,7 @@ async def main(kafka: str, mongodb: str, prefix: str, instance: str, *death: str
     consumers = [
         bus.consume(topic, f"{ORCHESTRATOR}-{topic.name}", handler) for topic, handler in orchestrator.handlers.items()
     ]
-    for loop in (*orchestrator.loops, *consumers):
+    for loop in (*orchestrator.request_loops, *orchestrator.job_loops, *consumers):
         await loop.start()
     sys.stdout.write("ready\n")
     sys.stdout.flush()

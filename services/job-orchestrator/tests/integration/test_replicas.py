@@ -12,8 +12,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import uuid4
 
+import httpx
 import pytest
 from aiokafka import AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient
+from fastapi import FastAPI
 
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.job import ScanJob
@@ -28,6 +31,7 @@ from scanfleet.contracts.messages import (
     ChunkClaimed,
     CommandAccepted,
     CommandRejected,
+    DeleteResults,
     JobEvent,
     JobProgressed,
     JobStatus,
@@ -36,6 +40,7 @@ from scanfleet.contracts.messages import (
 )
 from scanfleet.contracts.messages.topics import (
     SCAN_COMMANDS,
+    SCAN_DELETIONS,
     SCAN_EVENTS,
     SCAN_PROGRESS,
     SCAN_REPLIES,
@@ -82,7 +87,7 @@ class Platform:
         self.store = MongoStore(self.database, KEYS)
         self.bus = KafkaBus(KafkaSettings(kafka=kafka, topic_prefix=self.prefix), source="test", instance="test")
         self.events, self.tasks, self.replies, self.progress = Recorder(), Recorder(), Recorder(), Recorder()
-        self.listener = Recorder()
+        self.listener, self.deletions = Recorder(), Recorder()
         self.workers = [Worker(self.bus, f"w-{n}", slots=3) for n in range(4)]
 
     async def open(self) -> None:
@@ -97,6 +102,7 @@ class Platform:
             (SCAN_TASKS, self.tasks),
             (SCAN_REPLIES, self.replies),
             (SCAN_PROGRESS, self.progress),
+            (SCAN_DELETIONS, self.deletions),
             *((topic, self.listener) for topic in READ),
             (SCAN_RESULTS, ResultStore(self.bus)),
             *((SCAN_TASKS, worker) for worker in self.workers),
@@ -110,7 +116,7 @@ class Platform:
         policy = Policy(id=1, user_id=7, name="x", scan=scan, created_at=THEN, updated_at=THEN)
         await self.store.policies.add(policy)
 
-    async def replica(self, instance: str) -> None:
+    async def replica(self, instance: str, *, requests_only: bool = False) -> FastAPI:
         """One as it is really built."""
         app = create_app(
             Settings(
@@ -125,9 +131,11 @@ class Platform:
                 allowed_networks="127.0.0.0/8",
                 lease_seconds=10.0,
                 stored_seconds=5.0,
+                requests_only=requests_only,
             ),
         )
         await self.stack.enter_async_context(app.router.lifespan_context(app))
+        return app
 
     async def process(self, instance: str, *death: str) -> asyncio.subprocess.Process:
         """One in a process of its own, ready."""
@@ -171,6 +179,15 @@ class Platform:
         commands = [SubmitJobs(command_id=f"s-{id_}", user_id=7, policy_id=1, subnet_ids=(id_,)) for id_ in ids]
         await self.bus.publish(SCAN_COMMANDS, commands)
         return [command.command_id for command in commands]
+
+    async def groups(self) -> set[str]:
+        """Return the replicas' consumer groups."""
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.kafka)
+        try:
+            await admin.start()
+            return {group for group, _ in await admin.list_consumer_groups() if group.startswith(self.prefix)}
+        finally:
+            await admin.close()
 
     async def jobs(self) -> list[ScanJob]:
         listed, _ = await self.store.jobs.page(7, set(), 0, 1_000)
@@ -254,6 +271,24 @@ async def test_replicas_share_the_work(platform: Platform) -> None:
     for job in jobs:
         states = [chunk.state async for chunk in platform.store.chunks.of_job(job.id)]
         assert states == [ChunkState.STORED] * job.plan.chunk_count
+
+
+async def test_replica_for_requests_joins_no_group_and_answers(platform: Platform) -> None:
+    """A replica for requests alone joins no consumer group, answers queries, and deletes a job that another has completed."""
+    app = await platform.replica("requests", requests_only=True)
+    assert await platform.groups() == set()
+    await platform.replica("one")
+    assert len(await platform.groups()) > 1
+    await platform.submit(1)
+    (job,) = await platform.until_ended(1)
+    bearer = platform.keys.bearer(ORCHESTRATOR)
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://orchestrator", headers=bearer) as client:
+        listed = (await client.get("/api/v1/task")).json()
+        assert [(each["id"], each["status"]) for each in listed["jobs"]] == [(job.id, "completed")]
+        assert (await client.delete(f"/api/v1/task/{job.id}")).status_code == 200
+        assert (await client.get("/api/v1/task")).json()["total"] == 0
+        await until(lambda: any(isinstance(each, DeleteResults) for each in platform.deletions.messages))
 
 
 @pytest.mark.proves("F11", "F22", "G6", "G8")
