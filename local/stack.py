@@ -398,7 +398,7 @@ class Stack:
         return {variable: str(numbers[key]) for variable, key in ports_of.items() if key in numbers}
 
     def _certificates(self, service: str) -> dict[str, str]:
-        """What a secured service sends and receives requests with; a worker does neither."""
+        """Return the TLS settings of a secured service; a worker has none."""
         if self._credentials is None or service == "scanner-worker":
             return {}
         folder = self.folder / "certificates"

@@ -21,7 +21,7 @@ class Service:
     Attributes:
         name: of its image, its user at Kafka and its folder in `services/`.
         api: whether it serves requests; every service serves probes.
-        database: whether it stores data in a MongoDB database of its own, and so reads topics as a member of consumer groups.
+        database: whether it has its own MongoDB database, and so reads topics as a member of consumer groups.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What the bus promises to services: one suite, held against Kafka and against memory."""
+"""The contract of the bus with services: one suite for Kafka and the in-memory bus."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ async def backend(bootstrap: str) -> AsyncIterator[Backend]:
 
 
 def numbers(recorder: Recorder) -> list[int]:
-    """What the handled messages say."""
+    """Return the contents of the handled messages."""
     return [cast(WorkerReady, message).slots for message in recorder.messages]
 
 

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.k8s
 
 NAMESPACE: Final = "scanfleet"
 RAW: Final = "scanfleet-raw"
-"""Where workers that send raw packets are."""
+"""The namespace of workers that send raw packets."""
 K8S: Final = ROOT / "k8s"
 TOOLS: Final = sysconfig.get_path("scripts")
 ENVIRONMENT: Final = os.environ | {"PATH": f"{TOOLS}:{os.environ['PATH']}"}

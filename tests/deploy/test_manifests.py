@@ -27,7 +27,7 @@ KUBECTL: Final = Path(sysconfig.get_path("scripts")) / "kubectl"
 KUBERNETES: Final = "1.35"
 
 RAW: Final = "-raw-packets"
-"""What the overlay of a namespace for raw-packet workers is named, behind the overlay that it goes beside."""
+"""Suffix of the name of the overlay for raw-packet workers, after that of its platform's overlay."""
 OVERLAYS: Final = sorted(path.name for path in (K8S / "overlays").iterdir() if not path.name.endswith(RAW))
 OPTIONAL: Final = ("certificates", "grants", "hpa", "ingress", "keda", "monitoring", "tls")
 """Components that an operator may add."""
@@ -75,7 +75,7 @@ def build(kustomization: Path) -> list[Manifest]:
     ],
 )
 def manifests(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Manifest]:
-    """What an overlay builds, alone or with its namespace for raw-packet workers, or with a component more."""
+    """Return the objects of an overlay, alone, with its namespace for raw-packet workers, or with another component."""
     overlay, _, component = request.param.removesuffix(RAW).partition("+")
     if request.param.endswith(RAW):
         return [*build(K8S / "overlays" / overlay), *build(K8S / "overlays" / request.param)]
@@ -126,7 +126,7 @@ def namespaces(manifests: list[Manifest]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """What a network policy goes by."""
+    """The namespace and labels that a network policy matches."""
 
     namespace: str
     labels: Mapping[str, str]

@@ -102,7 +102,7 @@ def test_decision_records_are_one_page_and_indexed(page: Path) -> None:
 
 
 def test_page_and_command_show_the_same_letter_of_an_address() -> None:
-    """Where several letters occur, the map of the page and that of the command choose by the same order."""
+    """For several letters, the maps of the page and of the command choose by the same order."""
     page = (ROOT / "page" / "src" / "map.tsx").read_text(encoding="utf-8")
     assert re.findall(r'^const WORST = "(.+)";$', page, re.MULTILINE) == [WORST_FIRST]
 

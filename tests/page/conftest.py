@@ -22,7 +22,7 @@ PATIENCE = 30_000  # ms that an expectation waits: this machine may be busy
 HOSTILE = "SSH-2.0-<img src=x onerror=alert(1)>javascript:alert(2) \x1b[31m \u202eexe.txt\r\n"
 NET = "127.44.8"  # no other test scans it
 
-# What the page's policy refused, kept across the documents of a tab.
+# Violations of the page's content security policy, kept across the documents of a tab.
 COLLECT_REPORTS = """
 document.addEventListener("securitypolicyviolation", (event) =>
     console.error(`policy: ${event.violatedDirective} ${event.blockedURI} ${event.sourceFile}:${event.lineNumber}`));

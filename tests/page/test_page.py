@@ -172,7 +172,7 @@ def test_page_map_cursor_shows_the_open_ports_of_its_address(page: Page, stack: 
 
 
 def test_page_keyboard_alone_cancels_a_job(page: Page, stack: Stack, user: Client) -> None:
-    """With the keyboard alone a user finds a running job, walks its map and cancels it."""
+    """With only the keyboard a user finds a running job, navigates its map and cancels it."""
     job_id = user.scan("127.44.9.0/24", **SLOW)
     page.goto(f"{stack.url}/app/subnets")
     expect(page.get_by_role("heading", name="Subnets")).to_be_focused()

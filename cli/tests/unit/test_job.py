@@ -260,7 +260,7 @@ def test_job_is_shown_as_a_block(run: Any) -> None:
 
 
 def test_job_show_with_a_snapshot_prints_the_request_as_submitted(jobs: FakeApi, run: Any) -> None:
-    """Where the service has snapshots, a job's block shows the network and the ports of its own time."""
+    """If the service has snapshots, a job's block shows its network and ports as they were when it was created."""
     policy = fill_in(Preset.QUICK, {}).model_dump(mode="json")
     asked = {"job_id": 41, "cidr": "127.9.8.0/24", "exclude": [], "policy": policy, "addresses": 256, "excluded": 128}
     jobs.answers["GET", "/api/v1/task/41/snapshot"] = asked | {"ports": 100, "chunks": 1, "estimate_seconds": 4.5}

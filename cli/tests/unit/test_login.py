@@ -244,6 +244,6 @@ def test_tokens_are_kept_in_the_keyring_of_the_system(use_keyring: Any, run: Any
 
 
 def test_machine_without_a_keyring_has_a_file(use_keyring: Any, tmp_path: Path) -> None:
-    """Where no keyring works, tokens go to a file."""
+    """Without a working keyring, tokens are stored in a file."""
     use_keyring(keyring.backends.fail.Keyring())  # type: ignore[no-untyped-call] # as above
     assert isinstance(store_in(tmp_path), FileStore)

@@ -1,4 +1,4 @@
-"""What compose starts from: passwords, keys and certificates."""
+"""The credentials of compose: passwords, keys and certificates."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_certificate_is_for_one_service_and_one_side(
 
 
 def test_certificates_are_made_once_and_all_together(tmp_path: Path) -> None:
-    """What is there is kept; when one file is missing all are made again, by another authority."""
+    """Existing files are kept; if one is missing all are created again, by another authority."""
     make_service_certificates(tmp_path)
     before = (tmp_path / "api-gateway/tls.crt").read_text()
     make_service_certificates(tmp_path)

@@ -1,4 +1,4 @@
-"""What the verbs print when a usual port is taken."""
+"""The output of the verbs when a default port is in use."""
 
 from __future__ import annotations
 

@@ -316,7 +316,7 @@ class World:
                     await replica.handlers[topic].handle(mine)
 
     def take(self, topic: Topic) -> list[Record]:
-        """What was sent to a topic since the last time."""
+        """Return the messages sent to a topic since the last call."""
         raw = self.bus.broker.records(topic.name)
         new = raw[self._read[topic.name] :]
         self._read[topic.name] = len(raw)
@@ -328,7 +328,7 @@ class World:
     def _partitions(self, number: int) -> range:
         return _EVERY_PARTITION[number :: len(self.replicas)]
 
-    # What users do and see
+    # Actions and views of users
 
     async def add(
         self, *cidrs: str, user_id: int = 7, policy: ScanPolicy | None = None, exclude: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ from scanfleet.runtime.mongo import Database
 
 @pytest.fixture
 async def database(mongodb: str) -> AsyncIterator[Database]:
-    """A database of its own on the real server."""
+    """A separate database on the real server."""
     database = mongo.connect(mongodb, f"jobs-{uuid4().hex[:12]}")
     yield database
     await database.client.drop_database(database.name)

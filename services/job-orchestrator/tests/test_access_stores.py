@@ -55,7 +55,7 @@ async def test_concurrent_first_uses_get_the_same_id(access: AccessRepository) -
 
 
 async def test_revocations_are_listed_until_they_are_deleted(access: AccessRepository) -> None:
-    """What is added is listed whole, newest first, and deleted once; adding it again changes nothing."""
+    """Revocations are listed completely, newest first, and deleted once; adding one again changes nothing."""
     one = revocation(await access.take_revocation_id())
     two = revocation(await access.take_revocation_id(), jti="t-1", user_id=None, issued_before=None)
     for each in (one, two, one):

@@ -302,7 +302,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, REPLICAS - 1))
     def act(self, number: int) -> None:
-        """What a replica does by itself."""
+        """Run the periodic steps of a replica."""
 
         async def act() -> None:
             replica = self.world.replicas[number]
@@ -315,7 +315,7 @@ class Life(RuleBasedStateMachine):
     def restart(self, number: int) -> None:
         self.run(self.world.restart(number))
 
-    # What always holds
+    # Invariants
 
     @invariant()
     def the_ledger_adds_up(self) -> None:

@@ -659,7 +659,7 @@ async def test_standing_of_a_job_is_what_has_not_ended(
 
 
 async def test_standings_are_of_one_moment(store: Store) -> None:
-    """However chunks move between open states meanwhile, each is counted once."""
+    """Each chunk is counted once although chunks change between open states meanwhile."""
     chunks = [chunk(id=f"1-{n}", index=n) for n in range(5_000)]  # so many that a count lets writes go between
     await store.chunks.insert(chunks)
     stop = asyncio.Event()
@@ -687,7 +687,7 @@ async def test_standings_are_of_one_moment(store: Store) -> None:
 
 
 async def test_held_chunks_are_found_by_partition(store: Store) -> None:
-    """What workers hold is found for all, or for the partitions asked for, with the estimate of the attempt if it has one."""
+    """Held chunks are found for all or the given partitions, with the estimate of the attempt if it has one."""
     chunks = [
         chunk(id=f"1-{n}", index=n, state=state, partition=partition, attempt=2, worker_id="w-1", share=0.5)
         for n, (state, partition) in enumerate(

@@ -466,7 +466,7 @@ class Deletion(_Answer):
 
     requested_at: Time
     state: Literal["results", "chunks", "done"]
-    """What is being deleted: the results, then the chunks with the ledger. The job itself is gone from the first state on."""
+    """The current stage: deletion of the results, then of the chunks with the ledger. The job itself is deleted first."""
 
     completed_at: Time | None
     deleted: DeletedCounts
@@ -525,7 +525,7 @@ class SubnetsImported(_Answer):
 
 
 class SubnetImportLine(_Answer):
-    """What an import would do with one line of the file."""
+    """The effect of an import for one line of the file."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -705,7 +705,7 @@ class EstimateRefusal(_Answer):
 
 
 class Estimate(_Answer):
-    """What a scan would be, if it were requested now. Nothing is created."""
+    """A scan as it would be created if it were requested now. Nothing is created."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 

@@ -413,7 +413,7 @@ def _problem(problem: dict[str, Any]) -> str:
     return f"{where}: {what}" if where else what
 
 
-# What both applications of a service have.
+# Common parts of both applications of a service.
 _BASICS: Final[dict[str, Any]] = {
     "openapi_url": None,
     "default_response_class": AsciiJSON,

@@ -45,7 +45,7 @@ def write_line(entry: AuditEntry) -> None:
 class Refusals:
     """Collects refusals and publishes them; memory and output are bounded whatever the number of refusals.
 
-    The first `SINGLES` refusals of a subject in a window are entries of their own. Further ones are counted by subject,
+    The first `SINGLES` refusals of a subject in a window are individual entries. Further ones are counted by subject,
     source, action and rule, and published when the window ends.
     """
 

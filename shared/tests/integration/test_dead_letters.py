@@ -1,4 +1,4 @@
-"""What an operator does about dead letters, with the very commands, on a real broker and with letters of strangers."""
+"""Operators' commands for dead letters, on a real broker, including forged dead letters."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Desk:
         return len(await self.letters()) >= count
 
     async def records(self) -> list[RawRecord]:
-        """What is in the topics that services read."""
+        """Return the records of the topics that services read."""
         return [record for topic in HERE async for record in self.bus.past(topic)]
 
 

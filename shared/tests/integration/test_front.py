@@ -184,7 +184,7 @@ def lines(count: int, size: int = 1) -> bytes:
     ids=["url", "header", "lines", "headers", "nonsense", "length", "bytes", "line breaks", "chunk", "trailer"],
 )
 async def test_request_over_a_limit_is_refused_and_closed(served: Served, request_: bytes, status: int) -> None:
-    """What exceeds a limit, or is not HTTP, is answered once in the shape of every error, and the connection ends."""
+    """A request that exceeds a limit, or is not HTTP, is answered once in the common error format, and the connection ends."""
     connection = await served.connect()
     answer = await connection.ask(request_)
     assert (answer.status, list(answer.json)) == (status, ["error"])
@@ -216,7 +216,7 @@ async def test_request_at_every_limit_is_served(served: Served) -> None:
 async def test_endless_request_is_closed_after_a_bounded_number_of_bytes(
     served: Served, begin: bytes, piece: bytes
 ) -> None:
-    """Whichever part of a request has no end, the server stops reading it after a bounded number of bytes."""
+    """The server stops reading any endless part of a request after a bounded number of bytes."""
     connection = await served.connect()
     connection.send(begin)
     room = 16 << 20  # in the buffers of both sockets

@@ -45,7 +45,7 @@ GROUP = "test"
 
 
 class Broker:
-    """A broker of one's own, to be killed and frozen."""
+    """A separate broker, which tests may kill and freeze."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -83,7 +83,7 @@ def own_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
 
 
 class Bench:
-    """One topic under a prefix of its own, and buses that end with the test."""
+    """One topic with a separate prefix, and buses that end with the test."""
 
     def __init__(self, bootstrap: str, stack: AsyncExitStack) -> None:
         self.settings = TopicSettings(kafka=bootstrap, topic_prefix=f"{uuid4().hex}-")
@@ -381,7 +381,7 @@ async def test_member_restarted_after_a_kill_keeps_its_partitions(bench: Bench) 
     killed = cast(ConsumerLoop, one.consume(SCAN_WORKERS, GROUP, a))
     await killed.start()
     await until(lambda: a.caught_up_after)
-    # What a kill does: no word to the group (a member of no generation leaves none), and no more heartbeats.
+    # The effect of a kill: no request to leave the group (a member without a generation sends none), and no more heartbeats.
     client = cast(Member, killed._source)._client
     client._coordinator.generation = -1
     await client.stop()
@@ -423,7 +423,7 @@ async def test_member_with_an_unreadable_record_dead_letters_its_origin(bench: B
 
 
 async def letters(bench: Bench) -> list[Any]:
-    """What is in the dead-letter topic."""
+    """Return the records of the dead-letter topic."""
     name = bench.settings.topic_prefix + SCAN_WORKERS.dead_letter
     async with AIOKafkaConsumer(
         name,

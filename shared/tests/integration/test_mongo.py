@@ -178,7 +178,7 @@ async def test_ids_are_unique_across_replicas(database: Database, block: int) ->
 
 
 async def test_ids_of_one_replica_grow(database: Database) -> None:
-    """What one replica takes is consecutive within a call and grows from call to call."""
+    """The ids that a replica takes are consecutive within a call and increase from call to call."""
     ids = Ids(database, "jobs", block=10)
     taken = [await ids.take(count) for count in (3, 5, 4, 1, 30, 1)]
     assert [len(each) for each in taken] == [3, 5, 4, 1, 30, 1]

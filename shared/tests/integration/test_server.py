@@ -37,7 +37,7 @@ class Settings(CommonSettings, ApiSettings):
 
 @dataclass
 class Parts:
-    """What the service opens: its dependency, and how long it takes to close."""
+    """The service's dependency, and the time that it takes to close."""
 
     there: asyncio.Event
     closing: asyncio.Event

@@ -185,7 +185,7 @@ JUNK: dict[str, str] = {
 @pytest.mark.proves("A7", "G14")
 @pytest.mark.parametrize("token", JUNK.values(), ids=JUNK)
 async def test_junk_is_refused(issuer: Issuer, token: str) -> None:
-    """What is no token at all is refused like any bad one."""
+    """Text that is not a token is refused like an invalid token."""
     with pytest.raises(UnauthorizedError):
         await issuer.verifier.verify(token)
 
@@ -469,7 +469,7 @@ async def test_cached_token_is_refused_after_its_expiry() -> None:
 
 
 async def test_token_cache_is_bounded() -> None:
-    """However many valid tokens there are, the cache is bounded, and all stay accepted."""
+    """The cache is bounded for any number of valid tokens, and all stay accepted."""
     issuer = Issuer()
     verifier = issuer.verifier
     tokens = [issuer.token(user) for user in range(1, KNOWN_TOKENS + 3)]

@@ -1,4 +1,4 @@
-"""What a grant of the orchestrator covers, and what it does not."""
+"""The scope of the orchestrator's grants."""
 
 from __future__ import annotations
 

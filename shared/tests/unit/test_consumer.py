@@ -84,7 +84,7 @@ async def test_records_polled_before_a_revocation_are_not_handled_after_it() -> 
 
 
 async def test_dead_letter_write_failure_is_retried() -> None:
-    """Nothing is committed, and nothing after it handled, before a dead letter is stored."""
+    """No offset is committed and no later record handled before a dead letter is stored."""
     letters: list[int] = []
     tries: list[int] = []
 
@@ -155,7 +155,7 @@ async def test_caught_up_dependency_error_is_retried() -> None:
 
 
 async def test_steady_traffic_does_not_keep_a_partition_from_being_caught_up() -> None:
-    """What the broker named stands as the target while newer records come: a target that moves would never be met."""
+    """The reported end offset stays the target while newer records arrive: a moving target would never be reached."""
 
     class Growing(Script):
         """Its end is always ahead of its position."""

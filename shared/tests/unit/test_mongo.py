@@ -71,7 +71,7 @@ async def test_dependency_errors_with_an_error_of_the_document_passes_it_through
 @pytest.mark.proves("F33")
 @given(code=st.one_of(st.sampled_from(sorted(DOCUMENT_CODES)), st.integers(1, 20_000_000)))
 async def test_dependency_errors_with_any_code_passes_through_only_those_of_documents(code: int) -> None:
-    """Whatever code a server of any version answers with, only those of the short list blame the document."""
+    """Of all error codes of any server version, only those of the short list are attributed to the document."""
     blames = code in DOCUMENT_CODES
     for error in (OperationFailure("of a command", code), bulk(code), bulk(DUPLICATE_KEY, code)):
         with pytest.raises(OperationFailure if blames else DependencyError):

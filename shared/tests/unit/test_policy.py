@@ -128,7 +128,7 @@ OTHERS = {
     "max_retries": 50,
     "host_timeout": 1_000_000,
 }
-"""What another release may allow and this one does not."""
+"""Values that another release may allow and this one does not."""
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -142,7 +142,7 @@ def test_canonical_text_round_trips(text: str) -> None:
 
 @given(ITEMS)
 def test_counts_each_port_once(items: list[tuple[str, int, int]]) -> None:
-    """However often and in whatever order ports are named, each is there once, and no other."""
+    """Repeated ports in any order are contained once, and no other port is."""
     ports = PortSet.parse(written(items))
     tcp, udp = (
         set().union(*(range(low, high + 1) for named, low, high in items if named == protocol)) for protocol in "TU"
@@ -209,7 +209,7 @@ def test_ranges_text_of_every_other_port_is_within_the_limit() -> None:
     "text", ["x", "-5", "5-", "7-6", "65536", "1,,2", ",", "1, 2", "1-2-3", "1," * MAX_RANGES_TEXT]
 )
 def test_parse_ranges_malformed_is_rejected(text: str) -> None:
-    """What is no list of ports and ranges is rejected."""
+    """Text that is not a list of ports and ranges is rejected."""
     with pytest.raises(ValueError, match="port"):
         parse_ranges(text)
 

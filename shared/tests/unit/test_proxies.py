@@ -41,5 +41,5 @@ def test_source_is_the_last_address_that_is_no_trusted_proxy(peer: str, forwarde
 
 @pytest.mark.proves("A30")
 def test_source_without_trusted_proxies_is_the_peer() -> None:
-    """Where no proxy is trusted the header counts for nothing."""
+    """Without a trusted proxy the header has no effect."""
     assert Proxies([]).source("127.0.0.1", [FORGED]) == "127.0.0.1"

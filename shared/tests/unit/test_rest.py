@@ -1,4 +1,4 @@
-"""What the bodies of the public API refuse."""
+"""Refusals of the bodies of the public API."""
 
 from __future__ import annotations
 

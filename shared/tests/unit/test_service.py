@@ -1,4 +1,4 @@
-"""What every service does the same way: ids, errors, limits, probes and metrics."""
+"""The common HTTP behaviour of every service: ids, errors, limits, probes and metrics."""
 
 from __future__ import annotations
 

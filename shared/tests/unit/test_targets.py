@@ -1,4 +1,4 @@
-"""What may be scanned: texts, rules, excludes."""
+"""Scan targets: syntax, rules, exclusions."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_reads_single_addresses_and_any_spelling_of_ipv6(text: str, network: str
     ],
 )
 def test_refuses_odd_spellings(text: str) -> None:
-    """What some program somewhere might read as another network is refused, in a short message that shows the text."""
+    """Text that another program could parse as a different network is refused, in a short message that shows it."""
     with pytest.raises(ValueError, match="is not a network such as") as refusal:
         parse_network(text)
     assert repr(text[:50]) in str(refusal.value)
@@ -130,7 +130,7 @@ def test_allows_what_lies_wholly_within() -> None:
 
 
 def test_several_allowed_networks_cover_one_together() -> None:
-    """What two allowed networks cover between them is allowed, in any order and with overlaps."""
+    """A network that two allowed networks cover together is allowed, in any order and with overlaps."""
     halves = rules("10.0.1.0/24", "::1", "10.0.0.0/25", "10.0.0.0/26", "10.0.0.128/25")
     assert halves.refusal(parse_network("10.0.0.0/23")) is None
     assert halves.refusal(parse_network("10.0.0.0/22")) is not None

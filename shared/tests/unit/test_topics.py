@@ -13,7 +13,7 @@ from scanfleet.contracts.messages.topics import SCAN_PROGRESS, TOPICS, Topic
 
 @given(st.text())
 def test_partition_of_a_key_is_the_producers(key: str) -> None:
-    """Whatever the key, the partition is the one that Kafka's client sends the record to."""
+    """For any key the partition is the one to which Kafka's client sends the record."""
     partitions = list(range(SCAN_PROGRESS.partitions))
     assert SCAN_PROGRESS.partition_of(key) == DefaultPartitioner()(key.encode(), partitions, partitions)
 

@@ -1,4 +1,4 @@
-"""User grants: a scan may begin only within the limits for every user and one whole grant of its own user."""
+"""User grants: a scan may begin only within the limits for every user and one complete grant of its user."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def admit(
 
 
 def test_admit_scan_within_a_grant_names_it_and_gets_its_rate() -> None:
-    """A policy without a limit of its own gets the lowest of those that apply; one below stays as it is."""
+    """A policy without a limit gets the lowest one that applies; a policy with a lower limit does not change."""
     admitted = admit(policy(scripts=("banner",)))
     assert (admitted.grant, admitted.policy.max_rate) == ("site", 1_000)
     assert admit(policy(max_rate=10)).policy.max_rate == 10
@@ -95,7 +95,7 @@ def test_admit_outside_the_hours_names_them() -> None:
 
 
 def test_admit_tries_every_grant_of_the_caller() -> None:
-    """What the first grant refuses another may allow; when none does, each says why."""
+    """A scan that the first grant refuses may be allowed by another; if none allows it, each has its reason."""
     night = NOON.replace(hour=23)
     roles = frozenset({"night-shift"})
     assert GRANTS.admit(7, roles, INSIDE, policy(timing=4), now=night).grant == "night"
@@ -224,7 +224,7 @@ def test_admit_never_exceeds_a_limit(
     asked: dict[str, object],
     hour: int,
 ) -> None:
-    """Whatever is admitted keeps every limit for all and every limit of one grant that is the caller's; else none does."""
+    """An admitted scan is within the limits for all and within one grant of the caller; a refused one within none."""
     now = NOON.replace(hour=hour)
     grants = UserGrants.model_validate(
         {
@@ -301,7 +301,7 @@ def _covered(network: IPv4Network, allowed: list[IPv4Network]) -> bool:
     ],
 )
 def test_grants_file_that_is_wrong_stops_the_start(tmp_path: Path, text: str) -> None:
-    """What is no file of grants is refused with its name: an error never means that nothing is limited."""
+    """An invalid file of grants is refused by name: an error never disables the limits."""
     file = tmp_path / "grants.toml"
     file.write_text(text)
     with pytest.raises(ValueError, match=r"grants.toml"):

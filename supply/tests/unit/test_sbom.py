@@ -23,7 +23,7 @@ def test_document_lists_each_package_of_the_image(service: str) -> None:
 
 
 def test_document_of_the_worker_lists_nmap() -> None:
-    """What is installed beside Python's packages is listed too."""
+    """Components other than Python packages are listed too."""
     assert "pkg:deb/debian/nmap" in sbom.document("scanner-worker")
     assert "pkg:deb/debian/nmap" not in sbom.document("api-gateway")
 

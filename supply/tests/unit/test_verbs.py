@@ -42,7 +42,7 @@ def test_audit_verb_fails_without_advisories_that_are_required() -> None:
 
 
 def test_ci_runs_the_verbs() -> None:
-    """What holds at the desk holds in CI."""
+    """The verbs behave the same locally and in CI."""
     lines = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
     assert {"make test", "make sbom", "make audit"} <= set(lines)
 

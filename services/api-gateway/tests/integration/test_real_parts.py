@@ -32,7 +32,7 @@ pytestmark = pytest.mark.integration
 
 @asynccontextmanager
 async def served(app: FastAPI, http: type[asyncio.Protocol] | str = BoundedProtocol) -> AsyncIterator[str]:
-    """The app on a port of its own; yields its address."""
+    """Run the app on a separate port; yield its address."""
     with socket.create_server(
         ("127.0.0.1", 0)
     ) as listening:  # connections made before the server is up wait in the backlog

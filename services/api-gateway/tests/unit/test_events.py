@@ -399,7 +399,7 @@ async def test_state_of_a_lost_event_is_sent_within_a_heartbeat() -> None:
 
 @pytest.mark.proves("G11")
 async def test_streams_of_a_user_have_a_separate_limit() -> None:
-    """A user's streams have a limit of their own, which the error names, and do not count as requests."""
+    """A user's streams have a separate limit, which the error names, and do not count as requests."""
     async with watched(streams_at_once_per_user=2, requests_at_once_per_user=1, requests_at_once=1) as (gateway, _):
         gateway.services.on("GET", LATEST, latest(1, PENDING))
         watchers = [Watcher(gateway), Watcher(gateway)]

@@ -112,7 +112,7 @@ class Quotas:
     def admit(self, usage: Mapping[int, Usage], requests: Iterable[Request]) -> Admission:
         """Decide on requests for jobs, one after the other.
 
-        A repeat of an admitted request under its Idempotency-Key makes no jobs of its own, so it is neither counted nor refused.
+        A repeat of an admitted request under its Idempotency-Key creates no further jobs, so it is neither counted nor refused.
         """
         after = dict(usage)
         refusals: list[QuotaError | None] = []

@@ -1,4 +1,4 @@
-"""A replica of the orchestrator in a process of its own, that can kill itself between two of its calls.
+"""A replica of the orchestrator in a separate process that can kill itself between two of its calls.
 
 Run as `python replica.py <kafka> <mongodb> <prefix> <instance> <event> <moment>`: it kills itself `before` or `after` the
 first event of that kind is published, which is after it was stored. Without the last two it runs until it is killed.

@@ -1,4 +1,4 @@
-"""What was changed, removed or added in the audit log's collections is named, on a real MongoDB and with the very commands."""
+"""Detection of changed, removed and added entries and blocks of the audit log, with a real MongoDB and the real commands."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ async def test_verify_knows_what_was_forgotten_by_age(
 
 
 async def test_adopt_signs_the_entries_of_an_earlier_release(mongo_store: MongoStore, database: Database) -> None:
-    """What release 0.1 wrote is named until an operator adopts it; then it is sealed, at no later time than now."""
+    """Entries of release 0.1 are reported until an operator adopts them; then they are sealed, with no time in the future."""
     old = entry(1).model_dump(exclude={"id"}) | {"forget_at": utc_now() + timedelta(days=365)}
     far = old | {"time": utc_now() + timedelta(days=365_000)}
     await database["audit"].insert_many([old | {"_id": "plain"}, far | {"_id": "far"}])

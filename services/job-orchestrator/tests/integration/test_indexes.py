@@ -35,7 +35,7 @@ async def _part_of_job(store: MongoStore) -> None:
     assert len([each async for each in store.chunks.of_job(3, 10, 20)]) == 10
 
 
-# What each may look at: index keys or documents, whichever are more.
+# Maximum number that each may read: of index keys or of documents, whichever is larger.
 QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
     "commands.get": (lambda store: store.commands.get(["c-1", "c-2"]), 5),
     "commands.by_key": (lambda store: store.commands.by_key([(7, "k-7"), (8, "k-8")]), 5),

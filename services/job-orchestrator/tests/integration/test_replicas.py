@@ -138,7 +138,7 @@ class Platform:
         return app
 
     async def process(self, instance: str, *death: str) -> asyncio.subprocess.Process:
-        """One in a process of its own, ready."""
+        """Start a replica in a separate process; return when it is ready."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             Path(__file__).with_name("replica.py"),
@@ -242,7 +242,7 @@ class Platform:
             assert kinds[1:-1] in (["JobStarted"], [] if kinds[-1] == "JobCancelled" else None)
 
     def check_tokens(self) -> None:
-        """Nothing was claimed or given under one token twice."""
+        """No token was dispatched or claimed twice."""
         given = Counter((each.chunk_id, each.attempt) for each in self.tasks.messages if isinstance(each, ScanChunk))
         claimed = Counter(
             (each.chunk_id, each.attempt) for each in self.progress.messages if isinstance(each, ChunkClaimed)

@@ -147,7 +147,7 @@ async def test_revocation_above_the_limit_is_a_409(api: Api, monkeypatch: pytest
 
 
 async def test_user_id_is_assigned_once(api: Api) -> None:
-    """Each issuer's subject has an id of its own, the same each time."""
+    """Each subject of an issuer has its own id, the same each time."""
     named = [("https://a.test", "x"), ("https://a.test", "y"), ("https://b.test", "x"), ("https://a.test", "x")]
     ids = [
         (await api("POST", "/internal/users", 0, json={"issuer": issuer, "subject": subject})).json()["user_id"]
@@ -159,7 +159,7 @@ async def test_user_id_is_assigned_once(api: Api) -> None:
 
 @pytest.mark.proves("G15")
 async def test_key_of_the_issuer_is_recorded_once(api: Api) -> None:
-    """However many gateways report a key, and however often, the audit log has one entry of it; another key is another."""
+    """For any number of reports by any number of gateways the audit log has one entry for each key."""
     for keys in (["aa, kid '1'"], ["aa, kid '1'"], ["aa, kid '1'", "bb, kid '1'"]):
         body = {"issuer": "https://issuer.test", "keys": keys}
         assert (await api("POST", "/internal/keys", 0, json=body)).status_code == 200

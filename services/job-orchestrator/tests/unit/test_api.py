@@ -1,4 +1,4 @@
-"""What the orchestrator serves of the public API, line by line, and what the gateway asks on the side."""
+"""The orchestrator's part of the public API, and the gateway's internal queries."""
 
 from __future__ import annotations
 
@@ -707,7 +707,7 @@ async def test_task_has_id_status_and_job(api: Api, store: MemoryStore) -> None:
 @pytest.mark.proves("A10", "A24", "G13")
 @pytest.mark.parametrize("of", ["", "/ledger", "/waiting", "/snapshot", "/map"])
 async def test_task_of_another_user_is_a_404(api: Api, store: MemoryStore, of: str) -> None:
-    """What a job shows its owner it shows an administrator under audit, and to any other user it is a 404."""
+    """An administrator reads a job like its owner, with an audit entry; for any other user it is a 404."""
     path = f"/api/v1/task/1{of}"
     await store.jobs.insert([scan_job(1)])
     await api(f"GET {path}", user=8, status=404)
@@ -1216,7 +1216,7 @@ async def test_ledger_of_a_completed_job_is_accounted(api: Api, store: MemorySto
     assert (await api("GET /api/v1/task/1/ledger"))["accounted"] is True
 
 
-# What the gateway asks
+# Queries of the gateway
 
 
 async def test_results_may_be_read_by_owner_and_administrator(api: Api, store: MemoryStore) -> None:
@@ -1232,7 +1232,7 @@ async def test_results_may_be_read_by_owner_and_administrator(api: Api, store: M
 
 
 async def test_results_are_exported_after_the_end_of_the_job(api: Api, store: MemoryStore) -> None:
-    """What an export needs of a job is returned to those who may read its results, once the job has ended."""
+    """The facts of an ended job for an export are returned to callers who may read its results."""
     ended = utc_now()
     finished = scan_job(1, status=JobStatus.FAILED, error="64 lost", start_time=None, end_time=ended)
     await store.jobs.insert([finished, scan_job(2)])

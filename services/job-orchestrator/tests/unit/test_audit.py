@@ -1,4 +1,4 @@
-"""Whatever changes something is written down before it is done, and every refusal with the rule that was broken."""
+"""Every change has an audit entry before it is made, and every refusal one with the violated rule."""
 
 from __future__ import annotations
 
@@ -316,7 +316,7 @@ def refusal(**changed: Any) -> AuditEntry:
 
 
 async def test_refusal_that_is_delivered_twice_is_one_entry(world: World) -> None:
-    """What comes over an audit topic is in the log once, however often it is delivered."""
+    """Entries of an audit topic are stored once, however often they are delivered."""
     await world.bus.publish(SCAN_AUDIT[GATEWAY], [Audited(entry=refusal())] * 2)
     await world.hand(SCAN_AUDIT[GATEWAY], world.take(SCAN_AUDIT[GATEWAY]))
     entries, total = await world.store.audit.page(0, 10)
@@ -326,7 +326,7 @@ async def test_refusal_that_is_delivered_twice_is_one_entry(world: World) -> Non
 
 @pytest.mark.proves("G15")
 async def test_operator_command_is_an_entry_of_the_operators(world: World) -> None:
-    """What an operator does on the bus is in the log as theirs, whatever service it names."""
+    """Operators' actions on the bus are stored as entries of the operator, whatever service they name."""
     acted = OperatorActed(entry=refusal(action="replay_dead_letter", decision="allowed", rule="operator"))
     await world.bus.publish(SCAN_AUDIT_OPERATOR, [acted])
     await world.hand(SCAN_AUDIT_OPERATOR, world.take(SCAN_AUDIT_OPERATOR))

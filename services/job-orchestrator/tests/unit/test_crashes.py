@@ -273,7 +273,7 @@ async def fail(world: CrashingWorld) -> None:
 
 
 def check(world: CrashingWorld) -> None:
-    """What every observer may rely on, whatever broke."""
+    """Check the invariants that hold for every observer after any fault."""
     events = [event for event in world.bus.messages(SCAN_EVENTS) if isinstance(event, JobEvent)]
     for job_id in {event.job.id for event in events}:
         mine = [event for event in events if event.job.id == job_id]

@@ -284,7 +284,7 @@ async def test_chunks_are_deleted_in_bounded_steps(world: World) -> None:
 
 
 async def test_last_event_is_published_before_the_job_is_deleted(world: World) -> None:
-    """What a job's outbox holds is not lost with it."""
+    """Events in the outbox of a deleted job are published."""
     job = change(scan_job(1), JobTrigger.CANCEL, THEN, settled=True)
     await world.store.jobs.insert([job])
     await world.only.deletions.delete([1], "request")

@@ -94,7 +94,7 @@ async def test_fill_dispatched_chunk_carries_a_valid_grant(world: World) -> None
 
 
 async def test_worker_holds_at_most_one_chunk_per_slot(world: World) -> None:
-    """However many chunks are queued, and however often the worker announces itself, it holds one chunk per slot."""
+    """For any number of queued chunks and announcements, a worker holds one chunk per slot."""
     await world.start()
     await queue(world, 7, 20)
     for _ in range(3):
@@ -540,7 +540,7 @@ async def test_announcement_is_stored_every_five_seconds_or_when_changed() -> No
 
 
 async def test_rounds_keep_a_minimum_interval() -> None:
-    """However often it is woken, a dispatcher leaves 25 ms between two rounds, and the next round sees all changes since."""
+    """For any number of wake-ups two rounds are 25 ms apart, and the next round sees all changes since."""
     store = MemoryStore()
     store.dispatch = noting = Noting(store.data)
     world = World(store)

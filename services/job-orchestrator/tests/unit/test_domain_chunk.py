@@ -117,7 +117,7 @@ def test_dispatch_makes_a_new_token() -> None:
 
 
 def test_attempt_has_an_estimate_of_its_own() -> None:
-    """What an attempt is expected to take does not replace the estimate of the whole chunk; without one that counts."""
+    """The estimate of an attempt does not replace that of the whole chunk, which is used if the attempt has none."""
     sent = dispatch(chunk(estimate=8.0), "w-1", NOW, size=1, share=1.0, estimate=2.0)
     assert (sent.expected, sent.estimate) == (2.0, 8.0)
     assert release(sent, NOW).estimate == 8.0
@@ -270,7 +270,7 @@ def run(left: Chunk, poison: Collection[int]) -> tuple[Chunk, int]:
 
 @given(st.sets(st.integers(0, 63)))
 def test_hosts_that_nmap_cannot_bear_cost_themselves_alone(poison: set[int]) -> None:
-    """Whichever of 64 addresses end each nmap that scans them, only they are lost, after few attempts for each."""
+    """If any of 64 addresses crash every nmap that scans them, only these are lost, after few attempts for each."""
     scanned, attempts = run(chunk(outcomes="." * 64), poison)
     assert [place for place, code in enumerate(scanned.outcomes) if code == "l"] == sorted(poison)
     assert set(scanned.outcomes) <= {"s", "l"}
@@ -288,7 +288,7 @@ def test_attempt_that_is_too_slow_is_halved_at_no_cost() -> None:
 
 
 def test_limit_doubles_after_each_success_until_it_is_none() -> None:
-    """What was scanned in small parts is scanned in larger ones again, at last in one."""
+    """After successful small attempts the next ones grow again, finally to the whole chunk."""
     left = chunk(outcomes="." * 32, limit=1)
     limits = []
     while left.limit:
@@ -444,7 +444,7 @@ def test_missing_results_count_for_their_attempt_alone() -> None:
 
 
 def test_cancelled_chunk_takes_the_final_report_of_its_holder() -> None:
-    """What was done before the cancel is in the ledger; other tokens, claims and states change nothing."""
+    """Work before the cancel is in the ledger; other tokens, claims and states change nothing."""
     cancelled = cancel(in_state(ChunkState.RUNNING))
     assert final_report(cancelled, report(ChunkReleased)).outcomes == "as.."
     assert final_report(cancelled, report(ChunkReleased)).state is ChunkState.CANCELLED

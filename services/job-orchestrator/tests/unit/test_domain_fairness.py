@@ -1,4 +1,4 @@
-"""Who is next."""
+"""The choice of the next chunk."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_short_chunks_do_not_take_the_slot_that_is_due_to_a_longer_one() -> None
 
 
 def test_work_ahead_is_the_shortest_that_is_held() -> None:
-    """What a worker holds beyond its slots counts by the shortest of its chunks."""
+    """The prefetched work of a worker is that of its shortest chunks."""
     filled = fill(credit(slots=1), [held(estimate=9.0), held(estimate=0.25), held(estimate=0.5)])
     assert (filled.held, filled.ahead_seconds) == (3, 0.75)
 

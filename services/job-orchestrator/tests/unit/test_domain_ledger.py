@@ -1,4 +1,4 @@
-"""What became of every probe."""
+"""The ledger: the outcome of every probe."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_counts_add_up_to_the_request(given_: tuple[ScanJob, list[Chunk]]) -> No
 @settings(max_examples=60, deadline=None)
 @given(jobs())
 def test_error_is_never_empty(given_: tuple[ScanJob, list[Chunk]]) -> None:
-    """Whatever the state of the chunks, the error has a cause, and `accounted` agrees with the counts."""
+    """In any state of the chunks the error has a cause, and `accounted` agrees with the counts."""
     job, chunks = given_
     found = tally(replace(job, status=JobStatus.RUNNING), chunks)
     assert found.error
@@ -324,7 +324,7 @@ def test_pages_include_chunks_that_were_never_made(
 
 
 def test_unmade_chunks_of_an_unfinished_job_are_not_named() -> None:
-    """What a running job has not made yet is waiting, and has no place in the list."""
+    """Addresses of chunks that a running job has not created yet are waiting, and are not listed."""
     job = replace(cut(), made=0, status=JobStatus.RUNNING)
     page = names(job, [])
     page.add_unmade()

@@ -293,7 +293,7 @@ def test_rest_of_a_job_needs_raw_packets_once_its_tcp_ports_are_done() -> None:
     assert plan.needs_raw(replace(job, made=2), None)
 
 
-# What is learned
+# Measured pace
 
 
 def test_finished_chunks_replace_the_estimate() -> None:
@@ -381,7 +381,7 @@ def test_estimate_grows_with_the_work(less: dict[str, object], more: dict[str, o
 
 @pytest.mark.parametrize(("timing", "delay"), [(0, 300.0), (1, 15.0), (2, 0.4)])
 def test_slow_timing_is_estimated_with_its_waits(timing: int, delay: float) -> None:
-    """What nmap waits between two probes to one address is in the estimate, once for all that it probes side by side."""
+    """The estimate includes nmap's delay between two probes to an address, once for all addresses probed in parallel."""
     policy = scan_policy(ports="1-100", timing=timing)
     assert 100 * delay <= plan.estimate(policy, policy.port_set, 32) <= 100 * delay + 30
 

@@ -207,7 +207,7 @@ async def test_estimate_uses_the_roles_of_the_token() -> None:
     ],
 )
 async def test_estimate_of_an_invalid_request_is_refused(body: object, status: int, error: str) -> None:
-    """What is malformed is a 400 that begins with its field, and an id of no object of the caller a 404."""
+    """A malformed value is a 400 that begins with its field, and the id of an object of another user or none a 404."""
     world = world_with()
     await world.add("127.9.8.0/30")
     assert (await estimate(world, body, status=status)).startswith(error)

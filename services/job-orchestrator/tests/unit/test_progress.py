@@ -336,7 +336,7 @@ async def test_message_with_another_job_id_is_ignored(world: World, task: ScanCh
 
 
 async def test_lost_results_are_scanned_again(world: World, task: ScanChunk) -> None:
-    """What result-store misses is scanned by the next attempt, and only that; then the job completes."""
+    """The next attempt scans exactly the addresses that result-store misses; then the job completes."""
     assert world.results is not None
     world.results.missing["1-0"] = ("127.9.8.2",)
     world.worker.hold = False

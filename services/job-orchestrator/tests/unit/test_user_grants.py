@@ -148,7 +148,7 @@ async def test_sweep_gives_a_job_its_full_time_for_a_raw_worker_after_its_hours_
 
 
 async def test_dispatch_leaves_users_outside_their_hours_out() -> None:
-    """However many users wait for their hours, another user's job is dispatched."""
+    """Another user's job is dispatched, whatever number of users wait for their hours."""
     world = World(MemoryStore())
     for user in range(100, 200):
         await world.submit("127.9.8.0/30", user_id=user)
@@ -191,7 +191,7 @@ async def resting(store: MemoryStore | None = None, jobs: int = 1) -> World:
 
 
 async def test_dispatch_queries_a_user_outside_their_hours_every_ten_seconds() -> None:
-    """However many jobs wait for the hours of a grant, the first one that is found makes all of them wait."""
+    """The first job found waiting for the hours of a grant makes all jobs of the grant wait."""
     store = MemoryStore()
     store.dispatch = counting = CountingDispatch(store.data)
     world = await resting(store, jobs=300)

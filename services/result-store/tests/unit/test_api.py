@@ -392,7 +392,7 @@ async def test_results_have_the_requested_fields_in_their_own_order(accept: str,
 
 
 async def test_results_filter_parses_the_address_of_a_host_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many results a host has, its address is compared with the filter once."""
+    """The address of a host is compared with the filter once, whatever its number of results."""
     parsed: list[str] = []
 
     def parse(text: str) -> IPv4Address | IPv6Address:

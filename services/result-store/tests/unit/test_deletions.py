@@ -64,7 +64,7 @@ async def test_delete_removes_hosts_and_closed_chunks_and_is_answered() -> None:
 
 @pytest.mark.proves("G24")
 async def test_results_of_a_deleted_job_are_deleted_again() -> None:
-    """What is redelivered, replayed or was under way when the job was deleted leaves no document."""
+    """Records that are redelivered, replayed or in flight when the job is deleted leave no document."""
     store = MemoryStore()
     bus, deletions = bus_and_handler(store)
     await deletions.handle(ASKED)

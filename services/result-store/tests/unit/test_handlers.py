@@ -72,7 +72,7 @@ async def test_handle_hosts_and_end_in_one_batch_closes_the_chunk(
 
 
 async def test_handle_hosts_without_end_publishes_nothing(handler: ResultsHandler, answers: Answers) -> None:
-    """Nothing is published for a batch without a ChunkScanned."""
+    """A batch without a ChunkScanned publishes no message."""
     await handler.handle(Log().append(host()))
     assert answers.sent == []
 

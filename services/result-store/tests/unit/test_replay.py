@@ -130,7 +130,7 @@ def announced(sent: Sent) -> set[str]:
 @settings(max_examples=400, deadline=None)
 @given(recordings(), st.integers(0, 1_000_000))
 def test_replay_any_order_gives_the_same_database(logs: list[list[Record[Scanned]]], seed: int) -> None:
-    """However a log is batched, interleaved, redelivered and interrupted, the stored, read and announced data are the same."""
+    """Stored, read and published data do not depend on batching, interleaving, redelivery and interruptions of a log."""
 
     async def story() -> None:
         plain, plain_sent = await plainly(logs)

@@ -88,7 +88,7 @@ class Host(NamedTuple):
     """The silent UDP ports that nmap summarizes, as in HostScanned."""
 
     details: HostDetails | None = None
-    """What nmap reports about the host as a whole; None before it was read, and of a host that is silent or down."""
+    """Facts that nmap reports about the host as a whole; None before they were read, and for a silent or down host."""
 
     @property
     def answered(self) -> bool:

@@ -1,4 +1,4 @@
-"""The worker as it is deployed: a process of its own with real Kafka and nmap."""
+"""The worker as it is deployed: a separate process with real Kafka and nmap."""
 
 from __future__ import annotations
 

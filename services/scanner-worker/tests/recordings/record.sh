@@ -1,12 +1,12 @@
 #!/bin/sh
-# Records what real nmap writes about hosts of every kind, in a network namespace of its own: nothing leaves this machine.
+# Records what real nmap writes about hosts of every kind, in a separate network namespace: no packet leaves this machine.
 # Needs root, iproute2, iptables, python3 and nmap. Usage: ./record.sh
 set -eu
 [ "${1:-}" = inside ] || exec unshare --net --pid --fork --kill-child "$0" inside
 cd "$(dirname "$0")"
 
 ip link set lo up
-ip link add veth0 type veth peer name veth1 # nobody is at the other end: its neighbours are down
+ip link add veth0 type veth peer name veth1 # the other end has no address: its neighbours are down
 ip addr add 10.77.0.1/24 dev veth0
 ip link set veth0 up
 ip link set veth1 up

@@ -59,7 +59,7 @@ class ScriptOutput(BaseModel):
 
 
 class HostDetails(BaseModel):
-    """What nmap reports about a host as a whole. Every text is plain text, as in the public results."""
+    """Facts that nmap reports about a host as a whole. Every text is plain text, as in the public results."""
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
