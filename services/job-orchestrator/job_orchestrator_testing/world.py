@@ -13,7 +13,7 @@ from typing import Any, Final, TypedDict
 
 from job_orchestrator.domain.ports import Store
 from job_orchestrator.domain.quotas import Quotas
-from job_orchestrator.domain.resources import Policy, Subnet
+from job_orchestrator.domain.resources import Owned, ScanTarget
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.main import Orchestrator
 from job_orchestrator_testing.things import scan_policy
@@ -339,9 +339,9 @@ class World:
         ids = await self.store.subnets.take_ids(len(cidrs))
         scan = policy or scan_policy()
         common: dict[str, Any] = {"user_id": user_id, "name": "x", "created_at": now, "updated_at": now}
-        await self.store.policies.add(Policy(id=policy_id, scan=scan, **common))
+        await self.store.policies.add(Owned(id=policy_id, content=scan, **common))
         for id_, cidr in zip(ids, cidrs, strict=True):
-            await self.store.subnets.add(Subnet(id=id_, cidr=cidr, exclude=exclude, **common))
+            await self.store.subnets.add(Owned(id=id_, content=ScanTarget(cidr, exclude), **common))
         return policy_id, list(ids)
 
     async def submit(

@@ -11,7 +11,7 @@ import pytest
 from job_orchestrator.domain.access import Revocation
 from job_orchestrator.domain.deletion import Deletion, Stage
 from job_orchestrator.domain.ports import AccessRepository, Store
-from job_orchestrator.domain.resources import Subnet
+from job_orchestrator.domain.resources import Owned, ScanTarget
 from job_orchestrator.repository import MongoStore
 from job_orchestrator_testing import KEYS, scan_job
 from scanfleet.clock import utc_now
@@ -79,7 +79,7 @@ async def test_replicas_agree_on_a_new_user(mongo_store: MongoStore, database: D
 @pytest.mark.integration
 async def test_assigned_ids_begin_above_claimed_ones(mongo_store: MongoStore) -> None:
     """On a platform where tokens claimed their users' ids before, no assigned id is one of those."""
-    subnet = Subnet(id=1, user_id=7_000, name="x", cidr="127.0.0.0/24", exclude=(), created_at=NOW, updated_at=NOW)
+    subnet = Owned(id=1, user_id=7_000, name="x", content=ScanTarget("127.0.0.0/24"), created_at=NOW, updated_at=NOW)
     await mongo_store.subnets.add(subnet)
     assert await mongo_store.access.user_id("https://a.test", "x") == 7_001
     assert await mongo_store.access.user_id("https://a.test", "y") == 7_002

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +21,8 @@ from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, H
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change, create, published
 from job_orchestrator.domain.ports import Store
 from job_orchestrator.domain.quotas import Usage
-from job_orchestrator.domain.resources import Policy, Subnet
+from job_orchestrator.domain.resources import Owned, ScanTarget
+from job_orchestrator.domain.rules import POLICIES, SUBNETS, ResourceRules
 from job_orchestrator.domain.totals import Totals
 from job_orchestrator.metrics import UNREADABLE
 from job_orchestrator.repository import MongoStore, documents
@@ -33,27 +36,28 @@ from scanfleet.runtime.mongo import Database
 LATER = THEN + timedelta(seconds=1)
 
 
-def subnet(id_: int = 1, **changed: Any) -> Subnet:
-    fields: dict[str, Any] = {
-        "user_id": 7,
-        "name": "lab",
-        "cidr": "127.9.8.0/24",
-        "exclude": ("127.9.8.1/32",),
-        "created_at": THEN,
-        "updated_at": LATER,
-    }
-    return Subnet(id=id_, **(fields | changed))
+def owned(id_: int = 1, **changed: Any) -> Owned[Any]:
+    fields: dict[str, Any] = {"user_id": 7, "name": "lab", "created_at": THEN, "updated_at": LATER}
+    return Owned(id=id_, **(fields | changed))
 
 
-def policy(id_: int = 1, **changed: Any) -> Policy:
-    fields: dict[str, Any] = {
-        "user_id": 7,
-        "name": "lab",
-        "scan": scan_policy(scripts=("banner", "ssl-cert"), max_rate=100, min_rate=50, host_timeout=None),
-        "created_at": THEN,
-        "updated_at": LATER,
-    }
-    return Policy(id=id_, **(fields | changed))
+subnet = partial(owned, content=ScanTarget("127.9.8.0/24", ("127.9.8.1/32",)))
+policy = partial(
+    owned, content=scan_policy(scripts=("banner", "ssl-cert"), max_rate=100, min_rate=50, host_timeout=None)
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A resource, an object of it, and another content."""
+
+    rules: ResourceRules[Any, Any, Any, Any]
+    make: Callable[..., Owned[Any]]
+    other: Any
+
+
+KINDS = [Kind(SUBNETS, subnet, ScanTarget("127.0.0.0/30")), Kind(POLICIES, policy, scan_policy())]
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.rules.resource.plural)
 
 
 async def all_chunks(store: Store, job_id: int) -> list[Chunk]:
@@ -74,64 +78,58 @@ async def test_ids_start_at_one_and_are_unique(store: Store) -> None:
 # Subnets and policies
 
 
-async def test_subnets_are_private_to_their_owner(store: Store) -> None:
-    """A subnet reads back whole for its user; for other users it does not exist and is neither replaced nor deleted."""
-    await store.subnets.add(subnet(1))
-    await store.subnets.add(subnet(2, user_id=8, exclude=()))
-    assert await store.subnets.get([(7, 1), (7, 2), (7, 3), (8, 1)]) == {(7, 1): subnet(1)}
-    assert not await store.subnets.replace(subnet(1, user_id=8, name="mine now"))
-    assert not await store.subnets.delete(8, 1)
-    assert await store.subnets.replace(subnet(1, name="new", cidr="127.0.0.0/30", exclude=()))
-    assert await store.subnets.get([(7, 1)]) == {(7, 1): subnet(1, name="new", cidr="127.0.0.0/30", exclude=())}
-    assert await store.subnets.delete(7, 1)
-    assert not await store.subnets.delete(7, 1)
-    assert not await store.subnets.replace(subnet(1))
-    assert await store.subnets.get([(7, 1)]) == {}
+@every_kind
+async def test_resources_are_private_to_their_owner(store: Store, kind: Kind) -> None:
+    """An object reads back whole for its user; for other users it does not exist and is neither replaced nor deleted."""
+    repository, make = kind.rules.repository(store), kind.make
+    await repository.add(make(1))
+    await repository.add(make(2, user_id=8, content=kind.other))
+    assert await repository.get([(7, 1), (7, 2), (7, 3), (8, 1)]) == {(7, 1): make(1)}
+    assert not await repository.replace(make(1, user_id=8, name="mine now"))
+    assert not await repository.delete(8, 1)
+    assert await repository.replace(make(1, name="new", content=kind.other))
+    assert await repository.get([(7, 1)]) == {(7, 1): make(1, name="new", content=kind.other)}
+    assert await repository.delete(7, 1)
+    assert not await repository.delete(7, 1)
+    assert not await repository.replace(make(1))
+    assert await repository.get([(7, 1)]) == {}
 
 
-async def test_policies_are_private_to_their_owner(store: Store) -> None:
-    """A policy reads back whole for its user; for other users it does not exist and is neither replaced nor deleted."""
-    await store.policies.add(policy(1))
-    assert await store.policies.get([(7, 1), (7, 2), (8, 1)]) == {(7, 1): policy(1)}
-    assert not await store.policies.replace(policy(1, user_id=8))
-    assert not await store.policies.delete(8, 1)
-    assert await store.policies.replace(policy(1, name="new"))
-    assert await store.policies.get([(7, 1)]) == {(7, 1): policy(1, name="new")}
-    assert await store.policies.delete(7, 1)
-    assert await store.policies.get([(7, 1)]) == {}
-
-
-async def test_resources_are_listed_newest_first_by_page(store: Store) -> None:
+@every_kind
+async def test_resources_are_listed_newest_first_by_page(store: Store, kind: Kind) -> None:
     """A page holds the user's own, newest first, and the total counts them all."""
+    repository, make = kind.rules.repository(store), kind.make
     for id_ in range(1, 6):
-        await store.subnets.add(subnet(id_))
-        await store.policies.add(policy(id_))
-    await store.subnets.add(subnet(6, user_id=8))
-    await store.policies.add(policy(6, user_id=8))
-    assert await store.subnets.page(7, 1, 2) == ([subnet(4), subnet(3)], 5)
-    assert await store.policies.page(7, 4, 2) == ([policy(1)], 5)
-    assert await store.policies.page(7, 10**11, 100) == ([], 5)
-    assert await store.subnets.page(9, 0, 10) == ([], 0)
+        await repository.add(make(id_))
+    await repository.add(make(6, user_id=8))
+    assert await repository.page(7, 1, 2) == ([make(4), make(3)], 5)
+    assert await repository.page(7, 4, 2) == ([make(1)], 5)
+    assert await repository.page(7, 10**11, 100) == ([], 5)
+    assert await repository.page(9, 0, 10) == ([], 0)
 
 
-async def test_resources_are_counted_up_to_a_limit(store: Store) -> None:
-    """The user's own subnets or policies are counted, and no further than asked."""
+@every_kind
+async def test_resources_are_counted_up_to_a_limit(store: Store, kind: Kind) -> None:
+    """The user's own objects are counted, and no further than asked."""
+    repository, make = kind.rules.repository(store), kind.make
     for id_ in range(1, 4):
-        await store.subnets.add(subnet(id_))
-        await store.policies.add(policy(id_))
-    await store.subnets.add(subnet(4, user_id=8))
-    assert [await store.subnets.count(7, limit) for limit in (2, 3, 4)] == [2, 3, 3]
-    assert [await store.policies.count(user, 10) for user in (7, 8)] == [3, 0]
+        await repository.add(make(id_))
+    await repository.add(make(4, user_id=8))
+    assert [await repository.count(7, limit) for limit in (2, 3, 4)] == [2, 3, 3]
+    assert [await repository.count(user, 10) for user in (8, 9)] == [1, 0]
 
 
-async def test_resource_of_any_user_exists(store: Store) -> None:
-    """A subnet or policy of any user exists until it is deleted."""
-    await store.subnets.add(subnet(1))
-    await store.policies.add(policy(2))
-    assert [await store.subnets.exists(id_) for id_ in (1, 2)] == [True, False]
-    assert [await store.policies.exists(id_) for id_ in (1, 2)] == [False, True]
-    await store.subnets.delete(7, 1)
-    assert not await store.subnets.exists(1)
+@every_kind
+async def test_resource_of_any_user_exists(store: Store, kind: Kind) -> None:
+    """An object of any user exists until it is deleted, and only in its own resource."""
+    repository, make = kind.rules.repository(store), kind.make
+    await repository.add(make(1))
+    await repository.add(make(2, user_id=8))
+    assert [await repository.exists(id_) for id_ in (1, 2, 3)] == [True, True, False]
+    others = [each.rules.repository(store) for each in KINDS if each is not kind]
+    assert not any([await other.exists(1) for other in others])
+    await repository.delete(7, 1)
+    assert not await repository.exists(1)
 
 
 # The audit log

@@ -4,18 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from job_orchestrator.api import (
-    access,
-    audit,
-    coverage,
-    deletions,
-    estimates,
-    imports,
-    internal,
-    policies,
-    subnets,
-    tasks,
-)
+from job_orchestrator.api import access, audit, coverage, deletions, estimates, imports, internal, resources, tasks
 from scanfleet.security.auth import for_gateway
 
 ROUTERS: tuple[APIRouter, ...] = (
@@ -23,9 +12,8 @@ ROUTERS: tuple[APIRouter, ...] = (
     estimates.router,
     coverage.router,
     deletions.router,
-    subnets.router,
+    *resources.ROUTERS,
     imports.router,
-    policies.router,
     audit.router,
     internal.router,
     access.router,

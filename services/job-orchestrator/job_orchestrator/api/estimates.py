@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from fastapi import APIRouter
 
 from job_orchestrator.api.state import Handed, State, mine
-from job_orchestrator.api.subnets import parsed
 from job_orchestrator.domain.proposal import Part, Proposal
+from job_orchestrator.domain.rules import POLICIES, SUBNETS, parsed_target
 from scanfleet.contracts import rest
 from scanfleet.scanning.policy import ScanPolicy
 from scanfleet.scanning.targets import Target
@@ -27,14 +27,14 @@ async def estimate_task(body: rest.EstimateBody, caller: Caller, state: Handed) 
 async def _policy(body: rest.EstimateBody, caller: Principal, state: State) -> ScanPolicy:
     if body.policy is not None:
         return body.policy.scan(state.scripts)
-    return (await mine(state.store.policies, "Policy", caller.user_id, body.policy_id or 0)).scan
+    return (await mine(state, POLICIES, caller.user_id, body.policy_id or 0)).content
 
 
 async def _target(body: rest.EstimateBody, caller: Principal, state: State) -> Target:
     if body.cidr is not None:
-        return parsed(body.cidr, body.exclude)
-    subnet = await mine(state.store.subnets, "Subnet", caller.user_id, body.subnet_id or 0)
-    return Target.parse(subnet.cidr, subnet.exclude)
+        return parsed_target(body.cidr, body.exclude)
+    subnet = await mine(state, SUBNETS, caller.user_id, body.subnet_id or 0)
+    return Target.parse(subnet.content.cidr, subnet.content.exclude)
 
 
 def _field(body: rest.EstimateBody, part: Part | None) -> str | None:

@@ -14,21 +14,20 @@ from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
 
 from job_orchestrator.api.state import MAX_ERROR_CHARS, Handed, Recorded, within_quota
-from job_orchestrator.api.subnets import checked, view
-from job_orchestrator.domain.resources import Subnet
+from job_orchestrator.domain.resources import Owned, ScanTarget
+from job_orchestrator.domain.rules import SUBNETS, Limits, scan_target
 from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
 from scanfleet.errors import BadRequestError
-from scanfleet.scanning.targets import TargetRules
 from scanfleet.security.auth import Caller, Guarded
 
-router = APIRouter(prefix="/api/v1/subnet", route_class=Guarded)
+router = APIRouter(prefix=rest.SUBNETS.path, route_class=Guarded)
 
 _COLUMNS: Final = {"name", "cidr", "exclude"}
 _MAX_PROBLEM_CHARS: Final = 1_000  # of an error; enough to correct a file in a few attempts
 
-_Wanted = tuple[str, str, tuple[str, ...]]
-"""Name, network and exclusions of a line, in canonical form."""
+_Wanted = tuple[str, ScanTarget]
+"""Name, and network with exclusions, of a line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,38 +52,38 @@ async def import_subnets(
     lines = []
     for number, row in _rows(await request.body()):
         await asyncio.sleep(0)  # lets other requests run between the lines, of which there may be a thousand
-        lines.append(_read(number, row, state.rules))
+        lines.append(_read(number, row, state))
     problems = [f"line {line.number}: {line.error}" for line in lines if line.error]
     if problems and not dry_run:
         raise BadRequestError(_summary(problems))
     wanted = [line.wanted for line in lines if line.wanted]
-    found = await state.store.subnets.with_cidrs(caller.user_id, {cidr for _, cidr, _ in wanted})
-    known = {(each.name, each.cidr, each.exclude): each for each in found}
+    found = await state.store.subnets.with_cidrs(caller.user_id, {target.cidr for _, target in wanted})
+    known = {(each.name, each.content): each for each in found}
     missing = [each for each in dict.fromkeys(wanted) if each not in known]
-    await within_quota(state, "subnets", caller.user_id, len(missing))
+    await within_quota(state, SUBNETS, caller.user_id, len(missing))
     if dry_run:
         response.status_code = 200
         return rest.SubnetImportCheck(lines=_verdicts(lines, {each: known[each].id for each in known}))
     now = utc_now()
     ids = await state.store.subnets.take_ids(len(missing)) if missing else range(0)
     created = [
-        Subnet(id=id_, user_id=caller.user_id, name=name, cidr=cidr, exclude=exclude, created_at=now, updated_at=now)
-        for id_, (name, cidr, exclude) in zip(ids, missing, strict=True)
+        Owned(id=id_, user_id=caller.user_id, name=name, content=target, created_at=now, updated_at=now)
+        for id_, (name, target) in zip(ids, missing, strict=True)
     ]
-    await record.each(f"/api/v1/subnet/{subnet.id}" for subnet in created)
+    await record.each(f"{rest.SUBNETS.path}/{subnet.id}" for subnet in created)
     await state.store.subnets.add(*created)
-    known |= {(each.name, each.cidr, each.exclude): each for each in created}
+    known |= {(each.name, each.content): each for each in created}
     return rest.SubnetsImported(
         message=f"{len(created)} subnet{'' if len(created) == 1 else 's'} created",
         created=len(created),
-        subnets=[view(known[each]) for each in wanted],
+        subnets=[SUBNETS.view(known[each]) for each in wanted],
     )
 
 
-def _read(number: int, row: dict[str, object], rules: TargetRules) -> _Line:
+def _read(number: int, row: dict[str, object], limits: Limits) -> _Line:
     try:
         body = rest.SubnetBody.model_validate(row)
-        return _Line(number, (body.name, *checked(body, rules)))
+        return _Line(number, (body.name, scan_target(body, limits)))
     except ValidationError as error:
         first = error.errors()[0]
         return _Line(number, error=f"{'.'.join(map(str, first['loc']))}: {first['msg']}")

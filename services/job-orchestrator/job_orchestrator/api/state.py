@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Annotated, Final, Literal, TypeVar
+from typing import Annotated, Final, TypeVar
 
 from fastapi import Depends, Query, Request, Response
 from pydantic import BaseModel
 
-from job_orchestrator.domain.ports import AuditRepository, ResourceRepository, Store
+from job_orchestrator.domain.ports import AuditRepository, Store
 from job_orchestrator.domain.quotas import QuotaError, Quotas
-from job_orchestrator.domain.resources import Policy, Subnet
+from job_orchestrator.domain.resources import Content, Owned
+from job_orchestrator.domain.rules import Answer, Body, Listed, ResourceRules
 from job_orchestrator.domain.user_grants import UNLIMITED, JobGrants
 from job_orchestrator.handlers.audit import record
 from job_orchestrator.handlers.commands import Commands
@@ -29,7 +30,6 @@ from scanfleet.scanning.policy import ADMITTED_SCRIPTS
 from scanfleet.scanning.targets import TargetRules
 from scanfleet.security.auth import Caller
 
-_Owned = TypeVar("_Owned", bound=Subnet | Policy)
 _View = TypeVar("_View", bound=BaseModel)
 
 MAX_ERROR_CHARS: Final = 200  # limits how much of the caller's input an error quotes
@@ -140,32 +140,33 @@ def _tag(view: BaseModel) -> str:
     return f'"{hashlib.sha256(view.model_dump_json().encode()).hexdigest()[:16]}"'
 
 
-async def mine(repository: ResourceRepository[_Owned], kind: str, user_id: int, id_: int) -> _Owned:
-    """Return the user's subnet or policy.
+async def mine(
+    state: State, rules: ResourceRules[Body, Answer, Listed, Content], user_id: int, id_: int
+) -> Owned[Content]:
+    """Return the user's object of a resource.
 
     Raises:
         NotFoundError: it does not exist or belongs to another user.
     """
+    repository = rules.repository(state.store)
     found = await repository.get([(user_id, id_)])
     if not found:
-        raise NotFoundError(f"{kind} not found", rule=Rule.OWNER if await repository.exists(id_) else None)
+        raise NotFoundError(rules.not_found, rule=Rule.OWNER if await repository.exists(id_) else None)
     return found[user_id, id_]
 
 
-async def within_quota(state: State, kind: Literal["subnets", "policies"], user_id: int, wanted: int = 1) -> None:
-    """Return if the user may create `wanted` more of this kind.
+async def within_quota(
+    state: State, rules: ResourceRules[Body, Answer, Listed, Content], user_id: int, wanted: int = 1
+) -> None:
+    """Return if the user may create `wanted` more objects of a resource.
 
     Raises:
         BadRequestError: the user would have more than the limit.
     """
-    if kind == "subnets":
-        limit = state.quotas.subnets_per_user
-        owned = await state.store.subnets.count(user_id, limit)
-    else:
-        limit = state.quotas.policies_per_user
-        owned = await state.store.policies.count(user_id, limit)
+    limit = rules.quota(state.quotas)
+    owned = await rules.repository(state.store).count(user_id, limit)
     try:
-        state.quotas.check_owned(kind, limit, owned, wanted)
+        state.quotas.check_owned(rules.resource.plural, limit, owned, wanted)
     except QuotaError as error:
         raise BadRequestError(str(error), rule=Rule.QUOTA) from error
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from job_orchestrator.domain.access import Revocation
 from job_orchestrator.domain.census import JobCensus, OpenChunks, Standing
@@ -21,15 +21,14 @@ from job_orchestrator.domain.deletion import Counts, Deletion, Stage
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.domain.job import UNFINISHED, ScanJob
 from job_orchestrator.domain.quotas import Usage
-from job_orchestrator.domain.resources import Policy, Subnet
+from job_orchestrator.domain.resources import Content, Owned, ScanTarget, Subnet
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import AuditEntry, Job, JobStatus
+from scanfleet.scanning.policy import ScanPolicy
 
-_Owned = TypeVar("_Owned", bound=Subnet | Policy)
 
-
-class ResourceRepository(Protocol[_Owned]):
-    """Subnets or policies."""
+class ResourceRepository(Protocol[Content]):
+    """The objects of one resource."""
 
     async def take_ids(self, count: int = 1) -> range:
         """Allocate `count` ids; the first one is 1."""
@@ -40,26 +39,26 @@ class ResourceRepository(Protocol[_Owned]):
     async def count(self, user_id: int, limit: int) -> int:
         """Return the user's number of objects, counted up to `limit`."""
 
-    async def add(self, *resources: _Owned) -> None: ...
+    async def add(self, *resources: Owned[Content]) -> None: ...
 
-    async def get(self, keys: Collection[tuple[int, int]]) -> dict[tuple[int, int], _Owned]:
+    async def get(self, keys: Collection[tuple[int, int]]) -> dict[tuple[int, int], Owned[Content]]:
         """Return the existing objects with these keys, each a user id and an object id."""
 
-    async def page(self, user_id: int, skip: int, limit: int) -> tuple[list[_Owned], int]:
+    async def page(self, user_id: int, skip: int, limit: int) -> tuple[list[Owned[Content]], int]:
         """Return a page of the user's objects, newest first, and their total number."""
 
-    async def replace(self, resource: _Owned, *, unchanged_since: datetime | None = None) -> bool:
+    async def replace(self, resource: Owned[Content], *, unchanged_since: datetime | None = None) -> bool:
         """Update the object if it exists and, if given, its `updated_at` still equals `unchanged_since`."""
 
     async def delete(self, user_id: int, id_: int) -> bool: ...
 
 
-class SubnetRepository(ResourceRepository[Subnet], Protocol):
+class SubnetRepository(ResourceRepository[ScanTarget], Protocol):
     async def with_cidrs(self, user_id: int, cidrs: Collection[str]) -> list[Subnet]:
         """Return the user's subnets of these networks."""
 
 
-PolicyRepository = ResourceRepository[Policy]
+PolicyRepository = ResourceRepository[ScanPolicy]
 
 
 class AuditRepository(Protocol):

@@ -1,29 +1,36 @@
-"""Subnets and policies, each owned by one user."""
+"""Resources: objects of a kind, each owned by one user."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Generic, TypeVar
 
 from scanfleet.scanning.policy import ScanPolicy
 
+Content = TypeVar("Content")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Subnet:
+class Owned(Generic[Content]):
+    """One object, with the content that is specific to its kind."""
+
     id: int
     user_id: int
     name: str
+    content: Content
+    created_at: datetime
+    updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ScanTarget:
+    """The network of a subnet and its exclusions, in canonical form."""
+
     cidr: str
-    exclude: tuple[str, ...]
-    created_at: datetime
-    updated_at: datetime
+    exclude: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    id: int
-    user_id: int
-    name: str
-    scan: ScanPolicy
-    created_at: datetime
-    updated_at: datetime
+# Types only: an alias of a frozen class with slots cannot be called.
+Subnet = Owned[ScanTarget]
+Policy = Owned[ScanPolicy]

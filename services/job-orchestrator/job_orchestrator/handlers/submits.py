@@ -128,8 +128,8 @@ class Submits:
         roles, now = frozenset(submit.roles), self._clock.now()
         try:
             for policy, subnet in _resolved(submit, policies, subnets):
-                target = Target.parse(subnet.cidr, subnet.exclude)
-                proposal = self._checks.propose(submit.user_id, roles, policy.scan, target, now)
+                target = Target.parse(subnet.content.cidr, subnet.content.exclude)
+                proposal = self._checks.propose(submit.user_id, roles, policy.content, target, now)
                 jobs.append(_planned(submit, subnet, proposal, now))
                 await asyncio.sleep(0)  # a command may have a thousand subnets: let other tasks run
         except _RefusedError as refusal:
@@ -173,7 +173,7 @@ def _resolved(
     if missing := [str(id_) for id_, subnet in zip(submit.subnet_ids, found, strict=True) if subnet is None]:
         raise _RefusedError(f"Subnet {', '.join(missing[:10])} not found", Rule.OWNER)
     own = [subnet for subnet in found if subnet is not None]
-    if (excludes := sum(len(subnet.exclude) for subnet in own)) > _MAX_EXCLUDES:
+    if (excludes := sum(len(subnet.content.exclude) for subnet in own)) > _MAX_EXCLUDES:
         raise _RefusedError(f"The subnets exclude {excludes} networks; those of one request at most {_MAX_EXCLUDES}")
     return [(policy, subnet) for subnet in own]
 
@@ -188,7 +188,7 @@ def _planned(submit: SubmitJobs, subnet: Subnet, proposal: Proposal, now: dateti
         user_id=submit.user_id,
         policy_id=submit.policy_id,
         subnet_id=subnet.id,
-        cidr=subnet.cidr,
+        cidr=subnet.content.cidr,
         exclude=tuple(map(str, proposal.target.exclude)),
         policy=proposal.admitted.policy,
         plan=proposal.plan,

@@ -8,9 +8,10 @@ from pymongo import IndexModel
 
 from job_orchestrator.domain.access import MAX_REVOCATIONS, Revocation
 from job_orchestrator.repository import documents
+from scanfleet.contracts import rest
 from scanfleet.runtime.mongo import Database, Document, Ids, advance_ids, dependency_errors, insert_missing
 
-_OWNED: Final = ("jobs", "subnets", "policies")
+_OWNED: Final = ("jobs", *(each.plural for each in rest.RESOURCES))
 
 _RECEIPTS: Final = {"$or": [{"due": {"$exists": True}}, {"forget_at": {"$exists": True}}]}  # of deleted jobs
 

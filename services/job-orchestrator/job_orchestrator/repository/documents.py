@@ -19,7 +19,7 @@ from job_orchestrator.domain.deletion import Counts, Deletion, Stage
 from job_orchestrator.domain.fairness import Candidate, Clock, Credit, Held
 from job_orchestrator.domain.job import Outgoing, Plan, ScanJob
 from job_orchestrator.domain.plan import MAX_PORTS
-from job_orchestrator.domain.resources import Policy, Subnet
+from job_orchestrator.domain.resources import Owned, Policy, ScanTarget, Subnet
 from job_orchestrator.metrics import UNREADABLE
 from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
@@ -57,20 +57,30 @@ def _fields(each: Any) -> Document:
     return {name: getattr(each, name) for name in each.__slots__}
 
 
+def _write_owned(owned: Owned[_Any], content: Document) -> Document:
+    document = _shallow(owned) | content
+    del document["content"]  # its fields are the document's
+    return document
+
+
+def _read_owned(document: Document, content: _Any) -> Owned[_Any]:
+    return Owned(**(_known(Owned, document) | {"content": content}))
+
+
 def write_subnet(subnet: Subnet) -> Document:
-    return _shallow(subnet)
+    return _write_owned(subnet, _fields(subnet.content))
 
 
 def read_subnet(document: Document) -> Subnet:
-    return Subnet(**(_known(Subnet, document) | {"exclude": tuple(document["exclude"])}))
+    return _read_owned(document, ScanTarget(document["cidr"], tuple(document["exclude"])))
 
 
 def write_policy(policy: Policy) -> Document:
-    return _shallow(policy) | {"scan": policy.scan.model_dump(mode="json")}
+    return _write_owned(policy, {"scan": policy.content.model_dump(mode="json")})
 
 
 def read_policy(document: Document) -> Policy:
-    return Policy(**(_known(Policy, document) | {"scan": ScanPolicy.model_validate(document["scan"])}))
+    return _read_owned(document, ScanPolicy.model_validate(document["scan"]))
 
 
 def write_job(job: ScanJob) -> Document:

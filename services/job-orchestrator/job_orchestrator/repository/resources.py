@@ -1,4 +1,4 @@
-"""Store subnets and policies in MongoDB."""
+"""Store the objects of resources in MongoDB."""
 
 from __future__ import annotations
 
@@ -6,25 +6,24 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from datetime import datetime
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic
 
 from pymongo import IndexModel
 
-from job_orchestrator.domain.resources import Policy, Subnet
+from job_orchestrator.domain.resources import Content, Owned, ScanTarget, Subnet
 from job_orchestrator.repository import documents
+from scanfleet.contracts import rest
 from scanfleet.runtime.mongo import Database, Document, Ids, dependency_errors, insert_missing
-
-_Owned = TypeVar("_Owned", bound=Subnet | Policy)
 
 _KEYS: Final = 1_000  # per query
 
-INDEXES: Final = {
-    "subnets": [IndexModel([("user_id", 1), ("_id", -1)]), IndexModel([("user_id", 1), ("cidr", 1)])],
-    "policies": [IndexModel([("user_id", 1), ("_id", -1)])],
+_NEWEST: Final = IndexModel([("user_id", 1), ("_id", -1)])
+INDEXES: Final = {each.plural: [_NEWEST] for each in rest.RESOURCES} | {
+    rest.SUBNETS.plural: [_NEWEST, IndexModel([("user_id", 1), ("cidr", 1)])]
 }
 
 
-class _MongoResources(Generic[_Owned]):
+class MongoResources(Generic[Content]):
     """`ResourceRepository` on MongoDB.
 
     Args:
@@ -35,7 +34,11 @@ class _MongoResources(Generic[_Owned]):
     """
 
     def __init__(
-        self, database: Database, name: str, write: Callable[[_Owned], Document], read: Callable[[Document], _Owned]
+        self,
+        database: Database,
+        name: str,
+        write: Callable[[Owned[Content]], Document],
+        read: Callable[[Document], Owned[Content]],
     ) -> None:
         self._collection = database[name]
         self._ids = Ids(database, name)
@@ -53,11 +56,11 @@ class _MongoResources(Generic[_Owned]):
     async def count(self, user_id: int, limit: int) -> int:
         return await self._collection.count_documents({"user_id": user_id}, limit=limit)
 
-    async def add(self, *resources: _Owned) -> None:
+    async def add(self, *resources: Owned[Content]) -> None:
         await insert_missing(self._collection, [self._write(each) for each in resources])
 
-    async def get(self, keys: Collection[tuple[int, int]]) -> dict[tuple[int, int], _Owned]:
-        found: dict[tuple[int, int], _Owned] = {}
+    async def get(self, keys: Collection[tuple[int, int]]) -> dict[tuple[int, int], Owned[Content]]:
+        found: dict[tuple[int, int], Owned[Content]] = {}
         ordered = sorted(set(keys))
         for start in range(0, len(ordered), _KEYS):
             by_user: defaultdict[int, list[int]] = defaultdict(list)
@@ -70,14 +73,14 @@ class _MongoResources(Generic[_Owned]):
         return found
 
     @dependency_errors()
-    async def page(self, user_id: int, skip: int, limit: int) -> tuple[list[_Owned], int]:
+    async def page(self, user_id: int, skip: int, limit: int) -> tuple[list[Owned[Content]], int]:
         wanted = {"user_id": user_id}
         newest = self._collection.find(wanted).sort("_id", -1).skip(skip).limit(limit)
         found, total = await asyncio.gather(newest.to_list(limit), self._collection.count_documents(wanted))
         return [self._read(each) for each in found], total
 
     @dependency_errors()
-    async def replace(self, resource: _Owned, *, unchanged_since: datetime | None = None) -> bool:
+    async def replace(self, resource: Owned[Content], *, unchanged_since: datetime | None = None) -> bool:
         document = self._write(resource)
         wanted = {"_id": document.pop("_id"), "user_id": document["user_id"]}
         if unchanged_since is not None:
@@ -90,16 +93,11 @@ class _MongoResources(Generic[_Owned]):
         return (await self._collection.delete_one({"_id": id_, "user_id": user_id})).deleted_count == 1
 
 
-class MongoSubnets(_MongoResources[Subnet]):
+class MongoSubnets(MongoResources[ScanTarget]):
     def __init__(self, database: Database) -> None:
-        super().__init__(database, "subnets", documents.write_subnet, documents.read_subnet)
+        super().__init__(database, rest.SUBNETS.plural, documents.write_subnet, documents.read_subnet)
 
     @dependency_errors()
     async def with_cidrs(self, user_id: int, cidrs: Collection[str]) -> list[Subnet]:
         found = self._collection.find({"user_id": user_id, "cidr": {"$in": list(cidrs)}})
         return [self._read(each) async for each in found]
-
-
-class MongoPolicies(_MongoResources[Policy]):
-    def __init__(self, database: Database) -> None:
-        super().__init__(database, "policies", documents.write_policy, documents.read_policy)

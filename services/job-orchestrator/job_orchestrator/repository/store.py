@@ -7,7 +7,7 @@ from typing import Final
 
 from job_orchestrator.domain.chain import ChainKeys
 from job_orchestrator.domain.deletion import KEEP_RECEIPTS
-from job_orchestrator.repository import access, audit, chunks, commands, deletions, dispatch, jobs, resources
+from job_orchestrator.repository import access, audit, chunks, commands, deletions, dispatch, documents, jobs, resources
 from job_orchestrator.repository.access import MongoAccess
 from job_orchestrator.repository.audit import MongoAudit
 from job_orchestrator.repository.chunks import MongoChunks
@@ -15,11 +15,12 @@ from job_orchestrator.repository.commands import MongoCommands
 from job_orchestrator.repository.deletions import MongoDeletions
 from job_orchestrator.repository.dispatch import MongoDispatch
 from job_orchestrator.repository.jobs import MongoJobs
-from job_orchestrator.repository.resources import MongoPolicies, MongoSubnets
+from job_orchestrator.repository.resources import MongoResources, MongoSubnets
+from scanfleet.contracts import rest
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS
 from scanfleet.runtime.mongo import Database, advance_ids, dependency_errors, make_indexes
 
-SEQUENCES: Final = ("jobs", "subnets", "policies", "users", "revocations")
+SEQUENCES: Final = ("jobs", *(each.plural for each in rest.RESOURCES), "users", "revocations")
 
 
 class MongoStore:
@@ -34,7 +35,7 @@ class MongoStore:
         keep_receipts: timedelta = KEEP_RECEIPTS,
     ) -> None:
         self.subnets = MongoSubnets(database)
-        self.policies = MongoPolicies(database)
+        self.policies = MongoResources(database, "policies", documents.write_policy, documents.read_policy)
         self.audit = MongoAudit(database, keys, keep_audit)
         self.access = MongoAccess(database)
         self.commands = MongoCommands(database)

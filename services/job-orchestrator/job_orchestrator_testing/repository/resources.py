@@ -1,24 +1,22 @@
-"""Subnets and policies in memory."""
+"""Resources in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from datetime import datetime
-from typing import Generic, TypeVar
+from typing import Generic
 
-from job_orchestrator.domain.resources import Policy, Subnet
+from job_orchestrator.domain.resources import Content, Owned, ScanTarget, Subnet
 from job_orchestrator_testing.repository.data import Data, MemoryRepository
 
-_Owned = TypeVar("_Owned", bound=Subnet | Policy)
 
-
-class MemoryResources(MemoryRepository, Generic[_Owned]):
+class MemoryResources(MemoryRepository, Generic[Content]):
     """A `ResourceRepository`."""
 
     def __init__(self, data: Data, name: str) -> None:
         super().__init__(data)
         self._name = name
-        self._resources: dict[int, _Owned] = {}
+        self._resources: dict[int, Owned[Content]] = {}
 
     async def take_ids(self, count: int = 1) -> range:
         return self._take_ids(self._name, count)
@@ -29,18 +27,18 @@ class MemoryResources(MemoryRepository, Generic[_Owned]):
     async def count(self, user_id: int, limit: int) -> int:
         return min(limit, len(self._of(user_id)))
 
-    async def add(self, *resources: _Owned) -> None:
+    async def add(self, *resources: Owned[Content]) -> None:
         for each in resources:
             self._resources.setdefault(each.id, each)
 
-    async def get(self, keys: Collection[tuple[int, int]]) -> dict[tuple[int, int], _Owned]:
+    async def get(self, keys: Collection[tuple[int, int]]) -> dict[tuple[int, int], Owned[Content]]:
         return {key: each for each in self._resources.values() if (key := (each.user_id, each.id)) in keys}
 
-    async def page(self, user_id: int, skip: int, limit: int) -> tuple[list[_Owned], int]:
+    async def page(self, user_id: int, skip: int, limit: int) -> tuple[list[Owned[Content]], int]:
         mine = sorted(self._of(user_id), key=lambda each: -each.id)
         return mine[skip : skip + limit], len(mine)
 
-    async def replace(self, resource: _Owned, *, unchanged_since: datetime | None = None) -> bool:
+    async def replace(self, resource: Owned[Content], *, unchanged_since: datetime | None = None) -> bool:
         before = (await self.get([(resource.user_id, resource.id)])).get((resource.user_id, resource.id))
         known = before is not None and unchanged_since in (None, before.updated_at)
         if known:
@@ -50,10 +48,10 @@ class MemoryResources(MemoryRepository, Generic[_Owned]):
     async def delete(self, user_id: int, id_: int) -> bool:
         return bool(await self.get([(user_id, id_)])) and bool(self._resources.pop(id_))
 
-    def _of(self, user_id: int) -> list[_Owned]:
+    def _of(self, user_id: int) -> list[Owned[Content]]:
         return [each for each in self._resources.values() if each.user_id == user_id]
 
 
-class MemorySubnets(MemoryResources[Subnet]):
+class MemorySubnets(MemoryResources[ScanTarget]):
     async def with_cidrs(self, user_id: int, cidrs: Collection[str]) -> list[Subnet]:
-        return [each for each in self._of(user_id) if each.cidr in cidrs]
+        return [each for each in self._of(user_id) if each.content.cidr in cidrs]

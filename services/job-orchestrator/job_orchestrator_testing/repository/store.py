@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from job_orchestrator.domain.resources import Policy
 from job_orchestrator_testing.repository.access import MemoryAccess
 from job_orchestrator_testing.repository.audit import MemoryAudit
 from job_orchestrator_testing.repository.chunks import MemoryChunks
@@ -16,6 +15,7 @@ from job_orchestrator_testing.repository.jobs import MemoryJobs
 from job_orchestrator_testing.repository.resources import MemoryResources, MemorySubnets
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError
+from scanfleet.scanning.policy import ScanPolicy
 
 
 class MemoryStore:
@@ -27,7 +27,7 @@ class MemoryStore:
     def __init__(self) -> None:
         self.data = Data()
         self.subnets = MemorySubnets(self.data, "subnets")
-        self.policies = MemoryResources[Policy](self.data, "policies")
+        self.policies = MemoryResources[ScanPolicy](self.data, "policies")
         self.audit = MemoryAudit(self.data)
         self.access = MemoryAccess(self.data)
         self.commands = MemoryCommands(self.data)

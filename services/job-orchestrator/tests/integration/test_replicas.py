@@ -20,7 +20,7 @@ from fastapi import FastAPI
 
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.job import ScanJob
-from job_orchestrator.domain.resources import Policy, Subnet
+from job_orchestrator.domain.resources import Owned, ScanTarget
 from job_orchestrator.main import create_app
 from job_orchestrator.repository import MongoStore
 from job_orchestrator.settings import Settings
@@ -113,7 +113,7 @@ class Platform:
         for each in (*announcements, *tails):
             self.stack.push_async_callback(each.stop)
         scan = scan_policy(ports="1-2000")
-        policy = Policy(id=1, user_id=7, name="x", scan=scan, created_at=THEN, updated_at=THEN)
+        policy = Owned(id=1, user_id=7, name="x", content=scan, created_at=THEN, updated_at=THEN)
         await self.store.policies.add(policy)
 
     async def replica(self, instance: str, *, requests_only: bool = False) -> FastAPI:
@@ -166,12 +166,11 @@ class Platform:
         ids = await self.store.subnets.take_ids(count)
         for id_ in ids:
             await self.store.subnets.add(
-                Subnet(
+                Owned(
                     id=id_,
                     user_id=7,
                     name="x",
-                    cidr="127.9.8.0/29",
-                    exclude=(),
+                    content=ScanTarget("127.9.8.0/29"),
                     created_at=THEN,
                     updated_at=THEN,
                 ),

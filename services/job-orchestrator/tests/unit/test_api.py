@@ -22,7 +22,7 @@ from job_orchestrator.domain.fairness import Credit
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change
 from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.quotas import Quotas
-from job_orchestrator.domain.resources import Policy
+from job_orchestrator.domain.resources import Owned
 from job_orchestrator_testing import RULES, MemoryStore, World, chunk, scan_job, scan_policy
 from job_orchestrator_testing.things import THEN
 from scanfleet.clock import utc_now
@@ -1347,7 +1347,7 @@ async def test_invalid_command_id_is_a_404(api: Api, id_: str) -> None:
 
 async def test_policies_of_earlier_versions_are_still_shown(api: Api, store: MemoryStore) -> None:
     """A stored policy is answered with its own values, not with the presets of today."""
-    old = Policy(id=5, user_id=7, name="old", scan=scan_policy(timing=1), created_at=THEN, updated_at=LATER)
+    old = Owned(id=5, user_id=7, name="old", content=scan_policy(timing=1), created_at=THEN, updated_at=LATER)
     await store.policies.add(old)
     shown = await api("GET /api/v1/policy/5")
     assert (shown["preset"], shown["timing"], shown["updated_at"]) == ("quick", 1, "2026-01-01T00:00:05Z")

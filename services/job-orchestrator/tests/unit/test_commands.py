@@ -15,7 +15,7 @@ from job_orchestrator.domain.chunk import ChunkState
 from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ports import Store
-from job_orchestrator.domain.resources import Subnet
+from job_orchestrator.domain.resources import Owned, ScanTarget
 from job_orchestrator_testing import MemoryStore, World, scan_job, scan_policy
 from job_orchestrator_testing.things import THEN
 from scanfleet.contracts.messages import CommandAccepted, CommandRejected, JobStatus
@@ -142,7 +142,9 @@ async def test_policy_of_an_older_release_with_categories_is_refused(world: Worl
     """A stored policy that names a category of scripts creates no job, and the answer names the change to make."""
     await world.add("127.9.8.0/30")
     (stored,) = (await world.store.policies.get([(7, 1)])).values()
-    await world.store.policies.replace(replace(stored, scan=stored.scan.model_copy(update={"scripts": ("default",)})))
+    await world.store.policies.replace(
+        replace(stored, content=stored.content.model_copy(update={"scripts": ("default",)}))
+    )
     command = await world.send(1, [1])
     await world.settle()
     (reply,) = world.replies(command)
@@ -165,7 +167,7 @@ async def test_job_excludes_the_broadcast_address_of_its_subnet() -> None:
     job = (await world.store.jobs.get([accepted.id]))[accepted.id]
     assert (job.exclude, job.plan.addresses, job.plan.excluded) == (("10.0.0.7/32",), 8, 1)
     (subnet,) = (await world.store.subnets.get([(7, job.subnet_id)])).values()
-    assert subnet.exclude == ()
+    assert subnet.content.exclude == ()
 
 
 async def test_submit_too_large_for_a_document_is_a_400(world: World) -> None:
@@ -174,12 +176,11 @@ async def test_submit_too_large_for_a_document_is_a_400(world: World) -> None:
     excludes = tuple(f"127.{n >> 8}.{n & 255}.1/32" for n in range(1_000))
     for id_ in range(1, 102):
         await world.store.subnets.add(
-            Subnet(
+            Owned(
                 id=id_,
                 user_id=7,
                 name="x",
-                cidr="127.0.0.0/8",
-                exclude=excludes,
+                content=ScanTarget("127.0.0.0/8", excludes),
                 created_at=THEN,
                 updated_at=THEN,
             ),

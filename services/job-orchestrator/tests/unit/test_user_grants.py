@@ -89,7 +89,7 @@ async def test_submit_without_a_rate_gets_the_rate_of_the_grant() -> None:
     job = (await world.store.jobs.get([world.accepted(command)[0].id])).popitem()[1]
     assert job.policy.max_rate == 400
     assert {(task.max_rate, task.policy.max_rate, task.granted_by) for task in tasks(world)} == {(400, 400, "site")}
-    assert (await world.store.policies.get([(7, job.policy_id)]))[7, job.policy_id].scan.max_rate is None
+    assert (await world.store.policies.get([(7, job.policy_id)]))[7, job.policy_id].content.max_rate is None
 
 
 @pytest.mark.proves("G15")

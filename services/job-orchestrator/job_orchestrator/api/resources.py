@@ -1,0 +1,100 @@
+"""Create, read, update and delete the objects of resources, each owned by one user."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Request, Response
+
+from job_orchestrator.api.state import (
+    Handed,
+    Paged,
+    Recorded,
+    changed,
+    check_unchanged,
+    mine,
+    tagged,
+    within_quota,
+)
+from job_orchestrator.domain.resources import Content, Owned
+from job_orchestrator.domain.rules import POLICIES, SUBNETS, Answer, Body, Listed, ResourceRules
+from scanfleet.clock import utc_now
+from scanfleet.contracts import rest
+from scanfleet.errors import NotFoundError
+from scanfleet.runtime.service import PathId, typed
+from scanfleet.security.auth import Caller, Guarded
+
+
+def router_of(rules: ResourceRules[Body, Answer, Listed, Content]) -> APIRouter:
+    """Return the routes of a resource."""
+    resource = rules.resource
+    name, one = resource.name, f"/{{{resource.id_name}}}"
+    path_id = Annotated[PathId, Path(alias=resource.id_name)]
+    router = APIRouter(prefix=resource.path, route_class=Guarded)
+
+    @router.post("", name=f"create_{name}", status_code=201, response_model=resource.answer)
+    @typed(body=resource.body)
+    async def create(body: Body, response: Response, caller: Caller, state: Handed, record: Recorded) -> Answer:
+        content = rules.accept(body, state)
+        now = utc_now()
+        await within_quota(state, rules, caller.user_id)
+        repository = rules.repository(state.store)
+        (id_,) = await repository.take_ids()
+        new = Owned(id=id_, user_id=caller.user_id, name=body.name, content=content, created_at=now, updated_at=now)
+        await record(target=f"{resource.path}/{id_}")
+        await repository.add(new)
+        return tagged(rules.view(new), response)
+
+    @router.get("", name=f"list_{resource.plural}", response_model=resource.listed)
+    async def list_(caller: Caller, state: Handed, paged: Paged) -> Listed:
+        found, total = await rules.repository(state.store).page(caller.user_id, paged.skip, paged.page_size)
+        views = [rules.view(each) for each in found]
+        return resource.listed.model_validate(
+            {resource.plural: views, "total": total, "page": paged.page, "page_size": paged.page_size}
+        )
+
+    @router.get(one, name=f"read_{name}", response_model=resource.answer)
+    @typed(id_=path_id)
+    async def read(id_: int, response: Response, caller: Caller, state: Handed) -> Answer:
+        return tagged(rules.view(await mine(state, rules, caller.user_id, id_)), response)
+
+    @router.put(one, name=f"replace_{name}", response_model=resource.answer)
+    @typed(id_=path_id, body=resource.body)
+    async def replace_(
+        *,
+        id_: int,
+        body: Body,
+        request: Request,
+        response: Response,
+        caller: Caller,
+        state: Handed,
+        record: Recorded,
+    ) -> Answer:
+        old = await mine(state, rules, caller.user_id, id_)
+        conditional = check_unchanged(rules.view(old), request)
+        content = rules.accept(body, state)
+        updated_at = max(utc_now(), old.updated_at + timedelta(milliseconds=1))  # each state has its own time
+        new = replace(old, name=body.name, content=content, updated_at=updated_at)
+        await record()
+        unchanged_since = old.updated_at if conditional else None
+        if not await rules.repository(state.store).replace(new, unchanged_since=unchanged_since):
+            await mine(state, rules, caller.user_id, id_)  # it may have been deleted
+            raise changed()
+        return tagged(rules.view(new), response)
+
+    @router.delete(one, name=f"delete_{name}")
+    @typed(id_=path_id)
+    async def delete(id_: int, caller: Caller, state: Handed, record: Recorded) -> rest.Done:
+        await mine(state, rules, caller.user_id, id_)
+        await rules.check_unused(state.store, id_)
+        await record()
+        if not await rules.repository(state.store).delete(caller.user_id, id_):
+            raise NotFoundError(rules.not_found)
+        return rest.Done(message=f"{name.capitalize()} deleted successfully")
+
+    return router
+
+
+ROUTERS: tuple[APIRouter, ...] = (router_of(SUBNETS), router_of(POLICIES))

@@ -1,0 +1,117 @@
+"""The rules of each resource: which bodies it accepts, how an object is shown, and when it can be deleted."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import asdict, dataclass
+from typing import Final, Generic, Literal, Protocol, TypeVar
+
+from pydantic import BaseModel
+
+from job_orchestrator.domain.ports import ResourceRepository, Store
+from job_orchestrator.domain.quotas import Quotas
+from job_orchestrator.domain.resources import Content, Owned, ScanTarget
+from scanfleet.contracts import rest
+from scanfleet.errors import BadRequestError, ConflictError, Rule
+from scanfleet.scanning.policy import ScanPolicy
+from scanfleet.scanning.targets import Target, TargetRules, parse_network
+
+Body = TypeVar("Body", bound=rest.NamedBody)
+Answer = TypeVar("Answer", bound=BaseModel)
+Listed = TypeVar("Listed", bound=BaseModel)
+
+
+class Limits(Protocol):
+    """What the operator allows."""
+
+    @property
+    def rules(self) -> TargetRules: ...
+    @property
+    def scripts(self) -> AbstractSet[str]: ...
+
+
+async def _allowed(_store: Store, _id: int) -> None:
+    """Allow every deletion."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResourceRules(Generic[Body, Answer, Listed, Content]):
+    """What differs between resources."""
+
+    resource: rest.Resource[Body, Answer, Listed]
+    repository: Callable[[Store], ResourceRepository[Content]]
+    quota: Callable[[Quotas], int]
+    """The limit per user."""
+
+    accept: Callable[[Body, Limits], Content]
+    """Return the content of the body; raises `BadRequestError` if a rule refuses it."""
+
+    show: Callable[[Content], Mapping[str, object]]
+    """Return the content as fields of the response."""
+
+    check_unused: Callable[[Store, int], Awaitable[None]] = _allowed
+    """Return if the object of this id can be deleted; raises `ConflictError` otherwise."""
+
+    @property
+    def not_found(self) -> str:
+        return f"{self.resource.name.capitalize()} not found"
+
+    def view(self, owned: Owned[Content]) -> Answer:
+        """Return the object as the API shows it."""
+        common = {name: getattr(owned, name) for name in ("id", "user_id", "name", "created_at", "updated_at")}
+        return self.resource.answer.model_validate(common | dict(self.show(owned.content)))
+
+
+def scan_target(body: rest.SubnetBody, limits: Limits) -> ScanTarget:
+    """Return the network and its exclusions in canonical form.
+
+    Raises:
+        BadRequestError: one of them is not a network, or must not be scanned. The message begins with the field at fault.
+    """
+    target = parsed_target(body.cidr, body.exclude)
+    if refusal := limits.rules.refusal(target.network):
+        raise _wrong("cidr", refusal, body.cidr)
+    return ScanTarget(str(target.network), tuple(str(each) for each in target.exclude))
+
+
+def parsed_target(cidr: str, exclude: Sequence[str] | None) -> Target:
+    """Return the networks of a request.
+
+    Raises:
+        BadRequestError: one of them is not a network, or every address is excluded. The message begins with the field at fault.
+    """
+    try:
+        parse_network(cidr)
+    except ValueError as error:
+        raise _wrong("cidr", str(error), cidr) from error
+    try:
+        return Target.parse(cidr, exclude or ())
+    except ValueError as error:
+        raise _wrong("exclude", str(error), cidr) from error
+
+
+def _wrong(field: Literal["cidr", "exclude"], reason: str, cidr: str) -> BadRequestError:
+    return BadRequestError(f"{field}: {reason}", rule=Rule.TARGETS, target=cidr)
+
+
+async def _without_unfinished_jobs(store: Store, subnet_id: int) -> None:
+    if await store.jobs.has_unfinished(subnet_id):
+        raise ConflictError("Subnet has unfinished jobs")
+
+
+SUBNETS: Final = ResourceRules(
+    resource=rest.SUBNETS,
+    repository=lambda store: store.subnets,
+    quota=lambda quotas: quotas.subnets_per_user,
+    accept=scan_target,
+    show=asdict,
+    check_unused=_without_unfinished_jobs,
+)
+POLICIES: Final = ResourceRules(
+    resource=rest.POLICIES,
+    repository=lambda store: store.policies,
+    quota=lambda quotas: quotas.policies_per_user,
+    accept=lambda body, limits: body.scan(limits.scripts),
+    show=ScanPolicy.model_dump,
+)
