@@ -17,6 +17,9 @@ from scanfleet.contracts import rest
 from scanfleet.contracts.messages import JobStatus
 
 T = TypeVar("T")
+Body = TypeVar("Body", bound=rest.NamedBody)
+Answer = TypeVar("Answer", bound=BaseModel)
+Listed = TypeVar("Listed", bound=BaseModel)
 
 NDJSON: Final = "application/x-ndjson"
 PAGE_SIZE: Final = 100  # maximum page size of a list
@@ -178,15 +181,39 @@ def read_me() -> Call[rest.Me]:
     return Call("GET", "/api/v1/me", rest.Me)
 
 
-# Subnets
+# Resources
 
 
-def list_subnets() -> ListCall[rest.SubnetList]:
-    return _list("/api/v1/subnet", rest.SubnetList, "subnets")
+class _Operations(Generic[Body, Answer, Listed]):
+    """The operations of a resource."""
+
+    def __init__(self, resource: rest.Resource[Body, Answer, Listed]) -> None:
+        self._resource = resource
+
+    def list_all(self) -> ListCall[Listed]:
+        return _list(self._resource.path, self._resource.listed, self._resource.plural)
+
+    def create(self, body: Body) -> Call[Answer]:
+        return Call("POST", self._resource.path, self._resource.answer, body=_given(body), repeatable=False)
+
+    def read(self, id_: int) -> Call[Answer]:
+        return Call("GET", f"{self._resource.path}/{id_}", self._resource.answer)
+
+    def replace(self, id_: int, body: Body, if_match: str = "") -> Call[Answer]:
+        path, headers = f"{self._resource.path}/{id_}", _if_match(if_match)
+        return Call("PUT", path, self._resource.answer, body=_given(body), headers=headers)
+
+    def delete(self, id_: int) -> Call[rest.Done]:
+        return Call("DELETE", f"{self._resource.path}/{id_}", rest.Done)
 
 
-def create_subnet(body: rest.SubnetBody) -> Call[rest.Subnet]:
-    return Call("POST", "/api/v1/subnet", rest.Subnet, body=_given(body), repeatable=False)
+_subnets = _Operations(rest.SUBNETS)
+list_subnets, create_subnet, read_subnet = _subnets.list_all, _subnets.create, _subnets.read
+replace_subnet, delete_subnet = _subnets.replace, _subnets.delete
+
+_policies = _Operations(rest.POLICIES)
+list_policies, create_policy, read_policy = _policies.list_all, _policies.create, _policies.read
+replace_policy, delete_policy = _policies.replace, _policies.delete
 
 
 def import_subnets(csv: str) -> Call[rest.SubnetsImported]:
@@ -204,41 +231,6 @@ def check_subnets(csv: str) -> Call[rest.SubnetImportCheck]:
         csv=csv,
         headers={"Content-Type": "text/csv"},
     )
-
-
-def read_subnet(subnet_id: int) -> Call[rest.Subnet]:
-    return Call("GET", f"/api/v1/subnet/{subnet_id}", rest.Subnet)
-
-
-def replace_subnet(subnet_id: int, body: rest.SubnetBody, if_match: str = "") -> Call[rest.Subnet]:
-    return Call("PUT", f"/api/v1/subnet/{subnet_id}", rest.Subnet, body=_given(body), headers=_if_match(if_match))
-
-
-def delete_subnet(subnet_id: int) -> Call[rest.Done]:
-    return Call("DELETE", f"/api/v1/subnet/{subnet_id}", rest.Done)
-
-
-# Policies
-
-
-def list_policies() -> ListCall[rest.PolicyList]:
-    return _list("/api/v1/policy", rest.PolicyList, "policies")
-
-
-def create_policy(body: rest.PolicyBody) -> Call[rest.Policy]:
-    return Call("POST", "/api/v1/policy", rest.Policy, body=_given(body), repeatable=False)
-
-
-def read_policy(policy_id: int) -> Call[rest.Policy]:
-    return Call("GET", f"/api/v1/policy/{policy_id}", rest.Policy)
-
-
-def replace_policy(policy_id: int, body: rest.PolicyBody, if_match: str = "") -> Call[rest.Policy]:
-    return Call("PUT", f"/api/v1/policy/{policy_id}", rest.Policy, body=_given(body), headers=_if_match(if_match))
-
-
-def delete_policy(policy_id: int) -> Call[rest.Done]:
-    return Call("DELETE", f"/api/v1/policy/{policy_id}", rest.Done)
 
 
 # Administrators
