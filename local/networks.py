@@ -131,7 +131,7 @@ class Network:
         return set(places)
 
     def on_scanned_side(self, make: Callable[[], _T]) -> _T:
-        """What `make` makes there: sockets, which stay in the namespace that they were made in."""
+        """Return the result of `make` there: sockets, which stay in the namespace in which they were created."""
         return _in_namespace(self._scanned, make)
 
     @contextmanager
@@ -223,7 +223,7 @@ def _packet(data: bytes, ancillary: Sequence[tuple[int, int, bytes]]) -> Packet:
 
 
 def _in_namespace(namespace: str, make: Callable[[], _T]) -> _T:
-    """What `make` makes in a namespace: sockets stay in the one that they were made in."""
+    """Return the result of `make` in a namespace: sockets stay in the namespace in which they were created."""
 
     def enter_and_make() -> _T:
         with _file(namespace).open("rb") as file:
@@ -237,7 +237,7 @@ def _in_namespace(namespace: str, make: Callable[[], _T]) -> _T:
 
 
 def _inside(namespace: str, *arguments: str) -> list[str]:
-    # Unlike `ip netns exec` this leaves the mounts alone.
+    # Unlike `ip netns exec` this does not change the mounts.
     return [_path("nsenter"), f"--net={_file(namespace)}", "--", *arguments]
 
 

@@ -21,7 +21,7 @@ FIELDS: Final = ("line", "action", "id", "error")
 
 @dataclass(slots=True)
 class Line:
-    """One line of the file, and what is done with it."""
+    """One line of the file, and the action for it."""
 
     line: int
     """Number of the line in the file, from 1."""
@@ -39,7 +39,7 @@ class Line:
 
 
 def planned(session: Session, text: str, *, update: bool) -> list[Line]:
-    """Return what is to be done with each line; nothing is changed.
+    """Return the action for each line; change nothing.
 
     Args:
         session: of the command.

@@ -135,7 +135,7 @@ class _Lines:
             self._session.output.row(self._row(task), self._columns)
 
     def close(self) -> None:
-        """Print what remains."""
+        """Print the remaining rows."""
 
     def _row(self, task: rest.TaskStatus) -> Row:
         return self._details.of(task.job.model_dump(mode="json"), task.status)

@@ -242,7 +242,7 @@ def test_page_every_page_is_accessible_and_fits(
     finished: int,
     theme: Literal["light", "dark"],
 ) -> None:
-    """On every page, wide and narrow, axe finds nothing, and nothing is wider than a narrow screen; screenshots are kept."""
+    """On every page, wide and narrow, axe finds no violation, and no element exceeds a narrow screen; keeps screenshots."""
     job = user.finished(finished)["job"]
     paths = [
         "new",
@@ -344,7 +344,7 @@ def test_page_session_that_ends_asks_again_and_keeps_what_was_typed(page: Page, 
 
 
 def test_page_invalid_form_shows_the_sentence_at_its_field(page: Page, stack: Stack) -> None:
-    """The API's own sentence stands at the field that it names, with the request's id, and nothing typed is lost."""
+    """The API's error is shown at the field that it names, with the request's id, and no input is lost."""
     page.goto(f"{stack.url}/app/policies/new")
     page.get_by_label("Name").fill("mine")
     page.get_by_label("Ports").fill("http")
@@ -421,7 +421,7 @@ def test_page_shows_100_000_results_in_a_window(page: Page, stack: Stack, finish
 
 
 def test_page_session_of_another_user_loads_the_page_again(page: Page, stack: Stack) -> None:
-    """When another tab has signed in as another user, nothing of the former user's stays."""
+    """When another tab has signed in as another user, no data of the former user stays."""
     page.goto(f"{stack.url}/app/subnets/new")
     page.get_by_label("Name").fill("of the former user")
     headers = {"Authorization": f"Bearer {stack.token(9)}"}
@@ -454,7 +454,7 @@ def test_page_draft_does_not_overwrite_a_later_version(page: Page, stack: Stack)
 
 
 def test_page_start_that_fails_can_be_tried_again(page: Page, stack: Stack) -> None:
-    """While the gateway cannot say who the user is, the page shows its error instead of nothing."""
+    """While the gateway cannot identify the user, the page shows the gateway's error instead of an empty page."""
     page.route("**/api/v1/me", refuse)
     page.goto(f"{stack.url}/app/jobs")
     expect(page.get_by_role("alert")).to_contain_text("the service is unavailable")
@@ -635,7 +635,7 @@ def test_page_scan_from_a_preset_makes_one_policy(page: Page, stack: Stack) -> N
 
 
 def test_page_import_is_the_apis(page: Page, stack: Stack) -> None:
-    """A file is checked and sent as a whole: a bad line creates nothing, and a repeat creates nothing more."""
+    """A file is checked and sent as a whole: an invalid line creates nothing, and a repeat creates no duplicates."""
     page.goto(f"{stack.url}/app/subnets/import")
     page.get_by_label("CSV").fill('cidr,name,exclude\n127.44.13.0/24,"a\nb",\n127.44.14.0/24,c,\n')
     page.get_by_role("button", name="Check").click()

@@ -152,7 +152,7 @@ def entry(id_: str, **changed: Any) -> AuditEntry:
 
 @pytest.mark.proves("G15", "A26")
 async def test_list_audit_is_ordered_by_the_time_received(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Entries come back whole, the last received first whatever time they claim; a second one of an id changes nothing."""
+    """Entries are complete, the last received first whatever their time is; a second one with the same id is ignored."""
     begin = utc_now()
     added = [
         entry("a", time=datetime(9999, 1, 1, tzinfo=UTC)),
@@ -314,7 +314,7 @@ async def test_job_round_trips(store: Store) -> None:
 
 
 async def test_inserting_a_job_again_changes_nothing(store: Store) -> None:
-    """A job that is there stays as it is, and those beside it are inserted."""
+    """An existing job does not change, and the other jobs of the call are inserted."""
     await store.jobs.insert([scan_job(1)])
     await store.jobs.insert([scan_job(1, user_id=8), scan_job(2)])
     assert await store.jobs.get([1, 2]) == {1: scan_job(1), 2: scan_job(2)}
@@ -353,7 +353,7 @@ async def test_concurrent_saves_have_one_winner(store: Store) -> None:
 
 
 async def test_jobs_are_listed_by_start_pending_first(store: Store) -> None:
-    """Pending jobs come first, then the newest start, ties by id; one that never started stands where it ended."""
+    """Pending jobs are first, then the latest start, ties by id; a job that never started is sorted by its end."""
     never_started = change(scan_job(3), JobTrigger.CANCEL, LATER + timedelta(seconds=1))
     await store.jobs.insert(
         [
@@ -596,7 +596,7 @@ async def test_chunk_round_trips(store: Store) -> None:
 
 
 async def test_inserting_chunks_again_changes_nothing(store: Store) -> None:
-    """Chunks that are there stay as they are, those beside them are inserted, and all come in order of their index."""
+    """Existing chunks do not change, the others of the call are inserted, and all are read in order of their index."""
     await store.chunks.insert([chunk(id="1-10", index=10), chunk(id="1-2", index=2)])
     await store.chunks.insert([chunk(id="1-2", index=2, user_id=8), chunk(id="1-0", index=0)])
     assert [(each.id, each.user_id) for each in await all_chunks(store, 1)] == [("1-0", 7), ("1-2", 7), ("1-10", 7)]
@@ -702,7 +702,7 @@ async def test_held_chunks_are_found_by_partition(store: Store) -> None:
 
 
 async def test_overdue_chunks_are_scanned_and_were_not_asked_about_lately(store: Store) -> None:
-    """Overdue is a scanned chunk of the partitions that is to be asked about at once, or since a time; up to a limit."""
+    """Up to a limit, overdue are the scanned chunks of the partitions whose next check is due now or was due before."""
     scanned = ChunkState.SCANNED
     await store.chunks.insert(
         [

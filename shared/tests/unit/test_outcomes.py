@@ -36,7 +36,7 @@ def test_merge_keeps_set_outcomes(known: str, news: str) -> None:
 
 @given(MAP, MAP)
 def test_merging_again_changes_nothing(known: str, news: str) -> None:
-    """A message that comes twice, or an older one that comes later, has no effect."""
+    """A duplicate message, or an older one that arrives later, has no effect."""
     merged = merge(known, news)
     assert merge(merged, news) == merged
     assert merge(merged, known) == merged

@@ -117,7 +117,7 @@ def test_parse_error_names_the_accepted_syntax(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["53,U:161", "53,T:80,U:161"])
 def test_refuses_ports_of_no_protocol_beside_udp(text: str) -> None:
-    """nmap would probe the bare port by both protocols, so the user is asked to say which."""
+    """nmap would probe a port without a protocol by both, so the error asks for the protocol."""
     with pytest.raises(ValueError, match='need "T:"'):
         PortSet.parse(text)
 

@@ -75,7 +75,7 @@ def test_admit_scan_within_a_grant_names_it_and_gets_its_rate() -> None:
     ],
 )
 def test_admit_scan_beyond_a_limit_names_grant_and_limit(asked: dict[str, object], network: str, sentence: str) -> None:
-    """The refusal says what was asked for, the limit, and whose limit it is."""
+    """The refusal has the requested value, the limit, and the grant that sets it."""
     with pytest.raises(GrantError, match=f"^{sentence}$"):
         admit(policy(**asked), network=network)
 

@@ -180,7 +180,7 @@ READS = {
 async def test_read_by_an_administrator_of_another_users_data_is_audited(
     ask: Caller, world: World, monkeypatch: pytest.MonkeyPatch, request_: str
 ) -> None:
-    """Reads of another's job are one entry a minute that names job and owner, however often asked; one's own are none."""
+    """Reads of another user's job are one entry a minute with job and owner; reads of one's own job have none."""
     await world.store.jobs.insert([scan_job(5)])
     action, target = READS[request_]
     times = [THEN, THEN + timedelta(seconds=59), THEN + timedelta(days=1)]

@@ -409,7 +409,7 @@ async def test_jobs_of_one_user_take_turns(world: World) -> None:
 
 
 async def test_raw_chunks_wait_for_a_worker_that_may(world: World) -> None:
-    """While a raw worker lives, what needs raw packets goes to it alone, and the rest to anyone."""
+    """While a raw worker is live, chunks that need raw packets are dispatched only to it, the others to any worker."""
     raw = Worker(world.bus, "w-raw", slots=2, raw=True)
     raw.hold = True
     world.workers.append(raw)

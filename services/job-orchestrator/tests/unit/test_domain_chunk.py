@@ -210,7 +210,7 @@ def test_release_costs_nothing(state: ChunkState) -> None:
 
 @pytest.mark.parametrize("end", [ChunkReleased, ChunkFailed])
 def test_attempt_that_ends_without_blanks_is_checked_at_once(end: type[WorkerReport]) -> None:
-    """A chunk that was released or failed with every code set is scanned, and result-store is asked at once."""
+    """A chunk that was released or failed with every code set is scanned, and its check is requested at once."""
     held = in_state(ChunkState.RUNNING, failures=MAX_FAILURES - 1, ask_at=NOW)
     changed = after(held, report(end, "asdt"))
     assert (changed.state, changed.outcomes, changed.ask_at) == (ChunkState.SCANNED, "asdt", None)
@@ -245,7 +245,7 @@ def test_failures_on_one_address_pause_longer_and_then_lose_it() -> None:
 
 
 def test_last_address_that_fails_alone_leaves_the_chunk_scanned() -> None:
-    """With no other blank left the chunk is scanned, and result-store is asked about it at once."""
+    """Without another blank the chunk is scanned, and its check is requested at once."""
     held = in_state(ChunkState.RUNNING, outcomes="asd.", failures=MAX_FAILURES - 1)
     lost = after(held, report(ChunkFailed, "asd."))
     assert (lost.state, lost.outcomes, lost.ask_at) == (ChunkState.SCANNED, "asdl", None)
@@ -400,7 +400,7 @@ def test_stored_ends_a_chunk_whatever_attempt_it_came_from(state: ChunkState) ->
 
 
 def test_stored_changes_no_final_state() -> None:
-    """A final chunk stays as it is; only a cancelled one still takes the map of what can be read."""
+    """A final chunk does not change, except that a cancelled one still takes the map of its stored results."""
     for state in (ChunkState.STORED, ChunkState.FAILED):
         assert store(in_state(state, outcomes="s..."), "asdt") == in_state(state, outcomes="s...")
     changed = store(in_state(ChunkState.CANCELLED, outcomes="s..."), "asdt")
@@ -433,7 +433,7 @@ def test_missing_results_count_before_the_report_that_they_are_about(state: Chun
 
 
 def test_missing_results_count_for_their_attempt_alone() -> None:
-    """ChunkIncomplete of another attempt, of a chunk that is not being scanned, or that names nothing, changes nothing."""
+    """ChunkIncomplete of another attempt, of a chunk that is not scanned, or without addresses is ignored."""
     scanned = in_state(ChunkState.SCANNED, outcomes="asdt")
     assert incomplete(scanned, 1, ["127.9.8.0"], NOW) == scanned
     assert incomplete(scanned, 3, ["127.9.8.0"], NOW) == scanned

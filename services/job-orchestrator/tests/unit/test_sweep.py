@@ -310,7 +310,7 @@ class RejectingChunks(MemoryChunks):
 
 
 async def test_job_whose_chunks_cannot_be_stored_affects_no_other() -> None:
-    """Of jobs that are processed together, only the one that causes the error gets no chunks and stays as it was."""
+    """Of jobs that are processed together, only the one that causes the error gets no chunks and does not change."""
     store = MemoryStore()
     store.chunks = RejectingChunks(store.data)
     world = World(store)

@@ -80,7 +80,7 @@ async def test_submit_by_a_role_needs_the_role() -> None:
 
 
 async def test_submit_without_a_rate_gets_the_rate_of_the_grant() -> None:
-    """The job's own policy and each nmap of it have the limit; the policy that it was made from stays as it is."""
+    """The job's policy and each of its nmap processes have the limit; the user's stored policy does not change."""
     world = World(MemoryStore(), grants=grants(max_rate=400))
     command = await world.submit("127.9.8.0/30")
     await world.start()
