@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -71,22 +71,23 @@ OPERATIONS = [
     for method, fields in methods.items()
     if not OF_BROWSERS & set(fields["tags"])
 ]
-FUNCTIONS = [
-    function
-    for name, function in inspect.getmembers(calls, inspect.isfunction)
-    if function.__module__ == calls.__name__ and not name.startswith("_")
-]
+FUNCTIONS = {
+    name: function
+    for name, function in vars(calls).items()
+    if inspect.isroutine(function) and function.__module__ == calls.__name__ and not name.startswith("_")
+}
 
 
-def called(function: Callable[..., calls.Call[Any]]) -> calls.Call[Any]:
+def called(name: str) -> calls.Call[Any]:
     """Return a call with every argument."""
     given: dict[str, Any] = {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is not parameter.VAR_KEYWORD:
-            given[name] = ARGUMENTS.get(name, 3)
-            if name in {"body", "wanted"}:
-                given[name] = BODIES[function.__name__.replace("replace_", "create_")]
-    return function(**given)
+    for each, parameter in inspect.signature(FUNCTIONS[name]).parameters.items():
+        if each in {"body", "wanted"}:
+            given[each] = BODIES[name.replace("replace_", "create_")]
+        elif parameter.kind is not parameter.VAR_KEYWORD:
+            given[each] = ARGUMENTS.get(each, 3)
+    call: calls.Call[Any] = FUNCTIONS[name](**given)
+    return call
 
 
 def operations_of(call: calls.Call[Any]) -> Iterator[Operation]:
@@ -95,14 +96,14 @@ def operations_of(call: calls.Call[Any]) -> Iterator[Operation]:
 
 def test_each_operation_has_a_call() -> None:
     """A route without a call of the SDK is found here; those of browsers need none."""
-    covered = {operation.id for function in FUNCTIONS for operation in operations_of(called(function))}
+    covered = {operation.id for name in FUNCTIONS for operation in operations_of(called(name))}
     assert covered == {each.id for each in OPERATIONS}
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: str(function.__name__))
-def test_call_is_as_documented(function: Callable[..., calls.Call[Any]]) -> None:
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_call_is_as_documented(name: str) -> None:
     """The request has documented parameters and body, and the model of the response is the documented one."""
-    call = called(function)
+    call = called(name)
     sent: list[httpx2.Request] = []
 
     def answer(request: httpx2.Request) -> httpx2.Response:
