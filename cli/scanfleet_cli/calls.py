@@ -233,6 +233,16 @@ def check_subnets(csv: str) -> Call[rest.SubnetImportCheck]:
     )
 
 
+def read_subnet_retention(subnet_id: int) -> Call[rest.SubnetRetention]:
+    return Call("GET", f"/api/v1/subnet/{subnet_id}/retention", rest.SubnetRetention)
+
+
+def replace_subnet_retention(subnet_id: int, keep_results_days: int | None) -> Call[rest.SubnetRetention]:
+    """Set the days after which ended jobs of the subnet are deleted; None for the platform's."""
+    body = {"keep_results_days": keep_results_days}
+    return Call("PUT", f"/api/v1/subnet/{subnet_id}/retention", rest.SubnetRetention, body=body)
+
+
 # Administrators
 
 

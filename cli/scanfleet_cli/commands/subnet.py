@@ -128,6 +128,34 @@ def delete(session: Session, /, *, which: Sequence[str], yes: bool) -> None:
     changes.delete_each(session, "subnet", [(each.id, calls.delete_subnet(each.id)) for each in found])
 
 
+@subnet.command()
+@click.argument("which", metavar="NAME|ID", shell_complete=complete_subnet)
+@click.option(
+    "--set", "days", type=click.IntRange(1, 36_500), metavar="DAYS", help="Delete jobs so many days after their end."
+)
+@click.option("--unset", is_flag=True, help="Delete jobs by the setting of the platform.")
+@formats(rest.SubnetRetention)
+@with_session
+def retention(session: Session, /, *, which: str, days: int | None, unset: bool) -> None:
+    """Show or change how long the jobs of a subnet are kept after their end."""
+    if unset and days is not None:
+        raise CommandError("--set and --unset exclude each other")
+    subnet_id = resolve.subnet_id(session, which)
+    call = calls.read_subnet_retention(subnet_id)
+    if unset or days is not None:
+        call = calls.replace_subnet_retention(subnet_id, days)
+    found = session.ask(call)
+    session.output.one(found, lambda: [_kept(found)])
+
+
+def _kept(found: Row) -> str:
+    days = found["effective_days"]
+    source = "of the platform" if found["keep_results_days"] is None else "of this subnet"
+    if not days:
+        return f"jobs are not deleted by age (setting {source})"
+    return f"jobs are deleted {count(days, 'day')} after their end (setting {source}), except the two newest completed ones"
+
+
 @subnet.command("import")
 @click.argument("file", type=click.File(encoding="utf-8-sig"))
 @click.option("--dry-run", is_flag=True, help="Check each line, and change nothing.")

@@ -332,6 +332,20 @@ def test_audit_log_is_listed_by_filter(api: FakeApi, run: Any) -> None:
     assert run("audit", "list", "--decision", "x").code == 2
 
 
+def test_retention_of_a_subnet_is_shown_and_set(api: FakeApi, run: Any) -> None:
+    """The command states the days and where they come from, sets them, and unsets them."""
+    path = "/api/v1/subnet/5/retention"
+    api.answers["GET", path] = {"keep_results_days": None, "effective_days": 0}
+    assert run("subnet", "retention", "5").out == "jobs are not deleted by age (setting of the platform)\n"
+    api.answers["PUT", path] = {"keep_results_days": 30, "effective_days": 30}
+    assert run("subnet", "retention", "5", "--set", "30").out.startswith("jobs are deleted 30 days after their end")
+    assert json.loads(api.requests[-1].content) == {"keep_results_days": 30}
+    run("subnet", "retention", "5", "--unset")
+    assert json.loads(api.requests[-1].content) == {"keep_results_days": None}
+    assert run("subnet", "retention", "5", "--unset", "--set", "30").code == 2
+    assert run("subnet", "retention", "5", "--set", "0").code == 2
+
+
 def test_deletions_are_listed_with_what_was_deleted(api: FakeApi, run: Any) -> None:
     """Filters are passed on, and counts that are not known yet are shown as such."""
     receipt = {"job_id": 41, "user_id": 7, "subnet_id": 5, "reason": "request", "requested_by": 9}

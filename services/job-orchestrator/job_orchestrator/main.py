@@ -126,6 +126,7 @@ class Orchestrator:
         self.deletions = Deletions(
             jobs=store.jobs,
             deletions=store.deletions,
+            retention=store.retention,
             chunks=store.chunks,
             audit=store.audit,
             publisher=publisher,

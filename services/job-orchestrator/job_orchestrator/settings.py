@@ -68,7 +68,8 @@ class Settings(CommonSettings, InternalApiSettings, KafkaSettings, AuditSettings
         ge=0,
         le=36_500,
         description="How many days after its end a job is kept with its results, its chunks and its ledger; then it is deleted "
-        "as by `DELETE /api/v1/task/{id}`. 0 keeps all until they are deleted by hand.",
+        "as by `DELETE /api/v1/task/{id}`. 0 keeps all until they are deleted by hand. A subnet may have its own number of days. "
+        "The two newest completed jobs of each existing subnet are kept.",
     )
     keep_receipts_days: int = Field(
         KEEP_RECEIPTS.days,

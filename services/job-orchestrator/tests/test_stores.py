@@ -22,6 +22,7 @@ from job_orchestrator.domain.job import JobTrigger, ScanJob, change, create, pub
 from job_orchestrator.domain.ports import Store
 from job_orchestrator.domain.quotas import Usage
 from job_orchestrator.domain.resources import Owned, ScanTarget
+from job_orchestrator.domain.retention import EndedJob, SubnetRetention
 from job_orchestrator.domain.rules import POLICIES, SUBNETS, ResourceRules
 from job_orchestrator.domain.totals import Totals
 from job_orchestrator.metrics import UNREADABLE
@@ -490,11 +491,12 @@ async def test_receipt_stands_in_the_place_of_its_job(store: Store) -> None:
     job = replace(change(scan_job(1), JobTrigger.CANCEL, LATER), settled=True, outbox=())
     other = replace(change(scan_job(2), JobTrigger.CANCEL, THEN), settled=True, outbox=())
     await store.jobs.insert([job, other, scan_job(3)])
-    assert await store.jobs.expired(LATER, 9) == [(THEN, 2)]
-    assert await store.jobs.expired(LATER + timedelta(seconds=1), 9) == [(THEN, 2), (LATER, 1)]
-    assert await store.jobs.expired(LATER + timedelta(seconds=1), 1) == [(THEN, 2)]
-    assert await store.jobs.expired(LATER + timedelta(seconds=1), 9, (THEN, 1)) == [(THEN, 2), (LATER, 1)]
-    assert await store.jobs.expired(LATER + timedelta(seconds=1), 9, (THEN, 2)) == [(LATER, 1)]
+    first, second = EndedJob(2, THEN, 1), EndedJob(1, LATER, 1)
+    assert await store.jobs.expired(LATER, 9) == [first]
+    assert await store.jobs.expired(LATER + timedelta(seconds=1), 9) == [first, second]
+    assert await store.jobs.expired(LATER + timedelta(seconds=1), 1) == [first]
+    assert await store.jobs.expired(LATER + timedelta(seconds=1), 9, (THEN, 1)) == [first, second]
+    assert await store.jobs.expired(LATER + timedelta(seconds=1), 9, (THEN, 2)) == [second]
     receipt = Deletion(job_id=1, user_id=7, subnet_id=1, reason="request", requested_at=LATER, requested_by=9)
     assert not await store.deletions.begin(replace(job, rev=5), receipt)
     assert await store.deletions.begin(job, receipt)
@@ -503,7 +505,7 @@ async def test_receipt_stands_in_the_place_of_its_job(store: Store) -> None:
     assert await store.jobs.save([job, other]) == {1}
     assert (await store.jobs.get([1, 2])).keys() == {2}
     assert [each.id for each in (await store.jobs.page(7, set(), 0, 9))[0]] == [3, 2]
-    assert await store.jobs.expired(LATER + timedelta(seconds=1), 9) == [(THEN, 2)]
+    assert await store.jobs.expired(LATER + timedelta(seconds=1), 9) == [first]
     assert await store.deletions.due(THEN, 9) == []
     assert await store.deletions.due(LATER, 9) == [receipt]
     assert await store.deletions.advance([], Stage.CHUNKS, Stage.DONE, None) == 0
@@ -521,6 +523,46 @@ async def test_receipt_stands_in_the_place_of_its_job(store: Store) -> None:
     assert done == replace(receipt, stage=Stage.DONE, counts=counts, completed_at=done.completed_at)
     await store.jobs.insert([job])
     assert await store.jobs.get([1]) == {}
+
+
+async def test_retention_of_a_subnet_survives_its_replacement_and_not_its_deletion(store: Store) -> None:
+    """A subnet has its own number of days until it is unset or deleted; replacing its other fields keeps it."""
+    await store.subnets.add(subnet(1), subnet(2))
+    assert await store.retention.shortest() is None
+    assert await store.retention.days(1) is None
+    assert await store.retention.set_days(1, 30)
+    assert await store.retention.set_days(2, 40)
+    assert not await store.retention.set_days(3, 10)
+    assert await store.subnets.replace(replace(subnet(1), name="other"))
+    assert [await store.retention.days(n) for n in (1, 2, 3)] == [30, 40, None]
+    assert await store.retention.shortest() == 30
+    assert await store.retention.of([1, 2, 3]) == {1: SubnetRetention(30), 2: SubnetRetention(40)}
+    assert await store.subnets.delete(7, 1)
+    assert await store.retention.shortest() == 40
+    assert await store.retention.set_days(2, None)
+    assert await store.retention.shortest() is None
+    assert await store.retention.of([1, 2]) == {2: SubnetRetention()}
+
+
+async def test_newest_completed_jobs_of_a_subnet_are_those_that_ended_last(store: Store) -> None:
+    """Two of them, ties by id; jobs with another status, of other subnets, unfinished and deleted ones do not count."""
+    await store.subnets.add(subnet(1), subnet(2), subnet(3))
+
+    def completed(id_: int, at: datetime, subnet_id: int = 1) -> ScanJob:
+        running = change(scan_job(id_, subnet_id=subnet_id), JobTrigger.START, THEN)
+        return replace(change(running, JobTrigger.COMPLETE, at), settled=True, outbox=())
+
+    later = LATER + timedelta(seconds=1)
+    jobs = [completed(1, LATER), completed(2, later), completed(3, LATER), completed(4, THEN)]
+    others = [change(scan_job(5), JobTrigger.CANCEL, later), completed(6, later, 2), scan_job(7), completed(8, later)]
+    await store.jobs.insert([*jobs, *others])
+    receipt = Deletion(job_id=8, user_id=7, subnet_id=1, reason="request", requested_at=later)
+    assert await store.deletions.begin(others[3], receipt)
+    assert await store.retention.of([1, 2, 3]) == {
+        1: SubnetRetention(newest=frozenset({2, 3})),
+        2: SubnetRetention(newest=frozenset({6})),
+        3: SubnetRetention(),
+    }
 
 
 async def test_receipts_are_listed_by_user_and_stage_the_newest_first(store: Store) -> None:

@@ -433,7 +433,25 @@ class Waiting(_Answer):
     """Seconds until the expected end of the job; null while unknown and after its end."""
 
 
-# Deletions
+# Retention and deletion
+
+
+class SubnetRetentionBody(_Body):
+    keep_results_days: Annotated[
+        Annotated[StrictInt, Field(ge=1, le=36_500)] | None,
+        Field(
+            description="Days after its end at which a job of the subnet is deleted; null for the platform's setting. "
+            "The two newest completed jobs are kept."
+        ),
+    ]
+
+
+class SubnetRetention(_Answer):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    keep_results_days: int | None
+    effective_days: int
+    """The subnet's own days, else the platform's; 0 if jobs are not deleted by age."""
 
 
 class DeletedCounts(_Answer):

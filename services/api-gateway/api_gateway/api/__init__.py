@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from api_gateway.api import audit, deletions, imports, info, resources, revocations, session, sign_in, tasks
+from api_gateway.api import audit, deletions, imports, info, resources, retention, revocations, session, sign_in, tasks
 from scanfleet.contracts import rest
 
 ROUTERS: tuple[APIRouter, ...] = (
@@ -18,6 +18,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     deletions.router,
     *map(resources.router_of, rest.RESOURCES),
     imports.router,
+    retention.router,
     audit.router,
     revocations.router,
     session.router,

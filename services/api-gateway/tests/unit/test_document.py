@@ -34,6 +34,7 @@ PATHS = {
     "/api/v1/task/{job_id}/map": {"get"},
     "/api/v1/subnet": {"get", "post"},
     "/api/v1/subnet/import": {"post"},
+    "/api/v1/subnet/{subnet_id}/retention": {"get", "put"},
     "/api/v1/subnet/{subnet_id}": {"get", "put", "delete"},
     "/api/v1/policy": {"get", "post"},
     "/api/v1/policy/{policy_id}": {"get", "put", "delete"},

@@ -29,6 +29,7 @@ PASSED_ON = [
     ("GET", "/api/v1/task/41/map"),
     ("GET", "/api/v1/audit"),
     ("GET", "/api/v1/deletion"),
+    *((verb, "/api/v1/subnet/41/retention") for verb in ("GET", "PUT")),
     ("GET", "/api/v1/revocation"),
     ("POST", "/api/v1/revocation"),
     ("DELETE", "/api/v1/revocation/41"),

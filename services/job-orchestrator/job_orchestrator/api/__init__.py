@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from job_orchestrator.api import access, audit, coverage, deletions, estimates, imports, internal, resources, tasks
+from job_orchestrator.api import (
+    access,
+    audit,
+    coverage,
+    deletions,
+    estimates,
+    imports,
+    internal,
+    resources,
+    retention,
+    tasks,
+)
 from scanfleet.security.auth import for_gateway
 
 ROUTERS: tuple[APIRouter, ...] = (
@@ -13,6 +24,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     coverage.router,
     deletions.router,
     *resources.ROUTERS,
+    retention.router,
     imports.router,
     audit.router,
     internal.router,

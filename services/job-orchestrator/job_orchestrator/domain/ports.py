@@ -22,6 +22,7 @@ from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, H
 from job_orchestrator.domain.job import UNFINISHED, ScanJob
 from job_orchestrator.domain.quotas import Usage
 from job_orchestrator.domain.resources import Content, Owned, ScanTarget, Subnet
+from job_orchestrator.domain.retention import EndedJob, SubnetRetention
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import AuditEntry, Job, JobStatus
 from scanfleet.scanning.policy import ScanPolicy
@@ -191,10 +192,8 @@ class JobRepository(Protocol):
     ) -> list[int]:
         """Return the ids of the user's matching unfinished jobs, in any order."""
 
-    async def expired(
-        self, before: datetime, limit: int, after: tuple[datetime, int] | None = None
-    ) -> list[tuple[datetime, int]]:
-        """Return end time and id of settled jobs that ended before `before`, in this order, after `after` if given."""
+    async def expired(self, before: datetime, limit: int, after: tuple[datetime, int] | None = None) -> list[EndedJob]:
+        """Return settled jobs that ended before `before`, by end time and id, after `after` if given."""
 
     async def usage(self, users: Collection[int]) -> dict[int, Usage]:
         """Return the usage of those of these users who have unfinished jobs."""
@@ -226,6 +225,22 @@ class DeletionRepository(Protocol):
         self, user_id: int | None, stages: Collection[Stage], skip: int, limit: int
     ) -> tuple[list[Deletion], int]:
         """Return the user's (None: all) deletions in these stages, the last requested first, and their total number."""
+
+
+class RetentionRepository(Protocol):
+    """Retention of the jobs of single subnets; it is deleted with the subnet."""
+
+    async def days(self, subnet_id: int) -> int | None:
+        """Return the subnet's own retention in days."""
+
+    async def set_days(self, subnet_id: int, days: int | None) -> bool:
+        """Store the retention of a subnet, or with None that it has none; return False if the subnet does not exist."""
+
+    async def shortest(self) -> int | None:
+        """Return the shortest retention that any subnet has."""
+
+    async def of(self, subnet_ids: Collection[int]) -> dict[int, SubnetRetention]:
+        """Return the retention of those of these subnets that exist."""
 
 
 class ChunkRepository(Protocol):
@@ -323,6 +338,8 @@ class Store(Protocol):
     def jobs(self) -> JobRepository: ...
     @property
     def deletions(self) -> DeletionRepository: ...
+    @property
+    def retention(self) -> RetentionRepository: ...
     @property
     def chunks(self) -> ChunkRepository: ...
     @property

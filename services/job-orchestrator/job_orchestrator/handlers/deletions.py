@@ -10,7 +10,14 @@ from typing import Final
 from job_orchestrator.domain.audit import own_entry
 from job_orchestrator.domain.deletion import Counts, Deletion, Reason, Stage
 from job_orchestrator.domain.job import ScanJob
-from job_orchestrator.domain.ports import AuditRepository, ChunkRepository, DeletionRepository, JobRepository
+from job_orchestrator.domain.ports import (
+    AuditRepository,
+    ChunkRepository,
+    DeletionRepository,
+    JobRepository,
+    RetentionRepository,
+)
+from job_orchestrator.domain.retention import EndedJob, is_due
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.audit import record
 from job_orchestrator.handlers.outbox import Outbox
@@ -24,7 +31,8 @@ _STEP_SECONDS: Final = 1.0
 _CHUNKS: Final = 2_000  # deleted in one step: their cost for the database is a fraction of that of dispatch
 _AT_ONCE: Final = 100  # maximum number of deletions per step
 _ASK_AGAIN: Final = timedelta(seconds=60)  # for result-store to delete the results of a large job
-_EXPIRE_SECONDS: Final = 10.0  # interval of queries for expired jobs, unless a step found as many as it may delete
+_EXPIRE_SECONDS: Final = 600.0  # between two walks over the ended jobs
+_LOOK: Final = 500  # ended jobs that one step of a walk looks at, most of which may have to stay
 _ROUNDS: Final = 20  # each lost race is a job whose outbox was emptied
 
 
@@ -33,7 +41,10 @@ class Deletions:
 
     Args:
         publisher: for requests to result-store.
-        keep: age after the end at which jobs are deleted; None deletes none by age.
+        keep: age after the end at which jobs are deleted, unless their subnet has its own; None deletes none by age.
+
+    Attributes:
+        keep: as given.
     """
 
     def __init__(
@@ -41,6 +52,7 @@ class Deletions:
         *,
         jobs: JobRepository,
         deletions: DeletionRepository,
+        retention: RetentionRepository,
         chunks: ChunkRepository,
         audit: AuditRepository,
         publisher: Publisher,
@@ -50,15 +62,16 @@ class Deletions:
     ) -> None:
         self._jobs = jobs
         self._deletions = deletions
+        self._retention = retention
         self._chunks = chunks
         self._audit = audit
         self._publisher = publisher
         self._outbox = outbox
         self._clock = clock
-        self._keep = keep
+        self.keep = keep
         self._expired = float("-inf")
         self._after: tuple[datetime, int] | None = None
-        """End time and id of the last expired job of the previous step, if there may be more."""
+        """End time and id of the last job that the previous step looked at, if there may be more."""
         self.loop = Loop("deletions", _STEP_SECONDS, self.step, least=_STEP_SECONDS, vital=False)
 
     async def delete(self, job_ids: Collection[int], reason: Reason, *, requested_by: int | None = None) -> set[int]:
@@ -147,14 +160,10 @@ class Deletions:
         await self._deletions.advance([message.job_id], Stage.RESULTS, Stage.CHUNKS, self._clock.now(), counts)
 
     async def _expire(self) -> None:
-        if self._keep is None or self._clock.monotonic() - self._expired < _EXPIRE_SECONDS:
+        if self._clock.monotonic() - self._expired < _EXPIRE_SECONDS:
             return
-        page = await self._jobs.expired(self._clock.now() - self._keep, _AT_ONCE, self._after)
-        if len(page) == _AT_ONCE:
-            self._after = page[-1]  # the next step continues after it: a job that cannot be read stays
-        else:
-            self._after, self._expired = None, self._clock.monotonic()
-        ids = (await self._jobs.get([id_ for _, id_ in page])).keys()
+        due = await self._due()
+        ids = (await self._jobs.get([job.id for job in due])).keys()  # without those that cannot be read
         if not ids:
             return
         expired = [
@@ -162,6 +171,23 @@ class Deletions:
         ]
         await record(self._audit, expired)
         await self.delete(ids, "retention")
+
+    async def _due(self) -> list[EndedJob]:
+        """Return the next jobs to delete by age; the following call continues behind them."""
+        now, own = self._clock.now(), await self._retention.shortest()
+        shortest = [*([self.keep] if self.keep else []), *([timedelta(days=own)] if own is not None else [])]
+        page: list[EndedJob] = []
+        due: list[EndedJob] = []
+        if shortest:
+            page = await self._jobs.expired(now - min(shortest), _LOOK, self._after)
+            subnets = await self._retention.of({job.subnet_id for job in page})
+            due = [job for job in page if is_due(job, subnets.get(job.subnet_id), self.keep, now)]
+        last = due[_AT_ONCE - 1] if len(due) > _AT_ONCE else page[-1] if len(page) == _LOOK else None
+        if last is None:
+            self._after, self._expired = None, self._clock.monotonic()
+        else:
+            self._after = (last.end_time, last.id)
+        return due[:_AT_ONCE]
 
 
 def _request(deletion: Deletion) -> DeleteResults:

@@ -12,6 +12,7 @@ from pymongo import IndexModel
 from job_orchestrator.domain.census import JobCensus
 from job_orchestrator.domain.job import UNFINISHED, ScanJob
 from job_orchestrator.domain.quotas import Usage
+from job_orchestrator.domain.retention import EndedJob
 from job_orchestrator.repository import documents
 from job_orchestrator.repository.compare_and_set import NO_RECEIPT, save
 from scanfleet.contracts.messages import Job, JobStatus
@@ -167,15 +168,14 @@ class MongoJobs:
         return [each["_id"] async for each in self._jobs.find(wanted, {"_id": 1}).limit(limit)]
 
     @dependency_errors()
-    async def expired(
-        self, before: datetime, limit: int, after: tuple[datetime, int] | None = None
-    ) -> list[tuple[datetime, int]]:
+    async def expired(self, before: datetime, limit: int, after: tuple[datetime, int] | None = None) -> list[EndedJob]:
         ended: Document = {"end_time": {"$lt": before}, "settled": True}
         if after is not None:  # one range of the index, which begins with the jobs of the same millisecond
             ended["end_time"]["$gte"] = after[0]
             ended["$nor"] = [{"end_time": after[0], "_id": {"$lte": after[1]}}]
-        found = self._jobs.find(ended, {"end_time": 1}).sort([("end_time", 1), ("_id", 1)]).limit(limit)
-        return [(each["end_time"], each["_id"]) async for each in found]
+        found = self._jobs.find(ended, {"end_time": 1, "subnet_id": 1}).sort(_ENDED).limit(limit)
+        # A damaged job must not stop the others; it stays, because it cannot be read as a whole.
+        return [EndedJob(each["_id"], each["end_time"], each.get("subnet_id", 0)) async for each in found]
 
     @dependency_errors()
     async def usage(self, users: Collection[int]) -> dict[int, Usage]:

@@ -7,7 +7,18 @@ from typing import Final
 
 from job_orchestrator.domain.chain import ChainKeys
 from job_orchestrator.domain.deletion import KEEP_RECEIPTS
-from job_orchestrator.repository import access, audit, chunks, commands, deletions, dispatch, documents, jobs, resources
+from job_orchestrator.repository import (
+    access,
+    audit,
+    chunks,
+    commands,
+    deletions,
+    dispatch,
+    documents,
+    jobs,
+    resources,
+    retention,
+)
 from job_orchestrator.repository.access import MongoAccess
 from job_orchestrator.repository.audit import MongoAudit
 from job_orchestrator.repository.chunks import MongoChunks
@@ -16,6 +27,7 @@ from job_orchestrator.repository.deletions import MongoDeletions
 from job_orchestrator.repository.dispatch import MongoDispatch
 from job_orchestrator.repository.jobs import MongoJobs
 from job_orchestrator.repository.resources import MongoResources, MongoSubnets
+from job_orchestrator.repository.retention import MongoRetention
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS
 from scanfleet.runtime.mongo import Database, advance_ids, dependency_errors, make_indexes
@@ -41,13 +53,14 @@ class MongoStore:
         self.commands = MongoCommands(database)
         self.jobs = MongoJobs(database)
         self.deletions = MongoDeletions(database, keep_receipts)
+        self.retention = MongoRetention(database)
         self.chunks = MongoChunks(database)
         self.dispatch = MongoDispatch(database)
         self._database = database
 
     async def prepare(self) -> None:
         """Create or replace the indexes, and migrate unfinished jobs of release 0.1."""
-        for module in (resources, audit, access, commands, jobs, deletions, chunks, dispatch):
+        for module in (resources, audit, access, commands, jobs, deletions, retention, chunks, dispatch):
             await make_indexes(self._database, module.INDEXES)
         await self._adopt()
 

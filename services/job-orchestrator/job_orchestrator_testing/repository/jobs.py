@@ -11,6 +11,7 @@ from itertools import islice
 from job_orchestrator.domain.census import JobCensus
 from job_orchestrator.domain.job import UNFINISHED, ScanJob
 from job_orchestrator.domain.quotas import Usage
+from job_orchestrator.domain.retention import EndedJob
 from job_orchestrator_testing.repository.data import MemoryRepository
 from scanfleet.contracts.messages import Job, JobStatus
 
@@ -110,11 +111,10 @@ class MemoryJobs(MemoryRepository):
         )
         return list(islice(matching, limit))
 
-    async def expired(
-        self, before: datetime, limit: int, after: tuple[datetime, int] | None = None
-    ) -> list[tuple[datetime, int]]:
+    async def expired(self, before: datetime, limit: int, after: tuple[datetime, int] | None = None) -> list[EndedJob]:
         ended = sorted((job.end_time, job.id) for job in self._data.jobs.values() if job.end_time and job.settled)
-        return [each for each in ended if each[0] < before and (after is None or each > after)][:limit]
+        found = [each for each in ended if each[0] < before and (after is None or each > after)][:limit]
+        return [EndedJob(id_, end_time, self._data.jobs[id_].subnet_id) for end_time, id_ in found]
 
     async def usage(self, users: Collection[int]) -> dict[int, Usage]:
         usage: dict[int, Usage] = {}

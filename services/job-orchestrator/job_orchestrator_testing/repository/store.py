@@ -13,6 +13,7 @@ from job_orchestrator_testing.repository.deletions import MemoryDeletions
 from job_orchestrator_testing.repository.dispatch import MemoryDispatch
 from job_orchestrator_testing.repository.jobs import MemoryJobs
 from job_orchestrator_testing.repository.resources import MemoryResources, MemorySubnets
+from job_orchestrator_testing.repository.retention import MemoryRetention
 from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError
 from scanfleet.scanning.policy import ScanPolicy
@@ -33,6 +34,7 @@ class MemoryStore:
         self.commands = MemoryCommands(self.data)
         self.jobs = MemoryJobs(self.data)
         self.deletions = MemoryDeletions(self.data)
+        self.retention = MemoryRetention(self.data, self.subnets)
         self.chunks = MemoryChunks(self.data)
         self.dispatch = MemoryDispatch(self.data)
 

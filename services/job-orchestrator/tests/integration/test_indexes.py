@@ -13,6 +13,7 @@ from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.deletion import Stage
 from job_orchestrator.domain.fairness import Clock, Credit
 from job_orchestrator.domain.job import JobTrigger, change
+from job_orchestrator.domain.resources import Owned, ScanTarget
 from job_orchestrator.repository import MongoStore
 from job_orchestrator_testing import chunk, scan_job
 from job_orchestrator_testing.things import THEN
@@ -67,6 +68,8 @@ QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
     "deletions.page": (lambda store: store.deletions.page(7, list(Stage), 0, 10), 2),
     "deletions.page of all": (lambda store: store.deletions.page(None, [Stage.DONE], 0, 10), 2),
     "chunks.count": (lambda store: store.chunks.count(99), 2),
+    "retention.shortest": (lambda store: store.retention.shortest(), 2),
+    "retention.of": (lambda store: store.retention.of([3, 4]), 8),
     "jobs.expired": (lambda store: store.jobs.expired(THEN, 10), 2),
     "chunks.delete": (lambda store: store.chunks.delete(99, 10), 2),
     "chunks.count_open": (lambda store: store.chunks.count_open(3), CHUNKS // USERS + 5),
@@ -155,6 +158,24 @@ async def filled(mongo_store: MongoStore) -> MongoStore:
         await mongo_store.dispatch.seen_workers([Credit(f"w-{user}", f"w-{user}", 2, raw=user % 2 == 0, partition=1)])
         await mongo_store.dispatch.wake_clocks([Clock(user, 1.0)], 1.0)
     return mongo_store
+
+
+async def test_newest_completed_jobs_are_found_without_reading_the_others(
+    mongo_store: MongoStore, database: Database
+) -> None:
+    """The cost of a subnet's retention does not grow with its jobs."""
+    target = ScanTarget("127.9.8.0/30")
+    await mongo_store.subnets.add(Owned(id=1, user_id=7, name="x", content=target, created_at=THEN, updated_at=THEN))
+    running = [change(scan_job(n), JobTrigger.START, THEN) for n in range(1, 201)]
+    triggers = (JobTrigger.COMPLETE, JobTrigger.FAIL)
+    await mongo_store.jobs.insert(
+        [change(job, triggers[job.id % 2], THEN + timedelta(seconds=job.id), settled=True) for job in running]
+    )
+    await database.command("profile", 2)
+    assert (await mongo_store.retention.of([1]))[1].newest == {198, 200}
+    await database.command("profile", 0)
+    found = database["system.profile"].find({"op": "command", "command.aggregate": "subnets"})
+    assert [each["docsExamined"] + each["keysExamined"] <= 10 async for each in found] == [True]
 
 
 async def test_queries_use_indexes(filled: MongoStore, database: Database) -> None:

@@ -155,6 +155,7 @@ EVERY_ROUTE = [
     ("GET", "/api/v1/deletion"),
     *((verb, "/api/v1/subnet") for verb in ("GET", "POST")),
     *((verb, "/api/v1/subnet/1") for verb in ("GET", "PUT", "DELETE")),
+    *((verb, "/api/v1/subnet/1/retention") for verb in ("GET", "PUT")),
     ("POST", "/api/v1/subnet/import"),
     *((verb, "/api/v1/policy") for verb in ("GET", "POST")),
     *((verb, "/api/v1/policy/1") for verb in ("GET", "PUT", "DELETE")),
@@ -380,6 +381,29 @@ async def test_dry_run_of_an_import_has_a_verdict_per_line_and_creates_nothing(a
     assert (await store.audit.page(0, 10))[1] == audited
 
 
+async def test_retention_of_a_subnet_goes_round(api: Api) -> None:
+    """Without its own the platform's applies; what is put is read back, survives a PUT of the subnet, and null unsets it."""
+    await api("POST /api/v1/subnet", {"name": "lab", "cidr": "127.9.8.0/24"}, status=201)
+    path = "/api/v1/subnet/1/retention"
+    default = {"keep_results_days": None, "effective_days": 0}
+    assert await api(f"GET {path}") == default
+    assert await api(f"PUT {path}", {"keep_results_days": 30}) == {"keep_results_days": 30, "effective_days": 30}
+    await api("PUT /api/v1/subnet/1", {"name": "new", "cidr": "127.9.8.0/25"})
+    assert await api(f"GET {path}") == {"keep_results_days": 30, "effective_days": 30}
+    assert await api(f"PUT {path}", {"keep_results_days": None}) == default
+    for wrong in ({}, {"keep_results_days": 0}, {"keep_results_days": 36_501}, {"keep_results_days": "9"}, {"x": 1}):
+        await api(f"PUT {path}", wrong, status=400)
+    for verb in ("GET", "PUT"):
+        for admin in (False, True):
+            await api(f"{verb} {path}", {"keep_results_days": 1}, user=8, admin=admin, status=404)
+        await api(f"{verb} /api/v1/subnet/9/retention", {"keep_results_days": 1}, status=404)
+    entries = (await api("GET /api/v1/audit?action=replace_subnet_retention", admin=True))["entries"]
+    assert [(each["target"], each["decision"]) for each in entries if each["decision"] == "allowed"] == [
+        (path, "allowed"),
+        (path, "allowed"),
+    ]
+
+
 # Policies
 
 
@@ -576,6 +600,8 @@ async def test_unavailable_database_is_a_503(api: Api, store: MemoryStore) -> No
             body = {"all": True}
         if path.endswith("/estimate"):
             body = {"subnet_id": 1, "policy_id": 1}
+        if path.endswith("/retention"):
+            body = {"keep_results_days": 1}
         sent: dict[str, Any] = (
             {"content": "name,cidr\nx,127.9.8.0/24\n"} if path.endswith("/import") else {"json": body}
         )

@@ -21,6 +21,7 @@ from job_orchestrator.domain.job import JobTrigger, ScanJob, change
 from job_orchestrator_testing import RULES, MemoryStore, ResultStore, World, chunk, scan_job
 from job_orchestrator_testing.repository import MemoryChunks, MemoryDeletions, MemoryJobs
 from job_orchestrator_testing.things import THEN
+from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import CommandAccepted, DeleteResults
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_DELETIONS
 from scanfleet.runtime import service
@@ -291,12 +292,30 @@ async def test_last_event_is_published_before_the_job_is_deleted(world: World) -
     assert [event.seq for event in world.events(1)] == [1, 2]
 
 
+def ended(id_: int, days: float, subnet_id: int = 1, trigger: JobTrigger = JobTrigger.COMPLETE) -> ScanJob:
+    """A job that ended so many days before a world begins."""
+    end_time = utc_now() - timedelta(days=days)
+    job = scan_job(id_, subnet_id=subnet_id)
+    if trigger is JobTrigger.COMPLETE:
+        job = change(job, JobTrigger.START, THEN)
+    return replace(change(job, trigger, THEN, settled=True), end_time=end_time, outbox=())
+
+
+async def left_after_walk(world: World, count: int) -> list[int]:
+    """The ids of the jobs that a walk over the ended ones leaves."""
+    world.now += 601
+    for _ in range(20):
+        await world.only.deletions.step()
+    return sorted(await world.store.jobs.get(range(1, count + 1)))
+
+
 async def test_expired_job_is_deleted_with_an_audit_entry() -> None:
     """A job that ended longer ago than the setting is deleted once, with an audit entry; a younger one stays."""
     world = World(MemoryStore(), keep=timedelta(days=1))
     await world.start()
     await world.worker.announce()
     await completed(world)
+    await world.store.subnets.delete(7, 1)
     await world.wait(1, seconds=86_000)
     await world.submit("127.9.8.0/30")
     await world.settle()
@@ -308,6 +327,45 @@ async def test_expired_job_is_deleted_with_an_audit_entry() -> None:
         ("delete_task", "/api/v1/task/1", "retention")
     ]
     assert await chunks_of(world, 1) == 0
+
+
+async def test_two_newest_completed_jobs_of_a_subnet_outlive_its_retention() -> None:
+    """Of completed jobs only the oldest goes; a newer failed one is not counted, and goes by age alone."""
+    world = World(MemoryStore(), keep=timedelta(days=365))
+    await world.add("127.9.8.0/30")
+    years = [ended(n, days) for n, days in enumerate((5 * 365, 4 * 365, 3 * 365), 1)]
+    failed = [ended(4, 2 * 365, trigger=JobTrigger.FAIL), ended(5, 30, trigger=JobTrigger.FAIL)]
+    await world.store.jobs.insert([*years, *failed])
+    assert await left_after_walk(world, 5) == [2, 3, 5]
+    await world.store.jobs.insert([ended(6, 10)])
+    assert await left_after_walk(world, 6) == [3, 5, 6]
+    await world.store.subnets.delete(7, 1)
+    assert await left_after_walk(world, 6) == [5, 6]
+
+
+@pytest.mark.parametrize(("keep", "left"), [(None, [3, 4, 5, 6]), (timedelta(days=365), [3, 4, 5])])
+async def test_retention_of_a_subnet_takes_the_place_of_the_setting(keep: timedelta | None, left: list[int]) -> None:
+    """Jobs of a subnet with a shorter one go earlier, those with a longer one stay, and others follow the setting."""
+    world = World(MemoryStore(), keep=keep)
+    await world.add("127.9.8.0/30", "127.9.8.4/30", "127.9.8.8/30")
+    assert await world.store.retention.set_days(1, 30)
+    assert await world.store.retention.set_days(2, 3_650)
+    cancelled = ((1, 40, 1), (2, 31, 1), (3, 29, 1), (4, 3_000, 2), (5, 360, 3), (6, 370, 3))
+    await world.store.jobs.insert([ended(*each, trigger=JobTrigger.CANCEL) for each in cancelled])
+    assert await left_after_walk(world, 6) == left
+    await world.store.retention.set_days(1, None)
+    await world.store.retention.set_days(2, None)
+    assert 3 in await left_after_walk(world, 6)
+
+
+async def test_walk_goes_on_behind_jobs_that_stay() -> None:
+    """More jobs than a step looks at may have to stay, and an expired one behind them is deleted."""
+    world = World(MemoryStore(), keep=timedelta(days=1))
+    await world.add("127.9.8.0/30", "127.9.8.4/30")
+    await world.store.retention.set_days(1, 3_650)
+    stay = [ended(n, 100, 1, JobTrigger.CANCEL) for n in range(1, 1_201)]
+    await world.store.jobs.insert([*stay, ended(1_201, 2, 2, JobTrigger.CANCEL)])
+    assert await left_after_walk(world, 1_201) == list(range(1, 1_201))
 
 
 class UnreadableJobs(MemoryJobs):

@@ -1,0 +1,73 @@
+"""Store the retention of subnets in MongoDB, in their documents; the repository of subnets keeps the field."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, Final
+
+from pymongo import IndexModel
+
+from job_orchestrator.domain.retention import PROTECTED, SubnetRetention
+from scanfleet.contracts.messages import JobStatus
+from scanfleet.runtime.mongo import Database, Document, dependency_errors
+
+_COMPLETED: Final = {"status": JobStatus.COMPLETED.value}
+
+INDEXES: Final = {
+    "subnets": [IndexModel([("keep_results_days", 1)], sparse=True)],
+    "jobs": [IndexModel([("subnet_id", 1), ("end_time", -1), ("_id", -1)], partialFilterExpression=_COMPLETED)],
+}
+
+
+class MongoRetention:
+    """`RetentionRepository` on MongoDB."""
+
+    def __init__(self, database: Database) -> None:
+        self._subnets = database["subnets"]
+
+    @dependency_errors()
+    async def days(self, subnet_id: int) -> int | None:
+        return _days(await self._subnets.find_one({"_id": subnet_id}, {"keep_results_days": 1}))
+
+    @dependency_errors()
+    async def set_days(self, subnet_id: int, days: int | None) -> bool:
+        update: Document = {"$unset": {"keep_results_days": ""}}
+        if days is not None:
+            update = {"$set": {"keep_results_days": days}}
+        return (await self._subnets.update_one({"_id": subnet_id}, update)).matched_count == 1
+
+    @dependency_errors()
+    async def shortest(self) -> int | None:
+        has_own = {"keep_results_days": {"$exists": True}}
+        return _days(await self._subnets.find_one(has_own, {"keep_results_days": 1}, sort=[("keep_results_days", 1)]))
+
+    @dependency_errors()
+    async def of(self, subnet_ids: Collection[int]) -> dict[int, SubnetRetention]:
+        newest = {
+            "from": "jobs",
+            "localField": "_id",
+            "foreignField": "subnet_id",
+            "pipeline": [
+                {"$match": _COMPLETED},
+                {"$sort": {"end_time": -1, "_id": -1}},
+                {"$limit": PROTECTED},
+                {"$project": {"_id": 1}},
+            ],
+            "as": "newest",
+        }
+        found = self._subnets.aggregate(
+            [
+                {"$match": {"_id": {"$in": list(subnet_ids)}}},
+                {"$project": {"keep_results_days": 1}},
+                {"$lookup": newest},
+            ]
+        )
+        return {
+            each["_id"]: SubnetRetention(_days(each), frozenset(job["_id"] for job in each["newest"]))
+            async for each in found
+        }
+
+
+def _days(document: Document | None) -> int | None:
+    days: Any = (document or {}).get("keep_results_days")
+    return days if isinstance(days, int) else None  # a damaged value counts as none
