@@ -77,8 +77,8 @@ async def test_replicas_agree_on_a_new_user(mongo_store: MongoStore, database: D
 
 
 @pytest.mark.integration
-async def test_assigned_ids_begin_above_claimed_ones(mongo_store: MongoStore) -> None:
-    """On a platform where tokens claimed their users' ids before, no assigned id is one of those."""
+async def test_assigned_ids_start_above_claimed_ones(mongo_store: MongoStore) -> None:
+    """If tokens claimed user ids before, no assigned id is one of those."""
     subnet = Owned(id=1, user_id=7_000, name="x", content=ScanTarget("127.0.0.0/24"), created_at=NOW, updated_at=NOW)
     await mongo_store.subnets.add(subnet)
     assert await mongo_store.access.user_id("https://a.test", "x") == 7_001

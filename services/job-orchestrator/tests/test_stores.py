@@ -335,8 +335,8 @@ async def test_saving_is_a_compare_and_set(store: Store) -> None:
     assert await store.jobs.save([scan_job(99)]) == {99}
 
 
-async def test_winners_beside_a_loser_are_no_losers(store: Store) -> None:
-    """In a batch with one lost race every other job, whatever it holds, is known to be saved."""
+async def test_save_with_a_lost_race_stores_the_other_jobs(store: Store) -> None:
+    """In a batch with one lost race every other job, whatever its content, is reported as saved."""
     jobs = [scan_job(id_, exclude=("127.9.8.1/32",), policy=scan_policy(scripts=("banner",))) for id_ in (1, 2)]
     await store.jobs.insert(jobs)
     await store.jobs.save([jobs[0]])
@@ -486,8 +486,8 @@ async def test_has_unfinished_jobs_of_a_subnet(store: Store) -> None:
 # Deletions
 
 
-async def test_receipt_stands_in_the_place_of_its_job(store: Store) -> None:
-    """A deleted job is found by no query, cannot be saved or made again, and its receipt goes from stage to stage."""
+async def test_receipt_replaces_its_job(store: Store) -> None:
+    """A deleted job is found by no query, cannot be saved or inserted again, and its receipt advances through the stages."""
     job = replace(change(scan_job(1), JobTrigger.CANCEL, LATER), settled=True, outbox=())
     other = replace(change(scan_job(2), JobTrigger.CANCEL, THEN), settled=True, outbox=())
     await store.jobs.insert([job, other, scan_job(3)])
@@ -688,17 +688,17 @@ async def test_chunks_are_read_from_an_index_to_another(store: Store) -> None:
         ([ChunkState.STORED, ChunkState.STORED, ChunkState.SCANNED], Standing(1, begun=True, lowest=2)),
     ],
 )
-async def test_standing_of_a_job_is_what_has_not_ended(
+async def test_standing_of_a_job_counts_its_open_chunks(
     store: Store, states: list[ChunkState], standing: Standing
 ) -> None:
-    """A job's standing counts its open chunks, with the first of them and whether one has begun."""
+    """A job's standing has its open chunks, with the first of them and whether one has started."""
     await store.chunks.insert([chunk(id=f"1-{n}", index=n, state=state) for n, state in enumerate(states)])
     await store.chunks.insert([chunk(id="3-0", job_id=3)])
     assert await store.chunks.standings([1, 2]) == {1: standing, 2: Standing()}
     assert await store.chunks.standings([]) == {}
 
 
-async def test_standings_are_of_one_moment(store: Store) -> None:
+async def test_standings_are_consistent_with_concurrent_changes(store: Store) -> None:
     """Each chunk is counted once although chunks change between open states meanwhile."""
     chunks = [chunk(id=f"1-{n}", index=n) for n in range(5_000)]  # so many that a count lets writes go between
     await store.chunks.insert(chunks)
@@ -743,7 +743,7 @@ async def test_held_chunks_are_found_by_partition(store: Store) -> None:
     assert await store.dispatch.held([]) == []
 
 
-async def test_overdue_chunks_are_scanned_and_were_not_asked_about_lately(store: Store) -> None:
+async def test_overdue_returns_scanned_chunks_whose_check_is_due(store: Store) -> None:
     """Up to a limit, overdue are the scanned chunks of the partitions whose next check is due now or was due before."""
     scanned = ChunkState.SCANNED
     await store.chunks.insert(
@@ -859,7 +859,7 @@ def worker(name: str, slots: int = 2, *, raw: bool = False) -> Credit:
     return Credit(f"{name}-0000000a", name, slots, raw=raw, partition=3)
 
 
-async def test_workers_are_live_for_a_while_after_their_announcement(store: Store) -> None:
+async def test_live_workers_returns_workers_with_recent_announcements(store: Store) -> None:
     """A worker with slots that announced itself within a time is live; one without slots is not."""
     minute = timedelta(minutes=1)
     await store.dispatch.seen_workers([worker("w-1"), worker("w-2", 0), worker("w-3", raw=True)])
@@ -1004,8 +1004,8 @@ async def test_unreadable_jobs_are_left_out_counted_and_named(mongo_store: Mongo
 
 @pytest.mark.integration
 @pytest.mark.proves("G17")
-async def test_unreadable_receipts_delay_no_other_deletion(mongo_store: MongoStore, database: Database) -> None:
-    """As many receipts as one answer has, which cannot be read and wait longest, are counted, named, and tried again later."""
+async def test_unreadable_receipts_do_not_delay_other_deletions(mongo_store: MongoStore, database: Database) -> None:
+    """Unreadable receipts that wait longest and fill a whole query are counted, named, and retried later."""
     jobs = [replace(change(scan_job(n), JobTrigger.CANCEL, THEN, settled=True), outbox=()) for n in range(1, 5)]
     await mongo_store.jobs.insert(jobs)
     for job in jobs:

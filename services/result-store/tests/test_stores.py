@@ -313,8 +313,8 @@ async def test_results_without_raw_data_leave_it_empty(store: Store) -> None:
     assert (result.port, result.service, result.raw_data) == (22, "ssh", "")
 
 
-async def test_erase_deletes_the_job_alone_in_slices(store: Store) -> None:
-    """Hosts go before closed chunks, at most so many at once, and jobs whose numbers begin alike keep theirs."""
+async def test_erase_deletes_only_the_job_in_slices(store: Store) -> None:
+    """Hosts are deleted before closed chunks, in slices, and jobs whose ids have the same prefix keep theirs."""
     await store.add(hosts(*(host(f"127.9.8.{n}", 22) for n in range(4)), host("127.9.8.9")))
     await store.close([chunk("aaaa")])
     await store.add(hosts(host("127.9.8.1", 22, job_id=10, chunk_id="10-0")))

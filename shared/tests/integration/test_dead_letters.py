@@ -275,7 +275,7 @@ class Unrecorded(KafkaBus):
 
 @pytest.mark.proves("G15")
 @pytest.mark.parametrize("words", [["create-acls"], ["replay", "--unverified", f"{SCAN_WORKERS.dead_letter}/0/0"]])
-async def test_command_that_cannot_be_recorded_does_nothing(desk: Desk, words: list[str]) -> None:
+async def test_command_without_its_audit_entry_does_nothing(desk: Desk, words: list[str]) -> None:
     """Without an entry in the audit log no ACL is created and no dead letter is sent."""
     await desk.put(SCAN_WORKERS.dead_letter, b"x", refused_by_a_reader("scan-workers"))
     before = await desk.records()

@@ -66,8 +66,8 @@ async def test_connect_uses_majority_concerns(database: Database) -> None:
     assert collection.read_preference == ReadPreference.PRIMARY
 
 
-async def test_stored_time_reads_back_equal_and_aware(database: Database) -> None:
-    """A stored time reads back equal, with its time zone."""
+async def test_stored_time_round_trips_with_its_zone(database: Database) -> None:
+    """A stored time is read equal, with its time zone."""
     now = utc_now()
     await database["times"].insert_one({"_id": 1, "at": now})
     found = await database["times"].find_one({"_id": 1})
@@ -117,7 +117,7 @@ async def test_make_indexes_with_a_higher_version_replaces_the_older_one(databas
     assert (found["named_v3"]["key"], found["named_v3"]["sparse"]) == ([("kind", 1), ("size", 1)], True)
 
 
-async def test_make_indexes_of_an_older_release_leaves_a_newer_version_alone(database: Database) -> None:
+async def test_make_indexes_of_an_older_release_keeps_a_newer_version(database: Database) -> None:
     """An older replica that restarts neither builds its version again nor drops the newer one."""
     newer = thing_indexes(IndexModel("at", name="at_1_v10", sparse=True))
     await make_indexes(database, newer)
@@ -177,7 +177,7 @@ async def test_ids_are_unique_across_replicas(database: Database, block: int) ->
     assert min(ids) == 1
 
 
-async def test_ids_of_one_replica_grow(database: Database) -> None:
+async def test_ids_of_one_replica_increase(database: Database) -> None:
     """The ids that a replica takes are consecutive within a call and increase from call to call."""
     ids = Ids(database, "jobs", block=10)
     taken = [await ids.take(count) for count in (3, 5, 4, 1, 30, 1)]

@@ -47,8 +47,8 @@ def written(ranges: tuple[Range, ...]) -> str:
 
 @settings(max_examples=30, deadline=None)  # each example starts nmap twice
 @given(TEXT)
-def test_ports_mean_what_nmap_takes_them_for(text: str) -> None:
-    """The user's text and our canonical text both name, to nmap, exactly the ports that we count."""
+def test_ports_are_those_that_nmap_parses(text: str) -> None:
+    """For the user's text and the canonical text, nmap parses exactly the ports that we count."""
     ports = PortSet.parse(text)
     techniques = [option for option, wanted in (("-sS", ports.tcp), ("-sU", ports.udp)) if wanted]
     expected = written(ports.tcp), written(ports.udp)
@@ -56,7 +56,7 @@ def test_ports_mean_what_nmap_takes_them_for(text: str) -> None:
     assert as_nmap_reads(*techniques, "-p", str(ports)) == expected
 
 
-def test_nmap_knows_as_many_common_ports_as_may_be_asked_for() -> None:
-    """The largest `top:N` is not silently fewer."""
+def test_nmap_has_the_maximum_number_of_common_ports() -> None:
+    """nmap scans all ports of the largest `top:N`."""
     header = nmap("-v", "-oG", "-", "-sS", "--top-ports", str(MAX_TOP))
     assert f"TCP({MAX_TOP};" in header

@@ -106,7 +106,7 @@ async def test_ports_serve_only_their_own_paths(parts: Parts) -> None:
             assert (answer.status_code, answer.json()) == (404, {"error": "Not Found"})
 
 
-async def test_service_without_an_api_listens_for_probes_alone(parts: Parts) -> None:
+async def test_service_without_an_api_listens_only_for_probes(parts: Parts) -> None:
     """A service whose settings name no API has one port."""
     async with running(parts, CommonSettings(instance="test", probe_port=0)) as server, probes(server) as asking:
         assert server.servers == []

@@ -385,7 +385,7 @@ async def test_unknown_kids_cost_one_fetch_per_cooldown() -> None:
 
 
 @pytest.mark.proves("A8", "G14")
-async def test_known_keys_do_not_wait_for_unknown_ones() -> None:
+async def test_known_keys_do_not_wait_for_a_fetch() -> None:
     """A fetch that hangs because of an unknown key id does not delay tokens with a known key."""
     issuer, time = Issuer(), Time()
     endpoint = JwksEndpoint(issuer.jwks)
@@ -422,8 +422,8 @@ async def test_keys_rotate_without_a_restart() -> None:
 
 
 @pytest.mark.proves("A9", "G14")
-async def test_withdrawn_keys_end_without_new_ones_in_use() -> None:
-    """A key that the issuer has withdrawn is refused once the key set has reached its age."""
+async def test_withdrawn_keys_expire_without_new_ones() -> None:
+    """A key that the issuer has withdrawn is refused once the key set has reached its maximum age."""
     old, new, time = Issuer("old"), Issuer("new"), Time()
     endpoint = JwksEndpoint(old.jwks)
     async with keys_of(endpoint, time) as keys:

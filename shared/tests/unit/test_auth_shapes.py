@@ -226,7 +226,7 @@ async def test_keys_without_ids_are_tried_by_algorithm() -> None:
 
 @pytest.mark.parametrize("published", [None, "EdDSA", "Ed25519"])
 @pytest.mark.parametrize("named", ["EdDSA", "Ed25519"])
-async def test_both_names_of_ed25519_are_one(published: str | None, named: str) -> None:
+async def test_both_names_of_ed25519_are_accepted(published: str | None, named: str) -> None:
     """A key and a token may each call the algorithm EdDSA or Ed25519."""
     issuer = Issuer()
     [key] = issuer.jwks["keys"]
@@ -292,8 +292,8 @@ async def test_unavailable_jwks_url_is_a_dependency_failure() -> None:
         ("http://localhost.issuer.test/jwks", False),
     ],
 )
-def test_keys_come_by_https_alone(url: str, *, good: bool) -> None:
-    """A JWKS URL without TLS is refused unless it stays on this machine."""
+def test_jwks_url_without_https_is_refused(url: str, *, good: bool) -> None:
+    """A JWKS URL without TLS is refused unless it is on this machine."""
     given_settings = {"jwt_issuer": "i", "jwt_audience": "a", "jwt_jwks_url": url}
     if good:
         AuthSettings.model_validate(given_settings)

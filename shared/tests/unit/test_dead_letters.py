@@ -14,6 +14,6 @@ def test_printable_any_bytes_returns_one_line_of_plain_text(data: bytes) -> None
     assert printable(data).isprintable()
 
 
-def test_plain_text_stays_as_it_is() -> None:
-    """Letters of any script are shown as they are."""
+def test_printable_text_is_unchanged() -> None:
+    """Letters of any script are shown unchanged."""
     assert printable("Grüße, 世界 {}\\".encode()) == "Grüße, 世界 {}\\"

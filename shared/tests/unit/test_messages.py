@@ -171,8 +171,8 @@ def test_decode_is_the_inverse_of_encode(topic: Topic, kind: type[Message]) -> N
 @pytest.mark.parametrize(
     "name", ["SubmitJobs", "CancelJob", "JobCreated", "JobProgressed", "HostScanned", "ChunkScanned"]
 )
-def test_copies_of_a_message_can_be_told(name: str) -> None:
-    """Messages whose copies a reader must recognise have the same event id in every copy."""
+def test_copies_of_a_message_have_one_event_id(name: str) -> None:
+    """Messages that readers deduplicate have the same event id in every copy."""
     (kind,) = (kind for kind in export.messages() if kind.__name__ == name)
     assert kind.model_validate(example(kind)).event_id == kind.model_validate(example(kind)).event_id
 

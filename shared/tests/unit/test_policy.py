@@ -81,7 +81,7 @@ def test_policy_round_trips_through_json() -> None:
         {"$set": {"timing": 5}},
     ],
 )
-def test_refuses_what_is_not_in_the_vocabulary(given: dict[str, Any]) -> None:
+def test_policy_with_an_unknown_value_is_refused(given: dict[str, Any]) -> None:
     """A value of another type, range or word, and any other field, is invalid."""
     with pytest.raises(PolicyError):
         fill_in(Preset.STANDARD, given)
@@ -98,8 +98,8 @@ def test_refuses_what_is_not_in_the_vocabulary(given: dict[str, Any]) -> None:
         ({"ports": "T:1-65535"}, False),
     ],
 )
-def test_tells_what_needs_raw_packets(given: dict[str, Any], *, needed: bool) -> None:
-    """SYN by name, OS detection and UDP need them; nothing else does."""
+def test_needs_raw_is_true_for_syn_os_detection_and_udp(given: dict[str, Any], *, needed: bool) -> None:
+    """SYN by name, OS detection and UDP need raw packets; other policies do not."""
     assert fill_in(Preset.STANDARD, given).needs_raw is needed
 
 
@@ -109,8 +109,8 @@ def test_scripts_that_users_are_promised_are_admitted() -> None:
     assert promised | VERSION_SCRIPTS <= ADMITTED_SCRIPTS
 
 
-def test_script_that_the_operator_allows_is_executed_and_no_other() -> None:
-    """A wider list admits its names, and what it lacks is refused with the names that it has."""
+def test_script_must_be_allowed_by_the_operator() -> None:
+    """A longer list allows its names, and any other script is refused with the allowed names."""
     policy = fill_in(Preset.QUICK, {"scripts": ["http-grep"]}, {"http-grep"})
     assert executable(policy, {"http-grep"}).scripts == ("http-grep",)
     with pytest.raises(PolicyError, match=r"scripts\.0: http-grep is not one of the allowed scripts: banner, dns-nsid"):

@@ -102,8 +102,8 @@ def test_reads_the_syntax_of_nmap(text: str, tcp: tuple[Range, ...], udp: tuple[
         "top:99999",
     ],
 )
-def test_refuses_what_is_not_of_the_syntax(text: str) -> None:
-    """Anything else that nmap, a shell or a careless reader might take for ports is refused."""
+def test_parse_refuses_other_syntax(text: str) -> None:
+    """Text that nmap, a shell or a reader could misread as ports is refused."""
     with pytest.raises(ValueError, match=r"port|top:N"):
         PortSet.parse(text)
 
@@ -116,7 +116,7 @@ def test_parse_error_names_the_accepted_syntax(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["53,U:161", "53,T:80,U:161"])
-def test_refuses_ports_of_no_protocol_beside_udp(text: str) -> None:
+def test_parse_refuses_ports_without_a_protocol_next_to_udp(text: str) -> None:
     """nmap would probe a port without a protocol by both, so the error asks for the protocol."""
     with pytest.raises(ValueError, match='need "T:"'):
         PortSet.parse(text)
@@ -191,8 +191,8 @@ def test_blocks_of_top_ports_are_consecutive_ranks(top: int, size: int) -> None:
 
 
 @given(st.sets(st.integers(0, MAX_PORT), max_size=50))
-def test_ranges_of_any_ports_read_back(ports: set[int]) -> None:
-    """Ports written in any order are the same ranges, and their text is canonical."""
+def test_ranges_round_trip(ports: set[int]) -> None:
+    """Ports in any order give the same ranges, and their text is canonical."""
     ranges = parse_ranges(",".join(map(str, ports)))
     assert [port for first, last in ranges for port in range(first, last + 1)] == sorted(ports)
     assert parse_ranges(ranges_text(ranges)) == ranges

@@ -233,8 +233,8 @@ async def test_invalid_path_id_is_a_404(client: httpx.AsyncClient, id_: str) -> 
     assert (answer.status_code, answer.json()) == (404, {"error": "Not Found"})
 
 
-async def test_ids_reach_up_to_what_javascript_keeps(client: httpx.AsyncClient) -> None:
-    """The first and the last id are ids."""
+async def test_path_ids_reach_the_maximum_of_javascript(client: httpx.AsyncClient) -> None:
+    """The first and the last id are valid."""
     assert (await client.get("/thing/1")).json() == 1
     assert (await client.get(f"/thing/{2**53 - 1}")).json() == 2**53 - 1
 
@@ -497,8 +497,8 @@ async def test_readiness_check_that_hangs_counts_as_failed(app: FastAPI, probes:
     assert (await probes.get("/readyz")).json() == {"error": "unavailable: mongodb"}
 
 
-async def test_metrics_know_routes_and_not_paths(client: httpx.AsyncClient, probes: httpx.AsyncClient) -> None:
-    """Requests are counted by the route's template, so that no caller can make new series."""
+async def test_metrics_are_labelled_by_route_not_path(client: httpx.AsyncClient, probes: httpx.AsyncClient) -> None:
+    """Requests are counted by the route's template, so that no caller can create new series."""
     for path in ("/thing/123", "/thing/456", "/never-heard-of"):
         await client.get(path)
     await client.request("BREW", "/thing")

@@ -99,8 +99,8 @@ async def test_startup_without_a_dependency_serves_probes_and_answers_503() -> N
     assert not (second.open)
 
 
-async def test_startup_with_everything_there_is_ready_at_once() -> None:
-    """A service whose dependencies are there serves only when it is ready."""
+async def test_startup_with_available_dependencies_is_ready_at_once() -> None:
+    """A service with available dependencies serves only once it is ready."""
     first, second = Part(), Part()
     first.there.set()
     second.there.set()
@@ -108,8 +108,8 @@ async def test_startup_with_everything_there_is_ready_at_once() -> None:
         assert app.state.startup.ready
 
 
-async def test_startup_that_is_ended_while_it_waits_closes_what_is_open() -> None:
-    """A process that is stopped before everything is there closes its parts at once."""
+async def test_startup_stopped_while_waiting_closes_its_open_parts() -> None:
+    """A process that is stopped before all dependencies are available closes its parts at once."""
     first, second = Part(), Part()
     first.there.set()
     async with running(first, second):
@@ -117,8 +117,8 @@ async def test_startup_that_is_ended_while_it_waits_closes_what_is_open() -> Non
     assert not first.open
 
 
-async def test_startup_with_a_fault_fails_at_once() -> None:
-    """An error that waiting cannot cure ends the start, and closes what was open."""
+async def test_startup_with_a_permanent_error_fails_at_once() -> None:
+    """An error that a retry cannot fix ends the start, and closes all open parts."""
     first, second = Part(), Part()
     first.there.set()
     second.there.set()

@@ -28,8 +28,8 @@ def networks(draw: st.DrawFn) -> Network:
 
 
 @given(networks())
-def test_reads_what_ipaddress_writes(network: Network) -> None:
-    """Every network in its canonical spelling is read as itself."""
+def test_parse_network_accepts_canonical_text(network: Network) -> None:
+    """Every network in its canonical spelling is parsed to itself."""
     assert parse_network(str(network)) == network
 
 
@@ -121,15 +121,15 @@ def test_rules_allow_no_target_by_default() -> None:
     )
 
 
-def test_allows_what_lies_wholly_within() -> None:
-    """A network is allowed when all of it is, and refused when any of it is not."""
+def test_rules_allow_a_network_within_an_allowed_one() -> None:
+    """A network is allowed if all of it is, and refused if any part is not."""
     assert rules("10.0.0.0/8").refusal(parse_network("10.1.0.0/16")) is None
     assert rules("10.0.0.0/8").refusal(parse_network("10.0.0.0/8").supernet()) is not None
     assert rules("10.0.0.0/24").refusal(parse_network("10.0.0.0/23")) is not None
     assert rules("::1").refusal(parse_network("0.0.0.1")) is not None
 
 
-def test_several_allowed_networks_cover_one_together() -> None:
+def test_rules_allow_a_network_covered_by_several_together() -> None:
     """A network that two allowed networks cover together is allowed, in any order and with overlaps."""
     halves = rules("10.0.1.0/24", "::1", "10.0.0.0/25", "10.0.0.0/26", "10.0.0.128/25")
     assert halves.refusal(parse_network("10.0.0.0/23")) is None
@@ -245,8 +245,8 @@ def test_rules_allow_ipv6_only_if_its_embedded_ipv4_is_allowed(text: str) -> Non
     )
 
 
-def test_loopback_of_ipv6_embeds_nothing() -> None:
-    """::1 looks IPv4-compatible and is not."""
+def test_rules_find_no_ipv4_in_the_ipv6_loopback() -> None:
+    """::1 looks like an IPv4-compatible address but is not one."""
     assert rules("::1").refusal(parse_network("::1")) is None
 
 

@@ -33,6 +33,6 @@ def test_jobs_are_spread_over_all_partitions() -> None:
 
 
 @pytest.mark.parametrize("topic", TOPICS, ids=lambda topic: topic.name)
-def test_partition_is_one_of_the_topics(topic: Topic) -> None:
-    """A topic of one partition has all keys in it, and no partition is beyond the last."""
+def test_partition_is_within_the_topics_number(topic: Topic) -> None:
+    """All keys of a topic with one partition are in it, and no partition is beyond the last."""
     assert {topic.partition_of(str(number)) for number in range(200)} == set(range(topic.partitions))

@@ -168,16 +168,16 @@ async def test_client_of_another_authority_is_refused(orchestrator: Files, gatew
             await ask(server, replace(forged, tls_ca_file=gateway.tls_ca_file))
 
 
-async def test_server_of_another_authority_is_not_asked(gateway: Files, tmp_path: Path) -> None:
-    """The gateway sends nothing to a server whose certificate another authority has signed."""
+async def test_server_of_another_authority_gets_no_request(gateway: Files, tmp_path: Path) -> None:
+    """The gateway sends no request to a server whose certificate another authority has signed."""
     forged = Site(tmp_path).files("job-orchestrator", ExtendedKeyUsageOID.SERVER_AUTH)
     async with serving(replace(forged, tls_ca_file=gateway.tls_ca_file)) as server:
         with pytest.raises(httpx.TransportError, match="CERTIFICATE_VERIFY_FAILED"):
             await ask(server, gateway)
 
 
-async def test_server_with_another_name_is_not_asked(site: Site, gateway: Files) -> None:
-    """The gateway sends nothing to a server whose certificate does not have the name in the URL."""
+async def test_server_with_another_name_gets_no_request(site: Site, gateway: Files) -> None:
+    """The gateway sends no request to a server whose certificate does not have the name in the URL."""
     other = site.files("elsewhere", ExtendedKeyUsageOID.SERVER_AUTH, address=None)
     async with serving(other) as server:
         with pytest.raises(httpx.TransportError, match=r"not valid for '127\.0\.0\.1'"):
@@ -230,7 +230,7 @@ async def test_handshakes_in_progress_are_counted_as_connections(orchestrator: F
             writer.transport.abort()
 
 
-async def test_handshake_is_not_counted_beside_its_connection(orchestrator: Files, gateway: Files) -> None:
+async def test_handshake_and_connection_are_counted_once(orchestrator: Files, gateway: Files) -> None:
     """At a limit of one connection a request is answered, and then another."""
     async with serving(orchestrator, max_connections=1) as server:
         assert (await ask(server, gateway)).json() == 1

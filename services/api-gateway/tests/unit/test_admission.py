@@ -75,7 +75,7 @@ async def test_invalid_tokens_do_not_count_against_a_user(gateway: Running) -> N
 
 
 @pytest.mark.proves("G11", "A16")
-async def test_requests_at_once_are_bounded_by_user() -> None:
+async def test_concurrent_requests_are_limited_per_user() -> None:
     """Above a user's limit the response is 429 until a request ends, while another user is served."""
     async with Gateway().run(requests_at_once_per_user=2) as gateway:
         go = asyncio.Event()
@@ -98,7 +98,7 @@ async def test_requests_at_once_are_bounded_by_user() -> None:
         assert (await post(gateway)).status_code == 201
 
 
-async def test_requests_at_once_are_bounded_overall() -> None:
+async def test_concurrent_requests_are_limited_in_total() -> None:
     """Above the limit of all users the next request of any user is a 503 with Retry-After."""
     async with Gateway().run(requests_at_once=1) as gateway:
         go = asyncio.Event()

@@ -71,7 +71,7 @@ async def test_create_tasks_passes_on_the_roles_that_grants_name(tmp_path: Path)
 
 
 @pytest.mark.parametrize("trusted", [(), ("127.0.0.1/32",)])
-async def test_command_continues_the_trace_of_a_trusted_proxy_alone(trusted: tuple[str, ...]) -> None:
+async def test_command_continues_only_the_trace_of_a_trusted_proxy(trusted: tuple[str, ...]) -> None:
     """The command has the traceparent of a trusted proxy; one of another client is replaced."""
     async with Gateway().run(trusted_proxies=trusted) as gateway:
         await gateway.client.post("/api/v1/task", json=BODY, headers={"traceparent": TRACEPARENT})

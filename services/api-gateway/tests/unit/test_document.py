@@ -160,7 +160,7 @@ def test_events_are_documented_as_a_stream(document: dict[str, Any]) -> None:
     assert "content" not in answers["204"]
 
 
-async def test_docs_page_needs_no_other_host(gateway: Running) -> None:
+async def test_docs_page_uses_only_the_gateways_files(gateway: Running) -> None:
     """The page at /docs and all of its files come from the gateway itself."""
     page = (await gateway.client.get("/docs")).text
     assert not re.search(r"(?:src|href)\s*=\s*[\"'](?:https?:)?//", page)
@@ -179,8 +179,8 @@ async def test_unknown_path_is_404(gateway: Running, path: str) -> None:
     assert (answer.status_code, answer.json()) == (404, {"error": "Not Found"})
 
 
-async def test_wrong_verb_is_405_with_the_allowed_ones(gateway: Running) -> None:
-    """An unsupported verb of a path is a 405 that names all supported ones."""
+async def test_unsupported_method_is_a_405_with_the_allowed_ones(gateway: Running) -> None:
+    """An unsupported method of a path is a 405 that names all supported ones."""
     for path, verbs in PATHS.items():
         with_head = verbs | {"head"} if "get" in verbs else verbs
         answer = await gateway.client.patch(re.sub(r"{\w+}", "1", path))
@@ -232,7 +232,7 @@ async def test_readiness_without_the_bus_is_503(gateway: Running) -> None:
     assert (await gateway.probes.get("/healthz")).status_code == 200
 
 
-async def test_docs_page_runs_its_own_scripts_alone(gateway: Running) -> None:
+async def test_docs_page_policy_allows_only_its_own_scripts(gateway: Running) -> None:
     """The policy of `/docs` allows its one inline script by hash and its own files, but no other host and no frame."""
     answer = await gateway.client.get("/docs")
     policy = dict(each.strip().split(" ", 1) for each in answer.headers["Content-Security-Policy"].split(";"))

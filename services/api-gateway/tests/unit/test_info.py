@@ -62,7 +62,7 @@ async def test_info_before_the_orchestrator_answered_is_503() -> None:
         assert (answer.status_code, set(answer.json())) == (503, {"error"})
 
 
-async def test_scan_limits_asked_often_are_read_once_a_minute() -> None:
+async def test_scan_limits_are_read_once_a_minute() -> None:
     """Callers without a token cost the orchestrator one query a minute, and one a second during an outage."""
     now, asked, away = 0.0, 0, False
 
@@ -115,8 +115,8 @@ async def test_scan_limits_failed_with_callers_waiting_fails_for_all_of_them_onc
     assert await limits.read() == LIMITS
 
 
-async def test_scan_limits_due_with_a_query_under_way_are_answered_from_the_last_ones() -> None:
-    """A slow orchestrator delays one caller a minute, and not those that arrive meanwhile."""
+async def test_scan_limits_during_a_query_are_the_last_ones() -> None:
+    """A slow orchestrator delays one caller a minute, and no callers that arrive meanwhile."""
     now = 0.0
     go = asyncio.Event()
     go.set()

@@ -63,7 +63,7 @@ async def ask(gateway: Running, cookie: str, method: str = "GET", path: str = "/
     return answer.status_code
 
 
-async def test_session_from_a_good_token_is_an_encrypted_host_cookie(gateway: Running) -> None:
+async def test_session_of_a_valid_token_is_an_encrypted_host_cookie(gateway: Running) -> None:
     """The cookie is bound to this host and path, hidden from scripts and other sites, and ends with the token."""
     token = gateway.issuer.token()
     answer = await gateway.client.post(SESSION, headers={"Authorization": f"Bearer {token}"})
@@ -119,7 +119,7 @@ async def test_session_origin_is_the_public_url_when_it_is_set(tmp_path: Path) -
 
 
 @pytest.mark.proves("A31")
-async def test_session_beside_a_header_is_ignored(gateway: Running) -> None:
+async def test_session_with_an_authorization_header_is_ignored(gateway: Running) -> None:
     """With a header and a cookie the header applies, whether it is valid or not."""
     cookie = await sign_in(gateway, user_id=8)
     gateway.services.requests.clear()

@@ -317,8 +317,8 @@ async def test_sign_in_with_an_unacceptable_token_is_refused(both: tuple[Running
     failed(await come_back(gateway, provider.authorize(location), kept), "token")
 
 
-async def test_sign_in_while_the_issuer_is_unavailable_says_so(both: tuple[Running, Provider]) -> None:
-    """Without the issuer, or with another's document at its address, the page shows that sign-in is unavailable."""
+async def test_sign_in_without_the_issuer_shows_that_it_is_unavailable(both: tuple[Running, Provider]) -> None:
+    """Without the issuer, or with another issuer's document at its URL, the page shows that sign-in is unavailable."""
     gateway, provider = both
     provider.unavailable = True
     unavailable = "/app/subnets?sign_in=unavailable"
@@ -331,7 +331,7 @@ async def test_sign_in_while_the_issuer_is_unavailable_says_so(both: tuple[Runni
     failed(await come_back(gateway, provider.authorize(location), kept), "unavailable")
 
 
-async def test_sign_in_while_scanfleet_is_unavailable_says_so(both: tuple[Running, Provider]) -> None:
+async def test_sign_in_without_the_orchestrator_shows_that_it_is_unavailable(both: tuple[Running, Provider]) -> None:
     """While the session cannot be recorded, or revocations are unknown, the page shows that sign-in is unavailable."""
     gateway, provider = both
     location, kept = await login(gateway)
@@ -348,8 +348,8 @@ async def test_sign_in_while_scanfleet_is_unavailable_says_so(both: tuple[Runnin
     assert await audited(gateway) == []
 
 
-async def test_sign_in_while_the_issuer_is_slow_shares_one_request(both: tuple[Running, Provider]) -> None:
-    """Concurrent sign-ins wait for one request of the issuer's addresses, and one that is given up ends no other."""
+async def test_sign_in_with_a_slow_issuer_shares_one_request(both: tuple[Running, Provider]) -> None:
+    """Concurrent sign-ins wait for one request for the issuer's URLs, and an aborted one does not end the others."""
     gateway, provider = both
     provider.answers.clear()
     sign_ins = [asyncio.create_task(gateway.client.get(LOGIN)) for _ in range(3)]

@@ -75,8 +75,8 @@ def remove(collection: str, *ids: object) -> Tamper:
     return lambda database: database[collection].delete_many({"_id": {"$in": list(ids)}})
 
 
-async def test_verify_of_an_untouched_log_finds_nothing(mongo_store: MongoStore) -> None:
-    """Sealed entries and those that wait are counted, and the head is the last block's signature."""
+async def test_verify_of_an_unchanged_log_has_no_findings(mongo_store: MongoStore) -> None:
+    """Sealed and unsealed entries are counted, and the head is the last block's signature."""
     await filled(mongo_store)
     found = await mongo_store.audit.verify()
     assert (found.findings, found.blocks, found.sealed, found.waiting, found.first) == ([], 3, 6, 1, 1)
@@ -108,7 +108,7 @@ async def test_verify_of_an_untouched_log_finds_nothing(mongo_store: MongoStore)
         (lambda database: database["audit_blocks"].insert_one({"_id": "x"}), "block x: added"),
     ],
 )
-async def test_verify_names_what_was_tampered_with(
+async def test_verify_names_changed_removed_and_added_entries(
     mongo_store: MongoStore, database: Database, tamper: Tamper, named: str | None
 ) -> None:
     """Every change, removal and addition is named, also after the next entries were sealed."""
@@ -156,10 +156,10 @@ async def test_seal_by_many_replicas_makes_one_chain(mongo_store: MongoStore, da
     assert len(exported) == len(set(exported)) == 80
 
 
-async def test_seal_after_a_death_between_block_and_marks_goes_on(
+async def test_seal_continues_after_a_crash_between_block_and_marks(
     mongo_store: MongoStore, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A replica that dies when its block is written leaves a whole chain, and the next seals what came since only."""
+    """After a crash right after a block is written the chain is complete, and the next block has only newer entries."""
     await mongo_store.audit.add([entry(1)])
 
     async def dies(*_: object) -> None:
@@ -187,10 +187,10 @@ async def test_seal_makes_blocks_of_a_bounded_size(mongo_store: MongoStore, monk
 
 
 @pytest.mark.proves("G15")
-async def test_verify_knows_what_was_forgotten_by_age(
+async def test_verify_distinguishes_expired_from_removed(
     database: Database, mongo_store: MongoStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Entries and blocks that are gone because of their age are counted; one that is gone before its time is named."""
+    """Entries and blocks that have expired are counted; one that is missing before its time is named."""
     short = MongoStore(database, KEYS, keep_audit=timedelta(hours=1))
     begin = utc_now()
     for number, store in enumerate((short, short, mongo_store)):

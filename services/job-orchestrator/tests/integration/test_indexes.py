@@ -211,7 +211,7 @@ async def test_list_audit_counts_matching_entries_up_to_a_limit(
     assert (await filled.audit.page(0, 10, decision="none"))[1] == 0
 
 
-async def test_queue_passes_over_skipped_jobs_in_the_index_alone(filled: MongoStore, database: Database) -> None:
+async def test_queue_skips_jobs_in_the_index_only(filled: MongoStore, database: Database) -> None:
     """Finding that all of a user's queued chunks are of skipped jobs reads no chunk."""
     await database.command("profile", 2)
     assert await filled.dispatch.queue(3, 5, LATER, raw=True, skip=[3]) == []
@@ -238,7 +238,7 @@ async def test_page_of_ended_jobs_reads_only_its_own_keys(
     assert sum(each["keysExamined"] for each in reads) <= 12
 
 
-async def test_usage_of_a_user_is_read_from_the_index_alone(mongo_store: MongoStore, database: Database) -> None:
+async def test_usage_of_a_user_is_read_from_the_index_only(mongo_store: MongoStore, database: Database) -> None:
     """Summing the unfinished jobs of a user reads a key for each and no document."""
     await mongo_store.jobs.insert([scan_job(n, user_id=7) for n in range(1, 501)])
     await mongo_store.jobs.insert([scan_job(n, user_id=8) for n in range(501, 601)])

@@ -42,7 +42,7 @@ _DAMAGES: Final = {
 @pytest.mark.integration
 @pytest.mark.proves("F27", "G17")
 @pytest.mark.parametrize("damage", _DAMAGES.values(), ids=_DAMAGES)
-async def test_damaged_document_stops_no_other_job(
+async def test_damaged_document_does_not_block_other_jobs(
     mongo_store: MongoStore, database: Database, damage: _Damage
 ) -> None:
     """Other jobs of the same user and of others complete, while the damaged document is counted."""

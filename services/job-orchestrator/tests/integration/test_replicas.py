@@ -291,8 +291,8 @@ async def test_replica_for_requests_joins_no_group_and_answers(platform: Platfor
 
 
 @pytest.mark.proves("F11", "F22", "G6", "G8")
-async def test_cancel_against_completion_has_one_winner(platform: Platform) -> None:
-    """Jobs cancelled while they complete end once, and replies, events and documents agree on how."""
+async def test_cancel_concurrent_with_completion_has_one_winner(platform: Platform) -> None:
+    """Jobs cancelled while they complete end once, and replies, events and documents have the same outcome."""
     await asyncio.gather(platform.replica("one"), platform.replica("two"))
     chance = random.Random(7)  # noqa: S311 # moments, not secrets
     cancelled: set[int] = set()
@@ -332,8 +332,8 @@ async def test_cancel_against_completion_has_one_winner(platform: Platform) -> N
 
 
 @pytest.mark.proves("F9", "F12", "G9")
-async def test_poison_and_replays_change_nothing(platform: Platform) -> None:
-    """Junk in every partition of every topic read is dead-lettered, a replay of all messages is without effect."""
+async def test_invalid_and_replayed_messages_change_nothing(platform: Platform) -> None:
+    """Invalid messages in every partition of every topic are dead-lettered, and a replay of all messages has no effect."""
     await platform.replica("one")
     producer = AIOKafkaProducer(bootstrap_servers=platform.kafka)
     await producer.start()

@@ -634,7 +634,7 @@ async def test_task_list_has_exactly_the_documented_fields(api: Api, store: Memo
     assert (running["status"], running["start_time"], running["end_time"]) == ("running", "2026-01-01T00:00:05Z", None)
 
 
-async def test_tasks_are_ones_own_newest_start_first(api: Api, store: MemoryStore) -> None:
+async def test_tasks_are_the_callers_own_newest_start_first(api: Api, store: MemoryStore) -> None:
     """Only the caller's jobs are listed, pending ones first, then by start, for an administrator too."""
     await store.jobs.insert(
         [
@@ -1245,7 +1245,7 @@ async def test_ledger_of_a_completed_job_is_accounted(api: Api, store: MemorySto
 # Queries of the gateway
 
 
-async def test_results_may_be_read_by_owner_and_administrator(api: Api, store: MemoryStore) -> None:
+async def test_results_are_readable_by_owner_and_administrator(api: Api, store: MemoryStore) -> None:
     """The owner and an administrator get the job's owner; others get 403, and 404 for a job that does not exist."""
     await store.jobs.insert([scan_job(1)])
     for what in ("owner", "owner/hosts"):
@@ -1301,8 +1301,8 @@ async def test_watched_tasks_are_paged(api: Api, store: MemoryStore) -> None:
     assert datetime.fromisoformat(second["time"]).tzinfo is not None
 
 
-async def test_ended_jobs_follow_the_unfinished_ones(api: Api, store: MemoryStore) -> None:
-    """Pages go on with the jobs that ended since, by their end; a page may hold the last of one kind and the first of the other."""
+async def test_watched_ended_jobs_follow_the_unfinished_ones(api: Api, store: MemoryStore) -> None:
+    """After the unfinished jobs, pages have those that ended since, by their end; a page may contain both kinds."""
     now = utc_now().replace(microsecond=0)
     await store.jobs.insert([scan_job(id_) for id_ in range(1, 151)])
     ended = [change(scan_job(id_), JobTrigger.CANCEL, now) for id_ in range(151, 402)]
@@ -1322,8 +1322,8 @@ async def test_ended_jobs_follow_the_unfinished_ones(api: Api, store: MemoryStor
 
 
 @pytest.mark.proves("A24", "G13")
-async def test_jobs_of_others_are_watched_by_administrators_alone(api: Api, store: MemoryStore) -> None:
-    """Another user's jobs, or all, are an administrator's to watch, with one audit entry for the stream; others get 403."""
+async def test_watched_jobs_of_others_are_readable_by_administrators_only(api: Api, store: MemoryStore) -> None:
+    """Only administrators may watch another user's jobs, or all, with one audit entry per stream; others get 403."""
     await store.jobs.insert([scan_job(1), scan_job(2, user_id=8)])
     for whose, ids in (("7", ["1"]), ("all", ["1", "2"])):
         path = f"/internal/jobs/latest?user_id={whose}"

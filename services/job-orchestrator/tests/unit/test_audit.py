@@ -315,7 +315,7 @@ def refusal(**changed: Any) -> AuditEntry:
     return AuditEntry(**fields | changed)
 
 
-async def test_refusal_that_is_delivered_twice_is_one_entry(world: World) -> None:
+async def test_redelivered_refusal_is_stored_once(world: World) -> None:
     """Entries of an audit topic are stored once, however often they are delivered."""
     await world.bus.publish(SCAN_AUDIT[GATEWAY], [Audited(entry=refusal())] * 2)
     await world.hand(SCAN_AUDIT[GATEWAY], world.take(SCAN_AUDIT[GATEWAY]))

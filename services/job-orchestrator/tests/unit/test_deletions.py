@@ -85,8 +85,8 @@ async def completed(world: World) -> None:
 
 
 @pytest.mark.proves("G24")
-async def test_deleted_job_is_gone_at_once_and_then_from_the_database(world: World) -> None:
-    """From the answer on each request is answered as if the job did not exist, for administrators too; then its chunks go."""
+async def test_deleted_job_is_hidden_at_once_and_then_removed(world: World) -> None:
+    """After the response each request is answered as if the job did not exist, for administrators too; then its chunks go."""
     await completed(world)
     world.results = None
     async with client(world) as http:
@@ -189,8 +189,8 @@ async def test_unfinished_job_is_not_deleted(world: World) -> None:
 
 
 @pytest.mark.proves("G13")
-async def test_job_is_deleted_by_its_owner_and_administrators_alone(world: World) -> None:
-    """Another user gets a 404 and the job stays; an administrator deletes it under audit."""
+async def test_delete_is_for_the_owner_and_administrators(world: World) -> None:
+    """Another user gets a 404 and the job stays; a deletion by an administrator is audited."""
     await completed(world)
     async with client(world) as http:
         assert await delete(http, user=8) == (404, {"error": "Job not found"})
@@ -375,8 +375,8 @@ class UnreadableJobs(MemoryJobs):
         return {id_: job for id_, job in (await super().get(ids)).items() if id_ > 100}
 
 
-async def test_expired_jobs_are_deleted_at_the_rate_of_the_steps_and_past_unreadable_ones() -> None:
-    """Each step deletes up to a hundred expired jobs, without a pause while there are more, and only audits those."""
+async def test_expired_jobs_are_deleted_in_steps_and_unreadable_ones_skipped() -> None:
+    """Each step deletes up to a hundred expired jobs, without a delay while there are more, and audits only those."""
     store = MemoryStore()
     store.jobs = UnreadableJobs(store.data)
     world = World(store, keep=timedelta(days=1))

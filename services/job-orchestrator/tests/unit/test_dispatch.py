@@ -290,8 +290,8 @@ async def test_unreadable_job_does_not_block_other_jobs(world: World) -> None:
 
 
 @pytest.mark.proves("F27", "G17")
-async def test_chunk_that_cannot_be_dispatched_stays_queued_and_its_job_is_skipped(world: World) -> None:
-    """An error while the task is made is logged with its job, before the chunk is stored; other chunks are dispatched."""
+async def test_chunk_with_an_error_at_dispatch_stays_queued(world: World) -> None:
+    """An error while the task is created is logged with its job, before the chunk is stored; other chunks are dispatched."""
     await world.start()
     await world.worker.announce()
     await queue(world, 7, 2)
@@ -379,8 +379,8 @@ async def test_user_is_charged_the_measured_time_once(world: World) -> None:
     assert (await world.store.dispatch.clocks([7])).users[7].time == pytest.approx(7.0)
 
 
-async def test_user_is_charged_for_what_an_attempt_has_left(world: World) -> None:
-    """The next attempt on a chunk is expected to take as long as its blanks need, for its user's time and for the worker."""
+async def test_user_is_charged_for_the_blanks_of_an_attempt(world: World) -> None:
+    """The next attempt on a chunk is expected to take as long as its blanks need, for its user and for the worker."""
     await world.start()
     await world.worker.announce()
     await world.submit("127.9.8.0/28")
@@ -395,8 +395,8 @@ async def test_user_is_charged_for_what_an_attempt_has_left(world: World) -> Non
     assert (await chunk_of(world)).estimate == whole > rest
 
 
-async def test_jobs_of_one_user_take_turns(world: World) -> None:
-    """A small job that comes after a large one of the same user is not last."""
+async def test_jobs_of_one_user_alternate(world: World) -> None:
+    """A small job after a large one of the same user is not last."""
     world.worker.slots = 6
     await world.start()
     await world.submit("127.9.0.0/20", policy=scan_policy(ports="1-1000"))
@@ -408,7 +408,7 @@ async def test_jobs_of_one_user_take_turns(world: World) -> None:
     assert {task.job_id for task in tasks(world)} == {1, 2}
 
 
-async def test_raw_chunks_wait_for_a_worker_that_may(world: World) -> None:
+async def test_raw_chunks_wait_for_a_raw_worker(world: World) -> None:
     """While a raw worker is live, chunks that need raw packets are dispatched only to it, the others to any worker."""
     raw = Worker(world.bus, "w-raw", slots=2, raw=True)
     raw.hold = True

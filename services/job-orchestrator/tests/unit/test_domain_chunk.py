@@ -116,7 +116,7 @@ def test_dispatch_makes_a_new_token() -> None:
     assert (sent.dispatched_at, sent.share, sent.fruitless) == (NOW, 0.5, 4)
 
 
-def test_attempt_has_an_estimate_of_its_own() -> None:
+def test_attempt_has_a_separate_estimate() -> None:
     """The estimate of an attempt does not replace that of the whole chunk, which is used if the attempt has none."""
     sent = dispatch(chunk(estimate=8.0), "w-1", NOW, size=1, share=1.0, estimate=2.0)
     assert (sent.expected, sent.estimate) == (2.0, 8.0)
@@ -200,8 +200,8 @@ def test_scanned_with_blanks_left_is_a_failure() -> None:
 
 
 @pytest.mark.parametrize("state", sorted(HELD))
-def test_release_costs_nothing(state: ChunkState) -> None:
-    """A released chunk is queued again with what was done, without a failure, a pause or a smaller limit."""
+def test_release_is_not_a_failure(state: ChunkState) -> None:
+    """A released chunk is queued again with its outcomes, without a failure, a delay or a smaller limit."""
     held = in_state(state, outcomes="as..", failures=MAX_FAILURES - 1, failed_by=("w-0",))
     changed = after(held, report(ChunkReleased))
     assert (changed.state, changed.outcomes, changed.failures) == (ChunkState.QUEUED, "as..", MAX_FAILURES - 1)
@@ -228,8 +228,8 @@ def test_attempt_that_fails_is_narrowed_to_half() -> None:
     assert changed.reason == "worker w-1: because"
 
 
-def test_failures_on_one_address_pause_longer_and_then_lose_it() -> None:
-    """An address that fails alone pauses 2 s and 4 s, and with the third failure is lost; the others are queued."""
+def test_failures_on_one_address_are_delayed_and_then_lose_it() -> None:
+    """The attempts on a failing address are delayed by 2 s and 4 s, and the third failure loses it; the others are queued."""
     held = in_state(ChunkState.RUNNING, reach=1)
     pauses = []
     for number in range(1, MAX_FAILURES):
@@ -269,7 +269,7 @@ def run(left: Chunk, poison: Collection[int]) -> tuple[Chunk, int]:
 
 
 @given(st.sets(st.integers(0, 63)))
-def test_hosts_that_nmap_cannot_bear_cost_themselves_alone(poison: set[int]) -> None:
+def test_hosts_that_crash_nmap_lose_only_themselves(poison: set[int]) -> None:
     """If any of 64 addresses crash every nmap that scans them, only these are lost, after few attempts for each."""
     scanned, attempts = run(chunk(outcomes="." * 64), poison)
     assert [place for place, code in enumerate(scanned.outcomes) if code == "l"] == sorted(poison)
@@ -287,7 +287,7 @@ def test_attempt_that_is_too_slow_is_halved_at_no_cost() -> None:
     assert after(one, report(ChunkReleased, "....", too_slow=True)).limit == 1
 
 
-def test_limit_doubles_after_each_success_until_it_is_none() -> None:
+def test_limit_doubles_after_each_success_and_is_then_removed() -> None:
     """After successful small attempts the next ones grow again, finally to the whole chunk."""
     left = chunk(outcomes="." * 32, limit=1)
     limits = []
@@ -338,8 +338,8 @@ def test_lost_lease_counts_once_for_each_worker_instance() -> None:
     assert (left.state, left.outcomes) == (ChunkState.SCANNED, "llll")
 
 
-def test_lost_leases_of_one_instance_are_bounded() -> None:
-    """A chunk that ends its only worker before the first report loses its addresses in the end."""
+def test_lost_leases_finally_lose_the_addresses() -> None:
+    """A chunk that ends its only worker before the first report finally loses its addresses."""
     left, dispatches = chunk(), 0
     while left.state is not ChunkState.SCANNED:
         assert dispatches < 1_000
@@ -358,8 +358,8 @@ def test_lost_lease_after_the_last_letter_leaves_the_chunk_scanned() -> None:
 
 @pytest.mark.parametrize("end", [ChunkReleased, ChunkScanned, ChunkFailed])
 @pytest.mark.parametrize(("claimed", "counted"), [(1.5, 1.5), (1e6, 5.0)])
-def test_slot_seconds_are_bounded_by_what_was_measured(end: type[Any], claimed: float, counted: float) -> None:
-    """An attempt takes at most the time since its dispatch, times its share, whatever its worker reports."""
+def test_slot_seconds_are_bounded_by_the_measured_time(end: type[Any], claimed: float, counted: float) -> None:
+    """An attempt is charged at most the time since its dispatch, times its share, whatever its worker reports."""
     held = in_state(ChunkState.RUNNING, share=0.5, seconds=2.0)
     assert elapsed(held, NOW) == pytest.approx(5.0)
     assert after(held, report(end, slot_seconds=claimed)).seconds == pytest.approx(2.0 + counted)
@@ -408,7 +408,7 @@ def test_stored_changes_no_final_state() -> None:
 
 
 @pytest.mark.parametrize("outcomes", ["asd", "asdtt", "asd.", "axdt", "asdt"])
-def test_map_that_cannot_be_the_chunks_stores_nothing(outcomes: str) -> None:
+def test_stored_with_an_invalid_map_is_ignored(outcomes: str) -> None:
     """A ChunkStored with blanks, or with other addresses excluded than the chunk's, is ignored."""
     scanned = in_state(ChunkState.SCANNED, outcomes="asxt")
     assert store(scanned, outcomes) == scanned
@@ -432,7 +432,7 @@ def test_missing_results_count_before_the_report_that_they_are_about(state: Chun
     assert not holds(again, report(ChunkScanned, "asdt"))
 
 
-def test_missing_results_count_for_their_attempt_alone() -> None:
+def test_missing_results_count_only_for_their_attempt() -> None:
     """ChunkIncomplete of another attempt, of a chunk that is not scanned, or without addresses is ignored."""
     scanned = in_state(ChunkState.SCANNED, outcomes="asdt")
     assert incomplete(scanned, 1, ["127.9.8.0"], NOW) == scanned

@@ -77,8 +77,8 @@ def ids(found: list[tuple[str, str]]) -> list[str]:
 # Clocks
 
 
-def test_user_back_from_idle_starts_at_the_global_time() -> None:
-    """Idleness saves nothing up: a user who waits again starts at the global virtual time, not where it stopped."""
+def test_user_after_idling_starts_at_the_global_time() -> None:
+    """Idle time is not saved up: a user who waits again starts at the global virtual time, not at the old one."""
     clocks = Clocks({1: Clock(1, 100.0, active=True), 3: Clock(3, 5.0)}, virtual=90.0)
     assert wake(clocks, [1, 3, 4]) == {
         1: Clock(1, 100.0, active=True),
@@ -116,8 +116,8 @@ def test_share_of_the_fleet_counts_full_workers() -> None:
 # Order
 
 
-def test_user_who_is_behind_goes_first() -> None:
-    """Slots are due to the lowest time; its chunks move it on until another is lower."""
+def test_user_with_the_lowest_time_is_served_first() -> None:
+    """The user with the lowest time gets the next slot, and the user's chunks raise the time until another's is lower."""
     queues = {1: queue(1, 3, 3, 3), 2: queue(2, 3, 3)}
     assert ids(picks([credit(slots=5)], {1: 0.0, 2: 5.0}, queues)) == ["1-0", "1-1", "2-0", "1-2", "2-1"]
 
@@ -127,8 +127,8 @@ def test_users_own_chunks_keep_their_order() -> None:
     assert ids(picks([credit(slots=3)], {1: 0.0}, {1: queue(1, 9, 1, 5)})) == ["1-0", "1-1", "1-2"]
 
 
-def test_user_with_many_chunks_does_not_starve_one_with_few() -> None:
-    """A user with one chunk gets it done second, however many another user has queued."""
+def test_user_with_many_chunks_does_not_starve_others() -> None:
+    """A user with one chunk is served second, whatever number another user has queued."""
     found = picks([credit(slots=2)], {1: 0.0, 2: 0.0}, {1: queue(1, *[5] * 1_000), 2: queue(2, 5)})
     assert ids(found) == ["1-0", "2-0"]
 
@@ -185,8 +185,8 @@ def test_tiny_chunks_are_given_ahead() -> None:
     assert [share for _, _, share in given_[:3]] == [1.0, 0.5, pytest.approx(1 / 3)]
 
 
-def test_short_chunks_do_not_take_the_slot_that_is_due_to_a_longer_one() -> None:
-    """While a user who is behind waits for a slot with a chunk too long to be given ahead, others get none ahead."""
+def test_short_chunks_do_not_take_a_slot_due_to_a_longer_one() -> None:
+    """While the user with the lowest time waits with a chunk that is too long to prefetch, no others are prefetched."""
     full = credit(slots=1, held=1)
     queues = {1: queue(1, *[0.5] * 9), 2: queue(2, 6.0)}
     assert picks([full], {1: 10.0, 2: 0.0}, queues) == []
@@ -476,8 +476,8 @@ def test_idle_user_does_not_save_up_time() -> None:
     assert abs(served.count(1) - served.count(2)) <= 2
 
 
-def test_user_whose_chunks_run_far_beyond_their_estimates_gets_their_share_alone() -> None:
-    """Chunks that take thirty times as long as expected cost their user later turns, not the others theirs."""
+def test_user_with_underestimated_chunks_gets_only_their_share() -> None:
+    """Chunks that take thirty times their estimate delay their own user's turns, not those of others."""
     fleet = Fleet(4)
     fleet.submit(1, *[(3.0, 60.0)] * 200)
     fleet.submit(2, *[(6.0, 6.0)] * 2_000)

@@ -95,8 +95,8 @@ def test_error_is_never_empty(given_: tuple[ScanJob, list[Chunk]]) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(jobs(), st.integers(0, 40), st.integers(1, 10))
-def test_pages_of_names_are_cuts_of_one_list(given_: tuple[ScanJob, list[Chunk]], skip: int, size: int) -> None:
-    """Any page is what the whole list has there, and the total is the list's length whatever the page."""
+def test_pages_of_addresses_are_slices_of_one_list(given_: tuple[ScanJob, list[Chunk]], skip: int, size: int) -> None:
+    """Any page is a slice of the complete list, and the total is the list's length on every page."""
     job, chunks = given_
     whole = names(job, chunks)
     page = names(job, chunks, skip, size)
@@ -260,10 +260,10 @@ ENDED = (ChunkState.STORED, ChunkState.FAILED, ChunkState.CANCELLED)
 
 @settings(max_examples=40, deadline=None)
 @given(jobs(), st.data())
-def test_totals_of_chunks_folded_one_by_one_are_the_whole_tally(
+def test_totals_added_one_by_one_equal_the_complete_count(
     given_: tuple[ScanJob, list[Chunk]], data: st.DataObject
 ) -> None:
-    """Counting ended chunks into the job's document, in any number of steps, equals counting them all at once."""
+    """Adding ended chunks to the job's document, in any number of steps, equals counting them all together."""
     job, chunks = given_
     chunks = [
         replace(each, state=each.state if each.state in ENDED else ChunkState.CANCELLED, seconds=0.5 * each.index)
@@ -291,7 +291,7 @@ def test_totals_of_chunks_folded_one_by_one_are_the_whole_tally(
     assert result.totals == at_once.totals
 
 
-def test_totals_of_a_job_with_one_block_keep_no_places() -> None:
+def test_totals_of_a_job_with_one_block_have_no_places() -> None:
     """With one block of ports each address is in one chunk, so its document needs no bit for it; with several it does."""
     one, several = cut(), cut(ports="1-20000")
     for job, size in ((one, 0), (several, 2)):

@@ -141,7 +141,7 @@ def test_top_ports_are_cut_by_rank() -> None:
 
 
 @pytest.mark.parametrize(("host_timeout", "ports"), [(900, 1), (86_400, 16)])
-def test_slowest_timing_is_cut_to_what_a_silent_host_takes_within_its_timeout(host_timeout: int, ports: int) -> None:
+def test_slowest_timing_has_chunks_within_the_host_timeout(host_timeout: int, ports: int) -> None:
     """At timing 0 a chunk has one address, and one port where discovery alone takes longer than the host timeout."""
     policy = scan_policy(ports="1-16", timing=0, host_timeout=host_timeout)
     job = job_of(policy, Target.parse("127.9.8.8/31"))
@@ -186,8 +186,8 @@ def test_udp_has_no_rate_floor_of_its_timing(timing: int) -> None:
     assert plan.min_rate(scan_policy(timing=timing), PortSet.parse("1-100")) == plan.FLOORS[timing]
 
 
-def test_min_rate_is_the_whole_jobs() -> None:
-    """Nmaps that run side by side share the job's min_rate, one probe a second each at least."""
+def test_min_rate_is_shared_by_the_nmaps_of_a_job() -> None:
+    """Concurrent nmap processes share the job's min_rate, at least one probe a second each."""
     policy = scan_policy(min_rate=100)
     assert [plan.min_rate(policy, policy.port_set, nmaps) for nmaps in (1, 4, 1_000)] == [100, 25, 1]
 
@@ -218,8 +218,8 @@ def test_chunks_take_about_five_to_thirty_seconds(job: ScanJob) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(jobs(), st.data())
-def test_parts_of_the_plan_agree_with_the_whole(job: ScanJob, data: st.DataObject) -> None:
-    """Chunks made from any index to any other are those of the whole plan, and counts of blanks are theirs."""
+def test_chunks_of_any_range_equal_those_of_the_whole_plan(job: ScanJob, data: st.DataObject) -> None:
+    """Chunks from any index to any other are those of the whole plan, and so are the counts of blanks."""
     chunks = made(job)
     first = data.draw(st.integers(0, len(chunks)))
     end = data.draw(st.integers(first, len(chunks)))

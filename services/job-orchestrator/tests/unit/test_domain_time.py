@@ -55,8 +55,8 @@ async def test_time_is_the_databases_carried_on_by_the_monotonic_clock() -> None
     assert clock.now() == NOON + timedelta(seconds=9)
 
 
-async def test_time_is_wrong_by_one_round_trip_at_most() -> None:
-    """A slow answer lets the time be late or early by the trip and no more."""
+async def test_time_is_accurate_to_one_round_trip() -> None:
+    """A slow answer makes the time late or early by at most the round trip."""
     clocks = Clocks()
     clocks.trip = 0.5
     clock = clocks.clock()

@@ -175,8 +175,8 @@ async def test_estimate_refuses_by_the_sentence_of_the_submit(which: str) -> Non
     assert refusal["field"] == FIELDS.get(which)
 
 
-async def test_estimate_has_every_reason_at_once() -> None:
-    """A scan that several rules refuse has all reasons in the order of the checks, and its numbers all the same."""
+async def test_estimate_has_every_reason() -> None:
+    """A scan that several rules refuse has all reasons in the order of the checks, and still its numbers."""
     world = world_with(grants=GRANTS, quotas=Quotas(probes_per_job=1_000, unfinished_jobs_per_user=0))
     answer = await estimate(world, {"cidr": "192.0.2.0/24", "policy": POLICY | {"timing": 5, "ports": "1-1000"}})
     assert reasons(answer) == [("targets", "cidr"), ("grant", None), ("quota", None), ("quota", None)]

@@ -258,8 +258,8 @@ async def test_new_process_of_an_instance_ends_the_leases_of_the_old(
     assert (await chunk_of(world)).attempt == 3
 
 
-async def test_verdicts_may_be_read_before_the_report_that_they_are_about(world: World, task: ScanChunk) -> None:
-    """ChunkIncomplete of the current attempt counts while its ChunkScanned is not read yet, and that changes nothing."""
+async def test_verdict_before_its_report_counts(world: World, task: ScanChunk) -> None:
+    """ChunkIncomplete of the current attempt counts before its ChunkScanned is read, which then changes nothing."""
     await claimed(world, task)
     missing = ChunkIncomplete(job_id=1, chunk_id="1-0", attempt=1, worker_id="w-1", addresses=("127.9.8.2",))
     await world.bus.publish(SCAN_STORED, [missing])

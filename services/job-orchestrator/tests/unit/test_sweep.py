@@ -309,7 +309,7 @@ class RejectingChunks(MemoryChunks):
         await super().insert(chunks)
 
 
-async def test_job_whose_chunks_cannot_be_stored_affects_no_other() -> None:
+async def test_job_whose_chunks_cannot_be_stored_is_isolated() -> None:
     """Of jobs that are processed together, only the one that causes the error gets no chunks and does not change."""
     store = MemoryStore()
     store.chunks = RejectingChunks(store.data)

@@ -369,8 +369,8 @@ async def test_results_are_filtered(query: str, expected: list[tuple[str, int]])
         *("after=-1", "after=x", "limit=0", "limit=1000001", "fields=", "fields=id,x", "fields=ID"),
     ],
 )
-async def test_results_filter_that_is_none_is_a_400(query: str) -> None:
-    """A filter with a value that cannot be one is refused, in an error that names it."""
+async def test_results_filter_with_an_invalid_value_is_a_400(query: str) -> None:
+    """A filter with an invalid value is refused, in an error that names it."""
     response = await get(MemoryStore(), f"/api/v1/task/1/results?{query}")
     assert (response.status_code, list(response.json())) == (400, ["error"])
     assert query.split("=", maxsplit=1)[0] in response.json()["error"]

@@ -74,7 +74,7 @@ async def test_results_of_a_deleted_job_are_deleted_again() -> None:
     assert (store.hosts, store.chunks) == ({}, {})
 
 
-async def test_delete_goes_on_after_a_failure() -> None:
+async def test_delete_continues_after_a_failure() -> None:
     """A step that fails halfway is not answered; another process finishes the deletion."""
     store = FailingStore()
     bus, deletions = bus_and_handler(store)

@@ -275,8 +275,8 @@ def test_port_that_nmap_did_not_write_is_written_from_its_fields(raw: str) -> No
 
 
 @given(st.text(alphabet=st.characters(codec=None)))
-def test_text_is_printable_ascii_and_reads_back(value: str) -> None:
-    """Any text is printable ASCII, and reads back unless XML does not allow a character of it."""
+def test_text_is_printable_ascii_and_round_trips(value: str) -> None:
+    """Any text is printable ASCII, and round-trips unless XML does not allow one of its characters."""
     made = text(value)
     assert made.isascii()
     assert made.isprintable()
