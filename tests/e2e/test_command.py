@@ -27,6 +27,7 @@ SLOW = ("--ports", "1-1000", "--discovery", "none", "--max-rate", "100", "--no-s
 LIMIT = 120  # seconds for a command; it takes about ten
 
 Start = Callable[..., "subprocess.Popen[str]"]
+Done = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
@@ -62,6 +63,18 @@ def start(environment: dict[str, str]) -> Iterator[Start]:
         process.communicate()
 
 
+@pytest.fixture
+def done(start: Start) -> Done:
+    """Returns the exit code and the output of `scanfleet ARGUMENTS`."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        process = start(*arguments)
+        out, err = process.communicate(timeout=LIMIT)
+        return process.returncode, out + err
+
+    return run
+
+
 def test_scan_prints_the_ports_that_nmap_finds(start: Start, servers: OpenPorts) -> None:
     """Without a terminal the table is tab-separated, has no escape codes, and stderr ends with the proof."""
     scan = start("scan", SUBNET, *FAST)
@@ -77,15 +90,20 @@ def test_scan_prints_the_ports_that_nmap_finds(start: Start, servers: OpenPorts)
 def test_scan_with_a_killed_worker_prints_the_same_table(
     stack: Stack, start: Start, servers: OpenPorts, running_nmaps: Callable[[], list[int]]
 ) -> None:
-    """After kill -9 of a worker in the middle of the scan, the command exits 0 and prints every port once."""
+    """After kill -9 of a worker in the middle, a scan exits 0 and has every port once, as has a command that follows its results."""
     scan = start("scan", SUBNET, *FAST, "--max-rate", "1500")
+    assert scan.stderr is not None
+    job_id = scan.stderr.readline().split()[1]
+    follower = start("job", "results", job_id, "--follow")
     until(lambda: bool(running_nmaps()), 30, "the scan to run")
     stack.kill("scanner-worker-1")
-    out, err = scan.communicate(timeout=LIMIT)
-    assert scan.returncode == 0, err
-    rows = [line.split("\t")[:2] for line in out.splitlines()]
-    assert sorted((address, int(port.removesuffix("/tcp"))) for address, port in rows) == sorted(servers)
-    assert "accounted=true" in err
+    for command in (scan, follower):
+        out, err = command.communicate(timeout=LIMIT)
+        assert command.returncode == 0, err
+        rows = [line.split("\t")[:2] for line in out.splitlines()]
+        assert sorted((address, int(port.removesuffix("/tcp"))) for address, port in rows) == sorted(servers)
+        if command is scan:
+            assert "accounted=true" in err
     stack.wait_until_ready()
 
 
@@ -158,14 +176,8 @@ def test_ctrl_c_leaves_the_job_running(environment: dict[str, str], owner: Clien
     owner.cancel(job_id)
 
 
-def test_several_jobs_are_watched_over_one_stream_and_deleted(start: Start, tmp_path: Path) -> None:
-    """A scan of two targets ends with both jobs, whose deletion removes them, and a repeated import creates no subnet."""
-
-    def done(*arguments: str) -> tuple[int, str]:
-        process = start(*arguments)
-        out, err = process.communicate(timeout=LIMIT)
-        return process.returncode, out + err
-
+def test_several_jobs_are_watched_over_one_stream_and_deleted(done: Done) -> None:
+    """A scan of two targets ends with both jobs, whose deletion removes them."""
     code, printed = done("scan", "127.9.8.0/30", "127.9.8.4/30", *FAST, "--found")
     assert code == 0, printed
     assert printed.count("completed 100%") == 2
@@ -174,27 +186,35 @@ def test_several_jobs_are_watched_over_one_stream_and_deleted(start: Start, tmp_
     code, printed = done("job", "delete", *job_ids, "--yes")
     assert code == 0, printed
     assert done("job", "show", job_ids[0])[0] == 5
+
+
+def test_import_creates_and_updates_subnets(done: Done, tmp_path: Path) -> None:
+    """A repeated import creates no subnet, --update changes one, and a line that the target rules refuse exits 2."""
     file = tmp_path / "networks.csv"
     file.write_text("name,cidr,exclude\nimported,127.9.8.0/24,127.9.8.0/26;127.9.8.64/26\n")
     assert done("subnet", "import", str(file)) == (0, "1 created, 0 unchanged\n")
     assert done("subnet", "import", str(file)) == (0, "0 created, 1 unchanged\n")
+    file.write_text("name,cidr,exclude\nimported,127.9.8.0/25,\noutside,192.0.2.0/24,\n")
+    code, printed = done("subnet", "import", str(file), "--dry-run", "--update")
+    assert code == 2
+    assert printed.startswith("0 to create, 0 unchanged, 1 to update, 1 refused: line 3: ")
+    assert done("subnet", "import", str(file), "--update")[1].startswith(
+        "0 created, 0 unchanged, 1 updated, 1 refused: "
+    )
+    assert "127.9.8.0/25" in done("subnet", "show", "imported")[1]
 
 
-def test_new_user_lists_addresses_that_were_not_probed(start: Start, owner: Client) -> None:
+def test_new_user_lists_addresses_that_were_not_probed(done: Done, owner: Client) -> None:
     """Commands create a subnet and a policy, scan, and list the addresses that a cancelled job did not probe."""
-
-    def done(*arguments: str) -> tuple[int, str]:
-        process = start(*arguments)
-        out, err = process.communicate(timeout=LIMIT)
-        return process.returncode, out + err
-
     assert done("subnet", "create", "lab", "127.9.8.0/28")[0] == 0
     assert done("policy", "create", "slow", *SLOW)[0] == 0
     code, printed = done("job", "submit", "--subnet", "lab", "--policy", "slow", "-o", "name")
     assert code == 0, printed
     job_id = printed.strip()
     until(lambda: owner.status(int(job_id)) == "running", 30, "the job to run")
-    assert done("job", "cancel", job_id)[0] == 0
+    code, printed = done("job", "cancel", job_id, "--wait")
+    assert code == 0, printed
+    assert f"job {job_id} cancelled" in printed
     assert done("job", "wait", job_id)[0] == 7
     code, printed = done("job", "ledger", job_id, "--not-probed", "--networks")
     assert code == 0, printed
