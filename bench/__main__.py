@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
-from bench import capacity, control, platform, silent, xml_reader
+from bench import capacity, command, control, platform, silent, xml_reader
 from bench.figures import Figure, show
 
 Part = Callable[[], Iterable[Figure]]
@@ -19,6 +19,7 @@ PARTS: Final[Mapping[str, Part]] = {
     "capacity": capacity.measure,
     "silent": silent.measure,
     "xml_reader": xml_reader.measure,
+    "command": command.measure,
 }
 
 
