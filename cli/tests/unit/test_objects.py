@@ -542,7 +542,7 @@ def test_completion_gives_up_in_time_with_what_it_has(api: FakeApi, run: Any, co
             answered.wait(60)
 
     api.fault_of = fault
-    assert complete("job", "watch", "", limit=1) == [("41", "pending subnet 5")]
+    assert complete("job", "watch", "", limit=2) == [("41", "pending subnet 5")]
     answered.set()
     for thread in threading.enumerate():
         if thread.name == "completion":
@@ -556,10 +556,11 @@ def test_completion_prints_no_errors(tmp_path: Path) -> None:
     (folder / "config.toml").write_text(
         'current = "lab"\n[context.lab]\nurl = "http://127.0.0.1:9"\ntoken_command = ["ls", "/nonexistent"]\n'
     )
-    environment = {COMPLETE: "bash_complete", "COMP_WORDS": "scanfleet job show ", "COMP_CWORD": "3"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SCANFLEET_")}
+    environment |= {COMPLETE: "bash_complete", "COMP_WORDS": "scanfleet job show ", "COMP_CWORD": "3"}
     done = subprocess.run(
         [Path(sys.executable).with_name("scanfleet")],
-        env=os.environ | environment | {"XDG_CONFIG_HOME": str(tmp_path)},
+        env=environment | {"XDG_CONFIG_HOME": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,
