@@ -13,9 +13,12 @@ from pathlib import Path
 from pkgutil import walk_packages
 from typing import Any, Final
 
+from bson import json_util
 from prometheus_client.metrics import MetricWrapperBase
 from pydantic_settings import BaseSettings
 
+import job_orchestrator_testing.golden
+import result_store_testing.golden
 from api_gateway.main import create_app
 from api_gateway_testing import Gateway
 from job_orchestrator.domain import chunk, job
@@ -202,8 +205,27 @@ PAGES: Final[dict[str, Callable[[], str]]] = {
     "states.md": states,
 }
 
+DOCUMENTS: Final[dict[str, Callable[[], Mapping[str, Mapping[str, Any]]]]] = {
+    "job-orchestrator": job_orchestrator_testing.golden.golden,
+    "result-store": result_store_testing.golden.golden,
+}
+
+
+def documents() -> Iterator[tuple[Path, str]]:
+    """Return the file and the text of each golden document of a database."""
+    for service, golden in DOCUMENTS.items():
+        folder = FOLDER.parent / "services" / service / "tests/documents/current"
+        for name, document in golden().items():
+            yield (
+                folder / f"{name}.json",
+                json_util.dumps(document, indent=2, json_options=json_util.RELAXED_JSON_OPTIONS) + "\n",
+            )
+
+
 if __name__ == "__main__":
     for name, text in PAGES.items():
         (FOLDER / name).write_text(text(), encoding="utf-8")
     for name, schema in export.schemas().items():
         (export.SCHEMAS / name).write_text(schema, encoding="utf-8")
+    for path, text_ in documents():
+        path.write_text(text_, encoding="utf-8")

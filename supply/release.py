@@ -1,4 +1,4 @@
-"""Prepare a release in a checkout: the version wherever it is written, the changelog, and frozen contracts."""
+"""Prepare a release in a checkout: the version wherever it is written, the changelog, and frozen contracts and documents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ _WRITTEN: Final = {
     "k8s/overlays/production-raw-packets/kustomization.yaml": "newTag: {}",
 }
 _API: Final = "docs/openapi"
-_EXAMPLES: Final = "shared/scanfleet/contracts/messages/examples"
+_EXAMPLES: Final = (
+    "shared/scanfleet/contracts/messages/examples",
+    "services/job-orchestrator/tests/documents",
+    "services/result-store/tests/documents",
+)
 _UNRELEASED: Final = "## [Unreleased]\n"
 
 
@@ -51,8 +55,9 @@ def prepare(root: Path, version: str, today: date) -> None:
         _edit(root / name, _pattern(name), form.format(version))
     _edit(root / "CHANGELOG.md", re.escape(_UNRELEASED), f"{_UNRELEASED}\n## [{version}] - {today.isoformat()}\n")
     shutil.copyfile(root / _API / "current.json", root / _API / f"{version}.json")
-    shutil.copytree(root / _EXAMPLES / "current", root / _EXAMPLES / version)
-    for folder in (_API, _EXAMPLES):
+    for folder in _EXAMPLES:
+        shutil.copytree(root / folder / "current", root / folder / version)
+    for folder in (_API, *_EXAMPLES):
         _freeze(root / folder, version)
 
 

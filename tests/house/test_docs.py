@@ -14,6 +14,14 @@ def test_generated_pages_are_up_to_date(page: str) -> None:
     assert (generate.FOLDER / page).read_text(encoding="utf-8") == generate.PAGES[page]()
 
 
+def test_golden_documents_are_up_to_date() -> None:
+    """The committed documents are those that this release writes, so that a release keeps what it has stored."""
+    written = dict(generate.documents())
+    folders = {path.parent for path in written}
+    committed = {path: path.read_text(encoding="utf-8") for folder in folders for path in folder.glob("*.json")}
+    assert committed == written
+
+
 def test_page_of_the_command_line_is_up_to_date() -> None:
     """The committed page is the one that `python docs/cli_page.py` writes."""
     assert cli_page.PAGE.read_text(encoding="utf-8") == cli_page.page()

@@ -17,6 +17,12 @@ from supply.locks import ROOT
 from supply.release import ReleaseError, prepare
 
 DAY = date(2030, 1, 2)
+FROZEN = (
+    "docs/openapi",
+    "services/job-orchestrator/tests/documents",
+    "services/result-store/tests/documents",
+    "shared/scanfleet/contracts/messages/examples",
+)
 
 
 @pytest.fixture
@@ -25,7 +31,7 @@ def checkout(tmp_path: Path) -> Path:
     for name in ("pyproject.toml", "cli/pyproject.toml", "CHANGELOG.md", "shared/scanfleet/__init__.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, tmp_path / name)
-    for name in ("docs/openapi", "shared/scanfleet/contracts/messages/examples", "k8s/overlays"):
+    for name in (*FROZEN, "k8s/overlays"):
         shutil.copytree(ROOT / name, tmp_path / name)
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     changed = text.replace("## [Unreleased]\n", "## [Unreleased]\n\n### Added\n- A thing.\n", 1)
@@ -74,7 +80,7 @@ def test_release_commands_commit_every_file(
     assert run("git", "tag", "--points-at", "HEAD") == "v9.8.7\n"
 
 
-@pytest.mark.parametrize("folder", ["docs/openapi", "shared/scanfleet/contracts/messages/examples"])
+@pytest.mark.parametrize("folder", FROZEN)
 def test_release_freezes_its_contracts(checkout: Path, folder: str) -> None:
     """The current contracts are copied, and the record has the hash of each file of every release."""
     before = (checkout / folder / "frozen.sha256").read_text("utf-8")
