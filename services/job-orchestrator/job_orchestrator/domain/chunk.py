@@ -144,7 +144,7 @@ class Chunk:
     failures: int = 0
     """Number since the last progress, of attempts that could not be narrowed further."""
     failed_by: tuple[str, ...] = ()
-    """Worker instances that failed the chunk since the last progress."""
+    """Worker instances that failed or lost the chunk since the last progress."""
     fruitless: int = 0
     """Number of dispatches since the last progress."""
     seconds: float = 0.0
@@ -268,9 +268,13 @@ def release(chunk: Chunk, now: datetime, *, too_slow: bool = False, reason: str 
 
 
 def expire(chunk: Chunk, reason: str, now: datetime) -> Chunk:
-    """Return the chunk after its worker's lease expired: a failure, counted once per worker instance."""
-    if instance_of(chunk.worker_id) in chunk.failed_by and chunk.fruitless < MAX_FRUITLESS:
-        return _move(chunk, ChunkTrigger.FAIL, ChunkState.QUEUED, reason=reason)
+    """Return the chunk after its worker's lease expired: a failure, counted once per worker instance that began the attempt.
+
+    A chunk that was never claimed goes to another worker at no cost: its task may not have been delivered.
+    """
+    free = instance_of(chunk.worker_id) in chunk.failed_by or chunk.state is ChunkState.DISPATCHED
+    if free and chunk.blank and chunk.fruitless < MAX_FRUITLESS:
+        return _move(chunk, ChunkTrigger.FAIL, ChunkState.QUEUED, reason=reason, failed_by=_failed_by(chunk))
     return fail(chunk, reason, now)
 
 
@@ -286,11 +290,9 @@ def fail(chunk: Chunk, reason: str, now: datetime, *, narrow: bool = False) -> C
     """
     if not chunk.blank:
         return _move(chunk, ChunkTrigger.FAIL, ChunkState.SCANNED, reason=reason, ask_at=None)
-    instance = instance_of(chunk.worker_id)
-    failed_by = chunk.failed_by if instance in chunk.failed_by else (*chunk.failed_by, instance)
     narrower = narrow and chunk.attempted != 1
     failures = chunk.failures + (not narrower)
-    again: dict[str, Any] = {"reason": reason, "failed_by": failed_by, "ask_at": None, "fruitless": 0}
+    again: dict[str, Any] = {"reason": reason, "failed_by": _failed_by(chunk), "ask_at": None, "fruitless": 0}
     if failures < MAX_FAILURES:
         again |= {
             "failures": failures,
@@ -357,6 +359,12 @@ def _with_report(chunk: Chunk, news: str) -> Chunk:
     if merged == chunk.outcomes:
         return chunk
     return replace(chunk, outcomes=merged, failures=0, failed_by=(), fruitless=0)
+
+
+def _failed_by(chunk: Chunk) -> tuple[str, ...]:
+    """Return the worker instances that failed the chunk, including its current one."""
+    instance = instance_of(chunk.worker_id)
+    return chunk.failed_by if instance in chunk.failed_by else (*chunk.failed_by, instance)
 
 
 def _half(chunk: Chunk) -> int:

@@ -326,12 +326,27 @@ def test_dispatches_without_progress_count_as_failures() -> None:
     assert "no progress" in left.reason
 
 
+def claimed(left: Chunk, worker: str) -> Chunk:
+    """The chunk on its next attempt, which the worker has begun."""
+    held = dispatch(left, worker, NOW, size=4, share=1.0, estimate=1.5)
+    return after(held, report(ChunkClaimed, attempt=held.attempt, worker_id=worker))
+
+
+def test_lost_lease_of_an_unclaimed_chunk_counts_no_failure() -> None:
+    """A task that was not delivered, to any number of workers, costs no address, and the next one goes to another worker."""
+    left = chunk()
+    for number in range(MAX_FRUITLESS - 1):
+        left = expire(dispatch(left, f"w-{number}-00000001", NOW, size=4, share=1.0, estimate=1.5), "no report", NOW)
+        assert (left.state, left.failures, left.outcomes) == (ChunkState.QUEUED, 0, "....")
+        assert left.failed_by[-1] == f"w-{number}"
+
+
 def test_lost_lease_counts_once_for_each_worker_instance() -> None:
     """Leases lost by processes of one instance are one failure; three instances lose the addresses."""
     left = chunk()
     failures = []
     for worker in ("w-1-00000001", "w-1-00000002", "w-2-00000001", "w-1-00000003", "w-3-00000001"):
-        left = expire(dispatch(left, worker, NOW, size=4, share=1.0, estimate=1.5), "no report", NOW)
+        left = expire(claimed(left, worker), "no report", NOW)
         failures.append(left.failures)
         assert left.not_before is None
     assert failures == [1, 1, 2, 2, 0]
@@ -345,7 +360,7 @@ def test_lost_leases_finally_lose_the_addresses() -> None:
         assert dispatches < 1_000
         left = expire(dispatch(left, f"w-1-{dispatches:08x}", NOW, size=4, share=1.0, estimate=1.5), "no report", NOW)
         dispatches += 1
-    assert (left.outcomes, dispatches) == ("llll", 1 + 2 * MAX_FRUITLESS)
+    assert (left.outcomes, dispatches) == ("llll", MAX_FAILURES * MAX_FRUITLESS)
 
 
 def test_lost_lease_after_the_last_letter_leaves_the_chunk_scanned() -> None:
