@@ -187,7 +187,7 @@ class Orchestrator:
                 _handled(SCAN_AUDIT_OPERATOR, Audit(store.audit, OPERATOR)),
             )
         )
-        sweep = Loop("sweep", _SWEEP_SECONDS, self.sweeper.sweep)
+        sweep = Loop("sweep", _SWEEP_SECONDS, self.sweeper.sweep, vital=False)
         self.request_loops = (self.reconciler.loop, self.outbox.loop, self.deletions.loop)
         """They continue what requests began, so that every replica runs them."""
         self.job_loops = (self.reporter.loop, self.dispatcher.loop, sweep)

@@ -30,7 +30,7 @@ class Outbox:
         self._publisher = publisher
         self._sent: defaultdict[int, set[str]] = defaultdict(set)
         """By job, the events in its outbox that the bus has acknowledged."""
-        self.loop = Loop("outbox", _EMPTY_SECONDS, self.empty)
+        self.loop = Loop("outbox", _EMPTY_SECONDS, self.empty, vital=False)
 
     async def relay(self, job_ids: Collection[int]) -> None:
         """Publish the events in the outboxes of these jobs.

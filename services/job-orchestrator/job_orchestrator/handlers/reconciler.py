@@ -94,7 +94,7 @@ class Reconciler:
         self._clock = clock
         self._unfinished: set[int] = set()
         self._started: dict[int, None] = {}
-        self.loop = Loop("jobs", _WORK_SECONDS, self.work)
+        self.loop = Loop("jobs", _WORK_SECONDS, self.work, vital=False)
 
     async def reconcile(self, job_ids: Collection[int], known: Known = _NOTHING) -> None:
         """Update these jobs to the state of their chunks.

@@ -46,7 +46,7 @@ class Reporter:
         self._clock = clock
         self._further: set[int] = set()
         self._next_progress: dict[int, float] = {}
-        self.loop = Loop("progress", _PROGRESS_SECONDS, self.report)
+        self.loop = Loop("progress", _PROGRESS_SECONDS, self.report, vital=False)
 
     def note(self, job_ids: Iterable[int]) -> None:
         """Report the progress of these jobs soon: outcomes of their chunks have changed."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
+from structlog.testing import capture_logs
 
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.census import Standing
@@ -23,6 +24,7 @@ from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_RESULTS, SCA
 from scanfleet.errors import DependencyError
 from scanfleet.scanning.policy import Preset, fill_in
 from scanfleet_testing.chunk_grants import grants
+from scanfleet_testing.waiting import until
 
 
 async def test_old_event_in_an_outbox_is_published(world: World) -> None:
@@ -225,6 +227,27 @@ async def test_cancel_of_a_large_job_stops_running_chunks_first(world: World) ->
     await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
     assert len(world.bus.messages(SCAN_TASKS)) == 1
     assert (await world.store.chunks.get([held.id]))[held.id].state is ChunkState.CANCELLED
+
+
+async def test_failing_repairs_leave_the_api_ready() -> None:
+    """While repairs fail, as with a census that takes too long, no replica becomes unready: they are repeated."""
+    store = MemoryStore()
+    world = World(store)
+    await world.start()
+    await world.submit()
+    await world.deliver()
+    store.data.unavailable = True
+    world.only.reconciler.begin([1])
+    world.only.reporter.note([1])
+    loops = (*world.only.request_loops, *world.only.job_loops)
+    repairs = [loop for loop in loops if loop is not world.only.dispatcher.loop]
+    with capture_logs() as logs:
+        for loop in repairs:
+            await loop.start()
+        await until(lambda: {each.get("loop") for each in logs} >= {"jobs", "outbox", "progress", "sweep"})
+    assert [(loop.alive, loop.ready) for loop in repairs] == [(True, True)] * len(repairs)
+    for loop in repairs:
+        await loop.stop()
 
 
 class ForgetfulChunks(MemoryChunks):
