@@ -180,7 +180,10 @@ class ScanPolicy(BaseModel):
     ] = None
     min_rate: Annotated[
         _Number | None,
-        Field(description="Minimum probes per second of the whole job, even when targets do not answer."),
+        Field(
+            description="Minimum probes per second of the whole job, even when targets do not answer; "
+            "a job has one nmap at a time for each 500 of them."
+        ),
     ] = None
     max_rtt_timeout: Annotated[
         _Number | None, Field(description="Maximum time in milliseconds to wait for an answer.")

@@ -48,7 +48,7 @@ _OF_HOST_TIMEOUT: Final = 0.7  # maximum planned fraction of the host timeout fo
 _SHORTEST: Final = 5.0  # minimum expected duration of a chunk: below it, the start of nmap dominates
 _LONGEST: Final = 30.0  # maximum expected duration of a chunk: limits the loss with a failed worker
 _SHARES: Final = 16  # minimum number of chunks per job between these two: enough to spread it evenly over a few workers
-_RATE_OF_NMAP: Final = 500  # packets per second: a job with a lower limit has one nmap at a time
+_RATE_OF_NMAP: Final = 500  # packets per second: a job with a lower limit or minimum has one nmap at a time
 
 
 def estimate(policy: ScanPolicy, ports: PortSet, addresses: int) -> float:
@@ -71,17 +71,22 @@ def longest(policy: ScanPolicy, ports: PortSet, addresses: int) -> float:
     if policy.timing < len(_SILENT_WAITS):
         wait = max(_SILENT_WAITS[policy.timing], 1 / limit)
         return _START + addresses * (ports.count * _TRIES + discovery) * wait
-    rate = min(min_rate(policy, ports) or _PER_SECOND[policy.timing], limit)
+    floor = min_rate(policy, ports)
+    rate = min(floor or _PER_SECOND[policy.timing], limit)
     if policy.min_rate is None and not ports.udp_count:
         rate = min(rate, FLOOR_OF_ADDRESS * addresses)
-    udp_rate = min(policy.min_rate or _SILENT_UDP_PER_SECOND[policy.timing], limit)
+    udp_rate = min(floor or _SILENT_UDP_PER_SECOND[policy.timing], limit)
     silent = (ports.tcp_count * _TRIES + discovery) / rate + ports.udp_count * _TRIES / udp_rate
     return _START + max(addresses * silent, ports.udp_count / _LIMITED_UDP_PER_SECOND)
 
 
 def width(policy: ScanPolicy) -> int:
-    """Return the maximum number of open chunks of a job, so that its nmap processes together keep to its `max_rate`."""
-    return min(WINDOW, max(1, policy.max_rate // _RATE_OF_NMAP)) if policy.max_rate else WINDOW
+    """Return the maximum number of open chunks of a job, so that its nmap processes together keep to its rates.
+
+    They share `max_rate` and `min_rate`, and a share that is too low would not end a chunk in time.
+    """
+    rates = [rate for rate in (policy.max_rate, policy.min_rate) if rate]
+    return min([WINDOW, *(max(1, rate // _RATE_OF_NMAP) for rate in rates)])
 
 
 def nmap_rate(policy: ScanPolicy) -> int | None:
@@ -89,11 +94,11 @@ def nmap_rate(policy: ScanPolicy) -> int | None:
     return policy.max_rate // width(policy) if policy.max_rate else None
 
 
-def min_rate(policy: ScanPolicy, ports: PortSet, nmaps: int = 1) -> int | None:
-    """Return the minimum probes per second of each nmap of a job with `nmaps` of them, kept even if nothing answers."""
+def min_rate(policy: ScanPolicy, ports: PortSet, slices: int = WINDOW) -> int | None:
+    """Return the minimum probes per second of each nmap of a job with `slices`, kept even if nothing answers."""
     floor = None if ports.udp_count else FLOORS[policy.timing]
     if policy.min_rate:
-        floor = max(1, policy.min_rate // nmaps)
+        floor = policy.min_rate // min(width(policy), slices)  # blocks of ports of one slice do not run side by side
     limit = nmap_rate(policy)
     return min(floor, limit) if floor and limit else floor
 
@@ -125,7 +130,7 @@ def made_up_to(job: ScanJob, open_: int, lowest: int | None) -> int:
         lowest: index of the first of these; None if there is none.
     """
     lowest = job.made if lowest is None else lowest
-    up_to = min(job.made + width(job.policy) - open_, lowest + min(_AHEAD, _slice_count(job)), job.plan.chunk_count)
+    up_to = min(job.made + width(job.policy) - open_, lowest + min(_AHEAD, slice_count(job)), job.plan.chunk_count)
     return max(job.made, up_to)
 
 
@@ -160,7 +165,7 @@ def chunks(job: ScanJob, first: int, end: int) -> Iterator[Chunk]:
 
 def block_of(job: ScanJob, index: int) -> int:
     """Return the number of the port block of the chunk with this index."""
-    return index // _slice_count(job) if job.plan.blockwise else index % job.plan.blocks
+    return index // slice_count(job) if job.plan.blockwise else index % job.plan.blocks
 
 
 def indexes(job: ScanJob, blocks: Iterable[int], first: int, end: int) -> list[tuple[int, int]]:
@@ -227,7 +232,7 @@ def _blanks_before(job: ScanJob, end: int) -> int:
     return blocks * sums[-1] + sums[slices]
 
 
-def _slice_count(job: ScanJob) -> int:
+def slice_count(job: ScanJob) -> int:
     return job.plan.chunk_count // job.plan.blocks
 
 

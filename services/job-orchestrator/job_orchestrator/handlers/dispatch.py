@@ -363,8 +363,6 @@ class Dispatcher(PartitionListener):
     def _task(self, chunk: Chunk, job: ScanJob) -> ScanChunk:
         ports = PortSet.parse(chunk.ports)
         left = self._grants.open_for(job, self._clock.now())
-        slots = sum(credit.slots for credit in self._live.values())
-        nmaps = max(1, min(plan.width(job.policy), slots, job.plan.chunk_count))
         return ScanChunk(
             job_id=chunk.job_id,
             chunk_id=chunk.id,
@@ -380,7 +378,7 @@ class Dispatcher(PartitionListener):
             failures=chunk.failures,
             limit=chunk.attempted if chunk.limit or chunk.attempted < chunk.blank else None,
             max_rate=plan.nmap_rate(job.policy),
-            min_rate=plan.min_rate(job.policy, ports, nmaps),
+            min_rate=plan.min_rate(job.policy, ports, plan.slice_count(job)),
             grant=granted(chunk, self._signer),
             granted_by=job.granted_by,
             stop_after_seconds=left.total_seconds() if left is not None else None,

@@ -171,9 +171,9 @@ def test_rates_of_all_nmaps_stay_within_the_policys(policy: ScanPolicy) -> None:
     if policy.max_rate and rate:
         assert rate >= 1
         assert plan.width(policy) * rate <= policy.max_rate
-    for nmaps in (1, 3, plan.width(policy)):
+    for slices in (1, 3, plan.WINDOW):
         for block in policy.port_set.blocks(plan.MAX_PORTS):
-            floor = plan.min_rate(policy, block, nmaps)
+            floor = plan.min_rate(policy, block, slices)
             assert floor is None or 1 <= floor <= (rate or floor)
 
 
@@ -187,9 +187,25 @@ def test_udp_has_no_rate_floor_of_its_timing(timing: int) -> None:
 
 
 def test_min_rate_is_shared_by_the_nmaps_of_a_job() -> None:
-    """Concurrent nmap processes share the job's min_rate, at least one probe a second each."""
-    policy = scan_policy(min_rate=100)
-    assert [plan.min_rate(policy, policy.port_set, nmaps) for nmaps in (1, 4, 1_000)] == [100, 25, 1]
+    """Concurrent nmap processes share the job's min_rate; a share is 500 at least, or all of it."""
+    expected = {100: (1, 100, 100), 1_999: (3, 1_999, 666), 200_000: (256, 200_000, 781)}
+    for rate, (width, of_one, of_many) in expected.items():
+        policy = scan_policy(min_rate=rate)
+        assert plan.width(policy) == width
+        assert [plan.min_rate(policy, policy.port_set, slices) for slices in (1, 1_000)] == [of_one, of_many]
+
+
+@settings(max_examples=100, deadline=None)
+@given(policies(), targets(st.integers(22, 32)))
+def test_attempts_are_short_at_the_floor_of_their_own_nmap(policy: ScanPolicy, target: Target) -> None:
+    """With the `min_rate` that its task carries, a silent chunk of TCP ports takes no longer than planned."""
+    job = job_of(policy, target)
+    for block in policy.port_set.blocks(job.plan.chunk_ports):
+        floor = plan.min_rate(policy, block, plan.slice_count(job))
+        if policy.min_rate and floor and policy.timing > 2 and not block.udp_count:
+            silent = job.plan.chunk_addresses * 2 * block.tcp_count / floor
+            short = LONGEST if job.plan.chunk_addresses > 1 else max(LONGEST, 0.7 * policy.host_timeout)
+            assert silent <= short or block.tcp_count == 1
 
 
 @settings(max_examples=30, deadline=None)
