@@ -106,7 +106,7 @@ _GAUGES: Final[dict[tuple[str, str], tuple[str, Callable[[Census], Mapping[str, 
         lambda census: {status: census.jobs.numbers[status] for status in UNFINISHED},
     ),
     ("scanfleet_oldest_job_age_seconds", "status"): (
-        "Age of the oldest unfinished job since its creation, 0 if there is none",
+        "Age since creation of the oldest unfinished job, without those that wait for their user's hours; 0 if there is none",
         lambda census: {status: census.jobs.ages.get(status, 0.0) for status in UNFINISHED},
     ),
     ("scanfleet_chunks", "state"): (
@@ -114,7 +114,7 @@ _GAUGES: Final[dict[tuple[str, str], tuple[str, Callable[[Census], Mapping[str, 
         lambda census: {state: census.chunks[state] for state in ChunkState if state in OPEN},
     ),
     ("scanfleet_queued_slot_seconds", ""): (
-        "Expected slot seconds of all unfinished jobs, for scaling workers",
+        "Expected slot seconds of all unfinished jobs that do not wait for their user's hours, for scaling workers",
         lambda census: {"": census.jobs.slot_seconds},
     ),
     ("scanfleet_outbox_age_seconds", ""): (

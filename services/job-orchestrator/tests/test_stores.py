@@ -798,7 +798,7 @@ async def test_queue_is_ordered_by_user_and_turn(store: Store) -> None:
 
 
 async def test_census_counts_unfinished_jobs_and_chunks(store: Store) -> None:
-    """Unfinished jobs and chunks are counted by state, with the age of the oldest job and event in seconds."""
+    """Unfinished jobs and chunks are counted by state; a job outside its hours is neither old nor work for more workers."""
     nothing = await store.jobs.census()
     assert (nothing.numbers, nothing.ages, await store.chunks.census()) == ({}, {}, {})
     assert (nothing.slot_seconds, nothing.outbox_age) == (0.0, 0.0)
@@ -808,11 +808,12 @@ async def test_census_counts_unfinished_jobs_and_chunks(store: Store) -> None:
     running = replace(jobs[3], status=JobStatus.RUNNING)
     created_ = create(replace(scan_job(5), outbox=(), created_at=now - timedelta(minutes=5)))
     over = [replace(change(created_, JobTrigger.CANCEL, now), id=id_, settled=id_ == 7) for id_ in (6, 7)]
-    await store.jobs.insert([*jobs[:3], running, *over])
+    closed = replace(scan_job(8, created_at=now - timedelta(days=1)), outbox=(), waiting="window")
+    await store.jobs.insert([*jobs[:3], running, *over, closed])
     await store.chunks.insert([chunk(id=f"1-{n}", index=n, state=state) for n, state in enumerate(ChunkState)])
     await store.chunks.insert([chunk(id="2-0", job_id=2, user_id=8, needs_raw=True, estimate=4.0)])
     census = await store.jobs.census()
-    assert census.numbers == {JobStatus.PENDING: 3, JobStatus.RUNNING: 1}
+    assert census.numbers == {JobStatus.PENDING: 4, JobStatus.RUNNING: 1}
     assert census.ages == {JobStatus.PENDING: pytest.approx(3 * 3_600, abs=60), JobStatus.RUNNING: 0.0}
     assert await store.chunks.census() == dict.fromkeys(OPEN, 1) | {ChunkState.QUEUED: 2}
     assert census.slot_seconds == pytest.approx(sum(job.seconds_left for job in [*jobs[:3], running]))

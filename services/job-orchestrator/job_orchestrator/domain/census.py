@@ -33,13 +33,16 @@ class Standing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobCensus:
-    """Numbers of unfinished jobs. Ages are in seconds by the database's clock."""
+    """Numbers of unfinished jobs. Ages are in seconds by the database's clock.
+
+    Jobs that wait for the hours of their user grant count only as numbers: workers cannot shorten their wait.
+    """
 
     numbers: Counter[JobStatus]
     ages: Mapping[JobStatus, float]
     """Age of the oldest job in each status, since its creation."""
     slot_seconds: float
-    """Expected slot seconds of all unfinished jobs, for scaling."""
+    """Expected slot seconds of unfinished jobs, for scaling."""
     outbox_age: float
     """Age of the oldest unpublished event; 0 if there is none."""
 

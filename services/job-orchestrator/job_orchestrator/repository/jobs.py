@@ -30,8 +30,17 @@ INDEXES: Final = {
         IndexModel([("status", 1), ("sort_time", -1), ("_id", -1)]),  # for administrators, who list every user's
         # With status and age, unfinished jobs are counted from the index alone.
         IndexModel(
-            [("settled", 1), ("_id", 1), ("partition", 1), ("status", 1), ("created_at", 1), ("seconds_left", 1)],
+            [
+                ("settled", 1),
+                ("_id", 1),
+                ("partition", 1),
+                ("status", 1),
+                ("created_at", 1),
+                ("seconds_left", 1),
+                ("waiting", 1),
+            ],
             partialFilterExpression={"settled": False},
+            name="settled_1__id_1_partition_1_status_1_created_at_1_seconds_left_1_v2",
         ),
         # Jobs of a user that ended while a stream was interrupted.
         IndexModel(_ENDED_OF_USER, name="end_time_1_user_id_1_v2"),
@@ -196,6 +205,7 @@ class MongoJobs:
 
     @dependency_errors()
     async def census(self) -> JobCensus:
+        due = {"$ne": ["$waiting", "window"]}
         jobs = self._jobs.aggregate(
             [
                 {"$match": _UNFINISHED},
@@ -203,8 +213,8 @@ class MongoJobs:
                     "$group": {
                         "_id": "$status",
                         "n": {"$sum": 1},
-                        "oldest": {"$min": "$created_at"},
-                        "seconds": {"$sum": "$seconds_left"},
+                        "oldest": {"$min": {"$cond": [due, "$created_at", None]}},
+                        "seconds": {"$sum": {"$cond": [due, "$seconds_left", 0]}},
                     },
                 },
                 {"$set": {"age": _age("$oldest")}},

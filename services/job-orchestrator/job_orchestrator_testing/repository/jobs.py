@@ -128,14 +128,15 @@ class MemoryJobs(MemoryRepository):
 
     async def census(self) -> JobCensus:
         jobs = [job for job in self._data.jobs.values() if job.status in UNFINISHED]
+        due = [job for job in jobs if job.waiting != "window"]
         outgoing = [out.at for job in self._data.jobs.values() for out in job.outbox]
         return JobCensus(
             numbers=Counter(job.status for job in jobs),
             ages={
-                status: max(_age(job.created_at) for job in jobs if job.status is status)
+                status: max((_age(job.created_at) for job in due if job.status is status), default=0.0)
                 for status in {job.status for job in jobs}
             },
-            slot_seconds=sum(job.seconds_left for job in jobs),
+            slot_seconds=sum(job.seconds_left for job in due),
             outbox_age=max(map(_age, outgoing), default=0.0),
         )
 
