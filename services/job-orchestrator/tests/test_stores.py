@@ -958,6 +958,7 @@ async def test_saves_keep_fields_of_newer_releases(mongo_store: MongoStore, data
     await mongo_store.chunks.insert([one])
     for name in ("jobs", "chunks"):
         await database[name].update_one({}, {"$set": {"newer": {"deep": 1}}})
+    await database["jobs"].update_one({}, {"$set": {"totals.newer": 5}})
     assert await mongo_store.jobs.save([running(job)]) == set()
     assert await mongo_store.chunks.save([dispatch(one, "w-1", LATER, size=4, share=1.0, estimate=1.5)]) == set()
     for name in ("jobs", "chunks"):
@@ -969,7 +970,7 @@ async def test_saves_keep_fields_of_newer_releases(mongo_store: MongoStore, data
     document = await database["jobs"].find_one({})
     assert document is not None
     assert "outbox" not in document
-    assert document["newer"] == {"deep": 1}
+    assert (document["newer"], document["totals"]["newer"]) == ({"deep": 1}, 5)
 
 
 @pytest.mark.integration

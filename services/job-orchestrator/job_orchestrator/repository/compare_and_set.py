@@ -44,7 +44,9 @@ async def save(
 
 def _update(document: Document, constants: AbstractSet[str]) -> Document:
     """Return an update of the fields that can change, so that fields of a newer release are kept."""
-    update: Document = {"$set": {name: value for name, value in document.items() if name not in constants}}
+    fields = {name: value for name, value in document.items() if name not in constants}
+    fields |= {f"totals.{name}": value for name, value in fields.pop("totals", {}).items()}
+    update: Document = {"$set": fields}
     if "rev" in document and "outbox" not in document and "seq" in document:
         update["$unset"] = {"outbox": ""}
     return update
