@@ -23,6 +23,7 @@ from api_gateway.api.state import Handed
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import CancelJob, JobStatus, SubmitJobs
 from scanfleet.contracts.messages.fields import MAX_ID
+from scanfleet.errors import BadRequestError
 from scanfleet.runtime import tracing
 from scanfleet.runtime.service import PathId, source
 from scanfleet.security.auth import Caller
@@ -40,7 +41,8 @@ IdempotencyKey = Annotated[
         min_length=1,
         max_length=255,
         pattern=r"^[\x21-\x7e]+$",
-        description="Visible ASCII. A request with the same key and the same body gets the same response and creates nothing.",
+        description="Visible ASCII, sent once and compared character by character, quotation marks included. A request with "
+        "the same key and the same body gets the same response and creates nothing.",
     ),
 ]
 
@@ -212,6 +214,8 @@ async def create_tasks(
     idempotency_key: IdempotencyKey = None,
 ) -> rest.JobsCreated:
     """Create one scan job for each subnet, all or none. The jobs can be read once the response is received."""
+    if len(request.headers.getlist("Idempotency-Key")) > 1:
+        raise BadRequestError('the header "Idempotency-Key" must be sent once')
     command = SubmitJobs(
         command_id=uuid4().hex,
         user_id=caller.user_id,

@@ -285,6 +285,14 @@ async def test_invalid_idempotency_key_is_refused(gateway: Running, key: str | b
     assert not gateway.broker.records("scan-commands")
 
 
+async def test_repeated_idempotency_key_is_refused(gateway: Running) -> None:
+    """Of two keys neither is chosen: the request is a 400, and no command is published."""
+    headers = [("Idempotency-Key", "one"), ("Idempotency-Key", "two")]
+    answer = await gateway.client.post("/api/v1/task", json=BODY, headers=headers)
+    assert (answer.status_code, answer.json()["error"]) == (400, 'the header "Idempotency-Key" must be sent once')
+    assert not gateway.broker.records("scan-commands")
+
+
 async def test_idempotency_key_of_the_maximum_length_is_accepted(gateway: Running) -> None:
     """A key of 255 visible characters reaches the command unchanged."""
     key = ("".join(map(chr, range(0x21, 0x7F))) * 3)[:255]
