@@ -73,6 +73,17 @@ def test_scan_of_mostly_silent_network_is_ten_times_faster_than_nmap(
 
 
 @pytest.mark.proves("F31")
+def test_sweep_of_mostly_silent_network_probes_every_address(user: Client, network: Network) -> None:
+    """The preset `sweep` finds all open ports where three quarters of addresses drop all packets, and skips no address."""
+    network.filter_input("ip daddr 10.77.9.16-10.77.9.63 drop")
+    servers = network.serve(places("10.77.9", range(16)))
+    job_id = user.scan("10.77.9.0/26", preset="sweep")
+    counts = completed(user, job_id)
+    assert found(user, job_id) == servers
+    assert (counts["answered"], counts["silent"], counts["down"]) == (16 * 100, 47 * 100, 0)
+
+
+@pytest.mark.proves("F31")
 def test_scan_finds_all_open_ports_where_packets_are_lost(user: Client, network: Network) -> None:
     """With 2 % random packet loss in each direction at least 99 % of open ports are found."""
     network.filter_input("ip daddr 10.77.2.0/26 numgen random mod 100 < 2 drop")

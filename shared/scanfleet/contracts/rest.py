@@ -577,7 +577,12 @@ def _preset_decides() -> Any:
 class PolicyValues(_Body):
     """The values of a policy; omitted fields have the preset's values."""
 
-    preset: Preset = Preset.STANDARD
+    preset: Preset = Field(
+        default=Preset.STANDARD,
+        description="Values of omitted fields. `quick`: the 100 most common TCP ports, without service detection. "
+        "`standard`: the 1,000 most common, with it. `full`: all TCP ports, with scripts. `sweep`: for silent or sparsely "
+        "used networks, the 100 most common ports of every address, without discovery and with one retry.",
+    )
     ports: vocabulary.Ports = Field(default_factory=_preset_decides)
     technique: vocabulary.TcpTechnique = Field(default_factory=_preset_decides)
     discovery: vocabulary.Discovery = Field(default_factory=_preset_decides)
