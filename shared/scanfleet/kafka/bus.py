@@ -12,7 +12,6 @@ becomes False, and the process must be restarted.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Collection, Iterable, Mapping
@@ -137,8 +136,8 @@ class KafkaBus:
 
     @property
     def ready(self) -> bool:
-        """False while sends are overdue."""
-        return self.alive and not self._count_overdue()
+        """False while sends are overdue, except to partitions that have no leader: all others work."""
+        return self.alive and all(self._has_no_leader(place) for place, sends in self._overdue.items() if sends)
 
     async def publish(self, topic: Topic, messages: Iterable[Message]) -> None:
         envelopes = [encode(topic, message, source=self._source, traceparent=tracing.current()) for message in messages]
@@ -228,28 +227,42 @@ class KafkaBus:
             raise RuntimeError("the bus has not been started")
         self._check()
         producer, name = self._producer, self._prefix + topic
-        acks: defaultdict[_Place, set[asyncio.Future[object]]] = defaultdict(set)
+        placed: defaultdict[_Place, list[Outgoing]] = defaultdict(list)
         try:
             async with asyncio.timeout(SEND_SECONDS):
                 partitions = sorted(await producer.partitions_for(name))
-                placed = [((name, _partition_of(record[0], partitions, partitions)), record) for record in records]
-                for place in {place for place, _ in placed}:
-                    while overdue := self._overdue[place]:
-                        await asyncio.wait(overdue)
-                self._check()
-                for place, (key, value, headers) in placed:
-                    ack = await producer.send(name, partition=place[1], key=key, value=value, headers=list(headers))
-                    ack.add_done_callback(partial(self._settled, place))
-                    acks[place].add(ack)
-                for sent in acks.values():
-                    await asyncio.wait(sent)
-            for ack in itertools.chain.from_iterable(acks.values()):
-                ack.result()
+                for record in records:
+                    placed[name, _partition_of(record[0], partitions, partitions)].append(record)
+                # Side by side, and each to its end: a partition without a leader must not delay the others.
+                sends = (self._send_to(place, sent, producer) for place, sent in placed.items())
+                results = await asyncio.gather(*sends, return_exceptions=True)
+            for error in filter(None, results):
+                raise error
         except (TimeoutError, KafkaError) as error:
             raise DependencyError(f"the broker did not acknowledge a message of {topic}: {error!r}") from error
+
+    async def _send_to(self, place: _Place, records: Iterable[Outgoing], producer: AIOKafkaProducer) -> None:
+        """Send records to one partition, in order and after all earlier ones, and wait for the acknowledgements."""
+        while overdue := self._overdue[place]:
+            await asyncio.wait(overdue)
+        self._check()
+        acks: set[asyncio.Future[object]] = set()
+        try:
+            for key, value, headers in records:
+                ack = await producer.send(place[0], value, key, place[1], headers=list(headers))
+                ack.add_done_callback(partial(self._settled, place))
+                acks.add(ack)
+            await asyncio.wait(acks)
         finally:
-            for place, sent in acks.items():
-                self._overdue[place].update(ack for ack in sent if not ack.done())
+            self._overdue[place].update(ack for ack in acks if not ack.done())
+        for ack in acks:
+            ack.result()
+
+    def _has_no_leader(self, place: _Place) -> bool:
+        return (
+            self._producer is not None
+            and self._producer.client.cluster.leader_for_partition(TopicPartition(*place)) == -1
+        )
 
     def _count_overdue(self) -> int:
         return sum(map(len, self._overdue.values()))
