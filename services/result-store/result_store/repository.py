@@ -339,6 +339,7 @@ def _chunk_document(chunk: ClosedChunk) -> Document:
         "technique": chunk.technique,
         "nmap": chunk.nmap,
         "ports": chunk.ports,
+        "arguments": chunk.arguments,
     }
 
 
@@ -352,4 +353,5 @@ def _chunk(document: Mapping[str, Any]) -> ClosedChunk:
         document.get("technique", ""),
         document.get("nmap", ""),
         document.get("ports", ""),
+        document.get("arguments", ""),
     )

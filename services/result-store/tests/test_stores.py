@@ -289,7 +289,7 @@ async def test_hosts_of_a_job_deleted_while_they_are_read_end_in_an_error(store:
 async def test_closed_chunks_are_sorted_by_address(store: Store) -> None:
     """The closed chunks of a job are listed in order of their addresses, then of their numbers, as they were closed."""
     places = [("1-10", "127.9.8.4"), ("1-2", "127.9.8.4"), ("1-11", "127.9.8.0")]
-    mine = [ClosedChunk(1, id_, first, "ad", 7, "syn", "7.93", "22") for id_, first in places]
+    mine = [ClosedChunk(1, id_, first, "ad", 7, "syn", "7.93", "22", "0" * 64) for id_, first in places]
     await store.close([*mine, ClosedChunk(1, "1-3", "127.9.8.8", "a", 8), ClosedChunk(2, "2-0", "127.9.8.0", "a", 7)])
     found = [each async for each in store.chunks_by_address(1, 7)]
     assert found == [mine[2], mine[1], mine[0]]

@@ -145,6 +145,9 @@ class ClosedChunk:
     ports: str = ""
     """The ports of a `top` set by number; empty for other sets, and if no address was scanned."""
 
+    arguments: str = ""
+    """The SHA-256 of nmap's arguments without the targets; empty if no address was scanned."""
+
     @property
     def key(self) -> str:
         """Sorts the chunks of a job by first address, and those of one address by number."""
@@ -257,6 +260,7 @@ def close(scanned: ChunkScanned, place: Place, stored: Iterable[StoredHost]) -> 
         technique="" if scanned.grant and scanned.grant.ports.startswith("U:") else scanned.technique,
         nmap=scanned.nmap,
         ports=scanned.common_ports,
+        arguments=scanned.arguments,
     )
 
 

@@ -181,9 +181,9 @@ def test_results_fields_come_from_port_and_host() -> None:
 
 def test_close_names_the_common_ports_by_number() -> None:
     """The ports of a closed chunk are the numbers of its most common ports; those that a policy lists are not repeated."""
-    chunk = close(scanned("d", common_ports="22,80,443"), END, [])
+    chunk = close(scanned("d", common_ports="22,80,443", arguments="0" * 64), END, [])
     assert isinstance(chunk, ClosedChunk)
-    assert chunk.ports == "22,80,443"
+    assert (chunk.ports, chunk.arguments) == ("22,80,443", "0" * 64)
     listed = close(scanned("d"), END, [])
     assert isinstance(listed, ClosedChunk)
     assert listed.ports == ""

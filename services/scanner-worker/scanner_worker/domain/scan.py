@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from hashlib import sha256
 from ipaddress import ip_address
 from math import ceil
 from typing import Any, Final, NamedTuple
@@ -226,6 +227,11 @@ def arguments(
         raw=raw,
     )
     return [*options, "--", *map(str, targets)]
+
+
+def digest(line: Sequence[str]) -> str:
+    """Return the SHA-256 of these arguments of nmap up to the targets, which other chunks of a scan do not share."""
+    return sha256("\0".join(line[: line.index("--")]).encode()).hexdigest()
 
 
 def services(ports: PortSet) -> dict[str, int]:

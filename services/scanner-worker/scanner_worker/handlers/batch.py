@@ -19,7 +19,7 @@ from scanfleet.scanning.policy import ADMITTED_SCRIPTS
 from scanfleet.scanning.ports import PortSet
 from scanfleet.scanning.targets import Network, TargetRules
 from scanner_worker.domain.ports import Found, Scanner
-from scanner_worker.domain.scan import Host, ScanError, arguments, services
+from scanner_worker.domain.scan import Host, ScanError, arguments, digest, services
 
 SLACK_S: Final = 15.0  # extra time in which nmap applies its host timeout to a single address itself
 
@@ -61,6 +61,7 @@ class Batch:
         fault: the error that ended nmap; None if nmap finished, was not needed, or all shares left.
         finished: whether nmap finished successfully.
         common_ports: the ports of a `top` set by number; empty for another set.
+        arguments: the digest of nmap's last arguments without targets; empty if it was not started.
     """
 
     def __init__(self, chunks: Sequence[ScanChunk], abilities: Abilities, scanner: Scanner) -> None:
@@ -68,6 +69,7 @@ class Batch:
         self.fault: BaseException | None = None
         self.finished = False
         self.common_ports = ""
+        self.arguments = ""
         self._abilities = abilities
         self._scanner = scanner
         self._chunk = chunks[0]  # all chunks have the same policy and ports
@@ -155,6 +157,7 @@ class Batch:
             if ports.above:  # nmap has no option for a part of its most common ports
                 ports, chunk = ranked, chunk.model_copy(update={"ports": self.common_ports})
         line = arguments(chunk, targets, raw=self._abilities.raw, scripts=self._abilities.scripts)
+        self.arguments = digest(line)
         async with aclosing(self._scanner.scan(line, services(ports))) as found:
             async for hosts in found:
                 for share, own in self._sorted(hosts).items():
@@ -225,6 +228,11 @@ class Share:
     def common_ports(self) -> str:
         """The ports of a `top` set by number; empty for another set, and if there was nothing to scan."""
         return self._batch.common_ports
+
+    @property
+    def arguments(self) -> str:
+        """The digest of nmap's arguments without targets; empty if there was nothing to scan."""
+        return self._batch.arguments if self.requested else ""
 
     @property
     def targets(self) -> Sequence[Network]:

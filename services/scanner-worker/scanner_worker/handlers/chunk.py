@@ -124,6 +124,7 @@ class ChunkScan:
             nmap=share.nmap,
             scripts=scripts_of(self.chunk.policy) if share.nmap else (),
             common_ports=share.common_ports,
+            arguments=share.arguments,
             reason=permitted.reason[:REASON_CHARS],
             grant=self.chunk.grant,
         )

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
+from hashlib import sha256
 from ipaddress import ip_address, ip_network
 
 import pytest
@@ -381,6 +382,19 @@ async def test_report_lists_the_common_ports_by_number(make: MakeChunk) -> None:
             rig.scanner.let()
         reported += [each.common_ports for each in rig.bus.messages(SCAN_PROGRESS) if isinstance(each, ChunkScanned)]
     assert reported == ["1-2", "51-52", ""]
+
+
+async def test_report_has_the_digest_of_the_arguments_without_targets(make: MakeChunk) -> None:
+    """Chunks of different networks have the same digest, that of what nmap was started with; a chunk without blanks has none."""
+    reported, started = [], []
+    for number, outcomes in ((1, "a."), (2, "a."), (3, "ad")):
+        async with scanning(make(number, outcomes=outcomes)) as rig:
+            rig.scanner.let()
+        reported += [each.arguments for each in rig.bus.messages(SCAN_PROGRESS) if isinstance(each, ChunkScanned)]
+        started += [argv[: argv.index("--")] for argv in rig.scanner.argvs]
+    digests = [sha256("\0".join(options).encode()).hexdigest() for options in started]
+    assert reported == [*digests, ""]
+    assert digests[0] == digests[1]
 
 
 async def test_scan_of_a_single_address_is_not_bound_by_the_limit_for_several(make: MakeChunk) -> None:

@@ -178,6 +178,9 @@ class ChunkScanned(_Mapped):
     common_ports: Annotated[str, Field(max_length=MAX_RANGES_TEXT)] = ""
     """The TCP ports of a `top` set by number, as ranges; empty for another set, and when there was nothing to scan."""
 
+    arguments: Annotated[str, Field(pattern=r"^(?:[0-9a-f]{64})?$", max_length=64)] = ""
+    """SHA-256 of nmap's arguments without the targets, separated by NUL; empty when there was nothing to scan."""
+
     @property
     def event_id(self) -> str:
         """The same for every copy of an attempt's report."""
