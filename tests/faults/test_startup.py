@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import httpx
@@ -49,6 +50,55 @@ def test_services_without_kafka_and_mongodb_at_start_wait_and_become_ready(
     assert {name: platform.pid(name) for name in names} == pids
     (job,) = user.submit([subnet], policy, None)
     assert user.finished(job["id"])["status"]["status"] == "completed"
+    invariants.check()
+
+
+@pytest.mark.proves("F33")
+@pytest.mark.parametrize("server", ["kafka", "mongod"])
+def test_services_without_one_server_at_start_wait_for_it(
+    platform: Platform, user: Caller, invariants: Invariants, server: str
+) -> None:
+    """Processes that start without Kafka or without MongoDB name it until it is available, and then become ready."""
+    subnet, policy = user.subnet(platform.network(30)), user.policy(**TINY)
+    names = [platform.names(service)[0] for service in (SERVICES if server == "kafka" else WITH_DATABASE)]
+    reason = f"starting, waiting for {'kafka' if server == 'kafka' else 'mongodb'}"
+    platform.stop_server(server)
+    try:
+        before = {name: platform.pid(name) for name in names}
+        for name in names:
+            platform.kill(name)
+        for name in names:
+            until(lambda: answer(platform, name, "readyz") == (503, reason), LIMIT, f"{name} to wait", 0.2)  # noqa: B023 # called before the next turn
+            assert answer(platform, name, "healthz") == (200, "")
+        pids = {name: platform.pid(name) for name in names}
+    finally:
+        platform.start_servers(server)
+    platform.stack.wait_until_ready()
+    assert {name: platform.pid(name) for name in names} == pids != before
+    (job,) = user.submit([subnet], policy, None)
+    assert user.finished(job["id"])["status"]["status"] == "completed"
+    invariants.check()
+
+
+@pytest.mark.proves("F1")
+def test_gateway_that_has_just_become_ready_accepts_a_job(platform: Platform, invariants: Invariants) -> None:
+    """The first request after /readyz of a new gateway succeeds creates a job, ten times in a row."""
+    user = platform.caller(8)
+    subnet, policy = user.subnet(platform.network(32)), user.policy(**TINY)
+    user.close()
+
+    def accepts(gateway: str) -> None:
+        gone = platform.pid(gateway)
+        platform.kill(gateway)
+        until(lambda: platform.running(gateway) not in (0, gone), LIMIT, f"{gateway} to start again")
+        caller = platform.caller(8, gateway)
+        until(lambda: platform.ready(gateway), LIMIT, f"{gateway} to be ready", 0.1)
+        caller.submit([subnet], policy)
+        caller.close()
+
+    with ThreadPoolExecutor() as threads:
+        for _ in range(5):
+            list(threads.map(accepts, platform.names("api-gateway")))
     invariants.check()
 
 
