@@ -10,6 +10,7 @@ export type Waiting = Schemas["Waiting"];
 export type Subnet = Schemas["Subnet"];
 export type Verdict = Schemas["SubnetImportLine"];
 export type Policy = Schemas["Policy"];
+export type Estimate = Schemas["Estimate"];
 export type AuditEntry = Schemas["AuditEntry"];
 export type Status = Job["status"];
 
@@ -36,7 +37,7 @@ export class ApiError extends Error {
     const found: Record<string, string> = {};
     let field = "";
     for (const part of this.status === 400 ? this.message.split("; ") : []) {
-      const match = /^([a-z_]+)(?:\.[\w.]*)?: (.*)$/.exec(part);
+      const match = /^(?:policy\.)?([a-z_]+)(?:\.[\w.]*)?: (.*)$/.exec(part); // a policy may be part of a request
       if (match) found[(field = match[1]!)] = match[2]!;
       else if (field) found[field] += `; ${part}`; // a sentence may have a semicolon
     }

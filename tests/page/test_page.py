@@ -140,9 +140,14 @@ def test_page_story_from_sign_in_to_results(browser: Browser, stack: Stack, serv
         page.get_by_role("button", name="Start").click()
         expect(page.get_by_role("alert")).to_contain_text(re.compile("request [0-9a-f]{32}"))
         expect(page.get_by_label("Ports")).to_have_value(PORTS)
+        page.get_by_label("Another network").fill("10.0.0.0/24")
+        refusal = "10.0.0.0/24 is not within the networks that this platform allows"
+        expect(page.get_by_text(f"would be refused: {refusal}")).to_be_visible()
         page.get_by_label("Another network").fill(f"{NET}.0/24")
         page.get_by_label("Preset").select_option("quick")
-        expect(page.get_by_text("1 job: 256 addresses × 71 ports = 18,176 probes")).to_be_visible()
+        estimate = re.compile(r"1 job: 256 addresses × 71 ports = 18,176 probes\. About \d+:\d\d of one worker slot")
+        expect(page.get_by_text(estimate)).to_be_visible()
+        expect(page.get_by_text("would be refused")).to_have_count(0)
         page.get_by_role("button", name="Start").click()
 
         expect(page.get_by_role("heading", name=re.compile(r"Job \d+ completed ✓"))).to_be_visible(timeout=90_000)
@@ -363,8 +368,32 @@ def test_page_counts_each_address_and_port_once(page: Page, stack: Stack) -> Non
     expect(page.get_by_text("127 addresses")).to_be_visible()
     page.evaluate(VISIT, "/app/new")
     page.get_by_label("Another network").fill(f"{NET}.1")
-    page.get_by_label("Ports").fill("22,22,20-25,U:22")
+    page.get_by_label("Ports").fill("T:22,22,20-25,U:22")
     expect(page.get_by_text("1 address × 7 ports = 7 probes")).to_be_visible()
+
+
+def test_page_estimate_is_of_what_was_entered_last(page: Page, stack: Stack, user: Client) -> None:
+    """The estimate has the effect of the exclusions; a query for what was entered before is aborted."""
+    body = {"name": "half", "cidr": "127.44.13.0/24", "exclude": ["127.44.13.128/25"]}
+    subnet_id = user.http.post("/api/v1/subnet", json=body).json()["id"]
+
+    def hold(route: Route) -> None:
+        if "8021" not in (route.request.post_data or ""):
+            route.continue_()
+
+    page.route("**/api/v1/task/estimate", hold)
+    page.goto(f"{stack.url}/app/new?subnet={subnet_id}")
+    expect(
+        page.get_by_text("128 addresses × 1,000 ports = 128,000 probes; 128 addresses are excluded.")
+    ).to_be_visible()
+    with page.expect_request("**/api/v1/task/estimate"):
+        page.get_by_label("Ports").fill("8021")
+    expect(page.get_by_text("1 job: estimating …")).to_be_visible()
+    with page.expect_event("requestfailed", lambda each: each.url.endswith("/estimate")):
+        page.get_by_label("Ports").fill("8022-8025")
+    expect(page.get_by_text("128 addresses × 4 ports = 512 probes")).to_be_visible()
+    page.get_by_label("Ports").fill("T:8022,70000")
+    expect(page.locator(".field", has=page.get_by_label("Ports")).locator(".wrong")).to_contain_text("is not a port")
 
 
 def test_page_jobs_of_all_users_name_their_owner(page: Page, stack: Stack) -> None:

@@ -1,13 +1,15 @@
 import { useSignal } from "@preact/signals";
 import { useRef } from "preact/hooks";
-import { change, get, type Job, type Policy } from "../api";
-import { countAddresses, countPorts } from "../addresses";
+import { ApiError, change, get, send, type Estimate, type Job, type Policy } from "../api";
+import { countPorts, parseNetwork } from "../addresses";
 import { Field, Kept, Problem, Title, took, useAction, useLoad } from "../parts";
 import { go, query, withQuery } from "../router";
 import { draft, dropDraft, info, keepDraft, loadPolicies, loadSubnets, policies, subnets } from "../store";
 import { count, duration, plural, visible } from "../text";
 
 const DRAFT = "scan";
+const ESTIMATED = 10; // networks, each by a request
+const PAUSE = 400; // ms without a change, after which the estimate is asked for
 
 interface Entered {
   cidr: string;
@@ -42,10 +44,30 @@ export function NewScan() {
   const { cidr, preset, ports } = entered.value;
   const preset_: Record<string, unknown> = info.value?.presets[preset] ?? {};
   const portText = policy ? policy.ports : ports.trim() || String(preset_.ports ?? "");
-  const portCount = countPorts(portText);
+  const values = { preset, ...(ports.trim() ? { ports: ports.trim() } : {}) };
   const own = chosen.map((id) => subnets.value.get(id)!);
-  const addresses = own.reduce((sum, each) => sum + countAddresses(each.cidr, each.exclude), 0) + countAddresses(cidr, []);
-  const excluded = own.reduce((sum, each) => sum + countAddresses(each.cidr, []) - countAddresses(each.cidr, each.exclude), 0);
+  const networks = [...own.map((each) => ({ subnet_id: each.id })), ...(parseNetwork(cidr) ? [{ cidr: cidr.trim() }] : [])];
+  const names = [...own.map((each) => each.cidr), cidr.trim()];
+  // What cannot be complete yet is not sent: the API would record it as a refused request.
+  const wanted = countPorts(portText)
+    ? networks.slice(0, ESTIMATED).map((each) => ({ ...each, ...(policy ? { policy_id: policy.id } : { policy: values }) }))
+    : [];
+  const asked = JSON.stringify(wanted);
+  const estimate = useLoad(
+    async (signal): Promise<{ asked: string; found?: Estimate[]; error?: ApiError }> => {
+      if (wanted.length) await new Promise((resolve) => setTimeout(resolve, PAUSE));
+      signal.throwIfAborted();
+      try {
+        const answers = await Promise.all(wanted.map((body) => send("POST", "/api/v1/task/estimate", { body, signal })));
+        return { asked, found: await Promise.all(answers.map((each) => each.json() as Promise<Estimate>)) };
+      } catch (error) {
+        if (error instanceof ApiError) return { asked, error };
+        throw error;
+      }
+    },
+    [asked],
+  );
+  const estimated = estimate.data?.asked === asked ? estimate.data : undefined; // not that of what was entered before
 
   const before = useLoad(
     async (signal) => {
@@ -70,9 +92,8 @@ export function NewScan() {
     }
     let id = policy?.id;
     if (!id) {
-      const fields = { preset, ...(ports.trim() ? { ports: ports.trim() } : {}) };
       const name = ports.trim() ? `${preset}: ${ports.trim()}`.slice(0, 200) : preset;
-      id = made.current.policies[JSON.stringify(fields)] ??= equalPolicy(fields)?.id ?? (await change<{ id: number }>("POST", "/api/v1/policy", { name, ...fields })).id;
+      id = made.current.policies[JSON.stringify(values)] ??= equalPolicy(values)?.id ?? (await change<{ id: number }>("POST", "/api/v1/policy", { name, ...values })).id;
     }
     const body = { subnet_ids: [...new Set(ids)], policy_id: id };
     if (request.current.of !== JSON.stringify(body)) request.current = { of: JSON.stringify(body), key: crypto.randomUUID() };
@@ -81,10 +102,10 @@ export function NewScan() {
     go(jobs.length === 1 ? `/app/jobs/${jobs[0]!.id}` : "/app/jobs");
   });
 
-  const wanted = search.value.trim().toLowerCase();
+  const term = search.value.trim().toLowerCase();
   const all = [...subnets.value.values()];
-  const found = all.filter((each) => chosen.includes(each.id) || each.name.toLowerCase().includes(wanted) || each.cidr.includes(wanted));
-  const wrong = start.error?.fields ?? {};
+  const found = all.filter((each) => chosen.includes(each.id) || each.name.toLowerCase().includes(term) || each.cidr.includes(term));
+  const wrong: Record<string, string | undefined> = { ...estimated?.error?.fields, ...start.error?.fields };
   const nothing = !chosen.length && !cidr.trim();
   return (
     <>
@@ -157,10 +178,17 @@ export function NewScan() {
             "Choose at least one network."
           ) : (
             <>
-              {plural(chosen.length + (cidr.trim() ? 1 : 0), "job")}: {plural(addresses, "address", "addresses")}
-              {portCount !== undefined && ` × ${plural(portCount, "port")} = ${plural(addresses * portCount, "probe")}`}
-              {!!excluded && `; ${plural(excluded, "address is", "addresses are")} excluded`}
+              {plural(chosen.length + (cidr.trim() ? 1 : 0), "job")}
+              {estimated?.found?.length ? <Total found={estimated.found} of={networks.length} /> : wanted.length && !estimated ? ": estimating …" : null}
               {before.data !== undefined && <>. The last time this took {duration(before.data)}.</>}
+              {estimated?.error && !Object.keys(estimated.error.fields).length && <p>There is no estimate: {estimated.error.message}</p>}
+              {estimated?.found?.flatMap((each, index) =>
+                each.refusals.map((refusal) => (
+                  <p key={`${index} ${refusal.error}`} class="wrong">
+                    {names[index]} would be refused: {visible(refusal.error)}
+                  </p>
+                )),
+              )}
             </>
           )}
         </div>
@@ -171,6 +199,22 @@ export function NewScan() {
           </button>
         </p>
       </form>
+    </>
+  );
+}
+
+/** What scans of networks are together; all have the same ports. */
+function Total({ found, of }: { found: Estimate[]; of: number }) {
+  const sum = (part: (each: Estimate) => number) => found.reduce((all, each) => all + part(each), 0);
+  const addresses = sum((each) => each.addresses - each.excluded);
+  const excluded = sum((each) => each.excluded);
+  const ports = found[0]!.tcp_ports + found[0]!.udp_ports;
+  return (
+    <>
+      {found.length < of && `, of which the first ${found.length} are estimated`}: {plural(addresses, "address", "addresses")} × {plural(ports, "port")} ={" "}
+      {plural(sum((each) => each.probes), "probe")}
+      {!!excluded && `; ${plural(excluded, "address is", "addresses are")} excluded`}. About {duration(Math.max(1, sum((each) => each.estimate_seconds)))} of one worker slot
+      {found.some((each) => each.needs_raw_packets) && ", with raw packets"}
     </>
   );
 }
