@@ -79,6 +79,11 @@ async def test_ids_start_at_one_and_are_unique(store: Store) -> None:
 # Subnets and policies
 
 
+def test_suite_has_every_resource() -> None:
+    """The suite tests the repository of each declared resource."""
+    assert [kind.rules.resource for kind in KINDS] == list(rest.RESOURCES)
+
+
 @every_kind
 async def test_resources_are_private_to_their_owner(store: Store, kind: Kind) -> None:
     """An object reads back whole for its user; for other users it does not exist and is neither replaced nor deleted."""

@@ -36,6 +36,11 @@ from scanfleet_testing.tokens import Issuer
 
 ISSUER = Issuer()
 JOB = ["id", "user_id", "policy_id", "subnet_id", "status", "start_time", "end_time", "created_at", "updated_at"]
+AnyResource = rest.Resource[Any, Any, Any]
+BODIES: dict[str, dict[str, Any]] = {"subnet": {"cidr": "127.9.8.0/24"}, "policy": {}}
+"""What a body has besides its name, by resource."""
+
+every_resource = pytest.mark.parametrize("resource", rest.RESOURCES, ids=lambda resource: resource.name)
 SUBNET = ["id", "user_id", "name", "cidr", "exclude", "created_at", "updated_at"]
 POLICY = {
     "id",
@@ -484,11 +489,10 @@ async def test_invalid_policy_is_a_400(api: Api, wrong: dict[str, object]) -> No
 # Tags
 
 
-@pytest.mark.parametrize("kind", ["subnet", "policy"])
-async def test_put_with_an_outdated_etag_is_a_412(api: Api, kind: str) -> None:
+@every_resource
+async def test_put_with_an_outdated_etag_is_a_412(api: Api, resource: AnyResource) -> None:
     """A PUT with the tag of an earlier state is a 412 and changes nothing; with the current tag, `*` or none it succeeds."""
-    path = f"/api/v1/{kind}"
-    body = {"name": "x"} | ({"cidr": "127.9.8.0/24"} if kind == "subnet" else {})
+    path, body = resource.path, {"name": "x"} | BODIES[resource.name]
 
     async def put(tag: str | None, name: str = "y") -> httpx.Response:
         headers = ISSUER.bearer() | ({"If-Match": tag} if tag else {})
@@ -506,42 +510,41 @@ async def test_put_with_an_outdated_etag_is_a_412(api: Api, kind: str) -> None:
     assert [(await put(tag, "y")).status_code for tag in ("*", None)] == [200, 200]
 
 
-@pytest.mark.parametrize("kind", ["subnet", "policy"])
-async def test_concurrent_change_is_a_412(api: Api, store: MemoryStore, kind: str) -> None:
+@every_resource
+async def test_concurrent_change_is_a_412(api: Api, store: MemoryStore, resource: AnyResource) -> None:
     """A change between the check of the tag and the write is detected by the write."""
-    body = {"name": "x"} | ({"cidr": "127.9.8.0/24"} if kind == "subnet" else {})
-    made = await api.raw("POST", f"/api/v1/{kind}", json=body, headers=ISSUER.bearer())
+    path, body = resource.path, {"name": "x"} | BODIES[resource.name]
+    made = await api.raw("POST", path, json=body, headers=ISSUER.bearer())
     add_audit = store.audit.add
 
     async def change_meanwhile(entries: Any) -> None:
         store.audit.add = add_audit  # type: ignore[method-assign] # once
-        await api(f"PUT /api/v1/{kind}/1", body | {"name": "first"})
+        await api(f"PUT {path}/1", body | {"name": "first"})
         await add_audit(entries)
 
     store.audit.add = change_meanwhile  # type: ignore[method-assign] # what lies between look and write
     headers = ISSUER.bearer() | {"If-Match": made.headers["ETag"]}
-    answer = await api.raw("PUT", f"/api/v1/{kind}/1", json=body | {"name": "second"}, headers=headers)
-    assert (answer.status_code, (await api(f"GET /api/v1/{kind}/1"))["name"]) == (412, "first")
+    answer = await api.raw("PUT", f"{path}/1", json=body | {"name": "second"}, headers=headers)
+    assert (answer.status_code, (await api(f"GET {path}/1"))["name"]) == (412, "first")
 
 
 # Both
 
 
-@pytest.mark.parametrize("kind", ["subnet", "policy"])
-async def test_resources_are_listed_by_page_newest_first(api: Api, kind: str) -> None:
+@every_resource
+async def test_resources_are_listed_by_page_newest_first(api: Api, resource: AnyResource) -> None:
     """Lists hold the user's own, newest first, by pages of 10 by default, and `total` counts all."""
-    plural = {"subnet": "subnets", "policy": "policies"}[kind]
-    body = {"name": "x"} | ({"cidr": "127.9.8.0/24"} if kind == "subnet" else {})
+    path, body = resource.path, {"name": "x"} | BODIES[resource.name]
     for _ in range(12):
-        await api(f"POST /api/v1/{kind}", body, status=201)
-    await api(f"POST /api/v1/{kind}", body, user=8, status=201)
-    first = await api(f"GET /api/v1/{kind}")
-    assert [each["id"] for each in first[plural]] == list(range(12, 2, -1))
+        await api(f"POST {path}", body, status=201)
+    await api(f"POST {path}", body, user=8, status=201)
+    first = await api(f"GET {path}")
+    assert [each["id"] for each in first[resource.plural]] == list(range(12, 2, -1))
     assert {name: first[name] for name in ("total", "page", "page_size")} == {"total": 12, "page": 1, "page_size": 10}
-    third = await api(f"GET /api/v1/{kind}?page=3&page_size=5")
-    assert [each["id"] for each in third[plural]] == [2, 1]
+    third = await api(f"GET {path}?page=3&page_size=5")
+    assert [each["id"] for each in third[resource.plural]] == [2, 1]
     assert (third["page"], third["page_size"]) == (3, 5)
-    assert (await api(f"GET /api/v1/{kind}?page=1000000000"))[plural] == []
+    assert (await api(f"GET {path}?page=1000000000"))[resource.plural] == []
 
 
 @pytest.mark.parametrize("kind", ["subnet", "policy", "task"])
@@ -554,16 +557,16 @@ async def test_invalid_page_is_a_400(api: Api, kind: str, query: str) -> None:
     await api(f"GET /api/v1/{kind}?{query}", status=400)
 
 
-@pytest.mark.parametrize("kind", ["subnet", "policy"])
-async def test_resource_of_another_user_is_a_404(api: Api, kind: str) -> None:
+@every_resource
+async def test_resource_of_another_user_is_a_404(api: Api, resource: AnyResource) -> None:
     """Reading, replacing or deleting another user's resource is a 404 without effect, for an administrator too."""
-    body = {"name": "x"} | ({"cidr": "127.9.8.0/24"} if kind == "subnet" else {})
-    made = await api(f"POST /api/v1/{kind}", body, status=201)
+    path, body = resource.path, {"name": "x"} | BODIES[resource.name]
+    made = await api(f"POST {path}", body, status=201)
     for admin in (False, True):
-        await api(f"GET /api/v1/{kind}/1", user=8, admin=admin, status=404)
-        await api(f"PUT /api/v1/{kind}/1", body, user=8, admin=admin, status=404)
-        await api(f"DELETE /api/v1/{kind}/1", user=8, admin=admin, status=404)
-    assert await api(f"GET /api/v1/{kind}/1") == made
+        await api(f"GET {path}/1", user=8, admin=admin, status=404)
+        await api(f"PUT {path}/1", body, user=8, admin=admin, status=404)
+        await api(f"DELETE {path}/1", user=8, admin=admin, status=404)
+    assert await api(f"GET {path}/1") == made
 
 
 @pytest.mark.parametrize("path", ["subnet/{}", "policy/{}", "task/{}", "task/{}/ledger"])
