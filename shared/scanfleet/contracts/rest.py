@@ -754,8 +754,8 @@ class Estimate(_Answer):
     """Whether some of its ports need a worker that can send raw packets."""
 
     nmap_options: list[str]
-    """Options of nmap for the first chunk with one free slot, on a worker without raw packets unless the chunk needs them; empty if
-    the policy cannot be executed."""
+    """Options of nmap for the first chunk, on a worker without raw packets unless the chunk needs them; empty if the
+    policy cannot be executed."""
 
     refusals: list[EstimateRefusal]
     """Every reason for which the scan would be refused; empty if it would be accepted."""

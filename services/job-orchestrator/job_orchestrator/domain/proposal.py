@@ -83,7 +83,7 @@ class Checks:
         return Proposal(target, admitted, planned, refusals)
 
     def nmap_options(self, proposal: Proposal) -> Sequence[str]:
-        """Return nmap's options for the first chunk with one free slot; none if the policy cannot be executed.
+        """Return nmap's options for the first chunk; none if the policy cannot be executed.
 
         The worker has no raw packets unless the chunk needs them.
         """
