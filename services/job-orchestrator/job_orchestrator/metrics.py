@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import REGISTRY, Collector
 
@@ -43,6 +43,9 @@ CHUNK_TRANSITIONS: Final = Counter(
 DELETIONS: Final = Counter("scanfleet_deletions_total", "Deletions of jobs that were accepted.", ["reason"])
 DELETED_JOBS: Final = Counter(
     "scanfleet_deleted_jobs_total", "Deletions that are done: nothing is stored of the job but a receipt."
+)
+RETENTION_HALTED: Final = Gauge(
+    "scanfleet_retention_halted", "1 while deletion by age is halted, because the database's clock has jumped."
 )
 PROBES: Final = Counter(
     "scanfleet_job_probes_total",

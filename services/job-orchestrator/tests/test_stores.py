@@ -530,6 +530,16 @@ async def test_receipt_replaces_its_job(store: Store) -> None:
     assert await store.jobs.get([1]) == {}
 
 
+async def test_retention_halted_stays_halted_until_it_is_resumed(store: Store) -> None:
+    """The first jump is kept; a second resume reports that nothing was halted."""
+    assert await store.retention.halted() is None
+    await store.retention.halt(timedelta(days=1))
+    await store.retention.halt(timedelta(hours=-2))
+    assert await store.retention.halted() == timedelta(days=1)
+    assert [await store.retention.resume(), await store.retention.resume()] == [True, False]
+    assert await store.retention.halted() is None
+
+
 async def test_retention_of_a_subnet_survives_its_replacement_and_not_its_deletion(store: Store) -> None:
     """A subnet has its own number of days until it is unset or deleted; replacing its other fields keeps it."""
     await store.subnets.add(subnet(1), subnet(2))

@@ -239,6 +239,15 @@ class RetentionRepository(Protocol):
     async def shortest(self) -> int | None:
         """Return the shortest retention that any subnet has."""
 
+    async def halt(self, jump: timedelta) -> None:
+        """Halt deletion by age on all replicas, because the database's clock changed by `jump`."""
+
+    async def halted(self) -> timedelta | None:
+        """Return the jump for which deletion by age is halted; None if it is not."""
+
+    async def resume(self) -> bool:
+        """Resume deletion by age; return whether it was halted."""
+
     async def of(self, subnet_ids: Collection[int]) -> dict[int, SubnetRetention]:
         """Return the retention of those of these subnets that exist."""
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
+from typing import Final
 
 from scanfleet.errors import DependencyError
+
+JUMP: Final = timedelta(hours=1)  # far above the difference between the clocks of a database's machines
 
 
 class PlatformTime:
@@ -18,6 +21,7 @@ class PlatformTime:
 
     Attributes:
         monotonic: for intervals within this process.
+        jump: the last change of the database's clock by more than `JUMP`, against the monotonic clock; None if there was none.
     """
 
     def __init__(
@@ -27,6 +31,7 @@ class PlatformTime:
         self.monotonic = monotonic
         self._read_at: float | None = None
         self._then: datetime | None = None
+        self.jump: timedelta | None = None
 
     async def refresh(self) -> None:
         """Read the database's time; called about once a second.
@@ -35,8 +40,12 @@ class PlatformTime:
             DependencyError: the database is unavailable; the time continues from the last answer.
         """
         asked = self.monotonic()
-        self._then = await self._read()
-        self._read_at = asked
+        then = await self._read()
+        if self._then is not None and self._read_at is not None:
+            jump = then - self._then - timedelta(seconds=asked - self._read_at)
+            if abs(jump) > JUMP:
+                self.jump = jump
+        self._then, self._read_at = then, asked
 
     def now(self) -> datetime:
         """Return the time in UTC, with MongoDB's resolution of milliseconds.

@@ -7,6 +7,8 @@ from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
+import structlog
+
 from job_orchestrator.domain.audit import own_entry
 from job_orchestrator.domain.deletion import Counts, Deletion, Reason, Stage
 from job_orchestrator.domain.job import ScanJob
@@ -21,7 +23,7 @@ from job_orchestrator.domain.retention import EndedJob, is_due
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.audit import record
 from job_orchestrator.handlers.outbox import Outbox
-from job_orchestrator.metrics import DELETED_JOBS, DELETIONS
+from job_orchestrator.metrics import DELETED_JOBS, DELETIONS, RETENTION_HALTED
 from scanfleet.contracts.messages import DeleteResults, ResultsDeleted
 from scanfleet.contracts.messages.topics import SCAN_DELETIONS
 from scanfleet.runtime.bus import Publisher, Record
@@ -34,6 +36,8 @@ _ASK_AGAIN: Final = timedelta(seconds=60)  # for result-store to delete the resu
 _EXPIRE_SECONDS: Final = 600.0  # between two walks over the ended jobs
 _LOOK: Final = 500  # ended jobs that one step of a walk looks at, most of which may have to stay
 _ROUNDS: Final = 20  # each lost race is a job whose outbox was emptied
+
+_log = structlog.stdlib.get_logger(__name__)
 
 
 class Deletions:
@@ -160,7 +164,10 @@ class Deletions:
         await self._deletions.advance([message.job_id], Stage.RESULTS, Stage.CHUNKS, self._clock.now(), counts)
 
     async def _expire(self) -> None:
-        if self._clock.monotonic() - self._expired < _EXPIRE_SECONDS:
+        if self._clock.jump is not None:
+            await self._retention.halt(self._clock.jump)
+            self._clock.jump, self._expired = None, float("-inf")
+        if self._clock.monotonic() - self._expired < _EXPIRE_SECONDS or await self._is_halted():
             return
         due = await self._due()
         ids = (await self._jobs.get([job.id for job in due])).keys()  # without those that cannot be read
@@ -171,6 +178,20 @@ class Deletions:
         ]
         await record(self._audit, expired)
         await self.delete(ids, "retention")
+
+    async def _is_halted(self) -> bool:
+        """Return whether deletion by age is halted: a clock that jumped forward would make all jobs old."""
+        jump = await self._retention.halted()
+        RETENTION_HALTED.set(jump is not None)
+        if jump is not None:
+            _log.error(
+                "retention_halted",
+                cause="the database's clock has jumped",
+                jump_seconds=jump.total_seconds(),
+                next_step="check the clock, then run python -m job_orchestrator.retention resume",
+            )
+            self._expired = self._clock.monotonic()
+        return jump is not None
 
     async def _due(self) -> list[EndedJob]:
         """Return the next jobs to delete by age; the following call continues behind them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from datetime import timedelta
 from typing import Any, Final
 
 from pymongo import IndexModel
@@ -11,6 +12,7 @@ from job_orchestrator.domain.retention import PROTECTED, SubnetRetention
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.runtime.mongo import Database, Document, dependency_errors
 
+_HALTED: Final = {"_id": "halted"}
 _COMPLETED: Final = {"status": JobStatus.COMPLETED.value}
 
 INDEXES: Final = {
@@ -24,6 +26,7 @@ class MongoRetention:
 
     def __init__(self, database: Database) -> None:
         self._subnets = database["subnets"]
+        self._retention = database["retention"]
 
     @dependency_errors()
     async def days(self, subnet_id: int) -> int | None:
@@ -40,6 +43,20 @@ class MongoRetention:
     async def shortest(self) -> int | None:
         has_own = {"keep_results_days": {"$exists": True}}
         return _days(await self._subnets.find_one(has_own, {"keep_results_days": 1}, sort=[("keep_results_days", 1)]))
+
+    @dependency_errors()
+    async def halt(self, jump: timedelta) -> None:
+        halted = {"jump_seconds": jump.total_seconds()}
+        await self._retention.update_one(_HALTED, {"$setOnInsert": halted}, upsert=True)
+
+    @dependency_errors()
+    async def halted(self) -> timedelta | None:
+        found = await self._retention.find_one(_HALTED)
+        return None if found is None else timedelta(seconds=found["jump_seconds"])
+
+    @dependency_errors()
+    async def resume(self) -> bool:
+        return (await self._retention.delete_one(_HALTED)).deleted_count == 1
 
     @dependency_errors()
     async def of(self, subnet_ids: Collection[int]) -> dict[int, SubnetRetention]:

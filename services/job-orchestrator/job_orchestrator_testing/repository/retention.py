@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from job_orchestrator.domain.ports import SubnetRepository
 from job_orchestrator.domain.retention import PROTECTED, SubnetRetention
@@ -18,6 +18,7 @@ class MemoryRetention(MemoryRepository):
         super().__init__(data)
         self._subnets = subnets
         self._days: dict[int, int] = {}
+        self._halted: timedelta | None = None
 
     async def days(self, subnet_id: int) -> int | None:
         return self._days.get(subnet_id) if await self._subnets.exists(subnet_id) else None
@@ -32,6 +33,16 @@ class MemoryRetention(MemoryRepository):
 
     async def shortest(self) -> int | None:
         return min([days for id_, days in self._days.items() if await self._subnets.exists(id_)], default=None)
+
+    async def halt(self, jump: timedelta) -> None:
+        self._halted = self._halted or jump
+
+    async def halted(self) -> timedelta | None:
+        return self._halted
+
+    async def resume(self) -> bool:
+        halted, self._halted = self._halted, None
+        return halted is not None
 
     async def of(self, subnet_ids: Collection[int]) -> dict[int, SubnetRetention]:
         return {

@@ -236,10 +236,10 @@ class Desk:
             "SCANFLEET_AUDIT_KEY_FILE": str(key_file),
         }
 
-    async def types(self, *words: str) -> tuple[int, list[str]]:
+    async def types(self, *words: str, command: str = "audit") -> tuple[int, list[str]]:
         done = await asyncio.to_thread(
             subprocess.run,
-            [sys.executable, "-m", "job_orchestrator.audit", *words],
+            [sys.executable, "-m", f"job_orchestrator.{command}", *words],
             env=os.environ | self._environment,
             capture_output=True,
             text=True,
@@ -247,6 +247,24 @@ class Desk:
         )
         assert f"{done.stdout} {done.stderr}".replace("\n", "").isprintable()
         return done.returncode, done.stdout.splitlines()
+
+
+async def test_command_resumes_retention_under_audit(database: Database, mongodb: str, tmp_path: Path) -> None:
+    """`resume` ends the halt of deletion by age with an audit entry; run again it says that nothing is halted."""
+    file = tmp_path / "audit-key"
+    file.write_text(KEY)
+    store = MongoStore(database, ChainKeys([KEY]))
+    await store.prepare()
+    await store.retention.halt(timedelta(days=1))
+    desk = Desk(mongodb, database.name, file)
+    assert await desk.types("resume", command="retention") == (0, ["deletion by age is resumed"])
+    assert await store.retention.halted() is None
+    assert await desk.types("resume", command="retention") == (0, ["deletion by age is not halted"])
+    entries, total = await store.audit.page(0, 10)
+    assert total == 1
+    assert [(each.action, each.decision, each.rule) for each in entries] == [
+        ("resume_retention", "allowed", "operator")
+    ]
 
 
 @pytest.mark.proves("A26", "A29")

@@ -358,6 +358,23 @@ async def test_retention_of_a_subnet_takes_the_place_of_the_setting(keep: timede
     assert 3 in await left_after_walk(world, 6)
 
 
+async def test_retention_is_halted_by_a_jump_of_the_clock_until_it_is_resumed() -> None:
+    """After a jump of the database's clock no replica deletes a job by age, and a request deletes one as before."""
+    world = World(MemoryStore(), replicas=2, keep=timedelta(days=365))
+    await world.store.jobs.insert([ended(1, 400), ended(2, 400)])
+    one, two = (replica.deletions for replica in world.replicas)
+    world._clock.jump = timedelta(days=1)
+    for deletions in (one, two, one):
+        world.now += 601
+        await deletions.step()
+    assert (await world.store.jobs.get([1, 2])).keys() == {1, 2}
+    assert await two.delete([2], "request") == {2}
+    assert await world.store.retention.resume()
+    world.now += 601
+    await two.step()
+    assert (await world.store.jobs.get([1, 2])).keys() == set()
+
+
 async def test_walk_goes_on_behind_jobs_that_stay() -> None:
     """More jobs than a step looks at may have to stay, and an expired one behind them is deleted."""
     world = World(MemoryStore(), keep=timedelta(days=1))

@@ -74,3 +74,26 @@ async def test_time_continues_while_the_database_is_unavailable() -> None:
     with pytest.raises(DependencyError):
         await clock.refresh()
     assert clock.now() == NOON + timedelta(seconds=60)
+
+
+@pytest.mark.parametrize(
+    ("passed", "shown", "jump"),
+    [
+        (60.0, timedelta(seconds=60), None),
+        (7_200.0, timedelta(hours=2, minutes=50), None),
+        (1.0, timedelta(days=1, seconds=1), timedelta(days=1)),
+        (7_200.0, timedelta(0), timedelta(hours=-2)),
+    ],
+)
+async def test_time_reports_a_jump_of_the_database_clock(
+    passed: float, shown: timedelta, jump: timedelta | None
+) -> None:
+    """A change of the database's clock by more than an hour, against the monotonic clock, is a jump; an outage is none."""
+    clocks = Clocks()
+    clock = clocks.clock()
+    await clock.refresh()
+    assert clock.jump is None
+    clocks.monotonic += passed
+    clocks.database = NOON + shown
+    await clock.refresh()
+    assert clock.jump == jump
