@@ -17,7 +17,7 @@ from scanfleet_cli import calls, changes, chart, coverage, findings, follow, job
 from scanfleet_cli.completion import complete_job, complete_policy, complete_subnet
 from scanfleet_cli.errors import ApiError, CommandError, Exit
 from scanfleet_cli.output import Format, Row, ago, column, count, duration, printable
-from scanfleet_cli.session import Session, formats, lists, long_lists, many_failed, with_session, yes
+from scanfleet_cli.session import Session, formats, lists, long_lists, with_session, yes
 
 job_id = click.argument("job_id", type=click.IntRange(min=1), metavar="ID", shell_complete=complete_job)
 job_ids = click.argument(
@@ -49,15 +49,17 @@ def job() -> None:
 @click.option("--policy", required=True, metavar="NAME|ID", shell_complete=complete_policy)
 @click.option("--key", help="Idempotency key: the same command with the same key creates no other jobs.")
 @click.option("--watch", is_flag=True, help="Watch the jobs to their final states.")
-@formats(Job)
+@formats(Job, rest.TaskStatus)
 @with_session
 def submit(session: Session, /, *, subnets: Sequence[str], policy: str, key: str | None, watch: bool) -> int | None:
     """Create a job for each subnet."""
+    states = watch and session.output.format is Format.JSONL
+    session.output.check_fields(rest.TaskStatus if states else Job)
     chosen = [resolve.subnet_named(session, each) for each in subnets]
     policy_id = resolve.policy_named(session, policy).id
     networks = {each.id: each.cidr for each in chosen}
     made = changes.create_jobs(session, [each.id for each in chosen], policy_id, key).json
-    if not (watch and session.output.format is Format.JSONL):
+    if not states:
         session.output.many(made["jobs"], changes.submitted_columns(networks))
     if not watch:
         return None
@@ -255,8 +257,11 @@ def cancel(session: Session, /, *, job_ids: Sequence[int], all_mine: bool, waits
         cancelled, errors = answer.job_ids, list[CommandError]()
     else:
         cancelled, errors = changes.cancel_each(session, job_ids)
+    for error in errors:  # before the wait, which may end with another error
+        session.output.error(error)
     code = follow.code_of(_watch(session, cancelled, None)) if waits and cancelled else Exit.DONE
-    many_failed(errors, session.output)
+    if errors:
+        return errors[0].code
     return Exit.DONE if code is Exit.JOB_CANCELLED else code
 
 

@@ -478,6 +478,27 @@ def test_cancel_with_wait_prints_the_final_state_and_exits_0(jobs: FakeApi, run:
     assert "job 41 could not be cancelled" in ended.err
 
 
+def test_submit_checks_fields_against_the_objects_that_it_prints(jobs: FakeApi, run: Any) -> None:
+    """JSON lines of a watch are states of jobs, and all other formats have the created jobs."""
+    submit = ("job", "submit", "--subnet", "5", "--policy", "3")
+    jobs.requests.clear()
+    assert run(*submit, "--watch", "-o", "jsonl", "--json", "id").code == 2
+    assert run(*submit, "--json", "job_id").code == 2
+    assert not jobs.requests
+    assert json.loads(run(*submit, "--json", "id").out) == [{"id": 43}]
+    lines = run(*submit, "--watch", "-o", "jsonl", "--json", "job_id").out.splitlines()
+    assert set(lines) == {'{"job_id":"44"}'}
+
+
+def test_cancel_with_a_wait_that_fails_prints_the_errors_of_other_jobs(jobs: FakeApi, run: Any) -> None:
+    """A job that could not be cancelled is reported, also if the watch of the others fails."""
+    failed = httpx2.Response(500, json={"error": "no"})
+    jobs.fault_of = lambda request: failed if request.url.path.endswith("/events") else None
+    ended = run("job", "cancel", "41", "42", "--wait")
+    assert ended.code == 1
+    assert "job 41 could not be cancelled" in ended.err
+
+
 def test_cancel_of_all_jobs_with_wait_waits_for_each(jobs: FakeApi, run: Any) -> None:
     """The service names the jobs that it cancelled."""
 
