@@ -9,7 +9,7 @@ from uuid import uuid4
 import httpx2
 
 from scanfleet.contracts.messages import JobStatus
-from scanfleet_cli import calls
+from scanfleet_cli import calls, resolve
 from scanfleet_cli.client import Reply
 from scanfleet_cli.errors import ApiError, CommandError, Exit, ScanfleetError, UnavailableError, explain
 from scanfleet_cli.output import Column, Row, column
@@ -62,23 +62,34 @@ def replaced(session: Session, call: calls.Call[Any]) -> Row:
     try:
         after: Row = session.ask(call)
     except ApiError as error:
-        if error.status == httpx2.codes.PRECONDITION_FAILED:
-            if error.unsure and (current := _as_sent(session, call)) is not None:
+        if error.status != httpx2.codes.PRECONDITION_FAILED:
+            raise
+        end = CommandError(
+            "another request has changed the object in the meantime; nothing was changed",
+            hint="repeat the command",
+            status=error.status,
+            request_id=error.request_id,
+        )
+        if error.unsure:
+            current: Row = session.ask(calls.Call("GET", call.path, call.answer))
+            if _is_as_sent(current, call.body or {}):
                 return current
-            raise CommandError(
-                "another request has changed the object in the meantime; nothing was changed",
-                hint="repeat the command",
-                status=error.status,
-                request_id=error.request_id,
-            ) from error
-        raise
+            end.message = (
+                "the object differs from the version that was read; an attempt without a response may have changed it"
+            )
+            end.code, end.hint = Exit.FAULT, "check the object before you repeat the command"
+        raise end from error
     return after
 
 
-def _as_sent(session: Session, call: calls.Call[Any]) -> Row | None:
-    """Return the object if an attempt without a response has replaced it."""
-    current: Row = session.ask(calls.Call("GET", call.path, call.answer))
-    return current if all(current[name] == value for name, value in (call.body or {}).items()) else None
+def _is_as_sent(current: Row, sent: Mapping[str, Any]) -> bool:
+    """Return whether an object has the fields of a request; the service may have changed the notation of networks."""
+    sent, current = dict(sent), dict(current)
+    if "cidr" in sent:
+        scopes = [resolve.scope(each.pop("cidr"), each.pop("exclude", [])) for each in (sent, current)]
+        if scopes[0] != scopes[1]:
+            return False
+    return all(current.get(name) == value for name, value in sent.items())
 
 
 def delete_each(

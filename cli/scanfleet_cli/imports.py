@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 from scanfleet.contracts import rest
 from scanfleet_cli import calls, changes, resolve
-from scanfleet_cli.errors import ApiError, CommandError, explain
+from scanfleet_cli.errors import Exit, ScanfleetError, explain
 from scanfleet_cli.output import Row, printable
 from scanfleet_cli.session import Session
 
@@ -74,7 +74,11 @@ def _choose_updates(session: Session, new: Sequence[Line], bodies: dict[int, res
 
 
 def carry_out(session: Session, text: str, lines: Sequence[Line]) -> None:
-    """Create and update the subnets; an update that the service refuses changes its line."""
+    """Create and update the subnets; an update that the service refuses changes its line.
+
+    Raises:
+        ScanfleetError: the service failed or is unavailable, or the token was refused; the lines before are done.
+    """
     bodies = _bodies(text)
     accepted = [line for line in lines if line.action in {"create", "exists"}]
     if any(line.action == "create" for line in accepted):
@@ -86,8 +90,11 @@ def carry_out(session: Session, text: str, lines: Sequence[Line]) -> None:
             try:
                 etag = session.client.ask(calls.read_subnet(line.id)).etag
                 changes.replaced(session, calls.replace_subnet(line.id, bodies[line.line], etag))
-            except (ApiError, CommandError) as error:
-                line.refuse(explain(error).message)
+            except ScanfleetError as error:
+                end = explain(error)
+                if end.code not in {Exit.REFUSED, Exit.NOT_FOUND}:
+                    raise  # the other lines would fail alike, each after all its retries
+                line.refuse(end.message)
 
 
 def summary(lines: Sequence[Line], *, dry_run: bool) -> str:

@@ -11,11 +11,14 @@ import click
 from pydantic import BaseModel
 
 from scanfleet.contracts import rest
-from scanfleet_cli import calls
+from scanfleet_cli import calls, coverage
 from scanfleet_cli.errors import CommandError, Exit
 from scanfleet_cli.session import Command, Session
 
 Body = TypeVar("Body", bound=BaseModel)
+
+Scope = tuple[str, frozenset[str]]
+"""A network, and the fewest networks that are excluded from it."""
 
 
 class _Numbered(Protocol):
@@ -143,6 +146,18 @@ def canonical(cidr: str) -> str:
         return str(ip_network(cidr))
     except ValueError:
         return cidr
+
+
+def scope(cidr: str, exclude: Iterable[str]) -> Scope:
+    """Return what a subnet scans, in a form that is equal for equal addresses; invalid text is unchanged."""
+    try:
+        network = ip_network(cidr)
+        within = [
+            each for each in map(ip_network, exclude) if each.version == network.version and each.overlaps(network)
+        ]
+    except ValueError:
+        return cidr, frozenset(exclude)
+    return str(network), frozenset(map(str, coverage.merged(within)))
 
 
 def _is_network(text: str) -> bool:

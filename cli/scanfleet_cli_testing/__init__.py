@@ -430,7 +430,7 @@ def _subnet(number: int, body: dict[str, Any]) -> dict[str, Any]:
         user_id=7,
         name=given.name,
         cidr=given.cidr,
-        exclude=given.exclude or [],
+        exclude=[str(ip_network(each)) for each in given.exclude or []],
         created_at=NOW,
         updated_at=NOW,
     )

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from ipaddress import ip_network
 from typing import Any, Final, TypeVar
 
 import click
@@ -18,7 +17,7 @@ from scanfleet.contracts import rest
 from scanfleet.contracts.messages import Job
 from scanfleet.scanning.policy import PolicyError, Preset, ScanPolicy, fill_in
 from scanfleet.scanning.ports import PortSet
-from scanfleet_cli import calls, changes, coverage, findings, follow, resolve, views
+from scanfleet_cli import calls, changes, findings, follow, resolve, views
 from scanfleet_cli.completion import complete_policy
 from scanfleet_cli.errors import ApiError, CommandError, Exit, UnavailableError
 from scanfleet_cli.output import Format, Row, count, printable
@@ -32,9 +31,6 @@ ATTEMPTS: Final = 3  # to create an object; after an unknown outcome the objects
 _Watched = Callable[[Row], bool]
 """Whether a result matches `--fail-on`."""
 
-_Scope = tuple[str, frozenset[str]]
-"""A network, and the merged exclusions that overlap it."""
-
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -45,8 +41,8 @@ class Wanted:
     exclude: tuple[str, ...] = ()
 
     @property
-    def scope(self) -> _Scope:
-        return _scope(self.cidr, self.exclude)
+    def scope(self) -> resolve.Scope:
+        return resolve.scope(self.cidr, self.exclude)
 
 
 @click.command()
@@ -106,7 +102,7 @@ def scan(
     limit, watched_ports = follow.seconds(timeout), _fail_ports(fail_on)
     wanted = list(_targets(targets, file, exclude, name))
     chosen, policy_word = _policy(session, policy, resolve.policy_fields(policy_options))
-    known = {_scope(each.cidr, each.exclude): each for each in reversed(list(resolve.subnets(session)))}
+    known = {resolve.scope(each.cidr, each.exclude): each for each in reversed(list(resolve.subnets(session)))}
     subnets = [_subnet(session, each, known) for each in wanted]
     subnet_ids = [subnet.id for subnet, _ in subnets]
     reply = changes.create_jobs(session, subnet_ids, chosen.id, key)
@@ -206,7 +202,7 @@ def _targets(given: Sequence[str], file: Any, exclude: Sequence[str], name: str 
     wanted = [Wanted(each) for each in given if each != "-"] + list(_of_lines(lines))
     if not wanted:
         raise CommandError("no targets", hint="scanfleet scan 192.0.2.0/24, or --targets FILE")
-    named: set[_Scope] = set()
+    named: set[resolve.Scope] = set()
     for each in wanted:
         target = Wanted(resolve.canonical(each.cidr), each.name or name, (*each.exclude, *exclude))
         if target.scope in named:
@@ -237,7 +233,7 @@ def _of_lines(lines: Iterable[str]) -> Iterator[Wanted]:
 # Subnets and policies
 
 
-def _subnet(session: Session, wanted: Wanted, known: Mapping[_Scope, rest.Subnet]) -> tuple[rest.Subnet, str]:
+def _subnet(session: Session, wanted: Wanted, known: Mapping[resolve.Scope, rest.Subnet]) -> tuple[rest.Subnet, str]:
     scope = wanted.scope
     name = wanted.name or resolve.own_name(wanted.cidr, sorted(wanted.exclude))
     body = resolve.body(rest.SubnetBody, {"name": name, "cidr": wanted.cidr, "exclude": list(wanted.exclude)})
@@ -245,20 +241,9 @@ def _subnet(session: Session, wanted: Wanted, known: Mapping[_Scope, rest.Subnet
         session,
         [known[scope]] if scope in known else [],
         lambda: resolve.subnets(session),
-        lambda each: _scope(each.cidr, each.exclude) == scope,
+        lambda each: resolve.scope(each.cidr, each.exclude) == scope,
         lambda: session.client.send(calls.create_subnet(body)),
     )
-
-
-def _scope(cidr: str, exclude: Iterable[str]) -> _Scope:
-    try:
-        network = ip_network(cidr)
-        within = [
-            each for each in map(ip_network, exclude) if each.version == network.version and each.overlaps(network)
-        ]
-    except ValueError:
-        return cidr, frozenset(exclude)
-    return cidr, frozenset(map(str, coverage.merged(within)))
 
 
 def _policy(session: Session, named: str | None, fields: dict[str, Any]) -> tuple[rest.Policy, str]:

@@ -165,19 +165,60 @@ def test_import_with_update_changes_the_subnets_of_the_same_name(api: FakeApi, r
     assert ended.out.startswith("0 created, 0 unchanged, 1 refused: line 2: another request has changed the object")
 
 
-def test_edit_whose_answer_was_cut_is_done(api: FakeApi, run: Any) -> None:
-    """When the repeated PUT finds the subnet changed as asked, the attempt that was cut did it."""
-    run("subnet", "create", "lab", "127.9.8.0/24")
+@pytest.mark.parametrize(("status", "code"), [(500, 1), (403, 4), (503, 6)])
+def test_import_ends_with_the_first_fault_of_an_update(
+    api: FakeApi, run: Any, tmp_path: Path, status: int, code: int
+) -> None:
+    """A service that fails, is unavailable or refuses the token is no verdict on a line, and no further line is sent."""
+    run("subnet", "create", "lab", "127.9.0.0/24")
+    run("subnet", "create", "web", "127.9.1.0/24")
+    file = tmp_path / "networks.csv"
+    file.write_text("name,cidr\nlab,127.9.8.0/24\nweb,127.9.9.0/24\n")
+    failed = httpx2.Response(status, json={"error": "no"})
+    api.fault_of = lambda request: failed if request.method == "PUT" else None
+    ended = run("--retry", "0", "subnet", "import", file, "--update")
+    assert (ended.code, ended.out) == (code, "")
+    assert {each.url.path for each in api.requests if each.method == "PUT"} == {"/api/v1/subnet/5"}
+
+
+def cut_after_the_first_put(api: FakeApi, theirs: dict[str, Any]) -> None:
+    """Carry out the next PUT, change the subnet as another request would, and cut the response."""
+    puts: list[httpx2.Request] = []
 
     def fault(request: httpx2.Request) -> Exception | None:
-        if request.method == "PUT" and api.subnets[5]["name"] == "lab":
+        if request.method == "PUT" and not puts:
+            puts.append(request)
             api.carry_out(request)
+            api.subnets[5] |= theirs
             return httpx2.ReadError("connection reset")
         return None
 
     api.fault_of = fault
+
+
+@pytest.mark.parametrize(
+    ("change", "is_"),
+    [
+        (["--name", "web"], "subnet 5 web 127.9.8.0/24 (256 addresses)"),
+        (["--add-exclude", "127.9.8.5"], "subnet 5 lab 127.9.8.0/24 (256 addresses, 1 excluded)"),
+    ],
+)
+def test_edit_whose_answer_was_cut_is_done(api: FakeApi, run: Any, change: list[str], is_: str) -> None:
+    """When the repeated PUT finds the subnet as sent, in the notation of the service, the attempt that was cut did it."""
+    run("subnet", "create", "lab", "127.9.8.0/24")
+    cut_after_the_first_put(api, {})
+    ended = run("subnet", "edit", "5", *change)
+    assert (ended.code, ended.out) == (0, f"is   {is_}\n")
+
+
+def test_edit_whose_answer_was_cut_and_whose_object_differs_exits_1(api: FakeApi, run: Any) -> None:
+    """The attempt that was cut may have changed the object before another request did."""
+    run("subnet", "create", "lab", "127.9.8.0/24")
+    cut_after_the_first_put(api, {"exclude": ["127.9.8.9/32"]})
     ended = run("subnet", "edit", "5", "--name", "web")
-    assert (ended.code, ended.out) == (0, "is   subnet 5 web 127.9.8.0/24 (256 addresses)\n")
+    assert ended.code == 1
+    assert "an attempt without a response may have changed it" in ended.err
+    assert "nothing was changed" not in ended.err
 
 
 def test_import_of_a_file_that_is_not_utf_8_exits_2(api: FakeApi, run: Any, tmp_path: Path) -> None:
