@@ -122,15 +122,42 @@ def cancel_tasks(wanted: rest.CancelJobs) -> Call[rest.JobsCancelled]:
     return Call("POST", "/api/v1/task/cancel", rest.JobsCancelled, body=_given(wanted))
 
 
-def read_results(job_id: int, accept: str = NDJSON, **query: Any) -> Call[list[rest.Result]]:
-    """Read the results of a job; for `Client.results` and `Client.stream`."""
+def read_results(
+    job_id: int,
+    accept: str = NDJSON,
+    *,
+    fields: str | None = None,
+    after: int | None = None,
+    limit: int | None = None,
+    port: Sequence[int] | None = None,
+    service: str | None = None,
+    address: str | None = None,
+) -> Call[list[rest.Result]]:
+    """Read the results of a job; for `Client.results` and `Client.stream`. `fields` are names, separated by commas."""
+    query = {
+        "fields": fields,
+        "after": after,
+        "limit": limit,
+        "port": port,
+        "service": service,
+        "address": address,
+    }
     return Call(
         "GET", f"/api/v1/task/{job_id}/results", list[rest.Result], query=_set(query), headers={"Accept": accept}
     )
 
 
-def read_hosts(job_id: int, **query: Any) -> Call[list[rest.Host]]:
+def read_hosts(
+    job_id: int,
+    *,
+    after: str | None = None,
+    limit: int | None = None,
+    port: Sequence[int] | None = None,
+    service: str | None = None,
+    address: str | None = None,
+) -> Call[list[rest.Host]]:
     """Read the hosts of a job; for `Client.hosts` and `Client.stream`."""
+    query = {"after": after, "limit": limit, "port": port, "service": service, "address": address}
     return Call("GET", f"/api/v1/task/{job_id}/hosts", list[rest.Host], query=_set(query), headers={"Accept": NDJSON})
 
 
@@ -246,7 +273,28 @@ def replace_subnet_retention(subnet_id: int, keep_results_days: int | None) -> C
 # Administrators
 
 
-def list_audit(**filters: str | None) -> ListCall[rest.AuditList]:
+def list_audit(
+    *,
+    subject: str | None = None,
+    request_id: str | None = None,
+    action: str | None = None,
+    decision: str | None = None,
+    rule: str | None = None,
+    source: str | None = None,
+    since: str | None = None,
+    until: str | None = None,
+) -> ListCall[rest.AuditList]:
+    """List the entries of the audit log that match."""
+    filters = {
+        "subject": subject,
+        "request_id": request_id,
+        "action": action,
+        "decision": decision,
+        "rule": rule,
+        "source": source,
+        "since": since,
+        "until": until,
+    }
     return _list("/api/v1/audit", rest.AuditList, "entries", filters)
 
 

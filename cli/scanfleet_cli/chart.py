@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from itertools import pairwise
 from typing import Final
 
 from scanfleet.contracts import rest
@@ -63,9 +64,12 @@ def lines(
         size = BLOCK**2
         columns = _columns(len(letters), size)
         output.note(f"too wide for this terminal: showing /{_prefix(first, size)}s")
-    cells = "".join(_worst_of(letters[start : start + size]) for start in range(0, len(letters), size))
+    # Cells are whole prefixes, of which the first and the last may have fewer addresses in the map.
+    skew = int(first) % size
+    edges = [0, *range(size - skew, len(letters), size), len(letters)]
+    cells = "".join(_worst_of(letters[start:end]) for start, end in pairwise(edges))
     paint: Callable[[str, str], str] = (lambda _name, text: text) if plain else output.paint
-    labels = [str(first + row * size) for row in range(0, len(cells), columns)]
+    labels = [str(first - skew + row * size) for row in range(0, len(cells), columns)]
     indent = max(map(len, labels), default=0) + GAP
     for row, label in enumerate(labels):
         painted = "".join(paint(NAMES.get(cell, ""), cell) for cell in cells[row * columns : (row + 1) * columns])
@@ -74,7 +78,7 @@ def lines(
         paint(name, f"{letter} {name.replace('_', ' ')}") for letter, name in NAMES.items() if letter in cells
     )
     if size > 1:
-        yield f"each cell is a /{_prefix(first, size)}: the worst of its {size:,} addresses"
+        yield f"each cell is a /{_prefix(first, size)}: the worst of its addresses"
 
 
 def _size(addresses: int, block: int | None, longest: int) -> int:

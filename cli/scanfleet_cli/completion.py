@@ -1,6 +1,6 @@
 """Completions of a shell: contexts, and objects of the API with a description.
 
-A shell waits for them, so a read is given up after about a second, and errors give no completions.
+The shell blocks on them: a read times out after about a second, and an error yields no completions.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from scanfleet_cli.errors import ScanfleetError
+from scanfleet_cli.output import printable
 
 if TYPE_CHECKING:
     from scanfleet_cli.calls import ListCall
@@ -24,7 +25,7 @@ LATEST: Final = 30  # jobs
 OBJECTS: Final = 100  # subnets and policies: one page
 
 Read = Callable[["Session", str], Iterator[list[CompletionItem]]]
-"""Yields the completions of the text begun: first those that are read fast, then better ones."""
+"""Yields completions of the incomplete word: first those available quickly, then more detailed ones."""
 
 
 def complete_context(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
@@ -32,7 +33,7 @@ def complete_context(context: click.Context, _parameter: click.Parameter, begun:
     session: Session = context.find_root().obj
     with suppress(ScanfleetError):
         contexts = session.config.contexts().values()
-        return [CompletionItem(each.name, help=each.url) for each in contexts if each.name.startswith(begun)]
+        return [CompletionItem(each.name, help=printable(each.url)) for each in contexts if each.name.startswith(begun)]
     return []
 
 
@@ -82,7 +83,7 @@ def _jobs(session: Session, begun: str) -> Iterator[list[CompletionItem]]:
         described = []
         for job in jobs:
             network = networks.get(job["subnet_id"], f"subnet {job['subnet_id']}")
-            described.append(CompletionItem(str(job["id"]), help=f"{states[job['id']]} {network}"))
+            described.append(CompletionItem(str(job["id"]), help=printable(f"{states[job['id']]} {network}")))
         return described
 
     yield items()
@@ -115,7 +116,7 @@ def _named(rows: Sequence[Row], describe: Callable[[Row], str], begun: str) -> l
     for row in rows:
         plain = names.count(row["name"]) == 1 and all(c.isalnum() or c in "-_./:" for c in row["name"])
         value, about = (row["name"], "") if plain else (str(row["id"]), f"{row['name']} ")
-        found.append(CompletionItem(value, help=about + describe(row)))
+        found.append(CompletionItem(value, help=printable(about + describe(row))))
     return [item for item in found if item.value.startswith(begun)]
 
 

@@ -16,6 +16,9 @@ from scanfleet_cli.views import Followed
 TABLE_FIELDS: Final = "id,ip_address,port,protocol,status,service,version,os_info,banner"
 """Fields of the results that a table needs; without `raw_data` a response has a seventh of the size."""
 
+MATCHED_FIELDS: Final = ("id", "ip_address", "port", "status", "service")
+"""Fields of the results by which they are filtered, and printed once."""
+
 
 def columns(*, grouped: bool = False) -> list[Column]:
     """Return the columns of a table of results.

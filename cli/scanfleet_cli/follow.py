@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -64,6 +64,7 @@ def to_the_end(
     enough: Callable[[JobStatus], bool] = lambda status: status.final,
     ended: Callable[[Followed], None] | None = None,
     found: Callable[[Row], None] | None = None,
+    query: Mapping[str, Any] | None = None,
     owner: int | None = None,
 ) -> list[Followed]:
     """Follow jobs to their final state; Ctrl-C and the time limit leave them running, unless `cancel` is set.
@@ -79,6 +80,7 @@ def to_the_end(
         enough: whether a job in this state is followed no further.
         ended: called for each final job once its ledger was read.
         found: called for results while the jobs run; the caller reads those of the last seconds.
+        query: of the results; an older service ignores it.
         owner: user id of the owner of the jobs, if known.
 
     Raises:
@@ -86,7 +88,7 @@ def to_the_end(
         KeyboardInterrupt: on Ctrl-C.
     """
     ids = " ".join(map(str, job_ids))
-    following = _Following(session, job_ids, view, enough, ended, owner=owner)
+    following = _Following(session, job_ids, view, enough, ended, query=query or {}, owner=owner)
     try:
         jobs = asyncio.run(following.run(limit, found))
     except KeyboardInterrupt:
@@ -132,6 +134,7 @@ class _Following:
         enough: Callable[[JobStatus], bool],
         ended: Callable[[Followed], None] | None,
         *,
+        query: Mapping[str, Any],
         owner: int | None,
     ) -> None:
         self._session = session
@@ -140,6 +143,7 @@ class _Following:
         self._view = view
         self._enough = enough
         self._ended = ended
+        self._query = query
         self._owner = owner
         self._news: asyncio.Queue[rest.TaskStatus | Followed]
         self._tasks: list[asyncio.Task[None]]
@@ -244,7 +248,7 @@ class _Following:
             await asyncio.sleep(self._session.patience.poll)
             for job_id in [each.job_id for each in self._jobs.values() if each.task is not None and not each.final]:
                 with suppress(ApiError, UnavailableError):  # the next poll reads them
-                    call = calls.read_results(job_id, after=newest[job_id])
+                    call = calls.read_results(job_id, after=newest[job_id], **self._query)
                     async with client.stream(call, timeout=0) as response:
                         async for line in response.aiter_lines():
                             row = parse_json(line)

@@ -13,7 +13,7 @@ from scanfleet.contracts import rest
 from scanfleet_cli import calls, changes, resolve
 from scanfleet_cli.errors import Exit, ScanfleetError, explain
 from scanfleet_cli.output import Row, printable
-from scanfleet_cli.session import Session
+from scanfleet_cli.session import Session, supported
 
 FIELDS: Final = ("line", "action", "id", "error")
 """Fields of a line as JSON."""
@@ -49,7 +49,8 @@ def planned(session: Session, text: str, *, update: bool) -> list[Line]:
     Raises:
         ApiError: the text is not CSV with the columns of a subnet.
     """
-    checked = session.client.send(calls.check_subnets(text)).lines
+    with supported("imports of subnets"):
+        checked = session.client.send(calls.check_subnets(text)).lines
     lines = [Line(each.line, each.action, each.id, each.error or "") for each in checked]
     if update and (new := [line for line in lines if line.action == "create"]):
         _choose_updates(session, new, _bodies(text))

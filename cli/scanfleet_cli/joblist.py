@@ -35,7 +35,7 @@ def columns(output: Output, *, users: bool) -> list[Column]:
         Column("STARTED", lambda row: ago(row["start_time"], output)),
         Column("TOOK", lambda row: took(row, output)),
         column("MACHINES", "machines_found", wide=True),
-        column("ERROR", "error"),
+        column("ERROR", "error", wide=True),
     ]
 
 
@@ -52,7 +52,7 @@ def _status(job: Row) -> str:
 
 
 class Details:
-    """Details that a list of jobs does not contain: progress of unfinished jobs, errors, and with `-o wide` names and machines."""
+    """Details that a list of jobs does not contain: progress of unfinished jobs, and with `-o wide` names, machines and errors."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -63,7 +63,7 @@ class Details:
     def read(self, job: Row) -> Row:
         """Read the details of a job."""
         task = None
-        if self._every or job["status"] not in {JobStatus.COMPLETED, JobStatus.CANCELLED}:
+        if self._every or not JobStatus(job["status"]).final:
             task = self._session.find(calls.read_task(job["id"]))
         return self.of(job, task.status if task else None)
 

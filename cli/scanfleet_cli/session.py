@@ -9,6 +9,7 @@ import threading
 import time
 import webbrowser
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,6 +34,7 @@ COMPLETE: Final = "_SCANFLEET_COMPLETE"
 
 LIMIT: Final = 30  # rows of a list; a screen
 _NOT_FOUND: Final = 404
+_NOT_ALLOWED: Final = 405
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class World:
     """Seconds between two polls."""
 
     completion: float = 0.9
-    """Seconds after which a read for completions is given up; a shell waits for it, and for the start of the command."""
+    """Timeout in seconds of a read for completions; the shell blocks on it and on the start of the command."""
 
     browse: Callable[[str], bool] = webbrowser.open
     sleep: Callable[[float], None] = time.sleep
@@ -263,6 +265,30 @@ class _Counted:
         for row in self._rows:
             self.number += 1
             yield row
+
+
+@contextmanager
+def supported(what: str) -> Iterator[None]:
+    """Name the reason if a service does not support an operation because it is older than this command.
+
+    Args:
+        what: the operation, in the plural.
+
+    Raises:
+        CommandError: the service has no such operation.
+    """
+    try:
+        yield
+    except ApiError as error:
+        if error.status == _NOT_ALLOWED or (error.status == _NOT_FOUND and error.message == "Not Found"):
+            raise CommandError(
+                f"this service does not support {what}: it is older than this command",
+                Exit.FAULT,
+                hint="scanfleet doctor",
+                status=error.status,
+                request_id=error.request_id,
+            ) from error
+        raise
 
 
 def _token_in(file: Path) -> str:

@@ -7,7 +7,7 @@ import click
 from scanfleet.contracts import rest
 from scanfleet_cli import calls
 from scanfleet_cli.output import Column, ago, column
-from scanfleet_cli.session import Session, lists, with_session
+from scanfleet_cli.session import Session, lists, supported, with_session
 
 
 @click.group()
@@ -37,4 +37,5 @@ def list_(session: Session, /, *, state: str | None, user: str | None) -> None:
         column("COMPLETED", "completed_at", wide=True),
     ]
     rows = session.rows(calls.list_deletions(state=state, user_id=user))
-    session.show_list(rows, columns, "no deletion matches" if state or user else "no deleted jobs", "job_id")
+    with supported("receipts of deletions"):
+        session.show_list(rows, columns, "no deletion matches" if state or user else "no deleted jobs", "job_id")

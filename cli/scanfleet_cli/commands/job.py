@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from ipaddress import ip_address, ip_network
 from typing import Any, Final, TypeVar
 
 import click
-import httpx2
 
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import Job, JobStatus
 from scanfleet_cli import calls, changes, chart, coverage, findings, follow, joblist, resolve, views
 from scanfleet_cli.completion import complete_job, complete_policy, complete_subnet
-from scanfleet_cli.errors import ApiError, CommandError, Exit
+from scanfleet_cli.errors import CommandError, Exit
 from scanfleet_cli.output import Format, Row, ago, column, count, duration, printable
-from scanfleet_cli.session import Session, formats, lists, long_lists, with_session, yes
+from scanfleet_cli.session import Session, formats, lists, long_lists, supported, with_session, yes
 
 job_id = click.argument("job_id", type=click.IntRange(min=1), metavar="ID", shell_complete=complete_job)
 job_ids = click.argument(
@@ -359,25 +357,8 @@ def _waiting(found: Row) -> Iterator[str]:
 
 def _added(session: Session, call: calls.Call[Any], what: str) -> Any:
     """Send a call that an older service does not support."""
-    with _supported(what):
+    with supported(what):
         return session.ask(call)
-
-
-@contextmanager
-def _supported(what: str) -> Iterator[None]:
-    """Name the reason if a service does not support an operation because it is older than this command."""
-    try:
-        yield
-    except ApiError as error:
-        if error.status == httpx2.codes.NOT_FOUND and error.message == "Not Found":
-            raise CommandError(
-                f"this service does not support {what}: it is older than this command",
-                Exit.FAULT,
-                hint="scanfleet doctor",
-                status=error.status,
-                request_id=error.request_id,
-            ) from error
-        raise
 
 
 @job.command()
@@ -414,7 +395,7 @@ def results(
     if output.format is Format.XML:
         if filtered or session.limit:
             raise CommandError("-o xml prints the whole job", hint="omit the filters, --json and --limit")
-        with _supported("exports in nmap's XML format"):
+        with supported("exports in nmap's XML format"):
             findings.nmap_xml(session, job_id)
         findings.note_not_probed(session, job_id)
         return
@@ -432,6 +413,11 @@ def results(
             and (network is None or ip_address(row["ip_address"]) in network)
         )
 
+    query: dict[str, Any] = {"port": list(ports) or None, "service": service, "address": address}
+    if output.fields is not None:
+        query["fields"] = ",".join(dict.fromkeys([*findings.MATCHED_FIELDS, *output.fields]))
+    elif output.format not in {Format.JSON, Format.JSONL, Format.CSV} and not raw:
+        query["fields"] = findings.TABLE_FIELDS
     if following and lines is not None:
         show = lines.print
         follow.to_the_end(
@@ -440,10 +426,8 @@ def results(
             views.Silent(output),
             follow.seconds(timeout),
             found=lambda row: show(row) if matches(row) else None,
+            query=query,
         )
-    query: dict[str, Any] = {"port": list(ports) or None, "service": service, "address": address}
-    if output.format not in {Format.JSON, Format.JSONL, Format.CSV} and output.fields is None and not raw:
-        query["fields"] = findings.TABLE_FIELDS
     rows = filter(matches, findings.rows(session, job_id, **query))
     if lines is not None:
         lines.print_all(rows if following else session.limited(rows))
@@ -488,7 +472,7 @@ def hosts(session: Session, /, *, job_id: int, ports: Sequence[int], service: st
     as a whole, and the JSON formats all of it, with the output of host scripts.
     """
     rows = findings.host_rows(session, job_id, port=list(ports) or None, service=service, address=address)
-    with _supported("lists of hosts"):
+    with supported("lists of hosts"):
         session.show_list(
             session.limited(rows),
             findings.host_columns(),

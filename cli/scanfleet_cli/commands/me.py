@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 import click
-import httpx2
 
 from scanfleet.contracts import rest
 from scanfleet_cli import calls
-from scanfleet_cli.errors import ApiError, CommandError, Exit
 from scanfleet_cli.output import Row
-from scanfleet_cli.session import Session, formats, with_session
+from scanfleet_cli.session import Session, formats, supported, with_session
 
 _WHO: Final = ("url", "url_source", "token_source", "user_id", "admin", "expires_at")
 
@@ -41,16 +39,8 @@ def _who(found: Row) -> Iterator[str]:
 
 
 def _me(session: Session) -> Any:
-    try:
+    with supported("reads of the caller"):
         return session.ask(calls.read_me())
-    except ApiError as error:
-        if error.status == httpx2.codes.NOT_FOUND:
-            raise CommandError(
-                "this service cannot show the caller: it is older than this command",
-                Exit.FAULT,
-                hint="scanfleet doctor",
-            ) from error
-        raise
 
 
 @click.command()

@@ -14,7 +14,7 @@ from scanfleet_cli import calls, changes, resolve
 from scanfleet_cli.completion import complete_policy, complete_subnet
 from scanfleet_cli.errors import CommandError
 from scanfleet_cli.output import Row, column, count, duration, printable, text_of
-from scanfleet_cli.session import Session, formats, lists, with_session, yes
+from scanfleet_cli.session import Session, formats, lists, supported, with_session, yes
 
 _NAMED: Final = 5  # excluded networks in a line; JSON has all
 _OF_POLICY: Final = ("tcp_ports", "udp_ports", "needs_raw_packets")  # known without a subnet
@@ -145,7 +145,8 @@ def explain(session: Session, /, *, which: str, subnet: str | None) -> None:
         else:
             wanted = rest.EstimateBody(policy_id=policy.id, subnet_id=scanned.id)
             lines.append(f"subnet {scanned.id} {printable(scanned.name)} {scanned.cidr}")
-        found |= {"subnet_id": wanted.subnet_id} | session.ask(calls.estimate_task(wanted))
+        with supported("estimates of scans"):
+            found |= {"subnet_id": wanted.subnet_id} | session.ask(calls.estimate_task(wanted))
     session.output.one(found, lambda: [*lines, *_explained(found)], "policy_id")
 
 

@@ -13,7 +13,7 @@ from scanfleet_cli import calls, changes, coverage, imports, resolve
 from scanfleet_cli.completion import complete_subnet
 from scanfleet_cli.errors import CommandError, Exit, hint_of_refusal
 from scanfleet_cli.output import Format, Row, ago, column, count, printable
-from scanfleet_cli.session import Session, formats, lists, with_session, yes
+from scanfleet_cli.session import Session, formats, lists, supported, with_session, yes
 
 
 @click.group()
@@ -144,7 +144,8 @@ def retention(session: Session, /, *, which: str, days: int | None, unset: bool)
     call = calls.read_subnet_retention(subnet_id)
     if unset or days is not None:
         call = calls.replace_subnet_retention(subnet_id, days)
-    found = session.ask(call)
+    with supported("retention times of subnets"):
+        found = session.ask(call)
     session.output.one(found, lambda: [_kept(found)])
 
 

@@ -36,21 +36,22 @@ def jobs(api: FakeApi, run: Any) -> FakeApi:
 def test_list_is_a_table_on_a_terminal(run: Any) -> None:
     """A terminal gets a header and aligned columns, and an unfinished job its progress as words."""
     lines = run("--color", "never", "job", "list", width=80).out.splitlines()
-    assert lines[0].split() == ["ID", "STATUS", "SUBNET", "POLICY", "STARTED", "TOOK", "ERROR"]
+    assert lines[0].split() == ["ID", "STATUS", "SUBNET", "POLICY", "STARTED", "TOOK"]
     assert lines[1].startswith("42  running 62 %  5       3")
     assert lines[2].startswith("41  completed     5       3")
     assert lines[2].endswith("1:07")
     assert all(len(line) <= 80 for line in lines)
 
 
-def test_list_has_the_error_of_a_failed_job(jobs: FakeApi, run: Any) -> None:
-    """A failed job has its reason in the list, and a completed one is not read for it."""
+def test_wide_list_has_the_error_of_a_failed_job(jobs: FakeApi, run: Any) -> None:
+    """A table reads only unfinished jobs for their progress; with -o wide each is read."""
     jobs.jobs[42].states = [(JobStatus.FAILED, 75)]
     jobs.jobs[42].error = "64 addresses lost"
     lines = run("--color", "never", "job", "list", width=80).out.splitlines()
     assert lines[1].split()[:2] == ["42", "failed"]
+    assert [each.url.path for each in jobs.requests] == ["/api/v1/task"]
+    lines = run("--color", "never", "job", "list", "-o", "wide", width=160).out.splitlines()
     assert lines[1].endswith("  64 addresses lost")
-    assert [each.url.path for each in jobs.requests] == ["/api/v1/task", "/api/v1/task/42"]
 
 
 @pytest.mark.usefixtures("jobs")
@@ -66,7 +67,7 @@ def test_states_are_coloured_on_a_terminal_alone(run: Any) -> None:
 def test_list_is_tab_separated_elsewhere(run: Any) -> None:
     """Without a terminal there is no header, and times have the format of the API."""
     (line,) = run("job", "list", "--status", "completed").out.splitlines()
-    assert line.split("\t") == ["41", "completed", "5", "3", "2026-03-14T09:00:00Z", "1:07", ""]
+    assert line.split("\t") == ["41", "completed", "5", "3", "2026-03-14T09:00:00Z", "1:07"]
 
 
 @pytest.mark.usefixtures("jobs")
@@ -314,6 +315,8 @@ def test_results_with_raw_print_the_xml_of_nmap(jobs: FakeApi, run: Any) -> None
     jobs.requests.clear()
     assert run("job", "results", "41").code == 0
     assert "raw_data" not in jobs.requests[0].url.params["fields"]
+    assert run("job", "results", "41", "--json", "port").code == 0
+    assert jobs.requests[-2].url.params["fields"] == "id,ip_address,port,status,service"
 
 
 def test_wide_results_on_a_terminal_are_grouped_by_address(jobs: FakeApi, run: Any) -> None:
@@ -331,11 +334,13 @@ def test_followed_results_are_printed_once(jobs: FakeApi, run: Any, arguments: l
     job = jobs.jobs[42]
     job.states = [(JobStatus.RUNNING, 62)]
     asked: list[str] = []
+    polls: list[dict[str, str]] = []
 
     def grows(request: httpx2.Request) -> None:
         if not request.url.path.endswith("/results"):
             return
         asked.append(request.url.params.get("after", "none"))
+        polls.append({name: value for name, value in request.url.params.items() if name != "after"})
         match len(asked):
             case 1:
                 job.results = [result(3, "127.9.8.1", 22), result(5, "127.9.8.2", 22)]
@@ -353,6 +358,9 @@ def test_followed_results_are_printed_once(jobs: FakeApi, run: Any, arguments: l
     assert len(printed) == len(set(printed)) == (3 if arguments[:1] == ["--address"] else 4)
     assert asked[:3] == ["0", "5", "7"]
     assert asked[-1] == "none"
+    assert all(each == polls[-1] for each in polls)
+    assert ("fields" in polls[-1]) == (arguments != ["-o", "jsonl"])
+    assert ("address" in polls[-1]) == (arguments[:1] == ["--address"])
 
 
 @pytest.mark.parametrize("arguments", [["--timeout", "5"], ["--follow", "--limit", "5"], ["--follow", "-o", "csv"]])
@@ -666,14 +674,30 @@ def test_map_of_a_large_network_shows_the_worst_of_each_block(jobs: FakeApi, run
     lines = run("job", "map", "41").out.splitlines()
     assert lines[0] == "127.9.0.0    " + "a" * 64
     assert lines[63] == "127.9.252.0  " + "a" * 63 + "l"
-    assert lines[65] == "each cell is a /28: the worst of its 16 addresses"
+    assert lines[65] == "each cell is a /28: the worst of its addresses"
     narrow = run("--color", "never", "job", "map", "41", width=60)
     assert narrow.err == "too wide for this terminal: showing /24s\n"
     assert narrow.out.splitlines()[15] == "127.9.240.0  " + "a" * 15 + "l"
-    assert narrow.out.splitlines()[17] == "each cell is a /24: the worst of its 256 addresses"
+    assert narrow.out.splitlines()[17] == "each cell is a /24: the worst of its addresses"
     lines = run("job", "map", "41", "--block", "20", "--width", "4", "--ascii").out.splitlines()
     assert lines == [
         "127.9.0.0    aaaa", "127.9.64.0   aaaa", "127.9.128.0  aaaa", "127.9.192.0  aaal",
-        "a answered, l lost", "each cell is a /20: the worst of its 4,096 addresses",
+        "a answered, l lost", "each cell is a /20: the worst of its addresses",
     ]  # fmt: skip
     assert run("job", "map", "41", "--block", "8").code == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "letters", "rows"),
+    [
+        ("127.9.8.5", "a" * 11 + "l" + "a" * 16, ["127.9.8.0   al", "127.9.8.32  a"]),
+        ("127.9.8.4", "a" * 7 + "l", ["127.9.8.0  l"]),
+    ],
+)
+def test_cells_of_a_map_are_whole_prefixes(jobs: FakeApi, run: Any, first: str, letters: str, rows: list[str]) -> None:
+    """A map that starts or ends within a prefix has the rest of it in its first or last cell."""
+    drawn = {"job_id": 41, "seq": 3, "status": "failed", "first": first, "addresses": len(letters)}
+    jobs.answers["GET", "/api/v1/task/41/map"] = drawn | {"blocks": [{"ports": "22", "letters": letters}]}
+    lines = run("job", "map", "41", "--block", "28", "--width", "2").out.splitlines()
+    assert lines[: len(rows)] == rows
+    assert lines[-1] == "each cell is a /28: the worst of its addresses"

@@ -300,6 +300,48 @@ def test_policy_is_not_explained_for_an_unknown_subnet(run: Any) -> None:
     assert run("policy", "explain", "web", "--subnet", "lab").code == 5
 
 
+@pytest.mark.parametrize(
+    ("status", "error", "code"),
+    [
+        (400, "cidr: 10.0.0.0/8 is too large", 2),
+        (404, "Subnet not found", 5),
+        (404, "Not Found", 1),
+        (405, "Method Not Allowed", 1),
+    ],
+)
+def test_refused_estimate_has_the_exit_code_of_its_cause(
+    api: FakeApi, run: Any, status: int, error: str, code: int
+) -> None:
+    """A service without estimates is distinguished from a subnet that does not exist."""
+    run("policy", "create", "web", "--preset", "quick")
+    api.answers["POST", "/api/v1/task/estimate"] = httpx2.Response(status, json={"error": error})
+    ended = run("policy", "explain", "web", "--subnet", "127.9.9.0/24")
+    assert (ended.code, ended.out) == (code, "")
+    assert ("this service does not support estimates of scans" if code == 1 else error) in ended.err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("whoami",),
+        ("limits",),
+        ("deletion", "list"),
+        ("subnet", "retention", "5"),
+        ("subnet", "import", os.devnull),
+        ("job", "snapshot", "41"),
+    ],
+)
+@pytest.mark.parametrize(("status", "error"), [(404, "Not Found"), (405, "Method Not Allowed")])
+def test_operation_that_an_older_service_lacks_is_reported_as_such(
+    api: FakeApi, run: Any, command: tuple[str, ...], status: int, error: str
+) -> None:
+    """A missing route is no missing object."""
+    api.fault_of = lambda _request: httpx2.Response(status, json={"error": error})
+    ended = run(*command)
+    assert ended.code == 1
+    assert "older than this command" in ended.err
+
+
 def test_contexts_are_kept_with_the_comments_of_their_file(run: Any, tmp_path: Path) -> None:
     """Contexts are added, used, shown and removed, and the file is readable by its owner alone."""
     file = tmp_path / "config.toml"
@@ -387,7 +429,7 @@ def test_retention_of_a_subnet_is_shown_and_set(api: FakeApi, run: Any) -> None:
     assert run("subnet", "retention", "5", "--set", "0").code == 2
 
 
-def test_deletions_are_listed_with_what_was_deleted(api: FakeApi, run: Any) -> None:
+def test_deletions_are_listed_with_their_counts(api: FakeApi, run: Any) -> None:
     """Filters are passed on, and counts that are not known yet are shown as such."""
     receipt = {"job_id": 41, "user_id": 7, "subnet_id": 5, "reason": "request", "requested_by": 9}
     receipt |= {"requested_at": "2026-03-14T09:00:00Z", "state": "results", "completed_at": None}
@@ -555,6 +597,13 @@ def test_objects_are_completed_with_a_description(run: Any, complete: Complete) 
     assert complete("job", "watch", "5") == []
     assert complete("subnet", "show", "") == [("6", "two words 127.9.9.0/24"), ("lab", "127.9.8.0/24")]
     assert complete("scan", "--policy", "w") == [("web", "quick, ports 80")]
+
+
+def test_descriptions_of_completions_are_escaped(api: FakeApi, run: Any, complete: Complete) -> None:
+    """A shell prints a description as it is."""
+    run("subnet", "create", "lab", "127.9.8.0/24")
+    api.subnets[5]["name"] = "a\x1b[31m b"
+    assert complete("subnet", "show", "") == [("5", "a\\x1b[31m b 127.9.8.0/24")]
 
 
 def test_fields_and_contexts_are_completed(run: Any, complete: Complete) -> None:
