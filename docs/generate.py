@@ -212,7 +212,7 @@ DOCUMENTS: Final[dict[str, Callable[[], Mapping[str, Mapping[str, Any]]]]] = {
 
 
 def documents() -> Iterator[tuple[Path, str]]:
-    """Return the file and the text of each golden document of a database."""
+    """Yield the path and the text of each golden document of a database."""
     for service, golden in DOCUMENTS.items():
         folder = FOLDER.parent / "services" / service / "tests/documents/current"
         for name, document in golden().items():

@@ -373,7 +373,7 @@ def test_page_counts_each_address_and_port_once(page: Page, stack: Stack) -> Non
 
 
 def test_page_estimate_is_of_what_was_entered_last(page: Page, stack: Stack, user: Client) -> None:
-    """The estimate has the effect of the exclusions; a query for what was entered before is aborted."""
+    """The estimate accounts for exclusions; a request for earlier input is aborted."""
     body = {"name": "half", "cidr": "127.44.13.0/24", "exclude": ["127.44.13.128/25"]}
     subnet_id = user.http.post("/api/v1/subnet", json=body).json()["id"]
 

@@ -48,7 +48,7 @@ export function NewScan() {
   const own = chosen.map((id) => subnets.value.get(id)!);
   const networks = [...own.map((each) => ({ subnet_id: each.id })), ...(parseNetwork(cidr) ? [{ cidr: cidr.trim() }] : [])];
   const names = [...own.map((each) => each.cidr), cidr.trim()];
-  // What cannot be complete yet is not sent: the API would record it as a refused request.
+  // Incomplete input is not sent: the API would record a refused request.
   const wanted = countPorts(portText)
     ? networks.slice(0, ESTIMATED).map((each) => ({ ...each, ...(policy ? { policy_id: policy.id } : { policy: values }) }))
     : [];
