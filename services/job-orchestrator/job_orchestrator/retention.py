@@ -37,7 +37,7 @@ async def _resume(settings: AuditSettings) -> str:
         await retention.resume()
     finally:
         database.client.close()
-    return "deletion by age is resumed\n"
+    return "deletion by age continues within ten minutes\n"
 
 
 if __name__ == "__main__":

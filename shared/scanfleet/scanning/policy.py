@@ -181,8 +181,8 @@ class ScanPolicy(BaseModel):
     min_rate: Annotated[
         _Number | None,
         Field(
-            description="Minimum probes per second of the whole job, even when targets do not answer; "
-            "a job has one nmap at a time for each 500 of them."
+            description="Minimum probes per second of the whole job, even when targets do not answer. "
+            "Each nmap of the job sends at least 500 of them, or all if they are fewer."
         ),
     ] = None
     max_rtt_timeout: Annotated[

@@ -81,12 +81,11 @@ def longest(policy: ScanPolicy, ports: PortSet, addresses: int) -> float:
 
 
 def width(policy: ScanPolicy) -> int:
-    """Return the maximum number of open chunks of a job, so that its nmap processes together keep to its rates.
+    """Return the maximum number of open chunks of a job, so that its nmap processes together keep to its `max_rate`.
 
-    They share `max_rate` and `min_rate`, and a share that is too low would not end a chunk in time.
+    They share it, and a share that is too low would not end a chunk in time.
     """
-    rates = [rate for rate in (policy.max_rate, policy.min_rate) if rate]
-    return min([WINDOW, *(max(1, rate // _RATE_OF_NMAP) for rate in rates)])
+    return min(WINDOW, max(1, policy.max_rate // _RATE_OF_NMAP)) if policy.max_rate else WINDOW
 
 
 def nmap_rate(policy: ScanPolicy) -> int | None:
@@ -95,10 +94,16 @@ def nmap_rate(policy: ScanPolicy) -> int | None:
 
 
 def min_rate(policy: ScanPolicy, ports: PortSet, slices: int = WINDOW) -> int | None:
-    """Return the minimum probes per second of each nmap of a job with `slices`, kept even if nothing answers."""
+    """Return the minimum probes per second of each nmap of a job with `slices`, kept even if nothing answers.
+
+    Of the policy's it is a share, but never so low that a silent chunk would not end in time: a minimum may be exceeded.
+    """
     floor = None if ports.udp_count else FLOORS[policy.timing]
     if policy.min_rate:
-        floor = policy.min_rate // min(width(policy), slices)  # blocks of ports of one slice do not run side by side
+        share = policy.min_rate // min(
+            width(policy), slices
+        )  # port blocks of one slice are scanned one after the other
+        floor = max(share, min(policy.min_rate, _RATE_OF_NMAP))
     limit = nmap_rate(policy)
     return min(floor, limit) if floor and limit else floor
 

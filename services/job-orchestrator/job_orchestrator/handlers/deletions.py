@@ -164,15 +164,22 @@ class Deletions:
         await self._deletions.advance([message.job_id], Stage.RESULTS, Stage.CHUNKS, self._clock.now(), counts)
 
     async def _expire(self) -> None:
+        now = self._clock.now()  # read with `jump`: a jump during the queries below does not change it
         if self._clock.jump is not None:
             await self._retention.halt(self._clock.jump)
             self._clock.jump, self._expired = None, float("-inf")
         if self._clock.monotonic() - self._expired < _EXPIRE_SECONDS or await self._is_halted():
             return
-        due = await self._due()
+        due, last = await self._due(now)
         ids = (await self._jobs.get([job.id for job in due])).keys()  # without those that cannot be read
-        if not ids:
-            return
+        if ids:
+            await self._delete_expired(ids)
+        if last is None:
+            self._after, self._expired = None, self._clock.monotonic()
+        else:
+            self._after = (last.end_time, last.id)
+
+    async def _delete_expired(self, ids: Collection[int]) -> None:
         expired = [
             own_entry(f"retention-{id_}", "delete_task", f"/api/v1/task/{id_}", "allowed", "retention") for id_ in ids
         ]
@@ -193,9 +200,9 @@ class Deletions:
             self._expired = self._clock.monotonic()
         return jump is not None
 
-    async def _due(self) -> list[EndedJob]:
-        """Return the next jobs to delete by age; the following call continues behind them."""
-        now, own = self._clock.now(), await self._retention.shortest()
+    async def _due(self, now: datetime) -> tuple[list[EndedJob], EndedJob | None]:
+        """Return the next jobs to delete by age, and the job behind which the walk continues; None at its end."""
+        own = await self._retention.shortest()
         shortest = [*([self.keep] if self.keep else []), *([timedelta(days=own)] if own is not None else [])]
         page: list[EndedJob] = []
         due: list[EndedJob] = []
@@ -204,11 +211,7 @@ class Deletions:
             subnets = await self._retention.of({job.subnet_id for job in page})
             due = [job for job in page if is_due(job, subnets.get(job.subnet_id), self.keep, now)]
         last = due[_AT_ONCE - 1] if len(due) > _AT_ONCE else page[-1] if len(page) == _LOOK else None
-        if last is None:
-            self._after, self._expired = None, self._clock.monotonic()
-        else:
-            self._after = (last.end_time, last.id)
-        return due[:_AT_ONCE]
+        return due[:_AT_ONCE], last
 
 
 def _request(deletion: Deletion) -> DeleteResults:

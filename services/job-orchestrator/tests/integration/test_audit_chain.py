@@ -257,7 +257,7 @@ async def test_command_resumes_retention_under_audit(database: Database, mongodb
     await store.prepare()
     await store.retention.halt(timedelta(days=1))
     desk = Desk(mongodb, database.name, file)
-    assert await desk.types("resume", command="retention") == (0, ["deletion by age is resumed"])
+    assert await desk.types("resume", command="retention") == (0, ["deletion by age continues within ten minutes"])
     assert await store.retention.halted() is None
     assert await desk.types("resume", command="retention") == (0, ["deletion by age is not halted"])
     entries, total = await store.audit.page(0, 10)

@@ -375,6 +375,22 @@ async def test_retention_is_halted_by_a_jump_of_the_clock_until_it_is_resumed() 
     assert (await world.store.jobs.get([1, 2])).keys() == set()
 
 
+async def test_jump_of_the_clock_during_a_step_deletes_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the clock jumps while a step reads whether deletion is halted, that step uses the time from before the jump."""
+    world = World(MemoryStore(), keep=timedelta(days=365))
+    await world.store.jobs.insert([ended(1, 300)])
+
+    async def halted() -> None:
+        world._clock._began += timedelta(days=100)
+        world._clock.jump = timedelta(days=100)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.store.retention, "halted", halted)
+        await world.only.deletions.step()
+    assert await left_after_walk(world, 1) == [1]
+    assert await world.store.retention.halted() == timedelta(days=100)
+
+
 async def test_walk_goes_on_behind_jobs_that_stay() -> None:
     """More jobs than a step looks at may have to stay, and an expired one behind them is deleted."""
     world = World(MemoryStore(), keep=timedelta(days=1))
