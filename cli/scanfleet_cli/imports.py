@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from scanfleet.contracts import rest
@@ -27,12 +27,13 @@ class Line:
     """Number of the line in the file, from 1."""
 
     action: Literal["create", "update", "exists", "refused"]
+    body: rest.SubnetBody
     id: int | None = None
     error: str = ""
 
     @property
     def row(self) -> Row:
-        return asdict(self) | {"error": self.error or None}
+        return {"line": self.line, "action": self.action, "id": self.id, "error": self.error or None}
 
     def refuse(self, error: str) -> None:
         self.action, self.error = "refused", error
@@ -51,20 +52,23 @@ def planned(session: Session, text: str, *, update: bool) -> list[Line]:
     """
     with supported("imports of subnets"):
         checked = session.client.send(calls.check_subnets(text)).lines
-    lines = [Line(each.line, each.action, each.id, each.error or "") for each in checked]
-    if update and (new := [line for line in lines if line.action == "create"]):
-        _choose_updates(session, new, _bodies(text))
+    lines = [
+        Line(each.line, each.action, body, each.id, each.error or "")
+        for each, body in zip(checked, _bodies(text), strict=True)
+    ]
+    if update and any(line.action == "create" for line in lines):
+        _choose_updates(session, lines)
     return lines
 
 
-def _choose_updates(session: Session, new: Sequence[Line], bodies: dict[int, rest.SubnetBody]) -> None:
+def _choose_updates(session: Session, lines: Sequence[Line]) -> None:
     """Turn the lines that name an existing subnet into updates."""
     known: dict[str, list[int]] = {}
     for subnet in resolve.subnets(session):
         known.setdefault(subnet.name, []).append(subnet.id)
-    named = Counter(body.name for body in bodies.values())
-    for line in new:
-        name = bodies[line.line].name
+    named = Counter(line.body.name for line in lines)
+    for line in (each for each in lines if each.action == "create"):
+        name = line.body.name
         ids = known.get(name, [])
         if len(ids) > 1:
             line.refuse(f"several subnets have the name {name}: {', '.join(map(str, ids))}")
@@ -74,23 +78,22 @@ def _choose_updates(session: Session, new: Sequence[Line], bodies: dict[int, res
             line.action, line.id = "update", ids[0]
 
 
-def carry_out(session: Session, text: str, lines: Sequence[Line]) -> None:
+def carry_out(session: Session, lines: Sequence[Line]) -> None:
     """Create and update the subnets; an update that the service refuses changes its line.
 
     Raises:
         ScanfleetError: the service failed or is unavailable, or the token was refused; the lines before are done.
     """
-    bodies = _bodies(text)
     accepted = [line for line in lines if line.action in {"create", "exists"}]
     if any(line.action == "create" for line in accepted):
-        made = session.client.send(calls.import_subnets(_csv([bodies[line.line] for line in accepted])))
+        made = session.client.send(calls.import_subnets(_csv([line.body for line in accepted])))
         for line, subnet in zip(accepted, made.subnets, strict=True):
             line.id = subnet.id
     for line in lines:
         if line.action == "update" and line.id is not None:
             try:
                 etag = session.client.ask(calls.read_subnet(line.id)).etag
-                changes.replaced(session, calls.replace_subnet(line.id, bodies[line.line], etag))
+                changes.replaced(session, calls.replace_subnet(line.id, line.body, etag))
             except ScanfleetError as error:
                 end = explain(error)
                 if end.code not in {Exit.REFUSED, Exit.NOT_FOUND}:
@@ -111,18 +114,16 @@ def summary(lines: Sequence[Line], *, dry_run: bool) -> str:
     return ", ".join(shown)
 
 
-def _bodies(text: str) -> dict[int, rest.SubnetBody]:
-    """Parse the lines of a file that the service accepted as CSV, by number."""
+def _bodies(text: str) -> Iterator[rest.SubnetBody]:
+    """Yield the subnet of each line of a file that the service accepted as CSV, for which it has a verdict each."""
     reader = csv.reader(io.StringIO(text, newline=""))
     columns = [name.strip().lower() for name in next(reader, [])]
-    bodies = {}
     for values in reader:
         if values:
             cells: dict[str, Any] = dict(zip(columns, map(str.strip, values), strict=False))
             exclude = [each.strip() for each in cells.get("exclude", "").split(";") if each.strip()]
             fields = {"name": cells["name"], "cidr": cells["cidr"], "exclude": exclude}
-            bodies[reader.line_num] = resolve.body(rest.SubnetBody, fields)
-    return bodies
+            yield resolve.body(rest.SubnetBody, fields)
 
 
 def _csv(bodies: Sequence[rest.SubnetBody]) -> str:

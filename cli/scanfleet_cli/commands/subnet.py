@@ -176,7 +176,7 @@ def import_(session: Session, /, *, file: Any, dry_run: bool, update: bool) -> i
         raise CommandError(f"{file.name} is not UTF-8: {error}") from error
     lines = imports.planned(session, text, update=update)
     if not dry_run:
-        imports.carry_out(session, text, lines)
+        imports.carry_out(session, lines)
     output = session.output
     if output.format in {Format.TABLE, Format.WIDE} and output.fields is None:
         output.emit(imports.summary(lines, dry_run=dry_run))
