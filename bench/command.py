@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import resource
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from bench.figures import Figure
+from local.paths import SCANFLEET
 
 ROUNDS = 7  # the best of so many: other processes only slow it down
-SCANFLEET = Path(sys.executable).with_name("scanfleet")
 
 
 def measure() -> Iterator[Figure]:

@@ -10,7 +10,6 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from subprocess import PIPE
 from typing import Final
 from xml.etree import ElementTree as ET
@@ -18,12 +17,12 @@ from xml.etree import ElementTree as ET
 from rich.console import Console
 
 from local import ports, targets
+from local.paths import SCANFLEET
 from local.stack import Stack
 
 SUBNET: Final = "127.9.8.0/24"
 USER: Final = 7
 SCAN_LIMIT: Final = "120s"  # for the job; it takes about ten seconds
-SCANFLEET: Final = Path(sys.executable).with_name("scanfleet")
 _NO_JOB: Final = 1  # exit code of the demo if the scan has no final state
 
 console = Console()

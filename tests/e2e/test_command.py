@@ -7,20 +7,20 @@ import pty
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from local import nmap
 from local.nmap import OpenPorts
+from local.paths import SCANFLEET
 from local.stack import Stack
 from local.wait import until
 from tests.client import Client
 
 pytestmark = pytest.mark.e2e
 
-SCANFLEET = str(Path(sys.executable).with_name("scanfleet"))
 SUBNET = "127.9.8.0/24"
 FAST = ("--ports", "8020-8090", "--no-service-detection")
 SLOW = ("--ports", "1-1000", "--discovery", "none", "--max-rate", "100", "--no-service-detection")
@@ -87,15 +87,15 @@ def test_scan_prints_the_ports_that_nmap_finds(start: Start, servers: OpenPorts)
 
 
 @pytest.mark.proves("F2", "G3")
-def test_scan_with_a_killed_worker_prints_the_same_table(
-    stack: Stack, start: Start, servers: OpenPorts, running_nmaps: Callable[[], list[int]]
-) -> None:
+def test_scan_with_a_killed_worker_prints_the_same_table(stack: Stack, start: Start, servers: OpenPorts) -> None:
     """After kill -9 of a worker in the middle, a scan exits 0 and has every port once, as has a command that follows its results."""
     scan = start("scan", SUBNET, *FAST, "--max-rate", "1500")
     assert scan.stderr is not None
     job_id = scan.stderr.readline().split()[1]
     follower = start("job", "results", job_id, "--follow")
-    until(lambda: bool(running_nmaps()), 30, "the scan to run")
+    until(
+        lambda: bool(nmap.running_under([stack.pid("scanner-worker-1")])), 30, "the scan to run on the worker to kill"
+    )
     stack.kill("scanner-worker-1")
     for command in (scan, follower):
         out, err = command.communicate(timeout=LIMIT)
