@@ -11,7 +11,6 @@ ROUTERS: tuple[APIRouter, ...] = (
     info.public,
     info.router,
     tasks.router,
-    tasks.queries,
     tasks.cancels,
     tasks.streams,
     tasks.all_streams,

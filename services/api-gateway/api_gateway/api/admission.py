@@ -206,14 +206,6 @@ class Route(Guarded):
             raise BadRequestError(f'the body must be {name} as it is, without the header "Content-Encoding"')
 
 
-class QueryRoute(Route):
-    """A route that reads by POST, since the query is a document."""
-
-    @property
-    def _rate(self) -> str:
-        return "reads"
-
-
 class CancelRoute(Route):
     """A route that cancels jobs; the limits of other requests do not apply."""
 

@@ -7,7 +7,7 @@ from uuid import uuid4
 
 from fastapi import APIRouter, Header, Query, Request, Response
 
-from api_gateway.api.admission import CancelRoute, QueryRoute, Route, StreamRoute
+from api_gateway.api.admission import CancelRoute, Route, StreamRoute
 from api_gateway.api.document import ETAG, ID, IF_NONE_MATCH, TIME, errors, paging, query, server_sent
 from api_gateway.api.events import (
     JobsStream,
@@ -29,7 +29,6 @@ from scanfleet.runtime.service import PathId, source
 from scanfleet.security.auth import Caller
 
 router = APIRouter(prefix="/api/v1/task", tags=["task"], route_class=Route)
-queries = APIRouter(prefix="/api/v1/task", tags=["task"], route_class=QueryRoute)
 cancels = APIRouter(prefix="/api/v1/task", tags=["task"], route_class=CancelRoute)
 streams = APIRouter(prefix="/api/v1/task", tags=["task"], route_class=StreamRoute)
 all_streams = APIRouter(prefix="/api/v1", tags=["task"], route_class=StreamRoute)
@@ -231,7 +230,7 @@ async def create_tasks(
     return rest.JobsCreated(message="Scan jobs created successfully", jobs=list(jobs))
 
 
-@queries.post("/estimate", response_model=rest.Estimate, responses=errors(400, 404, 413))
+@router.post("/estimate", response_model=rest.Estimate, responses=errors(400, 404, 413))
 async def estimate_task(body: rest.EstimateBody, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the body
     """Estimate a scan of one subnet, with every reason for which a request for it would be refused now. Creates nothing."""
     return await state.orchestrator.forward(request, with_roles=True)

@@ -48,12 +48,13 @@ async def test_request_above_the_rate_limit_is_429(gateway: Running) -> None:
         assert 1 <= int(answer.headers["Retry-After"]) <= 60
 
 
-async def test_estimates_count_as_reads(gateway: Running) -> None:
-    """An estimate is a POST that changes nothing, so it is limited as a read and takes no write."""
+async def test_estimates_count_as_writes(gateway: Running) -> None:
+    """An estimate costs as much as a submit, so it has the same limit; reads are unaffected."""
     passed, answer = await refused(gateway, "POST", "/api/v1/task/estimate")
-    assert 7 <= passed <= 9
-    assert answer.json()["error"].startswith("more than 7 reads a minute")
-    assert (await post(gateway)).status_code == 201
+    assert 5 <= passed <= 7
+    assert answer.json()["error"].startswith("more than 5 writes a minute")
+    assert (await post(gateway)).status_code == 429
+    assert (await gateway.client.get("/api/v1/task", headers=gateway.issuer.bearer(7))).status_code == 404
 
 
 @pytest.mark.proves("A18")
