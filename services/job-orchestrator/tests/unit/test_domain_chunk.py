@@ -353,14 +353,20 @@ def test_lost_lease_counts_once_for_each_worker_instance() -> None:
     assert (left.state, left.outcomes) == (ChunkState.SCANNED, "llll")
 
 
-def test_lost_leases_finally_lose_the_addresses() -> None:
-    """A chunk that ends its only worker before the first report finally loses its addresses."""
+@pytest.mark.parametrize(
+    ("begin", "expected"),
+    [("claimed", 1 + 2 * MAX_FRUITLESS), ("dispatched", MAX_FAILURES * MAX_FRUITLESS)],
+)
+def test_lost_leases_of_one_instance_are_bounded(begin: str, expected: int) -> None:
+    """A chunk that ends its only worker, before or after its first report, finally loses its addresses."""
     left, dispatches = chunk(), 0
     while left.state is not ChunkState.SCANNED:
         assert dispatches < 1_000
-        left = expire(dispatch(left, f"w-1-{dispatches:08x}", NOW, size=4, share=1.0, estimate=1.5), "no report", NOW)
+        worker = f"w-1-{dispatches:08x}"
+        held = dispatch(left, worker, NOW, size=4, share=1.0, estimate=1.5)
+        left = expire(claimed(left, worker) if begin == "claimed" else held, "no report", NOW)
         dispatches += 1
-    assert (left.outcomes, dispatches) == ("llll", MAX_FAILURES * MAX_FRUITLESS)
+    assert (left.outcomes, dispatches) == ("llll", expected)
 
 
 def test_lost_lease_after_the_last_letter_leaves_the_chunk_scanned() -> None:
