@@ -475,7 +475,7 @@ class Platform:
 
 
 def scanned(user: Client, job_id: int) -> tuple[dict[str, int], set[tuple[str, ...]]]:
-    """Wait for a job to complete; return its ledger's counts and its results, which another job on its network has too."""
+    """Wait for a job to complete; return the counts of its ledger and its results without ids, so that jobs can be compared."""
     task = user.finished(job_id)
     assert task["status"]["status"] == "completed", task["status"]["error"]
     results = user.results(job_id)

@@ -1,4 +1,4 @@
-"""The routes of resources, which job-orchestrator has; requests are forwarded."""
+"""Routes of resources; requests are forwarded to job-orchestrator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Retention of the jobs of a subnet, which job-orchestrator has; requests are forwarded."""
+"""Routes of the retention of a subnet's jobs; requests are forwarded to job-orchestrator."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ class Desk:
 
 
 async def test_command_resumes_retention_under_audit(database: Database, mongodb: str, tmp_path: Path) -> None:
-    """`resume` ends the halt of deletion by age with an audit entry; run again it says that nothing is halted."""
+    """`resume` ends the halt of deletion by age with an audit entry; a second run reports that deletion is not halted."""
     file = tmp_path / "audit-key"
     file.write_text(KEY)
     store = MongoStore(database, ChainKeys([KEY]))

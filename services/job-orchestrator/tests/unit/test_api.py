@@ -38,7 +38,7 @@ ISSUER = Issuer()
 JOB = ["id", "user_id", "policy_id", "subnet_id", "status", "start_time", "end_time", "created_at", "updated_at"]
 AnyResource = rest.Resource[Any, Any, Any]
 BODIES: dict[str, dict[str, Any]] = {"subnet": {"cidr": "127.9.8.0/24"}, "policy": {}}
-"""What a body has besides its name, by resource."""
+"""Fields of a body in addition to its name, by resource."""
 
 every_resource = pytest.mark.parametrize("resource", rest.RESOURCES, ids=lambda resource: resource.name)
 SUBNET = ["id", "user_id", "name", "cidr", "exclude", "created_at", "updated_at"]
@@ -386,7 +386,7 @@ async def test_dry_run_of_an_import_has_a_verdict_per_line_and_creates_nothing(a
     assert (await store.audit.page(0, 10))[1] == audited
 
 
-async def test_retention_of_a_subnet_goes_round(api: Api) -> None:
+async def test_retention_of_a_subnet_is_read_and_replaced(api: Api) -> None:
     """Without its own the platform's applies; what is put is read back, survives a PUT of the subnet, and null unsets it."""
     await api("POST /api/v1/subnet", {"name": "lab", "cidr": "127.9.8.0/24"}, status=201)
     path = "/api/v1/subnet/1/retention"

@@ -329,8 +329,8 @@ async def test_expired_job_is_deleted_with_an_audit_entry() -> None:
     assert await chunks_of(world, 1) == 0
 
 
-async def test_two_newest_completed_jobs_of_a_subnet_outlive_its_retention() -> None:
-    """Of completed jobs only the oldest goes; a newer failed one is not counted, and goes by age alone."""
+async def test_two_newest_completed_jobs_of_a_subnet_are_kept() -> None:
+    """Of three expired completed jobs only the oldest is deleted; failed jobs do not count and are deleted by age."""
     world = World(MemoryStore(), keep=timedelta(days=365))
     await world.add("127.9.8.0/30")
     years = [ended(n, days) for n, days in enumerate((5 * 365, 4 * 365, 3 * 365), 1)]
@@ -344,8 +344,8 @@ async def test_two_newest_completed_jobs_of_a_subnet_outlive_its_retention() -> 
 
 
 @pytest.mark.parametrize(("keep", "left"), [(None, [3, 4, 5, 6]), (timedelta(days=365), [3, 4, 5])])
-async def test_retention_of_a_subnet_takes_the_place_of_the_setting(keep: timedelta | None, left: list[int]) -> None:
-    """Jobs of a subnet with a shorter one go earlier, those with a longer one stay, and others follow the setting."""
+async def test_retention_of_a_subnet_overrides_the_setting(keep: timedelta | None, left: list[int]) -> None:
+    """Jobs of a subnet with a shorter retention are deleted earlier and those with a longer one later; other jobs follow the setting."""
     world = World(MemoryStore(), keep=keep)
     await world.add("127.9.8.0/30", "127.9.8.4/30", "127.9.8.8/30")
     assert await world.store.retention.set_days(1, 30)
@@ -391,7 +391,7 @@ async def test_jump_of_the_clock_during_a_step_deletes_no_job(monkeypatch: pytes
     assert await world.store.retention.halted() == timedelta(days=100)
 
 
-async def test_walk_goes_on_behind_jobs_that_stay() -> None:
+async def test_walk_continues_after_jobs_that_are_kept() -> None:
     """More jobs than a step looks at may have to stay, and an expired one behind them is deleted."""
     world = World(MemoryStore(), keep=timedelta(days=1))
     await world.add("127.9.8.0/30", "127.9.8.4/30")

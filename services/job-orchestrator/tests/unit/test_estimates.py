@@ -1,4 +1,4 @@
-"""Estimates: what a submit would make or refuse, in its own numbers and sentences, without making anything."""
+"""Estimates have the numbers and errors of a submit, and store nothing."""
 
 from __future__ import annotations
 

@@ -385,7 +385,7 @@ async def test_report_lists_the_common_ports_by_number(make: MakeChunk) -> None:
 
 
 async def test_report_has_the_digest_of_the_arguments_without_targets(make: MakeChunk) -> None:
-    """Chunks of different networks have the same digest, that of what nmap was started with; a chunk without blanks has none."""
+    """Chunks of different networks have the same digest of nmap's arguments; a chunk without blanks has none."""
     reported, started = [], []
     for number, outcomes in ((1, "a."), (2, "a."), (3, "ad")):
         async with scanning(make(number, outcomes=outcomes)) as rig:
