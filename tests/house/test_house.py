@@ -28,6 +28,10 @@ _REASONED: Final = re.compile(
 )
 # In a pipeline with pipefail the command before one of these gets SIGPIPE, and the pipeline fails at random.
 _EXITS_EARLY: Final = re.compile(r"\|\s*(?:grep\s+(?:-\w*[qm]|--quiet|--max-count)|head\b)")
+# Production code: packages of services and the shared one, without test support.
+_PRODUCTION: Final = re.compile(r"(?:services/[^/]+/(?!tests/)\w+(?<!_testing)|shared/scanfleet|local(?!/tests/))/")
+_LEVELS: Final = frozenset({"debug", "info", "warning", "error", "critical", "exception", "log"})
+_EVENT: Final = re.compile(r"[a-z][a-z0-9]*(?:_[a-z0-9]+)*")
 _SENTENCE_END: Final = re.compile(r"[.!?](?=\s|$)")
 
 
@@ -68,6 +72,34 @@ def test_exemptions_have_a_reason() -> None:
         if token.type == tokenize.COMMENT and _EXEMPTION.match(token.string) and not _REASONED.match(token.string)
     ]
     assert unreasoned == []
+
+
+def events(path: Path) -> Iterator[tuple[int, object]]:
+    """Yield the line and the event of each use of a logger's level in the file; None if the event is no literal."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    calls = {id(node.func): node.args for node in nodes if isinstance(node, ast.Call)}
+    for node in nodes:
+        match node:
+            case ast.Attribute(value=ast.Name(id=name) | ast.Attribute(attr=name), attr=level) if (
+                name in {"_log", "log", "logger", "_logger"} and level in _LEVELS
+            ):
+                match calls.get(id(node), [])[level == "log" :]:
+                    case [ast.Constant(value=event), *_]:
+                        yield node.lineno, event
+                    case _:
+                        yield node.lineno, None
+
+
+def test_log_events_are_noun_phrases_in_snake_case() -> None:
+    """Production code logs each event under a literal name in snake_case, which a collector can search for."""
+    found = [
+        (f"{name}:{line}", event)
+        for path in committed(".py")
+        if _PRODUCTION.match(name := path.relative_to(ROOT).as_posix())
+        for line, event in events(path)
+    ]
+    assert len(found) > 50  # the search finds the calls
+    assert [each for each in found if not _EVENT.fullmatch(str(each[1] or ""))] == []
 
 
 def claims(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

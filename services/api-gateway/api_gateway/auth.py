@@ -81,7 +81,9 @@ class KeyReports:
             async with asyncio.timeout(ASK_LIMIT_S):
                 await self._report(names)
         except (DependencyError, TimeoutError) as error:
-            _log.warning("the issuer's keys are not in the audit log yet", error=repr(error))
+            _log.warning(
+                "issuer_keys_unrecorded", error=repr(error), next_step="the next call records them in the audit log"
+            )
             return
         self._reported = names
 
@@ -111,7 +113,7 @@ class Revocations:
             async with asyncio.timeout(ASK_LIMIT_S):
                 revoked = await self._ask()
         except (DependencyError, TimeoutError) as error:
-            _log.warning("the revocations could not be read", error=repr(error))
+            _log.warning("revocations_unavailable", error=repr(error))
             return
         by_subject: dict[str, float] = defaultdict(float)
         by_user: dict[int, float] = defaultdict(float)

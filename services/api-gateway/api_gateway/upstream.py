@@ -362,7 +362,7 @@ class ScanLimits:
         except DependencyError as error:
             self._failure = str(error)
             self._next_query = self._clock() + LIMITS_RETRY_SECONDS
-            _log.warning("the scan limits could not be read", error=self._failure, known=self._limits is not None)
+            _log.warning("scan_limits_unavailable", error=self._failure, known=self._limits is not None)
         else:
             self._next_query = self._clock() + LIMITS_SECONDS
 

@@ -8,14 +8,12 @@ import json
 import sys
 from datetime import timedelta
 
-import structlog
-
 from job_orchestrator.domain.chain import read_chain_keys
 from job_orchestrator.repository import MongoAudit, Verification
 from job_orchestrator.settings import AuditSettings
 from scanfleet.errors import DependencyError
 from scanfleet.runtime import mongo
-from scanfleet.runtime.operator_command import command_entry
+from scanfleet.runtime.operator_command import command_entry, log_to_stderr
 from scanfleet.services import ORCHESTRATOR
 
 _TAMPERED = 2  # the exit code; 1 is a dependency's failure
@@ -23,10 +21,7 @@ _TAMPERED = 2  # the exit code; 1 is a dependency's failure
 
 def main() -> int:
     asked = _parser().parse_args()
-    structlog.configure(
-        processors=[structlog.processors.JSONRenderer()],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),  # the export uses standard output
-    )
+    log_to_stderr()
     try:
         return asyncio.run(_run(AuditSettings(), asked))
     except DependencyError as error:

@@ -111,7 +111,7 @@ class ResultsHandler:
         for each in incomplete:
             CHUNKS_INCOMPLETE.inc()
             _log.warning(
-                "hosts missing",
+                "hosts_missing",
                 job_id=each.job_id,
                 chunk_id=each.chunk_id,
                 trace_id=each.traceparent and tracing.trace_id(each.traceparent),

@@ -14,13 +14,14 @@ from scanfleet.kafka.acls import create_acls
 from scanfleet.kafka.bus import KafkaBus
 from scanfleet.kafka.dead_letters import CannotReplayError, DeadLetter, check, dead_letter, dead_letters, replay
 from scanfleet.kafka.topics import TopicSettings, create_topics
-from scanfleet.runtime.operator_command import command_entry
+from scanfleet.runtime.operator_command import command_entry, log_to_stderr
 
 _NAME = "administrator"
 
 
 def main() -> int:
     asked = _parser().parse_args()
+    log_to_stderr()
     try:
         return asyncio.run(_do(asked))
     except (DependencyError, LookupError) as error:

@@ -12,13 +12,13 @@ becomes False, and the process must be restarted.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, cast
 
+import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError
 from aiokafka.partitioner import DefaultPartitioner
@@ -47,7 +47,7 @@ ENDS_REQUEST_MS: Final = 5_000  # timeout of a query for end offsets, after whic
 DEAD_LETTER_ROOM: Final = 64 * 1024  # for a dead letter's key and its origin headers
 BATCH_BYTES: Final = 256 * 1024  # sent per partition and round trip; one second of a busy worker's hosts
 
-log = logging.getLogger(__name__)
+_log = structlog.stdlib.get_logger(__name__)
 
 _Place = tuple[str, int]
 """A topic with its prefix, and a partition."""
@@ -126,7 +126,7 @@ class KafkaBus:
                 async with asyncio.timeout(STOP_SECONDS):
                     await client.stop()
             except TimeoutError:
-                log.error("flush timed out: %d or more sends are pending", self._count_overdue())  # noqa: TRY400 # no trace
+                _log.error("flush_timed_out", pending_at_least=self._count_overdue(), limit_seconds=STOP_SECONDS)
         self._producer = self._ends = None
 
     @property
@@ -288,9 +288,9 @@ class KafkaBus:
 
         cluster.update_metadata = updated
 
-    def _fail(self, fault: BaseException, what: str) -> None:
+    def _fail(self, fault: BaseException, cause: str) -> None:
         if self._fault is None:
-            log.critical("%s; the process must be restarted", what, exc_info=fault)
+            _log.critical("bus_failed", cause=cause, next_step="restart the process", exc_info=fault)
             self._fault = fault
 
     def _check(self) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
+import structlog
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 from aiokafka.errors import (
@@ -54,7 +54,7 @@ _UNREADABLE: Final = (
     OverflowError,
 )
 
-log = logging.getLogger(__name__)
+_log = structlog.stdlib.get_logger(__name__)
 
 
 class Tail:
@@ -97,7 +97,7 @@ class Tail:
         except TimeoutError:
             return ()
         except _UNREADABLE as error:
-            log.warning("an unreadable record in %s: %r", self._name, error)
+            _log.warning("unreadable_record", topic=self._name, error=repr(error))
             self._suspicious = True
             await self._rewind(before)  # the call also lost the records that it had already taken from other partitions
             return ()

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ STALE_SECONDS: Final = 3.0  # maximum age of end offsets that prove "caught up":
 
 _UNAVAILABLE: Final = (DependencyError, OSError)  # OSError includes TimeoutError, refused connections and full disks
 
-log = logging.getLogger(__name__)
+_log = structlog.stdlib.get_logger(__name__)
 
 _LABELS: Final = ("topic", "group")
 _CONSUMED: Final = Counter("scanfleet_bus_consumed", "Records handled", _LABELS)
@@ -206,14 +205,14 @@ class ConsumerLoop(Generic[M]):
             while True:
                 await self._run_once()
         except Exception:
-            log.exception("the consumer of %s died", self._name)
+            _log.exception("consumer_died", consumer=self._name)
             raise
 
     async def _run_once(self) -> None:
         try:
             records = await self._source.poll(max(0.0, self._looked + LOOK_SECONDS - time.monotonic()))
         except _UNAVAILABLE as error:
-            self._set_broker_state(available=False, cause=error)
+            self._set_broker_state(available=False, error=error)
             await asyncio.sleep(FIRST_PAUSE)
             return
         epoch = self._epoch
@@ -231,7 +230,7 @@ class ConsumerLoop(Generic[M]):
         try:
             ends = await self._source.ends()
         except _UNAVAILABLE as error:
-            self._set_broker_state(available=False, cause=error)
+            self._set_broker_state(available=False, error=error)
             return
         self._set_broker_state(available=True)
         positions = await self._source.positions()
@@ -243,10 +242,12 @@ class ConsumerLoop(Generic[M]):
             if partition not in self._targets or self._targets[partition].stale(now):
                 self._targets[partition] = _Target(end, asked=now)
 
-    def _set_broker_state(self, *, available: bool, cause: Exception | None = None) -> None:
+    def _set_broker_state(self, *, available: bool, error: Exception | None = None) -> None:
         if available != self._broker_available:
-            state = "available again" if available else f"unavailable: {cause!r}"
-            log.warning("the broker of %s is %s", self._name, state)
+            if available:
+                _log.warning("broker_available", consumer=self._name)
+            else:
+                _log.warning("broker_unavailable", consumer=self._name, error=repr(error))
         self._broker_available = available
         if not available:
             self._remove_lag()
@@ -273,7 +274,7 @@ class ConsumerLoop(Generic[M]):
             self._blocked = False
         except _UNAVAILABLE as error:
             self._blocked = True  # the next query triggers the next call
-            log.warning("caught up with %s, but the handler failed: %r", self._name, error)
+            _log.warning("catch_up_failed", consumer=self._name, error=repr(error))
 
     async def _finish(self, records: Sequence[RawRecord]) -> bool:
         """Handle and commit one batch; return False when it was dropped."""
@@ -286,7 +287,13 @@ class ConsumerLoop(Generic[M]):
                     offsets = {record.partition: record.offset + 1 for record in records}
                     await self._retry_until_available(lambda: self._source.commit(offsets))
         except (BatchDroppedError, TimeoutError) as error:
-            log.info("dropped %d records of %s uncommitted: %r", len(records), self._name, error)
+            _log.info(
+                "batch_dropped",
+                consumer=self._name,
+                records=len(records),
+                error=repr(error),
+                next_step="the uncommitted records are redelivered",
+            )
             return False
         finally:
             self._deadline = self._taken = None
@@ -311,8 +318,10 @@ class ConsumerLoop(Generic[M]):
                 await self._call_handler([record for _, record in batch])
         except BatchDroppedError:
             raise
-        except Exception:
-            log.exception("a batch of %s failed: handling its %d records one by one", self._name, len(batch))
+        except Exception:  # noqa: BLE001 # one record must not stop the others of the batch, whatever its error
+            _log.exception(
+                "batch_failed", consumer=self._name, records=len(batch), next_step="the records are handled one by one"
+            )
             for raw, record in batch:
                 with _log_context(record):
                     await self._isolate(raw, record)
@@ -322,8 +331,8 @@ class ConsumerLoop(Generic[M]):
             await self._call_handler([record])
         except BatchDroppedError:
             raise
-        except Exception as error:
-            log.exception("%s cannot be handled: partition %d, offset %d", self._name, raw.partition, raw.offset)
+        except Exception as error:  # noqa: BLE001 # the record becomes a dead letter, whatever its error
+            _log.exception("record_failed", consumer=self._name, partition=raw.partition, offset=raw.offset)
             await self._dead_letter_or_skip(raw, repr(error))
 
     async def _call_handler(self, records: Sequence[Record[M]]) -> None:
@@ -338,11 +347,12 @@ class ConsumerLoop(Generic[M]):
 
     async def _dead_letter_or_skip(self, raw: RawRecord, reason: str) -> None:
         dead_letter = self._dead_letter
+        place = {"consumer": self._name, "partition": raw.partition, "offset": raw.offset}
         if dead_letter is None:
-            log.debug("skipped %s, partition %d, offset %d: %s", self._name, raw.partition, raw.offset, reason)
+            _log.debug("record_skipped", **place, cause=reason)
             self._skipped.inc()
             return
-        log.error("dead letter from %s, partition %d, offset %d: %s", self._name, raw.partition, raw.offset, reason)
+        _log.error("record_dead_lettered", **place, cause=reason)
         await self._retry_until_available(lambda: dead_letter(raw, reason))
         self._dead_lettered.inc()
 
@@ -359,7 +369,7 @@ class ConsumerLoop(Generic[M]):
                 self._blocked = True
                 self._retried.inc()
                 self._remove_lag()
-                log.warning("%s is blocked by an unavailable dependency: %r", self._name, error)
+                _log.warning("dependency_unavailable", consumer=self._name, error=repr(error))
             else:
                 self._blocked = False
                 return

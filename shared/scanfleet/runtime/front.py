@@ -120,7 +120,7 @@ class Handshake:
     def refuse(self) -> None:
         """Close a connection that was not admitted; without TLS it cannot be answered."""
         _refused.labels(_UNAVAILABLE).inc()
-        _log.info("connection refused", error="too many connections", client=self.address)
+        _log.info("connection_refused", cause="too many connections", client=self.address)
         self._socket.close()
 
 
@@ -294,7 +294,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: int, error: str) -> None:
         _refused.labels(status).inc()
-        _log.info("request refused", status=status, error=error, client=self.address)
+        _log.info("request_refused", status=status, error=error, client=self.address)
         if self._owes:
             if self._in_head or self.pipeline or self.cycle.response_started:
                 self.abort()  # the answer to an earlier request is still pending
@@ -388,6 +388,9 @@ def _with_descriptors(connections: int) -> int:
         if soft < wanted:
             connections = max(1, min(connections, soft // 2))
             _log.warning(
-                "connection limit reduced: the limit of open files is too low", files=soft, connections=connections
+                "connection_limit_reduced",
+                cause="the limit of open files is too low",
+                files=soft,
+                connections=connections,
             )
     return connections

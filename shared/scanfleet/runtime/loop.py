@@ -71,7 +71,7 @@ class Loop:
             while True:
                 await self._once()
         except Exception:
-            _log.exception("loop died", loop=self._name)
+            _log.exception("loop_died", loop=self._name)
             raise
 
     async def _once(self) -> None:
@@ -81,7 +81,7 @@ class Loop:
             self._ready = True
         except DependencyError as error:
             self._ready = False
-            _log.warning("step failed, retrying", loop=self._name, error=str(error))
+            _log.warning("step_failed", loop=self._name, error=str(error), retry_seconds=_BACKOFF)
             await asyncio.sleep(_BACKOFF)
             return
         await asyncio.sleep(self._least)

@@ -7,7 +7,6 @@ survives the loss of any one machine, and no reader sees a write that may be rol
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -16,13 +15,14 @@ from datetime import UTC
 from typing import Any, Final
 
 import pymongo
+import structlog
 from motor.motor_asyncio import AsyncIOMotorClient, AsyncIOMotorCollection, AsyncIOMotorDatabase
 from pymongo import IndexModel, ReadPreference, ReturnDocument
 from pymongo.errors import BulkWriteError, OperationFailure, PyMongoError
 
 from scanfleet.errors import DependencyError
 
-log = logging.getLogger(__name__)
+_log = structlog.stdlib.get_logger(__name__)
 
 Document = dict[str, Any]
 Database = AsyncIOMotorDatabase[Document]
@@ -187,7 +187,13 @@ async def _index_names(collection: Collection) -> list[str]:
 
 async def _drop_indexes(collection: Collection, names: Iterable[str]) -> None:
     for name in names:
-        log.warning("dropping index %s of %s, which a newer version replaces", name, collection.name)
+        _log.warning(
+            "index_outdated",
+            collection=collection.name,
+            index=name,
+            cause="a newer version replaces it",
+            next_step="the service drops it",
+        )
         try:
             await collection.drop_index(name)
         except OperationFailure as error:

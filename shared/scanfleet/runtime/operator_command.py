@@ -10,10 +10,24 @@ from collections.abc import Coroutine
 from typing import Any
 from uuid import uuid4
 
+import structlog
+
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import AuditEntry
 from scanfleet.contracts.messages.audit import MAX_REASON_CHARS
 from scanfleet.errors import DependencyError
+
+
+def log_to_stderr() -> None:
+    """Log JSON lines on standard error: standard output carries the command's result."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
 
 
 def run(work: Coroutine[Any, Any, str]) -> int:
@@ -22,6 +36,7 @@ def run(work: Coroutine[Any, Any, str]) -> int:
     Returns:
         The exit code: 1 when a dependency was unavailable and the command may be run again.
     """
+    log_to_stderr()
     try:
         result = asyncio.run(work)
     except DependencyError as error:

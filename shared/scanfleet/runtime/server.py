@@ -94,7 +94,9 @@ class Server(uvicorn.Server):
                 return _TlsServer(listener, protocol, self._tls, self.lifespan.state["front"])
             return await asyncio.get_running_loop().create_server(protocol, config.host, port, backlog=config.backlog)
         except OSError as error:
-            _log.critical("cannot listen for requests: set SCANFLEET_API_PORT to a free port", error=str(error))
+            _log.critical(
+                "api_port_unavailable", port=port, error=str(error), next_step="set SCANFLEET_API_PORT to a free port"
+            )
             await self.lifespan.shutdown()
             self._probe_server.stop()
             sys.exit(STARTUP_FAILURE)
@@ -152,7 +154,7 @@ class _TlsServer(asyncio.AbstractServer):
                 except ConnectionError:
                     continue  # the client has closed it already
                 except OSError as error:
-                    _log.error("cannot accept a connection", error=str(error))
+                    _log.error("accept_failed", error=str(error), retry_seconds=ACCEPT_RETRY_SECONDS)
                     await asyncio.sleep(ACCEPT_RETRY_SECONDS)
                     continue
                 handshake = Handshake(accepted, host)
@@ -174,7 +176,7 @@ class _TlsServer(asyncio.AbstractServer):
                 protocol, accepted, ssl=self._context, ssl_handshake_timeout=self._front.header_seconds
             )
         except OSError as error:
-            _log.info("TLS handshake failed", client=handshake.address, error=str(error))
+            _log.info("tls_handshake_failed", client=handshake.address, error=str(error))
         finally:
             self._front.release(handshake)
             del self._handshakes[handshake]
@@ -210,7 +212,12 @@ class _ProbeServer:
                 lambda: BoundedProtocol(config, self._state, {"front": self._front}), config.host, config.port
             )
         except OSError as error:
-            _log.critical("cannot listen for probes: set SCANFLEET_PROBE_PORT to a free port", error=str(error))
+            _log.critical(
+                "probe_port_unavailable",
+                port=config.port,
+                error=str(error),
+                next_step="set SCANFLEET_PROBE_PORT to a free port",
+            )
             sys.exit(STARTUP_FAILURE)
 
     def stop(self) -> None:

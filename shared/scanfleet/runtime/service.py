@@ -157,7 +157,7 @@ class Probes:
         try:
             await asyncio.wait_for(check(), CHECK_TIMEOUT_S)
         except (DependencyError, TimeoutError, OSError) as error:
-            _log.warning("dependency unavailable", dependency=name, error=str(error))
+            _log.warning("dependency_unavailable", dependency=name, error=str(error))
             return f"{name} ({error})" if isinstance(error, ConfigurationError) else name
         return None
 
@@ -248,7 +248,11 @@ def _watched(
 async def _end_when_unhealthy(probes: Probes) -> None:
     while probes.healthy:  # noqa: ASYNC110 # many parts are checked, and none of them signals its death
         await asyncio.sleep(HEALTH_PERIOD_S)
-    _log.critical("background loop died; shutting down so that the supervisor restarts the process")
+    _log.critical(
+        "process_unhealthy",
+        cause="a background loop died",
+        next_step="the process shuts down, and the supervisor restarts it",
+    )
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -365,7 +369,7 @@ async def _public(request: Request, error: Exception) -> Response:
 
 
 async def _dependency(request: Request, error: Exception) -> Response:
-    _log.warning("dependency unavailable", error=str(error))
+    _log.warning("dependency_unavailable", error=str(error))
     return await _public(request, UnavailableError("a dependency of the service is unavailable; try again"))
 
 
@@ -500,7 +504,7 @@ class _Outermost:
             except ClientDisconnect:
                 status = _DISCONNECTED
             except Exception:
-                _log.exception("request failed", method=scope["method"], path=scope["path"])
+                _log.exception("request_failed", method=scope["method"], path=scope["path"])
                 if status:
                     raise  # a response is in progress: the server must abort it, so that it does not look complete
                 await error_response(500, "Internal Server Error")(inner, receive, send_with_id)

@@ -55,7 +55,7 @@ class Startup:
             try:
                 return await open_it()
             except DependencyError as error:
-                _log.warning("waiting for a dependency", dependency=dependency, error=str(error), pause_seconds=pause)
+                _log.warning("dependency_unavailable", dependency=dependency, error=str(error), retry_seconds=pause)
             await asyncio.sleep(pause)
             pause = min(LONGEST_PAUSE_S, 2 * pause)
 
@@ -89,7 +89,7 @@ class Startup:
                 self._settled.set()
                 await self._closing.wait()
         except Exception:
-            _log.exception("start-up failed")
+            _log.exception("startup_failed")
             raise
         finally:
             self._settled.set()

@@ -112,7 +112,7 @@ class Refusals:
                 await self.flush(bus)
             except DependencyError as error:
                 _lost.inc(len(self._waiting))
-                _log.error("refusals not published", entries=len(self._waiting), error=str(error))
+                _log.error("refusals_unpublished", entries=len(self._waiting), error=str(error))
 
     def _add_message(self, topic: str, source: str, subject: str, target: str, rule: Rule) -> None:
         self.add(

@@ -135,10 +135,10 @@ class _EventStream(StreamingResponse):
                             authenticated = time()
                         yield self._event(snapshot), snapshot
             except PublicError as error:
-                self._log.info("stream ended: the caller may no longer watch", error=error.message)
+                self._log.info("stream_ended", cause="the caller may no longer watch", error=error.message)
                 return
             except DependencyError as error:
-                self._log.warning("stream ended: the state of the jobs is unknown", error=str(error))
+                self._log.warning("stream_ended", cause="the state of the jobs is unknown", error=str(error))
                 return
             until = time() + self._state.settings.heartbeat_seconds
             yield KEEPALIVE_COMMENT, None

@@ -44,7 +44,12 @@ def serve(app: FastAPI, directory: Path = BUILT) -> None:
     if (directory / "index.html").is_file():
         app.frontend("/app", directory=directory, fallback="index.html")
     else:
-        _log.warning("the page is not built: /app answers 404; build it with make setup", directory=str(directory))
+        _log.warning(
+            "page_missing",
+            directory=str(directory),
+            cause="the page is not built, so /app answers 404",
+            next_step="build it with make setup",
+        )
 
 
 async def _root(request: Request) -> Response:

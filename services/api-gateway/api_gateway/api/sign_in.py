@@ -44,7 +44,7 @@ async def login(request: Request, next: str = _HOME) -> Response:  # noqa: A002 
     try:
         location = await sign_in.location(state, nonce, verifier)
     except DependencyError as error:
-        _log.warning("dependency unavailable", error=str(error))
+        _log.warning("dependency_unavailable", dependency="issuer", error=str(error))
         return _failed("unavailable", next)
     until = time.time() + LOGIN_SECONDS
     kept = sessions.seal({"state": state, "nonce": nonce, "verifier": verifier, "next": next, "until": until})
@@ -63,7 +63,7 @@ async def callback(request: Request, state: Handed) -> Response:
     try:
         cookie = await _begin(request, state, sign_in, sessions, kept)
     except (DependencyError, UnavailableError) as error:
-        _log.warning("dependency unavailable", error=str(error))
+        _log.warning("dependency_unavailable", dependency="issuer", error=str(error))
         answer = _failed("unavailable", kept["next"])
     except RefusedSignInError as error:
         answer = _refused(request, "refused", str(error), kept["next"])

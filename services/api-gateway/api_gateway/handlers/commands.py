@@ -66,7 +66,7 @@ class Commands:
                 await self._bus.publish(SCAN_COMMANDS, [command])
                 return await waiting
         except (DependencyError, TimeoutError) as error:
-            _log.warning("no reply", error=repr(error))
+            _log.warning("reply_missing", error=repr(error))
             return None
         finally:
             del self._waiting[command.command_id]
@@ -76,7 +76,7 @@ async def _expire(command_id: str, arbiter: Arbiter, headers: Mapping[str, str])
     try:
         reply = await arbiter.expire(command_id, headers)
     except DependencyError as error:
-        _log.warning("outcome unknown", error=str(error))
+        _log.warning("outcome_unknown", error=str(error))
         raise UnavailableError(
             "the outcome of this request is unknown; repeat it, with the same Idempotency-Key if it creates something",
         ) from error

@@ -357,14 +357,14 @@ async def test_stream_that_loses_a_dependency_or_its_token_ends(loss: str) -> No
 
 @pytest.mark.parametrize("path", ["task/41/events", "events"])
 @pytest.mark.parametrize(
-    ("status", "level", "logged"),
+    ("status", "level", "cause"),
     [
-        (404, "info", "stream ended: the caller may no longer watch"),
-        (503, "warning", "stream ended: the state of the jobs is unknown"),
+        (404, "info", "the caller may no longer watch"),
+        (503, "warning", "the state of the jobs is unknown"),
     ],
 )
 async def test_stream_ended_by_an_error_of_the_orchestrator_logs_refusal_or_outage(
-    path: str, status: int, level: str, logged: str, capfd: pytest.CaptureFixture[str]
+    path: str, status: int, level: str, cause: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A 503 is an outage of the orchestrator and not a refusal of the caller."""
     async with watched(heartbeat_seconds=0.02) as (gateway, _):
@@ -379,8 +379,8 @@ async def test_stream_ended_by_an_error_of_the_orchestrator_logs_refusal_or_outa
             gateway.services.on("GET", url, httpx.Response(status, json={"error": "no"}))
         await asyncio.wait_for(running, LIMIT)
     logs = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
-    ends = [(log["level"], log["event"]) for log in logs if log["event"].startswith("stream ended")]
-    assert ends == [(level, logged)]
+    ends = [(log["level"], log["cause"]) for log in logs if log["event"] == "stream_ended"]
+    assert ends == [(level, cause)]
 
 
 async def test_state_of_a_lost_event_is_sent_within_a_heartbeat() -> None:

@@ -144,8 +144,13 @@ class Commands(PartitionListener):
         cancelled = sorted(job.id for job in ended.values() if job.status is JobStatus.CANCELLED)
         try:
             await self._outbox.relay(cancelled)
-        except DependencyError as error:  # the sweep publishes the events
-            _log.warning("publishing of cancelled jobs delayed", jobs=len(cancelled), error=str(error))
+        except DependencyError as error:
+            _log.warning(
+                "publish_failed",
+                jobs=len(cancelled),
+                error=str(error),
+                next_step="the sweep publishes the events of the cancelled jobs",
+            )
         self._reconciler.begin(cancelled)
         return cancelled
 

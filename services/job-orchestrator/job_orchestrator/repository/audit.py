@@ -163,12 +163,14 @@ class MongoAudit:
         genuine = [each for each in found if self._is_genuine(each)]
         if forged := [each["_id"] for each in found if not self._is_genuine(each)]:
             await self._mark(REJECTED, forged)
-            _log.error("audit entries without a valid signature are not sealed", entries=len(forged), first=forged[0])
+            _log.error(
+                "audit_entries_rejected", entries=len(forged), first=forged[0], cause="they have no valid signature"
+            )
         if genuine:
             block = self._block(last, genuine)
             if not await insert_missing(self._blocks, [block]):
                 await self._mark(block["_id"], (each["_id"] for each in genuine))
-                _log.info("audit log sealed", block=block["_id"], entries=len(genuine), signature=block["mac"])
+                _log.info("audit_log_sealed", block=block["_id"], entries=len(genuine), signature=block["mac"])
         return len(found)
 
     def _block(self, last: Document | None, entries: Sequence[Document]) -> Document:
@@ -180,7 +182,12 @@ class MongoAudit:
             previous = {"previous": last["mac"], "previous_forget_at": last["forget_at"]}
             forget_at = max(forget_at, last["forget_at"])
         else:
-            _log.error("the last block of the audit log was changed; run the verification", block=last["_id"])
+            _log.error(
+                "audit_block_changed",
+                block=last["_id"],
+                cause="the last block of the audit log has no valid signature",
+                next_step="run python -m job_orchestrator.audit verify",
+            )
             previous = {"previous": str(last.get("mac")), "previous_forget_at": now + self._keep}
         block = previous | {
             "_id": last["_id"] + 1 if last else 1,

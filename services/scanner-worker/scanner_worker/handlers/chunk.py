@@ -111,7 +111,7 @@ class ChunkScan:
         except ScanError as error:
             return ChunkFailed(**self._state, reason=str(error)[:REASON_CHARS], slot_seconds=share.seconds)
         except Exception as error:  # noqa: BLE001 # one faulty host must not stop the others; the log has the traceback
-            _log.exception("cannot scan chunk: unexpected error")
+            _log.exception("chunk_failed", cause="unexpected error")
             reason = f"the worker failed: {type(error).__name__}"
             return ChunkFailed(**self._state, reason=reason, slot_seconds=share.seconds)
         if Outcome.BLANK in self._map:
@@ -215,7 +215,7 @@ class ChunkScan:
             await self._publish(SCAN_RESULTS, [end])
         await self._publish(SCAN_PROGRESS, [end])
         CHUNKS.labels(type(end).__name__.removeprefix("Chunk").lower()).inc()
-        _log.info("chunk ended", how=type(end).__name__, reason=getattr(end, "reason", ""))
+        _log.info("chunk_ended", how=type(end).__name__, reason=getattr(end, "reason", ""))
 
     async def _publish(self, topic: Topic, messages: Sequence[Message]) -> None:
         # Retry indefinitely: all of these messages are idempotent, and a chunk without a final report would wait until its
@@ -224,7 +224,7 @@ class ChunkScan:
             try:
                 await self._publisher.publish(topic, messages)
             except DependencyError as error:
-                _log.warning("publish failed, retrying", topic=topic.name, error=str(error))
+                _log.warning("publish_failed", topic=topic.name, error=str(error), retry_seconds=RETRY_S)
                 await asyncio.sleep(RETRY_S)
             else:
                 return

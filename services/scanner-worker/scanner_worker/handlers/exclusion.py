@@ -67,9 +67,10 @@ class Exclusion:
     def exclude(self, reason: str) -> None:
         """Exclude the worker until a trial run succeeds."""
         _log.error(
-            "the worker excludes itself and gets no chunks until a trial run of nmap succeeds",
+            "worker_excluded",
             cause=reason,
-            remedy="free the disk of the temporary folder, raise the process or memory limit, or install nmap; no restart needed",
+            next_step="free the disk of the temporary folder, raise the process or memory limit, or install nmap; without a restart, "
+            "the worker gets chunks again when a trial run of nmap succeeds",
         )
         self.reason = reason
         EXCLUDED.set(1)
@@ -102,7 +103,7 @@ class Exclusion:
         except CannotStartError as error:
             self.exclude(str(error))
         else:
-            _log.info("trial run of nmap succeeded, the worker is available again", before=self.reason)
+            _log.info("worker_available", cause="a trial run of nmap succeeded", before=self.reason)
             self.reason = ""
             self._begun.clear()
             EXCLUDED.set(0)

@@ -76,7 +76,7 @@ class Worker:
         try:
             await self._announce()
         except DependencyError as error:
-            _log.warning("cannot announce shutdown", error=str(error))
+            _log.warning("shutdown_announcement_failed", error=str(error))
         await self._finished(grace)
         for scan in self._running.values():
             scan.stop(_LEAVING)
@@ -192,7 +192,7 @@ class Worker:
         self._tasks.discard(task)
         if not task.cancelled() and (fault := task.exception()):
             self._alive = False
-            _log.error("chunk dropped: unexpected error", exc_info=fault)
+            _log.error("chunk_dropped", cause="unexpected error", exc_info=fault)
 
     async def _finished(self, seconds: float) -> None:
         if self._tasks:

@@ -425,7 +425,7 @@ class _Run:
                 await self._listening
                 await self._process.wait()
         except TimeoutError:
-            _log.error("cannot kill nmap", pid=self._process.pid)
+            _log.error("nmap_kill_failed", pid=self._process.pid, cause=f"it did not end within {END_S:g} seconds")
             self._listening.cancel()
 
     def _kill(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -197,8 +198,8 @@ class JwksKeys:
             self._fetched_at = self._clock()
         except _FetchError as error:
             self._failure = error
-            log = _log.error if error.permanent else _log.warning
-            log("the issuer's keys could not be fetched", url=self._url, error=str(error), known=len(self._keys))
+            level = logging.ERROR if error.permanent else logging.WARNING
+            _log.log(level, "issuer_keys_unavailable", url=self._url, error=str(error), known=len(self._keys))
 
     async def _fetch(self) -> Any:
         try:

@@ -148,7 +148,7 @@ def refusals() -> Iterator[None]:
     try:
         yield
     except RefusedError as error:
-        _log.warning("token refused", part=error.part, reason=error.reason)
+        _log.warning("token_refused", part=error.part, reason=error.reason)
         raise UnauthorizedError(error.message, reason=str(error)) from None
 
 
@@ -179,9 +179,15 @@ async def open_verifier(
         try:
             await verifier.check()
         except ConfigurationError as error:
-            _log.critical("no token can be verified: correct SCANFLEET_JWT_JWKS_URL or _ALGORITHMS", error=str(error))
+            _log.critical(
+                "token_verification_unavailable",
+                error=str(error),
+                next_step="correct SCANFLEET_JWT_JWKS_URL or SCANFLEET_JWT_ALGORITHMS",
+            )
         except DependencyError as error:
-            _log.warning("no token can be verified yet", error=str(error))
+            _log.warning(
+                "token_verification_unavailable", error=str(error), next_step="the service fetches the keys again"
+            )
         yield verifier
 
 
