@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from enum import StrEnum
 from typing import Final, Literal
+
+from pydantic import AwareDatetime, NonNegativeInt
 
 Reason = Literal["request", "retention"]
 
@@ -25,9 +27,9 @@ class Stage(StrEnum):
 class Counts:
     """Numbers of deleted documents of a job; None while unknown."""
 
-    hosts: int | None = None
-    rows: int | None = None
-    chunks: int | None = None
+    hosts: NonNegativeInt | None = None
+    rows: NonNegativeInt | None = None
+    chunks: NonNegativeInt | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +39,13 @@ class Deletion:
     It replaces the job's document under the same id: no query for jobs finds it, and a late insert of the job fails.
     """
 
-    job_id: int
-    user_id: int
-    subnet_id: int
+    job_id: NonNegativeInt
+    user_id: NonNegativeInt
+    subnet_id: NonNegativeInt
     reason: Reason
-    requested_at: datetime
-    requested_by: int | None = None
+    requested_at: AwareDatetime
+    requested_by: NonNegativeInt | None = None
     """The user who requested it; None for retention, and in receipts of older releases."""
     stage: Stage = Stage.RESULTS
     counts: Counts = Counts()
-    completed_at: datetime | None = None
+    completed_at: AwareDatetime | None = None

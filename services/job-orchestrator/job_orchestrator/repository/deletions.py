@@ -77,7 +77,6 @@ class MongoDeletions:
         wanted: Document = {"deletion.stage": {"$in": [stage.value for stage in stages]}}
         if user_id is not None:
             wanted["deletion.user_id"] = user_id
-        page = await self._jobs.find(wanted).sort(_NEWEST).skip(skip).limit(limit).to_list(limit)
-        receipts = [documents.readable(documents.read_deletion, each, "jobs") for each in page]
-        total = await self._jobs.count_documents(wanted)
-        return [receipt for receipt in receipts if receipt is not None], total
+        page = self._jobs.find(wanted).sort(_NEWEST).skip(skip).limit(limit)
+        receipts = await documents.read_all(documents.read_deletion, page, "jobs")
+        return receipts, await self._jobs.count_documents(wanted)

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from job_orchestrator.domain.access import Revocation
 from job_orchestrator.domain.chunk import HELD, Chunk, Token
 from job_orchestrator.domain.command import Command
-from job_orchestrator.domain.deletion import Counts, Deletion, Stage
+from job_orchestrator.domain.deletion import Counts, Deletion
 from job_orchestrator.domain.fairness import Candidate, Clock, Credit, Held
 from job_orchestrator.domain.job import Outgoing, Plan, ScanJob
 from job_orchestrator.domain.plan import MAX_PORTS
@@ -29,13 +29,14 @@ from scanfleet.runtime.mongo import Document
 from scanfleet.scanning.policy import ScanPolicy
 from scanfleet.scanning.ports import PortSet
 
-# Every field is validated, so that code that reads many documents at once meets no damaged object: `readable` omits those.
+# Every field is validated, so that code that reads many documents receives no damaged object: `readable` omits them.
 _JOB: Final = TypeAdapter(ScanJob)
 _CHUNK: Final = TypeAdapter(Chunk)
 _CANDIDATE: Final = TypeAdapter(Candidate)
 _HELD: Final = TypeAdapter(Held)
 _CREDIT: Final = TypeAdapter(Credit)
 _CLOCK: Final = TypeAdapter(Clock)
+_DELETION: Final = TypeAdapter(Deletion)
 
 # Pending jobs have no start and come first: MongoDB sorts null last when descending, so they sort as if in the far future.
 _FAR_FUTURE: Final = datetime(9999, 1, 1, tzinfo=UTC)
@@ -155,10 +156,7 @@ def write_counts(counts: Counts) -> Document:
 
 
 def read_deletion(document: Document) -> Deletion:
-    stored = document["deletion"]
-    known = {name: stored[name] for name in Deletion.__slots__ if name in stored}
-    counts = {name: stored["counts"][name] for name in Counts.__slots__} if "counts" in stored else {}
-    return Deletion(job_id=document["_id"], **(known | {"stage": Stage(known["stage"]), "counts": Counts(**counts)}))
+    return _DELETION.validate_python(document["deletion"] | {"job_id": document["_id"]})
 
 
 def write_chunk(chunk: Chunk) -> Document:

@@ -11,6 +11,7 @@ from job_orchestrator.domain.chunk import ChunkState
 from job_orchestrator.metrics import UNREADABLE
 from job_orchestrator.repository import MongoStore
 from job_orchestrator_testing import World, chunk, scan_job
+from job_orchestrator_testing.things import THEN
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS
 from scanfleet.runtime.mongo import Database
@@ -25,6 +26,8 @@ class _Damage(NamedTuple):
     fields: dict[str, Any]
 
 
+_RECEIPT: Final = {"user_id": 8, "subnet_id": 1, "reason": "request", "requested_at": THEN, "stage": "results"}
+
 _DAMAGES: Final = {
     "ports of a queued chunk": _Damage("chunks", "99-0", ChunkState.QUEUED, {"ports": "foo"}),
     "address of a queued chunk": _Damage("chunks", "99-0", ChunkState.QUEUED, {"first_address": "foo"}),
@@ -35,6 +38,12 @@ _DAMAGES: Final = {
     "slices of a running job": _Damage("jobs", 99, ChunkState.STORED, {"chunk_addresses": 0}),
     "clock of a user": _Damage("clocks", 8, ChunkState.QUEUED, {"time": "foo", "active": True}),
     "global virtual time": _Damage("clocks", "virtual", ChunkState.QUEUED, {"time": "foo"}),
+    "time of a receipt": _Damage(
+        "jobs", 98, ChunkState.QUEUED, {"due": THEN, "deletion": _RECEIPT | {"requested_at": "yesterday"}}
+    ),
+    "counts of a receipt": _Damage(
+        "jobs", 98, ChunkState.QUEUED, {"due": THEN, "deletion": _RECEIPT | {"counts": {"rows": "foo"}}}
+    ),
     "announcement of a worker": _Damage("workers", "w-9", ChunkState.QUEUED, {"slots": 2, "raw": "foo"}),
 }
 

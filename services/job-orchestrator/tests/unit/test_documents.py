@@ -8,8 +8,10 @@ from typing import Any, Final
 
 import pytest
 from bson import json_util
+from pydantic import ValidationError
 
 from job_orchestrator.domain.chunk import ChunkState
+from job_orchestrator.domain.deletion import Counts
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ledger import UnprobedPage
 from job_orchestrator.repository import documents
@@ -94,6 +96,23 @@ def test_chunks_of_the_first_release_keep_their_meaning() -> None:
         "scanner-worker-1-3f9ac2",
         "aads....",
     )
+
+
+@pytest.mark.parametrize(
+    "damage", [{"requested_at": "yesterday"}, {"_id": "x"}, {"stage": "foo"}, {"counts": {"rows": -1}}]
+)
+def test_damaged_receipt_is_not_read(damage: dict[str, Any]) -> None:
+    """Every field is validated, so that the loop that reads receipts omits a damaged one."""
+    document = stored(FOLDER / "current" / "deletion.json")
+    damaged = document | {"deletion": document["deletion"] | damage} | damage
+    with pytest.raises(ValidationError):
+        documents.read_deletion(damaged)
+
+
+def test_receipt_with_some_counts_is_read() -> None:
+    document = stored(FOLDER / "current" / "deletion.json")
+    del document["deletion"]["counts"]["rows"]
+    assert documents.read_deletion(document).counts == Counts(hosts=2, chunks=1)
 
 
 def test_totals_without_unprobed_addresses_are_read_as_not_counted() -> None:
