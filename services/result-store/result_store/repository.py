@@ -25,7 +25,7 @@ from scanfleet.contracts.rest import Result
 from scanfleet.errors import DependencyError
 from scanfleet.runtime.mongo import Database, Document, Ids, dependency_errors, insert_missing, make_indexes
 from scanfleet.scanning.outcomes import Outcome
-from scanfleet.scanning.ports import parse_ranges
+from scanfleet.scanning.ports import parse_ranges, port_count
 from scanfleet.scanning.targets import Network
 
 # Hosts fetched at once for one reader of results. They are held undecoded, usually a kilobyte each and at most 16 MB together.
@@ -323,9 +323,11 @@ def _host(document: Mapping[str, Any]) -> Host:
 
 
 def _rows(document: Document) -> int:
-    silent = parse_ranges(document.get("open_filtered", ""))
-    rows: int = document["ports"] + sum(last - first + 1 for first, last in silent)
-    return rows
+    listed: int = document["ports"]
+    try:
+        return listed + port_count(parse_ranges(document.get("open_filtered", "")))
+    except ValueError:  # a damaged host is deleted as every other
+        return listed
 
 
 def _chunk_document(chunk: ClosedChunk) -> Document:

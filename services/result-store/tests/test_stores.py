@@ -368,6 +368,22 @@ async def test_interrupted_erasure_counts_no_host_twice(mongodb: str) -> None:
         database.client.close()
 
 
+@pytest.mark.integration
+async def test_erasure_of_a_host_with_damaged_ports_counts_the_others(mongodb: str) -> None:
+    """Ranges that cannot be read must not stop the deletion: only the host's listed ports are counted."""
+    database = mongo.connect(mongodb, f"results-{uuid4().hex[:12]}")
+    store = MongoStore(database)
+    try:
+        await store.add(hosts(host("127.9.8.0", 22, 80, open_filtered="67-69"), host("127.9.8.1", 22)))
+        await database["hosts"].update_one({"_id": "1-0/127.9.8.0"}, {"$set": {"open_filtered": "foo"}})
+        await store.begin_deletions([1])
+        assert await store.erase(1, 9) == 2
+        assert await store.erased(1) == Erased(hosts=2, rows=3)
+    finally:
+        await database.client.drop_database(database.name)
+        database.client.close()
+
+
 async def test_deletion_that_begins_again_is_not_ended(store: Store) -> None:
     """A job stays marked, and what arrives late opens its deletion again, also while it is being ended."""
     await store.begin_deletions([1, 2])

@@ -80,11 +80,11 @@ class PortSet:
 
     @property
     def tcp_count(self) -> int:
-        return self.top - self.above if self.top else _size(self.tcp)
+        return self.top - self.above if self.top else port_count(self.tcp)
 
     @property
     def udp_count(self) -> int:
-        return _size(self.udp)
+        return port_count(self.udp)
 
     def blocks(self, size: int) -> Iterator[PortSet]:
         """Split into sets of at most `size` ports of one protocol; a `top` set is split by frequency."""
@@ -146,6 +146,11 @@ def parse_ranges(text: str) -> tuple[Range, ...]:
     return disjoint(ranges)
 
 
+def port_count(ranges: Iterable[Range]) -> int:
+    """Return the number of ports in the ranges."""
+    return sum(high - low + 1 for low, high in ranges)
+
+
 def ranges_text(ranges: tuple[Range, ...]) -> str:
     """Return the canonical text; `parse_ranges(ranges_text(ranges)) == ranges` for sorted, disjoint ranges."""
     return _text(ranges, "")
@@ -194,10 +199,6 @@ def _part(ranges: tuple[Range, ...], skip: int, size: int) -> tuple[Range, ...]:
         if size == 0:
             break
     return tuple(part)
-
-
-def _size(ranges: tuple[Range, ...]) -> int:
-    return sum(high - low + 1 for low, high in ranges)
 
 
 def _meet(some: tuple[Range, ...], others: tuple[Range, ...]) -> bool:

@@ -22,7 +22,7 @@ from scanfleet.contracts.rest import MAX_HOST_PORTS, MAX_RESULTS
 from scanfleet.errors import BadRequestError, ConflictError
 from scanfleet.runtime.service import PathId
 from scanfleet.scanning.outcomes import Outcome
-from scanfleet.scanning.ports import Range, disjoint, parse_ranges, ranges_text
+from scanfleet.scanning.ports import Range, disjoint, parse_ranges, port_count, ranges_text
 from scanfleet.security.auth import Caller, Guarded
 
 _FORMATS: Final = (JSON, NDJSON)
@@ -110,7 +110,7 @@ class Machine:
 
     @property
     def open_filtered_count(self) -> int:
-        return sum(last - first + 1 for first, last in self._silent)
+        return port_count(self._silent)
 
     def view(self) -> rest.Host:
         """Return the host in the format of the API."""

@@ -21,7 +21,7 @@ from scanfleet.contracts.rest import Result
 from scanfleet.errors import MessageError
 from scanfleet.runtime.bus import Record
 from scanfleet.scanning.outcomes import Outcome, address_at, index_of
-from scanfleet.scanning.ports import Range, parse_ranges
+from scanfleet.scanning.ports import Range, parse_ranges, port_count
 
 Scanned = HostScanned | ChunkScanned
 
@@ -62,7 +62,7 @@ class Host:
     @property
     def result_count(self) -> int:
         """Number of results of this host, and therefore of ids that it needs."""
-        return len(self.scanned.ports) + sum(last - first + 1 for first, last in self._silent)
+        return len(self.scanned.ports) + port_count(self._silent)
 
     def results(self, first_id: int) -> Iterator[Result]:
         """Yield the host's results in port order, numbered from `first_id`."""

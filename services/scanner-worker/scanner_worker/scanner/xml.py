@@ -17,7 +17,7 @@ from ipaddress import ip_address
 from typing import Final, NoReturn
 from xml.parsers import expat
 
-from scanfleet.scanning.ports import parse_ranges, ranges_text
+from scanfleet.scanning.ports import parse_ranges, port_count, ranges_text
 from scanner_worker.domain.scan import FROM_HOST, Host
 
 # Maximum size of one tag with its attributes; the longest real ones contain a script's output, some kilobytes. Two pieces
@@ -291,7 +291,7 @@ def _silent(piece: bytes) -> tuple[str, int]:
         ranges = parse_ranges(b",".join(numbers).decode())
     except ValueError as error:
         raise BadXmlError(str(error)) from error
-    return ranges_text(ranges), sum(last - first + 1 for first, last in ranges)
+    return ranges_text(ranges), port_count(ranges)
 
 
 def _reasons(address: bytes, piece: bytes) -> AbstractSet[bytes]:
