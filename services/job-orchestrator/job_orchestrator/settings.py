@@ -11,6 +11,7 @@ from pydantic import Field
 
 from job_orchestrator.domain.deletion import KEEP_RECEIPTS, LEAST_RECEIPT_DAYS
 from job_orchestrator.domain.quotas import Quotas
+from scanfleet.contracts.rest import MAX_DAYS
 from scanfleet.runtime.settings import (
     CommonSettings,
     GrantSettings,
@@ -66,7 +67,7 @@ class Settings(CommonSettings, InternalApiSettings, KafkaSettings, AuditSettings
     keep_results_days: int = Field(
         365,
         ge=0,
-        le=36_500,
+        le=MAX_DAYS,
         description="How many days after its end a job is kept with its results, its chunks and its ledger; then it is deleted "
         "as by `DELETE /api/v1/task/{id}`. 0 keeps all until they are deleted by hand. A subnet may have its own number of days. "
         "The two newest completed jobs of each existing subnet are kept.",
@@ -74,7 +75,7 @@ class Settings(CommonSettings, InternalApiSettings, KafkaSettings, AuditSettings
     keep_receipts_days: int = Field(
         KEEP_RECEIPTS.days,
         ge=LEAST_RECEIPT_DAYS,
-        le=36_500,
+        le=MAX_DAYS,
         description="How many days after its completion a deletion is listed by `GET /api/v1/deletion`. Applies to deletions that "
         "are completed from then on.",
     )

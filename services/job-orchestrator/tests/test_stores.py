@@ -559,6 +559,20 @@ async def test_retention_of_a_subnet_survives_its_replacement_and_not_its_deleti
     assert await store.retention.of([1, 2]) == {2: SubnetRetention()}
 
 
+@pytest.mark.integration
+@pytest.mark.parametrize("damage", [-3, 0, 4_000_000, None, "9", 1.5, True])
+async def test_damaged_retention_of_a_subnet_counts_as_none(
+    mongo_store: MongoStore, database: Database, damage: Any
+) -> None:
+    """A number of days that the API does not accept neither deletes jobs nor hides the retention of other subnets."""
+    await mongo_store.subnets.add(subnet(1), subnet(2))
+    assert await mongo_store.retention.set_days(2, 40)
+    await database["subnets"].update_one({"_id": 1}, {"$set": {"keep_results_days": damage}})
+    assert await mongo_store.retention.days(1) is None
+    assert await mongo_store.retention.of([1, 2]) == {1: SubnetRetention(), 2: SubnetRetention(40)}
+    assert await mongo_store.retention.shortest() == 40
+
+
 async def test_newest_completed_jobs_of_a_subnet_are_those_that_ended_last(store: Store) -> None:
     """Two of them, ties by id; jobs with another status, of other subnets, unfinished and deleted ones do not count."""
     await store.subnets.add(subnet(1), subnet(2), subnet(3))
@@ -832,6 +846,7 @@ async def test_census_counts_unfinished_jobs_and_chunks(store: Store) -> None:
     assert census.ages == {JobStatus.PENDING: pytest.approx(3 * 3_600, abs=60), JobStatus.RUNNING: 0.0}
     assert await store.chunks.census() == dict.fromkeys(OPEN, 1) | {ChunkState.QUEUED: 2}
     assert census.slot_seconds == pytest.approx(sum(job.seconds_left for job in [*jobs[:3], running]))
+    assert await store.jobs.seconds_left() == pytest.approx(census.slot_seconds)
     assert census.outbox_age == pytest.approx(300, abs=60)
 
 
@@ -1002,6 +1017,19 @@ async def test_unreadable_chunks_are_left_out_counted_and_named(
         assert set(await mongo_store.chunks.get(["1-0", "1-1"])) == {"1-1"}
     assert UNREADABLE.labels("chunks")._value.get() == before + 2
     assert {(line["event"], line["id"]) for line in logs} == {("unreadable_document", "1-0")}
+
+
+@pytest.mark.integration
+@pytest.mark.proves("G17")
+@pytest.mark.parametrize("jobs", [1, 30])
+async def test_unreadable_queued_chunks_do_not_delay_the_other_jobs_of_their_user(
+    mongo_store: MongoStore, database: Database, jobs: int
+) -> None:
+    """Thirty unreadable chunks with the lowest turns, of one job or of thirty, hide none of another job."""
+    damaged = [chunk(id=f"c-{n}", job_id=1 + n % jobs, index=n, turn=n) for n in range(30)]
+    await mongo_store.chunks.insert([*damaged, chunk(id="99-0", job_id=99, turn=99)])
+    await database["chunks"].update_many({"turn": {"$lt": 30}}, {"$set": {"estimate": None}})
+    assert [each.chunk_id for each in await mongo_store.dispatch.queue(7, 10, LATER, raw=True)] == ["99-0"]
 
 
 @pytest.mark.integration

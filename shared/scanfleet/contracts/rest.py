@@ -436,9 +436,12 @@ class Waiting(_Answer):
 # Retention and deletion
 
 
+MAX_DAYS: Final = 36_500  # of any retention
+
+
 class SubnetRetentionBody(_Body):
     keep_results_days: Annotated[
-        Annotated[StrictInt, Field(ge=1, le=36_500)] | None,
+        Annotated[StrictInt, Field(ge=1, le=MAX_DAYS)] | None,
         Field(
             description="Days after its end at which a job of the subnet is deleted; null for the platform's setting. "
             "The two newest completed jobs are kept."
@@ -455,7 +458,7 @@ class SubnetRetention(_Answer):
 
 
 class DeletedCounts(_Answer):
-    """How much was stored of a deleted job; each is null while it is unknown."""
+    """Numbers of deleted documents of a job; each is null while unknown."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 

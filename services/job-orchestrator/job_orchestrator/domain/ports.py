@@ -199,7 +199,7 @@ class JobRepository(Protocol):
         """Return the usage of those of these users who have unfinished jobs."""
 
     async def seconds_left(self) -> float:
-        """Return the expected slot seconds of all unfinished jobs."""
+        """Return the expected slot seconds of the unfinished jobs, without those outside the hours of their grants."""
 
     async def census(self) -> JobCensus: ...
 
@@ -303,7 +303,10 @@ class DispatchRepository(Protocol):
         raw: bool,
         skip: Collection[int] = (),
     ) -> list[Candidate]:
-        """Return the user's first `limit` queued chunks that may start, by turn, without those of the jobs to `skip`."""
+        """Return the user's first `limit` queued chunks that may start, by turn.
+
+        Without those of the jobs to `skip`, and of jobs of which one of the first chunks cannot be read.
+        """
 
     async def first_turn(self, user_id: int) -> int:
         """Return the lowest turn among the user's queued chunks, or 0."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 from pymongo import IndexModel, UpdateOne
 
@@ -51,8 +51,12 @@ class MongoDispatch:
         wanted = _queued(raw=raw) | {"user_id": user_id} | may_go
         if skip:
             wanted["job_id"] = {"$nin": list(skip)}
-        found = self._chunks.find(wanted, documents.CANDIDATE).sort("turn", 1).limit(limit)
-        return await documents.read_all(documents.read_candidate, found, "chunks")
+        found = await self._chunks.find(wanted, documents.CANDIDATE).sort("turn", 1).limit(limit).to_list(limit)
+        candidates = [documents.readable(documents.read_candidate, each, "chunks") for each in found]
+        damaged: list[Any] = [each.get("job_id") for each, read in zip(found, candidates, strict=True) if read is None]
+        if new := [id_ for id_ in damaged if id_ not in skip]:  # otherwise they could fill every result
+            return await self.queue(user_id, limit, now, raw=raw, skip=[*skip, *new])
+        return [candidate for candidate in candidates if candidate is not None]
 
     @dependency_errors()
     async def first_turn(self, user_id: int) -> int:

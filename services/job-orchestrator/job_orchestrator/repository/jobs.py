@@ -59,6 +59,9 @@ INDEXES: Final = {
 
 _UNFINISHED: Final = {"settled": False, "status": {"$in": [status.value for status in UNFINISHED]}}
 
+_DUE: Final = {"$ne": ["$waiting", "window"]}  # jobs outside the hours of their grant are no work for now
+_SECONDS_DUE: Final = {"$cond": [_DUE, "$seconds_left", 0]}
+
 
 class MongoJobs:
     """`JobRepository` on MongoDB."""
@@ -183,7 +186,7 @@ class MongoJobs:
             ended["end_time"]["$gte"] = after[0]
             ended["$nor"] = [{"end_time": after[0], "_id": {"$lte": after[1]}}]
         found = self._jobs.find(ended, {"end_time": 1, "subnet_id": 1}).sort(_ENDED).limit(limit)
-        # A damaged job must not stop the others; it stays, because it cannot be read as a whole.
+        # A damaged job must not stop the others; it is kept, because it cannot be read as a whole.
         return [EndedJob(each["_id"], each["end_time"], each.get("subnet_id", 0)) async for each in found]
 
     @dependency_errors()
@@ -199,13 +202,12 @@ class MongoJobs:
     @dependency_errors()
     async def seconds_left(self) -> float:
         total = self._jobs.aggregate(
-            [{"$match": _UNFINISHED}, {"$group": {"_id": None, "seconds": {"$sum": "$seconds_left"}}}],
+            [{"$match": _UNFINISHED}, {"$group": {"_id": None, "seconds": {"$sum": _SECONDS_DUE}}}]
         )
         return sum([float(each["seconds"]) async for each in total])
 
     @dependency_errors()
     async def census(self) -> JobCensus:
-        due = {"$ne": ["$waiting", "window"]}
         jobs = self._jobs.aggregate(
             [
                 {"$match": _UNFINISHED},
@@ -213,8 +215,8 @@ class MongoJobs:
                     "$group": {
                         "_id": "$status",
                         "n": {"$sum": 1},
-                        "oldest": {"$min": {"$cond": [due, "$created_at", None]}},
-                        "seconds": {"$sum": {"$cond": [due, "$seconds_left", 0]}},
+                        "oldest": {"$min": {"$cond": [_DUE, "$created_at", None]}},
+                        "seconds": {"$sum": _SECONDS_DUE},
                     },
                 },
                 {"$set": {"age": _age("$oldest")}},

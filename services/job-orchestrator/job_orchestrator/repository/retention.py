@@ -9,6 +9,7 @@ from typing import Any, Final
 from pymongo import IndexModel
 
 from job_orchestrator.domain.retention import PROTECTED, SubnetRetention
+from scanfleet.contracts import rest
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.runtime.mongo import Database, Document, dependency_errors
 
@@ -16,7 +17,7 @@ _HALTED: Final = {"_id": "halted"}
 _COMPLETED: Final = {"status": JobStatus.COMPLETED.value}
 
 INDEXES: Final = {
-    "subnets": [IndexModel([("keep_results_days", 1)], sparse=True)],
+    rest.SUBNETS.plural: [IndexModel([("keep_results_days", 1)], sparse=True)],
     "jobs": [IndexModel([("subnet_id", 1), ("end_time", -1), ("_id", -1)], partialFilterExpression=_COMPLETED)],
 }
 
@@ -25,7 +26,7 @@ class MongoRetention:
     """`RetentionRepository` on MongoDB."""
 
     def __init__(self, database: Database) -> None:
-        self._subnets = database["subnets"]
+        self._subnets = database[rest.SUBNETS.plural]
         self._retention = database["retention"]
 
     @dependency_errors()
@@ -41,7 +42,8 @@ class MongoRetention:
 
     @dependency_errors()
     async def shortest(self) -> int | None:
-        has_own = {"keep_results_days": {"$exists": True}}
+        # Without damaged values, of which the first could hide the others.
+        has_own = {"keep_results_days": {"$gte": 1, "$lte": rest.MAX_DAYS, "$type": ["int", "long"]}}
         return _days(await self._subnets.find_one(has_own, {"keep_results_days": 1}, sort=[("keep_results_days", 1)]))
 
     @dependency_errors()
@@ -87,4 +89,5 @@ class MongoRetention:
 
 def _days(document: Document | None) -> int | None:
     days: Any = (document or {}).get("keep_results_days")
-    return days if isinstance(days, int) else None  # a damaged value counts as none
+    is_valid = isinstance(days, int) and not isinstance(days, bool) and 1 <= days <= rest.MAX_DAYS
+    return days if is_valid else None  # a damaged value counts as none

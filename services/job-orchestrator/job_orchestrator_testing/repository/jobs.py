@@ -124,11 +124,11 @@ class MemoryJobs(MemoryRepository):
         return usage
 
     async def seconds_left(self) -> float:
-        return sum(job.seconds_left for job in self._data.jobs.values() if job.status in UNFINISHED)
+        return sum(job.seconds_left for job in self._unfinished() if _is_due(job))
 
     async def census(self) -> JobCensus:
-        jobs = [job for job in self._data.jobs.values() if job.status in UNFINISHED]
-        due = [job for job in jobs if job.waiting != "window"]
+        jobs = self._unfinished()
+        due = [job for job in jobs if _is_due(job)]
         outgoing = [out.at for job in self._data.jobs.values() for out in job.outbox]
         return JobCensus(
             numbers=Counter(job.status for job in jobs),
@@ -139,6 +139,13 @@ class MemoryJobs(MemoryRepository):
             slot_seconds=sum(job.seconds_left for job in due),
             outbox_age=max(map(_age, outgoing), default=0.0),
         )
+
+    def _unfinished(self) -> list[ScanJob]:
+        return [job for job in self._data.jobs.values() if job.status in UNFINISHED]
+
+
+def _is_due(job: ScanJob) -> bool:
+    return job.waiting != "window"
 
 
 def _age(time_: datetime) -> float:
