@@ -110,6 +110,7 @@ def test_damaged_receipt_is_not_read(damage: dict[str, Any]) -> None:
 
 
 def test_receipt_with_some_counts_is_read() -> None:
+    """A count that is missing is unknown."""
     document = stored(FOLDER / "current" / "deletion.json")
     del document["deletion"]["counts"]["rows"]
     assert documents.read_deletion(document).counts == Counts(hosts=2, chunks=1)
