@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from scanfleet.contracts.messages import HostDetails, HostScanned, PortFound, ScanChunk, ScriptOutput
 from scanfleet.contracts.messages.fields import MAX_BYTES
-from scanfleet.scanning.nmap_options import technique
 from scanfleet.scanning.outcomes import Outcome, networks
 from scanfleet.scanning.policy import ADMITTED_SCRIPTS, Preset, ScanPolicy, fill_in
 from scanfleet.scanning.targets import TargetRules
@@ -189,13 +188,6 @@ def test_arguments_top_ports_are_counted(make_chunk: MakeChunk) -> None:
     assert argv[argv.index("--top-ports") + 1] == "100"
     assert "-p" not in argv
     assert services(chunk.policy.port_set) == {"tcp": 100}
-
-
-def test_technique_auto_depends_on_raw_packets(make_chunk: MakeChunk) -> None:
-    """auto is SYN with raw packets and connect without; other techniques are unchanged."""
-    auto, connect = make_chunk().policy, make_chunk({"technique": "connect"}).policy
-    assert (technique(auto, raw=True), technique(auto, raw=False)) == ("syn", "connect")
-    assert technique(connect, raw=True) == "connect"
 
 
 @pytest.mark.proves("A3", "G12")
