@@ -342,7 +342,12 @@ OF_RESULTS = ("/results", "/hosts", "/nmap.xml")
 """Ends of the paths on which another user's job is a 403 instead of a 404."""
 
 FOR_ADMINISTRATORS = ("/api/v1/audit", "/api/v1/revocation")
-BODIES = {"subnet": subnet(name="taken"), "policy": policy(name="taken")}
+BODIES = {
+    "replace_subnet": subnet(name="taken"),
+    "replace_subnet_retention": {"keep_results_days": 1},
+    "replace_policy": policy(name="taken"),
+}
+"""Bodies of the requests with an id, by operation."""
 
 
 @pytest.mark.proves("A10", "G13")
@@ -357,6 +362,7 @@ def test_other_users_resources_return_404(stack: Stack, caller: Callers, audited
     def seen() -> list[Any]:
         paths = (
             f"subnet/{subnet_id}",
+            f"subnet/{subnet_id}/retention",
             f"policy/{policy_id}",
             f"task/{job['id']}",
             f"task/{job['id']}/results",
@@ -371,9 +377,7 @@ def test_other_users_resources_return_404(stack: Stack, caller: Callers, audited
     tried = {}
     for method, path, operation in operations(stack):
         if "{" in path and not path.startswith(FOR_ADMINISTRATORS):
-            body = BODIES.get(path.split("/")[3]) if method == "PUT" else None
-            body = {"keep_results_days": 1} if path.endswith("/retention") and method == "PUT" else body
-            answer = theirs.http.request(method, path.format(**ids), json=body)
+            answer = theirs.http.request(method, path.format(**ids), json=BODIES.get(operation["operationId"]))
             id_ = refused(answer, 403 if path.endswith(OF_RESULTS) else 404, f"{method} {path}")
             tried[operation["operationId"]] = id_, path.format(**ids).removesuffix("/cancel")
     assert len(tried) >= 10
