@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from local.nmap import OpenPorts, open_ports
+from local.nmap import OpenPorts, open_ports, running_under
 from local.stack import Stack
 from local.wait import until
 from scanfleet.contracts.messages.topics import SCAN_EVENTS
@@ -189,9 +189,10 @@ def test_worker_killed_in_mid_scan_loses_no_result(
     servers: OpenPorts,
     running_nmaps: Callable[[], list[int]],
 ) -> None:
-    """After kill -9 of a worker no nmap is left, and the job completes with the same results, without duplicates."""
+    """After kill -9 of a scanning worker no nmap is left, and the job completes with the same results, without duplicates."""
     job_id = user.scan(SUBNET, ports=PORTS, service_detection=False, max_rate=1500)
-    until(lambda: bool(running_nmaps()), 30, "the scan to run")
+    worker = stack.pid("scanner-worker-1")
+    until(lambda: bool(running_under([worker])), 30, "the worker to scan")
     stack.kill("scanner-worker-1")
     task = user.finished(job_id)
     assert task["status"]["status"] == "completed", task
