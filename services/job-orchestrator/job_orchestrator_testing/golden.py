@@ -109,10 +109,15 @@ def _others() -> dict[str, dict[str, Any]]:
         counts=Counts(hosts=2, rows=3, chunks=1),
         completed_at=_LATER,
     )
+    subnet = documents.write_subnet(Owned(content=ScanTarget("127.9.8.0/24", ("127.9.8.4/30",)), **owned))
     return {
         "audit": documents.write_audit(entry, _SOON, THEN + timedelta(days=365)),
+        # Clocks, workers and the retention of subnets are written by updates of single fields.
+        "clock": {"_id": 7, "time": 1234.5, "active": True},
         "deletion": documents.write_deletion(deletion),
         "policy": documents.write_policy(Owned(content=scan_policy(), **owned)),
         "revocation": documents.write_revocation(revocation),
-        "subnet": documents.write_subnet(Owned(content=ScanTarget("127.9.8.0/24", ("127.9.8.4/30",)), **owned)),
+        "subnet": subnet,
+        "subnet-with-retention": subnet | {"keep_results_days": 30},
+        "worker": {"_id": _WORKER, "slots": 4, "raw": False, "seen": _SOON},
     }

@@ -30,8 +30,9 @@ READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "policy": documents.read_policy,
     "revocation": documents.read_revocation,
     "subnet": documents.read_subnet,
+    "worker": documents.read_worker,
 }
-ID_FIELDS: Final = {"clock": "user_id", "deletion": "job_id"}  # of other kinds: id
+ID_FIELDS: Final = {"clock": "user_id", "deletion": "job_id", "worker": "worker_id"}  # of other kinds: id
 TOTALS: Final = ("probes", "addresses", "places")  # by outcome
 
 every_document = pytest.mark.parametrize(
