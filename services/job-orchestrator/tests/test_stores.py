@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from job_orchestrator.api.resource_rules import POLICIES, SUBNETS, ResourceRules
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.census import OpenChunks, Standing
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState, Token, cancel, dispatch
@@ -23,7 +24,6 @@ from job_orchestrator.domain.ports import Store
 from job_orchestrator.domain.quotas import Usage
 from job_orchestrator.domain.resources import Owned, ScanTarget
 from job_orchestrator.domain.retention import EndedJob, SubnetRetention
-from job_orchestrator.domain.rules import POLICIES, SUBNETS, ResourceRules
 from job_orchestrator.domain.totals import Totals
 from job_orchestrator.metrics import UNREADABLE
 from job_orchestrator.repository import MongoStore, documents
@@ -1017,6 +1017,18 @@ async def test_unreadable_chunks_are_left_out_counted_and_named(
         assert set(await mongo_store.chunks.get(["1-0", "1-1"])) == {"1-1"}
     assert UNREADABLE.labels("chunks")._value.get() == before + 2
     assert {(line["event"], line["id"]) for line in logs} == {("unreadable_document", "1-0")}
+
+
+@pytest.mark.integration
+async def test_unreadable_resources_are_omitted_and_counted(mongo_store: MongoStore, database: Database) -> None:
+    """A subnet that cannot be read hides no other, neither by id, nor by network, nor in a list."""
+    await mongo_store.subnets.add(subnet(1), subnet(2))
+    await database["subnets"].update_one({"_id": 1}, {"$set": {"exclude": None}})
+    before = UNREADABLE.labels("subnets")._value.get()
+    assert set(await mongo_store.subnets.get([(7, 1), (7, 2)])) == {(7, 2)}
+    assert [each.id for each in (await mongo_store.subnets.page(7, 0, 9))[0]] == [2]
+    assert [each.id for each in await mongo_store.subnets.with_cidrs(7, [subnet(1).content.cidr])] == [2]
+    assert UNREADABLE.labels("subnets")._value.get() == before + 3
 
 
 @pytest.mark.integration

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import AsyncIterable, Callable, Collection
 from datetime import datetime
 from typing import Final, Generic
 
@@ -68,16 +68,14 @@ class MongoResources(Generic[Content]):
                 by_user[user_id].append(id_)
             wanted = {"$or": [{"user_id": user_id, "_id": {"$in": ids}} for user_id, ids in by_user.items()]}
             async with dependency_errors():
-                async for each in self._collection.find(wanted):
-                    found[each["user_id"], each["_id"]] = self._read(each)
+                found |= {(each.user_id, each.id): each for each in await self._readable(self._collection.find(wanted))}
         return found
 
     @dependency_errors()
     async def page(self, user_id: int, skip: int, limit: int) -> tuple[list[Owned[Content]], int]:
         wanted = {"user_id": user_id}
         newest = self._collection.find(wanted).sort("_id", -1).skip(skip).limit(limit)
-        found, total = await asyncio.gather(newest.to_list(limit), self._collection.count_documents(wanted))
-        return [self._read(each) for each in found], total
+        return await asyncio.gather(self._readable(newest), self._collection.count_documents(wanted))
 
     @dependency_errors()
     async def replace(self, resource: Owned[Content], *, unchanged_since: datetime | None = None) -> bool:
@@ -85,12 +83,15 @@ class MongoResources(Generic[Content]):
         wanted = {"_id": document.pop("_id"), "user_id": document["user_id"]}
         if unchanged_since is not None:
             wanted["updated_at"] = unchanged_since
-        # Fields that are not this release's stay.
+        # Fields of other releases are kept.
         return (await self._collection.update_one(wanted, {"$set": document})).matched_count == 1
 
     @dependency_errors()
     async def delete(self, user_id: int, id_: int) -> bool:
         return (await self._collection.delete_one({"_id": id_, "user_id": user_id})).deleted_count == 1
+
+    async def _readable(self, found: AsyncIterable[Document]) -> list[Owned[Content]]:
+        return await documents.read_all(self._read, found, self._collection.name)
 
 
 class MongoSubnets(MongoResources[ScanTarget]):
@@ -100,4 +101,4 @@ class MongoSubnets(MongoResources[ScanTarget]):
     @dependency_errors()
     async def with_cidrs(self, user_id: int, cidrs: Collection[str]) -> list[Subnet]:
         found = self._collection.find({"user_id": user_id, "cidr": {"$in": list(cidrs)}})
-        return [self._read(each) async for each in found]
+        return await self._readable(found)
