@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from fastapi import APIRouter
 
+from job_orchestrator.api.resource_rules import POLICIES, SUBNETS, parsed_target
 from job_orchestrator.api.state import Handed, State, mine
 from job_orchestrator.domain.proposal import Part, Proposal
-from job_orchestrator.domain.rules import POLICIES, SUBNETS, parsed_target
 from scanfleet.contracts import rest
 from scanfleet.scanning.policy import ScanPolicy
 from scanfleet.scanning.targets import Target

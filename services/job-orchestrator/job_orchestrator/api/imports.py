@@ -13,9 +13,9 @@ from typing import Final, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
 
+from job_orchestrator.api.resource_rules import SUBNETS, Limits, scan_target
 from job_orchestrator.api.state import MAX_ERROR_CHARS, Handed, Recorded, within_quota
 from job_orchestrator.domain.resources import Owned, ScanTarget
-from job_orchestrator.domain.rules import SUBNETS, Limits, scan_target
 from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
 from scanfleet.errors import BadRequestError

@@ -23,7 +23,7 @@ Listed = TypeVar("Listed", bound=BaseModel)
 
 
 class Limits(Protocol):
-    """What the operator allows."""
+    """The operator's limits on scans."""
 
     @property
     def rules(self) -> TargetRules: ...
@@ -37,7 +37,7 @@ async def _allowed(_store: Store, _id: int) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceRules(Generic[Body, Answer, Listed, Content]):
-    """What differs between resources."""
+    """The declarations in which resources differ."""
 
     resource: rest.Resource[Body, Answer, Listed]
     repository: Callable[[Store], ResourceRepository[Content]]
@@ -67,7 +67,7 @@ def scan_target(body: rest.SubnetBody, limits: Limits) -> ScanTarget:
     """Return the network and its exclusions in canonical form.
 
     Raises:
-        BadRequestError: one of them is not a network, or must not be scanned. The message begins with the field at fault.
+        BadRequestError: one of them is not a network, or must not be scanned. The message begins with the invalid field.
     """
     target = parsed_target(body.cidr, body.exclude)
     if refusal := limits.rules.refusal(target.network):
@@ -79,7 +79,7 @@ def parsed_target(cidr: str, exclude: Sequence[str] | None) -> Target:
     """Return the networks of a request.
 
     Raises:
-        BadRequestError: one of them is not a network, or every address is excluded. The message begins with the field at fault.
+        BadRequestError: one of them is not a network, or every address is excluded. The message begins with the invalid field.
     """
     try:
         parse_network(cidr)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
 
+from job_orchestrator.api.resource_rules import POLICIES, SUBNETS, Answer, Body, Listed, ResourceRules
 from job_orchestrator.api.state import (
     Handed,
     Paged,
@@ -19,7 +20,6 @@ from job_orchestrator.api.state import (
     within_quota,
 )
 from job_orchestrator.domain.resources import Content, Owned
-from job_orchestrator.domain.rules import POLICIES, SUBNETS, Answer, Body, Listed, ResourceRules
 from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
 from scanfleet.errors import NotFoundError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
+from job_orchestrator.api.resource_rules import SUBNETS
 from job_orchestrator.api.state import Handed, Recorded, State, mine
-from job_orchestrator.domain.rules import SUBNETS
 from scanfleet.contracts import rest
 from scanfleet.errors import NotFoundError
 from scanfleet.runtime.service import PathId

@@ -12,10 +12,10 @@ from typing import Annotated, Final, TypeVar
 from fastapi import Depends, Query, Request, Response
 from pydantic import BaseModel
 
+from job_orchestrator.api.resource_rules import Answer, Body, Listed, ResourceRules
 from job_orchestrator.domain.ports import AuditRepository, Store
 from job_orchestrator.domain.quotas import QuotaError, Quotas
 from job_orchestrator.domain.resources import Content, Owned
-from job_orchestrator.domain.rules import Answer, Body, Listed, ResourceRules
 from job_orchestrator.domain.user_grants import UNLIMITED, JobGrants
 from job_orchestrator.handlers.audit import record
 from job_orchestrator.handlers.commands import Commands

@@ -160,7 +160,7 @@ FIELDS = {"targets": "subnet_id", "exclude": "subnet_id", "policy": "policy_id"}
 
 @pytest.mark.parametrize("which", REFUSED)
 async def test_estimate_refuses_by_the_sentence_of_the_submit(which: str) -> None:
-    """Rule and reason are those of the submit's rejection, with the field at fault."""
+    """Rule and reason are those of the submit's rejection, with the invalid field."""
     cidr, policy, how = REFUSED[which]
     exclude = ALL_BUT_BROADCAST if which == "exclude" else ()
     world = world_with(**how)
