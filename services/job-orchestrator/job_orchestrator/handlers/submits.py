@@ -29,12 +29,9 @@ _MAX_EXCLUDES: Final = 100_000  # of all subnets of one command, so that its doc
 
 
 class _RefusedError(Exception):
-    """The submit is refused with `status` and this text, by this rule."""
-
-    def __init__(self, text: str, rule: Rule = Rule.REQUEST, status: int = 400) -> None:
-        super().__init__(text)
-        self.rule = rule
-        self.status = status
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.text)
+        self.refusal = refusal
 
 
 class Submits:
@@ -72,7 +69,7 @@ class Submits:
         return [
             each
             if isinstance(each, Command)
-            else _refused(submit, _status(refusal), str(refusal), Rule.QUOTA)
+            else _refused(submit, _over_quota(refusal))
             if refusal
             else _accepted(submit, [_numbered(job, next(ids)) for job in each])
             for submit, each, refusal in zip(submits, decided, refusals, strict=True)
@@ -89,8 +86,7 @@ class Submits:
         try:
             self._checks.quotas.check_user(usage.get(user_id, Usage()), [proposal.plan])
         except QuotaError as error:
-            refusal = Refusal(str(error), Rule.QUOTA, _status(error))
-            return replace(proposal, refusals=[*proposal.refusals, refusal])
+            return replace(proposal, refusals=[*proposal.refusals, _over_quota(error)])
         return proposal
 
     def nmap_options(self, proposal: Proposal) -> Sequence[str]:
@@ -132,13 +128,13 @@ class Submits:
                 proposal = self._checks.propose(submit.user_id, roles, policy.content, target, now)
                 jobs.append(_planned(submit, subnet, proposal, now))
                 await asyncio.sleep(0)  # a command may have a thousand subnets: let other tasks run
-        except _RefusedError as refusal:
-            return _refused(submit, refusal.status, str(refusal), refusal.rule)
+        except _RefusedError as error:
+            return _refused(submit, error.refusal)
         return jobs
 
 
-def _status(error: QuotaError) -> int:
-    return 429 if error.temporary else 400
+def _over_quota(error: QuotaError) -> Refusal:
+    return Refusal(str(error), Rule.QUOTA, status=429 if error.temporary else 400)
 
 
 def _accepted(submit: SubmitJobs, jobs: Iterable[ScanJob]) -> Command:
@@ -152,10 +148,15 @@ def _accepted(submit: SubmitJobs, jobs: Iterable[ScanJob]) -> Command:
     )
 
 
-def _refused(submit: SubmitJobs, status: int, error: str, rule: Rule) -> Command:
+def _refused(submit: SubmitJobs, refusal: Refusal) -> Command:
     """Return the rejection, without the Idempotency-Key, which may be used again for the corrected request."""
     return Command(
-        id=submit.command_id, user_id=submit.user_id, state="rejected", status=status, error=error, rule=rule
+        id=submit.command_id,
+        user_id=submit.user_id,
+        state="rejected",
+        status=refusal.status,
+        error=refusal.text,
+        rule=refusal.rule,
     )
 
 
@@ -166,15 +167,16 @@ def _resolved(
 ) -> list[tuple[Policy, Subnet]]:
     policy = policies.get((submit.user_id, submit.policy_id))
     if policy is None:
-        raise _RefusedError(f"Policy {submit.policy_id} not found", Rule.OWNER)
+        raise _RefusedError(Refusal(f"Policy {submit.policy_id} not found", Rule.OWNER))
     if len(set(submit.subnet_ids)) < len(submit.subnet_ids):
-        raise _RefusedError("The same subnet is given twice")
+        raise _RefusedError(Refusal("The same subnet is given twice", Rule.REQUEST))
     found = [subnets.get((submit.user_id, id_)) for id_ in submit.subnet_ids]
     if missing := [str(id_) for id_, subnet in zip(submit.subnet_ids, found, strict=True) if subnet is None]:
-        raise _RefusedError(f"Subnet {', '.join(missing[:10])} not found", Rule.OWNER)
+        raise _RefusedError(Refusal(f"Subnet {', '.join(missing[:10])} not found", Rule.OWNER))
     own = [subnet for subnet in found if subnet is not None]
     if (excludes := sum(len(subnet.content.exclude) for subnet in own)) > _MAX_EXCLUDES:
-        raise _RefusedError(f"The subnets exclude {excludes} networks; those of one request at most {_MAX_EXCLUDES}")
+        text = f"The subnets exclude {excludes} networks; those of one request at most {_MAX_EXCLUDES}"
+        raise _RefusedError(Refusal(text, Rule.REQUEST))
     return [(policy, subnet) for subnet in own]
 
 
@@ -182,7 +184,7 @@ def _planned(submit: SubmitJobs, subnet: Subnet, proposal: Proposal, now: dateti
     if proposal.refusals:
         refusal = proposal.refusals[0]
         about = f"Policy {submit.policy_id} " if refusal.part == "policy" else f"Subnet {subnet.id}: "
-        raise _RefusedError(about + refusal.text, refusal.rule, refusal.status)
+        raise _RefusedError(replace(refusal, text=about + refusal.text))
     return ScanJob(
         id=0,
         user_id=submit.user_id,
