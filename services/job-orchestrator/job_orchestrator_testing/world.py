@@ -170,7 +170,7 @@ class ResultStore:
 
 
 class _Time(PlatformTime):
-    """The database's clock as it goes with a world's."""
+    """The database's clock, which follows the world's time."""
 
     def __init__(self, world: World) -> None:
         super().__init__(self._never, lambda: world.now)
@@ -256,7 +256,7 @@ class World:
         await self.catch_up()
 
     async def restart(self, number: int = 0) -> None:
-        """Another process takes the place of a replica that has died."""
+        """Replace a dead replica by a new process."""
         self.replicas[number] = self.replica()
         await self.start()
 
@@ -292,7 +292,7 @@ class World:
         raise AssertionError("this world does not come to rest")
 
     async def deliver(self) -> bool:
-        """Deliver once what was sent since the last time; answers whether there was anything."""
+        """Deliver the messages sent since the last call; return whether there were any."""
         batches = {topic: self.take(topic) for topic in (*_READ, SCAN_TASKS, SCAN_RESULTS)}
         for topic, records in batches.items():
             await self.hand(topic, records)

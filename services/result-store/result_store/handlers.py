@@ -36,7 +36,7 @@ from scanfleet.security.chunk_grants import Grants
 
 _STEP_SECONDS: Final = 1.0
 _DOCUMENTS: Final = 2_000  # deleted in one step: a fraction of what storing may need of the database
-_AT_ONCE: Final = 100  # jobs that one step looks at
+_AT_ONCE: Final = 100  # maximum number of deletions per step
 
 _log = structlog.stdlib.get_logger(__name__)
 

@@ -725,7 +725,7 @@ class EstimateRefusal(_Answer):
     """Name of the rule, as in the audit log: `targets`, `grant`, `quota`, `request`."""
 
     field: str | None
-    """The field of the request at fault; null if it is not one alone."""
+    """The invalid field of the request; null if the refusal does not concern a single field."""
 
     error: str
 

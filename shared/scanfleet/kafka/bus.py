@@ -233,7 +233,7 @@ class KafkaBus:
                 partitions = sorted(await producer.partitions_for(name))
                 for record in records:
                     placed[name, _partition_of(record[0], partitions, partitions)].append(record)
-                # Side by side, and each to its end: a partition without a leader must not delay the others.
+                # Concurrently, and all to completion: a partition without a leader must not delay the others.
                 sends = (self._send_to(place, sent, producer) for place, sent in placed.items())
                 results = await asyncio.gather(*sends, return_exceptions=True)
             for error in filter(None, results):
@@ -270,7 +270,7 @@ class KafkaBus:
     def _settled(self, place: _Place, ack: asyncio.Future[object]) -> None:
         self._overdue[place].discard(ack)
         if not ack.cancelled() and (fault := ack.exception()) is not None:
-            self._fail(fault, "the producer gave a send up")
+            self._fail(fault, "the producer abandoned a send")
 
     def _watch_cluster_id(self, producer: AIOKafkaProducer) -> None:
         """Fail when the cluster id in the brokers' metadata differs from the first one."""

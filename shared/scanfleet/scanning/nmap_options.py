@@ -30,7 +30,7 @@ def nmap_options(
     """Return the options of one nmap, numbers and fixed words, before `--` and its targets.
 
     Args:
-        policy: what the scan is for.
+        policy: the policy of the scan.
         ports: a part of the policy's ports.
         addresses: number of addresses.
         family: of the addresses, 4 or 6.

@@ -47,7 +47,7 @@ class MongoStore:
         keep_receipts: timedelta = KEEP_RECEIPTS,
     ) -> None:
         self.subnets = MongoSubnets(database)
-        self.policies = MongoResources(database, "policies", documents.write_policy, documents.read_policy)
+        self.policies = MongoResources(database, rest.POLICIES.plural, documents.write_policy, documents.read_policy)
         self.audit = MongoAudit(database, keys, keep_audit)
         self.access = MongoAccess(database)
         self.commands = MongoCommands(database)

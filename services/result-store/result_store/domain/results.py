@@ -140,13 +140,19 @@ class ClosedChunk:
     """Of its TCP ports; empty if it has none."""
 
     nmap: str = ""
-    """The version of nmap; empty if no address was scanned."""
+    """The version of nmap; empty if no address was scanned, or if the orchestrator had to ask for the check."""
 
     ports: str = ""
-    """The ports of a `top` set by number; empty for other sets, and if no address was scanned."""
+    """The ports of a `top` set by number.
+
+    Empty for other sets, and if no address was scanned, or if the orchestrator had to ask for the check.
+    """
 
     arguments: str = ""
-    """The SHA-256 of nmap's arguments without the targets; empty if no address was scanned."""
+    """The SHA-256 of nmap's arguments without the targets.
+
+    Empty if no address was scanned, or if the orchestrator had to ask for the check.
+    """
 
     @property
     def key(self) -> str:

@@ -179,7 +179,10 @@ class ChunkScanned(_Mapped):
     """The TCP ports of a `top` set by number, as ranges; empty for another set, and when there was nothing to scan."""
 
     arguments: Annotated[str, Field(pattern=r"^(?:[0-9a-f]{64})?$", max_length=64)] = ""
-    """SHA-256 of nmap's arguments without the targets, separated by NUL; empty when there was nothing to scan."""
+    """SHA-256 of nmap's arguments without the targets, separated by NUL.
+
+    Empty if no address was scanned, or if the orchestrator had to ask for the check.
+    """
 
     @property
     def event_id(self) -> str:
