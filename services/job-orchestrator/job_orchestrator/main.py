@@ -106,11 +106,12 @@ class Orchestrator:
             wake=lambda users: self.dispatcher.wake(made=users),
             clock=clock,
         )
+        self.checks = Checks(rules=rules, scripts=scripts, grants=grants, quotas=quotas)
         self.submits = Submits(
             jobs=store.jobs,
             policies=store.policies,
             subnets=store.subnets,
-            checks=Checks(rules=rules, scripts=scripts, grants=grants, quotas=quotas),
+            checks=self.checks,
             clock=clock,
         )
         self.commands = Commands(
@@ -257,11 +258,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 orchestrator.commands,
                 orchestrator.submits,
                 orchestrator.deletions,
-                settings.target_rules,
-                settings.allowed_scripts,
+                orchestrator.checks,
                 orchestrator.grants,
                 clock.now,
-                settings.quotas,
             )
             seal = Loop("audit seal", _SEAL_SECONDS, store.audit.seal, vital=False)
             loops: list[Loop | Consumer] = [

@@ -93,9 +93,9 @@ async def revoked(state: Handed) -> list[rest.Revoked]:
 async def scan_limits(state: Handed) -> rest.ScanLimits:
     """Return the limits of scans."""
     return rest.ScanLimits(
-        presets={preset: fill_in(preset, {}, state.scripts) for preset in Preset},
-        scripts=sorted(state.scripts),
-        max_addresses=state.rules.max_addresses,
+        presets={preset: fill_in(preset, {}, state.checks.scripts) for preset in Preset},
+        scripts=sorted(state.checks.scripts),
+        max_addresses=state.checks.rules.max_addresses,
     )
 
 

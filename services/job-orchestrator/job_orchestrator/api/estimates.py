@@ -21,12 +21,12 @@ router = APIRouter(prefix="/api/v1/task", route_class=Guarded)
 async def estimate_task(body: rest.EstimateBody, caller: Caller, state: Handed) -> rest.Estimate:
     policy, target = await _policy(body, caller, state), await _target(body, caller, state)
     proposal = await state.submits.estimate(caller.user_id, caller.roles, policy, target)
-    return _view(body, proposal, state.submits.nmap_options(proposal))
+    return _view(body, proposal, state.checks.nmap_options(proposal))
 
 
 async def _policy(body: rest.EstimateBody, caller: Principal, state: State) -> ScanPolicy:
     if body.policy is not None:
-        return body.policy.scan(state.scripts)
+        return body.policy.scan(state.checks.scripts)
     return (await mine(state, POLICIES, caller.user_id, body.policy_id or 0)).content
 
 

@@ -13,8 +13,9 @@ from typing import Final, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
 
-from job_orchestrator.api.resource_rules import SUBNETS, Limits, scan_target
+from job_orchestrator.api.resource_rules import SUBNETS, scan_target
 from job_orchestrator.api.state import MAX_ERROR_CHARS, Handed, Recorded, within_quota
+from job_orchestrator.domain.proposal import Checks
 from job_orchestrator.domain.resources import Owned, ScanTarget
 from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
@@ -52,7 +53,7 @@ async def import_subnets(
     lines = []
     for number, row in _rows(await request.body()):
         await asyncio.sleep(0)  # lets other requests run between the lines, of which there may be a thousand
-        lines.append(_read(number, row, state))
+        lines.append(_read(number, row, state.checks))
     problems = [f"line {line.number}: {line.error}" for line in lines if line.error]
     if problems and not dry_run:
         raise BadRequestError(_summary(problems))
@@ -80,10 +81,10 @@ async def import_subnets(
     )
 
 
-def _read(number: int, row: dict[str, object], limits: Limits) -> _Line:
+def _read(number: int, row: dict[str, object], checks: Checks) -> _Line:
     try:
         body = rest.SubnetBody.model_validate(row)
-        return _Line(number, (body.name, scan_target(body, limits)))
+        return _Line(number, (body.name, scan_target(body, checks)))
     except ValidationError as error:
         first = error.errors()[0]
         return _Line(number, error=f"{'.'.join(map(str, first['loc']))}: {first['msg']}")

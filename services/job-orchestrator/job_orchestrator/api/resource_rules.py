@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
-from typing import Final, Generic, Literal, Protocol, TypeVar
+from typing import Final, Generic, Literal, TypeVar
 
 from pydantic import BaseModel
 
 from job_orchestrator.domain.ports import ResourceRepository, Store
+from job_orchestrator.domain.proposal import Checks
 from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.resources import Content, Owned, ScanTarget
 from scanfleet.contracts import rest
 from scanfleet.errors import BadRequestError, ConflictError, Rule
 from scanfleet.scanning.policy import ScanPolicy
-from scanfleet.scanning.targets import Target, TargetRules, parse_network
+from scanfleet.scanning.targets import Target, parse_network
 
 Body = TypeVar("Body", bound=rest.NamedBody)
 Answer = TypeVar("Answer", bound=BaseModel)
 Listed = TypeVar("Listed", bound=BaseModel)
-
-
-class Limits(Protocol):
-    """The operator's limits on scans."""
-
-    @property
-    def rules(self) -> TargetRules: ...
-    @property
-    def scripts(self) -> AbstractSet[str]: ...
 
 
 async def _allowed(_store: Store, _id: int) -> None:
@@ -44,7 +35,7 @@ class ResourceRules(Generic[Body, Answer, Listed, Content]):
     quota: Callable[[Quotas], int]
     """The limit per user."""
 
-    accept: Callable[[Body, Limits], Content]
+    accept: Callable[[Body, Checks], Content]
     """Return the content of the body; raises `BadRequestError` if a rule refuses it."""
 
     show: Callable[[Content], Mapping[str, object]]
@@ -63,14 +54,14 @@ class ResourceRules(Generic[Body, Answer, Listed, Content]):
         return self.resource.answer.model_validate(common | dict(self.show(owned.content)))
 
 
-def scan_target(body: rest.SubnetBody, limits: Limits) -> ScanTarget:
+def scan_target(body: rest.SubnetBody, checks: Checks) -> ScanTarget:
     """Return the network and its exclusions in canonical form.
 
     Raises:
         BadRequestError: one of them is not a network, or must not be scanned. The message begins with the invalid field.
     """
     target = parsed_target(body.cidr, body.exclude)
-    if refusal := limits.rules.refusal(target.network):
+    if refusal := checks.rules.refusal(target.network):
         raise _wrong("cidr", refusal, body.cidr)
     return ScanTarget(str(target.network), tuple(str(each) for each in target.exclude))
 
@@ -112,6 +103,6 @@ POLICIES: Final = ResourceRules(
     resource=rest.POLICIES,
     repository=lambda store: store.policies,
     quota=lambda quotas: quotas.policies_per_user,
-    accept=lambda body, limits: body.scan(limits.scripts),
+    accept=lambda body, checks: body.scan(checks.scripts),
     show=ScanPolicy.model_dump,
 )

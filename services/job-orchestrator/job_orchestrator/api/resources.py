@@ -37,7 +37,7 @@ def router_of(rules: ResourceRules[Body, Answer, Listed, Content]) -> APIRouter:
     @router.post("", name=f"create_{name}", status_code=201, response_model=resource.answer)
     @typed(body=resource.body)
     async def create(body: Body, response: Response, caller: Caller, state: Handed, record: Recorded) -> Answer:
-        content = rules.accept(body, state)
+        content = rules.accept(body, state.checks)
         now = utc_now()
         await within_quota(state, rules, caller.user_id)
         repository = rules.repository(state.store)
@@ -74,7 +74,7 @@ def router_of(rules: ResourceRules[Body, Answer, Listed, Content]) -> APIRouter:
     ) -> Answer:
         old = await mine(state, rules, caller.user_id, id_)
         conditional = check_unchanged(rules.view(old), request)
-        content = rules.accept(body, state)
+        content = rules.accept(body, state.checks)
         updated_at = max(utc_now(), old.updated_at + timedelta(milliseconds=1))  # each state has its own time
         new = replace(old, name=body.name, content=content, updated_at=updated_at)
         await record()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Final, TypeVar
 
@@ -14,7 +13,8 @@ from pydantic import BaseModel
 
 from job_orchestrator.api.resource_rules import Answer, Body, Listed, ResourceRules
 from job_orchestrator.domain.ports import AuditRepository, Store
-from job_orchestrator.domain.quotas import QuotaError, Quotas
+from job_orchestrator.domain.proposal import Checks
+from job_orchestrator.domain.quotas import QuotaError
 from job_orchestrator.domain.resources import Content, Owned
 from job_orchestrator.domain.user_grants import UNLIMITED, JobGrants
 from job_orchestrator.handlers.audit import record
@@ -26,8 +26,6 @@ from scanfleet.contracts import rest
 from scanfleet.contracts.messages import AuditEntry
 from scanfleet.errors import BadRequestError, NotFoundError, PreconditionFailedError, Rule
 from scanfleet.runtime.service import audit_entry
-from scanfleet.scanning.policy import ADMITTED_SCRIPTS
-from scanfleet.scanning.targets import TargetRules
 from scanfleet.security.auth import Caller
 
 _View = TypeVar("_View", bound=BaseModel)
@@ -41,12 +39,10 @@ class State:
     commands: Commands
     submits: Submits
     deletions: Deletions
-    rules: TargetRules
-    scripts: AbstractSet[str] = ADMITTED_SCRIPTS
+    checks: Checks
     grants: JobGrants = UNLIMITED
     now: Callable[[], datetime] = utc_now
     """The platform's time."""
-    quotas: Quotas = field(default_factory=Quotas)
 
 
 async def _state(request: Request) -> State:  # without async the framework would use a thread
@@ -163,10 +159,10 @@ async def within_quota(
     Raises:
         BadRequestError: the user would have more than the limit.
     """
-    limit = rules.quota(state.quotas)
+    limit = rules.quota(state.checks.quotas)
     owned = await rules.repository(state.store).count(user_id, limit)
     try:
-        state.quotas.check_owned(rules.resource.plural, limit, owned, wanted)
+        state.checks.quotas.check_owned(rules.resource.plural, limit, owned, wanted)
     except QuotaError as error:
         raise BadRequestError(str(error), rule=Rule.QUOTA) from error
 

@@ -89,10 +89,6 @@ class Submits:
             return replace(proposal, refusals=[*proposal.refusals, _over_quota(error)])
         return proposal
 
-    def nmap_options(self, proposal: Proposal) -> Sequence[str]:
-        """See `Checks.nmap_options`."""
-        return self._checks.nmap_options(proposal)
-
     async def _refusals(
         self,
         submits: Sequence[SubmitJobs],

@@ -59,7 +59,9 @@ async def api(tmp_path: Path) -> AsyncIterator[Api]:
     )
     app.state.verifier = InternalVerifier(read_public_keys(keys.public_keys_file), ORCHESTRATOR)
     world = World(store)
-    app.state.orchestrator = State(store, world.only.commands, world.only.submits, world.only.deletions, RULES)
+    app.state.orchestrator = State(
+        store, world.only.commands, world.only.submits, world.only.deletions, world.only.checks
+    )
     running = Api(app, keys, store)
     async with running.http:
         yield running

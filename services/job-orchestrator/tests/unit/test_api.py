@@ -23,7 +23,7 @@ from job_orchestrator.domain.job import JobTrigger, ScanJob, change
 from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.resources import Owned
-from job_orchestrator_testing import RULES, MemoryStore, World, chunk, scan_job, scan_policy
+from job_orchestrator_testing import MemoryStore, World, chunk, scan_job, scan_policy
 from job_orchestrator_testing.things import THEN
 from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
@@ -128,9 +128,8 @@ def api(store: MemoryStore, world: World, quotas: Quotas) -> Api:
         routers=ROUTERS,
     )
     app.state.verifier = ISSUER.verifier
-    app.state.orchestrator = State(
-        store, world.only.commands, world.only.submits, world.only.deletions, RULES, quotas=quotas
-    )
+    checks = replace(world.only.checks, quotas=quotas)
+    app.state.orchestrator = State(store, world.only.commands, world.only.submits, world.only.deletions, checks)
     return Api(app)
 
 

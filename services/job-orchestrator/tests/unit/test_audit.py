@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
 from job_orchestrator.domain.job import JobTrigger, change
-from job_orchestrator_testing import RULES, World, scan_job
+from job_orchestrator_testing import World, scan_job
 from job_orchestrator_testing.things import THEN
 from scanfleet.contracts.messages import Audited, AuditEntry, OperatorActed
 from scanfleet.contracts.messages.acls import acls_of
@@ -51,7 +51,9 @@ def app(world: World) -> FastAPI:
         routers=ROUTERS,
     )
     app.state.verifier = ISSUER.verifier
-    app.state.orchestrator = State(world.store, world.only.commands, world.only.submits, world.only.deletions, RULES)
+    app.state.orchestrator = State(
+        world.store, world.only.commands, world.only.submits, world.only.deletions, world.only.checks
+    )
     return app
 
 

@@ -18,7 +18,7 @@ from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
 from job_orchestrator.domain.deletion import Deletion, Stage
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change
-from job_orchestrator_testing import RULES, MemoryStore, ResultStore, World, chunk, scan_job
+from job_orchestrator_testing import MemoryStore, ResultStore, World, chunk, scan_job
 from job_orchestrator_testing.repository import MemoryChunks, MemoryDeletions, MemoryJobs
 from job_orchestrator_testing.things import THEN
 from scanfleet.clock import utc_now
@@ -57,7 +57,9 @@ def client(world: World) -> httpx.AsyncClient:
         routers=ROUTERS,
     )
     app.state.verifier = ISSUER.verifier
-    app.state.orchestrator = State(world.store, world.only.commands, world.only.submits, world.only.deletions, RULES)
+    app.state.orchestrator = State(
+        world.store, world.only.commands, world.only.submits, world.only.deletions, world.only.checks
+    )
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://orchestrator")
 
 

@@ -62,7 +62,7 @@ def app_of(world: World) -> FastAPI:
     app.state.verifier = InternalVerifier([KEY.public_key()], ORCHESTRATOR)
     orchestrator = world.only
     app.state.orchestrator = State(
-        world.store, orchestrator.commands, orchestrator.submits, orchestrator.deletions, world.rules
+        world.store, orchestrator.commands, orchestrator.submits, orchestrator.deletions, orchestrator.checks
     )
     return app
 

@@ -12,7 +12,6 @@ from job_orchestrator.api.tasks import read_waiting
 from job_orchestrator.domain.fairness import Candidate
 from job_orchestrator_testing import MemoryStore, Worker, World, scan_policy
 from job_orchestrator_testing.repository import MemoryDispatch
-from job_orchestrator_testing.world import RULES
 from scanfleet.contracts.messages import AuditEntry, ChunkIncomplete, CommandRejected, JobStatus, ScanChunk
 from scanfleet.contracts.messages.topics import SCAN_STORED, SCAN_TASKS
 from scanfleet.contracts.rest import WaitingReason
@@ -268,7 +267,7 @@ async def why(world: World, job_id: int) -> tuple[WaitingReason, datetime | None
         world.only.commands,
         world.only.submits,
         world.only.deletions,
-        RULES,
+        world.only.checks,
         grants=world.only.grants,
         now=lambda: world.time,
     )
