@@ -120,8 +120,7 @@ class Submits:
         roles, now = frozenset(submit.roles), self._clock.now()
         try:
             for policy, subnet in _resolved(submit, policies, subnets):
-                target = Target.parse(subnet.content.cidr, subnet.content.exclude)
-                proposal = self._checks.propose(submit.user_id, roles, policy.content, target, now)
+                proposal = self._checks.propose(submit.user_id, roles, policy.content, _target(subnet), now)
                 jobs.append(_planned(submit, subnet, proposal, now))
                 await asyncio.sleep(0)  # a command may have a thousand subnets: let other tasks run
         except _RefusedError as error:
@@ -174,6 +173,13 @@ def _resolved(
         text = f"The subnets exclude {excludes} networks; those of one request at most {_MAX_EXCLUDES}"
         raise _RefusedError(Refusal(text, Rule.REQUEST))
     return [(policy, subnet) for subnet in own]
+
+
+def _target(subnet: Subnet) -> Target:
+    try:
+        return Target.parse(subnet.content.cidr, subnet.content.exclude)
+    except ValueError as error:  # a damaged subnet must not stop the other submits
+        raise _RefusedError(Refusal(f"Subnet {subnet.id} must be corrected: {error}", Rule.TARGETS)) from error
 
 
 def _planned(submit: SubmitJobs, subnet: Subnet, proposal: Proposal, now: datetime) -> ScanJob:

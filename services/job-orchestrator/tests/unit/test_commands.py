@@ -157,6 +157,21 @@ async def test_policy_of_an_older_release_with_categories_is_refused(world: Worl
     assert await jobs_of(world) == []
 
 
+@pytest.mark.proves("G17")
+async def test_submit_of_a_damaged_subnet_is_refused_without_delaying_others(world: World) -> None:
+    """A stored network that cannot be read refuses its own submit, and the others of the batch are accepted."""
+    _, (damaged, intact) = await world.add("127.9.8.0/30", "127.9.9.0/30")
+    (stored,) = (await world.store.subnets.get([(7, damaged)])).values()
+    await world.store.subnets.replace(replace(stored, content=ScanTarget("foo")))
+    refused, accepted = await world.send(1, [damaged]), await world.send(1, [intact])
+    await world.settle()
+    (reply,) = world.replies(refused)
+    assert isinstance(reply, CommandRejected)
+    assert reply.status == 400
+    assert f"Subnet {damaged} must be corrected: " in reply.error
+    assert [type(each) for each in world.replies(accepted)] == [CommandAccepted]
+
+
 async def test_job_excludes_the_broadcast_address_of_its_subnet() -> None:
     """The job excludes one address more than its subnet, which does not change, and the plan counts it."""
     world = World(MemoryStore(), rules=TargetRules((parse_network("10.0.0.0/8"),)))
