@@ -54,7 +54,10 @@ class MongoRetention:
     @dependency_errors()
     async def halted(self) -> timedelta | None:
         found = await self._retention.find_one(_HALTED)
-        return None if found is None else timedelta(seconds=found["jump_seconds"])
+        if found is None:
+            return None
+        seconds: Any = found.get("jump_seconds")
+        return timedelta(seconds=seconds if isinstance(seconds, int | float) else 0)  # also a damaged halt is one
 
     @dependency_errors()
     async def resume(self) -> bool:
