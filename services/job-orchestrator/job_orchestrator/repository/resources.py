@@ -75,7 +75,8 @@ class MongoResources(Generic[Content]):
     async def page(self, user_id: int, skip: int, limit: int) -> tuple[list[Owned[Content]], int]:
         wanted = {"user_id": user_id}
         newest = self._collection.find(wanted).sort("_id", -1).skip(skip).limit(limit)
-        return await asyncio.gather(self._readable(newest), self._collection.count_documents(wanted))
+        page, total = await asyncio.gather(self._readable(newest), self._collection.count_documents(wanted))
+        return page, total
 
     @dependency_errors()
     async def replace(self, resource: Owned[Content], *, unchanged_since: datetime | None = None) -> bool:
