@@ -74,7 +74,7 @@ def _release(version: str) -> int:
         print(error, file=sys.stderr)
         return 1
     print(
-        f"git add --all && git commit --message 'release: {version}' && git tag --annotate v{version} --message v{version}"
+        f"git add --all && git commit --message 'release: prepare {version}' && git tag --annotate v{version} --message v{version}"
     )
     return 0
 
