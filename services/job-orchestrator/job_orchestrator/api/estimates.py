@@ -34,7 +34,7 @@ async def _target(body: rest.EstimateBody, caller: Principal, state: State) -> T
     if body.cidr is not None:
         return parsed_target(body.cidr, body.exclude)
     subnet = await mine(state, SUBNETS, caller.user_id, body.subnet_id or 0)
-    return Target.parse(subnet.content.cidr, subnet.content.exclude)
+    return parsed_target(subnet.content.cidr, subnet.content.exclude)  # a damaged one is a 400 too, as for a submit
 
 
 def _field(body: rest.EstimateBody, part: Part | None) -> str | None:

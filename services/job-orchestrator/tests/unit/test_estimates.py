@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ from fastapi import FastAPI
 from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
 from job_orchestrator.domain.quotas import Quotas
+from job_orchestrator.domain.resources import ScanTarget
 from job_orchestrator_testing import MemoryStore, World, scan_policy
 from scanfleet.contracts.messages import CommandRejected
 from scanfleet.contracts.user_grants import UserGrants
@@ -211,6 +213,17 @@ async def test_estimate_of_an_invalid_request_is_refused(body: object, status: i
     world = world_with()
     await world.add("127.9.8.0/30")
     assert (await estimate(world, body, status=status)).startswith(error)
+
+
+async def test_estimate_of_a_subnet_with_a_damaged_network_is_refused() -> None:
+    """A stored network that cannot be parsed is an error of the request, as for a submit."""
+    world = world_with()
+    policy_id, (subnet_id,) = await world.add("127.9.8.0/24")
+    key = 7, subnet_id
+    subnet = (await world.store.subnets.get([key]))[key]
+    await world.store.subnets.replace(replace(subnet, content=ScanTarget("127.9.8.0/33")))
+    error = await estimate(world, {"subnet_id": subnet_id, "policy_id": policy_id}, status=400)
+    assert error.startswith("cidr: ")
 
 
 async def test_estimate_of_another_users_objects_is_404() -> None:
