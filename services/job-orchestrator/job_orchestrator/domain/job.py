@@ -103,6 +103,11 @@ class Plan:
         """Addresses × ports of the request."""
         return self.addresses * self.ports
 
+    @property
+    def slice_count(self) -> int:
+        """Number of slices of addresses, each scanned block by block."""
+        return self.chunk_count // self.blocks
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScanJob:

@@ -135,7 +135,7 @@ def made_up_to(job: ScanJob, open_: int, lowest: int | None) -> int:
         lowest: index of the first of these; None if there is none.
     """
     lowest = job.made if lowest is None else lowest
-    up_to = min(job.made + width(job.policy) - open_, lowest + min(_AHEAD, slice_count(job)), job.plan.chunk_count)
+    up_to = min(job.made + width(job.policy) - open_, lowest + min(_AHEAD, job.plan.slice_count), job.plan.chunk_count)
     return max(job.made, up_to)
 
 
@@ -170,7 +170,7 @@ def chunks(job: ScanJob, first: int, end: int) -> Iterator[Chunk]:
 
 def block_of(job: ScanJob, index: int) -> int:
     """Return the number of the port block of the chunk with this index."""
-    return index // slice_count(job) if job.plan.blockwise else index % job.plan.blocks
+    return index // job.plan.slice_count if job.plan.blockwise else index % job.plan.blocks
 
 
 def indexes(job: ScanJob, blocks: Iterable[int], first: int, end: int) -> list[tuple[int, int]]:
@@ -235,10 +235,6 @@ def _blanks_before(job: ScanJob, end: int) -> int:
     sums = _sums(job.cidr, job.exclude, job.plan.chunk_addresses)
     blocks, slices = divmod(end, len(sums) - 1)
     return blocks * sums[-1] + sums[slices]
-
-
-def slice_count(job: ScanJob) -> int:
-    return job.plan.chunk_count // job.plan.blocks
 
 
 def _block_size(policy: ScanPolicy, ports: PortSet) -> int:

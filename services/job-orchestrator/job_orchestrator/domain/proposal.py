@@ -97,7 +97,7 @@ class Checks:
             ports,
             addresses=min(proposal.plan.chunk_addresses, proposal.target.included),
             family=proposal.target.network.version,
-            min_rate=plan.min_rate(policy, ports, proposal.plan.chunk_count // proposal.plan.blocks),
+            min_rate=plan.min_rate(policy, ports, proposal.plan.slice_count),
             max_rate=plan.nmap_rate(policy),
             raw=policy.needs_raw_for(ports),
         )

@@ -378,7 +378,7 @@ class Dispatcher(PartitionListener):
             failures=chunk.failures,
             limit=chunk.attempted if chunk.limit or chunk.attempted < chunk.blank else None,
             max_rate=plan.nmap_rate(job.policy),
-            min_rate=plan.min_rate(job.policy, ports, plan.slice_count(job)),
+            min_rate=plan.min_rate(job.policy, ports, job.plan.slice_count),
             grant=granted(chunk, self._signer),
             granted_by=job.granted_by,
             stop_after_seconds=left.total_seconds() if left is not None else None,

@@ -201,7 +201,7 @@ def test_attempts_are_short_at_the_floor_of_their_own_nmap(policy: ScanPolicy, t
     """With the `min_rate` that its task carries, a silent chunk of TCP ports takes no longer than planned."""
     job = job_of(policy, target)
     for block in policy.port_set.blocks(job.plan.chunk_ports):
-        floor = plan.min_rate(policy, block, plan.slice_count(job))
+        floor = plan.min_rate(policy, block, job.plan.slice_count)
         if policy.min_rate and floor and policy.timing > 2 and not block.udp_count:
             silent = job.plan.chunk_addresses * 2 * block.tcp_count / floor
             short = LONGEST if job.plan.chunk_addresses > 1 else max(LONGEST, 0.7 * policy.host_timeout)
