@@ -243,21 +243,18 @@ list_policies, create_policy, read_policy = _policies.list_all, _policies.create
 replace_policy, delete_policy = _policies.replace, _policies.delete
 
 
-def import_subnets(csv: str) -> Call[rest.SubnetsImported]:
-    """Create a subnet for each line, all or none; repeating the call creates no others."""
-    return Call("POST", "/api/v1/subnet/import", rest.SubnetsImported, csv=csv, headers={"Content-Type": "text/csv"})
+def import_subnets(csv: str, *, update: bool = False) -> Call[rest.SubnetsImported]:
+    """Create a subnet for each line unless it exists, or `update` the one of the same name; safe to repeat."""
+    return _import(rest.SubnetsImported, csv, {"update": "true"} if update else {})
 
 
-def check_subnets(csv: str) -> Call[rest.SubnetImportCheck]:
-    """Check each line of an import, and create nothing."""
-    return Call(
-        "POST",
-        "/api/v1/subnet/import",
-        rest.SubnetImportCheck,
-        query={"dry_run": "true"},
-        csv=csv,
-        headers={"Content-Type": "text/csv"},
-    )
+def check_subnets(csv: str, *, update: bool = False) -> Call[rest.SubnetImportCheck]:
+    """Check each line of an import, and change nothing."""
+    return _import(rest.SubnetImportCheck, csv, {"dry_run": "true"} | ({"update": "true"} if update else {}))
+
+
+def _import(answer: type[Answer], csv: str, query: Mapping[str, str]) -> Call[Answer]:
+    return Call("POST", "/api/v1/subnet/import", answer, query=query, csv=csv, headers={"Content-Type": "text/csv"})
 
 
 def read_subnet_retention(subnet_id: int) -> Call[rest.SubnetRetention]:

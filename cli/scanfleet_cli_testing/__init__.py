@@ -253,9 +253,13 @@ class FakeApi(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
         return httpx2.Response(200, json={"message": "Job deleted successfully"})
 
     def _import(self, request: httpx2.Request) -> httpx2.Response:
-        """Create a subnet for each line, all or none, unless it exists; a dry run returns a verdict per line."""
-        verdicts, wanted = [], []
-        for number, row in enumerate(csv.DictReader(io.StringIO(request.content.decode())), 2):
+        """Create a subnet for each line unless it exists, or update one of its name; a dry run returns a verdict per line."""
+        update = "update" in request.url.params
+        verdicts: list[dict[str, Any]] = []
+        wanted = []
+        rows = csv.DictReader(io.StringIO(request.content.decode(), newline=""))
+        for row in rows:
+            number = rows.line_num
             exclude = [each.strip() for each in (row.get("exclude") or "").split(";") if each.strip()]
             body = {"name": row["name"], "cidr": row["cidr"], "exclude": exclude}
             there = [each["id"] for each in self.subnets.values() if body.items() <= each.items()]
@@ -264,21 +268,22 @@ class FakeApi(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
             except ValueError as error:
                 verdicts.append({"line": number, "action": "refused", "id": None, "error": str(error)})
                 continue
-            exists = bool(there) or body in wanted
-            action = "exists" if exists else "create"
-            verdicts.append({"line": number, "action": action, "id": there[0] if there else None, "error": None})
+            named = [each["id"] for each in self.subnets.values() if update and each["name"] == row["name"]]
+            action = "exists" if there or body in wanted else "update" if named else "create"
+            id_ = next(iter(there or named), None)
+            verdicts.append({"line": number, "action": action, "id": id_, "error": None})
             wanted.append(body)
         if request.url.params.get("dry_run"):
             return httpx2.Response(200, json={"lines": verdicts})
         if refused := [each for each in verdicts if each["error"]]:
             return _error(400, f"line {refused[0]['line']}: {refused[0]['error']}")
         subnets, created = [], 0
-        for body in wanted:
+        for body, verdict in zip(wanted, verdicts, strict=True):
             known = [each for each in self.subnets.values() if body.items() <= each.items()]
             if not known:
-                number = len(self.subnets) + 5
+                number = verdict["id"] or len(self.subnets) + 5
+                created += number not in self.subnets
                 self.subnets[number] = _subnet(number, body)
-                created += 1
             subnets.append(known[0] if known else self.subnets[number])
         answer = {"message": f"{created} subnets created", "created": created, "subnets": subnets}
         return httpx2.Response(201, json=answer)

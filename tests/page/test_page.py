@@ -667,7 +667,7 @@ def test_page_scan_from_a_preset_makes_one_policy(page: Page, stack: Stack) -> N
 
 
 def test_page_import_is_the_apis(page: Page, stack: Stack) -> None:
-    """A file is checked and sent as a whole: an invalid line creates nothing, and a repeat creates no duplicates."""
+    """A file is checked and sent as a whole: an invalid line creates nothing, a repeat no duplicates, an update no second one."""
     page.goto(f"{stack.url}/app/subnets/import")
     page.get_by_label("CSV").fill('cidr,name,exclude\n127.44.13.0/24,"a\nb",\n127.44.14.0/24,c,\n')
     page.get_by_role("button", name="Check").click()
@@ -689,8 +689,15 @@ def test_page_import_is_the_apis(page: Page, stack: Stack) -> None:
         expect(page.get_by_role("status").filter(has_text=message)).to_be_visible()
     page.get_by_role("button", name="Check").click()
     expect(page.get_by_role("link", name="there already")).to_have_count(2)
+    page.get_by_label("CSV").fill('cidr,name,exclude\n127.44.13.0/24,"a, b",127.44.13.1\n127.44.14.0/24,c,\n')
+    page.get_by_label("Update the subnets of the same names").check()
+    page.get_by_role("button", name="Check").click()
+    summary = "2 subnets in the file: 0 to create, 1 to update, 1 there already, 0 refused"
+    expect(page.get_by_role("status").filter(has_text=summary)).to_be_visible()
+    page.get_by_role("button", name="Import").click()
+    expect(page.get_by_role("status").filter(has_text="0 subnets created, 1 updated")).to_be_visible()
     page.evaluate(VISIT, "/app/subnets")
-    expect(page.get_by_role("row", name="127.44.13.0/24")).to_contain_text("254")
+    expect(page.get_by_role("row", name="127.44.13.0/24")).to_contain_text("255")
 
 
 def test_page_audit_times_are_utc(browser: Browser, stack: Stack, cookies: list[dict[str, object]]) -> None:

@@ -174,15 +174,13 @@ def import_(session: Session, /, *, file: Any, dry_run: bool, update: bool) -> i
         text = file.read()
     except UnicodeDecodeError as error:
         raise CommandError(f"{file.name} is not UTF-8: {error}") from error
-    lines = imports.planned(session, text, update=update)
-    if not dry_run:
-        imports.carry_out(session, lines)
+    lines = imports.imported(session, text, dry_run=dry_run, update=update)
     output = session.output
     if output.format in {Format.TABLE, Format.WIDE} and output.fields is None:
         output.emit(imports.summary(lines, dry_run=dry_run))
     else:
-        output.many([line.row for line in lines], [])
-    refused = [line.error for line in lines if line.action == "refused"]
+        output.many([line.model_dump() for line in lines], [])
+    refused = [line.error or "" for line in lines if line.action == "refused"]
     for hint in dict.fromkeys(filter(None, map(hint_of_refusal, refused))):
         output.note(hint)
     return Exit.REFUSED if refused else Exit.DONE

@@ -139,46 +139,22 @@ def test_dry_run_of_an_import_changes_nothing(api: FakeApi, run: Any, tmp_path: 
     assert api.subnets == before
 
 
-def test_import_with_update_changes_the_subnets_of_the_same_name(api: FakeApi, run: Any, tmp_path: Path) -> None:
-    """A subnet whose network or exclusions differ is replaced with If-Match; a name that is ambiguous is refused."""
-    for number, name in enumerate(("lab", "web", "twice", "twice")):
-        run("subnet", "create", name, f"127.9.{number}.0/24")
+def test_import_with_update_sends_the_accepted_lines_once(api: FakeApi, run: Any, tmp_path: Path) -> None:
+    """The service decides what is updated; the import has the lines that it accepts, as they are in the file."""
+    run("subnet", "create", "lab", "127.9.0.0/24")
     file = tmp_path / "networks.csv"
-    file.write_text(
-        "name,cidr,exclude\nlab,127.9.0.0/24,127.9.0.1/32\nweb,127.9.8.0/24,\nweb,127.9.9.0/24,\ntwice,127.9.9.0/24,\n"
-    )
+    file.write_text('exclude,name,cidr\n127.9.0.1,lab,127.9.0.0/24\n,"a\nb",127.9.9.1/24\n\n,"c, d",127.9.8.0/24\n')
     ended = run("subnet", "import", file, "--update", "-o", "json")
     assert ended.code == 2
-    assert [(each["action"], each["id"], each["error"]) for each in json.loads(ended.out)] == [
-        ("update", 5, None),
-        ("refused", None, "several lines have the name web of subnet 6"),
-        ("refused", None, "several lines have the name web of subnet 6"),
-        ("refused", None, "several subnets have the name twice: 8, 7"),
+    assert [(each["line"], each["action"], each["id"]) for each in json.loads(ended.out)] == [
+        (2, "update", 5),
+        (4, "refused", None),
+        (6, "create", 6),
     ]
+    assert api.requests[-1].url.query == b"update=true"
+    assert api.requests[-1].content == b'exclude,name,cidr\n127.9.0.1,lab,127.9.0.0/24\n\n,"c, d",127.9.8.0/24\n'
     assert api.subnets[5]["exclude"] == ["127.9.0.1/32"]
-    (put,) = [each for each in api.requests if each.method == "PUT"]
-    assert put.headers["if-match"]
-    file.write_text("name,cidr\nweb,127.9.8.0/24\n")
-    api.fault_of = lambda request: httpx2.Response(412, json={"error": "changed"}) if request.method == "PUT" else None
-    ended = run("subnet", "import", file, "--update")
-    assert ended.code == 2
-    assert ended.out.startswith("0 created, 0 unchanged, 1 refused: line 2: another request has changed the object")
-
-
-@pytest.mark.parametrize(("status", "code"), [(500, 1), (403, 4), (503, 6)])
-def test_import_ends_with_the_first_fault_of_an_update(
-    api: FakeApi, run: Any, tmp_path: Path, status: int, code: int
-) -> None:
-    """A service that fails, is unavailable or refuses the token is no verdict on a line, and no further line is sent."""
-    run("subnet", "create", "lab", "127.9.0.0/24")
-    run("subnet", "create", "web", "127.9.1.0/24")
-    file = tmp_path / "networks.csv"
-    file.write_text("name,cidr\nlab,127.9.8.0/24\nweb,127.9.9.0/24\n")
-    failed = httpx2.Response(status, json={"error": "no"})
-    api.fault_of = lambda request: failed if request.method == "PUT" else None
-    ended = run("--retry", "0", "subnet", "import", file, "--update")
-    assert (ended.code, ended.out) == (code, "")
-    assert {each.url.path for each in api.requests if each.method == "PUT"} == {"/api/v1/subnet/5"}
+    assert not [each for each in api.requests if each.method == "PUT"]
 
 
 def cut_after_the_first_put(api: FakeApi, theirs: dict[str, Any]) -> None:

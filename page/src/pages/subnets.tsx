@@ -155,30 +155,35 @@ function readLines(text: string): Line[] {
 }
 
 const IMPORT = "import";
-const VERDICTS = { create: "to create", exists: "there already", refused: "refused" };
-const ACTIONS = ["create", "exists", "refused"] as const;
+const VERDICTS = { create: "to create", update: "to update", exists: "there already", refused: "refused" };
+const ACTIONS = ["create", "update", "exists", "refused"] as const;
 
 export function SubnetImport() {
   const text = useSignal(draft<string>(IMPORT) ?? "");
   const lines = useSignal<(Line & Partial<Verdict>)[] | undefined>(undefined);
   const message = useSignal("");
-  const enter = (value: string) => {
-    text.value = value;
-    keepDraft(IMPORT, value);
+  const update = useSignal(false);
+  const post = <T,>(query: string) => change<T>("POST", `/api/v1/subnet/import?update=${update.value}${query}`, text.value, { "Content-Type": "text/csv" });
+  const forget = () => {
     lines.value = undefined;
     message.value = "";
   };
+  const enter = (value: string) => {
+    text.value = value;
+    keepDraft(IMPORT, value);
+    forget();
+  };
   const check = useAction(async () => {
-    const checked = text.value;
+    const [checked, updating] = [text.value, update.value];
     send.clear();
-    const answer = await change<{ lines: Verdict[] }>("POST", "/api/v1/subnet/import?dry_run=true", checked, { "Content-Type": "text/csv" });
+    const answer = await post<{ lines: Verdict[] }>("&dry_run=true");
     const verdicts = new Map(answer.lines.map((each) => [each.line, each]));
-    if (text.value === checked) lines.value = readLines(checked).map((line) => ({ ...line, ...verdicts.get(line.number) }));
+    if (text.value === checked && update.value === updating) lines.value = readLines(checked).map((line) => ({ ...line, ...verdicts.get(line.number) }));
   });
   const send = useAction(async () => {
     check.clear();
     lines.value = undefined;
-    const answer = await change<{ message: string }>("POST", "/api/v1/subnet/import", text.value, { "Content-Type": "text/csv" });
+    const answer = await post<{ message: string }>("");
     message.value = answer.message;
     dropDraft(IMPORT);
   });
@@ -207,6 +212,18 @@ export function SubnetImport() {
             />
           )}
         </Field>
+        <label>
+          <input
+            type="checkbox"
+            checked={update.value}
+            disabled={send.busy}
+            onChange={(event) => {
+              update.value = event.currentTarget.checked;
+              forget();
+            }}
+          />
+          Update the subnets of the same names
+        </label>
         <p class="actions">
           <button type="button" disabled={check.busy || !text.value.trim()} onClick={check.run}>
             Check
@@ -219,7 +236,7 @@ export function SubnetImport() {
       <Problem error={check.error ?? send.error} />
       <p role="status">
         {message.value}
-        {lines.value && `${plural(lines.value.length, "subnet")} in the file: ${ACTIONS.map((action) => `${count(lines.value!.filter((each) => each.action === action).length)} ${VERDICTS[action]}`).join(", ")}`}
+        {lines.value && `${plural(lines.value.length, "subnet")} in the file: ${ACTIONS.filter((action) => action !== "update" || update.value).map((action) => `${count(lines.value!.filter((each) => each.action === action).length)} ${VERDICTS[action]}`).join(", ")}`}
       </p>
       {lines.value && (
         <table class="cards">
@@ -245,7 +262,7 @@ export function SubnetImport() {
                   <code class="long">{visible(each.exclude)}</code>
                 </td>
                 <td>
-                  {each.error ? <strong class="wrong">{visible(each.error)}</strong> : each.id ? <a href={`/app/subnets/${each.id}`}>{VERDICTS.exists}</a> : each.action && VERDICTS[each.action]}
+                  {each.error ? <strong class="wrong">{visible(each.error)}</strong> : each.action && (each.id ? <a href={`/app/subnets/${each.id}`}>{VERDICTS[each.action]}</a> : VERDICTS[each.action])}
                 </td>
               </tr>
             ))}

@@ -1021,14 +1021,15 @@ async def test_unreadable_chunks_are_left_out_counted_and_named(
 
 @pytest.mark.integration
 async def test_unreadable_resources_are_omitted_and_counted(mongo_store: MongoStore, database: Database) -> None:
-    """A subnet that cannot be read hides no other, neither by id, nor by network, nor in a list."""
+    """A subnet that cannot be read hides no other, neither by id, nor by network or name, nor in a list."""
     await mongo_store.subnets.add(subnet(1), subnet(2))
     await database["subnets"].update_one({"_id": 1}, {"$set": {"exclude": None}})
     before = UNREADABLE.labels("subnets")._value.get()
     assert set(await mongo_store.subnets.get([(7, 1), (7, 2)])) == {(7, 2)}
     assert [each.id for each in (await mongo_store.subnets.page(7, 0, 9))[0]] == [2]
-    assert [each.id for each in await mongo_store.subnets.with_cidrs(7, [subnet(1).content.cidr])] == [2]
-    assert UNREADABLE.labels("subnets")._value.get() == before + 3
+    assert [each.id for each in await mongo_store.subnets.matching(7, [subnet(1).content.cidr])] == [2]
+    assert [each.id for each in await mongo_store.subnets.matching(7, [], [subnet(1).name])] == [2]
+    assert UNREADABLE.labels("subnets")._value.get() == before + 4
 
 
 @pytest.mark.integration

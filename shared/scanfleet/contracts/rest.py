@@ -541,6 +541,9 @@ class SubnetsImported(_Answer):
 
     message: str
     created: int
+    updated: int = 0
+    """Number of existing subnets that have the network and the exclusions of a line now."""
+
     subnets: list[Subnet]
     """One per line, in order; existing ones of the caller are not created again."""
 
@@ -553,8 +556,8 @@ class SubnetImportLine(_Answer):
     line: int
     """Number of the line in the file, from 1."""
 
-    action: Literal["create", "exists", "refused"]
-    """`exists` if the caller has an equal subnet, or an earlier line creates it."""
+    action: Literal["create", "update", "exists", "refused"]
+    """`exists` if the caller has an equal subnet, or an earlier line has it; `update` only in an import with `update`."""
 
     id: int | None
     """Id of the existing subnet; null if there is none yet."""

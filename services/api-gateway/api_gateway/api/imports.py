@@ -33,14 +33,23 @@ router = APIRouter(prefix=rest.SUBNETS.path, tags=[rest.SUBNETS.name], route_cla
     "/import",
     status_code=201,
     response_model=rest.SubnetsImported,
-    responses={200: {"model": rest.SubnetImportCheck, "description": "The verdicts of a dry run."}, **errors(400, 413)},
+    responses={
+        200: {"model": rest.SubnetImportCheck, "description": "The verdicts of a dry run."},
+        **errors(400, 409, 413),
+    },
     openapi_extra={
         "requestBody": _CSV,
         "parameters": [
-            query("dry_run", {"type": "boolean", "default": False}, "Whether to check each line and create nothing.")
+            query("dry_run", {"type": "boolean", "default": False}, "Whether to check each line and change nothing."),
+            query(
+                "update",
+                {"type": "boolean", "default": False},
+                "Whether a line with the name of one existing subnet gives it another network or other exclusions, "
+                "instead of creating a second subnet of that name.",
+            ),
         ],
     },
 )
 async def import_subnets(request: Request, _caller: Caller, state: Handed) -> Response:
-    """Create a subnet for each line of a CSV file, all or none. Existing equal subnets are not created again, so the request is idempotent."""
+    """Create a subnet for each line of a CSV file, or refuse the file. Existing equal subnets are not created again, so the request is idempotent."""
     return await state.orchestrator.forward(request)

@@ -1,11 +1,12 @@
-"""Import subnets from CSV: all lines or none, and safe to repeat."""
+"""Import subnets from CSV: a file with an invalid line changes nothing, and an import is safe to repeat."""
 
 from __future__ import annotations
 
 import asyncio
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final, Literal
@@ -16,10 +17,10 @@ from pydantic import ValidationError
 from job_orchestrator.api.resource_rules import SUBNETS, scan_target
 from job_orchestrator.api.state import MAX_ERROR_CHARS, Handed, Recorded, within_quota
 from job_orchestrator.domain.proposal import Checks
-from job_orchestrator.domain.resources import Owned, ScanTarget
+from job_orchestrator.domain.resources import Owned, ScanTarget, Subnet
 from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
-from scanfleet.errors import BadRequestError
+from scanfleet.errors import BadRequestError, ConflictError
 from scanfleet.security.auth import Caller, Guarded
 
 router = APIRouter(prefix=rest.SUBNETS.path, route_class=Guarded)
@@ -40,6 +41,23 @@ class _Line:
     error: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """The effect of an import for one line."""
+
+    line: _Line
+    action: Literal["create", "update", "exists", "refused"]
+    subnet: Subnet | None = None
+    """The existing subnet that the line repeats or updates."""
+
+    error: str = ""
+
+    @property
+    def view(self) -> rest.SubnetImportLine:
+        id_ = self.subnet.id if self.subnet else None
+        return rest.SubnetImportLine(line=self.line.number, action=self.action, id=id_, error=self.error or None)
+
+
 @router.post("/import", status_code=201)
 async def import_subnets(
     *,
@@ -49,34 +67,47 @@ async def import_subnets(
     state: Handed,
     record: Recorded,
     dry_run: bool = False,
+    update: bool = False,
 ) -> rest.SubnetsImported | rest.SubnetImportCheck:
     lines = []
     for number, row in _rows(await request.body()):
         await asyncio.sleep(0)  # lets other requests run between the lines, of which there may be a thousand
         lines.append(_read(number, row, state.checks))
-    problems = [f"line {line.number}: {line.error}" for line in lines if line.error]
+    wanted = [line.wanted for line in lines if line.wanted]
+    found = await state.store.subnets.matching(
+        caller.user_id, {target.cidr for _, target in wanted}, {name for name, _ in wanted} if update else ()
+    )
+    verdicts = list(_verdicts(lines, found, update=update))
+    problems = [f"line {each.line.number}: {each.error}" for each in verdicts if each.error]
     if problems and not dry_run:
         raise BadRequestError(_summary(problems))
-    wanted = [line.wanted for line in lines if line.wanted]
-    found = await state.store.subnets.with_cidrs(caller.user_id, {target.cidr for _, target in wanted})
-    known = {(each.name, each.content): each for each in found}
-    missing = [each for each in dict.fromkeys(wanted) if each not in known]
+    missing = [each.line.wanted for each in verdicts if each.action == "create" and each.line.wanted]
     await within_quota(state, SUBNETS, caller.user_id, len(missing))
     if dry_run:
         response.status_code = 200
-        return rest.SubnetImportCheck(lines=_verdicts(lines, {each: known[each].id for each in known}))
+        return rest.SubnetImportCheck(lines=[each.view for each in verdicts])
     now = utc_now()
     ids = await state.store.subnets.take_ids(len(missing)) if missing else range(0)
     created = [
         Owned(id=id_, user_id=caller.user_id, name=name, content=target, created_at=now, updated_at=now)
         for id_, (name, target) in zip(ids, missing, strict=True)
     ]
-    await record.each(f"{rest.SUBNETS.path}/{subnet.id}" for subnet in created)
+    updated = [
+        each.subnet.revised(*each.line.wanted, now)
+        for each in verdicts
+        if each.action == "update" and each.subnet and each.line.wanted
+    ]
+    await record.each(f"{rest.SUBNETS.path}/{subnet.id}" for subnet in (*created, *updated))
     await state.store.subnets.add(*created)
-    known |= {(each.name, each.content): each for each in created}
+    for subnet in updated:
+        if not await state.store.subnets.replace(subnet):
+            raise ConflictError(f"subnet {subnet.id} was deleted during the import; repeat the import")
+    known = {(each.name, each.content): each for each in (*found, *created, *updated)}
+    changes = f", {len(updated)} updated" if updated else ""
     return rest.SubnetsImported(
-        message=f"{len(created)} subnet{'' if len(created) == 1 else 's'} created",
+        message=f"{len(created)} subnet{'' if len(created) == 1 else 's'} created{changes}",
         created=len(created),
+        updated=len(updated),
         subnets=[SUBNETS.view(known[each]) for each in wanted],
     )
 
@@ -92,21 +123,41 @@ def _read(number: int, row: dict[str, object], checks: Checks) -> _Line:
         return _Line(number, error=error.message)
 
 
-def _verdicts(lines: Iterable[_Line], existing: Mapping[_Wanted, int]) -> list[rest.SubnetImportLine]:
-    """Return what an import would do with each line."""
-    verdicts = []
-    planned: set[_Wanted] = set()
+def _verdicts(lines: Sequence[_Line], found: Sequence[Subnet], *, update: bool) -> Iterator[_Verdict]:
+    """Yield the effect of an import for each line.
+
+    Args:
+        lines: of the file.
+        found: the existing subnets with a network of the lines and, for an update, those with a name of them.
+        update: whether a line with the name of an existing subnet changes it.
+    """
+    existing = {(each.name, each.content): each for each in found}
+    named: defaultdict[str, list[Subnet]] = defaultdict(list)
+    if update:
+        for each in found:
+            named[each.name].append(each)
+    different = Counter(name for name, _ in {line.wanted for line in lines if line.wanted})
+    planned: dict[_Wanted, Subnet | None] = {}
     for line in lines:
-        action: Literal["create", "exists", "refused"] = "create"
         if line.wanted is None:
-            action = "refused"
-        elif line.wanted in existing or line.wanted in planned:
-            action = "exists"
+            yield _Verdict(line, "refused", error=line.error)
+        elif line.wanted in existing:
+            yield _Verdict(line, "exists", existing[line.wanted])
+        elif line.wanted in planned:
+            yield _Verdict(line, "exists", planned[line.wanted])
         else:
-            planned.add(line.wanted)
-        id_ = existing.get(line.wanted) if line.wanted else None
-        verdicts.append(rest.SubnetImportLine(line=line.number, action=action, id=id_, error=line.error or None))
-    return verdicts
+            name = line.wanted[0]
+            same = named.get(name, [])
+            if len(same) > 1:
+                ids = ", ".join(str(each.id) for each in same)
+                yield _Verdict(line, "refused", error=f"name: several subnets have the name {name}: {ids}")
+            elif same and different[name] > 1:
+                yield _Verdict(
+                    line, "refused", error=f"name: several lines have the name {name} of subnet {same[0].id}"
+                )
+            else:
+                planned[line.wanted] = same[0] if same else None
+                yield _Verdict(line, "update" if same else "create", planned[line.wanted])
 
 
 def _summary(problems: list[str]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from datetime import timedelta
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
@@ -75,8 +73,7 @@ def router_of(rules: ResourceRules[Body, Answer, Listed, Content]) -> APIRouter:
         old = await mine(state, rules, caller.user_id, id_)
         conditional = check_unchanged(rules.view(old), request)
         content = rules.accept(body, state.checks)
-        updated_at = max(utc_now(), old.updated_at + timedelta(milliseconds=1))  # each state has its own time
-        new = replace(old, name=body.name, content=content, updated_at=updated_at)
+        new = old.revised(body.name, content, utc_now())
         await record()
         unchanged_since = old.updated_at if conditional else None
         if not await rules.repository(state.store).replace(new, unchanged_since=unchanged_since):

@@ -56,8 +56,8 @@ class ResourceRepository(Protocol[Content]):
 
 
 class SubnetRepository(ResourceRepository[ScanTarget], Protocol):
-    async def with_cidrs(self, user_id: int, cidrs: Collection[str]) -> list[Subnet]:
-        """Return the user's subnets of these networks."""
+    async def matching(self, user_id: int, cidrs: Collection[str], names: Collection[str] = ()) -> list[Subnet]:
+        """Return the user's subnets of these networks, and those with these names."""
 
 
 PolicyRepository = ResourceRepository[ScanPolicy]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from datetime import datetime
-from typing import Generic, TypeVar
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Generic, Self, TypeVar
 
 from scanfleet.scanning.policy import ScanPolicy
 
@@ -21,6 +21,11 @@ class Owned(Generic[Content]):
     content: Content
     created_at: datetime
     updated_at: datetime
+
+    def revised(self, name: str, content: Content, now: datetime) -> Self:
+        """Return a later state of the object; each state has its own time."""
+        updated_at = max(now, self.updated_at + timedelta(milliseconds=1))
+        return replace(self, name=name, content=content, updated_at=updated_at)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,11 @@ _KEYS: Final = 1_000  # per query
 
 _NEWEST: Final = IndexModel([("user_id", 1), ("_id", -1)])
 INDEXES: Final = {each.plural: [_NEWEST] for each in rest.RESOURCES} | {
-    rest.SUBNETS.plural: [_NEWEST, IndexModel([("user_id", 1), ("cidr", 1)])]
+    rest.SUBNETS.plural: [
+        _NEWEST,
+        IndexModel([("user_id", 1), ("cidr", 1)]),
+        IndexModel([("user_id", 1), ("name", 1)]),
+    ]
 }
 
 
@@ -100,6 +104,9 @@ class MongoSubnets(MongoResources[ScanTarget]):
         super().__init__(database, rest.SUBNETS.plural, documents.write_subnet, documents.read_subnet)
 
     @dependency_errors()
-    async def with_cidrs(self, user_id: int, cidrs: Collection[str]) -> list[Subnet]:
-        found = self._collection.find({"user_id": user_id, "cidr": {"$in": list(cidrs)}})
-        return await self._readable(found)
+    async def matching(self, user_id: int, cidrs: Collection[str], names: Collection[str] = ()) -> list[Subnet]:
+        wanted = [
+            {"user_id": user_id, "cidr": {"$in": list(cidrs)}},
+            {"user_id": user_id, "name": {"$in": list(names)}},
+        ]
+        return await self._readable(self._collection.find({"$or": wanted}))

@@ -53,5 +53,5 @@ class MemoryResources(MemoryRepository, Generic[Content]):
 
 
 class MemorySubnets(MemoryResources[ScanTarget]):
-    async def with_cidrs(self, user_id: int, cidrs: Collection[str]) -> list[Subnet]:
-        return [each for each in self._of(user_id) if each.content.cidr in cidrs]
+    async def matching(self, user_id: int, cidrs: Collection[str], names: Collection[str] = ()) -> list[Subnet]:
+        return [each for each in self._of(user_id) if each.content.cidr in cidrs or each.name in names]

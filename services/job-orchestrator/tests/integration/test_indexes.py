@@ -78,7 +78,7 @@ QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
     "jobs.unsettled": (lambda store: store.jobs.unsettled(10, 5), 10),
     "jobs.with_old_events": (lambda store: store.jobs.with_old_events(THEN, 10), 5),
     "jobs.has_unfinished": (lambda store: store.jobs.has_unfinished(3), 5),
-    "subnets.with_cidrs": (lambda store: store.subnets.with_cidrs(7, ["127.9.8.0/24", "127.9.9.0/24"]), 5),
+    "subnets.matching": (lambda store: store.subnets.matching(7, ["127.9.8.0/24", "127.9.9.0/24"], ["lab"]), 5),
     "subnets.page": (lambda store: store.subnets.page(7, 0, 10), 5),
     "policies.page": (lambda store: store.policies.page(7, 0, 10), 5),
     "chunks.get": (lambda store: store.chunks.get(["3-0", "3-1"]), 5),

@@ -304,8 +304,8 @@ async def test_delete_of_a_subnet_with_unfinished_jobs_is_a_409(api: Api, store:
 # Imports
 
 
-async def imported(api: Api, text: str | bytes, status: int = 201) -> Any:
-    answer = await api.raw("POST", "/api/v1/subnet/import", content=text, headers=ISSUER.bearer())
+async def imported(api: Api, text: str | bytes, status: int = 201, query: str = "") -> Any:
+    answer = await api.raw("POST", f"/api/v1/subnet/import{query}", content=text, headers=ISSUER.bearer())
     assert answer.status_code == status, answer.text
     return answer.json()
 
@@ -383,6 +383,50 @@ async def test_dry_run_of_an_import_has_a_verdict_per_line_and_creates_nothing(a
     )
     assert (await api("GET /api/v1/subnet"))["total"] == 1
     assert (await store.audit.page(0, 10))[1] == audited
+
+
+async def test_import_with_update_changes_the_subnets_of_the_same_name(api: Api, store: MemoryStore) -> None:
+    """A line with the name of one subnet replaces its network and exclusions, audited; other lines are as without update."""
+    for number, name in enumerate(("lab", "web", "same"), 1):
+        await api("POST /api/v1/subnet", {"name": name, "cidr": f"127.9.{number}.0/24"}, status=201)
+    before = await api("GET /api/v1/subnet/1")
+    text = "name,cidr,exclude\nlab,127.9.1.0/24,127.9.1.1\nsame,127.9.3.0/24,\nnew,127.9.4.0/24,\nlab,127.9.1.0/24,127.9.1.1\n"
+    dry = await imported(api, text, 200, "?update=true&dry_run=true")
+    assert [(each["action"], each["id"]) for each in dry["lines"]] == [
+        ("update", 1),
+        ("exists", 3),
+        ("create", None),
+        ("exists", 1),
+    ]
+    assert await api("GET /api/v1/subnet/1") == before
+    answer = await imported(api, text, query="?update=true")
+    assert (answer["message"], answer["created"], answer["updated"]) == ("1 subnet created, 1 updated", 1, 1)
+    assert [each["id"] for each in answer["subnets"]] == [1, 3, 4, 1]
+    after = await api("GET /api/v1/subnet/1")
+    assert after == before | {"exclude": ["127.9.1.1/32"], "updated_at": after["updated_at"]} == answer["subnets"][0]
+    assert after["updated_at"] > before["updated_at"]
+    entries, _ = await store.audit.page(0, 10, action="import_subnets")
+    assert {entry.target for entry in entries} == {"/api/v1/subnet/1", "/api/v1/subnet/4"}
+    assert (await imported(api, text, query="?update=true"))["message"] == "0 subnets created"
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+async def test_import_with_update_of_an_ambiguous_name_is_refused(api: Api, dry_run: bool) -> None:
+    """A name of several subnets, or one that several lines give different networks, is an error of each such line."""
+    for number, name in enumerate(("twice", "twice", "web"), 1):
+        await api("POST /api/v1/subnet", {"name": name, "cidr": f"127.9.{number}.0/24"}, status=201)
+    text = "name,cidr\ntwice,127.9.4.0/24\nweb,127.9.5.0/24\nweb,127.9.6.0/24\n"
+    errors = [
+        "name: several subnets have the name twice: 1, 2",
+        "name: several lines have the name web of subnet 3",
+        "name: several lines have the name web of subnet 3",
+    ]
+    if dry_run:
+        lines = (await imported(api, text, 200, "?update=true&dry_run=true"))["lines"]
+        assert [(each["action"], each["error"]) for each in lines] == [("refused", error) for error in errors]
+    else:
+        refused = await imported(api, text, 400, "?update=true")
+        assert refused["error"] == "; ".join(f"line {number}: {error}" for number, error in enumerate(errors, 2))
 
 
 async def test_retention_of_a_subnet_is_read_and_replaced(api: Api) -> None:
@@ -1408,3 +1452,13 @@ async def test_import_above_the_quota_is_a_400_and_creates_nothing(api: Api) -> 
     assert (await api("GET /api/v1/subnet"))["total"] == 0
     assert (await imported(api, two))["created"] == 2
     assert (await imported(api, two))["created"] == 0
+
+
+@pytest.mark.parametrize("quotas", [Quotas(subnets_per_user=2)])
+async def test_updates_of_an_import_do_not_count_for_the_quota(api: Api) -> None:
+    """A user at the limit changes subnets by an import and by its dry run, which judges alike."""
+    await imported(api, "name,cidr\nlab,127.9.8.0/24\nweb,127.9.9.0/24\n")
+    changed = "name,cidr\nlab,127.9.7.0/24\nweb,127.9.6.0/24\n"
+    assert (await imported(api, changed, 200, "?update=1&dry_run=1"))["lines"][1]["action"] == "update"
+    await imported(api, changed, 400)
+    assert (await imported(api, changed, query="?update=1"))["updated"] == 2
