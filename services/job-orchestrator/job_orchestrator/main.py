@@ -81,6 +81,7 @@ class Orchestrator:
         grants: UserGrants | None = None,
         quotas: Quotas,
         keep: timedelta | None,
+        deletes_per_second: int,
     ) -> None:
         faults = Faults()
         changer = ChunkChanger(store.chunks, store.dispatch)
@@ -133,7 +134,9 @@ class Orchestrator:
             publisher=publisher,
             outbox=self.outbox,
             clock=clock,
+            cancel_chunks=self.reconciler.cancel_chunks,
             keep=keep,
+            per_second=deletes_per_second,
         )
         self.progress = Progress(
             dispatch=store.dispatch,
@@ -164,6 +167,7 @@ class Orchestrator:
             jobs=store.jobs,
             chunks=store.chunks,
             dispatch=store.dispatch,
+            deletions=store.deletions,
             changer=changer,
             publisher=publisher,
             outbox=self.outbox,
@@ -252,6 +256,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 grants=grants,
                 quotas=settings.quotas,
                 keep=settings.keep_results,
+                deletes_per_second=settings.deletes_per_second,
             )
             app.state.orchestrator = State(
                 store,

@@ -12,6 +12,7 @@ from prometheus_client.registry import REGISTRY, Collector
 
 from job_orchestrator.domain.census import Census
 from job_orchestrator.domain.chunk import OPEN, ChunkState
+from job_orchestrator.domain.deletion import REASONS
 from job_orchestrator.domain.job import UNFINISHED, ScanJob
 from job_orchestrator.domain.ledger import NAMES
 from scanfleet.contracts.messages import JobStatus
@@ -42,8 +43,9 @@ CHUNK_TRANSITIONS: Final = Counter(
 )
 DELETIONS: Final = Counter("scanfleet_deletions_total", "Deletions of jobs that were accepted.", ["reason"])
 DELETED_JOBS: Final = Counter(
-    "scanfleet_deleted_jobs_total", "Deletions that are done: nothing is stored of the job but a receipt."
+    "scanfleet_deleted_jobs_total", "Deletions that are done: nothing is stored of the job but a receipt.", ["reason"]
 )
+DELETED_CHUNKS: Final = Counter("scanfleet_deleted_chunks_total", "Chunks of deleted jobs that were deleted.")
 RETENTION_HALTED: Final = Gauge(
     "scanfleet_retention_halted", "1 while deletion by age is halted, because the database's clock has jumped."
 )
@@ -61,10 +63,11 @@ _JOB_RUN: Final = Histogram("scanfleet_job_run_seconds", "Time from the start of
 # Exported from the start: otherwise Prometheus would not see the first event as an increase.
 for _state in ChunkState:
     CHUNK_TRANSITIONS.labels(_state)
-for _collection in ("jobs", "chunks", "clocks", "workers", "audit"):
+for _collection in ("jobs", "chunks", "clocks", "workers", "audit", "deletions"):
     UNREADABLE.labels(_collection)
-for _reason in ("request", "retention"):
+for _reason in REASONS:
     DELETIONS.labels(_reason)
+    DELETED_JOBS.labels(_reason)
 for _outcome in NAMES:
     PROBES.labels(_outcome)
 for _status in JobStatus:
@@ -119,6 +122,14 @@ _GAUGES: Final[dict[tuple[str, str], tuple[str, Callable[[Census], Mapping[str, 
     ("scanfleet_queued_slot_seconds", ""): (
         "Expected slot seconds of all unfinished jobs that do not wait for their user's hours, for scaling workers",
         lambda census: {"": census.jobs.slot_seconds},
+    ),
+    ("scanfleet_deletions_open", ""): (
+        "Deletions of jobs that are accepted and not complete",
+        lambda census: {"": census.deletions.open},
+    ),
+    ("scanfleet_deletion_oldest_seconds", ""): (
+        "Time since the request of the oldest deletion that is not complete, 0 if there is none",
+        lambda census: {"": census.deletions.age},
     ),
     ("scanfleet_outbox_age_seconds", ""): (
         "Age of the oldest unpublished job event, 0 if there is none",

@@ -14,6 +14,7 @@ from job_orchestrator.domain.quotas import Quotas
 from scanfleet.contracts.rest import MAX_DAYS
 from scanfleet.runtime.settings import (
     CommonSettings,
+    DeletionSettings,
     GrantSettings,
     InternalApiSettings,
     KafkaSettings,
@@ -39,7 +40,9 @@ class AuditSettings(MongoSettings):
 _LIMITS: Final = Quotas()
 
 
-class Settings(CommonSettings, InternalApiSettings, KafkaSettings, AuditSettings, TargetSettings, GrantSettings):
+class Settings(
+    CommonSettings, InternalApiSettings, KafkaSettings, AuditSettings, TargetSettings, GrantSettings, DeletionSettings
+):
     chunk_key_file: Path = Field(
         description="PEM file with the Ed25519 key that signs chunks, read once at start; result-store verifies workers' reports "
         "with its public key.",

@@ -204,6 +204,7 @@ class World:
         grants: UserGrants | None = None,
         quotas: Quotas | None = None,
         keep: timedelta | None = None,
+        deletes_per_second: int = 2_000,
     ) -> None:
         self.now = _NOW
         self.store = store
@@ -211,6 +212,7 @@ class World:
         self.grants = grants
         self.quotas = quotas or Quotas()
         self.keep = keep
+        self.deletes_per_second = deletes_per_second
         self._clock = _Time(self)
         self.lease_seconds = lease_seconds
         self.bus = bus or MemoryBus()
@@ -235,6 +237,7 @@ class World:
             grants=self.grants,
             quotas=self.quotas,
             keep=self.keep,
+            deletes_per_second=self.deletes_per_second,
         )
 
     @property

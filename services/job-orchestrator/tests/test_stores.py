@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from job_orchestrator.api.resource_rules import POLICIES, SUBNETS, ResourceRules
 from job_orchestrator.domain import plan
-from job_orchestrator.domain.census import OpenChunks, Standing
+from job_orchestrator.domain.census import DeletionCensus, OpenChunks, Standing
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState, Token, cancel, dispatch
 from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.deletion import Counts, Deletion, Stage
@@ -850,6 +850,23 @@ async def test_census_counts_unfinished_jobs_and_chunks(store: Store) -> None:
     assert census.outbox_age == pytest.approx(300, abs=60)
 
 
+async def test_census_counts_open_deletions(store: Store) -> None:
+    """Deletions count from their acceptance until they are complete, with the time since the oldest was requested."""
+    assert await store.deletions.census() == DeletionCensus()
+    now = utc_now()
+    jobs = [replace(change(scan_job(n), JobTrigger.CANCEL, THEN, settled=True), outbox=()) for n in range(1, 5)]
+    await store.jobs.insert(jobs)
+    for job in jobs:
+        asked = now - timedelta(hours=5 - job.id)
+        receipt = Deletion(job_id=job.id, user_id=7, subnet_id=1, reason="request", requested_at=asked)
+        assert await store.deletions.begin(job, receipt)
+    assert await store.deletions.advance([1, 2], Stage.RESULTS, Stage.CHUNKS, now) == 2
+    assert await store.deletions.advance([1], Stage.CHUNKS, Stage.DONE, None) == 1
+    census = await store.deletions.census()
+    assert census.open == 3
+    assert census.age == pytest.approx(3 * 3_600, abs=60)
+
+
 async def test_clocks_rest_without_work(store: Store) -> None:
     """A user without queued or held chunks becomes idle and keeps its time; neither time nor virtual time falls."""
     await store.chunks.insert([chunk(), chunk(id="2-0", job_id=2, user_id=8, state=ChunkState.RUNNING)])
@@ -1072,8 +1089,11 @@ async def test_unreadable_receipts_do_not_delay_other_deletions(mongo_store: Mon
         assert await mongo_store.deletions.begin(job, receipt)
     await database["jobs"].update_many({"_id": {"$lt": 4}}, {"$set": {"deletion.stage": "unknown"}})
     now = THEN + timedelta(minutes=1)
+    before = UNREADABLE.labels("deletions")._value.get()
     with capture_logs() as logs:
         assert await mongo_store.deletions.due(now, 3) == []
+    assert {line["collection"] for line in logs} == {"deletions"}
+    assert UNREADABLE.labels("deletions")._value.get() == before + 3
     assert [(line["event"], line["id"]) for line in logs] == [("unreadable_document", str(n)) for n in (1, 2, 3)]
     assert [each.job_id for each in await mongo_store.deletions.due(now, 3)] == [4]
     await database["jobs"].update_one({"_id": 2}, {"$set": {"deletion.stage": "results"}})

@@ -35,7 +35,6 @@ from scanfleet.security.audit import Refusals
 from scanfleet.security.chunk_grants import Grants
 
 _STEP_SECONDS: Final = 1.0
-_DOCUMENTS: Final = 2_000  # deleted in one step: a fraction of what storing may need of the database
 _AT_ONCE: Final = 100  # maximum number of deletions per step
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -128,11 +127,13 @@ class DeletionsHandler:
     Args:
         store: stores hosts and closed chunks.
         publisher: publishes that a job's results are deleted.
+        per_second: maximum number of documents that this replica deletes per second.
     """
 
-    def __init__(self, store: Store, publisher: Publisher) -> None:
+    def __init__(self, store: Store, publisher: Publisher, per_second: int) -> None:
         self._store = store
         self._publisher = publisher
+        self._per_step = round(per_second * _STEP_SECONDS)
         self.loop = Loop("deletions", _STEP_SECONDS, self.step, least=_STEP_SECONDS, vital=False)
 
     async def handle(self, records: Sequence[Record[DeleteResults | ResultsDeleted]]) -> None:
@@ -147,12 +148,13 @@ class DeletionsHandler:
         Raises:
             DependencyError: the next step deletes what is left.
         """
-        left = _DOCUMENTS
+        left = self._per_step
         for job_id, begun in (await self._store.open_deletions(_AT_ONCE)).items():
             erased = await self._store.erase(job_id, left)
-            DELETED_DOCUMENTS.inc(erased)
-            left -= erased
-            if not left:
+            for kind, number in erased._asdict().items():
+                DELETED_DOCUMENTS.labels(kind).inc(number)
+            left -= sum(erased)
+            if left <= 0:
                 self.loop.wake()
                 return
             total = await self._store.erased(job_id)

@@ -42,7 +42,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             await startup.until_available("kafka", bus.start)
             stack.push_async_callback(bus.stop)
             handler = ResultsHandler(store, bus, grants, refusals)
-            deletions = DeletionsHandler(store, bus)
+            deletions = DeletionsHandler(store, bus, settings.deletes_per_second)
             consumers = (
                 bus.consume(SCAN_RESULTS, RESULT_STORE, handler),
                 bus.consume(SCAN_DELETIONS, f"{RESULT_STORE}-{SCAN_DELETIONS.name}", deletions),

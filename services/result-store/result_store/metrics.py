@@ -19,6 +19,8 @@ OF_DELETED_JOBS: Final = Counter(
     "scanfleet_results_of_deleted_jobs", "Batches with results of deleted jobs, which are deleted again."
 )
 DELETED_DOCUMENTS: Final = Counter(
-    "scanfleet_results_deleted_documents", "Hosts and closed chunks of deleted jobs that were deleted."
+    "scanfleet_results_deleted_documents",
+    "Documents of deleted jobs that were deleted: hosts or closed chunks.",
+    ["kind"],
 )
 UNCOVERED: Final = Counter("scanfleet_results_uncovered", "Records dropped because no valid signature covers them.")

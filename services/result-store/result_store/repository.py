@@ -19,10 +19,10 @@ from typing import Any, Final
 from bson import decode_iter
 from pymongo import ASCENDING, DESCENDING, IndexModel, UpdateOne
 
-from result_store.domain.results import ClosedChunk, Erased, Host, Parts, Place, StoredHost, address_key
+from result_store.domain.results import ClosedChunk, Erased, Host, Parts, Place, Removed, StoredHost, address_key
 from scanfleet.contracts.messages import HostScanned
 from scanfleet.contracts.rest import Result
-from scanfleet.errors import DependencyError
+from scanfleet.errors import NotFoundError
 from scanfleet.runtime.mongo import Database, Document, Ids, dependency_errors, insert_missing, make_indexes
 from scanfleet.scanning.outcomes import Outcome
 from scanfleet.scanning.ports import parse_ranges, port_count
@@ -130,16 +130,14 @@ class MongoStore:
         # Each page is an operation with its own timeout, and begins in the index where the last one ended.
         while page := await self._page({"$and": [wanted, rest]}, fields, order):
             # Decoded twice, so that at most one host is decoded at a time, and a page needs one query for closed chunks.
-            closed = await self.closed({document["chunk_id"] for document in self._decode(page)})
+            closed = await self._closed_of(job_id, page)
             for document in self._decode(page):
                 rest = _behind(document) if after is None else {"first_id": {"$gt": document["first_id"]}}
                 chunk = closed.get(document["chunk_id"])
                 # A host that arrived after its chunk was closed is stored too; only the final map tells them apart.
                 if chunk is None or chunk.counts(document["address"]):
                     yield _host(document).results(document["first_id"])
-
-        if await self.deleted([job_id]):
-            raise DependencyError(f"job {job_id} was deleted while its results were read")
+        await self._check_kept(job_id)
 
     async def hosts_by_address(
         self,
@@ -158,25 +156,45 @@ class MongoStore:
         wanted = {"job_id": job_id, **({} if user_id is None else {"user_id": user_id})}
         above: Document = {"$gte": low}
         while page := await self._page({**wanted, "key": {**above, "$lt": high}}, _WITHOUT[parts], _BY_KEY):
-            closed = await self.closed({document["chunk_id"] for document in self._decode(page)})
+            closed = await self._closed_of(job_id, page)
             for document in self._decode(page):
                 above = {"$gt": document["key"]}
                 chunk = closed.get(document["chunk_id"])
                 if chunk is None or chunk.counts(document["address"]):
                     yield _host(document)
-        if await self.deleted([job_id]):
-            raise DependencyError(f"job {job_id} was deleted while its hosts were read")
+        await self._check_kept(job_id)
 
     async def chunks_by_address(self, job_id: int, user_id: int | None) -> AsyncIterator[ClosedChunk]:
         """See `result_store.domain.ports.Hosts`."""
         wanted = {"job_id": job_id, **({} if user_id is None else {"user_id": user_id})}
         above: Document = {"$gte": ""}
         while page := await self._chunk_page({**wanted, "key": above}):
+            await self._check_kept(job_id)
             for document in page:
                 yield _chunk(document)
             above = {"$gt": page[-1]["key"]}
+        await self._check_kept(job_id)
+
+    async def _closed_of(self, job_id: int, page: bytes) -> dict[str, ClosedChunk]:
+        """Return the closed chunks of the hosts of a page.
+
+        Raises:
+            NotFoundError: the job is deleted.
+        """
+        closed = await self.closed({document["chunk_id"] for document in self._decode(page)})
+        await self._check_kept(job_id)
+        return closed
+
+    async def _check_kept(self, job_id: int) -> None:
+        """Check that what was read of a job until now was complete: a deletion marks the job first.
+
+        A reader that stops after some pages must not take a shorter list for all, so each page is checked before it is used.
+
+        Raises:
+            NotFoundError: the job is deleted.
+        """
         if await self.deleted([job_id]):
-            raise DependencyError(f"job {job_id} was deleted while its closed chunks were read")
+            raise NotFoundError("Job not found")
 
     @dependency_errors()
     async def is_unsorted(self, job_id: int) -> bool:
@@ -216,31 +234,33 @@ class MongoStore:
         return {mark["_id"]: mark["begun"] async for mark in found}
 
     @dependency_errors()
-    async def erase(self, job_id: int, limit: int) -> int:
+    async def erase(self, job_id: int, limit: int) -> Removed:
         """See `result_store.domain.ports.Store`.
 
         Without its closed chunk a late host would be a result.
         """
-        deleted = 0
-        while deleted < limit and (hosts := await self._erase_hosts(job_id, min(_SLICE, limit - deleted))):
-            deleted += hosts
+        hosts = chunks = 0
+        while hosts < limit and (some := await self._erase_hosts(job_id, min(_SLICE, limit - hosts))):
+            hosts += some
         of_job = {"_id": _ids_of(job_id)}
-        while deleted < limit:
-            page = await self._chunks.find(of_job, {"_id": True}).limit(min(_SLICE, limit - deleted)).to_list(None)
+        while (left := limit - hosts - chunks) > 0:
+            page = await self._chunks.find(of_job, {"_id": True}).limit(min(_SLICE, left)).to_list(None)
             if not page:
                 break
             await self._chunks.delete_many({"_id": {"$in": [document["_id"] for document in page]}})
-            deleted += len(page)
-        return deleted
+            chunks += len(page)
+        return Removed(hosts, chunks)
 
     async def _erase_hosts(self, job_id: int, limit: int) -> int:
-        """Count some hosts of the job in its mark, then delete them; return their number.
+        """Count some hosts of the job in its mark, then delete them; return how many were deleted.
 
         The mark contains the slice that was counted last, so that a crash in between or another replica counts no host twice.
         """
         mark = await self._deleted.find_one({"_id": job_id}, {"slice": True}) or {}
         if counted := mark.get("slice"):
-            await self._hosts.delete_many({"_id": {"$gte": counted[0], "$lte": counted[1]}})
+            left = await self._hosts.delete_many({"_id": {"$gte": counted[0], "$lte": counted[1]}})
+            if left.deleted_count:
+                return left.deleted_count
         page = await self._hosts.find({"_id": _ids_of(job_id)}, _SIZE).sort("_id", 1).limit(limit).to_list(None)
         if not page:
             return 0

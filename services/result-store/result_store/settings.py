@@ -6,10 +6,16 @@ from pathlib import Path
 
 from pydantic import Field
 
-from scanfleet.runtime.settings import CommonSettings, InternalApiSettings, KafkaSettings, MongoSettings
+from scanfleet.runtime.settings import (
+    CommonSettings,
+    DeletionSettings,
+    InternalApiSettings,
+    KafkaSettings,
+    MongoSettings,
+)
 
 
-class Settings(CommonSettings, InternalApiSettings, KafkaSettings, MongoSettings):
+class Settings(CommonSettings, InternalApiSettings, KafkaSettings, MongoSettings, DeletionSettings):
     """All settings of result-store."""
 
     chunk_public_keys_file: Path = Field(

@@ -8,12 +8,12 @@ from ipaddress import ip_address
 from typing import Any, Final
 
 from result_store.domain.ports import Store
-from result_store.domain.results import ClosedChunk, Erased, Host, Parts, Scanned, StoredHost, address_key
+from result_store.domain.results import ClosedChunk, Erased, Host, Parts, Removed, Scanned, StoredHost, address_key
 from result_store.handlers import ResultsHandler
 from scanfleet.contracts.messages import ChunkScanned, HostScanned, PortFound
 from scanfleet.contracts.messages.topics import SCAN_RESULTS
 from scanfleet.contracts.rest import Result
-from scanfleet.errors import DependencyError
+from scanfleet.errors import NotFoundError
 from scanfleet.runtime.bus import Publisher, Record
 from scanfleet.scanning.outcomes import Outcome
 from scanfleet.scanning.targets import Network
@@ -72,6 +72,7 @@ class MemoryStore:
             return (each[0].place.created_at, each[0].place.offset) if after is None else each[1]
 
         for host, first_id in sorted(self.hosts.values(), key=order):
+            self._check_kept(job_id)
             scanned = host.scanned
             chunk = self.chunks.get(scanned.chunk_id)
             if (
@@ -83,8 +84,7 @@ class MemoryStore:
             ):
                 found = host.results(first_id)
                 yield found if raw else [result.model_copy(update={"raw_data": ""}) for result in found]
-        if job_id in self.marks:
-            raise DependencyError(f"job {job_id} was deleted while its results were read")
+        self._check_kept(job_id)
 
     async def hosts_by_address(
         self,
@@ -96,6 +96,7 @@ class MemoryStore:
         within: Network | None = None,
     ) -> AsyncIterator[Host]:
         for host, _ in sorted(self.hosts.values(), key=lambda each: each[0].key):
+            self._check_kept(job_id)
             scanned = host.scanned
             chunk = self.chunks.get(scanned.chunk_id)
             if (
@@ -107,15 +108,18 @@ class MemoryStore:
                 and (chunk is None or chunk.counts(scanned.address))
             ):
                 yield host
-        if job_id in self.marks:
-            raise DependencyError(f"job {job_id} was deleted while its hosts were read")
+        self._check_kept(job_id)
 
     async def chunks_by_address(self, job_id: int, user_id: int | None) -> AsyncIterator[ClosedChunk]:
         for chunk in sorted(self.chunks.values(), key=lambda each: each.key):
+            self._check_kept(job_id)
             if chunk.job_id == job_id and user_id in (None, chunk.user_id):
                 yield chunk
+        self._check_kept(job_id)
+
+    def _check_kept(self, job_id: int) -> None:
         if job_id in self.marks:
-            raise DependencyError(f"job {job_id} was deleted while its closed chunks were read")
+            raise NotFoundError("Job not found")
 
     async def is_unsorted(self, job_id: int) -> bool:
         return job_id in self.unsorted
@@ -130,7 +134,7 @@ class MemoryStore:
     async def open_deletions(self, limit: int) -> dict[int, int]:
         return dict([(job_id, begun) for job_id, (begun, open_) in self.marks.items() if open_][:limit])
 
-    async def erase(self, job_id: int, limit: int) -> int:
+    async def erase(self, job_id: int, limit: int) -> Removed:
         hosts = [id_ for id_, (host, _) in self.hosts.items() if host.scanned.job_id == job_id][:limit]
         before = self.erasures.get(job_id, Erased())
         rows = sum(self.hosts.pop(id_)[0].result_count for id_ in hosts)
@@ -138,7 +142,7 @@ class MemoryStore:
         chunks = [id_ for id_, chunk in self.chunks.items() if chunk.job_id == job_id][: limit - len(hosts)]
         for id_ in chunks:
             del self.chunks[id_]
-        return len(hosts) + len(chunks)
+        return Removed(len(hosts), len(chunks))
 
     async def erased(self, job_id: int) -> Erased:
         return self.erasures.get(job_id, Erased())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from typing import Any
 from uuid import uuid4
 
@@ -14,7 +14,7 @@ from result_store.repository import PAGE, MongoStore
 from result_store_testing import EPOCH, Log, MemoryStore, host
 from scanfleet.contracts.messages import HostDetails, HostScanned, PortFound, ScriptOutput
 from scanfleet.contracts.rest import Result
-from scanfleet.errors import DependencyError
+from scanfleet.errors import NotFoundError
 from scanfleet.runtime import mongo
 from scanfleet.scanning.outcomes import Outcome
 from scanfleet.scanning.targets import parse_network
@@ -282,7 +282,7 @@ async def test_hosts_of_a_job_deleted_while_they_are_read_end_in_an_error(store:
     """A reader of a job that is deleted meanwhile gets no list that looks complete."""
     await store.add(hosts(host("127.9.8.1", 22)))
     await store.begin_deletions([1])
-    with pytest.raises(DependencyError, match="deleted"):
+    with pytest.raises(NotFoundError):
         await by_address(store)
 
 
@@ -301,7 +301,7 @@ async def test_closed_chunks_of_a_job_deleted_while_they_are_read_end_in_an_erro
     """A reader of a job that is deleted meanwhile gets no list that looks complete."""
     await store.close([chunk("d")])
     await store.begin_deletions([1])
-    with pytest.raises(DependencyError, match="deleted"):
+    with pytest.raises(NotFoundError):
         _ = [each async for each in store.chunks_by_address(1, None)]
 
 
@@ -320,10 +320,10 @@ async def test_erase_deletes_only_the_job_in_slices(store: Store) -> None:
     await store.add(hosts(host("127.9.8.1", 22, job_id=10, chunk_id="10-0")))
     await store.close([ClosedChunk(10, "10-0", "127.9.8.0", "aa")])
     await store.begin_deletions([1])
-    assert await store.erase(1, 5) == 5
+    assert sum(await store.erase(1, 5)) == 5
     assert await store.stored({"1-0"}) == {"1-0": []}
     assert (await store.closed({"1-0"})).keys() == {"1-0"}
-    assert [await store.erase(1, 5) for _ in range(2)] == [1, 0]
+    assert [sum(await store.erase(1, 5)) for _ in range(2)] == [1, 0]
     assert (await store.closed({"1-0", "10-0"})).keys() == {"10-0"}
     assert len(await listed(store, 10)) == 1
 
@@ -335,7 +335,7 @@ async def test_erased_documents_are_counted_once(store: Store) -> None:
     await store.add(hosts(one, two, host("127.9.8.2"), host("127.9.8.3", 22, job_id=2, chunk_id="2-0")))
     await store.begin_deletions([1])
     assert await store.erased(1) == Erased()
-    while await store.erase(1, 1):
+    while sum(await store.erase(1, 1)):
         pass
     assert await store.erased(1) == Erased(hosts=3, rows=6)
     await store.begin_deletions([1])
@@ -357,8 +357,8 @@ async def test_interrupted_erasure_counts_no_host_twice(mongodb: str) -> None:
         await database["deleted"].update_one({"_id": 1}, {"$set": counted})
 
         async def erase(store: MongoStore) -> None:
-            while await store.erase(1, 7):
-                pass
+            while erased := sum(await store.erase(1, 20)):
+                assert erased <= 20, "the rest of a counted slice counts towards the limit"
 
         await asyncio.gather(*map(erase, stores))
         assert await stores[0].erased(1) == Erased(hosts=60, rows=60)
@@ -377,7 +377,7 @@ async def test_erasure_of_a_host_with_damaged_ports_counts_the_others(mongodb: s
         await store.add(hosts(host("127.9.8.0", 22, 80, open_filtered="67-69"), host("127.9.8.1", 22)))
         await database["hosts"].update_one({"_id": "1-0/127.9.8.0"}, {"$set": {"open_filtered": "foo"}})
         await store.begin_deletions([1])
-        assert await store.erase(1, 9) == 2
+        assert await store.erase(1, 9) == (2, 0)
         assert await store.erased(1) == Erased(hosts=2, rows=3)
     finally:
         await database.client.drop_database(database.name)
@@ -403,5 +403,43 @@ async def test_results_of_a_job_deleted_while_they_are_read_end_in_an_error(stor
     reading = store.results(1, None)
     await anext(reading)
     await store.begin_deletions([1])
-    with pytest.raises(DependencyError, match="deleted"):
+    with pytest.raises(NotFoundError):
         _ = [each async for each in reading]
+
+
+async def test_page_of_a_job_whose_erasure_has_begun_is_not_yielded(store: Store) -> None:
+    """Readers that take only a page fail too, while a part of the job's documents is erased: the page would look complete."""
+    await store.add(hosts(*(host(f"127.9.8.{n}", 22) for n in range(4))))
+    await store.close([chunk("aaaa")])
+    await store.begin_deletions([1])
+    await store.erase(1, 2)
+    for reading in (store.results(1, None), store.results(1, None, after=0), store.chunks_by_address(1, None)):
+        with pytest.raises(NotFoundError):
+            await anext(reading)
+    with pytest.raises(NotFoundError):
+        await anext(store.hosts_by_address(1, None, Parts.SUMMARY))
+
+
+class ErasedMeanwhile(MongoStore):
+    """Erases job 1 between the query of a page and that of its closed chunks."""
+
+    async def closed(self, chunk_ids: Collection[str]) -> dict[str, ClosedChunk]:
+        await self.begin_deletions([1])
+        await self.erase(1, 9)
+        return await super().closed(chunk_ids)
+
+
+@pytest.mark.integration
+async def test_page_read_while_its_job_is_erased_is_complete_or_refused(mongodb: str) -> None:
+    """A mark that is set after the query of a page, and before it is used, is noticed."""
+    database = mongo.connect(mongodb, f"results-{uuid4().hex[:12]}")
+    store = MongoStore(database)
+    try:
+        await store.prepare()
+        await store.add(hosts(*(host(f"127.9.8.{n}", 22) for n in range(4))))
+        await store.close([chunk("aaaa")])
+        with pytest.raises(NotFoundError):
+            await anext(ErasedMeanwhile(database).results(1, None, after=0))
+    finally:
+        await database.client.drop_database(database.name)
+        database.client.close()

@@ -486,8 +486,11 @@ class Deletion(_Answer):
     """The user who requested it; null for retention, and for deletions of older releases."""
 
     requested_at: Time
-    state: Literal["results", "chunks", "done"]
-    """The current stage: deletion of the results, then of the chunks with the ledger. The job itself is deleted first."""
+    state: Literal["waiting", "results", "chunks", "done"]
+    """The current stage: deletion of the results, then of the chunks with the ledger. The job itself is deleted first.
+
+    `waiting`: the last chunks of a cancelled job are being stopped.
+    """
 
     completed_at: Time | None
     deleted: DeletedCounts

@@ -244,6 +244,16 @@ class MongoSettings(_Settings):
         return self.mongodb or read_secret(cast(Path, self.mongodb_file))
 
 
+class DeletionSettings(_Settings):
+    """Pace of deletions."""
+
+    deletes_per_second: int = Field(
+        2_000,  # their cost for the database is a fraction of that of dispatching and storing
+        ge=100,
+        description="Maximum number of documents of deleted jobs that one replica deletes per second.",
+    )
+
+
 class AuthSettings(_Settings):
     """Verification of users' tokens. Exactly one source of keys is set."""
 

@@ -58,8 +58,6 @@ async def delete_task(job_id: PathId, caller: Caller, state: Handed, record: Rec
         raise NotFoundError("Job not found", rule=Rule.OWNER if job else None)
     if not job.final:
         raise ConflictError(f"Job is {job.status}; cancel it first")
-    if not job.settled:
-        raise ConflictError(f"Job is {job.status}, and its last chunks are being stopped; try again in a few seconds")
     if job.user_id == caller.user_id:
         await record()
     else:

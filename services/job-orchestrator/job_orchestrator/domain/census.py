@@ -48,8 +48,18 @@ class JobCensus:
 
 
 @dataclass(frozen=True, slots=True)
+class DeletionCensus:
+    """Deletions that are not complete."""
+
+    open: int = 0
+    age: float = 0.0
+    """Seconds since the oldest of them was requested, by the database's clock."""
+
+
+@dataclass(frozen=True, slots=True)
 class Census:
-    """Numbers of unfinished jobs, and of their chunks that are not final."""
+    """Numbers of unfinished jobs, of their chunks that are not final, and of deletions."""
 
     jobs: JobCensus
     chunks: Counter[ChunkState]
+    deletions: DeletionCensus

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from pydantic import AwareDatetime, NonNegativeInt
 
 Reason = Literal["request", "retention"]
+REASONS: Final[tuple[Reason, ...]] = get_args(Reason)
 
 LEAST_RECEIPT_DAYS: Final = 30  # longer than a command can be repeated or a record replayed: 7 and 14 days
 KEEP_RECEIPTS: Final = timedelta(days=1_095)
@@ -18,6 +19,8 @@ KEEP_RECEIPTS: Final = timedelta(days=1_095)
 class Stage(StrEnum):
     """The remaining work of a deletion; each stage is safe to repeat."""
 
+    WAITING = "waiting"
+    """The last chunks of the job, which was cancelled a moment before, are being stopped."""
     RESULTS = "results"
     CHUNKS = "chunks"
     DONE = "done"

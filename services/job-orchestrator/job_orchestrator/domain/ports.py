@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from typing import Protocol
 
 from job_orchestrator.domain.access import Revocation
-from job_orchestrator.domain.census import JobCensus, OpenChunks, Standing
+from job_orchestrator.domain.census import DeletionCensus, JobCensus, OpenChunks, Standing
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.deletion import Counts, Deletion, Stage
@@ -226,6 +226,8 @@ class DeletionRepository(Protocol):
         self, user_id: int | None, stages: Collection[Stage], skip: int, limit: int
     ) -> tuple[list[Deletion], int]:
         """Return the user's (None: all) deletions in these stages, the last requested first, and their total number."""
+
+    async def census(self) -> DeletionCensus: ...
 
 
 class RetentionRepository(Protocol):

@@ -1,16 +1,16 @@
-"""Deletes finished jobs: first from view, then their results, then their chunks."""
+"""Deletes jobs that have ended: first from view, then, once no worker scans for them, their results, then their chunks."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
 import structlog
 
 from job_orchestrator.domain.audit import own_entry
-from job_orchestrator.domain.deletion import Counts, Deletion, Reason, Stage
+from job_orchestrator.domain.deletion import REASONS, Counts, Deletion, Reason, Stage
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ports import (
     AuditRepository,
@@ -23,14 +23,13 @@ from job_orchestrator.domain.retention import EndedJob, is_due
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.audit import record
 from job_orchestrator.handlers.outbox import Outbox
-from job_orchestrator.metrics import DELETED_JOBS, DELETIONS, RETENTION_HALTED
+from job_orchestrator.metrics import DELETED_CHUNKS, DELETED_JOBS, DELETIONS, RETENTION_HALTED
 from scanfleet.contracts.messages import DeleteResults, ResultsDeleted
 from scanfleet.contracts.messages.topics import SCAN_DELETIONS
 from scanfleet.runtime.bus import Publisher, Record
 from scanfleet.runtime.loop import Loop
 
 _STEP_SECONDS: Final = 1.0
-_CHUNKS: Final = 2_000  # deleted in one step: their cost for the database is a fraction of that of dispatch
 _AT_ONCE: Final = 100  # maximum number of deletions per step
 _ASK_AGAIN: Final = timedelta(seconds=60)  # for result-store to delete the results of a large job
 _EXPIRE_SECONDS: Final = 600.0  # between two walks over the ended jobs
@@ -45,7 +44,9 @@ class Deletions:
 
     Args:
         publisher: for requests to result-store.
+        cancel_chunks: cancels some chunks of a job that are not final, with the reason; returns whether there were any.
         keep: age after the end at which jobs are deleted, unless their subnet has its own; None deletes none by age.
+        per_second: maximum number of chunks that this replica deletes per second.
 
     Attributes:
         keep: as given.
@@ -62,7 +63,9 @@ class Deletions:
         publisher: Publisher,
         outbox: Outbox,
         clock: PlatformTime,
+        cancel_chunks: Callable[[int, str], Awaitable[bool]],
         keep: timedelta | None,
+        per_second: int,
     ) -> None:
         self._jobs = jobs
         self._deletions = deletions
@@ -72,14 +75,16 @@ class Deletions:
         self._publisher = publisher
         self._outbox = outbox
         self._clock = clock
+        self._cancel_chunks = cancel_chunks
         self.keep = keep
+        self._per_step = round(per_second * _STEP_SECONDS)
         self._expired = float("-inf")
         self._after: tuple[datetime, int] | None = None
         """End time and id of the last job that the previous step looked at, if there may be more."""
         self.loop = Loop("deletions", _STEP_SECONDS, self.step, least=_STEP_SECONDS, vital=False)
 
     async def delete(self, job_ids: Collection[int], reason: Reason, *, requested_by: int | None = None) -> set[int]:
-        """Accept the deletion of those of these jobs that are settled; return their ids.
+        """Accept the deletion of those of these jobs that have ended; return their ids.
 
         From then on no response contains the jobs; their stored data is deleted step by step.
 
@@ -100,7 +105,7 @@ class Deletions:
         left = {request.job_id: request for request in requests}
         accepted: set[int] = set()
         for _ in range(_ROUNDS):
-            ended = [job for job in (await self._jobs.get(left)).values() if job.settled]
+            ended = [job for job in (await self._jobs.get(left)).values() if job.final]
             await self._outbox.publish(ended)  # their outboxes are deleted with them
             receipts = [self._receipt(job, left[job.id]) for job in ended]
             done = await asyncio.gather(*map(self._deletions.begin, ended, receipts))
@@ -122,6 +127,7 @@ class Deletions:
             reason=request.reason,
             requested_by=request.requested_by,
             requested_at=request.requested_at or self._clock.now(),
+            stage=Stage.RESULTS if job.settled else Stage.WAITING,
         )
 
     async def step(self) -> None:
@@ -133,21 +139,28 @@ class Deletions:
         await self._expire()
         now = self._clock.now()
         due = await self._deletions.due(now, _AT_ONCE)
+        waiting = [each.job_id for each in due if each.stage is Stage.WAITING]
+        stopped = [id_ for id_ in waiting if not await self._cancel_chunks(id_, "job deleted")]
+        if await self._deletions.advance(stopped, Stage.WAITING, Stage.RESULTS, now):
+            self.loop.wake()
         asked = [each for each in due if each.stage is Stage.RESULTS]
         await self._publisher.publish(SCAN_DELETIONS, [_request(each) for each in asked])
         asked_ids = [each.job_id for each in asked]
         await self._deletions.advance(asked_ids, Stage.RESULTS, Stage.RESULTS, now + _ASK_AGAIN)
-        left = _CHUNKS
-        done: list[int] = []
+        left = self._per_step
+        done: list[Deletion] = []
         for each in due:
             if each.stage is Stage.CHUNKS and left:
                 deleted = await self._chunks.delete(each.job_id, left)
+                DELETED_CHUNKS.inc(deleted)
                 if deleted < left:
-                    done.append(each.job_id)
+                    done.append(each)
                 else:
                     self.loop.wake()
                 left -= deleted
-        DELETED_JOBS.inc(await self._deletions.advance(done, Stage.CHUNKS, Stage.DONE, None))
+        for reason in REASONS:
+            ended = [each.job_id for each in done if each.reason == reason]
+            DELETED_JOBS.labels(reason).inc(await self._deletions.advance(ended, Stage.CHUNKS, Stage.DONE, None))
 
     async def handle(self, records: Sequence[Record[DeleteResults | ResultsDeleted]]) -> None:
         messages = [each.message for each in records]

@@ -173,6 +173,29 @@ class Reconciler:
         if not await self._save([_Step(job, (failed,))]):
             await self.reconcile([job_id])
 
+    async def cancel_chunks(self, job_id: int, reason: str) -> bool:
+        """Cancel a page of the job's chunks that are not final, first those that are being scanned.
+
+        Args:
+            job_id: id of the job, which has ended and may be deleted.
+            reason: for the workers that scan.
+
+        Returns:
+            Whether any chunk was cancelled; then there may be more.
+        """
+        now = self._clock.now()
+        moved = False
+        for kind in (HELD, OPEN - HELD):
+            changed = await self._changer.change(
+                await self._chunks.ids_in(job_id, kind, _PAGE),
+                lambda chunk: cancel(chunk) if chunk.state in OPEN else chunk,
+                now,
+            )
+            held = [each.before for each in changed if each.moved and each.before.state in HELD]
+            moved |= any(each.moved for each in changed)
+            await self._publisher.publish(SCAN_TASKS, [stop(chunk.token, reason) for chunk in held])
+        return moved
+
     def _matters(self, changed: Changed) -> bool:
         """Return whether the change may start, continue or end the job."""
         before, after = changed.before.state, changed.after.state
@@ -206,7 +229,8 @@ class Reconciler:
     ) -> tuple[_Step, Sequence[Chunk]]:
         """Derive the job's versions from its chunks, from its start to its end if it is over, and the chunks to create."""
         if job.final:
-            await self._cancel(job, standing)
+            if standing.open and await self.cancel_chunks(job.id, f"job {job.status}"):
+                self.begin([job.id])  # it is settled only when a query finds none
             counted = await self._count(job, standing, known)
             after = replace(counted, settled=not standing.open and counted.totals.done == job.made)
             return _Step(job, () if after == job else (after,)), ()
@@ -273,24 +297,6 @@ class Reconciler:
         users = sorted({job.user_id for job in jobs if not job.made and not job.final})
         turns = await asyncio.gather(*(self._dispatch.first_turn(user) for user in users))
         return dict(zip(users, turns, strict=True))
-
-    async def _cancel(self, job: ScanJob, standing: Standing) -> None:
-        """Cancel a page of the chunks that are not final, first those that are being scanned."""
-        if not standing.open:
-            return
-        now = self._clock.now()
-        moved = False
-        for kind in (HELD, OPEN - HELD):
-            changed = await self._changer.change(
-                await self._chunks.ids_in(job.id, kind, _PAGE),
-                lambda chunk: cancel(chunk) if chunk.state in OPEN else chunk,
-                now,
-            )
-            held = [each.before for each in changed if each.moved and each.before.state in HELD]
-            moved |= any(each.moved for each in changed)
-            await self._publisher.publish(SCAN_TASKS, [stop(chunk.token, f"job {job.status}") for chunk in held])
-        if moved:
-            self.begin([job.id])  # it is settled only when a query finds none
 
     async def _recount(self, late: Mapping[int, int]) -> None:
         """Count the chunks of these jobs again from the first, because a cancelled chunk has another map."""

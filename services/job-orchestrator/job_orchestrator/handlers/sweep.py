@@ -11,7 +11,7 @@ from job_orchestrator.domain.census import Census
 from job_orchestrator.domain.chunk import request_check
 from job_orchestrator.domain.fairness import LIVE
 from job_orchestrator.domain.job import ScanJob
-from job_orchestrator.domain.ports import ChunkRepository, DispatchRepository, JobRepository
+from job_orchestrator.domain.ports import ChunkRepository, DeletionRepository, DispatchRepository, JobRepository
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.user_grants import JobGrants
 from job_orchestrator.handlers.chunks import ChunkChanger, scanned_again
@@ -48,6 +48,7 @@ class Sweeper:
         jobs: JobRepository,
         chunks: ChunkRepository,
         dispatch: DispatchRepository,
+        deletions: DeletionRepository,
         changer: ChunkChanger,
         publisher: Publisher,
         outbox: Outbox,
@@ -64,6 +65,7 @@ class Sweeper:
         self._jobs = jobs
         self._chunks = chunks
         self._dispatch = dispatch
+        self._deletions = deletions
         self._changer = changer
         self._publisher = publisher
         self._signer = signer
@@ -90,7 +92,8 @@ class Sweeper:
         now = self._clock.monotonic()
         if now - self._counted > _CENSUS_SECONDS:
             self._counted = now  # also after a failure, so that a failing database is not queried more often
-            CENSUS.show(Census(await self._jobs.census(), await self._chunks.census()))
+            jobs, chunks = await self._jobs.census(), await self._chunks.census()
+            CENSUS.show(Census(jobs, chunks, await self._deletions.census()))
         if now - self._reconciled > _RECONCILE_SECONDS:
             await self._reconcile_all()
             self._reconciled = now

@@ -8,10 +8,12 @@ from typing import Any, Final
 
 from pymongo import IndexModel
 
+from job_orchestrator.domain.census import DeletionCensus
 from job_orchestrator.domain.deletion import Counts, Deletion, Stage
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.repository import documents
 from job_orchestrator.repository.compare_and_set import NO_RECEIPT
+from job_orchestrator.repository.jobs import age
 from scanfleet.runtime.mongo import Database, Document, dependency_errors
 
 _RECEIPTS: Final = {"deletion.stage": {"$exists": True}}
@@ -43,7 +45,7 @@ class MongoDeletions:
     @dependency_errors()
     async def due(self, now: datetime, limit: int) -> list[Deletion]:
         found = await self._jobs.find({"due": {"$lte": now}}).sort("due", 1).limit(limit).to_list(limit)
-        receipts = [documents.readable(documents.read_deletion, each, "jobs") for each in found]
+        receipts = [documents.readable(documents.read_deletion, each, "deletions") for each in found]
         unreadable = [each["_id"] for each, receipt in zip(found, receipts, strict=True) if receipt is None]
         if unreadable:  # otherwise they would stay the longest waiting ones, and could fill every result
             # Unless another release, which can read them, has advanced them meanwhile.
@@ -78,5 +80,18 @@ class MongoDeletions:
         if user_id is not None:
             wanted["deletion.user_id"] = user_id
         page = self._jobs.find(wanted).sort(_NEWEST).skip(skip).limit(limit)
-        receipts = await documents.read_all(documents.read_deletion, page, "jobs")
+        receipts = await documents.read_all(documents.read_deletion, page, "deletions")
         return receipts, await self._jobs.count_documents(wanted)
+
+    @dependency_errors()
+    async def census(self) -> DeletionCensus:
+        groups = self._jobs.aggregate(
+            [
+                {"$match": {"deletion.stage": {"$in": [stage.value for stage in Stage if stage is not Stage.DONE]}}},
+                {"$group": {"_id": None, "n": {"$sum": 1}, "oldest": {"$min": "$deletion.requested_at"}}},
+                {"$set": {"age": age("$oldest")}},
+            ],
+        )
+        async for found in groups:
+            return DeletionCensus(found["n"], found["age"])
+        return DeletionCensus()

@@ -219,7 +219,7 @@ class MongoJobs:
                         "seconds": {"$sum": _SECONDS_DUE},
                     },
                 },
-                {"$set": {"age": _age("$oldest")}},
+                {"$set": {"age": age("$oldest")}},
             ],
         )
         unsent = self._jobs.aggregate(
@@ -227,7 +227,7 @@ class MongoJobs:
                 {"$match": {"outbox.at": {"$exists": True}}},
                 {"$sort": {"outbox.at": 1}},
                 {"$limit": 1},
-                {"$project": {"age": _age({"$min": "$outbox.at"})}},
+                {"$project": {"age": age({"$min": "$outbox.at"})}},
             ],
         )
         by_status = {JobStatus(each["_id"]): each async for each in jobs}
@@ -239,6 +239,6 @@ class MongoJobs:
         )
 
 
-def _age(time: Any) -> Document:
+def age(time: Any) -> Document:
     """Return the seconds from `time` to the database's current time; `time` can be in the future due to clock skew."""
     return {"$max": [0.0, {"$divide": [{"$subtract": ["$$NOW", time]}, 1_000]}]}

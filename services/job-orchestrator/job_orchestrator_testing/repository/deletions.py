@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from datetime import datetime
 
+from job_orchestrator.domain.census import DeletionCensus
 from job_orchestrator.domain.deletion import Counts, Deletion, Stage
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator_testing.repository.data import MemoryRepository
@@ -46,3 +47,7 @@ class MemoryDeletions(MemoryRepository):
         found = [each for each in receipts if user_id in (None, each.user_id) and each.stage in stages]
         found.sort(key=lambda each: (each.requested_at, each.job_id), reverse=True)
         return found[skip : skip + limit], len(found)
+
+    async def census(self) -> DeletionCensus:
+        open_ = [each.requested_at for each, _ in self._data.receipts.values() if each.stage is not Stage.DONE]
+        return DeletionCensus(len(open_), max(((utc_now() - at).total_seconds() for at in open_), default=0.0))

@@ -64,6 +64,7 @@ async def main(kafka: str, mongodb: str, prefix: str, instance: str, *death: str
         stored_seconds=5.0,
         quotas=Quotas(),
         keep=None,
+        deletes_per_second=2_000,
         raw_worker_seconds=600.0,
     )
     consumers = [

@@ -108,6 +108,7 @@ QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
         2,
     ),
     "jobs.census": (lambda store: store.jobs.census(), 2 * USERS),
+    "deletions.census": (lambda store: store.deletions.census(), 2),
     "chunks.census": (lambda store: store.chunks.census(), CHUNKS),
     "jobs.save": (lambda store: store.jobs.save([scan_job(3)]), 5),
     "chunks.save": (lambda store: store.chunks.save([chunk(id="3-0", rev=99)]), 5),

@@ -16,14 +16,15 @@ from prometheus_client import REGISTRY
 
 from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
+from job_orchestrator.domain.chunk import OPEN, ChunkState
 from job_orchestrator.domain.deletion import Deletion, Stage
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change
 from job_orchestrator_testing import MemoryStore, ResultStore, World, chunk, scan_job
 from job_orchestrator_testing.repository import MemoryChunks, MemoryDeletions, MemoryJobs
 from job_orchestrator_testing.things import THEN
 from scanfleet.clock import utc_now
-from scanfleet.contracts.messages import CommandAccepted, DeleteResults
-from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_DELETIONS
+from scanfleet.contracts.messages import CommandAccepted, DeleteResults, StopChunk
+from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_DELETIONS, SCAN_TASKS
 from scanfleet.runtime import service
 from scanfleet.runtime.settings import FrontSettings
 from scanfleet.security.audit import Refusals
@@ -77,6 +78,10 @@ async def assert_hidden(http: httpx.AsyncClient) -> None:
         for verb, path in HIDDEN:
             answer = await http.request(verb, path, headers=ISSUER.bearer(7, admin=admin))
             assert (answer.status_code, answer.json()) == (404, {"error": "Job not found"}), path
+
+
+def stops(world: World) -> list[StopChunk]:
+    return [each for each in world.bus.messages(SCAN_TASKS) if isinstance(each, StopChunk)]
 
 
 async def completed(world: World) -> None:
@@ -188,6 +193,45 @@ async def test_unfinished_job_is_not_deleted(world: World) -> None:
         await world.cancel(1)
         await world.settle()
         assert (await delete(http))[0] == 200
+
+
+@pytest.mark.proves("G24")
+async def test_cancelled_job_whose_chunks_still_stop_is_deleted(world: World) -> None:
+    """The delete is acknowledged and hides the job at once; its results are deleted when its workers have been stopped."""
+    await world.store.jobs.insert([replace(change(scan_job(1, made=3), JobTrigger.CANCEL, THEN), outbox=())])
+    held = chunk(state=ChunkState.RUNNING, attempt=1, worker_id="w-1", dispatched_at=THEN)
+    await world.store.chunks.insert([held, *(chunk(id=f"1-{n}", index=n) for n in (1, 2))])
+    async with client(world) as http:
+        assert await delete(http) == (200, {"message": "Job deleted successfully"})
+        await assert_hidden(http)
+        assert [each["state"] for each in (await deletions(http, state="open"))["deletions"]] == ["waiting"]
+        assert world.bus.messages(SCAN_DELETIONS) == []
+        await world.only.deletions.step()
+        assert [(each.chunk_id, each.attempt) for each in stops(world)] == [("1-0", 1)]
+        assert await world.store.chunks.ids_in(1, OPEN, 9) == []
+        await world.only.deletions.step()
+        assert [each["state"] for each in (await deletions(http, state="open"))["deletions"]] == ["results"]
+        await world.wait(3)
+        assert [each["state"] for each in (await deletions(http))["deletions"]] == ["done"]
+        await assert_hidden(http)
+    assert (len(stops(world)), await chunks_of(world, 1)) == (1, 0)
+
+
+async def test_late_report_on_a_chunk_of_a_deleted_job_changes_nothing(world: World) -> None:
+    """The final report of a worker that was stopped for a delete arrives while the job has no document."""
+    world.worker.hold = True
+    await world.submit("127.9.8.0/30")
+    await world.settle()
+    await world.worker.claim(world.worker.tasks[0])
+    await world.settle()
+    await world.cancel(1)
+    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+    assert not (await world.store.jobs.get([1]))[1].settled
+    await world.only.deletions.delete([1], "request")
+    await world.worker.release(world.worker.tasks[0])
+    await world.wait(4)
+    [receipt], _ = await world.store.deletions.page(7, list(Stage), 0, 9)
+    assert (receipt.stage, await chunks_of(world, 1)) == (Stage.DONE, 0)
 
 
 @pytest.mark.proves("G13")
@@ -444,6 +488,23 @@ async def test_deletion_steps_keep_their_interval_however_often_they_are_woken(w
     assert steps == 1
 
 
+async def test_chunks_are_deleted_at_the_set_rate() -> None:
+    """A step, of which there is one per second, deletes no more chunks than the setting allows, and counts them."""
+    world = World(MemoryStore(), deletes_per_second=100)
+    await world.store.jobs.insert([change(scan_job(n), JobTrigger.CANCEL, THEN, settled=True) for n in (1, 2)])
+    await world.store.chunks.insert([chunk(id=f"{n}-{i}", job_id=n, index=i) for n in (1, 2) for i in range(75)])
+    before = REGISTRY.get_sample_value("scanfleet_deleted_chunks_total") or 0.0
+    await world.only.deletions.delete([1, 2], "request")
+    await world.settle()
+    left = []
+    for _ in range(3):
+        left.append(await chunks_of(world, 1) + await chunks_of(world, 2))
+        await world.only.deletions.step()
+        await world.settle()
+    assert left == [150, 150, 50]
+    assert REGISTRY.get_sample_value("scanfleet_deleted_chunks_total") == before + 150
+
+
 class SlowChunks(MemoryChunks):
     """Lets others run while it deletes chunks."""
 
@@ -459,13 +520,14 @@ async def test_concurrent_replicas_count_a_deleted_job_once() -> None:
     store.chunks = SlowChunks(store.data)
     world = World(store, replicas=2)
     await world.store.jobs.insert([change(scan_job(1), JobTrigger.CANCEL, THEN, settled=True)])
-    before = REGISTRY.get_sample_value("scanfleet_deleted_jobs_total") or 0.0
+    reason = {"reason": "request"}
+    before = REGISTRY.get_sample_value("scanfleet_deleted_jobs_total", reason) or 0.0
     await world.replicas[0].deletions.delete([1], "request")
     await world.settle()
     await asyncio.gather(*(replica.deletions.step() for replica in world.replicas))
     await world.settle()
     await asyncio.gather(*(replica.deletions.step() for replica in world.replicas))
-    assert REGISTRY.get_sample_value("scanfleet_deleted_jobs_total") == before + 1
+    assert REGISTRY.get_sample_value("scanfleet_deleted_jobs_total", reason) == before + 1
 
 
 async def test_chunks_stored_after_the_deletion_of_their_job_are_deleted(world: World) -> None:

@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry
 
-from job_orchestrator.domain.census import Census, JobCensus
+from job_orchestrator.domain.census import Census, DeletionCensus, JobCensus
 from job_orchestrator.domain.chunk import ChunkState
 from job_orchestrator.metrics import CensusGauges
 from job_orchestrator_testing import MemoryStore, World, scan_job
@@ -26,6 +26,7 @@ CENSUS = Census(
         outbox_age=0.25,
     ),
     Counter({ChunkState.QUEUED: 5}),
+    DeletionCensus(2, 7.5),
 )
 
 
@@ -50,6 +51,7 @@ def test_census_is_exported_for_half_a_minute() -> None:
     assert (shown("chunks", state="queued"), shown("chunks", state="scanned")) == (5.0, 0.0)
     assert (shown("queued_slot_seconds"), shown("outbox_age_seconds")) == (2.5, 0.25)
     assert shown("oldest_job_age_seconds", status="pending") == 40.0
+    assert (shown("deletions_open"), shown("deletion_oldest_seconds")) == (2.0, 7.5)
     now += 2.0
     assert [sample for metric in registry.collect() for sample in metric.samples] == []
 

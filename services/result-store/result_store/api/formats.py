@@ -122,6 +122,7 @@ async def stream(
     """Return a response with these pieces, of which there is at least one.
 
     Raises:
+        NotFoundError: the job is deleted.
         DependencyError: the store is unavailable now; later the response can only be cut off.
     """
     first = await anext(pieces)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from typing import Protocol
 
-from result_store.domain.results import ClosedChunk, Erased, Host, Parts, StoredHost
+from result_store.domain.results import ClosedChunk, Erased, Host, Parts, Removed, StoredHost
 from scanfleet.contracts.rest import Result
 from scanfleet.scanning.targets import Network
 
@@ -41,8 +41,8 @@ class Store(Protocol):
     async def open_deletions(self, limit: int) -> dict[int, int]:
         """Return the jobs to erase, each with the number of times that its deletion began."""
 
-    async def erase(self, job_id: int, limit: int) -> int:
-        """Delete up to `limit` documents of a job that is marked as deleted, closed chunks last; return the number of deleted ones."""
+    async def erase(self, job_id: int, limit: int) -> Removed:
+        """Delete up to `limit` documents of a job that is marked as deleted, closed chunks last; return how many."""
 
     async def erased(self, job_id: int) -> Erased:
         """Return the numbers of deleted documents and results of a job marked as deleted, each counted once."""
@@ -64,6 +64,7 @@ class Results(Protocol):
             raw: include `raw_data`; without it, the field is empty.
 
         Raises:
+            NotFoundError: the job is deleted; no page that may lack results is yielded.
             DependencyError: the store is unavailable; it can fail after some results were yielded.
         """
 
@@ -88,6 +89,7 @@ class Hosts(Protocol):
             within: skips the hosts at other addresses.
 
         Raises:
+            NotFoundError: the job is deleted; no page that may lack hosts is yielded.
             DependencyError: the store is unavailable; it can fail after some hosts were yielded.
         """
 
@@ -108,5 +110,6 @@ class Findings(Hosts, Protocol):
             user_id: limits the chunks to those of this user.
 
         Raises:
+            NotFoundError: the job is deleted; no page that may lack chunks is yielded.
             DependencyError: the store is unavailable; it can fail after some chunks were yielded.
         """

@@ -14,7 +14,7 @@ from datetime import datetime
 from enum import Enum, auto
 from heapq import merge
 from ipaddress import ip_address
-from typing import Final
+from typing import Final, NamedTuple
 
 from scanfleet.contracts.messages import ChunkIncomplete, ChunkScanned, ChunkStored, HostScanned, PortFound
 from scanfleet.contracts.rest import Result
@@ -181,6 +181,14 @@ class StoredHost:
     address: str
     outcome: Outcome
     place: Place
+
+
+class Removed(NamedTuple):
+    """Numbers of documents that were deleted at once."""
+
+    hosts: int
+    chunks: int
+    """Closed chunks."""
 
 
 @dataclass(frozen=True, slots=True)

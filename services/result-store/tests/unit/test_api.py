@@ -404,3 +404,13 @@ async def test_results_filter_parses_the_address_of_a_host_once(monkeypatch: pyt
     answer = await get(store, "/api/v1/task/1/results?address=127.9.8.0/24")
     assert len(answer.json()) == 500
     assert parsed == ["127.9.8.1", "127.9.9.1"]
+
+
+@pytest.mark.parametrize("path", ["results?limit=2", "results?after=0&limit=2", "results", "hosts?limit=2", "hosts"])
+async def test_list_of_a_job_that_is_erased_is_a_404(path: str) -> None:
+    """A job that is deleted after the gateway has asked for its owner has no page of results or hosts that looks complete."""
+    store = await store_of(*(host(f"127.9.8.{n}", 22) for n in range(1, 5)))
+    await store.begin_deletions([1])
+    await store.erase(1, 1)
+    response = await get(store, f"/api/v1/task/1/{path}")
+    assert (response.status_code, response.json()) == (404, {"error": "Job not found"})

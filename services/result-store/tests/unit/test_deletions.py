@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Sequence
 
 import pytest
+from prometheus_client import REGISTRY
 
-from result_store.domain.results import Scanned
+from result_store.domain.results import Removed, Scanned
 from result_store.handlers import DeletionsHandler
 from result_store_testing import Log, MemoryStore, handler, host, scanned
 from scanfleet.contracts.messages import DeleteResults, ResultsDeleted
@@ -24,7 +25,7 @@ class FailingStore(MemoryStore):
 
     failed = False
 
-    async def erase(self, job_id: int, limit: int) -> int:
+    async def erase(self, job_id: int, limit: int) -> Removed:
         if not self.failed:
             self.failed = True
             await super().erase(job_id, 3)
@@ -32,9 +33,9 @@ class FailingStore(MemoryStore):
         return await super().erase(job_id, limit)
 
 
-def bus_and_handler(store: MemoryStore) -> tuple[MemoryBus, DeletionsHandler]:
+def bus_and_handler(store: MemoryStore, per_second: int = 2_000) -> tuple[MemoryBus, DeletionsHandler]:
     bus = MemoryBus()
-    return bus, DeletionsHandler(store, bus)
+    return bus, DeletionsHandler(store, bus, per_second)
 
 
 def answers(bus: MemoryBus) -> list[int]:
@@ -83,7 +84,7 @@ async def test_delete_continues_after_a_failure() -> None:
     with pytest.raises(DependencyError):
         await deletions.step()
     assert answers(bus) == []
-    await DeletionsHandler(store, bus).step()
+    await DeletionsHandler(store, bus, 2_000).step()
     assert (store.hosts, store.chunks, answers(bus)) == ({}, {}, [1])
 
 
@@ -104,11 +105,16 @@ async def test_deletion_steps_keep_their_interval_however_often_they_are_woken()
     assert steps == 1
 
 
-async def test_delete_takes_bounded_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A large job takes several steps, and is answered by the last."""
-    monkeypatch.setattr("result_store.handlers._DOCUMENTS", 2)
+def deleted_documents() -> dict[str, float]:
+    name = "scanfleet_results_deleted_documents_total"
+    return {kind: REGISTRY.get_sample_value(name, {"kind": kind}) or 0.0 for kind in ("hosts", "chunks")}
+
+
+async def test_delete_takes_bounded_steps() -> None:
+    """A large job takes several steps of the set rate, is answered by the last, and its documents are counted by kind."""
+    before = deleted_documents()
     store = MemoryStore()
-    bus, deletions = bus_and_handler(store)
+    bus, deletions = bus_and_handler(store, per_second=2)
     await handler(store, bus).handle(batch())
     await deletions.handle(ASKED)
     left = []
@@ -116,3 +122,4 @@ async def test_delete_takes_bounded_steps(monkeypatch: pytest.MonkeyPatch) -> No
         await deletions.step()
         left.append(len(store.hosts) + len(store.chunks))
     assert left == [4, 2, 0, 0]
+    assert deleted_documents() == {"hosts": before["hosts"] + 5, "chunks": before["chunks"] + 1}
