@@ -111,7 +111,7 @@ class PortSet:
             return self.above < other.top and other.above < self.top
         if (self.top and other.tcp_count) or (other.top and self.tcp_count):
             return True
-        return _meet(self.tcp, other.tcp) or _meet(self.udp, other.udp)
+        return overlap(self.tcp, other.tcp) or overlap(self.udp, other.udp)
 
     def without(self, others: PortSet) -> PortSet:
         """Return the TCP ports of this set that are not in the other one."""
@@ -149,6 +149,17 @@ def parse_ranges(text: str) -> tuple[Range, ...]:
 def port_count(ranges: Iterable[Range]) -> int:
     """Return the number of ports in the ranges."""
     return sum(high - low + 1 for low, high in ranges)
+
+
+def overlap(some: tuple[Range, ...], others: tuple[Range, ...]) -> bool:
+    """Return whether a port is in both tuples of sorted, disjoint ranges."""
+    if len(some) > len(others):
+        some, others = others, some
+    for low, high in some:
+        begun = bisect_right(others, (high, MAX_PORT))  # of the others that begin by `high`, the last reaches furthest
+        if begun and others[begun - 1][1] >= low:
+            return True
+    return False
 
 
 def ranges_text(ranges: tuple[Range, ...]) -> str:
@@ -199,16 +210,6 @@ def _part(ranges: tuple[Range, ...], skip: int, size: int) -> tuple[Range, ...]:
         if size == 0:
             break
     return tuple(part)
-
-
-def _meet(some: tuple[Range, ...], others: tuple[Range, ...]) -> bool:
-    if len(some) > len(others):
-        some, others = others, some
-    for low, high in some:
-        begun = bisect_right(others, (high, MAX_PORT))  # of the others that begin by `high`, the last reaches furthest
-        if begun and others[begun - 1][1] >= low:
-            return True
-    return False
 
 
 def _text(ranges: tuple[Range, ...], prefix: str) -> str:

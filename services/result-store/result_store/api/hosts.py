@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -22,7 +23,7 @@ from scanfleet.contracts.rest import MAX_HOST_PORTS, MAX_RESULTS
 from scanfleet.errors import BadRequestError, ConflictError
 from scanfleet.runtime.service import PathId
 from scanfleet.scanning.outcomes import Outcome
-from scanfleet.scanning.ports import Range, disjoint, parse_ranges, port_count, ranges_text
+from scanfleet.scanning.ports import Range, disjoint, overlap, parse_ranges, port_count, ranges_text
 from scanfleet.security.auth import Caller, Guarded
 
 _FORMATS: Final = (JSON, NDJSON)
@@ -49,13 +50,12 @@ class Selection:
 
     service: str | None = None
 
-    def selects(self, host: HostScanned, silent: Iterable[Range]) -> bool:
+    def selects(self, host: HostScanned, silent: tuple[Range, ...]) -> bool:
         if not self.ports and self.service is None:
             return True
         if any(self._selects(found) for found in host.ports):
             return True
-        in_ranges = (low <= port <= high for low, high in silent for port in self.ports)
-        return self.service is None and any(in_ranges)
+        return self.service is None and overlap(silent, disjoint((port, port) for port in self.ports))
 
     def _selects(self, found: PortFound) -> bool:
         return (not self.ports or found.port in self.ports) and self.service in (None, found.service)
@@ -167,6 +167,7 @@ async def machines(hosts: AsyncIterator[Host], selection: Selection = Selection(
     """Merge the hosts of each address; they are sorted by address."""
     machine, address = None, ""
     async for host in hosts:
+        await asyncio.sleep(0)  # hosts come in pages: without it, other requests would wait for all of one
         if machine is None or host.scanned.address != address:
             if machine is not None:
                 yield machine

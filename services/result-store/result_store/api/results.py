@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
-from itertools import chain, islice
+from itertools import islice
 from typing import Annotated, Final, cast
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -22,6 +23,7 @@ from scanfleet.scanning.targets import Network
 from scanfleet.security.auth import Caller, Guarded
 
 ALL_FIELDS: Final[Fields] = tuple(Result.model_fields)
+_ROWS: Final = 500  # results of a host between two pauses; a host may have 65,536
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,26 +45,30 @@ class Selection:
             and (self.service is None or result.service == self.service)
         )
 
-    def _of_host(self, some: Iterable[Result]) -> Iterator[Result]:
-        """Yield the selected results of one host."""
-        results = iter(some)
+    async def of(self, results: AsyncIterator[Iterable[Result]]) -> AsyncIterator[list[Result]]:
+        """Yield the selected results, at most `_ROWS` of one host at a time and at most `limit` in all."""
+        left = self.limit
+        async for host in results:
+            rows = self._within_addresses(host)
+            more = True
+            while more:
+                await asyncio.sleep(0)  # hosts come in pages: without it, other requests would wait for all of one
+                some = list(islice(rows, _ROWS))
+                more = len(some) == _ROWS
+                found = [result for result in some if result in self][:left]
+                yield found
+                if left is not None:
+                    left -= len(found)
+                    if not left:
+                        return
+
+    def _within_addresses(self, host: Iterable[Result]) -> Iterator[Result]:
+        """Yield the results of a host, none if its address is not selected."""
+        results = iter(host)
         first = next(results, None)
         if first is not None and (self.addresses is None or ip_address(first.ip_address) in self.addresses):
-            yield from (result for result in chain((first,), results) if result in self)
-
-    async def of(self, results: AsyncIterator[Iterable[Result]]) -> AsyncIterator[Iterator[Result]]:
-        """Yield the selected results, host by host and one at a time, at most `limit`."""
-        left = self.limit
-        async for some in results:
-            found = self._of_host(some)
-            if left is None:
-                yield found
-                continue
-            page = list(islice(found, left))
-            left -= len(page)
-            yield iter(page)
-            if not left:
-                return
+            yield first
+            yield from results
 
 
 async def _store(request: Request) -> Results:  # without async the framework would use a thread

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import csv
 import io
 import json
@@ -414,3 +415,20 @@ async def test_list_of_a_job_that_is_erased_is_a_404(path: str) -> None:
     await store.erase(1, 1)
     response = await get(store, f"/api/v1/task/1/{path}")
     assert (response.status_code, response.json()) == (404, {"error": "Job not found"})
+
+
+async def test_results_filter_without_a_match_lets_other_requests_run() -> None:
+    """A read that selects none of many results pauses after each 500 of them."""
+    store = await store_of(*(host(f"127.9.8.{last}", *range(1, 2_001)) for last in range(1, 6)))
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(other())
+    assert await found(store, "service=none") == []
+    task.cancel()
+    assert turns > 10_000 / 500
