@@ -52,6 +52,12 @@ class Settings(CommonSettings, ApiSettings, TlsSettings, KafkaSettings, AuthSett
         ge=1,
         description="Maximum number of cancels per user and minute, counted separately and enforced in the same way.",
     )
+    sign_ins_per_minute: int = Field(
+        60,  # an office may share one address
+        ge=1,
+        description="Maximum number of redemptions of a sign-in code at the issuer per source address and minute; further "
+        "ones return to the page, which asks to try again. Each replica counts separately.",
+    )
     requests_at_once_per_user: int = Field(
         64,  # below `upstream_connections`, so that one user cannot use all of them
         ge=1,

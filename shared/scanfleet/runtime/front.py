@@ -23,6 +23,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from scanfleet.runtime.proxies import Proxies
 from scanfleet.runtime.settings import FrontSettings
 from scanfleet.runtime.tls import names
 from scanfleet.services import GATEWAY
@@ -57,6 +58,7 @@ class Front:
         self.stalled_seconds = settings.stalled_seconds
         self._most = _with_descriptors(settings.max_connections)
         self._most_per_address = settings.max_connections_per_address
+        self._proxies = Proxies(settings.trusted_proxies)
         self._count = 0
         self._by_address: dict[str, dict[Connection, None]] = {}
 
@@ -64,13 +66,14 @@ class Front:
         """Count a new connection.
 
         At a limit, close the oldest idle connection of the client with the most connections, or of this client if it
-        has reached its own limit, so that idle connections never keep a new one out.
+        has reached its own limit, so that idle connections never keep a new one out. A trusted proxy has no limit of its own:
+        its connections are those of many clients.
 
         Returns:
             False when the limit is reached: every connection that could be closed has a request in progress.
         """
         same = self._by_address.get(connection.address, {})
-        if len(same) >= self._most_per_address:
+        if len(same) >= self._most_per_address and connection.host not in self._proxies:
             admitted = self._close_idle(same)
         else:
             admitted = self._count < self._most or self._close_idle(max(self._by_address.values(), key=len))
@@ -109,6 +112,7 @@ class Handshake:
 
     def __init__(self, accepted: socket.socket, host: str) -> None:
         self._socket = accepted
+        self.host = host
         self.address = _client(host)
         """See `BoundedProtocol.address`."""
 
@@ -136,6 +140,7 @@ class BoundedProtocol(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._front: Front = app_state["front"]
+        self.host = ""
         self.address = ""
         """The client's IPv4 address, or the /64 network of its IPv6 address."""
 
@@ -170,7 +175,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn declares it
         super().connection_made(transport)
         self.transport = self._closing = _Transport(transport, self._close)
-        self.address = _client(self.client[0] if self.client else "")
+        self.host = self.client[0] if self.client else ""
+        self.address = _client(self.host)
         if self.handshake is not None:
             self._front.release(self.handshake)
         if not _accepted(transport):

@@ -51,7 +51,7 @@ def _address(text: str) -> IPv4Address | IPv6Address | None:
     elif host.count(":") == 1:
         host = host.partition(":")[0]
     try:
-        address = ip_address(host)
+        address = ip_address(host.partition("%")[0])  # a zone names an interface of the proxy
     except ValueError:
         return None
     return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address

@@ -72,7 +72,7 @@ class FrontSettings(_Settings):
     """Limits on connections and on requests that are not complete yet."""
 
     max_connections: int = Field(
-        2_000,  # twice the gateway's concurrent requests; an idle connection costs about 20 kB
+        3_000,  # more than a gateway's requests, cancels and streams together; an idle connection costs about 20 kB
         ge=1,
         description="Maximum number of connections, TLS handshakes in progress included. Beyond it, an idle connection "
         "of the client with the most connections is closed; if none is idle, the new connection is answered 503.",
@@ -81,7 +81,7 @@ class FrontSettings(_Settings):
         600,  # more than the 500 connections of a gateway to each internal service
         ge=1,
         description="Maximum number of connections per IPv4 address or IPv6 /64 network, enforced in the same way. "
-        "Behind a proxy all clients share the proxy's address.",
+        "It does not apply to trusted proxies.",
     )
     header_seconds: float = Field(
         10.0,  # normal clients send them in one packet

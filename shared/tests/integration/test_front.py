@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from ipaddress import ip_network
 from typing import Any, Final
 
 import pytest
@@ -348,6 +349,18 @@ async def test_connections_of_one_address_are_bounded() -> None:
         served.app.state.answer.set()
         assert {(await connection.answer()).status for connection in (*busy, newest)} == {200}
         assert (await (await served.connect()).ask(HEAD + b"\r\n")).status == 200
+
+
+@pytest.mark.proves("A19")
+async def test_connections_of_trusted_proxy_have_no_limit_of_their_own() -> None:
+    """A trusted proxy, whose connections are those of many clients, may have more than the limit of an address."""
+    proxies = (ip_network("127.0.0.2"),)
+    async with serve(max_connections_per_address=2, trusted_proxies=proxies) as served:
+        for _ in range(4):
+            connection = await served.connect("127.0.0.2")
+            connection.send(b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\n")
+        await until(lambda: served.app.state.asked == 4)
+        served.app.state.answer.set()
 
 
 @pytest.mark.proves("A19")

@@ -88,6 +88,7 @@ class Admission:
                 ("reads", settings.reads_per_minute),
                 ("writes", settings.writes_per_minute),
                 ("cancels", settings.cancels_per_minute),
+                ("sign-ins", settings.sign_ins_per_minute),
             )
         }
         self._places = {
@@ -127,6 +128,19 @@ class Admission:
             )
         async with self._places[lane].take(user_id):
             yield
+
+    async def admit_sign_in(self, source: str) -> None:
+        """Count a redemption of a sign-in code, which costs the issuer work before it is known who signs in.
+
+        Raises:
+            TooManyRequestsError: the source address has exceeded the rate limit.
+        """
+        limit = self._rates["sign-ins"]
+        if not await self._limiter.hit(limit, source):
+            raise TooManyRequestsError(
+                f"more than {limit.amount} sign-ins a minute from {source}, which is the limit; try again in a minute",
+                rule=Rule.RATE,
+            )
 
     async def left(self, user_id: int) -> rest.Limits:
         """Return the remaining limits of the user."""

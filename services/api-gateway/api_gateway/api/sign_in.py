@@ -16,10 +16,19 @@ import structlog
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import RedirectResponse
 
+from api_gateway.api.admission import Admission
 from api_gateway.api.session import Sessions, set_cookie
 from api_gateway.api.state import Handed, State
 from api_gateway.auth import RefusedSignInError, SignIn
-from scanfleet.errors import BadRequestError, DependencyError, NotFoundError, Rule, UnauthorizedError, UnavailableError
+from scanfleet.errors import (
+    BadRequestError,
+    DependencyError,
+    NotFoundError,
+    Rule,
+    TooManyRequestsError,
+    UnauthorizedError,
+    UnavailableError,
+)
 from scanfleet.runtime.service import record_refusal
 from scanfleet.security.auth import Verifier
 
@@ -67,6 +76,8 @@ async def callback(request: Request, state: Handed) -> Response:
         answer = _failed("unavailable", kept["next"])
     except RefusedSignInError as error:
         answer = _refused(request, "refused", str(error), kept["next"])
+    except TooManyRequestsError as error:
+        answer = _refused(request, "unavailable", error.message, kept["next"], rule=Rule.RATE)
     except BadRequestError as error:  # no session can hold the token
         answer = _refused(request, "large", error.message, kept["next"])
     except UnauthorizedError as error:  # the issuer's access token is not one that this gateway accepts
@@ -98,11 +109,13 @@ async def _begin(request: Request, state: State, sign_in: SignIn, sessions: Sess
         RefusedSignInError: the issuer has refused the user or the code.
         UnauthorizedError: its access token is not valid here.
         BadRequestError: its access token is too large for a session.
+        TooManyRequestsError: the source address has exceeded the rate limit of sign-ins.
         DependencyError, UnavailableError: a dependency is unavailable.
     """
     query = request.query_params
     if "error" in query or "code" not in query:
         raise RefusedSignInError("the issuer has not signed the user in")
+    await cast(Admission, request.app.state.admission).admit_sign_in(request.client.host if request.client else "")
     tokens = await sign_in.redeem(query["code"], kept["verifier"], kept["nonce"])
     caller = await cast(Verifier, request.app.state.verifier).verify(tokens.access)
     request.scope["caller"] = caller
@@ -111,8 +124,8 @@ async def _begin(request: Request, state: State, sign_in: SignIn, sessions: Sess
     return cookie
 
 
-def _refused(request: Request, why: str, reason: str, next_: str) -> Response:
-    record_refusal(request, Rule.TOKEN, reason=reason)
+def _refused(request: Request, why: str, reason: str, next_: str, rule: Rule = Rule.TOKEN) -> Response:
+    record_refusal(request, rule, reason=reason)
     return _failed(why, next_)
 
 

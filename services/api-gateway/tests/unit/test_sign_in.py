@@ -230,6 +230,19 @@ async def test_sign_in_in_two_tabs_completes_the_later_one(both: tuple[Running, 
     assert COOKIE in cookies(await come_back(gateway, provider.authorize(later), kept))
 
 
+@pytest.mark.proves("A31")
+async def test_sign_ins_beyond_the_limit_of_an_address_send_nothing_to_the_issuer(tmp_path: Path) -> None:
+    """One source address redeems a limited number of codes a minute, however many sign-ins it begins."""
+    async with running(tmp_path, sign_ins_per_minute=2) as (gateway, provider):
+        for _ in range(2):
+            location, kept = await login(gateway)
+            failed(await come_back(gateway, provider.authorize(location).replace("code=", "code=x"), kept), "refused")
+        location, kept = await login(gateway)
+        failed(await come_back(gateway, provider.authorize(location), kept), "unavailable")
+        assert len(provider.asked) == 2
+        assert (await audited(gateway))[-1].rule == "rate"
+
+
 @pytest.mark.proves("G15")
 async def test_sign_in_refused_is_audited(both: tuple[Running, Provider]) -> None:
     """A refused sign-in is an entry with its reason, in the user's name if the token is valid."""
