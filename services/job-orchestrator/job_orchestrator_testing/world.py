@@ -127,13 +127,13 @@ class Worker:
         failed = ChunkFailed(**_token(task), outcomes=outcomes, reason=reason, slot_seconds=0.1)
         await self.publisher.publish(SCAN_PROGRESS, [failed])
 
-    async def scanned(self, task: ScanChunk, outcomes: str | None = None) -> None:
+    async def scanned(self, task: ScanChunk, outcomes: str | None = None, *, slot_seconds: float = 0.1) -> None:
         """Tell result-store first, then the orchestrator."""
         scanned = ChunkScanned(
             **_token(task),
             outcomes=outcomes or task.outcomes.replace(Outcome.BLANK, self.code),
             first_address=task.first_address,
-            slot_seconds=0.1,
+            slot_seconds=slot_seconds,
             technique="connect",
             grant=task.grant,
         )

@@ -254,9 +254,10 @@ def release(chunk: Chunk, now: datetime, *, too_slow: bool = False, reason: str 
     """Requeue the chunk without counting a failure; without blanks it only needs to be checked.
 
     After an attempt that was too slow the next one gets half as many addresses. A chunk that is dispatched repeatedly without
-    progress counts as failed, because it may be the cause.
+    progress counts as failed, because it may be the cause; but not for attempts that never began, as without a free slot.
     """
-    if chunk.fruitless >= MAX_FRUITLESS:
+    unclaimed = chunk.state is ChunkState.DISPATCHED and not too_slow
+    if chunk.fruitless >= MAX_FRUITLESS and not unclaimed:
         return fail(chunk, f"no progress after {MAX_FRUITLESS} dispatches", now)
     limit = chunk.limit
     if too_slow:
@@ -264,7 +265,9 @@ def release(chunk: Chunk, now: datetime, *, too_slow: bool = False, reason: str 
     elif limit and not chunk.attempted:  # small attempts succeeded, so the size may grow again
         limit = limit * 2 if limit * 2 < len(chunk.outcomes) else 0
     state = ChunkState.QUEUED if chunk.blank else ChunkState.SCANNED
-    return _move(chunk, ChunkTrigger.RELEASE, state, limit=limit, ask_at=None, reason=chunk.reason or reason)
+    fruitless = max(0, chunk.fruitless - unclaimed)
+    reason = chunk.reason or reason
+    return _move(chunk, ChunkTrigger.RELEASE, state, limit=limit, ask_at=None, reason=reason, fruitless=fruitless)
 
 
 def expire(chunk: Chunk, reason: str, now: datetime) -> Chunk:

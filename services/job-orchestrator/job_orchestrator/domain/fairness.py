@@ -79,6 +79,8 @@ class Credit:
     held: int = 0
     ahead_seconds: float = 0.0
     """Estimated work beyond one chunk for each slot."""
+    free_in: float = 0.0
+    """Expected seconds until one of its taken slots is free."""
 
 
 def wake(clocks: Clocks, waiting: Iterable[int]) -> dict[int, Clock]:
@@ -100,15 +102,28 @@ def tags(clocks: Mapping[int, Clock], held: Iterable[Held], now: datetime) -> di
     return times
 
 
-def fill(credit: Credit, held: Iterable[Held]) -> Credit:
-    """Return the credit with the chunks that its worker holds."""
-    estimates = sorted(each.estimate for each in held)
-    beyond = estimates[: max(0, len(estimates) - credit.slots)]
-    return replace(credit, held=len(estimates), ahead_seconds=sum(beyond))
+def fill(credit: Credit, held: Iterable[Held], now: datetime) -> Credit:
+    """Return the credit with the chunks that its worker holds: those dispatched first occupy its slots."""
+    ordered = sorted(held, key=lambda each: (each.dispatched_at or now, -each.estimate))
+    return replace(
+        credit,
+        held=len(ordered),
+        ahead_seconds=sum(each.estimate for each in ordered[credit.slots :]),
+        free_in=min((_seconds_left(each, now) for each in ordered[: credit.slots]), default=0.0),
+    )
 
 
 def has_room(credit: Credit) -> bool:
-    return credit.held < credit.slots or (credit.slots > 0 and credit.ahead_seconds < AHEAD_SECONDS)
+    """Whether the worker has a free slot, or one soon: it releases a chunk that waits for a slot for `AHEAD_SECONDS`."""
+    if credit.held < credit.slots:
+        return True
+    return credit.slots > 0 and credit.ahead_seconds < AHEAD_SECONDS and credit.free_in <= AHEAD_SECONDS
+
+
+def _seconds_left(held: Held, now: datetime) -> float:
+    """Return how long the attempt is expected to take: one past its estimate is expected to take as long again past it."""
+    elapsed = (now - held.dispatched_at).total_seconds() if held.dispatched_at else 0.0
+    return abs(held.estimate - elapsed)
 
 
 class Round:
@@ -190,13 +205,14 @@ class Round:
         return able <= set(candidate.failed_by)
 
     def _give(self, worker: Credit, candidate: Candidate) -> float:
-        ahead = candidate.estimate if worker.held >= worker.slots else 0.0
         share = min(1.0, worker.slots / (worker.held + 1))
-        self._workers[worker.worker_id] = replace(
-            worker,
-            held=worker.held + 1,
-            ahead_seconds=worker.ahead_seconds + ahead,
-        )
+        if worker.held >= worker.slots:
+            taken = replace(worker, ahead_seconds=worker.ahead_seconds + candidate.estimate)
+        else:
+            taken = replace(
+                worker, free_in=min(worker.free_in, candidate.estimate) if worker.held else candidate.estimate
+            )
+        self._workers[worker.worker_id] = replace(taken, held=worker.held + 1)
         self._occupied[candidate.user_id] += share
         return share
 

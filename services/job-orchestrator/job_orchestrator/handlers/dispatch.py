@@ -211,7 +211,8 @@ class Dispatcher(PartitionListener):
         by_worker: defaultdict[str, list[Held]] = defaultdict(list)
         for each in held:
             by_worker[each.token.worker_id].append(each)
-        credits_ = [fairness.fill(credit, by_worker[credit.worker_id]) for credit in mine]
+        time = self._clock.now()
+        credits_ = [fairness.fill(credit, by_worker[credit.worker_id], time) for credit in mine]
         self._idle = any(credit.held < credit.slots for credit in credits_)
         free = [credit for credit in credits_ if fairness.has_room(credit)]
         if not self._idle and now < self._ahead_due:

@@ -314,22 +314,38 @@ def test_new_codes_reset_failures() -> None:
     assert (more.failures, more.failed_by, more.fruitless) == (0, (), 0)
 
 
-def test_dispatches_without_progress_count_as_failures() -> None:
-    """A chunk released 20 times without a code has failed once, and after three times so its addresses are lost."""
+def claimed(left: Chunk, worker: str) -> Chunk:
+    """The chunk on its next attempt, which the worker has begun."""
+    held = dispatch(left, worker, NOW, size=4, share=1.0, estimate=1.5)
+    return after(held, report(ChunkClaimed, attempt=held.attempt, worker_id=worker))
+
+
+def test_attempts_without_progress_count_as_failures() -> None:
+    """A chunk begun and released 20 times without a code has failed once, and after three times so its addresses are lost."""
     left, dispatches = chunk(), 0
     while left.state is not ChunkState.SCANNED:
         assert dispatches < 1_000
-        left = release(dispatch(left, "w-1", NOW, size=4, share=1.0, estimate=1.5), NOW)
+        left = release(claimed(left, "w-1"), NOW)
         dispatches += 1
         assert left.failures == dispatches // MAX_FRUITLESS % MAX_FAILURES
     assert (left.outcomes, dispatches) == ("llll", MAX_FAILURES * MAX_FRUITLESS)
     assert "no progress" in left.reason
 
 
-def claimed(left: Chunk, worker: str) -> Chunk:
-    """The chunk on its next attempt, which the worker has begun."""
-    held = dispatch(left, worker, NOW, size=4, share=1.0, estimate=1.5)
-    return after(held, report(ChunkClaimed, attempt=held.attempt, worker_id=worker))
+@pytest.mark.parametrize("fruitless", [0, 7, MAX_FRUITLESS])
+def test_release_of_an_unclaimed_chunk_costs_nothing(fruitless: int) -> None:
+    """A chunk that is given back before it was begun counts neither a failure nor a dispatch without progress, however often."""
+    left = chunk(fruitless=fruitless)
+    for _ in range(MAX_FAILURES * MAX_FRUITLESS + 1):
+        held = dispatch(left, "w-1", NOW, size=4, share=1.0, estimate=1.5)
+        left = after(held, report(ChunkReleased, "....", attempt=held.attempt))
+    assert (left.state, left.failures, left.fruitless) == (ChunkState.QUEUED, 0, fruitless)
+
+
+def test_unclaimed_attempts_that_were_too_slow_count_as_dispatches_without_progress() -> None:
+    """An attempt that timed out was begun, although its claim was lost."""
+    left = in_state(ChunkState.DISPATCHED, fruitless=MAX_FRUITLESS)
+    assert release(left, NOW, too_slow=True).failures == 1
 
 
 def test_lost_lease_of_an_unclaimed_chunk_counts_no_failure() -> None:

@@ -173,7 +173,12 @@ def test_worker_gets_a_chunk_for_each_slot() -> None:
     """A worker has room while it holds fewer chunks than slots, however long they are; one without slots has none."""
     assert ids(picks([credit(slots=2)], {1: 0.0}, {1: queue(1, 100, 100, 100)})) == ["1-0", "1-1"]
     assert picks([credit(slots=0)], {1: 0.0}, {1: queue(1, 0.1)}) == []
-    assert [has_room(fill(credit(slots=2), [held()] * number)) for number in (0, 1, 2, 3)] == [True, True, True, False]
+    assert [has_room(fill(credit(slots=2), [held(estimate=2.0)] * number, THEN)) for number in (0, 1, 2, 3)] == [
+        True,
+        True,
+        True,
+        False,
+    ]
     assert not has_room(credit(slots=0))
 
 
@@ -194,9 +199,22 @@ def test_short_chunks_do_not_take_a_slot_due_to_a_longer_one() -> None:
     assert len(picks([full], {1: 0.0}, {1: queue(1, *[0.5] * 9)})) == 4
 
 
+def test_chunks_are_given_ahead_only_while_a_slot_is_expected_to_be_free_soon() -> None:
+    """A full worker has room from 2 s before the expected end of a chunk in a slot until 2 s after it; waiting ones do not count."""
+    chunks = [held(estimate=60.0), held(estimate=30.0), held(estimate=0.1, dispatched_at=THEN + timedelta(seconds=1))]
+    room = {at: has_room(fill(credit(), chunks, THEN + timedelta(seconds=at))) for at in (1, 27, 28, 32, 33, 57, 62)}
+    assert room == {1: False, 27: False, 28: True, 32: True, 33: False, 57: False, 62: True}
+
+
+def test_chunks_are_not_given_ahead_behind_long_ones_of_the_same_round() -> None:
+    """A round that fills the slots with long chunks gives no short ones ahead, and one that fills a slot with a short one does."""
+    assert ids(picks([credit()], {1: 0.0}, {1: queue(1, 60, 60, 0.1)})) == ["1-0", "1-1"]
+    assert ids(picks([credit()], {1: 0.0}, {1: queue(1, 60, 1, 0.1)})) == ["1-0", "1-1", "1-2"]
+
+
 def test_work_ahead_is_the_shortest_that_is_held() -> None:
     """The prefetched work of a worker is that of its shortest chunks."""
-    filled = fill(credit(slots=1), [held(estimate=9.0), held(estimate=0.25), held(estimate=0.5)])
+    filled = fill(credit(slots=1), [held(estimate=9.0), held(estimate=0.25), held(estimate=0.5)], THEN)
     assert (filled.held, filled.ahead_seconds) == (3, 0.75)
 
 
@@ -372,7 +390,7 @@ class Fleet:
         holds = [each for _, _, each in self.running]
         awake = wake(self.clocks, waiting)
         moment = THEN + timedelta(seconds=self.now)
-        worker = fill(credit(slots=self.slots), holds)
+        worker = fill(credit(slots=self.slots), holds, moment)
         round_ = Round([worker], tags(awake, holds, moment), occupied(holds), [worker])
         candidates = {
             user: queue(user, *(max(_NOT_AHEAD, each) for each, _ in islice(self.queues[user], self.slots)))
