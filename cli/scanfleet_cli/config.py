@@ -212,12 +212,28 @@ def _table() -> Any:
 
 
 def write_private(file: Path, text: str) -> None:
-    """Replace a file atomically, with mode 0600."""
-    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Replace a file atomically, with mode 0600.
+
+    Raises:
+        CommandError: it cannot be written.
+    """
     new = file.with_name(f".{file.name}.{os.getpid()}")
-    with os.fdopen(os.open(new, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w", encoding="utf-8") as opened:
-        opened.write(text)
-    new.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with os.fdopen(os.open(new, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w", encoding="utf-8") as opened:
+            opened.write(text)
+        new.replace(file)
+    except OSError as error:
+        raise unwritable(file, error) from error
+
+
+def unwritable(file: Path, error: OSError) -> CommandError:
+    """Return the error for a file that cannot be written."""
+    return CommandError(
+        f"cannot write {file}: {error.strerror or error}",
+        Exit.FAULT,
+        hint="set XDG_CONFIG_HOME to a folder that can be written, or use SCANFLEET_URL and SCANFLEET_TOKEN",
+    )
 
 
 def check_url(url: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from scanfleet_cli.config import same_url, write_private
+from scanfleet_cli.config import same_url, unwritable, write_private
 from scanfleet_cli.errors import CommandError, Exit
 
 SERVICE: Final = "scanfleet"  # name of the entries in a keyring
@@ -248,9 +248,13 @@ class Kept:
     def _locked(self) -> Iterator[None]:
         from filelock import FileLock, Timeout  # noqa: PLC0415 # only for those who have signed in
 
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = self._folder / "tokens.lock"
         try:
-            with FileLock(self._folder / "tokens.lock", timeout=LOCK_SECONDS):
-                yield
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            held = FileLock(file, timeout=LOCK_SECONDS).acquire()
         except Timeout as error:
-            raise CommandError(f"another process holds {self._folder / 'tokens.lock'}", Exit.FAULT) from error
+            raise CommandError(f"another process holds {file}", Exit.FAULT) from error
+        except OSError as error:
+            raise unwritable(file, error) from error
+        with held:
+            yield

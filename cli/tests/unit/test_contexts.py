@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from scanfleet_cli.config import check_url, same_url
+from scanfleet_cli.config import check_url, same_url, write_private
 from scanfleet_cli.errors import CommandError
 from scanfleet_cli.tokens import CommandToken, FileStore, Kept, Tokens
 from scanfleet_cli_testing import TOKEN, FakeApi
@@ -38,6 +38,16 @@ def test_remove_of_a_context_without_tokens_writes_no_file(run: Any, tmp_path: P
     run("context", "add", "lab", "--url", URL, environment={})
     assert run("context", "remove", "lab", "--yes", environment={}).code == 0
     assert not (tmp_path / "tokens.json").exists()
+
+
+def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """Configuration and tokens in a folder that cannot be created or written yield an error with a remedy."""
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "scanfleet"  # also for root
+    with pytest.raises(CommandError, match=rf"cannot write {folder}/config.toml: Not a directory"):
+        write_private(folder / "config.toml", "")
+    with pytest.raises(CommandError, match=rf"cannot write {folder}/tokens.lock: Not a directory"):
+        Kept(folder, FileStore(folder / "tokens.json")).keep("lab", Tokens(URL, TOKEN))
 
 
 def test_list_of_contexts_has_a_limit(run: Any) -> None:
