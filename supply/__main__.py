@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from scanfleet.clock import utc_now
-from scanfleet.services import SERVICES
+from scanfleet.services import IMAGES
 from supply import licences, sbom
 from supply.audit import NotAuditedError, audit
 from supply.locks import ROOT
@@ -38,8 +38,8 @@ def main() -> int:
 
 
 def _licences() -> int:
-    for service in SERVICES:
-        print(f"{service}: {licences.expression(service)}")
+    for image in IMAGES:
+        print(f"{image}: {licences.expression(image)}")
     problems = licences.problems()
     for problem in problems:
         print(problem, file=sys.stderr)
@@ -48,9 +48,9 @@ def _licences() -> int:
 
 def _sbom(folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
-    for service in SERVICES:
-        file = folder / f"{service}.cdx.json"
-        file.write_text(sbom.document(service), encoding="utf-8")
+    for image in IMAGES:
+        file = folder / f"{image}.cdx.json"
+        file.write_text(sbom.document(image), encoding="utf-8")
         print(file)
     return 0
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from license_expression import get_spdx_licensing
 
-from scanfleet.services import SERVICES
+from scanfleet.services import IMAGES
 from supply.locks import Package, packages
 
 ALLOWED: Final = frozenset(
@@ -92,9 +92,9 @@ def allowed(expression: str) -> bool:
     return bool(parsed.subs(choice, simplify=True) == _LICENSING.TRUE)
 
 
-def expression(service: str) -> str:
-    """Return the licence of a service's image as an SPDX expression: of its code, packages and other content."""
-    every = [_OURS, *map(licence, packages(service)), *BESIDE.get(service, {}).values()]
+def expression(image: str) -> str:
+    """Return the licence of an image as an SPDX expression: of its code, packages and other content."""
+    every = [_OURS, *map(licence, packages(image)), *BESIDE.get(image, {}).values()]
     whole = " AND ".join(f"({each})" for each in dict.fromkeys(every))
     return str(_LICENSING.parse(whole).simplify())
 
@@ -104,7 +104,7 @@ def problems(
 ) -> list[str]:
     """Return a sentence for each package of a lock with a licence that is not allowed."""
     found = []
-    for lock in (*SERVICES, "dev"):
+    for lock in (*IMAGES, "dev"):
         for package in packages(lock):
             try:
                 named = licence_of(package)

@@ -9,10 +9,10 @@ from typing import Final
 
 from packaging.requirements import Requirement
 
-from scanfleet.services import SERVICES
+from scanfleet.services import IMAGES
 
 ROOT: Final = Path(__file__).parents[1]
-LOCKS: Final = (*SERVICES, "dev", "mongod", "uv")
+LOCKS: Final = (*IMAGES, "dev", "mongod", "uv")
 
 _IMAGE: Final = {  # what an image runs on; other packages of the lock are for other machines
     "python_version": "3.13",

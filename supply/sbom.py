@@ -1,4 +1,4 @@
-"""CycloneDX documents of the images: the service, the packages of its lock, and other installed software."""
+"""CycloneDX documents of the images: the code, the packages of its lock, and other installed software."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from supply.licences import BESIDE, expression, licence
 from supply.locks import ROOT, packages
 
 
-def document(service: str) -> str:
-    """Return the CycloneDX 1.6 document of the image of `service`, without the content of its base image."""
-    image = Component(
-        name=f"scanfleet/{service}",
+def document(image: str) -> str:
+    """Return the CycloneDX 1.6 document of an image, without the content of its base image."""
+    whole = Component(
+        name=f"scanfleet/{image}",
         type=ComponentType.CONTAINER,
-        bom_ref=service,
-        licenses=[LicenseExpression(expression(service))],
+        bom_ref=image,
+        licenses=[LicenseExpression(expression(image))],
     )
     parts = [
         Component(
@@ -31,7 +31,7 @@ def document(service: str) -> str:
             bom_ref=str(purl),
             licenses=[LicenseExpression(licence(package))],
         )
-        for package in packages(service)
+        for package in packages(image)
     ]
     parts += [
         # The version is the base image's distribution's, known when the image is built.
@@ -42,10 +42,10 @@ def document(service: str) -> str:
             bom_ref=str(purl),
             licenses=[LicenseExpression(terms)],
         )
-        for name, terms in BESIDE.get(service, {}).items()
+        for name, terms in BESIDE.get(image, {}).items()
     ]
-    lock = (ROOT / "requirements" / f"{service}.txt").read_bytes()
+    lock = (ROOT / "requirements" / f"{image}.txt").read_bytes()
     bom = Bom(components=parts, serial_number=uuid5(NAMESPACE_URL, lock.decode()))
-    bom.metadata.component = image
-    bom.register_dependency(image, parts)
+    bom.metadata.component = whole
+    bom.register_dependency(whole, parts)
     return JsonV1Dot6(bom).output_as_string(indent=2) + "\n"

@@ -42,5 +42,7 @@ SERVICES: Final = {
         Service(RESULT_STORE, api=True, database=True),
     )
 }
+IMAGES: Final = (*SERVICES, "cli")
+"""Names of the images: of the services, and of the command line."""
 WITH_API: Final = tuple(name for name, service in SERVICES.items() if service.api)
 WITH_DATABASE: Final = tuple(name for name, service in SERVICES.items() if service.database)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from local import compose, targets
 from local.paths import ROOT
 from local.wait import until
-from scanfleet.services import SERVICES
+from scanfleet.services import IMAGES, SERVICES
 from tests.client import Client
 from tests.deploy.inside import REACHED
 
@@ -78,8 +79,9 @@ def containers(service: str) -> list[str]:
 def user() -> Iterator[Client]:
     """Yield a user of the platform in containers, with three workers and servers to find."""
     assert not containers("api-gateway"), "the containers are in use: docker compose down"
-    docker(*compose.COMPOSE[1:], "up", "--build", "--wait", "--scale", "scanner-worker=3")
+    docker(*compose.COMPOSE[1:], "--profile", "tools", "build")
     try:
+        docker(*compose.COMPOSE[1:], "up", "--wait", "--scale", "scanner-worker=3")
         client = Client(compose.URL, compose.token(7))
         with client.http, compose.servers():
             yield client
@@ -88,39 +90,43 @@ def user() -> Iterator[Client]:
 
 
 @pytest.mark.usefixtures("user")
-@pytest.mark.parametrize("service", SERVICES)
-def test_images_have_no_installers_and_setuid_programs(service: str) -> None:
+@pytest.mark.parametrize("image", IMAGES)
+def test_images_have_no_installers_and_setuid_programs(image: str) -> None:
     """An image has no pip, no apt and no setuid program."""
-    found = docker("run", "--rm", "--entrypoint", "python", f"scanfleet/{service}:dev", "-c", _TOOLS)
+    found = docker("run", "--rm", "--entrypoint", "python", f"scanfleet/{image}:dev", "-c", _TOOLS)
     assert json.loads(found) == []
 
 
 @pytest.mark.usefixtures("user")
-@pytest.mark.parametrize("service", SERVICES)
-def test_images_contain_the_runtime_packages_only(service: str) -> None:
-    """Of the project's code an image has the shared library and the service's package."""
-    found = docker("run", "--rm", "--entrypoint", "python", f"scanfleet/{service}:dev", "-c", _PACKAGES)
-    assert set(json.loads(found)) == {"scanfleet", service.replace("-", "_")}
+@pytest.mark.parametrize("image", IMAGES)
+def test_images_contain_the_runtime_packages_only(image: str) -> None:
+    """Of the project's code an image has the shared library and its own package."""
+    found = docker("run", "--rm", "--entrypoint", "python", f"scanfleet/{image}:dev", "-c", _PACKAGES)
+    assert set(json.loads(found)) == {"scanfleet", SERVICES[image].package if image in SERVICES else "scanfleet_cli"}
 
 
 @pytest.mark.usefixtures("user")
-@pytest.mark.parametrize("service", SERVICES)
-def test_image_size_is_bounded(service: str) -> None:
+@pytest.mark.parametrize("image", IMAGES)
+def test_image_size_is_bounded(image: str) -> None:
     """The image adds less than 120 MB to Python's image, or 180 MB with nmap."""
-    added = inspect(f"scanfleet/{service}:dev")["Size"] - inspect(BASE)["Size"]
-    assert added < (180 if service == "scanner-worker" else 120) * MB
+    added = inspect(f"scanfleet/{image}:dev")["Size"] - inspect(BASE)["Size"]
+    assert added < (180 if image == "scanner-worker" else 120) * MB
 
 
 @pytest.mark.usefixtures("user")
-@pytest.mark.parametrize("service", SERVICES)
-def test_images_have_labels_user_and_health_check(service: str) -> None:
-    """The image has labels, a non-root user, and an entry point and health check without a shell."""
-    config = inspect(f"scanfleet/{service}:dev")["Config"]
+@pytest.mark.parametrize("image", IMAGES)
+def test_images_have_labels_user_and_health_check(image: str) -> None:
+    """The image has labels, a non-root user, and an entry point and, of a service, a health check without a shell."""
+    config = inspect(f"scanfleet/{image}:dev")["Config"]
     ours = {f"org.opencontainers.image.{name}" for name in ("title", "description", "licenses", "version", "revision")}
     assert ours <= config["Labels"].keys()
-    assert config["Labels"]["org.opencontainers.image.title"] == f"scanfleet {service}"
+    assert config["Labels"]["org.opencontainers.image.title"] == f"scanfleet {image}"
     assert config["User"] == "65532:65532"
-    assert (config["Entrypoint"], config["Cmd"]) == (["python", "-m", "scanfleet.runtime.server"], [service])
+    if image not in SERVICES:
+        assert config["Entrypoint"] == ["python", "-m", "scanfleet_cli"]
+        assert not {"Cmd", "Healthcheck", "ExposedPorts"} & {name for name, value in config.items() if value}
+        return
+    assert (config["Entrypoint"], config["Cmd"]) == (["python", "-m", "scanfleet.runtime.server"], [image])
     assert config["Healthcheck"]["Test"][:2] == ["CMD", "python"]
 
 
@@ -183,6 +189,19 @@ def test_scan_finds_every_server(user: Client) -> None:
     job_id = user.scan("127.9.8.0/24", ports=",".join(map(str, targets.USUAL)), **CONNECT)
     assert user.finished(job_id)["status"]["status"] == "completed"
     assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == OPEN
+
+
+def test_command_line_scans_from_its_container(user: Client) -> None:
+    """The documented container of the command line scans, with the token of its environment, and prints the open ports."""
+    argv = ["run", "--rm", "-T", "cli", "-q", "scan", "127.9.8.0/28", "--ports", "2222,8000", "--preset", "quick"]
+    done = subprocess.run(
+        [*compose.COMPOSE, *argv, "--json", "ip_address,port"],
+        check=True,
+        env=os.environ | {"SCANFLEET_TOKEN": user.token},
+        stdout=subprocess.PIPE,
+    )
+    found = {(each["ip_address"], each["port"]) for each in json.loads(done.stdout)}
+    assert found == {(f"127.9.8.{host}", port) for host, port in ((0, 8000), (1, 2222), (10, 2222), (10, 8000))}
 
 
 def test_killed_worker_loses_no_result(user: Client) -> None:
@@ -263,3 +282,40 @@ def test_backup_commands_restore_the_databases(user: Client, commands: Mapping[s
     fresh = user.scan("127.9.8.0/28", ports="8000", **CONNECT)
     assert fresh > since
     assert user.finished(fresh)["status"]["status"] == "completed"
+
+
+def command_of(file: str) -> str:
+    """Return the command in the comment of an override file that applies it."""
+    comment = " ".join(re.findall(r"^# ?(.*)$", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE))
+    (command,) = re.findall(r"`([^`]*docker compose [^`]*)`", comment)
+    return str(command)
+
+
+def test_raw_packets_file_enables_syn_scans(user: Client) -> None:
+    """With docker-compose.raw-packets.yml a SYN scan finds every server, and only nmap can send raw packets."""
+    before = containers("api-gateway")
+    types(command_of("docker-compose.raw-packets.yml"), ROOT)
+    assert containers("api-gateway") == before
+    with compose.servers():
+        job_id = user.scan("127.9.8.0/24", ports=",".join(map(str, targets.USUAL)), **CONNECT | {"technique": "syn"})
+        assert user.finished(job_id)["status"]["status"] == "completed"
+        assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == OPEN
+    for worker in containers("scanner-worker"):
+        seen = json.loads(docker("exec", worker, "python", "-c", _LOOK_AROUND))
+        assert seen["users"] == [65532]
+        assert seen["rights"] == ["0000000000000000", "0000000000002000"]  # NET_RAW in the bounding set only
+        assert seen["writable"] == ["tmp"]
+
+
+def test_grants_file_limits_a_user(user: Client, tmp_path: Path) -> None:
+    """With docker-compose.grants.yml a user scans the networks of their grant only, and no container can write the file."""
+    file = tmp_path / "grants.toml"
+    file.write_text('[[grants]]\nname = "lab"\nusers = [7]\nnetworks = ["127.9.8.0/28"]\n')
+    types(command_of("docker-compose.grants.yml").replace("grants.toml", str(file)), ROOT)
+    job_id = user.scan("127.9.8.0/28", ports="8000", **CONNECT)
+    assert user.finished(job_id)["status"]["status"] == "completed"
+    with pytest.raises(httpx.HTTPStatusError, match="403"):
+        user.scan("127.9.8.0/27", ports="8000", **CONNECT)
+    for service in ("api-gateway", "job-orchestrator", "scanner-worker"):
+        (mount,) = (each for each in inspect(containers(service)[0])["Mounts"] if each["Destination"] == "/grants.toml")
+        assert (mount["Source"], mount["RW"]) == (str(file), False)

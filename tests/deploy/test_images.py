@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 
-from scanfleet.services import SERVICES
+from scanfleet.services import IMAGES, SERVICES
 
 ROOT: Final = Path(__file__).parents[2]
 
@@ -20,24 +20,24 @@ def pins(name: str) -> set[str]:
     return set(re.findall(r"^(\S+==\S+)", (ROOT / "requirements" / f"{name}.txt").read_text(), re.MULTILINE))
 
 
-@pytest.mark.parametrize("service", SERVICES)
-def test_image_packages_match_the_tested_versions(service: str) -> None:
-    """Every package of a service's lock is in the lock of the tests, in the same version."""
-    assert pins(service) - pins("dev") == set()
+@pytest.mark.parametrize("image", IMAGES)
+def test_image_packages_match_the_tested_versions(image: str) -> None:
+    """Every package of an image's lock is in the lock of the tests, in the same version."""
+    assert pins(image) - pins("dev") == set()
 
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_services_have_an_image(service: str) -> None:
     """The Dockerfile has a stage with the service's system packages, and its process runs that service."""
     text = (ROOT / "Dockerfile").read_text()
-    (stage,) = (part for part in text.split("\nFROM ") if part.startswith(f"python AS for-{service}\n"))
+    (stage,) = (part for part in text.split("\nFROM ") if part.startswith(f"service AS for-{service}\n"))
     assert f'CMD ["{service}"]' in stage
 
 
-@pytest.mark.parametrize("service", sorted(set(SERVICES) - {"scanner-worker"}))
-def test_only_the_worker_has_python_nmap(service: str) -> None:
-    """python-nmap, with its own licence, is in no other service's lock."""
-    assert not any(pin.startswith("python-nmap==") for pin in pins(service))
+@pytest.mark.parametrize("image", sorted(set(IMAGES) - {"scanner-worker"}))
+def test_only_the_worker_has_python_nmap(image: str) -> None:
+    """python-nmap, with its own licence, is in no other image's lock."""
+    assert not any(pin.startswith("python-nmap==") for pin in pins(image))
 
 
 def sent_to_the_builder(folder: str) -> set[str]:
@@ -48,19 +48,24 @@ def sent_to_the_builder(folder: str) -> set[str]:
         ["git", "ls-files", folder], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
     ).stdout.splitlines()
     assert f"!{folder.partition('/')[0]}" in patterns
-    return {path for path in tracked if not any(fnmatch(part, name) for part in Path(path).parts for name in excluded)}
-
-
-@pytest.mark.parametrize("service", SERVICES)
-def test_images_contain_no_test_support(service: str) -> None:
-    """Of the project's code an image has the service's package and the shared library, without test support."""
-    assert "COPY shared services/${SERVICE} /app/\n" in (ROOT / "Dockerfile").read_text()
-    copied = {
-        Path(path).relative_to(folder).parts[0]
-        for folder in ("shared", f"services/{service}")
-        for path in sent_to_the_builder(folder)
+    return {
+        path
+        for path in tracked
+        if path not in patterns and not any(fnmatch(part, name) for part in Path(path).parts for name in excluded)
     }
-    assert copied == {"scanfleet", service.replace("-", "_")}
+
+
+@pytest.mark.parametrize(
+    ("folder", "package"),
+    [("cli", "scanfleet_cli"), *((f"services/{each.name}", each.package) for each in SERVICES.values())],
+)
+def test_images_contain_no_test_support(folder: str, package: str) -> None:
+    """Of the project's code an image has its own package and the shared library, without test support."""
+    assert "COPY shared ${FOLDER} /app/\n" in (ROOT / "Dockerfile").read_text()
+    copied = {
+        Path(path).relative_to(each).parts[0] for each in ("shared", folder) for path in sent_to_the_builder(each)
+    }
+    assert copied == {"scanfleet", package}
 
 
 def test_the_built_package_contains_no_test_support() -> None:

@@ -11,7 +11,7 @@ from typing import Any, Final
 import pytest
 import yaml
 
-from scanfleet.services import SERVICES, WITH_API, WITH_DATABASE
+from scanfleet.services import IMAGES, SERVICES, WITH_API, WITH_DATABASE
 
 ROOT: Final = Path(__file__).parents[2]
 PACKAGES: Final = {service.package: name for name, service in SERVICES.items()}
@@ -67,11 +67,6 @@ LISTS: Final[dict[str, Callable[[], set[str]]]] = {
         )
     ),
     "requirements/dev.in": lambda: set(re.findall(r"^-r (.+)\.in$", text("requirements/dev.in"), re.MULTILINE)),
-    "Dockerfile, system packages": lambda: set(re.findall(r" AS for-(\S+)", text("Dockerfile"))),
-    "Dockerfile, built": lambda: set(re.findall(r" AS built-(\S+)", text("Dockerfile"))),
-    "docker-compose.yml, services": lambda: {
-        each["build"]["args"]["SERVICE"] for each in compose()["services"].values() if "build" in each
-    },
     "docker-compose.yml, volumes": lambda: set(compose()["volumes"]) & set(SERVICES),
     "docker-compose.yml, users of Kafka": lambda: set(
         re.findall(r"[a-z-]+", re.findall(r"for service in (.+); do", text("docker-compose.yml"))[0])
@@ -87,10 +82,25 @@ LISTS: Final[dict[str, Callable[[], set[str]]]] = {
 }
 
 
+LISTS_OF_IMAGES: Final[dict[str, Callable[[], set[str]]]] = {
+    "Dockerfile, system packages": lambda: set(re.findall(r" AS for-(\S+)", text("Dockerfile"))),
+    "Dockerfile, built": lambda: set(re.findall(r" AS built-(\S+)", text("Dockerfile"))),
+    "docker-compose.yml": lambda: {
+        each["build"]["args"]["SERVICE"] for each in compose()["services"].values() if "build" in each
+    },
+}
+
+
 @pytest.mark.parametrize("place", LISTS)
 def test_list_of_services_is_complete(place: str) -> None:
     """A list of services in a file that cannot import Python names every service."""
     assert LISTS[place]() == set(SERVICES)
+
+
+@pytest.mark.parametrize("place", LISTS_OF_IMAGES)
+def test_list_of_images_is_complete(place: str) -> None:
+    """A list of images in a file that cannot import Python names every image."""
+    assert LISTS_OF_IMAGES[place]() == set(IMAGES)
 
 
 def test_users_of_mongodb_are_the_services_with_a_database() -> None:

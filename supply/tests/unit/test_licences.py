@@ -7,7 +7,7 @@ from email.message import Message
 
 import pytest
 
-from scanfleet.services import SERVICES
+from scanfleet.services import IMAGES
 from supply import licences
 from supply.locks import ROOT, Package
 
@@ -66,18 +66,18 @@ def test_allowed_needs_a_choice_of_allowed_licences(expression: str, allowed: bo
     assert licences.allowed(expression) is allowed
 
 
-@pytest.mark.parametrize("service", SERVICES)
-def test_expression_is_the_label_of_the_image(service: str) -> None:
+@pytest.mark.parametrize("image", IMAGES)
+def test_expression_is_the_label_of_the_image(image: str) -> None:
     """Each image is labelled with the licences of all that it holds beside its base image."""
-    stage = (ROOT / "Dockerfile").read_text().partition(f"FROM python AS for-{service}\n")[2].partition("FROM ")[0]
+    stage = (ROOT / "Dockerfile").read_text().partition(f" AS for-{image}\n")[2].partition("FROM ")[0]
     assert re.findall(r'^LABEL org\.opencontainers\.image\.licenses="(.*)"$', stage, re.MULTILINE) == [
-        licences.expression(service),
+        licences.expression(image),
     ]
 
 
 def test_notice_names_what_is_not_allowed_elsewhere() -> None:
     """NOTICE explains each part of an image whose licence is an exception."""
     notice = (ROOT / "NOTICE").read_text()
-    for service in SERVICES:
-        for part in (*licences.EXCEPTIONS.get(service, ()), *licences.BESIDE.get(service, ())):
+    for image in IMAGES:
+        for part in (*licences.EXCEPTIONS.get(image, ()), *licences.BESIDE.get(image, ())):
             assert re.search(rf"^{part}\b", notice, re.MULTILINE), part

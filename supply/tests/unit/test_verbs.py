@@ -8,7 +8,7 @@ import subprocess
 from hashlib import file_digest
 from typing import Final
 
-from scanfleet.services import SERVICES
+from scanfleet.services import IMAGES
 from supply.locks import ROOT
 
 MAKEFILE: Final = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -22,7 +22,7 @@ def test_licences_verb_lists_every_image() -> None:
     """`make licences` prints a line for each image."""
     run = make("licences")
     assert run.returncode == 0
-    assert [line.partition(":")[0] for line in run.stdout.splitlines()] == list(SERVICES)
+    assert [line.partition(":")[0] for line in run.stdout.splitlines()] == list(IMAGES)
 
 
 def test_sbom_verb_writes_a_document_of_each_image() -> None:
@@ -30,7 +30,7 @@ def test_sbom_verb_writes_a_document_of_each_image() -> None:
     run = make("sbom")
     assert run.returncode == 0
     documents = [json.loads((ROOT / line).read_text(encoding="utf-8")) for line in run.stdout.splitlines()]
-    assert [document["metadata"]["component"]["bom-ref"] for document in documents] == list(SERVICES)
+    assert [document["metadata"]["component"]["bom-ref"] for document in documents] == list(IMAGES)
     assert {document["bomFormat"] for document in documents} == {"CycloneDX"}
 
 
