@@ -4,7 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 .DELETE_ON_ERROR:
-.PHONY: help setup packages browser cli wheel demo test lint fmt up down status logs token soak networks bench lock licences sbom audit images compose-demo compose-test k8s-test test-unit coverage docs hooks release
+.PHONY: help setup packages browser cli wheel demo test lint fmt up down status logs token soak networks bench lock licences sbom audit images compose-demo compose-test k8s-test test-unit test-long coverage docs hooks release
 
 PYTHON ?= python3# makes the virtual environment; 3.11 or newer
 BIN := .venv/bin
@@ -64,17 +64,20 @@ test: lint $(PROMTOOL) browser ## Run all checks and tests of this machine; one 
 	$(BIN)/pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder
 endif
 
-UNIT := --numprocesses 2 -m 'not integration and not e2e and not compose and not k8s and not networks' \
+UNIT := --numprocesses 2 -m 'not integration and not e2e and not compose and not k8s and not networks and not long' \
 	cli shared services local bench supply tests/house
 
 test-unit: setup ## Run the tests that need no servers: a few minutes
 	$(BIN)/pytest -q $(UNIT)
 
+test-long: setup ## Run the tests that take half a minute or more each: outages, a rolling upgrade, rate-limited networks
+	$(BIN)/pytest -q -m long --numprocesses 2 --dist loadscope --no-loadscope-reorder tests services/scanner-worker
+
 coverage: setup ## Run the tests that need no servers and print the lines that none of them executes
 	$(BIN)/pytest -q --cov --cov-report=term-missing:skip-covered $(UNIT)
 
 soak: setup ## Check the guarantees under load while random processes are killed: make soak MINUTES=10
-	@MINUTES='$(or $(MINUTES),10)' $(BIN)/pytest -q tests/faults/test_soak.py
+	@MINUTES='$(or $(MINUTES),10)' $(BIN)/pytest -q -m long tests/faults/test_soak.py
 
 networks: setup ## Run the network tests that take minutes to an hour, in namespaces; needs root
 	$(BIN)/pytest -q -m networks tests/networks

@@ -121,7 +121,7 @@ FAULTS: Final[Mapping[str, Trial]] = {
         "known keys work, unknown ones are answered 401, a new key is accepted within the cooldown",
     ),
     "F24": Trial(
-        "mixed load while a random process is killed every 10 s: `make soak MINUTES=10`, and a minute in `make test`",
+        "mixed load while a random process is killed every 10 s: `make soak MINUTES=10`, and a minute in `make test-long`",
         "every promise holds; memory and descriptors stay flat",
     ),
     "F25": Trial(

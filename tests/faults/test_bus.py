@@ -167,6 +167,7 @@ def test_hostile_values_have_bounded_cost(platform: Platform, user: Caller, inva
     invariants.check()
 
 
+@pytest.mark.long
 @pytest.mark.proves("F15", "G1", "G11")
 def test_broker_unavailable_for_long_delays_jobs_only(platform: Platform, user: Caller, invariants: Invariants) -> None:
     """While the broker refuses connections or hangs, a POST is a 503 in bounded time and reads work; then all recovers by itself."""
@@ -225,6 +226,7 @@ def test_orchestrator_without_broker_expires_no_lease(platform: Platform, user: 
     invariants.check()
 
 
+@pytest.mark.long
 @pytest.mark.proves("F18", "G1")
 def test_broker_data_loss_is_survived(platform: Platform, user: Caller, invariants: Invariants) -> None:
     """After the broker lost its data every process restarts, and all unfinished and new jobs finish."""

@@ -59,6 +59,7 @@ def test_mongod_killed_under_load_loses_nothing(platform: Platform, user: Caller
     invariants.check()
 
 
+@pytest.mark.long
 @pytest.mark.proves("F6", "G1", "G16")
 def test_mongod_outage_in_mid_scan_loses_nothing(platform: Platform, user: Caller, invariants: Invariants) -> None:
     """During an outage of twenty seconds in mid-scan the services are unready, no lease expires, and the scan completes."""
@@ -113,6 +114,7 @@ def test_primary_stepdown_loses_nothing(platform: Platform, user: Caller, invari
     invariants.check()
 
 
+@pytest.mark.long
 @pytest.mark.proves("F16", "G11")
 def test_slow_database_expires_no_lease(platform: Platform, user: Caller, invariants: Invariants) -> None:
     """With every response of MongoDB half a second late, scans complete, reads are answered, and no lease expires."""

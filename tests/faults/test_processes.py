@@ -228,6 +228,7 @@ def test_job_of_a_worker_stopped_in_mid_scan_has_the_same_results(
     invariants.check()
 
 
+@pytest.mark.long
 @pytest.mark.proves("F10", "F22", "G3", "G10")
 def test_worker_that_restarts_repeatedly_loses_no_lease(
     platform: Platform, user: Caller, invariants: Invariants

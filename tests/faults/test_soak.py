@@ -1,4 +1,4 @@
-"""Mixed load while processes die: `make soak MINUTES=10`, and a minute of it among the tests."""
+"""Mixed load while processes die: `make soak MINUTES=10`, and a minute of it in `make test-long`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scanfleet.services import SERVICES
 from tests.faults.invariants import Invariants
 from tests.faults.kit import LIMIT, STEADY, TINY, Platform
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 SECONDS: Final = 60 * float(os.environ.get("MINUTES", "1"))
 PACE: Final = 10  # seconds between two kills

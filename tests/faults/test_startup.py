@@ -18,6 +18,7 @@ pytestmark = pytest.mark.e2e
 MISSING: Final = 75.0  # seconds: far longer than any client retries by itself
 
 
+@pytest.mark.long
 @pytest.mark.proves("F33", "F6")
 def test_services_without_kafka_and_mongodb_at_start_wait_and_become_ready(
     platform: Platform, user: Caller, invariants: Invariants
@@ -53,6 +54,7 @@ def test_services_without_kafka_and_mongodb_at_start_wait_and_become_ready(
     invariants.check()
 
 
+@pytest.mark.long
 @pytest.mark.proves("F33")
 @pytest.mark.parametrize("server", ["kafka", "mongod"])
 def test_services_without_one_server_at_start_wait_for_it(
@@ -80,6 +82,7 @@ def test_services_without_one_server_at_start_wait_for_it(
     invariants.check()
 
 
+@pytest.mark.long
 def test_gateway_that_has_just_become_ready_accepts_a_job(platform: Platform, invariants: Invariants) -> None:
     """The first request after a new gateway's /readyz succeeds is accepted, for each of six gateways."""
     user = platform.caller(8)

@@ -1,10 +1,13 @@
-"""Two releases running concurrently: this one, and a next one that adds a field to the contracts in `GROWN`."""
+"""Two releases running concurrently: the previous one, and the code of this checkout with a field added to the contracts in `GROWN`."""
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
+import subprocess
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -17,7 +20,7 @@ from scanfleet.services import SERVICES
 from tests.faults.conftest import Shared
 from tests.faults.kit import LIMIT, REPLICAS, STEADY, Platform
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 ROOT: Final = Path(__file__).parents[2]
 FIELD: Final = "added_by_the_next_release"
@@ -33,10 +36,33 @@ GROWN: Final = {
 }
 
 
-def write_next_release(folder: Path) -> None:
-    """Copy the services and shared packages, and add an optional field to documents and messages."""
-    for package in (ROOT / "shared/scanfleet", *ROOT.glob("services/*/*_*/")):
+def previous_release(folder: Path) -> Path:
+    """Extract the services and shared packages of the latest commit before this one that changed the version.
+
+    Returns:
+        their root; this checkout if it has no such commit in its history.
+    """
+    version = ("-G^VERSION", "HEAD^", "--", "shared/scanfleet/__init__.py")
+    found = subprocess.run(["git", "log", "-1", "--format=%H", *version], cwd=ROOT, capture_output=True, check=False)
+    commit = found.stdout.decode().strip()
+    if not commit:
+        return ROOT
+    archive = subprocess.run(
+        ["git", "archive", commit, "shared", "services"], cwd=ROOT, capture_output=True, check=True
+    )
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
+        tar.extractall(folder, filter="data")
+    return folder
+
+
+def copy_packages(root: Path, folder: Path) -> None:
+    for package in (root / "shared/scanfleet", *root.glob("services/*/*_*/")):
         shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def write_next_release(folder: Path) -> None:
+    """Copy the services and shared packages of this checkout, and add an optional field to documents and messages."""
+    copy_packages(ROOT, folder)
     for file, begins in GROWN.items():
         path = folder / file
         text, count = re.subn(
@@ -55,10 +81,10 @@ class Rolling(Platform):
 
     def __init__(self, folder: Path) -> None:
         self._releases = folder / "releases"
-        (self._releases / "this").mkdir(parents=True)  # empty: what is installed
+        copy_packages(previous_release(folder / "previous"), self._releases / "previous")
         write_next_release(self._releases / "next")
         for name in self._names:
-            (self._releases / name).symlink_to("this")
+            (self._releases / name).symlink_to("previous")
         super().__init__(folder)
 
     @property
@@ -99,7 +125,7 @@ def test_rolling_upgrade_and_rollback_during_scans_lose_nothing(rolling: Shared[
     names = [name for service in SERVICES for name in platform.names(service)]
     with platform.servers() as servers:
         jobs = [user.scan(platform.network(24), **STEADY)]
-        for release in ("next", "this"):
+        for release in ("next", "previous"):
             for name in names:
                 platform.change(name, release)
                 if user.status(jobs[-1]) == "completed":

@@ -121,6 +121,7 @@ def test_scan_finds_all_open_ports_of_host_that_limits_connections(user: Client,
     assert found(user, job_id) == servers
 
 
+@pytest.mark.long
 @pytest.mark.proves("F31")
 def test_scan_of_host_that_answers_ping_only_completes(user: Client, network: Network) -> None:
     """A host that answers pings and drops all other packets is silent on every port."""
@@ -131,6 +132,7 @@ def test_scan_of_host_that_answers_ping_only_completes(user: Client, network: Ne
     assert found(user, job_id) == set()
 
 
+@pytest.mark.long
 @pytest.mark.proves("F31")
 def test_udp_scan_of_linux_host_completes(user: Client) -> None:
     """A Linux host refuses closed UDP ports once a second; nmap may give up on some, and reports none of them open."""

@@ -172,6 +172,7 @@ def udp_host(networks: tuple[Path, Router]) -> Iterator[str]:
         process.kill()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("discovery", ["default", "none"])
 async def test_scan_udp_with_icmp_rate_limit_is_bounded(
     make_chunk: MakeChunk, scan: Scan, udp_host: str, discovery: str
