@@ -71,20 +71,23 @@ async def job_events(kafka: str) -> dict[tuple[int, int], JobEvent]:
 @pytest.mark.long
 @pytest.mark.usefixtures("listeners")
 def test_restore_keeps_finished_jobs_and_reuses_no_id(own_stack: Stack, caller: Client, tmp_path: Path) -> None:
-    """After a restore finished jobs are unchanged, others finish, cancelled jobs stay cancelled, and no id is reused."""
+    """After a restore finished jobs are unchanged, others finish, cancelled and deleted ones stay so, and no id is reused."""
     finished = caller.scan("127.9.6.0/26", **QUICK)
     caller.finished(finished)
     before = seen(caller, finished)
-    running, cancelled = caller.scan("127.9.6.0/24", **SLOW), caller.scan("127.9.6.0/24", **ENDLESS)
+    running, deleted = (caller.scan("127.9.6.0/24", **SLOW) for _ in range(2))
+    cancelled = caller.scan("127.9.6.0/24", **ENDLESS)
     until(lambda: 0 < caller.task(running)["status"]["progress"] < 100, 60, "the scan to be under way")
 
     own_stack.backup(tmp_path / "backup")
-    assert caller.status(running) not in FINAL
+    assert {caller.status(running), caller.status(deleted)}.isdisjoint(FINAL)
 
     caller.cancel(cancelled)
     since = caller.scan("127.9.6.0/26", **QUICK)
     assert caller.finished(since)["status"]["status"] == "completed"
     assert caller.finished(running)["status"]["status"] == "completed"
+    assert caller.finished(deleted)["status"]["status"] == "completed"
+    assert caller.http.delete(f"/api/v1/task/{deleted}").status_code == 200
     lost = caller.task(since)["job"], caller.results(since)
     events = asyncio.run(job_events(own_stack.kafka))
 
@@ -98,6 +101,7 @@ def test_restore_keeps_finished_jobs_and_reuses_no_id(own_stack: Stack, caller: 
     assert caller.http.get(f"/api/v1/task/{since}").status_code == 404
     assert caller.http.get(f"/api/v1/task/{since}/results").status_code == 404
 
+    until(lambda: caller.http.get(f"/api/v1/task/{deleted}").status_code == 404, 60, "the job to be deleted again")
     fresh = caller.scan("127.9.6.0/26", **QUICK)
     job = caller.finished(fresh)["job"]
     assert min(job[name] - lost[0][name] for name in ("id", "subnet_id", "policy_id")) > 0

@@ -1,7 +1,7 @@
 """`python -m job_orchestrator.restored`: run once before the orchestrator starts on a database restored from a backup.
 
 Events that were published since the backup remain in the topics, and consumers have processed them. Therefore new ids and
-sequence numbers start above all earlier ones, and jobs whose cancellation is in the log are cancelled. docs/operations.md
+sequence numbers start above all earlier ones, and jobs whose cancellation or deletion is in the log are cancelled. docs/operations.md
 has all steps of a restore.
 """
 
@@ -16,7 +16,7 @@ from job_orchestrator.domain.job import JobTrigger, change, restored_from_backup
 from job_orchestrator.repository import MongoStore
 from job_orchestrator.settings import Settings
 from scanfleet.clock import utc_now
-from scanfleet.contracts.messages import JobCancelled
+from scanfleet.contracts.messages import DeleteResults, JobCancelled, Message
 from scanfleet.contracts.messages.audit import RESTORE
 from scanfleet.contracts.messages.envelope import RawRecord, decode
 from scanfleet.contracts.messages.topics import (
@@ -26,6 +26,7 @@ from scanfleet.contracts.messages.topics import (
     SCAN_PROGRESS,
     SCAN_STORED,
     SCAN_WORKERS,
+    Topic,
 )
 from scanfleet.errors import DependencyError, MessageError
 from scanfleet.kafka import KafkaBus
@@ -46,7 +47,8 @@ async def restored(settings: Settings) -> str:
     # Records before the restore refer to documents that may no longer exist: skip them.
     for topic in (SCAN_COMMANDS, SCAN_WORKERS, SCAN_PROGRESS, SCAN_STORED):
         await move_group(settings, f"{ORCHESTRATOR}-{topic.name}", topic, "end")
-    # Jobs that were deleted since the backup exist again: delete them again.
+    # Jobs that were deleted since the backup exist again: delete them again. Those that had not ended before it are cancelled
+    # first: result-store would erase the results of a new run.
     await move_group(settings, f"{ORCHESTRATOR}-{SCAN_DELETIONS.name}", SCAN_DELETIONS, "beginning")
     above = mongo.next_id_floor()
     database = mongo.connect(settings.mongodb_uri, settings.database)
@@ -58,46 +60,50 @@ async def restored(settings: Settings) -> str:
         # These commands are not sent again, and the backup may lie between a command and the last of its jobs.
         async for submit in store.commands.accepted_submits():
             await store.jobs.insert(submit.jobs)
-        unfinished, cancelled = await _resume(store, await _cancelled(settings), above)
+        unfinished, cancelled = await _resume(store, await _ended(settings), above)
     finally:
         database.client.close()
-    return f"new ids start above {above}\n{unfinished} unfinished jobs continue, {cancelled} were cancelled since the backup\n"
+    return f"new ids start above {above}\n{unfinished} unfinished jobs continue, {cancelled} were cancelled or deleted since the backup\n"
 
 
-async def _cancelled(settings: Settings) -> set[int]:
-    """Return the jobs whose cancellation is in the log."""
+async def _ended(settings: Settings) -> set[int]:
+    """Return the jobs whose cancellation or deletion is in the log."""
     bus = KafkaBus(settings, source=ORCHESTRATOR, instance=settings.instance)
     await bus.start()
+    found = {0}
     try:
-        found = {_cancelled_by(record) async for record in bus.past(SCAN_EVENTS)}
+        for topic in (SCAN_EVENTS, SCAN_DELETIONS):
+            found |= {_ended_by(topic, record) async for record in bus.past(topic)}
     finally:
         await bus.stop()
     return found - {0}
 
 
-def _cancelled_by(record: RawRecord) -> int:
-    if ("ce_type", JobCancelled.type_name().encode()) in record.headers:
+def _ended_by(topic: Topic[Message], record: RawRecord) -> int:
+    if any(("ce_type", type_.type_name().encode()) in record.headers for type_ in (JobCancelled, DeleteResults)):
         try:
-            message = decode(SCAN_EVENTS, record)
+            message = decode(topic, record)
         except MessageError:
-            return 0  # not a valid event
+            return 0
         if isinstance(message, JobCancelled):
             return message.job.id
+        if isinstance(message, DeleteResults):
+            return message.job_id
     return 0
 
 
-async def _resume(store: MongoStore, cancelled: set[int], above: int) -> tuple[int, int]:
-    """Update every unfinished job; return how many continue and how many were cancelled."""
-    after, continued, ended = 0, 0, 0
+async def _resume(store: MongoStore, ended: set[int], above: int) -> tuple[int, int]:
+    """Update every unfinished job; return how many continue and how many it has cancelled."""
+    after, continued, cancelled = 0, 0, 0
     while ids := await store.jobs.unsettled(after, _PAGE):
         jobs = [restored_from_backup(job, above) for job in (await store.jobs.get(ids)).values() if not job.final]
-        updated = [change(job, JobTrigger.CANCEL, utc_now()) if job.id in cancelled else job for job in jobs]
+        updated = [change(job, JobTrigger.CANCEL, utc_now()) if job.id in ended else job for job in jobs]
         if lost := await store.jobs.save(updated):
             raise DependencyError(f"another process changes jobs {sorted(lost)}: stop every orchestrator")
-        ended += sum(job.final for job in updated)
+        cancelled += sum(job.final for job in updated)
         continued += sum(not job.final for job in updated)
         after = ids[-1]
-    return continued, ended
+    return continued, cancelled
 
 
 if __name__ == "__main__":
