@@ -530,6 +530,13 @@ async def test_receipt_replaces_its_job(store: Store) -> None:
     assert await store.jobs.get([1]) == {}
 
 
+async def test_retention_walk_returns_the_time_of_the_one_before(store: Store) -> None:
+    """Each walk is recorded, and the first has none before it."""
+    assert await store.retention.begin_walk(THEN) is None
+    assert await store.retention.begin_walk(THEN + timedelta(days=1)) == THEN
+    assert await store.retention.begin_walk(THEN) == THEN + timedelta(days=1)
+
+
 async def test_retention_halted_stays_halted_until_it_is_resumed(store: Store) -> None:
     """The first jump is kept; a second resume reports that nothing was halted."""
     assert await store.retention.halted() is None

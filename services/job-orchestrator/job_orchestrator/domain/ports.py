@@ -242,6 +242,9 @@ class RetentionRepository(Protocol):
     async def shortest(self) -> int | None:
         """Return the shortest retention that any subnet has."""
 
+    async def begin_walk(self, now: datetime) -> datetime | None:
+        """Record the time of a walk over the ended jobs; return that of the one before it on any replica."""
+
     async def halt(self, jump: timedelta) -> None:
         """Halt deletion by age on all replicas, because the database's clock changed by `jump`."""
 

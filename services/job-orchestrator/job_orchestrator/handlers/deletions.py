@@ -183,7 +183,10 @@ class Deletions:
             self._clock.jump, self._expired = None, float("-inf")
         if self._clock.monotonic() - self._expired < _EXPIRE_SECONDS or await self._is_halted():
             return
-        due, last = await self._due(now)
+        shortest = await self._shortest()
+        if self._after is None and shortest is not None and await self._is_too_late(now, shortest):
+            return
+        due, last = await self._due(now, shortest)
         ids = (await self._jobs.get([job.id for job in due])).keys()  # without those that cannot be read
         if ids:
             await self._delete_expired(ids)
@@ -213,14 +216,29 @@ class Deletions:
             self._expired = self._clock.monotonic()
         return jump is not None
 
-    async def _due(self, now: datetime) -> tuple[list[EndedJob], EndedJob | None]:
-        """Return the next jobs to delete by age, and the job behind which the walk continues; None at its end."""
+    async def _is_too_late(self, now: datetime, shortest: timedelta) -> bool:
+        """Halt deletion by age if no replica has begun a walk within the shortest retention.
+
+        The database's clock may have jumped while no orchestrator was running; jobs that ended just before would be deleted.
+        """
+        before = await self._retention.begin_walk(now)
+        if before is None or now - before <= shortest:
+            return False
+        await self._retention.halt(now - before)
+        return await self._is_halted()
+
+    async def _shortest(self) -> timedelta | None:
+        """Return the shortest age at which jobs are deleted; None if none is deleted by age."""
         own = await self._retention.shortest()
-        shortest = [*([self.keep] if self.keep else []), *([timedelta(days=own)] if own is not None else [])]
+        ages = [*([self.keep] if self.keep else []), *([timedelta(days=own)] if own is not None else [])]
+        return min(ages, default=None)
+
+    async def _due(self, now: datetime, shortest: timedelta | None) -> tuple[list[EndedJob], EndedJob | None]:
+        """Return the next jobs to delete by age, and the job behind which the walk continues; None at its end."""
         page: list[EndedJob] = []
         due: list[EndedJob] = []
-        if shortest:
-            page = await self._jobs.expired(now - min(shortest), _LOOK, self._after)
+        if shortest is not None:
+            page = await self._jobs.expired(now - shortest, _LOOK, self._after)
             subnets = await self._retention.of({job.subnet_id for job in page})
             due = [job for job in page if is_due(job, subnets.get(job.subnet_id), self.keep, now)]
         last = due[_AT_ONCE - 1] if len(due) > _AT_ONCE else page[-1] if len(page) == _LOOK else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 from pymongo import IndexModel
@@ -14,6 +14,7 @@ from scanfleet.contracts.messages import JobStatus
 from scanfleet.runtime.mongo import Database, Document, dependency_errors
 
 _HALTED: Final = {"_id": "halted"}
+_WALK: Final = {"_id": "walk"}
 _COMPLETED: Final = {"status": JobStatus.COMPLETED.value}
 
 INDEXES: Final = {
@@ -45,6 +46,12 @@ class MongoRetention:
         # Without damaged values, of which the first could hide the others.
         has_own = {"keep_results_days": {"$gte": 1, "$lte": rest.MAX_DAYS, "$type": ["int", "long"]}}
         return _days(await self._subnets.find_one(has_own, {"keep_results_days": 1}, sort=[("keep_results_days", 1)]))
+
+    @dependency_errors()
+    async def begin_walk(self, now: datetime) -> datetime | None:
+        before = await self._retention.find_one_and_update(_WALK, {"$set": {"at": now}}, upsert=True)
+        at: Any = (before or {}).get("at")
+        return at if isinstance(at, datetime) else None
 
     @dependency_errors()
     async def halt(self, jump: timedelta) -> None:

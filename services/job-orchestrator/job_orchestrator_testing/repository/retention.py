@@ -19,6 +19,7 @@ class MemoryRetention(MemoryRepository):
         self._subnets = subnets
         self._days: dict[int, int] = {}
         self._halted: timedelta | None = None
+        self._walk: datetime | None = None
 
     async def days(self, subnet_id: int) -> int | None:
         return self._days.get(subnet_id) if await self._subnets.exists(subnet_id) else None
@@ -33,6 +34,10 @@ class MemoryRetention(MemoryRepository):
 
     async def shortest(self) -> int | None:
         return min([days for id_, days in self._days.items() if await self._subnets.exists(id_)], default=None)
+
+    async def begin_walk(self, now: datetime) -> datetime | None:
+        before, self._walk = self._walk, now
+        return before
 
     async def halt(self, jump: timedelta) -> None:
         self._halted = self._halted or jump

@@ -421,6 +421,20 @@ async def test_retention_is_halted_by_a_jump_of_the_clock_until_it_is_resumed() 
     assert (await world.store.jobs.get([1, 2])).keys() == set()
 
 
+async def test_jump_of_the_clock_while_no_orchestrator_runs_halts_retention() -> None:
+    """If no walk began within the shortest retention, the next one deletes no job until an operator resumes deletion by age."""
+    world = World(MemoryStore(), keep=timedelta(days=365))
+    await world.add("127.9.8.0/30")
+    await world.store.retention.set_days(1, 30)
+    assert await left_after_walk(world, 1) == []
+    await world.store.jobs.insert([ended(1, 10, trigger=JobTrigger.CANCEL)])
+    world._clock._began += timedelta(days=31)
+    assert await left_after_walk(world, 1) == [1]
+    assert (await world.store.retention.halted() or timedelta()) > timedelta(days=30)
+    await world.store.retention.resume()
+    assert await left_after_walk(world, 1) == []
+
+
 async def test_jump_of_the_clock_during_a_step_deletes_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the clock jumps while a step reads whether deletion is halted, that step uses the time from before the jump."""
     world = World(MemoryStore(), keep=timedelta(days=365))
