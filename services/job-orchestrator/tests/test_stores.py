@@ -24,7 +24,7 @@ from job_orchestrator.domain.ports import Store
 from job_orchestrator.domain.quotas import Usage
 from job_orchestrator.domain.resources import Owned, ScanTarget
 from job_orchestrator.domain.retention import EndedJob, SubnetRetention
-from job_orchestrator.domain.totals import Totals
+from job_orchestrator.domain.totals import Effort, Totals
 from job_orchestrator.metrics import UNREADABLE
 from job_orchestrator.repository import MongoStore, documents
 from job_orchestrator_testing import MemoryStore, chunk, replanned, scan_job, scan_policy
@@ -291,7 +291,8 @@ TOTALS = Totals(
     addresses={"answered": 2},
     places={"answered": b"\x03\x00"},
     reasons=("nmap died",),
-    seconds=4.5,
+    tcp=Effort(probes=1_000, seconds=4.5, probed=900, probed_seconds=4.0),
+    udp=Effort(probes=2, seconds=600.0, probed=2, probed_seconds=600.0),
     unprobed=(0, 3),
 )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Set as AbstractSet
 from enum import StrEnum
+from functools import lru_cache
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
@@ -197,7 +198,7 @@ class ScanPolicy(BaseModel):
 
     @property
     def port_set(self) -> PortSet:
-        return PortSet.parse(self.ports)
+        return _port_set(self.ports)
 
     @property
     def needs_raw(self) -> bool:
@@ -299,3 +300,8 @@ def fill_in(preset: Preset, given: dict[str, Any], scripts: AbstractSet[str] = A
     """
     strict = _strict(PRESETS[preset] | given | {"preset": preset}, scripts)
     return ScanPolicy.model_validate(strict.model_dump())
+
+
+@lru_cache(maxsize=64)  # a long list takes milliseconds, and a job's is needed for each of its chunks
+def _port_set(text: str) -> PortSet:
+    return PortSet.parse(text)

@@ -167,6 +167,11 @@ class Chunk:
         return self.estimate if self.attempt_estimate is None else self.attempt_estimate
 
     @property
+    def udp(self) -> bool:
+        """Whether the ports are UDP ports: a chunk's are of one protocol."""
+        return self.ports.startswith("U:")
+
+    @property
     def blank(self) -> int:
         """Number of addresses left to scan."""
         return self.outcomes.count(Outcome.BLANK)

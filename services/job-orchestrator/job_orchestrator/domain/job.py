@@ -158,11 +158,6 @@ class ScanJob:
         return self.status.final
 
     @property
-    def pace(self) -> float | None:
-        """Slot seconds per probe, measured in finished chunks; None while there is too little data."""
-        return self.totals.pace
-
-    @property
     def view(self) -> Job:
         return Job(
             id=self.id,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,6 +13,7 @@ from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.totals import Totals
 from scanfleet.scanning import outcomes
 from scanfleet.scanning.outcomes import Outcome, address_at, index_of
+from scanfleet.scanning.ports import PortSet
 from scanfleet.scanning.targets import Target
 
 ANSWERED, SILENT, DOWN, TIMED_OUT = "answered", "silent", "down", "timed_out"
@@ -30,6 +31,7 @@ _OF_LETTER: Final = {
 }
 ACCOUNTED: Final = (ANSWERED, SILENT, DOWN, TIMED_OUT, EXCLUDED)
 _SETTLED: Final = (ANSWERED, SILENT, DOWN, TIMED_OUT, REFUSED)
+_PROBED: Final = (ANSWERED, SILENT, TIMED_OUT)
 _FAILING: Final = (REFUSED, LOST)
 _DISTINCT: Final = (ANSWERED, REFUSED, LOST)  # also counted as addresses
 _NAMED: Final = frozenset({DOWN, TIMED_OUT, REFUSED, CANCELLED, LOST})
@@ -66,12 +68,11 @@ class Tally:
         self._several = job.plan.blocks > 1
         self._places = {name: int.from_bytes(bits, "little") for name, bits in totals.places.items()}
         self._reasons = dict.fromkeys(totals.reasons)
-        self._seconds = totals.seconds
+        self._tcp, self._udp = totals.tcp, totals.udp
         self._unprobed = None if totals.unprobed is None else list(totals.unprobed)
 
     def add(self, chunk: Chunk) -> None:
         """Count a chunk that is not in the totals."""
-        self._seconds += chunk.seconds
         for code, count in outcomes.counts(chunk.outcomes).items():
             name = _name(code, chunk)
             if name in {WAITING, CANCELLED, EXCLUDED}:
@@ -86,7 +87,11 @@ class Tally:
         """Count a chunk that has ended; chunks must be counted in index order."""
         self.add(chunk)
         self._done = chunk.index + 1
-        listed = sum(count for code, count in outcomes.counts(chunk.outcomes).items() if _name(code, chunk) in _NAMED)
+        counts = Counter[str]()
+        for code, count in outcomes.counts(chunk.outcomes).items():
+            counts[_name(code, chunk)] += count
+        self._measure(chunk, counts)
+        listed = sum(count for name, count in counts.items() if name in _NAMED)
         if self._unprobed is not None and listed:
             slice_ = chunk.index // _slice_size(self._job)
             self._unprobed += [0] * (slice_ + 1 - len(self._unprobed))
@@ -102,7 +107,8 @@ class Tally:
             addresses=dict(self._addresses),
             places={name: bits.to_bytes(size, "little") for name, bits in self._places.items()},
             reasons=tuple(self._reasons),
-            seconds=self._seconds,
+            tcp=self._tcp,
+            udp=self._udp,
             unprobed=None if self._unprobed is None else tuple(self._unprobed),
         )
 
@@ -132,10 +138,18 @@ class Tally:
 
     @property
     def seconds_left(self) -> float:
-        """Return the expected slot seconds of the remaining probes."""
-        left = max(0, self._wanted - self._settled - self._probes[LOST])
-        pace = self._job.pace
-        return left * pace if pace is not None else self._job.plan.estimate * left / self._wanted
+        """Return the expected slot seconds of the remaining probes, estimated for a protocol without measurements."""
+        included = self._job.plan.addresses - self._job.plan.excluded
+        return sum(
+            left
+            * (mean if mean is not None else plan.estimate(self._job.policy, ports, included) / included / ports.count)
+            for left, mean, ports in self._left
+        )
+
+    @property
+    def measured(self) -> bool:
+        """Return whether chunks of each protocol with remaining probes have been measured."""
+        return all(mean is not None for _, mean, _ in self._left)
 
     @property
     def error(self) -> str:
@@ -146,12 +160,33 @@ class Tally:
         return text[:_MAX_ERROR] or "the ledger does not account for every probe of the request"
 
     @property
+    def _left(self) -> Sequence[tuple[int, float | None, PortSet]]:
+        """Return the remaining probes, the slot seconds of each, and the ports, of each protocol that has any."""
+        ports = self._job.policy.port_set
+        included = self._job.plan.addresses - self._job.plan.excluded
+        left = max(0, self._wanted - self._settled - self._probes[LOST])
+        of_udp = min(left, included * ports.udp_count)  # the chunks of TCP ports come first
+        both = (
+            (left - of_udp, self._job.totals.tcp.mean, PortSet(tcp=ports.tcp, top=ports.top, above=ports.above)),
+            (of_udp, self._job.totals.udp.mean, PortSet(udp=ports.udp)),
+        )
+        return [each for each in both if each[0]]
+
+    @property
     def _wanted(self) -> int:
         return (self._job.plan.addresses - self._job.plan.excluded) * self._job.plan.ports
 
     @property
     def _settled(self) -> int:
         return sum(self._probes[name] for name in _SETTLED)
+
+    def _measure(self, chunk: Chunk, counts: Mapping[str, int]) -> None:
+        settled = chunk.port_count * sum(count for name, count in counts.items() if name in _SETTLED)
+        probed = chunk.port_count * sum(count for name, count in counts.items() if name in _PROBED)
+        if chunk.udp:
+            self._udp = self._udp.plus(settled, probed, chunk.seconds)
+        else:
+            self._tcp = self._tcp.plus(settled, probed, chunk.seconds)
 
     def _distinct(self, name: str, code: str, chunk: Chunk, count: int) -> None:
         if not self._several:

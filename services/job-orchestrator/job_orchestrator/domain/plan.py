@@ -35,13 +35,15 @@ _DELAYS: Final = (300.0, 15.0, 0.4)  # seconds between two probes of these timin
 _SILENT_UDP_PER_SECOND: Final = (10, 10, 10, 10, 20, 37)  # probes by timing if no port answers
 _LIMITED_UDP_PER_SECOND: Final = 1  # closed ports of a host that rate-limits ICMP, as Linux does
 
-# Expected slot seconds on a network that answers, until the job's own chunks give measurements.
+# Expected slot seconds on a network that answers, until the job's own chunks of the protocol give measurements.
 _START: Final = 0.1  # start of nmap; less if small chunks share one
 _PER_SECOND: Final = (1_000, 1_000, 1_000, 2_000, 4_000, 6_000)  # TCP probes by timing
 _UDP_PER_SECOND: Final = 50
 _SERVICE: Final = 0.1  # per address: version probes wait for banners
 _SCRIPTS: Final = 0.2
 _OS: Final = 0.1
+
+_LEAST: Final = 0.1  # fraction of the estimate that a chunk is expected to take at least: hosts of one job differ
 
 ATTEMPT_SECONDS: Final = 65.0  # of an attempt on several addresses, even if all are silent
 _OF_HOST_TIMEOUT: Final = 0.7  # maximum planned fraction of the host timeout for an attempt on one address
@@ -203,18 +205,22 @@ def needs_raw(job: ScanJob, lowest: int | None) -> bool:
 
 
 def expected(job: ScanJob, ports: PortSet, addresses: int) -> float:
-    """Return the expected slot seconds for `addresses` × `ports` of this job, measured in finished chunks or estimated."""
-    if job.pace is not None:
-        return _START + job.pace * ports.count * addresses
-    return estimate(job.policy, ports, addresses)
+    """Return the expected slot seconds for `addresses` that are up × `ports` of one protocol, measured or estimated."""
+    table = estimate(job.policy, ports, addresses)
+    pace = _pace(job, udp=bool(ports.udp_count))
+    return table if pace is None else max(_START + pace * ports.count * addresses, _LEAST * table)
 
 
 def attempt_size(job: ScanJob, chunk: Chunk) -> int:
     """Return how many of the chunk's blanks its next attempt should scan."""
     size = min(chunk.blank, chunk.limit or chunk.blank)
-    if job.pace is not None:
-        size = min(size, max(1, int(ATTEMPT_SECONDS / max(job.pace * chunk.port_count, 1e-9))))
+    if pace := _pace(job, udp=chunk.udp):
+        size = min(size, max(1, int(ATTEMPT_SECONDS / max(pace * chunk.port_count, 1e-9))))
     return size
+
+
+def _pace(job: ScanJob, *, udp: bool) -> float | None:
+    return (job.totals.udp if udp else job.totals.tcp).pace
 
 
 def blanks(job: ScanJob, first: int, end: int) -> int:

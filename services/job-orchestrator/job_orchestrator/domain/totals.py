@@ -11,6 +11,45 @@ _ENOUGH: Final = 1_000  # probes from which on the measured time is better than 
 
 
 @dataclass(frozen=True, slots=True)
+class Effort:
+    """The slot seconds of the ended chunks of one protocol.
+
+    Attributes:
+        probes: number of probes with an outcome.
+        seconds: slot seconds of all chunks.
+        probed: number of probes without those of addresses that were down or refused, which take next to no time.
+        probed_seconds: slot seconds of the chunks that have any of these.
+    """
+
+    probes: int = 0
+    seconds: float = 0.0
+    probed: int = 0
+    probed_seconds: float = 0.0
+
+    @property
+    def mean(self) -> float | None:
+        """Return the slot seconds per probe of the request; None if there are too few probes."""
+        return self.seconds / self.probes if self.probes >= _ENOUGH and self.seconds else None
+
+    @property
+    def pace(self) -> float | None:
+        """Return the slot seconds per probe of an address that is up; None if there are too few probes."""
+        return self.probed_seconds / self.probed if self.probed >= _ENOUGH and self.probed_seconds else None
+
+    def plus(self, probes: int, probed: int, seconds: float) -> Effort:
+        """Return the effort with another chunk."""
+        return Effort(
+            self.probes + probes,
+            self.seconds + seconds,
+            self.probed + probed,
+            self.probed_seconds + (seconds if probed else 0.0),
+        )
+
+
+NO_EFFORT: Final = Effort()
+
+
+@dataclass(frozen=True, slots=True)
 class Totals:
     """Sums over the chunks with an index below `done`, each counted once: they change together with `done`.
 
@@ -21,7 +60,8 @@ class Totals:
         places: these addresses as a bit per address of the subnet; empty if the job has one block of ports, and therefore
             each address one chunk.
         reasons: the first reasons why addresses were refused or lost.
-        seconds: slot seconds.
+        tcp: slot seconds of the chunks of TCP ports.
+        udp: slot seconds of the chunks of UDP ports, which may take a thousand times as long.
         unprobed: number of addresses that the ledger lists, for each of at most 256 slices of the job's chunks, up to the last
             that has any; with it a page of them is found without reading the chunks before. None if an earlier release has
             counted some of the chunks.
@@ -32,14 +72,9 @@ class Totals:
     addresses: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     places: Mapping[str, bytes] = field(default_factory=lambda: MappingProxyType({}))
     reasons: tuple[str, ...] = ()
-    seconds: float = 0.0
+    tcp: Effort = NO_EFFORT
+    udp: Effort = NO_EFFORT
     unprobed: tuple[int, ...] | None = ()
-
-    @property
-    def pace(self) -> float | None:
-        """Return the slot seconds per probe; None if there are too few probes."""
-        probes = sum(self.probes.values())
-        return self.seconds / probes if probes >= _ENOUGH and self.seconds else None
 
 
 EMPTY: Final = Totals()

@@ -100,7 +100,7 @@ class Reporter:
             tally.add(chunk)
             held += chunk.share * (chunk.state in HELD)
         left = tally.seconds_left
-        eta = round(left / max(1.0, held), 1) if job.pace is not None else None
+        eta = round(left / max(1.0, held), 1) if tally.measured else None
         job = replace(job, seconds_left=left)
         return observe(job, tally.progress, tally.machines_found, now, eta_seconds=eta)
 

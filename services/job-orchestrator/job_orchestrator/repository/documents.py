@@ -88,7 +88,7 @@ def write_job(job: ScanJob) -> Document:
     document = _shallow(job) | {
         "policy": job.policy.model_dump(mode="json"),
         **_fields(job.plan),
-        "totals": _fields(job.totals),
+        "totals": _fields(job.totals) | {"tcp": _fields(job.totals.tcp), "udp": _fields(job.totals.udp)},
         "status": job.status.value,
         "sort_time": job.start_time or job.end_time or _FAR_FUTURE,
     }

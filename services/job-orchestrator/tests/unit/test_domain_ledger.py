@@ -17,6 +17,7 @@ from job_orchestrator.repository import documents
 from job_orchestrator_testing import chunk, replanned, scan_job, scan_policy
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.scanning.outcomes import Outcome
+from scanfleet.scanning.ports import PortSet
 from scanfleet.scanning.targets import Target
 
 LETTERS = [code for code in Outcome if code is not Outcome.EXCLUDED]
@@ -25,7 +26,9 @@ LETTERS = [code for code in Outcome if code is not Outcome.EXCLUDED]
 def cut(*, exclude: tuple[str, ...] = (), ports: str = "22,80", size: int = 8) -> ScanJob:
     """A /28 in slices of so many addresses and blocks of 8,192 ports, all of its chunks made."""
     job = scan_job(cidr="127.9.8.0/28", exclude=exclude, policy=scan_policy(ports=ports))
-    job = replanned(job, chunk_addresses=size, chunk_ports=8_192, blocks=-(-job.plan.ports // 8_192))
+    of_job = job.policy.port_set
+    blocks = -(-of_job.tcp_count // 8_192) + -(-of_job.udp_count // 8_192)
+    job = replanned(job, chunk_addresses=size, chunk_ports=8_192, blocks=blocks)
     slices = {address // size for address, code in enumerate(Target.parse(job.cidr, exclude).outcomes()) if code == "."}
     count = len(slices) * job.plan.blocks
     return replace(replanned(job, chunk_count=count), made=count)
@@ -332,10 +335,44 @@ def test_unmade_chunks_of_an_unfinished_job_are_not_named() -> None:
 
 
 def test_seconds_left_follow_the_pace_of_finished_chunks() -> None:
-    """Until a thousand probes are done the estimate is scaled by what is left, then the measured pace counts."""
-    job = replanned(cut(ports="1-1000"), estimate=160.0)
+    """Until a thousand probes are done the estimate is scaled by what is left, then the measured time of each counts."""
+    job = cut(ports="1-1000")
     first = replace(whole(job)[0], outcomes="ssssssss", state=ChunkState.STORED, seconds=16.0)
-    assert Tally(job).seconds_left == pytest.approx(160.0)
-    step = Tally(job)
-    step.end(first)
-    assert Tally(replace(job, totals=step.totals)).seconds_left == pytest.approx(16.0)
+    assert Tally(job).seconds_left == pytest.approx(job.plan.estimate)
+    assert not Tally(job).measured
+    counted = ended(job, first)
+    assert Tally(counted).seconds_left == pytest.approx(16.0)
+    assert Tally(counted).measured
+
+
+def test_seconds_left_of_udp_ports_do_not_follow_those_of_tcp_ports() -> None:
+    """After the TCP chunks of a job, the estimate of its UDP ports counts until a thousand of their probes are done."""
+    job = cut(ports="T:1-1000,U:1-600")
+    chunks = [replace(each, outcomes="s" * len(each.outcomes), state=ChunkState.STORED) for each in whole(job)]
+    counted = ended(job, *(replace(each, seconds=0.1) for each in chunks if not each.udp))
+    udp = PortSet.parse("U:1-600")
+    assert Tally(counted).seconds_left == pytest.approx(plan.estimate(job.policy, udp, 16))
+    assert not Tally(counted).measured
+    further = ended(
+        counted, *(replace(each, seconds=600.0) for each in chunks if each.udp and each.index < len(chunks) - 1)
+    )
+    assert Tally(further).seconds_left == pytest.approx(600.0)
+
+
+def test_pace_is_measured_without_addresses_that_are_down_or_refused() -> None:
+    """A chunk of empty addresses changes the expected time of the whole job, but not the pace of addresses that are up."""
+    job = cut(ports="1-1000")
+    empty, dense = (replace(each, state=ChunkState.STORED) for each in whole(job)[:2])
+    counted = ended(
+        job, replace(empty, outcomes="dddrdddd", seconds=1.0), replace(dense, outcomes="adddddds", seconds=6.0)
+    )
+    assert counted.totals.tcp.pace == pytest.approx(0.003)
+    assert counted.totals.tcp.mean == pytest.approx(7 / 16_000)
+
+
+def ended(job: ScanJob, *chunks: Chunk) -> ScanJob:
+    """The job with these chunks in its totals."""
+    tally = Tally(job)
+    for each in chunks:
+        tally.end(each)
+    return replace(job, totals=tally.totals)

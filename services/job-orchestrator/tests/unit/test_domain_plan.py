@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import Chunk
 from job_orchestrator.domain.job import ScanJob
-from job_orchestrator.domain.totals import Totals
+from job_orchestrator.domain.totals import NO_EFFORT, Totals
 from job_orchestrator_testing import replanned, scan_job, scan_policy
 from scanfleet.scanning.outcomes import MAX_ADDRESSES, Outcome
 from scanfleet.scanning.policy import Preset, ScanPolicy, fill_in
@@ -312,19 +312,43 @@ def test_rest_of_a_job_needs_raw_packets_once_its_tcp_ports_are_done() -> None:
 # Measured pace
 
 
+def measured(job: ScanJob, probed: int, seconds: float, *, udp: bool = False) -> ScanJob:
+    """The job after a chunk of so many probes of addresses that are up."""
+    effort = NO_EFFORT.plus(probed, probed, seconds)
+    return replace(job, totals=Totals(done=1, udp=effort) if udp else Totals(done=1, tcp=effort))
+
+
 def test_finished_chunks_replace_the_estimate() -> None:
     """With a thousand probes done, slot seconds per probe decide what chunks are expected to take, and attempts get."""
     job = job_of(scan_policy(ports="1-100"), Target.parse("127.9.8.0/24"))
     ports = job.policy.port_set
     assert plan.expected(job, ports, 10) == plan.estimate(job.policy, ports, 10)
-    few = replace(job, totals=Totals(done=1, probes={"silent": 999}, seconds=99.9))
+    few = measured(job, 999, 99.9)
     assert plan.expected(few, ports, 10) == plan.estimate(job.policy, ports, 10)
-    known = replace(job, totals=Totals(done=1, probes={"silent": 1_000}, seconds=10.0))
+    known = measured(job, 1_000, 10.0)
     assert plan.expected(known, ports, 10) == pytest.approx(0.1 + 0.01 * 100 * 10)
     chunk = made(known)[0]
     assert plan.attempt_size(known, replace(chunk, outcomes="." * 128)) == 65
-    slow = replace(job, totals=Totals(done=1, probes={"silent": 1_000}, seconds=1e6))
-    assert plan.attempt_size(slow, chunk) == 1
+    assert plan.attempt_size(measured(job, 1_000, 1e6), chunk) == 1
+
+
+def test_pace_of_one_protocol_does_not_change_the_estimates_of_the_other() -> None:
+    """Fast TCP chunks change neither what UDP chunks are expected to take nor their attempts, and the other way round."""
+    job = job_of(scan_policy(ports="T:1-1000,U:1-600", timing=3, discovery="none"), Target.parse("127.9.9.0/29"))
+    tcp, udp = (each for each in made(job) if each.index in {0, job.plan.slice_count})
+    fast, slow = measured(job, 8_000, 4.0), measured(job, 4_800, 1e6, udp=True)
+    for other, chunk in ((fast, udp), (slow, tcp)):
+        ports = PortSet.parse(chunk.ports)
+        assert plan.expected(other, ports, 8) == plan.estimate(job.policy, ports, 8)
+        assert plan.attempt_size(other, replace(chunk, outcomes="." * 8)) == 8
+
+
+@pytest.mark.parametrize("seconds", [1e-6, 0.01])
+def test_expected_seconds_are_at_least_a_tenth_of_the_estimate(seconds: float) -> None:
+    """However fast the finished chunks were, a chunk is expected to take a tenth of its estimate: hosts differ."""
+    job = measured(job_of(scan_policy(ports="1-1000"), Target.parse("127.9.8.0/24")), 100_000, seconds)
+    ports = job.policy.port_set
+    assert plan.expected(job, ports, 16) == plan.estimate(job.policy, ports, 16) / 10
 
 
 def test_attempt_is_as_large_as_the_chunks_limit() -> None:

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from job_orchestrator.domain.chunk import MAX_FAILURES, Chunk, ChunkState
-from job_orchestrator.domain.job import ScanJob
+from job_orchestrator.domain.totals import Effort, Totals
 from job_orchestrator_testing import MemoryStore, Worker, World, scan_policy
 from scanfleet.contracts.messages import (
     ChunkClaimed,
@@ -409,9 +409,10 @@ class Broken:
         raise DependencyError("away")
 
 
-async def test_progress_has_the_expected_end(world: World, task: ScanChunk, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_progress_has_the_expected_end(world: World, task: ScanChunk) -> None:
     """The remaining probes take their measured time, in as many slots as the job holds."""
-    monkeypatch.setattr(ScanJob, "pace", 2.0)
+    job = (await world.store.jobs.get([1]))[1]
+    await world.store.jobs.save([replace(job, totals=Totals(tcp=Effort(probes=1_000, seconds=2_000.0)))])
     await claimed(world, task)
     await world.worker.progress(task, "as..")
     await world.settle()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import pytest
+
 from job_orchestrator.domain import plan
 from job_orchestrator_testing import MemoryStore, Worker, World, scan_policy
 from scanfleet.contracts.messages import ScanChunk
 from scanfleet.runtime.bus import Publisher, Record
 from scanfleet.scanning.policy import Preset, fill_in
+from scanfleet.scanning.ports import PortSet
 
 START_SECONDS = 2.0  # after which a worker releases a chunk that waits for a slot
 
@@ -108,7 +111,8 @@ async def test_udp_blocks_far_beyond_their_estimate_lose_no_address() -> None:
     await world.begin()
     await world.submit("127.9.9.0/29", policy=scan_policy(ports="T:1-1000,U:1-600", timing=3, discovery="none"))
     await world.pass_time(200)
-    assert any(of_udp(task) for task, _ in world.busy.begun)
+    task = next(task for task, _ in world.busy.begun if of_udp(task))
+    assert task.estimate_seconds == pytest.approx(plan.estimate(task.policy, PortSet.parse(task.ports), 1))
     assert world.lost() == []
     assert world.busy.released <= 8
 
@@ -124,6 +128,7 @@ async def test_dense_chunks_after_empty_ones_lose_no_address() -> None:
     await world.begin()
     await world.submit("127.8.0.0/16", policy=fill_in(Preset.STANDARD, {}))
     await world.pass_time(100)
-    assert any(not empty(task) for task, _ in world.busy.begun)
+    task = next(task for task, _ in world.busy.begun if not empty(task))
+    assert task.estimate_seconds >= plan.estimate(task.policy, PortSet.parse(task.ports), len(task.outcomes)) / 10
     assert world.lost() == []
     assert world.busy.released <= 8
