@@ -37,6 +37,7 @@ type Column = (typeof COLUMNS)[number][0];
 const FIELDS = "id,ip_address,port,protocol,status,service,version,os_info,banner";
 const USUAL: Column[] = ["ip_address", "port", "status", "service", "version"];
 const MOST = 250_000; // rows in the page: beyond them a browser tab takes a gigabyte
+const COUNTED = 1_000; // results at most, for the number beside the tab
 const ROW = 32; // px
 const CARD = 56; // px of a row of two lines on a narrow screen
 const OVERSCAN = 10;
@@ -82,6 +83,14 @@ async function stream(jobId: string, after: number, rows: (found: Row[]) => numb
     }
     if (done) return false;
   }
+}
+
+/** Count a job's results up to `COUNTED`, as text: only the ids of so many are sent. */
+export async function countResults(jobId: string, signal: AbortSignal): Promise<string> {
+  const path = `/api/v1/task/${jobId}/results?after=0&limit=${COUNTED}&fields=id`;
+  const answer = await send("GET", path, { headers: { Accept: "application/x-ndjson" }, signal });
+  const found = (await answer.text()).split("\n").length - 1;
+  return found < COUNTED ? count(found) : `${count(COUNTED)}+`;
 }
 
 const compare = (column: Column) => (a: Row, b: Row) => {

@@ -557,6 +557,14 @@ def test_page_without_ledger_does_not_claim_that_nothing_answered(page: Page, st
     expect(page.get_by_text("answered, none has an open port.")).to_be_visible()
 
 
+@pytest.mark.parametrize(("ids", "shown"), [(0, "0"), (3, "3"), (1_000, "1,000+")])
+def test_page_tab_has_the_number_of_results(page: Page, stack: Stack, finished: int, ids: int, shown: str) -> None:
+    """The tab of the results has their number, which is counted up to a thousand."""
+    page.route("**/results?after=0&limit=1000&fields=id", lambda route: route.fulfill(body='{"id":1}\n' * ids))
+    page.goto(f"{stack.url}/app/jobs/{finished}")
+    expect(page.get_by_role("link", name=f"Results {shown}", exact=True)).to_be_visible()
+
+
 def test_page_busy_job_shows_a_slow_ledger(page: Page, stack: Stack, user: Client, finished: int) -> None:
     """A ledger that takes longer to load than the job's next state to come is shown all the same."""
     task = user.finished(finished)

@@ -6,7 +6,7 @@ import { watch } from "../events";
 import { Coverage, together } from "../map";
 import { Confirm, Field, Problem, StatusWord, Title, useLoad, useSettled } from "../parts";
 import { go, query, withQuery } from "../router";
-import { Results, type Result } from "../results";
+import { countResults, Results, type Result } from "../results";
 import { count, duration, exact, plural, visible } from "../text";
 import { LiveDot } from "./jobs";
 
@@ -44,6 +44,7 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
     if (outdated) ledger.reload(); // it was read just before the end
   }, [outdated]);
   const snapshot = useLoad((signal) => get<Snapshot>(`/api/v1/task/${id}/snapshot`, signal), [id]);
+  const results = useLoad((signal) => countResults(id, signal), [id, settled]);
 
   const about = first.data?.job;
   const named = useLoad(
@@ -116,6 +117,7 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
         {TABS.map(([name, label]) => (
           <a key={name} href={`/app/jobs/${id}${name && `/${name}`}`} aria-current={tab === name ? "page" : undefined}>
             {label}
+            {name === "results" && results.data !== undefined && ` ${results.data}`}
             {name === "not-probed" && missing !== undefined && ` ${count(missing)}`}
           </a>
         ))}
